@@ -1,0 +1,1 @@
+"""spdtool: sparse encoders by progressive distillation, exported to ONNX and measured honestly."""

@@ -1,0 +1,5 @@
+"""`python -m spdtool` is the command line."""
+
+from spdtool.cli import main
+
+main()

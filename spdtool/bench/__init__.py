@@ -1,0 +1,1 @@
+"""Measuring exported files, and telling what was measured."""

@@ -1,0 +1,190 @@
+"""The one place that draws: lines, tables, the live training display, errors, and JSON for machines.
+
+Three ways to speak, chosen once by the command line: a rich live display on a terminal, plain lines elsewhere, and
+with `--json` one JSON value on standard output while everything else goes to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from spdtool.errors import SpdError
+
+Watch = Callable[[dict[str, Any]], None]
+
+PLAIN_SECONDS = 20.0  # between two progress lines when the output is not a terminal
+
+_json = False
+_out = Console(highlight=False)
+_err = Console(stderr=True, highlight=False)
+
+
+def setup(*, as_json: bool = False) -> None:
+    """Choose how to speak. Consoles are made anew, so that redirected streams are respected."""
+    global _json, _out, _err
+    _json = as_json
+    _err = Console(stderr=True, highlight=False)
+    _out = _err if as_json else Console(highlight=False)
+
+
+def say(text: str) -> None:
+    """One line for the user; markup such as [bold] is understood, so escape what is not yours."""
+    _out.print(text, soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    """Something that the user asked for is not done as asked, or deserves attention."""
+    _err.print(f"[yellow]note:[/] {escape(text)}", soft_wrap=True)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], note: str | None = None) -> None:
+    """A table; columns after the first are aligned right when their cells are numbers."""
+    drawn = Table(title=title, title_justify="left", title_style="bold", header_style="bold", caption=note)
+    drawn.caption_justify = "left"
+    for index, column in enumerate(columns):
+        cells = [row[index] for row in rows]
+        numeric = all(isinstance(cell, int | float) or cell in ("", "-") for cell in cells)
+        drawn.add_column(column, justify="right" if numeric and index else "left", overflow="fold")
+    for row in rows:
+        drawn.add_row(*[cell if isinstance(cell, Text) else escape(number(cell)) for cell in row])
+    _out.print(drawn)
+
+
+def result(value: Any) -> None:
+    """The result of a command: JSON on standard output with `--json`, nothing otherwise."""
+    if _json:
+        sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+        sys.stdout.flush()
+
+
+def fail(error: SpdError) -> None:
+    """Show an error of the user's: what was asked and found, then what to try."""
+    if _json:
+        result({"error": type(error).__name__, "message": error.message, "hint": error.hint})
+        return
+    body = escape(error.message) + (f"\n[dim]try:[/] {escape(error.hint)}" if error.hint else "")
+    if _err.is_terminal:
+        _err.print(Panel(body, title=type(error).__name__, title_align="left", border_style="red"))
+    else:
+        _err.print(f"{type(error).__name__}: {body}", soft_wrap=True)
+
+
+def number(cell: Any) -> str:
+    """A cell as text: floats with four significant digits, whole numbers with separators."""
+    if isinstance(cell, bool) or not isinstance(cell, int | float):
+        return "-" if cell is None else str(cell)
+    if isinstance(cell, int):
+        return f"{cell:,}"
+    return f"{cell:.4g}" if abs(cell) < 1e4 else f"{cell:,.0f}"
+
+
+@contextmanager
+def progress(stage: str, steps: int) -> Iterator[Watch]:
+    """Show a training stage while it runs; yields the function that `training.fit` calls with what happened."""
+    if _out.is_terminal:
+        display = _Display(stage, steps)
+        with Live(get_renderable=display.draw, console=_out, refresh_per_second=4, transient=True):
+            yield display.take
+    else:
+        yield _lines(stage, steps)
+
+
+@contextmanager
+def busy(text: str) -> Iterator[None]:
+    """Show that something without steps is going on."""
+    if _out.is_terminal:
+        with _out.status(escape(text)):
+            yield
+    else:
+        say(escape(text))
+        yield
+
+
+class _Display:
+    """Keeps the latest of each kind of event, and draws them as one panel."""
+
+    def __init__(self, stage: str, steps: int) -> None:
+        self.stage, self.step, self.score = stage, {}, {}
+        self.bar = Progress(
+            TextColumn("{task.description}"), BarColumn(None), TextColumn("{task.completed}/{task.total}"),
+            TextColumn("elapsed"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        )  # fmt: skip
+        self.task: TaskID = self.bar.add_task(stage, total=steps)
+
+    stage: str
+    step: dict[str, Any]
+    score: dict[str, Any]
+
+    def take(self, event: dict[str, Any]) -> None:
+        if event["event"] == "step":
+            self.step |= event
+        elif event["event"] == "eval":
+            self.score = event
+        elif event["event"] == "prune":
+            self.step["sparsity"] = event["sparsity"]
+        if "step" in event:
+            self.bar.update(self.task, completed=event["step"])
+
+    def draw(self) -> Panel:
+        grid = Table.grid(padding=(0, 2))
+        for name, value in _facts(self.step):
+            grid.add_row(f"[dim]{name}[/]", escape(value))
+        if self.score:
+            grid.add_row("[dim]last dev score[/]", escape(_scores(self.score)))
+        drawn = self.step.get("drawn")
+        if drawn:
+            blocks = Text.assemble(*[("■ " if own else "□ ", "green" if own else "blue") for own in drawn])
+            grid.add_row("[dim]layers of this draw[/]", Text.assemble(blocks, ("■ student  □ teacher", "dim")))
+        return Panel(Group(self.bar, grid), title=f"spdtool {self.stage}", title_align="left")
+
+
+def _lines(stage: str, steps: int) -> Watch:
+    last = time.monotonic()
+
+    def take(event: dict[str, Any]) -> None:
+        nonlocal last
+        head = f"{stage} {event.get('step', 0)}/{steps}"
+        if event["event"] == "eval":
+            say(escape(f"{head}  dev {_scores(event)}"))
+        elif event["event"] == "prune":
+            say(escape(f"{head}  pruned to {event['sparsity']:.4f}"))
+        elif event["event"] == "resume":
+            say(escape(f"{head}  resumed"))
+        elif event["event"] == "step" and time.monotonic() - last > PLAIN_SECONDS:
+            last = time.monotonic()
+            say(escape(f"{head}  " + "  ".join(f"{name} {value}" for name, value in _facts(event))))
+
+    return take
+
+
+def _facts(event: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    if "epoch" in event:
+        yield "epoch", f"{event['epoch']:.2f} of {event['epochs']:g}"
+    if "losses" in event:
+        yield "loss", "  ".join(f"{name} {value:.4g}" for name, value in event["losses"].items())
+    if "examples_per_second" in event:
+        yield "examples/s", f"{event['examples_per_second']:.1f}"
+    if event.get("sparsity") is not None:
+        yield "sparsity now", f"{event['sparsity']:.4f}"
+    if event.get("replacing_rate") is not None:
+        yield "replacing rate", f"{event['replacing_rate']:.3f}"
+    if "learning_rate" in event:
+        yield "learning rate", f"{event['learning_rate']:.2e}"
+
+
+def _scores(event: dict[str, Any]) -> str:
+    best = "  best so far" if event.get("best") else ""
+    return "  ".join(f"{name} {value:.4f}" for name, value in event["metrics"].items()) + best

@@ -1,0 +1,92 @@
+"""Every error that a user of spdtool can cause, as one small tree.
+
+    SpdError                 exit 2: the request cannot be carried out as it was made
+    ├── RecipeError          a setting is unknown, ill-typed or contradicts another one
+    │   └── UnknownName      a name that no registry holds; carries the near matches
+    ├── DataError            a data file is missing, empty, ragged, badly encoded or wrongly labelled
+    ├── ModelError           a checkpoint cannot be read, or its architecture is not supported
+    ├── RunError             the run folder does not allow what was asked
+    │   ├── StageMissing     a stage was asked for before its predecessor
+    │   ├── RunMismatch      the folder belongs to another recipe
+    │   ├── RunLocked        another process is working in the folder
+    │   └── Corrupt          a file differs from the sha256 in stage.json
+    ├── PluginError          a plugin is needed and did not load
+    ├── DeviceError          a device, provider or runtime was demanded and is not there
+    └── GateError            exit 3: the work was done, and what came out is refused
+
+The command line shows these without a traceback: what was asked, what was found, what to try.
+Anything else that is raised is a bug of ours, and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SpdError(Exception):
+    """An error whose cause lies with the request. `hint` says what to try next."""
+
+    exit_code = 2
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class RecipeError(SpdError):
+    """A setting is unknown, ill-typed, or contradicts another one."""
+
+
+class UnknownName(RecipeError):
+    """A name that nothing answers to; the message lists the near matches."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str], hint: str | None = None) -> None:
+        known = sorted(known)
+        near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
+        guess = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(known) or 'none'}"
+        super().__init__(f"there is no {kind} {name!r}", f"{guess} {hint}" if hint else guess)
+        self.near = near
+
+
+class DataError(SpdError):
+    """A data file is missing, empty, ragged, badly encoded, or wrongly labelled."""
+
+
+class ModelError(SpdError):
+    """A checkpoint cannot be read, or its architecture is not supported."""
+
+
+class RunError(SpdError):
+    """The run folder does not allow what was asked."""
+
+
+class StageMissing(RunError):
+    """A stage was asked for before the one that it reads."""
+
+
+class RunMismatch(RunError):
+    """The run folder was made by another recipe."""
+
+
+class RunLocked(RunError):
+    """Another living process works in this run folder."""
+
+
+class Corrupt(RunError):
+    """A file of a finished stage is not the file that the stage wrote."""
+
+
+class PluginError(SpdError):
+    """A plugin that is needed did not load."""
+
+
+class DeviceError(SpdError):
+    """A device, an execution provider or a runtime was demanded and is not there."""
+
+
+class GateError(SpdError):
+    """The work was done and its result is refused: inexact sparsity, lost parity, a budget exceeded."""
+
+    exit_code = 3

@@ -1,0 +1,183 @@
+"""The plugin door: what can be added to spdtool, and how it is found.
+
+Five registries, one for each kind of part. A built-in part and a stranger's part use the same decorator:
+
+    from spdtool.plugins import criteria
+
+    @criteria.register("taylor", needs=("gradient",))
+    def taylor(weight, stats):
+        return (weight * stats.gradient).abs()
+
+Plugins come from three places: the built-in modules; installed distributions, through the entry-point group `spdtool`
+(each entry names a module to import); and the `*.py` files of a folder that `--plugins-dir` or `SPDTOOL_PLUGINS`
+names. A file that merely lies in the current folder is never run. A plugin that fails to load is recorded and listed
+by `spdtool plugins`; it is fatal only when a name is asked for that nothing else provides.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from spdtool.errors import PluginError, UnknownName
+
+T = TypeVar("T")
+GROUP = "spdtool"
+
+
+@dataclass(frozen=True)
+class Part(Generic[T]):
+    """One registered thing: its name, the thing, where it came from, and what it declared about itself."""
+
+    name: str
+    value: T
+    source: str
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def summary(self) -> str:
+        """The first line of the docstring, for listings."""
+        return (getattr(self.value, "__doc__", None) or "").strip().split("\n")[0]
+
+
+class Registry(Generic[T]):
+    """Keeps the parts of one kind by name, and loads the modules that provide them when first asked."""
+
+    def __init__(self, kind: str, *builtins: str) -> None:
+        self.kind = kind
+        self._builtins = builtins
+        self._parts: dict[str, Part[T]] = {}
+
+    def register(self, name: str, **meta: Any) -> Callable[[T], T]:
+        """Decorator: makes the decorated object available under `name`; `meta` is kept with it.
+
+        Raises:
+            PluginError: another source already provides that name.
+        """
+
+        module = sys._getframe(1).f_globals.get("__name__", "?")
+        source = module if module.startswith("spdtool.") else (_loading or module)
+
+        def keep(value: T) -> T:
+            taken = self._parts.get(name)
+            if taken is not None and taken.source != source:
+                raise PluginError(f"{self.kind} {name!r} is already provided by {taken.source}")
+            self._parts[name] = Part(name, value, source, meta)
+            return value
+
+        return keep
+
+    def part(self, name: str) -> Part[T]:
+        """The part called `name`.
+
+        Raises:
+            UnknownName: with near matches, and the plugins that failed to load: one of them may have held it.
+        """
+        self.load()
+        if name not in self._parts:
+            broken = [f"{p.name} ({p.error})" for p in loaded() if p.error]
+            raise UnknownName(
+                self.kind, name, self._parts, f"These plugins failed to load: {'; '.join(broken)}." if broken else None
+            )
+        return self._parts[name]
+
+    def get(self, name: str) -> T:
+        """The registered object called `name`; raises as `part` does."""
+        return self.part(name).value
+
+    def find(self, name: str) -> T | None:
+        """The registered object called `name`, or None."""
+        self.load()
+        return self._parts[name].value if name in self._parts else None
+
+    def parts(self) -> list[Part[T]]:
+        """Every part of this kind, by name."""
+        self.load()
+        return [self._parts[name] for name in sorted(self._parts)]
+
+    def load(self) -> None:
+        """Import the built-in modules of this kind, then every plugin."""
+        for module in self._builtins:
+            importlib.import_module(module)
+        discover()
+
+
+criteria: Registry[Callable[..., Any]] = Registry("criterion", "spdtool.pruning.criteria")
+patterns: Registry[Callable[..., Any]] = Registry("pattern", "spdtool.pruning.patterns")
+tasks: Registry[Any] = Registry("task", "spdtool.tasks.glue", "spdtool.tasks.demo")
+targets: Registry[Any] = Registry("export target", "spdtool.export.onnx")
+stacks: Registry[Callable[..., Any]] = Registry("layer stack")
+REGISTRIES: tuple[Registry[Any], ...] = (criteria, patterns, tasks, targets, stacks)
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """One plugin that discovery met: its name, where it lies, and the error if it did not load."""
+
+    name: str
+    where: str
+    error: str | None = None
+
+
+_loading: str | None = None  # the plugin being imported, so that its parts know their source
+_found: dict[str, Plugin] = {}
+_folder: Path | None = None
+
+
+def use_folder(folder: Path | str | None) -> None:
+    """Also load the `*.py` files of `folder` (None: the folder that SPDTOOL_PLUGINS names, if any).
+
+    Raises:
+        PluginError: the folder does not exist.
+    """
+    global _folder
+    chosen = folder or os.environ.get("SPDTOOL_PLUGINS")
+    _folder = Path(chosen).resolve() if chosen else None
+    if _folder is not None and not _folder.is_dir():
+        raise PluginError(f"the plugins folder {_folder} does not exist", "check --plugins-dir or SPDTOOL_PLUGINS")
+
+
+def discover() -> None:
+    """Import every plugin that has not been met yet. Never raises: failures are kept in `loaded()`."""
+    if _loading is not None:  # a plugin that asks a registry while it is imported
+        return
+    for entry in entry_points(group=GROUP):
+        _import(f"{entry.dist.name if entry.dist else '?'}:{entry.name}", entry.value, entry.load)
+    for file in sorted(_folder.glob("*.py")) if _folder else []:
+        _import(file.stem, str(file), lambda file=file: _import_file(file))  # type: ignore[misc]
+
+
+def loaded() -> list[Plugin]:
+    """Every plugin met so far, those that failed among them."""
+    return list(_found.values())
+
+
+def _import(name: str, where: str, load: Callable[[], Any]) -> None:
+    global _loading
+    if where in _found:
+        return
+    error = None
+    _loading = name
+    try:
+        load()
+    except Exception as caught:  # a stranger's module may raise anything; it must not take the tool down
+        error = f"{type(caught).__name__}: {caught}"
+    finally:
+        _loading = None
+    _found[where] = Plugin(name, where, error)
+
+
+def _import_file(file: Path) -> None:
+    spec = importlib.util.spec_from_file_location(f"spdtool_plugin_{file.stem}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)

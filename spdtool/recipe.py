@@ -1,0 +1,389 @@
+"""The recipe: every number and choice that changes a result, one section per stage, frozen.
+
+A recipe is read from TOML (`spdtool/recipes/*.toml`, or a file of yours), overridden by the command line's flags and by
+`--set section.field=value`, saved as `run.json`, and never changed afterwards. The docstring under each field is its
+help text: `spdtool recipes default` prints them all.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from collections.abc import Iterable, Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from spdtool.errors import RecipeError, UnknownName
+
+STAGES = ("teacher", "prune", "distill", "finetune", "export", "bench")
+
+
+class Section(BaseModel):
+    """A frozen group of fields that refuses unknown names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Loss(Section):
+    """What the student is trained on. Every term sees real tokens only, unless `mask_padding` is off."""
+
+    logits: float = Field(1.0, ge=0)
+    """weight of the loss on the logits"""
+    hidden: float = Field(1.0, ge=0)
+    """weight of the mean squared error between hidden states, summed over layers"""
+    attention: float = Field(0.0, ge=0)
+    """weight of the mean squared error between attention maps, summed over layers; above 0, attention runs eagerly"""
+    temperature: float = Field(2.0, gt=0)
+    """softens both sides of the logit loss, which is multiplied by its square"""
+    hardness: float = Field(1.0, ge=0, le=1)
+    """share of the teacher in the logit loss; the gold labels have the rest (1: teacher only)"""
+    regression_hardness: float = Field(1.0, ge=0, le=1)
+    """the same for a regression task, where both are squared errors"""
+    attention_on: Literal["scores", "probabilities"] = "scores"
+    """attention before the softmax, or what comes out of softmax and dropout, as the published code takes it"""
+    mask_padding: bool = True
+    """leave padding out of the hidden-state and attention losses"""
+    per_label: bool = False
+    """divide the logit loss by the number of labels, without the temperature's square, as the published code does"""
+
+
+class Grafting(Section):
+    """How often a layer of the forward pass is the student's own rather than the teacher's."""
+
+    schedule: str = "constant"
+    """constant, constant-then-one, linear, constant-then-linear, constant-then-linear-with-gap"""
+    start: float = Field(1.0, ge=0, le=1)
+    """replacing rate at the start of the stage (1: the student alone)"""
+    hold: float = Field(0.0, ge=0, le=1)
+    """fraction of the stage for which `start` is held"""
+    base: float | None = Field(None, ge=0, le=1)
+    """rate from which the rise begins after the hold; none: `start`"""
+    rise: float = Field(1.0, ge=0, le=1)
+    """fraction of the stage over which the rate rises to 1"""
+    stand_in_dropout: bool = False
+    """run the teacher's layers with dropout when they stand in, as the published code does"""
+
+
+class Training(Section):
+    """What every training stage has: how long, how fast, on how much at a time."""
+
+    epochs: float | None = Field(None, ge=0)
+    """passes over the training set; none: derived from `steps`, `min_epochs` and `max_epochs`"""
+    steps: int = Field(2000, ge=1)
+    """optimiser steps that are aimed at when `epochs` is not given"""
+    min_epochs: float = Field(2, gt=0)
+    """fewest epochs, however large the data set"""
+    max_epochs: float = Field(10, gt=0)
+    """most epochs, however small the data set"""
+    max_steps: int | None = Field(None, ge=1)
+    """hard limit on optimiser steps, for trials; none: no limit"""
+    batch_size: int = Field(32, ge=1)
+    """sentences (or pairs) per optimiser step"""
+    accumulate: int = Field(1, ge=1)
+    """pieces into which a batch is cut to save memory; the result is the same up to rounding"""
+    learning_rate: float = Field(1e-4, gt=0)
+    """peak learning rate of AdamW"""
+    final_learning_rate: float = Field(0.0, ge=0, le=1)
+    """learning rate at the end of the stage, as a fraction of the peak"""
+    warmup: float = Field(0.06, ge=0, lt=1)
+    """fraction of the stage over which the learning rate rises from 0"""
+    weight_decay: float = Field(0.01, ge=0)
+    """decoupled weight decay; biases and normalisation have none"""
+    epsilon: float = Field(1e-8, gt=0)
+    """AdamW's epsilon"""
+    clip: float = Field(1.0, ge=0)
+    """largest gradient norm; 0: no clipping"""
+    clip_over: Literal["trained", "all"] = "trained"
+    """parameters whose gradients count in that norm; `all` counts frozen ones, as the published code does"""
+    train: Literal["layers", "layers+head", "all"] = "all"
+    """which of the student's parameters are trained; the rest stays the teacher's"""
+    dropout: float | None = Field(None, ge=0, lt=1)
+    """dropout of the model while it is trained; none: as its configuration says"""
+    evaluations: int = Field(1, ge=1)
+    """dev evaluations per epoch"""
+    keep_best: bool = True
+    """hand over the best evaluated weights (once the target sparsity is reached) rather than the last"""
+
+    def epochs_for(self, rows: int) -> tuple[float, str]:
+        """How many epochs `rows` training rows get, and why.
+
+        Returns:
+            the number of epochs, and a phrase for the user that names where it comes from.
+        """
+        if self.epochs is not None:
+            return self.epochs, "as the recipe says"
+        per_epoch = math.ceil(rows / self.batch_size)
+        wanted = self.steps / per_epoch
+        if wanted < self.min_epochs:
+            return self.min_epochs, f"min_epochs; {self.steps} steps would be {wanted:.1f}"
+        if wanted > self.max_epochs:
+            return self.max_epochs, f"max_epochs; {self.steps} steps would be {wanted:.1f}"
+        return float(round(wanted)), f"{self.steps} steps of {self.batch_size} rows"
+
+    def steps_for(self, rows: int) -> int:
+        """Optimiser steps of the stage on `rows` training rows."""
+        total = round(self.epochs_for(rows)[0] * math.ceil(rows / self.batch_size))
+        return total if self.max_steps is None else min(total, self.max_steps)
+
+
+class Teacher(Training):
+    """Fine-tuning of the dense model on the task; skipped when a teacher is given."""
+
+    learning_rate: float = Field(5e-5, gt=0)
+    """peak learning rate of AdamW"""
+    steps: int = Field(1200, ge=1)
+    """optimiser steps that are aimed at when `epochs` is not given"""
+    min_epochs: float = Field(3, gt=0)
+    """fewest epochs, however large the data set"""
+
+
+class Distilled(Training):
+    """A training stage of the student, with the losses that it learns from."""
+
+    loss: Loss = Loss()
+    """terms of the loss"""
+    grafting: Grafting = Grafting()
+    """schedule of the replacing rate"""
+
+
+class Prune(Distilled):
+    """Phase 1: the student is pruned to the target sparsity while grafted and distilled."""
+
+    criterion: str = "magnitude"
+    """what makes a weight worth keeping; `spdtool plugins` lists them"""
+    pattern: str = "unstructured"
+    """which weights may be pruned together; `spdtool plugins` lists them"""
+    scope: Literal["matrix", "global"] = "matrix"
+    """the target holds in every matrix, or over all of them together"""
+    schedule: Literal["cubic", "linear"] = "cubic"
+    """path of the sparsity from event to event"""
+    events: int = Field(12, ge=1)
+    """number of prune events, exactly"""
+    first: float | None = Field(None, ge=0, lt=1)
+    """sparsity of the first event, taken before the first step; none: start gently"""
+    ramp: float = Field(0.7, gt=0, le=1)
+    """fraction of the stage over which the events are spread; the rest is recovery"""
+    steps: int = Field(4000, ge=1)
+    """optimiser steps that are aimed at when `epochs` is not given"""
+    max_epochs: float = Field(20, gt=0)
+    """most epochs, however small the data set"""
+
+
+class Distill(Distilled):
+    """Phase 2: progressive grafting, the replacing rate rises to 1."""
+
+
+class Finetune(Distilled):
+    """Phase 3: the student alone, still distilled."""
+
+
+class Export(Section):
+    """Teacher and student as ONNX files, each checked against its checkpoint."""
+
+    targets: tuple[str, ...] = ("onnx",)
+    """export targets; `spdtool plugins` lists them"""
+    opset: int = Field(18, ge=18)
+    """ONNX operator set"""
+    tolerance: float = Field(1e-4, gt=0)
+    """largest difference of a logit between the checkpoint and the exported file"""
+    budget: float = Field(0.001, ge=0)
+    """largest change of the dev metric between the checkpoint and the exported file"""
+    sentences: int = Field(64, ge=1)
+    """real dev sentences on which the logits are compared"""
+
+
+class Bench(Section):
+    """Student against dense teacher, side by side in one run."""
+
+    batches: tuple[int, ...] = (1, 8)
+    """batch sizes"""
+    lengths: tuple[int, ...] = (32, 128)
+    """sequence lengths in tokens"""
+    rounds: int = Field(20, ge=1)
+    """interleaved rounds; each engine is timed once a round"""
+    warmup: int = Field(3, ge=0)
+    """rounds that are not counted"""
+    threads: int = Field(0, ge=0)
+    """threads of each engine; 0: all cores"""
+    torch: bool = True
+    """also time the dense teacher in eager PyTorch"""
+
+
+class Recipe(Section):
+    """Everything that decides a run."""
+
+    name: str = "default"
+    """recipe that the defaults come from"""
+    task: str = "demo"
+    """task name; `spdtool tasks` lists them"""
+    data: str | None = None
+    """file or folder to read instead of the hub"""
+    text: tuple[str, ...] = ()
+    """one or two text columns of a local file"""
+    label: str | None = None
+    """label column of a local file"""
+    model: str = "google-bert/bert-base-uncased"
+    """encoder to fine-tune: a folder or a hub name"""
+    given_teacher: str | None = None
+    """a fine-tuned model that is used as it is"""
+    sparsity: float = Field(0.9, ge=0, lt=1)
+    """share of the encoder's weights that are zero in the end"""
+    seed: int = Field(0, ge=0)
+    """seed of everything that is random"""
+    max_length: int = Field(128, ge=4)
+    """longest input in tokens; longer ones are cut"""
+    max_rows: int | None = Field(None, ge=2)
+    """use only that many rows of each split, for trials; none: all"""
+    bucketing: bool = True
+    """batches of rows of like length, padded to their own longest; off: every batch padded to `max_length`"""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """autocast of the training stages"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where to train; `cuda` refuses to fall back"""
+    gradient_checkpointing: bool = False
+    """recompute layers in the backward pass to save memory"""
+    compile: bool = False
+    """torch.compile each layer"""
+    smoke: bool = False
+    """a few steps on a random two-layer model: proves that the pipeline runs, and nothing else"""
+    save_minutes: float = Field(10.0, ge=0)
+    """minutes between resumable states inside an epoch; 0: after every step"""
+
+    teacher: Teacher = Teacher()
+    prune: Prune = Prune()
+    distill: Distill = Distill()
+    finetune: Finetune = Finetune()
+    export: Export = Export()
+    bench: Bench = Bench()
+
+    def section(self, stage: str) -> Section:
+        """The section of `stage`."""
+        section = getattr(self, stage)
+        assert isinstance(section, Section)
+        return section
+
+    def shared(self) -> dict[str, Any]:
+        """The fields outside the sections that change results (where and how often to save do not)."""
+        return self.model_dump(mode="json", exclude={*STAGES, "name", "save_minutes"})
+
+    def differences(self, other: Recipe) -> list[tuple[str, Any, Any]]:
+        """`(dotted name, mine, other's)` of every field that differs."""
+        mine, others = dict(_flat(self.model_dump(mode="json"))), dict(_flat(other.model_dump(mode="json")))
+        return [(key, mine[key], others.get(key)) for key in mine if mine[key] != others.get(key)]
+
+
+def resolve(name: str = "default", flags: dict[str, Any] | None = None, sets: Iterable[str] = ()) -> Recipe:
+    """The recipe called `name` (or the TOML file at that path), under the flags, under the `--set` assignments.
+
+    Args:
+        flags: dotted field names to values; None values are ignored.
+        sets: assignments such as `prune.epochs=3`; values are read as TOML, else as plain text.
+
+    Raises:
+        UnknownName: no such recipe or field.
+        RecipeError: a value of the wrong type or out of range.
+    """
+    tree = {"name": Path(name).stem} | _read(name)
+    for dotted, value in (flags or {}).items():
+        if value is not None:
+            _assign(tree, dotted, value)
+    for assignment in sets:
+        dotted, equals, text = assignment.partition("=")
+        if not equals:
+            raise RecipeError(
+                f"--set {assignment!r} is not of the form field=value", "for example --set prune.epochs=3"
+            )
+        _assign(tree, dotted.strip(), _value(text.strip()))
+    recipe = parse(tree)
+    return smoke(recipe) if recipe.smoke else recipe
+
+
+def parse(tree: dict[str, Any]) -> Recipe:
+    """A recipe from nested dicts; raises as `resolve` does."""
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        dotted = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            raise UnknownName("recipe field", dotted, [key for key, _ in fields()]) from None
+        raise RecipeError(f"{dotted} = {problem['input']!r}: {problem['msg'].lower()}", _help_for(dotted)) from None
+
+
+def smoke(recipe: Recipe) -> Recipe:
+    """The same recipe cut down to a few steps, with the mark that keeps it from being taken for a result."""
+    tree = recipe.model_dump() | {"smoke": True, "max_rows": min(recipe.max_rows or 64, 64)}
+    tree["max_length"] = min(recipe.max_length, 32)
+    for stage in ("teacher", "prune", "distill", "finetune"):
+        tree[stage] = tree[stage] | {"epochs": 1, "max_steps": 4, "batch_size": 8}
+    tree["prune"] = tree["prune"] | {"events": 2}
+    tree["export"] = tree["export"] | {"sentences": 4}
+    tree["bench"] = tree["bench"] | {"batches": (1,), "lengths": (16,), "rounds": 2, "warmup": 1}
+    return parse(tree)
+
+
+def names() -> list[str]:
+    """The recipes that come with the package."""
+    return sorted(file.name[:-5] for file in files("spdtool.recipes").iterdir() if file.name.endswith(".toml"))
+
+
+def fields(section: type[Section] = Recipe, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """`(dotted name, help)` of every field that `--set` reaches."""
+    for name, info in section.model_fields.items():
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            yield from fields(kind, f"{prefix}{name}.")
+        else:
+            yield prefix + name, info.description or ""
+
+
+def load(file: Path) -> Recipe:
+    """The recipe that `run.json` holds."""
+    return parse(json.loads(file.read_text("utf-8"))["recipe"])
+
+
+def _read(name: str) -> dict[str, Any]:
+    if name in names():
+        return tomllib.loads(files("spdtool.recipes").joinpath(f"{name}.toml").read_text("utf-8"))
+    path = Path(name)
+    if not path.is_file():
+        raise UnknownName("recipe", name, names(), "or give the path of a TOML file")
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not valid TOML: {error}") from None
+
+
+def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *path, last = dotted.split(".")
+    for part in path:
+        inner = tree.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise UnknownName("recipe field", dotted, [key for key, _ in fields()])
+        tree = inner
+    tree[last] = value
+
+
+def _value(text: str) -> Any:
+    if text.lower() == "none":
+        return None
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _help_for(dotted: str) -> str | None:
+    return next((f"{dotted}: {text}" for name, text in fields() if name == dotted), None)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

@@ -1,0 +1,125 @@
+"""Schedules: functions of progress in [0, 1] that give a number (a sparsity, a replacing rate, a learning-rate factor).
+
+They hold no state, so a resumed run needs only its step to be on schedule again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from spdtool.errors import RecipeError, UnknownName
+
+Schedule = Callable[[float], float]
+
+
+def constant(value: float) -> Schedule:
+    """`value`, always."""
+    return lambda _: value
+
+
+def linear(start: float, end: float) -> Schedule:
+    """A straight line from `start` to `end`."""
+    return lambda progress: start + (end - start) * _clamp(progress)
+
+
+def cubic(start: float, end: float) -> Schedule:
+    """Fast first, then slower: `end + (start - end) * (1 - progress)^3` (Zhu & Gupta 2017, arXiv 1710.01878)."""
+    return lambda progress: end + (start - end) * (1.0 - _clamp(progress)) ** 3
+
+
+SHAPES: dict[str, Callable[[float, float], Schedule]] = {"cubic": cubic, "linear": linear}
+
+
+def prune_events(
+    steps: int,
+    events: int,
+    final: float,
+    *,
+    initial: float = 0.0,
+    first: float | None = None,
+    shape: str = "cubic",
+) -> list[tuple[int, float]]:
+    """The exact prune events of a stage: `(step, sparsity)`, both rising, the last one at `final`.
+
+    Event i of N falls after optimiser step `round(i * steps / N)`, so their number never depends on the batch size
+    and the target is always reached. With `first`, event 1 happens before the first step and jumps straight to that
+    sparsity; the others climb from there (the oBERT recipe jumps to 0.7, arXiv 2203.07259).
+
+    Args:
+        steps: optimiser steps over which the events are spread; at least `events`.
+        events: how many there are, at least 1.
+        final: sparsity after the last event, in [0, 1).
+        initial: sparsity before the first event.
+        first: sparsity of the first event, taken at step 0. Ignored when it is not between `initial` and `final`.
+        shape: `cubic` or `linear`.
+
+    Raises:
+        RecipeError: fewer steps than events.
+    """
+    if shape not in SHAPES:
+        raise UnknownName("sparsity schedule", shape, SHAPES)
+    if events < 1 or steps < events:
+        raise RecipeError(
+            f"{events} prune events do not fit in {steps} optimiser steps",
+            "set prune.events lower, or prune.epochs higher",
+        )
+    climb, base, jump = events, initial, []
+    if first is not None and events > 1 and initial < first < final:
+        climb, base, jump = events - 1, first, [(0, first)]
+    at = SHAPES[shape](base, final)
+    return jump + [(round(i * steps / climb), at(i / climb) if i < climb else final) for i in range(1, climb + 1)]
+
+
+def replacing_rate(
+    name: str, *, start: float = 0.8, hold: float = 0.0, base: float | None = None, rise: float = 1.0
+) -> Schedule:
+    """The replacing rate p over a stage: the probability that a layer of a forward pass is the student's own.
+
+    The published code's four schedules, in fractions of a stage instead of counts of steps
+    (BERT-of-Theseus, arXiv 2002.02925; Sparse Progressive Distillation, arXiv 2110.08190):
+
+    - `constant`: `start` throughout.
+    - `constant-then-one`: `start` for `hold` of the stage, then 1.
+    - `linear`: from `start` to 1 over `rise` of the stage, then 1.
+    - `constant-then-linear`: `start` for `hold`, then to 1 over `rise`.
+    - `constant-then-linear-with-gap`: `start` for `hold`, then a jump to `base` and from there to 1 over `rise`.
+
+    Args:
+        start, base: rates in [0, 1]; `base` defaults to `start`.
+        hold, rise: fractions of the stage in [0, 1].
+    """
+    low = start if base is None else base
+
+    def climb(progress: float, origin: float) -> float:
+        return 1.0 if rise <= 0 else min(1.0, origin + (1.0 - origin) * (progress - hold) / rise)
+
+    schedules: dict[str, Schedule] = {
+        "constant": lambda _: start,
+        "constant-then-one": lambda progress: start if progress < hold else 1.0,
+        "linear": lambda progress: 1.0 if rise <= 0 else min(1.0, start + (1.0 - start) * progress / rise),
+        "constant-then-linear": lambda progress: start if progress < hold else climb(progress, start),
+        "constant-then-linear-with-gap": lambda progress: start if progress < hold else climb(progress, low),
+    }
+    if name not in schedules:
+        raise UnknownName("replacing-rate schedule", name, schedules)
+    return schedules[name]
+
+
+def warmup_then_linear(warmup: float, final: float = 0.0) -> Schedule:
+    """Learning-rate factor: 0 to 1 over `warmup` of the stage, then down a straight line to `final`.
+
+    Args:
+        warmup: fraction of the stage, in [0, 1).
+        final: the factor at the end of the stage.
+    """
+
+    def at(progress: float) -> float:
+        if progress < warmup:
+            return progress / warmup
+        return 1.0 + (final - 1.0) * _clamp((progress - warmup) / (1.0 - warmup))
+
+    return at
+
+
+def _clamp(progress: float) -> float:
+    return min(1.0, max(0.0, progress))

@@ -1,0 +1,104 @@
+"""Tasks: what is classified, how it is scored, and where its rows come from.
+
+A task is a value of `Task`; `load` gives its rows. `glue.py` holds the nine GLUE tasks as data, `local.py` makes a task
+of a file or folder of yours, `demo.py` generates one. A plugin registers its own with `spdtool.plugins.tasks`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from spdtool import plugins
+from spdtool.errors import DataError, RecipeError
+from spdtool.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one split, as columns of equal length.
+
+    `second` is None for single sentences. `labels` holds class indices (int) or, for regression, floats.
+    """
+
+    first: list[str]
+    second: list[str] | None
+    labels: list[int] | list[float]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def head(self, count: int | None) -> Rows:
+        """The first `count` rows (None: all)."""
+        if count is None or count >= len(self):
+            return self
+        return Rows(self.first[:count], self.second and self.second[:count], self.labels[:count])
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task.
+
+    Attributes:
+        name: as the user types it.
+        text: names of the one or two text columns.
+        labels: label names in the order of their indices; empty for regression.
+        metrics: names in `spdtool.evaluation.METRICS`; the headline score is their mean, as GLUE reports it.
+        load: `load(data, seed)` gives the splits: `train` and `dev`, and any further dev sets under names that start
+            with `dev_`. `data` is a path, or None for the task's own source (the hub).
+        build: for a task that brings its own small model: `build(seed)` gives `(model, tokenizer)`, untrained.
+        about: one line for listings.
+    """
+
+    name: str
+    text: tuple[str, ...]
+    labels: tuple[str, ...]
+    metrics: tuple[str, ...]
+    load: Callable[[str | None, int], dict[str, Rows]]
+    build: Callable[[int], tuple[Any, Any]] | None = None
+    about: str = ""
+
+    @property
+    def regression(self) -> bool:
+        """Whether the label is a number rather than a class."""
+        return not self.labels
+
+
+def resolve(recipe: Recipe) -> Task:
+    """The task that `recipe` names, or one made of its local file or folder.
+
+    Raises:
+        UnknownName: no such task.
+        RecipeError: columns named for a task that has its own.
+        DataError: the local data cannot be read.
+    """
+    if recipe.task == "local":
+        from spdtool.tasks import local
+
+        return local.task(recipe)
+    if recipe.text or recipe.label:
+        raise RecipeError(
+            f"task {recipe.task!r} knows its own columns", "leave out --text and --label, or leave out --task"
+        )
+    task = plugins.tasks.get(recipe.task)
+    assert isinstance(task, Task)
+    return task
+
+
+def rows(task: Task, recipe: Recipe) -> dict[str, Rows]:
+    """The splits of `task`, checked and cut to `recipe.max_rows`.
+
+    Raises:
+        DataError: a split is missing or empty, or the training rows show one class only.
+    """
+    splits = {name: split.head(recipe.max_rows) for name, split in task.load(recipe.data, recipe.seed).items()}
+    for name in ("train", "dev"):
+        if not splits.get(name):
+            raise DataError(
+                f"task {task.name!r} has no rows in its {name} split", f"looked in {recipe.data or 'the hub'}"
+            )
+    if not task.regression and len(set(splits["train"].labels)) < 2:
+        only = task.labels[int(splits["train"].labels[0])]
+        raise DataError(f"every training row of {task.name!r} has the label {only!r}", "two classes are the least")
+    return splits
