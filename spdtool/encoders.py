@@ -1,0 +1,218 @@
+"""Encoders: load and save them as ordinary Hugging Face checkpoints, find their layer stack and what may be pruned.
+
+No modelling code of transformers is copied or subclassed. An architecture is supported when its layers stand in one
+`ModuleList` of `config.num_hidden_layers` entries under `model.base_model`; a plugin may name the stack of another one:
+
+    from spdtool.plugins import stacks
+
+    @stacks.register("my-model-type")
+    def stack(model):
+        return model.base_model.blocks
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from spdtool import plugins
+from spdtool.errors import ModelError
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
+PRIMING_TOKENS = 4
+
+
+def load(
+    source: str | Path,
+    *,
+    labels: Sequence[str] | None = None,
+    dropout: float | None = None,
+    eager: bool = False,
+    smoke: bool = False,
+) -> PreTrainedModel:
+    """A sequence classifier in float32, in eval mode, from a folder or a hub name. Reads safetensors only.
+
+    Args:
+        labels: label names for a new head (empty: regression). None: the checkpoint's own head, which must exist.
+        dropout: replaces every dropout probability; None leaves the configuration's.
+        eager: use the attention implementation whose softmax can be observed (for the attention loss).
+        smoke: a random model with two layers of the same architecture instead of the trained weights.
+
+    Raises:
+        ModelError: it cannot be found or read, has no safetensors, or needs remote code.
+    """
+    options: dict[str, Any] = {"attn_implementation": "eager"} if eager else {}
+    if labels is not None:
+        names = list(labels) or ["score"]
+        options |= {"num_labels": len(names), "id2label": dict(enumerate(names))}
+        options |= {"label2id": {name: index for index, name in enumerate(names)}}
+        options |= {"problem_type": "single_label_classification" if labels else "regression"}
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+        _refuse_without_head(source, config, labels)
+        if dropout is not None:
+            _set_dropout(config, dropout)
+        if smoke:
+            config.num_hidden_layers = 2
+            return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).eval()
+        return AutoModelForSequenceClassification.from_pretrained(
+            source,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=labels is not None,
+        ).eval()
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise ModelError(
+            f"cannot load the model {str(source)!r}: {_first_line(error)}", _reading_hint(source)
+        ) from None
+    except Exception as error:  # safetensors raises its own kind for a file that is cut short
+        if type(error).__name__ == "SafetensorError":
+            raise ModelError(f"the weights of {str(source)!r} cannot be read: {error}", "copy them again") from None
+        raise
+
+
+def load_tokenizer(source: str | Path) -> Any:
+    """The tokenizer that belongs to `source`.
+
+    Raises:
+        ModelError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises bare Exception for a damaged tokenizer.json
+        raise ModelError(
+            f"cannot load the tokenizer of {str(source)!r}: {_first_line(error)}", _reading_hint(source)
+        ) from None
+
+
+def save(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
+    """Write `model.safetensors`, `config.json` and the tokenizer's files: stock transformers reads them back."""
+    dropped = getattr(model.config, "_dropout_before", None)
+    if dropped:
+        for name, value in dropped.items():
+            setattr(model.config, name, value)
+        del model.config._dropout_before
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def layer_stack(model: PreTrainedModel) -> nn.ModuleList:
+    """The ModuleList that holds the encoder's layers, first to last.
+
+    Raises:
+        ModelError: no ModuleList, or more than one, has `config.num_hidden_layers` entries; says what was found.
+    """
+    named = plugins.stacks.find(model.config.model_type)
+    if named is not None:
+        return named(model)
+    depth = getattr(model.config, "num_hidden_layers", None)
+    lists = {name: part for name, part in model.base_model.named_modules() if isinstance(part, nn.ModuleList)}
+    fitting = [part for part in lists.values() if len(part) == depth]
+    if len(fitting) == 1:
+        return fitting[0]
+    found = ", ".join(f"{name} of {len(part)}" for name, part in lists.items()) or "no ModuleList at all"
+    raise ModelError(
+        f"{model.config.model_type!r} is not supported: one list of {depth} layers was expected, found {found}",
+        "a plugin can name the layer stack: see docs/plugins.md",
+    )
+
+
+def prunable_linears(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """Name to weight [out, in] of every linear layer inside the encoder's layer stack."""
+    inside = {id(part) for part in layer_stack(model).modules() if isinstance(part, nn.Linear)}
+    return {
+        f"{name}.weight": part.weight
+        for name, part in model.named_modules()
+        if id(part) in inside and isinstance(part, nn.Linear)
+    }
+
+
+def trained_parameters(model: PreTrainedModel, which: str) -> dict[str, nn.Parameter]:
+    """Name to parameter of the part that a stage trains; the rest is frozen by setting `requires_grad`.
+
+    Args:
+        which: `layers`, `layers+head` (all but the embeddings) or `all`.
+    """
+    layers = {id(parameter) for parameter in layer_stack(model).parameters()}
+    prefix = model.base_model_prefix + "."
+    trained = {}
+    for name, parameter in model.named_parameters():
+        embedding = name.startswith(prefix) and "embeddings" in name
+        wanted = which == "all" or id(parameter) in layers or (which == "layers+head" and not embedding)
+        parameter.requires_grad_(wanted)
+        if wanted:
+            trained[name] = parameter
+    return trained
+
+
+def prime(model: PreTrainedModel) -> None:
+    """Ask once for hidden states and attentions, so that transformers hooks this model's own layers to capture them.
+
+    transformers 5 installs its hooks at the first request, on whatever modules stand in the tree then. If that request came
+    while grafted layers stand in, later forwards would silently return too few or too many hidden states.
+    """
+    device = next(model.parameters()).device
+    tokens = torch.ones((1, PRIMING_TOKENS), dtype=torch.long, device=device)
+    mode, implementation = model.training, model.config._attn_implementation
+    with torch.no_grad():
+        model.eval()
+        outputs = model(input_ids=tokens, attention_mask=tokens, output_hidden_states=True)
+        if implementation == "eager":
+            model(input_ids=tokens, attention_mask=tokens, output_attentions=True)
+    model.train(mode)
+    depth = len(layer_stack(model))
+    if len(outputs.hidden_states) != depth + 1:
+        raise ModelError(
+            f"{model.config.model_type!r} returns {len(outputs.hidden_states)} hidden states for {depth} layers"
+        )
+
+
+def label_names(model: PreTrainedModel) -> list[str]:
+    """Label names in the order of the logits, as config.json has them."""
+    names: dict[int, str] = dict(model.config.id2label)
+    return [str(names[index]) for index in sorted(names)]
+
+
+def _set_dropout(config: Any, value: float) -> None:
+    before = {
+        name: old
+        for name, old in config.to_dict().items()
+        if "dropout" in name and isinstance(old, int | float) and not isinstance(old, bool)
+    }
+    for name in before:
+        setattr(config, name, value)
+    config._dropout_before = before
+
+
+def _refuse_without_head(source: str | Path, config: Any, labels: Sequence[str] | None) -> None:
+    architectures = getattr(config, "architectures", None) or []
+    if labels is None and not any("SequenceClassification" in name for name in architectures):
+        raise ModelError(
+            f"{str(source)!r} is no fine-tuned classifier: its config names {', '.join(architectures) or 'nothing'}",
+            "give it as --model, and a teacher is fine-tuned from it",
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _reading_hint(source: str | Path) -> str:
+    path = Path(source)
+    if not path.exists():
+        return "give a folder with config.json, model.safetensors and tokenizer files, or a name on a hub that answers"
+    if any(path.glob("*.bin")) and not any(path.glob("*.safetensors")):
+        return "only safetensors are read: convert the pickled weights with transformers' save_pretrained"
+    return "the folder needs config.json, model.safetensors and tokenizer files"

@@ -1,0 +1,103 @@
+"""Scores: predict with a torch model or an ONNX session alike, and the official metric of each task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+from sklearn import metrics
+
+from spdtool.data import Batch, Encoded, evaluation_batches
+from spdtool.tasks import Task
+
+Forward = Callable[[Batch], np.ndarray]
+"""Takes a batch of int64 arrays [rows, tokens]; gives float logits [rows, labels]."""
+
+BATCH = 64
+
+
+def _correlation(measure: Callable[[Any, Any], Any]) -> Callable[[np.ndarray, np.ndarray], float]:
+    def score(gold: np.ndarray, predicted: np.ndarray) -> float:
+        if np.ptp(gold) == 0 or np.ptp(predicted) == 0 or not np.isfinite(predicted).all():
+            return 0.0  # undefined for a constant: a model that says the same of everything knows nothing
+        return float(measure(gold, predicted)[0])
+
+    return score
+
+
+METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+    "accuracy": lambda gold, predicted: float((gold == predicted).mean()),
+    "f1": lambda gold, predicted: float(metrics.f1_score(gold, predicted, zero_division=0.0)),
+    "f1_macro": lambda gold, predicted: float(metrics.f1_score(gold, predicted, average="macro", zero_division=0.0)),
+    "matthews": lambda gold, predicted: float(metrics.matthews_corrcoef(gold, predicted)),
+    "pearson": _correlation(stats.pearsonr),
+    "spearman": _correlation(stats.spearmanr),
+}
+"""Name to `(gold [rows], predicted [rows]) -> number`; predictions are class indices, or floats for regression."""
+
+
+def predict(forward: Forward, rows: Encoded, batch_size: int = BATCH) -> np.ndarray:
+    """Logits [rows, labels] in the order of the rows, computed in batches of like length."""
+    logits: np.ndarray | None = None
+    for batch in evaluation_batches(rows, batch_size):
+        part = forward(rows.collate(batch))
+        if logits is None:
+            logits = np.empty((len(rows), part.shape[1]), dtype=np.float32)
+        logits[batch] = part
+    assert logits is not None, "an empty split"
+    return logits
+
+
+def decide(task: Task, logits: np.ndarray) -> np.ndarray:
+    """Predictions [rows]: the class of the largest logit, or the value itself for regression."""
+    return logits[:, 0] if task.regression else logits.argmax(axis=1)
+
+
+def score(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Every metric of the task, and `score`: their mean, the task's headline as GLUE reports it."""
+    predicted = decide(task, logits)
+    values = {name: METRICS[name](labels, predicted) for name in task.metrics}
+    return {"score": float(np.mean(list(values.values())))} | values
+
+
+def evaluate(task: Task, forward: Forward, splits: Mapping[str, Encoded]) -> dict[str, float]:
+    """Metrics over `dev`; those of a further dev set carry its suffix (`accuracy_mm`) and do not enter `score`."""
+    result = score(task, predict(forward, splits["dev"]), splits["dev"].labels)
+    for name, rows in splits.items():
+        if name.startswith("dev_"):
+            extra = score(task, predict(forward, rows), rows.labels)
+            result |= {f"{metric}{name[3:]}": extra[metric] for metric in task.metrics}
+    return result
+
+
+def to_device(batch: Batch, device: torch.device | str) -> dict[str, torch.Tensor]:
+    """The batch as tensors on `device`."""
+    return {name: torch.from_numpy(column).to(device, non_blocking=True) for name, column in batch.items()}
+
+
+def torch_forward(model: torch.nn.Module, device: torch.device | str = "cpu") -> Forward:
+    """A `Forward` of a torch model; it is put into eval mode for each call and back."""
+
+    def forward(batch: Batch) -> np.ndarray:
+        inputs = to_device({name: column for name, column in batch.items() if name != "labels"}, device)
+        mode = model.training
+        model.eval()
+        with torch.inference_mode():
+            logits = model(**inputs).logits
+        model.train(mode)
+        return logits.float().cpu().numpy()
+
+    return forward
+
+
+def onnx_forward(session: Any) -> Forward:
+    """A `Forward` of an onnxruntime session whose first output is the logits."""
+    wanted = [value.name for value in session.get_inputs()]
+
+    def forward(batch: Batch) -> np.ndarray:
+        return session.run(None, {name: batch[name] for name in wanted})[0]
+
+    return forward
