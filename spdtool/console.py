@@ -91,6 +91,11 @@ def number(cell: Any) -> str:
     return f"{cell:.4g}" if abs(cell) < 1e4 else f"{cell:,.0f}"
 
 
+def scores(metrics: dict[str, float], *, best: bool = False) -> str:
+    """Metrics on one line."""
+    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()) + ("  best so far" if best else "")
+
+
 @contextmanager
 def progress(stage: str, steps: int) -> Iterator[Watch]:
     """Show a training stage while it runs; yields the function that `training.fit` calls with what happened."""
@@ -143,7 +148,7 @@ class _Display:
         for name, value in _facts(self.step):
             grid.add_row(f"[dim]{name}[/]", escape(value))
         if self.score:
-            grid.add_row("[dim]last dev score[/]", escape(_scores(self.score)))
+            grid.add_row("[dim]last dev score[/]", escape(scores(self.score["metrics"], best=self.score["best"])))
         drawn = self.step.get("drawn")
         if drawn:
             blocks = Text.assemble(*[("■ " if own else "□ ", "green" if own else "blue") for own in drawn])
@@ -158,7 +163,7 @@ def _lines(stage: str, steps: int) -> Watch:
         nonlocal last
         head = f"{stage} {event.get('step', 0)}/{steps}"
         if event["event"] == "eval":
-            say(escape(f"{head}  dev {_scores(event)}"))
+            say(escape(f"{head}  dev {scores(event['metrics'], best=event['best'])}"))
         elif event["event"] == "prune":
             say(escape(f"{head}  pruned to {event['sparsity']:.4f}"))
         elif event["event"] == "resume":
@@ -183,8 +188,3 @@ def _facts(event: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "replacing rate", f"{event['replacing_rate']:.3f}"
     if "learning_rate" in event:
         yield "learning rate", f"{event['learning_rate']:.2e}"
-
-
-def _scores(event: dict[str, Any]) -> str:
-    best = "  best so far" if event.get("best") else ""
-    return "  ".join(f"{name} {value:.4f}" for name, value in event["metrics"].items()) + best

@@ -18,12 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from spdtool import plugins
 from spdtool.errors import ModelError
+from spdtool.recipe import Recipe
+from spdtool.tasks import Task
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -82,6 +85,22 @@ def load(
         raise
 
 
+def skeleton(recipe: Recipe, task: Task) -> PreTrainedModel:
+    """The recipe's model without its weights, for counting; raises as `load` does."""
+    if task.build is not None and recipe.given_teacher is None:
+        model: PreTrainedModel = task.build(recipe.seed)[0]
+        return model
+    source = recipe.given_teacher or recipe.model
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot load the model {source!r}: {_first_line(error)}", _reading_hint(source)) from None
+    if recipe.smoke:
+        config.num_hidden_layers = 2
+    with torch.device("meta"):
+        return AutoModelForSequenceClassification.from_config(config)
+
+
 def load_tokenizer(source: str | Path) -> Any:
     """The tokenizer that belongs to `source`.
 
@@ -130,12 +149,8 @@ def layer_stack(model: PreTrainedModel) -> nn.ModuleList:
 
 def prunable_linears(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     """Name to weight [out, in] of every linear layer inside the encoder's layer stack."""
-    inside = {id(part) for part in layer_stack(model).modules() if isinstance(part, nn.Linear)}
-    return {
-        f"{name}.weight": part.weight
-        for name, part in model.named_modules()
-        if id(part) in inside and isinstance(part, nn.Linear)
-    }
+    inside = {id(part.weight) for part in layer_stack(model).modules() if isinstance(part, nn.Linear)}
+    return {name: weight for name, weight in model.named_parameters() if id(weight) in inside}
 
 
 def trained_parameters(model: PreTrainedModel, which: str) -> dict[str, nn.Parameter]:
@@ -159,8 +174,8 @@ def trained_parameters(model: PreTrainedModel, which: str) -> dict[str, nn.Param
 def prime(model: PreTrainedModel) -> None:
     """Ask once for hidden states and attentions, so that transformers hooks this model's own layers to capture them.
 
-    transformers 5 installs its hooks at the first request, on whatever modules stand in the tree then. If that request came
-    while grafted layers stand in, later forwards would silently return too few or too many hidden states.
+    transformers 5 installs its hooks at the first request, on whatever modules stand in the tree then. If that request
+    came while grafted layers stand in, later forwards would silently return too few or too many hidden states.
     """
     device = next(model.parameters()).device
     tokens = torch.ones((1, PRIMING_TOKENS), dtype=torch.long, device=device)
@@ -178,10 +193,41 @@ def prime(model: PreTrainedModel) -> None:
         )
 
 
+def tune(model: PreTrainedModel, *, checkpointing: bool, compile_layers: bool) -> None:
+    """Trade time for memory (gradient checkpointing) or start-up for speed (torch.compile, layer by layer).
+
+    Each layer is compiled on its own: compiling the whole model would need a graph for every draw of grafted layers.
+    """
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if compile_layers:
+        for layer in layer_stack(model):
+            layer.compile()
+
+
+def zeros(folder: Path, names: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """`(zeros, size)` of each named weight, read back from the checkpoint in `folder`.
+
+    Raises:
+        ModelError: the file lacks one of them.
+    """
+    counts = {}
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        held = set(file.keys())
+        for name in names:
+            if name not in held:
+                raise ModelError(
+                    f"{folder}/model.safetensors has no weight {name!r}", "was it saved by another version?"
+                )
+            weight = file.get_tensor(name)
+            counts[name] = (int((weight == 0).sum()), weight.numel())
+    return counts
+
+
 def label_names(model: PreTrainedModel) -> list[str]:
     """Label names in the order of the logits, as config.json has them."""
-    names: dict[int, str] = dict(model.config.id2label)
-    return [str(names[index]) for index in sorted(names)]
+    names: Any = model.config.id2label
+    return [str(names[index]) for index in range(len(names))]
 
 
 def _set_dropout(config: Any, value: float) -> None:

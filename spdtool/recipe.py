@@ -272,12 +272,14 @@ class Recipe(Section):
 
     def differences(self, other: Recipe) -> list[tuple[str, Any, Any]]:
         """`(dotted name, mine, other's)` of every field that differs."""
-        mine, others = dict(_flat(self.model_dump(mode="json"))), dict(_flat(other.model_dump(mode="json")))
+        mine, others = dict(flat(self.model_dump(mode="json"))), dict(flat(other.model_dump(mode="json")))
         return [(key, mine[key], others.get(key)) for key in mine if mine[key] != others.get(key)]
 
 
 def resolve(name: str = "default", flags: dict[str, Any] | None = None, sets: Iterable[str] = ()) -> Recipe:
-    """The recipe called `name` (or the TOML file at that path), under the flags, under the `--set` assignments.
+    """The recipe called `name` (or the TOML file at that path), then the task's budget, the flags, the `--set`s.
+
+    A task's budget is `recipes/task/<task>.toml`: how long and how fast its stages run, whatever the recipe's method.
 
     Args:
         flags: dotted field names to values; None values are ignored.
@@ -287,17 +289,13 @@ def resolve(name: str = "default", flags: dict[str, Any] | None = None, sets: It
         UnknownName: no such recipe or field.
         RecipeError: a value of the wrong type or out of range.
     """
-    tree = {"name": Path(name).stem} | _read(name)
+    tree = _read(name) | {"name": Path(name).stem}
+    _overlay(tree, _read_budget((flags or {}).get("task") or tree.get("task", "")))
     for dotted, value in (flags or {}).items():
         if value is not None:
             _assign(tree, dotted, value)
     for assignment in sets:
-        dotted, equals, text = assignment.partition("=")
-        if not equals:
-            raise RecipeError(
-                f"--set {assignment!r} is not of the form field=value", "for example --set prune.epochs=3"
-            )
-        _assign(tree, dotted.strip(), _value(text.strip()))
+        _assign(tree, *_split(assignment))
     recipe = parse(tree)
     return smoke(recipe) if recipe.smoke else recipe
 
@@ -312,6 +310,14 @@ def parse(tree: dict[str, Any]) -> Recipe:
         if problem["type"] == "extra_forbidden":
             raise UnknownName("recipe field", dotted, [key for key, _ in fields()]) from None
         raise RecipeError(f"{dotted} = {problem['input']!r}: {problem['msg'].lower()}", _help_for(dotted)) from None
+
+
+def amend(recipe: Recipe, sets: Iterable[str]) -> Recipe:
+    """`recipe` with further `--set` assignments; raises as `resolve` does."""
+    tree = recipe.model_dump()
+    for assignment in sets:
+        _assign(tree, *_split(assignment))
+    return parse(tree)
 
 
 def smoke(recipe: Recipe) -> Recipe:
@@ -329,6 +335,12 @@ def smoke(recipe: Recipe) -> Recipe:
 def names() -> list[str]:
     """The recipes that come with the package."""
     return sorted(file.name[:-5] for file in files("spdtool.recipes").iterdir() if file.name.endswith(".toml"))
+
+
+def about(name: str) -> str:
+    """The first comment line of a packaged recipe."""
+    text = files("spdtool.recipes").joinpath(f"{name}.toml").read_text("utf-8")
+    return text.split("\n", 1)[0].lstrip("# ")
 
 
 def fields(section: type[Section] = Recipe, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -358,6 +370,19 @@ def _read(name: str) -> dict[str, Any]:
         raise RecipeError(f"{path} is not valid TOML: {error}") from None
 
 
+def _read_budget(task: str) -> dict[str, Any]:
+    file = files("spdtool.recipes").joinpath("task", f"{task}.toml")
+    return tomllib.loads(file.read_text("utf-8")) if file.is_file() else {}
+
+
+def _overlay(tree: dict[str, Any], top: dict[str, Any]) -> None:
+    for key, value in top.items():
+        if isinstance(value, dict):
+            _overlay(tree.setdefault(key, {}), value)
+        else:
+            tree[key] = value
+
+
 def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
     *path, last = dotted.split(".")
     for part in path:
@@ -366,6 +391,13 @@ def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
             raise UnknownName("recipe field", dotted, [key for key, _ in fields()])
         tree = inner
     tree[last] = value
+
+
+def _split(assignment: str) -> tuple[str, Any]:
+    dotted, equals, text = assignment.partition("=")
+    if not equals:
+        raise RecipeError(f"--set {assignment!r} is not of the form field=value", "for example --set prune.epochs=3")
+    return dotted.strip(), _value(text.strip())
 
 
 def _value(text: str) -> Any:
@@ -381,9 +413,10 @@ def _help_for(dotted: str) -> str | None:
     return next((f"{dotted}: {text}" for name, text in fields() if name == dotted), None)
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """`(dotted name, value)` of every leaf of nested dicts."""
     for key, value in tree.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value

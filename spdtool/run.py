@@ -184,6 +184,8 @@ class Run:
                 if not work.state.exists():
                     shutil.rmtree(work.folder, ignore_errors=True)
                 raise
+            finally:
+                self._reads = {}
 
     def discard(self, stage: str) -> list[str]:
         """Remove `stage` and every later one; return the names of those that were there."""
@@ -225,7 +227,6 @@ class Run:
         if final.exists():  # a folder without stage.json: not ours to trust
             shutil.rmtree(final)
         work.folder.rename(final)
-        self._reads = {}
 
     def _save_recipe(self) -> None:
         write_json(

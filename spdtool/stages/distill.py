@@ -1,0 +1,16 @@
+"""`spdtool distill`: phase 2, progressive grafting: the replacing rate rises until the student stands alone.
+
+Reads: `teacher/`, `prune/`. Writes: `distill/`, with the zeros of `prune/`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from spdtool.run import Run
+from spdtool.stages import student
+
+
+def distill(run: Run) -> dict[str, Any]:
+    """Graft the pruned student onto the teacher; return the stage's metrics. Raises as `student.phase` does."""
+    return student.phase(run, "distill", start="prune", make_pruner=student.holding(run))

@@ -1,0 +1,74 @@
+"""`spdtool teacher`: fine-tune the dense encoder on the task, or take a given fine-tuned one and measure it.
+
+Reads: nothing of the run. Writes: `teacher/`, a Hugging Face checkpoint, with the dev metrics of its best epoch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from spdtool import console, data, encoders, evaluation, tasks, training
+from spdtool.run import Run
+
+
+def teacher(run: Run) -> dict[str, Any]:
+    """Make the teacher of `run`; return its metrics.
+
+    Raises:
+        DataError, ModelError, DeviceError: the data, the model or the device cannot be used; nothing is written.
+    """
+    if run.recipe.given_teacher is not None:
+        return take(run, run.recipe.given_teacher)
+    recipe, section = run.recipe, run.recipe.teacher
+    front = training.accelerator(recipe)
+    task = tasks.resolve(recipe)
+    splits = tasks.rows(task, recipe)
+    torch.manual_seed(recipe.seed)  # the new head is random
+    if task.build is not None:
+        model, tokenizer = task.build(recipe.seed)
+    else:
+        tokenizer = encoders.load_tokenizer(recipe.model)
+        model = encoders.load(recipe.model, labels=task.labels, dropout=section.dropout, smoke=recipe.smoke)
+    encoders.layer_stack(model)  # refuse an unsupported architecture before hours are spent on it
+    model.to(front.device)
+    encoded = data.encode(tokenizer, splits, recipe.max_length)
+    forward = evaluation.torch_forward(model, front.device)
+
+    def loss(batch: dict[str, torch.Tensor], progress: float) -> training.LossTerms:  # noqa: ARG001
+        labels = batch.pop("labels")
+        logits = model(**batch).logits.float()
+        return {"loss": F.mse_loss(logits.squeeze(-1), labels) if task.regression else F.cross_entropy(logits, labels)}
+
+    encoders.tune(model, checkpointing=recipe.gradient_checkpointing, compile_layers=recipe.compile)
+    with (
+        run.stage("teacher") as work,
+        console.progress("teacher", section.steps_for(len(encoded["train"]))) as watch,
+    ):
+        parts = training.Fit(model, loss, encoded["train"], lambda: evaluation.evaluate(task, forward, encoded))
+        summary = training.fit(parts, section, recipe, work, run.fingerprint("teacher"), front, watch)
+        encoders.save(model, tokenizer, work.folder)
+        work.metrics |= summary | {"dev": evaluation.evaluate(task, forward, encoded), "given": None}
+    return work.metrics
+
+
+def take(run: Run, source: str) -> dict[str, Any]:
+    """Copy the fine-tuned model at `source` as the teacher of `run`, after measuring its dev score.
+
+    Raises:
+        ModelError: it is no classifier of this task.
+    """
+    front = training.accelerator(run.recipe)
+    model, tokenizer = encoders.load(source, smoke=run.recipe.smoke), encoders.load_tokenizer(source)
+    encoders.layer_stack(model)
+    task, encoded = data.prepare(run.recipe, tokenizer, encoders.label_names(model))
+    model.to(front.device)
+    with console.busy(f"measuring the given teacher {source}"):
+        metrics = evaluation.evaluate(task, evaluation.torch_forward(model, front.device), encoded)
+    console.say(f"given teacher: dev {console.scores(metrics)}")
+    with run.stage("teacher") as work:
+        encoders.save(model, tokenizer, work.folder)
+        work.metrics |= {"dev": metrics, "given": source}
+    return work.metrics
