@@ -1,7 +1,7 @@
 """Snapshots: the resumable state of a training stage, on disk whole or not at all.
 
-A snapshot is a folder `step-000000123` with `state.safetensors` (every tensor) and `state.json` (everything else). It is
-written under another name and renamed; only then is the older one removed. No pickle is written or read.
+A snapshot is a folder `step-000000123` with `state.safetensors` (every tensor) and `state.json` (everything else). It
+is written under another name and renamed; only then is the older one removed. No pickle is written or read.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The one training loop. The teacher's fine-tuning and the student's three phases are this loop with other schedules.
 
-Everything that it needs to go on after `kill -9` is in a snapshot (`snapshot.py`); the learning rate, the replacing rate and the
-order of the data are functions of the step, so they need no state.
+Everything that it needs to go on after `kill -9` is in a snapshot (`snapshot.py`); the learning rate, the replacing rate
+and the order of the data are functions of the step, so they need no state.
 """
 
 from __future__ import annotations
