@@ -1,0 +1,105 @@
+"""Is the task `demo` what it says: learnable in seconds, closed to word counts, hurt by one-shot pruning?
+
+Reads nothing, writes nothing but temporary folders. Run: python benchmarks/demo_task.py [--seeds 5]
+For every seed: dev accuracy of the teacher that the recipe trains, its time, its dev accuracy with 50-90 % of the
+encoder's matrices cut by magnitude and no training after it, and what classifiers of word counts reach.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.sparse import hstack
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.neural_network import MLPClassifier
+
+from spdtool import data, encoders, evaluation, recipe, tasks
+from spdtool.run import Run
+from spdtool.stages.teacher import teacher
+
+SETTINGS = (
+    "teacher.epochs=10",
+    "teacher.learning_rate=1e-3",
+    "teacher.batch_size=32",
+    "teacher.warmup=0.06",
+    "teacher.weight_decay=0.01",
+)
+SPARSITIES = (0.5, 0.7, 0.8, 0.9)
+
+
+def word_counts(seed: int) -> dict[str, float]:
+    """Dev accuracy of classifiers that see the word counts of premise and hypothesis, side by side."""
+    splits = tasks.resolve(recipe.Recipe()).load(None, seed)
+    counters = [CountVectorizer().fit(splits["train"].first + splits["train"].second) for _ in range(2)]
+
+    def features(rows: tasks.Rows) -> np.ndarray:
+        sides = zip(counters, (rows.first, rows.second), strict=True)
+        return hstack([counter.transform(side) for counter, side in sides]).toarray().astype(float)
+
+    models = {
+        "logistic regression": LogisticRegression(max_iter=1000),
+        "perceptron": MLPClassifier((128,), max_iter=20, random_state=seed),
+        "boosted trees": HistGradientBoostingClassifier(max_iter=50, random_state=seed),
+    }
+    x, y, dev_x, dev_y = (f(splits[s]) for s in ("train", "dev") for f in (features, lambda rows: rows.labels))
+    return {name: float(model.fit(x, y).score(dev_x, dev_y)) for name, model in models.items()}
+
+
+def trained(seed: int, sets: list[str]) -> tuple[float, float, int, dict[float, float]]:
+    """Dev accuracy, seconds and steps of the teacher, and its accuracy after one-shot pruning to each sparsity."""
+    chosen = recipe.resolve(flags={"task": "demo", "seed": seed, "device": "cpu"}, sets=[*SETTINGS, *sets])
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(Path(folder) / "run", chosen)
+        started = time.perf_counter()
+        metrics = teacher(run)
+        seconds = time.perf_counter() - started
+        model, tokenizer = encoders.load(run.read("teacher")), encoders.load_tokenizer(run.read("teacher"))
+    task, encoded = data.prepare(chosen, tokenizer, encoders.label_names(model))
+
+    def accuracy(sparsity: float) -> float:
+        pruned = copy.deepcopy(model).eval()
+        for weight in encoders.prunable_linears(pruned).values():
+            cut = weight.detach().abs().flatten().kthvalue(round(sparsity * weight.numel())).values
+            weight.data.mul_(weight.abs() > cut)
+        return evaluation.evaluate(task, evaluation.torch_forward(pruned, "cpu"), encoded)["accuracy"]
+
+    return metrics["dev"]["accuracy"], seconds, metrics["steps"], {s: accuracy(s) for s in SPARSITIES}
+
+
+def main() -> None:
+    """Measure, and print one line a seed."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--set", action="append", default=[], help="a recipe setting, as in spdtool --set")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    warnings.simplefilter("ignore", ConvergenceWarning)
+    for seed in options.seeds:
+        counts = ", ".join(f"{name} {100 * score:.1f} %" for name, score in word_counts(seed).items())
+        print(f"seed {seed}: word counts: {counts}", flush=True)
+    scores = []
+    for seed in options.seeds:
+        score, seconds, steps, pruned = trained(seed, options.set)
+        scores.append(score)
+        cuts = ", ".join(f"{100 * value:.1f} % at {sparsity:.0%}" for sparsity, value in pruned.items())
+        print(
+            f"seed {seed}: teacher {100 * score:.1f} %, {seconds:.0f} s, {1000 * seconds / steps:.1f} ms a step; "
+            f"pruned in one shot: {cuts}",
+            flush=True,
+        )
+    print(f"teacher: mean {100 * np.mean(scores):.1f} %, least {100 * min(scores):.1f} %")
+
+
+if __name__ == "__main__":
+    main()
