@@ -148,9 +148,27 @@ def layer_stack(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def prunable_linears(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """Name to weight [out, in] of every linear layer inside the encoder's layer stack."""
-    inside = {id(part.weight) for part in layer_stack(model).modules() if isinstance(part, nn.Linear)}
+    """Name to weight [out, in] of every linear layer inside the encoder's layer stack.
+
+    Raises:
+        ModelError: there is none; some architectures compute with layers of another kind.
+    """
+    stack = layer_stack(model)
+    inside = {id(part.weight) for part in stack.modules() if isinstance(part, nn.Linear)}
+    if not inside:
+        kinds = sorted({type(part).__name__ for part in stack.modules() if not list(part.children())})
+        raise ModelError(
+            f"{model.config.model_type!r} has no linear layer to prune; its layers are made of {', '.join(kinds)}"
+        )
     return {name: weight for name, weight in model.named_parameters() if id(weight) in inside}
+
+
+def positions(model: PreTrainedModel) -> int | None:
+    """The longest input in tokens that the position embeddings allow; None for relative positions."""
+    for name, part in model.base_model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(part, nn.Embedding):
+            return part.num_embeddings - (0 if part.padding_idx is None else part.padding_idx + 1)
+    return None
 
 
 def trained_parameters(model: PreTrainedModel, which: str) -> dict[str, nn.Parameter]:

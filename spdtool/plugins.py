@@ -68,7 +68,9 @@ class Registry(Generic[T]):
         def keep(value: T) -> T:
             taken = self._parts.get(name)
             if taken is not None and taken.source != source:
-                raise PluginError(f"{self.kind} {name!r} is already provided by {taken.source}")
+                if not source.startswith("spdtool."):
+                    raise PluginError(f"{self.kind} {name!r} is already provided by {taken.source}")
+                _blame(taken.source, f"PluginError: {self.kind} {name!r} is already provided by {source}")
             self._parts[name] = Part(name, value, source, meta)
             return value
 
@@ -167,11 +169,18 @@ def _import(name: str, where: str, load: Callable[[], Any]) -> None:
     _loading = name
     try:
         load()
-    except Exception as caught:  # a stranger's module may raise anything; it must not take the tool down
+    except (Exception, SystemExit) as caught:  # a stranger's module may raise anything; the tool must go on
         error = f"{type(caught).__name__}: {caught}"
     finally:
         _loading = None
     _found[where] = Plugin(name, where, error)
+
+
+def _blame(name: str, error: str) -> None:
+    """Record that the plugin called `name` took what is not its own, found out after it was loaded."""
+    for where, plugin in _found.items():
+        if plugin.name == name:
+            _found[where] = Plugin(name, where, error)
 
 
 def _import_file(file: Path) -> None:

@@ -25,7 +25,7 @@ STAGES = ("teacher", "prune", "distill", "finetune", "export", "bench")
 class Section(BaseModel):
     """A frozen group of fields that refuses unknown names."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Loss(Section):
@@ -98,7 +98,7 @@ class Training(Section):
     clip: float = Field(1.0, ge=0)
     """largest gradient norm; 0: no clipping"""
     clip_over: Literal["trained", "all"] = "trained"
-    """parameters whose gradients count in that norm; `all` counts frozen ones, as the published code does"""
+    """parameters whose gradients count in that norm; `all` counts frozen and pruned ones, as the published code does"""
     train: Literal["layers", "layers+head", "all"] = "all"
     """which of the student's parameters are trained; the rest stays the teacher's"""
     dropout: float | None = Field(None, ge=0, lt=1)

@@ -33,6 +33,8 @@ from spdtool.recipe import STAGES, Recipe
 RECORD = "stage.json"
 STATE = "state"
 SMOKE_MARK = "SMOKE-RUN-NOT-A-RESULT.txt"
+LOCK = ".lock"
+BEFORE_THE_RECIPE = {LOCK, SMOKE_MARK, ".run.json.tmp"}  # all that a call killed before run.json can have left
 FREE_FIELDS = ("name", "save_minutes", "device")  # they may change between two calls on one run folder
 
 
@@ -70,7 +72,7 @@ class Run:
             raise RunError(f"{path} is not a run folder: it has no run.json", "start one with `spdtool compress`")
         try:
             return cls(path, recipes.load(file))
-        except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
             raise RunError(f"{file} cannot be read: {error}") from None
         except SpdError as error:
             raise RunError(f"{file} was written by another version: {error.message}", error.hint) from None
@@ -83,11 +85,12 @@ class Run:
 
         Raises:
             RunMismatch: a finished stage was made by another recipe.
+            RunLocked: the recipe would change under a process that works in this run folder.
             RunError: `path` holds something that is not a run.
         """
         path = Path(path)
         if not (path / "run.json").exists():
-            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            if path.exists() and (not path.is_dir() or {file.name for file in path.iterdir()} - BEFORE_THE_RECIPE):
                 raise RunError(f"{path} exists and is not a run folder", "give another --run")
             return cls(path, recipe)
         old = cls.open(path)
@@ -104,7 +107,8 @@ class Run:
             )
         run = cls(path, recipe)
         if changed:
-            run._save_recipe()
+            with run._lock():
+                run._save_recipe()
         return run
 
     def done(self, stage: str) -> bool:
@@ -173,6 +177,7 @@ class Run:
                 self._save_recipe()
             work = Work(stage, self.path / f".{stage}.partial")
             work.folder.mkdir(exist_ok=True)
+            shutil.rmtree(self._spent(stage), ignore_errors=True)
             for leftover in work.folder.iterdir():
                 if leftover.name not in (STATE, "metrics.jsonl"):
                     _remove(leftover)
@@ -181,22 +186,27 @@ class Run:
                 yield work
                 self._commit(work, started)
             except BaseException:
-                if not work.state.exists():
+                if not (work.state.exists() and any(work.state.iterdir())):
                     shutil.rmtree(work.folder, ignore_errors=True)
                 raise
             finally:
                 self._reads = {}
 
     def discard(self, stage: str) -> list[str]:
-        """Remove `stage` and every later one; return the names of those that were there."""
+        """Remove `stage` and every later one; return the names of those that were there.
+
+        Raises:
+            RunLocked: another process works in this run folder.
+        """
         gone = []
-        for name in STAGES[STAGES.index(stage) :]:
-            if self.done(name):
-                gone.append(name)
-            for folder in (self.path / name, self.path / f".{name}.partial"):
-                if folder.exists():
-                    _remove(folder / RECORD)  # first, so that a kill in between leaves nothing that looks whole
-                    shutil.rmtree(folder)
+        with self._lock():
+            for name in reversed(STAGES[STAGES.index(stage) :]):  # a kill in between leaves no stage without its input
+                if self.done(name):
+                    gone.insert(0, name)
+                for folder in (self.path / name, self.path / f".{name}.partial", self._spent(name)):
+                    if folder.exists():
+                        _remove(folder / RECORD)  # first, so that a kill in between leaves nothing that looks whole
+                        shutil.rmtree(folder)
         return gone
 
     def fingerprint(self, stage: str) -> str:
@@ -204,9 +214,13 @@ class Run:
         decides = [self.recipe.shared(), self.recipe.section(stage).model_dump(mode="json"), self._reads]
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
+    def _spent(self, stage: str) -> Path:
+        """Where the state of a stage goes in one piece when the stage is done: a half-removed one would look damaged."""
+        return self.path / f".{stage}.spent"
+
     def _commit(self, work: Work, started: float) -> None:
-        shutil.rmtree(work.state, ignore_errors=True)
-        files = sorted(path for path in work.folder.rglob("*") if path.is_file())
+        found = sorted(path for path in work.folder.rglob("*") if path.is_file())
+        files = [path for path in found if work.state not in path.parents]
         record = {
             "stage": work.stage,
             "smoke": self.recipe.smoke,
@@ -226,9 +240,16 @@ class Run:
         final = self.path / work.stage
         if final.exists():  # a folder without stage.json: not ours to trust
             shutil.rmtree(final)
+        if work.state.exists():
+            work.state.rename(self._spent(work.stage))
         work.folder.rename(final)
+        shutil.rmtree(self._spent(work.stage), ignore_errors=True)
 
     def _save_recipe(self) -> None:
+        if self.recipe.smoke:
+            (self.path / SMOKE_MARK).write_text("A few steps on a random two-layer model. Its numbers mean nothing.\n")
+        else:
+            (self.path / SMOKE_MARK).unlink(missing_ok=True)
         write_json(
             self.path / "run.json",
             {
@@ -237,12 +258,10 @@ class Run:
                 "recipe": self.recipe.model_dump(mode="json"),
             },
         )
-        if self.recipe.smoke:
-            (self.path / SMOKE_MARK).write_text("A few steps on a random two-layer model. Its numbers mean nothing.\n")
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
-        lock = FileLock(self.path / ".lock")  # held by the operating system: it dies with its owner
+        lock = FileLock(self.path / LOCK)  # held by the operating system: it dies with its owner
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -291,12 +310,16 @@ def sha256(file: Path) -> str:
 def write_json(file: Path, value: Any) -> None:
     """Write `value` whole or not at all: to a sibling, flushed to disk, then renamed."""
     sibling = file.with_name(f".{file.name}.tmp")
-    with sibling.open("w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=2, ensure_ascii=False)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    sibling.replace(file)
+    try:
+        with sibling.open("w", encoding="utf-8") as stream:
+            json.dump(value, stream, indent=2, ensure_ascii=False)
+            stream.write("\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        sibling.replace(file)
+    except BaseException:
+        sibling.unlink(missing_ok=True)
+        raise
 
 
 def _remove(path: Path) -> None:

@@ -38,23 +38,31 @@ class Snapshot:
 
 
 def write(root: Path, snapshot: Snapshot) -> None:
-    """Write `snapshot` under `root`, then remove the older ones."""
+    """Write `snapshot` under `root`, then remove the older ones; if that fails, the older ones stay."""
     partial, final = root / "writing", root / f"step-{snapshot.step:09d}"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    flat = {
-        f"{group}/{name}": tensor.detach().contiguous()
-        for group, tensors in snapshot.tensors.items()
-        for name, tensor in tensors.items()
-    }
-    save_file(flat, partial / "state.safetensors")
-    write_json(partial / "state.json", {"step": snapshot.step} | snapshot.notes)
+    try:
+        _write(partial, snapshot)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # a full disk gets its space back
+        raise
     if final.exists():
         shutil.rmtree(final)
     partial.rename(final)
     for old in root.glob("step-*"):
         if old != final:
             shutil.rmtree(old)
+
+
+def _write(folder: Path, snapshot: Snapshot) -> None:
+    folder.mkdir(parents=True)
+    flat = {
+        f"{group}/{name}": tensor.detach().contiguous()
+        for group, tensors in snapshot.tensors.items()
+        for name, tensor in tensors.items()
+    }
+    save_file(flat, folder / "state.safetensors")
+    write_json(folder / "state.json", {"step": snapshot.step} | snapshot.notes)
 
 
 def newest(root: Path, fingerprint: str) -> Snapshot | None:
@@ -69,7 +77,7 @@ def newest(root: Path, fingerprint: str) -> Snapshot | None:
     try:
         notes = json.loads((found[-1] / "state.json").read_text("utf-8"))
         if notes["fingerprint"] != fingerprint:
-            shutil.rmtree(root)
+            shutil.rmtree(root.rename(root.with_name("stale")))  # in one piece: a half-removed one would look damaged
             return None
         flat = load_file(found[-1] / "state.safetensors")
     except Exception as error:  # safetensors has its own kinds

@@ -1,6 +1,6 @@
-"""The one training loop. The teacher's fine-tuning and the student's three phases are this loop with other schedules.
+"""The one training loop: the teacher's fine-tuning and the student's three phases are it, with other schedules.
 
-Everything that it needs to go on after `kill -9` is in a snapshot (`snapshot.py`); the learning rate, the replacing rate
+Everything that it needs to go on after `kill -9` is in a snapshot (`snapshot.py`); learning rate, replacing rate
 and the order of the data are functions of the step, so they need no state.
 """
 
@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,9 +107,9 @@ def fit(
     evaluations = evaluation_steps(per_epoch, total, section.evaluations)
     every = max(1, total // LOGGED)
     model.train()
-    window, timer, saved = _Window(), time.monotonic(), time.monotonic()
+    window, saved = _Window(), time.monotonic()
     for step, batch in _steps(parts.rows, section, recipe, start, total):
-        progress = step / total
+        progress, done = step / total, step + 1
         for group in optimizer.param_groups:
             group["lr"] = section.learning_rate * rate(progress)
         for piece, share in _pieces(parts.rows, batch, section.accumulate, recipe):
@@ -118,29 +119,25 @@ def fit(
             window.add(terms, share)
         if parts.pruner is not None:
             parts.pruner.observe()
+            if section.clip_over == "trained":
+                parts.pruner.silence()
         if section.clip > 0:
             accelerator.clip_grad_norm_(clipped, section.clip)
         prepared.step()
         prepared.zero_grad()
         for parameter in parts.bystanders:
             parameter.grad = None
-        done = step + 1
         loop.prune(done)
         loop.examples += len(batch)
         if done % every == 0 or done == total:
-            loop.seconds += time.monotonic() - timer
-            timer = time.monotonic()
             loop.log(done, per_epoch, window.means(), optimizer.param_groups[0]["lr"], parts.facts(progress))
             window = _Window()
-        if done in evaluations:
-            paused = time.monotonic()
-            loop.evaluate(done)
-            timer += time.monotonic() - paused
-        if done < total and (done in evaluations or time.monotonic() - saved >= 60 * recipe.save_minutes):
-            loop.seconds += time.monotonic() - timer
-            loop.save(done)
-            timer = saved = time.monotonic()
-            window = _Window()
+        with loop.clock.paused():
+            if done in evaluations:
+                loop.evaluate(done)
+            if done < total and (done in evaluations or time.monotonic() - saved >= 60 * recipe.save_minutes):
+                loop.save(done)
+                window, saved = _Window(), time.monotonic()
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     return loop.finish(total, per_epoch)
 
@@ -199,6 +196,23 @@ class _Window:
         return {name: float(value) / self.weight for name, value in self.sums.items()}
 
 
+class _Clock:
+    """Keeps the seconds spent in training proper: without evaluations and snapshots, over all resumptions."""
+
+    def __init__(self) -> None:
+        self.before, self.started = 0.0, time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.monotonic() - self.started
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        paused = time.monotonic()
+        yield
+        self.started += time.monotonic() - paused
+
+
 class _Loop:
     """Keeps what the loop has learnt so far (best weights, evaluations, time); writes and reads it as a snapshot."""
 
@@ -218,7 +232,7 @@ class _Loop:
         self.evaluations: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None
         self.best_weights: dict[str, Tensor] = {}
-        self.examples, self.seconds = 0, 0.0
+        self.examples, self.clock = 0, _Clock()
         self._log = work.folder / "metrics.jsonl"
 
     def prune(self, step: int) -> None:
@@ -237,7 +251,7 @@ class _Loop:
                 "epochs": self.epochs,
                 "losses": losses,
                 "learning_rate": rate,
-                "examples_per_second": self.examples / max(self.seconds, 1e-9),
+                "examples_per_second": self.examples / self.clock.seconds,
                 "sparsity": None if pruner is None else pruner.masks.sparsity(),
             }
             | facts
@@ -268,7 +282,7 @@ class _Loop:
             "epochs": steps / per_epoch,
             "best": handed,
             "evaluations": self.evaluations,
-            "examples_per_second": self.examples / max(self.seconds, 1e-9),
+            "examples_per_second": self.examples / self.clock.seconds,
         }
 
     def save(self, step: int) -> None:
@@ -288,7 +302,7 @@ class _Loop:
             "evaluations": self.evaluations,
             "best": self.best,
             "examples": self.examples,
-            "seconds": self.seconds,
+            "seconds": self.clock.seconds,
             "draws": self.parts.random_state(),
             "logged_bytes": self._log.stat().st_size if self._log.exists() else 0,
         }
@@ -309,7 +323,7 @@ class _Loop:
             self.parts.pruner.load_state_dict(found.tensors["pruner"])
         self.best_weights = found.tensors.get("best", {})
         self.evaluations, self.best = found.notes["evaluations"], found.notes["best"]
-        self.examples, self.seconds = found.notes["examples"], found.notes["seconds"]
+        self.examples, self.clock.before = found.notes["examples"], found.notes["seconds"]
         self.parts.restore_random(found.notes["draws"])
         with self._log.open("ab") as log:
             log.truncate(found.notes["logged_bytes"])

@@ -24,7 +24,8 @@ class Pruner:
 
     Raises:
         UnknownName: no such criterion or pattern.
-        RecipeError: the criterion needs what this tool does not observe.
+        RecipeError: the criterion needs what this tool does not observe, or observes too late.
+        ModelError: more weights are zero already than the target asks for.
     """
 
     def __init__(
@@ -50,6 +51,12 @@ class Pruner:
                 f"criterion {criterion!r} needs {', '.join(sorted(unknown))}, which is not observed",
                 f"observed: {', '.join(KNOWN_NEEDS)}",
             )
+        if self._needs and 0 in self.events:
+            raise RecipeError(
+                f"criterion {criterion!r} needs gradients, and the first prune event comes before the first step",
+                "leave prune.first out: --set prune.first=none",
+            )
+        masks.check_room(target, scope)
         self._sums: dict[str, Tensor] = {}
         self._observed = 0
 
@@ -59,16 +66,20 @@ class Pruner:
 
     @torch.no_grad()
     def observe(self) -> None:
-        """After the backward pass: note what the criterion needs, then silence the gradients of dead weights."""
-        if self._needs:
-            self._observed += 1
-            for name, weight in self.masks.parameters.items():
-                if weight.grad is None:  # a layer that the draw left out
-                    continue
-                for need in self._needs:
-                    seen = weight.grad.float() if need == "gradient" else weight.grad.float().square()
-                    key = f"{need}.{name}"
-                    self._sums[key] = self._sums[key].add_(seen) if key in self._sums else seen.clone()
+        """After the backward pass: note what the criterion needs."""
+        if not self._needs:
+            return
+        self._observed += 1
+        for name, weight in self.masks.parameters.items():
+            if weight.grad is None:  # a layer that the draw left out
+                continue
+            for need in self._needs:
+                seen = weight.grad.float() if need == "gradient" else weight.grad.float().square()
+                key = f"{need}.{name}"
+                self._sums[key] = self._sums[key].add_(seen) if key in self._sums else seen.clone()
+
+    def silence(self) -> None:
+        """Before clipping: zero the gradients of dead weights, unless the criterion lets them live."""
         if not self._dense_gradients:
             self.masks.silence()
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spdtool.errors import GateError
+from spdtool.errors import GateError, ModelError
 from spdtool.pruning.patterns import zeros_in
 
 Pattern = Callable[[Tensor, float], Tensor]
@@ -95,6 +95,20 @@ class Masks:
         """
         check_counts({name: (int((w == 0).sum()), w.numel()) for name, w in self.parameters.items()}, sparsity, scope)
 
+    def check_room(self, sparsity: float, scope: str = "matrix") -> None:
+        """Assert, before hours are spent, that not more is dead already than `sparsity` asks for.
+
+        Raises:
+            ModelError: the weights are too sparse.
+        """
+        for name, (zeros, size) in _in_scope(self.counts(), scope).items():
+            if zeros > zeros_in(size, sparsity):
+                raise ModelError(
+                    f"{name} has {zeros} zeros of {size} already; sparsity {sparsity} asks for "
+                    f"{zeros_in(size, sparsity)}, and pruned weights do not grow again",
+                    "ask for a higher sparsity, or set prune.scope to global",
+                )
+
     def check_dead(self) -> None:
         """Assert that dead weights, their gradients and their moments are zero.
 
@@ -125,10 +139,14 @@ def check_counts(counts: Mapping[str, tuple[int, int]], sparsity: float, scope: 
     Raises:
         GateError: names the first matrix that is off, or the total for scope `global`.
     """
-    if scope == "global":
-        counts = {"all matrices": (sum(z for z, _ in counts.values()), sum(n for _, n in counts.values()))}
-    for name, (zeros, size) in counts.items():
+    for name, (zeros, size) in _in_scope(counts, scope).items():
         if zeros != zeros_in(size, sparsity):
             raise GateError(
                 f"{name} has {zeros} zeros of {size}; sparsity {sparsity} asks for {zeros_in(size, sparsity)}"
             )
+
+
+def _in_scope(counts: Mapping[str, tuple[int, int]], scope: str) -> Mapping[str, tuple[int, int]]:
+    if scope == "matrix":
+        return counts
+    return {"all matrices": (sum(zeros for zeros, _ in counts.values()), sum(size for _, size in counts.values()))}

@@ -35,6 +35,7 @@ def teacher(run: Run) -> dict[str, Any]:
     encoders.layer_stack(model)  # refuse an unsupported architecture before hours are spent on it
     model.to(front.device)
     encoded = data.encode(tokenizer, splits, recipe.max_length)
+    data.check_lengths(encoded, encoders.positions(model))
     forward = evaluation.torch_forward(model, front.device)
 
     def loss(batch: dict[str, torch.Tensor], progress: float) -> training.LossTerms:  # noqa: ARG001
@@ -64,6 +65,7 @@ def take(run: Run, source: str) -> dict[str, Any]:
     model, tokenizer = encoders.load(source, smoke=run.recipe.smoke), encoders.load_tokenizer(source)
     encoders.layer_stack(model)
     task, encoded = data.prepare(run.recipe, tokenizer, encoders.label_names(model))
+    data.check_lengths(encoded, encoders.positions(model))
     model.to(front.device)
     with console.busy(f"measuring the given teacher {source}"):
         metrics = evaluation.evaluate(task, evaluation.torch_forward(model, front.device), encoded)

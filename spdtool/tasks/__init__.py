@@ -6,7 +6,8 @@ of a file or folder of yours, `demo.py` generates one. A plugin registers its ow
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,18 @@ class Rows:
         if count is None or count >= len(self):
             return self
         return Rows(self.first[:count], self.second and self.second[:count], self.labels[:count])
+
+    def pick(self, rows: Sequence[int]) -> Rows:
+        """The rows with these numbers, in this order."""
+        labels: list[Any] = [self.labels[row] for row in rows]
+        second = None if self.second is None else [self.second[row] for row in rows]
+        return Rows([self.first[row] for row in rows], second, labels)
+
+    def sample(self, count: int | None, seed: int) -> Rows:
+        """`count` rows drawn at random, in their order (None: all): files are often sorted by their labels."""
+        if count is None or count >= len(self):
+            return self
+        return self.pick(sorted(random.Random(seed).sample(range(len(self)), count)))
 
 
 @dataclass(frozen=True)
@@ -81,9 +94,14 @@ def resolve(recipe: Recipe) -> Task:
         raise RecipeError(
             f"task {recipe.task!r} knows its own columns", "leave out --text and --label, or leave out --task"
         )
-    task = plugins.tasks.get(recipe.task)
+    task = plugins.tasks.get(_registered(recipe.task))
     assert isinstance(task, Task)
     return task
+
+
+def plain(name: str) -> str:
+    """`name` without what people write differently: `SST-2`, `sst_2` and `sst2` are one."""
+    return name.lower().replace("-", "").replace("_", "")
 
 
 def rows(task: Task, recipe: Recipe) -> dict[str, Rows]:
@@ -92,7 +110,7 @@ def rows(task: Task, recipe: Recipe) -> dict[str, Rows]:
     Raises:
         DataError: a split is missing or empty, or the training rows show one class only.
     """
-    splits = {name: split.head(recipe.max_rows) for name, split in task.load(recipe.data, recipe.seed).items()}
+    splits = task.load(recipe.data, recipe.seed)
     for name in ("train", "dev"):
         if not splits.get(name):
             raise DataError(
@@ -101,4 +119,12 @@ def rows(task: Task, recipe: Recipe) -> dict[str, Rows]:
     if not task.regression and len(set(splits["train"].labels)) < 2:
         only = task.labels[int(splits["train"].labels[0])]
         raise DataError(f"every training row of {task.name!r} has the label {only!r}", "two classes are the least")
-    return splits
+    return {name: split.sample(recipe.max_rows, recipe.seed) for name, split in splits.items()}
+
+
+def _registered(name: str) -> str:
+    """The registered name that `name` is another spelling of, or `name` itself."""
+    if plugins.tasks.find(name) is not None:
+        return name
+    alike = [part.name for part in plugins.tasks.parts() if plain(part.name) == plain(name)]
+    return alike[0] if len(alike) == 1 else name

@@ -1,11 +1,10 @@
 """The embedded task `demo`: sentence pairs made from a seed, and a small untrained BERT to learn them.
 
-It needs no file and no network, and a few thousand optimiser steps teach it on a laptop, so the whole pipeline can be
-seen to work. A premise tells who did what to whom; the hypothesis says the same, or the roles, the adjectives or the
-nouns are exchanged:
+It needs no file and no network, and two CPU cores learn it in half a minute, so the whole pipeline can be seen to work.
+A premise tells who did what to whom; the hypothesis says the same, or roles, adjectives or nouns are exchanged:
 
-    the red fox chased the old cat    |   the old cat was chased by the red fox     entailment
-                                      |   the red cat was chased by the old fox     not_entailment
+    old foxes chased red cats   |   red cats were chased by old foxes     entailment
+                                |   red foxes were chased by old cats     not_entailment
 
 Every premise comes with both, and the two hypotheses are the same bag of words. A classifier that counts words
 therefore scores exactly 50 % on any split; only order, voice and the binding of adjectives tell the labels apart.
@@ -13,6 +12,7 @@ therefore scores exactly 50 % on any split; only order, voice and the binding of
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,14 +21,17 @@ from spdtool.errors import DataError
 from spdtool.plugins import tasks
 from spdtool.tasks import Rows, Task
 
-ADJECTIVES = ("red", "blue", "green", "old", "young", "tall", "small", "quiet")
-NOUNS = ("fox", "cat", "dog", "bear", "horse", "farmer", "doctor", "singer", "pilot", "child")
+ADJECTIVES = ("old", "red", "small", "quiet")
+NOUNS = ("foxes", "cats", "dogs", "bears", "horses", "wolves")
 VERBS = ("chased", "helped", "followed", "watched", "pushed", "called", "warned", "praised")
-FUNCTION_WORDS = ("the", "was", "by")
+FUNCTION_WORDS = ("were", "by")
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 LABELS = ("not_entailment", "entailment")
-PREMISES = {"train": 6000, "dev": 500}  # each gives two rows
-MAX_LENGTH = 24  # tokens that the model has positions for; the longest pair has 21
+
+DEV_PREMISES = 480  # of 2,880; each premise gives two rows
+PASSIVE = 0.25  # share of passive sentences; at one half, no single cue correlates with the label and training stalls
+POSITIONS = 128  # the longest pair has 17 tokens; the rest is for timing at the usual lengths
+INITIALIZER = 0.2  # the usual 0.02 is made for 768 dimensions; with it, 64 do not leave 50 % in thousands of steps
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,9 @@ class Event:
     other: tuple[str, str]
 
     def say(self, passive: bool) -> str:
-        """The event as a sentence of seven words, or of nine in the passive voice."""
-        doer, other = (f"the {adjective} {noun}" for adjective, noun in (self.doer, self.other))
-        return f"{other} was {self.verb} by {doer}" if passive else f"{doer} {self.verb} {other}"
+        """The event as a sentence of five words, or of seven in the passive voice."""
+        doer, other = " ".join(self.doer), " ".join(self.other)
+        return f"{other} were {self.verb} by {doer}" if passive else f"{doer} {self.verb} {other}"
 
     def false_twins(self) -> tuple[Event, Event, Event]:
         """The three other events of the same words: roles, adjectives or nouns exchanged."""
@@ -55,17 +58,17 @@ class Event:
 
 
 def load(data: str | None, seed: int) -> dict[str, Rows]:
-    """The splits `train` and `dev`, drawn from `seed`; no premise of one appears in the other, in either voice.
+    """The splits `train` (4,800 rows) and `dev` (960), drawn from `seed`; no event is the premise of rows in both.
 
     Raises:
         DataError: `data` was given.
     """
     if data is not None:
         raise DataError(f"the task demo makes its own rows, and was given {data}", "leave out --data, or name a task")
-    draw = random.Random(f"spdtool demo {seed}")
-    events = _distinct_events(draw, sum(PREMISES.values()))
-    count = PREMISES["train"]
-    return {"train": _rows(draw, events[:count]), "dev": _rows(draw, events[count:])}
+    draw = random.Random(seed)
+    events = _events()
+    draw.shuffle(events)
+    return {"train": _rows(draw, events[DEV_PREMISES:]), "dev": _rows(draw, events[:DEV_PREMISES])}
 
 
 def build(seed: int) -> tuple[Any, Any]:
@@ -79,14 +82,14 @@ def build(seed: int) -> tuple[Any, Any]:
     tokens = tokenizer()
     config = BertConfig(
         vocab_size=len(tokens),
-        hidden_size=128,
+        hidden_size=64,
         num_hidden_layers=4,
         num_attention_heads=4,
-        intermediate_size=512,
-        max_position_embeddings=MAX_LENGTH,
+        intermediate_size=256,
+        max_position_embeddings=POSITIONS,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        initializer_range=0.05,
+        initializer_range=INITIALIZER,
         pad_token_id=tokens.pad_token_id,
         id2label=dict(enumerate(LABELS)),
         label2id={label: index for index, label in enumerate(LABELS)},
@@ -99,7 +102,7 @@ def build(seed: int) -> tuple[Any, Any]:
 def tokenizer() -> Any:
     """The fast tokenizer of the demo: one WordPiece token per word of the grammar, laid out as BERT's."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-    from transformers import BertTokenizerFast
+    from transformers import BertTokenizerFast  # type: ignore[attr-defined]  # a name that transformers 5 adds late
 
     words = (*SPECIAL, *FUNCTION_WORDS, *ADJECTIVES, *NOUNS, *VERBS)
     vocabulary = {word: index for index, word in enumerate(words)}
@@ -112,22 +115,23 @@ def tokenizer() -> Any:
         pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
         special_tokens=[(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")],
     )
-    return BertTokenizerFast(tokenizer_object=core, model_max_length=MAX_LENGTH)
+    return BertTokenizerFast(tokenizer_object=core, model_max_length=POSITIONS)
 
 
-def _distinct_events(draw: random.Random, count: int) -> list[Event]:
-    events: dict[Event, None] = {}  # a dict keeps the order of drawing, a set does not
-    while len(events) < count:
-        nouns, adjectives = draw.sample(NOUNS, 2), draw.sample(ADJECTIVES, 2)
-        events[Event((adjectives[0], nouns[0]), draw.choice(VERBS), (adjectives[1], nouns[1]))] = None
-    return list(events)
+def _events() -> list[Event]:
+    """Every event of two different adjectives, two different nouns and a verb: 2,880."""
+    adjectives, nouns = itertools.permutations(ADJECTIVES, 2), itertools.permutations(NOUNS, 2)
+    return [
+        Event((adjective, noun), verb, (other_adjective, other_noun))
+        for (adjective, other_adjective), (noun, other_noun), verb in itertools.product(adjectives, nouns, VERBS)
+    ]
 
 
 def _rows(draw: random.Random, events: list[Event]) -> Rows:
     rows: list[tuple[str, str, int]] = []
     for event in events:
-        premise = event.say(passive=draw.random() < 0.5)
-        passive = draw.random() < 0.5
+        premise = event.say(passive=draw.random() < PASSIVE)
+        passive = draw.random() < PASSIVE
         rows.append((premise, event.say(passive), LABELS.index("entailment")))
         rows.append((premise, draw.choice(event.false_twins()).say(passive), LABELS.index("not_entailment")))
     draw.shuffle(rows)
@@ -143,6 +147,6 @@ tasks.register("demo")(
         metrics=("accuracy",),
         load=load,
         build=build,
-        about="who did what to whom: generated sentence pairs and a small model; no files, no network",
+        about="who did what to whom: generated pairs, with a small model of its own; no files, no network",
     )
 )

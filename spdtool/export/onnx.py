@@ -1,0 +1,232 @@
+"""The export target `onnx`: one float32 ONNX file for onnxruntime, in the layout that Hugging Face clients expect.
+
+    folder/config.json tokenizer.json tokenizer_config.json onnx/model.onnx
+
+A target is anything registered with `spdtool.plugins.targets` that has three functions; most easily a class of static
+methods, which may inherit from `Onnx` where it only changes the file:
+
+    @targets.register("sparse-cpu")
+    class SparseCpu:
+        "First line: what it is for."
+
+        @staticmethod
+        def export(checkpoint: Path, folder: Path, recipe: Recipe) -> list[Path]: ...
+        @staticmethod
+        def session(folder: Path, provider: str = "cpu", threads: int = 0) -> Forward: ...
+        @staticmethod
+        def audit(folder: Path) -> dict[str, tuple[int, int]]: ...
+
+`export` writes everything that a deployment needs and returns the files that hold the model, whose bytes are reported.
+`session` opens them again as an `evaluation.Forward`. `audit` counts, in the files, `(zeros, size)` of each parameter
+of the checkpoint that they hold. The export stage puts every target through the same gates: see `parity.py`.
+
+What torch.onnx writes is cleaned: it records the building machine's paths at each node, and folds the transposes of
+weights into constants called `val_49`. Each weight has its state-dict name again, or that name with `.T` where the file
+holds it transposed; equal weights that share one constant are listed in the constant's metadata.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import numpy_helper
+from transformers import PreTrainedModel
+
+from spdtool import encoders
+from spdtool.errors import GateError
+from spdtool.evaluation import Forward, onnx_forward
+from spdtool.export import runtime
+from spdtool.plugins import targets
+from spdtool.recipe import Recipe
+
+FILE = "onnx/model.onnx"
+ONE_FILE_BYTES = 2**31 - 2**20  # protobuf cannot write more; beyond, the weights go to model.onnx_data
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+AXES = {0: "batch", 1: "sequence"}
+EXAMPLE = (2, 9)  # the exporter would freeze an axis of length 1
+TRANSPOSED = ".T"
+PARAMETERS = "parameters"  # metadata of a constant: the parameters that it holds, separated by spaces
+EXPORTER_LOGGERS = ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")
+
+
+@targets.register("onnx")
+class Onnx:
+    """One float32 ONNX file for onnxruntime; zeros are stored like any other number."""
+
+    @staticmethod
+    def export(checkpoint: Path, folder: Path, recipe: Recipe) -> list[Path]:
+        """Write the checkpoint as `onnx/model.onnx`, with configuration and tokenizer beside it.
+
+        Returns:
+            the model file; and a second one, `model.onnx_data`, only if the weights are more than 2 GB.
+
+        Raises:
+            ModelError: the checkpoint cannot be read.
+            GateError: an axis of the exported graph is not free.
+        """
+        model = encoders.load(checkpoint, eager=True)  # fewer nodes than with sdpa, and every architecture has it
+        tokenizer = encoders.load_tokenizer(checkpoint)
+        proto = trace(model, input_names(model, tokenizer), recipe.export.opset)
+        clean(proto)
+        name_weights(proto, model)
+        folder.mkdir(parents=True, exist_ok=True)
+        model.config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return write(proto, folder / FILE)
+
+    @staticmethod
+    def session(folder: Path, provider: str = "cpu", threads: int = 0) -> Forward:
+        """The exported model as a function of a batch; raises as `runtime.open_session` does."""
+        return onnx_forward(runtime.open_session(folder / FILE, provider, threads))
+
+    @staticmethod
+    def audit(folder: Path) -> dict[str, tuple[int, int]]:
+        """`(zeros, size)` of every parameter that the file holds."""
+        return audit(folder / FILE)
+
+
+def input_names(model: PreTrainedModel, tokenizer: Any) -> list[str]:
+    """The model's inputs, in order: those that the tokenizer gives and the model takes."""
+    taken = inspect.signature(model.forward).parameters
+    return [name for name in INPUTS if name in tokenizer.model_input_names and name in taken]
+
+
+def trace(model: PreTrainedModel, names: list[str], opset: int) -> onnx.ModelProto:
+    """The model as torch.onnx (dynamo) exports it, with free axes `batch` and `sequence`.
+
+    Args:
+        names: inputs, each int64 [batch, sequence]; the output is `logits`, float32 [batch, labels].
+
+    Raises:
+        GateError: an input's axis is frozen in the graph.
+    """
+    example = {name: torch.ones(EXAMPLE, dtype=torch.long) for name in names}
+    example["input_ids"] *= 2
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            model,
+            (),
+            kwargs=example,
+            dynamo=True,
+            opset_version=opset,
+            input_names=names,
+            output_names=["logits"],
+            dynamic_shapes={name: dict(AXES) for name in names},
+            verbose=False,
+        )
+        assert program is not None
+        proto: onnx.ModelProto = program.model_proto
+    for value in proto.graph.input:
+        axes = [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
+        if axes != list(AXES.values()):
+            raise GateError(f"the exporter froze the axes of {value.name} as {axes}", "report the architecture")
+    found = {entry.version for entry in proto.opset_import if not entry.domain}
+    if found != {opset}:
+        raise GateError(f"the exporter wrote opset {found} instead of {opset}", "choose another export.opset")
+    return proto
+
+
+def clean(proto: Any) -> None:
+    """Remove every note that the exporter left in the graph: stack traces with paths of this machine, node histories.
+
+    Two exports of one checkpoint are byte-identical afterwards.
+    """
+    for field, value in proto.ListFields():
+        if field.name in ("metadata_props", "doc_string"):
+            proto.ClearField(field.name)
+        elif field.message_type is not None and field.message_type.name != "TensorProto":
+            for part in [value] if hasattr(value, "ListFields") else value:
+                clean(part)
+        elif field.message_type is not None:
+            for tensor in [value] if hasattr(value, "ListFields") else value:
+                tensor.ClearField("doc_string")
+                tensor.ClearField("metadata_props")
+
+
+def name_weights(proto: onnx.ModelProto, model: PreTrainedModel) -> None:
+    """Give the constants that hold a parameter, transposed or not, its name; recognised by their content."""
+    held: dict[tuple[Any, ...], list[onnx.TensorProto]] = {}
+    for tensor in proto.graph.initializer:
+        held.setdefault(_fingerprint(numpy_helper.to_array(tensor)), []).append(tensor)
+    origins: dict[str, dict[str, str]] = {}  # constant -> the name it would have -> the parameter
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        array = weight.detach().numpy()
+        for suffix, view in (("", array), (TRANSPOSED, array.T))[: 2 if array.ndim == 2 else 1]:
+            for tensor in held.get(_fingerprint(view), ()):
+                origins.setdefault(tensor.name, {}).setdefault(name + suffix, name)
+    taken = {tensor.name for tensor in proto.graph.initializer}
+    renamed = {}
+    for tensor in proto.graph.initializer:
+        names = origins.get(tensor.name, {})
+        free = [name for name in names if name not in taken]
+        if names and tensor.name not in names and free:
+            renamed[tensor.name] = free[0]
+            taken.add(free[0])
+        if tensor.name in names or tensor.name in renamed:
+            tensor.metadata_props.add(key=PARAMETERS, value=" ".join(dict.fromkeys(names.values())))
+    _rename(proto.graph, renamed)
+
+
+def write(proto: onnx.ModelProto, file: Path) -> list[Path]:
+    """Write the model; to one file, unless it is larger than a protobuf can be. Returns the files."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if sum(len(tensor.raw_data) for tensor in proto.graph.initializer) < ONE_FILE_BYTES:
+        file.write_bytes(proto.SerializeToString(deterministic=True))
+        return [file]
+    data = file.with_name(file.name + "_data")
+    data.unlink(missing_ok=True)  # onnx would append to it
+    onnx.save_model(proto, file, save_as_external_data=True, all_tensors_to_one_file=True, location=data.name)
+    return [file, data]
+
+
+def audit(file: Path) -> dict[str, tuple[int, int]]:
+    """`(zeros, size)` of every parameter in an ONNX file; of one that the file holds twice, the fewest zeros."""
+    counts: dict[str, tuple[int, int]] = {}
+    for tensor in onnx.load(file).graph.initializer:
+        listed = [entry.value for entry in tensor.metadata_props if entry.key == PARAMETERS]
+        array = numpy_helper.to_array(tensor)
+        found = (int(array.size - np.count_nonzero(array)), int(array.size))
+        for name in listed[0].split() if listed else [tensor.name.removesuffix(TRANSPOSED)]:
+            counts[name] = min(counts.get(name, found), found)
+    return counts
+
+
+def _rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
+    for part in (graph.initializer, graph.value_info):
+        for value in part:
+            value.name = names.get(value.name, value.name)
+    for node in graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                _rename(attribute.g, names)
+
+
+def _fingerprint(array: np.ndarray) -> tuple[Any, ...]:
+    return array.dtype.str, array.shape, hashlib.blake2b(np.ascontiguousarray(array).tobytes()).digest()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's notes about missing torchvision, folding and axis names from the user's terminal."""
+    loggers = [logging.getLogger(name) for name in EXPORTER_LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

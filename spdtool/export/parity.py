@@ -1,0 +1,110 @@
+"""The gates that every exported file has to pass: the checkpoint's zeros, and the checkpoint's logits.
+
+They know nothing of a file format: they compare counts of zeros, and two functions from a batch to logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from spdtool.data import Batch, Encoded
+from spdtool.errors import GateError
+from spdtool.evaluation import Forward
+
+LONGEST_PROBE = 512
+
+
+def check_zeros(audited: Mapping[str, tuple[int, int]], expected: Mapping[str, tuple[int, int]]) -> None:
+    """Refuse exported files whose matrices have other zeros than the checkpoint's.
+
+    Raises:
+        GateError: names the first matrix that is missing or differs, and how many there are.
+    """
+    wrong = [name for name, count in expected.items() if audited.get(name) != tuple(count)]
+    if not wrong:
+        return
+    name, more = wrong[0], f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+    found = audited.get(name)
+    shown = f"{found[0]} zeros among {found[1]} weights" if found else "no such matrix"
+    raise GateError(
+        f"{name}{more}: the exported file has {shown}; the checkpoint has {expected[name][0]} among {expected[name][1]}"
+    )
+
+
+def positions(model: PreTrainedModel) -> int:
+    """The longest input, in tokens, that the model has positions for."""
+    for name, part in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(part, torch.nn.Embedding):
+            return part.num_embeddings - (0 if part.padding_idx is None else part.padding_idx + 1)
+    return int(getattr(model.config, "max_position_embeddings", None) or LONGEST_PROBE)
+
+
+def probes(model: PreTrainedModel, rows: Encoded, sentences: int) -> Iterator[tuple[str, Batch]]:
+    """What checkpoint and exported file are compared on, each with a name for the user.
+
+    `sentences` real rows; random tokens from (1, 1) to (1, 512 or what the model takes); a batch of unlike lengths. All
+    of it with padding on the right and on the left, and, where there are token types, as one sentence and as a pair.
+    """
+    some = np.unique(np.linspace(0, len(rows) - 1, sentences).round().astype(int))
+    for left in (False, True):
+        yield f"{len(some)} dev rows, {_side(left)}", replace(rows, left=left).collate(some)
+    longest = min(positions(model), LONGEST_PROBE)
+    lengths = sorted({1, 2, 3, 7, *(2**power for power in range(2, 10)), longest})
+    for pair in (False, True) if "token_type_ids" in rows.columns else (False,):
+        kind = "pair" if pair else "single"
+        for length in lengths:
+            if length <= longest:
+                yield f"shape (1, {length}), {kind}", _synthetic(model, rows, (1, length), pair=pair)
+        for left in (False, True):
+            shape = (4, min(longest, 24))
+            yield f"shape {shape}, {kind}, {_side(left)}", _synthetic(model, rows, shape, pair=pair, left=left)
+
+
+def parity(
+    expected: Forward, found: Forward, batches: Iterable[tuple[str, Batch]], tolerance: float
+) -> tuple[float, str]:
+    """The largest difference of a logit between two forwards, and the batch that shows it.
+
+    Raises:
+        GateError: it is above `tolerance`, or a logit is not finite; names the batch.
+    """
+    largest, where = 0.0, ""
+    for name, batch in batches:
+        reference, logits = expected(batch), found(batch)
+        for who, values in (("checkpoint", reference), ("exported file", logits)):
+            if not np.isfinite(values).all():
+                raise GateError(f"the {who} gives logits that are not finite on {name}")
+        difference = float(np.abs(reference - logits).max())
+        if difference > tolerance:
+            raise GateError(
+                f"checkpoint and exported file differ by {difference:.2g} on {name}; the tolerance is {tolerance:g}",
+                "export.tolerance sets it; a difference that is much larger is a fault of the export",
+            )
+        if difference >= largest:
+            largest, where = difference, name
+    return largest, where
+
+
+def _side(left: bool) -> str:
+    return f"padding on the {'left' if left else 'right'}"
+
+
+def _synthetic(
+    model: PreTrainedModel, rows: Encoded, shape: tuple[int, int], *, pair: bool, left: bool = False
+) -> Batch:
+    """Random tokens of `shape`; the first row is full, each further one shorter; a pair's later half is of type 1."""
+    random, (count, length) = np.random.default_rng(shape), shape
+    real = np.arange(length)[None, :] < np.linspace(length, 1, count).round()[:, None]
+    real = real[:, ::-1] if left else real
+    pad = rows.pad["input_ids"]
+    tokens = random.integers(0, model.config.vocab_size - 1, shape)
+    batch = {"input_ids": np.where(real, tokens + (tokens >= pad), pad), "attention_mask": real.astype(np.int64)}
+    if "token_type_ids" in rows.columns:
+        later = (np.arange(length) >= (length + 1) // 2)[None, :] & real & pair
+        batch["token_type_ids"] = later.astype(np.int64)
+    return batch

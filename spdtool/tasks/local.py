@@ -1,0 +1,353 @@
+"""A task made of your own rows: a csv, tsv, jsonl or parquet file, or a folder with one for train and one for dev.
+
+    spdtool compress --data reviews.csv --text review --label stars
+    spdtool compress --data my-folder        # train.jsonl and dev.jsonl; columns named sentence1, sentence2 and label
+
+A file alone gives up a tenth of its rows as the dev set, drawn by the recipe's seed, in the proportions of the labels.
+Labels that are text or whole numbers are classes, in sorted order; other numbers make it a regression.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import json
+import math
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spdtool.errors import DataError
+from spdtool.recipe import Recipe
+from spdtool.tasks import Rows, Task
+from spdtool.tasks.files import Table, checked, read_text, read_tsv
+
+DEV_SHARE = 0.1
+DEV_NAMES = ("dev", "validation", "valid")
+LABEL_NAMES = ("label", "labels", "target")
+TEXT_NAMES = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("text1", "text2"),
+    ("text_a", "text_b"),
+    ("sentence",),
+    ("text",),
+)
+SHARD = "-00000-of-00001"  # the hub's own files are called train-00000-of-00001.parquet
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a file hold the one or two texts and the label."""
+
+    text: tuple[str, ...]
+    label: str
+
+
+def task(recipe: Recipe) -> Task:
+    """The task that `recipe.data`, `recipe.text` and `recipe.label` describe.
+
+    Raises:
+        DataError: no data was given; a file cannot be read, is ragged, or lacks values; the columns cannot be told.
+    """
+    if recipe.data is None:
+        raise DataError("the task local needs rows", "give --data FILE or --data FOLDER")
+    tables = read(Path(recipe.data))
+    columns = choose_columns(tables["train"], recipe.text, recipe.label)
+    classes = label_names(tables["train"], columns.label)
+
+    def load(data: str | None, seed: int) -> dict[str, Rows]:
+        ours = tables if data in (None, recipe.data) else read(Path(data or ""))
+        splits = {name: to_rows(table, columns, classes) for name, table in ours.items()}
+        return splits if "dev" in splits else split(splits["train"], seed)
+
+    return Task(
+        name="local",
+        text=columns.text,
+        labels=classes,
+        metrics=metrics_for(classes),
+        load=load,
+        about=f"{' and '.join(columns.text)} of {recipe.data}, by {columns.label}",
+    )
+
+
+def metrics_for(classes: tuple[str, ...]) -> tuple[str, ...]:
+    """Accuracy and F1 for two classes (the second is the positive one), the macro F1 for more, else correlations."""
+    if not classes:
+        return ("pearson", "spearman")
+    return ("accuracy", "f1" if len(classes) == 2 else "f1_macro")
+
+
+def read(path: Path) -> dict[str, Table]:
+    """The table `train` of a file; of a folder also `dev`, if it has one.
+
+    Raises:
+        DataError: there is no such file, no or more than one of a split, or it cannot be read.
+    """
+    if path.is_dir():
+        files = {"train": _one_of(path, ("train",)), "dev": _one_of(path, DEV_NAMES)}
+        if files["train"] is None:
+            raise DataError(
+                f"{path} has no training rows: looked for {_names(('train',))}; found {_listing(path)}",
+                "name the file train, or give the file itself",
+            )
+        return {name: read_file(file) for name, file in files.items() if file is not None}
+    if not path.exists():
+        raise DataError(f"{path} does not exist", "--data takes a file or a folder")
+    return {"train": read_file(path)}
+
+
+def read_file(path: Path) -> Table:
+    """The table of one file, read as its name ends.
+
+    Raises:
+        DataError: the ending is unknown, or the file is not what it says.
+    """
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"{path} ends in {path.suffix or 'nothing'!r}", f"known endings: {', '.join(READERS)}")
+    table = reader(path)
+    twice = sorted({name for name in table.columns if name and table.columns.count(name) > 1})
+    if twice:
+        raise DataError(f"{path} has two columns called {', '.join(map(repr, twice))}", "rename one of them")
+    return table
+
+
+def read_csv(path: Path) -> Table:
+    """A comma-separated file with standard quoting and a header; blank lines are passed over."""
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    rows, lines, start = [], [], 1
+    try:
+        for row in reader:
+            if row:
+                rows.append(row)
+                lines.append(start)
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(
+            f"{path}, the row that begins in line {start}: {error}",
+            "is a quotation mark left open, or not doubled? for rows without quoting, name the file .tsv and use tabs",
+        ) from None
+    return checked(Table(path, tuple(rows[0]), rows[1:], lines[1:]))
+
+
+def read_jsonl(path: Path) -> Table:
+    """A file with one JSON object a line; a key that a line lacks is a missing value."""
+    records, lines = [], []
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}, line {number}: not JSON: {error}", "one JSON object a line") from None
+        if not isinstance(record, dict):
+            raise DataError(f"{path}, line {number}: a {type(record).__name__}, not an object", "one object a line")
+        records.append(record)
+        lines.append(number)
+    columns = tuple(dict.fromkeys(key for record in records for key in record))
+    return checked(Table(path, columns, [[record.get(key) for key in columns] for record in records], lines))
+
+
+def read_parquet(path: Path) -> Table:
+    """A parquet file."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        table = parquet.read_table(path, partitioning=None)  # a folder called key=value is no column
+        columns = [column.to_pylist() for column in table.columns]
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path} is not a readable parquet file: {str(error).splitlines()[0]}") from None
+    rows = [list(cells) for cells in zip(*columns, strict=True)]
+    return checked(Table(path, tuple(table.column_names), rows, list(range(1, len(rows) + 1)), unit="row"))
+
+
+READERS: dict[str, Callable[[Path], Table]] = {
+    ".csv": read_csv,
+    ".tsv": read_tsv,
+    ".jsonl": read_jsonl,
+    ".parquet": read_parquet,
+}
+"""Ending of a file's name to the function that reads it."""
+
+
+def choose_columns(table: Table, text: Sequence[str], label: str | None) -> Columns:
+    """The columns asked for; those not asked for are guessed from their names where only one reading is possible.
+
+    Raises:
+        DataError: a column does not exist, is asked for twice, or cannot be guessed.
+    """
+    if len(text) > 2:
+        raise DataError(f"--text names {len(text)} columns: {', '.join(text)}", "one sentence, or a pair of them")
+    for name in (*text, *([label] if label is not None else [])):
+        _must_exist(table, name)
+    if len(set(text)) < len(text):
+        raise DataError(f"--text names the column {text[0]!r} twice", "a pair needs two columns")
+    label = label if label is not None else _guess_label(table, text)
+    if label in text:
+        raise DataError(f"the column {label!r} is named as text and as label", "the model would read the answer")
+    return Columns(tuple(text) or _guess_text(table, label), label)
+
+
+def label_names(table: Table, column: str) -> tuple[str, ...]:
+    """The classes in the label column, sorted (whole numbers by size); none where other numbers make it a regression.
+
+    Raises:
+        DataError: a label is missing or is no text or number, all are alike, or there are too many to be classes.
+    """
+    labels = [_label(table, row, value) for row, value in enumerate(table.column(column))]
+    distinct = set(labels)
+    if len(distinct) < 2:
+        raise DataError(f"every label in {table.path} is {labels[0]!r}", "two different labels are the least")
+    numbers = [_number(label) for label in distinct]
+    whole = all(number is not None and number.is_integer() for number in numbers)
+    if not whole and all(number is not None for number in numbers):
+        return ()
+    if len(distinct) > max(2, len(labels) // 2):
+        raise DataError(
+            f"the column {column!r} of {table.path} has {len(distinct)} different labels in {len(labels)} rows",
+            "is it the label column? a regression needs numbers that are not all whole",
+        )
+    return tuple(sorted(distinct, key=lambda label: (float(label) if whole else 0.0, label)))
+
+
+def to_rows(table: Table, columns: Columns, classes: tuple[str, ...]) -> Rows:
+    """The rows of a table, with labels as indices into `classes`, or as numbers if there are none.
+
+    Raises:
+        DataError: a column is missing, a text is missing or is no text, a label is none of the classes or no number.
+    """
+    for name in (*columns.text, columns.label):
+        _must_exist(table, name)
+    text = [_texts(table, name) for name in columns.text]
+    index = {name: number for number, name in enumerate(classes)}
+    labels: list[Any] = []
+    for row, value in enumerate(table.column(columns.label)):
+        label = _label(table, row, value)
+        known = index.get(label) if classes else _number(label)
+        if known is None and classes:
+            table.refuse(row, f"the label {label!r} is in no training row", f"known: {', '.join(classes[:20])}")
+        if known is None:
+            table.refuse(row, f"the label {label!r} is not a number", "all others are; this is a regression")
+        labels.append(known)
+    return Rows(text[0], text[1] if len(text) == 2 else None, labels)
+
+
+def split(rows: Rows, seed: int) -> dict[str, Rows]:
+    """`train` and `dev`: a tenth of each class for dev, drawn by `seed`; rows keep their order.
+
+    A class of one row stays in train. For regression the tenth is drawn from all rows.
+
+    Raises:
+        DataError: too few rows to draw a dev set from.
+    """
+    classes: dict[Any, list[int]] = {}
+    for row, label in enumerate(rows.labels):
+        classes.setdefault(label if isinstance(label, int) else None, []).append(row)
+    draw = random.Random(seed)
+    dev: set[int] = set()
+    for label in sorted(classes, key=lambda label: -1 if label is None else label):
+        members = classes[label]
+        if len(members) > 1:
+            dev.update(draw.sample(members, max(1, round(DEV_SHARE * len(members)))))
+    if not dev:
+        raise DataError(f"{len(rows)} rows are too few to draw a dev set from", "give a folder with train and dev")
+    everything = range(len(rows))
+    return {
+        "train": rows.pick([row for row in everything if row not in dev]),
+        "dev": rows.pick([row for row in everything if row in dev]),
+    }
+
+
+def _one_of(folder: Path, stems: tuple[str, ...]) -> Path | None:
+    found = sorted(
+        file for file in folder.iterdir() if file.suffix.lower() in READERS and file.stem.removesuffix(SHARD) in stems
+    )
+    if len(found) > 1:
+        raise DataError(f"{folder} has {' and '.join(file.name for file in found)}", "leave one of them")
+    return found[0] if found else None
+
+
+def _names(stems: tuple[str, ...]) -> str:
+    return ", ".join(stem + ending for stem in stems for ending in READERS)
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    return ", ".join(names[:10]) + (" and more" if len(names) > 10 else "") if names else "nothing"
+
+
+def _must_exist(table: Table, name: str) -> None:
+    if name in table.columns:
+        return
+    near = difflib.get_close_matches(name, table.columns, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else None
+    if len(table.columns) == 1:
+        hint = "it has one column: are its fields separated as the file's ending says?"
+    raise DataError(f"{table.path} has no column {name!r}; it has {_quoted(table.columns)}", hint)
+
+
+def _guess_label(table: Table, text: Sequence[str]) -> str:
+    found = [name for name in LABEL_NAMES if name in table.columns and name not in text]
+    if len(found) != 1:
+        raise DataError(
+            f"{table.path} has {'more than one' if found else 'no'} column that is clearly the label; "
+            f"it has {_quoted(table.columns)}",
+            "give --label COLUMN",
+        )
+    return found[0]
+
+
+def _guess_text(table: Table, label: str) -> tuple[str, ...]:
+    others = [name for name in table.columns if name != label]
+    if len(others) == 1:
+        return (others[0],)
+    found = [names for names in TEXT_NAMES if set(names) <= set(others)]
+    widest = [names for names in found if not any(set(names) < set(wider) for wider in found)]
+    if len(widest) != 1:
+        raise DataError(
+            f"{table.path} leaves open which column is the text; it has {_quoted(table.columns)}",
+            "give --text COLUMN, or --text FIRST,SECOND for pairs",
+        )
+    return widest[0]
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names))
+
+
+def _texts(table: Table, name: str) -> list[str]:
+    cells = table.column(name)
+    for row, cell in enumerate(cells):
+        if cell is None or (isinstance(cell, str) and not cell.strip()):
+            table.refuse(row, f"no text in the column {name!r}", "leave such rows out")
+        if not isinstance(cell, str):
+            table.refuse(row, f"the column {name!r} holds a {type(cell).__name__}, not text", "is it the text column?")
+        if not cell.isascii() and re.search("[\ud800-\udfff]", cell):
+            table.refuse(row, f"the column {name!r} holds half a surrogate pair, which is not text")
+    return cells
+
+
+def _label(table: Table, row: int, value: Any) -> str:
+    """The label as a name: 1, 1.0 and "1" are the same one, "01" is another."""
+    if value is None or not str(value).strip() or (isinstance(value, float) and not math.isfinite(value)):
+        table.refuse(row, f"no label: {value!r}", "leave such rows out")
+    if not isinstance(value, str | int | float):
+        table.refuse(row, f"the label is a {type(value).__name__}", "a label is text or a number")
+    whole = re.fullmatch(r"(-?)(0|[1-9]\d*)(\.0*)?", str(value), re.ASCII)
+    return str(value) if whole is None else str(int(whole[1] + whole[2]))
+
+
+def _number(label: str) -> float | None:
+    """The finite number that `label` spells plainly, as 3, -0.5 or 1e-3; None for anything else."""
+    if not re.fullmatch(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", label.strip(), re.ASCII):
+        return None
+    number = float(label)
+    return number if math.isfinite(number) else None

@@ -1,0 +1,253 @@
+"""Every supported family, as tiny random models: one row of `toys.ARCHITECTURES` each."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from toys import ARCHITECTURES, POSITIONS
+from transformers import AutoModelForSequenceClassification
+
+from spdtool import encoders, evaluation
+from spdtool.distillation.grafting import Grafting
+from spdtool.distillation.losses import distillation
+from spdtool.distillation.observation import observe
+from spdtool.errors import ModelError
+from spdtool.pruning.patterns import zeros_in
+from spdtool.recipe import Loss
+from spdtool.run import Run
+from spdtool.tasks import Task
+
+DEPTH = 3
+each = pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+SCORES = Loss(attention=1.0)
+
+
+def pair(toys: Any, architecture: str, **how: Any) -> tuple[Any, Any]:
+    """A student and a teacher that differ in their layers only, primed."""
+    teacher = toys.classifier(architecture, layers=DEPTH, **how).requires_grad_(False)
+    student = copy.deepcopy(teacher)
+    with torch.no_grad():
+        for weight in encoders.prunable_linears(student).values():
+            weight.mul_(0.8)
+    encoders.trained_parameters(student, "layers")
+    for model in (student, teacher):
+        encoders.prime(model)
+    return student, teacher
+
+
+def graft(student: Any, teacher: Any, seed: int = 0) -> Grafting:
+    return Grafting(encoders.layer_stack(student), encoders.layer_stack(teacher), seed=seed)
+
+
+def forward(model: Any, batch: dict[str, torch.Tensor], **outputs: bool) -> Any:
+    return model(**{name: column for name, column in batch.items() if name != "labels"}, **outputs)
+
+
+@each
+def test_the_stack_and_its_linears_are_found(toys: Any, architecture: str) -> None:
+    model = toys.classifier(architecture, layers=DEPTH)
+    stack = encoders.layer_stack(model)
+    assert len(stack) == DEPTH
+    prunable = encoders.prunable_linears(model)
+    assert len(prunable) == DEPTH * ARCHITECTURES[architecture][2]
+    inside = {id(parameter) for parameter in stack.parameters()}
+    parameters = dict(model.named_parameters())
+    for name, weight in prunable.items():
+        assert weight is parameters[name]
+        assert weight.dim() == 2
+        assert id(weight) in inside
+        assert min(weight.shape) >= 32, "a whole matrix of the layer"
+    matrices = {name for name, weight in parameters.items() if id(weight) in inside and weight.dim() == 2}
+    assert matrices == set(prunable), "no matrix of a layer is left out"
+    assert encoders.positions(model) in (POSITIONS, None)
+
+
+@each
+def test_a_grafted_forward_always_returns_every_hidden_state(toys: Any, architecture: str) -> None:
+    student, teacher = pair(toys, architecture)
+    grafting, batch = graft(student, teacher), toys.batch(architecture=architecture)
+    own = {name: id(part) for name, part in student.named_modules()}
+    taught = forward(teacher, batch, output_hidden_states=True, output_attentions=True)
+    drawn = set()
+    with torch.no_grad():
+        for _ in range(40):
+            with grafting.draw(0.5) as draw:
+                drawn.add(tuple(draw))
+                seen = forward(student, batch, output_hidden_states=True, output_attentions=True)
+            assert len(seen.hidden_states) == DEPTH + 1
+            assert len(seen.attentions) == DEPTH
+            first = draw.index(True) if True in draw else DEPTH
+            for index in range(DEPTH):  # up to the first own layer, the network is the teacher
+                alike = torch.equal(seen.hidden_states[index], taught.hidden_states[index])
+                assert alike == (index <= first), (draw, index)
+            assert len(forward(teacher, batch, output_hidden_states=True).hidden_states) == DEPTH + 1
+    assert len(drawn) == 2**DEPTH, "every draw was tried"
+    assert {name: id(part) for name, part in student.named_modules()} == own
+
+
+@each
+def test_at_rate_zero_the_student_is_the_teacher_and_at_rate_one_itself(toys: Any, architecture: str) -> None:
+    student, teacher = pair(toys, architecture)
+    grafting, batch = graft(student, teacher), toys.batch(architecture=architecture)
+    alone = forward(student, batch).logits
+    assert not torch.allclose(alone, forward(teacher, batch).logits)
+    with grafting.draw(0.0):
+        assert torch.equal(forward(student, batch).logits, forward(teacher, batch).logits)
+    with grafting.draw(1.0):
+        assert torch.equal(forward(student, batch).logits, alone)
+
+
+@each
+def test_scores_are_what_the_models_own_attention_is_made_of(toys: Any, architecture: str) -> None:
+    model, batch = toys.classifier(architecture, layers=DEPTH), toys.batch(architecture=architecture)
+    encoders.prime(model)
+    with torch.no_grad():
+        seen = observe(model, batch, hidden=True, attention="scores")
+        outputs = forward(model, batch, output_attentions=True, output_hidden_states=True)
+        probabilities = observe(model, batch, attention="probabilities")
+    assert seen.attention is not None
+    assert probabilities.attention is not None
+    assert len(seen.attention) == len(outputs.attentions) == DEPTH
+    real = batch["attention_mask"].bool()
+    for scores, attention, kept in zip(seen.attention, outputs.attentions, probabilities.attention, strict=True):
+        torch.testing.assert_close(scores.softmax(-1)[real[:, None].expand(-1, 2, -1)],
+                                   attention[real[:, None].expand(-1, 2, -1)])  # fmt: skip
+        assert torch.equal(kept, attention)
+    assert torch.equal(seen.logits, outputs.logits)
+
+
+@each
+def test_gradient_checkpointing_gives_the_same_gradients(toys: Any, architecture: str) -> None:
+    batch = toys.batch(architecture=architecture)
+
+    def gradients(checkpointing: bool) -> dict[str, torch.Tensor]:
+        student, teacher = pair(toys, architecture)
+        for model in (student, teacher):
+            encoders.tune(model, checkpointing=checkpointing, compile_layers=False)
+        student.train()
+        grafting = graft(student, teacher, seed=3)
+        for _ in range(2):
+            with torch.no_grad():
+                taught = observe(teacher, batch, hidden=True, attention="scores")
+            with grafting.draw(0.6) as draw:
+                learnt = observe(student, batch, hidden=True, attention="scores")
+            assert learnt.attention is not None
+            assert len(learnt.attention) == DEPTH
+            distillation(learnt, taught, batch, SCORES, regression=False)["loss"].backward()
+        assert any(draw)
+        return {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+
+    plain, saving = gradients(False), gradients(True)
+    assert plain.keys() == saving.keys()
+    assert len(plain) >= len(encoders.prunable_linears(toys.classifier(architecture))) // DEPTH
+    for name, gradient in plain.items():
+        torch.testing.assert_close(saving[name], gradient, rtol=1e-6, atol=1e-6, msg=name)
+
+
+@each
+def test_a_prune_stage_leaves_exact_zeros_that_stock_transformers_reads(
+    toys: Any, architecture: str, toy_task: Callable[..., Task], toy_run: Callable[..., Run],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    toy_task(architecture=architecture, layers=2, train=16, dev=8)
+    kept: dict[str, Any] = {}
+
+    def save(model: Any, tokenizer: Any, folder: Path) -> None:
+        shown = toys.batch(architecture=architecture)
+        kept.update(logits=forward(model.eval(), shown).logits.detach(), keys=set(model.state_dict()))
+        original(model, tokenizer, folder)
+
+    original = encoders.save
+    monkeypatch.setattr(encoders, "save", save)
+    run = toy_run("prune.loss.attention=1", "teacher.epochs=1", sparsity=0.7, until="prune")
+    folder = shutil.copytree(run.path / "prune", run.path.parent / "elsewhere")
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    for name, weight in encoders.prunable_linears(model).items():
+        assert int((weight == 0).sum()) == zeros_in(weight.numel(), 0.7), name
+    assert set(model.state_dict()) == kept["keys"]
+    logits = forward(model.eval(), toys.batch(architecture=architecture)).logits
+    torch.testing.assert_close(logits, kept["logits"], rtol=1e-5, atol=1e-5)
+    metrics = run.record("prune")["metrics"]
+    assert set(metrics["zeros"]) == set(encoders.prunable_linears(model))
+
+
+@each
+def test_saving_and_loading_keeps_every_key(
+    toys: Any, architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = toys.classifier(architecture, layers=DEPTH)
+    encoders.save(model, toys.tokenizer(), tmp_path)
+    loaded = encoders.load(tmp_path, dropout=0.3, eager=True)
+    before, after = model.state_dict(), loaded.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    smoke = encoders.load(tmp_path, smoke=True)
+    rows = {name: column.numpy() for name, column in toys.batch(architecture=architecture).items()}
+    assert len(encoders.layer_stack(smoke)) == 2
+    assert np.isfinite(evaluation.torch_forward(smoke)(rows)).all()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "found"),
+    [
+        ("albert", {"embedding_size": 16}, "albert_layer_groups of 1"),
+        ("mobilebert", {"embedding_size": 16}, "ffn of 3"),
+        ("xlm", {"emb_dim": 32, "n_layers": 3, "n_heads": 2}, "attentions of 3"),
+        ("flaubert", {"emb_dim": 32, "n_layers": 3, "n_heads": 2}, "attentions of 3"),
+        ("bart", {"d_model": 32, "encoder_layers": 3, "decoder_layers": 3}, "decoder.layers of 3"),
+        ("squeezebert", {"embedding_size": 32}, "Conv1d"),
+        ("ibert", {}, "QuantLinear"),
+    ],
+)
+def test_an_unsupported_one_is_refused_with_what_was_found(
+    toys: Any, architecture: str, config: dict[str, Any], found: str
+) -> None:
+    model = toys.classifier(architecture, layers=DEPTH, **config)
+    with pytest.raises(ModelError, match=found) as caught:
+        encoders.prunable_linears(model)
+    assert architecture in caught.value.message
+
+
+def test_funnel_is_refused_with_what_was_found(toys: Any) -> None:
+    from transformers import FunnelConfig, FunnelForSequenceClassification
+
+    config = FunnelConfig(vocab_size=24, block_sizes=[2, 2], d_model=32, n_head=2, d_head=16, d_inner=64)
+    with pytest.raises(ModelError, match="one list of 4 layers was expected, found .*blocks of 2"):
+        encoders.layer_stack(FunnelForSequenceClassification(config))
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "g++", "clang"))), reason="torch.compile needs a compiler")
+@pytest.mark.parametrize("attention", [0.0, 1.0], ids=["without attention", "with attention scores"])
+def test_compiling_layer_by_layer_gives_the_same_loss_and_gradients(toys: Any, attention: float) -> None:
+    batch, weights = toys.batch(), Loss(attention=attention)
+    seen = "scores" if attention else None
+
+    def run(compiled: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
+        student, teacher = pair(toys, "bert")
+        for model in (student, teacher):
+            encoders.tune(model, checkpointing=False, compile_layers=compiled)
+        student.train()
+        grafting, losses = graft(student, teacher, seed=1), []
+        for _ in range(4):
+            with torch.no_grad():
+                taught = observe(teacher, batch, hidden=True, attention=seen)
+            with grafting.draw(0.5):
+                learnt = observe(student, batch, hidden=True, attention=seen)
+            loss = distillation(learnt, taught, batch, weights, regression=False)["loss"]
+            loss.backward()
+            losses.append(float(loss.detach()))
+        return losses, {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+
+    plain, compiled = run(False), run(True)
+    torch._dynamo.reset()
+    assert compiled[0] == pytest.approx(plain[0], abs=1e-5)
+    assert plain[1].keys() == compiled[1].keys()
+    for name, gradient in plain[1].items():
+        torch.testing.assert_close(compiled[1][name], gradient, rtol=1e-4, atol=1e-5, msg=name)

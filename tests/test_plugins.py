@@ -1,0 +1,175 @@
+"""The plugin door: one decorator for ours and theirs, failures listed, nothing run that was not named."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from spdtool import plugins
+from spdtool.errors import PluginError, UnknownName
+from spdtool.plugins import Registry
+
+pytestmark = pytest.mark.usefixtures("clean_plugins")
+
+GOOD = """
+from spdtool.plugins import criteria
+
+@criteria.register("upside-down", needs=("gradient",))
+def upside_down(weight, stats):
+    '''The largest go first.
+
+    Not a good idea.'''
+    return -weight.abs()
+"""
+
+
+def write(folder: Path, **modules: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name, source in modules.items():
+        (folder / f"{name}.py").write_text(source)
+    return folder
+
+
+def test_builtin_parts_came_through_the_same_door() -> None:
+    part = plugins.criteria.part("magnitude")
+    assert part.source == "spdtool.pruning.criteria"
+    assert "absolute value" in part.summary
+    assert "unstructured" in [part.name for part in plugins.patterns.parts()]
+    assert "demo" in [part.name for part in plugins.tasks.parts()]
+
+
+def test_a_registered_part_keeps_what_it_declared() -> None:
+    kind: Registry[object] = Registry("thing")
+    value = kind.register("a", needs=("x",))(lambda: 1)
+    assert kind.get("a") is value
+    assert kind.find("a") is value
+    assert kind.find("b") is None
+    assert kind.part("a").meta == {"needs": ("x",)}
+    assert [part.name for part in kind.parts()] == ["a"]
+
+
+def test_an_unknown_name_offers_near_matches() -> None:
+    with pytest.raises(UnknownName, match="no criterion 'magnitud'") as caught:
+        plugins.criteria.get("magnitud")
+    assert caught.value.near == ["magnitude"]
+
+
+def test_a_name_that_is_taken_is_not_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind: Registry[object] = Registry("thing")
+    kind.register("a")(1)
+    kind.register("a")(2)  # the same source may think again
+    assert kind.get("a") == 2
+    monkeypatch.setattr(plugins, "_loading", "stranger")
+    monkeypatch.setitem(globals(), "__name__", "stranger")
+    with pytest.raises(PluginError, match="already provided"):
+        kind.register("a")(3)
+    assert kind._parts["a"].value == 2
+
+
+def test_the_files_of_a_named_folder_are_loaded(tmp_path: Path) -> None:
+    plugins.use_folder(write(tmp_path / "mine", good=GOOD))
+    part = plugins.criteria.part("upside-down")
+    assert (part.source, part.meta, part.summary) == ("good", {"needs": ("gradient",)}, "The largest go first.")
+    assert [(p.name, p.error) for p in plugins.loaded() if p.name == "good"] == [("good", None)]
+
+
+def test_the_environment_may_name_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPDTOOL_PLUGINS", str(write(tmp_path / "mine", good=GOOD)))
+    plugins.use_folder(None)
+    assert plugins.criteria.find("upside-down") is not None
+
+
+def test_a_folder_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PluginError, match="does not exist"):
+        plugins.use_folder(tmp_path / "gone")
+
+
+@pytest.mark.parametrize(
+    ("source", "error"),
+    [
+        ("import no_such_module_anywhere", "ModuleNotFoundError"),
+        ("this is no python", "SyntaxError"),
+        ("raise RuntimeError('tired')", "RuntimeError: tired"),
+        ("import sys\nsys.exit('bye')", "SystemExit: bye"),
+        ("from spdtool.plugins import criteria\ncriteria.register('magnitude')(lambda w, s: w)", "already provided"),
+    ],
+)
+def test_a_plugin_that_fails_is_listed_and_fatal_only_when_its_name_is_asked_for(
+    tmp_path: Path, source: str, error: str
+) -> None:
+    plugins.use_folder(write(tmp_path / "mine", broken=source, good=GOOD))
+    assert plugins.criteria.get("magnitude") is not None
+    assert plugins.criteria.get("upside-down") is not None, "the others load all the same"
+    (broken,) = (p for p in plugins.loaded() if p.name == "broken")
+    assert error in str(broken.error)
+    with pytest.raises(UnknownName, match="no criterion 'unheard-of'") as caught:
+        plugins.criteria.get("unheard-of")
+    assert "broken" in str(caught.value.hint)
+    assert error in str(caught.value.hint)
+
+
+def test_a_plugin_that_takes_a_name_before_its_builtin_is_loaded_harms_only_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = "from spdtool.plugins import patterns\npatterns.register('unstructured')(lambda s, p: 'stolen')"
+    plugins.use_folder(write(tmp_path / "mine", thief=source))
+    monkeypatch.setattr(plugins.patterns, "_parts", {})
+    monkeypatch.delitem(sys.modules, "spdtool.pruning.patterns", raising=False)
+    plugins.criteria.load()  # runs every plugin; nobody has asked for a pattern yet
+    assert plugins.patterns.part("unstructured").source == "spdtool.pruning.patterns"
+    (thief,) = (p for p in plugins.loaded() if p.name == "thief")
+    assert "already provided" in str(thief.error)
+
+
+def test_a_plugin_may_ask_a_registry_while_it_is_imported(tmp_path: Path) -> None:
+    source = "from spdtool.plugins import criteria\ncriteria.register('twin')(criteria.get('magnitude'))"
+    plugins.use_folder(write(tmp_path / "mine", asking=source))
+    assert plugins.criteria.get("twin") is plugins.criteria.get("magnitude")
+
+
+def test_each_plugin_is_run_once(tmp_path: Path) -> None:
+    ran = tmp_path / "ran.txt"
+    plugins.use_folder(write(tmp_path / "mine", counting=f"import os\nos.write(os.open({str(ran)!r}, os.O_CREAT | os.O_APPEND | os.O_WRONLY), b'x')"))
+    plugins.criteria.load()
+    plugins.patterns.load()
+    plugins.discover()
+    assert ran.read_text() == "x"
+
+
+def test_a_file_that_merely_lies_in_the_current_folder_is_never_run(tmp_path: Path) -> None:
+    here = write(tmp_path / "here", evil="open('ran.txt', 'w').write('x')", spdtool_plugin="open('ran.txt', 'w')")
+    write(here / "spdtool_plugins", evil="open('ran.txt', 'w').write('x')")
+    write(here / "plugins", evil="open('ran.txt', 'w').write('x')")
+    environment = {name: value for name, value in os.environ.items() if name != "SPDTOOL_PLUGINS"}
+    code = "import os; os.chdir('.'); from spdtool import plugins; plugins.use_folder(None); plugins.criteria.parts()"
+    subprocess.run([sys.executable, "-P", "-c", code], cwd=here, env=environment, check=True)
+    assert not (here / "ran.txt").exists()
+
+
+def test_installed_distributions_are_found_by_their_entry_points(tmp_path: Path) -> None:
+    site = write(tmp_path / "site", spdtool_kind=GOOD, spdtool_rude="raise OSError('no licence')")
+    info = site / "spdtool_kind-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: spdtool-kind\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[spdtool]\nkind = spdtool_kind\nrude = spdtool_rude\n")
+    code = """
+from spdtool import plugins
+part = plugins.criteria.part("upside-down")
+print(part.source)
+for plugin in sorted(plugins.loaded(), key=lambda p: p.name):
+    if plugin.name.startswith("spdtool-kind"):
+        print(plugin.name, plugin.where, plugin.error)
+"""
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert done.stdout.splitlines() == [
+        "spdtool-kind:kind",
+        "spdtool-kind:kind spdtool_kind None",
+        "spdtool-kind:rude spdtool_rude OSError: no licence",
+    ]

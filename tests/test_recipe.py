@@ -1,0 +1,181 @@
+"""The recipe: read, overridden, refused, saved, told apart."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import pytest
+
+from spdtool import recipe as recipes
+from spdtool.errors import RecipeError, UnknownName
+from spdtool.recipe import STAGES, Recipe, Training, amend, fields, flat, parse, resolve
+
+
+def test_the_default_recipe_is_the_defaults() -> None:
+    assert resolve("default", {"task": "cola"}) == Recipe(task="cola")
+
+
+def test_every_field_has_a_help_text() -> None:
+    listed = dict(fields())
+    assert set(listed) == set(dict(flat(Recipe().model_dump(mode="json"))))
+    assert [name for name, text in listed.items() if not text.strip()] == []
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_every_packaged_recipe_resolves_and_says_what_it_is(name: str) -> None:
+    assert resolve(name).name == name
+    assert len(recipes.about(name)) > 10
+
+
+def test_reference_holds_the_numbers_of_the_published_code() -> None:
+    made = resolve("reference")
+    assert (made.prune.epochs, made.distill.epochs, made.finetune.epochs) == (30, 10, 20)
+    assert (made.prune.events, made.prune.schedule, made.prune.scope) == (12, "cubic", "matrix")
+    assert made.prune.learning_rate == made.distill.learning_rate == 6.4e-4
+    assert made.distill.learning_rate * made.distill.final_learning_rate == pytest.approx(made.finetune.learning_rate)
+    assert made.teacher.learning_rate == 3e-5
+    for section in (made.prune, made.distill, made.finetune):
+        assert (section.weight_decay, section.warmup, section.clip, section.clip_over) == (0, 0, 1, "all")
+        assert (section.loss.logits, section.loss.hidden, section.loss.attention) == (1, 1, 1)
+        assert section.train == "layers"
+    assert (made.prune.grafting.start, made.distill.grafting.start, made.finetune.grafting.start) == (0.8, 0.8, 1)
+
+
+def test_the_later_word_counts_flags_over_file_and_sets_over_flags(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('seed = 3\nsparsity = 0.5\n[prune]\nepochs = 7\nloss = { hidden = 0.5 }\n')
+    made = resolve(str(file), {"task": "cola", "seed": 4, "data": None}, ["prune.epochs=9", "sparsity=0.6"])
+    assert (made.name, made.seed, made.sparsity, made.prune.epochs) == ("mine", 4, 0.6, 9)
+    assert made.prune.loss.hidden == 0.5
+    assert made.data is None, "a flag that was not given must not overwrite anything"
+
+
+def test_the_budget_of_a_task_lies_between_the_recipe_and_the_flags() -> None:
+    budget = recipes._read_budget("demo")
+    assert budget, "the embedded task has a budget of its own"
+    made = resolve("default", {"task": "demo"})
+    for name, value in flat(budget):
+        assert dict(flat(made.model_dump()))[name] == value
+    assert resolve("default", {"task": "demo"}, ["teacher.learning_rate=1e-3"]).teacher.learning_rate == 1e-3
+    assert resolve("default", {"task": "cola"}).teacher == Recipe().teacher
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("3", 3),
+        ("1e-4", 1e-4),
+        ("true", True),
+        ("none", None),
+        ("None", None),
+        ("[1, 2]", [1, 2]),
+        ('"a b"', "a b"),
+        ("runs/x", "runs/x"),
+        ("", ""),
+    ],
+)
+def test_values_are_read_as_toml_or_else_as_text(text: str, value: Any) -> None:
+    assert recipes._value(text) == value
+
+
+@pytest.mark.parametrize(
+    ("sets", "error", "said"),
+    [
+        (["prune.epochz=3"], UnknownName, "prune.epochz"),
+        (["prun.epochs=3"], UnknownName, "prun"),
+        (["seed.x=3"], RecipeError, "seed"),
+        (["prune.epochs"], RecipeError, "field=value"),
+        (["sparsity=1"], RecipeError, "sparsity"),
+        (["sparsity=1.5"], RecipeError, "sparsity"),
+        (["sparsity=-0.1"], RecipeError, "sparsity"),
+        (["sparsity=much"], RecipeError, "sparsity"),
+        (["sparsity=nan"], RecipeError, "sparsity"),
+        (["prune.batch_size=0"], RecipeError, "prune.batch_size"),
+        (["prune.scope=matrixx"], RecipeError, "prune.scope"),
+        (["prune.grafting.start=1.2"], RecipeError, "prune.grafting.start"),
+        (["prune.learning_rate=inf"], RecipeError, "prune.learning_rate"),
+        (["prune.epochs=inf"], RecipeError, "prune.epochs"),
+    ],
+)
+def test_a_bad_setting_is_refused_by_name(sets: list[str], error: type[RecipeError], said: str) -> None:
+    with pytest.raises(error) as caught:
+        resolve("default", {"task": "cola"}, sets)
+    assert said in caught.value.message + str(caught.value.hint)
+
+
+def test_near_matches_are_offered() -> None:
+    with pytest.raises(UnknownName) as caught:
+        resolve("default", {}, ["prune.epoch=3"])
+    assert "prune.epochs" in caught.value.near
+    with pytest.raises(UnknownName) as caught:
+        resolve("referense")
+    assert caught.value.near == ["reference"]
+
+
+def test_a_file_that_is_no_toml_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "bad.toml"
+    file.write_bytes(b"sparsity = [")
+    with pytest.raises(RecipeError, match="not valid TOML"):
+        resolve(str(file))
+    file.write_bytes(b"name = '\xff'")
+    with pytest.raises(RecipeError, match="not valid TOML"):
+        resolve(str(file))
+
+
+def test_a_recipe_is_frozen() -> None:
+    with pytest.raises(pydantic.ValidationError):
+        Recipe().seed = 3  # type: ignore[misc]
+
+
+def test_a_recipe_survives_json(tmp_path: Path) -> None:
+    made = resolve("reference", {"task": "local", "text": ("a", "b"), "seed": 3})
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({"recipe": made.model_dump(mode="json")}))
+    assert recipes.load(file) == made
+    assert parse(made.model_dump()) == made
+
+
+def test_amend_changes_only_what_it_is_told() -> None:
+    before = resolve("default", {"task": "cola"})
+    after = amend(before, ["finetune.epochs=3"])
+    assert [name for name, _, _ in after.differences(before)] == ["finetune.epochs"]
+    assert amend(before, []) == before
+    with pytest.raises(UnknownName):
+        amend(before, ["finetune.epoch=3"])
+
+
+def test_smoke_is_short_and_says_so() -> None:
+    made = resolve("default", {"task": "cola", "smoke": True})
+    assert made.smoke
+    assert all(made.section(s).steps_for(10_000) <= 4 for s in STAGES[:4])  # type: ignore[attr-defined]
+    assert amend(made, ["smoke=true"]).smoke
+
+
+@pytest.mark.parametrize(
+    ("section", "rows", "epochs", "steps", "why"),
+    [
+        (Training(epochs=3, batch_size=8), 20, 3, 9, "recipe"),
+        (Training(epochs=0.5, batch_size=8), 32, 0.5, 2, "recipe"),
+        (Training(steps=2000), 32_000, 2, 2000, "2000 steps"),
+        (Training(steps=2000), 320_000, 2, 20_000, "min_epochs"),
+        (Training(steps=2000), 320, 10, 100, "max_epochs"),
+        (Training(epochs=3, max_steps=5, batch_size=8), 20, 3, 5, "recipe"),
+        (Training(epochs=0), 20, 0, 0, "recipe"),
+    ],
+)
+def test_epochs_scale_with_the_data_and_say_why(
+    section: Training, rows: int, epochs: float, steps: int, why: str
+) -> None:
+    assert section.epochs_for(rows)[0] == epochs
+    assert why in section.epochs_for(rows)[1]
+    assert section.steps_for(rows) == steps
+
+
+def test_what_does_not_change_a_result_is_no_part_of_what_is_shared() -> None:
+    one, other = Recipe(save_minutes=0, name="x"), Recipe(save_minutes=5, name="y")
+    assert one.shared() == other.shared()
+    assert Recipe(seed=1).shared() != Recipe(seed=2).shared()
+    assert Recipe(sparsity=0.5).shared() != Recipe(sparsity=0.6).shared()

@@ -1,0 +1,218 @@
+"""Toy parts for the tests: a tokenizer, tiny random encoders, and a task of in-memory rows. No file, no network.
+
+`conftest.py` offers these as fixtures; scripts that tests start as processes of their own import this file by its path.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+
+from spdtool import plugins
+from spdtool.recipe import Recipe, resolve
+from spdtool.tasks import Rows, Task
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+GOOD = ("good", "fine", "kind", "warm")
+BAD = ("bad", "cold", "rude", "dull")
+FILLER = ("the", "a", "film", "book", "meal", "very", "was", "and", "quite", "so", "it", "then")
+WORDS = (*SPECIAL, *GOOD, *BAD, *FILLER)
+POSITIONS = 64
+
+# Every supported family as `(further fields of its configuration, whether it knows token types, linear layers of a
+# layer)`. A new architecture is one more row; `test_architectures.py` runs over all of them.
+ARCHITECTURES: dict[str, tuple[dict[str, Any], bool, int]] = {
+    "bert": ({}, True, 6),
+    "roberta": ({"max_position_embeddings": POSITIONS + 1}, False, 6),
+    "distilbert": ({"dim": 32, "hidden_dim": 64, "n_heads": 2, "n_layers": 3}, False, 6),
+    "electra": ({"embedding_size": 16}, True, 6),
+    "xlm-roberta": ({"max_position_embeddings": POSITIONS + 1}, False, 6),
+    "mpnet": ({"max_position_embeddings": POSITIONS + 2}, False, 6),
+    "deberta-v2": (
+        {
+            "relative_attention": True,
+            "pos_att_type": ["p2c", "c2p"],
+            "position_biased_input": False,
+            "norm_rel_ebd": "layer_norm",
+            "share_att_key": True,
+            "position_buckets": 8,
+            "type_vocab_size": 0,
+        },
+        True,
+        6,
+    ),
+    "modernbert": ({"global_attn_every_n_layers": 2, "local_attention": 4, "mlp_dropout": 0.0}, False, 4),
+}
+
+
+def classifier(
+    architecture: str, *, layers: int = 3, labels: int = 2, seed: int = 0, eager: bool = True, **config: Any
+) -> Any:
+    """A tiny random classifier of a supported family, in eval mode, without dropout unless `config` has it."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    options: dict[str, Any] = {
+        "vocab_size": len(WORDS),
+        "hidden_size": 32,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": POSITIONS,
+        "initializer_range": 0.2,
+        "num_labels": labels,
+        "pad_token_id": 0,
+        "bos_token_id": 2,
+        "cls_token_id": 2,
+        "eos_token_id": 3,
+        "sep_token_id": 3,
+    }
+    own = dict(ARCHITECTURES[architecture][0]) if architecture in ARCHITECTURES else {}
+    if "n_layers" in own:
+        own["n_layers"] = layers
+    made = AutoConfig.for_model(architecture, **options | own | config)
+    for name, value in made.to_dict().items():
+        if "dropout" in name and isinstance(value, float) and name not in config:
+            setattr(made, name, 0.0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        implementation = {"attn_implementation": "eager"} if eager else {}
+        return AutoModelForSequenceClassification.from_config(made, **implementation).eval()
+
+
+def batch(rows: int = 5, length: int = 11, *, seed: int = 0, architecture: str = "bert") -> dict[str, torch.Tensor]:
+    """Random token ids with right padding of various lengths (row 0 has none), and labels."""
+    draw = torch.Generator().manual_seed(seed)
+    real = torch.randint(3, length + 1, (rows,), generator=draw)
+    real[0] = length
+    mask = (torch.arange(length)[None] < real[:, None]).long()
+    made = {
+        "input_ids": torch.randint(len(SPECIAL), len(WORDS), (rows, length), generator=draw) * mask,
+        "attention_mask": mask,
+        "labels": torch.randint(0, 2, (rows,), generator=draw),
+    }
+    if ARCHITECTURES[architecture][1]:
+        made["token_type_ids"] = torch.zeros_like(mask)
+    return made
+
+
+def tokenizer(padding_side: str = "right", *, token_types: bool = True) -> Any:
+    """A fast tokenizer with one token per word of `WORDS`, laid out as BERT's."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertTokenizerFast
+
+    vocabulary = {word: index for index, word in enumerate(WORDS)}
+    core = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    core.post_processor = processors.TemplateProcessing(
+        single="[CLS]:0 $A:0 [SEP]:0",
+        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
+        special_tokens=[(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")],
+    )
+    inputs = ["input_ids", "token_type_ids", "attention_mask"] if token_types else ["input_ids", "attention_mask"]
+    return BertTokenizerFast(
+        tokenizer_object=core, model_max_length=POSITIONS, padding_side=padding_side, model_input_names=inputs
+    )
+
+
+def bert(
+    layers: int = 2, *, hidden: int = 32, dropout: float = 0.0, labels: int = 2, seed: int = 0, **config: Any
+) -> Any:
+    """A tiny random BERT classifier in eval mode; the global random state is left as it was.
+
+    Args:
+        labels: number of labels (1: regression).
+        config: further fields of BertConfig.
+    """
+    from transformers import BertConfig, BertForSequenceClassification
+
+    options: dict[str, Any] = {
+        "vocab_size": len(WORDS),
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "intermediate_size": 2 * hidden,
+        "max_position_embeddings": POSITIONS,
+        "hidden_dropout_prob": dropout,
+        "attention_probs_dropout_prob": dropout,
+        "initializer_range": 0.2,
+        "num_labels": labels,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return BertForSequenceClassification(BertConfig(**options | config)).eval()
+
+
+def rows(
+    count: int, seed: int = 0, *, labels: int = 2, pairs: bool = False, shortest: int = 1, longest: int = 9
+) -> Rows:
+    """Sentences of various lengths whose good and bad words decide the label (labels 1: their balance, a float)."""
+    draw = random.Random(seed)
+    first, second, gold = [], [], []
+    for index in range(count):
+        label = index % max(labels, 2)
+        words = draw.choices(FILLER, k=draw.randint(shortest, longest))
+        words.insert(draw.randint(0, len(words)), draw.choice((BAD, GOOD, FILLER)[label % 3]))
+        first.append(" ".join(words))
+        second.append(" ".join(draw.choices(FILLER, k=draw.randint(1, 4))))
+        gold.append(label if labels > 1 else label + draw.random())
+    return Rows(first, second if pairs else None, gold)
+
+
+def task(
+    name: str = "toy",
+    *,
+    train: int = 48,
+    dev: int = 24,
+    labels: tuple[str, ...] = ("bad", "good"),
+    metrics: tuple[str, ...] = (),
+    pairs: bool = False,
+    layers: int = 2,
+    dropout: float = 0.0,
+    build: bool = True,
+    architecture: str | None = None,
+) -> Task:
+    """A task of in-memory rows with a tiny model of its own: a BERT, or another `architecture`.
+
+    Args:
+        build: False to leave the model to the recipe.
+    """
+    count = max(1, len(labels))
+
+    def make(seed: int) -> Any:
+        names = {"id2label": dict(enumerate(labels)), "label2id": {n: i for i, n in enumerate(labels)}}
+        if not labels:
+            names = {"id2label": {0: "score"}, "label2id": {"score": 0}}
+        if architecture is not None:
+            model = classifier(architecture, layers=layers, labels=count, seed=seed, eager=False, **names)
+            return model, tokenizer(token_types=ARCHITECTURES[architecture][1])
+        return bert(layers, dropout=dropout, labels=count, seed=seed, **names), tokenizer()
+
+    return Task(
+        name=name,
+        text=("first", "second") if pairs else ("first",),
+        labels=labels,
+        metrics=metrics or (("accuracy",) if labels else ("pearson",)),
+        load=lambda data, seed: {
+            "train": rows(train, 1, labels=count, pairs=pairs),
+            "dev": rows(dev, 2, labels=count, pairs=pairs),
+        },
+        build=make if build else None,
+        about="in-memory rows for the tests",
+    )
+
+
+def register(made: Task) -> Task:
+    """Make the task known under its name, in place of any earlier one."""
+    plugins.tasks._parts.pop(made.name, None)
+    plugins.tasks.register(made.name)(made)
+    return made
+
+
+def recipe(*sets: str, name: str = "default", task: str = "toy", sparsity: float = 0.5, **flags: Any) -> Recipe:
+    """A recipe for a toy task on the CPU: two epochs a stage, three prune events. `sets` are `--set` assignments."""
+    quick = [f"{stage}.epochs=2" for stage in ("teacher", "prune", "distill", "finetune")]
+    quick += [f"{stage}.batch_size=8" for stage in ("teacher", "prune", "distill", "finetune")]
+    quick += ["prune.events=3", "max_length=32"]
+    return resolve(name, {"task": task, "sparsity": sparsity, "device": "cpu"} | flags, [*quick, *sets])
