@@ -28,8 +28,8 @@ from spdtool.run import Run
 from spdtool.stages.teacher import teacher
 
 SETTINGS = (
-    "teacher.epochs=10",
-    "teacher.learning_rate=1e-3",
+    "teacher.epochs=12",
+    "teacher.learning_rate=7e-4",
     "teacher.batch_size=32",
     "teacher.warmup=0.06",
     "teacher.weight_decay=0.01",

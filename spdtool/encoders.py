@@ -215,9 +215,18 @@ def tune(model: PreTrainedModel, *, checkpointing: bool, compile_layers: bool) -
     """Trade time for memory (gradient checkpointing) or start-up for speed (torch.compile, layer by layer).
 
     Each layer is compiled on its own: compiling the whole model would need a graph for every draw of grafted layers.
+
+    Raises:
+        ModelError: the architecture does not support gradient checkpointing.
     """
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        if not model.supports_gradient_checkpointing:
+            raise ModelError(
+                f"{model.config.model_type!r} does not support gradient checkpointing",
+                "leave it off, and cut batches into pieces: --set prune.accumulate=2",
+            )
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # its older name
+        enable({"use_reentrant": False})
     if compile_layers:
         for layer in layer_stack(model):
             layer.compile()

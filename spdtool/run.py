@@ -177,7 +177,8 @@ class Run:
                 self._save_recipe()
             work = Work(stage, self.path / f".{stage}.partial")
             work.folder.mkdir(exist_ok=True)
-            shutil.rmtree(self._spent(stage), ignore_errors=True)
+            for spent in map(self._spent, STAGES):
+                shutil.rmtree(spent, ignore_errors=True)
             for leftover in work.folder.iterdir():
                 if leftover.name not in (STATE, "metrics.jsonl"):
                     _remove(leftover)

@@ -115,15 +115,17 @@ def fit(
         for piece, share in _pieces(parts.rows, batch, section.accumulate, recipe):
             with accelerator.autocast():
                 terms = parts.loss(to_device(piece, accelerator.device), progress)
-            accelerator.backward(terms["loss"] * share)
+            if terms["loss"].requires_grad:  # not when the draw holds nothing of what is trained
+                accelerator.backward(terms["loss"] * share)
             window.add(terms, share)
         if parts.pruner is not None:
             parts.pruner.observe()
             if section.clip_over == "trained":
                 parts.pruner.silence()
-        if section.clip > 0:
-            accelerator.clip_grad_norm_(clipped, section.clip)
-        prepared.step()
+        if any(parameter.grad is not None for parameter in trained.values()):
+            if section.clip > 0:
+                accelerator.clip_grad_norm_(clipped, section.clip)
+            prepared.step()
         prepared.zero_grad()
         for parameter in parts.bystanders:
             parameter.grad = None
@@ -138,7 +140,8 @@ def fit(
             if done < total and (done in evaluations or time.monotonic() - saved >= 60 * recipe.save_minutes):
                 loop.save(done)
                 window, saved = _Window(), time.monotonic()
-    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    for patched in ("forward", "_original_forward"):  # autocast's; unwrap_model would strip transformers' decorators too
+        vars(parts.model).pop(patched, None)
     return loop.finish(total, per_epoch)
 
 

@@ -18,6 +18,7 @@ PERCENTILES = (50, 90, 95, 99)
 CONFIDENCE = 0.95
 FEWEST_ROUNDS = 6  # that give such an interval
 SAME_SPEED = 0.05  # a ratio this close to 1 is not worth calling faster, even where it is not noise
+NOISY = 1.1  # an interval that reaches from 1 beyond this says nothing about zeros
 SAME_SIZE = 0.01
 MIB = 2**20
 
@@ -65,17 +66,21 @@ def details(timings: Sequence[Timing]) -> list[dict[str, Any]]:
 
 
 def overview(timings: Sequence[Timing], exported: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows of the table that a run ends with: score, sparsity, bytes, memory, median latencies."""
+    """Columns and rows of the table that a run ends with: score, zeros, bytes on disk, peak MiB, speed, latency.
+
+    The latencies are medians at the first and the last shape, so that the table fits a terminal.
+    """
     shapes = list(timings[0].rounds)
-    columns = ["engine", "dev score", "sparsity", "file bytes", "peak MiB", "speed"]
-    columns += [f"ms at {batch}x{length}" for batch, length in shapes]
+    ends = list(dict.fromkeys((shapes[0], shapes[-1])))
+    columns = ["engine", "score", "zeros", "bytes", "RAM", "speed"]
+    columns += [f"ms {batch}x{length}" for batch, length in ends]
     rows: list[list[Any]] = []
     for timing in timings:
         facts = exported.get(timing.engine.name)
-        known = [facts["dev"]["score"], facts["sparsity"], facts["bytes"]] if facts else ["-", "-", "-"]
+        known = [facts["dev"]["score"], f"{facts['sparsity']:.2%}", facts["bytes"]] if facts else ["-", "-", "-"]
         speed = f"{ratio(timings[0], timing, shapes).median:.2f}x"
-        medians = [summary(timing.rounds[shape], 1)["p50"] for shape in shapes]
-        rows.append([timing.engine.name, *known, round(timing.peak / MIB), speed, *medians])
+        medians = [summary(timing.rounds[shape], 1)["p50"] for shape in ends]
+        rows.append([timing.engine.name, *known, f"{timing.peak / MIB:.0f}M", speed, *medians])
     return columns, rows
 
 
@@ -110,14 +115,14 @@ def markdown(title: str, timings: Sequence[Timing], lines: Sequence[str], enviro
     rows = [
         [entry["engine"], entry["provider"], entry["batch"], entry["length"]]
         + [f"{entry[f'p{rank}']:.3f}" for rank in PERCENTILES]
-        + [f"{entry['rows_per_second']:.1f}", str(Ratio(**entry["ratio"]))]
+        + [f"{entry['rows_per_second']:.1f}", _against(timings[0], entry)]
         for entry in details(timings)
     ]
     ran = [
         [timing.engine.name, _nodes(timing), round(timing.resident / MIB), round(timing.peak / MIB)]
         for timing in timings
     ]
-    machine = [[name, value] for name, value in environment.items()]
+    machine = [[name, _flat(value)] for name, value in environment.items()]
     parts = [f"# {title}", "\n".join(lines), _table(head, rows)]
     parts += [_table(["engine", "graph nodes by provider", "MiB when loaded", "MiB at the peak"], ran)]
     return "\n\n".join([*parts, _table(["measured on", ""], machine)]) + "\n"
@@ -126,6 +131,8 @@ def markdown(title: str, timings: Sequence[Timing], lines: Sequence[str], enviro
 def _meaning(speed: Ratio, rounds: int, ideal: float) -> str:
     if rounds < FEWEST_ROUNDS:
         return f"{rounds} rounds are too few to tell it from noise."
+    if speed.low <= 1 <= speed.high and max(1 / speed.low, speed.high) > NOISY:
+        return "the rounds scatter too much to tell. Repeat it on a machine that does nothing else, with more rounds."
     if speed.low <= 1 <= speed.high:
         return "no difference beyond the noise: it multiplies the zeros like any other number."
     if speed.high < 1:
@@ -152,6 +159,14 @@ def _rank(count: int) -> int:
             break
         rank = below
     return rank
+
+
+def _against(dense: Timing, entry: Mapping[str, Any]) -> str:
+    return "1x" if entry["engine"] == dense.engine.name else str(Ratio(**entry["ratio"]))
+
+
+def _flat(value: Any) -> str:
+    return ", ".join(f"{name} {item}" for name, item in value.items()) if isinstance(value, Mapping) else str(value)
 
 
 def _nodes(timing: Timing) -> str:

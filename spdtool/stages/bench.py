@@ -84,7 +84,7 @@ def _exported(role: str, folder: Path, file: str, provider: str, recipe: Recipe)
 
 
 def _in_torch(checkpoint: Path, like: Engine) -> Engine:
-    return Engine(**asdict(like) | {"name": "teacher, torch", "kind": "torch", "path": str(checkpoint)})
+    return Engine(**asdict(like) | {"name": "torch", "kind": "torch", "path": str(checkpoint)})
 
 
 def _environment(timings: list[Timing], threads: int) -> dict[str, Any]:

@@ -48,7 +48,9 @@ def phase(run: Run, stage: str, start: str, make_pruner: MakePruner) -> dict[str
     forward = evaluation.torch_forward(student, front.device)
     for model in (student, teacher):
         encoders.prime(model)
-        encoders.tune(model, checkpointing=recipe.gradient_checkpointing, compile_layers=recipe.compile)
+        # never recompute a stand-in: by the backward pass it is in eval mode again, and its dropout gone
+        checkpointing = recipe.gradient_checkpointing and model is student
+        encoders.tune(model, checkpointing=checkpointing, compile_layers=recipe.compile)
 
     steps = section.steps_for(len(splits["train"]))
     masks = Masks.from_zeros(encoders.prunable_linears(student))

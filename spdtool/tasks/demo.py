@@ -1,7 +1,8 @@
 """The embedded task `demo`: sentence pairs made from a seed, and a small untrained BERT to learn them.
 
 It needs no file and no network, and two CPU cores learn it in half a minute, so the whole pipeline can be seen to work.
-A premise tells who did what to whom; the hypothesis says the same, or roles, adjectives or nouns are exchanged:
+A premise tells who did what to whom. The hypothesis, active or passive, says the same, or has the roles, the adjectives
+or the nouns exchanged:
 
     old foxes chased red cats   |   red cats were chased by old foxes     entailment
                                 |   red foxes were chased by old cats     not_entailment
@@ -29,8 +30,8 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 LABELS = ("not_entailment", "entailment")
 
 DEV_PREMISES = 480  # of 2,880; each premise gives two rows
-PASSIVE = 0.25  # share of passive sentences; at one half, no single cue correlates with the label and training stalls
-POSITIONS = 128  # the longest pair has 17 tokens; the rest is for timing at the usual lengths
+PASSIVE = 0.35  # share of passive hypotheses; at one half, no single cue correlates with the label and training stalls
+POSITIONS = 128  # the longest pair has 15 tokens; the rest is for timing at the usual lengths
 INITIALIZER = 0.2  # the usual 0.02 is made for 768 dimensions; with it, 64 do not leave 50 % in thousands of steps
 
 
@@ -130,7 +131,7 @@ def _events() -> list[Event]:
 def _rows(draw: random.Random, events: list[Event]) -> Rows:
     rows: list[tuple[str, str, int]] = []
     for event in events:
-        premise = event.say(passive=draw.random() < PASSIVE)
+        premise = event.say(passive=False)
         passive = draw.random() < PASSIVE
         rows.append((premise, event.say(passive), LABELS.index("entailment")))
         rows.append((premise, draw.choice(event.false_twins()).say(passive), LABELS.index("not_entailment")))

@@ -186,7 +186,7 @@ def from_hub(name: str) -> dict[str, Rows]:
         source: Any = load_dataset(HUB, name)
         splits = {"train": source["train"]} | {split: source[theirs] for split, _, theirs in glue.dev}
         columns = {
-            split: [list(rows[column]) for column in (*glue.hub_text, "label")] for split, rows in splits.items()
+            split: [list(rows[column][:]) for column in (*glue.hub_text, "label")] for split, rows in splits.items()
         }
     except Exception as error:  # the hub's client raises whatever its transport and its caches do
         reason = (str(error).strip() or "no reason given").split("\n")[0]

@@ -99,7 +99,9 @@ def test_parity_refuses_what_is_not_finite(faulty: int, who: str, value: float) 
 def test_zeros_must_be_equal() -> None:
     expected = {"a": (5, 10), "b": (2, 4)}
     parity.check_zeros({"a": (5, 10), "b": (2, 4), "other": (0, 1)}, expected)
-    with pytest.raises(GateError, match="a: the exported file has 4 zeros among 10 weights; the checkpoint has 5 among"):
+    with pytest.raises(
+        GateError, match="a: the exported file has 4 zeros among 10 weights; the checkpoint has 5 among"
+    ):
         parity.check_zeros({"a": (4, 10), "b": (2, 4)}, expected)
     with pytest.raises(GateError, match=r"a \(and 1 more\): the exported file has no such matrix"):
         parity.check_zeros({}, expected)

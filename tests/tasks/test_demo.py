@@ -70,17 +70,17 @@ def test_no_premise_of_dev_is_told_in_train_in_either_voice(splits: dict[str, Ro
     assert len(told["train"] | told["dev"]) == 2880
 
 
-def test_all_three_exchanges_and_all_voices_occur(splits: dict[str, Rows]) -> None:
+def test_all_three_exchanges_and_both_voices_occur(splits: dict[str, Rows]) -> None:
     kinds, voices = Counter(), Counter()
     for premise, hypothesis, label in triples(splits["dev"]):
         true, told = event_of(premise), event_of(hypothesis)
-        voices["were" in premise, "were" in hypothesis] += 1
+        voices["were" in hypothesis, label] += 1
         if not label:
             kinds[true.doer[0] == told.doer[0], true.doer[1] == told.doer[1]] += 1
     assert set(kinds) == {(False, False), (True, False), (False, True)}
     assert min(kinds.values()) > 100
     assert len(voices) == 4
-    assert min(voices.values()) > 30
+    assert min(voices.values()) > 100
 
 
 def test_rows_depend_on_the_seed_alone() -> None:
@@ -116,7 +116,7 @@ def test_the_vocabulary_knows_every_word_and_every_row_fits(splits: dict[str, Ro
     for rows in splits.values():
         ids = tokens(rows.first, rows.second)["input_ids"]
         assert not any(tokens.unk_token_id in row for row in ids)
-        assert max(map(len, ids)) == 17
+        assert max(map(len, ids)) == 15
 
 
 def test_the_model_is_fresh_seeded_and_reloads_with_stock_classes(tmp_path: Path) -> None:

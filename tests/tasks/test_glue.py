@@ -121,6 +121,10 @@ def test_rows_end_at_newlines_and_fields_at_tabs_only(folder: Callable[..., Path
     assert rows == Rows(['"' + odd, '"a'], [odd, "'b"], [0, 1])
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_name(folder: Callable[..., Path]) -> None:
+    assert load("sst2", str(folder("sst2", train="\ufeff" + file_of("sst2"))))["train"] == Rows(["a"] * 2, None, [0, 1])
+
+
 def test_only_one_carriage_return_is_taken_off_the_end(folder: Callable[..., Path]) -> None:
     text = "gj04\t1\t\tfirst\r\r\ngj04\t0\t\tsec\rond"
     assert load("cola", str(folder("cola", train=text)))["train"] == Rows(["first\r", "sec\rond"], None, [1, 0])

@@ -193,9 +193,9 @@ def test_csv_is_quoted_and_tsv_is_not(tmp_path: Path) -> None:
     odd = 'she said "no\u2028\x85, never"'
     comma.write_bytes(('\ufefftext,label\r\n"a, ""b""\nc",x\r\n\r\n' + f"{odd[:8]},y\r\nd,x\r\ne,y\r\n").encode())
     tab.write_bytes(f"\ufefftext\tlabel\r\n\"{odd}\tx\r\n'\ty\nd\tx\ne\ty\n".encode())
-    both = rows(comma)
+    both = rows(comma, text=("text",))
     assert sorted(both["train"].first + both["dev"].first) == sorted(['a, "b"\nc', odd[:8], "d", "e"])
-    both = rows(tab)
+    both = rows(tab, text=("text",))
     assert sorted(both["train"].first + both["dev"].first) == sorted(['"' + odd, "'", "d", "e"])
 
 
@@ -205,6 +205,7 @@ BAD: dict[str, tuple[str, bytes, str]] = {
     "header alone": ("csv", b"text,label\n", "has no rows"),
     "header alone, tsv": ("tsv", b"text\tlabel\n", "has no rows"),
     "ragged csv": ("csv", b'text,label\n"a\nb",x\nc\n', "line 4: 1 fields where 2 were expected"),
+    "ragged over two lines": ("csv", b'text,label\na,x\n"b\nc"\nd,x\n', "line 3: 1 fields where 2 were expected"),
     "ragged, too long": ("csv", b"text,label\na,x\nb,c,y\n", "line 3: 3 fields where 2 were expected"),
     "ragged tsv": ("tsv", b"text\tlabel\na\tx\nb\n", "line 3: 1 fields where 2 were expected"),
     "open quote": ("csv", b'text,label\na,x\n"b,y\nc,x\n', "row that begins in line 3: unexpected end of data"),
@@ -301,6 +302,12 @@ def test_a_folder_with_no_or_two_files_of_a_split_is_refused(tmp_path: Path) -> 
     make(tmp_path / "validation.jsonl", PLAIN)
     with pytest.raises(DataError, match=r"has dev\.csv and validation\.jsonl"):
         rows(tmp_path)
+
+
+def test_columns_without_a_name_are_passed_over(tmp_path: Path) -> None:
+    data = tmp_path / "mine.csv"
+    data.write_text(",text,label,\n" + "".join(f"{i},row {i},{i % 2},\n" for i in range(8)))
+    assert len(rows(data)["train"]) == 6
 
 
 def test_data_must_be_given_and_must_exist(tmp_path: Path) -> None:

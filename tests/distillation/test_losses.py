@@ -1,0 +1,218 @@
+"""The losses against their formulas written out in plain loops, and blind to padding wherever it stands."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from spdtool import encoders
+from spdtool.distillation.losses import attention_loss, distillation, hidden_loss, logit_loss, regression_loss
+from spdtool.distillation.observation import Observation, observe
+from spdtool.recipe import Loss
+
+
+def softmax(row: list[float]) -> list[float]:
+    top = [math.exp(x - max(row)) for x in row]
+    return [x / sum(top) for x in top]
+
+
+def logits(rows: int = 4, labels: int = 3, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(seed)
+    return torch.randn(rows, labels) * 2, torch.randn(rows, labels) * 2, torch.randint(0, labels, (rows,))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 5.5])
+@pytest.mark.parametrize("hardness", [0.0, 0.3, 1.0])
+def test_the_logit_loss_is_the_divergence_times_t_squared_mixed_with_the_gold_labels(
+    temperature: float, hardness: float
+) -> None:
+    student, teacher, labels = logits()
+    soft = hard = 0.0
+    for mine, its, label in zip(student.tolist(), teacher.tolist(), labels.tolist(), strict=True):
+        p, q = softmax([x / temperature for x in its]), softmax([x / temperature for x in mine])
+        soft += sum(a * (math.log(a) - math.log(b)) for a, b in zip(p, q, strict=True)) * temperature**2 / 4
+        hard += -math.log(softmax(mine)[label]) / 4
+    weights = Loss(temperature=temperature, hardness=hardness)
+    expected = hardness * soft + (1 - hardness) * hard
+    assert float(logit_loss(student, teacher, labels, weights)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_t_squared_keeps_the_gradient_in_place() -> None:
+    def gradient(temperature: float) -> float:
+        student, teacher, labels = logits()
+        student = (student / 100).requires_grad_()
+        logit_loss(student, teacher / 100, labels, Loss(temperature=temperature)).backward()
+        assert student.grad is not None
+        return float(student.grad.norm())
+
+    assert gradient(8.0) == pytest.approx(gradient(1.0), rel=0.02), "near zero it does not depend on T"
+
+
+def test_the_published_form_is_a_mean_over_labels_without_t_squared() -> None:
+    student, teacher, labels = logits()
+    total = 0.0
+    for mine, its in zip(student.tolist(), teacher.tolist(), strict=True):
+        p, q = softmax([x / 2 for x in its]), softmax([x / 2 for x in mine])
+        total += sum(-a * math.log(b) for a, b in zip(p, q, strict=True))
+    weights = Loss(per_label=True, temperature=2.0)
+    assert float(logit_loss(student, teacher, labels, weights)) == pytest.approx(total / 12, rel=1e-5)
+
+
+def test_a_student_that_agrees_has_no_loss() -> None:
+    student, _, labels = logits()
+    assert float(logit_loss(student, student.clone(), labels, Loss())) == pytest.approx(0, abs=1e-6)
+    assert float(regression_loss(student[:, :1], student[:, :1].clone(), torch.zeros(4), Loss())) == 0
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_regression_is_squared_error_to_teacher_and_gold(share: float) -> None:
+    student, teacher, _ = logits(labels=1)
+    gold = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    mine, its = student[:, 0].tolist(), teacher[:, 0].tolist()
+    soft = sum((a - b) ** 2 for a, b in zip(mine, its, strict=True)) / 4
+    hard = sum((a - b) ** 2 for a, b in zip(mine, gold.tolist(), strict=True)) / 4
+    value = float(regression_loss(student, teacher, gold, Loss(regression_hardness=share)))
+    assert value == pytest.approx(share * soft + (1 - share) * hard, rel=1e-5)
+
+
+def states(seed: int, layers: int = 3, rows: int = 3, tokens: int = 5, width: int = 4) -> list[Tensor]:
+    torch.manual_seed(seed)
+    return [torch.randn(rows, tokens, width) for _ in range(layers)]
+
+
+MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0]])
+
+
+def test_the_hidden_loss_is_a_mean_over_real_tokens_summed_over_layers() -> None:
+    student, teacher = states(0), states(1)
+    expected = everything = 0.0
+    for mine, its in zip(student, teacher, strict=True):
+        errors = [
+            [float(((mine[r, t] - its[r, t]) ** 2).mean()) for t in range(5)] for r in range(3)
+        ]
+        real = [errors[r][t] for r in range(3) for t in range(5) if MASK[r, t]]
+        expected += sum(real) / len(real)
+        everything += sum(map(sum, errors)) / 15
+    assert float(hidden_loss(student, teacher, MASK)) == pytest.approx(expected, rel=1e-5)
+    assert float(hidden_loss(student, teacher, None)) == pytest.approx(everything, rel=1e-5)
+
+
+def maps(seed: int, layers: int = 2, masked: float = torch.finfo(torch.float32).min) -> list[Tensor]:
+    torch.manual_seed(seed)
+    made = [torch.randn(3, 2, 5, 5) for _ in range(layers)]
+    return [scores.masked_fill(MASK[:, None, None, :] == 0, masked) for scores in made]
+
+
+@pytest.mark.parametrize("masked", [torch.finfo(torch.float32).min, -math.inf, -65504.0, -1e9])
+def test_the_attention_loss_is_a_mean_over_pairs_of_real_tokens_and_heads(masked: float) -> None:
+    student, teacher = maps(0, masked=masked), maps(1, masked=masked)
+    expected = 0.0
+    for mine, its in zip(student, teacher, strict=True):
+        errors = [
+            float((mine[r, h, i, j] - its[r, h, i, j]) ** 2)
+            for r in range(3)
+            for h in range(2)
+            for i in range(5)
+            for j in range(5)
+            if MASK[r, i] and MASK[r, j]
+        ]
+        expected += sum(errors) / len(errors)
+    assert float(attention_loss(student, teacher, MASK)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_pairs_that_the_model_itself_hides_do_not_count() -> None:
+    """A local attention window: real tokens that do not see each other."""
+    student, teacher = maps(0, layers=1), maps(1, layers=1)
+    window = (torch.arange(5)[:, None] - torch.arange(5)[None]).abs() <= 1
+    near = [scores.masked_fill(~window, -math.inf) for scores in (*student, *teacher)]
+    pairs = MASK[:, :, None].bool() & MASK[:, None, :].bool() & window
+    errors = (student[0] - teacher[0]).square().transpose(0, 1)[:, pairs]
+    assert float(attention_loss(near[:1], near[1:], MASK)) == pytest.approx(float(errors.mean()), rel=1e-5)
+
+
+def test_with_padding_counted_a_hidden_pair_is_no_error() -> None:
+    student, teacher = maps(0), maps(1)
+    expected = sum(
+        float((mine.masked_fill(mine < -1e4, 0) - its.masked_fill(its < -1e4, 0)).square().mean())
+        for mine, its in zip(student, teacher, strict=True)
+    )
+    assert float(attention_loss(student, teacher, None)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_hidden_pairs_leave_no_nan_in_the_gradient() -> None:
+    student = [scores.clone().requires_grad_() for scores in maps(0, masked=-math.inf)]
+    attention_loss(student, maps(1, masked=-math.inf), MASK).backward()
+    for scores in student:
+        assert scores.grad is not None
+        assert bool(torch.isfinite(scores.grad).all())
+        assert bool((scores.grad[torch.isinf(scores.detach())] == 0).all())
+
+
+def observation(seed: int) -> Observation:
+    return Observation(logits(3, 3, seed)[0], tuple(states(seed)), tuple(maps(seed)))
+
+
+@pytest.mark.parametrize(
+    "weights", [Loss(logits=0.5, hidden=2.0, attention=0.3), Loss(hidden=0), Loss(logits=0), Loss(logits=0, hidden=0)]
+)
+def test_the_total_is_the_weighted_sum_of_the_terms_that_count(weights: Loss) -> None:
+    batch = {"attention_mask": MASK, "labels": torch.tensor([0, 1, 2])}
+    terms = distillation(observation(0), observation(1), batch, weights, regression=False)
+    names = {name for name in ("logits", "hidden", "attention") if getattr(weights, name) > 0}
+    assert set(terms) == {"loss"} | names
+    expected = sum(getattr(weights, name) * float(terms[name]) for name in names)
+    assert float(terms["loss"]) == pytest.approx(expected)
+
+
+def test_regression_takes_its_own_logit_loss_and_the_padding_switch_reaches_both_maps() -> None:
+    batch = {"attention_mask": MASK, "labels": torch.tensor([0.5, 1.5, 2.5])}
+    one, other = observation(0), observation(1)
+    student, teacher = (Observation(o.logits[:, :1], o.hidden, o.attention) for o in (one, other))
+    terms = distillation(student, teacher, batch, Loss(attention=1), regression=True)
+    assert torch.equal(terms["logits"], F.mse_loss(student.logits[:, 0], teacher.logits[:, 0]))
+    counted = distillation(student, teacher, batch, Loss(attention=1, mask_padding=False), regression=True)
+    assert student.hidden is not None
+    assert teacher.hidden is not None
+    assert torch.equal(counted["hidden"], hidden_loss(student.hidden, teacher.hidden, None))
+    assert float(counted["attention"]) < float(terms["attention"]), "diluted by padding"
+
+
+def padded(batch: dict[str, Tensor], extra: int, left: bool) -> dict[str, Tensor]:
+    """The same rows with `extra` more padding, all of it on one side."""
+    wide: dict[str, Tensor] = {"labels": batch["labels"]}
+    rows, length = batch["input_ids"].shape
+    for name in ("input_ids", "attention_mask", "token_type_ids"):
+        wide[name] = torch.zeros(rows, length + extra, dtype=torch.long)
+        for row, real in enumerate(batch["attention_mask"].sum(1).tolist()):
+            start = length + extra - real if left else 0
+            wide[name][row, start : start + real] = batch[name][row, :real]
+    return wide
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+def test_padding_on_either_side_changes_no_loss(toys: Any, left: bool) -> None:
+    """With a model that knows no absolute positions, so that left padding changes nothing but the padding."""
+    student, teacher = (toys.classifier("bert", seed=seed) for seed in (0, 1))
+    for model in (student, teacher):
+        encoders.prime(model)
+        with torch.no_grad():
+            model.bert.embeddings.position_embeddings.weight.zero_()
+            model.bert.pooler.dense.weight.zero_()  # it reads the first position, which left padding moves
+    weights, seen = Loss(attention=1.0), {"hidden": True, "attention": "scores"}
+
+    def terms(batch: dict[str, Tensor]) -> dict[str, float]:
+        with torch.no_grad():
+            made = distillation(
+                observe(student, batch, **seen), observe(teacher, batch, **seen), batch, weights, regression=False
+            )
+        return {name: float(value) for name, value in made.items()}
+
+    plain = toys.batch()
+    expected = terms(plain)
+    assert min(expected["hidden"], expected["attention"]) > 0
+    assert terms(padded(plain, 7, left)) == pytest.approx(expected, rel=1e-5)

@@ -1,0 +1,209 @@
+"""onnxruntime: there or not, telling the truth or not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+
+from spdtool.errors import DeviceError, ModelError
+from spdtool.export import runtime
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Let the distributions `names` be the installed ones."""
+
+    def version(name: str) -> str:
+        if name in names:
+            return "1.2.3"
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(runtime.metadata, "version", version)
+
+
+def test_both_distributions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, "onnxruntime", "onnxruntime-gpu")
+    with pytest.raises(DeviceError, match=r"onnxruntime 1.2.3 and onnxruntime-gpu 1.2.3 are both installed") as caught:
+        runtime.require()
+    assert "pip uninstall onnxruntime onnxruntime-gpu" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("name", runtime.DISTRIBUTIONS)
+def test_either_distribution_alone_is_accepted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, name)
+    assert runtime.installed() == {name: "1.2.3"}
+    assert runtime.require().InferenceSession
+
+
+def test_a_missing_runtime_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(DeviceError, match="cannot be imported") as caught:
+        runtime.require()
+    assert 'pip install "spdtool[cpu]"' in str(caught.value.hint)
+
+
+def test_a_gutted_runtime_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", ModuleType("onnxruntime"))
+    with pytest.raises(DeviceError, match="files of it are missing"):
+        runtime.require()
+
+
+def test_a_session_runs_on_the_cpu_and_says_so() -> None:
+    session = runtime.open_session(runtime.small_model(), threads=1)
+    assert runtime.placement(session) == {"CPUExecutionProvider": {"MatMul": 1}}
+    identity = np.eye(2, dtype=np.float32)
+    assert (session.run(None, {"x": identity})[0] == identity).all()
+    assert runtime.trouble("cpu") is None
+
+
+def test_a_damaged_model_is_refused_in_silence(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"no model at all")
+    for file in (tmp_path / "model.onnx", tmp_path / "none.onnx"):
+        with pytest.raises(ModelError, match=f"onnxruntime cannot open .*{file.name}"):
+            runtime.open_session(file)
+    with pytest.raises(ModelError, match="onnxruntime cannot open the model"):
+        runtime.open_session(b"nor this")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_importing_it_brings_no_torch() -> None:
+    code = "import sys, spdtool.bench.latency; print(sorted({'torch', 'onnxruntime', 'onnx'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+@dataclass
+class Claim:
+    """An onnxruntime that claims CUDA: what it lists, what it really runs, where it puts nodes."""
+
+    lists: tuple[str, ...] = ("CUDAExecutionProvider", "CPUExecutionProvider")
+    runs: str = "CUDAExecutionProvider"
+    nodes: dict[str, list[str]] | None = field(default_factory=lambda: {"CUDAExecutionProvider": ["MatMul"]})
+    refuses_strict: bool = False
+    opened: list[dict[str, Any]] = field(default_factory=list)
+    preloaded: int = 0
+
+    InferenceSession: ClassVar[Any] = None
+
+    def get_available_providers(self) -> list[str]:
+        return list(self.lists)
+
+    def preload_dlls(self) -> None:
+        print("Failed to load a library")
+        self.preloaded += 1
+
+    def SessionOptions(self) -> Any:
+        entries: dict[str, str] = {}
+        return SimpleNamespace(entries=entries, add_session_config_entry=entries.__setitem__)
+
+    def open(self, _model: Any, options: Any, providers: Any, enable_fallback: int) -> Any:
+        self.opened.append({"strict": options.entries.get(runtime.NO_FALLBACK), "providers": providers})
+        assert enable_fallback == 0
+        if self.refuses_strict and options.entries.get(runtime.NO_FALLBACK):
+            raise RuntimeError("nodes are assigned to the CPU EP, but fallback to CPU EP has been disabled")
+        session = SimpleNamespace(
+            get_providers=lambda: [self.runs, "CPUExecutionProvider"],
+            disable_fallback=lambda: None,
+            run=lambda _names, given: [given["x"] @ given["x"]],
+        )
+        if self.nodes is not None:
+            parts = [
+                SimpleNamespace(
+                    ep_name=name,
+                    get_nodes=lambda ops=ops: [SimpleNamespace(op_type=op) for op in ops],  # type: ignore[misc]
+                )
+                for name, ops in self.nodes.items()
+            ]
+            session.get_provider_graph_assignment_info = lambda: parts
+        return session
+
+
+def claim(monkeypatch: pytest.MonkeyPatch, **how: Any) -> Claim:
+    """Put a `Claim` in place of onnxruntime."""
+    made = Claim(**how)
+    made.InferenceSession = made.open  # type: ignore[misc]
+    monkeypatch.setattr(runtime, "require", lambda: made)
+    return made
+
+
+class TestCuda:
+    def test_it_is_refused_where_it_is_not_listed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        claim(monkeypatch, lists=("CPUExecutionProvider",))
+        with pytest.raises(DeviceError, match="this onnxruntime has no CUDAExecutionProvider") as caught:
+            runtime.open_session(b"", "cuda")
+        assert "spdtool[gpu]" in str(caught.value.hint)
+
+    def test_it_is_accepted_where_it_runs(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        made = claim(monkeypatch)
+        runtime.open_session(b"", "cuda")
+        assert made.opened == [{"strict": "1", "providers": [("CUDAExecutionProvider", {"use_tf32": "0"})]}]
+        assert made.preloaded == 1
+        assert capsys.readouterr().out == ""
+        assert runtime.trouble("cuda") is None
+        assert runtime.working("auto") == ["cpu", "cuda"]
+
+    def test_a_silent_fallback_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        claim(monkeypatch, runs="CPUExecutionProvider")
+        with pytest.raises(DeviceError, match="ran CPUExecutionProvider when CUDAExecutionProvider was asked for"):
+            runtime.open_session(b"", "cuda")
+        assert "ran CPUExecutionProvider" in str(runtime.trouble("cuda"))
+        assert runtime.working("auto") == ["cpu"]
+        with pytest.raises(DeviceError, match="CUDA was demanded"):
+            runtime.working("cuda")
+
+    def test_shape_computations_on_the_cpu_are_accepted(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        nodes = {"CUDAExecutionProvider": ["MatMul", "Softmax"], "CPUExecutionProvider": ["Gather", "Concat"]}
+        made = claim(monkeypatch, nodes=nodes, refuses_strict=True)
+        session = runtime.open_session(b"", "cuda")
+        assert [entry["strict"] for entry in made.opened] == ["1", None]
+        assert runtime.placement(session) == {
+            "CPUExecutionProvider": {"Concat": 1, "Gather": 1},
+            "CUDAExecutionProvider": {"MatMul": 1, "Softmax": 1},
+        }
+
+    @pytest.mark.parametrize(
+        ("nodes", "what"),
+        [
+            (
+                {"CUDAExecutionProvider": ["Add"], "CPUExecutionProvider": ["MatMul", "Gather"]},
+                "left MatMul to the CPU",
+            ),
+            ({"CPUExecutionProvider": ["Add"]}, "left every node to the CPU"),
+            (None, "does not tell which provider"),
+        ],
+    )
+    def test_arithmetic_on_the_cpu_is_refused(
+        self, nodes: dict[str, list[str]] | None, what: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        claim(monkeypatch, nodes=nodes, refuses_strict=True)
+        with pytest.raises(DeviceError, match=what):
+            runtime.open_session(b"", "cuda")
+
+    def test_another_error_is_not_taken_for_a_fallback(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        made = claim(monkeypatch)
+
+        def fail(*given: Any, **named: Any) -> Any:
+            raise RuntimeError("out of memory\nand more")
+
+        made.InferenceSession = fail  # type: ignore[misc]
+        with pytest.raises(ModelError, match=r"cannot open the model: out of memory$"):
+            runtime.open_session(b"", "cuda")
+
+
+def test_the_cpu_needs_no_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "trouble", lambda _provider: pytest.fail("CUDA was tried"))
+    assert runtime.working("cpu") == ["cpu"]
+
+
+def test_a_provider_that_computes_nonsense_is_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = SimpleNamespace(run=lambda _names, given: [given["x"]])
+    monkeypatch.setattr(runtime, "open_session", lambda *_given, **_named: session)
+    assert "wrong product" in str(runtime.trouble("cpu"))

@@ -1,0 +1,175 @@
+"""Run by `test_resume.py` as a process of its own: kill toy stages with SIGKILL at chosen moments, and run them again.
+
+    python tests/killed.py FOLDER < scenarios.json > results.json
+
+This process imports everything and computes nothing; each stage runs in a fork of it, which may die.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import toys
+
+from spdtool import encoders, snapshot
+from spdtool import run as runs
+from spdtool.run import Run
+
+STAGES = ("teacher", "prune", "distill", "finetune")
+for name in STAGES:
+    importlib.import_module(f"spdtool.stages.{name}")
+torch.set_num_threads(1)
+
+
+def recipe(minutes: float) -> Any:
+    """Dropout, grafting, every loss, two evaluations an epoch, the best weights kept: all that a state must hold."""
+    students = [f"{s}.loss.attention=0.5" for s in STAGES[1:]] + [f"{s}.weight_decay=0.1" for s in STAGES[1:]]
+    return toys.recipe(
+        *[f"{stage}.batch_size=4" for stage in STAGES],
+        *[f"{stage}.evaluations=2" for stage in STAGES],
+        *students,
+        "prune.grafting.start=0.6",
+        "distill.grafting={schedule='linear', start=0.3}",
+        "finetune.grafting.start=0.9",
+        f"save_minutes={minutes}",
+        sparsity=0.8,
+    )
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def patch(owner: Any, name: str, count: int, instead: Callable[..., None]) -> None:
+    """At call number `count` of `owner.name`, do `instead(original, *args)`; it is meant to be the last act."""
+    original, calls = getattr(owner, name), 0
+
+    def call(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return (instead(original, *args, **options) if calls == count else original(*args, **options))
+
+    setattr(owner, name, call)
+
+
+def before(original: Any, *args: Any, **options: Any) -> None:
+    die()
+
+
+def after(original: Any, *args: Any, **options: Any) -> None:
+    original(*args, **options)
+    die()
+
+
+def half(original: Any, tensors: Any, path: Path) -> None:
+    original(tensors, path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    die()
+
+
+def remove_half(original: Any, root: Path, pattern: str) -> None:
+    oldest = sorted(original(root, pattern))[0]
+    next(iter(sorted(oldest.iterdir()))).unlink()
+    die()
+
+
+def plan(moment: str, count: int) -> None:
+    """Arrange for this process to die at `moment`, the `count`-th time that it comes."""
+    step = torch.optim.AdamW
+    if moment == "before the optimiser's step":
+        patch(step, "step", count, before)
+    elif moment == "after the optimiser's step":
+        patch(step, "step", count, after)
+    elif moment == "snapshot half written":
+        patch(snapshot, "save_file", count, half)
+    elif moment == "snapshot written, not renamed":
+        patch(snapshot, "_write", count, after)
+    elif moment == "older snapshot half removed":
+        patch(Path, "glob", count + 1, remove_half)  # `newest` looks once, then every write looks for older ones
+    elif moment == "checkpoint half written":
+        patch(encoders, "save", count, lambda original, model, tokenizer, folder: (model.save_pretrained(folder), die()))
+    elif moment == "checkpoint written":
+        patch(encoders, "save", count, after)
+    elif moment == "record written":
+        patch(runs, "write_json", count, after)
+    elif moment == "state put away":
+        patch(Path, "rename", count, after)
+    elif moment == "committed":
+        patch(Path, "rename", count, after)
+    else:
+        raise ValueError(moment)
+
+
+def in_a_fork(work: Callable[[], None]) -> int:
+    """Do `work` in a fork; return how it ended, as `subprocess` counts: minus the signal, or the exit code."""
+    child = os.fork()
+    if child == 0:
+        os.dup2(2, 1)
+        try:
+            work()
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def stage(folder: Path, name: str, minutes: float, deaths: tuple[str, int] | None = None) -> int:
+    def work() -> None:
+        toys.register(toys.task(train=24, dev=16, dropout=0.2))
+        run = Run.at(folder, recipe(minutes))
+        if deaths is not None:
+            plan_for(run, *deaths)
+        getattr(importlib.import_module(f"spdtool.stages.{name}"), name)(run)
+
+    def plan_for(run: Run, moment: str, count: int) -> None:
+        if moment in ("record written", "state put away", "committed"):
+            original = Run._commit
+
+            def commit(*args: Any, **options: Any) -> None:
+                plan(moment, count)
+                original(*args, **options)
+
+            Run._commit = commit  # type: ignore[method-assign]
+        else:
+            plan(moment, count)
+
+    return in_a_fork(work)
+
+
+def main(root: Path, scenarios: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    results = []
+    calm = root / "calm"
+    for name in STAGES:
+        ended = stage(calm, name, 0)
+        if ended != 0:
+            raise SystemExit(f"the undisturbed {name} ended with {ended}")
+    for number, scenario in enumerate(scenarios):
+        folder, name = root / str(number), scenario["stage"]
+        folder.mkdir()
+        shutil.copy(calm / "run.json", folder)
+        for earlier in STAGES[: STAGES.index(name)]:
+            shutil.copytree(calm / earlier, folder / earlier)
+        ends = [stage(folder, name, scenario["minutes"], tuple(death)) for death in scenario["deaths"]]
+        done = (folder / name / "stage.json").exists()
+        last = 0 if done else stage(folder, name, scenario["minutes"])
+        results.append({"folder": str(folder), "ends": ends, "done": done, "last": last})
+    return results
+
+
+if __name__ == "__main__":
+    json.dump(main(Path(sys.argv[1]), json.load(sys.stdin)), sys.stdout)

@@ -1,0 +1,168 @@
+"""`spdtool distill`: the replacing rate rises to 1 while the zeros of `prune` are held."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from spdtool import run as runs
+from spdtool.errors import Corrupt, GateError, StageMissing
+from spdtool.run import Run
+from spdtool.stages.distill import distill
+from spdtool.stages.finetune import finetune
+
+
+@pytest.fixture(scope="module")
+def pruned_folder(toys: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that is done up to `prune`, made once."""
+    from spdtool.stages.prune import prune
+    from spdtool.stages.teacher import teacher
+
+    toys.register(toys.task())
+    run = Run.at(tmp_path_factory.mktemp("pruned") / "run", toys.recipe("prune.epochs=1", sparsity=0.9))
+    teacher(run)
+    prune(run)
+    return run.path
+
+
+@pytest.fixture
+def pruned(pruned_folder: Path, tmp_path: Path, toy_run: Callable[..., Run]) -> Callable[..., Run]:
+    """`pruned("distill.epochs=1")`: a copy of that run."""
+
+    def make(*sets: str, folder: str = "run") -> Run:
+        shutil.copytree(pruned_folder, tmp_path / folder)
+        return toy_run("prune.epochs=1", *sets, sparsity=0.9, folder=folder)
+
+    return make
+
+
+def poison(run: Run, stage: str, sparser: bool = False) -> None:
+    """Change one weight of `stage` and forge its record."""
+    folder = run.path / stage
+    weights = load_file(folder / "model.safetensors")
+    weight = weights["bert.encoder.layer.1.output.dense.weight"].view(-1)
+    weight[(weight != 0) if sparser else (weight == 0)] = weight[(weight != 0) if sparser else (weight == 0)].index_fill(
+        0, torch.tensor([0]), 0.0 if sparser else 0.5
+    )
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    record = json.loads((folder / "stage.json").read_text("utf-8"))
+    for file in record["files"]:
+        path = folder / file["path"]
+        file |= {"size": path.stat().st_size, "sha256": runs.sha256(path)}
+    runs.write_json(folder / "stage.json", record)
+
+
+def log(run: Run, stage: str, kind: str) -> list[dict[str, Any]]:
+    lines = (run.path / stage / "metrics.jsonl").read_text("utf-8").splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+def test_the_zeros_of_prune_are_held_and_the_rest_learns(pruned: Callable[..., Run]) -> None:
+    run = pruned("distill.keep_best=false")
+    metrics = distill(run)
+    assert sorted(path.name for path in (run.path / "distill").iterdir()) == [
+        "config.json",
+        "metrics.jsonl",
+        "model.safetensors",
+        "stage.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    before, after = (load_file(run.path / stage / "model.safetensors") for stage in ("prune", "distill"))
+    assert before.keys() == after.keys()
+    for name in metrics["zeros"]:
+        assert torch.equal(before[name] == 0, after[name] == 0), name
+        assert not torch.equal(before[name], after[name]), name
+    assert metrics["zeros"] == run.record("prune")["metrics"]["zeros"]
+    assert metrics["sparsity"] == pytest.approx(0.9, abs=1e-3)
+    assert metrics["dev"]["score"] == metrics["best"]["metrics"]["score"]
+    assert set(run.record("distill")["inputs"]) == {"teacher", "prune"}
+
+
+def test_the_replacing_rate_rises_and_shows_in_the_draws(pruned: Callable[..., Run]) -> None:
+    run = pruned("distill.grafting={schedule='linear', start=0.0, rise=0.5}", "distill.epochs=10")
+    distill(run)
+    steps = log(run, "distill", "step")
+    rates = [step["replacing_rate"] for step in steps]
+    assert rates == [pytest.approx(min(1.0, index / 30)) for index in range(60)]
+    assert all(own is False for step in steps[:1] for own in step["drawn"])
+    assert all(own is True for step in steps[30:] for own in step["drawn"])
+    assert {own for step in steps[:30] for own in step["drawn"]} == {True, False}
+    assert log(run, "distill", "prune") == []
+
+
+def test_a_step_without_any_layer_of_the_students_is_no_failure(pruned: Callable[..., Run]) -> None:
+    """At rate 0 nothing of the student's layers is in the forward pass; with frozen embeddings nothing at all is."""
+    run = pruned("distill.grafting.start=0", "distill.train=layers", "distill.epochs=1", "distill.keep_best=false")
+    distill(run)
+    before, after = (load_file(run.path / stage / "model.safetensors") for stage in ("prune", "distill"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(toy_run: Callable[..., Run]) -> None:
+    run = toy_run("prune.epochs=1", "prune.learning_rate=1e-30", "distill.epochs=1", "distill.loss.attention=1",
+                  "distill.learning_rate=1e-30", sparsity=0.0, until="prune")  # fmt: skip
+    distill(run)
+    for step in log(run, "distill", "step"):
+        assert step["losses"]["logits"] == pytest.approx(0, abs=1e-6)
+        assert step["losses"]["hidden"] == pytest.approx(0, abs=1e-9)
+        assert step["losses"]["attention"] == pytest.approx(0, abs=1e-9)
+
+
+def refused(run: Run, stage: Callable[[Run], Any], error: type[Exception], said: str) -> None:
+    name = stage.__name__
+    with pytest.raises(error, match=said):
+        stage(run)
+    assert not run.done(name)
+    assert not (run.path / f".{name}.partial").exists()
+
+
+def test_it_is_refused_before_prune(toy_run: Callable[..., Run]) -> None:
+    refused(toy_run(until="teacher"), distill, StageMissing, "no finished stage 'prune'")
+
+
+@pytest.mark.parametrize("sparser", [False, True])
+def test_a_poisoned_checkpoint_is_refused_though_its_record_is_fresh(
+    pruned: Callable[..., Run], sparser: bool
+) -> None:
+    run = pruned()
+    poison(run, "prune", sparser)
+    count = 1844 if sparser else 1842
+    refused(run, distill, GateError, f"layer.1.output.dense.weight has {count} zeros of 2048; .* asks for 1843")
+
+
+def test_a_poisoned_checkpoint_is_refused_by_finetune_too(pruned: Callable[..., Run]) -> None:
+    run = pruned("distill.epochs=1")
+    distill(run)
+    poison(run, "distill")
+    refused(run, finetune, GateError, "has 1842 zeros of 2048")
+
+
+def test_a_stage_whose_input_was_forged_is_refused(pruned: Callable[..., Run]) -> None:
+    """The record of prune is another one than distill has read."""
+    run = pruned("distill.epochs=1")
+    distill(run)
+    poison(run, "prune")
+    refused(run, finetune, Corrupt, "distill was made from a prune stage that has since been replaced")
+
+
+def test_a_teacher_that_was_replaced_is_noticed(pruned: Callable[..., Run]) -> None:
+    run = pruned()
+    poison(run, "teacher", sparser=True)
+    refused(run, distill, Corrupt, "prune was made from a teacher stage that has since been replaced")
+
+
+def test_without_epochs_the_checkpoint_is_handed_on_as_it_is(pruned: Callable[..., Run]) -> None:
+    run = pruned("distill.epochs=0")
+    metrics = distill(run)
+    before, after = (load_file(run.path / stage / "model.safetensors") for stage in ("prune", "distill"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert metrics["dev"] == run.record("prune")["metrics"]["dev"]
+    assert "steps" not in metrics

@@ -1,0 +1,77 @@
+"""`spdtool finetune`: the sparse student alone; the end of a whole run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from spdtool import data, encoders, evaluation
+from spdtool.errors import StageMissing
+from spdtool.pruning.patterns import zeros_in
+from spdtool.run import Run
+from spdtool.stages.finetune import finetune
+from spdtool.tasks import Task
+
+
+@pytest.mark.parametrize("recipe", ["default", "reference"])
+def test_a_whole_run_ends_in_an_ordinary_sparse_checkpoint(
+    toy_run: Callable[..., Run], toy_task: Callable[..., Task], toys: Any, recipe: str
+) -> None:
+    task = toy_task(dropout=0.1, pairs=True)
+    run = toy_run(name=recipe, sparsity=0.9, until="finetune")
+    folder = run.path / "finetune"
+    assert sorted(path.name for path in run.path.iterdir() if path.name != ".lock") == [
+        "distill", "finetune", "prune", "run.json", "teacher",
+    ]  # fmt: skip
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json",
+        "metrics.jsonl",
+        "model.safetensors",
+        "stage.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    for name, weight in encoders.prunable_linears(model).items():
+        assert int((weight == 0).sum()) == zeros_in(weight.numel(), 0.9), name
+    metrics = run.record("finetune")["metrics"]
+    encoded = data.encode(AutoTokenizer.from_pretrained(folder), task.load(None, 0), 32)
+    assert evaluation.evaluate(task, evaluation.torch_forward(model), encoded) == metrics["dev"]
+    assert set(run.record("finetune")["inputs"]) == {"teacher", "distill"}
+    config, teacher = (json.loads((f / "config.json").read_text("utf-8")) for f in (folder, run.path / "teacher"))
+    assert config == teacher, "no trace of attention implementation or dropout"
+
+
+def test_the_student_is_alone(toy_run: Callable[..., Run]) -> None:
+    run = toy_run(until="finetune")
+    steps = [json.loads(line) for line in (run.path / "finetune" / "metrics.jsonl").read_text("utf-8").splitlines()]
+    steps = [event for event in steps if event["event"] == "step"]
+    assert len(steps) == 12
+    assert {step["replacing_rate"] for step in steps} == {1.0}
+    assert all(all(step["drawn"]) for step in steps)
+    before, after = (load_file(run.path / stage / "model.safetensors") for stage in ("distill", "finetune"))
+    for name, weight in before.items():
+        assert torch.equal(weight == 0, after[name] == 0) or "bias" in name, name
+
+
+def test_it_is_refused_before_distill(toy_run: Callable[..., Run], tmp_path: Path) -> None:
+    run = toy_run(until="prune")
+    with pytest.raises(StageMissing, match="no finished stage 'distill'"):
+        finetune(run)
+    assert not (run.path / ".finetune.partial").exists()
+
+
+def test_a_run_learns_with_its_zeros(toy_run: Callable[..., Run], toy_task: Callable[..., Task]) -> None:
+    """A task that four words decide: at 80 % the student must know it still."""
+    toy_task(train=256, dev=64)
+    run = toy_run("teacher.epochs=6", "teacher.learning_rate=5e-3", "prune.learning_rate=2e-3",
+                  "distill.learning_rate=1e-3", "finetune.learning_rate=1e-3", sparsity=0.8, until="finetune")  # fmt: skip
+    assert run.record("teacher")["metrics"]["dev"]["accuracy"] > 0.9
+    assert run.record("finetune")["metrics"]["dev"]["accuracy"] > 0.85

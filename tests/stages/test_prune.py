@@ -1,0 +1,265 @@
+"""`spdtool prune`: exact zeros in every matrix, whatever the recipe and the start."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+
+from spdtool import encoders, plugins
+from spdtool.errors import Corrupt, GateError, ModelError, RecipeError, RunError, StageMissing, UnknownName
+from spdtool.pruning.patterns import zeros_in
+from spdtool.run import Run
+from spdtool.stages.prune import prune
+from spdtool.stages.teacher import teacher
+from spdtool.tasks import Task
+
+
+def zeros(folder: Path) -> dict[str, tuple[int, int]]:
+    """`(zeros, size)` of every prunable matrix, by stock transformers."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    return {n: (int((w == 0).sum()), w.numel()) for n, w in encoders.prunable_linears(model).items()}
+
+
+def events(run: Run, kind: str) -> list[dict[str, Any]]:
+    lines = (run.path / "prune" / "metrics.jsonl").read_text("utf-8").splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+def sparse_teacher(run: Run, sparsity: float) -> None:
+    """Put a checkpoint that somebody else made sparse where the teacher lies, with a fresh record."""
+    folder = run.path / "teacher"
+    model, tokenizer = encoders.load(folder), encoders.load_tokenizer(folder)
+    with torch.no_grad():
+        for weight in encoders.prunable_linears(model).values():
+            weight.view(-1)[: zeros_in(weight.numel(), sparsity)] = 0.0
+    run.discard("teacher")
+    with run.stage("teacher") as work:
+        encoders.save(model, tokenizer, work.folder)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9, 0.999])
+def test_every_matrix_has_exactly_the_zeros_that_were_asked_for(
+    toy_run: Callable[..., Run], sparsity: float
+) -> None:
+    run = toy_run(sparsity=sparsity, until="teacher")
+    metrics = prune(run)
+    assert sorted(path.name for path in (run.path / "prune").iterdir()) == [
+        "config.json",
+        "metrics.jsonl",
+        "model.safetensors",
+        "stage.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    found = zeros(run.path / "prune")
+    assert len(found) == 12
+    assert found == {name: (zeros_in(size, sparsity), size) for name, (_, size) in found.items()}
+    assert metrics["zeros"] == {name: list(count) for name, count in found.items()}
+    total = sum(size for _, size in found.values())
+    assert metrics["sparsity"] == pytest.approx(sum(count for count, _ in found.values()) / total)
+    assert run.record("prune")["metrics"] == metrics
+    assert list(run.record("prune")["inputs"]) == ["teacher"]
+    assert not (run.path / ".prune.partial").exists()
+
+
+def test_nothing_else_is_zeroed_and_no_key_is_renamed(toy_run: Callable[..., Run]) -> None:
+    run = toy_run(sparsity=0.9, until="prune")
+    before, after = (load_file(run.path / stage / "model.safetensors") for stage in ("teacher", "prune"))
+    assert before.keys() == after.keys()
+    prunable = zeros(run.path / "prune")
+    for name, weight in after.items():
+        if name not in prunable:
+            assert int((weight == 0).sum()) <= int((before[name] == 0).sum()), name
+
+
+def test_the_events_are_those_of_the_recipe(toy_run: Callable[..., Run]) -> None:
+    run = toy_run("prune.events=3", "prune.ramp=0.5", sparsity=0.8, until="prune")
+    pruned = [(event["step"], event["sparsity"]) for event in events(run, "prune")]
+    assert pruned == [(2, pytest.approx(0.8 * (1 - (2 / 3) ** 3))), (4, pytest.approx(0.8 * (1 - (1 / 3) ** 3))),
+                      (6, 0.8)]  # fmt: skip
+    steps = events(run, "step")
+    assert [step["step"] for step in steps] == list(range(1, 13))
+    assert [step["sparsity"] for step in steps[5:]] == [pytest.approx(0.8, abs=1e-3)] * 7
+
+
+def test_the_first_jump_comes_before_the_first_step(toy_run: Callable[..., Run]) -> None:
+    run = toy_run("prune.first=0.7", sparsity=0.9, until="prune")
+    assert (events(run, "prune")[0]["step"], events(run, "prune")[0]["sparsity"]) == (0, 0.7)
+    assert len(events(run, "prune")) == 3
+
+
+def test_the_global_scope_has_the_exact_total(toy_run: Callable[..., Run]) -> None:
+    run = toy_run("prune.scope=global", sparsity=0.77, until="prune")
+    found = zeros(run.path / "prune")
+    size = sum(size for _, size in found.values())
+    assert sum(count for count, _ in found.values()) == zeros_in(size, 0.77)
+    assert len({count / size for count, size in found.values()}) > 3, "the matrices share unevenly"
+
+
+@pytest.mark.parametrize("which", ["layers", "layers+head", "all"])
+def test_only_the_chosen_part_is_trained(toy_run: Callable[..., Run], which: str) -> None:
+    run = toy_run(f"prune.train={which}", "prune.learning_rate=0.01", until="prune")
+    before, after = (load_file(run.path / stage / "model.safetensors") for stage in ("teacher", "prune"))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any(name.startswith("bert.encoder.layer.") for name in moved)
+    assert ("classifier.weight" in moved) == (which != "layers")
+    assert any("embeddings" in name for name in moved) == (which == "all")
+
+
+@pytest.mark.parametrize(
+    "sets",
+    [
+        ("prune.loss.attention=1",),
+        ("prune.loss.hidden=0", "prune.loss.hardness=0"),
+        ("prune.grafting.start=0.5", "prune.grafting.stand_in_dropout=true"),
+        ("prune.accumulate=3",),
+        ("precision=bf16",),
+        ("prune.dropout=0.3",),
+        ("prune.weight_decay=0.5", "prune.clip=0"),
+        ("gradient_checkpointing=true", "prune.loss.attention=1"),
+    ],
+    ids=lambda sets: " ".join(sets),
+)
+def test_the_zeros_are_exact_with_any_recipe(toy_run: Callable[..., Run], sets: tuple[str, ...]) -> None:
+    run = toy_run(*sets, "teacher.epochs=1", sparsity=0.9, until="prune")
+    assert all(count == zeros_in(size, 0.9) for count, size in zeros(run.path / "prune").values())
+
+
+def test_regression_is_pruned_like_the_rest(toy_run: Callable[..., Run], toy_task: Callable[..., Task]) -> None:
+    toy_task(labels=())
+    run = toy_run(sparsity=0.9, until="prune")
+    assert all(count == zeros_in(size, 0.9) for count, size in zeros(run.path / "prune").values())
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_gradient_checkpointing_changes_no_weight(
+    toy_run: Callable[..., Run], toy_task: Callable[..., Task], dropout: bool
+) -> None:
+    """With real dropout in the student, and in the stand-ins too: the recomputed masks are the same ones."""
+    toy_task(dropout=0.2)
+    sets = ["teacher.epochs=1", "prune.loss.attention=1", f"prune.grafting.stand_in_dropout={str(dropout).lower()}",
+            "prune.grafting.start=0.6"]  # fmt: skip
+    plain = toy_run(*sets, folder="plain", until="prune")
+    saving = toy_run(*sets, "gradient_checkpointing=true", folder="saving", until="teacher")
+    prune(saving)
+    before, after = (load_file(run.path / "prune" / "model.safetensors") for run in (plain, saving))
+    for name, weight in before.items():
+        torch.testing.assert_close(after[name], weight, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_the_same_recipe_gives_the_same_bytes_and_another_seed_others(toy_run: Callable[..., Run]) -> None:
+    one, again = (toy_run(folder=folder, until="prune") for folder in ("one", "again"))
+    other = toy_run(folder="other", seed=1, until="prune")
+    files = [(run.path / "prune" / "model.safetensors").read_bytes() for run in (one, again, other)]
+    assert files[0] == files[1] != files[2]
+
+
+def test_a_criterion_of_a_strangers_is_used(toy_run: Callable[..., Run], clean_plugins: None) -> None:
+    seen = []
+
+    @plugins.criteria.register("taylor-of-the-test", needs=("gradient",))
+    def taylor(weight: torch.Tensor, stats: Any) -> torch.Tensor:
+        seen.append(bool((stats.gradient != 0).any()))
+        return (weight * stats.gradient).abs()
+
+    run = toy_run("prune.criterion=taylor-of-the-test", until="prune")
+    assert len(seen) == 3 * 12
+    assert all(seen)
+    assert all(count == zeros_in(size, 0.5) for count, size in zeros(run.path / "prune").values())
+
+
+def test_it_starts_from_a_sparse_checkpoint_that_someone_else_made(toy_run: Callable[..., Run]) -> None:
+    run = toy_run(sparsity=0.8, until="teacher")
+    sparse_teacher(run, 0.4)
+    held = {n: w == 0 for n, w in load_file(run.path / "teacher" / "model.safetensors").items()}
+    prune(run)
+    after = load_file(run.path / "prune" / "model.safetensors")
+    for name, (count, size) in zeros(run.path / "prune").items():
+        assert count == zeros_in(size, 0.8)
+        assert bool((after[name][held[name]] == 0).all()), "what was dead stays dead"
+    assert [event["sparsity"] for event in events(run, "prune")][0] > 0.4, "the ramp starts where it is"
+
+
+def test_a_start_that_is_too_sparse_is_refused_before_the_work(toy_run: Callable[..., Run]) -> None:
+    run = toy_run(sparsity=0.5, until="teacher")
+    sparse_teacher(run, 0.6)
+    refused(run, ModelError, "zeros of 1024 already; sparsity 0.5")
+
+
+def refused(run: Run, error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        prune(run)
+    assert not run.done("prune")
+    assert not (run.path / ".prune.partial").exists()
+
+
+def test_it_is_refused_before_the_teacher(toy_run: Callable[..., Run]) -> None:
+    run = toy_run()
+    refused(run, StageMissing, "no finished stage 'teacher'")
+    assert not run.path.exists()
+
+
+def test_it_is_refused_on_an_altered_teacher(toy_run: Callable[..., Run]) -> None:
+    run = toy_run(until="teacher")
+    with (run.path / "teacher" / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x7f")
+    refused(run, Corrupt, "was altered")
+
+
+def test_it_is_done_once(toy_run: Callable[..., Run]) -> None:
+    run = toy_run(until="prune")
+    with pytest.raises(RunError, match="already done"):
+        prune(run)
+    assert run.done("prune")
+
+
+@pytest.mark.parametrize(
+    ("setting", "error", "said"),
+    [
+        ("prune.criterion=magnitud", UnknownName, "no criterion"),
+        ("prune.pattern=blocky", UnknownName, "no pattern"),
+        ("prune.grafting.schedule=liner", UnknownName, "replacing-rate schedule"),
+        ("prune.events=13", RecipeError, "13 prune events do not fit in 8"),
+        ("prune.epochs=0", RecipeError, "do not fit"),
+    ],
+)
+def test_a_recipe_that_cannot_work_is_refused_before_the_work(
+    toy_run: Callable[..., Run], setting: str, error: type[Exception], said: str
+) -> None:
+    refused(toy_run(setting, until="teacher"), error, said)
+
+
+def test_a_count_that_is_off_is_not_handed_over(
+    toy_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = toy_run(until="teacher")
+
+    def wrong(model: Any, tokenizer: Any, folder: Path) -> None:
+        with torch.no_grad():
+            next(iter(encoders.prunable_linears(model).values())).view(-1)[:].add_(1.0)
+        original(model, tokenizer, folder)
+
+    original = encoders.save
+    monkeypatch.setattr(encoders, "save", wrong)
+    refused_with_state = pytest.raises(GateError, match="has 0 zeros of 1024; sparsity 0.5 asks for 512")
+    with refused_with_state:
+        prune(run)
+    assert not run.done("prune")
+    assert not (run.path / "prune").exists()
+
+
+def test_given_and_fine_tuned_teachers_lead_to_the_same_student(toy_run: Callable[..., Run]) -> None:
+    one = toy_run(folder="one", until="prune")
+    other = toy_run(folder="other", given_teacher=str(one.path / "teacher"))
+    teacher(other)
+    prune(other)
+    files = [(run.path / "prune" / "model.safetensors").read_bytes() for run in (one, other)]
+    assert files[0] == files[1]

@@ -1,0 +1,171 @@
+"""`spdtool teacher`: fine-tuned here, or given and measured first; bad ones refused with nothing written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from spdtool import encoders
+from spdtool.errors import DataError, ModelError, UnknownName
+from spdtool.run import Run
+from spdtool.stages.teacher import teacher
+from spdtool.tasks import Rows, Task
+
+FILES = ["config.json", "model.safetensors", "stage.json", "tokenizer.json", "tokenizer_config.json"]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.name != ".lock")
+
+
+@pytest.fixture
+def given(tmp_path: Path, toys: Any) -> Callable[..., str]:
+    """`given(labels=2, **config)` writes a fine-tuned model to give as the teacher."""
+
+    def make(labels: int = 2, **config: Any) -> str:
+        folder = tmp_path / "given"
+        encoders.save(toys.bert(2, labels=labels, **config), toys.tokenizer(), folder)
+        return str(folder)
+
+    return make
+
+
+def test_it_writes_a_checkpoint_that_stock_transformers_opens(toy_run: Callable[..., Run], toys: Any) -> None:
+    run = toy_run()
+    metrics = teacher(run)
+    assert names(run.path / "teacher") == sorted([*FILES, "metrics.jsonl"])
+    assert names(run.path) == sorted(["run.json", "teacher", *(f"teacher/{n}" for n in names(run.path / "teacher"))])
+    model = AutoModelForSequenceClassification.from_pretrained(run.path / "teacher")
+    assert encoders.label_names(model) == ["bad", "good"]
+    assert not torch.equal(model.classifier.weight, toys.bert(2).classifier.weight), "it was trained"
+    assert run.record("teacher")["metrics"] == metrics
+    assert run.record("teacher")["inputs"] == {}
+    assert metrics["given"] is None
+    assert metrics["steps"] == 12
+    assert len(metrics["evaluations"]) == 2
+    assert metrics["dev"]["score"] == metrics["best"]["metrics"]["score"]
+    assert metrics["dev"]["score"] == max(e["metrics"]["score"] for e in metrics["evaluations"])
+
+
+def test_it_learns(toy_run: Callable[..., Run], toy_task: Callable[..., Task]) -> None:
+    toy_task(train=256, dev=64)
+    metrics = teacher(toy_run("teacher.epochs=6", "teacher.learning_rate=5e-3"))
+    assert metrics["dev"]["accuracy"] > 0.9
+
+
+def test_a_regression_teacher(toy_run: Callable[..., Run], toy_task: Callable[..., Task]) -> None:
+    toy_task(labels=())
+    run = toy_run()
+    metrics = teacher(run)
+    assert set(metrics["dev"]) == {"score", "pearson"}
+    config = json.loads((run.path / "teacher" / "config.json").read_text("utf-8"))
+    assert config["id2label"] == {"0": "score"}
+
+
+def test_a_pretrained_encoder_is_fine_tuned_with_the_tasks_labels(
+    toy_run: Callable[..., Run], toy_task: Callable[..., Task], given: Callable[..., str]
+) -> None:
+    toy_task(build=False, labels=("no", "maybe", "yes"))
+    run = toy_run("teacher.dropout=0.3", model=given(hidden_dropout_prob=0.1))
+    teacher(run)
+    config = json.loads((run.path / "teacher" / "config.json").read_text("utf-8"))
+    assert config["id2label"] == {"0": "no", "1": "maybe", "2": "yes"}
+    assert config["hidden_dropout_prob"] == 0.1, "the training's own dropout is not handed over"
+
+
+def test_a_given_teacher_is_measured_and_copied_bit_by_bit(
+    toy_run: Callable[..., Run], toy_task: Callable[..., Task], given: Callable[..., str], capsys: Any
+) -> None:
+    toy_task()
+    source = given()
+    run = toy_run(given_teacher=source)
+    metrics = teacher(run)
+    assert names(run.path / "teacher") == FILES
+    assert metrics["given"] == source
+    assert 0 <= metrics["dev"]["accuracy"] <= 1
+    assert f"given teacher: dev score {metrics['dev']['score']:.4f}" in capsys.readouterr().out
+    before = AutoModelForSequenceClassification.from_pretrained(source).state_dict()
+    after = AutoModelForSequenceClassification.from_pretrained(run.path / "teacher").state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_given_teachers_own_order_of_labels_is_respected(
+    toy_run: Callable[..., Run], toy_task: Callable[..., Task], given: Callable[..., str]
+) -> None:
+    toy_task()
+    straight = teacher(toy_run(folder="straight", given_teacher=given(id2label={0: "bad", 1: "good"})))
+    turned = teacher(toy_run(folder="turned", given_teacher=given(id2label={0: "good", 1: "bad"})))
+    assert turned["dev"]["accuracy"] == pytest.approx(1 - straight["dev"]["accuracy"])
+
+
+def refused(run: Run, error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        teacher(run)
+    assert not run.done("teacher")
+    assert not (run.path / "teacher").exists()
+    assert not (run.path / ".teacher.partial").exists()
+
+
+@pytest.mark.parametrize(("labels", "own"), [(("bad", "good"), 3), (("bad", "good"), 1), ((), 2)])
+def test_a_teacher_with_another_number_of_labels_is_refused(
+    toy_run: Callable[..., Run], toy_task: Callable[..., Task], given: Callable[..., str],
+    labels: tuple[str, ...], own: int,
+) -> None:  # fmt: skip
+    toy_task(labels=labels)
+    refused(toy_run(given_teacher=given(own)), ModelError, f"the model has {own} labels")
+
+
+def test_a_teacher_that_is_not_there_is_refused(toy_run: Callable[..., Run], tmp_path: Path) -> None:
+    refused(toy_run(given_teacher=str(tmp_path / "gone")), ModelError, "cannot load the model")
+
+
+def test_rows_longer_than_the_model_allows_are_refused(
+    toy_run: Callable[..., Run], toy_task: Callable[..., Task], given: Callable[..., str]
+) -> None:
+    toy_task(build=False)
+    source = given(max_position_embeddings=5)
+    refused(toy_run(model=source), DataError, "the model has 5 positions")
+    refused(toy_run(given_teacher=source, folder="other"), DataError, "the model has 5 positions")
+
+
+@pytest.mark.parametrize("empty", ["train", "dev"])
+def test_an_empty_split_is_refused(
+    toy_run: Callable[..., Run], toy_task: Callable[..., Task], toys: Any, empty: str
+) -> None:
+    from dataclasses import replace
+
+    task = toy_task()
+    splits = {"train": toys.rows(8), "dev": toys.rows(8)} | {empty: Rows([], None, [])}
+    toys.register(replace(task, load=lambda data, seed: splits))
+    refused(toy_run(), DataError, f"no rows in its {empty} split")
+
+
+def test_one_class_only_is_refused(toy_run: Callable[..., Run], toy_task: Callable[..., Task], toys: Any) -> None:
+    from dataclasses import replace
+
+    splits = {"train": Rows(["a", "the"], None, [1, 1]), "dev": toys.rows(8)}
+    toys.register(replace(toy_task(), load=lambda data, seed: splits))
+    refused(toy_run(), DataError, "every training row of 'toy' has the label 'good'")
+
+
+def test_an_unsupported_architecture_is_refused_before_it_is_trained(
+    toy_run: Callable[..., Run], toy_task: Callable[..., Task], toys: Any
+) -> None:
+    from dataclasses import replace
+
+    def build(seed: int) -> Any:
+        return toys.classifier("albert", embedding_size=16), toys.tokenizer()
+
+    toys.register(replace(toy_task(), build=build))
+    refused(toy_run(), ModelError, "'albert' is not supported")
+
+
+def test_an_unknown_task_is_refused(toy_run: Callable[..., Run]) -> None:
+    refused(toy_run(task="toyy"), UnknownName, "no task 'toyy'")

@@ -1,0 +1,260 @@
+"""`recipes/reference.toml` against the published algorithm, written out here slowly and plainly, step by step.
+
+Huang et al., ACL 2022, arXiv 2110.08190, as its published code does it: the encoder too is written out, from tensors
+named as in a checkpoint, so that nothing of spdtool or transformers is in the plain side but the order of the rows.
+Where `reference.toml` departs from the published code on purpose, so does this: the 12 events end at the target, each
+phase starts AdamW's moments and the generators anew (from the seed), and regression learns from the gold values.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from spdtool import data, encoders, snapshot, training
+from spdtool.run import Run
+from spdtool.tasks import Task
+
+LAYERS, HEADS, WIDTH, LENGTH = 3, 2, 16, 16
+EPOCHS = {"prune": 6, "distill": 2, "finetune": 4}  # 12 events fit; 1 : 2 as in the recipe, so that its rates meet
+BATCH, SPARSITY = 4, 0.9
+PEAK, EPSILON, BETAS, CLIP = 6.4e-4, 1e-8, (0.9, 0.999), 1.0
+SIX = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
+       "intermediate.dense", "output.dense")  # fmt: skip
+Weights = dict[str, Tensor]
+
+
+class Plain:
+    """The published algorithm, one phase after the other."""
+
+    def __init__(self, teacher: Weights, dropout: float, seed: int, regression: bool) -> None:
+        self.teacher = {name: weight.clone().requires_grad_() for name, weight in teacher.items()}
+        self.student = {name: weight.clone().requires_grad_() for name, weight in teacher.items()}
+        self.dropout, self.seed, self.regression = dropout, seed, regression
+        self.trained = [name for name in teacher if ".encoder.layer." in name]
+        self.pruned = [f"bert.encoder.layer.{i}.{part}.weight" for i in range(LAYERS) for part in SIX]
+        self.masks = {name: torch.ones_like(teacher[name], dtype=torch.bool) for name in self.pruned}
+
+    def start_phase(self) -> None:
+        """A phase hands over a float32 checkpoint and nothing else."""
+        self.student = {n: w.detach().float().to(w.dtype).requires_grad_() for n, w in self.student.items()}
+        self.first = {name: torch.zeros_like(self.student[name]) for name in self.trained}
+        self.second = {name: torch.zeros_like(self.student[name]) for name in self.trained}
+        self.updates = dict.fromkeys(self.trained, 0)
+        self.draws = random.Random(self.seed)
+        torch.manual_seed(self.seed)
+
+    def forward(self, own: list[bool] | None, batch: dict[str, Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Logits, hidden states and attention probabilities; `own` None is the teacher, without dropout."""
+        outer = self.teacher if own is None else self.student
+        rate = 0.0 if own is None else self.dropout
+
+        def drop(x: Tensor) -> Tensor:
+            return F.dropout(x, rate, training=True) if rate > 0 else x
+
+        def norm(x: Tensor, weights: Weights, name: str) -> Tensor:
+            x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-12).sqrt()
+            return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+        def linear(x: Tensor, weights: Weights, name: str) -> Tensor:
+            return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+        rows, length = batch["input_ids"].shape
+        e = "bert.embeddings"
+        words = outer[f"{e}.word_embeddings.weight"]
+        words = torch.cat([words[:1].detach(), words[1:]])  # the padding word has no gradient
+        x = words[batch["input_ids"]]
+        x = x + outer[f"{e}.token_type_embeddings.weight"][batch["token_type_ids"]]
+        x = x + outer[f"{e}.position_embeddings.weight"][torch.arange(length)]
+        x = drop(norm(x, outer, f"{e}.LayerNorm"))
+        hidden, attentions = [x], []
+        for index in range(LAYERS):
+            weights = self.teacher if own is None or not own[index] else self.student
+            layer = f"bert.encoder.layer.{index}"
+            query, key, value = (
+                linear(x, weights, f"{layer}.attention.self.{part}").view(rows, length, HEADS, -1).transpose(1, 2)
+                for part in ("query", "key", "value")
+            )
+            scores = query @ key.transpose(-1, -2) / math.sqrt(WIDTH / HEADS)
+            scores = scores.masked_fill(batch["attention_mask"][:, None, None, :] == 0, -math.inf)
+            attention = drop(scores.softmax(-1))
+            attentions.append(attention)
+            mixed = (attention @ value).transpose(1, 2).reshape(rows, length, WIDTH)
+            mixed = drop(linear(mixed, weights, f"{layer}.attention.output.dense"))
+            x = norm(mixed + x, weights, f"{layer}.attention.output.LayerNorm")
+            wide = linear(x, weights, f"{layer}.intermediate.dense")
+            wide = 0.5 * wide * (1 + torch.erf(wide / math.sqrt(2)))
+            x = norm(drop(linear(wide, weights, f"{layer}.output.dense")) + x, weights, f"{layer}.output.LayerNorm")
+            hidden.append(x)
+        pooled = drop(torch.tanh(linear(x[:, 0], outer, "bert.pooler.dense")))
+        return linear(pooled, outer, "classifier"), hidden, attentions
+
+    def step(self, batch: dict[str, Tensor], rate: float, learning_rate: float) -> dict[str, Any]:
+        """One optimiser step; the loss terms and the draw."""
+        with torch.no_grad():
+            taught = self.forward(None, batch)
+        own = [self.draws.random() < rate for _ in range(LAYERS)]
+        learnt = self.forward(own, batch)
+        terms = {
+            "logits": self.logit_term(learnt[0], taught[0], batch["labels"]),
+            "hidden": sum((a - b).square().mean() for a, b in zip(learnt[1], taught[1], strict=True)),
+            "attention": sum((a - b).float().square().mean() for a, b in zip(learnt[2], taught[2], strict=True)),
+        }
+        total = terms["logits"] + terms["hidden"] + terms["attention"]
+        everything = [*self.student.values(), *self.teacher.values()]
+        for weight in everything:
+            weight.grad = None
+        total.backward()
+        norm = math.sqrt(sum(float(w.grad.square().sum()) for w in everything if w.grad is not None))
+        factor = min(1.0, CLIP / (norm + 1e-6))
+        with torch.no_grad():
+            for name in self.trained:
+                if self.student[name].grad is not None:
+                    self.update(name, self.student[name].grad * factor, learning_rate)
+            for name, mask in self.masks.items():
+                self.student[name].mul_(mask)
+        return {"own": own, "loss": float(total.detach())} | {n: float(term.detach()) for n, term in terms.items()}
+
+    def logit_term(self, learnt: Tensor, taught: Tensor, labels: Tensor) -> Tensor:
+        """In float32, whatever the rest is in, since that is where the loss is computed."""
+        mine, its = learnt.float(), taught.float()
+        if self.regression:
+            return (mine[:, 0] - labels).square().mean()
+        return -(its.softmax(-1) * mine.log_softmax(-1)).mean()
+
+    def update(self, name: str, gradient: Tensor, learning_rate: float) -> None:
+        """AdamW without decay. The moments of pruned weights go on, as published: nothing living depends on them."""
+        self.updates[name] += 1
+        count, (slow, slower) = self.updates[name], BETAS
+        self.first[name].mul_(slow).add_(gradient, alpha=1 - slow)
+        self.second[name].mul_(slower).add_(gradient.square(), alpha=1 - slower)
+        mean = self.first[name] / (1 - slow**count)
+        square = self.second[name] / (1 - slower**count)
+        self.student[name].sub_(learning_rate * mean / (square.sqrt() + EPSILON))
+
+    def prune(self, event: int, of: int) -> None:
+        """Event `event` of `of`: in each matrix the smallest so many die, and what is dead is among them."""
+        target = SPARSITY + (0 - SPARSITY) * (1 - event / of) ** 3
+        with torch.no_grad():
+            for name in self.pruned:
+                flat = self.student[name].view(-1)
+                sizes = [abs(value) for value in flat.tolist()]
+                smallest = sorted(range(len(sizes)), key=sizes.__getitem__)
+                flat[smallest[: round(len(sizes) * target)]] = 0.0
+                self.masks[name] = self.student[name] != 0
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("regression", [False, True], ids=["classes", "regression"])
+def test_every_step_of_every_phase_is_that_of_the_published_algorithm(
+    dropout: float, regression: bool, toys: Any, toy_task: Callable[..., Task], toy_run: Callable[..., Run],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """In float64, so that AdamW does not blow up the rounding of a gradient that is almost zero.
+
+    The fused AdamW of the CPU corrects its bias in float32 even so; here it is the unfused one of the same class.
+    """
+
+    def load(*args: Any, **options: Any) -> Any:
+        return original_load(*args, **options).double()
+
+    def write(root: Any, state: snapshot.Snapshot) -> None:
+        kept[state.step] = {name: weight.clone() for name, weight in state.tensors["model"].items()}
+        dead[state.step] = {n[5:]: d.clone() for n, d in state.tensors["pruner"].items() if n.startswith("dead.")}
+
+    def unfused(*args: Any) -> torch.optim.AdamW:
+        optimizer = original_adamw(*args)
+        for group in optimizer.param_groups:
+            group["fused"] = False
+        return optimizer
+
+    original_load, original_adamw = encoders.load, training.adamw
+    task = toy_task(train=14, dev=6, labels=() if regression else ("bad", "good", "mixed"))
+    folder = encoders_folder(toys, toy_run, dropout, 1 if regression else 3)
+    run = toy_run(
+        *[f"{stage}.epochs={count}" for stage, count in EPOCHS.items()],
+        *[f"{stage}.batch_size={BATCH}" for stage in EPOCHS],
+        "prune.events=12", f"max_length={LENGTH}", "save_minutes=0",
+        name="reference", sparsity=SPARSITY, given_teacher=folder, seed=5, until="teacher",
+    )  # fmt: skip
+    monkeypatch.setattr(encoders, "load", load)
+    monkeypatch.setattr(snapshot, "write", write)
+    monkeypatch.setattr(training, "adamw", unfused)
+    teacher = load(run.path / "teacher")
+    plain = Plain(teacher.state_dict(), dropout, 5, regression)
+    rows = data.encode(encoders.load_tokenizer(run.path / "teacher"), task.load(None, 5), LENGTH)["train"]
+    per_epoch = math.ceil(len(rows) / BATCH)
+    steps = {stage: count * per_epoch for stage, count in EPOCHS.items()}
+    events = {round(index * steps["prune"] / 12): index for index in range(1, 13)}
+    assert len(events) == 12
+
+    for stage in EPOCHS:
+        kept: dict[int, Weights] = {}
+        dead: dict[int, Weights] = {}
+        getattr(__import__(f"spdtool.stages.{stage}", fromlist=[stage]), stage)(run)
+        log = [json.loads(line) for line in (run.path / stage / "metrics.jsonl").read_text("utf-8").splitlines()]
+        told = {event["step"]: event for event in log if event["event"] == "step"}
+        pruned = {event["step"]: event["sparsity"] for event in log if event["event"] == "prune"}
+        assert sorted(told) == list(range(1, steps[stage] + 1))
+        assert sorted(pruned) == (sorted(events) if stage == "prune" else [])
+        final = {name: weight.detach() for name, weight in load(run.path / stage).named_parameters()}
+
+        plain.start_phase()
+        for done in range(1, steps[stage] + 1):
+            epoch, place = divmod(done - 1, per_epoch)
+            batch = data.training_batches(rows, BATCH, 5, epoch, bucketing=False)[place]
+            inputs = {name: torch.from_numpy(column) for name, column in rows.collate(batch, LENGTH).items()}
+            rate, learning_rate = schedules(stage, done - 1, steps)
+            expected = plain.step(inputs, rate, learning_rate)
+            if stage == "prune" and done in events:
+                plain.prune(events[done], 12)
+                assert pruned[done] == pytest.approx(SPARSITY - SPARSITY * (1 - events[done] / 12) ** 3, abs=1e-9)
+            seen = told[done]
+            assert seen["drawn"] == expected["own"], (stage, done)
+            assert seen["replacing_rate"] == pytest.approx(rate, abs=1e-9)
+            assert seen["learning_rate"] == pytest.approx(learning_rate, rel=1e-9)
+            for term in ("loss", "logits", "hidden", "attention"):
+                assert seen["losses"][term] == pytest.approx(expected[term], rel=1e-5, abs=1e-7), (stage, done, term)
+            for name, weight in kept.get(done, final).items():
+                if not name.endswith("key.bias"):  # has no effect, so its gradient is nothing but rounding
+                    error = float((weight - plain.student[name].detach()).abs().max())
+                    assert error < 1e-6, (stage, done, name, error)
+            for name, mask in plain.masks.items():
+                assert torch.equal(kept.get(done, final)[name] != 0, mask), (stage, done, name)
+                if done in dead:
+                    assert torch.equal(dead[done][name], ~mask), (stage, done, name)
+    for name in plain.pruned:
+        size = plain.masks[name].numel()
+        assert int((~plain.masks[name]).sum()) == round(size * SPARSITY)
+
+
+def schedules(stage: str, step: int, steps: dict[str, int]) -> tuple[float, float]:
+    """Replacing rate and learning rate of a step, counted from 0."""
+    if stage == "prune":
+        return 0.8, PEAK * (1 - step / steps["prune"])
+    after = steps["distill"] + steps["finetune"]  # the learning rate starts anew and falls once over both
+    if stage == "distill":
+        return 0.8 + 0.2 * step / steps["distill"], PEAK * (1 - step / after)
+    return 1.0, PEAK * (1 - (steps["distill"] + step) / after)
+
+
+def encoders_folder(toys: Any, toy_run: Any, dropout: float, labels: int) -> str:
+    """A random model to give as the fine-tuned teacher."""
+    from spdtool import plugins
+
+    names = {0: "score"} if labels == 1 else dict(enumerate(plugins.tasks.get("toy").labels))
+    model = toys.bert(
+        LAYERS, hidden=WIDTH, dropout=dropout, labels=labels, seed=3, num_attention_heads=HEADS, id2label=names,
+        label2id={name: index for index, name in names.items()},
+    )  # fmt: skip
+    folder = toy_run().path.parent / "given"
+    encoders.save(model, toys.tokenizer(), folder)
+    return str(folder)

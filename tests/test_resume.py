@@ -1,0 +1,101 @@
+"""`kill -9` at any moment, then the same call again: the same weights to the last bit, in every training stage."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+STAGES = ("teacher", "prune", "distill", "finetune")
+STEPS = 12  # of every stage of `killed.py`
+FREE = ("examples_per_second",)  # all that may differ in a log line
+
+
+def scenarios() -> list[dict[str, Any]]:
+    """Every moment in every stage, at seeded steps."""
+    draw, made = random.Random(2), []
+    for stage in STAGES:
+        once: list[tuple[str, int]] = [
+            ("before the optimiser's step", draw.randint(2, STEPS)),
+            ("after the optimiser's step", draw.randint(1, STEPS)),
+            ("snapshot half written", draw.randint(1, STEPS - 1)),
+            ("snapshot written, not renamed", draw.randint(1, STEPS - 1)),
+            ("older snapshot half removed", draw.randint(1, STEPS - 2)),
+            ("checkpoint half written", 1),
+            ("checkpoint written", 1),
+            ("record written", 1),
+            ("state put away", 1),
+            ("committed", 2),
+        ]
+        made += [{"stage": stage, "minutes": 0, "deaths": [death]} for death in once]
+        several = [
+            ("after the optimiser's step", draw.randint(2, 5)),
+            ("snapshot half written", draw.randint(1, 3)),
+            ("before the optimiser's step", draw.randint(1, 3)),
+            ("checkpoint written", 1),
+        ]
+        made.append({"stage": stage, "minutes": 0, "deaths": several})
+        made.append({"stage": stage, "minutes": 1e9, "deaths": [("after the optimiser's step", draw.randint(7, STEPS))]})
+    return made
+
+
+def name_of(scenario: dict[str, Any]) -> str:
+    deaths = ", ".join(f"{moment} ({count})" for moment, count in scenario["deaths"])
+    return f"{scenario['stage']}: {deaths}" + (", saved at evaluations only" if scenario["minutes"] else "")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    root = tmp_path_factory.mktemp("killed")
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("killed.py")), str(root)],
+        input=json.dumps(scenarios()),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return root / "calm", json.loads(done.stdout)
+
+
+def log(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in FREE} for line in lines]
+
+
+@pytest.mark.parametrize("number", range(len(scenarios())), ids=[name_of(scenario) for scenario in scenarios()])
+def test_a_killed_stage_ends_with_the_same_bits(results: tuple[Path, list[dict[str, Any]]], number: int) -> None:
+    calm, scenario, result = results[0], scenarios()[number], results[1][number]
+    assert result["ends"] == [-9] * len(scenario["deaths"]), "each death was met"
+    assert result["last"] == 0
+    assert result["done"] == (scenario["deaths"] == [("committed", 2)]), "only a commit that was over is one"
+    stage, folder = scenario["stage"], Path(result["folder"])
+    assert sorted(p.name for p in (folder / stage).iterdir()) == sorted(p.name for p in (calm / stage).iterdir())
+    for file in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (folder / stage / file).read_bytes() == (calm / stage / file).read_bytes(), file
+    assert log(folder / stage) == log(calm / stage)
+    steps = [event["step"] for event in log(folder / stage) if event["event"] == "step"]
+    assert steps == list(range(1, STEPS + 1))
+    metrics, expected = (
+        {k: v for k, v in json.loads((f / stage / "stage.json").read_text("utf-8"))["metrics"].items() if k not in FREE}
+        for f in (folder, calm)
+    )
+    assert metrics == expected
+    leftovers = {path.name for path in folder.iterdir()} - {*STAGES, "run.json", ".lock", f".{stage}.spent"}
+    assert leftovers == set()
+
+
+def test_the_undisturbed_run_had_something_to_lose(results: tuple[Path, list[dict[str, Any]]]) -> None:
+    """Draws that differ, weights that move, a best that is not the last: else the comparison would be too easy."""
+    calm = results[0]
+    for earlier, stage in zip(STAGES, STAGES[1:], strict=False):
+        before, after = (load_file(calm / name / "model.safetensors") for name in (earlier, stage))
+        assert any(not before[name].equal(after[name]) for name in before)
+    draws = {tuple(event["drawn"]) for event in log(calm / "prune") if event["event"] == "step"}
+    assert len(draws) > 2
