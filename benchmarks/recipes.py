@@ -1,6 +1,6 @@
 """Compare recipes on one task at equal epochs: one teacher per seed, every recipe from it, mean and deviation.
 
-    python benchmarks/recipes.py --task demo --recipes default,reference,no-distillation --seeds 0,1,2
+    python benchmarks/recipes.py --task demo --seeds 0,1,2 --epochs 3,1,1 --set max_length=15
 
 Writes the runs under --out (they resume), prints one line per run and a table in Markdown.
 """
@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--task", default="demo")
     parser.add_argument("--recipes", default="default,reference,no-distillation")
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--epochs", help="of prune, distill and finetune, for every recipe: 3,1,1")
     parser.add_argument("--sparsity", type=float, default=0.9)
     parser.add_argument("--data")
     parser.add_argument("--model")
@@ -43,6 +44,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/recipes"))
     chosen = parser.parse_args()
     console.setup(as_json=True)  # keep standard output for the table
+    if chosen.epochs:
+        phases = zip(("prune", "distill", "finetune"), chosen.epochs.split(","), strict=True)
+        chosen.sets += [f"{phase}.epochs={epochs}" for phase, epochs in phases]
     seeds = [int(seed) for seed in chosen.seeds.split(",")]
     table = {}
     for name in chosen.recipes.split(","):

@@ -225,7 +225,9 @@ def tune(model: PreTrainedModel, *, checkpointing: bool, compile_layers: bool) -
                 f"{model.config.model_type!r} does not support gradient checkpointing",
                 "leave it off, and cut batches into pieces: --set prune.accumulate=2",
             )
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # its older name
+        enable = getattr(
+            model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
+        )  # its older name
         enable({"use_reentrant": False})
     if compile_layers:
         for layer in layer_stack(model):

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from spdtool.errors import RecipeError, UnknownName
 
+FREE = frozenset({"name", "save_minutes", "device"})  # they may change between two calls on one run folder
 STAGES = ("teacher", "prune", "distill", "finetune", "export", "bench")
 
 
@@ -267,8 +268,8 @@ class Recipe(Section):
         return section
 
     def shared(self) -> dict[str, Any]:
-        """The fields outside the sections that change results (where and how often to save do not)."""
-        return self.model_dump(mode="json", exclude={*STAGES, "name", "save_minutes"})
+        """The fields outside the sections that decide the result on one machine."""
+        return self.model_dump(mode="json", exclude={*STAGES, *FREE})
 
     def differences(self, other: Recipe) -> list[tuple[str, Any, Any]]:
         """`(dotted name, mine, other's)` of every field that differs."""
@@ -277,9 +278,10 @@ class Recipe(Section):
 
 
 def resolve(name: str = "default", flags: dict[str, Any] | None = None, sets: Iterable[str] = ()) -> Recipe:
-    """The recipe called `name` (or the TOML file at that path), then the task's budget, the flags, the `--set`s.
+    """What the task says, under the recipe called `name` (or the TOML file at that path), the flags, the `--set`s.
 
-    A task's budget is `recipes/task/<task>.toml`: how long and how fast its stages run, whatever the recipe's method.
+    A task may have a file of its own, `recipes/task/<task>.toml`: what every recipe starts from on it, such as the
+    learning rate that suits its small model.
 
     Args:
         flags: dotted field names to values; None values are ignored.
@@ -289,8 +291,9 @@ def resolve(name: str = "default", flags: dict[str, Any] | None = None, sets: It
         UnknownName: no such recipe or field.
         RecipeError: a value of the wrong type or out of range.
     """
-    tree = _read(name) | {"name": Path(name).stem}
-    _overlay(tree, _read_budget((flags or {}).get("task") or tree.get("task", "")))
+    method = _read(name)
+    tree = _read_task((flags or {}).get("task") or method.get("task", ""))
+    _overlay(tree, method | {"name": Path(name).stem})
     for dotted, value in (flags or {}).items():
         if value is not None:
             _assign(tree, dotted, value)
@@ -370,7 +373,7 @@ def _read(name: str) -> dict[str, Any]:
         raise RecipeError(f"{path} is not valid TOML: {error}") from None
 
 
-def _read_budget(task: str) -> dict[str, Any]:
+def _read_task(task: str) -> dict[str, Any]:
     file = files("spdtool.recipes").joinpath("task", f"{task}.toml")
     return tomllib.loads(file.read_text("utf-8")) if file.is_file() else {}
 

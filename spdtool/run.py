@@ -28,14 +28,13 @@ from filelock import FileLock, Timeout
 
 from spdtool import recipe as recipes
 from spdtool.errors import Corrupt, RunError, RunLocked, RunMismatch, SpdError, StageMissing
-from spdtool.recipe import STAGES, Recipe
+from spdtool.recipe import FREE, STAGES, Recipe
 
 RECORD = "stage.json"
 STATE = "state"
 SMOKE_MARK = "SMOKE-RUN-NOT-A-RESULT.txt"
 LOCK = ".lock"
 BEFORE_THE_RECIPE = {LOCK, SMOKE_MARK, ".run.json.tmp"}  # all that a call killed before run.json can have left
-FREE_FIELDS = ("name", "save_minutes", "device")  # they may change between two calls on one run folder
 
 
 @dataclass
@@ -94,7 +93,7 @@ class Run:
                 raise RunError(f"{path} exists and is not a run folder", "give another --run")
             return cls(path, recipe)
         old = cls.open(path)
-        changed = [d for d in recipe.differences(old.recipe) if d[0] not in FREE_FIELDS]
+        changed = [d for d in recipe.differences(old.recipe) if d[0] not in FREE]
         finished = [stage for stage in STAGES if old.done(stage)]
         fatal = [
             d for d in changed if finished and (d[0].split(".")[0] not in STAGES or d[0].split(".")[0] in finished)
@@ -199,7 +198,7 @@ class Run:
         Raises:
             RunLocked: another process works in this run folder.
         """
-        gone = []
+        gone: list[str] = []
         with self._lock():
             for name in reversed(STAGES[STAGES.index(stage) :]):  # a kill in between leaves no stage without its input
                 if self.done(name):
@@ -216,7 +215,7 @@ class Run:
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
     def _spent(self, stage: str) -> Path:
-        """Where the state of a stage goes in one piece when the stage is done: a half-removed one would look damaged."""
+        """Where the state goes in one piece when the stage is done: a half-removed one would look damaged."""
         return self.path / f".{stage}.spent"
 
     def _commit(self, work: Work, started: float) -> None:

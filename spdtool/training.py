@@ -140,7 +140,10 @@ def fit(
             if done < total and (done in evaluations or time.monotonic() - saved >= 60 * recipe.save_minutes):
                 loop.save(done)
                 window, saved = _Window(), time.monotonic()
-    for patched in ("forward", "_original_forward"):  # autocast's; unwrap_model would strip transformers' decorators too
+    for patched in (
+        "forward",
+        "_original_forward",
+    ):  # autocast's; unwrap_model would strip transformers' decorators too
         vars(parts.model).pop(patched, None)
     return loop.finish(total, per_epoch)
 

@@ -59,7 +59,7 @@ def patch(owner: Any, name: str, count: int, instead: Callable[..., None]) -> No
     def call(*args: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
-        return (instead(original, *args, **options) if calls == count else original(*args, **options))
+        return instead(original, *args, **options) if calls == count else original(*args, **options)
 
     setattr(owner, name, call)
 
@@ -99,7 +99,9 @@ def plan(moment: str, count: int) -> None:
     elif moment == "older snapshot half removed":
         patch(Path, "glob", count + 1, remove_half)  # `newest` looks once, then every write looks for older ones
     elif moment == "checkpoint half written":
-        patch(encoders, "save", count, lambda original, model, tokenizer, folder: (model.save_pretrained(folder), die()))
+        patch(
+            encoders, "save", count, lambda original, model, tokenizer, folder: (model.save_pretrained(folder), die())
+        )
     elif moment == "checkpoint written":
         patch(encoders, "save", count, after)
     elif moment == "record written":

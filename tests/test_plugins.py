@@ -133,7 +133,12 @@ def test_a_plugin_may_ask_a_registry_while_it_is_imported(tmp_path: Path) -> Non
 
 def test_each_plugin_is_run_once(tmp_path: Path) -> None:
     ran = tmp_path / "ran.txt"
-    plugins.use_folder(write(tmp_path / "mine", counting=f"import os\nos.write(os.open({str(ran)!r}, os.O_CREAT | os.O_APPEND | os.O_WRONLY), b'x')"))
+    plugins.use_folder(
+        write(
+            tmp_path / "mine",
+            counting=f"import os\nos.write(os.open({str(ran)!r}, os.O_CREAT | os.O_APPEND | os.O_WRONLY), b'x')",
+        )
+    )
     plugins.criteria.load()
     plugins.patterns.load()
     plugins.discover()

@@ -46,7 +46,7 @@ def test_reference_holds_the_numbers_of_the_published_code() -> None:
 
 def test_the_later_word_counts_flags_over_file_and_sets_over_flags(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
-    file.write_text('seed = 3\nsparsity = 0.5\n[prune]\nepochs = 7\nloss = { hidden = 0.5 }\n')
+    file.write_text("seed = 3\nsparsity = 0.5\n[prune]\nepochs = 7\nloss = { hidden = 0.5 }\n")
     made = resolve(str(file), {"task": "cola", "seed": 4, "data": None}, ["prune.epochs=9", "sparsity=0.6"])
     assert (made.name, made.seed, made.sparsity, made.prune.epochs) == ("mine", 4, 0.6, 9)
     assert made.prune.loss.hidden == 0.5

@@ -41,7 +41,9 @@ def scenarios() -> list[dict[str, Any]]:
             ("checkpoint written", 1),
         ]
         made.append({"stage": stage, "minutes": 0, "deaths": several})
-        made.append({"stage": stage, "minutes": 1e9, "deaths": [("after the optimiser's step", draw.randint(7, STEPS))]})
+        made.append(
+            {"stage": stage, "minutes": 1e9, "deaths": [("after the optimiser's step", draw.randint(7, STEPS))]}
+        )
     return made
 
 

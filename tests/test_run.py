@@ -155,9 +155,7 @@ def binary_record(folder: Path) -> None:
         (binary_record, "cannot be read"),
     ],
 )
-def test_a_damaged_stage_is_refused_and_said_how_to_redo(
-    run: Run, damage: Callable[[Path], None], said: str
-) -> None:
+def test_a_damaged_stage_is_refused_and_said_how_to_redo(run: Run, damage: Callable[[Path], None], said: str) -> None:
     damage(finish(run, "teacher"))
     with pytest.raises(Corrupt, match=said) as caught:
         run.read("teacher")

@@ -122,8 +122,11 @@ def test_nothing_is_pickled(tmp_path: Path) -> None:
 def test_an_optimizer_goes_on_as_if_nothing_had_happened(fused: bool) -> None:
     def setup() -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
         torch.manual_seed(0)
-        weights = {"a": nn.Parameter(torch.randn(4, 3)), "b": nn.Parameter(torch.randn(3)), "idle": nn.Parameter(
-            torch.randn(2))}
+        weights = {
+            "a": nn.Parameter(torch.randn(4, 3)),
+            "b": nn.Parameter(torch.randn(3)),
+            "idle": nn.Parameter(torch.randn(2)),
+        }
         groups = [{"params": [weights["a"]], "weight_decay": 0.1}, {"params": [weights["b"], weights["idle"]]}]
         return weights, torch.optim.AdamW(groups, lr=0.1, fused=fused)
 

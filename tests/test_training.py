@@ -193,9 +193,7 @@ def test_what_is_frozen_does_not_move(bench: Bench, toys: Any) -> None:
 
 
 @pytest.mark.parametrize("over", ["trained", "all"])
-def test_the_clipped_norm_counts_what_the_recipe_says(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, over: str
-) -> None:
+def test_the_clipped_norm_counts_what_the_recipe_says(bench: Bench, monkeypatch: pytest.MonkeyPatch, over: str) -> None:
     seen: list[tuple[float, set[int]]] = []
 
     def step(optimizer: Any, *args: Any, **options: Any) -> Any:

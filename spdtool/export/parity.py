@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel
 
+from spdtool import encoders
 from spdtool.data import Batch, Encoded
 from spdtool.errors import GateError
 from spdtool.evaluation import Forward
@@ -37,11 +37,8 @@ def check_zeros(audited: Mapping[str, tuple[int, int]], expected: Mapping[str, t
 
 
 def positions(model: PreTrainedModel) -> int:
-    """The longest input, in tokens, that the model has positions for."""
-    for name, part in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(part, torch.nn.Embedding):
-            return part.num_embeddings - (0 if part.padding_idx is None else part.padding_idx + 1)
-    return int(getattr(model.config, "max_position_embeddings", None) or LONGEST_PROBE)
+    """The longest input, in tokens, that is worth trying on the model."""
+    return encoders.positions(model) or int(getattr(model.config, "max_position_embeddings", None) or LONGEST_PROBE)
 
 
 def probes(model: PreTrainedModel, rows: Encoded, sentences: int) -> Iterator[tuple[str, Batch]]:

@@ -30,12 +30,6 @@ class Rows:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def head(self, count: int | None) -> Rows:
-        """The first `count` rows (None: all)."""
-        if count is None or count >= len(self):
-            return self
-        return Rows(self.first[:count], self.second and self.second[:count], self.labels[:count])
-
     def pick(self, rows: Sequence[int]) -> Rows:
         """The rows with these numbers, in this order."""
         labels: list[Any] = [self.labels[row] for row in rows]

@@ -92,9 +92,7 @@ def test_the_hidden_loss_is_a_mean_over_real_tokens_summed_over_layers() -> None
     student, teacher = states(0), states(1)
     expected = everything = 0.0
     for mine, its in zip(student, teacher, strict=True):
-        errors = [
-            [float(((mine[r, t] - its[r, t]) ** 2).mean()) for t in range(5)] for r in range(3)
-        ]
+        errors = [[float(((mine[r, t] - its[r, t]) ** 2).mean()) for t in range(5)] for r in range(3)]
         real = [errors[r][t] for r in range(3) for t in range(5) if MASK[r, t]]
         expected += sum(real) / len(real)
         everything += sum(map(sum, errors)) / 15

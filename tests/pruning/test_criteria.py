@@ -34,7 +34,9 @@ def test_scores_are_those_of_slow_plain_code(name: str, dtype: torch.dtype) -> N
     before = weight.clone()
     scores = plugins.criteria.get(name)(weight, stats)
     assert scores.shape == weight.shape
-    assert scores.flatten().tolist() == pytest.approx(PLAIN[name](weight.flatten().tolist(), gradient.flatten().tolist()))
+    assert scores.flatten().tolist() == pytest.approx(
+        PLAIN[name](weight.flatten().tolist(), gradient.flatten().tolist())
+    )
     assert torch.equal(weight, before), "a criterion looks and does not touch"
 
 

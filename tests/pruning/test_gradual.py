@@ -43,9 +43,7 @@ def test_without_events_the_masks_are_only_held() -> None:
         weights["a"].view(-1)[:15] = 0
         weights["b"].view(-1)[:10] = 0
     pruner = pruner_of(weights, [(0, 0.5)])
-    pruner = Pruner(
-        pruner.masks, [], target=0.5, criterion="magnitude", pattern="unstructured", scope="matrix"
-    )
+    pruner = Pruner(pruner.masks, [], target=0.5, criterion="magnitude", pattern="unstructured", scope="matrix")
     assert pruner.reached(0)
     assert [pruner.step(step) for step in range(3)] == [None, None, None]
     pruner.seal()

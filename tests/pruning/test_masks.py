@@ -43,7 +43,9 @@ def test_every_matrix_gets_its_own_count(sparsity: float) -> None:
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.9, 0.97])
 def test_the_global_scope_has_the_exact_total_of_the_lowest_over_all(sparsity: float) -> None:
     held = weights()
-    everything = sorted((abs(float(x)), name, i) for name, w in held.items() for i, x in enumerate(w.detach().flatten()))
+    everything = sorted(
+        (abs(float(x)), name, i) for name, w in held.items() for i, x in enumerate(w.detach().flatten())
+    )
     gone = everything[: round(68 * sparsity)]
     masks = Masks(held)
     prune(masks, sparsity, "global")

@@ -48,9 +48,9 @@ def poison(run: Run, stage: str, sparser: bool = False) -> None:
     folder = run.path / stage
     weights = load_file(folder / "model.safetensors")
     weight = weights["bert.encoder.layer.1.output.dense.weight"].view(-1)
-    weight[(weight != 0) if sparser else (weight == 0)] = weight[(weight != 0) if sparser else (weight == 0)].index_fill(
-        0, torch.tensor([0]), 0.0 if sparser else 0.5
-    )
+    weight[(weight != 0) if sparser else (weight == 0)] = weight[
+        (weight != 0) if sparser else (weight == 0)
+    ].index_fill(0, torch.tensor([0]), 0.0 if sparser else 0.5)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     record = json.loads((folder / "stage.json").read_text("utf-8"))
     for file in record["files"]:
@@ -129,9 +129,7 @@ def test_it_is_refused_before_prune(toy_run: Callable[..., Run]) -> None:
 
 
 @pytest.mark.parametrize("sparser", [False, True])
-def test_a_poisoned_checkpoint_is_refused_though_its_record_is_fresh(
-    pruned: Callable[..., Run], sparser: bool
-) -> None:
+def test_a_poisoned_checkpoint_is_refused_though_its_record_is_fresh(pruned: Callable[..., Run], sparser: bool) -> None:
     run = pruned()
     poison(run, "prune", sparser)
     count = 1844 if sparser else 1842

@@ -45,9 +45,7 @@ def sparse_teacher(run: Run, sparsity: float) -> None:
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9, 0.999])
-def test_every_matrix_has_exactly_the_zeros_that_were_asked_for(
-    toy_run: Callable[..., Run], sparsity: float
-) -> None:
+def test_every_matrix_has_exactly_the_zeros_that_were_asked_for(toy_run: Callable[..., Run], sparsity: float) -> None:
     run = toy_run(sparsity=sparsity, until="teacher")
     metrics = prune(run)
     assert sorted(path.name for path in (run.path / "prune").iterdir()) == [
@@ -237,9 +235,7 @@ def test_a_recipe_that_cannot_work_is_refused_before_the_work(
     refused(toy_run(setting, until="teacher"), error, said)
 
 
-def test_a_count_that_is_off_is_not_handed_over(
-    toy_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_count_that_is_off_is_not_handed_over(toy_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
     run = toy_run(until="teacher")
 
     def wrong(model: Any, tokenizer: Any, folder: Path) -> None:

@@ -23,7 +23,8 @@ def test_score_is_the_first_order_change_of_the_loss():
 
 def test_a_large_weight_without_influence_is_pruned_first():
     weight = torch.nn.Parameter(torch.tensor([[5.0, 0.1]]))
-    pruner = Pruner(Masks({"w": weight}), [(1, 0.5)], target=0.5, criterion="taylor", pattern="unstructured", scope="matrix")
+    how = {"criterion": "taylor", "pattern": "unstructured", "scope": "matrix"}
+    pruner = Pruner(Masks({"w": weight}), [(1, 0.5)], target=0.5, **how)
     (weight * torch.tensor([[0.0, 1.0]])).sum().backward()
     pruner.observe()
     pruner.step(1)
