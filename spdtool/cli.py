@@ -6,19 +6,52 @@ import errno
 import functools
 import importlib
 import inspect as inspect_module
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from spdtool import console, plugins, recipe
 from spdtool.errors import DeviceError, RecipeError, RunError, SpdError
 from spdtool.recipe import STAGES, Recipe
 from spdtool.run import Run, default_path
 
+
+class Commands(TyperGroup):
+    """Keeps the words of a call, so that with `--json` wrong usage is told as JSON too."""
+
+    words: tuple[str, ...] = ()
+
+    def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> Any:
+        """Note the words, then go on as usual."""
+        self.words = tuple(args)
+        with self._usage_as_json():
+            return super().make_context(info_name, args, *rest, **extra)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that the words name."""
+        with self._usage_as_json():
+            return super().invoke(ctx)
+
+    @contextmanager
+    def _usage_as_json(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if "--json" not in self.words or not hasattr(error, "format_message"):
+                raise
+            console.setup(as_json=True)
+            console.fail(RecipeError(error.format_message(), "`spdtool COMMAND --help` lists the options"))
+            raise typer.Exit(2) from None
+
+
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -121,11 +154,11 @@ def make_recipe(
         )
     flags = {
         "task": task.lower() if task else "local",
-        "data": data,
+        "data": _from_here(data),
         "text": tuple(column.strip() for column in text.split(",")) if text else None,
         "label": label,
-        "model": model,
-        "given_teacher": teacher,
+        "model": _from_here(model),
+        "given_teacher": _from_here(teacher),
         "sparsity": sparsity,
         "seed": seed,
         "device": device,
@@ -134,20 +167,25 @@ def make_recipe(
     return recipe.resolve(name, flags, sets or ())
 
 
+def _from_here(path: str | None) -> str | None:
+    """An existing path made absolute, so that the run can be resumed from another folder; a hub name as it is."""
+    return os.path.abspath(path) if path and os.path.exists(path) else path
+
+
 @command
 def compress(chosen: Recipe, run: Folder = None, dry_run: DryRun = False) -> Any:
     """Run every stage that is not finished yet: teacher, prune, distill, finetune, export, bench."""
-    target = Run.at(run or default_path(chosen), chosen)
-    planned = _show_plan(target, whole=dry_run)
+    path = run or default_path(chosen)
+    planned = _show_plan(Run.at(path, chosen, dry=True), whole=dry_run)
     if dry_run:
         return planned | {"recipe": chosen.model_dump(mode="json")}
     _require_runtime()
+    target = Run.at(path, chosen)
     for stage in STAGES:
         if target.done(stage):
             console.say(f"[dim]{stage}: done, skipped[/]")
         else:
-            console.say(f"[bold]{stage}[/]")
-            _stage(stage)(target)
+            _make(stage, target)
     return _show_result(target)
 
 
@@ -155,9 +193,11 @@ def compress(chosen: Recipe, run: Folder = None, dry_run: DryRun = False) -> Any
 def teacher(chosen: Recipe, run: Folder = None, again: Again = False) -> Any:
     """Start a run: fine-tune the dense model on the task, or measure a given one."""
     path = run or default_path(chosen)
-    if again and (path / "run.json").exists():
-        Run.open(path).discard("teacher")
-    return _finished("teacher", Run.at(path, chosen))
+    target = Run.at(path, chosen, redo="teacher" if again else None, dry=True)
+    if target.done("teacher") and not again:
+        return _already("teacher", target)
+    _show_plan(target)
+    return _finished("teacher", path, chosen, again)
 
 
 @command
@@ -201,8 +241,11 @@ def inspect(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> Any:
     shown = inspect_run(Run.open(run))
     console.table(
         f"{'SMOKE RUN, NO RESULT: ' if shown['smoke'] else ''}{shown['run']}",
-        ("stage", "state", "made from", "seconds", "steps", "dev score", "sparsity"),
-        [tuple(row.values()) for row in shown["stages"]],
+        ("stage", "state", "made from", "seconds", "steps", "dev", "sparsity"),
+        [
+            tuple((row | {"made_from": (row["made_from"] or "").replace(", ", "\n")}).values())
+            for row in shown["stages"]
+        ],
     )
     if shown["layers"]:
         console.table(f"zeros after {shown['sparsest']}", ("weight", "zeros", "size", "sparsity"), shown["layers"])
@@ -217,9 +260,10 @@ def doctor() -> Any:
     checks = [asdict(check) for check in examine()]
     colour = {"ok": "green", "warn": "yellow", "fail": "red"}
     for check in checks:
-        console.say(f"[{colour[check['status']]}]{check['status']:>4}[/]  [bold]{check['name']}[/]  {check['found']}")
+        head = f"[{colour[check['status']]}]{check['status']:>4}[/]  [bold]{check['name']}[/]"
+        console.say(f"{head}  {console.plain(check['found'])}")
         if check["advice"]:
-            console.say(f"      [dim]{check['advice']}[/]")
+            console.say(f"      [dim]{console.plain(check['advice'])}[/]")
     if any(check["status"] == "fail" for check in checks):
         console.result(checks)
         raise typer.Exit(2)
@@ -273,22 +317,34 @@ def plugins_() -> Any:
 
 
 def _run_stage(stage: str, path: Path, again: bool, sets: list[str] | None) -> Any:
-    run = Run.open(path)
-    if again:
-        gone = run.discard(stage)
+    chosen = recipe.amend(Run.open(path).recipe, sets or ())
+    target = Run.at(path, chosen, redo=stage if again else None, dry=True)
+    if again and target.done(stage):
+        from spdtool.planning import check_run
+
+        check_run(target)  # before anything is dropped
+    return _finished(stage, path, chosen, again)
+
+
+def _finished(stage: str, path: Path, chosen: Recipe, again: bool) -> Any:
+    """Do `stage`, or say that it is done; with `again` it and every later one are dropped first."""
+    if again and (path / "run.json").exists():
+        gone = Run.open(path).discard(stage)
         if gone:
             console.say(f"dropped {', '.join(gone)}")
-    return _finished(stage, Run.at(path, recipe.amend(run.recipe, sets or ())))
+    run = Run.at(path, chosen)
+    return _already(stage, run) if run.done(stage) else _make(stage, run)
 
 
-def _finished(stage: str, run: Run) -> Any:
-    if run.done(stage):
-        console.say(f"{stage} is done in {run.path}; --again redoes it")
-        return run.record(stage)["metrics"]
-    if stage == "teacher":
-        _show_plan(run)
+def _already(stage: str, run: Run) -> Any:
+    console.say(f"{stage} is done in {console.plain(run.path)}; --again redoes it")
+    return run.record(stage)["metrics"]
+
+
+def _make(stage: str, run: Run) -> dict[str, Any]:
+    console.say(f"[bold]{stage}[/]")
     metrics = _stage(stage)(run)
-    console.say(f"{stage}: done in {run.path / stage}" + _headline(metrics))
+    console.say(f"{stage}: done in {run.record(stage)['seconds']:,.0f} s{_headline(metrics)}")
     return metrics
 
 
@@ -301,7 +357,7 @@ def _headline(metrics: dict[str, Any]) -> str:
     parts = [f"dev {console.scores(metrics['dev'])}"] if isinstance(metrics.get("dev"), dict) else []
     if "sparsity" in metrics:
         parts.append(f"sparsity {metrics['sparsity']:.4f}")
-    return f"  ({'; '.join(parts)})" if parts else ""
+    return "".join(f"; {part}" for part in parts)
 
 
 def _show_plan(run: Run, *, whole: bool = False) -> dict[str, Any]:
@@ -331,10 +387,10 @@ def _show_result(run: Run) -> dict[str, Any]:
     from spdtool.inspection import result_of
 
     shown = result_of(run)
-    title = f"{'SMOKE RUN, NO RESULT: ' if run.recipe.smoke else ''}{run.path}"
+    title = f"{'SMOKE RUN, NO RESULT: ' if run.recipe.smoke else ''}result of {run.path}"
     console.table(title, shown["columns"], shown["rows"])
     for line in shown["verdict"]:
-        console.say(line)
+        console.say(console.plain(line))
     return shown
 
 
@@ -346,14 +402,16 @@ def _require_runtime() -> None:
 
 
 def _machine_error(error: Exception) -> SpdError | None:
-    """What the machine ran out of, if that is what happened."""
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if full or "No space left on device" in str(error):
+    """What the machine ran out of or does not allow, if that is what happened."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
         return RunError(
             f"the disk is full: {error}", "free some space; the same command goes on from the last snapshot"
         )
     if type(error).__name__ == "OutOfMemoryError":
         return DeviceError(f"out of device memory: {error}", "cut batches into pieces: --set prune.accumulate=2")
-    if isinstance(error, PermissionError):
-        return RunError(f"not allowed: {error}", "check the permissions of the run folder")
+    if isinstance(error, MemoryError):
+        return DeviceError(f"out of memory: {error}", "cut batches into pieces: --set prune.accumulate=2")
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
+        return RunError(f"not possible here: {error}", "check the path and its permissions, or give another --run")
     return None

@@ -7,12 +7,16 @@ with `--json` one JSON value on standard output while everything else goes to st
 from __future__ import annotations
 
 import json
+import math
+import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rich import box
 from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
@@ -26,6 +30,8 @@ from spdtool.errors import SpdError
 Watch = Callable[[dict[str, Any]], None]
 
 PLAIN_SECONDS = 20.0  # between two progress lines when the output is not a terminal
+UNFOLDED = 1000  # columns: wider than any line of ours
+EMPTY = (None, "", "-")  # cells without a value
 
 _json = False
 _out = Console(highlight=False)
@@ -36,8 +42,16 @@ def setup(*, as_json: bool = False) -> None:
     """Choose how to speak. Consoles are made anew, so that redirected streams are respected."""
     global _json, _out, _err
     _json = as_json
-    _err = Console(stderr=True, highlight=False)
-    _out = _err if as_json else Console(highlight=False)
+    _err = _console(stderr=True)
+    _out = _err if as_json else _console()
+
+
+def _console(*, stderr: bool = False) -> Console:
+    """A console as wide as its terminal; a file or a pipe has no width, so nothing is folded for it."""
+    console = Console(stderr=stderr, highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = UNFOLDED
+    return console
 
 
 def say(text: str) -> None:
@@ -45,29 +59,49 @@ def say(text: str) -> None:
     _out.print(text, soft_wrap=True)
 
 
+def plain(text: Any) -> str:
+    """Text for `say` in which brackets mean nothing."""
+    return escape(str(text))
+
+
 def warn(text: str) -> None:
     """Something that the user asked for is not done as asked, or deserves attention."""
     _err.print(f"[yellow]note:[/] {escape(text)}", soft_wrap=True)
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], note: str | None = None) -> None:
-    """A table; columns after the first are aligned right when their cells are numbers."""
-    drawn = Table(title=title, title_justify="left", title_style="bold", header_style="bold", caption=note)
-    drawn.caption_justify = "left"
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A table under its title; columns after the first are aligned right when their cells are numbers."""
+    drawn = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True, header_style="bold")
     for index, column in enumerate(columns):
         cells = [row[index] for row in rows]
-        numeric = all(isinstance(cell, int | float) or cell in ("", "-") for cell in cells)
-        drawn.add_column(column, justify="right" if numeric and index else "left", overflow="fold")
+        drawn.add_column(column, justify="right" if index and _numeric(cells) else "left", overflow="fold")
     for row in rows:
-        drawn.add_row(*[cell if isinstance(cell, Text) else escape(number(cell)) for cell in row])
+        drawn.add_row(*[escape(number(cell)) for cell in row])
+    say(f"\n[bold]{escape(title)}[/]")
     _out.print(drawn)
+    say("")
+
+
+def _numeric(cells: Sequence[Any]) -> bool:
+    """Whether a column is read as numbers: `12`, `3.5%` and `1.02x` are, among cells that may be empty."""
+    filled = [number(cell) for cell in cells if cell not in EMPTY]
+    return bool(filled) and all(re.fullmatch(r"-?[\d,.]+(e-?\d+)?[%xM]?", cell) for cell in filled)
 
 
 def result(value: Any) -> None:
     """The result of a command: JSON on standard output with `--json`, nothing otherwise."""
     if _json:
-        sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+        sys.stdout.write(json.dumps(_finite(value), indent=2, ensure_ascii=False, default=str) + "\n")
         sys.stdout.flush()
+
+
+def _finite(value: Any) -> Any:
+    """`value` with null for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def fail(error: SpdError) -> None:
@@ -84,6 +118,8 @@ def fail(error: SpdError) -> None:
 
 def number(cell: Any) -> str:
     """A cell as text: floats with four significant digits, whole numbers with separators."""
+    if isinstance(cell, list | tuple):
+        return ", ".join(map(str, cell)) or "-"
     if isinstance(cell, bool) or not isinstance(cell, int | float):
         return "-" if cell is None else str(cell)
     if isinstance(cell, int):

@@ -12,7 +12,8 @@ No modelling code of transformers is copied or subclassed. An architecture is su
 
 from __future__ import annotations
 
-import json
+import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,16 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from transformers.utils import logging as transformers_logging
 
 from spdtool import plugins
-from spdtool.errors import ModelError
+from spdtool.errors import ModelError, SpdError
 from spdtool.recipe import Recipe
 from spdtool.tasks import Task
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
+logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it announces every retry of a hub that is silent
 
 PRIMING_TOKENS = 4
+HUB_NAME = re.compile(r"(?!\.)[\w.-]+(/[\w.-]+)?")
 
 
 def load(
@@ -59,30 +62,27 @@ def load(
         options |= {"num_labels": len(names), "id2label": dict(enumerate(names))}
         options |= {"label2id": {name: index for index, name in enumerate(names)}}
         options |= {"problem_type": "single_label_classification" if labels else "regression"}
+    config = _config(source, **options)
+    _refuse_without_head(source, config, labels)
+    if dropout is not None:
+        _set_dropout(config, dropout)
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
-        _refuse_without_head(source, config, labels)
-        if dropout is not None:
-            _set_dropout(config, dropout)
         if smoke:
             config.num_hidden_layers = 2
             return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).eval()
-        return AutoModelForSequenceClassification.from_pretrained(
+        model, report = AutoModelForSequenceClassification.from_pretrained(
             source,
             config=config,
             dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=False,
             ignore_mismatched_sizes=labels is not None,
-        ).eval()
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise ModelError(
-            f"cannot load the model {str(source)!r}: {_first_line(error)}", _reading_hint(source)
-        ) from None
-    except Exception as error:  # safetensors raises its own kind for a file that is cut short
-        if type(error).__name__ == "SafetensorError":
-            raise ModelError(f"the weights of {str(source)!r} cannot be read: {error}", "copy them again") from None
-        raise
+            output_loading_info=True,
+        )
+    except Exception as error:  # transformers, safetensors and the hub's client each raise what they like
+        raise _unreadable(source, error) from None
+    _refuse_random_weights(source, model, report, new_head=labels is not None)
+    return model.eval()
 
 
 def skeleton(recipe: Recipe, task: Task) -> PreTrainedModel:
@@ -91,14 +91,14 @@ def skeleton(recipe: Recipe, task: Task) -> PreTrainedModel:
         model: PreTrainedModel = task.build(recipe.seed)[0]
         return model
     source = recipe.given_teacher or recipe.model
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot load the model {source!r}: {_first_line(error)}", _reading_hint(source)) from None
+    config = _config(source)
     if recipe.smoke:
         config.num_hidden_layers = 2
-    with torch.device("meta"):
-        return AutoModelForSequenceClassification.from_config(config)
+    try:
+        with torch.device("meta"):
+            return AutoModelForSequenceClassification.from_config(config)
+    except Exception as error:
+        raise _unreadable(source, error) from None
 
 
 def load_tokenizer(source: str | Path) -> Any:
@@ -268,6 +268,42 @@ def _set_dropout(config: Any, value: float) -> None:
     for name in before:
         setattr(config, name, value)
     config._dropout_before = before
+
+
+def _config(source: str | Path, **options: Any) -> Any:
+    """The configuration of `source`; a path is told from a hub name first, since an absent hub answers slowly."""
+    path = Path(source)
+    if not path.is_dir() and (path.exists() or not HUB_NAME.fullmatch(str(source))):
+        problem = "is a file" if path.exists() else "does not exist"
+        raise ModelError(f"the model folder {str(source)!r} {problem}", _reading_hint(source))
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+    except Exception as error:
+        raise _unreadable(source, error) from None
+
+
+def _unreadable(source: str | Path, error: Exception) -> SpdError:
+    if isinstance(error, SpdError):
+        return error
+    if type(error).__name__ == "SafetensorError":
+        return ModelError(f"the weights of {str(source)!r} cannot be read: {error}", "copy them again")
+    return ModelError(f"cannot load the model {str(source)!r}: {_first_line(error)}", _reading_hint(source))
+
+
+def _refuse_random_weights(source: str | Path, model: Any, report: dict[str, Any], *, new_head: bool) -> None:
+    """What the file lacks, or holds in another shape, transformers fills with random numbers without a word.
+
+    That is right for a new head, and for a pooler, which encoders that were only pretrained do not have.
+    """
+    lacking = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
+    body = f"{model.base_model_prefix}."
+    wrong = sorted(key for key in lacking if not new_head or (key.startswith(body) and "pooler" not in key))
+    if wrong:
+        raise ModelError(
+            f"the weights of {str(source)!r} are not those of its config.json: "
+            f"{len(wrong)} are missing or of another shape, among them {wrong[0]}",
+            "copy the folder again: config.json and model.safetensors belong together",
+        )
 
 
 def _refuse_without_head(source: str | Path, config: Any, labels: Sequence[str] | None) -> None:

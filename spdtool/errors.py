@@ -23,6 +23,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+LISTED = 30  # known names in a message; a longer list helps nobody
+
 
 class SpdError(Exception):
     """An error whose cause lies with the request. `hint` says what to try next."""
@@ -45,7 +47,10 @@ class UnknownName(RecipeError):
     def __init__(self, kind: str, name: str, known: Iterable[str], hint: str | None = None) -> None:
         known = sorted(known)
         near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
-        guess = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(known) or 'none'}"
+        if near:
+            guess = f"did you mean {' or '.join(map(repr, near))}?"
+        else:
+            guess = f"known: {', '.join(known[:LISTED]) or 'none'}{' and more' if len(known) > LISTED else ''}"
         super().__init__(f"there is no {kind} {name!r}", f"{guess} {hint}" if hint else guess)
         self.near = near
 

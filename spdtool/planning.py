@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from spdtool import encoders, tasks
+from spdtool import encoders, plugins, tasks, training
 from spdtool.pruning.patterns import zeros_in
 from spdtool.recipe import STAGES, Recipe, Training
 from spdtool.run import Run
+from spdtool.schedules import prune_events, replacing_rate
 
 FLOAT = 4  # bytes
 ADAM_MOMENTS = 2
@@ -23,10 +24,12 @@ def plan(run: Run) -> dict[str, Any]:
 
     Raises:
         DataError, ModelError: the data or the model cannot be used.
+        UnknownName, RecipeError, DeviceError: see `check`.
     """
     recipe = run.recipe
     task = tasks.resolve(recipe)
     rows = {name: len(split) for name, split in tasks.rows(task, recipe).items()}
+    check(recipe, rows["train"])
     model = encoders.skeleton(recipe, task)
     matrices = [weight.numel() for weight in encoders.prunable_linears(model).values()]
     return {
@@ -40,6 +43,34 @@ def plan(run: Run) -> dict[str, Any]:
         },
         "memory_bytes": memory(recipe, model),
     }
+
+
+def check(recipe: Recipe, rows: int) -> None:
+    """Refuse now what a later stage would refuse after hours: names, prune events that do not fit, the device.
+
+    Args:
+        rows: of the training set.
+
+    Raises:
+        UnknownName: no such criterion, pattern, target or schedule.
+        RecipeError: the prune events do not fit into their stage.
+        DeviceError: the device is not there.
+    """
+    plugins.criteria.get(recipe.prune.criterion)
+    plugins.patterns.get(recipe.prune.pattern)
+    for name in recipe.export.targets:
+        plugins.targets.get(name)
+    for phase in (recipe.prune, recipe.distill, recipe.finetune):
+        replacing_rate(phase.grafting.schedule)
+    section = recipe.prune
+    steps = max(1, round(section.ramp * section.steps_for(rows)))
+    prune_events(steps, section.events, recipe.sparsity, first=section.first, shape=section.schedule)
+    training.accelerator(recipe)
+
+
+def check_run(run: Run) -> None:
+    """`check` for a run that has its teacher already, before a stage of it is redone; raises as `plan` does."""
+    check(run.recipe, len(tasks.rows(tasks.resolve(run.recipe), run.recipe)["train"]))
 
 
 def memory(recipe: Recipe, model: Any) -> int:

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from spdtool.errors import RecipeError, UnknownName
 
 FREE = frozenset({"name", "save_minutes", "device"})  # they may change between two calls on one run folder
+SEE_FIELDS = "(`spdtool recipes default` lists every field)"
 STAGES = ("teacher", "prune", "distill", "finetune", "export", "bench")
 
 
@@ -233,7 +234,7 @@ class Recipe(Section):
     """a fine-tuned model that is used as it is"""
     sparsity: float = Field(0.9, ge=0, lt=1)
     """share of the encoder's weights that are zero in the end"""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """seed of everything that is random"""
     max_length: int = Field(128, ge=4)
     """longest input in tokens; longer ones are cut"""
@@ -311,7 +312,13 @@ def parse(tree: dict[str, Any]) -> Recipe:
         problem = error.errors()[0]
         dotted = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            raise UnknownName("recipe field", dotted, [key for key, _ in fields()]) from None
+            raise _unknown_field(dotted) from None
+        if problem["type"] == "model_type":
+            inside = [key for key, _ in fields() if key.startswith(f"{dotted}.")]
+            raise RecipeError(
+                f"{dotted} = {problem['input']!r}: {dotted} is a section, not a field",
+                f"its fields are {', '.join(inside)}",
+            ) from None
         raise RecipeError(f"{dotted} = {problem['input']!r}: {problem['msg'].lower()}", _help_for(dotted)) from None
 
 
@@ -391,9 +398,13 @@ def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
     for part in path:
         inner = tree.setdefault(part, {})
         if not isinstance(inner, dict):
-            raise UnknownName("recipe field", dotted, [key for key, _ in fields()])
+            raise _unknown_field(dotted)
         tree = inner
     tree[last] = value
+
+
+def _unknown_field(dotted: str) -> UnknownName:
+    return UnknownName("recipe field", dotted, [key for key, _ in fields()], SEE_FIELDS)
 
 
 def _split(assignment: str) -> tuple[str, Any]:

@@ -77,10 +77,14 @@ class Run:
             raise RunError(f"{file} was written by another version: {error.message}", error.hint) from None
 
     @classmethod
-    def at(cls, path: Path | str, recipe: Recipe) -> Run:
+    def at(cls, path: Path | str, recipe: Recipe, *, redo: str | None = None, dry: bool = False) -> Run:
         """The run at `path` for `recipe`; nothing is written until its first stage starts.
 
         A recipe that differs only in what no finished stage has used takes the place of the old one.
+
+        Args:
+            redo: this stage and every later one count as unfinished: they are about to be discarded.
+            dry: only look; the old recipe stays in run.json.
 
         Raises:
             RunMismatch: a finished stage was made by another recipe.
@@ -94,7 +98,8 @@ class Run:
             return cls(path, recipe)
         old = cls.open(path)
         changed = [d for d in recipe.differences(old.recipe) if d[0] not in FREE]
-        finished = [stage for stage in STAGES if old.done(stage)]
+        kept = STAGES[: STAGES.index(redo)] if redo else STAGES
+        finished = [stage for stage in kept if old.done(stage)]
         fatal = [
             d for d in changed if finished and (d[0].split(".")[0] not in STAGES or d[0].split(".")[0] in finished)
         ]
@@ -105,7 +110,7 @@ class Run:
                 "give another --run, or redo its stages with --again",
             )
         run = cls(path, recipe)
-        if changed:
+        if changed and not dry:
             with run._lock():
                 run._save_recipe()
         return run

@@ -79,6 +79,11 @@ def half(original: Any, tensors: Any, path: Path) -> None:
     die()
 
 
+def save_half(original: Any, model: Any, tokenizer: Any, folder: Path) -> None:
+    model.save_pretrained(folder)
+    die()
+
+
 def remove_half(original: Any, root: Path, pattern: str) -> None:
     oldest = sorted(original(root, pattern))[0]
     next(iter(sorted(oldest.iterdir()))).unlink()
@@ -99,16 +104,12 @@ def plan(moment: str, count: int) -> None:
     elif moment == "older snapshot half removed":
         patch(Path, "glob", count + 1, remove_half)  # `newest` looks once, then every write looks for older ones
     elif moment == "checkpoint half written":
-        patch(
-            encoders, "save", count, lambda original, model, tokenizer, folder: (model.save_pretrained(folder), die())
-        )
+        patch(encoders, "save", count, save_half)
     elif moment == "checkpoint written":
         patch(encoders, "save", count, after)
     elif moment == "record written":
         patch(runs, "write_json", count, after)
-    elif moment == "state put away":
-        patch(Path, "rename", count, after)
-    elif moment == "committed":
+    elif moment in ("state put away", "committed"):
         patch(Path, "rename", count, after)
     else:
         raise ValueError(moment)

@@ -222,7 +222,7 @@ def test_funnel_is_refused_with_what_was_found(toys: Any) -> None:
     from transformers import FunnelConfig, FunnelForSequenceClassification
 
     config = FunnelConfig(vocab_size=24, block_sizes=[2, 2], d_model=32, n_head=2, d_head=16, d_inner=64)
-    with pytest.raises(ModelError, match="one list of 4 layers was expected, found .*blocks of 2"):
+    with pytest.raises(ModelError, match=r"one list of 4 layers was expected, found .*blocks of 2"):
         encoders.layer_stack(FunnelForSequenceClassification(config))
 
 
@@ -245,7 +245,8 @@ def test_compiling_layer_by_layer_gives_the_same_loss_and_gradients(toys: Any, a
             with grafting.draw(0.5):
                 learnt = observe(student, batch, hidden=True, attention=seen)
             loss = distillation(learnt, taught, batch, weights, regression=False)["loss"]
-            loss.backward()
+            if loss.requires_grad:  # some layer of the draw is the student's
+                loss.backward()
             losses.append(float(loss.detach()))
         return losses, {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -115,7 +116,7 @@ def test_bucketing_saves_most_of_the_padding_and_does_not_sort_the_batches() -> 
 
     assert padding(True) < 0.1 < 0.3 < padding(False)
     widths = [encoded.lengths[batch].max() for batch in data.training_batches(encoded, 16, 0, 0)]
-    rising = sum(a <= b for a, b in zip(widths, widths[1:], strict=False)) / (len(widths) - 1)
+    rising = sum(a <= b for a, b in itertools.pairwise(widths)) / (len(widths) - 1)
     assert 0.35 < rising < 0.65
 
 

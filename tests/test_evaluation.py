@@ -110,7 +110,7 @@ def test_an_onnx_session_is_given_only_the_inputs_that_it_names() -> None:
         def get_inputs(self) -> list[Any]:
             return [type("Input", (), {"name": name}) for name in ("input_ids", "attention_mask")]
 
-        def run(self, outputs: None, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        def run(self, _outputs: None, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
             assert set(inputs) == {"input_ids", "attention_mask"}
             return [logits_of(inputs)]
 

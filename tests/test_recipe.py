@@ -14,8 +14,22 @@ from spdtool.errors import RecipeError, UnknownName
 from spdtool.recipe import STAGES, Recipe, Training, amend, fields, flat, parse, resolve
 
 
-def test_the_default_recipe_is_the_defaults() -> None:
-    assert resolve("default", {"task": "cola"}) == Recipe(task="cola")
+def test_the_default_recipe_is_the_defaults_and_what_its_file_names() -> None:
+    made = resolve("default", {"task": "cola"})
+    named = dict(flat(recipes._read("default")))
+    assert {name: mine for name, mine, _ in made.differences(Recipe(task="cola"))}.items() <= named.items()
+
+
+def test_the_default_recipe_has_none_of_the_known_defects() -> None:
+    made = resolve("default", {"task": "cola"})
+    for section in (made.prune, made.distill, made.finetune):
+        assert section.loss.attention_on == "scores"
+        assert section.loss.mask_padding
+        assert not section.loss.per_label
+        assert section.loss.regression_hardness == 1
+        assert not section.grafting.stand_in_dropout
+        assert section.clip_over == "trained"
+    assert made.finetune.grafting.start == 1, "the student is trained alone in the end"
 
 
 def test_every_field_has_a_help_text() -> None:
@@ -53,13 +67,14 @@ def test_the_later_word_counts_flags_over_file_and_sets_over_flags(tmp_path: Pat
     assert made.data is None, "a flag that was not given must not overwrite anything"
 
 
-def test_the_budget_of_a_task_lies_between_the_recipe_and_the_flags() -> None:
-    budget = recipes._read_budget("demo")
-    assert budget, "the embedded task has a budget of its own"
-    made = resolve("default", {"task": "demo"})
-    for name, value in flat(budget):
-        assert dict(flat(made.model_dump()))[name] == value
-    assert resolve("default", {"task": "demo"}, ["teacher.learning_rate=1e-3"]).teacher.learning_rate == 1e-3
+def test_what_a_task_says_lies_under_the_recipe() -> None:
+    own = dict(flat(recipes._read_task("demo")))
+    assert own, "the embedded task has a file of its own"
+    values = dict(flat(resolve("default", {"task": "demo"}).model_dump()))
+    above = dict(flat(recipes._read("default")))
+    assert {name: values[name] for name in own} == own | {name: above[name] for name in own.keys() & above.keys()}
+    assert resolve("reference", {"task": "demo"}).prune.epochs == resolve("reference").prune.epochs
+    assert resolve("default", {"task": "demo"}, ["teacher.learning_rate=1e-9"]).teacher.learning_rate == 1e-9
     assert resolve("default", {"task": "cola"}).teacher == Recipe().teacher
 
 
@@ -175,7 +190,7 @@ def test_epochs_scale_with_the_data_and_say_why(
 
 
 def test_what_does_not_change_a_result_is_no_part_of_what_is_shared() -> None:
-    one, other = Recipe(save_minutes=0, name="x"), Recipe(save_minutes=5, name="y")
+    one, other = Recipe(save_minutes=0, name="x"), Recipe(save_minutes=5, name="y", device="cpu")
     assert one.shared() == other.shared()
     assert Recipe(seed=1).shared() != Recipe(seed=2).shared()
     assert Recipe(sparsity=0.5).shared() != Recipe(sparsity=0.6).shared()

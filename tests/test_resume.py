@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import subprocess
@@ -96,7 +97,7 @@ def test_a_killed_stage_ends_with_the_same_bits(results: tuple[Path, list[dict[s
 def test_the_undisturbed_run_had_something_to_lose(results: tuple[Path, list[dict[str, Any]]]) -> None:
     """Draws that differ, weights that move, a best that is not the last: else the comparison would be too easy."""
     calm = results[0]
-    for earlier, stage in zip(STAGES, STAGES[1:], strict=False):
+    for earlier, stage in itertools.pairwise(STAGES):
         before, after = (load_file(calm / name / "model.safetensors") for name in (earlier, stage))
         assert any(not before[name].equal(after[name]) for name in before)
     draws = {tuple(event["drawn"]) for event in log(calm / "prune") if event["event"] == "step"}

@@ -1,4 +1,4 @@
-"""The training loop: its schedule, its clipping, which weights it hands over, and that an interruption leaves no trace."""
+"""The training loop: its schedule, its clipping, what it hands over, and that an interruption leaves no trace."""
 
 from __future__ import annotations
 
@@ -42,9 +42,8 @@ class Bench:
         pruning: bool = False,
         scores: list[float] | None = None,
         dropout: float = 0.0,
-        each: Callable[[int, Any], None] = lambda step, model: None,
-        bystanders: Callable[[Any], list[nn.Parameter]] = lambda model: [],
-        regression_of: float | None = None,
+        each: Callable[[int, Any], None] = lambda _step, _model: None,
+        bystanders: Callable[[Any], list[nn.Parameter]] = lambda _model: [],
     ) -> dict[str, Any]:
         """Train; `stop` raises KeyboardInterrupt after the log line of that step; `scores` are the dev scores."""
         recipe = recipe or Recipe(device="cpu", save_minutes=1e9, bucketing=False, max_length=32)
@@ -208,7 +207,7 @@ def test_the_clipped_norm_counts_what_the_recipe_says(bench: Bench, monkeypatch:
     def frozen(model: Any) -> list[nn.Parameter]:
         return [p for name, p in model.named_parameters() if not name.startswith("bert.encoder.layer.")]
 
-    bench.fit(section(train="layers", clip=1e-3, clip_over=over), bystanders=frozen if over == "all" else lambda m: [])
+    bench.fit(section(train="layers", clip=1e-3, clip_over=over), bystanders=frozen if over == "all" else lambda _: [])
     for norm, counted in seen:
         assert norm == pytest.approx(1e-3, rel=1e-2)  # exactly the norm of all that was counted
         assert ({id(p) for p in frozen(bench.model)} <= counted) == (over == "all")

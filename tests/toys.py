@@ -194,7 +194,7 @@ def task(
         text=("first", "second") if pairs else ("first",),
         labels=labels,
         metrics=metrics or (("accuracy",) if labels else ("pearson",)),
-        load=lambda data, seed: {
+        load=lambda _data, _seed: {
             "train": rows(train, 1, labels=count, pairs=pairs),
             "dev": rows(dev, 2, labels=count, pairs=pairs),
         },

@@ -6,11 +6,13 @@ test sets are never read: their labels are not public.
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spdtool import console
 from spdtool.errors import DataError
 from spdtool.plugins import tasks
 from spdtool.tasks import Rows, Task, plain
@@ -183,7 +185,9 @@ def from_hub(name: str) -> dict[str, Rows]:
     try:
         from datasets import load_dataset
 
-        source: Any = load_dataset(HUB, name)
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it announces every retry
+        with console.busy(f"reading {HUB} ({name}) from the hub or its cache"):
+            source: Any = load_dataset(HUB, name)
         splits = {"train": source["train"]} | {split: source[theirs] for split, _, theirs in glue.dev}
         columns = {
             split: [list(rows[column][:]) for column in (*glue.hub_text, "label")] for split, rows in splits.items()

@@ -52,7 +52,7 @@ def test_without_events_the_masks_are_only_held() -> None:
 def test_the_seal_refuses_a_count_that_was_not_reached() -> None:
     pruner = pruner_of(held(), [(2, 0.3), (4, 0.5)])
     pruner.step(2)
-    with pytest.raises(GateError, match="a has 9 zeros of 30; sparsity 0.5 asks for 15"):
+    with pytest.raises(GateError, match=r"a has 9 zeros of 30; sparsity 0\.5 asks for 15"):
         pruner.seal()
 
 

@@ -173,7 +173,7 @@ def test_a_living_weight_that_lands_on_zero_is_kept_alive_by_the_seal() -> None:
     alive = (~masks.dead["w0"]).nonzero()[0].tolist()
     with torch.no_grad():
         held["w0"][alive[0], alive[1]] = 0.0
-    with pytest.raises(GateError, match="w0 has 9 zeros of 16; sparsity 0.5 asks for 8"):
+    with pytest.raises(GateError, match=r"w0 has 9 zeros of 16; sparsity 0\.5 asks for 8"):
         masks.check(0.5)
     others = held["w0"].detach().clone()
     masks.seal()
@@ -215,7 +215,7 @@ def test_too_many_zeros_are_seen_before_the_work() -> None:
     masks.dead["w0"].view(-1)[:60] = True
     masks.check_room(0.6)
     masks.check_room(0.5, "global")
-    with pytest.raises(ModelError, match="w0 has 60 zeros of 100 already; sparsity 0.5 asks for 50"):
+    with pytest.raises(ModelError, match=r"w0 has 60 zeros of 100 already; sparsity 0\.5 asks for 50"):
         masks.check_room(0.5)
     with pytest.raises(ModelError, match="all matrices has 60 zeros of 200 already"):
         masks.check_room(0.2, "global")

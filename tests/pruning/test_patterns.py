@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable
@@ -81,5 +82,5 @@ def test_a_nan_score_counts_as_the_highest() -> None:
 def test_a_higher_sparsity_keeps_a_subset() -> None:
     scores = tables()["ties"]
     masks = [unstructured(scores, sparsity) for sparsity in SPARSITIES]
-    for wide, narrow in zip(masks, masks[1:], strict=False):
+    for wide, narrow in itertools.pairwise(masks):
         assert bool((wide | ~narrow).all())

@@ -100,7 +100,8 @@ def test_the_replacing_rate_rises_and_shows_in_the_draws(pruned: Callable[..., R
 
 def test_a_step_without_any_layer_of_the_students_is_no_failure(pruned: Callable[..., Run]) -> None:
     """At rate 0 nothing of the student's layers is in the forward pass; with frozen embeddings nothing at all is."""
-    run = pruned("distill.grafting.start=0", "distill.train=layers", "distill.epochs=1", "distill.keep_best=false")
+    grafting = "distill.grafting={schedule='constant', start=0}"
+    run = pruned(grafting, "distill.train=layers", "distill.epochs=1", "distill.keep_best=false")
     distill(run)
     before, after = (load_file(run.path / stage / "model.safetensors") for stage in ("prune", "distill"))
     assert all(torch.equal(before[name], after[name]) for name in before)

@@ -71,7 +71,8 @@ def test_it_is_refused_before_distill(toy_run: Callable[..., Run], tmp_path: Pat
 def test_a_run_learns_with_its_zeros(toy_run: Callable[..., Run], toy_task: Callable[..., Task]) -> None:
     """A task that four words decide: at 80 % the student must know it still."""
     toy_task(train=256, dev=64)
-    run = toy_run("teacher.epochs=6", "teacher.learning_rate=5e-3", "prune.learning_rate=2e-3",
-                  "distill.learning_rate=1e-3", "finetune.learning_rate=1e-3", sparsity=0.8, until="finetune")  # fmt: skip
+    rates = {"teacher": 5e-3, "prune": 2e-3, "distill": 1e-3, "finetune": 1e-3}
+    sets = [f"{stage}.learning_rate={rate}" for stage, rate in rates.items()]
+    run = toy_run("teacher.epochs=6", *sets, sparsity=0.8, until="finetune")
     assert run.record("teacher")["metrics"]["dev"]["accuracy"] > 0.9
     assert run.record("finetune")["metrics"]["dev"]["accuracy"] > 0.85

@@ -182,7 +182,7 @@ def test_it_starts_from_a_sparse_checkpoint_that_someone_else_made(toy_run: Call
     for name, (count, size) in zeros(run.path / "prune").items():
         assert count == zeros_in(size, 0.8)
         assert bool((after[name][held[name]] == 0).all()), "what was dead stays dead"
-    assert [event["sparsity"] for event in events(run, "prune")][0] > 0.4, "the ramp starts where it is"
+    assert events(run, "prune")[0]["sparsity"] > 0.4, "the ramp starts where it is"
 
 
 def test_a_start_that_is_too_sparse_is_refused_before_the_work(toy_run: Callable[..., Run]) -> None:
@@ -240,13 +240,12 @@ def test_a_count_that_is_off_is_not_handed_over(toy_run: Callable[..., Run], mon
 
     def wrong(model: Any, tokenizer: Any, folder: Path) -> None:
         with torch.no_grad():
-            next(iter(encoders.prunable_linears(model).values())).view(-1)[:].add_(1.0)
+            next(iter(encoders.prunable_linears(model).values())).add_(1.0)
         original(model, tokenizer, folder)
 
     original = encoders.save
     monkeypatch.setattr(encoders, "save", wrong)
-    refused_with_state = pytest.raises(GateError, match="has 0 zeros of 1024; sparsity 0.5 asks for 512")
-    with refused_with_state:
+    with pytest.raises(GateError, match=r"has 0 zeros of 1024; sparsity 0\.5 asks for 512"):
         prune(run)
     assert not run.done("prune")
     assert not (run.path / "prune").exists()

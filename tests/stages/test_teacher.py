@@ -143,7 +143,7 @@ def test_an_empty_split_is_refused(
 
     task = toy_task()
     splits = {"train": toys.rows(8), "dev": toys.rows(8)} | {empty: Rows([], None, [])}
-    toys.register(replace(task, load=lambda data, seed: splits))
+    toys.register(replace(task, load=lambda _data, _seed: splits))
     refused(toy_run(), DataError, f"no rows in its {empty} split")
 
 
@@ -151,7 +151,7 @@ def test_one_class_only_is_refused(toy_run: Callable[..., Run], toy_task: Callab
     from dataclasses import replace
 
     splits = {"train": Rows(["a", "the"], None, [1, 1]), "dev": toys.rows(8)}
-    toys.register(replace(toy_task(), load=lambda data, seed: splits))
+    toys.register(replace(toy_task(), load=lambda _data, _seed: splits))
     refused(toy_run(), DataError, "every training row of 'toy' has the label 'good'")
 
 
