@@ -389,6 +389,7 @@ def _show_result(run: Run) -> dict[str, Any]:
     shown = result_of(run)
     title = f"{'SMOKE RUN, NO RESULT: ' if run.recipe.smoke else ''}result of {run.path}"
     console.table(title, shown["columns"], shown["rows"])
+    console.say("")
     for line in shown["verdict"]:
         console.say(console.plain(line))
     return shown

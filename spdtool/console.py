@@ -79,7 +79,6 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
         drawn.add_row(*[escape(number(cell)) for cell in row])
     say(f"\n[bold]{escape(title)}[/]")
     _out.print(drawn)
-    say("")
 
 
 def _numeric(cells: Sequence[Any]) -> bool:

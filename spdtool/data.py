@@ -5,6 +5,7 @@ Everything is a pure function of (rows, seed, epoch), so that the position in th
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -47,6 +48,14 @@ class Encoded:
     def lengths(self) -> np.ndarray:
         """Tokens of each row."""
         return np.diff(self.offsets)
+
+    @property
+    def digest(self) -> str:
+        """Hash of the tokens and labels: other data, other digest."""
+        hashed = hashlib.blake2b(digest_size=16)
+        for array in (*self.columns.values(), self.offsets, self.labels):
+            hashed.update(np.ascontiguousarray(array).data)
+        return hashed.hexdigest()
 
     def collate(self, rows: Sequence[int] | np.ndarray, length: int | None = None) -> Batch:
         """Rows as padded int64 arrays [rows, tokens], with `attention_mask` and `labels`.
@@ -174,6 +183,16 @@ def check_lengths(splits: dict[str, Encoded], positions: int | None) -> None:
     if positions is not None and longest > positions:
         raise DataError(
             f"the longest row has {longest} tokens; the model has {positions} positions", "lower max_length"
+        )
+
+
+def check_vocabulary(splits: dict[str, Encoded], size: int) -> None:
+    """Raise ModelError if a token has no row among the model's `size` word embeddings."""
+    largest = max(int(split.columns["input_ids"].max()) for split in splits.values())
+    if largest >= size:
+        raise ModelError(
+            f"the tokenizer gives token {largest}; the model has {size} word embeddings",
+            "tokenizer and model must come from the same place",
         )
 
 

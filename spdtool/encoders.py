@@ -108,11 +108,14 @@ def load_tokenizer(source: str | Path) -> Any:
         ModelError: there is none.
     """
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exception for a damaged tokenizer.json
         raise ModelError(
             f"cannot load the tokenizer of {str(source)!r}: {_first_line(error)}", _reading_hint(source)
         ) from None
+    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):  # what transformers 5 makes of no files
+        raise ModelError(f"the tokenizer of {str(source)!r} has no vocabulary", _reading_hint(source))
+    return tokenizer
 
 
 def save(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
@@ -275,7 +278,7 @@ def _config(source: str | Path, **options: Any) -> Any:
     path = Path(source)
     if not path.is_dir() and (path.exists() or not HUB_NAME.fullmatch(str(source))):
         problem = "is a file" if path.exists() else "does not exist"
-        raise ModelError(f"the model folder {str(source)!r} {problem}", _reading_hint(source))
+        raise ModelError(f"cannot load the model {str(source)!r}: it {problem}", _reading_hint(source))
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
     except Exception as error:

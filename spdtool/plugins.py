@@ -43,8 +43,9 @@ class Part(Generic[T]):
 
     @property
     def summary(self) -> str:
-        """The first line of the docstring, for listings."""
-        return (getattr(self.value, "__doc__", None) or "").strip().split("\n")[0]
+        """One line for listings: what the part says it is about, else the first line of its docstring."""
+        said = getattr(self.value, "about", None) or getattr(self.value, "__doc__", None) or ""
+        return str(said).strip().split("\n")[0]
 
 
 class Registry(Generic[T]):

@@ -86,7 +86,7 @@ class Training(Section):
     batch_size: int = Field(32, ge=1)
     """sentences (or pairs) per optimiser step"""
     accumulate: int = Field(1, ge=1)
-    """pieces into which a batch is cut to save memory; the result is the same up to rounding"""
+    """pieces into which a batch is cut to save memory; each piece has its own draw of grafted layers"""
     learning_rate: float = Field(1e-4, gt=0)
     """peak learning rate of AdamW"""
     final_learning_rate: float = Field(0.0, ge=0, le=1)

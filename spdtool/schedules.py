@@ -50,11 +50,11 @@ def prune_events(
         events: how many there are, at least 1.
         final: sparsity after the last event, in [0, 1).
         initial: sparsity before the first event.
-        first: sparsity of the first event, taken at step 0. Ignored when it is not between `initial` and `final`.
+        first: sparsity of the first event, taken at step 0.
         shape: `cubic` or `linear`.
 
     Raises:
-        RecipeError: fewer steps than events.
+        RecipeError: fewer steps than events, or a first jump that is not on the way.
     """
     if shape not in SHAPES:
         raise UnknownName("sparsity schedule", shape, SHAPES)
@@ -64,7 +64,12 @@ def prune_events(
             "set prune.events lower, or prune.epochs higher",
         )
     climb, base, jump = events, initial, []
-    if first is not None and events > 1 and initial < first < final:
+    if first is not None:
+        if events < 2 or not initial < first < final:
+            raise RecipeError(
+                f"a first jump to {first:g} is not on the way from {initial:g} to {final:g} in {events} events",
+                "set prune.first between them with at least two events, or leave it out: --set prune.first=none",
+            )
         climb, base, jump = events - 1, first, [(0, first)]
     at = SHAPES[shape](base, final)
     return jump + [(round(i * steps / climb), at(i / climb) if i < climb else final) for i in range(1, climb + 1)]

@@ -82,7 +82,8 @@ def fit(
     Writes `metrics.jsonl` (one event a line) and the snapshots into the work folder.
 
     Args:
-        fingerprint: hash of all that decides the result; a snapshot with another one is discarded.
+        fingerprint: hash of the recipe and of what was read; a snapshot with another one, or made from other rows, is
+            discarded.
 
     Returns:
         `steps`, `epochs`, `best` (metrics and step of the weights handed over), `evaluations`, `examples_per_second`.
@@ -92,7 +93,7 @@ def fit(
     model = parts.model
     trained = encoders.trained_parameters(model, section.train)  # type: ignore[arg-type]
     optimizer = adamw(trained, section, accelerator.device)
-    loop = _Loop(parts, section, trained, optimizer, work, fingerprint, watch)
+    loop = _Loop(parts, section, trained, optimizer, work, f"{fingerprint} {parts.rows.digest}", watch)
     torch.manual_seed(recipe.seed)
     start = loop.restore()
     model, prepared = accelerator.prepare(model, optimizer)
@@ -119,7 +120,7 @@ def fit(
                 accelerator.backward(terms["loss"] * share)
             window.add(terms, share)
         if parts.pruner is not None:
-            parts.pruner.observe()
+            parts.pruner.observe(1.0 if accelerator.scaler is None else accelerator.scaler.get_scale())
             if section.clip_over == "trained":
                 parts.pruner.silence()
         if any(parameter.grad is not None for parameter in trained.values()):

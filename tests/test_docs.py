@@ -73,9 +73,7 @@ def test_the_constraints_satisfy_the_ranges():
     ranges = [Requirement(line) for line in project["dependencies"]]
     for extra in ("cpu", "dev"):
         ranges += [Requirement(line) for line in project["optional-dependencies"][extra]]
-    pins = dict(
-        line.split("==") for line in (ROOT / "constraints.txt").read_text("utf-8").split() if "==" in line
-    )
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text("utf-8").split() if "==" in line)
     for wanted in ranges:
         assert wanted.name in pins, f"constraints.txt does not pin {wanted.name}"
         assert wanted.specifier.contains(pins[wanted.name]), f"{wanted} does not admit {pins[wanted.name]}"

@@ -65,8 +65,8 @@ class Pruner:
         return step >= self.last
 
     @torch.no_grad()
-    def observe(self) -> None:
-        """After the backward pass: note what the criterion needs."""
+    def observe(self, scale: float = 1.0) -> None:
+        """After the backward pass: note what the criterion needs, of gradients that a loss scale multiplied."""
         if not self._needs:
             return
         self._observed += 1
@@ -74,9 +74,10 @@ class Pruner:
             if weight.grad is None:  # a layer that the draw left out
                 continue
             for need in self._needs:
-                seen = weight.grad.float() if need == "gradient" else weight.grad.float().square()
+                gradient = weight.grad.float() / scale
+                seen = gradient if need == "gradient" else gradient.square()
                 key = f"{need}.{name}"
-                self._sums[key] = self._sums[key].add_(seen) if key in self._sums else seen.clone()
+                self._sums[key] = self._sums[key].add_(seen) if key in self._sums else seen
 
     def silence(self) -> None:
         """Before clipping: zero the gradients of dead weights, unless the criterion lets them live."""

@@ -29,6 +29,8 @@ def teacher(run: Run) -> dict[str, Any]:
     torch.manual_seed(recipe.seed)  # the new head is random
     if task.build is not None:
         model, tokenizer = task.build(recipe.seed)
+        if section.dropout is not None:
+            console.warn(f"teacher.dropout is ignored: task {task.name!r} builds its own model")
     else:
         tokenizer = encoders.load_tokenizer(recipe.model)
         model = encoders.load(recipe.model, labels=task.labels, dropout=section.dropout, smoke=recipe.smoke)
@@ -36,6 +38,7 @@ def teacher(run: Run) -> dict[str, Any]:
     model.to(front.device)
     encoded = data.encode(tokenizer, splits, recipe.max_length)
     data.check_lengths(encoded, encoders.positions(model))
+    data.check_vocabulary(encoded, model.config.vocab_size)
     forward = evaluation.torch_forward(model, front.device)
 
     def loss(batch: dict[str, torch.Tensor], progress: float) -> training.LossTerms:  # noqa: ARG001
@@ -62,10 +65,12 @@ def take(run: Run, source: str) -> dict[str, Any]:
         ModelError: it is no classifier of this task.
     """
     front = training.accelerator(run.recipe)
+    torch.manual_seed(run.recipe.seed)  # a smoke run's model is random
     model, tokenizer = encoders.load(source, smoke=run.recipe.smoke), encoders.load_tokenizer(source)
     encoders.layer_stack(model)
     task, encoded = data.prepare(run.recipe, tokenizer, encoders.label_names(model))
     data.check_lengths(encoded, encoders.positions(model))
+    data.check_vocabulary(encoded, model.config.vocab_size)
     model.to(front.device)
     with console.busy(f"measuring the given teacher {source}"):
         metrics = evaluation.evaluate(task, evaluation.torch_forward(model, front.device), encoded)
