@@ -380,6 +380,8 @@ def _show_plan(run: Run, *, whole: bool = False) -> dict[str, Any]:
         f"{size['zeros']:,} of {size['prunable']:,} weights of the encoder's linear layers become zero "
         f"({size['all']:,} parameters in all); about {planned['memory_bytes'] / 2**20:,.0f} MiB of memory"
     )
+    if size["emptied"]:
+        console.warn(f"{run.recipe.sparsity:g} leaves no weight at all in {size['emptied']} matrices of this model")
     return planned
 
 
@@ -387,7 +389,7 @@ def _show_result(run: Run) -> dict[str, Any]:
     from spdtool.inspection import result_of
 
     shown = result_of(run)
-    title = f"{'SMOKE RUN, NO RESULT: ' if run.recipe.smoke else ''}result of {run.path}"
+    title = f"{'SMOKE RUN, NO RESULT: ' if run.recipe.smoke else ''}{run.path}"
     console.table(title, shown["columns"], shown["rows"])
     console.say("")
     for line in shown["verdict"]:

@@ -56,7 +56,7 @@ def _console(*, stderr: bool = False) -> Console:
 
 def say(text: str) -> None:
     """One line for the user; markup such as [bold] is understood, so escape what is not yours."""
-    _out.print(text, soft_wrap=True)
+    _out.print(text, soft_wrap=not _out.is_terminal)
 
 
 def plain(text: Any) -> str:
@@ -66,7 +66,7 @@ def plain(text: Any) -> str:
 
 def warn(text: str) -> None:
     """Something that the user asked for is not done as asked, or deserves attention."""
-    _err.print(f"[yellow]note:[/] {escape(text)}", soft_wrap=True)
+    _err.print(f"[yellow]note:[/] {escape(text)}", soft_wrap=not _err.is_terminal)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -19,8 +19,8 @@ def plan(run: Run) -> dict[str, Any]:
     """The stages of `run` with what each will cost; reads the data, and only the configuration of the model.
 
     Returns:
-        `stages` (stage, done, epochs, steps, why), `rows`, `parameters` (all, prunable, zeros) and `memory_bytes`
-        (an estimate of the peak of the training stages, to about a factor of 1.5).
+        `stages` (stage, done, epochs, steps, why), `rows`, `parameters` (all, prunable, zeros; matrices emptied)
+        and `memory_bytes` (an estimate of the peak of the training stages, to about a factor of 1.5).
 
     Raises:
         DataError, ModelError: the data or the model cannot be used.
@@ -40,6 +40,7 @@ def plan(run: Run) -> dict[str, Any]:
             "all": sum(parameter.numel() for parameter in model.parameters()),
             "prunable": sum(matrices),
             "zeros": sum(zeros_in(size, recipe.sparsity) for size in matrices),
+            "emptied": sum(zeros_in(size, recipe.sparsity) == size for size in matrices),
         },
         "memory_bytes": memory(recipe, model),
     }

@@ -106,3 +106,66 @@ def clean_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plugins, "_found", dict(plugins._found))
     monkeypatch.setattr(plugins, "_folder", None)
     monkeypatch.delenv("SPDTOOL_PLUGINS", raising=False)
+
+
+QUICK = (
+    *("--device", "cpu", "--sparsity", "0.5", "--set", "max_length=32", "--set", "prune.events=2"),
+    *(word for stage in ("teacher", "prune", "distill", "finetune") for word in ("--set", f"{stage}.epochs=1")),
+    *(word for stage in ("teacher", "prune", "distill", "finetune") for word in ("--set", f"{stage}.batch_size=8")),
+    *("--set", "export.sentences=4", "--set", "bench.rounds=1", "--set", "bench.warmup=0"),
+    *("--set", "bench.batches=[1]", "--set", "bench.lengths=[16]", "--set", "bench.torch=false"),
+)
+
+
+@pytest.fixture
+def spdtool(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """`spdtool("prune", "--run", folder)` calls the command line in this process; gives exit_code, stdout, stderr."""
+    from typer.testing import CliRunner
+
+    from spdtool.cli import app
+
+    for name in ("COLUMNS", "SPDTOOL_PLUGINS", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+
+    def call(*words: Any) -> Any:
+        return CliRunner().invoke(app, [str(word) for word in words], prog_name="spdtool")
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT with its tokenizer, as a model folder of Hugging Face; read only."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    _toys.bert().save_pretrained(folder)
+    _toys.tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A csv file of 60 rows with the columns `sentence` and `label` (`bad` or `good`); read only."""
+    rows = _toys.rows(60, 1)
+    lines = [f"{text},{('bad', 'good')[label]}" for text, label in zip(rows.first, rows.labels, strict=True)]
+    file = tmp_path_factory.mktemp("data") / "rows.csv"
+    file.write_text("\n".join(["sentence,label", *lines]) + "\n", "utf-8")
+    return file
+
+
+@pytest.fixture(scope="session")
+def quick_words(encoder_folder: Path, rows_file: Path) -> tuple[str, ...]:
+    """The words after `spdtool compress` (or `teacher`) that make a run of seconds."""
+    return ("--data", str(rows_file), "--model", str(encoder_folder), *QUICK)
+
+
+@pytest.fixture(scope="session")
+def compressed(tmp_path_factory: pytest.TempPathFactory, quick_words: tuple[str, ...]) -> Path:
+    """The folder of a run that `spdtool compress` has finished; read only: copy it before changing it."""
+    from typer.testing import CliRunner
+
+    from spdtool.cli import app
+
+    folder = tmp_path_factory.mktemp("runs") / "done"
+    called = CliRunner().invoke(app, ["compress", *quick_words, "--run", str(folder)])
+    assert called.exit_code == 0, called.output
+    return folder

@@ -99,11 +99,12 @@ def batch(rows: int = 5, length: int = 11, *, seed: int = 0, architecture: str =
 
 def tokenizer(padding_side: str = "right", *, token_types: bool = True) -> Any:
     """A fast tokenizer with one token per word of `WORDS`, laid out as BERT's."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import BertTokenizerFast
 
     vocabulary = {word: index for index, word in enumerate(WORDS)}
     core = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    core.normalizer = normalizers.BertNormalizer()  # transformers 4.57 needs one
     core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     core.post_processor = processors.TemplateProcessing(
         single="[CLS]:0 $A:0 [SEP]:0",

@@ -101,7 +101,7 @@ def verdict(
     size = teacher["bytes"] / student["bytes"]
     lines = [
         f"Speed: with {sparsity:.1%} zeros, {speed} that of the dense teacher on {runs_on}, "
-        f"over {rounds} paired rounds: " + _meaning(speed, rounds, 1 / (1 - sparsity)),
+        f"over {rounds} paired rounds: " + _meaning(speed, rounds, 1 / (1 - sparsity) if sparsity < 1 else math.inf),
         f"File: {size:.2f}x smaller, {student['bytes']:,} of {teacher['bytes']:,} bytes: "
         + ("it stores the zeros like any other number." if size < 1 + SAME_SIZE else "it leaves zeros out."),
     ]

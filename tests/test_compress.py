@@ -1,0 +1,171 @@
+"""`spdtool compress` from end to end: what it leaves behind, what a second call does, and the same stage by stage."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spdtool.recipe import STAGES
+
+Call = Callable[..., Any]
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Every file below `folder` with its bytes."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.fixture
+def run(compressed: Path, tmp_path: Path) -> Path:
+    """A finished run of one's own."""
+    return shutil.copytree(compressed, tmp_path / "run")
+
+
+def test_compress_leaves_six_stages_and_their_recipe(compressed: Path) -> None:
+    assert sorted(path.name for path in compressed.iterdir() if path.name != ".lock") == sorted([*STAGES, "run.json"])
+    for stage in STAGES:
+        assert json.loads((compressed / stage / "stage.json").read_text())["stage"] == stage
+    assert json.loads((compressed / "run.json").read_text())["recipe"]["sparsity"] == 0.5
+
+
+def test_the_zeros_are_in_the_checkpoint_and_in_the_exported_file(compressed: Path) -> None:
+    finetuned = json.loads((compressed / "finetune/stage.json").read_text())["metrics"]
+    exported = json.loads((compressed / "export/stage.json").read_text())["metrics"]
+    assert finetuned["sparsity"] == 0.5
+    assert exported["student"]["sparsity"] == 0.5
+    assert exported["teacher"]["zeros"] == 0
+
+
+def test_a_second_call_does_nothing_and_shows_the_result(run: Path, quick_words: Any, spdtool: Call) -> None:
+    before = snapshot(run)
+    called = spdtool("compress", *quick_words, "--run", run)
+    assert called.exit_code == 0, called.output
+    assert called.stdout.count("done, skipped") == 6
+    assert "student" in called.stdout
+    assert snapshot(run) == before
+
+
+def test_what_is_missing_is_made_and_nothing_else(run: Path, quick_words: Any, spdtool: Call) -> None:
+    before = snapshot(run)
+    shutil.rmtree(run / "finetune")
+    shutil.rmtree(run / "export")
+    shutil.rmtree(run / "bench")
+    called = spdtool("finetune", "--run", run)
+    assert called.exit_code == 0, called.output
+    after = snapshot(run)
+    assert after["finetune/model.safetensors"] == before["finetune/model.safetensors"]
+    assert {name: data for name, data in after.items() if name.split("/")[0] in ("teacher", "prune", "distill")} == {
+        name: data for name, data in before.items() if name.split("/")[0] in ("teacher", "prune", "distill")
+    }
+
+
+def test_stage_by_stage_gives_the_same_bytes(compressed: Path, tmp_path: Path, quick_words: Any, spdtool: Call) -> None:
+    folder = tmp_path / "by hand"
+    for stage in STAGES[:-1]:
+        words = quick_words if stage == "teacher" else ()
+        called = spdtool(stage, *words, "--run", folder)
+        assert called.exit_code == 0, called.output
+        assert f"{stage}: done in" in called.stdout
+    files = [file for file in snapshot(compressed) if file.endswith((".safetensors", ".onnx"))]
+    assert len(files) == 6
+    for file in files:
+        assert (folder / file).read_bytes() == (compressed / file).read_bytes(), file
+
+
+def test_redoing_a_stage_drops_the_later_ones(run: Path, spdtool: Call) -> None:
+    called = spdtool("distill", "--run", run, "--again", "--set", "distill.learning_rate=1e-3")
+    assert called.exit_code == 0, called.output
+    assert "dropped distill, finetune, export, bench" in called.stdout
+    assert [stage for stage in STAGES if (run / stage).exists()] == ["teacher", "prune", "distill"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--set", "prune.epochs=x"), "should be a valid number"),
+        (("--set", "prune.events=1000"), "do not fit"),
+        (("--set", "prune.criterion=magnitud"), "did you mean 'magnitude'"),
+        (("--set", "sparsity=0.4"), "belongs to another recipe"),
+    ],
+)
+def test_redoing_refuses_before_it_drops(run: Path, spdtool: Call, words: tuple[str, ...], message: str) -> None:
+    before = snapshot(run)
+    called = spdtool("prune", "--run", run, "--again", *words)
+    assert called.exit_code == 2
+    assert message in called.stderr
+    assert snapshot(run) == before
+
+
+def test_a_redone_teacher_that_cannot_be_made_leaves_the_old_one(
+    run: Path, quick_words: Any, spdtool: Call, tmp_path: Path
+) -> None:
+    before = snapshot(run)
+    called = spdtool("teacher", *quick_words, "--model", tmp_path / "gone", "--run", run, "--again")
+    assert called.exit_code == 2
+    assert "does not exist" in called.stderr
+    assert snapshot(run) == before
+
+
+def test_a_setting_may_change_until_its_stage_is_done(run: Path, quick_words: Any, spdtool: Call) -> None:
+    shutil.rmtree(run / "bench")
+    words = ("compress", *quick_words, "--run", run, "--set", "bench.rounds=2")
+    dry = spdtool(*words, "--dry-run")
+    assert dry.exit_code == 0, dry.output
+    assert json.loads((run / "run.json").read_text())["recipe"]["bench"]["rounds"] == 1, "a dry run wrote"
+    called = spdtool(*words)
+    assert called.exit_code == 0, called.output
+    assert json.loads((run / "run.json").read_text())["recipe"]["bench"]["rounds"] == 2
+    late = spdtool(*words, "--set", "bench.rounds=3")
+    assert late.exit_code == 2
+    assert "bench.rounds is 2 there and 3 here" in late.stderr
+
+
+def test_a_dry_run_writes_nothing(tmp_path: Path, quick_words: Any, spdtool: Call) -> None:
+    called = spdtool("compress", *quick_words, "--run", tmp_path / "run", "--dry-run", "--json")
+    assert called.exit_code == 0, called.output
+    plan = json.loads(called.stdout)
+    assert [stage["stage"] for stage in plan["stages"]] == list(STAGES)
+    assert plan["rows"] == {"train": 54, "dev": 6}
+    assert plan["parameters"]["zeros"] == plan["parameters"]["prunable"] // 2
+    assert plan["recipe"]["prune"]["events"] == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_smoke_run_says_so_everywhere(tmp_path: Path, quick_words: Any, spdtool: Call) -> None:
+    called = spdtool("compress", *quick_words, "--run", tmp_path / "run", "--smoke", "--json")
+    assert called.exit_code == 0, called.output
+    assert [row[0] for row in json.loads(called.stdout)["rows"]] == ["teacher", "student"]
+    assert "SMOKE RUN" in called.stderr
+    assert (tmp_path / "run/SMOKE-RUN-NOT-A-RESULT.txt").exists()
+    assert json.loads((tmp_path / "run/prune/stage.json").read_text())["smoke"] is True
+    shown = spdtool("inspect", tmp_path / "run")
+    assert "SMOKE RUN, NO RESULT" in shown.stdout
+
+
+def test_a_run_goes_on_from_another_folder(
+    tmp_path: Path, encoder_folder: Path, rows_file: Path, quick_words: Any, spdtool: Call, monkeypatch: Any
+) -> None:
+    home = tmp_path / "hör zu"
+    shutil.copytree(encoder_folder, home / "mödel")
+    shutil.copy(rows_file, home / "rows.csv")
+    monkeypatch.chdir(home)
+    words = [*quick_words, "--data", "rows.csv", "--model", "mödel/", "--run", home / "run"]
+    assert spdtool("teacher", *words).exit_code == 0
+    monkeypatch.chdir(tmp_path)
+    called = spdtool("prune", "--run", home / "run")
+    assert called.exit_code == 0, called.output
+
+
+def test_a_given_teacher_is_measured_and_used(
+    compressed: Path, quick_words: Any, tmp_path: Path, spdtool: Call
+) -> None:
+    called = spdtool("teacher", *quick_words, "--teacher", compressed / "teacher", "--run", tmp_path / "run")
+    assert called.exit_code == 0, called.output
+    assert "given teacher: dev score" in called.stdout
+    ours, theirs = tmp_path / "run/teacher/model.safetensors", compressed / "teacher/model.safetensors"
+    assert ours.read_bytes() == theirs.read_bytes()

@@ -1,0 +1,184 @@
+"""What is drawn: tables that a pipe does not fold, numbers, progress in lines and live, errors, JSON."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from spdtool import console
+from spdtool.errors import SpdError
+
+LONG = "a path that is much longer than eighty columns/" * 5
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output that goes to no terminal."""
+    for name in ("COLUMNS", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    console.setup()
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """A terminal of 80 columns in the place of both streams."""
+    screen = io.StringIO()
+    drawn = Console(file=screen, force_terminal=True, width=80, height=24, highlight=False, color_system=None)
+    monkeypatch.setattr(console, "_out", drawn)
+    monkeypatch.setattr(console, "_err", drawn)
+    monkeypatch.setattr(console, "_json", False)
+    return screen
+
+
+@pytest.mark.usefixtures("plain")
+def test_nothing_is_folded_for_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+    console.say(LONG)
+    console.table(f"title {LONG}", ("name", "value"), [("row", LONG)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == LONG
+    assert f"title {LONG}" in lines
+    assert any(line.startswith("row") and LONG in line for line in lines)
+
+
+@pytest.mark.usefixtures("plain")
+def test_a_width_that_was_asked_for_is_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    console.setup()
+    console.table("title", ("name", "value"), [("row", LONG)])
+    assert max(map(len, capsys.readouterr().out.splitlines())) == 60
+
+
+def test_a_terminal_folds_at_words(terminal: io.StringIO) -> None:
+    console.say("some words " * 20)
+    lines = terminal.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert {word for line in lines for word in line.split()} == {"some", "words"}
+
+
+@pytest.mark.usefixtures("plain")
+def test_columns_of_numbers_stand_on_the_right(capsys: pytest.CaptureFixture[str]) -> None:
+    console.table("t", ("engine", "bytes", "zeros", "what"), [("a", 1234567, "0.00%", "x"), ("b", None, "-", "longer")])
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert "a       1,234,567  0.00%  x" in lines
+    assert "b               -      -  longer" in lines
+
+
+@pytest.mark.usefixtures("plain")
+def test_brackets_in_cells_titles_and_warnings_stay(capsys: pytest.CaptureFixture[str]) -> None:
+    console.table("runs/[red]x", ("name",), [("spdtool[cpu]",)])
+    console.warn("pip install spdtool[cpu]")
+    console.say(console.plain("spdtool[gpu]"))
+    out, err = capsys.readouterr()
+    assert "runs/[red]x" in out
+    assert "spdtool[cpu]" in out
+    assert "spdtool[gpu]" in out
+    assert err == "note: pip install spdtool[cpu]\n"
+
+
+@pytest.mark.parametrize(
+    ("cell", "text"),
+    [
+        (None, "-"), (True, "True"), (1234567, "1,234,567"), (0.123456, "0.1235"), (12345.6, "12,346"), ("a", "a"),
+        ((1, 8), "1, 8"), ([], "-"), (1e-8, "1e-08"),
+    ],
+)  # fmt: skip
+def test_a_cell_as_text(cell: Any, text: str) -> None:
+    assert console.number(cell) == text
+
+
+def test_json_has_standard_output_to_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    console.setup(as_json=True)
+    console.say("a line")
+    console.table("a title", ("a",), [("cell",)])
+    console.warn("a note")
+    console.result({"score": math.nan, "all": (1, math.inf), "text": "ü"})
+    out, err = capsys.readouterr()
+    assert json.loads(out, parse_constant=pytest.fail) == {"score": None, "all": [1, None], "text": "ü"}
+    assert all(text in err for text in ("a line", "a title", "cell", "a note"))
+
+
+@pytest.mark.usefixtures("plain")
+def test_without_json_a_result_is_not_written(capsys: pytest.CaptureFixture[str]) -> None:
+    console.result({"score": 1})
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.usefixtures("plain")
+def test_an_error_says_what_to_try(capsys: pytest.CaptureFixture[str]) -> None:
+    console.fail(SpdError("no [x] here", "give [y]"))
+    assert capsys.readouterr() == ("", "SpdError: no [x] here\ntry: give [y]\n")
+
+
+def test_an_error_as_a_panel(terminal: io.StringIO) -> None:
+    console.fail(SpdError("no [x] here", "give [y]"))
+    assert "╭─ SpdError " in terminal.getvalue()
+    assert "no [x] here" in terminal.getvalue()
+    assert "try: give [y]" in terminal.getvalue()
+
+
+def test_an_error_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    console.setup(as_json=True)
+    console.fail(SpdError("message"))
+    assert json.loads(capsys.readouterr().out) == {"error": "SpdError", "message": "message", "hint": None}
+
+
+EVENTS = [
+    {"event": "resume", "step": 3},
+    {"event": "prune", "step": 4, "sparsity": 0.25},
+    {
+        "event": "step", "step": 5, "epoch": 0.5, "epochs": 1.0, "losses": {"loss": 1.5, "hidden": 0.5},
+        "examples_per_second": 12.34, "sparsity": 0.25, "replacing_rate": 0.8, "learning_rate": 1e-4,
+        "drawn": [True, False],
+    },
+    {"event": "eval", "step": 10, "metrics": {"score": 0.75}, "best": True},
+]  # fmt: skip
+
+
+@pytest.mark.usefixtures("plain")
+def test_progress_in_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "PLAIN_SECONDS", -1.0)
+    with console.progress("prune", 10) as watch:
+        for event in EVENTS:
+            watch(event)
+    assert capsys.readouterr().out.splitlines() == [
+        "prune 3/10  resumed",
+        "prune 4/10  pruned to 0.2500",
+        "prune 5/10  epoch 0.50 of 1  loss loss 1.5  hidden 0.5  examples/s 12.3  sparsity now 0.2500  "
+        "replacing rate 0.800  learning rate 1.00e-04",
+        "prune 10/10  dev score 0.7500  best so far",
+    ]
+
+
+@pytest.mark.usefixtures("plain")
+def test_step_lines_are_few(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.progress("prune", 10) as watch:
+        for _ in range(100):
+            watch(EVENTS[2])
+    assert capsys.readouterr().out == ""
+
+
+def test_progress_live(terminal: io.StringIO) -> None:
+    with console.progress("prune", 10) as watch:
+        for event in EVENTS:
+            watch(event)
+    shown = terminal.getvalue()
+    for text in ("spdtool prune", "10/10", "0.50 of 1", "hidden 0.5", "score 0.7500  best so far", "■ □ ■ student"):
+        assert text in shown
+    assert max(len(line) for line in shown.splitlines() if "│" in line and "\x1b" not in line) <= 80
+
+
+def test_busy_is_a_line_or_a_spinner(terminal: io.StringIO, capsys: pytest.CaptureFixture[str]) -> None:
+    with console.busy("timing [x]"):
+        pass
+    assert "timing [x]" in terminal.getvalue()
+    console.setup()
+    with console.busy("timing [x]"):
+        pass
+    assert capsys.readouterr().out == "timing [x]\n"

@@ -1,0 +1,93 @@
+"""The plan: steps, weights, memory, and what it refuses before anything is spent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spdtool import encoders, planning
+from spdtool.errors import DeviceError, RecipeError, UnknownName
+from spdtool.recipe import STAGES
+from spdtool.run import Run
+
+MakeRun = Callable[..., Run]
+
+
+def test_the_plan_of_a_new_run(toy_run: MakeRun) -> None:
+    planned = planning.plan(toy_run("prune.epochs=3", "finetune.max_steps=5", sparsity=0.3))
+    stages = {stage["stage"]: stage for stage in planned["stages"]}
+    assert planned["rows"] == {"train": 48, "dev": 24}
+    assert list(stages) == list(STAGES)
+    assert {name: stage["steps"] for name, stage in stages.items()} == {
+        "teacher": 12, "prune": 18, "distill": 12, "finetune": 5, "export": None, "bench": None,
+    }  # fmt: skip
+    assert stages["finetune"]["why"] == "as the recipe says; at most 5 steps"
+    assert not any(stage["done"] for stage in stages.values())
+
+
+def test_the_weights_are_those_of_the_model(toy_run: MakeRun, toys: Any) -> None:
+    counted = planning.plan(toy_run(sparsity=0.3))["parameters"]
+    model = toys.bert()
+    sizes = [weight.numel() for weight in encoders.prunable_linears(model).values()]
+    assert counted["all"] == sum(parameter.numel() for parameter in model.parameters())
+    assert counted["prunable"] == sum(sizes)
+    assert counted["zeros"] == sum(round(0.3 * size) for size in sizes)
+    assert counted["emptied"] == 0
+
+
+def test_a_sparsity_that_empties_matrices_is_counted(toy_run: MakeRun) -> None:
+    assert planning.plan(toy_run(sparsity=0.9999))["parameters"]["emptied"] == 12
+
+
+def test_planning_writes_nothing_and_sees_what_is_done(toy_run: MakeRun, tmp_path: Path) -> None:
+    planning.plan(toy_run())
+    assert list(tmp_path.iterdir()) == []
+    run = toy_run(until="prune")
+    assert [stage["done"] for stage in planning.plan(run)["stages"]] == [True, True, False, False, False, False]
+
+
+def test_a_given_teacher_is_not_trained(toy_run: MakeRun, toys: Any, tmp_path: Path) -> None:
+    toys.bert().save_pretrained(tmp_path / "given")
+    first = planning.plan(toy_run(given_teacher=str(tmp_path / "given")))["stages"][0]
+    assert (first["steps"], first["why"]) == (None, f"given: {tmp_path / 'given'}")
+
+
+@pytest.mark.parametrize(
+    ("assignment", "error", "message"),
+    [
+        ("prune.criterion=magnitud", UnknownName, "criterion"),
+        ("prune.pattern=nope", UnknownName, "pattern"),
+        ('export.targets=["nope"]', UnknownName, "target"),
+        ("prune.grafting.schedule=nope", UnknownName, "schedule"),
+        ("finetune.grafting.schedule=nope", UnknownName, "schedule"),
+        ("prune.events=9", RecipeError, "9 prune events do not fit in 8 optimiser steps"),
+        ("precision=fp16", DeviceError, "fp16"),
+    ],
+)
+def test_what_a_later_stage_would_refuse_is_refused_now(
+    toy_run: MakeRun, assignment: str, error: type[Exception], message: str
+) -> None:
+    run = toy_run(assignment)
+    with pytest.raises(error, match=message):
+        planning.plan(run)
+    with pytest.raises(error, match=message):
+        planning.check_run(run)
+
+
+def test_events_that_just_fit_are_let_pass(toy_run: MakeRun) -> None:
+    planning.check_run(toy_run("prune.events=8"))
+
+
+def test_memory_grows_with_what_costs_memory(toy_run: MakeRun, toys: Any) -> None:
+    model = toys.bert()
+
+    def bytes_of(*sets: str) -> int:
+        return planning.memory(toy_run(*sets).recipe, model)
+
+    least = 4 * 5 * sum(parameter.numel() for parameter in model.parameters())
+    assert bytes_of() > least
+    assert bytes_of("prune.batch_size=16") > bytes_of() > bytes_of("prune.accumulate=4")
+    assert bytes_of("prune.loss.attention=1") > bytes_of()
