@@ -146,6 +146,8 @@ class Teacher(Training):
 class Distilled(Training):
     """A training stage of the student, with the losses that it learns from."""
 
+    learning_rate: float = Field(5e-4, gt=0)
+    """peak learning rate of AdamW"""
     loss: Loss = Loss()
     """terms of the loss"""
     grafting: Grafting = Grafting()
