@@ -28,7 +28,7 @@ def commands():
             yield pytest.param(line.split("  #")[0].strip(), id=f"{document.name}: {line[:60]}")
 
 
-@pytest.mark.parametrize("line", commands())
+@pytest.mark.parametrize("line", list(commands()))
 def test_every_command_in_the_documents_parses(line):
     name, *words = shlex.split(line)[1:]
     listed = get_command(app).commands
