@@ -126,7 +126,14 @@ def save(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
             setattr(model.config, name, value)
         del model.config._dropout_before
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write `tokenizer.json` and `tokenizer_config.json`, which hold everything that the older files held."""
+    tokenizer.save_pretrained(folder, legacy_format=False if tokenizer.is_fast else None)
+    if tokenizer.is_fast:
+        (folder / "special_tokens_map.json").unlink(missing_ok=True)  # transformers 4 writes it all the same
 
 
 def layer_stack(model: PreTrainedModel) -> nn.ModuleList:

@@ -81,7 +81,7 @@ class Onnx:
         name_weights(proto, model)
         folder.mkdir(parents=True, exist_ok=True)
         model.config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        encoders.save_tokenizer(tokenizer, folder)
         return write(proto, folder / FILE)
 
     @staticmethod
