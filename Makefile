@@ -18,6 +18,7 @@ RECIPE ?= default
 RUN ?= runs/$(TASK)-$(SPARSITY)$(if $(filter-out default,$(RECIPE)),-$(RECIPE))
 # Optional: DATA=folder MODEL=folder-or-name ARGS='--set prune.epochs=3'
 ARGS ?=
+PYTEST_ARGS ?=
 
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -54,11 +55,11 @@ check: setup
 	$(BIN)/mypy
 
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest $(PYTEST_ARGS)
 
-# The oldest transformers that pyproject.toml allows, in an environment of its own.
+# The oldest versions that pyproject.toml allows, in an environment of its own. Old packages warn of what new ones mended.
 test-oldest:
-	$(MAKE) test VENV=.venv-oldest PIP_CONSTRAINT=$(CURDIR)/constraints-oldest.txt
+	$(MAKE) test VENV=.venv-oldest PIP_CONSTRAINT=$(CURDIR)/constraints-oldest.txt PYTEST_ARGS="-W default"
 
 # The tests that need a real pretrained encoder, which comes as a package.
 test-encoder: setup

@@ -58,7 +58,7 @@ class Fit:
         rows: the training split.
         evaluate: gives the dev metrics of the model as it is, the headline under `score`.
         pruner: prunes at its events and holds the zeros; None for a dense model.
-        bystanders: frozen parameters whose gradients count when clipping is over `all`.
+        bystanders: frozen parameters whose gradients count all the same when gradients are clipped.
         random_state, restore_random: the draws' generator, saved with the rest.
         facts: what to show beside the losses (replacing rate, layers of the draw).
     """
@@ -97,8 +97,7 @@ def fit(
     torch.manual_seed(recipe.seed)
     start = loop.restore()
     model, prepared = accelerator.prepare(model, optimizer)
-    clipped = [*trained.values(), *(parts.bystanders if section.clip_over == "all" else [])]
-    for parameter in parts.bystanders if section.clip_over == "all" else []:
+    for parameter in parts.bystanders:
         parameter.requires_grad_(True)
     if parts.pruner is not None:
         parts.pruner.masks.hold(optimizer)
@@ -119,17 +118,7 @@ def fit(
             if terms["loss"].requires_grad:  # not when the draw holds nothing of what is trained
                 accelerator.backward(terms["loss"] * share)
             window.add(terms, share)
-        if parts.pruner is not None:
-            parts.pruner.observe(1.0 if accelerator.scaler is None else accelerator.scaler.get_scale())
-            if section.clip_over == "trained":
-                parts.pruner.silence()
-        if any(parameter.grad is not None for parameter in trained.values()):
-            if section.clip > 0:
-                accelerator.clip_grad_norm_(clipped, section.clip)
-            prepared.step()
-        prepared.zero_grad()
-        for parameter in parts.bystanders:
-            parameter.grad = None
+        _update(parts, section, trained, prepared, accelerator)
         loop.prune(done)
         loop.examples += len(batch)
         if done % every == 0 or done == total:
@@ -141,12 +130,26 @@ def fit(
             if done < total and (done in evaluations or time.monotonic() - saved >= 60 * recipe.save_minutes):
                 loop.save(done)
                 window, saved = _Window(), time.monotonic()
-    for patched in (
-        "forward",
-        "_original_forward",
-    ):  # autocast's; unwrap_model would strip transformers' decorators too
+    for patched in ("forward", "_original_forward"):  # autocast's; unwrap_model would strip more than its own
         vars(parts.model).pop(patched, None)
     return loop.finish(total, per_epoch)
+
+
+def _update(
+    parts: Fit, section: Training, trained: dict[str, nn.Parameter], optimizer: Any, accelerator: Accelerator
+) -> None:
+    """One optimiser step with the gradients as they are: pruned weights silenced, norm clipped, gradients dropped."""
+    if parts.pruner is not None:
+        parts.pruner.observe(1.0 if accelerator.scaler is None else accelerator.scaler.get_scale())
+        if section.clip_over == "trained":
+            parts.pruner.silence()
+    if any(parameter.grad is not None for parameter in trained.values()):
+        if section.clip > 0:
+            accelerator.clip_grad_norm_([*trained.values(), *parts.bystanders], section.clip)
+        optimizer.step()
+    optimizer.zero_grad()
+    for parameter in parts.bystanders:
+        parameter.grad = None
 
 
 def adamw(trained: dict[str, nn.Parameter], section: Training, device: torch.device) -> torch.optim.AdamW:
