@@ -113,7 +113,7 @@ def load_tokenizer(source: str | Path) -> Any:
         raise ModelError(
             f"cannot load the tokenizer of {str(source)!r}: {_first_line(error)}", _reading_hint(source)
         ) from None
-    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):  # what transformers 5 makes of no files
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of no files
         raise ModelError(f"the tokenizer of {str(source)!r} has no vocabulary", _reading_hint(source))
     return tokenizer
 
@@ -307,7 +307,8 @@ def _refuse_random_weights(source: str | Path, model: Any, report: dict[str, Any
     """
     lacking = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
     body = f"{model.base_model_prefix}."
-    wrong = sorted(key for key in lacking if not new_head or (key.startswith(body) and "pooler" not in key))
+    head = {name for name in model.state_dict() if not name.startswith(body)}
+    wrong = sorted(key for key in lacking if not new_head or (key not in head and "pooler" not in key))
     if wrong:
         raise ModelError(
             f"the weights of {str(source)!r} are not those of its config.json: "

@@ -160,7 +160,10 @@ MODELS: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
     "pickle only": (without_safetensors, "only safetensors are read"),
     "cut short": (truncated, "cannot be read"),
     "config is not JSON": (not_json, "not a valid JSON file"),
-    "config of another type": (lambda source, target: copy(source, target, hidden_size="wide"), "hidden_size"),
+    "config of another type": (
+        lambda source, target: copy(source, target, hidden_size="wide"),
+        "cannot load the model",
+    ),
     "config that makes no model": (lambda source, target: copy(source, target, hidden_size=33), "not a multiple"),
     "weights of another shape": (
         lambda source, target: copy(source, target, hidden_size=48),

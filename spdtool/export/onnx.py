@@ -27,12 +27,13 @@ holds it transposed; equal weights that share one constant are listed in the con
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
+import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +217,7 @@ def _fingerprint(array: np.ndarray) -> tuple[Any, ...]:
     return array.dtype.str, array.shape, hashlib.blake2b(np.ascontiguousarray(array).tobytes()).digest()
 
 
-@contextmanager
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the exporter's notes about missing torchvision, folding and axis names from the user's terminal."""
     loggers = [logging.getLogger(name) for name in EXPORTER_LOGGERS]
@@ -226,7 +227,8 @@ def _quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            yield
+            with contextlib.redirect_stdout(io.StringIO()):  # older exporters print
+                yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
