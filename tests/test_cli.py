@@ -149,7 +149,7 @@ def not_json(source: Path, target: Path) -> Path:
 
 def without_tokenizer(source: Path, target: Path) -> Path:
     copy(source, target)
-    for file in target.glob("token*"):
+    for file in (*target.glob("*token*"), *target.glob("vocab*")):  # transformers 4 wrote more of them
         file.unlink()
     return target
 
