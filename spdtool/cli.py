@@ -238,9 +238,10 @@ def inspect(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> Any:
     """Show a run: its stages, what each was made from, and the sparsity of every layer."""
     from spdtool.inspection import inspect_run
 
-    shown = inspect_run(Run.open(run))
+    opened = Run.open(run)
+    shown = inspect_run(opened)
     console.table(
-        f"{'SMOKE RUN, NO RESULT: ' if shown['smoke'] else ''}{shown['run']}",
+        opened.recipe.titled(shown["run"]),
         ("stage", "state", "made from", "seconds", "steps", "dev", "sparsity"),
         [
             tuple((row | {"made_from": (row["made_from"] or "").replace(", ", "\n")}).values())
@@ -389,8 +390,7 @@ def _show_result(run: Run) -> dict[str, Any]:
     from spdtool.inspection import result_of
 
     shown = result_of(run)
-    title = f"{'SMOKE RUN, NO RESULT: ' if run.recipe.smoke else ''}{run.path}"
-    console.table(title, shown["columns"], shown["rows"])
+    console.table(run.recipe.titled(str(run.path)), shown["columns"], shown["rows"])
     console.say("")
     for line in shown["verdict"]:
         console.say(console.plain(line))

@@ -64,7 +64,7 @@ class Encoded:
             length: pad to this many tokens; None: to the longest of these rows.
         """
         rows = np.asarray(rows)
-        lengths = self.lengths[rows]
+        lengths = self.offsets[rows + 1] - self.offsets[rows]
         width = int(length or lengths.max())
         place = np.arange(width)[None, :] - ((width - lengths)[:, None] if self.left else 0)
         real = (place >= 0) & (place < lengths[:, None])
@@ -162,10 +162,10 @@ def training_batches(
     order = random.permutation(len(rows))
     if not bucketing:
         return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    batches = []
+    batches, lengths = [], rows.lengths
     for start in range(0, len(order), POOL_BATCHES * batch_size):
         pool = order[start : start + POOL_BATCHES * batch_size]
-        pool = pool[np.argsort(rows.lengths[pool], kind="stable")]
+        pool = pool[np.argsort(lengths[pool], kind="stable")]
         batches += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
     return [batches[i] for i in random.permutation(len(batches))]
 

@@ -63,14 +63,23 @@ def score(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[str, float
     return {"score": float(np.mean(list(values.values())))} | values
 
 
-def evaluate(task: Task, forward: Forward, splits: Mapping[str, Encoded]) -> dict[str, float]:
-    """Metrics over `dev`; those of a further dev set carry its suffix (`accuracy_mm`) and do not enter `score`."""
-    result = score(task, predict(forward, splits["dev"]), splits["dev"].labels)
-    for name, rows in splits.items():
-        if name.startswith("dev_"):
-            extra = score(task, predict(forward, rows), rows.labels)
-            result |= {f"{metric}{name[3:]}": extra[metric] for metric in task.metrics}
+def score_all(task: Task, logits: Mapping[str, np.ndarray], splits: Mapping[str, Encoded]) -> dict[str, float]:
+    """Metrics over `dev`; those of a further dev set carry its suffix (`accuracy_mm`) and do not enter `score`.
+
+    Args:
+        logits: by name of the dev set, [rows, labels].
+    """
+    result = score(task, logits["dev"], splits["dev"].labels)
+    for name in [name for name in logits if name != "dev"]:
+        extra = score(task, logits[name], splits[name].labels)
+        result |= {f"{metric}{name[3:]}": extra[metric] for metric in task.metrics}
     return result
+
+
+def evaluate(task: Task, forward: Forward, splits: Mapping[str, Encoded]) -> dict[str, float]:
+    """Predict every dev set, and score them all."""
+    dev = {name: rows for name, rows in splits.items() if name == "dev" or name.startswith("dev_")}
+    return score_all(task, {name: predict(forward, rows) for name, rows in dev.items()}, dev)
 
 
 def to_device(batch: Batch, device: torch.device | str) -> dict[str, torch.Tensor]:

@@ -274,6 +274,10 @@ class Recipe(Section):
         """The fields outside the sections that decide the result on one machine."""
         return self.model_dump(mode="json", exclude={*STAGES, *FREE})
 
+    def titled(self, text: str) -> str:
+        """`text` as a title, with the mark that a smoke run carries wherever its numbers are shown."""
+        return f"SMOKE RUN, NO RESULT: {text}" if self.smoke else text
+
     def differences(self, other: Recipe) -> list[tuple[str, Any, Any]]:
         """`(dotted name, mine, other's)` of every field that differs."""
         mine, others = dict(flat(self.model_dump(mode="json"))), dict(flat(other.model_dump(mode="json")))

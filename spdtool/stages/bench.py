@@ -42,7 +42,7 @@ def bench(run: Run) -> dict[str, Any]:
         speed = report.ratio(timings[0], timings[1], shapes)
         lines = report.verdict(speed, section.rounds, timings[0].provider, exported["teacher"], exported["student"])
         columns, rows = report.overview(timings, exported)
-        title = f"{'SMOKE RUN, NO RESULT: ' if recipe.smoke else ''}{recipe.task} at {recipe.sparsity:.0%} zeros"
+        title = recipe.titled(f"{recipe.task} at {recipe.sparsity:.0%} zeros")
         (work.folder / "bench.md").write_text(report.markdown(title, timings, lines, environment), "utf-8")
         write_json(work.folder / "bench.json", {"environment": environment, "engines": _raw(timings)})
         work.metrics |= {

@@ -119,16 +119,15 @@ class Change:
 
 def compare(task: Task, reference: Forward, found: Forward, dev: dict[str, Encoded], tolerance: float) -> Change:
     """Run checkpoint and exported file over every dev set; a regression counts as flipped beyond `tolerance`."""
-    metrics: dict[str, float] = {}
-    checkpoint: dict[str, float] = {}
+    before, after = (
+        {name: evaluation.predict(forward, rows) for name, rows in dev.items()} for forward in (reference, found)
+    )
     flipped, largest = 0, 0.0
-    for name, rows in dev.items():
-        before, after = evaluation.predict(reference, rows), evaluation.predict(found, rows)
-        flipped += int((np.abs(evaluation.decide(task, after) - evaluation.decide(task, before)) > tolerance).sum())
-        largest = max(largest, float(np.abs(after - before).max()))
-        for logits, result in ((before, checkpoint), (after, metrics)):
-            scores = evaluation.score(task, logits, rows.labels)
-            result |= scores if name == "dev" else {f"{key}{name[3:]}": scores[key] for key in task.metrics}
+    for name in dev:
+        moved = np.abs(evaluation.decide(task, after[name]) - evaluation.decide(task, before[name]))
+        flipped += int((moved > tolerance).sum())
+        largest = max(largest, float(np.abs(after[name] - before[name]).max()))
+    metrics, checkpoint = (evaluation.score_all(task, logits, dev) for logits in (after, before))
     return Change(metrics, checkpoint, flipped, largest)
 
 

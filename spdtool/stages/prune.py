@@ -27,13 +27,6 @@ def prune(run: Run) -> dict[str, Any]:
             first=section.first,
             shape=section.schedule,
         )
-        return Pruner(
-            masks,
-            events,
-            target=recipe.sparsity,
-            criterion=section.criterion,
-            pattern=section.pattern,
-            scope=section.scope,
-        )
+        return student.pruner_of(recipe, masks, events)
 
     return student.phase(run, "prune", start="teacher", make_pruner=make)

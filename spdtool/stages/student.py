@@ -17,7 +17,7 @@ from spdtool.distillation.observation import observe
 from spdtool.errors import ModelError
 from spdtool.pruning.gradual import Pruner
 from spdtool.pruning.masks import Masks, check_counts
-from spdtool.recipe import Distilled
+from spdtool.recipe import Distilled, Recipe
 from spdtool.run import Run
 from spdtool.schedules import Schedule, replacing_rate
 
@@ -40,7 +40,8 @@ def phase(run: Run, stage: str, start: str, make_pruner: MakePruner) -> dict[str
     assert isinstance(section, Distilled)
     front = training.accelerator(recipe)
     eager = section.loss.attention > 0
-    folder, teacher_folder = run.read(start), run.read("teacher")
+    folder = run.read(start)
+    teacher_folder = folder if start == "teacher" else run.read("teacher")
     student = encoders.load(folder, dropout=section.dropout, eager=eager).to(front.device)
     teacher = encoders.load(teacher_folder, eager=eager).to(front.device).requires_grad_(False)
     tokenizer = encoders.load_tokenizer(folder)
@@ -62,6 +63,7 @@ def phase(run: Run, stage: str, start: str, make_pruner: MakePruner) -> dict[str
         stand_in_dropout=section.grafting.stand_in_dropout,
     )
     rate = rate_of(section)
+    depth = len(encoders.layer_stack(student))
     hidden, attention = section.loss.hidden > 0, section.loss.attention_on if eager else None
 
     def loss(batch: dict[str, torch.Tensor], progress: float) -> training.LossTerms:
@@ -69,7 +71,7 @@ def phase(run: Run, stage: str, start: str, make_pruner: MakePruner) -> dict[str
             taught = observe(teacher, batch, hidden=hidden, attention=attention)
         with grafting.draw(rate(progress)):
             learnt = observe(student, batch, hidden=hidden, attention=attention)
-        _check_attention(learnt.attention, taught.attention, student)
+        _check_attention(learnt.attention, taught.attention, depth, student)
         return distillation(learnt, taught, batch, section.loss, regression=task.regression)
 
     parts = training.Fit(
@@ -105,20 +107,25 @@ def holding(run: Run) -> MakePruner:
     Raises (when called on a checkpoint):
         GateError: the checkpoint has another sparsity.
     """
-    section = run.recipe.prune
 
     def make(masks: Masks, steps: int) -> Pruner:  # noqa: ARG001
-        masks.check(run.recipe.sparsity, section.scope)
-        return Pruner(
-            masks,
-            [],
-            target=run.recipe.sparsity,
-            criterion=section.criterion,
-            pattern=section.pattern,
-            scope=section.scope,
-        )
+        masks.check(run.recipe.sparsity, run.recipe.prune.scope)
+        return pruner_of(run.recipe, masks, [])
 
     return make
+
+
+def pruner_of(recipe: Recipe, masks: Masks, events: list[tuple[int, float]]) -> Pruner:
+    """What prunes `masks` at `events` as the recipe says, and holds them."""
+    section = recipe.prune
+    return Pruner(
+        masks,
+        events,
+        target=recipe.sparsity,
+        criterion=section.criterion,
+        pattern=section.pattern,
+        scope=section.scope,
+    )
 
 
 def rate_of(section: Distilled) -> Schedule:
@@ -138,8 +145,7 @@ def _frozen(student: Any, teacher: Any, section: Distilled) -> list[torch.nn.Par
     return rest + list(encoders.layer_stack(teacher).parameters())
 
 
-def _check_attention(learnt: Any, taught: Any, student: Any) -> None:
-    depth = len(encoders.layer_stack(student))
+def _check_attention(learnt: Any, taught: Any, depth: int, student: Any) -> None:
     if learnt is not None and not len(learnt) == len(taught) == depth:
         raise ModelError(
             f"{student.config.model_type!r} shows {len(learnt)} attention maps for {depth} layers",

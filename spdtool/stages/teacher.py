@@ -37,8 +37,7 @@ def teacher(run: Run) -> dict[str, Any]:
     encoders.layer_stack(model)  # refuse an unsupported architecture before hours are spent on it
     model.to(front.device)
     encoded = data.encode(tokenizer, splits, recipe.max_length)
-    data.check_lengths(encoded, encoders.positions(model))
-    data.check_vocabulary(encoded, model.config.vocab_size)
+    _refuse_misfit(model, encoded)
     forward = evaluation.torch_forward(model, front.device)
 
     def loss(batch: dict[str, torch.Tensor], progress: float) -> training.LossTerms:  # noqa: ARG001
@@ -69,8 +68,7 @@ def take(run: Run, source: str) -> dict[str, Any]:
     model, tokenizer = encoders.load(source, smoke=run.recipe.smoke), encoders.load_tokenizer(source)
     encoders.layer_stack(model)
     task, encoded = data.prepare(run.recipe, tokenizer, encoders.label_names(model))
-    data.check_lengths(encoded, encoders.positions(model))
-    data.check_vocabulary(encoded, model.config.vocab_size)
+    _refuse_misfit(model, encoded)
     model.to(front.device)
     with console.busy(f"measuring the given teacher {source}"):
         metrics = evaluation.evaluate(task, evaluation.torch_forward(model, front.device), encoded)
@@ -79,3 +77,9 @@ def take(run: Run, source: str) -> dict[str, Any]:
         encoders.save(model, tokenizer, work.folder)
         work.metrics |= {"dev": metrics, "given": source}
     return work.metrics
+
+
+def _refuse_misfit(model: Any, encoded: dict[str, data.Encoded]) -> None:
+    """Refuse rows that are too long for the model, and tokens that it does not know."""
+    data.check_lengths(encoded, encoders.positions(model))
+    data.check_vocabulary(encoded, model.config.vocab_size)
