@@ -44,6 +44,19 @@ def toys() -> ModuleType:
 
 
 @pytest.fixture
+def stage_files() -> list[str]:
+    """All that a finished training stage leaves in its folder, in order."""
+    return [
+        "config.json",
+        "metrics.jsonl",
+        "model.safetensors",
+        "stage.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+
+
+@pytest.fixture
 def tiny_tokenizer() -> Any:
     """A fast tokenizer of 24 words, padding on the right."""
     return _toys.tokenizer()
