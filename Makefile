@@ -25,6 +25,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 PIP = $(BIN)/pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 PLUGINS := $(wildcard plugins/*/pyproject.toml)
+COMPILED := plugins/spdtool-sparse-cpu/
+PURE := $(filter-out $(COMPILED),$(dir $(PLUGINS)))
 
 .PHONY: help demo setup style check test test-oldest test-encoder teacher prune distill finetune export bench clean
 .DELETE_ON_ERROR:
@@ -34,12 +36,13 @@ help:
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: pyproject.toml constraints.txt $(PLUGINS)
+$(VENV)/.ready: pyproject.toml constraints.txt $(PLUGINS) $(wildcard $(COMPILED)CMakeLists.txt $(COMPILED)cpp/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "spdtool needs Python 3.11 or newer; set PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) -e '.[$(EXTRA),dev]'
-	$(PIP) $(foreach plugin,$(PLUGINS),-e $(dir $(plugin)))
+	$(PIP) $(PURE:%=-e %)
+	@$(PIP) -e $(COMPILED) || echo "spdtool works without $(COMPILED), which needs a C++ compiler (GCC 12 or Clang); the target sparse-cpu is missing" >&2
 	@touch $@
 
 demo: setup

@@ -1,0 +1,100 @@
+#include "blocked.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+
+namespace sparse_cpu {
+namespace {
+
+size_t aligned(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+}  // namespace
+
+BlockedMatrix::BlockedMatrix(const SparseRows& weights, const std::vector<float>& bias, double dense_above, float scale)
+    : rows_(weights.rows),
+      columns_(weights.columns),
+      row_blocks_((weights.rows + kRowsOfBlock - 1) / kRowsOfBlock),
+      depth_blocks_((weights.columns + kDepthOfBlock - 1) / kDepthOfBlock),
+      nonzeros_(weights.value.size()),
+      dense_(weights.density() > dense_above) {
+  std::vector<uint32_t> cursor(weights.start.begin(), weights.start.end() - 1);  // next nonzero of each row
+  for (uint32_t row = 0; row < rows_; row += kRowsOfBlock)
+    for (uint32_t depth = 0; depth < columns_; depth += kDepthOfBlock) add_block(weights, row, depth, cursor);
+
+  for (float& value : value_) value *= scale;
+  bias_.resize(rows_);
+  std::transform(bias.begin(), bias.end(), bias_.begin(), [&](float b) { return b * scale; });
+}
+
+size_t BlockedMatrix::bytes() const { return aligned(value_.size() * sizeof(float)) + aligned(index_.size()); }
+
+uint8_t* BlockedMatrix::move_to(uint8_t* place) {
+  uint8_t* const end = place + bytes();
+  moved_value_ = reinterpret_cast<float*>(place);
+  if (!value_.empty()) std::memcpy(place, value_.data(), value_.size() * sizeof(float));
+  moved_index_ = place + aligned(value_.size() * sizeof(float));
+  if (!index_.empty()) std::memcpy(moved_index_, index_.data(), index_.size());
+  std::vector<float>().swap(value_);
+  std::vector<uint8_t>().swap(index_);
+  return end;
+}
+
+uint32_t BlockedMatrix::first_row(uint32_t row_block) const { return std::min(rows_, row_block * kRowsOfBlock); }
+
+MatrixView BlockedMatrix::view() const {
+  const uint8_t* index = moved_index_ ? moved_index_ : index_.data();
+  const float* value = moved_value_ ? moved_value_ : value_.data();
+  return {blocks_.data(), runs_.data(), order_.data(), dense_ ? nullptr : index, value, bias_.data()};
+}
+
+void BlockedMatrix::add_block(const SparseRows& weights, uint32_t row, uint32_t depth, std::vector<uint32_t>& cursor) {
+  const uint32_t count = std::min(kRowsOfBlock, rows_ - row), depths = std::min(kDepthOfBlock, columns_ - depth);
+  Block block{row, count, depth, depths, uint32_t(runs_.size()), 0, order_.size(), value_.size()};
+
+  std::vector<uint32_t> begin(count), size(count);
+  for (uint32_t r = 0; r < count; r++) {
+    uint32_t& at = cursor[row + r];
+    begin[r] = at;
+    while (at < weights.start[row + r + 1] && weights.column[at] < depth + depths) at++;
+    size[r] = at - begin[r];
+  }
+  std::vector<uint16_t> order(count);
+  std::iota(order.begin(), order.end(), uint16_t(0));
+  std::stable_sort(order.begin(), order.end(), [&](uint16_t a, uint16_t b) { return size[a] > size[b]; });
+  // The last bundle is filled up in front, with copies of its last row that add nothing: what they store is
+  // overwritten when the row itself is stored.
+  const uint32_t missing = (kBundle - count % kBundle) % kBundle;
+  order.insert(order.end() - (kBundle - missing) % kBundle, missing, order.back());
+
+  for (size_t slot = 0; slot < order.size(); slot += kBundle) {
+    const bool last = slot + kBundle == order.size();
+    uint32_t steps = depths;
+    if (!dense_) {
+      steps = 0;
+      for (int r = 0; r < kBundle; r++) steps = std::max(steps, size[order[slot + r]]);
+    }
+    if (block.runs == 0 || runs_.back().steps != steps) {
+      runs_.push_back({steps, 0});
+      block.runs++;
+    }
+    runs_.back().bundles++;
+
+    const size_t first = value_.size();
+    value_.resize(first + size_t(steps) * kBundle, 0.0f);
+    if (!dense_) index_.resize(value_.size(), 0);
+    for (uint32_t r = last ? missing : 0; r < kBundle; r++) {
+      const uint32_t from = begin[order[slot + r]];
+      for (uint32_t i = 0; i < size[order[slot + r]]; i++) {
+        const uint32_t input = weights.column[from + i] - depth;
+        const size_t entry = first + size_t(dense_ ? input : i) * kBundle + r;
+        value_[entry] = weights.value[from + i];
+        if (!dense_) index_[entry] = uint8_t(input);
+      }
+    }
+  }
+  order_.insert(order_.end(), order.begin(), order.end());
+  blocks_.push_back(block);
+}
+
+}  // namespace sparse_cpu

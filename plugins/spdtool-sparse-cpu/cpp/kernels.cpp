@@ -1,0 +1,470 @@
+// The inner loops. Compiled once for each instruction set; see kernels.hpp for the layout and for what may be included.
+#include "kernels.hpp"
+
+#include "vectors.hpp"
+
+namespace {
+
+using namespace sparse_cpu;
+
+// ---- products
+
+// Rows that one pass over a bundle keeps in registers: as many as fit beside the inputs and the weights. Eight make the
+// fewest passes; where a row is several vectors wide, fewer fit.
+template <int V>
+constexpr int rows_of_pass() {
+  return V * 8 <= kRegisters / 2 ? 8 : V * 4 <= kRegisters * 3 / 4 ? 4 : 2;
+}
+
+template <int V, int Rows>
+struct Sums {
+  Vector at[Rows][V];
+
+  SPARSE_INLINE void begin(float* const* y, const float* bias, const uint16_t* order, bool first) {
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) at[r][v] = first ? splat(bias[order[r]]) : load(y[r] + v * kLanes);
+  }
+  SPARSE_INLINE void end(float* const* y) const {
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) store(y[r] + v * kLanes, at[r][v]);
+  }
+  template <int r>
+  SPARSE_INLINE void add(Vector weight, const float* x) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) at[r][v] += weight * load(x + v * kLanes);
+  }
+};
+
+// Two, four or eight 8-bit indexes by one load.
+template <int Rows>
+struct Indexes {
+  uint64_t all;
+  SPARSE_INLINE explicit Indexes(const uint8_t* p) : all(0) { __builtin_memcpy(&all, p, Rows); }
+  template <int r>
+  SPARSE_INLINE size_t get() const {
+    return (all >> (8 * r)) & 255;
+  }
+};
+
+// Weights that are asked for in advance, 4 KiB: of a single sentence the product is faster than the processor's own guesses
+// at what will be read next (1.3x at 1 x 32, where the weights come from memory).
+constexpr size_t kAhead = 1024;
+
+template <int V, int Rows>
+SPARSE_INLINE void sparse_steps(Sums<V, Rows>& sums, const float* x, const uint8_t* index, const float* value,
+                                uint32_t steps, bool first_pass) {
+  constexpr size_t kWidth = V * kLanes;
+#pragma GCC unroll 1
+  for (uint32_t step = 0; step < steps; step++, index += kBundle, value += kBundle) {
+    if (first_pass) __builtin_prefetch(value + kAhead, 0, 2);
+    const Indexes<Rows> at(index);
+    const Four low = four(value);
+    sums.template add<0>(pick<0>(low), x + at.template get<0>() * kWidth);
+    sums.template add<1>(pick<1>(low), x + at.template get<1>() * kWidth);
+    if constexpr (Rows >= 4) {
+      sums.template add<2>(pick<2>(low), x + at.template get<2>() * kWidth);
+      sums.template add<3>(pick<3>(low), x + at.template get<3>() * kWidth);
+    }
+    if constexpr (Rows == 8) {
+      const Four high = four(value + 4);
+      sums.template add<4>(pick<0>(high), x + at.template get<4>() * kWidth);
+      sums.template add<5>(pick<1>(high), x + at.template get<5>() * kWidth);
+      sums.template add<6>(pick<2>(high), x + at.template get<6>() * kWidth);
+      sums.template add<7>(pick<3>(high), x + at.template get<7>() * kWidth);
+    }
+  }
+}
+
+// Every weight is there: the rows share each input, which is loaded once.
+template <int V, int Rows>
+SPARSE_INLINE void dense_steps(Sums<V, Rows>& sums, const float* x, const float* value, uint32_t steps) {
+  constexpr size_t kWidth = V * kLanes;
+#pragma GCC unroll 1
+  for (uint32_t step = 0; step < steps; step++, value += kBundle, x += kWidth) {
+    Vector input[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) input[v] = load(x + v * kLanes);
+    Vector weight[Rows];
+    const Four low = four(value);
+    weight[0] = pick<0>(low);
+    weight[1] = pick<1>(low);
+    if constexpr (Rows >= 4) {
+      weight[2] = pick<2>(low);
+      weight[3] = pick<3>(low);
+    }
+    if constexpr (Rows == 8) {
+      const Four high = four(value + 4);
+      weight[4] = pick<0>(high);
+      weight[5] = pick<1>(high);
+      weight[6] = pick<2>(high);
+      weight[7] = pick<3>(high);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) sums.at[r][v] += weight[r] * input[v];
+  }
+}
+
+template <int V>
+void multiply_blocks(const MatrixView& matrix, size_t begin, size_t end, TileIn from, TileOut to) {
+  constexpr size_t kWidth = V * kLanes;
+  constexpr int kRows = rows_of_pass<V>();
+  for (size_t b = begin; b < end; b++) {
+    const Block& block = matrix.blocks[b];
+    const float* x = from.data + (block.depth - from.origin) * kWidth;
+    float* y = to.data + (block.row - to.origin) * kWidth;
+    const float* bias = matrix.bias + block.row;
+    const uint16_t* order = matrix.order + block.first_slot;
+    const uint8_t* index = matrix.index ? matrix.index + block.first_entry : nullptr;
+    const float* value = matrix.value + block.first_entry;
+    const bool first = block.depth == 0;
+    for (const Run* run = matrix.runs + block.first_run, *last = run + block.runs; run < last; run++) {
+      for (uint32_t bundle = 0; bundle < run->bundles; bundle++, order += kBundle) {
+#pragma GCC unroll 4
+        for (int pass = 0; pass < kBundle; pass += kRows) {
+          float* rows[kRows];
+#pragma GCC unroll 8
+          for (int r = 0; r < kRows; r++) rows[r] = y + order[pass + r] * kWidth;
+          Sums<V, kRows> sums;
+          sums.begin(rows, bias, order + pass, first);
+          if (index) {
+            sparse_steps(sums, x, index + pass, value + pass, run->steps, pass == 0);
+          } else {
+            dense_steps(sums, x, value + pass, run->steps);
+          }
+          sums.end(rows);
+        }
+        if (index) index += size_t(run->steps) * kBundle;
+        value += size_t(run->steps) * kBundle;
+      }
+    }
+  }
+}
+
+void multiply(const MatrixView& matrix, size_t begin, size_t end, TileIn x, TileOut y, int vectors) {
+  switch (vectors) {
+    case 1: return multiply_blocks<1>(matrix, begin, end, x, y);
+    case 2: return multiply_blocks<2>(matrix, begin, end, x, y);
+    case 3: return multiply_blocks<3>(matrix, begin, end, x, y);
+    default: return multiply_blocks<4>(matrix, begin, end, x, y);
+  }
+}
+
+// With 32 registers a weight that is read pays for more: the dense kernel comes nearer to the peak.
+constexpr double kDenseAbove = kRegisters >= 32 ? 0.65 : 0.9;
+
+// ---- element by element
+
+// e^x within 2e-7 of it, for x in [-87, 88]; outside, the value at the end. 2^n by its bits, 2^fraction by a polynomial
+// fitted on [-1/2, 1/2].
+SPARSE_INLINE Vector exponential(Vector x) {
+  x = lesser(greater(x, splat(-87.0f)), splat(88.0f));
+  const Vector round = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  const Vector shifted = x * splat(1.4426950408889634f) + round;
+  const Vector whole = shifted - round;
+  Vector fraction = x * splat(1.4426950408889634f) - whole;
+  fraction += x * splat(1.9259629911266175e-8f);  // what float32 leaves of log2(e)
+  Vector p = splat(1.5469732e-4f);
+  p = p * fraction + splat(1.34004321e-3f);
+  p = p * fraction + splat(9.6180256e-3f);
+  p = p * fraction + splat(5.55032721e-2f);
+  p = p * fraction + splat(2.40226512e-1f);
+  p = p * fraction + splat(6.93147207e-1f);
+  p = p * fraction + splat(1.0f);
+  const Integers n = (Integers)shifted - (Integers)round;
+  return (Vector)((Integers)p + (n << 23));
+}
+
+// x/2 (1 + erf(x / sqrt 2)). The error function of x / sqrt 2 as x P(x^2) / Q(x^2), fitted on [-5.3, 5.3], where it is
+// within 5e-7; beyond, it is 1 to that precision.
+SPARSE_INLINE Vector gelu(Vector x) {
+  const Vector z = lesser(greater(x, splat(-5.3f)), splat(5.3f)), s = z * z;
+  Vector p = splat(1.25167228e-5f);
+  p = p * s + splat(6.82526394e-4f);
+  p = p * s + splat(1.13943646e-2f);
+  p = p * s + splat(1.04079267e-1f);
+  p = p * s + splat(7.97883658e-1f);
+  Vector q = splat(5.29342838e-7f);
+  q = q * s + splat(1.22397103e-4f);
+  q = q * s + splat(2.86147282e-3f);
+  q = q * s + splat(3.88112852e-2f);
+  q = q * s + splat(2.97103398e-1f);
+  q = q * s + splat(1.0f);
+  const Vector half = x * splat(0.5f);
+  return half + half * (z * p / q);
+}
+
+// The approximation by tanh: x / (1 + e^(-2u)) with u = sqrt(2/pi) (x + 0.044715 x^3).
+SPARSE_INLINE Vector gelu_tanh(Vector x) {
+  const Vector u = splat(-1.5957691216f) * (x + splat(0.044715f) * x * x * x);
+  return x / (splat(1.0f) + exponential(u));
+}
+
+template <class Function>
+SPARSE_INLINE void each(float* x, size_t size, Function function) {
+  size_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) store(x + i, function(load(x + i)));
+  if (i < size) {
+    float rest[kLanes] = {};
+    for (size_t k = i; k < size; k++) rest[k - i] = x[k];
+    store(rest, function(load(rest)));
+    for (size_t k = i; k < size; k++) x[k] = rest[k - i];
+  }
+}
+
+void activate(Activation activation, float* x, size_t size) {
+  switch (activation) {
+    case Activation::kNone: return;
+    case Activation::kRelu: return each(x, size, [](Vector v) { return greater(v, Vector{}); });
+    case Activation::kGelu: return each(x, size, [](Vector v) { return gelu(v); });
+    case Activation::kGeluTanh: return each(x, size, [](Vector v) { return gelu_tanh(v); });
+  }
+}
+
+// ---- layer norm
+
+template <int V>
+void add_layer_norm_of(float* x, const float* y, size_t rows, const float* gain, const float* bias, float epsilon) {
+  constexpr size_t kWidth = V * kLanes;
+  const Vector inverse_rows = splat(1.0f / float(rows));
+  Vector mean[V] = {}, scale[V] = {};
+  for (size_t r = 0; r < rows; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) {
+      float* at = x + r * kWidth + v * kLanes;
+      Vector sum = load(at);
+      if (y) {
+        sum += load(y + r * kWidth + v * kLanes);
+        store(at, sum);
+      }
+      mean[v] += sum;
+    }
+  for (int v = 0; v < V; v++) mean[v] *= inverse_rows;
+  for (size_t r = 0; r < rows; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) {
+      const Vector d = load(x + r * kWidth + v * kLanes) - mean[v];
+      scale[v] += d * d;
+    }
+  for (int v = 0; v < V; v++) {
+    const Vector variance = scale[v] * inverse_rows + splat(epsilon);
+    for (int lane = 0; lane < kLanes; lane++) scale[v][lane] = 1.0f / __builtin_sqrtf(variance[lane]);
+  }
+  for (size_t r = 0; r < rows; r++) {
+    const Vector g = splat(gain[r]), b = splat(bias[r]);
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) {
+      float* at = x + r * kWidth + v * kLanes;
+      store(at, (load(at) - mean[v]) * (scale[v] * g) + b);
+    }
+  }
+}
+
+void add_layer_norm(float* x, const float* y, size_t rows, int vectors, const float* gain, const float* bias,
+                    float epsilon) {
+  switch (vectors) {
+    case 1: return add_layer_norm_of<1>(x, y, rows, gain, bias, epsilon);
+    case 2: return add_layer_norm_of<2>(x, y, rows, gain, bias, epsilon);
+    case 3: return add_layer_norm_of<3>(x, y, rows, gain, bias, epsilon);
+    default: return add_layer_norm_of<4>(x, y, rows, gain, bias, epsilon);
+  }
+}
+
+// ---- attention
+
+// Queries stand in the lanes, so softmax needs no sums across a vector: scores [key][query].
+template <int V>
+struct Attention {
+  static constexpr int kGroup = V == 1 ? 8 : V == 2 ? 6 : kRegisters >= 32 ? 4 : 3;  // keys, or rows of values, at once
+  static constexpr size_t kWidth = V * kLanes;
+
+  // Scores of `Keys` keys; keeps the running maximum.
+  template <int Keys>
+  static SPARSE_INLINE void score(const AttentionTask& task, const float* key, size_t key_width, float* scores,
+                                  Vector (&most)[V]) {
+    Vector sum[Keys][V] = {};
+    const float* query = task.query;
+    for (uint32_t d = 0; d < task.head_size; d++, key += key_width, query += task.query_width) {
+      Vector x[V];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) x[v] = load(query + v * kLanes);
+#pragma GCC unroll 8
+      for (int k = 0; k < Keys; k++) {
+        const Vector weight = splat(key[k]);
+#pragma GCC unroll 8
+        for (int v = 0; v < V; v++) sum[k][v] += weight * x[v];
+      }
+    }
+#pragma GCC unroll 8
+    for (int k = 0; k < Keys; k++)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) {
+        store(scores + k * kWidth + v * kLanes, sum[k][v]);
+        most[v] = greater(most[v], sum[k][v]);
+      }
+  }
+
+  // `Rows` rows of the context: the values of every key, weighted.
+  template <int Rows>
+  static SPARSE_INLINE void mix(const AttentionTask& task, uint32_t d, const Vector (&inverse)[V]) {
+    Vector sum[Rows][V] = {};
+    const float* weight = task.scores;
+    for (uint32_t s = 0; s < task.key_stretches; s++) {
+      const AttentionTask::Keys& keys = task.keys[s];
+      const float* value = keys.value + d * keys.width;
+      for (uint32_t k = 0; k < keys.count; k++, weight += kWidth) {
+        Vector x[V];
+#pragma GCC unroll 8
+        for (int v = 0; v < V; v++) x[v] = load(weight + v * kLanes);
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; r++) {
+          const Vector one = splat(value[r * keys.width + k]);
+#pragma GCC unroll 8
+          for (int v = 0; v < V; v++) sum[r][v] += one * x[v];
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; r++) {
+      float* out = task.context + (d + r) * task.context_width;
+      if (task.queries == kWidth) {
+#pragma GCC unroll 8
+        for (int v = 0; v < V; v++) store(out + v * kLanes, sum[r][v] * inverse[v]);
+      } else {  // the lanes beyond belong to another sequence
+        float row[kWidth];
+#pragma GCC unroll 8
+        for (int v = 0; v < V; v++) store(row + v * kLanes, sum[r][v] * inverse[v]);
+        __builtin_memcpy(out, row, task.queries * sizeof(float));
+      }
+    }
+  }
+
+  static void attend(const AttentionTask& task) {
+    Vector most[V], total[V] = {};
+    for (int v = 0; v < V; v++) most[v] = splat(-3e38f);
+    float* scores = task.scores;
+    for (uint32_t s = 0; s < task.key_stretches; s++) {
+      const AttentionTask::Keys& keys = task.keys[s];
+      uint32_t k = 0;
+      for (; k + kGroup <= keys.count; k += kGroup, scores += kGroup * kWidth)
+        score<kGroup>(task, keys.key + k, keys.width, scores, most);
+      for (; k < keys.count; k++, scores += kWidth) score<1>(task, keys.key + k, keys.width, scores, most);
+    }
+    for (float* at = task.scores; at < scores; at += kWidth)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) {
+        const Vector e = exponential(load(at + v * kLanes) - most[v]);
+        store(at + v * kLanes, e);
+        total[v] += e;
+      }
+    for (int v = 0; v < V; v++) total[v] = splat(1.0f) / total[v];
+    uint32_t d = 0;
+    for (; d + kGroup <= task.head_size; d += kGroup) mix<kGroup>(task, d, total);
+    for (; d < task.head_size; d++) mix<1>(task, d, total);
+  }
+};
+
+void attend(const AttentionTask& task) {
+  switch ((task.queries + kLanes - 1) / kLanes) {
+    case 1: return Attention<1>::attend(task);
+    case 2: return Attention<2>::attend(task);
+    case 3: return Attention<3>::attend(task);
+    default: return Attention<4>::attend(task);
+  }
+}
+
+// ---- tables, and between rows and tiles
+
+void add_float(float* sum, const uint8_t* row, size_t size) {
+  for (size_t i = 0; i < size; i++) {
+    float x;
+    __builtin_memcpy(&x, row + 4 * i, 4);
+    sum[i] += x;
+  }
+}
+
+// As half_to_float in packed.cpp, without its branch: infinities were refused when the table was opened.
+void add_half(float* sum, const uint8_t* row, size_t size) {
+  for (size_t i = 0; i < size; i++) {
+    uint16_t half;
+    __builtin_memcpy(&half, row + 2 * i, 2);
+    const uint32_t magnitude = uint32_t(half & 0x7fff) << 13, sign = uint32_t(half & 0x8000) << 16;
+    float x;
+    __builtin_memcpy(&x, &magnitude, 4);
+    x *= 0x1p112f;
+    uint32_t bits;
+    __builtin_memcpy(&bits, &x, 4);
+    bits |= sign;
+    __builtin_memcpy(&x, &bits, 4);
+    sum[i] += x;
+  }
+}
+
+void add_int8(float* sum, const uint8_t* row, size_t size, float scale) {
+  for (size_t i = 0; i < size; i++) sum[i] += float(int8_t(row[i])) * scale;
+}
+
+// Four by four, which every instruction set does in registers.
+typedef float Quad __attribute__((vector_size(16)));
+typedef float UnalignedQuad __attribute__((vector_size(16), aligned(4), may_alias));
+
+SPARSE_INLINE void transpose(Quad (&q)[4]) {
+  const Quad a = __builtin_shufflevector(q[0], q[1], 0, 4, 1, 5), b = __builtin_shufflevector(q[0], q[1], 2, 6, 3, 7);
+  const Quad c = __builtin_shufflevector(q[2], q[3], 0, 4, 1, 5), d = __builtin_shufflevector(q[2], q[3], 2, 6, 3, 7);
+  q[0] = __builtin_shufflevector(a, c, 0, 1, 4, 5);
+  q[1] = __builtin_shufflevector(a, c, 2, 3, 6, 7);
+  q[2] = __builtin_shufflevector(b, d, 0, 1, 4, 5);
+  q[3] = __builtin_shufflevector(b, d, 2, 3, 6, 7);
+}
+
+void into_tile(const float* const* rows, size_t width, size_t size, float* tile) {
+  const size_t whole = size / 4 * 4;
+  for (size_t c = 0; c < width; c += 4) {
+    for (size_t i = 0; i < whole; i += 4) {
+      Quad q[4];
+      for (int k = 0; k < 4; k++) q[k] = rows[c + k] ? *reinterpret_cast<const UnalignedQuad*>(rows[c + k] + i) : Quad{};
+      transpose(q);
+      for (int k = 0; k < 4; k++) *reinterpret_cast<UnalignedQuad*>(tile + (i + k) * width + c) = q[k];
+    }
+    for (size_t i = whole; i < size; i++)
+      for (int k = 0; k < 4; k++) tile[i * width + c + k] = rows[c + k] ? rows[c + k][i] : 0.0f;
+  }
+}
+
+void out_of_tile(const float* tile, size_t width, size_t size, float* const* rows) {
+  const size_t whole = size / 4 * 4;
+  for (size_t c = 0; c < width; c += 4) {
+    for (size_t i = 0; i < whole; i += 4) {
+      Quad q[4];
+      for (int k = 0; k < 4; k++) q[k] = *reinterpret_cast<const UnalignedQuad*>(tile + (i + k) * width + c);
+      transpose(q);
+      for (int k = 0; k < 4; k++)
+        if (rows[c + k]) *reinterpret_cast<UnalignedQuad*>(rows[c + k] + i) = q[k];
+    }
+    for (size_t i = whole; i < size; i++)
+      for (int k = 0; k < 4; k++)
+        if (rows[c + k]) rows[c + k][i] = tile[i * width + c + k];
+  }
+}
+
+}  // namespace
+
+#define SPARSE_TEXT(x) SPARSE_TEXT_(x)
+#define SPARSE_TEXT_(x) #x
+#define SPARSE_NAME(isa) SPARSE_NAME_(isa)
+#define SPARSE_NAME_(isa) kernels_##isa
+
+namespace sparse_cpu {
+
+// SPARSE_ISA is the name of the instruction set, given by the build.
+extern const Kernels SPARSE_NAME(SPARSE_ISA);
+const Kernels SPARSE_NAME(SPARSE_ISA) = {
+    SPARSE_TEXT(SPARSE_ISA), kLanes, kDenseAbove, multiply, activate, add_layer_norm, attend,
+    add_float, add_half, add_int8, into_tile, out_of_tile};
+
+}  // namespace sparse_cpu

@@ -1,0 +1,13 @@
+// A sparse linear layer on rows of numbers, for any graph.
+#pragma once
+
+#include "blocked.hpp"
+#include "team.hpp"
+
+namespace sparse_cpu {
+
+// y[n][rows] = activation(x[n][columns] W^T + bias). `x` and `y` do not overlap. Safe to call from several threads at once.
+void linear(const BlockedMatrix& weights, Activation activation, const float* x, size_t n, float* y,
+            const Kernels& kernels, const Lender& lender);
+
+}  // namespace sparse_cpu

@@ -1,0 +1,201 @@
+#include "packed.hpp"
+
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+namespace sparse_cpu {
+namespace {
+
+constexpr size_t kHeaderBytes = 64;
+constexpr size_t kChecksumAt = 32;
+constexpr uint8_t kVersion = 1;
+constexpr uint64_t kMostWeights = uint64_t(1) << 32;
+
+template <class T>
+T at(const uint8_t* bytes) {
+  T value;
+  std::memcpy(&value, bytes, sizeof value);
+  return value;
+}
+
+[[noreturn]] void refuse(const std::string& name, const std::string& what) {
+  throw PackedError(name + ": damaged packed matrix: " + what);
+}
+
+size_t bytes_of(Values type) { return type == Values::kFloat32 ? 4 : type == Values::kFloat16 ? 2 : 1; }
+
+// Eight tables, so that the checksum of a model takes milliseconds: table[k][b] is byte b followed by k zero bytes.
+std::array<std::array<uint32_t, 256>, 8> make_tables() {
+  std::array<std::array<uint32_t, 256>, 8> table{};
+  for (uint32_t b = 0; b < 256; b++) {
+    uint32_t c = b;
+    for (int bit = 0; bit < 8; bit++) c = c & 1 ? (c >> 1) ^ 0xEDB88320u : c >> 1;
+    table[0][b] = c;
+  }
+  for (int k = 1; k < 8; k++)
+    for (uint32_t b = 0; b < 256; b++) table[k][b] = (table[k - 1][b] >> 8) ^ table[0][table[k - 1][b] & 255];
+  return table;
+}
+
+// Reads fields of `bits` bits, least significant first.
+class Fields {
+ public:
+  Fields(const uint8_t* bytes, uint64_t size, int bits) : bytes_(bytes), left_(size * 8), bits_(bits) {}
+
+  bool next(uint32_t& field) {
+    if (left_ < uint64_t(bits_)) return false;
+    while (held_ < bits_) {
+      window_ |= uint32_t(*bytes_++) << held_;
+      held_ += 8;
+    }
+    field = window_ & ((1u << bits_) - 1);
+    window_ >>= bits_;
+    held_ -= bits_;
+    left_ -= bits_;
+    return true;
+  }
+
+ private:
+  const uint8_t* bytes_;
+  uint64_t left_;
+  int bits_, held_ = 0;
+  uint32_t window_ = 0;
+};
+
+// The stored value number `index`, in row `row`.
+float value_at(const Packed& packed, uint64_t index, uint32_t row) {
+  switch (packed.type) {
+    case Values::kFloat32: return at<float>(packed.values + 4 * index);
+    case Values::kFloat16: return half_to_float(at<uint16_t>(packed.values + 2 * index));
+    default: return float(int8_t(packed.values[index])) * at<float>(packed.scales + 4 * size_t(row));
+  }
+}
+
+}  // namespace
+
+uint32_t crc32(const uint8_t* bytes, size_t size, uint32_t before) {
+  static const auto table = make_tables();
+  uint32_t c = ~before;
+  for (; size >= 8; size -= 8, bytes += 8) {
+    const uint32_t low = c ^ (uint32_t(bytes[0]) | uint32_t(bytes[1]) << 8 | uint32_t(bytes[2]) << 16 |
+                              uint32_t(bytes[3]) << 24);
+    c = table[7][low & 255] ^ table[6][(low >> 8) & 255] ^ table[5][(low >> 16) & 255] ^ table[4][low >> 24] ^
+        table[3][bytes[4]] ^ table[2][bytes[5]] ^ table[1][bytes[6]] ^ table[0][bytes[7]];
+  }
+  for (; size; size--, bytes++) c = (c >> 8) ^ table[0][(c ^ *bytes) & 255];
+  return ~c;
+}
+
+float half_to_float(uint16_t half) {
+  const uint32_t magnitude = half & 0x7fff;
+  if (magnitude >= 0x7c00)
+    return magnitude > 0x7c00 ? std::numeric_limits<float>::quiet_NaN()
+           : half & 0x8000    ? -std::numeric_limits<float>::infinity()
+                              : std::numeric_limits<float>::infinity();
+  const uint32_t shifted = magnitude << 13;  // the exponent is now too small by 112, also that of a subnormal number
+  float value;
+  std::memcpy(&value, &shifted, sizeof value);
+  value *= 0x1p112f;
+  return half & 0x8000 ? -value : value;
+}
+
+Packed open(const void* data, size_t size, const std::string& name) {
+  const auto* bytes = static_cast<const uint8_t*>(data);
+  if (size < kHeaderBytes) refuse(name, std::to_string(size) + " bytes are less than a header");
+  if (std::memcmp(bytes, "SPDM", 4) != 0) refuse(name, "it does not begin with SPDM");
+  if (bytes[4] != kVersion)
+    throw PackedError(name + ": packed in format " + std::to_string(bytes[4]) + "; this library reads format " +
+                      std::to_string(kVersion));
+  if (bytes[5] > 2) refuse(name, "unknown type of values " + std::to_string(bytes[5]));
+  if (bytes[6] > 8) refuse(name, "gaps of " + std::to_string(bytes[6]) + " bits");
+
+  Packed packed{};
+  packed.name = name;
+  packed.type = Values(bytes[5]);
+  packed.gap_bits = bytes[6];
+  packed.rows = at<uint32_t>(bytes + 8);
+  packed.columns = at<uint32_t>(bytes + 12);
+  packed.stored = at<uint64_t>(bytes + 16);
+  packed.position_bytes = at<uint64_t>(bytes + 24);
+  const uint64_t weights = uint64_t(packed.rows) * packed.columns;
+  if (weights == 0 || weights > kMostWeights) refuse(name, std::to_string(weights) + " weights");
+  if (packed.stored > weights || (packed.gap_bits == 0 && packed.stored != weights))
+    refuse(name, std::to_string(packed.stored) + " values stored of " + std::to_string(weights) + " weights");
+  if (packed.gap_bits == 0 && packed.position_bytes != 0) refuse(name, "positions where every value is stored");
+
+  const uint64_t scale_bytes = packed.type == Values::kInt8 ? 4 * uint64_t(packed.rows) : 0;
+  const uint64_t value_bytes = packed.stored * bytes_of(packed.type);
+  const uint64_t payload = size - kHeaderBytes;
+  if (packed.position_bytes > payload || scale_bytes + value_bytes + packed.position_bytes != payload)
+    refuse(name, std::to_string(size) + " bytes, which is not what its header asks for");
+  packed.scales = bytes + kHeaderBytes;
+  packed.values = packed.scales + scale_bytes;
+  packed.positions = packed.values + value_bytes;
+
+  uint8_t header[kHeaderBytes];
+  std::memcpy(header, bytes, kHeaderBytes);
+  std::memset(header + kChecksumAt, 0, 4);
+  if (crc32(bytes + kHeaderBytes, payload, crc32(header, kHeaderBytes)) != at<uint32_t>(bytes + kChecksumAt))
+    refuse(name, "the checksum is wrong");
+  return packed;
+}
+
+SparseRows read_rows(const Packed& packed) {
+  if (packed.columns > 65536) refuse(packed.name, "more than 65,536 columns");
+  SparseRows result;
+  result.rows = packed.rows;
+  result.columns = packed.columns;
+  result.start.assign(size_t(packed.rows) + 1, 0);
+  result.column.reserve(packed.stored);
+  result.value.reserve(packed.stored);
+
+  Fields fields(packed.positions, packed.position_bytes, packed.gap_bits);
+  const uint32_t most = packed.gap_bits ? (1u << packed.gap_bits) - 1 : 0;  // this field: skip so many, and go on
+  uint64_t row_end = packed.columns;
+  uint32_t row = 0;
+  uint64_t place = 0;
+  for (uint64_t index = 0; index < packed.stored; index++, place++) {
+    for (uint32_t field = most; packed.gap_bits && field == most;) {
+      if (!fields.next(field)) refuse(packed.name, "positions end too early");
+      place += field;
+      if (place >= uint64_t(packed.rows) * packed.columns) refuse(packed.name, "a position outside the matrix");
+    }
+    for (; place >= row_end; row_end += packed.columns) result.start[++row] = uint32_t(result.value.size());
+    const float value = value_at(packed, index, row);
+    if (!std::isfinite(value)) refuse(packed.name, "a value that is not finite");
+    if (value != 0.0f) {
+      result.column.push_back(uint16_t(place - (row_end - packed.columns)));
+      result.value.push_back(value);
+    }
+  }
+  while (row < packed.rows) result.start[++row] = uint32_t(result.value.size());
+  return result;
+}
+
+std::vector<float> read_vector(const Packed& packed, size_t size) {
+  if (packed.rows != 1 || packed.columns != size || packed.gap_bits != 0)
+    throw PackedError(packed.name + ": " + std::to_string(packed.rows) + " x " + std::to_string(packed.columns) +
+                      " where a vector of " + std::to_string(size) + " is needed");
+  std::vector<float> result(size);
+  for (size_t i = 0; i < size; i++) {
+    result[i] = value_at(packed, i, 0);
+    if (!std::isfinite(result[i])) refuse(packed.name, "a value that is not finite");
+  }
+  return result;
+}
+
+void check_table(const Packed& packed, uint32_t columns) {
+  if (packed.columns != columns || packed.gap_bits != 0)
+    throw PackedError(packed.name + ": " + std::to_string(packed.columns) + " columns" +
+                      (packed.gap_bits ? ", stored sparse," : "") + " where a table of " + std::to_string(columns) +
+                      " columns is needed");
+  for (uint32_t row = 0; row < packed.rows; row++) {
+    float sum = 0;  // of zeros, or not finite as soon as one term is not
+    for (uint64_t i = uint64_t(row) * columns, end = i + columns; i < end; i++) sum += 0.0f * value_at(packed, i, row);
+    if (!std::isfinite(sum)) refuse(packed.name, "a value that is not finite");
+  }
+}
+
+}  // namespace sparse_cpu

@@ -1,0 +1,60 @@
+// The packed form of one matrix, as the model file holds it, and how it is read.
+//
+// The form itself is described where it is written, in spdtool_sparse_cpu/packing.py. Everything here treats the bytes as
+// hostile: each count is checked before it is used, and what is wrong is thrown as PackedError with the parameter's name.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace sparse_cpu {
+
+struct PackedError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+enum class Values : uint8_t { kFloat32 = 0, kFloat16 = 1, kInt8 = 2 };
+
+// Keeps the header and where the three parts of the payload lie; the bytes belong to whoever called `open`.
+struct Packed {
+  Values type;
+  int gap_bits;  // 0: every value is stored
+  uint32_t rows, columns;
+  uint64_t stored;
+  const uint8_t* scales;     // float32[rows], only of int8
+  const uint8_t* values;     // `stored` of them, in row-major order
+  const uint8_t* positions;  // gaps, see packing.py
+  uint64_t position_bytes;
+  std::string name;  // for errors
+};
+
+// The non-zero values of a matrix row by row: those of row r are at [start[r], start[r + 1]).
+struct SparseRows {
+  uint32_t rows = 0, columns = 0;
+  std::vector<uint32_t> start;
+  std::vector<uint16_t> column;
+  std::vector<float> value;
+
+  double density() const { return rows == 0 ? 0.0 : double(value.size()) / (double(rows) * columns); }
+};
+
+// Checks header, sizes and checksum. Throws PackedError.
+Packed open(const void* bytes, size_t size, const std::string& name);
+
+// The non-zero values, never expanded to the dense matrix. Throws PackedError: damaged, not finite, or over 65,536 columns.
+SparseRows read_rows(const Packed& packed);
+
+// A vector (one row, every value stored) of `size` numbers. Throws PackedError.
+std::vector<float> read_vector(const Packed& packed, size_t size);
+
+// A table of which single rows are fetched later: every value must be stored, and finite. Throws PackedError.
+void check_table(const Packed& packed, uint32_t columns);
+
+uint32_t crc32(const uint8_t* bytes, size_t size, uint32_t before = 0);
+
+float half_to_float(uint16_t half);
+
+}  // namespace sparse_cpu

@@ -1,0 +1,140 @@
+"""The two operators as plain numpy in float64, slow and readable: what any faster form is held against.
+
+    ReferenceEvaluator(proto, new_ops=[SparseLinear, SparseEncoder]).run(None, inputs)
+
+Both read everything from the ONNX node: attributes and packed weights, in the order that `graph.py` writes them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from onnx import helper
+from onnx.reference.op_run import OpRun
+from spdtool_sparse_cpu.packing import unpack
+
+_erf = np.vectorize(math.erf, otypes=[np.float64])
+
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "relu": lambda x: np.maximum(x, 0),
+    "gelu": lambda x: 0.5 * x * (1 + _erf(x / np.sqrt(2))),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+}
+
+
+def linear(x, weight, bias, activation="none"):
+    """x [..., in], weight [out, in], bias [out] -> [..., out]."""
+    return ACTIVATIONS[activation](x @ weight.T + bias)
+
+
+def layer_norm(x, weight, bias, epsilon):
+    """x [..., hidden], each token normalised over its hidden values."""
+    centred = x - x.mean(axis=-1, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + epsilon) * weight + bias
+
+
+def positions(ids, padding_id):
+    """Position of each token, [rows, tokens]: its index; or counted over what is not padding, as RoBERTa does."""
+    if padding_id < 0:
+        return np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+    real = ids != padding_id
+    return padding_id + np.cumsum(real, axis=1) * real
+
+
+def softmax_over_real(scores, mask):
+    """scores [rows, heads, queries, keys], mask [rows, keys]: padding gets no weight.
+
+    A row without any real key attends to every key alike: eager attention adds the least float32 to each of its scores,
+    beside which they vanish.
+    """
+    real = mask[:, None, None, :] != 0
+    hidden = np.where(real, scores, -np.inf)
+    hidden = np.where(real.any(axis=-1, keepdims=True), hidden, 0.0)
+    weights = np.exp(hidden - hidden.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def attention(x, mask, heads, query, key, value, output):
+    """x [rows, tokens, hidden] -> the same; each of the four is (weight, bias)."""
+    rows, tokens, hidden = x.shape
+
+    def split(y):  # [rows, tokens, hidden] -> [rows, heads, tokens, size of a head]
+        return y.reshape(rows, tokens, heads, hidden // heads).transpose(0, 2, 1, 3)
+
+    q, k, v = (split(linear(x, *part)) for part in (query, key, value))
+    scores = q @ k.transpose(0, 1, 3, 2) / np.sqrt(hidden // heads)
+    mixed = softmax_over_real(scores, mask) @ v
+    return linear(mixed.transpose(0, 2, 1, 3).reshape(rows, tokens, hidden), *output)
+
+
+def look_up(table, indices, what):
+    """Rows of an embedding table; an index outside it is an error, negative ones as well."""
+    if indices.size and not (indices.min() >= 0 and indices.max() < len(table)):
+        raise ValueError(f"a {what} is not in 0..{len(table) - 1}")
+    return table[indices]
+
+
+def encode(ids, mask, token_types, weights, *, heads, layers, epsilon, activation, padding_id, has_types, projection):
+    """The whole encoder: int64 [rows, tokens] each, token_types or None -> float64 [rows, tokens, hidden].
+
+    Args:
+        weights: float64 arrays, in the order of the operator's inputs.
+    """
+    rest = iter(weights)
+
+    def pair():
+        return next(rest), next(rest)[0]  # a bias is stored as one row
+
+    def norm(y):
+        weight, bias = next(rest)[0], next(rest)[0]
+        return layer_norm(y, weight, bias, epsilon)
+
+    x = look_up(next(rest), ids, "token id") + look_up(next(rest), positions(ids, padding_id), "position")
+    if has_types:
+        x = x + look_up(next(rest), np.zeros_like(ids) if token_types is None else token_types, "token type")
+    x = norm(x)
+    if projection:
+        x = linear(x, *pair())
+    for _ in range(layers):
+        attended = attention(x, mask, heads, pair(), pair(), pair(), pair())
+        x = norm(attended + x)
+        inner = linear(x, *pair(), activation)
+        x = norm(linear(inner, *pair()) + x)
+    assert next(rest, None) is None, "weights are left over"
+    return x
+
+
+class SparseLinear(OpRun):
+    """`spdtool.SparseLinear`: x float [..., in], weight packed [out, in], bias float [out] -> [..., out]."""
+
+    op_domain = "spdtool"
+
+    def _run(self, x, weight, bias, activation=None):
+        activation = activation or self.activation
+        made = linear(x.astype(np.float64), unpack(weight).astype(np.float64), bias.astype(np.float64), activation)
+        return (made.astype(np.float32),)
+
+
+class SparseEncoder(OpRun):
+    """`spdtool.SparseEncoder`: ids, mask, token types or nothing, packed weights -> [rows, (tokens,) hidden]."""
+
+    op_domain = "spdtool"
+
+    def _load_attributes(self):
+        """Keep the attributes in a dict: `output` as an attribute of this object means something else to OpRun."""
+        values = {item.name: helper.get_attribute_value(item) for item in self.onnx_node.attribute}
+        self.settings = {name: value.decode() if isinstance(value, bytes) else value for name, value in values.items()}
+        self.attributes_names_, self.has_linked_attribute = set(), False
+
+    def _run(self, ids, mask, token_types, *packed):
+        settings = dict(self.settings)
+        has_types, output = bool(settings.pop("token_types")), settings.pop("output")
+        weights = [unpack(blob).astype(np.float64) for blob in packed]
+        made = encode(ids, mask, token_types, weights, has_types=has_types, **settings)
+        assert output in ("first", "all")
+        return ((made[:, 0] if output == "first" else made).astype(np.float32),)
+
+
+OPERATORS = [SparseLinear, SparseEncoder]

@@ -1,0 +1,544 @@
+"""The graph with the operators computes what torch computes; and what it stores is what the checkpoint holds.
+
+The operators are those of `reference.py`: plain numpy, evaluated with the rest of the graph by `onnx.reference`.
+"""
+
+import copy
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
+from spdtool_sparse_cpu import graph as sparse_graph
+from spdtool_sparse_cpu import packing
+from spdtool_sparse_cpu.families import describe
+from spdtool_sparse_cpu.graph import SMALL_TABLE, sparsify, stored_weights
+from transformers.activations import ACT2FN
+
+from spdtool import encoders
+from spdtool.errors import ModelError
+from spdtool.export import onnx as onnx_export
+from spdtool.export.onnx import INPUTS, PARAMETERS, clean, name_weights, trace
+
+FUSED = ["bert", "roberta", "distilbert", "electra", "xlm-roberta"]
+OTHERS = ["mpnet", "deberta-v2", "modernbert"]
+TOLERANCE = 2e-5
+VOCABULARY = 160  # times 32: a table that is worth rounding
+
+
+def build(toys, architecture, *, zeros=0.8, noise=0.1, **config):
+    """A tiny random classifier with that share of zeros in each matrix of its layers, and no two parameters equal."""
+    model = toys.classifier(architecture, layers=2, labels=3, vocab_size=VOCABULARY, **config)
+    random = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(noise * torch.randn(parameter.shape, generator=random))
+        for weight in encoders.prunable_linears(model).values():
+            weight.mul_(torch.rand(weight.shape, generator=random) >= zeros)
+    return model
+
+
+def inputs_of(toys, architecture):
+    return [name for name in INPUTS if name != "token_type_ids" or toys.ARCHITECTURES[architecture][1]]
+
+
+def standard(model, names, opset=18):
+    """The graph in standard operators."""
+    proto = trace(model, names, opset)
+    clean(proto)
+    name_weights(proto, model)
+    return proto
+
+
+def export(toys, model, architecture, values="fp32", embeddings="fp32", opset=18, inputs=None):
+    """The graph with the operators."""
+    proto = standard(model, inputs or inputs_of(toys, architecture), opset)
+    sparsify(proto, model, values, embeddings)
+    onnx.checker.check_model(proto)
+    return proto
+
+
+@pytest.fixture(scope="module")
+def exported(toys):
+    """`exported(architecture, values, embeddings)`: a model, and its graph with the operators; traced once for all."""
+    kept = {}
+
+    def make(architecture, values="fp32", embeddings="fp32"):
+        if architecture not in kept:
+            model = build(toys, architecture)
+            kept[architecture] = model, standard(model, inputs_of(toys, architecture)).SerializeToString()
+        model, proto = copy.deepcopy(kept[architecture][0]), onnx.ModelProto.FromString(kept[architecture][1])
+        sparsify(proto, model, values, embeddings)
+        onnx.checker.check_model(proto)
+        return model, proto
+
+    return make
+
+
+def batches(names, *, pad=0, empty_row=True):
+    """Name to inputs: the shapes and paddings that go wrong first."""
+    random = np.random.default_rng(0)
+
+    def batch(mask, pair=False):
+        mask = np.asarray(mask, np.int64)
+        made = {
+            "input_ids": np.where(mask, random.integers(5, VOCABULARY, mask.shape), pad),
+            "attention_mask": mask,
+            "token_type_ids": mask * (np.arange(mask.shape[1]) >= mask.shape[1] // 2) * pair,
+        }
+        return {name: made[name].astype(np.int64) for name in names}
+
+    right = np.arange(9)[None, :] < np.array([9, 4, 1, 6])[:, None]
+    found = {
+        "one row": batch(np.ones((1, 7))),
+        "one token": batch(np.ones((1, 1))),
+        "one token each": batch(np.ones((3, 1))),
+        "padding on the right": batch(right),
+        "padding on the left": batch(right[:, ::-1]),
+        "pairs": batch(right, pair=True),
+        "pairs, padding on the left": batch(right[:, ::-1], pair=True),
+        "holes": batch(right & (np.arange(9) % 3 != 1)),
+        "long": batch(np.ones((2, 40))),
+    }
+    found["hidden tokens"] = batch(np.ones((2, 6)))
+    if "attention_mask" in names:  # hidden, though they are no padding: positions count them
+        found["hidden tokens"]["attention_mask"][0, 2:5] = 0
+    if empty_row:
+        found["a row without any real token"] = batch(right * np.array([[1], [0], [1], [1]]))
+    return found
+
+
+def logits(model, inputs):
+    with torch.no_grad():
+        return model(**{name: torch.from_numpy(column) for name, column in inputs.items()}).logits.numpy()
+
+
+class GatherElements(OpRun):
+    """The standard operator; that of onnx.reference wants indices as many as the data along the other axes."""
+
+    def _run(self, data, indices, axis=0):
+        data = data[tuple(slice(None) if at == axis % data.ndim else slice(n) for at, n in enumerate(indices.shape))]
+        return (np.take_along_axis(data, indices, axis),)
+
+
+def assert_same(reference, model, proto, inputs, tolerance=TOLERANCE):
+    evaluator = ReferenceEvaluator(proto, new_ops=[*reference.OPERATORS, GatherElements])
+    for what, batch in inputs.items():
+        with np.errstate(divide="ignore", invalid="ignore"):  # buckets of relative positions: the logarithm of 0
+            (found,) = evaluator.run(None, batch)
+        assert found.dtype == np.float32
+        assert np.abs(found - logits(model, batch)).max() <= tolerance, what
+
+
+def with_weights(model, proto):
+    """The model with the weights of the file, and what the file lacks."""
+    held = dict(stored_weights(proto))
+    missing = []
+    with torch.no_grad():
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if name in held:
+                assert held[name].shape == tuple(parameter.shape)
+                assert held[name].dtype == np.float32
+                parameter.copy_(torch.from_numpy(np.array(held[name])))
+            else:
+                missing.append(name)
+    return missing
+
+
+def operators(proto):
+    return [node.op_type for node in proto.graph.node if node.domain == "spdtool"]
+
+
+def bare(proto):
+    """The names of the float32 constants that hold a parameter."""
+    return {
+        tensor.name
+        for tensor in proto.graph.initializer
+        if tensor.data_type == onnx.TensorProto.FLOAT and sparse_graph.listed(tensor)
+    }
+
+
+@pytest.mark.parametrize("architecture", FUSED)
+def test_bert_family_becomes_one_operator(exported, reference, architecture):
+    model, proto = exported(architecture)
+    assert operators(proto) == ["SparseEncoder"]
+    assert {node.op_type for node in proto.graph.node} <= {
+        "SparseEncoder",
+        "Gemm",
+        "Tanh",
+        "Relu",
+        "Div",
+        "Erf",
+        "Add",
+        "Mul",
+    }
+    node = proto.graph.node[0]
+    assert {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}["output"] == b"first"
+    assert not any(".layer." in name or "embeddings" in name for name in bare(proto))
+    assert len(proto.graph.value_info) < 18
+    assert_same(reference, model, proto, batches([value.name for value in proto.graph.input]))
+
+
+@pytest.mark.parametrize("architecture", OTHERS)
+def test_other_families_get_sparse_linear_layers(exported, reference, architecture):
+    model, proto = exported(architecture)
+    products = {"deberta-v2": 2 * 2}.get(architecture, 0)  # query and key of each layer, of the relative positions too
+    expected = len(encoders.prunable_linears(model)) + products
+    assert operators(proto) == ["SparseLinear"] * expected
+    assert not bare(proto).intersection(
+        {f"{name}{end}" for name in encoders.prunable_linears(model) for end in ("", ".T")}
+    )
+    # A row without a real token: eager attention of ModernBERT and DeBERTa is not what the others do, nor of use.
+    assert_same(reference, model, proto, batches([value.name for value in proto.graph.input]))
+
+
+@pytest.mark.parametrize("architecture", FUSED + OTHERS)
+def test_every_parameter_is_in_the_file_to_the_last_bit(exported, architecture):
+    model, proto = exported(architecture)
+    before = {name: value.detach().numpy() for name, value in model.named_parameters(remove_duplicate=False)}
+    held = dict(stored_weights(proto))
+    assert set(held) == set(before)
+    for name, value in before.items():
+        assert np.array_equal(held[name], value), name
+
+
+@pytest.mark.parametrize("embeddings", ["fp16", "int8"])
+@pytest.mark.parametrize("values", ["fp16", "int8"])
+@pytest.mark.parametrize("architecture", [*FUSED, *OTHERS])
+def test_rounded_weights_are_those_of_the_file(exported, reference, architecture, values, embeddings):
+    """With the file's own weights in it, torch's model gives the same logits: the arithmetic is right."""
+    model, proto = exported(architecture, values, embeddings)
+    zeros = {name: int((weight == 0).sum()) for name, weight in encoders.prunable_linears(model).items()}
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    assert with_weights(model, proto) == []
+    assert zeros == {name: int((weight == 0).sum()) for name, weight in encoders.prunable_linears(model).items()}
+    changed = {name for name, value in model.named_parameters() if not torch.equal(before[name], value)}
+    assert set(encoders.prunable_linears(model)) <= changed
+    assert any("embeddings" in name for name in changed)
+    assert not any("bias" in name.split(".") or "norm" in name.lower() or "classifier" in name for name in changed)
+    for name in changed:
+        bound = (
+            0.0005 if (embeddings if "embeddings" in name else values) == "fp16" else 0.008
+        )  # lifted from below half a step to one
+        assert (model.get_parameter(name) - before[name]).abs().max() <= bound * before[name].abs().max(), name
+    some = batches([value.name for value in proto.graph.input])
+    assert_same(reference, model, proto, {name: some[name] for name in ("one token", "padding on the left")})
+
+
+SPELLINGS = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "relu": "relu",
+    "silu": "none",
+    "quick_gelu": "none",
+    "tanh": "none",
+    "linear": "none",
+}
+
+
+class Activated(torch.nn.Module):
+    """Linear layers side by side, each with another activation, as transformers spells it."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = torch.nn.ModuleDict({name: torch.nn.Linear(4, 6) for name in SPELLINGS})
+
+    def forward(self, x):
+        return torch.stack([ACT2FN[name](part(x)) for name, part in self.parts.items()])
+
+
+@pytest.mark.parametrize("opset", [18, 20])
+def test_activations_are_recognised_by_what_they_compute(reference, opset):
+    model, x = Activated().eval(), torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for part in model.parts.values():
+            part.weight.mul_((torch.arange(24) % 3 == 1).reshape(6, 4))
+    with onnx_export._quiet():
+        proto = torch.onnx.export(model, (x,), dynamo=True, opset_version=opset, verbose=False).model_proto
+    clean(proto)
+    name_weights(proto, model)
+    sparse_graph.pack_linears(proto, "fp32")
+    proto.opset_import.add(domain="spdtool", version=1)
+    found = {
+        node.input[1].split(".")[1]: helper.get_attribute_value(node.attribute[0]).decode()
+        for node in proto.graph.node
+        if node.op_type == "SparseLinear"
+    }
+    assert found == SPELLINGS
+    assert not {"Erf", "Gelu", "Relu", "Pow"}.intersection(node.op_type for node in proto.graph.node)
+    (after,) = ReferenceEvaluator(proto, new_ops=reference.OPERATORS).run(None, {proto.graph.input[0].name: x.numpy()})
+    assert np.allclose(after, model(x).detach().numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("spelling", ["gelu_new", "relu"])
+def test_activations_of_the_encoder(toys, reference, spelling):
+    model = build(toys, "bert", hidden_act=spelling)
+    proto = export(toys, model, "bert")
+    assert operators(proto) == ["SparseEncoder"]
+    assert_same(reference, model, proto, {"pairs": batches(INPUTS)["pairs"]})
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"hidden_act": "silu"}, {"is_decoder": True}],
+    ids=["another activation", "a decoder"],
+)
+def test_an_unusual_bert_keeps_its_graph(toys, reference, config):
+    model = build(toys, "bert", **config)
+    assert describe(model) is None
+    proto = export(toys, model, "bert")
+    assert set(operators(proto)) == {"SparseLinear"}
+    assert_same(reference, model, proto, {"pairs": batches(INPUTS)["pairs"]})
+
+
+def test_layer_norms_that_differ_keep_the_graph(toys):
+    model = build(toys, "bert")
+    model.bert.encoder.layer[0].output.LayerNorm.eps = 1e-3
+    assert describe(model) is None
+
+
+def test_inputs_that_the_tokenizer_does_not_give(toys, reference):
+    model = build(toys, "bert")
+    proto = export(toys, model, "bert", inputs=["input_ids", "attention_mask"])
+    assert operators(proto) == ["SparseEncoder"]
+    assert proto.graph.node[0].input[2] == ""
+    assert_same(reference, model, proto, batches(["input_ids", "attention_mask"]))
+    proto = export(toys, model, "bert", inputs=["input_ids"])  # no mask: nothing to skip, and no such encoder
+    assert set(operators(proto)) == {"SparseLinear"}
+    assert_same(reference, model, proto, {"one row": batches(["input_ids"])["one row"]})
+
+
+def test_roberta_with_token_types(toys, reference):
+    model = build(toys, "roberta", type_vocab_size=2)
+    proto = export(toys, model, "roberta", inputs=list(INPUTS))
+    assert_same(reference, model, proto, batches(list(INPUTS)))
+
+
+def test_roberta_with_another_padding_token(toys, reference):
+    model = build(toys, "roberta", pad_token_id=4)
+    proto = export(toys, model, "roberta")
+    assert_same(reference, model, proto, batches(["input_ids", "attention_mask"], pad=4))
+
+
+def test_embedding_tables_are_stored_whole_however_many_zeros_they_have(toys):
+    model = build(toys, "bert")
+    with torch.no_grad():
+        model.bert.embeddings.token_type_embeddings.weight.zero_()
+        model.bert.embeddings.word_embeddings.weight[20:] = 0
+    proto = export(toys, model, "bert", "fp16", "fp16")
+    tables = [
+        packing.header(numpy_helper.to_array(tensor))
+        for tensor in proto.graph.initializer
+        if "_embeddings" in tensor.name
+    ]
+    assert [found.gap_bits for found in tables] == [0] * 3
+
+
+@pytest.mark.parametrize("electra", [{}, {"embedding_size": 32}], ids=["projected", "not projected"])
+def test_electra_of_both_sizes(toys, reference, electra):
+    model = build(toys, "electra", **electra)
+    proto = export(toys, model, "electra")
+    attributes = {item.name: helper.get_attribute_value(item) for item in proto.graph.node[0].attribute}
+    assert attributes["projection"] == (not electra)
+    assert len(proto.graph.node[0].input) == 3 + 5 + 2 * attributes["projection"] + 2 * 16
+    assert_same(reference, model, proto, {"pairs": batches(list(INPUTS))["pairs"]})
+
+
+class Mean(torch.nn.Module):
+    """A head that averages over the tokens, in place of one that takes the first."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.head = head
+
+    def forward(self, features, **_):
+        return self.head(features.mean(dim=1, keepdim=True).expand(features.shape))
+
+
+def test_a_head_that_reads_every_token(toys, reference):
+    model = build(toys, "electra")
+    model.classifier = Mean(model.classifier)
+    proto = export(toys, model, "electra")
+    attributes = {item.name: helper.get_attribute_value(item) for item in proto.graph.node[0].attribute}
+    assert (operators(proto), attributes["output"]) == (["SparseEncoder"], b"all")
+    assert_same(reference, model, proto, batches(list(INPUTS)))
+
+
+@pytest.mark.parametrize("architecture", ["bert", "modernbert"])
+def test_parameters_that_share_a_constant(toys, reference, architecture):
+    """A fresh model has equal biases and norms, which the exporter stores once, under the name of one of them."""
+    model = build(toys, architecture, noise=0)
+    proto = export(toys, model, architecture, "fp16", "fp16")
+    held = dict(stored_weights(proto))
+    assert set(held) == {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    assert len({tensor.name for tensor in proto.graph.initializer}) == len(proto.graph.initializer)
+    assert with_weights(model, proto) == []
+    assert_same(reference, model, proto, {"one row": batches([value.name for value in proto.graph.input])["one row"]})
+
+
+@pytest.mark.parametrize("architecture", ["electra", "mpnet"])
+def test_an_all_zero_and_a_symmetric_matrix(toys, reference, architecture):
+    model = build(toys, architecture)
+    weights = [weight for weight in encoders.prunable_linears(model).values() if weight.shape[0] == weight.shape[1]]
+    with torch.no_grad():
+        weights[0].zero_()
+        weights[1].zero_()
+        weights[2].copy_(weights[2].triu() + weights[2].triu(1).T)
+    proto = export(toys, model, architecture, "fp32", "int8")
+    assert with_weights(model, proto) == []
+    assert_same(reference, model, proto, {"one row": batches([value.name for value in proto.graph.input])["one row"]})
+
+
+def test_a_dense_matrix_stays_a_dense_product(toys, reference):
+    model = build(toys, "mpnet")
+    name, weight = next(iter(encoders.prunable_linears(model).items()))
+    with torch.no_grad():
+        weight.add_(1.0)
+    proto = export(toys, model, "mpnet")
+    assert operators(proto) == ["SparseLinear"] * 11
+    assert f"{name}.T" in bare(proto)
+    assert_same(reference, model, proto, {"one row": batches(INPUTS[:2])["one row"]})
+
+
+def test_a_model_without_zeros_has_no_operator_in_another_family(toys):
+    model = build(toys, "mpnet", zeros=0.0)
+    names = inputs_of(toys, "mpnet")
+    assert operators(export(toys, model, "mpnet")) == []
+    assert [node.op_type for node in export(toys, model, "mpnet").graph.node] == [
+        node.op_type for node in standard(model, names).graph.node
+    ]
+
+
+def test_tables_that_are_small_or_read_otherwise_stay(toys):
+    model = build(toys, "deberta-v2")
+    proto = export(toys, model, "deberta-v2", "fp16", "int8")
+    kinds = {tensor.name: tensor.data_type for tensor in proto.graph.initializer}
+    assert kinds["deberta.embeddings.word_embeddings.weight"] == onnx.TensorProto.INT8
+    assert kinds["deberta.embeddings.word_embeddings.weight.scale"] == onnx.TensorProto.FLOAT
+    assert kinds["deberta.encoder.rel_embeddings.weight"] == onnx.TensorProto.FLOAT  # a layer norm reads it
+    model = build(toys, "mpnet")
+    proto = export(toys, model, "mpnet", "fp16", "fp16")
+    kinds = {tensor.name: tensor.data_type for tensor in proto.graph.initializer}
+    assert kinds["mpnet.embeddings.word_embeddings.weight"] == onnx.TensorProto.FLOAT16
+    assert model.mpnet.encoder.relative_attention_bias.weight.numel() < SMALL_TABLE
+    assert kinds["mpnet.encoder.relative_attention_bias.weight"] == onnx.TensorProto.FLOAT
+
+
+def linear_graph(nodes, weight, **constants):
+    """A graph of a few nodes from `x` [n, in] to `y`, whose weight `w` holds the parameter `layer.weight`."""
+    tensor = numpy_helper.from_array(weight, "w")
+    tensor.metadata_props.add(key=PARAMETERS, value="layer.weight")
+    more = [numpy_helper.from_array(np.asarray(value, np.float32), name) for name, value in constants.items()]
+    ends = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", None]) for name in ("x", "y")]
+    made = helper.make_graph(
+        [helper.make_node(*node[:3], **node[3]) for node in nodes], "g", ends[:1], ends[1:], [tensor, *more]
+    )
+    return helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)])
+
+
+WEIGHT = np.where(np.arange(24) % 3 == 1, np.arange(24) - 9.5, 0).astype(np.float32).reshape(6, 4)
+BIAS = np.arange(6)
+FORMS = {  # nodes, the weight as it lies in the graph, operators and activation that come of it
+    "product": ([("MatMul", ["x", "w"], ["y"], {})], WEIGHT.T, ["SparseLinear"], "none"),
+    "transposed": (
+        [("Transpose", ["w"], ["t"], {"perm": [1, 0]}), ("MatMul", ["x", "t"], ["y"], {})],
+        *(WEIGHT, ["SparseLinear"], "none"),
+    ),
+    "bias first": (
+        [("MatMul", ["x", "w"], ["p"], {}), ("Add", ["b", "p"], ["y"], {})],
+        *(WEIGHT.T, ["SparseLinear"], "none"),
+    ),
+    "gemm": ([("Gemm", ["x", "w", "b"], ["y"], {"transB": 1})], WEIGHT, ["SparseLinear"], "none"),
+    "gemm, upright": ([("Gemm", ["x", "w", "b"], ["y"], {})], WEIGHT.T, ["SparseLinear"], "none"),
+    "gemm without bias": ([("Gemm", ["x", "w"], ["y"], {"transB": 1})], WEIGHT, ["SparseLinear"], "none"),
+    "gemm, relu": (
+        [("Gemm", ["x", "w", "b"], ["p"], {"transB": 1}), ("Relu", ["p"], ["y"], {})],
+        *(WEIGHT, ["SparseLinear"], "relu"),
+    ),
+    "gemm, scaled": ([("Gemm", ["x", "w", "b"], ["y"], {"transB": 1, "alpha": 2.0})], WEIGHT, [], ""),
+    "gemm, broadcast bias": ([("Gemm", ["x", "w", "one"], ["y"], {"transB": 1})], WEIGHT, [], ""),
+    "read twice": (
+        [("MatMul", ["x", "w"], ["p"], {}), ("Relu", ["p"], ["r"], {}), ("Add", ["p", "r"], ["y"], {})],
+        *(WEIGHT.T, ["SparseLinear"], "none"),
+    ),
+    "read twice, and still an activation": (
+        [("MatMul", ["x", "w"], ["p"], {}), ("Relu", ["p"], ["r"], {}), ("Mul", ["r", "one"], ["y"], {})],
+        *(WEIGHT.T, ["SparseLinear"], "relu"),
+    ),
+    "scaled": (
+        [("MatMul", ["x", "w"], ["p"], {}), ("Mul", ["p", "half"], ["q"], {}), ("Relu", ["q"], ["y"], {})],
+        *(WEIGHT.T, ["SparseLinear"], "none"),
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_of_a_linear_layer(reference, form):
+    nodes, weight, expected, activation = FORMS[form]
+    proto = linear_graph(nodes, np.ascontiguousarray(weight), b=BIAS, one=np.ones(1), half=np.array(0.5))
+    x = np.random.default_rng(1).normal(size=(3, 4)).astype(np.float32)
+    (before,) = ReferenceEvaluator(proto).run(None, {"x": x})
+    sparse_graph.pack_linears(proto, "fp32")
+    proto.opset_import.add(domain="spdtool", version=1)
+    assert operators(proto) == expected
+    found = [helper.get_attribute_value(node.attribute[0]).decode() for node in proto.graph.node if node.domain]
+    assert found == [activation] * len(expected)
+    (after,) = ReferenceEvaluator(proto, new_ops=reference.OPERATORS).run(None, {"x": x})
+    assert np.allclose(before, after, atol=1e-5)
+    if expected:
+        assert np.array_equal(dict(stored_weights(proto))["layer.weight"], WEIGHT)
+        assert all(tensor.name != "w" for tensor in proto.graph.initializer)
+
+
+def test_a_matrix_that_something_else_reads_too_is_there_twice(reference):
+    nodes = [
+        *[("MatMul", ["x", "w"], ["p"], {}), ("ReduceSum", ["w"], ["s"], {"keepdims": 0})],
+        ("Add", ["p", "s"], ["y"], {}),
+    ]
+    proto = linear_graph(nodes, np.ascontiguousarray(WEIGHT.T))
+    x = np.ones((2, 4), np.float32)
+    (before,) = ReferenceEvaluator(proto).run(None, {"x": x})
+    sparse_graph.pack_linears(proto, "fp32")
+    proto.opset_import.add(domain="spdtool", version=1)
+    (after,) = ReferenceEvaluator(proto, new_ops=reference.OPERATORS).run(None, {"x": x})
+    assert np.allclose(before, after)
+    assert sorted(tensor.name for tensor in proto.graph.initializer) == ["dense:w", "layer.weight", "no_bias_6"]
+
+
+def test_two_exports_are_the_same_to_the_last_byte(toys):
+    for architecture in ("electra", "modernbert"):
+        one, two = (export(toys, build(toys, architecture), architecture, "int8", "int8") for _ in range(2))
+        assert one.SerializeToString(deterministic=True) == two.SerializeToString(deterministic=True)
+
+
+def test_a_damaged_constant_is_an_error_that_names_it(toys):
+    proto = export(toys, build(toys, "bert"), "bert", "fp16", "fp16")
+    tensor = next(tensor for tensor in proto.graph.initializer if "query.weight" in tensor.name)
+    whole = tensor.raw_data
+    for damaged in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1]), b"", bytes(len(whole))):
+        tensor.raw_data = damaged
+        with pytest.raises(ModelError, match=tensor.name):
+            list(stored_weights(proto))
+    tensor.raw_data = whole
+    shape = next(entry for entry in tensor.metadata_props if entry.key == "shape")
+    for wrong in ("32", "32 33", "x", "-1 32 0"):
+        shape.value = wrong
+        with pytest.raises(ModelError, match=tensor.name):
+            list(stored_weights(proto))
+    tensor.metadata_props.remove(shape)
+    with pytest.raises(ModelError, match=tensor.name):
+        list(stored_weights(proto))
+
+
+def test_a_weight_that_is_not_finite_is_refused_by_name(toys):
+    model = build(toys, "bert")
+    with torch.no_grad():
+        model.bert.encoder.layer[1].output.dense.weight[0, 0] = float("nan")
+    with pytest.raises(packing.PackingError, match=r"bert\.encoder\.layer\.1\.output\.dense\.weight: .*not finite"):
+        export(toys, model, "bert")

@@ -1,0 +1,101 @@
+"""The compiled library: found, or missed with a clear error; small stand-ins are compiled where a compiler is there."""
+
+import ctypes
+import shutil
+import subprocess
+from importlib import metadata
+
+import pytest
+import spdtool_sparse_cpu
+from spdtool_sparse_cpu import library
+
+from spdtool.errors import DeviceError
+
+COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+SOURCE = """
+const char* spdtool_sparse_cpu_version(void) {{ return "{}"; }}
+const char* spdtool_sparse_cpu_isa(void) {{ return "avx2"; }}
+"""
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """The package as if it were installed in a folder of its own, version 1.2.3, without a library yet."""
+    monkeypatch.setattr(spdtool_sparse_cpu, "__path__", [str(tmp_path / "source"), str(tmp_path)])
+    monkeypatch.setattr(metadata, "version", lambda name: {"spdtool-sparse-cpu": "1.2.3"}[name])
+    monkeypatch.setattr(metadata, "files", lambda _: None)
+    return tmp_path
+
+
+def compiled(folder, text):
+    if COMPILER is None:
+        pytest.skip("no C compiler")
+    (folder / "made.c").write_text(text)
+    subprocess.run([COMPILER, "-shared", "-fPIC", "-o", folder / library.FILE, folder / "made.c"], check=True)
+
+
+def test_a_missing_library_says_where_it_was_looked_for(package):
+    with pytest.raises(DeviceError, match=f"{library.FILE} is not in .*source or {package}") as caught:
+        library.path()
+    assert "pip install" in caught.value.hint
+
+
+def test_it_is_found_in_any_folder_of_the_package(package):
+    compiled(package, SOURCE.format("1.2.3"))
+    assert library.path() == (package / library.FILE).resolve()
+    assert (library.version(), library.isa()) == ("1.2.3", "avx2")
+
+
+@pytest.mark.usefixtures("package")
+def test_it_is_found_where_the_installer_says(tmp_path_factory, monkeypatch):
+    elsewhere = tmp_path_factory.mktemp("site")
+    compiled(elsewhere, SOURCE.format("1.2.3"))
+
+    class Recorded:
+        name = library.FILE
+
+        def locate(self):
+            return elsewhere / library.FILE
+
+    monkeypatch.setattr(metadata, "files", lambda _: [Recorded()])
+    assert library.path() == (elsewhere / library.FILE).resolve()
+
+
+def test_another_version_is_refused(package):
+    compiled(package, SOURCE.format("1.2.4"))
+    with pytest.raises(DeviceError, match=r"of version 1\.2\.4; spdtool-sparse-cpu 1\.2\.3 is installed"):
+        library.path()
+    with pytest.raises(DeviceError):
+        library.isa()
+
+
+def test_another_library_is_refused(package):
+    compiled(package, "int nothing(void) { return 0; }\n")
+    with pytest.raises(DeviceError, match="no spdtool_sparse_cpu_version"):
+        library.path()
+
+
+def test_what_is_no_library_is_refused(package):
+    (package / library.FILE).write_bytes(b"not a library")
+    with pytest.raises(DeviceError, match="cannot be loaded"):
+        library.path()
+
+
+def test_a_distribution_that_is_not_installed(package, monkeypatch):
+    compiled(package, SOURCE.format("1.2.3"))
+
+    def version(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    with pytest.raises(DeviceError, match="is not installed"):
+        library.path()
+
+
+def test_the_installed_library_is_the_one_that_belongs_here():
+    try:
+        file = library.path()
+    except DeviceError as error:
+        pytest.skip(error.message)
+    assert hasattr(ctypes.CDLL(str(file)), "RegisterCustomOps")
+    assert library.isa() in ("avx512", "avx2", "baseline", "neon")

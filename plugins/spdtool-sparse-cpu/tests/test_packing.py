@@ -1,0 +1,304 @@
+"""The packed form: written byte by byte here once, lossless where it promises that, and never fooled by damage."""
+
+import struct
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+from spdtool_sparse_cpu.packing import MOST_WEIGHTS, TYPES, PackingError, header, pack, unpack
+
+from spdtool.errors import ModelError
+
+SHAPES = [(1, 1), (1, 7), (7, 1), (3, 5), (17, 33), (64, 48), (129, 257)]
+SHARES = [0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0]
+
+
+def matrix(shape, zeros, seed=0):
+    """A random matrix with about that share of zeros; one row in five is empty, where there are that many."""
+    random = np.random.default_rng([seed, *shape])
+    made = random.normal(0, 0.05, shape).astype(np.float32)
+    made[random.random(shape) < zeros] = 0
+    if 0 < zeros < 1:
+        made[2::5] = 0
+    return made
+
+
+def slow_pack(array, values):
+    """The packed form as its description reads: one weight after another, every number of gap bits tried in full."""
+    rows, columns = array.shape
+    scales = b""
+    if values == "int8":
+        largest = np.abs(array).max(axis=1)
+        steps = np.where(largest == 0, 1, largest / np.float32(127)).astype("<f4")
+        scales = steps.tobytes()
+    stored = []
+    for row in range(rows):
+        for value in array[row]:
+            if values == "fp32":
+                stored.append(struct.pack("<f", value))
+            elif values == "fp16":
+                half = np.float16(value)
+                stored.append((np.copysign(np.float16(6e-8), value) if value and not half else half).tobytes())
+            else:
+                whole = int(np.rint(value / steps[row]))
+                stored.append(struct.pack("b", int(np.sign(value)) if value and not whole else whole))
+    live = [position for position, value in enumerate(array.reshape(-1)) if value]
+    best = (0, b"".join(stored), b"")
+    for bits in range(8, 0, -1):
+        top, stream, last = 2**bits - 1, [], -1
+        for position in live:
+            gap = position - last - 1
+            for field in [top] * (gap // top) + [gap % top]:
+                stream += [(field >> bit) & 1 for bit in range(bits)]
+            last = position
+        stream += [0] * (-len(stream) % 8)
+        positions = bytes(
+            sum(bit << place for place, bit in enumerate(stream[at : at + 8])) for at in range(0, len(stream), 8)
+        )
+        found = (bits, b"".join(stored[position] for position in live), positions)
+        smaller = len(found[1]) + len(positions) - len(best[1]) - len(best[2])
+        if smaller < 0 or (smaller == 0 and best[0]):
+            best = found
+    bits, kept, positions = best
+    size = {"fp32": 4, "fp16": 2, "int8": 1}[values]
+    code = ["fp32", "fp16", "int8"].index(values)
+    head = b"SPDM" + struct.pack("<BBBBIIQQ", 1, code, bits, 0, rows, columns, len(kept) // size, len(positions))
+    payload = scales + kept + positions
+    return head + struct.pack("<I", zlib.crc32(head + bytes(32) + payload)) + bytes(28) + payload
+
+
+def sealed(blob, at, fresh):
+    """The blob with other bytes at `at`, and a checksum that fits again: damage that only the counts can show."""
+    made = bytearray(blob)
+    made[at : at + len(fresh)] = fresh
+    made[32:36] = bytes(4)
+    made[32:36] = struct.pack("<I", zlib.crc32(made))
+    return bytes(made)
+
+
+@pytest.mark.parametrize("values", TYPES)
+@pytest.mark.parametrize("zeros", SHARES)
+@pytest.mark.parametrize("shape", SHAPES[:-1])
+def test_bytes_are_those_of_the_description(shape, zeros, values):
+    array = matrix(shape, zeros)
+    assert bytes(pack("w", array, values)) == slow_pack(array, values)
+
+
+@pytest.mark.parametrize("zeros", SHARES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fp32_comes_back_to_the_last_bit(shape, zeros):
+    array = matrix(shape, zeros)
+    assert unpack(pack("w", array, "fp32")).tobytes() == array.tobytes()
+
+
+@pytest.mark.parametrize(("values", "bound"), [("fp16", 2**-11), ("int8", 0.5 / 127 * 1.001)])
+@pytest.mark.parametrize("zeros", SHARES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rounding_is_bounded_and_keeps_the_zeros(shape, zeros, values, bound):
+    array = matrix(shape, zeros)
+    found = unpack(pack("w", array, values))
+    assert ((found != 0) == (array != 0)).all()
+    allowed = bound * (np.abs(array) if values == "fp16" else np.abs(array).max(axis=1, keepdims=True))
+    least = 2**-24 if values == "fp16" else 0  # below the normal range fp16 keeps fewer digits
+    rounded = np.abs(found) != (np.abs(array).max(axis=1, keepdims=True) / 127 if values == "int8" else -1)
+    assert (np.abs(found - array) <= allowed + least)[
+        rounded
+    ].all()  # int8: a weight that was lifted to 1 is off by more
+
+
+@pytest.mark.parametrize("values", ["fp16", "int8"])
+def test_a_live_weight_never_becomes_zero(values):
+    array = np.array([[1.0, 1e-30, -1e-30, 0.0], [0.0, 0.0, 1e-44, -1e-45]], np.float32)
+    found = unpack(pack("w", array, values))
+    assert (np.sign(found) == np.sign(array)).all()
+
+
+def test_one_gap_bit_is_a_bitmask_of_the_zeros():
+    array = matrix((16, 24), 0.5)
+    array[2::5] = matrix((4, 24), 0.5, seed=1)[:3]  # no empty rows: gaps stay short
+    blob = bytes(pack("w", array, "fp32"))
+    found = header(blob)
+    assert found.gap_bits == 1
+    last = np.flatnonzero(array)[-1]
+    mask = np.packbits(array.reshape(-1)[: last + 1] == 0, bitorder="little").tobytes()
+    assert blob[-found.position_bytes :] == mask
+
+
+@pytest.mark.parametrize(("zeros", "bits"), [(0.0, 0), (0.5, 1), (0.8, 3), (0.9, 4), (0.99, 8)])
+def test_gap_bits_follow_the_share_of_zeros(zeros, bits):
+    random = np.random.default_rng(0)
+    array = np.where(random.random((300, 200)) < zeros, 0, random.normal(size=(300, 200)))
+    assert header(pack("w", array, "fp16")).gap_bits == bits
+
+
+def test_an_all_zero_matrix_is_a_header():
+    assert pack("w", np.zeros((50, 40), np.float32), "fp16").size == 64
+    assert not unpack(pack("w", np.zeros((50, 40), np.float32), "fp16")).any()
+
+
+@pytest.mark.parametrize("values", TYPES)
+@pytest.mark.parametrize("zeros", [0.0, 0.9, 1.0])
+def test_a_table_stores_every_value(values, zeros):
+    array = matrix((20, 30), zeros)
+    blob = pack("t", array, values, table=True)
+    assert (header(blob).gap_bits, header(blob).stored, header(blob).position_bytes) == (0, 600, 0)
+    assert ((unpack(blob) != 0) == (array != 0)).all()
+
+
+@pytest.mark.parametrize("values", TYPES)
+def test_a_vector_is_one_row_of_float32(values):
+    vector = np.array([0.0, 0.1, 0.0, 0.0, 1e30], np.float32)
+    found = header(pack("b", vector, values))
+    assert (found.rows, found.columns, found.values, found.gap_bits, found.stored) == (1, 5, "fp32", 0, 5)
+    assert unpack(pack("b", vector, values)).tolist() == [vector.tolist()]
+
+
+@pytest.mark.parametrize("values", TYPES)
+def test_very_large_and_very_small_rows(values):
+    largest = np.finfo(np.float32).max
+    array = np.array([[largest, -largest], [2**-149, 2**-140]], np.float32)
+    if values == "fp16":
+        with pytest.raises(PackingError, match=r"layer\.w: the weight 3\.40282e\+38 is too large for float16"):
+            pack("layer.w", array, values)
+    else:
+        found = unpack(pack("w", array, values))
+        assert np.allclose(found[0], array[0], rtol=0.005)
+        assert (np.abs(found[1] - array[1]) <= 2**-143).all()
+
+
+@pytest.mark.parametrize("values", TYPES)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_refused_by_name(values, value):
+    array = matrix((4, 4), 0.5)
+    array[1, 2] = value
+    with pytest.raises(PackingError, match=r"layer\.w: a weight is not finite") as caught:
+        pack("layer.w", array, values)
+    assert isinstance(caught.value, ModelError)
+    with pytest.raises(PackingError):
+        pack("layer.b", array[1], values)
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0), (), (2, 2, 2)])
+def test_other_shapes_are_refused(shape):
+    with pytest.raises(PackingError, match="cannot be packed"):
+        pack("w", np.zeros(shape, np.float32), "fp32")
+
+
+# Counts that contradict each other, each under a checksum that fits.
+DAMAGE = {
+    "no magic": (0, b"SPDN"),
+    "another version": (4, b"\x02"),
+    "another type of values": (5, b"\x03"),
+    "fp32 instead of fp16": (5, b"\x00"),
+    "nine gap bits": (6, b"\x09"),
+    "all are stored": (6, b"\x00"),
+    "other gap bits": (6, b"\x08"),
+    "the reserved byte": (7, b"\x01"),
+    "the reserved end": (63, b"\x01"),
+    "no rows": (8, struct.pack("<I", 0)),
+    "fewer rows": (8, struct.pack("<I", 3)),
+    "a terabyte": (8, struct.pack("<II", 2**20, 2**20)),
+    "most that fits in u32": (8, struct.pack("<II", 2**32 - 1, 2**32 - 1)),
+    "fewer values": (16, struct.pack("<Q", 10)),
+    "more values than weights": (16, struct.pack("<Q", 2**63)),
+    "fewer bytes of positions": (24, struct.pack("<Q", 3)),
+    "no positions": (24, struct.pack("<Q", 0)),
+    "huge positions": (24, struct.pack("<Q", 2**64 - 1)),
+    "a stored zero": (64, bytes(2)),
+    "a stored nan": (64, struct.pack("<e", np.nan)),
+    "a stored infinity": (64, struct.pack("<e", np.inf)),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_damage_under_a_checksum_that_fits(what):
+    blob = bytes(pack("w", matrix((12, 20), 0.9), "fp16"))
+    assert header(blob).gap_bits not in (0, 8)
+    with pytest.raises(PackingError, match=r"^layer\.w: "):
+        unpack(sealed(blob, *DAMAGE[what]), "layer.w")
+
+
+def test_positions_that_run_out():
+    array = matrix((12, 20), 0.9)
+    array[-1, -1] = 1
+    blob = bytes(pack("w", array, "fp16"))
+    found = header(blob)
+    start = len(blob) - found.position_bytes
+    with pytest.raises(PackingError, match="the positions end after 0"):  # "go on" for ever
+        unpack(sealed(blob, start, b"\xff" * found.position_bytes))
+    with pytest.raises(PackingError, match="run out of the matrix"):  # the first value one place later
+        unpack(sealed(blob, start, bytes([blob[start] + 1])))
+    with pytest.raises(PackingError, match="more positions than values"):  # no gaps at all: fewer fields than there are
+        unpack(sealed(blob, start, bytes(found.position_bytes)))
+    with pytest.raises(PackingError, match="more positions than values"):
+        unpack(sealed(blob[:24] + struct.pack("<Q", found.position_bytes + 1) + blob[32:] + b"\x00", 0, b"SPDM"))
+
+
+@pytest.mark.parametrize("scale", [np.nan, np.inf, -1.0, 0.0])
+def test_scales_that_are_no_scales(scale):
+    blob = bytes(pack("w", matrix((12, 20), 0.9), "int8"))
+    with pytest.raises(PackingError, match=r"w: a (scale|weight) is not"):
+        unpack(sealed(blob, 64, struct.pack("<f", scale)), "w")
+
+
+@pytest.mark.parametrize("values", TYPES)
+@pytest.mark.parametrize("zeros", [0.0, 0.5, 0.9, 1.0])
+def test_every_truncation_and_any_flipped_byte_is_noticed(values, zeros):
+    blob = bytes(pack("w", matrix((9, 11), zeros), values))
+    for length in range(len(blob)):
+        with pytest.raises(PackingError):
+            unpack(blob[:length])
+    with pytest.raises(PackingError):
+        unpack(blob + b"\x00")
+    random = np.random.default_rng(0)
+    for _ in range(500):
+        made = bytearray(blob)
+        for at in random.integers(0, len(blob), random.integers(1, 4)):
+            made[at] ^= int(random.integers(1, 256))
+        if bytes(made) != blob:
+            with pytest.raises(PackingError):
+                unpack(bytes(made))
+
+
+@pytest.mark.parametrize("values", TYPES)
+def test_flipped_bytes_under_a_checksum_that_fits_never_crash(values):
+    """Whoever forges the checksum as well gets a matrix of finite weights or a PackingError, and nothing else."""
+    blob = bytes(pack("w", matrix((9, 11), 0.8), values))
+    random, refused = np.random.default_rng(0), 0
+    places = [
+        *range(10),
+        12,
+        13,
+        *range(16, 18),
+        *range(24, 26),
+        *range(36, len(blob)),
+    ]  # not those that ask for gigabytes
+    for _ in range(3000):
+        at, value = int(random.choice(places)), bytes([random.integers(0, 256)])
+        try:
+            found = unpack(sealed(blob, at, value))
+        except PackingError:
+            refused += 1
+        else:
+            assert np.isfinite(found).all()
+            assert 0 < found.size <= MOST_WEIGHTS
+    assert 500 < refused < 3000
+
+
+def test_no_other_kind_of_array_is_read():
+    blob = pack("w", matrix((4, 4), 0.5), "fp32")
+    for wrong in (blob.astype(np.int8), blob.reshape(1, -1), np.zeros((), np.uint8)):
+        with pytest.raises(PackingError, match="vector of bytes"):
+            unpack(wrong)
+    assert (unpack(memoryview(blob)) == unpack(bytearray(blob))).all()
+
+
+def test_packing_needs_no_torch():
+    code = (
+        "import spdtool_sparse_cpu, spdtool_sparse_cpu.packing, spdtool_sparse_cpu.library, spdtool_sparse_cpu.target\n"
+        "import sys; print([name for name in ('torch', 'transformers', 'onnx', 'onnxruntime') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
