@@ -1,23 +1,33 @@
 """`spdtool bench`: the exported student against the exported dense teacher, side by side.
 
-Reads: `export`, and `teacher` for the row in eager torch. Writes: `bench/bench.json` (every round of every engine, and
-the machine) and `bench/bench.md` (what they say). The runtime is onnxruntime on CUDA where that really runs, otherwise
-on the CPU; what ran is part of the result.
+Reads: `export`, and `teacher` for the rows in torch. Writes: `bench/bench.json` (every round of every engine, the
+ledger, and the machine) and `bench/bench.md` (what they say). The runtime is onnxruntime on CUDA where that really
+runs, otherwise on the CPU; what ran is part of the result.
+
+Rows: `teacher` and `student` as plain ONNX files; each further target's files (`sparse-cpu`); the teacher again without
+fused operators, in dynamic int8 (made here, thrown away), in eager torch, and compiled by torch.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import tempfile
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from spdtool import console
-from spdtool.bench import latency, report
+import numpy as np
+
+from spdtool import console, data, encoders, plugins, tasks
+from spdtool.bench import int8, latency, ledger, report
 from spdtool.bench.latency import Engine, Shape, Timing
-from spdtool.export import runtime
+from spdtool.errors import ModelError, RecipeError, SpdError
+from spdtool.export import runtime, targets
 from spdtool.recipe import Recipe
 from spdtool.run import Run, machine, write_json
+
+ROLES = ("teacher", "student")  # the dense teacher first
+SEEN = 512  # rows of the dev set whose lengths are looked at
 
 
 def bench(run: Run) -> dict[str, Any]:
@@ -31,76 +41,227 @@ def bench(run: Run) -> dict[str, Any]:
     recipe, section = run.recipe, run.recipe.bench
     provider = runtime.working(recipe.device)[-1]
     folder, exported = run.read("export"), run.record("export")["metrics"]
-    shapes = fitting_shapes(recipe, exported["teacher"]["positions"])
-    engines = [_exported(role, folder / role, exported[role]["files"][0], provider, recipe) for role in ROLES]
-    if section.torch:
-        engines.append(_in_torch(run.read("teacher"), engines[0]))
-    with run.stage("bench") as work:
-        with console.busy(f"timing {len(engines)} engines at {len(shapes)} shapes over {section.rounds} rounds"):
-            timings = latency.race(engines, shapes, rounds=section.rounds, warmup=section.warmup)
-        environment = _environment(timings, section.threads or runtime.cores())
-        speed = report.ratio(timings[0], timings[1], shapes)
-        lines = report.verdict(speed, section.rounds, timings[0].provider, exported["teacher"], exported["student"])
-        columns, rows = report.overview(timings, exported)
+    teacher = run.read("teacher")
+    counts = tuple(dict.fromkeys(count or runtime.cores() for count in section.threads))
+    if provider == "cuda":
+        counts = counts[-1:]  # threads of the CPU make no difference there
+    entered = enter(folder, exported, provider, recipe)
+    shapes = fitting_shapes(recipe, exported["teacher"]["positions"], folder / "teacher", entered.notes)
+    with run.stage("bench") as work, tempfile.TemporaryDirectory() as scratch:
+        add_teachers(entered, teacher, Path(scratch), provider, recipe)
+        machines, entries = _ledger(entered, counts) if section.ledger and provider == "cpu" else ({}, [])
+        with console.busy(
+            f"timing {len(entered.engines)} engines at {len(shapes)} shapes with {_listed(counts)} threads"
+        ):
+            race = latency.race(
+                entered.engines,
+                shapes,
+                threads=counts,
+                rounds=section.rounds,
+                warmup=section.warmup,
+                seconds=section.seconds,
+            )
+        entered.notes += [f"{reason}." for reason in race.missing.values()]
+        found = report.Bench(
+            timings=race.timings,
+            facts=entered.facts,
+            sparse=entered.sparse,
+            ledger=entries,
+            notes=entered.notes,
+            environment=_environment(race.timings, machines, counts),
+        )
         title = recipe.titled(f"{recipe.task} at {recipe.sparsity:.0%} zeros")
-        (work.folder / "bench.md").write_text(report.markdown(title, timings, lines, environment), "utf-8")
-        write_json(work.folder / "bench.json", {"environment": environment, "engines": _raw(timings)})
-        work.metrics |= {
-            "columns": columns,
-            "rows": rows,
-            "verdict": lines,
-            "speed": asdict(speed),
-            "size": exported["teacher"]["bytes"] / exported["student"]["bytes"],
-            "provider": timings[0].provider,
-            "latency": report.details(timings),
-            "environment": environment,
-        }
+        (work.folder / "bench.md").write_text(report.markdown(title, found), "utf-8")
+        raw = {"environment": found.environment, "engines": _raw(race.timings), "ledger": entries}
+        write_json(work.folder / "bench.json", raw)
+        work.metrics |= _metrics(found)
     return work.metrics
 
 
-ROLES = ("teacher", "student")  # the dense teacher first: ratios are to it
+@dataclass
+class Entered:
+    """Keeps what is going to be timed, what is known of the files, and what has to be said.
+
+    Attributes:
+        sparse: engines that run a further target's form of the student.
+    """
+
+    engines: list[Engine]
+    facts: dict[str, dict[str, Any]]
+    sparse: list[str]
+    notes: list[str]
 
 
-def fitting_shapes(recipe: Recipe, positions: int) -> list[Shape]:
-    """The grid of the recipe; lengths that the model has no positions for are measured at its longest, and said so."""
-    lengths = list(dict.fromkeys(min(length, positions) for length in recipe.bench.lengths))
-    cut = [str(length) for length in recipe.bench.lengths if length > positions]
+def enter(folder: Path, exported: dict[str, Any], provider: str, recipe: Recipe) -> Entered:
+    """The exported files of both roles, and those of each further target that runs here on `provider`."""
+    found = Entered([], {role: exported[role] for role in ROLES}, [], [])
+    for role in ROLES:
+        found.engines.append(_exported(role, folder / role, exported[role], provider))
+    found.engines[0] = replace(found.engines[0], baseline=True)
+    for target in [name for name in exported if name not in ROLES]:
+        try:
+            part = plugins.targets.get(target)
+        except RecipeError as error:
+            found.notes.append(f"Not timed: {target}: {error.message}.")
+            continue
+        if provider not in targets.providers(part):
+            found.notes.append(f"Not timed: {target}: it does not run on {provider}; compare it with --set device=cpu.")
+            continue
+        for role, facts in exported[target].items():
+            name = target if role == "student" else f"{target} {role}"
+            place = folder / target / role
+            engine = _exported(name, place, facts, provider)
+            found.engines.append(replace(engine, libraries=tuple(targets.libraries(part, place))))
+            found.facts[name] = facts
+            found.sparse += [name] if role == "student" else []
+    offered, missing = targets.offered(recipe.export)
+    left = [name for name in (*missing, *(choice.name for choice in offered)) if name not in exported]
+    found.notes += [f"Not exported, so not timed: {name}" + _reason(missing.get(name)) for name in left]
+    return found
+
+
+def add_teachers(found: Entered, checkpoint: Path, scratch: Path, provider: str, recipe: Recipe) -> None:
+    """The teacher's further rows, as far as the recipe wants them; what exists on the CPU only is left out on CUDA."""
+    section, plain = recipe.bench, found.engines[0]
+    if section.unfused and provider == "cpu":
+        found.engines.append(replace(plain, name="unfused", fused=False))
+    if section.int8 and provider == "cpu":
+        file = scratch / "int8.onnx"
+        try:
+            with console.busy("quantising the teacher to int8, to compare with"):
+                int8.quantise(Path(plain.path), file)
+        except ModelError as error:
+            found.notes.append(f"Not timed: int8: {error.message}.")
+        else:
+            int8_engine = replace(plain, name="int8", path=str(file), baseline=False, optional=True)
+            found.engines.append(int8_engine)
+            found.facts[int8_engine.name] = {"bytes": file.stat().st_size}
+    if section.torch:
+        eager = replace(plain, name="torch", kind="torch", path=str(checkpoint), baseline=False)
+        found.engines.append(eager)
+        if section.compiled:
+            found.engines.append(replace(eager, name="compiled", compiled=True, optional=True))
+
+
+def fitting_shapes(recipe: Recipe, positions: int, tokenizer: Path, notes: list[str]) -> list[Shape]:
+    """The grid of the recipe, then its padded shapes; what the model has no positions for is cut, and said so."""
+    section = recipe.bench
+    wanted = dict.fromkeys((*section.lengths, *(length for _, length in section.padded)))
+    cut = [str(length) for length in wanted if length > positions]
     if cut:
         console.warn(f"the model has {positions} positions: length {', '.join(cut)} is timed at {positions}")
-    return [(batch, length) for batch in recipe.bench.batches for length in lengths]
+    lengths = list(dict.fromkeys(min(length, positions) for length in section.lengths))
+    grid = [Shape(batch, length) for batch in section.batches for length in lengths]
+    if not section.padded:
+        return grid
+    seen = _dev_lengths(recipe, tokenizer)
+    drawn = "evenly from 1 to the longest" if seen is None else "as in the dev set, scaled to the longest"
+    notes.append(f"Padded shapes: real lengths are spread {drawn}.")
+    padded = dict.fromkeys((batch, min(length, positions)) for batch, length in section.padded)
+    return [*grid, *(Shape(batch, length, real_lengths(batch, length, seen)) for batch, length in padded)]
 
 
-def _exported(role: str, folder: Path, file: str, provider: str, recipe: Recipe) -> Engine:
+def real_lengths(batch: int, length: int, seen: np.ndarray | None) -> tuple[int, ...]:
+    """Real lengths of a batch that is padded to its longest row, which has `length` tokens.
+
+    Args:
+        seen: lengths whose quantiles are taken, and scaled; None: spread evenly from 1 to `length`.
+    """
+    spread = np.linspace(1, length, batch) if seen is None else np.quantile(seen, (np.arange(batch) + 0.5) / batch)
+    scaled = np.maximum(1, np.rint(spread / spread.max() * length).astype(int))
+    return tuple(np.random.default_rng(batch).permutation(scaled).tolist())
+
+
+def _dev_lengths(recipe: Recipe, folder: Path) -> np.ndarray | None:
+    """Tokens of the first rows of the dev set; None where it cannot be read any more."""
+    try:
+        rows = tasks.rows(tasks.resolve(recipe), recipe)["dev"]
+        few = replace(
+            rows, first=rows.first[:SEEN], second=rows.second and rows.second[:SEEN], labels=rows.labels[:SEEN]
+        )
+        return data.tokenise(encoders.load_tokenizer(folder), few, recipe.max_length).lengths
+    except SpdError:
+        return None
+
+
+def _exported(name: str, folder: Path, facts: dict[str, Any], provider: str) -> Engine:
     config = json.loads((folder / "config.json").read_text("utf-8"))
     return Engine(
-        name=role,
+        name=name,
         kind="onnxruntime",
-        path=str(folder / file),
+        path=str(folder / facts["files"][0]),
         vocabulary=config["vocab_size"],
         pad=config.get("pad_token_id") or 0,
         provider=provider,
-        threads=recipe.bench.threads,
     )
 
 
-def _in_torch(checkpoint: Path, like: Engine) -> Engine:
-    return Engine(**asdict(like) | {"name": "torch", "kind": "torch", "path": str(checkpoint)})
+def _ledger(found: Entered, counts: tuple[int, ...]) -> tuple[dict[int, ledger.Machine], list[dict[str, Any]]]:
+    """Measure the machine and each pruned matrix; its sparse form is the first further target that has one."""
+    by_name = {engine.name: engine for engine in found.engines}
+    packed = [by_name[name] for name in found.sparse if ledger.has_packed(Path(by_name[name].path))]
+    with console.busy("measuring the machine, and each pruned matrix alone"):
+        return ledger.write(
+            Path(by_name["student"].path),
+            Path(packed[0].path) if packed else None,
+            packed[0].libraries if packed else (),
+            counts,
+        )
 
 
-def _environment(timings: list[Timing], threads: int) -> dict[str, Any]:
-    return {**machine(), "threads": threads, "provider": timings[0].provider}
+def _metrics(found: report.Bench) -> dict[str, Any]:
+    """What stage.json holds: the best form of the student under `speed` and `size`, and everything else in full."""
+    columns, rows = report.overview(found)
+    best = [*found.sparse, "student"][0]
+    speeds = {count: found.zeros(found.of(best, count), found.grid) for count in found.threads}
+    tables = []
+    if found.ledger:
+        head, lines = report.ledger_table(found.ledger)
+        tables.append({"title": "sparsity ledger, one thread", "columns": head, "rows": lines})
+    return {
+        "columns": columns,
+        "rows": rows,
+        "tables": tables,
+        "verdict": report.verdict(found),
+        "speed": asdict(speeds[found.threads[-1]]),
+        "speeds": {str(count): asdict(speed) for count, speed in speeds.items()},
+        "size": found.facts["teacher"]["bytes"] / found.facts[best]["bytes"],
+        "best": best,
+        "provider": found.timings[0].provider,
+        "latency": report.details(found),
+        "ledger": list(found.ledger),
+        "environment": found.environment,
+    }
+
+
+def _environment(timings: list[Timing], machines: dict[int, ledger.Machine], counts: tuple[int, ...]) -> dict[str, Any]:
+    facts = {**machine(), "threads": _listed(counts), "provider": timings[0].provider}
+    measured = {
+        f"peak with {count} threads": f"{found.flops / 1e9:.1f} GFLOP/s, {found.bandwidth / 1e9:.1f} GB/s"
+        for count, found in machines.items()
+    }
+    return facts | measured
+
+
+def _listed(counts: tuple[int, ...]) -> str:
+    return " and ".join(map(str, counts))
+
+
+def _reason(error: SpdError | None) -> str:
+    return "." if error is None else f": {error.message}" + (f"; {error.hint}." if error.hint else ".")
 
 
 def _raw(timings: list[Timing]) -> list[dict[str, Any]]:
     return [
         {
-            "engine": {name: value for name, value in asdict(timing.engine).items() if name != "path"},
+            "engine": {key: value for key, value in asdict(timing.engine).items() if key not in ("path", "libraries")},
             "provider": timing.provider,
             "nodes": timing.nodes,
             "resident_bytes": timing.resident,
             "peak_bytes": timing.peak,
             "rounds_ms": [
-                {"batch": batch, "length": length, "ms": values} for (batch, length), values in timing.rounds.items()
+                shape._asdict() | {"ms": values, "least": timing.least[shape]}
+                for shape, values in timing.rounds.items()
             ],
         }
         for timing in timings

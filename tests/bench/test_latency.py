@@ -5,19 +5,26 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
 from spdtool import encoders
 from spdtool.bench import latency
-from spdtool.bench.latency import Engine
+from spdtool.bench.latency import Engine, Shape
 from spdtool.errors import SpdError
+from spdtool.export.onnx import Onnx
+
+TIMED = {"batch": 2, "length": 3, "real": [], "turn": 0.001}
 
 
 @pytest.fixture
@@ -47,67 +54,123 @@ def test_every_engine_is_timed_at_every_shape_in_every_round(
     for shadow in ("numpy.py", "json.py", "spdtool.py"):  # what lies in the current folder is not imported
         (tmp_path / shadow).write_text("raise SystemExit('a file of the current folder was run')")
     monkeypatch.chdir(tmp_path)
-    shapes = [(1, 4), (3, 8)]
-    timings = latency.race([engine("one"), engine("two")], shapes, rounds=5, warmup=1)
-    assert [timing.engine.name for timing in timings] == ["one", "two"]
-    for timing in timings:
+    shapes = [Shape(1, 4), Shape(3, 8), Shape(3, 8, (8, 2, 1))]
+    race = latency.race([engine("one"), engine("two")], shapes, threads=(1, 2), rounds=5, warmup=1)
+    assert [(timing.engine.name, timing.engine.threads) for timing in race.timings] == [
+        ("one", 1), ("two", 1), ("one", 2), ("two", 2),
+    ]  # fmt: skip
+    assert race.missing == {}
+    for timing in race.timings:
         assert {shape: len(values) for shape, values in timing.rounds.items()} == dict.fromkeys(shapes, 5)
-        assert all(value > 0 for values in timing.rounds.values() for value in values)
+        assert all(0 < timing.least[shape] <= min(values) for shape, values in timing.rounds.items())
         assert timing.provider == "CPUExecutionProvider"
         assert timing.nodes == {"CPUExecutionProvider": {"Mul": 1, "ReduceSum": 1}}
         assert 0 < timing.resident <= timing.peak < 400 * 2**20  # no torch in there
 
 
-def test_the_order_turns_with_each_round(engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
+class Fake:
+    """Keeps no process; answers as one whose batches take a second each."""
 
-    class Fake:
-        def __init__(self, name: str, _timeout: float) -> None:
-            self.name = name
+    asked: ClassVar[list[str]] = []
+    now: ClassVar[float] = 0.0
 
-        def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-            if "batch" in request:
-                asked.append(self.name)
-            return {"provider": "p", "nodes": None, "resident": 1, "peak": 2, "ms": 1.0}
+    def __init__(self, name: str, *_: Any) -> None:
+        self.name = name
 
-        def end(self) -> None:
-            asked.append("end")
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        if "batch" in request:
+            Fake.asked.append(self.name)
+            Fake.now += 1
+        if "open" in request and self.name == "absent":
+            raise SpdError("absent cannot be timed: no compiler")
+        return {"provider": "p", "nodes": None, "resident": 1, "peak": 2, "ms": 1.0, "least": 0.5}
 
-    monkeypatch.setattr(latency, "_Worker", Fake)
+    def end(self) -> None:
+        Fake.asked.append("end")
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> type[Fake]:
+    """Workers without processes, and their clock."""
+    monkeypatch.setattr(Fake, "asked", [])
+    monkeypatch.setattr(Fake, "now", 0.0)
+    monkeypatch.setattr(latency, "Worker", Fake)
     monkeypatch.setattr(latency, "PAUSE", 0)
-    timings = latency.race([engine(name) for name in "abc"], [(1, 2)], rounds=2, warmup=1)
-    assert asked == [*"cab", *"abc", *"bca", "end", "end", "end"]
-    assert all(len(timing.rounds[1, 2]) == 2 for timing in timings)
+    monkeypatch.setattr(latency.time, "monotonic", lambda: Fake.now)
+    return Fake
+
+
+def test_the_order_turns_with_each_round(engine: Callable[..., Engine], fake: type[Fake]) -> None:
+    race = latency.race([engine(name) for name in "abc"], [Shape(1, 2)], rounds=2, warmup=1)
+    assert fake.asked == [*"cab", *"abc", *"bca", "end", "end", "end"]
+    assert all(len(timing.rounds[Shape(1, 2)]) == 2 for timing in race.timings)
+
+
+def test_rounds_fit_into_the_time_of_all_numbers_of_threads(engine: Callable[..., Engine], fake: type[Fake]) -> None:
+    """A round takes a second: 30 seconds are 10 rounds each with three numbers of threads, however many are allowed."""
+
+    def counts(seconds: float, rounds: int) -> list[int]:
+        race = latency.race([engine()], [Shape(1, 2)], threads=(1, 2, 4), rounds=rounds, warmup=0, seconds=seconds)
+        return [len(timing.rounds[Shape(1, 2)]) for timing in race.timings]
+
+    assert counts(30, 50) == [10, 10, 10]
+    assert counts(1000, 8) == [8, 8, 8]
+    assert counts(0, 50) == [latency.FEWEST_ROUNDS] * 3
+    assert counts(0, 2) == [2, 2, 2]
+
+
+def test_an_optional_engine_may_be_missing_and_the_reason_is_kept(
+    engine: Callable[..., Engine], fake: type[Fake]
+) -> None:
+    racing = [engine("here"), engine("absent", optional=True)]
+    race = latency.race(racing, [Shape(1, 2)], threads=(1, 2), rounds=1, warmup=0)
+    assert [timing.engine.name for timing in race.timings] == ["here", "here"]
+    assert race.missing == {"absent": "absent cannot be timed: no compiler"}
+    with pytest.raises(SpdError, match="no compiler"):
+        latency.race([engine("absent")], [Shape(1, 2)], rounds=1, warmup=0)
+
+
+def test_a_turn_is_as_many_calls_as_fit_and_at_least_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    took = iter([3, 1, 9, 2, 50])  # milliseconds
+    clock = 0
+
+    def call() -> None:
+        nonlocal clock
+        clock += next(took) * 10**6
+
+    monkeypatch.setattr(latency.time, "perf_counter_ns", lambda: clock)
+    assert latency.turn(call, 0.014) == {"ms": 2.5, "least": 1.0, "batches": 4}
+    assert latency.turn(call, 0.014) == {"ms": 50.0, "least": 50.0, "batches": 1}
 
 
 def test_a_model_that_does_not_open_is_a_clear_error(engine: Callable[..., Engine], tmp_path: Path) -> None:
     with pytest.raises(SpdError, match=r"broken cannot be timed: onnxruntime cannot open .*none.onnx"):
-        latency.race([engine("broken", path=str(tmp_path / "none.onnx"))], [(1, 2)], rounds=1, warmup=0)
+        latency.race([engine("broken", path=str(tmp_path / "none.onnx"))], [Shape(1, 2)], rounds=1, warmup=0)
 
 
 def test_a_process_that_dies_is_a_clear_error_and_none_is_left(engine: Callable[..., Engine]) -> None:
-    with latency._worker("victim", 60) as worker:
+    with latency.worker("victim", 60) as worker:
         worker.ask({"open": engine().__dict__})
         os.kill(worker.process.pid, signal.SIGKILL)
         with pytest.raises(SpdError, match="the process that times victim died with signal 9"):
-            worker.ask({"batch": 1, "length": 2})
+            worker.ask(TIMED)
     assert worker.process.poll() is not None
 
 
 def test_what_a_dying_process_said_last_is_shown(engine: Callable[..., Engine]) -> None:
-    with latency._worker("victim", 60) as worker:
+    with latency.worker("victim", 60) as worker:
         worker.ask({"open": engine().__dict__})
         with pytest.raises(SpdError, match="died with exit 1: KeyError: 'length'"):
             worker.ask({"batch": 1})
 
 
 def test_a_process_that_hangs_is_given_up(engine: Callable[..., Engine]) -> None:
-    with latency._worker("sleeper", 60) as worker:
+    with latency.worker("sleeper", 60) as worker:
         worker.ask({"open": engine().__dict__})
         os.kill(worker.process.pid, signal.SIGSTOP)
         worker.timeout = 0.2
         with pytest.raises(SpdError, match=r"sleeper did not answer within 0.2 seconds"):
-            worker.ask({"batch": 1, "length": 2})
+            worker.ask(TIMED)
     assert worker.process.poll() is not None
 
 
@@ -119,16 +182,17 @@ def answers(*requests: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def test_the_protocol(engine: Callable[..., Engine]) -> None:
-    opened, timed, closed = answers({"open": engine().__dict__}, {"batch": 2, "length": 3}, {"close": True})
+    opened, timed, closed = answers({"open": engine().__dict__}, TIMED, {"close": True})
     assert set(opened) == {"provider", "nodes", "resident"}
-    assert timed["ms"] > 0
+    assert timed["ms"] >= timed["least"] > 0
+    assert timed["batches"] >= 1
     assert closed["peak"] >= opened["resident"]
 
 
 def test_torch_runs_a_checkpoint(tmp_path: Path, toys: ModuleType) -> None:
     encoders.save(toys.bert(), toys.tokenizer(), tmp_path)
     engine = Engine("torch", "torch", str(tmp_path), vocabulary=len(toys.WORDS), threads=1)
-    opened, timed = answers({"open": engine.__dict__}, {"batch": 2, "length": 64})
+    opened, timed = answers({"open": engine.__dict__}, TIMED | {"length": 64})
     assert opened["provider"] == "torch cpu"
     assert opened["nodes"] is None
     assert timed["ms"] > 0
@@ -140,13 +204,76 @@ def test_errors_are_answered(tmp_path: Path) -> None:
     assert answer["hint"]
 
 
+def test_a_program_of_its_own_may_answer(engine: Callable[..., Engine], tmp_path: Path) -> None:
+    script = tmp_path / "other.py"
+    script.write_text(
+        "import json, sys\n"
+        "for line in sys.stdin:\n"
+        "    print(json.dumps({'provider': 'other', 'nodes': None, 'resident': 1, 'peak': 2, 'ms': 3, 'least': 1}),"
+        " flush=True)\n"
+    )
+    racing = [engine("other", command=(sys.executable, str(script)))]
+    (timing,) = latency.race(racing, [Shape(1, 2)], rounds=2, warmup=0).timings
+    assert (timing.provider, timing.rounds, timing.peak) == ("other", {Shape(1, 2): [3, 3]}, 2)
+
+
+def test_compiled_torch_gives_the_answer_or_the_reason(tmp_path: Path, toys: ModuleType, monkeypatch: Any) -> None:
+    """Compiling itself takes too long for a test: what torch.compile gives stands in for it."""
+    import torch
+
+    encoders.save(toys.bert(), toys.tokenizer(), tmp_path)
+    engine = Engine("compiled", "torch", str(tmp_path), vocabulary=len(toys.WORDS), threads=1, compiled=True)
+    compiled: list[Any] = []
+
+    def stand_in(model: Any, **how: Any) -> Any:
+        compiled.append(how)
+        return model
+
+    monkeypatch.setattr(torch, "compile", stand_in)
+    opened, timed = answers({"open": engine.__dict__}, TIMED)
+    assert compiled == [{"dynamic": True}]
+    assert opened["provider"] == "torch cpu"
+    assert timed["ms"] > 0
+
+    class Broken(torch.nn.Module):
+        def forward(self, **_: Any) -> None:
+            raise RuntimeError("no g++ found\nand a long trace")
+
+    monkeypatch.setattr(torch, "compile", lambda _model, **_how: Broken())
+    (answer,) = answers({"open": engine.__dict__})
+    assert answer["error"] == "torch.compile does not work here: no g++ found"
+
+
+def test_without_fusions_the_answer_is_the_same(tmp_path: Path, toys: ModuleType) -> None:
+    encoders.save(toys.bert(), toys.tokenizer(), tmp_path / "checkpoint")
+    Onnx.export(tmp_path / "checkpoint", tmp_path, toys.recipe())
+    fused = Engine("x", "onnxruntime", str(tmp_path / "onnx/model.onnx"), vocabulary=len(toys.WORDS), threads=1)
+    given = latency._batch(Shape(3, 9), fused)
+    (forward, *ran), (raw, *ran_raw) = (latency._in_onnxruntime(replace(fused, fused=yes)) for yes in (True, False))
+    assert ran == ran_raw
+    np.testing.assert_allclose(forward(given)[0], raw(given)[0], atol=1e-5)
+    session = latency.runtime.open_session(Path(fused.path), fused=False)
+    level = session.get_session_options().graph_optimization_level
+    assert level == onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+
+
 def test_tokens_are_full_rows_without_padding() -> None:
     engine = Engine("x", "onnxruntime", "", vocabulary=10, pad=3)
-    batch = latency._batch((20, 30), engine)
+    batch = latency._batch(Shape(20, 30), engine)
     assert batch["attention_mask"].all()
     assert not batch["token_type_ids"].any()
     assert set(batch["input_ids"].flat) == set(range(10)) - {3}
-    assert (batch["input_ids"] == latency._batch((20, 30), engine)["input_ids"]).all()
+    assert (batch["input_ids"] == latency._batch(Shape(20, 30), engine)["input_ids"]).all()
+
+
+def test_a_padded_batch_has_the_same_tokens_up_to_each_real_length() -> None:
+    engine = Engine("x", "onnxruntime", "", vocabulary=10, pad=3)
+    full, padded = latency._batch(Shape(2, 4), engine), latency._batch(Shape(2, 4, (4, 1)), engine)
+    assert padded["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 0, 0, 0]]
+    assert padded["input_ids"][1, 1:].tolist() == [3, 3, 3]
+    real = padded["attention_mask"] == 1
+    assert (padded["input_ids"] == full["input_ids"])[real].all()
+    assert (str(Shape(2, 4)), str(Shape(2, 4, (4, 1)))) == ("2x4", "2x4 padded")
 
 
 def test_memory_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,19 +11,30 @@ import pytest
 
 from spdtool.bench import report
 from spdtool.bench.latency import Engine, Shape, Timing
+from spdtool.bench.ledger import Machine, Matrix, entry
+from spdtool.bench.report import Bench
 
-SMALL, LARGE = (1, 16), (8, 64)
+SMALL, LARGE, PADDED = Shape(1, 16), Shape(8, 64), Shape(8, 64, (64, 40, 30, 30, 30, 20, 10, 32))
 
 
-def timing(name: str, rounds: dict[Shape, Sequence[float]], **how: Any) -> Timing:
-    engine = Engine(name, "onnxruntime", "somewhere", vocabulary=9)
+def timing(name: str, rounds: dict[Shape, Sequence[float]], threads: int = 1, **how: Any) -> Timing:
+    engine = Engine(name, "onnxruntime", "somewhere", 9, threads=threads, baseline=name in ("teacher", "unfused"))
     facts: dict[str, Any] = {"provider": "CPU", "nodes": {"CPU": {"MatMul": 3, "Add": 2}}, "resident": 2**20}
-    return Timing(engine, rounds={shape: list(ms) for shape, ms in rounds.items()}, **facts | {"peak": 3 * 2**20} | how)
+    facts |= {"least": {shape: min(ms) / 2 for shape, ms in rounds.items()}, "peak": 3 * 2**20}
+    return Timing(engine, rounds={shape: list(ms) for shape, ms in rounds.items()}, **facts | how)
 
 
-def rounds(factor: float, count: int = 20, noise: float = 0.02, seed: int = 0) -> Timing:
-    drawn = 1 + noise * np.random.default_rng(seed).standard_normal((2, count))
-    return timing("x", {SMALL: factor * drawn[0], LARGE: 10 * factor * drawn[1]})
+def noisy(name: str, factor: float, seed: int = 0, *, count: int = 20, noise: float = 0.02, threads: int = 1) -> Timing:
+    drawn = np.exp(noise * np.random.default_rng(seed).standard_normal((2, count)))
+    return timing(name, {SMALL: factor * drawn[0], LARGE: 10 * factor * drawn[1]}, threads)
+
+
+def facts(size: int, sparsity: float = 0.0, **more: Any) -> dict[str, Any]:
+    return {"bytes": size, "sparsity": sparsity, "dev": {"score": 0.9}} | more
+
+
+def against(slow: Timing, fast: Timing, shapes: Sequence[Shape]) -> report.Ratio:
+    return report.ratio([slow] * len(shapes), fast, shapes)
 
 
 def test_summary_is_percentiles_and_throughput() -> None:
@@ -37,66 +49,197 @@ def test_interval_of_the_median_is_that_of_the_sign_test(count: int, rank: int) 
 
 def test_ratio_is_paired_round_by_round() -> None:
     drift = np.linspace(1, 3, 20)  # the machine slows down threefold; pairs do not notice
-    found = report.ratio(timing("t", {SMALL: 2 * drift}), timing("s", {SMALL: drift}), [SMALL])
+    found = against(timing("t", {SMALL: 2 * drift}), timing("s", {SMALL: drift}), [SMALL])
     assert (found.median, found.low, found.high) == pytest.approx((2, 2, 2))
 
 
 def test_ratio_over_shapes_is_their_geometric_mean() -> None:
     dense = timing("t", {SMALL: [4.0] * 8, LARGE: [9.0] * 8})
-    found = report.ratio(dense, timing("s", {SMALL: [1.0] * 8, LARGE: [9.0] * 8}), [SMALL, LARGE])
+    found = against(dense, timing("s", {SMALL: [1.0] * 8, LARGE: [9.0] * 8}), [SMALL, LARGE])
     assert found.median == pytest.approx(2)
 
 
-def facts(size: int, sparsity: float = 0.0) -> dict[str, Any]:
-    return {"bytes": size, "sparsity": sparsity, "dev": {"score": 0.9}}
+def test_the_dense_model_is_the_faster_of_its_two_forms_at_each_shape_and_number_of_threads() -> None:
+    bench = Bench(
+        [
+            timing("teacher", {SMALL: [2.0] * 6, LARGE: [8.0] * 6}),
+            timing("unfused", {SMALL: [1.0] * 6, LARGE: [9.0] * 6}),
+            timing("student", {SMALL: [1.0] * 6, LARGE: [1.0] * 6}),
+            timing("teacher", {SMALL: [3.0] * 6, LARGE: [3.0] * 6}, threads=2),
+            timing("unfused", {SMALL: [9.0] * 6, LARGE: [9.0] * 6}, threads=2),
+            timing("student", {SMALL: [1.0] * 6, LARGE: [1.0] * 6}, threads=2),
+        ],
+        {},
+    )
+    speeds = [bench.speed(bench.of("student", threads), [shape]).median for threads in (1, 2) for shape in bench.grid]
+    assert speeds == pytest.approx([1, 8, 3, 3])
+    assert [bench.dense(1, shape).engine.name for shape in bench.grid] == ["unfused", "teacher"]
 
 
-def said(speed: report.Ratio, student: dict[str, Any], count: int = 20) -> str:
-    return " ".join(report.verdict(speed, count, "CPU", facts(1000), student))
+def two(student: Timing, facts_of: dict[str, Any], teacher: Timing | None = None, **more: Any) -> str:
+    """The verdict on a student against a teacher of 1000 bytes."""
+    known = {"teacher": facts(1000), "student": facts_of}
+    return " ".join(report.verdict(Bench([teacher or noisy("teacher", 1), student], known, **more)))
 
 
-class TestVerdict:
+class TestPlainStudent:
     def test_zeros_that_buy_nothing(self) -> None:
-        speed = report.ratio(rounds(1), rounds(1, seed=1), [SMALL, LARGE])
-        text = said(speed, facts(1000, 0.9))
-        assert f"with 90.0% zeros, {speed} that of the dense teacher on CPU, over 20 paired rounds" in text
+        text = two(noisy("student", 1, 1), facts(1000, 0.9))
+        speed = against(noisy("teacher", 1), noisy("student", 1, 1), [SMALL, LARGE])
+        assert (
+            f"Speed of student, 90.0% zeros, 1 thread: {speed} that of the dense teacher on CPU, over 20 paired" in text
+        )
         assert "no difference beyond the noise: it multiplies the zeros" in text
         assert "1.00x smaller, 1,000 of 1,000 bytes: it stores the zeros" in text
         assert "What would help: for speed, " in text
         assert "; for size, " in text
 
     def test_zeros_that_buy_speed_and_size(self) -> None:
-        text = said(report.ratio(rounds(3), rounds(1, seed=1), [SMALL, LARGE]), facts(200, 0.9))
+        text = two(noisy("student", 1, 1), facts(200, 0.9), noisy("teacher", 3))
         assert "faster, beyond the noise (skipping every zero would make the matrix products 10.0x as fast)" in text
         assert "5.00x smaller, 200 of 1,000 bytes: it leaves zeros out" in text
         assert "What would help" not in text
 
     def test_zeros_that_cost(self) -> None:
-        text = said(report.ratio(rounds(1), rounds(2, seed=1), [SMALL]), facts(1000, 0.9))
-        assert "slower, beyond the noise" in text
+        assert "slower, beyond the noise" in two(noisy("student", 2, 1), facts(1000, 0.9))
 
     def test_noise_is_called_noise(self) -> None:
-        for speed in (report.Ratio(1.18, 0.96, 1.55), report.Ratio(0.95, 0.7, 1.01)):
-            text = said(speed, facts(1000, 0.9))
-            assert "the rounds scatter too much to tell" in text
-            assert "it multiplies" not in text
+        text = two(noisy("student", 1, 1, noise=0.4), facts(1000, 0.9), noisy("teacher", 1, noise=0.4))
+        assert "the rounds scatter too much to tell" in text
+        assert "it multiplies" not in text
 
     def test_a_difference_that_is_real_and_worthless(self) -> None:
-        text = said(report.Ratio(1.02, 1.01, 1.03), facts(500, 0.9))
+        text = two(noisy("student", 1, 1, noise=0.001), facts(500, 0.9), noisy("teacher", 1.02, noise=0.001))
         assert "next to nothing" in text
         assert "for size" not in text
 
     def test_few_rounds_say_nothing(self) -> None:
-        text = said(report.Ratio(2.0, 2.0, 2.0), facts(1000, 0.9), count=5)
+        text = two(noisy("student", 1, 1, count=5), facts(1000, 0.9), noisy("teacher", 2, count=5))
         assert "5 rounds are too few to tell it from noise" in text
         assert "faster" not in text
 
     def test_no_zeros_promise_nothing(self) -> None:
-        text = said(report.Ratio(1.0, 0.9, 1.1), facts(1000))
-        assert (
-            text
-            == "The student has no more zeros than the teacher, and runs at 1.00x (0.90x to 1.10x) its speed on CPU."
+        text = two(noisy("student", 1), facts(1000))
+        assert text == (
+            "The student has no more zeros than the teacher; against it, it runs at 1.00x (1.00x to 1.00x) with "
+            "1 thread."
         )
+
+    def test_it_is_held_against_the_teacher_in_its_own_form(self) -> None:
+        """The unfused teacher is faster here: that is no fault of the zeros."""
+        timings = [noisy("teacher", 1), noisy("unfused", 0.5), noisy("student", 1, 1)]
+        bench = Bench(timings, {"teacher": facts(1000), "student": facts(1000, 0.9)})
+        assert "no difference beyond the noise" in report.verdict(bench)[0]
+        assert report.overview(bench)[1][2][5] == "0.50x"
+
+    def test_notes_come_last(self) -> None:
+        assert two(noisy("student", 1), facts(1000, 0.9), notes=["Not timed: x."]).endswith("Not timed: x.")
+
+
+def sparse(factor: float = 0.25, padding: float = 0.125, int8: float = 0.5, **more: Any) -> Bench:
+    """A bench with a sparse engine, in which `factor` is its share of the teacher's time."""
+    timings = []
+    for threads in (1, 2):
+        base = {SMALL: 8.0 / threads, LARGE: 80.0 / threads, PADDED: 80.0 / threads}
+        for name, share, padded in (
+            ("teacher", 1.0, 1.0), ("student", 1.0, 1.0), ("sparse-cpu", factor, padding), ("int8", int8, int8),
+        ):  # fmt: skip
+            shares = (
+                {SMALL: share / 2, LARGE: share, PADDED: padded} if name == "sparse-cpu" else dict.fromkeys(base, share)
+            )
+            timings.append(timing(name, {shape: [ms * shares[shape]] * 6 for shape, ms in base.items()}, threads))
+    known = {"teacher": facts(1000), "student": facts(1000, 0.9), "int8": {"bytes": 260}}
+    rounded = {"values": "fp16", "embeddings": "int8", "checkpoint_dev": {"score": 0.9012}, "flipped": 3, "rows": 400}
+    known["sparse-cpu"] = facts(180, 0.9, **rounded)
+    return Bench(timings, known, sparse=["sparse-cpu"], **more)
+
+
+class TestSparseEngine:
+    def test_the_headline_names_threads_mean_and_range(self) -> None:
+        lines = report.verdict(sparse())
+        assert lines[0] == (
+            "Speed of sparse-cpu, 90.0% zeros, 1 thread: 5.66x (5.66x to 5.66x) that of the dense teacher on CPU, over "
+            "6 paired rounds, 4.00x at 8x64 to 8.00x at 1x16: faster, beyond the noise (skipping every zero would make "
+            "the matrix products 10.0x as fast)."
+        )
+        assert "2 threads: 5.66x" in lines[1]
+        assert any(
+            line.startswith("The same zeros in plain onnxruntime: 1.00x (1.00x to 1.00x) with 1") for line in lines
+        )
+        assert not any("What would help" in line for line in lines)
+
+    def test_padding_that_is_left_out_is_not_credited_to_the_zeros(self) -> None:
+        text = " ".join(report.verdict(sparse()))
+        assert "Padding: at 8x64 padded, where 50% of the tokens are real, sparse-cpu has 8.00x with 1 thread" in text
+        assert "it computes such a batch 2.00x as fast as a full one: that part is padding left out, not zeros." in text
+        text = " ".join(report.verdict(sparse(padding=0.25)))
+        assert (
+            "sparse-cpu has 4.00x with 1 thread, 4.00x with 2 threads; it computes padding like any other token."
+            in text
+        )
+
+    def test_a_little_padding_is_not_explained(self) -> None:
+        bench, nearly = sparse(padding=0.25), Shape(8, 64, (64,) * 7 + (50,))
+        for part in bench.timings:
+            part.rounds[nearly] = part.rounds.pop(PADDED)
+        (line,) = [line for line in report.verdict(bench) if line.startswith("Padding")]
+        assert line == (
+            "Padding: at 8x64 padded, where 97% of the tokens are real, sparse-cpu has 4.00x with 1 thread, "
+            "4.00x with 2 threads."
+        )
+
+    def test_padding_without_its_full_twin_is_not_explained(self) -> None:
+        bench = sparse()
+        for part in bench.timings:
+            del part.rounds[LARGE]
+        (line,) = [line for line in report.verdict(bench) if line.startswith("Padding")]
+        assert line.endswith("8.00x with 2 threads.")
+
+    def test_rounding_is_told_where_weights_are_rounded(self) -> None:
+        text = " ".join(report.verdict(sparse()))
+        assert (
+            "Rounding (pruned matrices as fp16, embeddings as int8): dev score 0.9000, that of its checkpoint 0.9012; "
+            "3 of 400 predictions changed." in text
+        )
+        exact = sparse()
+        exact.facts["sparse-cpu"].pop("values")  # type: ignore[attr-defined]
+        assert "Rounding" not in " ".join(report.verdict(exact))
+
+    def test_the_file_is_taken_apart_where_the_ledger_knows(self) -> None:
+        assert "File of sparse-cpu: 5.56x smaller, 180 of 1,000 bytes: it leaves zeros out." in report.verdict(sparse())
+        text = " ".join(report.verdict(sparse(ledger=ledger())))
+        assert "the pruned matrices went from 600 to 90 bytes" in text
+        assert "all the rest from 400 to 90 (fewer bits only)" in text
+
+    def test_int8_is_faced_at_every_point(self) -> None:
+        text = " ".join(report.verdict(sparse()))
+        assert (
+            "int8 (whose score is not measured), sparse-cpu is faster at every point of the grid: 2.00x to 4.00x"
+            in text
+        )
+        text = " ".join(report.verdict(sparse(int8=0.2)))
+        assert "sparse-cpu is slower at 8x64 with 1 thread (0.80x), 8x64 with 2 threads (0.80x): 0.80x to 1.60x" in text
+
+
+def ledger(packed: bool = True) -> list[dict[str, Any]]:
+    """Three matrices in two layers, each of 200 dense bytes."""
+    names = ("e.layer.0.query.weight", "e.layer.0.key.weight", "e.layer.1.query.weight")
+    times = {tokens: {"dense": [0.004] * 3, "sparse": [0.001] * 3 if packed else None} for tokens in (32, 128)}
+    matrices = [Matrix(name, 5, 10, 10, 200, 30 if packed else None) for name in names]
+    return [entry(matrix, times, Machine(1e9, 1e9)) for matrix in matrices]
+
+
+def test_the_ledger_is_shown_by_layer() -> None:
+    columns, rows = report.ledger_table(ledger())
+    assert columns[5] == "dense us (128 tokens)"
+    assert rows == [
+        ["e.layer.0", 20, "20.00%", 400, 60, 8.0, 2.0, "4.00x", pytest.approx(5.12)],
+        ["e.layer.1", 10, "20.00%", 200, 30, 4.0, 1.0, "4.00x", pytest.approx(2.56)],
+    ]
+    assert [row[4:8] for row in report.ledger_table(ledger(packed=False))[1]] == [
+        ["-", 8.0, "-", "-"],
+        ["-", 4.0, "-", "-"],
+    ]
 
 
 def three() -> list[Timing]:
@@ -109,9 +252,11 @@ def three() -> list[Timing]:
     ]
 
 
+KNOWN = {"teacher": facts(1000), "student": facts(900, 0.9)}
+
+
 def test_overview_has_a_row_for_each_engine() -> None:
-    exported = {"teacher": facts(1000), "student": facts(900, 0.9)}
-    columns, rows = report.overview(three(), exported)
+    columns, rows = report.overview(Bench(three(), KNOWN))
     assert columns == ["engine", "score", "zeros", "bytes", "RAM", "speed", "ms 1x16", "ms 8x64"]
     assert rows == [
         ["teacher", 0.9, "0.00%", 1000, "3M", "1.00x", 2.0, 20.0],
@@ -120,28 +265,44 @@ def test_overview_has_a_row_for_each_engine() -> None:
     ]
 
 
-def test_overview_shows_the_first_and_the_last_shape() -> None:
-    shapes = {(1, 4): [1.0] * 6, (1, 8): [2.0] * 6, (2, 8): [3.0] * 6}
-    columns, rows = report.overview([timing("teacher", shapes)], {})
-    assert columns[-2:] == ["ms 1x4", "ms 2x8"]
-    assert rows[0][-2:] == [1.0, 3.0]
+def test_overview_has_a_speed_for_each_number_of_threads_and_nothing_of_padding() -> None:
+    columns, rows = report.overview(sparse())
+    assert columns == ["engine", "score", "zeros", "bytes", "RAM", "speed 1t", "2t", "ms 1x16", "ms 8x64"]
+    assert rows[2] == ["sparse-cpu", 0.9, "90.00%", 180, "3M", "5.66x", "5.66x", 0.5, 10.0]
+    assert rows[3][:4] == ["int8", "-", "-", 260]
 
 
-def test_details_have_every_engine_at_every_shape() -> None:
-    entries = report.details(three())
+def test_details_have_every_engine_at_every_shape_with_every_number_of_threads() -> None:
+    entries = report.details(Bench(three(), KNOWN))
     assert [(entry["engine"], entry["batch"], entry["length"]) for entry in entries] == [
-        (name, *shape) for shape in (SMALL, LARGE) for name in ("teacher", "student", "torch")
+        (name, shape.batch, shape.length) for shape in (SMALL, LARGE) for name in ("teacher", "student", "torch")
     ]
     assert entries[1]["ratio"] == {"median": 2.0, "low": 2.0, "high": 2.0}
     assert entries[4]["rows_per_second"] == pytest.approx(800)
+    assert entries[4]["min"] == 5.0
+    assert [entry["threads"] for entry in report.details(sparse())] == [1] * 12 + [2] * 12
+    assert report.details(sparse())[-1]["shape"] == "8x64 padded"
 
 
-def test_markdown_shows_verdict_percentiles_nodes_and_machine() -> None:
-    text = report.markdown("toy", three(), ["It multiplies."], {"threads": 2, "versions": {"a": "1", "b": "2"}})
-    assert text.startswith("# toy\n\nIt multiplies.\n")
-    assert "| student | CPU | 8 | 64 | 10.000 | 10.000 | 10.000 | 10.000 | 800.0 | 2.00x (2.00x to 2.00x) |" in text
+def test_markdown_shows_verdict_percentiles_ledger_nodes_and_machine() -> None:
+    environment = {"threads": 2, "versions": {"a": "1", "b": "2"}}
+    text = report.markdown("toy", Bench(three(), KNOWN, ledger=ledger(), environment=environment))
+    assert text.startswith("# toy\n\n- Speed of student, 90.0% zeros")
+    assert (
+        "| student | CPU | 1 | 8x64 | 5.000 | 10.000 | 10.000 | 10.000 | 10.000 | 800.0 | 2.00x (2.00x to 2.00x) |"
+        in text
+    )
+    assert "| student | 0.9 | 90.00% | 900 | 3M | 2.00x | 1 | 10 |" in text
     assert "| teacher | CPU 5 | 1 | 3 |" in text
     assert "| torch | torch | 1 | 3 |" in text
-    assert "| teacher | CPU | 1 | 16 | 2.000 | 2.000 | 2.000 | 2.000 | 500.0 | 1x |" in text
+    assert "| teacher | CPU | 1 | 1x16 | 1.000 | 2.000 | 2.000 | 2.000 | 2.000 | 500.0 | 1x |" in text
+    assert (
+        "| e.layer.1.query.weight | 5x10 | 10 | 20.00% | 200 | 30 | 128 | 4.0 | 3.2 | 1.0 | 2.6 | 4.00x | 2.6 | 256% |"
+        in text
+    )
     assert "| threads | 2 |" in text
     assert "| versions | a 1, b 2 |" in text
+
+
+def test_a_report_without_a_ledger_has_none() -> None:
+    assert "Ledger" not in report.markdown("toy", replace(Bench(three(), KNOWN), ledger=()))

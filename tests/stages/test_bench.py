@@ -7,89 +7,225 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from spdtool import encoders
-from spdtool.errors import DeviceError, StageMissing
+from spdtool import encoders, plugins
+from spdtool.bench import int8, latency, ledger
+from spdtool.errors import DeviceError, ModelError, SpdError, StageMissing
 from spdtool.export.onnx import Onnx
+from spdtool.recipe import parse
 from spdtool.run import Run
+from spdtool.stages import bench as stage
 from spdtool.stages.bench import bench
+
+FEW = ("bench.torch=false", "bench.int8=false", "bench.unfused=false", "bench.ledger=false", "bench.padded=[]")
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> Path:
-    """A folder with a checkpoint and its export, made once."""
+    """A folder with two checkpoints and their exports, made once: `teacher`, and `student` with half of it zero."""
     folder = tmp_path_factory.mktemp("exported")
-    encoders.save(toys.bert(), toys.tokenizer(), folder / "checkpoint")
-    Onnx.export(folder / "checkpoint", folder / "onnx", toys.recipe())
+    model = toys.bert()
+    for role in ("teacher", "student"):
+        encoders.save(model, toys.tokenizer(), folder / role / "checkpoint")
+        Onnx.export(folder / role / "checkpoint", folder / role / "onnx", toys.recipe())
+        with torch.no_grad():
+            for weight in encoders.prunable_linears(model).values():
+                weight.view(-1)[::2] = 0
     return folder
 
 
 @pytest.fixture
-def run(tmp_path: Path, toys: ModuleType, exported: Path) -> Callable[..., Run]:
-    """`run("bench.rounds=3")`: a run whose teacher and export stages are done."""
+def run(tmp_path: Path, toys: ModuleType, exported: Path, monkeypatch: Any) -> Callable[..., Run]:
+    """`run("bench.rounds=3")`: a run whose teacher and export stages are done.
 
-    def make(*sets: str) -> Run:
+    With `further="twin"`, its export has the student for a target of that name too.
+    """
+    monkeypatch.setattr(ledger, "PEAK_SECONDS", 0)
+
+    def make(*sets: str, further: str | None = None) -> Run:
         quick = [
             "bench.batches=[1, 3]",
             "bench.lengths=[8, 500]",
             "bench.rounds=3",
             "bench.warmup=1",
             "bench.threads=1",
+            "bench.compiled=false",
+            "export.optional=[]",
         ]
         made = Run.at(tmp_path / "run", toys.recipe(*quick, *sets))
         with made.stage("teacher") as work:
-            shutil.copytree(exported / "checkpoint", work.folder, dirs_exist_ok=True)
+            shutil.copytree(exported / "teacher/checkpoint", work.folder, dirs_exist_ok=True)
         with made.stage("export") as work:
             for role, sparsity in (("teacher", 0.0), ("student", 0.5)):
-                shutil.copytree(exported / "onnx", work.folder / role)
-                work.metrics[role] = {
-                    "files": ["onnx/model.onnx"],
-                    "bytes": (work.folder / role / "onnx/model.onnx").stat().st_size,
-                    "sparsity": sparsity,
-                    "dev": {"score": 0.75},
-                    "positions": 64,
-                }
+                work.metrics[role] = place(exported / role / "onnx", work.folder / role, sparsity)
+            if further:
+                copied = place(exported / "student/onnx", work.folder / further / "student", 0.5)
+                work.metrics[further] = {"student": copied}
         return made
 
     return make
 
 
+def place(source: Path, folder: Path, sparsity: float) -> dict[str, Any]:
+    """Copy an export to its place, and say of it what the export stage would."""
+    shutil.copytree(source, folder)
+    file = folder / "onnx/model.onnx"
+    facts = {"files": ["onnx/model.onnx"], "bytes": file.stat().st_size, "sparsity": sparsity, "positions": 64}
+    return facts | {"dev": {"score": 0.75}}
+
+
+def names(metrics: dict[str, Any]) -> list[str]:
+    return [row[0] for row in metrics["rows"]]
+
+
 def test_every_engine_is_measured_and_the_figures_are_kept(
     run: Callable[..., Run], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = run()
+    made = run("bench.padded=[[3, 60]]")
     metrics = bench(made)
     folder = made.path / "bench"
     assert sorted(path.name for path in folder.iterdir()) == ["bench.json", "bench.md", "stage.json"]
     assert made.record("bench")["metrics"] == json.loads(json.dumps(metrics))
     assert set(made.record("bench")["inputs"]) == {"teacher", "export"}
-    assert metrics["columns"][-2:] == ["ms 1x8", "ms 3x64"]
-    assert [row[0] for row in metrics["rows"]] == ["teacher", "student", "torch"]
+    assert metrics["columns"][-3:] == ["speed", "ms 1x8", "ms 3x64"]
+    assert names(metrics) == ["teacher", "student", "unfused", "int8", "torch"]
     assert metrics["rows"][1][1:4] == [0.75, "50.00%", (made.path / "export/student/onnx/model.onnx").stat().st_size]
+    assert metrics["rows"][3][1:3] == ["-", "-"]
+    assert metrics["rows"][3][3] < metrics["rows"][0][3]
     assert metrics["provider"] == "CPUExecutionProvider"
-    assert metrics["size"] == 1.0
+    assert (metrics["size"], metrics["best"]) == (1.0, "student")
     assert "3 rounds are too few" in metrics["verdict"][0]
     assert "it stores the zeros" in metrics["verdict"][1]
-    assert len(metrics["latency"]) == 12
+    assert metrics["verdict"][-1] == "Padded shapes: real lengths are spread evenly from 1 to the longest."
+    assert len(metrics["latency"]) == 25
     raw = json.loads((folder / "bench.json").read_text())
-    assert raw["environment"]["threads"] == 1
+    assert raw["environment"]["threads"] == "1"
+    assert "GFLOP/s" in raw["environment"]["peak with 1 threads"]
     for engine in raw["engines"]:
-        assert len(engine["rounds_ms"]) == 4
+        assert len(engine["rounds_ms"]) == 5
         assert all(len(entry["ms"]) == 3 and np.min(entry["ms"]) > 0 for entry in engine["rounds_ms"])
-    onnx, torch = raw["engines"][1], raw["engines"][2]
+        assert sorted(engine["rounds_ms"][-1]["real"]) == [1, 30, 60]
+    onnx, torch = raw["engines"][1], raw["engines"][-1]
     assert onnx["nodes"]["CPUExecutionProvider"]["MatMul"] > 8
     assert onnx["peak_bytes"] < torch["peak_bytes"]
     assert str(made.path) not in (folder / "bench.json").read_text()
     assert metrics["verdict"][0] in (folder / "bench.md").read_text()
     assert "the model has 64 positions: length 500 is timed at 64" in capsys.readouterr().err
+    assert len(raw["ledger"]) == 12
+    assert {entry["density"] for entry in raw["ledger"]} == {0.5}
+    assert {entry["sparse_bytes"] for entry in raw["ledger"]} == {None}
+    assert [row[0] for row in metrics["tables"][0]["rows"]] == ["bert.encoder.layer.0", "bert.encoder.layer.1"]
 
 
-def test_torch_can_be_left_out(run: Callable[..., Run]) -> None:
-    metrics = bench(run("bench.torch=false", "bench.rounds=1", "bench.batches=[1]"))
-    assert [row[0] for row in metrics["rows"]] == ["teacher", "student"]
+def test_whatever_the_recipe_does_not_want_is_left_out(run: Callable[..., Run]) -> None:
+    metrics = bench(run(*FEW, "bench.rounds=1", "bench.batches=[1]"))
+    assert names(metrics) == ["teacher", "student"]
+    assert metrics["tables"] == metrics["ledger"] == []
+    assert "real lengths" not in str(metrics["verdict"])
+
+
+def test_engines_are_compared_with_each_number_of_threads(run: Callable[..., Run], monkeypatch: Any) -> None:
+    monkeypatch.setattr(stage.runtime, "cores", lambda: 2)
+    metrics = bench(run(*FEW, "bench.threads=[1, 0, 2]", "bench.rounds=1", "bench.batches=[1]"))
+    assert [entry["threads"] for entry in metrics["latency"]] == [1, 1, 1, 1, 2, 2, 2, 2]
+    assert metrics["columns"][5:7] == ["speed 1t", "2t"]
+    assert set(metrics["speeds"]) == {"1", "2"}
+
+
+def test_a_machine_of_one_core_has_one_number_of_threads(run: Callable[..., Run], monkeypatch: Any) -> None:
+    monkeypatch.setattr(stage.runtime, "cores", lambda: 1)
+    metrics = bench(run(*FEW, "bench.threads=[1, 0]", "bench.rounds=1", "bench.batches=[1]"))
+    assert set(metrics["speeds"]) == {"1"}
+
+
+def test_a_further_target_is_a_row_with_its_libraries_and_the_headline(
+    run: Callable[..., Run], clean_plugins: None, monkeypatch: Any
+) -> None:
+    class Twin(Onnx):
+        """The plain file under another name."""
+
+        roles = ("student",)
+
+        @staticmethod
+        def libraries(folder: Path) -> list[str]:
+            return [str(folder / "lib.so")]
+
+    plugins.targets.register("twin")(Twin)
+    raced: list[latency.Engine] = []
+    race = latency.race
+
+    def watch(engines: Any, *shapes: Any, **how: Any) -> latency.Race:
+        raced.extend(engines)
+        return race([latency.replace(engine, libraries=()) for engine in engines], *shapes, **how)
+
+    monkeypatch.setattr(latency, "race", watch)
+    made = run(*FEW, "bench.rounds=1", "bench.batches=[1]", further="twin")
+    metrics = bench(made)
+    assert names(metrics) == ["teacher", "student", "twin"]
+    assert raced[2].libraries == (str(made.path / "export/twin/student/lib.so"),)
+    assert metrics["best"] == "twin"
+    assert metrics["verdict"][0].startswith("Speed of twin, 50.0% zeros, 1 thread")
+    assert str(made.path) not in (made.path / "bench/bench.json").read_text()
+
+
+def test_a_target_that_is_gone_or_never_came_is_said(run: Callable[..., Run], clean_plugins: None) -> None:
+    metrics = bench(run(*FEW, "export.optional=['vanished']", "bench.rounds=1", "bench.batches=[1]", further="twin"))
+    assert names(metrics) == ["teacher", "student"]
+    said = " ".join(metrics["verdict"])
+    assert "Not timed: twin: there is no export target 'twin'" in said
+    assert "Not exported, so not timed: vanished: there is no export target 'vanished'" in said
+
+
+def test_what_cannot_be_made_or_compiled_here_is_said(run: Callable[..., Run], monkeypatch: Any) -> None:
+    def refuse(*_: Any) -> None:
+        raise ModelError("onnxruntime cannot quantise model.onnx: no")
+
+    monkeypatch.setattr(int8, "quantise", refuse)
+    ask = latency.Worker.ask
+
+    def without_a_compiler(self: Any, request: dict[str, Any]) -> dict[str, Any]:
+        if request.get("open", {}).get("compiled"):
+            raise SpdError("compiled cannot be timed: torch.compile does not work here: no g++")
+        return ask(self, request)
+
+    monkeypatch.setattr(latency.Worker, "ask", without_a_compiler)
+    wanted = [part for part in FEW if not part.startswith(("bench.torch", "bench.int8"))]
+    metrics = bench(run(*wanted, "bench.compiled=true", "bench.rounds=1", "bench.batches=[1]"))
+    assert names(metrics) == ["teacher", "student", "torch"]
+    said = " ".join(metrics["verdict"])
+    assert "Not timed: int8: onnxruntime cannot quantise model.onnx: no." in said
+    assert "compiled cannot be timed: torch.compile does not work here: no g++." in said
+
+
+def test_real_lengths_follow_the_dev_set(toy_task: Callable[..., Any], toys: ModuleType, exported: Path) -> None:
+    toy_task()
+    notes: list[str] = []
+    shapes = stage.fitting_shapes(toys.recipe("bench.padded=[[8, 40]]"), 64, exported / "teacher/onnx", notes)
+    assert notes == ["Padded shapes: real lengths are spread as in the dev set, scaled to the longest."]
+    assert [str(shape) for shape in shapes] == ["1x32", "1x64", "8x32", "8x64", "8x40 padded"]
+    assert len(shapes[-1].real) == 8
+    assert max(shapes[-1].real) == 40
+    assert 10 < np.mean(shapes[-1].real) < 36
+
+
+def test_real_lengths_are_quantiles_scaled_to_the_longest_and_the_same_every_time() -> None:
+    seen = np.array([10, 20, 30, 40, 50, 60, 70, 80])
+    drawn = stage.real_lengths(4, 100, seen)
+    assert sorted(drawn) == sorted(np.rint(np.quantile(seen, [0.125, 0.375, 0.625, 0.875]) / 71.25 * 100).astype(int))
+    assert drawn == stage.real_lengths(4, 100, seen)
+    assert sorted(stage.real_lengths(5, 9, None)) == [1, 3, 5, 7, 9]
+    assert stage.real_lengths(1, 9, np.array([3])) == (9,)
+    assert min(stage.real_lengths(2, 3, np.array([1, 1000]))) == 1
+
+
+def test_one_number_of_threads_of_an_older_recipe_is_read(toys: ModuleType) -> None:
+    assert parse({"bench": {"threads": 3}}).bench.threads == (3,)
+    assert toys.recipe("bench.threads=[1, 2]").bench.threads == (1, 2)
 
 
 def test_it_needs_the_export(toy_run: Callable[..., Run]) -> None:

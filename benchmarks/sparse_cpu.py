@@ -1,0 +1,223 @@
+"""How fast exact zeros run on this CPU: encoders with random weights and random zeros, engine by engine, side by side.
+
+    python benchmarks/sparse_cpu.py                               the whole table; about a quarter of an hour
+    python benchmarks/sparse_cpu.py --models minilm-90 --threads 1 --shapes 1x32 1x128
+    python benchmarks/sparse_cpu.py --deepsparse-python PATH      with DeepSparse 1.8, by an interpreter that has it
+
+Engines: onnxruntime on the file with zeros (all optimisations, and only basic ones; the faster of the two is the 1x: it
+multiplies zeros as fast as anything else), its dynamic int8, the target sparse-cpu if it is installed, DeepSparse on
+the same zeros if it is given. Speed does not depend on what the weights are, but on where the zeros are; these are
+spread at random, evenly over each matrix. The files are kept under --out and used again. Prints one Markdown table a
+model: medians of paired rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+from spdtool import console, encoders, plugins
+from spdtool.bench import int8, latency, ledger, report
+from spdtool.bench.latency import Engine, Shape
+from spdtool.errors import SpdError
+from spdtool.export import targets
+from spdtool.export.onnx import Onnx
+from spdtool.recipe import Recipe, resolve
+
+VOCABULARY = 30522
+SHAPES = ("1x32", "1x128", "8x128", "32x128", "8x128p", "32x128p")
+WORKER = Path(__file__).with_name("deepsparse_worker.py")
+IR_VERSION = 8  # the newest that DeepSparse 1.8 reads is 9
+SIZES = {
+    "minilm": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
+    "bert": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
+}
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a model was made into. `sparse` is the folder of the target sparse-cpu; None where it is not installed."""
+
+    dense: Path
+    int8: Path
+    classic: Path
+    sparse: Path | None
+
+
+def made(name: str, out: Path, values: str) -> Files:
+    """The files of a model such as `minilm-90`, making those that are missing."""
+    size, sparsity = name.split("-")
+    folder = out / name
+    if not (folder / "checkpoint/config.json").exists():
+        encoders.save(_model(SIZES[size], int(sparsity) / 100), _tokenizer(folder), folder / "checkpoint")
+    recipe = resolve(flags={"device": "cpu"}, sets=[f"export.values={values}", f"export.embeddings={values}"])
+    files = Files(
+        folder / "dense/onnx/model.onnx",
+        folder / "int8.onnx",
+        folder / "classic.onnx",
+        _sparse(folder / "checkpoint", folder / f"sparse-{values}", recipe),
+    )
+    if not files.dense.exists():
+        Onnx.export(folder / "checkpoint", folder / "dense", recipe)
+    if not files.int8.exists():
+        int8.quantise(files.dense, files.int8)
+    if not files.classic.exists():
+        _classic(folder / "checkpoint", files.classic)
+    return files
+
+
+def _model(size: dict[str, int], sparsity: float) -> Any:
+    torch.manual_seed(0)
+    model: Any = BertForSequenceClassification(BertConfig(vocab_size=VOCABULARY, **size)).eval()
+    with torch.no_grad():
+        for weight in encoders.prunable_linears(model).values():
+            order = torch.rand(weight.numel()).argsort()  # exactly that share of each matrix
+            weight.view(-1)[order[: round(sparsity * weight.numel())]] = 0
+    return model
+
+
+def _tokenizer(folder: Path) -> Any:
+    folder.mkdir(parents=True, exist_ok=True)
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words = folder / "vocab.txt"
+    words.write_text("\n".join([*special, *(f"w{number}" for number in range(VOCABULARY - len(special)))]) + "\n")
+    return BertTokenizerFast(str(words))
+
+
+def _sparse(checkpoint: Path, folder: Path, recipe: Recipe) -> Path | None:
+    """The checkpoint as sparse-cpu, made anew: the plug-in may have changed since the last call."""
+    try:
+        target: Any = plugins.targets.get("sparse-cpu")
+        target.export(checkpoint, folder, recipe)
+    except SpdError as error:
+        console.warn(f"without sparse-cpu: {error.message}")
+        return None
+    return folder
+
+
+def _classic(checkpoint: Path, file: Path) -> None:
+    """The same weights by the older exporter, whose attention DeepSparse knows."""
+    model = encoders.load(checkpoint, eager=True)
+
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids: torch.Tensor, mask: torch.Tensor, types: torch.Tensor) -> torch.Tensor:
+            return self.model(input_ids=ids, attention_mask=mask, token_type_ids=types).logits
+
+    names = ["input_ids", "attention_mask", "token_type_ids"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            Logits().eval(),
+            tuple(torch.ones((2, 9), dtype=torch.long) for _ in names),
+            str(file),
+            dynamo=False,
+            opset_version=14,
+            input_names=names,
+            output_names=["logits"],
+            dynamic_axes={name: {0: "batch", 1: "sequence"} for name in names},
+        )
+    proto = onnx.load(file)
+    proto.ir_version = IR_VERSION
+    onnx.save(proto, file)
+
+
+def engines(files: Files, deepsparse: str | None) -> list[Engine]:
+    """Everything that can be timed here."""
+    dense = Engine("onnxruntime", "onnxruntime", str(files.dense), VOCABULARY, baseline=True)
+    found = [dense, replace(dense, name="onnxruntime basic", fused=False)]
+    found.append(replace(dense, name="int8", path=str(files.int8), baseline=False))
+    if files.sparse is not None:
+        target: Any = plugins.targets.get("sparse-cpu")
+        file = files.sparse / json.loads((files.sparse / "manifest.json").read_text("utf-8"))["model"]
+        libraries = tuple(targets.libraries(target, files.sparse))
+        found.append(replace(dense, name="sparse-cpu", path=str(file), baseline=False, libraries=libraries))
+    if deepsparse:
+        command = (deepsparse, str(WORKER))
+        found.append(replace(dense, name="deepsparse", path=str(files.classic), baseline=False, command=command))
+    return found
+
+
+def shape_of(text: str) -> Shape:
+    """`8x128`, or `8x128p`: padded, with real lengths evenly from 1 to 128, in an order of their own."""
+    batch, length = map(int, text.removesuffix("p").split("x"))
+    if not text.endswith("p"):
+        return Shape(batch, length)
+    spread = np.maximum(1, np.rint(np.linspace(1, length, batch)).astype(int))
+    return Shape(batch, length, tuple(np.random.default_rng(batch).permutation(spread).tolist()))
+
+
+def table(race: latency.Race) -> str:
+    """Markdown: a row for each number of threads and shape, milliseconds of the faster dense one, then ratios to it."""
+    bench = report.Bench(race.timings, {})
+    others = [name for name in bench.engines if not name.startswith("onnxruntime")]
+    rivals = [name for name in ("int8", "deepsparse") if "sparse-cpu" in others and name in others]
+    head = ["threads", "shape", "rounds", "fused ms", "basic ms", *others, *(f"sparse-cpu / {name}" for name in rivals)]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for threads in bench.threads:
+        for shape in bench.timings[0].rounds:
+            dense = [bench.of(name, threads).rounds[shape] for name in ("onnxruntime", "onnxruntime basic")]
+            cells = [str(threads), str(shape), str(len(dense[0])), *(f"{np.median(times):.2f}" for times in dense)]
+            cells += [str(bench.speed(bench.of(name, threads), [shape])) for name in others]
+            for name in rivals:
+                cells.append(str(report.ratio([bench.of(name, threads)], bench.of("sparse-cpu", threads), [shape])))
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Make the files, race, print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--models", nargs="+", default=["minilm-80", "minilm-90", "minilm-95", "bert-90"])
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="batch x length; a p at the end: padded")
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--seconds", type=float, default=120.0, help="for the rounds of one model")
+    parser.add_argument("--values", default="fp16", choices=("fp32", "fp16", "int8"), help="as sparse-cpu stores them")
+    parser.add_argument("--deepsparse-python", help="an interpreter that has deepsparse 1.8")
+    parser.add_argument("--ledger", action="store_true", help="also every pruned matrix alone")
+    parser.add_argument("--out", type=Path, default=Path("runs/sparse-cpu"))
+    chosen = parser.parse_args()
+    console.setup(as_json=True)  # keep standard output for the tables
+    for name in chosen.models:
+        files = made(name, chosen.out, chosen.values)
+        racing = engines(files, chosen.deepsparse_python)
+        sizes = {engine.name: Path(engine.path).stat().st_size for engine in racing}
+        print(f"\n## {name}\n\nBytes: " + ", ".join(f"{key} {size:,}" for key, size in sizes.items()) + "\n")
+        race = latency.race(
+            racing,
+            [shape_of(text) for text in chosen.shapes],
+            threads=chosen.threads,
+            rounds=chosen.rounds,
+            warmup=1,
+            seconds=chosen.seconds,
+        )
+        print(table(race), flush=True)
+        if chosen.ledger:
+            packed = next((engine for engine in racing if engine.name == "sparse-cpu"), None)
+            _print_ledger(files, packed, chosen.threads)
+
+
+def _print_ledger(files: Files, packed: Engine | None, threads: list[int]) -> None:
+    sparse, libraries = (Path(packed.path), packed.libraries) if packed else (None, ())
+    machines, entries = ledger.write(files.dense, sparse, libraries, threads)
+    for count, found in machines.items():
+        print(f"\n{count} threads: peak {found.flops / 1e9:.1f} GFLOP/s, {found.bandwidth / 1e9:.1f} GB/s", end="")
+    kinds = {(entry["rows"], entry["columns"]): entry for entry in reversed(entries)}  # of every shape the first
+    print("\n\n" + report.full_ledger(list(reversed(kinds.values()))), flush=True)
+
+
+if __name__ == "__main__":
+    main()

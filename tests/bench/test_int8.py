@@ -1,0 +1,52 @@
+"""The teacher in int8: smaller, nearly the same answer, and a clear error for what cannot be quantised."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from spdtool import encoders
+from spdtool.bench import int8, latency
+from spdtool.bench.latency import Engine, Shape
+from spdtool.errors import ModelError
+from spdtool.export.onnx import Onnx
+
+
+def test_the_file_is_smaller_and_answers_nearly_the_same(
+    tmp_path: Path, toys: ModuleType, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoders.save(toys.bert(hidden=64), toys.tokenizer(), tmp_path / "checkpoint")
+    Onnx.export(tmp_path / "checkpoint", tmp_path, toys.recipe())
+    model, file = tmp_path / "onnx/model.onnx", tmp_path / "int8.onnx"
+    before = model.read_bytes()
+    caplog.clear()
+    level = logging.getLogger().level
+    int8.quantise(model, file)
+    assert logging.getLogger().level == level
+    assert not caplog.records
+    assert model.read_bytes() == before
+    assert file.stat().st_size < len(before) / 2
+    dense = Engine("x", "onnxruntime", str(model), vocabulary=len(toys.WORDS), threads=1)
+    given = latency._batch(Shape(8, 9), dense)
+    right = latency._in_onnxruntime(dense)[0](given)[0]
+    forward, _, nodes = latency._in_onnxruntime(Engine("y", "onnxruntime", str(file), len(toys.WORDS), threads=1))
+    found = forward(given)[0]
+    assert "MatMulInteger" in str(nodes)
+    assert 0 < np.abs(found - right).max() < 0.2 * np.abs(right).max()
+
+
+def test_what_cannot_be_quantised_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime.quantization as quantization
+    from onnx import helper, save
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("no\nand a long story")
+
+    save(helper.make_model(helper.make_graph([], "empty", [], [])), tmp_path / "model.onnx")
+    monkeypatch.setattr(quantization, "quantize_dynamic", refuse)
+    with pytest.raises(ModelError, match="cannot quantise model.onnx: no$"):
+        int8.quantise(tmp_path / "model.onnx", tmp_path / "int8.onnx")

@@ -1,0 +1,183 @@
+"""The ledger: what real files hold, what is asked of the process, what is worked out. Nothing about durations."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from spdtool import encoders
+from spdtool.bench import ledger
+from spdtool.bench.ledger import Machine, Matrix
+from spdtool.errors import SpdError
+from spdtool.export.onnx import Onnx
+
+PREFIX = "bert.encoder.layer."
+KINDS = {
+    "attention.self.query": (32, 32), "attention.self.key": (32, 32), "attention.self.value": (32, 32),
+    "attention.output.dense": (32, 32), "intermediate.dense": (64, 32), "output.dense": (32, 64),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> Path:
+    """The plain file of a student with 75 % zeros: exactly, in every matrix."""
+    folder = tmp_path_factory.mktemp("student")
+    model = toys.bert()
+    with torch.no_grad():
+        for weight in encoders.prunable_linears(model).values():
+            weight.view(-1)[: 3 * weight.numel() // 4] = 0
+    encoders.save(model, toys.tokenizer(), folder / "checkpoint")
+    Onnx.export(folder / "checkpoint", folder, toys.recipe())
+    return folder / "onnx/model.onnx"
+
+
+@pytest.fixture
+def sparse(tmp_path: Path) -> Path:
+    """A file that holds one matrix packed (100 bytes), and another one as it is."""
+    packed = numpy_helper.from_array(np.zeros(100, np.uint8), PREFIX + "0.intermediate.dense.weight")
+    plain = numpy_helper.from_array(np.zeros((32, 32), np.float32), PREFIX + "0.attention.self.key.weight")
+    y = helper.make_tensor_value_info("y", TensorProto.UINT8, [100])
+    node = helper.make_node("Identity", [packed.name], ["y"])
+    onnx.save(helper.make_model(helper.make_graph([node], "g", [], [y], [packed, plain])), tmp_path / "sparse.onnx")
+    return tmp_path / "sparse.onnx"
+
+
+def test_the_pruned_matrices_of_a_file_are_found_with_their_counts(dense: Path) -> None:
+    found = {matrix.name: matrix for matrix in ledger.matrices(dense, None)}
+    assert set(found) == {f"{PREFIX}{layer}.{kind}.weight" for layer in (0, 1) for kind in KINDS}
+    for layer in (0, 1):
+        for kind, (rows, columns) in KINDS.items():
+            matrix = found[f"{PREFIX}{layer}.{kind}.weight"]
+            expected = Matrix(matrix.name, rows, columns, rows * columns // 4, 4 * rows * columns, None)
+            assert matrix == expected
+            assert (matrix.density, matrix.layer) == (0.25, f"{PREFIX}{layer}")
+
+
+def test_the_bytes_of_the_packed_form_are_those_of_the_file(dense: Path, sparse: Path) -> None:
+    found = {matrix.name: matrix.sparse_bytes for matrix in ledger.matrices(dense, sparse)}
+    assert found.pop(PREFIX + "0.intermediate.dense.weight") == 100
+    assert set(found.values()) == {None}
+    assert ledger.has_packed(sparse)
+    assert not ledger.has_packed(dense)
+
+
+def test_weights_are_read_as_torch_stores_them(dense: Path) -> None:
+    checkpoint = encoders.load(dense.parent.parent / "checkpoint")
+    for name, weight in ledger._weights(dense).items():
+        if name.startswith(PREFIX):
+            np.testing.assert_array_equal(weight, checkpoint.get_parameter(name).detach().numpy())
+
+
+def test_a_dense_product_is_that_product() -> None:
+    draw = np.random.default_rng(0)
+    weight, x = draw.standard_normal((5, 3), np.float32), draw.standard_normal((4, 3), np.float32)
+    session = onnxruntime.InferenceSession(ledger.dense_model(weight), providers=["CPUExecutionProvider"])
+    np.testing.assert_allclose(session.run(None, {"x": x})[0], x @ weight.T, rtol=1e-5)
+
+
+def test_a_sparse_product_is_one_node_of_the_operator() -> None:
+    proto = onnx.load_from_string(ledger.sparse_model(np.arange(9, dtype=np.uint8), (5, 3)))
+    (node,) = proto.graph.node
+    assert (node.domain, node.op_type, list(node.input)) == ("spdtool", "SparseLinear", ["x", "weight", "bias"])
+    assert [(attribute.name, attribute.s) for attribute in node.attribute] == [("activation", b"none")]
+    weight, bias = map(numpy_helper.to_array, proto.graph.initializer)
+    assert (weight.tolist(), bias.tolist()) == (list(range(9)), [0] * 5)
+    assert proto.graph.input[0].type.tensor_type.shape.dim[1].dim_value == 3
+    assert proto.graph.output[0].type.tensor_type.shape.dim[1].dim_value == 5
+
+
+def test_an_entry_works_out_operations_ratio_and_bound() -> None:
+    matrix = Matrix("a.layer.3.x.weight", 100, 200, 2000, 80_000, 6000)
+    times = {10: {"dense": [2.0, 1.0, 4.0], "sparse": [1.0, 0.5, 0.5]}}
+    found = ledger.entry(matrix, times, Machine(flops=1e9, bandwidth=1e9))
+    product = found["products"]["10"]
+    assert (found["layer"], found["density"], found["sparse_bytes"]) == ("a.layer.3", 0.1, 6000)
+    assert product == {
+        "dense_us": 2000,
+        "dense_flops": 2 * 20_000 * 10 / 0.002,
+        "sparse_us": 500,
+        "sparse_flops": 2 * 2000 * 10 / 0.0005,
+        "ratio": 2.0,  # the median of 2, 2 and 8: in pairs, not 2000 / 500
+        "bound_us": pytest.approx(40),
+        "bound_by": "flops",
+    }
+    slow = ledger.entry(matrix, times, Machine(flops=1e9, bandwidth=1e6))["products"]["10"]
+    assert (slow["bound_us"], slow["bound_by"]) == (pytest.approx(6000), "bandwidth")
+    plain = ledger.entry(Matrix("x", 1, 1, 1, 4, None), {10: {"dense": [1.0], "sparse": None}}, Machine(1e9, 1e9))
+    assert plain["products"]["10"]["sparse_us"] is plain["products"]["10"]["ratio"] is None
+
+
+def test_it_is_measured_in_a_process_of_its_own_and_like_matrices_share_it(
+    dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+    ask = ledger.latency.Worker.ask
+
+    def listen(self: Any, request: dict[str, Any]) -> dict[str, Any]:
+        asked.append(request)
+        return {"flops": 1e9, "bandwidth": 1e9} if "machine" in request else ask(self, request)
+
+    monkeypatch.setattr(ledger.latency.Worker, "ask", listen)
+    machines, entries = ledger.write(dense, None, [], [2])
+    assert machines == {2: Machine(1e9, 1e9), 1: Machine(1e9, 1e9)}
+    assert [request["machine"] for request in asked[:2]] == [2, 1]
+    assert [(request["matrix"], request["tokens"]) for request in asked[3:]] == [
+        (f"{PREFIX}0.{kind}.weight", tokens)
+        for kind in ("attention.self.query", "intermediate.dense", "output.dense")
+        for tokens in (32, 128)
+    ]
+    assert len(entries) == 12
+    query, key, *_ = entries
+    assert query["products"] == key["products"]
+    assert query["products"]["32"]["dense_us"] > 0
+    json.dumps(entries)
+
+
+def test_both_forms_are_timed_in_turns(dense: Path, sparse: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here without the operator: a stand-in for its model, and a record of what is run when."""
+    ran: list[str] = []
+    opened: list[Any] = []
+
+    def product(model: bytes, inputs: int, tokens: int, libraries: Any = (), threads: int = 1) -> Any:
+        name = "sparse" if model == b"sparse" else "dense"
+        opened.append((name, inputs, tokens, tuple(libraries)))
+        return lambda: ran.append(name)
+
+    monkeypatch.setattr(ledger, "sparse_model", lambda packed, shape: b"sparse")
+    monkeypatch.setattr(ledger, "_product", product)
+    monkeypatch.setattr(ledger, "TURN", 0)
+    given: list[dict[str, Any]] = []
+    requests = [
+        {"dense": str(dense), "sparse": str(sparse), "libraries": ["lib.so"]},
+        {"matrix": PREFIX + "0.intermediate.dense.weight", "tokens": 32, "rounds": 3},
+        {"matrix": PREFIX + "0.attention.self.key.weight", "tokens": 32, "rounds": 2},
+    ]
+    ledger.work(map(json.dumps, requests), given.append)
+    assert opened == [("dense", 32, 32, ()), ("sparse", 32, 32, ("lib.so",)), ("dense", 32, 32, ())]
+    assert ran == ["dense", "sparse"] * 4 + ["dense"] * 3
+    assert given[0] == {}
+    assert [len(given[1][form]) for form in ("dense", "sparse")] == [3, 3]
+    assert given[2]["sparse"] is None
+
+
+def test_an_operator_that_is_not_there_is_a_clear_error(dense: Path, sparse: Path) -> None:
+    with pytest.raises(SpdError, match="single products cannot be timed: .*SparseLinear"):
+        ledger.write(dense, sparse, [], [])
+
+
+def test_the_machine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "PRODUCTS", ((8, 16, 16),))
+    monkeypatch.setattr(ledger, "COPIED", 2**16)
+    monkeypatch.setattr(ledger, "PEAK_SECONDS", 0)
+    found = ledger.machine(2)
+    assert found["flops"] > 1e3
+    assert found["bandwidth"] > 1e3
