@@ -1,1 +1,21 @@
-"""spdtool: sparse encoders by progressive distillation, exported to ONNX and measured honestly."""
+"""spdtool: sparse encoders by progressive distillation, exported to ONNX and measured honestly.
+
+`spdtool.load(folder)` opens what `spdtool export` wrote.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spdtool.classifier import load as load
+
+__all__ = ["load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "load":
+        raise AttributeError(f"module 'spdtool' has no attribute {name!r}")
+    from spdtool.classifier import load  # not before it is asked for: the command line must answer at once
+
+    return load

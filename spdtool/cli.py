@@ -76,6 +76,7 @@ Sets = Annotated[list[str] | None, typer.Option("--set", help="Any recipe field:
 Smoke = Annotated[bool, typer.Option("--smoke", help="A few steps on a random two-layer model; no result.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and do nothing.")]
 Again = Annotated[bool, typer.Option("--again", help="Redo the stage, dropping it and every later one.")]
+OF_NO_RUN: dict[str, Any] = {"rich_help_panel": "A checkpoint that belongs to no run"}
 Json = Annotated[bool, typer.Option("--json", help="JSON on standard output, everything else on standard error.")]
 PluginsDir = Annotated[
     Path | None, typer.Option(help="Also load the *.py files of this folder.", envvar="SPDTOOL_PLUGINS")
@@ -219,10 +220,66 @@ def finetune(run: RunFolder, again: Again = False, sets: Sets = None) -> Any:
 
 
 @command
-def export(run: RunFolder, again: Again = False, sets: Sets = None) -> Any:
-    """Write teacher and student as ONNX, each checked against its checkpoint."""
+def export(
+    run: Annotated[Path | None, typer.Option("--run", help="Run folder; or give --from.")] = None,
+    again: Again = False,
+    checkpoint: Annotated[
+        Path | None, typer.Option("--from", help="Any fine-tuned classifier, whoever pruned it.", **OF_NO_RUN)
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Export target; `spdtool plugins` lists them.", show_default="onnx", **OF_NO_RUN)
+    ] = None,
+    to: Annotated[
+        Path | None, typer.Option(help="Folder to write.", show_default="<checkpoint>-<target>", **OF_NO_RUN)
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="Compare on the dev set of this task too.", **OF_NO_RUN)] = None,
+    data: Annotated[str | None, typer.Option(help="Read its rows from this file or folder.", **OF_NO_RUN)] = None,
+    text: Annotated[str | None, typer.Option(help="Text columns of --data, one or two: a,b.", **OF_NO_RUN)] = None,
+    label: Annotated[str | None, typer.Option(help="Label column of --data.", **OF_NO_RUN)] = None,
+    sets: Sets = None,
+) -> Any:
+    """Write teacher and student of a run (or any checkpoint) for a runtime, each checked against its checkpoint."""
+    foreign = {"--target": target, "--to": to, "--task": task, "--data": data, "--text": text, "--label": label}
+    _refuse_mixture(run, checkpoint, again, [name for name, value in foreign.items() if value is not None])
     _require_runtime()
-    return _run_stage("export", run, again, sets)
+    if run is not None:
+        return _run_stage("export", run, again, sets)
+    assert checkpoint is not None
+    with_task = task is not None or data is not None
+    if not with_task and (text or label):
+        raise RecipeError("--text and --label name columns of --data, which was not given", "add --data FILE")
+    chosen = make_recipe(task=task or (None if data else "demo"), data=data, text=text, label=label, sets=sets)
+    name = target or chosen.export.targets[0]
+    from spdtool.stages.export import export_any
+
+    folder = to or Path(f"{checkpoint.resolve().name}-{name}")
+    return export_any(checkpoint, name, folder, chosen, with_task=with_task)
+
+
+def _refuse_mixture(run: Path | None, checkpoint: Path | None, again: bool, foreign: list[str]) -> None:
+    """Raise RecipeError unless exactly one of --run and --from is given, and nothing that belongs to the other."""
+    either = "--run FOLDER exports a run; --from CHECKPOINT exports any other model"
+    if run is not None and checkpoint is not None:
+        raise RecipeError("--run and --from exclude each other", either)
+    if run is None and checkpoint is None:
+        raise RecipeError("neither --run nor --from was given", either)
+    if run is not None and foreign:
+        raise RecipeError(f"{', '.join(foreign)} belongs to --from", "a run has its own: use --set, or leave it out")
+    if checkpoint is not None and again:
+        raise RecipeError("--again belongs to --run", "give another folder: --to FOLDER")
+
+
+@command
+def unpack(
+    folder: Annotated[Path, typer.Argument(help="Exported folder, such as RUN/export/sparse-cpu.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; it must be empty or new.")],
+) -> Any:
+    """Turn an exported folder back into a plain Hugging Face checkpoint."""
+    from spdtool.export.unpack import unpack as restore
+
+    read = restore(folder, out)
+    console.say(f"{console.plain(read)} is unpacked to {console.plain(out)}")
+    return {"folder": str(read), "checkpoint": str(out)}
 
 
 @command
@@ -391,6 +448,8 @@ def _show_result(run: Run) -> dict[str, Any]:
 
     shown = result_of(run)
     console.table(run.recipe.titled(str(run.path)), shown["columns"], shown["rows"])
+    for table in shown.get("tables", ()):
+        console.table(table["title"], table["columns"], table["rows"])
     console.say("")
     for line in shown["verdict"]:
         console.say(console.plain(line))

@@ -115,14 +115,30 @@ def tokenise(tokenizer: Any, rows: Rows, max_length: int) -> Encoded:
     )
 
 
+def no_rows(tokenizer: Any) -> Encoded:
+    """An empty split, which still tells a tokenizer's inputs and padding.
+
+    Raises:
+        ModelError: the tokenizer cannot pad.
+    """
+    _refuse_without_padding(tokenizer)
+    names = [name for name in ("input_ids", "token_type_ids") if name in tokenizer.model_input_names]
+    return Encoded(
+        columns={name: np.empty(0, np.int32) for name in names},
+        offsets=np.zeros(1, np.int64),
+        labels=np.empty(0, np.int64),
+        pad={"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id},
+        left=tokenizer.padding_side == "left",
+    )
+
+
 def encode(tokenizer: Any, splits: dict[str, Rows], max_length: int) -> dict[str, Encoded]:
     """Tokenise every split.
 
     Raises:
         ModelError: the tokenizer cannot pad.
     """
-    if tokenizer.pad_token_id is None:
-        raise ModelError("the tokenizer has no padding token", "set pad_token in its tokenizer_config.json")
+    _refuse_without_padding(tokenizer)
     return {name: tokenise(tokenizer, rows, max_length) for name, rows in splits.items()}
 
 
@@ -198,3 +214,8 @@ def check_vocabulary(splits: dict[str, Encoded], size: int) -> None:
 
 def _plain(label: str) -> str:
     return label.lower().replace("-", "_").replace(" ", "_")
+
+
+def _refuse_without_padding(tokenizer: Any) -> None:
+    if tokenizer.pad_token_id is None:
+        raise ModelError("the tokenizer has no padding token", "set pad_token in its tokenizer_config.json")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from spdtool import plugins
-from spdtool.errors import DeviceError
+from spdtool.errors import DeviceError, SpdError
 from spdtool.export import runtime
 
 OLDEST_PYTHON = (3, 11)
@@ -51,6 +51,7 @@ def examine(folder: Path | None = None) -> list[Check]:
         "processors": _processors,
         "free disk": lambda: _disk(place),
         "C++ compiler": _compiler,
+        "sparse-cpu": _sparse_cpu,
         "plugins": _plugins,
     }
     return [found for name, check in checks.items() for found in _survive(name, check)]
@@ -162,6 +163,17 @@ def _compiler() -> Iterator[Check]:
         yield Check("C++ compiler", "ok", found)
     else:
         yield Check("C++ compiler", "warn", "none", "only --set compile=true needs one: install g++ or clang")
+
+
+def _sparse_cpu() -> Iterator[Check]:
+    try:
+        library = plugins.library("sparse-cpu")
+        library.module.path()
+        isa = library.module.isa() if hasattr(library.module, "isa") else "instruction set unknown"
+    except SpdError as error:
+        yield Check("sparse-cpu", "warn", error.message, error.hint or "install the plugin again")
+        return
+    yield Check("sparse-cpu", "ok", f"{library.distribution} {library.version}, {isa}")
 
 
 def _plugins() -> Iterator[Check]:

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import nn
@@ -99,6 +100,38 @@ def skeleton(recipe: Recipe, task: Task) -> PreTrainedModel:
             return AutoModelForSequenceClassification.from_config(config)
     except Exception as error:
         raise _unreadable(source, error) from None
+
+
+def blank(folder: Path) -> PreTrainedModel:
+    """The classifier that the config.json in `folder` describes, in float32, its weights still to be filled in.
+
+    Raises:
+        ModelError: config.json cannot be read, or makes no classifier.
+    """
+    config = _config(folder)
+    _refuse_without_head(folder, config, None)
+    try:
+        return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).eval()
+    except Exception as error:
+        raise _unreadable(folder, error) from None
+
+
+def fill(model: PreTrainedModel, weights: Iterable[tuple[str, np.ndarray]]) -> list[str]:
+    """Copy arrays into the parameters of their names; return the names of the parameters that none was for.
+
+    Raises:
+        ModelError: a name that the model does not have, or an array of another shape.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    filled = set()
+    for name, array in weights:
+        parameter = parameters.get(name)
+        if parameter is None or tuple(parameter.shape) != array.shape:
+            expected = "no such weight" if parameter is None else f"shape {tuple(parameter.shape)}"
+            raise ModelError(f"{name} of shape {array.shape} does not fit: the model has {expected}")
+        parameter.data.copy_(torch.from_numpy(np.array(array, np.float32)))
+        filled.add(id(parameter))  # tied weights are one parameter with two names
+    return [name for name, parameter in parameters.items() if id(parameter) not in filled]
 
 
 def load_tokenizer(source: str | Path) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from spdtool import encoders, plugins, tasks, training
+from spdtool.export import targets
 from spdtool.pruning.patterns import zeros_in
 from spdtool.recipe import STAGES, Recipe, Training
 from spdtool.run import Run
@@ -54,13 +55,12 @@ def check(recipe: Recipe, rows: int) -> None:
 
     Raises:
         UnknownName: no such criterion, pattern, target or schedule.
-        RecipeError: the prune events do not fit into their stage.
+        RecipeError: the prune events do not fit into their stage, or the first target does not export the teacher.
         DeviceError: the device is not there.
     """
     plugins.criteria.get(recipe.prune.criterion)
     plugins.patterns.get(recipe.prune.pattern)
-    for name in recipe.export.targets:
-        plugins.targets.get(name)
+    targets.demanded(recipe.export)
     for phase in (recipe.prune, recipe.distill, recipe.finetune):
         replacing_rate(phase.grafting.schedule)
     section = recipe.prune

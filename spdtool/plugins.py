@@ -12,6 +12,9 @@ Plugins come from three places: the built-in modules; installed distributions, t
 (each entry names a module to import); and the `*.py` files of a folder that `--plugins-dir` or `SPDTOOL_PLUGINS`
 names. A file that merely lies in the current folder is never run. A plugin that fails to load is recorded and listed
 by `spdtool plugins`; it is fatal only when a name is asked for that nothing else provides.
+
+A target whose files need a library of custom operators names the module that knows it in a second entry-point group,
+`spdtool.libraries`, under the target's name: see `library`.
 """
 
 from __future__ import annotations
@@ -22,14 +25,18 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from spdtool.errors import PluginError, UnknownName
+from spdtool.errors import PluginError, SpdError, UnknownName
 
 T = TypeVar("T")
 GROUP = "spdtool"
+LIBRARIES = "spdtool.libraries"
+OURS = {
+    "sparse-cpu": "spdtool-sparse-cpu"
+}  # parts in distributions of this project, for whoever has not installed them
 
 
 @dataclass(frozen=True)
@@ -86,9 +93,10 @@ class Registry(Generic[T]):
         self.load()
         if name not in self._parts:
             broken = [f"{p.name} ({p.error})" for p in loaded() if p.error]
-            raise UnknownName(
-                self.kind, name, self._parts, f"These plugins failed to load: {'; '.join(broken)}." if broken else None
-            )
+            hints = [f"These plugins failed to load: {'; '.join(broken)}."] if broken else []
+            if name in OURS:
+                hints.insert(0, f"({how_to_get(name)})")
+            raise UnknownName(self.kind, name, self._parts, " ".join(hints) or None)
         return self._parts[name]
 
     def get(self, name: str) -> T:
@@ -155,6 +163,49 @@ def discover() -> None:
         _import(f"{entry.dist.name if entry.dist else '?'}:{entry.name}", entry.value, entry.load)
     for file in sorted(_folder.glob("*.py")) if _folder else []:
         _import(file.stem, str(file), lambda file=file: _import_file(file))  # type: ignore[misc]
+
+
+def how_to_get(name: str) -> str:
+    """What to do so that the part called `name`, which is not installed, is there."""
+    return f"the plugin {OURS[name]} has it: pip install {OURS[name]}" if name in OURS else "install the plugin with it"
+
+
+@dataclass(frozen=True)
+class Library:
+    """What an installed plugin says of the custom operators of its target.
+
+    Attributes:
+        distribution, version: of the plugin.
+        module: has `path() -> Path`, which raises an SpdError where the compiled library is missing, and may have
+            `isa() -> str`, the instruction set that it uses on this machine.
+    """
+
+    distribution: str
+    version: str
+    module: Any
+
+
+def library(target: str) -> Library:
+    """The library of custom operators that the files of `target` need, from the installed plugin.
+
+    Only the plugin's module for this is imported, not its target: `spdtool.load` must not wait for torch.
+
+    Raises:
+        PluginError: no installed plugin has it, or it does not load.
+    """
+    found: list[EntryPoint] = list(entry_points(group=LIBRARIES, name=target))
+    if not found:
+        raise PluginError(f"no installed plugin has the library that {target!r} needs", how_to_get(target))
+    entry = found[0]
+    distribution, version = (entry.dist.name, entry.dist.version) if entry.dist else ("?", "?")
+    try:
+        return Library(distribution, version, importlib.import_module(entry.module))
+    except SpdError:
+        raise
+    except Exception as error:  # as in `_import`
+        raise PluginError(
+            f"the plugin {distribution} {version} does not load: {type(error).__name__}: {error}", "install it again"
+        ) from None
 
 
 def loaded() -> list[Plugin]:

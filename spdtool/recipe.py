@@ -15,7 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from spdtool.errors import RecipeError, UnknownName
 
@@ -185,19 +185,39 @@ class Finetune(Distilled):
     """Phase 3: the student alone, still distilled."""
 
 
+Storage = Literal["fp32", "fp16", "int8"]
+BUDGETS = {"fp32": 0.001, "fp16": 0.002, "int8": 0.005}  # of the dev metric, by the coarsest storage that is used
+
+
 class Export(Section):
-    """Teacher and student as ONNX files, each checked against its checkpoint."""
+    """Teacher and student as files for a runtime, each checked against its checkpoint."""
 
     targets: tuple[str, ...] = ("onnx",)
     """export targets; `spdtool plugins` lists them"""
+    optional: tuple[str, ...] = ("sparse-cpu",)
+    """further targets, exported where their plugin is installed"""
+    values: Storage = "fp16"
+    """how sparse-cpu stores the pruned matrices"""
+    embeddings: Storage = "fp16"
+    """how sparse-cpu stores the embeddings"""
     opset: int = Field(18, ge=18)
     """ONNX operator set"""
     tolerance: float = Field(1e-4, gt=0)
     """largest difference of a logit between the checkpoint and the exported file"""
-    budget: float = Field(0.001, ge=0)
-    """largest change of the dev metric between the checkpoint and the exported file"""
+    budget: float | None = Field(None, ge=0)
+    """largest change of the dev metric; none: 0.001, or where a target rounds the weights 0.002 (fp16), 0.005 (int8)"""
     sentences: int = Field(64, ge=1)
     """real dev sentences on which the logits are compared"""
+
+    def allowed_change(self, *, rounds: bool) -> float:
+        """The largest change of the dev metric that passes.
+
+        Args:
+            rounds: whether the target stores the weights as `values` and `embeddings` say, rather than exactly.
+        """
+        if self.budget is not None:
+            return self.budget
+        return max(BUDGETS[kind] for kind in (self.values, self.embeddings)) if rounds else BUDGETS["fp32"]
 
 
 class Bench(Section):
@@ -207,14 +227,32 @@ class Bench(Section):
     """batch sizes"""
     lengths: tuple[int, ...] = (32, 128)
     """sequence lengths in tokens"""
-    rounds: int = Field(20, ge=1)
-    """interleaved rounds; each engine is timed once a round"""
-    warmup: int = Field(3, ge=0)
+    padded: tuple[tuple[int, int], ...] = ((8, 128),)
+    """batch sizes and lengths that are also timed with padding: real lengths vary as they do in the dev set"""
+    threads: tuple[int, ...] = (1, 0)
+    """numbers of threads, each with rounds of its own; 0: all cores"""
+    rounds: int = Field(12, ge=1)
+    """most interleaved rounds; each engine is timed once a round"""
+    warmup: int = Field(1, ge=0)
     """rounds that are not counted"""
-    threads: int = Field(0, ge=0)
-    """threads of each engine; 0: all cores"""
+    seconds: float = Field(90.0, ge=0)
+    """time for all rounds; fewer are made where they would take longer, but at least six with each number of threads"""
+    unfused: bool = True
+    """also time the dense teacher without onnxruntime's fused operators; the faster of the two is the 1x"""
+    int8: bool = True
+    """also time the dense teacher in onnxruntime's dynamic int8"""
     torch: bool = True
-    """also time the dense teacher in eager PyTorch"""
+    """also time the dense teacher in PyTorch, eager"""
+    compiled: bool = True
+    """and in torch.compile, where there is a compiler; only with `bench.torch`"""
+    ledger: bool = True
+    """measure the machine's peak and bandwidth, and each pruned matrix alone against them"""
+
+    @field_validator("threads", mode="before")
+    @classmethod
+    def _one_number(cls, value: Any) -> Any:
+        """A single number, as recipes had it before there were several."""
+        return (value,) if isinstance(value, int) else value
 
 
 class Recipe(Section):
@@ -344,7 +382,8 @@ def smoke(recipe: Recipe) -> Recipe:
         tree[stage] = tree[stage] | {"epochs": 1, "max_steps": 4, "batch_size": 8}
     tree["prune"] = tree["prune"] | {"events": 2}
     tree["export"] = tree["export"] | {"sentences": 4}
-    tree["bench"] = tree["bench"] | {"batches": (1,), "lengths": (16,), "rounds": 2, "warmup": 1}
+    tree["bench"] = tree["bench"] | {"batches": (1,), "lengths": (16,), "padded": (), "rounds": 2, "threads": (1,)}
+    tree["bench"] |= dict.fromkeys(("unfused", "int8", "compiled", "ledger"), False)
     return parse(tree)
 
 

@@ -327,6 +327,22 @@ def write_json(file: Path, value: Any) -> None:
         raise
 
 
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A hidden sibling to make and fill, which becomes `folder` (absent or empty) on success, else is removed."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a call that was killed
+    try:
+        yield partial
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)

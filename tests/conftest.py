@@ -24,23 +24,31 @@ from spdtool.tasks import Task
 torch.set_num_threads(1)  # tiny models: threads cost more than they give
 
 
-def _load_toys() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("toys", Path(__file__).with_name("toys.py"))
+def _load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["toys"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 
 
-_toys = _load_toys()
+_toys = _load("toys")
 
 
 @pytest.fixture(scope="session")
 def toys() -> ModuleType:
     """The module `toys.py` itself."""
     return _toys
+
+
+@pytest.fixture
+def rounded(clean_plugins: None) -> Any:
+    """An export target that rounds the weights, registered as `rounded` until the test ends; see `rounding.py`."""
+    target = type("Rounded", (_load("rounding").Rounded,), {})
+    plugins.targets.register("rounded")(target)
+    return target
 
 
 @pytest.fixture
@@ -123,10 +131,13 @@ def clean_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 QUICK = (
     *("--device", "cpu", "--sparsity", "0.5", "--set", "max_length=32", "--set", "prune.events=2"),
+    *("--set", "export.optional=[]"),
     *(word for stage in ("teacher", "prune", "distill", "finetune") for word in ("--set", f"{stage}.epochs=1")),
     *(word for stage in ("teacher", "prune", "distill", "finetune") for word in ("--set", f"{stage}.batch_size=8")),
     *("--set", "export.sentences=4", "--set", "bench.rounds=1", "--set", "bench.warmup=0"),
     *("--set", "bench.batches=[1]", "--set", "bench.lengths=[16]", "--set", "bench.torch=false"),
+    *("--set", "bench.int8=false", "--set", "bench.unfused=false", "--set", "bench.ledger=false"),
+    *("--set", "bench.padded=[]", "--set", "bench.threads=[1]"),
 )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
+from safetensors.numpy import load_file
 from typer.main import get_command
 
 from spdtool import cli, doctor
@@ -29,11 +30,13 @@ Call = Callable[..., Any]
 def test_help_lists_every_command(spdtool: Call) -> None:
     called = spdtool("--help")
     assert called.exit_code == 0
-    for name in (*cli.STAGES, "compress", "inspect", "doctor", "tasks", "recipes", "plugins"):
+    for name in (*cli.STAGES, "unpack", "compress", "inspect", "doctor", "tasks", "recipes", "plugins"):
         assert name in called.stdout
 
 
-@pytest.mark.parametrize("command", [*cli.STAGES, "compress", "inspect", "doctor", "tasks", "recipes", "plugins"])
+@pytest.mark.parametrize(
+    "command", [*cli.STAGES, "unpack", "compress", "inspect", "doctor", "tasks", "recipes", "plugins"]
+)
 def test_the_command_line_stays_small(command: str) -> None:
     options = {option for parameter in get_command(cli.app).commands[command].params for option in parameter.opts}
     assert {"--json", "--plugins-dir"} <= options
@@ -351,6 +354,69 @@ def refused(called: Any, *messages: str) -> None:
     for message in messages:
         assert message in said, said
     assert "Traceback" not in called.output
+
+
+# Checkpoints of no run ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def theirs(compressed: Path, tmp_path: Path) -> Path:
+    """A sparse checkpoint that comes from somewhere else."""
+    folder = shutil.copytree(compressed / "finetune", tmp_path / "theirs")
+    (folder / "stage.json").unlink()
+    return folder
+
+
+def test_export_and_unpack_of_any_checkpoint(
+    spdtool: Call, theirs: Path, rounded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ("export", "--from", theirs, "--target", "rounded", "--set", "export.values=fp32")
+    called = spdtool(*words, "--json")
+    assert called.exit_code == 0, called.output
+    said = json.loads(called.stdout)
+    assert (said["folder"], said["target"], said["sparsity"], said["values"]) == (
+        "theirs-rounded",
+        "rounded",
+        0.5,
+        "fp32",
+    )
+    assert "50.00% zeros as in its checkpoint" in called.stderr
+    refused(spdtool(*words), "theirs-rounded exists and is not an empty folder")
+    called = spdtool("unpack", "theirs-rounded", "plain", "--json")
+    assert json.loads(called.stdout) == {"folder": "theirs-rounded", "checkpoint": "plain"}
+    assert load_file("plain/model.safetensors").keys() == load_file(theirs / "model.safetensors").keys()
+    refused(spdtool("unpack", "theirs-rounded", "plain"), "plain exists and is not an empty folder")
+    refused(spdtool("unpack", theirs, "other"), "has no onnx/model.onnx", "spdtool export --from")
+
+
+def test_export_of_any_checkpoint_on_data(spdtool: Call, theirs: Path, rows_file: Path, tmp_path: Path) -> None:
+    words = ("--data", rows_file, "--text", "sentence", "--label", "label", "--set", "device=cpu")
+    called = spdtool("export", "--from", theirs, "--to", tmp_path / "out", *words)
+    assert called.exit_code == 0, called.output
+    assert "predictions flipped" in called.stdout
+    assert (tmp_path / "out/onnx/model.onnx").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "messages"),
+    [
+        ((), ("neither --run nor --from was given", "--from CHECKPOINT")),
+        (("--run", "x", "--from", "y"), ("--run and --from exclude each other",)),
+        (("--run", "x", "--to", "y", "--task", "z"), ("--to, --task belongs to --from",)),
+        (("--from", "y", "--again"), ("--again belongs to --run", "--to FOLDER")),
+        (("--from", "y"), ("there is no folder y",)),
+        (("--from", "y", "--target", "onx"), ("did you mean 'onnx'",)),
+        (("--from", "y", "--label", "z"), ("which was not given", "--data FILE")),
+        (("--from", "y", "--set", "export.values=int3"), ("export.values = 'int3'",)),
+    ],
+)
+def test_an_export_that_was_asked_for_wrongly(
+    spdtool: Call, words: tuple[str, ...], messages: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(spdtool("export", *words), *messages)
+    assert list(tmp_path.iterdir()) == []
 
 
 # What the machine refuses ---------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -152,3 +153,9 @@ def test_rows_longer_than_the_models_positions_are_refused() -> None:
     data.check_lengths({"train": rows_of([5000])}, None)
     with pytest.raises(DataError, match="8 tokens; the model has 7 positions"):
         data.check_lengths({"train": rows_of([5]), "dev": rows_of([8])}, 7)
+
+
+def test_an_empty_split_knows_inputs_and_padding(toys: ModuleType) -> None:
+    empty, full = data.no_rows(toys.tokenizer("left")), data.tokenise(toys.tokenizer("left"), toys.rows(3), 32)
+    assert len(empty) == 0
+    assert (list(empty.columns), empty.pad, empty.left) == (list(full.columns), full.pad, full.left)

@@ -13,6 +13,7 @@ import torch
 
 from spdtool import doctor, plugins
 from spdtool.doctor import Check, examine
+from spdtool.errors import DeviceError
 from spdtool.export import runtime
 
 
@@ -144,3 +145,28 @@ def test_a_broken_plugin_is_listed(look: Callable[[], dict[str, Check]], tmp_pat
 def test_an_old_python_is_a_failure(look: Callable[[], dict[str, Check]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "OLDEST_PYTHON", (9, 9))
     assert look()["Python"].status == "fail"
+
+
+class TestSparseCpu:
+    """The plugin that makes zeros pay, or what is missing of it."""
+
+    def install(self, monkeypatch: pytest.MonkeyPatch, **module: Any) -> None:
+        made = plugins.Library("spdtool-sparse-cpu", "0.1.0", SimpleNamespace(**module))
+        monkeypatch.setattr(plugins, "library", lambda _target: made)
+
+    def test_installed(self, look: Callable[[], dict[str, Check]], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.install(monkeypatch, path=lambda: "ops.so", isa=lambda: "avx2")
+        assert look()["sparse-cpu"] == Check("sparse-cpu", "ok", "spdtool-sparse-cpu 0.1.0, avx2")
+
+    def test_not_installed(self, look: Callable[[], dict[str, Check]], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(plugins, "LIBRARIES", "no such group")
+        check = look()["sparse-cpu"]
+        assert check.status == "warn"
+        assert "pip install spdtool-sparse-cpu" in check.advice
+
+    def test_not_compiled(self, look: Callable[[], dict[str, Check]], monkeypatch: pytest.MonkeyPatch) -> None:
+        def path() -> str:
+            raise DeviceError("the library was not compiled", "install a compiler")
+
+        self.install(monkeypatch, path=path)
+        assert look()["sparse-cpu"] == Check("sparse-cpu", "warn", "the library was not compiled", "install a compiler")

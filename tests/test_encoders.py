@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -214,3 +216,45 @@ def test_positions_are_those_that_a_token_can_have() -> None:
         max_position_embeddings=7,
     )  # fmt: skip
     assert encoders.positions(BertForSequenceClassification(config)) == 7
+
+
+class TestFill:
+    """Arrays into the parameters of their names."""
+
+    def test_every_weight_comes_back(self, tmp_path: Path, toys: ModuleType) -> None:
+        model = toys.bert(seed=1)
+        encoders.save(model, toys.tokenizer(), tmp_path)
+        blank = encoders.blank(tmp_path)
+        held = {name: weight.detach().numpy() for name, weight in model.named_parameters()}
+        assert encoders.fill(blank, held.items()) == []
+        for name, weight in blank.named_parameters():
+            np.testing.assert_array_equal(weight.detach().numpy(), held[name])
+
+    def test_what_was_not_there_is_named(self, toys: ModuleType) -> None:
+        held = [("classifier.bias", np.ones(2, np.float16))]
+        model = toys.bert()
+        missing = encoders.fill(model, held)
+        assert "classifier.weight" in missing
+        assert "classifier.bias" not in missing
+        assert model.classifier.bias.tolist() == [1, 1]
+
+    def test_a_tied_weight_needs_one_of_its_names(self, toys: ModuleType) -> None:
+        model = toys.bert()
+        first, second = (model.bert.encoder.layer[layer].output.dense for layer in (0, 1))
+        second.weight = first.weight
+        held = {name: weight.detach().numpy() for name, weight in model.named_parameters()}
+        assert "bert.encoder.layer.1.output.dense.weight" not in held
+        assert encoders.fill(model, held.items()) == []
+
+    @pytest.mark.parametrize(
+        ("name", "shape", "message"),
+        [("classifier.bias", 3, r"the model has shape \(2,\)"), ("nothing", 2, "the model has no such weight")],
+    )
+    def test_what_does_not_fit_is_refused(self, toys: ModuleType, name: str, shape: int, message: str) -> None:
+        with pytest.raises(ModelError, match=message):
+            encoders.fill(toys.bert(), [(name, np.ones(shape, np.float32))])
+
+    def test_an_encoder_without_a_head_is_refused(self, toys: ModuleType, tmp_path: Path) -> None:
+        toys.bert().bert.save_pretrained(tmp_path)
+        with pytest.raises(ModelError, match="is no fine-tuned classifier"):
+            encoders.blank(tmp_path)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -178,3 +180,41 @@ for plugin in sorted(plugins.loaded(), key=lambda p: p.name):
         "spdtool-kind:kind spdtool_kind None",
         "spdtool-kind:rude spdtool_rude OSError: no licence",
     ]
+
+
+class TestLibrary:
+    """What an installed plugin says of the custom operators of its target, found without importing the target."""
+
+    @pytest.fixture
+    def install(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+        """`install(source)`: a distribution `their-plugin` 1.2 whose module for the target `theirs` has this source."""
+        monkeypatch.syspath_prepend(tmp_path)
+
+        def make(source: str) -> None:
+            (tmp_path / "their_plugin.py").write_text(source)
+            facts = tmp_path / "their_plugin-1.2.dist-info"
+            facts.mkdir()
+            (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: their-plugin\nVersion: 1.2\n")
+            (facts / "entry_points.txt").write_text("[spdtool.libraries]\ntheirs = their_plugin\n")
+            importlib.invalidate_caches()
+
+        yield make
+        sys.modules.pop("their_plugin", None)
+
+    def test_the_module_and_its_distribution(self, install: Callable[[str], None]) -> None:
+        install("def path():\n    return '/there/ops.so'\n")
+        found = plugins.library("theirs")
+        assert (found.distribution, found.version, found.module.path()) == ("their-plugin", "1.2", "/there/ops.so")
+
+    def test_one_that_does_not_load_is_an_error_of_the_plugin(self, install: Callable[[str], None]) -> None:
+        install("import no_such_module_anywhere\n")
+        with pytest.raises(PluginError, match=r"their-plugin 1.2 does not load: .*no_such_module_anywhere"):
+            plugins.library("theirs")
+
+    def test_one_that_is_not_installed_is_an_error_that_says_how(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(plugins, "entry_points", lambda **_: [])
+        with pytest.raises(PluginError, match="'sparse-cpu'") as caught:
+            plugins.library("sparse-cpu")
+        assert caught.value.hint == "the plugin spdtool-sparse-cpu has it: pip install spdtool-sparse-cpu"
+        with pytest.raises(PluginError, match="'theirs'"):
+            plugins.library("theirs")

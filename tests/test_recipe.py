@@ -194,3 +194,23 @@ def test_what_does_not_change_a_result_is_no_part_of_what_is_shared() -> None:
     assert one.shared() == other.shared()
     assert Recipe(seed=1).shared() != Recipe(seed=2).shared()
     assert Recipe(sparsity=0.5).shared() != Recipe(sparsity=0.6).shared()
+
+
+@pytest.mark.parametrize(
+    ("values", "embeddings", "exact", "rounded"),
+    [("fp16", "fp16", 0.001, 0.002), ("fp32", "fp32", 0.001, 0.001), ("fp32", "int8", 0.001, 0.005),
+     ("int8", "fp16", 0.001, 0.005)],
+)  # fmt: skip
+def test_the_budget_goes_by_the_coarsest_storage_unless_it_is_given(
+    values: str, embeddings: str, exact: float, rounded: float
+) -> None:
+    sets = [f"export.values={values}", f"export.embeddings={embeddings}"]
+    section = resolve("default", {}, sets).export
+    assert (section.allowed_change(rounds=False), section.allowed_change(rounds=True)) == (exact, rounded)
+    section = resolve("default", {}, [*sets, "export.budget=0.5"]).export
+    assert section.allowed_change(rounds=False) == section.allowed_change(rounds=True) == 0.5
+
+
+def test_a_storage_that_nobody_knows_is_refused() -> None:
+    with pytest.raises(RecipeError, match="export.values = 'int4'"):
+        resolve("default", {}, ["export.values=int4"])

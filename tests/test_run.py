@@ -18,7 +18,7 @@ import pytest
 from spdtool import run as runs
 from spdtool.errors import Corrupt, RunError, RunLocked, RunMismatch, StageMissing
 from spdtool.recipe import Recipe, amend
-from spdtool.run import Run
+from spdtool.run import Run, replacing
 
 
 @pytest.fixture
@@ -402,3 +402,19 @@ def test_a_commit_that_is_killed_anywhere_leaves_all_or_nothing(run: Run, moment
                 assert (work.state / "step-1").is_dir(), "nothing was lost"
             (work.folder / "model.safetensors").write_text("whole")
     assert names(again.path / "teacher") == ["model.safetensors", "stage.json"]
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    out = tmp_path / "deep/out"
+    with pytest.raises(ZeroDivisionError), replacing(out) as partial:
+        partial.mkdir()
+        (partial / "file").touch()
+        raise ZeroDivisionError
+    assert list(out.parent.iterdir()) == []
+    out.mkdir()
+    (out.parent / ".out.partial").mkdir()
+    (out.parent / ".out.partial/of a call that was killed").touch()
+    with replacing(out) as partial:
+        partial.mkdir()
+        (partial / "file").touch()
+    assert [path.name for path in out.parent.rglob("*")] == ["out", "file"]

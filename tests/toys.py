@@ -215,5 +215,5 @@ def recipe(*sets: str, name: str = "default", task: str = "toy", sparsity: float
     """A recipe for a toy task on the CPU: two epochs a stage, three prune events. `sets` are `--set` assignments."""
     quick = [f"{stage}.epochs=2" for stage in ("teacher", "prune", "distill", "finetune")]
     quick += [f"{stage}.batch_size=8" for stage in ("teacher", "prune", "distill", "finetune")]
-    quick += ["prune.events=3", "max_length=32"]
+    quick += ["prune.events=3", "max_length=32", "export.optional=[]"]
     return resolve(name, {"task": task, "sparsity": sparsity, "device": "cpu"} | flags, [*quick, *sets])

@@ -20,6 +20,18 @@ methods, which may inherit from `Onnx` where it only changes the file:
 `session` opens them again as an `evaluation.Forward`. `audit` counts, in the files, `(zeros, size)` of each parameter
 of the checkpoint that they hold. The export stage puts every target through the same gates: see `parity.py`.
 
+It may also have, with these defaults where it does not (`targets.py` asks for them):
+
+    roles = ("teacher", "student")      which of the two it exports
+    providers = ("cpu", "cuda")         the providers of onnxruntime on which they run
+    weights = None                      a function (folder) -> iterator of (parameter name, float32 array)
+    libraries = lambda folder: []       libraries of custom operators that a session needs, as absolute paths
+
+A target that stores the weights rounded has `weights`: what its files really hold, one parameter at a time, every one
+of the model. Its logits are then held against the checkpoint with those weights in it, which proves the arithmetic, and
+its dev metric against the checkpoint itself, which says what the rounding costs. `spdtool unpack` is made of it too. A
+target may raise DeviceError or PluginError where something that it needs is missing; an optional one is then left out.
+
 What torch.onnx writes is cleaned: it records the building machine's paths at each node, and folds the transposes of
 weights into constants called `val_49`. Each weight has its state-dict name again, or that name with `.T` where the file
 holds it transposed; equal weights that share one constant are listed in the constant's metadata.
@@ -33,7 +45,7 @@ import inspect
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +76,10 @@ EXPORTER_LOGGERS = ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onn
 class Onnx:
     """One float32 ONNX file for onnxruntime; zeros are stored like any other number."""
 
+    roles: tuple[str, ...] = ("teacher", "student")
+    providers: tuple[str, ...] = ("cpu", "cuda")
+    weights: Callable[[Path], Iterator[tuple[str, np.ndarray]]] | None = None  # stored exactly
+
     @staticmethod
     def export(checkpoint: Path, folder: Path, recipe: Recipe) -> list[Path]:
         """Write the checkpoint as `onnx/model.onnx`, with configuration and tokenizer beside it.
@@ -89,6 +105,11 @@ class Onnx:
     def session(folder: Path, provider: str = "cpu", threads: int = 0) -> Forward:
         """The exported model as a function of a batch; raises as `runtime.open_session` does."""
         return onnx_forward(runtime.open_session(folder / FILE, provider, threads))
+
+    @staticmethod
+    def libraries(folder: Path) -> list[str]:  # noqa: ARG004
+        """None: the standard operators are enough."""
+        return []
 
     @staticmethod
     def audit(folder: Path) -> dict[str, tuple[int, int]]:

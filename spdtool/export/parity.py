@@ -44,11 +44,12 @@ def positions(model: PreTrainedModel) -> int:
 def probes(model: PreTrainedModel, rows: Encoded, sentences: int) -> Iterator[tuple[str, Batch]]:
     """What checkpoint and exported file are compared on, each with a name for the user.
 
-    `sentences` real rows; random tokens from (1, 1) to (1, 512 or what the model takes); a batch of unlike lengths. All
-    of it with padding on the right and on the left, and, where there are token types, as one sentence and as a pair.
+    `sentences` real rows, if there are any; random tokens from (1, 1) to (1, 512 or what the model takes); a batch of
+    unlike lengths. All of it with padding on the right and on the left, and, where there are token types, as one
+    sentence and as a pair.
     """
-    some = np.unique(np.linspace(0, len(rows) - 1, sentences).round().astype(int))
-    for left in (False, True):
+    some = np.unique(np.linspace(0, max(len(rows) - 1, 0), sentences).round().astype(int))
+    for left in (False, True) if len(rows) else ():
         yield f"{len(some)} dev rows, {_side(left)}", replace(rows, left=left).collate(some)
     longest = min(positions(model), LONGEST_PROBE)
     lengths = sorted({1, 2, 3, 7, *(2**power for power in range(2, 10)), longest})

@@ -13,7 +13,9 @@ import contextlib
 import importlib
 import io
 import os
+import re
 from collections import Counter
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,9 @@ ARITHMETIC = {
     "Attention", "BiasGelu", "Erf", "FusedGemm", "FusedMatMul", "Gelu", "Gemm", "LayerNormalization", "MatMul",
     "MultiHeadAttention", "SkipLayerNormalization", "Softmax", "Tanh",
 }  # fmt: skip
+DOMAINS = {"spdtool": "spdtool-sparse-cpu"}  # of custom operators, and the plugin that brings their library
+STANDARD_DOMAINS = ("", "ai.onnx", "com.microsoft")
+UNREGISTERED = re.compile(r"(?P<domain>[\w.]*):(?P<name>\w+)\(-?\d+\) is not a registered function/op")
 FATAL = 4  # of onnxruntime's own log, which would go to the terminal; what goes wrong is raised instead
 
 
@@ -71,19 +76,30 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def open_session(model: Path | bytes, provider: str = "cpu", threads: int = 0) -> Any:
+def open_session(
+    model: Path | bytes,
+    provider: str = "cpu",
+    threads: int = 0,
+    libraries: Sequence[str | Path] = (),
+    *,
+    fused: bool = True,
+) -> Any:
     """An onnxruntime session that really runs on `provider`.
 
     Args:
         model: the file, or its bytes.
         provider: `cpu` or `cuda`.
         threads: of one operator; 0: as many as there are cores.
+        libraries: shared libraries of custom operators that the model needs. They are native code and are run.
+        fused: with every optimisation of the graph; else only with those that fuse nothing.
 
     Raises:
         DeviceError: onnxruntime or the provider is not there, or the provider does not run the model.
-        ModelError: the model cannot be opened.
+        ModelError: the model or a library cannot be opened, or the model needs operators that no library gives.
     """
     runtime = require()
+    if provider not in PROVIDERS:
+        raise DeviceError(f"there is no provider {provider!r}", f"known: {', '.join(PROVIDERS)}")
     wanted = PROVIDERS[provider]
     if wanted not in runtime.get_available_providers():
         raise DeviceError(
@@ -91,15 +107,15 @@ def open_session(model: Path | bytes, provider: str = "cpu", threads: int = 0) -
             'pip uninstall onnxruntime, then pip install "spdtool[gpu]"',
         )
     if provider == "cpu":
-        return _open(runtime, model, provider, threads, strict=False)
+        return _open(runtime, model, provider, threads, libraries, fused=fused, strict=False)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
         runtime.preload_dlls()
     try:
-        session = _open(runtime, model, provider, threads, strict=True)
+        session = _open(runtime, model, provider, threads, libraries, fused=fused, strict=True)
     except ModelError as error:
         if "fallback to CPU EP" not in error.message:
             raise
-        session = _open(runtime, model, provider, threads, strict=False)
+        session = _open(runtime, model, provider, threads, libraries, fused=fused, strict=False)
     _refuse_fallback(session, wanted)
     return session
 
@@ -159,14 +175,26 @@ def small_model() -> bytes:
     return bytes(model.SerializeToString())
 
 
-def _open(runtime: Any, model: Path | bytes, provider: str, threads: int, *, strict: bool) -> Any:
+def _open(
+    runtime: Any,
+    model: Path | bytes,
+    provider: str,
+    threads: int,
+    libraries: Sequence[str | Path],
+    *,
+    fused: bool,
+    strict: bool,
+) -> Any:
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads or cores()
     options.log_severity_level = FATAL
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     options.add_session_config_entry("session.force_spinning_stop", "1")  # idle threads leave the cores to others
+    if not fused:
+        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     if strict:
         options.add_session_config_entry(NO_FALLBACK, "1")
+    _register(options, libraries)
     source = model if isinstance(model, bytes) else str(model)
     try:
         session = runtime.InferenceSession(
@@ -174,10 +202,35 @@ def _open(runtime: Any, model: Path | bytes, provider: str, threads: int, *, str
         )
     except Exception as error:  # onnxruntime's errors share no base of their own
         shown = "the model" if isinstance(model, bytes) else str(model)
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ModelError(f"onnxruntime cannot open {shown}: {reason}") from None
+        raise _unopened(shown, _reason(error)) from None
     session.disable_fallback()
     return session
+
+
+def _register(options: Any, libraries: Sequence[str | Path]) -> None:
+    for library in libraries:
+        try:
+            options.register_custom_ops_library(str(library))
+        except Exception as error:  # as above
+            raise ModelError(
+                f"onnxruntime cannot load the operators in {library}: {_reason(error)}",
+                "it must be built for this machine and for this onnxruntime; install its plugin again",
+            ) from None
+
+
+def _unopened(shown: str, reason: str) -> ModelError:
+    unknown = UNREGISTERED.search(reason)
+    if unknown is None or unknown["domain"] in STANDARD_DOMAINS:
+        return ModelError(f"onnxruntime cannot open {shown}: {reason}")
+    plugin = DOMAINS.get(unknown["domain"])
+    return ModelError(
+        f"{shown} needs the operator {unknown['name']} of the domain {unknown['domain']!r}, which is not registered",
+        f"install the plugin {plugin}: pip install {plugin}" if plugin else "give the library that holds it",
+    )
+
+
+def _reason(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _refuse_fallback(session: Any, wanted: str) -> None:

@@ -105,3 +105,9 @@ def test_zeros_must_be_equal() -> None:
         parity.check_zeros({"a": (4, 10), "b": (2, 4)}, expected)
     with pytest.raises(GateError, match=r"a \(and 1 more\): the exported file has no such matrix"):
         parity.check_zeros({}, expected)
+
+
+def test_without_rows_there_are_still_probes(toys: ModuleType) -> None:
+    names = [name for name, _ in parity.probes(toys.bert(), data.no_rows(toys.tokenizer()), 6)]
+    assert "shape (1, 64), pair" in names
+    assert not [name for name in names if "dev" in name]

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper
 
 from spdtool.errors import DeviceError, ModelError
 from spdtool.export import runtime
@@ -207,3 +208,63 @@ def test_a_provider_that_computes_nonsense_is_trouble(monkeypatch: pytest.Monkey
     session = SimpleNamespace(run=lambda _names, given: [given["x"]])
     monkeypatch.setattr(runtime, "open_session", lambda *_given, **_named: session)
     assert "wrong product" in str(runtime.trouble("cpu"))
+
+
+# Libraries of custom operators ---------------------------------------------------------------------------------------
+
+
+def custom(domain: str) -> bytes:
+    """A model of one operator that onnxruntime does not know."""
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("SparseLinear", ["x"], ["y"], domain=domain)], "custom", [x], [y])
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid(domain, 1)]
+    return bytes(helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString())
+
+
+def test_operators_of_ours_that_are_not_registered_name_the_plugin() -> None:
+    with pytest.raises(ModelError, match=r"needs the operator SparseLinear of the domain 'spdtool'") as caught:
+        runtime.open_session(custom("spdtool"))
+    assert "pip install spdtool-sparse-cpu" in str(caught.value.hint)
+
+
+def test_operators_of_a_stranger_that_are_not_registered_ask_for_their_library() -> None:
+    with pytest.raises(ModelError, match=r"of the domain 'their.ops', which is not registered") as caught:
+        runtime.open_session(custom("their.ops"))
+    assert caught.value.hint == "give the library that holds it"
+
+
+@pytest.mark.parametrize("content", [None, b"no library", Path(np.__file__).read_bytes()])
+def test_a_library_that_cannot_be_loaded_is_refused_in_silence(
+    content: bytes | None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if content is not None:
+        (tmp_path / "ops.so").write_bytes(content)
+    with pytest.raises(ModelError, match=r"cannot load the operators in .*ops.so") as caught:
+        runtime.open_session(runtime.small_model(), libraries=[tmp_path / "ops.so"])
+    assert "built for this machine" in str(caught.value.hint)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_shared_library_without_operators_is_refused() -> None:
+    import _ctypes  # any extension module of Python is a shared library
+
+    with pytest.raises(ModelError, match="RegisterCustomOps"):
+        runtime.open_session(runtime.small_model(), libraries=[_ctypes.__file__])
+
+
+def test_every_library_is_registered_before_the_model_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, seen = runtime.require(), []
+
+    class Options(real.SessionOptions):
+        def register_custom_ops_library(self, path: str) -> None:
+            seen.append(path)
+
+    told = {name: getattr(real, name) for name in ("InferenceSession", "get_available_providers")}
+    monkeypatch.setattr(runtime, "require", lambda: SimpleNamespace(**told, SessionOptions=Options))
+    runtime.open_session(runtime.small_model(), threads=1, libraries=["a.so", Path("b.so")])
+    assert seen == ["a.so", "b.so"]
+
+
+def test_an_unknown_provider_is_refused() -> None:
+    with pytest.raises(DeviceError, match="there is no provider 'tpu'"):
+        runtime.open_session(runtime.small_model(), "tpu")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,11 +17,20 @@ from onnx import numpy_helper
 from transformers import AutoConfig, AutoTokenizer
 
 from spdtool import data, encoders, plugins
-from spdtool.errors import DataError, DeviceError, GateError, StageMissing, UnknownName
+from spdtool.errors import (
+    DataError,
+    DeviceError,
+    GateError,
+    ModelError,
+    PluginError,
+    RunError,
+    StageMissing,
+    UnknownName,
+)
 from spdtool.export import runtime
 from spdtool.export.onnx import Onnx
 from spdtool.run import Run, sha256
-from spdtool.stages.export import compare, export
+from spdtool.stages.export import Change, compare, export, export_any
 from spdtool.tasks import Task
 
 Fabricate = Callable[..., Run]
@@ -234,3 +244,184 @@ def test_a_second_target_lies_under_its_name(fabricate: Fabricate, clean_plugins
     assert metrics["other"]["student"]["bytes"] == metrics["student"]["bytes"]
     assert (run.path / "export/other/student/onnx/model.onnx").is_file()
     assert (run.path / "export/teacher/onnx/model.onnx").is_file()
+
+
+class TestOptional:
+    """A target that is exported where it can be, and told of where it cannot."""
+
+    def test_it_lies_under_its_name_with_the_roles_that_it_has(
+        self, fabricate: Fabricate, rounded: Any, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        run = fabricate('export.optional=["rounded"]', "export.budget=1")
+        metrics = export(run)
+        assert set(metrics) == {"teacher", "student", "rounded"}
+        assert set(metrics["rounded"]) == {"student"}
+        written = {name.split("/")[0] for name in files(run.path / "export")}
+        assert written == {"teacher", "student", "rounded", "stage.json"}
+        assert {name.split("/")[0] for name in files(run.path / "export/rounded")} == {"student"}
+        assert "student (rounded): " in capsys.readouterr().out
+        assert run.record("export")["metrics"] == json.loads(json.dumps(metrics))
+
+    def test_one_that_is_not_installed_is_told_once_and_the_rest_goes_on(
+        self, fabricate: Fabricate, clean_plugins: None, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        plugins.targets._parts.pop("sparse-cpu", None)
+        metrics = export(fabricate('export.optional=["sparse-cpu"]'))
+        assert set(metrics) == {"teacher", "student"}
+        said = capsys.readouterr().err
+        assert said.count("the export to sparse-cpu is left out") == 1
+        assert "its plugin is not installed (pip install spdtool-sparse-cpu)" in said
+
+    @pytest.mark.parametrize("error", [DeviceError, PluginError, ModelError])
+    def test_one_that_cannot_work_here_is_told_once_and_leaves_nothing(
+        self, error: Any, fabricate: Fabricate, clean_plugins: None, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        class Lacking(Onnx):
+            @staticmethod
+            def export(checkpoint: Path, folder: Path, recipe: Any) -> list[Path]:
+                Onnx.export(checkpoint, folder, recipe)
+                raise error("the compiled library is missing", "build it")
+
+        plugins.targets.register("lacking")(Lacking)
+        run = fabricate('export.optional=["lacking"]')
+        assert set(export(run)) == {"teacher", "student"}
+        assert capsys.readouterr().err.count("lacking is left out: the compiled library is missing (build it)") == 1
+        assert not [name for name in files(run.path / "export") if "lacking" in name]
+
+    def test_a_demanded_one_that_cannot_work_is_an_error(self, fabricate: Fabricate, clean_plugins: None) -> None:
+        class Lacking(Onnx):
+            @staticmethod
+            def export(checkpoint: Path, folder: Path, recipe: Any) -> list[Path]:
+                raise DeviceError("the compiled library is missing")
+
+        plugins.targets.register("lacking")(Lacking)
+        run = fabricate('export.targets=["onnx", "lacking"]', 'export.optional=["lacking"]')
+        with pytest.raises(DeviceError, match="the compiled library is missing"):
+            export(run)
+        assert nothing_half_written(run)
+
+    def test_a_wrong_result_of_one_is_an_error_all_the_same(self, fabricate: Fabricate, clean_plugins: None) -> None:
+        plugins.targets.register("faulty")(type("Broken", (Faulty,), {"change": staticmethod(lambda a: a.fill(1.0))}))
+        with pytest.raises(GateError, match="checkpoint and exported file differ by"):
+            export(fabricate('export.optional=["faulty"]'))
+
+    def test_one_that_runs_on_another_provider_only(
+        self, fabricate: Fabricate, clean_plugins: None, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        plugins.targets.register("gpu-only")(type("Gpu", (Onnx,), {"providers": ("cuda",)}))
+        assert set(export(fabricate('export.optional=["gpu-only"]'))) == {"teacher", "student"}
+        assert "the target runs on cuda; what works here is cpu" in capsys.readouterr().err
+
+
+class TestRounding:
+    """A target that rounds the weights: the arithmetic and the cost of the rounding are told apart."""
+
+    def test_the_cost_is_measured_against_the_checkpoint_and_the_arithmetic_is_not(
+        self, fabricate: Fabricate, rounded: Any, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        run = fabricate('export.optional=["rounded"]', "export.budget=1", "export.values=int8")
+        measured = export(run)["rounded"]["student"]
+        assert (measured["values"], measured["embeddings"]) == ("int8", "fp16")
+        assert measured["largest_difference"] < 1e-4 < 1e-3 < measured["largest_change"]
+        assert measured["sparsity"] == 0.75
+        assert set(measured["dev"]) == set(measured["checkpoint_dev"]) == {"score", "accuracy"}
+        lines = capsys.readouterr().out.splitlines()
+        (told,) = [line for line in lines if "weights in int8, embeddings in fp16" in line]
+        before, after = measured["checkpoint_dev"]["score"], measured["dev"]["score"]
+        assert f"dev score {before:.4f} before, {after:.4f} after" in told
+        assert f"{measured['flipped']} of 20 predictions flipped" in told
+        assert f"largest logit change {measured['largest_change']:.1e}" in told
+
+    def test_stored_exactly_nothing_changes(self, fabricate: Fabricate, rounded: Any) -> None:
+        sets = ("export.values=fp32", "export.embeddings=fp32")
+        measured = export(fabricate('export.optional=["rounded"]', *sets))["rounded"]["student"]
+        assert measured["largest_change"] < 1e-4
+        assert measured["dev"] == measured["checkpoint_dev"]
+
+    def test_a_fault_of_the_arithmetic_is_caught_though_rounding_moves_more(
+        self, fabricate: Fabricate, rounded: Any
+    ) -> None:
+        def session(folder: Path, provider: str = "cpu", threads: int = 0) -> Any:
+            forward = Onnx.session(folder, provider, threads)
+            return lambda batch: forward(batch) + 2e-4
+
+        rounded.session = staticmethod(session)
+        run = fabricate('export.optional=["rounded"]', "export.budget=1", "export.values=int8")
+        with pytest.raises(GateError, match=r"checkpoint and exported file differ by 0\.0002"):
+            export(run)
+        assert nothing_half_written(run)
+
+    def test_weights_that_do_not_fit_the_model_are_a_fault_of_the_export(
+        self, fabricate: Fabricate, rounded: Any
+    ) -> None:
+        rounded.weights = staticmethod(lambda folder: iter([("bert.pooler.dense.bias", np.zeros(3, np.float32))]))
+        with pytest.raises(GateError, match=r"bert.pooler.dense.bias of shape \(3,\) does not fit"):
+            export(fabricate('export.optional=["rounded"]', "export.budget=1"))
+
+    @pytest.mark.parametrize(("values", "budget"), [("fp32", "0.002"), ("fp16", "0.002"), ("int8", "0.005")])
+    def test_the_budget_goes_by_the_storage(
+        self, values: str, budget: str, fabricate: Fabricate, rounded: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def worse(*given: Any) -> Change:
+            change = compare(*given)
+            metrics = {name: value - 0.0051 for name, value in change.metrics.items()}
+            return replace(change, metrics=metrics) if len(seen) == 2 else seen.append(change) or change
+
+        seen: list[Change] = []  # those of teacher and student, of which nothing is rounded
+        monkeypatch.setattr("spdtool.stages.export.compare", worse)
+        run = fabricate('export.optional=["rounded"]', f"export.values={values}")
+        with pytest.raises(GateError, match="of 20 predictions flipped") as caught:
+            export(run)
+        assert caught.value.hint is not None
+        assert f"export.budget is {budget}; export.values={values}" in caught.value.hint
+
+
+class TestOfNoRun:
+    """`export_any`: a checkpoint that nobody trained here."""
+
+    @pytest.fixture
+    def checkpoint(self, fabricate: Fabricate, tmp_path: Path) -> Path:
+        run = fabricate()
+        folder = tmp_path / "theirs"
+        shutil.copytree(run.path / "finetune", folder)
+        (folder / "stage.json").unlink()
+        return folder
+
+    def test_without_data_random_tokens_are_compared(
+        self, checkpoint: Path, rounded: Any, tmp_path: Path, toys: ModuleType, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        found = export_any(checkpoint, "rounded", tmp_path / "out", toys.recipe(), with_task=False)
+        assert 0 < found["largest_difference"] < 1e-4
+        assert "shape" in found["largest_difference_at"]
+        assert "dev" not in found
+        assert found["sparsity"] == 0.75
+        assert (tmp_path / "out/manifest.json").is_file()
+        assert "no dev set was given" in capsys.readouterr().out
+
+    def test_with_a_task_its_dev_set_counts_too(
+        self, checkpoint: Path, tmp_path: Path, toys: ModuleType, clean_plugins: None
+    ) -> None:
+        found = export_any(checkpoint, "onnx", tmp_path / "out", toys.recipe(), with_task=True)
+        assert (found["rows"], found["flipped"], found["target"]) == (20, 0, "onnx")
+        assert found["dev"] == found["checkpoint_dev"]
+
+    def test_a_fault_leaves_nothing(self, checkpoint: Path, tmp_path: Path, toys: ModuleType, rounded: Any) -> None:
+        rounded.audit = staticmethod(lambda folder: {})
+        with pytest.raises(GateError, match="no such matrix"):
+            export_any(checkpoint, "rounded", tmp_path / "out", toys.recipe(), with_task=False)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "theirs"]
+
+    def test_what_lies_in_the_way_is_not_touched(self, checkpoint: Path, toys: ModuleType, tmp_path: Path) -> None:
+        with pytest.raises(RunError, match="is not an empty folder"):
+            export_any(checkpoint, "onnx", checkpoint, toys.recipe(), with_task=False)
+        with pytest.raises(ModelError, match="there is no folder"):
+            export_any(tmp_path / "none", "onnx", tmp_path / "out", toys.recipe(), with_task=False)
+
+    def test_a_tokenizer_of_another_model_is_refused(
+        self, toys: ModuleType, toy_task: Callable[..., Task], tmp_path: Path
+    ) -> None:
+        toy_task()
+        encoders.save(toys.bert(vocab_size=9), toys.tokenizer(), tmp_path / "small")
+        with pytest.raises(ModelError, match="the model has 9 word embeddings"):
+            export_any(tmp_path / "small", "onnx", tmp_path / "out", toys.recipe(), with_task=True)
+        assert not (tmp_path / "out").exists()

@@ -1,0 +1,66 @@
+"""An export target that rounds the weights, as a stranger would write it: `Onnx` of a checkpoint that is rounded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import numpy_helper
+
+from spdtool import encoders
+from spdtool.export.onnx import FILE, PARAMETERS, TRANSPOSED, Onnx
+from spdtool.recipe import Recipe
+
+
+class Rounded(Onnx):
+    """Weights rounded as `export.values` says; only the student."""
+
+    roles = ("student",)
+    providers = ("cpu",)
+    library: dict[str, str] | None = None  # what its manifest says of a library
+
+    @classmethod
+    def export(cls, checkpoint: Path, folder: Path, recipe: Recipe) -> list[Path]:  # type: ignore[override]
+        """Export a checkpoint whose weights are rounded, with a manifest beside it."""
+        with tempfile.TemporaryDirectory() as place:
+            rounded = Path(place) / "checkpoint"
+            shutil.copytree(checkpoint, rounded)
+            model = encoders.load(checkpoint)
+            for weight in model.parameters():
+                weight.data.copy_(rounded_to(recipe.export.values, weight.data))
+            model.save_pretrained(rounded)
+            files = Onnx.export(rounded, folder, recipe)
+        manifest: dict[str, Any] = {"format": 1, "target": "rounded", "model": FILE}
+        manifest["files"] = {FILE: {"bytes": files[0].stat().st_size}}
+        if cls.library is not None:
+            manifest["library"] = cls.library
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        return files
+
+    @staticmethod
+    def weights(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
+        """What the file holds, by the names of the parameters."""
+        for tensor in onnx.load(folder / FILE).graph.initializer:
+            array = numpy_helper.to_array(tensor)
+            for entry in tensor.metadata_props:
+                if entry.key == PARAMETERS:
+                    for name in entry.value.split():
+                        yield name, array.T if tensor.name.endswith(TRANSPOSED) else array
+
+
+def rounded_to(storage: str, weight: torch.Tensor) -> torch.Tensor:
+    """`weight` as `storage` holds it; a live weight stays alive."""
+    if storage == "fp32":
+        return weight
+    if storage == "fp16":
+        return weight.half().float()
+    scale = weight.abs().max() / 127 or torch.tensor(1.0)
+    steps = (weight / scale).round()
+    return torch.where((steps == 0) & (weight != 0), weight.sign(), steps) * scale
