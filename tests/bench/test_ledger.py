@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from types import ModuleType
@@ -84,15 +85,21 @@ def test_a_dense_product_is_that_product() -> None:
     np.testing.assert_allclose(session.run(None, {"x": x})[0], x @ weight.T, rtol=1e-5)
 
 
-def test_a_sparse_product_is_one_node_of_the_operator() -> None:
-    proto = onnx.load_from_string(ledger.sparse_model(np.arange(9, dtype=np.uint8), (5, 3)))
+def test_a_sparse_product_is_timed_by_one_node_of_the_operator() -> None:
+    proto = onnx.load_from_string(ledger.sparse_model(np.arange(9, dtype=np.uint8), 32))
     (node,) = proto.graph.node
-    assert (node.domain, node.op_type, list(node.input)) == ("spdtool", "SparseLinear", ["x", "weight", "bias"])
-    assert [(attribute.name, attribute.s) for attribute in node.attribute] == [("activation", b"none")]
-    weight, bias = map(numpy_helper.to_array, proto.graph.initializer)
-    assert (weight.tolist(), bias.tolist()) == (list(range(9)), [0] * 5)
-    assert proto.graph.input[0].type.tensor_type.shape.dim[1].dim_value == 3
-    assert proto.graph.output[0].type.tensor_type.shape.dim[1].dim_value == 5
+    assert (node.domain, node.op_type, list(node.input)) == ("spdtool", "SparseProductTime", ["repeats", "weight"])
+    assert [(attribute.name, attribute.i) for attribute in node.attribute] == [("tokens", 32)]
+    (weight,) = map(numpy_helper.to_array, proto.graph.initializer)
+    assert weight.tolist() == list(range(9))
+
+
+def test_the_fixed_cost_of_the_runtime_is_taken_off_a_dense_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = iter([{"ms": 0.5}, {"ms": 0.125}, {"ms": 0.1}, {"ms": 0.2}])
+    monkeypatch.setattr(ledger.latency, "turn", lambda call, seconds: next(turns))
+    timed = ledger._dense(np.ones((4, 3), dtype=np.float32), 32)
+    assert timed() == 0.375
+    assert timed() == ledger.LEAST
 
 
 def test_an_entry_works_out_operations_ratio_and_bound() -> None:
@@ -143,18 +150,16 @@ def test_it_is_measured_in_a_process_of_its_own_and_like_matrices_share_it(
 
 
 def test_both_forms_are_timed_in_turns(dense: Path, sparse: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here without the operator: a stand-in for its model, and a record of what is run when."""
+    """Here without the operator: stand-ins for both forms, and a record of what is run when."""
     ran: list[str] = []
     opened: list[Any] = []
 
-    def product(model: bytes, inputs: int, tokens: int, libraries: Any = (), threads: int = 1) -> Any:
-        name = "sparse" if model == b"sparse" else "dense"
-        opened.append((name, inputs, tokens, tuple(libraries)))
-        return lambda: ran.append(name)
+    def form(name: str, weight: np.ndarray, tokens: int, libraries: Any = ()) -> Any:
+        opened.append((name, weight.size, tokens, tuple(libraries)))
+        return lambda: ran.append(name) or float(len(ran))
 
-    monkeypatch.setattr(ledger, "sparse_model", lambda packed, shape: b"sparse")
-    monkeypatch.setattr(ledger, "_product", product)
-    monkeypatch.setattr(ledger, "TURN", 0)
+    monkeypatch.setattr(ledger, "_dense", functools.partial(form, "dense"))
+    monkeypatch.setattr(ledger, "_sparse", functools.partial(form, "sparse"))
     given: list[dict[str, Any]] = []
     requests = [
         {"dense": str(dense), "sparse": str(sparse), "libraries": ["lib.so"]},
@@ -162,15 +167,18 @@ def test_both_forms_are_timed_in_turns(dense: Path, sparse: Path, monkeypatch: p
         {"matrix": PREFIX + "0.attention.self.key.weight", "tokens": 32, "rounds": 2},
     ]
     ledger.work(map(json.dumps, requests), given.append)
-    assert opened == [("dense", 32, 32, ()), ("sparse", 32, 32, ("lib.so",)), ("dense", 32, 32, ())]
+    assert [(name, tokens, libraries) for name, _, tokens, libraries in opened] == [
+        ("dense", 32, ()),
+        ("sparse", 32, ("lib.so",)),
+        ("dense", 32, ()),
+    ]
+    assert opened[1][1] == 100  # the packed bytes
     assert ran == ["dense", "sparse"] * 4 + ["dense"] * 3
-    assert given[0] == {}
-    assert [len(given[1][form]) for form in ("dense", "sparse")] == [3, 3]
-    assert given[2]["sparse"] is None
+    assert given == [{}, {"dense": [3, 5, 7], "sparse": [4, 6, 8]}, {"dense": [10, 11], "sparse": None}]
 
 
 def test_an_operator_that_is_not_there_is_a_clear_error(dense: Path, sparse: Path) -> None:
-    with pytest.raises(SpdError, match="single products cannot be timed: .*SparseLinear"):
+    with pytest.raises(SpdError, match="single products cannot be timed: .*SparseProductTime"):
         ledger.write(dense, sparse, [], [])
 
 

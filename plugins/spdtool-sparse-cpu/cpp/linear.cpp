@@ -1,5 +1,7 @@
 #include "linear.hpp"
 
+#include <chrono>
+
 #include "buffer.hpp"
 #include "tiles.hpp"
 
@@ -45,6 +47,21 @@ void linear(const BlockedMatrix& weights, Activation activation, const float* x,
         kernels.out_of_tile(tile, tiles[t].width, r1 - r0, to);
       }};
   Team::run({gather, multiply}, lender, threads);
+}
+
+double product_seconds(const BlockedMatrix& weights, size_t tokens, size_t repeats, const Kernels& kernels) {
+  using Clock = std::chrono::steady_clock;
+  const Tiles tiles(tokens, kernels.lanes, 1);
+  Buffer<float> x(tiles.columns() * weights.columns()), y(tiles.columns() * weights.rows());
+  for (size_t i = 0; i < x.size(); i++) x[i] = float(i % 7);
+  const auto start = Clock::now();
+  for (size_t repeat = 0; repeat < repeats; repeat++)
+    for (uint32_t block = 0; block < weights.row_blocks(); block++)
+      for (size_t t = 0; t < tiles.count(); t++)
+        kernels.multiply(weights.view(), weights.block(block), weights.block(block + 1),
+                         {x.data() + tiles.offset(t, weights.columns()), 0},
+                         {y.data() + tiles.offset(t, weights.rows()), 0}, tiles[t].vectors);
+  return std::chrono::duration<double>(Clock::now() - start).count() / double(repeats);
 }
 
 }  // namespace sparse_cpu

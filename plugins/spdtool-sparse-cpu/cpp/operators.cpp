@@ -101,6 +101,32 @@ struct SparseLinear {
   BlockedMatrix weights;
 };
 
+// SparseProductTime(repeats int64, weight uint8 packed) -> float[1]: `product_seconds`, for the ledger of `spdtool bench`.
+struct SparseProductTime {
+  static constexpr const char* kName = "SparseProductTime";
+  static size_t inputs() { return 2; }
+  static int input_type(size_t i) { return i == 0 ? ort::kInt64 : ort::kUint8; }
+  static int characteristic(size_t) { return ort::kRequired; }
+
+  explicit SparseProductTime(const ort::KernelInfo* info) : tokens(api.integer(info, "tokens")) {
+    const Packed packed = packed_constant(info, 1, "SparseProductTime weight");
+    if (tokens < 1 || tokens > 65536) throw PackedError("SparseProductTime: tokens = " + std::to_string(tokens));
+    weights = BlockedMatrix(read_rows(packed), std::vector<float>(packed.rows), best_kernels().dense_above);
+  }
+
+  void compute(ort::KernelContext* context) const {
+    const ort::Value* given = api.input(context, 0);
+    if (elements(api.shape(given)) != 1) throw InputError("SparseProductTime: repeats is one number");
+    const int64_t repeats = *api.data<const int64_t>(given);
+    if (repeats < 1) throw InputError("SparseProductTime: repeats = " + std::to_string(repeats));
+    *api.data<float>(api.output(context, 0, {1})) =
+        float(product_seconds(weights, size_t(tokens), size_t(repeats), best_kernels()));
+  }
+
+  int64_t tokens;
+  BlockedMatrix weights;
+};
+
 struct SparseEncoder {
   static constexpr const char* kName = "SparseEncoder";
   static size_t inputs() { return 4; }
@@ -182,7 +208,8 @@ ort::CustomOp describe() {
 SPARSE_EXPORT sparse_cpu::ort::Status* RegisterCustomOps(sparse_cpu::ort::SessionOptions* options,
                                                          const sparse_cpu::ort::ApiBase* base) {
   using namespace sparse_cpu;
-  static const ort::CustomOp linear = describe<SparseLinear>(), encoder = describe<SparseEncoder>();
+  static const ort::CustomOp linear = describe<SparseLinear>(), encoder = describe<SparseEncoder>(),
+                             timing = describe<SparseProductTime>();
   static ort::Domain* domain = nullptr;  // lives as long as the library: sessions share it
   api = ort::Api(base->get_api(ort::kApiVersion));
   if (!api) return nullptr;  // an onnxruntime before 1.17, which has said so itself
@@ -192,6 +219,7 @@ SPARSE_EXPORT sparse_cpu::ort::Status* RegisterCustomOps(sparse_cpu::ort::Sessio
       api.call(ort::kCreateCustomOpDomain, "spdtool", &made);
       api.call(ort::kCustomOpDomainAdd, made, &linear);
       api.call(ort::kCustomOpDomainAdd, made, &encoder);
+      api.call(ort::kCustomOpDomainAdd, made, &timing);
       domain = made;
     }
     api.call(ort::kAddCustomOpDomain, options, domain);

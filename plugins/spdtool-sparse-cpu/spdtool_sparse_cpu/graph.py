@@ -39,7 +39,7 @@ DENSE = "dense:"  # before the name of a constant that is packed for one reader,
 SHARED = ".shared"
 UNREAD = "unread:"
 ZEROS = "zeros"  # metadata of the model: shapes of the parameters that are zero and that no node reads
-DENSE_ABOVE = 0.6  # density above which the dense product is the faster one
+DENSE_ABOVE = 0.4  # density above which a single dense product is the faster one: it changes no layouts
 SMALL_TABLE = 4096  # weights; rounding a smaller table saves nothing that shows
 
 GRAPH_OUTPUT = -1  # stands for a node among the readers of a tensor

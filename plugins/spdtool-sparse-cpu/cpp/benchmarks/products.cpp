@@ -4,29 +4,15 @@
 //   cmake -S plugins/spdtool-sparse-cpu -B build/products -DSPARSE_CPU_BENCHMARKS=ON
 //   cmake --build build/products && build/products/cpp/benchmarks/products
 #include <algorithm>
-#include <chrono>
+#include <cmath>
 #include <cstdio>
-#include <functional>
 #include <random>
 
-#include "../blocked.hpp"
-#include "../buffer.hpp"
+#include "../linear.hpp"
 
 using namespace sparse_cpu;
 
 namespace {
-
-double best_seconds(const std::function<void()>& work) {
-  using clock = std::chrono::steady_clock;
-  double best = 1e9;
-  const auto begin = clock::now();
-  for (int round = 0; round < 20 || clock::now() - begin < std::chrono::milliseconds(150); round++) {
-    const auto start = clock::now();
-    work();
-    best = std::min(best, std::chrono::duration<double>(clock::now() - start).count());
-  }
-  return best;
-}
 
 SparseRows random_rows(uint32_t rows, uint32_t columns, double density) {
   std::mt19937 random(1);
@@ -43,19 +29,12 @@ SparseRows random_rows(uint32_t rows, uint32_t columns, double density) {
   return result;
 }
 
-// GFLOP/s of real (nonzero) arithmetic on `tokens` columns.
-double rate(const BlockedMatrix& matrix, size_t tokens, double& seconds) {
-  const Kernels& kernels = best_kernels();
-  const int vectors = std::min<int>(kWidestTile, int(tokens / kernels.lanes));
-  const size_t width = size_t(vectors) * kernels.lanes, tiles = tokens / width;
-  Buffer<float> x(tiles * width * matrix.columns()), y(tiles * width * matrix.rows());
-  for (size_t i = 0; i < x.size(); i++) x[i] = float(i % 7);
-  seconds = best_seconds([&] {
-    for (size_t t = 0; t < tiles; t++)
-      kernels.multiply(matrix.view(), 0, matrix.block(matrix.row_blocks()), {x.data() + t * width * matrix.columns(), 0},
-                       {y.data() + t * width * matrix.rows(), 0}, vectors);
-  });
-  return 2e-9 * double(matrix.nonzeros()) * double(tiles * width) / seconds;
+// Best seconds of many products, so many at a time that a turn takes about a millisecond.
+double best_seconds(const BlockedMatrix& matrix, size_t tokens) {
+  const size_t repeats = 1 + size_t(1e-3 / product_seconds(matrix, tokens, 3, best_kernels()));
+  double best = 1e9;
+  for (int turn = 0; turn < 60; turn++) best = std::min(best, product_seconds(matrix, tokens, repeats, best_kernels()));
+  return best;
 }
 
 }  // namespace
@@ -66,15 +45,15 @@ int main() {
   const uint32_t shapes[][2] = {{384, 384}, {1536, 384}, {384, 1536}, {768, 768}, {3072, 768}, {768, 3072}};
   for (const auto& shape : shapes)
     for (const size_t tokens : {size_t(32), size_t(128)}) {
-      double whole = 0, seconds = 0;
-      const BlockedMatrix dense(random_rows(shape[0], shape[1], 1.0), std::vector<float>(shape[0]), 0.5);
-      const double dense_rate = rate(dense, tokens, whole);
-      std::printf("| %u x %u | %zu | none | %.1f | %.1f | 1 |\n", shape[0], shape[1], tokens, whole * 1e6, dense_rate);
-      for (const double zeros : {0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1}) {
-        const BlockedMatrix sparse(random_rows(shape[0], shape[1], 1 - zeros), std::vector<float>(shape[0]), 1.0);
-        const double real = rate(sparse, tokens, seconds);
-        std::printf("| %u x %u | %zu | %.0f %% | %.1f | %.1f | %.2f |\n", shape[0], shape[1], tokens, zeros * 100,
-                    seconds * 1e6, real, whole / seconds);
-      }
+      const std::vector<float> bias(shape[0]);
+      const auto row = [&](double density, double dense_above, double dense_seconds) {
+        const BlockedMatrix matrix(random_rows(shape[0], shape[1], density), bias, dense_above);
+        const double seconds = best_seconds(matrix, tokens), real = 2e-9 * double(matrix.nonzeros() * tokens) / seconds;
+        std::printf("| %u x %u | %zu | %.0f %% | %.1f | %.1f | %.2f |\n", shape[0], shape[1], tokens,
+                    100 * (1 - density), seconds * 1e6, real, dense_seconds / seconds);
+        return seconds;
+      };
+      const double dense_seconds = row(1.0, 0.5, NAN);
+      for (const double zeros : {0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1}) row(1 - zeros, 1.0, dense_seconds);
     }
 }
