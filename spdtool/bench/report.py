@@ -208,10 +208,10 @@ NOTE = (
     "mean over the grid leaves the padded shapes out."
 )
 LEDGER_NOTE = (
-    "One thread; one product at a time, repeated, so that its weights are in the cache: a dense one in onnxruntime, less "
-    "what a model takes that does nothing; a sparse one as it runs inside the encoder. Matrices of equal shape whose "
-    "densities agree to a percent share one timing. GFLOP/s of a sparse product count the weights that are there. The "
-    "bound is the larger of these operations at the measured peak and the packed weights at the measured bandwidth."
+    "One thread; one product at a time, repeated, so that its weights are in the cache: a dense one in onnxruntime, "
+    "less what a model takes that does nothing; a sparse one as it runs inside the encoder. Matrices of equal shape "
+    "whose densities agree to a percent share one timing. GFLOP/s of a sparse product count the weights there are. "
+    "The bound is the larger of these operations at the measured peak and the packed weights at the measured bandwidth."
 )
 
 
