@@ -22,6 +22,8 @@ BlockedMatrix::BlockedMatrix(const SparseRows& weights, const std::vector<float>
   for (uint32_t row = 0; row < rows_; row += kRowsOfBlock)
     for (uint32_t depth = 0; depth < columns_; depth += kDepthOfBlock) add_block(weights, row, depth, cursor);
 
+  value_.resize(value_.size() + kSpareValues, 0.0f);
+
   for (float& value : value_) value *= scale;
   bias_.resize(rows_);
   std::transform(bias.begin(), bias.end(), bias_.begin(), [&](float b) { return b * scale; });
@@ -32,7 +34,7 @@ size_t BlockedMatrix::bytes() const { return aligned(value_.size() * sizeof(floa
 uint8_t* BlockedMatrix::move_to(uint8_t* place) {
   uint8_t* const end = place + bytes();
   moved_value_ = reinterpret_cast<float*>(place);
-  if (!value_.empty()) std::memcpy(place, value_.data(), value_.size() * sizeof(float));
+  std::memcpy(place, value_.data(), value_.size() * sizeof(float));
   moved_index_ = place + aligned(value_.size() * sizeof(float));
   if (!index_.empty()) std::memcpy(moved_index_, index_.data(), index_.size());
   std::vector<float>().swap(value_);

@@ -44,8 +44,9 @@ class Reader {
       throw PackedError(packed.name + ": " + std::to_string(packed.rows) + " x " + std::to_string(packed.columns) +
                         " where " + (rows ? std::to_string(rows) : "?") + " x " + std::to_string(columns) +
                         " is needed");
-    const SparseRows weights = read_rows(packed);
-    return BlockedMatrix(weights, read_vector(next_(name + " bias"), packed.rows), kernels_.dense_above, scale);
+    // The bias first: rows without a value cost no bytes, and a damaged header could ask for room for any number of them.
+    const std::vector<float> bias = read_vector(next_(name + " bias"), packed.rows);
+    return BlockedMatrix(read_rows(packed), bias, kernels_.dense_above, scale);
   }
 
  private:
@@ -86,6 +87,8 @@ Encoder::Encoder(const EncoderShape& shape, const Kernels& kernels, const Next& 
   }
   if (shape.heads == 0 || hidden_ % shape.heads != 0)
     throw PackedError(std::to_string(shape.heads) + " heads do not divide a hidden width of " + std::to_string(hidden_));
+  if (shape.padding_id < -1 || shape.padding_id >= int64_t(positions_.rows))
+    throw PackedError("a padding id of " + std::to_string(shape.padding_id) + " is outside the table of positions");
   if (shape.layers == 0) throw PackedError("an encoder without layers");
   head_size_ = hidden_ / shape.heads;
   const float scale = 1.0f / std::sqrt(float(head_size_));
@@ -466,7 +469,7 @@ void Encoder::run(const Tokens& tokens, float* out, const Lender& lender) const 
 
   const size_t threads = threads_.load(std::memory_order_relaxed);
   EncoderPass pass(*this, tokens, out, *work, threads);
-  const size_t joined = Team::run(pass.phases(), lender, most_threads());
+  const size_t joined = Team::run(pass.phases(), lender, work->scratch.size());
   // The lender does not say how many threads it has; what is known after the first batch decides how later ones are cut.
   threads_.store(first_batch_.exchange(false) ? joined : std::max(threads, joined), std::memory_order_relaxed);
 

@@ -20,11 +20,12 @@ template <int V, int Rows>
 struct Sums {
   Vector at[Rows][V];
 
-  SPARSE_INLINE void begin(float* const* y, const float* bias, const uint16_t* order, bool first) {
+  template <bool First>
+  SPARSE_INLINE void begin(float* const* y, const float* bias, const uint16_t* order) {
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; r++)
 #pragma GCC unroll 8
-      for (int v = 0; v < V; v++) at[r][v] = first ? splat(bias[order[r]]) : load(y[r] + v * kLanes);
+      for (int v = 0; v < V; v++) at[r][v] = First ? splat(bias[order[r]]) : load(y[r] + v * kLanes);
   }
   SPARSE_INLINE void end(float* const* y) const {
 #pragma GCC unroll 8
@@ -110,39 +111,50 @@ SPARSE_INLINE void dense_steps(Sums<V, Rows>& sums, const float* x, const float*
   }
 }
 
+// One block. `First`: the sums begin with the bias; otherwise with what `y` holds.
+template <int V, bool Dense, bool First>
+void multiply_block(const MatrixView& matrix, const Block& block, const float* x, float* y) {
+  constexpr size_t kWidth = V * kLanes;
+  constexpr int kRows = rows_of_pass<V>();
+  const float* bias = matrix.bias + block.row;
+  const uint16_t* order = matrix.order + block.first_slot;
+  const uint8_t* index = matrix.index + (Dense ? 0 : block.first_entry);
+  const float* value = matrix.value + block.first_entry;
+  for (const Run* run = matrix.runs + block.first_run, *last = run + block.runs; run < last; run++) {
+    const uint32_t steps = run->steps;
+    for (uint32_t bundle = 0; bundle < run->bundles; bundle++, order += kBundle) {
+#pragma GCC unroll 4
+      for (int pass = 0; pass < kBundle; pass += kRows) {
+        float* rows[kRows];
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; r++) rows[r] = y + order[pass + r] * kWidth;
+        Sums<V, kRows> sums;
+        sums.template begin<First>(rows, bias, order + pass);
+        if constexpr (Dense) {
+          dense_steps(sums, x, value + pass, steps);
+        } else {
+          sparse_steps(sums, x, index + pass, value + pass, steps, pass == 0);
+        }
+        sums.end(rows);
+      }
+      if (!Dense) index += size_t(steps) * kBundle;
+      value += size_t(steps) * kBundle;
+    }
+  }
+}
+
 template <int V>
 void multiply_blocks(const MatrixView& matrix, size_t begin, size_t end, TileIn from, TileOut to) {
   constexpr size_t kWidth = V * kLanes;
-  constexpr int kRows = rows_of_pass<V>();
   for (size_t b = begin; b < end; b++) {
     const Block& block = matrix.blocks[b];
     const float* x = from.data + (block.depth - from.origin) * kWidth;
     float* y = to.data + (block.row - to.origin) * kWidth;
-    const float* bias = matrix.bias + block.row;
-    const uint16_t* order = matrix.order + block.first_slot;
-    const uint8_t* index = matrix.index ? matrix.index + block.first_entry : nullptr;
-    const float* value = matrix.value + block.first_entry;
-    const bool first = block.depth == 0;
-    for (const Run* run = matrix.runs + block.first_run, *last = run + block.runs; run < last; run++) {
-      for (uint32_t bundle = 0; bundle < run->bundles; bundle++, order += kBundle) {
-#pragma GCC unroll 4
-        for (int pass = 0; pass < kBundle; pass += kRows) {
-          float* rows[kRows];
-#pragma GCC unroll 8
-          for (int r = 0; r < kRows; r++) rows[r] = y + order[pass + r] * kWidth;
-          Sums<V, kRows> sums;
-          sums.begin(rows, bias, order + pass, first);
-          if (index) {
-            sparse_steps(sums, x, index + pass, value + pass, run->steps, pass == 0);
-          } else {
-            dense_steps(sums, x, value + pass, run->steps);
-          }
-          sums.end(rows);
-        }
-        if (index) index += size_t(run->steps) * kBundle;
-        value += size_t(run->steps) * kBundle;
-      }
-    }
+    const bool dense = matrix.index == nullptr, first = block.depth == 0;
+    const auto multiply_one = dense ? first ? multiply_block<V, true, true> : multiply_block<V, true, false>
+                              : first ? multiply_block<V, false, true>
+                                      : multiply_block<V, false, false>;
+    multiply_one(matrix, block, x, y);
   }
 }
 
@@ -388,20 +400,17 @@ void add_float(float* sum, const uint8_t* row, size_t size) {
   }
 }
 
-// As half_to_float in packed.cpp, without its branch: infinities were refused when the table was opened.
+// As half_to_float in packed.cpp, without its branches: infinities were refused when the table was opened.
 void add_half(float* sum, const uint8_t* row, size_t size) {
   for (size_t i = 0; i < size; i++) {
     uint16_t half;
     __builtin_memcpy(&half, row + 2 * i, 2);
-    const uint32_t magnitude = uint32_t(half & 0x7fff) << 13, sign = uint32_t(half & 0x8000) << 16;
-    float x;
-    __builtin_memcpy(&x, &magnitude, 4);
-    x *= 0x1p112f;
-    uint32_t bits;
-    __builtin_memcpy(&bits, &x, 4);
-    bits |= sign;
-    __builtin_memcpy(&x, &bits, 4);
-    sum[i] += x;
+    const uint32_t magnitude = half & 0x7fff, shifted = (magnitude << 13) + (uint32_t(127 - 15) << 23);
+    const float subnormal = float(int32_t(magnitude)) * 0x1p-24f;
+    float normal;
+    __builtin_memcpy(&normal, &shifted, 4);
+    const float x = magnitude < 0x400 ? subnormal : normal;
+    sum[i] += half & 0x8000 ? -x : x;
   }
 }
 

@@ -19,6 +19,7 @@ constexpr int kBundle = 8;              // rows that are multiplied together
 constexpr size_t kAlignment = 64;       // bytes; of tiles and of everything that vectors are loaded from
 constexpr uint32_t kDepthOfBlock = 192; // inputs of a block; at most 256, for the 8-bit indexes
 constexpr uint32_t kRowsOfBlock = 192;  // outputs of a block
+constexpr size_t kSpareValues = 4;      // zeros behind the last weight: kernels load four at a time, and may need two
 
 enum class Activation : int { kNone, kRelu, kGelu, kGeluTanh };
 

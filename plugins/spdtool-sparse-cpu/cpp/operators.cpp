@@ -2,6 +2,7 @@
 //
 // No exception leaves this file: what goes wrong becomes a status, which onnxruntime raises in the user's language.
 #include <memory>
+#include <mutex>
 
 #include "encoder.hpp"
 #include "linear.hpp"
@@ -110,7 +111,8 @@ struct SparseProductTime {
 
   explicit SparseProductTime(const ort::KernelInfo* info) : tokens(api.integer(info, "tokens")) {
     const Packed packed = packed_constant(info, 1, "SparseProductTime weight");
-    if (tokens < 1 || tokens > 65536) throw PackedError("SparseProductTime: tokens = " + std::to_string(tokens));
+    if (tokens < 1 || tokens > 1024) throw PackedError("SparseProductTime: tokens = " + std::to_string(tokens));
+    if (packed.rows > 65536) throw PackedError("SparseProductTime: more than 65,536 rows");
     weights = BlockedMatrix(read_rows(packed), std::vector<float>(packed.rows), best_kernels().dense_above);
   }
 
@@ -154,6 +156,7 @@ struct SparseEncoder {
     encoder = std::make_unique<Encoder>(shape, best_kernels(), [&](const std::string& name) {
       return packed_constant(info, index++, name);
     });
+    if (api.constant(info, index)) throw PackedError("SparseEncoder: more weights than its attributes ask for");
   }
 
   void compute(ort::KernelContext* context) const {
@@ -211,7 +214,9 @@ SPARSE_EXPORT sparse_cpu::ort::Status* RegisterCustomOps(sparse_cpu::ort::Sessio
   static const ort::CustomOp linear = describe<SparseLinear>(), encoder = describe<SparseEncoder>(),
                              timing = describe<SparseProductTime>();
   static ort::Domain* domain = nullptr;  // lives as long as the library: sessions share it
-  api = ort::Api(base->get_api(ort::kApiVersion));
+  static std::mutex mutex;  // sessions may be opened in several threads at once, while others run
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (!api) api = ort::Api(base->get_api(ort::kApiVersion));
   if (!api) return nullptr;  // an onnxruntime before 1.17, which has said so itself
   return guarded([&] {
     if (domain == nullptr) {

@@ -10,8 +10,9 @@ namespace {
 
 constexpr size_t kHeaderBytes = 64;
 constexpr size_t kChecksumAt = 32;
+constexpr size_t kUnusedFrom = 36;  // to the end of the header
 constexpr uint8_t kVersion = 1;
-constexpr uint64_t kMostWeights = uint64_t(1) << 32;
+constexpr uint64_t kMostWeights = uint64_t(1) << 30;
 
 template <class T>
 T at(const uint8_t* bytes) {
@@ -57,6 +58,9 @@ class Fields {
     return true;
   }
 
+  // Whether nothing is left but the zero bits that fill up the last byte.
+  bool at_end() const { return left_ < 8 && window_ == 0; }
+
  private:
   const uint8_t* bytes_;
   uint64_t left_;
@@ -70,6 +74,23 @@ float value_at(const Packed& packed, uint64_t index, uint32_t row) {
     case Values::kFloat32: return at<float>(packed.values + 4 * index);
     case Values::kFloat16: return half_to_float(at<uint16_t>(packed.values + 2 * index));
     default: return float(int8_t(packed.values[index])) * at<float>(packed.scales + 4 * size_t(row));
+  }
+}
+
+// Whether the stored value number `index` is zero, before its scale.
+bool is_zero(const Packed& packed, uint64_t index) {
+  switch (packed.type) {
+    case Values::kFloat32: return (at<uint32_t>(packed.values + 4 * index) & 0x7fffffff) == 0;
+    case Values::kFloat16: return (at<uint16_t>(packed.values + 2 * index) & 0x7fff) == 0;
+    default: return packed.values[index] == 0;
+  }
+}
+
+void check_scales(const Packed& packed) {
+  if (packed.type != Values::kInt8) return;
+  for (uint32_t row = 0; row < packed.rows; row++) {
+    const uint32_t bits = at<uint32_t>(packed.scales + 4 * size_t(row));
+    if (bits == 0 || bits >= 0x7f800000) refuse(packed.name, "a scale that is not a positive number");
   }
 }
 
@@ -94,10 +115,10 @@ float half_to_float(uint16_t half) {
     return magnitude > 0x7c00 ? std::numeric_limits<float>::quiet_NaN()
            : half & 0x8000    ? -std::numeric_limits<float>::infinity()
                               : std::numeric_limits<float>::infinity();
-  const uint32_t shifted = magnitude << 13;  // the exponent is now too small by 112, also that of a subnormal number
-  float value;
-  std::memcpy(&value, &shifted, sizeof value);
-  value *= 0x1p112f;
+  // A subnormal float16 is counted in units of 2^-24, as an ordinary float: a session may take subnormal floats for zero.
+  const uint32_t shifted = (magnitude << 13) + (uint32_t(127 - 15) << 23);
+  float value = float(magnitude) * 0x1p-24f;
+  if (magnitude >= 0x400) std::memcpy(&value, &shifted, sizeof value);
   return half & 0x8000 ? -value : value;
 }
 
@@ -110,6 +131,9 @@ Packed open(const void* data, size_t size, const std::string& name) {
                       std::to_string(kVersion));
   if (bytes[5] > 2) refuse(name, "unknown type of values " + std::to_string(bytes[5]));
   if (bytes[6] > 8) refuse(name, "gaps of " + std::to_string(bytes[6]) + " bits");
+  bool unused = bytes[7] == 0;
+  for (size_t i = kUnusedFrom; i < kHeaderBytes; i++) unused = unused && bytes[i] == 0;
+  if (!unused) refuse(name, "a reserved byte of the header is not zero");
 
   Packed packed{};
   packed.name = name;
@@ -124,6 +148,8 @@ Packed open(const void* data, size_t size, const std::string& name) {
   if (packed.stored > weights || (packed.gap_bits == 0 && packed.stored != weights))
     refuse(name, std::to_string(packed.stored) + " values stored of " + std::to_string(weights) + " weights");
   if (packed.gap_bits == 0 && packed.position_bytes != 0) refuse(name, "positions where every value is stored");
+  if (packed.gap_bits != 0 && (packed.position_bytes == 0) != (packed.stored == 0))
+    refuse(name, std::to_string(packed.position_bytes) + " bytes of positions of " + std::to_string(packed.stored) + " values");
 
   const uint64_t scale_bytes = packed.type == Values::kInt8 ? 4 * uint64_t(packed.rows) : 0;
   const uint64_t value_bytes = packed.stored * bytes_of(packed.type);
@@ -144,6 +170,7 @@ Packed open(const void* data, size_t size, const std::string& name) {
 
 SparseRows read_rows(const Packed& packed) {
   if (packed.columns > 65536) refuse(packed.name, "more than 65,536 columns");
+  check_scales(packed);
   SparseRows result;
   result.rows = packed.rows;
   result.columns = packed.columns;
@@ -165,12 +192,14 @@ SparseRows read_rows(const Packed& packed) {
     for (; place >= row_end; row_end += packed.columns) result.start[++row] = uint32_t(result.value.size());
     const float value = value_at(packed, index, row);
     if (!std::isfinite(value)) refuse(packed.name, "a value that is not finite");
+    if (packed.gap_bits && is_zero(packed, index)) refuse(packed.name, "a stored value is zero");
     if (value != 0.0f) {
       result.column.push_back(uint16_t(place - (row_end - packed.columns)));
       result.value.push_back(value);
     }
   }
   while (row < packed.rows) result.start[++row] = uint32_t(result.value.size());
+  if (packed.gap_bits && !fields.at_end()) refuse(packed.name, "more positions than values");
   return result;
 }
 
@@ -178,6 +207,7 @@ std::vector<float> read_vector(const Packed& packed, size_t size) {
   if (packed.rows != 1 || packed.columns != size || packed.gap_bits != 0)
     throw PackedError(packed.name + ": " + std::to_string(packed.rows) + " x " + std::to_string(packed.columns) +
                       " where a vector of " + std::to_string(size) + " is needed");
+  check_scales(packed);
   std::vector<float> result(size);
   for (size_t i = 0; i < size; i++) {
     result[i] = value_at(packed, i, 0);
@@ -191,6 +221,7 @@ void check_table(const Packed& packed, uint32_t columns) {
     throw PackedError(packed.name + ": " + std::to_string(packed.columns) + " columns" +
                       (packed.gap_bits ? ", stored sparse," : "") + " where a table of " + std::to_string(columns) +
                       " columns is needed");
+  check_scales(packed);
   for (uint32_t row = 0; row < packed.rows; row++) {
     float sum = 0;  // of zeros, or not finite as soon as one term is not
     for (uint64_t i = uint64_t(row) * columns, end = i + columns; i < end; i++) sum += 0.0f * value_at(packed, i, row);

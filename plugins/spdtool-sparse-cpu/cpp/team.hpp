@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstddef>
+#include <exception>
 #include <functional>
 #include <thread>
 #include <vector>
@@ -33,10 +34,12 @@ struct Phase {
 // session with one thread does, or when some come late: they find the phases that are left, or none.
 class Team {
  public:
-  // At most `most` threads join. Returns how many did while there was work. There is at least one phase.
+  // At most `most` threads join. Returns how many did while there was work. There is at least one phase, and the last has
+  // items. What work throws is thrown here, when every thread has left; the rest of the work is then left undone.
   static size_t run(const std::vector<Phase>& phases, const Lender& lender, size_t most) {
     Team team(phases);
     lender.call(lender.context, most, [](void* self, size_t) { static_cast<Team*>(self)->join(); }, &team);
+    if (team.failed_.load(std::memory_order_relaxed)) std::rethrow_exception(team.failure_);
     return team.joined_.load(std::memory_order_relaxed);
   }
 
@@ -57,10 +60,20 @@ class Team {
       Counters& counters = counters_[p];
       if (counters.done.load(std::memory_order_acquire) == phase.items) continue;
       for (size_t item; (item = counters.claimed.fetch_add(1, std::memory_order_relaxed)) < phase.items;) {
-        phase.work(item, worker);
+        attempt(phase, item, worker);
         counters.done.fetch_add(1, std::memory_order_release);
       }
       for (int spins = 0; counters.done.load(std::memory_order_acquire) < phase.items; spins++) rest(spins);
+    }
+  }
+
+  // An exception must not leave a thread that was lent, and the others wait for this item.
+  void attempt(const Phase& phase, size_t item, size_t worker) {
+    if (failed_.load(std::memory_order_relaxed)) return;
+    try {
+      phase.work(item, worker);
+    } catch (...) {
+      if (!failed_.exchange(true, std::memory_order_relaxed)) failure_ = std::current_exception();
     }
   }
 
@@ -78,6 +91,8 @@ class Team {
   const std::vector<Phase>& phases_;
   std::vector<Counters> counters_;
   std::atomic<size_t> joined_{0};
+  std::atomic<bool> failed_{false};
+  std::exception_ptr failure_;
 };
 
 // Threads that may join on this machine.

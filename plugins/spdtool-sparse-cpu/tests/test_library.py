@@ -5,11 +5,14 @@ import shutil
 import subprocess
 from importlib import metadata
 
+import numpy as np
 import pytest
 import spdtool_sparse_cpu
-from spdtool_sparse_cpu import library
+from onnx import TensorProto, helper, numpy_helper
+from spdtool_sparse_cpu import library, packing
 
-from spdtool.errors import DeviceError
+from spdtool.errors import DeviceError, ModelError
+from spdtool.export import runtime
 
 COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 SOURCE = """
@@ -99,3 +102,27 @@ def test_the_installed_library_is_the_one_that_belongs_here():
         pytest.skip(error.message)
     assert hasattr(ctypes.CDLL(str(file)), "RegisterCustomOps")
     assert library.isa() in ("avx512", "avx2", "baseline", "neon")
+
+
+def timing_model(tokens: int) -> bytes:
+    weight = packing.pack("w", np.eye(40, 24, dtype=np.float32), "fp32")
+    node = helper.make_node("SparseProductTime", ["repeats", "w"], ["seconds"], domain="spdtool", tokens=tokens)
+    graph = helper.make_graph(
+        [node],
+        "timing",
+        [helper.make_tensor_value_info("repeats", TensorProto.INT64, [1])],
+        [helper.make_tensor_value_info("seconds", TensorProto.FLOAT, [1])],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    domains = [helper.make_opsetid("", 18), helper.make_opsetid("spdtool", 1)]
+    return bytes(helper.make_model(graph, opset_imports=domains, ir_version=10).SerializeToString())
+
+
+def test_a_product_is_timed() -> None:
+    session = runtime.open_session(timing_model(32), threads=1, libraries=[library.path()])
+    (seconds,) = session.run(None, {"repeats": np.array([20])})
+    assert 0 < seconds[0] < 1
+    with pytest.raises(Exception, match="repeats = 0"):
+        session.run(None, {"repeats": np.array([0])})
+    with pytest.raises(ModelError, match="tokens = 2000"):
+        runtime.open_session(timing_model(2000), threads=1, libraries=[library.path()])
