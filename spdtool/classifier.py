@@ -59,6 +59,7 @@ class Classifier:
         names: of the labels, in the order of the logits.
         max_length: tokens of the longest input; longer texts are cut.
         regression: whether the one logit is the answer.
+        multi_label: whether a row may have several labels, or none; then its labels are a list.
     """
 
     def __init__(
@@ -71,9 +72,16 @@ class Classifier:
         self._vocabulary = config.get("vocab_size")
         self.max_length = _longest(config, tokens)
         self.names = _names(config)
-        self.regression = len(self.names) == 1
+        self.multi_label = config.get("problem_type") == "multi_label_classification"
+        self.regression = len(self.names) == 1 and not self.multi_label
+        self._types = config.get("type_vocab_size")
+        self._opened: tuple[Any, ...] = ()
         tokenizer.no_padding()
         tokenizer.enable_truncation(self.max_length, direction=tokens.get("truncation_side", "right"))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as what was opened: another process opens the folder again."""
+        return _again, self._opened
 
     def __call__(self, inputs: Inputs, pairs: str | Sequence[str] | None = None) -> Any:
         """The label of a text, or the list of the labels of several; for a regression the value.
@@ -88,8 +96,11 @@ class Classifier:
         return found[0] if isinstance(inputs, str) else found
 
     def labels(self, inputs: Inputs, pairs: str | Sequence[str] | None = None) -> list[Any]:
-        """The label of each row (a regression: its value as a float); raises as a call does."""
+        """The label of each row (a regression: its value as a float; several labels a row: those above one half);
+        raises as a call does."""
         logits = self.logits(inputs, pairs)
+        if self.multi_label:
+            return [[name for name, logit in zip(self.names, row, strict=True) if logit > 0] for row in logits]
         if self.regression:
             return [float(value) for value in logits[:, 0]]
         return [self.names[index] for index in logits.argmax(axis=1)]
@@ -108,8 +119,8 @@ class Classifier:
         Raises:
             DataError: the input is none that can be classified.
         """
-        if batch_size < 1:
-            raise DataError(f"batch_size = {batch_size}: at least one row is computed at once")
+        if not isinstance(batch_size, int | np.integer) or batch_size < 1:
+            raise DataError(f"batch_size = {batch_size!r}: at least one row is computed at once")
         rows = self._rows(inputs, pairs)
         logits = np.empty((len(rows), len(self.names)), np.float32)
         order = sorted(range(len(rows)), key=lambda row: -len(rows[row].ids))
@@ -133,12 +144,18 @@ class Classifier:
 
     def _encode(self, texts: list[str], pairs: str | Sequence[str] | None) -> list[Row]:
         seconds = [pairs] if isinstance(pairs, str) else pairs
-        if seconds is not None and (not _texts(seconds) or len(seconds) != len(texts)):
+        if seconds is not None and not (_texts(seconds) and len(seconds) == len(texts)):
+            given = f"{len(seconds)}" if _texts(seconds) else "something else than texts"
             raise DataError(
-                f"{len(texts)} texts, and as many pairs were expected", "one second text for each first one"
+                f"{len(texts)} texts and, as their pairs, {given}: as many texts were expected",
+                "one second text for each first one",
             )
         pieces: list[Any] = texts if seconds is None else list(zip(texts, seconds, strict=True))
-        rows = [_row(found.ids, found.type_ids) for found in self._tokenizer.encode_batch(pieces)]
+        try:
+            encoded = self._tokenizer.encode_batch(pieces)
+        except TypeError:  # a str that is not valid Unicode
+            raise DataError("a text cannot be encoded as UTF-8: it holds a lone surrogate") from None
+        rows = [_row(found.ids, found.type_ids) for found in encoded]
         empty = next((number for number, row in enumerate(rows) if not len(row.ids)), None)
         if empty is not None:
             raise DataError(f"row {empty} has no token")
@@ -153,6 +170,9 @@ class Classifier:
         if row.ids.min() < 0 or (self._vocabulary is not None and largest >= self._vocabulary):
             wrong = int(row.ids.min()) if row.ids.min() < 0 else largest
             raise DataError(f"row {number} has the token {wrong}; the model knows 0 to {(self._vocabulary or 0) - 1}")
+        if row.types.min() < 0 or (self._types and "token_type_ids" in self._inputs and row.types.max() >= self._types):
+            wrong = int(row.types.min() if row.types.min() < 0 else row.types.max())
+            raise DataError(f"row {number} has the token type {wrong}; the model knows 0 to {(self._types or 0) - 1}")
 
     def _run(self, rows: list[Row]) -> np.ndarray:
         width = max(len(row.ids) for row in rows)
@@ -190,11 +210,19 @@ def load(
         raise ModelError(
             f"a folder was expected, found a {type(folder).__name__}", 'for example "runs/x/export/student"'
         )
-    found = bundle.read(Path(folder))
+    if library is not None and not isinstance(library, str | Path):
+        raise ModelError(f"library = {library!r}: a path was expected")
+    found = bundle.read(Path(folder).expanduser())
     config = bundle.read_json(found.folder / "config.json")
     file = found.folder / "tokenizer_config.json"
     tokens = bundle.read_json(file) if file.is_file() else {}
-    return Classifier(_open(found, library, provider, threads), _tokenizer(found.folder), config, tokens)
+    opened = Classifier(_open(found, library, provider, threads), _tokenizer(found.folder), config, tokens)
+    opened._opened = (str(found.folder.absolute()), library, threads, provider)
+    return opened
+
+
+def _again(folder: str, library: str | Path | None, threads: int, provider: str) -> Classifier:
+    return load(folder, library=library, threads=threads, provider=provider)
 
 
 def _open(found: Bundle, library: str | Path | None, provider: str, threads: int) -> Any:
@@ -204,7 +232,7 @@ def _open(found: Bundle, library: str | Path | None, provider: str, threads: int
         return runtime.open_session(found.model, provider, threads, [Path(library).resolve()])
     if not found.library:
         return runtime.open_session(found.model, provider, threads)
-    if provider != "cpu":
+    if provider in runtime.PROVIDERS and provider != "cpu":
         raise DeviceError(f"the operators of {found.target!r} run on the CPU only", 'leave out provider="cuda"')
     installed = plugins.library(str(found.target))
     try:
@@ -294,7 +322,7 @@ def _rows_of_columns(inputs: Mapping[str, Any]) -> list[Row]:
 
 def _ragged(values: Any, what: str) -> list[np.ndarray]:
     """Rows of whole numbers; one row alone is taken as such."""
-    expected = f"{what}: texts or rows of whole numbers were expected"
+    expected = f"{what}: texts (second texts in pairs=) or rows of whole numbers were expected"
     if hasattr(values, "__array__"):  # of numpy or torch
         values = np.asarray(values)
     if (

@@ -108,7 +108,7 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
             console.fail(error)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
-            console.warn("stopped; the same command goes on from the last snapshot")
+            console.warn("stopped; the same command goes on from the last snapshot, if the stage has made one")
             raise typer.Exit(130) from None
         except Exception as error:
             known = _machine_error(error)
@@ -230,7 +230,7 @@ def export(
         str | None, typer.Option(help="Export target; `spdtool plugins` lists them.", show_default="onnx", **OF_NO_RUN)
     ] = None,
     to: Annotated[
-        Path | None, typer.Option(help="Folder to write.", show_default="<checkpoint>-<target>", **OF_NO_RUN)
+        Path | None, typer.Option(help="Folder to write.", show_default="./<checkpoint's name>-<target>", **OF_NO_RUN)
     ] = None,
     task: Annotated[str | None, typer.Option(help="Compare on the dev set of this task too.", **OF_NO_RUN)] = None,
     data: Annotated[str | None, typer.Option(help="Read its rows from this file or folder.", **OF_NO_RUN)] = None,
@@ -474,6 +474,6 @@ def _machine_error(error: Exception) -> SpdError | None:
         return DeviceError(f"out of device memory: {error}", "cut batches into pieces: --set prune.accumulate=2")
     if isinstance(error, MemoryError):
         return DeviceError(f"out of memory: {error}", "cut batches into pieces: --set prune.accumulate=2")
-    if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP):
         return RunError(f"not possible here: {error}", "check the path and its permissions, or give another --run")
     return None

@@ -167,7 +167,12 @@ def discover() -> None:
 
 def how_to_get(name: str) -> str:
     """What to do so that the part called `name`, which is not installed, is there."""
-    return f"the plugin {OURS[name]} has it: pip install {OURS[name]}" if name in OURS else "install the plugin with it"
+    return f"the plugin {OURS[name]} has it: {install(OURS[name])}" if name in OURS else "install the plugin with it"
+
+
+def install(distribution: str) -> str:
+    """The command that installs a plugin of this project."""
+    return f"pip install {distribution}, or in a checkout of spdtool: pip install -e plugins/{distribution}"
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -141,7 +142,7 @@ def test_token_types_and_holes_in_the_mask_count(loaded: Classifier, place: Path
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (None, "texts or rows of whole numbers were expected, found NoneType"),
+        (None, "texts .* or rows of whole numbers were expected, found NoneType"),
         (7, "found int"),
         (b"bytes", "found bytes"),
         (np.array(3), "found ndarray"),
@@ -161,7 +162,7 @@ def test_token_types_and_holes_in_the_mask_count(loaded: Classifier, place: Path
         ({"input_ids": [[1, 2]], "attention_mask": [[1]]}, "differ in length"),
         ({"input_ids": [[1, 2]], "attention_mask": [[1, 1], [1, 1]]}, "different numbers of rows"),
         ({"input_ids": [[1, 2]], "attention_mask": [[0, 0]]}, "row 0 has no token"),
-        ({"input_ids": "text"}, "input_ids: texts or rows of whole numbers were expected, found str"),
+        ({"input_ids": "text"}, "input_ids: texts .* or rows of whole numbers were expected, found str"),
     ],
 )
 def test_what_is_no_input_is_refused(loaded: Classifier, given: Any, message: str) -> None:
@@ -171,8 +172,37 @@ def test_what_is_no_input_is_refused(loaded: Classifier, given: Any, message: st
 
 @pytest.mark.parametrize("pairs", ["one", ["one"], [1, 2], ["one", None], 3])
 def test_pairs_that_do_not_fit_are_refused(loaded: Classifier, pairs: Any) -> None:
-    with pytest.raises(DataError, match="2 texts, and as many pairs were expected"):
+    with pytest.raises(DataError, match="2 texts and, as their pairs, (1|something else than texts): as many texts"):
         loaded.logits(["one", "two"], pairs)
+
+
+def test_a_lone_surrogate_is_refused(loaded: Classifier) -> None:
+    with pytest.raises(DataError, match="lone surrogate"):
+        loaded.logits(["\ud800"])
+
+
+def test_a_token_type_that_the_model_lacks_is_refused(loaded: Classifier) -> None:
+    with pytest.raises(DataError, match="row 0 has the token type 7; the model knows 0 to 1"):
+        loaded.logits({"input_ids": [[2, 3]], "token_type_ids": [[0, 7]]})
+
+
+def test_it_can_be_sent_to_another_process(loaded: Classifier) -> None:
+    again = pickle.loads(pickle.dumps(loaded))
+    np.testing.assert_array_equal(again.logits([[2, 3]]), loaded.logits([[2, 3]]))
+
+
+def test_several_labels_a_row_are_those_above_one_half(loaded: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loaded, "multi_label", True)
+    logits = np.full((2, len(loaded.names)), -1.0)
+    logits[1] = 1.0
+    monkeypatch.setattr(loaded, "logits", lambda *_: logits)
+    assert loaded(["a", "b"]) == [[], loaded.names]
+
+
+@pytest.mark.parametrize("threads", ["2", 1.5, -1, True, None])
+def test_a_number_of_threads_that_is_none_is_refused(place: Path, threads: Any) -> None:
+    with pytest.raises(DeviceError, match="threads ="):
+        spdtool.load(place / "export/student", threads=threads)
 
 
 def test_pairs_with_ids_and_a_batch_of_nothing_are_refused(loaded: Classifier) -> None:

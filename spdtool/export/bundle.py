@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from spdtool.errors import ModelError
+from spdtool.run import sha256
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -45,7 +46,7 @@ def read(folder: Path) -> Bundle:
 
     Raises:
         ModelError: it is no exported folder; its manifest is damaged, or newer than this spdtool; a file is missing, or
-            cut short.
+            not the one that was exported.
     """
     if not (folder / "config.json").is_file() and (folder / STUDENT / "config.json").is_file():
         folder = folder / STUDENT
@@ -60,13 +61,19 @@ def read(folder: Path) -> Bundle:
             )
     for name, facts in manifest.get("files", {}).items():
         file = _inside(folder, name)
-        found = file.stat().st_size if file.is_file() else None
-        if found is not None and found != facts.get("bytes", found):
-            raise ModelError(
-                f"{file} has {found} bytes; {MANIFEST} says {facts['bytes']}",
-                "copy the folder again, or export it again",
-            )
+        if file.is_file():
+            _refuse_changed(file, facts)
     return Bundle(folder, model, manifest.get("target"), manifest.get("library") or {})
+
+
+def _refuse_changed(file: Path, facts: Mapping[str, Any]) -> None:
+    """Raise ModelError if a file has other contents than the manifest says; a packed matrix alone would notice."""
+    again = "copy the folder again, or export it again"
+    found = file.stat().st_size
+    if found != facts.get("bytes", found):
+        raise ModelError(f"{file} has {found} bytes; {MANIFEST} says {facts['bytes']}", again)
+    if "sha256" in facts and sha256(file) != facts["sha256"]:
+        raise ModelError(f"{file} is damaged or was changed: its sha256 is not the one in {MANIFEST}", again)
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -89,9 +96,12 @@ def _manifest(file: Path) -> dict[str, Any]:
         return {}
     value = read_json(file)
     if value.get("format") != FORMAT:
-        raise ModelError(
-            f"{file} has the format {value.get('format')!r}; this spdtool reads {FORMAT}", "install a newer spdtool"
+        hint = (
+            "install a newer spdtool"
+            if isinstance(value.get("format"), int)
+            else "it is damaged: copy the folder again"
         )
+        raise ModelError(f"{file} has the format {value.get('format')!r}; this spdtool reads {FORMAT}", hint)
     kinds = {"target": str, "model": str, "library": dict, "files": dict}
     if value.get("library") and not value.get("target"):
         raise ModelError(f"{file} names a library and no target that needs it", "export it again")
@@ -113,5 +123,5 @@ def _hint(folder: Path, model: Path) -> str:
     if inside:
         return f"give one of {', '.join(map(str, inside[:4]))}"
     if not model.is_file() and (folder / "config.json").is_file():
-        return f"export the checkpoint first: spdtool export --from {folder} --to FOLDER"
+        return f"a checkpoint is exported by spdtool export --from '{folder}'; an export has to be copied again"
     return "give what `spdtool export` wrote, such as RUN/export/student"

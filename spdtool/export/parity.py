@@ -45,15 +45,16 @@ def probes(model: PreTrainedModel, rows: Encoded, sentences: int) -> Iterator[tu
     """What checkpoint and exported file are compared on, each with a name for the user.
 
     `sentences` real rows, if there are any; random tokens from (1, 1) to (1, 512 or what the model takes); a batch of
-    unlike lengths. All of it with padding on the right and on the left, and, where there are token types, as one
-    sentence and as a pair.
+    unlike lengths. All of it with padding on the right and on the left, and, where there are two token types, as
+    one sentence and as a pair.
     """
     some = np.unique(np.linspace(0, max(len(rows) - 1, 0), sentences).round().astype(int))
     for left in (False, True) if len(rows) else ():
         yield f"{len(some)} dev rows, {_side(left)}", replace(rows, left=left).collate(some)
     longest = min(positions(model), LONGEST_PROBE)
     lengths = sorted({1, 2, 3, 7, *(2**power for power in range(2, 10)), longest})
-    for pair in (False, True) if "token_type_ids" in rows.columns else (False,):
+    two_types = "token_type_ids" in rows.columns and getattr(model.config, "type_vocab_size", 2) > 1
+    for pair in (False, True) if two_types else (False,):
         kind = "pair" if pair else "single"
         for length in lengths:
             if length <= longest:

@@ -100,6 +100,8 @@ def open_session(
     runtime = require()
     if provider not in PROVIDERS:
         raise DeviceError(f"there is no provider {provider!r}", f"known: {', '.join(PROVIDERS)}")
+    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 0:
+        raise DeviceError(f"threads = {threads!r}", "a number of threads, or 0 for as many as there are cores")
     wanted = PROVIDERS[provider]
     if wanted not in runtime.get_available_providers():
         raise DeviceError(
@@ -225,7 +227,9 @@ def _unopened(shown: str, reason: str) -> ModelError:
     plugin = DOMAINS.get(unknown["domain"])
     return ModelError(
         f"{shown} needs the operator {unknown['name']} of the domain {unknown['domain']!r}, which is not registered",
-        f"install the plugin {plugin}: pip install {plugin}" if plugin else "give the library that holds it",
+        f"it comes with the plugin {plugin}; spdtool.load and spdtool export find it by manifest.json"
+        if plugin
+        else "give the library that holds it",
     )
 
 

@@ -75,7 +75,7 @@ def _absent(name: str) -> PluginError | None:
     """What is said of a target of this project that is not installed; one that does not load is another matter."""
     if name not in plugins.OURS or any(plugin.error for plugin in plugins.loaded()):
         return None
-    return PluginError("its plugin is not installed", f"pip install {plugins.OURS[name]}")
+    return PluginError("its plugin is not installed", plugins.install(plugins.OURS[name]))
 
 
 def roles(target: Any) -> tuple[str, ...]:

@@ -24,9 +24,14 @@ def unpack(folder: Path, out: Path) -> Path:
     refuse_occupied(out)
     target = plugins.targets.get(found.target or "onnx")
     if not targets.rounds(target):
+        wrote = (
+            f"was written by the target {found.target!r}"
+            if found.target
+            else "has no manifest.json: a plain ONNX export"
+        )
         raise ModelError(
-            f"{found.folder} was written by the target {found.target or 'onnx'!r}, which cannot be unpacked",
-            "its checkpoint is in the run folder: RUN/finetune",
+            f"{found.folder} {wrote}, which cannot be unpacked",
+            "the checkpoint of a run is in RUN/finetune; of another target's export, manifest.json has to be there",
         )
     model = encoders.blank(found.folder)
     missing = encoders.fill(model, targets.weights(target, found.folder))

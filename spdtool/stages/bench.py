@@ -217,7 +217,13 @@ def _metrics(found: report.Bench) -> dict[str, Any]:
     tables = []
     if found.ledger:
         head, lines = report.ledger_table(found.ledger)
-        tables.append({"title": "sparsity ledger, one thread", "columns": head, "rows": lines})
+        tables.append(
+            {
+                "title": "sparsity ledger, one thread (matrices of one shape and density share a timing)",
+                "columns": head,
+                "rows": lines,
+            }
+        )
     return {
         "columns": columns,
         "rows": rows,

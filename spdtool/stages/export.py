@@ -11,6 +11,7 @@ rounded weights, and its dev metric, with a wider budget, against the checkpoint
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,6 +157,11 @@ def export_checkpoint(
         change = compare(dev.task, original, found, dev.sets, section.tolerance)
         _refuse_change(change, section.allowed_change(rounds=rounds), recipe, rounds=rounds)
         metrics |= _measured(change, metrics, rounds=rounds)
+    elif rounds:
+        exact: Any = encoders.load(checkpoint, eager=True)
+        original = evaluation.torch_forward(exact.to(provider), provider)
+        batches = parity.probes(same, dev.sets["dev"], section.sentences)
+        metrics["largest_change"] = parity.parity(original, found, batches, math.inf)[0]
     return metrics
 
 
@@ -277,7 +283,8 @@ def _tell(what: str, metrics: dict[str, Any]) -> None:
 def _cost(metrics: dict[str, Any]) -> str:
     """What the rounding costs on the dev set, in words."""
     if "dev" not in metrics:
-        return "no dev set was given to say what the rounding costs (--task or --data)"
+        change = f"largest logit change on random tokens {metrics['largest_change']:.1e}"
+        return f"{change}; no dev set was given to say what that costs (--task or --data)"
     before, after = (f"{metrics[side]['score']:.4f}" for side in ("checkpoint_dev", "dev"))
     change = f"largest logit change {metrics['largest_change']:.1e}"
     return f"dev score {before} before, {after} after; {_flips(metrics)}; {change}"

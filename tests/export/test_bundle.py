@@ -64,6 +64,7 @@ def test_of_a_folder_of_roles_the_student(folder: Path) -> None:
         ({"library": "lib.so"}, "library is of the wrong type"),
         ({"files": {"onnx/model.onnx": 3}}, "files is of the wrong type"),
         ({"files": {"onnx/model.onnx": {"bytes": 4}}}, "has 3 bytes; manifest.json says 4"),
+        ({"files": {"onnx/model.onnx": {"bytes": 3, "sha256": 64 * "0"}}}, "is damaged or was changed: its sha256"),
     ],
 )
 def test_a_manifest_that_cannot_be_used(folder: Path, changed: dict[str, Any], message: str) -> None:
@@ -93,4 +94,4 @@ def test_what_is_no_exported_folder_says_what_to_give(folder: Path, tmp_path: Pa
     (checkpoint / "config.json").write_text("{}")
     with pytest.raises(ModelError, match="has no onnx/model.onnx") as caught:
         bundle.read(checkpoint)
-    assert f"spdtool export --from {checkpoint}" in str(caught.value.hint)
+    assert f"spdtool export --from '{checkpoint}'" in str(caught.value.hint)

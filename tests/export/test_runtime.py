@@ -224,7 +224,7 @@ def custom(domain: str) -> bytes:
 def test_operators_of_ours_that_are_not_registered_name_the_plugin() -> None:
     with pytest.raises(ModelError, match=r"needs the operator SparseLinear of the domain 'spdtool'") as caught:
         runtime.open_session(custom("spdtool"))
-    assert "pip install spdtool-sparse-cpu" in str(caught.value.hint)
+    assert "the plugin spdtool-sparse-cpu" in str(caught.value.hint)
 
 
 def test_operators_of_a_stranger_that_are_not_registered_ask_for_their_library() -> None:

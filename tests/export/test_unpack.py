@@ -81,7 +81,7 @@ def test_what_is_there_is_not_overwritten(export: Export, tmp_path: Path) -> Non
 
 def test_a_target_without_weights_is_refused(checkpoint: Path, tmp_path: Path, toys: ModuleType) -> None:
     Onnx.export(checkpoint, tmp_path / "plain", toys.recipe())
-    with pytest.raises(ModelError, match="'onnx', which cannot be unpacked"):
+    with pytest.raises(ModelError, match="has no manifest.json: a plain ONNX export, which cannot be unpacked"):
         unpack(tmp_path / "plain", tmp_path / "out")
 
 

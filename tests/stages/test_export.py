@@ -270,7 +270,7 @@ class TestOptional:
         assert set(metrics) == {"teacher", "student"}
         said = capsys.readouterr().err
         assert said.count("the export to sparse-cpu is left out") == 1
-        assert "its plugin is not installed (pip install spdtool-sparse-cpu)" in said
+        assert "its plugin is not installed (pip install spdtool-sparse-cpu" in said
 
     @pytest.mark.parametrize("error", [DeviceError, PluginError, ModelError])
     def test_one_that_cannot_work_here_is_told_once_and_leaves_nothing(

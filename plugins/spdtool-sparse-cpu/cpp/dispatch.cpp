@@ -16,9 +16,10 @@ bool has_avx512() { return has_avx2() && __builtin_cpu_supports("avx512f"); }
 
 const Kernels& best_kernels() {
   const char* forced = std::getenv("SPDTOOL_SPARSE_CPU_ISA");
-  const auto allowed = [&](const char* name) { return forced == nullptr || std::strcmp(forced, name) == 0; };
-  if (has_avx512() && allowed("avx512")) return kernels_avx512;
-  if (has_avx2() && (allowed("avx2") || allowed("avx512"))) return kernels_avx2;
+  const auto wanted = [&](const char* name) { return forced != nullptr && std::strcmp(forced, name) == 0; };
+  const bool lesser = wanted("avx2") || wanted("baseline");  // anything else leaves the choice to the machine
+  if (has_avx512() && !lesser) return kernels_avx512;
+  if (has_avx2() && !wanted("baseline")) return kernels_avx2;
   return kernels_baseline;
 }
 #elif defined(__aarch64__)
