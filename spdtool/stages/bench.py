@@ -125,6 +125,7 @@ def add_teachers(found: Entered, checkpoint: Path, scratch: Path, provider: str,
     section, plain = recipe.bench, found.engines[0]
     if section.unfused and provider == "cpu":
         found.engines.append(replace(plain, name="unfused", fused=False))
+        found.notes.append("1x is the dense teacher, fused or unfused, whichever is the faster at that shape.")
     if section.int8 and provider == "cpu":
         file = scratch / "int8.onnx"
         try:
