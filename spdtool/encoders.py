@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from transformers.utils import logging as transformers_logging
 
 from spdtool import plugins
-from spdtool.errors import ModelError, SpdError
+from spdtool.errors import ModelError, SpdError, first_line
 from spdtool.recipe import Recipe
 from spdtool.tasks import Task
 
@@ -144,7 +144,7 @@ def load_tokenizer(source: str | Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exception for a damaged tokenizer.json
         raise ModelError(
-            f"cannot load the tokenizer of {str(source)!r}: {_first_line(error)}", _reading_hint(source)
+            f"cannot load the tokenizer of {str(source)!r}: {first_line(error)}", _reading_hint(source)
         ) from None
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of no files
         raise ModelError(f"the tokenizer of {str(source)!r} has no vocabulary", _reading_hint(source))
@@ -330,7 +330,7 @@ def _unreadable(source: str | Path, error: Exception) -> SpdError:
         return error
     if type(error).__name__ == "SafetensorError":
         return ModelError(f"the weights of {str(source)!r} cannot be read: {error}", "copy them again")
-    return ModelError(f"cannot load the model {str(source)!r}: {_first_line(error)}", _reading_hint(source))
+    return ModelError(f"cannot load the model {str(source)!r}: {first_line(error)}", _reading_hint(source))
 
 
 def _refuse_random_weights(source: str | Path, model: Any, report: dict[str, Any], *, new_head: bool) -> None:
@@ -357,11 +357,6 @@ def _refuse_without_head(source: str | Path, config: Any, labels: Sequence[str] 
             f"{str(source)!r} is no fine-tuned classifier: its config names {', '.join(architectures) or 'nothing'}",
             "give it as --model, and a teacher is fine-tuned from it",
         )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _reading_hint(source: str | Path) -> str:

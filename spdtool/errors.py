@@ -95,3 +95,8 @@ class GateError(SpdError):
     """The work was done and its result is refused: inexact sparsity, lost parity, a budget exceeded."""
 
     exit_code = 3
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says first; its class where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

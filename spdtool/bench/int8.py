@@ -9,7 +9,7 @@ from pathlib import Path
 
 import onnx
 
-from spdtool.errors import ModelError
+from spdtool.errors import ModelError, first_line
 
 
 def quantise(model: Path, file: Path) -> None:
@@ -29,8 +29,7 @@ def quantise(model: Path, file: Path) -> None:
         try:
             quantize_dynamic(proto, file, weight_type=QuantType.QInt8, per_channel=False)
         except Exception as error:  # its errors share no base of their own
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise ModelError(f"onnxruntime cannot quantise {model.name}: {reason}") from None
+            raise ModelError(f"onnxruntime cannot quantise {model.name}: {first_line(error)}") from None
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from spdtool.errors import SpdError
+from spdtool.errors import SpdError, first_line
 from spdtool.export import runtime
 
 TIMEOUT = 300.0  # seconds for one answer, the loading of the model among them
@@ -363,8 +363,9 @@ def _in_torch(engine: Engine) -> tuple[Forward, str, Nodes | None]:
         try:  # compiling is what may be impossible here, and starts with the first batch
             forward({name: _batch(Shape(2, 9), engine)[name] for name in given})
         except Exception as error:  # whatever the compiler's front or back end raises
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise SpdError(f"torch.compile does not work here: {reason}", "it needs a C++ compiler") from None
+            raise SpdError(
+                f"torch.compile does not work here: {first_line(error)}", "it needs a C++ compiler"
+            ) from None
     return lambda batch: forward({name: batch[name] for name in given}), f"torch {engine.provider}", None
 
 

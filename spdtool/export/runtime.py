@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from spdtool.errors import DeviceError, ModelError
+from spdtool.errors import DeviceError, ModelError, first_line
 
 DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -204,7 +204,7 @@ def _open(
         )
     except Exception as error:  # onnxruntime's errors share no base of their own
         shown = "the model" if isinstance(model, bytes) else str(model)
-        raise _unopened(shown, _reason(error)) from None
+        raise _unopened(shown, first_line(error)) from None
     session.disable_fallback()
     return session
 
@@ -215,7 +215,7 @@ def _register(options: Any, libraries: Sequence[str | Path]) -> None:
             options.register_custom_ops_library(str(library))
         except Exception as error:  # as above
             raise ModelError(
-                f"onnxruntime cannot load the operators in {library}: {_reason(error)}",
+                f"onnxruntime cannot load the operators in {library}: {first_line(error)}",
                 "it must be built for this machine and for this onnxruntime; install its plugin again",
             ) from None
 
@@ -231,10 +231,6 @@ def _unopened(shown: str, reason: str) -> ModelError:
         if plugin
         else "give the library that holds it",
     )
-
-
-def _reason(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _refuse_fallback(session: Any, wanted: str) -> None:

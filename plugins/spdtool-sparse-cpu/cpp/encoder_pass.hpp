@@ -79,7 +79,7 @@ class EncoderPass {
       std::vector<Product> products = {{&layer.key, all_.x, key_}, {&layer.value, all_.x, value_}};
       if (!narrow) products.push_back({&layer.query, all_.x, all_.query});
       add_products(list, products, tiles_);
-      add_attention(list, layer, state, narrow ? first_stretches_ : stretches_, narrow ? first_rows_ : rows_);
+      add_attention(list, state, narrow ? first_stretches_ : stretches_, narrow ? first_rows_ : rows_);
       state.tiles->splits() ? add_split_rest(list, layer, state) : add_rest(list, layer, state);
     }
     State& last = e_.first_only() ? first_ : all_;
@@ -237,7 +237,7 @@ class EncoderPass {
                     }});
   }
 
-  void add_attention(std::vector<Phase>& list, const EncoderLayer&, State& state, const std::vector<Stretch>& queries,
+  void add_attention(std::vector<Phase>& list, State& state, const std::vector<Stretch>& queries,
                      const std::vector<size_t>& rows) {
     const size_t heads = e_.shape_.heads;
     list.push_back({queries.size() * heads, [this, &state, &queries, &rows, heads](size_t item, size_t worker) {

@@ -16,7 +16,6 @@ torch and onnx are imported where they are needed: a process that only runs a mo
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import sysconfig
@@ -27,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spdtool.errors import DeviceError, ModelError
+from spdtool.run import sha256
 from spdtool_sparse_cpu import library
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ FILE = "onnx/model.onnx"
 LIBRARY = "lib"
 MANIFEST = "manifest.json"
 FORMAT = 1
-BLOCK = 2**20
 
 
 class SparseCpu:
@@ -149,7 +148,7 @@ def _stored(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
 
 def _write_manifest(folder: Path, compiled: Path, facts: dict[str, Any]) -> None:
     files = {
-        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256(file)}
         for file in sorted(folder.rglob("*"))
         if file.is_file() and file != folder / MANIFEST
     }
@@ -169,11 +168,3 @@ def _write_manifest(folder: Path, compiled: Path, facts: dict[str, Any]) -> None
         **facts,
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", "utf-8")
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
