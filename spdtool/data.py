@@ -57,6 +57,23 @@ class Encoded:
             hashed.update(np.ascontiguousarray(array).data)
         return hashed.hexdigest()
 
+    def take(self, rows: np.ndarray) -> Encoded:
+        """These rows alone, in this order."""
+        spans = [np.arange(self.offsets[row], self.offsets[row + 1]) for row in rows]
+        places = np.concatenate(spans) if spans else np.empty(0, np.int64)
+        return replace(
+            self,
+            columns={name: flat[places] for name, flat in self.columns.items()},
+            offsets=np.concatenate([[0], np.cumsum(self.lengths[rows])]),
+            labels=self.labels[rows],
+        )
+
+    def sample(self, size: int, seed: int) -> Encoded:
+        """`size` rows drawn by `seed`, in their own order; all of them where there are no more."""
+        if size >= len(self):
+            return self
+        return self.take(np.sort(np.random.default_rng(seed).choice(len(self), size, replace=False)))
+
     def collate(self, rows: Sequence[int] | np.ndarray, length: int | None = None) -> Batch:
         """Rows as padded int64 arrays [rows, tokens], with `attention_mask` and `labels`.
 
@@ -160,11 +177,16 @@ def align_labels(splits: dict[str, Rows], task: Task, names: Sequence[str]) -> d
             f"task {task.name!r} has {len(task.labels)} ({', '.join(task.labels)})",
             "give a teacher that was fine-tuned on this task",
         )
+    order = label_order(names, task)
+    return {name: replace(rows, labels=[order[int(label)] for label in rows.labels]) for name, rows in splits.items()}
+
+
+def label_order(names: Sequence[str], task: Task) -> list[int]:
+    """For each label of the task, its index among a model's `names`; the task's order where these say nothing."""
     own = {_plain(name): index for index, name in enumerate(names)}
     if own.keys() != {_plain(name) for name in task.labels}:
-        return splits
-    order = [own[_plain(name)] for name in task.labels]
-    return {name: replace(rows, labels=[order[int(label)] for label in rows.labels]) for name, rows in splits.items()}
+        return list(range(len(names)))
+    return [own[_plain(name)] for name in task.labels]
 
 
 def training_batches(

@@ -82,6 +82,11 @@ def evaluate(task: Task, forward: Forward, splits: Mapping[str, Encoded]) -> dic
     return score_all(task, {name: predict(forward, rows) for name, rows in dev.items()}, dev)
 
 
+def evaluate_rows(task: Task, forward: Forward, rows: Encoded) -> dict[str, float]:
+    """Predict and score one split, such as a sample of the training rows."""
+    return score(task, predict(forward, rows), rows.labels)
+
+
 def to_device(batch: Batch, device: torch.device | str) -> dict[str, torch.Tensor]:
     """The batch as tensors on `device`."""
     return {name: torch.from_numpy(column).to(device, non_blocking=True) for name, column in batch.items()}

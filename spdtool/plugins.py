@@ -4,9 +4,9 @@ Five registries, one for each kind of part. A built-in part and a stranger's par
 
     from spdtool.plugins import criteria
 
-    @criteria.register("taylor", needs=("gradient",))
-    def taylor(weight, stats):
-        return (weight * stats.gradient).abs()
+    @criteria.register("sensitivity", needs=("gradient_squared",))
+    def sensitivity(weight, stats):
+        return weight.abs() * stats.gradient_squared.sqrt()
 
 Plugins come from three places: the built-in modules; installed distributions, through the entry-point group `spdtool`
 (each entry names a module to import); and the `*.py` files of a folder that `--plugins-dir` or `SPDTOOL_PLUGINS`
@@ -120,10 +120,12 @@ class Registry(Generic[T]):
         discover()
 
 
-criteria: Registry[Callable[..., Any]] = Registry("criterion", "spdtool.pruning.criteria")
+criteria: Registry[Callable[..., Any]] = Registry(
+    "criterion", "spdtool.pruning.criteria", "spdtool.pruning.second_order"
+)
 patterns: Registry[Callable[..., Any]] = Registry("pattern", "spdtool.pruning.patterns")
 tasks: Registry[Any] = Registry("task", "spdtool.tasks.glue", "spdtool.tasks.demo")
-targets: Registry[Any] = Registry("export target", "spdtool.export.onnx")
+targets: Registry[Any] = Registry("export target", "spdtool.export.onnx", "spdtool.export.variants")
 stacks: Registry[Callable[..., Any]] = Registry("layer stack")
 REGISTRIES: tuple[Registry[Any], ...] = (criteria, patterns, tasks, targets, stacks)
 

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from spdtool.errors import RecipeError, UnknownName
 
+RATE_TIMES_WIDTH = 0.384
 FREE = frozenset({"name", "save_minutes", "device"})  # they may change between two calls on one run folder
 SEE_FIELDS = "(`spdtool recipes default` lists every field)"
 STAGES = ("teacher", "prune", "distill", "finetune", "export", "bench")
@@ -39,6 +40,12 @@ class Loss(Section):
     """weight of the mean squared error between hidden states, summed over layers"""
     attention: float = Field(0.0, ge=0)
     """weight of the mean squared error between attention maps, summed over layers; above 0, attention runs eagerly"""
+    relation: float = Field(0.0, ge=0)
+    """weight of the divergence between token-to-token relations of hidden states, summed over layers; any width fits"""
+    relation_heads: int = Field(12, ge=1)
+    """pieces that hidden states are cut into before they are related"""
+    layer_map: Literal["uniform", "last"] | tuple[int, ...] = "uniform"
+    """teacher's layer, from 1, that each of the student learns from: spread evenly, the topmost ones, or a list"""
     temperature: float = Field(2.0, gt=0)
     """softens both sides of the logit loss, which is multiplied by its square"""
     hardness: float = Field(1.0, ge=0, le=1)
@@ -58,6 +65,8 @@ class Grafting(Section):
 
     schedule: str = "constant"
     """constant, constant-then-one, linear, constant-then-linear, constant-then-linear-with-gap"""
+    kind: Literal["bernoulli", "blend"] = "bernoulli"
+    """draw each layer with the replacing rate, or mix both layers' outputs in that proportion"""
     start: float = Field(1.0, ge=0, le=1)
     """replacing rate at the start of the stage (1: the student alone)"""
     hold: float = Field(0.0, ge=0, le=1)
@@ -87,8 +96,10 @@ class Training(Section):
     """sentences (or pairs) per optimiser step"""
     accumulate: int = Field(1, ge=1)
     """pieces into which a batch is cut to save memory; each piece has its own draw of grafted layers"""
-    learning_rate: float = Field(1e-4, gt=0)
-    """peak learning rate of AdamW"""
+    learning_rate: float | None = Field(None, gt=0)
+    """peak learning rate of AdamW; none: 0.384 divided by the model's width (1e-3 at 384, 5e-4 at 768)"""
+    initial_learning_rate: float = Field(1.0, gt=0, le=1)
+    """learning rate at the start of the stage, after the warm-up, as a fraction of the peak"""
     final_learning_rate: float = Field(0.0, ge=0, le=1)
     """learning rate at the end of the stage, as a fraction of the peak"""
     warmup: float = Field(0.06, ge=0, lt=1)
@@ -107,6 +118,8 @@ class Training(Section):
     """dropout of the model while it is trained; none: as its configuration says"""
     evaluations: int = Field(1, ge=1)
     """dev evaluations per epoch"""
+    scored_train_rows: int = Field(500, ge=0)
+    """training rows that are scored beside the dev set at each evaluation, to show the gap between them; 0: none"""
     keep_best: bool = True
     """hand over the best evaluated weights (once the target sparsity is reached) rather than the last"""
 
@@ -126,6 +139,14 @@ class Training(Section):
             return self.max_epochs, f"max_epochs; {self.steps} steps would be {wanted:.1f}"
         return float(round(wanted)), f"{self.steps} steps of {self.batch_size} rows"
 
+    def peak(self, width: int) -> float:
+        """The peak learning rate for a model whose hidden states have `width` numbers.
+
+        The best rate of Adam falls as one over the width (Yang et al. 2022, arXiv 2203.03466); see docs/results.md for
+        where the constant was measured.
+        """
+        return RATE_TIMES_WIDTH / width if self.learning_rate is None else self.learning_rate
+
     def steps_for(self, rows: int) -> int:
         """Optimiser steps of the stage on `rows` training rows."""
         total = round(self.epochs_for(rows)[0] * math.ceil(rows / self.batch_size))
@@ -135,8 +156,8 @@ class Training(Section):
 class Teacher(Training):
     """Fine-tuning of the dense model on the task; skipped when a teacher is given."""
 
-    learning_rate: float = Field(5e-5, gt=0)
-    """peak learning rate of AdamW"""
+    learning_rate: float | None = Field(5e-5, gt=0)
+    """peak learning rate of AdamW; none: 0.384 divided by the model's width"""
     steps: int = Field(1200, ge=1)
     """optimiser steps that are aimed at when `epochs` is not given"""
     min_epochs: float = Field(3, gt=0)
@@ -146,8 +167,6 @@ class Teacher(Training):
 class Distilled(Training):
     """A training stage of the student, with the losses that it learns from."""
 
-    learning_rate: float = Field(5e-4, gt=0)
-    """peak learning rate of AdamW"""
     loss: Loss = Loss()
     """terms of the loss"""
     grafting: Grafting = Grafting()
@@ -157,20 +176,47 @@ class Distilled(Training):
 class Prune(Distilled):
     """Phase 1: the student is pruned to the target sparsity while grafted and distilled."""
 
+    final_learning_rate: float = Field(0.5, ge=0, le=1)
+    """learning rate at the end of the stage, as a fraction of the peak"""
+
     criterion: str = "magnitude"
     """what makes a weight worth keeping; `spdtool plugins` lists them"""
     pattern: str = "unstructured"
     """which weights may be pruned together; `spdtool plugins` lists them"""
-    scope: Literal["matrix", "global"] = "matrix"
-    """the target holds in every matrix, or over all of them together"""
+    scope: Literal["matrix", "type", "global"] = "matrix"
+    """the target holds in every matrix, over all of one kind (every layer's query matrix), or over all together"""
+    least: float = Field(0.01, ge=0, lt=1)
+    """share of each matrix that stays alive when the scope is not `matrix`, whatever the scores say"""
     schedule: Literal["cubic", "linear"] = "cubic"
     """path of the sparsity from event to event"""
     events: int = Field(12, ge=1)
     """number of prune events, exactly"""
     first: float | None = Field(None, ge=0, lt=1)
-    """sparsity of the first event, taken before the first step; none: start gently"""
+    """sparsity of the first event, before the first step, but at most 0.8 of the target; none: start gently"""
     ramp: float = Field(0.7, gt=0, le=1)
     """fraction of the stage over which the events are spread; the rest is recovery"""
+    rewind: float | None = Field(None, ge=0, le=1)
+    """learning rate just before each event, as a fraction of the peak that it jumps back to; none: one decay"""
+    regrowth: bool = False
+    """pruned weights compete again at each event, with the value that they had when they were pruned"""
+    exchanges: int = Field(0, ge=0)
+    """further events at the target, at which regrown and pruned weights change places"""
+    freeze: float = Field(0.85, gt=0, le=1)
+    """fraction of the stage over which the exchanges are spread; then the masks are frozen"""
+    calibration: int = Field(0, ge=0)
+    """batches whose gradients are taken anew at each event; 0: those of the training steps since the last event"""
+    saliency: Literal["loss", "logits"] = "loss"
+    """what the criterion's gradients are of: the whole loss, or its logit term alone"""
+    block: int = Field(16, ge=1)
+    """weights per block of a blockwise second-order criterion"""
+    dampening: float = Field(0.01, gt=0)
+    """added to the diagonal of second-order statistics, as a fraction of its mean"""
+    penalty: float = Field(1.0, ge=0)
+    """weight of the sigmoid penalty under which movement-soft learns its scores"""
+    update: bool = True
+    """let a criterion that can do so mend the surviving weights at each event"""
+    leave: tuple[float, ...] = ()
+    """sparsities on the way at which an evaluated student is left in the stage's folder"""
     steps: int = Field(4000, ge=1)
     """optimiser steps that are aimed at when `epochs` is not given"""
     max_epochs: float = Field(20, gt=0)
@@ -178,11 +224,23 @@ class Prune(Distilled):
 
 
 class Distill(Distilled):
-    """Phase 2: progressive grafting, the replacing rate rises to 1."""
+    """Phase 2: progressive grafting, the replacing rate rises to 1; the learning rate goes on where phase 1 left it."""
+
+    warmup: float = Field(0.0, ge=0, lt=1)
+    """fraction of the stage over which the learning rate rises from 0"""
+    initial_learning_rate: float = Field(0.5, gt=0, le=1)
+    """learning rate at the start of the stage, after the warm-up, as a fraction of the peak"""
+    final_learning_rate: float = Field(0.25, ge=0, le=1)
+    """learning rate at the end of the stage, as a fraction of the peak"""
 
 
 class Finetune(Distilled):
-    """Phase 3: the student alone, still distilled."""
+    """Phase 3: the student alone, still distilled; the learning rate goes on where phase 2 left it."""
+
+    warmup: float = Field(0.0, ge=0, lt=1)
+    """fraction of the stage over which the learning rate rises from 0"""
+    initial_learning_rate: float = Field(0.25, gt=0, le=1)
+    """learning rate at the start of the stage, after the warm-up, as a fraction of the peak"""
 
 
 Storage = Literal["fp32", "fp16", "int8"]
@@ -194,30 +252,41 @@ class Export(Section):
 
     targets: tuple[str, ...] = ("onnx",)
     """export targets; `spdtool plugins` lists them"""
-    optional: tuple[str, ...] = ("sparse-cpu",)
+    optional: tuple[str, ...] = ("sparse-cpu", "onnx-ort", "onnx-fp16", "onnx-int8")
     """further targets, exported where their plugin is installed"""
     values: Storage = "fp16"
     """how sparse-cpu stores the pruned matrices"""
     embeddings: Storage = "fp16"
     """how sparse-cpu stores the embeddings"""
     opset: int = Field(18, ge=18)
-    """ONNX operator set"""
+    """ONNX operator set; from 23 on, attention is one operator of it, which not every runtime has"""
+    sparse_initializers: bool = False
+    """store matrices with over two thirds of zeros as sparse constants: smaller, no faster; OpenVINO refuses them"""
+    reduce_range: bool | None = None
+    """int8 weights with 7 bits, for CPUs whose products saturate; none: where this CPU has no VNNI"""
+    calibration: int = Field(128, ge=1)
+    """training rows on which onnx-int8-static sees the ranges of activations"""
+    tries: int = Field(24, ge=4)
+    """most trial exports that look for the layers to keep in float32 where int8 breaks the budget"""
     tolerance: float = Field(1e-4, gt=0)
     """largest difference of a logit between the checkpoint and the exported file"""
+    rounded_tolerance: float = Field(0.25, gt=0)
+    """the same for fp16 or int8 arithmetic: mean square over the logits' own, as a root; the budget decides below it"""
     budget: float | None = Field(None, ge=0)
-    """largest change of the dev metric; none: 0.001, or where a target rounds the weights 0.002 (fp16), 0.005 (int8)"""
+    """largest change of the dev metric, if more than one prediction makes it; none: 0.001; fp16 0.002, int8 0.005"""
     sentences: int = Field(64, ge=1)
     """real dev sentences on which the logits are compared"""
 
-    def allowed_change(self, *, rounds: bool) -> float:
+    def allowed_change(self, *, rounds: bool, storage: tuple[str, ...] = ()) -> float:
         """The largest change of the dev metric that passes.
 
         Args:
-            rounds: whether the target stores the weights as `values` and `embeddings` say, rather than exactly.
+            rounds: whether the target stores the weights rounded, rather than exactly.
+            storage: how it does so; empty: as `values` and `embeddings` say.
         """
         if self.budget is not None:
             return self.budget
-        return max(BUDGETS[kind] for kind in (self.values, self.embeddings)) if rounds else BUDGETS["fp32"]
+        return max(BUDGETS[kind] for kind in storage or (self.values, self.embeddings)) if rounds else BUDGETS["fp32"]
 
 
 class Bench(Section):
@@ -240,7 +309,9 @@ class Bench(Section):
     unfused: bool = True
     """also time the dense teacher without onnxruntime's fused operators; the faster of the two is the 1x"""
     int8: bool = True
-    """also time the dense teacher in onnxruntime's dynamic int8"""
+    """also time the dense teacher in onnxruntime's dynamic int8, unless onnx-int8 was exported"""
+    variants: bool = True
+    """also time the further forms that were exported of both (fused, fp16, int8), student and teacher side by side"""
     torch: bool = True
     """also time the dense teacher in PyTorch, eager"""
     compiled: bool = True
@@ -270,6 +341,8 @@ class Recipe(Section):
     """label column of a local file"""
     model: str = "google-bert/bert-base-uncased"
     """encoder to fine-tune: a folder or a hub name"""
+    student: str | None = None
+    """what the student starts from: a folder, a hub name, or `pretrained` for `model`; none: a copy of the teacher"""
     given_teacher: str | None = None
     """a fine-tuned model that is used as it is"""
     sparsity: float = Field(0.9, ge=0, lt=1)
@@ -380,10 +453,12 @@ def smoke(recipe: Recipe) -> Recipe:
     tree["max_length"] = min(recipe.max_length, 32)
     for stage in ("teacher", "prune", "distill", "finetune"):
         tree[stage] = tree[stage] | {"epochs": 1, "max_steps": 4, "batch_size": 8}
+        if "loss" in tree[stage] and not isinstance(tree[stage]["loss"]["layer_map"], str):  # a list for another depth
+            tree[stage]["loss"] = tree[stage]["loss"] | {"layer_map": "uniform"}
     tree["prune"] = tree["prune"] | {"events": 2}
     tree["export"] = tree["export"] | {"sentences": 4}
     tree["bench"] = tree["bench"] | {"batches": (1,), "lengths": (16,), "padded": (), "rounds": 2, "threads": (1,)}
-    tree["bench"] |= dict.fromkeys(("unfused", "int8", "compiled", "ledger"), False)
+    tree["bench"] |= dict.fromkeys(("unfused", "int8", "variants", "compiled", "ledger"), False)
     return parse(tree)
 
 

@@ -32,6 +32,7 @@ from spdtool.recipe import FREE, STAGES, Recipe
 
 RECORD = "stage.json"
 STATE = "state"
+LEFT = "left"  # students at sparsities on the way to the target
 SMOKE_MARK = "SMOKE-RUN-NOT-A-RESULT.txt"
 LOCK = ".lock"
 BEFORE_THE_RECIPE = {LOCK, SMOKE_MARK, ".run.json.tmp"}  # all that a call killed before run.json can have left
@@ -184,7 +185,7 @@ class Run:
             for spent in map(self._spent, STAGES):
                 shutil.rmtree(spent, ignore_errors=True)
             for leftover in work.folder.iterdir():
-                if leftover.name not in (STATE, "metrics.jsonl"):
+                if leftover.name not in (STATE, "metrics.jsonl", LEFT):
                     _remove(leftover)
             started = time.time()
             try:

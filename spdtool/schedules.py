@@ -5,7 +5,8 @@ They hold no state, so a resumed run needs only its step to be on schedule again
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import bisect
+from collections.abc import Callable, Sequence
 
 from spdtool.errors import RecipeError, UnknownName
 
@@ -38,8 +39,11 @@ def prune_events(
     initial: float = 0.0,
     first: float | None = None,
     shape: str = "cubic",
+    exchanges: int = 0,
+    freeze: float = 1.0,
+    total: int | None = None,
 ) -> list[tuple[int, float]]:
-    """The exact prune events of a stage: `(step, sparsity)`, both rising, the last one at `final`.
+    """The exact prune events of a stage: `(step, sparsity)`, both rising up to `final`, which the exchanges repeat.
 
     Event i of N falls after optimiser step `round(i * steps / N)`, so their number never depends on the batch size
     and the target is always reached. With `first`, event 1 happens before the first step and jumps straight to that
@@ -52,9 +56,12 @@ def prune_events(
         initial: sparsity before the first event.
         first: sparsity of the first event, taken at step 0.
         shape: `cubic` or `linear`.
+        exchanges: further events at `final`, spread evenly from step `steps` up to `freeze * total`.
+        freeze: fraction of the stage after which no event comes.
+        total: optimiser steps of the stage; none: `steps`.
 
     Raises:
-        RecipeError: fewer steps than events, or a first jump that is not on the way.
+        RecipeError: fewer steps than events or exchanges, or a first jump that is not on the way.
     """
     if shape not in SHAPES:
         raise UnknownName("sparsity schedule", shape, SHAPES)
@@ -72,7 +79,45 @@ def prune_events(
             )
         climb, base, jump = events - 1, first, [(0, first)]
     at = SHAPES[shape](base, final)
-    return jump + [(round(i * steps / climb), at(i / climb) if i < climb else final) for i in range(1, climb + 1)]
+    ramp = jump + [(round(i * steps / climb), at(i / climb) if i < climb else final) for i in range(1, climb + 1)]
+    return ramp + _exchange_events(steps, exchanges, final, round(freeze * (total or steps)))
+
+
+def _exchange_events(start: int, exchanges: int, final: float, end: int) -> list[tuple[int, float]]:
+    if exchanges and end - start < exchanges:
+        raise RecipeError(
+            f"{exchanges} exchanges do not fit between step {start}, where the ramp ends, and step {end}",
+            "set prune.exchanges or prune.ramp lower, or prune.freeze higher",
+        )
+    return [(start + round(i * (end - start) / exchanges), final) for i in range(1, exchanges + 1)]
+
+
+def passing(events: Sequence[tuple[int, float]], through: Sequence[float]) -> list[tuple[int, float]]:
+    """The same events, such that each sparsity of `through` is exactly that of one: of the last at or below it.
+
+    Args:
+        events: `(step, sparsity)`, rising.
+        through: sparsities between that of the first event and that of the last.
+
+    Raises:
+        RecipeError: a sparsity is not on the way, or two of them would fall on one event.
+    """
+    sparsities, taken = [sparsity for _, sparsity in events], dict[int, float]()
+    for wanted in sorted(set(through)):
+        index = bisect.bisect_right(sparsities, wanted) - 1
+        if index < 0 or wanted >= sparsities[-1]:
+            raise RecipeError(
+                f"sparsity {wanted:g} is not on the way of the prune events from {min(sparsities, default=0):g} "
+                f"to {max(sparsities, default=0):g}",
+                "set prune.leave to sparsities between them, or have more events: prune.events",
+            )
+        if index in taken:
+            raise RecipeError(
+                f"sparsities {taken[index]:g} and {wanted:g} would fall on one prune event, at step {events[index][0]}",
+                "set prune.events higher, or prune.leave to sparsities further apart",
+            )
+        taken[index] = wanted
+    return [(step, taken.get(index, sparsity)) for index, (step, sparsity) in enumerate(events)]
 
 
 def replacing_rate(
@@ -122,6 +167,31 @@ def warmup_then_linear(warmup: float, final: float = 0.0) -> Schedule:
         if progress < warmup:
             return progress / warmup
         return 1.0 + (final - 1.0) * _clamp((progress - warmup) / (1.0 - warmup))
+
+    return at
+
+
+def rewound(warmup: float, events_at: Sequence[float], low: float, final: float = 0.0) -> Schedule:
+    """Learning-rate factor that jumps back to 1 at each prune event (the cycles of arXiv 2203.07259).
+
+    After the warm-up a straight line from 1 to `low` up to the first event and from event to event; after the last
+    one down to `final`.
+
+    Args:
+        warmup: fraction of the stage, in [0, 1); events in it do not disturb the rise.
+        events_at: progress of the events, rising, in (0, 1).
+        low: the factor just before an event.
+        final: the factor at the end of the stage.
+    """
+    starts = [warmup, *(at for at in events_at if warmup < at < 1.0)]
+    ends = [*starts[1:], 1.0]
+
+    def at(progress: float) -> float:
+        if progress < warmup:
+            return progress / warmup
+        cycle = bisect.bisect_right(starts, _clamp(progress)) - 1
+        end = final if cycle == len(starts) - 1 else low
+        return 1.0 + (end - 1.0) * _clamp((progress - starts[cycle]) / (ends[cycle] - starts[cycle]))
 
     return at
 

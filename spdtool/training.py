@@ -6,11 +6,9 @@ and the order of the data are functions of the step, so they need no state.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,15 +17,17 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from spdtool import encoders, snapshot
+from spdtool import encoders
 from spdtool.console import Watch
 from spdtool.data import Encoded, training_batches
 from spdtool.errors import DeviceError
 from spdtool.evaluation import to_device
+from spdtool.journal import Journal
 from spdtool.pruning.gradual import Pruner
-from spdtool.recipe import Recipe, Training
+from spdtool.recipe import Prune, Recipe, Training
 from spdtool.run import Work
-from spdtool.schedules import warmup_then_linear
+from spdtool.saliency import Saliency, calibration_batches
+from spdtool.schedules import Schedule, rewound, warmup_then_linear
 
 LossTerms = dict[str, Tensor]
 LOGGED = 100  # log lines of a stage: each costs one synchronisation with the device
@@ -57,21 +57,27 @@ class Fit:
         loss: `loss(batch, progress)` gives the terms, the total under `loss`; progress is in [0, 1).
         rows: the training split.
         evaluate: gives the dev metrics of the model as it is, the headline under `score`.
+        evaluate_train: gives the same of training rows, to be held against each other; None: not asked.
         pruner: prunes at its events and holds the zeros; None for a dense model.
+        leave: keeps the student as it is, at a sparsity on the way; gives what stage.json shall say of it.
         bystanders: frozen parameters whose gradients count all the same when gradients are clipped.
         random_state, restore_random: the draws' generator, saved with the rest.
         facts: what to show beside the losses (replacing rate, layers of the draw).
+        extra: parameters that are trained with the model and are no part of it.
     """
 
     model: nn.Module
     loss: Callable[[dict[str, Tensor], float], LossTerms]
     rows: Encoded
     evaluate: Callable[[], dict[str, float]]
+    evaluate_train: Callable[[], dict[str, float]] | None = None
     pruner: Pruner | None = None
+    leave: Callable[[float], dict[str, Any]] | None = None
     bystanders: list[nn.Parameter] = field(default_factory=list)
     random_state: Callable[[], Any] = lambda: None
     restore_random: Callable[[Any], None] = lambda _: None
     facts: Callable[[float], dict[str, Any]] = lambda _: {}
+    extra: dict[str, nn.Parameter] = field(default_factory=dict)
 
 
 def fit(
@@ -91,19 +97,34 @@ def fit(
     per_epoch = math.ceil(len(parts.rows) / section.batch_size)
     total = section.steps_for(len(parts.rows))
     model = parts.model
-    trained = encoders.trained_parameters(model, section.train)  # type: ignore[arg-type]
+    trained = encoders.trained_parameters(model, section.train) | parts.extra  # type: ignore[arg-type]
     optimizer = adamw(trained, section, accelerator.device)
-    loop = _Loop(parts, section, trained, optimizer, work, f"{fingerprint} {parts.rows.digest}", watch)
+    journal = Journal(parts, section, trained, optimizer, work, f"{fingerprint} {parts.rows.digest}", watch)
     torch.manual_seed(recipe.seed)
-    start = loop.restore()
+    start = journal.restore()
     model, prepared = accelerator.prepare(model, optimizer)
     for parameter in parts.bystanders:
         parameter.requires_grad_(True)
+    saliency = _saliency(parts, section)
+
+    def terms_of(piece: dict[str, Any], progress: float) -> LossTerms:
+        with accelerator.autocast():
+            return parts.loss(to_device(piece, accelerator.device), progress)
+
+    def prune(step: int) -> None:
+        journal.leave(step)
+        if saliency is not None and saliency.calibrates(step):
+            batches = calibration_batches(parts.rows, saliency.section, recipe, step)
+            pieces = (piece for batch in batches for piece, _ in _pieces(parts.rows, batch, section.accumulate, recipe))
+            saliency.calibrate(model, lambda piece: terms_of(piece, step / total), pieces)
+        journal.prune(step)
+
     if parts.pruner is not None:
         parts.pruner.masks.hold(optimizer)
         if start == 0:
-            loop.prune(0)
-    rate = warmup_then_linear(section.warmup, section.final_learning_rate)
+            prune(0)
+    config: Any = parts.model.config
+    peak, rate = section.peak(config.hidden_size), _learning_rate(section, parts.pruner, total)
     evaluations = evaluation_steps(per_epoch, total, section.evaluations)
     every = max(1, total // LOGGED)
     model.train()
@@ -111,38 +132,40 @@ def fit(
     for step, batch in _steps(parts.rows, section, recipe, start, total):
         progress, done = step / total, step + 1
         for group in optimizer.param_groups:
-            group["lr"] = section.learning_rate * rate(progress)
+            group["lr"] = peak * rate(progress)
+        shown = saliency if saliency is not None and saliency.follows(step) else None
         for piece, share in _pieces(parts.rows, batch, section.accumulate, recipe):
-            with accelerator.autocast():
-                terms = parts.loss(to_device(piece, accelerator.device), progress)
+            terms = terms_of(piece, progress)
+            if shown is not None:
+                shown.note(terms, share)
             if terms["loss"].requires_grad:  # not when the draw holds nothing of what is trained
                 accelerator.backward(terms["loss"] * share)
             window.add(terms, share)
+        if shown is not None:
+            shown.observe(1.0 if accelerator.scaler is None else accelerator.scaler.get_scale())
         _update(parts, section, trained, prepared, accelerator)
-        loop.prune(done)
-        loop.examples += len(batch)
+        prune(done)
+        journal.examples += len(batch)
         if done % every == 0 or done == total:
-            loop.log(done, per_epoch, window.means(), optimizer.param_groups[0]["lr"], parts.facts(progress))
+            journal.log(done, per_epoch, window.means(), optimizer.param_groups[0]["lr"], parts.facts(progress))
             window = _Window()
-        with loop.clock.paused():
+        with journal.clock.paused():
             if done in evaluations:
-                loop.evaluate(done)
+                journal.evaluate(done)
             if done < total and (done in evaluations or time.monotonic() - saved >= 60 * recipe.save_minutes):
-                loop.save(done)
+                journal.save(done)
                 window, saved = _Window(), time.monotonic()
     for patched in ("forward", "_original_forward"):  # autocast's; unwrap_model would strip more than its own
         vars(parts.model).pop(patched, None)
-    return loop.finish(total, per_epoch)
+    return journal.finish(total, per_epoch)
 
 
 def _update(
     parts: Fit, section: Training, trained: dict[str, nn.Parameter], optimizer: Any, accelerator: Accelerator
 ) -> None:
     """One optimiser step with the gradients as they are: pruned weights silenced, norm clipped, gradients dropped."""
-    if parts.pruner is not None:
-        parts.pruner.observe(1.0 if accelerator.scaler is None else accelerator.scaler.get_scale())
-        if section.clip_over == "trained":
-            parts.pruner.silence()
+    if parts.pruner is not None and section.clip_over == "trained":
+        parts.pruner.silence()
     if any(parameter.grad is not None for parameter in trained.values()):
         if section.clip > 0:
             accelerator.clip_grad_norm_([*trained.values(), *parts.bystanders], section.clip)
@@ -158,10 +181,28 @@ def adamw(trained: dict[str, nn.Parameter], section: Training, device: torch.dev
     vectors = [weight for weight in trained.values() if weight.dim() <= 1]
     return torch.optim.AdamW(
         [{"params": matrices, "weight_decay": section.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=section.learning_rate,
+        lr=1.0,  # set at every step
         eps=section.epsilon,
         fused=device.type in ("cuda", "cpu"),
     )
+
+
+def _saliency(parts: Fit, section: Training) -> Saliency | None:
+    """What shows the criterion its gradients; None where nothing is pruned any more."""
+    if parts.pruner is None or not parts.pruner.events or not isinstance(section, Prune):
+        return None
+    return Saliency(parts.pruner, section)
+
+
+def _learning_rate(section: Training, pruner: Pruner | None, total: int) -> Schedule:
+    """The learning rate over the stage as a fraction of the peak: one decay, or one after each prune event."""
+    initial, final = section.initial_learning_rate, section.final_learning_rate / section.initial_learning_rate
+    if not isinstance(section, Prune) or section.rewind is None or pruner is None:
+        decay = warmup_then_linear(section.warmup, final)
+        return lambda progress: initial * decay(progress)
+    events = [step / total for step in sorted(pruner.events) if 0 < step < total]
+    cycles = rewound(section.warmup, events, section.rewind, final)
+    return lambda progress: initial * cycles(progress)
 
 
 def evaluation_steps(per_epoch: int, total: int, per_epoch_evaluations: int) -> set[int]:
@@ -204,143 +245,3 @@ class _Window:
 
     def means(self) -> dict[str, float]:
         return {name: float(value) / self.weight for name, value in self.sums.items()}
-
-
-class _Clock:
-    """Keeps the seconds spent in training proper: without evaluations and snapshots, over all resumptions."""
-
-    def __init__(self) -> None:
-        self.before, self.started = 0.0, time.monotonic()
-
-    @property
-    def seconds(self) -> float:
-        return self.before + time.monotonic() - self.started
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        paused = time.monotonic()
-        yield
-        self.started += time.monotonic() - paused
-
-
-class _Loop:
-    """Keeps what the loop has learnt so far (best weights, evaluations, time); writes and reads it as a snapshot."""
-
-    def __init__(
-        self,
-        parts: Fit,
-        section: Training,
-        trained: dict[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-        work: Work,
-        fingerprint: str,
-        watch: Watch,
-    ) -> None:
-        self.parts, self.section, self.trained, self.optimizer = parts, section, trained, optimizer
-        self.work, self.fingerprint, self.watch = work, fingerprint, watch
-        self.epochs = section.epochs_for(len(parts.rows))[0]
-        self.evaluations: list[dict[str, Any]] = []
-        self.best: dict[str, Any] | None = None
-        self.best_weights: dict[str, Tensor] = {}
-        self.examples, self.clock = 0, _Clock()
-        self._log = work.folder / "metrics.jsonl"
-
-    def prune(self, step: int) -> None:
-        """Let the pruner prune if an event is due, and say so."""
-        sparsity = self.parts.pruner.step(step) if self.parts.pruner is not None else None
-        if sparsity is not None:
-            self._tell({"event": "prune", "step": step, "sparsity": sparsity})
-
-    def log(self, step: int, per_epoch: int, losses: dict[str, float], rate: float, facts: dict[str, Any]) -> None:
-        pruner = self.parts.pruner
-        self._tell(
-            {
-                "event": "step",
-                "step": step,
-                "epoch": step / per_epoch,
-                "epochs": self.epochs,
-                "losses": losses,
-                "learning_rate": rate,
-                "examples_per_second": self.examples / self.clock.seconds,
-                "sparsity": None if pruner is None else pruner.masks.sparsity(),
-            }
-            | facts
-        )
-
-    def evaluate(self, step: int) -> None:
-        """Score the dev set; keep the weights if they are the best so far and may be handed over."""
-        metrics = self.parts.evaluate()
-        allowed = self.parts.pruner is None or self.parts.pruner.reached(step)
-        best = allowed and (self.best is None or metrics["score"] > self.best["metrics"]["score"])
-        if best:
-            self.best = {"step": step, "metrics": metrics}
-            if self.section.keep_best:
-                self.best_weights = {name: weight.detach().cpu().clone() for name, weight in self.trained.items()}
-        self.evaluations.append({"step": step, "metrics": metrics})
-        self._tell({"event": "eval", "step": step, "metrics": metrics, "best": best})
-
-    def finish(self, steps: int, per_epoch: int) -> dict[str, Any]:
-        """Put the weights to hand over into the model, and sum up."""
-        handed = {"step": steps, "metrics": self.evaluations[-1]["metrics"]} if self.evaluations else None
-        if self.section.keep_best and self.best is not None:
-            handed = self.best
-            with torch.no_grad():
-                for name, weight in self.best_weights.items():
-                    self.trained[name].copy_(weight)
-        return {
-            "steps": steps,
-            "epochs": steps / per_epoch,
-            "best": handed,
-            "evaluations": self.evaluations,
-            "examples_per_second": self.examples / self.clock.seconds,
-        }
-
-    def save(self, step: int) -> None:
-        """Write a snapshot of everything that decides the rest of the stage."""
-        pruner = self.parts.pruner
-        if pruner is not None:
-            pruner.masks.check_dead()
-        tensors: snapshot.Groups = {
-            "model": {name: weight.detach() for name, weight in self.trained.items()},
-            "adam": snapshot.optimizer_tensors(self.optimizer, self.trained),
-            "best": self.best_weights,
-            "pruner": {} if pruner is None else pruner.state_dict(),
-            "random": snapshot.random_tensors(),
-        }
-        notes = {
-            "fingerprint": self.fingerprint,
-            "evaluations": self.evaluations,
-            "best": self.best,
-            "examples": self.examples,
-            "seconds": self.clock.seconds,
-            "draws": self.parts.random_state(),
-            "logged_bytes": self._log.stat().st_size if self._log.exists() else 0,
-        }
-        snapshot.write(self.work.state, snapshot.Snapshot(step, tensors, notes))
-
-    @torch.no_grad()
-    def restore(self) -> int:
-        """Take over the newest snapshot; return the step to go on from, 0 without one."""
-        found = snapshot.newest(self.work.state, self.fingerprint)
-        if found is None:
-            self._log.unlink(missing_ok=True)
-            return 0
-        for name, weight in self.trained.items():
-            weight.copy_(found.tensors["model"][name])
-        snapshot.restore_optimizer(self.optimizer, self.trained, found.tensors.get("adam", {}))
-        snapshot.restore_random(found.tensors["random"])
-        if self.parts.pruner is not None:
-            self.parts.pruner.load_state_dict(found.tensors["pruner"])
-        self.best_weights = found.tensors.get("best", {})
-        self.evaluations, self.best = found.notes["evaluations"], found.notes["best"]
-        self.examples, self.clock.before = found.notes["examples"], found.notes["seconds"]
-        self.parts.restore_random(found.notes["draws"])
-        with self._log.open("ab") as log:
-            log.truncate(found.notes["logged_bytes"])
-        self.watch({"event": "resume", "step": found.step})
-        return found.step
-
-    def _tell(self, event: dict[str, Any]) -> None:
-        self.watch(event)
-        with self._log.open("a", encoding="utf-8") as log:
-            log.write(json.dumps(event) + "\n")

@@ -8,7 +8,7 @@ import pytest
 
 from spdtool import schedules
 from spdtool.errors import RecipeError, UnknownName
-from spdtool.schedules import cubic, linear, prune_events, replacing_rate, warmup_then_linear
+from spdtool.schedules import cubic, linear, passing, prune_events, replacing_rate, rewound, warmup_then_linear
 
 
 def test_constant_linear_and_cubic_follow_their_formulas_and_stay_at_their_ends() -> None:
@@ -101,6 +101,69 @@ def test_an_unknown_replacing_rate_offers_near_matches() -> None:
     with pytest.raises(UnknownName, match="replacing-rate schedule 'liner'") as caught:
         replacing_rate("liner")
     assert "linear" in caught.value.near
+
+
+@pytest.mark.parametrize(
+    ("steps", "events", "exchanges", "freeze", "total"),
+    [(70, 7, 3, 0.85, 100), (70, 1, 30, 1.0, 100), (700, 12, 7, 0.853, 999), (10, 2, 0, 0.5, 100)],
+)
+def test_exchanges_repeat_the_target_evenly_until_the_masks_freeze(
+    steps: int, events: int, exchanges: int, freeze: float, total: int
+) -> None:
+    made = prune_events(steps, events, 0.9, exchanges=exchanges, freeze=freeze, total=total)
+    assert made[:events] == prune_events(steps, events, 0.9)
+    further = made[events:]
+    assert len(further) == exchanges
+    assert all(sparsity == 0.9 for _, sparsity in further)
+    if exchanges:
+        assert further[-1][0] == round(freeze * total)
+        at = [step for step, _ in made[events - 1 :]]
+        assert all(abs(b - a - (at[-1] - steps) / exchanges) <= 1 for a, b in itertools.pairwise(at))
+
+
+def test_exchanges_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(RecipeError, match="5 exchanges do not fit between step 80, where the ramp ends, and step 84"):
+        prune_events(80, 2, 0.9, exchanges=5, freeze=0.84, total=100)
+    with pytest.raises(RecipeError, match="1 exchanges do not fit"):
+        prune_events(80, 2, 0.9, exchanges=1)
+
+
+def test_events_pass_through_sparsities_on_the_way() -> None:
+    events = [(0, 0.5), (10, 0.7), (20, 0.8), (30, 0.9), (40, 0.9)]
+    assert passing(events, ()) == events
+    assert passing(events, (0.85, 0.6)) == [(0, 0.6), (10, 0.7), (20, 0.85), (30, 0.9), (40, 0.9)]
+    assert passing(events, (0.7, 0.7)) == events
+
+
+@pytest.mark.parametrize(
+    ("through", "reason"),
+    [
+        ((0.4,), "0.4 is not on the way of the prune events from 0.5 to 0.9"),
+        ((0.9,), "0.9 is not on the way"),
+        ((0.95,), "0.95 is not on the way"),
+        ((0.72, 0.75), "0.72 and 0.75 would fall on one prune event, at step 10"),
+    ],
+)
+def test_sparsities_that_no_event_can_hold_are_refused(through: tuple[float, ...], reason: str) -> None:
+    with pytest.raises(RecipeError, match=reason):
+        passing([(0, 0.5), (10, 0.7), (20, 0.8), (30, 0.9)], through)
+    with pytest.raises(RecipeError, match="not on the way"):
+        passing([], (0.5,))
+
+
+def test_the_learning_rate_jumps_back_at_each_event() -> None:
+    at = rewound(0.1, (0.3, 0.5), 0.2, 0.05)
+    assert [at(p) for p in (0, 0.05, 0.1, 0.2)] == pytest.approx([0, 0.5, 1, 0.6])
+    assert [at(p) for p in (0.3 - 1e-9, 0.3, 0.4, 0.5)] == pytest.approx([0.2, 1, 0.6, 1])
+    assert [at(p) for p in (0.5 - 1e-9, 0.75, 1.0)] == pytest.approx([0.2, 0.525, 0.05])
+
+
+def test_events_within_the_warm_up_do_not_disturb_it() -> None:
+    at = rewound(0.2, (0.1, 0.2, 0.6), 0.0)
+    assert [at(p) for p in (0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)] == pytest.approx([0, 0.5, 1, 0.5, 1, 0.5, 0])
+    without = rewound(0.2, (), 0.5, 0.1)
+    plain = warmup_then_linear(0.2, 0.1)
+    assert [without(p / 10) for p in range(11)] == pytest.approx([plain(p / 10) for p in range(11)])
 
 
 def test_the_learning_rate_warms_up_and_then_falls_in_a_straight_line() -> None:

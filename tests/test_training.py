@@ -76,7 +76,7 @@ class Bench:
         work.folder.mkdir(exist_ok=True)
         torch.manual_seed(123)  # whatever was random before must not matter
         front = training.accelerator(recipe)
-        parts = Fit(model, loss, splits["train"], evaluate, pruner, bystanders=bystanders(model))
+        parts = Fit(model, loss, splits["train"], evaluate, pruner=pruner, bystanders=bystanders(model))
         return training.fit(parts, section, recipe, work, fingerprint, front, watch)
 
     def weights(self) -> dict[str, torch.Tensor]:

@@ -1,36 +1,67 @@
 """Criteria: what makes a weight worth keeping. A criterion is a function `(weight, stats) -> scores`.
 
-The lowest scores are pruned first.
-A criterion declares what it reads besides the weight, and whether pruned weights may receive gradients:
+The lowest scores are pruned first. A criterion declares what it reads besides the weight (a name of `statistics.py`),
+and may mend the weights that survive an event; those that do so are in `second_order.py`:
 
-    @criteria.register("taylor", needs=("gradient",), dense_gradients=False)
+    @criteria.register("taylor", needs=("gradient",))
+    @criteria.register("obert", needs=("fisher_blocks",), update=mend)      # mend(weight, alive, stats) -> weight
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
 from spdtool.plugins import criteria
-
-KNOWN_NEEDS = ("gradient", "gradient_squared")
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What was observed of one weight since the last prune event; None where no criterion asked for it.
-
-    Attributes:
-        gradient: mean gradient over the optimiser steps, shaped like the weight.
-        gradient_squared: mean squared gradient over the optimiser steps, shaped like the weight.
-    """
-
-    gradient: Tensor | None = None
-    gradient_squared: Tensor | None = None
+from spdtool.pruning.statistics import Stats
 
 
 @criteria.register("magnitude")
 def magnitude(weight: Tensor, stats: Stats) -> Tensor:  # noqa: ARG001
     """The absolute value (Han et al. 2015, arXiv 1506.02626)."""
     return weight.abs()
+
+
+@criteria.register("taylor", needs=("gradient",))
+def taylor(weight: Tensor, stats: Stats) -> Tensor:
+    """|weight x mean gradient|: the loss's first-order change (Molchanov et al. 2019, arXiv 1906.10771)."""
+    assert stats.gradient is not None
+    return (weight * stats.gradient).abs()
+
+
+@criteria.register("fisher", needs=("gradient_squared",))
+def fisher(weight: Tensor, stats: Stats) -> Tensor:
+    """Weight^2 x mean squared gradient / 2: the second-order change by the diagonal empirical Fisher matrix.
+
+    Theis et al. 2018, arXiv 1801.05787; Singh & Alistarh 2020, arXiv 2004.14340.
+    """
+    assert stats.gradient_squared is not None
+    return weight.float().square() * stats.gradient_squared / 2
+
+
+@criteria.register("wanda", needs=("input_norm",))
+def wanda(weight: Tensor, stats: Stats) -> Tensor:
+    """|weight| x root mean square of its input (Sun et al. 2023, arXiv 2306.11695).
+
+    The paper ranks the weights of each output against each other; here the scope says what is ranked together.
+    """
+    assert stats.input_norm is not None
+    return weight.abs() * stats.input_norm
+
+
+@criteria.register("movement", needs=("movement",))
+def movement(weight: Tensor, stats: Stats) -> Tensor:
+    """Scores learned as -sum(weight x gradient) over the stage (Sanh et al. 2020, arXiv 2005.07683, hard variant).
+
+    An event before the first step ranks by magnitude. The paper lets pruned weights come back: `prune.regrowth`.
+    """
+    return weight.abs() if stats.movement is None else stats.movement
+
+
+@criteria.register("movement-soft", needs=("movement_soft",))
+def movement_soft(weight: Tensor, stats: Stats) -> Tensor:
+    """Movement scores under the sigmoid penalty of the paper's soft variant (arXiv 2005.07683).
+
+    The paper fixes a threshold and gets some sparsity; here the threshold is the one that gives exactly what is asked.
+    An event before the first step ranks by magnitude.
+    """
+    return weight.abs() if stats.movement_soft is None else stats.movement_soft

@@ -3,29 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spdtool import plugins
 from spdtool.errors import RecipeError
-from spdtool.pruning.criteria import KNOWN_NEEDS, Stats
 from spdtool.pruning.masks import Masks
+from spdtool.pruning.observation import Observation
+from spdtool.pruning.statistics import STATISTICS, Settings
 
 
 class Pruner:
-    """Keeps the masks, the prune events still to come, and the gradient statistics since the last one.
+    """Keeps the masks, the prune events still to come, and what was observed since the last one.
 
     Args:
         events: `(optimiser step, sparsity)`, rising; see `schedules.prune_events`. None: the masks are only held.
         target: sparsity that the masks must have in the end.
         criterion, pattern: registered names.
-        scope: `matrix` or `global`.
+        scope: `matrix`, `type` or `global`.
+        least: share of each matrix that stays alive if the scope is not `matrix`.
+        regrowth: the dead compete again at each event, with the value that they had.
+        update: let a criterion that can do so mend the survivors at each event.
+        block, dampening, penalty: see `statistics.Settings`.
+        layers: parameter name to its linear layer, for criteria that look at inputs.
+
+    Attributes:
+        clamped: matrix to its zeros as the scores would have had them and as `least` has them, at the last event.
+        lowered: group of matrices to the share that stayed alive there, where `least` left no room for the sparsity.
 
     Raises:
         UnknownName: no such criterion or pattern.
-        RecipeError: the criterion needs what this tool does not observe, or observes too late.
-        ModelError: more weights are zero already than the target asks for.
+        RecipeError: the criterion needs what this tool does not observe.
+        ModelError: more weights are zero for good already than the target asks for.
     """
 
     def __init__(
@@ -35,63 +46,97 @@ class Pruner:
         *,
         target: float,
         criterion: str,
-        pattern: str,
-        scope: str,
+        pattern: str = "unstructured",
+        scope: str = "matrix",
+        least: float = 0.0,
+        regrowth: bool = False,
+        update: bool = True,
+        block: int = 16,
+        dampening: float = 0.01,
+        penalty: float = 1.0,
+        layers: Mapping[str, nn.Linear] | None = None,
     ) -> None:
         part = plugins.criteria.part(criterion)
-        self.masks, self.target, self.scope = masks, target, scope
+        self.masks, self.target, self.scope, self.least = masks, target, scope, least
         self.events = dict(events)
         self.last = max(self.events, default=0)
-        self._criterion, self._pattern = part.value, plugins.patterns.get(pattern)
-        self._needs = tuple(part.meta.get("needs", ()))
+        self.clamped: dict[str, tuple[int, int]] = {}
+        self.lowered: dict[str, float] = {}
+        self.criterion = criterion
+        self._score, self._pattern = part.value, plugins.patterns.get(pattern)
+        self._update = part.meta.get("update") if update else None
         self._dense_gradients = bool(part.meta.get("dense_gradients", False))
-        unknown = set(self._needs) - set(KNOWN_NEEDS)
-        if unknown:
-            raise RecipeError(
-                f"criterion {criterion!r} needs {', '.join(sorted(unknown))}, which is not observed",
-                f"observed: {', '.join(KNOWN_NEEDS)}",
-            )
-        if self._needs and 0 in self.events:
-            raise RecipeError(
-                f"criterion {criterion!r} needs gradients, and the first prune event comes before the first step",
-                "leave prune.first out: --set prune.first=none",
-            )
+        needs = _known(criterion, part.meta.get("needs", ())) if events else ()  # nothing to rank: nothing to observe
+        self._observation = Observation(masks, needs, Settings(block, dampening, penalty), layers)
+        if regrowth and events:
+            masks.regrow()
         masks.check_room(target, scope)
-        self._sums: dict[str, Tensor] = {}
-        self._observed = 0
+
+    @property
+    def reads_gradients(self) -> bool:
+        """Whether the criterion looks at gradients."""
+        return self._observation.reads("gradient")
+
+    @property
+    def reads_inputs(self) -> bool:
+        """Whether the criterion looks at what goes into the layers."""
+        return self._observation.reads("input")
+
+    @property
+    def learns(self) -> bool:
+        """Whether the criterion learns its scores over the whole stage: it must see every training step."""
+        return self._observation.learns
+
+    def due(self, step: int) -> bool:
+        """Whether an event falls after optimiser step `step`; 0: before the first."""
+        return step in self.events
 
     def reached(self, step: int) -> bool:
         """Whether the last event lies behind, so that the target sparsity holds."""
         return step >= self.last
 
-    @torch.no_grad()
     def observe(self, scale: float = 1.0) -> None:
         """After the backward pass: note what the criterion needs, of gradients that a loss scale multiplied."""
-        if not self._needs:
-            return
-        self._observed += 1
-        for name, weight in self.masks.parameters.items():
-            if weight.grad is None:  # a layer that the draw left out
-                continue
-            for need in self._needs:
-                gradient = weight.grad.float() / scale
-                seen = gradient if need == "gradient" else gradient.square()
-                key = f"{need}.{name}"
-                self._sums[key] = self._sums[key].add_(seen) if key in self._sums else seen
+        self._observation.gradients(scale)
+
+    def watching(self, real: Tensor | None = None) -> AbstractContextManager[None]:
+        """Note what goes into the layers in forward passes inside the context.
+
+        Args:
+            real: the batch's attention mask, [rows, tokens]: padding is left out of layers whose inputs are laid out
+                so; without it every token counts.
+        """
+        return self._observation.watching(real)
+
+    def forget(self) -> None:
+        """Drop what was observed, except scores that are learned over the stage."""
+        self._observation.forget()
 
     def silence(self) -> None:
         """Before clipping: zero the gradients of dead weights, unless the criterion lets them live."""
         if not self._dense_gradients:
             self.masks.silence()
 
+    @torch.no_grad()
     def step(self, step: int) -> float | None:
-        """Prune if an event is due after optimiser step `step`; return the sparsity now, or None."""
+        """Prune if an event is due after optimiser step `step`; return the sparsity now, or None.
+
+        Raises:
+            RecipeError: nothing was observed of what the criterion ranks by.
+        """
         sparsity = self.events.get(step)
         if sparsity is None:
             return None
-        scores = {name: self._criterion(weight.detach(), self._stats(name)) for name, weight in self._weights()}
-        self.masks.prune(scores, sparsity, self._pattern, self.scope)
-        self._sums, self._observed = {}, 0
+        if self._observation.empty():
+            raise RecipeError(
+                f"criterion {self.criterion!r} has observed nothing before the prune event at step {step}",
+                "set prune.calibration to a number of batches, leave prune.first out, or set compile to false",
+            )
+        scores = {name: self._score(self.masks.filled(name), self._observation.stats(name)) for name in self.masks.dead}
+        dead, made = self.masks.decide(scores, sparsity, self._pattern, self.scope, self.least)
+        self.clamped, self.lowered = made.clamped, made.least
+        self.masks.bury(dead, self._mended(dead))
+        self.forget()
         return sparsity
 
     def seal(self) -> None:
@@ -104,27 +149,38 @@ class Pruner:
         self.masks.check(self.target, self.scope)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Masks and statistics as flat tensors."""
+        """Masks, the values kept of the dead, and statistics, as flat tensors."""
         state = {f"dead.{name}": dead for name, dead in self.masks.state_dict().items()}
-        state |= {f"sum.{key}": value for key, value in self._sums.items()}
-        return state | {"observed": torch.tensor(self._observed)}
+        state |= {f"kept.{name}": value for name, value in self.masks.kept.items()}
+        return state | {f"seen.{key}": value for key, value in self._observation.state_dict().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state_dict` gave."""
-        self.masks.load_state_dict({key[5:]: value for key, value in state.items() if key.startswith("dead.")})
-        device = next(iter(self.masks.parameters.values())).device
-        self._sums = {key[4:]: value.to(device) for key, value in state.items() if key.startswith("sum.")}
-        self._observed = int(state["observed"])
-
-    def _weights(self) -> list[tuple[str, torch.nn.Parameter]]:
-        return list(self.masks.parameters.items())
-
-    def _stats(self, name: str) -> Stats:
-        weight = self.masks.parameters[name]
-        means = {
-            need: self._sums[f"{need}.{name}"] / self._observed
-            if f"{need}.{name}" in self._sums
-            else torch.zeros_like(weight)
-            for need in self._needs
+        self.masks.load_state_dict(_under("dead.", state))
+        self.masks.kept = {
+            name: value.to(self.masks.parameters[name].device) for name, value in _under("kept.", state).items()
         }
-        return Stats(**means)
+        self._observation.load_state_dict(_under("seen.", state))
+
+    def _mended(self, dead: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """The weights with survivors that make up for the dying; regrown weights have no part in it."""
+        if self._update is None:
+            return None
+        return {
+            name: self._update(weight.detach(), ~(self.masks.dead[name] | dead[name]), self._observation.stats(name))
+            for name, weight in self.masks.parameters.items()
+        }
+
+
+def _known(criterion: str, needs: Sequence[str]) -> Sequence[str]:
+    unknown = set(needs) - set(STATISTICS)
+    if unknown:
+        raise RecipeError(
+            f"criterion {criterion!r} needs {', '.join(sorted(unknown))}, which is not observed",
+            f"observed: {', '.join(STATISTICS)}",
+        )
+    return needs
+
+
+def _under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spdtool.errors import GateError, ModelError
+from spdtool.pruning.allocation import Allocation, allocate, groups
 from spdtool.pruning.patterns import zeros_in
 
 Pattern = Callable[[Tensor, float], Tensor]
@@ -19,11 +20,14 @@ class Masks:
 
     The model is not touched: no parametrisation, no buffer, no renamed key. What is saved is the model with exact
     zeros, from which `from_zeros` recovers the masks at the next stage.
+
+    With `regrow`, a weight that dies leaves its value in `kept`, shaped like the parameter and zero where it lives.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.parameters = dict(parameters)
         self.dead = {name: torch.zeros_like(weight, dtype=torch.bool) for name, weight in parameters.items()}
+        self.kept: dict[str, Tensor] = {}
         self._held: torch.optim.Optimizer | None = None
 
     @classmethod
@@ -33,22 +37,64 @@ class Masks:
         masks.dead = {name: weight.detach() == 0 for name, weight in masks.parameters.items()}
         return masks
 
-    def prune(self, scores: Mapping[str, Tensor], sparsity: float, pattern: Pattern, scope: str = "matrix") -> None:
-        """Kill the weights of lowest score until `sparsity` is reached; the dead stay dead.
+    def regrow(self) -> None:
+        """From now on the dead compete at each event, with the value that they had: 0 for those that are dead now."""
+        self.kept = {name: torch.zeros_like(weight) for name, weight in self.parameters.items()}
+
+    def filled(self, name: str) -> Tensor:
+        """The weight, with the values that are kept of the dead."""
+        weight = self.parameters[name].detach()
+        return torch.where(self.dead[name], self.kept[name], weight) if self.kept else weight
+
+    def prune(
+        self,
+        scores: Mapping[str, Tensor],
+        sparsity: float,
+        pattern: Pattern,
+        scope: str = "matrix",
+        least: float = 0.0,
+    ) -> Allocation:
+        """Kill the weights of lowest score until `sparsity` is reached; without `regrow` the dead stay dead.
 
         Args:
             scores: parameter name to scores shaped like the parameter.
-            sparsity: share of zeros, of every matrix (scope `matrix`) or of all of them together (`global`).
+            sparsity: share of zeros: of every matrix (scope `matrix`), of all matrices of one kind together (`type`),
+                or of all of them together (`global`).
+            least: share of each matrix that stays alive if the scope is not `matrix`.
         """
-        low = float("-inf")
-        ranked = {name: scores[name].detach().masked_fill(dead, low) for name, dead in self.dead.items()}
-        if scope == "global":
-            joined = torch.cat([score.flatten() for score in ranked.values()])
-            pieces = pattern(joined, sparsity).split([score.numel() for score in ranked.values()])
-            alive = {name: piece.view_as(ranked[name]) for name, piece in zip(ranked, pieces, strict=True)}
-        else:
-            alive = {name: pattern(score, sparsity) for name, score in ranked.items()}
-        self.dead = {name: self.dead[name] | ~alive[name] for name in self.dead}
+        dead, made = self.decide(scores, sparsity, pattern, scope, least)
+        self.bury(dead)
+        return made
+
+    def decide(
+        self, scores: Mapping[str, Tensor], sparsity: float, pattern: Pattern, scope: str, least: float
+    ) -> tuple[dict[str, Tensor], Allocation]:
+        """The masks that `prune` would have, and how the zeros came to be shared out; nothing is changed."""
+        ranked = {name: scores[name].detach() for name in self.dead}
+        if not self.kept:
+            ranked = {name: score.masked_fill(self.dead[name], float("-inf")) for name, score in ranked.items()}
+        made = allocate(ranked, sparsity, scope, least)
+        dead = {name: ~pattern(score, made.counts[name] / score.numel()) for name, score in ranked.items()}
+        if not self.kept:
+            dead = {name: self.dead[name] | gone for name, gone in dead.items()}
+        return dead, made
+
+    @torch.no_grad()
+    def bury(self, dead: Mapping[str, Tensor], mended: Mapping[str, Tensor] | None = None) -> None:
+        """Make `dead` the masks: values of the dying are kept, the regrown get theirs back.
+
+        Args:
+            mended: parameter name to the weight with new values, taken where it was alive and stays so.
+        """
+        for name, weight in self.parameters.items():
+            before, gone = self.dead[name], dead[name]
+            if self.kept:
+                full = self.filled(name)
+                self.kept[name] = torch.where(gone, full, 0)
+                weight.copy_(full)
+            if mended is not None:
+                weight.copy_(torch.where(before | gone, weight, mended[name]))
+            self.dead[name] = gone
         self.apply()
 
     @torch.no_grad()
@@ -96,17 +142,19 @@ class Masks:
         check_counts({name: (int((w == 0).sum()), w.numel()) for name, w in self.parameters.items()}, sparsity, scope)
 
     def check_room(self, sparsity: float, scope: str = "matrix") -> None:
-        """Assert, before hours are spent, that not more is dead already than `sparsity` asks for.
+        """Assert, before hours are spent, that not more is dead for good already than `sparsity` asks for.
 
         Raises:
             ModelError: the weights are too sparse.
         """
+        if self.kept:
+            return
         for name, (zeros, size) in _in_scope(self.counts(), scope).items():
             if zeros > zeros_in(size, sparsity):
                 raise ModelError(
                     f"{name} has {zeros} zeros of {size} already; sparsity {sparsity} asks for "
                     f"{zeros_in(size, sparsity)}, and pruned weights do not grow again",
-                    "ask for a higher sparsity, or set prune.scope to global",
+                    "ask for a higher sparsity, set prune.scope to global, or prune.regrowth to true",
                 )
 
     def check_dead(self) -> None:
@@ -137,7 +185,7 @@ def check_counts(counts: Mapping[str, tuple[int, int]], sparsity: float, scope: 
     """Assert that `(zeros, size)` of each matrix is what `sparsity` asks for, to the nearest weight.
 
     Raises:
-        GateError: names the first matrix that is off, or the total for scope `global`.
+        GateError: names the first matrix that is off, or the total over those that share the sparsity.
     """
     for name, (zeros, size) in _in_scope(counts, scope).items():
         if zeros != zeros_in(size, sparsity):
@@ -147,6 +195,7 @@ def check_counts(counts: Mapping[str, tuple[int, int]], sparsity: float, scope: 
 
 
 def _in_scope(counts: Mapping[str, tuple[int, int]], scope: str) -> Mapping[str, tuple[int, int]]:
-    if scope == "matrix":
-        return counts
-    return {"all matrices": (sum(zeros for zeros, _ in counts.values()), sum(size for _, size in counts.values()))}
+    return {
+        group: (sum(counts[name][0] for name in names), sum(counts[name][1] for name in names))
+        for group, names in groups(list(counts), scope).items()
+    }

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from spdtool import plugins
 from spdtool.errors import GateError, ModelError, RecipeError, UnknownName
-from spdtool.pruning.criteria import Stats
 from spdtool.pruning.gradual import Pruner
 from spdtool.pruning.masks import Masks
+from spdtool.pruning.patterns import zeros_in
+from spdtool.pruning.statistics import Stats
 
 pytestmark = pytest.mark.usefixtures("clean_plugins")
 
@@ -117,12 +118,15 @@ def test_gradients_of_the_dead_live_only_if_the_criterion_says_so(dense: bool) -
         assert bool((weight.grad[~pruner.masks.dead[name]] == 1).all())
 
 
-def test_a_pruner_goes_on_as_if_nothing_had_happened() -> None:
+@pytest.mark.parametrize("regrowth", [False, True])
+@pytest.mark.parametrize("criterion", ["saliency", "movement", "movement-soft", "obert"])
+def test_a_pruner_goes_on_as_if_nothing_had_happened(criterion: str, regrowth: bool) -> None:
     saliency(("gradient", "gradient_squared"))
+    how = {"criterion": criterion, "regrowth": regrowth}
 
     def run(stop: int | None) -> dict[str, Tensor]:
         weights = held()
-        pruner = pruner_of(weights, [(3, 0.3), (6, 0.7)], criterion="saliency")
+        pruner = pruner_of(weights, [(3, 0.3), (6, 0.7)], **how)
         for step in range(1, 7):
             for index, weight in enumerate(weights.values()):
                 draw = torch.Generator().manual_seed(10 * step + index)
@@ -131,7 +135,7 @@ def test_a_pruner_goes_on_as_if_nothing_had_happened() -> None:
             pruner.step(step)
             if step == stop:
                 state = {key: value.clone() for key, value in pruner.state_dict().items()}
-                pruner = pruner_of(weights, [(3, 0.3), (6, 0.7)], criterion="saliency")
+                pruner = pruner_of(weights, [(3, 0.3), (6, 0.7)], **how)
                 pruner.load_state_dict(state)
         return {name: weight.detach().clone() for name, weight in weights.items()}
 
@@ -151,11 +155,104 @@ def test_unknown_names_and_needs_are_refused() -> None:
         pruner_of(held(), [(1, 0.5)], criterion="saliency")
 
 
-def test_a_criterion_that_needs_gradients_cannot_prune_before_the_first_step() -> None:
-    saliency(("gradient",))
-    with pytest.raises(RecipeError, match="before the first step"):
-        pruner_of(held(), [(0, 0.3), (4, 0.5)], criterion="saliency")
-    pruner_of(held(), [(0, 0.3), (4, 0.5)])  # the magnitude is there at once
+@pytest.mark.parametrize("need", ["gradient", "input_norm"])
+def test_an_event_before_anything_was_observed_is_refused(need: str) -> None:
+    saliency((need,))
+    pruner = pruner_of(held(), [(0, 0.3), (4, 0.5)], criterion="saliency")
+    with pytest.raises(RecipeError, match="'saliency' has observed nothing before the prune event at step 0"):
+        pruner.step(0)
+    assert pruner_of(held(), [(0, 0.3), (4, 0.5)]).step(0) == 0.3  # the magnitude is there at once
+
+
+def test_a_first_event_may_follow_a_calibration() -> None:
+    weights = held()
+    pruner = pruner_of(weights, [(0, 0.3), (4, 0.5)], criterion="taylor")
+    assert pruner.reads_gradients
+    assert not pruner.reads_inputs
+    backward(weights, 1)
+    pruner.observe()
+    pruner.forget()
+    for seed in (2, 3):
+        backward(weights, seed)
+        pruner.observe()
+    first = {name: weight.detach().clone() for name, weight in weights.items()}
+    mean = {name: sum(noise(weight, seed) for seed in (2, 3)) / 2 for name, weight in weights.items()}
+    assert [step for step in range(6) if pruner.due(step)] == [0, 4]
+    assert pruner.step(0) == 0.3
+    for name, weight in weights.items():
+        score = (first[name] * mean[name]).abs().flatten()
+        expected = sorted(score.argsort()[: round(0.3 * score.numel())].tolist())
+        assert (weight == 0).flatten().nonzero().flatten().tolist() == expected
+
+
+def noise(weight: Tensor, seed: int) -> Tensor:
+    return torch.randn(weight.shape, generator=torch.Generator().manual_seed(100 * seed + len(weight)))
+
+
+def backward(weights: dict[str, nn.Parameter], seed: int) -> None:
+    for weight in weights.values():
+        weight.grad = noise(weight, seed)
+
+
+def test_learned_scores_count_every_step_and_the_first_event_goes_by_magnitude() -> None:
+    weights = held()
+    pruner = pruner_of(weights, [(0, 0.2), (2, 0.4), (4, 0.6)], criterion="movement", regrowth=True)
+    assert pruner.learns
+    magnitude = {name: weight.detach().abs().flatten() for name, weight in weights.items()}
+    pruner.step(0)
+    for name, weight in weights.items():
+        expected = sorted(magnitude[name].argsort()[: zeros_in(weight.numel(), 0.2)].tolist())
+        assert (weight == 0).flatten().nonzero().flatten().tolist() == expected
+    scores = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    for step in range(1, 5):
+        backward(weights, step)
+        for name, weight in weights.items():
+            scores[name] -= pruner.masks.filled(name) * noise(weight, step)
+        pruner.observe()
+        pruner.step(step)
+        if pruner.due(step):
+            for name, weight in weights.items():
+                count = zeros_in(weight.numel(), pruner.events[step])
+                expected = sorted(scores[name].flatten().argsort()[:count].tolist())
+                assert (weight == 0).flatten().nonzero().flatten().tolist() == expected
+
+
+def test_with_regrowth_the_last_event_is_as_if_no_other_had_been() -> None:
+    """Nothing is trained in between, so that only the values kept of the dead can tell."""
+    one, two = held(), held()
+    straight = pruner_of(one, [(3, 0.5)])
+    winding = pruner_of(two, [(1, 0.5), (2, 0.5), (3, 0.5)], regrowth=True)
+    straight.step(3)
+    scores = winding._score
+    winding._score = lambda weight, stats: -weight.abs()
+    winding.step(1)
+    winding.step(2)
+    winding._score = scores
+    winding.step(3)
+    winding.seal()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_what_a_floor_displaced_is_told() -> None:
+    weights = held()
+    with torch.no_grad():
+        weights["b"].mul_(1e-3)
+    pruner = pruner_of(weights, [(1, 0.5), (2, 0.9)], scope="global", least=0.25)
+    pruner.step(1)
+    assert pruner.clamped == {"b": (20, 15)}
+    assert pruner.lowered == {}
+    pruner.step(2)
+    assert pruner.lowered == {"all matrices": pytest.approx(0.1)}
+    pruner.seal()
+
+
+def test_a_pruner_that_only_holds_observes_nothing() -> None:
+    weights = held()
+    pruner = Pruner(Masks(weights), [], target=0.0, criterion="obert", regrowth=True)
+    assert not any((pruner.reads_gradients, pruner.reads_inputs, pruner.learns, pruner.due(0)))
+    backward(weights, 1)
+    pruner.observe()
+    assert set(pruner.state_dict()) == {"dead.a", "dead.b"}
 
 
 def test_a_checkpoint_that_is_too_sparse_is_refused_before_the_work() -> None:

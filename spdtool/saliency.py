@@ -1,0 +1,142 @@
+"""What a criterion reads beside the weights: gradients and inputs, of batches taken at an event or of training steps.
+
+A recipe may keep the hidden-state loss out of the saliency (`prune.saliency = "logits"`, as GRAIN does, arXiv
+2212.07634: it asks every layer to imitate, whether or not the answer needs it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import cycle, islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spdtool import plugins
+from spdtool.data import Batch, Encoded, training_batches
+from spdtool.errors import RecipeError
+from spdtool.pruning.gradual import Pruner
+from spdtool.pruning.statistics import STATISTICS
+from spdtool.recipe import Prune, Recipe
+
+CALIBRATION_EPOCH = 2**32  # of the data's order: no training epoch has that number
+
+Terms = dict[str, Tensor]
+
+
+class Saliency:
+    """Keeps what the criterion is shown between two events; silent for a pruner that only holds.
+
+    Args:
+        pruner: prunes; its criterion says what it reads.
+        section: `calibration` and `saliency` count.
+    """
+
+    def __init__(self, pruner: Pruner, section: Prune) -> None:
+        self.pruner, self.section = pruner, section
+        self._apart: dict[nn.Parameter, Tensor] = {}
+
+    def calibrates(self, step: int) -> bool:
+        """Whether batches have to be shown before the event after optimiser step `step`."""
+        reads = self.pruner.reads_inputs or self.pruner.reads_gradients
+        return self.section.calibration > 0 and reads and not self.pruner.learns and self.pruner.due(step)
+
+    def follows(self, step: int) -> bool:
+        """Whether the gradients of training step `step` are shown to the criterion."""
+        if not self.pruner.reads_gradients or step >= self.pruner.last:
+            return False
+        return self.pruner.learns or self.section.calibration == 0
+
+    def calibrate(self, model: nn.Module, loss: Callable[[Batch], Terms], pieces: Iterator[Batch]) -> None:
+        """Show the criterion `pieces` (batches) at the weights as they are, without dropout; no weight moves."""
+        self.pruner.forget()
+        mode = model.training
+        model.eval()
+        with torch.set_grad_enabled(self.pruner.reads_gradients):
+            for piece in pieces:
+                with self.pruner.watching(torch.from_numpy(piece["attention_mask"])):
+                    terms = loss(piece)
+                if self.pruner.reads_gradients and self._of(terms).requires_grad:
+                    self._of(terms).backward()
+                    self.pruner.observe()
+                model.zero_grad()
+        model.train(mode)
+
+    def note(self, terms: Terms, share: float) -> None:
+        """Before the backward pass of a piece: take the gradients of the logit term apart, if they are asked for.
+
+        Args:
+            share: the factor that the piece's loss is multiplied with.
+        """
+        if self.section.saliency == "loss" or not self._of(terms).requires_grad:
+            return
+        weights = list(self.pruner.masks.parameters.values())
+        found = torch.autograd.grad(self._of(terms) * share, weights, retain_graph=True, allow_unused=True)
+        for weight, gradient in zip(weights, found, strict=True):
+            if gradient is not None:
+                self._apart[weight] = self._apart[weight] + gradient if weight in self._apart else gradient
+
+    def observe(self, scale: float) -> None:
+        """After the backward pass: show the criterion this step's gradients, which a loss scale multiplied."""
+        if self.section.saliency == "loss":
+            self.pruner.observe(scale)
+            return
+        with _gradients(self.pruner.masks.parameters.values(), self._apart):
+            self.pruner.observe()  # no loss scale was in them
+        self._apart = {}
+
+    def _of(self, terms: Terms) -> Tensor:
+        return terms["loss"] if self.section.saliency == "loss" else terms["logits"]
+
+
+def check(section: Prune, events: Sequence[tuple[int, float]]) -> None:
+    """Refuse a recipe whose criterion would have seen nothing when it is asked.
+
+    Args:
+        events: `(optimiser step, sparsity)`.
+
+    Raises:
+        UnknownName: no such criterion.
+        RecipeError: says which setting is missing.
+    """
+    if section.saliency == "logits" and section.loss.logits == 0:
+        raise RecipeError(
+            "prune.saliency is of the logit term, whose weight is 0", "set prune.loss.logits, or prune.saliency=loss"
+        )
+    needs = plugins.criteria.part(section.criterion).meta.get("needs", ())
+    fresh = {STATISTICS[need].reads for need in needs if need in STATISTICS and not STATISTICS[need].learned}
+    if section.calibration > 0:
+        return
+    if "input" in fresh:
+        raise RecipeError(
+            f"criterion {section.criterion!r} reads the inputs of the layers, which only calibration batches show",
+            "set how many: --set prune.calibration=16",
+        )
+    if "gradient" in fresh and 0 in dict(events):
+        raise RecipeError(
+            f"criterion {section.criterion!r} needs gradients, and the first prune event comes before the first step",
+            "take them from batches of their own, --set prune.calibration=16, or leave prune.first out",
+        )
+
+
+def calibration_batches(rows: Encoded, section: Prune, recipe: Recipe, step: int) -> Iterator[Any]:
+    """Row numbers of the calibration batches of the event after `step`: others at each event, the same when resumed."""
+    epoch = training_batches(
+        rows, section.batch_size, recipe.seed, CALIBRATION_EPOCH + step, bucketing=recipe.bucketing
+    )
+    return islice(cycle(epoch), section.calibration)
+
+
+@contextmanager
+def _gradients(weights: Any, shown: dict[nn.Parameter, Tensor]) -> Iterator[None]:
+    """Within the block, the weights' gradients are `shown`."""
+    own = {weight: weight.grad for weight in weights}
+    for weight in own:
+        weight.grad = shown.get(weight)
+    try:
+        yield
+    finally:
+        for weight, gradient in own.items():
+            weight.grad = gradient

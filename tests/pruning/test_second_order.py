@@ -1,0 +1,136 @@
+"""Second-order criteria: what the update is worth, and that neither chunks nor hard matrices change the answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from spdtool.errors import RecipeError
+from spdtool.pruning import second_order
+from spdtool.pruning.gradual import Pruner
+from spdtool.pruning.masks import Masks
+from spdtool.pruning.second_order import mend_blocks, mend_rows, obert
+from spdtool.pruning.statistics import Stats
+
+OUT, IN = 6, 12
+
+
+def correlated(rows: int, size: int, seed: int = 0) -> Tensor:
+    """Random rows whose entries depend on each other, so that the survivors can make up for the dead."""
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, size, generator=draw) @ torch.randn(size, size, generator=draw) / size**0.5
+
+
+def layer_with(weight: Tensor) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+    return layer
+
+
+def pruner_of(layer: nn.Linear, criterion: str, sparsity: float, **how: Any) -> Pruner:
+    masks = Masks({"w": layer.weight})
+    return Pruner(masks, [(1, sparsity)], target=sparsity, criterion=criterion, layers={"w": layer}, **how)
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.6, 0.9])
+def test_layerwise_lowers_the_true_error_of_the_output(sparsity: float) -> None:
+    weight, tokens = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(1)), correlated(50, IN)
+
+    def error(**how: Any) -> float:
+        layer = layer_with(weight)
+        pruner = pruner_of(layer, "layerwise", sparsity, dampening=1e-4, **how)
+        with pruner.watching(), torch.no_grad():
+            layer(tokens.view(5, 10, IN))
+        pruner.step(1)
+        pruner.seal()
+        return float((layer(tokens).detach() - tokens @ weight.T).square().mean())
+
+    mended, plain = error(), error(update=False)
+    assert mended < (0.9 if sparsity > 0.8 else 0.7) * plain
+
+
+@pytest.mark.parametrize("block", [72, 12])
+def test_obert_lowers_the_true_loss_of_a_quadratic(block: int) -> None:
+    """Loss (w - w0)' F (w - w0) / 2 with F the mean outer product of what are its gradients near the minimum."""
+    weight = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(1))
+    gradients = correlated(400, block).view(-1, block).repeat(1, OUT * IN // block)
+    gradients *= (
+        torch.randn(400, OUT * IN // block, generator=torch.Generator().manual_seed(2))
+        .sign()
+        .repeat_interleave(block, 1)
+    )
+    curvature = gradients.T @ gradients / len(gradients)
+
+    def loss(**how: Any) -> float:
+        layer = layer_with(weight)
+        pruner = pruner_of(layer, "obert", 0.5, block=block, dampening=1e-4, **how)
+        for gradient in gradients:
+            layer.weight.grad = gradient.view(OUT, IN)
+            pruner.observe()
+        pruner.step(1)
+        pruner.seal()
+        moved = (layer.weight.detach() - weight).flatten()
+        return float(moved @ curvature @ moved) / 2
+
+    mended, plain = loss(), loss(update=False)
+    assert mended < 0.7 * plain
+
+
+def test_chunks_do_not_change_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    weight, alive = torch.randn(7, 10), torch.rand(7, 10) > 0.4
+    gradients, tokens = torch.randn(30, 18, 4), torch.randn(40, 10)
+    fishers = torch.einsum("tbi,tbj->bij", gradients, gradients) / 30 + 0.01 * torch.eye(4)
+    stats = Stats(fisher_blocks=fishers, input_gram=tokens.T @ tokens / 40 + 0.01 * torch.eye(10))
+    whole = [mend_blocks(weight, alive, stats), mend_rows(weight, alive, stats), obert(weight, stats)]
+    monkeypatch.setattr(second_order, "AT_ONCE", 1)
+    pieces = [mend_blocks(weight, alive, stats), mend_rows(weight, alive, stats), obert(weight, stats)]
+    for one, other in zip(whole, pieces, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_live_and_dead_sets_give_the_same_weights() -> None:
+    """The direct solution, with the sides changed by rows that are all dead or all alive."""
+    torch.manual_seed(0)
+    weight, alive = torch.randn(5, 8), torch.rand(5, 8) > 0.5
+    tokens = torch.randn(40, 8)
+    stats = Stats(input_gram=tokens.T @ tokens / 40 + 0.01 * torch.eye(8))
+    alive[3] = False  # the longest dead set is the whole row: the live sets are solved for
+    by_live = mend_rows(weight, alive, stats)
+    alive[3] = True  # and now the dead sets are
+    by_dead = mend_rows(weight, alive, stats)
+    torch.testing.assert_close(by_live[[0, 1, 2, 4]], by_dead[[0, 1, 2, 4]], rtol=1e-4, atol=1e-5)
+    assert by_live[3].tolist() == [0.0] * 8
+    torch.testing.assert_close(by_dead[3], weight[3])
+
+
+def test_a_matrix_that_float32_cannot_factor_is_factored_in_float64() -> None:
+    torch.manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(40, 40, dtype=torch.float64)).Q
+    hard = basis @ torch.diag(torch.logspace(0, -9, 40, dtype=torch.float64)) @ basis.T
+    hard = (hard + hard.T).div(2).float()  # rounding made its least eigenvalues negative, by about 1e-8
+    assert bool(torch.linalg.cholesky_ex(hard).info.any())
+    hard += 1e-7 * torch.eye(40)
+    factor = second_order._factor(hard[None])[0]
+    torch.testing.assert_close(factor @ factor.T, hard, rtol=1e-4, atol=1e-5)
+
+
+def test_a_curvature_that_is_no_number_is_refused() -> None:
+    stats = Stats(fisher_blocks=torch.full((1, 4, 4), torch.nan))
+    with pytest.raises(RecipeError, match="cannot be inverted") as caught:
+        obert(torch.ones(2, 2), stats)
+    assert "prune.dampening" in str(caught.value.hint)
+
+
+def test_a_layer_that_saw_nothing_is_ranked_by_magnitude_and_not_mended() -> None:
+    seen, unseen = layer_with(torch.randn(2, 4)), layer_with(torch.tensor([[1.0, -4.0, 3.0, 2.0]]))
+    masks = Masks({"a": seen.weight, "b": unseen.weight})
+    pruner = Pruner(masks, [(1, 0.5)], target=0.5, criterion="layerwise", layers={"a": seen, "b": unseen})
+    with pruner.watching(), torch.no_grad():
+        seen(torch.randn(9, 4))
+    pruner.step(1)
+    assert unseen.weight.tolist() == [[0.0, -4.0, 3.0, 0.0]]
