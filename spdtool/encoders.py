@@ -91,9 +91,13 @@ def skeleton(recipe: Recipe, task: Task) -> PreTrainedModel:
     if task.build is not None and recipe.given_teacher is None:
         model: PreTrainedModel = task.build(recipe.seed)[0]
         return model
-    source = recipe.given_teacher or recipe.model
+    return outline(recipe.given_teacher or recipe.model, smoke=recipe.smoke)
+
+
+def outline(source: str | Path, *, smoke: bool = False) -> PreTrainedModel:
+    """The classifier that the configuration of `source` makes, without its weights; raises as `load` does."""
     config = _config(source)
-    if recipe.smoke:
+    if smoke:
         config.num_hidden_layers = 2
     try:
         with torch.device("meta"):
@@ -191,19 +195,25 @@ def layer_stack(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def prunable_linears(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """Name to weight [out, in] of every linear layer inside the encoder's layer stack.
+    """Name to weight [out, in] of every linear layer inside the encoder's layer stack; raises as `prunable_layers`."""
+    named = dict(model.named_parameters())
+    return {name: named[name] for name in prunable_layers(model)}
+
+
+def prunable_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """The name of its weight to every linear layer inside the encoder's layer stack.
 
     Raises:
         ModelError: there is none; some architectures compute with layers of another kind.
     """
     stack = layer_stack(model)
-    inside = {id(part.weight) for part in stack.modules() if isinstance(part, nn.Linear)}
+    inside = {id(part.weight): part for part in stack.modules() if isinstance(part, nn.Linear)}
     if not inside:
         kinds = sorted({type(part).__name__ for part in stack.modules() if not list(part.children())})
         raise ModelError(
             f"{model.config.model_type!r} has no linear layer to prune; its layers are made of {', '.join(kinds)}"
         )
-    return {name: weight for name, weight in model.named_parameters() if id(weight) in inside}
+    return {name: inside[id(weight)] for name, weight in model.named_parameters() if id(weight) in inside}
 
 
 def positions(model: PreTrainedModel) -> int | None:
@@ -300,6 +310,35 @@ def label_names(model: PreTrainedModel) -> list[str]:
     """Label names in the order of the logits, as config.json has them."""
     names: Any = model.config.id2label
     return [str(names[index]) for index in range(len(names))]
+
+
+def head_labels(source: str | Path) -> list[str] | None:
+    """The label names of the classifier that `source` is; None for an encoder alone. Raises as `load` does."""
+    config = _config(source)
+    if not any("SequenceClassification" in name for name in getattr(config, "architectures", None) or []):
+        return None
+    return [str(config.id2label[index]) for index in range(len(config.id2label))]
+
+
+@torch.no_grad()
+def relabel(model: PreTrainedModel, names: Sequence[str], order: Sequence[int] | None = None) -> None:
+    """Name the labels `names`, whose logits were those numbered `order` before (None: as they are).
+
+    Raises:
+        ModelError: the order changes, and the linear layer that makes the logits is not found.
+    """
+    if order is not None and list(order) != sorted(order):
+        body = {id(part) for part in model.base_model.modules()}
+        linears = [part for part in model.modules() if isinstance(part, nn.Linear) and id(part) not in body]
+        if not linears or linears[-1].out_features != len(names):
+            raise ModelError(
+                f"the labels of this {model.config.model_type!r} stand in another order, and its head is not found",
+                "give an encoder without a head",
+            )
+        for parameter in linears[-1].parameters():
+            parameter.copy_(parameter[list(order)])
+    model.config.id2label = dict(enumerate(names))
+    model.config.label2id = {name: index for index, name in enumerate(names)}
 
 
 def _set_dropout(config: Any, value: float) -> None:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from spdtool import encoders, plugins, tasks, training
+from spdtool import encoders, pairing, plugins, saliency, tasks, training
+from spdtool.errors import RecipeError
 from spdtool.export import targets
 from spdtool.pruning.patterns import zeros_in
 from spdtool.recipe import STAGES, Recipe, Training
 from spdtool.run import Run
-from spdtool.schedules import prune_events, replacing_rate
+from spdtool.schedules import passing, prune_events, replacing_rate
+from spdtool.tasks import Task
 
 FLOAT = 4  # bytes
 ADAM_MOMENTS = 2
+FARTHEST_JUMP = 0.8  # share of the target that a first prune event may take: the rest needs events too
+RELATIONS = 4  # maps of token-to-token relations that are kept for a layer: two of the student's, two of the teacher's
 SAVED_PER_TOKEN = 16  # widths of activation that a transformer layer keeps for its backward pass, roughly
 
 
@@ -20,30 +24,30 @@ def plan(run: Run) -> dict[str, Any]:
     """The stages of `run` with what each will cost; reads the data, and only the configuration of the model.
 
     Returns:
-        `stages` (stage, done, epochs, steps, why), `rows`, `parameters` (all, prunable, zeros; matrices emptied)
-        and `memory_bytes` (an estimate of the peak of the training stages, to about a factor of 1.5).
+        `stages` (stage, done, epochs, steps, why), `rows`, the student's `parameters` (all, prunable, zeros; matrices
+        emptied) and `memory_bytes` (an estimate of the peak of the training stages, to about a factor of 1.5).
 
     Raises:
         DataError, ModelError: the data or the model cannot be used.
-        UnknownName, RecipeError, DeviceError: see `check`.
+        UnknownName, RecipeError, DeviceError: see `check` and `pairing.check`.
     """
     recipe = run.recipe
     task = tasks.resolve(recipe)
     rows = {name: len(split) for name, split in tasks.rows(task, recipe).items()}
     check(recipe, rows["train"])
-    model = encoders.skeleton(recipe, task)
-    matrices = [weight.numel() for weight in encoders.prunable_linears(model).values()]
+    student, teacher = pair(recipe, task)
+    matrices = [weight.numel() for weight in encoders.prunable_linears(student).values()]
     return {
         "run": str(run.path),
         "rows": rows,
         "stages": [_stage(run, stage, rows["train"]) for stage in STAGES],
         "parameters": {
-            "all": sum(parameter.numel() for parameter in model.parameters()),
+            "all": sum(parameter.numel() for parameter in student.parameters()),
             "prunable": sum(matrices),
             "zeros": sum(zeros_in(size, recipe.sparsity) for size in matrices),
             "emptied": sum(zeros_in(size, recipe.sparsity) == size for size in matrices),
         },
-        "memory_bytes": memory(recipe, model),
+        "memory_bytes": memory(recipe, student, teacher),
     }
 
 
@@ -63,20 +67,83 @@ def check(recipe: Recipe, rows: int) -> None:
     targets.demanded(recipe.export)
     for phase in (recipe.prune, recipe.distill, recipe.finetune):
         replacing_rate(phase.grafting.schedule)
-    section = recipe.prune
-    steps = max(1, round(section.ramp * section.steps_for(rows)))
-    prune_events(steps, section.events, recipe.sparsity, first=section.first, shape=section.schedule)
+    saliency.check(recipe.prune, events_of(recipe, recipe.prune.steps_for(rows)))
+    if recipe.prune.exchanges and not recipe.prune.regrowth:
+        raise RecipeError(
+            f"{recipe.prune.exchanges} exchanges change nothing: without regrowth the dead stay dead",
+            "add --set prune.regrowth=true, or leave prune.exchanges out",
+        )
     training.accelerator(recipe)
+
+
+def events_of(recipe: Recipe, steps: int, *, initial: float = 0.0) -> list[tuple[int, float]]:
+    """The prune events of the stage, `(optimiser step, sparsity)`, those at the target among them.
+
+    Args:
+        steps: of the stage.
+        initial: sparsity before the first event.
+
+    Raises:
+        RecipeError: they do not fit into the stage, or miss a sparsity at which a student is to be left.
+    """
+    section = recipe.prune
+    events = prune_events(
+        max(1, round(section.ramp * steps)),
+        section.events,
+        recipe.sparsity,
+        initial=initial,
+        first=_jump(recipe, initial),
+        shape=section.schedule,
+        exchanges=section.exchanges,
+        freeze=section.freeze,
+        total=steps,
+    )
+    return passing(events, section.leave)
+
+
+def _jump(recipe: Recipe, initial: float) -> float | None:
+    """The sparsity of the first jump: as the recipe says, unless the target is near or the weights are there already."""
+    first = recipe.prune.first
+    if first is None:
+        return None
+    first = min(first, FARTHEST_JUMP * recipe.sparsity)
+    return first if first > initial and recipe.prune.events > 1 else None
 
 
 def check_run(run: Run) -> None:
     """`check` for a run that has its teacher already, before a stage of it is redone; raises as `plan` does."""
-    check(run.recipe, len(tasks.rows(tasks.resolve(run.recipe), run.recipe)["train"]))
+    task = tasks.resolve(run.recipe)
+    check(run.recipe, len(tasks.rows(task, run.recipe)["train"]))
+    pair(run.recipe, task)
 
 
-def memory(recipe: Recipe, model: Any) -> int:
-    """Estimated peak bytes of the student's phases: two models, gradients, AdamW's moments, saved activations."""
-    weights = sum(parameter.numel() for parameter in model.parameters())
+def pair(recipe: Recipe, task: Task) -> tuple[Any, Any]:
+    """Outlines of student and teacher, which fit each other.
+
+    Raises:
+        ModelError, RecipeError: one cannot be read, or they do not fit: see `pairing`.
+    """
+    teacher = encoders.skeleton(recipe, task)
+    student = pairing.outline(recipe, task, teacher)
+    pairing.check(recipe, student, teacher)
+    if recipe.student is not None:
+        pairing.check_head(recipe, task)
+        if task.build is not None and recipe.given_teacher is None:
+            taught = task.build(recipe.seed)[1]
+        else:
+            taught = encoders.load_tokenizer(recipe.given_teacher or recipe.model)
+        pairing.check_tokenizers(pairing.load_tokenizer(recipe, task), taught)
+    return student, teacher
+
+
+def memory(recipe: Recipe, model: Any, teacher: Any = None) -> int:
+    """Estimated peak bytes of the student's phases: two models, gradients, AdamW's moments, saved activations.
+
+    Args:
+        model: the student.
+        teacher: None: one like it.
+    """
+    weights, its = (sum(weight.numel() for weight in made.parameters()) for made in (model, teacher or model))
     section = recipe.prune
     rows = -(-section.batch_size // section.accumulate)
     tokens = rows * recipe.max_length
@@ -84,8 +151,12 @@ def memory(recipe: Recipe, model: Any) -> int:
     per_token = SAVED_PER_TOKEN * config.hidden_size
     if section.loss.attention > 0:
         per_token += 3 * config.num_attention_heads * recipe.max_length
-    activations = tokens * per_token * config.num_hidden_layers
-    return FLOAT * (weights * (2 + 1 + ADAM_MOMENTS) + activations)
+    if section.loss.relation > 0:
+        per_token += RELATIONS * section.loss.relation_heads * recipe.max_length
+    layers = config.num_hidden_layers
+    if section.grafting.kind == "blend":  # gradients pass through the teacher's layers too
+        layers *= 2
+    return FLOAT * (its + weights * (1 + 1 + ADAM_MOMENTS) + tokens * per_token * layers)
 
 
 def _stage(run: Run, stage: str, rows: int) -> dict[str, Any]:

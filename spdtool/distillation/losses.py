@@ -1,4 +1,7 @@
-"""The distillation losses: logits, hidden states, attention. Padding never counts, unless a recipe asks for it."""
+"""The distillation losses: logits, hidden states, attention, relations between tokens.
+
+Padding never counts, unless a recipe asks for it. Layers are compared as `layers.layer_map` pairs them.
+"""
 
 from __future__ import annotations
 
@@ -8,36 +11,59 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from spdtool.distillation.layers import taught_by
 from spdtool.distillation.observation import Observation
+from spdtool.distillation.projections import PREFIX, Projections
 from spdtool.recipe import Loss
 
 OUT_OF_SIGHT = -1e4  # scores below this were masked by the model itself (padding, a local attention window)
 
 
 def distillation(
-    student: Observation, teacher: Observation, batch: dict[str, Tensor], weights: Loss, *, regression: bool
+    student: Observation,
+    teacher: Observation,
+    batch: dict[str, Tensor],
+    weights: Loss,
+    *,
+    regression: bool,
+    mapped: Sequence[int] | None = None,
+    projections: Projections | None = None,
 ) -> dict[str, Tensor]:
     """Every term with a weight above 0, unweighted, and `loss`: their weighted sum.
 
     Args:
         batch: `attention_mask` [rows, tokens] and `labels` [rows].
         regression: whether the labels are numbers.
+        mapped: the teacher's layer, from 1, of each layer of the student; None: one to one.
+        projections: what brings the student's hidden states to the teacher's width; None: they have it.
     """
     real = batch["attention_mask"] if weights.mask_padding else None
     terms: dict[str, Tensor] = {}
     if weights.logits > 0:
         match = regression_loss if regression else logit_loss
         terms["logits"] = match(student.logits, teacher.logits, batch["labels"], weights)
-    if weights.hidden > 0:
+    if weights.hidden > 0 or weights.relation > 0:
         assert student.hidden is not None
         assert teacher.hidden is not None
-        terms["hidden"] = hidden_loss(student.hidden, teacher.hidden, real)
+        taught = teacher.hidden if mapped is None else taught_by(teacher.hidden, mapped)
+        if weights.hidden > 0:
+            terms["hidden"] = hidden_loss(projected(student.hidden, projections), taught, real)
+        if weights.relation > 0:
+            terms["relation"] = relation_loss(student.hidden, taught, real, weights.relation_heads)
     if weights.attention > 0:
         assert student.attention is not None
         assert teacher.attention is not None
-        terms["attention"] = attention_loss(student.attention, teacher.attention, real)
+        shown = teacher.attention if mapped is None else [teacher.attention[layer - 1] for layer in mapped]
+        terms["attention"] = attention_loss(student.attention, shown, real)
     total = sum((getattr(weights, name) * term for name, term in terms.items()), start=torch.zeros(()))
     return {"loss": total} | terms
+
+
+def projected(hidden: Sequence[Tensor], projections: Projections | None) -> Sequence[Tensor]:
+    """Hidden states, embeddings' output first, each times its projection; as they are without projections."""
+    if not projections:
+        return hidden
+    return [F.linear(state, projections[f"{PREFIX}{index}"]) for index, state in enumerate(hidden)]
 
 
 def logit_loss(student: Tensor, teacher: Tensor, labels: Tensor, weights: Loss) -> Tensor:
@@ -86,6 +112,41 @@ def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], real: Tens
     weight = real / real.sum()
     errors = [(mine.float() - its.float()).square().mean(-1) for mine, its in zip(student, teacher, strict=True)]
     return torch.stack([(error * weight).sum() for error in errors]).sum()
+
+
+def relation_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], real: Tensor | None, pieces: int) -> Tensor:
+    """Divergence between the token-to-token relations of hidden states, summed over layers.
+
+    In the spirit of MiniLM (arXiv 2002.10957, 2012.15828), which relates queries, keys and values of one layer; here
+    it is the hidden states of every mapped layer, so that no head and no width has to be the same on both sides.
+
+    Args:
+        student, teacher: per layer [rows, tokens, width]; the widths may differ.
+        real: attention mask [rows, tokens]; None: every position counts.
+        pieces: that each width is cut into; must divide both.
+    """
+    with torch.autocast(student[0].device.type, enabled=False):
+        return torch.stack(
+            [
+                _relation_divergence(_relations(mine, real, pieces), _relations(its, real, pieces), real)
+                for mine, its in zip(student, teacher, strict=True)
+            ]
+        ).sum()
+
+
+def _relations(hidden: Tensor, real: Tensor | None, pieces: int) -> Tensor:
+    """Logarithms of softmax(h h^T / sqrt(d)) over the keys, [rows, pieces, tokens, tokens], for pieces of width d."""
+    cut = hidden.float().unflatten(-1, (pieces, -1)).transpose(1, 2)
+    scores = cut @ cut.transpose(-1, -2) / cut.shape[-1] ** 0.5
+    if real is not None:  # a finite number: minus infinity would make 0 times infinity of a padding key
+        scores = scores.masked_fill(real[:, None, None, :] == 0, torch.finfo(scores.dtype).min)
+    return F.log_softmax(scores, dim=-1)
+
+
+def _relation_divergence(mine: Tensor, its: Tensor, real: Tensor | None) -> Tensor:
+    """Kullback-Leibler divergence from the teacher's relations, averaged over pieces and real queries."""
+    each = (its.exp() * (its - mine)).sum(-1).mean(1)
+    return each.mean() if real is None else (each * real).sum() / real.sum()
 
 
 def attention_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], real: Tensor | None) -> Tensor:

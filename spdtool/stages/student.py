@@ -5,30 +5,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from spdtool import console, data, encoders, evaluation, training
-from spdtool.distillation.grafting import Grafting
+from spdtool import console, data, encoders, evaluation, pairing, tasks, training
+from spdtool.distillation import grafting as grafts
+from spdtool.distillation import projections as projecting
+from spdtool.distillation.grafting import Blend, Grafting
+from spdtool.distillation.layers import layer_map
 from spdtool.distillation.losses import distillation
 from spdtool.distillation.observation import observe
+from spdtool.distillation.projections import Projections
 from spdtool.errors import ModelError
 from spdtool.pruning.gradual import Pruner
 from spdtool.pruning.masks import Masks, check_counts
 from spdtool.recipe import Distilled, Recipe
-from spdtool.run import Run
-from spdtool.schedules import Schedule, replacing_rate
+from spdtool.run import LEFT, Run
+from spdtool.schedules import Schedule, constant, replacing_rate
 
-MakePruner = Callable[[Masks, int], Pruner]
+MakePruner = Callable[[Any, Masks, int], Pruner]
 
 
 def phase(run: Run, stage: str, start: str, make_pruner: MakePruner) -> dict[str, Any]:
     """Train the student from the checkpoint of stage `start`; write `stage`; return its metrics.
 
     Args:
-        make_pruner: given the masks found in the checkpoint and the number of steps, what prunes and holds.
+        make_pruner: given the student, the masks of its checkpoint and the number of steps, what prunes and holds.
 
     Raises:
         StageMissing, Corrupt: the run does not hold what is needed.
@@ -39,14 +44,22 @@ def phase(run: Run, stage: str, start: str, make_pruner: MakePruner) -> dict[str
     section = recipe.section(stage)
     assert isinstance(section, Distilled)
     front = training.accelerator(recipe)
-    eager = section.loss.attention > 0
+    eager = section.loss.attention > 0 or front.device.type == "cpu"  # the fused one's backward pass is slow there
     folder = run.read(start)
     teacher_folder = folder if start == "teacher" else run.read("teacher")
-    student = encoders.load(folder, dropout=section.dropout, eager=eager).to(front.device)
     teacher = encoders.load(teacher_folder, eager=eager).to(front.device).requires_grad_(False)
-    tokenizer = encoders.load_tokenizer(folder)
-    task, splits = data.prepare(recipe, tokenizer, encoders.label_names(student))
-    forward = evaluation.torch_forward(student, front.device)
+    tokenizers = [encoders.load_tokenizer(folder), encoders.load_tokenizer(teacher_folder)]
+    if stage == "prune" and recipe.student is not None:
+        student, tokenizers[0] = _given(recipe, teacher, tokenizers[1], eager=eager)
+    else:
+        student = encoders.load(folder, dropout=section.dropout, eager=eager)
+    student, tokenizer = student.to(front.device), tokenizers[0]
+    pairing.check(recipe, student, teacher)
+    task, splits = data.prepare(recipe, pairing.richest(*tokenizers), encoders.label_names(student))
+    if recipe.student is not None:
+        data.check_lengths(splits, encoders.positions(student))
+        data.check_vocabulary(splits, student.config.vocab_size)
+    forward = pairing.reading(evaluation.torch_forward(student, front.device), tokenizer)
     for model in (student, teacher):
         encoders.prime(model)
         # never recompute a stand-in: by the backward pass it is in eval mode again, and its dropout gone
@@ -55,31 +68,29 @@ def phase(run: Run, stage: str, start: str, make_pruner: MakePruner) -> dict[str
 
     steps = section.steps_for(len(splits["train"]))
     masks = Masks.from_zeros(encoders.prunable_linears(student))
-    pruner = make_pruner(masks, steps)
-    grafting = Grafting(
-        encoders.layer_stack(student),
-        encoders.layer_stack(teacher),
-        seed=recipe.seed,
-        stand_in_dropout=section.grafting.stand_in_dropout,
-    )
-    rate = rate_of(section)
-    depth = len(encoders.layer_stack(student))
-    hidden, attention = section.loss.hidden > 0, section.loss.attention_on if eager else None
+    pruner = make_pruner(student, masks, steps)
+    grafting, rate = _grafting(stage, recipe, student, teacher)
+    projections = _projections(recipe, section, student, teacher, folder)
+    loss = _lesson(section, student, teacher, tokenizers, grafting, rate, projections, regression=task.regression)
 
-    def loss(batch: dict[str, torch.Tensor], progress: float) -> training.LossTerms:
-        with torch.no_grad():
-            taught = observe(teacher, batch, hidden=hidden, attention=attention)
-        with grafting.draw(rate(progress)):
-            learnt = observe(student, batch, hidden=hidden, attention=attention)
-        _check_attention(learnt.attention, taught.attention, depth, student)
-        return distillation(learnt, taught, batch, section.loss, regression=task.regression)
+    sample = splits["train"].sample(section.scored_train_rows, recipe.seed)
+    evaluate_train = (lambda: evaluation.evaluate_rows(task, forward, sample)) if len(sample) else None
+
+    def leave(sparsity: float) -> dict[str, Any]:
+        folder = work.folder / LEFT / f"{sparsity:g}"
+        encoders.save(student, tokenizer, folder)
+        check_counts(encoders.zeros(folder, list(masks.parameters)), sparsity, pruner.scope)
+        return _measured(task, forward, splits, evaluate_train) | {"folder": f"{LEFT}/{folder.name}"}
 
     parts = training.Fit(
         student,
         loss,
         splits["train"],
         lambda: evaluation.evaluate(task, forward, splits),
+        evaluate_train,
         pruner,
+        leave,
+        extra=projections,
         bystanders=_frozen(student, teacher, section),
         random_state=grafting.state,
         restore_random=grafting.restore,
@@ -91,14 +102,21 @@ def phase(run: Run, stage: str, start: str, make_pruner: MakePruner) -> dict[str
                 work.metrics |= training.fit(parts, section, recipe, work, run.fingerprint(stage), front, watch)
         pruner.seal()
         encoders.save(student, tokenizer, work.folder)
+        projecting.save(projections, work.folder)
         saved = encoders.zeros(work.folder, list(masks.parameters))
         check_counts(saved, pruner.target, pruner.scope)
+        work.metrics |= _measured(task, forward, splits, evaluate_train)
         work.metrics |= {
-            "dev": evaluation.evaluate(task, forward, splits),
             "sparsity": masks.sparsity(),
             "zeros": {name: list(count) for name, count in saved.items()},
         }
     return work.metrics
+
+
+def _measured(task: Any, forward: Any, splits: Any, evaluate_train: Any) -> dict[str, Any]:
+    """Scores on the dev set, and beside them those on training rows."""
+    dev = {"dev": evaluation.evaluate(task, forward, splits)}
+    return dev if evaluate_train is None else dev | {"train": evaluate_train()}
 
 
 def holding(run: Run) -> MakePruner:
@@ -108,15 +126,21 @@ def holding(run: Run) -> MakePruner:
         GateError: the checkpoint has another sparsity.
     """
 
-    def make(masks: Masks, steps: int) -> Pruner:  # noqa: ARG001
+    def make(_model: Any, masks: Masks, _steps: int) -> Pruner:
         masks.check(run.recipe.sparsity, run.recipe.prune.scope)
         return pruner_of(run.recipe, masks, [])
 
     return make
 
 
-def pruner_of(recipe: Recipe, masks: Masks, events: list[tuple[int, float]]) -> Pruner:
-    """What prunes `masks` at `events` as the recipe says, and holds them."""
+def pruner_of(
+    recipe: Recipe, masks: Masks, events: list[tuple[int, float]], layers: Mapping[str, torch.nn.Linear] | None = None
+) -> Pruner:
+    """What prunes `masks` at `events` as the recipe says, and holds them.
+
+    Args:
+        layers: the linear layers by the names of their weights, for criteria that read inputs.
+    """
     section = recipe.prune
     return Pruner(
         masks,
@@ -125,7 +149,97 @@ def pruner_of(recipe: Recipe, masks: Masks, events: list[tuple[int, float]]) -> 
         criterion=section.criterion,
         pattern=section.pattern,
         scope=section.scope,
+        least=section.least,
+        regrowth=section.regrowth,
+        update=section.update,
+        block=section.block,
+        dampening=section.dampening,
+        penalty=section.penalty,
+        layers=layers,
     )
+
+
+def _given(recipe: Recipe, teacher: Any, taught: Any, *, eager: bool) -> tuple[Any, Any]:
+    """The student that the recipe names, with the teacher's labels, and its tokenizer.
+
+    Args:
+        taught: the teacher's tokenizer.
+
+    Raises:
+        ModelError, RecipeError: it cannot be read, or does not fit the teacher.
+    """
+    task = tasks.resolve(recipe)
+    tokenizer = pairing.load_tokenizer(recipe, task)
+    pairing.check_tokenizers(tokenizer, taught)
+    return pairing.begin(recipe, task, encoders.label_names(teacher), eager=eager), tokenizer
+
+
+def _grafting(stage: str, recipe: Recipe, student: Any, teacher: Any) -> tuple[Grafting | Blend, Schedule]:
+    """What lets the teacher's layers stand in, and how often; never, and said so, where they cannot."""
+    section = recipe.section(stage)
+    assert isinstance(section, Distilled)
+    own, rate = encoders.layer_stack(student), rate_of(section)
+    if pairing.alike(student, teacher):
+        its, dropout = encoders.layer_stack(teacher), section.grafting.stand_in_dropout
+        return grafts.make(section.grafting.kind, own, its, seed=recipe.seed, dropout=dropout), rate
+    if any(rate(step / 100) < 1 for step in range(100)):
+        console.warn(
+            f"{stage}.grafting is ignored: the student ({_described(student)}) has another shape than the teacher "
+            f"({_described(teacher)}), whose layers cannot stand in for its own"
+        )
+    return Grafting(own, own, seed=recipe.seed), constant(1.0)
+
+
+def _described(model: Any) -> str:
+    layers, width, _ = pairing.shape(model)
+    return f"{model.config.model_type}, {layers} layers of width {width}"
+
+
+def _projections(recipe: Recipe, section: Distilled, student: Any, teacher: Any, before: Path) -> Projections:
+    """Projections to the teacher's width, those of the phase in `before` where it left some; none for equal widths."""
+    (layers, width, _), (_, its, _) = pairing.shape(student), pairing.shape(teacher)
+    if width == its or section.loss.hidden == 0:
+        return {}
+    made = projecting.fresh(layers, width, its, seed=recipe.seed, device=student.device)
+    projecting.take_over(made, before)
+    return made
+
+
+def _lesson(
+    section: Distilled,
+    student: Any,
+    teacher: Any,
+    tokenizers: list[Any],
+    grafting: Grafting | Blend,
+    rate: Schedule,
+    projections: Projections,
+    *,
+    regression: bool,
+) -> Callable[[dict[str, torch.Tensor], float], training.LossTerms]:
+    """The loss of a batch: both models look at it, and what they show is compared.
+
+    Args:
+        tokenizers: the student's and the teacher's, which say what each model reads of a batch.
+    """
+    weights, depths = section.loss, [pairing.shape(model)[0] for model in (student, teacher)]
+    mapped = layer_map(weights.layer_map, *depths)
+    hidden = weights.hidden > 0 or weights.relation > 0
+    attention = weights.attention_on if weights.attention > 0 else None
+    unread = [pairing.unread(tokenizer) for tokenizer in tokenizers]
+
+    def loss(batch: dict[str, torch.Tensor], progress: float) -> training.LossTerms:
+        mine, its = ({name: batch[name] for name in batch if name not in left_out} for left_out in unread)
+        with torch.no_grad():
+            taught = observe(teacher, its, hidden=hidden, attention=attention)
+        with grafting.draw(rate(progress)):
+            learnt = observe(student, mine, hidden=hidden, attention=attention)
+        for model, seen, depth in zip((student, teacher), (learnt, taught), depths, strict=True):
+            _check_attention(seen.attention, depth, model)
+        return distillation(
+            learnt, taught, batch, weights, regression=regression, mapped=mapped, projections=projections
+        )
+
+    return loss
 
 
 def rate_of(section: Distilled) -> Schedule:
@@ -145,9 +259,9 @@ def _frozen(student: Any, teacher: Any, section: Distilled) -> list[torch.nn.Par
     return rest + list(encoders.layer_stack(teacher).parameters())
 
 
-def _check_attention(learnt: Any, taught: Any, depth: int, student: Any) -> None:
-    if learnt is not None and not len(learnt) == len(taught) == depth:
+def _check_attention(seen: Any, depth: int, model: Any) -> None:
+    if seen is not None and len(seen) != depth:
         raise ModelError(
-            f"{student.config.model_type!r} shows {len(learnt)} attention maps for {depth} layers",
+            f"{model.config.model_type!r} shows {len(seen)} attention maps for {depth} layers",
             "set the attention loss to 0 for this architecture",
         )

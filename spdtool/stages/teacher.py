@@ -50,10 +50,15 @@ def teacher(run: Run) -> dict[str, Any]:
         run.stage("teacher") as work,
         console.progress("teacher", section.steps_for(len(encoded["train"]))) as watch,
     ):
-        parts = training.Fit(model, loss, encoded["train"], lambda: evaluation.evaluate(task, forward, encoded))
+        sample = encoded["train"].sample(section.scored_train_rows, recipe.seed)
+        evaluate_train = (lambda: evaluation.evaluate_rows(task, forward, sample)) if len(sample) else None
+        parts = training.Fit(
+            model, loss, encoded["train"], lambda: evaluation.evaluate(task, forward, encoded), evaluate_train
+        )
         summary = training.fit(parts, section, recipe, work, run.fingerprint("teacher"), front, watch)
         encoders.save(model, tokenizer, work.folder)
         work.metrics |= summary | {"dev": evaluation.evaluate(task, forward, encoded), "given": None}
+        work.metrics |= {} if evaluate_train is None else {"train": evaluate_train()}
     return work.metrics
 
 
@@ -71,11 +76,14 @@ def take(run: Run, source: str) -> dict[str, Any]:
     _refuse_misfit(model, encoded)
     model.to(front.device)
     with console.busy(f"measuring the given teacher {source}"):
-        metrics = evaluation.evaluate(task, evaluation.torch_forward(model, front.device), encoded)
+        forward = evaluation.torch_forward(model, front.device)
+        metrics = evaluation.evaluate(task, forward, encoded)
+        sample = encoded["train"].sample(run.recipe.teacher.scored_train_rows, run.recipe.seed)
+        train = evaluation.evaluate_rows(task, forward, sample) if len(sample) else None
     console.say(f"given teacher: dev {console.scores(metrics)}")
     with run.stage("teacher") as work:
         encoders.save(model, tokenizer, work.folder)
-        work.metrics |= {"dev": metrics, "given": source}
+        work.metrics |= {"dev": metrics, "given": source} | ({} if train is None else {"train": train})
     return work.metrics
 
 

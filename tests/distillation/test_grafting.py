@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from toys import ARCHITECTURES
 
 from spdtool import encoders
-from spdtool.distillation.grafting import Grafting
+from spdtool.distillation.grafting import Blend, Grafting, make
+from spdtool.distillation.observation import observe
 from spdtool.errors import ModelError
 
 
@@ -164,3 +166,152 @@ def test_stand_ins_have_dropout_only_when_asked_and_are_calm_again_afterwards(dr
                 assert layer.training == (mine or dropout)
         assert not any(layer.training for layer in teacher)
         assert all(layer.training for layer in student)
+
+
+each = pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+
+
+def blended(toys: Any, architecture: str, seed: int = 1) -> tuple[Any, Any, Blend, dict[str, Any]]:
+    """A student and a teacher that differ in their layers only, primed, and what blends them."""
+    teacher = toys.classifier(architecture).requires_grad_(False)
+    student = copy.deepcopy(teacher)
+    with torch.no_grad():
+        for weight in encoders.prunable_linears(student).values():
+            weight.mul_(0.7)
+    encoders.trained_parameters(student, "layers")
+    for model in (student, teacher):
+        encoders.prime(model)
+    blend = Blend(encoders.layer_stack(student), encoders.layer_stack(teacher))
+    batch = toys.batch(architecture=architecture)
+    return student, teacher, blend, {name: column for name, column in batch.items() if name != "labels"}
+
+
+@each
+def test_a_blend_at_one_is_the_student_and_at_zero_the_teacher_to_the_bit(toys: Any, architecture: str) -> None:
+    student, teacher, blend, batch = blended(toys, architecture)
+    with torch.no_grad():
+        alone, taught = student(**batch).logits, teacher(**batch).logits
+        assert not torch.equal(alone, taught)
+        with blend.draw(1.0):
+            assert torch.equal(student(**batch).logits, alone)
+        with blend.draw(0.0):
+            assert torch.equal(student(**batch).logits, taught)
+        with blend.draw(0.5):
+            between = student(**batch).logits
+    assert not torch.equal(between, alone)
+    assert not torch.equal(between, taught)
+
+
+@each
+def test_every_layer_gives_the_mixture_of_what_both_make_of_its_input(toys: Any, architecture: str) -> None:
+    """Layer by layer, from what each layer was really given; seen in the captured hidden states as well."""
+    student, teacher, blend, batch = blended(toys, architecture)
+    given: list[Any] = []
+
+    def note(_: Any, args: Any, options: Any, out: Any) -> None:
+        given.append((args, options, out))
+
+    hooks = [layer.register_forward_hook(note, with_kwargs=True) for layer in encoders.layer_stack(student)]
+    with torch.no_grad(), blend.draw(0.3):
+        outputs = student(**batch, output_hidden_states=True, output_attentions=True)
+    for hook in hooks:
+        hook.remove()
+    depth = len(given)
+    assert (len(outputs.hidden_states), len(outputs.attentions)) == (depth + 1, depth)
+    alike = 0
+    for index, (args, options, out) in enumerate(given):
+        with torch.no_grad():
+            mine, its = (encoders.layer_stack(m)[index](*args, **options) for m in (student, teacher))
+        mine, its, out = (made[0] if isinstance(made, tuple) else made for made in (mine, its, out))
+        torch.testing.assert_close(out, 0.3 * mine + 0.7 * its)
+        assert not torch.equal(mine, its)
+        alike += torch.equal(outputs.hidden_states[index + 1], out)
+    assert alike >= depth - 1, "the last one may have been normalised"
+
+
+@each
+def test_the_observed_pass_of_a_blend_is_the_students_alone(toys: Any, architecture: str) -> None:
+    student, teacher, blend, batch = blended(toys, architecture)
+    depth = len(encoders.layer_stack(student))
+    for attention in ("scores", "probabilities"):
+        with blend.draw(0.4):
+            seen = observe(student, batch, hidden=True, attention=attention)
+        assert seen.hidden is not None
+        assert seen.attention is not None
+        assert (len(seen.hidden), len(seen.attention)) == (depth + 1, depth)
+        assert all(shown.requires_grad for shown in seen.attention), "those of the layers that are trained"
+    with torch.no_grad():
+        assert len(teacher(**batch, output_hidden_states=True).hidden_states) == depth + 1
+        alone = observe(student, batch, hidden=True, attention="scores")
+        assert alone.attention is not None
+        assert len(alone.attention) == depth
+
+
+@each
+def test_gradients_of_a_blend_pass_through_both_and_reach_the_student_alone(toys: Any, architecture: str) -> None:
+    student, teacher, blend, batch = blended(toys, architecture)
+    with blend.draw(0.5):
+        loss = student(**batch).logits.square().sum()
+    loss.backward()
+    through_both = {name: weight.grad.clone() for name, weight in encoders.prunable_linears(student).items()}
+    assert all(bool((gradient != 0).any()) for gradient in through_both.values())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    name = next(iter(through_both))
+    weight, step = encoders.prunable_linears(student)[name], 1e-3
+    row, column = divmod(int(through_both[name].abs().argmax()), weight.shape[1])
+    ends = []
+    for change in (step, -2 * step):  # the derivative that the loss really has
+        with torch.no_grad():
+            weight[row, column] += change
+            with blend.draw(0.5):
+                ends.append(float(student(**batch).logits.double().square().sum()))
+    assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(float(through_both[name][row, column]), rel=0.05)
+
+
+@each
+def test_a_blend_leaves_the_model_as_it_was(toys: Any, architecture: str) -> None:
+    student, teacher, blend, batch = blended(toys, architecture)
+    modules = {name: id(part) for name, part in student.named_modules()}
+    keys = list(student.state_dict())
+    with pytest.raises(RuntimeError, match="no memory"), blend.draw(0.5):
+        assert {name: id(part) for name, part in student.named_modules()} == modules
+        student(**batch)
+        raise RuntimeError("no memory")
+    assert list(student.state_dict()) == keys
+    assert all("forward" not in vars(layer) for layer in encoders.layer_stack(student))
+    shared = {id(parameter) for parameter in teacher.parameters()}
+    assert all(id(parameter) in shared for twin in blend._teacher for parameter in twin.parameters()), "no copy"
+
+
+def test_a_blend_of_gradient_checkpoints_has_the_same_gradients(toys: Any) -> None:
+    def gradients(checkpointing: bool) -> dict[str, torch.Tensor]:
+        student, _, blend, batch = blended(toys, "bert")
+        encoders.tune(student, checkpointing=checkpointing, compile_layers=False)
+        student.train()
+        with blend.draw(0.6):
+            loss = student(**batch).logits.square().sum()
+        loss.backward()
+        return {name: weight.grad for name, weight in student.named_parameters() if weight.grad is not None}
+
+    plain, saving = gradients(False), gradients(True)
+    assert plain.keys() == saving.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(saving[name], gradient, msg=name)
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_the_teachers_half_of_a_blend_has_dropout_only_when_asked(dropout: bool) -> None:
+    student, teacher = stacks()
+    blend = make("blend", student, teacher, seed=0, dropout=dropout)
+    assert isinstance(blend, Blend)
+    with blend.draw(0.5):
+        assert {twin.training for twin in blend._teacher} == {dropout}
+    assert not any(twin.training for twin in blend._teacher)
+
+
+def test_the_kind_decides_and_a_blend_needs_no_state() -> None:
+    assert isinstance(make("bernoulli", *stacks(), seed=0, dropout=False), Grafting)
+    blend = make("blend", *stacks(), seed=0, dropout=False)
+    blend.restore(json.loads(json.dumps(blend.state())))
+    with pytest.raises(ModelError, match="3 layers and the teacher 2"):
+        make("blend", stacks(3)[0], stacks(2)[0], seed=0, dropout=False)

@@ -11,7 +11,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spdtool import encoders
-from spdtool.distillation.losses import attention_loss, distillation, hidden_loss, logit_loss, regression_loss
+from spdtool.distillation import projections
+from spdtool.distillation.losses import (
+    attention_loss,
+    distillation,
+    hidden_loss,
+    logit_loss,
+    regression_loss,
+    relation_loss,
+)
 from spdtool.distillation.observation import Observation, observe
 from spdtool.recipe import Loss
 
@@ -151,17 +159,107 @@ def test_hidden_pairs_leave_no_nan_in_the_gradient() -> None:
         assert bool((scores.grad[torch.isinf(scores.detach())] == 0).all())
 
 
+def relation(one: Tensor, pieces: int, row: int, piece: int, tokens: list[int]) -> list[list[float]]:
+    """Softmax of dot products between the tokens of a row, for one piece of the width; in plain loops."""
+    width = one.shape[-1] // pieces
+    cut = one[row, :, piece * width : (piece + 1) * width].tolist()
+    scores = [
+        [sum(a * b for a, b in zip(cut[i], cut[j], strict=True)) / math.sqrt(width) for j in tokens] for i in tokens
+    ]
+    return [softmax(line) for line in scores]
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("pieces", [1, 2, 4])
+def test_the_relation_loss_is_a_divergence_per_real_query_summed_over_layers(masked: bool, pieces: int) -> None:
+    student, teacher = states(0, width=8), states(1, width=4)  # widths that differ
+    expected = 0.0
+    for mine, its in zip(student, teacher, strict=True):
+        queries = []
+        for row in range(3):
+            tokens = [token for token in range(5) if MASK[row, token] or not masked]
+            for piece in range(pieces):
+                taught, learnt = (relation(one, pieces, row, piece, tokens) for one in (its, mine))
+                queries += [
+                    sum(p * (math.log(p) - math.log(q)) for p, q in zip(a, b, strict=True))
+                    for a, b in zip(taught, learnt, strict=True)
+                ]
+        expected += sum(queries) / len(queries)
+    value = float(relation_loss(student, teacher, MASK if masked else None, pieces))
+    assert value == pytest.approx(expected, rel=1e-5)
+    assert value > 0
+
+
+def test_garbage_in_padding_changes_no_relation_and_gets_no_gradient() -> None:
+    student, teacher = states(0), states(1)
+    expected = relation_loss(student, teacher, MASK, 2)
+    dirty = [[s.masked_fill(MASK[..., None] == 0, 1e3 * (1 + i)).requires_grad_() for s in side]
+             for i, side in enumerate((student, teacher))]  # fmt: skip
+    value = relation_loss(dirty[0], dirty[1], MASK, 2)
+    torch.testing.assert_close(value, expected)
+    value.backward()
+    for state in dirty[0]:
+        assert state.grad is not None
+        assert bool((state.grad[MASK == 0] == 0).all())
+        assert bool((state.grad[MASK == 1] != 0).any())
+        assert bool(torch.isfinite(state.grad).all())
+
+
+def test_states_that_relate_alike_have_no_relation_loss() -> None:
+    turned = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0)))[0]
+    states_of = states(0)
+    assert float(relation_loss([s @ turned for s in states_of], states_of, MASK, 1)) == pytest.approx(0, abs=1e-5)
+
+
+def test_relations_are_taken_in_float32_whatever_the_autocast() -> None:
+    student, teacher = states(0), states(1)
+    expected = relation_loss(student, teacher, MASK, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(relation_loss(student, teacher, MASK, 2), expected)
+
+
+def test_a_map_and_projections_decide_what_is_compared_with_what() -> None:
+    """A student of one layer of width 2 beside a teacher of two layers of width 4."""
+    made = projections.fresh(1, 2, 4, seed=0)
+    student = Observation(logits()[0][:3], tuple(states(0, layers=2, width=2)), tuple(maps(0, layers=1)))
+    teacher = Observation(logits()[1][:3], tuple(states(1, layers=3)), tuple(maps(1, layers=2)))
+    batch = {"attention_mask": MASK, "labels": torch.tensor([0, 1, 2])}
+    weights = Loss(attention=1.0, relation=1.0, relation_heads=2)
+    assert student.hidden is not None
+    assert teacher.hidden is not None
+    assert student.attention is not None
+    assert teacher.attention is not None
+    for layer in (1, 2):
+        terms = distillation(student, teacher, batch, weights, regression=False, mapped=(layer,), projections=made)
+        taught = [teacher.hidden[0], teacher.hidden[layer]]
+        brought = [student.hidden[i] @ made[f"projection.{i}"].T for i in range(2)]
+        torch.testing.assert_close(terms["hidden"], hidden_loss(brought, taught, MASK))
+        torch.testing.assert_close(terms["relation"], relation_loss(student.hidden, taught, MASK, 2))
+        shown = [teacher.attention[layer - 1]]
+        torch.testing.assert_close(terms["attention"], attention_loss(student.attention, shown, MASK))
+    terms["loss"].backward()
+    assert all(weight.grad is not None and bool((weight.grad != 0).any()) for weight in made.values())
+
+
 def observation(seed: int) -> Observation:
     return Observation(logits(3, 3, seed)[0], tuple(states(seed)), tuple(maps(seed)))
 
 
 @pytest.mark.parametrize(
-    "weights", [Loss(logits=0.5, hidden=2.0, attention=0.3), Loss(hidden=0), Loss(logits=0), Loss(logits=0, hidden=0)]
+    "weights",
+    [
+        Loss(logits=0.5, hidden=2.0, attention=0.3),
+        Loss(hidden=0),
+        Loss(logits=0),
+        Loss(logits=0, hidden=0),
+        Loss(hidden=0, relation=0.7, relation_heads=2),
+        Loss(relation=3.0, relation_heads=4),
+    ],
 )
 def test_the_total_is_the_weighted_sum_of_the_terms_that_count(weights: Loss) -> None:
     batch = {"attention_mask": MASK, "labels": torch.tensor([0, 1, 2])}
     terms = distillation(observation(0), observation(1), batch, weights, regression=False)
-    names = {name for name in ("logits", "hidden", "attention") if getattr(weights, name) > 0}
+    names = {name for name in ("logits", "hidden", "attention", "relation") if getattr(weights, name) > 0}
     assert set(terms) == {"loss"} | names
     expected = sum(getattr(weights, name) * float(terms[name]) for name in names)
     assert float(terms["loss"]) == pytest.approx(expected)
@@ -201,7 +299,7 @@ def test_padding_on_either_side_changes_no_loss(toys: Any, left: bool) -> None:
         with torch.no_grad():
             model.bert.embeddings.position_embeddings.weight.zero_()
             model.bert.pooler.dense.weight.zero_()  # it reads the first position, which left padding moves
-    weights, seen = Loss(attention=1.0), {"hidden": True, "attention": "scores"}
+    weights, seen = Loss(attention=1.0, relation=1.0, relation_heads=4), {"hidden": True, "attention": "scores"}
 
     def terms(batch: dict[str, Tensor]) -> dict[str, float]:
         with torch.no_grad():
@@ -212,5 +310,5 @@ def test_padding_on_either_side_changes_no_loss(toys: Any, left: bool) -> None:
 
     plain = toys.batch()
     expected = terms(plain)
-    assert min(expected["hidden"], expected["attention"]) > 0
+    assert min(expected["hidden"], expected["attention"], expected["relation"]) > 0
     assert terms(padded(plain, 7, left)) == pytest.approx(expected, rel=1e-5)

@@ -1,0 +1,295 @@
+"""A student of another shape, layer maps, relations, projections and blends, through the three phases."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+
+from spdtool import console, encoders
+from spdtool.errors import ModelError, RecipeError
+from spdtool.pruning.patterns import zeros_in
+from spdtool.run import Run
+from spdtool.stages.distill import distill
+from spdtool.stages.finetune import finetune
+from spdtool.stages.prune import prune
+from spdtool.stages.teacher import teacher
+from spdtool.tasks import Task
+
+MakeRun = Callable[..., Run]
+NAMES = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
+
+
+@pytest.fixture
+def small(toys: Any, tmp_path: Path) -> Callable[..., str]:
+    """`small(layers=1, hidden=16)`: the folder of another classifier with the toys' tokenizer."""
+
+    def make(name: str = "small", architecture: str = "bert", **how: Any) -> str:
+        folder = tmp_path / name
+        options: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "layers": 1, "seed": 7} | how
+        model = toys.classifier(architecture, eager=False, **{**NAMES, **options})
+        encoders.save(model, toys.tokenizer(token_types=architecture != "distilbert"), folder)
+        return str(folder)
+
+    return make
+
+
+@pytest.fixture
+def warned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was warned of."""
+    said: list[str] = []
+    monkeypatch.setattr(console, "warn", said.append)
+    return said
+
+
+def weights(run: Run, stage: str, file: str = "model.safetensors") -> dict[str, torch.Tensor]:
+    return load_file(run.path / stage / file)
+
+
+def steps(run: Run, stage: str) -> list[dict[str, Any]]:
+    lines = (run.path / stage / "metrics.jsonl").read_text("utf-8").splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == "step"]
+
+
+def alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Equal but for what a learning rate of next to nothing makes of a zero."""
+    return torch.allclose(one, other, rtol=0, atol=1e-20)
+
+
+def encoder_only(folder: str) -> str:
+    """The same folder without its head."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    bare = f"{folder}-bare"
+    shutil.copytree(folder, bare)
+    model.base_model.save_pretrained(bare)
+    return bare
+
+
+def test_a_smaller_student_goes_through_every_phase_with_its_projections(
+    toy_run: MakeRun, small: Any, warned: list[str], stage_files: list[str]
+) -> None:
+    run = toy_run("prune.grafting.start=0.5", student=small(), sparsity=0.7, until="finetune")
+    before: dict[str, torch.Tensor] = {}
+    for stage in ("prune", "distill", "finetune"):
+        folder = run.path / stage
+        assert sorted(path.name for path in folder.iterdir()) == sorted([*stage_files, "projections.safetensors"])
+        model = AutoModelForSequenceClassification.from_pretrained(folder)
+        assert (model.config.num_hidden_layers, model.config.hidden_size) == (1, 16)
+        assert not [name for name in model.state_dict() if "projection" in name]
+        for weight in encoders.prunable_linears(model).values():
+            assert int((weight == 0).sum()) == zeros_in(weight.numel(), 0.7)
+        left = weights(run, stage, "projections.safetensors")
+        assert {name: tuple(weight.shape) for name, weight in left.items()} == {
+            "projection.0": (32, 16), "projection.1": (32, 16),
+        }  # fmt: skip
+        assert not any(torch.equal(left[name], before.get(name, torch.zeros(1))) for name in left), "they learn"
+        before = left
+        assert {step["replacing_rate"] for step in steps(run, stage)} == {1.0}
+    assert [line.split(".")[0] for line in warned if "grafting is ignored" in line] == ["prune", "distill"][
+        : len(warned)
+    ]
+    assert any("bert, 1 layers of width 16" in line and "bert, 2 layers of width 32" in line for line in warned)
+
+
+def test_the_next_phase_goes_on_with_the_projections_of_the_one_before(toy_run: MakeRun, small: Any) -> None:
+    run = toy_run("distill.epochs=0", student=small(), until="distill")
+    left, taken = (weights(run, stage, "projections.safetensors") for stage in ("prune", "distill"))
+    assert all(torch.equal(left[name], taken[name]) for name in left)
+
+
+def test_projections_are_there_only_where_hidden_states_are_compared(toy_run: MakeRun, small: Any) -> None:
+    relation = ["prune.loss={hidden=0, relation=1, relation_heads=4, layer_map='last'}", "prune.epochs=1"]
+    run = toy_run(*relation, student=small(), until="prune")
+    assert not (run.path / "prune" / "projections.safetensors").exists()
+    assert all(step["losses"]["relation"] > 0 for step in steps(run, "prune"))
+    same_width = toy_run("prune.epochs=1", student=small("wide", hidden_size=32), folder="equal", until="prune")
+    assert not (same_width.path / "prune" / "projections.safetensors").exists()
+
+
+@pytest.mark.parametrize("how", ["uniform", "last", "[2, 1]"])
+def test_the_map_decides_what_is_learnt(toy_run: MakeRun, toy_task: Callable[..., Task], small: Any, how: str) -> None:
+    toy_task(layers=4, train=16, dev=8)
+    sets = ["prune.epochs=1", f"prune.loss.layer_map={how}", "prune.loss.attention=1", "prune.events=1"]
+    student = small(hidden_size=32, layers=2)
+    run = toy_run(*sets, "teacher.epochs=1", student=student, sparsity=0.3, until="prune")
+    assert all(step["losses"][name] > 0 for step in steps(run, "prune") for name in ("hidden", "attention"))
+    found = toy_run("prune.loss.layer_map=[4, 4]", *sets[:1], *sets[2:], "teacher.epochs=1", student=student,
+                    sparsity=0.3, folder="other", until="prune")  # fmt: skip
+    assert steps(run, "prune")[0]["losses"]["hidden"] != steps(found, "prune")[0]["losses"]["hidden"]
+
+
+@pytest.mark.parametrize("kind", ["bernoulli", "blend"])
+def test_a_student_of_the_teachers_shape_is_grafted(toy_run: MakeRun, small: Any, warned: list[str], kind: str) -> None:
+    sets = [f"prune.grafting={{kind='{kind}', start=0.4}}", "prune.loss.relation=1", "prune.loss.relation_heads=8"]
+    student = small(hidden_size=32, intermediate_size=64, layers=2)
+    run = toy_run(*sets, student=student, until="prune")
+    seen = steps(run, "prune")
+    assert {step["replacing_rate"] for step in seen} == {0.4}
+    assert {own for step in seen for own in step["drawn"]} == ({True} if kind == "blend" else {True, False})
+    assert not [line for line in warned if "grafting" in line]
+
+
+def test_a_blend_rises_to_the_student_alone(toy_run: MakeRun) -> None:
+    sets = ["prune.grafting={kind='blend', start=0.2}", "distill.grafting={kind='blend', schedule='linear', start=0.2}"]
+    run = toy_run(*sets, sparsity=0.8, until="finetune")
+    assert [step["replacing_rate"] for step in steps(run, "distill")][:2] == [0.2, pytest.approx(0.2 + 0.8 / 12)]
+    again = toy_run(*sets, sparsity=0.8, folder="again", until="distill")
+    files = [(made.path / "distill" / "model.safetensors").read_bytes() for made in (run, again)]
+    assert files[0] == files[1]
+
+
+def test_pretrained_starts_from_the_model_with_a_new_head(toy_run: MakeRun, toy_task: Any, small: Any) -> None:
+    toy_task(build=False)
+    bare = encoder_only(small(hidden_size=32, layers=2))
+    nothing = ["prune.learning_rate=1e-30", "prune.epochs=1", "prune.events=1", "prune.weight_decay=0"]
+    run = toy_run(*nothing, model=bare, student="pretrained", sparsity=0.0, until="prune")
+    start, made, taught = load_file(f"{bare}/model.safetensors"), weights(run, "prune"), weights(run, "teacher")
+    assert all(alike(made[f"bert.{name}"], weight) for name, weight in start.items() if "pooler" not in name)
+    assert not torch.equal(made["classifier.weight"], taught["classifier.weight"])
+    again = toy_run(*nothing, model=bare, student="pretrained", sparsity=0.0, folder="again", until="prune")
+    assert torch.equal(weights(again, "prune")["classifier.weight"], made["classifier.weight"]), "seeded"
+    other = toy_run(*nothing, model=bare, student="pretrained", sparsity=0.0, seed=1, folder="other", until="prune")
+    assert not torch.equal(weights(other, "prune")["classifier.weight"], made["classifier.weight"])
+
+
+def test_pretrained_of_a_task_with_a_model_of_its_own_is_that_model(toy_run: MakeRun, toys: Any) -> None:
+    run = toy_run("prune.learning_rate=1e-30", "prune.epochs=1", student="pretrained", sparsity=0.0, until="prune")
+    start = toys.bert().state_dict()
+    made = weights(run, "prune")
+    assert all(alike(made[name], start[name]) for name in made)
+
+
+def test_the_labels_are_the_teachers_in_its_order(toy_run: MakeRun, small: Any, toys: Any) -> None:
+    """A classifier whose labels stand the other way round: its head is turned, and says the same as before."""
+    turned = small(id2label={0: "good", 1: "bad"}, label2id={"good": 0, "bad": 1})
+    nothing = ["prune.learning_rate=1e-30", "prune.epochs=1", "prune.events=1", "prune.weight_decay=0"]
+    run = toy_run(*nothing, student=turned, sparsity=0.0, until="prune")
+    before, after = encoders.load(turned), encoders.load(run.path / "prune")
+    assert encoders.label_names(after) == encoders.label_names(encoders.load(run.path / "teacher")) == ["bad", "good"]
+    batch = {name: column for name, column in toys.batch().items() if name != "labels"}
+    with torch.no_grad():
+        torch.testing.assert_close(after(**batch).logits, before(**batch).logits.flip(-1))
+
+
+@pytest.mark.parametrize("labels", [3, 0])
+def test_an_encoder_or_a_classifier_of_another_task_gets_a_new_head(
+    toy_run: MakeRun, small: Any, warned: list[str], labels: int
+) -> None:
+    three = {"labels": 3, "id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
+    folder = small(**three) if labels else encoder_only(small())
+    run = toy_run("prune.epochs=1", student=folder, until="prune")
+    model = encoders.load(run.path / "prune")
+    assert encoders.label_names(model) == ["bad", "good"]
+    assert any("has 3 labels (a, b, c): it gets a new head" in line for line in warned) == bool(labels)
+
+
+def test_a_regression_student(toy_run: MakeRun, toy_task: Any, small: Any) -> None:
+    toy_task(labels=())
+    run = toy_run("prune.epochs=1", student=encoder_only(small()), until="prune")
+    assert encoders.label_names(encoders.load(run.path / "prune")) == ["score"]
+
+
+def test_a_student_of_another_family_reads_only_what_it_knows(
+    toy_run: MakeRun, toy_task: Any, small: Any, warned: list[str]
+) -> None:
+    """A DistilBERT beneath a BERT that reads token types; and the other way round."""
+    toy_task(pairs=True)
+    folder = small(architecture="distilbert", dim=16, hidden_dim=24, n_heads=2)
+    run = toy_run("prune.loss.attention=1", student=folder, until="distill")
+    assert encoders.load(run.path / "distill").config.model_type == "distilbert"
+    assert "token_type_ids" not in encoders.load_tokenizer(run.path / "distill").model_input_names
+    toy_task(pairs=True, architecture="distilbert")
+    other = toy_run("prune.loss.relation=1", "prune.loss.relation_heads=4", student=small("back"), folder="other",
+                    until="prune")  # fmt: skip
+    assert encoders.load(other.path / "prune").config.model_type == "bert"
+
+
+def refused(run: Run, error: type[Exception], said: str) -> None:
+    teacher(run)
+    with pytest.raises(error, match=said):
+        prune(run)
+    assert not run.done("prune")
+    assert not (run.path / ".prune.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "how", "error", "said"),
+    [
+        ("prune.loss.layer_map=[1, 2]", {}, RecipeError, r"prune.loss: layer_map = \[1, 2\]: a student of 1 layers"),
+        ("finetune.loss.layer_map=[3]", {}, RecipeError, r"finetune.loss: layer_map = \[3\]"),
+        ("prune.loss.layer_map=last", {"layers": 3}, RecipeError, "student has 3 layers and the teacher only 2"),
+        ("prune.loss.relation=1", {}, RecipeError, "relation_heads = 12 does not divide"),
+        ("prune.loss.attention=1", {"num_attention_heads": 4}, RecipeError, "student has 4 and the teacher 2"),
+        ("max_length=60", {"max_position_embeddings": 30}, ModelError, "has 30 positions, and rows may have 60"),
+    ],
+)
+def test_a_student_that_does_not_fit_is_refused_before_the_work(
+    toy_run: MakeRun, small: Any, setting: str, how: dict[str, Any], error: type[Exception], said: str
+) -> None:
+    refused(toy_run(setting, "teacher.epochs=1", student=small(**how)), error, said)
+
+
+def test_a_new_head_that_would_stay_random_is_refused(toy_run: MakeRun, small: Any) -> None:
+    run = toy_run("prune.train=layers", "teacher.epochs=1", student=encoder_only(small()))
+    refused(run, RecipeError, "gets a new head, and prune.train = 'layers' would leave it random")
+
+
+def test_another_vocabulary_is_refused(toy_run: MakeRun, small: Any) -> None:
+    folder = Path(small())
+    file = folder / "tokenizer.json"
+    file.write_text(file.read_text("utf-8").replace('"warm"', '"tepid"'), "utf-8")
+    refused(toy_run("teacher.epochs=1", student=str(folder)), ModelError, "'tepid' is number 8 here and unknown there")
+
+
+def test_a_tokenizer_that_cuts_otherwise_is_refused(toy_run: MakeRun, small: Any) -> None:
+    folder = Path(small())
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | {"do_lower_case": False}), "utf-8")
+    refused(toy_run("teacher.epochs=1", student=str(folder)), ModelError, "cuts text otherwise than the teacher's")
+
+
+def test_an_interruption_leaves_no_trace_in_the_projections(
+    toy_run: MakeRun, small: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = ["save_minutes=0", "prune.loss.relation=0.5", "prune.loss.relation_heads=4", "prune.weight_decay=0.1"]
+    calm = toy_run(*sets, student=small(), until="finetune")
+    run, original = toy_run(*sets, student=small(), folder="stopped", until="teacher"), torch.optim.AdamW.step
+    for stage, stop in ((prune, 3), (prune, 4), (distill, 5), (finetune, 11)):
+        calls = 0
+
+        def step(*args: Any, stop: int = stop, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == stop:
+                raise KeyboardInterrupt
+            return original(*args, **options)
+
+        monkeypatch.setattr(torch.optim.AdamW, "step", step)
+        with pytest.raises(KeyboardInterrupt):
+            stage(run)
+        monkeypatch.setattr(torch.optim.AdamW, "step", original)
+        if (stage, stop) != (prune, 3):
+            stage(run)
+    for stage_name in ("prune", "distill", "finetune"):
+        for file in ("model.safetensors", "projections.safetensors"):
+            one, other = (made.path / stage_name / file for made in (calm, run))
+            assert one.read_bytes() == other.read_bytes(), (stage_name, file)
+
+
+@pytest.mark.parametrize("recipe", ["theseus", "gmp"])
+def test_the_recipes_train_on_what_they_say(toy_run: MakeRun, recipe: str) -> None:
+    run = toy_run(name=recipe, sparsity=0.8, until="finetune")
+    for stage in ("prune", "distill", "finetune"):
+        assert all(set(step["losses"]) == {"loss", "logits"} for step in steps(run, stage))
+    rates = [step["replacing_rate"] for stage in ("prune", "distill") for step in steps(run, stage)]
+    assert (set(rates) == {1.0}) == (recipe == "gmp")
+    assert rates[:12] == [0.5 if recipe == "theseus" else 1.0] * 12
+    share = run.recipe.prune.loss.hardness
+    assert share == (0.0 if recipe == "theseus" else 1.0)
