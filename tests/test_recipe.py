@@ -70,7 +70,7 @@ def test_the_later_word_counts_flags_over_file_and_sets_over_flags(tmp_path: Pat
 def test_what_a_task_says_lies_under_the_recipe() -> None:
     own = dict(flat(recipes._read_task("demo")))
     assert own, "the embedded task has a file of its own"
-    values = dict(flat(resolve("default", {"task": "demo"}).model_dump()))
+    values = dict(flat(resolve("default", {"task": "demo"}).model_dump(mode="json")))
     above = dict(flat(recipes._read("default")))
     assert {name: values[name] for name in own} == own | {name: above[name] for name in own.keys() & above.keys()}
     assert resolve("reference", {"task": "demo"}).prune.epochs == resolve("reference").prune.epochs
