@@ -1,0 +1,211 @@
+"""What the HTTP server costs: rows a second under load, against the bare engine on the same sentences.
+
+    python benchmarks/serving.py                             a random model of six layers of 384; some minutes
+    python benchmarks/serving.py --bundle RUN/export/bundle --texts 4 --requests 10000
+    python benchmarks/serving.py --model small --rounds 1 --requests 1000
+
+The bare engine is `spdtool.load`'s classifier at its best batch size over all sentences at once. The load comes from a
+second process on the loopback address: keep-alive connections, each sending the next request when it has its answer.
+Every answer is checked against the logits of its own sentence. Rounds are interleaved; the last line is JSON.
+
+`share` compares by the clock, the client's own work included, which takes processors from a small machine's engine.
+`processor_share` is the processor time of the bare engine over that of the server for the same sentences (Linux).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+BATCHES = (1, 4, 8, 16, 32)
+SIZES = {
+    "small": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256},
+    "minilm": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
+    "bert": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
+}
+NAME = "measured"
+TOLERANCE = 1e-3  # a sentence's logits depend a little on the batch that it is computed in
+SECONDS = 600  # no load lasts longer
+
+
+def main() -> None:
+    """Measure and print."""
+    options = _options()
+    if options.client:
+        _client(options)
+        return
+    folder = options.bundle or _model(options.model, options.out)
+    work = options.out / "load.npz"
+    classify, sentences = _opened(folder, options), _sentences(options.requests * options.texts)
+    expected = classify.logits(sentences)
+    best = max(BATCHES, key=lambda size: _bare(classify, sentences[: max(256, len(sentences) // 20)], size))
+    print(f"{len(sentences)} sentences, of {_tokens(classify, sentences)} tokens; bare engine: {best} rows at once")
+    np.savez(work, logits=expected, sentences=np.array(sentences))
+    server, port = _served(folder, options)
+    rounds = []
+    try:
+        for number in range(options.rounds):
+            before = time.process_time()
+            bare = _bare(classify, sentences, best)
+            alone, before = time.process_time() - before, _processor(server.pid)
+            told = _loaded(port, work, options)
+            told["processor_share"] = alone / (_processor(server.pid) - before)
+            served = told["rows_per_second"]
+            rounds.append(told | {"bare": bare, "share": served / bare})
+            print(f"round {number}: bare {bare:.1f}, served {served:.1f} rows/s: {served / bare:.1%}")
+            print(f"         by processor time {told['processor_share']:.1%}")
+    finally:
+        server.send_signal(signal.SIGTERM)
+        code = server.wait(60)
+    share = float(np.median([found["share"] for found in rounds]))
+    wrong, lost = (sum(found[name] for found in rounds) for name in ("wrong", "lost"))
+    summary = {"share": share, "wrong": wrong, "lost": lost, "exit": code, "best_batch": best, "rounds": rounds}
+    print(
+        json.dumps(summary | {"requests": options.requests, "texts": options.texts, "connections": options.connections})
+    )
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bundle", type=Path, help="exported folder; without it, a random model is made")
+    parser.add_argument("--variant", help="of the bundle")
+    parser.add_argument("--model", choices=sorted(SIZES), default="minilm")
+    parser.add_argument("--out", type=Path, default=Path("runs/serving"))
+    parser.add_argument("--requests", type=int, default=10000)
+    parser.add_argument("--texts", type=int, default=1, help="texts of a request")
+    parser.add_argument("--connections", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--max-batch", type=int, default=8)
+    parser.add_argument("--client", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _model(size: str, out: Path) -> Path:
+    """A random classifier of this size, exported once."""
+    folder = out / size
+    if not (folder / "exported/onnx/model.onnx").is_file():
+        import torch
+        from transformers import BertConfig, BertForSequenceClassification
+
+        from spdtool import encoders, recipe
+        from spdtool.export.onnx import Onnx
+        from spdtool.tasks import demo
+
+        torch.manual_seed(0)
+        tokenizer = demo.tokenizer()
+        shape = SIZES[size] | {"vocab_size": len(tokenizer), "max_position_embeddings": 128, "initializer_range": 0.08}
+        encoders.save(BertForSequenceClassification(BertConfig(**shape)).eval(), tokenizer, folder / "checkpoint")
+        Onnx.export(folder / "checkpoint", folder / "exported", recipe.resolve(flags={"task": "demo", "device": "cpu"}))
+    return folder / "exported"
+
+
+def _opened(folder: Path, options: argparse.Namespace) -> Any:
+    import spdtool
+
+    return spdtool.load(folder, variant=options.variant, threads=options.threads)
+
+
+def _sentences(count: int) -> list[str]:
+    """Sentences of 3 to 60 words of the demo's grammar, mostly short ones."""
+    from spdtool.tasks import demo
+
+    draw = random.Random(0)
+    words = (*demo.ADJECTIVES, *demo.NOUNS, *demo.VERBS, *demo.FUNCTION_WORDS)
+    return [" ".join(draw.choices(words, k=min(60, 3 + int(draw.expovariate(1 / 15))))) for _ in range(count)]
+
+
+def _tokens(classify: Any, sentences: list[str]) -> str:
+    lengths = sorted(len(row.ids) for row in classify.encode(sentences))
+    return f"{lengths[0]} to {lengths[-1]}, half of them at most {lengths[len(lengths) // 2]},"
+
+
+def _bare(classify: Any, sentences: list[str], batch: int) -> float:
+    started = time.perf_counter()
+    classify.logits(sentences, batch_size=batch)
+    return len(sentences) / (time.perf_counter() - started)
+
+
+def _processor(pid: int) -> float:
+    """Processor seconds that a process has used; what else runs on the machine does not change them much."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _served(folder: Path, options: argparse.Namespace) -> tuple[subprocess.Popen[str], int]:
+    words = [sys.executable, "-m", "spdtool", "serve", str(folder), "--port", "0", "--name", NAME]
+    words += ["--threads", str(options.threads), "--max-batch", str(options.max_batch)]
+    words += ["--variant", options.variant] if options.variant else []
+    server = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=os.environ | {"COLUMNS": "1000"})
+    assert server.stdout is not None
+    line = server.stdout.readline()
+    return server, int(line.strip().rsplit(":", 1)[1])
+
+
+def _loaded(port: int, load: Path, options: argparse.Namespace) -> dict[str, Any]:
+    words = [sys.executable, __file__, "--client", "--port", str(port), "--load", str(load)]
+    words += ["--texts", str(options.texts), "--connections", str(options.connections)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS + 60, check=True)
+    told: dict[str, Any] = json.loads(done.stdout)
+    return told
+
+
+def _client(options: argparse.Namespace) -> None:
+    """Send the load; print what came back as JSON."""
+    load = np.load(options.load)
+    sentences, logits = load["sentences"].tolist(), load["logits"]
+    requests = []
+    for start in range(0, len(sentences), options.texts):
+        texts = sentences[start : start + options.texts]
+        body = json.dumps(
+            {
+                "inputs": [{"name": "text", "shape": [len(texts)], "datatype": "BYTES", "data": texts}],
+                "outputs": [{"name": "logits"}],
+            }
+        ).encode()
+        head = f"POST /v2/models/{NAME}/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        requests.append((head.encode() + body, logits[start : start + options.texts].ravel()))
+    started = time.perf_counter()
+    wrong, answered = asyncio.run(_send(requests, options.port, options.connections))
+    seconds = time.perf_counter() - started
+    told = {"rows_per_second": len(sentences) / seconds, "wrong": wrong, "lost": len(requests) - answered}
+    print(json.dumps(told | {"seconds": seconds}))
+
+
+async def _send(requests: list[tuple[bytes, np.ndarray]], port: int, connections: int) -> tuple[int, int]:
+    """How many answers were wrong, and how many there were."""
+    waiting = iter(requests)
+    counts = await asyncio.wait_for(asyncio.gather(*(_speak(waiting, port) for _ in range(connections))), SECONDS)
+    return sum(wrong for wrong, _ in counts), sum(answered for _, answered in counts)
+
+
+async def _speak(waiting: Any, port: int) -> tuple[int, int]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    wrong = answered = 0
+    for request, expected in waiting:
+        writer.write(request)
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
+        body = await reader.readexactly(length)
+        answered += 1
+        found = json.loads(body)["outputs"][0]["data"] if b" 200 " in head[:20] else []
+        wrong += len(found) != len(expected) or not float(np.abs(np.array(found) - expected).max()) <= TOLERANCE
+    writer.close()
+    return wrong, answered
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""The page of a run, of several and of a sweep: whole, without network, and what strangers have named is only text."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import pytest
+
+from spdtool import recipe as recipes
+from spdtool.errors import Corrupt, RunError
+from spdtool.recipe import FREE
+from spdtool.report import curves, gather, page, replay
+from spdtool.run import Run
+
+SECTIONS = {"lineage", "curves", "overfitting", "sparsity", "speed", "repeat"}
+VOID = {"meta", "link", "br", "img", "hr", "input"}
+LOADS = {"src", "srcset", "data", "action", "poster", "formaction"}
+
+
+class Reader(HTMLParser):
+    """Keeps elements, sections and text, and the faults: tags that do not pair, addresses, scripts."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.faults, self.sections, self.words = [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in VOID:
+            self.open.append(tag)
+        self._look(tag, dict(attrs))
+
+    def handle_startendtag(self, tag, attrs):
+        self._look(tag, dict(attrs))
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.faults.append(f"</{tag}> closes nothing")
+
+    def handle_data(self, data):
+        self.words.append(data)
+        if self.open and self.open[-1] == "style" and re.search(r"@import|url\((?!#)", data):
+            self.faults.append("the style loads something")
+
+    def _look(self, tag, attributes):
+        if tag == "section":
+            self.sections.append(attributes.get("class"))
+        if tag in ("script", "link", "iframe", "object", "img"):
+            self.faults.append(f"<{tag}>")
+        for name, value in attributes.items():
+            if name in LOADS or name.startswith("on") or (name.endswith("href") and not (value or "").startswith("#")):
+                self.faults.append(f"{tag} {name}={value}")
+
+
+def read(file):
+    reader = Reader()
+    text = file.read_text("utf-8")
+    reader.feed(text)
+    reader.close()
+    assert reader.open == []
+    assert reader.faults == []
+    assert not re.search(r"https?://", text)
+    return reader
+
+
+@pytest.fixture(scope="module")
+def whole(compressed, tmp_path_factory):
+    """The page of a finished run, and what `write` returned."""
+    written = page.write([compressed], tmp_path_factory.mktemp("page") / "report.html")
+    return read(written.file), written
+
+
+def test_the_page_of_a_finished_run_is_well_formed_and_has_every_section(whole):
+    reader, written = whole
+    assert set(reader.sections) == SECTIONS
+    names = {image.name for image in written.images}
+    assert names == {"report-student.png", "report-teacher.png", "report-sparsity.png"}
+    assert all(image.is_file() and image.parent == written.file.parent for image in written.images)
+
+
+def test_the_page_says_what_the_stages_have_recorded(whole, compressed):
+    text = " ".join(whole[0].words)
+    run = Run.open(compressed)
+    metrics = run.record("finetune")["metrics"]
+    assert f"{100 * metrics['dev']['score']:.2f}" in text
+    assert f"{100 * metrics['train']['score']:.2f}" in text
+    for line in run.record("bench")["metrics"]["verdict"]:
+        assert line in text
+    assert "--sparsity 0.5" in text
+    assert run.record("bench")["machine"]["python"] in text
+    assert "Not finished" not in text
+
+
+@pytest.mark.parametrize(
+    ("until", "missing", "told"),
+    [
+        (None, "teacher, prune, distill, finetune, export, bench", ["Nothing is pruned yet", "Nothing is scored yet"]),
+        ("teacher", "prune, distill, finetune, export, bench", ["Nothing is pruned yet", "Not timed yet"]),
+        ("prune", "distill, finetune, export, bench", ["after prune", "Not timed yet"]),
+    ],
+)
+def test_a_run_that_is_not_finished_has_a_page_that_says_so(toy_run, until, missing, told):
+    run = toy_run(until=until)
+    if until is None:
+        run.path.mkdir()
+        run._save_recipe()
+    reader = read(page.write([run.path]).file)
+    text = " ".join(reader.words)
+    assert set(reader.sections) == SECTIONS
+    assert missing in text
+    assert all(line in text for line in told)
+
+
+def test_a_phase_that_was_killed_is_shown_as_far_as_it_came(toy_run):
+    run = toy_run(until="teacher")
+    log = run.path / ".prune.partial" / "metrics.jsonl"
+    log.parent.mkdir()
+    event = {"event": "eval", "step": 3, "metrics": {"score": 0.5}}
+    log.write_text(json.dumps(event) + '\n{"event": "ev', "utf-8")
+    (phase,) = curves.of_student(run).phases
+    assert (phase.name, phase.finished, phase.dev, phase.train) == ("prune", False, [(3, 0.5)], [])
+    assert "prune (unfinished)" in " ".join(read(page.write([run.path]).file).words)
+
+
+def test_older_runs_without_train_scores_have_gaps_that_are_empty(compressed, tmp_path):
+    folder = tmp_path / "old"
+    shutil.copytree(compressed, folder)
+    for stage in ("teacher", "prune", "distill", "finetune"):
+        file = folder / stage / "stage.json"
+        record = json.loads(file.read_text("utf-8"))
+        record["metrics"].pop("train")
+        file.write_text(json.dumps(record), "utf-8")
+        log = folder / stage / "metrics.jsonl"
+        events = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+        log.write_text("".join(json.dumps(e | {"train": None}) + "\n" for e in events), "utf-8")
+    run = Run.open(folder)
+    assert [row[1::2] for row in gather.of_run(run)["gaps"]["rows"]] == [["-", "-"]] * 4
+    read(page.write([folder]).file)
+
+
+def test_names_that_are_markup_are_shown_as_text(toy_task, toy_run):
+    hostile = '<script>alert("&amp;$x$")</script>'
+    toy_task(hostile)
+    run = toy_run("teacher.epochs=1", until="teacher", task=hostile)
+    text = page.write([run.path]).file.read_text("utf-8")
+    assert "<script" not in text
+    assert "&lt;script&gt;alert(&#34;&amp;amp;$x$&#34;)&lt;/script&gt;" in text
+    assert hostile in " ".join(read(run.path / "report" / "report.html").words)
+
+
+def test_a_smoke_run_is_marked(toy_run):
+    run = toy_run(smoke=True, until="teacher")
+    assert "SMOKE RUN, NO RESULT" in " ".join(read(page.write([run.path]).file).words)
+
+
+def test_several_runs_are_compared(toy_run, tmp_path):
+    folders = []
+    for sparsity in (0.5, 0.8):
+        run = toy_run(*(f"{stage}.epochs=1" for stage in ("teacher", "prune", "distill", "finetune")),
+                      until="finetune", folder=f"run-{sparsity}", sparsity=sparsity)  # fmt: skip
+        folders.append(run.path)
+    written = page.write(folders, tmp_path / "out" / "both.html")
+    reader = read(written.file)
+    assert "comparison" in reader.sections
+    assert set(reader.sections) >= SECTIONS
+    assert "both-pareto-toy-nonzeros.png" in {image.name for image in written.images}
+    assert "Comparison of 2 runs" in " ".join(reader.words)
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", '{"rows": [{"task": 1}]}'])
+def test_a_folder_that_is_neither_run_nor_sweep_is_refused(tmp_path, content):
+    if content is not None:
+        (tmp_path / "sweep.json").write_text(content, "utf-8")
+    with pytest.raises(RunError):
+        page.write([tmp_path])
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_record_that_cannot_be_read_is_refused(toy_run):
+    run = toy_run(until="teacher")
+    (run.path / "teacher" / "stage.json").write_text("{", "utf-8")
+    with pytest.raises(Corrupt):
+        page.write([run.path])
+
+
+@pytest.mark.parametrize(
+    ("sets", "flags"),
+    [
+        ([], {}),
+        (["prune.epochs=3", "bench.lengths=[8, 16]", "prune.loss.attention=0.5", "max_rows=10"], {"seed": 3}),
+        (["teacher.dropout=none", "export.optional=[]", "bench.padded=[[2, 8]]"], {"model": "a model", "smoke": True}),
+        (["prune.criterion=magnitude"], {"task": "local", "data": "it's.csv", "text": ("a", "b"), "label": "c"}),
+        ([], {"name": "reference", "given_teacher": "/somewhere/teacher"}),
+    ],
+)
+def test_the_command_of_a_recipe_makes_that_recipe(sets, flags, monkeypatch):
+    from spdtool.commands import make_recipe
+
+    name = flags.pop("name", "default")
+    made = recipes.resolve(name, {"task": "demo", "sparsity": 0.75} | flags, sets)
+    words = replay.words(made)
+    given = {"sets": [words[at + 1] for at, word in enumerate(words) if word == "--set"]}
+    options = {"--task": "task", "--data": "data", "--text": "text", "--label": "label", "--model": "model",
+               "--teacher": "teacher", "--sparsity": "sparsity", "--seed": "seed", "--recipe": "name"}  # fmt: skip
+    given |= {options[word]: words[at + 1] for at, word in enumerate(words) if word in options}
+    given |= {"sparsity": float(given["sparsity"]), "seed": int(given["seed"]), "smoke": "--smoke" in words}
+    again = make_recipe(**given)
+    assert [change for change in made.differences(again) if change[0] not in FREE] == []
+
+
+def test_the_commands_of_a_run_name_the_stages_that_it_has(toy_run):
+    run = toy_run(until="prune")
+    first, second = replay.of_run(run)
+    assert first.startswith("spdtool teacher --task toy")
+    assert second == f"spdtool prune --run {run.path}"
