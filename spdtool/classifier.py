@@ -22,7 +22,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from spdtool import plugins
-from spdtool.errors import DataError, DeviceError, ModelError
+from spdtool.errors import DataError, DeviceError, ModelError, PluginError
 from spdtool.export import bundle, runtime
 from spdtool.export.bundle import Bundle
 
@@ -60,7 +60,10 @@ class Classifier:
         max_length: tokens of the longest input; longer texts are cut.
         regression: whether the one logit is the answer.
         multi_label: whether a row may have several labels, or none; then its labels are a list.
+        bundle: the folder that was opened, and which of its models runs; None where it was made otherwise.
     """
+
+    bundle: Bundle | None = None
 
     def __init__(
         self, session: Any, tokenizer: Tokenizer, config: Mapping[str, Any], tokens: Mapping[str, Any]
@@ -70,7 +73,7 @@ class Classifier:
         self._left = tokens.get("padding_side") == "left"
         self._pad = _padding(tokenizer, config, tokens)
         self._vocabulary = config.get("vocab_size")
-        self.max_length = _longest(config, tokens)
+        self.max_length = longest(config, tokens)
         self.names = _names(config)
         self.multi_label = config.get("problem_type") == "multi_label_classification"
         self.regression = len(self.names) == 1 and not self.multi_label
@@ -98,12 +101,24 @@ class Classifier:
     def labels(self, inputs: Inputs, pairs: str | Sequence[str] | None = None) -> list[Any]:
         """The label of each row (a regression: its value as a float; several labels a row: those above one half);
         raises as a call does."""
-        logits = self.logits(inputs, pairs)
+        return self.decide(self.logits(inputs, pairs))
+
+    def decide(self, logits: np.ndarray) -> list[Any]:
+        """The label of each row of logits, as `labels` gives it."""
         if self.multi_label:
             return [[name for name, logit in zip(self.names, row, strict=True) if logit > 0] for row in logits]
         if self.regression:
             return [float(value) for value in logits[:, 0]]
         return [self.names[index] for index in logits.argmax(axis=1)]
+
+    def probabilities(self, logits: np.ndarray) -> np.ndarray | None:
+        """Of each label, float32 [rows, labels]; on its own where a row may have several; none for a regression."""
+        if self.regression:
+            return None
+        if self.multi_label:
+            return np.asarray(1 / (1 + np.exp(-np.clip(logits, -80, 80))), np.float32)  # beyond, exp overflows
+        powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return np.asarray(powers / powers.sum(axis=1, keepdims=True), np.float32)
 
     def logits(
         self, inputs: Inputs, pairs: str | Sequence[str] | None = None, *, batch_size: int = BATCH
@@ -126,14 +141,14 @@ class Classifier:
         order = sorted(range(len(rows)), key=lambda row: -len(rows[row].ids))
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            logits[batch] = self._run([rows[row] for row in batch])
+            logits[batch] = self.compute([rows[row] for row in batch])
         return logits
 
     def _rows(self, inputs: Inputs, pairs: str | Sequence[str] | None) -> list[Row]:
         if isinstance(inputs, Mapping):
             rows = _rows_of_columns(inputs)
         elif _texts(inputs):
-            return self._encode([inputs] if isinstance(inputs, str) else list(inputs), pairs)
+            return self.encode([inputs] if isinstance(inputs, str) else list(inputs), pairs)
         else:
             rows = [_row(ids) for ids in _ragged(inputs, "token ids")]
         if pairs is not None and rows:
@@ -142,7 +157,8 @@ class Classifier:
             self._refuse_ids(number, row)
         return rows
 
-    def _encode(self, texts: list[str], pairs: str | Sequence[str] | None) -> list[Row]:
+    def encode(self, texts: list[str], pairs: str | Sequence[str] | None = None) -> list[Row]:
+        """The tokens of each text, or of each text and its pair; raises as `logits` does."""
         seconds = [pairs] if isinstance(pairs, str) else pairs
         if seconds is not None and not (_texts(seconds) and len(seconds) == len(texts)):
             given = f"{len(seconds)}" if _texts(seconds) else "something else than texts"
@@ -174,7 +190,8 @@ class Classifier:
             wrong = int(row.types.min() if row.types.min() < 0 else row.types.max())
             raise DataError(f"row {number} has the token type {wrong}; the model knows 0 to {(self._types or 0) - 1}")
 
-    def _run(self, rows: list[Row]) -> np.ndarray:
+    def compute(self, rows: Sequence[Row]) -> np.ndarray:
+        """Logits, float32 [rows, labels], of encoded rows, all at once and padded to the longest."""
         width = max(len(row.ids) for row in rows)
         columns = {
             "input_ids": np.full((len(rows), width), self._pad["input_ids"], np.int64),
@@ -190,9 +207,17 @@ class Classifier:
 
 
 def load(
-    folder: str | Path, *, library: str | Path | None = None, threads: int = 0, provider: str = "cpu"
+    folder: str | Path,
+    *,
+    library: str | Path | None = None,
+    threads: int = 0,
+    provider: str = "cpu",
+    variant: str | None = None,
 ) -> Classifier:
     """Open an exported folder, whatever target wrote it.
+
+    Of a bundle, which holds several variants of one model, the best is opened that runs here: one with operators of its
+    own where their library is installed and loads, else the portable one. `classifier.bundle` tells which.
 
     Args:
         folder: such as `RUN/export/student`; of a folder of roles, such as `RUN/export/sparse-cpu`, its student.
@@ -200,9 +225,11 @@ def load(
             It is native code and is run, which is why one that lies in the folder is used only if it is named here.
         threads: of one operator; 0: as many as there are cores.
         provider: `cpu` or `cuda`.
+        variant: of a bundle, this one and no other.
 
     Raises:
         ModelError: it is no exported folder, or cannot be read.
+        UnknownName: the bundle has no such variant.
         PluginError: it needs a plugin that is not installed.
         DeviceError: onnxruntime, the provider or the compiled library is not there.
     """
@@ -212,17 +239,36 @@ def load(
         )
     if library is not None and not isinstance(library, str | Path):
         raise ModelError(f"library = {library!r}: a path was expected")
-    found = bundle.read(Path(folder).expanduser())
+    found, session = _first_that_opens(Path(folder).expanduser(), library, provider, threads, variant)
     config = bundle.read_json(found.folder / "config.json")
     file = found.folder / "tokenizer_config.json"
     tokens = bundle.read_json(file) if file.is_file() else {}
-    opened = Classifier(_open(found, library, provider, threads), _tokenizer(found.folder), config, tokens)
-    opened._opened = (str(found.folder.absolute()), library, threads, provider)
+    opened = Classifier(session, _tokenizer(found.folder), config, tokens)
+    opened.bundle = found
+    opened._opened = (str(found.folder.absolute()), library, threads, provider, variant)
     return opened
 
 
-def _again(folder: str, library: str | Path | None, threads: int, provider: str) -> Classifier:
-    return load(folder, library=library, threads=threads, provider=provider)
+def _again(
+    folder: str, library: str | Path | None, threads: int, provider: str, variant: str | None = None
+) -> Classifier:
+    return load(folder, library=library, threads=threads, provider=provider, variant=variant)
+
+
+def _first_that_opens(
+    folder: Path, library: str | Path | None, provider: str, threads: int, variant: str | None
+) -> tuple[Bundle, Any]:
+    """The best variant of a folder that runs here, and its session; a damaged file is never passed over."""
+    offered = bundle.candidates(folder, variant, provider)
+    found = next(offered)
+    while True:
+        try:
+            return found, _open(found, library, provider, threads)
+        except (DeviceError, ModelError, PluginError):
+            after = next(offered, None) if found.library and library is None else None
+            if after is None:
+                raise
+            found = after
 
 
 def _open(found: Bundle, library: str | Path | None, provider: str, threads: int) -> Any:
@@ -268,8 +314,8 @@ def _padding(tokenizer: Tokenizer, config: Mapping[str, Any], tokens: Mapping[st
     return {"input_ids": number, "token_type_ids": int(tokens.get("pad_token_type_id") or 0)}
 
 
-def _longest(config: Mapping[str, Any], tokens: Mapping[str, Any]) -> int:
-    """The least of what the tokenizer and the position embeddings allow."""
+def longest(config: Mapping[str, Any], tokens: Mapping[str, Any]) -> int:
+    """Tokens of the longest input: the least of what the tokenizer and the position embeddings allow."""
     positions = config.get("max_position_embeddings")
     if positions and config.get("model_type") in OFFSET:  # their positions start after that of the padding
         positions -= (config.get("pad_token_id") or 0) + 1

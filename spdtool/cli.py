@@ -2,175 +2,36 @@
 
 from __future__ import annotations
 
-import errno
-import functools
 import importlib
-import inspect as inspect_module
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from spdtool import console, plugins, recipe
-from spdtool.errors import DeviceError, RecipeError, RunError, SpdError
+from spdtool.commands import (
+    OF_NO_RUN,
+    Again,
+    DryRun,
+    Folder,
+    Model,
+    RunFolder,
+    Sets,
+    app,
+    command,
+    make_recipe,
+)
+from spdtool.errors import GateError, RecipeError
 from spdtool.recipe import STAGES, Recipe
 from spdtool.run import Run, default_path
-
-
-class Commands(TyperGroup):
-    """Keeps the words of a call, so that with `--json` wrong usage is told as JSON too."""
-
-    words: tuple[str, ...] = ()
-
-    def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> Any:
-        """Note the words, then go on as usual."""
-        self.words = tuple(args)
-        with self._usage_as_json():
-            return super().make_context(info_name, args, *rest, **extra)
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run the command that the words name."""
-        with self._usage_as_json():
-            return super().invoke(ctx)
-
-    @contextmanager
-    def _usage_as_json(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            if "--json" not in self.words or not hasattr(error, "format_message"):
-                raise
-            console.setup(as_json=True)
-            console.fail(RecipeError(error.format_message(), "`spdtool COMMAND --help` lists the options"))
-            raise typer.Exit(2) from None
-
-
-app = typer.Typer(
-    cls=Commands,
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    help="Make a fine-tuned encoder sparse, keep its score, export it to ONNX and measure what came out.",
-    epilog="Start with: spdtool compress --task demo --sparsity 0.9",
-)
-
-TaskName = Annotated[str | None, typer.Option("--task", help="Task; `spdtool tasks` lists them.")]
-Data = Annotated[str | None, typer.Option(help="File or folder to read instead of the hub.")]
-TextColumns = Annotated[str | None, typer.Option("--text", help="Text columns of --data, one or two: a,b.")]
-Label = Annotated[str | None, typer.Option(help="Label column of --data.")]
-Model = Annotated[str | None, typer.Option(help="Encoder to fine-tune: folder or hub name.")]
-Given = Annotated[str | None, typer.Option("--teacher", help="Fine-tuned model to use as it is.")]
-Sparsity = Annotated[float | None, typer.Option(help="Share of the encoder's weights to set to zero.")]
-RecipeName = Annotated[str, typer.Option("--recipe", help="Recipe name or TOML file; `spdtool recipes` lists them.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of everything that is random.")]
-Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda (which refuses to fall back).")]
-Folder = Annotated[Path | None, typer.Option("--run", help="Run folder.", show_default="runs/<task>-<sparsity>")]
-RunFolder = Annotated[Path, typer.Option("--run", help="Run folder.")]
-Sets = Annotated[list[str] | None, typer.Option("--set", help="Any recipe field: --set prune.epochs=3.")]
-Smoke = Annotated[bool, typer.Option("--smoke", help="A few steps on a random two-layer model; no result.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and do nothing.")]
-Again = Annotated[bool, typer.Option("--again", help="Redo the stage, dropping it and every later one.")]
-OF_NO_RUN: dict[str, Any] = {"rich_help_panel": "A checkpoint that belongs to no run"}
-Json = Annotated[bool, typer.Option("--json", help="JSON on standard output, everything else on standard error.")]
-PluginsDir = Annotated[
-    Path | None, typer.Option(help="Also load the *.py files of this folder.", envvar="SPDTOOL_PLUGINS")
-]
+from spdtool.serving import commands as _serving  # noqa: F401  # registers its commands
 
 
 def main() -> None:
     """Entry point of the `spdtool` script."""
     app(prog_name="spdtool")
-
-
-def command(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Register `function` as a command of its name: its value becomes JSON, errors of the user's lose their traceback.
-
-    Every command also gets --plugins-dir and --json; one that takes `chosen` gets the options that make a recipe.
-    """
-    own = inspect_module.signature(function, eval_str=True)
-    making = inspect_module.signature(make_recipe, eval_str=True).parameters
-
-    @functools.wraps(function)
-    def run(plugins_dir: Path | None, as_json: bool, **options: Any) -> None:
-        console.setup(as_json=as_json)
-        try:
-            plugins.use_folder(plugins_dir)
-            if "chosen" in own.parameters:
-                options["chosen"] = make_recipe(**{name: options.pop(name) for name in making})
-            console.result(function(**options))
-        except SpdError as error:
-            console.fail(error)
-            raise typer.Exit(error.exit_code) from None
-        except KeyboardInterrupt:
-            console.warn("stopped; the same command goes on from the last snapshot, if the stage has made one")
-            raise typer.Exit(130) from None
-        except Exception as error:
-            known = _machine_error(error)
-            if known is None:
-                raise
-            console.fail(known)
-            raise typer.Exit(known.exit_code) from None
-
-    shared = inspect_module.signature(_shared_options, eval_str=True).parameters
-    parameters = {name: value for name, value in own.parameters.items() if name != "chosen"}
-    if "chosen" in own.parameters:
-        parameters = dict(making) | parameters
-    every = [value.replace(kind=value.KEYWORD_ONLY) for value in (parameters | dict(shared)).values()]
-    run.__signature__ = own.replace(parameters=every)  # type: ignore[attr-defined]
-    return app.command(function.__name__.rstrip("_"))(run)
-
-
-def _shared_options(plugins_dir: PluginsDir = None, as_json: Json = False) -> None:
-    """The options that every command has."""
-
-
-def make_recipe(
-    task: TaskName = None,
-    data: Data = None,
-    text: TextColumns = None,
-    label: Label = None,
-    model: Model = None,
-    teacher: Given = None,
-    sparsity: Sparsity = None,
-    name: RecipeName = "default",
-    seed: Seed = None,
-    device: Device = None,
-    sets: Sets = None,
-    smoke: Smoke = False,
-) -> Recipe:
-    """The recipe that the options ask for.
-
-    Raises:
-        RecipeError: neither a task nor data was given, or a setting is wrong.
-    """
-    if task is None and data is None:
-        raise RecipeError(
-            "neither --task nor --data was given", "for example --task demo; `spdtool tasks` lists the tasks"
-        )
-    flags = {
-        "task": task.lower() if task else "local",
-        "data": _from_here(data),
-        "text": tuple(column.strip() for column in text.split(",")) if text else None,
-        "label": label,
-        "model": _from_here(model),
-        "given_teacher": _from_here(teacher),
-        "sparsity": sparsity,
-        "seed": seed,
-        "device": device,
-        "smoke": smoke or None,
-    }
-    return recipe.resolve(name, flags, sets or ())
-
-
-def _from_here(path: str | None) -> str | None:
-    """An existing path made absolute, so that the run can be resumed from another folder; a hub name as it is."""
-    return os.path.abspath(path) if path and os.path.exists(path) else path
 
 
 @command
@@ -182,12 +43,21 @@ def compress(chosen: Recipe, run: Folder = None, dry_run: DryRun = False) -> Any
         return planned | {"recipe": chosen.model_dump(mode="json")}
     _require_runtime()
     target = Run.at(path, chosen)
+    refused: GateError | None = None
     for stage in STAGES:
         if target.done(stage):
             console.say(f"[dim]{stage}: done, skipped[/]")
-        else:
+            continue
+        try:
             _make(stage, target)
-    return _show_result(target)
+        except GateError as error:
+            if not target.done(stage):
+                raise
+            refused = error  # of a variant that nothing later needs: it is told again at the end
+    result = _show_result(target)
+    if refused is not None:
+        raise refused
+    return result
 
 
 @command
@@ -223,6 +93,9 @@ def finetune(run: RunFolder, again: Again = False, sets: Sets = None) -> Any:
 def export(
     run: Annotated[Path | None, typer.Option("--run", help="Run folder; or give --from.")] = None,
     again: Again = False,
+    layout: Annotated[
+        str | None, typer.Option(help="Write the bundle of --run to --to for a server or a hub: triton or hub.")
+    ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option("--from", help="Any fine-tuned classifier, whoever pruned it.", **OF_NO_RUN)
     ] = None,
@@ -240,7 +113,10 @@ def export(
 ) -> Any:
     """Write teacher and student of a run (or any checkpoint) for a runtime, each checked against its checkpoint."""
     foreign = {"--target": target, "--to": to, "--task": task, "--data": data, "--text": text, "--label": label}
-    _refuse_mixture(run, checkpoint, again, [name for name, value in foreign.items() if value is not None])
+    given = [name for name, value in foreign.items() if value is not None]
+    _refuse_mixture(run, checkpoint, again, [name for name in given if layout is None or name != "--to"])
+    if layout is not None:
+        return _write_layout(run, layout, to, again, sets)
     _require_runtime()
     if run is not None:
         return _run_stage("export", run, again, sets)
@@ -254,6 +130,20 @@ def export(
 
     folder = to or Path(f"{checkpoint.resolve().name}-{name}")
     return export_any(checkpoint, name, folder, chosen, with_task=with_task)
+
+
+def _write_layout(run: Path | None, layout: str, to: Path | None, again: bool, sets: list[str] | None) -> Any:
+    """Write the bundle of a finished export in the layout of a server or a hub."""
+    if run is None or to is None or again:
+        raise RecipeError(
+            "--layout writes the bundle of a finished export", "spdtool export --layout triton --run RUN --to FOLDER"
+        )
+    from spdtool.export import layouts
+
+    opened = Run.open(run)
+    written = layouts.write(Run(opened.path, recipe.amend(opened.recipe, sets or ())), layout, to)
+    console.say(f"{console.plain(to)}: {len(written['files'])} files in the layout {layout}")
+    return written
 
 
 def _refuse_mixture(run: Path | None, checkpoint: Path | None, again: bool, foreign: list[str]) -> None:
@@ -308,6 +198,86 @@ def inspect(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> Any:
     if shown["layers"]:
         console.table(f"zeros after {shown['sparsest']}", ("weight", "zeros", "size", "sparsity"), shown["layers"])
     return shown
+
+
+@command
+def sweep(
+    tasks: Annotated[str, typer.Option(help="Tasks: cola,sst2.")],
+    recipes: Annotated[str, typer.Option(help="Recipe names or TOML files: default,reference.")] = "default",
+    sparsities: Annotated[str, typer.Option(help="Shares of zeros: 0.8,0.9.")] = "0.9",
+    seeds: Annotated[str, typer.Option(help="Seeds; each has a teacher of its own: 0,1,2.")] = "0,1,2",
+    data: Annotated[
+        str | None, typer.Option(help="Folder with a folder for each task, or task=folder,...", show_default="the hub")
+    ] = None,
+    model: Model = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="Sum of the student's epochs that every recipe is scaled to.")
+    ] = None,
+    sets: Sets = None,
+    out: Annotated[Path, typer.Option(help="Folder of the sweep; the same command goes on with it.")] = Path(
+        "runs/sweep"
+    ),
+    bench: Annotated[bool, typer.Option("--bench", help="Also export and time every student.")] = False,
+) -> Any:
+    """Compare recipes x sparsities x seeds x tasks, all with the same teachers; tables and Pareto plots."""
+    from spdtool import sweep as trials
+    from spdtool.report import summary
+    from spdtool.report.rows import FAILED
+
+    if bench:
+        _require_runtime()
+    planned = trials.plan(
+        recipes=_words("--recipes", recipes),
+        sparsities=_numbers("--sparsities", sparsities, float),
+        seeds=_numbers("--seeds", seeds, int),
+        tasks=_words("--tasks", tasks),
+        out=out,
+        data=data,
+        model=model,
+        sets=sets or (),
+        epochs=epochs,
+        bench=bench,
+    )
+    rows = trials.run_sweep(planned, out, lambda line: console.say(console.plain(line)))
+    summaries = summary.summarise(rows)
+    if summaries:
+        title = f"SMOKE SWEEP, NO RESULT: {out}" if any(row.smoke for row in rows) else str(out)
+        console.table(title, *summary.table(summaries))
+        console.table("average over tasks", *summary.averages_table(summaries))
+    for failure in summary.failures(rows):
+        console.warn(f"failed: {failure}")
+    if any(row.status == FAILED for row in rows):
+        console.result([row.record() for row in rows])
+        raise typer.Exit(3)
+    return [row.record() for row in rows]
+
+
+def _words(option: str, text: str) -> list[str]:
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words:
+        raise RecipeError(f"{option} is empty", f"{option} a,b")
+    return words
+
+
+def _numbers(option: str, text: str, kind: type[Any]) -> list[Any]:
+    try:
+        return [kind(word) for word in _words(option, text)]
+    except ValueError:
+        what = "whole numbers" if kind is int else "numbers"
+        raise RecipeError(f"{option} {text!r} is no list of {what}", "separate them by commas") from None
+
+
+@command
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, or the folder of a sweep.")],
+    to: Annotated[Path | None, typer.Option(help="Page to write.", show_default="RUN/report/report.html")] = None,
+) -> Any:
+    """Write one HTML page of a run, of several, or of a sweep, with its figures as PNG files beside it."""
+    from spdtool.report import page
+
+    written = page.write(runs, to)
+    console.say(f"{console.plain(written.file)} and {len(written.images)} figures")
+    return {"page": str(written.file), "images": [str(image) for image in written.images]}
 
 
 @command
@@ -461,19 +431,3 @@ def _require_runtime() -> None:
     from spdtool.export import runtime
 
     runtime.require()
-
-
-def _machine_error(error: Exception) -> SpdError | None:
-    """What the machine ran out of or does not allow, if that is what happened."""
-    number = error.errno if isinstance(error, OSError) else None
-    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
-        return RunError(
-            f"the disk is full: {error}", "free some space; the same command goes on from the last snapshot"
-        )
-    if type(error).__name__ == "OutOfMemoryError":
-        return DeviceError(f"out of device memory: {error}", "cut batches into pieces: --set prune.accumulate=2")
-    if isinstance(error, MemoryError):
-        return DeviceError(f"out of memory: {error}", "cut batches into pieces: --set prune.accumulate=2")
-    if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP):
-        return RunError(f"not possible here: {error}", "check the path and its permissions, or give another --run")
-    return None

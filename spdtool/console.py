@@ -34,6 +34,7 @@ UNFOLDED = 1000  # columns: wider than any line of ours
 EMPTY = (None, "", "-")  # cells without a value
 
 _json = False
+_silent = False
 _out = Console(highlight=False)
 _err = Console(stderr=True, highlight=False)
 
@@ -56,12 +57,24 @@ def _console(*, stderr: bool = False) -> Console:
 
 def say(text: str) -> None:
     """One line for the user; markup such as [bold] is understood, so escape what is not yours."""
-    _out.print(text, soft_wrap=not _out.is_terminal)
+    if not _silent:
+        _out.print(text, soft_wrap=not _out.is_terminal)
 
 
 def plain(text: Any) -> str:
     """Text for `say` in which brackets mean nothing."""
     return escape(str(text))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the lines of what is done inside to ourselves; a live display, warnings and errors are still shown."""
+    global _silent
+    before, _silent = _silent, True
+    try:
+        yield
+    finally:
+        _silent = before
 
 
 def warn(text: str) -> None:
@@ -74,17 +87,17 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
     drawn = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True, header_style="bold")
     for index, column in enumerate(columns):
         cells = [row[index] for row in rows]
-        drawn.add_column(column, justify="right" if index and _numeric(cells) else "left", overflow="fold")
+        drawn.add_column(column, justify="right" if index and numeric(cells) else "left", overflow="fold")
     for row in rows:
         drawn.add_row(*[escape(number(cell)) for cell in row])
     say(f"\n[bold]{escape(title)}[/]")
     _out.print(drawn)
 
 
-def _numeric(cells: Sequence[Any]) -> bool:
-    """Whether a column is read as numbers: `12`, `3.5%` and `1.02x` are, among cells that may be empty."""
+def numeric(cells: Sequence[Any]) -> bool:
+    """Whether a column is read as numbers: `12`, `3.5%`, `1.02x` and `3.1 ± 0.2` are, among cells that may be empty."""
     filled = [number(cell) for cell in cells if cell not in EMPTY]
-    return bool(filled) and all(re.fullmatch(r"-?[\d,.]+(e-?\d+)?[%xM]?", cell) for cell in filled)
+    return bool(filled) and all(re.fullmatch(r"-?[\d,.]+(e-?\d+)?[%xM]?( ± (-|[\d.]+))?", cell) for cell in filled)
 
 
 def result(value: Any) -> None:
@@ -92,6 +105,12 @@ def result(value: Any) -> None:
     if _json:
         sys.stdout.write(json.dumps(_finite(value), indent=2, ensure_ascii=False, default=str) + "\n")
         sys.stdout.flush()
+
+
+def row(value: dict[str, Any], text: str) -> None:
+    """One row of a result that is told as it comes: `value` as one line of JSON with `--json`, else `text`."""
+    line = json.dumps(_finite(value), ensure_ascii=False, default=str) if _json else text
+    sys.stdout.write(line + "\n")
 
 
 def _finite(value: Any) -> Any:
@@ -183,7 +202,8 @@ class _Display:
         for name, value in _facts(self.step):
             grid.add_row(f"[dim]{name}[/]", escape(value))
         if self.score:
-            grid.add_row("[dim]last dev score[/]", escape(scores(self.score["metrics"], best=self.score["best"])))
+            shown = scores(self.score["metrics"], best=self.score["best"]) + _beside(self.score)
+            grid.add_row("[dim]last dev score[/]", escape(shown))
         drawn = self.step.get("drawn")
         if drawn:
             blocks = Text.assemble(*[("■ " if own else "□ ", "green" if own else "blue") for own in drawn])
@@ -198,9 +218,12 @@ def _lines(stage: str, steps: int) -> Watch:
         nonlocal last
         head = f"{stage} {event.get('step', 0)}/{steps}"
         if event["event"] == "eval":
-            say(escape(f"{head}  dev {scores(event['metrics'], best=event['best'])}"))
+            say(escape(f"{head}  dev {scores(event['metrics'], best=event['best'])}{_beside(event)}"))
         elif event["event"] == "prune":
-            say(escape(f"{head}  pruned to {event['sparsity']:.4f}"))
+            kept = f"; prune.least kept more of {len(event['clamped'])} matrices alive" if "clamped" in event else ""
+            say(escape(f"{head}  pruned to {event['sparsity']:.4f}{kept}"))
+        elif event["event"] == "left":
+            say(escape(f"{head}  left at sparsity {event['sparsity']:g}: dev {scores(event['dev'])}"))
         elif event["event"] == "resume":
             say(escape(f"{head}  resumed"))
         elif event["event"] == "step" and time.monotonic() - last > PLAIN_SECONDS:
@@ -208,6 +231,11 @@ def _lines(stage: str, steps: int) -> Watch:
             say(escape(f"{head}  " + "  ".join(f"{name} {value}" for name, value in _facts(event))))
 
     return take
+
+
+def _beside(event: dict[str, Any]) -> str:
+    """The score on training rows, to be read beside the dev score: far above it, the model has learnt them by heart."""
+    return f"  (train {event['train']['score']:.4f})" if "train" in event else ""
 
 
 def _facts(event: dict[str, Any]) -> Iterator[tuple[str, str]]:

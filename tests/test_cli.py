@@ -30,12 +30,37 @@ Call = Callable[..., Any]
 def test_help_lists_every_command(spdtool: Call) -> None:
     called = spdtool("--help")
     assert called.exit_code == 0
-    for name in (*cli.STAGES, "unpack", "compress", "inspect", "doctor", "tasks", "recipes", "plugins"):
+    for name in (
+        *cli.STAGES,
+        "unpack",
+        "predict",
+        "serve",
+        "serve-check",
+        "compress",
+        "inspect",
+        "doctor",
+        "tasks",
+        "recipes",
+        "plugins",
+    ):
         assert name in called.stdout
 
 
 @pytest.mark.parametrize(
-    "command", [*cli.STAGES, "unpack", "compress", "inspect", "doctor", "tasks", "recipes", "plugins"]
+    "command",
+    [
+        *cli.STAGES,
+        "unpack",
+        "predict",
+        "serve",
+        "serve-check",
+        "compress",
+        "inspect",
+        "doctor",
+        "tasks",
+        "recipes",
+        "plugins",
+    ],
 )
 def test_the_command_line_stays_small(command: str) -> None:
     options = {option for parameter in get_command(cli.app).commands[command].params for option in parameter.opts}

@@ -71,7 +71,7 @@ def test_the_constraints_satisfy_the_ranges():
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     ranges = [Requirement(line) for line in project["dependencies"]]
-    for extra in ("cpu", "dev"):
+    for extra in ("cpu", "serve", "dev"):
         ranges += [Requirement(line) for line in project["optional-dependencies"][extra]]
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text("utf-8").split() if "==" in line)
     for wanted in ranges:

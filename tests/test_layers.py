@@ -16,6 +16,7 @@ import spdtool
 ROOT = Path(spdtool.__file__).parent
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.name != "__main__.py")
 HEAVY = {"torch", "transformers", "numpy", "datasets", "accelerate", "sklearn", "scipy", "onnx", "onnxruntime"}
+HEAVY |= {"matplotlib", "jinja2"}
 STUDENTS = {"spdtool.stages.prune", "spdtool.stages.distill", "spdtool.stages.finetune"}
 
 OWN_DOOR = ("spdtool", "spdtool.classifier")  # `spdtool.load`, imported when it is asked for
@@ -30,21 +31,28 @@ LAYERS = {
     "spdtool.recipes": 0,
     "spdtool.run": 0,
     "spdtool.plugins": 0,
+    "spdtool.commands": 0,
     "spdtool.pruning": 1,
     "spdtool.distillation": 2,
     "spdtool.encoders": 2,
+    "spdtool.pairing": 2,
     "spdtool.data": 2,
     "spdtool.tasks": 2,
     "spdtool.training": 3,
+    "spdtool.journal": 3,
+    "spdtool.saliency": 3,
     "spdtool.snapshot": 3,
     "spdtool.evaluation": 3,
     "spdtool.export": 3,
     "spdtool.bench": 3,
     "spdtool.planning": 3,  # what a recipe will cost
     "spdtool.inspection": 3,  # what a run has done
+    "spdtool.report": 3,  # what several have shown, and a page of it
     "spdtool.doctor": 3,  # what the machine can do
     "spdtool.classifier": 3,  # what was exported, for its user
     "spdtool.stages": 4,
+    "spdtool.sweep": 4,  # runs the stages of many runs
+    "spdtool.serving": 4,
     "spdtool.cli": 5,
 }
 

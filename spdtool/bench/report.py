@@ -23,6 +23,7 @@ SAME_SPEED = 0.05  # a ratio this close to 1 is not worth calling faster, even w
 NOISY = 1.1  # an interval that reaches from 1 beyond this says nothing about zeros
 SAME_SIZE = 0.01
 MUCH_REAL = 0.8  # share of real tokens above which there is too little padding to see whether it is computed
+RIVALS = ("int8", "onnx-int8 teacher")
 MIB = 2**20
 
 Facts = Mapping[str, Mapping[str, Any]]
@@ -48,6 +49,7 @@ class Bench:
     Attributes:
         timings: the teacher first; see `latency.race`.
         facts: what is known of the files. sparse: engines that run a sparse form of the student.
+        treated: engine of the student to that of the teacher with the same treatment: fused, fp16, int8.
         ledger: see `ledger.entry`. notes: what was not done as asked, or needs saying beside the figures.
     """
 
@@ -56,6 +58,7 @@ class Bench:
     sparse: Sequence[str] = ()
     ledger: Sequence[Mapping[str, Any]] = ()
     notes: Sequence[str] = ()
+    treated: Mapping[str, str] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -77,6 +80,12 @@ class Bench:
     def padded(self) -> list[Shape]:
         """The shapes with padding."""
         return [shape for shape in self.timings[0].rounds if shape.real]
+
+    @property
+    def resized(self) -> bool:
+        """Whether the matrices of student and teacher differ in size, so that zeros are not all that differs."""
+        sizes = {self.facts[role].get("size") for role in ("teacher", "student")}
+        return len(sizes) > 1
 
     def of(self, name: str, threads: int) -> Timing:
         """The timing of an engine with a number of threads."""
@@ -168,11 +177,12 @@ def ledger_table(entries: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[
 def verdict(bench: Bench) -> list[str]:
     """What the zeros bought, in sentences."""
     teacher, student = bench.facts["teacher"], bench.facts["student"]
-    lines = []
+    lines = _resized(bench)
     for name in bench.sparse:
         lines += [_speed(bench, name, threads) for threads in bench.threads]
         lines += _padding(bench, name) + _file(bench, name) + _rounding(bench.facts[name])
-        lines += [_against_rival(bench, name, rival) for rival in ("int8",) if rival in bench.engines]
+        lines += [_against_rival(bench, name, rival) for rival in RIVALS if rival in bench.engines]
+    lines += [line for name in bench.treated if name in bench.engines for line in _treated(bench, name)]
     if student["sparsity"] <= teacher["sparsity"]:
         speeds = ", ".join(_with(bench, "student", threads) for threads in bench.threads)
         lines.append(f"The student has no more zeros than the teacher; against it, it runs at {speeds}.")
@@ -201,6 +211,7 @@ def markdown(title: str, bench: Bench) -> str:
     return "\n\n".join([*parts, _table(["measured on", ""], machine)]) + "\n"
 
 
+SAME = "no difference beyond the noise."
 NOTE = (
     "Speed is against the dense teacher in onnxruntime, fused or not, whichever is faster at that shape. A figure is "
     "of turns: the median of the batches that fit into ten milliseconds, or one that takes longer. `min` is the "
@@ -224,7 +235,7 @@ def _speed(bench: Bench, name: str, threads: int) -> str:
     timing = bench.of(name, threads)
     speed, rounds = bench.zeros(timing, bench.grid), len(timing.rounds[bench.grid[0]])
     sparsity = bench.facts[name]["sparsity"]
-    ideal = 1 / (1 - sparsity) if sparsity < 1 else math.inf
+    ideal = None if bench.resized else 1 / (1 - sparsity) if sparsity < 1 else math.inf
     return (
         f"Speed of {name}, {sparsity:.1%} zeros, {_threads(threads)}: {speed} that of the dense teacher on "
         f"{timing.provider}, over {rounds} paired rounds{_range(bench, timing)}: {_meaning(speed, rounds, ideal)}"
@@ -267,6 +278,8 @@ def _file(bench: Bench, name: str) -> list[str]:
     teacher, found = bench.facts["teacher"]["bytes"], bench.facts[name]["bytes"]
     size = teacher / found
     why = "it stores the zeros like any other number." if size < 1 + SAME_SIZE else "it leaves zeros out."
+    if bench.resized:
+        return [f"File of {name}: {size:.2f}x smaller, {found:,} of {teacher:,} bytes."]
     packed = [entry for entry in bench.ledger if entry["sparse_bytes"] is not None]
     if name in bench.sparse and packed:
         dense, sparse = (sum(entry[key] for entry in packed) for key in ("dense_bytes", "sparse_bytes"))
@@ -296,7 +309,26 @@ def _against_rival(bench: Bench, name: str, rival: str) -> str:
     slower = [f"{place} ({value:.2f}x)" for place, value in found.items() if value < 1]
     reach = f"{min(found.values()):.2f}x to {max(found.values()):.2f}x"
     where = f"slower at {', '.join(slower)}" if slower else "faster at every point of the grid"
-    return f"Against the teacher in {rival} (whose score is not measured), {name} is {where}: {reach}."
+    dev = bench.facts.get(rival, {}).get("dev")
+    scored = f"dev score {dev['score']:.4f}" if dev else "whose score is not measured"
+    return f"Against the teacher in {rival.removesuffix(' teacher')} ({scored}), {name} is {where}: {reach}."
+
+
+def _treated(bench: Bench, name: str) -> list[str]:
+    """What a treatment gives the dense teacher, and what the zeros add to it: the one is never told as the other."""
+    teacher, zeros = bench.treated[name], []
+    for threads in bench.threads:
+        same = ratio([bench.of(teacher, threads)] * len(bench.grid), bench.of(name, threads), bench.grid)
+        zeros.append(f"{same} with {_threads(threads)}")
+    gain = ", ".join(
+        f"{bench.speed(bench.of(teacher, threads), bench.grid)} with {_threads(threads)}" for threads in bench.threads
+    )
+    dense, treated, sparse = (bench.facts[of]["bytes"] for of in ("teacher", teacher, name))
+    return [
+        f"Treatment {name}, which is not sparsity: it gives the dense teacher {gain}, and {dense / treated:.2f}x fewer "
+        f"bytes. The zeros add to it, student against teacher in the same form: {', '.join(zeros)}; "
+        f"{treated / sparse:.2f}x fewer bytes."
+    ]
 
 
 def _with(bench: Bench, name: str, threads: int) -> str:
@@ -307,11 +339,14 @@ def _threads(count: int) -> str:
     return f"{count} thread" + ("" if count == 1 else "s")
 
 
-def _meaning(speed: Ratio, rounds: int, ideal: float) -> str:
+def _meaning(speed: Ratio, rounds: int, ideal: float | None) -> str:
+    """What a ratio says; `ideal` is what the zeros alone could win, None where another model is timed."""
     if rounds < FEWEST_ROUNDS:
         return f"{rounds} rounds are too few to tell it from noise."
     if speed.low <= 1 <= speed.high and max(1 / speed.low, speed.high) > NOISY:
         return "the rounds scatter too much to tell. Repeat it on a machine that does nothing else, with more rounds."
+    if ideal is None:
+        return "slower, beyond the noise." if speed.high < 1 else "faster, beyond the noise." if speed.low > 1 else SAME
     if speed.low <= 1 <= speed.high:
         return "no difference beyond the noise: it multiplies the zeros like any other number."
     if speed.high < 1:
@@ -319,6 +354,16 @@ def _meaning(speed: Ratio, rounds: int, ideal: float) -> str:
     if speed.median < 1 + SAME_SPEED:
         return "beyond the noise, but next to nothing: it multiplies the zeros like any other number."
     return f"faster, beyond the noise (skipping every zero would make the matrix products {ideal:.1f}x as fast)."
+
+
+def _resized(bench: Bench) -> list[str]:
+    if not bench.resized:
+        return []
+    mine, its = (bench.facts[role]["size"] for role in ("student", "teacher"))
+    return [
+        f"The student is another model than the teacher: its matrices hold {mine:,} weights, zeros among them, the "
+        f"teacher's {its:,}. Speed and bytes are those of the other model and of its zeros together."
+    ]
 
 
 def _help(bench: Bench) -> list[str]:

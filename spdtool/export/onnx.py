@@ -26,10 +26,20 @@ It may also have, with these defaults where it does not (`targets.py` asks for t
     providers = ("cpu", "cuda")         the providers of onnxruntime on which they run
     weights = None                      a function (folder) -> iterator of (parameter name, float32 array)
     libraries = lambda folder: []       libraries of custom operators that a session needs, as absolute paths
+    domains = None                      the domains that operators may be of, which is then checked ("": ONNX itself)
+    calibrates = False                  whether `export` takes a fourth argument: encoded training rows of the task
+    storage = None                      a function (recipe) -> (fp32, fp16 or int8 of the weights, of the embeddings)
+    exact = None                        a function (folder) -> Forward: the file with nothing rounded but its weights
+    verify = None                       a function (folder, model, batches, provider) that raises GateError: see below
+    parts = None                        a function (checkpoint, recipe) -> names; `export` then takes `keep`: see below
+    facts = None                        a function (folder) -> what else stage.json should hold of the files
 
 A target that stores the weights rounded has `weights`: what its files really hold, one parameter at a time, every one
 of the model. Its logits are then held against the checkpoint with those weights in it, which proves the arithmetic, and
-its dev metric against the checkpoint itself, which says what the rounding costs. `spdtool unpack` is made of it too. A
+its dev metric against the checkpoint itself, which says what the rounding costs. `spdtool unpack` is made of it too.
+Where the arithmetic is coarse as well (fp16, int8), its logits say little: then `exact` gives the twin that is held
+tightly, and the files' own logits have `export.rounded_tolerance`. `verify` looks for faults that only this target can
+have. `parts` names the pieces of a model that may be left unrounded, `keep`, where rounding all breaks the budget. A
 target may raise DeviceError or PluginError where something that it needs is missing; an optional one is then left out.
 
 What torch.onnx writes is cleaned: it records the building machine's paths at each node, and folds the transposes of
@@ -45,7 +55,7 @@ import inspect
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +69,7 @@ from spdtool import encoders
 from spdtool.errors import GateError
 from spdtool.evaluation import Forward, onnx_forward
 from spdtool.export import runtime
+from spdtool.export.stored import PARAMETERS, TRANSPOSED, audit, thin
 from spdtool.plugins import targets
 from spdtool.recipe import Recipe
 
@@ -67,17 +78,17 @@ ONE_FILE_BYTES = 2**31 - 2**20  # protobuf cannot write more; beyond, the weight
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 AXES = {0: "batch", 1: "sequence"}
 EXAMPLE = (2, 9)  # the exporter would freeze an axis of length 1
-TRANSPOSED = ".T"
-PARAMETERS = "parameters"  # metadata of a constant: the parameters that it holds, separated by spaces
+ATTENTION = 23  # the operator set that has Attention, which torch's own attention becomes
 EXPORTER_LOGGERS = ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")
 
 
 @targets.register("onnx")
 class Onnx:
-    """One float32 ONNX file for onnxruntime; zeros are stored like any other number."""
+    """One portable float32 ONNX file; zeros are stored like any other number, unless export.sparse_initializers."""
 
     roles: tuple[str, ...] = ("teacher", "student")
     providers: tuple[str, ...] = ("cpu", "cuda")
+    domains: tuple[str, ...] | None = ("",)
     weights: Callable[[Path], Iterator[tuple[str, np.ndarray]]] | None = None  # stored exactly
 
     @staticmethod
@@ -91,15 +102,10 @@ class Onnx:
             ModelError: the checkpoint cannot be read.
             GateError: an axis of the exported graph is not free.
         """
-        model = encoders.load(checkpoint, eager=True)  # fewer nodes than with sdpa, and every architecture has it
-        tokenizer = encoders.load_tokenizer(checkpoint)
-        proto = trace(model, input_names(model, tokenizer), recipe.export.opset)
-        clean(proto)
-        name_weights(proto, model)
-        folder.mkdir(parents=True, exist_ok=True)
-        model.config.save_pretrained(folder)
-        encoders.save_tokenizer(tokenizer, folder)
-        return write(proto, folder / FILE)
+        proto = graph(checkpoint, recipe.export.opset)
+        if recipe.export.sparse_initializers:
+            thin(proto)
+        return save(proto, checkpoint, folder)
 
     @staticmethod
     def session(folder: Path, provider: str = "cpu", threads: int = 0) -> Forward:
@@ -115,6 +121,63 @@ class Onnx:
     def audit(folder: Path) -> dict[str, tuple[int, int]]:
         """`(zeros, size)` of every parameter that the file holds."""
         return audit(folder / FILE)
+
+    @staticmethod
+    def facts(folder: Path) -> dict[str, Any]:
+        """Nodes of the graph, and its operator set."""
+        return facts(onnx.load(folder / FILE, load_external_data=False))
+
+
+def facts(proto: onnx.ModelProto) -> dict[str, Any]:
+    """What a reader wants to know of a graph: its nodes, its operator set, and the constants that are sparse."""
+    opset = max(entry.version for entry in proto.opset_import if not entry.domain)
+    found = {"nodes": len(proto.graph.node), "opset": opset}
+    return found | ({"sparse": len(proto.graph.sparse_initializer)} if proto.graph.sparse_initializer else {})
+
+
+_traced: dict[tuple[Any, ...], bytes] | None = None
+
+
+@contextlib.contextmanager
+def remembering() -> Iterator[None]:
+    """Trace each checkpoint once until the end of the context, however many targets are made of it."""
+    global _traced
+    before, _traced = _traced, {}
+    try:
+        yield
+    finally:
+        _traced = before
+
+
+def graph(checkpoint: Path, opset: int) -> onnx.ModelProto:
+    """The portable graph of a checkpoint: ONNX operators only, float32, no notes of the exporter, weights by name.
+
+    Below operator set 23, attention is written out: fewer nodes than torch's own attention gives, and every
+    architecture has it. From 23 on it is the operator Attention.
+
+    Raises:
+        ModelError: the checkpoint cannot be read.
+        GateError: an axis of the exported graph is not free.
+    """
+    weights = [(file.name, file.stat().st_mtime_ns) for file in sorted(checkpoint.iterdir()) if file.is_file()]
+    key = (checkpoint.resolve(), opset, *weights)
+    if _traced is not None and key in _traced:
+        return onnx.load_from_string(_traced[key])
+    model = encoders.load(checkpoint, eager=opset < ATTENTION)
+    proto = trace(model, input_names(model, encoders.load_tokenizer(checkpoint)), opset)
+    clean(proto)
+    name_weights(proto, model)
+    if _traced is not None and _size(proto.graph.initializer) < ONE_FILE_BYTES:
+        _traced[key] = proto.SerializeToString()
+    return proto
+
+
+def save(proto: onnx.ModelProto, checkpoint: Path, folder: Path) -> list[Path]:
+    """Write the graph with configuration and tokenizer of its checkpoint beside it; returns as `write` does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    encoders.load(checkpoint).config.save_pretrained(folder)
+    encoders.save_tokenizer(encoders.load_tokenizer(checkpoint), folder)
+    return write(proto, folder / FILE)
 
 
 def input_names(model: PreTrainedModel, tokenizer: Any) -> list[str]:
@@ -202,7 +265,7 @@ def name_weights(proto: onnx.ModelProto, model: PreTrainedModel) -> None:
 def write(proto: onnx.ModelProto, file: Path) -> list[Path]:
     """Write the model; to one file, unless it is larger than a protobuf can be. Returns the files."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    if sum(len(tensor.raw_data) for tensor in proto.graph.initializer) < ONE_FILE_BYTES:
+    if _size(proto.graph.initializer) < ONE_FILE_BYTES:
         file.write_bytes(proto.SerializeToString(deterministic=True))
         return [file]
     data = file.with_name(file.name + "_data")
@@ -211,16 +274,8 @@ def write(proto: onnx.ModelProto, file: Path) -> list[Path]:
     return [file, data]
 
 
-def audit(file: Path) -> dict[str, tuple[int, int]]:
-    """`(zeros, size)` of every parameter in an ONNX file; of one that the file holds twice, the fewest zeros."""
-    counts: dict[str, tuple[int, int]] = {}
-    for tensor in onnx.load(file).graph.initializer:
-        listed = [entry.value for entry in tensor.metadata_props if entry.key == PARAMETERS]
-        array = numpy_helper.to_array(tensor)
-        found = (int(array.size - np.count_nonzero(array)), int(array.size))
-        for name in listed[0].split() if listed else [tensor.name.removesuffix(TRANSPOSED)]:
-            counts[name] = min(counts.get(name, found), found)
-    return counts
+def _size(tensors: Iterable[onnx.TensorProto]) -> int:
+    return sum(len(tensor.raw_data) for tensor in tensors)
 
 
 def _rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:

@@ -15,25 +15,62 @@ from spdtool import encoders
 from spdtool.data import Batch, Encoded
 from spdtool.errors import GateError
 from spdtool.evaluation import Forward
+from spdtool.export.stored import Held
 
 LONGEST_PROBE = 512
+PADDED = ((2, 5), (3, 16), (4, 24), (5, 33), (8, 48), (2, 96))  # rows and tokens, padded on either side
+SLACK = 1e-5  # of float32 arithmetic in a rounding
 
 
-def check_zeros(audited: Mapping[str, tuple[int, int]], expected: Mapping[str, tuple[int, int]]) -> None:
+def check_zeros(
+    audited: Mapping[str, tuple[int, int]], expected: Mapping[str, tuple[int, int]], *, more: bool = False
+) -> None:
     """Refuse exported files whose matrices have other zeros than the checkpoint's.
+
+    Args:
+        more: let them have more, where small weights are rounded to zero.
 
     Raises:
         GateError: names the first matrix that is missing or differs, and how many there are.
     """
-    wrong = [name for name, count in expected.items() if audited.get(name) != tuple(count)]
+
+    def differs(found: tuple[int, int] | None, zeros: int, size: int) -> bool:
+        return found is None or found[1] != size or found[0] < zeros or (found[0] > zeros and not more)
+
+    wrong = [name for name, (zeros, size) in expected.items() if differs(audited.get(name), zeros, size)]
     if not wrong:
         return
-    name, more = wrong[0], f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+    name, further = wrong[0], f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
     found = audited.get(name)
     shown = f"{found[0]} zeros among {found[1]} weights" if found else "no such matrix"
     raise GateError(
-        f"{name}{more}: the exported file has {shown}; the checkpoint has {expected[name][0]} among {expected[name][1]}"
+        f"{name}{further}: the exported file has {shown}; the checkpoint has {expected[name][0]} among "
+        f"{expected[name][1]}"
     )
+
+
+def check_stored(held: Iterable[Held], model: PreTrainedModel) -> None:
+    """Refuse stored weights that are not the model's: a zero that is none, or more than the storage rounds.
+
+    Raises:
+        GateError: names the parameter, and what was found.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, array, error in held:
+        if name not in parameters:
+            continue
+        weight = parameters[name].detach().cpu().numpy()
+        if weight.shape != array.shape:
+            raise GateError(f"{name}: the exported file holds shape {array.shape}; the checkpoint has {weight.shape}")
+        filled = int((array[weight == 0] != 0).sum())
+        if filled:
+            raise GateError(f"{name}: the exported file holds other numbers in place of {filled} zeros")
+        moved = np.abs(array - weight) - error * (1 + SLACK) - SLACK * np.abs(weight).max()
+        if not (moved <= 0).all():
+            raise GateError(
+                f"{name}: {int((~(moved <= 0)).sum())} of {weight.size} weights in the exported file are further from "
+                f"the checkpoint's than its storage rounds, by up to {np.nanmax(np.abs(array - weight)):.2g}"
+            )
 
 
 def positions(model: PreTrainedModel) -> int:
@@ -59,9 +96,10 @@ def probes(model: PreTrainedModel, rows: Encoded, sentences: int) -> Iterator[tu
         for length in lengths:
             if length <= longest:
                 yield f"shape (1, {length}), {kind}", _synthetic(model, rows, (1, length), pair=pair)
-        for left in (False, True):
-            shape = (4, min(longest, 24))
-            yield f"shape {shape}, {kind}, {_side(left)}", _synthetic(model, rows, shape, pair=pair, left=left)
+        for count, length in PADDED:
+            for left in (False, True):
+                shape = (count, min(longest, length))
+                yield f"shape {shape}, {kind}, {_side(left)}", _synthetic(model, rows, shape, pair=pair, left=left)
 
 
 def parity(
@@ -87,6 +125,23 @@ def parity(
         if difference >= largest:
             largest, where = difference, name
     return largest, where
+
+
+def deviation(expected: Forward, found: Forward, batches: Iterable[tuple[str, Batch]]) -> tuple[float, float]:
+    """How far coarse arithmetic moves the logits: root mean square as a share of the logits' own, and the most.
+
+    Raises:
+        GateError: a logit is not finite; names the batch.
+    """
+    moved, size, largest = 0.0, 0.0, 0.0
+    for name, batch in batches:
+        reference, logits = expected(batch).astype(np.float64), found(batch).astype(np.float64)
+        if not np.isfinite(logits).all():
+            raise GateError(f"the exported file gives logits that are not finite on {name}")
+        moved += float(np.square(logits - reference).sum())
+        size += float(np.square(reference).sum())
+        largest = max(largest, float(np.abs(logits - reference).max()))
+    return float(np.sqrt(moved / size)) if size else 0.0, largest
 
 
 def _side(left: bool) -> str:

@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx as protobuf
 
 from spdtool import plugins
-from spdtool.errors import PluginError, RecipeError, SpdError, UnknownName
-from spdtool.recipe import Export
+from spdtool.data import Batch
+from spdtool.errors import GateError, PluginError, RecipeError, SpdError, UnknownName
+from spdtool.evaluation import Forward
+from spdtool.export import fusion
+from spdtool.recipe import Export, Recipe
 
 ROLES = ("teacher", "student")
 PROVIDERS = ("cpu", "cuda")
@@ -102,3 +106,53 @@ def libraries(target: Any, folder: Path) -> list[str]:
     """The libraries of custom operators that a session of the files in `folder` needs."""
     found = getattr(target, "libraries", None)
     return [str(path) for path in found(folder)] if found is not None else []
+
+
+def storage(target: Any, recipe: Recipe) -> tuple[str, str]:
+    """How a target that rounds stores the matrices and the embeddings."""
+    found = getattr(target, "storage", None)
+    return found(recipe) if found is not None else (recipe.export.values, recipe.export.embeddings)
+
+
+def exact(target: Any, folder: Path) -> Forward | None:
+    """The files with nothing rounded but their weights, where the target's arithmetic is coarse; else None."""
+    found = getattr(target, "exact", None)
+    return found(folder) if found is not None else None
+
+
+def verify(target: Any, folder: Path, model: Any, batches: list[tuple[str, Batch]], provider: str) -> None:
+    """Let a target look for the faults that only its files can have; raises GateError."""
+    found = getattr(target, "verify", None)
+    if found is not None:
+        found(folder, model, batches, provider)
+
+
+def parts(target: Any, checkpoint: Path, recipe: Recipe) -> list[str]:
+    """The pieces of a model that the target can leave unrounded; none where it cannot choose."""
+    found = getattr(target, "parts", None)
+    return list(found(checkpoint, recipe)) if found is not None else []
+
+
+def facts(target: Any, folder: Path) -> dict[str, Any]:
+    """What else is to be said of the files."""
+    found = getattr(target, "facts", None)
+    return dict(found(folder)) if found is not None else {}
+
+
+def calibrates(target: Any) -> bool:
+    """Whether it needs rows of the task."""
+    return bool(getattr(target, "calibrates", False))
+
+
+def check_domains(target: Any, files: list[Path]) -> None:
+    """Refuse operators of a domain that the target does not name.
+
+    Raises:
+        GateError: names the domain.
+    """
+    allowed = getattr(target, "domains", None)
+    if allowed is None:
+        return
+    found = fusion.domains(protobuf.load(files[0], load_external_data=False)) - set(allowed)
+    if found:
+        raise GateError(f"{files[0].name} has operators of the domain {', '.join(sorted(found))}")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from spdtool.recipe import Recipe
 from spdtool.run import Run, machine, write_json
 
 ROLES = ("teacher", "student")  # the dense teacher first
+REFUSED = "refused"  # in the export's metrics: targets that were not shipped
+INT8 = "onnx-int8"  # the target whose teacher is the int8 rival, with its score
 SEEN = 512  # rows of the dev set whose lengths are looked at
 
 
@@ -46,7 +48,8 @@ def bench(run: Run) -> dict[str, Any]:
     if provider == "cuda":
         counts = counts[-1:]  # threads of the CPU make no difference there
     entered = enter(folder, exported, provider, recipe)
-    shapes = fitting_shapes(recipe, exported["teacher"]["positions"], folder / "teacher", entered.notes)
+    positions = min(exported[role]["positions"] for role in ROLES)
+    shapes = fitting_shapes(recipe, positions, folder / "teacher", entered.notes)
     with run.stage("bench") as work, tempfile.TemporaryDirectory() as scratch:
         add_teachers(entered, teacher, Path(scratch), provider, recipe)
         machines, entries = _ledger(entered, counts) if section.ledger and provider == "cpu" else ({}, [])
@@ -68,6 +71,7 @@ def bench(run: Run) -> dict[str, Any]:
             sparse=entered.sparse,
             ledger=entries,
             notes=entered.notes,
+            treated=entered.treated,
             environment=_environment(race.timings, machines, counts),
         )
         title = recipe.titled(f"{recipe.task} at {recipe.sparsity:.0%} zeros")
@@ -83,13 +87,15 @@ class Entered:
     """Keeps what is going to be timed, what is known of the files, and what has to be said.
 
     Attributes:
-        sparse: engines that run a further target's form of the student.
+        sparse: engines that run a further target's form of the student alone.
+        treated: engines whose file is the student's with a treatment that the teacher had too, and the teacher's.
     """
 
     engines: list[Engine]
     facts: dict[str, dict[str, Any]]
     sparse: list[str]
     notes: list[str]
+    treated: dict[str, str] = field(default_factory=dict)
 
 
 def enter(folder: Path, exported: dict[str, Any], provider: str, recipe: Recipe) -> Entered:
@@ -98,11 +104,17 @@ def enter(folder: Path, exported: dict[str, Any], provider: str, recipe: Recipe)
     for role in ROLES:
         found.engines.append(_exported(role, folder / role, exported[role], provider))
     found.engines[0] = replace(found.engines[0], baseline=True)
-    for target in [name for name in exported if name not in ROLES]:
+    for target, why in exported.get(REFUSED, {}).items():
+        found.notes.append(f"Not shipped, so not timed: {target}: {why}.")
+    for target in [name for name in exported if name not in (*ROLES, REFUSED)]:
         try:
             part = plugins.targets.get(target)
         except RecipeError as error:
             found.notes.append(f"Not timed: {target}: {error.message}.")
+            continue
+        both = set(exported[target]) == set(ROLES)
+        if both and (why := _untimed(part, provider, recipe)):
+            found.notes.append(f"Not timed: {target}: {why}.")
             continue
         if provider not in targets.providers(part):
             found.notes.append(f"Not timed: {target}: it does not run on {provider}; compare it with --set device=cpu.")
@@ -113,11 +125,23 @@ def enter(folder: Path, exported: dict[str, Any], provider: str, recipe: Recipe)
             engine = _exported(name, place, facts, provider)
             found.engines.append(replace(engine, libraries=tuple(targets.libraries(part, place))))
             found.facts[name] = facts
-            found.sparse += [name] if role == "student" else []
+            found.sparse += [name] if role == "student" and not both else []
+        if both:
+            found.treated[target] = f"{target} teacher"
     offered, missing = targets.offered(recipe.export)
-    left = [name for name in (*missing, *(choice.name for choice in offered)) if name not in exported]
+    gone = {*exported, *exported.get(REFUSED, {})}
+    left = [name for name in (*missing, *(choice.name for choice in offered)) if name not in gone]
     found.notes += [f"Not exported, so not timed: {name}" + _reason(missing.get(name)) for name in left]
     return found
+
+
+def _untimed(target: Any, provider: str, recipe: Recipe) -> str | None:
+    """Why a treatment of both roles is not timed here; None: it is."""
+    if not recipe.bench.variants:
+        return "bench.variants is off"
+    if provider == "cpu" and hasattr(target, "storage") and "fp16" in target.storage(recipe):
+        return "a CPU computes it in float32, with conversions between; it is for a GPU, and onnxruntime has none here"
+    return None if provider in targets.providers(target) else f"it does not run on {provider}"
 
 
 def add_teachers(found: Entered, checkpoint: Path, scratch: Path, provider: str, recipe: Recipe) -> None:
@@ -126,7 +150,7 @@ def add_teachers(found: Entered, checkpoint: Path, scratch: Path, provider: str,
     if section.unfused and provider == "cpu":
         found.engines.append(replace(plain, name="unfused", fused=False))
         found.notes.append("1x is the dense teacher, fused or unfused, whichever is the faster at that shape.")
-    if section.int8 and provider == "cpu":
+    if section.int8 and provider == "cpu" and INT8 not in found.treated:
         file = scratch / "int8.onnx"
         try:
             with console.busy("quantising the teacher to int8, to compare with"):

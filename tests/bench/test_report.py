@@ -306,3 +306,31 @@ def test_markdown_shows_verdict_percentiles_ledger_nodes_and_machine() -> None:
 
 def test_a_report_without_a_ledger_has_none() -> None:
     assert "Ledger" not in report.markdown("toy", replace(Bench(three(), KNOWN), ledger=()))
+
+
+def test_a_student_of_another_size_is_said_to_be_one_and_zeros_get_no_credit_for_it() -> None:
+    def lines(size: int) -> list[str]:
+        known = {"teacher": facts(1000) | {"size": 400}, "student": facts(250, 0.9) | {"size": size}}
+        return report.verdict(Bench([noisy("teacher", 3.0), noisy("student", 1.0, 1)], known))
+
+    said = lines(100)
+    assert said[0].startswith("The student is another model than the teacher: its matrices hold 100 weights")
+    assert any(line.endswith("faster, beyond the noise.") for line in said)
+    assert "File of student: 4.00x smaller, 250 of 1,000 bytes." in said
+    assert not any("another model" in line for line in lines(400))
+    assert any("skipping every zero" in line for line in lines(400))
+
+
+def test_what_a_treatment_gives_is_not_told_as_the_zeros_doing() -> None:
+    engines = {"teacher": 4.0, "student": 4.0, "onnx-int8": 2.0, "onnx-int8 teacher": 2.0}
+    bench = Bench(
+        [timing(name, {SMALL: [ms] * 8, LARGE: [ms] * 8}) for name, ms in engines.items()],
+        {"teacher": facts(400), "student": facts(400, 0.9), "onnx-int8": facts(100, 0.9)}
+        | {"onnx-int8 teacher": facts(100)},
+        treated={"onnx-int8": "onnx-int8 teacher"},
+    )
+    (line,) = [line for line in report.verdict(bench) if line.startswith("Treatment")]
+    assert "Treatment onnx-int8, which is not sparsity: it gives the dense teacher 2.00x" in line
+    assert "4.00x fewer bytes. The zeros add to it" in line
+    assert "student against teacher in the same form: 1.00x (1.00x to 1.00x)" in line
+    assert line.endswith("1.00x fewer bytes.")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from spdtool.errors import ModelError
+from spdtool.errors import ModelError, UnknownName
 from spdtool.export import bundle
 
 
@@ -53,7 +54,8 @@ def test_of_a_folder_of_roles_the_student(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"format": 2}, "has the format 2; this spdtool reads 1"),
+        ({"format": 3}, "has the format 3; this spdtool reads 1 and 2"),
+        ({"format": 2}, "files, variants and prefer do not fit together"),
         ({"format": None}, "has the format None"),
         ({"model": "../../../model.onnx"}, "names a file outside its folder"),
         ({"model": "/etc/passwd"}, "names a file outside its folder"),
@@ -95,3 +97,80 @@ def test_what_is_no_exported_folder_says_what_to_give(folder: Path, tmp_path: Pa
     with pytest.raises(ModelError, match="has no onnx/model.onnx") as caught:
         bundle.read(checkpoint)
     assert f"spdtool export --from '{checkpoint}'" in str(caught.value.hint)
+
+
+class TestVariants:
+    """A folder that holds several variants of one model."""
+
+    @pytest.fixture
+    def several(self, folder: Path) -> Path:
+        for name in ("onnx/model_sparse.onnx", "tokenizer.json", "tokenizer_config.json"):
+            (folder / name).write_text(name)
+        self.write(folder)
+        return folder
+
+    def write(self, folder: Path, **changed: Any) -> None:
+        names = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+        listed = {name: (folder / name).read_bytes() for name in names if name != "manifest.json"}
+        manifest = {
+            "format": 2,
+            "model": "onnx/model.onnx",
+            "prefer": {"cpu": ["sparse", "onnx"], "cuda": ["onnx"]},
+            "variants": {
+                "onnx": {"target": "onnx", "file": "onnx/model.onnx", "files": ["onnx/model.onnx"]},
+                "sparse": {
+                    "target": "sparse",
+                    "file": "onnx/model_sparse.onnx",
+                    "files": ["onnx/model_sparse.onnx"],
+                    "library": {"file": "lib/x.so"},
+                },
+            },
+            "files": {
+                name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in listed.items()
+            },
+        }
+        (folder / "manifest.json").write_text(json.dumps(manifest | changed))
+
+    def test_the_best_comes_first_and_the_portable_one_is_what_read_gives(self, several: Path) -> None:
+        assert [found.target for found in bundle.candidates(several)] == ["sparse", "onnx"]
+        assert [found.target for found in bundle.candidates(several, provider="cuda")] == ["onnx"]
+        assert [found.target for found in bundle.candidates(several, provider="web")] == ["onnx"]
+        assert [found.model.name for found in bundle.candidates(several, "sparse")] == ["model_sparse.onnx"]
+        found = bundle.read(several)
+        assert (found.target, found.library, found.variants) == ("onnx", {}, ("onnx", "sparse"))
+        assert next(bundle.candidates(several)).library == {"file": "lib/x.so"}
+
+    def test_a_variant_that_is_not_there_is_told(self, several: Path) -> None:
+        with pytest.raises(UnknownName, match="no variant 'spares'"):
+            next(bundle.candidates(several, "spares"))
+        write(several)
+        with pytest.raises(UnknownName, match="no variant 'sparse'"):
+            next(bundle.candidates(several, "sparse"))
+
+    def test_only_what_is_opened_is_checked(self, several: Path) -> None:
+        (several / "onnx/model_sparse.onnx").write_text("another, as long as")
+        assert bundle.read(several).target == "onnx"
+        with pytest.raises(ModelError, match=r"model_sparse.onnx (has|is damaged)"):
+            next(bundle.candidates(several))
+        (several / "tokenizer.json").unlink()
+        with pytest.raises(ModelError, match=r"lacks tokenizer.json"):
+            bundle.read(several)
+
+    @pytest.mark.parametrize(
+        "changed",
+        [
+            {"variants": {}},
+            {"variants": []},
+            {"variants": {"onnx": {"target": "onnx", "file": "gone.onnx", "files": []}}},
+            {"variants": {"onnx": {"target": 3, "file": "onnx/model.onnx", "files": []}}},
+            {"model": "onnx/other.onnx"},
+            {"prefer": {"cpu": ["other"]}},
+            {"prefer": {"cpu": []}},
+            {"prefer": None},
+            {"files": {"onnx/model.onnx": {}}},
+        ],
+    )
+    def test_a_manifest_whose_parts_do_not_fit_is_refused(self, changed: dict[str, Any], several: Path) -> None:
+        self.write(several, **changed)
+        with pytest.raises(ModelError, match="do not fit together"):
+            bundle.read(several)

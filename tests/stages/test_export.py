@@ -28,9 +28,10 @@ from spdtool.errors import (
     UnknownName,
 )
 from spdtool.export import runtime
+from spdtool.export.gates import Change, compare, exceeds
 from spdtool.export.onnx import Onnx
 from spdtool.run import Run, sha256
-from spdtool.stages.export import Change, compare, export, export_any
+from spdtool.stages.export import export, export_any
 from spdtool.tasks import Task
 
 Fabricate = Callable[..., Run]
@@ -87,9 +88,8 @@ def test_both_are_written_measured_and_equal_to_their_checkpoints(
     run = fabricate(pairs=True)
     metrics = export(run)
     layout = ["config.json", "onnx/model.onnx", "tokenizer.json", "tokenizer_config.json"]
-    assert files(run.path / "export") == sorted(
-        ["stage.json", *(f"{role}/{name}" for role in ("student", "teacher") for name in layout)]
-    )
+    written = [name for name in files(run.path / "export") if not name.startswith("bundle/")]
+    assert written == sorted(["stage.json", *(f"{role}/{name}" for role in ("student", "teacher") for name in layout)])
     assert run.record("export")["metrics"] == json.loads(json.dumps(metrics))
     assert set(run.record("export")["inputs"]) == {"teacher", "finetune"}
     student, teacher = metrics["student"], metrics["teacher"]
@@ -226,6 +226,14 @@ def test_compare_counts_flips_and_every_dev_set(toys: ModuleType, toy_task: Call
     assert change.difference == 3.0
 
 
+@pytest.mark.parametrize(
+    ("after", "worse", "refused"), [(0.98, 1, False), (0.98, 2, True), (0.999, 9, False), (float("nan"), 0, True)]
+)
+def test_one_prediction_is_never_over_the_budget(after: float, worse: int, refused: bool) -> None:
+    change = Change({"accuracy": after}, {"accuracy": 1.0}, worse, 50, 0.1, worse)
+    assert exceeds(change, 0.002) == ("accuracy" if refused else None)
+
+
 def test_compare_takes_a_regression_by_its_values(toys: ModuleType, toy_task: Callable[..., Task]) -> None:
     task = toy_task(labels=())
     dev = data.encode(toys.tokenizer(), {"dev": toys.rows(6, labels=1)}, 32)
@@ -257,7 +265,7 @@ class TestOptional:
         assert set(metrics) == {"teacher", "student", "rounded"}
         assert set(metrics["rounded"]) == {"student"}
         written = {name.split("/")[0] for name in files(run.path / "export")}
-        assert written == {"teacher", "student", "rounded", "stage.json"}
+        assert written == {"teacher", "student", "rounded", "bundle", "stage.json"}
         assert {name.split("/")[0] for name in files(run.path / "export/rounded")} == {"student"}
         assert "student (rounded): " in capsys.readouterr().out
         assert run.record("export")["metrics"] == json.loads(json.dumps(metrics))
@@ -302,8 +310,17 @@ class TestOptional:
 
     def test_a_wrong_result_of_one_is_an_error_all_the_same(self, fabricate: Fabricate, clean_plugins: None) -> None:
         plugins.targets.register("faulty")(type("Broken", (Faulty,), {"change": staticmethod(lambda a: a.fill(1.0))}))
-        with pytest.raises(GateError, match="checkpoint and exported file differ by"):
-            export(fabricate('export.optional=["faulty"]'))
+        plugins.targets.register("sound")(type("Sound", (Onnx,), {}))
+        run = fabricate('export.optional=["faulty", "sound"]')
+        with pytest.raises(GateError, match="not shipped: faulty: checkpoint and exported file differ by") as caught:
+            export(run)
+        assert caught.value.exit_code == 3
+        assert run.done("export")
+        metrics = run.record("export")["metrics"]
+        assert set(metrics["refused"]) == {"faulty"}
+        assert "faulty" not in metrics
+        assert (run.path / "export/sound/student/onnx/model.onnx").is_file()
+        assert not (run.path / "export/faulty").exists()
 
     def test_one_that_runs_on_another_provider_only(
         self, fabricate: Fabricate, clean_plugins: None, capsys: pytest.CaptureFixture[str]
@@ -347,9 +364,11 @@ class TestRounding:
 
         rounded.session = staticmethod(session)
         run = fabricate('export.optional=["rounded"]', "export.budget=1", "export.values=int8")
-        with pytest.raises(GateError, match=r"checkpoint and exported file differ by 0\.0002"):
+        with pytest.raises(GateError, match=r"not shipped: rounded: checkpoint and exported file differ by 0\.0002"):
             export(run)
-        assert nothing_half_written(run)
+        assert run.done("export")
+        assert set(run.record("export")["metrics"]) == {"teacher", "student", "refused"}
+        assert not (run.path / "export/rounded").exists()
 
     def test_weights_that_do_not_fit_the_model_are_a_fault_of_the_export(
         self, fabricate: Fabricate, rounded: Any
@@ -365,15 +384,14 @@ class TestRounding:
         def worse(*given: Any) -> Change:
             change = compare(*given)
             metrics = {name: value - 0.0051 for name, value in change.metrics.items()}
-            return replace(change, metrics=metrics) if len(seen) == 2 else seen.append(change) or change
+            return replace(change, metrics=metrics, worse=2) if len(seen) == 2 else seen.append(change) or change
 
         seen: list[Change] = []  # those of teacher and student, of which nothing is rounded
-        monkeypatch.setattr("spdtool.stages.export.compare", worse)
+        monkeypatch.setattr("spdtool.export.gates.compare", worse)
         run = fabricate('export.optional=["rounded"]', f"export.values={values}")
         with pytest.raises(GateError, match="of 20 predictions flipped") as caught:
             export(run)
-        assert caught.value.hint is not None
-        assert f"export.budget is {budget}; export.values={values}" in caught.value.hint
+        assert f"export.budget is {budget}; export.values={values}" in caught.value.message
 
 
 class TestOfNoRun:

@@ -1,0 +1,217 @@
+"""Real clients of a bundle, each in an environment of its own: the predictions of the student in torch.
+
+They need the network (PyPI, npm), so they are run by `make test-clients` and never by `make test`.
+SPDTOOL_CLIENTS names a folder in which the environments are kept between runs; SPDTOOL_RUN a finished run to take
+instead of a small one of the demo task.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from spdtool import recipe, tasks
+from spdtool.errors import GateError
+from spdtool.export import bundle, layouts
+from spdtool.run import Run
+from spdtool.stages.distill import distill
+from spdtool.stages.export import export
+from spdtool.stages.finetune import finetune
+from spdtool.stages.prune import prune
+from spdtool.stages.teacher import teacher
+
+pytestmark = [
+    pytest.mark.clients,
+    pytest.mark.skipif("SPDTOOL_TEST_CLIENTS" not in os.environ, reason="needs the network: make test-clients"),
+]
+
+HERE = Path(__file__).parent
+ROWS = 200
+DTYPES = {"onnx/model.onnx": "fp32", "onnx/model_fp16.onnx": "fp16", "onnx/model_quantized.onnx": "q8"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A finished export."""
+    if "SPDTOOL_RUN" in os.environ:
+        return Run.open(os.environ["SPDTOOL_RUN"])
+    sets = [f"{stage}.max_steps=60" for stage in ("teacher", "prune", "distill", "finetune")]
+    sets += ['export.optional=["sparse-cpu", "onnx-ort", "onnx-fp16", "onnx-int8"]']
+    chosen = recipe.resolve("default", {"task": "demo", "device": "cpu"}, sets)
+    made = Run.at(tmp_path_factory.mktemp("clients") / "demo", chosen)
+    for stage in (teacher, prune, distill, finetune):
+        stage(made)
+    with contextlib.suppress(GateError):  # a variant that was refused is not in the bundle, and that is all
+        export(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def rows(run: Run) -> dict[str, Any]:
+    """Dev sentences, their token ids, and what the checkpoint makes of them in torch."""
+    picked = tasks.rows(tasks.resolve(run.recipe), run.recipe)["dev"].pick(range(ROWS))
+    tokenizer = AutoTokenizer.from_pretrained(run.path / "finetune")
+    model = AutoModelForSequenceClassification.from_pretrained(run.path / "finetune").eval()
+    pairs = picked.second or [None] * ROWS
+    encoded = [tokenizer(*texts, truncation=True) for texts in zip(picked.first, pairs, strict=True)]
+    with torch.inference_mode():
+        logits = [model(**{name: torch.tensor([ids]) for name, ids in row.items()}).logits[0] for row in encoded]
+    return {
+        "texts": picked.first,
+        "pairs": picked.second,
+        "encoded": [dict(row) for row in encoded],
+        "logits": torch.stack(logits).numpy(),
+    }
+
+
+@pytest.fixture(scope="module")
+def servable(run: Run) -> Path:
+    return run.path / "export/bundle"
+
+
+Make = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """`python("ov", "openvino", ...)`: the interpreter of an environment with these distributions and no others."""
+    kept = Path(os.environ.get("SPDTOOL_CLIENTS") or tmp_path_factory.mktemp("environments"))
+    clean = {name: value for name, value in os.environ.items() if name != "PIP_CONSTRAINT"}
+
+    def make(name: str, *distributions: str) -> Path:
+        found = kept / name / "bin/python"
+        if not found.exists():
+            subprocess.run([sys.executable, "-m", "venv", str(kept / name)], check=True)
+            words = [str(found), "-m", "pip", "install", "--quiet", *distributions]
+            done = subprocess.run(words, capture_output=True, text=True, env=clean, check=False)
+            if done.returncode:
+                shutil.rmtree(kept / name)
+                pytest.skip(f"{' '.join(distributions)} cannot be installed: {done.stderr.strip()[-300:]}")
+        return found
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which transformers.js and onnxruntime-web are installed."""
+    if shutil.which("node") is None or shutil.which("npm") is None:
+        pytest.skip("there is no node")
+    folder = Path(os.environ.get("SPDTOOL_CLIENTS") or tmp_path_factory.mktemp("environments")) / "js"
+    if not (folder / "node_modules/@huggingface/transformers").is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "package.json").write_text("{}")
+        words = ["npm", "install", "@huggingface/transformers", "onnxruntime-web"]
+        environment = os.environ | {"ONNXRUNTIME_NODE_INSTALL_CUDA": "skip"}
+        done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"npm install failed: {done.stderr.strip()[-300:]}")
+    return folder
+
+
+def answer(words: list[Any], given: Any, folder: Path | None = None) -> dict[str, Any]:
+    """What a client says, as JSON, of what it is given."""
+    words = [str(word) for word in words]
+    done = subprocess.run(words, input=json.dumps(given), capture_output=True, text=True, cwd=folder, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    told: dict[str, Any] = json.loads(done.stdout)
+    return told
+
+
+def tell(client: str, version: str, found: np.ndarray, expected: np.ndarray) -> int:
+    """Say what came out, for the documents; return how many predictions are other ones."""
+    flipped = int((found.argmax(1) != expected.argmax(1)).sum())
+    print(f"\n{client} {version}: {flipped} of {len(found)} differ; logits by {np.abs(found - expected).max():.1e}")
+    return flipped
+
+
+def test_openvino(servable: Path, rows: dict[str, Any], python: Make) -> None:
+    words = [python("ov", "openvino", "numpy"), HERE / "openvino_logits.py", servable / "onnx/model.onnx"]
+    told = answer(words, rows["encoded"])
+    assert tell("OpenVINO", told["version"], np.array(told["logits"]), rows["logits"]) == 0
+
+
+@pytest.mark.parametrize("file", DTYPES)
+def test_transformers_js(file: str, servable: Path, rows: dict[str, Any], node: Path) -> None:
+    if not (servable / file).is_file():
+        pytest.skip(f"the bundle has no {file}")
+    dtype = DTYPES[file]
+    words = ["node", HERE / "transformers_js.mjs", servable.parent, servable.name, dtype]
+    told = answer(words, {"texts": rows["texts"], "pairs": rows["pairs"]}, node)
+    found = np.array(told["logits"])
+    flipped = tell(f"transformers.js ({dtype})", told["version"], found, rows["logits"])
+    assert flipped <= (0 if dtype == "fp32" else 0.02 * ROWS)
+    names = json.loads((servable / "config.json").read_text())["id2label"]
+    assert told["labels"] in ([], [names[str(index)] for index in found.argmax(1)])
+
+
+def test_onnxruntime_web(servable: Path, rows: dict[str, Any], node: Path) -> None:
+    words = ["node", HERE / "onnxruntime_web.mjs", servable / "onnx/model.onnx"]
+    told = answer(words, rows["encoded"], node)
+    assert tell("onnxruntime-web", told["version"], np.array(told["logits"]), rows["logits"]) == 0
+
+
+def test_optimum(servable: Path, rows: dict[str, Any], python: Make, tmp_path: Path) -> None:
+    interpreter = python("optimum", "optimum-onnx[onnxruntime]")
+    words = [interpreter, HERE / "optimum_logits.py", servable, "model.onnx"]
+    told = answer(words, {"texts": rows["texts"], "pairs": rows["pairs"]}, tmp_path)
+    assert tell("optimum-onnx", told["version"], np.array(told["logits"]), rows["logits"]) == 0
+
+
+def test_plain_onnxruntime_replays_the_golden_examples(servable: Path, python: Make) -> None:
+    interpreter = python("bare", "onnxruntime", "tokenizers", "numpy")
+    absent = "import importlib.util as u, sys; sys.exit(any(map(u.find_spec, ('torch', 'spdtool', 'transformers'))))"
+    subprocess.run([interpreter, "-I", "-c", absent], check=True)
+    done = subprocess.run([interpreter, "-I", servable / "selftest.py"], capture_output=True, text=True, check=False)
+    assert (done.returncode, "failed" in done.stdout) == (0, False), done.stdout
+
+
+def test_plain_onnxruntime_gives_the_student_s_predictions(servable: Path, rows: dict[str, Any]) -> None:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(servable / "onnx/model.onnx", providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_inputs()]
+    found = np.concatenate(
+        [session.run(None, {name: np.array([row[name]], np.int64) for name in names})[0] for row in rows["encoded"]]
+    )
+    assert tell("onnxruntime", onnxruntime.__version__, found, rows["logits"]) == 0
+
+
+def test_the_onnx_checker(servable: Path) -> None:
+    manifest = bundle.manifest(servable)
+    for name, facts in manifest["variants"].items():
+        model = onnx.load(servable / facts["file"])
+        standard = {entry.domain for entry in model.opset_import} <= {"", "ai.onnx"}
+        assert standard or name != "onnx"
+        if standard:
+            onnx.checker.check_model(model, full_check=True)
+
+
+@pytest.mark.parametrize(("device", "kind"), [("cpu", "KIND_CPU"), ("cuda", "KIND_GPU")])
+def test_triton_reads_its_repository(device: str, kind: str, run: Run, python: Make, tmp_path: Path) -> None:
+    interpreter = python("triton", "tritonclient[grpc]")
+    chosen = Run(run.path, run.recipe.model_copy(update={"device": device}))
+    layouts.write(chosen, "triton", tmp_path / "my.model")
+    models = answer([interpreter, HERE / "triton_config.py", tmp_path / "my.model"], None)["models"]
+    assert set(models) == {"my_model", "my_model_tokenizer", "my_model_model"}
+    assert models["my_model_model"]["backend"] == "onnxruntime"
+    assert [group["kind"] for group in models["my_model_model"]["instance_group"]] == [kind]
+    assert models["my_model_model"]["dynamic_batching"]["max_queue_delay_microseconds"] == "2000"
+    steps = models["my_model"]["ensemble_scheduling"]["step"]
+    assert [step["model_name"] for step in steps] == ["my_model_tokenizer", "my_model_model"]
+    given = {tensor["name"] for tensor in models["my_model_tokenizer"]["output"]}
+    assert given == {tensor["name"] for tensor in models["my_model_model"]["input"]}
+    assert given == set(steps[1]["input_map"]) == set(steps[0]["output_map"])

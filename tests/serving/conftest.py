@@ -1,0 +1,51 @@
+"""A servable folder, made once: a toy student, its variants and what stands beside them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from spdtool import encoders, plugins
+from spdtool.export import assembly
+from spdtool.export.onnx import Onnx
+from spdtool.recipe import Recipe
+
+MEASURED: dict[str, Any] = {
+    "files": ["onnx/model.onnx"],
+    "bytes": 1,
+    "sparsity": 0.5,
+    "providers": ["cpu"],
+    "dev": {"score": 0.75, "accuracy": 0.75},
+    "checkpoint_dev": {"score": 0.5, "accuracy": 0.5},
+    "flipped": 3,
+    "rows": 12,
+    "largest_difference": 1e-6,
+}
+
+
+@pytest.fixture(scope="session")
+def stage(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> tuple[Path, Path, Recipe, dict[str, Any]]:
+    """`(export, checkpoint, recipe, metrics)` of a student of three labels on pairs, as the export stage has them."""
+    folder = tmp_path_factory.mktemp("served")
+    toys.register(toys.task("served", pairs=True, dev=24))
+    try:
+        names = {0: "no", 1: "maybe", 2: "yes"}
+        model = toys.bert(labels=3, id2label=names, label2id={name: index for index, name in names.items()})
+        encoders.save(model, toys.tokenizer(), folder / "checkpoint")
+        recipe = toys.recipe('export.optional=["onnx-fp16"]', task="served")
+        Onnx.export(folder / "checkpoint", folder / "export/student", recipe)
+        Onnx.export(folder / "checkpoint", folder / "export/onnx-fp16/student", recipe)
+        metrics = {"student": MEASURED, "onnx-fp16": {"student": MEASURED | {"largest_change": 0.01}}}
+        assert assembly.assemble(folder / "export", folder / "checkpoint", recipe, metrics) is None
+    finally:
+        plugins.tasks._parts.pop("served", None)
+    return folder / "export", folder / "checkpoint", recipe, metrics
+
+
+@pytest.fixture(scope="session")
+def servable(stage: tuple[Path, Path, Recipe, dict[str, Any]]) -> Path:
+    """The bundle; read only: copy it before changing it."""
+    return stage[0] / "bundle"

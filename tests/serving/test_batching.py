@@ -1,0 +1,167 @@
+"""Dynamic batching: every request gets its own answer, in batches of like length, and nobody waits for ever."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from spdtool.classifier import Row
+from spdtool.errors import DataError
+from spdtool.serving.batching import Batcher, Closed, Full
+
+
+class Engine:
+    """Stands in for a classifier: a text is as many tokens as it says, its logits are that number and its double.
+
+    Attributes:
+        batches: lengths of the rows of each batch.
+        gate: nothing is computed before it is set.
+    """
+
+    names = ("a", "b")
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def encode(self, texts: list[str], pairs: list[str] | None = None) -> list[Row]:
+        if "bad" in texts:
+            raise DataError("a text is bad")
+        numbers = [int(text) + (int(pairs[place]) if pairs else 0) for place, text in enumerate(texts)]
+        return [Row(np.full(count, count), np.zeros(count), np.ones(count)) for count in numbers]
+
+    def compute(self, rows: list[Row]) -> np.ndarray:
+        assert self.gate.wait(10)
+        self.batches.append([len(row.ids) for row in rows])
+        if 13 in self.batches[-1]:
+            raise RuntimeError("the engine broke")
+        return np.array([[len(row.ids), 2 * len(row.ids)] for row in rows], np.float32)
+
+
+@pytest.fixture
+def engine() -> Engine:
+    return Engine()
+
+
+Make = Callable[..., Batcher]
+
+
+@pytest.fixture
+def batcher(engine: Engine) -> Iterator[Make]:
+    """`batcher(max_batch=4)`: one over the stand-in, closed at the end."""
+    made: list[Batcher] = []
+
+    def make(**how: Any) -> Batcher:
+        made.append(Batcher(engine, **{"max_wait": 0.0} | how))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield make
+    engine.gate.set()
+    for each in made:
+        each.close()
+
+
+def test_each_request_gets_its_own_rows(batcher: Make) -> None:
+    one = batcher(max_batch=3)
+    sent = [[str(1 + (7 * request + row) % 12) for row in range(request % 5)] for request in range(200)]
+    futures = [one.submit(texts) for texts in sent]
+    for texts, future in zip(sent, futures, strict=True):
+        assert future.result(10)[:, 0].tolist() == [int(text) for text in texts]
+        assert future.result()[:, 1].tolist() == [2 * int(text) for text in texts]
+    assert one.rows == 0
+
+
+def test_pairs_and_single_texts_do_not_mix(batcher: Make) -> None:
+    one = batcher()
+    futures = [one.submit(["1"], ["4"]), one.submit(["2"]), one.submit([], []), one.submit(["3"], ["5"])]
+    assert [future.result(10)[:, 0].tolist() for future in futures] == [[5], [2], [], [8]]
+
+
+def test_a_batch_holds_the_oldest_row_and_its_neighbours_in_length(batcher: Make, engine: Engine) -> None:
+    engine.gate.clear()
+    one = batcher(max_batch=3)
+    first = one.submit(["1"])
+    while one._jobs:  # it is being computed, and waits at the gate
+        time.sleep(0.001)
+    rest = one.submit(["50", "20", "49", "10", "51", "49", "20", "26"])
+    engine.gate.set()
+    assert first.result(10).shape == (1, 2)
+    assert rest.result(10)[:, 0].tolist() == [50, 20, 49, 10, 51, 49, 20, 26]
+    assert engine.batches == [[1], [50, 49, 51], [20, 20], [10], [49], [26]]
+
+
+def test_rows_wait_for_company_no_longer_than_they_should(batcher: Make, engine: Engine) -> None:
+    one = batcher(max_batch=4, max_wait=0.2)
+    started = time.monotonic()
+    futures = [one.submit(["40"]), one.submit(["41"])]
+    assert [future.result(10)[0, 0] for future in futures] == [40, 41]
+    assert 0.15 < time.monotonic() - started < 5
+    assert engine.batches == [[40, 41]]
+    full = one.submit(["40", "41", "40", "41"])  # nothing to wait for
+    started = time.monotonic()
+    full.result(10)
+    assert time.monotonic() - started < 0.15
+
+
+def test_a_text_that_cannot_be_encoded_fails_alone(batcher: Make, engine: Engine) -> None:
+    engine.gate.clear()
+    one = batcher()
+    good, bad, other = one.submit(["1"]), one.submit(["2", "bad"]), one.submit(["3"])
+    engine.gate.set()
+    assert (good.result(10)[0, 0], other.result(10)[0, 0]) == (1, 3)
+    with pytest.raises(DataError, match="a text is bad"):
+        bad.result(10)
+    assert one.rows == 0
+
+
+def test_an_engine_that_breaks_tells_those_it_concerns_and_goes_on(batcher: Make) -> None:
+    one = batcher(max_batch=1)
+    broken, fine = one.submit(["13", "1", "1"]), one.submit(["5"])
+    with pytest.raises(RuntimeError, match="the engine broke"):
+        broken.result(10)
+    assert fine.result(10)[0, 0] == 5
+    assert one.rows == 0
+
+
+def test_a_full_queue_refuses_and_is_free_again(batcher: Make, engine: Engine) -> None:
+    engine.gate.clear()
+    one = batcher(max_rows=3)
+    taken = one.submit(["1", "2"])
+    with pytest.raises(Full, match="2 rows wait already; 3 may"):
+        one.submit(["1", "2"])
+    engine.gate.set()
+    taken.result(10)
+    assert one.submit(["1", "2", "3"]).result(10).shape == (3, 2)
+
+
+def test_who_gave_up_is_left_out(batcher: Make, engine: Engine) -> None:
+    engine.gate.clear()
+    one = batcher(max_batch=1)
+    first = one.submit(["1"])
+    while one._jobs:
+        time.sleep(0.001)
+    gone = one.submit(["2", "3"])
+    assert gone.cancel()
+    engine.gate.set()
+    first.result(10)
+    assert one.submit(["4"]).result(10)[0, 0] == 4
+    assert [1] in engine.batches
+    assert [2] not in engine.batches
+    assert one.rows == 0
+
+
+def test_closing_answers_what_waits_and_takes_nothing_more(batcher: Make, engine: Engine) -> None:
+    engine.gate.clear()
+    one = batcher(max_batch=2, max_wait=30.0)
+    futures = [one.submit([str(number)]) for number in range(1, 6)]
+    threading.Timer(0.05, engine.gate.set).start()
+    one.close()
+    assert [future.result(0)[0, 0] for future in futures] == [1, 2, 3, 4, 5]
+    with pytest.raises(Closed):
+        one.submit(["1"])

@@ -1,0 +1,257 @@
+"""The server as a process of its own: the protocol, what it refuses, many at once, and its end."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import spdtool
+
+pytest.importorskip("fastapi", reason='pip install "spdtool[serve]"')
+pytest.importorskip("uvicorn", reason='pip install "spdtool[serve]"')
+
+NAME = "toy"
+LIMITS = ("--max-texts", "40", "--max-body", "9000", "--max-batch", "4")
+
+
+def start(bundle: Path, *words: str) -> tuple[subprocess.Popen[str], int]:
+    """A server process, and its port."""
+    command = [sys.executable, "-m", "spdtool", "serve", str(bundle), "--port", "0", "--name", NAME, "--threads", "1"]
+    server = subprocess.Popen(
+        [*command, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"NO_COLOR": "1"},
+    )
+    assert server.stdout is not None
+    line = server.stdout.readline()
+    assert "is served at http://127.0.0.1:" in line, line + (server.stderr.read() if server.stderr else "")
+    return server, int(line.strip().rsplit(":", 1)[1])
+
+
+def end(server: subprocess.Popen[str]) -> None:
+    """Wait for a server that was told to end: its exit code is 0, and it had nothing to complain of."""
+    out, errors = server.communicate(timeout=60)
+    assert (server.returncode, errors) == (0, "")
+    assert "every request in flight was answered" in out
+
+
+@pytest.fixture(scope="module")
+def port(servable: Path) -> Iterator[int]:
+    server, number = start(servable, *LIMITS)
+    yield number
+    server.send_signal(signal.SIGTERM)
+    end(server)
+
+
+def call(port: int, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
+    """Status and JSON (or text) of one request; bytes are sent as they are."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+    connection.request(method, path, data, headers)
+    response = connection.getresponse()
+    text = response.read().decode()
+    connection.close()
+    return response.status, json.loads(text) if response.headers["content-type"] == "application/json" else text
+
+
+def tensors(texts: list[str], pairs: list[str] | None = None, **more: Any) -> dict[str, Any]:
+    named = [("text", texts)] + ([("pair", pairs)] if pairs is not None else [])
+    inputs = [{"name": name, "shape": [len(data)], "datatype": "BYTES", "data": data} for name, data in named]
+    return {"inputs": inputs} | more
+
+
+def test_it_says_what_it_serves(port: int) -> None:
+    assert call(port, "GET", "/v2")[1]["name"] == "spdtool"
+    assert call(port, "GET", "/v2/health/live") == (200, {"live": True})
+    assert call(port, "GET", "/v2/health/ready") == (200, {"ready": True})
+    for path in (f"/v2/models/{NAME}/ready", f"/v2/models/{NAME}/versions/1/ready"):
+        assert call(port, "GET", path) == (200, {"name": NAME, "ready": True})
+    told = call(port, "GET", f"/v2/models/{NAME}")[1]
+    assert [tensor["name"] for tensor in told["inputs"]] == ["text", "pair"]
+    assert {tensor["name"]: tensor["shape"] for tensor in told["outputs"]} == {
+        "logits": [-1, 3],
+        "probabilities": [-1, 3],
+        "label": [-1],
+    }
+
+
+def test_an_inference_is_what_the_library_says(port: int, servable: Path) -> None:
+    classify = spdtool.load(servable, threads=1)
+    texts, pairs = ["good film", "a meal", "ünïcødé 日本 \u0000"], ["bad", "so cold it was", "🙂"]
+    logits = classify.logits(texts, pairs)
+    status, told = call(port, "POST", f"/v2/models/{NAME}/infer", tensors(texts, pairs, id="x7"))
+    assert (status, told["id"], told["model_name"], told["model_version"]) == (200, "x7", NAME, "1")
+    found = {output["name"]: output for output in told["outputs"]}
+    np.testing.assert_allclose(np.reshape(found["logits"]["data"], found["logits"]["shape"]), logits, atol=1e-5)
+    likely = np.reshape(found["probabilities"]["data"], found["probabilities"]["shape"])
+    np.testing.assert_allclose(likely.sum(axis=1), 1, atol=1e-5)
+    assert found["label"]["data"] == classify(texts, pairs)
+    nested = tensors(texts)
+    nested["inputs"][0] |= {"shape": [3, 1], "data": [[text] for text in texts]}
+    told = call(port, "POST", f"/v2/models/{NAME}/infer", nested | {"outputs": [{"name": "label"}]})[1]
+    assert [output["name"] for output in told["outputs"]] == ["label"]
+    assert told["outputs"][0]["data"] == classify(texts)
+
+
+def test_the_plain_form(port: int, servable: Path) -> None:
+    classify = spdtool.load(servable, threads=1)
+    status, told = call(port, "POST", "/predict", {"texts": ["good film", "bad"], "pairs": ["x", "y"]})
+    assert (status, told["model"]) == (200, NAME)
+    assert [row["label"] for row in told["predictions"]] == classify(["good film", "bad"], ["x", "y"])
+    assert all(1 / 3 <= row["probability"] <= 1 and len(row["logits"]) == 3 for row in told["predictions"])
+    assert call(port, "POST", "/predict", {"texts": []}) == (200, {"model": NAME, "predictions": []})
+    empty = call(port, "POST", f"/v2/models/{NAME}/infer", tensors([]))[1]
+    assert [output["shape"] for output in empty["outputs"]] == [[0, 3], [0, 3], [0]]
+
+
+WRONG: dict[str, tuple[str, Any, int, str]] = {
+    "no JSON": ("/predict", b"{nope", 422, "is no JSON"),
+    "no UTF-8": ("/predict", b"\xff\xfe{}", 422, "is no JSON"),
+    "nested without end": ("/predict", b"[" * 8000, 422, "is no JSON"),
+    "a list": ("/predict", [1], 422, "a JSON object was expected"),
+    "nothing": ("/predict", b"", 422, "is no JSON"),
+    "no texts": ("/predict", {"text": "a"}, 422, "'text'"),
+    "one text": ("/predict", {"texts": "a"}, 422, "a list of texts, found str"),
+    "a number": ("/predict", {"texts": ["a", 3]}, 422, "texts[1] has to be a text, found int"),
+    "fewer pairs": ("/predict", {"texts": ["a", "b"], "pairs": ["c"]}, 422, "2 texts and 1 pairs"),
+    "many texts": ("/predict", {"texts": ["a"] * 41}, 422, "41 texts in one request: 40 are the most"),
+    "a lone surrogate": ("/predict", b'{"texts": ["\\ud800"]}', 422, "lone surrogate"),
+    "a huge body": ("/predict", {"texts": ["a" * 9000]}, 413, "larger than 9,000 bytes"),
+    "another model": ("/v2/models/other/infer", tensors(["a"]), 404, "no model 'other'"),
+    "another version": (f"/v2/models/{NAME}/versions/2/infer", tensors(["a"]), 404, "of version 2"),
+    "no inputs": (f"/v2/models/{NAME}/infer", {}, 400, "inputs has to be a list"),
+    "another input": (f"/v2/models/{NAME}/infer", {"inputs": [{"name": "x"}]}, 400, "the inputs are x"),
+    "another type": (
+        f"/v2/models/{NAME}/infer",
+        {"inputs": [{"name": "text", "datatype": "INT64", "shape": [1], "data": [1]}]},
+        400,
+        "BYTES was expected",
+    ),
+    "another shape": (
+        f"/v2/models/{NAME}/infer",
+        {"inputs": [{"name": "text", "datatype": "BYTES", "shape": [2], "data": ["a"]}]},
+        400,
+        "the shape [2] and 1 elements",
+    ),
+    "a wide shape": (
+        f"/v2/models/{NAME}/infer",
+        {"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1, 2], "data": ["a", "b"]}]},
+        400,
+        "[rows] or [rows, 1] was expected",
+    ),
+    "another output": (
+        f"/v2/models/{NAME}/infer",
+        tensors(["a"], outputs=[{"name": "scores"}]),
+        400,
+        "there is no output 'scores'",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_what_is_no_request_is_refused_in_words(kind: str, port: int) -> None:
+    path, body, expected, words = WRONG[kind]
+    status, told = call(port, "POST", path, body)
+    assert status == expected
+    assert words in told["error"]
+
+
+def test_a_body_without_a_length_is_cut_too(port: int) -> None:
+    with socket.create_connection(("127.0.0.1", port), 10) as plug:
+        plug.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        plug.sendall(b"".join(b"1000\r\n" + b" " * 4096 + b"\r\n" for _ in range(4)))
+        assert b" 413 " in plug.recv(1000)
+
+
+def test_the_binary_extension_is_refused(port: int) -> None:
+    headers = {"Inference-Header-Content-Length": "10"}
+    status, told = call(port, "POST", f"/v2/models/{NAME}/infer", tensors(["a"]), **headers)
+    assert (status, "binary extension" in told["error"]) == (400, True)
+
+
+def test_no_answer_is_lost_or_mixed_up_among_64_clients(port: int, servable: Path) -> None:
+    words = ("good", "bad", "film", "book", "meal", "very", "cold", "warm")
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(words, k=1 + place % 23)) for place in range(640)]
+    expected = spdtool.load(servable, threads=1).logits(texts)
+    assert len({tuple(row) for row in expected.round(4).tolist()}) > 500  # a mix-up would be seen
+
+    def client(number: int) -> float:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        worst = 0.0
+        for start in range(number * 10, number * 10 + 10, 2):
+            connection.request("POST", "/predict", json.dumps({"texts": texts[start : start + 2]}))
+            told = json.loads(connection.getresponse().read())["predictions"]
+            found = np.array([row["logits"] for row in told])
+            worst = max(worst, float(np.abs(found - expected[start : start + 2]).max()))
+        connection.close()
+        return worst
+
+    with ThreadPoolExecutor(64) as pool:
+        assert max(pool.map(client, range(64))) < 1e-4
+
+
+def test_clients_that_leave_in_the_middle_harm_nobody(port: int) -> None:
+    body = json.dumps({"texts": ["good film"] * 40}).encode()
+    head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    for sent in (head + body, head + body[:20], head[:30]):
+        for _ in range(5):
+            with socket.create_connection(("127.0.0.1", port), 10) as plug:
+                plug.sendall(sent)
+    assert call(port, "POST", "/predict", {"texts": ["bad"]})[0] == 200
+
+
+def test_metrics_count_what_happened(port: int) -> None:
+    call(port, "POST", "/predict", {"texts": ["a", "b"]})
+    call(port, "POST", "/predict", b"{")
+    status, text = call(port, "GET", "/metrics")
+    assert status == 200
+    found = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert float(found['spdtool_requests_total{route="predict",status="200"}']) >= 1
+    assert float(found['spdtool_requests_total{route="predict",status="422"}']) >= 1
+    assert float(found["spdtool_rows_total"]) >= 2
+    assert float(found["spdtool_batch_rows_count"]) >= 1
+    assert float(found['spdtool_batch_rows_bucket{le="4.0"}']) == float(found["spdtool_batch_rows_count"])
+    assert float(found["spdtool_request_seconds_count"]) >= 2
+    assert float(found["spdtool_queue_rows"]) == 0
+
+
+def test_sigterm_answers_what_is_in_flight_and_a_full_queue_is_told(servable: Path) -> None:
+    server, port = start(servable, "--max-queue", "3", "--max-batch", "64", "--max-wait-ms", "1500")
+    with ThreadPoolExecutor(3) as pool:
+        waiting = pool.submit(call, port, "POST", "/predict", {"texts": ["good film", "bad"]})
+        while "spdtool_queue_rows 2.0" not in call(port, "GET", "/metrics")[1]:
+            assert not waiting.done()
+        status, told = call(port, "POST", "/predict", {"texts": ["a", "b"]})
+        assert (status, "2 rows wait already; 3 may" in told["error"]) == (503, True)
+        server.send_signal(signal.SIGTERM)
+        status, told = waiting.result(30)
+        assert (status, len(told["predictions"])) == (200, 2)
+    end(server)
+    with pytest.raises(ConnectionRefusedError):
+        call(port, "GET", "/v2")
+
+
+def test_another_address_deserves_a_warning_and_a_taken_one_an_error(servable: Path) -> None:
+    from spdtool.errors import RunError
+    from spdtool.serving import server
+
+    assert not server._loopback("0.0.0.0")
+    assert all(map(server._loopback, ("127.0.0.1", "::1", "localhost")))
+    with server.listen("127.0.0.1", 0) as taken, pytest.raises(RunError, match="cannot be listened to"):
+        server.listen("127.0.0.1", taken.getsockname()[1])
