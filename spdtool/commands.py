@@ -19,7 +19,10 @@ from typer.core import TyperGroup
 
 from spdtool import console, plugins, recipe
 from spdtool.errors import DeviceError, RecipeError, RunError, SpdError
-from spdtool.recipe import Recipe
+from spdtool.recipe import STAGES, Recipe
+
+
+WORKFLOW = ("compress", *STAGES, "report", "sweep", "predict", "serve", "serve-check", "inspect", "unpack")
 
 
 class Commands(TyperGroup):
@@ -37,6 +40,11 @@ class Commands(TyperGroup):
         """Run the command that the words name."""
         with self._usage_as_json():
             return super().invoke(ctx)
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The commands in the order in which they are used, however they were registered."""
+        names: list[str] = super().list_commands(ctx)
+        return sorted(names, key=lambda name: WORKFLOW.index(name) if name in WORKFLOW else len(WORKFLOW))
 
     @contextmanager
     def _usage_as_json(self) -> Iterator[None]:

@@ -102,7 +102,7 @@ def events_of(recipe: Recipe, steps: int, *, initial: float = 0.0) -> list[tuple
 
 
 def _jump(recipe: Recipe, initial: float) -> float | None:
-    """The sparsity of the first jump: as the recipe says, unless the target is near or the weights are there already."""
+    """The sparsity of the first jump: what the recipe says, unless the target or the weights are near that already."""
     first = recipe.prune.first
     if first is None:
         return None
