@@ -400,8 +400,8 @@ def _show_plan(run: Run, *, whole: bool = False) -> dict[str, Any]:
     rows = ", ".join(f"{count:,} {name}" for name, count in planned["rows"].items())
     console.table(
         f"{run.path}: {rows} rows",
-        ("stage", "state", "epochs", "steps", "why"),
-        [(s["stage"], "done" if s["done"] else "to do", s["epochs"], s["steps"], s["why"]) for s in planned["stages"]],
+        ("stage", "state", "epochs", "steps", "learning rate", "why"),
+        [_planned_row(stage) for stage in planned["stages"]],
     )
     size = planned["parameters"]
     console.say(
@@ -411,6 +411,12 @@ def _show_plan(run: Run, *, whole: bool = False) -> dict[str, Any]:
     if size["emptied"]:
         console.warn(f"{run.recipe.sparsity:g} leaves no weight at all in {size['emptied']} matrices of this model")
     return planned
+
+
+def _planned_row(stage: dict[str, Any]) -> tuple[Any, ...]:
+    rate = stage["learning_rate"]
+    state = "done" if stage["done"] else "to do"
+    return stage["stage"], state, stage["epochs"], stage["steps"], None if rate is None else f"{rate:.3g}", stage["why"]
 
 
 def _show_result(run: Run) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from spdtool import console, plugins, recipe
 from spdtool.errors import DeviceError, RecipeError, RunError, SpdError
 from spdtool.recipe import STAGES, Recipe
 
-
 WORKFLOW = ("compress", *STAGES, "report", "sweep", "predict", "serve", "serve-check", "inspect", "unpack")
 
 

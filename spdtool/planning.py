@@ -24,7 +24,7 @@ def plan(run: Run) -> dict[str, Any]:
     """The stages of `run` with what each will cost; reads the data, and only the configuration of the model.
 
     Returns:
-        `stages` (stage, done, epochs, steps, why), `rows`, the student's `parameters` (all, prunable, zeros; matrices
+        `stages` (stage, done, epochs, steps, learning_rate, why), `rows`, the student's `parameters` (all, prunable, zeros; matrices
         emptied) and `memory_bytes` (an estimate of the peak of the training stages, to about a factor of 1.5).
 
     Raises:
@@ -40,7 +40,10 @@ def plan(run: Run) -> dict[str, Any]:
     return {
         "run": str(run.path),
         "rows": rows,
-        "stages": [_stage(run, stage, rows["train"]) for stage in STAGES],
+        "stages": [
+            _stage(run, stage, rows["train"], (teacher if stage == "teacher" else student).config.hidden_size)
+            for stage in STAGES
+        ],
         "parameters": {
             "all": sum(parameter.numel() for parameter in student.parameters()),
             "prunable": sum(matrices),
@@ -159,14 +162,16 @@ def memory(recipe: Recipe, model: Any, teacher: Any = None) -> int:
     return FLOAT * (its + weights * (1 + 1 + ADAM_MOMENTS) + tokens * per_token * layers)
 
 
-def _stage(run: Run, stage: str, rows: int) -> dict[str, Any]:
+def _stage(run: Run, stage: str, rows: int, width: int) -> dict[str, Any]:
     section = run.recipe.section(stage)
-    known: dict[str, Any] = {"stage": stage, "done": run.done(stage), "epochs": None, "steps": None, "why": ""}
+    known: dict[str, Any] = {"stage": stage, "done": run.done(stage), "why": ""}
+    known |= dict.fromkeys(("epochs", "steps", "learning_rate"))
     if stage == "teacher" and run.recipe.given_teacher is not None:
         return known | {"why": f"given: {run.recipe.given_teacher}"}
     if isinstance(section, Training):
         epochs, why = section.epochs_for(rows)
         if section.max_steps is not None:
             why += f"; at most {section.max_steps} steps"
-        return known | {"epochs": epochs, "steps": section.steps_for(rows), "why": why}
+        peak = section.peak(width)
+        return known | {"epochs": epochs, "steps": section.steps_for(rows), "learning_rate": peak, "why": why}
     return known

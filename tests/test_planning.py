@@ -91,3 +91,26 @@ def test_memory_grows_with_what_costs_memory(toy_run: MakeRun, toys: Any) -> Non
     assert bytes_of() > least
     assert bytes_of("prune.batch_size=16") > bytes_of() > bytes_of("prune.accumulate=4")
     assert bytes_of("prune.loss.attention=1") > bytes_of()
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "initial", "first"),
+    [(0.9, 0.0, 0.7), (0.95, 0.0, 0.7), (0.5, 0.0, 0.4), (0.9, 0.5, 0.7), (0.9, 0.8, None), (0.0, 0.0, None)],
+)
+def test_the_first_jump_stays_below_the_target_and_above_what_is_zero_already(
+    toys: Any, sparsity: float, initial: float, first: float | None
+) -> None:
+    events = planning.events_of(toys.recipe("prune.first=0.7", sparsity=sparsity), 100, initial=initial)
+    assert events[-1][1] == sparsity
+    assert len(events) == 3
+    if first is None:
+        assert events[0][0] > 0
+    else:
+        assert events[0] == (0, pytest.approx(first))
+
+
+def test_exchanges_without_regrowth_are_refused(toys: Any) -> None:
+    recipe = toys.recipe("prune.exchanges=2", "prune.freeze=0.9")
+    with pytest.raises(RecipeError, match="change nothing"):
+        planning.check(recipe, 48)
+    planning.check(toys.recipe("prune.exchanges=1", "prune.freeze=1.0", "prune.regrowth=true"), 48)

@@ -3,7 +3,7 @@
     operators   of no domain but those that the target names
     zeros       every zero of the checkpoint's matrices is a zero of the file
     logits      those of the checkpoint, on real rows and on shapes from (1, 1) to the longest, padded on either side
-    dev metric  that of the checkpoint, within the budget
+    dev metric  that of the checkpoint, within the budget: see `change.py`
 
 What a target stores rounded is held against the checkpoint with the rounded weights, which proves the arithmetic; where
 the arithmetic is coarse as well, its exact twin is. The dev metric is always held against the checkpoint itself.
@@ -21,72 +21,26 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from spdtool import console, data, encoders, evaluation
+from spdtool import console, encoders, evaluation
 from spdtool.data import Batch, Encoded
 from spdtool.errors import DeviceError, GateError, ModelError, RecipeError
 from spdtool.evaluation import Forward
+from spdtool.export import change as changes
 from spdtool.export import parity, targets
+from spdtool.export.change import Change, OverBudget
+from spdtool.export.reference import Reference
 from spdtool.export.search import Found, Kept, search
-from spdtool.recipe import Recipe
-from spdtool.tasks import Task
 
 CONSTANTS = 10  # a twin's scalars, such as the root in a GELU, are rounded too, and are no weights
 ROWS_OF_DAMAGE = 64  # of the dev set, on which one layer's rounding is judged
 
 
-@dataclass(frozen=True)
-class Dev:
-    """What an export is compared on: the task and its dev sets; without a task, one dev set without rows.
-
-    Attributes:
-        train: rows to calibrate on; None where there is no task.
-    """
-
-    task: Task | None
-    sets: dict[str, Encoded]
-    train: Encoded | None = None
-
-
-@dataclass(frozen=True)
-class Change:
-    """What an exported file makes of the dev sets: both sides' metrics, flipped predictions, largest logit change.
-
-    Attributes:
-        worse: predictions that were right and are not any more; of a regression, all that moved.
-    """
-
-    metrics: dict[str, float]
-    checkpoint: dict[str, float]
-    flipped: int
-    rows: int
-    difference: float
-    worse: int = 0
-
-
-def dev_sets(checkpoint: Path, recipe: Recipe) -> Dev:
-    """The dev sets of the recipe's task and some of its training rows, encoded for the checkpoint.
-
-    Raises:
-        DataError, ModelError: data, tokenizer and model do not fit together.
-    """
-    model = encoders.load(checkpoint)
-    task, splits = data.prepare(recipe, encoders.load_tokenizer(checkpoint), encoders.label_names(model))
-    dev = {name: rows for name, rows in splits.items() if name.startswith("dev")}
-    data.check_lengths(dev, encoders.positions(model))
-    data.check_vocabulary(dev, model.config.vocab_size)
-    train = splits["train"]
-    return Dev(task, dev, train.sample(recipe.export.calibration, recipe.seed))
-
-
-def export_checkpoint(
-    target: Any, checkpoint: Path, folder: Path, dev: Dev, recipe: Recipe, providers: list[str]
-) -> dict[str, Any]:
+def export_checkpoint(target: Any, reference: Reference, folder: Path, providers: list[str]) -> dict[str, Any]:
     """Export one checkpoint to `folder`, pass it through the gates, and return what was measured.
 
     Where a target that can leave parts unrounded breaks the budget, the parts that do so are looked for and left.
 
     Args:
-        dev: encoded for this checkpoint; without rows, only the probes are compared.
         providers: those on which parity is checked, as far as the target runs there; the dev metric is computed on the
             last.
 
@@ -94,18 +48,14 @@ def export_checkpoint(
         GateError: operators, zeros, logits or dev metric are not the checkpoint's.
         RecipeError: the target is calibrated on rows of a task, and there is none.
     """
-    trial = Trial(target, checkpoint, folder, dev, recipe, _common(providers, targets.providers(target)))
+    trial = Trial(target, reference, folder, _common(providers, targets.providers(target)))
     try:
         return trial.export(())
     except OverBudget as error:
-        parts = targets.parts(target, checkpoint, recipe)
+        parts = targets.parts(target, reference.checkpoint, reference.recipe)
         if len(parts) < 2:
             raise
         return _rescue(trial, parts, error)
-
-
-class OverBudget(GateError):
-    """The files are sound, and their roundings cost more of the dev metric than the budget."""
 
 
 @dataclass(frozen=True)
@@ -113,10 +63,8 @@ class Trial:
     """Keeps what every export of one checkpoint by one target is made of."""
 
     target: Any
-    checkpoint: Path
+    reference: Reference
     folder: Path
-    dev: Dev
-    recipe: Recipe
     providers: list[str]
 
     def write(self, keep: Kept) -> list[Path]:
@@ -124,117 +72,82 @@ class Trial:
         shutil.rmtree(self.folder, ignore_errors=True)
         more: dict[str, Any] = {"keep": keep} if keep else {}
         if targets.calibrates(self.target):
-            if self.dev.train is None:
+            if self.reference.dev.train is None:
                 raise RecipeError("this target is calibrated on rows of a task, and none was given", "--task or --data")
-            more["rows"] = self.dev.train
-        written: list[Path] = self.target.export(self.checkpoint, self.folder, self.recipe, **more)
+            more["rows"] = self.reference.dev.train
+        found = self.reference
+        written: list[Path] = self.target.export(found.checkpoint, self.folder, found.recipe, **more)
         return written
 
     def export(self, keep: Kept) -> dict[str, Any]:
         """Export, hold the files against the checkpoint, and measure them; raises as `export_checkpoint` does."""
         files = self.write(keep)
-        model: Any = encoders.load(self.checkpoint)
-        zeros = _zeros(model)
+        zeros = self.reference.zeros
         rounds = targets.rounds(self.target)
         targets.check_domains(self.target, files)
         audited = self.target.audit(self.folder)
         parity.check_zeros(audited, zeros, more=self.coarse)
-        metrics = self._logits() | _sizes(files, self.folder, zeros, model)
+        metrics = self._logits() | _sizes(files, self.folder, zeros)
+        metrics["positions"] = self.reference.positions
         if self.coarse:
             metrics["rounded_to_zero"] = sum(audited[name][0] - count for name, (count, _) in zeros.items())
         if rounds:
-            metrics |= dict(zip(("values", "embeddings"), targets.storage(self.target, self.recipe), strict=True))
+            storage = targets.storage(self.target, self.reference.recipe)
+            metrics |= dict(zip(("values", "embeddings"), storage, strict=True))
         metrics |= targets.facts(self.target, self.folder)
-        return metrics | (self._dev(model, metrics) if self.dev.task else {})
+        return metrics | (self._dev(metrics) if self.reference.dev.task else {})
 
     @property
     def coarse(self) -> bool:
         """Whether the arithmetic is rounded too, and weights that round to zero may be more zeros than there were."""
         return getattr(self.target, "exact", None) is not None
 
-    def change(self, model: Any) -> Change:
+    def change(self) -> Change:
         """What the files that are written now make of the dev sets, on the last of the providers."""
-        provider = self.providers[-1]
-        original = evaluation.torch_forward(model.to(provider), provider)
-        found = self.target.session(self.folder, provider)
-        assert self.dev.task is not None
-        return compare(self.dev.task, original, found, self.dev.sets, self.recipe.export.tolerance)
+        provider, dev = self.providers[-1], self.reference.dev
+        found = dev.predict(self.target.session(self.folder, provider))
+        assert dev.task is not None
+        tolerance = self.reference.recipe.export.tolerance
+        return changes.compare(dev.task, self.reference.on_dev(provider), found, dev.sets, tolerance)
 
     def budget(self) -> float:
         """The largest change of the dev metric that passes."""
-        storage = targets.storage(self.target, self.recipe)
-        return self.recipe.export.allowed_change(rounds=targets.rounds(self.target), storage=storage)
+        recipe = self.reference.recipe
+        storage = targets.storage(self.target, recipe)
+        return recipe.export.allowed_change(rounds=targets.rounds(self.target), storage=storage)
 
     def _logits(self) -> dict[str, Any]:
-        """Hold the logits against the checkpoint's.
-
-        Eager attention is compared, which is what is exported: where a row's window holds nothing but padding
-        (ModernBERT, padded on the left), torch's own two attentions differ. The dev set is compared with the checkpoint
-        as a client loads it.
-        """
-        section, rounds = self.recipe.export, targets.rounds(self.target)
-        same: Any = encoders.load(self.checkpoint, eager=True)
-        plain: Any = encoders.load(self.checkpoint, eager=True) if rounds else same
-        if rounds:
-            _fill(same, self.target, self.folder)
-        twin = targets.exact(self.target, self.folder)
+        """Hold the logits against the checkpoint's, on each provider."""
+        section, batches = self.reference.recipe.export, self.reference.probes
+        rounds, twin = targets.rounds(self.target), targets.exact(self.target, self.folder)
+        plain = self.reference.model(eager=True) if getattr(self.target, "verify", None) else None
+        same: Any = _filled(self.reference.model(eager=True), self.target, self.folder) if rounds else None
         found: dict[str, Any] = {"providers": self.providers}
         largest: list[tuple[float, str]] = []
         for provider in self.providers:
-            batches = list(parity.probes(same, self.dev.sets["dev"], section.sentences))
             targets.verify(self.target, self.folder, plain, batches, provider)
-            session = self.target.session(self.folder, provider)
-            reference = evaluation.torch_forward(same.to(provider), provider)
+            session, original = self.target.session(self.folder, provider), self.reference.on_probes(provider)
+            expected = evaluation.torch_forward(same.to(provider), provider) if same else original
             tolerance = section.tolerance * (CONSTANTS if twin else 1)
-            largest.append(parity.parity(reference, twin or session, batches, tolerance))
+            largest.append(parity.parity(expected, twin or session, batches, tolerance))
             if rounds:
-                original = evaluation.torch_forward(plain.to(provider), provider)
-                real = (
-                    [entry for entry in batches if " dev rows" in entry[0]] if targets.calibrates(self.target) else []
-                )
+                calibrated = targets.calibrates(self.target)
+                real = [entry for entry in batches if " dev rows" in entry[0]] if calibrated else []
                 found |= _moved(original, session, real or batches, section.rounded_tolerance if twin else math.inf)
         difference, where = max(largest)
         return {"largest_difference": difference, "largest_difference_at": where} | found
 
-    def _dev(self, model: Any, metrics: dict[str, Any]) -> dict[str, Any]:
-        rounds = targets.rounds(self.target)
-        change = self.change(model)
-        _refuse_change(change, self.budget(), metrics, rounds=rounds, coarse=self.coarse)
-        return _measured(change, metrics, rounds=rounds)
-
-
-def compare(task: Task, reference: Forward, found: Forward, dev: dict[str, Encoded], tolerance: float) -> Change:
-    """Run checkpoint and exported file over every dev set; a regression counts as flipped beyond `tolerance`."""
-    before, after = (
-        {name: evaluation.predict(forward, rows) for name, rows in dev.items()} for forward in (reference, found)
-    )
-    flipped, worse, largest = 0, 0, 0.0
-    for name, rows in dev.items():
-        was, became = (evaluation.decide(task, side[name]) for side in (before, after))
-        moved = np.abs(became - was) > (tolerance if task.regression else 0)
-        flipped += int(moved.sum())
-        worse += int((moved if task.regression else moved & (was == rows.labels)).sum())
-        largest = max(largest, float(np.abs(after[name] - before[name]).max()))
-    metrics, checkpoint = (evaluation.score_all(task, logits, dev) for logits in (after, before))
-    return Change(metrics, checkpoint, flipped, sum(len(rows) for rows in dev.values()), largest, worse)
-
-
-def exceeds(change: Change, budget: float) -> str | None:
-    """The name of the first metric that changed by more than the budget; one prediction alone is never too much.
-
-    On 400 rows one prediction is a quarter of a point, and what flips it may be the last bit of a logit.
-    """
-    for name, value in change.metrics.items():
-        if not math.isfinite(value) or (abs(value - change.checkpoint[name]) > budget and change.worse > 1):
-            return name
-    return None
+    def _dev(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        rounds, change = targets.rounds(self.target), self.change()
+        changes.refuse(change, self.budget(), metrics, rounds=rounds, coarse=self.coarse)
+        return changes.measured(change, metrics, rounds=rounds)
 
 
 def _rescue(trial: Trial, parts: list[str], first: OverBudget) -> dict[str, Any]:
     """Leave in float32 what breaks the budget, if less than everything will do; raises the first error if not."""
-    model: Any = encoders.load(trial.checkpoint)
-    batches = _some(trial.dev.sets["dev"])
-    expected = [evaluation.torch_forward(model, "cpu")(batch) for batch in batches]
+    batches = _some(trial.reference.dev.sets["dev"])
+    original = evaluation.torch_forward(trial.reference.model(), "cpu")
+    expected = [original(batch) for batch in batches]
 
     def damage(keep: Kept) -> float:
         trial.write(keep)
@@ -243,9 +156,9 @@ def _rescue(trial: Trial, parts: list[str], first: OverBudget) -> dict[str, Any]
 
     def passes(keep: Kept) -> bool:
         trial.write(keep)
-        return exceeds(trial.change(model), trial.budget()) is None
+        return changes.exceeds(trial.change(), trial.budget()) is None
 
-    found = search(parts, damage, passes, trial.recipe.export.tries)
+    found = search(parts, damage, passes, trial.reference.recipe.export.tries)
     return trial.export(_least(found, first)) | {"damage": found.damage, "tries": found.tries}
 
 
@@ -266,9 +179,7 @@ def _some(rows: Encoded) -> list[Batch]:
     return [rows.collate(chosen[start : start + 16]) for start in range(0, len(chosen), 16)]
 
 
-def _sizes(
-    files: list[Path], folder: Path, counts: dict[str, tuple[int, int]], model: PreTrainedModel
-) -> dict[str, Any]:
+def _sizes(files: list[Path], folder: Path, counts: dict[str, tuple[int, int]]) -> dict[str, Any]:
     zeros, size = (sum(numbers) for numbers in zip(*counts.values(), strict=True))
     return {
         "zeros": zeros,
@@ -276,7 +187,6 @@ def _sizes(
         "sparsity": zeros / size,
         "files": [str(file.relative_to(folder)) for file in files],
         "bytes": sum(file.stat().st_size for file in files),
-        "positions": parity.positions(model),
     }
 
 
@@ -303,49 +213,10 @@ def _common(working: list[str], supported: tuple[str, ...]) -> list[str]:
     return common
 
 
-def _zeros(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
-    """`(zeros, size)` of each prunable matrix of a model as it was loaded."""
-    weights = encoders.prunable_linears(model)
-    return {name: (int((weight == 0).sum()), weight.numel()) for name, weight in weights.items()}
-
-
-def _fill(model: PreTrainedModel, target: Any, folder: Path) -> None:
-    """Put the weights that the exported files really hold into the model."""
+def _filled(model: PreTrainedModel, target: Any, folder: Path) -> PreTrainedModel:
+    """The model with the weights that the exported files really hold."""
     try:
         encoders.fill(model, targets.weights(target, folder))
     except ModelError as error:  # the checkpoint is sound: what was made of it is not
         raise GateError(f"the exported file holds other weights than its checkpoint: {error.message}") from None
-
-
-def _refuse_change(change: Change, budget: float, metrics: dict[str, Any], *, rounds: bool, coarse: bool) -> None:
-    name = exceeds(change, budget)
-    if name is None:
-        return
-    hint = f"export.budget is {budget:g}"
-    if rounds:
-        stored = f"export.values={metrics['values']} and export.embeddings={metrics['embeddings']} round the weights"
-        if coarse:
-            stored = f"its weights and its arithmetic are {metrics['values']}"
-        hint += f"; {stored}: store them more exactly, raise the budget, or take the target out of export.optional"
-    raise OverBudget(
-        f"the exported file has {name} {change.metrics[name]:.4f} on the dev set; its checkpoint has "
-        f"{change.checkpoint[name]:.4f} ({change.flipped} of {change.rows} predictions flipped, "
-        f"{change.worse} for the worse)",
-        hint,
-    )
-
-
-def _measured(change: Change, metrics: dict[str, Any], *, rounds: bool) -> dict[str, Any]:
-    """The part of the metrics that the dev sets give; rounding moves the logits, and that is no fault of the file."""
-    found: dict[str, Any] = {
-        "dev": change.metrics,
-        "checkpoint_dev": change.checkpoint,
-        "flipped": change.flipped,
-        "worse": change.worse,
-        "rows": change.rows,
-    }
-    if rounds:
-        found["largest_change"] = change.difference
-    elif change.difference > metrics["largest_difference"]:
-        found |= {"largest_difference": change.difference, "largest_difference_at": "the dev set"}
-    return found
+    return model

@@ -21,7 +21,9 @@ from typing import Any
 from spdtool import console, data, encoders, plugins
 from spdtool.errors import DeviceError, GateError, ModelError, PluginError, SpdError
 from spdtool.export import assembly, onnx, runtime, targets
-from spdtool.export.gates import Dev, dev_sets, export_checkpoint
+from spdtool.export.change import Dev, dev_sets
+from spdtool.export.gates import export_checkpoint
+from spdtool.export.reference import Reference
 from spdtool.export.targets import Chosen
 from spdtool.export.unpack import refuse_occupied
 from spdtool.recipe import Recipe
@@ -44,13 +46,13 @@ def export(run: Run) -> dict[str, Any]:
     further, absent = targets.offered(recipe.export)
     providers = runtime.working(recipe.device)
     checkpoints = {"teacher": run.read("teacher"), "student": run.read("finetune")}
-    dev = {role: dev_sets(checkpoint, recipe) for role, checkpoint in checkpoints.items()}
+    references = {role: Reference(path, dev_sets(path, recipe), recipe) for role, path in checkpoints.items()}
     for name, error in absent.items():
         _leave_out(name, error)
     with run.stage("export") as work, onnx.remembering():
         for choice in (*chosen, *further):
             try:
-                _export_target(choice, work, checkpoints, dev, recipe, providers)
+                _export_target(choice, work, references, providers)
             except (DeviceError, ModelError, PluginError) as error:
                 if not choice.optional:
                     raise
@@ -108,19 +110,17 @@ def export_any(checkpoint: Path, name: str, folder: Path, recipe: Recipe, *, wit
     )
     shown = f"exporting {checkpoint} ({name}) and holding it against its checkpoint"
     with replacing(folder) as partial, console.busy(shown), onnx.remembering():
-        metrics = export_checkpoint(target, checkpoint, partial, dev, recipe, providers)
+        metrics = export_checkpoint(target, Reference(checkpoint, dev, recipe), partial, providers)
     _tell(str(folder), metrics)
     return {"folder": str(folder), "target": name} | metrics
 
 
-def _export_target(
-    choice: Chosen, work: Work, checkpoints: dict[str, Path], dev: dict[str, Dev], recipe: Recipe, providers: list[str]
-) -> None:
+def _export_target(choice: Chosen, work: Work, references: dict[str, Reference], providers: list[str]) -> None:
     metrics = work.metrics.setdefault(choice.name, {}) if choice.prefix else work.metrics
     for role in targets.roles(choice.target):
         folder = work.folder / choice.prefix / role
         with console.busy(f"exporting the {role} ({choice.name}) and holding it against its checkpoint"):
-            metrics[role] = export_checkpoint(choice.target, checkpoints[role], folder, dev[role], recipe, providers)
+            metrics[role] = export_checkpoint(choice.target, references[role], folder, providers)
         _tell(f"{role} ({choice.name})" if choice.prefix else role, metrics[role])
 
 

@@ -28,7 +28,7 @@ from spdtool.errors import (
     UnknownName,
 )
 from spdtool.export import runtime
-from spdtool.export.gates import Change, compare, exceeds
+from spdtool.export.change import Change, Dev, compare, exceeds
 from spdtool.export.onnx import Onnx
 from spdtool.run import Run, sha256
 from spdtool.stages.export import export, export_any
@@ -210,7 +210,7 @@ def test_a_changed_dev_metric_is_refused(
 def test_compare_counts_flips_and_every_dev_set(toys: ModuleType, toy_task: Callable[..., Task]) -> None:
     task = toy_task()
     rows = toys.rows(6)
-    dev = data.encode(toys.tokenizer(), {"dev": rows, "dev_mm": rows}, 32)
+    dev = Dev(task, data.encode(toys.tokenizer(), {"dev": rows, "dev_mm": rows}, 32))
 
     def answer(sign: float) -> Callable[[Any], np.ndarray]:
         def forward(batch: Any) -> np.ndarray:
@@ -219,7 +219,7 @@ def test_compare_counts_flips_and_every_dev_set(toys: ModuleType, toy_task: Call
 
         return forward
 
-    change = compare(task, answer(1.0), answer(-2.0), dev, 1e-4)
+    change = compare(task, dev.predict(answer(1.0)), dev.predict(answer(-2.0)), dev.sets, 1e-4)
     assert change.checkpoint == {"score": 1.0, "accuracy": 1.0, "accuracy_mm": 1.0}
     assert change.metrics["accuracy"] == change.metrics["accuracy_mm"] < 1
     assert change.flipped == 2 * 6 * (1 - change.metrics["accuracy"])
@@ -236,13 +236,13 @@ def test_one_prediction_is_never_over_the_budget(after: float, worse: int, refus
 
 def test_compare_takes_a_regression_by_its_values(toys: ModuleType, toy_task: Callable[..., Task]) -> None:
     task = toy_task(labels=())
-    dev = data.encode(toys.tokenizer(), {"dev": toys.rows(6, labels=1)}, 32)
+    dev = Dev(task, data.encode(toys.tokenizer(), {"dev": toys.rows(6, labels=1)}, 32))
 
-    def answer(shift: float) -> Callable[[Any], np.ndarray]:
-        return lambda batch: batch["labels"][:, None] + np.float32(shift) * (batch["labels"] > 1)[:, None]
+    def answer(shift: float) -> Any:
+        return dev.predict(lambda batch: batch["labels"][:, None] + np.float32(shift) * (batch["labels"] > 1)[:, None])
 
-    assert compare(task, answer(0), answer(1e-6), dev, 1e-4).flipped == 0
-    assert compare(task, answer(0), answer(1e-2), dev, 1e-4).flipped == 3
+    assert compare(task, answer(0), answer(1e-6), dev.sets, 1e-4).flipped == 0
+    assert compare(task, answer(0), answer(1e-2), dev.sets, 1e-4).flipped == 3
 
 
 def test_a_second_target_lies_under_its_name(fabricate: Fabricate, clean_plugins: None) -> None:
@@ -387,7 +387,7 @@ class TestRounding:
             return replace(change, metrics=metrics, worse=2) if len(seen) == 2 else seen.append(change) or change
 
         seen: list[Change] = []  # those of teacher and student, of which nothing is rounded
-        monkeypatch.setattr("spdtool.export.gates.compare", worse)
+        monkeypatch.setattr("spdtool.export.change.compare", worse)
         run = fabricate('export.optional=["rounded"]', f"export.values={values}")
         with pytest.raises(GateError, match="of 20 predictions flipped") as caught:
             export(run)

@@ -73,7 +73,7 @@ def test_nothing_else_is_zeroed_and_no_key_is_renamed(toy_run: Callable[..., Run
 
 
 def test_the_events_are_those_of_the_recipe(toy_run: Callable[..., Run]) -> None:
-    run = toy_run("prune.events=3", "prune.ramp=0.5", sparsity=0.8, until="prune")
+    run = toy_run("prune.first=none", "prune.events=3", "prune.ramp=0.5", sparsity=0.8, until="prune")
     pruned = [(event["step"], event["sparsity"]) for event in events(run, "prune")]
     assert pruned == [(2, pytest.approx(0.8 * (1 - (2 / 3) ** 3))), (4, pytest.approx(0.8 * (1 - (1 / 3) ** 3))),
                       (6, 0.8)]  # fmt: skip
