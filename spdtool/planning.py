@@ -24,8 +24,9 @@ def plan(run: Run) -> dict[str, Any]:
     """The stages of `run` with what each will cost; reads the data, and only the configuration of the model.
 
     Returns:
-        `stages` (stage, done, epochs, steps, learning_rate, why), `rows`, the student's `parameters` (all, prunable, zeros; matrices
-        emptied) and `memory_bytes` (an estimate of the peak of the training stages, to about a factor of 1.5).
+        `stages` (stage, done, epochs, steps, peak learning_rate, why), `rows`, the student's `parameters` (all,
+        prunable, zeros; matrices emptied) and `memory_bytes` (an estimate of the peak of the training stages, to about
+        a factor of 1.5).
 
     Raises:
         DataError, ModelError: the data or the model cannot be used.

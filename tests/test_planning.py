@@ -28,6 +28,14 @@ def test_the_plan_of_a_new_run(toy_run: MakeRun) -> None:
     assert not any(stage["done"] for stage in stages.values())
 
 
+def test_a_derived_learning_rate_is_shown(toy_run: MakeRun, toys: Any) -> None:
+    stages = planning.plan(toy_run("prune.learning_rate=none", "distill.learning_rate=2e-3"))["stages"]
+    rates = {stage["stage"]: stage["learning_rate"] for stage in stages}
+    assert rates["prune"] == pytest.approx(0.384 / toys.bert().config.hidden_size)
+    assert rates["distill"] == 2e-3
+    assert rates["export"] is None
+
+
 def test_the_weights_are_those_of_the_model(toy_run: MakeRun, toys: Any) -> None:
     counted = planning.plan(toy_run(sparsity=0.3))["parameters"]
     model = toys.bert()
