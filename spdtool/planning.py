@@ -106,11 +106,14 @@ def events_of(recipe: Recipe, steps: int, *, initial: float = 0.0) -> list[tuple
 
 
 def _jump(recipe: Recipe, initial: float) -> float | None:
-    """The sparsity of the first jump: what the recipe says, unless the target or the weights are near that already."""
+    """The sparsity of the first jump: what the recipe says, unless it would pass by a student that is to be left.
+
+    It stays below the target, and there is none where the weights are as sparse already.
+    """
     first = recipe.prune.first
     if first is None:
         return None
-    first = min(first, FARTHEST_JUMP * recipe.sparsity)
+    first = min(first, FARTHEST_JUMP * recipe.sparsity, *recipe.prune.leave)
     return first if first > initial and recipe.prune.events > 1 else None
 
 

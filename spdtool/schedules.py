@@ -95,29 +95,37 @@ def _exchange_events(start: int, exchanges: int, final: float, end: int) -> list
 def passing(events: Sequence[tuple[int, float]], through: Sequence[float]) -> list[tuple[int, float]]:
     """The same events, such that each sparsity of `through` is exactly that of one: of the last at or below it.
 
+    Where several would fall on one event, the others get events of their own, spread evenly up to the next one.
+
     Args:
         events: `(step, sparsity)`, rising.
         through: sparsities between that of the first event and that of the last.
 
     Raises:
-        RecipeError: a sparsity is not on the way, or two of them would fall on one event.
+        RecipeError: a sparsity is not on the way, or there are too few steps for the events between two others.
     """
-    sparsities, taken = [sparsity for _, sparsity in events], dict[int, float]()
-    for wanted in sorted(set(through)):
-        index = bisect.bisect_right(sparsities, wanted) - 1
-        if index < 0 or wanted >= sparsities[-1]:
+    sparsities = [sparsity for _, sparsity in events]
+    wanted: dict[int, list[float]] = {}
+    for sparsity in sorted(set(through)):
+        index = bisect.bisect_right(sparsities, sparsity) - 1
+        if index < 0 or sparsity >= sparsities[-1]:
             raise RecipeError(
-                f"sparsity {wanted:g} is not on the way of the prune events from {min(sparsities, default=0):g} "
+                f"sparsity {sparsity:g} is not on the way of the prune events from {min(sparsities, default=0):g} "
                 f"to {max(sparsities, default=0):g}",
                 "set prune.leave to sparsities between them, or have more events: prune.events",
             )
-        if index in taken:
+        wanted.setdefault(index, []).append(sparsity)
+    passed: list[tuple[int, float]] = []
+    for index, (step, sparsity) in enumerate(events):
+        stops = wanted.get(index, [sparsity])
+        room = events[index + 1][0] - step if len(stops) > 1 else 0
+        if len(stops) > 1 and room < len(stops):
             raise RecipeError(
-                f"sparsities {taken[index]:g} and {wanted:g} would fall on one prune event, at step {events[index][0]}",
-                "set prune.events higher, or prune.leave to sparsities further apart",
+                f"{len(stops)} sparsities to be left at do not fit into {room} optimiser steps from step {step}",
+                "leave fewer students with prune.leave, or set prune.epochs higher",
             )
-        taken[index] = wanted
-    return [(step, taken.get(index, sparsity)) for index, (step, sparsity) in enumerate(events)]
+        passed += [(step + i * room // len(stops), stop) for i, stop in enumerate(stops)]
+    return passed
 
 
 def replacing_rate(

@@ -5,8 +5,7 @@
     OUT/sweep.json  sweep.md  pareto-*.png    all rows, their averages, score against what it costs
 
 A finished stage is skipped and a killed one resumes, so that the same command goes on with a sweep. `run_trial` is a
-function of its trial alone, and of the folder; trials may run on other machines that share it, once `make_teacher` has
-run for their task and seed.
+function of its trial alone, and of the folder; `cluster.py` has Ray run many at once, on machines that share the folder.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from __future__ import annotations
 import importlib
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -31,7 +30,6 @@ from spdtool.run import Run, write_json
 RESULT = "sweep.json"
 TRAINING = ("teacher", *PHASES)
 DECIDED = ("task", "data", "model", "sparsity", "seed", "given_teacher", "name")  # by the sweep, so not by --set
-Finished = Callable[[Row], None]
 
 
 @dataclass(frozen=True)
@@ -64,6 +62,9 @@ class Trial:
     def teacher_folder(self) -> Path:
         """The run folder of the teacher that it shares with the other recipes."""
         return Path(self.out) / self.task / f"teacher-seed{self.seed}"
+
+
+Perform = Callable[[Sequence[Trial]], Iterator[tuple[int, Row]]]
 
 
 def plan(
@@ -181,7 +182,12 @@ def run_trial(trial: Trial) -> Row:
         return _relative(report_rows.of_run(run), trial)
     except SpdError as error:
         reason = f"{type(error).__name__}: {error.message}"
-        return _relative(replace(report_rows.of_recipe(chosen, trial.folder), status=FAILED, error=reason), trial)
+        return replace(blank(trial), status=FAILED, error=reason)
+
+
+def blank(trial: Trial) -> Row:
+    """The row of `trial` before anything was measured."""
+    return _relative(report_rows.of_recipe(trial_recipe(trial), trial.folder), trial)
 
 
 def finished(trial: Trial) -> bool:
@@ -190,24 +196,30 @@ def finished(trial: Trial) -> bool:
     return all(run.done(stage) for stage in (STAGES if trial.bench else TRAINING))
 
 
-def run_sweep(trials: Sequence[Trial], out: Path, tell: Callable[[str], None]) -> list[Row]:
-    """Run the trials one after the other; write the results after each; return the rows.
+def in_turn(trials: Sequence[Trial]) -> Iterator[tuple[int, Row]]:
+    """Run one trial after the other in this process; yields the number of each and its row."""
+    for index, trial in enumerate(trials):
+        with console.quiet():
+            yield index, run_trial(trial)
+
+
+def run_sweep(trials: Sequence[Trial], out: Path, tell: Callable[[str], None], perform: Perform = in_turn) -> list[Row]:
+    """Run the trials, write the results after each, and return the rows in the order of the trials.
 
     Args:
         tell: is given one line for each trial, with what is left.
+        perform: runs the trials, in whatever order, and yields what comes of each.
     """
     out.mkdir(parents=True, exist_ok=True)
-    rows = [_relative(report_rows.of_recipe(trial_recipe(trial), trial.folder), trial) for trial in trials]
-    to_do = sum(not finished(trial) for trial in trials)
+    rows = [blank(trial) for trial in trials]
+    fresh = [not finished(trial) for trial in trials]
     made, started = 0, time.monotonic()
-    for index, trial in enumerate(trials):
-        fresh = not finished(trial)
-        with console.quiet():
-            rows[index] = run_trial(trial)
+    for count, (index, row) in enumerate(perform(trials), start=1):
+        rows[index] = row
         write(rows, out)
-        made += fresh
-        left = _left(len(trials) - index - 1, to_do - made, (time.monotonic() - started) / max(made, 1))
-        tell(f"[{index + 1}/{len(trials)}] {summary.line(rows[index])}{left}")
+        made += fresh[index]
+        left = _left(len(trials) - count, sum(fresh) - made, (time.monotonic() - started) / max(made, 1))
+        tell(f"[{count}/{len(trials)}] {summary.line(row)}{left}")
     draw(rows, out)
     return rows
 

@@ -72,7 +72,7 @@ def test_stage_by_stage_gives_the_same_bytes(compressed: Path, tmp_path: Path, q
         assert called.exit_code == 0, called.output
         assert f"{stage}: done in" in called.stdout
     files = [file for file in snapshot(compressed) if file.endswith((".safetensors", ".onnx"))]
-    assert len(files) == 6
+    assert {file.split("/")[0] for file in files} == {"teacher", "prune", "distill", "finetune", "export"}
     for file in files:
         assert (folder / file).read_bytes() == (compressed / file).read_bytes(), file
 

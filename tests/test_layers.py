@@ -32,12 +32,16 @@ LAYERS = {
     "spdtool.run": 0,
     "spdtool.plugins": 0,
     "spdtool.commands": 0,
+    "spdtool.processes": 0,
     "spdtool.pruning": 1,
     "spdtool.distillation": 2,
     "spdtool.encoders": 2,
     "spdtool.pairing": 2,
     "spdtool.data": 2,
     "spdtool.tasks": 2,
+    "spdtool.pieces": 2,
+    "spdtool.collectives": 3,
+    "spdtool.launcher": 3,
     "spdtool.training": 3,
     "spdtool.journal": 3,
     "spdtool.saliency": 3,
@@ -52,6 +56,8 @@ LAYERS = {
     "spdtool.classifier": 3,  # what was exported, for its user
     "spdtool.stages": 4,
     "spdtool.sweep": 4,  # runs the stages of many runs
+    "spdtool.cluster": 4,
+    "spdtool.standings": 0,
     "spdtool.serving": 4,
     "spdtool.cli": 5,
 }

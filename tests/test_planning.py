@@ -117,6 +117,14 @@ def test_the_first_jump_stays_below_the_target_and_above_what_is_zero_already(
         assert events[0] == (0, pytest.approx(first))
 
 
+def test_the_first_jump_does_not_pass_by_a_student_that_is_to_be_left(toys: Any) -> None:
+    leave = (0.5, 0.7, 0.8, 0.9)
+    events = planning.events_of(toys.recipe("prune.first=0.7", f"prune.leave={[*leave]}", sparsity=0.95), 100)
+    assert events[0] == (0, 0.5)
+    assert set(leave) <= {sparsity for _, sparsity in events}
+    assert [step for step, _ in events] == sorted({step for step, _ in events})
+
+
 def test_exchanges_without_regrowth_are_refused(toys: Any) -> None:
     recipe = toys.recipe("prune.exchanges=2", "prune.freeze=0.9")
     with pytest.raises(RecipeError, match="change nothing"):

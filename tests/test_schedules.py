@@ -133,6 +133,7 @@ def test_events_pass_through_sparsities_on_the_way() -> None:
     assert passing(events, ()) == events
     assert passing(events, (0.85, 0.6)) == [(0, 0.6), (10, 0.7), (20, 0.85), (30, 0.9), (40, 0.9)]
     assert passing(events, (0.7, 0.7)) == events
+    assert passing(events, (0.72, 0.75, 0.78)) == [*events[:1], (10, 0.72), (13, 0.75), (16, 0.78), *events[2:]]
 
 
 @pytest.mark.parametrize(
@@ -141,12 +142,12 @@ def test_events_pass_through_sparsities_on_the_way() -> None:
         ((0.4,), "0.4 is not on the way of the prune events from 0.5 to 0.9"),
         ((0.9,), "0.9 is not on the way"),
         ((0.95,), "0.95 is not on the way"),
-        ((0.72, 0.75), "0.72 and 0.75 would fall on one prune event, at step 10"),
+        ((0.71, 0.72, 0.75), "3 sparsities to be left at do not fit into 2 optimiser steps from step 10"),
     ],
 )
 def test_sparsities_that_no_event_can_hold_are_refused(through: tuple[float, ...], reason: str) -> None:
     with pytest.raises(RecipeError, match=reason):
-        passing([(0, 0.5), (10, 0.7), (20, 0.8), (30, 0.9)], through)
+        passing([(0, 0.5), (10, 0.7), (12, 0.8), (30, 0.9)], through)
     with pytest.raises(RecipeError, match="not on the way"):
         passing([], (0.5,))
 

@@ -15,7 +15,7 @@ from typing import Any
 from spdtool.errors import RunError
 from spdtool.report import drawing, gather, plots
 from spdtool.report import rows as report_rows
-from spdtool.report.rows import FAILED, Row
+from spdtool.report.rows import FAILED, STOPPED, Row
 from spdtool.run import Run
 
 SWEEP = "sweep.json"
@@ -107,7 +107,7 @@ def _of_row(folder: Path, row: Row) -> tuple[Run | None, Row]:
     if not (path / "run.json").is_file():
         return None, row
     run = Run.open(path)
-    return run, row if row.status == FAILED else replace(report_rows.of_run(run), task=row.task, run=row.run)
+    return run, row if row.status in (FAILED, STOPPED) else replace(report_rows.of_run(run), task=row.task, run=row.run)
 
 
 def _comparison(page: Page) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from spdtool.recipe import Recipe
 from spdtool.run import RECORD, Run
 
 PHASES = ("prune", "distill", "finetune")  # of the student; the last finished one is what a row shows
-DONE, UNFINISHED, FAILED = "done", "unfinished", "failed"
+DONE, UNFINISHED, FAILED, STOPPED = "done", "unfinished", "failed", "stopped"
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Row:
     """One run.
 
     Attributes:
-        run: its folder. status: done, unfinished or failed; `error` says why it failed.
+        run: its folder. status: done, unfinished, failed, or stopped as hopeless; `error` says why.
         teacher, student: dev scores. teacher_train, student_train: scores on rows that were trained on.
         nonzeros, weights: of the encoder's prunable matrices.
         seconds: that the student's phases took.

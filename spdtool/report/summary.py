@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from spdtool.report.rows import DONE, FAILED, Row, flat
+from spdtool.report.rows import DONE, FAILED, STOPPED, Row, flat
 
 COLUMNS = ("task", "recipe", "sparsity", "teacher", "student", "kept", "gap teacher", "gap student", "seeds")
 BENCHED = ("bytes", "speed")
@@ -55,6 +55,7 @@ class Summary:
     teacher_bytes: Spread
     weights: Spread
     failed: int
+    stopped: int
 
 
 def spread(values: Iterable[float | None]) -> Spread:
@@ -68,11 +69,12 @@ def spread(values: Iterable[float | None]) -> Spread:
 def summarise(rows: Iterable[Row]) -> list[Summary]:
     """Averages over the seeds of the finished rows, and of the students left on the way, tasks and recipes in order.
 
-    A row that failed counts as failed, and is no part of a mean.
+    A row that failed counts as failed, and is no part of a mean. Where one was stopped as hopeless there is no mean at
+    all, since that of the others would flatter the recipe.
     """
     groups: dict[tuple[str, str, float], list[Row]] = {}
     for row in flat(rows):
-        if row.status in (DONE, FAILED):
+        if row.status in (DONE, FAILED, STOPPED):
             groups.setdefault((row.task, row.label, row.sparsity), []).append(row)
     tasks, labels = ([*dict.fromkeys(key[part] for key in groups)] for part in (0, 1))
     ordered = sorted(groups, key=lambda key: (tasks.index(key[0]), labels.index(key[1]), key[2]))
@@ -104,8 +106,8 @@ def averages_table(summaries: Sequence[Summary]) -> tuple[list[str], list[list[A
 
 
 def failures(rows: Iterable[Row]) -> list[str]:
-    """One line for each run that failed."""
-    return [f"{name(row)}: {row.error}" for row in rows if row.status == FAILED]
+    """One line for each run that failed, or was stopped."""
+    return [f"{name(row)}: {row.status}: {row.error}" for row in rows if row.status in (FAILED, STOPPED)]
 
 
 def name(row: Row) -> str:
@@ -115,8 +117,8 @@ def name(row: Row) -> str:
 
 def line(row: Row) -> str:
     """One run on one line."""
-    if row.status == FAILED:
-        return f"{name(row)}: failed: {row.error}"
+    if row.status in (FAILED, STOPPED):
+        return f"{name(row)}: {row.status}: {row.error}"
     gap = "" if row.student_gap is None else f", gap {_hundredfold(row.student_gap)}"
     seconds = "" if row.seconds is None else f"; {row.seconds:,.0f} s"
     scores = f"teacher {_hundredfold(row.teacher)}, student {_hundredfold(row.student)}"
@@ -138,12 +140,13 @@ def markdown(title: str, rows: Sequence[Row]) -> str:
     parts = [f"# {title}", _markdown_table(*table(summaries)), LEGEND]
     parts += ["## Average over tasks", _markdown_table(*averages_table(summaries))] if summaries else []
     failed = failures(rows)
-    parts += ["## Failed", "\n".join(f"- {each}" for each in failed)] if failed else []
+    parts += ["## Failed or stopped", "\n".join(f"- {each}" for each in failed)] if failed else []
     return "\n\n".join(parts) + "\n"
 
 
 def _summary(key: tuple[str, str, float], rows: Sequence[Row]) -> Summary:
-    done = [row for row in rows if row.status == DONE]
+    failed, stopped = (sum(row.status == status for row in rows) for status in (FAILED, STOPPED))
+    done = [] if stopped else [row for row in rows if row.status == DONE]
 
     def over(value: Callable[[Row], float | None]) -> Spread:
         return spread(map(value, done))
@@ -161,7 +164,8 @@ def _summary(key: tuple[str, str, float], rows: Sequence[Row]) -> Summary:
         slowness=over(lambda row: 1 / row.speed if row.speed else None),
         teacher_bytes=over(lambda row: row.teacher_bytes),
         weights=over(lambda row: row.weights),
-        failed=len(rows) - len(done),
+        failed=failed,
+        stopped=stopped,
     )
 
 
@@ -169,7 +173,8 @@ def _cells(summary: Summary, benched: bool) -> list[Any]:
     cells: list[Any] = [summary.task, summary.recipe, f"{summary.sparsity:g}", summary.teacher, summary.student]
     cells += [_percent(summary.kept.mean), _hundredfold(summary.teacher_gap.mean)]
     cells += [_hundredfold(summary.student_gap.mean)]
-    cells += [f"{summary.student.count}" + (f" ({summary.failed} failed)" if summary.failed else "")]
+    lost = [f"{count} {how}" for count, how in ((summary.failed, FAILED), (summary.stopped, STOPPED)) if count]
+    cells += [f"{summary.student.count}" + (f" ({', '.join(lost)})" if lost else "")]
     if benched:
         size, speed = summary.bytes.mean, summary.speed.mean
         cells += ["-" if size is None else f"{size:,.0f}", "-" if speed is None else f"{speed:.2f}x"]

@@ -74,7 +74,7 @@ def test_what_failed_or_is_not_finished_is_no_part_of_a_mean():
     (found,) = summary.summarise(made)
     assert found.student.count == 1
     assert summary.table([found])[1][0][-1] == "1 (1 failed)"
-    assert summary.failures(made) == ["toy default 0.5 seed 1: DataError: no rows"]
+    assert summary.failures(made) == ["toy default 0.5 seed 1: failed: DataError: no rows"]
     assert "DataError: no rows" in summary.markdown("Sweep", made)
 
 

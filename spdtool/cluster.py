@@ -1,0 +1,178 @@
+"""A sweep on Ray: trials run at once on one machine or many, each with the processors and GPUs that it declares.
+
+Ray schedules, starts a trial again whose worker died, and ends all with the driver. What was done is in the run
+folders, which every machine must see: the same command goes on with a sweep, wherever it stopped. It is an extra.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from spdtool import console
+from spdtool.errors import DeviceError, SpdError
+from spdtool.report import rows as report_rows
+from spdtool.report.rows import FAILED, PHASES, STOPPED, Row
+from spdtool.run import Run
+from spdtool.standings import Standings
+from spdtool.sweep import RESULT, Trial, blank, finished, make_teacher, run_trial, trial_recipe
+
+RETRIES = 3  # of a trial whose worker died: it goes on from its last snapshot
+
+
+class Hopeless(SpdError):
+    """A trial was so far behind the others that it was stopped."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where and with what trials run; calling it performs them, as `sweep.run_sweep` wants.
+
+    Attributes:
+        address: of a Ray cluster; None: that of RAY_ADDRESS, or one of this machine's own for the time of the sweep.
+        cpus, gpus: that each trial claims; parts of a GPU may be shared.
+        behind: points below the median at which a trial is stopped as hopeless, see `standings.py`; None: never.
+    """
+
+    address: str | None = None
+    cpus: float = 1
+    gpus: float = 0
+    behind: float | None = None
+
+    def __call__(self, trials: Sequence[Trial]) -> Iterator[tuple[int, Row]]:
+        """Run the trials; yields the number and the row of each as it ends.
+
+        Raises:
+            DeviceError: Ray is not installed, its cluster does not answer, or it can never give what a trial claims.
+        """
+        ray = _ray()
+        stopped = _stopped_before(trials) if self.behind is not None else {}
+        yield from stopped.items()
+        started = _start(ray, self.address)
+        try:
+            self._require(ray)
+            yield from self._perform(ray, [(i, trial) for i, trial in enumerate(trials) if i not in stopped])
+        finally:
+            if started:
+                ray.shutdown()
+
+    def _perform(self, ray: Any, numbered: Sequence[tuple[int, Trial]]) -> Iterator[tuple[int, Row]]:
+        claims = {"num_cpus": self.cpus, "num_gpus": self.gpus, "max_retries": RETRIES}
+        teach, work = (ray.remote(function).options(**claims) for function in (_teach, _work))
+        standings = None
+        if self.behind is not None:
+            standings = ray.remote(Standings).options(num_cpus=0).remote(self.behind)
+            _recall(ray, standings, [trial for _, trial in numbered])
+        teachers = {trial.teacher_folder: trial for _, trial in numbered if not finished(trial)}
+        taught = {folder: teach.remote(trial) for folder, trial in teachers.items()}
+        pending = {work.remote(trial, standings, taught.get(trial.teacher_folder)): (i, trial) for i, trial in numbered}
+        while pending:
+            (ready, *_), _ = ray.wait(list(pending))
+            number, trial = pending.pop(ready)
+            try:
+                yield number, ray.get(ready)
+            except ray.exceptions.RayError as error:
+                reason = f"its worker died {RETRIES + 1} times: {type(error).__name__}"
+                yield number, replace(blank(trial), status=FAILED, error=reason)
+
+    def _require(self, ray: Any) -> None:
+        """Refuse claims that no machine of the cluster can meet: their trials would wait for ever."""
+        wanted = {"CPU": self.cpus, "GPU": self.gpus}
+        for name, claim in wanted.items():
+            most = max((node["Resources"].get(name, 0) for node in ray.nodes() if node["Alive"]), default=0)
+            if claim > most:
+                raise DeviceError(
+                    f"each trial claims {claim:g} {name}s, and the largest machine of the Ray cluster has {most:g}",
+                    "lower --cpus-per-trial or --gpus-per-trial, or name another cluster with --ray",
+                )
+
+
+def _ray() -> Any:
+    try:
+        import ray
+        import ray.exceptions
+    except ImportError as error:
+        hint = 'pip install "spdtool[ray]", or leave --ray out'
+        raise DeviceError(f"the sweep was to run on Ray, which is not there: {error}", hint) from None
+    return ray
+
+
+def _start(ray: Any, address: str | None) -> bool:
+    """Connect to the cluster or start one; whether that was done here."""
+    if ray.is_initialized():
+        return False
+    local = {} if address else {"include_dashboard": False}
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **local)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise DeviceError(f"no Ray cluster answers at {address}: {error}", "see `ray status`") from None
+    return True
+
+
+def _teach(trial: Trial) -> None:
+    """Make the teacher that trials share; where it cannot be made, each of them says so itself."""
+    with console.quiet():
+        try:
+            make_teacher(trial)
+        except SpdError:
+            return
+
+
+def _work(trial: Trial, standings: Any, _taught: None) -> Row:
+    """Run a trial in a worker.
+
+    Args:
+        standings: the actor that knows how the trials stand; None: nothing is stopped.
+        _taught: stands for the teacher, which Ray waits for.
+    """
+    with console.quiet():
+        if standings is None:
+            return run_trial(trial)
+        import ray
+
+        def judge(place: float, score: float) -> None:
+            reason = ray.get(standings.report.remote((trial.task, trial.sparsity), str(trial.folder), place, score))
+            if reason is not None:
+                raise Hopeless(reason)
+
+        with console.following(_Follower(trial.sparsity, judge)):
+            row = run_trial(trial)
+    if row.status == FAILED and (row.error or "").startswith(Hopeless.__name__):
+        return replace(row, status=STOPPED, error=(row.error or "").partition(": ")[2])
+    return row
+
+
+class _Follower:
+    """Reports the dev scores of a student that has reached its sparsity, with the place of each."""
+
+    def __init__(self, sparsity: float, judge: Any) -> None:
+        self.sparsity, self.judge, self.pruned = sparsity, judge, 0.0
+
+    def __call__(self, stage: str, steps: int, event: dict[str, Any]) -> None:
+        self.pruned = event.get("sparsity") or self.pruned
+        if event["event"] == "eval" and stage in PHASES and (stage != "prune" or self.pruned > self.sparsity - 1e-3):
+            self.judge(PHASES.index(stage) + event["step"] / steps, event["metrics"]["score"])
+
+
+def _recall(ray: Any, standings: Any, trials: Sequence[Trial]) -> None:
+    """Tell the standings what finished phases of earlier sessions had reached."""
+    for trial in trials:
+        run = Run(trial.folder, trial_recipe(trial))
+        for index, phase in enumerate(PHASES, start=1):
+            if run.done(phase):
+                score = report_rows.dev(run.record(phase))
+                ray.get(standings.report.remote((trial.task, trial.sparsity), str(trial.folder), float(index), score))
+
+
+def _stopped_before(trials: Sequence[Trial]) -> dict[int, Row]:
+    """The rows of trials that an earlier session of the sweep stopped, by their numbers."""
+    file = Path(trials[0].out) / RESULT
+    if not file.is_file():
+        return {}
+    rows = map(report_rows.read, json.loads(file.read_text("utf-8"))["rows"])
+    stopped = {row.run: row for row in rows if row.status == STOPPED}
+    folders = [blank(trial).run for trial in trials]
+    return {number: stopped[folder] for number, folder in enumerate(folders) if folder in stopped}
