@@ -57,8 +57,9 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# A worker per processor with one thread each: two threads that wait for each other are slower than two tests.
 test: setup
-	$(BIN)/pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist worksteal $(PYTEST_ARGS)
 
 # The oldest versions that pyproject.toml allows, in an environment of its own. Old packages warn of what new ones mended.
 test-oldest:
