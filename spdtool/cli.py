@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import Annotated, Any
 
 import typer
 
-from spdtool import console, plugins, recipe
+from spdtool import console, plugins, processes, recipe
 from spdtool.commands import (
     OF_NO_RUN,
     Again,
     DryRun,
     Folder,
     Model,
+    Processes,
     RunFolder,
     Sets,
     app,
@@ -35,16 +37,19 @@ def main() -> None:
 
 
 @command
-def compress(chosen: Recipe, run: Folder = None, dry_run: DryRun = False) -> Any:
+def compress(chosen: Recipe, run: Folder = None, dry_run: DryRun = False, several: Processes = 1) -> Any:
     """Run every stage that is not finished yet: teacher, prune, distill, finetune, export, bench."""
     path = run or default_path(chosen)
     planned = _show_plan(Run.at(path, chosen, dry=True), whole=dry_run)
     if dry_run:
         return planned | {"recipe": chosen.model_dump(mode="json")}
     _require_runtime()
+    _launched(several)  # for the training stages; the rest is ours
     target = Run.at(path, chosen)
     refused: GateError | None = None
     for stage in STAGES:
+        if not processes.takes_part(stage):
+            return None
         if target.done(stage):
             console.say(f"[dim]{stage}: done, skipped[/]")
             continue
@@ -61,32 +66,34 @@ def compress(chosen: Recipe, run: Folder = None, dry_run: DryRun = False) -> Any
 
 
 @command
-def teacher(chosen: Recipe, run: Folder = None, again: Again = False) -> Any:
+def teacher(chosen: Recipe, run: Folder = None, again: Again = False, several: Processes = 1) -> Any:
     """Start a run: fine-tune the dense model on the task, or measure a given one."""
     path = run or default_path(chosen)
     target = Run.at(path, chosen, redo="teacher" if again else None, dry=True)
     if target.done("teacher") and not again:
         return _already("teacher", target)
     _show_plan(target)
+    if _launched(several):
+        return Run.open(path).record("teacher")["metrics"]
     return _finished("teacher", path, chosen, again)
 
 
 @command
-def prune(run: RunFolder, again: Again = False, sets: Sets = None) -> Any:
+def prune(run: RunFolder, again: Again = False, sets: Sets = None, several: Processes = 1) -> Any:
     """Phase 1: prune the student to the target sparsity while it is grafted and distilled."""
-    return _run_stage("prune", run, again, sets)
+    return _run_stage("prune", run, again, sets, several)
 
 
 @command
-def distill(run: RunFolder, again: Again = False, sets: Sets = None) -> Any:
+def distill(run: RunFolder, again: Again = False, sets: Sets = None, several: Processes = 1) -> Any:
     """Phase 2: graft the student onto the teacher with a rising replacing rate."""
-    return _run_stage("distill", run, again, sets)
+    return _run_stage("distill", run, again, sets, several)
 
 
 @command
-def finetune(run: RunFolder, again: Again = False, sets: Sets = None) -> Any:
+def finetune(run: RunFolder, again: Again = False, sets: Sets = None, several: Processes = 1) -> Any:
     """Phase 3: train the sparse student alone."""
-    return _run_stage("finetune", run, again, sets)
+    return _run_stage("finetune", run, again, sets, several)
 
 
 @command
@@ -371,14 +378,28 @@ def plugins_() -> Any:
     }
 
 
-def _run_stage(stage: str, path: Path, again: bool, sets: list[str] | None) -> Any:
+def _run_stage(stage: str, path: Path, again: bool, sets: list[str] | None, several: int = 1) -> Any:
     chosen = recipe.amend(Run.open(path).recipe, sets or ())
     target = Run.at(path, chosen, redo=stage if again else None, dry=True)
-    if again and target.done(stage):
+    if again and processes.is_main() and target.done(stage):
         from spdtool.planning import check_run
 
         check_run(target)  # before anything is dropped
+    if (again or not target.done(stage)) and _launched(several):
+        return Run.open(path).record(stage)["metrics"]
     return _finished(stage, path, chosen, again)
+
+
+def _launched(count: int) -> bool:
+    """Do this command in `count` processes, if that is asked for and we are none of them; return whether we did."""
+    if processes.count() > 1 and not processes.has_launcher() and count not in (1, processes.count()):
+        console.warn(f"--processes {count} is ignored: {processes.count()} were launched already")
+    if count == 1 or processes.count() > 1:
+        return False
+    from spdtool.launcher import launch
+
+    launch(count, sys.argv[1:])
+    return True
 
 
 def _finished(stage: str, path: Path, chosen: Recipe, again: bool) -> Any:
@@ -388,7 +409,8 @@ def _finished(stage: str, path: Path, chosen: Recipe, again: bool) -> Any:
         if gone:
             console.say(f"dropped {', '.join(gone)}")
     run = Run.at(path, chosen)
-    return _already(stage, run) if run.done(stage) else _make(stage, run)
+    dropped = again and not processes.is_main()  # by the main process, perhaps not yet
+    return _already(stage, run) if run.done(stage) and not dropped else _make(stage, run)
 
 
 def _already(stage: str, run: Run) -> Any:
@@ -416,6 +438,8 @@ def _headline(metrics: dict[str, Any]) -> str:
 
 
 def _show_plan(run: Run, *, whole: bool = False) -> dict[str, Any]:
+    if processes.has_launcher():  # which has shown it
+        return {}
     from spdtool.planning import plan
 
     planned = plan(run)

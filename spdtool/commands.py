@@ -82,6 +82,7 @@ RunFolder = Annotated[Path, typer.Option("--run", help="Run folder.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="Any recipe field: --set prune.epochs=3.")]
 Smoke = Annotated[bool, typer.Option("--smoke", help="A few steps on a random two-layer model; no result.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and do nothing.")]
+Processes = Annotated[int, typer.Option("--processes", min=1, help="Train in this many processes, on as many devices.")]
 Again = Annotated[bool, typer.Option("--again", help="Redo the stage, dropping it and every later one.")]
 OF_NO_RUN: dict[str, Any] = {"rich_help_panel": "A checkpoint that belongs to no run"}
 Json = Annotated[bool, typer.Option("--json", help="JSON on standard output, everything else on standard error.")]

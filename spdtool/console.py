@@ -25,6 +25,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 from rich.text import Text
 
+from spdtool import processes
 from spdtool.errors import SpdError
 
 Watch = Callable[[dict[str, Any]], None]
@@ -37,8 +38,8 @@ EMPTY = (None, "", "-")  # cells without a value
 _json = False
 _silent = False
 _follow: Follow | None = None
-_out = Console(highlight=False)
-_err = Console(stderr=True, highlight=False)
+_out = Console(highlight=False, quiet=not processes.is_main())
+_err = Console(stderr=True, highlight=False, quiet=not processes.is_main())
 
 
 def setup(*, as_json: bool = False) -> None:
@@ -50,8 +51,11 @@ def setup(*, as_json: bool = False) -> None:
 
 
 def _console(*, stderr: bool = False) -> Console:
-    """A console as wide as its terminal; a file or a pipe has no width, so nothing is folded for it."""
-    console = Console(stderr=stderr, highlight=False)
+    """A console as wide as its terminal; a file or a pipe has no width, so nothing is folded for it.
+
+    Of several processes that train together only the main one speaks.
+    """
+    console = Console(stderr=stderr, highlight=False, quiet=not processes.is_main())
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = UNFOLDED
     return console
@@ -104,7 +108,7 @@ def numeric(cells: Sequence[Any]) -> bool:
 
 def result(value: Any) -> None:
     """The result of a command: JSON on standard output with `--json`, nothing otherwise."""
-    if _json:
+    if _json and processes.is_main() and not processes.has_launcher():
         sys.stdout.write(json.dumps(_finite(value), indent=2, ensure_ascii=False, default=str) + "\n")
         sys.stdout.flush()
 
@@ -125,7 +129,10 @@ def _finite(value: Any) -> Any:
 
 
 def fail(error: SpdError) -> None:
-    """Show an error of the user's: what was asked and found, then what to try."""
+    """Show an error of the user's: what was asked and found, then what to try; or leave it to who tells it for us."""
+    processes.leave_word(error)
+    if not processes.is_main() or processes.has_launcher():
+        return
     if _json:
         result({"error": type(error).__name__, "message": error.message, "hint": error.hint})
         return
@@ -267,7 +274,13 @@ def _facts(event: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if "epoch" in event:
         yield "epoch", f"{event['epoch']:.2f} of {event['epochs']:g}"
     if "losses" in event:
-        yield "loss", "  ".join(f"{name} {value:.4g}" for name, value in event["losses"].items())
+        total = event["losses"].get("loss")
+        terms = {name: value for name, value in event["losses"].items() if name != "loss"}
+        shown = [
+            *([] if total is None else [f"{total:.4g}"]),
+            *(f"{name} {value:.4g}" for name, value in terms.items()),
+        ]
+        yield "loss", "  ".join(shown)
     if "examples_per_second" in event:
         yield "examples/s", f"{event['examples_per_second']:.1f}"
     if event.get("sparsity") is not None:

@@ -6,13 +6,16 @@ Everything is a pure function of (rows, seed, epoch), so that the position in th
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import tokenizers
+import transformers
 
-from spdtool import tasks
+from spdtool import cache, tasks
 from spdtool.errors import DataError, ModelError
 from spdtool.recipe import Recipe
 from spdtool.tasks import Rows, Task
@@ -20,7 +23,11 @@ from spdtool.tasks import Rows, Task
 Batch = dict[str, np.ndarray]
 
 POOL_BATCHES = 50  # rows are sorted by length inside pools of this many batches: near-equal lengths, still shuffled
+SHUFFLED_ROWS = 1_000_000  # from here on, not all rows are put into one random order
+BLOCK_BATCHES, GROUP_BLOCKS = 128, 64  # batches of a block of neighbouring rows, and blocks that are mixed
 TOKENISE_ROWS = 10_000
+FORMAT = 1  # of the tokens in the cache: another layout, another number
+CACHED_ROWS = 1_000  # fewer are tokenised faster than they are looked up
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,8 @@ class Encoded:
         labels: int64 class indices, or float32 for regression; one per row.
         pad: value that pads each column.
         left: whether padding goes on the left.
+        beside: further arrays with one entry per row, which every batch gets its part of.
+        known_lengths: tokens of each row, where they are stored; None: the offsets tell.
     """
 
     columns: dict[str, np.ndarray]
@@ -40,6 +49,8 @@ class Encoded:
     labels: np.ndarray
     pad: dict[str, int]
     left: bool
+    beside: dict[str, np.ndarray] = field(default_factory=dict)
+    known_lengths: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -47,7 +58,7 @@ class Encoded:
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each row."""
-        return np.diff(self.offsets)
+        return np.diff(self.offsets) if self.known_lengths is None else self.known_lengths
 
     @property
     def digest(self) -> str:
@@ -66,6 +77,8 @@ class Encoded:
             columns={name: flat[places] for name, flat in self.columns.items()},
             offsets=np.concatenate([[0], np.cumsum(self.lengths[rows])]),
             labels=self.labels[rows],
+            beside={name: values[rows] for name, values in self.beside.items()},
+            known_lengths=None if self.known_lengths is None else self.known_lengths[rows],
         )
 
     def sample(self, size: int, seed: int) -> Encoded:
@@ -92,7 +105,7 @@ class Encoded:
             batch[name][real] = flat[source]
         batch["attention_mask"] = real.astype(np.int64)
         batch["labels"] = self.labels[rows]
-        return batch
+        return batch | {name: values[rows] for name, values in self.beside.items()}
 
 
 def prepare(recipe: Recipe, tokenizer: Any, names: Sequence[str]) -> tuple[Task, dict[str, Encoded]]:
@@ -108,28 +121,66 @@ def prepare(recipe: Recipe, tokenizer: Any, names: Sequence[str]) -> tuple[Task,
 
 
 def tokenise(tokenizer: Any, rows: Rows, max_length: int) -> Encoded:
-    """Tokenise a split; pairs longer than `max_length` lose tokens from their longer half."""
+    """Tokenise a split, or take its tokens from the cache; pairs longer than `max_length` lose from their longer half.
+
+    The tokens are kept under a hash of the tokenizer, the texts and the length (`cache.py`), unless the rows are few or
+    the tokenizer is none of the fast ones, whose files say all about them.
+    """
     limit = min(max_length, tokenizer.model_max_length)
-    columns: dict[str, list[np.ndarray]] = {}
-    lengths = []
-    for start in range(0, len(rows), TOKENISE_ROWS):
-        stop = start + TOKENISE_ROWS
-        second = rows.second[start:stop] if rows.second is not None else None
-        encoded = tokenizer(
-            rows.first[start:stop], second, truncation=True, max_length=limit, return_attention_mask=False
-        )
-        lengths.append(np.array([len(ids) for ids in encoded["input_ids"]]))
-        for name in ("input_ids", "token_type_ids"):
-            if name in encoded:
-                columns.setdefault(name, []).append(np.concatenate([np.asarray(r, np.int32) for r in encoded[name]]))
+
+    def fill(append: cache.Append) -> None:
+        append("offsets", np.zeros(1, np.int64))
+        end = 0
+        for start in range(0, len(rows), TOKENISE_ROWS):
+            encoded = _tokens(tokenizer, rows, start, limit)
+            lengths = np.array([len(ids) for ids in encoded["input_ids"]])
+            append("offsets", end + np.cumsum(lengths))
+            append("lengths", lengths.astype(np.int32))
+            end += int(lengths.sum())
+            for name in ("input_ids", "token_type_ids"):
+                if name in encoded:
+                    append(name, np.concatenate([np.asarray(ids, np.int32) for ids in encoded[name]]))
+
+    if len(rows) >= CACHED_ROWS and tokenizer.is_fast:
+        found = cache.arrays("tokens", cache.key(FORMAT, _spelt(tokenizer), texts_hash(rows), limit), fill)
+    else:
+        found = cache.in_memory(fill)
     labels = np.asarray(rows.labels)
     return Encoded(
-        columns={name: np.concatenate(parts) for name, parts in columns.items()},
-        offsets=np.concatenate([[0], np.cumsum(np.concatenate(lengths))]),
-        labels=labels.astype(np.int64 if np.issubdtype(labels.dtype, np.integer) else np.float32),
+        columns={name: flat for name, flat in found.items() if name not in ("offsets", "lengths")},
+        offsets=found["offsets"],
+        labels=labels.astype(np.int64 if np.issubdtype(labels.dtype, np.integer) else np.float32, copy=False),
         pad={"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id},
         left=tokenizer.padding_side == "left",
+        known_lengths=found["lengths"],
     )
+
+
+def texts_hash(rows: Rows) -> str:
+    """Hash of the texts of a split, in their order."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for column in (rows.first, rows.second):
+        hashed.update(b"none" if column is None else b"texts")
+        for start in range(0, 0 if column is None else len(rows), TOKENISE_ROWS):
+            texts = column[start : start + TOKENISE_ROWS]  # type: ignore[index]
+            hashed.update(np.array([len(text) for text in texts], np.int64).data)
+            hashed.update("".join(texts).encode("utf-8", "surrogatepass"))
+    return hashed.hexdigest()
+
+
+def _tokens(tokenizer: Any, rows: Rows, start: int, limit: int) -> Any:
+    stop = start + TOKENISE_ROWS
+    second = rows.second[start:stop] if rows.second is not None else None
+    return tokenizer(rows.first[start:stop], second, truncation=True, max_length=limit, return_attention_mask=False)
+
+
+def _spelt(tokenizer: Any) -> list[Any]:
+    """All that decides what a fast tokenizer makes of a text; how it was last called does not."""
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    core.pop("truncation", None)
+    core.pop("padding", None)
+    versions = [tokenizers.__version__, transformers.__version__]
+    return [type(tokenizer).__name__, tokenizer.truncation_side, tokenizer.model_input_names, versions, core]
 
 
 def no_rows(tokenizer: Any) -> Encoded:
@@ -178,6 +229,8 @@ def align_labels(splits: dict[str, Rows], task: Task, names: Sequence[str]) -> d
             "give a teacher that was fine-tuned on this task",
         )
     order = label_order(names, task)
+    if order == list(range(len(order))):
+        return splits
     return {name: replace(rows, labels=[order[int(label)] for label in rows.labels]) for name, rows in splits.items()}
 
 
@@ -191,21 +244,62 @@ def label_order(names: Sequence[str], task: Task) -> list[int]:
 
 def training_batches(
     rows: Encoded, batch_size: int, seed: int, epoch: int, *, bucketing: bool = True
-) -> list[np.ndarray]:
+) -> Sequence[np.ndarray]:
     """The row numbers of every batch of one epoch: each row once, batches of like length, in random order.
 
-    The number of batches is always `ceil(rows / batch_size)`.
+    The number of batches is always `ceil(rows / batch_size)`. From `SHUFFLED_ROWS` rows on, it is blocks of rows that
+    are put into random order, and rows within groups of blocks: an order of all rows would not fit beside them.
     """
+    if len(rows) >= SHUFFLED_ROWS:
+        return _Groups(rows, batch_size, (seed, epoch), bucketing)
     random = np.random.default_rng([seed, epoch])
-    order = random.permutation(len(rows))
+    return _batches(rows.lengths, random.permutation(len(rows)), batch_size, random, bucketing)
+
+
+def _batches(
+    lengths: np.ndarray, order: np.ndarray, batch_size: int, random: np.random.Generator, bucketing: bool
+) -> list[np.ndarray]:
+    """The rows of `order` in batches; with bucketing, of like length, and in random order again."""
     if not bucketing:
         return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    batches, lengths = [], rows.lengths
+    batches = []
     for start in range(0, len(order), POOL_BATCHES * batch_size):
         pool = order[start : start + POOL_BATCHES * batch_size]
         pool = pool[np.argsort(lengths[pool], kind="stable")]
         batches += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
     return [batches[i] for i in random.permutation(len(batches))]
+
+
+class _Groups(Sequence[np.ndarray]):
+    """Keeps the batches of one group of blocks at a time; those of another are made when they are asked for."""
+
+    def __init__(self, rows: Encoded, batch_size: int, seed: tuple[int, int], bucketing: bool) -> None:
+        self._rows, self._batch_size, self._seed, self._bucketing = rows, batch_size, seed, bucketing
+        whole, rest = divmod(len(rows), batch_size * BLOCK_BATCHES)
+        self._blocks = np.random.default_rng([*seed, 0]).permutation(whole)
+        if rest:
+            self._blocks = np.append(self._blocks, whole)  # the short block last: every batch before it is full
+        self._group, self._held = -1, list[np.ndarray]()
+
+    def __len__(self) -> int:
+        return -(-len(self._rows) // self._batch_size)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        group, place = divmod(index, BLOCK_BATCHES * GROUP_BLOCKS)
+        if group != self._group:
+            self._group, self._held = group, self._made(group)
+        return self._held[place]
+
+    def _made(self, group: int) -> list[np.ndarray]:
+        size = self._batch_size * BLOCK_BATCHES
+        blocks = self._blocks[group * GROUP_BLOCKS : (group + 1) * GROUP_BLOCKS]
+        order = np.concatenate([np.arange(b * size, min((b + 1) * size, len(self._rows))) for b in blocks])
+        random = np.random.default_rng([*self._seed, 1 + group])
+        return _batches(self._rows.lengths, random.permutation(order), self._batch_size, random, self._bucketing)
 
 
 def evaluation_batches(rows: Encoded, batch_size: int) -> Iterator[np.ndarray]:

@@ -25,7 +25,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from spdtool import plugins
+from spdtool import onednn, plugins
 from spdtool.errors import ModelError, SpdError, first_line
 from spdtool.recipe import Recipe
 from spdtool.tasks import Task
@@ -268,6 +268,7 @@ def tune(model: PreTrainedModel, *, checkpointing: bool, compile_layers: bool) -
     """Trade time for memory (gradient checkpointing) or start-up for speed (torch.compile, layer by layer).
 
     Each layer is compiled on its own: compiling the whole model would need a graph for every draw of grafted layers.
+    What is not compiled computes its products with the faster of the CPU's libraries (`onednn.py`).
 
     Raises:
         ModelError: the architecture does not support gradient checkpointing.
@@ -285,6 +286,8 @@ def tune(model: PreTrainedModel, *, checkpointing: bool, compile_layers: bool) -
     if compile_layers:
         for layer in layer_stack(model):
             layer.compile()
+    else:
+        onednn.use(model)
 
 
 def zeros(folder: Path, names: Sequence[str]) -> dict[str, tuple[int, int]]:

@@ -9,6 +9,7 @@
     │   ├── StageMissing     a stage was asked for before its predecessor
     │   ├── RunMismatch      the folder belongs to another recipe
     │   ├── RunLocked        another process is working in the folder
+    │   ├── PeerLost         one of several processes that train together has ended
     │   └── Corrupt          a file differs from the sha256 in stage.json
     ├── PluginError          a plugin is needed and did not load
     ├── DeviceError          a device, provider or runtime was demanded and is not there
@@ -77,6 +78,10 @@ class RunMismatch(RunError):
 
 class RunLocked(RunError):
     """Another living process works in this run folder."""
+
+
+class PeerLost(RunError):
+    """One of the processes that train together has ended, and the others cannot go on without it."""
 
 
 class Corrupt(RunError):

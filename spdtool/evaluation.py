@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
-from sklearn import metrics
 
+from spdtool import collectives
 from spdtool.data import Batch, Encoded, evaluation_batches
 from spdtool.tasks import Task
 
@@ -19,36 +18,54 @@ Forward = Callable[[Batch], np.ndarray]
 BATCH = 64
 
 
-def _correlation(measure: Callable[[Any, Any], Any]) -> Callable[[np.ndarray, np.ndarray], float]:
+def _correlation(name: str) -> Callable[[np.ndarray, np.ndarray], float]:
     def score(gold: np.ndarray, predicted: np.ndarray) -> float:
+        from scipy import stats
+
         if np.ptp(gold) == 0 or np.ptp(predicted) == 0 or not np.isfinite(predicted).all():
             return 0.0  # undefined for a constant: a model that says the same of everything knows nothing
-        return float(measure(gold, predicted)[0])
+        return float(getattr(stats, name)(gold, predicted)[0])
+
+    return score
+
+
+def _classification(name: str, **options: Any) -> Callable[[np.ndarray, np.ndarray], float]:
+    def score(gold: np.ndarray, predicted: np.ndarray) -> float:
+        from sklearn import metrics  # most of a second, and accuracy does without
+
+        return float(getattr(metrics, name)(gold, predicted, **options))
 
     return score
 
 
 METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "accuracy": lambda gold, predicted: float((gold == predicted).mean()),
-    "f1": lambda gold, predicted: float(metrics.f1_score(gold, predicted, zero_division=0.0)),
-    "f1_macro": lambda gold, predicted: float(metrics.f1_score(gold, predicted, average="macro", zero_division=0.0)),
-    "matthews": lambda gold, predicted: float(metrics.matthews_corrcoef(gold, predicted)),
-    "pearson": _correlation(stats.pearsonr),
-    "spearman": _correlation(stats.spearmanr),
+    "f1": _classification("f1_score", zero_division=0.0),
+    "f1_macro": _classification("f1_score", average="macro", zero_division=0.0),
+    "matthews": _classification("matthews_corrcoef"),
+    "pearson": _correlation("pearsonr"),
+    "spearman": _correlation("spearmanr"),
 }
 """Name to `(gold [rows], predicted [rows]) -> number`; predictions are class indices, or floats for regression."""
 
 
-def predict(forward: Forward, rows: Encoded, batch_size: int = BATCH) -> np.ndarray:
-    """Logits [rows, labels] in the order of the rows, computed in batches of like length."""
+def predict(forward: Forward, rows: Encoded, batch_size: int = BATCH, *, together: bool = False) -> np.ndarray:
+    """Logits [rows, labels] in the order of the rows, computed in batches of like length.
+
+    Args:
+        together: several processes, all of which call this, share the batches out; each row is computed as by one.
+    """
+    batches = list(evaluation_batches(rows, batch_size))
+    shared = together and len(batches) >= collectives.count()  # with fewer, a process would not know the labels' number
+    rank, count = (collectives.rank(), collectives.count()) if shared else (0, 1)
     logits: np.ndarray | None = None
-    for batch in evaluation_batches(rows, batch_size):
+    for batch in batches[rank::count]:
         part = forward(rows.collate(batch))
         if logits is None:
-            logits = np.empty((len(rows), part.shape[1]), dtype=np.float32)
+            logits = np.zeros((len(rows), part.shape[1]), dtype=np.float32)
         logits[batch] = part
     assert logits is not None, "an empty split"
-    return logits
+    return collectives.total_array(logits) if count > 1 else logits
 
 
 def decide(task: Task, logits: np.ndarray) -> np.ndarray:
@@ -76,15 +93,17 @@ def score_all(task: Task, logits: Mapping[str, np.ndarray], splits: Mapping[str,
     return result
 
 
-def evaluate(task: Task, forward: Forward, splits: Mapping[str, Encoded]) -> dict[str, float]:
-    """Predict every dev set, and score them all."""
+def evaluate(
+    task: Task, forward: Forward, splits: Mapping[str, Encoded], *, together: bool = False
+) -> dict[str, float]:
+    """Predict every dev set, and score them all; `together` as in `predict`."""
     dev = {name: rows for name, rows in splits.items() if name == "dev" or name.startswith("dev_")}
-    return score_all(task, {name: predict(forward, rows) for name, rows in dev.items()}, dev)
+    return score_all(task, {name: predict(forward, rows, together=together) for name, rows in dev.items()}, dev)
 
 
-def evaluate_rows(task: Task, forward: Forward, rows: Encoded) -> dict[str, float]:
-    """Predict and score one split, such as a sample of the training rows."""
-    return score(task, predict(forward, rows), rows.labels)
+def evaluate_rows(task: Task, forward: Forward, rows: Encoded, *, together: bool = False) -> dict[str, float]:
+    """Predict and score one split, such as a sample of the training rows; `together` as in `predict`."""
+    return score(task, predict(forward, rows, together=together), rows.labels)
 
 
 def to_device(batch: Batch, device: torch.device | str) -> dict[str, torch.Tensor]:

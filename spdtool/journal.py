@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from spdtool import snapshot
+from spdtool import collectives, processes, snapshot
 from spdtool.console import Watch
 from spdtool.recipe import Training
 from spdtool.run import Work
@@ -38,7 +38,10 @@ class _Clock:
 
 
 class Journal:
-    """Keeps what a training loop has learnt so far: best weights, evaluations, time; saves it all as a snapshot."""
+    """Keeps what a training loop has learnt so far: best weights, evaluations, time; saves it all as a snapshot.
+
+    Of several processes each keeps the same; only the main one tells and writes.
+    """
 
     def __init__(
         self,
@@ -133,6 +136,8 @@ class Journal:
 
     def save(self, step: int) -> None:
         """Write a snapshot of everything that decides the rest of the stage."""
+        if not processes.is_main():
+            return
         pruner = self.parts.pruner
         if pruner is not None:
             pruner.masks.check_dead()
@@ -158,14 +163,14 @@ class Journal:
     @torch.no_grad()
     def restore(self) -> int:
         """Take over the newest snapshot; return the step to go on from, 0 without one."""
-        found = snapshot.newest(self.work.state, self.fingerprint)
+        found = self._newest()
         if found is None:
-            self._log.unlink(missing_ok=True)
             return 0
         for name, weight in self.trained.items():
             weight.copy_(found.tensors["model"][name])
         snapshot.restore_optimizer(self.optimizer, self.trained, found.tensors.get("adam", {}))
-        snapshot.restore_random(found.tensors["random"])
+        if collectives.count() == 1:  # several seed their generators at every step
+            snapshot.restore_random(found.tensors["random"])
         if self.parts.pruner is not None:
             self.parts.pruner.load_state_dict(found.tensors["pruner"])
         self.best_weights = found.tensors.get("best", {})
@@ -173,12 +178,26 @@ class Journal:
         self.left = found.notes["left"]
         self.examples, self.clock.before = found.notes["examples"], found.notes["seconds"]
         self.parts.restore_random(found.notes["draws"])
-        with self._log.open("ab") as log:
-            log.truncate(found.notes["logged_bytes"])
         self.watch({"event": "resume", "step": found.step})
         return found.step
 
+    def _newest(self) -> snapshot.Snapshot | None:
+        """The snapshot to go on from. The main process clears away what is of no use, then the others read."""
+        if not processes.is_main():
+            collectives.wait()
+            return snapshot.newest(self.work.state, self.fingerprint)
+        found = snapshot.newest(self.work.state, self.fingerprint)
+        if found is None:
+            self._log.unlink(missing_ok=True)
+        else:
+            with self._log.open("ab") as log:
+                log.truncate(found.notes["logged_bytes"])
+        collectives.wait()
+        return found
+
     def _tell(self, event: dict[str, Any]) -> None:
+        if not processes.is_main():
+            return
         self.watch(event)
         with self._log.open("a", encoding="utf-8") as log:
             log.write(json.dumps(event) + "\n")

@@ -95,7 +95,7 @@ class Training(Section):
     batch_size: int = Field(32, ge=1)
     """sentences (or pairs) per optimiser step"""
     accumulate: int = Field(1, ge=1)
-    """pieces into which a batch is cut to save memory; each piece has its own draw of grafted layers"""
+    """pieces into which each process cuts its rows of a batch to save memory; the result is the same up to rounding"""
     learning_rate: float | None = Field(None, gt=0)
     """peak learning rate of AdamW; none: 0.384 divided by the model's width (1e-3 at 384, 5e-4 at 768)"""
     initial_learning_rate: float = Field(1.0, gt=0, le=1)

@@ -26,6 +26,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from spdtool import processes
 from spdtool import recipe as recipes
 from spdtool.errors import Corrupt, RunError, RunLocked, RunMismatch, SpdError, StageMissing
 from spdtool.recipe import FREE, STAGES, Recipe
@@ -111,7 +112,7 @@ class Run:
                 "give another --run, or redo its stages with --again",
             )
         run = cls(path, recipe)
-        if changed and not dry:
+        if changed and not dry and processes.is_main():
             with run._lock():
                 run._save_recipe()
         return run
@@ -170,17 +171,23 @@ class Run:
     def stage(self, stage: str) -> Iterator[Work]:
         """Open `stage` for writing; on success commit it atomically, on failure keep only a state to resume from.
 
+        Of several processes that train together only the main one writes: to the others the folder is given to look at.
+
         Raises:
             RunLocked: another process works in this run folder.
             RunError: the stage is already done.
         """
+        if not processes.is_main():
+            yield Work(stage, self._partial(stage))
+            self._reads = {}
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         with self._lock():
             if self.done(stage):
                 raise RunError(f"{stage} is already done in {self.path}", _redo(stage, self.path))
             if not (self.path / "run.json").exists():
                 self._save_recipe()
-            work = Work(stage, self.path / f".{stage}.partial")
+            work = Work(stage, self._partial(stage))
             work.folder.mkdir(exist_ok=True)
             for spent in map(self._spent, STAGES):
                 shutil.rmtree(spent, ignore_errors=True)
@@ -205,11 +212,13 @@ class Run:
             RunLocked: another process works in this run folder.
         """
         gone: list[str] = []
+        if not processes.is_main():
+            return gone
         with self._lock():
             for name in reversed(STAGES[STAGES.index(stage) :]):  # a kill in between leaves no stage without its input
                 if self.done(name):
                     gone.insert(0, name)
-                for folder in (self.path / name, self.path / f".{name}.partial", self._spent(name)):
+                for folder in (self.path / name, self._partial(name), self._spent(name)):
                     if folder.exists():
                         _remove(folder / RECORD)  # first, so that a kill in between leaves nothing that looks whole
                         shutil.rmtree(folder)
@@ -219,6 +228,10 @@ class Run:
         """Hash of all that decides the result of `stage`: its recipe and what it has read so far."""
         decides = [self.recipe.shared(), self.recipe.section(stage).model_dump(mode="json"), self._reads]
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+    def _partial(self, stage: str) -> Path:
+        """Where a stage in progress writes."""
+        return self.path / f".{stage}.partial"
 
     def _spent(self, stage: str) -> Path:
         """Where the state goes in one piece when the stage is done: a half-removed one would look damaged."""

@@ -6,17 +6,18 @@ A recipe may keep the hidden-state loss out of the saliency (`prune.saliency = "
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import cycle, islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spdtool import plugins
-from spdtool.data import Batch, Encoded, training_batches
+from spdtool import collectives, plugins
+from spdtool.data import Encoded, training_batches
 from spdtool.errors import RecipeError
+from spdtool.pieces import NOTHING, Piece
 from spdtool.pruning.gradual import Pruner
 from spdtool.pruning.statistics import STATISTICS
 from spdtool.recipe import Prune, Recipe
@@ -37,6 +38,7 @@ class Saliency:
     def __init__(self, pruner: Pruner, section: Prune) -> None:
         self.pruner, self.section = pruner, section
         self._apart: dict[nn.Parameter, Tensor] = {}
+        pruner.agree = collectives.from_main
 
     def calibrates(self, step: int) -> bool:
         """Whether batches have to be shown before the event after optimiser step `step`."""
@@ -49,40 +51,58 @@ class Saliency:
             return False
         return self.pruner.learns or self.section.calibration == 0
 
-    def calibrate(self, model: nn.Module, loss: Callable[[Batch], Terms], pieces: Iterator[Batch]) -> None:
-        """Show the criterion `pieces` (batches) at the weights as they are, without dropout; no weight moves."""
+    def calibrate(self, model: nn.Module, loss: Callable[[Piece], Terms], batches: Iterable[Iterable[Piece]]) -> None:
+        """Show the criterion `batches` at the weights as they are, without dropout; no weight moves.
+
+        Args:
+            loss: gives the terms of a piece; those of a batch's pieces, on all processes, add up to the batch's.
+        """
         self.pruner.forget()
         mode = model.training
         model.eval()
         with torch.set_grad_enabled(self.pruner.reads_gradients):
-            for piece in pieces:
-                with self.pruner.watching(torch.from_numpy(piece["attention_mask"])):
-                    terms = loss(piece)
-                if self.pruner.reads_gradients and self._of(terms).requires_grad:
-                    self._of(terms).backward()
+            for pieces in batches:
+                learns = [self._backward(loss, piece) for piece in pieces]
+                if any(learns):
+                    collectives.total(collectives.gradients(self.pruner.masks.parameters.values()))
                     self.pruner.observe()
                 model.zero_grad()
+        if self.pruner.reads_inputs:
+            self.pruner.pool(collectives.total)
         model.train(mode)
 
-    def note(self, terms: Terms, share: float) -> None:
-        """Before the backward pass of a piece: take the gradients of the logit term apart, if they are asked for.
+    def _backward(self, loss: Callable[[Piece], Terms], piece: Piece) -> bool:
+        """Show a piece's inputs, and add its gradients to those of its batch; return whether it has any."""
+        real = torch.from_numpy(piece.batch["attention_mask"])
+        with nullcontext() if piece.share == NOTHING else self.pruner.watching(real):
+            terms = loss(piece)
+        if not self.pruner.reads_gradients or not self._of(terms).requires_grad:
+            return False
+        self._of(terms).backward()
+        return True
 
-        Args:
-            share: the factor that the piece's loss is multiplied with.
-        """
+    def note(self, terms: Terms) -> None:
+        """Before the backward pass of a piece: take the gradients of the logit term apart, if they are asked for."""
         if self.section.saliency == "loss" or not self._of(terms).requires_grad:
             return
         weights = list(self.pruner.masks.parameters.values())
-        found = torch.autograd.grad(self._of(terms) * share, weights, retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(self._of(terms), weights, retain_graph=True, allow_unused=True)
         for weight, gradient in zip(weights, found, strict=True):
             if gradient is not None:
                 self._apart[weight] = self._apart[weight] + gradient if weight in self._apart else gradient
 
     def observe(self, scale: float) -> None:
-        """After the backward pass: show the criterion this step's gradients, which a loss scale multiplied."""
+        """After the backward passes, and after gradients were summed over the processes: show them to the criterion.
+
+        Args:
+            scale: the loss scale that multiplied them.
+        """
         if self.section.saliency == "loss":
             self.pruner.observe(scale)
             return
+        collectives.total(
+            self._apart[weight] for weight in self.pruner.masks.parameters.values() if weight in self._apart
+        )
         with _gradients(self.pruner.masks.parameters.values(), self._apart):
             self.pruner.observe()  # no loss scale was in them
         self._apart = {}

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from spdtool import processes
 from spdtool.errors import Corrupt
 from spdtool.run import write_json
 
@@ -110,9 +111,9 @@ def restore_optimizer(
 
 
 def random_tensors() -> dict[str, Tensor]:
-    """The states of torch's generators, of the CPU and of every CUDA device."""
+    """The states of torch's generators, of the CPU and of every CUDA device; other ranks' devices are left alone."""
     states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and processes.count() == 1:
         states |= {f"cuda{index:03d}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
     return states
 

@@ -5,7 +5,7 @@
     OUT/sweep.json  sweep.md  pareto-*.png    all rows, their averages, score against what it costs
 
 A finished stage is skipped and a killed one resumes, so that the same command goes on with a sweep. `run_trial` is a
-function of its trial alone, and of the folder; `cluster.py` has Ray run many at once, on machines that share the folder.
+function of its trial alone, and of the folder; `cluster.py` has Ray run many at once, on machines that see the folder.
 """
 
 from __future__ import annotations

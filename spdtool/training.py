@@ -2,27 +2,35 @@
 
 Everything that it needs to go on after `kill -9` is in a snapshot (`snapshot.py`); learning rate, replacing rate
 and the order of the data are functions of the step, so they need no state.
+
+Several processes run it together (`processes.py`): each takes its rows of every batch (`pieces.py`), the gradients are
+summed (`collectives.py`), and everything after that is the same on all of them. The weights are those of one process
+up to rounding, however many there are.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from spdtool import encoders
+from spdtool import collectives, encoders, processes
 from spdtool.console import Watch
 from spdtool.data import Encoded, training_batches
 from spdtool.errors import DeviceError
 from spdtool.evaluation import to_device
 from spdtool.journal import Journal
+from spdtool.pieces import Cut, Piece, Share
 from spdtool.pruning.gradual import Pruner
 from spdtool.recipe import Prune, Recipe, Training
 from spdtool.run import Work
@@ -31,10 +39,11 @@ from spdtool.schedules import Schedule, rewound, warmup_then_linear
 
 LossTerms = dict[str, Tensor]
 LOGGED = 100  # log lines of a stage: each costs one synchronisation with the device
+PATIENCE = timedelta(minutes=30)  # that ranks wait for one another, such as for the main one to write a snapshot
 
 
 def accelerator(recipe: Recipe) -> Accelerator:
-    """The Accelerate front for the recipe's device and precision.
+    """The Accelerate front for the recipe's device and precision; where several ranks were launched, it joins them.
 
     Raises:
         DeviceError: CUDA was demanded and does not answer, or fp16 was asked for on a CPU.
@@ -44,8 +53,19 @@ def accelerator(recipe: Recipe) -> Accelerator:
     on_cpu = recipe.device == "cpu" or not torch.cuda.is_available()
     if on_cpu and recipe.precision == "fp16":
         raise DeviceError("fp16 training needs a CUDA device", "use --set precision=bf16 or fp32")
+    local = processes.local_rank()
+    if not on_cpu and local >= torch.cuda.device_count():
+        raise DeviceError(
+            f"process {local} of this machine has no device: there are {torch.cuda.device_count()} CUDA devices",
+            "start fewer processes, or use --device cpu",
+        )
     AcceleratorState._reset_state(reset_partial_state=True)  # one process may run stages of several recipes
-    return Accelerator(cpu=on_cpu, mixed_precision={"fp32": "no"}.get(recipe.precision, recipe.precision))
+    processes.end_with_parent()
+    return Accelerator(
+        cpu=on_cpu,
+        mixed_precision={"fp32": "no"}.get(recipe.precision, recipe.precision),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
 
 
 @dataclass
@@ -54,7 +74,8 @@ class Fit:
 
     Attributes:
         model: trained in place; on return it holds the weights to hand over.
-        loss: `loss(batch, progress)` gives the terms, the total under `loss`; progress is in [0, 1).
+        loss: `loss(batch, progress, share)` gives the terms, the total under `loss`; progress is in [0, 1). Each term
+            is a mean times the rows' share of the global batch, so that those of a batch's pieces add up.
         rows: the training split.
         evaluate: gives the dev metrics of the model as it is, the headline under `score`.
         evaluate_train: gives the same of training rows, to be held against each other; None: not asked.
@@ -64,10 +85,11 @@ class Fit:
         random_state, restore_random: the draws' generator, saved with the rest.
         facts: what to show beside the losses (replacing rate, layers of the draw).
         extra: parameters that are trained with the model and are no part of it.
+        padding_counts: whether a term is a mean over padding too, so that all pieces of a batch must be padded alike.
     """
 
     model: nn.Module
-    loss: Callable[[dict[str, Tensor], float], LossTerms]
+    loss: Callable[[dict[str, Tensor], float, Share], LossTerms]
     rows: Encoded
     evaluate: Callable[[], dict[str, float]]
     evaluate_train: Callable[[], dict[str, float]] | None = None
@@ -78,6 +100,7 @@ class Fit:
     restore_random: Callable[[Any], None] = lambda _: None
     facts: Callable[[float], dict[str, Any]] = lambda _: {}
     extra: dict[str, nn.Parameter] = field(default_factory=dict)
+    padding_counts: bool = False
 
 
 def fit(
@@ -102,21 +125,30 @@ def fit(
     journal = Journal(parts, section, trained, optimizer, work, f"{fingerprint} {parts.rows.digest}", watch)
     torch.manual_seed(recipe.seed)
     start = journal.restore()
-    model, prepared = accelerator.prepare(model, optimizer)
+    model = accelerator.prepare_model(model, evaluation_mode=True)  # autocast, and no DDP: see collectives.py
+    prepared = accelerator.prepare_optimizer(optimizer)
+    collectives.from_main(trained.values())
     for parameter in parts.bystanders:
         parameter.requires_grad_(True)
     saliency = _saliency(parts, section)
+    cut = Cut(
+        section.accumulate,
+        None if recipe.bucketing else recipe.max_length,
+        parts.padding_counts,
+        collectives.rank(),
+        collectives.count(),
+    )
 
-    def terms_of(piece: dict[str, Any], progress: float) -> LossTerms:
+    def terms_of(piece: Piece, progress: float) -> LossTerms:
         with accelerator.autocast():
-            return parts.loss(to_device(piece, accelerator.device), progress)
+            return parts.loss(to_device(piece.batch, accelerator.device), progress, piece.share)
 
     def prune(step: int) -> None:
         journal.leave(step)
         if saliency is not None and saliency.calibrates(step):
             batches = calibration_batches(parts.rows, saliency.section, recipe, step)
-            pieces = (piece for batch in batches for piece, _ in _pieces(parts.rows, batch, section.accumulate, recipe))
-            saliency.calibrate(model, lambda piece: terms_of(piece, step / total), pieces)
+            shown = (_one_draw(parts, cut.pieces(parts.rows, batch)) for batch in batches)
+            saliency.calibrate(model, lambda piece: terms_of(piece, step / total), shown)
         journal.prune(step)
 
     if parts.pruner is not None:
@@ -134,13 +166,17 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = peak * rate(progress)
         shown = saliency if saliency is not None and saliency.follows(step) else None
-        for piece, share in _pieces(parts.rows, batch, section.accumulate, recipe):
+        if collectives.count() > 1:
+            torch.manual_seed(_seed(recipe.seed, step, collectives.rank()))
+        for piece in _one_draw(parts, cut.pieces(parts.rows, batch)):
             terms = terms_of(piece, progress)
             if shown is not None:
-                shown.note(terms, share)
+                shown.note(terms)
             if terms["loss"].requires_grad:  # not when the draw holds nothing of what is trained
-                accelerator.backward(terms["loss"] * share)
-            window.add(terms, share)
+                accelerator.backward(terms["loss"])
+            window.add(terms)
+        window.steps += 1
+        collectives.total(collectives.gradients([*trained.values(), *parts.bystanders]))
         if shown is not None:
             shown.observe(1.0 if accelerator.scaler is None else accelerator.scaler.get_scale())
         _update(parts, section, trained, prepared, accelerator)
@@ -154,7 +190,9 @@ def fit(
                 journal.evaluate(done)
             if done < total and (done in evaluations or time.monotonic() - saved >= 60 * recipe.save_minutes):
                 journal.save(done)
-                window, saved = _Window(), time.monotonic()
+                saved = time.monotonic()
+                if done in evaluations or collectives.count() == 1:  # else the clocks of the ranks would decide
+                    window = _Window()
     for patched in ("forward", "_original_forward"):  # autocast's; unwrap_model would strip more than its own
         vars(parts.model).pop(patched, None)
     return journal.finish(total, per_epoch)
@@ -215,7 +253,7 @@ def evaluation_steps(per_epoch: int, total: int, per_epoch_evaluations: int) -> 
 def _steps(rows: Encoded, section: Training, recipe: Recipe, start: int, total: int) -> Iterator[tuple[int, Any]]:
     """`(step, row numbers)` from `start` on: the data's position is the step itself."""
     per_epoch = math.ceil(len(rows) / section.batch_size)
-    epoch, batches = -1, []
+    epoch = -1
     for step in range(start, total):
         if step // per_epoch != epoch:
             epoch = step // per_epoch
@@ -223,12 +261,22 @@ def _steps(rows: Encoded, section: Training, recipe: Recipe, start: int, total: 
         yield step, batches[step % per_epoch]
 
 
-def _pieces(rows: Encoded, batch: Any, pieces: int, recipe: Recipe) -> Iterator[tuple[dict[str, Any], float]]:
-    """The batch in `pieces` collated parts, each with its share of the batch's rows."""
-    size = math.ceil(len(batch) / pieces)
-    for start in range(0, len(batch), size):
-        part = batch[start : start + size]
-        yield rows.collate(part, None if recipe.bucketing else recipe.max_length), len(part) / len(batch)
+def _one_draw(parts: Fit, pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """The pieces of a batch, before each of which the generator of the draws stands where it stood before the first.
+
+    A draw belongs to an optimiser step: cutting a batch for want of memory, or among processes, is no reason to learn
+    another one.
+    """
+    before = parts.random_state()
+    for number, piece in enumerate(pieces):
+        if number:
+            parts.restore_random(before)
+        yield piece
+
+
+def _seed(*parts: int) -> int:
+    """A seed for torch's generators: dropout differs between the ranks, and comes back when a step does."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
 
 
 class _Window:
@@ -236,12 +284,13 @@ class _Window:
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.weight = 0.0
+        self.steps = 0
 
-    def add(self, terms: LossTerms, share: float) -> None:
-        self.weight += share
+    def add(self, terms: LossTerms) -> None:
         for name, term in terms.items():
-            self.sums[name] = self.sums.get(name, 0.0) + term.detach() * share
+            self.sums[name] = self.sums.get(name, 0.0) + term.detach()
 
     def means(self) -> dict[str, float]:
-        return {name: float(value) / self.weight for name, value in self.sums.items()}
+        """Each term's mean over the steps, of all ranks together."""
+        collectives.total(self.sums.values())
+        return {name: float(value) / self.steps for name, value in self.sums.items()}

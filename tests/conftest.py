@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -12,11 +13,13 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach for the network
 os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="spdtool-tests-cache-")  # not the user's own
 
 import pytest
 import torch
 
 from spdtool import plugins
+from spdtool.export import onnx
 from spdtool.recipe import Recipe
 from spdtool.run import Run
 from spdtool.tasks import Task
@@ -41,6 +44,13 @@ _toys = _load("toys")
 def toys() -> ModuleType:
     """The module `toys.py` itself."""
     return _toys
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traced_once() -> Iterator[None]:
+    """Trace equal checkpoints once for the whole session: seconds, where everything else of an export takes tenths."""
+    with onnx.remembering():
+        yield
 
 
 @pytest.fixture

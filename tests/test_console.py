@@ -150,7 +150,7 @@ def test_progress_in_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     assert capsys.readouterr().out.splitlines() == [
         "prune 3/10  resumed",
         "prune 4/10  pruned to 0.2500",
-        "prune 5/10  epoch 0.50 of 1  loss loss 1.5  hidden 0.5  examples/s 12.3  sparsity now 0.2500  "
+        "prune 5/10  epoch 0.50 of 1  loss 1.5  hidden 0.5  examples/s 12.3  sparsity now 0.2500  "
         "replacing rate 0.800  learning rate 1.00e-04",
         "prune 10/10  dev score 0.7500  best so far",
     ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import cycle, islice
 from types import ModuleType
 from typing import Any
 
@@ -159,3 +161,56 @@ def test_an_empty_split_knows_inputs_and_padding(toys: ModuleType) -> None:
     empty, full = data.no_rows(toys.tokenizer("left")), data.tokenise(toys.tokenizer("left"), toys.rows(3), 32)
     assert len(empty) == 0
     assert (list(empty.columns), empty.pad, empty.left) == (list(full.columns), full.pad, full.left)
+
+
+def test_tokens_are_made_once_and_belong_to_texts_tokenizer_and_length(
+    toys: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    rows, tokenizer = toys.rows(data.CACHED_ROWS, pairs=True), toys.tokenizer()
+    first = data.tokenise(tokenizer, rows, 12)
+    tokenizer(["the film"], truncation=True, max_length=3, padding=True)  # a call leaves its mark on a tokenizer
+    original = data._tokens
+    monkeypatch.setattr(data, "_tokens", lambda *_: pytest.fail("tokenised again"))
+    again = data.tokenise(toys.tokenizer(), rows, 12)
+    assert again.digest == first.digest
+    assert isinstance(again.columns["input_ids"], np.memmap)
+    made: list[int] = []
+    monkeypatch.setattr(data, "_tokens", lambda *what: (made.append(1), original(*what))[1])
+    changed = Rows([*rows.first[:-1], "the meal"], rows.second, rows.labels)
+    other = toys.tokenizer()
+    other.truncation_side = "left"
+    for tokeniser, texts, length in ((tokenizer, changed, 12), (tokenizer, rows, 11), (other, rows, 12)):
+        before = len(made)
+        data.tokenise(tokeniser, texts, length)
+        assert len(made) == before + 1
+    few = toys.rows(data.CACHED_ROWS - 1)
+    for _ in range(2):
+        data.tokenise(tokenizer, few, 12)
+    assert len(made) == 5, "few rows are not kept"
+
+
+def test_what_stands_beside_the_rows_comes_with_every_batch() -> None:
+    rows = replace(rows_of([2, 3, 1]), beside={"seen": np.array([[0.5], [1.5], [2.5]])})
+    assert rows.collate([2, 0])["seen"].tolist() == [[2.5], [0.5]]
+    assert rows.take(np.array([1])).collate([0])["seen"].tolist() == [[1.5]]
+
+
+@pytest.mark.parametrize("bucketing", [True, False])
+@pytest.mark.parametrize("count", [96, 97, 230])
+def test_data_too_large_to_be_shuffled_whole_still_gives_every_row_once(
+    monkeypatch: pytest.MonkeyPatch, count: int, bucketing: bool
+) -> None:
+    for name, value in (("SHUFFLED_ROWS", 90), ("BLOCK_BATCHES", 3), ("GROUP_BLOCKS", 2)):
+        monkeypatch.setattr(data, name, value)
+    rows = rows_of([1 + row % 7 for row in range(count)])
+    batches = data.training_batches(rows, 4, 5, 0, bucketing=bucketing)
+    assert len(batches) == len(list(batches)) == -(-count // 4)
+    assert sorted(np.concatenate(list(batches))) == list(range(count))
+    assert sorted(len(batch) for batch in batches)[1:] == [4] * (len(batches) - 1)
+    again = data.training_batches(rows, 4, 5, 0, bucketing=bucketing)
+    order = [len(batches) - 1, 0, len(batches) // 2]  # a stage that resumes asks for a batch in the middle first
+    assert all((again[i] == batches[i]).all() for i in order)
+    other = data.training_batches(rows, 4, 5, 1, bucketing=bucketing)
+    assert [list(batch) for batch in other] != [list(batch) for batch in batches]
+    assert [list(batch) for batch in islice(cycle(batches), 2)] == [list(batches[0]), list(batches[1])]

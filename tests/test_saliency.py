@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from spdtool import data, plugins, saliency
 from spdtool.errors import RecipeError
+from spdtool.pieces import Piece, Share
 from spdtool.pruning.gradual import Pruner
 from spdtool.pruning.masks import Masks
 from spdtool.recipe import Prune, Recipe
@@ -46,17 +47,16 @@ def pruner(model: Model, criterion: str = "watcher", events: Any = ((2, 0.25), (
     return Pruner(Masks({"linear.weight": model.linear.weight}), events, target=0.5, criterion=criterion, layers=layers)
 
 
-def pieces(count: int) -> list[dict[str, Any]]:
+def pieces(count: int, share: float = 1.0) -> list[Piece]:
     torch.manual_seed(1)
-    return [
-        {"rows": torch.randn(2, 5, 4), "attention_mask": torch.ones(2, 5, dtype=torch.long).numpy()}
-        for _ in range(count)
-    ]
+    mask: Any = torch.ones(2, 5, dtype=torch.long).numpy()
+    made: list[Any] = [{"rows": torch.randn(2, 5, 4), "attention_mask": mask} for _ in range(count)]
+    return [Piece(batch, Share(share, share, share)) for batch in made]
 
 
-def terms(model: Model) -> Callable[[dict[str, Any]], dict[str, Tensor]]:
-    def loss(piece: dict[str, Any]) -> dict[str, Tensor]:
-        out = model(piece["rows"])
+def terms(model: Model) -> Callable[[Piece], dict[str, Tensor]]:
+    def loss(piece: Piece) -> dict[str, Tensor]:
+        out = model(piece.batch["rows"]) * piece.share.rows**0.5
         logits, hidden = out.square().mean(), out.abs().sum()
         return {"loss": logits + 10 * hidden, "logits": logits, "hidden": hidden}
 
@@ -71,7 +71,7 @@ def test_calibration_shows_the_mean_gradient_and_moves_nothing(seen: list[Tensor
     assert [step for step in range(6) if shown.calibrates(step)] == [2, 4]
     assert not any(shown.follows(step) for step in range(6)), "training steps are not needed then"
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    shown.calibrate(model, terms(model), iter(batches))
+    shown.calibrate(model, terms(model), ([batch] for batch in batches))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert model.linear.weight.grad is None
     assert model.training
@@ -89,7 +89,7 @@ def test_calibration_drops_what_was_seen_before(seen: list[Tensor]) -> None:
     (model.linear.weight.sum() * 1e6).backward()
     pruning.observe()
     model.zero_grad()
-    shown.calibrate(model, terms(model), iter(pieces(1)))
+    shown.calibrate(model, terms(model), [pieces(1)])
     pruning.step(2)
     assert float(seen[0].abs().max()) < 1e5
 
@@ -99,10 +99,10 @@ def test_the_logit_term_is_shown_alone_while_the_whole_loss_is_learnt(seen: list
     pruning = pruner(model)
     shown = Saliency(pruning, Prune(saliency="logits"))
     assert [step for step in range(6) if shown.follows(step)] == [0, 1, 2, 3], "until the last event"
-    for piece in pieces(2):  # one step in two pieces
+    for piece in pieces(2, share=0.5):  # one step in two pieces
         found = terms(model)(piece)
-        shown.note(found, 0.5)
-        (found["loss"] * 0.5).backward()
+        shown.note(found)
+        found["loss"].backward()
     whole = model.linear.weight.grad
     assert whole is not None
     learnt = whole.clone()

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from spdtool import data, encoders, evaluation, training
 from spdtool.errors import DeviceError, GateError
+from spdtool.pieces import Share
 from spdtool.pruning.gradual import Pruner
 from spdtool.pruning.masks import Masks
 from spdtool.recipe import Recipe, Training
@@ -54,9 +55,9 @@ class Bench:
         def evaluate() -> dict[str, float]:
             return {"score": next(told)} if scores else evaluation.evaluate(self.task, forward, splits)
 
-        def loss(batch: dict[str, torch.Tensor], progress: float) -> dict[str, torch.Tensor]:
+        def loss(batch: dict[str, torch.Tensor], progress: float, share: Share) -> dict[str, torch.Tensor]:
             labels = batch.pop("labels")
-            return {"loss": F.cross_entropy(model(**batch).logits, labels)}
+            return {"loss": share.rows * F.cross_entropy(model(**batch).logits, labels)}
 
         pruner = None
         if pruning:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from spdtool.distillation.layers import taught_by
 from spdtool.distillation.observation import Observation
 from spdtool.distillation.projections import PREFIX, Projections
+from spdtool.pieces import WHOLE, Share
 from spdtool.recipe import Loss
 
 OUT_OF_SIGHT = -1e4  # scores below this were masked by the model itself (padding, a local attention window)
@@ -28,33 +29,38 @@ def distillation(
     regression: bool,
     mapped: Sequence[int] | None = None,
     projections: Projections | None = None,
+    share: Share = WHOLE,
 ) -> dict[str, Tensor]:
     """Every term with a weight above 0, unweighted, and `loss`: their weighted sum.
+
+    Each term is this piece's part of the global batch's: the terms of all its pieces add up. One case is only nearly
+    so: attention maps of layers that see a local window, whose pairs in sight are counted as if all were.
 
     Args:
         batch: `attention_mask` [rows, tokens] and `labels` [rows].
         regression: whether the labels are numbers.
         mapped: the teacher's layer, from 1, of each layer of the student; None: one to one.
         projections: what brings the student's hidden states to the teacher's width; None: they have it.
+        share: what part of the global batch these rows are.
     """
     real = batch["attention_mask"] if weights.mask_padding else None
     terms: dict[str, Tensor] = {}
     if weights.logits > 0:
         match = regression_loss if regression else logit_loss
-        terms["logits"] = match(student.logits, teacher.logits, batch["labels"], weights)
+        terms["logits"] = share.rows * match(student.logits, teacher.logits, batch["labels"], weights)
     if weights.hidden > 0 or weights.relation > 0:
         assert student.hidden is not None
         assert teacher.hidden is not None
         taught = teacher.hidden if mapped is None else taught_by(teacher.hidden, mapped)
         if weights.hidden > 0:
-            terms["hidden"] = hidden_loss(projected(student.hidden, projections), taught, real)
+            terms["hidden"] = share.tokens * hidden_loss(projected(student.hidden, projections), taught, real)
         if weights.relation > 0:
-            terms["relation"] = relation_loss(student.hidden, taught, real, weights.relation_heads)
+            terms["relation"] = share.tokens * relation_loss(student.hidden, taught, real, weights.relation_heads)
     if weights.attention > 0:
         assert student.attention is not None
         assert teacher.attention is not None
         shown = teacher.attention if mapped is None else [teacher.attention[layer - 1] for layer in mapped]
-        terms["attention"] = attention_loss(student.attention, shown, real)
+        terms["attention"] = share.pairs * attention_loss(student.attention, shown, real)
     total = sum((getattr(weights, name) * term for name, term in terms.items()), start=torch.zeros(()))
     return {"loss": total} | terms
 

@@ -131,11 +131,18 @@ class Trial:
             tolerance = section.tolerance * (CONSTANTS if twin else 1)
             largest.append(parity.parity(expected, twin or session, batches, tolerance))
             if rounds:
-                calibrated = targets.calibrates(self.target)
-                real = [entry for entry in batches if " dev rows" in entry[0]] if calibrated else []
-                found |= _moved(original, session, real or batches, section.rounded_tolerance if twin else math.inf)
+                seen = self._calibrated_for() if targets.calibrates(self.target) else []
+                found |= _moved(original, session, seen or batches, section.rounded_tolerance if twin else math.inf)
         difference, where = max(largest)
         return {"largest_difference": difference, "largest_difference_at": where} | found
+
+    def _calibrated_for(self) -> list[tuple[str, Batch]]:
+        """Probes like the rows of the calibration, whose ranges say nothing of random tokens and of padding up front.
+
+        The exact twin is held on all of them.
+        """
+        rows = self.reference.dev.sets["dev"]
+        return [(name, batch) for name, batch in self.reference.probes if parity.is_real(name, left=rows.left)]
 
     def _dev(self, metrics: dict[str, Any]) -> dict[str, Any]:
         rounds, change = targets.rounds(self.target), self.change()

@@ -24,6 +24,7 @@ from spdtool.errors import ModelError, first_line
 from spdtool.export.stored import TRANSPOSED, annotate, notes
 
 PRODUCTS = ("MatMul",)
+TABLES = ("Gather",)
 LAYER = re.compile(r"^(?P<layer>.*?\.\d+)\.")
 
 
@@ -48,8 +49,18 @@ def quantise(proto: onnx.ModelProto, keep: Sequence[str] = (), *, reduce_range: 
 def calibrate(
     proto: onnx.ModelProto, batches: Iterable[Batch], keep: Sequence[str] = (), *, reduce_range: bool = False
 ) -> onnx.ModelProto:
-    """Weights in int8, and activations by their least and largest value on `batches`; else as `quantise`."""
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    """Weights in int8, and activations by their least and largest value on `batches`; else as `quantise`.
+
+    What goes into a product with a weight is rounded, as in `quantise`. Left to itself the quantiser also rounds what
+    comes out of each product, logits included, and both sides of the attention's own.
+    """
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        QuantFormat,
+        QuantType,
+        quantize_dynamic,
+        quantize_static,
+    )
 
     names = [value.name for value in proto.graph.input]
     rows = iter([{name: batch[name] for name in names} for batch in batches])
@@ -59,15 +70,18 @@ def calibrate(
             return next(rows, None)
 
     def write(file: Path, options: dict[str, Any]) -> None:
+        quantize_dynamic(proto, file, op_types_to_quantize=list(TABLES), weight_type=QuantType.QInt8, **options)
+        with_tables = onnx.load(file)  # with static ranges the quantiser passes over embeddings
+        options["nodes_to_exclude"] += _unweighted(proto)
         quantize_static(
-            proto,
+            with_tables,
             file,
             Reader(),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=list(PRODUCTS),
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            extra_options={"MatMulConstBOnly": True},
+            extra_options={"OpTypesToExcludeOutputQuantization": list(PRODUCTS)},
             **options,
         )
 
@@ -143,8 +157,14 @@ def _weighted(proto: onnx.ModelProto) -> Iterator[tuple[str, str]]:
     """`(node, matrix)` of the nodes that the quantiser may take up."""
     matrices = {tensor.name for tensor in proto.graph.initializer if len(tensor.dims) == 2 and tensor.metadata_props}
     for node in proto.graph.node:
-        if node.op_type in (*PRODUCTS, "Gemm", "Gather"):
+        if node.op_type in (*PRODUCTS, "Gemm", *TABLES):
             yield from ((node.name, name) for name in node.input if name in matrices)
+
+
+def _unweighted(proto: onnx.ModelProto) -> list[str]:
+    """Products of two activations."""
+    constants = {tensor.name for tensor in proto.graph.initializer}
+    return [node.name for node in proto.graph.node if node.op_type in PRODUCTS and not constants & {*node.input}]
 
 
 def _part(matrix: str) -> str:

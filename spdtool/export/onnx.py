@@ -72,6 +72,7 @@ from spdtool.export import runtime
 from spdtool.export.stored import PARAMETERS, TRANSPOSED, audit, thin
 from spdtool.plugins import targets
 from spdtool.recipe import Recipe
+from spdtool.run import RECORD, sha256
 
 FILE = "onnx/model.onnx"
 ONE_FILE_BYTES = 2**31 - 2**20  # protobuf cannot write more; beyond, the weights go to model.onnx_data
@@ -140,9 +141,9 @@ _traced: dict[tuple[Any, ...], bytes] | None = None
 
 @contextlib.contextmanager
 def remembering() -> Iterator[None]:
-    """Trace each checkpoint once until the end of the context, however many targets are made of it."""
+    """Trace each checkpoint once until the end of the outermost such context, however many targets are made of it."""
     global _traced
-    before, _traced = _traced, {}
+    before, _traced = _traced, {} if _traced is None else _traced
     try:
         yield
     finally:
@@ -159,8 +160,7 @@ def graph(checkpoint: Path, opset: int) -> onnx.ModelProto:
         ModelError: the checkpoint cannot be read.
         GateError: an axis of the exported graph is not free.
     """
-    weights = [(file.name, file.stat().st_mtime_ns) for file in sorted(checkpoint.iterdir()) if file.is_file()]
-    key = (checkpoint.resolve(), opset, *weights)
+    key = (opset, *_content(checkpoint)) if _traced is not None else ()
     if _traced is not None and key in _traced:
         return onnx.load_from_string(_traced[key])
     model = encoders.load(checkpoint, eager=opset < ATTENTION)
@@ -272,6 +272,12 @@ def write(proto: onnx.ModelProto, file: Path) -> list[Path]:
     data.unlink(missing_ok=True)  # onnx would append to it
     onnx.save_model(proto, file, save_as_external_data=True, all_tensors_to_one_file=True, location=data.name)
     return [file, data]
+
+
+def _content(checkpoint: Path) -> list[str]:
+    """What a graph is made of: weights, configuration and tokenizer, by their content."""
+    files = sorted(file for file in checkpoint.glob("*") if file.suffix in (".json", ".safetensors"))
+    return [f"{file.name} {sha256(file)}" for file in files if file.name != RECORD]
 
 
 def _size(tensors: Iterable[onnx.TensorProto]) -> int:

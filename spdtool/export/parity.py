@@ -19,6 +19,7 @@ from spdtool.export.stored import Held
 
 LONGEST_PROBE = 512
 PADDED = ((2, 5), (3, 16), (4, 24), (5, 33), (8, 48), (2, 96))  # rows and tokens, padded on either side
+ROWS = "dev rows"
 SLACK = 1e-5  # of float32 arithmetic in a rounding
 
 
@@ -81,25 +82,26 @@ def positions(model: PreTrainedModel) -> int:
 def probes(model: PreTrainedModel, rows: Encoded, sentences: int) -> Iterator[tuple[str, Batch]]:
     """What checkpoint and exported file are compared on, each with a name for the user.
 
-    `sentences` real rows, if there are any; random tokens from (1, 1) to (1, 512 or what the model takes); a batch of
-    unlike lengths. All of it with padding on the right and on the left, and, where there are two token types, as
-    one sentence and as a pair.
+    `sentences` real rows, if there are any; one row of random tokens, from 1 to 512 or what the model takes; batches of
+    unlike lengths. What is padded is so on the right and on the left; where there are two token types, the batches and
+    the longest row are pairs.
     """
     some = np.unique(np.linspace(0, max(len(rows) - 1, 0), sentences).round().astype(int))
     for left in (False, True) if len(rows) else ():
-        yield f"{len(some)} dev rows, {_side(left)}", replace(rows, left=left).collate(some)
+        yield f"{len(some)} {ROWS}, {_side(left)}", replace(rows, left=left).collate(some)
     longest = min(positions(model), LONGEST_PROBE)
     lengths = sorted({1, 2, 3, 7, *(2**power for power in range(2, 10)), longest})
     two_types = "token_type_ids" in rows.columns and getattr(model.config, "type_vocab_size", 2) > 1
-    for pair in (False, True) if two_types else (False,):
-        kind = "pair" if pair else "single"
-        for length in lengths:
-            if length <= longest:
-                yield f"shape (1, {length}), {kind}", _synthetic(model, rows, (1, length), pair=pair)
-        for count, length in PADDED:
-            for left in (False, True):
-                shape = (count, min(longest, length))
-                yield f"shape {shape}, {kind}, {_side(left)}", _synthetic(model, rows, shape, pair=pair, left=left)
+    kind = "pairs" if two_types else "single"
+    for length in lengths:
+        if length <= longest:
+            yield f"shape (1, {length})", _synthetic(model, rows, (1, length), pair=False)
+    for count, length in PADDED:
+        for left in (False, True):
+            shape = (count, min(longest, length))
+            yield f"shape {shape}, {kind}, {_side(left)}", _synthetic(model, rows, shape, pair=two_types, left=left)
+    if two_types:
+        yield f"shape (1, {longest}), pair", _synthetic(model, rows, (1, longest), pair=True)
 
 
 def parity(
@@ -142,6 +144,11 @@ def deviation(expected: Forward, found: Forward, batches: Iterable[tuple[str, Ba
         size += float(np.square(reference).sum())
         largest = max(largest, float(np.abs(logits - reference).max()))
     return float(np.sqrt(moved / size)) if size else 0.0, largest
+
+
+def is_real(name: str, *, left: bool) -> bool:
+    """Whether a probe is of real rows, padded on this side."""
+    return name.endswith(f" {ROWS}, {_side(left)}")
 
 
 def _side(left: bool) -> str:

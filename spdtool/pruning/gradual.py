@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -32,6 +32,7 @@ class Pruner:
     Attributes:
         clamped: matrix to its zeros as the scores would have had them and as `least` has them, at the last event.
         lowered: group of matrices to the share that stayed alive there, where `least` left no room for the sparsity.
+        agree: is given new masks and mended weights before they hold, to be made the same, in place, on all processes.
 
     Raises:
         UnknownName: no such criterion or pattern.
@@ -67,6 +68,7 @@ class Pruner:
         self._update = part.meta.get("update") if update else None
         self._dense_gradients = bool(part.meta.get("dense_gradients", False))
         needs = _known(criterion, part.meta.get("needs", ())) if events else ()  # nothing to rank: nothing to observe
+        self.agree: Callable[[list[Tensor]], None] = lambda _: None
         self._observation = Observation(masks, needs, Settings(block, dampening, penalty), layers)
         if regrowth and events:
             masks.regrow()
@@ -108,6 +110,10 @@ class Pruner:
         """
         return self._observation.watching(real)
 
+    def pool(self, total: Callable[[Iterable[Tensor]], None]) -> None:
+        """Add up what several processes have seen of the layers' inputs; `total` sums tensors over them, in place."""
+        self._observation.pool(total)
+
     def forget(self) -> None:
         """Drop what was observed, except scores that are learned over the stage."""
         self._observation.forget()
@@ -135,7 +141,9 @@ class Pruner:
         scores = {name: self._score(self.masks.filled(name), self._observation.stats(name)) for name in self.masks.dead}
         dead, made = self.masks.decide(scores, sparsity, self._pattern, self.scope, self.least)
         self.clamped, self.lowered = made.clamped, made.least
-        self.masks.bury(dead, self._mended(dead))
+        mended = self._mended(dead)
+        self.agree([*dead.values(), *(mended or {}).values()])
+        self.masks.bury(dead, mended)
         self.forget()
         return sparsity
 

@@ -22,6 +22,9 @@ class Masks:
     zeros, from which `from_zeros` recovers the masks at the next stage.
 
     With `regrow`, a weight that dies leaves its value in `kept`, shaped like the parameter and zero where it lives.
+
+    Where a dead weight, its moments and its gradient are zero, an optimiser step leaves it zero; so the hold works only
+    where that is not known.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -29,6 +32,8 @@ class Masks:
         self.dead = {name: torch.zeros_like(weight, dtype=torch.bool) for name, weight in parameters.items()}
         self.kept: dict[str, Tensor] = {}
         self._held: torch.optim.Optimizer | None = None
+        self._clean = False  # dead weights and their moments are zero since the last `apply`
+        self._silenced = False  # and so are the gradients of the coming step
 
     @classmethod
     def from_zeros(cls, parameters: Mapping[str, nn.Parameter]) -> Masks:
@@ -102,19 +107,26 @@ class Masks:
         """Set every dead weight to zero, and the moments that a held optimiser keeps for it."""
         for name, weight in self.parameters.items():
             for tensor in (weight, *self._moments(weight)):
-                tensor.masked_fill_(self.dead[name], 0.0)
+                _clear(tensor, self.dead[name])
+        self._clean = self._held is not None
 
     @torch.no_grad()
     def silence(self) -> None:
         """Set the gradients of dead weights to zero, so that they do not count when gradients are clipped."""
         for name, weight in self.parameters.items():
             if weight.grad is not None:
-                weight.grad.masked_fill_(self.dead[name], 0.0)
+                _clear(weight.grad, self.dead[name])
+        self._silenced = True
 
     def hold(self, optimizer: torch.optim.Optimizer) -> Any:
-        """Zero dead weights and their moments after every step of `optimizer`; returns the hook's handle."""
-        self._held = optimizer
-        return optimizer.register_step_post_hook(lambda *_: self.apply())
+        """Keep dead weights and their moments zero after every step of `optimizer`; returns the hook's handle."""
+        self._held, self._clean = optimizer, False
+        return optimizer.register_step_post_hook(self._after_step)
+
+    def _after_step(self, *_: Any) -> None:
+        if not (self._clean and self._silenced):
+            self.apply()
+        self._silenced = False
 
     @torch.no_grad()
     def seal(self) -> None:
@@ -179,6 +191,15 @@ class Masks:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state_dict` gave."""
         self.dead = {name: state[name].to(weight.device) for name, weight in self.parameters.items()}
+        self._clean = False
+
+
+def _clear(tensor: Tensor, dead: Tensor) -> None:
+    """Set the dead to zero, in place; on a CPU by their bits, which takes half the time of `masked_fill_`."""
+    if tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.is_contiguous():
+        tensor.view(torch.int32).bitwise_and_(dead.view(torch.int8) - 1)  # keeps all bits, or none
+    else:
+        tensor.masked_fill_(dead, 0.0)
 
 
 def check_counts(counts: Mapping[str, tuple[int, int]], sparsity: float, scope: str = "matrix") -> None:

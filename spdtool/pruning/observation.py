@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,6 +62,15 @@ class Observation:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def pool(self, total: Callable[[Iterable[Tensor]], None]) -> None:
+        """Add up the statistics of inputs over several processes, each of which saw rows of its own.
+
+        Args:
+            total: replaces tensors, in place, by their sums over the processes.
+        """
+        seen = [statistic for name in self._kept for statistic in self._reading("input", name)]
+        total(tensor for statistic in seen for tensor in (statistic.sum(), statistic.count))
 
     def empty(self) -> bool:
         """Whether a statistic that is not learned over the stage has observed no weight at all."""

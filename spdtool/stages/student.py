@@ -11,15 +11,27 @@ from typing import Any
 
 import torch
 
-from spdtool import console, data, encoders, evaluation, pairing, tasks, training
+from spdtool import (
+    collectives,
+    console,
+    data,
+    encoders,
+    evaluation,
+    pairing,
+    processes,
+    tasks,
+    teacher_logits,
+    training,
+)
 from spdtool.distillation import grafting as grafts
 from spdtool.distillation import projections as projecting
 from spdtool.distillation.grafting import Blend, Grafting
 from spdtool.distillation.layers import layer_map
 from spdtool.distillation.losses import distillation
-from spdtool.distillation.observation import observe
+from spdtool.distillation.observation import Observation, observe
 from spdtool.distillation.projections import Projections
 from spdtool.errors import ModelError
+from spdtool.pieces import Share
 from spdtool.pruning.gradual import Pruner
 from spdtool.pruning.masks import Masks, check_counts
 from spdtool.recipe import Distilled, Recipe
@@ -74,19 +86,25 @@ def phase(run: Run, stage: str, start: str, make_pruner: MakePruner) -> dict[str
     loss = _lesson(section, student, teacher, tokenizers, grafting, rate, projections, regression=task.regression)
 
     sample = splits["train"].sample(section.scored_train_rows, recipe.seed)
-    evaluate_train = (lambda: evaluation.evaluate_rows(task, forward, sample)) if len(sample) else None
+    evaluate_train = (lambda: evaluation.evaluate_rows(task, forward, sample, together=True)) if len(sample) else None
 
     def leave(sparsity: float) -> dict[str, Any]:
         folder = work.folder / LEFT / f"{sparsity:g}"
-        encoders.save(student, tokenizer, folder)
-        check_counts(encoders.zeros(folder, list(masks.parameters)), sparsity, pruner.scope)
+        if processes.is_main():
+            encoders.save(student, tokenizer, folder)
+            check_counts(encoders.zeros(folder, list(masks.parameters)), sparsity, pruner.scope)
         return _measured(task, forward, splits, evaluate_train) | {"folder": f"{LEFT}/{folder.name}"}
 
+    rows = splits["train"]
+    if teacher_logits.suffice(section, len(rows)):
+        with console.busy("reading or computing the teacher's logits"):
+            its = pairing.reading(evaluation.torch_forward(teacher, front.device), tokenizers[1])
+            rows = teacher_logits.beside(rows, teacher, its)
     parts = training.Fit(
         student,
         loss,
-        splits["train"],
-        lambda: evaluation.evaluate(task, forward, splits),
+        rows,
+        lambda: evaluation.evaluate(task, forward, splits, together=True),
         evaluate_train,
         pruner,
         leave,
@@ -95,27 +113,27 @@ def phase(run: Run, stage: str, start: str, make_pruner: MakePruner) -> dict[str
         random_state=grafting.state,
         restore_random=grafting.restore,
         facts=lambda progress: {"replacing_rate": rate(progress), "drawn": grafting.drawn},
+        padding_counts=not section.loss.mask_padding,
     )
     with run.stage(stage) as work:
         if steps > 0:
             with console.progress(stage, steps) as watch:
                 work.metrics |= training.fit(parts, section, recipe, work, run.fingerprint(stage), front, watch)
         pruner.seal()
-        encoders.save(student, tokenizer, work.folder)
-        projecting.save(projections, work.folder)
-        saved = encoders.zeros(work.folder, list(masks.parameters))
-        check_counts(saved, pruner.target, pruner.scope)
-        work.metrics |= _measured(task, forward, splits, evaluate_train)
-        work.metrics |= {
-            "sparsity": masks.sparsity(),
-            "zeros": {name: list(count) for name, count in saved.items()},
-        }
+        work.metrics |= _measured(task, forward, splits, evaluate_train) | {"sparsity": masks.sparsity()}
+        if processes.is_main():
+            encoders.save(student, tokenizer, work.folder)
+            projecting.save(projections, work.folder)
+            saved = encoders.zeros(work.folder, list(masks.parameters))
+            check_counts(saved, pruner.target, pruner.scope)
+            work.metrics |= {"zeros": {name: list(count) for name, count in saved.items()}}
+    collectives.wait()
     return work.metrics
 
 
 def _measured(task: Any, forward: Any, splits: Any, evaluate_train: Any) -> dict[str, Any]:
     """Scores on the dev set, and beside them those on training rows."""
-    dev = {"dev": evaluation.evaluate(task, forward, splits)}
+    dev = {"dev": evaluation.evaluate(task, forward, splits, together=True)}
     return dev if evaluate_train is None else dev | {"train": evaluate_train()}
 
 
@@ -215,8 +233,10 @@ def _lesson(
     projections: Projections,
     *,
     regression: bool,
-) -> Callable[[dict[str, torch.Tensor], float], training.LossTerms]:
+) -> Callable[[dict[str, torch.Tensor], float, Share], training.LossTerms]:
     """The loss of a batch: both models look at it, and what they show is compared.
+
+    The teacher does not look at a batch that has its logits beside the rows (`teacher_logits.py`).
 
     Args:
         tokenizers: the student's and the teacher's, which say what each model reads of a batch.
@@ -227,16 +247,24 @@ def _lesson(
     attention = weights.attention_on if weights.attention > 0 else None
     unread = [pairing.unread(tokenizer) for tokenizer in tokenizers]
 
-    def loss(batch: dict[str, torch.Tensor], progress: float) -> training.LossTerms:
+    def loss(batch: dict[str, torch.Tensor], progress: float, share: Share) -> training.LossTerms:
+        known = batch.pop(teacher_logits.COLUMN, None)
         mine, its = ({name: batch[name] for name in batch if name not in left_out} for left_out in unread)
         with torch.no_grad():
-            taught = observe(teacher, its, hidden=hidden, attention=attention)
+            taught = observe(teacher, its, hidden=hidden, attention=attention) if known is None else Observation(known)
         with grafting.draw(rate(progress)):
             learnt = observe(student, mine, hidden=hidden, attention=attention)
         for model, seen, depth in zip((student, teacher), (learnt, taught), depths, strict=True):
             _check_attention(seen.attention, depth, model)
         return distillation(
-            learnt, taught, batch, weights, regression=regression, mapped=mapped, projections=projections
+            learnt,
+            taught,
+            batch,
+            weights,
+            regression=regression,
+            mapped=mapped,
+            projections=projections,
+            share=share,
         )
 
     return loss

@@ -5,12 +5,14 @@ Reads: nothing of the run. Writes: `teacher/`, a Hugging Face checkpoint, with t
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from spdtool import console, data, encoders, evaluation, tasks, training
+from spdtool import collectives, console, data, encoders, evaluation, processes, tasks, training
+from spdtool.pieces import Share
 from spdtool.run import Run
 
 
@@ -40,10 +42,11 @@ def teacher(run: Run) -> dict[str, Any]:
     _refuse_misfit(model, encoded)
     forward = evaluation.torch_forward(model, front.device)
 
-    def loss(batch: dict[str, torch.Tensor], progress: float) -> training.LossTerms:  # noqa: ARG001
+    def loss(batch: dict[str, torch.Tensor], progress: float, share: Share) -> training.LossTerms:  # noqa: ARG001
         labels = batch.pop("labels")
         logits = model(**batch).logits.float()
-        return {"loss": F.mse_loss(logits.squeeze(-1), labels) if task.regression else F.cross_entropy(logits, labels)}
+        mean = F.mse_loss(logits.squeeze(-1), labels) if task.regression else F.cross_entropy(logits, labels)
+        return {"loss": share.rows * mean}
 
     encoders.tune(model, checkpointing=recipe.gradient_checkpointing, compile_layers=recipe.compile)
     with (
@@ -51,14 +54,16 @@ def teacher(run: Run) -> dict[str, Any]:
         console.progress("teacher", section.steps_for(len(encoded["train"]))) as watch,
     ):
         sample = encoded["train"].sample(section.scored_train_rows, recipe.seed)
-        evaluate_train = (lambda: evaluation.evaluate_rows(task, forward, sample)) if len(sample) else None
-        parts = training.Fit(
-            model, loss, encoded["train"], lambda: evaluation.evaluate(task, forward, encoded), evaluate_train
-        )
+        score = functools.partial(evaluation.evaluate, task, forward, encoded, together=True)
+        score_train = functools.partial(evaluation.evaluate_rows, task, forward, sample, together=True)
+        evaluate_train = score_train if len(sample) else None
+        parts = training.Fit(model, loss, encoded["train"], score, evaluate_train)
         summary = training.fit(parts, section, recipe, work, run.fingerprint("teacher"), front, watch)
-        encoders.save(model, tokenizer, work.folder)
-        work.metrics |= summary | {"dev": evaluation.evaluate(task, forward, encoded), "given": None}
+        work.metrics |= summary | {"dev": score(), "given": None}
         work.metrics |= {} if evaluate_train is None else {"train": evaluate_train()}
+        if processes.is_main():
+            encoders.save(model, tokenizer, work.folder)
+    collectives.wait()
     return work.metrics
 
 
@@ -77,13 +82,15 @@ def take(run: Run, source: str) -> dict[str, Any]:
     model.to(front.device)
     with console.busy(f"measuring the given teacher {source}"):
         forward = evaluation.torch_forward(model, front.device)
-        metrics = evaluation.evaluate(task, forward, encoded)
+        metrics = evaluation.evaluate(task, forward, encoded, together=True)
         sample = encoded["train"].sample(run.recipe.teacher.scored_train_rows, run.recipe.seed)
-        train = evaluation.evaluate_rows(task, forward, sample) if len(sample) else None
+        train = evaluation.evaluate_rows(task, forward, sample, together=True) if len(sample) else None
     console.say(f"given teacher: dev {console.scores(metrics)}")
     with run.stage("teacher") as work:
-        encoders.save(model, tokenizer, work.folder)
+        if processes.is_main():
+            encoders.save(model, tokenizer, work.folder)
         work.metrics |= {"dev": metrics, "given": source} | ({} if train is None else {"train": train})
+    collectives.wait()
     return work.metrics
 
 

@@ -16,7 +16,7 @@ import json
 import math
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,11 @@ def task(recipe: Recipe) -> Task:
     """
     if recipe.data is None:
         raise DataError("the task local needs rows", "give --data FILE or --data FOLDER")
+    from spdtool.tasks import shards
+
+    files = shards.found(Path(recipe.data))
+    if files is not None:
+        return shards.task(recipe, files)
     tables = read(Path(recipe.data))
     columns = choose_columns(tables["train"], recipe.text, recipe.label)
     classes = label_names(tables["train"], columns.label)
@@ -169,6 +174,23 @@ def read_parquet(path: Path) -> Table:
     return checked(Table(path, tuple(table.column_names), rows, list(range(1, len(rows) + 1)), unit="row"))
 
 
+def parquet_pieces(path: Path, size: int) -> Iterator[Table]:
+    """A parquet file, `size` rows at a time; raises as `read_parquet` does."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            start = 1
+            for piece in file.iter_batches(size):
+                rows = [list(cells) for cells in zip(*(column.to_pylist() for column in piece.columns), strict=True)]
+                lines = list(range(start, start + len(rows)))
+                yield checked(Table(path, tuple(piece.schema.names), rows, lines, unit="row"))
+                start += len(rows)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path} is not a readable parquet file: {str(error).splitlines()[0]}") from None
+
+
 READERS: dict[str, Callable[[Path], Table]] = {
     ".csv": read_csv,
     ".tsv": read_tsv,
@@ -187,7 +209,7 @@ def choose_columns(table: Table, text: Sequence[str], label: str | None) -> Colu
     if len(text) > 2:
         raise DataError(f"--text names {len(text)} columns: {', '.join(text)}", "one sentence, or a pair of them")
     for name in (*text, *([label] if label is not None else [])):
-        _must_exist(table, name)
+        must_exist(table, name)
     if len(set(text)) < len(text):
         raise DataError(f"--text names the column {text[0]!r} twice", "a pair needs two columns")
     label = label if label is not None else _guess_label(table, text)
@@ -202,11 +224,11 @@ def label_names(table: Table, column: str) -> tuple[str, ...]:
     Raises:
         DataError: a label is missing or is no text or number, all are alike, or there are too many to be classes.
     """
-    labels = [_label(table, row, value) for row, value in enumerate(table.column(column))]
+    labels = [label_of(table, row, value) for row, value in enumerate(table.column(column))]
     distinct = set(labels)
     if len(distinct) < 2:
         raise DataError(f"every label in {table.path} is {labels[0]!r}", "two different labels are the least")
-    numbers = [_number(label) for label in distinct]
+    numbers = [number(label) for label in distinct]
     whole = all(number is not None and number.is_integer() for number in numbers)
     if not whole and all(number is not None for number in numbers):
         return ()
@@ -215,7 +237,14 @@ def label_names(table: Table, column: str) -> tuple[str, ...]:
             f"the column {column!r} of {table.path} has {len(distinct)} different labels in {len(labels)} rows",
             "is it the label column? a regression needs numbers that are not all whole",
         )
-    return tuple(sorted(distinct, key=lambda label: (float(label) if whole else 0.0, label)))
+    return in_order(distinct)
+
+
+def in_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Names of classes, sorted; by size where all are whole numbers."""
+    numbers = {name: number(name) for name in names}
+    whole = all(value is not None and value.is_integer() for value in numbers.values())
+    return tuple(sorted(numbers, key=lambda name: (float(name) if whole else 0.0, name)))
 
 
 def to_rows(table: Table, columns: Columns, classes: tuple[str, ...]) -> Rows:
@@ -225,13 +254,13 @@ def to_rows(table: Table, columns: Columns, classes: tuple[str, ...]) -> Rows:
         DataError: a column is missing, a text is missing or is no text, a label is none of the classes or no number.
     """
     for name in (*columns.text, columns.label):
-        _must_exist(table, name)
-    text = [_texts(table, name) for name in columns.text]
+        must_exist(table, name)
+    text = [texts(table, name) for name in columns.text]
     index = {name: number for number, name in enumerate(classes)}
     labels: list[Any] = []
     for row, value in enumerate(table.column(columns.label)):
-        label = _label(table, row, value)
-        known = index.get(label) if classes else _number(label)
+        label = label_of(table, row, value)
+        known = index.get(label) if classes else number(label)
         if known is None and classes:
             table.refuse(row, f"the label {label!r} is in no training row", f"known: {', '.join(classes[:20])}")
         if known is None:
@@ -284,7 +313,7 @@ def _listing(folder: Path) -> str:
     return ", ".join(names[:10]) + (" and more" if len(names) > 10 else "") if names else "nothing"
 
 
-def _must_exist(table: Table, name: str) -> None:
+def must_exist(table: Table, name: str) -> None:
     if name in table.columns:
         return
     near = difflib.get_close_matches(name, table.columns, n=3, cutoff=0.5)
@@ -323,7 +352,7 @@ def _quoted(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names))
 
 
-def _texts(table: Table, name: str) -> list[str]:
+def texts(table: Table, name: str) -> list[str]:
     cells = table.column(name)
     for row, cell in enumerate(cells):
         if cell is None or (isinstance(cell, str) and not cell.strip()):
@@ -335,7 +364,7 @@ def _texts(table: Table, name: str) -> list[str]:
     return cells
 
 
-def _label(table: Table, row: int, value: Any) -> str:
+def label_of(table: Table, row: int, value: Any) -> str:
     """The label as a name: 1, 1.0 and "1" are the same one, "01" is another."""
     if value is None or not str(value).strip() or (isinstance(value, float) and not math.isfinite(value)):
         table.refuse(row, f"no label: {value!r}", "leave such rows out")
@@ -345,7 +374,7 @@ def _label(table: Table, row: int, value: Any) -> str:
     return str(value) if whole is None else str(int(whole[1] + whole[2]))
 
 
-def _number(label: str) -> float | None:
+def number(label: str) -> float | None:
     """The finite number that `label` spells plainly, as 3, -0.5 or 1e-3; None for anything else."""
     if not re.fullmatch(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", label.strip(), re.ASCII):
         return None

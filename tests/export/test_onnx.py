@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,18 +35,19 @@ SIZES: dict[str, Any] = {
     "initializer_range": 0.2,
     "pad_token_id": 0,
 }
+ONE = {"num_hidden_layers": 1}  # where a second layer is traced for nothing new
 # Name -> configuration beyond SIZES, and whether the tokenizer gives token types.
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "bert": ("bert", {}, True),
-    "roberta": ("roberta", {}, False),
-    "xlm-roberta": ("xlm-roberta", {}, False),
+    "roberta": ("roberta", ONE, False),
+    "xlm-roberta": ("xlm-roberta", ONE, False),
     "distilbert": (
         "distilbert",
-        {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "sinusoidal_pos_embds": False},
+        {"dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 64, "sinusoidal_pos_embds": False},
         False,
     ),
-    "electra": ("electra", {"embedding_size": 16}, True),
-    "mpnet": ("mpnet", {}, False),
+    "electra": ("electra", {"embedding_size": 16} | ONE, True),
+    "mpnet": ("mpnet", ONE, False),
     "deberta-v2": (
         "deberta-v2",
         {
@@ -56,7 +58,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], bool]] = {
             "share_att_key": True,
             "position_biased_input": False,
             "type_vocab_size": 0,
-        },
+        }
+        | ONE,
         True,
     ),
     "modernbert": (
@@ -181,9 +184,13 @@ def test_no_path_of_this_machine_is_in_any_file(exported: Callable[[str], Export
 
 
 def test_two_exports_are_byte_identical_and_silent(
-    exported: Callable[[str], Exported], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    exported: Callable[[str], Exported],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     made = exported("bert")
+    monkeypatch.setattr(export, "_traced", None)  # traced anew
     capfd.readouterr()
     again = Onnx.export(made.checkpoint, tmp_path / "elsewhere", Recipe())
     Onnx.session(tmp_path / "elsewhere")
@@ -254,6 +261,28 @@ def test_a_missing_checkpoint_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_checkpoint_is_traced_again_once_it_has_changed(
+    exported: Callable[[str], Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that lies elsewhere is the same; one with another weight is not."""
+    made, traced = exported("bert"), []
+    monkeypatch.setattr(export, "trace", lambda *given: traced.append(given) or onnx.load(made.files[0]))
+    monkeypatch.setattr(export, "_traced", None)
+    shutil.copytree(made.checkpoint, tmp_path / "same")
+    shutil.copytree(made.checkpoint, tmp_path / "other")
+    model = encoders.load(made.checkpoint)
+    model.classifier.bias.data += 1
+    encoders.save(model, encoders.load_tokenizer(made.checkpoint), tmp_path / "other")
+    with export.remembering():
+        for folder in (made.checkpoint, tmp_path / "same", tmp_path / "other", tmp_path / "same"):
+            export.graph(folder, 18)
+        with export.remembering():
+            export.graph(tmp_path / "other", 18)
+    assert len(traced) == 2
+    export.graph(made.checkpoint, 18)
+    assert len(traced) == 3
+
+
 def test_a_frozen_axis_is_refused(monkeypatch: pytest.MonkeyPatch, toys: ModuleType) -> None:
     class Program:
         model_proto = helper.make_model(
@@ -315,4 +344,4 @@ class TestPlantedFaults:
 def test_the_target_is_registered() -> None:
     part = plugins.targets.part("onnx")
     assert part.value is Onnx
-    assert "onnxruntime" in part.summary
+    assert "portable" in part.summary

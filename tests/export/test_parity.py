@@ -23,14 +23,17 @@ def rows(toys: ModuleType) -> Encoded:
 def test_probes_cover_lengths_sides_and_pairs(toys: ModuleType, rows: Encoded) -> None:
     probes = dict(parity.probes(toys.bert(), rows, 6))
     assert list(probes)[:2] == ["6 dev rows, padding on the right", "6 dev rows, padding on the left"]
-    for kind in ("single", "pair"):
-        for length in (1, 2, 3, 7, 32, 64):
-            batch = probes[f"shape (1, {length}), {kind}"]
-            assert batch["input_ids"].shape == (1, length)
-            assert batch["attention_mask"].all()
-        assert (probes[f"shape (1, 64), {kind}"]["token_type_ids"].any()) == (kind == "pair")
+    for length in (1, 2, 7, 32, 64):
+        batch = probes[f"shape (1, {length})"]
+        assert batch["input_ids"].shape == (1, length)
+        assert batch["attention_mask"].all()
+        assert not batch["token_type_ids"].any()
+    assert probes["shape (1, 64), pair"]["token_type_ids"].any()
+    padded = {name for name in probes if "padding" in name and "rows" not in name}
+    assert len(padded) >= 12
+    assert all(probes[name]["token_type_ids"].any() for name in padded)
     assert not any("128" in name for name in probes)
-    left, right = (probes[f"shape (4, 24), pair, padding on the {side}"] for side in ("left", "right"))
+    left, right = (probes[f"shape (4, 24), pairs, padding on the {side}"] for side in ("left", "right"))
     assert (left["attention_mask"].sum(axis=1) == right["attention_mask"].sum(axis=1)).all()
     assert left["attention_mask"][1:, -1].all()
     assert not left["attention_mask"][1:, 0].any()

@@ -15,10 +15,12 @@ from onnx import TensorProto, helper, numpy_helper
 from spdtool import data, encoders, plugins
 from spdtool.errors import GateError, RecipeError
 from spdtool.evaluation import onnx_forward
+from spdtool.export import change as changes
 from spdtool.export import fusion, gates, half, int8, runtime, stored, twin
 from spdtool.export import onnx as portable
-from spdtool.export.gates import Dev
+from spdtool.export.change import Change, Dev
 from spdtool.export.onnx import FILE
+from spdtool.export.reference import Reference
 
 TARGETS = ("onnx", "onnx-ort", "onnx-fp16", "onnx-int8", "onnx-int8-static")
 COARSE = TARGETS[2:]
@@ -37,22 +39,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> Pa
 
 @pytest.fixture(scope="module")
 def proto(checkpoint: Path) -> onnx.ModelProto:
-    """Its portable graph, traced once."""
+    """Its portable graph."""
     return portable.graph(checkpoint, 18)
-
-
-@pytest.fixture(autouse=True)
-def trace_once(proto: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = portable.graph
-
-    def graph(folder: Path, opset: int) -> onnx.ModelProto:
-        if folder.name != "checkpoint" or opset != 18:
-            return real(folder, opset)
-        copy = onnx.ModelProto()
-        copy.CopyFrom(proto)
-        return copy
-
-    monkeypatch.setattr(portable, "graph", graph)
 
 
 @pytest.fixture
@@ -73,14 +61,14 @@ def export(checkpoint: Path, tmp_path: Path, dev: Dev, toys: ModuleType) -> Expo
     def make(name: str, *sets: str, source: Path = checkpoint, target: Any = None) -> tuple[dict[str, Any], Path]:
         recipe = toys.recipe("export.sentences=6", *sets)
         found = target or plugins.targets.get(name)
-        return gates.export_checkpoint(found, source, tmp_path / name, dev, recipe, ["cpu"]), tmp_path / name
+        return gates.export_checkpoint(found, Reference(source, dev, recipe), tmp_path / name, ["cpu"]), tmp_path / name
 
     return make
 
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_every_variant_passes_the_gates_and_says_what_it_is(name: str, export: Export, checkpoint: Path) -> None:
-    metrics, folder = export(name, "export.budget=1", "export.rounded_tolerance=0.6")  # a toy's weights are wild
+    metrics, folder = export(name, "export.budget=1")
     held = stored.audit(folder / FILE)
     weights = encoders.prunable_linears(encoders.load(checkpoint))
     for parameter, weight in weights.items():
@@ -92,7 +80,7 @@ def test_every_variant_passes_the_gates_and_says_what_it_is(name: str, export: E
     assert metrics["nodes"] == len(onnx.load(folder / FILE).graph.node)
     assert metrics["largest_difference"] < (1e-3 if name in COARSE else 1e-4)
     if name in COARSE:
-        assert 0 < metrics["deviation"] < {"onnx-fp16": 0.01, "onnx-int8": 0.25, "onnx-int8-static": 0.6}[name]
+        assert 0 < metrics["deviation"] < {"onnx-fp16": 0.005, "onnx-int8": 0.06, "onnx-int8-static": 0.15}[name]
         assert metrics["values"] == name.split("-")[1]
         assert metrics["rounded_to_zero"] >= 0
 
@@ -109,14 +97,38 @@ def test_fused_operators_are_counted(export: Export) -> None:
     assert [part.split(".")[-3] for part in packed.split()] == ["query", "key", "value"]
 
 
-@pytest.mark.parametrize(("name", "share"), [("onnx-fp16", 0.7), ("onnx-int8", 0.7)])
-def test_weights_take_fewer_bytes(name: str, share: float, export: Export, proto: onnx.ModelProto) -> None:
+@pytest.mark.parametrize(
+    ("name", "stored_as"),
+    [("onnx-fp16", TensorProto.FLOAT16), ("onnx-int8", TensorProto.INT8), ("onnx-int8-static", TensorProto.INT8)],
+)
+def test_every_matrix_takes_fewer_bytes(name: str, stored_as: int, export: Export) -> None:
     _, folder = export(name, "export.budget=1")
-    types = {"onnx-fp16": TensorProto.FLOAT16, "onnx-int8": TensorProto.INT8}
     tensors = {tensor.name: tensor for tensor in onnx.load(folder / FILE).graph.initializer}
     matrices = [tensor for key, tensor in tensors.items() if "layer." in key and len(tensor.dims) == 2]
     assert len(matrices) == 12
-    assert {tensor.data_type for tensor in matrices} == {types[name]}
+    assert {tensor.data_type for tensor in matrices} == {stored_as}
+    embeddings = [tensor for key, tensor in tensors.items() if "_embeddings" in key and len(tensor.dims) == 2]
+    assert len(embeddings) == 3
+    assert {tensor.data_type for tensor in embeddings} <= {stored_as, TensorProto.UINT8}
+
+
+def test_static_int8_rounds_what_goes_into_a_product_with_a_weight_and_nothing_else(export: Export) -> None:
+    _, folder = export("onnx-int8-static", "export.budget=1")
+    graph = onnx.load(folder / FILE).graph
+    made_by = {name: node for node in graph.node for name in node.output}
+    constants = {tensor.name for tensor in graph.initializer}
+
+    def rounded(name: str) -> bool:
+        return name in made_by and made_by[name].op_type == "DequantizeLinear"
+
+    products = [node for node in graph.node if node.op_type == "MatMul"]
+    with_weight = [node for node in products if rounded(node.input[1]) and made_by[node.input[1]].input[0] in constants]
+    assert (len(with_weight), len(products)) == (14, 18)  # the attentions of two layers have two of their own each
+    for node in products:
+        assert rounded(node.input[0]) == (node in with_weight)
+    read = {name for node in graph.node if node.op_type == "QuantizeLinear" for name in node.input[:1]}
+    assert not read & {name for node in products for name in node.output}
+    assert not rounded("logits")
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -210,9 +222,11 @@ def test_what_fp16_cannot_hold_is_found_node_by_node(export: Export, scaled: Cal
 
 @pytest.mark.parametrize("name", ["onnx-int8", "onnx-int8-static"])
 def test_an_outlier_that_ruins_int8_is_found(name: str, export: Export, scaled: Callable[[float], Path]) -> None:
-    """All other features of its activation fall below one step of the common scale."""
-    with pytest.raises(GateError, match="moves the logits by"):
-        export(name, "export.budget=1", "export.rounded_tolerance=0.02", source=scaled(1e3))
+    """All other features of its activation fall below one step of the common scale; without it, all is well."""
+    sound, _ = export(name, "export.budget=1", source=scaled(1))
+    assert sound["deviation"] < 0.15
+    with pytest.raises(GateError, match="moves the logits by .* the tolerance is 25%"):
+        export(name, "export.budget=1", source=scaled(1e3))
 
 
 def test_a_portable_file_has_no_other_operators(export: Export) -> None:
@@ -228,27 +242,27 @@ def test_a_portable_file_has_no_other_operators(export: Export) -> None:
 def test_static_int8_needs_rows(checkpoint: Path, tmp_path: Path, dev: Dev, toys: ModuleType) -> None:
     target, without = plugins.targets.get("onnx-int8-static"), Dev(None, dev.sets)
     with pytest.raises(RecipeError, match="calibrated on rows of a task"):
-        gates.export_checkpoint(target, checkpoint, tmp_path / "out", without, toys.recipe(), ["cpu"])
+        gates.export_checkpoint(target, Reference(checkpoint, without, toys.recipe()), tmp_path / "out", ["cpu"])
 
 
 def test_layers_that_break_the_budget_stay_in_float32(
     export: Export, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The budget is met once layer 0 is left alone: by decree, for a toy's predictions seldom flip."""
-    real = gates.compare
+    real = changes.compare
 
-    def compare(task: Any, reference: Any, found: Any, rows: Any, tolerance: float) -> gates.Change:
+    def compare(task: Any, reference: Any, found: Any, rows: Any, tolerance: float) -> Change:
         change = real(task, reference, found, rows, tolerance)
         held = {tensor.name for tensor in current().graph.initializer}
         spared = any("layer.0" in name and name.endswith("intermediate.dense.weight.T") for name in held)
         metrics = {name: value - (0 if spared else 0.5) for name, value in change.checkpoint.items()}
-        return gates.Change(metrics, change.checkpoint, 9, change.rows, change.difference, 0 if spared else 9)
+        return Change(metrics, change.checkpoint, 9, change.rows, change.difference, 0 if spared else 9)
 
     def current() -> onnx.ModelProto:
         return onnx.load(written[-1])
 
     written: list[Path] = []
-    monkeypatch.setattr(gates, "compare", compare)
+    monkeypatch.setattr(changes, "compare", compare)
     monkeypatch.setattr(portable, "write", lambda proto, file: written.append(file) or write(proto, file))
     metrics, folder = export("onnx-int8")
     assert "bert.encoder.layer.0" in metrics["kept_fp32"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from spdtool.errors import GateError, ModelError
-from spdtool.pruning.masks import Masks, check_counts
+from spdtool.pruning.masks import Masks, _clear, check_counts
 from spdtool.pruning.patterns import unstructured, zeros_in
 
 TINY = torch.finfo(torch.float32).tiny
@@ -316,3 +316,43 @@ def test_masks_come_back_from_their_state() -> None:
     other = Masks(held)
     other.load_state_dict({name: dead.clone() for name, dead in masks.state_dict().items()})
     assert all(torch.equal(other.dead[name], masks.dead[name]) for name in held)
+
+
+def test_after_silenced_steps_nothing_is_left_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit what the hold makes by working after every step; and it does work where gradients were loud."""
+    held, always = weights((8, 8)), weights((8, 8))
+    ours, theirs = (torch.optim.AdamW(each.values(), lr=0.1, weight_decay=0.1) for each in (held, always))
+    masks, busy = Masks(held), Masks(always)
+    for each, optimizer in ((masks, ours), (busy, theirs)):
+        prune(each, 0.5)
+        each.hold(optimizer)
+    worked: list[int] = []
+    apply = masks.apply
+    monkeypatch.setattr(masks, "apply", lambda: (worked.append(1), apply()))
+    for step, loud in enumerate((False, False, False, True, False, False)):
+        gradient = torch.randn(8, 8, generator=torch.Generator().manual_seed(step))
+        held["w0"].grad, always["w0"].grad = gradient.clone(), gradient.clone()
+        busy.silence()
+        if not loud:
+            masks.silence()
+        before = len(worked)
+        ours.step()
+        theirs.step()
+        busy.apply()
+        assert len(worked) - before == (step == 0 or loud)
+        assert torch.equal(held["w0"], always["w0"])
+        assert bool((held["w0"][masks.dead["w0"]] == 0).all())
+        for mine, its in zip(moments(ours, held["w0"]), moments(theirs, always["w0"]), strict=True):
+            assert torch.equal(mine, its)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_the_dead_are_cleared_to_plain_zeros_whatever_they_were(kind: torch.dtype) -> None:
+    tensor = torch.tensor([math.nan, -math.inf, -3.0, 2.0, -0.0, math.nan], dtype=kind)
+    dead = torch.tensor([True, True, True, False, False, False])
+    _clear(tensor, dead)
+    assert tensor[:3].tolist() == [0.0, 0.0, 0.0]
+    assert not bool(tensor[:3].signbit().any())
+    assert tensor[3] == 2.0
+    assert bool(tensor[4].signbit())
+    assert bool(tensor[5].isnan())

@@ -30,32 +30,11 @@ from spdtool.errors import (
 from spdtool.export import runtime
 from spdtool.export.change import Change, Dev, compare, exceeds
 from spdtool.export.onnx import Onnx
-from spdtool.run import Run, sha256
+from spdtool.run import Run
 from spdtool.stages.export import export, export_any
 from spdtool.tasks import Task
 
 Fabricate = Callable[..., Run]
-
-
-@pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where files that were exported once wait for the next test."""
-    return tmp_path_factory.mktemp("shelf")
-
-
-@pytest.fixture(autouse=True)
-def export_once(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Export each checkpoint once for the whole module: an export takes seconds, and gives the same bytes again."""
-    real = Onnx.export
-
-    def cached(checkpoint: Path, folder: Path, recipe: Any) -> list[Path]:
-        kept = shelf / sha256(checkpoint / "model.safetensors")
-        if not kept.exists():
-            real(checkpoint, kept, recipe)
-        shutil.copytree(kept, folder)
-        return [folder / "onnx/model.onnx"]
-
-    monkeypatch.setattr(Onnx, "export", staticmethod(cached))
 
 
 @pytest.fixture

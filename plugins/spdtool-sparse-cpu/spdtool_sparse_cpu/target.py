@@ -64,9 +64,7 @@ class SparseCpu:
         compiled, section = library.path(), recipe.export
         model = encoders.load(checkpoint, eager=True)
         tokenizer = encoders.load_tokenizer(checkpoint)
-        proto = onnx.trace(model, onnx.input_names(model, tokenizer), section.opset)
-        onnx.clean(proto)
-        onnx.name_weights(proto, model)
+        proto = onnx.graph(checkpoint, min(section.opset, onnx.ATTENTION - 1))  # with attention written out
         graph.sparsify(proto, model, section.values, section.embeddings)
         folder.mkdir(parents=True, exist_ok=True)
         model.config.save_pretrained(folder)

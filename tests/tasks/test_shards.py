@@ -1,0 +1,102 @@
+"""Data in shards: the same rows as from one file, with the same labels, and defects named by file and row."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from spdtool import tasks
+from spdtool.errors import DataError
+from spdtool.recipe import resolve
+from spdtool.tasks import shards
+
+TEXTS = ["the film", "", "é là 日本", "a meal", "so good", "very bad", "it was", "fine then"]
+TEXTS[1] = "one"
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def write(path: Path, texts: list[str], labels: list[Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        parquet.write_table(pyarrow.table({"text": texts, "label": labels}), path)
+    elif path.suffix == ".jsonl":
+        lines = [json.dumps({"text": text, "label": label}) for text, label in zip(texts, labels, strict=True)]
+        path.write_text("\n".join(lines) + "\n", "utf-8")
+    else:
+        lines = [f"{text},{label}" for text, label in zip(texts, labels, strict=True)]
+        path.write_text("\n".join(["text,label", *lines]) + "\n", "utf-8")
+
+
+def rows(folder: Path) -> dict[str, tasks.Rows]:
+    recipe = resolve("default", {"task": "local", "data": str(folder)})
+    return tasks.rows(tasks.resolve(recipe), recipe)
+
+
+@pytest.mark.parametrize("ending", [".parquet", ".jsonl", ".csv"])
+@pytest.mark.parametrize("layout", ["train/{}", "train-{}-of-2"])
+@pytest.mark.parametrize("labels", [["b", "a"], [10, 9], [0.5, 1.25]])
+def test_shards_give_the_rows_of_one_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, layout: str, labels: list[Any]
+) -> None:
+    monkeypatch.setattr(shards, "PIECE", 3)
+    gold = labels * 4
+    for part, start in enumerate((0, 5)):
+        write(tmp_path / "many" / (layout.format(part) + ending), TEXTS[start : start + 5], gold[start : start + 5])
+    write(tmp_path / "many" / f"dev{ending}", TEXTS[::-1], gold[::-1])
+    write(tmp_path / "one" / f"train{ending}", TEXTS, gold)
+    write(tmp_path / "one" / f"dev{ending}", TEXTS[::-1], gold[::-1])
+    for _ in range(2):  # read, and from the cache
+        many, one = rows(tmp_path / "many"), rows(tmp_path / "one")
+        for split in ("train", "dev"):
+            assert list(many[split].first) == one[split].first
+            assert list(many[split].labels) == one[split].labels
+            assert many[split].first[1:4] == one[split].first[1:4]
+            assert many[split].pick([2, 0]).first == one[split].pick([2, 0]).first
+
+
+def test_shards_without_a_dev_set_are_refused(tmp_path: Path) -> None:
+    for part in range(2):
+        write(tmp_path / "train" / f"{part}.csv", TEXTS, [0, 1] * 4)
+    with pytest.raises(DataError, match="2 files of training rows and no dev set"):
+        rows(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("texts", "labels", "message"),
+    [
+        (["x", " "], [0, 1], r"1\.jsonl, line 2: no text in the column 'text'"),
+        (["x", "y"], [0, None], r"1\.jsonl, line 2: no label"),
+    ],
+)
+def test_a_defect_is_named_by_file_and_row(tmp_path: Path, texts: list[str], labels: list[Any], message: str) -> None:
+    write(tmp_path / "train" / "0.jsonl", TEXTS, [0, 1] * 4)
+    write(tmp_path / "train" / "1.jsonl", texts, labels)
+    write(tmp_path / "dev.jsonl", TEXTS, [0, 1] * 4)
+    with pytest.raises(DataError, match=message):
+        rows(tmp_path)
+
+
+def test_a_file_that_changes_is_read_again(tmp_path: Path) -> None:
+    for part in range(2):
+        write(tmp_path / "train" / f"{part}.csv", TEXTS, [0, 1] * 4)
+    write(tmp_path / "dev.csv", TEXTS, [0, 1] * 4)
+    before = rows(tmp_path)["train"]
+    write(tmp_path / "train" / "1.csv", [*TEXTS, "and more"], [0, 1] * 4 + [1])
+    assert len(rows(tmp_path)["train"]) == len(before) + 1
+
+
+def test_a_dev_label_that_no_training_row_has_is_refused(tmp_path: Path) -> None:
+    for part in range(2):
+        write(tmp_path / "train" / f"{part}.csv", TEXTS, ["a", "b"] * 4)
+    write(tmp_path / "dev.csv", TEXTS, ["a", "c"] * 4)
+    with pytest.raises(DataError, match="the label 'c' of the dev rows is in no training row"):
+        rows(tmp_path)

@@ -1,0 +1,79 @@
+"""Why a job of several processes ended: the cause is told, not what it did to the others."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+from spdtool import launcher, processes
+from spdtool.errors import GateError, PeerLost, RunError, RunLocked, SpdError, UnknownName
+
+LOST = PeerLost("another of the 2 processes has ended", "see what it said")
+
+
+@pytest.fixture
+def failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    def make(rank: int, code: int, word: SpdError | None = None) -> ProcessFailure:
+        file = tmp_path / f"{rank}.json"
+        if word is not None:
+            monkeypatch.setenv(processes.ERROR_FILE, str(file))
+            monkeypatch.setenv("RANK", str(rank))
+            monkeypatch.setenv("WORLD_SIZE", "2")
+            processes.leave_word(word)
+            monkeypatch.delenv("RANK")
+        return ProcessFailure(rank, 100 + rank, code, str(file))
+
+    return make
+
+
+def test_a_killed_rank_is_named_whatever_its_peers_say_of_it(failed: Any) -> None:
+    found = launcher.verdict({0: failed(0, 2, LOST), 1: failed(1, -signal.SIGKILL)}, 2)
+    assert type(found) is RunError
+    assert "rank 1 of 2 was killed by SIGKILL" in found.message
+    assert found.hint == "the same command goes on from the last snapshot"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RunLocked("another process is working in x", "wait"), GateError("no parity"), UnknownName("recipe", "x", "y")],
+)
+def test_what_a_rank_said_is_told_as_it_said_it(failed: Any, error: SpdError) -> None:
+    found = launcher.verdict({0: failed(0, error.exit_code, error), 1: failed(1, -signal.SIGTERM)}, 2)
+    assert (type(found), found.message, found.hint) == (type(error), error.message, error.hint)
+    assert found.exit_code == error.exit_code
+
+
+def test_another_rank_says_which_it_is(failed: Any) -> None:
+    found = launcher.verdict({0: failed(0, 2, LOST), 1: failed(1, 2, RunError("the disk is full"))}, 2)
+    assert found.message == "the disk is full (rank 1)"
+
+
+def test_a_bug_is_not_hidden_by_the_complaints_of_the_peers(failed: Any) -> None:
+    found = launcher.verdict({0: failed(0, 2, LOST), 1: failed(1, 1)}, 2)
+    assert "rank 1 of 2 failed with exit code 1" in found.message
+
+
+def test_words_are_left_only_where_someone_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv(processes.ERROR_FILE, str(tmp_path / "error.json"))
+    processes.leave_word(LOST)
+    assert not (tmp_path / "error.json").exists(), "a process that is alone tells its errors itself"
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    processes.leave_word(LOST)
+    assert json.loads((tmp_path / "error.json").read_text("utf-8"))["message"] == LOST.message
+
+
+def test_the_ranks_find_their_launcher_and_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = dict(os.environ)
+    with launcher._for_ranks(1000):
+        assert os.environ[processes.LAUNCHER] == str(os.getpid())
+        assert os.environ["OMP_NUM_THREADS"] == "1"
+    assert dict(os.environ) == before
