@@ -4,7 +4,8 @@
     python benchmarks/serving.py --bundle RUN/export/bundle --texts 4 --requests 10000
     python benchmarks/serving.py --model small --rounds 1 --requests 1000
 
-The bare engine is `spdtool.load`'s classifier at its best batch size over all sentences at once. The load comes from a
+The bare engine is `spdtool.load`'s classifier over all sentences at once, sorted by length, at its best batch size and
+in the better of two ways: one caller whose batches have all threads, or a caller for each thread. The load comes from a
 second process on the loopback address: keep-alive connections, each sending the next request when it has its answer.
 Every answer is checked against the logits of its own sentence. Rounds are interleaved; the last line is JSON.
 
@@ -23,10 +24,13 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from spdtool.export import runtime
 
 BATCHES = (1, 4, 8, 16, 32)
 SIZES = {
@@ -47,30 +51,41 @@ def main() -> None:
         return
     folder = options.bundle or _model(options.model, options.out)
     work = options.out / "load.npz"
-    classify, sentences = _opened(folder, options), _sentences(options.requests * options.texts)
+    threads, sentences = options.threads or runtime.cores(), _sentences(options.requests * options.texts)
+    engines = {callers: _opened(folder, options, threads // callers) for callers in {1, threads}}
+    classify, some = engines[1], sentences[: max(256, len(sentences) // 20)]
     expected = classify.logits(sentences)
-    best = max(BATCHES, key=lambda size: _bare(classify, sentences[: max(256, len(sentences) // 20)], size))
-    print(f"{len(sentences)} sentences, of {_tokens(classify, sentences)} tokens; bare engine: {best} rows at once")
+    ways = [(callers, size) for callers in engines for size in BATCHES]
+    rates = {way: _bare(engines[way[0]], some, *way) for way in ways}
+    print(", ".join(f"{callers} x {size}: {rate:.0f}" for (callers, size), rate in rates.items()), "rows/s")
+    best = max(ways, key=lambda way: rates[way])
+    print(
+        f"{len(sentences)} sentences, of {_tokens(classify, sentences)} tokens; "
+        f"bare engine: {best[0]} callers, {best[1]} rows at once"
+    )
     np.savez(work, logits=expected, sentences=np.array(sentences))
     server, port = _served(folder, options)
     rounds = []
     try:
         for number in range(options.rounds):
             before = time.process_time()
-            bare = _bare(classify, sentences, best)
+            bare = _bare(engines[best[0]], sentences, *best)
             alone, before = time.process_time() - before, _processor(server.pid)
             told = _loaded(port, work, options)
             told["processor_share"] = alone / (_processor(server.pid) - before)
             served = told["rows_per_second"]
             rounds.append(told | {"bare": bare, "share": served / bare})
             print(f"round {number}: bare {bare:.1f}, served {served:.1f} rows/s: {served / bare:.1%}")
-            print(f"         by processor time {told['processor_share']:.1%}")
+            print(
+                f"         by processor time {told['processor_share']:.1%}; "
+                f"an answer took {told['median_ms']:.1f} ms, 95 % at most {told['p95_ms']:.1f} ms"
+            )
     finally:
         server.send_signal(signal.SIGTERM)
         code = server.wait(60)
     share = float(np.median([found["share"] for found in rounds]))
     wrong, lost = (sum(found[name] for found in rounds) for name in ("wrong", "lost"))
-    summary = {"share": share, "wrong": wrong, "lost": lost, "exit": code, "best_batch": best, "rounds": rounds}
+    summary = {"share": share, "wrong": wrong, "lost": lost, "exit": code, "bare": best, "rounds": rounds}
     print(
         json.dumps(summary | {"requests": options.requests, "texts": options.texts, "connections": options.connections})
     )
@@ -87,6 +102,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--connections", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--max-batch", type=int, default=8)
     parser.add_argument("--client", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
@@ -113,10 +129,12 @@ def _model(size: str, out: Path) -> Path:
     return folder / "exported"
 
 
-def _opened(folder: Path, options: argparse.Namespace) -> Any:
+def _opened(folder: Path, options: argparse.Namespace, threads: int) -> Any:
     import spdtool
 
-    return spdtool.load(folder, variant=options.variant, threads=options.threads)
+    classify = spdtool.load(folder, variant=options.variant, threads=threads)
+    classify.logits(["warm up"])
+    return classify
 
 
 def _sentences(count: int) -> list[str]:
@@ -133,9 +151,14 @@ def _tokens(classify: Any, sentences: list[str]) -> str:
     return f"{lengths[0]} to {lengths[-1]}, half of them at most {lengths[len(lengths) // 2]},"
 
 
-def _bare(classify: Any, sentences: list[str], batch: int) -> float:
+def _bare(classify: Any, sentences: list[str], callers: int, batch: int) -> float:
+    """Rows a second of the engine alone."""
     started = time.perf_counter()
-    classify.logits(sentences, batch_size=batch)
+    rows = sorted(classify.encode(sentences), key=lambda row: -len(row.ids))
+    batches = [rows[start : start + batch] for start in range(0, len(rows), batch)]
+    with ThreadPoolExecutor(callers) as pool:
+        for _ in pool.map(classify.compute, batches):
+            pass
     return len(sentences) / (time.perf_counter() - started)
 
 
@@ -147,7 +170,8 @@ def _processor(pid: int) -> float:
 
 def _served(folder: Path, options: argparse.Namespace) -> tuple[subprocess.Popen[str], int]:
     words = [sys.executable, "-m", "spdtool", "serve", str(folder), "--port", "0", "--name", NAME]
-    words += ["--threads", str(options.threads), "--max-batch", str(options.max_batch)]
+    words += ["--threads", str(options.threads), "--workers", str(options.workers)]
+    words += ["--max-batch", str(options.max_batch)]
     words += ["--variant", options.variant] if options.variant else []
     server = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=os.environ | {"COLUMNS": "1000"})
     assert server.stdout is not None
@@ -179,32 +203,34 @@ def _client(options: argparse.Namespace) -> None:
         head = f"POST /v2/models/{NAME}/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
         requests.append((head.encode() + body, logits[start : start + options.texts].ravel()))
     started = time.perf_counter()
-    wrong, answered = asyncio.run(_send(requests, options.port, options.connections))
+    wrong, waits = asyncio.run(_send(requests, options.port, options.connections))
     seconds = time.perf_counter() - started
-    told = {"rows_per_second": len(sentences) / seconds, "wrong": wrong, "lost": len(requests) - answered}
-    print(json.dumps(told | {"seconds": seconds}))
+    told = {"rows_per_second": len(sentences) / seconds, "wrong": wrong, "lost": len(requests) - len(waits)}
+    median, most = np.quantile(waits, (0.5, 0.95)) * 1000
+    print(json.dumps(told | {"seconds": seconds, "median_ms": median, "p95_ms": most}))
 
 
-async def _send(requests: list[tuple[bytes, np.ndarray]], port: int, connections: int) -> tuple[int, int]:
-    """How many answers were wrong, and how many there were."""
-    waiting = iter(requests)
-    counts = await asyncio.wait_for(asyncio.gather(*(_speak(waiting, port) for _ in range(connections))), SECONDS)
-    return sum(wrong for wrong, _ in counts), sum(answered for _, answered in counts)
+async def _send(requests: list[tuple[bytes, np.ndarray]], port: int, connections: int) -> tuple[int, list[float]]:
+    """How many answers were wrong, and the seconds that each took."""
+    waiting, waits = iter(requests), list[float]()
+    speaking = asyncio.gather(*(_speak(waiting, port, waits) for _ in range(connections)))
+    return sum(await asyncio.wait_for(speaking, SECONDS)), waits
 
 
-async def _speak(waiting: Any, port: int) -> tuple[int, int]:
+async def _speak(waiting: Any, port: int, waits: list[float]) -> int:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    wrong = answered = 0
+    wrong = 0
     for request, expected in waiting:
+        started = time.perf_counter()
         writer.write(request)
         head = await reader.readuntil(b"\r\n\r\n")
         length = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
         body = await reader.readexactly(length)
-        answered += 1
+        waits.append(time.perf_counter() - started)
         found = json.loads(body)["outputs"][0]["data"] if b" 200 " in head[:20] else []
         wrong += len(found) != len(expected) or not float(np.abs(np.array(found) - expected).max()) <= TOLERANCE
     writer.close()
-    return wrong, answered
+    return wrong
 
 
 if __name__ == "__main__":

@@ -71,7 +71,8 @@ def check(recipe: Recipe, rows: int) -> None:
     targets.demanded(recipe.export)
     for phase in (recipe.prune, recipe.distill, recipe.finetune):
         replacing_rate(phase.grafting.schedule)
-    saliency.check(recipe.prune, events_of(recipe, recipe.prune.steps_for(rows)))
+    events = events_of(recipe, recipe.prune.steps_for(rows))
+    saliency.check(recipe.prune, events, copied=recipe.student is None)
     if recipe.prune.exchanges and not recipe.prune.regrowth:
         raise RecipeError(
             f"{recipe.prune.exchanges} exchanges change nothing: without regrowth the dead stay dead",

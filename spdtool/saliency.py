@@ -111,11 +111,12 @@ class Saliency:
         return terms["loss"] if self.section.saliency == "loss" else terms["logits"]
 
 
-def check(section: Prune, events: Sequence[tuple[int, float]]) -> None:
+def check(section: Prune, events: Sequence[tuple[int, float]], *, copied: bool = True) -> None:
     """Refuse a recipe whose criterion would have seen nothing when it is asked.
 
     Args:
         events: `(optimiser step, sparsity)`.
+        copied: whether the student starts as its teacher, from whom it then learns nothing before the first event.
 
     Raises:
         UnknownName: no such criterion.
@@ -127,6 +128,12 @@ def check(section: Prune, events: Sequence[tuple[int, float]]) -> None:
         )
     needs = plugins.criteria.part(section.criterion).meta.get("needs", ())
     fresh = {STATISTICS[need].reads for need in needs if need in STATISTICS and not STATISTICS[need].learned}
+    if copied and "gradient" in fresh and 0 in dict(events) and section.loss.hardness == 1:
+        raise RecipeError(
+            f"criterion {section.criterion!r} needs gradients at the first prune event, before the first step, when "
+            "the student is still its teacher and learns nothing from it",
+            "let the gold labels have a share, --set prune.loss.hardness=0.5, or leave prune.first out",
+        )
     if section.calibration > 0:
         return
     if "input" in fresh:

@@ -120,7 +120,8 @@ def test_the_logit_term_is_shown_alone_while_the_whole_loss_is_learnt(seen: list
     ("criterion", "events", "how", "match"),
     [
         ("wanda", ((2, 0.5),), {}, "inputs of the layers"),
-        ("taylor", ((0, 0.25), (2, 0.5)), {}, "before the first step"),
+        ("taylor", ((0, 0.25), (2, 0.5)), {"loss": {"hardness": 0.5}}, "before the first step"),
+        ("taylor", ((0, 0.25), (2, 0.5)), {"calibration": 2}, "the student is still its teacher"),
         ("magnitude", ((2, 0.5),), {"saliency": "logits", "loss": {"logits": 0.0}}, "whose weight is 0"),
     ],
 )
@@ -128,7 +129,11 @@ def test_a_recipe_that_would_show_nothing_is_refused(criterion: str, events: Any
     with pytest.raises(RecipeError, match=match):
         saliency.check(Prune(criterion=criterion, **how), events)
     if "saliency" not in how:
-        saliency.check(Prune(criterion=criterion, calibration=2), events)
+        saliency.check(Prune(criterion=criterion, calibration=2, loss={"hardness": 0.5}), events)
+
+
+def test_another_student_than_the_teacher_has_gradients_before_the_first_step() -> None:
+    saliency.check(Prune(criterion="taylor", calibration=2), ((0, 0.25), (2, 0.5)), copied=False)
 
 
 def test_calibration_batches_are_others_at_each_event_and_the_same_when_asked_again(toys: Any) -> None:

@@ -20,9 +20,10 @@ from importlib import metadata
 from typing import Any
 
 import numpy as np
-from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from starlette.requests import ClientDisconnect
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 from starlette.routing import Route
 
 from spdtool.classifier import Classifier
@@ -34,6 +35,7 @@ from spdtool.serving.protocol import Asked
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 GONE = 499  # the client left; only /metrics sees it
+MODEL = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
 BINARY = "inference-header-content-length"  # the header of the protocol's binary extension
 
 
@@ -79,14 +81,15 @@ class Meters:
         self.queue = Gauge("spdtool_queue_rows", "Rows that wait or are being computed.", registry=self.registry)
 
 
-def make(classify: Classifier, name: str, limits: Limits | None = None) -> FastAPI:
-    """The application for one model, which is called `name`; its engine lives as long as the application runs."""
+def make(classify: Classifier, name: str, limits: Limits | None = None, workers: int = 1) -> Starlette:
+    """The application for one model, which is called `name`; its workers live as long as the application runs."""
     limits, meters = limits or Limits(), Meters()
 
     @asynccontextmanager
-    async def living(app: FastAPI) -> AsyncIterator[None]:
+    async def living(app: Starlette) -> AsyncIterator[None]:
         app.state.batcher = batcher = Batcher(
             classify,
+            workers=workers,
             max_batch=limits.batch,
             max_wait=limits.wait,
             max_rows=limits.queue,
@@ -96,28 +99,28 @@ def make(classify: Classifier, name: str, limits: Limits | None = None) -> FastA
         yield
         await asyncio.to_thread(batcher.close)
 
-    app = FastAPI(title="spdtool", lifespan=living, openapi_url=None)
-
     async def infer(request: Request) -> Response:
         if BINARY in request.headers:
             raise DataError("the binary extension of the protocol is not spoken here", "send the tensors as JSON")
         asked = protocol.inference(await body(request, limits.body), protocol.outputs(classify), limits.texts)
-        logits = await compute(app.state.batcher, asked)
+        logits = await compute(request.app.state.batcher, asked)
         meters.rows.inc(len(logits))
         return reply(protocol.answer(classify, name, asked, logits))
 
     async def predict(request: Request) -> Response:
         asked = protocol.plain(await body(request, limits.body), limits.texts)
-        logits = await compute(app.state.batcher, asked)
+        logits = await compute(request.app.state.batcher, asked)
         meters.rows.inc(len(logits))
         return reply({"model": name, "predictions": protocol.predictions(classify, logits)})
 
-    _describe(app, classify, name)
-    _metrics(app, meters)
-    for prefix in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
-        _route(app, f"{prefix}/infer", _told(_known(infer, name), meters, "infer", 400), methods=["POST"])
-    _route(app, "/predict", _told(predict, meters, "predict", 422), methods=["POST"])
-    return app
+    async def metrics(_request: Request) -> Response:
+        return Response(generate_latest(meters.registry), media_type=CONTENT_TYPE_LATEST)
+
+    told = _told(_known(infer, name), meters, "infer", 400)
+    routes = [Route(f"{path}/infer", told, methods=["POST"]) for path in MODEL]  # first: paths are tried in this order
+    routes.append(Route("/predict", _told(predict, meters, "predict", 422), methods=["POST"]))
+    routes += [*_described(classify, name), Route("/metrics", metrics, methods=["GET"])]
+    return Starlette(routes=routes, lifespan=living)
 
 
 async def body(request: Request, most: int) -> bytes:
@@ -152,11 +155,6 @@ def reply(value: Any, status: int = 200, headers: dict[str, str] | None = None) 
 
 
 Handler = Callable[[Request], Awaitable[Response]]
-
-
-def _route(app: FastAPI, path: str, handler: Handler, *, methods: list[str]) -> None:
-    """Add a route as Starlette has it: what FastAPI adds to each request costs more than all that is done here."""
-    app.router.routes.append(Route(path, handler, methods=methods))
 
 
 def _told(handler: Handler, meters: Meters, route: str, wrong: int) -> Handler:
@@ -210,7 +208,7 @@ def _known(handler: Handler, name: str) -> Handler:
     return run
 
 
-def _describe(app: FastAPI, classify: Classifier, name: str) -> None:
+def _described(classify: Classifier, name: str) -> list[Route]:
     """The routes that say what is served and whether it is."""
     server = {"name": "spdtool", "version": metadata.version("spdtool"), "extensions": []}
     model = protocol.metadata(classify, name)
@@ -230,11 +228,10 @@ def _describe(app: FastAPI, classify: Classifier, name: str) -> None:
     async def up(_request: Request) -> Response:
         return reply({"ready": True})
 
-    for path, handler in (("/v2", about), ("/v2/health/live", live), ("/v2/health/ready", up)):
-        _route(app, path, handler, methods=["GET"])
-    for prefix in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
-        _route(app, prefix, _answering(_known(described, name)), methods=["GET"])
-        _route(app, f"{prefix}/ready", _answering(_known(ready, name)), methods=["GET"])
+    found = [("/v2", about), ("/v2/health/live", live), ("/v2/health/ready", up)]
+    for path in MODEL:
+        found += [(path, _answering(_known(described, name))), (f"{path}/ready", _answering(_known(ready, name)))]
+    return [Route(path, handler, methods=["GET"]) for path, handler in found]
 
 
 def _answering(handler: Handler) -> Handler:
@@ -245,10 +242,3 @@ def _answering(handler: Handler) -> Handler:
             return _refusal(error, 400)
 
     return run
-
-
-def _metrics(app: FastAPI, meters: Meters) -> None:
-    async def metrics(_request: Request) -> Response:
-        return Response(generate_latest(meters.registry), media_type=CONTENT_TYPE_LATEST)
-
-    _route(app, "/metrics", metrics, methods=["GET"])

@@ -104,15 +104,20 @@ def serve(
     queue: Annotated[int, typer.Option("--max-queue", help="Most rows that wait; more get a 503.", min=1)] = 4096,
     texts: Annotated[int, typer.Option("--max-texts", help="Most texts of one request.", min=1)] = 512,
     body: Annotated[int, typer.Option("--max-body", help="Most bytes of one request.", min=1)] = 2**20,
+    workers: Annotated[
+        int, typer.Option(help="Batches that are computed at once.", min=0, show_default="one a thread, at most 4")
+    ] = 0,
     variant: Variant = None,
     provider: Provider = "cpu",
-    threads: Threads = 0,
+    threads: Annotated[
+        int, typer.Option(help="Threads of all workers together; 0: as many as there are cores.", min=0)
+    ] = 0,
 ) -> Any:
     """Serve a bundle over HTTP: KServe v2, a plain /predict, and /metrics; ends cleanly on SIGTERM."""
     from spdtool.serving.server import serve as run
 
     limits = {"batch": batch, "wait": wait / 1000, "queue": queue, "texts": texts, "body": body}
-    return run(bundle, host, port, name, limits, variant=variant, provider=provider, threads=threads)
+    return run(bundle, host, port, name, limits, workers=workers, threads=threads, provider=provider, variant=variant)
 
 
 @command

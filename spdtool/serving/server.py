@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import ipaddress
+import os
 import signal
 import socket
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import Any
 from spdtool import console
 from spdtool.classifier import load
 from spdtool.errors import DeviceError, ModelError, RunError
+from spdtool.export import runtime
 
-EXTRA = ("fastapi", "uvicorn", "prometheus_client")
+EXTRA = ("starlette", "uvicorn", "prometheus_client")
 SECONDS_TO_END = 30  # for requests in flight, before their connections are cut
+MOST_WORKERS = 4  # unless more are asked for: measured on two cores only
 
 
 def require() -> Any:
@@ -32,7 +35,16 @@ def require() -> Any:
 
 
 def serve(
-    bundle: Path, host: str, port: int, name: str | None, limits: dict[str, Any], **opening: Any
+    bundle: Path,
+    host: str,
+    port: int,
+    name: str | None,
+    limits: dict[str, Any],
+    *,
+    workers: int = 0,
+    threads: int = 0,
+    provider: str = "cpu",
+    variant: str | None = None,
 ) -> dict[str, Any]:
     """Serve a bundle until a signal ends it; return what was served.
 
@@ -40,27 +52,50 @@ def serve(
         port: 0: any that is free.
         name: of the model in paths; None: that of the folder.
         limits: see `app.Limits`.
-        opening: of `spdtool.load`: threads, provider, variant.
+        workers: batches that are computed at once; 0: see `shared`.
+        threads: of all workers together; 0: as many as there are cores.
+        provider, variant: see `spdtool.load`.
 
     Raises:
         ModelError, PluginError, DeviceError: the bundle cannot be opened, or the extra is missing.
         RunError: host and port cannot be listened to.
     """
     app = require()
-    classify = load(bundle, **opening)
+    workers, threads = shared(workers, threads, provider)
+    classify = load(bundle, threads=threads, provider=provider, variant=variant)
     assert classify.bundle is not None
     called = name or model_name(classify.bundle.folder)
     if not called or "/" in called:
         raise ModelError(f"{called!r} cannot be the name of a model in a path", "give another --name")
+    os.environ.setdefault(
+        "TOKENIZERS_PARALLELISM", "false"
+    )  # waking threads for a few short texts costs more than it saves
     classify.logits(["warm up"])
     listening = listen(host, port)
     where = "http://{}:{}".format(*listening.getsockname()[:2])
     if not _loopback(host):
         console.warn(f"{host} can be reached from other machines, and nobody is asked who they are")
     console.say(f"{console.plain(called)} ({console.plain(classify.bundle.model)}) is served at {where}")
-    _run(app.make(classify, called, app.Limits(**limits)), listening)
+    _run(app.make(classify, called, app.Limits(**limits), workers), listening)
     console.say("ended: every request in flight was answered")
-    return {"served": called, "model": str(classify.bundle.model), "address": where}
+    return {
+        "served": called,
+        "model": str(classify.bundle.model),
+        "address": where,
+        "workers": workers,
+        "threads": threads,
+    }
+
+
+def shared(workers: int, threads: int, provider: str) -> tuple[int, int]:
+    """How many workers there are, and how many threads each of them has.
+
+    Two batches of short texts, each with a thread, are done sooner than one after the other with two: 0 workers are as
+    many as there are threads, at most `MOST_WORKERS`. A GPU has one.
+    """
+    every = threads or runtime.cores()
+    number = workers or (1 if provider == "cuda" else min(every, MOST_WORKERS))
+    return number, max(1, every // number)
 
 
 def model_name(folder: Path) -> str:
@@ -97,6 +132,7 @@ def _run(application: Any, listening: socket.socket) -> None:
         log_level="warning",
         access_log=False,
         ws="none",
+        proxy_headers=False,
         timeout_graceful_shutdown=SECONDS_TO_END,
         timeout_keep_alive=60,
     )

@@ -21,7 +21,7 @@ def prune(run: Run) -> dict[str, Any]:
 
     def make(model: Any, masks: Masks, steps: int) -> Pruner:
         events = events_of(run.recipe, steps, initial=masks.sparsity())
-        saliency.check(run.recipe.prune, events)
+        saliency.check(run.recipe.prune, events, copied=run.recipe.student is None)
         return student.pruner_of(run.recipe, masks, events, encoders.prunable_layers(model))
 
     return student.phase(run, "prune", start="teacher", make_pruner=make)

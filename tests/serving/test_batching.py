@@ -93,7 +93,7 @@ def test_a_batch_holds_the_oldest_row_and_its_neighbours_in_length(batcher: Make
     engine.gate.set()
     assert first.result(10).shape == (1, 2)
     assert rest.result(10)[:, 0].tolist() == [50, 20, 49, 10, 51, 49, 20, 26]
-    assert engine.batches == [[1], [50, 49, 51], [20, 20], [10], [49], [26]]
+    assert engine.batches == [[1], [50, 49, 51], [20, 20], [10, 26], [49]]
 
 
 def test_rows_wait_for_company_no_longer_than_they_should(batcher: Make, engine: Engine) -> None:

@@ -20,7 +20,7 @@ import pytest
 
 import spdtool
 
-pytest.importorskip("fastapi", reason='pip install "spdtool[serve]"')
+pytest.importorskip("starlette", reason='pip install "spdtool[serve]"')
 pytest.importorskip("uvicorn", reason='pip install "spdtool[serve]"')
 
 NAME = "toy"

@@ -162,7 +162,7 @@ def test_a_criterion_of_a_strangers_is_used(toy_run: Callable[..., Run], clean_p
         seen.append(bool((stats.gradient != 0).any()))
         return (weight * stats.gradient).abs()
 
-    run = toy_run("prune.criterion=taylor-of-the-test", until="prune")
+    run = toy_run("prune.criterion=taylor-of-the-test", "prune.loss.hardness=0.5", until="prune")
     assert len(seen) == 3 * 12
     assert all(seen)
     assert all(count == zeros_in(size, 0.5) for count, size in zeros(run.path / "prune").values())
