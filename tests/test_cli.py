@@ -18,11 +18,14 @@ from safetensors.numpy import load_file
 from typer.main import get_command
 
 from spdtool import cli, doctor
+from spdtool.commands import WORKFLOW
 from spdtool.errors import SpdError
 
 ROOT = Path(__file__).parent.parent
 Call = Callable[..., Any]
 
+
+COMMANDS = (*WORKFLOW, "doctor", "tasks", "recipes", "plugins")
 
 # Help and lists -------------------------------------------------------------------------------------------------------
 
@@ -30,38 +33,11 @@ Call = Callable[..., Any]
 def test_help_lists_every_command(spdtool: Call) -> None:
     called = spdtool("--help")
     assert called.exit_code == 0
-    for name in (
-        *cli.STAGES,
-        "unpack",
-        "predict",
-        "serve",
-        "serve-check",
-        "compress",
-        "inspect",
-        "doctor",
-        "tasks",
-        "recipes",
-        "plugins",
-    ):
+    for name in COMMANDS:
         assert name in called.stdout
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        *cli.STAGES,
-        "unpack",
-        "predict",
-        "serve",
-        "serve-check",
-        "compress",
-        "inspect",
-        "doctor",
-        "tasks",
-        "recipes",
-        "plugins",
-    ],
-)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_the_command_line_stays_small(command: str) -> None:
     options = {option for parameter in get_command(cli.app).commands[command].params for option in parameter.opts}
     assert {"--json", "--plugins-dir"} <= options

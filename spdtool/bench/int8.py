@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
 
 from spdtool.errors import ModelError, first_line
+from spdtool.export.int8 import quiet
 
 
 def quantise(model: Path, file: Path) -> None:
@@ -25,20 +23,8 @@ def quantise(model: Path, file: Path) -> None:
 
     proto = onnx.load(model)
     del proto.graph.value_info[:]  # shapes that were inferred for the weights as they were
-    with _quiet():
+    with quiet():
         try:
             quantize_dynamic(proto, file, weight_type=QuantType.QInt8, per_channel=False)
         except Exception as error:  # its errors share no base of their own
             raise ModelError(f"onnxruntime cannot quantise {model.name}: {first_line(error)}") from None
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep its advice about pre-processing from the user's terminal."""
-    logger = logging.getLogger()
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
