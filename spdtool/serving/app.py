@@ -53,7 +53,7 @@ class Limits:
 
     body: int = 2**20
     texts: int = 512
-    batch: int = 8
+    batch: int = 16
     wait: float = 0.002
     queue: int = 4096
 
@@ -228,7 +228,7 @@ def _described(classify: Classifier, name: str) -> list[Route]:
     async def up(_request: Request) -> Response:
         return reply({"ready": True})
 
-    found = [("/v2", about), ("/v2/health/live", live), ("/v2/health/ready", up)]
+    found: list[tuple[str, Handler]] = [("/v2", about), ("/v2/health/live", live), ("/v2/health/ready", up)]
     for path in MODEL:
         found += [(path, _answering(_known(described, name))), (f"{path}/ready", _answering(_known(ready, name)))]
     return [Route(path, handler, methods=["GET"]) for path, handler in found]

@@ -73,7 +73,7 @@ class Batcher:
         classify: Classifier,
         *,
         workers: int = 1,
-        max_batch: int = 8,
+        max_batch: int = 16,
         max_wait: float = 0.002,
         max_rows: int = 4096,
         observe: Callable[[int], None] = lambda _rows: None,

@@ -99,7 +99,7 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to listen to; 0: any free one.")] = 8000,
     host: Annotated[str, typer.Option(help="Address to listen to; the default is this machine alone.")] = "127.0.0.1",
     name: Annotated[str | None, typer.Option(help="Name of the model in paths.", show_default="its run's")] = None,
-    batch: Annotated[int, typer.Option("--max-batch", help="Most rows that are computed at once.", min=1)] = 8,
+    batch: Annotated[int, typer.Option("--max-batch", help="Most rows of a batch.", min=1)] = 16,
     wait: Annotated[float, typer.Option("--max-wait-ms", help="Longest wait of a row for others.", min=0)] = 2.0,
     queue: Annotated[int, typer.Option("--max-queue", help="Most rows that wait; more get a 503.", min=1)] = 4096,
     texts: Annotated[int, typer.Option("--max-texts", help="Most texts of one request.", min=1)] = 512,

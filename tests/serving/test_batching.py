@@ -5,11 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import spdtool
 from spdtool.classifier import Row
 from spdtool.errors import DataError
 from spdtool.serving.batching import Batcher, Closed, Full
@@ -21,6 +24,7 @@ class Engine:
     Attributes:
         batches: lengths of the rows of each batch.
         gate: nothing is computed before it is set.
+        meeting: where set, so many batches are computed at the same time, or none.
     """
 
     names = ("a", "b")
@@ -29,6 +33,7 @@ class Engine:
         self.batches: list[list[int]] = []
         self.gate = threading.Event()
         self.gate.set()
+        self.meeting: threading.Barrier | None = None
 
     def encode(self, texts: list[str], pairs: list[str] | None = None) -> list[Row]:
         if "bad" in texts:
@@ -38,8 +43,11 @@ class Engine:
 
     def compute(self, rows: list[Row]) -> np.ndarray:
         assert self.gate.wait(10)
-        self.batches.append([len(row.ids) for row in rows])
-        if 13 in self.batches[-1]:
+        lengths = [len(row.ids) for row in rows]
+        self.batches.append(lengths)
+        if self.meeting is not None:
+            self.meeting.wait(10)
+        if 13 in lengths:
             raise RuntimeError("the engine broke")
         return np.array([[len(row.ids), 2 * len(row.ids)] for row in rows], np.float32)
 
@@ -67,8 +75,9 @@ def batcher(engine: Engine) -> Iterator[Make]:
         each.close()
 
 
-def test_each_request_gets_its_own_rows(batcher: Make) -> None:
-    one = batcher(max_batch=3)
+@pytest.mark.parametrize("workers", [1, 4])
+def test_each_request_gets_its_own_rows(batcher: Make, workers: int) -> None:
+    one = batcher(max_batch=3, workers=workers)
     sent = [[str(1 + (7 * request + row) % 12) for row in range(request % 5)] for request in range(200)]
     futures = [one.submit(texts) for texts in sent]
     for texts, future in zip(sent, futures, strict=True):
@@ -156,12 +165,58 @@ def test_who_gave_up_is_left_out(batcher: Make, engine: Engine) -> None:
     assert one.rows == 0
 
 
-def test_closing_answers_what_waits_and_takes_nothing_more(batcher: Make, engine: Engine) -> None:
+def test_workers_compute_at_the_same_time(batcher: Make, engine: Engine) -> None:
+    engine.meeting = threading.Barrier(3)
+    one = batcher(workers=3, max_batch=1)
+    assert one.submit(["1", "2", "3", "4", "5", "6"]).result(20)[:, 0].tolist() == [1, 2, 3, 4, 5, 6]
+    assert sorted(engine.batches) == [[1], [2], [3], [4], [5], [6]]
+
+
+def test_a_batch_that_breaks_fails_its_own_request_and_no_other_worker(batcher: Make, engine: Engine) -> None:
+    engine.meeting = threading.Barrier(3)
+    one = batcher(workers=3, max_batch=1)
+    broken, fine = one.submit(["13", "13", "2"]), one.submit(["5", "6", "7"])  # each trio is computed at once
+    with pytest.raises(RuntimeError, match="the engine broke"):
+        broken.result(20)
+    assert fine.result(20)[:, 0].tolist() == [5, 6, 7]
+    assert one.submit(["8", "9", "10"]).result(20)[:, 0].tolist() == [8, 9, 10]  # all three are still there
+    assert one.rows == 0
+
+
+def test_many_clients_of_several_workers_get_their_own_answers(batcher: Make) -> None:
+    one = batcher(workers=3, max_batch=5, max_wait=0.001)
+
+    def client(number: int) -> int:
+        wrong = 0
+        for turn in range(40):
+            texts = [str(14 + (7 * number + 5 * turn + row) % 40) for row in range(1 + turn % 4)]
+            wrong += one.submit(texts).result(20)[:, 0].tolist() != [int(text) for text in texts]
+        return wrong
+
+    with ThreadPoolExecutor(16) as pool:
+        assert sum(pool.map(client, range(16))) == 0
+    assert one.rows == 0
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_closing_answers_what_waits_and_takes_nothing_more(batcher: Make, engine: Engine, workers: int) -> None:
     engine.gate.clear()
-    one = batcher(max_batch=2, max_wait=30.0)
+    one = batcher(workers=workers, max_batch=2, max_wait=30.0)
     futures = [one.submit([str(number)]) for number in range(1, 6)]
     threading.Timer(0.05, engine.gate.set).start()
     one.close()
     assert [future.result(0)[0, 0] for future in futures] == [1, 2, 3, 4, 5]
+    assert not any(worker.is_alive() for worker in one._workers)
     with pytest.raises(Closed):
         one.submit(["1"])
+
+
+def test_a_classifier_may_be_asked_by_several_threads_at_once(servable: Path) -> None:
+    classify = spdtool.load(servable, variant="onnx", threads=1)
+    texts = [" ".join(("good", "bad", "film", "very")[: 1 + place % 4]) for place in range(48)]
+    parts = [texts[start : start + 4] for start in range(0, len(texts), 3)]
+    expected = [classify.compute(classify.encode(part)) for part in parts]
+    with ThreadPoolExecutor(6) as pool:
+        for _ in range(5):
+            found = list(pool.map(lambda part: classify.compute(classify.encode(part)), parts))
+            assert all(map(np.array_equal, found, expected))
