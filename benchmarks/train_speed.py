@@ -288,8 +288,8 @@ def _instrument(clock: Clock, counted: dict[str, float], steps: int, stage: str,
     from spdtool.pruning.masks import Masks
     from spdtool.stages import student
 
-    steps_of, adamw, load = training._steps, training.adamw, encoders.load
-    sizes: dict[str, Any] = {}
+    steps_of, adamw, fit = training._steps, training.adamw, training.fit
+    sizes: dict[str, int] = {}
 
     def ticking(*args: Any, **options: Any) -> Iterator[Any]:
         for each in steps_of(*args, **options):
@@ -320,14 +320,12 @@ def _instrument(clock: Clock, counted: dict[str, float], steps: int, stage: str,
         made.step = clock.timed("optimiser", step)
         return made
 
-    def loaded(*args: Any, **options: Any) -> Any:
-        model = load(*args, **options)
-        sizes["weights"] = sum(weight.numel() for weight in encoders.prunable_linears(model).values())
-        sizes["attention"] = model.config.num_hidden_layers * model.config.hidden_size
-        sizes.setdefault("first", model)
-        return model
+    def fitting(parts: Any, *args: Any, **options: Any) -> Any:
+        sizes["weights"] = sum(weight.numel() for weight in encoders.prunable_linears(parts.model).values())
+        sizes["attention"] = parts.model.config.num_hidden_layers * parts.model.config.hidden_size
+        return fit(parts, *args, **options)
 
-    encoders.load = loaded  # type: ignore[assignment]
+    training.fit = fitting  # type: ignore[assignment]
     training._steps = ticking
     training.adamw = optimiser
     Encoded.collate = clock.timed("data", collated)  # type: ignore[method-assign]

@@ -199,8 +199,9 @@ def finished(trial: Trial) -> bool:
 def in_turn(trials: Sequence[Trial]) -> Iterator[tuple[int, Row]]:
     """Run one trial after the other in this process; yields the number of each and its row."""
     for index, trial in enumerate(trials):
-        with console.quiet():
-            yield index, run_trial(trial)
+        with console.quiet():  # left before the row is told
+            row = run_trial(trial)
+        yield index, row
 
 
 def run_sweep(trials: Sequence[Trial], out: Path, tell: Callable[[str], None], perform: Perform = in_turn) -> list[Row]:

@@ -9,7 +9,7 @@ import signal
 
 import pytest
 
-from spdtool import recipe, sweep
+from spdtool import console, recipe, sweep
 from spdtool.errors import RecipeError, RunMismatch, UnknownName
 from spdtool.report.rows import DONE, FAILED
 from spdtool.run import Run
@@ -58,6 +58,13 @@ def test_every_trial_is_a_run_with_the_teacher_of_its_task_and_seed(planned, tmp
         assert weights[0] == weights[1]
     assert [line.split("]")[0] for line in lines] == ["[1/4", "[2/4", "[3/4", "[4/4"]
     assert "3 left, about" in lines[0]
+
+
+def test_a_line_for_each_trial_is_shown_and_nothing_of_its_stages(planned, capsys):
+    console.setup()
+    trials = planned()
+    sweep.run_sweep(trials, trials[0].folder.parent.parent, lambda line: console.say(console.plain(line)))
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["[1/1] toy default 0.5 seed 0"]
 
 
 def test_the_results_are_written_as_json_markdown_and_plot(planned, tmp_path):
