@@ -127,7 +127,8 @@ def disturb(run: Path, kind: str, tally: Tally, times: int, seconds: float, draw
     for _ in range(times):
         process = start(words)
         try:
-            process.communicate(timeout=seconds * draw.uniform(STARTED, 1))
+            _, said = process.communicate(timeout=seconds * draw.uniform(STARTED, 1))
+            tally.resumed += resumed(said)
             tally.late += 1
             break
         except subprocess.TimeoutExpired:
@@ -135,20 +136,25 @@ def disturb(run: Path, kind: str, tally: Tally, times: int, seconds: float, draw
         ranks = children(process.pid)
         victim = draw.choice(ranks) if kind == "rank" and ranks else process.pid
         os.kill(victim, signal.SIGKILL)
-        said, _ = process.communicate()
+        answer, said = process.communicate()
+        tally.resumed += resumed(said)
         if process.returncode == 0:  # it was over, or so nearly that the victim was
             tally.late += 1
             break
         tally.kills += 1
         for rank in ranks:
             gone(rank, tally)
-        if kind == "rank" and ranks and "was killed by SIGKILL" not in said:
-            tally.faults.append(f"{run.name}: a rank was killed, and the message is {said!r}")
+        if kind == "rank" and ranks and "was killed by SIGKILL" not in answer:
+            tally.faults.append(f"{run.name}: a rank was killed, and the message is {answer!r}")
         whole(run, tally)
     if not Run.open(run).done(STAGE):
-        said = finished(words)
-        tally.resumed += [int(line.split()[1].split("/")[0]) for line in said.splitlines() if line.endswith("resumed")]
+        tally.resumed += resumed(finished(words))
     tally.runs += 1
+
+
+def resumed(said: str) -> list[int]:
+    """The steps from which a stage went on, as it says itself."""
+    return [int(line.split()[1].split("/")[0]) for line in said.splitlines() if line.endswith("resumed")]
 
 
 def children(process: int) -> list[int]:
