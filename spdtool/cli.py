@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -420,14 +418,11 @@ def _already(stage: str, run: Run) -> Any:
 
 def _make(stage: str, run: Run) -> dict[str, Any]:
     console.say(f"[bold]{stage}[/]")
-    metrics = _stage(stage)(run)
+    from spdtool import stages
+
+    metrics = stages.function(stage)(run)
     console.say(f"{stage}: done in {run.record(stage)['seconds']:,.0f} s{_headline(metrics)}")
     return metrics
-
-
-def _stage(stage: str) -> Callable[[Run], dict[str, Any]]:
-    function: Callable[[Run], dict[str, Any]] = getattr(importlib.import_module(f"spdtool.stages.{stage}"), stage)
-    return function
 
 
 def _headline(metrics: dict[str, Any]) -> str:

@@ -14,8 +14,9 @@ from typing import Any
 
 from spdtool import console
 from spdtool.errors import DeviceError, SpdError
+from spdtool.recipe import PHASES
 from spdtool.report import rows as report_rows
-from spdtool.report.rows import FAILED, PHASES, STOPPED, Row
+from spdtool.report.rows import FAILED, STOPPED, Row
 from spdtool.run import Run
 from spdtool.standings import Standings
 from spdtool.sweep import RESULT, Trial, blank, finished, make_teacher, run_trial, trial_recipe

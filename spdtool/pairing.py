@@ -15,13 +15,12 @@ import torch
 from spdtool import console, data, encoders
 from spdtool.distillation.layers import check_attention, check_relation, layer_map
 from spdtool.errors import ModelError, RecipeError
-from spdtool.recipe import Distilled, Recipe
+from spdtool.recipe import PHASES, Distilled, Recipe
 from spdtool.tasks import Task
 
 Forward = Callable[[data.Batch], np.ndarray]
 
 PRETRAINED = "pretrained"
-PHASES = ("prune", "distill", "finetune")
 PROBE = ("The naïve CAFÉ-owner's 2nd dog, isn't it?", "It's 10,000 km away…")  # case, accents, punctuation, digits
 
 

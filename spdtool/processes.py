@@ -13,10 +13,10 @@ import threading
 import time
 
 from spdtool.errors import PeerLost, SpdError
+from spdtool.recipe import TRAINING
 
 LAUNCHER = "SPDTOOL_LAUNCHER"  # process id of the `spdtool --processes` that started this rank, and tells its errors
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where torch's elastic agent looks for what a rank died of
-TRAINING = ("teacher", "prune", "distill", "finetune")  # stages that several processes share
 
 _watched = False
 

@@ -22,7 +22,9 @@ from spdtool.errors import RecipeError, UnknownName
 RATE_TIMES_WIDTH = 0.384
 FREE = frozenset({"name", "save_minutes", "device"})  # they may change between two calls on one run folder
 SEE_FIELDS = "(`spdtool recipes default` lists every field)"
-STAGES = ("teacher", "prune", "distill", "finetune", "export", "bench")
+PHASES = ("prune", "distill", "finetune")  # of the student
+TRAINING = ("teacher", *PHASES)
+STAGES = (*TRAINING, "export", "bench")
 
 
 class Section(BaseModel):

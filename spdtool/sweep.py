@@ -10,7 +10,6 @@ function of its trial alone, and of the folder; `cluster.py` has Ray run many at
 
 from __future__ import annotations
 
-import importlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,16 +18,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from spdtool import console, recipe, tasks
+from spdtool import console, recipe, stages, tasks
 from spdtool.errors import RecipeError, SpdError
-from spdtool.recipe import STAGES, Recipe
+from spdtool.recipe import PHASES, STAGES, TRAINING, Recipe
 from spdtool.report import rows as report_rows
 from spdtool.report import summary
-from spdtool.report.rows import FAILED, PHASES, Row
+from spdtool.report.rows import FAILED, Row
 from spdtool.run import Run, write_json
 
 RESULT = "sweep.json"
-TRAINING = ("teacher", *PHASES)
 DECIDED = ("task", "data", "model", "sparsity", "seed", "given_teacher", "name")  # by the sweep, so not by --set
 
 
@@ -166,7 +164,7 @@ def make_teacher(trial: Trial) -> Path:
     """Fine-tune the teacher that `trial` shares, unless that is done; return its checkpoint. Raises SpdError."""
     run = Run.at(trial.teacher_folder, teacher_recipe(trial))
     if not run.done("teacher"):
-        _stage("teacher")(run)
+        stages.function("teacher")(run)
     return run.path / "teacher"
 
 
@@ -178,7 +176,7 @@ def run_trial(trial: Trial) -> Row:
         run = Run.at(trial.folder, chosen)
         for stage in STAGES if trial.bench else TRAINING:
             if not run.done(stage):
-                _stage(stage)(run)
+                stages.function(stage)(run)
         return _relative(report_rows.of_run(run), trial)
     except SpdError as error:
         reason = f"{type(error).__name__}: {error.message}"
@@ -266,11 +264,6 @@ def _refuse_namesakes(recipes: Sequence[str]) -> None:
     twice = sorted({stem for stem in stems if stems.count(stem) > 1})
     if twice:
         raise RecipeError(f"two recipes are called {twice[0]!r}, and would share their folders", "rename one of them")
-
-
-def _stage(stage: str) -> Callable[[Run], dict[str, Any]]:
-    function: Callable[[Run], dict[str, Any]] = getattr(importlib.import_module(f"spdtool.stages.{stage}"), stage)
-    return function
 
 
 def _absolute(path: str) -> str:

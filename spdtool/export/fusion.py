@@ -7,7 +7,6 @@ there, these files are no faster; they are for a runtime that does not, and for 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 
 import numpy as np
@@ -16,10 +15,9 @@ import onnx_ir
 from onnx import helper, numpy_helper
 
 from spdtool.errors import ModelError, first_line
-from spdtool.export.stored import PACKED, annotate, notes
+from spdtool.export.stored import PACKED, Fingerprint, annotate, fingerprint, notes
 
 DOMAIN = "com.microsoft"
-Print = tuple[tuple[int, ...], bytes]
 
 
 def fuse(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -80,16 +78,16 @@ def domains(proto: onnx.ModelProto) -> set[str]:
     return found
 
 
-def label(proto: onnx.ModelProto, parameters: Mapping[Print, str]) -> None:
+def label(proto: onnx.ModelProto, parameters: Mapping[Fingerprint, str]) -> None:
     """Note in each constant without a note which parameters stand side by side in it; recognised by their content."""
-    widths = sorted({shape[-1] for shape, _ in parameters}, reverse=True)
+    widths = sorted({shape[-1] for _, shape, _ in parameters}, reverse=True)
     for tensor in proto.graph.initializer:
         array = numpy_helper.to_array(tensor)
         if tensor.metadata_props or array.ndim not in (1, 2) or array.dtype != np.float32:
             continue
         entries, start = [], 0
         while start < array.shape[-1]:
-            blocks = ((width, parameters.get(_print(array[..., start : start + width]))) for width in widths)
+            blocks = ((width, parameters.get(fingerprint(array[..., start : start + width]))) for width in widths)
             width, name = next(((width, name) for width, name in blocks if name), (0, None))
             if name is None:
                 break
@@ -99,13 +97,9 @@ def label(proto: onnx.ModelProto, parameters: Mapping[Print, str]) -> None:
             tensor.metadata_props.add(key=PACKED, value=" ".join(entries))
 
 
-def _fingerprints(proto: onnx.ModelProto) -> dict[Print, str]:
+def _fingerprints(proto: onnx.ModelProto) -> dict[Fingerprint, str]:
     tensors = [tensor for tensor in proto.graph.initializer if tensor.metadata_props]
-    return {_print(numpy_helper.to_array(tensor)): tensor.name for tensor in tensors}
-
-
-def _print(array: np.ndarray) -> Print:
-    return array.shape, hashlib.blake2b(np.ascontiguousarray(array).tobytes()).digest()
+    return {fingerprint(numpy_helper.to_array(tensor)): tensor.name for tensor in tensors}
 
 
 def _drop_unused(graph: onnx.GraphProto) -> None:

@@ -50,7 +50,6 @@ holds it transposed; equal weights that share one constant are listed in the con
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import inspect
 import io
 import logging
@@ -69,7 +68,7 @@ from spdtool import encoders
 from spdtool.errors import GateError
 from spdtool.evaluation import Forward, onnx_forward
 from spdtool.export import runtime
-from spdtool.export.stored import PARAMETERS, TRANSPOSED, audit, thin
+from spdtool.export.stored import PARAMETERS, TRANSPOSED, Fingerprint, audit, fingerprint, thin
 from spdtool.plugins import targets
 from spdtool.recipe import Recipe
 from spdtool.run import RECORD, sha256
@@ -240,14 +239,14 @@ def clean(proto: Any) -> None:
 
 def name_weights(proto: onnx.ModelProto, model: PreTrainedModel) -> None:
     """Give the constants that hold a parameter, transposed or not, its name; recognised by their content."""
-    held: dict[tuple[Any, ...], list[onnx.TensorProto]] = {}
+    held: dict[Fingerprint, list[onnx.TensorProto]] = {}
     for tensor in proto.graph.initializer:
-        held.setdefault(_fingerprint(numpy_helper.to_array(tensor)), []).append(tensor)
+        held.setdefault(fingerprint(numpy_helper.to_array(tensor)), []).append(tensor)
     origins: dict[str, dict[str, str]] = {}  # constant -> the name it would have -> the parameter
     for name, weight in model.named_parameters(remove_duplicate=False):
         array = weight.detach().numpy()
         for suffix, view in (("", array), (TRANSPOSED, array.T))[: 2 if array.ndim == 2 else 1]:
-            for tensor in held.get(_fingerprint(view), ()):
+            for tensor in held.get(fingerprint(view), ()):
                 origins.setdefault(tensor.name, {}).setdefault(name + suffix, name)
     taken = {tensor.name for tensor in proto.graph.initializer}
     renamed = {}
@@ -293,10 +292,6 @@ def _rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
         for attribute in node.attribute:
             if attribute.HasField("g"):
                 _rename(attribute.g, names)
-
-
-def _fingerprint(array: np.ndarray) -> tuple[Any, ...]:
-    return array.dtype.str, array.shape, hashlib.blake2b(np.ascontiguousarray(array).tobytes()).digest()
 
 
 @contextlib.contextmanager

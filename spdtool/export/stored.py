@@ -11,6 +11,7 @@ constant may be dense, or one of the graph's `sparse_initializer`.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,9 @@ PACKED = "packed"
 QUANTISED = "_quantized"
 HALF_ULP = 2.0**-11  # of float16, as a share of a normal number
 LEAST_HALF = 6e-8  # a live weight is never rounded to 0, but up to the least number there is
+
+
+Fingerprint = tuple[str, tuple[int, ...], bytes]
 
 
 class Held(NamedTuple):
@@ -47,6 +51,11 @@ def held(proto: onnx.ModelProto, *, known: bool = False) -> Iterator[Held]:
             yield from _parameters(tensor, *_values(tensor, dense))
     for sparse in proto.graph.sparse_initializer:
         yield from _parameters(sparse.values, densify(sparse), 0.0)
+
+
+def fingerprint(array: np.ndarray) -> Fingerprint:
+    """Type, shape and hash of the bytes: what tells one constant from another whatever they are called."""
+    return array.dtype.str, array.shape, hashlib.blake2b(np.ascontiguousarray(array).tobytes()).digest()
 
 
 def audit(file: Path) -> dict[str, tuple[int, int]]:

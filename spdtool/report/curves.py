@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spdtool.report.rows import PHASES, score, teacher_folder
+from spdtool.recipe import PHASES
+from spdtool.report.rows import score, teacher_folder
 from spdtool.run import Run
 
 LOG = "metrics.jsonl"

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from spdtool import console
-from spdtool.recipe import STAGES
+from spdtool.recipe import PHASES, STAGES
 from spdtool.report import curves, replay, summary
 from spdtool.report import rows as report_rows
-from spdtool.report.rows import PHASES, Row
+from spdtool.report.rows import Row
 from spdtool.run import RECORD, Run, sha256
 
 LAYER = re.compile(r"^(?P<layer>.*?\.\d+)\.(?P<matrix>.+?)(\.weight)?$")

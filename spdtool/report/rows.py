@@ -11,10 +11,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from spdtool.recipe import Recipe
+from spdtool.recipe import PHASES, Recipe
 from spdtool.run import RECORD, Run
 
-PHASES = ("prune", "distill", "finetune")  # of the student; the last finished one is what a row shows
 DONE, UNFINISHED, FAILED, STOPPED = "done", "unfinished", "failed", "stopped"
 
 

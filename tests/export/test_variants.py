@@ -140,6 +140,22 @@ def test_two_exports_are_byte_identical(name: str, checkpoint: Path, tmp_path: P
     assert (tmp_path / "a" / FILE).read_bytes() == (tmp_path / "b" / FILE).read_bytes()
 
 
+def damaged(name: str, damage: Callable[[Any], None]) -> Any:
+    """The target `name`, whose file `damage(proto)` changes once it is written."""
+    target = plugins.targets.get(name)
+
+    class Damaged(target):  # type: ignore[misc, valid-type]
+        @staticmethod
+        def export(checkpoint: Path, folder: Path, recipe: Any, **more: Any) -> list[Path]:
+            files = target.export(checkpoint, folder, recipe, **more)
+            proto = onnx.load(files[0])
+            damage(proto)
+            onnx.save(proto, files[0])
+            return files
+
+    return Damaged
+
+
 def fill_zeros(array: np.ndarray) -> None:
     array[array == 0] = array.dtype.type(array.max() / 2)
 
@@ -155,46 +171,30 @@ def perturb(array: np.ndarray) -> None:
     ids=["lost mask", "perturbed matrix"],
 )
 def test_planted_faults_of_a_matrix_are_found(name: str, change: Any, what: str, export: Export) -> None:
-    target = plugins.targets.get(name)
-
-    class Faulty(target):  # type: ignore[misc, valid-type]
-        @staticmethod
-        def export(checkpoint: Path, folder: Path, recipe: Any, **more: Any) -> list[Path]:
-            files = target.export(checkpoint, folder, recipe, **more)
-            proto = onnx.load(files[0])
-            tensor = next(
-                tensor
-                for tensor in proto.graph.initializer
-                if "layer.1" in tensor.name and "intermediate.dense.weight" in tensor.name and len(tensor.dims) == 2
-            )
-            array = numpy_helper.to_array(tensor).copy()
-            change(array)
-            tensor.raw_data = array.tobytes()
-            onnx.save(proto, files[0])
-            return files
+    def damage(proto: Any) -> None:
+        tensor = next(
+            tensor
+            for tensor in proto.graph.initializer
+            if "layer.1" in tensor.name and "intermediate.dense.weight" in tensor.name and len(tensor.dims) == 2
+        )
+        array = numpy_helper.to_array(tensor).copy()
+        change(array)
+        tensor.raw_data = array.tobytes()
 
     with pytest.raises(GateError, match=what):
-        export(name, "export.budget=1", target=Faulty)
+        export(name, "export.budget=1", target=damaged(name, damage))
 
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_an_attention_mask_that_is_not_applied_is_found(name: str, export: Export) -> None:
-    target = plugins.targets.get(name)
-
-    class Unmasked(target):  # type: ignore[misc, valid-type]
-        @staticmethod
-        def export(checkpoint: Path, folder: Path, recipe: Any, **more: Any) -> list[Path]:
-            files = target.export(checkpoint, folder, recipe, **more)
-            proto = onnx.load(files[0])
-            for tensor in proto.graph.initializer:
-                array = numpy_helper.to_array(tensor)
-                if array.size == 1 and array.dtype.kind == "f" and array.item() <= half.MASK:
-                    tensor.CopyFrom(numpy_helper.from_array(np.zeros_like(array), tensor.name))
-            onnx.save(proto, files[0])
-            return files
+    def unmask(proto: Any) -> None:
+        for tensor in proto.graph.initializer:
+            array = numpy_helper.to_array(tensor)
+            if array.size == 1 and array.dtype.kind == "f" and array.item() <= half.MASK:
+                tensor.CopyFrom(numpy_helper.from_array(np.zeros_like(array), tensor.name))
 
     with pytest.raises(GateError, match="differ by .* padding on the|differ by .*dev rows"):
-        export(name, "export.budget=1", target=Unmasked)
+        export(name, "export.budget=1", target=damaged(name, unmask))
 
 
 @pytest.fixture
