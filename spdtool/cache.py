@@ -1,8 +1,11 @@
 """Arrays that are dear to compute, kept in the user's cache folder and memory-mapped when they are needed again.
 
-An entry is a folder with one flat file per array and a `contents.json` with types, shapes and a hash. It is written
-under another name and renamed, so several processes may write the same one; an entry that is not what its hash says is
-made again. The folder is `spdtool` under XDG_CACHE_HOME (else `~/.cache`) and may be removed at any time.
+An entry is a folder with one flat file per array and a `contents.json` with types, shapes and hashes. It is written
+under another name and renamed, so several processes may write the same one. A file whose size and time of change are
+those of when it was written is taken as it is, another one is read and hashed; what is damaged is made again.
+
+The folder is `spdtool` under XDG_CACHE_HOME (else `~/.cache`) and may be removed at any time. Where all entries
+together are larger than SPDTOOL_CACHE_GB (20), those that were not used for longest give way to a new one.
 """
 
 from __future__ import annotations
@@ -12,7 +15,9 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +25,18 @@ import numpy as np
 
 CHUNK = 1 << 24  # bytes that are hashed at a time
 
-Arrays = dict[str, np.ndarray]
+DAY = 24 * 3600
+CONTENTS = "contents.json"  # written last; its time of change is when the entry was last used
+
+
+class Arrays(dict[str, np.ndarray]):
+    """The arrays of an entry by name, and in `hashes` the hash of each, for which none had to be read again."""
+
+    def __init__(self, arrays: dict[str, np.ndarray], hashes: dict[str, str]) -> None:
+        super().__init__(arrays)
+        self.hashes = hashes
+
+
 Append = Callable[[str, np.ndarray], None]
 """`append(name, array)` puts the array's rows behind those that the array `name` has."""
 
@@ -29,6 +45,19 @@ def folder() -> Path:
     """Where entries are kept."""
     root = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(root) if os.path.isabs(root) else Path.home() / ".cache") / "spdtool"
+
+
+def limit() -> float:
+    """How many bytes all entries together may have, unless a single one has more."""
+    try:
+        return float(os.environ.get("SPDTOOL_CACHE_GB", "")) * 1e9
+    except ValueError:
+        return 20e9
+
+
+def hash_of(array: np.ndarray) -> str:
+    """Hash of an array's bytes."""
+    return hashlib.blake2b(np.ascontiguousarray(array).data, digest_size=16).hexdigest()
 
 
 def key(*parts: Any) -> str:
@@ -41,6 +70,11 @@ def arrays(kind: str, name: str, fill: Callable[[Append], None]) -> Arrays:
 
     Where the cache cannot be written to, they are kept in memory.
     """
+    return stored(kind, name, fill) or in_memory(fill)
+
+
+def stored(kind: str, name: str, fill: Callable[[Append], None]) -> Arrays | None:
+    """As `arrays`, but None where the cache cannot be written to: for what is too much for the memory."""
     entry = folder() / kind / name
     found = _read(entry)
     if found is not None:
@@ -49,18 +83,19 @@ def arrays(kind: str, name: str, fill: Callable[[Append], None]) -> Arrays:
         entry.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=entry.parent))
     except OSError:
-        return in_memory(fill)
+        return None
     writer = _Writer(aside)
     try:
         fill(writer.append)
         writer.close()
         _put(aside, entry)
     except OSError:  # no room left, most likely
-        return in_memory(fill)
+        return None
     finally:
         writer.release()
         shutil.rmtree(aside, ignore_errors=True)
-    return _read(entry) or in_memory(fill)
+    _make_room(entry)
+    return _read(entry)
 
 
 class _Writer:
@@ -88,10 +123,14 @@ class _Writer:
             file.close()
 
     def close(self) -> None:
-        self.release()
-        for name in self.files:
+        for name, file in self.files.items():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+            found = (self.folder / name).stat()
+            self.contents[name] |= {"bytes": found.st_size, "changed": found.st_mtime_ns}
             self.contents[name]["hash"] = self.hashes[name].hexdigest()
-        (self.folder / "contents.json").write_text(json.dumps(self.contents), "utf-8")
+        (self.folder / CONTENTS).write_text(json.dumps(self.contents), "utf-8")
 
 
 def _put(aside: Path, entry: Path) -> None:
@@ -107,29 +146,63 @@ def _put(aside: Path, entry: Path) -> None:
 
 
 def _read(entry: Path) -> Arrays | None:
-    """The arrays of an entry; None where it is missing or not whole."""
+    """The arrays of an entry, which is marked as used; None where it is missing or not whole."""
     try:
-        contents = json.loads((entry / "contents.json").read_text("utf-8"))
-        return {name: _mapped(entry / name, what) for name, what in contents.items()}
+        contents = json.loads((entry / CONTENTS).read_text("utf-8"))
+        mapped = {name: _mapped(entry / name, what) for name, what in contents.items()}
+        hashes = {name: what["hash"] for name, what in contents.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+    with suppress(OSError):
+        os.utime(entry / CONTENTS)
+    return Arrays(mapped, hashes)
 
 
 def _mapped(file: Path, what: dict[str, Any]) -> np.ndarray:
-    """The array of a file; ValueError where the file is not what its hash says."""
-    shape, hashed = (what["rows"], *what["row"]), hashlib.blake2b(digest_size=16)
-    with file.open("rb") as content:
-        while chunk := content.read(CHUNK):
-            hashed.update(chunk)
-    if hashed.hexdigest() != what["hash"]:
+    """The array of a file; ValueError where the file is not what was written."""
+    shape, found = (what["rows"], *what["row"]), file.stat()
+    if found.st_size != what["bytes"] or (found.st_mtime_ns != what["changed"] and _file_hash(file) != what["hash"]):
         raise ValueError(file)
     if 0 in shape:  # nothing cannot be mapped
         return np.empty(shape, what["type"])
     return np.memmap(file, what["type"], "r", shape=shape)
 
 
+def _file_hash(file: Path) -> str:
+    hashed = hashlib.blake2b(digest_size=16)
+    with file.open("rb") as content:
+        while chunk := content.read(CHUNK):
+            hashed.update(chunk)
+    return hashed.hexdigest()
+
+
+def _make_room(made: Path) -> None:
+    """Remove the entries that were not used for longest until all fit, but not `made`; and what killed writers left.
+
+    A process that has mapped an entry keeps it: its disk space is freed when that process ends.
+    """
+    entries: list[tuple[float, int, Path]] = []
+    for path in folder().glob("*/*"):
+        with suppress(OSError):
+            if path.name.startswith("."):
+                if time.time() - path.stat().st_mtime > DAY:
+                    shutil.rmtree(path, ignore_errors=True)
+            else:
+                entries.append(((path / CONTENTS).stat().st_mtime, _bytes(path), path))
+    total = sum(size for _, size, _ in entries)
+    for _, size, path in sorted(entries):
+        if total > limit() and path != made:
+            shutil.rmtree(path, ignore_errors=True)
+            total -= size
+
+
+def _bytes(entry: Path) -> int:
+    return sum(file.stat().st_size for file in entry.iterdir())
+
+
 def in_memory(fill: Callable[[Append], None]) -> Arrays:
     """The arrays that `fill` makes, kept nowhere."""
     parts: dict[str, list[np.ndarray]] = {}
     fill(lambda name, array: parts.setdefault(name, []).append(array))
-    return {name: np.concatenate(each) for name, each in parts.items()}
+    made = {name: np.concatenate(each) for name, each in parts.items()}
+    return Arrays(made, {name: hash_of(array) for name, array in made.items()})

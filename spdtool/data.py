@@ -41,7 +41,9 @@ class Encoded:
         pad: value that pads each column.
         left: whether padding goes on the left.
         beside: further arrays with one entry per row, which every batch gets its part of.
+        per_token: the same with one entry per token, [tokens, ...], which a batch pads with zeros.
         known_lengths: tokens of each row, where they are stored; None: the offsets tell.
+        hashes: of the columns and offsets, where they are known (`cache.hash_of`).
     """
 
     columns: dict[str, np.ndarray]
@@ -50,7 +52,9 @@ class Encoded:
     pad: dict[str, int]
     left: bool
     beside: dict[str, np.ndarray] = field(default_factory=dict)
+    per_token: dict[str, np.ndarray] = field(default_factory=dict)
     known_lengths: np.ndarray | None = None
+    hashes: dict[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -63,10 +67,8 @@ class Encoded:
     @property
     def digest(self) -> str:
         """Hash of the tokens and labels: other data, other digest."""
-        hashed = hashlib.blake2b(digest_size=16)
-        for array in (*self.columns.values(), self.offsets, self.labels):
-            hashed.update(np.ascontiguousarray(array).data)
-        return hashed.hexdigest()
+        arrays = self.columns | {"offsets": self.offsets, "labels": self.labels}
+        return cache.key({name: self.hashes.get(name) or cache.hash_of(array) for name, array in arrays.items()})
 
     def take(self, rows: np.ndarray) -> Encoded:
         """These rows alone, in this order."""
@@ -78,7 +80,9 @@ class Encoded:
             offsets=np.concatenate([[0], np.cumsum(self.lengths[rows])]),
             labels=self.labels[rows],
             beside={name: values[rows] for name, values in self.beside.items()},
+            per_token={name: values[places] for name, values in self.per_token.items()},
             known_lengths=None if self.known_lengths is None else self.known_lengths[rows],
+            hashes={},
         )
 
     def sample(self, size: int, seed: int) -> Encoded:
@@ -96,7 +100,7 @@ class Encoded:
         rows = np.asarray(rows)
         lengths = self.offsets[rows + 1] - self.offsets[rows]
         width = int(length or lengths.max())
-        place = np.arange(width)[None, :] - ((width - lengths)[:, None] if self.left else 0)
+        place = np.arange(width)[None, :] - (self.left * (width - lengths))[:, None]
         real = (place >= 0) & (place < lengths[:, None])
         source = (self.offsets[rows][:, None] + place)[real]
         batch: Batch = {}
@@ -105,7 +109,20 @@ class Encoded:
             batch[name][real] = flat[source]
         batch["attention_mask"] = real.astype(np.int64)
         batch["labels"] = self.labels[rows]
+        batch |= {name: self._padded(flat, rows, place) for name, flat in self.per_token.items()}
         return batch | {name: values[rows] for name, values in self.beside.items()}
+
+    def _padded(self, flat: np.ndarray, rows: np.ndarray, place: np.ndarray) -> np.ndarray:
+        """[rows, tokens, ...] of an array [tokens, ...], row by row: these entries are large.
+
+        Args:
+            place: which token of its row stands at each position; what is out of reach is padding.
+        """
+        padded = np.zeros((*place.shape, *flat.shape[1:]), flat.dtype)
+        for target, row, first in zip(padded, rows, -place[:, 0], strict=True):
+            part = flat[self.offsets[row] : self.offsets[row + 1]]
+            target[first : first + len(part)] = part
+        return padded
 
 
 def prepare(recipe: Recipe, tokenizer: Any, names: Sequence[str]) -> tuple[Task, dict[str, Encoded]]:
@@ -153,14 +170,18 @@ def tokenise(tokenizer: Any, rows: Rows, max_length: int) -> Encoded:
         pad={"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id},
         left=tokenizer.padding_side == "left",
         known_lengths=found["lengths"],
+        hashes=found.hashes,
     )
 
 
 def texts_hash(rows: Rows) -> str:
-    """Hash of the texts of a split, in their order."""
+    """Hash of the texts of a split, in their order; of a column that knows its own `digest`, that."""
     hashed = hashlib.blake2b(digest_size=16)
     for column in (rows.first, rows.second):
         hashed.update(b"none" if column is None else b"texts")
+        if known := getattr(column, "digest", None):
+            hashed.update(known.encode())
+            continue
         for start in range(0, 0 if column is None else len(rows), TOKENISE_ROWS):
             texts = column[start : start + TOKENISE_ROWS]  # type: ignore[index]
             hashed.update(np.array([len(text) for text in texts], np.int64).data)
@@ -231,7 +252,8 @@ def align_labels(splits: dict[str, Rows], task: Task, names: Sequence[str]) -> d
     order = label_order(names, task)
     if order == list(range(len(order))):
         return splits
-    return {name: replace(rows, labels=[order[int(label)] for label in rows.labels]) for name, rows in splits.items()}
+    places = np.array(order)
+    return {name: replace(rows, labels=places[np.asarray(rows.labels, np.int64)]) for name, rows in splits.items()}
 
 
 def label_order(names: Sequence[str], task: Task) -> list[int]:

@@ -20,7 +20,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from spdtool.errors import RecipeError, UnknownName
 
 RATE_TIMES_WIDTH = 0.384
-FREE = frozenset({"name", "save_minutes", "device"})  # they may change between two calls on one run folder
+FREE = frozenset(
+    {"name", "save_minutes", "device", "teacher_states_gb"}
+)  # they may change between two calls on one run folder
 SEE_FIELDS = "(`spdtool recipes default` lists every field)"
 PHASES = ("prune", "distill", "finetune")  # of the student
 TRAINING = ("teacher", *PHASES)
@@ -369,6 +371,8 @@ class Recipe(Section):
     """a few steps on a random two-layer model: proves that the pipeline runs, and nothing else"""
     save_minutes: float = Field(10.0, ge=0)
     """minutes between resumable states inside an epoch; 0: after every step"""
+    teacher_states_gb: float = Field(4.0, ge=0)
+    """disk for the teacher's hidden states of all rows, which saves its forward passes on a CPU; 0: none"""
 
     teacher: Teacher = Teacher()
     prune: Prune = Prune()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -97,4 +99,63 @@ def test_several_writers_at_once_leave_one_whole_entry(home: Path) -> None:
     assert [path.name for path in (home / "kind").iterdir()] == ["name"]
     made: list[int] = []
     check(cache.arrays("kind", "name", counting(made)))
+    assert made == []
+
+
+def test_a_file_that_is_as_it_was_written_is_not_read_again(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, read = list[int](), list[Path]()
+    whole = cache._file_hash
+    monkeypatch.setattr(cache, "_file_hash", lambda file: (read.append(file), whole(file))[1])
+    for _ in range(2):
+        cache.arrays("kind", "name", counting(made))
+    assert read == []
+    numbers = home / "kind" / "name" / "numbers"
+    os.utime(numbers)  # a copy of the folder, or somebody who wrote to it
+    check(cache.arrays("kind", "name", counting(made)))
+    assert read == [numbers]
+    assert len(made) == 1
+
+
+def test_hashes_are_those_of_the_arrays_wherever_they_are(home: Path) -> None:
+    kept, held = cache.arrays("kind", "name", counting([])), cache.in_memory(counting([]))
+    assert kept.hashes == held.hashes == {name: cache.hash_of(array) for name, array in held.items()}
+
+
+def zeros(count: int) -> Callable[[cache.Append], None]:
+    return lambda append: append("zeros", np.zeros(count, np.uint8))
+
+
+def test_what_was_not_used_for_longest_gives_way(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPDTOOL_CACHE_GB", "5e-6")
+    for age, name in enumerate(["new", "used", "old"]):
+        cache.arrays("kind", name, zeros(1500))
+        os.utime(home / "kind" / name / cache.CONTENTS, (0, 1000 - age))
+    cache.arrays("kind", "used", zeros(1500))
+    mapped = cache.arrays("kind", "old", zeros(1500))
+    os.utime(home / "kind" / "old" / cache.CONTENTS, (0, 0))
+    cache.arrays("other", "newest", zeros(2000))
+    assert sorted(path.name for path in home.glob("*/*")) == ["newest", "used"]
+    assert not mapped["zeros"].any(), "who has mapped it keeps it"
+
+
+def test_an_entry_larger_than_all_may_be_is_kept_alone(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPDTOOL_CACHE_GB", "1e-6")
+    cache.arrays("kind", "small", zeros(100))
+    assert len(cache.arrays("kind", "large", zeros(5000))["zeros"]) == 5000
+    assert [path.name for path in home.glob("*/*")] == ["large"]
+
+
+def test_what_a_killed_writer_left_goes_after_a_day(home: Path) -> None:
+    for name, age in (("young", 0), ("stale", 2 * cache.DAY)):
+        left = home / "kind" / f".{name}-x"
+        left.mkdir(parents=True)
+        os.utime(left, (time.time() - age,) * 2)
+    cache.arrays("kind", "name", counting([]))
+    assert sorted(path.name for path in (home / "kind").iterdir()) == [".young-x", "name"]
+
+
+def test_without_room_the_large_are_not_kept_in_memory(home: Path) -> None:
+    home.write_text("a file stands where the folder should be")
+    made: list[int] = []
+    assert cache.stored("kind", "name", counting(made)) is None
     assert made == []

@@ -133,7 +133,7 @@ def test_labels_follow_the_order_of_the_models_own_names(toy_task: Callable[...,
     task = toy_task(labels=("not_entailment", "entailment"))
     splits = {"train": Rows(["a", "b", "c"], None, [0, 1, 1])}
     turned = data.align_labels(splits, task, ["ENTAILMENT", "not entailment"])
-    assert turned["train"].labels == [1, 0, 0]
+    assert list(turned["train"].labels) == [1, 0, 0]
     assert splits["train"].labels == [0, 1, 1], "the rows that came in are left as they were"
     for names in (["not-entailment", "entailment"], ["LABEL_0", "LABEL_1"]):
         assert data.align_labels(splits, task, names)["train"].labels == [0, 1, 1]
@@ -190,10 +190,28 @@ def test_tokens_are_made_once_and_belong_to_texts_tokenizer_and_length(
     assert len(made) == 5, "few rows are not kept"
 
 
+def test_the_digest_is_that_of_the_content_whether_it_is_known_or_not(toys: Any) -> None:
+    rows = data.tokenise(toys.tokenizer(), toys.rows(9), 32)
+    assert rows.hashes
+    assert replace(rows, hashes={}).digest == rows.digest
+    assert rows.take(np.arange(9)).digest == rows.digest
+    assert rows.take(np.arange(8)).digest != rows.digest
+    assert replace(rows, labels=1 - rows.labels).digest != rows.digest
+
+
 def test_what_stands_beside_the_rows_comes_with_every_batch() -> None:
     rows = replace(rows_of([2, 3, 1]), beside={"seen": np.array([[0.5], [1.5], [2.5]])})
     assert rows.collate([2, 0])["seen"].tolist() == [[2.5], [0.5]]
     assert rows.take(np.array([1])).collate([0])["seen"].tolist() == [[1.5]]
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_what_belongs_to_tokens_is_padded_as_they_are(left: bool) -> None:
+    rows = replace(rows_of([2, 3, 1], left), per_token={"seen": np.arange(1, 7, dtype=np.float32)[:, None]})
+    for each in (rows, rows.take(np.array([0, 1, 2]))):
+        batch = each.collate([2, 0], 4)
+        assert batch["seen"].shape == (2, 4, 1)
+        assert batch["seen"][..., 0].tolist() == batch["input_ids"].tolist()
 
 
 @pytest.mark.parametrize("bucketing", [True, False])

@@ -45,7 +45,7 @@ LAYERS = {
     "spdtool.collectives": 3,
     "spdtool.launcher": 3,
     "spdtool.training": 3,
-    "spdtool.teacher_logits": 3,
+    "spdtool.teacher_outputs": 3,
     "spdtool.journal": 3,
     "spdtool.saliency": 3,
     "spdtool.snapshot": 3,

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from dataclasses import replace
 
+from spdtool.distillation.observation import Observation
 from spdtool.errors import RecipeError
 from spdtool.recipe import Loss
-
-Part = TypeVar("Part")
 
 
 def layer_map(how: str | tuple[int, ...], student: int, teacher: int) -> tuple[int, ...]:
@@ -42,9 +41,14 @@ def layer_map(how: str | tuple[int, ...], student: int, teacher: int) -> tuple[i
     return listed
 
 
-def taught_by(states: Sequence[Part], mapped: Sequence[int]) -> list[Part]:
-    """The teacher's hidden states, embeddings' output first, in the order of the student's layers."""
-    return [states[0], *(states[layer] for layer in mapped)]
+def taught_by(teacher: Observation, mapped: Sequence[int]) -> Observation:
+    """What the teacher shows, in the order of the student's layers: embeddings' output first, then `mapped`."""
+    hidden, attention = teacher.hidden, teacher.attention
+    return replace(
+        teacher,
+        hidden=None if hidden is None else (hidden[0], *(hidden[layer] for layer in mapped)),
+        attention=None if attention is None else tuple(attention[layer - 1] for layer in mapped),
+    )
 
 
 def check_relation(loss: Loss, student: int, teacher: int) -> None:

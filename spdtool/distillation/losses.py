@@ -1,6 +1,7 @@
 """The distillation losses: logits, hidden states, attention, relations between tokens.
 
-Padding never counts, unless a recipe asks for it. Layers are compared as `layers.layer_map` pairs them.
+Padding never counts, unless a recipe asks for it. Layers are compared in turn: `layers.taught_by` brings the teacher's
+into the order of the student's.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spdtool.distillation.layers import taught_by
 from spdtool.distillation.observation import Observation
 from spdtool.distillation.projections import PREFIX, Projections
 from spdtool.pieces import WHOLE, Share
@@ -27,7 +27,6 @@ def distillation(
     weights: Loss,
     *,
     regression: bool,
-    mapped: Sequence[int] | None = None,
     projections: Projections | None = None,
     share: Share = WHOLE,
 ) -> dict[str, Tensor]:
@@ -39,7 +38,6 @@ def distillation(
     Args:
         batch: `attention_mask` [rows, tokens] and `labels` [rows].
         regression: whether the labels are numbers.
-        mapped: the teacher's layer, from 1, of each layer of the student; None: one to one.
         projections: what brings the student's hidden states to the teacher's width; None: they have it.
         share: what part of the global batch these rows are.
     """
@@ -51,16 +49,16 @@ def distillation(
     if weights.hidden > 0 or weights.relation > 0:
         assert student.hidden is not None
         assert teacher.hidden is not None
-        taught = teacher.hidden if mapped is None else taught_by(teacher.hidden, mapped)
         if weights.hidden > 0:
-            terms["hidden"] = share.tokens * hidden_loss(projected(student.hidden, projections), taught, real)
+            terms["hidden"] = share.tokens * hidden_loss(projected(student.hidden, projections), teacher.hidden, real)
         if weights.relation > 0:
-            terms["relation"] = share.tokens * relation_loss(student.hidden, taught, real, weights.relation_heads)
+            terms["relation"] = share.tokens * relation_loss(
+                student.hidden, teacher.hidden, real, weights.relation_heads
+            )
     if weights.attention > 0:
         assert student.attention is not None
         assert teacher.attention is not None
-        shown = teacher.attention if mapped is None else [teacher.attention[layer - 1] for layer in mapped]
-        terms["attention"] = share.pairs * attention_loss(student.attention, shown, real)
+        terms["attention"] = share.pairs * attention_loss(student.attention, teacher.attention, real)
     total = sum((getattr(weights, name) * term for name, term in terms.items()), start=torch.zeros(()))
     return {"loss": total} | terms
 

@@ -20,15 +20,15 @@ from spdtool import (
     pairing,
     processes,
     tasks,
-    teacher_logits,
+    teacher_outputs,
     training,
 )
 from spdtool.distillation import grafting as grafts
 from spdtool.distillation import projections as projecting
 from spdtool.distillation.grafting import Blend, Grafting
-from spdtool.distillation.layers import layer_map
+from spdtool.distillation.layers import layer_map, taught_by
 from spdtool.distillation.losses import distillation
-from spdtool.distillation.observation import Observation, observe
+from spdtool.distillation.observation import observe
 from spdtool.distillation.projections import Projections
 from spdtool.errors import ModelError
 from spdtool.pieces import Share
@@ -83,7 +83,9 @@ def phase(run: Run, stage: str, start: str, make_pruner: MakePruner) -> dict[str
     pruner = make_pruner(student, masks, steps)
     grafting, rate = _grafting(stage, recipe, student, teacher)
     projections = _projections(recipe, section, student, teacher, folder)
-    loss = _lesson(section, student, teacher, tokenizers, grafting, rate, projections, regression=task.regression)
+    mapped = layer_map(section.loss.layer_map, *(pairing.shape(model)[0] for model in (student, teacher)))
+    look = _look(section, teacher, tokenizers[1], mapped)
+    loss = _lesson(section, student, tokenizer, look, grafting, rate, projections, regression=task.regression)
 
     sample = splits["train"].sample(section.scored_train_rows, recipe.seed)
     evaluate_train = (lambda: evaluation.evaluate_rows(task, forward, sample, together=True)) if len(sample) else None
@@ -95,11 +97,10 @@ def phase(run: Run, stage: str, start: str, make_pruner: MakePruner) -> dict[str
             check_counts(encoders.zeros(folder, list(masks.parameters)), sparsity, pruner.scope)
         return _measured(task, forward, splits, evaluate_train) | {"folder": f"{LEFT}/{folder.name}"}
 
-    rows = splits["train"]
-    if teacher_logits.suffice(section, len(rows)):
-        with console.busy("reading or computing the teacher's logits"):
-            its = pairing.reading(evaluation.torch_forward(teacher, front.device), tokenizers[1])
-            rows = teacher_logits.beside(rows, teacher, its)
+    rows, shown = splits["train"], (0, *mapped) if teacher_outputs.reads_states(section.loss) else ()
+    if teacher_outputs.worth_keeping(recipe, stage, rows, teacher, shown):
+        with console.busy("reading or computing what the teacher shows"):
+            rows = teacher_outputs.beside(rows, teacher, look, shown)
     parts = training.Fit(
         student,
         loss,
@@ -223,11 +224,30 @@ def _projections(recipe: Recipe, section: Distilled, student: Any, teacher: Any,
     return made
 
 
+def _look(section: Distilled, teacher: Any, tokenizer: Any, mapped: tuple[int, ...]) -> teacher_outputs.Look:
+    """What the teacher shows of a batch, in the order of the student's layers."""
+    asked, unread = _asked(section), pairing.unread(tokenizer)
+
+    @torch.no_grad()
+    def look(batch: dict[str, torch.Tensor]) -> Any:
+        shown = observe(teacher, {name: batch[name] for name in batch if name not in unread}, **asked)
+        _check_attention(shown.attention, teacher)
+        return taught_by(shown, mapped)
+
+    return look
+
+
+def _asked(section: Distilled) -> dict[str, Any]:
+    """What the losses of the phase look at, as `observe` takes it."""
+    attention = section.loss.attention_on if section.loss.attention > 0 else None
+    return {"hidden": teacher_outputs.reads_states(section.loss), "attention": attention}
+
+
 def _lesson(
     section: Distilled,
     student: Any,
-    teacher: Any,
-    tokenizers: list[Any],
+    tokenizer: Any,
+    look: teacher_outputs.Look,
     grafting: Grafting | Blend,
     rate: Schedule,
     projections: Projections,
@@ -236,35 +256,17 @@ def _lesson(
 ) -> Callable[[dict[str, torch.Tensor], float, Share], training.LossTerms]:
     """The loss of a batch: both models look at it, and what they show is compared.
 
-    The teacher does not look at a batch that has its logits beside the rows (`teacher_logits.py`).
-
-    Args:
-        tokenizers: the student's and the teacher's, which say what each model reads of a batch.
+    The teacher does not look at a batch that has its outputs beside the rows (`teacher_outputs.py`).
     """
-    weights, depths = section.loss, [pairing.shape(model)[0] for model in (student, teacher)]
-    mapped = layer_map(weights.layer_map, *depths)
-    hidden = weights.hidden > 0 or weights.relation > 0
-    attention = weights.attention_on if weights.attention > 0 else None
-    unread = [pairing.unread(tokenizer) for tokenizer in tokenizers]
+    asked, unread = _asked(section), pairing.unread(tokenizer)
 
     def loss(batch: dict[str, torch.Tensor], progress: float, share: Share) -> training.LossTerms:
-        known = batch.pop(teacher_logits.COLUMN, None)
-        mine, its = ({name: batch[name] for name in batch if name not in left_out} for left_out in unread)
-        with torch.no_grad():
-            taught = observe(teacher, its, hidden=hidden, attention=attention) if known is None else Observation(known)
+        taught = teacher_outputs.take(batch) or look(batch)
         with grafting.draw(rate(progress)):
-            learnt = observe(student, mine, hidden=hidden, attention=attention)
-        for model, seen, depth in zip((student, teacher), (learnt, taught), depths, strict=True):
-            _check_attention(seen.attention, depth, model)
+            learnt = observe(student, {name: batch[name] for name in batch if name not in unread}, **asked)
+        _check_attention(learnt.attention, student)
         return distillation(
-            learnt,
-            taught,
-            batch,
-            weights,
-            regression=regression,
-            mapped=mapped,
-            projections=projections,
-            share=share,
+            learnt, taught, batch, section.loss, regression=regression, projections=projections, share=share
         )
 
     return loss
@@ -287,7 +289,8 @@ def _frozen(student: Any, teacher: Any, section: Distilled) -> list[torch.nn.Par
     return rest + list(encoders.layer_stack(teacher).parameters())
 
 
-def _check_attention(seen: Any, depth: int, model: Any) -> None:
+def _check_attention(seen: Any, model: Any) -> None:
+    depth = pairing.shape(model)[0]
     if seen is not None and len(seen) != depth:
         raise ModelError(
             f"{model.config.model_type!r} shows {len(seen)} attention maps for {depth} layers",

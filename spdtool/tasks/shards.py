@@ -8,7 +8,6 @@ time is one file (of Parquet: one batch of rows), however many there are. A data
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -26,10 +25,14 @@ MOST_CLASSES = 10_000
 
 
 class Texts(Sequence[str]):
-    """A column of texts in two memory-mapped arrays: all their bytes, and where each begins."""
+    """A column of texts in two memory-mapped arrays: all their bytes, and where each begins.
 
-    def __init__(self, content: np.ndarray, offsets: np.ndarray) -> None:
-        self._content, self._offsets = content, offsets
+    Attributes:
+        digest: tells this column from others.
+    """
+
+    def __init__(self, content: np.ndarray, offsets: np.ndarray, digest: str) -> None:
+        self._content, self._offsets, self.digest = content, offsets, digest
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -163,7 +166,7 @@ def _names(arrays: cache.Arrays) -> list[str]:
 
 
 def _rows(arrays: cache.Arrays, columns: local.Columns, classes: tuple[str, ...], split: str) -> Rows:
-    texts: list[Any] = [Texts(arrays[f"{i} texts"], arrays[f"{i} offsets"]) for i in range(len(columns.text))]
+    texts = [_texts(arrays, place) for place in range(len(columns.text))]
     labels: Any = arrays["labels"]
     if classes:
         names = _names(arrays)
@@ -172,14 +175,18 @@ def _rows(arrays: cache.Arrays, columns: local.Columns, classes: tuple[str, ...]
             raise DataError(f"the label {strange[0]!r} of the {split} rows is in no training row")
         order = np.array([classes.index(name) for name in names])
         if order.tolist() != list(range(len(order))):
-            labels = _renumbered(labels, order)
+            labels = _renumbered(labels, order, arrays.hashes["labels"])
     return Rows(texts[0], texts[1] if len(texts) == 2 else None, labels)
 
 
-def _renumbered(labels: np.ndarray, order: np.ndarray) -> np.ndarray:
+def _texts(arrays: cache.Arrays, place: int) -> Any:
+    content, offsets = f"{place} texts", f"{place} offsets"
+    return Texts(arrays[content], arrays[offsets], arrays.hashes[content] + arrays.hashes[offsets])
+
+
+def _renumbered(labels: np.ndarray, order: np.ndarray, hashed: str) -> np.ndarray:
     def fill(append: cache.Append) -> None:
         for start in range(0, len(labels), PIECE):
             append("labels", order[labels[start : start + PIECE]])
 
-    hashed = hashlib.blake2b(labels.data, digest_size=16).hexdigest()
     return cache.arrays("labels", cache.key(hashed, order.tolist()), fill)["labels"]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from spdtool.distillation.layers import check_attention, check_relation, layer_map, taught_by
+from spdtool.distillation.observation import Observation
 from spdtool.errors import RecipeError
 from spdtool.recipe import Loss
 
@@ -64,7 +66,10 @@ def test_last_needs_a_teacher_that_is_as_deep() -> None:
 
 
 def test_the_embeddings_output_goes_with_the_embeddings_output() -> None:
-    assert taught_by(["embedded", "one", "two", "three"], (3, 1)) == ["embedded", "three", "one"]
+    embedded, one, two, three = states = tuple(torch.full((1, 1, 1), float(number)) for number in range(4))
+    shown = taught_by(Observation(torch.zeros(1, 2), states, (one, two, three)), (3, 1))
+    assert shown.hidden == (embedded, three, one)
+    assert shown.attention == (three, one)
 
 
 def test_pieces_that_divide_no_width_are_refused_with_those_that_divide_both() -> None:

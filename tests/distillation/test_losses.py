@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from spdtool import encoders
 from spdtool.distillation import projections
+from spdtool.distillation.layers import taught_by
 from spdtool.distillation.losses import (
     attention_loss,
     distillation,
@@ -230,13 +231,14 @@ def test_a_map_and_projections_decide_what_is_compared_with_what() -> None:
     assert student.attention is not None
     assert teacher.attention is not None
     for layer in (1, 2):
-        terms = distillation(student, teacher, batch, weights, regression=False, mapped=(layer,), projections=made)
+        shown = taught_by(teacher, (layer,))
+        terms = distillation(student, shown, batch, weights, regression=False, projections=made)
         taught = [teacher.hidden[0], teacher.hidden[layer]]
         brought = [student.hidden[i] @ made[f"projection.{i}"].T for i in range(2)]
         torch.testing.assert_close(terms["hidden"], hidden_loss(brought, taught, MASK))
         torch.testing.assert_close(terms["relation"], relation_loss(student.hidden, taught, MASK, 2))
-        shown = [teacher.attention[layer - 1]]
-        torch.testing.assert_close(terms["attention"], attention_loss(student.attention, shown, MASK))
+        maps_shown = [teacher.attention[layer - 1]]
+        torch.testing.assert_close(terms["attention"], attention_loss(student.attention, maps_shown, MASK))
     terms["loss"].backward()
     assert all(weight.grad is not None and bool((weight.grad != 0).any()) for weight in made.values())
 
