@@ -9,6 +9,7 @@ time is one file (of Parquet: one batch of rows), however many there are. A data
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, overload
 
@@ -43,7 +44,12 @@ class Texts(Sequence[str]):
     def __getitem__(self, row: slice) -> list[str]: ...
     def __getitem__(self, row: int | slice) -> str | list[str]:
         if isinstance(row, slice):
-            return [self[each] for each in range(*row.indices(len(self)))]
+            first, stop, step = row.indices(len(self))
+            if step != 1:
+                return [self[each] for each in range(first, stop, step)]
+            ends = self._offsets[first : max(first, stop) + 1].tolist()  # one look at the disk for all of them
+            content = self._content[ends[0] : ends[-1]].tobytes()
+            return [content[start - ends[0] : end - ends[0]].decode("utf-8") for start, end in pairwise(ends)]
         if not -len(self) <= row < len(self):
             raise IndexError(row)
         start, stop = self._offsets[row % len(self)], self._offsets[row % len(self) + 1]

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pytest
 from pyarrow import parquet
@@ -100,3 +101,20 @@ def test_a_dev_label_that_no_training_row_has_is_refused(tmp_path: Path) -> None
     write(tmp_path / "dev.csv", TEXTS, ["a", "c"] * 4)
     with pytest.raises(DataError, match="the label 'c' of the dev rows is in no training row"):
         rows(tmp_path)
+
+
+WORDS = ["café", "", "naïve 文", "a", "b b"]
+
+
+@pytest.mark.parametrize(
+    "part", [slice(None), slice(1, 4), slice(3, 99), slice(4, 2), slice(-2, None), slice(None, None, -2)]
+)
+def test_texts_are_sliced_as_a_list_is(part: slice) -> None:
+    content = [text.encode() for text in WORDS]
+    offsets = np.cumsum([0, *map(len, content)])
+    texts = shards.Texts(np.frombuffer(b"".join(content), np.uint8), offsets, "digest")
+    assert list(texts) == WORDS
+    assert texts[part] == WORDS[part]
+    assert texts[-1] == WORDS[-1]
+    with pytest.raises(IndexError):
+        texts[len(WORDS)]
