@@ -110,8 +110,9 @@ def rows(task: Task, recipe: Recipe) -> dict[str, Rows]:
             raise DataError(
                 f"task {task.name!r} has no rows in its {name} split", f"looked in {recipe.data or 'the hub'}"
             )
-    if not task.regression and len(set(splits["train"].labels)) < 2:
-        only = task.labels[int(splits["train"].labels[0])]
+    labels = splits["train"].labels
+    if not task.regression and all(label == labels[0] for label in labels):  # ends at the second label
+        only = task.labels[int(labels[0])]
         raise DataError(f"every training row of {task.name!r} has the label {only!r}", "two classes are the least")
     return {name: split.sample(recipe.max_rows, recipe.seed) for name, split in splits.items()}
 
