@@ -252,7 +252,7 @@ def align_labels(splits: dict[str, Rows], task: Task, names: Sequence[str]) -> d
     order = label_order(names, task)
     if order == list(range(len(order))):
         return splits
-    places = np.array(order)
+    places: Any = np.array(order)
     return {name: replace(rows, labels=places[np.asarray(rows.labels, np.int64)]) for name, rows in splits.items()}
 
 

@@ -35,6 +35,7 @@ transformers_logging.disable_progress_bar()
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it announces every retry of a hub that is silent
 
 PRIMING_TOKENS = 4
+COMPILED_FORMS = 32  # of a layer: trained, stand-in, teacher, scored; each with padding and without
 HUB_NAME = re.compile(r"(?!\.)[\w.-]+(/[\w.-]+)?")
 
 
@@ -284,8 +285,9 @@ def tune(model: PreTrainedModel, *, checkpointing: bool, compile_layers: bool) -
         )  # its older name
         enable({"use_reentrant": False})
     if compile_layers:
+        torch._dynamo.config.recompile_limit = max(COMPILED_FORMS, torch._dynamo.config.recompile_limit)
         for layer in layer_stack(model):
-            layer.compile()
+            layer.compile(dynamic=True)  # lengths differ from batch to batch
     else:
         onednn.use(model)
 

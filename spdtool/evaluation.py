@@ -10,6 +10,7 @@ import torch
 
 from spdtool import collectives
 from spdtool.data import Batch, Encoded, evaluation_batches
+from spdtool.padding import PaddingMask
 from spdtool.tasks import Task
 
 Forward = Callable[[Batch], np.ndarray]
@@ -106,9 +107,13 @@ def evaluate_rows(task: Task, forward: Forward, rows: Encoded, *, together: bool
     return score(task, predict(forward, rows, together=together), rows.labels)
 
 
-def to_device(batch: Batch, device: torch.device | str) -> dict[str, torch.Tensor]:
-    """The batch as tensors on `device`."""
-    return {name: torch.from_numpy(column).to(device, non_blocking=True) for name, column in batch.items()}
+def to_device(batch: Batch | dict[str, torch.Tensor], device: torch.device | str) -> dict[str, torch.Tensor]:
+    """The batch as tensors on `device`; nothing waits for the copies of what is in page-locked memory."""
+    moved = {name: torch.as_tensor(column).to(device, non_blocking=True) for name, column in batch.items()}
+    if "attention_mask" in moved:
+        unpadded = bool(batch["attention_mask"].all())
+        moved["attention_mask"] = PaddingMask.of(moved["attention_mask"], unpadded=unpadded)
+    return moved
 
 
 def torch_forward(model: torch.nn.Module, device: torch.device | str = "cpu") -> Forward:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from spdtool.data import Batch, Encoded
 
@@ -31,9 +32,9 @@ NOTHING = Share(0.0, 0.0, 0.0)
 
 @dataclass(frozen=True)
 class Piece:
-    """Some rows of a batch, padded, and their share of it."""
+    """Some rows of a batch, padded, as arrays or ready tensors (`prefetch.py`), and their share of it."""
 
-    batch: Batch
+    batch: Batch | dict[str, Tensor]
     share: Share
 
 

@@ -73,7 +73,7 @@ class Saliency:
 
     def _backward(self, loss: Callable[[Piece], Terms], piece: Piece) -> bool:
         """Show a piece's inputs, and add its gradients to those of its batch; return whether it has any."""
-        real = torch.from_numpy(piece.batch["attention_mask"])
+        real = torch.as_tensor(piece.batch["attention_mask"])
         with nullcontext() if piece.share == NOTHING else self.pruner.watching(real):
             terms = loss(piece)
         if not self.pruner.reads_gradients or not self._of(terms).requires_grad:

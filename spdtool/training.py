@@ -24,7 +24,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from spdtool import collectives, encoders, processes
+from spdtool import collectives, encoders, prefetch, processes
 from spdtool.console import Watch
 from spdtool.data import Encoded, training_batches
 from spdtool.errors import DeviceError
@@ -157,19 +157,16 @@ def fit(
             prune(0)
     config: Any = parts.model.config
     peak, rate = section.peak(config.hidden_size), _learning_rate(section, parts.pruner, total)
-    evaluations = evaluation_steps(per_epoch, total, section.evaluations)
-    every = max(1, total // LOGGED)
-    model.train()
-    window, saved = _Window(), time.monotonic()
-    for step, batch in _steps(parts.rows, section, recipe, start, total):
-        progress, done = step / total, step + 1
+    window = _Window()
+
+    def learn(step: int, pieces: Iterable[Piece]) -> None:
         for group in optimizer.param_groups:
-            group["lr"] = peak * rate(progress)
+            group["lr"] = peak * rate(step / total)
         shown = saliency if saliency is not None and saliency.follows(step) else None
         if collectives.count() > 1:
             torch.manual_seed(_seed(recipe.seed, step, collectives.rank()))
-        for piece in _one_draw(parts, cut.pieces(parts.rows, batch)):
-            terms = terms_of(piece, progress)
+        for piece in _one_draw(parts, pieces):
+            terms = terms_of(piece, step / total)
             if shown is not None:
                 shown.note(terms)
             if terms["loss"].requires_grad:  # not when the draw holds nothing of what is trained
@@ -180,19 +177,31 @@ def fit(
         if shown is not None:
             shown.observe(1.0 if accelerator.scaler is None else accelerator.scaler.get_scale())
         _update(parts, section, trained, prepared, accelerator)
-        prune(done)
-        journal.examples += len(batch)
-        if done % every == 0 or done == total:
-            journal.log(done, per_epoch, window.means(), optimizer.param_groups[0]["lr"], parts.facts(progress))
-            window = _Window()
-        with journal.clock.paused():
-            if done in evaluations:
-                journal.evaluate(done)
-            if done < total and (done in evaluations or time.monotonic() - saved >= 60 * recipe.save_minutes):
-                journal.save(done)
-                saved = time.monotonic()
-                if done in evaluations or collectives.count() == 1:  # else the clocks of the ranks would decide
-                    window = _Window()
+
+    evaluations = evaluation_steps(per_epoch, total, section.evaluations)
+    every = max(1, total // LOGGED)
+    model.train()
+    saved = time.monotonic()
+    steps = _steps(parts.rows, section, recipe, start, total)
+    batches = ((step, len(rows), cut.pieces(parts.rows, rows)) for step, rows in steps)
+    with prefetch.ready(batches, accelerator.device) as made:
+        for step, size, pieces in made:
+            learn(step, pieces)
+            done = step + 1
+            prune(done)
+            journal.examples += size
+            if done % every == 0 or done == total:
+                facts = parts.facts(step / total)
+                journal.log(done, per_epoch, window.means(), optimizer.param_groups[0]["lr"], facts)
+                window = _Window()
+            with journal.clock.paused():
+                if done in evaluations:
+                    journal.evaluate(done)
+                if done < total and (done in evaluations or time.monotonic() - saved >= 60 * recipe.save_minutes):
+                    journal.save(done)
+                    saved = time.monotonic()
+                    if done in evaluations or collectives.count() == 1:  # else the clocks of the ranks would decide
+                        window = _Window()
     for patched in ("forward", "_original_forward"):  # autocast's; unwrap_model would strip more than its own
         vars(parts.model).pop(patched, None)
     return journal.finish(total, per_epoch)

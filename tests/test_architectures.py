@@ -256,3 +256,36 @@ def test_compiling_layer_by_layer_gives_the_same_loss_and_gradients(toys: Any, a
     assert plain[1].keys() == compiled[1].keys()
     for name, gradient in plain[1].items():
         torch.testing.assert_close(compiled[1][name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler about itself
+def test_no_form_of_a_compiled_layer_is_left_to_plain_python(toys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiling = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compiling(self, backend="eager", **how))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    student, teacher = pair(toys, "bert", layers=2)
+    for model in (student, teacher):
+        encoders.tune(model, checkpointing=False, compile_layers=True)
+    grafting = graft(student, teacher, seed=1)
+    for number, (rows, length, unpadded) in enumerate(
+        [(4, 9, 0), (3, 7, 1), (4, 5, 0), (1, 6, 1), (5, 11, 0), (2, 8, 1)]
+    ):
+        batch = toys.batch(rows, length, seed=number)
+        if unpadded:
+            batch["attention_mask"].fill_(1)
+        for training in (True, False):  # in eval mode with gradients: calibration batches
+            student.train(training)
+            with torch.no_grad():
+                observe(teacher, batch, hidden=True)
+            for _ in range(3):
+                with grafting.draw(0.5):
+                    observe(student, batch, hidden=True)
+        student.eval()
+        with torch.inference_mode():
+            student(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    counters = torch._dynamo.utils.counters
+    torch._dynamo.reset()
+    assert counters["frames"]["ok"] > 8
+    assert counters["frames"]["ok"] == counters["frames"]["total"], "the rest hit the limit on forms of one function"

@@ -42,6 +42,8 @@ LAYERS = {
     "spdtool.data": 2,
     "spdtool.tasks": 2,
     "spdtool.pieces": 2,
+    "spdtool.padding": 2,
+    "spdtool.prefetch": 3,
     "spdtool.collectives": 3,
     "spdtool.launcher": 3,
     "spdtool.training": 3,

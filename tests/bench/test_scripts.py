@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -89,6 +91,61 @@ def test_the_table_has_ratios_to_the_faster_dense_form_and_between_rivals() -> N
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[:5] == ["2", "8x128 padded", "6", "8.00", "6.00"]
     assert [cell.split()[0] for cell in cells[5:]] == ["2.00x", "6.00x", "3.00x", "3.00x", "2.00x"]
+
+
+def test_a_round_that_waits_for_the_device_only_at_its_ends() -> None:
+    waits: list[int] = []
+    clocks = [
+        script("train_speed").Clock(1, 2, 3, lambda: waits.append(1), parts=parts) for parts in (False, True)
+    ]  # fmt: skip
+    for clock, expected in zip(clocks, (2, 6 + 2 * 5), strict=True):
+        waits.clear()
+        work = clock.timed("work", lambda: None)
+        while not clock.enough:
+            clock.tick()
+            work()
+        assert len(clock.ticks) == 1 + 2 + 3
+        assert len(waits) == expected + 2 * clock.with_parts, "around each tick and each part, or at two ticks"
+        assert ("work" in clock.parts) == clock.with_parts
+
+
+def test_parts_of_a_step_are_those_of_a_round_that_was_looked_into_where_the_timed_ones_have_none() -> None:
+    timed = {"examples_per_second": 8.0, "step_seconds": 0.5, "gflops": 50.0, "parts": {"rest": 0.5}}
+    looked = {"parts": {"data": 0.1, "rest": 0.6}}
+    found = script("train_speed").summary(
+        "bf16", [timed], [timed | {"examples_per_second": 2.0}], {"bf16": 200}, looked
+    )
+    assert (found["parts"], found["of_peak"], found["ratio"]) == (looked["parts"], 0.5, [4.0, 4.0, 4.0])
+    own = timed | {"parts": {"data": 0.2, "rest": 0.3}}
+    found = script("train_speed").summary("fp32", [own], None, {"fp32": 100}, {"parts": {}, "inside": 0.5})
+    assert (found["parts"], found["inside"]) == (own["parts"], 2.0)
+
+
+def test_what_share_of_a_batch_is_padding() -> None:
+    found = script("train_speed").padding_shares(np.array([2, 4] * 8), 8, 16)
+    assert list(found.values()) == [0.0, pytest.approx(0.25), pytest.approx(1 - 3 / 16)]
+
+
+def test_every_row_of_the_training_benchmark_resolves_and_is_asked_for_somewhere() -> None:
+    from spdtool import recipe
+
+    benchmark = script("train_speed")
+    assert {*benchmark.ON_CPU, *benchmark.ON_GPU} == set(benchmark.ROWS)
+    for name, _stage, sets, _patches in benchmark.ROWS.values():
+        recipe.resolve(name, {"task": "demo"}, [*benchmark.QUICK, *sets])
+
+
+@pytest.mark.parametrize("row", ["bf16, no prefetching", "bf16, 128 tokens"])
+def test_a_row_runs_with_a_model_of_random_weights(row: str) -> None:
+    words = ["--child", row, "--steps", "2", "--warm", "1", "--batch", "4", "--random-model", "16x1"]
+    script_file = str(SCRIPTS / "train_speed.py")
+    ended = subprocess.run([sys.executable, script_file, *words], capture_output=True, text=True, check=True)
+    found = json.loads(ended.stdout.splitlines()[-1])
+    assert found["examples_per_second"] * found["step_seconds"] == pytest.approx(4)
+    assert 20 < found["tokens_per_second"] * found["step_seconds"] < 4 * 32
+    weights, length = 4 * 16 * 16 + 2 * 16 * 64, 128  # the teacher's states are kept: three passes, all the student's
+    padded = 3 * 4 * length * (2 * weights + 4 * length * 16) / 1e9
+    assert found["gflops"] == pytest.approx(padded) if row.endswith("128 tokens") else found["gflops"] < padded / 4
 
 
 def at(shape: Shape, ms: float) -> tuple[dict[Shape, list[float]], dict[Shape, float]]:

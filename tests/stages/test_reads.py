@@ -1,0 +1,171 @@
+"""A training step reads no number back from the device: on a GPU each such read would wait for all that is queued."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from spdtool import encoders, evaluation, prefetch, training
+from spdtool.distillation.losses import distillation
+from spdtool.distillation.observation import observe
+from spdtool.pruning.masks import Masks
+from spdtool.recipe import Loss, Prune
+from spdtool.run import Run
+
+ATEN = torch.ops.aten
+READS = {  # what gives a number to Python, or a tensor whose size depends on numbers
+    ATEN._local_scalar_dense, ATEN.nonzero, ATEN.masked_select, ATEN.equal, ATEN._unique2, ATEN.unique_dim,
+    ATEN.unique_consecutive, ATEN.bincount, ATEN.repeat_interleave,
+}  # fmt: skip
+INDEXED = {ATEN.index, ATEN.index_put, ATEN.index_put_, ATEN._index_put_impl_}
+COPIES = {torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.tolist}  # which on the CPU are no operation at all
+
+pytestmark = pytest.mark.skipif(
+    int(transformers.__version__.split(".")[0]) < 5, reason="transformers 4 asks `(mask == 1).all()`"
+)
+
+
+class Reads(TorchDispatchMode):
+    """Keeps how often each reading operation ran, by the step in which it did."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step: int | None = None
+        self.found: dict[int | None, Counter[str]] = {}
+
+    def note(self, name: str) -> None:
+        self.found.setdefault(self.step, Counter())[name] += 1
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        packet = func.overloadpacket
+        picked = packet in INDEXED and any(each is not None and each.dtype == torch.bool for each in args[1])
+        if packet in READS or picked:
+            self.note(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Copies(TorchFunctionMode):
+    """Notes copies to the processor that leave no trace on a CPU."""
+
+    def __init__(self, reads: Reads) -> None:
+        super().__init__()
+        self.reads = reads
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in COPIES:
+            self.reads.note(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
+    """Watches every step of the training loop, in which only the last one has a log line."""
+    watching, plain = Reads(), prefetch.ready
+
+    @contextmanager
+    def ready(batches: Iterator[prefetch.Ready], device: torch.device) -> Iterator[Iterator[prefetch.Ready]]:
+        def watched(made: Iterator[prefetch.Ready]) -> Iterator[prefetch.Ready]:
+            for batch in made:
+                watching.step = batch[0]
+                with watching, Copies(watching):
+                    yield batch
+
+        with plain(batches, device) as made:
+            yield watched(made)
+
+    monkeypatch.setattr(prefetch, "ready", ready)
+    monkeypatch.setattr(training, "LOGGED", 1)
+    return watching
+
+
+def quiet(run: Run, stage: str) -> set[int]:
+    """The steps of the stage, of its 12, after which nothing is told, saved or pruned."""
+    lines = (run.path / stage / "metrics.jsonl").read_text("utf-8").splitlines()
+    return set(range(12)) - {event["step"] - 1 for event in map(json.loads, lines)}
+
+
+HIDDEN = ("prune.loss.hidden=1.0", "prune.loss.relation=1.0", "prune.loss.relation_heads=2")
+MAGNITUDE = ("prune.criterion=magnitude", "prune.calibration=0", "prune.first=none")
+
+
+WAYS = {
+    "default recipe": ((), True),
+    "all losses": ((*HIDDEN, "prune.loss.attention=1.0", *MAGNITUDE, "prune.accumulate=2"), True),
+    "fused attention": ((*HIDDEN, *MAGNITUDE), False),
+    "scores learnt in every step": ((*MAGNITUDE, "prune.criterion=movement"), False),
+    "blend, bf16": (("prune.grafting.kind=blend", "precision=bf16", *MAGNITUDE), False),
+    "gold labels and regrowth": (("prune.loss.hardness=0.5", "prune.regrowth=true", *MAGNITUDE), False),
+    "as published": (("prune.clip_over=all", "prune.loss.mask_padding=false", *MAGNITUDE), True),
+}
+
+
+@pytest.mark.parametrize(("sets", "eager"), WAYS.values(), ids=WAYS)
+def test_no_step_without_an_event_reads_a_number_back(
+    toy_run: Callable[..., Run], reads: Reads, monkeypatch: pytest.MonkeyPatch, sets: tuple[str, ...], eager: bool
+) -> None:
+    load = encoders.load
+    if not eager:
+        monkeypatch.setattr(encoders, "load", lambda *args, **options: load(*args, **options | {"eager": False}))
+    shared = ("prune.grafting.start=0.5", "prune.dropout=0.1", "teacher_states_gb=0.0")
+    run = toy_run(*shared, *sets, until="teacher")
+    for stage in ("teacher", "prune", "distill"):
+        if stage != "teacher":
+            reads.found.clear()
+            getattr(__import__(f"spdtool.stages.{stage}", fromlist=[stage]), stage)(run)
+        silent = quiet(run, stage)
+        assert len(silent) >= 6
+        assert not {step: reads.found[step] for step in silent & reads.found.keys()}, stage
+        assert reads.found[11], "the watch sees what the log line reads"
+
+
+class Crossings(TorchDispatchMode):
+    """Keeps which operations had tensors of the processor and of the device, but for numbers on the processor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if torch.is_tensor(leaf)]
+        if len({tensor.device for tensor in tensors if tensor.device.type == "meta" or tensor.dim()}) > 1:
+            self.found.append(str(func))
+        return result
+
+
+@pytest.mark.parametrize("attention", [0.0, 1.0])
+def test_nothing_crosses_between_processor_and_device_within_a_step(toys: Any, attention: float) -> None:
+    implementation = {"attn_implementation": "eager" if attention else "sdpa"}
+    student, teacher = toys.bert(2, dropout=0.1, **implementation).train(), toys.bert(2, **implementation)
+    for model in (student, teacher):
+        encoders.prime(model)
+        model.to("meta")  # a device whose tensors have no numbers: a number that is asked for is an error
+    weights = Loss(hidden=1.0, attention=attention, hardness=0.5)
+    seen = {"hidden": True, "attention": "scores" if attention else None}
+    optimizer = training.adamw(dict(student.named_parameters()), Prune(), torch.device("meta"))
+    masks = Masks(encoders.prunable_linears(student))
+    masks.hold(optimizer)
+    batch = evaluation.to_device({name: column.numpy() for name, column in toys.batch().items()}, "meta")
+    with Crossings() as crossings:
+        for _ in range(2):
+            with torch.no_grad():
+                taught = observe(teacher, batch, **seen)
+            learnt = observe(student, batch, **seen)
+            distillation(learnt, taught, batch, weights, regression=False)["loss"].backward()
+            masks.silence()
+            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        assert not crossings.found
+        torch.ones(2).to("meta")
+        assert crossings.found, "a copy is seen"
