@@ -42,7 +42,9 @@ def script(name: str) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    sys.path.insert(0, str(SCRIPTS))  # where its neighbours are when it is run
     spec.loader.exec_module(module)
+    sys.path.remove(str(SCRIPTS))
     return module
 
 
@@ -96,7 +98,7 @@ def test_the_table_has_ratios_to_the_faster_dense_form_and_between_rivals() -> N
 def test_a_round_that_waits_for_the_device_only_at_its_ends() -> None:
     waits: list[int] = []
     clocks = [
-        script("train_speed").Clock(1, 2, 3, lambda: waits.append(1), parts=parts) for parts in (False, True)
+        script("train_speed_worker").Clock(1, 2, 3, lambda: waits.append(1), parts=parts) for parts in (False, True)
     ]  # fmt: skip
     for clock, expected in zip(clocks, (2, 6 + 2 * 5), strict=True):
         waits.clear()
@@ -122,14 +124,14 @@ def test_parts_of_a_step_are_those_of_a_round_that_was_looked_into_where_the_tim
 
 
 def test_what_share_of_a_batch_is_padding() -> None:
-    found = script("train_speed").padding_shares(np.array([2, 4] * 8), 8, 16)
+    found = script("padding").padding_shares(np.array([2, 4] * 8), 8, 16)
     assert list(found.values()) == [0.0, pytest.approx(0.25), pytest.approx(1 - 3 / 16)]
 
 
 def test_every_row_of_the_training_benchmark_resolves_and_is_asked_for_somewhere() -> None:
     from spdtool import recipe
 
-    benchmark = script("train_speed")
+    benchmark = script("train_speed_rows")
     assert {*benchmark.ON_CPU, *benchmark.ON_GPU} == set(benchmark.ROWS)
     for name, _stage, sets, _patches in benchmark.ROWS.values():
         recipe.resolve(name, {"task": "demo"}, [*benchmark.QUICK, *sets])
@@ -137,8 +139,9 @@ def test_every_row_of_the_training_benchmark_resolves_and_is_asked_for_somewhere
 
 @pytest.mark.parametrize("row", ["bf16, no prefetching", "bf16, 128 tokens"])
 def test_a_row_runs_with_a_model_of_random_weights(row: str) -> None:
-    words = ["--child", row, "--steps", "2", "--warm", "1", "--batch", "4", "--random-model", "16x1"]
-    script_file = str(SCRIPTS / "train_speed.py")
+    words = [row, "--task=demo", "--device=cpu", "--threads=1", "--steps=2", "--warm=1", "--batch=4"]
+    words += ["--random-model=16x1"]
+    script_file = str(SCRIPTS / "train_speed_worker.py")
     ended = subprocess.run([sys.executable, script_file, *words], capture_output=True, text=True, check=True)
     found = json.loads(ended.stdout.splitlines()[-1])
     assert found["examples_per_second"] * found["step_seconds"] == pytest.approx(4)

@@ -1,0 +1,91 @@
+"""The settings that `train_speed.py` holds side by side, and what is taken away from the loop in some of them."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+QUICK = ("prune.criterion=magnitude", "prune.calibration=0", "prune.events=1", "prune.first=none", "prune.ramp=1e-9")
+LOGITS = ("prune.loss.hidden=0.0",)
+BF16 = ("precision=bf16",)
+PUBLISHED = ("unfused", "masks every step", "torch products")
+
+# name: (recipe, stage, --set assignments, what is patched)
+ROWS: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
+    "published": ("reference", "prune", (), PUBLISHED),
+    "fp32": ("default", "prune", (), ()),
+    "bf16": ("default", "prune", ("precision=bf16",), ()),
+    "fp32, teacher stage": ("default", "teacher", (), ()),
+    "fp32, finetune stage": ("default", "finetune", (), ()),
+    "fp32, teacher looks at each batch": ("default", "prune", (), ("teacher looks",)),
+    "bf16, teacher looks at each batch": ("default", "prune", ("precision=bf16",), ("teacher looks",)),
+    "fp32, logits alone": ("default", "prune", LOGITS, ()),
+    "fp32, logits alone, teacher looks at each batch": ("default", "prune", LOGITS, ("teacher looks",)),
+    "fp32, layers and head alone": ("default", "prune", ("prune.train=layers+head",), ()),
+    "fp32 without bucketing": ("default", "prune", (), ("random order",)),
+    "fp32 padded to max_length": ("default", "prune", ("bucketing=false",), ()),
+    "fp32, AdamW unfused": ("default", "prune", (), ("unfused",)),
+    "fp32, attention maps kept": ("default", "prune", (), ("attention maps",)),
+    "fp32, torch's products": ("default", "prune", (), ("torch products",)),
+    "fp32, masks after every step": ("default", "prune", (), ("masks every step",)),
+    "fp32, sdpa": ("default", "prune", (), ("sdpa",)),
+    "bf16, sdpa": ("default", "prune", ("precision=bf16",), ("sdpa",)),
+    "fp32, with a sync in every step": ("default", "prune", (), ("sync",)),
+    "bf16, with a sync in every step": ("default", "prune", BF16, ("sync",)),
+    "bf16, compiled": ("default", "prune", (*BF16, "compile=true"), ()),
+    "bf16, no prefetching": ("default", "prune", BF16, ("no prefetching",)),
+    "bf16, AdamW unfused": ("default", "prune", BF16, ("unfused",)),
+    "bf16, masks after every step": ("default", "prune", BF16, ("masks every step",)),
+    "bf16, attention maps kept": ("default", "prune", BF16, ("attention maps",)),
+    "bf16, 128 tokens": ("default", "prune", (*BF16, "bucketing=false"), ()),
+    "bf16, 128 tokens, compiled": ("default", "prune", (*BF16, "bucketing=false", "compile=true"), ()),
+    "bf16, teacher stage": ("default", "teacher", BF16, ()),
+}
+GPU_ALONE = (
+    "bf16, compiled", "bf16, no prefetching", "bf16, AdamW unfused", "bf16, masks after every step",
+    "bf16, attention maps kept", "bf16, 128 tokens", "bf16, 128 tokens, compiled", "bf16, teacher stage",
+)  # fmt: skip
+ON_GPU = ("published", "fp32", "bf16", "bf16, with a sync in every step", *GPU_ALONE)
+ON_CPU = tuple(row for row in ROWS if row not in GPU_ALONE)
+
+
+def patch(patches: tuple[str, ...]) -> None:
+    """Take a feature of the loop away."""
+    import torch
+
+    from spdtool import encoders, onednn, padding, prefetch, teacher_outputs, training
+    from spdtool.pruning import masks
+    from spdtool.stages import student
+
+    if "torch products" in patches:
+        onednn.pays = lambda: False  # type: ignore[assignment]
+    if "unfused" in patches:
+        adamw = torch.optim.AdamW
+        slow = lambda *args, **options: adamw(*args, **options | {"fused": False, "foreach": False})  # noqa: E731
+        training.torch.optim.AdamW = slow  # type: ignore[attr-defined,misc,assignment]
+    if "masks every step" in patches:
+        masks._clear = lambda tensor, dead: tensor.masked_fill_(dead, 0.0)  # type: ignore[assignment]
+        masks.Masks._after_step = lambda self, *_: self.apply()  # type: ignore[method-assign]
+    if "random order" in patches:
+        batches = training.training_batches
+        training.training_batches = lambda *args, **options: batches(*args, **options | {"bucketing": False})  # type: ignore[attr-defined]
+    if "attention maps" in patches:
+        observe = student.observe
+        keep = lambda *args, **options: observe(*args, **options | {"attention": "probabilities"})  # noqa: E731
+        student.observe = keep  # type: ignore[attr-defined,assignment]
+    if "sdpa" in patches:
+        load = encoders.load
+        encoders.load = lambda *args, **options: load(*args, **options | {"eager": False})  # type: ignore[assignment]
+    if "sync" in patches:
+        add = training._Window.add
+
+        def reading(window: Any, terms: Any) -> None:
+            float(terms["loss"])
+            add(window, terms)
+
+        training._Window.add = reading  # type: ignore[method-assign]
+        padding.PaddingMask.of = lambda mask, **_: mask  # type: ignore[assignment,method-assign]
+    if "no prefetching" in patches:
+        prefetch.ready = lambda batches, _: nullcontext(batches)  # type: ignore[assignment]
+    if "teacher looks" in patches:
+        teacher_outputs.worth_keeping = lambda *_: False  # type: ignore[assignment]
