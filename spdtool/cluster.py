@@ -6,14 +6,16 @@ folders, which every machine must see: the same command goes on with a sweep, wh
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from spdtool import console
-from spdtool.errors import DeviceError, SpdError
+from spdtool import console, plugins
+from spdtool.errors import DeviceError, RunLocked, SpdError, first_line
 from spdtool.recipe import PHASES
 from spdtool.report import rows as report_rows
 from spdtool.report.rows import FAILED, STOPPED, Row
@@ -22,6 +24,8 @@ from spdtool.standings import Standings
 from spdtool.sweep import RESULT, Trial, blank, finished, make_teacher, run_trial, trial_recipe
 
 RETRIES = 3  # of a trial whose worker died: it goes on from its last snapshot
+LOOKED_AFTER = 60.0  # seconds without news after which the machines are counted again
+ORPHANED = 30.0  # seconds to wait for a locked run folder: workers outlive their driver or machine by about two
 
 
 class Hopeless(SpdError):
@@ -33,7 +37,7 @@ class Cluster:
     """Where and with what trials run; calling it performs them, as `sweep.run_sweep` wants.
 
     Attributes:
-        address: of a Ray cluster; None: that of RAY_ADDRESS, or one of this machine's own for the time of the sweep.
+        address: of a Ray cluster, `auto` for that of RAY_ADDRESS or of this machine; None: one of the sweep's own.
         cpus, gpus: that each trial claims; parts of a GPU may be shared.
         behind: points below the median at which a trial is stopped as hopeless, see `standings.py`; None: never.
     """
@@ -62,19 +66,27 @@ class Cluster:
 
     def _perform(self, ray: Any, numbered: Sequence[tuple[int, Trial]]) -> Iterator[tuple[int, Row]]:
         claims = {"num_cpus": self.cpus, "num_gpus": self.gpus, "max_retries": RETRIES}
-        teach, work = (ray.remote(function).options(**claims) for function in (_teach, _work))
+        teach, work = (ray.remote(_equipped(function)).options(**claims) for function in (_teach, _work))
         standings = None
         if self.behind is not None:
-            standings = ray.remote(Standings).options(num_cpus=0).remote(self.behind)
+            lasting = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}  # its machine may die
+            standings = ray.remote(Standings).options(**lasting).remote(self.behind)
             _recall(ray, standings, [trial for _, trial in numbered])
         teachers = {trial.teacher_folder: trial for _, trial in numbered if not finished(trial)}
         taught = {folder: teach.remote(trial) for folder, trial in teachers.items()}
         pending = {work.remote(trial, standings, taught.get(trial.teacher_folder)): (i, trial) for i, trial in numbered}
         while pending:
-            (ready, *_), _ = ray.wait(list(pending))
-            number, trial = pending.pop(ready)
+            done, _ = ray.wait(list(pending), timeout=LOOKED_AFTER)
+            if not done:
+                self._require(ray)  # of the machines that are left
+                continue
+            number, trial = pending.pop(ready := done[0])
             try:
                 yield number, ray.get(ready)
+            except ray.exceptions.RayTaskError as error:
+                console.warn(str(error))  # a bug keeps its traceback, and the other trials go on
+                reason = f"{type(error.cause).__name__}: {first_line(error.cause)}"
+                yield number, replace(blank(trial), status=FAILED, error=reason)
             except ray.exceptions.RayError as error:
                 reason = f"its worker died {RETRIES + 1} times: {type(error).__name__}"
                 yield number, replace(blank(trial), status=FAILED, error=reason)
@@ -105,20 +117,37 @@ def _start(ray: Any, address: str | None) -> bool:
     """Connect to the cluster or start one; whether that was done here."""
     if ray.is_initialized():
         return False
-    local = {} if address else {"include_dashboard": False}
+    where = {"address": address} if address else {"address": "local", "include_dashboard": False}
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **local)
+        ray.init(**where, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise DeviceError(f"no Ray cluster answers at {address}: {error}", "see `ray status`") from None
+        hint = "see `ray status`; a cluster with a token wants RAY_AUTH_MODE=token here too"
+        raise DeviceError(f"no Ray cluster answers at {address}: {error}", hint) from None
     return True
+
+
+def _equipped(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with this process's folder of plugins, wherever it is called."""
+    folder = plugins.folder()
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        plugins.use_folder(folder)
+        return function(*args)
+
+    return call
 
 
 def _teach(trial: Trial) -> None:
     """Make the teacher that trials share; where it cannot be made, each of them says so itself."""
     with console.quiet():
-        try:
-            make_teacher(trial)
-        except SpdError:
+        for _ in _attempts():
+            try:
+                make_teacher(trial)
+            except RunLocked:
+                continue
+            except SpdError:
+                pass
             return
 
 
@@ -131,7 +160,7 @@ def _work(trial: Trial, standings: Any, _taught: None) -> Row:
     """
     with console.quiet():
         if standings is None:
-            return run_trial(trial)
+            return _unlocked(trial)
         import ray
 
         def judge(place: float, score: float) -> None:
@@ -140,10 +169,32 @@ def _work(trial: Trial, standings: Any, _taught: None) -> Row:
                 raise Hopeless(reason)
 
         with console.following(_Follower(trial.sparsity, judge)):
-            row = run_trial(trial)
-    if row.status == FAILED and (row.error or "").startswith(Hopeless.__name__):
+            row = _unlocked(trial)
+    if _failed_of(row, Hopeless):
         return replace(row, status=STOPPED, error=(row.error or "").partition(": ")[2])
     return row
+
+
+def _unlocked(trial: Trial) -> Row:
+    """Run a trial, again for a while where an orphan of a dead driver or machine still holds its folder."""
+    for _ in _attempts():
+        row = run_trial(trial)
+        if not _failed_of(row, RunLocked):
+            break
+    return row
+
+
+def _attempts() -> Iterator[None]:
+    """Once a second, for as long as an orphan may live."""
+    until = time.monotonic() + ORPHANED
+    yield
+    while time.monotonic() < until:
+        time.sleep(1)
+        yield
+
+
+def _failed_of(row: Row, kind: type[SpdError]) -> bool:
+    return row.status == FAILED and (row.error or "").startswith(f"{kind.__name__}: ")
 
 
 class _Follower:

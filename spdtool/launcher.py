@@ -22,7 +22,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from spdtool import errors
 from spdtool.errors import PeerLost, RunError, SpdError
-from spdtool.processes import LAUNCHER
+from spdtool.processes import FOLDER, LAUNCHER
 
 GO_ON = "the same command goes on from the last snapshot"
 
@@ -34,7 +34,7 @@ def launch(count: int, words: Sequence[str]) -> None:
         SpdError: what a rank has said, or that one was killed or has failed.
         KeyboardInterrupt, SystemExit: this process was told to end, and has ended the ranks.
     """
-    with tempfile.TemporaryDirectory(prefix="spdtool-ranks-") as folder, _for_ranks(count):
+    with tempfile.TemporaryDirectory(prefix="spdtool-ranks-") as folder, _for_ranks(count, folder):
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -95,10 +95,10 @@ def _error(word: Mapping[str, Any], rank: int) -> SpdError:
 
 
 @contextmanager
-def _for_ranks(count: int) -> Iterator[None]:
+def _for_ranks(count: int, folder: str) -> Iterator[None]:
     """What the ranks find in their environment; torch's own reports of how they ended are left out."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    own = {LAUNCHER: str(os.getpid())}
+    own = {LAUNCHER: str(os.getpid()), FOLDER: folder}
     own |= {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, cpus // count))}
     logger = logging.getLogger("torch.distributed.elastic")
     level = logger.level

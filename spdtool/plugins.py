@@ -157,6 +157,11 @@ def use_folder(folder: Path | str | None) -> None:
         raise PluginError(f"the plugins folder {_folder} does not exist", "check --plugins-dir or SPDTOOL_PLUGINS")
 
 
+def folder() -> Path | None:
+    """The folder whose files are loaded too."""
+    return _folder
+
+
 def discover() -> None:
     """Import every plugin that has not been met yet. Never raises: failures are kept in `loaded()`."""
     if _loading is not None:  # a plugin that asks a registry while it is imported

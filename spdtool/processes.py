@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 import time
 
@@ -16,6 +17,7 @@ from spdtool.errors import PeerLost, SpdError
 from spdtool.recipe import TRAINING
 
 LAUNCHER = "SPDTOOL_LAUNCHER"  # process id of the `spdtool --processes` that started this rank, and tells its errors
+FOLDER = "SPDTOOL_LAUNCHER_FOLDER"  # its temporary folder, which it removes unless it is killed
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where torch's elastic agent looks for what a rank died of
 
 _watched = False
@@ -75,4 +77,6 @@ def end_with_parent() -> None:
 def _follow(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.5)
+    if has_launcher() and FOLDER in os.environ:
+        shutil.rmtree(os.environ[FOLDER], ignore_errors=True)
     os._exit(PeerLost.exit_code)

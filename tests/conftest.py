@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -24,7 +25,13 @@ from spdtool.recipe import Recipe
 from spdtool.run import Run
 from spdtool.tasks import Task
 
+CACHE = os.environ["XDG_CACHE_HOME"]  # a test may set another
 torch.set_num_threads(1)  # tiny models: threads cost more than they give
+
+
+def pytest_unconfigure() -> None:
+    """Remove the cache of this session, in each of its workers."""
+    shutil.rmtree(CACHE, ignore_errors=True)
 
 
 def _load(name: str) -> ModuleType:

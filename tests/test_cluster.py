@@ -1,21 +1,26 @@
-"""Sweeps on Ray: the rows are those without it, workers die, claims are refused, hopeless trials are stopped."""
+"""Sweeps on Ray: the rows are those without it, workers and nodes die, claims are refused, the hopeless are stopped."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
-from spdtool import sweep
+from spdtool import cluster, plugins, sweep
 from spdtool.cluster import Cluster
 from spdtool.errors import DeviceError
 from spdtool.report import summary
-from spdtool.report.rows import DONE, STOPPED, Row
+from spdtool.report.rows import DONE, FAILED, STOPPED, Row
+from spdtool.run import LOCK
 
 SETS = (
     *(f"{stage}.max_steps=6" for stage in ("teacher", "prune", "distill", "finetune")),
@@ -34,12 +39,43 @@ def planned(tmp_path: Path) -> Make:
 
 
 @pytest.fixture(scope="module")
-def ray() -> Iterator[Any]:
-    """A local cluster of two processors, kept for the tests of this file."""
-    ray = pytest.importorskip("ray", reason="Ray is not installed")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield ray
-    ray.shutdown()
+def nodes() -> Iterator[Any]:
+    """A Ray cluster of two nodes on this machine, with a processor each, kept for the tests of this file."""
+    cluster_utils = pytest.importorskip("ray.cluster_utils", reason="Ray is not installed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")  # else workers starve where tests run side by side
+        cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"include_dashboard": False})
+        cluster.add_node()
+        yield cluster
+        sys.modules["ray"].shutdown()
+        cluster.shutdown()
+
+
+@pytest.fixture
+def ray(nodes: Any) -> Any:
+    """Ray, with this process as a driver of that cluster, whose workers the next test finds warm."""
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
+    return ray
+
+
+@pytest.fixture
+def gather(tmp_path: Path) -> Callable[[int], str]:
+    """`gather(2)`, called in trials, returns the id of a trial's node once two of them have come as far."""
+    here = tmp_path / "here"
+    here.mkdir()
+
+    def gather(count: int) -> str:
+        node: str = sys.modules["ray"].get_runtime_context().get_node_id()
+        (here / f"{node}-{os.getpid()}").touch()
+        until = time.monotonic() + 120
+        while len(list(here.iterdir())) < count and time.monotonic() < until:
+            time.sleep(0.1)
+        return node
+
+    return gather
 
 
 def run(trials: list[sweep.Trial], cluster: Any) -> list[Row]:
@@ -75,6 +111,103 @@ def test_a_worker_that_dies_is_started_again(planned: Make, ray: Any, monkeypatc
     (row,) = run(trials, Cluster())
     assert mark.exists()
     assert row.status == DONE
+
+
+def test_trials_run_on_every_node_of_a_cluster(
+    planned: Make, nodes: Any, gather: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(trial: sweep.Trial, standings: Any, taught: Any) -> Row:
+        gather(2)
+        return sweep.run_trial(trial)
+
+    monkeypatch.setattr("spdtool.cluster._work", work)
+    sys.modules["ray"].shutdown()  # so that the cluster is found by its address
+    rows = run(planned(), Cluster(nodes.address))
+    assert [row.status for row in rows] == [DONE, DONE]
+    used = {file.name.split("-")[0] for file in (tmp_path / "here").iterdir()}
+    assert used == {node.node_id for node in nodes.list_all_nodes()}
+
+
+def test_trials_of_a_node_that_dies_go_on_elsewhere(
+    planned: Make, nodes: Any, ray: Any, gather: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, doomed = tmp_path / "held", nodes.add_node()
+
+    def work(trial: sweep.Trial, standings: Any, taught: Any) -> Row:
+        if gather(3) == doomed_id:
+            trial.folder.mkdir(parents=True)
+            with FileLock(trial.folder / LOCK):  # as a stage in progress holds it, until Ray's worker has ended too
+                held.touch()
+                time.sleep(600)
+        return unlocked(trial)
+
+    def kill() -> None:
+        while not held.exists():
+            time.sleep(0.1)
+        nodes.remove_node(doomed, allow_graceful=False)
+
+    doomed_id, unlocked = doomed.node_id, cluster._unlocked
+    monkeypatch.setattr("spdtool.cluster._work", work)
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    rows = run(planned(recipes=["gmp"], sparsities=[0.4, 0.5, 0.6]), Cluster())
+    killer.join(30)
+    assert held.exists()
+    assert [row.status for row in rows] == [DONE, DONE, DONE]
+
+
+def test_a_trial_waits_for_an_orphan_that_holds_its_folder(planned: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    (trial,) = planned(recipes=["gmp"])
+    trial.folder.mkdir(parents=True)
+    orphan = FileLock(trial.folder / LOCK)
+    orphan.acquire()
+    monkeypatch.setattr(cluster, "ORPHANED", 0.0)
+    assert "RunLocked: another process is working in" in (cluster._unlocked(trial).error or "")
+    monkeypatch.setattr(cluster, "ORPHANED", 300.0)
+    monkeypatch.setattr(
+        cluster, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: orphan.release())
+    )
+    assert cluster._unlocked(trial).status == DONE
+    assert not orphan.is_locked
+
+
+def test_claims_that_no_machine_meets_any_longer_end_the_sweep(
+    planned: Make, nodes: Any, ray: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = nodes.add_node(num_cpus=2)
+
+    def work(trial: sweep.Trial, standings: Any, taught: Any) -> None:
+        time.sleep(600)
+
+    monkeypatch.setattr("spdtool.cluster._work", work)
+    monkeypatch.setattr("spdtool.cluster.LOOKED_AFTER", 1.0)
+    killer = threading.Timer(8, nodes.remove_node, [large], {"allow_graceful": False})
+    killer.start()
+    with pytest.raises(DeviceError, match="claims 2 CPUs, and the largest machine of the Ray cluster has 1"):
+        run(planned(), Cluster(cpus=2))
+    killer.join()
+
+
+def test_a_bug_in_a_trial_keeps_its_traceback_and_spares_the_others(
+    planned: Make, ray: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work(trial: sweep.Trial, standings: Any, taught: Any) -> Row:
+        if trial.recipe == "gmp":
+            raise ZeroDivisionError("nothing to divide by")
+        return sweep.run_trial(trial)
+
+    monkeypatch.setattr("spdtool.cluster._work", work)
+    bad, good = run(planned(), Cluster())
+    assert (bad.status, bad.error) == (FAILED, "ZeroDivisionError: nothing to divide by")
+    assert good.status == DONE
+    assert ", in work" in capsys.readouterr().err, "the place of the bug"
+
+
+def test_plugins_are_loaded_where_a_trial_runs(planned: Make, ray: Any, clean_plugins: None, tmp_path: Path) -> None:
+    found = f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nimport toys\n"
+    (tmp_path / "plugin.py").write_text(f"{found}toys.register(toys.task('mine'))\n")
+    plugins.use_folder(tmp_path)
+    assert [row.status for row in run(planned(tasks=["mine"], recipes=["gmp"]), Cluster())] == [DONE]
 
 
 def test_a_hopeless_trial_is_stopped_and_stays_stopped(planned: Make, ray: Any) -> None:

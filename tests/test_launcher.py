@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +72,21 @@ def test_words_are_left_only_where_someone_reads_them(tmp_path: Path, monkeypatc
     assert json.loads((tmp_path / "error.json").read_text("utf-8"))["message"] == LOST.message
 
 
-def test_the_ranks_find_their_launcher_and_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ranks_find_their_launcher_and_share_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     before = dict(os.environ)
-    with launcher._for_ranks(1000):
+    with launcher._for_ranks(1000, str(tmp_path)):
         assert os.environ[processes.LAUNCHER] == str(os.getpid())
+        assert os.environ[processes.FOLDER] == str(tmp_path)
         assert os.environ["OMP_NUM_THREADS"] == "1"
     assert dict(os.environ) == before
+
+
+def test_a_rank_without_its_launcher_ends_and_removes_what_that_has_left(tmp_path: Path) -> None:
+    left = tmp_path / "spdtool-ranks-x"
+    left.mkdir()
+    script = "import time; from spdtool import processes; processes.end_with_parent(); time.sleep(60)"
+    launched = {processes.LAUNCHER: "0", processes.FOLDER: str(left), "RANK": "0", "WORLD_SIZE": "2"}
+    done = subprocess.run([sys.executable, "-c", script], env=os.environ | launched, check=False, timeout=30)
+    assert done.returncode == PeerLost.exit_code
+    assert not left.exists()

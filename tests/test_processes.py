@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -189,3 +191,61 @@ def test_the_command_says_which_process_was_killed(tmp_path: Path) -> None:
     assert told["hint"] == "the same command goes on from the last snapshot"
     assert "Traceback" not in done.stderr
     assert [path.name for path in (run / ".teacher.partial" / "state").iterdir()] == ["step-000000004"]
+
+
+NODE_DIES = """
+import os, signal, sys, torch
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import toys
+toys.register(toys.task(train=41, dev=20, pairs=True))
+original, calls, died = torch.optim.AdamW.step, 0, Path({died!r})
+def step(*args, **options):
+    global calls
+    calls += 1
+    if os.environ.get("RANK") == "1" and calls == 5 and not died.exists():
+        died.touch()
+        os.kill(os.getppid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **options)
+torch.optim.AdamW.step = step
+"""
+
+
+def test_two_launchers_are_two_nodes_and_go_on_when_one_has_died(results: tuple[Path, Any], tmp_path: Path) -> None:
+    root, _ = results
+    run, died, plugins = tmp_path / "run", tmp_path / "died", tmp_path / "plugins"
+    shutil.copytree(root / "teacher", run)
+    plugins.mkdir()
+    (plugins / "toy.py").write_text(NODE_DIES.format(tests=str(HERE), died=str(died)))
+    words = ["-m", "--", "spdtool", "prune", "--run", str(run), "--plugins-dir", str(plugins)]
+    words += [word for setting in (*GRAFTED, OFTEN) for word in ("--set", setting)]
+
+    def launched() -> list[tuple[int, str]]:
+        """How `torchrun` ended on each of two nodes, and what it said."""
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        where = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "localhost", "--master-port", str(port)]
+        nodes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "torch.distributed.run", *where, "--node-rank", str(node), *words],
+                env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)},  # where torch leaves its folders
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for node in range(2)
+        ]
+        said = [node.communicate(timeout=300)[1] for node in nodes]
+        return [(node.returncode, each) for node, each in zip(nodes, said, strict=True)]
+
+    (left, said), (killed, _) = launched()
+    assert died.exists()
+    assert (left, killed) == (1, -9)
+    assert "PeerLost: another of the 2 processes has ended" in said
+    assert "the same command goes on from the last snapshot" in said
+    assert not (run / "prune").exists()
+    (code, said), (other, _) = launched()
+    assert (code, other) == (0, 0), said
+    assert_alike(weights(run), weights(root / "layerwise"))
+    assert [event["step"] for event in log(run) if event["event"] == "step"] == list(range(1, 13))
