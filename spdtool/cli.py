@@ -42,7 +42,7 @@ def compress(chosen: Recipe, run: Folder = None, dry_run: DryRun = False, severa
     if dry_run:
         return planned | {"recipe": chosen.model_dump(mode="json")}
     _require_runtime()
-    _launched(several)  # for the training stages; the rest is ours
+    _launched(several, chosen)  # for the training stages; the rest is ours
     target = Run.at(path, chosen)
     refused: GateError | None = None
     for stage in STAGES:
@@ -71,7 +71,7 @@ def teacher(chosen: Recipe, run: Folder = None, again: Again = False, several: P
     if target.done("teacher") and not again:
         return _already("teacher", target)
     _show_plan(target)
-    if _launched(several):
+    if _launched(several, chosen, again=("teacher", path) if again else None):
         return Run.open(path).record("teacher")["metrics"]
     return _finished("teacher", path, chosen, again)
 
@@ -383,29 +383,41 @@ def _run_stage(stage: str, path: Path, again: bool, sets: list[str] | None, seve
         from spdtool.planning import check_run
 
         check_run(target)  # before anything is dropped
-    if (again or not target.done(stage)) and _launched(several):
+    if (again or not target.done(stage)) and _launched(several, chosen, again=(stage, path) if again else None):
         return Run.open(path).record(stage)["metrics"]
     return _finished(stage, path, chosen, again)
 
 
-def _launched(count: int) -> bool:
-    """Do this command in `count` processes, if that is asked for and we are none of them; return whether we did."""
+def _launched(count: int, chosen: Recipe, again: tuple[str, Path] | None = None) -> bool:
+    """Do this command in `count` processes, if that is asked for and we are none of them; return whether we did.
+
+    Args:
+        again: the stage to drop first, with every later one, and its run folder.
+    """
     if processes.count() > 1 and not processes.has_launcher() and count not in (1, processes.count()):
         console.warn(f"--processes {count} is ignored: {processes.count()} were launched already")
     if count == 1 or processes.count() > 1:
         return False
     from spdtool.launcher import launch
 
-    launch(count, sys.argv[1:])
+    if again is not None:  # by us: ranks that are started again must not drop what the first have made
+        _drop(*again)
+    launch(count, [word for word in sys.argv[1:] if word != "--again"], chosen.restarts)
     return True
+
+
+def _drop(stage: str, path: Path) -> None:
+    """Remove a stage and every later one."""
+    if (path / "run.json").exists():
+        gone = Run.open(path).discard(stage)
+        if gone:
+            console.say(f"dropped {', '.join(gone)}")
 
 
 def _finished(stage: str, path: Path, chosen: Recipe, again: bool) -> Any:
     """Do `stage`, or say that it is done; with `again` it and every later one are dropped first."""
-    if again and (path / "run.json").exists():
-        gone = Run.open(path).discard(stage)
-        if gone:
-            console.say(f"dropped {', '.join(gone)}")
+    if again:
+        _drop(stage, path)
     run = Run.at(path, chosen)
     dropped = again and not processes.is_main()  # by the main process, perhaps not yet
     return _already(stage, run) if run.done(stage) and not dropped else _make(stage, run)

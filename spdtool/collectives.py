@@ -10,17 +10,61 @@ DDP's mean over ranks would undo. The price is that the sum does not overlap wit
 
 from __future__ import annotations
 
+import time
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from spdtool import processes
 from spdtool.errors import PeerLost
 
 BUCKET = 2**25  # numbers that travel together
+PATIENCE = timedelta(minutes=30)  # that ranks wait for one another, such as for the main one to write a snapshot
+
+
+def join(backend: str) -> None:
+    """Meet the other ranks, unless this process is alone or has met them already.
+
+    Raises:
+        PeerLost: one of them has ended, or did not come.
+    """
+    if processes.count() == 1 or dist.is_initialized():
+        return
+    with _peers():
+        store, rank, ranks = next(dist.rendezvous("env://", timeout=PATIENCE))
+        own = dist.PrefixStore(_agreed(store, rank, ranks), store)
+        dist.init_process_group(backend, store=own, rank=rank, world_size=ranks, timeout=PATIENCE)
+
+
+def _agreed(store: dist.Store, rank: int, ranks: int) -> str:
+    """A name under which the ranks that are alive meet.
+
+    A launcher that starts ranks again may give them the store in which those before them have left their addresses
+    (torchrun does), and whoever reads those waits for the dead. So rank 0 offers a new name, the others answer with a
+    word of their own, and what rank 0 has confirmed with that word is no relic.
+    """
+    word = uuid.uuid4().hex
+    if rank == 0:
+        store.set("offer", word)
+        answers = [store.get(f"{word}/{other}").decode() for other in range(1, ranks)]
+        store.set(f"{word}/all", " ".join(answers))
+        return word
+    answered, until = "", time.monotonic() + PATIENCE.total_seconds()
+    while time.monotonic() < until:
+        offer = store.get("offer").decode()
+        if offer != answered:
+            store.set(f"{offer}/{rank}", word)
+            answered = offer
+        if store.check([f"{offer}/all"]) and word in store.get(f"{offer}/all").decode():
+            return offer
+        time.sleep(0.02)
+    raise RuntimeError("rank 0 did not come")
 
 
 def count() -> int:
@@ -122,7 +166,8 @@ def _peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        ranks, rank = processes.count(), processes.rank()
         raise PeerLost(
-            f"another of the {count()} processes has ended, and rank {rank()} cannot go on: {error}",
+            f"another of the {ranks} processes has ended, and rank {rank} cannot go on: {error}",
             "see what it said; the same command goes on from the last snapshot",
         ) from error

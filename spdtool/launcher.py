@@ -1,7 +1,8 @@
 """`--processes N`: the same command once for every rank on this machine, and one message if a rank ends badly.
 
-torch's elastic agent starts the ranks, watches them, and ends the others when one ends; nothing is started again:
-`torchrun --max-restarts` does that, and across machines too. A rank dies with its launcher (`processes.py`).
+torch's elastic agent starts the ranks, watches them, and ends the others when one ends. As often as the recipe's
+`restarts` says, all are started again if one was lost, and go on from the last snapshot; `torchrun --max-restarts` does
+that across machines. A rank dies with its launcher (`processes.py`).
 """
 
 from __future__ import annotations
@@ -20,20 +21,38 @@ from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Sign
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from spdtool import errors
-from spdtool.errors import PeerLost, RunError, SpdError
+from spdtool import console, errors
+from spdtool.errors import PeerLost, SpdError
 from spdtool.processes import FOLDER, LAUNCHER
 
 GO_ON = "the same command goes on from the last snapshot"
 
 
-def launch(count: int, words: Sequence[str]) -> None:
+def launch(count: int, words: Sequence[str], restarts: int = 0) -> None:
     """Run `spdtool WORDS` in `count` processes, and return when all have ended well.
 
+    Args:
+        restarts: how often all of them are started again when one is lost; not when one says what is wrong.
+
     Raises:
-        SpdError: what a rank has said, or that one was killed or has failed.
+        PeerLost: a rank was killed, or failed without a word, once more than it may.
+        SpdError: what a rank has said.
         KeyboardInterrupt, SystemExit: this process was told to end, and has ended the ranks.
     """
+    for left in range(restarts, -1, -1):
+        try:
+            _run(count, words)
+            return
+        except PeerLost as error:
+            if left == 0:
+                raise
+            console.warn(
+                f"{error.message}; all are started again from the last snapshot, {left - 1} more times at most"
+            )
+
+
+def _run(count: int, words: Sequence[str]) -> None:
+    """The ranks, once; raises as `launch` does."""
     with tempfile.TemporaryDirectory(prefix="spdtool-ranks-") as folder, _for_ranks(count, folder):
         config = LaunchConfig(
             min_nodes=1,
@@ -68,15 +87,15 @@ def verdict(failures: Mapping[int, Any], count: int) -> SpdError:
     killed = {rank: -f.exitcode for rank, f in failures.items() if f.exitcode < 0 and f.exitcode != -signal.SIGTERM}
     for rank, number in sorted(killed.items()):
         memory = "; if nobody did that, the machine ran out of memory" if number == signal.SIGKILL else ""
-        return RunError(f"rank {rank} of {count} was killed by {signal.Signals(number).name}{memory}", GO_ON)
+        return PeerLost(f"rank {rank} of {count} was killed by {signal.Signals(number).name}{memory}", GO_ON)
     words = {rank: f.error_file_data["spdtool"] | f.error_file_data for rank, f in _with_word(failures)}
     for rank, word in sorted(words.items()):
         if word["error"] != PeerLost.__name__:
             return _error(word, rank)
     for rank, failure in sorted(failures.items()):
         if rank not in words and failure.exitcode > 0:
-            return RunError(f"rank {rank} of {count} failed with exit code {failure.exitcode}; see above", GO_ON)
-    return RunError(f"a process of {count} has ended, and said nothing", GO_ON)
+            return PeerLost(f"rank {rank} of {count} failed with exit code {failure.exitcode}; see above", GO_ON)
+    return PeerLost(f"a process of {count} has ended, and said nothing", GO_ON)
 
 
 def _with_word(failures: Mapping[int, Any]) -> Iterator[tuple[int, Any]]:

@@ -21,7 +21,7 @@ from spdtool.errors import RecipeError, UnknownName
 
 RATE_TIMES_WIDTH = 0.384
 FREE = frozenset(
-    {"name", "save_minutes", "device", "teacher_states_gb"}
+    {"name", "save_minutes", "restarts", "device", "teacher_states_gb"}
 )  # they may change between two calls on one run folder
 SEE_FIELDS = "(`spdtool recipes default` lists every field)"
 PHASES = ("prune", "distill", "finetune")  # of the student
@@ -371,6 +371,8 @@ class Recipe(Section):
     """a few steps on a random two-layer model: proves that the pipeline runs, and nothing else"""
     save_minutes: float = Field(10.0, ge=0)
     """minutes between resumable states inside an epoch; 0: after every step"""
+    restarts: int = Field(0, ge=0)
+    """how often `--processes` starts its processes again, from the last snapshot, when one of them is lost"""
     teacher_states_gb: float = Field(4.0, ge=0)
     """disk for the teacher's hidden states of all rows, which saves its forward passes on a CPU; 0: none"""
 

@@ -14,14 +14,12 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from spdtool import collectives, encoders, prefetch, processes
@@ -39,7 +37,6 @@ from spdtool.schedules import Schedule, rewound, warmup_then_linear
 
 LossTerms = dict[str, Tensor]
 LOGGED = 100  # log lines of a stage: each costs one synchronisation with the device
-PATIENCE = timedelta(minutes=30)  # that ranks wait for one another, such as for the main one to write a snapshot
 
 
 def accelerator(recipe: Recipe) -> Accelerator:
@@ -61,11 +58,8 @@ def accelerator(recipe: Recipe) -> Accelerator:
         )
     AcceleratorState._reset_state(reset_partial_state=True)  # one process may run stages of several recipes
     processes.end_with_parent()
-    return Accelerator(
-        cpu=on_cpu,
-        mixed_precision={"fp32": "no"}.get(recipe.precision, recipe.precision),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
-    )
+    collectives.join("gloo" if on_cpu else "nccl")
+    return Accelerator(cpu=on_cpu, mixed_precision={"fp32": "no"}.get(recipe.precision, recipe.precision))
 
 
 @dataclass

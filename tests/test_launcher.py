@@ -36,7 +36,7 @@ def failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_a_killed_rank_is_named_whatever_its_peers_say_of_it(failed: Any) -> None:
     found = launcher.verdict({0: failed(0, 2, LOST), 1: failed(1, -signal.SIGKILL)}, 2)
-    assert type(found) is RunError
+    assert type(found) is PeerLost
     assert "rank 1 of 2 was killed by SIGKILL" in found.message
     assert found.hint == "the same command goes on from the last snapshot"
 
@@ -59,6 +59,35 @@ def test_another_rank_says_which_it_is(failed: Any) -> None:
 def test_a_bug_is_not_hidden_by_the_complaints_of_the_peers(failed: Any) -> None:
     found = launcher.verdict({0: failed(0, 2, LOST), 1: failed(1, 1)}, 2)
     assert "rank 1 of 2 failed with exit code 1" in found.message
+
+
+def test_ranks_are_started_again_as_often_as_asked_if_one_was_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends: list[SpdError | None] = [PeerLost("rank 1 was killed"), PeerLost("rank 0 was killed"), None]
+
+    def run(count: int, words: Any) -> None:
+        if (end := ends.pop(0)) is not None:
+            raise end
+
+    monkeypatch.setattr(launcher, "_run", run)
+    launcher.launch(2, ["prune"], restarts=2)
+    assert ends == []
+    ends += [PeerLost("rank 1 was killed"), PeerLost("rank 0 was killed"), None]
+    with pytest.raises(PeerLost, match="rank 0 was killed"):
+        launcher.launch(2, ["prune"], restarts=1)
+    assert ends == [None]
+
+
+def test_what_a_rank_complains_of_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def run(count: int, words: Any) -> None:
+        calls.append(words)
+        raise RunError("the disk is full")
+
+    monkeypatch.setattr(launcher, "_run", run)
+    with pytest.raises(RunError, match="the disk is full"):
+        launcher.launch(2, ["prune"], restarts=5)
+    assert len(calls) == 1
 
 
 def test_words_are_left_only_where_someone_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

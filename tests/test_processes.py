@@ -8,12 +8,17 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed import HashStore
+
+from spdtool import collectives
 
 HERE = Path(__file__).parent
 GRAFTED = ["prune.grafting.start=0.8"]
@@ -145,52 +150,72 @@ def test_the_same_number_of_processes_goes_on_to_the_last_bit(results: tuple[Pat
 
 PLUGIN = """
 import os, signal, sys, torch
+from pathlib import Path
 sys.path.insert(0, {tests!r})
 import toys
 toys.register(toys.task(train=44, dev=20))
-original, calls = torch.optim.AdamW.step, 0
+original, calls, died = torch.optim.AdamW.step, 0, Path({died!r})
 def step(*args, **options):
     global calls
     calls += 1
-    if os.environ.get("RANK") == "1" and calls == 5:
+    if os.environ.get("RANK") == "1" and calls == 5 and not died.exists():
+        if {once}:
+            died.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*args, **options)
 torch.optim.AdamW.step = step
 """
 
 
-def test_the_command_says_which_process_was_killed(tmp_path: Path) -> None:
-    plugins = tmp_path / "plugins"
+def teacher_of_two(root: Path, *more: str, once: bool) -> subprocess.CompletedProcess[str]:
+    """`spdtool teacher --processes 2`, of which one is killed after four steps: always, or the first time."""
+    plugins = root / "plugins"
     plugins.mkdir()
-    (plugins / "toy.py").write_text(PLUGIN.format(tests=str(HERE)))
-    run = tmp_path / "run"
-    command = [
-        "teacher",
-        "--task",
-        "toy",
-        "--device",
-        "cpu",
-        "--run",
-        str(run),
-        "--plugins-dir",
-        str(plugins),
-        "--json",
-    ]
-    settings = ["--processes", "2", "--set", "teacher.batch_size=8", "--set", OFTEN, "--set", "max_length=32"]
-    done = subprocess.run(
-        [sys.executable, "-m", "spdtool", *command, *settings],
+    (plugins / "toy.py").write_text(PLUGIN.format(tests=str(HERE), died=str(root / "died"), once=once))
+    words = f"teacher --task toy --device cpu --run {root / 'run'} --plugins-dir {plugins} --json --processes 2"
+    settings = ["--set", "teacher.batch_size=8", "--set", OFTEN, "--set", "max_length=32"]
+    return subprocess.run(
+        [sys.executable, "-m", "spdtool", *words.split(), *settings, *more],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def test_the_command_says_which_process_was_killed(tmp_path: Path) -> None:
+    done = teacher_of_two(tmp_path, once=False)
     assert done.returncode == 2, done.stderr
     told = json.loads(done.stdout)
-    assert told["error"] == "RunError"
+    assert told["error"] == "PeerLost"
     assert told["message"].startswith("rank 1 of 2 was killed by SIGKILL")
     assert told["hint"] == "the same command goes on from the last snapshot"
     assert "Traceback" not in done.stderr
-    assert [path.name for path in (run / ".teacher.partial" / "state").iterdir()] == ["step-000000004"]
+    assert [path.name for path in (tmp_path / "run/.teacher.partial/state").iterdir()] == ["step-000000004"]
+
+
+def test_the_command_starts_its_processes_again(tmp_path: Path) -> None:
+    done = teacher_of_two(tmp_path, "--set", "restarts=1", once=True)
+    assert done.returncode == 0, done.stderr
+    assert "rank 1 of 2 was killed by SIGKILL" in done.stderr
+    assert "all are started again" in done.stderr
+    assert "resumed" in done.stderr
+    assert (tmp_path / "run/teacher/stage.json").exists()
+
+
+def test_ranks_meet_where_the_dead_have_left_what_they_said() -> None:
+    store = HashStore()
+
+    def meet(rank: int) -> str:
+        return collectives._agreed(store, rank, 3)
+
+    with ThreadPoolExecutor(3) as pool:
+        first = set(pool.map(meet, range(3)))
+        early = [pool.submit(meet, rank) for rank in (1, 2)]  # they find a meeting that is over
+        time.sleep(0.2)
+        second = {meet(0), *(one.result(timeout=20) for one in early)}
+    assert len(first) == len(second) == 1
+    assert first != second
 
 
 NODE_DIES = """
