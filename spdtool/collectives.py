@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from spdtool import processes
+from spdtool import processes, shards
 from spdtool.errors import PeerLost
 
 BUCKET = 2**25  # numbers that travel together
@@ -107,14 +107,14 @@ def total(tensors: Iterable[Tensor]) -> None:
 
 @torch.no_grad()
 def from_main(tensors: Iterable[Tensor]) -> None:
-    """Replace each tensor, in place, by the main process's.
+    """Replace each tensor, in place, by the main process's; sharded ones, of which each has its own rows, are left.
 
     Raises:
         PeerLost: a rank has ended.
     """
     if count() > 1:
         with _peers():
-            for bucket in _buckets(tensors):
+            for bucket in _buckets(tensor for tensor in tensors if not shards.is_sharded(tensor)):
                 flat = _flat(bucket)
                 dist.broadcast(flat, src=0)
                 _spread(flat, bucket)
@@ -128,8 +128,18 @@ def total_array(array: np.ndarray) -> np.ndarray:
 
 
 def gradients(parameters: Iterable[torch.nn.Parameter]) -> list[Tensor]:
-    """The gradients of those parameters that have one: the same parameters on every rank, as the draw is the same."""
-    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+    """The gradients of those parameters that have one: the same parameters on every rank, as the draw is the same.
+
+    Those of sharded parameters are left out: they are summed by the backward pass.
+    """
+    whole = (parameter for parameter in parameters if not shards.is_sharded(parameter))
+    return [parameter.grad for parameter in whole if parameter.grad is not None]
+
+
+def as_main(said: bool) -> bool:
+    """What the main process says."""
+    from_main([flag := torch.tensor(said, device=_device())])
+    return bool(flag)
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:

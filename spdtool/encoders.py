@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from spdtool import onednn, plugins
+from spdtool import onednn, plugins, processes, shards
 from spdtool.errors import ModelError, SpdError, first_line
 from spdtool.recipe import Recipe
 from spdtool.tasks import Task
@@ -156,14 +156,32 @@ def load_tokenizer(source: str | Path) -> Any:
     return tokenizer
 
 
-def save(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
-    """Write `model.safetensors`, `config.json` and the tokenizer's files: stock transformers reads them back."""
+def place(model: PreTrainedModel, recipe: Recipe, device: torch.device, train: str | None = None) -> PreTrainedModel:
+    """`model` on `device`: this process's rows of it, if the recipe shards and there are several processes.
+
+    Args:
+        train: the part that will be trained, as in `trained_parameters`; None: nothing.
+    """
+    if not recipe.shard or processes.count() == 1:
+        return model.to(device)  # type: ignore[arg-type]
+    if train is not None:
+        trained_parameters(model, train)  # freezes the rest
+    shards.shard(model, layer_stack(model), device)
+    return model
+
+
+def save(model: PreTrainedModel, tokenizer: Any, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Write `model.safetensors`, `config.json` and the tokenizer's files: stock transformers reads them back.
+
+    Args:
+        weights: the whole weights of a sharded model.
+    """
     dropped = getattr(model.config, "_dropout_before", None)
     if dropped:
         for name, value in dropped.items():
             setattr(model.config, name, value)
         del model.config._dropout_before
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=weights)
     save_tokenizer(tokenizer, folder)
 
 

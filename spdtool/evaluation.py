@@ -60,7 +60,8 @@ def predict(forward: Forward, rows: Encoded, batch_size: int = BATCH, *, togethe
     shared = together and len(batches) >= collectives.count()  # with fewer, a process would not know the labels' number
     rank, count = (collectives.rank(), collectives.count()) if shared else (0, 1)
     logits: np.ndarray | None = None
-    for batch in batches[rank::count]:
+    turns = -(-len(batches) // count)  # as many for each process: a sharded model needs them all
+    for batch in (batches[rank::count] + batches[:1])[:turns]:
         part = forward(rows.collate(batch))
         if logits is None:
             logits = np.zeros((len(rows), part.shape[1]), dtype=np.float32)
@@ -123,7 +124,7 @@ def torch_forward(model: torch.nn.Module, device: torch.device | str = "cpu") ->
         inputs = to_device({name: column for name, column in batch.items() if name != "labels"}, device)
         mode = model.training
         model.eval()
-        with torch.inference_mode():
+        with torch.no_grad():
             logits = model(**inputs).logits
         model.train(mode)
         return logits.float().cpu().numpy()

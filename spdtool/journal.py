@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from spdtool import collectives, processes, snapshot
+from spdtool import collectives, processes, shards, snapshot
 from spdtool.console import Watch
 from spdtool.recipe import Training
 from spdtool.run import Work
@@ -113,7 +113,7 @@ class Journal:
         if best:
             self.best = {"step": step, "metrics": metrics} | seen
             if self.section.keep_best:
-                self.best_weights = {name: weight.detach().cpu().clone() for name, weight in self.trained.items()}
+                self.best_weights = {n: shards.held(weight).cpu().clone() for n, weight in self.trained.items()}
         self.evaluations.append({"step": step, "metrics": metrics} | seen)
         self._tell({"event": "eval", "step": step, "metrics": metrics, "best": best} | seen)
 
@@ -124,7 +124,7 @@ class Journal:
             handed = self.best
             with torch.no_grad():
                 for name, weight in self.best_weights.items():
-                    self.trained[name].copy_(weight)
+                    shards.held(self.trained[name]).copy_(weight)
         return {
             "steps": steps,
             "epochs": steps / per_epoch,
@@ -135,19 +135,21 @@ class Journal:
         }
 
     def save(self, step: int) -> None:
-        """Write a snapshot of everything that decides the rest of the stage."""
-        if not processes.is_main():
+        """Write a snapshot of everything that decides the rest of the stage; of sharded weights all have a part."""
+        if not processes.is_main() and not self.sharded:
             return
         pruner = self.parts.pruner
         if pruner is not None:
             pruner.masks.check_dead()
         tensors: snapshot.Groups = {
-            "model": {name: weight.detach() for name, weight in self.trained.items()},
-            "adam": snapshot.optimizer_tensors(self.optimizer, self.trained),
-            "best": self.best_weights,
+            "model": snapshot.gathered(self.trained.items()),
+            "adam": snapshot.gathered(snapshot.optimizer_tensors(self.optimizer, self.trained).items()),
+            "best": {n: shards.whole(kept, self.trained[n]).cpu() for n, kept in self.best_weights.items()},
             "pruner": {} if pruner is None else pruner.state_dict(),
             "random": snapshot.random_tensors(),
         }
+        if not processes.is_main():
+            return
         notes = {
             "fingerprint": self.fingerprint,
             "evaluations": self.evaluations,
@@ -167,19 +169,25 @@ class Journal:
         if found is None:
             return 0
         for name, weight in self.trained.items():
-            weight.copy_(found.tensors["model"][name])
+            shards.held(weight).copy_(shards.rows(found.tensors["model"][name], weight))
         snapshot.restore_optimizer(self.optimizer, self.trained, found.tensors.get("adam", {}))
         if collectives.count() == 1:  # several seed their generators at every step
             snapshot.restore_random(found.tensors["random"])
         if self.parts.pruner is not None:
             self.parts.pruner.load_state_dict(found.tensors["pruner"])
-        self.best_weights = found.tensors.get("best", {})
+        best = found.tensors.get("best", {})
+        self.best_weights = {name: shards.rows(weight, self.trained[name]) for name, weight in best.items()}
         self.evaluations, self.best = found.notes["evaluations"], found.notes["best"]
         self.left = found.notes["left"]
         self.examples, self.clock.before = found.notes["examples"], found.notes["seconds"]
         self.parts.restore_random(found.notes["draws"])
         self.watch({"event": "resume", "step": found.step})
         return found.step
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds only some rows of what is trained."""
+        return any(map(shards.is_sharded, self.trained.values()))
 
     def _newest(self) -> snapshot.Snapshot | None:
         """The snapshot to go on from. The main process clears away what is of no use, then the others read."""

@@ -15,13 +15,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from spdtool.errors import RecipeError, UnknownName
 
 RATE_TIMES_WIDTH = 0.384
 FREE = frozenset(
-    {"name", "save_minutes", "restarts", "device", "teacher_states_gb"}
+    {"name", "save_minutes", "restarts", "shard", "device", "teacher_states_gb"}
 )  # they may change between two calls on one run folder
 SEE_FIELDS = "(`spdtool recipes default` lists every field)"
 PHASES = ("prune", "distill", "finetune")  # of the student
@@ -363,6 +363,8 @@ class Recipe(Section):
     """autocast of the training stages"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to train; `cuda` refuses to fall back"""
+    shard: bool = False
+    """each of several processes keeps a part of student, teacher and AdamW's state (FSDP): for very large encoders"""
     gradient_checkpointing: bool = False
     """recompute layers in the backward pass to save memory"""
     compile: bool = False
@@ -382,6 +384,20 @@ class Recipe(Section):
     finetune: Finetune = Finetune()
     export: Export = Export()
     bench: Bench = Bench()
+
+    @model_validator(mode="after")
+    def _can_be_sharded(self) -> Recipe:
+        """Refuse, before anything runs, what sharded weights cannot do."""
+        if self.shard:
+            phases = {name: getattr(self, name) for name in PHASES}
+            wrong = {"precision=fp16": self.precision == "fp16", "compile=true": self.compile}
+            wrong |= {f"{name}.grafting.kind=blend": each.grafting.kind == "blend" for name, each in phases.items()}
+            wrong |= {f"{name}.clip_over=all": each.clip_over == "all" for name, each in phases.items()}
+            wrong["prune.saliency=logits"] = self.prune.saliency == "logits"
+            for setting, is_so in wrong.items():
+                if is_so:
+                    raise ValueError(f"sharded weights do not go with {setting}")
+        return self
 
     def section(self, stage: str) -> Section:
         """The section of `stage`."""
@@ -436,6 +452,8 @@ def parse(tree: dict[str, Any]) -> Recipe:
     except ValidationError as error:
         problem = error.errors()[0]
         dotted = ".".join(str(part) for part in problem["loc"])
+        if not dotted:
+            raise RecipeError(str(problem["ctx"]["error"]), SEE_FIELDS) from None
         if problem["type"] == "extra_forbidden":
             raise _unknown_field(dotted) from None
         if problem["type"] == "model_type":

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spdtool import collectives, plugins
+from spdtool import collectives, plugins, shards
 from spdtool.data import Encoded, training_batches
 from spdtool.errors import RecipeError
 from spdtool.pieces import NOTHING, Piece
@@ -38,7 +38,8 @@ class Saliency:
     def __init__(self, pruner: Pruner, section: Prune) -> None:
         self.pruner, self.section = pruner, section
         self._apart: dict[nn.Parameter, Tensor] = {}
-        pruner.agree = collectives.from_main
+        if not any(map(shards.is_sharded, pruner.masks.parameters.values())):
+            pruner.agree = collectives.from_main
 
     def calibrates(self, step: int) -> bool:
         """Whether batches have to be shown before the event after optimiser step `step`."""

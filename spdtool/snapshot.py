@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from spdtool import processes
+from spdtool import processes, shards
 from spdtool.errors import Corrupt
 from spdtool.run import write_json
 
@@ -93,12 +94,23 @@ def newest(root: Path, fingerprint: str) -> Snapshot | None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, trained: dict[str, torch.nn.Parameter]) -> dict[str, Tensor]:
-    """The optimiser's state by parameter name instead of by position: `layer.0.weight/exp_avg`."""
+    """The optimiser's state by parameter name instead of by position: `layer.0.weight/exp_avg`; sharded or not."""
     return {
         f"{name}/{key}": value
         for name, weight in trained.items()
         for key, value in optimizer.state.get(weight, {}).items()
     }
+
+
+def gathered(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors as they are, those that are sharded whole, on the main process; all of them call this together."""
+    made = {}
+    for name, tensor in tensors:
+        sharded = shards.is_sharded(tensor)
+        full = shards.whole(shards.held(tensor), tensor) if sharded else tensor
+        if processes.is_main():
+            made[name] = full.cpu() if sharded else full
+    return made
 
 
 def restore_optimizer(
@@ -107,7 +119,9 @@ def restore_optimizer(
     """Take over what `optimizer_tensors` gave."""
     for key, value in tensors.items():
         name, _, entry = key.rpartition("/")
-        optimizer.state[trained[name]][entry] = value.to(trained[name].device)
+        weight = trained[name]
+        made = shards.laid_out(value, weight) if value.shape == weight.shape else value.to(weight.device)
+        optimizer.state[weight][entry] = made
 
 
 def random_tensors() -> dict[str, Tensor]:

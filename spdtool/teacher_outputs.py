@@ -44,6 +44,8 @@ def worth_keeping(recipe: Recipe, stage: str, rows: Encoded, teacher: Any, layer
     assert isinstance(section, Distilled)
     if section.loss.attention > 0 or rows.left:  # padded on the left, what a row gives depends on its batch
         return False
+    if recipe.shard:  # one process would compute them for all
+        return False
     if not reads_states(section.loss):
         return _visits(section, len(rows)) >= len(rows)
     if teacher.device.type != "cpu" or not section.loss.mask_padding:  # else padding is read too, and has no place

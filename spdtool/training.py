@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from spdtool import collectives, encoders, prefetch, processes
+from spdtool import collectives, encoders, prefetch, processes, shards
 from spdtool.console import Watch
 from spdtool.data import Encoded, training_batches
 from spdtool.errors import DeviceError
@@ -172,6 +172,13 @@ def fit(
             shown.observe(1.0 if accelerator.scaler is None else accelerator.scaler.get_scale())
         _update(parts, section, trained, prepared, accelerator)
 
+    def late(step: int) -> bool:
+        """Whether a snapshot is due by the clock: the main process's, where all have a part in it."""
+        due = time.monotonic() - saved >= 60 * recipe.save_minutes
+        if not journal.sharded:
+            return due
+        return (step % every == 0 or recipe.save_minutes == 0) and collectives.as_main(due)
+
     evaluations = evaluation_steps(per_epoch, total, section.evaluations)
     every = max(1, total // LOGGED)
     model.train()
@@ -191,7 +198,7 @@ def fit(
             with journal.clock.paused():
                 if done in evaluations:
                     journal.evaluate(done)
-                if done < total and (done in evaluations or time.monotonic() - saved >= 60 * recipe.save_minutes):
+                if done < total and (done in evaluations or late(done)):
                     journal.save(done)
                     saved = time.monotonic()
                     if done in evaluations or collectives.count() == 1:  # else the clocks of the ranks would decide
@@ -209,19 +216,39 @@ def _update(
         parts.pruner.silence()
     if any(parameter.grad is not None for parameter in trained.values()):
         if section.clip > 0:
-            accelerator.clip_grad_norm_([*trained.values(), *parts.bystanders], section.clip)
+            _clip([*trained.values(), *parts.bystanders], section.clip, accelerator)
         optimizer.step()
     optimizer.zero_grad()
     for parameter in parts.bystanders:
         parameter.grad = None
 
 
+def _clip(parameters: list[nn.Parameter], most: float, accelerator: Accelerator) -> None:
+    """Scale all gradients down until their common norm is `most`, if it is larger."""
+    sharded = [parameter for parameter in parameters if shards.is_sharded(parameter)]
+    if not sharded:
+        accelerator.clip_grad_norm_(parameters, most)
+        return
+    found = [parameter for parameter in parameters if parameter.grad is not None]
+    squares = {True: [torch.zeros((), device=accelerator.device)], False: [torch.zeros((), device=accelerator.device)]}
+    for parameter in found:
+        squares[shards.is_sharded(parameter)].append(shards.held(parameter.grad).square().sum())  # type: ignore[arg-type]
+    total = shards.summed(torch.stack(squares[True]).sum(), sharded[0]) + torch.stack(squares[False]).sum()
+    scale = (most / (total.sqrt() + 1e-6)).clamp(max=1.0)
+    for parameter in found:
+        shards.held(parameter.grad).mul_(scale)  # type: ignore[arg-type]
+
+
 def adamw(trained: dict[str, nn.Parameter], section: Training, device: torch.device) -> torch.optim.AdamW:
     """AdamW with no decay on biases and normalisation; fused where the device has it."""
-    matrices = [weight for weight in trained.values() if weight.dim() > 1]
-    vectors = [weight for weight in trained.values() if weight.dim() <= 1]
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for weight in trained.values():  # the fused step takes sharded weights, or whole ones
+        groups.setdefault((weight.dim() > 1, shards.is_sharded(weight)), []).append(weight)
     return torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": section.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        [
+            {"params": weights, "weight_decay": section.weight_decay if matrices else 0.0}
+            for (matrices, _), weights in groups.items()
+        ],
         lr=1.0,  # set at every step
         eps=section.epsilon,
         fused=device.type in ("cuda", "cpu"),

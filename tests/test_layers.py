@@ -34,6 +34,7 @@ LAYERS = {
     "spdtool.commands": 0,
     "spdtool.processes": 0,
     "spdtool.pruning": 1,
+    "spdtool.shards": 1,
     "spdtool.distillation": 2,
     "spdtool.encoders": 2,
     "spdtool.cache": 2,

@@ -28,10 +28,16 @@ CASES: dict[str, tuple[str, list[str]]] = {  # layerwise scores on calibration b
         "movement",
         [*GRAFTED, "prune.exchanges=0", "prune.loss={hidden=1.0, hardness=0.5}", "prune.saliency=logits"],
     ),
+    "global": (
+        "movement",
+        [*GRAFTED, "prune.exchanges=0", "prune.loss={hidden=1.0, hardness=0.5}", "prune.scope=global"],
+    ),
     "attention": ("default", [*GRAFTED, "prune.loss={attention=0.5, relation=0.3, relation_heads=4}"]),
     "padding": ("default", [*GRAFTED, "prune.loss.mask_padding=false"]),
 }
 OFTEN = "save_minutes=0"
+SHARD = "shard=true"
+SHARDED = ("layerwise", "global", "attention")
 DROPOUT = "prune.dropout=0.2"
 
 
@@ -49,10 +55,17 @@ def calls(root: Path) -> dict[str, dict[str, Any]]:
     for case in CASES:
         add(case, case, 1)
         add(f"{case} of 2", case, 2)
+    sharded = {"folder": str(root / "teacher of 2, sharded"), "sets": [SHARD]}
+    made["teacher of 2, sharded"] = made["teacher of 2"] | sharded
     add("attention of 3", "attention", 3)
+    for case in SHARDED:
+        add(f"{case} of 2, sharded", case, 2, SHARD)
+    add("layerwise of 3, sharded", "layerwise", 3, SHARD)
     add("layerwise in pieces", "layerwise", 1, "prune.accumulate=3")
     add("killed", "layerwise", 2, OFTEN, dies=1, after=7)
     add("killed, alone", "layerwise", 1, OFTEN, folder="killed")
+    add("killed, sharded", "layerwise", 2, OFTEN, SHARD, dies=1, after=7)
+    add("killed, sharded, again", "layerwise", 2, OFTEN, SHARD, folder="killed, sharded")
     add("calm with dropout", "layerwise", 2, OFTEN, DROPOUT)
     add("main killed with dropout", "layerwise", 2, OFTEN, DROPOUT, dies=0, after=6)
     add("with dropout again", "layerwise", 2, OFTEN, DROPOUT, folder="main killed with dropout")
@@ -93,9 +106,15 @@ def test_a_teacher_of_two_processes_is_that_of_one(results: tuple[Path, Any]) ->
     root, made = results
     assert made["teacher of 2"]["ends"] == [0, 0], made["teacher of 2"]["said"]
     assert_alike(weights(root / "teacher", "teacher"), weights(root / "teacher of 2", "teacher"))
+    assert made["teacher of 2, sharded"]["ends"] == [0, 0], made["teacher of 2, sharded"]["said"]
+    assert_alike(weights(root / "teacher", "teacher"), weights(root / "teacher of 2, sharded", "teacher"))
 
 
-@pytest.mark.parametrize("name", [*(f"{case} of 2" for case in CASES), "attention of 3", "layerwise in pieces"])
+CUT = [*(f"{case} of 2" for case in CASES), "attention of 3", "layerwise in pieces"]
+CUT += [*(f"{case} of 2, sharded" for case in SHARDED), "layerwise of 3, sharded"]
+
+
+@pytest.mark.parametrize("name", CUT)
 def test_a_student_is_the_same_however_its_batches_are_cut(results: tuple[Path, Any], name: str) -> None:
     root, made = results
     alone = name.split()[0]
@@ -137,6 +156,15 @@ def test_a_killed_process_ends_the_job_and_one_process_goes_on(results: tuple[Pa
     assert "Traceback" not in made["killed"]["said"][0]
     assert "resumed" in made["killed, alone"]["said"][0]
     assert_alike(weights(root / "killed"), weights(root / "layerwise"))
+
+
+def test_a_sharded_job_that_was_killed_goes_on(results: tuple[Path, Any]) -> None:
+    root, made = results
+    assert made["killed, sharded"]["ends"][1] == -9
+    assert "PeerLost: another of the 2 processes has ended" in made["killed, sharded"]["said"][0]
+    assert "prune 6/12  resumed" in made["killed, sharded, again"]["said"][0]
+    calm, again = weights(root / "layerwise of 2, sharded"), weights(root / "killed, sharded")
+    assert all(torch.equal(calm[name], again[name]) for name in calm)
 
 
 def test_the_same_number_of_processes_goes_on_to_the_last_bit(results: tuple[Path, Any]) -> None:

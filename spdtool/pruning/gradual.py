@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from spdtool import plugins
+from spdtool import plugins, shards
 from spdtool.errors import RecipeError
 from spdtool.pruning.masks import Masks
 from spdtool.pruning.observation import Observation
@@ -32,7 +32,8 @@ class Pruner:
     Attributes:
         clamped: matrix to its zeros as the scores would have had them and as `least` has them, at the last event.
         lowered: group of matrices to the share that stayed alive there, where `least` left no room for the sparsity.
-        agree: is given new masks and mended weights before they hold, to be made the same, in place, on all processes.
+        agree: is given new masks and mended weights before they hold, to be made the same, in place, on all processes
+            that hold whole parameters.
 
     Raises:
         UnknownName: no such criterion or pattern.
@@ -159,15 +160,16 @@ class Pruner:
     def state_dict(self) -> dict[str, Tensor]:
         """Masks, the values kept of the dead, and statistics, as flat tensors."""
         state = {f"dead.{name}": dead for name, dead in self.masks.state_dict().items()}
-        state |= {f"kept.{name}": value for name, value in self.masks.kept.items()}
+        kept = ((name, shards.whole(value, self.masks.parameters[name])) for name, value in self.masks.kept.items())
+        state |= {f"kept.{name}": value for name, value in kept}
         return state | {f"seen.{key}": value for key, value in self._observation.state_dict().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state_dict` gave."""
         self.masks.load_state_dict(_under("dead.", state))
-        self.masks.kept = {
-            name: value.to(self.masks.parameters[name].device) for name, value in _under("kept.", state).items()
-        }
+        weights = self.masks.parameters
+        kept = _under("kept.", state)
+        self.masks.kept = {n: shards.rows(value, weights[n]).to(weights[n].device) for n, value in kept.items()}
         self._observation.load_state_dict(_under("seen.", state))
 
     def _mended(self, dead: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
@@ -175,7 +177,9 @@ class Pruner:
         if self._update is None:
             return None
         return {
-            name: self._update(weight.detach(), ~(self.masks.dead[name] | dead[name]), self._observation.stats(name))
+            name: self._update(
+                shards.held(weight), ~(self.masks.dead[name] | dead[name]), self._observation.stats(name)
+            )
             for name, weight in self.masks.parameters.items()
         }
 

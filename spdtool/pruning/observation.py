@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from spdtool.pruning.masks import Masks
 from spdtool.pruning.statistics import STATISTICS, Gradient, Settings, Statistic, Stats
+from spdtool.shards import held
 
 
 class Observation:
@@ -45,7 +46,8 @@ class Observation:
             for statistic in wanted:
                 statistic.count += 1
             if wanted and weight.grad is not None:  # None: a layer that the draw left out
-                value = weight.grad.float() if scale == 1.0 else weight.grad.float() / scale
+                gradient = held(weight.grad).float()
+                value = gradient if scale == 1.0 else gradient / scale
                 seen = Gradient(value, self.masks.filled(name), None if self.masks.kept else self.masks.dead[name])
                 for statistic in wanted:
                     statistic.add(seen)

@@ -1,7 +1,8 @@
 """Statistics: what criteria need to know of a weight besides its value, gathered between prune events.
 
 Each is a small class that keeps a float32 sum on its weight's device. `@statistic(name)` makes it available to the
-`needs` of a criterion, and the criterion finds what was read under that name in its `Stats`.
+`needs` of a criterion, and the criterion finds what was read under that name in its `Stats`. Of a sharded weight all
+this is about the rows that the process holds.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+from spdtool import shards
 
 SCORE_RATE = 0.01  # at which soft movement learns its scores, as in the paper's published settings
 
@@ -75,7 +78,7 @@ class Statistic:
 
     def shape(self) -> tuple[int, ...]:
         """Shape of the sum."""
-        return tuple(self.weight.shape)
+        return tuple(shards.held(self.weight).shape)
 
     def sum(self) -> Tensor:
         """The sum so far, to be added to."""
@@ -101,13 +104,22 @@ class Statistic:
 
     def state(self) -> dict[str, Tensor]:
         """What must be kept to go on later."""
-        return {"count": self.count} | ({} if self.total is None else {"total": self.total})
+        if self.total is None:
+            return {"count": self.count}
+        return {"count": self.count, "total": shards.whole(self.total, self.weight) if self._by_rows() else self.total}
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Take over what `state` gave."""
         device = self.weight.device
         self.count = state["count"].to(device).clone()
-        self.total = state["total"].to(device).clone() if "total" in state else None
+        self.total = None
+        if "total" in state:
+            total = shards.rows(state["total"], self.weight) if self._by_rows() else state["total"]
+            self.total = total.to(device).clone()
+
+    def _by_rows(self) -> bool:
+        """Whether the sum has a place for each weight."""
+        return type(self).shape is Statistic.shape
 
 
 STATISTICS: dict[str, type[Statistic]] = {}
@@ -171,7 +183,7 @@ class SoftMovement(Movement):
 
     def add(self, seen: Gradient) -> None:
         change = seen.weight.float() * seen.value
-        self.squares += change.square().mean()
+        self.squares += shards.mean(change.square(), self.weight)
         scale = (self.squares / self.count).sqrt()
         change /= scale.clamp(min=torch.finfo(torch.float32).tiny)
         scores = self.sum()
@@ -197,7 +209,7 @@ class FisherBlocks(Statistic):
 
     def shape(self) -> tuple[int, ...]:
         size = self.settings.block
-        return (-(-self.weight.numel() // size), size, size)
+        return (-(-shards.held(self.weight).numel() // size), size, size)
 
     def add(self, seen: Gradient) -> None:
         value = seen.value if seen.out is None else seen.value.masked_fill(seen.out, 0.0)
@@ -206,7 +218,7 @@ class FisherBlocks(Statistic):
 
     def read(self) -> Tensor:
         """The mean, with `dampening` x its mean diagonal added to the diagonal."""
-        return _dampened(self.mean(), self.settings.dampening, self.weight.numel())
+        return _dampened(self.mean(), self.settings.dampening, self.weight.numel(), self.weight)
 
 
 class InputStatistic(Statistic):
@@ -250,9 +262,13 @@ def blocks_of(matrix: Tensor, size: int) -> Tensor:
     return torch.nn.functional.pad(flat, (0, -flat.numel() % size)).view(-1, size)
 
 
-def _dampened(matrices: Tensor, share: float, size: int) -> Tensor:
-    """Square matrices, in place, plus `share` of their mean diagonal; the identity where nothing was ever observed."""
+def _dampened(matrices: Tensor, share: float, size: int, like: Tensor | None = None) -> Tensor:
+    """Square matrices, in place, plus `share` of their mean diagonal; the identity where nothing was ever observed.
+
+    Args:
+        like: the weight of which other processes may hold other matrices.
+    """
     diagonal = matrices.diagonal(dim1=-2, dim2=-1)
-    mean = diagonal.sum() / size
+    mean = (diagonal.sum() if like is None else shards.summed(diagonal.sum(), like)) / size
     diagonal.add_(torch.where(mean > 0, share * mean, torch.ones_like(mean)))
     return matrices

@@ -19,6 +19,7 @@ from spdtool import (
     evaluation,
     pairing,
     processes,
+    shards,
     tasks,
     teacher_outputs,
     training,
@@ -59,13 +60,14 @@ def phase(run: Run, stage: str, start: str, make_pruner: MakePruner) -> dict[str
     eager = section.loss.attention > 0 or front.device.type == "cpu"  # the fused one's backward pass is slow there
     folder = run.read(start)
     teacher_folder = folder if start == "teacher" else run.read("teacher")
-    teacher = encoders.load(teacher_folder, eager=eager).to(front.device).requires_grad_(False)
+    teacher = encoders.load(teacher_folder, eager=eager).requires_grad_(False)
     tokenizers = [encoders.load_tokenizer(folder), encoders.load_tokenizer(teacher_folder)]
     if stage == "prune" and recipe.student is not None:
         student, tokenizers[0] = _given(recipe, teacher, tokenizers[1], eager=eager)
     else:
         student = encoders.load(folder, dropout=section.dropout, eager=eager)
-    student, tokenizer = student.to(front.device), tokenizers[0]
+    teacher = encoders.place(teacher, recipe, front.device)
+    student, tokenizer = encoders.place(student, recipe, front.device, section.train), tokenizers[0]
     pairing.check(recipe, student, teacher)
     task, splits = data.prepare(recipe, pairing.richest(*tokenizers), encoders.label_names(student))
     if recipe.student is not None:
@@ -92,8 +94,9 @@ def phase(run: Run, stage: str, start: str, make_pruner: MakePruner) -> dict[str
 
     def leave(sparsity: float) -> dict[str, Any]:
         folder = work.folder / LEFT / f"{sparsity:g}"
+        weights = shards.state_dict(student, keep=processes.is_main())
         if processes.is_main():
-            encoders.save(student, tokenizer, folder)
+            encoders.save(student, tokenizer, folder, weights)
             check_counts(encoders.zeros(folder, list(masks.parameters)), sparsity, pruner.scope)
         return _measured(task, forward, splits, evaluate_train) | {"folder": f"{LEFT}/{folder.name}"}
 
@@ -122,8 +125,9 @@ def phase(run: Run, stage: str, start: str, make_pruner: MakePruner) -> dict[str
                 work.metrics |= training.fit(parts, section, recipe, work, run.fingerprint(stage), front, watch)
         pruner.seal()
         work.metrics |= _measured(task, forward, splits, evaluate_train) | {"sparsity": masks.sparsity()}
+        weights = shards.state_dict(student, keep=processes.is_main())
         if processes.is_main():
-            encoders.save(student, tokenizer, work.folder)
+            encoders.save(student, tokenizer, work.folder, weights)
             projecting.save(projections, work.folder)
             saved = encoders.zeros(work.folder, list(masks.parameters))
             check_counts(saved, pruner.target, pruner.scope)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from spdtool import collectives, console, data, encoders, evaluation, processes, tasks, training
+from spdtool import collectives, console, data, encoders, evaluation, processes, shards, tasks, training
 from spdtool.pieces import Share
 from spdtool.run import Run
 
@@ -37,7 +37,7 @@ def teacher(run: Run) -> dict[str, Any]:
         tokenizer = encoders.load_tokenizer(recipe.model)
         model = encoders.load(recipe.model, labels=task.labels, dropout=section.dropout, smoke=recipe.smoke)
     encoders.layer_stack(model)  # refuse an unsupported architecture before hours are spent on it
-    model.to(front.device)
+    model = encoders.place(model, recipe, front.device, section.train)
     encoded = data.encode(tokenizer, splits, recipe.max_length)
     _refuse_misfit(model, encoded)
     forward = evaluation.torch_forward(model, front.device)
@@ -61,8 +61,9 @@ def teacher(run: Run) -> dict[str, Any]:
         summary = training.fit(parts, section, recipe, work, run.fingerprint("teacher"), front, watch)
         work.metrics |= summary | {"dev": score(), "given": None}
         work.metrics |= {} if evaluate_train is None else {"train": evaluate_train()}
+        weights = shards.state_dict(model, keep=processes.is_main())
         if processes.is_main():
-            encoders.save(model, tokenizer, work.folder)
+            encoders.save(model, tokenizer, work.folder, weights)
     collectives.wait()
     return work.metrics
 
@@ -79,7 +80,7 @@ def take(run: Run, source: str) -> dict[str, Any]:
     encoders.layer_stack(model)
     task, encoded = data.prepare(run.recipe, tokenizer, encoders.label_names(model))
     _refuse_misfit(model, encoded)
-    model.to(front.device)
+    model = encoders.place(model, run.recipe, front.device)
     with console.busy(f"measuring the given teacher {source}"):
         forward = evaluation.torch_forward(model, front.device)
         metrics = evaluation.evaluate(task, forward, encoded, together=True)
@@ -87,8 +88,9 @@ def take(run: Run, source: str) -> dict[str, Any]:
         train = evaluation.evaluate_rows(task, forward, sample, together=True) if len(sample) else None
     console.say(f"given teacher: dev {console.scores(metrics)}")
     with run.stage("teacher") as work:
+        weights = shards.state_dict(model, keep=processes.is_main())
         if processes.is_main():
-            encoders.save(model, tokenizer, work.folder)
+            encoders.save(model, tokenizer, work.folder, weights)
         work.metrics |= {"dev": metrics, "given": source} | ({} if train is None else {"train": train})
     collectives.wait()
     return work.metrics
