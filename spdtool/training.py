@@ -11,6 +11,7 @@ up to rounding, however many there are.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from spdtool import collectives, encoders, prefetch, processes, shards
+from spdtool import collectives, console, encoders, prefetch, processes, shards
 from spdtool.console import Watch
 from spdtool.data import Encoded, training_batches
 from spdtool.errors import DeviceError
@@ -43,13 +44,21 @@ def accelerator(recipe: Recipe) -> Accelerator:
     """The Accelerate front for the recipe's device and precision; where several ranks were launched, it joins them.
 
     Raises:
-        DeviceError: CUDA was demanded and does not answer, or fp16 was asked for on a CPU.
+        DeviceError: CUDA was demanded and does not answer, fp16 was asked for on a CPU, or accelerate told to shard.
     """
     if recipe.device == "cuda" and not torch.cuda.is_available():
         raise DeviceError("CUDA was demanded and no CUDA device answers", "see `spdtool doctor`, or use --device cpu")
     on_cpu = recipe.device == "cpu" or not torch.cuda.is_available()
     if on_cpu and recipe.precision == "fp16":
         raise DeviceError("fp16 training needs a CUDA device", "use --set precision=bf16 or fp32")
+    for asked in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{asked}", "false").lower() == "true":
+            raise DeviceError(
+                f"accelerate was told to use {asked}, which this training loop does not go through",
+                "leave it out; --set shard=true keeps a part of the weights in each process",
+            )
+    if recipe.shard and processes.count() == 1:
+        console.warn("shard is ignored: there is one process, which keeps everything")
     local = processes.local_rank()
     if not on_cpu and local >= torch.cuda.device_count():
         raise DeviceError(
