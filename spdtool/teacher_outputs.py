@@ -44,7 +44,7 @@ def worth_keeping(recipe: Recipe, stage: str, rows: Encoded, teacher: Any, layer
     assert isinstance(section, Distilled)
     if section.loss.attention > 0 or rows.left:  # padded on the left, what a row gives depends on its batch
         return False
-    if recipe.shard:  # one process would compute them for all
+    if recipe.shard and collectives.count() > 1:  # one process would compute them for all
         return False
     if not reads_states(section.loss):
         return _visits(section, len(rows)) >= len(rows)
