@@ -171,6 +171,8 @@ def make_recipe(
         "smoke": smoke or None,
     }
     chosen = recipe.resolve(name, flags, sets or ())
+    if teacher and model and chosen.student != "pretrained":
+        console.warn(f"--model {model} is ignored: the teacher is given, and the student starts as its copy")
     return chosen.model_copy(update={"student": _from_here(chosen.student)})
 
 

@@ -23,7 +23,9 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -238,6 +240,25 @@ def _import(name: str, where: str, load: Callable[[], Any]) -> None:
     finally:
         _loading = None
     _found[where] = Plugin(name, where, error)
+
+
+@contextmanager
+def blamed(part: Part[Any]) -> Iterator[None]:
+    """Run a part of a plugin inside the block: what it raises is told as its failure, and where.
+
+    Raises:
+        PluginError: the part comes from a plugin, and has failed.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, SpdError) or part.source.startswith("spdtool."):
+            raise
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{last.filename}, line {last.lineno}"
+        raise PluginError(
+            f"{part.name!r} of {part.source} has failed: {type(error).__name__}: {error} ({where})"
+        ) from error
 
 
 def _blame(name: str, error: str) -> None:

@@ -23,6 +23,7 @@ RATE_TIMES_WIDTH = 0.384
 FREE = frozenset(
     {"name", "save_minutes", "restarts", "shard", "device", "teacher_states_gb"}
 )  # they may change between two calls on one run folder
+OF_STUDENT = frozenset({"sparsity", "student"})  # fields outside the sections of which the teacher knows nothing
 SEE_FIELDS = "(`spdtool recipes default` lists every field)"
 PHASES = ("prune", "distill", "finetune")  # of the student
 TRAINING = ("teacher", *PHASES)
@@ -452,7 +453,7 @@ def parse(tree: dict[str, Any]) -> Recipe:
     except ValidationError as error:
         problem = error.errors()[0]
         dotted = ".".join(str(part) for part in problem["loc"])
-        if not dotted:
+        if not problem["loc"]:
             raise RecipeError(str(problem["ctx"]["error"]), SEE_FIELDS) from None
         if problem["type"] == "extra_forbidden":
             raise _unknown_field(dotted) from None
@@ -463,6 +464,14 @@ def parse(tree: dict[str, Any]) -> Recipe:
                 f"its fields are {', '.join(inside)}",
             ) from None
         raise RecipeError(f"{dotted} = {problem['input']!r}: {problem['msg'].lower()}", _help_for(dotted)) from None
+
+
+def first_use(field: str) -> str:
+    """The first stage that a field, by its dotted name, has a part in."""
+    section = field.split(".")[0]
+    if section in STAGES:
+        return section
+    return PHASES[0] if field in OF_STUDENT else STAGES[0]
 
 
 def amend(recipe: Recipe, sets: Iterable[str]) -> Recipe:

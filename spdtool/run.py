@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 from spdtool import processes
 from spdtool import recipe as recipes
 from spdtool.errors import Corrupt, RunError, RunLocked, RunMismatch, SpdError, StageMissing
-from spdtool.recipe import FREE, STAGES, Recipe
+from spdtool.recipe import FREE, STAGES, Recipe, first_use
 
 RECORD = "stage.json"
 STATE = "state"
@@ -97,19 +97,19 @@ class Run:
         if not (path / "run.json").exists():
             if path.exists() and (not path.is_dir() or {file.name for file in path.iterdir()} - BEFORE_THE_RECIPE):
                 raise RunError(f"{path} exists and is not a run folder", "give another --run")
+            above = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+            if not os.access(above, os.W_OK):
+                raise _no_place(path, f"{above} may not be written to")
             return cls(path, recipe)
         old = cls.open(path)
         changed = [d for d in recipe.differences(old.recipe) if d[0] not in FREE]
         kept = STAGES[: STAGES.index(redo)] if redo else STAGES
         finished = [stage for stage in kept if old.done(stage)]
-        fatal = [
-            d for d in changed if finished and (d[0].split(".")[0] not in STAGES or d[0].split(".")[0] in finished)
-        ]
+        fatal = [d for d in changed if first_use(d[0]) in finished]
         if fatal:
             lines = "; ".join(f"{name} is {theirs!r} there and {mine!r} here" for name, mine, theirs in fatal[:5])
             raise RunMismatch(
-                f"{path} belongs to another recipe: {lines}",
-                "give another --run, or redo its stages with --again",
+                f"{path} belongs to another recipe: {lines}", _way_out(path, [name for name, _, _ in fatal])
             )
         run = cls(path, recipe)
         if changed and not dry and processes.is_main():
@@ -181,7 +181,10 @@ class Run:
             yield Work(stage, self._partial(stage))
             self._reads = {}
             return
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _no_place(self.path, error.strerror or str(error)) from None
         with self._lock():
             if self.done(stage):
                 raise RunError(f"{stage} is already done in {self.path}", _redo(stage, self.path))
@@ -362,6 +365,21 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def _no_place(path: Path, why: str) -> RunError:
+    return RunError(f"no run folder can be made at {path}: {why}", "give another --run")
+
+
+def _way_out(path: Path, changed: list[str]) -> str:
+    """What helps where finished stages were made with other values of the fields `changed`."""
+    first = min(map(first_use, changed), key=STAGES.index)
+    if any(name.split(".")[0] not in STAGES and first_use(name) == "teacher" for name in changed):
+        return f"give another --run; its teacher may be this one: --teacher {path / 'teacher'}"
+    if first == "teacher":
+        return f"give another --run, or drop all of it: the same options with `spdtool teacher --run {path} --again`"
+    sets = " ".join(f"--set {name}=..." for name in changed)
+    return f"give another --run, or drop {first} and what follows: `spdtool {first} --run {path} --again {sets}`"
 
 
 def _redo(stage: str, path: Path) -> str:

@@ -212,7 +212,7 @@ def test_the_recipe_comes_back(run: Run) -> None:
 @pytest.mark.parametrize(
     ("changed", "allowed"),
     [
-        ("sparsity=0.5", False),
+        ("sparsity=0.5", True),  # of which the teacher knows nothing
         ("seed=1", False),
         ("teacher.epochs=1", False),
         ("prune.epochs=1", True),  # not done yet
@@ -231,6 +231,38 @@ def test_a_finished_stage_binds_the_recipe_that_made_it(run: Run, changed: str, 
         with pytest.raises(RunMismatch, match=changed.split("=")[0].replace(".", r"\.")):
             Run.at(run.path, other)
         assert Run.open(run.path).recipe == run.recipe
+
+
+def test_what_the_student_has_used_binds_it(run: Run) -> None:
+    for stage in ("teacher", "prune"):
+        finish(run, stage)
+    with pytest.raises(RunMismatch, match="sparsity is") as refused:
+        Run.at(run.path, amend(run.recipe, ["sparsity=0.5"]))
+    assert f"`spdtool prune --run {run.path} --again --set sparsity=...`" in (refused.value.hint or "")
+    assert Run.at(run.path, amend(run.recipe, ["sparsity=0.5"]), redo="prune", dry=True).recipe.sparsity == 0.5
+
+
+@pytest.mark.parametrize(
+    ("changed", "way_out"),
+    [
+        ("seed=1", "--teacher {path}/teacher"),
+        ("teacher.epochs=1", "`spdtool teacher --run {path} --again`"),
+        ("distill.epochs=1", "`spdtool distill --run {path} --again --set distill.epochs=...`"),
+    ],
+)
+def test_a_mismatch_says_what_helps(run: Run, changed: str, way_out: str) -> None:
+    for stage in ("teacher", "prune", "distill"):
+        finish(run, stage)
+    with pytest.raises(RunMismatch) as refused:
+        Run.at(run.path, amend(run.recipe, [changed]))
+    assert way_out.format(path=run.path) in (refused.value.hint or "")
+
+
+def test_a_place_where_nothing_can_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    run = Run.at(tmp_path / "file" / "run", Recipe())
+    with pytest.raises(RunError, match="no run folder can be made at"), run.stage("teacher"):
+        pass
 
 
 def test_what_no_finished_stage_has_used_replaces_the_old_recipe(run: Run) -> None:

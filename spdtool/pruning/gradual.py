@@ -65,7 +65,7 @@ class Pruner:
         self.clamped: dict[str, tuple[int, int]] = {}
         self.lowered: dict[str, float] = {}
         self.criterion = criterion
-        self._score, self._pattern = part.value, plugins.patterns.get(pattern)
+        self._part, self._pattern = part, plugins.patterns.get(pattern)
         self._update = part.meta.get("update") if update else None
         self._dense_gradients = bool(part.meta.get("dense_gradients", False))
         needs = _known(criterion, part.meta.get("needs", ())) if events else ()  # nothing to rank: nothing to observe
@@ -129,7 +129,8 @@ class Pruner:
         """Prune if an event is due after optimiser step `step`; return the sparsity now, or None.
 
         Raises:
-            RecipeError: nothing was observed of what the criterion ranks by.
+            RecipeError: nothing was observed of what the criterion ranks by, or its scores are none.
+            PluginError: the criterion of a plugin fails.
         """
         sparsity = self.events.get(step)
         if sparsity is None:
@@ -139,7 +140,7 @@ class Pruner:
                 f"criterion {self.criterion!r} has observed nothing before the prune event at step {step}",
                 "set prune.calibration to a number of batches, leave prune.first out, or set compile to false",
             )
-        scores = {name: self._score(self.masks.filled(name), self._observation.stats(name)) for name in self.masks.dead}
+        scores = {name: self._scored(name) for name in self.masks.dead}
         dead, made = self.masks.decide(scores, sparsity, self._pattern, self.scope, self.least)
         self.clamped, self.lowered = made.clamped, made.least
         mended = self._mended(dead)
@@ -147,6 +148,27 @@ class Pruner:
         self.masks.bury(dead, mended)
         self.forget()
         return sparsity
+
+    def _scored(self, name: str) -> Tensor:
+        """The criterion's scores of one matrix.
+
+        Raises:
+            RecipeError: they are of another shape than the weight, or not numbers.
+            PluginError: the criterion of a plugin fails.
+        """
+        weight = self.masks.filled(name)
+        with plugins.blamed(self._part):
+            scores = self._part.value(weight, self._observation.stats(name))
+        asked = f"criterion {self.criterion!r} must give a score for each weight of {name}"
+        if not torch.is_tensor(scores) or scores.shape != weight.shape:
+            found = f"shape {tuple(scores.shape)}" if torch.is_tensor(scores) else type(scores).__name__
+            raise RecipeError(f"{asked}, shape {tuple(weight.shape)}, and gives {found}")
+        if bool(scores.isnan().any()):
+            raise RecipeError(
+                f"{asked}, and {int(scores.isnan().sum()):,} of {scores.numel():,} are not numbers",
+                "if the losses before were none either, set prune.learning_rate lower",
+            )
+        return scores
 
     def seal(self) -> None:
         """Before the weights are handed over: make the zeros say what the masks say.

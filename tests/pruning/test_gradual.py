@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spdtool import plugins
-from spdtool.errors import GateError, ModelError, RecipeError, UnknownName
+from spdtool.errors import GateError, ModelError, PluginError, RecipeError, UnknownName
 from spdtool.pruning.gradual import Pruner
 from spdtool.pruning.masks import Masks
 from spdtool.pruning.patterns import zeros_in
@@ -57,14 +58,42 @@ def test_the_seal_refuses_a_count_that_was_not_reached() -> None:
         pruner.seal()
 
 
-def test_weights_that_became_nan_are_not_handed_over() -> None:
+def test_weights_that_became_nan_are_refused_at_the_event() -> None:
     weights = held()
     pruner = pruner_of(weights, [(2, 0.5)])
     with torch.no_grad():
         weights["a"].fill_(torch.nan)
-    pruner.step(2)
+    with pytest.raises(RecipeError, match="'magnitude' must give a score for each weight of a, and 30 of 30 are not"):
+        pruner.step(2)
     with pytest.raises(GateError, match="a has 0 zeros"):
         pruner.seal()
+
+
+@pytest.mark.parametrize(
+    ("score", "told"),
+    [
+        (lambda weight, stats: weight.abs()[:1], r"shape \(6, 5\), and gives shape \(1, 5\)"),
+        (lambda weight, stats: weight.abs().flatten(), r"gives shape \(30,\)"),
+        (lambda weight, stats: 1.0, "gives float"),
+        (lambda weight, stats: None, "gives NoneType"),
+        (lambda weight, stats: weight / 0 - weight / 0, "30 of 30 are not numbers"),
+    ],
+)
+def test_scores_that_are_none_are_refused(score: Any, told: str) -> None:
+    plugins.criteria.register("wrong")(score)
+    pruner = pruner_of(held(), [(1, 0.5)], criterion="wrong")
+    with pytest.raises(RecipeError, match=told):
+        pruner.step(1)
+
+
+def test_a_plugin_that_fails_is_named_with_the_place() -> None:
+    def score(weight: Tensor, stats: Stats) -> Tensor:
+        return stats.nothing_of_that_kind
+
+    plugins.criteria.register("failing")(score)
+    pruner = pruner_of(held(), [(1, 0.5)], criterion="failing")
+    with pytest.raises(PluginError, match=r"'failing' of .* has failed: AttributeError.*test_gradual\.py, line \d+"):
+        pruner.step(1)
 
 
 def saliency(needs: tuple[str, ...], **meta: Any) -> list[Stats]:
@@ -223,11 +252,11 @@ def test_with_regrowth_the_last_event_is_as_if_no_other_had_been() -> None:
     straight = pruner_of(one, [(3, 0.5)])
     winding = pruner_of(two, [(1, 0.5), (2, 0.5), (3, 0.5)], regrowth=True)
     straight.step(3)
-    scores = winding._score
-    winding._score = lambda weight, stats: -weight.abs()
+    own = winding._part
+    winding._part = replace(own, value=lambda weight, stats: -weight.abs())
     winding.step(1)
     winding.step(2)
-    winding._score = scores
+    winding._part = own
     winding.step(3)
     winding.seal()
     assert all(torch.equal(one[name], two[name]) for name in one)
