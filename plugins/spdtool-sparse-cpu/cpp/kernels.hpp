@@ -88,6 +88,10 @@ struct Kernels {
   // y (+)= W x over blocks [begin, end) of a matrix, for a tile of `vectors` vectors; blocks of depth 0 begin with the bias.
   void (*multiply)(const MatrixView&, size_t begin, size_t end, TileIn x, TileOut y, int vectors);
 
+  // For every entry of one block of a matrix, the sum over the columns of a tile of x[input] * y[row], added to `sums` or, if
+  // `first`, written there: for each bundle row after row, its steps made up to a multiple of four.
+  void (*sample)(const MatrixView&, size_t block, TileIn x, TileIn y, int vectors, float* sums, bool first);
+
   void (*activate)(Activation, float* x, size_t size);
 
   // x = layer_norm(x + y) over `rows`, column by column; `y` may be null.
