@@ -27,6 +27,7 @@ ROWS: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
     "fp32, AdamW unfused": ("default", "prune", (), ("unfused",)),
     "fp32, attention maps kept": ("default", "prune", (), ("attention maps",)),
     "fp32, torch's products": ("default", "prune", (), ("torch products",)),
+    "fp32, dense products": ("default", "prune", ("sparse_products=false",), ()),
     "fp32, masks after every step": ("default", "prune", (), ("masks every step",)),
     "fp32, sdpa": ("default", "prune", (), ("sdpa",)),
     "bf16, sdpa": ("default", "prune", ("precision=bf16",), ("sdpa",)),
