@@ -23,6 +23,7 @@ BlockedPattern::BlockedPattern(const SparseRows& weights, bool dense, uint32_t b
   for (uint32_t row = 0; row < rows_; row += block_rows)
     for (uint32_t depth = 0; depth < columns_; depth += block_depth) add_block(weights, row, depth, cursor);
   entries_ = source.size();
+  order_.resize(order_.size() + kBundle, 0);  // kernels look ahead
 }
 
 void BlockedPattern::add_block(const SparseRows& weights, uint32_t row, uint32_t depth, std::vector<uint32_t>& cursor) {

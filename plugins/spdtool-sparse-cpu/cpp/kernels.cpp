@@ -7,6 +7,8 @@ namespace {
 
 using namespace sparse_cpu;
 
+constexpr size_t kLine = 16;  // numbers of a line of the cache
+
 // ---- products
 
 // Rows that one pass over a bundle keeps in registers: as many as fit beside the inputs and the weights. Eight make the
@@ -213,16 +215,22 @@ SPARSE_INLINE void sample_row(const Vector (&row)[V], const float* x, const uint
   }
 }
 
+// Rows of the other tile, in no order that the processor could guess, are asked for this many in advance.
+constexpr int kRowsAhead = 4;
+
 template <int V, bool First>
 void sample_block(const MatrixView& matrix, const Block& block, const float* x, const float* y, float* sums) {
+  constexpr size_t kWidth = V * kLanes;
   const uint16_t* order = matrix.order + block.first_slot;
   const uint8_t* index = matrix.index + block.first_entry;
+  for (size_t i = 0; i < block.depths * kWidth; i += kLine) __builtin_prefetch(x + i);
   for (const Run* run = matrix.runs + block.first_run, *last = run + block.runs; run < last; run++)
     for (uint32_t bundle = 0; bundle < run->bundles; bundle++, order += kBundle, index += size_t(run->steps) * kBundle)
       for (int r = 0; r < kBundle; r++, sums += (run->steps + 3) / 4 * 4) {
+        for (size_t i = 0; i < kWidth; i += kLine) __builtin_prefetch(y + order[r + kRowsAhead] * kWidth + i);
         Vector row[V];
 #pragma GCC unroll 4
-        for (int v = 0; v < V; v++) row[v] = load(y + order[r] * (V * kLanes) + v * kLanes);
+        for (int v = 0; v < V; v++) row[v] = load(y + order[r] * kWidth + v * kLanes);
         sample_row<V, First>(row, x, index + r, run->steps, sums);
       }
 }
@@ -494,34 +502,55 @@ void add_int8(float* sum, const uint8_t* row, size_t size, float scale) {
   for (size_t i = 0; i < size; i++) sum[i] += float(int8_t(row[i])) * scale;
 }
 
-// Numbers of a row that are moved before the next row's: those of one line of the cache.
-constexpr size_t kLine = 16;
+// Of a row, the numbers of one line of the cache are moved before those of the next row. Where four rows stand at `line`;
+// instead of one that is null, `none`.
+template <class Row>
+SPARSE_INLINE void at_line(Row const* rows, size_t line, Row none, Row (&at)[4]) {
+  for (int k = 0; k < 4; k++) at[k] = rows[k] ? rows[k] + line : none;
+}
 
 void into_tile(const float* const* rows, size_t width, size_t size, float* tile) {
+  static const float zeros[kLine] = {};
   const size_t whole = size / 4 * 4;
   for (size_t line = 0; line < whole; line += kLine)
-    for (size_t c = 0; c < width; c += 4)
-      for (size_t i = line; i < whole && i < line + kLine; i += 4) {
+    for (size_t c = 0; c < width; c += 4) {
+      const float* from[4];
+      at_line<const float*>(rows + c, line, zeros, from);
+      float* to = tile + line * width + c;
+      const size_t count = whole - line < kLine ? whole - line : kLine;
+#pragma GCC unroll 4
+      for (size_t i = 0; i < count; i += 4) {
         Quad q[4];
-        for (int k = 0; k < 4; k++) q[k] = rows[c + k] ? *reinterpret_cast<const UnalignedQuad*>(rows[c + k] + i) : Quad{};
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; k++) q[k] = *reinterpret_cast<const UnalignedQuad*>(from[k] + i);
         transpose(q);
-        for (int k = 0; k < 4; k++) *reinterpret_cast<UnalignedQuad*>(tile + (i + k) * width + c) = q[k];
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; k++) *reinterpret_cast<UnalignedQuad*>(to + (i + k) * width) = q[k];
       }
+    }
   for (size_t i = whole; i < size; i++)
     for (size_t c = 0; c < width; c++) tile[i * width + c] = rows[c] ? rows[c][i] : 0.0f;
 }
 
 void out_of_tile(const float* tile, size_t width, size_t size, float* const* rows) {
+  float nowhere[kLine];
   const size_t whole = size / 4 * 4;
   for (size_t line = 0; line < whole; line += kLine)
-    for (size_t c = 0; c < width; c += 4)
-      for (size_t i = line; i < whole && i < line + kLine; i += 4) {
+    for (size_t c = 0; c < width; c += 4) {
+      float* to[4];
+      at_line<float*>(rows + c, line, nowhere, to);
+      const float* from = tile + line * width + c;
+      const size_t count = whole - line < kLine ? whole - line : kLine;
+#pragma GCC unroll 4
+      for (size_t i = 0; i < count; i += 4) {
         Quad q[4];
-        for (int k = 0; k < 4; k++) q[k] = *reinterpret_cast<const UnalignedQuad*>(tile + (i + k) * width + c);
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; k++) q[k] = *reinterpret_cast<const UnalignedQuad*>(from + (i + k) * width);
         transpose(q);
-        for (int k = 0; k < 4; k++)
-          if (rows[c + k]) *reinterpret_cast<UnalignedQuad*>(rows[c + k] + i) = q[k];
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; k++) *reinterpret_cast<UnalignedQuad*>(to[k] + i) = q[k];
       }
+    }
   for (size_t i = whole; i < size; i++)
     for (size_t c = 0; c < width; c++)
       if (rows[c]) rows[c][i] = tile[i * width + c];

@@ -43,7 +43,7 @@ struct Block {
 struct MatrixView {
   const Block* blocks;
   const Run* runs;
-  const uint16_t* order;  // for each slot of a bundle, its row within the block
+  const uint16_t* order;  // for each slot of a bundle, its row within the block; kBundle spare ones in the end
   const uint8_t* index;   // for each entry, its input within the block; absent (null) where every weight is stored
   const float* value;
   const float* bias;  // of every row

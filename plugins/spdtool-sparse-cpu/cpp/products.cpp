@@ -41,11 +41,11 @@ SPARSE_EXPORT size_t spdtool_products_tile_size(const TrainingProducts* products
 
 SPARSE_EXPORT const char* spdtool_products_forward(const TrainingProducts* products, size_t threads, const float* weight,
                                                    const float* bias, const float* x, size_t n, float* tiles, float* y) {
-  return guarded([&] { products->forward(weight, bias, x, n, tiles, y, best_kernels(), Pool(threads)); });
+  return guarded([&] { products->forward(weight, bias, x, n, tiles, y, best_kernels(), Pool(threads), threads); });
 }
 
 SPARSE_EXPORT const char* spdtool_products_backward(const TrainingProducts* products, size_t threads, const float* weight,
                                                     const float* dy, size_t n, const float* tiles, float* dx,
                                                     float* dweight) {
-  return guarded([&] { products->backward(weight, dy, n, tiles, dx, dweight, best_kernels(), Pool(threads)); });
+  return guarded([&] { products->backward(weight, dy, n, tiles, dx, dweight, best_kernels(), Pool(threads), threads); });
 }

@@ -22,14 +22,14 @@ class TrainingProducts {
   uint32_t columns() const { return forward_.pattern.columns(); }
 
   // y[n][rows] = x[n][columns] W^T + bias, which may be null. `tiles`, of tile_size(n) numbers, is given `x` in tiles, for the
-  // weight gradient; null: not kept.
+  // weight gradient; null: not kept. At most `threads` threads join.
   void forward(const float* weight, const float* bias, const float* x, size_t n, float* tiles, float* y,
-               const Kernels& kernels, const Lender& lender) const;
+               const Kernels& kernels, const Lender& lender, size_t threads) const;
 
   // From dy[n][rows]: dx[n][columns] = dy W, and dweight[rows][columns] = dy^T x where weights are alive, zero elsewhere.
   // Either may be null; `tiles` is what `forward` kept.
   void backward(const float* weight, const float* dy, size_t n, const float* tiles, float* dx, float* dweight,
-                const Kernels& kernels, const Lender& lender) const;
+                const Kernels& kernels, const Lender& lender, size_t threads) const;
 
   size_t tile_size(size_t n, const Kernels& kernels) const { return Tiles(n, kernels.lanes, 1).columns() * columns(); }
 
@@ -39,10 +39,19 @@ class TrainingProducts {
     std::vector<uint32_t> place;  // for each entry 1 + where its weight stands in the dense matrix, or 0
   };
 
+  // Rows of a batch, their tiles (to be filled), and what comes out of the product with one side.
+  struct Batch {
+    const Tiles& tiles;
+    const float* rows;
+    size_t n;
+    float* in;
+    float* out;  // null: only the tiles are filled
+  };
+
   static void gather(const Side& side, uint32_t row_block, const float* weight, float* value);
-  static void multiply(const Side& side, const float* value, const float* bias, const float* in, const Tiles& tiles,
-                       size_t item, float* out, float* y, size_t n, const Kernels& kernels);
-  void sample(size_t block, const float* x, const float* dy, const Tiles& tiles, float* dweight,
+  static void multiply(const Side& side, const float* value, const float* bias, const Batch& batch, size_t tile,
+                       const Kernels& kernels);
+  void sample(size_t begin, size_t end, const float* x, const float* dy, const Tiles& tiles, float* dweight,
               const Kernels& kernels) const;
 
   Side forward_, backward_;

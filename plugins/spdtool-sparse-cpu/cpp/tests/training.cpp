@@ -33,13 +33,13 @@ struct Found {
 };
 
 Found computed(const TrainingProducts& products, const Layer& layer, const std::vector<float>& x,
-               const std::vector<float>& dy, size_t n, const Lender& lender) {
+               const std::vector<float>& dy, size_t n, const Lender& lender, size_t threads = 1) {
   Found found{std::vector<float>(n * layer.weight.rows, -7.0f), std::vector<float>(n * layer.weight.columns, -7.0f),
               std::vector<float>(layer.weight.raw.size(), -7.0f)};
   std::vector<float> tiles(products.tile_size(n, kernels));
   const float* const weight = layer.weight.raw.data();
-  products.forward(weight, layer.bias.data(), x.data(), n, tiles.data(), found.y.data(), kernels, lender);
-  products.backward(weight, dy.data(), n, tiles.data(), found.dx.data(), found.dweight.data(), kernels, lender);
+  products.forward(weight, layer.bias.data(), x.data(), n, tiles.data(), found.y.data(), kernels, lender, threads);
+  products.backward(weight, dy.data(), n, tiles.data(), found.dx.data(), found.dweight.data(), kernels, lender, threads);
   return found;
 }
 
@@ -97,15 +97,15 @@ void parts_of_it() {
   const Found all = computed(products, layer, x, dy, 40, one);
   std::vector<float> y(40 * 20, 1), dx(40 * 30, 1), dweight(20 * 30, 1), tiles(products.tile_size(40, kernels));
   const float* const weight = layer.weight.raw.data();
-  products.forward(weight, nullptr, x.data(), 40, nullptr, y.data(), kernels, one);
+  products.forward(weight, nullptr, x.data(), 40, nullptr, y.data(), kernels, one, 1);
   CHECK(y == std::vector<float>(40 * 20, 0));
-  products.backward(weight, dy.data(), 40, nullptr, dx.data(), nullptr, kernels, one);
+  products.backward(weight, dy.data(), 40, nullptr, dx.data(), nullptr, kernels, one, 1);
   CHECK(dx == all.dx);
-  products.forward(weight, nullptr, x.data(), 40, tiles.data(), y.data(), kernels, one);
-  products.backward(weight, dy.data(), 40, tiles.data(), nullptr, dweight.data(), kernels, one);
+  products.forward(weight, nullptr, x.data(), 40, tiles.data(), y.data(), kernels, one, 1);
+  products.backward(weight, dy.data(), 40, tiles.data(), nullptr, dweight.data(), kernels, one, 1);
   CHECK(dweight == all.dweight);
-  products.forward(weight, nullptr, nullptr, 0, nullptr, nullptr, kernels, one);
-  products.backward(weight, nullptr, 0, tiles.data(), nullptr, dweight.data(), kernels, one);
+  products.forward(weight, nullptr, nullptr, 0, nullptr, nullptr, kernels, one, 1);
+  products.backward(weight, nullptr, 0, tiles.data(), nullptr, dweight.data(), kernels, one, 1);
   CHECK(dweight == std::vector<float>(20 * 30, 0));
 }
 
@@ -114,7 +114,7 @@ struct Case {
     x = random_vector(chance, n * 210);
     dy = random_vector(chance, n * 250);
   }
-  Found run(size_t threads) const { return computed(products, layer, x, dy, n, Pool(threads)); }
+  Found run(size_t threads) const { return computed(products, layer, x, dy, n, Pool(threads), threads); }
 
   static constexpr size_t n = 150;
   Chance chance;
