@@ -5,7 +5,7 @@
 
 One thread, CPU time, medians of interleaved rounds. Dense is the faster of torch's own product and oneDNN's, for each.
 `of dense`: forward, input gradient, weight gradient; then all three (dense / sparse, with the spread over the rounds),
-and forward and input gradient sparse beside a dense weight gradient, as where a criterion reads the gradients of the dead.
+and forward and input gradient sparse beside a dense weight gradient, as where a criterion reads gradients of the dead.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"kernels: {library.isa()}\n")
-    print("| matrix | tokens | zeros | dense ms, GFLOP/s | of dense | sparse ms | all three | dense weight gradient | index ms |")
+    print("| matrix | tokens | zeros | dense ms, GFLOP/s | of dense | sparse ms | all three | dense dW | index ms |")
     print("|---|---|---|---|---|---|---|---|---|")
     for shape in options.shapes:
         outputs, inputs = (int(word) for word in shape.split("x"))

@@ -11,9 +11,9 @@ after every step, torch's own products. With one thread, time is the process's C
 used. Evaluations, prune events, loading and the first steps do not count.
 
 The utilisation is that of matrix products by their shapes: per padded token 2 multiply-adds of every weight of the
-layers, zeros too, and attention; once for the teacher, three times for the student. `inside` is the speed within the products, by
-their share of a profile. What the teacher shows is computed before the steps that count, once for all rounds; a row
-without that tells what it saves.
+layers, zeros too, and attention; once for the teacher, three times for the student. `inside` is the speed within the
+products, by their share of a profile. What the teacher shows is computed before the steps that count, once for all
+rounds; a row without that tells what it saves.
 
 On a GPU a timed round waits for the device before the first step that counts and after the last one, and nowhere else;
 what the parts of a step take is measured in a round of its own, which waits around each. Memory is the most that torch

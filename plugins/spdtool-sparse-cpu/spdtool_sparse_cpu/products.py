@@ -215,7 +215,9 @@ def _plain_vector(vector: Tensor, size: int) -> Tensor:
 
 def _pays(dead: Tensor) -> bool:
     indexable = dead.device.type == "cpu" and dead.dim() == 2 and max(dead.shape) <= MOST_INPUTS
-    return indexable and dead.numel() < 2**32 - 1 and float(dead.float().mean()) >= least_zeros()
+    if not indexable or dead.numel() >= 2**32 - 1:
+        return False
+    return int(dead.count_nonzero()) >= least_zeros() * dead.numel()
 
 
 @functools.cache

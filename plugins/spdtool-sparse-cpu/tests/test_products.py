@@ -333,30 +333,11 @@ def test_a_student_learns_as_with_dense_products_and_twice_the_same(trained: Cal
             torch.testing.assert_close(weight, its[name], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("sets", "sampled"),
-    [
-        (("prune.criterion=magnitude", "prune.calibration=0"), True),
-        (("gradient_checkpointing=true",), True),
-        (("prune.criterion=magnitude", "prune.calibration=0", "prune.regrowth=true"), False),
-        (("prune.criterion=taylor",), False),
-        (("prune.clip_over=all",), False),
-        (("compile=true",), None),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
-)
-def test_gradients_are_sampled_where_nobody_reads_those_of_the_dead(
-    trained: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, sets: tuple[str, ...], sampled: bool | None
-) -> None:
-    monkeypatch.setattr(nn.Module, "compile", lambda *_, **__: None)  # it takes long
-    asked: list[bool] = []
-    part = plugins.products.part("sparse-cpu")
-    monkeypatch.setitem(
-        plugins.products._parts,
-        "sparse-cpu",
-        type(part)(
-            "sparse-cpu", lambda *args, sampled: (asked.append(sampled), part.value(*args, sampled=sampled)), ""
-        ),
-    )
-    trained("prune.max_steps=3", "prune.events=1", "prune.ramp=0.01", "teacher.max_steps=1", *sets, until="prune")
-    assert asked == ([] if sampled is None else [sampled])
+@pytest.mark.parametrize("sets", ["gradient_checkpointing=true", "prune.accumulate=2", "prune.clip_over=all"])
+def test_other_ways_to_train(trained: Callable[..., Any], sets: str) -> None:
+    few = (sets, "prune.max_steps=3", "prune.events=1", "prune.ramp=0.01", "teacher.max_steps=1")
+    (mine,), calls = trained(*few, folder="sparse", until="prune")
+    (its,), _ = trained(*few, "sparse_products=false", folder="dense", until="prune")
+    assert {"forward", "backward"} == set(calls)
+    for name, weight in mine.items():
+        torch.testing.assert_close(weight, its[name], rtol=1e-4, atol=1e-4)
