@@ -11,9 +11,9 @@ after every step, torch's own products. With one thread, time is the process's C
 used. Evaluations, prune events, loading and the first steps do not count.
 
 The utilisation is that of matrix products by their shapes: per padded token 2 multiply-adds of every weight of the
-layers, and attention; once for the teacher, three times for the student. `inside` is the speed within the products, by
-their share of a profile. What the teacher shows is computed before the steps that count, once for all rounds; a row
-without that tells what it saves.
+layers, zeros too, and attention; once for the teacher, three times for the student. `inside` is the speed within the
+products, by their share of a profile. What the teacher shows is computed before the steps that count, once for all
+rounds; a row without that tells what it saves.
 
 On a GPU a timed round waits for the device before the first step that counts and after the last one, and nowhere else;
 what the parts of a step take is measured in a round of its own, which waits around each. Memory is the most that torch
@@ -37,6 +37,7 @@ from typing import Any
 from train_speed_rows import ON_CPU, ON_GPU, ROWS
 
 WORKER = Path(__file__).with_name("train_speed_worker.py")
+PROFILED = ("fp32, dense products", "bf16")  # a profile does not see the products of a plugin
 WARM = {"cpu": 4, "cuda": 30}  # steps that do not count: in the first ones layers are compiled
 
 
@@ -71,7 +72,7 @@ def compare(options: argparse.Namespace) -> None:
         for row in options.rows:
             found[row].append(_child(options, row))
             print(".", end="", file=sys.stderr, flush=True)
-    looked_into = options.rows if options.device == "cuda" else [row for row in options.rows if row in ("fp32", "bf16")]
+    looked_into = options.rows if options.device == "cuda" else [row for row in options.rows if row in PROFILED]
     profiles = {row: _child(options, row, "--profile") for row in looked_into}
     report = {
         row: summary(row, rounds, found.get(options.against), peaks, profiles.get(row)) for row, rounds in found.items()

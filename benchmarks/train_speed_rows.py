@@ -8,12 +8,14 @@ from typing import Any
 QUICK = ("prune.criterion=magnitude", "prune.calibration=0", "prune.events=1", "prune.first=none", "prune.ramp=1e-9")
 LOGITS = ("prune.loss.hidden=0.0",)
 BF16 = ("precision=bf16",)
+DENSE = ("sparse_products=false",)
 PUBLISHED = ("unfused", "masks every step", "torch products")
 
 # name: (recipe, stage, --set assignments, what is patched)
 ROWS: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
-    "published": ("reference", "prune", (), PUBLISHED),
+    "published": ("reference", "prune", DENSE, PUBLISHED),
     "fp32": ("default", "prune", (), ()),
+    "fp32, dense products": ("default", "prune", DENSE, ()),
     "bf16": ("default", "prune", ("precision=bf16",), ()),
     "fp32, teacher stage": ("default", "teacher", (), ()),
     "fp32, finetune stage": ("default", "finetune", (), ()),
@@ -26,7 +28,7 @@ ROWS: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
     "fp32 padded to max_length": ("default", "prune", ("bucketing=false",), ()),
     "fp32, AdamW unfused": ("default", "prune", (), ("unfused",)),
     "fp32, attention maps kept": ("default", "prune", (), ("attention maps",)),
-    "fp32, torch's products": ("default", "prune", (), ("torch products",)),
+    "fp32, torch's products": ("default", "prune", DENSE, ("torch products",)),
     "fp32, masks after every step": ("default", "prune", (), ("masks every step",)),
     "fp32, sdpa": ("default", "prune", (), ("sdpa",)),
     "bf16, sdpa": ("default", "prune", ("precision=bf16",), ("sdpa",)),

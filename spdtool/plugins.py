@@ -1,6 +1,6 @@
 """The plugin door: what can be added to spdtool, and how it is found.
 
-Five registries, one for each kind of part. A built-in part and a stranger's part use the same decorator:
+Six registries, one for each kind of part. A built-in part and a stranger's part use the same decorator:
 
     from spdtool.plugins import criteria
 
@@ -129,7 +129,8 @@ patterns: Registry[Callable[..., Any]] = Registry("pattern", "spdtool.pruning.pa
 tasks: Registry[Any] = Registry("task", "spdtool.tasks.glue", "spdtool.tasks.demo")
 targets: Registry[Any] = Registry("export target", "spdtool.export.onnx", "spdtool.export.variants")
 stacks: Registry[Callable[..., Any]] = Registry("layer stack")
-REGISTRIES: tuple[Registry[Any], ...] = (criteria, patterns, tasks, targets, stacks)
+products: Registry[Callable[..., None]] = Registry("sparse product")
+REGISTRIES: tuple[Registry[Any], ...] = (criteria, patterns, tasks, targets, stacks, products)
 
 
 @dataclass(frozen=True)

@@ -370,6 +370,8 @@ class Recipe(Section):
     """recompute layers in the backward pass to save memory"""
     compile: bool = False
     """torch.compile each layer"""
+    sparse_products: bool = True
+    """let plugins compute the student's linear layers without their zeros, where that is faster"""
     smoke: bool = False
     """a few steps on a random two-layer model: proves that the pipeline runs, and nothing else"""
     save_minutes: float = Field(10.0, ge=0)

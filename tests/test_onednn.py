@@ -88,3 +88,8 @@ def test_where_it_does_not_pay_layers_stay_as_they_are(monkeypatch: pytest.Monke
     layer = nn.Linear(24, 40)
     onednn.use(layer)
     assert type(layer) is nn.Linear
+
+
+def test_a_product_of_two_matrices() -> None:
+    x, weight = torch.randn(5, 9), torch.randn(7, 9)
+    torch.testing.assert_close(onednn.product(x, weight), x @ weight.t(), rtol=1e-5, atol=1e-4)

@@ -81,6 +81,11 @@ class Pruner:
         return self._observation.reads("gradient")
 
     @property
+    def reads_dead(self) -> bool:
+        """Whether anybody looks at the gradients of dead weights."""
+        return self.reads_gradients or self._dense_gradients or bool(self.masks.kept)
+
+    @property
     def reads_inputs(self) -> bool:
         """Whether the criterion looks at what goes into the layers."""
         return self._observation.reads("input")

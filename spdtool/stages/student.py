@@ -18,6 +18,7 @@ from spdtool import (
     encoders,
     evaluation,
     pairing,
+    plugins,
     processes,
     shards,
     tasks,
@@ -83,6 +84,10 @@ def phase(run: Run, stage: str, start: str, make_pruner: MakePruner) -> dict[str
     steps = section.steps_for(len(splits["train"]))
     masks = Masks.from_zeros(encoders.prunable_linears(student))
     pruner = make_pruner(student, masks, steps)
+    if recipe.sparse_products and not recipe.compile:
+        sampled = section.clip_over == "trained" and not pruner.reads_dead
+        for part in plugins.products.parts():
+            part.value(encoders.prunable_layers(student), masks, sampled=sampled)
     grafting, rate = _grafting(stage, recipe, student, teacher)
     projections = _projections(recipe, section, student, teacher, folder)
     mapped = layer_map(section.loss.layer_map, *(pairing.shape(model)[0] for model in (student, teacher)))

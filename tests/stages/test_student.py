@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from spdtool import console, encoders
+from spdtool import console, encoders, plugins
 from spdtool.errors import ModelError, RecipeError
+from spdtool.pruning.masks import Masks
 from spdtool.pruning.patterns import zeros_in
 from spdtool.run import Run
 from spdtool.stages.distill import distill
@@ -293,3 +294,31 @@ def test_the_recipes_train_on_what_they_say(toy_run: MakeRun, recipe: str) -> No
     assert rates[:12] == [0.5 if recipe == "theseus" else 1.0] * 12
     share = run.recipe.prune.loss.hardness
     assert share == (0.0 if recipe == "theseus" else 1.0)
+
+
+@pytest.mark.parametrize(
+    ("sets", "sampled"),
+    [
+        (("prune.criterion=magnitude", "prune.calibration=0"), True),
+        (("prune.criterion=magnitude", "prune.calibration=0", "prune.regrowth=true"), False),
+        (("prune.criterion=taylor",), False),
+        (("prune.clip_over=all",), False),
+        (("sparse_products=false",), None),
+        (("compile=true",), None),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+@pytest.mark.usefixtures("clean_plugins")
+def test_products_are_told_who_reads_the_gradients_of_the_dead(
+    toy_run: MakeRun, monkeypatch: pytest.MonkeyPatch, sets: tuple[str, ...], sampled: bool | None
+) -> None:
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)  # it takes long
+    asked = []
+
+    @plugins.products.register("watching")
+    def watching(layers: dict[str, torch.nn.Linear], masks: Masks, *, sampled: bool) -> None:
+        assert {name: layer.weight for name, layer in layers.items()} == masks.parameters
+        asked.append(sampled)
+
+    toy_run("prune.max_steps=2", "prune.events=1", "prune.ramp=0.01", "teacher.max_steps=1", *sets, until="prune")
+    assert asked == ([] if sampled is None else [sampled])

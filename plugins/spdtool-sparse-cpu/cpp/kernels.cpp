@@ -7,6 +7,8 @@ namespace {
 
 using namespace sparse_cpu;
 
+constexpr size_t kLine = 16;  // numbers of a line of the cache
+
 // ---- products
 
 // Rows that one pass over a bundle keeps in registers: as many as fit beside the inputs and the weights. Eight make the
@@ -164,6 +166,88 @@ void multiply(const MatrixView& matrix, size_t begin, size_t end, TileIn x, Tile
     case 2: return multiply_blocks<2>(matrix, begin, end, x, y);
     case 3: return multiply_blocks<3>(matrix, begin, end, x, y);
     default: return multiply_blocks<4>(matrix, begin, end, x, y);
+  }
+}
+
+// ---- products at the live weights alone: the weight gradient
+
+// Four by four, which every instruction set does in registers.
+SPARSE_INLINE void transpose(Quad (&q)[4]) {
+  const Quad a = __builtin_shufflevector(q[0], q[1], 0, 4, 1, 5), b = __builtin_shufflevector(q[0], q[1], 2, 6, 3, 7);
+  const Quad c = __builtin_shufflevector(q[2], q[3], 0, 4, 1, 5), d = __builtin_shufflevector(q[2], q[3], 2, 6, 3, 7);
+  q[0] = __builtin_shufflevector(a, c, 0, 1, 4, 5);
+  q[1] = __builtin_shufflevector(a, c, 2, 3, 6, 7);
+  q[2] = __builtin_shufflevector(b, d, 0, 1, 4, 5);
+  q[3] = __builtin_shufflevector(b, d, 2, 3, 6, 7);
+}
+
+// `Count` entries of a row, whose inputs are multiplied by its row of the other tile; their sums stand in four lanes.
+template <int V, int Count>
+SPARSE_INLINE Quad sample_entries(const Vector (&row)[V], const float* x, const uint8_t* index) {
+  Quad sums[4] = {};
+#pragma GCC unroll 4
+  for (int k = 0; k < Count; k++) {
+    const float* input = x + size_t(index[k * kBundle]) * (V * kLanes);
+    Vector sum = row[0] * load(input);
+#pragma GCC unroll 4
+    for (int v = 1; v < V; v++) sum += row[v] * load(input + v * kLanes);
+    sums[k] = fold(sum);
+  }
+  transpose(sums);
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+template <bool First>
+SPARSE_INLINE void keep(float* sums, Quad found) {
+  UnalignedQuad* place = reinterpret_cast<UnalignedQuad*>(sums);
+  *place = First ? found : *place + found;
+}
+
+template <int V, bool First>
+SPARSE_INLINE void sample_row(const Vector (&row)[V], const float* x, const uint8_t* index, uint32_t steps, float* sums) {
+  uint32_t s = 0;
+#pragma GCC unroll 1
+  for (; s + 4 <= steps; s += 4, index += 4 * kBundle) keep<First>(sums + s, sample_entries<V, 4>(row, x, index));
+  switch (steps - s) {
+    case 1: return keep<First>(sums + s, sample_entries<V, 1>(row, x, index));
+    case 2: return keep<First>(sums + s, sample_entries<V, 2>(row, x, index));
+    case 3: return keep<First>(sums + s, sample_entries<V, 3>(row, x, index));
+  }
+}
+
+// Rows of the other tile, in no order that the processor could guess, are asked for this many in advance.
+constexpr int kRowsAhead = 4;
+
+template <int V, bool First>
+void sample_block(const MatrixView& matrix, const Block& block, const float* x, const float* y, float* sums) {
+  constexpr size_t kWidth = V * kLanes;
+  const uint16_t* order = matrix.order + block.first_slot;
+  const uint8_t* index = matrix.index + block.first_entry;
+  for (size_t i = 0; i < block.depths * kWidth; i += kLine) __builtin_prefetch(x + i);
+  for (const Run* run = matrix.runs + block.first_run, *last = run + block.runs; run < last; run++)
+    for (uint32_t bundle = 0; bundle < run->bundles; bundle++, order += kBundle, index += size_t(run->steps) * kBundle)
+      for (int r = 0; r < kBundle; r++, sums += (run->steps + 3) / 4 * 4) {
+        for (size_t i = 0; i < kWidth; i += kLine) __builtin_prefetch(y + order[r + kRowsAhead] * kWidth + i);
+        Vector row[V];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) row[v] = load(y + order[r] * kWidth + v * kLanes);
+        sample_row<V, First>(row, x, index + r, run->steps, sums);
+      }
+}
+
+template <int V>
+void sample_tile(const MatrixView& matrix, const Block& block, TileIn x, TileIn y, float* sums, bool first) {
+  const float* inputs = x.data + (block.depth - x.origin) * (V * kLanes);
+  const float* rows = y.data + (block.row - y.origin) * (V * kLanes);
+  first ? sample_block<V, true>(matrix, block, inputs, rows, sums) : sample_block<V, false>(matrix, block, inputs, rows, sums);
+}
+
+void sample(const MatrixView& matrix, size_t block, TileIn x, TileIn y, int vectors, float* sums, bool first) {
+  switch (vectors) {
+    case 1: return sample_tile<1>(matrix, matrix.blocks[block], x, y, sums, first);
+    case 2: return sample_tile<2>(matrix, matrix.blocks[block], x, y, sums, first);
+    case 3: return sample_tile<3>(matrix, matrix.blocks[block], x, y, sums, first);
+    default: return sample_tile<4>(matrix, matrix.blocks[block], x, y, sums, first);
   }
 }
 
@@ -418,47 +502,58 @@ void add_int8(float* sum, const uint8_t* row, size_t size, float scale) {
   for (size_t i = 0; i < size; i++) sum[i] += float(int8_t(row[i])) * scale;
 }
 
-// Four by four, which every instruction set does in registers.
-typedef float Quad __attribute__((vector_size(16)));
-typedef float UnalignedQuad __attribute__((vector_size(16), aligned(4), may_alias));
-
-SPARSE_INLINE void transpose(Quad (&q)[4]) {
-  const Quad a = __builtin_shufflevector(q[0], q[1], 0, 4, 1, 5), b = __builtin_shufflevector(q[0], q[1], 2, 6, 3, 7);
-  const Quad c = __builtin_shufflevector(q[2], q[3], 0, 4, 1, 5), d = __builtin_shufflevector(q[2], q[3], 2, 6, 3, 7);
-  q[0] = __builtin_shufflevector(a, c, 0, 1, 4, 5);
-  q[1] = __builtin_shufflevector(a, c, 2, 3, 6, 7);
-  q[2] = __builtin_shufflevector(b, d, 0, 1, 4, 5);
-  q[3] = __builtin_shufflevector(b, d, 2, 3, 6, 7);
+// Of a row, the numbers of one line of the cache are moved before those of the next row. Where four rows stand at `line`;
+// instead of one that is null, `none`.
+template <class Row>
+SPARSE_INLINE void at_line(Row const* rows, size_t line, Row none, Row (&at)[4]) {
+  for (int k = 0; k < 4; k++) at[k] = rows[k] ? rows[k] + line : none;
 }
 
 void into_tile(const float* const* rows, size_t width, size_t size, float* tile) {
+  static const float zeros[kLine] = {};
   const size_t whole = size / 4 * 4;
-  for (size_t c = 0; c < width; c += 4) {
-    for (size_t i = 0; i < whole; i += 4) {
-      Quad q[4];
-      for (int k = 0; k < 4; k++) q[k] = rows[c + k] ? *reinterpret_cast<const UnalignedQuad*>(rows[c + k] + i) : Quad{};
-      transpose(q);
-      for (int k = 0; k < 4; k++) *reinterpret_cast<UnalignedQuad*>(tile + (i + k) * width + c) = q[k];
+  for (size_t line = 0; line < whole; line += kLine)
+    for (size_t c = 0; c < width; c += 4) {
+      const float* from[4];
+      at_line<const float*>(rows + c, line, zeros, from);
+      float* to = tile + line * width + c;
+      const size_t count = whole - line < kLine ? whole - line : kLine;
+#pragma GCC unroll 4
+      for (size_t i = 0; i < count; i += 4) {
+        Quad q[4];
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; k++) q[k] = *reinterpret_cast<const UnalignedQuad*>(from[k] + i);
+        transpose(q);
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; k++) *reinterpret_cast<UnalignedQuad*>(to + (i + k) * width) = q[k];
+      }
     }
-    for (size_t i = whole; i < size; i++)
-      for (int k = 0; k < 4; k++) tile[i * width + c + k] = rows[c + k] ? rows[c + k][i] : 0.0f;
-  }
+  for (size_t i = whole; i < size; i++)
+    for (size_t c = 0; c < width; c++) tile[i * width + c] = rows[c] ? rows[c][i] : 0.0f;
 }
 
 void out_of_tile(const float* tile, size_t width, size_t size, float* const* rows) {
+  float nowhere[kLine];
   const size_t whole = size / 4 * 4;
-  for (size_t c = 0; c < width; c += 4) {
-    for (size_t i = 0; i < whole; i += 4) {
-      Quad q[4];
-      for (int k = 0; k < 4; k++) q[k] = *reinterpret_cast<const UnalignedQuad*>(tile + (i + k) * width + c);
-      transpose(q);
-      for (int k = 0; k < 4; k++)
-        if (rows[c + k]) *reinterpret_cast<UnalignedQuad*>(rows[c + k] + i) = q[k];
+  for (size_t line = 0; line < whole; line += kLine)
+    for (size_t c = 0; c < width; c += 4) {
+      float* to[4];
+      at_line<float*>(rows + c, line, nowhere, to);
+      const float* from = tile + line * width + c;
+      const size_t count = whole - line < kLine ? whole - line : kLine;
+#pragma GCC unroll 4
+      for (size_t i = 0; i < count; i += 4) {
+        Quad q[4];
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; k++) q[k] = *reinterpret_cast<const UnalignedQuad*>(from + (i + k) * width);
+        transpose(q);
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; k++) *reinterpret_cast<UnalignedQuad*>(to[k] + i) = q[k];
+      }
     }
-    for (size_t i = whole; i < size; i++)
-      for (int k = 0; k < 4; k++)
-        if (rows[c + k]) rows[c + k][i] = tile[i * width + c + k];
-  }
+  for (size_t i = whole; i < size; i++)
+    for (size_t c = 0; c < width; c++)
+      if (rows[c]) rows[c][i] = tile[i * width + c];
 }
 
 }  // namespace
@@ -473,7 +568,7 @@ namespace sparse_cpu {
 // SPARSE_ISA is the name of the instruction set, given by the build.
 extern const Kernels SPARSE_NAME(SPARSE_ISA);
 const Kernels SPARSE_NAME(SPARSE_ISA) = {
-    SPARSE_TEXT(SPARSE_ISA), kLanes, kDenseAbove, multiply, activate, add_layer_norm, attend,
+    SPARSE_TEXT(SPARSE_ISA), kLanes, kDenseAbove, multiply, sample, activate, add_layer_norm, attend,
     add_float, add_half, add_int8, into_tile, out_of_tile};
 
 }  // namespace sparse_cpu

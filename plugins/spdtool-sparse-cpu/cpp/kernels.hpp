@@ -43,7 +43,7 @@ struct Block {
 struct MatrixView {
   const Block* blocks;
   const Run* runs;
-  const uint16_t* order;  // for each slot of a bundle, its row within the block
+  const uint16_t* order;  // for each slot of a bundle, its row within the block; kBundle spare ones in the end
   const uint8_t* index;   // for each entry, its input within the block; absent (null) where every weight is stored
   const float* value;
   const float* bias;  // of every row
@@ -87,6 +87,10 @@ struct Kernels {
 
   // y (+)= W x over blocks [begin, end) of a matrix, for a tile of `vectors` vectors; blocks of depth 0 begin with the bias.
   void (*multiply)(const MatrixView&, size_t begin, size_t end, TileIn x, TileOut y, int vectors);
+
+  // For every entry of one block of a matrix, the sum over the columns of a tile of x[input] * y[row], added to `sums` or, if
+  // `first`, written there: for each bundle row after row, its steps made up to a multiple of four.
+  void (*sample)(const MatrixView&, size_t block, TileIn x, TileIn y, int vectors, float* sums, bool first);
 
   void (*activate)(Activation, float* x, size_t size);
 

@@ -76,4 +76,21 @@ SPARSE_INLINE Vector pick(Four f) {
 }
 #endif
 
+// The sum of a vector's quarters, or of its halves, four lanes wide: its lanes add up to what the vector's do.
+typedef float Quad __attribute__((vector_size(16)));
+typedef float UnalignedQuad __attribute__((vector_size(16), aligned(4), may_alias));
+#if defined(__AVX512F__)
+SPARSE_INLINE Quad fold(Vector v) {
+  const __m512d all = (__m512d)v;
+  const __m256 half = (__m256)_mm512_castpd512_pd256(all) + (__m256)_mm512_extractf64x4_pd(all, 1);
+  return (Quad)(_mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
+}
+#elif defined(__AVX2__)
+SPARSE_INLINE Quad fold(Vector v) {
+  return (Quad)(_mm256_castps256_ps128((__m256)v) + _mm256_extractf128_ps((__m256)v, 1));
+}
+#else
+SPARSE_INLINE Quad fold(Vector v) { return (Quad)v; }
+#endif
+
 }  // namespace

@@ -56,6 +56,15 @@ def isa() -> str:
     return _text(path(), TEXTS[1])
 
 
+def opened() -> ctypes.CDLL:
+    """The library, for calls through ctypes.
+
+    Raises:
+        DeviceError: as `path` does.
+    """
+    return _open(path())
+
+
 def _find() -> Path:
     places = [Path(place) for place in spdtool_sparse_cpu.__path__]
     recorded = [Path(str(file.locate())) for file in _recorded() if file.name == FILE]

@@ -70,7 +70,9 @@ def test_its_own_tests(tools, tmp_path, sanitizers):
     told = call("ctest", "--test-dir", build, "-j2", "--output-on-failure", "--no-tests=error")
     assert "100% tests passed" in told
     programs = (
-        ["team", "linear", "encoder"] if sanitizers == "thread" else ["packed", "kernels", "linear", "encoder", "fuzz"]
+        ["team", "linear", "training", "encoder"]
+        if sanitizers == "thread"
+        else ["packed", "kernels", "linear", "training", "encoder", "fuzz"]
     )
     assert all(f" {name}" in told for name in programs), told
 
