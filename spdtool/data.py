@@ -16,7 +16,7 @@ import tokenizers
 import transformers
 
 from spdtool import cache, tasks
-from spdtool.errors import DataError, ModelError
+from spdtool.errors import LISTED, DataError, ModelError
 from spdtool.recipe import Recipe
 from spdtool.tasks import Rows, Task
 
@@ -232,23 +232,7 @@ def encode(tokenizer: Any, splits: dict[str, Rows], max_length: int) -> dict[str
 
 
 def align_labels(splits: dict[str, Rows], task: Task, names: Sequence[str]) -> dict[str, Rows]:
-    """The rows with class indices in the order of a model's own label names.
-
-    A model that names its labels otherwise (`LABEL_0`) is taken to follow the task's order.
-
-    Raises:
-        ModelError: the model has another number of labels than the task.
-    """
-    if task.regression:
-        if len(names) != 1:
-            raise ModelError(f"the model has {len(names)} labels; {task.name!r} is a regression task, which needs one")
-        return splits
-    if len(names) != len(task.labels):
-        raise ModelError(
-            f"the model has {len(names)} labels ({', '.join(names)}); "
-            f"task {task.name!r} has {len(task.labels)} ({', '.join(task.labels)})",
-            "give a teacher that was fine-tuned on this task",
-        )
+    """The rows with class indices in the order of a model's own label names; raises as `label_order` does."""
     order = label_order(names, task)
     if order == list(range(len(order))):
         return splits
@@ -257,11 +241,34 @@ def align_labels(splits: dict[str, Rows], task: Task, names: Sequence[str]) -> d
 
 
 def label_order(names: Sequence[str], task: Task) -> list[int]:
-    """For each label of the task, its index among a model's `names`; the task's order where these say nothing."""
-    own = {_plain(name): index for index, name in enumerate(names)}
-    if own.keys() != {_plain(name) for name in task.labels}:
-        return list(range(len(names)))
-    return [own[_plain(name)] for name in task.labels]
+    """For each label of the task, its index among a model's `names`: always a permutation.
+
+    Names decide, as they are written; else without case, `-`, `_` and spaces, where that leaves all of them different.
+    Where one side has mere numbers (`by_position`), the order decides.
+
+    Raises:
+        ModelError: the model has another number of labels than the task, or calls them otherwise.
+    """
+    _refuse_another_number(names, task)
+    if task.regression:
+        return [0]
+    for written in (str, _plain):
+        own = {written(name): index for index, name in enumerate(names)}
+        if len(own) == len(names) and own.keys() == {written(label) for label in task.labels}:
+            return [own[written(label)] for label in task.labels]
+    if not by_position(names, task):
+        raise ModelError(
+            f"the model calls its labels {_listed(names)}; those of task {task.name!r} are {_listed(task.labels)}",
+            "rename them in the data, or under id2label in the model's config.json: "
+            "a model that calls them LABEL_0, LABEL_1, ... is taken to follow the task's order",
+        )
+    return list(range(len(names)))
+
+
+def by_position(names: Sequence[str], task: Task) -> bool:
+    """Whether a model's labels and the task's can only be told by their order: one side has numbers from 0 for names."""
+    numbers = [str(index) for index in range(len(names))]
+    return any(list(side) in (numbers, [f"LABEL_{each}" for each in numbers]) for side in (names, task.labels))
 
 
 def training_batches(
@@ -348,6 +355,21 @@ def check_vocabulary(splits: dict[str, Encoded], size: int) -> None:
             f"the tokenizer gives token {largest}; the model has {size} word embeddings",
             "tokenizer and model must come from the same place",
         )
+
+
+def _refuse_another_number(names: Sequence[str], task: Task) -> None:
+    if task.regression and len(names) != 1:
+        raise ModelError(f"the model has {len(names)} labels; {task.name!r} is a regression task, which needs one")
+    if not task.regression and len(names) != len(task.labels):
+        raise ModelError(
+            f"the model has {len(names)} labels ({_listed(names)}); "
+            f"task {task.name!r} has {len(task.labels)} ({_listed(task.labels)})",
+            "give a teacher that was fine-tuned on this task",
+        )
+
+
+def _listed(labels: Sequence[str]) -> str:
+    return ", ".join(labels[:LISTED]) + (f" and {len(labels) - LISTED} more" if len(labels) > LISTED else "")
 
 
 def _plain(label: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from spdtool import encoders, pairing, plugins, saliency, tasks, training
+from spdtool import data, encoders, pairing, plugins, saliency, tasks, training
 from spdtool.errors import RecipeError
 from spdtool.export import targets
 from spdtool.pruning.patterns import zeros_in
@@ -126,12 +126,14 @@ def check_run(run: Run) -> None:
 
 
 def pair(recipe: Recipe, task: Task) -> tuple[Any, Any]:
-    """Outlines of student and teacher, which fit each other.
+    """Outlines of student and teacher, which fit each other and, where the teacher is given, the task.
 
     Raises:
-        ModelError, RecipeError: one cannot be read, or they do not fit: see `pairing`.
+        ModelError, RecipeError: one cannot be read, or they do not fit: see `pairing` and `data.label_order`.
     """
     teacher = encoders.skeleton(recipe, task)
+    if recipe.given_teacher is not None:
+        data.label_order(encoders.label_names(teacher), task)
     student = pairing.outline(recipe, task, teacher)
     pairing.check(recipe, student, teacher)
     if recipe.student is not None:

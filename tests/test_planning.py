@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from spdtool import encoders, planning
-from spdtool.errors import DeviceError, RecipeError, UnknownName
+from spdtool.errors import DeviceError, ModelError, RecipeError, UnknownName
 from spdtool.recipe import STAGES
 from spdtool.run import Run
 
@@ -61,6 +61,37 @@ def test_a_given_teacher_is_not_trained(toy_run: MakeRun, toys: Any, tmp_path: P
     toys.bert().save_pretrained(tmp_path / "given")
     first = planning.plan(toy_run(given_teacher=str(tmp_path / "given")))["stages"][0]
     assert (first["steps"], first["why"]) == (None, f"given: {tmp_path / 'given'}")
+
+
+@pytest.mark.parametrize(
+    ("labels", "model", "message"),
+    [
+        (("bad", "good"), {"labels": 3}, "the model has 3 labels"),
+        ((), {"labels": 3}, "the model has 3 labels; 'toy' is a regression task"),
+        (("bad", "good"), {"id2label": {0: "cat", 1: "dog"}}, "the model calls its labels cat, dog"),
+        (("bad", "good"), {"architectures": ["BertModel"]}, "is no fine-tuned classifier"),
+    ],
+)
+def test_a_given_teacher_of_another_task_is_refused_by_the_plan(
+    toy_run: MakeRun,
+    toy_task: Callable[..., Any],
+    toys: Any,
+    tmp_path: Path,
+    labels: tuple[str, ...],
+    model: dict[str, Any],
+    message: str,
+) -> None:
+    toy_task(labels=labels)
+    architectures = model.pop("architectures", None)
+    made = toys.bert(**model)
+    made.save_pretrained(tmp_path / "given")
+    if architectures:
+        file = tmp_path / "given" / "config.json"
+        file.write_text(file.read_text("utf-8").replace("BertForSequenceClassification", *architectures), "utf-8")
+    run = toy_run(given_teacher=str(tmp_path / "given"))
+    for check in (planning.plan, planning.check_run):
+        with pytest.raises(ModelError, match=message):
+            check(run)
 
 
 @pytest.mark.parametrize(
