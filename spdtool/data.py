@@ -5,9 +5,8 @@ Everything is a pure function of (rows, seed, epoch), so that the position in th
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,6 +20,7 @@ from spdtool.recipe import Recipe
 from spdtool.tasks import Rows, Task
 
 Batch = dict[str, np.ndarray]
+Note = Callable[[dict[str, Any]], None]
 
 POOL_BATCHES = 50  # rows are sorted by length inside pools of this many batches: near-equal lengths, still shuffled
 SHUFFLED_ROWS = 1_000_000  # from here on, not all rows are put into one random order
@@ -125,16 +125,23 @@ class Encoded:
         return padded
 
 
-def prepare(recipe: Recipe, tokenizer: Any, names: Sequence[str]) -> tuple[Task, dict[str, Encoded]]:
+def prepare(
+    recipe: Recipe, tokenizer: Any, names: Sequence[str], note: Note | None = None
+) -> tuple[Task, dict[str, Encoded]]:
     """The recipe's task and its tokenised splits, for a model whose labels are called `names`.
+
+    Args:
+        note: is told which rows they are (`tasks.facts`), and may refuse them.
 
     Raises:
         DataError: the data cannot be used.
         ModelError: model and task do not fit together.
     """
     task = tasks.resolve(recipe)
-    splits = align_labels(tasks.rows(task, recipe), task, names)
-    return task, encode(tokenizer, splits, recipe.max_length)
+    splits = tasks.rows(task, recipe)
+    if note is not None:
+        note(tasks.facts(task, splits))
+    return task, encode(tokenizer, align_labels(splits, task, names), recipe.max_length)
 
 
 def tokenise(tokenizer: Any, rows: Rows, max_length: int) -> Encoded:
@@ -159,7 +166,7 @@ def tokenise(tokenizer: Any, rows: Rows, max_length: int) -> Encoded:
                     append(name, np.concatenate([np.asarray(ids, np.int32) for ids in encoded[name]]))
 
     if len(rows) >= CACHED_ROWS and tokenizer.is_fast:
-        found = cache.arrays("tokens", cache.key(FORMAT, _spelt(tokenizer), texts_hash(rows), limit), fill)
+        found = cache.arrays("tokens", cache.key(FORMAT, _spelt(tokenizer), tasks.texts_hash(rows), limit), fill)
     else:
         found = cache.in_memory(fill)
     labels = np.asarray(rows.labels)
@@ -172,21 +179,6 @@ def tokenise(tokenizer: Any, rows: Rows, max_length: int) -> Encoded:
         known_lengths=found["lengths"],
         hashes=found.hashes,
     )
-
-
-def texts_hash(rows: Rows) -> str:
-    """Hash of the texts of a split, in their order; of a column that knows its own `digest`, that."""
-    hashed = hashlib.blake2b(digest_size=16)
-    for column in (rows.first, rows.second):
-        hashed.update(b"none" if column is None else b"texts")
-        if known := getattr(column, "digest", None):
-            hashed.update(known.encode())
-            continue
-        for start in range(0, 0 if column is None else len(rows), TOKENISE_ROWS):
-            texts = column[start : start + TOKENISE_ROWS]  # type: ignore[index]
-            hashed.update(np.array([len(text) for text in texts], np.int64).data)
-            hashed.update("".join(texts).encode("utf-8", "surrogatepass"))
-    return hashed.hexdigest()
 
 
 def _tokens(tokenizer: Any, rows: Rows, start: int, limit: int) -> Any:
@@ -266,7 +258,7 @@ def label_order(names: Sequence[str], task: Task) -> list[int]:
 
 
 def by_position(names: Sequence[str], task: Task) -> bool:
-    """Whether a model's labels and the task's can only be told by their order: one side has numbers from 0 for names."""
+    """Whether only their order tells which label is which: the model or the task has numbers from 0 for names."""
     numbers = [str(index) for index in range(len(names))]
     return any(list(side) in (numbers, [f"LABEL_{each}" for each in numbers]) for side in (names, task.labels))
 

@@ -11,7 +11,7 @@ from spdtool.pruning.patterns import zeros_in
 from spdtool.recipe import STAGES, Recipe, Training
 from spdtool.run import Run
 from spdtool.schedules import passing, prune_events, replacing_rate
-from spdtool.tasks import Task
+from spdtool.tasks import Rows, Task
 
 FLOAT = 4  # bytes
 ADAM_MOMENTS = 2
@@ -20,8 +20,11 @@ RELATIONS = 4  # maps of token-to-token relations that are kept for a layer: two
 SAVED_PER_TOKEN = 16  # widths of activation that a transformer layer keeps for its backward pass, roughly
 
 
-def plan(run: Run) -> dict[str, Any]:
+def plan(run: Run, redo: str | None = None) -> dict[str, Any]:
     """The stages of `run` with what each will cost; reads the data, and only the configuration of the model.
+
+    Args:
+        redo: this stage and every later one are about to be discarded.
 
     Returns:
         `stages` (stage, done, epochs, steps, peak learning_rate, why), `rows`, the student's `parameters` (all,
@@ -31,11 +34,14 @@ def plan(run: Run) -> dict[str, Any]:
     Raises:
         DataError, ModelError: the data or the model cannot be used.
         UnknownName, RecipeError, DeviceError: see `check` and `pairing.check`.
+        RunMismatch: finished stages saw other rows.
     """
     recipe = run.recipe
     task = tasks.resolve(recipe)
-    rows = {name: len(split) for name, split in tasks.rows(task, recipe).items()}
+    splits = tasks.rows(task, recipe)
+    rows = {name: len(split) for name, split in splits.items()}
     check(recipe, rows["train"])
+    check_data(run, task, splits, redo)
     student, teacher = pair(recipe, task)
     matrices = [weight.numel() for weight in encoders.prunable_linears(student).values()]
     return {
@@ -118,11 +124,20 @@ def _jump(recipe: Recipe, initial: float) -> float | None:
     return first if first > initial and recipe.prune.events > 1 else None
 
 
-def check_run(run: Run) -> None:
-    """`check` for a run that has its teacher already, before a stage of it is redone; raises as `plan` does."""
+def check_run(run: Run, redo: str | None = None) -> None:
+    """`check` for a run that has its teacher already, before the stage `redo` is done again; raises as `plan` does."""
     task = tasks.resolve(run.recipe)
-    check(run.recipe, len(tasks.rows(task, run.recipe)["train"]))
+    splits = tasks.rows(task, run.recipe)
+    check(run.recipe, len(splits["train"]))
+    check_data(run, task, splits, redo)
     pair(run.recipe, task)
+
+
+def check_data(run: Run, task: Task, splits: dict[str, Rows], redo: str | None) -> None:
+    """Raise RunMismatch if a finished stage before `redo` (None: any) saw other rows."""
+    kept = [stage for stage in STAGES[: STAGES.index(redo) if redo else None] if run.done(stage)]
+    if kept:
+        run.check_data(tasks.facts(task, splits), kept)
 
 
 def pair(recipe: Recipe, task: Task) -> tuple[Any, Any]:

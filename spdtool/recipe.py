@@ -452,7 +452,7 @@ def parse(tree: dict[str, Any]) -> Recipe:
     except ValidationError as error:
         problem = error.errors()[0]
         dotted = ".".join(str(part) for part in problem["loc"])
-        if not dotted:
+        if not problem["loc"]:
             raise RecipeError(str(problem["ctx"]["error"]), SEE_FIELDS) from None
         if problem["type"] == "extra_forbidden":
             raise _unknown_field(dotted) from None

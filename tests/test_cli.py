@@ -357,6 +357,24 @@ def refused(called: Any, *messages: str) -> None:
     assert "Traceback" not in called.output
 
 
+def test_rows_that_change_between_stages_are_refused_until_all_is_redone(
+    spdtool: Call, quick_words: tuple[str, ...], rows_file: Path, tmp_path: Path
+) -> None:
+    mine, run = tmp_path / "mine.csv", tmp_path / "run"
+    shutil.copy(rows_file, mine)
+    words = ("--data", mine, *quick_words[2:], "--run", run)
+    assert spdtool("teacher", *words).exit_code == 0
+    lines = mine.read_text("utf-8").splitlines()
+    mine.write_text("\n".join([lines[0], "the film was new,good", *lines[1:]]) + "\n", "utf-8")
+    for call in (("prune", "--run", run), ("compress", *words), ("compress", *words, "--dry-run")):
+        refused(spdtool(*call), "the rows are not those of the stage 'teacher'", "spdtool teacher --again")
+    assert spdtool("teacher", *words, "--again").exit_code == 0
+    assert spdtool("prune", "--run", run).exit_code == 0
+    shutil.copy(rows_file, mine)
+    refused(spdtool("prune", "--run", run, "--again"), "the rows are not those of the stage 'teacher'")
+    assert (run / "prune" / "stage.json").exists(), "nothing was dropped"
+
+
 # Checkpoints of no run ------------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """`spdtool teacher`: fine-tune the dense encoder on the task, or take a given fine-tuned one and measure it.
 
-Reads: nothing of the run. Writes: `teacher/`, a Hugging Face checkpoint, with the dev metrics of its best epoch.
+Reads: nothing of the run; of the data, the rows that every later stage must find unchanged. Writes: `teacher/`, a
+Hugging Face checkpoint, with the dev metrics of its best epoch.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ def teacher(run: Run) -> dict[str, Any]:
     front = training.accelerator(recipe)
     task = tasks.resolve(recipe)
     splits = tasks.rows(task, recipe)
+    run.note_data(tasks.facts(task, splits))
     torch.manual_seed(recipe.seed)  # the new head is random
     if task.build is not None:
         model, tokenizer = task.build(recipe.seed)
@@ -78,7 +80,7 @@ def take(run: Run, source: str) -> dict[str, Any]:
     torch.manual_seed(run.recipe.seed)  # a smoke run's model is random
     model, tokenizer = encoders.load(source, smoke=run.recipe.smoke), encoders.load_tokenizer(source)
     encoders.layer_stack(model)
-    task, encoded = data.prepare(run.recipe, tokenizer, encoders.label_names(model))
+    task, encoded = data.prepare(run.recipe, tokenizer, encoders.label_names(model), run.note_data)
     _refuse_misfit(model, encoded)
     model = encoders.place(model, run.recipe, front.device)
     with console.busy(f"measuring the given teacher {source}"):
