@@ -343,6 +343,8 @@ class Recipe(Section):
     """one or two text columns of a local file"""
     label: str | None = None
     """label column of a local file"""
+    regression: bool | None = None
+    """whether its labels are numbers to predict rather than classes; none: if all are numbers and not all are whole"""
     model: str = "google-bert/bert-base-uncased"
     """encoder to fine-tune: a folder or a hub name"""
     student: str | None = None

@@ -60,7 +60,8 @@ class Run:
     def __init__(self, path: Path | str, recipe: Recipe) -> None:
         self.path = Path(path)
         self.recipe = recipe
-        self._forget()
+        self._reads: dict[str, str] = {}
+        self._data: dict[str, Any] | None = None
 
     @classmethod
     def open(cls, path: Path | str) -> Run:
@@ -255,8 +256,7 @@ class Run:
 
     def _forget(self) -> None:
         """The next stage has read nothing yet."""
-        self._reads: dict[str, str] = {}
-        self._data: dict[str, Any] | None = None
+        self._reads, self._data = {}, None
 
     def _partial(self, stage: str) -> Path:
         """Where a stage in progress writes."""

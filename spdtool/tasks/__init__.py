@@ -89,9 +89,10 @@ def resolve(recipe: Recipe) -> Task:
         from spdtool.tasks import local
 
         return local.task(recipe)
-    if recipe.text or recipe.label:
+    if recipe.text or recipe.label or recipe.regression is not None:
         raise RecipeError(
-            f"task {recipe.task!r} knows its own columns", "leave out --text and --label, or leave out --task"
+            f"task {recipe.task!r} knows its own columns and labels",
+            "leave out --text, --label and regression, or leave out --task",
         )
     task = plugins.tasks.get(_registered(recipe.task))
     assert isinstance(task, Task)
