@@ -461,6 +461,10 @@ def _show_plan(run: Run, *, whole: bool = False, redo: str | None = None) -> dic
         ("stage", "state", "epochs", "steps", "learning rate", "why"),
         [_planned_row(stage) for stage in planned["stages"]],
     )
+    for line in planned["reading"]:
+        console.say(console.plain(line))
+    for note in planned["notes"]:
+        console.warn(note)
     size = planned["parameters"]
     console.say(
         f"{size['zeros']:,} of {size['prunable']:,} weights of the encoder's linear layers become zero "

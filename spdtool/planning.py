@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from spdtool import data, encoders, pairing, plugins, saliency, tasks, training
+import numpy as np
+
+from spdtool import data, encoders, evaluation, pairing, plugins, saliency, tasks, training
 from spdtool.errors import RecipeError
 from spdtool.export import targets
 from spdtool.pruning.patterns import zeros_in
 from spdtool.recipe import STAGES, Recipe, Training
 from spdtool.run import Run
 from spdtool.schedules import passing, prune_events, replacing_rate
-from spdtool.tasks import Rows, Task
+from spdtool.tasks import Rows, Task, overview
 
 FLOAT = 4  # bytes
 ADAM_MOMENTS = 2
@@ -27,7 +29,9 @@ def plan(run: Run, redo: str | None = None) -> dict[str, Any]:
         redo: this stage and every later one are about to be discarded.
 
     Returns:
-        `stages` (stage, done, epochs, steps, peak learning_rate, why), `rows`, the student's `parameters` (all,
+        `stages` (stage, done, epochs, steps, peak learning_rate, why), `rows`, how they were read (lines in `reading`,
+        what deserves attention in `notes`, rows by class in `classes`, the score of always saying the commonest label
+        of the dev set in `baseline`), the student's `parameters` (all,
         prunable, zeros; matrices emptied) and `memory_bytes` (an estimate of the peak of the training stages, to about
         a factor of 1.5).
 
@@ -47,6 +51,8 @@ def plan(run: Run, redo: str | None = None) -> dict[str, Any]:
     return {
         "run": str(run.path),
         "rows": rows,
+        **reading(task, splits),
+        "notes": [*overview.notes(task, splits), *_by_position(recipe, task, teacher)],
         "stages": [
             _stage(run, stage, rows["train"], (teacher if stage == "teacher" else student).config.hidden_size)
             for stage in STAGES
@@ -59,6 +65,27 @@ def plan(run: Run, redo: str | None = None) -> dict[str, Any]:
         },
         "memory_bytes": memory(recipe, student, teacher),
     }
+
+
+def reading(task: Task, splits: dict[str, Rows]) -> dict[str, Any]:
+    """How the rows were read: see `plan`."""
+    floor = evaluation.baseline(task, np.asarray(splits["dev"].labels))["score"]
+    line = f"labels: {overview.label_line(task, splits)}"
+    if not task.regression:
+        line += f"; always the commonest: dev score {floor:.4f}"
+    source = [f"data: {task.about}"] if task.name == "local" else []
+    return {"reading": [*source, line], "classes": overview.class_counts(task, splits), "baseline": floor}
+
+
+def _by_position(recipe: Recipe, task: Task, teacher: Any) -> list[str]:
+    """How the labels of a given teacher are read, where its names do not tell."""
+    names = encoders.label_names(teacher)
+    if recipe.given_teacher is None or task.regression or set(names) == set(task.labels):
+        return []
+    if not data.by_position(names, task):
+        return []
+    pairs = [f"{name} is {label}" for name, label in zip(names, task.labels, strict=True)][: overview.SHOWN]
+    return [f"the given teacher's labels are taken in their order: {', '.join(pairs)}"]
 
 
 def check(recipe: Recipe, rows: int) -> None:

@@ -28,6 +28,27 @@ def test_the_plan_of_a_new_run(toy_run: MakeRun) -> None:
     assert not any(stage["done"] for stage in stages.values())
 
 
+def test_the_plan_says_how_the_rows_were_read(toy_run: MakeRun, toy_task: Callable[..., Any]) -> None:
+    planned = planning.plan(toy_run())
+    assert planned["reading"] == [
+        "labels: 2 classes: bad 24, good 24; dev: bad 12, good 12; always the commonest: dev score 0.5000"
+    ]
+    assert planned["classes"]["train"] == {"bad": 24, "good": 24}
+    assert planned["baseline"] == 0.5
+    toy_task("stars", labels=())
+    planned = planning.plan(toy_run(task="stars"))
+    assert planned["reading"][0].startswith("labels: regression, 0.")
+    assert planned["baseline"] == 0
+
+
+def test_the_plan_says_that_a_given_teachers_labels_have_no_names(toy_run: MakeRun, toys: Any, tmp_path: Path) -> None:
+    toys.bert().save_pretrained(tmp_path / "given")
+    notes = planning.plan(toy_run(given_teacher=str(tmp_path / "given")))["notes"]
+    assert "the given teacher's labels are taken in their order: LABEL_0 is bad, LABEL_1 is good" in notes
+    toys.bert(id2label={0: "good", 1: "Bad"}).save_pretrained(tmp_path / "given")
+    assert not any("order" in note for note in planning.plan(toy_run(given_teacher=str(tmp_path / "given")))["notes"])
+
+
 def test_a_derived_learning_rate_is_shown(toy_run: MakeRun, toys: Any) -> None:
     stages = planning.plan(toy_run("prune.learning_rate=none", "distill.learning_rate=2e-3"))["stages"]
     rates = {stage["stage"]: stage["learning_rate"] for stage in stages}

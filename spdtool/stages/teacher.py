@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from spdtool import collectives, console, data, encoders, evaluation, processes, shards, tasks, training
 from spdtool.pieces import Share
 from spdtool.run import Run
+from spdtool.tasks import Task
 
 
 def teacher(run: Run) -> dict[str, Any]:
@@ -62,6 +63,7 @@ def teacher(run: Run) -> dict[str, Any]:
         parts = training.Fit(model, loss, encoded["train"], score, evaluate_train)
         summary = training.fit(parts, section, recipe, work, run.fingerprint("teacher"), front, watch)
         work.metrics |= summary | {"dev": score(), "given": None}
+        _warn_if_worthless(run, task, encoded, work.metrics["dev"])
         work.metrics |= {} if evaluate_train is None else {"train": evaluate_train()}
         weights = shards.state_dict(model, keep=processes.is_main())
         if processes.is_main():
@@ -89,6 +91,7 @@ def take(run: Run, source: str) -> dict[str, Any]:
         sample = encoded["train"].sample(run.recipe.teacher.scored_train_rows, run.recipe.seed)
         train = evaluation.evaluate_rows(task, forward, sample, together=True) if len(sample) else None
     console.say(f"given teacher: dev {console.scores(metrics)}")
+    _warn_if_worthless(run, task, encoded, metrics)
     with run.stage("teacher") as work:
         weights = shards.state_dict(model, keep=processes.is_main())
         if processes.is_main():
@@ -96,6 +99,16 @@ def take(run: Run, source: str) -> dict[str, Any]:
         work.metrics |= {"dev": metrics, "given": source} | ({} if train is None else {"train": train})
     collectives.wait()
     return work.metrics
+
+
+def _warn_if_worthless(run: Run, task: Task, encoded: dict[str, data.Encoded], dev: dict[str, float]) -> None:
+    """Say so if the teacher scores no better than without a look at the text; of a smoke run nothing is expected."""
+    floor = evaluation.baseline(task, encoded["dev"].labels)["score"]
+    if dev["score"] <= floor and not run.recipe.smoke:
+        console.warn(
+            f"the teacher's dev score {dev['score']:.4f} is no better than the {floor:.4f} of always giving the same "
+            "answer: there is nothing in it for a student to learn"
+        )
 
 
 def _refuse_misfit(model: Any, encoded: dict[str, data.Encoded]) -> None:

@@ -105,6 +105,21 @@ def test_a_given_teachers_own_order_of_labels_is_respected(
     assert turned["dev"]["accuracy"] == pytest.approx(1 - straight["dev"]["accuracy"])
 
 
+@pytest.mark.parametrize("words", [(), ("smoke=true",)])
+def test_a_teacher_that_knows_nothing_is_said_to(
+    toy_run: Callable[..., Run], toy_task: Callable[..., Task], given: Callable[..., str], capsys: Any, words: Any
+) -> None:
+    toy_task()
+    folder = Path(given())
+    model = encoders.load(folder)
+    torch.nn.init.zeros_(model.classifier.weight)
+    encoders.save(model, encoders.load_tokenizer(folder), folder)
+    teacher(toy_run(*words, given_teacher=str(folder)))
+    said = "dev score 0.5000 is no better than the 0.5000 of always giving the same answer" in capsys.readouterr().err
+    assert said != bool(words)
+    teacher(toy_run("teacher.learning_rate=1e-12", "teacher.epochs=1", folder="trained", smoke=bool(words)))
+
+
 def refused(run: Run, error: type[Exception], said: str) -> None:
     with pytest.raises(error, match=said):
         teacher(run)
