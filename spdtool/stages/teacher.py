@@ -7,14 +7,16 @@ Hugging Face checkpoint, with the dev metrics of its best epoch.
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from spdtool import collectives, console, data, encoders, evaluation, processes, shards, tasks, training
+from spdtool.errors import RunError, RunMismatch
 from spdtool.pieces import Share
-from spdtool.run import Run
+from spdtool.run import RECORD, Run
 from spdtool.tasks import Task
 
 
@@ -82,7 +84,12 @@ def take(run: Run, source: str) -> dict[str, Any]:
     torch.manual_seed(run.recipe.seed)  # a smoke run's model is random
     model, tokenizer = encoders.load(source, smoke=run.recipe.smoke), encoders.load_tokenizer(source)
     encoders.layer_stack(model)
-    task, encoded = data.prepare(run.recipe, tokenizer, encoders.label_names(model), run.note_data)
+
+    def note(facts: dict[str, Any]) -> None:
+        run.note_data(facts)
+        _warn_if_taught_otherwise(Path(source), run, facts)
+
+    task, encoded = data.prepare(run.recipe, tokenizer, encoders.label_names(model), note)
     _refuse_misfit(model, encoded)
     model = encoders.place(model, run.recipe, front.device)
     with console.busy(f"measuring the given teacher {source}"):
@@ -109,6 +116,18 @@ def _warn_if_worthless(run: Run, task: Task, encoded: dict[str, data.Encoded], d
             f"the teacher's dev score {dev['score']:.4f} is no better than the {floor:.4f} of always giving the same "
             "answer: there is nothing in it for a student to learn"
         )
+
+
+def _warn_if_taught_otherwise(source: Path, run: Run, facts: dict[str, Any]) -> None:
+    """Say so if the teacher comes from a run that saw other rows: what is dev here may have been train there."""
+    if not (source / RECORD).is_file():
+        return
+    try:
+        Run(source.parent, run.recipe).check_data(facts, [source.name])
+    except RunMismatch as error:
+        console.warn(f"{error.message}; it may have been fine-tuned on dev rows of this run")
+    except RunError:  # a record that cannot be read says nothing
+        return
 
 
 def _refuse_misfit(model: Any, encoded: dict[str, data.Encoded]) -> None:

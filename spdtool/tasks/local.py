@@ -29,7 +29,8 @@ from spdtool.tasks.labels import Labels, label_of, of_column
 from spdtool.tasks.labels import number as number_of
 
 DEV_SHARE, DEV_LEAST = 0.1, 0.07  # of the rows; of the texts of each class
-DEV_NAMES = ("dev", "validation", "valid", "val", "eval")
+DEV_NAMES = ("dev", "validation", "valid", "val")
+INSTEAD = ("eval",)  # of a dev set, where there is none; beside one it is somebody's test set
 LABEL_NAMES = ("label", "labels", "target")
 TEXT_NAMES = (
     ("sentence1", "sentence2"),
@@ -107,7 +108,7 @@ def read(path: Path) -> dict[str, Table]:
         DataError: there is no such file, none of the training rows, two places for a split, or it cannot be read.
     """
     if path.is_dir():
-        files = {"train": files_of(path, ("train",)), "dev": files_of(path, DEV_NAMES)}
+        files = splits_of(path)
         if not files["train"]:
             raise DataError(
                 f"{path} has no training rows: looked for {_names(('train',))}; found {_listing(path)}",
@@ -284,6 +285,14 @@ def _places(rows: Rows, seed: int) -> list[float]:
         int.from_bytes(hashlib.blake2b("\0".join(text).encode(), digest_size=8, salt=salt).digest()) / 2**64
         for text in zip(*[column for column in (rows.first, rows.second) if column is not None], strict=True)
     ]
+
+
+def splits_of(folder: Path) -> dict[str, list[Path]]:
+    """The files of `train` and `dev` in a folder; raises as `files_of` does."""
+    return {
+        "train": files_of(folder, ("train",)),
+        "dev": files_of(folder, DEV_NAMES) or files_of(folder, INSTEAD),
+    }
 
 
 def files_of(folder: Path, names: tuple[str, ...]) -> list[Path]:

@@ -67,7 +67,8 @@ def found(folder: Path) -> dict[str, list[Path]] | None:
     """
     if not folder.is_dir():
         return None
-    train, dev = local.files_of(folder, ("train",)), local.files_of(folder, local.DEV_NAMES)
+    files = local.splits_of(folder)
+    train, dev = files["train"], files["dev"]
     if not train or max(len(train), len(dev)) < 2:
         return None
     if not dev:
@@ -75,7 +76,7 @@ def found(folder: Path) -> dict[str, list[Path]] | None:
             f"{folder} has {len(train)} files of training rows and no dev set",
             f"add a file or a folder called {' or '.join(local.DEV_NAMES)}",
         )
-    return {"train": train, "dev": dev}
+    return files
 
 
 def task(recipe: Recipe, files: dict[str, list[Path]]) -> Task:

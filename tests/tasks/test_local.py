@@ -360,6 +360,12 @@ def test_a_folder_may_have_a_file_or_a_folder_for_each_split(layout: str, name: 
     assert "tenth" not in local(tmp_path).about
 
 
+def test_a_file_for_evaluation_beside_a_dev_set_is_left_alone(tmp_path: Path) -> None:
+    for name, count in (("train", 40), ("dev", 7), ("eval", 9)):
+        make(tmp_path / f"{name}.csv", PLAIN[:count])
+    assert len(rows(tmp_path)["dev"]) == 7
+
+
 def test_what_might_have_been_meant_for_the_dev_set_is_named(tmp_path: Path) -> None:
     make(tmp_path / "train.csv", PLAIN)
     make(tmp_path / "evaluation.csv", PLAIN)

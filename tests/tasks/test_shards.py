@@ -152,7 +152,7 @@ def test_one_file_of_train_and_several_of_dev(tmp_path: Path) -> None:
     [
         (("train/0.csv", "train/1.csv", "train.csv", "dev.csv"), r"train/0\.csv and train\.csv"),
         (("train.csv", "train.jsonl", "dev.csv"), r"train\.csv and train\.jsonl"),
-        (("train/0.csv", "train/1.csv", "dev/0.csv", "eval/0.csv"), r"dev/0\.csv and eval/0\.csv"),
+        (("train/0.csv", "train/1.csv", "dev/0.csv", "val/0.csv"), r"dev/0\.csv and val/0\.csv"),
     ],
 )
 def test_two_places_for_one_split_are_refused(tmp_path: Path, files: tuple[str, ...], said: str) -> None:
