@@ -70,7 +70,7 @@ def teacher(chosen: Recipe, run: Folder = None, again: Again = False, several: P
     target = Run.at(path, chosen, redo="teacher" if again else None, dry=True)
     if target.done("teacher") and not again:
         return _already("teacher", target)
-    _show_plan(target)
+    _show_plan(target, redo="teacher" if again else None)
     if _launched(several, chosen, again=("teacher", path) if again else None):
         return Run.open(path).record("teacher")["metrics"]
     return _finished("teacher", path, chosen, again)
@@ -382,7 +382,7 @@ def _run_stage(stage: str, path: Path, again: bool, sets: list[str] | None, seve
     if again and processes.is_main() and target.done(stage):
         from spdtool.planning import check_run
 
-        check_run(target)  # before anything is dropped
+        check_run(target, stage)  # before anything is dropped
     if (again or not target.done(stage)) and _launched(several, chosen, again=(stage, path) if again else None):
         return Run.open(path).record(stage)["metrics"]
     return _finished(stage, path, chosen, again)
@@ -444,12 +444,12 @@ def _headline(metrics: dict[str, Any]) -> str:
     return "".join(f"; {part}" for part in parts)
 
 
-def _show_plan(run: Run, *, whole: bool = False) -> dict[str, Any]:
+def _show_plan(run: Run, *, whole: bool = False, redo: str | None = None) -> dict[str, Any]:
     if processes.has_launcher():  # which has shown it
         return {}
     from spdtool.planning import plan
 
-    planned = plan(run)
+    planned = plan(run, redo)
     if run.recipe.smoke:
         console.say("[yellow]SMOKE RUN: a random two-layer model and a few steps; its numbers mean nothing[/]")
     if whole:
@@ -461,6 +461,10 @@ def _show_plan(run: Run, *, whole: bool = False) -> dict[str, Any]:
         ("stage", "state", "epochs", "steps", "learning rate", "why"),
         [_planned_row(stage) for stage in planned["stages"]],
     )
+    for line in planned["reading"]:
+        console.say(console.plain(line))
+    for note in planned["notes"]:
+        console.warn(note)
     size = planned["parameters"]
     console.say(
         f"{size['zeros']:,} of {size['prunable']:,} weights of the encoder's linear layers become zero "

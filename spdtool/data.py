@@ -5,9 +5,8 @@ Everything is a pure function of (rows, seed, epoch), so that the position in th
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,11 +15,12 @@ import tokenizers
 import transformers
 
 from spdtool import cache, tasks
-from spdtool.errors import DataError, ModelError
+from spdtool.errors import LISTED, DataError, ModelError
 from spdtool.recipe import Recipe
 from spdtool.tasks import Rows, Task
 
 Batch = dict[str, np.ndarray]
+Note = Callable[[dict[str, Any]], None]
 
 POOL_BATCHES = 50  # rows are sorted by length inside pools of this many batches: near-equal lengths, still shuffled
 SHUFFLED_ROWS = 1_000_000  # from here on, not all rows are put into one random order
@@ -125,16 +125,23 @@ class Encoded:
         return padded
 
 
-def prepare(recipe: Recipe, tokenizer: Any, names: Sequence[str]) -> tuple[Task, dict[str, Encoded]]:
+def prepare(
+    recipe: Recipe, tokenizer: Any, names: Sequence[str], note: Note | None = None
+) -> tuple[Task, dict[str, Encoded]]:
     """The recipe's task and its tokenised splits, for a model whose labels are called `names`.
+
+    Args:
+        note: is told which rows they are (`tasks.facts`), and may refuse them.
 
     Raises:
         DataError: the data cannot be used.
         ModelError: model and task do not fit together.
     """
     task = tasks.resolve(recipe)
-    splits = align_labels(tasks.rows(task, recipe), task, names)
-    return task, encode(tokenizer, splits, recipe.max_length)
+    splits = tasks.rows(task, recipe)
+    if note is not None:
+        note(tasks.facts(task, splits))
+    return task, encode(tokenizer, align_labels(splits, task, names), recipe.max_length)
 
 
 def tokenise(tokenizer: Any, rows: Rows, max_length: int) -> Encoded:
@@ -159,7 +166,7 @@ def tokenise(tokenizer: Any, rows: Rows, max_length: int) -> Encoded:
                     append(name, np.concatenate([np.asarray(ids, np.int32) for ids in encoded[name]]))
 
     if len(rows) >= CACHED_ROWS and tokenizer.is_fast:
-        found = cache.arrays("tokens", cache.key(FORMAT, _spelt(tokenizer), texts_hash(rows), limit), fill)
+        found = cache.arrays("tokens", cache.key(FORMAT, _spelt(tokenizer), tasks.texts_hash(rows), limit), fill)
     else:
         found = cache.in_memory(fill)
     labels = np.asarray(rows.labels)
@@ -172,21 +179,6 @@ def tokenise(tokenizer: Any, rows: Rows, max_length: int) -> Encoded:
         known_lengths=found["lengths"],
         hashes=found.hashes,
     )
-
-
-def texts_hash(rows: Rows) -> str:
-    """Hash of the texts of a split, in their order; of a column that knows its own `digest`, that."""
-    hashed = hashlib.blake2b(digest_size=16)
-    for column in (rows.first, rows.second):
-        hashed.update(b"none" if column is None else b"texts")
-        if known := getattr(column, "digest", None):
-            hashed.update(known.encode())
-            continue
-        for start in range(0, 0 if column is None else len(rows), TOKENISE_ROWS):
-            texts = column[start : start + TOKENISE_ROWS]  # type: ignore[index]
-            hashed.update(np.array([len(text) for text in texts], np.int64).data)
-            hashed.update("".join(texts).encode("utf-8", "surrogatepass"))
-    return hashed.hexdigest()
 
 
 def _tokens(tokenizer: Any, rows: Rows, start: int, limit: int) -> Any:
@@ -232,23 +224,7 @@ def encode(tokenizer: Any, splits: dict[str, Rows], max_length: int) -> dict[str
 
 
 def align_labels(splits: dict[str, Rows], task: Task, names: Sequence[str]) -> dict[str, Rows]:
-    """The rows with class indices in the order of a model's own label names.
-
-    A model that names its labels otherwise (`LABEL_0`) is taken to follow the task's order.
-
-    Raises:
-        ModelError: the model has another number of labels than the task.
-    """
-    if task.regression:
-        if len(names) != 1:
-            raise ModelError(f"the model has {len(names)} labels; {task.name!r} is a regression task, which needs one")
-        return splits
-    if len(names) != len(task.labels):
-        raise ModelError(
-            f"the model has {len(names)} labels ({', '.join(names)}); "
-            f"task {task.name!r} has {len(task.labels)} ({', '.join(task.labels)})",
-            "give a teacher that was fine-tuned on this task",
-        )
+    """The rows with class indices in the order of a model's own label names; raises as `label_order` does."""
     order = label_order(names, task)
     if order == list(range(len(order))):
         return splits
@@ -257,11 +233,34 @@ def align_labels(splits: dict[str, Rows], task: Task, names: Sequence[str]) -> d
 
 
 def label_order(names: Sequence[str], task: Task) -> list[int]:
-    """For each label of the task, its index among a model's `names`; the task's order where these say nothing."""
-    own = {_plain(name): index for index, name in enumerate(names)}
-    if own.keys() != {_plain(name) for name in task.labels}:
-        return list(range(len(names)))
-    return [own[_plain(name)] for name in task.labels]
+    """For each label of the task, its index among a model's `names`: always a permutation.
+
+    Names decide, as they are written; else without case, `-`, `_` and spaces, where that leaves all of them different.
+    Where one side has mere numbers (`by_position`), the order decides.
+
+    Raises:
+        ModelError: the model has another number of labels than the task, or calls them otherwise.
+    """
+    _refuse_another_number(names, task)
+    if task.regression:
+        return [0]
+    for written in (str, _plain):
+        own = {written(name): index for index, name in enumerate(names)}
+        if len(own) == len(names) and own.keys() == {written(label) for label in task.labels}:
+            return [own[written(label)] for label in task.labels]
+    if not by_position(names, task):
+        raise ModelError(
+            f"the model calls its labels {_listed(names)}; those of task {task.name!r} are {_listed(task.labels)}",
+            "rename them in the data, or under id2label in the model's config.json: "
+            "a model that calls them LABEL_0, LABEL_1, ... is taken to follow the task's order",
+        )
+    return list(range(len(names)))
+
+
+def by_position(names: Sequence[str], task: Task) -> bool:
+    """Whether only their order tells which label is which: the model or the task has numbers from 0 for names."""
+    numbers = [str(index) for index in range(len(names))]
+    return any(list(side) in (numbers, [f"LABEL_{each}" for each in numbers]) for side in (names, task.labels))
 
 
 def training_batches(
@@ -348,6 +347,21 @@ def check_vocabulary(splits: dict[str, Encoded], size: int) -> None:
             f"the tokenizer gives token {largest}; the model has {size} word embeddings",
             "tokenizer and model must come from the same place",
         )
+
+
+def _refuse_another_number(names: Sequence[str], task: Task) -> None:
+    if task.regression and len(names) != 1:
+        raise ModelError(f"the model has {len(names)} labels; {task.name!r} is a regression task, which needs one")
+    if not task.regression and len(names) != len(task.labels):
+        raise ModelError(
+            f"the model has {len(names)} labels ({_listed(names)}); "
+            f"task {task.name!r} has {len(task.labels)} ({_listed(task.labels)})",
+            "give a teacher that was fine-tuned on this task",
+        )
+
+
+def _listed(labels: Sequence[str]) -> str:
+    return ", ".join(labels[:LISTED]) + (f" and {len(labels) - LISTED} more" if len(labels) > LISTED else "")
 
 
 def _plain(label: str) -> str:

@@ -92,12 +92,18 @@ def skeleton(recipe: Recipe, task: Task) -> PreTrainedModel:
     if task.build is not None and recipe.given_teacher is None:
         model: PreTrainedModel = task.build(recipe.seed)[0]
         return model
-    return outline(recipe.given_teacher or recipe.model, smoke=recipe.smoke)
+    return outline(recipe.given_teacher or recipe.model, smoke=recipe.smoke, tuned=recipe.given_teacher is not None)
 
 
-def outline(source: str | Path, *, smoke: bool = False) -> PreTrainedModel:
-    """The classifier that the configuration of `source` makes, without its weights; raises as `load` does."""
+def outline(source: str | Path, *, smoke: bool = False, tuned: bool = False) -> PreTrainedModel:
+    """The classifier that the configuration of `source` makes, without its weights; raises as `load` does.
+
+    Args:
+        tuned: refuse what has no head of its own.
+    """
     config = _config(source)
+    if tuned:
+        _refuse_without_head(source, config, None)
     if smoke:
         config.num_hidden_layers = 2
     try:

@@ -7,7 +7,7 @@
     ├── ModelError           a checkpoint cannot be read, or its architecture is not supported
     ├── RunError             the run folder does not allow what was asked
     │   ├── StageMissing     a stage was asked for before its predecessor
-    │   ├── RunMismatch      the folder belongs to another recipe
+    │   ├── RunMismatch      the folder belongs to another recipe, or to other rows
     │   ├── RunLocked        another process is working in the folder
     │   ├── PeerLost         one of several processes that train together has ended
     │   └── Corrupt          a file differs from the sha256 in stage.json
@@ -73,7 +73,7 @@ class StageMissing(RunError):
 
 
 class RunMismatch(RunError):
-    """The run folder was made by another recipe."""
+    """The run folder was made by another recipe, or of other rows."""
 
 
 class RunLocked(RunError):

@@ -82,6 +82,15 @@ def score(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[str, float
     return {"score": float(np.mean(list(values.values())))} | values
 
 
+def baseline(task: Task, labels: np.ndarray) -> dict[str, float]:
+    """What `score` gives for always saying the commonest of these labels; of a regression, their mean."""
+    if task.regression:
+        return score(task, np.full((len(labels), 1), np.mean(labels)), labels)
+    logits = np.zeros((len(labels), len(task.labels)))
+    logits[:, np.bincount(labels).argmax()] = 1
+    return score(task, logits, labels)
+
+
 def score_all(task: Task, logits: Mapping[str, np.ndarray], splits: Mapping[str, Encoded]) -> dict[str, float]:
     """Metrics over `dev`; those of a further dev set carry its suffix (`accuracy_mm`) and do not enter `score`.
 

@@ -23,7 +23,8 @@ def inspect_run(run: Run) -> dict[str, Any]:
         run.read(stage)
         record = run.record(stage)
         metrics = record["metrics"]
-        made_from = ", ".join(f"{name} {digest[:8]}" for name, digest in record["inputs"].items())
+        inputs = record["inputs"] or {"rows": (record.get("data") or {}).get("digest", "")}
+        made_from = ", ".join(f"{name} {digest[:8]}" for name, digest in inputs.items() if digest)
         label = f"done {sha256(run.path / stage / RECORD)[:8]}"
         dev = metrics["dev"]["score"] if isinstance(metrics.get("dev"), dict) else None
         sparsity = metrics.get("sparsity")

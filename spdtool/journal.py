@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from spdtool import collectives, processes, shards, snapshot
+from spdtool import collectives, console, processes, shards, snapshot
 from spdtool.console import Watch
 from spdtool.recipe import Training
 from spdtool.run import Work
@@ -194,7 +194,10 @@ class Journal:
         if not processes.is_main():
             collectives.wait()
             return snapshot.newest(self.work.state, self.fingerprint)
+        begun = any(self.work.state.glob("step-*"))
         found = snapshot.newest(self.work.state, self.fingerprint)
+        if begun and found is None:
+            console.warn(f"{self.work.stage} begins anew: its snapshot belongs to other settings or other rows")
         if found is None:
             self._log.unlink(missing_ok=True)
         else:

@@ -117,16 +117,19 @@ def begin(recipe: Recipe, task: Task, names: list[str], *, eager: bool) -> Any:
 
 
 def check_head(recipe: Recipe, task: Task) -> list[str] | None:
-    """The labels of the student's own head; None where it gets a new one.
+    """The labels of the student's own head; None where it gets a new one, for lack of one of this task.
 
     Raises:
         ModelError: its configuration cannot be read.
         RecipeError: its head is new, and `prune.train` would leave it as it is.
     """
     own = None if recipe.student == PRETRAINED else encoders.head_labels(_source(recipe))
-    if own is not None and len(own) != max(1, len(task.labels)):
-        console.warn(f"the student {recipe.student} has {len(own)} labels ({', '.join(own)}): it gets a new head")
-        own = None
+    if own is not None:
+        try:
+            data.label_order(own, task)
+        except ModelError as error:
+            console.warn(f"the student {recipe.student} gets a new head: {error.message}")
+            own = None
     if own is None and recipe.prune.train == "layers":
         raise RecipeError(
             f"the student {recipe.student} gets a new head, and prune.train = 'layers' would leave it random",

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from spdtool import encoders, pairing, plugins, saliency, tasks, training
+import numpy as np
+
+from spdtool import data, encoders, evaluation, pairing, plugins, saliency, tasks, training
 from spdtool.errors import RecipeError
 from spdtool.export import targets
 from spdtool.pruning.patterns import zeros_in
 from spdtool.recipe import STAGES, Recipe, Training
 from spdtool.run import Run
 from spdtool.schedules import passing, prune_events, replacing_rate
-from spdtool.tasks import Task
+from spdtool.tasks import Rows, Task, overview
 
 FLOAT = 4  # bytes
 ADAM_MOMENTS = 2
@@ -20,27 +22,37 @@ RELATIONS = 4  # maps of token-to-token relations that are kept for a layer: two
 SAVED_PER_TOKEN = 16  # widths of activation that a transformer layer keeps for its backward pass, roughly
 
 
-def plan(run: Run) -> dict[str, Any]:
+def plan(run: Run, redo: str | None = None) -> dict[str, Any]:
     """The stages of `run` with what each will cost; reads the data, and only the configuration of the model.
 
+    Args:
+        redo: this stage and every later one are about to be discarded.
+
     Returns:
-        `stages` (stage, done, epochs, steps, peak learning_rate, why), `rows`, the student's `parameters` (all,
+        `stages` (stage, done, epochs, steps, peak learning_rate, why), `rows`, how they were read (lines in `reading`,
+        what deserves attention in `notes`, rows by class in `classes`, the score of always saying the commonest label
+        of the dev set in `baseline`), the student's `parameters` (all,
         prunable, zeros; matrices emptied) and `memory_bytes` (an estimate of the peak of the training stages, to about
         a factor of 1.5).
 
     Raises:
         DataError, ModelError: the data or the model cannot be used.
         UnknownName, RecipeError, DeviceError: see `check` and `pairing.check`.
+        RunMismatch: finished stages saw other rows.
     """
     recipe = run.recipe
     task = tasks.resolve(recipe)
-    rows = {name: len(split) for name, split in tasks.rows(task, recipe).items()}
+    splits = tasks.rows(task, recipe)
+    rows = {name: len(split) for name, split in splits.items()}
     check(recipe, rows["train"])
+    check_data(run, task, splits, redo)
     student, teacher = pair(recipe, task)
     matrices = [weight.numel() for weight in encoders.prunable_linears(student).values()]
     return {
         "run": str(run.path),
         "rows": rows,
+        **reading(task, splits),
+        "notes": [*overview.notes(task, splits), *_by_position(recipe, task, teacher)],
         "stages": [
             _stage(run, stage, rows["train"], (teacher if stage == "teacher" else student).config.hidden_size)
             for stage in STAGES
@@ -53,6 +65,27 @@ def plan(run: Run) -> dict[str, Any]:
         },
         "memory_bytes": memory(recipe, student, teacher),
     }
+
+
+def reading(task: Task, splits: dict[str, Rows]) -> dict[str, Any]:
+    """How the rows were read: see `plan`."""
+    floor = evaluation.baseline(task, np.asarray(splits["dev"].labels))["score"]
+    line = f"labels: {overview.label_line(task, splits)}"
+    if not task.regression:
+        line += f"; always the commonest: dev score {floor:.4f}"
+    source = [f"data: {task.about}"] if task.name == "local" else []
+    return {"reading": [*source, line], "classes": overview.class_counts(task, splits), "baseline": floor}
+
+
+def _by_position(recipe: Recipe, task: Task, teacher: Any) -> list[str]:
+    """How the labels of a given teacher are read, where its names do not tell."""
+    names = encoders.label_names(teacher)
+    if recipe.given_teacher is None or task.regression or set(names) == set(task.labels):
+        return []
+    if not data.by_position(names, task):
+        return []
+    pairs = [f"{name} is {label}" for name, label in zip(names, task.labels, strict=True)][: overview.SHOWN]
+    return [f"the given teacher's labels are taken in their order: {', '.join(pairs)}"]
 
 
 def check(recipe: Recipe, rows: int) -> None:
@@ -118,20 +151,31 @@ def _jump(recipe: Recipe, initial: float) -> float | None:
     return first if first > initial and recipe.prune.events > 1 else None
 
 
-def check_run(run: Run) -> None:
-    """`check` for a run that has its teacher already, before a stage of it is redone; raises as `plan` does."""
+def check_run(run: Run, redo: str | None = None) -> None:
+    """`check` for a run that has its teacher already, before the stage `redo` is done again; raises as `plan` does."""
     task = tasks.resolve(run.recipe)
-    check(run.recipe, len(tasks.rows(task, run.recipe)["train"]))
+    splits = tasks.rows(task, run.recipe)
+    check(run.recipe, len(splits["train"]))
+    check_data(run, task, splits, redo)
     pair(run.recipe, task)
 
 
+def check_data(run: Run, task: Task, splits: dict[str, Rows], redo: str | None) -> None:
+    """Raise RunMismatch if a finished stage before `redo` (None: any) saw other rows."""
+    kept = [stage for stage in STAGES[: STAGES.index(redo) if redo else None] if run.done(stage)]
+    if kept:
+        run.check_data(tasks.facts(task, splits), kept)
+
+
 def pair(recipe: Recipe, task: Task) -> tuple[Any, Any]:
-    """Outlines of student and teacher, which fit each other.
+    """Outlines of student and teacher, which fit each other and, where the teacher is given, the task.
 
     Raises:
-        ModelError, RecipeError: one cannot be read, or they do not fit: see `pairing`.
+        ModelError, RecipeError: one cannot be read, or they do not fit: see `pairing` and `data.label_order`.
     """
     teacher = encoders.skeleton(recipe, task)
+    if recipe.given_teacher is not None:
+        data.label_order(encoders.label_names(teacher), task)
     student = pairing.outline(recipe, task, teacher)
     pairing.check(recipe, student, teacher)
     if recipe.student is not None:

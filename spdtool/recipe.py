@@ -15,7 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from spdtool.errors import RecipeError, UnknownName
 
@@ -28,12 +28,24 @@ SEE_FIELDS = "(`spdtool recipes default` lists every field)"
 PHASES = ("prune", "distill", "finetune")  # of the student
 TRAINING = ("teacher", *PHASES)
 STAGES = (*TRAINING, "export", "bench")
+SEVERAL = (tuple[str, ...], tuple[int, ...], tuple[float, ...])  # types of fields
 
 
 class Section(BaseModel):
     """A frozen group of fields that refuses unknown names."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any, info: ValidationInfo) -> Any:
+        """A field of several names or numbers also takes a single one, and words between commas."""
+        assert info.field_name is not None
+        if cls.model_fields[info.field_name].annotation not in SEVERAL:
+            return value
+        if isinstance(value, str):
+            return [word.strip() for word in value.split(",") if word.strip()]
+        return [value] if isinstance(value, int | float) else value
 
 
 class Loss(Section):
@@ -324,12 +336,6 @@ class Bench(Section):
     ledger: bool = True
     """measure the machine's peak and bandwidth, and each pruned matrix alone against them"""
 
-    @field_validator("threads", mode="before")
-    @classmethod
-    def _one_number(cls, value: Any) -> Any:
-        """A single number, as recipes had it before there were several."""
-        return (value,) if isinstance(value, int) else value
-
 
 class Recipe(Section):
     """Everything that decides a run."""
@@ -344,6 +350,8 @@ class Recipe(Section):
     """one or two text columns of a local file"""
     label: str | None = None
     """label column of a local file"""
+    regression: bool | None = None
+    """whether its labels are numbers to predict rather than classes; none: if all are numbers and not all are whole"""
     model: str = "google-bert/bert-base-uncased"
     """encoder to fine-tune: a folder or a hub name"""
     student: str | None = None
@@ -581,7 +589,11 @@ def _value(text: str) -> Any:
 
 
 def _help_for(dotted: str) -> str | None:
-    return next((f"{dotted}: {text}" for name, text in fields() if name == dotted), None)
+    name, text = next(((name, text) for name, text in fields() if f"{dotted}.".startswith(f"{name}.")), (None, None))
+    if name is None:
+        return None
+    usual = dict(flat(Recipe().model_dump(mode="json")))[name]
+    return f"{name}: {text}" + (f"; for example --set {name}='{json.dumps(usual)}'" if isinstance(usual, list) else "")
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

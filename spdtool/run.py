@@ -5,8 +5,9 @@
       teacher/ prune/ ... one folder per finished stage; its stage.json was written last
       .prune.partial/     a stage in progress, with the state from which it resumes
 
-`stage.json` holds what the stage read (by hash), its section of the recipe, its metrics, and every file it wrote with
-size and sha256. It is written last, inside the partial folder, which is then renamed: a folder called `prune` is whole.
+`stage.json` holds what the stage read (stages and rows, by hash), its section of the recipe, its metrics, and every
+file it wrote with size and sha256. It is written last, inside the partial folder, which is then renamed: a folder
+called `prune` is whole.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -60,6 +61,7 @@ class Run:
         self.path = Path(path)
         self.recipe = recipe
         self._reads: dict[str, str] = {}
+        self._data: dict[str, Any] | None = None
 
     @classmethod
     def open(cls, path: Path | str) -> Run:
@@ -167,6 +169,28 @@ class Run:
         self._reads[stage] = sha256(folder / RECORD)
         return folder
 
+    def note_data(self, facts: dict[str, Any]) -> None:
+        """Note the rows of the stage in progress, which must be those that the stages it has read saw themselves.
+
+        Args:
+            facts: of the rows, see `tasks.facts`.
+
+        Raises:
+            RunMismatch: they are others.
+        """
+        self.check_data(facts, self._reads)
+        self._data = facts
+
+    def check_data(self, facts: dict[str, Any], stages: Iterable[str]) -> None:
+        """Raise RunMismatch unless finished `stages` saw these rows; one of an older version does not say."""
+        for stage in stages:
+            theirs = self.record(stage).get("data") or facts
+            if theirs != facts:
+                raise RunMismatch(
+                    f"the rows are not those of the stage {stage!r} in {self.path}: {_changed(theirs, facts)}",
+                    "put the data back, give another --run, or begin anew with `spdtool teacher --again`",
+                )
+
     @contextmanager
     def stage(self, stage: str) -> Iterator[Work]:
         """Open `stage` for writing; on success commit it atomically, on failure keep only a state to resume from.
@@ -179,7 +203,7 @@ class Run:
         """
         if not processes.is_main():
             yield Work(stage, self._partial(stage))
-            self._reads = {}
+            self._forget()
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -206,7 +230,7 @@ class Run:
                     shutil.rmtree(work.folder, ignore_errors=True)
                 raise
             finally:
-                self._reads = {}
+                self._forget()
 
     def discard(self, stage: str) -> list[str]:
         """Remove `stage` and every later one; return the names of those that were there.
@@ -229,8 +253,13 @@ class Run:
 
     def fingerprint(self, stage: str) -> str:
         """Hash of all that decides the result of `stage`: its recipe and what it has read so far."""
-        decides = [self.recipe.shared(), self.recipe.section(stage).model_dump(mode="json"), self._reads]
+        section = self.recipe.section(stage).model_dump(mode="json")
+        decides = [self.recipe.shared(), section, self._reads, self._data]
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+    def _forget(self) -> None:
+        """The next stage has read nothing yet."""
+        self._reads, self._data = {}, None
 
     def _partial(self, stage: str) -> Path:
         """Where a stage in progress writes."""
@@ -250,6 +279,7 @@ class Run:
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "seconds": round(time.time() - started, 1),
             "inputs": self._reads,
+            "data": self._data,
             "recipe": self.recipe.shared() | {work.stage: self.recipe.section(work.stage).model_dump(mode="json")},
             "metrics": work.metrics,
             "machine": machine(),
@@ -380,6 +410,15 @@ def _way_out(path: Path, changed: list[str]) -> str:
         return f"give another --run, or drop all of it: the same options with `spdtool teacher --run {path} --again`"
     sets = " ".join(f"--set {name}=..." for name in changed)
     return f"give another --run, or drop {first} and what follows: `spdtool {first} --run {path} --again {sets}`"
+
+
+def _changed(theirs: dict[str, Any], mine: dict[str, Any]) -> str:
+    there, here = (", ".join(f"{count:,} {name}" for name, count in facts["rows"].items()) for facts in (theirs, mine))
+    if there != here:
+        return f"{there} there, {here} here"
+    return (
+        f"as many ({here}), but other texts, labels or order (digest {theirs['digest'][:8]}, now {mine['digest'][:8]})"
+    )
 
 
 def _redo(stage: str, path: Path) -> str:

@@ -357,6 +357,47 @@ def refused(called: Any, *messages: str) -> None:
     assert "Traceback" not in called.output
 
 
+def test_the_plan_tells_how_the_rows_were_read(spdtool: Call, quick_words: tuple[str, ...], tmp_path: Path) -> None:
+    rows = [f"row {i % 33},{('pos', 'neg', 'NA')[i % 3]}" for i in range(66)]
+    (tmp_path / "mine.csv").write_text("\n".join(["text,label", *rows]) + "\n", "utf-8")
+    words = ("compress", "--data", tmp_path / "mine.csv", *quick_words[2:], "--run", tmp_path / "run", "--dry-run")
+    called = spdtool(*words)
+    assert called.exit_code == 0, called.output
+    assert f"data: text of {tmp_path}/mine.csv, by label; a tenth of its rows is the dev set" in called.stdout
+    assert "labels: 3 classes: NA " in called.stdout
+    assert "the label 'NA' is taken for a class" in called.stderr
+    planned = json.loads(spdtool(*words, "--json").stdout)
+    assert sum(sum(counts.values()) for counts in planned["classes"].values()) == 66
+    assert (
+        "labels: regression, 0 to 4"
+        in spdtool(*words[:2], numbers(tmp_path), *words[3:], "--set", "regression=true").stdout
+    )
+
+
+def numbers(folder: Path) -> Path:
+    """A file of whole numbers as labels."""
+    (folder / "stars.csv").write_text("text,label\n" + "".join(f"row {i},{i % 5}\n" for i in range(60)), "utf-8")
+    return folder / "stars.csv"
+
+
+def test_rows_that_change_between_stages_are_refused_until_all_is_redone(
+    spdtool: Call, quick_words: tuple[str, ...], rows_file: Path, tmp_path: Path
+) -> None:
+    mine, run = tmp_path / "mine.csv", tmp_path / "run"
+    shutil.copy(rows_file, mine)
+    words = ("--data", mine, *quick_words[2:], "--run", run)
+    assert spdtool("teacher", *words).exit_code == 0
+    lines = mine.read_text("utf-8").splitlines()
+    mine.write_text("\n".join([lines[0], "the film was new,good", *lines[1:]]) + "\n", "utf-8")
+    for call in (("prune", "--run", run), ("compress", *words), ("compress", *words, "--dry-run")):
+        refused(spdtool(*call), "the rows are not those of the stage 'teacher'", "spdtool teacher --again")
+    assert spdtool("teacher", *words, "--again").exit_code == 0
+    assert spdtool("prune", "--run", run).exit_code == 0
+    shutil.copy(rows_file, mine)
+    refused(spdtool("prune", "--run", run, "--again"), "the rows are not those of the stage 'teacher'")
+    assert (run / "prune" / "stage.json").exists(), "nothing was dropped"
+
+
 # Checkpoints of no run ------------------------------------------------------------------------------------------------
 
 

@@ -140,6 +140,48 @@ def test_labels_follow_the_order_of_the_models_own_names(toy_task: Callable[...,
 
 
 @pytest.mark.parametrize(
+    ("labels", "names", "order"),
+    [
+        (("A", "a"), ["A", "a"], [0, 1]),
+        (("A", "a"), ["a", "A"], [1, 0]),
+        (("not spam", "not-spam"), ["not-spam", "not spam"], [1, 0]),
+        (("Yes", "no", "yes"), ["yes", "no", "Yes"], [2, 1, 0]),
+        (("not-spam", "spam"), ["Spam", "Not spam"], [1, 0]),
+        (("neg", "pos"), ["LABEL_0", "LABEL_1"], [0, 1]),
+        (("0", "1"), ["entailment", "not_entailment"], [0, 1]),
+        (("0", "1"), ["1", "0"], [1, 0]),
+        (("0", "1", "2"), ["b", "a", "c"], [0, 1, 2]),
+    ],
+)
+def test_labels_map_one_to_one_exact_names_first(
+    toy_task: Callable[..., Task], labels: tuple[str, ...], names: list[str], order: list[int]
+) -> None:
+    assert data.label_order(names, toy_task(labels=labels)) == order
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (("A", "a"), ["a", "b"]),
+        (("a", "b"), ["A", "a"]),
+        (("A", "a"), ["a", "a"]),
+        (("not spam", "not-spam"), ["not_spam", "NOT SPAM"]),
+        (("1", "2", "10"), ["neg", "neutral", "pos"]),
+        (("neg", "pos"), ["positive", "negative"]),
+        (("neg", "pos"), ["LABEL_1", "LABEL_0"]),
+    ],
+)
+def test_labels_that_cannot_be_told_apart_or_have_other_names_are_refused_with_both_lists(
+    toy_task: Callable[..., Task], labels: tuple[str, ...], names: list[str]
+) -> None:
+    with pytest.raises(ModelError) as caught:
+        data.align_labels({"train": Rows(["a"], None, [0])}, toy_task(labels=labels), names)
+    assert ", ".join(labels) in caught.value.message
+    assert ", ".join(names) in caught.value.message
+    assert "id2label" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
     ("labels", "names"), [(("a", "b"), ["a", "b", "c"]), (("a", "b", "c"), ["x"]), ((), ["a", "b"])]
 )
 def test_a_model_with_another_number_of_labels_is_refused(

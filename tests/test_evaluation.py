@@ -122,3 +122,11 @@ def test_an_onnx_session_is_given_only_the_inputs_that_it_names() -> None:
 def test_a_batch_becomes_tensors() -> None:
     tensors = evaluation.to_device({"input_ids": np.ones((2, 3), np.int64)}, "cpu")
     assert torch.equal(tensors["input_ids"], torch.ones(2, 3, dtype=torch.int64))
+
+
+def test_the_baseline_is_always_the_commonest_label(toys: Any) -> None:
+    labels = np.array([2, 1, 1, 0, 1])
+    task = toys.task(labels=("a", "b", "c"), metrics=("accuracy", "f1_macro"))
+    assert evaluation.baseline(task, labels) == evaluation.score(task, np.eye(3)[np.full(5, 1)], labels)
+    assert evaluation.baseline(task, labels)["accuracy"] == 0.6
+    assert evaluation.baseline(toys.task(labels=()), np.array([0.5, 1.5, 4.0]))["score"] == 0

@@ -94,7 +94,7 @@ def test_another_vocabulary_is_refused_by_the_plan(toy_run: MakeRun, small: Any)
 
 def test_a_new_head_that_would_stay_random_is_refused_by_the_plan(toy_run: MakeRun, small: Any) -> None:
     planning.plan(toy_run("prune.train=layers", student=small()))
-    for student in ("pretrained", small(num_labels=3)):
+    for student in ("pretrained", small(num_labels=3), small(id2label={0: "cat", 1: "dog"})):
         with pytest.raises(RecipeError, match="gets a new head, and prune.train = 'layers' would leave it random"):
             planning.plan(toy_run("prune.train=layers", student=student))
 
@@ -117,11 +117,11 @@ def test_a_list_of_layers_for_the_real_depth_is_no_obstacle_to_a_smoke_run(toy_r
         (["BAD", "Good"], ["bad", "good"], [0, 1]),
         (["LABEL_0", "LABEL_1"], ["good", "bad"], [1, 0]),
         (["good", "bad"], ["LABEL_0", "LABEL_1"], [1, 0]),
-        (["LABEL_0", "LABEL_1"], ["x", "y"], [0, 1]),
+        (["LABEL_0", "LABEL_1"], ["0", "1"], [0, 1]),
     ],
 )
 def test_the_order_of_the_logits(toys: Any, own: list[str], names: list[str], order: list[int]) -> None:
-    """A model that names its labels otherwise is taken to follow the task's order: bad, good."""
+    """A model whose labels have no names of their own is taken to follow the task's order: bad, good."""
     assert pairing._order(own, names, toys.task()) == order
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from spdtool import encoders, planning
-from spdtool.errors import DeviceError, RecipeError, UnknownName
+from spdtool.errors import DeviceError, ModelError, RecipeError, UnknownName
 from spdtool.recipe import STAGES
 from spdtool.run import Run
 
@@ -26,6 +26,27 @@ def test_the_plan_of_a_new_run(toy_run: MakeRun) -> None:
     }  # fmt: skip
     assert stages["finetune"]["why"] == "as the recipe says; at most 5 steps"
     assert not any(stage["done"] for stage in stages.values())
+
+
+def test_the_plan_says_how_the_rows_were_read(toy_run: MakeRun, toy_task: Callable[..., Any]) -> None:
+    planned = planning.plan(toy_run())
+    assert planned["reading"] == [
+        "labels: 2 classes: bad 24, good 24; dev: bad 12, good 12; always the commonest: dev score 0.5000"
+    ]
+    assert planned["classes"]["train"] == {"bad": 24, "good": 24}
+    assert planned["baseline"] == 0.5
+    toy_task("stars", labels=())
+    planned = planning.plan(toy_run(task="stars"))
+    assert planned["reading"][0].startswith("labels: regression, 0.")
+    assert planned["baseline"] == 0
+
+
+def test_the_plan_says_that_a_given_teachers_labels_have_no_names(toy_run: MakeRun, toys: Any, tmp_path: Path) -> None:
+    toys.bert().save_pretrained(tmp_path / "given")
+    notes = planning.plan(toy_run(given_teacher=str(tmp_path / "given")))["notes"]
+    assert "the given teacher's labels are taken in their order: LABEL_0 is bad, LABEL_1 is good" in notes
+    toys.bert(id2label={0: "good", 1: "Bad"}).save_pretrained(tmp_path / "given")
+    assert not any("order" in note for note in planning.plan(toy_run(given_teacher=str(tmp_path / "given")))["notes"])
 
 
 def test_a_derived_learning_rate_is_shown(toy_run: MakeRun, toys: Any) -> None:
@@ -61,6 +82,37 @@ def test_a_given_teacher_is_not_trained(toy_run: MakeRun, toys: Any, tmp_path: P
     toys.bert().save_pretrained(tmp_path / "given")
     first = planning.plan(toy_run(given_teacher=str(tmp_path / "given")))["stages"][0]
     assert (first["steps"], first["why"]) == (None, f"given: {tmp_path / 'given'}")
+
+
+@pytest.mark.parametrize(
+    ("labels", "model", "message"),
+    [
+        (("bad", "good"), {"labels": 3}, "the model has 3 labels"),
+        ((), {"labels": 3}, "the model has 3 labels; 'toy' is a regression task"),
+        (("bad", "good"), {"id2label": {0: "cat", 1: "dog"}}, "the model calls its labels cat, dog"),
+        (("bad", "good"), {"architectures": ["BertModel"]}, "is no fine-tuned classifier"),
+    ],
+)
+def test_a_given_teacher_of_another_task_is_refused_by_the_plan(
+    toy_run: MakeRun,
+    toy_task: Callable[..., Any],
+    toys: Any,
+    tmp_path: Path,
+    labels: tuple[str, ...],
+    model: dict[str, Any],
+    message: str,
+) -> None:
+    toy_task(labels=labels)
+    architectures = model.pop("architectures", None)
+    made = toys.bert(**model)
+    made.save_pretrained(tmp_path / "given")
+    if architectures:
+        file = tmp_path / "given" / "config.json"
+        file.write_text(file.read_text("utf-8").replace("BertForSequenceClassification", *architectures), "utf-8")
+    run = toy_run(given_teacher=str(tmp_path / "given"))
+    for check in (planning.plan, planning.check_run):
+        with pytest.raises(ModelError, match=message):
+            check(run)
 
 
 @pytest.mark.parametrize(

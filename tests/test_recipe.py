@@ -214,3 +214,32 @@ def test_the_budget_goes_by_the_coarsest_storage_unless_it_is_given(
 def test_a_storage_that_nobody_knows_is_refused() -> None:
     with pytest.raises(RecipeError, match="export.values = 'int4'"):
         resolve("default", {}, ["export.values=int4"])
+
+
+@pytest.mark.parametrize(
+    ("assignment", "value"),
+    [
+        ("export.optional=nosuch", ("nosuch",)),
+        ("export.optional=a, b", ("a", "b")),
+        ('export.optional=["a"]', ("a",)),
+        ("export.optional=", ()),
+        ("export.optional=[]", ()),
+        ("bench.batches=4", (4,)),
+        ("bench.batches=1,8", (1, 8)),
+        ("bench.threads=2", (2,)),
+        ("prune.leave=0.5,0.8", (0.5, 0.8)),
+        ("text=premise,hypothesis", ("premise", "hypothesis")),
+    ],
+)
+def test_a_field_of_several_takes_one_or_words_between_commas(assignment: str, value: tuple[object, ...]) -> None:
+    section, _, field = assignment.split("=")[0].rpartition(".")
+    recipe = resolve("default", sets=[assignment])
+    assert getattr(recipe.section(section) if section else recipe, field) == value
+
+
+@pytest.mark.parametrize("assignment", ["bench.padded=8", "bench.padded=[8, 128]", "bench.batches=a"])
+def test_a_list_of_the_wrong_kind_is_shown_a_right_one(assignment: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        resolve("default", sets=[assignment])
+    assert "for example --set bench." in str(caught.value.hint)
+    assert "'[" in str(caught.value.hint)

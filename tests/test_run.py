@@ -450,3 +450,40 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         partial.mkdir()
         (partial / "file").touch()
     assert [path.name for path in out.parent.rglob("*")] == ["out", "file"]
+
+
+FACTS = {"rows": {"train": 9, "dev": 3}, "digest": "0123456789"}
+
+
+def test_the_rows_are_part_of_what_a_stage_has_read(run: Run) -> None:
+    run.note_data(FACTS)
+    before = run.fingerprint("teacher")
+    finish(run, "teacher")
+    assert run.record("teacher")["data"] == FACTS
+    run.note_data(FACTS | {"digest": "other"})  # nothing was read: a stage that begins a run
+    assert run.fingerprint("teacher") != before
+    run.read("teacher")
+    run.note_data(FACTS)
+    finish(run, "prune")
+    assert run.record("prune")["data"] == FACTS
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ({"rows": {"train": 10, "dev": 3}, "digest": "x"}, "9 train, 3 dev there, 10 train, 3 dev here"),
+        (FACTS | {"digest": "abcdefghij"}, r"as many .* \(digest 01234567, now abcdefgh\)"),
+    ],
+)
+def test_other_rows_than_those_of_the_stages_before_are_refused(run: Run, facts: dict[str, Any], said: str) -> None:
+    run.note_data(FACTS)
+    finish(run, "teacher")
+    run.read("teacher")
+    with pytest.raises(RunMismatch, match=f"the rows are not those of the stage 'teacher' in .*{said}") as caught:
+        run.note_data(facts)
+    assert "spdtool teacher --again" in str(caught.value.hint)
+
+
+def test_a_stage_that_does_not_say_which_rows_it_saw_is_let_pass(run: Run) -> None:
+    finish(run, "teacher")
+    run.check_data(FACTS, ["teacher"])

@@ -283,7 +283,7 @@ def test_an_interruption_leaves_no_trace(bench: Bench, pruning: bool, minutes: f
         assert kept == [{k: v for k, v in event.items() if k not in drop} for event in log]
 
 
-def test_a_state_of_something_else_is_not_taken_over(bench: Bench) -> None:
+def test_a_state_of_something_else_is_not_taken_over(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = Recipe(device="cpu", save_minutes=0)
     bench.fit(section(), name="fresh", recipe=recipe)
     expected = bench.weights()
@@ -291,6 +291,7 @@ def test_a_state_of_something_else_is_not_taken_over(bench: Bench) -> None:
         bench.fit(section(), name="stopped", stop=5, fingerprint="another recipe", recipe=recipe)
     bench.events.clear()
     bench.fit(section(), name="stopped", recipe=recipe)
+    assert "begins anew: its snapshot belongs to other settings or other rows" in capsys.readouterr().err
     assert not [event for event in bench.events if event["event"] == "resume"]
     assert same(bench.weights(), expected)
     assert [event["step"] for event in bench.log("stopped") if event["event"] == "step"] == list(range(1, 9))

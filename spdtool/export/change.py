@@ -56,14 +56,17 @@ class OverBudget(GateError):
     """The files are sound, and their roundings cost more of the dev metric than the budget."""
 
 
-def dev_sets(checkpoint: Path, recipe: Recipe) -> Dev:
+def dev_sets(checkpoint: Path, recipe: Recipe, note: data.Note | None = None) -> Dev:
     """The dev sets of the recipe's task and some of its training rows, encoded for the checkpoint.
+
+    Args:
+        note: as in `data.prepare`.
 
     Raises:
         DataError, ModelError: data, tokenizer and model do not fit together.
     """
     model = encoders.load(checkpoint)
-    task, splits = data.prepare(recipe, encoders.load_tokenizer(checkpoint), encoders.label_names(model))
+    task, splits = data.prepare(recipe, encoders.load_tokenizer(checkpoint), encoders.label_names(model), note)
     dev = {name: rows for name, rows in splits.items() if name.startswith("dev")}
     data.check_lengths(dev, encoders.positions(model))
     data.check_vocabulary(dev, model.config.vocab_size)

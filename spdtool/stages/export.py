@@ -37,6 +37,7 @@ def export(run: Run) -> dict[str, Any]:
 
     Raises:
         StageMissing, Corrupt: the run does not hold what is needed.
+        RunMismatch: the rows have changed since the earlier stages read them.
         UnknownName, DataError, DeviceError: the target, the data or the runtime cannot be used; nothing is written.
         GateError: the first target's file is not its checkpoint, and nothing is written; or that of a further one is
             not, and everything else is.
@@ -46,7 +47,8 @@ def export(run: Run) -> dict[str, Any]:
     further, absent = targets.offered(recipe.export)
     providers = runtime.working(recipe.device)
     checkpoints = {"teacher": run.read("teacher"), "student": run.read("finetune")}
-    references = {role: Reference(path, dev_sets(path, recipe), recipe) for role, path in checkpoints.items()}
+    dev = {role: dev_sets(path, recipe, run.note_data) for role, path in checkpoints.items()}
+    references = {role: Reference(path, dev[role], recipe) for role, path in checkpoints.items()}
     for name, error in absent.items():
         _leave_out(name, error)
     with run.stage("export") as work, onnx.remembering():

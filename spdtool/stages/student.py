@@ -51,6 +51,7 @@ def phase(run: Run, stage: str, start: str, make_pruner: MakePruner) -> dict[str
 
     Raises:
         StageMissing, Corrupt: the run does not hold what is needed.
+        RunMismatch: the rows have changed since the earlier stages read them.
         DataError, ModelError, DeviceError: the data, the model or the device cannot be used.
         GateError: the zeros are not the requested ones in the end.
     """
@@ -70,7 +71,8 @@ def phase(run: Run, stage: str, start: str, make_pruner: MakePruner) -> dict[str
     teacher = encoders.place(teacher, recipe, front.device)
     student, tokenizer = encoders.place(student, recipe, front.device, section.train), tokenizers[0]
     pairing.check(recipe, student, teacher)
-    task, splits = data.prepare(recipe, pairing.richest(*tokenizers), encoders.label_names(student))
+    names = encoders.label_names(student)
+    task, splits = data.prepare(recipe, pairing.richest(*tokenizers), names, run.note_data)
     if recipe.student is not None:
         data.check_lengths(splits, encoders.positions(student))
         data.check_vocabulary(splits, student.config.vocab_size)

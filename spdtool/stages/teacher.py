@@ -1,19 +1,23 @@
 """`spdtool teacher`: fine-tune the dense encoder on the task, or take a given fine-tuned one and measure it.
 
-Reads: nothing of the run. Writes: `teacher/`, a Hugging Face checkpoint, with the dev metrics of its best epoch.
+Reads: nothing of the run; of the data, the rows that every later stage must find unchanged. Writes: `teacher/`, a
+Hugging Face checkpoint, with the dev metrics of its best epoch.
 """
 
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from spdtool import collectives, console, data, encoders, evaluation, processes, shards, tasks, training
+from spdtool.errors import RunError, RunMismatch
 from spdtool.pieces import Share
-from spdtool.run import Run
+from spdtool.run import RECORD, Run
+from spdtool.tasks import Task
 
 
 def teacher(run: Run) -> dict[str, Any]:
@@ -28,6 +32,7 @@ def teacher(run: Run) -> dict[str, Any]:
     front = training.accelerator(recipe)
     task = tasks.resolve(recipe)
     splits = tasks.rows(task, recipe)
+    run.note_data(tasks.facts(task, splits))
     torch.manual_seed(recipe.seed)  # the new head is random
     if task.build is not None:
         model, tokenizer = task.build(recipe.seed)
@@ -60,6 +65,7 @@ def teacher(run: Run) -> dict[str, Any]:
         parts = training.Fit(model, loss, encoded["train"], score, evaluate_train)
         summary = training.fit(parts, section, recipe, work, run.fingerprint("teacher"), front, watch)
         work.metrics |= summary | {"dev": score(), "given": None}
+        _warn_if_worthless(run, task, encoded, work.metrics["dev"])
         work.metrics |= {} if evaluate_train is None else {"train": evaluate_train()}
         weights = shards.state_dict(model, keep=processes.is_main())
         if processes.is_main():
@@ -78,7 +84,12 @@ def take(run: Run, source: str) -> dict[str, Any]:
     torch.manual_seed(run.recipe.seed)  # a smoke run's model is random
     model, tokenizer = encoders.load(source, smoke=run.recipe.smoke), encoders.load_tokenizer(source)
     encoders.layer_stack(model)
-    task, encoded = data.prepare(run.recipe, tokenizer, encoders.label_names(model))
+
+    def note(facts: dict[str, Any]) -> None:
+        run.note_data(facts)
+        _warn_if_taught_otherwise(Path(source), run, facts)
+
+    task, encoded = data.prepare(run.recipe, tokenizer, encoders.label_names(model), note)
     _refuse_misfit(model, encoded)
     model = encoders.place(model, run.recipe, front.device)
     with console.busy(f"measuring the given teacher {source}"):
@@ -87,6 +98,7 @@ def take(run: Run, source: str) -> dict[str, Any]:
         sample = encoded["train"].sample(run.recipe.teacher.scored_train_rows, run.recipe.seed)
         train = evaluation.evaluate_rows(task, forward, sample, together=True) if len(sample) else None
     console.say(f"given teacher: dev {console.scores(metrics)}")
+    _warn_if_worthless(run, task, encoded, metrics)
     with run.stage("teacher") as work:
         weights = shards.state_dict(model, keep=processes.is_main())
         if processes.is_main():
@@ -94,6 +106,28 @@ def take(run: Run, source: str) -> dict[str, Any]:
         work.metrics |= {"dev": metrics, "given": source} | ({} if train is None else {"train": train})
     collectives.wait()
     return work.metrics
+
+
+def _warn_if_worthless(run: Run, task: Task, encoded: dict[str, data.Encoded], dev: dict[str, float]) -> None:
+    """Say so if the teacher scores no better than without a look at the text; of a smoke run nothing is expected."""
+    floor = evaluation.baseline(task, encoded["dev"].labels)["score"]
+    if dev["score"] <= floor and not run.recipe.smoke:
+        console.warn(
+            f"the teacher's dev score {dev['score']:.4f} is no better than the {floor:.4f} of always giving the same "
+            "answer: there is nothing in it for a student to learn"
+        )
+
+
+def _warn_if_taught_otherwise(source: Path, run: Run, facts: dict[str, Any]) -> None:
+    """Say so if the teacher comes from a run that saw other rows: what is dev here may have been train there."""
+    if not (source / RECORD).is_file():
+        return
+    try:
+        Run(source.parent, run.recipe).check_data(facts, [source.name])
+    except RunMismatch as error:
+        console.warn(f"{error.message}; it may have been fine-tuned on dev rows of this run")
+    except RunError:  # a record that cannot be read says nothing
+        return
 
 
 def _refuse_misfit(model: Any, encoded: dict[str, data.Encoded]) -> None:

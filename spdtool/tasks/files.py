@@ -5,6 +5,7 @@ Rows end at `\\n` only and fields at `\\t` only: `str.splitlines` and the csv mo
 
 from __future__ import annotations
 
+import codecs
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -37,7 +38,11 @@ class Table:
 
     def refuse(self, row: int, problem: str, hint: str | None = None) -> NoReturn:
         """Raise DataError about row number `row` (from 0)."""
-        raise DataError(f"{self.path}, {self.unit} {self.lines[row]}: {problem}", hint)
+        raise DataError(f"{self.place(row)}: {problem}", hint)
+
+    def place(self, row: int) -> str:
+        """Where row number `row` (from 0) stands, for messages."""
+        return f"{self.path}, {self.unit} {self.lines[row]}"
 
 
 def read_text(path: Path) -> str:
@@ -52,6 +57,10 @@ def read_text(path: Path) -> str:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
     if not content.strip():
         raise DataError(f"{path} is empty", "a file of rows was expected")
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(
+            f"{path} is UTF-16, not UTF-8", f"convert the file first: iconv -f utf-16 -t utf-8 {path.name} > NEW"
+        )
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

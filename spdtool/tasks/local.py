@@ -3,20 +3,20 @@
     spdtool compress --data reviews.csv --text review --label stars
     spdtool compress --data my-folder        # train.jsonl and dev.jsonl; columns named sentence1, sentence2 and label
 
-A file alone gives up a tenth of its rows as the dev set, drawn by the recipe's seed, in the proportions of the labels.
-Labels that are text or whole numbers are classes, in sorted order; other numbers make it a regression.
+A file alone gives up a tenth of its rows as the dev set, drawn by the recipe's seed and the texts. Labels that are text
+or whole numbers are classes, in sorted order; other numbers make it a regression (`regression` in the recipe decides).
 """
 
 from __future__ import annotations
 
 import csv
 import difflib
+import hashlib
 import io
 import json
-import math
-import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,12 @@ from spdtool.errors import DataError
 from spdtool.recipe import Recipe
 from spdtool.tasks import Rows, Task
 from spdtool.tasks.files import Table, checked, read_text, read_tsv
+from spdtool.tasks.labels import Labels, label_of, of_column
+from spdtool.tasks.labels import number as number_of
 
-DEV_SHARE = 0.1
-DEV_NAMES = ("dev", "validation", "valid")
+DEV_SHARE, DEV_LEAST = 0.1, 0.07  # of the rows; of the texts of each class
+DEV_NAMES = ("dev", "validation", "valid", "val")
+INSTEAD = ("eval",)  # of a dev set, where there is none; beside one it is somebody's test set
 LABEL_NAMES = ("label", "labels", "target")
 TEXT_NAMES = (
     ("sentence1", "sentence2"),
@@ -39,7 +42,6 @@ TEXT_NAMES = (
     ("sentence",),
     ("text",),
 )
-SHARD = "-00000-of-00001"  # the hub's own files are called train-00000-of-00001.parquet
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,9 @@ def task(recipe: Recipe) -> Task:
         return shards.task(recipe, files)
     tables = read(Path(recipe.data))
     columns = choose_columns(tables["train"], recipe.text, recipe.label)
-    classes = label_names(tables["train"], columns.label)
+    seen = Labels()
+    seen.add(tables["train"], of_column(tables["train"], columns.label))
+    classes = seen.classes(str(tables["train"].path), recipe.regression)
 
     def load(data: str | None, seed: int) -> dict[str, Rows]:
         ours = tables if data in (None, recipe.data) else read(Path(data or ""))
@@ -78,8 +82,16 @@ def task(recipe: Recipe) -> Task:
         labels=classes,
         metrics=metrics_for(classes),
         load=load,
-        about=f"{' and '.join(columns.text)} of {recipe.data}, by {columns.label}",
+        about=f"{' and '.join(columns.text)} of {recipe.data}, by {columns.label}{_left_alone(recipe.data, tables)}",
     )
+
+
+def _left_alone(data: str, tables: dict[str, Table]) -> str:
+    """Where the dev set comes from, if the data bring none, and which files might have been meant for it."""
+    if "dev" in tables:
+        return ""
+    others = [path.name for path in readable(Path(data)) if path != tables["train"].path]
+    return "; a tenth of its rows is the dev set" + (f" (left alone: {', '.join(others[:5])})" if others else "")
 
 
 def metrics_for(classes: tuple[str, ...]) -> tuple[str, ...]:
@@ -93,16 +105,16 @@ def read(path: Path) -> dict[str, Table]:
     """The table `train` of a file; of a folder also `dev`, if it has one.
 
     Raises:
-        DataError: there is no such file, no or more than one of a split, or it cannot be read.
+        DataError: there is no such file, none of the training rows, two places for a split, or it cannot be read.
     """
     if path.is_dir():
-        files = {"train": _one_of(path, ("train",)), "dev": _one_of(path, DEV_NAMES)}
-        if files["train"] is None:
+        files = splits_of(path)
+        if not files["train"]:
             raise DataError(
                 f"{path} has no training rows: looked for {_names(('train',))}; found {_listing(path)}",
                 "name the file train, or give the file itself",
             )
-        return {name: read_file(file) for name, file in files.items() if file is not None}
+        return {name: read_file(found[0]) for name, found in files.items() if found}
     if not path.exists():
         raise DataError(f"{path} does not exist", "--data takes a file or a folder")
     return {"train": read_file(path)}
@@ -206,6 +218,7 @@ def choose_columns(table: Table, text: Sequence[str], label: str | None) -> Colu
     Raises:
         DataError: a column does not exist, is asked for twice, or cannot be guessed.
     """
+    text = _with_comma(table, text) or text
     if len(text) > 2:
         raise DataError(f"--text names {len(text)} columns: {', '.join(text)}", "one sentence, or a pair of them")
     for name in (*text, *([label] if label is not None else [])):
@@ -216,35 +229,6 @@ def choose_columns(table: Table, text: Sequence[str], label: str | None) -> Colu
     if label in text:
         raise DataError(f"the column {label!r} is named as text and as label", "the model would read the answer")
     return Columns(tuple(text) or _guess_text(table, label), label)
-
-
-def label_names(table: Table, column: str) -> tuple[str, ...]:
-    """The classes in the label column, sorted (whole numbers by size); none where other numbers make it a regression.
-
-    Raises:
-        DataError: a label is missing or is no text or number, all are alike, or there are too many to be classes.
-    """
-    labels = [label_of(table, row, value) for row, value in enumerate(table.column(column))]
-    distinct = set(labels)
-    if len(distinct) < 2:
-        raise DataError(f"every label in {table.path} is {labels[0]!r}", "two different labels are the least")
-    numbers = [number(label) for label in distinct]
-    whole = all(number is not None and number.is_integer() for number in numbers)
-    if not whole and all(number is not None for number in numbers):
-        return ()
-    if len(distinct) > max(2, len(labels) // 2):
-        raise DataError(
-            f"the column {column!r} of {table.path} has {len(distinct)} different labels in {len(labels)} rows",
-            "is it the label column? a regression needs numbers that are not all whole",
-        )
-    return in_order(distinct)
-
-
-def in_order(names: Iterable[str]) -> tuple[str, ...]:
-    """Names of classes, sorted; by size where all are whole numbers."""
-    numbers = {name: number(name) for name in names}
-    whole = all(value is not None and value.is_integer() for value in numbers.values())
-    return tuple(sorted(numbers, key=lambda name: (float(name) if whole else 0.0, name)))
 
 
 def to_rows(table: Table, columns: Columns, classes: tuple[str, ...]) -> Rows:
@@ -260,7 +244,7 @@ def to_rows(table: Table, columns: Columns, classes: tuple[str, ...]) -> Rows:
     labels: list[Any] = []
     for row, value in enumerate(table.column(columns.label)):
         label = label_of(table, row, value)
-        known = index.get(label) if classes else number(label)
+        known = index.get(label) if classes else number_of(label)
         if known is None and classes:
             table.refuse(row, f"the label {label!r} is in no training row", f"known: {', '.join(classes[:20])}")
         if known is None:
@@ -270,38 +254,75 @@ def to_rows(table: Table, columns: Columns, classes: tuple[str, ...]) -> Rows:
 
 
 def split(rows: Rows, seed: int) -> dict[str, Rows]:
-    """`train` and `dev`: a tenth of each class for dev, drawn by `seed`; rows keep their order.
+    """`train` and `dev`: about a tenth of the rows for dev, drawn by `seed` and the text alone; rows keep their order.
 
-    A class of one row stays in train. For regression the tenth is drawn from all rows.
+    So a row that comes or goes moves no other one, and equal texts stay together. Only where chance leaves a class too
+    few texts on a side (most likely a small class) some are added: one that has two texts is on both sides.
 
     Raises:
         DataError: too few rows to draw a dev set from.
     """
-    classes: dict[Any, list[int]] = {}
-    for row, label in enumerate(rows.labels):
-        classes.setdefault(label if isinstance(label, int) else None, []).append(row)
-    draw = random.Random(seed)
-    dev: set[int] = set()
-    for label in sorted(classes, key=lambda label: -1 if label is None else label):
-        members = classes[label]
-        if len(members) > 1:
-            dev.update(draw.sample(members, max(1, round(DEV_SHARE * len(members)))))
-    if not dev:
+    places = _places(rows, seed)
+    dev = {place for place in places if place < DEV_SHARE}
+    classes: dict[Any, set[float]] = {}
+    for place, label in zip(places, rows.labels, strict=True):
+        classes.setdefault(label if isinstance(label, int) else None, set()).add(place)
+    for own in classes.values():
+        dev.update(sorted(own)[: max(1, round(DEV_LEAST * len(own)))])
+    dev -= {max(own) for own in classes.values() if own <= dev}
+    sides = {"train": [], "dev": []}  # type: dict[str, list[int]]
+    for row, place in enumerate(places):
+        sides["dev" if place in dev else "train"].append(row)
+    if not sides["dev"]:
         raise DataError(f"{len(rows)} rows are too few to draw a dev set from", "give a folder with train and dev")
-    everything = range(len(rows))
+    return {name: rows.pick(chosen) for name, chosen in sides.items()}
+
+
+def _places(rows: Rows, seed: int) -> list[float]:
+    """A number in [0, 1) for each row, drawn by the seed and its text."""
+    salt = seed.to_bytes(8, "little")
+    return [
+        int.from_bytes(hashlib.blake2b("\0".join(text).encode(), digest_size=8, salt=salt).digest()) / 2**64
+        for text in zip(*[column for column in (rows.first, rows.second) if column is not None], strict=True)
+    ]
+
+
+def splits_of(folder: Path) -> dict[str, list[Path]]:
+    """The files of `train` and `dev` in a folder; raises as `files_of` does."""
     return {
-        "train": rows.pick([row for row in everything if row not in dev]),
-        "dev": rows.pick([row for row in everything if row in dev]),
+        "train": files_of(folder, ("train",)),
+        "dev": files_of(folder, DEV_NAMES) or files_of(folder, INSTEAD),
     }
 
 
-def _one_of(folder: Path, stems: tuple[str, ...]) -> Path | None:
-    found = sorted(
-        file for file in folder.iterdir() if file.suffix.lower() in READERS and file.stem.removesuffix(SHARD) in stems
-    )
-    if len(found) > 1:
-        raise DataError(f"{folder} has {' and '.join(file.name for file in found)}", "leave one of them")
-    return found[0] if found else None
+def files_of(folder: Path, names: tuple[str, ...]) -> list[Path]:
+    """The files of a split, sorted: those in a folder of its name, or those that are called `name` or `name-...`.
+
+    Args:
+        names: that the split may have.
+
+    Raises:
+        DataError: there is more than one such place, or one file in two formats.
+    """
+    places = []
+    for name in names:
+        beside = [path for path in readable(folder) if path.stem == name or path.stem.startswith(f"{name}-")]
+        places += [place for place in (readable(folder / name), beside) if place]
+    count = Counter(path.stem for place in places for path in place)
+    rivals = [path for place in places for path in place if count[path.stem] > 1]
+    if len(places) > 1:
+        rivals = [place[0] for place in places]
+    if rivals:
+        raise DataError(
+            f"{folder} has {' and '.join(str(path.relative_to(folder)) for path in rivals[:4])}", "leave one of them"
+        )
+    return places[0] if places else []
+
+
+def readable(folder: Path) -> list[Path]:
+    """The files in `folder` that have a known ending, sorted; none where it is no folder."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in found if path.suffix.lower() in READERS and path.is_file())
 
 
 def _names(stems: tuple[str, ...]) -> str:
@@ -321,6 +342,13 @@ def must_exist(table: Table, name: str) -> None:
     if len(table.columns) == 1:
         hint = "it has one column: are its fields separated as the file's ending says?"
     raise DataError(f"{table.path} has no column {name!r}; it has {_quoted(table.columns)}", hint)
+
+
+def _with_comma(table: Table, text: Sequence[str]) -> tuple[str, ...] | None:
+    """The column whose name holds a comma, where that is what `text` was before it was cut there."""
+    if len(text) < 2 or set(text) <= set(table.columns):
+        return None
+    return next(((name,) for name in table.columns if [part.strip() for part in name.split(",")] == list(text)), None)
 
 
 def _guess_label(table: Table, text: Sequence[str]) -> str:
@@ -362,21 +390,3 @@ def texts(table: Table, name: str) -> list[str]:
         if not cell.isascii() and re.search("[\ud800-\udfff]", cell):
             table.refuse(row, f"the column {name!r} holds half a surrogate pair, which is not text")
     return cells
-
-
-def label_of(table: Table, row: int, value: Any) -> str:
-    """The label as a name: 1, 1.0 and "1" are the same one, "01" is another."""
-    if value is None or not str(value).strip() or (isinstance(value, float) and not math.isfinite(value)):
-        table.refuse(row, f"no label: {value!r}", "leave such rows out")
-    if not isinstance(value, str | int | float):
-        table.refuse(row, f"the label is a {type(value).__name__}", "a label is text or a number")
-    whole = re.fullmatch(r"(-?)(0|[1-9]\d*)(\.0*)?", str(value), re.ASCII)
-    return str(value) if whole is None else str(int(whole[1] + whole[2]))
-
-
-def number(label: str) -> float | None:
-    """The finite number that `label` spells plainly, as 3, -0.5 or 1e-3; None for anything else."""
-    if not re.fullmatch(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", label.strip(), re.ASCII):
-        return None
-    number = float(label)
-    return number if math.isfinite(number) else None

@@ -8,7 +8,9 @@ time is one file (of Parquet: one batch of rows), however many there are. A data
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, overload
@@ -20,9 +22,10 @@ from spdtool.errors import DataError
 from spdtool.recipe import Recipe
 from spdtool.tasks import Rows, Task, local
 from spdtool.tasks.files import Table
+from spdtool.tasks.labels import Labels, of_column
 
 PIECE = 20_000  # rows of a Parquet file that are read at a time
-MOST_CLASSES = 10_000
+FORMAT = 2  # of the rows in the cache: another layout, another number
 
 
 class Texts(Sequence[str]):
@@ -57,36 +60,35 @@ class Texts(Sequence[str]):
 
 
 def found(folder: Path) -> dict[str, list[Path]] | None:
-    """The files of `train` and `dev` in order of their names, if the training rows are in more than one; else None.
+    """The files of `train` and `dev` in order of their names, if one of them has more than one; else None.
 
     Raises:
-        DataError: the training rows are in shards, and there is no dev set.
+        DataError: the training rows are in shards, and there is no dev set; or see `local.files_of`.
     """
     if not folder.is_dir():
         return None
-    train = _files(folder, ("train",))
-    if len(train) < 2:
+    files = local.splits_of(folder)
+    train, dev = files["train"], files["dev"]
+    if not train or max(len(train), len(dev)) < 2:
         return None
-    dev = _files(folder, local.DEV_NAMES)
     if not dev:
         raise DataError(
             f"{folder} has {len(train)} files of training rows and no dev set",
             f"add a file or a folder called {' or '.join(local.DEV_NAMES)}",
         )
-    return {"train": train, "dev": dev}
+    return files
 
 
 def task(recipe: Recipe, files: dict[str, list[Path]]) -> Task:
-    """The task that the files describe; the first rows say which columns there are, and whether labels are numbers.
+    """The task that the files describe; the first rows say which columns there are, all labels what they are.
 
     Raises:
         DataError: a file cannot be read or lacks values; the columns cannot be told; too many classes.
     """
     first = next(_pieces(files["train"][0]))
     columns = local.choose_columns(first, recipe.text, recipe.label)
-    regression = not local.label_names(first, columns.label)
-    stored = {split: _stored(paths, columns, regression=regression) for split, paths in files.items()}
-    classes = () if regression else local.in_order(_names(stored["train"]))
+    stored = {split: _stored(paths, columns) for split, paths in files.items()}
+    classes = _labels(stored["train"]).classes(str(recipe.data), recipe.regression)
 
     def load(_data: str | None, _seed: int) -> dict[str, Rows]:
         return {split: _rows(arrays, columns, classes, split) for split, arrays in stored.items()}
@@ -101,19 +103,6 @@ def task(recipe: Recipe, files: dict[str, list[Path]]) -> Task:
     )
 
 
-def _files(folder: Path, stems: tuple[str, ...]) -> list[Path]:
-    """The files of a split: those in the folder of its name, else those whose names begin with it."""
-    for stem in stems:
-        inside = folder / stem
-        listed = inside.iterdir() if inside.is_dir() else folder.iterdir()
-        fitting = [path for path in listed if path.suffix.lower() in local.READERS and path.is_file()]
-        if not inside.is_dir():
-            fitting = [path for path in fitting if path.stem == stem or path.stem.startswith(f"{stem}-")]
-        if fitting:
-            return sorted(fitting)
-    return []
-
-
 def _pieces(path: Path) -> Iterator[Table]:
     """The rows of one file: of Parquet some at a time, of a text file all."""
     if path.suffix.lower() != ".parquet":
@@ -122,9 +111,13 @@ def _pieces(path: Path) -> Iterator[Table]:
     yield from local.parquet_pieces(path, PIECE)
 
 
-def _stored(paths: list[Path], columns: local.Columns, *, regression: bool) -> cache.Arrays:
-    """The columns of a split as flat arrays, from the cache or by reading every file once."""
-    known: dict[str, int] = {}
+def _stored(paths: list[Path], columns: local.Columns) -> cache.Arrays:
+    """The columns of a split as flat arrays, from the cache or by reading every file once.
+
+    `labels` has what the labels are as JSON (`Labels`); `codes` is the number of each row's label, as long as they may
+    be classes, and `numbers` what they spell, as long as all are numbers.
+    """
+    seen = Labels()
 
     def fill(append: cache.Append) -> None:
         ends = [0] * len(columns.text)
@@ -136,12 +129,16 @@ def _stored(paths: list[Path], columns: local.Columns, *, regression: bool) -> c
                     local.must_exist(table, name)
                 for place, name in enumerate(columns.text):
                     ends[place] += _append_texts(append, place, local.texts(table, name), ends[place])
-                labels = [local.label_of(table, row, value) for row, value in enumerate(table.column(columns.label))]
-                append("labels", _numbers(table, labels) if regression else _codes(labels, known, path))
-        append("names", np.frombuffer("\n".join(known).encode(), np.uint8))
+                labels = of_column(table, columns.label)
+                seen.add(table, labels)
+                if not seen.too_many:
+                    append("codes", np.array([seen.names[label] for label in labels], np.int64))
+                if seen.odd is None:
+                    append("numbers", np.array(labels, np.float64))
+        append("labels", np.frombuffer(json.dumps(asdict(seen)).encode(), np.uint8))
 
     facts = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    return cache.arrays("rows", cache.key(facts, columns.text, columns.label, regression), fill)
+    return cache.arrays("rows", cache.key(FORMAT, facts, columns.text, columns.label), fill)
 
 
 def _append_texts(append: cache.Append, place: int, texts: list[str], end: int) -> int:
@@ -152,37 +149,34 @@ def _append_texts(append: cache.Append, place: int, texts: list[str], end: int) 
     return int(lengths.sum())
 
 
-def _codes(labels: list[str], known: dict[str, int], path: Path) -> np.ndarray:
-    codes = np.array([known.setdefault(label, len(known)) for label in labels], np.int64)
-    if len(known) > MOST_CLASSES:
-        raise DataError(f"{path} brings the labels to more than {MOST_CLASSES} different ones", "are they classes?")
-    return codes
-
-
-def _numbers(table: Table, labels: list[str]) -> np.ndarray:
-    numbers = [local.number(label) for label in labels]
-    for row, value in enumerate(numbers):
-        if value is None:
-            table.refuse(row, f"the label {labels[row]!r} is not a number", "all others are; this is a regression")
-    return np.array(numbers, np.float64)
-
-
-def _names(arrays: cache.Arrays) -> list[str]:
-    return arrays["names"].tobytes().decode().split("\n")
+def _labels(arrays: cache.Arrays) -> Labels:
+    return Labels(**json.loads(arrays["labels"].tobytes()))
 
 
 def _rows(arrays: cache.Arrays, columns: local.Columns, classes: tuple[str, ...], split: str) -> Rows:
     texts = [_texts(arrays, place) for place in range(len(columns.text))]
-    labels: Any = arrays["labels"]
-    if classes:
-        names = _names(arrays)
-        strange = [name for name in names if name not in classes]
-        if strange:
-            raise DataError(f"the label {strange[0]!r} of the {split} rows is in no training row")
-        order = np.array([classes.index(name) for name in names])
-        if order.tolist() != list(range(len(order))):
-            labels = _renumbered(labels, order, arrays.hashes["labels"])
+    labels = _classes(arrays, classes, split) if classes else _numbers(arrays)
     return Rows(texts[0], texts[1] if len(texts) == 2 else None, labels)
+
+
+def _numbers(arrays: cache.Arrays) -> Any:
+    odd = _labels(arrays).odd
+    if odd is not None:
+        raise DataError(f"{odd[0]}: the label {odd[1]!r} is not a number", "all others are; this is a regression")
+    return arrays["numbers"]
+
+
+def _classes(arrays: cache.Arrays, classes: tuple[str, ...], split: str) -> Any:
+    """The labels as indices into `classes`; as they are stored, where that is their order already."""
+    index = {name: place for place, name in enumerate(classes)}
+    names = _labels(arrays).names
+    strange = [name for name in names if name not in index]
+    if strange:
+        raise DataError(f"the label {strange[0]!r} of the {split} rows is in no training row")
+    order = np.array([index[name] for name in names])
+    if order.tolist() == list(range(len(order))):
+        return arrays["codes"]
+    return _renumbered(arrays["codes"], order, arrays.hashes["codes"])
 
 
 def _texts(arrays: cache.Arrays, place: int) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,35 @@ def test_a_given_teachers_own_order_of_labels_is_respected(
     straight = teacher(toy_run(folder="straight", given_teacher=given(id2label={0: "bad", 1: "good"})))
     turned = teacher(toy_run(folder="turned", given_teacher=given(id2label={0: "good", 1: "bad"})))
     assert turned["dev"]["accuracy"] == pytest.approx(1 - straight["dev"]["accuracy"])
+
+
+def test_a_teacher_from_a_run_on_other_rows_is_said_to_be(
+    toy_run: Callable[..., Run], toy_task: Callable[..., Task], capsys: Any
+) -> None:
+    first = toy_run(folder="first", until="teacher")
+    shutil.copytree(first.path / "teacher", first.path.parent / "copied" / "teacher")
+    source = str(first.path.parent / "copied" / "teacher")
+    teacher(toy_run(folder="same", given_teacher=source))
+    assert "fine-tuned on dev rows" not in capsys.readouterr().err
+    toy_task(train=40)
+    teacher(toy_run(folder="other", given_teacher=source))
+    said = capsys.readouterr().err
+    assert "48 train, 24 dev there, 40 train, 24 dev here; it may have been fine-tuned on dev rows of this run" in said
+
+
+@pytest.mark.parametrize("words", [(), ("smoke=true",)])
+def test_a_teacher_that_knows_nothing_is_said_to(
+    toy_run: Callable[..., Run], toy_task: Callable[..., Task], given: Callable[..., str], capsys: Any, words: Any
+) -> None:
+    toy_task()
+    folder = Path(given())
+    model = encoders.load(folder)
+    torch.nn.init.zeros_(model.classifier.weight)
+    encoders.save(model, encoders.load_tokenizer(folder), folder)
+    teacher(toy_run(*words, given_teacher=str(folder)))
+    said = "dev score 0.5000 is no better than the 0.5000 of always giving the same answer" in capsys.readouterr().err
+    assert said != bool(words)
+    teacher(toy_run("teacher.learning_rate=1e-12", "teacher.epochs=1", folder="trained", smoke=bool(words)))
 
 
 def refused(run: Run, error: type[Exception], said: str) -> None:

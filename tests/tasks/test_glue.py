@@ -149,7 +149,7 @@ BAD = {
     "short rows elsewhere": ("sst2", file_of("sst2", ["0", "1"] * 1000) + "cut\n", "line 2002: 1 fields"),
     "latin-1": ("rte", file_of("rte").encode() + b"5\tcaf\xe9\tb\tentailment\n", "line 4: byte 0xe9 is not UTF-8"),
     "latin-1 after a mark": ("sst2", b"\xef\xbb\xbfsentence\tlabel\n\xe9\t1\n", "line 2: byte 0xe9 is not UTF-8"),
-    "utf-16": ("rte", file_of("rte").encode("utf-16"), "line 1: byte 0xff is not UTF-8"),
+    "utf-16": ("rte", file_of("rte").encode("utf-16"), "is UTF-16, not UTF-8"),
     "unknown name": ("mnli", file_of("mnli", ["neutral", "-"]), "line 3: the label '-' is none of mnli's"),
     "unknown digit": ("sst2", file_of("sst2", ["0", "2"]), "line 3: the label '2' is none of sst2's"),
     "unknown digit without header": ("cola", file_of("cola", ["0", "1", "x"]), "line 3: the label 'x'"),

@@ -12,10 +12,11 @@ import pytest
 from pyarrow import parquet
 
 from spdtool import tasks
-from spdtool.errors import DataError
+from spdtool.errors import DataError, RecipeError
 from spdtool.evaluation import METRICS
 from spdtool.recipe import Recipe
 from spdtool.tasks import Rows, Task
+from spdtool.tasks import local as local_task
 
 Records = list[dict[str, Any]]
 FORMATS = ("csv", "tsv", "jsonl", "parquet")
@@ -84,11 +85,12 @@ def test_a_folder_without_a_dev_set_is_split_like_a_file(tmp_path: Path) -> None
     assert rows(tmp_path / "folder") == rows(alone)
 
 
-def test_the_drawn_dev_set_is_a_tenth_of_each_class_and_depends_on_the_seed_alone(tmp_path: Path) -> None:
+def test_the_drawn_dev_set_is_about_a_tenth_of_each_class_and_depends_on_the_seed(tmp_path: Path) -> None:
     records = [{"text": f"row {i}", "label": "abc"[(i > 200) + (i > 290)]} for i in range(300)]
     data = make(tmp_path / "mine.jsonl", records)
     splits = rows(data, seed=3)
-    assert Counter(splits["dev"].labels) == {0: 20, 1: 9, 2: 1}
+    shares = {label: count / (201, 90, 9)[label] for label, count in Counter(splits["dev"].labels).items()}
+    assert shares == {label: pytest.approx(0.1, abs=0.035) for label in range(3)}
     assert not set(splits["train"].first) & set(splits["dev"].first)
     assert len(splits["train"]) + len(splits["dev"]) == 300
     numbers = [int(text.split()[1]) for text in splits["train"].first]
@@ -103,9 +105,45 @@ def test_a_class_of_one_row_stays_in_train(tmp_path: Path) -> None:
     assert 0 not in splits["dev"].labels
 
 
+def side_of(splits: dict[str, Rows]) -> dict[tuple[str, ...], str]:
+    return {
+        pair: name
+        for name, split in splits.items()
+        for pair in zip(split.first, split.second or split.first, strict=True)
+    }
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_a_row_that_comes_or_goes_moves_no_other_one(pairs: bool) -> None:
+    texts = [f"row {i}" for i in range(1000)]
+    rows = Rows(texts, texts[::-1] if pairs else None, [i % 2 for i in range(1000)])
+    before = side_of(local_task.split(rows, 0))
+    for picked in ([*range(1, 1000)], [*range(500), *range(501, 1000)], [999, *range(999)]):
+        after = side_of(local_task.split(rows.pick(picked), 0))
+        assert all(before[pair] == side for pair, side in after.items())
+    assert side_of(local_task.split(rows, 1)) != before
+
+
+def test_equal_texts_stay_on_one_side_whatever_their_labels() -> None:
+    rows = Rows([f"row {i % 60}" for i in range(600)], None, [i // 60 % 2 for i in range(600)])
+    for seed in range(20):
+        splits = local_task.split(rows, seed)
+        assert not set(splits["train"].first) & set(splits["dev"].first)
+
+
+def test_every_class_of_two_texts_is_on_both_sides_and_dev_keeps_its_share() -> None:
+    labels = [i for i in range(50) for _ in range(i + 1)]
+    rows = Rows([f"row {i}" for i in range(len(labels))], None, labels)
+    for seed in range(20):
+        splits = local_task.split(rows, seed)
+        assert set(splits["train"].labels) == set(range(50))
+        assert set(splits["dev"].labels) == set(range(1, 50))
+        assert 0.08 < len(splits["dev"]) / len(rows) < 0.14
+
+
 def test_a_regression_draws_its_dev_set_from_all_rows(tmp_path: Path) -> None:
     splits = rows(make(tmp_path / "mine.tsv", [{"text": f"row {i}", "label": i / 7} for i in range(50)]))
-    assert len(splits["dev"]) == 5
+    assert 4 <= len(splits["dev"]) <= 8
     assert set(splits["train"].labels) | set(splits["dev"].labels) == {float(str(i / 7)) for i in range(50)}
 
 
@@ -121,6 +159,7 @@ def test_a_regression_draws_its_dev_set_from_all_rows(tmp_path: Path) -> None:
         (["pos", "neg", "neg"], ("neg", "pos"), ("accuracy", "f1")),
         ([1, 2.5, 3], (), ("pearson", "spearman")),
         (["1e-3", ".5", "2"], (), ("pearson", "spearman")),
+        ([0.5, 1.5, "n/a", "bad", "good"], ("0.5", "1.5", "bad", "good", "n/a"), ("accuracy", "f1_macro")),
         (["10000000000000000000001", "10000000000000000000002"], None, ("accuracy", "f1")),
     ],
 )
@@ -238,6 +277,13 @@ BAD: dict[str, tuple[str, bytes, str]] = {
     "no parquet": ("parquet", b"text,label\na,x\n", "is not a readable parquet file"),
     "empty parquet": ("parquet", b"", "is not a readable parquet file"),
     "one class": ("csv", b"text,label\na,x\nb,x\n", "every label in"),
+    "no number": (
+        "csv",
+        b"text,label\na,0.5\nb,1.5\nc,inf\nd,2.5\n",
+        "line 4: the label 'inf' is not a number, and 3 of",
+    ),
+    "no number among whole ones": ("csv", b"text,label\na,1\nb,2\nc,3\nd,?\n", "line 5: the label '?' is not a number"),
+    "utf-16": ("csv", "text,label\na,x\nb,y\n".encode("utf-16"), "is UTF-16, not UTF-8"),
     "one number": ("csv", b"text,label\na,0.5\nb,0.5\n", "every label in"),
     "an id as label": ("csv", b"text,label\na,1\nb,2\nc,3\nd,4\n", "4 different labels in 4 rows"),
     "two rows": ("csv", b"text,label\na,1\nb,2\n", "2 rows are too few"),
@@ -264,7 +310,7 @@ def test_the_known_endings_are_listed_and_capitals_do_not_matter(tmp_path: Path)
     with pytest.raises(DataError) as caught:
         rows(tmp_path / "mine.txt")
     assert caught.value.hint == "known endings: .csv, .tsv, .jsonl, .parquet"
-    assert len(rows(make(tmp_path / "mine.csv", PLAIN).rename(tmp_path / "MINE.CSV"))["train"]) == 36
+    assert len(rows(make(tmp_path / "mine.csv", PLAIN).rename(tmp_path / "MINE.CSV"))["train"]) > 30
 
 
 @pytest.mark.parametrize(
@@ -302,6 +348,55 @@ def test_a_folder_with_no_or_two_files_of_a_split_is_refused(tmp_path: Path) -> 
     make(tmp_path / "validation.jsonl", PLAIN)
     with pytest.raises(DataError, match=r"has dev\.csv and validation\.jsonl"):
         rows(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["dev", "validation", "valid", "val", "eval"])
+@pytest.mark.parametrize("layout", ["{}.csv", "{}/mine.csv", "{}-00000-of-00001.csv"])
+def test_a_folder_may_have_a_file_or_a_folder_for_each_split(layout: str, name: str, tmp_path: Path) -> None:
+    for split in ("train", name):
+        (tmp_path / layout.format(split)).parent.mkdir(exist_ok=True)
+        make(tmp_path / layout.format(split), PLAIN if split == "train" else PLAIN[:7])
+    assert {split: len(found) for split, found in rows(tmp_path).items()} == {"train": 40, "dev": 7}
+    assert "tenth" not in local(tmp_path).about
+
+
+def test_a_file_for_evaluation_beside_a_dev_set_is_left_alone(tmp_path: Path) -> None:
+    for name, count in (("train", 40), ("dev", 7), ("eval", 9)):
+        make(tmp_path / f"{name}.csv", PLAIN[:count])
+    assert len(rows(tmp_path)["dev"]) == 7
+
+
+def test_what_might_have_been_meant_for_the_dev_set_is_named(tmp_path: Path) -> None:
+    make(tmp_path / "train.csv", PLAIN)
+    make(tmp_path / "evaluation.csv", PLAIN)
+    assert "a tenth of its rows is the dev set (left alone: evaluation.csv)" in local(tmp_path).about
+
+
+def test_regression_is_what_the_recipe_says(tmp_path: Path) -> None:
+    stars = make(tmp_path / "stars.csv", [{"text": f"row {i}", "label": i % 5} for i in range(40)])
+    halves = make(tmp_path / "halves.csv", [{"text": f"row {i}", "label": i % 5 / 2} for i in range(40)])
+    mixed = make(tmp_path / "mixed.csv", [{"text": f"row {i}", "label": i % 5 / 2 or "x"} for i in range(40)])
+
+    def task(data: Path, regression: bool | None) -> Task:
+        return tasks.resolve(Recipe(task="local", data=str(data), regression=regression))
+
+    assert (task(stars, None).labels, task(halves, None).labels) == (tuple("01234"), ())
+    assert task(stars, True).labels == ()
+    assert set(task(stars, True).load(None, 0)["train"].labels) == {0.0, 1.0, 2.0, 3.0, 4.0}
+    assert task(halves, False).labels == ("0", "0.5", "1", "1.5", "2")
+    assert task(mixed, False).labels == ("0.5", "1", "1.5", "2", "x")
+    for regression in (None, True):
+        with pytest.raises(DataError, match="line 2: the label 'x' is not a number, and 32 of 40 are"):
+            task(mixed, regression)
+    with pytest.raises(RecipeError, match="knows its own columns and labels"):
+        tasks.resolve(Recipe(task="cola", regression=True))
+
+
+def test_a_column_whose_name_holds_a_comma(tmp_path: Path) -> None:
+    data = make(tmp_path / "mine.csv", [{"a, b": f"row {i}", "c": "other", "label": i % 2} for i in range(8)])
+    assert local(data, text=("a", "b")).text == ("a, b",)
+    pair = make(tmp_path / "pair.csv", [{"a,b": "x", "a": "y", "b": f"z{i}", "label": i % 2} for i in range(8)])
+    assert local(pair, text=("a", "b")).text == ("a", "b")
 
 
 def test_columns_without_a_name_are_passed_over(tmp_path: Path) -> None:

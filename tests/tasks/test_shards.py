@@ -14,6 +14,7 @@ from pyarrow import parquet
 from spdtool import tasks
 from spdtool.errors import DataError
 from spdtool.recipe import resolve
+from spdtool.tasks import labels as label_module
 from spdtool.tasks import shards
 
 TEXTS = ["the film", "", "é là 日本", "a meal", "so good", "very bad", "it was", "fine then"]
@@ -37,9 +38,12 @@ def write(path: Path, texts: list[str], labels: list[Any]) -> None:
         path.write_text("\n".join(["text,label", *lines]) + "\n", "utf-8")
 
 
+def task(folder: Path) -> tasks.Task:
+    return tasks.resolve(resolve("default", {"task": "local", "data": str(folder)}))
+
+
 def rows(folder: Path) -> dict[str, tasks.Rows]:
-    recipe = resolve("default", {"task": "local", "data": str(folder)})
-    return tasks.rows(tasks.resolve(recipe), recipe)
+    return tasks.rows(task(folder), resolve("default", {"task": "local", "data": str(folder)}))
 
 
 @pytest.mark.parametrize("ending", [".parquet", ".jsonl", ".csv"])
@@ -93,6 +97,81 @@ def test_a_file_that_changes_is_read_again(tmp_path: Path) -> None:
     before = rows(tmp_path)["train"]
     write(tmp_path / "train" / "1.csv", [*TEXTS, "and more"], [0, 1] * 4 + [1])
     assert len(rows(tmp_path)["train"]) == len(before) + 1
+
+
+def test_the_labels_of_all_files_decide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole numbers first, then others; and shards that are sorted by class."""
+    monkeypatch.setattr(shards, "PIECE", 3)
+    for name, gold in (("numbers", ([1, 2, 3, 4] * 2, [0.5, 2.0] * 4)), ("sorted", (["b"] * 8, ["a"] * 8))):
+        for part, labels in enumerate(gold):
+            write(tmp_path / name / "train" / f"{part}.csv", TEXTS, labels)
+        write(tmp_path / name / "dev.csv", TEXTS, gold[0])
+    for _ in range(2):  # read, and from the cache
+        assert task(tmp_path / "numbers").labels == ()
+        assert list(rows(tmp_path / "numbers")["train"].labels) == [1.0, 2.0, 3.0, 4.0] * 2 + [0.5, 2.0] * 4
+        assert list(rows(tmp_path / "numbers")["dev"].labels) == [1.0, 2.0, 3.0, 4.0] * 2
+        assert task(tmp_path / "sorted").labels == ("a", "b")
+        assert list(rows(tmp_path / "sorted")["train"].labels) == [1] * 8 + [0] * 8
+
+
+def test_what_is_no_number_is_named_however_many_numbers_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(label_module, "MOST_CLASSES", 6)
+    for part in range(3):
+        write(tmp_path / "train" / f"{part}.csv", TEXTS, [part + i / 10 for i in range(8)])
+    write(tmp_path / "dev.csv", TEXTS, [0.5] * 7 + ["high"])
+    for _ in range(2):
+        assert task(tmp_path).labels == ()
+        with pytest.raises(DataError, match=r"dev\.csv, line 9: the label 'high' is not a number"):
+            rows(tmp_path)
+    write(tmp_path / "train" / "2.csv", TEXTS, [*range(7), "none"])
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"2\.csv, line 9: the label 'none' is not a number, and 23 of 24 are"):
+            task(tmp_path)
+
+
+def test_too_many_classes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(label_module, "MOST_CLASSES", 6)
+    for part in range(2):
+        write(tmp_path / "train" / f"{part}.csv", TEXTS, [f"id {i}" for i in range(8)])
+    write(tmp_path / "dev.csv", TEXTS, ["id 0"] * 8)
+    with pytest.raises(DataError, match=r"0\.csv brings the labels to more than 6 different ones"):
+        rows(tmp_path)
+
+
+def test_one_file_of_train_and_several_of_dev(tmp_path: Path) -> None:
+    write(tmp_path / "train" / "all.csv", TEXTS, ["a", "b"] * 4)
+    for part in range(2):
+        write(tmp_path / "validation" / f"{part}.csv", TEXTS, ["a", "b"] * 4)
+    assert {name: len(split) for name, split in rows(tmp_path).items()} == {"train": 8, "dev": 16}
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (("train/0.csv", "train/1.csv", "train.csv", "dev.csv"), r"train/0\.csv and train\.csv"),
+        (("train.csv", "train.jsonl", "dev.csv"), r"train\.csv and train\.jsonl"),
+        (("train/0.csv", "train/1.csv", "dev/0.csv", "val/0.csv"), r"dev/0\.csv and val/0\.csv"),
+    ],
+)
+def test_two_places_for_one_split_are_refused(tmp_path: Path, files: tuple[str, ...], said: str) -> None:
+    for file in files:
+        write(tmp_path / file, TEXTS, ["a", "b"] * 4)
+    with pytest.raises(DataError, match=f"has {said}"):
+        rows(tmp_path)
+
+
+def test_the_rows_are_told_from_others_without_reading_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for part in range(2):
+        write(tmp_path / "train" / f"{part}.csv", TEXTS, ["a", "b"] * 4)
+    write(tmp_path / "dev.csv", TEXTS, ["a", "b"] * 4)
+    facts = tasks.facts(task(tmp_path), rows(tmp_path))
+    assert facts["rows"] == {"train": 16, "dev": 8}
+    monkeypatch.setattr(shards.Texts, "__getitem__", lambda *_: pytest.fail("read"))
+    assert tasks.facts(task(tmp_path), rows(tmp_path)) == facts
+    write(tmp_path / "train" / "1.csv", TEXTS, ["b", "a"] * 4)
+    assert tasks.facts(task(tmp_path), rows(tmp_path))["digest"] != facts["digest"]
 
 
 def test_a_dev_label_that_no_training_row_has_is_refused(tmp_path: Path) -> None:
