@@ -6,7 +6,7 @@ from typing import Any
 
 from spdtool import encoders, pairing, plugins, saliency, tasks, training
 from spdtool.errors import RecipeError
-from spdtool.export import targets
+from spdtool.export import targets, trial
 from spdtool.pruning.patterns import zeros_in
 from spdtool.recipe import STAGES, Recipe, Training
 from spdtool.run import Run
@@ -29,7 +29,7 @@ def plan(run: Run) -> dict[str, Any]:
         a factor of 1.5).
 
     Raises:
-        DataError, ModelError: the data or the model cannot be used.
+        DataError, ModelError: the data or the model cannot be used; an unknown architecture cannot be exported.
         UnknownName, RecipeError, DeviceError: see `check` and `pairing.check`.
     """
     recipe = run.recipe
@@ -38,6 +38,8 @@ def plan(run: Run) -> dict[str, Any]:
     check(recipe, rows["train"])
     student, teacher = pair(recipe, task)
     matrices = [weight.numel() for weight in encoders.prunable_linears(student).values()]
+    if not run.done("export"):
+        trial.check(recipe, (student.config, teacher.config))
     return {
         "run": str(run.path),
         "rows": rows,

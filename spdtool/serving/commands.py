@@ -54,8 +54,8 @@ def predict(
     from spdtool.serving import inputs, lines
 
     if (text is None) == (source is None):
-        found = "neither a text nor --input was given" if text is None else "a text and --input exclude each other"
-        raise RecipeError(found, "give one of them; `--input -` reads standard input")
+        problem = "neither a text nor --input was given" if text is None else "a text and --input exclude each other"
+        raise RecipeError(problem, "give one of them; `--input -` reads standard input")
     if pair is not None and text is None:
         raise RecipeError("--pair belongs to a text", "lines have their pair after a tab, or as JSON")
     if form is not None and form not in lines.FORMS:
