@@ -246,7 +246,10 @@ def clean(proto: Any) -> None:
 
 
 def name_weights(proto: onnx.ModelProto, model: PreTrainedModel) -> None:
-    """Give the constants that hold a parameter, transposed or not, its name; recognised by their content."""
+    """Give the constants that hold a parameter, transposed or not, its name; recognised by their content.
+
+    A second constant with the same content, which the exporter makes of a weight that is used twice, is left out.
+    """
     held: dict[Fingerprint, list[onnx.TensorProto]] = {}
     for tensor in proto.graph.initializer:
         held.setdefault(fingerprint(numpy_helper.to_array(tensor)), []).append(tensor)
@@ -257,16 +260,21 @@ def name_weights(proto: onnx.ModelProto, model: PreTrainedModel) -> None:
             for tensor in held.get(fingerprint(view), ()):
                 origins.setdefault(tensor.name, {}).setdefault(name + suffix, name)
     taken = {tensor.name for tensor in proto.graph.initializer}
-    renamed = {}
+    renamed, again = dict[str, str](), dict[str, str]()
     for tensor in proto.graph.initializer:
         names = origins.get(tensor.name, {})
         free = [name for name in names if name not in taken]
         if names and tensor.name not in names and free:
             renamed[tensor.name] = free[0]
             taken.add(free[0])
+        elif names and tensor.name not in names:
+            again[tensor.name] = next(iter(names))
         if tensor.name in names or tensor.name in renamed:
             tensor.metadata_props.add(key=PARAMETERS, value=" ".join(dict.fromkeys(names.values())))
-    _rename(proto.graph, renamed)
+    kept = [tensor for tensor in proto.graph.initializer if tensor.name not in again]
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend(kept)
+    _rename(proto.graph, renamed | again)
 
 
 def write(proto: onnx.ModelProto, file: Path) -> list[Path]:
