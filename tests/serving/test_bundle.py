@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification
 import spdtool
 from spdtool import classifier, plugins
 from spdtool.errors import DataError, DeviceError, ModelError, PluginError, RunError, StageMissing, UnknownName
-from spdtool.export import assembly, layouts
+from spdtool.export import assembly, card, layouts
 from spdtool.run import Run
 
 Stage = tuple[Path, Path, Any, dict[str, Any]]
@@ -54,10 +54,46 @@ def test_golden_logits_are_those_of_the_checkpoint(servable: Path, stage: Stage)
 def test_the_card_is_one_that_the_hub_reads(servable: Path) -> None:
     from huggingface_hub import ModelCard
 
-    card = ModelCard.load(servable / "README.md", ignore_metadata_errors=False)
-    assert card.data.pipeline_tag == "text-classification"
-    assert [(found.metric_type, found.metric_value) for found in card.data.eval_results] == [("accuracy", 0.75)]
-    assert "| `onnx/model_fp16.onnx` | any | 1 | 50.00% | 0.7500 | +0.2500 | 3 of 12 |" in card.text
+    told = ModelCard.load(servable / "README.md", ignore_metadata_errors=False)
+    assert told.data.pipeline_tag == "text-classification"
+    assert [(found.metric_type, found.metric_value) for found in told.data.eval_results] == [("accuracy", 0.75)]
+    assert "| `onnx/model_fp16.onnx` | any | 1 | 50.00% | 0.7500 | +0.2500 | 3 of 12 |" in told.text
+
+
+@pytest.mark.parametrize(
+    ("flags", "base"),
+    [
+        ({}, "google-bert/bert-base-uncased"),
+        ({"model": "FOLDER"}, None),
+        ({"model": "./theirs/encoder"}, None),
+        ({"given_teacher": "someone/bert-mrpc"}, "someone/bert-mrpc"),
+        ({"given_teacher": "FOLDER"}, None),
+        ({"given_teacher": "/gone/teacher"}, None),
+        ({"given_teacher": "FOLDER", "student": "pretrained"}, "google-bert/bert-base-uncased"),
+        ({"given_teacher": "FOLDER", "student": "someone/small"}, "someone/small"),
+        ({"given_teacher": "someone/bert-mrpc", "student": "FOLDER"}, None),
+        ({"smoke": True}, None),
+        ({"task": "built"}, None),
+        ({"task": "built", "given_teacher": "someone/bert-toy"}, "someone/bert-toy"),
+    ],
+)
+def test_the_card_names_what_the_student_was_made_from(
+    flags: dict[str, Any], base: str | None, tmp_path: Path, toys: ModuleType, toy_task: Any
+) -> None:
+    toy_task("plain", build=False)
+    toy_task("built")
+    student = {"student": flags["student"]} if "student" in flags else {}
+    given = {name: value for name, value in flags.items() if name != "student"}
+    recipe = toys.recipe(**{"task": "plain"} | given).model_copy(update=student)
+    places = {name: str(tmp_path) for name in ("model", "given_teacher", "student") if flags.get(name) == "FOLDER"}
+    text = card.card(recipe.model_copy(update=places), {"onnx": assembled()}, {})
+    found = [line for line in text.splitlines() if line.startswith("base_model:")]
+    assert found == ([] if base is None else [f'base_model: "{base}"'])
+    assert str(tmp_path) not in text
+
+
+def assembled() -> dict[str, Any]:
+    return {"file": "onnx/model.onnx", "hardware": "any", "bytes": 1, "sparsity": 0.5}
 
 
 def test_without_the_portable_target_or_a_fast_tokenizer_there_is_none(
