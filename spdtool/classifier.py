@@ -61,9 +61,12 @@ class Classifier:
         regression: whether the one logit is the answer.
         multi_label: whether a row may have several labels, or none; then its labels are a list.
         bundle: the folder that was opened, and which of its models runs; None where it was made otherwise.
+        text: names of the one or two text columns that it was trained on; None: the folder does not say, and a row may
+            have a pair or none.
     """
 
     bundle: Bundle | None = None
+    text: tuple[str, ...] | None = None
 
     def __init__(
         self, session: Any, tokenizer: Tokenizer, config: Mapping[str, Any], tokens: Mapping[str, Any]
@@ -144,6 +147,13 @@ class Classifier:
             logits[batch] = self.compute([rows[row] for row in batch])
         return logits
 
+    def refuse_kind(self, *, paired: bool) -> None:
+        """Raise DataError for a pair where the model takes one text, and for a text alone where it takes two."""
+        if self.text is not None and paired != (len(self.text) == 2):
+            taken = f"{('one text', 'two texts')[len(self.text) - 1]} ({', '.join(self.text)})"
+            found, hint = ("two were given", "leave the pair out") if paired else ("one was given", "give its pair too")
+            raise DataError(f"the model takes {taken}, and {found}", hint)
+
     def _rows(self, inputs: Inputs, pairs: str | Sequence[str] | None) -> list[Row]:
         if isinstance(inputs, Mapping):
             rows = _rows_of_columns(inputs)
@@ -159,6 +169,7 @@ class Classifier:
 
     def encode(self, texts: list[str], pairs: str | Sequence[str] | None = None) -> list[Row]:
         """The tokens of each text, or of each text and its pair; raises as `logits` does."""
+        self.refuse_kind(paired=pairs is not None)
         seconds = [pairs] if isinstance(pairs, str) else pairs
         if seconds is not None and not (_texts(seconds) and len(seconds) == len(texts)):
             given = f"{len(seconds)}" if _texts(seconds) else "something else than texts"
@@ -166,6 +177,10 @@ class Classifier:
                 f"{len(texts)} texts and, as their pairs, {given}: as many texts were expected",
                 "one second text for each first one",
             )
+        for column in (texts, seconds or ()):
+            blank = next((number for number, text in enumerate(column) if not text.strip()), None)
+            if blank is not None:
+                raise DataError(f"row {blank} has an empty text", "leave it out: a model was never shown one")
         pieces: list[Any] = texts if seconds is None else list(zip(texts, seconds, strict=True))
         try:
             encoded = self._tokenizer.encode_batch(pieces)
@@ -244,7 +259,7 @@ def load(
     file = found.folder / "tokenizer_config.json"
     tokens = bundle.read_json(file) if file.is_file() else {}
     opened = Classifier(session, _tokenizer(found.folder), config, tokens)
-    opened.bundle = found
+    opened.bundle, opened.text = found, found.text
     opened._opened = (str(found.folder.absolute()), library, threads, provider, variant)
     return opened
 

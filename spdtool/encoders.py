@@ -36,6 +36,7 @@ logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it announces eve
 
 PRIMING_TOKENS = 4
 COMPILED_FORMS = 32  # of a layer: trained, stand-in, teacher, scored; each with padding and without
+TESTED = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "mpnet", "deberta-v2", "modernbert")
 HUB_NAME = re.compile(r"(?!\.)[\w.-]+(/[\w.-]+)?")
 
 
@@ -213,10 +214,14 @@ def layer_stack(model: PreTrainedModel) -> nn.ModuleList:
     if len(fitting) == 1:
         return fitting[0]
     found = ", ".join(f"{name} of {len(part)}" for name, part in lists.items()) or "no ModuleList at all"
-    raise ModelError(
-        f"{model.config.model_type!r} is not supported: one list of {depth} layers was expected, found {found}",
-        "a plugin can name the layer stack: see docs/plugins.md",
-    )
+    refused = f"{model.config.model_type!r} is not supported: one list of {depth} layers was expected, found {found}"
+    groups = getattr(model.config, "num_hidden_groups", depth)
+    if groups != depth:
+        raise ModelError(
+            f"{refused}: its {depth} layers share the weights of {groups}, and none can be pruned or replaced alone",
+            f"families that are tested: {', '.join(TESTED)}",
+        )
+    raise ModelError(refused, "a plugin can name the layer stack: see docs/plugins.md")
 
 
 def prunable_linears(model: PreTrainedModel) -> dict[str, nn.Parameter]:
@@ -236,7 +241,8 @@ def prunable_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
     if not inside:
         kinds = sorted({type(part).__name__ for part in stack.modules() if not list(part.children())})
         raise ModelError(
-            f"{model.config.model_type!r} has no linear layer to prune; its layers are made of {', '.join(kinds)}"
+            f"{model.config.model_type!r} has no linear layer to prune; its layers are made of {', '.join(kinds)}",
+            f"what is pruned is torch.nn.Linear; families that are tested: {', '.join(TESTED)}",
         )
     return {name: inside[id(weight)] for name, weight in model.named_parameters() if id(weight) in inside}
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from spdtool import data, encoders, evaluation, pairing, plugins, saliency, tasks, training
 from spdtool.errors import RecipeError
-from spdtool.export import targets
+from spdtool.export import targets, trial
 from spdtool.pruning.patterns import zeros_in
 from spdtool.recipe import STAGES, Recipe, Training
 from spdtool.run import Run
@@ -36,7 +36,7 @@ def plan(run: Run, redo: str | None = None) -> dict[str, Any]:
         a factor of 1.5).
 
     Raises:
-        DataError, ModelError: the data or the model cannot be used.
+        DataError, ModelError: the data or the model cannot be used; an unknown architecture cannot be exported.
         UnknownName, RecipeError, DeviceError: see `check` and `pairing.check`.
         RunMismatch: finished stages saw other rows.
     """
@@ -48,6 +48,8 @@ def plan(run: Run, redo: str | None = None) -> dict[str, Any]:
     check_data(run, task, splits, redo)
     student, teacher = pair(recipe, task)
     matrices = [weight.numel() for weight in encoders.prunable_linears(student).values()]
+    if not run.done("export"):
+        trial.check(recipe, (student.config, teacher.config))
     return {
         "run": str(run.path),
         "rows": rows,

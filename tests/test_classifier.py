@@ -23,7 +23,7 @@ from spdtool.errors import DataError, DeviceError, ModelError, PluginError
 from spdtool.export import runtime
 from spdtool.export.onnx import Onnx
 
-TEXTS = ["the film was very good", "bad", "a meal and a book , so cold it was", "", "good bad good"]
+TEXTS = ["the film was very good", "bad", "a meal and a book , so cold it was", ".", "good bad good"]
 LONG = " ".join(["good film"] * 80)
 
 
@@ -174,6 +174,12 @@ def test_what_is_no_input_is_refused(loaded: Classifier, given: Any, message: st
 def test_pairs_that_do_not_fit_are_refused(loaded: Classifier, pairs: Any) -> None:
     with pytest.raises(DataError, match="2 texts and, as their pairs, (1|something else than texts): as many texts"):
         loaded.logits(["one", "two"], pairs)
+
+
+@pytest.mark.parametrize(("texts", "pairs"), [(["bad", " "], None), (["bad", "good"], ["a", ""])])
+def test_an_empty_text_is_refused_as_training_refuses_it(loaded: Classifier, texts: Any, pairs: Any) -> None:
+    with pytest.raises(DataError, match="row 1 has an empty text"):
+        loaded(texts, pairs)
 
 
 def test_a_lone_surrogate_is_refused(loaded: Classifier) -> None:

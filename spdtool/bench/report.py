@@ -341,10 +341,10 @@ def _threads(count: int) -> str:
 
 def _meaning(speed: Ratio, rounds: int, ideal: float | None) -> str:
     """What a ratio says; `ideal` is what the zeros alone could win, None where another model is timed."""
-    if rounds < FEWEST_ROUNDS:
-        return f"{rounds} rounds are too few to tell it from noise."
-    if speed.low <= 1 <= speed.high and max(1 / speed.low, speed.high) > NOISY:
-        return "the rounds scatter too much to tell. Repeat it on a machine that does nothing else, with more rounds."
+    doubt = caveat(speed, rounds)
+    if doubt is not None:
+        again = " Repeat it on a machine that does nothing else, with more rounds." if rounds >= FEWEST_ROUNDS else ""
+        return f"{doubt}.{again}"
     if ideal is None:
         return "slower, beyond the noise." if speed.high < 1 else "faster, beyond the noise." if speed.low > 1 else SAME
     if speed.low <= 1 <= speed.high:
@@ -354,6 +354,15 @@ def _meaning(speed: Ratio, rounds: int, ideal: float | None) -> str:
     if speed.median < 1 + SAME_SPEED:
         return "beyond the noise, but next to nothing: it multiplies the zeros like any other number."
     return f"faster, beyond the noise (skipping every zero would make the matrix products {ideal:.1f}x as fast)."
+
+
+def caveat(speed: Ratio, rounds: int) -> str | None:
+    """Why a ratio says little, which is to be told wherever it is shown; None: it says what it says."""
+    if rounds < FEWEST_ROUNDS:
+        return f"{rounds} rounds are too few to tell it from noise"
+    if speed.low <= 1 <= speed.high and max(1 / speed.low, speed.high) > NOISY:
+        return "the rounds scatter too much to tell"
+    return None
 
 
 def _resized(bench: Bench) -> list[str]:

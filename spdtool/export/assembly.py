@@ -4,7 +4,8 @@
       config.json  tokenizer.json  tokenizer_config.json
       onnx/model.onnx             portable; onnx/model_fp16.onnx, model_quantized.onnx, ...: the other variants
       lib/                        libraries of custom operators, for users of plain onnxruntime
-      manifest.json               the variants, which to prefer on what, what each was measured to cost, every sha256
+      manifest.json               the variants, which to prefer on what, what each was measured to cost, every sha256,
+                                  and the names of the one or two text columns
       golden.json                 sentences of the dev set with the logits of the checkpoint in torch
       selftest.py  README.md      replays golden.json on every variant; a model card
 
@@ -151,6 +152,7 @@ def _manifest(folder: Path, variants: dict[str, Any], recipe: Recipe) -> dict[st
         "format": bundle.VARIANTS,
         "spdtool": metadata.version("spdtool"),
         "task": recipe.task,
+        "text": list(tasks.resolve(recipe).text),
         "sparsity": recipe.sparsity,
         "smoke": recipe.smoke,
         "model": variants[PORTABLE]["file"],

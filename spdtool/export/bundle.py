@@ -5,8 +5,9 @@
     onnx/model_*.onnx  lib/  golden.json  selftest.py  README.md               the servable folder of a run
 
 manifest.json names the target, the model's file and, where the model needs custom operators, their library (format 1);
-or the variants of one model, and which to prefer on what (format 2: see `assembly.py`). It comes with the folder,
-perhaps from a stranger: what it says is checked, and nothing in the folder is ever run because of it.
+or the variants of one model, which to prefer on what, and under `text` the names of the one or two text columns that
+it was trained on (format 2: see `assembly.py`; older ones do not say). It comes with the folder, perhaps from a
+stranger: what it says is checked, and nothing in the folder is ever run because of it.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Bundle:
         target: the export target that wrote it; None where there is no manifest.
         library: what the manifest says of the library of custom operators; empty where none is needed.
         variants: names of all variants of the model that the folder holds; empty where it holds one.
+        text: names of the one or two text columns that it was trained on; None: the folder does not say.
     """
 
     folder: Path
@@ -45,6 +47,7 @@ class Bundle:
     target: str | None
     library: Mapping[str, str]
     variants: tuple[str, ...] = ()
+    text: tuple[str, ...] | None = None
 
 
 def read(folder: Path) -> Bundle:
@@ -101,7 +104,8 @@ def _variant(folder: Path, said: dict[str, Any], name: str) -> Bundle:
             raise ModelError(f"{folder} lacks {listed}, or its {MANIFEST} says nothing of it", "copy the folder again")
         if file.is_file():
             _refuse_changed(file, said["files"][listed])
-    return Bundle(folder, model, facts["target"], library, tuple(said["variants"]))
+    text = tuple(said["text"]) if "text" in said else None
+    return Bundle(folder, model, facts["target"], library, tuple(said["variants"]), text)
 
 
 def _open(folder: Path) -> tuple[Path, dict[str, Any]]:
@@ -187,6 +191,8 @@ def _with_variants(file: Path, value: dict[str, Any]) -> dict[str, Any]:
             sound &= all(name in files for name in facts["files"])
         sound &= value["model"] in [facts["file"] for facts in variants.values()]
         sound &= all(names and set(names) <= variants.keys() for names in value["prefer"].values())
+        text = value.get("text", [""])
+        sound &= isinstance(text, list) and len(text) in (1, 2) and all(isinstance(name, str) for name in text)
     except (KeyError, TypeError, AttributeError):
         sound = False
     if not sound:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from spdtool import tasks
+from spdtool.encoders import HUB_NAME
+from spdtool.pairing import PRETRAINED
 from spdtool.recipe import Recipe
 
 USE = """
@@ -59,8 +63,6 @@ def card(recipe: Recipe, variants: Mapping[str, Mapping[str, Any]], config: Mapp
 
 
 def _single(recipe: Recipe) -> bool:
-    from spdtool import tasks
-
     return len(tasks.resolve(recipe).text) == 1
 
 
@@ -68,8 +70,9 @@ def _front(recipe: Recipe, title: str, facts: Mapping[str, Any]) -> list[str]:
     """YAML; texts are written as JSON, which is YAML and needs no further care."""
     lines = ["pipeline_tag: text-classification", "library_name: transformers.js"]
     lines += ["tags:", *(f"- {tag}" for tag in ("onnx", "sparse", "pruned", "distilled", "spdtool"))]
-    if recipe.model.count("/") == 1 and not recipe.model.startswith((".", "/")) and recipe.task != "demo":
-        lines.append(f"base_model: {json.dumps(recipe.model)}")
+    base = _base(recipe)
+    if base is not None:
+        lines.append(f"base_model: {json.dumps(base)}")
     metrics = [(name, value) for name, value in facts.get("dev", {}).items() if name != "score"]
     if not metrics:
         return lines
@@ -80,6 +83,22 @@ def _front(recipe: Recipe, title: str, facts: Mapping[str, Any]) -> list[str]:
     for name, value in metrics:
         lines += [f"    - type: {json.dumps(name)}", f"      value: {value:.6f}"]
     return lines
+
+
+def _base(recipe: Recipe) -> str | None:
+    """The hub's name of the model that the student was made from; None: it is a folder, random, or the task's own.
+
+    A student of its own is made from that one, and learns from the teacher; else it is a copy of the teacher, which was
+    given or fine-tuned from `model`.
+    """
+    given = recipe.student if recipe.student not in (None, PRETRAINED) else None
+    if given is None and recipe.student is None:
+        given = recipe.given_teacher
+    if recipe.smoke or (given is None and tasks.resolve(recipe).build is not None):
+        return None
+    source = given or recipe.model
+    folder = Path(source).is_absolute() or source.startswith((".", "~"))
+    return source if HUB_NAME.fullmatch(source) and not folder and not Path(source).exists() else None
 
 
 def _table(variants: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -81,8 +81,8 @@ class Trial:
 
     def export(self, keep: Kept) -> dict[str, Any]:
         """Export, hold the files against the checkpoint, and measure them; raises as `export_checkpoint` does."""
+        zeros = self.reference.zeros  # first: it refuses an architecture that is not supported
         files = self.write(keep)
-        zeros = self.reference.zeros
         rounds = targets.rounds(self.target)
         targets.check_domains(self.target, files)
         audited = self.target.audit(self.folder)

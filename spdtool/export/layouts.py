@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,7 @@ def triton(source: Path, folder: Path, device: str, name: str) -> None:
     chosen = said["variants"][said["prefer"]["cuda"][0]] if gpu else said["variants"][assembly.PORTABLE]
     inputs = _inputs(source / chosen["file"])
     labels = golden["labels"]
+    texts = _texts(said.get("text"))
     version = {part: folder / f"{name}{part}" / "1" for part in ("", "_tokenizer", "_model")}
     for place in version.values():
         place.mkdir(parents=True)
@@ -86,16 +87,23 @@ def triton(source: Path, folder: Path, device: str, name: str) -> None:
         "truncation_side": tokens.get("truncation_side", "right"),
         "padding": golden["padding"],
         "inputs": inputs,
+        "texts": texts,
     }
     (version["_tokenizer"] / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
     (version[""].parent / "labels.txt").write_text("\n".join(labels) + "\n", "utf-8")
-    for part, text in configurations(name, inputs, len(labels), gpu=gpu).items():
+    for part, text in configurations(name, inputs, len(labels), texts, gpu=gpu).items():
         (folder / f"{name}{part}" / "config.pbtxt").write_text(text, "utf-8")
 
 
-def configurations(name: str, inputs: list[str], labels: int, *, gpu: bool) -> dict[str, str]:
-    """By suffix of the model's name, the text of its config.pbtxt."""
-    texts = _tensors("input", [("TEXT", "TYPE_STRING", [1], False), ("PAIR", "TYPE_STRING", [1], True)])
+def configurations(
+    name: str, inputs: list[str], labels: int, texts: Mapping[str, bool], *, gpu: bool
+) -> dict[str, str]:
+    """By suffix of the model's name, the text of its config.pbtxt.
+
+    Args:
+        texts: input of the tokenizer to whether it may be left out.
+    """
+    taken = _tensors("input", [(each, "TYPE_STRING", [1], optional) for each, optional in texts.items()])
     ids = [(each, "TYPE_INT64", [-1], False) for each in inputs]
     logits = _tensors("output", [("logits", "TYPE_FP32", [labels], False)], "labels.txt")
     plain = _tensors("output", [("logits", "TYPE_FP32", [labels], False)])
@@ -103,8 +111,8 @@ def configurations(name: str, inputs: list[str], labels: int, *, gpu: bool) -> d
         f"dynamic_batching {{\n  preferred_batch_size: [ 8, 16, 32 ]\n  max_queue_delay_microseconds: {DELAY}\n}}"
     )
     return {
-        "": _file(_head(name, 'platform: "ensemble"'), texts, logits, _steps(name, inputs)),
-        "_tokenizer": _file(_head(f"{name}_tokenizer", 'backend: "python"'), texts, _tensors("output", ids), CPU),
+        "": _file(_head(name, 'platform: "ensemble"'), taken, logits, _steps(name, inputs, list(texts))),
+        "_tokenizer": _file(_head(f"{name}_tokenizer", 'backend: "python"'), taken, _tensors("output", ids), CPU),
         "_model": _file(
             _head(f"{name}_model", 'backend: "onnxruntime"\ndefault_model_filename: "model.onnx"'),
             _tensors("input", ids),
@@ -133,7 +141,12 @@ def _tensors(field: str, tensors: list[tuple[str, str, list[int], bool]], labels
     return f"{field} [\n" + ",\n".join(written) + "\n]"
 
 
-def _steps(name: str, inputs: list[str]) -> str:
+def _texts(columns: Sequence[str] | None) -> dict[str, bool]:
+    """The texts that are taken, and whether each may be left out; a bundle that does not say may be of pairs."""
+    return {"TEXT": False} if columns and len(columns) == 1 else {"TEXT": False, "PAIR": columns is None}
+
+
+def _steps(name: str, inputs: list[str], texts: list[str]) -> str:
     def step(model: str, taken: Mapping[str, str], given: Mapping[str, str]) -> str:
         maps = [("input_map", taken), ("output_map", given)]
         lines = [
@@ -144,7 +157,7 @@ def _steps(name: str, inputs: list[str]) -> str:
         return f'    {{\n      model_name: "{model}"\n      model_version: -1\n' + "\n".join(lines) + "\n    }"
 
     ids = {each: each for each in inputs}
-    first = step(f"{name}_tokenizer", {"TEXT": "TEXT", "PAIR": "PAIR"}, ids)
+    first = step(f"{name}_tokenizer", {each: each for each in texts}, ids)
     second = step(f"{name}_model", ids, {"logits": "logits"})
     return f"ensemble_scheduling {{\n  step [\n{first},\n{second}\n  ]\n}}"
 

@@ -53,6 +53,7 @@ import contextlib
 import inspect
 import io
 import logging
+import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -65,7 +66,7 @@ from onnx import numpy_helper
 from transformers import PreTrainedModel
 
 from spdtool import encoders
-from spdtool.errors import GateError
+from spdtool.errors import GateError, ModelError, first_line
 from spdtool.evaluation import Forward, onnx_forward
 from spdtool.export import runtime
 from spdtool.export.stored import PARAMETERS, TRANSPOSED, Fingerprint, audit, fingerprint, thin
@@ -79,6 +80,8 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 AXES = {0: "batch", 1: "sequence"}
 EXAMPLE = (2, 9)  # the exporter would freeze an axis of length 1
 ATTENTION = 23  # the operator set that has Attention, which torch's own attention becomes
+UNTESTED = f"families that are tested: {', '.join(encoders.TESTED)}"
+WHY = 200  # letters of an exporter's error; some first lines are essays
 EXPORTER_LOGGERS = ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")
 
 
@@ -156,7 +159,7 @@ def graph(checkpoint: Path, opset: int) -> onnx.ModelProto:
     architecture has it. From 23 on it is the operator Attention.
 
     Raises:
-        ModelError: the checkpoint cannot be read.
+        ModelError: the checkpoint cannot be read, or its architecture cannot be exported.
         GateError: an axis of the exported graph is not free.
     """
     key = (opset, *_content(checkpoint)) if _traced is not None else ()
@@ -192,24 +195,29 @@ def trace(model: PreTrainedModel, names: list[str], opset: int) -> onnx.ModelPro
         names: inputs, each int64 [batch, sequence]; the output is `logits`, float32 [batch, labels].
 
     Raises:
+        ModelError: the exporter cannot do it.
         GateError: an input's axis is frozen in the graph.
     """
     example = {name: torch.ones(EXAMPLE, dtype=torch.long) for name in names}
     example["input_ids"] *= 2
-    with _quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            model,
-            (),
-            kwargs=example,
-            dynamo=True,
-            opset_version=opset,
-            input_names=names,
-            output_names=["logits"],
-            dynamic_shapes={name: dict(AXES) for name in names},
-            verbose=False,
-        )
-        assert program is not None
-        proto: onnx.ModelProto = program.model_proto
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                model,
+                (),
+                kwargs=example,
+                dynamo=True,
+                opset_version=opset,
+                input_names=names,
+                output_names=["logits"],
+                dynamic_shapes={name: dict(AXES) for name in names},
+                verbose=False,
+            )
+            assert program is not None
+            proto: onnx.ModelProto = program.model_proto
+    except Exception as error:  # torch.export raises whatever the model's own code runs into
+        why = textwrap.shorten(first_line(_cause(error)), WHY, placeholder=" ...")
+        raise ModelError(f"torch.onnx cannot export {model.config.model_type!r}: {why}", UNTESTED) from None
     for value in proto.graph.input:
         axes = [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
         if axes != list(AXES.values()):
@@ -238,7 +246,10 @@ def clean(proto: Any) -> None:
 
 
 def name_weights(proto: onnx.ModelProto, model: PreTrainedModel) -> None:
-    """Give the constants that hold a parameter, transposed or not, its name; recognised by their content."""
+    """Give the constants that hold a parameter, transposed or not, its name; recognised by their content.
+
+    A second constant with the same content, which the exporter makes of a weight that is used twice, is left out.
+    """
     held: dict[Fingerprint, list[onnx.TensorProto]] = {}
     for tensor in proto.graph.initializer:
         held.setdefault(fingerprint(numpy_helper.to_array(tensor)), []).append(tensor)
@@ -249,16 +260,21 @@ def name_weights(proto: onnx.ModelProto, model: PreTrainedModel) -> None:
             for tensor in held.get(fingerprint(view), ()):
                 origins.setdefault(tensor.name, {}).setdefault(name + suffix, name)
     taken = {tensor.name for tensor in proto.graph.initializer}
-    renamed = {}
+    renamed, again = dict[str, str](), dict[str, str]()
     for tensor in proto.graph.initializer:
         names = origins.get(tensor.name, {})
         free = [name for name in names if name not in taken]
         if names and tensor.name not in names and free:
             renamed[tensor.name] = free[0]
             taken.add(free[0])
+        elif names and tensor.name not in names:
+            again[tensor.name] = next(iter(names))
         if tensor.name in names or tensor.name in renamed:
             tensor.metadata_props.add(key=PARAMETERS, value=" ".join(dict.fromkeys(names.values())))
-    _rename(proto.graph, renamed)
+    kept = [tensor for tensor in proto.graph.initializer if tensor.name not in again]
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend(kept)
+    _rename(proto.graph, renamed | again)
 
 
 def write(proto: onnx.ModelProto, file: Path) -> list[Path]:
@@ -271,6 +287,13 @@ def write(proto: onnx.ModelProto, file: Path) -> list[Path]:
     data.unlink(missing_ok=True)  # onnx would append to it
     onnx.save_model(proto, file, save_as_external_data=True, all_tensors_to_one_file=True, location=data.name)
     return [file, data]
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The error that an exporter's own errors go back to; they say pages about the exporter."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _content(checkpoint: Path) -> list[str]:

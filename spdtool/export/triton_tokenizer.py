@@ -32,18 +32,23 @@ class TritonPythonModel:
     def answer(self, request):
         """The response to one request."""
         try:
-            texts = self.texts(request, "TEXT")
-            pairs = self.texts(request, "PAIR")
+            texts, *pairs = [self.texts(request, name, optional) for name, optional in self.settings["texts"].items()]
+            pairs = pairs[0] if pairs else None
             rows = self.tokenizer.encode_batch(texts if pairs is None else list(zip(texts, pairs, strict=True)))
         except (UnicodeDecodeError, ValueError) as error:
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(f"the texts cannot be read: {error}"))
         columns = self.columns(rows)
         return pb_utils.InferenceResponse([pb_utils.Tensor(name, columns[name]) for name in self.settings["inputs"]])
 
-    def texts(self, request, name):
-        """The texts of an input, or None where the request has none."""
+    def texts(self, request, name, optional):
+        """The texts of an input, or None where it may be left out and is."""
         tensor = pb_utils.get_input_tensor_by_name(request, name)
-        return None if tensor is None else [text.decode("utf-8") for text in tensor.as_numpy().ravel()]
+        if tensor is None and not optional:
+            raise ValueError(f"{name} is missing")
+        texts = None if tensor is None else [text.decode("utf-8") for text in tensor.as_numpy().ravel()]
+        if texts is not None and not all(text.strip() for text in texts):
+            raise ValueError(f"{name} has an empty text")
+        return texts
 
     def columns(self, rows):
         """The model's inputs, each int64 [rows, tokens]."""

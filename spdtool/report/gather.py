@@ -70,11 +70,13 @@ def tiles(row: Row, records: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _bench_tiles(row: Row, measured: Mapping[str, Any], exported: Mapping[str, Any]) -> list[dict[str, str]]:
-    speed, best = measured["speed"], measured["best"]
+    threads, speed = report_rows.headline(measured)
+    best = measured["best"]
     facts = exported["student"] if best == "student" else exported[best]["student"]
     rounded = f", matrices in {facts['values']}, embeddings in {facts['embeddings']}" if "values" in facts else ""
-    threads = list(measured["speeds"])[-1]
-    reach = f"{speed['low']:.2f}x to {speed['high']:.2f}x; {best}, {_threads(threads)}{rounded}"
+    doubt = measured.get("caveats", {}).get(threads)
+    said = f"; {doubt}" if doubt else ""
+    reach = f"{speed['low']:.2f}x to {speed['high']:.2f}x; {best}, {_threads(threads)}{rounded}{said}"
     size = f"{row.bytes:,} of {row.teacher_bytes:,} bytes, {best}{rounded}"
     return [
         _tile(

@@ -103,12 +103,14 @@ def make(classify: Classifier, name: str, limits: Limits | None = None, workers:
         if BINARY in request.headers:
             raise DataError("the binary extension of the protocol is not spoken here", "send the tensors as JSON")
         asked = protocol.inference(await body(request, limits.body), protocol.outputs(classify), limits.texts)
+        classify.refuse_kind(paired=asked.pairs is not None)
         logits = await compute(request.app.state.batcher, asked)
         meters.rows.inc(len(logits))
         return reply(protocol.answer(classify, name, asked, logits))
 
     async def predict(request: Request) -> Response:
         asked = protocol.plain(await body(request, limits.body), limits.texts)
+        classify.refuse_kind(paired=asked.pairs is not None)
         logits = await compute(request.app.state.batcher, asked)
         meters.rows.inc(len(logits))
         return reply({"model": name, "predictions": protocol.predictions(classify, logits)})

@@ -30,6 +30,8 @@ def check(folder: Path) -> dict[str, Any]:
     """
     if not (folder / bundle.MANIFEST).is_file() and (folder / "bundle" / bundle.MANIFEST).is_file():
         folder = folder / "bundle"
+    if not folder.is_dir():
+        raise ModelError(f"there is no folder {folder}", "give RUN/export/bundle")
     manifest = bundle.manifest(folder)
     if manifest.get("format") != bundle.VARIANTS:
         raise ModelError(f"{folder} is no bundle: its {bundle.MANIFEST} names no variants", "give RUN/export/bundle")

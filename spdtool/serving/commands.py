@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any
 
 import typer
 
@@ -20,7 +19,6 @@ Variant = Annotated[
 ]
 Provider = Annotated[str, typer.Option(help="cpu or cuda.")]
 Threads = Annotated[int, typer.Option(help="Threads of one operator; 0: as many as there are cores.")]
-STANDARD_INPUT = "-"
 
 
 @command
@@ -29,10 +27,22 @@ def predict(
     text: Annotated[str | None, typer.Argument(help="Text to classify; or give --input.")] = None,
     pair: Annotated[str | None, typer.Option(help="Its second text, for a task of pairs.")] = None,
     source: Annotated[
-        str | None, typer.Option("--input", help="File with a text, a pair (tab) or a JSON object a line; - is stdin.")
+        str | None,
+        typer.Option(
+            "--input",
+            help="A csv, tsv, jsonl or parquet file with named columns, or lines of a text, a pair (tab) or a JSON "
+            "object; - is stdin.",
+        ),
+    ] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option("--text", help="Text columns of --input, one or two: a,b.", show_default="those of the training"),
     ] = None,
     form: Annotated[
-        str | None, typer.Option("--format", help="Of the lines: text, tsv or jsonl.", show_default="as they look")
+        str | None,
+        typer.Option(
+            "--format", help="Of lines without a header: text, tsv or jsonl.", show_default="as the file ends or looks"
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Rows that are computed at once.")] = 32,
     variant: Variant = None,
@@ -41,18 +51,24 @@ def predict(
 ) -> Any:
     """Label texts with an exported model: label and probability, a line for each; JSON lines with --json."""
     from spdtool.classifier import load
-    from spdtool.serving import lines
+    from spdtool.serving import inputs, lines
 
     if (text is None) == (source is None):
-        raise RecipeError("one of a text and --input is needed, not both", "`--input -` reads standard input")
+        problem = "neither a text nor --input was given" if text is None else "a text and --input exclude each other"
+        raise RecipeError(problem, "give one of them; `--input -` reads standard input")
     if pair is not None and text is None:
         raise RecipeError("--pair belongs to a text", "lines have their pair after a tab, or as JSON")
     if form is not None and form not in lines.FORMS:
         raise UnknownName("format", form, lines.FORMS)
+    if columns is not None and source is None:
+        raise RecipeError("--text names columns of --input", "leave it out")
+    named = tuple(name.strip() for name in (columns or "").split(",") if name.strip())
     classify = load(bundle, variant=variant, provider=provider, threads=threads)
     wrong = []
-    with _opened(source, text) as stream:
-        read = [lines.Line(1, text, pair)] if text is not None else lines.read(stream, form)
+    given: AbstractContextManager[Iterable[lines.Line]] = nullcontext([lines.Line(1, text or "", pair)])
+    if source is not None:
+        given = inputs.opened(source, classify, form, named)
+    with given as read:
         for found in lines.predict(classify, read, batch_size):
             if "error" in found:
                 wrong.append(found["line"])
@@ -72,25 +88,6 @@ def _shown(found: dict[str, Any]) -> str:
     if isinstance(label, list):
         return f"{','.join(label)}\t{','.join(f'{likely[name]:.4f}' for name in label)}"
     return f"{label:.6g}" if likely is None else f"{label}\t{likely:.4f}"
-
-
-@contextmanager
-def _opened(source: str | None, text: str | None) -> Iterator[TextIO]:
-    """The stream of lines.
-
-    Raises:
-        DataError: there is no such file, or it is no text in UTF-8.
-    """
-    if source in (None, STANDARD_INPUT) or text is not None:
-        yield sys.stdin
-        return
-    try:
-        with open(str(source), encoding="utf-8") as stream:
-            yield stream
-    except FileNotFoundError:
-        raise DataError(f"there is no file {source}", "a file of lines, or - for standard input") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{source} is no text in UTF-8: {error}") from None
 
 
 @command

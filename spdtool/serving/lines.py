@@ -1,7 +1,8 @@
 """`spdtool predict`: a stream of lines, each a text or a pair, to predictions in the same order.
 
-Three forms, told apart by the first line that is not empty: JSON lines with `text` and perhaps `pair`; two columns
-separated by a tab; one text a line.
+Three forms, told apart by the first line that is not empty: JSON lines with the columns that the model was trained on,
+or with `text` and perhaps `pair`; two columns separated by a tab; one text a line. Files with a header are those of
+`inputs.py`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from spdtool.serving import protocol
 
 AHEAD = 8  # batches that are read before the first is computed: rows of like length come together
 FORMS = ("text", "tsv", "jsonl")
+MARK = "\ufeff"  # of byte order, which some editors put in front
 
 
 @dataclass(frozen=True)
@@ -32,19 +34,31 @@ class Line:
     error: str | None = None
 
 
-def read(lines: Iterable[str], form: str | None = None) -> Iterator[Line]:
-    """The lines, as `form` says (None: as the first line that is not empty looks)."""
+def read(lines: Iterable[str], form: str | None = None, columns: tuple[str, ...] = ()) -> Iterator[Line]:
+    """The lines, as `form` says (None: as the first line that is not empty looks).
+
+    Args:
+        columns: under which a JSON line has its one or two texts; without them, or where a line has none of them, under
+            `text` and `pair`.
+    """
     for number, raw in enumerate(lines, start=1):
-        line = raw.rstrip("\r\n")
+        line = (raw.removeprefix(MARK) if number == 1 else raw).rstrip("\r\n")
         if not line.strip():
             yield Line(number, error="is empty")
             continue
-        form = form or _form(line)
+        form = form or look(line)
         try:
-            text, pair = _parts(line, form)
+            text, pair = _parts(line, form, columns)
             yield Line(number, text, pair)
         except DataError as error:
             yield Line(number, error=error.message)
+
+
+def look(line: str) -> str:
+    """The form that a line has by its looks."""
+    if line.lstrip().startswith("{"):
+        return "jsonl"
+    return "tsv" if "\t" in line else "text"
 
 
 def predict(classify: Classifier, lines: Iterable[Line], batch_size: int = 32) -> Iterator[dict[str, Any]]:
@@ -60,12 +74,26 @@ def predict(classify: Classifier, lines: Iterable[Line], batch_size: int = 32) -
 
 def _logits(classify: Classifier, chunk: list[Line], batch_size: int) -> list[Any]:
     """Of each line its logits, or why there are none."""
-    found: list[Any] = [line.error for line in chunk]
+    found: list[Any] = [_wrong(classify, line) for line in chunk]
+    sound = [place for place, wrong in enumerate(found) if wrong is None]
     for paired in (False, True):
-        places = [place for place, line in enumerate(chunk) if not line.error and (line.pair is not None) == paired]
+        places = [place for place in sound if (chunk[place].pair is not None) == paired]
         for place, logits in _kind(classify, [(place, chunk[place]) for place in places], batch_size):
             found[place] = logits
     return found
+
+
+def _wrong(classify: Classifier, line: Line) -> str | None:
+    """Why a line cannot be one that the model takes; None: it can."""
+    if line.error is not None:
+        return line.error
+    if not all(part.strip() for part in (line.text, line.pair) if part is not None):
+        return "is empty" if line.pair is None else "has an empty text"
+    try:
+        classify.refuse_kind(paired=line.pair is not None)
+    except DataError as error:
+        return f"does not fit: {error.message}"
+    return None
 
 
 def _kind(classify: Classifier, lines: list[tuple[int, Line]], batch_size: int) -> Iterator[tuple[int, Any]]:
@@ -84,13 +112,7 @@ def _kind(classify: Classifier, lines: list[tuple[int, Line]], batch_size: int) 
             yield from _kind(classify, [line], batch_size)
 
 
-def _form(line: str) -> str:
-    if line.lstrip().startswith("{"):
-        return "jsonl"
-    return "tsv" if "\t" in line else "text"
-
-
-def _parts(line: str, form: str) -> tuple[str, str | None]:
+def _parts(line: str, form: str, columns: tuple[str, ...]) -> tuple[str, str | None]:
     """The text of a line and its pair.
 
     Raises:
@@ -99,20 +121,26 @@ def _parts(line: str, form: str) -> tuple[str, str | None]:
     if form == "text":
         return line, None
     if form == "tsv":
-        columns = line.split("\t")
-        if len(columns) != 2 or not all(column.strip() for column in columns):
-            filled = sum(bool(column.strip()) for column in columns)
-            raise DataError(f"has {filled} filled columns of {len(columns)}: two, separated by one tab, were expected")
-        return columns[0], columns[1]
-    return _object(line)
+        cells = line.split("\t")
+        if len(cells) != 2 or not all(cell.strip() for cell in cells):
+            filled = sum(bool(cell.strip()) for cell in cells)
+            raise DataError(f"has {filled} filled columns of {len(cells)}: two, separated by one tab, were expected")
+        return cells[0], cells[1]
+    return _object(line, columns)
 
 
-def _object(line: str) -> tuple[str, str | None]:
+def _object(line: str, columns: tuple[str, ...]) -> tuple[str, str | None]:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise DataError(f"is no JSON: {error}") from None
-    text, pair = (value.get("text"), value.get("pair")) if isinstance(value, dict) else (None, None)
-    if not isinstance(text, str) or not (pair is None or isinstance(pair, str)):
-        raise DataError('has no "text", or one that is no text: {"text": "...", "pair": "..."} was expected')
+    if not isinstance(value, dict):
+        raise DataError("is no JSON object")
+    named = bool(columns) and set(columns) <= value.keys() and columns != ("text",)
+    keys = columns if named else ("text", "pair")
+    text, pair = value.get(keys[0]), value.get(keys[1]) if len(keys) > 1 else None
+    missing_pair = named and len(keys) > 1 and pair is None
+    if not isinstance(text, str) or missing_pair or not (pair is None or isinstance(pair, str)):
+        expected = ", ".join(f'"{name}": "..."' for name in (columns or keys))
+        raise DataError(f'has no "{keys[0]}", or one that is no text: {{{expected}}} was expected')
     return text, pair

@@ -82,12 +82,17 @@ def metadata(classify: Classifier, name: str) -> dict[str, Any]:
         "name": name,
         "versions": [VERSION],
         "platform": "onnxruntime_onnx",
-        "inputs": [{"name": each, "datatype": "BYTES", "shape": [-1]} for each in (TEXT, PAIR)],
+        "inputs": [{"name": each, "datatype": "BYTES", "shape": [-1]} for each in inputs(classify)],
         "outputs": [
             {"name": each, "datatype": "BYTES" if each == LABEL else "FP32", "shape": _shape(each, -1, classify)}
             for each in outputs(classify)
         ],
     }
+
+
+def inputs(classify: Classifier) -> tuple[str, ...]:
+    """The inputs of a model: a pair only where it takes one, or where its bundle does not say."""
+    return (TEXT,) if classify.text is not None and len(classify.text) == 1 else (TEXT, PAIR)
 
 
 def outputs(classify: Classifier) -> tuple[str, ...]:

@@ -70,7 +70,7 @@ def serve(
     os.environ.setdefault(
         "TOKENIZERS_PARALLELISM", "false"
     )  # waking threads for a few short texts costs more than it saves
-    classify.logits(["warm up"])
+    classify.logits([[0]])  # any token
     listening = listen(host, port)
     where = "http://{}:{}".format(*listening.getsockname()[:2])
     if not _loopback(host):

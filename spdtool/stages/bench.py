@@ -235,10 +235,15 @@ def _ledger(found: Entered, counts: tuple[int, ...]) -> tuple[dict[int, ledger.M
 
 
 def _metrics(found: report.Bench) -> dict[str, Any]:
-    """What stage.json holds: the best form of the student under `speed` and `size`, and everything else in full."""
+    """What stage.json holds: the best form of the student under `speed` and `size`, and everything else in full.
+
+    The speed is that with the fewest threads, and `caveats` says why those of a number of threads tell little.
+    """
     columns, rows = report.overview(found)
     best = [*found.sparse, "student"][0]
     speeds = {count: found.zeros(found.of(best, count), found.grid) for count in found.threads}
+    rounds = len(found.timings[0].rounds[found.grid[0]])
+    doubts = {str(count): report.caveat(speed, rounds) for count, speed in speeds.items()}
     tables = []
     if found.ledger:
         head, lines = report.ledger_table(found.ledger)
@@ -254,8 +259,9 @@ def _metrics(found: report.Bench) -> dict[str, Any]:
         "rows": rows,
         "tables": tables,
         "verdict": report.verdict(found),
-        "speed": asdict(speeds[found.threads[-1]]),
+        "speed": asdict(speeds[min(found.threads)]),
         "speeds": {str(count): asdict(speed) for count, speed in speeds.items()},
+        "caveats": {count: doubt for count, doubt in doubts.items() if doubt is not None},
         "size": found.facts["teacher"]["bytes"] / found.facts[best]["bytes"],
         "best": best,
         "provider": found.timings[0].provider,

@@ -6,8 +6,9 @@ prunable matrix are the checkpoint's; the logits are, on real rows and on shapes
 the metric of the whole dev set. Where a target rounds the weights, its logits are held against the checkpoint with the
 rounded weights, and its dev metric, with a wider budget, against the checkpoint itself: see `gates.py`.
 
-A target beside the first one whose files a gate refuses is not shipped. The others are, the stage counts as done, the
-reason is kept in stage.json under `refused`, and the command ends with exit code 3.
+A target beside the first one whose files a gate refuses is not shipped, and that is said. The others are, the stage
+counts as done, and the reason is kept in stage.json under `refused`. One that was demanded (`export.targets`) makes the
+command end with exit code 3; one that nobody asked for (`export.optional`) does not.
 
 `spdtool export --from CHECKPOINT` does the same to any checkpoint, with no run.
 """
@@ -39,8 +40,8 @@ def export(run: Run) -> dict[str, Any]:
         StageMissing, Corrupt: the run does not hold what is needed.
         RunMismatch: the rows have changed since the earlier stages read them.
         UnknownName, DataError, DeviceError: the target, the data or the runtime cannot be used; nothing is written.
-        GateError: the first target's file is not its checkpoint, and nothing is written; or that of a further one is
-            not, and everything else is.
+        GateError: the first target's file is not its checkpoint, and nothing is written; or that of a further one
+            that was demanded is not, and everything else is.
     """
     recipe = run.recipe
     chosen = targets.demanded(recipe.export)
@@ -64,19 +65,27 @@ def export(run: Run) -> dict[str, Any]:
                 if not choice.prefix:
                     raise
                 reason = f"{error.message}{f' ({error.hint})' if error.hint else ''}"
-                console.warn(f"{choice.name} is not shipped: {reason}")
+                console.warn(f"{choice.name} is not shipped: {reason}{_untried(choice, recipe)}")
                 _remove(choice, work)
                 work.metrics.setdefault(REFUSED, {})[choice.name] = reason
         lacking = assembly.assemble(work.folder, checkpoints["student"], recipe, work.metrics)
         if lacking:
             console.warn(f"there is no bundle to serve: {lacking}")
-    raise_refused(work.metrics)
+    _raise_refused(work.metrics, recipe)
     return work.metrics
 
 
-def raise_refused(metrics: dict[str, Any]) -> None:
-    """Raise GateError if a target of a finished stage was refused, with every reason."""
-    refused = metrics.get(REFUSED, {})
+def _untried(choice: Chosen, recipe: Recipe) -> str:
+    """What to add to a refusal: how an optional target is not tried again."""
+    if not choice.optional:
+        return ""
+    others = ", ".join(f'"{name}"' for name in recipe.export.optional if name != choice.name)
+    return f"; it is optional, and --set 'export.optional=[{others}]' does without it"
+
+
+def _raise_refused(metrics: dict[str, Any], recipe: Recipe) -> None:
+    """Raise GateError if a demanded target of a finished stage was refused, with every reason."""
+    refused = {name: reason for name, reason in metrics.get(REFUSED, {}).items() if name in recipe.export.targets}
     if refused:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise GateError(

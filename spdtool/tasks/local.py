@@ -138,20 +138,27 @@ def read_file(path: Path) -> Table:
 
 def read_csv(path: Path) -> Table:
     """A comma-separated file with standard quoting and a header; blank lines are passed over."""
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
-    rows, lines, start = [], [], 1
+    lines, rows = zip(*csv_rows(io.StringIO(read_text(path), newline=""), path), strict=True)
+    return checked(Table(path, tuple(rows[0]), list(rows[1:]), list(lines[1:])))
+
+
+def csv_rows(stream: Iterable[str], path: Path) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a comma-separated stream with standard quoting, each with the line in which it begins.
+
+    Raises:
+        DataError: the quoting is broken; names the line in which the row begins.
+    """
+    reader, start = csv.reader(stream, strict=True), 1
     try:
         for row in reader:
             if row:
-                rows.append(row)
-                lines.append(start)
+                yield start, row
             start = reader.line_num + 1
     except csv.Error as error:
         raise DataError(
             f"{path}, the row that begins in line {start}: {error}",
             "is a quotation mark left open, or not doubled? for rows without quoting, name the file .tsv and use tabs",
         ) from None
-    return checked(Table(path, tuple(rows[0]), rows[1:], lines[1:]))
 
 
 def read_jsonl(path: Path) -> Table:

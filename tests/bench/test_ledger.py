@@ -63,6 +63,19 @@ def test_the_pruned_matrices_of_a_file_are_found_with_their_counts(dense: Path) 
             assert (matrix.density, matrix.layer) == (0.25, f"{PREFIX}{layer}")
 
 
+def test_a_matrix_that_is_used_twice_is_held_once_and_has_its_name(tmp_path: Path, toys: ModuleType) -> None:
+    """DeBERTa projects its relative positions with the matrices of the tokens; the exporter folds large ones twice."""
+    model = toys.classifier("deberta-v2", layers=1, hidden_size=64, intermediate_size=128, position_buckets=16)
+    for weight in encoders.prunable_linears(model).values():
+        weight.data.view(-1)[::2] = 0
+    encoders.save(model, toys.tokenizer(), tmp_path / "checkpoint")
+    Onnx.export(tmp_path / "checkpoint", tmp_path, toys.recipe())
+    found = [matrix.name for matrix in ledger.matrices(tmp_path / "onnx/model.onnx", None)]
+    assert sorted(found) == sorted(encoders.prunable_linears(model))
+    shapes = [tuple(tensor.dims) for tensor in onnx.load(tmp_path / "onnx/model.onnx").graph.initializer]
+    assert shapes.count((64, 64)) == 5, "query, key, value, output and the pooler"
+
+
 def test_the_bytes_of_the_packed_form_are_those_of_the_file(dense: Path, sparse: Path) -> None:
     found = {matrix.name: matrix.sparse_bytes for matrix in ledger.matrices(dense, sparse)}
     assert found.pop(PREFIX + "0.intermediate.dense.weight") == 100

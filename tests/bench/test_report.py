@@ -37,6 +37,20 @@ def against(slow: Timing, fast: Timing, shapes: Sequence[Shape]) -> report.Ratio
     return report.ratio([slow] * len(shapes), fast, shapes)
 
 
+@pytest.mark.parametrize(
+    ("speed", "rounds", "told"),
+    [
+        (report.Ratio(2.0, 1.9, 2.1), 2, "2 rounds are too few to tell it from noise"),
+        (report.Ratio(1.0, 0.7, 1.4), 12, "the rounds scatter too much to tell"),
+        (report.Ratio(1.0, 0.99, 1.02), 12, None),
+        (report.Ratio(2.0, 1.9, 2.1), 12, None),
+    ],
+)
+def test_a_ratio_has_its_caveat(speed: report.Ratio, rounds: int, told: str | None) -> None:
+    assert report.caveat(speed, rounds) == told
+    assert (told or "beyond the noise") in report._meaning(speed, rounds, 10.0)
+
+
 def test_summary_is_percentiles_and_throughput() -> None:
     found = report.summary([1.0, 2.0, 3.0, 4.0], batch=8)
     assert found == pytest.approx({"p50": 2.5, "p90": 3.7, "p95": 3.85, "p99": 3.97, "rows_per_second": 3200})

@@ -220,6 +220,63 @@ def test_what_fp16_cannot_hold_is_found_node_by_node(export: Export, scaled: Cal
     assert "65504" in caught.value.message
 
 
+def test_what_is_not_finite_in_float32_either_is_no_fault_of_fp16(tmp_path: Path) -> None:
+    def scan(largest: float) -> None:
+        tensors = [numpy_helper.from_array(np.array([[0.0], [largest]], np.float16), "weight")]
+        nodes = [
+            helper.make_node("Gather", ["weight", "input_ids"], ["found"]),
+            helper.make_node("Log", ["found"], ["logarithm"]),
+            helper.make_node("Mul", ["found", "found"], ["square"]),
+            helper.make_node("Cast", ["square"], ["logits"], to=TensorProto.FLOAT),
+        ]
+        ends = [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "sequence"])]
+        ends.append(helper.make_tensor_value_info("logits", TensorProto.FLOAT, None))
+        graph = helper.make_graph(nodes, "toy", ends[:1], ends[1:], tensors)
+        made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+        onnx.save(made, tmp_path / "model.onnx")
+        half.scan(tmp_path / "model.onnx", [("a batch", {"input_ids": np.array([[0, 1]])})], "cpu")
+
+    scan(100.0)  # the logarithm of 0 is minus infinity in any arithmetic
+    with pytest.raises(GateError, match="in fp16, square is not finite on a batch: in float32 it is 1e"):
+        scan(1000.0)
+
+
+@pytest.mark.parametrize("architecture", ["deberta-v2", "mpnet"])
+def test_positions_are_the_same_in_fp16(architecture: str, tmp_path: Path, toys: ModuleType) -> None:
+    """A distance that is rounded before it is put into a bucket may fall into the next one."""
+    config = {"position_buckets": 64} if architecture == "deberta-v2" else {}
+    model = toys.classifier(architecture, layers=1, max_position_embeddings=514, **config)
+    tokenizer = toys.tokenizer(token_types=toys.ARCHITECTURES[architecture][1])
+    tokenizer.model_max_length = 512
+    encoders.save(model, tokenizer, tmp_path / "checkpoint")
+    wide = portable.graph(tmp_path / "checkpoint", 18)
+    narrow = half.halve(portable.graph(tmp_path / "checkpoint", 18))
+    places = [node.output[0] for node in wide.graph.node if node.op_type == "Cast" and node.attribute[0].i == 7]
+    found = []
+    for proto in (wide, narrow):
+        proto.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.INT64, None) for name in places)
+        session = runtime.open_session(proto.SerializeToString())
+        ids = np.full((1, 500), 9)
+        batch = {value.name: np.zeros_like(ids) + (value.name == "attention_mask") for value in session.get_inputs()}
+        found.append(session.run(places, batch | {"input_ids": ids}))
+    assert found[0]
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "deberta-v2", "mpnet", "modernbert"])
+def test_an_fp16_graph_is_in_order_and_as_lean_as_the_other(
+    architecture: str, tmp_path: Path, toys: ModuleType
+) -> None:
+    model = toys.classifier(architecture, layers=2)
+    encoders.save(model, toys.tokenizer(token_types=toys.ARCHITECTURES[architecture][1]), tmp_path / "checkpoint")
+    wide = portable.graph(tmp_path / "checkpoint", 18)
+    narrow = half.halve(portable.graph(tmp_path / "checkpoint", 18))
+    onnx.checker.check_model(narrow, full_check=True)
+    assert [value.name for value in narrow.graph.input] == [value.name for value in wide.graph.input]
+    assert len(narrow.graph.node) <= len(wide.graph.node) + 8  # casts of masks, angles and logits
+
+
 @pytest.mark.parametrize("name", ["onnx-int8", "onnx-int8-static"])
 def test_an_outlier_that_ruins_int8_is_found(name: str, export: Export, scaled: Callable[[float], Path]) -> None:
     """All other features of its activation fall below one step of the common scale; without it, all is well."""

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pytest
 
@@ -148,6 +149,17 @@ def test_names_that_are_markup_are_shown_as_text(toy_task, toy_run):
     assert "<script" not in text
     assert "&lt;script&gt;alert(&#34;&amp;amp;$x$&#34;)&lt;/script&gt;" in text
     assert hostile in " ".join(read(run.path / "report" / "report.html").words)
+
+
+@pytest.mark.parametrize("caveats", [{}, {"1": "2 rounds are too few to tell it from noise"}, None])
+def test_the_headline_is_of_one_thread_and_has_its_caveat(caveats):
+    speeds = {"2": {"median": 9.0, "low": 8.0, "high": 9.5}, "1": {"median": 3.0, "low": 2.5, "high": 3.5}}
+    measured = {"speed": speeds["2"], "speeds": speeds, "best": "student", "size": 1.0}
+    measured |= {} if caveats is None else {"caveats": caveats}  # older runs have none
+    row = SimpleNamespace(bytes=1, teacher_bytes=1)
+    tile = gather._bench_tiles(row, measured, {"student": {}})[0]
+    assert (tile["figure"], "student, 1 thread" in tile["note"]) == ("3.00x", True)
+    assert ("too few" in tile["note"]) == bool(caveats)
 
 
 def test_a_smoke_run_is_marked(toy_run):

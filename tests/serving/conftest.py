@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -49,3 +51,24 @@ def stage(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> tuple[P
 def servable(stage: tuple[Path, Path, Recipe, dict[str, Any]]) -> Path:
     """The bundle; read only: copy it before changing it."""
     return stage[0] / "bundle"
+
+
+def _saying(bundle: Path, folder: Path, text: list[str] | None) -> Path:
+    """A copy of the bundle whose manifest names these text columns; None: none, as an older one."""
+    copied = shutil.copytree(bundle, folder)
+    manifest = json.loads((copied / "manifest.json").read_text())
+    del manifest["text"]
+    (copied / "manifest.json").write_text(json.dumps(manifest if text is None else manifest | {"text": text}))
+    return copied
+
+
+@pytest.fixture(scope="session")
+def either(servable: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle as an older spdtool wrote it: a row may have a pair or none; read only."""
+    return _saying(servable, tmp_path_factory.mktemp("either") / "bundle", None)
+
+
+@pytest.fixture(scope="session")
+def single(servable: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle, as if its task had one text in the column `sentence`; read only."""
+    return _saying(servable, tmp_path_factory.mktemp("single") / "bundle", ["sentence"])

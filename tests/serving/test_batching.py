@@ -211,8 +211,8 @@ def test_closing_answers_what_waits_and_takes_nothing_more(batcher: Make, engine
         one.submit(["1"])
 
 
-def test_a_classifier_may_be_asked_by_several_threads_at_once(servable: Path) -> None:
-    classify = spdtool.load(servable, variant="onnx", threads=1)
+def test_a_classifier_may_be_asked_by_several_threads_at_once(either: Path) -> None:
+    classify = spdtool.load(either, variant="onnx", threads=1)
     texts = [" ".join(("good", "bad", "film", "very")[: 1 + place % 4]) for place in range(48)]
     parts = [texts[start : start + 4] for start in range(0, len(texts), 3)]
     expected = [classify.compute(classify.encode(part)) for part in parts]

@@ -16,8 +16,8 @@ from transformers import AutoModelForSequenceClassification
 
 import spdtool
 from spdtool import classifier, plugins
-from spdtool.errors import DeviceError, ModelError, PluginError, RunError, StageMissing, UnknownName
-from spdtool.export import assembly, layouts
+from spdtool.errors import DataError, DeviceError, ModelError, PluginError, RunError, StageMissing, UnknownName
+from spdtool.export import assembly, card, layouts
 from spdtool.run import Run
 
 Stage = tuple[Path, Path, Any, dict[str, Any]]
@@ -30,6 +30,7 @@ def test_what_lies_in_it(servable: Path, stage: Stage) -> None:
     assert not any(file.is_symlink() for file in servable.rglob("*"))
     manifest = json.loads((servable / "manifest.json").read_text())
     assert set(manifest["files"]) == {*files} - {"manifest.json", "README.md"}
+    assert manifest["text"] == ["first", "second"]
     assert manifest["prefer"] == {"cpu": ["onnx"], "cuda": ["onnx"], "web": ["onnx"]}  # no GPU has run the fp16 one
     exact, rounded = (manifest["variants"][name] for name in ("onnx", "onnx-fp16"))
     assert (exact["flipped"], exact["rows"], exact["dev"]["accuracy"]) == (3, 12, 0.75)
@@ -53,10 +54,46 @@ def test_golden_logits_are_those_of_the_checkpoint(servable: Path, stage: Stage)
 def test_the_card_is_one_that_the_hub_reads(servable: Path) -> None:
     from huggingface_hub import ModelCard
 
-    card = ModelCard.load(servable / "README.md", ignore_metadata_errors=False)
-    assert card.data.pipeline_tag == "text-classification"
-    assert [(found.metric_type, found.metric_value) for found in card.data.eval_results] == [("accuracy", 0.75)]
-    assert "| `onnx/model_fp16.onnx` | any | 1 | 50.00% | 0.7500 | +0.2500 | 3 of 12 |" in card.text
+    told = ModelCard.load(servable / "README.md", ignore_metadata_errors=False)
+    assert told.data.pipeline_tag == "text-classification"
+    assert [(found.metric_type, found.metric_value) for found in told.data.eval_results] == [("accuracy", 0.75)]
+    assert "| `onnx/model_fp16.onnx` | any | 1 | 50.00% | 0.7500 | +0.2500 | 3 of 12 |" in told.text
+
+
+@pytest.mark.parametrize(
+    ("flags", "base"),
+    [
+        ({}, "google-bert/bert-base-uncased"),
+        ({"model": "FOLDER"}, None),
+        ({"model": "./theirs/encoder"}, None),
+        ({"given_teacher": "someone/bert-mrpc"}, "someone/bert-mrpc"),
+        ({"given_teacher": "FOLDER"}, None),
+        ({"given_teacher": "/gone/teacher"}, None),
+        ({"given_teacher": "FOLDER", "student": "pretrained"}, "google-bert/bert-base-uncased"),
+        ({"given_teacher": "FOLDER", "student": "someone/small"}, "someone/small"),
+        ({"given_teacher": "someone/bert-mrpc", "student": "FOLDER"}, None),
+        ({"smoke": True}, None),
+        ({"task": "built"}, None),
+        ({"task": "built", "given_teacher": "someone/bert-toy"}, "someone/bert-toy"),
+    ],
+)
+def test_the_card_names_what_the_student_was_made_from(
+    flags: dict[str, Any], base: str | None, tmp_path: Path, toys: ModuleType, toy_task: Any
+) -> None:
+    toy_task("plain", build=False)
+    toy_task("built")
+    student = {"student": flags["student"]} if "student" in flags else {}
+    given = {name: value for name, value in flags.items() if name != "student"}
+    recipe = toys.recipe(**{"task": "plain"} | given).model_copy(update=student)
+    places = {name: str(tmp_path) for name in ("model", "given_teacher", "student") if flags.get(name) == "FOLDER"}
+    text = card.card(recipe.model_copy(update=places), {"onnx": assembled()}, {})
+    found = [line for line in text.splitlines() if line.startswith("base_model:")]
+    assert found == ([] if base is None else [f'base_model: "{base}"'])
+    assert str(tmp_path) not in text
+
+
+def assembled() -> dict[str, Any]:
+    return {"file": "onnx/model.onnx", "hardware": "any", "bytes": 1, "sparsity": 0.5}
 
 
 def test_without_the_portable_target_or_a_fast_tokenizer_there_is_none(
@@ -82,6 +119,26 @@ def strange(servable: Path, tmp_path: Path) -> Path:
     manifest["prefer"]["cpu"] = ["onnx-fp16", "onnx"]
     (copied / "manifest.json").write_text(json.dumps(manifest))
     return copied
+
+
+def test_one_text_or_two_is_what_the_task_had(servable: Path, single: Path, either: Path) -> None:
+    two, one, old = map(spdtool.load, (servable, single, either))
+    assert (two.text, one.text, old.text) == (("first", "second"), ("sentence",), None)
+    assert two("bad", "good") == old("bad", "good")
+    assert one(["bad"]) == old(["bad"])
+    with pytest.raises(DataError, match=r"the model takes one text \(sentence\), and two were given"):
+        one("bad", "good")
+    with pytest.raises(DataError, match=r"the model takes two texts \(first, second\), and one was given"):
+        pickle.loads(pickle.dumps(two))(["bad"])
+    assert two.logits([[2, 5, 3]]).shape == (1, 3)
+
+
+@pytest.mark.parametrize("text", [[], ["a", "b", "c"], "ab", [1], None])
+def test_a_manifest_with_other_than_one_or_two_texts_is_damaged(text: Any, strange: Path) -> None:
+    manifest = json.loads((strange / "manifest.json").read_text())
+    (strange / "manifest.json").write_text(json.dumps(manifest | {"text": text}))
+    with pytest.raises(ModelError, match="is damaged"):
+        spdtool.load(strange)
 
 
 def opened(folder: Path, **how: Any) -> str:
@@ -195,13 +252,32 @@ def test_the_tokenizer_step_gives_what_the_library_gives(
         name: Tensor(name, np.array([[text.encode()] for text in column], object))
         for name, column in (("TEXT", texts), ("PAIR", pairs))
     }
-    whole, alone, wrong = step.execute([given, {"TEXT": given["TEXT"]}, {"TEXT": Tensor("TEXT", np.array([b"\xff"]))}])
+    blank = Tensor("PAIR", np.array([b"", b"x"]))
+    whole, alone, wrong, empty = step.execute(
+        [given, {"TEXT": given["TEXT"]}, {"TEXT": Tensor("TEXT", np.array([b"\xff"]))}, given | {"PAIR": blank}]
+    )
     classify = spdtool.load(servable)
-    for response, second in ((whole, pairs), (alone, None)):
-        columns = {tensor.name: tensor.array for tensor in response.tensors}
-        assert columns["input_ids"].shape[1] in (4, 8, 16)
-        np.testing.assert_allclose(classify.logits(columns), classify.logits(texts, second), atol=1e-5)
+    columns = {tensor.name: tensor.array for tensor in whole.tensors}
+    assert columns["input_ids"].shape[1] in (4, 8, 16)
+    np.testing.assert_allclose(classify.logits(columns), classify.logits(texts, pairs), atol=1e-5)
+    assert "PAIR is missing" in alone.error
     assert "cannot be read" in wrong.error
+    assert "PAIR has an empty text" in empty.error
+
+
+def test_the_layout_of_triton_has_the_texts_of_the_task(run: Run, either: Path, single: Path) -> None:
+    def inputs(bundle: Path, folder: Path) -> str:
+        folder.mkdir()
+        layouts.triton(bundle, folder, "cpu", "m")
+        configs = [(folder / name / "config.pbtxt").read_text() for name in ("m", "m_tokenizer")]
+        taken = {text[text.index("input [") :].split("]\n")[0] for text in configs}
+        assert len(taken) == 1
+        assert ('key: "PAIR"' in configs[0]) == ("PAIR" in min(taken))
+        return taken.pop()
+
+    assert "PAIR" not in inputs(single, run.path / "single")
+    assert 'name: "PAIR" data_type: TYPE_STRING dims: [1] optional: true' in inputs(either, run.path / "either")
+    assert 'name: "PAIR" data_type: TYPE_STRING dims: [1] }' in inputs(run.path / "export/bundle", run.path / "pairs")
 
 
 def test_a_layout_that_cannot_be_written(run: Run, tmp_path: Path, spdtool: Any) -> None:

@@ -24,11 +24,11 @@ def piped(*words: Any, given: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, input=given, capture_output=True, text=True, check=False)
 
 
-def test_one_text_and_one_pair(spdtool: Call, servable: Path) -> None:
-    classify = library.load(servable)
-    called = spdtool("predict", servable, "good film", "--pair", "bad")
+def test_one_text_and_one_pair(spdtool: Call, either: Path) -> None:
+    classify = library.load(either)
+    called = spdtool("predict", either, "good film", "--pair", "bad")
     assert (called.exit_code, called.stdout.split("\t")[0]) == (0, classify("good film", "bad"))
-    told = json.loads(spdtool("predict", servable, "good film", "--json").stdout)
+    told = json.loads(spdtool("predict", either, "good film", "--json").stdout)
     assert (told["line"], told["label"]) == (1, classify("good film"))
     assert told["logits"] == pytest.approx(classify.logits("good film")[0].tolist(), abs=1e-5)
 
@@ -43,7 +43,7 @@ LINES = {
     ),
     "jsonl": (
         ['{"text": "good film"}', "{", "[1]", '{"text": 3}', '{"text": "\\ud800"}', '{"text": "bad", "pair": null}'],
-        {2: "is no JSON", 3: 'has no "text"', 4: 'has no "text"', 5: "lone surrogate"},
+        {2: "is no JSON", 3: "is no JSON object", 4: 'has no "text"', 5: "lone surrogate"},
         ["good film", "bad"],
         None,
     ),
@@ -51,9 +51,9 @@ LINES = {
 
 
 @pytest.mark.parametrize("form", LINES)
-def test_lines_keep_their_order_and_wrong_ones_are_named(form: str, servable: Path) -> None:
+def test_lines_keep_their_order_and_wrong_ones_are_named(form: str, either: Path) -> None:
     given, wrong, texts, pairs = LINES[form]
-    classify = library.load(servable)
+    classify = library.load(either)
     told = list(lines.predict(classify, lines.read(given), batch_size=2))
     assert [row["line"] for row in told] == list(range(1, len(given) + 1))
     found = {row["line"]: row["error"] for row in told if "error" in row}
@@ -62,8 +62,8 @@ def test_lines_keep_their_order_and_wrong_ones_are_named(form: str, servable: Pa
     assert [row["label"] for row in told if "error" not in row] == classify(texts, pairs)
 
 
-def test_many_lines_with_and_without_a_pair(servable: Path) -> None:
-    classify = library.load(servable)
+def test_many_lines_with_and_without_a_pair(either: Path) -> None:
+    classify = library.load(either)
     given = [{"text": f"{'good ' * (n % 9)}film"} | ({"pair": "bad"} if n % 3 else {}) for n in range(70)]
     told = list(lines.predict(classify, lines.read(map(json.dumps, given)), batch_size=4))
     for row, sent in zip(told, given, strict=True):
@@ -71,33 +71,36 @@ def test_many_lines_with_and_without_a_pair(servable: Path) -> None:
         assert row["logits"] == pytest.approx(expected, abs=1e-5)
 
 
-def test_from_a_pipe_and_a_file(servable: Path, tmp_path: Path, spdtool: Call) -> None:
-    done = piped("predict", servable, "--input", "-", "--json", given="good film\n\nbad\n")
+def test_from_a_pipe_and_a_file(either: Path, tmp_path: Path, spdtool: Call) -> None:
+    done = piped("predict", either, "--input", "-", "--json", given="good film\n\nbad\n")
     assert done.returncode == 2
     assert [json.loads(line).get("error") for line in done.stdout.splitlines()] == [None, "is empty", None]
     assert "line 2 is empty" in done.stderr
     file = tmp_path / "lines.tsv"
     file.write_text("good film\tbad\nbad\tgood\n")
-    called = spdtool("predict", servable, "--input", file)
+    called = spdtool("predict", either, "--input", file, "--format", "tsv")
     assert called.exit_code == 0
-    labels = library.load(servable)(["good film", "bad"], ["bad", "good"])
+    labels = library.load(either)(["good film", "bad"], ["bad", "good"])
     assert [line.split("\t")[0] for line in called.stdout.splitlines()] == labels
     file.write_bytes(b"\xff\xfe")
     for words, told in (
         (("--input", tmp_path / "none"), "there is no file"),
         (("--input", file), "is no text in UTF-8"),
-        ((), "one of a text and --input"),
-        (("x", "--input", "-"), "one of a text and --input"),
+        ((), "neither a text nor --input was given"),
+        (("x", "--input", "-"), "a text and --input exclude each other"),
+        (("x", "--text", "a"), "--text names columns of --input"),
+        (("--input", "-", "--text", "a"), "--text names columns, and standard input is read as lines"),
+        (("--input", tmp_path), "is a folder"),
         (("--input", "-", "--pair", "x"), "--pair belongs to a text"),
         (("--input", "-", "--format", "csv"), "there is no format 'csv'"),
         (("x", "--variant", "onnx-fp61"), "did you mean 'onnx-fp16'"),
     ):
-        called = spdtool("predict", servable, *words)
+        called = spdtool("predict", either, *words)
         assert (called.exit_code, told in called.stderr) == (2, True), called.stderr
 
 
-def test_none_of_them_imports_torch(servable: Path) -> None:
-    words = ["predict", str(servable), "good film"]
+def test_none_of_them_imports_torch(either: Path) -> None:
+    words = ["predict", str(either), "good film"]
     code = (
         "import sys\nfrom spdtool.cli import app\n"
         f"try:\n    app({words!r})\nexcept SystemExit as end:\n    assert not end.code\n"
@@ -213,6 +216,8 @@ def test_nothing_of_the_folder_is_run(copied: Path, spdtool: Call, tmp_path: Pat
 def test_what_is_no_bundle_is_refused(spdtool: Call, stage: Any, copied: Path) -> None:
     called = spdtool("serve-check", stage[0] / "student")
     assert (called.exit_code, "is no bundle" in called.stderr) == (2, True)
+    called = spdtool("serve-check", stage[0] / "nosuch")
+    assert (called.exit_code, "there is no folder" in called.stderr) == (2, True)
     forge(copied, files={"../../../../etc/passwd": {"bytes": 1, "sha256": "x"}}, prefer={})
     assert spdtool("serve-check", copied).exit_code == 2
 

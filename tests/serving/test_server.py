@@ -51,8 +51,8 @@ def end(server: subprocess.Popen[str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def port(servable: Path) -> Iterator[int]:
-    server, number = start(servable, *LIMITS)
+def port(either: Path) -> Iterator[int]:
+    server, number = start(either, *LIMITS)
     yield number
     server.send_signal(signal.SIGTERM)
     end(server)
@@ -90,8 +90,8 @@ def test_it_says_what_it_serves(port: int) -> None:
     }
 
 
-def test_an_inference_is_what_the_library_says(port: int, servable: Path) -> None:
-    classify = spdtool.load(servable, threads=1)
+def test_an_inference_is_what_the_library_says(port: int, either: Path) -> None:
+    classify = spdtool.load(either, threads=1)
     texts, pairs = ["good film", "a meal", "ünïcødé 日本 \u0000"], ["bad", "so cold it was", "🙂"]
     logits = classify.logits(texts, pairs)
     status, told = call(port, "POST", f"/v2/models/{NAME}/infer", tensors(texts, pairs, id="x7"))
@@ -108,8 +108,8 @@ def test_an_inference_is_what_the_library_says(port: int, servable: Path) -> Non
     assert told["outputs"][0]["data"] == classify(texts)
 
 
-def test_the_plain_form(port: int, servable: Path) -> None:
-    classify = spdtool.load(servable, threads=1)
+def test_the_plain_form(port: int, either: Path) -> None:
+    classify = spdtool.load(either, threads=1)
     status, told = call(port, "POST", "/predict", {"texts": ["good film", "bad"], "pairs": ["x", "y"]})
     assert (status, told["model"]) == (200, NAME)
     assert [row["label"] for row in told["predictions"]] == classify(["good film", "bad"], ["x", "y"])
@@ -131,6 +131,8 @@ WRONG: dict[str, tuple[str, Any, int, str]] = {
     "fewer pairs": ("/predict", {"texts": ["a", "b"], "pairs": ["c"]}, 422, "2 texts and 1 pairs"),
     "many texts": ("/predict", {"texts": ["a"] * 41}, 422, "41 texts in one request: 40 are the most"),
     "a lone surrogate": ("/predict", b'{"texts": ["\\ud800"]}', 422, "lone surrogate"),
+    "an empty text": ("/predict", {"texts": ["a", " "]}, 422, "row 1 has an empty text"),
+    "an empty text for infer": (f"/v2/models/{NAME}/infer", tensors([""]), 400, "row 0 has an empty text"),
     "a huge body": ("/predict", {"texts": ["a" * 9000]}, 413, "larger than 9,000 bytes"),
     "another model": ("/v2/models/other/infer", tensors(["a"]), 404, "no model 'other'"),
     "another version": (f"/v2/models/{NAME}/versions/2/infer", tensors(["a"]), 404, "of version 2"),
@@ -171,6 +173,25 @@ def test_what_is_no_request_is_refused_in_words(kind: str, port: int) -> None:
     assert words in told["error"]
 
 
+@pytest.mark.parametrize("kind", ["single", "servable"])
+def test_one_text_or_two_is_what_the_task_had(kind: str, request: pytest.FixtureRequest) -> None:
+    taken = ["text"] if kind == "single" else ["text", "pair"]
+    server, port = start(request.getfixturevalue(kind))
+    told = call(port, "GET", f"/v2/models/{NAME}")[1]
+    assert [tensor["name"] for tensor in told["inputs"]] == taken
+    for texts in (["good film"], []):
+        for paired in (False, True):
+            right = paired == (len(taken) == 2)
+            pairs = texts if paired else None
+            sent = {"texts": texts} | ({"pairs": pairs} if paired else {})
+            status, told = call(port, "POST", "/predict", sent)
+            assert (status, "the model takes" in told.get("error", "")) == ((200, False) if right else (422, True))
+            status, told = call(port, "POST", f"/v2/models/{NAME}/infer", tensors(texts, pairs))
+            assert (status, "the model takes" in told.get("error", "")) == ((200, False) if right else (400, True))
+    server.send_signal(signal.SIGTERM)
+    end(server)
+
+
 def test_a_body_without_a_length_is_cut_too(port: int) -> None:
     with socket.create_connection(("127.0.0.1", port), 10) as plug:
         plug.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
@@ -184,11 +205,11 @@ def test_the_binary_extension_is_refused(port: int) -> None:
     assert (status, "binary extension" in told["error"]) == (400, True)
 
 
-def test_no_answer_is_lost_or_mixed_up_among_64_clients(port: int, servable: Path) -> None:
+def test_no_answer_is_lost_or_mixed_up_among_64_clients(port: int, either: Path) -> None:
     words = ("good", "bad", "film", "book", "meal", "very", "cold", "warm")
     draw = random.Random(0)
     texts = [" ".join(draw.choices(words, k=1 + place % 23)) for place in range(640)]
-    expected = spdtool.load(servable, threads=1).logits(texts)
+    expected = spdtool.load(either, threads=1).logits(texts)
     assert len({tuple(row) for row in expected.round(4).tolist()}) > 500  # a mix-up would be seen
 
     def client(number: int) -> float:
@@ -231,8 +252,8 @@ def test_metrics_count_what_happened(port: int) -> None:
     assert float(found["spdtool_queue_rows"]) == 0
 
 
-def test_sigterm_answers_what_is_in_flight_and_a_full_queue_is_told(servable: Path) -> None:
-    server, port = start(servable, "--max-queue", "3", "--max-batch", "64", "--max-wait-ms", "1500")
+def test_sigterm_answers_what_is_in_flight_and_a_full_queue_is_told(either: Path) -> None:
+    server, port = start(either, "--max-queue", "3", "--max-batch", "64", "--max-wait-ms", "1500")
     with ThreadPoolExecutor(3) as pool:
         waiting = pool.submit(call, port, "POST", "/predict", {"texts": ["good film", "bad"]})
         while "spdtool_queue_rows 2.0" not in call(port, "GET", "/metrics")[1]:
@@ -255,7 +276,7 @@ def test_threads_are_shared_among_the_workers() -> None:
     assert server.shared(0, 8, "cuda") == (1, 8)
 
 
-def test_another_address_deserves_a_warning_and_a_taken_one_an_error(servable: Path) -> None:
+def test_another_address_deserves_a_warning_and_a_taken_one_an_error(either: Path) -> None:
     from spdtool.errors import RunError
     from spdtool.serving import server
 

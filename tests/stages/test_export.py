@@ -287,13 +287,23 @@ class TestOptional:
             export(run)
         assert nothing_half_written(run)
 
-    def test_a_wrong_result_of_one_is_an_error_all_the_same(self, fabricate: Fabricate, clean_plugins: None) -> None:
+    @pytest.mark.parametrize("demanded", [True, False])
+    def test_a_wrong_result_of_one_is_never_shipped_and_an_error_where_it_was_demanded(
+        self, demanded: bool, fabricate: Fabricate, clean_plugins: None, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         plugins.targets.register("faulty")(type("Broken", (Faulty,), {"change": staticmethod(lambda a: a.fill(1.0))}))
         plugins.targets.register("sound")(type("Sound", (Onnx,), {}))
-        run = fabricate('export.optional=["faulty", "sound"]')
-        with pytest.raises(GateError, match="not shipped: faulty: checkpoint and exported file differ by") as caught:
+        sets = ['export.targets=["onnx", "faulty"]'] if demanded else []
+        run = fabricate('export.optional=["faulty", "sound"]', *sets)
+        if demanded:
+            with pytest.raises(GateError, match="not shipped: faulty: checkpoint and exported file differ") as caught:
+                export(run)
+            assert caught.value.exit_code == 3
+        else:
             export(run)
-        assert caught.value.exit_code == 3
+        said = capsys.readouterr().err
+        assert "faulty is not shipped: checkpoint and exported file differ by" in said
+        assert ("--set 'export.optional=[\"sound\"]' does without it" in said) == (not demanded)
         assert run.done("export")
         metrics = run.record("export")["metrics"]
         assert set(metrics["refused"]) == {"faulty"}
@@ -342,7 +352,7 @@ class TestRounding:
             return lambda batch: forward(batch) + 2e-4
 
         rounded.session = staticmethod(session)
-        run = fabricate('export.optional=["rounded"]', "export.budget=1", "export.values=int8")
+        run = fabricate('export.targets=["onnx", "rounded"]', "export.budget=1", "export.values=int8")
         with pytest.raises(GateError, match=r"not shipped: rounded: checkpoint and exported file differ by 0\.0002"):
             export(run)
         assert run.done("export")
@@ -354,7 +364,7 @@ class TestRounding:
     ) -> None:
         rounded.weights = staticmethod(lambda folder: iter([("bert.pooler.dense.bias", np.zeros(3, np.float32))]))
         with pytest.raises(GateError, match=r"bert.pooler.dense.bias of shape \(3,\) does not fit"):
-            export(fabricate('export.optional=["rounded"]', "export.budget=1"))
+            export(fabricate('export.targets=["onnx", "rounded"]', "export.budget=1"))
 
     @pytest.mark.parametrize(("values", "budget"), [("fp32", "0.002"), ("fp16", "0.002"), ("int8", "0.005")])
     def test_the_budget_goes_by_the_storage(
@@ -367,7 +377,7 @@ class TestRounding:
 
         seen: list[Change] = []  # those of teacher and student, of which nothing is rounded
         monkeypatch.setattr("spdtool.export.change.compare", worse)
-        run = fabricate('export.optional=["rounded"]', f"export.values={values}")
+        run = fabricate('export.targets=["onnx", "rounded"]', f"export.values={values}")
         with pytest.raises(GateError, match="of 20 predictions flipped") as caught:
             export(run)
         assert f"export.budget is {budget}; export.values={values}" in caught.value.message

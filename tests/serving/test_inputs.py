@@ -1,0 +1,183 @@
+"""What `spdtool predict --input` takes: the files that `--data` takes, plain lines, and nothing that is in doubt."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import spdtool as library
+from spdtool.errors import DataError
+from spdtool.serving import inputs
+from spdtool.serving.lines import Line
+from spdtool.tasks import local
+
+Call = Callable[..., Any]
+TEXTS = ["good, film", 'a "bad" meal', "so cold it was", "very kind"]
+SECONDS = ["bad", "it was, then", "a\\tb", "quite"]
+
+
+def write(folder: Path, ending: str, columns: dict[str, list[str]]) -> Path:
+    """A file of these columns as `--data` would read it."""
+    import csv
+
+    import pyarrow
+    from pyarrow import parquet
+
+    file, rows = folder / f"rows{ending}", list(zip(*columns.values(), strict=True))
+    if ending == ".parquet":
+        parquet.write_table(pyarrow.table(columns), file)
+    elif ending == ".jsonl":
+        file.write_text("".join(json.dumps(dict(zip(columns, row, strict=True))) + "\n" for row in rows))
+    elif ending == ".csv":
+        with file.open("w", newline="") as stream:
+            csv.writer(stream).writerows([list(columns), *rows])
+    else:
+        file.write_text("".join("\t".join(row) + "\n" for row in [tuple(columns), *rows]))
+    return file
+
+
+def labels(called: Any) -> list[str]:
+    assert called.exit_code == 0, called.output
+    return [json.loads(line)["label"] for line in called.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("ending", local.READERS)
+def test_a_file_of_the_training_is_read_by_its_columns(
+    ending: str, single: Path, servable: Path, tmp_path: Path, spdtool: Call
+) -> None:
+    gold = ["yes", "no", "no", "yes"]
+    file = write(tmp_path, ending, {"sentence": TEXTS, "label": gold})
+    assert labels(spdtool("predict", single, "--input", file, "--json")) == library.load(single)(TEXTS)
+    pairs = write(tmp_path, ending, {"label": gold, "second": SECONDS, "id": gold, "first": TEXTS})
+    assert labels(spdtool("predict", servable, "--input", pairs, "--json")) == library.load(servable)(TEXTS, SECONDS)
+    read = local.read_file(pairs)
+    with inputs.opened(str(pairs), library.load(servable)) as found:
+        assert [(line.number, line.text, line.pair) for line in found] == [
+            *zip(read.lines, read.column("first"), read.column("second"), strict=True)
+        ]
+
+
+def test_columns_of_other_names_are_named(single: Path, either: Path, tmp_path: Path, spdtool: Call) -> None:
+    file = write(tmp_path, ".csv", {"review": TEXTS, "stars": ["1"] * 4})
+    refused = spdtool("predict", single, "--input", file)
+    assert refused.exit_code == 2
+    assert "has the columns 'review', 'stars', and not 'sentence'" in " ".join(refused.stderr.split())
+    assert "--text" in refused.stderr
+    for bundle in (single, either):
+        called = spdtool("predict", bundle, "--input", file, "--text", "review", "--json")
+        assert labels(called) == library.load(single)(TEXTS)
+    assert "--text names 2 columns; the model takes" in spdtool(
+        "predict", single, "--input", file, "--text", "review,stars"
+    ).stderr.replace("\n", " ")
+    assert spdtool("predict", either, "--input", file).exit_code == 2, "an older bundle does not know them"
+
+
+def test_what_csv_files_of_the_world_hold(single: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_bytes(b'\xef\xbb\xbfsentence,label\r\n"two\r\nlines, ""quoted""",1\r\n\r\nshort\r\n ,2\r\nlast,3')
+    classify = library.load(single)
+    with inputs.opened(str(file), classify) as found:
+        assert list(found) == [
+            Line(2, 'two\r\nlines, "quoted"'),
+            Line(5, error="has 1 fields where 2 were expected (sentence, label)"),
+            Line(6, error="has no text in the column 'sentence'"),
+            Line(7, "last"),
+        ]
+    file.write_text('sentence\ngood\n"open\n')
+    with pytest.raises(DataError, match="the row that begins in line 3"), inputs.opened(str(file), classify) as found:
+        list(found)
+    file.write_text("")
+    with pytest.raises(DataError, match="is empty"), inputs.opened(str(file), classify):
+        pass
+
+
+def test_blank_lines_at_the_end_of_a_tsv_are_no_rows(single: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rows.tsv"
+    file.write_text("sentence\ngood\n\nbad\n\n\n")
+    with inputs.opened(str(file), library.load(single)) as found:
+        numbers = [(line.number, line.error) for line in found]
+    assert numbers == [(2, None), (3, "has no text in the column 'sentence'"), (4, None)]
+
+
+def test_a_parquet_file_with_a_number_for_a_text(single: Path, tmp_path: Path) -> None:
+    file = write(tmp_path, ".parquet", {"sentence": [1, 2]})  # type: ignore[list-item]
+    with inputs.opened(str(file), library.load(single)) as found:
+        assert [line.error for line in found] == ["has a int in the column 'sentence', not text"] * 2
+    for name, told in (("none.parquet", "there is no file"), ("bad.parquet", "is not a readable parquet file")):
+        (tmp_path / "bad.parquet").write_text("x")
+        with pytest.raises(DataError, match=told), inputs.opened(str(tmp_path / name), library.load(single)):
+            pass
+
+
+PLAIN: dict[str, tuple[str, str, str, list[Any] | str]] = {
+    "text": ("single", ".txt", "a, b\n{c\n", ["a, b", "{c"]),
+    "text that looks like JSON": ("single", ".txt", "{a\nb\tc\n", ["{a", "b\tc"]),
+    "pairs": ("servable", ".txt", "a\tb\nc\n", [("a", "b"), "has 1 filled columns"]),
+    "no ending": ("single", "", "a\nb\n", ["a", "b"]),
+    "JSON without an ending": ("single", "", '{"sentence": "a", "label": 1}\n{"text": "b"}\n', ["a", "b"]),
+    "a JSON pair": ("servable", ".jsonl", '{"first": "a", "second": "b"}\n{"first": "a"}\n', [("a", "b"), "has no"]),
+    "half a JSON pair": ("servable", ".jsonl", '{"first": "a", "second": null}\n', ["has no"]),
+    "two columns for one text": ("single", "", "a\tb\n", "has two columns; the model takes one text (sentence)"),
+    "a header for lines": ("servable", ".tsv", "a\tb\nc\td\n", "has the columns 'a', 'b', and not 'first'"),
+}
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_plain_lines(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    bundle, ending, content, expected = PLAIN[kind]
+    classify = library.load(request.getfixturevalue(bundle))
+    file = tmp_path / f"lines{ending}"
+    file.write_text(content)
+    if isinstance(expected, str):
+        with pytest.raises(DataError) as caught, inputs.opened(str(file), classify):
+            pass
+        assert expected in caught.value.message
+        assert "--format" in str(caught.value.hint)
+        return
+    with inputs.opened(str(file), classify) as found:
+        for line, wanted in zip(found, expected, strict=True):
+            if line.error:
+                assert wanted in line.error
+            else:
+                assert (line.text if line.pair is None else (line.text, line.pair)) == wanted
+
+
+def test_lines_of_the_other_kind_are_refused_one_by_one(single: Path, servable: Path, tmp_path: Path) -> None:
+    from spdtool.serving import lines
+
+    given = [Line(1, "good"), Line(2, "good", "bad"), Line(3, " "), Line(4, "good", "")]
+    for bundle, wrong in ((single, {2, 3, 4}), (servable, {1, 3, 4})):
+        told = list(lines.predict(library.load(bundle), given))
+        assert {row["line"] for row in told if "error" in row} == wrong
+        assert any("the model takes" in row.get("error", "") for row in told)
+
+
+def test_one_text_of_the_command_line_too(single: Path, servable: Path, spdtool: Call) -> None:
+    for bundle, words, told in (
+        (single, ("good", "--pair", "bad"), "the model takes one text"),
+        (servable, ("good",), "the model takes two texts"),
+        (single, ("",), "is empty"),
+    ):
+        called = spdtool("predict", bundle, *words)
+        assert (called.exit_code, told in called.stderr) == (2, True), called.output
+
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv", ".jsonl", ".parquet", ".txt"])
+def test_memory_does_not_grow_with_the_file(ending: str, single: Path, tmp_path: Path) -> None:
+    rows = {"sentence": ["good film " * 20] * 40_000}
+    file = write(tmp_path, ".tsv" if ending == ".txt" else ending, rows)
+    file = file.rename(file.with_suffix(ending))
+    classify = library.load(single)
+    next(iter(local.parquet_pieces(file, 10))) if ending == ".parquet" else None  # imports pyarrow
+    tracemalloc.start()
+    with inputs.opened(str(file), classify) as found:
+        assert sum(1 for _ in itertools.islice(found, 50_000)) >= 40_000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2_000_000, "the texts have eight million letters"
