@@ -180,7 +180,9 @@ class Classifier:
         for column in (texts, seconds or ()):
             blank = next((number for number, text in enumerate(column) if not text.strip()), None)
             if blank is not None:
-                raise DataError(f"row {blank} has an empty text", "leave it out, as training rows of a file without text have to be")
+                raise DataError(
+                    f"row {blank} has an empty text", "leave it out, as training rows of a file without text have to be"
+                )
         pieces: list[Any] = texts if seconds is None else list(zip(texts, seconds, strict=True))
         try:
             encoded = self._tokenizer.encode_batch(pieces)
