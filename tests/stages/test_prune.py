@@ -233,7 +233,7 @@ def test_a_recipe_that_cannot_work_is_refused_before_the_work(
 def test_a_count_that_is_off_is_not_handed_over(toy_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
     run = toy_run(until="teacher")
 
-    def wrong(model: Any, tokenizer: Any, folder: Path) -> None:
+    def wrong(model: Any, tokenizer: Any, folder: Path, *weights: Any) -> None:
         with torch.no_grad():
             next(iter(encoders.prunable_linears(model).values())).add_(1.0)
         original(model, tokenizer, folder)
