@@ -106,10 +106,9 @@ def gathered(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """Tensors as they are, those that are sharded whole, on the main process; all of them call this together."""
     made = {}
     for name, tensor in tensors:
-        sharded = shards.is_sharded(tensor)
-        full = shards.whole(shards.held(tensor), tensor) if sharded else tensor
+        full = shards.whole(shards.held(tensor), tensor)
         if processes.is_main():
-            made[name] = full.cpu() if sharded else full
+            made[name] = full.cpu() if shards.is_sharded(tensor) else full
     return made
 
 

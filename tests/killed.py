@@ -79,7 +79,7 @@ def half(original: Any, tensors: Any, path: Path) -> None:
     die()
 
 
-def save_half(original: Any, model: Any, tokenizer: Any, folder: Path) -> None:
+def save_half(original: Any, model: Any, tokenizer: Any, folder: Path, weights: Any = None) -> None:
     model.save_pretrained(folder)
     die()
 

@@ -90,7 +90,7 @@ def test_redoing_a_stage_drops_the_later_ones(run: Path, spdtool: Call) -> None:
         (("--set", "prune.epochs=x"), "should be a valid number"),
         (("--set", "prune.events=1000"), "do not fit"),
         (("--set", "prune.criterion=magnitud"), "did you mean 'magnitude'"),
-        (("--set", "sparsity=0.4"), "belongs to another recipe"),
+        (("--set", "seed=1"), "belongs to another recipe"),
     ],
 )
 def test_redoing_refuses_before_it_drops(run: Path, spdtool: Call, words: tuple[str, ...], message: str) -> None:
