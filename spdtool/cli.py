@@ -31,7 +31,12 @@ from spdtool.serving import commands as _serving  # noqa: F401  # registers its 
 
 def main() -> None:
     """Entry point of the `spdtool` script."""
-    app(prog_name="spdtool")
+    try:
+        app(prog_name="spdtool")
+    except SystemExit as ended:
+        if processes.count() == 1 or not isinstance(ended.code, int):
+            raise
+        processes.leave(ended.code)
 
 
 @command

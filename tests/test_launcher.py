@@ -119,3 +119,12 @@ def test_a_rank_without_its_launcher_ends_and_removes_what_that_has_left(tmp_pat
     done = subprocess.run([sys.executable, "-c", script], env=os.environ | launched, check=False, timeout=30)
     assert done.returncode == PeerLost.exit_code
     assert not left.exists()
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_rank_leaves_with_its_code_and_what_is_registered_is_done(tmp_path: Path, code: int) -> None:
+    done = tmp_path / "done"
+    script = "import atexit, pathlib; from spdtool import processes; print('said', end='')\n"
+    script += f"atexit.register(pathlib.Path({str(done)!r}).touch); processes.leave({code})"
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=30)
+    assert (ended.returncode, ended.stdout, done.exists()) == (code, "said", True)
