@@ -9,13 +9,12 @@ QUICK = ("prune.criterion=magnitude", "prune.calibration=0", "prune.events=1", "
 LOGITS = ("prune.loss.hidden=0.0",)
 BF16 = ("precision=bf16",)
 DENSE = ("sparse_products=false",)
-PUBLISHED = ("unfused", "masks every step", "torch products", "malloc")
+PUBLISHED = ("unfused", "masks every step", "torch products")
 
 # name: (recipe, stage, --set assignments, what is patched)
 ROWS: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
     "published": ("reference", "prune", DENSE, PUBLISHED),
     "fp32": ("default", "prune", (), ()),
-    "fp32, malloc as it comes": ("default", "prune", (), ("malloc",)),
     "fp32, dense products": ("default", "prune", DENSE, ()),
     "bf16": ("default", "prune", ("precision=bf16",), ()),
     "fp32, teacher stage": ("default", "teacher", (), ()),
@@ -56,14 +55,12 @@ def patch(patches: tuple[str, ...]) -> None:
     """Take a feature of the loop away."""
     import torch
 
-    from spdtool import encoders, memory, onednn, padding, prefetch, teacher_outputs, training
+    from spdtool import encoders, onednn, padding, prefetch, teacher_outputs, training
     from spdtool.pruning import masks
     from spdtool.stages import student
 
     if "torch products" in patches:
         onednn.pays = lambda: False  # type: ignore[assignment]
-    if "malloc" in patches:
-        memory.keep_freed = lambda: False  # type: ignore[assignment]
     if "unfused" in patches:
         adamw = torch.optim.AdamW
         slow = lambda *args, **options: adamw(*args, **options | {"fused": False, "foreach": False})  # noqa: E731

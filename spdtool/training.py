@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from spdtool import collectives, console, encoders, memory, prefetch, processes, shards
+from spdtool import collectives, console, encoders, prefetch, processes, shards
 from spdtool.console import Watch
 from spdtool.data import Encoded, training_batches
 from spdtool.errors import DeviceError
@@ -65,8 +65,6 @@ def accelerator(recipe: Recipe) -> Accelerator:
             f"process {local} of this machine has no device: there are {torch.cuda.device_count()} CUDA devices",
             "start fewer processes, or use --device cpu",
         )
-    if on_cpu and not recipe.shard:  # which is about memory, not time
-        memory.keep_freed()
     AcceleratorState._reset_state(reset_partial_state=True)  # one process may run stages of several recipes
     processes.end_with_parent()
     collectives.join("gloo" if on_cpu else "nccl")

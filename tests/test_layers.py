@@ -35,7 +35,6 @@ LAYERS = {
     "spdtool.processes": 0,
     "spdtool.pruning": 1,
     "spdtool.shards": 1,
-    "spdtool.memory": 0,
     "spdtool.distillation": 2,
     "spdtool.encoders": 2,
     "spdtool.cache": 2,
