@@ -192,6 +192,13 @@ def save(model: PreTrainedModel, tokenizer: Any, folder: Path, weights: dict[str
     save_tokenizer(tokenizer, folder)
 
 
+def hand_over(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
+    """Let the main process `save` the model, of which all give what they hold; all call this together."""
+    weights = shards.state_dict(model, keep=processes.is_main())
+    if processes.is_main():
+        save(model, tokenizer, folder, weights)
+
+
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Write `tokenizer.json` and `tokenizer_config.json`, which hold everything that the older files held."""
     tokenizer.save_pretrained(folder, legacy_format=False if tokenizer.is_fast else None)

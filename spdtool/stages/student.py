@@ -20,7 +20,6 @@ from spdtool import (
     pairing,
     plugins,
     processes,
-    shards,
     tasks,
     teacher_outputs,
     training,
@@ -101,9 +100,8 @@ def phase(run: Run, stage: str, start: str, make_pruner: MakePruner) -> dict[str
 
     def leave(sparsity: float) -> dict[str, Any]:
         folder = work.folder / LEFT / f"{sparsity:g}"
-        weights = shards.state_dict(student, keep=processes.is_main())
+        encoders.hand_over(student, tokenizer, folder)
         if processes.is_main():
-            encoders.save(student, tokenizer, folder, weights)
             check_counts(encoders.zeros(folder, list(masks.parameters)), sparsity, pruner.scope)
         return _measured(task, forward, splits, evaluate_train) | {"folder": f"{LEFT}/{folder.name}"}
 
@@ -132,9 +130,8 @@ def phase(run: Run, stage: str, start: str, make_pruner: MakePruner) -> dict[str
                 work.metrics |= training.fit(parts, section, recipe, work, run.fingerprint(stage), front, watch)
         pruner.seal()
         work.metrics |= _measured(task, forward, splits, evaluate_train) | {"sparsity": masks.sparsity()}
-        weights = shards.state_dict(student, keep=processes.is_main())
+        encoders.hand_over(student, tokenizer, work.folder)
         if processes.is_main():
-            encoders.save(student, tokenizer, work.folder, weights)
             projecting.save(projections, work.folder)
             saved = encoders.zeros(work.folder, list(masks.parameters))
             check_counts(saved, pruner.target, pruner.scope)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from spdtool import collectives, console, data, encoders, evaluation, processes, shards, tasks, training
+from spdtool import collectives, console, data, encoders, evaluation, tasks, training
 from spdtool.errors import RunError, RunMismatch
 from spdtool.pieces import Share
 from spdtool.run import RECORD, Run
@@ -67,9 +67,7 @@ def teacher(run: Run) -> dict[str, Any]:
         work.metrics |= summary | {"dev": score(), "given": None}
         _warn_if_worthless(run, task, encoded, work.metrics["dev"])
         work.metrics |= {} if evaluate_train is None else {"train": evaluate_train()}
-        weights = shards.state_dict(model, keep=processes.is_main())
-        if processes.is_main():
-            encoders.save(model, tokenizer, work.folder, weights)
+        encoders.hand_over(model, tokenizer, work.folder)
     collectives.wait()
     return work.metrics
 
@@ -100,9 +98,7 @@ def take(run: Run, source: str) -> dict[str, Any]:
     console.say(f"given teacher: dev {console.scores(metrics)}")
     _warn_if_worthless(run, task, encoded, metrics)
     with run.stage("teacher") as work:
-        weights = shards.state_dict(model, keep=processes.is_main())
-        if processes.is_main():
-            encoders.save(model, tokenizer, work.folder, weights)
+        encoders.hand_over(model, tokenizer, work.folder)
         work.metrics |= {"dev": metrics, "given": source} | ({} if train is None else {"train": train})
     collectives.wait()
     return work.metrics
