@@ -23,8 +23,12 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.neural_network import MLPClassifier
 
-from spdtool import data, encoders, evaluation, recipe, tasks
-from spdtool.run import Run
+from spdtool import tasks
+from spdtool.data import tokens as data
+from spdtool.models import load as encoders
+from spdtool.models import predict as evaluation
+from spdtool.recipe import reading as recipe
+from spdtool.run.folder import Run
 from spdtool.stages.teacher import teacher
 
 SETTINGS = (

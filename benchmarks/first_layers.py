@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import AutoModel, AutoTokenizer
 
-from spdtool import encoders
+from spdtool.models import load as encoders
 
 
 def main() -> None:

@@ -87,8 +87,10 @@ class Anonymous:
 
 def measure(folder: Path, model: str, batches: int) -> dict[str, float]:
     """The largest anonymous memory of each part, and the seconds until the first batch."""
-    from spdtool import data, encoders, tasks
-    from spdtool.recipe import resolve
+    from spdtool import tasks
+    from spdtool.data import tokens as data
+    from spdtool.models import load as encoders
+    from spdtool.recipe.reading import resolve
 
     recipe, start = resolve("default", {"task": "local", "data": str(folder)}), time.monotonic()
     anonymous, tokenizer = Anonymous(), encoders.load_tokenizer(model)

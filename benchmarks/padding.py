@@ -19,7 +19,10 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="encoder folder whose tokenizer is taken")
     parser.add_argument("--batch", type=int, default=32)
     options = parser.parse_args()
-    from spdtool import data, encoders, recipe, tasks
+    from spdtool import tasks
+    from spdtool.data import tokens as data
+    from spdtool.models import load as encoders
+    from spdtool.recipe import reading as recipe
 
     tokenizer = encoders.load_tokenizer(options.model)
     for number, name in enumerate(options.tasks):
@@ -41,7 +44,7 @@ def padding_shares(lengths: Any, batch_size: int, max_length: int, epochs: int =
     """
     import numpy as np
 
-    from spdtool import data
+    from spdtool.data import tokens as data
 
     split = data.Encoded({}, np.concatenate([[0], np.cumsum(lengths)]), np.zeros(len(lengths)), {}, left=False)
 

@@ -117,9 +117,10 @@ def _model(size: str, out: Path) -> Path:
         import torch
         from transformers import BertConfig, BertForSequenceClassification
 
-        from spdtool import encoders, recipe
-        from spdtool.export.onnx import Onnx
-        from spdtool.tasks import demo
+        from spdtool.data import demo
+        from spdtool.export.graph.trace import Onnx
+        from spdtool.models import load as encoders
+        from spdtool.recipe import reading as recipe
 
         torch.manual_seed(0)
         tokenizer = demo.tokenizer()
@@ -139,7 +140,7 @@ def _opened(folder: Path, options: argparse.Namespace, threads: int) -> Any:
 
 def _sentences(count: int) -> list[str]:
     """Sentences of 3 to 60 words of the demo's grammar, mostly short ones."""
-    from spdtool.tasks import demo
+    from spdtool.data import demo
 
     draw = random.Random(0)
     words = (*demo.ADJECTIVES, *demo.NOUNS, *demo.VERBS, *demo.FUNCTION_WORDS)

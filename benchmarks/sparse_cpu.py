@@ -25,13 +25,15 @@ import onnx
 import torch
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
-from spdtool import console, encoders, plugins
+from spdtool import console, plugins
 from spdtool.bench import int8, latency, ledger, report
 from spdtool.bench.latency import Engine, Shape
 from spdtool.errors import SpdError
-from spdtool.export import targets
-from spdtool.export.onnx import Onnx
-from spdtool.recipe import Recipe, resolve
+from spdtool.export import target as targets
+from spdtool.export.graph.trace import Onnx
+from spdtool.models import load as encoders
+from spdtool.recipe.fields import Recipe
+from spdtool.recipe.reading import resolve
 
 VOCABULARY = 30522
 SHAPES = ("1x32", "1x128", "8x128", "32x128", "8x128p", "32x128p")

@@ -55,9 +55,13 @@ def patch(patches: tuple[str, ...]) -> None:
     """Take a feature of the loop away."""
     import torch
 
-    from spdtool import encoders, onednn, padding, prefetch, teacher_outputs, training
+    from spdtool.distillation import teacher_cache as teacher_outputs
+    from spdtool.models import load as encoders
+    from spdtool.models import onednn, padding
     from spdtool.pruning import masks
     from spdtool.stages import student
+    from spdtool.training import loop as training
+    from spdtool.training import prefetch
 
     if "torch products" in patches:
         onednn.pays = lambda: False  # type: ignore[assignment]

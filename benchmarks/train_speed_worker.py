@@ -86,7 +86,9 @@ def measure(row: str, options: argparse.Namespace) -> dict[str, Any]:
     on_gpu = options.device == "cuda"
     if row == "peak":
         return gpu_peaks() if on_gpu else peak_speeds()
-    from spdtool import evaluation, recipe, run
+    from spdtool.models import predict as evaluation
+    from spdtool.recipe import reading as recipe
+    from spdtool.run import folder as run
 
     name, stage, sets, patches = ROWS[row]
     steps = options.warm + options.steps + 1
@@ -182,8 +184,9 @@ def random_model(options: argparse.Namespace, folder: Path) -> str:
     """A folder with a BERT of random weights and the tokenizer of `--model`, without it that of the embedded task."""
     from transformers import BertConfig, BertModel
 
-    from spdtool import encoders, plugins
-    from spdtool.tasks import demo
+    from spdtool import plugins
+    from spdtool.data import demo
+    from spdtool.models import load as encoders
 
     width, layers = (int(word) for word in options.random_model.split("x"))
     tokenizer = encoders.load_tokenizer(options.model) if options.model else demo.tokenizer()
@@ -218,9 +221,11 @@ def _instrument(clock: Clock, counted: dict[str, float], stage: str, profiler: A
     import torch
     from accelerate import Accelerator
 
-    from spdtool import encoders, prefetch, training
+    from spdtool.models import load as encoders
     from spdtool.pruning.masks import Masks
     from spdtool.stages import student
+    from spdtool.training import loop as training
+    from spdtool.training import prefetch
 
     ready, adamw, fit = prefetch.ready, training.adamw, training.fit
     take = clock.timed("data", next)

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from spdtool.run import Run
+from spdtool.run.folder import Run
 
 STAGE = "prune"
 KINDS = {"alone": 1, "rank": 2, "launcher": 2}  # victim: processes

@@ -27,8 +27,8 @@ from typing import Any
 
 from filelock import FileLock
 
-from spdtool.recipe import TRAINING
-from spdtool.run import LOCK, Run
+from spdtool.recipe.fields import TRAINING
+from spdtool.run.folder import LOCK, Run
 from spdtool.sweep import RESULT
 
 KINDS = ("worker", "driver")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spdtool.classifier import load as load
+    from spdtool.serving.classifier import load as load
 
 __all__ = ["load"]
 
@@ -16,6 +16,6 @@ __all__ = ["load"]
 def __getattr__(name: str) -> Any:
     if name != "load":
         raise AttributeError(f"module 'spdtool' has no attribute {name!r}")
-    from spdtool.classifier import load  # not before it is asked for: the command line must answer at once
+    from spdtool.serving.classifier import load  # not before it is asked for: the command line must answer at once
 
     return load

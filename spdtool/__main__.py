@@ -1,5 +1,5 @@
 """`python -m spdtool` is the command line."""
 
-from spdtool.cli import main
+from spdtool.cli.main import main
 
 main()

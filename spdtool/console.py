@@ -25,7 +25,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 from rich.text import Text
 
-from spdtool import processes
+from spdtool import ranks as processes
 from spdtool.errors import SpdError
 
 Watch = Callable[[dict[str, Any]], None]

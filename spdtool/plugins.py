@@ -126,8 +126,8 @@ criteria: Registry[Callable[..., Any]] = Registry(
     "criterion", "spdtool.pruning.criteria", "spdtool.pruning.second_order"
 )
 patterns: Registry[Callable[..., Any]] = Registry("pattern", "spdtool.pruning.patterns")
-tasks: Registry[Any] = Registry("task", "spdtool.tasks.glue", "spdtool.tasks.demo")
-targets: Registry[Any] = Registry("export target", "spdtool.export.onnx", "spdtool.export.variants")
+tasks: Registry[Any] = Registry("task", "spdtool.data.glue", "spdtool.data.demo")
+targets: Registry[Any] = Registry("export target", "spdtool.export.graph.trace", "spdtool.export.targets")
 stacks: Registry[Callable[..., Any]] = Registry("layer stack")
 products: Registry[Callable[..., None]] = Registry("sparse product")
 REGISTRIES: tuple[Registry[Any], ...] = (criteria, patterns, tasks, targets, stacks, products)

@@ -20,9 +20,9 @@ import pytest
 import torch
 
 from spdtool import plugins
-from spdtool.export import onnx
-from spdtool.recipe import Recipe
-from spdtool.run import Run
+from spdtool.export.graph import trace as onnx
+from spdtool.recipe.fields import Recipe
+from spdtool.run.folder import Run
 from spdtool.tasks import Task
 
 CACHE = os.environ["XDG_CACHE_HOME"]  # a test may set another
@@ -163,7 +163,7 @@ def spdtool(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """`spdtool("prune", "--run", folder)` calls the command line in this process; gives exit_code, stdout, stderr."""
     from typer.testing import CliRunner
 
-    from spdtool.cli import app
+    from spdtool.cli.main import app
 
     for name in ("COLUMNS", "SPDTOOL_PLUGINS", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
@@ -204,7 +204,7 @@ def compressed(tmp_path_factory: pytest.TempPathFactory, quick_words: tuple[str,
     """The folder of a run that `spdtool compress` has finished; read only: copy it before changing it."""
     from typer.testing import CliRunner
 
-    from spdtool.cli import app
+    from spdtool.cli.main import app
 
     folder = tmp_path_factory.mktemp("runs") / "done"
     called = CliRunner().invoke(app, ["compress", *quick_words, "--run", str(folder)])

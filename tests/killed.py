@@ -23,9 +23,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import toys
 
-from spdtool import encoders, snapshot
-from spdtool import run as runs
-from spdtool.run import Run
+from spdtool.models import load as encoders
+from spdtool.run import folder as runs
+from spdtool.run.folder import Run
+from spdtool.training import checkpoint as snapshot
 
 STAGES = ("teacher", "prune", "distill", "finetune")
 for name in STAGES:

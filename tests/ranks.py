@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import toys
 
 from spdtool import console
-from spdtool.run import Run
+from spdtool.run.folder import Run
 
 STAGES = ("teacher", "prune", "distill", "finetune")
 for name in STAGES:

@@ -14,9 +14,9 @@ import onnx
 import torch
 from onnx import numpy_helper
 
-from spdtool import encoders
-from spdtool.export.onnx import FILE, PARAMETERS, TRANSPOSED, Onnx
-from spdtool.recipe import Recipe
+from spdtool.export.graph.trace import FILE, PARAMETERS, TRANSPOSED, Onnx
+from spdtool.models import load as encoders
+from spdtool.recipe.fields import Recipe
 
 
 class Rounded(Onnx):

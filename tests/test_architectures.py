@@ -14,14 +14,15 @@ import torch
 from toys import ARCHITECTURES, POSITIONS
 from transformers import AutoModelForSequenceClassification
 
-from spdtool import encoders, evaluation
 from spdtool.distillation.grafting import Grafting
 from spdtool.distillation.losses import distillation
-from spdtool.distillation.observation import observe
+from spdtool.distillation.outputs import observe
 from spdtool.errors import ModelError
+from spdtool.models import load as encoders
+from spdtool.models import predict as evaluation
 from spdtool.pruning.patterns import zeros_in
-from spdtool.recipe import Loss
-from spdtool.run import Run
+from spdtool.recipe.fields import Loss
+from spdtool.run.folder import Run
 from spdtool.tasks import Task
 
 DEPTH = 3

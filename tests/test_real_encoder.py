@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForSequenceClassification
 
-from spdtool import recipe
 from spdtool.pruning.patterns import zeros_in
-from spdtool.run import Run
+from spdtool.recipe import reading as recipe
+from spdtool.run.folder import Run
 from spdtool.stages.distill import distill
 from spdtool.stages.export import export
 from spdtool.stages.finetune import finetune

@@ -9,9 +9,10 @@ from typing import Any
 import pydantic
 import pytest
 
-from spdtool import recipe as recipes
 from spdtool.errors import RecipeError, UnknownName
-from spdtool.recipe import STAGES, Recipe, Training, amend, fields, flat, parse, resolve
+from spdtool.recipe import reading as recipes
+from spdtool.recipe.fields import STAGES, Recipe, Training, flat
+from spdtool.recipe.reading import amend, fields, parse, resolve
 
 
 def test_the_default_recipe_is_the_defaults_and_what_its_file_names() -> None:

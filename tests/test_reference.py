@@ -19,9 +19,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spdtool import data, encoders, snapshot, training
-from spdtool.run import Run
+from spdtool.data import tokens as data
+from spdtool.models import load as encoders
+from spdtool.run.folder import Run
 from spdtool.tasks import Task
+from spdtool.training import checkpoint as snapshot
+from spdtool.training import loop as training
 
 LAYERS, HEADS, WIDTH, LENGTH = 3, 2, 16, 16
 EPOCHS = {"prune": 6, "distill": 2, "finetune": 4}  # 12 events fit; 1 : 2 as in the recipe, so that its rates meet

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from spdtool import plugins
-from spdtool.recipe import Recipe, resolve
+from spdtool.recipe.fields import Recipe
+from spdtool.recipe.reading import resolve
 from spdtool.tasks import Rows, Task
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")

@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx
 
 from spdtool.errors import ModelError, first_line
-from spdtool.export.int8 import quiet
+from spdtool.export.graph.int8 import quiet
 
 
 def quantise(model: Path, file: Path) -> None:

@@ -349,8 +349,8 @@ def _in_onnxruntime(engine: Engine) -> tuple[Forward, str, Nodes | None]:
 def _in_torch(engine: Engine) -> tuple[Forward, str, Nodes | None]:
     import torch
 
-    from spdtool import encoders
-    from spdtool.evaluation import torch_forward
+    from spdtool.models import load as encoders
+    from spdtool.models.predict import torch_forward
 
     torch.set_num_threads(engine.threads or runtime.cores())
     model: Any = encoders.load(engine.path)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spdtool.distillation.observation import Observation
+from spdtool.distillation.outputs import Observation
 from spdtool.distillation.projections import PREFIX, Projections
-from spdtool.pieces import WHOLE, Share
-from spdtool.recipe import Loss
+from spdtool.recipe.fields import Loss
+from spdtool.training.microbatches import WHOLE, Share
 
 OUT_OF_SIGHT = -1e4  # scores below this were masked by the model itself (padding, a local attention window)
 

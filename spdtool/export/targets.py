@@ -1,158 +1,164 @@
-"""Which export targets a recipe means, and what a target may have beside its three functions.
+"""Export targets made of the portable graph: fused, in fp16, in int8.
 
-A stranger's target need not inherit from `Onnx`: these functions ask for each optional attribute, with its default.
-`onnx.py` says what each one means.
+    onnx-ort            fused operators of the domain com.microsoft, float32
+    onnx-fp16           fp16 weights and arithmetic, ONNX operators only
+    onnx-int8           int8 weights, activations rounded as they come, ONNX operators only
+    onnx-int8-static    int8 weights, activations rounded by ranges seen on training rows, ONNX operators only
+
+Each exports the teacher too: what such a treatment buys, it buys a dense model as well, and the bench shows both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx as protobuf
+from transformers import PreTrainedModel
 
-from spdtool import plugins
-from spdtool.data import Batch
-from spdtool.errors import GateError, PluginError, RecipeError, SpdError, UnknownName
-from spdtool.evaluation import Forward
-from spdtool.export import fusion
-from spdtool.recipe import Export, Recipe
+from spdtool.data.tokens import Batch, Encoded
+from spdtool.export import runtime
+from spdtool.export.gates import logits as parity
+from spdtool.export.graph import float32 as twin
+from spdtool.export.graph import fp16 as half
+from spdtool.export.graph import fuse as fusion
+from spdtool.export.graph import int8
+from spdtool.export.graph import trace as onnx
+from spdtool.export.graph import weights as stored
+from spdtool.export.graph.trace import FILE, Onnx
+from spdtool.models.predict import Forward, evaluation_batches, onnx_forward
+from spdtool.plugins import targets
+from spdtool.recipe.fields import Recipe
 
-ROLES = ("teacher", "student")
-PROVIDERS = ("cpu", "cuda")
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """One target of a recipe.
-
-    Attributes:
-        optional: whether the export goes on without it where it cannot be used.
-        prefix: of its folders inside the export stage; empty for the first target, its own name for every other.
-    """
-
-    name: str
-    target: Any
-    optional: bool
-    prefix: str
+KEPT = "kept_fp32"  # metadata of a model: the parts that int8 left alone
+SEVEN = "reduce_range"
 
 
-def demanded(section: Export) -> list[Chosen]:
-    """The recipe's `targets`, in order.
+@targets.register("onnx-ort")
+class OnnxOrt(Onnx):
+    """ONNX with onnxruntime's fused attention, layer norm and GELU, float32; a CPU session gains nothing by it."""
 
-    Raises:
-        UnknownName: nothing provides one of them.
-        RecipeError: there is none, or the first one does not export the teacher, with which the bench compares.
-    """
-    if not section.targets:
-        raise RecipeError("export.targets is empty", 'for example export.targets=["onnx"]')
-    names = tuple(dict.fromkeys(section.targets))
-    found = [Chosen(name, plugins.targets.get(name), False, "" if name == names[0] else name) for name in names]
-    missing = set(ROLES) - set(roles(found[0].target))
-    if missing:
-        listed = ", ".join(f'"{name}"' for name in dict.fromkeys(("onnx", *names)))
-        raise RecipeError(
-            f"the target {names[0]!r} does not export the {' and '.join(sorted(missing))}: it cannot be the first one",
-            f"export.targets=[{listed}]",
-        )
-    return found
+    domains: tuple[str, ...] | None = ("", fusion.DOMAIN)
+
+    @staticmethod
+    def export(checkpoint: Path, folder: Path, recipe: Recipe) -> list[Path]:
+        """Write the fused graph; raises as `Onnx.export`, and ModelError where onnxscript cannot rewrite it."""
+        opset = min(recipe.export.opset, onnx.ATTENTION - 1)  # the rules know attention that is written out
+        return onnx.save(fusion.fuse(onnx.graph(checkpoint, opset)), checkpoint, folder)
+
+    @staticmethod
+    def facts(folder: Path) -> dict[str, Any]:
+        """Nodes, and how many of each fused operator there are; none where onnxscript knew nothing of the graph."""
+        proto = protobuf.load(folder / FILE, load_external_data=False)
+        return onnx.facts(proto) | {"fused": fusion.operators(proto)}
 
 
-def offered(section: Export) -> tuple[list[Chosen], dict[str, SpdError]]:
-    """The recipe's `optional` targets that are installed; and by name, what would be said of those that are not."""
-    found: list[Chosen] = []
-    missing: dict[str, SpdError] = {}
-    for name in dict.fromkeys(section.optional):
-        if name in section.targets:
-            continue
-        try:
-            found.append(Chosen(name, plugins.targets.get(name), True, name))
-        except UnknownName as error:
-            missing[name] = _absent(name) or error
-    return found, missing
+class Rounded(Onnx):
+    """What fp16 and int8 share: the files hold other weights than the checkpoint, and compute coarsely."""
+
+    @staticmethod
+    def weights(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
+        """`(parameter, float32 array)` as the file holds them, each once."""
+        seen = set[str]()
+        for name, array, _ in stored.held(protobuf.load(folder / FILE), known=True):
+            if name not in seen:
+                seen.add(name)
+                yield name, array
+
+    @staticmethod
+    def exact(folder: Path) -> Forward:
+        """The float32 twin of the file, on the CPU; see `twin.py`."""
+        return onnx_forward(runtime.open_session(twin.twin(protobuf.load(folder / FILE)).SerializeToString()))
+
+    @staticmethod
+    def verify(
+        folder: Path,
+        model: PreTrainedModel,
+        batches: list[tuple[str, Batch]],  # noqa: ARG004
+        provider: str,  # noqa: ARG004
+    ) -> None:
+        """Refuse a stored weight that is not its checkpoint's, rounded; raises GateError."""
+        parity.check_stored(stored.held(protobuf.load(folder / FILE), known=True), model)
 
 
-def _absent(name: str) -> PluginError | None:
-    """What is said of a target of this project that is not installed; one that does not load is another matter."""
-    if name not in plugins.OURS or any(plugin.error for plugin in plugins.loaded()):
-        return None
-    return PluginError("its plugin is not installed", plugins.install(plugins.OURS[name]))
+@targets.register("onnx-fp16")
+class OnnxFp16(Rounded):
+    """ONNX in fp16 for GPUs: half the bytes; ONNX operators only, float32 logits."""
+
+    @staticmethod
+    def export(checkpoint: Path, folder: Path, recipe: Recipe) -> list[Path]:
+        """Write the graph in fp16; raises as `Onnx.export`, and ModelError where it cannot be converted."""
+        return onnx.save(half.halve(onnx.graph(checkpoint, recipe.export.opset)), checkpoint, folder)
+
+    @staticmethod
+    def storage(recipe: Recipe) -> tuple[str, str]:  # noqa: ARG004
+        """fp16 throughout."""
+        return "fp16", "fp16"
+
+    @staticmethod
+    def verify(folder: Path, model: PreTrainedModel, batches: list[tuple[str, Batch]], provider: str) -> None:
+        """As for any rounded file; and no node may give a number that fp16 cannot hold."""
+        Rounded.verify(folder, model, batches, provider)
+        half.scan(folder / FILE, batches, provider)
 
 
-def roles(target: Any) -> tuple[str, ...]:
-    """Which of teacher and student it exports."""
-    return tuple(getattr(target, "roles", ROLES))
+@targets.register("onnx-int8")
+class OnnxInt8(Rounded):
+    """ONNX with int8 weights and activations for CPUs and browsers: a quarter of the bytes; ONNX operators only."""
+
+    providers: tuple[str, ...] = ("cpu",)
+
+    @staticmethod
+    def export(checkpoint: Path, folder: Path, recipe: Recipe, keep: Sequence[str] = ()) -> list[Path]:
+        """Write the graph in int8, but for the parts in `keep`; raises as `Onnx.export`, and ModelError."""
+        seven = _seven_bits(recipe)
+        proto = int8.quantise(onnx.graph(checkpoint, recipe.export.opset), keep, reduce_range=seven)
+        return _save(proto, checkpoint, folder, keep, seven=seven)
+
+    @staticmethod
+    def storage(recipe: Recipe) -> tuple[str, str]:  # noqa: ARG004
+        """int8 throughout; biases and layer normalisation stay in float32."""
+        return "int8", "int8"
+
+    @staticmethod
+    def parts(checkpoint: Path, recipe: Recipe) -> list[str]:
+        """What may be left in float32."""
+        return int8.parts(onnx.graph(checkpoint, recipe.export.opset))
+
+    @staticmethod
+    def facts(folder: Path) -> dict[str, Any]:
+        """Nodes, the parts left in float32, and whether weights have 7 bits."""
+        proto = protobuf.load(folder / FILE, load_external_data=False)
+        said = {entry.key: entry.value for entry in proto.metadata_props}
+        return onnx.facts(proto) | {KEPT: said[KEPT].split(), SEVEN: said[SEVEN] == "true"}
 
 
-def providers(target: Any) -> tuple[str, ...]:
-    """The providers of onnxruntime on which its files run."""
-    return tuple(getattr(target, "providers", PROVIDERS))
+@targets.register("onnx-int8-static")
+class OnnxInt8Static(OnnxInt8):
+    """As onnx-int8, with ranges of activations seen on training rows: quicker where roundings on the fly are slow."""
+
+    calibrates = True
+
+    @staticmethod
+    def export(  # type: ignore[override]
+        checkpoint: Path, folder: Path, recipe: Recipe, rows: Encoded, keep: Sequence[str] = ()
+    ) -> list[Path]:
+        """Write the graph in int8, calibrated on `rows`; raises as `OnnxInt8.export`."""
+        seven = _seven_bits(recipe)
+        batches = (rows.collate(batch) for batch in evaluation_batches(rows, 8))
+        proto = int8.calibrate(onnx.graph(checkpoint, recipe.export.opset), batches, keep, reduce_range=seven)
+        return _save(proto, checkpoint, folder, keep, seven=seven)
 
 
-def rounds(target: Any) -> bool:
-    """Whether its files hold other weights than the checkpoint."""
-    return getattr(target, "weights", None) is not None
+def _seven_bits(recipe: Recipe) -> bool:
+    given = recipe.export.reduce_range
+    return int8.saturates() if given is None else given
 
 
-def weights(target: Any, folder: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """`(parameter, float32 array)` as the files in `folder` hold them, one at a time; only where it `rounds`."""
-    yield from target.weights(folder)
-
-
-def libraries(target: Any, folder: Path) -> list[str]:
-    """The libraries of custom operators that a session of the files in `folder` needs."""
-    found = getattr(target, "libraries", None)
-    return [str(path) for path in found(folder)] if found is not None else []
-
-
-def storage(target: Any, recipe: Recipe) -> tuple[str, str]:
-    """How a target that rounds stores the matrices and the embeddings."""
-    found = getattr(target, "storage", None)
-    return found(recipe) if found is not None else (recipe.export.values, recipe.export.embeddings)
-
-
-def exact(target: Any, folder: Path) -> Forward | None:
-    """The files with nothing rounded but their weights, where the target's arithmetic is coarse; else None."""
-    found = getattr(target, "exact", None)
-    return found(folder) if found is not None else None
-
-
-def verify(target: Any, folder: Path, model: Any, batches: list[tuple[str, Batch]], provider: str) -> None:
-    """Let a target look for the faults that only its files can have; raises GateError."""
-    found = getattr(target, "verify", None)
-    if found is not None:
-        found(folder, model, batches, provider)
-
-
-def parts(target: Any, checkpoint: Path, recipe: Recipe) -> list[str]:
-    """The pieces of a model that the target can leave unrounded; none where it cannot choose."""
-    found = getattr(target, "parts", None)
-    return list(found(checkpoint, recipe)) if found is not None else []
-
-
-def facts(target: Any, folder: Path) -> dict[str, Any]:
-    """What else is to be said of the files."""
-    found = getattr(target, "facts", None)
-    return dict(found(folder)) if found is not None else {}
-
-
-def calibrates(target: Any) -> bool:
-    """Whether it needs rows of the task."""
-    return bool(getattr(target, "calibrates", False))
-
-
-def check_domains(target: Any, files: list[Path]) -> None:
-    """Refuse operators of a domain that the target does not name.
-
-    Raises:
-        GateError: names the domain.
-    """
-    allowed = getattr(target, "domains", None)
-    if allowed is None:
-        return
-    found = fusion.domains(protobuf.load(files[0], load_external_data=False)) - set(allowed)
-    if found:
-        raise GateError(f"{files[0].name} has operators of the domain {', '.join(sorted(found))}")
+def _save(
+    proto: protobuf.ModelProto, checkpoint: Path, folder: Path, keep: Sequence[str], *, seven: bool
+) -> list[Path]:
+    protobuf.helper.set_model_props(proto, {KEPT: " ".join(keep), SEVEN: str(seven).lower()})
+    return onnx.save(proto, checkpoint, folder)

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spdtool import shards
 from spdtool.errors import GateError, ModelError
+from spdtool.models import fsdp as shards
+from spdtool.models.fsdp import held
 from spdtool.pruning.allocation import Allocation, allocate, groups
 from spdtool.pruning.patterns import zeros_in
-from spdtool.shards import held
 
 Pattern = Callable[[Tensor, float], Tensor]
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spdtool.models.fsdp import held
 from spdtool.pruning.masks import Masks
 from spdtool.pruning.statistics import STATISTICS, Gradient, Settings, Statistic, Stats
-from spdtool.shards import held
 
 
 class Observation:

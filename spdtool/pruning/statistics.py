@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from spdtool import shards
+from spdtool.models import fsdp as shards
 
 SCORE_RATE = 0.01  # at which soft movement learns its scores, as in the paper's published settings
 

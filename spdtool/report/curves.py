@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spdtool.recipe import PHASES
-from spdtool.report.rows import score, teacher_folder
-from spdtool.run import Run
+from spdtool.recipe.fields import PHASES
+from spdtool.run.folder import Run
+from spdtool.sweep.rows import score, teacher_folder
 
 LOG = "metrics.jsonl"
 Line = list[tuple[int, float]]

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from spdtool.errors import RunError
-from spdtool.report import drawing, gather, plots
-from spdtool.report import rows as report_rows
-from spdtool.report.rows import FAILED, STOPPED, Row
-from spdtool.run import Run
+from spdtool.report import content as gather
+from spdtool.report import drawing
+from spdtool.report import figures as plots
+from spdtool.run.folder import Run
+from spdtool.sweep import rows as report_rows
+from spdtool.sweep.rows import FAILED, STOPPED, Row
 
 SWEEP = "sweep.json"
 SHOWN = 12  # runs that a page of several shows one by one

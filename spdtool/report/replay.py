@@ -7,11 +7,11 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from spdtool import recipe as recipes
 from spdtool.errors import SpdError
-from spdtool.recipe import FREE, STAGES, Recipe
-from spdtool.report.rows import teacher_folder
-from spdtool.run import Run
+from spdtool.recipe import reading as recipes
+from spdtool.recipe.fields import FREE, STAGES, Recipe
+from spdtool.run.folder import Run
+from spdtool.sweep.rows import teacher_folder
 
 FLAGS = {
     "task": "--task",

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from spdtool.classifier import Classifier, Row
 from spdtool.errors import SpdError
+from spdtool.serving.classifier import Classifier, Row
 
 FIXED = 16  # tokens whose time a batch takes in any case; 8 and 32 were slower (six layers of 384, one thread)
 

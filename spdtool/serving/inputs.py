@@ -19,11 +19,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
-from spdtool.classifier import Classifier
+from spdtool.data import local
 from spdtool.errors import DataError, RecipeError
-from spdtool.serving import lines
-from spdtool.serving.lines import Line
-from spdtool.tasks import local
+from spdtool.serving import predict as lines
+from spdtool.serving.classifier import Classifier
+from spdtool.serving.predict import Line
 
 STANDARD_INPUT = "-"
 PIECE = 1000  # rows of a Parquet file that are read at a time

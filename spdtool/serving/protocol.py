@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from spdtool.classifier import Classifier
 from spdtool.errors import DataError
+from spdtool.serving.classifier import Classifier
 
 VERSION = "1"
 TEXT, PAIR = "text", "pair"

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from spdtool import console
-from spdtool.classifier import load
 from spdtool.errors import DeviceError, ModelError, RunError
 from spdtool.export import runtime
+from spdtool.serving.classifier import load
 
 EXTRA = ("starlette", "uvicorn", "prometheus_client")
 SECONDS_TO_END = 30  # for requests in flight, before their connections are cut
@@ -21,7 +21,7 @@ MOST_WORKERS = 4  # unless more are asked for: measured on two cores only
 
 
 def require() -> Any:
-    """The module `spdtool.serving.app`.
+    """The module `spdtool.serving.http`.
 
     Raises:
         DeviceError: a distribution of the extra `serve` is missing.
@@ -31,7 +31,7 @@ def require() -> Any:
             importlib.import_module(name)
         except ImportError as error:
             raise DeviceError(f"the server needs {name}: {error}", 'pip install "spdtool[serve]"') from None
-    return importlib.import_module("spdtool.serving.app")
+    return importlib.import_module("spdtool.serving.http")
 
 
 def serve(

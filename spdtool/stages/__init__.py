@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from spdtool.run import Run
+from spdtool.run.folder import Run
 
 
 def function(stage: str) -> Callable[[Run], dict[str, Any]]:

@@ -18,13 +18,16 @@ from typing import Any
 
 import numpy as np
 
-from spdtool import console, data, encoders, plugins, tasks
+from spdtool import console, plugins, tasks
 from spdtool.bench import int8, latency, ledger, report
 from spdtool.bench.latency import Engine, Shape, Timing
+from spdtool.data import tokens as data
 from spdtool.errors import ModelError, RecipeError, SpdError
-from spdtool.export import runtime, targets
-from spdtool.recipe import Recipe
-from spdtool.run import Run, machine, write_json
+from spdtool.export import runtime
+from spdtool.export import target as targets
+from spdtool.models import load as encoders
+from spdtool.recipe.fields import Recipe
+from spdtool.run.folder import Run, machine, write_json
 
 ROLES = ("teacher", "student")  # the dense teacher first
 REFUSED = "refused"  # in the export's metrics: targets that were not shipped

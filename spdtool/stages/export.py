@@ -19,16 +19,21 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from spdtool import console, data, encoders, plugins
+from spdtool import console, plugins
+from spdtool.data import tokens as data
 from spdtool.errors import DeviceError, GateError, ModelError, PluginError, SpdError
-from spdtool.export import assembly, onnx, runtime, targets
-from spdtool.export.change import Dev, dev_sets
+from spdtool.export import runtime
+from spdtool.export import target as targets
+from spdtool.export.bundle import write as assembly
+from spdtool.export.bundle.unpack import refuse_occupied
 from spdtool.export.gates import export_checkpoint
-from spdtool.export.reference import Reference
-from spdtool.export.targets import Chosen
-from spdtool.export.unpack import refuse_occupied
-from spdtool.recipe import Recipe
-from spdtool.run import Run, Work, replacing
+from spdtool.export.gates.reference import Reference
+from spdtool.export.gates.score import Dev, dev_sets
+from spdtool.export.graph import trace as onnx
+from spdtool.export.target import Chosen
+from spdtool.models import load as encoders
+from spdtool.recipe.fields import Recipe
+from spdtool.run.folder import Run, Work, replacing
 
 REFUSED = "refused"  # in the metrics: target to the reason
 

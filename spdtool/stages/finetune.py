@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from spdtool.run import Run
+from spdtool.run.folder import Run
 from spdtool.stages import student
 
 

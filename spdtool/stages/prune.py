@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from spdtool import encoders, saliency
-from spdtool.planning import events_of
-from spdtool.pruning.gradual import Pruner
+from spdtool.models import load as encoders
 from spdtool.pruning.masks import Masks
-from spdtool.run import Run
+from spdtool.pruning.pruner import Pruner
+from spdtool.run.folder import Run
 from spdtool.stages import student
+from spdtool.stages.plan import events_of
+from spdtool.training import saliency
 
 
 def prune(run: Run) -> dict[str, Any]:

@@ -11,33 +11,29 @@ from typing import Any
 
 import torch
 
-from spdtool import (
-    collectives,
-    console,
-    data,
-    encoders,
-    evaluation,
-    pairing,
-    plugins,
-    processes,
-    tasks,
-    teacher_outputs,
-    training,
-)
+from spdtool import console, plugins, tasks
+from spdtool import ranks as processes
+from spdtool.data import tokens as data
 from spdtool.distillation import grafting as grafts
 from spdtool.distillation import projections as projecting
+from spdtool.distillation import teacher_cache as teacher_outputs
 from spdtool.distillation.grafting import Blend, Grafting
-from spdtool.distillation.layers import layer_map, taught_by
+from spdtool.distillation.layer_map import layer_map, taught_by
 from spdtool.distillation.losses import distillation
-from spdtool.distillation.observation import observe
+from spdtool.distillation.outputs import observe
 from spdtool.distillation.projections import Projections
 from spdtool.errors import ModelError
-from spdtool.pieces import Share
-from spdtool.pruning.gradual import Pruner
+from spdtool.models import collectives
+from spdtool.models import load as encoders
+from spdtool.models import predict as evaluation
+from spdtool.models import student as pairing
 from spdtool.pruning.masks import Masks, check_counts
-from spdtool.recipe import Distilled, Recipe
-from spdtool.run import LEFT, Run
-from spdtool.schedules import Schedule, constant, replacing_rate
+from spdtool.pruning.pruner import Pruner
+from spdtool.recipe.fields import Distilled, Recipe
+from spdtool.run.folder import LEFT, Run
+from spdtool.training import loop as training
+from spdtool.training.microbatches import Share
+from spdtool.training.schedules import Schedule, constant, replacing_rate
 
 MakePruner = Callable[[Any, Masks, int], Pruner]
 

@@ -13,11 +13,16 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from spdtool import collectives, console, data, encoders, evaluation, tasks, training
+from spdtool import console, tasks
+from spdtool.data import tokens as data
 from spdtool.errors import RunError, RunMismatch
-from spdtool.pieces import Share
-from spdtool.run import RECORD, Run
+from spdtool.models import collectives
+from spdtool.models import load as encoders
+from spdtool.models import predict as evaluation
+from spdtool.run.folder import RECORD, Run
 from spdtool.tasks import Task
+from spdtool.training import loop as training
+from spdtool.training.microbatches import Share
 
 
 def teacher(run: Run) -> dict[str, Any]:

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from spdtool import cache, plugins
+from spdtool import plugins
+from spdtool.data import cache
 from spdtool.errors import DataError, RecipeError
-from spdtool.recipe import Recipe
+from spdtool.recipe.fields import Recipe
 
 HASHED_ROWS = 10_000  # whose texts are put together at a time
 
@@ -56,7 +57,7 @@ class Task:
         name: as the user types it.
         text: names of the one or two text columns.
         labels: label names in the order of their indices; empty for regression.
-        metrics: names in `spdtool.evaluation.METRICS`; the headline score is their mean, as GLUE reports it.
+        metrics: names in `spdtool.models.predict.METRICS`; the headline score is their mean, as GLUE reports it.
         load: `load(data, seed)` gives the splits: `train` and `dev`, and any further dev sets under names that start
             with `dev_`. `data` is a path, or None for the task's own source (the hub).
         build: for a task that brings its own small model: `build(seed)` gives `(model, tokenizer)`, untrained.
@@ -86,7 +87,7 @@ def resolve(recipe: Recipe) -> Task:
         DataError: the local data cannot be read.
     """
     if recipe.task == "local":
-        from spdtool.tasks import local
+        from spdtool.data import local
 
         return local.task(recipe)
     if recipe.text or recipe.label or recipe.regression is not None:

@@ -9,11 +9,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from spdtool import encoders
 from spdtool.bench import int8, latency
 from spdtool.bench.latency import Engine, Shape
 from spdtool.errors import ModelError
-from spdtool.export.onnx import Onnx
+from spdtool.export.graph.trace import Onnx
+from spdtool.models import load as encoders
 
 
 def test_the_file_is_smaller_and_answers_nearly_the_same(

@@ -18,11 +18,11 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from spdtool import encoders
 from spdtool.bench import latency
 from spdtool.bench.latency import Engine, Shape
 from spdtool.errors import SpdError
-from spdtool.export.onnx import Onnx
+from spdtool.export.graph.trace import Onnx
+from spdtool.models import load as encoders
 
 TIMED = {"batch": 2, "length": 3, "real": [], "turn": 0.001}
 

@@ -15,11 +15,11 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from spdtool import encoders
 from spdtool.bench import ledger
 from spdtool.bench.ledger import Machine, Matrix
 from spdtool.errors import SpdError
-from spdtool.export.onnx import Onnx
+from spdtool.export.graph.trace import Onnx
+from spdtool.models import load as encoders
 
 PREFIX = "bert.encoder.layer."
 KINDS = {

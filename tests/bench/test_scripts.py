@@ -129,7 +129,7 @@ def test_what_share_of_a_batch_is_padding() -> None:
 
 
 def test_every_row_of_the_training_benchmark_resolves_and_is_asked_for_somewhere() -> None:
-    from spdtool import recipe
+    from spdtool.recipe import reading as recipe
 
     benchmark = script("train_speed_rows")
     assert {*benchmark.ON_CPU, *benchmark.ON_GPU} == set(benchmark.ROWS)

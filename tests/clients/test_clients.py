@@ -23,10 +23,12 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from spdtool import recipe, tasks
+from spdtool import tasks
 from spdtool.errors import GateError
-from spdtool.export import bundle, layouts
-from spdtool.run import Run
+from spdtool.export.bundle import layouts
+from spdtool.export.bundle import read as bundle
+from spdtool.recipe import reading as recipe
+from spdtool.run.folder import Run
 from spdtool.stages.distill import distill
 from spdtool.stages.export import export
 from spdtool.stages.finetune import finetune

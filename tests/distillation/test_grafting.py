@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from toys import ARCHITECTURES
 
-from spdtool import encoders
 from spdtool.distillation.grafting import Blend, Grafting, make
-from spdtool.distillation.observation import observe
+from spdtool.distillation.outputs import observe
 from spdtool.errors import ModelError
+from spdtool.models import load as encoders
 
 
 def stacks(depth: int = 3) -> tuple[nn.ModuleList, nn.ModuleList]:

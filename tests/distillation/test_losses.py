@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spdtool import encoders
 from spdtool.distillation import projections
-from spdtool.distillation.layers import taught_by
+from spdtool.distillation.layer_map import taught_by
 from spdtool.distillation.losses import (
     attention_loss,
     distillation,
@@ -21,8 +20,9 @@ from spdtool.distillation.losses import (
     regression_loss,
     relation_loss,
 )
-from spdtool.distillation.observation import Observation, observe
-from spdtool.recipe import Loss
+from spdtool.distillation.outputs import Observation, observe
+from spdtool.models import load as encoders
+from spdtool.recipe.fields import Loss
 
 
 def softmax(row: list[float]) -> list[float]:

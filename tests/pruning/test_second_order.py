@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from spdtool.errors import RecipeError
 from spdtool.pruning import second_order
-from spdtool.pruning.gradual import Pruner
 from spdtool.pruning.masks import Masks
+from spdtool.pruning.pruner import Pruner
 from spdtool.pruning.second_order import mend_blocks, mend_rows, obert
 from spdtool.pruning.statistics import Stats
 

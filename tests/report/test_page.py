@@ -10,11 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from spdtool import recipe as recipes
 from spdtool.errors import Corrupt, RunError
-from spdtool.recipe import FREE
-from spdtool.report import curves, gather, page, replay
-from spdtool.run import Run
+from spdtool.recipe import reading as recipes
+from spdtool.recipe.fields import FREE
+from spdtool.report import content as gather
+from spdtool.report import curves, page, replay
+from spdtool.run.folder import Run
 
 SECTIONS = {"lineage", "curves", "overfitting", "sparsity", "speed", "repeat"}
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -208,7 +209,7 @@ def test_a_record_that_cannot_be_read_is_refused(toy_run):
     ],
 )
 def test_the_command_of_a_recipe_makes_that_recipe(sets, flags, monkeypatch):
-    from spdtool.commands import make_recipe
+    from spdtool.cli.options import make_recipe
 
     name = flags.pop("name", "default")
     made = recipes.resolve(name, {"task": "demo", "sparsity": 0.75} | flags, sets)

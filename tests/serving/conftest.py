@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from spdtool import encoders, plugins
-from spdtool.export import assembly
-from spdtool.export.onnx import Onnx
-from spdtool.recipe import Recipe
+from spdtool import plugins
+from spdtool.export.bundle import write as assembly
+from spdtool.export.graph.trace import Onnx
+from spdtool.models import load as encoders
+from spdtool.recipe.fields import Recipe
 
 MEASURED: dict[str, Any] = {
     "files": ["onnx/model.onnx"],

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 import spdtool
-from spdtool.classifier import Row
 from spdtool.errors import DataError
 from spdtool.serving.batching import Batcher, Closed, Full
+from spdtool.serving.classifier import Row
 
 
 class Engine:

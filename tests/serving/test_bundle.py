@@ -15,10 +15,12 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 import spdtool
-from spdtool import classifier, plugins
+from spdtool import plugins
 from spdtool.errors import DataError, DeviceError, ModelError, PluginError, RunError, StageMissing, UnknownName
-from spdtool.export import assembly, card, layouts
-from spdtool.run import Run
+from spdtool.export.bundle import card, layouts
+from spdtool.export.bundle import write as assembly
+from spdtool.run.folder import Run
+from spdtool.serving import classifier
 
 Stage = tuple[Path, Path, Any, dict[str, Any]]
 

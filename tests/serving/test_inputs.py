@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 import spdtool as library
+from spdtool.data import local
 from spdtool.errors import DataError
 from spdtool.serving import inputs
-from spdtool.serving.lines import Line
-from spdtool.tasks import local
+from spdtool.serving.predict import Line
 
 Call = Callable[..., Any]
 TEXTS = ["good, film", 'a "bad" meal', "so cold it was", "very kind"]
@@ -149,7 +149,7 @@ def test_plain_lines(kind: str, request: pytest.FixtureRequest, tmp_path: Path) 
 
 
 def test_lines_of_the_other_kind_are_refused_one_by_one(single: Path, servable: Path, tmp_path: Path) -> None:
-    from spdtool.serving import lines
+    from spdtool.serving import predict as lines
 
     given = [Line(1, "good"), Line(2, "good", "bad"), Line(3, " "), Line(4, "good", "")]
     for bundle, wrong in ((single, {2, 3, 4}), (servable, {1, 3, 4})):

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from spdtool import encoders, plugins
+from spdtool import plugins
 from spdtool.bench import int8, latency, ledger
 from spdtool.errors import DeviceError, ModelError, SpdError, StageMissing
-from spdtool.export.onnx import Onnx
-from spdtool.recipe import parse
-from spdtool.run import Run
+from spdtool.export.graph.trace import Onnx
+from spdtool.models import load as encoders
+from spdtool.recipe.reading import parse
+from spdtool.run.folder import Run
 from spdtool.stages import bench as stage
 from spdtool.stages.bench import bench
 

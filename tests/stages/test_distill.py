@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from spdtool import run as runs
 from spdtool.errors import Corrupt, GateError, StageMissing
-from spdtool.run import Run
+from spdtool.run import folder as runs
+from spdtool.run.folder import Run
 from spdtool.stages.distill import distill
 from spdtool.stages.finetune import finetune
 

@@ -16,7 +16,8 @@ import pytest
 from onnx import numpy_helper
 from transformers import AutoConfig, AutoTokenizer
 
-from spdtool import data, encoders, plugins
+from spdtool import plugins
+from spdtool.data import tokens as data
 from spdtool.errors import (
     DataError,
     DeviceError,
@@ -28,9 +29,10 @@ from spdtool.errors import (
     UnknownName,
 )
 from spdtool.export import runtime
-from spdtool.export.change import Change, Dev, compare, exceeds
-from spdtool.export.onnx import Onnx
-from spdtool.run import Run
+from spdtool.export.gates.score import Change, Dev, compare, exceeds
+from spdtool.export.graph.trace import Onnx
+from spdtool.models import load as encoders
+from spdtool.run.folder import Run
 from spdtool.stages.export import export, export_any
 from spdtool.tasks import Task
 
@@ -376,7 +378,7 @@ class TestRounding:
             return replace(change, metrics=metrics, worse=2) if len(seen) == 2 else seen.append(change) or change
 
         seen: list[Change] = []  # those of teacher and student, of which nothing is rounded
-        monkeypatch.setattr("spdtool.export.change.compare", worse)
+        monkeypatch.setattr("spdtool.export.gates.score.compare", worse)
         run = fabricate('export.targets=["onnx", "rounded"]', f"export.values={values}")
         with pytest.raises(GateError, match="of 20 predictions flipped") as caught:
             export(run)

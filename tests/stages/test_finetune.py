@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from spdtool import data, encoders, evaluation
+from spdtool.data import tokens as data
 from spdtool.errors import StageMissing
+from spdtool.models import load as encoders
+from spdtool.models import predict as evaluation
 from spdtool.pruning.patterns import zeros_in
-from spdtool.run import Run
+from spdtool.run.folder import Run
 from spdtool.stages.finetune import finetune
 from spdtool.tasks import Task
 

@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from spdtool import encoders, plugins
+from spdtool import plugins
 from spdtool.errors import Corrupt, GateError, ModelError, RecipeError, RunError, StageMissing, UnknownName
+from spdtool.models import load as encoders
 from spdtool.pruning.patterns import zeros_in
-from spdtool.run import Run
+from spdtool.run.folder import Run
 from spdtool.stages.prune import prune
 from spdtool.stages.teacher import teacher
 from spdtool.tasks import Task

@@ -15,12 +15,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from spdtool import encoders, evaluation, prefetch, training
 from spdtool.distillation.losses import distillation
-from spdtool.distillation.observation import observe
+from spdtool.distillation.outputs import observe
+from spdtool.models import load as encoders
+from spdtool.models import predict as evaluation
 from spdtool.pruning.masks import Masks
-from spdtool.recipe import Loss, Prune
-from spdtool.run import Run
+from spdtool.recipe.fields import Loss, Prune
+from spdtool.run.folder import Run
+from spdtool.training import loop as training
+from spdtool.training import prefetch
 
 ATEN = torch.ops.aten
 READS = {  # what gives a number to Python, or a tensor whose size depends on numbers

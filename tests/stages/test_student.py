@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from spdtool import console, encoders, plugins
+from spdtool import console, plugins
 from spdtool.errors import ModelError, RecipeError
+from spdtool.models import load as encoders
 from spdtool.pruning.masks import Masks
 from spdtool.pruning.patterns import zeros_in
-from spdtool.run import Run
+from spdtool.run.folder import Run
 from spdtool.stages.distill import distill
 from spdtool.stages.finetune import finetune
 from spdtool.stages.prune import prune

@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from spdtool import encoders
 from spdtool.errors import DataError, ModelError, UnknownName
-from spdtool.run import Run
+from spdtool.models import load as encoders
+from spdtool.run.folder import Run
 from spdtool.stages.teacher import teacher
 from spdtool.tasks import Rows, Task
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from spdtool import plugins
-from spdtool.pruning.gradual import Pruner
 from spdtool.pruning.masks import Masks
+from spdtool.pruning.pruner import Pruner
 from spdtool.pruning.statistics import Stats
 
 

@@ -5,7 +5,7 @@ of its stack; pooler and head stay as they are. In any other graph, each linear 
 `SparseLinear` (product, bias and activation), and large embedding tables are stored rounded, with standard operators
 that undo it. Nothing else is touched.
 
-Every constant that holds a parameter lists it in its metadata, as `spdtool.export.onnx` does, whatever form it has:
+Every constant that holds a parameter lists it in its metadata, as `spdtool.export.graph.trace` does, whatever its form:
 
     uint8                     packed (see `packing.py`); the metadata `shape` tells a vector from a matrix of one row
     float16                   a table, rounded
@@ -27,7 +27,7 @@ from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from spdtool.errors import ModelError
-from spdtool.export.onnx import INPUTS, PARAMETERS, TRANSPOSED
+from spdtool.export.graph.trace import INPUTS, PARAMETERS, TRANSPOSED
 from spdtool_sparse_cpu import families, packing
 from spdtool_sparse_cpu.families import Encoder
 
@@ -59,7 +59,7 @@ def sparsify(proto: onnx.ModelProto, model: Any, values: str, embeddings: str) -
     """Put the operators into the graph of `model`, in place.
 
     Args:
-        proto: what `trace`, `clean` and `name_weights` of `spdtool.export.onnx` made of the model.
+        proto: what `trace`, `clean` and `name_weights` of `spdtool.export.graph.trace` made of the model.
         values: how pruned matrices are stored: `fp32`, `fp16` or `int8`.
         embeddings: how the embeddings are stored.
 

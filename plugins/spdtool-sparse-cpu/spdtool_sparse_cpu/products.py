@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from spdtool import onednn
 from spdtool.errors import DeviceError
+from spdtool.models import onednn
 from spdtool.pruning.masks import Masks
 from spdtool_sparse_cpu import library
 

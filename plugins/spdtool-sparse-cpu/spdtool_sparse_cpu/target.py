@@ -26,11 +26,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spdtool.errors import DeviceError, ModelError
-from spdtool.run import sha256
+from spdtool.run.folder import sha256
 from spdtool_sparse_cpu import library
 
 if TYPE_CHECKING:
-    from spdtool.recipe import Recipe
+    from spdtool.recipe.fields import Recipe
 
 NAME = "sparse-cpu"
 FILE = "onnx/model.onnx"
@@ -57,8 +57,8 @@ class SparseCpu:
             ModelError: the checkpoint cannot be read, or a weight cannot be stored as the recipe says.
             GateError: an axis of the exported graph is not free.
         """
-        from spdtool import encoders
-        from spdtool.export import onnx
+        from spdtool.export.graph import trace as onnx
+        from spdtool.models import load as encoders
         from spdtool_sparse_cpu import graph
 
         compiled, section = library.path(), recipe.export
@@ -84,8 +84,8 @@ class SparseCpu:
             DeviceError: another provider than the CPU is asked for, or onnxruntime or the library cannot be used.
             ModelError: the file cannot be opened.
         """
-        from spdtool.evaluation import onnx_forward
         from spdtool.export import runtime
+        from spdtool.models.predict import onnx_forward
 
         if provider != "cpu":
             raise DeviceError(

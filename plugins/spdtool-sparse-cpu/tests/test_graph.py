@@ -18,10 +18,10 @@ from spdtool_sparse_cpu.families import describe
 from spdtool_sparse_cpu.graph import SMALL_TABLE, sparsify, stored_weights
 from transformers.activations import ACT2FN
 
-from spdtool import encoders
 from spdtool.errors import ModelError
-from spdtool.export import onnx as onnx_export
-from spdtool.export.onnx import INPUTS, PARAMETERS, clean, name_weights, trace
+from spdtool.export.graph import trace as onnx_export
+from spdtool.export.graph.trace import INPUTS, PARAMETERS, clean, name_weights, trace
+from spdtool.models import load as encoders
 
 FUSED = ["bert", "roberta", "distilbert", "electra", "xlm-roberta"]
 OTHERS = ["mpnet", "deberta-v2", "modernbert"]

@@ -17,10 +17,11 @@ from spdtool_sparse_cpu import library, products
 from spdtool_sparse_cpu.products import Products, Sparse
 from torch import Tensor, nn
 
-from spdtool import onednn, plugins
+from spdtool import plugins
 from spdtool.errors import DeviceError
+from spdtool.models import onednn
 from spdtool.pruning.masks import Masks
-from spdtool.run import Run
+from spdtool.run.folder import Run
 
 pytestmark = pytest.mark.skipif(not products.available(), reason="the library is not compiled")
 

@@ -13,10 +13,11 @@ from onnx.reference import ReferenceEvaluator
 from spdtool_sparse_cpu import library
 from spdtool_sparse_cpu.target import SparseCpu
 
-from spdtool import encoders, plugins
+from spdtool import plugins
 from spdtool.errors import DeviceError, ModelError
-from spdtool.evaluation import torch_forward
-from spdtool.export import parity
+from spdtool.export.gates import logits as parity
+from spdtool.models import load as encoders
+from spdtool.models.predict import torch_forward
 
 
 @pytest.fixture

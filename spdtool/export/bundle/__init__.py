@@ -1,0 +1,1 @@
+"""Exported folders: write, read, lay out for servers, unpack, test."""

@@ -1,0 +1,54 @@
+"""`spdtool unpack`: an exported folder back to a plain Hugging Face checkpoint, where its target keeps the weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from spdtool import plugins
+from spdtool.errors import ModelError, RunError
+from spdtool.export import target as targets
+from spdtool.export.bundle import read as bundle
+from spdtool.models import load as encoders
+from spdtool.run.folder import replacing
+
+
+def unpack(folder: Path, out: Path) -> Path:
+    """Write config, tokenizer and `model.safetensors` of the exported `folder` to `out`; return what was read.
+
+    The weights are those of the files: the checkpoint's to the last bit where they are stored as fp32, else rounded.
+
+    Raises:
+        ModelError: it is no exported folder, its target does not keep the weights, or its files are damaged.
+        UnknownName: the plugin with its target is not installed.
+        RunError: `out` holds something already.
+    """
+    found = bundle.read(folder)
+    refuse_occupied(out)
+    target = plugins.targets.get(found.target or "onnx")
+    if not targets.rounds(target):
+        wrote = (
+            f"was written by the target {found.target!r}"
+            if found.target
+            else "has no manifest.json: a plain ONNX export"
+        )
+        raise ModelError(
+            f"{found.folder} {wrote}, which cannot be unpacked",
+            "the checkpoint of a run is in RUN/finetune; of another target's export, manifest.json has to be there",
+        )
+    model = encoders.blank(found.folder)
+    missing = encoders.fill(model, targets.weights(target, found.folder))
+    if missing:
+        raise ModelError(
+            f"{found.model} lacks {len(missing)} of the weights of the model that its config.json describes, "
+            f"among them {missing[0]}",
+            "copy the folder again",
+        )
+    with replacing(out) as partial:
+        encoders.save(model, encoders.load_tokenizer(found.folder), partial)
+    return found.folder
+
+
+def refuse_occupied(out: Path) -> None:
+    """Raise RunError if `out` is anything but an empty folder or nothing."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunError(f"{out} exists and is not an empty folder", "give another one")

@@ -1,0 +1,183 @@
+"""The servable folder of a run: every variant of the student that passed its gates, and what a server needs beside.
+
+    export/bundle/
+      config.json  tokenizer.json  tokenizer_config.json
+      onnx/model.onnx             portable; onnx/model_fp16.onnx, model_quantized.onnx, ...: the other variants
+      lib/                        libraries of custom operators, for users of plain onnxruntime
+      manifest.json               the variants, which to prefer on what, what each was measured to cost, every sha256,
+                                  and the names of the one or two text columns
+      golden.json                 sentences of the dev set with the logits of the checkpoint in torch
+      selftest.py  README.md      replays golden.json on every variant; a model card
+
+Names of the files are those by which transformers.js finds a `dtype`. Files are hard links to those of the stage where
+the file system has them, else copies.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spdtool import tasks
+from spdtool.errors import ModelError
+from spdtool.export.bundle import card
+from spdtool.export.bundle import read as bundle
+from spdtool.models import load as encoders
+from spdtool.recipe.fields import Recipe
+from spdtool.run.folder import sha256, write_json
+from spdtool.serving.classifier import longest
+
+FOLDER = "bundle"
+PORTABLE = "onnx"
+GOLDEN, SELFTEST, CARD = "golden.json", "selftest.py", "README.md"
+SENTENCES = 20
+FILES = {
+    "onnx": "model",
+    "onnx-ort": "model_ort",
+    "onnx-fp16": "model_fp16",
+    "onnx-int8": "model_quantized",
+    "onnx-int8-static": "model_int8_static",
+    "sparse-cpu": "model_sparse_cpu",
+}
+"""Target to the name of its file, without `.onnx`; a plugin's target has its own name in it."""
+PREFERRED = {"cpu": ("sparse-cpu", "onnx"), "cuda": ("onnx-fp16", "onnx"), "web": ("onnx-int8", "onnx")}
+FACTS = (
+    *("bytes", "sparsity", "providers", "dev", "checkpoint_dev", "flipped", "rows", "largest_difference"),
+    *("largest_change", "values", "embeddings", "kept_fp32"),
+)
+ROOM = 2.0  # times the largest change on the dev set: another machine rounds in another order
+
+
+def assemble(export: Path, checkpoint: Path, recipe: Recipe, metrics: Mapping[str, Any]) -> str | None:
+    """Make `export/bundle` of the students that lie in `export`; return why there is none, or None.
+
+    Args:
+        export: the stage's folder, its targets written.
+        checkpoint: the student's, from which the golden logits come.
+        metrics: of the stage: by role for the first target, by target and role for every other.
+    """
+    students = _students(export, recipe, metrics)
+    if PORTABLE not in students:
+        return f"the target {PORTABLE!r} was not exported, which every client can open"
+    if not (students[PORTABLE][0] / "tokenizer.json").is_file():
+        return "the tokenizer has no tokenizer.json, which clients without transformers need"
+    folder = export / FOLDER
+    shutil.rmtree(folder, ignore_errors=True)
+    variants = {}
+    for name, (source, measured) in students.items():
+        if len(measured["files"]) == 1 or name == PORTABLE:  # a second file is found by the name that the first holds
+            variants[name] = _variant(folder, name, source, measured, recipe)
+    for name in bundle.COMMON:
+        if (students[PORTABLE][0] / name).is_file():
+            _link(students[PORTABLE][0] / name, folder / name)
+    write_json(folder / GOLDEN, golden(checkpoint, folder, recipe))
+    shutil.copyfile(Path(__file__).with_name(SELFTEST), folder / SELFTEST)
+    (folder / CARD).write_text(card.card(recipe, variants, bundle.read_json(folder / "config.json")), "utf-8")
+    write_json(folder / bundle.MANIFEST, _manifest(folder, variants, recipe))
+    return None
+
+
+def golden(checkpoint: Path, folder: Path, recipe: Recipe) -> dict[str, Any]:
+    """Sentences of the dev set as the checkpoint sees them: text, token ids, logits in float32, computed row by row."""
+    rows = tasks.rows(tasks.resolve(recipe), recipe)["dev"]
+    picked = rows.pick(range(0, len(rows), max(1, len(rows) // SENTENCES))[:SENTENCES])
+    tokenizer, model = encoders.load_tokenizer(checkpoint), encoders.load(checkpoint, eager=True)
+    limit = longest(*(bundle.read_json(folder / name) for name in ("config.json", "tokenizer_config.json")))
+    seconds: list[Any] = picked.second or [None] * len(picked)
+    return {
+        "format": 1,
+        "max_length": limit,
+        "padding": {
+            "side": tokenizer.padding_side,
+            "input_ids": tokenizer.pad_token_id,
+            "token_type_ids": tokenizer.pad_token_type_id,
+        },
+        "labels": encoders.label_names(model),
+        "rows": [_row(model, tokenizer, *texts, limit) for texts in zip(picked.first, seconds, strict=True)],
+    }
+
+
+def _row(model: Any, tokenizer: Any, text: str, pair: str | None, limit: int) -> dict[str, Any]:
+    encoded = tokenizer(text, pair, truncation=True, max_length=limit, return_tensors="pt")
+    with torch.inference_mode():
+        logits = model(**encoded).logits[0].float()
+    ids = {name: encoded[name][0].tolist() for name in ("input_ids", "token_type_ids") if name in encoded}
+    return {"text": text, "pair": pair} | ids | {"logits": logits.tolist()}
+
+
+def _students(export: Path, recipe: Recipe, metrics: Mapping[str, Any]) -> dict[str, tuple[Path, Mapping[str, Any]]]:
+    """Target to the folder and the metrics of its student, for every one that was written."""
+    first = recipe.export.targets[0]
+    found = {first: (export / bundle.STUDENT, metrics[bundle.STUDENT])}
+    for name in (*recipe.export.targets[1:], *recipe.export.optional):
+        folder = export / name / bundle.STUDENT
+        if name not in found and folder.is_dir() and bundle.STUDENT in metrics.get(name, {}):
+            found[name] = (folder, metrics[name][bundle.STUDENT])
+    return found
+
+
+def _variant(folder: Path, name: str, source: Path, measured: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """Put one variant into the folder; return what the manifest says of it."""
+    exported = bundle.read(source)
+    stem = FILES.get(name, f"model_{re.sub('[^a-z0-9]+', '_', name.lower())}")
+    file = f"onnx/{stem}.onnx"
+    _link(exported.model, folder / file)
+    files = [file]
+    for further in measured["files"][1:]:
+        _link(source / further, folder / further)
+        files.append(further)
+    facts: dict[str, Any] = {"target": name, "file": file, "files": files, "hardware": "any"}
+    if exported.library:
+        library = exported.library
+        _link(source / library["file"], folder / library["file"])
+        facts |= {"library": dict(library), "hardware": f"cpu, {library['platform']}"}
+        files.append(library["file"])
+    facts |= {fact: measured[fact] for fact in FACTS if fact in measured}
+    moved = max(measured.get(fact) or 0.0 for fact in ("largest_difference", "largest_change"))
+    return facts | {"tolerance": ROOM * moved + recipe.export.tolerance}
+
+
+def _manifest(folder: Path, variants: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    listed = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != CARD)  # a card is edited
+    prefer = {
+        where: [name for name in names if name in variants and _runs(variants[name], where)]
+        for where, names in PREFERRED.items()
+    }
+    return {
+        "format": bundle.VARIANTS,
+        "spdtool": metadata.version("spdtool"),
+        "task": recipe.task,
+        "text": list(tasks.resolve(recipe).text),
+        "sparsity": recipe.sparsity,
+        "smoke": recipe.smoke,
+        "model": variants[PORTABLE]["file"],
+        "prefer": prefer,
+        "variants": variants,
+        "files": {
+            file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256(file)}
+            for file in listed
+        },
+    }
+
+
+def _runs(variant: Mapping[str, Any], where: str) -> bool:
+    """Whether a variant may be preferred there: rounded files on a GPU only where one was seen to run them."""
+    return where != "cuda" or variant["target"] == PORTABLE or "cuda" in variant.get("providers", ())
+
+
+def _link(source: Path, place: Path) -> None:
+    if not source.is_file():
+        raise ModelError(f"{source} is missing", "export again")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.unlink(missing_ok=True)
+    try:
+        os.link(source, place)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, place)

@@ -1,0 +1,232 @@
+"""The gates that a checkpoint passes through on its way into a target's files.
+
+    operators   of no domain but those that the target names
+    zeros       every zero of the checkpoint's matrices is a zero of the file
+    logits      those of the checkpoint, on real rows and on shapes from (1, 1) to the longest, padded on either side
+    dev metric  that of the checkpoint, within the budget: see `change.py`
+
+What a target stores rounded is held against the checkpoint with the rounded weights, which proves the arithmetic; where
+the arithmetic is coarse as well, its exact twin is. The dev metric is always held against the checkpoint itself.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from spdtool import console
+from spdtool.data.tokens import Batch, Encoded
+from spdtool.errors import DeviceError, GateError, ModelError, RecipeError
+from spdtool.export import target as targets
+from spdtool.export.gates import logits as parity
+from spdtool.export.gates import score as changes
+from spdtool.export.gates.reference import Reference
+from spdtool.export.gates.score import Change, OverBudget
+from spdtool.export.gates.search import Found, Kept, search
+from spdtool.models import load as encoders
+from spdtool.models import predict as evaluation
+from spdtool.models.predict import Forward
+
+CONSTANTS = 10  # a twin's scalars, such as the root in a GELU, are rounded too, and are no weights
+ROWS_OF_DAMAGE = 64  # of the dev set, on which one layer's rounding is judged
+
+
+def export_checkpoint(target: Any, reference: Reference, folder: Path, providers: list[str]) -> dict[str, Any]:
+    """Export one checkpoint to `folder`, pass it through the gates, and return what was measured.
+
+    Where a target that can leave parts unrounded breaks the budget, the parts that do so are looked for and left.
+
+    Args:
+        providers: those on which parity is checked, as far as the target runs there; the dev metric is computed on the
+            last.
+
+    Raises:
+        GateError: operators, zeros, logits or dev metric are not the checkpoint's.
+        RecipeError: the target is calibrated on rows of a task, and there is none.
+    """
+    trial = Trial(target, reference, folder, _common(providers, targets.providers(target)))
+    try:
+        return trial.export(())
+    except OverBudget as error:
+        parts = targets.parts(target, reference.checkpoint, reference.recipe)
+        if len(parts) < 2:
+            raise
+        return _rescue(trial, parts, error)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Keeps what every export of one checkpoint by one target is made of."""
+
+    target: Any
+    reference: Reference
+    folder: Path
+    providers: list[str]
+
+    def write(self, keep: Kept) -> list[Path]:
+        """Export anew, with `keep` unrounded; returns the files that hold the model."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        more: dict[str, Any] = {"keep": keep} if keep else {}
+        if targets.calibrates(self.target):
+            if self.reference.dev.train is None:
+                raise RecipeError("this target is calibrated on rows of a task, and none was given", "--task or --data")
+            more["rows"] = self.reference.dev.train
+        found = self.reference
+        written: list[Path] = self.target.export(found.checkpoint, self.folder, found.recipe, **more)
+        return written
+
+    def export(self, keep: Kept) -> dict[str, Any]:
+        """Export, hold the files against the checkpoint, and measure them; raises as `export_checkpoint` does."""
+        zeros = self.reference.zeros  # first: it refuses an architecture that is not supported
+        files = self.write(keep)
+        rounds = targets.rounds(self.target)
+        targets.check_domains(self.target, files)
+        audited = self.target.audit(self.folder)
+        parity.check_zeros(audited, zeros, more=self.coarse)
+        metrics = self._logits() | _sizes(files, self.folder, zeros)
+        metrics["positions"] = self.reference.positions
+        if self.coarse:
+            metrics["rounded_to_zero"] = sum(audited[name][0] - count for name, (count, _) in zeros.items())
+        if rounds:
+            storage = targets.storage(self.target, self.reference.recipe)
+            metrics |= dict(zip(("values", "embeddings"), storage, strict=True))
+        metrics |= targets.facts(self.target, self.folder)
+        return metrics | (self._dev(metrics) if self.reference.dev.task else {})
+
+    @property
+    def coarse(self) -> bool:
+        """Whether the arithmetic is rounded too, and weights that round to zero may be more zeros than there were."""
+        return getattr(self.target, "exact", None) is not None
+
+    def change(self) -> Change:
+        """What the files that are written now make of the dev sets, on the last of the providers."""
+        provider, dev = self.providers[-1], self.reference.dev
+        found = dev.predict(self.target.session(self.folder, provider))
+        assert dev.task is not None
+        tolerance = self.reference.recipe.export.tolerance
+        return changes.compare(dev.task, self.reference.on_dev(provider), found, dev.sets, tolerance)
+
+    def budget(self) -> float:
+        """The largest change of the dev metric that passes."""
+        recipe = self.reference.recipe
+        storage = targets.storage(self.target, recipe)
+        return recipe.export.allowed_change(rounds=targets.rounds(self.target), storage=storage)
+
+    def _logits(self) -> dict[str, Any]:
+        """Hold the logits against the checkpoint's, on each provider."""
+        section, batches = self.reference.recipe.export, self.reference.probes
+        rounds, twin = targets.rounds(self.target), targets.exact(self.target, self.folder)
+        plain = self.reference.model(eager=True) if getattr(self.target, "verify", None) else None
+        same: Any = _filled(self.reference.model(eager=True), self.target, self.folder) if rounds else None
+        found: dict[str, Any] = {"providers": self.providers}
+        largest: list[tuple[float, str]] = []
+        for provider in self.providers:
+            targets.verify(self.target, self.folder, plain, batches, provider)
+            session, original = self.target.session(self.folder, provider), self.reference.on_probes(provider)
+            expected = evaluation.torch_forward(same.to(provider), provider) if same else original
+            tolerance = section.tolerance * (CONSTANTS if twin else 1)
+            largest.append(parity.parity(expected, twin or session, batches, tolerance))
+            if rounds:
+                seen = self._calibrated_for() if targets.calibrates(self.target) else []
+                found |= _moved(original, session, seen or batches, section.rounded_tolerance if twin else math.inf)
+        difference, where = max(largest)
+        return {"largest_difference": difference, "largest_difference_at": where} | found
+
+    def _calibrated_for(self) -> list[tuple[str, Batch]]:
+        """Probes like the rows of the calibration, whose ranges say nothing of random tokens and of padding up front.
+
+        The exact twin is held on all of them.
+        """
+        rows = self.reference.dev.sets["dev"]
+        return [(name, batch) for name, batch in self.reference.probes if parity.is_real(name, left=rows.left)]
+
+    def _dev(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        rounds, change = targets.rounds(self.target), self.change()
+        changes.refuse(change, self.budget(), metrics, rounds=rounds, coarse=self.coarse)
+        return changes.measured(change, metrics, rounds=rounds)
+
+
+def _rescue(trial: Trial, parts: list[str], first: OverBudget) -> dict[str, Any]:
+    """Leave in float32 what breaks the budget, if less than everything will do; raises the first error if not."""
+    batches = _some(trial.reference.dev.sets["dev"])
+    original = evaluation.torch_forward(trial.reference.model(), "cpu")
+    expected = [original(batch) for batch in batches]
+
+    def damage(keep: Kept) -> float:
+        trial.write(keep)
+        session = trial.target.session(trial.folder, "cpu")
+        return float(np.sqrt(np.mean(np.square(np.concatenate([*map(session, batches)]) - np.concatenate(expected)))))
+
+    def passes(keep: Kept) -> bool:
+        trial.write(keep)
+        return changes.exceeds(trial.change(), trial.budget()) is None
+
+    found = search(parts, damage, passes, trial.reference.recipe.export.tries)
+    return trial.export(_least(found, first)) | {"damage": found.damage, "tries": found.tries}
+
+
+def _least(found: Found, first: OverBudget) -> Kept:
+    worst = sorted(found.damage, key=lambda part: -found.damage[part])
+    if found.kept is None:
+        raise OverBudget(
+            first.message,
+            f"no few parts in float32 mend it ({found.tries} tries; the worst are {', '.join(worst[:3])})",
+        )
+    console.say(f"  {first.message}: {', '.join(found.kept)} left in float32, after {found.tries} tries")
+    return found.kept
+
+
+def _some(rows: Encoded) -> list[Batch]:
+    count = min(len(rows), ROWS_OF_DAMAGE)
+    chosen = np.unique(np.linspace(0, len(rows) - 1, count).round().astype(int))
+    return [rows.collate(chosen[start : start + 16]) for start in range(0, len(chosen), 16)]
+
+
+def _sizes(files: list[Path], folder: Path, counts: dict[str, tuple[int, int]]) -> dict[str, Any]:
+    zeros, size = (sum(numbers) for numbers in zip(*counts.values(), strict=True))
+    return {
+        "zeros": zeros,
+        "size": size,
+        "sparsity": zeros / size,
+        "files": [str(file.relative_to(folder)) for file in files],
+        "bytes": sum(file.stat().st_size for file in files),
+    }
+
+
+def _moved(expected: Forward, session: Callable[..., Any], batches: Any, tolerance: float) -> dict[str, float]:
+    """What roundings do to the logits of the probes; raises GateError beyond the tolerance."""
+    share, largest = parity.deviation(expected, session, batches)
+    if share > tolerance:
+        raise GateError(
+            f"fp16 or int8 arithmetic moves the logits by {share:.0%} of their size; the tolerance is {tolerance:.0%}",
+            "export.rounded_tolerance sets it; the model has activations or weights far from all others",
+        )
+    return {"largest_change": largest, "deviation": share}
+
+
+def _common(working: list[str], supported: tuple[str, ...]) -> list[str]:
+    """The working providers that a target's files run on.
+
+    Raises:
+        DeviceError: there is none.
+    """
+    common = [name for name in working if name in supported]
+    if not common:
+        raise DeviceError(f"the target runs on {', '.join(supported)}; what works here is {', '.join(working)}")
+    return common
+
+
+def _filled(model: PreTrainedModel, target: Any, folder: Path) -> PreTrainedModel:
+    """The model with the weights that the exported files really hold."""
+    try:
+        encoders.fill(model, targets.weights(target, folder))
+    except ModelError as error:  # the checkpoint is sound: what was made of it is not
+        raise GateError(f"the exported file holds other weights than its checkpoint: {error.message}") from None
+    return model

@@ -1,0 +1,1 @@
+"""ONNX graphs: trace a checkpoint, name its weights, fuse, round."""

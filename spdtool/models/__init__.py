@@ -1,0 +1,1 @@
+"""Hugging Face encoders: load, save, find the layers, run them."""

@@ -1,0 +1,1 @@
+"""A run is a folder: what it holds (`folder`) and the typed records in it."""

@@ -1,0 +1,236 @@
+"""What a recipe will do, before it does it: stages, steps with their reasons, weights to prune, memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from spdtool import plugins, tasks
+from spdtool.data import overview
+from spdtool.data import tokens as data
+from spdtool.errors import RecipeError
+from spdtool.export import precheck as trial
+from spdtool.export import target as targets
+from spdtool.models import load as encoders
+from spdtool.models import predict as evaluation
+from spdtool.models import student as pairing
+from spdtool.pruning.patterns import zeros_in
+from spdtool.recipe.fields import STAGES, Recipe, Training
+from spdtool.run.folder import Run
+from spdtool.tasks import Rows, Task
+from spdtool.training import loop as training
+from spdtool.training import saliency
+from spdtool.training.schedules import passing, prune_events, replacing_rate
+
+FLOAT = 4  # bytes
+ADAM_MOMENTS = 2
+FARTHEST_JUMP = 0.8  # share of the target that a first prune event may take: the rest needs events too
+RELATIONS = 4  # maps of token-to-token relations that are kept for a layer: two of the student's, two of the teacher's
+SAVED_PER_TOKEN = 16  # widths of activation that a transformer layer keeps for its backward pass, roughly
+
+
+def plan(run: Run, redo: str | None = None) -> dict[str, Any]:
+    """The stages of `run` with what each will cost; reads the data, and only the configuration of the model.
+
+    Args:
+        redo: this stage and every later one are about to be discarded.
+
+    Returns:
+        `stages` (stage, done, epochs, steps, peak learning_rate, why), `rows`, how they were read (lines in `reading`,
+        what deserves attention in `notes`, rows by class in `classes`, the score of always saying the commonest label
+        of the dev set in `baseline`), the student's `parameters` (all,
+        prunable, zeros; matrices emptied) and `memory_bytes` (an estimate of the peak of the training stages, to about
+        a factor of 1.5).
+
+    Raises:
+        DataError, ModelError: the data or the model cannot be used; an unknown architecture cannot be exported.
+        UnknownName, RecipeError, DeviceError: see `check` and `pairing.check`.
+        RunMismatch: finished stages saw other rows.
+    """
+    recipe = run.recipe
+    task = tasks.resolve(recipe)
+    splits = tasks.rows(task, recipe)
+    rows = {name: len(split) for name, split in splits.items()}
+    check(recipe, rows["train"])
+    check_data(run, task, splits, redo)
+    student, teacher = pair(recipe, task)
+    matrices = [weight.numel() for weight in encoders.prunable_linears(student).values()]
+    if not run.done("export"):
+        trial.check(recipe, (student.config, teacher.config))
+    return {
+        "run": str(run.path),
+        "rows": rows,
+        **reading(task, splits),
+        "notes": [*overview.notes(task, splits), *_by_position(recipe, task, teacher)],
+        "stages": [
+            _stage(run, stage, rows["train"], (teacher if stage == "teacher" else student).config.hidden_size)
+            for stage in STAGES
+        ],
+        "parameters": {
+            "all": sum(parameter.numel() for parameter in student.parameters()),
+            "prunable": sum(matrices),
+            "zeros": sum(zeros_in(size, recipe.sparsity) for size in matrices),
+            "emptied": sum(zeros_in(size, recipe.sparsity) == size for size in matrices),
+        },
+        "memory_bytes": memory(recipe, student, teacher),
+    }
+
+
+def reading(task: Task, splits: dict[str, Rows]) -> dict[str, Any]:
+    """How the rows were read: see `plan`."""
+    floor = evaluation.baseline(task, np.asarray(splits["dev"].labels))["score"]
+    line = f"labels: {overview.label_line(task, splits)}"
+    if not task.regression:
+        line += f"; always the commonest: dev score {floor:.4f}"
+    source = [f"data: {task.about}"] if task.name == "local" else []
+    return {"reading": [*source, line], "classes": overview.class_counts(task, splits), "baseline": floor}
+
+
+def _by_position(recipe: Recipe, task: Task, teacher: Any) -> list[str]:
+    """How the labels of a given teacher are read, where its names do not tell."""
+    names = encoders.label_names(teacher)
+    if recipe.given_teacher is None or task.regression or set(names) == set(task.labels):
+        return []
+    if not data.by_position(names, task):
+        return []
+    pairs = [f"{name} is {label}" for name, label in zip(names, task.labels, strict=True)][: overview.SHOWN]
+    return [f"the given teacher's labels are taken in their order: {', '.join(pairs)}"]
+
+
+def check(recipe: Recipe, rows: int) -> None:
+    """Refuse now what a later stage would refuse after hours: names, prune events that do not fit, the device.
+
+    Args:
+        rows: of the training set.
+
+    Raises:
+        UnknownName: no such criterion, pattern, target or schedule.
+        RecipeError: the prune events do not fit into their stage, or the first target does not export the teacher.
+        DeviceError: the device is not there.
+    """
+    plugins.criteria.get(recipe.prune.criterion)
+    plugins.patterns.get(recipe.prune.pattern)
+    targets.demanded(recipe.export)
+    for phase in (recipe.prune, recipe.distill, recipe.finetune):
+        replacing_rate(phase.grafting.schedule)
+    events = events_of(recipe, recipe.prune.steps_for(rows))
+    saliency.check(recipe.prune, events, copied=recipe.student is None)
+    if recipe.prune.exchanges and not recipe.prune.regrowth:
+        raise RecipeError(
+            f"{recipe.prune.exchanges} exchanges change nothing: without regrowth the dead stay dead",
+            "add --set prune.regrowth=true, or leave prune.exchanges out",
+        )
+    training.accelerator(recipe)
+
+
+def events_of(recipe: Recipe, steps: int, *, initial: float = 0.0) -> list[tuple[int, float]]:
+    """The prune events of the stage, `(optimiser step, sparsity)`, those at the target among them.
+
+    Args:
+        steps: of the stage.
+        initial: sparsity before the first event.
+
+    Raises:
+        RecipeError: they do not fit into the stage, or miss a sparsity at which a student is to be left.
+    """
+    section = recipe.prune
+    events = prune_events(
+        max(1, round(section.ramp * steps)),
+        section.events,
+        recipe.sparsity,
+        initial=initial,
+        first=_jump(recipe, initial),
+        shape=section.schedule,
+        exchanges=section.exchanges,
+        freeze=section.freeze,
+        total=steps,
+    )
+    return passing(events, section.leave)
+
+
+def _jump(recipe: Recipe, initial: float) -> float | None:
+    """The sparsity of the first jump: what the recipe says, unless it would pass by a student that is to be left.
+
+    It stays below the target, and there is none where the weights are as sparse already.
+    """
+    first = recipe.prune.first
+    if first is None:
+        return None
+    first = min(first, FARTHEST_JUMP * recipe.sparsity, *recipe.prune.leave)
+    return first if first > initial and recipe.prune.events > 1 else None
+
+
+def check_run(run: Run, redo: str | None = None) -> None:
+    """`check` for a run that has its teacher already, before the stage `redo` is done again; raises as `plan` does."""
+    task = tasks.resolve(run.recipe)
+    splits = tasks.rows(task, run.recipe)
+    check(run.recipe, len(splits["train"]))
+    check_data(run, task, splits, redo)
+    pair(run.recipe, task)
+
+
+def check_data(run: Run, task: Task, splits: dict[str, Rows], redo: str | None) -> None:
+    """Raise RunMismatch if a finished stage before `redo` (None: any) saw other rows."""
+    kept = [stage for stage in STAGES[: STAGES.index(redo) if redo else None] if run.done(stage)]
+    if kept:
+        run.check_data(tasks.facts(task, splits), kept)
+
+
+def pair(recipe: Recipe, task: Task) -> tuple[Any, Any]:
+    """Outlines of student and teacher, which fit each other and, where the teacher is given, the task.
+
+    Raises:
+        ModelError, RecipeError: one cannot be read, or they do not fit: see `pairing` and `data.label_order`.
+    """
+    teacher = encoders.skeleton(recipe, task)
+    if recipe.given_teacher is not None:
+        data.label_order(encoders.label_names(teacher), task)
+    student = pairing.outline(recipe, task, teacher)
+    pairing.check(recipe, student, teacher)
+    if recipe.student is not None:
+        pairing.check_head(recipe, task)
+        if task.build is not None and recipe.given_teacher is None:
+            taught = task.build(recipe.seed)[1]
+        else:
+            taught = encoders.load_tokenizer(recipe.given_teacher or recipe.model)
+        pairing.check_tokenizers(pairing.load_tokenizer(recipe, task), taught)
+    return student, teacher
+
+
+def memory(recipe: Recipe, model: Any, teacher: Any = None) -> int:
+    """Estimated peak bytes of the student's phases: two models, gradients, AdamW's moments, saved activations.
+
+    Args:
+        model: the student.
+        teacher: None: one like it.
+    """
+    weights, its = (sum(weight.numel() for weight in made.parameters()) for made in (model, teacher or model))
+    section = recipe.prune
+    rows = -(-section.batch_size // section.accumulate)
+    tokens = rows * recipe.max_length
+    config = model.config
+    per_token = SAVED_PER_TOKEN * config.hidden_size
+    if section.loss.attention > 0:
+        per_token += 3 * config.num_attention_heads * recipe.max_length
+    if section.loss.relation > 0:
+        per_token += RELATIONS * section.loss.relation_heads * recipe.max_length
+    layers = config.num_hidden_layers
+    if section.grafting.kind == "blend":  # gradients pass through the teacher's layers too
+        layers *= 2
+    return FLOAT * (its + weights * (1 + 1 + ADAM_MOMENTS) + tokens * per_token * layers)
+
+
+def _stage(run: Run, stage: str, rows: int, width: int) -> dict[str, Any]:
+    section = run.recipe.section(stage)
+    known: dict[str, Any] = {"stage": stage, "done": run.done(stage), "why": ""}
+    known |= dict.fromkeys(("epochs", "steps", "learning_rate"))
+    if stage == "teacher" and run.recipe.given_teacher is not None:
+        return known | {"why": f"given: {run.recipe.given_teacher}"}
+    if isinstance(section, Training):
+        epochs, why = section.epochs_for(rows)
+        if section.max_steps is not None:
+            why += f"; at most {section.max_steps} steps"
+        peak = section.peak(width)
+        return known | {"epochs": epochs, "steps": section.steps_for(rows), "learning_rate": peak, "why": why}
+    return known

@@ -1,0 +1,218 @@
+"""The journal of a training stage: what it has measured, its best weights, its log, and the snapshots of all that."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from spdtool import console
+from spdtool import ranks as processes
+from spdtool.console import Watch
+from spdtool.models import collectives
+from spdtool.models import fsdp as shards
+from spdtool.recipe.fields import Training
+from spdtool.run.folder import Work
+from spdtool.training import checkpoint as snapshot
+
+if TYPE_CHECKING:
+    from spdtool.training.loop import Fit
+
+
+class _Clock:
+    """Keeps the seconds spent in training proper: without evaluations and snapshots, over all resumptions."""
+
+    def __init__(self) -> None:
+        self.before, self.started = 0.0, time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.monotonic() - self.started
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        paused = time.monotonic()
+        yield
+        self.started += time.monotonic() - paused
+
+
+class Journal:
+    """Keeps what a training loop has learnt so far: best weights, evaluations, time; saves it all as a snapshot.
+
+    Of several processes each keeps the same; only the main one tells and writes.
+    """
+
+    def __init__(
+        self,
+        parts: Fit,
+        section: Training,
+        trained: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        work: Work,
+        fingerprint: str,
+        watch: Watch,
+    ) -> None:
+        self.parts, self.section, self.trained, self.optimizer = parts, section, trained, optimizer
+        self.work, self.fingerprint, self.watch = work, fingerprint, watch
+        self.epochs = section.epochs_for(len(parts.rows))[0]
+        self.evaluations: list[dict[str, Any]] = []
+        self.left: list[dict[str, Any]] = []
+        self.best: dict[str, Any] | None = None
+        self.best_weights: dict[str, Tensor] = {}
+        self.examples, self.clock = 0, _Clock()
+        self._log = work.folder / "metrics.jsonl"
+
+    def prune(self, step: int) -> None:
+        """Let the pruner prune if an event is due, and say so."""
+        sparsity = self.parts.pruner.step(step) if self.parts.pruner is not None else None
+        if sparsity is not None:
+            self._tell({"event": "prune", "step": step, "sparsity": sparsity} | self._clamped())
+
+    def _clamped(self) -> dict[str, Any]:
+        """What `least` changed at the event: matrix to its zeros before and after, and where it had to give way."""
+        pruner = self.parts.pruner
+        assert pruner is not None
+        found = {"clamped": pruner.clamped, "lowered": pruner.lowered}
+        return {name: value for name, value in found.items() if value}
+
+    def leave(self, step: int) -> None:
+        """Before an event: keep the student as it is, if its sparsity is one that the recipe wants left on the way."""
+        pruner, keep = self.parts.pruner, self.parts.leave
+        if keep is None or pruner is None or not pruner.due(step):
+            return
+        before = [sparsity for event, sparsity in sorted(pruner.events.items()) if event < step]
+        wanted = getattr(self.section, "leave", ())
+        if before and before[-1] in wanted and before[-1] not in [left["sparsity"] for left in self.left]:
+            with self.clock.paused():
+                self.left.append({"sparsity": before[-1], "step": step} | keep(before[-1]))
+            self._tell({"event": "left"} | self.left[-1])
+
+    def log(self, step: int, per_epoch: int, losses: dict[str, float], rate: float, facts: dict[str, Any]) -> None:
+        pruner = self.parts.pruner
+        self._tell(
+            {
+                "event": "step",
+                "step": step,
+                "epoch": step / per_epoch,
+                "epochs": self.epochs,
+                "losses": losses,
+                "learning_rate": rate,
+                "examples_per_second": self.examples / self.clock.seconds,
+                "sparsity": None if pruner is None else pruner.masks.sparsity(),
+            }
+            | facts
+        )
+
+    def evaluate(self, step: int) -> None:
+        """Score the dev set; keep the weights if they are the best so far and may be handed over."""
+        metrics = self.parts.evaluate()
+        seen = {} if self.parts.evaluate_train is None else {"train": self.parts.evaluate_train()}
+        allowed = self.parts.pruner is None or self.parts.pruner.reached(step)
+        best = allowed and (self.best is None or metrics["score"] > self.best["metrics"]["score"])
+        if best:
+            self.best = {"step": step, "metrics": metrics} | seen
+            if self.section.keep_best:
+                self.best_weights = {n: shards.held(weight).cpu().clone() for n, weight in self.trained.items()}
+        self.evaluations.append({"step": step, "metrics": metrics} | seen)
+        self._tell({"event": "eval", "step": step, "metrics": metrics, "best": best} | seen)
+
+    def finish(self, steps: int, per_epoch: int) -> dict[str, Any]:
+        """Put the weights to hand over into the model, and sum up."""
+        handed = self.evaluations[-1] if self.evaluations else None
+        if self.section.keep_best and self.best is not None:
+            handed = self.best
+            with torch.no_grad():
+                for name, weight in self.best_weights.items():
+                    shards.held(self.trained[name]).copy_(weight)
+        return {
+            "steps": steps,
+            "epochs": steps / per_epoch,
+            "best": handed,
+            "evaluations": self.evaluations,
+            "left": self.left,
+            "examples_per_second": self.examples / self.clock.seconds,
+        }
+
+    def save(self, step: int) -> None:
+        """Write a snapshot of everything that decides the rest of the stage; of sharded weights all have a part."""
+        if not processes.is_main() and not self.sharded:
+            return
+        pruner = self.parts.pruner
+        if pruner is not None:
+            pruner.masks.check_dead()
+        tensors: snapshot.Groups = {
+            "model": snapshot.gathered(self.trained.items()),
+            "adam": snapshot.gathered(snapshot.optimizer_tensors(self.optimizer, self.trained).items()),
+            "best": {n: shards.whole(kept, self.trained[n]).cpu() for n, kept in self.best_weights.items()},
+            "pruner": {} if pruner is None else pruner.state_dict(),
+            "random": snapshot.random_tensors(),
+        }
+        if not processes.is_main():
+            return
+        notes = {
+            "fingerprint": self.fingerprint,
+            "evaluations": self.evaluations,
+            "left": self.left,
+            "best": self.best,
+            "examples": self.examples,
+            "seconds": self.clock.seconds,
+            "draws": self.parts.random_state(),
+            "logged_bytes": self._log.stat().st_size if self._log.exists() else 0,
+        }
+        snapshot.write(self.work.state, snapshot.Snapshot(step, tensors, notes))
+
+    @torch.no_grad()
+    def restore(self) -> int:
+        """Take over the newest snapshot; return the step to go on from, 0 without one."""
+        found = self._newest()
+        if found is None:
+            return 0
+        for name, weight in self.trained.items():
+            shards.held(weight).copy_(shards.rows(found.tensors["model"][name], weight))
+        snapshot.restore_optimizer(self.optimizer, self.trained, found.tensors.get("adam", {}))
+        if collectives.count() == 1:  # several seed their generators at every step
+            snapshot.restore_random(found.tensors["random"])
+        if self.parts.pruner is not None:
+            self.parts.pruner.load_state_dict(found.tensors["pruner"])
+        best = found.tensors.get("best", {})
+        self.best_weights = {name: shards.rows(weight, self.trained[name]) for name, weight in best.items()}
+        self.evaluations, self.best = found.notes["evaluations"], found.notes["best"]
+        self.left = found.notes["left"]
+        self.examples, self.clock.before = found.notes["examples"], found.notes["seconds"]
+        self.parts.restore_random(found.notes["draws"])
+        self.watch({"event": "resume", "step": found.step})
+        return found.step
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds only some rows of what is trained."""
+        return any(map(shards.is_sharded, self.trained.values()))
+
+    def _newest(self) -> snapshot.Snapshot | None:
+        """The snapshot to go on from. The main process clears away what is of no use, then the others read."""
+        if not processes.is_main():
+            collectives.wait()
+            return snapshot.newest(self.work.state, self.fingerprint)
+        begun = any(self.work.state.glob("step-*"))
+        found = snapshot.newest(self.work.state, self.fingerprint)
+        if begun and found is None:
+            console.warn(f"{self.work.stage} begins anew: its snapshot belongs to other settings or other rows")
+        if found is None:
+            self._log.unlink(missing_ok=True)
+        else:
+            with self._log.open("ab") as log:
+                log.truncate(found.notes["logged_bytes"])
+        collectives.wait()
+        return found
+
+    def _tell(self, event: dict[str, Any]) -> None:
+        if not processes.is_main():
+            return
+        self.watch(event)
+        with self._log.open("a", encoding="utf-8") as log:
+            log.write(json.dumps(event) + "\n")

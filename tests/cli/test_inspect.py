@@ -1,0 +1,75 @@
+"""What a run folder says of itself: lineage by hash, sparsity by layer, and damage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from spdtool.cli.inspect import inspect_run, result_of
+from spdtool.errors import Corrupt, StageMissing
+from spdtool.run.folder import Run, sha256
+
+MakeRun = Callable[..., Run]
+
+
+@pytest.fixture
+def run(toy_run: MakeRun) -> Run:
+    """A run that is done up to `distill`."""
+    return toy_run(until="distill", sparsity=0.25)
+
+
+def test_every_stage_has_a_row_with_its_state(run: Run) -> None:
+    (run.path / ".finetune.partial").mkdir()
+    states = {row["stage"]: row["state"].split()[0] for row in inspect_run(run)["stages"]}
+    done = dict.fromkeys(("teacher", "prune", "distill"), "done")
+    assert states == done | {"finetune": "in", "export": "missing", "bench": "missing"}
+
+
+def test_the_lineage_is_that_of_the_records(run: Run) -> None:
+    digest = {stage: sha256(run.path / stage / "stage.json")[:8] for stage in ("teacher", "prune", "distill")}
+    rows = {row["stage"]: row for row in inspect_run(run)["stages"]}
+    assert rows["prune"]["state"] == f"done {digest['prune']}"
+    assert rows["prune"]["made_from"] == f"teacher {digest['teacher']}"
+    assert set(rows["distill"]["made_from"].split(", ")) == {
+        f"prune {digest['prune']}",
+        f"teacher {digest['teacher']}",
+    }
+
+
+def test_scores_and_sparsity(run: Run) -> None:
+    rows = {row["stage"]: row for row in inspect_run(run)["stages"]}
+    assert rows["teacher"]["sparsity"] is None
+    assert rows["distill"]["sparsity"] == 0.25
+    assert rows["distill"]["dev_score"] == run.record("distill")["metrics"]["dev"]["score"]
+    assert rows["distill"]["steps"] == 12
+    assert rows["finetune"]["seconds"] is None
+
+
+def test_the_layers_are_those_of_the_latest_sparse_stage(run: Run) -> None:
+    shown = inspect_run(run)
+    assert shown["sparsest"] == "distill"
+    assert len(shown["layers"]) == 12
+    for name, zeros, size, sparsity in shown["layers"]:
+        assert name.startswith("bert.encoder.layer.")
+        assert zeros == round(0.25 * size)
+        assert sparsity == zeros / size
+
+
+def test_a_damaged_file_is_named(run: Run) -> None:
+    file = run.path / "prune/config.json"
+    file.write_text(file.read_text() + " ")
+    with pytest.raises(Corrupt, match=r"prune/config\.json"):
+        inspect_run(run)
+
+
+def test_a_stage_made_from_a_replaced_one_is_named(run: Run) -> None:
+    record = run.path / "teacher/stage.json"
+    record.write_text(record.read_text().replace('"finished"', '"ended"'))
+    with pytest.raises(Corrupt, match="prune was made from a teacher stage that has since been replaced"):
+        inspect_run(run)
+
+
+def test_no_result_before_the_bench(run: Run) -> None:
+    with pytest.raises(StageMissing, match="bench"):
+        result_of(run)

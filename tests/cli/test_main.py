@@ -1,0 +1,568 @@
+"""The command line as a user meets it: JSON on every command, bad input, and what the machine refuses."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+from safetensors.numpy import load_file
+from typer.main import get_command
+
+from spdtool.cli import doctor
+from spdtool.cli import main as cli
+from spdtool.cli.options import WORKFLOW
+from spdtool.errors import SpdError
+
+ROOT = Path(__file__).parent.parent
+Call = Callable[..., Any]
+
+
+COMMANDS = (*WORKFLOW, "doctor", "tasks", "recipes", "plugins")
+
+# Help and lists -------------------------------------------------------------------------------------------------------
+
+
+def test_help_lists_every_command(spdtool: Call) -> None:
+    called = spdtool("--help")
+    assert called.exit_code == 0
+    for name in COMMANDS:
+        assert name in called.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_command_line_stays_small(command: str) -> None:
+    options = {option for parameter in get_command(cli.app).commands[command].params for option in parameter.opts}
+    assert {"--json", "--plugins-dir"} <= options
+    assert len(options) <= 17, "a new knob is a field of the recipe, reached by --set"
+
+
+@pytest.mark.parametrize(
+    ("words", "held"),
+    [
+        (("tasks",), "cola"),
+        (("recipes",), "default"),
+        (("recipes", "default"), "prune.criterion"),
+        (("plugins",), "magnitude"),
+        (("doctor",), "onnxruntime"),
+    ],
+)
+def test_json_is_all_of_standard_output(spdtool: Call, words: tuple[str, ...], held: str) -> None:
+    called = spdtool(*words, "--json")
+    assert called.exit_code in (0, 2), called.output
+    assert held in json.dumps(json.loads(called.stdout))
+    assert held in called.stderr
+    plain = spdtool(*words)
+    assert held in plain.stdout
+
+
+def test_json_of_every_stage_and_of_inspect(spdtool: Call, compressed: Path) -> None:
+    for stage in ("prune", "distill", "finetune", "export"):
+        said = json.loads(spdtool(stage, "--run", compressed, "--json").stdout)
+        assert said == json.loads((compressed / stage / "stage.json").read_text())["metrics"]
+    assert json.loads(spdtool("bench", "--run", compressed, "--json").stdout)["rows"][1][0] == "student"
+    assert len(json.loads(spdtool("inspect", compressed, "--json").stdout)["stages"]) == 6
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("inspect", "nowhere"),
+        ("compress", "--task", "mprc"),
+        ("compress",),
+        ("compress", "--task", "demo", "--sparsity", "abc"),
+        ("compress", "--nonsense"),
+        ("prune",),
+        ("prnue",),
+    ],
+)
+def test_json_of_an_error(spdtool: Call, words: tuple[str, ...]) -> None:
+    called = spdtool(*words, "--json")
+    assert called.exit_code == 2
+    said = json.loads(called.stdout)
+    assert said["error"]
+    assert said["message"]
+    assert called.stderr == ""
+
+
+def test_doctor_fails_when_a_check_does(spdtool: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    checks = [
+        doctor.Check("torch", "ok", "2.13"),
+        doctor.Check("onnxruntime", "warn", "old", "pip install spdtool[cpu]"),
+    ]
+    monkeypatch.setattr(doctor, "examine", lambda: checks)
+    called = spdtool("doctor")
+    assert called.exit_code == 0
+    assert "spdtool[cpu]" in called.stdout, "brackets were taken for markup"
+    checks.append(doctor.Check("disk", "fail", "full"))
+    called = spdtool("doctor", "--json")
+    assert called.exit_code == 2
+    assert json.loads(called.stdout)[2] == {"name": "disk", "status": "fail", "found": "full", "advice": ""}
+
+
+@pytest.mark.usefixtures("clean_plugins")
+def test_a_plugins_folder_adds_parts_and_lists_what_failed(spdtool: Call, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from spdtool.plugins import criteria\n"
+        "@criteria.register('mine')\n"
+        "def mine(weight, stats):\n    'The sign.'\n    return weight\n"
+    )
+    (tmp_path / "broken.py").write_text("import no_such_module_anywhere\n")
+    said = json.loads(spdtool("plugins", "--plugins-dir", tmp_path, "--json").stdout)
+    assert {"kind": "criterion", "name": "mine", "source": "mine", "about": "The sign."} in said["parts"]
+    states = {plugin["name"]: plugin["state"] for plugin in said["plugins"]}
+    assert states["mine"] == "loaded"
+    assert "no_such_module_anywhere" in states["broken"]
+
+
+# Bad input: exit code 2, what was asked and found and what to try, nothing half-written -------------------------------
+
+
+def copy(source: Path, target: Path, **changed: Any) -> Path:
+    """A copy of a model folder whose config.json has `changed` in it."""
+    shutil.copytree(source, target)
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | changed))
+    return target
+
+
+def without_safetensors(source: Path, target: Path) -> Path:
+    copy(source, target)
+    (target / "model.safetensors").rename(target / "pytorch_model.bin")
+    return target
+
+
+def truncated(source: Path, target: Path) -> Path:
+    copy(source, target)
+    os.truncate(target / "model.safetensors", 20_000)
+    return target
+
+
+def not_json(source: Path, target: Path) -> Path:
+    copy(source, target)
+    (target / "config.json").write_text("{nope")
+    return target
+
+
+def without_tokenizer(source: Path, target: Path) -> Path:
+    copy(source, target)
+    for file in (*target.glob("*token*"), *target.glob("vocab*")):  # transformers 4 wrote more of them
+        file.unlink()
+    return target
+
+
+MODELS: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
+    "missing": (lambda source, target: target, "does not exist"),
+    "a file": (lambda source, target: source / "config.json", "is a file"),
+    "pickle only": (without_safetensors, "only safetensors are read"),
+    "cut short": (truncated, "cannot be read"),
+    "config is not JSON": (not_json, "not a valid JSON file"),
+    "config of another type": (
+        lambda source, target: copy(source, target, hidden_size="wide"),
+        "cannot load the model",
+    ),
+    "config that makes no model": (lambda source, target: copy(source, target, hidden_size=33), "not a multiple"),
+    "weights of another shape": (
+        lambda source, target: copy(source, target, hidden_size=48),
+        "are not those of its config.json",
+    ),
+    "more layers than weights": (
+        lambda source, target: copy(source, target, num_hidden_layers=3),
+        "are not those of its config.json",
+    ),
+    "no tokenizer": (without_tokenizer, "tokenizer"),
+    "unsupported": (lambda source, target: copy(source, target, model_type="no-such-type"), "no-such-type"),
+}
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_a_bad_model(
+    spdtool: Call, case: str, encoder_folder: Path, quick_words: tuple[str, ...], tmp_path: Path
+) -> None:
+    make, message = MODELS[case]
+    model = make(encoder_folder, tmp_path / "model")
+    refused(spdtool("teacher", *quick_words, "--model", model, "--run", tmp_path / "run"), message)
+    assert not (tmp_path / "run").exists()
+
+
+DATA: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "is empty"),
+    "only a header": (b"sentence,label\n", "has no rows"),
+    "not UTF-8": (b"sentence,label\ncaf\xe9,a\nb,c\n", "not UTF-8"),
+    "ragged": (b"sentence,label\na,b\nc\n", "1 fields where 2 were expected"),
+    "one class": (b"sentence,label\na,x\nb,x\n", "every label"),
+    "no such column": (b"text,stars\na,x\nb,y\n", "column"),
+    "label missing": (b"sentence,label\na,\nb,y\n", "no label"),
+}
+
+
+@pytest.mark.parametrize("case", DATA)
+def test_bad_data(spdtool: Call, case: str, quick_words: tuple[str, ...], tmp_path: Path) -> None:
+    content, message = DATA[case]
+    (tmp_path / "bad.csv").write_bytes(content)
+    words = (*quick_words, "--data", tmp_path / "bad.csv", "--text", "sentence", "--label", "label")
+    refused(spdtool("compress", *words, "--run", tmp_path / "run"), message)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_label_that_only_dev_has(spdtool: Call, quick_words: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("sentence,label\na,x\nb,y\nc,x\nd,y\n")
+    (tmp_path / "dev.csv").write_text("sentence,label\na,x\nb,z\n")
+    refused(spdtool("compress", *quick_words, "--data", tmp_path, "--run", tmp_path / "run"), "'z'", "dev.csv, line 3")
+    assert not (tmp_path / "run").exists()
+
+
+SETTINGS: dict[str, tuple[tuple[str, ...], str]] = {
+    "task": (("--task", "mprc"), "did you mean 'mrpc'"),
+    "recipe": (("--recipe", "defalt"), "did you mean 'default'"),
+    "criterion": (("--set", "prune.criterion=magnitud"), "did you mean 'magnitude'"),
+    "pattern": (("--set", "prune.pattern=unstructred"), "did you mean 'unstructured'"),
+    "target": (("--set", 'export.targets=["onx"]'), "did you mean 'onnx'"),
+    "grafting schedule": (("--set", "distill.grafting.schedule=liner"), "did you mean 'linear'"),
+    "field": (("--set", "prune.epoch=3"), "did you mean 'prune.epochs'"),
+    "field like nothing": (("--set", "zzz=3"), "spdtool recipes default"),
+    "field in a field": (("--set", "seed.x=3"), "seed = {'x': 3}"),
+    "section": (("--set", "prune=3"), "prune is a section"),
+    "section in a section": (("--set", "prune.loss=3"), "prune.loss is a section"),
+    "no equals sign": (("--set", "prune.epochs"), "not of the form field=value"),
+    "no field": (("--set", "=3"), "no recipe field ''"),
+    "sparsity 1": (("--sparsity", "1.0"), "less than 1"),
+    "sparsity below 0": (("--sparsity", "-0.1"), "greater than or equal to 0"),
+    "sparsity that is no number": (("--sparsity", "abc"), "Invalid value for '--sparsity'"),
+    "sparsity nan": (("--sparsity", "nan"), "finite number"),
+    "batch size 0": (("--set", "prune.batch_size=0"), "prune.batch_size = 0"),
+    "a seed too large": (("--seed", "99999999999999999999"), "seed = 99999999999999999999"),
+    "more events than steps": (("--set", "prune.events=1000"), "1000 prune events do not fit"),
+    "columns of a GLUE task": (("--task", "cola", "--text", "a"), "knows its own columns"),
+    "two columns that are one": (("--text", "sentence,sentence"), "twice"),
+    "device": (("--device", "tpu"), "device = 'tpu'"),
+    "precision": (("--set", "precision=fp16"), "fp16 training needs a CUDA device"),
+    "plugins folder": (("--plugins-dir", "no/such/folder"), "does not exist"),
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_bad_settings(spdtool: Call, case: str, quick_words: tuple[str, ...], tmp_path: Path) -> None:
+    words, message = SETTINGS[case]
+    called = spdtool("compress", *quick_words, *words, "--run", tmp_path / "run")
+    refused(called, message)
+    assert not (tmp_path / "run").exists()
+    assert len(called.stderr) < 2500, "nobody reads that much"
+
+
+def test_cuda_where_there_is_none(
+    spdtool: Call, quick_words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    refused(spdtool("compress", *quick_words, "--device", "cuda", "--run", tmp_path / "run"), "CUDA was demanded")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_with_another_number_of_labels(
+    spdtool: Call, toys: Any, quick_words: tuple[str, ...], tmp_path: Path
+) -> None:
+    toys.bert(labels=3).save_pretrained(tmp_path / "three")
+    toys.tokenizer().save_pretrained(tmp_path / "three")
+    called = spdtool("compress", *quick_words, "--teacher", tmp_path / "three", "--run", tmp_path / "run")
+    refused(called, "the model has 3 labels", "fine-tuned on this task")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_of_another_model(spdtool: Call, toys: Any, quick_words: tuple[str, ...], tmp_path: Path) -> None:
+    toys.bert(vocab_size=9).save_pretrained(tmp_path / "small")
+    toys.tokenizer().save_pretrained(tmp_path / "small")
+    called = spdtool("teacher", *quick_words, "--model", tmp_path / "small", "--run", tmp_path / "run")
+    refused(called, "the model has 9 word embeddings")
+    assert not (tmp_path / "run").exists()
+
+
+def test_folders_that_are_no_runs(spdtool: Call, quick_words: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign/thesis.tex").write_text("years of work")
+    (tmp_path / "file").write_text("a file")
+    refused(spdtool("compress", *quick_words, "--run", tmp_path / "foreign"), "is not a run folder")
+    refused(spdtool("compress", *quick_words, "--run", tmp_path / "file"), "is not a run folder")
+    refused(spdtool("compress", *quick_words, "--run", tmp_path / "file/run"), "Not a directory")
+    refused(spdtool("teacher", *quick_words, "--run", tmp_path / "foreign", "--again"), "is not a run folder")
+    refused(spdtool("prune", "--run", tmp_path / "nowhere"), "has no run.json", "spdtool compress")
+    refused(spdtool("inspect", tmp_path / "file"), "has no run.json")
+    assert [path.name for path in (tmp_path / "foreign").iterdir()] == ["thesis.tex"]
+
+
+def test_the_run_of_another_recipe(spdtool: Call, quick_words: tuple[str, ...], compressed: Path) -> None:
+    called = spdtool("compress", *quick_words, "--sparsity", "0.7", "--run", compressed)
+    refused(called, "sparsity is 0.5 there and 0.7 here", "another --run")
+
+
+def test_a_stage_before_its_predecessor(spdtool: Call, compressed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(compressed / "run.json", run)
+    for stage, missing in (("prune", "teacher"), ("distill", "prune"), ("finetune", "distill"), ("bench", "export")):
+        refused(spdtool(stage, "--run", run), f"no finished stage '{missing}'", f"spdtool {missing} --run")
+    assert [path.name for path in run.iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize("damage", ["cut short", "altered", "gone"])
+def test_a_damaged_checkpoint(spdtool: Call, compressed: Path, tmp_path: Path, damage: str) -> None:
+    run = shutil.copytree(compressed, tmp_path / "run")
+    shutil.rmtree(run / "finetune")
+    weights = run / "distill/model.safetensors"
+    if damage == "cut short":
+        os.truncate(weights, 10_000)
+    elif damage == "altered":
+        data = bytearray(weights.read_bytes())
+        data[-1] ^= 1
+        weights.write_bytes(data)
+    else:
+        weights.unlink()
+    message = {"cut short": "holds 10000 bytes", "altered": "was altered", "gone": "is missing"}[damage]
+    for words in (("finetune", "--run", run), ("inspect", run)):
+        refused(spdtool(*words), message, f"spdtool distill --run {run} --again")
+    assert not (run / "finetune").exists()
+
+
+def test_a_folder_in_which_another_process_works(
+    spdtool: Call, quick_words: tuple[str, ...], compressed: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(compressed, tmp_path / "run")
+    shutil.rmtree(run / "finetune")
+    with FileLock(run / ".lock"):
+        refused(spdtool("finetune", "--run", run), "another process is working")
+    assert not (run / "finetune").exists()
+
+
+def test_no_permission(spdtool: Call, quick_words: tuple[str, ...], tmp_path: Path, monkeypatch: Any) -> None:
+    def refuse(self: Path, *rest: Any, **extra: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    refused(spdtool("teacher", *quick_words, "--run", tmp_path / "run"), "Permission denied", "another --run")
+
+
+def refused(called: Any, *messages: str) -> None:
+    """The call ended with exit code 2, and said each of `messages` without a traceback."""
+    assert called.exit_code == 2, called.output
+    assert called.exception is None or isinstance(called.exception, SystemExit)
+    said = " ".join(called.stderr.replace("│", " ").split())
+    for message in messages:
+        assert message in said, said
+    assert "Traceback" not in called.output
+
+
+def test_the_plan_tells_how_the_rows_were_read(spdtool: Call, quick_words: tuple[str, ...], tmp_path: Path) -> None:
+    rows = [f"row {i % 33},{('pos', 'neg', 'NA')[i % 3]}" for i in range(66)]
+    (tmp_path / "mine.csv").write_text("\n".join(["text,label", *rows]) + "\n", "utf-8")
+    words = ("compress", "--data", tmp_path / "mine.csv", *quick_words[2:], "--run", tmp_path / "run", "--dry-run")
+    called = spdtool(*words)
+    assert called.exit_code == 0, called.output
+    assert f"data: text of {tmp_path}/mine.csv, by label; a tenth of its rows is the dev set" in called.stdout
+    assert "labels: 3 classes: NA " in called.stdout
+    assert "the label 'NA' is taken for a class" in called.stderr
+    planned = json.loads(spdtool(*words, "--json").stdout)
+    assert sum(sum(counts.values()) for counts in planned["classes"].values()) == 66
+    assert (
+        "labels: regression, 0 to 4"
+        in spdtool(*words[:2], numbers(tmp_path), *words[3:], "--set", "regression=true").stdout
+    )
+
+
+def numbers(folder: Path) -> Path:
+    """A file of whole numbers as labels."""
+    (folder / "stars.csv").write_text("text,label\n" + "".join(f"row {i},{i % 5}\n" for i in range(60)), "utf-8")
+    return folder / "stars.csv"
+
+
+def test_rows_that_change_between_stages_are_refused_until_all_is_redone(
+    spdtool: Call, quick_words: tuple[str, ...], rows_file: Path, tmp_path: Path
+) -> None:
+    mine, run = tmp_path / "mine.csv", tmp_path / "run"
+    shutil.copy(rows_file, mine)
+    words = ("--data", mine, *quick_words[2:], "--run", run)
+    assert spdtool("teacher", *words).exit_code == 0
+    lines = mine.read_text("utf-8").splitlines()
+    mine.write_text("\n".join([lines[0], "the film was new,good", *lines[1:]]) + "\n", "utf-8")
+    for call in (("prune", "--run", run), ("compress", *words), ("compress", *words, "--dry-run")):
+        refused(spdtool(*call), "the rows are not those of the stage 'teacher'", "spdtool teacher --again")
+    assert spdtool("teacher", *words, "--again").exit_code == 0
+    assert spdtool("prune", "--run", run).exit_code == 0
+    shutil.copy(rows_file, mine)
+    refused(spdtool("prune", "--run", run, "--again"), "the rows are not those of the stage 'teacher'")
+    assert (run / "prune" / "stage.json").exists(), "nothing was dropped"
+
+
+# Checkpoints of no run ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def theirs(compressed: Path, tmp_path: Path) -> Path:
+    """A sparse checkpoint that comes from somewhere else."""
+    folder = shutil.copytree(compressed / "finetune", tmp_path / "theirs")
+    (folder / "stage.json").unlink()
+    return folder
+
+
+def test_export_and_unpack_of_any_checkpoint(
+    spdtool: Call, theirs: Path, rounded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ("export", "--from", theirs, "--target", "rounded", "--set", "export.values=fp32")
+    called = spdtool(*words, "--json")
+    assert called.exit_code == 0, called.output
+    said = json.loads(called.stdout)
+    assert (said["folder"], said["target"], said["sparsity"], said["values"]) == (
+        "theirs-rounded",
+        "rounded",
+        0.5,
+        "fp32",
+    )
+    assert "50.00% zeros as in its checkpoint" in called.stderr
+    refused(spdtool(*words), "theirs-rounded exists and is not an empty folder")
+    called = spdtool("unpack", "theirs-rounded", "plain", "--json")
+    assert json.loads(called.stdout) == {"folder": "theirs-rounded", "checkpoint": "plain"}
+    assert load_file("plain/model.safetensors").keys() == load_file(theirs / "model.safetensors").keys()
+    refused(spdtool("unpack", "theirs-rounded", "plain"), "plain exists and is not an empty folder")
+    refused(spdtool("unpack", theirs, "other"), "has no onnx/model.onnx", "spdtool export --from")
+
+
+def test_export_of_any_checkpoint_on_data(spdtool: Call, theirs: Path, rows_file: Path, tmp_path: Path) -> None:
+    words = ("--data", rows_file, "--text", "sentence", "--label", "label", "--set", "device=cpu")
+    called = spdtool("export", "--from", theirs, "--to", tmp_path / "out", *words)
+    assert called.exit_code == 0, called.output
+    assert "predictions flipped" in called.stdout
+    assert (tmp_path / "out/onnx/model.onnx").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "messages"),
+    [
+        ((), ("neither --run nor --from was given", "--from CHECKPOINT")),
+        (("--run", "x", "--from", "y"), ("--run and --from exclude each other",)),
+        (("--run", "x", "--to", "y", "--task", "z"), ("--to, --task belongs to --from",)),
+        (("--from", "y", "--again"), ("--again belongs to --run", "--to FOLDER")),
+        (("--from", "y"), ("there is no folder y",)),
+        (("--from", "y", "--target", "onx"), ("did you mean 'onnx'",)),
+        (("--from", "y", "--label", "z"), ("which was not given", "--data FILE")),
+        (("--from", "y", "--set", "export.values=int3"), ("export.values = 'int3'",)),
+    ],
+)
+def test_an_export_that_was_asked_for_wrongly(
+    spdtool: Call, words: tuple[str, ...], messages: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(spdtool("export", *words), *messages)
+    assert list(tmp_path.iterdir()) == []
+
+
+# What the machine refuses ---------------------------------------------------------------------------------------------
+
+
+class SafetensorError(Exception):
+    """Stands for the class of that name in safetensors, which is no OSError."""
+
+
+class OutOfMemoryError(RuntimeError):
+    """Stands for torch's."""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "the disk is full"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), 2, "the disk is full"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), 2, "the disk is full"),
+        (OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 2, "--set prune.accumulate=2"),
+        (MemoryError(), 2, "out of memory"),
+        (OSError(errno.EROFS, "Read-only file system"), 2, "Read-only"),
+        (KeyboardInterrupt(), 130, "the same command goes on from the last snapshot"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+def test_what_stops_a_stage_is_told_without_a_traceback(
+    spdtool: Call,
+    quick_words: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    code: int,
+    message: str,
+) -> None:
+    def stop(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("spdtool.models.load.save", stop)
+    called = spdtool("teacher", *quick_words, "--run", tmp_path / "run")
+    assert called.exit_code == code
+    assert message in called.stderr
+    assert "Traceback" not in called.output
+    assert not (tmp_path / "run/teacher").exists()
+    monkeypatch.undo()
+    assert spdtool("teacher", *quick_words, "--run", tmp_path / "run").exit_code == 0
+
+
+def test_a_bug_of_ours_keeps_its_traceback(spdtool: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr(doctor, "examine", fail)
+    assert isinstance(spdtool("doctor").exception, ZeroDivisionError)
+
+
+def test_a_refused_result_has_an_exit_code_of_its_own(spdtool: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    from spdtool.errors import GateError
+
+    def fail() -> None:
+        raise GateError("not exact")
+
+    monkeypatch.setattr(doctor, "examine", fail)
+    assert spdtool("doctor").exit_code == 3
+
+
+def test_every_error_of_the_tree_exits_with_two_or_three() -> None:
+    def tree(kind: type[SpdError]) -> list[type[SpdError]]:
+        return [kind, *(inner for child in kind.__subclasses__() for inner in tree(child))]
+
+    assert {kind.exit_code for kind in tree(SpdError)} == {2, 3}
+
+
+# The script and make --------------------------------------------------------------------------------------------------
+
+
+def test_the_script_help_imports_no_torch() -> None:
+    code = (
+        "import sys\nfrom spdtool import cli\n"
+        "try:\n    cli.app(['--help'])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'onnxruntime', 'datasets'} & sys.modules.keys()\n"
+        "sys.exit(', '.join(heavy) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "compress" in done.stdout
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_bench_runs_each_missing_stage_in_its_order(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for stage in ("teacher", "prune"):
+        (run / stage).mkdir(parents=True)
+        (run / stage / "stage.json").touch()
+
+    clean = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME")}  # no flags of an outer make
+
+    def planned(*words: str) -> list[str]:
+        done = subprocess.run(
+            ["make", "-n", "bench", *words], cwd=ROOT, capture_output=True, text=True, check=True, env=clean
+        )
+        calls = [line.split() for line in done.stdout.splitlines() if "/spdtool " in line]
+        return [words[1] for words in calls]
+
+    assert planned("TASK=mrpc", f"RUN={run}") == ["distill", "finetune", "export", "bench"]
+    assert planned("TASK=mrpc", f"RUN={tmp_path}/none") == list(cli.STAGES)

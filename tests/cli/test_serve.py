@@ -1,0 +1,236 @@
+"""The commands: predictions of texts and of lines, and the check of a bundle, without torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import spdtool as library
+from spdtool.serving import predict as lines
+
+Call = Callable[..., Any]
+
+
+def piped(*words: Any, given: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "spdtool", *map(str, words)]
+    return subprocess.run(command, input=given, capture_output=True, text=True, check=False)
+
+
+def test_one_text_and_one_pair(spdtool: Call, either: Path) -> None:
+    classify = library.load(either)
+    called = spdtool("predict", either, "good film", "--pair", "bad")
+    assert (called.exit_code, called.stdout.split("\t")[0]) == (0, classify("good film", "bad"))
+    told = json.loads(spdtool("predict", either, "good film", "--json").stdout)
+    assert (told["line"], told["label"]) == (1, classify("good film"))
+    assert told["logits"] == pytest.approx(classify.logits("good film")[0].tolist(), abs=1e-5)
+
+
+LINES = {
+    "text": (["good film", "", "bad {", "a meal\r"], {2: "is empty"}, ["good film", "bad {", "a meal"], None),
+    "tsv": (
+        ["good film\tbad", "alone", "a\tb\tc", "\tx", "bad\tgood"],
+        {2: "has 1 filled columns of 1", 3: "has 3 filled columns of 3", 4: "has 1 filled columns of 2"},
+        ["good film", "bad"],
+        ["bad", "good"],
+    ),
+    "jsonl": (
+        ['{"text": "good film"}', "{", "[1]", '{"text": 3}', '{"text": "\\ud800"}', '{"text": "bad", "pair": null}'],
+        {2: "is no JSON", 3: "is no JSON object", 4: 'has no "text"', 5: "lone surrogate"},
+        ["good film", "bad"],
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("form", LINES)
+def test_lines_keep_their_order_and_wrong_ones_are_named(form: str, either: Path) -> None:
+    given, wrong, texts, pairs = LINES[form]
+    classify = library.load(either)
+    told = list(lines.predict(classify, lines.read(given), batch_size=2))
+    assert [row["line"] for row in told] == list(range(1, len(given) + 1))
+    found = {row["line"]: row["error"] for row in told if "error" in row}
+    assert found.keys() == wrong.keys()
+    assert all(words in found[number] for number, words in wrong.items())
+    assert [row["label"] for row in told if "error" not in row] == classify(texts, pairs)
+
+
+def test_many_lines_with_and_without_a_pair(either: Path) -> None:
+    classify = library.load(either)
+    given = [{"text": f"{'good ' * (n % 9)}film"} | ({"pair": "bad"} if n % 3 else {}) for n in range(70)]
+    told = list(lines.predict(classify, lines.read(map(json.dumps, given)), batch_size=4))
+    for row, sent in zip(told, given, strict=True):
+        expected = classify.logits(sent["text"], sent.get("pair"))[0].tolist()
+        assert row["logits"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_from_a_pipe_and_a_file(either: Path, tmp_path: Path, spdtool: Call) -> None:
+    done = piped("predict", either, "--input", "-", "--json", given="good film\n\nbad\n")
+    assert done.returncode == 2
+    assert [json.loads(line).get("error") for line in done.stdout.splitlines()] == [None, "is empty", None]
+    assert "line 2 is empty" in done.stderr
+    file = tmp_path / "lines.tsv"
+    file.write_text("good film\tbad\nbad\tgood\n")
+    called = spdtool("predict", either, "--input", file, "--format", "tsv")
+    assert called.exit_code == 0
+    labels = library.load(either)(["good film", "bad"], ["bad", "good"])
+    assert [line.split("\t")[0] for line in called.stdout.splitlines()] == labels
+    file.write_bytes(b"\xff\xfe")
+    for words, told in (
+        (("--input", tmp_path / "none"), "there is no file"),
+        (("--input", file), "is no text in UTF-8"),
+        ((), "neither a text nor --input was given"),
+        (("x", "--input", "-"), "a text and --input exclude each other"),
+        (("x", "--text", "a"), "--text names columns of --input"),
+        (("--input", "-", "--text", "a"), "--text names columns, and standard input is read as lines"),
+        (("--input", tmp_path), "is a folder"),
+        (("--input", "-", "--pair", "x"), "--pair belongs to a text"),
+        (("--input", "-", "--format", "csv"), "there is no format 'csv'"),
+        (("x", "--variant", "onnx-fp61"), "did you mean 'onnx-fp16'"),
+    ):
+        called = spdtool("predict", either, *words)
+        assert (called.exit_code, told in called.stderr) == (2, True), called.stderr
+
+
+def test_none_of_them_imports_torch(either: Path) -> None:
+    words = ["predict", str(either), "good film"]
+    code = (
+        "import sys\nfrom spdtool.cli.main import app\n"
+        f"try:\n    app({words!r})\nexcept SystemExit as end:\n    assert not end.code\n"
+        "import spdtool.serving.verify, spdtool.serving.predict, spdtool.serving.batching, spdtool.serving.server\n"
+        "sys.exit(', '.join({'torch', 'transformers', 'onnx', 'datasets'} & sys.modules.keys()) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# The check ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copied(servable: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(servable, tmp_path / "bundle")
+
+
+def test_a_sound_bundle_passes(spdtool: Call, servable: Path) -> None:
+    called = spdtool("serve-check", servable, "--json")
+    assert called.exit_code == 0
+    told = json.loads(called.stdout)
+    assert {name: found["state"] for name, found in told["variants"].items()} == {"onnx": "ok", "onnx-fp16": "ok"}
+    assert all(found["rows"] == 20 and found["difference"] < 1e-4 for found in told["variants"].values())
+
+
+def swap(folder: Path, one: str, other: str) -> None:
+    first, second = (folder / one).read_bytes(), (folder / other).read_bytes()
+    (folder / one).write_bytes(second)
+    (folder / other).write_bytes(first)
+
+
+def flip(folder: Path, name: str) -> None:
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / name).write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda folder: flip(folder, "onnx/model.onnx"), "onnx/model.onnx is damaged"),
+        (lambda folder: flip(folder, "tokenizer.json"), "tokenizer.json is damaged"),
+        (lambda folder: flip(folder, "golden.json"), "golden.json is damaged"),
+        (lambda folder: flip(folder, "selftest.py"), "selftest.py is damaged"),
+        (lambda folder: swap(folder, "config.json", "golden.json"), "config.json has"),
+        (lambda folder: (folder / "onnx/model_fp16.onnx").unlink(), "onnx/model_fp16.onnx is missing"),
+        (lambda folder: (folder / "onnx/model.onnx").write_bytes(b""), "onnx/model.onnx has 0 bytes"),
+    ],
+)
+def test_a_file_that_is_another_is_named(damage: Any, told: str, copied: Path, spdtool: Call) -> None:
+    damage(copied)
+    called = spdtool("serve-check", copied)
+    assert (called.exit_code, told in called.stderr) == (3, True), called.stderr
+
+
+def forge(folder: Path, **changed: Any) -> None:
+    """Change manifest.json, with the true sums of every file."""
+    from spdtool.run.folder import sha256
+
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name in manifest["files"]:
+        file = folder / name
+        manifest["files"][name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+    (folder / "manifest.json").write_text(json.dumps(manifest | changed))
+
+
+def test_a_model_that_was_exchanged_with_its_sum_fails_the_golden_examples(copied: Path, spdtool: Call) -> None:
+    import onnx
+    from onnx import numpy_helper
+
+    model = onnx.load(copied / "onnx/model.onnx")
+    weight = max((tensor for tensor in model.graph.initializer if len(tensor.dims) == 2), key=lambda t: t.ByteSize())
+    weight.CopyFrom(numpy_helper.from_array(2 * numpy_helper.to_array(weight), weight.name))
+    (copied / "onnx/model.onnx").unlink()
+    onnx.save(model, copied / "onnx/model.onnx")
+    forge(copied)
+    called = spdtool("serve-check", copied)
+    assert called.exit_code == 3
+    assert "onnx/model.onnx differs from the checkpoint by" in called.stderr
+
+
+def test_other_tokens_are_seen_though_their_sum_is_right(copied: Path, spdtool: Call) -> None:
+    text = (copied / "tokenizer.json").read_text()
+    (copied / "tokenizer.json").unlink()
+    (copied / "tokenizer.json").write_text(text.replace('"film"', '"flim"'))
+    forge(copied)
+    called = spdtool("serve-check", copied)
+    assert (called.exit_code, "of golden.json has other token ids" in called.stderr) == (3, True)
+
+
+def test_nothing_of_the_folder_is_run(copied: Path, spdtool: Call, tmp_path: Path) -> None:
+    mark = tmp_path / "it ran"
+    (copied / "selftest.py").unlink()
+    (copied / "selftest.py").write_text(f"open({str(mark)!r}, 'w')")
+    for name in ("numpy.py", "onnxruntime.py", "sitecustomize.py"):
+        (copied / name).write_text(f"open({str(mark)!r}, 'w')")
+    (copied / "lib").mkdir()
+    (copied / "lib/ops.so").write_bytes(b"a stranger's code")
+    manifest = json.loads((copied / "manifest.json").read_text())
+    manifest["files"]["lib/ops.so"] = {}
+    wanted = {"file": "lib/ops.so", "distribution": "ops", "platform": "any"}
+    fp16 = manifest["variants"]["onnx-fp16"] | {"target": "strange", "library": wanted}
+    fp16["files"] = [*fp16["files"], "lib/ops.so"]
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    forge(copied, variants=manifest["variants"] | {"onnx-fp16": fp16})
+    called = spdtool("serve-check", copied, "--json")
+    assert called.exit_code == 0, called.output
+    assert json.loads(called.stdout)["variants"]["onnx-fp16"]["state"] == "skipped"
+    assert not mark.exists()
+
+
+def test_what_is_no_bundle_is_refused(spdtool: Call, stage: Any, copied: Path) -> None:
+    called = spdtool("serve-check", stage[0] / "student")
+    assert (called.exit_code, "is no bundle" in called.stderr) == (2, True)
+    called = spdtool("serve-check", stage[0] / "nosuch")
+    assert (called.exit_code, "there is no folder" in called.stderr) == (2, True)
+    forge(copied, files={"../../../../etc/passwd": {"bytes": 1, "sha256": "x"}}, prefer={})
+    assert spdtool("serve-check", copied).exit_code == 2
+
+
+def test_the_self_test_for_those_who_trust_the_folder(servable: Path, copied: Path) -> None:
+    def run(folder: Path) -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, str(folder / "selftest.py")]
+        return subprocess.run(words, capture_output=True, text=True, check=False, env=dict(os.environ))
+
+    done = run(servable)
+    assert (done.returncode, "ok: " in done.stdout, done.stderr) == (0, True, "")
+    flip(copied, "onnx/model_fp16.onnx")
+    done = run(copied)
+    assert (done.returncode, "FAILED  onnx/model_fp16.onnx is damaged" in done.stdout) == (1, True)
+    (copied / "manifest.json").write_text("{")
+    assert run(copied).returncode == 1

@@ -1,0 +1,162 @@
+"""The demo's rows are what its docstring promises, and its model and tokenizer are ordinary ones."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from spdtool import tasks
+from spdtool.data import demo
+from spdtool.errors import DataError
+from spdtool.models.load import layer_stack, prunable_linears
+from spdtool.recipe.fields import Recipe
+from spdtool.tasks import Rows
+
+SEEDS = (0, 1, 7)
+
+
+def event_of(sentence: str) -> demo.Event:
+    """The event that a sentence tells: the grammar read backwards, independently of `Event.say`."""
+    words = sentence.split()
+    if "were" in words:
+        assert words[2] == "were"
+        assert words[4] == "by"
+        return demo.Event((words[5], words[6]), words[3], (words[0], words[1]))
+    return demo.Event((words[0], words[1]), words[2], (words[3], words[4]))
+
+
+@pytest.fixture(scope="module", params=SEEDS)
+def splits(request: pytest.FixtureRequest) -> dict[str, Rows]:
+    return tasks.resolve(Recipe(task="demo")).load(None, request.param)
+
+
+def triples(rows: Rows) -> list[tuple[str, str, int]]:
+    assert rows.second is not None
+    return list(zip(rows.first, rows.second, map(int, rows.labels), strict=True))
+
+
+def test_sizes_and_balance(splits: dict[str, Rows]) -> None:
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 4800, "dev": 960}
+    for rows in splits.values():
+        assert sum(rows.labels) == len(rows) / 2
+        assert len(set(triples(rows))) == len(rows)
+
+
+def test_a_label_says_whether_both_sentences_tell_the_same_event(splits: dict[str, Rows]) -> None:
+    for rows in splits.values():
+        for premise, hypothesis, label in triples(rows):
+            assert demo.LABELS[label] == (
+                "entailment" if event_of(premise) == event_of(hypothesis) else "not_entailment"
+            ), (premise, hypothesis)
+
+
+def test_every_bag_of_words_has_both_labels_equally_often(splits: dict[str, Rows]) -> None:
+    for rows in splits.values():
+        bags: dict[tuple[tuple[str, ...], tuple[str, ...]], Counter[int]] = {}
+        for premise, hypothesis, label in triples(rows):
+            bag = tuple(sorted(premise.split())), tuple(sorted(hypothesis.split()))
+            bags.setdefault(bag, Counter())[label] += 1
+        assert all(count[0] == count[1] for count in bags.values())
+
+
+def test_no_premise_of_dev_is_told_in_train_in_either_voice(splits: dict[str, Rows]) -> None:
+    told = {name: {event_of(premise) for premise in rows.first} for name, rows in splits.items()}
+    assert not told["train"] & told["dev"]
+    assert len(told["train"] | told["dev"]) == 2880
+
+
+def test_all_three_exchanges_and_both_voices_occur(splits: dict[str, Rows]) -> None:
+    kinds, voices = Counter(), Counter()
+    for premise, hypothesis, label in triples(splits["dev"]):
+        true, told = event_of(premise), event_of(hypothesis)
+        voices["were" in hypothesis, label] += 1
+        if not label:
+            kinds[true.doer[0] == told.doer[0], true.doer[1] == told.doer[1]] += 1
+    assert set(kinds) == {(False, False), (True, False), (False, True)}
+    assert min(kinds.values()) > 100
+    assert len(voices) == 4
+    assert min(voices.values()) > 100
+
+
+def test_rows_depend_on_the_seed_alone() -> None:
+    assert demo.load(None, 3) == demo.load(None, 3)
+    assert demo.load(None, 3) != demo.load(None, 4)
+
+
+def test_data_is_refused() -> None:
+    with pytest.raises(DataError, match=r"makes its own rows, and was given mine\.csv"):
+        demo.load("mine.csv", 0)
+
+
+def test_the_tokenizer_is_berts_and_survives_a_folder(tmp_path: Path) -> None:
+    tokens = demo.tokenizer()
+    tokens.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert (tmp_path / "tokenizer.json").is_file()
+    assert again.is_fast
+    for each in (tokens, again):
+        encoded = each("old foxes chased red cats", "Red CATS were chased by old zebras")
+        words = each.convert_ids_to_tokens(encoded["input_ids"])
+        assert words == [
+            *("[CLS]", "old", "foxes", "chased", "red", "cats", "[SEP]"),
+            *("red", "cats", "were", "chased", "by", "old", "[UNK]", "[SEP]"),
+        ]
+        assert encoded["token_type_ids"] == [0] * 7 + [1] * 8
+        assert (each.pad_token_id, each.mask_token, each.model_max_length) == (0, "[MASK]", demo.POSITIONS)
+        assert each("old foxes")["token_type_ids"] == [0, 0, 0, 0]
+
+
+def test_the_vocabulary_knows_every_word_and_every_row_fits(splits: dict[str, Rows]) -> None:
+    tokens = demo.tokenizer()
+    for rows in splits.values():
+        ids = tokens(rows.first, rows.second)["input_ids"]
+        assert not any(tokens.unk_token_id in row for row in ids)
+        assert max(map(len, ids)) == 15
+
+
+def test_the_model_is_fresh_seeded_and_reloads_with_stock_classes(tmp_path: Path) -> None:
+    state = torch.get_rng_state()
+    model, _ = demo.build(5)
+    assert torch.equal(torch.get_rng_state(), state)
+    twin, other = demo.build(5)[0].state_dict(), demo.build(6)[0].state_dict()
+    assert all(torch.equal(weight, twin[name]) for name, weight in model.state_dict().items())
+    assert any(not torch.equal(weight, other[name]) for name, weight in model.state_dict().items())
+    assert len(layer_stack(model)) == 4
+    assert len(prunable_linears(model)) == 24
+    assert model.config.id2label == {0: "not_entailment", 1: "entailment"}
+    model.save_pretrained(tmp_path)
+    eager = AutoModelForSequenceClassification.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    batch = demo.tokenizer()(["old foxes chased red cats"], ["red cats chased old foxes"], return_tensors="pt")
+    with torch.no_grad():
+        seen = eager(**batch, output_attentions=True)
+        torch.testing.assert_close(seen.logits, model.eval()(**batch).logits)
+    assert len(seen.attentions) == 4
+
+
+def test_the_model_learns_the_rows_that_share_their_words() -> None:
+    model, tokens = demo.build(0)
+    rows = demo.load(None, 0)["train"].pick(range(16))
+    batch = tokens(rows.first, rows.second, padding=True, return_tensors="pt")
+    labels = torch.tensor(rows.labels)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(**batch, labels=labels).loss.backward()
+        optimizer.step()
+    assert torch.equal(model(**batch).logits.argmax(1), labels)
+
+
+def test_listing_the_tasks_waits_for_no_heavy_import() -> None:
+    script = (
+        "import sys; from spdtool import plugins; names = [p.name for p in plugins.tasks.parts()];"
+        "assert 'demo' in names and 'rte' in names, names;"
+        "heavy = {'torch', 'transformers', 'datasets', 'tokenizers', 'pyarrow'} & set(sys.modules);"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)

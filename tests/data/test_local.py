@@ -1,0 +1,428 @@
+"""Tasks made of a user's files: every format gives the same rows, and every defect is named with its place."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from spdtool import tasks
+from spdtool.data import local as local_task
+from spdtool.errors import DataError, RecipeError
+from spdtool.models.predict import METRICS
+from spdtool.recipe.fields import Recipe
+from spdtool.tasks import Rows, Task
+
+Records = list[dict[str, Any]]
+FORMATS = ("csv", "tsv", "jsonl", "parquet")
+PLAIN: Records = [{"text": f"row {i}", "label": "yes" if i % 3 else "no"} for i in range(40)]
+
+
+def make(path: Path, records: Records) -> Path:
+    """Write `records` as `path` is called, cells in the format's own way."""
+    columns = list(records[0])
+    ending = path.suffix.removeprefix(".")
+    if ending == "parquet":
+        parquet.write_table(pa.Table.from_pylist(records), path)
+    elif ending == "jsonl":
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    elif ending == "tsv":
+        path.write_text("\n".join("\t".join(map(str, row)) for row in [columns, *(r.values() for r in records)]))
+    else:
+        quoted = [[str(cell).replace('"', '""') for cell in row] for row in [columns, *(r.values() for r in records)]]
+        path.write_text("".join(",".join(f'"{cell}"' for cell in row) + "\r\n" for row in quoted), newline="")
+    return path
+
+
+def local(data: Path, text: tuple[str, ...] = (), label: str | None = None, seed: int = 0) -> Task:
+    return tasks.resolve(Recipe(task="local", data=str(data), text=text, label=label, seed=seed))
+
+
+def rows(data: Path, seed: int = 0, **columns: Any) -> dict[str, Rows]:
+    return local(data, **columns).load(str(data), seed)
+
+
+def texts(split: Rows) -> list[str]:
+    return [*split.first]
+
+
+@pytest.mark.parametrize("ending", FORMATS)
+def test_every_format_gives_the_same_rows(ending: str, tmp_path: Path) -> None:
+    task = local(make(tmp_path / f"mine.{ending}", PLAIN))
+    splits = task.load(None, 0)
+    assert (task.name, task.text, task.labels, task.metrics) == ("local", ("text",), ("no", "yes"), ("accuracy", "f1"))
+    assert not task.regression
+    together = Counter(pair for split in splits.values() for pair in zip(split.first, split.labels, strict=True))
+    assert together == Counter((record["text"], int(record["label"] == "yes")) for record in PLAIN)
+    assert splits["train"].second is None
+    assert splits == rows(make(tmp_path / "twin.csv", PLAIN))
+
+
+@pytest.mark.parametrize("ending", FORMATS)
+def test_a_folder_keeps_its_own_dev_set_and_the_test_set_is_left_alone(ending: str, tmp_path: Path) -> None:
+    pair = [{"first": "a", "second": "b", "score": 0.5}, {"first": "c", "second": "d", "score": 2.0}]
+    make(tmp_path / f"train.{ending}", pair)
+    make(tmp_path / f"validation.{ending}", pair[1:])
+    (tmp_path / f"test.{ending}").write_bytes(b"\xff not read")
+    task = local(tmp_path, text=("second", "first"), label="score")
+    assert task.regression
+    assert task.metrics == ("pearson", "spearman")
+    assert task.load(str(tmp_path), 7) == {
+        "train": Rows(["b", "d"], ["a", "c"], [0.5, 2.0]),
+        "dev": Rows(["d"], ["c"], [2.0]),
+    }
+
+
+def test_a_folder_without_a_dev_set_is_split_like_a_file(tmp_path: Path) -> None:
+    alone = make(tmp_path / "mine.csv", PLAIN)
+    (tmp_path / "folder").mkdir()
+    make(tmp_path / "folder" / "train-00000-of-00001.parquet", PLAIN)
+    assert rows(tmp_path / "folder") == rows(alone)
+
+
+def test_the_drawn_dev_set_is_about_a_tenth_of_each_class_and_depends_on_the_seed(tmp_path: Path) -> None:
+    records = [{"text": f"row {i}", "label": "abc"[(i > 200) + (i > 290)]} for i in range(300)]
+    data = make(tmp_path / "mine.jsonl", records)
+    splits = rows(data, seed=3)
+    shares = {label: count / (201, 90, 9)[label] for label, count in Counter(splits["dev"].labels).items()}
+    assert shares == {label: pytest.approx(0.1, abs=0.035) for label in range(3)}
+    assert not set(splits["train"].first) & set(splits["dev"].first)
+    assert len(splits["train"]) + len(splits["dev"]) == 300
+    numbers = [int(text.split()[1]) for text in splits["train"].first]
+    assert numbers == sorted(numbers)
+    assert rows(data, seed=3) == splits
+    assert rows(data, seed=4) != splits
+
+
+def test_a_class_of_one_row_stays_in_train(tmp_path: Path) -> None:
+    splits = rows(make(tmp_path / "mine.csv", [*PLAIN, {"text": "rare", "label": "maybe"}]))
+    assert "rare" in splits["train"].first
+    assert 0 not in splits["dev"].labels
+
+
+def side_of(splits: dict[str, Rows]) -> dict[tuple[str, ...], str]:
+    return {
+        pair: name
+        for name, split in splits.items()
+        for pair in zip(split.first, split.second or split.first, strict=True)
+    }
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_a_row_that_comes_or_goes_moves_no_other_one(pairs: bool) -> None:
+    texts = [f"row {i}" for i in range(1000)]
+    rows = Rows(texts, texts[::-1] if pairs else None, [i % 2 for i in range(1000)])
+    before = side_of(local_task.split(rows, 0))
+    for picked in ([*range(1, 1000)], [*range(500), *range(501, 1000)], [999, *range(999)]):
+        after = side_of(local_task.split(rows.pick(picked), 0))
+        assert all(before[pair] == side for pair, side in after.items())
+    assert side_of(local_task.split(rows, 1)) != before
+
+
+def test_equal_texts_stay_on_one_side_whatever_their_labels() -> None:
+    rows = Rows([f"row {i % 60}" for i in range(600)], None, [i // 60 % 2 for i in range(600)])
+    for seed in range(20):
+        splits = local_task.split(rows, seed)
+        assert not set(splits["train"].first) & set(splits["dev"].first)
+
+
+def test_every_class_of_two_texts_is_on_both_sides_and_dev_keeps_its_share() -> None:
+    labels = [i for i in range(50) for _ in range(i + 1)]
+    rows = Rows([f"row {i}" for i in range(len(labels))], None, labels)
+    for seed in range(20):
+        splits = local_task.split(rows, seed)
+        assert set(splits["train"].labels) == set(range(50))
+        assert set(splits["dev"].labels) == set(range(1, 50))
+        assert 0.08 < len(splits["dev"]) / len(rows) < 0.14
+
+
+def test_a_regression_draws_its_dev_set_from_all_rows(tmp_path: Path) -> None:
+    splits = rows(make(tmp_path / "mine.tsv", [{"text": f"row {i}", "label": i / 7} for i in range(50)]))
+    assert 4 <= len(splits["dev"]) <= 8
+    assert set(splits["train"].labels) | set(splits["dev"].labels) == {float(str(i / 7)) for i in range(50)}
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "metrics"),
+    [
+        ([10, 9, 100], ("9", "10", "100"), ("accuracy", "f1_macro")),
+        (["10", "9", "b"], ("10", "9", "b"), ("accuracy", "f1_macro")),
+        ([1.0, 0.0, 1], ("0", "1"), ("accuracy", "f1")),
+        ([-1, 1, -1], ("-1", "1"), ("accuracy", "f1")),
+        (["1", "01", "1"], ("01", "1"), ("accuracy", "f1")),
+        ([True, False, True], ("False", "True"), ("accuracy", "f1")),
+        (["pos", "neg", "neg"], ("neg", "pos"), ("accuracy", "f1")),
+        ([1, 2.5, 3], (), ("pearson", "spearman")),
+        (["1e-3", ".5", "2"], (), ("pearson", "spearman")),
+        ([0.5, 1.5, "n/a", "bad", "good"], ("0.5", "1.5", "bad", "good", "n/a"), ("accuracy", "f1_macro")),
+        (["10000000000000000000001", "10000000000000000000002"], None, ("accuracy", "f1")),
+    ],
+)
+def test_labels_decide_between_classes_and_regression(
+    labels: list[Any], classes: tuple[str, ...] | None, metrics: tuple[str, ...], tmp_path: Path
+) -> None:
+    records = [{"text": f"row {i}", "label": label} for i, label in enumerate(labels * 3)]
+    task = local(make(tmp_path / "mine.jsonl", records))
+    assert task.labels == (tuple(labels) if classes is None else classes)
+    assert task.metrics == metrics
+    assert set(metrics) <= METRICS.keys()
+    splits = task.load(None, 0)
+    for split in splits.values():
+        for text, label in zip(split.first, split.labels, strict=True):
+            given = labels[int(text.split()[1]) % len(labels)]
+            assert (
+                label == float(given) if not task.labels else str(given).removesuffix(".0") == task.labels[int(label)]
+            )
+
+
+@pytest.mark.parametrize(
+    ("columns", "text", "label"),
+    [
+        (["id", "sentence", "label"], ("sentence",), "label"),
+        (["text", "target"], ("text",), "target"),
+        (["sentence2", "labels", "sentence1", "idx"], ("sentence1", "sentence2"), "labels"),
+        (["question", "sentence", "label"], ("question", "sentence"), "label"),
+        (["premise", "hypothesis", "label", "genre"], ("premise", "hypothesis"), "label"),
+        (["review body", "label"], ("review body",), "label"),
+    ],
+)
+def test_columns_are_guessed_where_only_one_reading_is_possible(
+    columns: list[str], text: tuple[str, ...], label: str, tmp_path: Path
+) -> None:
+    records = [{name: f"{name} {i % 2}" for name in columns} for i in range(8)]
+    task = local(make(tmp_path / "mine.csv", records))
+    assert task.text == text
+    assert task.labels == (f"{label} 0", f"{label} 1")
+
+
+@pytest.mark.parametrize(
+    ("columns", "given", "problem", "hint"),
+    [
+        (["text", "label", "target"], {}, "more than one column that is clearly the label", "--label"),
+        (["text", "stars"], {}, "no column that is clearly the label; it has 'text', 'stars'", "--label"),
+        (["text", "sentence", "label"], {}, "leaves open which column is the text; it has 'text', 'sen", "--text"),
+        (["title", "body", "label"], {}, "leaves open which column is the text; it has 'title', 'body'", "--text"),
+        (["sentence1", "sentence2", "text", "label"], {}, "leaves open which column is the text", "--text"),
+        (["sentence", "label"], {"text": ("sentense",)}, "no column 'sentense'; it has 'sentence'", "'sentence'"),
+        (["sentence", "label"], {"label": "lable"}, "no column 'lable'", "did you mean 'label'?"),
+        (["sentence;label"], {"label": "label"}, "no column 'label'; it has 'sentence;label'", "separated"),
+        (["text", "label"], {"text": ("text", "text")}, "names the column 'text' twice", "two columns"),
+        (["text", "label"], {"text": ("label",), "label": "label"}, "named as text and as label", "the answer"),
+        (["text", "label"], {"text": ("label",)}, "no column that is clearly the label", "--label"),
+        (["a", "b", "c", "label"], {"text": ("a", "b", "c")}, "names 3 columns: a, b, c", "pair"),
+    ],
+)
+def test_columns_that_cannot_be_told_are_refused(
+    columns: list[str], given: dict[str, Any], problem: str, hint: str, tmp_path: Path
+) -> None:
+    data = make(tmp_path / "mine.csv", [{name: f"{name} {i % 2}" for name in columns} for i in range(8)])
+    with pytest.raises(DataError) as caught:
+        local(data, **given)
+    assert problem in caught.value.message
+    assert hint in str(caught.value.hint)
+
+
+def test_csv_is_quoted_and_tsv_is_not(tmp_path: Path) -> None:
+    comma, tab = tmp_path / "mine.csv", tmp_path / "mine.tsv"
+    odd = 'she said "no\u2028\x85, never"'
+    comma.write_bytes(('\ufefftext,label\r\n"a, ""b""\nc",x\r\n\r\n' + f"{odd[:8]},y\r\nd,x\r\ne,y\r\n").encode())
+    tab.write_bytes(f"\ufefftext\tlabel\r\n\"{odd}\tx\r\n'\ty\nd\tx\ne\ty\n".encode())
+    both = rows(comma, text=("text",))
+    assert sorted(both["train"].first + both["dev"].first) == sorted(['a, "b"\nc', odd[:8], "d", "e"])
+    both = rows(tab, text=("text",))
+    assert sorted(both["train"].first + both["dev"].first) == sorted(['"' + odd, "'", "d", "e"])
+
+
+BAD: dict[str, tuple[str, bytes, str]] = {
+    "empty csv": ("csv", b"", "is empty"),
+    "blank jsonl": ("jsonl", b"\n \n", "is empty"),
+    "header alone": ("csv", b"text,label\n", "has no rows"),
+    "header alone, tsv": ("tsv", b"text\tlabel\n", "has no rows"),
+    "ragged csv": ("csv", b'text,label\n"a\nb",x\nc\n', "line 4: 1 fields where 2 were expected"),
+    "ragged over two lines": ("csv", b'text,label\na,x\n"b\nc"\nd,x\n', "line 3: 1 fields where 2 were expected"),
+    "ragged, too long": ("csv", b"text,label\na,x\nb,c,y\n", "line 3: 3 fields where 2 were expected"),
+    "ragged tsv": ("tsv", b"text\tlabel\na\tx\nb\n", "line 3: 1 fields where 2 were expected"),
+    "open quote": ("csv", b'text,label\na,x\n"b,y\nc,x\n', "row that begins in line 3: unexpected end of data"),
+    "text after a quote": ("csv", b'text,label\n"a"b,x\n', "row that begins in line 2: ',' expected after"),
+    "huge field": ("csv", b"text,label\na,x\n" + b"a" * 200_000 + b",y\n", "line 3: field larger than field limit"),
+    "not utf-8": ("csv", b"text,label\na,x\ncaf\xe9,y\n", "line 3: byte 0xe9 is not UTF-8"),
+    "not utf-8, jsonl": ("jsonl", b'{"text": "caf\xe9", "label": 1}\n', "line 1: byte 0xe9 is not UTF-8"),
+    "name twice": ("csv", b"text,label,label\na,x,y\n", "two columns called 'label'"),
+    "no text": ("csv", b"text,label\na,x\n  ,y\nb,x\nc,y\n", "line 3: no text in the column 'text'"),
+    "no label": ("csv", b"text,label\na,x\nb,\nc,y\n", "line 3: no label"),
+    "null text": ("jsonl", b'{"text": "a", "label": 1}\n{"text": null, "label": 0}\n', "line 2: no text in the column"),
+    "absent text": ("jsonl", b'{"text": "a", "label": 1}\n\n{"label": 0}\n', "line 3: no text in the column"),
+    "absent label": ("jsonl", b'{"text": "a", "label": 1}\n{"text": "b"}\n', "line 2: no label"),
+    "nan label": ("jsonl", b'{"text": "a", "label": 0.5}\n{"text": "b", "label": NaN}\n', "line 2: no label: nan"),
+    "infinite label": ("jsonl", b'{"text": "a", "label": 0.5}\n{"text": "b", "label": Infinity}\n', "line 2: no label"),
+    "list as label": ("jsonl", b'{"text": "a", "label": [1]}\n', "line 1: the label is a list"),
+    "number as text": (
+        "jsonl",
+        b'{"text": 7, "label": 1}\n{"text": 8, "label": 0}\n',
+        "line 1: the column 'text' holds",
+    ),
+    "half a character": (
+        "jsonl",
+        b'{"text": "a", "label": 1}\n{"text": "\\ud83d", "label": 0}\n',
+        "line 2: the column 'text' holds half a surrogate pair",
+    ),
+    "no json": ("jsonl", b'{"text": "a", "label": 1}\n{"text": \n', "line 2: not JSON"),
+    "an array": ("jsonl", b'[{"text": "a", "label": 1}]\n', "line 1: a list, not an object"),
+    "deep json": ("jsonl", b"[" * 200_000 + b"\n", "line 1: not JSON"),
+    "no parquet": ("parquet", b"text,label\na,x\n", "is not a readable parquet file"),
+    "empty parquet": ("parquet", b"", "is not a readable parquet file"),
+    "one class": ("csv", b"text,label\na,x\nb,x\n", "every label in"),
+    "no number": (
+        "csv",
+        b"text,label\na,0.5\nb,1.5\nc,inf\nd,2.5\n",
+        "line 4: the label 'inf' is not a number, and 3 of",
+    ),
+    "no number among whole ones": ("csv", b"text,label\na,1\nb,2\nc,3\nd,?\n", "line 5: the label '?' is not a number"),
+    "utf-16": ("csv", "text,label\na,x\nb,y\n".encode("utf-16"), "is UTF-16, not UTF-8"),
+    "one number": ("csv", b"text,label\na,0.5\nb,0.5\n", "every label in"),
+    "an id as label": ("csv", b"text,label\na,1\nb,2\nc,3\nd,4\n", "4 different labels in 4 rows"),
+    "two rows": ("csv", b"text,label\na,1\nb,2\n", "2 rows are too few"),
+    "unknown ending": ("xlsx", b"PK", "ends in '.xlsx'"),
+    "plain json": ("json", b"[]", "ends in '.json'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_broken_file_is_refused_by_name_and_place(case: str, tmp_path: Path) -> None:
+    ending, content, problem = BAD[case]
+    data = tmp_path / f"mine.{ending}"
+    data.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        rows(data)
+    assert problem in caught.value.message
+    assert caught.value.exit_code == 2
+    if case != "two rows":
+        assert str(data) in caught.value.message
+
+
+def test_the_known_endings_are_listed_and_capitals_do_not_matter(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("text")
+    with pytest.raises(DataError) as caught:
+        rows(tmp_path / "mine.txt")
+    assert caught.value.hint == "known endings: .csv, .tsv, .jsonl, .parquet"
+    assert len(rows(make(tmp_path / "mine.csv", PLAIN).rename(tmp_path / "MINE.CSV"))["train"]) > 30
+
+
+@pytest.mark.parametrize(
+    ("dev", "problem"),
+    [
+        (
+            [{"text": "a", "label": "yes"}, {"text": "b", "label": "maybe"}],
+            "line 3: the label 'maybe' is in no training",
+        ),
+        ([{"sentence": "a", "label": "yes"}], "has no column 'text'; it has 'sentence', 'label'"),
+        ([{"text": "a", "label": ""}], "line 2: no label"),
+    ],
+)
+def test_a_dev_file_that_does_not_fit_train_is_refused(dev: Records, problem: str, tmp_path: Path) -> None:
+    make(tmp_path / "train.csv", PLAIN)
+    file = make(tmp_path / "valid.csv", dev)
+    with pytest.raises(DataError) as caught:
+        rows(tmp_path)
+    assert problem in caught.value.message
+    assert str(file) in caught.value.message
+
+
+def test_a_dev_label_of_a_regression_must_be_a_number(tmp_path: Path) -> None:
+    make(tmp_path / "train.tsv", [{"text": f"row {i}", "label": i / 2} for i in range(9)])
+    make(tmp_path / "dev.tsv", [{"text": "a", "label": 1.5}, {"text": "b", "label": "high"}])
+    with pytest.raises(DataError, match="line 3: the label 'high' is not a number"):
+        rows(tmp_path)
+
+
+def test_a_folder_with_no_or_two_files_of_a_split_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no training rows: looked for train\.csv, .* found nothing"):
+        rows(tmp_path)
+    make(tmp_path / "train.csv", PLAIN)
+    make(tmp_path / "dev.csv", PLAIN)
+    make(tmp_path / "validation.jsonl", PLAIN)
+    with pytest.raises(DataError, match=r"has dev\.csv and validation\.jsonl"):
+        rows(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["dev", "validation", "valid", "val", "eval"])
+@pytest.mark.parametrize("layout", ["{}.csv", "{}/mine.csv", "{}-00000-of-00001.csv"])
+def test_a_folder_may_have_a_file_or_a_folder_for_each_split(layout: str, name: str, tmp_path: Path) -> None:
+    for split in ("train", name):
+        (tmp_path / layout.format(split)).parent.mkdir(exist_ok=True)
+        make(tmp_path / layout.format(split), PLAIN if split == "train" else PLAIN[:7])
+    assert {split: len(found) for split, found in rows(tmp_path).items()} == {"train": 40, "dev": 7}
+    assert "tenth" not in local(tmp_path).about
+
+
+def test_a_file_for_evaluation_beside_a_dev_set_is_left_alone(tmp_path: Path) -> None:
+    for name, count in (("train", 40), ("dev", 7), ("eval", 9)):
+        make(tmp_path / f"{name}.csv", PLAIN[:count])
+    assert len(rows(tmp_path)["dev"]) == 7
+
+
+def test_what_might_have_been_meant_for_the_dev_set_is_named(tmp_path: Path) -> None:
+    make(tmp_path / "train.csv", PLAIN)
+    make(tmp_path / "evaluation.csv", PLAIN)
+    assert "a tenth of its rows is the dev set (left alone: evaluation.csv)" in local(tmp_path).about
+
+
+def test_regression_is_what_the_recipe_says(tmp_path: Path) -> None:
+    stars = make(tmp_path / "stars.csv", [{"text": f"row {i}", "label": i % 5} for i in range(40)])
+    halves = make(tmp_path / "halves.csv", [{"text": f"row {i}", "label": i % 5 / 2} for i in range(40)])
+    mixed = make(tmp_path / "mixed.csv", [{"text": f"row {i}", "label": i % 5 / 2 or "x"} for i in range(40)])
+
+    def task(data: Path, regression: bool | None) -> Task:
+        return tasks.resolve(Recipe(task="local", data=str(data), regression=regression))
+
+    assert (task(stars, None).labels, task(halves, None).labels) == (tuple("01234"), ())
+    assert task(stars, True).labels == ()
+    assert set(task(stars, True).load(None, 0)["train"].labels) == {0.0, 1.0, 2.0, 3.0, 4.0}
+    assert task(halves, False).labels == ("0", "0.5", "1", "1.5", "2")
+    assert task(mixed, False).labels == ("0.5", "1", "1.5", "2", "x")
+    for regression in (None, True):
+        with pytest.raises(DataError, match="line 2: the label 'x' is not a number, and 32 of 40 are"):
+            task(mixed, regression)
+    with pytest.raises(RecipeError, match="knows its own columns and labels"):
+        tasks.resolve(Recipe(task="cola", regression=True))
+
+
+def test_a_column_whose_name_holds_a_comma(tmp_path: Path) -> None:
+    data = make(tmp_path / "mine.csv", [{"a, b": f"row {i}", "c": "other", "label": i % 2} for i in range(8)])
+    assert local(data, text=("a", "b")).text == ("a, b",)
+    pair = make(tmp_path / "pair.csv", [{"a,b": "x", "a": "y", "b": f"z{i}", "label": i % 2} for i in range(8)])
+    assert local(pair, text=("a", "b")).text == ("a", "b")
+
+
+def test_columns_without_a_name_are_passed_over(tmp_path: Path) -> None:
+    data = tmp_path / "mine.csv"
+    data.write_text(",text,label,\n" + "".join(f"{i},row {i},{i % 2},\n" for i in range(8)))
+    assert len(rows(data)["train"]) == 6
+
+
+def test_data_must_be_given_and_must_exist(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="needs rows"):
+        tasks.resolve(Recipe(task="local"))
+    with pytest.raises(DataError, match="does not exist"):
+        local(tmp_path / "none.csv")
+
+
+def test_load_reads_the_data_that_it_is_given(tmp_path: Path) -> None:
+    task = local(make(tmp_path / "mine.csv", PLAIN))
+    other = make(tmp_path / "other.csv", [{"text": f"other {i}", "label": "yes" if i % 2 else "no"} for i in range(20)])
+    assert all(text.startswith("other") for text in texts(task.load(str(other), 0)["train"]))
+    assert all(text.startswith("row") for text in texts(task.load(None, 0)["train"]))
+
+
+def test_max_rows_of_a_sorted_file_still_shows_every_class(tmp_path: Path) -> None:
+    data = make(tmp_path / "mine.csv", sorted(PLAIN, key=lambda record: record["label"]))
+    recipe = Recipe(task="local", data=str(data), max_rows=12)
+    splits = tasks.rows(tasks.resolve(recipe), recipe)
+    assert len(splits["train"]) == 12
+    assert set(splits["train"].labels) == {0, 1}
+    assert splits == tasks.rows(tasks.resolve(recipe), recipe)

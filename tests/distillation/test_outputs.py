@@ -1,0 +1,89 @@
+"""Observation: what the losses see of one forward pass; over all families in `test_architectures.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from spdtool.distillation.outputs import _SoftmaxInputs, observe
+from spdtool.models import load as encoders
+
+
+@pytest.fixture
+def model(toys: Any) -> Any:
+    made = toys.classifier("bert")
+    encoders.prime(made)
+    return made
+
+
+def inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: column for name, column in batch.items() if name != "labels"}
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("attention", [None, "scores", "probabilities"])
+def test_only_what_is_asked_for_is_kept(model: Any, toys: Any, hidden: bool, attention: str | None) -> None:
+    seen = observe(model, toys.batch(), hidden=hidden, attention=attention)
+    assert torch.equal(seen.logits, model(**inputs(toys.batch())).logits)
+    assert (seen.hidden is not None) == hidden
+    assert (seen.attention is not None) == (attention is not None)
+    if seen.hidden is not None:
+        assert [tuple(state.shape) for state in seen.hidden] == [(5, 11, 32)] * 4
+        assert all(torch.isfinite(state).all() for state in seen.hidden)
+    if seen.attention is not None:
+        assert [tuple(scores.shape) for scores in seen.attention] == [(5, 2, 11, 11)] * 3
+
+
+def test_the_labels_do_not_reach_the_model(model: Any, toys: Any) -> None:
+    batch = toys.batch()
+    batch["labels"] = torch.full((5,), 99)  # the model's own loss would fail on it
+    assert observe(model, batch).logits.shape == (5, 2)
+
+
+def test_scores_are_before_dropout_and_probabilities_after(toys: Any) -> None:
+    model = toys.classifier("bert", attention_probs_dropout_prob=0.5)
+    encoders.prime(model)
+    model.train()
+    torch.manual_seed(0)
+    scores = observe(model, toys.batch(), attention="scores").attention
+    torch.manual_seed(0)
+    probabilities = observe(model, toys.batch(), attention="probabilities").attention
+    assert scores is not None
+    assert probabilities is not None
+    for raw, dropped in zip(scores, probabilities, strict=True):
+        zero = dropped[0] == 0  # row 0 has no padding
+        assert 0.3 < float(zero.float().mean()) < 0.7
+        torch.testing.assert_close(dropped[0][~zero], 2 * raw[0].softmax(-1)[~zero])
+
+
+def test_gradients_flow_through_what_was_seen(model: Any, toys: Any) -> None:
+    seen = observe(model, toys.batch(), hidden=True, attention="scores")
+    assert seen.attention is not None
+    seen.attention[-1][0].square().sum().backward()
+    query = model.bert.encoder.layer[-1].attention.self.query.weight
+    assert query.grad is not None
+    assert bool((query.grad != 0).any())
+
+
+def test_only_softmaxes_over_pairs_of_tokens_are_kept_and_each_once() -> None:
+    square = torch.randn(2, 3, 4, 4)
+    with _SoftmaxInputs() as mode:
+        results = [
+            F.softmax(square, dim=-1),
+            torch.softmax(square + 1, -1),
+            (square + 2).softmax(dim=-1),
+            nn.Softmax(dim=-1)(square + 3),
+        ]
+        F.softmax(torch.randn(2, 3), dim=-1)
+        F.softmax(torch.randn(2, 3, 4, 5), dim=-1)
+        F.log_softmax(square, dim=-1)
+    assert len(mode.seen) == 4
+    for offset, (seen, result) in enumerate(zip(mode.seen, results, strict=True)):
+        torch.testing.assert_close(seen, square + offset)
+        torch.testing.assert_close(result, (square + offset).softmax(-1))
+    F.softmax(square, dim=-1)
+    assert len(mode.seen) == 4, "nothing is watched outside the block"

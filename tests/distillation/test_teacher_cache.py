@@ -1,0 +1,230 @@
+"""The teacher's outputs are computed once, and teach the same as the teacher that looks at every batch."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from spdtool import ranks as processes
+from spdtool.data import cache
+from spdtool.data import tokens as data
+from spdtool.distillation import outputs as observation
+from spdtool.distillation import teacher_cache as teacher_outputs
+from spdtool.errors import PeerLost
+from spdtool.models import collectives
+from spdtool.recipe.fields import Recipe
+from spdtool.run.folder import Run
+from spdtool.stages import student
+from spdtool.stages.prune import prune
+from spdtool.training import checkpoint as snapshot
+
+# epsilon: where a gradient is nothing but rounding, AdamW would step by rounding alone
+CALM = ("prune.epochs=2", "prune.dropout=0.0", "prune.epsilon=1e-4")
+LESSONS = {
+    "logits": ("prune.loss.hidden=0.0",),
+    "hidden": (),
+    "relation": ("prune.loss.hidden=0.0", "prune.loss.relation=1.0", "prune.loss.relation_heads=2"),
+    "one layer of two": ("prune.loss.layer_map=[2, 2]",),
+}
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "spdtool"
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Every model that looks at a batch."""
+    seen: list[Any] = []
+
+    def observe(model: Any, *args: Any, **options: Any) -> observation.Observation:
+        seen.append("student" if any(weight.requires_grad for weight in model.parameters()) else "teacher")
+        return observation.observe(model, *args, **options)
+
+    monkeypatch.setattr(student, "observe", observe)
+    return seen
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    return load_file(run.read("prune") / "model.safetensors")
+
+
+@pytest.mark.parametrize("start", [1.0, 0.5])
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_a_phase_learns_the_same_without_looking_at_the_teacher(
+    toy_run: Callable[..., Run], looks: list[Any], monkeypatch: pytest.MonkeyPatch, lesson: str, start: float
+) -> None:
+    sets = (*CALM, *LESSONS[lesson], f"prune.grafting.start={start}")
+    kept = toy_run(*sets, until="teacher", folder="kept")
+    prune(kept)
+    steps = looks.count("student")
+    assert looks.count("teacher") < steps, "once over the rows, in larger batches"
+    assert looks == ["teacher"] * looks.count("teacher") + ["student"] * steps
+    looks.clear()
+    plain = toy_run(*sets, until="teacher", folder="plain")
+    monkeypatch.setattr(teacher_outputs, "worth_keeping", lambda *_: False)
+    prune(plain)
+    assert looks == ["teacher", "student"] * steps
+    ours, theirs = weights(kept), weights(plain)
+    for name, weight in theirs.items():
+        torch.testing.assert_close(ours[name], weight, rtol=0, atol=1e-4)
+
+
+def test_a_phase_that_is_killed_goes_on_with_what_is_kept(
+    toy_run: Callable[..., Run], looks: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed at its first snapshot, with the bits of a run that nobody disturbed in the end."""
+    calm = toy_run(*CALM, until="teacher", folder="calm")
+    prune(calm)
+    killed = toy_run(*CALM, until="teacher", folder="killed")
+    looks.clear()
+    write = snapshot.write
+
+    def killing(*args: Any) -> None:
+        write(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(snapshot, "write", killing)
+    with pytest.raises(KeyboardInterrupt):
+        prune(killed)
+    monkeypatch.setattr(snapshot, "write", write)
+    prune(Run.open(killed.path))
+    assert set(looks) == {"student"}, "both were found in the cache"
+    ours, theirs = weights(killed), weights(calm)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_what_is_lost_on_the_way_is_computed_again(toy_run: Callable[..., Run], looks: list[Any], home: Path) -> None:
+    first = toy_run(*CALM, until="teacher", folder="first")
+    prune(first)
+    shutil.rmtree(home / "teacher-states")
+    looks.clear()
+    second = toy_run(*CALM, until="teacher", folder="second")
+    prune(second)
+    assert looks[0] == "teacher"
+    assert all(torch.equal(weight, weights(first)[name]) for name, weight in weights(second).items())
+
+
+def test_hidden_states_for_which_there_is_no_room_are_not_kept_in_memory_either(
+    toy_run: Callable[..., Run], looks: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "stored", lambda *_: None)
+    run = toy_run(*CALM, until="teacher")
+    prune(run)
+    assert looks == ["teacher", "student"] * (len(looks) // 2)
+
+
+@pytest.fixture
+def pays(toys: Any) -> Callable[..., bool]:
+    """`pays("field=value", ..., rows=100)`: whether the teacher's outputs are worth keeping in the prune phase."""
+
+    def asked(*sets: str, rows: int = 100) -> bool:
+        recipe: Recipe = toys.recipe("prune.epochs=2", "prune.batch_size=8", *sets)
+        encoded = data.tokenise(toys.tokenizer(), toys.rows(rows), 32)
+        return teacher_outputs.worth_keeping(recipe, "prune", encoded, toys.bert(), (0, 1, 2))
+
+    return asked
+
+
+def test_hidden_states_are_kept_where_they_are_read_twice(pays: Callable[..., bool]) -> None:
+    others = [f"{phase}.loss.hidden=0.0" for phase in ("distill", "finetune")]
+    assert pays()
+    assert pays(*others)
+    assert not pays(*others, "prune.epochs=1")
+    assert pays("prune.epochs=1", "distill.epochs=1"), "the phases share them"
+
+
+def test_logits_alone_are_kept_for_one_epoch(pays: Callable[..., bool]) -> None:
+    assert pays("prune.loss.hidden=0.0", "prune.epochs=1")
+    assert not pays("prune.loss.hidden=0.0", "prune.max_steps=2"), "one run over all rows costs more"
+
+
+@pytest.mark.parametrize(
+    "needs_more",
+    ["prune.loss.attention=1.0", "prune.loss.mask_padding=false", "teacher_states_gb=0", "teacher_states_gb=1e-6"],
+)
+def test_what_cannot_be_kept_is_not(pays: Callable[..., bool], needs_more: str) -> None:
+    assert not pays(needs_more)
+
+
+def test_what_depends_on_the_padding_is_not_kept(toys: Any) -> None:
+    """Padding on the left moves the tokens to other positions."""
+    tokenizer = toys.tokenizer()
+    tokenizer.padding_side = "left"
+    rows, recipe = data.tokenise(tokenizer, toys.rows(100), 32), toys.recipe("prune.epochs=2")
+    assert not teacher_outputs.worth_keeping(recipe, "prune", rows, toys.bert(), (0, 1, 2))
+
+
+def test_nothing_is_kept_on_a_full_disk(pays: Callable[..., bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teacher_outputs, "_free", lambda: 1000)
+    assert not pays()
+
+
+def look(model: Any, made: list[int]) -> teacher_outputs.Look:
+    def looking(batch: dict[str, torch.Tensor]) -> observation.Observation:
+        made.append(len(batch["labels"]))
+        with torch.no_grad():
+            return observation.observe(model, batch, hidden=True)
+
+    return looking
+
+
+def test_they_belong_to_the_teacher_and_the_rows(toys: Any) -> None:
+    made: list[int] = []
+
+    def of(model: Any, rows: Any) -> Any:
+        return teacher_outputs.beside(rows, model, look(model, made), (0, 1, 2))
+
+    rows, other = (data.tokenise(toys.tokenizer(), toys.rows(20, seed), 32) for seed in (0, 1))
+    first, again = of(toys.bert(), rows), of(toys.bert(), rows)
+    assert made == [20]
+    assert np.array_equal(first.per_token[teacher_outputs.STATES], again.per_token[teacher_outputs.STATES])
+    of(toys.bert(seed=1), rows)
+    of(toys.bert(), other)
+    assert made == [20, 20, 20]
+
+
+def test_a_batch_gets_the_states_of_its_own_tokens(toys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teacher_outputs, "PIECE", 20_000)  # several, so that rows and pieces must fit together
+    rows, model = data.tokenise(toys.tokenizer(), toys.rows(30), 32), toys.bert()
+    made: list[int] = []
+    kept = teacher_outputs.beside(rows, model, look(model, made), (0, 1, 2))
+    assert len(made) > 1
+    batch = {name: torch.from_numpy(column) for name, column in kept.collate(np.array([7, 2, 29])).items()}
+    shown = teacher_outputs.take(batch)
+    assert shown is not None
+    assert shown.hidden is not None
+    fresh, real = look(model, [])(batch), batch["attention_mask"].bool()
+    torch.testing.assert_close(shown.logits, fresh.logits)
+    for mine, its in zip(shown.hidden, fresh.hidden or (), strict=True):
+        torch.testing.assert_close(mine[real], its[real])
+        assert not mine[~real].any()
+
+
+def test_the_others_do_not_wait_for_ever_for_a_first_rank_that_fails(
+    toys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one raises before it reaches the place where they meet; the others are told that it has gone."""
+    rows, model = data.tokenise(toys.tokenizer(), toys.rows(20), 32), toys.bert()
+
+    def broken(_: Any) -> Any:
+        raise MemoryError
+
+    def gone() -> None:
+        raise PeerLost("it has ended")
+
+    with pytest.raises(MemoryError):
+        teacher_outputs.beside(rows, model, broken, (0,))
+    monkeypatch.setattr(processes, "is_main", lambda: False)
+    monkeypatch.setattr(collectives, "wait", gone)
+    with pytest.raises(PeerLost):
+        teacher_outputs.beside(rows, model, broken, (0,))

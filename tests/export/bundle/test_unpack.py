@@ -1,0 +1,115 @@
+"""From an exported folder back to a checkpoint that transformers opens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from transformers import AutoModelForSequenceClassification
+
+from spdtool.errors import ModelError, RunError, UnknownName
+from spdtool.export.bundle.unpack import unpack
+from spdtool.export.graph.trace import Onnx
+from spdtool.models import load as encoders
+
+Export = Callable[..., Path]
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, toys: ModuleType) -> Path:
+    """A checkpoint with zeros and label names."""
+    model = toys.bert(id2label={0: "good", 1: "bad"}, label2id={"good": 0, "bad": 1})
+    for weight in encoders.prunable_linears(model).values():
+        weight.data.view(-1)[np.arange(weight.numel()) % 4 > 0] = 0
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data += torch.linspace(0.1, 0.2, len(parameter))  # the exporter drops a bias of zeros
+    encoders.save(model, toys.tokenizer(), tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+@pytest.fixture
+def export(tmp_path: Path, toys: ModuleType, checkpoint: Path, rounded: Any) -> Export:
+    """`export("fp32")`: the folder of its export by the target that rounds."""
+
+    def make(values: str = "fp32") -> Path:
+        folder: Path = tmp_path / "export" / "student"
+        rounded.export(checkpoint, folder, toys.recipe(f"export.values={values}"))
+        return folder
+
+    return make
+
+
+def test_stored_exactly_every_bit_comes_back(export: Export, checkpoint: Path, tmp_path: Path) -> None:
+    folder = export()
+    assert unpack(folder.parent, tmp_path / "out") == folder
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (checkpoint / name).read_bytes(), name
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "export", "out"]
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert model.config.id2label == {0: "good", 1: "bad"}
+    before, after = (encoders.load_tokenizer(place)("good film", "bad") for place in (checkpoint, tmp_path / "out"))
+    assert dict(before) == dict(after)
+
+
+def test_rounded_it_holds_what_the_file_holds(export: Export, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()  # an empty folder is as good as none
+    unpack(export("fp16"), tmp_path / "out")
+    before, after = (load_file(place / "model.safetensors") for place in (checkpoint, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        np.testing.assert_array_equal(after[name], weight.astype(np.float16).astype(np.float32))
+
+
+def test_what_is_there_is_not_overwritten(export: Export, tmp_path: Path) -> None:
+    folder = export()
+    for name in ("full", "file"):
+        (tmp_path / name).mkdir() if name == "full" else (tmp_path / name).write_text("mine")
+    (tmp_path / "full/thesis.tex").write_text("years of work")
+    for name in ("full", "file"):
+        with pytest.raises(RunError, match="is not an empty folder"):
+            unpack(folder, tmp_path / name)
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.tex"]
+
+
+def test_a_target_without_weights_is_refused(checkpoint: Path, tmp_path: Path, toys: ModuleType) -> None:
+    Onnx.export(checkpoint, tmp_path / "plain", toys.recipe())
+    with pytest.raises(ModelError, match="has no manifest.json: a plain ONNX export, which cannot be unpacked"):
+        unpack(tmp_path / "plain", tmp_path / "out")
+
+
+def test_a_target_that_is_not_installed_is_named(export: Export, tmp_path: Path) -> None:
+    folder = export()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"target": "nowhere"}))
+    with pytest.raises(UnknownName, match="'nowhere'"):
+        unpack(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("fault", ["missing", "shape", "unknown"])
+def test_weights_that_do_not_make_the_model(export: Export, tmp_path: Path, rounded: Any, fault: str) -> None:
+    folder = export()
+    held = dict(rounded.weights(folder))
+    name = "bert.pooler.dense.bias"
+    if fault == "missing":
+        del held[name]
+    elif fault == "shape":
+        held[name] = held[name][:-1]
+    else:
+        held["bert.nothing"] = held[name]
+    rounded.weights = staticmethod(lambda _folder: iter(held.items()))
+    message = {
+        "missing": f"lacks 1 of the weights .* among them {name}",
+        "shape": f"{name} of shape .* the model has shape",
+        "unknown": "bert.nothing .* the model has no such weight",
+    }[fault]
+    with pytest.raises(ModelError, match=message):
+        unpack(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

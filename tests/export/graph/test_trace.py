@@ -1,0 +1,349 @@
+"""The ONNX file: its axes, its names, its zeros, its logits; over every architecture of the table."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+
+from spdtool import plugins
+from spdtool.data import tokens as data
+from spdtool.data.tokens import Encoded
+from spdtool.errors import GateError, ModelError
+from spdtool.export.gates import logits as parity
+from spdtool.export.graph import trace as export
+from spdtool.export.graph.trace import Onnx
+from spdtool.models import load as encoders
+from spdtool.models.predict import torch_forward
+from spdtool.recipe.fields import Recipe
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 40,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+}
+ONE = {"num_hidden_layers": 1}  # where a second layer is traced for nothing new
+# Name -> configuration beyond SIZES, and whether the tokenizer gives token types.
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any], bool]] = {
+    "bert": ("bert", {}, True),
+    "roberta": ("roberta", ONE, False),
+    "xlm-roberta": ("xlm-roberta", ONE, False),
+    "distilbert": (
+        "distilbert",
+        {"dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 64, "sinusoidal_pos_embds": False},
+        False,
+    ),
+    "electra": ("electra", {"embedding_size": 16} | ONE, True),
+    "mpnet": ("mpnet", ONE, False),
+    "deberta-v2": (
+        "deberta-v2",
+        {
+            "relative_attention": True,
+            "position_buckets": 8,
+            "pos_att_type": ["p2c", "c2p"],
+            "norm_rel_ebd": "layer_norm",
+            "share_att_key": True,
+            "position_biased_input": False,
+            "type_vocab_size": 0,
+        }
+        | ONE,
+        True,
+    ),
+    "modernbert": (
+        "modernbert",
+        {
+            "local_attention": 6,
+            "global_attn_every_n_layers": 2,
+            "bos_token_id": 2,
+            "cls_token_id": 2,
+            "sep_token_id": 3,
+            "eos_token_id": 3,
+        },
+        False,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A checkpoint, its exported folder, and dev rows for it."""
+
+    checkpoint: Path
+    folder: Path
+    files: list[Path]
+    rows: Encoded
+
+    @property
+    def zeros(self) -> dict[str, tuple[int, int]]:
+        return encoders.zeros(self.checkpoint, list(encoders.prunable_linears(encoders.load(self.checkpoint))))
+
+
+def checkpoint(name: str, folder: Path, toys: ModuleType) -> Any:
+    """Save a tiny random classifier with 70 % zeros in every prunable matrix; return its tokenizer."""
+    kind, options, typed = ARCHITECTURES[name]
+    config = AutoConfig.for_model(
+        kind, **SIZES | {"vocab_size": len(toys.WORDS), "id2label": {0: "no", 1: "maybe", 2: "yes"}} | options
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        model = AutoModelForSequenceClassification.from_config(config).eval()
+        for weight in encoders.prunable_linears(model).values():
+            weight.data[torch.rand_like(weight) < 0.7] = 0
+    given = ["input_ids", "attention_mask", *(["token_type_ids"] if typed else [])]
+    core = toys.tokenizer()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core.backend_tokenizer,
+        model_input_names=given,
+        model_max_length=32,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+    )
+    encoders.save(model, tokenizer, folder)
+    return encoders.load_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> Callable[[str], Exported]:
+    """`exported("bert")`: exported once for the whole module; not to be altered."""
+    made: dict[str, Exported] = {}
+
+    def make(name: str) -> Exported:
+        if name not in made:
+            place = tmp_path_factory.mktemp(name)
+            tokenizer = checkpoint(name, place / "checkpoint", toys)
+            splits = data.encode(tokenizer, {"dev": toys.rows(12, pairs=True)}, 32)
+            files = Onnx.export(place / "checkpoint", place / "out", Recipe())
+            made[name] = Exported(place / "checkpoint", place / "out", files, splits["dev"])
+        return made[name]
+
+    return make
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+class TestArchitectures:
+    def test_logits_are_the_checkpoint_s(self, name: str, exported: Callable[[str], Exported]) -> None:
+        made = exported(name)
+        model = encoders.load(made.checkpoint, eager=True)
+        batches = list(parity.probes(model, made.rows, 12))
+        largest, where = parity.parity(torch_forward(model), Onnx.session(made.folder, threads=1), batches, 1e-4)
+        assert 0 < largest < 1e-4
+        assert where
+        assert any(batch["input_ids"].shape == (1, 1) for _, batch in batches)
+        assert any(batch["input_ids"].shape == (1, parity.positions(model)) for _, batch in batches)
+
+    def test_zeros_of_every_matrix_are_the_checkpoint_s(self, name: str, exported: Callable[[str], Exported]) -> None:
+        made = exported(name)
+        audited = Onnx.audit(made.folder)
+        parity.check_zeros(audited, made.zeros)
+        assert all(audited[key] == count for key, count in made.zeros.items())
+        assert 0.6 < sum(z for z, _ in made.zeros.values()) / sum(s for _, s in made.zeros.values()) < 0.8
+
+    def test_axes_inputs_and_output(self, name: str, exported: Callable[[str], Exported]) -> None:
+        graph = onnx.load(exported(name).files[0]).graph
+        typed = ARCHITECTURES[name][2]
+        assert [value.name for value in graph.input] == list(export.INPUTS[: 3 if typed else 2])
+        for value in graph.input:
+            assert [axis.dim_param for axis in value.type.tensor_type.shape.dim] == ["batch", "sequence"]
+        assert [value.name for value in graph.output] == ["logits"]
+        assert [axis.dim_param for axis in graph.output[0].type.tensor_type.shape.dim] == ["batch", ""]
+
+
+def test_layout_is_that_of_hugging_face_clients(exported: Callable[[str], Exported]) -> None:
+    made = exported("bert")
+    found = sorted(str(path.relative_to(made.folder)) for path in made.folder.rglob("*") if path.is_file())
+    assert found == ["config.json", "onnx/model.onnx", "tokenizer.json", "tokenizer_config.json"]
+    assert made.files == [made.folder / "onnx/model.onnx"]
+    config = json.loads((made.folder / "config.json").read_text())
+    assert config["id2label"] == {"0": "no", "1": "maybe", "2": "yes"}
+    assert encoders.load_tokenizer(made.folder)("good film")["input_ids"]
+
+
+def test_no_path_of_this_machine_is_in_any_file(exported: Callable[[str], Exported]) -> None:
+    made = exported("bert")
+    here = [str(Path(torch.__file__).parents[1]), str(Path(__file__).parents[2]), str(made.checkpoint)]
+    for file in made.folder.rglob("*"):
+        content = file.read_bytes() if file.is_file() else b""
+        for trace in (*here, "site-packages", ".py", "stack_trace"):
+            assert trace.encode() not in content, f"{trace} in {file}"
+
+
+def test_two_exports_are_byte_identical_and_silent(
+    exported: Callable[[str], Exported],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    made = exported("bert")
+    monkeypatch.setattr(export, "_traced", None)  # traced anew
+    capfd.readouterr()
+    again = Onnx.export(made.checkpoint, tmp_path / "elsewhere", Recipe())
+    Onnx.session(tmp_path / "elsewhere")
+    assert capfd.readouterr() == ("", "")
+    assert again[0].read_bytes() == made.files[0].read_bytes()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "elsewhere" / name).read_bytes() == (made.folder / name).read_bytes()
+
+
+def test_the_file_is_valid_and_keeps_the_opset(exported: Callable[[str], Exported]) -> None:
+    proto = onnx.load(exported("bert").files[0])
+    onnx.checker.check_model(proto, full_check=True)
+    assert [(entry.domain, entry.version) for entry in proto.opset_import] == [("", 18)]
+
+
+def test_another_opset_can_be_chosen(exported: Callable[[str], Exported], tmp_path: Path) -> None:
+    made = exported("bert")
+    recipe = Recipe.model_validate({"export": {"opset": 20}})
+    (file,) = Onnx.export(made.checkpoint, tmp_path, recipe)
+    assert onnx.load(file).opset_import[0].version == 20
+    model = encoders.load(made.checkpoint)
+    parity.parity(torch_forward(model), Onnx.session(tmp_path), parity.probes(model, made.rows, 4), 1e-4)
+
+
+def test_transposed_weights_are_called_so(exported: Callable[[str], Exported]) -> None:
+    made = exported("bert")
+    weights = dict(encoders.load(made.checkpoint).named_parameters())
+    found = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(made.files[0]).graph.initializer}
+    name = "bert.encoder.layer.1.attention.self.key.weight"
+    np.testing.assert_array_equal(found[f"{name}.T"], weights[name].detach().numpy().T)
+    np.testing.assert_array_equal(found["classifier.weight"], weights["classifier.weight"].detach().numpy())
+
+
+def test_equal_weights_share_a_constant_and_are_all_audited(tmp_path: Path, toys: ModuleType) -> None:
+    model = toys.bert()
+    first, second = (f"bert.encoder.layer.{layer}.attention.self.query.weight" for layer in (0, 1))
+    weights = encoders.prunable_linears(model)
+    weights[first].data[:, ::2] = 0
+    weights[second].data.copy_(weights[first])
+    shared = numpy_helper.from_array(np.ascontiguousarray(weights[first].detach().numpy().T), "val_7")
+    node = helper.make_node("MatMul", ["x", "val_7"], ["logits"])
+    proto = helper.make_model(helper.make_graph([node], "g", [], [], [shared]))
+    export.name_weights(proto, model)
+    assert proto.graph.initializer[0].name == f"{first}.T"
+    assert list(proto.graph.node[0].input) == ["x", f"{first}.T"]
+    export.write(proto, tmp_path / export.FILE)
+    audited = Onnx.audit(tmp_path)
+    assert audited[first] == audited[second] == (512, 1024)
+
+
+def test_beyond_the_limit_weights_go_to_a_second_file(
+    exported: Callable[[str], Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = exported("bert")
+    monkeypatch.setattr(export, "ONE_FILE_BYTES", 1000)
+    for _ in range(2):  # a second export does not append to the first
+        files = export.write(onnx.load(made.files[0]), tmp_path / export.FILE)
+    assert [file.name for file in files] == ["model.onnx", "model.onnx_data"]
+    assert files[0].stat().st_size < files[1].stat().st_size < made.files[0].stat().st_size
+    parity.check_zeros(Onnx.audit(tmp_path), made.zeros)
+    batch = made.rows.collate([0, 1])
+    assert (Onnx.session(tmp_path)(batch) == Onnx.session(made.folder)(batch)).all()
+
+
+def test_a_missing_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError):
+        Onnx.export(tmp_path / "none", tmp_path / "out", Recipe())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_is_traced_again_once_it_has_changed(
+    exported: Callable[[str], Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that lies elsewhere is the same; one with another weight is not."""
+    made, traced = exported("bert"), []
+    monkeypatch.setattr(export, "trace", lambda *given: traced.append(given) or onnx.load(made.files[0]))
+    monkeypatch.setattr(export, "_traced", None)
+    shutil.copytree(made.checkpoint, tmp_path / "same")
+    shutil.copytree(made.checkpoint, tmp_path / "other")
+    model = encoders.load(made.checkpoint)
+    model.classifier.bias.data += 1
+    encoders.save(model, encoders.load_tokenizer(made.checkpoint), tmp_path / "other")
+    with export.remembering():
+        for folder in (made.checkpoint, tmp_path / "same", tmp_path / "other", tmp_path / "same"):
+            export.graph(folder, 18)
+        with export.remembering():
+            export.graph(tmp_path / "other", 18)
+    assert len(traced) == 2
+    export.graph(made.checkpoint, 18)
+    assert len(traced) == 3
+
+
+def test_a_frozen_axis_is_refused(monkeypatch: pytest.MonkeyPatch, toys: ModuleType) -> None:
+    class Program:
+        model_proto = helper.make_model(
+            helper.make_graph([], "g", [helper.make_tensor_value_info("input_ids", TensorProto.INT64, [2, 9])], [])
+        )
+
+    monkeypatch.setattr(torch.onnx, "export", lambda *_given, **_named: Program())
+    with pytest.raises(GateError, match=r"froze the axes of input_ids as \[2, 9\]"):
+        export.trace(toys.bert(), ["input_ids"], 18)
+
+
+class TestPlantedFaults:
+    @pytest.fixture
+    def altered(self, exported: Callable[[str], Exported], tmp_path: Path) -> Callable[..., Exported]:
+        """A copy of the exported BERT, one of whose matrices `change` has altered."""
+
+        def make(change: Callable[[np.ndarray], Any]) -> Exported:
+            made = exported("bert")
+            proto = onnx.load(made.files[0])
+            name = "bert.encoder.layer.1.output.dense.weight.T"
+            tensor = next(tensor for tensor in proto.graph.initializer if tensor.name == name)
+            array = numpy_helper.to_array(tensor).copy()
+            change(array)
+            tensor.raw_data = array.tobytes()
+            (tmp_path / "onnx").mkdir()
+            onnx.save(proto, tmp_path / "onnx/model.onnx")
+            return Exported(made.checkpoint, tmp_path, [tmp_path / "onnx/model.onnx"], made.rows)
+
+        return make
+
+    def test_a_zero_that_was_lost_is_caught(self, altered: Callable[..., Exported]) -> None:
+        def lose(array: np.ndarray) -> None:
+            row, column = np.argwhere(array == 0)[0]
+            array[row, column] = 1e-12
+
+        made = altered(lose)
+        with pytest.raises(GateError, match=r"layer.1.output.dense.weight: the exported file has"):
+            parity.check_zeros(Onnx.audit(made.folder), made.zeros)
+
+    def test_a_changed_weight_is_caught(self, altered: Callable[..., Exported]) -> None:
+        def change(array: np.ndarray) -> None:
+            row, column = np.argwhere(array != 0)[0]
+            array[row, column] *= -1
+
+        made = altered(change)
+        parity.check_zeros(Onnx.audit(made.folder), made.zeros)
+        model = encoders.load(made.checkpoint)
+        probes = parity.probes(model, made.rows, 4)
+        with pytest.raises(GateError, match="checkpoint and exported file differ by"):
+            parity.parity(torch_forward(model), Onnx.session(made.folder), probes, 1e-4)
+
+    def test_a_weight_that_is_no_number_is_caught(self, altered: Callable[..., Exported]) -> None:
+        made = altered(lambda array: array.fill(np.nan))
+        model = encoders.load(made.checkpoint)
+        with pytest.raises(GateError, match="exported file gives logits that are not finite"):
+            parity.parity(torch_forward(model), Onnx.session(made.folder), parity.probes(model, made.rows, 4), 1e-4)
+
+
+def test_the_target_is_registered() -> None:
+    part = plugins.targets.part("onnx")
+    assert part.value is Onnx
+    assert "portable" in part.summary

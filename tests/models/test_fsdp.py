@@ -1,0 +1,178 @@
+"""Sharded parameters: each process holds its rows, and together they are the whole; unsharded ones are untouched."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch import nn
+
+from spdtool.errors import DeviceError, RecipeError
+from spdtool.models import fsdp as shards
+from spdtool.models import load as encoders
+from spdtool.recipe.fields import Recipe
+from spdtool.recipe.reading import resolve
+from spdtool.training import loop as training
+
+RANKS = 3
+
+
+def model() -> nn.Sequential:
+    """A first layer of 7 rows, which three processes do not share evenly, and a head of two, of which one has none."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 2))
+
+
+def rank(number: int, port: int, folder: Path) -> None:
+    """One process's part in the test; what is wrong goes into a file, for its parent to read."""
+    warnings.simplefilter("ignore")
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", rank=number, world_size=RANKS)
+        look(number)
+        for architecture in ("bert", "distilbert", "deberta-v2", "modernbert"):
+            graft(architecture, number)
+        (folder / str(number)).write_text("well")
+    except BaseException as error:
+        (folder / str(number)).write_text(repr(error))
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def look(number: int) -> None:
+    plain, sharded = model(), model()
+    shards.shard(sharded, [sharded[0]], torch.device("cpu"))
+    batch = torch.arange(15.0).view(3, 5)
+    plain(batch).square().sum().backward()
+    sharded(batch[number : number + 1]).square().sum().backward()
+    for full, own in zip(plain.parameters(), sharded.parameters(), strict=True):
+        assert shards.is_sharded(own)
+        assert not shards.is_sharded(full)
+        expected = full.detach().chunk(RANKS)
+        mine = expected[number] if number < len(expected) else full.detach()[:0]
+        held = shards.held(own)
+        assert torch.equal(held, mine)
+        assert torch.equal(shards.whole(held, own), full)
+        assert torch.equal(shards.whole(held > 0, own), full > 0)
+        assert torch.equal(shards.rows(full.detach(), own), mine)
+        assert torch.equal(shards.held(shards.laid_out(full.detach(), own)), mine)
+        assert torch.allclose(shards.mean(held, own), full.mean())
+        assert own.grad is not None
+        assert full.grad is not None
+        assert torch.allclose(shards.whole(shards.held(own.grad), own), full.grad), "a sum, no mean"
+        held.mul_(2)  # in place: the parameter itself
+    state = shards.state_dict(sharded, keep=number == 0)
+    assert state is not None
+    assert sorted(state) == (sorted(plain.state_dict()) if number == 0 else [])
+    for name, tensor in state.items():
+        assert torch.equal(tensor, 2 * plain.state_dict()[name]), name
+    assert int(shards.summed(torch.tensor(number), next(sharded.parameters()))) == sum(range(RANKS))
+
+
+def graft(architecture: str, number: int) -> None:
+    """A student onto which some layers of its teacher are grafted: gradients and logits as without sharding."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    import toys
+
+    def pair(sharded: bool) -> list[Any]:
+        models = []
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            models.append(toys.classifier(architecture, layers=3).requires_grad_(seed == 0))
+            if sharded:
+                shards.shard(models[-1], encoders.layer_stack(models[-1]), torch.device("cpu"))
+            encoders.prime(models[-1])
+        return models
+
+    def passed(student: Any, teacher: Any, tokens: torch.Tensor, away: tuple[int, ...]) -> torch.Tensor:
+        given = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "output_hidden_states": True}
+        own = list(stack := encoders.layer_stack(student))
+        for index in away:
+            stack[index] = encoders.layer_stack(teacher)[index]
+        shown = student(**given)
+        for index in away:
+            stack[index] = own[index]
+        with torch.no_grad():
+            taught = teacher(**given)
+        states = zip(shown.hidden_states, taught.hidden_states, strict=True)
+        sum((one - other).square().sum() for one, other in (*states, (shown.logits, taught.logits))).backward()
+        return shown.logits.detach()
+
+    plain, sharded = pair(False), pair(True)
+    tokens = torch.arange(RANKS * 5).view(RANKS, 5) % 7 + 5
+    for away in ((), (0, 2), (1,)):
+        expected = passed(*plain, tokens, away)
+        logits = passed(*sharded, tokens[number : number + 1], away)
+        assert torch.allclose(logits, expected[number : number + 1], atol=1e-5), (architecture, away)
+        for (name, full), own in zip(plain[0].named_parameters(), sharded[0].parameters(), strict=True):
+            where = (architecture, away, name)
+            assert (full.grad is None) == (own.grad is None), where
+            if full.grad is not None and own.grad is not None:
+                gradient, size = shards.whole(shards.held(own.grad), own), float(full.grad.abs().max())
+                assert float((gradient - full.grad).abs().max()) <= 1e-4 * max(1.0, size), where
+            full.grad = own.grad = None
+
+
+def test_rows_and_wholes_of_three_processes(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    ranks = torch.multiprocessing.start_processes(
+        rank, (port, tmp_path), nprocs=RANKS, join=False, start_method="spawn"
+    )
+    ranks.join(120)
+    assert [(tmp_path / str(number)).read_text() for number in range(RANKS)] == ["well"] * RANKS
+
+
+def test_what_is_not_sharded_is_whole() -> None:
+    weight = nn.Parameter(torch.tensor([[1.0, 0.0], [3.0, 4.0]]))
+    assert shards.held(weight).data_ptr() == weight.data_ptr()
+    assert not shards.held(weight).requires_grad
+    full = torch.ones(2, 2)
+    for function in (shards.whole, shards.rows, shards.summed, shards.laid_out):
+        assert function(full, weight) is full
+    assert float(shards.mean(full, weight)) == 1.0
+    assert shards.state_dict(nn.Linear(2, 2), keep=True) is None
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"compile": True},
+        {"precision": "fp16"},
+        {"prune": {"grafting": {"kind": "blend"}}},
+        {"finetune": {"clip_over": "all"}},
+        {"prune": {"saliency": "logits"}},
+    ],
+)
+def test_what_sharded_weights_cannot_do_is_refused_at_once(setting: dict[str, Any]) -> None:
+    Recipe.model_validate(setting)
+    with pytest.raises(ValueError, match="sharded weights do not go with"):
+        Recipe.model_validate(setting | {"shard": True})
+
+
+def test_the_refusal_is_told_as_one_line() -> None:
+    with pytest.raises(RecipeError) as refused:
+        resolve("default", {"task": "demo"}, ["shard=true", "compile=true"])
+    assert refused.value.message == "sharded weights do not go with compile=true"
+
+
+def test_accelerate_does_not_shard_behind_our_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(DeviceError, match="accelerate was told to use FSDP") as refused:
+        training.accelerator(Recipe(device="cpu"))
+    assert "--set shard=true" in (refused.value.hint or "")
+
+
+def test_one_process_says_that_it_keeps_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    training.accelerator(Recipe(device="cpu", shard=True))
+    assert "shard is ignored" in capsys.readouterr().err

@@ -1,0 +1,95 @@
+"""Linear layers through oneDNN: the same outputs and gradients as torch's own, up to rounding, and the same names."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from spdtool.models import onednn
+
+
+@pytest.fixture(autouse=True)
+def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(onednn, "pays", lambda: True)
+
+
+def pair(bias: bool = True) -> tuple[nn.Linear, nn.Linear]:
+    torch.manual_seed(0)
+    plain = nn.Linear(24, 40, bias=bias)
+    ours = copy.deepcopy(plain)
+    onednn.use(ours)
+    assert isinstance(ours, onednn.Linear)
+    return plain, ours
+
+
+def inputs(shape: str) -> torch.Tensor:
+    made = {
+        "rows": torch.randn(16, 24),
+        "few rows": torch.randn(2, 24),
+        "tokens": torch.randn(3, 7, 24),
+        "first tokens": torch.randn(16, 5, 24)[:, 0],
+        "transposed": torch.randn(3, 24, 7).transpose(1, 2),
+    }
+    return made[shape]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", ["rows", "few rows", "tokens", "first tokens", "transposed"])
+def test_outputs_and_gradients_are_torchs_own(shape: str, bias: bool) -> None:
+    x = inputs(shape)
+    seen = []
+    for layer in pair(bias):
+        leaf = x.clone().requires_grad_()
+        output = layer(leaf)
+        output.square().sum().backward()
+        seen.append([output, leaf.grad, *(weight.grad for weight in layer.parameters())])
+    for mine, its in zip(*seen, strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-4)
+
+
+def test_only_what_needs_a_gradient_gets_one() -> None:
+    _, ours = pair()
+    ours.requires_grad_(False)
+    x = torch.randn(16, 24, requires_grad=True)
+    ours(x).sum().backward()
+    assert x.grad is not None
+    assert ours.weight.grad is None
+    ours.requires_grad_(True)
+    ours(x.detach()).sum().backward()
+    assert ours.weight.grad is not None
+
+
+def test_under_autocast_and_in_other_types_torch_computes() -> None:
+    plain, ours = pair()
+    x = torch.randn(16, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(plain(x), ours(x))
+    assert torch.equal(plain.double()(x.double()), ours.double()(x.double()))
+
+
+def test_names_copies_and_hooks_stay() -> None:
+    plain, ours = pair()
+    assert list(plain.state_dict()) == list(ours.state_dict())
+    seen: list[int] = []
+    ours.register_forward_hook(lambda *_: seen.append(1))
+    copied = copy.deepcopy(ours)
+    x = torch.randn(16, 24)
+    assert torch.equal(copied(x), ours(x))
+    assert seen == [1, 1]
+
+
+def test_where_it_does_not_pay_layers_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "pays", lambda: False)
+    layer = nn.Linear(24, 40)
+    onednn.use(layer)
+    assert type(layer) is nn.Linear
+
+
+def test_a_product_of_two_matrices() -> None:
+    x, weight = torch.randn(5, 9), torch.randn(7, 9)
+    torch.testing.assert_close(onednn.product(x, weight), x @ weight.t(), rtol=1e-5, atol=1e-4)

@@ -1,0 +1,55 @@
+"""A mask that knows whether there is padding: every family computes with it what it computes with a plain one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from spdtool.models import load as encoders
+from spdtool.models import predict as evaluation
+from spdtool.models.padding import PaddingMask
+
+FAMILIES = ("bert", "roberta", "distilbert", "electra", "xlm-roberta", "mpnet", "deberta-v2", "modernbert")
+
+
+def mask(*lengths: int) -> np.ndarray:
+    return (np.arange(max(lengths))[None] < np.array(lengths)[:, None]).astype(np.int64)
+
+
+@pytest.mark.parametrize(("lengths", "unpadded"), [((3, 3), True), ((3, 2), False)])
+def test_it_is_asked_what_was_known_and_stays_itself_in_another_type(lengths: Any, unpadded: bool) -> None:
+    moved = evaluation.to_device({"attention_mask": mask(*lengths), "labels": np.zeros(2)}, "cpu")
+    for form in (moved["attention_mask"], moved["attention_mask"].to(torch.bool), moved["attention_mask"].bool()):
+        assert bool(form.all()) is bool(torch.all(form)) is unpadded
+        assert isinstance(form, PaddingMask)
+    assert torch.equal(moved["attention_mask"], torch.from_numpy(mask(*lengths)))
+    assert type(moved["labels"]) is torch.Tensor
+
+
+def test_what_is_computed_from_it_is_an_ordinary_tensor() -> None:
+    known = PaddingMask.of(torch.from_numpy(mask(3, 2)), unpadded=False)
+    for made in (known == 1, known[:, None], known.sum(), torch.stack([known, known]), known * torch.ones(2, 3)):
+        assert type(made) is torch.Tensor
+    assert known.all(dim=1).tolist() == [True, False], "another question, answered by the numbers"
+
+
+@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_every_family_computes_the_same_with_it(toys: Any, architecture: str, eager: bool) -> None:
+    model = toys.classifier(architecture, eager=eager)
+    encoders.prime(model)
+    assert set(toys.ARCHITECTURES) == set(FAMILIES)
+    for length in (7, 1):  # one token: no row has padding
+        plain = toys.batch(3, 7, architecture=architecture)
+        plain = {name: column[:, :length] if column.dim() == 2 else column for name, column in plain.items()}
+        plain.pop("labels")
+        known = evaluation.to_device({name: column.numpy() for name, column in plain.items()}, "cpu")
+        assert bool(known["attention_mask"].all()) == (length == 1)
+        with torch.no_grad():
+            ours, theirs = (model(**batch, output_hidden_states=True) for batch in (known, plain))
+        assert type(ours.logits) is torch.Tensor
+        assert torch.equal(ours.logits, theirs.logits)
+        assert all(torch.equal(mine, its) for mine, its in zip(ours.hidden_states, theirs.hidden_states, strict=True))

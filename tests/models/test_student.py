@@ -1,0 +1,144 @@
+"""Student and teacher as a pair: what the plan counts and refuses before anything is spent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spdtool import tasks
+from spdtool.errors import ModelError, RecipeError
+from spdtool.models import load as encoders
+from spdtool.models import student as pairing
+from spdtool.pruning.patterns import zeros_in
+from spdtool.run.folder import Run
+from spdtool.stages import plan as planning
+
+MakeRun = Callable[..., Run]
+
+
+@pytest.fixture
+def small(toys: Any, tmp_path: Path) -> Callable[..., str]:
+    """`small(layers=1, hidden_size=16)`: the folder of a smaller BERT classifier with the toys' tokenizer."""
+
+    def make(**how: Any) -> str:
+        model = toys.classifier("bert", **{"hidden_size": 16, "intermediate_size": 24, "layers": 1} | how)
+        encoders.save(model, toys.tokenizer(), tmp_path / "small")
+        return str(tmp_path / "small")
+
+    return make
+
+
+def test_the_plan_counts_the_students_weights(toy_run: MakeRun, small: Any) -> None:
+    folder = small()
+    counted = planning.plan(toy_run(student=folder, sparsity=0.3))["parameters"]
+    model = encoders.load(folder)
+    sizes = [weight.numel() for weight in encoders.prunable_linears(model).values()]
+    assert counted["all"] == sum(parameter.numel() for parameter in model.parameters())
+    assert counted["prunable"] == sum(sizes) < planning.plan(toy_run())["parameters"]["prunable"]
+    assert counted["zeros"] == sum(zeros_in(size, 0.3) for size in sizes)
+
+
+def test_a_smaller_student_needs_less_memory_and_relations_and_blends_more(toy_run: MakeRun, small: Any) -> None:
+    def bytes_of(*sets: str, **flags: Any) -> int:
+        return int(planning.plan(toy_run(*sets, **flags))["memory_bytes"])
+
+    copy = bytes_of()
+    assert bytes_of(student=small()) < copy
+    assert bytes_of("prune.loss.relation=1", "prune.loss.relation_heads=8") > copy
+    assert bytes_of("prune.grafting.kind=blend") > copy
+
+
+def test_a_copy_has_the_teachers_outline(toy_run: MakeRun) -> None:
+    recipe = toy_run().recipe
+    task = tasks.resolve(recipe)
+    teacher = encoders.skeleton(recipe, task)
+    assert pairing.outline(recipe, task, teacher) is teacher
+    pairing.check(recipe, teacher, teacher)
+
+
+@pytest.mark.parametrize(
+    ("setting", "how", "error", "said"),
+    [
+        (
+            "distill.loss.layer_map=[1, 2]",
+            {},
+            RecipeError,
+            r"distill.loss: layer_map = \[1, 2\]: a student of 1 layers",
+        ),
+        ("prune.loss.layer_map=last", {"layers": 3}, RecipeError, "3 layers and the teacher only 2"),
+        ("finetune.loss.relation=1", {}, RecipeError, "finetune.loss: relation_heads = 12 does not divide"),
+        ("prune.loss.attention=1", {"num_attention_heads": 4}, RecipeError, "prune.loss: attention compares head"),
+        ("max_length=64", {"max_position_embeddings": 20}, ModelError, "20 positions, and rows may have 64 tokens"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_the_plan(
+    toy_run: MakeRun, small: Any, setting: str, how: dict[str, Any], error: type[Exception], said: str
+) -> None:
+    run = toy_run(setting, student=small(**how))
+    with pytest.raises(error, match=said):
+        planning.plan(run)
+    with pytest.raises(error, match=said):
+        planning.check_run(run)
+    assert not run.path.exists()
+
+
+def test_another_vocabulary_is_refused_by_the_plan(toy_run: MakeRun, small: Any) -> None:
+    folder = Path(small())
+    file = folder / "tokenizer.json"
+    file.write_text(file.read_text("utf-8").replace('"quite"', '"rather"'), "utf-8")
+    with pytest.raises(
+        ModelError, match=r"another vocabulary than the teacher's: 25 and 25 tokens; 'quite' is unknown"
+    ):
+        planning.plan(toy_run(student=str(folder)))
+
+
+def test_a_new_head_that_would_stay_random_is_refused_by_the_plan(toy_run: MakeRun, small: Any) -> None:
+    planning.plan(toy_run("prune.train=layers", student=small()))
+    for student in ("pretrained", small(num_labels=3), small(id2label={0: "cat", 1: "dog"})):
+        with pytest.raises(RecipeError, match="gets a new head, and prune.train = 'layers' would leave it random"):
+            planning.plan(toy_run("prune.train=layers", student=student))
+
+
+@pytest.mark.parametrize("source", ["./no-such-folder", "/nowhere/at/all"])
+def test_a_student_that_is_not_there_is_refused_by_the_plan(toy_run: MakeRun, source: str) -> None:
+    with pytest.raises(ModelError, match=f"cannot load the model '{source}': it does not exist"):
+        planning.plan(toy_run(student=source))
+
+
+def test_a_list_of_layers_for_the_real_depth_is_no_obstacle_to_a_smoke_run(toy_run: MakeRun) -> None:
+    recipe = toy_run("prune.loss.layer_map=[1, 2, 3, 4, 5, 6]", smoke=True).recipe
+    assert recipe.prune.loss.layer_map == "uniform"
+
+
+@pytest.mark.parametrize(
+    ("own", "names", "order"),
+    [
+        (["good", "bad"], ["bad", "good"], [1, 0]),
+        (["BAD", "Good"], ["bad", "good"], [0, 1]),
+        (["LABEL_0", "LABEL_1"], ["good", "bad"], [1, 0]),
+        (["good", "bad"], ["LABEL_0", "LABEL_1"], [1, 0]),
+        (["LABEL_0", "LABEL_1"], ["0", "1"], [0, 1]),
+    ],
+)
+def test_the_order_of_the_logits(toys: Any, own: list[str], names: list[str], order: list[int]) -> None:
+    """A model whose labels have no names of their own is taken to follow the task's order: bad, good."""
+    assert pairing._order(own, names, toys.task()) == order
+
+
+def test_layers_stand_in_only_for_layers_of_their_kind(toys: Any) -> None:
+    bert = toys.classifier("bert")
+    assert pairing.alike(bert, toys.classifier("bert", intermediate_size=16))
+    assert not pairing.alike(bert, toys.classifier("bert", layers=2))
+    assert not pairing.alike(bert, toys.classifier("bert", hidden_size=16))
+    assert not pairing.alike(bert, toys.classifier("electra"))
+
+
+def test_columns_are_those_that_both_need(toys: Any) -> None:
+    rich, plain = toys.tokenizer(), toys.tokenizer(token_types=False)
+    assert (pairing.unread(rich), pairing.unread(plain)) == (set(), {"token_type_ids"})
+    assert pairing.richest(plain, rich) is rich
+    assert pairing.richest(rich, plain) is rich
+    assert pairing.richest(plain, toys.tokenizer(token_types=False)) is plain

@@ -1,0 +1,353 @@
+"""`spdtool.load`: the same answers as the checkpoint gives in transformers, for text and ids, without torch."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
+
+import spdtool
+from spdtool import plugins
+from spdtool.errors import DataError, DeviceError, ModelError, PluginError
+from spdtool.export import runtime
+from spdtool.export.graph.trace import Onnx
+from spdtool.models import load as encoders
+from spdtool.serving import classifier
+from spdtool.serving.classifier import Classifier
+
+TEXTS = ["the film was very good", "bad", "a meal and a book , so cold it was", ".", "good bad good"]
+LONG = " ".join(["good film"] * 80)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> Path:
+    """`checkpoint` and `export/student`, a BERT with three labels; not to be altered."""
+    folder = tmp_path_factory.mktemp("load")
+    names = {0: "no", 1: "maybe", 2: "yes"}
+    model = toys.bert(labels=3, id2label=names, label2id={name: index for index, name in names.items()})
+    encoders.save(model, toys.tokenizer(), folder / "checkpoint")
+    Onnx.export(folder / "checkpoint", folder / "export/student", toys.recipe())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(place: Path) -> Classifier:
+    return spdtool.load(place / "export/student", threads=1)
+
+
+def expected(place: Path, *columns: list[str]) -> np.ndarray:
+    """Logits of the checkpoint in transformers, row by row."""
+    tokenizer = AutoTokenizer.from_pretrained(place / "checkpoint")
+    model = AutoModelForSequenceClassification.from_pretrained(place / "checkpoint").eval()
+    with torch.inference_mode():
+        rows = [
+            model(**tokenizer(*row, truncation=True, return_tensors="pt")).logits for row in zip(*columns, strict=True)
+        ]
+    return torch.cat(rows).numpy()
+
+
+# Text ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 32])
+def test_logits_of_texts_are_the_checkpoint_s_in_their_order(loaded: Classifier, place: Path, batch_size: int) -> None:
+    logits = loaded.logits([*TEXTS, LONG], batch_size=batch_size)
+    assert (logits.dtype, logits.shape) == (np.float32, (6, 3))
+    np.testing.assert_allclose(logits, expected(place, [*TEXTS, LONG]), atol=1e-5)
+
+
+def test_pairs_too_and_long_ones_lose_tokens_as_in_transformers(loaded: Classifier, place: Path) -> None:
+    first, second = ["good film", LONG, "bad", LONG], ["a book", "bad", LONG, LONG]
+    np.testing.assert_allclose(loaded.logits(first, second), expected(place, first, second), atol=1e-5)
+    assert loaded(first[0], second[0]) == loaded(first, second)[0]
+    assert np.abs(loaded.logits(first, second) - loaded.logits(first)).max() > 1e-3
+
+
+def test_one_text_gives_a_label_and_several_a_list(loaded: Classifier, place: Path) -> None:
+    named = [("no", "maybe", "yes")[index] for index in expected(place, TEXTS).argmax(axis=1)]
+    assert loaded(TEXTS) == loaded(tuple(TEXTS)) == loaded(np.array(TEXTS)) == loaded.labels(TEXTS) == named
+    assert loaded(TEXTS[0]) == named[0]
+    assert loaded.labels(TEXTS[0]) == named[:1]
+    assert loaded.logits(TEXTS[0]).shape == (1, 3)
+    assert loaded([]) == []
+    assert loaded.logits([]).shape == (0, 3)
+
+
+def test_a_regression_gives_values(tmp_path: Path, toys: ModuleType) -> None:
+    model = toys.bert(labels=1, id2label={0: "score"}, label2id={"score": 0}, problem_type="regression")
+    encoders.save(model, toys.tokenizer(), tmp_path / "checkpoint")
+    Onnx.export(tmp_path / "checkpoint", tmp_path / "out", toys.recipe())
+    classify = spdtool.load(tmp_path / "out")
+    assert classify(TEXTS) == classify.logits(TEXTS)[:, 0].tolist()
+    assert isinstance(classify("bad"), float)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "side"), [("roberta", "right"), ("distilbert", "right"), ("deberta-v2", "left")]
+)
+def test_other_families_and_padding_on_the_left(architecture: str, side: str, tmp_path: Path, toys: ModuleType) -> None:
+    model = toys.classifier(architecture)
+    core = toys.tokenizer().backend_tokenizer
+    names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    inputs = ["input_ids", "attention_mask"]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, model_input_names=inputs, padding_side=side, **names
+    )  # says nothing of a longest input
+    encoders.save(model, tokenizer, tmp_path / "checkpoint")
+    Onnx.export(tmp_path / "checkpoint", tmp_path / "out", toys.recipe())
+    classify = spdtool.load(tmp_path / "out")
+    assert classify.max_length == encoders.positions(model) or architecture == "deberta-v2"
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "checkpoint")
+    with torch.inference_mode():  # one batch: a classifier that reads token 0 sees the padding on the left
+        logits = model(**loaded(TEXTS, padding=True, return_tensors="pt")).logits.numpy()
+    np.testing.assert_allclose(classify.logits(TEXTS), logits, atol=1e-5)
+    assert classify.logits([LONG]).shape == (1, 2)
+
+
+# Token ids ----------------------------------------------------------------------------------------------------------
+
+
+def test_token_ids_give_the_same_as_their_text(loaded: Classifier, place: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(place / "checkpoint")
+    ids, logits = [tokenizer(text)["input_ids"] for text in TEXTS], loaded.logits(TEXTS)
+    batch = tokenizer(TEXTS, padding=True, return_tensors="np")
+    tensors = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    for given in (ids, {"input_ids": ids}, [np.array(row) for row in ids], dict(batch), batch, tensors):
+        np.testing.assert_allclose(loaded.logits(given), logits, atol=1e-5)
+    for given in (ids[0], np.array(ids[0]), {"input_ids": ids[0]}, {"input_ids": np.array([ids[0]])}):
+        np.testing.assert_allclose(loaded.logits(given), logits[:1], atol=1e-5)
+    assert loaded(ids) == loaded(TEXTS)
+
+
+def test_token_types_and_holes_in_the_mask_count(loaded: Classifier, place: Path) -> None:
+    given = {
+        "input_ids": np.array([[2, 6, 8, 3], [2, 7, 9, 3]]),
+        "token_type_ids": np.array([[0, 0, 1, 1], [0, 0, 0, 0]]),
+        "attention_mask": np.array([[1, 0, 1, 1], [0, 1, 1, 1]]),
+    }
+    model = AutoModelForSequenceClassification.from_pretrained(place / "checkpoint").eval()
+    with torch.inference_mode():
+        logits = model(**{name: torch.from_numpy(column) for name, column in given.items()}).logits.numpy()
+    np.testing.assert_allclose(loaded.logits(given), logits, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (None, "texts .* or rows of whole numbers were expected, found NoneType"),
+        (7, "found int"),
+        (b"bytes", "found bytes"),
+        (np.array(3), "found ndarray"),
+        (object(), "found object"),
+        (["text", 3], "row 0 is 'text'"),
+        ([["text"], ["text"]], r"row 0 is \['text'\]"),
+        ([[1.5, 2.0]], r"row 0 is \[1.5, 2.0\]"),
+        ([[1, [2]]], "row 0 is"),
+        ([None], "row 0 is None"),
+        (np.ones((1, 2, 3), int), "row 0 is"),
+        ([[2, 25]], "row 0 has the token 25; the model knows 0 to 24"),
+        ([[2, 3], [-1]], "row 1 has the token -1"),
+        ([[2, 3], []], "row 1 has no token"),
+        ([[5] * 65], "row 0 has 65 tokens; the model takes 64"),
+        ({"ids": [[1]]}, "the inputs hold ids"),
+        ({"input_ids": [[1]], "labels_": [1]}, "the inputs hold input_ids, labels_"),
+        ({"input_ids": [[1, 2]], "attention_mask": [[1]]}, "differ in length"),
+        ({"input_ids": [[1, 2]], "attention_mask": [[1, 1], [1, 1]]}, "different numbers of rows"),
+        ({"input_ids": [[1, 2]], "attention_mask": [[0, 0]]}, "row 0 has no token"),
+        ({"input_ids": "text"}, "input_ids: texts .* or rows of whole numbers were expected, found str"),
+    ],
+)
+def test_what_is_no_input_is_refused(loaded: Classifier, given: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        loaded.logits(given)
+
+
+@pytest.mark.parametrize("pairs", ["one", ["one"], [1, 2], ["one", None], 3])
+def test_pairs_that_do_not_fit_are_refused(loaded: Classifier, pairs: Any) -> None:
+    with pytest.raises(DataError, match="2 texts and, as their pairs, (1|something else than texts): as many texts"):
+        loaded.logits(["one", "two"], pairs)
+
+
+@pytest.mark.parametrize(("texts", "pairs"), [(["bad", " "], None), (["bad", "good"], ["a", ""])])
+def test_an_empty_text_is_refused_as_training_refuses_it(loaded: Classifier, texts: Any, pairs: Any) -> None:
+    with pytest.raises(DataError, match="row 1 has an empty text"):
+        loaded(texts, pairs)
+
+
+def test_a_lone_surrogate_is_refused(loaded: Classifier) -> None:
+    with pytest.raises(DataError, match="lone surrogate"):
+        loaded.logits(["\ud800"])
+
+
+def test_a_token_type_that_the_model_lacks_is_refused(loaded: Classifier) -> None:
+    with pytest.raises(DataError, match="row 0 has the token type 7; the model knows 0 to 1"):
+        loaded.logits({"input_ids": [[2, 3]], "token_type_ids": [[0, 7]]})
+
+
+def test_it_can_be_sent_to_another_process(loaded: Classifier) -> None:
+    again = pickle.loads(pickle.dumps(loaded))
+    np.testing.assert_array_equal(again.logits([[2, 3]]), loaded.logits([[2, 3]]))
+
+
+def test_several_labels_a_row_are_those_above_one_half(loaded: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loaded, "multi_label", True)
+    logits = np.full((2, len(loaded.names)), -1.0)
+    logits[1] = 1.0
+    monkeypatch.setattr(loaded, "logits", lambda *_: logits)
+    assert loaded(["a", "b"]) == [[], loaded.names]
+
+
+@pytest.mark.parametrize("threads", ["2", 1.5, -1, True, None])
+def test_a_number_of_threads_that_is_none_is_refused(place: Path, threads: Any) -> None:
+    with pytest.raises(DeviceError, match="threads ="):
+        spdtool.load(place / "export/student", threads=threads)
+
+
+def test_pairs_with_ids_and_a_batch_of_nothing_are_refused(loaded: Classifier) -> None:
+    with pytest.raises(DataError, match="pairs were given with token ids"):
+        loaded.logits([[2, 3]], ["text"])
+    with pytest.raises(DataError, match="batch_size = 0"):
+        loaded.logits(["text"], batch_size=0)
+
+
+# Folders and libraries ----------------------------------------------------------------------------------------------
+
+
+def test_of_a_folder_of_roles_the_student_is_taken(place: Path, loaded: Classifier) -> None:
+    again = spdtool.load(str(place / "export"))
+    assert (again.names, again.max_length) == (["no", "maybe", "yes"], 64)
+    np.testing.assert_array_equal(again.logits(TEXTS), loaded.logits(TEXTS))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer.json"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer.json cannot be read"),
+        (lambda folder: (folder / "config.json").write_text("["), "config.json cannot be read"),
+        (lambda folder: (folder / "config.json").write_text('{"id2label": {"1": "a"}}'), "does not number the labels"),
+        (lambda folder: (folder / "onnx/model.onnx").write_bytes(b"junk"), "onnxruntime cannot open"),
+        (lambda folder: (folder / "onnx/model.onnx").unlink(), "has no onnx/model.onnx"),
+    ],
+)
+def test_a_damaged_folder_is_refused(damage: Any, message: str, place: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(place / "export/student", tmp_path / "damaged")
+    damage(folder)
+    with pytest.raises(ModelError, match=message):
+        spdtool.load(folder)
+
+
+def test_what_is_no_folder_is_refused(place: Path) -> None:
+    with pytest.raises(ModelError, match="is no folder"):
+        spdtool.load(place / "nowhere")
+    with pytest.raises(ModelError, match="a folder was expected, found a NoneType"):
+        spdtool.load(None)  # type: ignore[arg-type]
+    with pytest.raises(DeviceError, match="there is no provider 'tpu'"):
+        spdtool.load(place / "export", provider="tpu")
+    with pytest.raises(ModelError, match="has no onnx/model.onnx"):
+        spdtool.load(place / "checkpoint")
+
+
+class TestLibrary:
+    """A folder whose model needs custom operators."""
+
+    @pytest.fixture
+    def folder(self, place: Path, tmp_path: Path) -> Path:
+        copied = shutil.copytree(place / "export/student", tmp_path / "sparse")
+        library = {"file": "lib/ops.so", "distribution": "spdtool-sparse-cpu", "version": "0.3.0"}
+        manifest = {"format": 1, "target": "sparse-cpu", "model": "onnx/model.onnx", "library": library}
+        (copied / "manifest.json").write_text(json.dumps(manifest))
+        (copied / "lib").mkdir()
+        (copied / "lib/ops.so").write_bytes(b"a stranger's code")
+        return copied
+
+    @pytest.fixture
+    def opened(self, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+        """The libraries of each session that is opened; none is really loaded."""
+        seen: list[list[str]] = []
+        real = runtime.open_session
+
+        def opening(model: Path, provider: str = "cpu", threads: int = 0, libraries: Any = ()) -> Any:
+            seen.append([str(path) for path in libraries])
+            return real(model, provider, threads)
+
+        monkeypatch.setattr(classifier.runtime, "open_session", opening)
+        return seen
+
+    def install(self, monkeypatch: pytest.MonkeyPatch, path: Any, version: str = "0.3.0") -> None:
+        """Let a plugin be installed whose library lies where `path()` says."""
+        made = plugins.Library("spdtool-sparse-cpu", version, SimpleNamespace(path=path))
+        monkeypatch.setattr(plugins, "library", {"sparse-cpu": made}.__getitem__)
+
+    def test_that_of_the_installed_plugin_is_used_and_never_the_folder_s(
+        self, folder: Path, opened: list[list[str]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.install(monkeypatch, lambda: Path("/installed/ops.so"))
+        assert spdtool.load(folder)("bad") in ("no", "maybe", "yes")
+        assert opened == [["/installed/ops.so"]]
+
+    def test_another_one_is_used_where_it_is_named(self, folder: Path, opened: list[list[str]]) -> None:
+        spdtool.load(folder, library=folder / "lib/ops.so")
+        assert opened == [[str(folder / "lib/ops.so")]]
+        with pytest.raises(ModelError, match="there is no library"):
+            spdtool.load(folder, library=folder / "lib/none.so")
+
+    def test_a_library_that_does_not_load_is_refused(self, folder: Path) -> None:
+        with pytest.raises(ModelError, match=r"onnxruntime cannot load the operators in .*ops.so") as caught:
+            spdtool.load(folder, library=folder / "lib/ops.so")
+        assert caught.value.hint
+
+    def test_without_the_plugin_it_is_named(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(plugins, "entry_points", lambda **_: [])
+        with pytest.raises(PluginError, match="'sparse-cpu'") as caught:
+            spdtool.load(folder)
+        assert "pip install spdtool-sparse-cpu" in str(caught.value.hint)
+
+    def test_a_plugin_without_its_compiled_library_says_so(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def path() -> Path:
+            raise DeviceError("the library was not compiled", "install a compiler")
+
+        self.install(monkeypatch, path)
+        with pytest.raises(DeviceError, match="was not compiled"):
+            spdtool.load(folder)
+
+    @pytest.mark.parametrize(("version", "told"), [("0.1.0", True), ("0.3.0", False)])
+    def test_a_library_of_another_version_that_does_not_fit_is_told(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, version: str, told: bool
+    ) -> None:
+        self.install(monkeypatch, lambda: folder / "lib/ops.so", version)
+        with pytest.raises(ModelError, match="onnxruntime cannot load the operators") as caught:
+            spdtool.load(folder)
+        assert ("was written by spdtool-sparse-cpu 0.3.0; 0.1.0 is installed" in caught.value.message) == told
+        assert (caught.value.hint == "pip install spdtool-sparse-cpu==0.3.0") == told
+
+    def test_its_operators_run_on_the_cpu_only(self, folder: Path) -> None:
+        with pytest.raises(DeviceError, match="run on the CPU only"):
+            spdtool.load(folder, provider="cuda")
+
+
+def test_neither_torch_nor_transformers_is_imported(place: Path) -> None:
+    code = (
+        "import sys, spdtool\n"
+        "assert 'numpy' not in sys.modules, 'import spdtool is not light'\n"
+        f"print(spdtool.load({str(place / 'export')!r})('good film'))\n"
+        "sys.exit(', '.join({'torch', 'transformers', 'onnx', 'datasets'} & sys.modules.keys()) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip() in ("no", "maybe", "yes")
+
+
+def test_the_package_has_nothing_else() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'laod'"):
+        spdtool.laod  # type: ignore[attr-defined]  # noqa: B018

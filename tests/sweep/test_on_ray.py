@@ -1,0 +1,238 @@
+"""Sweeps on Ray: the rows are those without it, workers and nodes die, claims are refused, the hopeless are stopped."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from spdtool import plugins, sweep
+from spdtool.errors import DeviceError
+from spdtool.run.folder import LOCK
+from spdtool.sweep import on_ray as cluster
+from spdtool.sweep import summary
+from spdtool.sweep.on_ray import Cluster
+from spdtool.sweep.rows import DONE, FAILED, STOPPED, Row
+
+SETS = (
+    *(f"{stage}.max_steps=6" for stage in ("teacher", "prune", "distill", "finetune")),
+    *("max_rows=64", "max_length=16", "prune.events=2", "device=cpu"),
+)
+Make = Callable[..., list[sweep.Trial]]
+
+
+@pytest.fixture
+def planned(tmp_path: Path) -> Make:
+    def make(folder: str = "sweep", **how: Any) -> list[sweep.Trial]:
+        known: dict[str, Any] = {"recipes": ["gmp", "no-distillation"], "sparsities": [0.5], "seeds": [0]}
+        return sweep.plan(**known | {"tasks": ["demo"], "out": tmp_path / folder, "sets": SETS} | how)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Any]:
+    """A Ray cluster of two nodes on this machine, with a processor each, kept for the tests of this file."""
+    cluster_utils = pytest.importorskip("ray.cluster_utils", reason="Ray is not installed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")  # else workers starve where tests run side by side
+        cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"include_dashboard": False})
+        cluster.add_node()
+        yield cluster
+        sys.modules["ray"].shutdown()
+        cluster.shutdown()
+
+
+@pytest.fixture
+def ray(nodes: Any) -> Any:
+    """Ray, with this process as a driver of that cluster, whose workers the next test finds warm."""
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
+    return ray
+
+
+@pytest.fixture
+def gather(tmp_path: Path) -> Callable[[int], str]:
+    """`gather(2)`, called in trials, returns the id of a trial's node once two of them have come as far."""
+    here = tmp_path / "here"
+    here.mkdir()
+
+    def gather(count: int) -> str:
+        node: str = sys.modules["ray"].get_runtime_context().get_node_id()
+        (here / f"{node}-{os.getpid()}").touch()
+        until = time.monotonic() + 120
+        while len(list(here.iterdir())) < count and time.monotonic() < until:
+            time.sleep(0.1)
+        return node
+
+    return gather
+
+
+def run(trials: list[sweep.Trial], cluster: Any) -> list[Row]:
+    return sweep.run_sweep(trials, Path(trials[0].out), lambda line: None, cluster)
+
+
+def without_seconds(rows: list[Row]) -> list[dict[str, Any]]:
+    return [row.record() | {"seconds": None} for row in rows]
+
+
+def test_the_rows_are_those_of_a_sweep_in_turn(planned: Make, ray: Any) -> None:
+    rows = run(planned("on ray"), Cluster())
+    assert [row.status for row in rows] == [DONE, DONE]
+    assert without_seconds(rows) == without_seconds(run(planned("in turn"), sweep.in_turn))
+
+
+def test_a_claim_that_no_machine_meets_is_refused(planned: Make, ray: Any) -> None:
+    with pytest.raises(DeviceError, match="claims 3 GPUs, and the largest machine of the Ray cluster has 0"):
+        run(planned(), Cluster(gpus=3))
+
+
+def test_a_worker_that_dies_is_started_again(planned: Make, ray: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    trials = planned(recipes=["gmp"])
+    mark = Path(trials[0].out) / "died"
+
+    def work(trial: sweep.Trial, standings: Any, taught: Any) -> Row:
+        if not mark.exists():
+            mark.touch()
+            os._exit(1)
+        return sweep.run_trial(trial)
+
+    monkeypatch.setattr("spdtool.sweep.on_ray._work", work)
+    (row,) = run(trials, Cluster())
+    assert mark.exists()
+    assert row.status == DONE
+
+
+def test_trials_run_on_every_node_of_a_cluster(
+    planned: Make, nodes: Any, gather: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(trial: sweep.Trial, standings: Any, taught: Any) -> Row:
+        gather(2)
+        return sweep.run_trial(trial)
+
+    monkeypatch.setattr("spdtool.sweep.on_ray._work", work)
+    sys.modules["ray"].shutdown()  # so that the cluster is found by its address
+    rows = run(planned(), Cluster(nodes.address))
+    assert [row.status for row in rows] == [DONE, DONE]
+    used = {file.name.split("-")[0] for file in (tmp_path / "here").iterdir()}
+    assert used == {node.node_id for node in nodes.list_all_nodes()}
+
+
+def test_trials_of_a_node_that_dies_go_on_elsewhere(
+    planned: Make, nodes: Any, ray: Any, gather: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, doomed = tmp_path / "held", nodes.add_node()
+
+    def work(trial: sweep.Trial, standings: Any, taught: Any) -> Row:
+        if gather(3) == doomed_id:
+            trial.folder.mkdir(parents=True)
+            with FileLock(trial.folder / LOCK):  # as a stage in progress holds it, until Ray's worker has ended too
+                held.touch()
+                time.sleep(600)
+        return unlocked(trial)
+
+    def kill() -> None:
+        while not held.exists():
+            time.sleep(0.1)
+        nodes.remove_node(doomed, allow_graceful=False)
+
+    doomed_id, unlocked = doomed.node_id, cluster._unlocked
+    monkeypatch.setattr("spdtool.sweep.on_ray._work", work)
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    rows = run(planned(recipes=["gmp"], sparsities=[0.4, 0.5, 0.6]), Cluster())
+    killer.join(30)
+    assert held.exists()
+    assert [row.status for row in rows] == [DONE, DONE, DONE]
+
+
+def test_a_trial_waits_for_an_orphan_that_holds_its_folder(planned: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    (trial,) = planned(recipes=["gmp"])
+    trial.folder.mkdir(parents=True)
+    orphan = FileLock(trial.folder / LOCK)
+    orphan.acquire()
+    monkeypatch.setattr(cluster, "ORPHANED", 0.0)
+    assert "RunLocked: another process is working in" in (cluster._unlocked(trial).error or "")
+    monkeypatch.setattr(cluster, "ORPHANED", 300.0)
+    monkeypatch.setattr(
+        cluster, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: orphan.release())
+    )
+    assert cluster._unlocked(trial).status == DONE
+    assert not orphan.is_locked
+
+
+def test_claims_that_no_machine_meets_any_longer_end_the_sweep(
+    planned: Make, nodes: Any, ray: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = nodes.add_node(num_cpus=2)
+
+    def work(trial: sweep.Trial, standings: Any, taught: Any) -> None:
+        time.sleep(600)
+
+    monkeypatch.setattr("spdtool.sweep.on_ray._work", work)
+    monkeypatch.setattr("spdtool.sweep.on_ray.LOOKED_AFTER", 1.0)
+    killer = threading.Timer(8, nodes.remove_node, [large], {"allow_graceful": False})
+    killer.start()
+    with pytest.raises(DeviceError, match="claims 2 CPUs, and the largest machine of the Ray cluster has 1"):
+        run(planned(), Cluster(cpus=2))
+    killer.join()
+
+
+def test_a_bug_in_a_trial_keeps_its_traceback_and_spares_the_others(
+    planned: Make, ray: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work(trial: sweep.Trial, standings: Any, taught: Any) -> Row:
+        if trial.recipe == "gmp":
+            raise ZeroDivisionError("nothing to divide by")
+        return sweep.run_trial(trial)
+
+    monkeypatch.setattr("spdtool.sweep.on_ray._work", work)
+    bad, good = run(planned(), Cluster())
+    assert (bad.status, bad.error) == (FAILED, "ZeroDivisionError: nothing to divide by")
+    assert good.status == DONE
+    assert ", in work" in capsys.readouterr().err, "the place of the bug"
+
+
+def test_plugins_are_loaded_where_a_trial_runs(planned: Make, ray: Any, clean_plugins: None, tmp_path: Path) -> None:
+    found = f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nimport toys\n"
+    (tmp_path / "plugin.py").write_text(f"{found}toys.register(toys.task('mine'))\n")
+    plugins.use_folder(tmp_path)
+    assert [row.status for row in run(planned(tasks=["mine"], recipes=["gmp"]), Cluster())] == [DONE]
+
+
+def test_a_hopeless_trial_is_stopped_and_stays_stopped(planned: Make, ray: Any) -> None:
+    trials = planned(recipes=["gmp"], seeds=[0, 1])
+    run(trials, Cluster())
+    more = planned(recipes=["gmp"], seeds=[0, 1, 2])
+    cluster = Cluster(behind=-200)  # every score is two below any median
+    rows = run(more, cluster)
+    assert [row.status for row in rows] == [DONE, DONE, STOPPED]
+    assert "median of 2 other trials" in (rows[2].error or "")
+    assert not (more[2].folder / "finetune").exists()
+    assert run(more, cluster) == rows
+    (seen,) = summary.summarise(rows)
+    assert (seen.stopped, seen.student.count) == (1, 0), "the mean of the others would flatter the recipe"
+    assert [row.status for row in run(more, sweep.in_turn)] == [DONE, DONE, DONE], "without the rule it goes on"
+
+
+def test_without_ray_the_message_says_what_to_install(planned: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(DeviceError, match="not there") as caught:
+        run(planned(), Cluster())
+    assert "spdtool[ray]" in (caught.value.hint or "")
+
+
+def test_ray_is_imported_only_where_a_sweep_runs_on_it() -> None:
+    script = "import sys; import spdtool.sweep.on_ray; assert not {'ray', 'torch'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)

@@ -1,0 +1,114 @@
+"""Rows and their averages: sample deviations, gaps, what is kept, the Pareto front, students left on the way."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from spdtool.sweep import rows, summary
+from spdtool.sweep.rows import DONE, FAILED, Row
+
+
+def row(**given):
+    known = {"task": "toy", "recipe": "default", "sparsity": 0.5, "seed": 0, "run": "r", "status": DONE}
+    return Row(**known | {"teacher": 0.8, "student": 0.6} | given)
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ([0.5, 0.6, 0.7], "60.0 ± 10.0"),
+        ([0.5], "50.0 ± -"),
+        ([], "-"),
+        ([None, 0.25, None], "25.0 ± -"),
+    ],
+)
+def test_a_spread_has_the_sample_deviation_and_none_for_one_value(values, shown):
+    assert str(summary.spread(values)) == shown
+
+
+@pytest.mark.parametrize(
+    ("given", "kept", "gaps"),
+    [
+        ({}, 0.75, (None, None)),
+        ({"teacher": 0.0}, None, (None, None)),
+        ({"teacher": -0.1}, None, (None, None)),
+        ({"teacher_train": 0.9, "student_train": 0.55}, 0.75, (0.1, -0.05)),
+    ],
+)
+def test_what_follows_from_a_row(given, kept, gaps):
+    made = row(**given)
+    assert made.kept == (None if kept is None else pytest.approx(kept))
+    assert (made.teacher_gap, made.student_gap) == tuple(gap if gap is None else pytest.approx(gap) for gap in gaps)
+
+
+def test_a_row_survives_json_and_what_another_version_has_added():
+    made = row(left=(row(sparsity=0.3, toward=0.5),), bytes=7)
+    record = json.loads(json.dumps(made.record() | {"added_later": 1}))
+    assert rows.read(record) == made
+
+
+def test_means_are_over_seeds_of_one_task_recipe_and_sparsity():
+    made = [row(seed=seed, student=score, teacher=1.0) for seed, score in enumerate((0.5, 0.7))]
+    made += [row(recipe="other"), row(sparsity=0.9), row(task="second")]
+    found = summary.summarise(made)
+    assert [(each.task, each.recipe, each.sparsity) for each in found] == [
+        ("toy", "default", 0.5), ("toy", "default", 0.9), ("toy", "other", 0.5), ("second", "default", 0.5)
+    ]  # fmt: skip
+    assert str(found[0].student) == "60.0 ± 14.1"
+    assert found[0].kept.mean == pytest.approx(0.6)
+
+
+def test_what_is_kept_is_a_mean_of_the_seeds_own_ratios():
+    made = [row(teacher=1.0, student=0.5), row(seed=1, teacher=0.5, student=0.5)]
+    assert summary.summarise(made)[0].kept.mean == pytest.approx(0.75)
+
+
+def test_what_failed_or_is_not_finished_is_no_part_of_a_mean():
+    made = [
+        row(),
+        row(seed=1, status=FAILED, student=None, error="DataError: no rows"),
+        row(seed=2, status="unfinished"),
+    ]
+    (found,) = summary.summarise(made)
+    assert found.student.count == 1
+    assert summary.table([found])[1][0][-1] == "1 (1 failed)"
+    assert summary.failures(made) == ["toy default 0.5 seed 1: failed: DataError: no rows"]
+    assert "DataError: no rows" in summary.markdown("Sweep", made)
+
+
+def test_the_average_over_tasks_weighs_every_task_alike():
+    made = [row(seed=seed, teacher=1.0, student=1.0) for seed in range(3)] + [row(task="b", teacher=1.0, student=0.5)]
+    assert summary.averages(summary.summarise(made)) == [("default", 0.5, pytest.approx(0.75), 2)]
+
+
+def test_students_left_on_the_way_are_rows_of_their_own():
+    made = row(sparsity=0.95, weights=1000, nonzeros=50, seconds=9.0, bytes=5, speed=2.0)
+    left = [{"sparsity": 0.7, "step": 4, "dev": {"score": 0.75}, "train": {"score": 0.8}, "folder": "left/0.7"}]
+    (on_the_way,) = rows.on_the_way(made, left)
+    assert on_the_way.label == "default, on the way to 0.95"
+    assert on_the_way.run == "r/prune/left/0.7"
+    assert (on_the_way.student, on_the_way.nonzeros, on_the_way.bytes, on_the_way.speed) == (0.75, 300, None, None)
+    assert on_the_way.student_gap == pytest.approx(0.05)
+    assert [each.recipe for each in summary.summarise([row(left=(on_the_way,))])] == ["default", on_the_way.label]
+
+
+@pytest.mark.parametrize(
+    ("points", "front"),
+    [
+        ([(1, 5), (2, 4), (3, 6)], [(1, 5), (3, 6)]),
+        ([(2, 5), (1, 5)], [(1, 5)]),
+        ([(1, 4), (1, 5)], [(1, 5)]),
+        ([], []),
+    ],
+)
+def test_the_front_holds_what_nothing_cheaper_matches(points, front):
+    assert summary.front(points) == front
+
+
+def test_bytes_and_speed_are_columns_only_where_something_was_benched():
+    assert "speed" not in summary.table(summary.summarise([row()]))[0]
+    columns, cells = summary.table(summary.summarise([row(speed=2.0, bytes=12345), row(task="b")]))
+    assert columns[-2:] == ["bytes", "speed"]
+    assert [line[-2:] for line in cells] == [["12,345", "2.00x"], ["-", "-"]]

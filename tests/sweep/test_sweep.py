@@ -1,0 +1,252 @@
+"""Sweeps: shared teachers, resuming, failures that stand in the table, equal epochs, and the files that come out."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+
+import pytest
+
+from spdtool import console, sweep
+from spdtool.errors import RecipeError, RunMismatch, UnknownName
+from spdtool.recipe import reading as recipe
+from spdtool.run.folder import Run
+from spdtool.stages import distill
+from spdtool.sweep.rows import DONE, FAILED
+
+QUICK = (
+    *(f"{stage}.batch_size=16" for stage in ("teacher", "prune", "distill", "finetune")),
+    *("teacher.epochs=1", "prune.events=2", "max_length=16", "device=cpu", "export.optional=[]"),
+)
+
+
+@pytest.fixture
+def planned(tmp_path, toy_task):
+    """`planned(recipes=..., ...)`: the trials of a quick sweep of the task `toy` in tmp_path/sweep."""
+    toy_task()
+
+    def make(**how):
+        known = {"recipes": ["default"], "sparsities": [0.5], "seeds": [0], "tasks": ["toy"], "epochs": 3}
+        return sweep.plan(**known | {"out": tmp_path / "sweep", "sets": QUICK} | how)
+
+    return make
+
+
+def run_all(trials):
+    lines = []
+    rows = sweep.run_sweep(trials, trials[0].folder.parent.parent, lines.append)
+    return rows, lines
+
+
+def stamps(folder):
+    return {str(file.relative_to(folder)): file.stat().st_mtime_ns for file in folder.rglob("stage.json")}
+
+
+def test_every_trial_is_a_run_with_the_teacher_of_its_task_and_seed(planned, tmp_path):
+    trials = planned(recipes=["default", "no-distillation"], seeds=[0, 1])
+    rows, lines = run_all(trials)
+    assert [row.status for row in rows] == [DONE] * 4
+    folder = tmp_path / "sweep" / "toy"
+    names = [f"{name}-0.5-seed{seed}" for seed in (0, 1) for name in ("default", "no-distillation")]
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*names, "teacher-seed0", "teacher-seed1"])
+    for name in names:
+        run = Run.open(folder / name)
+        given = folder / f"teacher-seed{name[-1]}" / "teacher"
+        assert run.recipe.given_teacher == str(given)
+        weights = [(place / "model.safetensors").read_bytes() for place in (given, run.path / "teacher")]
+        assert weights[0] == weights[1]
+    assert [line.split("]")[0] for line in lines] == ["[1/4", "[2/4", "[3/4", "[4/4"]
+    assert "3 left, about" in lines[0]
+
+
+def test_a_line_for_each_trial_is_shown_and_nothing_of_its_stages(planned, capsys):
+    console.setup()
+    trials = planned()
+    sweep.run_sweep(trials, trials[0].folder.parent.parent, lambda line: console.say(console.plain(line)))
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["[1/1] toy default 0.5 seed 0"]
+
+
+def test_the_results_are_written_as_json_markdown_and_plot(planned, tmp_path):
+    rows, _ = run_all(planned(sparsities=[0.5, 0.8]))
+    out = tmp_path / "sweep"
+    written = json.loads((out / "sweep.json").read_text("utf-8"))["rows"]
+    assert written == [row.record() for row in rows]
+    for record, nonzeros in zip(written, (0.5, 0.2), strict=True):
+        assert record["nonzeros"] == pytest.approx(nonzeros * record["weights"], rel=0.01)
+        assert record["student_gap"] == pytest.approx(record["student_train"] - record["student"])
+        assert record["run"] == f"toy/default-{record['sparsity']:g}-seed0"
+    assert "| toy | default | 0.8 |" in (out / "sweep.md").read_text("utf-8")
+    assert (out / "pareto-toy-nonzeros.png").is_file()
+
+
+def test_a_finished_sweep_does_nothing_again(planned, tmp_path):
+    before, _ = run_all(planned())
+    found = stamps(tmp_path)
+    after, _ = run_all(planned())
+    assert (stamps(tmp_path), after) == (found, before)
+    wider, _ = run_all(planned(sparsities=[0.5, 0.8]))
+    assert wider[0] == before[0]
+    assert found.items() < stamps(tmp_path).items()
+
+
+def test_a_sweep_that_was_killed_goes_on(planned, tmp_path, monkeypatch):
+    trials = planned(seeds=[0, 1])
+    child = os.fork()
+    if child == 0:  # dies in the second phase of the second trial
+        made = []
+        phase = distill.distill
+
+        def die(run):
+            made.append(run)
+            return os.kill(os.getpid(), signal.SIGKILL) if len(made) == 2 else phase(run)
+
+        distill.distill = die
+        run_all(trials)
+        os._exit(0)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    found = stamps(tmp_path)
+    assert "sweep/toy/default-0.5-seed1/prune/stage.json" in found
+    assert "sweep/toy/default-0.5-seed1/distill/stage.json" not in found
+    assert len(json.loads((tmp_path / "sweep" / "sweep.json").read_text("utf-8"))["rows"]) == 2
+    rows, _ = run_all(planned(seeds=[0, 1]))
+    assert [row.status for row in rows] == [DONE] * 2
+    assert found.items() < stamps(tmp_path).items()
+
+
+def test_a_changed_recipe_of_a_finished_trial_is_refused_before_anything_runs(planned, tmp_path):
+    run_all(planned())
+    found = stamps(tmp_path)
+    for change in ({"epochs": 6}, {"sets": (*QUICK, "finetune.learning_rate=0.1")}, {"sets": (*QUICK, "max_rows=20")}):
+        with pytest.raises(RunMismatch):
+            planned(seeds=[5, 0], **change)
+    assert stamps(tmp_path) == found
+
+
+def test_a_trial_that_fails_stands_in_the_table_and_the_others_go_on(planned, toy_task):
+    toy_task("empty", train=0)
+    rows, lines = run_all(planned(tasks=["empty", "toy"]))
+    assert [row.status for row in rows] == [FAILED, DONE]
+    assert "failed: DataError" in lines[0]
+    assert "no rows in its train split" in rows[0].error
+    assert rows[1].student is not None
+
+
+def test_a_trial_is_a_plain_value_that_another_process_can_run(planned):
+    (trial,) = planned()
+    row = sweep.run_trial(pickle.loads(pickle.dumps(trial)))
+    assert pickle.loads(pickle.dumps(row)) == row
+    assert row.status == DONE
+
+
+@pytest.mark.parametrize(
+    ("name", "sets", "epochs"),
+    [
+        ("default", [], (2.0, 1.0, 1.0)),
+        ("reference", [], (2.0, 40 / 60, 80 / 60)),
+        ("default", ["prune.epochs=1", "distill.epochs=0", "finetune.epochs=3"], (1.0, 0.0, 3.0)),
+        ("default", ["prune.epochs=0"], (0.0, 2.0, 2.0)),
+    ],
+)
+def test_epochs_are_scaled_to_the_same_sum_in_the_recipes_own_proportions(name, sets, epochs):
+    chosen = sweep.scaled(recipe.resolve(name, {"task": "mrpc"}, sets), 4)
+    found = tuple(getattr(chosen, phase).epochs for phase in ("prune", "distill", "finetune"))
+    assert found == pytest.approx(epochs)
+    assert sum(found) == pytest.approx(4)
+
+
+@pytest.mark.parametrize("sets", [["prune.epochs=3"], [f"{phase}.epochs=0" for phase in sweep.PHASES]])
+def test_epochs_that_have_no_common_measure_are_refused(sets):
+    with pytest.raises(RecipeError, match="--epochs cannot scale"):
+        sweep.scaled(recipe.resolve("default", {"task": "mrpc"}, sets), 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (None, {"cola": None, "sst2": None}),
+        ("{0}", {"cola": "{0}", "sst2": "{0}"}),
+        ("sst2={0}", {"cola": None, "sst2": "{0}"}),
+        ("SST-2={0},CoLA={0}/x", {"cola": "{0}/x", "sst2": "{0}"}),
+    ],
+)
+def test_data_is_one_folder_for_all_tasks_or_a_folder_for_each(tmp_path, text, found):
+    expected = {task: path and path.format(tmp_path) for task, path in found.items()}
+    assert sweep.data_of(text and text.format(tmp_path), ["cola", "sst2"]) == expected
+
+
+@pytest.mark.parametrize("text", ["rte=x", "cola=", "cola=x,sst2"])
+def test_data_of_no_task_of_the_sweep_is_refused(text):
+    with pytest.raises(RecipeError, match="none of the sweep's tasks"):
+        sweep.data_of(text, ["cola", "sst2"])
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "named"),
+    [
+        ({"recipes": ["defualt"]}, UnknownName, "default"),
+        ({"tasks": ["toi"]}, UnknownName, "toy"),
+        ({"sparsities": [1.5]}, RecipeError, "sparsity"),
+        ({"sets": ["sparsity=0.3"]}, RecipeError, "a sweep decides 'sparsity'"),
+        ({"sets": ["prune.epoch=1"]}, UnknownName, "prune.epochs"),
+    ],
+)
+def test_a_wrong_wish_is_refused_before_anything_runs(planned, tmp_path, how, error, named):
+    with pytest.raises(error) as caught:
+        planned(**how)
+    assert named in f"{caught.value.message} {caught.value.hint}"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_recipes_of_one_name_are_refused(planned, tmp_path):
+    (tmp_path / "default.toml").write_text("bucketing = false\n", "utf-8")
+    with pytest.raises(RecipeError, match="two recipes are called 'default'"):
+        planned(recipes=["default", str(tmp_path / "default.toml")])
+
+
+def test_students_left_on_the_way_are_rows_of_the_table(planned, tmp_path):
+    rows, _ = run_all(planned(sparsities=[0.8], sets=(*QUICK, "prune.first=0.5", "prune.leave=[0.5]")))
+    (left,) = rows[0].left
+    assert (left.sparsity, left.label, left.run) == (
+        0.5, "default, on the way to 0.8", "toy/default-0.8-seed0/prune/left/0.5",
+    )  # fmt: skip
+    assert (tmp_path / "sweep" / left.run / "config.json").is_file()
+    assert "default, on the way to 0.8" in (tmp_path / "sweep" / "sweep.md").read_text("utf-8")
+
+
+def test_the_command_shows_a_table_and_says_what_failed_by_its_exit_code(planned, toy_task, spdtool, tmp_path):
+    toy_task("empty", train=0)
+    words = ["--epochs", 3, "--sparsities", 0.5, "--seeds", 0, "--out", tmp_path / "s"]
+    words += [word for assignment in QUICK for word in ("--set", assignment)]
+    called = spdtool("sweep", "--tasks", "toy", *words)
+    assert called.exit_code == 0, called.output
+    assert "kept on average" in called.output
+    assert "prune 3/" not in called.output  # the lines of the stages are kept back
+    failing = spdtool("sweep", "--tasks", "toy,empty", *words, "--json")
+    assert failing.exit_code == 3
+    assert [row["status"] for row in json.loads(failing.stdout)] == [DONE, FAILED]
+    shown = spdtool("report", tmp_path / "s", "--json")
+    assert shown.exit_code == 0
+    assert json.loads(shown.stdout)["page"] == str(tmp_path / "s" / "report" / "report.html")
+    assert "DataError" in (tmp_path / "s" / "report" / "report.html").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--tasks", "toy", "--seeds", "0,x"], "--seeds '0,x' is no list of whole numbers"),
+        (["--tasks", ","], "--tasks is empty"),
+        (["--tasks", "toy", "--sparsities", "many"], "no list of numbers"),
+    ],
+)
+def test_the_command_refuses_lists_that_are_none(spdtool, words, named):
+    called = spdtool("sweep", *words)
+    assert called.exit_code == 2
+    assert named in called.stderr
+
+
+def test_report_refuses_a_folder_that_is_no_run(spdtool, tmp_path):
+    called = spdtool("report", tmp_path)
+    assert called.exit_code == 2
+    assert "is not a run folder" in called.stderr

@@ -1,0 +1,111 @@
+"""What a run of the prune stage notes on the way: train beside dev scores, students left behind, rewound rates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from spdtool.data import tokens as data
+from spdtool.models import load as encoders
+from spdtool.models import predict as evaluation
+from spdtool.run.folder import Run
+from spdtool.stages.prune import prune
+
+LEAVE = ("prune.events=4", "prune.schedule=linear", "prune.leave=[0.25, 0.375]")
+
+
+def events(folder: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+def test_train_scores_stand_beside_dev_scores(toy_run: Callable[..., Run]) -> None:
+    run = toy_run("prune.scored_train_rows=10", until="teacher")
+    metrics = prune(run)
+    assert all(0 <= entry["train"]["score"] <= 1 for entry in metrics["evaluations"])
+    assert [entry["train"] for entry in metrics["evaluations"]] == [
+        event["train"] for event in events(run.path / "prune", "eval")
+    ]
+    assert metrics["train"].keys() == metrics["dev"].keys()
+
+
+def test_nothing_is_scored_where_no_training_rows_are_asked_for(toy_run: Callable[..., Run]) -> None:
+    metrics = prune(toy_run("prune.scored_train_rows=0", until="teacher"))
+    assert "train" not in metrics
+    assert not any("train" in entry for entry in metrics["evaluations"])
+
+
+def test_the_train_score_is_that_of_a_sample_of_the_training_rows(toy_task: Any, toys: Any) -> None:
+    task, rows = toy_task(), toys.rows(40)
+    encoded = data.tokenise(toys.tokenizer(), rows, 32)
+    sample = encoded.sample(7, seed=3)
+    assert len(sample) == 7
+    assert encoded.sample(40, seed=3) is encoded
+    kept = [i for i in range(40) if any(rows.labels[i] == label for label in sample.labels)]
+    assert len(kept) >= 7
+    lists = {tuple(encoded.collate([i])["input_ids"][0]) for i in range(40)}
+    assert {tuple(sample.collate([i])["input_ids"][0]) for i in range(7)} <= lists
+    forward = evaluation.torch_forward(toys.bert(2))
+    assert evaluation.evaluate_rows(task, forward, sample)["score"] in {hits / 7 for hits in range(8)}
+
+
+def test_students_are_left_on_the_way_with_exactly_their_zeros(toy_run: Callable[..., Run]) -> None:
+    run = toy_run(*LEAVE, until="teacher")
+    left = prune(run)["left"]
+    assert [entry["sparsity"] for entry in left] == [0.25, 0.375]
+    pruned = {event["sparsity"]: event["step"] for event in events(run.path / "prune", "prune")}
+    for entry in left:
+        folder = run.path / "prune" / entry["folder"]
+        model = encoders.load(folder)
+        for name, weight in encoders.prunable_linears(model).items():
+            assert int((weight == 0).sum()) == round(weight.numel() * entry["sparsity"]), name
+        assert entry["step"] > pruned[entry["sparsity"]], "it was trained at that sparsity before it was left"
+        assert {"dev", "train"} <= entry.keys()
+    assert {file["path"] for file in run.record("prune")["files"]} >= {"left/0.25/model.safetensors"}
+
+
+def test_a_resumed_stage_leaves_the_same_students(toy_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = toy_run(*LEAVE, until="teacher", folder="whole")
+    expected = prune(whole)
+    for stop in (5, 9):
+        run = toy_run(*LEAVE, until="teacher", folder=f"stopped-{stop}", save_minutes=0.0)
+        with monkeypatch.context() as patched:
+            _stop_after(patched, stop)
+            with pytest.raises(KeyboardInterrupt):
+                prune(run)
+        assert prune(run)["left"] == expected["left"]
+        for entry in expected["left"]:
+            file = Path("prune") / entry["folder"] / "model.safetensors"
+            one, other = load_file(run.path / file), load_file(whole.path / file)
+            assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_learning_rate_is_rewound_at_each_event(toy_run: Callable[..., Run]) -> None:
+    run = toy_run("prune.rewind=0.1", "prune.warmup=0.0", "prune.epochs=4", "prune.learning_rate=1e-3", until="teacher")
+    prune(run)
+    rates = {event["step"]: event["learning_rate"] for event in events(run.path / "prune", "step")}
+    later = [event for event in events(run.path / "prune", "prune") if event["step"] > 0]
+    assert later
+    for event in later:
+        before, after = rates[event["step"]], rates[event["step"] + 1]
+        assert before < 0.6e-3 < after
+        assert after == pytest.approx(1e-3)
+
+
+def _stop_after(patched: pytest.MonkeyPatch, step: int) -> None:
+    from spdtool.training.log import Journal
+
+    log = Journal.log
+
+    def stopping(self: Journal, at: int, *rest: Any) -> None:
+        log(self, at, *rest)
+        if at == step:
+            raise KeyboardInterrupt
+
+    patched.setattr(Journal, "log", stopping)

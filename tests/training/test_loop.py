@@ -1,0 +1,341 @@
+"""The training loop: its schedule, its clipping, what it hands over, and that an interruption leaves no trace."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from spdtool.data import tokens as data
+from spdtool.errors import DeviceError, GateError
+from spdtool.models import load as encoders
+from spdtool.models import predict as evaluation
+from spdtool.pruning.masks import Masks
+from spdtool.pruning.pruner import Pruner
+from spdtool.recipe.fields import Recipe, Training
+from spdtool.run.folder import Work
+from spdtool.tasks import Task
+from spdtool.training import loop as training
+from spdtool.training.loop import Fit
+from spdtool.training.microbatches import Share
+
+
+class Bench:
+    """A tiny model, rows and everything that `fit` wants, made anew for every call."""
+
+    def __init__(self, folder: Path, toys: Any, task: Task) -> None:
+        self.folder, self.toys, self.task = folder, toys, task
+        self.events: list[dict[str, Any]] = []
+        self.model: Any = None
+
+    def fit(
+        self,
+        section: Training,
+        *,
+        recipe: Recipe | None = None,
+        stop: int | None = None,
+        name: str = "work",
+        fingerprint: str = "f",
+        pruning: bool = False,
+        scores: list[float] | None = None,
+        dropout: float = 0.0,
+        each: Callable[[int, Any], None] = lambda _step, _model: None,
+        bystanders: Callable[[Any], list[nn.Parameter]] = lambda _model: [],
+    ) -> dict[str, Any]:
+        """Train; `stop` raises KeyboardInterrupt after the log line of that step; `scores` are the dev scores."""
+        recipe = recipe or Recipe(device="cpu", save_minutes=1e9, bucketing=False, max_length=32)
+        self.model = model = self.toys.bert(2, dropout=dropout)
+        splits = data.encode(self.toys.tokenizer(), self.task.load(None, 0), 32)
+        forward, told = evaluation.torch_forward(model), iter(scores or [])
+
+        def evaluate() -> dict[str, float]:
+            return {"score": next(told)} if scores else evaluation.evaluate(self.task, forward, splits)
+
+        def loss(batch: dict[str, torch.Tensor], progress: float, share: Share) -> dict[str, torch.Tensor]:
+            labels = batch.pop("labels")
+            return {"loss": share.rows * F.cross_entropy(model(**batch).logits, labels)}
+
+        pruner = None
+        if pruning:
+            masks = Masks(encoders.prunable_linears(model))
+            pruner = Pruner(
+                masks, [(3, 0.3), (8, 0.6)], target=0.6, criterion="magnitude", pattern="unstructured", scope="matrix"
+            )
+
+        def watch(event: dict[str, Any]) -> None:
+            self.events.append(event)
+            if event["event"] == "step":
+                each(event["step"], model)
+                if event["step"] == stop:
+                    raise KeyboardInterrupt
+
+        work = Work("teacher", self.folder / name)
+        work.folder.mkdir(exist_ok=True)
+        torch.manual_seed(123)  # whatever was random before must not matter
+        front = training.accelerator(recipe)
+        parts = Fit(model, loss, splits["train"], evaluate, pruner=pruner, bystanders=bystanders(model))
+        return training.fit(parts, section, recipe, work, fingerprint, front, watch)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+
+    def log(self, name: str = "work") -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+
+@pytest.fixture
+def bench(tmp_path: Path, toys: Any, toy_task: Callable[..., Task]) -> Bench:
+    return Bench(tmp_path, toys, toy_task(train=32, dev=16))
+
+
+def section(**how: Any) -> Training:
+    return Training(**{"epochs": 2, "batch_size": 8, "learning_rate": 1e-3, "warmup": 0.0, "keep_best": False} | how)
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("per_epoch", "total", "wanted", "expected"),
+    [
+        (10, 30, 1, {10, 20, 30}),
+        (10, 25, 1, {10, 20, 25}),
+        (10, 5, 1, {5}),
+        (10, 20, 2, {5, 10, 15, 20}),
+        (3, 6, 2, {2, 3, 4, 6}),
+        (1, 3, 5, {1, 2, 3}),
+        (7, 7, 3, {2, 5, 7}),
+    ],
+)
+def test_the_dev_set_is_scored_evenly_and_after_the_last_step(
+    per_epoch: int, total: int, wanted: int, expected: set[int]
+) -> None:
+    assert training.evaluation_steps(per_epoch, total, wanted) == expected
+
+
+def test_biases_and_normalisation_do_not_decay(toys: Any) -> None:
+    model = toys.bert(2)
+    optimizer = training.adamw(dict(model.named_parameters()), section(weight_decay=0.1, epsilon=1e-6),
+                               torch.device("cpu"))  # fmt: skip
+    decayed = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        plain = name.endswith("bias") or "LayerNorm" in name
+        assert decayed.pop(id(parameter)) == (0.0 if plain else 0.1), name
+    assert not decayed
+    assert {group["eps"] for group in optimizer.param_groups} == {1e-6}
+
+
+def test_every_step_has_the_scheduled_learning_rate_and_one_batch_of_its_epoch(bench: Bench) -> None:
+    summary = bench.fit(section(warmup=0.25, final_learning_rate=0.2))
+    steps = [event for event in bench.log() if event["event"] == "step"]
+    assert [event["step"] for event in steps] == list(range(1, 9))
+    for index, event in enumerate(steps):  # the rate of the step that was just done
+        progress = index / 8
+        factor = progress / 0.25 if progress < 0.25 else 1 - 0.8 * (progress - 0.25) / 0.75
+        assert event["learning_rate"] == pytest.approx(1e-3 * factor)
+        assert event["epoch"] == pytest.approx((index + 1) / 4)
+        assert event["examples_per_second"] > 0
+    assert [event["step"] for event in bench.log() if event["event"] == "eval"] == [4, 8]
+    assert summary["steps"] == 8
+    assert summary["epochs"] == 2
+    assert [evaluation["step"] for evaluation in summary["evaluations"]] == [4, 8]
+    assert bench.log() == [event for event in bench.events if event["event"] != "resume"]
+
+
+def test_it_is_plain_adamw_on_plain_batches(bench: Bench, toys: Any) -> None:
+    bench.fit(section(weight_decay=0.05, epsilon=1e-3))
+    model = toys.bert(2).train()
+    rows = data.encode(toys.tokenizer(), bench.task.load(None, 0), 32)["train"]
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0}], lr=1e-3, eps=1e-3
+    )
+    step = 0
+    for epoch in range(2):
+        for batch in data.training_batches(rows, 8, 0, epoch, bucketing=False):
+            inputs = evaluation.to_device(rows.collate(batch, 32), "cpu")
+            labels = inputs.pop("labels")
+            F.cross_entropy(model(**inputs).logits, labels).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-3 * (1 - step / 8)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(bench.model.state_dict()[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("pieces", [2, 3, 8, 20])
+def test_a_batch_in_pieces_gives_the_same_weights_up_to_rounding(bench: Bench, pieces: int) -> None:
+    plan = {"epsilon": 1e-3}  # large, so that gradients that are only rounding stay small
+    bench.fit(section(**plan), name="whole")
+    whole = bench.weights()
+    bench.fit(section(accumulate=pieces, **plan), name="pieces")
+    for name, tensor in bench.weights().items():
+        torch.testing.assert_close(tensor, whole[name], rtol=1e-4, atol=1e-5, msg=name)
+    losses = [[e["losses"]["loss"] for e in bench.log(n) if e["event"] == "step"] for n in ("whole", "pieces")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_what_is_frozen_does_not_move(bench: Bench, toys: Any) -> None:
+    bench.fit(section(train="layers", weight_decay=0.1))
+    before, after = toys.bert(2).state_dict(), bench.weights()
+    for name in before:
+        moved = not torch.equal(before[name], after[name])
+        assert moved == name.startswith("bert.encoder.layer."), name
+
+
+@pytest.mark.parametrize("over", ["trained", "all"])
+def test_the_clipped_norm_counts_what_the_recipe_says(bench: Bench, monkeypatch: pytest.MonkeyPatch, over: str) -> None:
+    seen: list[tuple[float, set[int]]] = []
+
+    def step(optimizer: Any, *args: Any, **options: Any) -> Any:
+        parameters = [p for p in bench.model.parameters() if p.grad is not None]
+        counted = {id(p) for p in parameters}
+        seen.append((math.sqrt(sum(float(p.grad.square().sum()) for p in parameters)), counted))
+        return original(optimizer, *args, **options)
+
+    original = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+
+    def frozen(model: Any) -> list[nn.Parameter]:
+        return [p for name, p in model.named_parameters() if not name.startswith("bert.encoder.layer.")]
+
+    bench.fit(section(train="layers", clip=1e-3, clip_over=over), bystanders=frozen if over == "all" else lambda _: [])
+    for norm, counted in seen:
+        assert norm == pytest.approx(1e-3, rel=1e-2)  # exactly the norm of all that was counted
+        assert ({id(p) for p in frozen(bench.model)} <= counted) == (over == "all")
+    before = bench.toys.bert(2).state_dict()
+    assert torch.equal(before["classifier.weight"], bench.weights()["classifier.weight"])
+
+
+@pytest.mark.parametrize("over", ["trained", "all"])
+def test_gradients_of_pruned_weights_count_only_when_everything_does(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, over: str
+) -> None:
+    alive: list[bool] = []
+
+    def clip(front: Any, parameters: Any, largest: float) -> Any:
+        for weight in encoders.prunable_linears(bench.model).values():
+            assert weight.grad is not None
+            alive.append(bool((weight.grad[weight == 0] != 0).any()))
+        return original(front, parameters, largest)
+
+    original = training.Accelerator.clip_grad_norm_
+    monkeypatch.setattr(training.Accelerator, "clip_grad_norm_", clip)
+    bench.fit(section(epochs=3, clip_over=over), pruning=True)
+    assert any(alive) == (over == "all")
+    zeros = {int((w == 0).sum()) for w in encoders.prunable_linears(bench.model).values()}
+    assert zeros == {round(32 * 32 * 0.6), round(32 * 64 * 0.6)}, "and stay dead either way"
+
+
+@pytest.mark.parametrize(("keep", "step", "score"), [(True, 4, 0.9), (False, 12, 0.7)])
+def test_the_best_or_the_last_weights_are_handed_over(bench: Bench, keep: bool, step: int, score: float) -> None:
+    kept: dict[int, dict[str, torch.Tensor]] = {}
+    summary = bench.fit(
+        section(epochs=3, keep_best=keep), scores=[0.9, 0.8, 0.7], each=lambda at, _: kept.update({at: bench.weights()})
+    )
+    assert summary["best"] == {"step": step, "metrics": {"score": score}}
+    assert same(bench.weights(), kept[step])
+
+
+def test_of_equal_scores_the_earlier_is_the_best(bench: Bench) -> None:
+    assert bench.fit(section(keep_best=True), scores=[0.9, 0.9])["best"]["step"] == 4
+
+
+def test_nothing_counts_as_best_before_the_target_sparsity(bench: Bench) -> None:
+    summary = bench.fit(section(epochs=3, keep_best=True), scores=[0.99, 0.5, 0.6], pruning=True)
+    assert summary["best"] == {"step": 12, "metrics": {"score": 0.6}}
+    evaluations = [event for event in bench.log() if event["event"] == "eval"]
+    assert [event["best"] for event in evaluations] == [False, True, True]
+    assert [(e["step"], e["sparsity"]) for e in bench.log() if e["event"] == "prune"] == [(3, 0.3), (8, 0.6)]
+
+
+@pytest.mark.parametrize("pruning", [False, True])
+@pytest.mark.parametrize("minutes", [0.0, 1e9], ids=["every step", "every epoch"])
+def test_an_interruption_leaves_no_trace(bench: Bench, pruning: bool, minutes: float) -> None:
+    how: dict[str, Any] = {
+        "recipe": Recipe(device="cpu", save_minutes=minutes, bucketing=True), "pruning": pruning, "dropout": 0.2,
+    }  # fmt: skip
+    plan = section(epochs=3, keep_best=True, weight_decay=0.1)
+    summary = bench.fit(plan, name="undisturbed", **how)
+    expected, log = bench.weights(), bench.log("undisturbed")
+    for stop in (1, 3, 4, 5, 8, 11, 12):
+        name = f"stopped-{stop}"
+        with pytest.raises(KeyboardInterrupt):
+            bench.fit(plan, name=name, stop=stop, **how)
+        bench.events.clear()
+        again = bench.fit(plan, name=name, **how)
+        resumed = [event["step"] for event in bench.events if event["event"] == "resume"]
+        assert resumed == ([stop - 1] if minutes == 0 and stop > 1 else [(stop - 1) // 4 * 4] if stop > 4 else [])
+        assert same(bench.weights(), expected), stop
+        for key in ("steps", "epochs", "best", "evaluations"):
+            assert again[key] == summary[key]
+        drop = ("examples_per_second",)
+        kept = [{k: v for k, v in event.items() if k not in drop} for event in bench.log(name)]
+        assert kept == [{k: v for k, v in event.items() if k not in drop} for event in log]
+
+
+def test_a_state_of_something_else_is_not_taken_over(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = Recipe(device="cpu", save_minutes=0)
+    bench.fit(section(), name="fresh", recipe=recipe)
+    expected = bench.weights()
+    with pytest.raises(KeyboardInterrupt):
+        bench.fit(section(), name="stopped", stop=5, fingerprint="another recipe", recipe=recipe)
+    bench.events.clear()
+    bench.fit(section(), name="stopped", recipe=recipe)
+    assert "begins anew: its snapshot belongs to other settings or other rows" in capsys.readouterr().err
+    assert not [event for event in bench.events if event["event"] == "resume"]
+    assert same(bench.weights(), expected)
+    assert [event["step"] for event in bench.log("stopped") if event["event"] == "step"] == list(range(1, 9))
+
+
+def test_the_seed_decides(bench: Bench) -> None:
+    def weights(seed: int, name: str) -> dict[str, torch.Tensor]:
+        bench.fit(section(), recipe=Recipe(device="cpu", seed=seed), name=name, dropout=0.3)
+        return bench.weights()
+
+    first = weights(0, "a")
+    assert same(first, weights(0, "b"))
+    assert not same(first, weights(1, "c"))
+
+
+def test_a_pruned_weight_that_came_alive_is_not_saved(bench: Bench) -> None:
+    def revive(step: int, model: Any) -> None:
+        if step == 5:
+            with torch.no_grad():
+                for weight in encoders.prunable_linears(model).values():
+                    weight[weight == 0] = 1.0
+
+    with pytest.raises(GateError, match="a pruned weight"):
+        bench.fit(section(epochs=3), pruning=True, each=revive, recipe=Recipe(device="cpu", save_minutes=0))
+
+
+def test_bf16_trains_and_leaves_float32_weights_and_a_plain_model(bench: Bench) -> None:
+    bench.fit(section(), recipe=Recipe(device="cpu", precision="bf16"), name="bf16")
+    half = bench.weights()
+    assert {tensor.dtype for tensor in half.values()} == {torch.float32}
+    assert bench.model.forward.__func__ is type(bench.model).forward, "no autocast is left, and nothing else is gone"
+    bench.fit(section(), name="fp32")
+    assert not same(half, bench.weights())
+    for name, tensor in bench.weights().items():
+        assert float((half[name] - tensor).abs().max()) < 0.05, name
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(DeviceError, match="no CUDA device answers"):
+        training.accelerator(Recipe(device="cuda"))
+    with pytest.raises(DeviceError, match="fp16 training needs a CUDA device"):
+        training.accelerator(Recipe(device="auto", precision="fp16"))
+    assert training.accelerator(Recipe(device="auto")).device.type == "cpu"
