@@ -2,7 +2,7 @@
 #
 #   make demo                              the whole job on the embedded task
 #   make bench TASK=mrpc SPARSITY=0.9      every stage of a run that is missing, up to the bench
-#   make style | check | test | test-oldest | test-encoder
+#   make style | check | test | docs | test-oldest | test-encoder
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -28,7 +28,7 @@ PLUGINS := $(wildcard plugins/*/pyproject.toml)
 COMPILED := plugins/spdtool-sparse-cpu/
 PURE := $(filter-out $(COMPILED),$(dir $(PLUGINS)))
 
-.PHONY: help demo setup style check test test-oldest test-encoder test-ray test-clients teacher prune distill finetune export bench clean
+.PHONY: help demo setup style check docs test test-oldest test-encoder test-ray test-clients teacher prune distill finetune export bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -56,6 +56,14 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The documentation site, with strict links: build/site/index.html.
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict --quiet
+
+$(VENV)/.docs: $(VENV)/.ready
+	$(PIP) -e '.[$(EXTRA),docs]'
+	@touch $@
 
 # A worker per processor with one thread each: two threads that wait for each other are slower than two tests.
 test: setup
