@@ -59,7 +59,7 @@ check: setup
 
 # The documentation site, with strict links: build/site/index.html.
 docs: $(VENV)/.docs
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 $(VENV)/.docs: $(VENV)/.ready
 	$(PIP) -e '.[$(EXTRA),docs]'

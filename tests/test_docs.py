@@ -1,79 +1,209 @@
-"""What the documents say is run: commands exist with the options shown, --help blocks are what --help prints."""
+"""The documents are run: commands parse, targets and links exist, snippets compile, the reference misses nothing."""
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 import tomllib
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 from typer.main import get_command
-from typer.testing import CliRunner
 
+from spdtool import errors, plugins
 from spdtool.cli.main import app
-from spdtool.recipe import reading as recipe
+from spdtool.recipe import reading
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("plugins/*/README.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("plugins/*/README.md")])
+PLACEHOLDER = re.compile(r"\b[A-Z]+\b")  # RUN, FOLDER, HOST: for the reader to fill in
 
 
-def commands():
-    """Every `spdtool ...` line in a fenced or indented block, or in backticks, with its document."""
+@pytest.fixture(scope="module")
+def reference() -> ModuleType:
+    """The hook that writes the generated pages."""
+    spec = importlib.util.spec_from_file_location("reference_hook", ROOT / "docs/hooks/reference.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def pages(reference: ModuleType) -> dict[str, str]:
+    """Every generated page by its name."""
+    return {name: write() for name, write in reference.PAGES.items()}
+
+
+def read(document: Path) -> str:
+    """Return a document with continued lines joined."""
+    return document.read_text("utf-8").replace("\\\n", " ")
+
+
+def name_of(document: Path) -> str:
+    """Return the path of a document inside the repository."""
+    return str(document.relative_to(ROOT))
+
+
+def command_lines(text: str) -> Iterator[str]:
+    """Yield every `spdtool ...` line in a block, behind a launcher, or in backticks."""
+    lines = re.findall(r"^(?:    |\$ )(?:.* (?:-m|--|\|) )?(spdtool [a-z].*)$", text, re.MULTILINE)
+    lines += re.findall(r"`(spdtool [a-z][^`\n]*)`", text)
+    for line in lines:
+        yield re.split(r"  #| &$", line)[0].strip()
+
+
+def test_every_command_in_the_documents_parses() -> None:
+    listed: Any = get_command(app)
+    fields = dict(reading.fields())
+    lines = [(name_of(document), line) for document in DOCUMENTS for line in command_lines(read(document))]
+    assert len(lines) > 50
+    for document, line in lines:
+        name, *words = shlex.split(line)[1:]
+        assert name in listed.commands, f"{document}: {line}: no command {name}"
+        options = {option for parameter in listed.commands[name].params for option in parameter.opts}
+        for word, value in pairwise([*words, ""]):
+            if word.startswith("--") and word != "--help":
+                assert word in options, f"{document}: {line}: spdtool {name} has no {word}"
+            if word == "--set":
+                assert value.split("=")[0] in fields, f"{document}: {line}: no recipe field {value}"
+            if word == "--recipe":
+                assert value in reading.names() or PLACEHOLDER.fullmatch(value), f"{document}: {line}: no such recipe"
+
+
+def test_every_recipe_field_with_a_value_in_backticks_exists() -> None:
+    sections = {field.split(".")[0] for field in dict(reading.fields()) if "." in field}
     for document in DOCUMENTS:
-        text = document.read_text("utf-8").replace("\\\n", " ")
-        found = re.findall(r"^(?:    |\$ )?(spdtool [a-z].*)$", text, re.MULTILINE)
-        found += re.findall(r"`(spdtool [a-z][^`\n]*)`", text)
-        for line in found:
-            yield pytest.param(line.split("  #")[0].strip(), id=f"{document.name}: {line[:60]}")
+        for path in re.findall(r"`([a-z]+(?:\.[a-z_]+)+)(?:=[^`]*)?`", read(document)):
+            if path.split(".")[0] in sections and not path.endswith((".json", ".md", ".py")):
+                known = [field for field in dict(reading.fields()) if f"{field}.".startswith(f"{path}.")]
+                assert known, f"{name_of(document)}: the recipe has no {path}"
 
 
-@pytest.mark.parametrize("line", list(commands()))
-def test_every_command_in_the_documents_parses(line):
-    name, *words = shlex.split(line)[1:]
-    listed = get_command(app).commands
-    assert name in listed, f"no command {name}"
-    known = {option for parameter in listed[name].params for option in parameter.opts}
-    for index, word in enumerate(words):
-        if word.startswith("--") and word != "--help":
-            assert word in known, f"spdtool {name} has no {word}"
-        if word == "--set":
-            field = words[index + 1].split("=")[0]
-            assert field in dict(recipe.fields()), f"the recipe has no {field}"
-
-
-@pytest.mark.parametrize("target", re.findall(r"`make ([a-z-]+)", (ROOT / "README.md").read_text("utf-8")))
-def test_every_make_target_in_the_readme_exists(target):
+def test_every_make_target_in_the_documents_exists() -> None:
     makefile = (ROOT / "Makefile").read_text("utf-8")
-    stages = re.search(r"^STAGES := (.*)$", makefile, re.MULTILINE).group(1).split()
-    assert re.search(rf"^{target}:", makefile, re.MULTILINE) or target in stages
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    stages = re.search(r"^STAGES := (.*)$", makefile, re.MULTILINE)
+    assert stages is not None
+    targets |= {*stages.group(1).split(), "style"}
+    for document in DOCUMENTS:
+        for target in re.findall(r"(?:^    |`|^run: )make ([a-z-]+)", read(document), re.MULTILINE):
+            assert target in targets, f"{name_of(document)}: no target {target} in the Makefile"
 
 
-def test_the_help_in_the_readme_is_what_help_prints(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setenv("TERM", "dumb")
-    monkeypatch.setenv("NO_COLOR", "1")
-    printed = CliRunner().invoke(app, ["--help"], prog_name="spdtool", terminal_width=100).output
-    shown = re.search(r"<!-- help -->\n```\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL).group(1)
-    words = [line.strip() for line in printed.splitlines() if line.strip()]
-    assert [line.strip() for line in shown.splitlines() if line.strip()] == words
+def test_every_script_in_the_documents_exists() -> None:
+    for document in DOCUMENTS:
+        for script in re.findall(r"(?<![\w-])((?:benchmarks|plugins)/[\w./-]+\.(?:py|sh))\b", read(document)):
+            assert (ROOT / script).is_file(), f"{name_of(document)}: no file {script}"
 
 
-def test_every_packaged_recipe_is_in_the_readme_and_reads():
-    text = (ROOT / "README.md").read_text("utf-8")
-    for name in recipe.names():
-        assert f"`{name}`" in text
-        assert recipe.resolve(name).name == name
+def test_every_relative_link_leads_to_a_file(reference: ModuleType) -> None:
+    generated = {ROOT / f"docs/reference/{name}.md" for name in reference.PAGES}
+    for document in DOCUMENTS:
+        folder = ROOT / "docs/reference" if document.parent.name == "hooks" else document.parent
+        for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", read(document)):
+            if "://" not in link:
+                target = (folder / link).resolve()
+                assert target.exists() or target in generated, f"{name_of(document)}: {link} leads nowhere"
 
 
-def test_the_constraints_satisfy_the_ranges():
-    from packaging.requirements import Requirement
+def test_every_python_snippet_compiles() -> None:
+    snippets = 0
+    for document in DOCUMENTS:
+        for snippet in re.findall(r"^```python\n(.*?)^```", document.read_text("utf-8"), re.DOTALL | re.MULTILINE):
+            compile(snippet, name_of(document), "exec")
+            snippets += 1
+    assert snippets > 5
 
+
+def test_the_readme_stays_short() -> None:
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 125
+
+
+def test_the_reference_has_every_command_and_option(pages: dict[str, str]) -> None:
+    listed: Any = get_command(app)
+    for name, command in listed.commands.items():
+        assert f"## `spdtool {name}`" in pages["command-line"], name
+        section = pages["command-line"].split(f"## `spdtool {name}`")[1].split("\n## ")[0]
+        for parameter in command.params:
+            names = parameter.opts if parameter.param_type_name == "option" else [parameter.name.upper()]
+            for option in names:
+                assert f"`{option}`" in section, f"spdtool {name}: {option} is not in the reference"
+
+
+def test_the_reference_has_every_recipe_field_with_its_help(pages: dict[str, str]) -> None:
+    for field, meaning in reading.fields():
+        row = next((row for row in pages["recipe-fields"].splitlines() if row.startswith(f"| `{field}` |")), None)
+        assert row is not None, f"{field} is not in the reference"
+        assert meaning.split("`")[0].split("|")[0].split("<")[0] in row, f"the help of {field} is not in the reference"
+
+
+def test_the_reference_has_every_recipe_and_each_resolves(pages: dict[str, str]) -> None:
+    for name in reading.names():
+        assert f"## `{name}`" in pages["recipes"], name
+        assert reading.resolve(name).name == name
+
+
+def test_the_reference_has_everything_that_is_built_in(pages: dict[str, str]) -> None:
+    registries = {"tasks": plugins.tasks, "targets": plugins.targets, "criteria": plugins.criteria}
+    for page, registry in registries.items():
+        for part in registry.parts():
+            if part.source.startswith("spdtool."):
+                assert f"`{part.name}`" in pages[page], f"{page}: {part.name}"
+    for part in plugins.patterns.parts():
+        assert f"`{part.name}`" in pages["criteria"], part.name
+
+
+def test_the_reference_has_every_error_and_its_exit_code(pages: dict[str, str]) -> None:
+    public = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)]
+    assert len(public) > 10
+    for error in public:
+        assert f"| `{error.__name__}` | {error.exit_code} |" in pages["errors"], error.__name__
+
+
+def test_every_page_of_the_site_is_in_the_navigation(reference: ModuleType) -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text("utf-8").split("\nnav:")[1]
+    written = {str(file.relative_to(ROOT / "docs")) for file in ROOT.glob("docs/**/*.md")}
+    expected = {page for page in written if not page.startswith("hooks/")}
+    expected |= {f"reference/{name}.md" for name in reference.PAGES}
+    assert expected == set(re.findall(r"[\w/-]+\.md", navigation))
+
+
+def test_the_documents_say_that_the_default_recipe_grafts_nothing() -> None:
+    default = reading.resolve("default")
+    assert all(getattr(default, phase).grafting.start == 1 for phase in ("prune", "distill", "finetune"))
+    assert "grafting: off in this recipe" in (ROOT / "docs/explanation/method.md").read_text("utf-8")
+    assert reading.resolve("spd").prune.grafting.start < 1
+
+
+def test_the_constraints_satisfy_the_ranges() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     ranges = [Requirement(line) for line in project["dependencies"]]
-    for extra in ("cpu", "serve", "dev"):
+    for extra in ("cpu", "serve", "dev", "docs"):
         ranges += [Requirement(line) for line in project["optional-dependencies"][extra]]
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text("utf-8").split() if "==" in line)
     for wanted in ranges:
         assert wanted.name in pins, f"constraints.txt does not pin {wanted.name}"
         assert wanted.specifier.contains(pins[wanted.name]), f"{wanted} does not admit {pins[wanted.name]}"
+
+
+def test_pre_commit_uses_the_versions_of_the_constraints() -> None:
+    pins = (ROOT / "constraints.txt").read_text("utf-8")
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text("utf-8")
+    ruff = set(re.findall(r"\bruff==([\d.]+)", hooks))
+    assert ruff == set(re.findall(r"^ruff==([\d.]+)", pins, re.MULTILINE))
+
+
+def test_the_project_names_its_license_and_the_version_of_the_changelog() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    text = (ROOT / "LICENSE").read_text("utf-8")
+    assert "Apache License" in text
+    assert "END OF TERMS AND CONDITIONS" in text
+    assert f"## [{project['version']}]" in (ROOT / "CHANGELOG.md").read_text("utf-8")

@@ -62,13 +62,20 @@ def commands() -> dict[str, Any]:
     return {name: group.commands[name] for name in group.list_commands(None)}
 
 
-def option_row(parameter: Any) -> tuple[str, ...]:
+def annotations(name: str) -> dict[str, Any]:
+    """Return the type of every option of a command, by the name of its parameter."""
+    from spdtool.cli.main import app
+
+    callback = next(each.callback for each in app.registered_commands if each.name == name)
+    assert callback is not None
+    return {key: value.annotation for key, value in inspect.signature(callback, eval_str=True).parameters.items()}
+
+
+def option_row(parameter: Any, annotation: Any) -> tuple[str, ...]:
     """Return name, value, default and help of an option or argument."""
     is_argument = parameter.param_type_name == "argument"
     names = [parameter.name.upper()] if is_argument else [*parameter.opts, *parameter.secondary_opts]
-    takes = "" if getattr(parameter, "is_flag", False) else parameter.type.name.lower()
-    if parameter.multiple or parameter.nargs == -1:
-        takes += " ..."
+    takes = "" if getattr(parameter, "is_flag", False) else kind(annotation)
     default = ""
     if parameter.required:
         default = "required"
@@ -96,9 +103,13 @@ def command_line() -> str:
     for name, each in every.items():
         arguments = [p for p in each.params if p.param_type_name == "argument"]
         options = [p for p in each.params if p.param_type_name == "option"]
-        usage = f"spdtool {name} [OPTIONS]" + "".join(f" {p.name.upper()}{'...' if p.nargs == -1 else ''}" for p in arguments)
+        usage = f"spdtool {name} [OPTIONS]" + "".join(
+            f" {p.name.upper()}{'...' if p.nargs == -1 else ''}" for p in arguments
+        )
         parts += [f"## `spdtool {name}` {{#spdtool-{name}}}", paragraphs(each.help), f"```text\n{usage}\n```"]
-        parts.append(table(("option", "value", "default", "meaning"), map(option_row, [*arguments, *options])))
+        types = annotations(name)
+        rows = [option_row(parameter, types[parameter.name]) for parameter in [*arguments, *options]]
+        parts.append(table(("option", "value", "default", "meaning"), rows))
     return "\n\n".join(parts)
 
 
@@ -108,17 +119,28 @@ def command_line() -> str:
 def kind(annotation: Any) -> str:
     """Return a type as a reader of a TOML file would say it."""
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return kind(inner[0])
     if origin is typing.Literal:
         return ", ".join(code(value) for value in inner)
     if origin in (typing.Union, UnionType):
         return " or ".join(kind(each) for each in inner if each is not NoneType)
     if origin is tuple and Ellipsis in inner:
         return f"list of {kind(inner[0])}"
-    if origin in (tuple, list) and inner:
+    if origin is list:
+        return f"{kind(inner[0])}, more than once"
+    if origin is tuple and inner:
         return f"[{', '.join(map(kind, inner))}]"
     if origin is dict:
         return f"{kind(inner[0])} to {kind(inner[1])}"
-    known = {str: "text", int: "whole number", float: "number", bool: "`true` or `false`", NoneType: "nothing"}
+    known = {
+        Path: "path",
+        str: "text",
+        int: "whole number",
+        float: "number",
+        bool: "`true` or `false`",
+        NoneType: "nothing",
+    }
     return known.get(annotation) or getattr(annotation, "__name__", str(annotation)).strip("_")
 
 
@@ -230,7 +252,8 @@ def tasks() -> str:
     return "\n\n".join(
         [
             "# Tasks and data",
-            "Choose a task with `--task NAME`, or give a file of yours with `--data`. `spdtool tasks` prints this list.",
+            "Choose a task with `--task NAME`, or give a file of yours with `--data`. "
+            "`spdtool tasks` prints this list.",
             table(("task", "what it is", "metrics"), rows),
             (ROOT / "docs/hooks/your-data.md").read_text("utf-8"),
         ]
@@ -241,7 +264,9 @@ def targets() -> str:
     """Write the table of export targets."""
     from spdtool import plugins
 
-    rows = [(code(part.name), paragraphs(part.summary), part.source.split(":")[0]) for part in built_in(plugins.targets)]
+    rows = [
+        (code(part.name), paragraphs(part.summary), part.source.split(":")[0]) for part in built_in(plugins.targets)
+    ]
     return "\n\n".join(
         [
             "# Export targets",
@@ -267,7 +292,8 @@ def criteria() -> str:
         [
             "# Criteria and patterns",
             "A criterion scores weights; the lowest scores are pruned first. Choose one with "
-            "`--set prune.criterion=NAME`. [Write a criterion](../how-to/write-a-criterion.md) explains the statistics.",
+            "`--set prune.criterion=NAME`. "
+            "[Write a criterion](../how-to/write-a-criterion.md) explains the statistics.",
             table(("criterion", "score of a weight", "statistics"), rows),
             "A pattern says which weights may be pruned together: `--set prune.pattern=NAME`.",
             table(("pattern", "what it prunes"), patterns),

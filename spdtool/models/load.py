@@ -231,7 +231,7 @@ def layer_stack(model: PreTrainedModel) -> nn.ModuleList:
             f"{refused}: its {depth} layers share the weights of {groups}, and none can be pruned or replaced alone",
             f"families that are tested: {', '.join(TESTED)}",
         )
-    raise ModelError(refused, "a plugin can name the layer stack: see docs/plugins.md")
+    raise ModelError(refused, "a plugin can name the layer stack: see docs/how-to/package-a-plugin.md")
 
 
 def prunable_linears(model: PreTrainedModel) -> dict[str, nn.Parameter]:

@@ -1,0 +1,291 @@
+"""The picture of the README: speed, size and score of a student beside its dense teacher in three forms.
+
+    python benchmarks/headline.py measure RUN --openvino-python PATH    write docs/images/headline.json, then draw
+    python benchmarks/headline.py draw                                  draw docs/images/headline.svg and .png from it
+
+RUN is a finished run with `export/teacher`, `export/onnx-int8/teacher` and `export/sparse-cpu/student`. OpenVINO's int8
+form is made here: the dense teacher, quantised statically by NNCF on training rows. PATH is an interpreter with both:
+
+    python -m venv build/openvino && build/openvino/bin/pip install openvino nncf
+
+All engines are timed in interleaved rounds, with one thread each. A ratio is taken inside a round, against the faster
+form (fused or unfused) of the dense model in onnxruntime; the JSON holds its median, least and largest. Scores are
+those of the whole dev set. A rival that changes its score by more than our own int8 budget is marked as over budget.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+IMAGES = ROOT / "docs/images"
+WORKER = Path(__file__).with_name("openvino_worker.py")
+DENSE, UNFUSED, INT8, OPENVINO, STUDENT = (
+    "dense fp32",
+    "dense fp32, unfused",
+    "onnxruntime int8",
+    "OpenVINO int8",
+    "student",
+)
+SHAPES = ("1x32", "1x128", "8x128", "32x128")
+CALIBRATION_ROWS = 300  # NNCF's own default for its subset
+INT8_BUDGET = 0.005  # of the dev score, as for the int8 targets of spdtool
+INK, MUTED, PAPER, GREY, TEAL = "#1f2328", "#59636e", "#fffffe", "#b7bec6", "#0a7d6c"
+DARK = {INK: "#e6edf3", MUTED: "#9198a1", PAPER: "#0d1117", GREY: "#4d5661", TEAL: "#2bb3a0"}
+
+
+# ---------------------------------------------------------------------------------------------------- measure
+
+
+def processor() -> str:
+    """Return the name of the CPU, and the instruction sets that decide the speed of int8 and float32 products."""
+    file = Path("/proc/cpuinfo")
+    text = file.read_text() if file.exists() else ""
+    name = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
+    flags = re.search(r"^flags\s*: (.*)$", text, re.MULTILINE)
+    known = set(flags.group(1).split()) if flags else set()
+    notable = {"AVX2": "avx2", "AVX-512": "avx512f", "VNNI": "avx512_vnni", "AVX-VNNI": "avx_vnni", "AMX": "amx_int8"}
+    sets = [label for label, flag in notable.items() if flag in known]
+    return f"{name.group(1) if name else platform.processor()} ({', '.join(sets)})"
+
+
+def save_rows(rows: Any, file: Path) -> None:
+    """Write tokenised rows as flat arrays, for an interpreter without spdtool."""
+    np.savez(file, offsets=np.asarray(rows.offsets), **{name: np.asarray(flat) for name, flat in rows.columns.items()})
+
+
+def onnx_file(folder: Path) -> Path:
+    """Return the one ONNX file of an exported folder.
+
+    Raises:
+        SystemExit: there is none, or more than one.
+    """
+    files = sorted(folder.rglob("*.onnx"))
+    if len(files) != 1:
+        sys.exit(f"{folder} holds {len(files)} ONNX files, not one: export this target first")
+    return files[0]
+
+
+def openvino_logits(python: str, model: Path, rows: Any, scratch: Path) -> np.ndarray:
+    """Return the logits of rows in OpenVINO, [rows, labels]."""
+    save_rows(rows, scratch / "rows.npz")
+    words = ["logits", model, scratch / "rows.npz", scratch / "logits.npy"]
+    subprocess.run([python, WORKER, *words], check=True)
+    return np.load(scratch / "logits.npy")
+
+
+def measure(run_folder: Path, python: str | None, shapes: list[str], rounds: int, seconds: float) -> dict[str, Any]:
+    """Time and score every engine; return what the JSON holds."""
+    from spdtool import plugins
+    from spdtool.bench import latency
+    from spdtool.export import runtime
+    from spdtool.export import target as targets
+    from spdtool.export.gates.score import dev_sets
+    from spdtool.models import predict
+    from spdtool.run.folder import Run
+
+    recipe = Run.open(run_folder).recipe
+    exported = run_folder / "export"
+    config = json.loads((exported / "teacher/config.json").read_text("utf-8"))
+    export_section = recipe.export.model_copy(update={"calibration": CALIBRATION_ROWS})
+    dev = dev_sets(run_folder / "teacher", recipe.model_copy(update={"export": export_section}))
+    sparse = exported / "sparse-cpu/student"
+    libraries = tuple(targets.libraries(plugins.targets.get("sparse-cpu"), sparse))
+    dense = latency.Engine(
+        name=DENSE,
+        kind="onnxruntime",
+        path=str(onnx_file(exported / "teacher")),
+        vocabulary=config["vocab_size"],
+        pad=config.get("pad_token_id") or 0,
+    )
+    racing = [dense, replace(dense, name=UNFUSED, fused=False)]
+    racing.append(replace(dense, name=INT8, path=str(onnx_file(exported / "onnx-int8/teacher"))))
+    racing.append(replace(dense, name=STUDENT, path=str(onnx_file(sparse)), libraries=libraries))
+
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        scores = {}
+        for engine in racing:
+            session = runtime.open_session(Path(engine.path), "cpu", 0, engine.libraries, fused=engine.fused)
+            scores[engine.name] = predict.evaluate(dev.task, predict.onnx_forward(session), dev.sets)["score"]
+        sizes = {engine.name: Path(engine.path).stat().st_size for engine in racing}
+        if python is not None:
+            model = scratch / "int8.xml"
+            save_rows(dev.train, scratch / "train.npz")
+            subprocess.run([python, WORKER, "quantize", dense.path, scratch / "train.npz", model], check=True)
+            logits = {name: openvino_logits(python, model, rows, scratch) for name, rows in dev.sets.items()}
+            scores[OPENVINO] = predict.score_all(dev.task, logits, dev.sets)["score"]
+            sizes[OPENVINO] = sum(file.stat().st_size for file in scratch.glob("int8.*"))
+            racing.insert(3, replace(dense, name=OPENVINO, path=str(model), command=(python, str(WORKER))))
+        wanted = [latency.Shape(*map(int, shape.split("x"))) for shape in shapes]
+        race = latency.race(racing, wanted, threads=(1,), rounds=rounds, warmup=1, seconds=seconds)
+
+    times = {timing.engine.name: timing.rounds for timing in race.timings}
+    engines = []
+    for name in [DENSE, INT8, OPENVINO, STUDENT]:
+        if name not in times:
+            continue
+        speeds = {}
+        for shape in wanted:
+            fastest = min((DENSE, UNFUSED), key=lambda form: np.median(times[form][shape]))
+            own = np.array(times[fastest if name == DENSE else name][shape])
+            ratios = np.array(times[fastest][shape]) / own
+            speeds[str(shape)] = {
+                "ms": round(float(np.median(own)), 4),
+                "speed": [round(float(value), 3) for value in (np.median(ratios), ratios.min(), ratios.max())],
+            }
+        over = name in (INT8, OPENVINO) and abs(scores[name] - scores[DENSE]) > INT8_BUDGET
+        engines.append(
+            {"name": name, "bytes": sizes[name], "score": scores[name], "over_budget": over, "speeds": speeds}
+        )
+    layers, width = config["num_hidden_layers"], config["hidden_size"]
+    return {
+        "cpu": processor(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "command": "python benchmarks/headline.py measure RUN --openvino-python PATH",
+        "task": recipe.task,
+        "metrics": list(dev.task.metrics),
+        "dev_rows": len(dev.sets["dev"]),
+        "model": f"{layers} layers, width {width}",
+        "pattern": f"{recipe.prune.pattern}, {recipe.sparsity:.0%} zeros",
+        "recipe": recipe.name,
+        "threads": 1,
+        "rounds": len(next(iter(times[DENSE].values()))),
+        "engines": engines,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------- draw
+
+
+def label_of(name: str, pattern: str) -> str:
+    """Return the label of an engine in the picture."""
+    zeros = pattern.split(", ")[-1]
+    labels = {
+        DENSE: "dense, onnxruntime fp32",
+        INT8: "dense, onnxruntime int8",
+        OPENVINO: "dense, OpenVINO int8",
+        STUDENT: f"student, {zeros}, sparse-cpu",
+    }
+    return labels[name]
+
+
+def bars(axes: Any, values: list[float | None], texts: list[str], colours: list[str], start: float = 0.0) -> None:
+    """Draw a horizontal bar for each engine, first one on top, with its text at the end."""
+    known = [value for value in values if value is not None]
+    end = max(known) if known else 1.0
+    reach = (end - start) or 1.0
+    for place, (value, text, colour) in enumerate(zip(values, texts, colours, strict=True)):
+        if value is None:
+            axes.text(start + 0.02 * reach, place, "not measured", va="center", color=MUTED, fontsize=8.5)
+            continue
+        axes.barh(place, value - start, left=start, height=0.62, color=colour)
+        weight = "bold" if colour == TEAL else "normal"
+        axes.text(value + 0.03 * reach, place, text, va="center", color=INK, fontsize=9, fontweight=weight)
+    axes.set_xlim(start, start + 1.45 * reach)
+    axes.set_ylim(len(values) - 0.4, -0.6)
+    axes.set_facecolor("none")
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    for side in ("top", "right", "bottom"):
+        axes.spines[side].set_visible(False)
+    axes.spines["left"].set_color(GREY)
+
+
+def figure_of(measured: dict[str, Any], shape: str) -> Any:
+    """Draw speed, size and score side by side; return the matplotlib figure."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams |= {"svg.hashsalt": "spdtool", "font.family": "DejaVu Sans", "font.size": 9.5}
+    engines = measured["engines"]
+    colours = [TEAL if engine["name"] == STUDENT else GREY for engine in engines]
+    figure = Figure(figsize=(8.0, 2.75), facecolor=PAPER)
+
+    speeds = [engine["speeds"][shape]["speed"] for engine in engines]
+    threads = "one thread" if measured["threads"] == 1 else f"{measured['threads']} threads"
+    columns = [(f"Speed, {shape}, {threads}", [each[0] for each in speeds], [f"{each[0]:.1f}x" for each in speeds])]
+    sizes = [None if engine["bytes"] is None else engine["bytes"] / 1e6 for engine in engines]
+    texts = ["" if size is None else f"{size:.3g} MB" for size in sizes]
+    columns.append(("Size of the model file", sizes, texts))
+    scores = [None if engine["score"] is None else 100 * engine["score"] for engine in engines]
+    texts = ["" if score is None else f"{score:.1f}" for score in scores]
+    for place, engine in enumerate(engines):
+        if engine["over_budget"]:
+            texts[place] += " (over budget)"
+    columns.append((f"Dev score, {measured['task'].upper()}", scores, texts))
+    columns = [column for column in columns if any(value is not None for value in column[1])]
+
+    panels = figure.subplots(1, len(columns), sharey=True)
+    figure.subplots_adjust(left=0.275, right=0.99, top=0.84, bottom=0.14, wspace=0.12)
+    for panel, (title, values, texts) in zip(panels, columns, strict=True):
+        bars(panel, values, texts, colours)
+        panel.set_title(title, loc="left", color=INK, fontsize=9.5, fontweight="bold")
+        panel.tick_params(axis="y", labelleft=panel is panels[0])
+    for place, (_, least, largest) in enumerate(speeds):
+        panels[0].plot([least, largest], [place, place], color=INK, linewidth=1.2, solid_capstyle="butt")
+    panels[0].set_yticks(range(len(engines)), [label_of(engine["name"], measured["pattern"]) for engine in engines])
+    panels[0].tick_params(axis="y", labelcolor=INK)
+    note = f"{measured['model']}; {measured['pattern']}; {measured['cpu']}"
+    figure.text(0.01, 0.035, note, color=MUTED, fontsize=7.5)
+    return figure
+
+
+def adapt_to_dark(svg: str) -> str:
+    """Return an SVG whose colours follow the reader's light or dark setting."""
+    rules = "".join(f"--c{place}:{colour};" for place, colour in enumerate(DARK))
+    dark = "".join(f"--c{place}:{colour};" for place, colour in enumerate(DARK.values()))
+    for place, colour in enumerate(DARK):
+        svg = svg.replace(colour, f"var(--c{place})")
+    style = f"<style>:root{{{rules}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}</style>"
+    start = svg.index(">", svg.index("<svg")) + 1
+    return svg[:start] + style + svg[start:]
+
+
+def draw(measured: dict[str, Any], shape: str, folder: Path) -> list[Path]:
+    """Write headline.svg and headline.png to a folder; return both."""
+    figure = figure_of(measured, shape)
+    svg, png = folder / "headline.svg", folder / "headline.png"
+    figure.savefig(svg, metadata={"Date": None, "Creator": None})
+    svg.write_text(adapt_to_dark(svg.read_text("utf-8")), "utf-8")
+    figure.savefig(png, dpi=200, metadata={"Software": None})
+    return [svg, png]
+
+
+def main() -> None:
+    """Measure and draw, or draw what was measured."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=("measure", "draw"))
+    parser.add_argument("run", nargs="?", type=Path, help="run folder, for `measure`")
+    parser.add_argument("--openvino-python", help="interpreter with openvino and nncf; without it that row is missing")
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="batch x length")
+    parser.add_argument("--shape", default="1x128", help="the one in the picture")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=300.0, help="for all rounds")
+    parser.add_argument("--out", type=Path, default=IMAGES, help="folder of headline.json, .svg and .png")
+    chosen = parser.parse_args()
+    data = chosen.out / "headline.json"
+    if chosen.what == "measure":
+        if chosen.run is None:
+            parser.error("measure needs a run folder")
+        measured = measure(chosen.run, chosen.openvino_python, list(chosen.shapes), chosen.rounds, chosen.seconds)
+        chosen.out.mkdir(parents=True, exist_ok=True)
+        data.write_text(json.dumps(measured, indent=2) + "\n", "utf-8")
+    for file in draw(json.loads(data.read_text("utf-8")), chosen.shape, chosen.out):
+        print(file)
+
+
+if __name__ == "__main__":
+    main()
