@@ -1,7 +1,8 @@
 """Linear layers through oneDNN, on processors where torch's own float32 products use half of the machine.
 
 torch multiplies float32 matrices with MKL, which keeps to 256-bit vectors on processors that are not Intel's. oneDNN,
-which torch carries for its other types, uses all 512 bits: 2.1 times the speed, measured in docs/explanation/training-speed.md. The results
+which torch carries for its other types, uses all 512 bits: 2.1 times the speed, measured in
+docs/explanation/training-speed.md. The results
 differ in the order of the sums, so in the last bits.
 """
 

@@ -297,7 +297,9 @@ def test_an_old_library_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # ---- whole phases
 
-STEADY = tuple(f"{stage}.epsilon=1e-4" for stage in ("prune", "distill", "finetune"))  # see docs/explanation/reproducibility.md
+STEADY = tuple(
+    f"{stage}.epsilon=1e-4" for stage in ("prune", "distill", "finetune")
+)  # see docs/explanation/reproducibility.md
 
 
 @pytest.fixture
