@@ -7,7 +7,7 @@
 
 The official dev set of each task is halved by a fixed seed. One half picks: the tool sees it as its dev set and keeps
 the best epoch by it; the search for the teacher goes by it too. The other half reports: no run ever reads it. Every
-recipe gets the same teacher, one for each task and seed. `qnli-sample` is QNLI with the training rows that the folder has.
+recipe gets the same teacher, one for each task and seed. `qnli-sample` is QNLI with the training rows of the folder.
 
 While the file WORK/pause exists, the running command is stopped and none is started, so that others can time something
 on the same machine. The script needs transformers and scikit-learn; the measured tool runs as a command of its own.
