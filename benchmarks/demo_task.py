@@ -25,8 +25,9 @@ from sklearn.neural_network import MLPClassifier
 
 from spdtool import tasks
 from spdtool.data import tokens as data
-from spdtool.models import load as encoders
 from spdtool.models import predict as evaluation
+from spdtool.models.layers import find_prunable_weights
+from spdtool.models.load import label_names, load_model, load_tokenizer
 from spdtool.recipe import reading as recipe
 from spdtool.run.folder import Run
 from spdtool.stages.teacher import teacher
@@ -67,12 +68,12 @@ def trained(seed: int, sets: list[str]) -> tuple[float, float, int, dict[float, 
         started = time.perf_counter()
         metrics = teacher(run)
         seconds = time.perf_counter() - started
-        model, tokenizer = encoders.load(run.read("teacher")), encoders.load_tokenizer(run.read("teacher"))
-    task, encoded = data.prepare(chosen, tokenizer, encoders.label_names(model))
+        model, tokenizer = load_model(run.read("teacher")), load_tokenizer(run.read("teacher"))
+    task, encoded = data.prepare(chosen, tokenizer, label_names(model))
 
     def accuracy(sparsity: float) -> float:
         pruned = copy.deepcopy(model).eval()
-        for weight in encoders.prunable_linears(pruned).values():
+        for weight in find_prunable_weights(pruned).values():
             cut = weight.detach().abs().flatten().kthvalue(round(sparsity * weight.numel())).values
             weight.data.mul_(weight.abs() > cut)
         return evaluation.evaluate(task, evaluation.torch_forward(pruned, "cpu"), encoded)["accuracy"]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import AutoModel, AutoTokenizer
 
-from spdtool.models import load as encoders
+from spdtool.models.load import save_model
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
     stack = next(part for part in model.modules() if part.__class__.__name__ == "ModuleList" and len(part) == whole)
     del stack[chosen.layers :]
     model.config.num_hidden_layers = chosen.layers
-    encoders.save(model, AutoTokenizer.from_pretrained(chosen.model), chosen.to)
+    save_model(model, AutoTokenizer.from_pretrained(chosen.model), chosen.to)
     print(f"{chosen.to}: the first {chosen.layers} of {whole} layers of {chosen.model}")
 
 

@@ -89,11 +89,11 @@ def measure(folder: Path, model: str, batches: int) -> dict[str, float]:
     """The largest anonymous memory of each part, and the seconds until the first batch."""
     from spdtool import tasks
     from spdtool.data import tokens as data
-    from spdtool.models import load as encoders
+    from spdtool.models.load import load_tokenizer
     from spdtool.recipe.reading import resolve
 
     recipe, start = resolve("default", {"task": "local", "data": str(folder)}), time.monotonic()
-    anonymous, tokenizer = Anonymous(), encoders.load_tokenizer(model)
+    anonymous, tokenizer = Anonymous(), load_tokenizer(model)
     splits = tasks.rows(tasks.resolve(recipe), recipe)
     found = {"reading": anonymous.take()}
     rows = data.encode(tokenizer, splits, recipe.max_length)["train"]

@@ -21,10 +21,10 @@ def main() -> None:
     options = parser.parse_args()
     from spdtool import tasks
     from spdtool.data import tokens as data
-    from spdtool.models import load as encoders
+    from spdtool.models.load import load_tokenizer
     from spdtool.recipe import reading as recipe
 
-    tokenizer = encoders.load_tokenizer(options.model)
+    tokenizer = load_tokenizer(options.model)
     for number, name in enumerate(options.tasks):
         chosen = recipe.resolve("default", {"task": name, "data": options.data})
         task = tasks.resolve(chosen)

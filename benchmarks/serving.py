@@ -119,13 +119,13 @@ def _model(size: str, out: Path) -> Path:
 
         from spdtool.data import demo
         from spdtool.export.graph.trace import Onnx
-        from spdtool.models import load as encoders
+        from spdtool.models.load import save_model
         from spdtool.recipe import reading as recipe
 
         torch.manual_seed(0)
         tokenizer = demo.tokenizer()
         shape = SIZES[size] | {"vocab_size": len(tokenizer), "max_position_embeddings": 128, "initializer_range": 0.08}
-        encoders.save(BertForSequenceClassification(BertConfig(**shape)).eval(), tokenizer, folder / "checkpoint")
+        save_model(BertForSequenceClassification(BertConfig(**shape)).eval(), tokenizer, folder / "checkpoint")
         Onnx.export(folder / "checkpoint", folder / "exported", recipe.resolve(flags={"task": "demo", "device": "cpu"}))
     return folder / "exported"
 

@@ -31,7 +31,8 @@ from spdtool.bench.latency import Engine, Shape
 from spdtool.errors import SpdError
 from spdtool.export import target as targets
 from spdtool.export.graph.trace import Onnx
-from spdtool.models import load as encoders
+from spdtool.models.layers import find_prunable_weights
+from spdtool.models.load import load_model, save_model
 from spdtool.recipe.fields import Recipe
 from spdtool.recipe.reading import resolve
 
@@ -60,7 +61,7 @@ def made(name: str, out: Path, values: str) -> Files:
     size, sparsity = name.split("-")
     folder = out / name
     if not (folder / "checkpoint/config.json").exists():
-        encoders.save(_model(SIZES[size], int(sparsity) / 100), _tokenizer(folder), folder / "checkpoint")
+        save_model(_model(SIZES[size], int(sparsity) / 100), _tokenizer(folder), folder / "checkpoint")
     recipe = resolve(flags={"device": "cpu"}, sets=[f"export.values={values}", f"export.embeddings={values}"])
     files = Files(
         folder / "dense/onnx/model.onnx",
@@ -81,7 +82,7 @@ def _model(size: dict[str, int], sparsity: float) -> Any:
     torch.manual_seed(0)
     model: Any = BertForSequenceClassification(BertConfig(vocab_size=VOCABULARY, **size)).eval()
     with torch.no_grad():
-        for weight in encoders.prunable_linears(model).values():
+        for weight in find_prunable_weights(model).values():
             order = torch.rand(weight.numel()).argsort()  # exactly that share of each matrix
             weight.view(-1)[order[: round(sparsity * weight.numel())]] = 0
     return model
@@ -108,7 +109,7 @@ def _sparse(checkpoint: Path, folder: Path, recipe: Recipe) -> Path | None:
 
 def _classic(checkpoint: Path, file: Path) -> None:
     """The same weights by the older exporter, whose attention DeepSparse knows."""
-    model = encoders.load(checkpoint, eager=True)
+    model = load_model(checkpoint, eager=True)
 
     class Logits(torch.nn.Module):
         def __init__(self) -> None:

@@ -56,7 +56,6 @@ def patch(patches: tuple[str, ...]) -> None:
     import torch
 
     from spdtool.distillation import teacher_cache as teacher_outputs
-    from spdtool.models import load as encoders
     from spdtool.models import onednn, padding
     from spdtool.pruning import masks
     from spdtool.stages import student
@@ -64,7 +63,7 @@ def patch(patches: tuple[str, ...]) -> None:
     from spdtool.training import prefetch
 
     if "torch products" in patches:
-        onednn.pays = lambda: False  # type: ignore[assignment]
+        onednn.is_faster = lambda: False  # type: ignore[assignment]
     if "unfused" in patches:
         adamw = torch.optim.AdamW
         slow = lambda *args, **options: adamw(*args, **options | {"fused": False, "foreach": False})  # noqa: E731
@@ -80,8 +79,9 @@ def patch(patches: tuple[str, ...]) -> None:
         keep = lambda *args, **options: observe(*args, **options | {"attention": "probabilities"})  # noqa: E731
         student.observe = keep  # type: ignore[attr-defined,assignment]
     if "sdpa" in patches:
-        load = encoders.load
-        encoders.load = lambda *args, **options: load(*args, **options | {"eager": False})  # type: ignore[assignment]
+        load = student.load_model  # type: ignore[attr-defined]
+        fused = lambda *args, **options: load(*args, **options | {"eager": False})  # noqa: E731
+        student.load_model = fused  # type: ignore[attr-defined]
     if "sync" in patches:
         add = training._Window.add
 

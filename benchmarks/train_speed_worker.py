@@ -186,10 +186,10 @@ def random_model(options: argparse.Namespace, folder: Path) -> str:
 
     from spdtool import plugins
     from spdtool.data import demo
-    from spdtool.models import load as encoders
+    from spdtool.models.load import load_tokenizer, save_tokenizer
 
     width, layers = (int(word) for word in options.random_model.split("x"))
-    tokenizer = encoders.load_tokenizer(options.model) if options.model else demo.tokenizer()
+    tokenizer = load_tokenizer(options.model) if options.model else demo.tokenizer()
     config = BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -198,7 +198,7 @@ def random_model(options: argparse.Namespace, folder: Path) -> str:
         intermediate_size=4 * width,
     )
     BertModel(config).save_pretrained(folder)
-    encoders.save_tokenizer(tokenizer, folder)
+    save_tokenizer(tokenizer, folder)
     task = plugins.tasks.get(options.task)
     if task.build is not None:  # the embedded task would build its own
         plugins.tasks._parts.pop(options.task)
@@ -221,7 +221,7 @@ def _instrument(clock: Clock, counted: dict[str, float], stage: str, profiler: A
     import torch
     from accelerate import Accelerator
 
-    from spdtool.models import load as encoders
+    from spdtool.models.layers import find_prunable_weights
     from spdtool.pruning.masks import Masks
     from spdtool.stages import student
     from spdtool.training import loop as training
@@ -271,7 +271,7 @@ def _instrument(clock: Clock, counted: dict[str, float], stage: str, profiler: A
         return made
 
     def fitting(parts: Any, *args: Any, **options: Any) -> Any:
-        sizes["weights"] = sum(weight.numel() for weight in encoders.prunable_linears(parts.model).values())
+        sizes["weights"] = sum(weight.numel() for weight in find_prunable_weights(parts.model).values())
         sizes["attention"] = parts.model.config.num_hidden_layers * parts.model.config.hidden_size
         return fit(parts, *args, **options)
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import toys
 
-from spdtool.models import load as encoders
+from spdtool.models import load
 from spdtool.run import folder as runs
 from spdtool.run.folder import Run
 from spdtool.training import checkpoint as snapshot
@@ -105,9 +105,9 @@ def plan(moment: str, count: int) -> None:
     elif moment == "older snapshot half removed":
         patch(Path, "glob", count + 1, remove_half)  # `newest` looks once, then every write looks for older ones
     elif moment == "checkpoint half written":
-        patch(encoders, "save", count, save_half)
+        patch(load, "save_model", count, save_half)
     elif moment == "checkpoint written":
-        patch(encoders, "save", count, after)
+        patch(load, "save_model", count, after)
     elif moment == "record written":
         patch(runs, "write_json", count, after)
     elif moment in ("state put away", "committed"):

@@ -15,7 +15,7 @@ import torch
 from onnx import numpy_helper
 
 from spdtool.export.graph.trace import FILE, PARAMETERS, TRANSPOSED, Onnx
-from spdtool.models import load as encoders
+from spdtool.models.load import load_model
 from spdtool.recipe.fields import Recipe
 
 
@@ -32,7 +32,7 @@ class Rounded(Onnx):
         with tempfile.TemporaryDirectory() as place:
             rounded = Path(place) / "checkpoint"
             shutil.copytree(checkpoint, rounded)
-            model = encoders.load(checkpoint)
+            model = load_model(checkpoint)
             for weight in model.parameters():
                 weight.data.copy_(rounded_to(recipe.export.values, weight.data))
             model.save_pretrained(rounded)

@@ -18,8 +18,16 @@ from spdtool.distillation.grafting import Grafting
 from spdtool.distillation.losses import distillation
 from spdtool.distillation.outputs import observe
 from spdtool.errors import ModelError
-from spdtool.models import load as encoders
 from spdtool.models import predict as evaluation
+from spdtool.models.layers import (
+    configure_layers,
+    find_layer_stack,
+    find_prunable_weights,
+    install_capture_hooks,
+    max_positions,
+    select_trained_parameters,
+)
+from spdtool.models.load import load_model, save_model
 from spdtool.pruning.patterns import zeros_in
 from spdtool.recipe.fields import Loss
 from spdtool.run.folder import Run
@@ -35,16 +43,16 @@ def pair(toys: Any, architecture: str, layers: int = DEPTH) -> tuple[Any, Any]:
     teacher = toys.classifier(architecture, layers=layers).requires_grad_(False)
     student = copy.deepcopy(teacher)
     with torch.no_grad():
-        for weight in encoders.prunable_linears(student).values():
+        for weight in find_prunable_weights(student).values():
             weight.mul_(0.8)
-    encoders.trained_parameters(student, "layers")
+    select_trained_parameters(student, "layers")
     for model in (student, teacher):
-        encoders.prime(model)
+        install_capture_hooks(model)
     return student, teacher
 
 
 def graft(student: Any, teacher: Any, seed: int = 0) -> Grafting:
-    return Grafting(encoders.layer_stack(student), encoders.layer_stack(teacher), seed=seed)
+    return Grafting(find_layer_stack(student), find_layer_stack(teacher), seed=seed)
 
 
 def forward(model: Any, batch: dict[str, torch.Tensor], **outputs: bool) -> Any:
@@ -54,9 +62,9 @@ def forward(model: Any, batch: dict[str, torch.Tensor], **outputs: bool) -> Any:
 @each
 def test_the_stack_and_its_linears_are_found(toys: Any, architecture: str) -> None:
     model = toys.classifier(architecture, layers=DEPTH)
-    stack = encoders.layer_stack(model)
+    stack = find_layer_stack(model)
     assert len(stack) == DEPTH
-    prunable = encoders.prunable_linears(model)
+    prunable = find_prunable_weights(model)
     assert len(prunable) == DEPTH * ARCHITECTURES[architecture][2]
     inside = {id(parameter) for parameter in stack.parameters()}
     parameters = dict(model.named_parameters())
@@ -67,7 +75,7 @@ def test_the_stack_and_its_linears_are_found(toys: Any, architecture: str) -> No
         assert min(weight.shape) >= 32, "a whole matrix of the layer"
     matrices = {name for name, weight in parameters.items() if id(weight) in inside and weight.dim() == 2}
     assert matrices == set(prunable), "no matrix of a layer is left out"
-    assert encoders.positions(model) in (POSITIONS, None)
+    assert max_positions(model) in (POSITIONS, None)
 
 
 @each
@@ -108,7 +116,7 @@ def test_at_rate_zero_the_student_is_the_teacher_and_at_rate_one_itself(toys: An
 @each
 def test_scores_are_what_the_models_own_attention_is_made_of(toys: Any, architecture: str) -> None:
     model, batch = toys.classifier(architecture, layers=DEPTH), toys.batch(architecture=architecture)
-    encoders.prime(model)
+    install_capture_hooks(model)
     with torch.no_grad():
         seen = observe(model, batch, hidden=True, attention="scores")
         outputs = forward(model, batch, output_attentions=True, output_hidden_states=True)
@@ -128,13 +136,13 @@ def test_scores_are_what_the_models_own_attention_is_made_of(toys: Any, architec
 def test_gradient_checkpointing_gives_the_same_gradients(toys: Any, architecture: str) -> None:
     if not toys.classifier(architecture).supports_gradient_checkpointing:
         with pytest.raises(ModelError, match="does not support gradient checkpointing"):
-            encoders.tune(toys.classifier(architecture), checkpointing=True, compile_layers=False)
+            configure_layers(toys.classifier(architecture), checkpointing=True, compile_layers=False)
         return
     batch = toys.batch(architecture=architecture)
 
     def gradients(checkpointing: bool) -> dict[str, torch.Tensor]:
         student, teacher = pair(toys, architecture)
-        encoders.tune(student, checkpointing=checkpointing, compile_layers=False)
+        configure_layers(student, checkpointing=checkpointing, compile_layers=False)
         student.train()
         grafting = graft(student, teacher, seed=3)
         for _ in range(2):
@@ -150,7 +158,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(toys: Any, architecture
 
     plain, saving = gradients(False), gradients(True)
     assert plain.keys() == saving.keys()
-    assert len(plain) >= len(encoders.prunable_linears(toys.classifier(architecture))) // DEPTH
+    assert len(plain) >= len(find_prunable_weights(toys.classifier(architecture))) // DEPTH
     for name, gradient in plain.items():
         torch.testing.assert_close(saving[name], gradient, rtol=1e-6, atol=1e-6, msg=name)
 
@@ -168,18 +176,18 @@ def test_a_prune_stage_leaves_exact_zeros_that_stock_transformers_reads(
         kept.update(logits=forward(model.eval(), shown).logits.detach(), keys=set(model.state_dict()))
         original(model, tokenizer, folder, weights)
 
-    original = encoders.save
-    monkeypatch.setattr(encoders, "save", save)
+    original = save_model
+    monkeypatch.setattr("spdtool.models.load.save_model", save)
     run = toy_run("prune.loss.attention=1", "teacher.epochs=1", sparsity=0.7, until="prune")
     folder = shutil.copytree(run.path / "prune", run.path.parent / "elsewhere")
     model = AutoModelForSequenceClassification.from_pretrained(folder)
-    for name, weight in encoders.prunable_linears(model).items():
+    for name, weight in find_prunable_weights(model).items():
         assert int((weight == 0).sum()) == zeros_in(weight.numel(), 0.7), name
     assert set(model.state_dict()) == kept["keys"]
     logits = forward(model.eval(), toys.batch(architecture=architecture)).logits
     torch.testing.assert_close(logits, kept["logits"], rtol=1e-5, atol=1e-5)
     metrics = run.record("prune")["metrics"]
-    assert set(metrics["zeros"]) == set(encoders.prunable_linears(model))
+    assert set(metrics["zeros"]) == set(find_prunable_weights(model))
 
 
 @each
@@ -187,14 +195,14 @@ def test_saving_and_loading_keeps_every_key(
     toys: Any, architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = toys.classifier(architecture, layers=DEPTH)
-    encoders.save(model, toys.tokenizer(), tmp_path)
-    loaded = encoders.load(tmp_path, dropout=0.3, eager=True)
+    save_model(model, toys.tokenizer(), tmp_path)
+    loaded = load_model(tmp_path, dropout=0.3, eager=True)
     before, after = model.state_dict(), loaded.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    smoke = encoders.load(tmp_path, smoke=True)
+    smoke = load_model(tmp_path, smoke=True)
     rows = {name: column.numpy() for name, column in toys.batch(architecture=architecture).items()}
-    assert len(encoders.layer_stack(smoke)) == 2
+    assert len(find_layer_stack(smoke)) == 2
     assert np.isfinite(evaluation.torch_forward(smoke)(rows)).all()
 
 
@@ -215,7 +223,7 @@ def test_an_unsupported_one_is_refused_with_what_was_found(
 ) -> None:
     model = toys.classifier(architecture, layers=DEPTH, **config)
     with pytest.raises(ModelError, match=found) as caught:
-        encoders.prunable_linears(model)
+        find_prunable_weights(model)
     assert architecture in caught.value.message
 
 
@@ -224,7 +232,7 @@ def test_funnel_is_refused_with_what_was_found(toys: Any) -> None:
 
     config = FunnelConfig(vocab_size=24, block_sizes=[2, 2], d_model=32, n_head=2, d_head=16, d_inner=64)
     with pytest.raises(ModelError, match=r"one list of 4 layers was expected, found .*blocks of 2"):
-        encoders.layer_stack(FunnelForSequenceClassification(config))
+        find_layer_stack(FunnelForSequenceClassification(config))
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler about itself
@@ -237,7 +245,7 @@ def test_compiling_layer_by_layer_gives_the_same_loss_and_gradients(toys: Any, a
     def run(compiled: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
         student, teacher = pair(toys, "bert", layers=2)
         for model in (student, teacher):
-            encoders.tune(model, checkpointing=False, compile_layers=compiled)
+            configure_layers(model, checkpointing=False, compile_layers=compiled)
         student.train()
         grafting, losses = graft(student, teacher, seed=1), []
         for _ in range(4):
@@ -268,7 +276,7 @@ def test_no_form_of_a_compiled_layer_is_left_to_plain_python(toys: Any, monkeypa
     torch._dynamo.utils.counters.clear()
     student, teacher = pair(toys, "bert", layers=2)
     for model in (student, teacher):
-        encoders.tune(model, checkpointing=False, compile_layers=True)
+        configure_layers(model, checkpointing=False, compile_layers=True)
     grafting = graft(student, teacher, seed=1)
     for number, (rows, length, unpadded) in enumerate(
         [(4, 9, 0), (3, 7, 1), (4, 5, 0), (1, 6, 1), (5, 11, 0), (2, 8, 1)]

@@ -43,7 +43,6 @@ PENDING: set[tuple[str, str]] = {
     ("spdtool.data.tokens", "spdtool.tasks"),
     ("spdtool.distillation.losses", "spdtool.training.microbatches"),
     ("spdtool.export.bundle.write", "spdtool.serving.classifier"),
-    ("spdtool.models.student", "spdtool.distillation.layer_map"),
     ("spdtool.stages.prune", "spdtool.stages.plan"),
     ("spdtool.sweep", "spdtool.report.drawing"),
     ("spdtool.sweep", "spdtool.report.figures"),

@@ -235,7 +235,7 @@ def test_ranks_meet_where_the_dead_have_left_what_they_said() -> None:
     store = HashStore()
 
     def meet(rank: int) -> str:
-        return collectives._agreed(store, rank, 3)
+        return collectives.agree_on_prefix(store, rank, 3)
 
     with ThreadPoolExecutor(3) as pool:
         first = set(pool.map(meet, range(3)))

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spdtool.data import tokens as data
-from spdtool.models import load as encoders
+from spdtool.models.load import load_model, load_tokenizer, save_model
 from spdtool.run.folder import Run
 from spdtool.tasks import Task
 from spdtool.training import checkpoint as snapshot
@@ -179,7 +179,7 @@ def test_every_step_of_every_phase_is_that_of_the_published_algorithm(
             group["fused"] = False
         return optimizer
 
-    original_load, original_adamw = encoders.load, training.adamw
+    original_load, original_adamw = load_model, training.adamw
     task = toy_task(train=14, dev=6, labels=() if regression else ("bad", "good", "mixed"))
     folder = encoders_folder(toys, toy_run, dropout, 1 if regression else 3)
     run = toy_run(
@@ -188,12 +188,13 @@ def test_every_step_of_every_phase_is_that_of_the_published_algorithm(
         "prune.events=12", f"max_length={LENGTH}", "save_minutes=0",
         name="reference", sparsity=SPARSITY, given_teacher=folder, seed=5, until="teacher",
     )  # fmt: skip
-    monkeypatch.setattr(encoders, "load", load)
+    monkeypatch.setattr("spdtool.stages.teacher.load_model", load)
+    monkeypatch.setattr("spdtool.stages.student.load_model", load)
     monkeypatch.setattr(snapshot, "write", write)
     monkeypatch.setattr(training, "adamw", unfused)
     teacher = load(run.path / "teacher")
     plain = Plain(teacher.state_dict(), dropout, 5, regression)
-    rows = data.encode(encoders.load_tokenizer(run.path / "teacher"), task.load(None, 5), LENGTH)["train"]
+    rows = data.encode(load_tokenizer(run.path / "teacher"), task.load(None, 5), LENGTH)["train"]
     per_epoch = math.ceil(len(rows) / BATCH)
     steps = {stage: count * per_epoch for stage, count in EPOCHS.items()}
     events = {round(index * steps["prune"] / 12): index for index in range(1, 13)}
@@ -259,5 +260,5 @@ def encoders_folder(toys: Any, toy_run: Any, dropout: float, labels: int) -> str
         label2id={name: index for index, name in names.items()},
     )  # fmt: skip
     folder = toy_run().path.parent / "given"
-    encoders.save(model, toys.tokenizer(), folder)
+    save_model(model, toys.tokenizer(), folder)
     return str(folder)

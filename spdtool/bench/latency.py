@@ -349,11 +349,11 @@ def _in_onnxruntime(engine: Engine) -> tuple[Forward, str, Nodes | None]:
 def _in_torch(engine: Engine) -> tuple[Forward, str, Nodes | None]:
     import torch
 
-    from spdtool.models import load as encoders
+    from spdtool.models.load import load_model
     from spdtool.models.predict import torch_forward
 
     torch.set_num_threads(engine.threads or runtime.cores())
-    model: Any = encoders.load(engine.path)
+    model: Any = load_model(engine.path)
     model = model.to(engine.provider)
     given = ("input_ids", "attention_mask")  # token types are zeros where they are not given
     if engine.compiled:

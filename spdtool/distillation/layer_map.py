@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from spdtool.distillation.outputs import Observation
 from spdtool.errors import RecipeError
-from spdtool.recipe.fields import Loss
+from spdtool.models.layers import ModelShape
+from spdtool.recipe.fields import PHASES, Distilled, Loss, Recipe
 
 
 def layer_map(how: str | tuple[int, ...], student: int, teacher: int) -> tuple[int, ...]:
@@ -39,6 +40,23 @@ def layer_map(how: str | tuple[int, ...], student: int, teacher: int) -> tuple[i
             f"for example layer_map = {list(layer_map('uniform', student, teacher))}",
         )
     return listed
+
+
+def check_phases(recipe: Recipe, student: ModelShape, teacher: ModelShape) -> None:
+    """Refuse what one of the three phases could not compare.
+
+    Raises:
+        RecipeError: the layer map, the relation heads or the attention heads do not fit the two; names the phase.
+    """
+    for phase in PHASES:
+        section = recipe.section(phase)
+        assert isinstance(section, Distilled)
+        try:
+            layer_map(section.loss.layer_map, student.layers, teacher.layers)
+            check_relation(section.loss, student.width, teacher.width)
+            check_attention(section.loss, student.heads, teacher.heads)
+        except RecipeError as error:
+            raise RecipeError(f"{phase}.loss: {error.message}", error.hint) from None
 
 
 def taught_by(teacher: Observation, mapped: Sequence[int]) -> Observation:

@@ -46,7 +46,7 @@ def worth_keeping(recipe: Recipe, stage: str, rows: Encoded, teacher: Any, layer
     assert isinstance(section, Distilled)
     if section.loss.attention > 0 or rows.left:  # padded on the left, what a row gives depends on its batch
         return False
-    if recipe.shard and collectives.count() > 1:  # one process would compute them for all
+    if recipe.shard and collectives.world_size() > 1:  # one process would compute them for all
         return False
     if not reads_states(section.loss):
         return _visits(section, len(rows)) >= len(rows)
@@ -71,13 +71,13 @@ def beside(rows: Encoded, teacher: Any, look: Look, layers: Sequence[int]) -> En
     """
     name = cache.key(_hash(teacher), rows.digest, _arithmetic(teacher.device), list(layers))
     if not processes.is_main():
-        collectives.wait()
+        collectives.barrier()
     if layers:
         found = cache.stored("teacher-states", name, lambda append: _fill(append, rows, teacher, look))
     else:
         found = cache.arrays("teacher-logits", name, lambda append: append("logits", _logits(rows, teacher, look)))
     if processes.is_main():
-        collectives.wait()
+        collectives.barrier()
     if found is None:
         return rows
     kept = replace(rows, beside=rows.beside | {LOGITS: found["logits"]})
@@ -154,4 +154,4 @@ def _hash(model: Any) -> str:
 
 def _arithmetic(device: torch.device) -> list[Any]:
     named = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    return [torch.__version__, device.type, named, onednn.pays(), torch.get_num_threads()]
+    return [torch.__version__, device.type, named, onednn.is_faster(), torch.get_num_threads()]

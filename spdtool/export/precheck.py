@@ -1,7 +1,7 @@
 """A trial export before hours are spent on training: two random layers of the same architecture, the way that the
 student will go.
 
-The families of `encoders.TESTED` are known to be exported; any other one has to show it.
+The families of `TESTED_FAMILIES` are known to be exported; any other one has to show it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from spdtool.export import runtime
 from spdtool.export import target as targets
 from spdtool.export.gates import logits as parity
 from spdtool.export.graph import trace as onnx
-from spdtool.models import load as encoders
+from spdtool.models.layers import TESTED_FAMILIES
 from spdtool.models.predict import onnx_forward, torch_forward
 from spdtool.recipe.fields import Recipe
 
@@ -41,7 +41,7 @@ def check(recipe: Recipe, configs: Iterable[Any]) -> None:
     made = [choice.target for choice in targets.demanded(recipe.export)]
     if not any(isinstance(target, type) and issubclass(target, onnx.Onnx) for target in made):
         return
-    untested = {config.model_type: config for config in configs if config.model_type not in encoders.TESTED}
+    untested = {config.model_type: config for config in configs if config.model_type not in TESTED_FAMILIES}
     for config in untested.values():
         _try(config, recipe)
 

@@ -1,13 +1,6 @@
-"""Encoders: load and save them as ordinary Hugging Face checkpoints, find their layer stack and what may be pruned.
+"""Load and save encoders as ordinary Hugging Face checkpoints: weights, tokenizer, configuration, labels.
 
-No modelling code of transformers is copied or subclassed. An architecture is supported when its layers stand in one
-`ModuleList` of `config.num_hidden_layers` entries under `model.base_model`; a plugin may name the stack of another one:
-
-    from spdtool.plugins import stacks
-
-    @stacks.register("my-model-type")
-    def stack(model):
-        return model.base_model.blocks
+A model without weights is called *empty* here: it has every shape, for counting, or for weights from elsewhere.
 """
 
 from __future__ import annotations
@@ -16,34 +9,37 @@ import logging
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
-from spdtool import plugins
-from spdtool import ranks as processes
+from spdtool import ranks
 from spdtool.errors import ModelError, SpdError, first_line
-from spdtool.models import fsdp as shards
-from spdtool.models import onednn
+from spdtool.models import fsdp
+from spdtool.models.layers import find_layer_stack, select_trained_parameters
 from spdtool.recipe.fields import Recipe
 from spdtool.tasks import Task
 
-transformers_logging.set_verbosity_error()
-transformers_logging.disable_progress_bar()
+transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it announces every retry of a hub that is silent
 
-PRIMING_TOKENS = 4
-COMPILED_FORMS = 32  # of a layer: trained, stand-in, teacher, scored; each with padding and without
-TESTED = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "mpnet", "deberta-v2", "modernbert")
+SMOKE_LAYERS = 2
 HUB_NAME = re.compile(r"(?!\.)[\w.-]+(/[\w.-]+)?")
 
 
-def load(
+def load_model(
     source: str | Path,
     *,
     labels: Sequence[str] | None = None,
@@ -51,10 +47,10 @@ def load(
     eager: bool = False,
     smoke: bool = False,
 ) -> PreTrainedModel:
-    """A sequence classifier in float32, in eval mode, from a folder or a hub name. Reads safetensors only.
+    """Load a sequence classifier in float32 and eval mode from a folder or a hub name. Reads safetensors only.
 
     Args:
-        labels: label names for a new head (empty: regression). None: the checkpoint's own head, which must exist.
+        labels: label names for a new head (empty: regression). None: the checkpoint's head, which must exist.
         dropout: replaces every dropout probability; None leaves the configuration's.
         eager: use the attention implementation whose softmax can be observed (for the attention loss).
         smoke: a random model with two layers of the same architecture instead of the trained weights.
@@ -62,20 +58,24 @@ def load(
     Raises:
         ModelError: it cannot be found or read, has no safetensors, or needs remote code.
     """
-    options: dict[str, Any] = {"attn_implementation": "eager"} if eager else {}
+    options: dict[str, object] = {}
+    if eager:
+        options["attn_implementation"] = "eager"
     if labels is not None:
         names = list(labels) or ["score"]
-        options |= {"num_labels": len(names), "id2label": dict(enumerate(names))}
-        options |= {"label2id": {name: index for index, name in enumerate(names)}}
-        options |= {"problem_type": "single_label_classification" if labels else "regression"}
-    config = _config(source, **options)
-    _refuse_without_head(source, config, labels)
+        options["num_labels"] = len(names)
+        options["id2label"] = dict(enumerate(names))
+        options["label2id"] = {name: index for index, name in enumerate(names)}
+        options["problem_type"] = "single_label_classification" if labels else "regression"
+    config = _load_config(source, **options)
+    if labels is None:
+        _require_head(source, config)
     if dropout is not None:
         _set_dropout(config, dropout)
     try:
         if smoke:
-            config.num_hidden_layers = 2
-            return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).eval()
+            config.num_hidden_layers = SMOKE_LAYERS
+            return _build(config)
         model, report = AutoModelForSequenceClassification.from_pretrained(
             source,
             config=config,
@@ -87,55 +87,52 @@ def load(
         )
     except Exception as error:  # transformers, safetensors and the hub's client each raise what they like
         raise _unreadable(source, error) from None
-    _refuse_random_weights(source, model, report, new_head=labels is not None)
-    return model.eval()
+    assert isinstance(model, PreTrainedModel)
+    _require_all_weights(source, model, report, new_head=labels is not None)
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
 
 
-def skeleton(recipe: Recipe, task: Task) -> PreTrainedModel:
-    """The recipe's model without its weights, for counting; raises as `load` does."""
-    if task.build is not None and recipe.given_teacher is None:
-        model: PreTrainedModel = task.build(recipe.seed)[0]
-        return model
-    return outline(recipe.given_teacher or recipe.model, smoke=recipe.smoke, tuned=recipe.given_teacher is not None)
-
-
-def outline(source: str | Path, *, smoke: bool = False, tuned: bool = False) -> PreTrainedModel:
-    """The classifier that the configuration of `source` makes, without its weights; raises as `load` does.
+def build_empty_model(
+    source: str | Path, *, finetuned: bool = False, smoke: bool = False, device: str = "meta"
+) -> PreTrainedModel:
+    """Build the classifier that the configuration of `source` describes, in float32 and without its weights.
 
     Args:
-        tuned: refuse what has no head of its own.
+        finetuned: refuse a configuration that names no classifier.
+        smoke: with two layers, as `load_model` has it.
+        device: `meta` allocates nothing; `cpu` makes room for weights from elsewhere (`fill_weights`).
+
+    Raises:
+        ModelError: the configuration cannot be read, or describes no classifier.
     """
-    config = _config(source)
-    if tuned:
-        _refuse_without_head(source, config, None)
+    config = _load_config(source)
+    if finetuned:
+        _require_head(source, config)
     if smoke:
-        config.num_hidden_layers = 2
+        config.num_hidden_layers = SMOKE_LAYERS
     try:
-        with torch.device("meta"):
-            return AutoModelForSequenceClassification.from_config(config)
+        with torch.device(device):
+            return _build(config)
     except Exception as error:
         raise _unreadable(source, error) from None
 
 
-def blank(folder: Path) -> PreTrainedModel:
-    """The classifier that the config.json in `folder` describes, in float32, its weights still to be filled in.
+def build_empty_teacher(recipe: Recipe, task: Task) -> PreTrainedModel:
+    """Build the recipe's teacher without its weights, for counting; raises as `load_model` does."""
+    if recipe.given_teacher is not None:
+        return build_empty_model(recipe.given_teacher, finetuned=True, smoke=recipe.smoke)
+    if task.build is not None:
+        model: PreTrainedModel = task.build(recipe.seed)[0]
+        return model
+    return build_empty_model(recipe.model, smoke=recipe.smoke)
+
+
+def fill_weights(model: PreTrainedModel, weights: Iterable[tuple[str, np.ndarray]]) -> list[str]:
+    """Copy named arrays into the parameters of the same names; return the names of parameters that got none.
 
     Raises:
-        ModelError: config.json cannot be read, or makes no classifier.
-    """
-    config = _config(folder)
-    _refuse_without_head(folder, config, None)
-    try:
-        return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).eval()
-    except Exception as error:
-        raise _unreadable(folder, error) from None
-
-
-def fill(model: PreTrainedModel, weights: Iterable[tuple[str, np.ndarray]]) -> list[str]:
-    """Copy arrays into the parameters of their names; return the names of the parameters that none was for.
-
-    Raises:
-        ModelError: a name that the model does not have, or an array of another shape.
+        ModelError: the model has no parameter of that name, or one of another shape.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     filled = set()
@@ -149,232 +146,97 @@ def fill(model: PreTrainedModel, weights: Iterable[tuple[str, np.ndarray]]) -> l
     return [name for name, parameter in parameters.items() if id(parameter) not in filled]
 
 
-def load_tokenizer(source: str | Path) -> Any:
-    """The tokenizer that belongs to `source`.
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of `source`, a folder or a hub name.
 
     Raises:
         ModelError: there is none.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exception for a damaged tokenizer.json
-        raise ModelError(
-            f"cannot load the tokenizer of {str(source)!r}: {first_line(error)}", _reading_hint(source)
-        ) from None
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of no files
+        problem = f"cannot load the tokenizer of {str(source)!r}: {first_line(error)}"
+        raise ModelError(problem, _reading_hint(source)) from None
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes such a one of no files
         raise ModelError(f"the tokenizer of {str(source)!r} has no vocabulary", _reading_hint(source))
     return tokenizer
 
 
-def place(model: PreTrainedModel, recipe: Recipe, device: torch.device, train: str | None = None) -> PreTrainedModel:
-    """`model` on `device`: this process's rows of it, if the recipe shards and there are several processes.
+def move_to_device(
+    model: PreTrainedModel, recipe: Recipe, device: torch.device, train: str | None = None
+) -> PreTrainedModel:
+    """Move `model` to `device`; if the recipe shards and there are several processes, only this process's rows of it.
 
     Args:
-        train: the part that will be trained, as in `trained_parameters`; None: nothing.
+        train: what will be trained, as in `select_trained_parameters`; None: nothing.
     """
-    if not recipe.shard or processes.count() == 1:
-        return model.to(device)  # type: ignore[arg-type]
+    if not recipe.shard or ranks.count() == 1:
+        model.to(device)  # type: ignore[arg-type]
+        return model
     if train is not None:
-        trained_parameters(model, train)  # freezes the rest
-    shards.shard(model, layer_stack(model), device)
+        select_trained_parameters(model, train)  # FSDP wants to know what is frozen when it takes the parameters
+    fsdp.shard_model(model, find_layer_stack(model), device)
     return model
 
 
-def save(model: PreTrainedModel, tokenizer: Any, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    weights: dict[str, Tensor] | None = None,
+) -> None:
     """Write `model.safetensors`, `config.json` and the tokenizer's files: stock transformers reads them back.
 
     Args:
-        weights: the whole weights of a sharded model.
+        weights: the full weights of a sharded model.
     """
-    dropped = getattr(model.config, "_dropout_before", None)
-    if dropped:
-        for name, value in dropped.items():
+    dropout = getattr(model.config, "_dropout_before", None)
+    if dropout:
+        for name, value in dropout.items():
             setattr(model.config, name, value)
         del model.config._dropout_before
     model.save_pretrained(folder, state_dict=weights)
     save_tokenizer(tokenizer, folder)
 
 
-def hand_over(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
-    """Let the main process `save` the model, of which all give what they hold; all call this together."""
-    weights = shards.state_dict(model, keep=processes.is_main())
-    if processes.is_main():
-        save(model, tokenizer, folder, weights)
+def save_on_rank_zero(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save the checkpoint from rank 0. Collective: call on every rank."""
+    weights = fsdp.gather_state_dict(model, keep=ranks.is_main())
+    if ranks.is_main():
+        save_model(model, tokenizer, folder, weights)
 
 
-def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write `tokenizer.json` and `tokenizer_config.json`, which hold everything that the older files held."""
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write `tokenizer.json` and `tokenizer_config.json`; a slow tokenizer writes its older files."""
     tokenizer.save_pretrained(folder, legacy_format=False if tokenizer.is_fast else None)
     if tokenizer.is_fast:
         (folder / "special_tokens_map.json").unlink(missing_ok=True)  # transformers 4 writes it all the same
 
 
-def layer_stack(model: PreTrainedModel) -> nn.ModuleList:
-    """The ModuleList that holds the encoder's layers, first to last.
-
-    Raises:
-        ModelError: no ModuleList, or more than one, has `config.num_hidden_layers` entries; says what was found.
-    """
-    named = plugins.stacks.find(model.config.model_type)
-    if named is not None:
-        return named(model)
-    depth = getattr(model.config, "num_hidden_layers", None)
-    lists = {name: part for name, part in model.base_model.named_modules() if isinstance(part, nn.ModuleList)}
-    fitting = [part for part in lists.values() if len(part) == depth]
-    if len(fitting) == 1:
-        return fitting[0]
-    found = ", ".join(f"{name} of {len(part)}" for name, part in lists.items()) or "no ModuleList at all"
-    refused = f"{model.config.model_type!r} is not supported: one list of {depth} layers was expected, found {found}"
-    groups = getattr(model.config, "num_hidden_groups", depth)
-    if groups != depth:
-        raise ModelError(
-            f"{refused}: its {depth} layers share the weights of {groups}, and none can be pruned or replaced alone",
-            f"families that are tested: {', '.join(TESTED)}",
-        )
-    raise ModelError(refused, "a plugin can name the layer stack: see docs/how-to/package-a-plugin.md")
-
-
-def prunable_linears(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """Name to weight [out, in] of every linear layer inside the encoder's layer stack; raises as `prunable_layers`."""
-    named = dict(model.named_parameters())
-    return {name: named[name] for name in prunable_layers(model)}
-
-
-def prunable_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
-    """The name of its weight to every linear layer inside the encoder's layer stack.
-
-    Raises:
-        ModelError: there is none; some architectures compute with layers of another kind.
-    """
-    stack = layer_stack(model)
-    inside = {id(part.weight): part for part in stack.modules() if isinstance(part, nn.Linear)}
-    if not inside:
-        kinds = sorted({type(part).__name__ for part in stack.modules() if not list(part.children())})
-        raise ModelError(
-            f"{model.config.model_type!r} has no linear layer to prune; its layers are made of {', '.join(kinds)}",
-            f"what is pruned is torch.nn.Linear; families that are tested: {', '.join(TESTED)}",
-        )
-    return {name: inside[id(weight)] for name, weight in model.named_parameters() if id(weight) in inside}
-
-
-def positions(model: PreTrainedModel) -> int | None:
-    """The longest input in tokens that the position embeddings allow; None for relative positions."""
-    for name, part in model.base_model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(part, nn.Embedding):
-            return part.num_embeddings - (0 if part.padding_idx is None else part.padding_idx + 1)
-    return None
-
-
-def trained_parameters(model: PreTrainedModel, which: str) -> dict[str, nn.Parameter]:
-    """Name to parameter of the part that a stage trains; the rest is frozen by setting `requires_grad`.
-
-    Args:
-        which: `layers`, `layers+head` (all but the embeddings) or `all`.
-    """
-    layers = {id(parameter) for parameter in layer_stack(model).parameters()}
-    prefix = model.base_model_prefix + "."
-    trained = {}
-    for name, parameter in model.named_parameters():
-        embedding = name.startswith(prefix) and "embeddings" in name
-        wanted = which == "all" or id(parameter) in layers or (which == "layers+head" and not embedding)
-        parameter.requires_grad_(wanted)
-        if wanted:
-            trained[name] = parameter
-    return trained
-
-
-def prime(model: PreTrainedModel) -> None:
-    """Ask once for hidden states and attentions, so that transformers hooks this model's own layers to capture them.
-
-    transformers 5 installs its hooks at the first request, on whatever modules stand in the tree then. If that request
-    came while grafted layers stand in, later forwards would silently return too few or too many hidden states.
-    """
-    device = next(model.parameters()).device
-    tokens = torch.ones((1, PRIMING_TOKENS), dtype=torch.long, device=device)
-    mode, implementation = model.training, model.config._attn_implementation
-    with torch.no_grad():
-        model.eval()
-        outputs = model(input_ids=tokens, attention_mask=tokens, output_hidden_states=True)
-        if implementation == "eager":
-            model(input_ids=tokens, attention_mask=tokens, output_attentions=True)
-    model.train(mode)
-    depth = len(layer_stack(model))
-    if len(outputs.hidden_states) != depth + 1:
-        raise ModelError(
-            f"{model.config.model_type!r} returns {len(outputs.hidden_states)} hidden states for {depth} layers"
-        )
-
-
-def tune(model: PreTrainedModel, *, checkpointing: bool, compile_layers: bool) -> None:
-    """Trade time for memory (gradient checkpointing) or start-up for speed (torch.compile, layer by layer).
-
-    Each layer is compiled on its own: compiling the whole model would need a graph for every draw of grafted layers.
-    What is not compiled computes its products with the faster of the CPU's libraries (`onednn.py`).
-
-    Raises:
-        ModelError: the architecture does not support gradient checkpointing.
-    """
-    if checkpointing:
-        if not model.supports_gradient_checkpointing:
-            raise ModelError(
-                f"{model.config.model_type!r} does not support gradient checkpointing",
-                "leave it off, and cut batches into pieces: --set prune.accumulate=2",
-            )
-        enable = getattr(
-            model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
-        )  # its older name
-        enable({"use_reentrant": False})
-    if compile_layers:
-        torch._dynamo.config.recompile_limit = max(COMPILED_FORMS, torch._dynamo.config.recompile_limit)
-        for layer in layer_stack(model):
-            layer.compile(dynamic=True)  # lengths differ from batch to batch
-    else:
-        onednn.use(model)
-
-
-def zeros(folder: Path, names: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """`(zeros, size)` of each named weight, read back from the checkpoint in `folder`.
-
-    Raises:
-        ModelError: the file lacks one of them.
-    """
-    counts = {}
-    with safe_open(folder / "model.safetensors", framework="pt") as file:
-        held = set(file.keys())
-        for name in names:
-            if name not in held:
-                raise ModelError(
-                    f"{folder}/model.safetensors has no weight {name!r}", "was it saved by another version?"
-                )
-            weight = file.get_tensor(name)
-            counts[name] = (int((weight == 0).sum()), weight.numel())
-    return counts
-
-
 def label_names(model: PreTrainedModel) -> list[str]:
     """Label names in the order of the logits, as config.json has them."""
-    names: Any = model.config.id2label
-    return [str(names[index]) for index in range(len(names))]
+    return _ordered_labels(model.config)
 
 
-def head_labels(source: str | Path) -> list[str] | None:
-    """The label names of the classifier that `source` is; None for an encoder alone. Raises as `load` does."""
-    config = _config(source)
-    if not any("SequenceClassification" in name for name in getattr(config, "architectures", None) or []):
-        return None
-    return [str(config.id2label[index]) for index in range(len(config.id2label))]
+def read_head_labels(source: str | Path) -> list[str] | None:
+    """Read the label names of the classifier in `source`; None for an encoder alone. Raises as `load_model` does."""
+    config = _load_config(source)
+    return _ordered_labels(config) if _has_head(config) else None
 
 
 @torch.no_grad()
 def relabel(model: PreTrainedModel, names: Sequence[str], order: Sequence[int] | None = None) -> None:
-    """Name the labels `names`, whose logits were those numbered `order` before (None: as they are).
+    """Give the labels the names `names`, and put the head's logits into their order.
+
+    Args:
+        order: for each of `names`, the number of its logit until now; None: the logits stay as they are.
 
     Raises:
         ModelError: the order changes, and the linear layer that makes the logits is not found.
     """
     if order is not None and list(order) != sorted(order):
-        body = {id(part) for part in model.base_model.modules()}
-        linears = [part for part in model.modules() if isinstance(part, nn.Linear) and id(part) not in body]
+        encoder = {id(module) for module in model.base_model.modules()}
+        linears = [module for module in model.modules() if isinstance(module, nn.Linear) and id(module) not in encoder]
         if not linears or linears[-1].out_features != len(names):
             raise ModelError(
                 f"the labels of this {model.config.model_type!r} stand in another order, and its head is not found",
@@ -386,30 +248,51 @@ def relabel(model: PreTrainedModel, names: Sequence[str], order: Sequence[int] |
     model.config.label2id = {name: index for index, name in enumerate(names)}
 
 
-def _set_dropout(config: Any, value: float) -> None:
-    before = {
-        name: old
-        for name, old in config.to_dict().items()
-        if "dropout" in name and isinstance(old, int | float) and not isinstance(old, bool)
-    }
-    for name in before:
-        setattr(config, name, value)
+def _build(config: PretrainedConfig) -> PreTrainedModel:
+    """Build a classifier with random weights, in float32 and eval mode."""
+    model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+    assert isinstance(model, PreTrainedModel)
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
+
+
+def _ordered_labels(config: PretrainedConfig) -> list[str]:
+    """Label names in the order of the logits."""
+    names = cast("dict[int, str]", config.id2label)  # transformers turns the strings of config.json into numbers
+    return [str(names[index]) for index in range(len(names))]
+
+
+def _set_dropout(config: PretrainedConfig, value: float) -> None:
+    """Set every dropout probability, and remember the ones before for `save_model`."""
+    before = {}
+    for name, probability in config.to_dict().items():
+        is_number = isinstance(probability, int | float) and not isinstance(probability, bool)
+        if "dropout" in name and is_number:
+            before[name] = probability
+            setattr(config, name, value)
     config._dropout_before = before
 
 
-def _config(source: str | Path, **options: Any) -> Any:
-    """The configuration of `source`; a path is told from a hub name first, since an absent hub answers slowly."""
+def _load_config(source: str | Path, **options: object) -> PretrainedConfig:
+    """Load the configuration of `source`, a folder or a hub name.
+
+    Raises:
+        ModelError: it cannot be found or read.
+    """
     path = Path(source)
+    # a path is told from a hub name first, since an absent hub answers slowly
     if not path.is_dir() and (path.exists() or not HUB_NAME.fullmatch(str(source))):
         problem = "is a file" if path.exists() else "does not exist"
         raise ModelError(f"cannot load the model {str(source)!r}: it {problem}", _reading_hint(source))
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+        config: PretrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
     except Exception as error:
         raise _unreadable(source, error) from None
+    return config
 
 
 def _unreadable(source: str | Path, error: Exception) -> SpdError:
+    """Turn whatever a library raised while it read `source` into an error for the user."""
     if isinstance(error, SpdError):
         return error
     if type(error).__name__ == "SafetensorError":
@@ -417,14 +300,17 @@ def _unreadable(source: str | Path, error: Exception) -> SpdError:
     return ModelError(f"cannot load the model {str(source)!r}: {first_line(error)}", _reading_hint(source))
 
 
-def _refuse_random_weights(source: str | Path, model: Any, report: dict[str, Any], *, new_head: bool) -> None:
-    """What the file lacks, or holds in another shape, transformers fills with random numbers without a word.
+def _require_all_weights(source: str | Path, model: PreTrainedModel, report: dict[str, Any], *, new_head: bool) -> None:
+    """Refuse weights that transformers filled with random numbers, for lack of them in the file, without a word.
 
     That is right for a new head, and for a pooler, which encoders that were only pretrained do not have.
+
+    Args:
+        report: what `from_pretrained` returns with `output_loading_info`.
     """
     lacking = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
-    body = f"{model.base_model_prefix}."
-    head = {name for name in model.state_dict() if not name.startswith(body)}
+    encoder_prefix = f"{model.base_model_prefix}."
+    head = {name for name in model.state_dict() if not name.startswith(encoder_prefix)}
     wrong = sorted(key for key in lacking if not new_head or (key not in head and "pooler" not in key))
     if wrong:
         raise ModelError(
@@ -434,9 +320,14 @@ def _refuse_random_weights(source: str | Path, model: Any, report: dict[str, Any
         )
 
 
-def _refuse_without_head(source: str | Path, config: Any, labels: Sequence[str] | None) -> None:
-    architectures = getattr(config, "architectures", None) or []
-    if labels is None and not any("SequenceClassification" in name for name in architectures):
+def _has_head(config: PretrainedConfig) -> bool:
+    """Whether the configuration is that of a sequence classifier."""
+    return any("SequenceClassification" in name for name in getattr(config, "architectures", None) or [])
+
+
+def _require_head(source: str | Path, config: PretrainedConfig) -> None:
+    if not _has_head(config):
+        architectures = getattr(config, "architectures", None) or []
         raise ModelError(
             f"{str(source)!r} is no fine-tuned classifier: its config names {', '.join(architectures) or 'nothing'}",
             "give it as --model, and a teacher is fine-tuned from it",
@@ -444,6 +335,7 @@ def _refuse_without_head(source: str | Path, config: Any, labels: Sequence[str] 
 
 
 def _reading_hint(source: str | Path) -> str:
+    """What to give instead of a source that cannot be read."""
     path = Path(source)
     if not path.exists():
         return "give a folder with config.json, model.safetensors and tokenizer files, or a name on a hub that answers"

@@ -57,8 +57,10 @@ def predict(forward: Forward, rows: Encoded, batch_size: int = BATCH, *, togethe
         together: several processes, all of which call this, share the batches out; each row is computed as by one.
     """
     batches = list(evaluation_batches(rows, batch_size))
-    shared = together and len(batches) >= collectives.count()  # with fewer, a process would not know the labels' number
-    rank, count = (collectives.rank(), collectives.count()) if shared else (0, 1)
+    shared = (
+        together and len(batches) >= collectives.world_size()
+    )  # with fewer, a process would not know the labels' number
+    rank, count = (collectives.current_rank(), collectives.world_size()) if shared else (0, 1)
     logits: np.ndarray | None = None
     turns = -(-len(batches) // count)  # as many for each process: a sharded model needs them all
     for batch in (batches[rank::count] + batches[:1])[:turns]:
@@ -67,7 +69,7 @@ def predict(forward: Forward, rows: Encoded, batch_size: int = BATCH, *, togethe
             logits = np.zeros((len(rows), part.shape[1]), dtype=np.float32)
         logits[batch] = part
     assert logits is not None, "an empty split"
-    return collectives.total_array(logits) if count > 1 else logits
+    return collectives.sum_array_over_ranks(logits) if count > 1 else logits
 
 
 def decide(task: Task, logits: np.ndarray) -> np.ndarray:

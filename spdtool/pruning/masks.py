@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from spdtool.errors import GateError, ModelError
-from spdtool.models import fsdp as shards
-from spdtool.models.fsdp import held
+from spdtool.models import fsdp
+from spdtool.models.fsdp import local_rows
 from spdtool.pruning.allocation import Allocation, allocate, groups
 from spdtool.pruning.patterns import zeros_in
 
@@ -28,13 +28,15 @@ class Masks:
     Where a dead weight, its moments and its gradient are zero, an optimiser step leaves it zero; so the hold works only
     where that is not known.
 
-    Of sharded parameters (`shards.py`) `dead` and `kept` are the rows that this process holds, and so are scores and
-    mended weights; what counts or ranks is called by all processes together.
+    Of sharded parameters (`models/fsdp.py`) `dead` and `kept` are the rows that this process holds, and so are scores
+    and mended weights; what counts or ranks is called by all processes together.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.parameters = dict(parameters)
-        self.dead = {name: torch.zeros_like(held(weight), dtype=torch.bool) for name, weight in parameters.items()}
+        self.dead = {
+            name: torch.zeros_like(local_rows(weight), dtype=torch.bool) for name, weight in parameters.items()
+        }
         self.kept: dict[str, Tensor] = {}
         self._held: torch.optim.Optimizer | None = None
         self._clean = False  # dead weights and their moments are zero since the last `apply`
@@ -44,16 +46,16 @@ class Masks:
     def from_zeros(cls, parameters: Mapping[str, nn.Parameter]) -> Masks:
         """The masks that the weights themselves tell: dead is what equals zero, whoever pruned it."""
         masks = cls(parameters)
-        masks.dead = {name: held(weight) == 0 for name, weight in masks.parameters.items()}
+        masks.dead = {name: local_rows(weight) == 0 for name, weight in masks.parameters.items()}
         return masks
 
     def regrow(self) -> None:
         """From now on the dead compete at each event, with the value that they had: 0 for those that are dead now."""
-        self.kept = {name: torch.zeros_like(held(weight)) for name, weight in self.parameters.items()}
+        self.kept = {name: torch.zeros_like(local_rows(weight)) for name, weight in self.parameters.items()}
 
     def filled(self, name: str) -> Tensor:
         """The weight, with the values that are kept of the dead."""
-        weight = held(self.parameters[name])
+        weight = local_rows(self.parameters[name])
         return torch.where(self.dead[name], self.kept[name], weight) if self.kept else weight
 
     def prune(
@@ -83,7 +85,7 @@ class Masks:
 
         def ranked(name: str) -> Tensor:
             own = scores[name].detach()
-            return shards.whole(
+            return fsdp.gather_rows(
                 own if self.kept else own.masked_fill(self.dead[name], float("-inf")), self.parameters[name]
             )
 
@@ -93,7 +95,7 @@ class Masks:
         dead = {}
         for name, weight in self.parameters.items():
             score = ranked(name) if alone else compared[name]
-            gone = shards.rows(~pattern(score, made.counts[name] / score.numel()), weight)
+            gone = fsdp.take_local_rows(~pattern(score, made.counts[name] / score.numel()), weight)
             dead[name] = gone if self.kept else self.dead[name] | gone
         return dead, made
 
@@ -105,7 +107,7 @@ class Masks:
             mended: parameter name to the weight with new values, taken where it was alive and stays so.
         """
         for name, parameter in self.parameters.items():
-            weight, before, gone = held(parameter), self.dead[name], dead[name]
+            weight, before, gone = local_rows(parameter), self.dead[name], dead[name]
             if self.kept:
                 full = self.filled(name)
                 self.kept[name] = torch.where(gone, full, 0)
@@ -119,7 +121,7 @@ class Masks:
     def apply(self) -> None:
         """Set every dead weight to zero, and the moments that a held optimiser keeps for it."""
         for name, weight in self.parameters.items():
-            for tensor in (held(weight), *self._moments(weight)):
+            for tensor in (local_rows(weight), *self._moments(weight)):
                 _clear(tensor, self.dead[name])
         self._clean = self._held is not None
 
@@ -128,7 +130,7 @@ class Masks:
         """Set the gradients of dead weights to zero, so that they do not count when gradients are clipped."""
         for name, weight in self.parameters.items():
             if weight.grad is not None:
-                _clear(held(weight.grad), self.dead[name])
+                _clear(local_rows(weight.grad), self.dead[name])
         self._silenced = True
 
     def hold(self, optimizer: torch.optim.Optimizer) -> Any:
@@ -146,7 +148,7 @@ class Masks:
         """Make the zeros say what the masks say: a live weight that landed on exactly 0 becomes the least number."""
         self.apply()
         for name, parameter in self.parameters.items():
-            weight = held(parameter)
+            weight = local_rows(parameter)
             landed = (weight == 0) & ~self.dead[name]
             weight.masked_fill_(landed, torch.finfo(weight.dtype).tiny)
 
@@ -165,7 +167,7 @@ class Masks:
         Raises:
             GateError: a count is off.
         """
-        zeros = {name: held(weight) == 0 for name, weight in self.parameters.items()}
+        zeros = {name: local_rows(weight) == 0 for name, weight in self.parameters.items()}
         check_counts(self._counted(zeros), sparsity, scope)
 
     def check_room(self, sparsity: float, scope: str = "matrix") -> None:
@@ -192,27 +194,28 @@ class Masks:
         """
         for name, weight in self.parameters.items():
             for tensor in (weight, weight.grad, *self._moments(weight)):
-                if tensor is not None and bool((held(tensor)[self.dead[name]] != 0).any()):
+                if tensor is not None and bool((local_rows(tensor)[self.dead[name]] != 0).any()):
                     raise GateError(f"{name}: a pruned weight, its gradient or one of its moments is not zero")
 
     def _moments(self, weight: nn.Parameter) -> list[Tensor]:
         state = {} if self._held is None else self._held.state.get(weight, {})
-        return [held(value) for value in state.values() if torch.is_tensor(value) and value.shape == weight.shape]
+        return [local_rows(value) for value in state.values() if torch.is_tensor(value) and value.shape == weight.shape]
 
     def _counted(self, sets: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
         """Parameter name to `(entries that are set, all entries)`."""
         own = torch.stack([each.sum() for each in sets.values()])
-        found = shards.summed(own, next(iter(self.parameters.values()))).tolist()
+        found = fsdp.sum_over_shards(own, next(iter(self.parameters.values()))).tolist()
         return {name: (count, self.parameters[name].numel()) for name, count in zip(sets, found, strict=True)}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Parameter name to bool tensor of the dead, whole."""
-        return {name: shards.whole(dead, self.parameters[name]) for name, dead in self.dead.items()}
+        return {name: fsdp.gather_rows(dead, self.parameters[name]) for name, dead in self.dead.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state_dict` gave."""
         self.dead = {
-            name: shards.rows(state[name], weight).to(weight.device) for name, weight in self.parameters.items()
+            name: fsdp.take_local_rows(state[name], weight).to(weight.device)
+            for name, weight in self.parameters.items()
         }
         self._clean = False
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spdtool.models.fsdp import held
+from spdtool.models.fsdp import local_rows
 from spdtool.pruning.masks import Masks
 from spdtool.pruning.statistics import STATISTICS, Gradient, Settings, Statistic, Stats
 
@@ -46,7 +46,7 @@ class Observation:
             for statistic in wanted:
                 statistic.count += 1
             if wanted and weight.grad is not None:  # None: a layer that the draw left out
-                gradient = held(weight.grad).float()
+                gradient = local_rows(weight.grad).float()
                 value = gradient if scale == 1.0 else gradient / scale
                 seen = Gradient(value, self.masks.filled(name), None if self.masks.kept else self.masks.dead[name])
                 for statistic in wanted:

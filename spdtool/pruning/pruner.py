@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from spdtool import plugins
 from spdtool.errors import RecipeError
-from spdtool.models import fsdp as shards
+from spdtool.models import fsdp
 from spdtool.pruning.masks import Masks
 from spdtool.pruning.observation import Observation
 from spdtool.pruning.statistics import STATISTICS, Settings
@@ -188,7 +188,7 @@ class Pruner:
     def state_dict(self) -> dict[str, Tensor]:
         """Masks, the values kept of the dead, and statistics, as flat tensors."""
         state = {f"dead.{name}": dead for name, dead in self.masks.state_dict().items()}
-        kept = ((name, shards.whole(value, self.masks.parameters[name])) for name, value in self.masks.kept.items())
+        kept = ((name, fsdp.gather_rows(value, self.masks.parameters[name])) for name, value in self.masks.kept.items())
         state |= {f"kept.{name}": value for name, value in kept}
         return state | {f"seen.{key}": value for key, value in self._observation.state_dict().items()}
 
@@ -197,7 +197,9 @@ class Pruner:
         self.masks.load_state_dict(_under("dead.", state))
         weights = self.masks.parameters
         kept = _under("kept.", state)
-        self.masks.kept = {n: shards.rows(value, weights[n]).to(weights[n].device) for n, value in kept.items()}
+        self.masks.kept = {
+            n: fsdp.take_local_rows(value, weights[n]).to(weights[n].device) for n, value in kept.items()
+        }
         self._observation.load_state_dict(_under("seen.", state))
 
     def _mended(self, dead: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
@@ -206,7 +208,7 @@ class Pruner:
             return None
         return {
             name: self._update(
-                shards.held(weight), ~(self.masks.dead[name] | dead[name]), self._observation.stats(name)
+                fsdp.local_rows(weight), ~(self.masks.dead[name] | dead[name]), self._observation.stats(name)
             )
             for name, weight in self.masks.parameters.items()
         }

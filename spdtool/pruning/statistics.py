@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from spdtool.models import fsdp as shards
+from spdtool.models import fsdp
 
 SCORE_RATE = 0.01  # at which soft movement learns its scores, as in the paper's published settings
 
@@ -78,7 +78,7 @@ class Statistic:
 
     def shape(self) -> tuple[int, ...]:
         """Shape of the sum."""
-        return tuple(shards.held(self.weight).shape)
+        return tuple(fsdp.local_rows(self.weight).shape)
 
     def sum(self) -> Tensor:
         """The sum so far, to be added to."""
@@ -106,7 +106,10 @@ class Statistic:
         """What must be kept to go on later."""
         if self.total is None:
             return {"count": self.count}
-        return {"count": self.count, "total": shards.whole(self.total, self.weight) if self._by_rows() else self.total}
+        return {
+            "count": self.count,
+            "total": fsdp.gather_rows(self.total, self.weight) if self._by_rows() else self.total,
+        }
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Take over what `state` gave."""
@@ -114,7 +117,7 @@ class Statistic:
         self.count = state["count"].to(device).clone()
         self.total = None
         if "total" in state:
-            total = shards.rows(state["total"], self.weight) if self._by_rows() else state["total"]
+            total = fsdp.take_local_rows(state["total"], self.weight) if self._by_rows() else state["total"]
             self.total = total.to(device).clone()
 
     def _by_rows(self) -> bool:
@@ -183,7 +186,7 @@ class SoftMovement(Movement):
 
     def add(self, seen: Gradient) -> None:
         change = seen.weight.float() * seen.value
-        self.squares += shards.mean(change.square(), self.weight)
+        self.squares += fsdp.mean_over_shards(change.square(), self.weight)
         scale = (self.squares / self.count).sqrt()
         change /= scale.clamp(min=torch.finfo(torch.float32).tiny)
         scores = self.sum()
@@ -209,7 +212,7 @@ class FisherBlocks(Statistic):
 
     def shape(self) -> tuple[int, ...]:
         size = self.settings.block
-        return (-(-shards.held(self.weight).numel() // size), size, size)
+        return (-(-fsdp.local_rows(self.weight).numel() // size), size, size)
 
     def add(self, seen: Gradient) -> None:
         value = seen.value if seen.out is None else seen.value.masked_fill(seen.out, 0.0)
@@ -269,6 +272,6 @@ def _dampened(matrices: Tensor, share: float, size: int, like: Tensor | None = N
         like: the weight of which other processes may hold other matrices.
     """
     diagonal = matrices.diagonal(dim1=-2, dim2=-1)
-    mean = (diagonal.sum() if like is None else shards.summed(diagonal.sum(), like)) / size
+    mean = (diagonal.sum() if like is None else fsdp.sum_over_shards(diagonal.sum(), like)) / size
     diagonal.add_(torch.where(mean > 0, share * mean, torch.ones_like(mean)))
     return matrices

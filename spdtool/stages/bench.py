@@ -25,7 +25,7 @@ from spdtool.data import tokens as data
 from spdtool.errors import ModelError, RecipeError, SpdError
 from spdtool.export import runtime
 from spdtool.export import target as targets
-from spdtool.models import load as encoders
+from spdtool.models.load import load_tokenizer
 from spdtool.recipe.fields import Recipe
 from spdtool.run.folder import Run, machine, write_json
 
@@ -207,7 +207,7 @@ def _dev_lengths(recipe: Recipe, folder: Path) -> np.ndarray | None:
         few = replace(
             rows, first=rows.first[:SEEN], second=rows.second and rows.second[:SEEN], labels=rows.labels[:SEEN]
         )
-        return data.tokenise(encoders.load_tokenizer(folder), few, recipe.max_length).lengths
+        return data.tokenise(load_tokenizer(folder), few, recipe.max_length).lengths
     except SpdError:
         return None
 

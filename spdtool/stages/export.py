@@ -31,7 +31,7 @@ from spdtool.export.gates.reference import Reference
 from spdtool.export.gates.score import Dev, dev_sets
 from spdtool.export.graph import trace as onnx
 from spdtool.export.target import Chosen
-from spdtool.models import load as encoders
+from spdtool.models.load import load_tokenizer
 from spdtool.recipe.fields import Recipe
 from spdtool.run.folder import Run, Work, replacing
 
@@ -119,11 +119,7 @@ def export_any(checkpoint: Path, name: str, folder: Path, recipe: Recipe, *, wit
     providers = runtime.working(recipe.device)
     if not checkpoint.is_dir():
         raise ModelError(f"there is no folder {checkpoint}", "give a folder with config.json and model.safetensors")
-    dev = (
-        dev_sets(checkpoint, recipe)
-        if with_task
-        else Dev(None, {"dev": data.no_rows(encoders.load_tokenizer(checkpoint))})
-    )
+    dev = dev_sets(checkpoint, recipe) if with_task else Dev(None, {"dev": data.no_rows(load_tokenizer(checkpoint))})
     shown = f"exporting {checkpoint} ({name}) and holding it against its checkpoint"
     with replacing(folder) as partial, console.busy(shown), onnx.remembering():
         metrics = export_checkpoint(target, Reference(checkpoint, dev, recipe), partial, providers)

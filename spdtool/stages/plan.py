@@ -9,12 +9,20 @@ import numpy as np
 from spdtool import plugins, tasks
 from spdtool.data import overview
 from spdtool.data import tokens as data
+from spdtool.distillation.layer_map import check_phases
 from spdtool.errors import RecipeError
 from spdtool.export import precheck as trial
 from spdtool.export import target as targets
-from spdtool.models import load as encoders
 from spdtool.models import predict as evaluation
-from spdtool.models import student as pairing
+from spdtool.models.layers import find_prunable_weights, model_shape
+from spdtool.models.load import build_empty_teacher, label_names, load_tokenizer
+from spdtool.models.student import (
+    build_empty_student,
+    check_positions,
+    check_tokenizers,
+    load_student_tokenizer,
+    read_student_labels,
+)
 from spdtool.pruning.patterns import zeros_in
 from spdtool.recipe.fields import STAGES, Recipe, Training
 from spdtool.run.folder import Run
@@ -45,7 +53,7 @@ def plan(run: Run, redo: str | None = None) -> dict[str, Any]:
 
     Raises:
         DataError, ModelError: the data or the model cannot be used; an unknown architecture cannot be exported.
-        UnknownName, RecipeError, DeviceError: see `check` and `pairing.check`.
+        UnknownName, RecipeError, DeviceError: see `check` and `check_student`.
         RunMismatch: finished stages saw other rows.
     """
     recipe = run.recipe
@@ -55,7 +63,7 @@ def plan(run: Run, redo: str | None = None) -> dict[str, Any]:
     check(recipe, rows["train"])
     check_data(run, task, splits, redo)
     student, teacher = pair(recipe, task)
-    matrices = [weight.numel() for weight in encoders.prunable_linears(student).values()]
+    matrices = [weight.numel() for weight in find_prunable_weights(student).values()]
     if not run.done("export"):
         trial.check(recipe, (student.config, teacher.config))
     return {
@@ -89,7 +97,7 @@ def reading(task: Task, splits: dict[str, Rows]) -> dict[str, Any]:
 
 def _by_position(recipe: Recipe, task: Task, teacher: Any) -> list[str]:
     """How the labels of a given teacher are read, where its names do not tell."""
-    names = encoders.label_names(teacher)
+    names = label_names(teacher)
     if recipe.given_teacher is None or task.regression or set(names) == set(task.labels):
         return []
     if not data.by_position(names, task):
@@ -181,20 +189,21 @@ def pair(recipe: Recipe, task: Task) -> tuple[Any, Any]:
     """Outlines of student and teacher, which fit each other and, where the teacher is given, the task.
 
     Raises:
-        ModelError, RecipeError: one cannot be read, or they do not fit: see `pairing` and `data.label_order`.
+        ModelError, RecipeError: one cannot be read, or they do not fit: see `models.student` and `data.label_order`.
     """
-    teacher = encoders.skeleton(recipe, task)
+    teacher = build_empty_teacher(recipe, task)
     if recipe.given_teacher is not None:
-        data.label_order(encoders.label_names(teacher), task)
-    student = pairing.outline(recipe, task, teacher)
-    pairing.check(recipe, student, teacher)
+        data.label_order(label_names(teacher), task)
+    student = build_empty_student(recipe, task, teacher)
+    check_phases(recipe, model_shape(student), model_shape(teacher))
+    check_positions(recipe, student, teacher)
     if recipe.student is not None:
-        pairing.check_head(recipe, task)
+        read_student_labels(recipe, task)
         if task.build is not None and recipe.given_teacher is None:
             taught = task.build(recipe.seed)[1]
         else:
-            taught = encoders.load_tokenizer(recipe.given_teacher or recipe.model)
-        pairing.check_tokenizers(pairing.load_tokenizer(recipe, task), taught)
+            taught = load_tokenizer(recipe.given_teacher or recipe.model)
+        check_tokenizers(load_student_tokenizer(recipe, task), taught)
     return student, teacher
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from spdtool.models import load as encoders
+from spdtool.models.layers import find_prunable_layers
 from spdtool.pruning.masks import Masks
 from spdtool.pruning.pruner import Pruner
 from spdtool.run.folder import Run
@@ -23,6 +23,6 @@ def prune(run: Run) -> dict[str, Any]:
     def make(model: Any, masks: Masks, steps: int) -> Pruner:
         events = events_of(run.recipe, steps, initial=masks.sparsity())
         saliency.check(run.recipe.prune, events, copied=run.recipe.student is None)
-        return student.pruner_of(run.recipe, masks, events, encoders.prunable_layers(model))
+        return student.pruner_of(run.recipe, masks, events, find_prunable_layers(model))
 
     return student.phase(run, "prune", start="teacher", make_pruner=make)

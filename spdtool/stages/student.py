@@ -18,15 +18,35 @@ from spdtool.distillation import grafting as grafts
 from spdtool.distillation import projections as projecting
 from spdtool.distillation import teacher_cache as teacher_outputs
 from spdtool.distillation.grafting import Blend, Grafting
-from spdtool.distillation.layer_map import layer_map, taught_by
+from spdtool.distillation.layer_map import check_phases, layer_map, taught_by
 from spdtool.distillation.losses import distillation
 from spdtool.distillation.outputs import observe
 from spdtool.distillation.projections import Projections
 from spdtool.errors import ModelError
 from spdtool.models import collectives
-from spdtool.models import load as encoders
 from spdtool.models import predict as evaluation
-from spdtool.models import student as pairing
+from spdtool.models.layers import (
+    configure_layers,
+    count_zeros,
+    find_layer_stack,
+    find_prunable_layers,
+    find_prunable_weights,
+    install_capture_hooks,
+    max_positions,
+    model_shape,
+    select_trained_parameters,
+)
+from spdtool.models.load import label_names, load_model, load_tokenizer, move_to_device, save_on_rank_zero
+from spdtool.models.student import (
+    check_positions,
+    check_tokenizers,
+    choose_tokenizer,
+    drop_unread_columns,
+    load_student,
+    load_student_tokenizer,
+    same_architecture,
+    unread_columns,
+)
 from spdtool.pruning.masks import Masks, check_counts
 from spdtool.pruning.pruner import Pruner
 from spdtool.recipe.fields import Distilled, Recipe
@@ -57,37 +77,38 @@ def phase(run: Run, stage: str, start: str, make_pruner: MakePruner) -> dict[str
     eager = section.loss.attention > 0 or front.device.type == "cpu"  # the fused one's backward pass is slow there
     folder = run.read(start)
     teacher_folder = folder if start == "teacher" else run.read("teacher")
-    teacher = encoders.load(teacher_folder, eager=eager).requires_grad_(False)
-    tokenizers = [encoders.load_tokenizer(folder), encoders.load_tokenizer(teacher_folder)]
+    teacher = load_model(teacher_folder, eager=eager).requires_grad_(False)
+    tokenizers = [load_tokenizer(folder), load_tokenizer(teacher_folder)]
     if stage == "prune" and recipe.student is not None:
         student, tokenizers[0] = _given(recipe, teacher, tokenizers[1], eager=eager)
     else:
-        student = encoders.load(folder, dropout=section.dropout, eager=eager)
-    teacher = encoders.place(teacher, recipe, front.device)
-    student, tokenizer = encoders.place(student, recipe, front.device, section.train), tokenizers[0]
-    pairing.check(recipe, student, teacher)
-    names = encoders.label_names(student)
-    task, splits = data.prepare(recipe, pairing.richest(*tokenizers), names, run.note_data)
+        student = load_model(folder, dropout=section.dropout, eager=eager)
+    teacher = move_to_device(teacher, recipe, front.device)
+    student, tokenizer = move_to_device(student, recipe, front.device, section.train), tokenizers[0]
+    check_phases(recipe(student)(teacher))
+    check_positions(recipe, student, teacher)
+    names = label_names(student)
+    task, splits = data.prepare(recipe, choose_tokenizer(*tokenizers), names, run.note_data)
     if recipe.student is not None:
-        data.check_lengths(splits, encoders.positions(student))
+        data.check_lengths(splits, max_positions(student))
         data.check_vocabulary(splits, student.config.vocab_size)
-    forward = pairing.reading(evaluation.torch_forward(student, front.device), tokenizer)
+    forward = drop_unread_columns(evaluation.torch_forward(student, front.device), tokenizer)
     for model in (student, teacher):
-        encoders.prime(model)
+        install_capture_hooks(model)
         # never recompute a stand-in: by the backward pass it is in eval mode again, and its dropout gone
         checkpointing = recipe.gradient_checkpointing and model is student
-        encoders.tune(model, checkpointing=checkpointing, compile_layers=recipe.compile)
+        configure_layers(model, checkpointing=checkpointing, compile_layers=recipe.compile)
 
     steps = section.steps_for(len(splits["train"]))
-    masks = Masks.from_zeros(encoders.prunable_linears(student))
+    masks = Masks.from_zeros(find_prunable_weights(student))
     pruner = make_pruner(student, masks, steps)
     if recipe.sparse_products and not recipe.compile:
         sampled = section.clip_over == "trained" and not pruner.reads_dead
         for part in plugins.products.parts():
-            part.value(encoders.prunable_layers(student), masks, sampled=sampled)
+            part.value(find_prunable_layers(student), masks, sampled=sampled)
     grafting, rate = _grafting(stage, recipe, student, teacher)
     projections = _projections(recipe, section, student, teacher, folder)
-    mapped = layer_map(section.loss.layer_map, *(pairing.shape(model)[0] for model in (student, teacher)))
+    mapped = layer_map(section.loss.layer_map, *(model_shape(model)[0] for model in (student, teacher)))
     look = _look(section, teacher, tokenizers[1], mapped)
     loss = _lesson(section, student, tokenizer, look, grafting, rate, projections, regression=task.regression)
 
@@ -96,9 +117,9 @@ def phase(run: Run, stage: str, start: str, make_pruner: MakePruner) -> dict[str
 
     def leave(sparsity: float) -> dict[str, Any]:
         folder = work.folder / LEFT / f"{sparsity:g}"
-        encoders.hand_over(student, tokenizer, folder)
+        save_on_rank_zero(student, tokenizer, folder)
         if processes.is_main():
-            check_counts(encoders.zeros(folder, list(masks.parameters)), sparsity, pruner.scope)
+            check_counts(count_zeros(folder, list(masks.parameters)), sparsity, pruner.scope)
         return _measured(task, forward, splits, evaluate_train) | {"folder": f"{LEFT}/{folder.name}"}
 
     rows, shown = splits["train"], (0, *mapped) if teacher_outputs.reads_states(section.loss) else ()
@@ -126,13 +147,13 @@ def phase(run: Run, stage: str, start: str, make_pruner: MakePruner) -> dict[str
                 work.metrics |= training.fit(parts, section, recipe, work, run.fingerprint(stage), front, watch)
         pruner.seal()
         work.metrics |= _measured(task, forward, splits, evaluate_train) | {"sparsity": masks.sparsity()}
-        encoders.hand_over(student, tokenizer, work.folder)
+        save_on_rank_zero(student, tokenizer, work.folder)
         if processes.is_main():
             projecting.save(projections, work.folder)
-            saved = encoders.zeros(work.folder, list(masks.parameters))
+            saved = count_zeros(work.folder, list(masks.parameters))
             check_counts(saved, pruner.target, pruner.scope)
             work.metrics |= {"zeros": {name: list(count) for name, count in saved.items()}}
-    collectives.wait()
+    collectives.barrier()
     return work.metrics
 
 
@@ -192,18 +213,18 @@ def _given(recipe: Recipe, teacher: Any, taught: Any, *, eager: bool) -> tuple[A
         ModelError, RecipeError: it cannot be read, or does not fit the teacher.
     """
     task = tasks.resolve(recipe)
-    tokenizer = pairing.load_tokenizer(recipe, task)
-    pairing.check_tokenizers(tokenizer, taught)
-    return pairing.begin(recipe, task, encoders.label_names(teacher), eager=eager), tokenizer
+    tokenizer = load_student_tokenizer(recipe, task)
+    check_tokenizers(tokenizer, taught)
+    return load_student(recipe, task, label_names(teacher), eager=eager), tokenizer
 
 
 def _grafting(stage: str, recipe: Recipe, student: Any, teacher: Any) -> tuple[Grafting | Blend, Schedule]:
     """What lets the teacher's layers stand in, and how often; never, and said so, where they cannot."""
     section = recipe.section(stage)
     assert isinstance(section, Distilled)
-    own, rate = encoders.layer_stack(student), rate_of(section)
-    if pairing.alike(student, teacher):
-        its, dropout = encoders.layer_stack(teacher), section.grafting.stand_in_dropout
+    own, rate = find_layer_stack(student), rate_of(section)
+    if same_architecture(student, teacher):
+        its, dropout = find_layer_stack(teacher), section.grafting.stand_in_dropout
         return grafts.make(section.grafting.kind, own, its, seed=recipe.seed, dropout=dropout), rate
     if any(rate(step / 100) < 1 for step in range(100)):
         console.warn(
@@ -214,13 +235,13 @@ def _grafting(stage: str, recipe: Recipe, student: Any, teacher: Any) -> tuple[G
 
 
 def _described(model: Any) -> str:
-    layers, width, _ = pairing.shape(model)
+    layers, width, _ = model_shape(model)
     return f"{model.config.model_type}, {layers} layers of width {width}"
 
 
 def _projections(recipe: Recipe, section: Distilled, student: Any, teacher: Any, before: Path) -> Projections:
     """Projections to the teacher's width, those of the phase in `before` where it left some; none for equal widths."""
-    (layers, width, _), (_, its, _) = pairing.shape(student), pairing.shape(teacher)
+    (layers, width, _), (_, its, _) = model_shape(student), model_shape(teacher)
     if width == its or section.loss.hidden == 0:
         return {}
     made = projecting.fresh(layers, width, its, seed=recipe.seed, device=student.device)
@@ -230,7 +251,7 @@ def _projections(recipe: Recipe, section: Distilled, student: Any, teacher: Any,
 
 def _look(section: Distilled, teacher: Any, tokenizer: Any, mapped: tuple[int, ...]) -> teacher_outputs.Look:
     """What the teacher shows of a batch, in the order of the student's layers."""
-    asked, unread = _asked(section), pairing.unread(tokenizer)
+    asked, unread = _asked(section), unread_columns(tokenizer)
 
     @torch.no_grad()
     def look(batch: dict[str, torch.Tensor]) -> Any:
@@ -262,7 +283,7 @@ def _lesson(
 
     The teacher does not look at a batch that has its outputs beside the rows (`teacher_outputs.py`).
     """
-    asked, unread = _asked(section), pairing.unread(tokenizer)
+    asked, unread = _asked(section), unread_columns(tokenizer)
 
     def loss(batch: dict[str, torch.Tensor], progress: float, share: Share) -> training.LossTerms:
         taught = teacher_outputs.take(batch) or look(batch)
@@ -288,13 +309,13 @@ def _frozen(student: Any, teacher: Any, section: Distilled) -> list[torch.nn.Par
     """What the published code's clipping counts beside the trained weights: the rest of the student, the stand-ins."""
     if section.clip_over == "trained":
         return []
-    trained = encoders.trained_parameters(student, section.train)
+    trained = select_trained_parameters(student, section.train)
     rest = [parameter for name, parameter in student.named_parameters() if name not in trained]
-    return rest + list(encoders.layer_stack(teacher).parameters())
+    return rest + list(find_layer_stack(teacher).parameters())
 
 
 def _check_attention(seen: Any, model: Any) -> None:
-    depth = pairing.shape(model)[0]
+    depth = model_shape(model)[0]
     if seen is not None and len(seen) != depth:
         raise ModelError(
             f"{model.config.model_type!r} shows {len(seen)} attention maps for {depth} layers",

@@ -17,8 +17,9 @@ from spdtool import console, tasks
 from spdtool.data import tokens as data
 from spdtool.errors import RunError, RunMismatch
 from spdtool.models import collectives
-from spdtool.models import load as encoders
 from spdtool.models import predict as evaluation
+from spdtool.models.layers import configure_layers, find_layer_stack, max_positions
+from spdtool.models.load import label_names, load_model, load_tokenizer, move_to_device, save_on_rank_zero
 from spdtool.run.folder import RECORD, Run
 from spdtool.tasks import Task
 from spdtool.training import loop as training
@@ -44,10 +45,10 @@ def teacher(run: Run) -> dict[str, Any]:
         if section.dropout is not None:
             console.warn(f"teacher.dropout is ignored: task {task.name!r} builds its own model")
     else:
-        tokenizer = encoders.load_tokenizer(recipe.model)
-        model = encoders.load(recipe.model, labels=task.labels, dropout=section.dropout, smoke=recipe.smoke)
-    encoders.layer_stack(model)  # refuse an unsupported architecture before hours are spent on it
-    model = encoders.place(model, recipe, front.device, section.train)
+        tokenizer = load_tokenizer(recipe.model)
+        model = load_model(recipe.model, labels=task.labels, dropout=section.dropout, smoke=recipe.smoke)
+    find_layer_stack(model)  # refuse an unsupported architecture before hours are spent on it
+    model = move_to_device(model, recipe, front.device, section.train)
     encoded = data.encode(tokenizer, splits, recipe.max_length)
     _refuse_misfit(model, encoded)
     forward = evaluation.torch_forward(model, front.device)
@@ -58,7 +59,7 @@ def teacher(run: Run) -> dict[str, Any]:
         mean = F.mse_loss(logits.squeeze(-1), labels) if task.regression else F.cross_entropy(logits, labels)
         return {"loss": share.rows * mean}
 
-    encoders.tune(model, checkpointing=recipe.gradient_checkpointing, compile_layers=recipe.compile)
+    configure_layers(model, checkpointing=recipe.gradient_checkpointing, compile_layers=recipe.compile)
     with (
         run.stage("teacher") as work,
         console.progress("teacher", section.steps_for(len(encoded["train"]))) as watch,
@@ -72,8 +73,8 @@ def teacher(run: Run) -> dict[str, Any]:
         work.metrics |= summary | {"dev": score(), "given": None}
         _warn_if_worthless(run, task, encoded, work.metrics["dev"])
         work.metrics |= {} if evaluate_train is None else {"train": evaluate_train()}
-        encoders.hand_over(model, tokenizer, work.folder)
-    collectives.wait()
+        save_on_rank_zero(model, tokenizer, work.folder)
+    collectives.barrier()
     return work.metrics
 
 
@@ -85,16 +86,16 @@ def take(run: Run, source: str) -> dict[str, Any]:
     """
     front = training.accelerator(run.recipe)
     torch.manual_seed(run.recipe.seed)  # a smoke run's model is random
-    model, tokenizer = encoders.load(source, smoke=run.recipe.smoke), encoders.load_tokenizer(source)
-    encoders.layer_stack(model)
+    model, tokenizer = load_model(source, smoke=run.recipe.smoke), load_tokenizer(source)
+    find_layer_stack(model)
 
     def note(facts: dict[str, Any]) -> None:
         run.note_data(facts)
         _warn_if_taught_otherwise(Path(source), run, facts)
 
-    task, encoded = data.prepare(run.recipe, tokenizer, encoders.label_names(model), note)
+    task, encoded = data.prepare(run.recipe, tokenizer, label_names(model), note)
     _refuse_misfit(model, encoded)
-    model = encoders.place(model, run.recipe, front.device)
+    model = move_to_device(model, run.recipe, front.device)
     with console.busy(f"measuring the given teacher {source}"):
         forward = evaluation.torch_forward(model, front.device)
         metrics = evaluation.evaluate(task, forward, encoded, together=True)
@@ -103,9 +104,9 @@ def take(run: Run, source: str) -> dict[str, Any]:
     console.say(f"given teacher: dev {console.scores(metrics)}")
     _warn_if_worthless(run, task, encoded, metrics)
     with run.stage("teacher") as work:
-        encoders.hand_over(model, tokenizer, work.folder)
+        save_on_rank_zero(model, tokenizer, work.folder)
         work.metrics |= {"dev": metrics, "given": source} | ({} if train is None else {"train": train})
-    collectives.wait()
+    collectives.barrier()
     return work.metrics
 
 
@@ -133,5 +134,5 @@ def _warn_if_taught_otherwise(source: Path, run: Run, facts: dict[str, Any]) -> 
 
 def _refuse_misfit(model: Any, encoded: dict[str, data.Encoded]) -> None:
     """Refuse rows that are too long for the model, and tokens that it does not know."""
-    data.check_lengths(encoded, encoders.positions(model))
+    data.check_lengths(encoded, max_positions(model))
     data.check_vocabulary(encoded, model.config.vocab_size)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from spdtool import ranks as processes
 from spdtool.errors import Corrupt
-from spdtool.models import fsdp as shards
+from spdtool.models import fsdp
 from spdtool.run.folder import write_json
 
 Groups = dict[str, dict[str, Tensor]]
@@ -107,9 +107,9 @@ def gathered(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """Tensors as they are, those that are sharded whole, on the main process; all of them call this together."""
     made = {}
     for name, tensor in tensors:
-        full = shards.whole(shards.held(tensor), tensor)
+        full = fsdp.gather_rows(fsdp.local_rows(tensor), tensor)
         if processes.is_main():
-            made[name] = full.cpu() if shards.is_sharded(tensor) else full
+            made[name] = full.cpu() if fsdp.is_sharded(tensor) else full
     return made
 
 
@@ -120,7 +120,7 @@ def restore_optimizer(
     for key, value in tensors.items():
         name, _, entry = key.rpartition("/")
         weight = trained[name]
-        made = shards.laid_out(value, weight) if value.shape == weight.shape else value.to(weight.device)
+        made = fsdp.shard_like(value, weight) if value.shape == weight.shape else value.to(weight.device)
         optimizer.state[weight][entry] = made
 
 

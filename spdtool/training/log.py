@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from spdtool import console
 from spdtool import ranks as processes
 from spdtool.console import Watch
-from spdtool.models import collectives
-from spdtool.models import fsdp as shards
+from spdtool.models import collectives, fsdp
 from spdtool.recipe.fields import Training
 from spdtool.run.folder import Work
 from spdtool.training import checkpoint as snapshot
@@ -117,7 +116,7 @@ class Journal:
         if best:
             self.best = {"step": step, "metrics": metrics} | seen
             if self.section.keep_best:
-                self.best_weights = {n: shards.held(weight).cpu().clone() for n, weight in self.trained.items()}
+                self.best_weights = {n: fsdp.local_rows(weight).cpu().clone() for n, weight in self.trained.items()}
         self.evaluations.append({"step": step, "metrics": metrics} | seen)
         self._tell({"event": "eval", "step": step, "metrics": metrics, "best": best} | seen)
 
@@ -128,7 +127,7 @@ class Journal:
             handed = self.best
             with torch.no_grad():
                 for name, weight in self.best_weights.items():
-                    shards.held(self.trained[name]).copy_(weight)
+                    fsdp.local_rows(self.trained[name]).copy_(weight)
         return {
             "steps": steps,
             "epochs": steps / per_epoch,
@@ -148,7 +147,7 @@ class Journal:
         tensors: snapshot.Groups = {
             "model": snapshot.gathered(self.trained.items()),
             "adam": snapshot.gathered(snapshot.optimizer_tensors(self.optimizer, self.trained).items()),
-            "best": {n: shards.whole(kept, self.trained[n]).cpu() for n, kept in self.best_weights.items()},
+            "best": {n: fsdp.gather_rows(kept, self.trained[n]).cpu() for n, kept in self.best_weights.items()},
             "pruner": {} if pruner is None else pruner.state_dict(),
             "random": snapshot.random_tensors(),
         }
@@ -173,14 +172,14 @@ class Journal:
         if found is None:
             return 0
         for name, weight in self.trained.items():
-            shards.held(weight).copy_(shards.rows(found.tensors["model"][name], weight))
+            fsdp.local_rows(weight).copy_(fsdp.take_local_rows(found.tensors["model"][name], weight))
         snapshot.restore_optimizer(self.optimizer, self.trained, found.tensors.get("adam", {}))
-        if collectives.count() == 1:  # several seed their generators at every step
+        if collectives.world_size() == 1:  # several seed their generators at every step
             snapshot.restore_random(found.tensors["random"])
         if self.parts.pruner is not None:
             self.parts.pruner.load_state_dict(found.tensors["pruner"])
         best = found.tensors.get("best", {})
-        self.best_weights = {name: shards.rows(weight, self.trained[name]) for name, weight in best.items()}
+        self.best_weights = {name: fsdp.take_local_rows(weight, self.trained[name]) for name, weight in best.items()}
         self.evaluations, self.best = found.notes["evaluations"], found.notes["best"]
         self.left = found.notes["left"]
         self.examples, self.clock.before = found.notes["examples"], found.notes["seconds"]
@@ -191,12 +190,12 @@ class Journal:
     @property
     def sharded(self) -> bool:
         """Whether each process holds only some rows of what is trained."""
-        return any(map(shards.is_sharded, self.trained.values()))
+        return any(map(fsdp.is_sharded, self.trained.values()))
 
     def _newest(self) -> snapshot.Snapshot | None:
         """The snapshot to go on from. The main process clears away what is of no use, then the others read."""
         if not processes.is_main():
-            collectives.wait()
+            collectives.barrier()
             return snapshot.newest(self.work.state, self.fingerprint)
         begun = any(self.work.state.glob("step-*"))
         found = snapshot.newest(self.work.state, self.fingerprint)
@@ -207,7 +206,7 @@ class Journal:
         else:
             with self._log.open("ab") as log:
                 log.truncate(found.notes["logged_bytes"])
-        collectives.wait()
+        collectives.barrier()
         return found
 
     def _tell(self, event: dict[str, Any]) -> None:

@@ -28,9 +28,8 @@ from spdtool import ranks as processes
 from spdtool.console import Watch
 from spdtool.data.tokens import Encoded, training_batches
 from spdtool.errors import DeviceError
-from spdtool.models import collectives
-from spdtool.models import fsdp as shards
-from spdtool.models import load as encoders
+from spdtool.models import collectives, fsdp
+from spdtool.models.layers import select_trained_parameters
 from spdtool.models.predict import to_device
 from spdtool.pruning.pruner import Pruner
 from spdtool.recipe.fields import Prune, Recipe, Training
@@ -72,7 +71,7 @@ def accelerator(recipe: Recipe) -> Accelerator:
         )
     AcceleratorState._reset_state(reset_partial_state=True)  # one process may run stages of several recipes
     processes.end_with_parent()
-    collectives.join("gloo" if on_cpu else "nccl")
+    collectives.join_process_group("gloo" if on_cpu else "nccl")
     return Accelerator(cpu=on_cpu, mixed_precision={"fp32": "no"}.get(recipe.precision, recipe.precision))
 
 
@@ -128,14 +127,14 @@ def fit(
     per_epoch = math.ceil(len(parts.rows) / section.batch_size)
     total = section.steps_for(len(parts.rows))
     model = parts.model
-    trained = encoders.trained_parameters(model, section.train) | parts.extra  # type: ignore[arg-type]
+    trained = select_trained_parameters(model, section.train) | parts.extra  # type: ignore[arg-type]
     optimizer = adamw(trained, section, accelerator.device)
     journal = Journal(parts, section, trained, optimizer, work, f"{fingerprint} {parts.rows.digest}", watch)
     torch.manual_seed(recipe.seed)
     start = journal.restore()
     model = accelerator.prepare_model(model, evaluation_mode=True)  # autocast, and no DDP: see collectives.py
     prepared = accelerator.prepare_optimizer(optimizer)
-    collectives.from_main(trained.values())
+    collectives.broadcast(trained.values())
     for parameter in parts.bystanders:
         parameter.requires_grad_(True)
     saliency = _saliency(parts, section)
@@ -143,8 +142,8 @@ def fit(
         section.accumulate,
         None if recipe.bucketing else recipe.max_length,
         parts.padding_counts,
-        collectives.rank(),
-        collectives.count(),
+        collectives.current_rank(),
+        collectives.world_size(),
     )
 
     def terms_of(piece: Piece, progress: float) -> LossTerms:
@@ -171,8 +170,8 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = peak * rate(step / total)
         shown = saliency if saliency is not None and saliency.follows(step) else None
-        if collectives.count() > 1:
-            torch.manual_seed(_seed(recipe.seed, step, collectives.rank()))
+        if collectives.world_size() > 1:
+            torch.manual_seed(_seed(recipe.seed, step, collectives.current_rank()))
         for piece in _one_draw(parts, pieces):
             terms = terms_of(piece, step / total)
             if shown is not None:
@@ -181,7 +180,7 @@ def fit(
                 accelerator.backward(terms["loss"])
             window.add(terms)
         window.steps += 1
-        collectives.total(collectives.gradients([*trained.values(), *parts.bystanders]))
+        collectives.sum_over_ranks(collectives.gradients_to_sum([*trained.values(), *parts.bystanders]))
         if shown is not None:
             shown.observe(1.0 if accelerator.scaler is None else accelerator.scaler.get_scale())
         _update(parts, section, trained, prepared, accelerator)
@@ -191,7 +190,7 @@ def fit(
         due = time.monotonic() - saved >= 60 * recipe.save_minutes
         if not journal.sharded:
             return due
-        return (step % every == 0 or recipe.save_minutes == 0) and collectives.as_main(due)
+        return (step % every == 0 or recipe.save_minutes == 0) and collectives.broadcast_flag(due)
 
     evaluations = evaluation_steps(per_epoch, total, section.evaluations)
     every = max(1, total // LOGGED)
@@ -215,7 +214,9 @@ def fit(
                 if done < total and (done in evaluations or late(done)):
                     journal.save(done)
                     saved = time.monotonic()
-                    if done in evaluations or collectives.count() == 1:  # else the clocks of the ranks would decide
+                    if (
+                        done in evaluations or collectives.world_size() == 1
+                    ):  # else the clocks of the ranks would decide
                         window = _Window()
     for patched in ("forward", "_original_forward"):  # autocast's; unwrap_model would strip more than its own
         vars(parts.model).pop(patched, None)
@@ -239,25 +240,25 @@ def _update(
 
 def _clip(parameters: list[nn.Parameter], most: float, accelerator: Accelerator) -> None:
     """Scale all gradients down until their common norm is `most`, if it is larger."""
-    sharded = [parameter for parameter in parameters if shards.is_sharded(parameter)]
+    sharded = [parameter for parameter in parameters if fsdp.is_sharded(parameter)]
     if not sharded:
         accelerator.clip_grad_norm_(parameters, most)
         return
     found = [parameter for parameter in parameters if parameter.grad is not None]
     squares = {True: [torch.zeros((), device=accelerator.device)], False: [torch.zeros((), device=accelerator.device)]}
     for parameter in found:
-        squares[shards.is_sharded(parameter)].append(shards.held(parameter.grad).square().sum())  # type: ignore[arg-type]
-    total = shards.summed(torch.stack(squares[True]).sum(), sharded[0]) + torch.stack(squares[False]).sum()
+        squares[fsdp.is_sharded(parameter)].append(fsdp.local_rows(parameter.grad).square().sum())  # type: ignore[arg-type]
+    total = fsdp.sum_over_shards(torch.stack(squares[True]).sum(), sharded[0]) + torch.stack(squares[False]).sum()
     scale = (most / (total.sqrt() + 1e-6)).clamp(max=1.0)
     for parameter in found:
-        shards.held(parameter.grad).mul_(scale)  # type: ignore[arg-type]
+        fsdp.local_rows(parameter.grad).mul_(scale)  # type: ignore[arg-type]
 
 
 def adamw(trained: dict[str, nn.Parameter], section: Training, device: torch.device) -> torch.optim.AdamW:
     """AdamW with no decay on biases and normalisation; fused where the device has it."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for weight in trained.values():  # the fused step takes sharded weights, or whole ones
-        groups.setdefault((weight.dim() > 1, shards.is_sharded(weight)), []).append(weight)
+        groups.setdefault((weight.dim() > 1, fsdp.is_sharded(weight)), []).append(weight)
     return torch.optim.AdamW(
         [
             {"params": weights, "weight_decay": section.weight_decay if matrices else 0.0}
@@ -336,5 +337,5 @@ class _Window:
 
     def means(self) -> dict[str, float]:
         """Each term's mean over the steps, of all ranks together."""
-        collectives.total(self.sums.values())
+        collectives.sum_over_ranks(self.sums.values())
         return {name: float(value) / self.steps for name, value in self.sums.items()}

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from spdtool import plugins
 from spdtool.data.tokens import Encoded, training_batches
 from spdtool.errors import RecipeError
-from spdtool.models import collectives
-from spdtool.models import fsdp as shards
+from spdtool.models import collectives, fsdp
 from spdtool.pruning.pruner import Pruner
 from spdtool.pruning.statistics import STATISTICS
 from spdtool.recipe.fields import Prune, Recipe
@@ -40,8 +39,8 @@ class Saliency:
     def __init__(self, pruner: Pruner, section: Prune) -> None:
         self.pruner, self.section = pruner, section
         self._apart: dict[nn.Parameter, Tensor] = {}
-        if not any(map(shards.is_sharded, pruner.masks.parameters.values())):
-            pruner.agree = collectives.from_main
+        if not any(map(fsdp.is_sharded, pruner.masks.parameters.values())):
+            pruner.agree = collectives.broadcast
 
     def calibrates(self, step: int) -> bool:
         """Whether batches have to be shown before the event after optimiser step `step`."""
@@ -67,11 +66,11 @@ class Saliency:
             for pieces in batches:
                 learns = [self._backward(loss, piece) for piece in pieces]
                 if any(learns):
-                    collectives.total(collectives.gradients(self.pruner.masks.parameters.values()))
+                    collectives.sum_over_ranks(collectives.gradients_to_sum(self.pruner.masks.parameters.values()))
                     self.pruner.observe()
                 model.zero_grad()
         if self.pruner.reads_inputs:
-            self.pruner.pool(collectives.total)
+            self.pruner.pool(collectives.sum_over_ranks)
         model.train(mode)
 
     def _backward(self, loss: Callable[[Piece], Terms], piece: Piece) -> bool:
@@ -103,7 +102,7 @@ class Saliency:
         if self.section.saliency == "loss":
             self.pruner.observe(scale)
             return
-        collectives.total(
+        collectives.sum_over_ranks(
             self._apart[weight] for weight in self.pruner.masks.parameters.values() if weight in self._apart
         )
         with _gradients(self.pruner.masks.parameters.values(), self._apart):

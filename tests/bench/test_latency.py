@@ -22,7 +22,7 @@ from spdtool.bench import latency
 from spdtool.bench.latency import Engine, Shape
 from spdtool.errors import SpdError
 from spdtool.export.graph.trace import Onnx
-from spdtool.models import load as encoders
+from spdtool.models.load import save_model
 
 TIMED = {"batch": 2, "length": 3, "real": [], "turn": 0.001}
 
@@ -190,7 +190,7 @@ def test_the_protocol(engine: Callable[..., Engine]) -> None:
 
 
 def test_torch_runs_a_checkpoint(tmp_path: Path, toys: ModuleType) -> None:
-    encoders.save(toys.bert(), toys.tokenizer(), tmp_path)
+    save_model(toys.bert(), toys.tokenizer(), tmp_path)
     engine = Engine("torch", "torch", str(tmp_path), vocabulary=len(toys.WORDS), threads=1)
     opened, timed = answers({"open": engine.__dict__}, TIMED | {"length": 64})
     assert opened["provider"] == "torch cpu"
@@ -221,7 +221,7 @@ def test_compiled_torch_gives_the_answer_or_the_reason(tmp_path: Path, toys: Mod
     """Compiling itself takes too long for a test: what torch.compile gives stands in for it."""
     import torch
 
-    encoders.save(toys.bert(), toys.tokenizer(), tmp_path)
+    save_model(toys.bert(), toys.tokenizer(), tmp_path)
     engine = Engine("compiled", "torch", str(tmp_path), vocabulary=len(toys.WORDS), threads=1, compiled=True)
     compiled: list[Any] = []
 
@@ -245,7 +245,7 @@ def test_compiled_torch_gives_the_answer_or_the_reason(tmp_path: Path, toys: Mod
 
 
 def test_without_fusions_the_answer_is_the_same(tmp_path: Path, toys: ModuleType) -> None:
-    encoders.save(toys.bert(), toys.tokenizer(), tmp_path / "checkpoint")
+    save_model(toys.bert(), toys.tokenizer(), tmp_path / "checkpoint")
     Onnx.export(tmp_path / "checkpoint", tmp_path, toys.recipe())
     fused = Engine("x", "onnxruntime", str(tmp_path / "onnx/model.onnx"), vocabulary=len(toys.WORDS), threads=1)
     given = latency._batch(Shape(3, 9), fused)

@@ -19,7 +19,8 @@ from spdtool.bench import ledger
 from spdtool.bench.ledger import Machine, Matrix
 from spdtool.errors import SpdError
 from spdtool.export.graph.trace import Onnx
-from spdtool.models import load as encoders
+from spdtool.models.layers import find_prunable_weights
+from spdtool.models.load import load_model, save_model
 
 PREFIX = "bert.encoder.layer."
 KINDS = {
@@ -34,9 +35,9 @@ def dense(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> Path:
     folder = tmp_path_factory.mktemp("student")
     model = toys.bert()
     with torch.no_grad():
-        for weight in encoders.prunable_linears(model).values():
+        for weight in find_prunable_weights(model).values():
             weight.view(-1)[: 3 * weight.numel() // 4] = 0
-    encoders.save(model, toys.tokenizer(), folder / "checkpoint")
+    save_model(model, toys.tokenizer(), folder / "checkpoint")
     Onnx.export(folder / "checkpoint", folder, toys.recipe())
     return folder / "onnx/model.onnx"
 
@@ -66,12 +67,12 @@ def test_the_pruned_matrices_of_a_file_are_found_with_their_counts(dense: Path) 
 def test_a_matrix_that_is_used_twice_is_held_once_and_has_its_name(tmp_path: Path, toys: ModuleType) -> None:
     """DeBERTa projects its relative positions with the matrices of the tokens; the exporter folds large ones twice."""
     model = toys.classifier("deberta-v2", layers=1, hidden_size=64, intermediate_size=128, position_buckets=16)
-    for weight in encoders.prunable_linears(model).values():
+    for weight in find_prunable_weights(model).values():
         weight.data.view(-1)[::2] = 0
-    encoders.save(model, toys.tokenizer(), tmp_path / "checkpoint")
+    save_model(model, toys.tokenizer(), tmp_path / "checkpoint")
     Onnx.export(tmp_path / "checkpoint", tmp_path, toys.recipe())
     found = [matrix.name for matrix in ledger.matrices(tmp_path / "onnx/model.onnx", None)]
-    assert sorted(found) == sorted(encoders.prunable_linears(model))
+    assert sorted(found) == sorted(find_prunable_weights(model))
     shapes = [tuple(tensor.dims) for tensor in onnx.load(tmp_path / "onnx/model.onnx").graph.initializer]
     assert shapes.count((64, 64)) == 5, "query, key, value, output and the pooler"
 
@@ -85,7 +86,7 @@ def test_the_bytes_of_the_packed_form_are_those_of_the_file(dense: Path, sparse:
 
 
 def test_weights_are_read_as_torch_stores_them(dense: Path) -> None:
-    checkpoint = encoders.load(dense.parent.parent / "checkpoint")
+    checkpoint = load_model(dense.parent.parent / "checkpoint")
     for name, weight in ledger._weights(dense).items():
         if name.startswith(PREFIX):
             np.testing.assert_array_equal(weight, checkpoint.get_parameter(name).detach().numpy())

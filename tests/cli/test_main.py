@@ -498,7 +498,7 @@ def test_what_stops_a_stage_is_told_without_a_traceback(
     def stop(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr("spdtool.models.load.save", stop)
+    monkeypatch.setattr("spdtool.models.load.save_model", stop)
     called = spdtool("teacher", *quick_words, "--run", tmp_path / "run")
     assert called.exit_code == code
     assert message in called.stderr

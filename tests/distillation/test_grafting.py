@@ -14,7 +14,13 @@ from toys import ARCHITECTURES
 from spdtool.distillation.grafting import Blend, Grafting, make
 from spdtool.distillation.outputs import observe
 from spdtool.errors import ModelError
-from spdtool.models import load as encoders
+from spdtool.models.layers import (
+    configure_layers,
+    find_layer_stack,
+    find_prunable_weights,
+    install_capture_hooks,
+    select_trained_parameters,
+)
 
 
 def stacks(depth: int = 3) -> tuple[nn.ModuleList, nn.ModuleList]:
@@ -25,15 +31,15 @@ def stacks(depth: int = 3) -> tuple[nn.ModuleList, nn.ModuleList]:
 def models(tiny_bert: Any) -> tuple[Any, Any]:
     teacher = tiny_bert(4).requires_grad_(False)
     student = copy.deepcopy(teacher)
-    encoders.trained_parameters(student, "layers")
+    select_trained_parameters(student, "layers")
     for model in (student, teacher):
-        encoders.prime(model)
+        install_capture_hooks(model)
     return student, teacher
 
 
 def graft(models: tuple[Any, Any], seed: int = 0, **how: Any) -> Grafting:
     student, teacher = models
-    return Grafting(encoders.layer_stack(student), encoders.layer_stack(teacher), seed=seed, **how)
+    return Grafting(find_layer_stack(student), find_layer_stack(teacher), seed=seed, **how)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.2, 0.8, 1.0])
@@ -118,7 +124,7 @@ def test_stacks_of_different_depth_are_refused() -> None:
 def test_gradients_reach_exactly_the_drawn_layers_of_the_student(models: tuple[Any, Any], toys: Any) -> None:
     student, teacher = models
     grafting, batch = graft(models), toys.batch()
-    layers = list(encoders.layer_stack(student))
+    layers = list(find_layer_stack(student))
     seen = set()
     for _ in range(12):
         student.zero_grad()
@@ -176,12 +182,12 @@ def blended(toys: Any, architecture: str, seed: int = 1) -> tuple[Any, Any, Blen
     teacher = toys.classifier(architecture).requires_grad_(False)
     student = copy.deepcopy(teacher)
     with torch.no_grad():
-        for weight in encoders.prunable_linears(student).values():
+        for weight in find_prunable_weights(student).values():
             weight.mul_(0.7)
-    encoders.trained_parameters(student, "layers")
+    select_trained_parameters(student, "layers")
     for model in (student, teacher):
-        encoders.prime(model)
-    blend = Blend(encoders.layer_stack(student), encoders.layer_stack(teacher))
+        install_capture_hooks(model)
+    blend = Blend(find_layer_stack(student), find_layer_stack(teacher))
     batch = toys.batch(architecture=architecture)
     return student, teacher, blend, {name: column for name, column in batch.items() if name != "labels"}
 
@@ -211,7 +217,7 @@ def test_every_layer_gives_the_mixture_of_what_both_make_of_its_input(toys: Any,
     def note(_: Any, args: Any, options: Any, out: Any) -> None:
         given.append((args, options, out))
 
-    hooks = [layer.register_forward_hook(note, with_kwargs=True) for layer in encoders.layer_stack(student)]
+    hooks = [layer.register_forward_hook(note, with_kwargs=True) for layer in find_layer_stack(student)]
     with torch.no_grad(), blend.draw(0.3):
         outputs = student(**batch, output_hidden_states=True, output_attentions=True)
     for hook in hooks:
@@ -221,7 +227,7 @@ def test_every_layer_gives_the_mixture_of_what_both_make_of_its_input(toys: Any,
     alike = 0
     for index, (args, options, out) in enumerate(given):
         with torch.no_grad():
-            mine, its = (encoders.layer_stack(m)[index](*args, **options) for m in (student, teacher))
+            mine, its = (find_layer_stack(m)[index](*args, **options) for m in (student, teacher))
         mine, its, out = (made[0] if isinstance(made, tuple) else made for made in (mine, its, out))
         torch.testing.assert_close(out, 0.3 * mine + 0.7 * its)
         assert not torch.equal(mine, its)
@@ -232,7 +238,7 @@ def test_every_layer_gives_the_mixture_of_what_both_make_of_its_input(toys: Any,
 @each
 def test_the_observed_pass_of_a_blend_is_the_students_alone(toys: Any, architecture: str) -> None:
     student, teacher, blend, batch = blended(toys, architecture)
-    depth = len(encoders.layer_stack(student))
+    depth = len(find_layer_stack(student))
     for attention in ("scores", "probabilities"):
         with blend.draw(0.4):
             seen = observe(student, batch, hidden=True, attention=attention)
@@ -253,11 +259,11 @@ def test_gradients_of_a_blend_pass_through_both_and_reach_the_student_alone(toys
     with blend.draw(0.5):
         loss = student(**batch).logits.square().sum()
     loss.backward()
-    through_both = {name: weight.grad.clone() for name, weight in encoders.prunable_linears(student).items()}
+    through_both = {name: weight.grad.clone() for name, weight in find_prunable_weights(student).items()}
     assert all(bool((gradient != 0).any()) for gradient in through_both.values())
     assert all(parameter.grad is None for parameter in teacher.parameters())
     name = next(iter(through_both))
-    weight, step = encoders.prunable_linears(student)[name], 1e-3
+    weight, step = find_prunable_weights(student)[name], 1e-3
     row, column = divmod(int(through_both[name].abs().argmax()), weight.shape[1])
     ends = []
     for change in (step, -2 * step):  # the derivative that the loss really has
@@ -278,7 +284,7 @@ def test_a_blend_leaves_the_model_as_it_was(toys: Any, architecture: str) -> Non
         student(**batch)
         raise RuntimeError("no memory")
     assert list(student.state_dict()) == keys
-    assert all("forward" not in vars(layer) for layer in encoders.layer_stack(student))
+    assert all("forward" not in vars(layer) for layer in find_layer_stack(student))
     shared = {id(parameter) for parameter in teacher.parameters()}
     assert all(id(parameter) in shared for twin in blend._teacher for parameter in twin.parameters()), "no copy"
 
@@ -286,7 +292,7 @@ def test_a_blend_leaves_the_model_as_it_was(toys: Any, architecture: str) -> Non
 def test_a_blend_of_gradient_checkpoints_has_the_same_gradients(toys: Any) -> None:
     def gradients(checkpointing: bool) -> dict[str, torch.Tensor]:
         student, _, blend, batch = blended(toys, "bert")
-        encoders.tune(student, checkpointing=checkpointing, compile_layers=False)
+        configure_layers(student, checkpointing=checkpointing, compile_layers=False)
         student.train()
         with blend.draw(0.6):
             loss = student(**batch).logits.square().sum()

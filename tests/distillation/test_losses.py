@@ -21,7 +21,7 @@ from spdtool.distillation.losses import (
     relation_loss,
 )
 from spdtool.distillation.outputs import Observation, observe
-from spdtool.models import load as encoders
+from spdtool.models.layers import install_capture_hooks
 from spdtool.recipe.fields import Loss
 
 
@@ -297,7 +297,7 @@ def test_padding_on_either_side_changes_no_loss(toys: Any, left: bool) -> None:
     """With a model that knows no absolute positions, so that left padding changes nothing but the padding."""
     student, teacher = (toys.classifier("bert", seed=seed) for seed in (0, 1))
     for model in (student, teacher):
-        encoders.prime(model)
+        install_capture_hooks(model)
         with torch.no_grad():
             model.bert.embeddings.position_embeddings.weight.zero_()
             model.bert.pooler.dense.weight.zero_()  # it reads the first position, which left padding moves

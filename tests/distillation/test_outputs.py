@@ -10,13 +10,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from spdtool.distillation.outputs import _SoftmaxInputs, observe
-from spdtool.models import load as encoders
+from spdtool.models.layers import install_capture_hooks
 
 
 @pytest.fixture
 def model(toys: Any) -> Any:
     made = toys.classifier("bert")
-    encoders.prime(made)
+    install_capture_hooks(made)
     return made
 
 
@@ -46,7 +46,7 @@ def test_the_labels_do_not_reach_the_model(model: Any, toys: Any) -> None:
 
 def test_scores_are_before_dropout_and_probabilities_after(toys: Any) -> None:
     model = toys.classifier("bert", attention_probs_dropout_prob=0.5)
-    encoders.prime(model)
+    install_capture_hooks(model)
     model.train()
     torch.manual_seed(0)
     scores = observe(model, toys.batch(), attention="scores").attention

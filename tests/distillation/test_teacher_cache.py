@@ -225,6 +225,6 @@ def test_the_others_do_not_wait_for_ever_for_a_first_rank_that_fails(
     with pytest.raises(MemoryError):
         teacher_outputs.beside(rows, model, broken, (0,))
     monkeypatch.setattr(processes, "is_main", lambda: False)
-    monkeypatch.setattr(collectives, "wait", gone)
+    monkeypatch.setattr(collectives, "barrier", gone)
     with pytest.raises(PeerLost):
         teacher_outputs.beside(rows, model, broken, (0,))

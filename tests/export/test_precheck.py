@@ -16,7 +16,8 @@ from spdtool.errors import ModelError
 from spdtool.export import precheck as trial
 from spdtool.export.graph import trace as onnx
 from spdtool.export.graph.trace import Onnx
-from spdtool.models import load as encoders
+from spdtool.models.layers import TESTED_FAMILIES
+from spdtool.models.load import save_model
 
 
 @pytest.fixture(scope="module")
@@ -24,12 +25,12 @@ def xlnet(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> Path:
     """A tiny XLNet, whose layers are found and pruned like any other's, and which torch.onnx cannot export."""
     config = XLNetConfig(vocab_size=24, d_model=32, n_head=2, d_inner=64, n_layer=3)
     folder = tmp_path_factory.mktemp("xlnet") / "xlnet"
-    encoders.save(XLNetForSequenceClassification(config).eval(), toys.tokenizer(), folder)
+    save_model(XLNetForSequenceClassification(config).eval(), toys.tokenizer(), folder)
     return folder
 
 
 def test_the_tested_families_are_those_of_the_tests(toys: ModuleType) -> None:
-    assert set(encoders.TESTED) == set(toys.ARCHITECTURES)
+    assert set(TESTED_FAMILIES) == set(toys.ARCHITECTURES)
 
 
 @pytest.mark.parametrize("command", ["teacher", "compress", "export"])
@@ -49,7 +50,7 @@ def test_one_without_linear_layers_is_told_so_and_what_to_try(
     tmp_path: Path, toys: ModuleType, spdtool: Callable[..., Any]
 ) -> None:
     model = toys.classifier("gpt2", n_embd=32, n_layer=2, n_head=2)
-    encoders.save(model, toys.tokenizer(), tmp_path / "gpt2")
+    save_model(model, toys.tokenizer(), tmp_path / "gpt2")
     called = spdtool("export", "--from", tmp_path / "gpt2", "--to", tmp_path / "out")
     assert called.exit_code == 2
     assert "'gpt2' has no linear layer to prune" in called.stderr

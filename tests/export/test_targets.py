@@ -26,7 +26,8 @@ from spdtool.export.graph import int8
 from spdtool.export.graph import trace as portable
 from spdtool.export.graph import weights as stored
 from spdtool.export.graph.trace import FILE
-from spdtool.models import load as encoders
+from spdtool.models.layers import find_prunable_weights
+from spdtool.models.load import load_model, save_model
 from spdtool.models.predict import onnx_forward
 
 TARGETS = ("onnx", "onnx-ort", "onnx-fp16", "onnx-int8", "onnx-int8-static")
@@ -38,9 +39,9 @@ HEAVY = "bert.encoder.layer.0.intermediate.dense.weight"
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> Path:
     """A BERT of two layers with 75 % zeros in its matrices."""
     folder, model = tmp_path_factory.mktemp("variants") / "checkpoint", toys.bert(seed=2)
-    for weight in encoders.prunable_linears(model).values():
+    for weight in find_prunable_weights(model).values():
         weight.data.view(-1)[np.arange(weight.numel()) % 4 > 0] = 0
-    encoders.save(model, toys.tokenizer(), folder)
+    save_model(model, toys.tokenizer(), folder)
     return folder
 
 
@@ -77,7 +78,7 @@ def export(checkpoint: Path, tmp_path: Path, dev: Dev, toys: ModuleType) -> Expo
 def test_every_variant_passes_the_gates_and_says_what_it_is(name: str, export: Export, checkpoint: Path) -> None:
     metrics, folder = export(name, "export.budget=1")
     held = stored.audit(folder / FILE)
-    weights = encoders.prunable_linears(encoders.load(checkpoint))
+    weights = find_prunable_weights(load_model(checkpoint))
     for parameter, weight in weights.items():
         zeros, size = int((weight == 0).sum()), weight.numel()
         assert held[parameter][1] == size
@@ -214,7 +215,7 @@ def scaled(tmp_path: Path, toys: ModuleType) -> Callable[[float], Path]:
         layer.attention.self.value.weight.data[0] *= factor
         layer.attention.self.value.bias.data[0] *= factor
         layer.attention.output.dense.weight.data[:, 0] /= factor
-        encoders.save(model, toys.tokenizer(), tmp_path / "scaled")
+        save_model(model, toys.tokenizer(), tmp_path / "scaled")
         return tmp_path / "scaled"
 
     return make
@@ -255,7 +256,7 @@ def test_positions_are_the_same_in_fp16(architecture: str, tmp_path: Path, toys:
     model = toys.classifier(architecture, layers=1, max_position_embeddings=514, **config)
     tokenizer = toys.tokenizer(token_types=toys.ARCHITECTURES[architecture][1])
     tokenizer.model_max_length = 512
-    encoders.save(model, tokenizer, tmp_path / "checkpoint")
+    save_model(model, tokenizer, tmp_path / "checkpoint")
     wide = portable.graph(tmp_path / "checkpoint", 18)
     narrow = half.halve(portable.graph(tmp_path / "checkpoint", 18))
     places = [node.output[0] for node in wide.graph.node if node.op_type == "Cast" and node.attribute[0].i == 7]
@@ -276,7 +277,7 @@ def test_an_fp16_graph_is_in_order_and_as_lean_as_the_other(
     architecture: str, tmp_path: Path, toys: ModuleType
 ) -> None:
     model = toys.classifier(architecture, layers=2)
-    encoders.save(model, toys.tokenizer(token_types=toys.ARCHITECTURES[architecture][1]), tmp_path / "checkpoint")
+    save_model(model, toys.tokenizer(token_types=toys.ARCHITECTURES[architecture][1]), tmp_path / "checkpoint")
     wide = portable.graph(tmp_path / "checkpoint", 18)
     narrow = half.halve(portable.graph(tmp_path / "checkpoint", 18))
     onnx.checker.check_model(narrow, full_check=True)

@@ -15,8 +15,8 @@ from torch import distributed as dist
 from torch import nn
 
 from spdtool.errors import DeviceError, RecipeError
-from spdtool.models import fsdp as shards
-from spdtool.models import load as encoders
+from spdtool.models import fsdp
+from spdtool.models.layers import find_layer_stack, install_capture_hooks
 from spdtool.recipe.fields import Recipe
 from spdtool.recipe.reading import resolve
 from spdtool.training import loop as training
@@ -50,37 +50,37 @@ def rank(number: int, port: int, folder: Path) -> None:
 
 def look(number: int) -> None:
     plain, sharded = model(), model()
-    shards.shard(sharded, [sharded[0]], torch.device("cpu"))
+    fsdp.shard_model(sharded, [sharded[0]], torch.device("cpu"))
     batch = torch.arange(15.0).view(3, 5)
     plain(batch).square().sum().backward()
     sharded(batch[number : number + 1]).square().sum().backward()
     for full, own in zip(plain.parameters(), sharded.parameters(), strict=True):
-        assert shards.is_sharded(own)
-        assert not shards.is_sharded(full)
+        assert fsdp.is_sharded(own)
+        assert not fsdp.is_sharded(full)
         expected = full.detach().chunk(RANKS)
         mine = expected[number] if number < len(expected) else full.detach()[:0]
-        held = shards.held(own)
+        held = fsdp.local_rows(own)
         assert torch.equal(held, mine)
-        assert torch.equal(shards.whole(held, own), full)
-        assert torch.equal(shards.whole(held > 0, own), full > 0)
-        assert torch.equal(shards.rows(full.detach(), own), mine)
-        assert torch.equal(shards.held(shards.laid_out(full.detach(), own)), mine)
-        assert torch.allclose(shards.mean(held, own), full.mean())
+        assert torch.equal(fsdp.gather_rows(held, own), full)
+        assert torch.equal(fsdp.gather_rows(held > 0, own), full > 0)
+        assert torch.equal(fsdp.take_local_rows(full.detach(), own), mine)
+        assert torch.equal(fsdp.local_rows(fsdp.shard_like(full.detach(), own)), mine)
+        assert torch.allclose(fsdp.mean_over_shards(held, own), full.mean())
         assert own.grad is not None
         assert full.grad is not None
-        assert torch.allclose(shards.whole(shards.held(own.grad), own), full.grad), "a sum, no mean"
+        assert torch.allclose(fsdp.gather_rows(fsdp.local_rows(own.grad), own), full.grad), "a sum, no mean"
         held.mul_(2)  # in place: the parameter itself
-    state = shards.state_dict(sharded, keep=number == 0)
+    state = fsdp.gather_state_dict(sharded, keep=number == 0)
     assert state is not None
     assert sorted(state) == (sorted(plain.state_dict()) if number == 0 else [])
     for name, tensor in state.items():
         assert torch.equal(tensor, 2 * plain.state_dict()[name]), name
-    assert int(shards.summed(torch.tensor(number), next(sharded.parameters()))) == sum(range(RANKS))
+    assert int(fsdp.sum_over_shards(torch.tensor(number), next(sharded.parameters()))) == sum(range(RANKS))
 
 
 def graft(architecture: str, number: int) -> None:
     """A student onto which some layers of its teacher are grafted: gradients and logits as without sharding."""
-    sys.path.insert(0, str(Path(__file__).parent))
+    sys.path.insert(0, str(Path(__file__).parents[1]))
     import toys
 
     def pair(sharded: bool) -> list[Any]:
@@ -89,15 +89,15 @@ def graft(architecture: str, number: int) -> None:
             torch.manual_seed(seed)
             models.append(toys.classifier(architecture, layers=3).requires_grad_(seed == 0))
             if sharded:
-                shards.shard(models[-1], encoders.layer_stack(models[-1]), torch.device("cpu"))
-            encoders.prime(models[-1])
+                fsdp.shard_model(models[-1], find_layer_stack(models[-1]), torch.device("cpu"))
+            install_capture_hooks(models[-1])
         return models
 
     def passed(student: Any, teacher: Any, tokens: torch.Tensor, away: tuple[int, ...]) -> torch.Tensor:
         given = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "output_hidden_states": True}
-        own = list(stack := encoders.layer_stack(student))
+        own = list(stack := find_layer_stack(student))
         for index in away:
-            stack[index] = encoders.layer_stack(teacher)[index]
+            stack[index] = find_layer_stack(teacher)[index]
         shown = student(**given)
         for index in away:
             stack[index] = own[index]
@@ -117,7 +117,7 @@ def graft(architecture: str, number: int) -> None:
             where = (architecture, away, name)
             assert (full.grad is None) == (own.grad is None), where
             if full.grad is not None and own.grad is not None:
-                gradient, size = shards.whole(shards.held(own.grad), own), float(full.grad.abs().max())
+                gradient, size = fsdp.gather_rows(fsdp.local_rows(own.grad), own), float(full.grad.abs().max())
                 assert float((gradient - full.grad).abs().max()) <= 1e-4 * max(1.0, size), where
             full.grad = own.grad = None
 
@@ -135,13 +135,13 @@ def test_rows_and_wholes_of_three_processes(tmp_path: Path) -> None:
 
 def test_what_is_not_sharded_is_whole() -> None:
     weight = nn.Parameter(torch.tensor([[1.0, 0.0], [3.0, 4.0]]))
-    assert shards.held(weight).data_ptr() == weight.data_ptr()
-    assert not shards.held(weight).requires_grad
+    assert fsdp.local_rows(weight).data_ptr() == weight.data_ptr()
+    assert not fsdp.local_rows(weight).requires_grad
     full = torch.ones(2, 2)
-    for function in (shards.whole, shards.rows, shards.summed, shards.laid_out):
+    for function in (fsdp.gather_rows, fsdp.take_local_rows, fsdp.sum_over_shards, fsdp.shard_like):
         assert function(full, weight) is full
-    assert float(shards.mean(full, weight)) == 1.0
-    assert shards.state_dict(nn.Linear(2, 2), keep=True) is None
+    assert float(fsdp.mean_over_shards(full, weight)) == 1.0
+    assert fsdp.gather_state_dict(nn.Linear(2, 2), keep=True) is None
 
 
 @pytest.mark.parametrize(

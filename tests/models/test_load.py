@@ -17,14 +17,29 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 
 from spdtool import plugins
 from spdtool.errors import ModelError
-from spdtool.models import load as encoders
+from spdtool.models.layers import (
+    count_zeros,
+    find_layer_stack,
+    find_prunable_weights,
+    max_positions,
+    select_trained_parameters,
+)
+from spdtool.models.load import (
+    build_empty_model,
+    build_empty_teacher,
+    fill_weights,
+    label_names,
+    load_model,
+    load_tokenizer,
+    save_model,
+)
 from spdtool.recipe.fields import Recipe
 from spdtool.tasks import Task
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path, tiny_bert: Callable[..., Any], tiny_tokenizer: Any) -> Path:
-    encoders.save(tiny_bert(3, dropout=0.1), tiny_tokenizer, tmp_path / "checkpoint")
+    save_model(tiny_bert(3, dropout=0.1), tiny_tokenizer, tmp_path / "checkpoint")
     return tmp_path / "checkpoint"
 
 
@@ -44,7 +59,7 @@ def same(one: nn.Module, other: nn.Module) -> bool:
 def test_what_was_saved_is_loaded_and_stock_transformers_reads_the_same(
     checkpoint: Path, tiny_bert: Callable[..., Any]
 ) -> None:
-    model = encoders.load(checkpoint)
+    model = load_model(checkpoint)
     assert same(model, tiny_bert(3))
     assert same(model, AutoModelForSequenceClassification.from_pretrained(checkpoint))
     assert not model.training
@@ -54,7 +69,7 @@ def test_what_was_saved_is_loaded_and_stock_transformers_reads_the_same(
         "tokenizer.json",
         "tokenizer_config.json",
     ]
-    assert encoders.load_tokenizer(checkpoint)("a good film")["input_ids"][0] == 2
+    assert load_tokenizer(checkpoint)("a good film")["input_ids"][0] == 2
 
 
 @pytest.mark.parametrize(
@@ -64,23 +79,23 @@ def test_what_was_saved_is_loaded_and_stock_transformers_reads_the_same(
 def test_a_new_head_carries_the_labels(
     headless: Path, tmp_path: Path, tiny_tokenizer: Any, labels: tuple[str, ...], names: list[str], problem: str
 ) -> None:
-    model = encoders.load(headless, labels=labels)
-    assert encoders.label_names(model) == names
+    model = load_model(headless, labels=labels)
+    assert label_names(model) == names
     assert model.config.problem_type == problem
     assert model.classifier.out_features == len(names)
-    encoders.save(model, tiny_tokenizer, tmp_path / "saved")
+    save_model(model, tiny_tokenizer, tmp_path / "saved")
     config = json.loads((tmp_path / "saved" / "config.json").read_text("utf-8"))
     assert config["id2label"] == {str(index): name for index, name in enumerate(names)}
-    assert encoders.label_names(encoders.load(tmp_path / "saved")) == names
+    assert label_names(load_model(tmp_path / "saved")) == names
 
 
 def test_a_new_head_may_replace_one_of_another_size(checkpoint: Path) -> None:
-    assert encoders.load(checkpoint, labels=("a", "b", "c")).classifier.out_features == 3
+    assert load_model(checkpoint, labels=("a", "b", "c")).classifier.out_features == 3
 
 
 def test_a_pretrained_encoder_is_no_teacher(headless: Path) -> None:
     with pytest.raises(ModelError, match="no fine-tuned classifier: its config names BertForMaskedLM") as caught:
-        encoders.load(headless)
+        load_model(headless)
     assert "--model" in str(caught.value.hint)
 
 
@@ -131,7 +146,7 @@ def test_a_checkpoint_that_cannot_be_read_is_refused(
     monkeypatch.chdir(checkpoint)
     damage(checkpoint)
     with pytest.raises(ModelError) as caught:
-        encoders.load(checkpoint)
+        load_model(checkpoint)
     assert str(checkpoint) in caught.value.message
     assert hint in str(caught.value.hint)
     assert not (checkpoint / "ran.txt").exists()
@@ -139,52 +154,52 @@ def test_a_checkpoint_that_cannot_be_read_is_refused(
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cannot load the model"):
-        encoders.load(tmp_path / "gone")
+        load_model(tmp_path / "gone")
     with pytest.raises(ModelError, match="cannot load the tokenizer"):
-        encoders.load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path)
 
 
 def test_a_damaged_tokenizer_is_refused(checkpoint: Path) -> None:
     (checkpoint / "tokenizer.json").write_text("{")
     with pytest.raises(ModelError, match="cannot load the tokenizer"):
-        encoders.load_tokenizer(checkpoint)
+        load_tokenizer(checkpoint)
 
 
 def test_dropout_is_replaced_while_training_and_put_back_in_what_is_saved(
     checkpoint: Path, tmp_path: Path, tiny_tokenizer: Any
 ) -> None:
-    model = encoders.load(checkpoint, dropout=0.4)
+    model = load_model(checkpoint, dropout=0.4)
     rates = {part.p for part in model.modules() if isinstance(part, nn.Dropout)}
     assert rates == {0.4}
-    encoders.save(model, tiny_tokenizer, tmp_path / "again")
+    save_model(model, tiny_tokenizer, tmp_path / "again")
     before, after = (json.loads((f / "config.json").read_text("utf-8")) for f in (checkpoint, tmp_path / "again"))
     assert after == before
-    assert {part.p for part in encoders.load(tmp_path / "again").modules() if isinstance(part, nn.Dropout)} == {0.1}
+    assert {part.p for part in load_model(tmp_path / "again").modules() if isinstance(part, nn.Dropout)} == {0.1}
 
 
 def test_smoke_is_two_random_layers_of_the_same_family(checkpoint: Path) -> None:
     torch.manual_seed(0)
-    model = encoders.load(checkpoint, smoke=True)
-    assert len(encoders.layer_stack(model)) == 2
-    assert not torch.equal(next(model.parameters()), next(encoders.load(checkpoint).parameters()))
+    model = load_model(checkpoint, smoke=True)
+    assert len(find_layer_stack(model)) == 2
+    assert not torch.equal(next(model.parameters()), next(load_model(checkpoint).parameters()))
 
 
 def test_eager_attention_can_be_asked_for(checkpoint: Path) -> None:
-    assert encoders.load(checkpoint, eager=True).config._attn_implementation == "eager"
+    assert load_model(checkpoint, eager=True).config._attn_implementation == "eager"
 
 
 def test_a_skeleton_has_the_shapes_and_no_weights(checkpoint: Path, toy_task: Callable[..., Task]) -> None:
-    model = encoders.skeleton(Recipe(task="toy", model=str(checkpoint)), toy_task(build=False))
+    model = build_empty_teacher(Recipe(task="toy", model=str(checkpoint)), toy_task(build=False))
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
-    assert len(encoders.prunable_linears(model)) == 18
+    assert len(find_prunable_weights(model)) == 18
     with pytest.raises(ModelError):
-        encoders.skeleton(Recipe(task="toy", model=str(checkpoint / "gone")), toy_task(build=False))
+        build_empty_teacher(Recipe(task="toy", model=str(checkpoint / "gone")), toy_task(build=False))
 
 
 def test_a_plugin_may_name_the_stack(tiny_bert: Callable[..., Any], clean_plugins: None) -> None:
     plugins.stacks.register("bert")(lambda model: model.bert.encoder.layer[:1])
-    assert len(encoders.layer_stack(tiny_bert(3))) == 1
-    assert len(encoders.prunable_linears(tiny_bert(3))) == 6
+    assert len(find_layer_stack(tiny_bert(3))) == 1
+    assert len(find_prunable_weights(tiny_bert(3))) == 6
 
 
 def test_the_trained_part_and_the_frozen_rest(tiny_bert: Callable[..., Any]) -> None:
@@ -194,7 +209,7 @@ def test_the_trained_part_and_the_frozen_rest(tiny_bert: Callable[..., Any]) -> 
         "layers+head": ("bert.encoder.layer.", "bert.pooler.", "classifier."),
         "all": ("",),
     }.items():
-        trained = encoders.trained_parameters(model, which)
+        trained = select_trained_parameters(model, which)
         assert set(trained) == {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
         for name, parameter in model.named_parameters():
             assert parameter.requires_grad == (name in trained)
@@ -206,9 +221,9 @@ def test_zeros_are_counted_in_the_file(checkpoint: Path) -> None:
     weights[name][0, :5] = 0.0
     weights[name][1, 0] = -0.0
     save_file(weights, checkpoint / "model.safetensors", {"format": "pt"})
-    assert encoders.zeros(checkpoint, [name]) == {name: (6, 32 * 64)}
+    assert count_zeros(checkpoint, [name]) == {name: (6, 32 * 64)}
     with pytest.raises(ModelError, match="no weight 'gone'"):
-        encoders.zeros(checkpoint, ["gone"])
+        count_zeros(checkpoint, ["gone"])
 
 
 def test_positions_are_those_that_a_token_can_have() -> None:
@@ -216,7 +231,7 @@ def test_positions_are_those_that_a_token_can_have() -> None:
         vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4,
         max_position_embeddings=7,
     )  # fmt: skip
-    assert encoders.positions(BertForSequenceClassification(config)) == 7
+    assert max_positions(BertForSequenceClassification(config)) == 7
 
 
 class TestFill:
@@ -224,17 +239,17 @@ class TestFill:
 
     def test_every_weight_comes_back(self, tmp_path: Path, toys: ModuleType) -> None:
         model = toys.bert(seed=1)
-        encoders.save(model, toys.tokenizer(), tmp_path)
-        blank = encoders.blank(tmp_path)
+        save_model(model, toys.tokenizer(), tmp_path)
+        blank = build_empty_model(tmp_path, finetuned=True, device="cpu")
         held = {name: weight.detach().numpy() for name, weight in model.named_parameters()}
-        assert encoders.fill(blank, held.items()) == []
+        assert fill_weights(blank, held.items()) == []
         for name, weight in blank.named_parameters():
             np.testing.assert_array_equal(weight.detach().numpy(), held[name])
 
     def test_what_was_not_there_is_named(self, toys: ModuleType) -> None:
         held = [("classifier.bias", np.ones(2, np.float16))]
         model = toys.bert()
-        missing = encoders.fill(model, held)
+        missing = fill_weights(model, held)
         assert "classifier.weight" in missing
         assert "classifier.bias" not in missing
         assert model.classifier.bias.tolist() == [1, 1]
@@ -245,7 +260,7 @@ class TestFill:
         second.weight = first.weight
         held = {name: weight.detach().numpy() for name, weight in model.named_parameters()}
         assert "bert.encoder.layer.1.output.dense.weight" not in held
-        assert encoders.fill(model, held.items()) == []
+        assert fill_weights(model, held.items()) == []
 
     @pytest.mark.parametrize(
         ("name", "shape", "message"),
@@ -253,9 +268,9 @@ class TestFill:
     )
     def test_what_does_not_fit_is_refused(self, toys: ModuleType, name: str, shape: int, message: str) -> None:
         with pytest.raises(ModelError, match=message):
-            encoders.fill(toys.bert(), [(name, np.ones(shape, np.float32))])
+            fill_weights(toys.bert(), [(name, np.ones(shape, np.float32))])
 
     def test_an_encoder_without_a_head_is_refused(self, toys: ModuleType, tmp_path: Path) -> None:
         toys.bert().bert.save_pretrained(tmp_path)
         with pytest.raises(ModelError, match="is no fine-tuned classifier"):
-            encoders.blank(tmp_path)
+            build_empty_model(tmp_path, finetuned=True, device="cpu")

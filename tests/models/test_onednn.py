@@ -15,15 +15,15 @@ from spdtool.models import onednn
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         pytest.skip("this torch has no oneDNN")
-    monkeypatch.setattr(onednn, "pays", lambda: True)
+    monkeypatch.setattr(onednn, "is_faster", lambda: True)
 
 
 def pair(bias: bool = True) -> tuple[nn.Linear, nn.Linear]:
     torch.manual_seed(0)
     plain = nn.Linear(24, 40, bias=bias)
     ours = copy.deepcopy(plain)
-    onednn.use(ours)
-    assert isinstance(ours, onednn.Linear)
+    onednn.use_onednn(ours)
+    assert isinstance(ours, onednn.OneDNNLinear)
     return plain, ours
 
 
@@ -84,12 +84,12 @@ def test_names_copies_and_hooks_stay() -> None:
 
 
 def test_where_it_does_not_pay_layers_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn, "pays", lambda: False)
+    monkeypatch.setattr(onednn, "is_faster", lambda: False)
     layer = nn.Linear(24, 40)
-    onednn.use(layer)
+    onednn.use_onednn(layer)
     assert type(layer) is nn.Linear
 
 
 def test_a_product_of_two_matrices() -> None:
     x, weight = torch.randn(5, 9), torch.randn(7, 9)
-    torch.testing.assert_close(onednn.product(x, weight), x @ weight.t(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(onednn.multiply(x, weight), x @ weight.t(), rtol=1e-5, atol=1e-4)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from spdtool.models import load as encoders
 from spdtool.models import predict as evaluation
+from spdtool.models.layers import install_capture_hooks
 from spdtool.models.padding import PaddingMask
 
 FAMILIES = ("bert", "roberta", "distilbert", "electra", "xlm-roberta", "mpnet", "deberta-v2", "modernbert")
@@ -40,7 +40,7 @@ def test_what_is_computed_from_it_is_an_ordinary_tensor() -> None:
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_every_family_computes_the_same_with_it(toys: Any, architecture: str, eager: bool) -> None:
     model = toys.classifier(architecture, eager=eager)
-    encoders.prime(model)
+    install_capture_hooks(model)
     assert set(toys.ARCHITECTURES) == set(FAMILIES)
     for length in (7, 1):  # one token: no row has padding
         plain = toys.batch(3, 7, architecture=architecture)

@@ -9,9 +9,18 @@ from typing import Any
 import pytest
 
 from spdtool import tasks
+from spdtool.distillation.layer_map import check_phases
 from spdtool.errors import ModelError, RecipeError
-from spdtool.models import load as encoders
-from spdtool.models import student as pairing
+from spdtool.models.layers import find_prunable_weights, model_shape
+from spdtool.models.load import build_empty_teacher, load_model, save_model
+from spdtool.models.student import (
+    build_empty_student,
+    check_positions,
+    choose_tokenizer,
+    match_labels,
+    same_architecture,
+    unread_columns,
+)
 from spdtool.pruning.patterns import zeros_in
 from spdtool.run.folder import Run
 from spdtool.stages import plan as planning
@@ -25,7 +34,7 @@ def small(toys: Any, tmp_path: Path) -> Callable[..., str]:
 
     def make(**how: Any) -> str:
         model = toys.classifier("bert", **{"hidden_size": 16, "intermediate_size": 24, "layers": 1} | how)
-        encoders.save(model, toys.tokenizer(), tmp_path / "small")
+        save_model(model, toys.tokenizer(), tmp_path / "small")
         return str(tmp_path / "small")
 
     return make
@@ -34,8 +43,8 @@ def small(toys: Any, tmp_path: Path) -> Callable[..., str]:
 def test_the_plan_counts_the_students_weights(toy_run: MakeRun, small: Any) -> None:
     folder = small()
     counted = planning.plan(toy_run(student=folder, sparsity=0.3))["parameters"]
-    model = encoders.load(folder)
-    sizes = [weight.numel() for weight in encoders.prunable_linears(model).values()]
+    model = load_model(folder)
+    sizes = [weight.numel() for weight in find_prunable_weights(model).values()]
     assert counted["all"] == sum(parameter.numel() for parameter in model.parameters())
     assert counted["prunable"] == sum(sizes) < planning.plan(toy_run())["parameters"]["prunable"]
     assert counted["zeros"] == sum(zeros_in(size, 0.3) for size in sizes)
@@ -54,9 +63,10 @@ def test_a_smaller_student_needs_less_memory_and_relations_and_blends_more(toy_r
 def test_a_copy_has_the_teachers_outline(toy_run: MakeRun) -> None:
     recipe = toy_run().recipe
     task = tasks.resolve(recipe)
-    teacher = encoders.skeleton(recipe, task)
-    assert pairing.outline(recipe, task, teacher) is teacher
-    pairing.check(recipe, teacher, teacher)
+    teacher = build_empty_teacher(recipe, task)
+    assert build_empty_student(recipe, task, teacher) is teacher
+    check_positions(recipe, teacher, teacher)
+    check_phases(recipe, model_shape(teacher), model_shape(teacher))
 
 
 @pytest.mark.parametrize(
@@ -125,20 +135,20 @@ def test_a_list_of_layers_for_the_real_depth_is_no_obstacle_to_a_smoke_run(toy_r
 )
 def test_the_order_of_the_logits(toys: Any, own: list[str], names: list[str], order: list[int]) -> None:
     """A model whose labels have no names of their own is taken to follow the task's order: bad, good."""
-    assert pairing._order(own, names, toys.task()) == order
+    assert match_labels(own, names, toys.task()) == order
 
 
 def test_layers_stand_in_only_for_layers_of_their_kind(toys: Any) -> None:
     bert = toys.classifier("bert")
-    assert pairing.alike(bert, toys.classifier("bert", intermediate_size=16))
-    assert not pairing.alike(bert, toys.classifier("bert", layers=2))
-    assert not pairing.alike(bert, toys.classifier("bert", hidden_size=16))
-    assert not pairing.alike(bert, toys.classifier("electra"))
+    assert same_architecture(bert, toys.classifier("bert", intermediate_size=16))
+    assert not same_architecture(bert, toys.classifier("bert", layers=2))
+    assert not same_architecture(bert, toys.classifier("bert", hidden_size=16))
+    assert not same_architecture(bert, toys.classifier("electra"))
 
 
 def test_columns_are_those_that_both_need(toys: Any) -> None:
     rich, plain = toys.tokenizer(), toys.tokenizer(token_types=False)
-    assert (pairing.unread(rich), pairing.unread(plain)) == (set(), {"token_type_ids"})
-    assert pairing.richest(plain, rich) is rich
-    assert pairing.richest(rich, plain) is rich
-    assert pairing.richest(plain, toys.tokenizer(token_types=False)) is plain
+    assert (unread_columns(rich), unread_columns(plain)) == (set(), {"token_type_ids"})
+    assert choose_tokenizer(plain, rich) is rich
+    assert choose_tokenizer(rich, plain) is rich
+    assert choose_tokenizer(plain, toys.tokenizer(token_types=False)) is plain

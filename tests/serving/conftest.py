@@ -13,7 +13,7 @@ import pytest
 from spdtool import plugins
 from spdtool.export.bundle import write as assembly
 from spdtool.export.graph.trace import Onnx
-from spdtool.models import load as encoders
+from spdtool.models.load import save_model
 from spdtool.recipe.fields import Recipe
 
 MEASURED: dict[str, Any] = {
@@ -37,7 +37,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> tuple[P
     try:
         names = {0: "no", 1: "maybe", 2: "yes"}
         model = toys.bert(labels=3, id2label=names, label2id={name: index for index, name in names.items()})
-        encoders.save(model, toys.tokenizer(), folder / "checkpoint")
+        save_model(model, toys.tokenizer(), folder / "checkpoint")
         recipe = toys.recipe('export.optional=["onnx-fp16"]', task="served")
         Onnx.export(folder / "checkpoint", folder / "export/student", recipe)
         Onnx.export(folder / "checkpoint", folder / "export/onnx-fp16/student", recipe)

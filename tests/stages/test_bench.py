@@ -17,7 +17,8 @@ from spdtool import plugins
 from spdtool.bench import int8, latency, ledger
 from spdtool.errors import DeviceError, ModelError, SpdError, StageMissing
 from spdtool.export.graph.trace import Onnx
-from spdtool.models import load as encoders
+from spdtool.models.layers import find_prunable_weights
+from spdtool.models.load import save_model
 from spdtool.recipe.reading import parse
 from spdtool.run.folder import Run
 from spdtool.stages import bench as stage
@@ -32,10 +33,10 @@ def exported(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> Path
     folder = tmp_path_factory.mktemp("exported")
     model = toys.bert()
     for role in ("teacher", "student"):
-        encoders.save(model, toys.tokenizer(), folder / role / "checkpoint")
+        save_model(model, toys.tokenizer(), folder / role / "checkpoint")
         Onnx.export(folder / role / "checkpoint", folder / role / "onnx", toys.recipe())
         with torch.no_grad():
-            for weight in encoders.prunable_linears(model).values():
+            for weight in find_prunable_weights(model).values():
                 weight.view(-1)[::2] = 0
     return folder
 

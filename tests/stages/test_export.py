@@ -31,7 +31,8 @@ from spdtool.errors import (
 from spdtool.export import runtime
 from spdtool.export.gates.score import Change, Dev, compare, exceeds
 from spdtool.export.graph.trace import Onnx
-from spdtool.models import load as encoders
+from spdtool.models.layers import find_prunable_weights
+from spdtool.models.load import save_model
 from spdtool.run.folder import Run
 from spdtool.stages.export import export, export_any
 from spdtool.tasks import Task
@@ -50,10 +51,10 @@ def fabricate(tmp_path: Path, toys: ModuleType, toy_task: Callable[..., Task]) -
         for stage, seed in (("teacher", 1), ("finetune", 2)):
             model = toys.bert(seed=seed, **names)
             if stage == "finetune":
-                for weight in encoders.prunable_linears(model).values():
+                for weight in find_prunable_weights(model).values():
                     weight.data.view(-1)[np.arange(weight.numel()) % 4 > 0] = 0
             with run.stage(stage) as work:
-                encoders.save(model, toys.tokenizer(), work.folder)
+                save_model(model, toys.tokenizer(), work.folder)
         return run
 
     return make
@@ -430,7 +431,7 @@ class TestOfNoRun:
         self, toys: ModuleType, toy_task: Callable[..., Task], tmp_path: Path
     ) -> None:
         toy_task()
-        encoders.save(toys.bert(vocab_size=9), toys.tokenizer(), tmp_path / "small")
+        save_model(toys.bert(vocab_size=9), toys.tokenizer(), tmp_path / "small")
         with pytest.raises(ModelError, match="the model has 9 word embeddings"):
             export_any(tmp_path / "small", "onnx", tmp_path / "out", toys.recipe(), with_task=True)
         assert not (tmp_path / "out").exists()

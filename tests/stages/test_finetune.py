@@ -14,8 +14,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from spdtool.data import tokens as data
 from spdtool.errors import StageMissing
-from spdtool.models import load as encoders
 from spdtool.models import predict as evaluation
+from spdtool.models.layers import find_prunable_weights
 from spdtool.pruning.patterns import zeros_in
 from spdtool.run.folder import Run
 from spdtool.stages.finetune import finetune
@@ -34,7 +34,7 @@ def test_a_whole_run_ends_in_an_ordinary_sparse_checkpoint(
     ]  # fmt: skip
     assert sorted(path.name for path in folder.iterdir()) == stage_files
     model = AutoModelForSequenceClassification.from_pretrained(folder)
-    for name, weight in encoders.prunable_linears(model).items():
+    for name, weight in find_prunable_weights(model).items():
         assert int((weight == 0).sum()) == zeros_in(weight.numel(), 0.9), name
     metrics = run.record("finetune")["metrics"]
     encoded = data.encode(AutoTokenizer.from_pretrained(folder), task.load(None, 0), 32)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from spdtool.errors import DeviceError, ModelError, RecipeError, UnknownName
-from spdtool.models import load as encoders
+from spdtool.models.layers import find_prunable_weights
 from spdtool.recipe.fields import STAGES
 from spdtool.run.folder import Run
 from spdtool.stages import plan as planning
@@ -61,7 +61,7 @@ def test_a_derived_learning_rate_is_shown(toy_run: MakeRun, toys: Any) -> None:
 def test_the_weights_are_those_of_the_model(toy_run: MakeRun, toys: Any) -> None:
     counted = planning.plan(toy_run(sparsity=0.3))["parameters"]
     model = toys.bert()
-    sizes = [weight.numel() for weight in encoders.prunable_linears(model).values()]
+    sizes = [weight.numel() for weight in find_prunable_weights(model).values()]
     assert counted["all"] == sum(parameter.numel() for parameter in model.parameters())
     assert counted["prunable"] == sum(sizes)
     assert counted["zeros"] == sum(round(0.3 * size) for size in sizes)

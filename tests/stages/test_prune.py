@@ -14,7 +14,8 @@ from transformers import AutoModelForSequenceClassification
 
 from spdtool import plugins
 from spdtool.errors import Corrupt, GateError, ModelError, RecipeError, RunError, StageMissing, UnknownName
-from spdtool.models import load as encoders
+from spdtool.models.layers import find_prunable_weights
+from spdtool.models.load import load_model, load_tokenizer, save_model
 from spdtool.pruning.patterns import zeros_in
 from spdtool.run.folder import Run
 from spdtool.stages.prune import prune
@@ -25,7 +26,7 @@ from spdtool.tasks import Task
 def zeros(folder: Path) -> dict[str, tuple[int, int]]:
     """`(zeros, size)` of every prunable matrix, by stock transformers."""
     model = AutoModelForSequenceClassification.from_pretrained(folder)
-    return {n: (int((w == 0).sum()), w.numel()) for n, w in encoders.prunable_linears(model).items()}
+    return {n: (int((w == 0).sum()), w.numel()) for n, w in find_prunable_weights(model).items()}
 
 
 def events(run: Run, kind: str) -> list[dict[str, Any]]:
@@ -36,13 +37,13 @@ def events(run: Run, kind: str) -> list[dict[str, Any]]:
 def sparse_teacher(run: Run, sparsity: float) -> None:
     """Put a checkpoint that somebody else made sparse where the teacher lies, with a fresh record."""
     folder = run.path / "teacher"
-    model, tokenizer = encoders.load(folder), encoders.load_tokenizer(folder)
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
     with torch.no_grad():
-        for weight in encoders.prunable_linears(model).values():
+        for weight in find_prunable_weights(model).values():
             weight.view(-1)[: zeros_in(weight.numel(), sparsity)] = 0.0
     run.discard("teacher")
     with run.stage("teacher") as work:
-        encoders.save(model, tokenizer, work.folder)
+        save_model(model, tokenizer, work.folder)
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9, 0.999])
@@ -236,11 +237,11 @@ def test_a_count_that_is_off_is_not_handed_over(toy_run: Callable[..., Run], mon
 
     def wrong(model: Any, tokenizer: Any, folder: Path, *weights: Any) -> None:
         with torch.no_grad():
-            next(iter(encoders.prunable_linears(model).values())).add_(1.0)
+            next(iter(find_prunable_weights(model).values())).add_(1.0)
         original(model, tokenizer, folder)
 
-    original = encoders.save
-    monkeypatch.setattr(encoders, "save", wrong)
+    original = save_model
+    monkeypatch.setattr("spdtool.models.load.save_model", wrong)
     with pytest.raises(GateError, match=r"has 0 zeros of 1024; sparsity 0\.5 asks for 512"):
         prune(run)
     assert not run.done("prune")

@@ -17,8 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 from spdtool.distillation.losses import distillation
 from spdtool.distillation.outputs import observe
-from spdtool.models import load as encoders
 from spdtool.models import predict as evaluation
+from spdtool.models.layers import find_prunable_weights, install_capture_hooks
+from spdtool.models.load import load_model
 from spdtool.pruning.masks import Masks
 from spdtool.recipe.fields import Loss, Prune
 from spdtool.run.folder import Run
@@ -116,9 +117,12 @@ WAYS = {
 def test_no_step_without_an_event_reads_a_number_back(
     toy_run: Callable[..., Run], reads: Reads, monkeypatch: pytest.MonkeyPatch, sets: tuple[str, ...], eager: bool
 ) -> None:
-    load = encoders.load
+    load = load_model
     if not eager:
-        monkeypatch.setattr(encoders, "load", lambda *args, **options: load(*args, **options | {"eager": False}))
+        for stage in ("teacher", "student"):
+            monkeypatch.setattr(
+                f"spdtool.stages.{stage}.load_model", lambda *args, **options: load(*args, **options | {"eager": False})
+            )
     # products that skip zeros are a CPU's, which may read
     shared = ("sparse_products=false", "prune.grafting.start=0.5", "prune.dropout=0.1", "teacher_states_gb=0.0")
     run = toy_run(*shared, *sets, until="teacher")
@@ -152,12 +156,12 @@ def test_nothing_crosses_between_processor_and_device_within_a_step(toys: Any, a
     implementation = {"attn_implementation": "eager" if attention else "sdpa"}
     student, teacher = toys.bert(2, dropout=0.1, **implementation).train(), toys.bert(2, **implementation)
     for model in (student, teacher):
-        encoders.prime(model)
+        install_capture_hooks(model)
         model.to("meta")  # a device whose tensors have no numbers: a number that is asked for is an error
     weights = Loss(hidden=1.0, attention=attention, hardness=0.5)
     seen = {"hidden": True, "attention": "scores" if attention else None}
     optimizer = training.adamw(dict(student.named_parameters()), Prune(), torch.device("meta"))
-    masks = Masks(encoders.prunable_linears(student))
+    masks = Masks(find_prunable_weights(student))
     masks.hold(optimizer)
     batch = evaluation.to_device({name: column.numpy() for name, column in toys.batch().items()}, "meta")
     with Crossings() as crossings:

@@ -15,7 +15,8 @@ from transformers import AutoModelForSequenceClassification
 
 from spdtool import console, plugins
 from spdtool.errors import ModelError, RecipeError
-from spdtool.models import load as encoders
+from spdtool.models.layers import find_prunable_weights
+from spdtool.models.load import label_names, load_model, load_tokenizer, save_model
 from spdtool.pruning.masks import Masks
 from spdtool.pruning.patterns import zeros_in
 from spdtool.run.folder import Run
@@ -37,7 +38,7 @@ def small(toys: Any, tmp_path: Path) -> Callable[..., str]:
         folder = tmp_path / name
         options: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "layers": 1, "seed": 7} | how
         model = toys.classifier(architecture, eager=False, **{**NAMES, **options})
-        encoders.save(model, toys.tokenizer(token_types=architecture != "distilbert"), folder)
+        save_model(model, toys.tokenizer(token_types=architecture != "distilbert"), folder)
         return str(folder)
 
     return make
@@ -85,7 +86,7 @@ def test_a_smaller_student_goes_through_every_phase_with_its_projections(
         model = AutoModelForSequenceClassification.from_pretrained(folder)
         assert (model.config.num_hidden_layers, model.config.hidden_size) == (1, 16)
         assert not [name for name in model.state_dict() if "projection" in name]
-        for weight in encoders.prunable_linears(model).values():
+        for weight in find_prunable_weights(model).values():
             assert int((weight == 0).sum()) == zeros_in(weight.numel(), 0.7)
         left = weights(run, stage, "projections.safetensors")
         assert {name: tuple(weight.shape) for name, weight in left.items()} == {
@@ -173,8 +174,8 @@ def test_the_labels_are_the_teachers_in_its_order(toy_run: MakeRun, small: Any, 
     turned = small(id2label={0: "good", 1: "bad"}, label2id={"good": 0, "bad": 1})
     nothing = ["prune.learning_rate=1e-30", "prune.epochs=1", "prune.events=1", "prune.weight_decay=0"]
     run = toy_run(*nothing, student=turned, sparsity=0.0, until="prune")
-    before, after = encoders.load(turned), encoders.load(run.path / "prune")
-    assert encoders.label_names(after) == encoders.label_names(encoders.load(run.path / "teacher")) == ["bad", "good"]
+    before, after = load_model(turned), load_model(run.path / "prune")
+    assert label_names(after) == label_names(load_model(run.path / "teacher")) == ["bad", "good"]
     batch = {name: column for name, column in toys.batch().items() if name != "labels"}
     with torch.no_grad():
         torch.testing.assert_close(after(**batch).logits, before(**batch).logits.flip(-1))
@@ -187,15 +188,15 @@ def test_an_encoder_or_a_classifier_of_another_task_gets_a_new_head(
     three = {"labels": 3, "id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
     folder = small(**three) if labels else encoder_only(small())
     run = toy_run("prune.epochs=1", student=folder, until="prune")
-    model = encoders.load(run.path / "prune")
-    assert encoders.label_names(model) == ["bad", "good"]
+    model = load_model(run.path / "prune")
+    assert label_names(model) == ["bad", "good"]
     assert any("gets a new head: the model has 3 labels (a, b, c)" in line for line in warned) == bool(labels)
 
 
 def test_a_regression_student(toy_run: MakeRun, toy_task: Any, small: Any) -> None:
     toy_task(labels=())
     run = toy_run("prune.epochs=1", student=encoder_only(small()), until="prune")
-    assert encoders.label_names(encoders.load(run.path / "prune")) == ["score"]
+    assert label_names(load_model(run.path / "prune")) == ["score"]
 
 
 def test_a_student_of_another_family_reads_only_what_it_knows(
@@ -205,12 +206,12 @@ def test_a_student_of_another_family_reads_only_what_it_knows(
     toy_task(pairs=True)
     folder = small(architecture="distilbert", dim=16, hidden_dim=24, n_heads=2)
     run = toy_run("prune.loss.attention=1", student=folder, until="distill")
-    assert encoders.load(run.path / "distill").config.model_type == "distilbert"
-    assert "token_type_ids" not in encoders.load_tokenizer(run.path / "distill").model_input_names
+    assert load_model(run.path / "distill").config.model_type == "distilbert"
+    assert "token_type_ids" not in load_tokenizer(run.path / "distill").model_input_names
     toy_task(pairs=True, architecture="distilbert")
     other = toy_run("prune.loss.relation=1", "prune.loss.relation_heads=4", student=small("back"), folder="other",
                     until="prune")  # fmt: skip
-    assert encoders.load(other.path / "prune").config.model_type == "bert"
+    assert load_model(other.path / "prune").config.model_type == "bert"
 
 
 def refused(run: Run, error: type[Exception], said: str) -> None:

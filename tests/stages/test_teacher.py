@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from spdtool.errors import DataError, ModelError, UnknownName
-from spdtool.models import load as encoders
+from spdtool.models.load import label_names, load_model, load_tokenizer, save_model
 from spdtool.run.folder import Run
 from spdtool.stages.teacher import teacher
 from spdtool.tasks import Rows, Task
@@ -31,7 +31,7 @@ def given(tmp_path: Path, toys: Any) -> Callable[..., str]:
 
     def make(labels: int = 2, **config: Any) -> str:
         folder = tmp_path / "given"
-        encoders.save(toys.bert(2, labels=labels, **config), toys.tokenizer(), folder)
+        save_model(toys.bert(2, labels=labels, **config), toys.tokenizer(), folder)
         return str(folder)
 
     return make
@@ -43,7 +43,7 @@ def test_it_writes_a_checkpoint_that_stock_transformers_opens(toy_run: Callable[
     assert names(run.path / "teacher") == sorted([*FILES, "metrics.jsonl"])
     assert names(run.path) == sorted(["run.json", "teacher", *(f"teacher/{n}" for n in names(run.path / "teacher"))])
     model = AutoModelForSequenceClassification.from_pretrained(run.path / "teacher")
-    assert encoders.label_names(model) == ["bad", "good"]
+    assert label_names(model) == ["bad", "good"]
     assert not torch.equal(model.classifier.weight, toys.bert(2).classifier.weight), "it was trained"
     assert run.record("teacher")["metrics"] == metrics
     assert run.record("teacher")["inputs"] == {}
@@ -126,9 +126,9 @@ def test_a_teacher_that_knows_nothing_is_said_to(
 ) -> None:
     toy_task()
     folder = Path(given())
-    model = encoders.load(folder)
+    model = load_model(folder)
     torch.nn.init.zeros_(model.classifier.weight)
-    encoders.save(model, encoders.load_tokenizer(folder), folder)
+    save_model(model, load_tokenizer(folder), folder)
     teacher(toy_run(*words, given_teacher=str(folder)))
     said = "dev score 0.5000 is no better than the 0.5000 of always giving the same answer" in capsys.readouterr().err
     assert said != bool(words)

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from spdtool.data import tokens as data
-from spdtool.models import load as encoders
 from spdtool.models import predict as evaluation
+from spdtool.models.layers import find_prunable_weights
+from spdtool.models.load import load_model
 from spdtool.run.folder import Run
 from spdtool.stages.prune import prune
 
@@ -62,8 +63,8 @@ def test_students_are_left_on_the_way_with_exactly_their_zeros(toy_run: Callable
     pruned = {event["sparsity"]: event["step"] for event in events(run.path / "prune", "prune")}
     for entry in left:
         folder = run.path / "prune" / entry["folder"]
-        model = encoders.load(folder)
-        for name, weight in encoders.prunable_linears(model).items():
+        model = load_model(folder)
+        for name, weight in find_prunable_weights(model).items():
             assert int((weight == 0).sum()) == round(weight.numel() * entry["sparsity"]), name
         assert entry["step"] > pruned[entry["sparsity"]], "it was trained at that sparsity before it was left"
         assert {"dev", "train"} <= entry.keys()

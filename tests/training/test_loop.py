@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from spdtool.data import tokens as data
 from spdtool.errors import DeviceError, GateError
-from spdtool.models import load as encoders
 from spdtool.models import predict as evaluation
+from spdtool.models.layers import find_prunable_weights
 from spdtool.pruning.masks import Masks
 from spdtool.pruning.pruner import Pruner
 from spdtool.recipe.fields import Recipe, Training
@@ -64,7 +64,7 @@ class Bench:
 
         pruner = None
         if pruning:
-            masks = Masks(encoders.prunable_linears(model))
+            masks = Masks(find_prunable_weights(model))
             pruner = Pruner(
                 masks, [(3, 0.3), (8, 0.6)], target=0.6, criterion="magnitude", pattern="unstructured", scope="matrix"
             )
@@ -226,7 +226,7 @@ def test_gradients_of_pruned_weights_count_only_when_everything_does(
     alive: list[bool] = []
 
     def clip(front: Any, parameters: Any, largest: float) -> Any:
-        for weight in encoders.prunable_linears(bench.model).values():
+        for weight in find_prunable_weights(bench.model).values():
             assert weight.grad is not None
             alive.append(bool((weight.grad[weight == 0] != 0).any()))
         return original(front, parameters, largest)
@@ -235,7 +235,7 @@ def test_gradients_of_pruned_weights_count_only_when_everything_does(
     monkeypatch.setattr(training.Accelerator, "clip_grad_norm_", clip)
     bench.fit(section(epochs=3, clip_over=over), pruning=True)
     assert any(alive) == (over == "all")
-    zeros = {int((w == 0).sum()) for w in encoders.prunable_linears(bench.model).values()}
+    zeros = {int((w == 0).sum()) for w in find_prunable_weights(bench.model).values()}
     assert zeros == {round(32 * 32 * 0.6), round(32 * 64 * 0.6)}, "and stay dead either way"
 
 
@@ -314,7 +314,7 @@ def test_a_pruned_weight_that_came_alive_is_not_saved(bench: Bench) -> None:
     def revive(step: int, model: Any) -> None:
         if step == 5:
             with torch.no_grad():
-                for weight in encoders.prunable_linears(model).values():
+                for weight in find_prunable_weights(model).values():
                     weight[weight == 0] = 1.0
 
     with pytest.raises(GateError, match="a pruned weight"):

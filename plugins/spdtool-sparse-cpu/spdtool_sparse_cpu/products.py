@@ -191,7 +191,7 @@ class _Product(torch.autograd.Function):
         flat = gradient.reshape(-1, gradient.shape[-1]).contiguous()
         of_x, of_weight = ctx.products.backward(weight, flat, tiles, of_x=ctx.needs_input_grad[0])
         if rows is not None:
-            of_weight = onednn.product(flat.t(), rows.t())
+            of_weight = onednn.multiply(flat.t(), rows.t())
         of_bias = flat.sum(0) if ctx.needs_input_grad[2] else None
         return of_x if of_x is None else of_x.view(ctx.shape), of_weight, of_bias, None, None
 

@@ -58,21 +58,21 @@ class SparseCpu:
             GateError: an axis of the exported graph is not free.
         """
         from spdtool.export.graph import trace as onnx
-        from spdtool.models import load as encoders
+        from spdtool.models.load import label_names, load_model, load_tokenizer, save_tokenizer
         from spdtool_sparse_cpu import graph
 
         compiled, section = library.path(), recipe.export
-        model = encoders.load(checkpoint, eager=True)
-        tokenizer = encoders.load_tokenizer(checkpoint)
+        model = load_model(checkpoint, eager=True)
+        tokenizer = load_tokenizer(checkpoint)
         proto = onnx.graph(checkpoint, min(section.opset, onnx.ATTENTION - 1))  # with attention written out
         graph.sparsify(proto, model, section.values, section.embeddings)
         folder.mkdir(parents=True, exist_ok=True)
         model.config.save_pretrained(folder)
-        encoders.save_tokenizer(tokenizer, folder)
+        save_tokenizer(tokenizer, folder)
         files = onnx.write(proto, folder / FILE)
         (folder / LIBRARY).mkdir(exist_ok=True)
         shutil.copyfile(compiled, folder / LIBRARY / compiled.name)
-        facts = {"values": section.values, "embeddings": section.embeddings, "labels": encoders.label_names(model)}
+        facts = {"values": section.values, "embeddings": section.embeddings, "labels": label_names(model)}
         _write_manifest(folder, folder / LIBRARY / compiled.name, facts)
         return files
 

@@ -21,7 +21,7 @@ from transformers.activations import ACT2FN
 from spdtool.errors import ModelError
 from spdtool.export.graph import trace as onnx_export
 from spdtool.export.graph.trace import INPUTS, PARAMETERS, clean, name_weights, trace
-from spdtool.models import load as encoders
+from spdtool.models.layers import find_prunable_weights
 
 FUSED = ["bert", "roberta", "distilbert", "electra", "xlm-roberta"]
 OTHERS = ["mpnet", "deberta-v2", "modernbert"]
@@ -36,7 +36,7 @@ def build(toys, architecture, *, zeros=0.8, noise=0.1, **config):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(noise * torch.randn(parameter.shape, generator=random))
-        for weight in encoders.prunable_linears(model).values():
+        for weight in find_prunable_weights(model).values():
             weight.mul_(torch.rand(weight.shape, generator=random) >= zeros)
     return model
 
@@ -186,11 +186,9 @@ def test_bert_family_becomes_one_operator(exported, reference, architecture):
 def test_other_families_get_sparse_linear_layers(exported, reference, architecture):
     model, proto = exported(architecture)
     products = {"deberta-v2": 2 * 2}.get(architecture, 0)  # query and key of each layer, of the relative positions too
-    expected = len(encoders.prunable_linears(model)) + products
+    expected = len(find_prunable_weights(model)) + products
     assert operators(proto) == ["SparseLinear"] * expected
-    assert not bare(proto).intersection(
-        {f"{name}{end}" for name in encoders.prunable_linears(model) for end in ("", ".T")}
-    )
+    assert not bare(proto).intersection({f"{name}{end}" for name in find_prunable_weights(model) for end in ("", ".T")})
     # A row without a real token: eager attention of ModernBERT and DeBERTa is not what the others do, nor of use.
     assert_same(reference, model, proto, batches([value.name for value in proto.graph.input]))
 
@@ -211,12 +209,12 @@ def test_every_parameter_is_in_the_file_to_the_last_bit(exported, architecture):
 def test_rounded_weights_are_those_of_the_file(exported, reference, architecture, values, embeddings):
     """With the file's own weights in it, torch's model gives the same logits: the arithmetic is right."""
     model, proto = exported(architecture, values, embeddings)
-    zeros = {name: int((weight == 0).sum()) for name, weight in encoders.prunable_linears(model).items()}
+    zeros = {name: int((weight == 0).sum()) for name, weight in find_prunable_weights(model).items()}
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     assert with_weights(model, proto) == []
-    assert zeros == {name: int((weight == 0).sum()) for name, weight in encoders.prunable_linears(model).items()}
+    assert zeros == {name: int((weight == 0).sum()) for name, weight in find_prunable_weights(model).items()}
     changed = {name for name, value in model.named_parameters() if not torch.equal(before[name], value)}
-    assert set(encoders.prunable_linears(model)) <= changed
+    assert set(find_prunable_weights(model)) <= changed
     assert any("embeddings" in name for name in changed)
     assert not any("bias" in name.split(".") or "norm" in name.lower() or "classifier" in name for name in changed)
     for name in changed:
@@ -385,7 +383,7 @@ def test_parameters_that_share_a_constant(toys, reference, architecture):
 @pytest.mark.parametrize("architecture", ["electra", "mpnet"])
 def test_an_all_zero_and_a_symmetric_matrix(toys, reference, architecture):
     model = build(toys, architecture)
-    weights = [weight for weight in encoders.prunable_linears(model).values() if weight.shape[0] == weight.shape[1]]
+    weights = [weight for weight in find_prunable_weights(model).values() if weight.shape[0] == weight.shape[1]]
     with torch.no_grad():
         weights[0].zero_()
         weights[1].zero_()
@@ -397,7 +395,7 @@ def test_an_all_zero_and_a_symmetric_matrix(toys, reference, architecture):
 
 def test_a_dense_matrix_stays_a_dense_product(toys, reference):
     model = build(toys, "mpnet")
-    name, weight = next(iter(encoders.prunable_linears(model).items()))
+    name, weight = next(iter(find_prunable_weights(model).items()))
     with torch.no_grad():
         weight.add_(1.0)
     proto = export(toys, model, "mpnet")

@@ -259,16 +259,16 @@ def test_where_it_cannot_it_is_the_layer_that_it_was(monkeypatch: pytest.MonkeyP
 
 
 def test_names_hooks_and_the_class_before_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn, "pays", lambda: True)
+    monkeypatch.setattr(onednn, "is_faster", lambda: True)
     plain = nn.Linear(8, 8)
-    onednn.use(plain)
+    onednn.use_onednn(plain)
     names, hooked = list(plain.state_dict()), []
     plain.register_forward_hook(lambda *_: hooked.append(1))
     masks = Masks({"weight": plain.weight})
     for _ in range(2):
         products.use({"weight": plain}, masks, sampled=True)
     assert isinstance(plain, Sparse)
-    assert isinstance(plain, onednn.Linear)
+    assert isinstance(plain, onednn.OneDNNLinear)
     assert [kind.__name__ for kind in type(plain).__mro__[:4]] == ["SparseLinear", "Sparse", "Linear", "Linear"]
     assert list(plain.state_dict()) == names
     plain(torch.randn(20, 8))

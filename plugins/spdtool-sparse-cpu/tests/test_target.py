@@ -16,7 +16,8 @@ from spdtool_sparse_cpu.target import SparseCpu
 from spdtool import plugins
 from spdtool.errors import DeviceError, ModelError
 from spdtool.export.gates import logits as parity
-from spdtool.models import load as encoders
+from spdtool.models.layers import count_zeros, find_prunable_weights
+from spdtool.models.load import load_model, save_model
 from spdtool.models.predict import torch_forward
 
 
@@ -39,12 +40,12 @@ def checkpoints(toys, tmp_path_factory):
     def make(architecture):
         if architecture not in kept:
             model = toys.classifier(architecture, layers=2, vocab_size=160)
-            for number, weight in enumerate(encoders.prunable_linears(model).values()):
+            for number, weight in enumerate(find_prunable_weights(model).values()):
                 weight.data[:, number % 3 :: 3] = 0
                 weight.data[:, (number + 1) % 3 :: 3] = 0
             kept[architecture] = tmp_path_factory.mktemp(architecture) / "checkpoint"
             tokenizer = toys.tokenizer(token_types=toys.ARCHITECTURES[architecture][1])
-            encoders.save(model, tokenizer, kept[architecture])
+            save_model(model, tokenizer, kept[architecture])
         return kept[architecture]
 
     return make
@@ -81,8 +82,8 @@ def test_folder_manifest_and_weights(toys, reference, checkpoints, tmp_path, arc
     assert (manifest["values"], manifest["embeddings"], len(manifest["labels"])) == ("fp32", "fp32", 2)
     assert str(tmp_path) not in (folder / "manifest.json").read_text()
 
-    model = encoders.load(checkpoint, eager=True)
-    parity.check_zeros(SparseCpu.audit(folder), encoders.zeros(checkpoint, list(encoders.prunable_linears(model))))
+    model = load_model(checkpoint, eager=True)
+    parity.check_zeros(SparseCpu.audit(folder), count_zeros(checkpoint, list(find_prunable_weights(model))))
     held = dict(SparseCpu.weights(folder))
     assert len(list(SparseCpu.weights(folder))) == len(held)
     parameters = {name: value.detach().numpy() for name, value in model.named_parameters(remove_duplicate=False)}
@@ -105,10 +106,8 @@ def test_folder_manifest_and_weights(toys, reference, checkpoints, tmp_path, arc
 def test_zeros_survive_every_way_of_storing(toys, checkpoints, tmp_path, architecture, values, embeddings):
     checkpoint = checkpoints(architecture)
     SparseCpu.export(checkpoint, tmp_path / "out", toys.recipe(*sets(values, embeddings)))
-    model = encoders.load(checkpoint)
-    parity.check_zeros(
-        SparseCpu.audit(tmp_path / "out"), encoders.zeros(checkpoint, list(encoders.prunable_linears(model)))
-    )
+    model = load_model(checkpoint)
+    parity.check_zeros(SparseCpu.audit(tmp_path / "out"), count_zeros(checkpoint, list(find_prunable_weights(model))))
     assert {name for name, _ in SparseCpu.weights(tmp_path / "out")} == {name for name, _ in model.named_parameters()}
 
 
@@ -177,5 +176,5 @@ def test_the_real_library_computes_the_same(toys, checkpoints, tmp_path, archite
     }
     batch["token_type_ids"] = np.zeros((2, 4), np.int64)
     taken = [name for name in batch if name != "token_type_ids" or toys.ARCHITECTURES[architecture][1]]
-    expected = torch_forward(encoders.load(checkpoint, eager=True))({name: batch[name] for name in taken})
+    expected = torch_forward(load_model(checkpoint, eager=True))({name: batch[name] for name in taken})
     assert np.abs(forward(batch) - expected).max() < 1e-4

@@ -8,7 +8,7 @@ from spdtool import plugins
 from spdtool.errors import ModelError, RunError
 from spdtool.export import target as targets
 from spdtool.export.bundle import read as bundle
-from spdtool.models import load as encoders
+from spdtool.models.load import build_empty_model, fill_weights, load_tokenizer, save_model
 from spdtool.run.folder import replacing
 
 
@@ -35,8 +35,8 @@ def unpack(folder: Path, out: Path) -> Path:
             f"{found.folder} {wrote}, which cannot be unpacked",
             "the checkpoint of a run is in RUN/finetune; of another target's export, manifest.json has to be there",
         )
-    model = encoders.blank(found.folder)
-    missing = encoders.fill(model, targets.weights(target, found.folder))
+    model = build_empty_model(found.folder, finetuned=True, device="cpu")
+    missing = fill_weights(model, targets.weights(target, found.folder))
     if missing:
         raise ModelError(
             f"{found.model} lacks {len(missing)} of the weights of the model that its config.json describes, "
@@ -44,7 +44,7 @@ def unpack(folder: Path, out: Path) -> Path:
             "copy the folder again",
         )
     with replacing(out) as partial:
-        encoders.save(model, encoders.load_tokenizer(found.folder), partial)
+        save_model(model, load_tokenizer(found.folder), partial)
     return found.folder
 
 

@@ -29,7 +29,7 @@ from spdtool import tasks
 from spdtool.errors import ModelError
 from spdtool.export.bundle import card
 from spdtool.export.bundle import read as bundle
-from spdtool.models import load as encoders
+from spdtool.models.load import label_names, load_model, load_tokenizer
 from spdtool.recipe.fields import Recipe
 from spdtool.run.folder import sha256, write_json
 from spdtool.serving.classifier import longest
@@ -88,7 +88,7 @@ def golden(checkpoint: Path, folder: Path, recipe: Recipe) -> dict[str, Any]:
     """Sentences of the dev set as the checkpoint sees them: text, token ids, logits in float32, computed row by row."""
     rows = tasks.rows(tasks.resolve(recipe), recipe)["dev"]
     picked = rows.pick(range(0, len(rows), max(1, len(rows) // SENTENCES))[:SENTENCES])
-    tokenizer, model = encoders.load_tokenizer(checkpoint), encoders.load(checkpoint, eager=True)
+    tokenizer, model = load_tokenizer(checkpoint), load_model(checkpoint, eager=True)
     limit = longest(*(bundle.read_json(folder / name) for name in ("config.json", "tokenizer_config.json")))
     seconds: list[Any] = picked.second or [None] * len(picked)
     return {
@@ -99,7 +99,7 @@ def golden(checkpoint: Path, folder: Path, recipe: Recipe) -> dict[str, Any]:
             "input_ids": tokenizer.pad_token_id,
             "token_type_ids": tokenizer.pad_token_type_id,
         },
-        "labels": encoders.label_names(model),
+        "labels": label_names(model),
         "rows": [_row(model, tokenizer, *texts, limit) for texts in zip(picked.first, seconds, strict=True)],
     }
 

@@ -30,8 +30,8 @@ from spdtool.export.gates import score as changes
 from spdtool.export.gates.reference import Reference
 from spdtool.export.gates.score import Change, OverBudget
 from spdtool.export.gates.search import Found, Kept, search
-from spdtool.models import load as encoders
 from spdtool.models import predict as evaluation
+from spdtool.models.load import fill_weights
 from spdtool.models.predict import Forward
 
 CONSTANTS = 10  # a twin's scalars, such as the root in a GELU, are rounded too, and are no weights
@@ -226,7 +226,7 @@ def _common(working: list[str], supported: tuple[str, ...]) -> list[str]:
 def _filled(model: PreTrainedModel, target: Any, folder: Path) -> PreTrainedModel:
     """The model with the weights that the exported files really hold."""
     try:
-        encoders.fill(model, targets.weights(target, folder))
+        fill_weights(model, targets.weights(target, folder))
     except ModelError as error:  # the checkpoint is sound: what was made of it is not
         raise GateError(f"the exported file holds other weights than its checkpoint: {error.message}") from None
     return model

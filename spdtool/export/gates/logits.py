@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from spdtool.data.tokens import Batch, Encoded
 from spdtool.errors import GateError
 from spdtool.export.graph.weights import Held
-from spdtool.models import load as encoders
+from spdtool.models.layers import max_positions
 from spdtool.models.predict import Forward
 
 LONGEST_PROBE = 512
@@ -76,7 +76,7 @@ def check_stored(held: Iterable[Held], model: PreTrainedModel) -> None:
 
 def positions(model: PreTrainedModel) -> int:
     """The longest input, in tokens, that is worth trying on the model."""
-    return encoders.positions(model) or int(getattr(model.config, "max_position_embeddings", None) or LONGEST_PROBE)
+    return max_positions(model) or int(getattr(model.config, "max_position_embeddings", None) or LONGEST_PROBE)
 
 
 def probes(model: PreTrainedModel, rows: Encoded, sentences: int) -> Iterator[tuple[str, Batch]]:

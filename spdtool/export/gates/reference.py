@@ -11,7 +11,8 @@ import numpy as np
 from spdtool.data.tokens import Batch
 from spdtool.export.gates import logits as parity
 from spdtool.export.gates.score import Dev, Predicted
-from spdtool.models import load as encoders
+from spdtool.models.layers import find_prunable_weights
+from spdtool.models.load import load_model
 from spdtool.models.predict import Forward, torch_forward
 from spdtool.recipe.fields import Recipe
 
@@ -30,7 +31,7 @@ class Reference:
 
     def model(self, *, eager: bool = False) -> Any:
         """The model anew, which the caller may change."""
-        return encoders.load(self.checkpoint, eager=eager)
+        return load_model(self.checkpoint, eager=eager)
 
     @cached_property
     def positions(self) -> int:
@@ -40,7 +41,7 @@ class Reference:
     @cached_property
     def zeros(self) -> dict[str, tuple[int, int]]:
         """`(zeros, size)` of each prunable matrix."""
-        weights = encoders.prunable_linears(self.model())
+        weights = find_prunable_weights(self.model())
         return {name: (int((weight == 0).sum()), weight.numel()) for name, weight in weights.items()}
 
     @cached_property

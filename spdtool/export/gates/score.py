@@ -12,8 +12,9 @@ import numpy as np
 from spdtool.data import tokens as data
 from spdtool.data.tokens import Encoded
 from spdtool.errors import GateError
-from spdtool.models import load as encoders
 from spdtool.models import predict as evaluation
+from spdtool.models.layers import max_positions
+from spdtool.models.load import label_names, load_model, load_tokenizer
 from spdtool.models.predict import Forward
 from spdtool.recipe.fields import Recipe
 from spdtool.tasks import Task
@@ -67,10 +68,10 @@ def dev_sets(checkpoint: Path, recipe: Recipe, note: data.Note | None = None) ->
     Raises:
         DataError, ModelError: data, tokenizer and model do not fit together.
     """
-    model = encoders.load(checkpoint)
-    task, splits = data.prepare(recipe, encoders.load_tokenizer(checkpoint), encoders.label_names(model), note)
+    model = load_model(checkpoint)
+    task, splits = data.prepare(recipe, load_tokenizer(checkpoint), label_names(model), note)
     dev = {name: rows for name, rows in splits.items() if name.startswith("dev")}
-    data.check_lengths(dev, encoders.positions(model))
+    data.check_lengths(dev, max_positions(model))
     data.check_vocabulary(dev, model.config.vocab_size)
     train = splits["train"]
     return Dev(task, dev, train.sample(recipe.export.calibration, recipe.seed))

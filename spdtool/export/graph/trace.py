@@ -68,7 +68,8 @@ from transformers import PreTrainedModel
 from spdtool.errors import GateError, ModelError, first_line
 from spdtool.export import runtime
 from spdtool.export.graph.weights import PARAMETERS, TRANSPOSED, Fingerprint, audit, fingerprint, thin
-from spdtool.models import load as encoders
+from spdtool.models.layers import TESTED_FAMILIES
+from spdtool.models.load import load_model, load_tokenizer, save_tokenizer
 from spdtool.models.predict import Forward, onnx_forward
 from spdtool.plugins import targets
 from spdtool.recipe.fields import Recipe
@@ -80,7 +81,7 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 AXES = {0: "batch", 1: "sequence"}
 EXAMPLE = (2, 9)  # the exporter would freeze an axis of length 1
 ATTENTION = 23  # the operator set that has Attention, which torch's own attention becomes
-UNTESTED = f"families that are tested: {', '.join(encoders.TESTED)}"
+UNTESTED = f"families that are tested: {', '.join(TESTED_FAMILIES)}"
 WHY = 200  # letters of an exporter's error; some first lines are essays
 EXPORTER_LOGGERS = ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")
 
@@ -165,8 +166,8 @@ def graph(checkpoint: Path, opset: int) -> onnx.ModelProto:
     key = (opset, *_content(checkpoint)) if _traced is not None else ()
     if _traced is not None and key in _traced:
         return onnx.load_from_string(_traced[key])
-    model = encoders.load(checkpoint, eager=opset < ATTENTION)
-    proto = trace(model, input_names(model, encoders.load_tokenizer(checkpoint)), opset)
+    model = load_model(checkpoint, eager=opset < ATTENTION)
+    proto = trace(model, input_names(model, load_tokenizer(checkpoint)), opset)
     clean(proto)
     name_weights(proto, model)
     if _traced is not None and _size(proto.graph.initializer) < ONE_FILE_BYTES:
@@ -177,8 +178,8 @@ def graph(checkpoint: Path, opset: int) -> onnx.ModelProto:
 def save(proto: onnx.ModelProto, checkpoint: Path, folder: Path) -> list[Path]:
     """Write the graph with configuration and tokenizer of its checkpoint beside it; returns as `write` does."""
     folder.mkdir(parents=True, exist_ok=True)
-    encoders.load(checkpoint).config.save_pretrained(folder)
-    encoders.save_tokenizer(encoders.load_tokenizer(checkpoint), folder)
+    load_model(checkpoint).config.save_pretrained(folder)
+    save_tokenizer(load_tokenizer(checkpoint), folder)
     return write(proto, folder / FILE)
 
 

@@ -17,7 +17,8 @@ from transformers import AutoModelForSequenceClassification
 from spdtool.errors import ModelError, RunError, UnknownName
 from spdtool.export.bundle.unpack import unpack
 from spdtool.export.graph.trace import Onnx
-from spdtool.models import load as encoders
+from spdtool.models.layers import find_prunable_weights
+from spdtool.models.load import load_tokenizer, save_model
 
 Export = Callable[..., Path]
 
@@ -26,12 +27,12 @@ Export = Callable[..., Path]
 def checkpoint(tmp_path: Path, toys: ModuleType) -> Path:
     """A checkpoint with zeros and label names."""
     model = toys.bert(id2label={0: "good", 1: "bad"}, label2id={"good": 0, "bad": 1})
-    for weight in encoders.prunable_linears(model).values():
+    for weight in find_prunable_weights(model).values():
         weight.data.view(-1)[np.arange(weight.numel()) % 4 > 0] = 0
     for parameter in model.parameters():
         if parameter.ndim == 1:
             parameter.data += torch.linspace(0.1, 0.2, len(parameter))  # the exporter drops a bias of zeros
-    encoders.save(model, toys.tokenizer(), tmp_path / "checkpoint")
+    save_model(model, toys.tokenizer(), tmp_path / "checkpoint")
     return tmp_path / "checkpoint"
 
 
@@ -55,7 +56,7 @@ def test_stored_exactly_every_bit_comes_back(export: Export, checkpoint: Path, t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "export", "out"]
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert model.config.id2label == {0: "good", 1: "bad"}
-    before, after = (encoders.load_tokenizer(place)("good film", "bad") for place in (checkpoint, tmp_path / "out"))
+    before, after = (load_tokenizer(place)("good film", "bad") for place in (checkpoint, tmp_path / "out"))
     assert dict(before) == dict(after)
 
 

@@ -24,7 +24,8 @@ from spdtool.errors import GateError, ModelError
 from spdtool.export.gates import logits as parity
 from spdtool.export.graph import trace as export
 from spdtool.export.graph.trace import Onnx
-from spdtool.models import load as encoders
+from spdtool.models.layers import count_zeros, find_prunable_weights
+from spdtool.models.load import load_model, load_tokenizer, save_model
 from spdtool.models.predict import torch_forward
 from spdtool.recipe.fields import Recipe
 
@@ -90,7 +91,7 @@ class Exported:
 
     @property
     def zeros(self) -> dict[str, tuple[int, int]]:
-        return encoders.zeros(self.checkpoint, list(encoders.prunable_linears(encoders.load(self.checkpoint))))
+        return count_zeros(self.checkpoint, list(find_prunable_weights(load_model(self.checkpoint))))
 
 
 def checkpoint(name: str, folder: Path, toys: ModuleType) -> Any:
@@ -102,7 +103,7 @@ def checkpoint(name: str, folder: Path, toys: ModuleType) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
         model = AutoModelForSequenceClassification.from_config(config).eval()
-        for weight in encoders.prunable_linears(model).values():
+        for weight in find_prunable_weights(model).values():
             weight.data[torch.rand_like(weight) < 0.7] = 0
     given = ["input_ids", "attention_mask", *(["token_type_ids"] if typed else [])]
     core = toys.tokenizer()
@@ -116,8 +117,8 @@ def checkpoint(name: str, folder: Path, toys: ModuleType) -> Any:
         sep_token="[SEP]",
         mask_token="[MASK]",
     )
-    encoders.save(model, tokenizer, folder)
-    return encoders.load_tokenizer(folder)
+    save_model(model, tokenizer, folder)
+    return load_tokenizer(folder)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +142,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> Call
 class TestArchitectures:
     def test_logits_are_the_checkpoint_s(self, name: str, exported: Callable[[str], Exported]) -> None:
         made = exported(name)
-        model = encoders.load(made.checkpoint, eager=True)
+        model = load_model(made.checkpoint, eager=True)
         batches = list(parity.probes(model, made.rows, 12))
         largest, where = parity.parity(torch_forward(model), Onnx.session(made.folder, threads=1), batches, 1e-4)
         assert 0 < largest < 1e-4
@@ -173,7 +174,7 @@ def test_layout_is_that_of_hugging_face_clients(exported: Callable[[str], Export
     assert made.files == [made.folder / "onnx/model.onnx"]
     config = json.loads((made.folder / "config.json").read_text())
     assert config["id2label"] == {"0": "no", "1": "maybe", "2": "yes"}
-    assert encoders.load_tokenizer(made.folder)("good film")["input_ids"]
+    assert load_tokenizer(made.folder)("good film")["input_ids"]
 
 
 def test_no_path_of_this_machine_is_in_any_file(exported: Callable[[str], Exported]) -> None:
@@ -213,13 +214,13 @@ def test_another_opset_can_be_chosen(exported: Callable[[str], Exported], tmp_pa
     recipe = Recipe.model_validate({"export": {"opset": 20}})
     (file,) = Onnx.export(made.checkpoint, tmp_path, recipe)
     assert onnx.load(file).opset_import[0].version == 20
-    model = encoders.load(made.checkpoint)
+    model = load_model(made.checkpoint)
     parity.parity(torch_forward(model), Onnx.session(tmp_path), parity.probes(model, made.rows, 4), 1e-4)
 
 
 def test_transposed_weights_are_called_so(exported: Callable[[str], Exported]) -> None:
     made = exported("bert")
-    weights = dict(encoders.load(made.checkpoint).named_parameters())
+    weights = dict(load_model(made.checkpoint).named_parameters())
     found = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(made.files[0]).graph.initializer}
     name = "bert.encoder.layer.1.attention.self.key.weight"
     np.testing.assert_array_equal(found[f"{name}.T"], weights[name].detach().numpy().T)
@@ -229,7 +230,7 @@ def test_transposed_weights_are_called_so(exported: Callable[[str], Exported]) -
 def test_equal_weights_share_a_constant_and_are_all_audited(tmp_path: Path, toys: ModuleType) -> None:
     model = toys.bert()
     first, second = (f"bert.encoder.layer.{layer}.attention.self.query.weight" for layer in (0, 1))
-    weights = encoders.prunable_linears(model)
+    weights = find_prunable_weights(model)
     weights[first].data[:, ::2] = 0
     weights[second].data.copy_(weights[first])
     shared = numpy_helper.from_array(np.ascontiguousarray(weights[first].detach().numpy().T), "val_7")
@@ -272,9 +273,9 @@ def test_a_checkpoint_is_traced_again_once_it_has_changed(
     monkeypatch.setattr(export, "_traced", None)
     shutil.copytree(made.checkpoint, tmp_path / "same")
     shutil.copytree(made.checkpoint, tmp_path / "other")
-    model = encoders.load(made.checkpoint)
+    model = load_model(made.checkpoint)
     model.classifier.bias.data += 1
-    encoders.save(model, encoders.load_tokenizer(made.checkpoint), tmp_path / "other")
+    save_model(model, load_tokenizer(made.checkpoint), tmp_path / "other")
     with export.remembering():
         for folder in (made.checkpoint, tmp_path / "same", tmp_path / "other", tmp_path / "same"):
             export.graph(folder, 18)
@@ -331,14 +332,14 @@ class TestPlantedFaults:
 
         made = altered(change)
         parity.check_zeros(Onnx.audit(made.folder), made.zeros)
-        model = encoders.load(made.checkpoint)
+        model = load_model(made.checkpoint)
         probes = parity.probes(model, made.rows, 4)
         with pytest.raises(GateError, match="checkpoint and exported file differ by"):
             parity.parity(torch_forward(model), Onnx.session(made.folder), probes, 1e-4)
 
     def test_a_weight_that_is_no_number_is_caught(self, altered: Callable[..., Exported]) -> None:
         made = altered(lambda array: array.fill(np.nan))
-        model = encoders.load(made.checkpoint)
+        model = load_model(made.checkpoint)
         with pytest.raises(GateError, match="exported file gives logits that are not finite"):
             parity.parity(torch_forward(model), Onnx.session(made.folder), parity.probes(model, made.rows, 4), 1e-4)
 
