@@ -75,9 +75,9 @@ def patch(patches: tuple[str, ...]) -> None:
         batches = training.training_batches
         training.training_batches = lambda *args, **options: batches(*args, **options | {"bucketing": False})  # type: ignore[attr-defined]
     if "attention maps" in patches:
-        observe = student.observe
-        keep = lambda *args, **options: observe(*args, **options | {"attention": "probabilities"})  # noqa: E731
-        student.observe = keep  # type: ignore[attr-defined,assignment]
+        compute_outputs = student.compute_outputs
+        keep = lambda *args, **options: compute_outputs(*args, **options | {"attention": "probabilities"})  # noqa: E731
+        student.compute_outputs = keep  # type: ignore[attr-defined,assignment]
     if "sdpa" in patches:
         load = student.load_model  # type: ignore[attr-defined]
         fused = lambda *args, **options: load(*args, **options | {"eager": False})  # noqa: E731
@@ -92,6 +92,6 @@ def patch(patches: tuple[str, ...]) -> None:
         training._Window.add = reading  # type: ignore[method-assign]
         padding.PaddingMask.of = lambda mask, **_: mask  # type: ignore[assignment,method-assign]
     if "no prefetching" in patches:
-        prefetch.ready = lambda batches, _: nullcontext(batches)  # type: ignore[assignment]
+        prefetch.prefetch_batches = lambda batches, _: nullcontext(batches)  # type: ignore[assignment]
     if "teacher looks" in patches:
-        teacher_outputs.worth_keeping = lambda *_: False  # type: ignore[assignment]
+        teacher_outputs.is_worth_caching = lambda *_: False  # type: ignore[assignment]

@@ -227,7 +227,7 @@ def _instrument(clock: Clock, counted: dict[str, float], stage: str, profiler: A
     from spdtool.training import loop as training
     from spdtool.training import prefetch
 
-    ready, adamw, fit = prefetch.ready, training.adamw, training.fit
+    ready, adamw, fit = prefetch.prefetch_batches, training.adamw, training.fit
     take = clock.timed("data", next)
     sizes: dict[str, int] = {}
 
@@ -276,12 +276,12 @@ def _instrument(clock: Clock, counted: dict[str, float], stage: str, profiler: A
         return fit(parts, *args, **options)
 
     training.fit = fitting  # type: ignore[assignment]
-    prefetch.ready = watched  # type: ignore[assignment]
+    prefetch.prefetch_batches = watched  # type: ignore[assignment]
     training.adamw = optimiser
-    observe = student.observe  # type: ignore[attr-defined]
+    compute_outputs = student.compute_outputs  # type: ignore[attr-defined]
     who = lambda model, *_: "student" if model.training else "teacher"  # noqa: E731
-    student.observe = clock.timed(who, observe)  # type: ignore[attr-defined]
-    student.distillation = clock.timed("loss", student.distillation)  # type: ignore[attr-defined]
+    student.compute_outputs = clock.timed(who, compute_outputs)  # type: ignore[attr-defined]
+    student.distillation_loss = clock.timed("loss", student.distillation_loss)  # type: ignore[attr-defined]
     Accelerator.backward = clock.timed("backward", Accelerator.backward)  # type: ignore[method-assign]
     Accelerator.clip_grad_norm_ = clock.timed("clip", Accelerator.clip_grad_norm_)  # type: ignore[method-assign]
     Masks.silence = clock.timed("masks", Masks.silence)  # type: ignore[method-assign]

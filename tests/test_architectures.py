@@ -14,9 +14,9 @@ import torch
 from toys import ARCHITECTURES, POSITIONS
 from transformers import AutoModelForSequenceClassification
 
-from spdtool.distillation.grafting import Grafting
-from spdtool.distillation.losses import distillation
-from spdtool.distillation.outputs import observe
+from spdtool.distillation.grafting import LayerDraw
+from spdtool.distillation.losses import distillation_loss
+from spdtool.distillation.outputs import compute_outputs
 from spdtool.errors import ModelError
 from spdtool.models import predict as evaluation
 from spdtool.models.layers import (
@@ -51,8 +51,8 @@ def pair(toys: Any, architecture: str, layers: int = DEPTH) -> tuple[Any, Any]:
     return student, teacher
 
 
-def graft(student: Any, teacher: Any, seed: int = 0) -> Grafting:
-    return Grafting(find_layer_stack(student), find_layer_stack(teacher), seed=seed)
+def graft(student: Any, teacher: Any, seed: int = 0) -> LayerDraw:
+    return LayerDraw(find_layer_stack(student), find_layer_stack(teacher), seed=seed)
 
 
 def forward(model: Any, batch: dict[str, torch.Tensor], **outputs: bool) -> Any:
@@ -118,14 +118,14 @@ def test_scores_are_what_the_models_own_attention_is_made_of(toys: Any, architec
     model, batch = toys.classifier(architecture, layers=DEPTH), toys.batch(architecture=architecture)
     install_capture_hooks(model)
     with torch.no_grad():
-        seen = observe(model, batch, hidden=True, attention="scores")
+        seen = compute_outputs(model, batch, hidden_states=True, attention="scores")
         outputs = forward(model, batch, output_attentions=True, output_hidden_states=True)
-        probabilities = observe(model, batch, attention="probabilities")
-    assert seen.attention is not None
+        probabilities = compute_outputs(model, batch, attention="probabilities")
+    assert seen.attentions is not None
     assert probabilities.attention is not None
-    assert len(seen.attention) == len(outputs.attentions) == DEPTH
+    assert len(seen.attentions) == len(outputs.attentions) == DEPTH
     real = batch["attention_mask"].bool()
-    for scores, attention, kept in zip(seen.attention, outputs.attentions, probabilities.attention, strict=True):
+    for scores, attention, kept in zip(seen.attentions, outputs.attentions, probabilities.attentions, strict=True):
         torch.testing.assert_close(scores.softmax(-1)[real[:, None].expand(-1, 2, -1)],
                                    attention[real[:, None].expand(-1, 2, -1)])  # fmt: skip
         assert torch.equal(kept, attention)
@@ -147,12 +147,12 @@ def test_gradient_checkpointing_gives_the_same_gradients(toys: Any, architecture
         grafting = graft(student, teacher, seed=3)
         for _ in range(2):
             with torch.no_grad():
-                taught = observe(teacher, batch, hidden=True, attention="scores")
+                taught = compute_outputs(teacher, batch, hidden_states=True, attention="scores")
             with grafting.draw(0.6) as draw:
-                learnt = observe(student, batch, hidden=True, attention="scores")
-            assert learnt.attention is not None
-            assert len(learnt.attention) == DEPTH
-            distillation(learnt, taught, batch, SCORES, regression=False)["loss"].backward()
+                learnt = compute_outputs(student, batch, hidden_states=True, attention="scores")
+            assert learnt.attentions is not None
+            assert len(learnt.attentions) == DEPTH
+            distillation_loss(learnt, taught, batch, SCORES, regression=False)["loss"].backward()
         assert any(draw)
         return {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
 
@@ -250,10 +250,10 @@ def test_compiling_layer_by_layer_gives_the_same_loss_and_gradients(toys: Any, a
         grafting, losses = graft(student, teacher, seed=1), []
         for _ in range(4):
             with torch.no_grad():
-                taught = observe(teacher, batch, hidden=True, attention=seen)
+                taught = compute_outputs(teacher, batch, hidden_states=True, attention=seen)
             with grafting.draw(0.5):
-                learnt = observe(student, batch, hidden=True, attention=seen)
-            loss = distillation(learnt, taught, batch, weights, regression=False)["loss"]
+                learnt = compute_outputs(student, batch, hidden_states=True, attention=seen)
+            loss = distillation_loss(learnt, taught, batch, weights, regression=False)["loss"]
             if loss.requires_grad:  # some layer of the draw is the student's
                 loss.backward()
             losses.append(float(loss.detach()))
@@ -287,10 +287,10 @@ def test_no_form_of_a_compiled_layer_is_left_to_plain_python(toys: Any, monkeypa
         for training in (True, False):  # in eval mode with gradients: calibration batches
             student.train(training)
             with torch.no_grad():
-                observe(teacher, batch, hidden=True)
+                compute_outputs(teacher, batch, hidden_states=True)
             for _ in range(3):
                 with grafting.draw(0.5):
-                    observe(student, batch, hidden=True)
+                    compute_outputs(student, batch, hidden_states=True)
         student.eval()
         with torch.inference_mode():
             student(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])

@@ -41,7 +41,6 @@ PENDING: set[tuple[str, str]] = {
     ("spdtool.data.overview", "spdtool.tasks"),
     ("spdtool.data.sharded", "spdtool.tasks"),
     ("spdtool.data.tokens", "spdtool.tasks"),
-    ("spdtool.distillation.losses", "spdtool.training.microbatches"),
     ("spdtool.export.bundle.write", "spdtool.serving.classifier"),
     ("spdtool.stages.prune", "spdtool.stages.plan"),
     ("spdtool.sweep", "spdtool.report.drawing"),

@@ -1,6 +1,6 @@
-"""Grafting: in each forward pass, each layer is the student's own with probability p, else the teacher's; or a blend.
+"""Grafting: in each forward pass, each layer is the student's with probability p, else the teacher's; or a blend.
 
-The student learns its place in a network that already works (BERT-of-Theseus, arXiv 2002.02925; Sparse Progressive
+The student's layers learn inside a network that already works (BERT-of-Theseus, arXiv 2002.02925; Sparse Progressive
 Distillation, arXiv 2110.08190). No modelling code is copied: entries of the student's layer list are swapped for one
 forward pass and put back.
 """
@@ -11,15 +11,17 @@ import copy
 import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spdtool.errors import ModelError
 
+RandomState = list[object]
+"""State of a draw's generator, as JSON can hold it."""
 
-class Grafting:
+
+class LayerDraw:
     """Keeps the student's layer list, both sets of layers, and the generator that draws between them.
 
     Args:
@@ -35,7 +37,7 @@ class Grafting:
     def __init__(
         self, student: nn.ModuleList, teacher: nn.ModuleList, *, seed: int, stand_in_dropout: bool = False
     ) -> None:
-        _refuse_other_depth(student, teacher)
+        _check_depths(student, teacher)
         self._list = student
         self._student, self._teacher = list(student), list(teacher)
         self._random = random.Random(seed)
@@ -44,42 +46,43 @@ class Grafting:
 
     @contextmanager
     def draw(self, rate: float) -> Iterator[list[bool]]:
-        """Draw which layers are the student's own, and let the teacher's stand in for the others inside the block.
+        """Draw which layers are the student's, and let the teacher's stand in for the others inside the block.
 
         Args:
             rate: the replacing rate p in [0, 1]; the same number of random draws is made whatever it is.
 
         Yields:
-            per layer, whether it is the student's own.
+            per layer, whether it is the student's.
         """
         self.drawn = [self._random.random() < rate for _ in self._student]
-        away = [index for index, own in enumerate(self.drawn) if not own]
+        replaced = [index for index, is_student in enumerate(self.drawn) if not is_student]
         try:
-            for index in away:
+            for index in replaced:
                 self._list[index] = self._teacher[index].train(self._stand_in_dropout)
             yield self.drawn
         finally:
-            for index in away:
+            for index in replaced:
                 self._list[index] = self._student[index]
                 self._teacher[index].eval()
 
-    def state(self) -> list[Any]:
-        """The generator's state, as JSON can hold it."""
+    def state_dict(self) -> RandomState:
+        """Return the generator's state, as JSON can hold it."""
         version, internal, gauss = self._random.getstate()
         return [version, list(internal), gauss]
 
-    def restore(self, state: list[Any]) -> None:
-        """Take over what `state` gave."""
+    def load_state_dict(self, state: RandomState) -> None:
+        """Restore what `state_dict` returned."""
         version, internal, gauss = state
+        assert isinstance(internal, list | tuple)
         self._random.setstate((version, tuple(internal), gauss))
 
 
-class Blend:
-    """Keeps the student's layers and silent twins of the teacher's, to mix what both make of the same input.
+class LayerBlend:
+    """Keeps the student's layers and hook-free copies of the teacher's, to mix their outputs for the same input.
 
-    In place of a draw, every layer gives `rate` times its own output plus `1 - rate` times the teacher's: nothing is
-    random, and every layer of the student learns in every step. The layers stay where they are; only their `forward`
-    is another one inside the block.
+    In place of a draw, every layer gives `rate` times its output plus `1 - rate` times the teacher's: nothing is
+    random, and every layer of the student learns in every step. The layers stay in their list; only their `forward`
+    is replaced inside the block.
 
     Args:
         student: the layers that are mixed.
@@ -91,8 +94,9 @@ class Blend:
     """
 
     def __init__(self, student: nn.ModuleList, teacher: nn.ModuleList, *, stand_in_dropout: bool = False) -> None:
-        _refuse_other_depth(student, teacher)
-        self._student, self._teacher = list(student), [_silent(layer) for layer in teacher]
+        _check_depths(student, teacher)
+        self._student = list(student)
+        self.teacher_layers = [_copy_without_hooks(layer) for layer in teacher]
         self._stand_in_dropout = stand_in_dropout
         self.drawn = [True] * len(student)
 
@@ -101,67 +105,71 @@ class Blend:
         """Mix the layers' outputs inside the block; at rate 1 the teacher's layers do not run at all.
 
         Args:
-            rate: the student's share in [0, 1].
+            rate: the weight of the student's output in [0, 1].
 
         Yields:
-            per layer, whether it is in the forward pass: all are.
+            per layer, whether the student's is in the forward pass: True for all.
         """
-        with ExitStack() as after:
+        with ExitStack() as stack:
             if rate < 1:
-                for own, other in zip(self._student, self._teacher, strict=True):
-                    after.callback(other.eval)
-                    after.enter_context(_mixed(own, other.train(self._stand_in_dropout), rate))
+                for student_layer, teacher_layer in zip(self._student, self.teacher_layers, strict=True):
+                    stack.callback(teacher_layer.eval)
+                    teacher_layer.train(self._stand_in_dropout)
+                    stack.enter_context(_blend_outputs(student_layer, teacher_layer, rate))
             yield self.drawn
 
-    def state(self) -> list[Any]:
-        """Nothing: there is no draw."""
+    def state_dict(self) -> RandomState:
+        """Return an empty state: there is no draw."""
         return []
 
-    def restore(self, state: list[Any]) -> None:
-        """Take over what `state` gave."""
+    def load_state_dict(self, state: RandomState) -> None:
+        """Restore what `state_dict` returned."""
 
 
-def make(kind: str, student: nn.ModuleList, teacher: nn.ModuleList, *, seed: int, dropout: bool) -> Grafting | Blend:
-    """`bernoulli` or `blend`, as `grafting.kind` says; raises as they do."""
+LayerMixing = LayerDraw | LayerBlend
+
+
+def create_mixing(
+    kind: str, student: nn.ModuleList, teacher: nn.ModuleList, *, seed: int, stand_in_dropout: bool
+) -> LayerMixing:
+    """Create what `grafting.kind` names, `bernoulli` or `blend`; raises as they do."""
     if kind == "blend":
-        return Blend(student, teacher, stand_in_dropout=dropout)
-    return Grafting(student, teacher, seed=seed, stand_in_dropout=dropout)
+        return LayerBlend(student, teacher, stand_in_dropout=stand_in_dropout)
+    return LayerDraw(student, teacher, seed=seed, stand_in_dropout=stand_in_dropout)
 
 
 @contextmanager
-def _mixed(own: nn.Module, other: nn.Module, rate: float) -> Iterator[None]:
-    """Let `own` give the mixture while the block runs; transformers captures what `forward` gives, so the mixture."""
-    forward, before = own.forward, vars(own).get("forward")
+def _blend_outputs(student: nn.Module, teacher: nn.Module, rate: float) -> Iterator[None]:
+    """Let `student` return the blend while the block runs; transformers' hooks capture what `forward` returns."""
+    forward, previous = student.forward, vars(student).get("forward")
 
-    def mixture(*args: Any, **options: Any) -> Any:
-        mine, its = forward(*args, **options), _unobserved(other, args, options)
-        if isinstance(mine, tuple):
-            return (torch.lerp(its[0], mine[0], rate), *mine[1:])
-        return torch.lerp(its, mine, rate)
+    def blend(*args: object, **options: object) -> object:
+        student_output = forward(*args, **options)
+        # whoever records the softmaxes of the student's pass (outputs.py) must not see the teacher's
+        with torch._C.DisableTorchFunction():
+            teacher_output = teacher(*args, **options)
+        if isinstance(student_output, tuple):
+            return (torch.lerp(teacher_output[0], student_output[0], rate), *student_output[1:])
+        assert isinstance(student_output, Tensor)
+        return torch.lerp(teacher_output, student_output, rate)
 
-    own.forward = mixture
+    student.forward = blend
     try:
         yield
     finally:
-        del own.forward
-        if before is not None:
-            own.forward = before
+        del student.forward
+        if previous is not None:
+            student.forward = previous
 
 
-def _unobserved(layer: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    """What `layer` gives, its softmax hidden from whoever watches the student's (`observation.py`)."""
-    with torch._C.DisableTorchFunction():
-        return layer(*args, **options)
+def _copy_without_hooks(layer: nn.Module) -> nn.Module:
+    """Copy a layer without its hooks, so that none of its outputs are captured; the weights are shared."""
+    clone = copy.deepcopy(layer, {id(parameter): parameter for parameter in layer.parameters()})
+    for module in clone.modules():
+        module._forward_hooks.clear()
+    return clone
 
 
-def _silent(layer: nn.Module) -> nn.Module:
-    """A twin that shares the layer's weights and has none of its hooks, so that nothing of its pass is captured."""
-    twin = copy.deepcopy(layer, {id(parameter): parameter for parameter in layer.parameters()})
-    for part in twin.modules():
-        part._forward_hooks.clear()
-    return twin
-
-
-def _refuse_other_depth(student: nn.ModuleList, teacher: nn.ModuleList) -> None:
+def _check_depths(student: nn.ModuleList, teacher: nn.ModuleList) -> None:
     if len(student) != len(teacher):
         raise ModelError(f"the student has {len(student)} layers and the teacher {len(teacher)}; grafting pairs them")

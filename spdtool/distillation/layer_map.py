@@ -5,41 +5,38 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from spdtool.distillation.outputs import Observation
+from spdtool.distillation.outputs import ModelOutputs
 from spdtool.errors import RecipeError
 from spdtool.models.layers import ModelShape
 from spdtool.recipe.fields import PHASES, Distilled, Loss, Recipe
 
 
-def layer_map(how: str | tuple[int, ...], student: int, teacher: int) -> tuple[int, ...]:
-    """The teacher's layer, from 1, for each layer of the student, first to last.
+def map_layers(layer_map: str | tuple[int, ...], student_depth: int, teacher_depth: int) -> tuple[int, ...]:
+    """Return the teacher's layer, counted from 1, for each layer of the student, first to last.
 
     `uniform` spreads them evenly, so that the last learns from the last; `last` takes the teacher's topmost layers;
-    a tuple says it layer by layer. Two stacks of one depth are paired one to one by the first two.
-
-    Args:
-        student, teacher: numbers of layers.
+    a tuple lists them layer by layer. Two stacks of one depth are paired one to one by the first two.
 
     Raises:
-        RecipeError: the tuple has another length, or names a layer that is not there; `last` for a deeper student.
+        RecipeError: the tuple has another length, or names a layer that does not exist; `last` for a deeper student.
     """
-    if how == "uniform":
-        return tuple(max(1, round(index * teacher / student)) for index in range(1, student + 1))
-    if how == "last":
-        if student > teacher:
+    if layer_map == "uniform":
+        return tuple(max(1, round(layer * teacher_depth / student_depth)) for layer in range(1, student_depth + 1))
+    if layer_map == "last":
+        if student_depth > teacher_depth:
             raise RecipeError(
-                f"layer_map = 'last': the student has {student} layers and the teacher only {teacher}",
+                f"layer_map = 'last': the student has {student_depth} layers and the teacher only {teacher_depth}",
                 "layer_map = 'uniform' lets several layers of the student learn from one of the teacher's",
             )
-        return tuple(range(teacher - student + 1, teacher + 1))
-    listed = tuple(int(layer) for layer in how)
-    if len(listed) != student or not all(1 <= layer <= teacher for layer in listed):
+        return tuple(range(teacher_depth - student_depth + 1, teacher_depth + 1))
+    layers = tuple(int(layer) for layer in layer_map)
+    if len(layers) != student_depth or min(layers) < 1 or max(layers) > teacher_depth:
         raise RecipeError(
-            f"layer_map = {list(listed)}: a student of {student} layers needs {student} numbers from 1 to {teacher}, "
-            "the teacher's layers",
-            f"for example layer_map = {list(layer_map('uniform', student, teacher))}",
+            f"layer_map = {list(layers)}: a student of {student_depth} layers needs {student_depth} numbers from 1 to "
+            f"{teacher_depth}, the teacher's layers",
+            f"for example layer_map = {list(map_layers('uniform', student_depth, teacher_depth))}",
         )
-    return listed
+    return layers
 
 
 def check_phases(recipe: Recipe, student: ModelShape, teacher: ModelShape) -> None:
@@ -52,46 +49,54 @@ def check_phases(recipe: Recipe, student: ModelShape, teacher: ModelShape) -> No
         section = recipe.section(phase)
         assert isinstance(section, Distilled)
         try:
-            layer_map(section.loss.layer_map, student.layers, teacher.layers)
-            check_relation(section.loss, student.width, teacher.width)
-            check_attention(section.loss, student.heads, teacher.heads)
+            map_layers(section.loss.layer_map, student.layers, teacher.layers)
+            check_relation_heads(section.loss, student.width, teacher.width)
+            check_attention_heads(section.loss, student.heads, teacher.heads)
         except RecipeError as error:
             raise RecipeError(f"{phase}.loss: {error.message}", error.hint) from None
 
 
-def taught_by(teacher: Observation, mapped: Sequence[int]) -> Observation:
-    """What the teacher shows, in the order of the student's layers: embeddings' output first, then `mapped`."""
-    hidden, attention = teacher.hidden, teacher.attention
-    return replace(
-        teacher,
-        hidden=None if hidden is None else (hidden[0], *(hidden[layer] for layer in mapped)),
-        attention=None if attention is None else tuple(attention[layer - 1] for layer in mapped),
-    )
+def select_layers(outputs: ModelOutputs, layers: Sequence[int]) -> ModelOutputs:
+    """Return the teacher's outputs in the order of the student's layers: the embeddings' output, then `layers`.
+
+    Args:
+        layers: the teacher's, counted from 1, one for each layer of the student.
+    """
+    hidden_states, attentions = outputs.hidden_states, outputs.attentions
+    if hidden_states is not None:
+        hidden_states = (hidden_states[0], *(hidden_states[layer] for layer in layers))
+    if attentions is not None:
+        attentions = tuple(attentions[layer - 1] for layer in layers)
+    return replace(outputs, hidden_states=hidden_states, attentions=attentions)
 
 
-def check_relation(loss: Loss, student: int, teacher: int) -> None:
+def check_relation_heads(loss: Loss, student_width: int, teacher_width: int) -> None:
     """Refuse widths that `relation_heads` does not divide.
 
     Raises:
-        RecipeError: names the numbers of pieces that would fit.
+        RecipeError: its hint lists the numbers of heads that fit.
     """
-    pieces = loss.relation_heads
-    if loss.relation > 0 and (student % pieces or teacher % pieces):
-        fitting = [str(n) for n in range(1, min(student, teacher, 64) + 1) if student % n == teacher % n == 0]
+    heads = loss.relation_heads
+    if loss.relation > 0 and (student_width % heads or teacher_width % heads):
+        divisors = []
+        for divisor in range(1, min(student_width, teacher_width, 64) + 1):
+            if student_width % divisor == teacher_width % divisor == 0:
+                divisors.append(str(divisor))
         raise RecipeError(
-            f"relation_heads = {pieces} does not divide the widths of student ({student}) and teacher ({teacher})",
-            f"what divides both: {', '.join(fitting)}",
+            f"relation_heads = {heads} does not divide the widths of student ({student_width}) and teacher "
+            f"({teacher_width})",
+            f"what divides both: {', '.join(divisors)}",
         )
 
 
-def check_attention(loss: Loss, student: int, teacher: int) -> None:
+def check_attention_heads(loss: Loss, student_heads: int, teacher_heads: int) -> None:
     """Refuse attention maps of different numbers of heads.
 
     Raises:
-        RecipeError: says what else can be compared.
+        RecipeError: its hint names the loss that compares any two widths.
     """
-    if loss.attention > 0 and student != teacher:
+    if loss.attention > 0 and student_heads != teacher_heads:
         raise RecipeError(
-            f"attention compares head with head: the student has {student} and the teacher {teacher}",
+            f"attention compares head with head: the student has {student_heads} and the teacher {teacher_heads}",
             "set attention to 0; relation compares token-to-token relations of any width",
         )

@@ -1,37 +1,38 @@
-"""What the losses look at in one forward pass: logits, hidden states, attention maps."""
+"""What the losses compare: logits, hidden states and attention maps of one forward pass."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 SOFTMAXES = (nn.functional.softmax, torch.softmax, Tensor.softmax)
+AttentionKind = Literal["scores", "probabilities"]
 
 
 @dataclass(frozen=True)
-class Observation:
-    """One forward pass.
+class ModelOutputs:
+    """Outputs of one forward pass.
 
     Attributes:
         logits: [rows, labels].
-        hidden: per layer [rows, tokens, width], the embeddings' output first; None where not asked for.
-        attention: per layer [rows, heads, tokens, tokens]; None where not asked for.
+        hidden_states: per layer [rows, tokens, width], the embeddings' output first; None if not requested.
+        attentions: per layer [rows, heads, tokens, tokens]; None if not requested.
     """
 
     logits: Tensor
-    hidden: tuple[Tensor, ...] | None = None
-    attention: tuple[Tensor, ...] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
-def observe(
-    model: nn.Module, batch: dict[str, Tensor], *, hidden: bool = False, attention: str | None = None
-) -> Observation:
-    """Run `model` on `batch` (without its labels) and keep what is asked for.
+def compute_outputs(
+    model: nn.Module, batch: dict[str, Tensor], *, hidden_states: bool = False, attention: AttentionKind | None = None
+) -> ModelOutputs:
+    """Run `model` on `batch` (without its labels) and return the requested outputs.
 
     Args:
         attention: `scores` before the softmax, `probabilities` after softmax and dropout, or None. Needs the eager
@@ -39,33 +40,38 @@ def observe(
     """
     inputs = {name: column for name, column in batch.items() if name != "labels"}
     if attention == "scores":
-        with _SoftmaxInputs() as scores:
-            outputs = model(**inputs, output_hidden_states=hidden)
-        return Observation(outputs.logits, outputs.hidden_states if hidden else None, tuple(scores.seen))
-    outputs = model(**inputs, output_hidden_states=hidden, output_attentions=attention == "probabilities")
-    return Observation(
-        outputs.logits,
-        outputs.hidden_states if hidden else None,
-        outputs.attentions if attention == "probabilities" else None,
-    )
+        with _SoftmaxInputs() as recorder:
+            outputs = model(**inputs, output_hidden_states=hidden_states)
+        attentions: tuple[Tensor, ...] | None = tuple(recorder.scores)
+    else:
+        with_attentions = attention == "probabilities"
+        outputs = model(**inputs, output_hidden_states=hidden_states, output_attentions=with_attentions)
+        attentions = outputs.attentions if with_attentions else None
+    return ModelOutputs(outputs.logits, outputs.hidden_states if hidden_states else None, attentions)
 
 
 class _SoftmaxInputs(TorchFunctionMode):
-    """Keeps what goes into each softmax over [rows, heads, tokens, tokens] while the block runs.
+    """Keeps the input of each softmax over [rows, heads, tokens, tokens] while the block runs.
 
-    Every supported family computes eager attention with one softmax a layer, so this sees the scores of all of them
-    without a line of their code, with relative positions and rotary embeddings already in.
+    Every supported family computes eager attention with one softmax a layer, so this records the scores of all of
+    them without a line of their code, with relative positions and rotary embeddings already added.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[Tensor] = []
+        self.scores: list[Tensor] = []
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        self,
+        func: Callable[..., object],
+        types: Collection[type],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         if func in SOFTMAXES:
             scores = args[0]
+            assert isinstance(scores, Tensor)
+            # the head's softmax over labels has two dimensions
             if scores.dim() == 4 and scores.shape[-1] == scores.shape[-2]:
-                self.seen.append(scores)
+                self.scores.append(scores)
         return func(*args, **(kwargs or {}))

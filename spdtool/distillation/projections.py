@@ -1,50 +1,64 @@
-"""Projections from the student's width to the teacher's: learned with the student, and never part of it.
+"""Projections from the student's width to the teacher's: trained with the student, and never part of it.
 
 Where hidden states have different widths, each is multiplied by a matrix of its own before it is compared (TinyBERT,
-arXiv 1909.10351). A phase leaves the matrices in `projections.safetensors`, from which the next one goes on.
+arXiv 1909.10351). A phase saves the matrices in `projections.safetensors`, from which the next one continues.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-FILE = "projections.safetensors"
+FILE_NAME = "projections.safetensors"
 PREFIX = "projection."
 
 Projections = dict[str, nn.Parameter]
 """`projection.0` (the embeddings' output) to `projection.<layers>`: [teacher's width, student's width]."""
 
 
-def fresh(layers: int, student: int, teacher: int, *, seed: int, device: torch.device | str = "cpu") -> Projections:
-    """Random projections that keep the size of what they project; they depend on `seed` alone.
+def create_projections(
+    layers: int, student_width: int, teacher_width: int, *, seed: int, device: torch.device | str = "cpu"
+) -> Projections:
+    """Draw random projections that keep the norm of what they project; they depend on `seed` alone.
 
     Args:
-        layers: of the student.
-        student, teacher: widths.
+        layers: number of the student's layers.
     """
-    draw = torch.Generator().manual_seed(seed)
-    return {
-        f"{PREFIX}{index}": nn.Parameter((torch.randn(teacher, student, generator=draw) / student**0.5).to(device))
-        for index in range(layers + 1)
-    }
+    generator = torch.Generator().manual_seed(seed)
+    projections = {}
+    for index in range(layers + 1):
+        matrix = torch.randn(teacher_width, student_width, generator=generator) / student_width**0.5
+        projections[f"{PREFIX}{index}"] = nn.Parameter(matrix.to(device))
+    return projections
 
 
-def take_over(projections: Projections, folder: Path) -> bool:
-    """Go on from those that the phase in `folder` has left, if it has left any that fit; return whether."""
-    file = folder / FILE
-    found = load_file(file) if file.is_file() else {}
-    fits = {name: weight.shape for name, weight in found.items()} == {n: w.shape for n, w in projections.items()}
-    if fits:
-        for name, weight in found.items():
-            projections[name].data.copy_(weight)
-    return fits
+def project(hidden_states: Sequence[Tensor], projections: Projections) -> Sequence[Tensor]:
+    """Multiply each hidden state, the embeddings' output first, by its projection; without projections return them."""
+    if not projections:
+        return hidden_states
+    return [F.linear(state, projections[f"{PREFIX}{index}"]) for index, state in enumerate(hidden_states)]
 
 
-def save(projections: Projections, folder: Path) -> None:
-    """Leave them for the next phase; nothing is written where there are none."""
+def load_projections(projections: Projections, folder: Path) -> bool:
+    """Copy the values that the phase in `folder` saved, if it saved any of these shapes; return whether it did."""
+    file = folder / FILE_NAME
+    if not file.is_file():
+        return False
+    saved = load_file(file)
+    if {name: weight.shape for name, weight in saved.items()} != {n: w.shape for n, w in projections.items()}:
+        return False
+    for name, weight in saved.items():
+        projections[name].data.copy_(weight)
+    return True
+
+
+def save_projections(projections: Projections, folder: Path) -> None:
+    """Save the projections for the next phase; without any, write no file."""
     if projections:
-        save_file({name: weight.detach().cpu().contiguous() for name, weight in projections.items()}, folder / FILE)
+        tensors = {name: weight.detach().cpu().contiguous() for name, weight in projections.items()}
+        save_file(tensors, folder / FILE_NAME)

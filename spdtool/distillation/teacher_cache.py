@@ -1,157 +1,172 @@
-"""What the teacher shows of every training row, computed once for all epochs, phases and runs that read the same.
+"""The teacher's outputs for every training row, computed once for all epochs, phases and runs that read the same.
 
-Logits alone are kept wherever a phase reads nothing else. Hidden states are large: they are kept for training on a
+Logits alone are cached wherever a phase reads nothing else. Hidden states are large: they are cached for training on a
 CPU, where reading them is faster than a forward pass, if they fit `teacher_states_gb` and the disk, and if the
-student's phases see the rows twice at least. Attention maps are never kept.
+student's phases read the rows at least twice. Attention maps are never cached.
 """
 
 from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
-from spdtool import ranks as processes
+from spdtool import ranks
 from spdtool.data import cache
-from spdtool.data.tokens import Encoded, evaluation_batches
-from spdtool.distillation.outputs import Observation
+from spdtool.data.tokens import Batch, Encoded, evaluation_batches
+from spdtool.distillation.outputs import ModelOutputs
 from spdtool.models import collectives, onednn
 from spdtool.models.predict import BATCH, predict, to_device
 from spdtool.recipe.fields import PHASES, Distilled, Loss, Recipe
 
-Look = Callable[[dict[str, torch.Tensor]], Observation]
-"""What the teacher shows of a batch, as the student's layers are compared with it."""
+TeacherForward = Callable[[dict[str, torch.Tensor]], ModelOutputs]
+"""Computes the teacher's outputs for a batch, in the order of the student's layers."""
 
 LOGITS, STATES = "teacher_logits", "teacher_states"
-PIECE = 1 << 27  # bytes of hidden states that are in memory at a time
+CHUNK_BYTES = 1 << 27  # of hidden states that are in memory at a time
 
 
-def reads_states(loss: Loss) -> bool:
-    """Whether the loss looks at hidden states."""
+def needs_hidden_states(loss: Loss) -> bool:
+    """Whether the loss compares hidden states."""
     return loss.hidden > 0 or loss.relation > 0
 
 
-def worth_keeping(recipe: Recipe, stage: str, rows: Encoded, teacher: Any, layers: Sequence[int]) -> bool:
-    """Whether `beside` saves time in the stage, and takes no more of the disk than it may.
+def is_worth_caching(
+    recipe: Recipe, section: Distilled, rows: Encoded, teacher: PreTrainedModel, layers: Sequence[int]
+) -> bool:
+    """Whether `cache_outputs` saves time in the phase of `section`, and fits the disk space that the recipe allows.
 
     Args:
-        layers: the teacher's, from 0, the embeddings' output, whose hidden states the student is compared with.
+        layers: the teacher's, from 0, the embeddings' output, whose hidden states the loss compares.
     """
-    section = recipe.section(stage)
-    assert isinstance(section, Distilled)
-    if section.loss.attention > 0 or rows.left:  # padded on the left, what a row gives depends on its batch
+    if section.loss.attention > 0 or rows.left:  # with left padding, a row's outputs depend on its batch
         return False
     if recipe.shard and collectives.world_size() > 1:  # one process would compute them for all
         return False
-    if not reads_states(section.loss):
-        return _visits(section, len(rows)) >= len(rows)
-    if teacher.device.type != "cpu" or not section.loss.mask_padding:  # else padding is read too, and has no place
+    if not needs_hidden_states(section.loss):
+        return _count_visits(section, len(rows)) >= len(rows)
+    # without a mask the loss reads the states of padding too, which are not stored
+    if teacher.device.type != "cpu" or not section.loss.mask_padding:
         return False
-    visits = sum(_visits(each, len(rows)) for each in _reading_states(recipe))
-    needed = 4 * int(rows.lengths.sum(dtype=np.int64)) * len(layers) * teacher.config.hidden_size
-    return visits >= 2 * len(rows) and needed <= recipe.teacher_states_gb * 1e9 and 2 * needed <= _free()
+    visits = 0
+    for phase in PHASES:
+        other = recipe.section(phase)
+        if isinstance(other, Distilled) and needs_hidden_states(other.loss):
+            visits += _count_visits(other, len(rows))
+    size = 4 * int(rows.lengths.sum(dtype=np.int64)) * len(layers) * teacher.config.hidden_size
+    # twice the size, so that the cache never fills the disk
+    return visits >= 2 * len(rows) and size <= recipe.teacher_states_gb * 1e9 and 2 * size <= free_disk_space()
 
 
-def beside(rows: Encoded, teacher: Any, look: Look, layers: Sequence[int]) -> Encoded:
-    """`rows` with the teacher's outputs beside them, from the cache or by one run over them.
+def cache_outputs(rows: Encoded, teacher: PreTrainedModel, forward: TeacherForward, layers: Sequence[int]) -> Encoded:
+    """Return `rows` with the teacher's outputs as further columns, from the cache or by one pass over the rows.
 
-    They are float32: logits [rows, labels], and hidden states [tokens, layers, width] where there are `layers`. They
-    are kept under a hash of the teacher's weights, the rows and the machine's arithmetic, so that a resumed stage reads
-    the very same numbers. Of several processes the first one computes them for all. Hidden states for which the disk
-    has no room after all are left out.
+    They are float32: logits [rows, labels], and hidden states [tokens, layers, width] if there are `layers`. They are
+    stored under a hash of the teacher's weights, the rows and the machine's arithmetic, so that a resumed stage reads
+    the very same numbers. Of several processes the first one computes them for all. If the disk is too full for the
+    hidden states after all, the rows come back without them.
 
     Args:
-        look: the teacher's view of a batch.
-        layers: whose hidden states it shows, from 0, the embeddings' output; empty: none.
+        layers: the teacher's, from 0, the embeddings' output, whose hidden states `forward` returns; empty: none.
     """
-    name = cache.key(_hash(teacher), rows.digest, _arithmetic(teacher.device), list(layers))
-    if not processes.is_main():
+    name = cache.key(_hash_model(teacher), rows.digest, _describe_arithmetic(teacher.device), list(layers))
+    if not ranks.is_main():
         collectives.barrier()
     if layers:
-        found = cache.stored("teacher-states", name, lambda append: _fill(append, rows, teacher, look))
+        arrays = cache.stored("teacher-states", name, lambda append: _compute_states(append, rows, teacher, forward))
     else:
-        found = cache.arrays("teacher-logits", name, lambda append: append("logits", _logits(rows, teacher, look)))
-    if processes.is_main():
+        arrays = cache.arrays("teacher-logits", name, lambda append: _compute_logits(append, rows, teacher, forward))
+    if ranks.is_main():
         collectives.barrier()
-    if found is None:
+    if arrays is None:
         return rows
-    kept = replace(rows, beside=rows.beside | {LOGITS: found["logits"]})
-    return replace(kept, per_token=rows.per_token | {STATES: found["states"]}) if layers else kept
+    with_logits = replace(rows, beside=rows.beside | {LOGITS: arrays["logits"]})
+    if not layers:
+        return with_logits
+    return replace(with_logits, per_token=rows.per_token | {STATES: arrays["states"]})
 
 
-def take(batch: dict[str, torch.Tensor]) -> Observation | None:
-    """What the teacher shows of the batch, out of which it is taken; None where it was not kept.
+def pop_cached_outputs(batch: dict[str, torch.Tensor]) -> ModelOutputs | None:
+    """Remove the cached outputs of the teacher from a batch and return them; None if nothing was cached.
 
-    Its hidden states are those of the `layers` that `beside` was given.
+    The hidden states are those of the `layers` that `cache_outputs` was called with.
     """
     logits, states = batch.pop(LOGITS, None), batch.pop(STATES, None)
     if logits is None:
         return None
-    return Observation(logits, None if states is None else states.unbind(2))
+    return ModelOutputs(logits, None if states is None else states.unbind(2))
 
 
-def _visits(section: Distilled, rows: int) -> int:
-    return section.steps_for(rows) * section.batch_size
-
-
-def _reading_states(recipe: Recipe) -> Iterator[Distilled]:
-    for phase in PHASES:
-        section = recipe.section(phase)
-        if isinstance(section, Distilled) and reads_states(section.loss):
-            yield section
-
-
-def _free() -> int:
+def free_disk_space() -> int:
+    """Return the free bytes of the disk that holds, or would hold, the cache."""
     folder = cache.folder()
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
 
 
+def _count_visits(section: Distilled, rows: int) -> int:
+    """Count how many rows the phase of `section` reads, each as often as it is read."""
+    return section.steps_for(rows) * section.batch_size
+
+
 @torch.inference_mode()
-def _logits(rows: Encoded, teacher: Any, look: Look) -> np.ndarray:
-    return predict(lambda batch: look(to_device(batch, teacher.device)).logits.float().cpu().numpy(), rows)
+def _compute_logits(append: cache.Append, rows: Encoded, teacher: PreTrainedModel, forward: TeacherForward) -> None:
+    def compute_batch(batch: Batch) -> np.ndarray:
+        logits: np.ndarray = forward(to_device(batch, teacher.device)).logits.float().cpu().numpy()
+        return logits
+
+    append("logits", predict(compute_batch, rows))
 
 
-def _fill(append: cache.Append, rows: Encoded, teacher: Any, look: Look) -> None:
-    """Logits and hidden states, some rows at a time, of which those of like length are one batch."""
-    row_bytes = 4 * (teacher.config.num_hidden_layers + 1) * teacher.config.hidden_size * rows.lengths.astype(np.int64)
-    pieces = np.cumsum(row_bytes) // PIECE
-    for piece in np.unique(pieces):
-        logits, states = _outputs(rows.take(np.flatnonzero(pieces == piece)), teacher, look)
+def _compute_states(append: cache.Append, rows: Encoded, teacher: PreTrainedModel, forward: TeacherForward) -> None:
+    """Append logits and hidden states chunk by chunk; rows of like length of a chunk form a batch."""
+    layer_bytes = 4 * teacher.config.hidden_size * rows.lengths.astype(np.int64)
+    row_bytes = (teacher.config.num_hidden_layers + 1) * layer_bytes
+    chunk_numbers = np.cumsum(row_bytes) // CHUNK_BYTES
+    for number in np.unique(chunk_numbers):
+        chunk = rows.take(np.flatnonzero(chunk_numbers == number))
+        logits, states = _compute_chunk(chunk, teacher, forward)
         append("logits", logits)
         append("states", states)
 
 
 @torch.inference_mode()
-def _outputs(rows: Encoded, teacher: Any, look: Look) -> tuple[np.ndarray, np.ndarray]:
+def _compute_chunk(rows: Encoded, teacher: PreTrainedModel, forward: TeacherForward) -> tuple[np.ndarray, np.ndarray]:
+    """Compute logits [rows, labels] and the hidden states of real tokens [tokens, layers, width]."""
     logits, states = np.empty((len(rows), teacher.config.num_labels), np.float32), np.empty(0, np.float32)
     for numbers in evaluation_batches(rows, BATCH):
         batch = rows.collate(numbers)
-        shown, real = look(to_device(batch, teacher.device)), batch["attention_mask"].astype(bool)
-        assert shown.hidden is not None
+        outputs, mask = forward(to_device(batch, teacher.device)), batch["attention_mask"].astype(bool)
+        assert outputs.hidden_states is not None
         if not len(states):
-            states = np.empty((rows.offsets[-1], len(shown.hidden), shown.hidden[0].shape[-1]), np.float32)
-        logits[numbers] = shown.logits.numpy()
-        for place, layer in enumerate(shown.hidden):
+            depth, width = len(outputs.hidden_states), outputs.hidden_states[0].shape[-1]
+            states = np.empty((rows.offsets[-1], depth, width), np.float32)
+        logits[numbers] = outputs.logits.numpy()
+        for layer, hidden_state in enumerate(outputs.hidden_states):
             for row, number in enumerate(numbers):
-                states[rows.offsets[number] : rows.offsets[number + 1], place] = layer[row].numpy()[real[row]]
+                tokens = slice(rows.offsets[number], rows.offsets[number + 1])
+                states[tokens, layer] = hidden_state[row].numpy()[mask[row]]
     return logits, states
 
 
-def _hash(model: Any) -> str:
-    hashed = hashlib.blake2b(model.config.to_json_string().encode(), digest_size=16)
+def _hash_model(model: PreTrainedModel) -> str:
+    """Hash the configuration and the weights."""
+    digest = hashlib.blake2b(model.config.to_json_string().encode(), digest_size=16)
     for name, weight in model.state_dict().items():
-        hashed.update(name.encode())
-        hashed.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return hashed.hexdigest()
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
-def _arithmetic(device: torch.device) -> list[Any]:
-    named = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    return [torch.__version__, device.type, named, onednn.is_faster(), torch.get_num_threads()]
+def _describe_arithmetic(device: torch.device) -> list[str | bool | int]:
+    """List what changes the last bits of a forward pass."""
+    processor = torch.backends.cpu.get_cpu_capability()
+    if device.type == "cuda":
+        processor = torch.cuda.get_device_name(device)
+    return [torch.__version__, device.type, processor, onednn.is_faster(), torch.get_num_threads()]

@@ -14,14 +14,17 @@ import torch
 from spdtool import console, plugins, tasks
 from spdtool import ranks as processes
 from spdtool.data import tokens as data
-from spdtool.distillation import grafting as grafts
-from spdtool.distillation import projections as projecting
 from spdtool.distillation import teacher_cache as teacher_outputs
-from spdtool.distillation.grafting import Blend, Grafting
-from spdtool.distillation.layer_map import check_phases, layer_map, taught_by
-from spdtool.distillation.losses import distillation
-from spdtool.distillation.outputs import observe
-from spdtool.distillation.projections import Projections
+from spdtool.distillation.grafting import LayerDraw, LayerMixing, create_mixing
+from spdtool.distillation.layer_map import check_phases, map_layers, select_layers
+from spdtool.distillation.losses import distillation_loss
+from spdtool.distillation.outputs import compute_outputs
+from spdtool.distillation.projections import (
+    Projections,
+    create_projections,
+    load_projections,
+    save_projections,
+)
 from spdtool.errors import ModelError
 from spdtool.models import collectives
 from spdtool.models import predict as evaluation
@@ -52,7 +55,7 @@ from spdtool.pruning.pruner import Pruner
 from spdtool.recipe.fields import Distilled, Recipe
 from spdtool.run.folder import LEFT, Run
 from spdtool.training import loop as training
-from spdtool.training.microbatches import Share
+from spdtool.training.microbatches import LossWeight
 from spdtool.training.schedules import Schedule, constant, replacing_rate
 
 MakePruner = Callable[[Any, Masks, int], Pruner]
@@ -108,7 +111,7 @@ def phase(run: Run, stage: str, start: str, make_pruner: MakePruner) -> dict[str
             part.value(find_prunable_layers(student), masks, sampled=sampled)
     grafting, rate = _grafting(stage, recipe, student, teacher)
     projections = _projections(recipe, section, student, teacher, folder)
-    mapped = layer_map(section.loss.layer_map, *(model_shape(model)[0] for model in (student, teacher)))
+    mapped = map_layers(section.loss.layer_map, *(model_shape(model)[0] for model in (student, teacher)))
     look = _look(section, teacher, tokenizers[1], mapped)
     loss = _lesson(section, student, tokenizer, look, grafting, rate, projections, regression=task.regression)
 
@@ -122,10 +125,10 @@ def phase(run: Run, stage: str, start: str, make_pruner: MakePruner) -> dict[str
             check_counts(count_zeros(folder, list(masks.parameters)), sparsity, pruner.scope)
         return _measured(task, forward, splits, evaluate_train) | {"folder": f"{LEFT}/{folder.name}"}
 
-    rows, shown = splits["train"], (0, *mapped) if teacher_outputs.reads_states(section.loss) else ()
-    if teacher_outputs.worth_keeping(recipe, stage, rows, teacher, shown):
+    rows, shown = splits["train"], (0, *mapped) if teacher_outputs.needs_hidden_states(section.loss) else ()
+    if teacher_outputs.is_worth_caching(recipe, section, rows, teacher, shown):
         with console.busy("reading or computing what the teacher shows"):
-            rows = teacher_outputs.beside(rows, teacher, look, shown)
+            rows = teacher_outputs.cache_outputs(rows, teacher, look, shown)
     parts = training.Fit(
         student,
         loss,
@@ -136,8 +139,8 @@ def phase(run: Run, stage: str, start: str, make_pruner: MakePruner) -> dict[str
         leave,
         extra=projections,
         bystanders=_frozen(student, teacher, section),
-        random_state=grafting.state,
-        restore_random=grafting.restore,
+        random_state=grafting.state_dict,
+        restore_random=grafting.load_state_dict,
         facts=lambda progress: {"replacing_rate": rate(progress), "drawn": grafting.drawn},
         padding_counts=not section.loss.mask_padding,
     )
@@ -149,7 +152,7 @@ def phase(run: Run, stage: str, start: str, make_pruner: MakePruner) -> dict[str
         work.metrics |= _measured(task, forward, splits, evaluate_train) | {"sparsity": masks.sparsity()}
         save_on_rank_zero(student, tokenizer, work.folder)
         if processes.is_main():
-            projecting.save(projections, work.folder)
+            save_projections(projections, work.folder)
             saved = count_zeros(work.folder, list(masks.parameters))
             check_counts(saved, pruner.target, pruner.scope)
             work.metrics |= {"zeros": {name: list(count) for name, count in saved.items()}}
@@ -218,20 +221,20 @@ def _given(recipe: Recipe, teacher: Any, taught: Any, *, eager: bool) -> tuple[A
     return load_student(recipe, task, label_names(teacher), eager=eager), tokenizer
 
 
-def _grafting(stage: str, recipe: Recipe, student: Any, teacher: Any) -> tuple[Grafting | Blend, Schedule]:
+def _grafting(stage: str, recipe: Recipe, student: Any, teacher: Any) -> tuple[LayerMixing, Schedule]:
     """What lets the teacher's layers stand in, and how often; never, and said so, where they cannot."""
     section = recipe.section(stage)
     assert isinstance(section, Distilled)
     own, rate = find_layer_stack(student), rate_of(section)
     if same_architecture(student, teacher):
         its, dropout = find_layer_stack(teacher), section.grafting.stand_in_dropout
-        return grafts.make(section.grafting.kind, own, its, seed=recipe.seed, dropout=dropout), rate
+        return create_mixing(section.grafting.kind, own, its, seed=recipe.seed, stand_in_dropout=dropout), rate
     if any(rate(step / 100) < 1 for step in range(100)):
         console.warn(
             f"{stage}.grafting is ignored: the student ({_described(student)}) has another shape than the teacher "
             f"({_described(teacher)}), whose layers cannot stand in for its own"
         )
-    return Grafting(own, own, seed=recipe.seed), constant(1.0)
+    return LayerDraw(own, own, seed=recipe.seed), constant(1.0)
 
 
 def _described(model: Any) -> str:
@@ -244,54 +247,54 @@ def _projections(recipe: Recipe, section: Distilled, student: Any, teacher: Any,
     (layers, width, _), (_, its, _) = model_shape(student), model_shape(teacher)
     if width == its or section.loss.hidden == 0:
         return {}
-    made = projecting.fresh(layers, width, its, seed=recipe.seed, device=student.device)
-    projecting.take_over(made, before)
+    made = create_projections(layers, width, its, seed=recipe.seed, device=student.device)
+    load_projections(made, before)
     return made
 
 
-def _look(section: Distilled, teacher: Any, tokenizer: Any, mapped: tuple[int, ...]) -> teacher_outputs.Look:
+def _look(section: Distilled, teacher: Any, tokenizer: Any, mapped: tuple[int, ...]) -> teacher_outputs.TeacherForward:
     """What the teacher shows of a batch, in the order of the student's layers."""
     asked, unread = _asked(section), unread_columns(tokenizer)
 
     @torch.no_grad()
     def look(batch: dict[str, torch.Tensor]) -> Any:
-        shown = observe(teacher, {name: batch[name] for name in batch if name not in unread}, **asked)
-        _check_attention(shown.attention, teacher)
-        return taught_by(shown, mapped)
+        shown = compute_outputs(teacher, {name: batch[name] for name in batch if name not in unread}, **asked)
+        _check_attention(shown.attentions, teacher)
+        return select_layers(shown, mapped)
 
     return look
 
 
 def _asked(section: Distilled) -> dict[str, Any]:
-    """What the losses of the phase look at, as `observe` takes it."""
+    """What the losses of the phase look at, as `compute_outputs` takes it."""
     attention = section.loss.attention_on if section.loss.attention > 0 else None
-    return {"hidden": teacher_outputs.reads_states(section.loss), "attention": attention}
+    return {"hidden_states": teacher_outputs.needs_hidden_states(section.loss), "attention": attention}
 
 
 def _lesson(
     section: Distilled,
     student: Any,
     tokenizer: Any,
-    look: teacher_outputs.Look,
-    grafting: Grafting | Blend,
+    look: teacher_outputs.TeacherForward,
+    grafting: LayerMixing,
     rate: Schedule,
     projections: Projections,
     *,
     regression: bool,
-) -> Callable[[dict[str, torch.Tensor], float, Share], training.LossTerms]:
+) -> Callable[[dict[str, torch.Tensor], float, LossWeight], training.LossTerms]:
     """The loss of a batch: both models look at it, and what they show is compared.
 
     The teacher does not look at a batch that has its outputs beside the rows (`teacher_outputs.py`).
     """
     asked, unread = _asked(section), unread_columns(tokenizer)
 
-    def loss(batch: dict[str, torch.Tensor], progress: float, share: Share) -> training.LossTerms:
-        taught = teacher_outputs.take(batch) or look(batch)
+    def loss(batch: dict[str, torch.Tensor], progress: float, share: LossWeight) -> training.LossTerms:
+        taught = teacher_outputs.pop_cached_outputs(batch) or look(batch)
         with grafting.draw(rate(progress)):
-            learnt = observe(student, {name: batch[name] for name in batch if name not in unread}, **asked)
-        _check_attention(learnt.attention, student)
-        return distillation(
-            learnt, taught, batch, section.loss, regression=regression, projections=projections, share=share
+            learnt = compute_outputs(student, {name: batch[name] for name in batch if name not in unread}, **asked)
+        _check_attention(learnt.attentions, student)
+        return distillation_loss(
+            learnt, taught, batch, section.loss, regression=regression, projections=projections, weight=share
         )
 
     return loss

@@ -23,7 +23,7 @@ from spdtool.models.load import label_names, load_model, load_tokenizer, move_to
 from spdtool.run.folder import RECORD, Run
 from spdtool.tasks import Task
 from spdtool.training import loop as training
-from spdtool.training.microbatches import Share
+from spdtool.training.microbatches import LossWeight
 
 
 def teacher(run: Run) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def teacher(run: Run) -> dict[str, Any]:
     _refuse_misfit(model, encoded)
     forward = evaluation.torch_forward(model, front.device)
 
-    def loss(batch: dict[str, torch.Tensor], progress: float, share: Share) -> training.LossTerms:  # noqa: ARG001
+    def loss(batch: dict[str, torch.Tensor], progress: float, share: LossWeight) -> training.LossTerms:  # noqa: ARG001
         labels = batch.pop("labels")
         logits = model(**batch).logits.float()
         mean = F.mse_loss(logits.squeeze(-1), labels) if task.regression else F.cross_entropy(logits, labels)

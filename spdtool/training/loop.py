@@ -36,7 +36,7 @@ from spdtool.recipe.fields import Prune, Recipe, Training
 from spdtool.run.folder import Work
 from spdtool.training import prefetch
 from spdtool.training.log import Journal
-from spdtool.training.microbatches import Cut, Piece, Share
+from spdtool.training.microbatches import LossWeight, Microbatch, MicrobatchSplitter
 from spdtool.training.saliency import Saliency, calibration_batches
 from spdtool.training.schedules import Schedule, rewound, warmup_then_linear
 
@@ -96,7 +96,7 @@ class Fit:
     """
 
     model: nn.Module
-    loss: Callable[[dict[str, Tensor], float, Share], LossTerms]
+    loss: Callable[[dict[str, Tensor], float, LossWeight], LossTerms]
     rows: Encoded
     evaluate: Callable[[], dict[str, float]]
     evaluate_train: Callable[[], dict[str, float]] | None = None
@@ -138,7 +138,7 @@ def fit(
     for parameter in parts.bystanders:
         parameter.requires_grad_(True)
     saliency = _saliency(parts, section)
-    cut = Cut(
+    cut = MicrobatchSplitter(
         section.accumulate,
         None if recipe.bucketing else recipe.max_length,
         parts.padding_counts,
@@ -146,15 +146,15 @@ def fit(
         collectives.world_size(),
     )
 
-    def terms_of(piece: Piece, progress: float) -> LossTerms:
+    def terms_of(piece: Microbatch, progress: float) -> LossTerms:
         with accelerator.autocast():
-            return parts.loss(to_device(piece.batch, accelerator.device), progress, piece.share)
+            return parts.loss(to_device(piece.batch, accelerator.device), progress, piece.weight)
 
     def prune(step: int) -> None:
         journal.leave(step)
         if saliency is not None and saliency.calibrates(step):
             batches = calibration_batches(parts.rows, saliency.section, recipe, step)
-            shown = (_one_draw(parts, cut.pieces(parts.rows, batch)) for batch in batches)
+            shown = (_one_draw(parts, cut.split(parts.rows, batch)) for batch in batches)
             saliency.calibrate(model, lambda piece: terms_of(piece, step / total), shown)
         journal.prune(step)
 
@@ -166,7 +166,7 @@ def fit(
     peak, rate = section.peak(config.hidden_size), _learning_rate(section, parts.pruner, total)
     window = _Window()
 
-    def learn(step: int, pieces: Iterable[Piece]) -> None:
+    def learn(step: int, pieces: Iterable[Microbatch]) -> None:
         for group in optimizer.param_groups:
             group["lr"] = peak * rate(step / total)
         shown = saliency if saliency is not None and saliency.follows(step) else None
@@ -197,8 +197,8 @@ def fit(
     model.train()
     saved = time.monotonic()
     steps = _steps(parts.rows, section, recipe, start, total)
-    batches = ((step, len(rows), cut.pieces(parts.rows, rows)) for step, rows in steps)
-    with prefetch.ready(batches, accelerator.device) as made:
+    batches = ((step, len(rows), cut.split(parts.rows, rows)) for step, rows in steps)
+    with prefetch.prefetch_batches(batches, accelerator.device) as made:
         for step, size, pieces in made:
             learn(step, pieces)
             done = step + 1
@@ -306,7 +306,7 @@ def _steps(rows: Encoded, section: Training, recipe: Recipe, start: int, total: 
         yield step, batches[step % per_epoch]
 
 
-def _one_draw(parts: Fit, pieces: Iterable[Piece]) -> Iterator[Piece]:
+def _one_draw(parts: Fit, pieces: Iterable[Microbatch]) -> Iterator[Microbatch]:
     """The pieces of a batch, before each of which the generator of the draws stands where it stood before the first.
 
     A draw belongs to an optimiser step: cutting a batch for want of memory, or among processes, is no reason to learn

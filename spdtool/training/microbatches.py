@@ -1,8 +1,8 @@
-"""A global batch in pieces: which rows each process takes, in how many parts, and what share of the batch each is.
+"""Micro-batches: which rows of a global batch each rank takes, in how many steps, and how much each weighs.
 
-A loss is a mean over rows, over real tokens, or over pairs of tokens. The mean of the pieces' means is not the mean of
-the batch where lengths differ, so every term is weighted by the piece's share of what that term is a mean over. The
-lengths of all rows are known everywhere: nothing has to be exchanged for it.
+A loss is a mean over rows, over real tokens, or over pairs of tokens. The mean of the micro-batches' means is not the
+mean of the batch where lengths differ, so every term is multiplied by the micro-batch's fraction of what that term is a
+mean over. The lengths of all rows are known to every rank: nothing has to be exchanged for it.
 """
 
 from __future__ import annotations
@@ -15,80 +15,72 @@ import numpy as np
 from torch import Tensor
 
 from spdtool.data.tokens import Batch, Encoded
+from spdtool.distillation.losses import NO_WEIGHT, WHOLE_BATCH, LossWeight
 
 
 @dataclass(frozen=True)
-class Share:
-    """What part of its batch a piece holds: of rows, of real tokens, and of pairs of real tokens in a row."""
-
-    rows: float = 1.0
-    tokens: float = 1.0
-    pairs: float = 1.0
-
-
-WHOLE = Share()
-NOTHING = Share(0.0, 0.0, 0.0)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Some rows of a batch, padded, as arrays or ready tensors (`prefetch.py`), and their share of it."""
+class Microbatch:
+    """Some rows of a batch, padded, as arrays or ready tensors (`prefetch.py`), and their weight in its loss."""
 
     batch: Batch | dict[str, Tensor]
-    share: Share
+    weight: LossWeight
 
 
 @dataclass(frozen=True)
-class Cut:
-    """How batches are cut.
+class MicrobatchSplitter:
+    """Splits global batches.
 
     Attributes:
-        parts: pieces that a process makes of its rows, one after the other, to save memory.
-        length: pad to this many tokens; None: to the longest row of a piece.
-        alike: pad all pieces to the longest row of the batch, because padding counts in the losses.
-        rank, processes: which process takes its rows, of how many.
+        accumulate: number of micro-batches that a rank makes of its rows, to save memory.
+        pad_to: pad to this many tokens; None: to the longest row of a micro-batch.
+        pad_alike: pad all micro-batches to the longest row of the batch, because padding counts in the losses.
+        rank, ranks: which rank takes its rows, of how many.
     """
 
-    parts: int = 1
-    length: int | None = None
-    alike: bool = False
+    accumulate: int = 1
+    pad_to: int | None = None
+    pad_alike: bool = False
     rank: int = 0
-    processes: int = 1
+    ranks: int = 1
 
-    def pieces(self, rows: Encoded, batch: np.ndarray) -> Iterator[Piece]:
-        """The pieces that this process takes of `batch` (row numbers); their shares over all processes sum to one.
+    def split(self, rows: Encoded, batch: np.ndarray) -> Iterator[Microbatch]:
+        """Yield this rank's micro-batches of `batch` (row numbers); the weights of all ranks sum to one.
 
-        A process for which no row is left gets one row with a share of nothing: its backward pass then leaves zeros for
-        the same parameters as everywhere else.
+        A rank without rows gets one row with a weight of zero: its backward pass then leaves zeros for the same
+        parameters as on the other ranks.
         """
-        mine = deal(batch, rows.lengths[batch], self.processes)[self.rank]
-        length = int(rows.lengths[batch].max()) if self.alike and self.length is None else self.length
-        if not len(mine):
-            yield Piece(rows.collate(batch[:1], length), NOTHING)
+        rank_rows = deal_rows(batch, rows.lengths[batch], self.ranks)[self.rank]
+        pad_to = self.pad_to
+        if self.pad_alike and pad_to is None:
+            pad_to = int(rows.lengths[batch].max())
+        if not len(rank_rows):
+            yield Microbatch(rows.collate(batch[:1], pad_to), NO_WEIGHT)
             return
-        size = math.ceil(len(mine) / self.parts)
-        for start in range(0, len(mine), size):
-            part = mine[start : start + size]
-            yield Piece(rows.collate(part, length), self._share(rows.lengths[part], rows.lengths[batch]))
+        size = math.ceil(len(rank_rows) / self.accumulate)
+        for start in range(0, len(rank_rows), size):
+            numbers = rank_rows[start : start + size]
+            weight = self._compute_weight(rows.lengths[numbers], rows.lengths[batch])
+            yield Microbatch(rows.collate(numbers, pad_to), weight)
 
-    def _share(self, part: np.ndarray, whole: np.ndarray) -> Share:
-        if len(part) == len(whole):
-            return WHOLE
-        count = len(part) / len(whole)
-        if self.alike:
-            return Share(count, count, count)
-        squares = [float(np.square(lengths, dtype=np.float64).sum()) for lengths in (part, whole)]
-        return Share(count, float(part.sum() / whole.sum()), squares[0] / squares[1])
+    def _compute_weight(self, lengths: np.ndarray, batch_lengths: np.ndarray) -> LossWeight:
+        if len(lengths) == len(batch_lengths):
+            return WHOLE_BATCH
+        row_fraction = len(lengths) / len(batch_lengths)
+        if self.pad_alike:
+            return LossWeight(row_fraction, row_fraction, row_fraction)
+        pairs = float(np.square(lengths, dtype=np.float64).sum())
+        batch_pairs = float(np.square(batch_lengths, dtype=np.float64).sum())
+        return LossWeight(row_fraction, float(lengths.sum() / batch_lengths.sum()), pairs / batch_pairs)
 
 
-def deal(batch: np.ndarray, lengths: np.ndarray, processes: int) -> list[np.ndarray]:
-    """The rows of `batch` for each process: as many for each, to within one, and of like lengths.
+def deal_rows(batch: np.ndarray, lengths: np.ndarray, ranks: int) -> list[np.ndarray]:
+    """Deal the rows of `batch` out to the ranks: equally many for each, to within one, and of like lengths.
 
-    Longest first, they are dealt out to and fro; the first process gets the first row, so it is never without one.
+    Longest first, they are dealt out back and forth; rank 0 gets the first row, so it is never without one.
     """
-    if processes == 1:
+    if ranks == 1:
         return [batch]
     order = batch[np.argsort(-lengths, kind="stable")]
-    turn = np.arange(len(order)) % (2 * processes)
-    owner = np.where(turn < processes, turn, 2 * processes - 1 - turn)
-    return [order[owner == process] for process in range(processes)]
+    turn = np.arange(len(order)) % (2 * ranks)
+    owner = np.where(turn < ranks, turn, 2 * ranks - 1 - turn)
+    return [order[owner == rank] for rank in range(ranks)]

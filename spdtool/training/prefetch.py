@@ -1,7 +1,7 @@
-"""Batches made ready a few steps ahead of the loop, by a thread of its own, so that a GPU does not wait for them.
+"""Batches prepared a few steps ahead of the loop, by a thread, so that a GPU does not wait for them.
 
 The thread collates them and puts them into page-locked memory, from which a copy to the device waits for nothing. It
-works on a pure function of the rows and the step: nothing that is random moves to it, and the batches are the same.
+computes a pure function of the rows and the step: nothing random moves to it, and the batches are the same.
 """
 
 from __future__ import annotations
@@ -15,61 +15,61 @@ from typing import TypeVar
 
 import torch
 
-from spdtool.training.microbatches import Piece
+from spdtool.training.microbatches import Microbatch
 
-AHEAD = 3  # steps that wait ready: enough for one that takes long to collate, and little memory
+STEPS_AHEAD = 3  # enough for one step that takes long to collate, and little memory
 
 Item = TypeVar("Item")
-Ready = tuple[int, int, Iterable[Piece]]
-"""A step, the rows of its global batch, and the pieces of it that this process takes."""
+StepBatch = tuple[int, int, Iterable[Microbatch]]
+"""A step, the number of rows of its global batch, and this rank's micro-batches of it."""
 
 
-def ready(batches: Iterator[Ready], device: torch.device) -> AbstractContextManager[Iterator[Ready]]:
-    """`batches` for the loop to run over inside the block: made ahead for a GPU, when they are asked for on a CPU.
+def prefetch_batches(batches: Iterator[StepBatch], device: torch.device) -> AbstractContextManager[Iterator[StepBatch]]:
+    """Return a context whose iterator yields `batches`: prepared ahead for a GPU, on demand on a CPU.
 
-    On a CPU a thread would only take the time of the products. Whatever making a batch raises is raised in the loop,
-    at the step whose batch it is.
+    On a CPU a thread would only take processor time from the matrix products. An exception while a batch is prepared
+    is raised in the loop, at the step of that batch.
     """
     if device.type != "cuda":
         return nullcontext(batches)
-    return ahead((pinned(batch) for batch in batches), torch.cuda.current_device())
+    return iterate_ahead(map(pin_batch, batches), torch.cuda.current_device())
 
 
 @contextmanager
-def ahead(items: Iterator[Item], device: int | None = None) -> Iterator[Iterator[Item]]:
-    """The same items in the same order, made by a thread that ends with the block, however the block ends.
+def iterate_ahead(items: Iterator[Item], device: int | None = None) -> Iterator[Iterator[Item]]:
+    """Yield an iterator of the same items in the same order, computed by a thread that ends with the block.
 
     Args:
-        device: number of the GPU that the thread works for; None: it works for none.
+        device: number of the GPU that the thread works for; None: none.
     """
 
-    def begin() -> None:
+    def select_device() -> None:
         if device is not None:
             torch.cuda.set_device(device)
 
-    with ThreadPoolExecutor(1, "batches", begin) as thread:
+    with ThreadPoolExecutor(1, "batches", select_device) as thread:
         end = object()
-        waiting = deque(thread.submit(next, items, end) for _ in range(AHEAD))
+        queue = deque(thread.submit(next, items, end) for _ in range(STEPS_AHEAD))
 
-        def taken() -> Iterator[Item]:
-            while (item := waiting.popleft().result()) is not end:
-                waiting.append(thread.submit(next, items, end))
+        def take_items() -> Iterator[Item]:
+            while (item := queue.popleft().result()) is not end:
+                queue.append(thread.submit(next, items, end))
                 yield item  # type: ignore[misc]
 
         try:
-            yield taken()
+            yield take_items()
         finally:
+            # a loop that breaks off must not wait for batches that nobody will read
             thread.shutdown(wait=False, cancel_futures=True)
 
 
-def pinned(batch: Ready) -> Ready:
-    """`batch` with its pieces collated, as tensors in page-locked memory where there is a GPU."""
-    step, size, pieces = batch
-    return step, size, [_pinned(piece) for piece in pieces]
-
-
-def _pinned(piece: Piece) -> Piece:
-    columns = {name: torch.from_numpy(column) for name, column in piece.batch.items()}
-    if torch.cuda.is_available():
-        columns = {name: column.pin_memory() for name, column in columns.items()}
-    return replace(piece, batch=columns)
+def pin_batch(batch: StepBatch) -> StepBatch:
+    """Collate the micro-batches of a step as tensors, in page-locked memory if there is a GPU."""
+    step, size, microbatches = batch
+    pinned = []
+    for microbatch in microbatches:
+        columns = {name: torch.from_numpy(column) for name, column in microbatch.batch.items()}
+        if torch.cuda.is_available():
+            columns = {name: column.pin_memory() for name, column in columns.items()}
+        pinned.append(replace(microbatch, batch=columns))
+    return step, size, pinned

@@ -21,7 +21,7 @@ from spdtool.models import collectives, fsdp
 from spdtool.pruning.pruner import Pruner
 from spdtool.pruning.statistics import STATISTICS
 from spdtool.recipe.fields import Prune, Recipe
-from spdtool.training.microbatches import NOTHING, Piece
+from spdtool.training.microbatches import NO_WEIGHT, Microbatch
 
 CALIBRATION_EPOCH = 2**32  # of the data's order: no training epoch has that number
 
@@ -53,7 +53,9 @@ class Saliency:
             return False
         return self.pruner.learns or self.section.calibration == 0
 
-    def calibrate(self, model: nn.Module, loss: Callable[[Piece], Terms], batches: Iterable[Iterable[Piece]]) -> None:
+    def calibrate(
+        self, model: nn.Module, loss: Callable[[Microbatch], Terms], batches: Iterable[Iterable[Microbatch]]
+    ) -> None:
         """Show the criterion `batches` at the weights as they are, without dropout; no weight moves.
 
         Args:
@@ -73,10 +75,10 @@ class Saliency:
             self.pruner.pool(collectives.sum_over_ranks)
         model.train(mode)
 
-    def _backward(self, loss: Callable[[Piece], Terms], piece: Piece) -> bool:
+    def _backward(self, loss: Callable[[Microbatch], Terms], piece: Microbatch) -> bool:
         """Show a piece's inputs, and add its gradients to those of its batch; return whether it has any."""
         real = torch.as_tensor(piece.batch["attention_mask"])
-        with nullcontext() if piece.share == NOTHING else self.pruner.watching(real):
+        with nullcontext() if piece.weight == NO_WEIGHT else self.pruner.watching(real):
             terms = loss(piece)
         if not self.pruner.reads_gradients or not self._of(terms).requires_grad:
             return False

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from toys import ARCHITECTURES
 
-from spdtool.distillation.grafting import Blend, Grafting, make
-from spdtool.distillation.outputs import observe
+from spdtool.distillation.grafting import LayerBlend, LayerDraw, create_mixing
+from spdtool.distillation.outputs import compute_outputs
 from spdtool.errors import ModelError
 from spdtool.models.layers import (
     configure_layers,
@@ -37,14 +37,14 @@ def models(tiny_bert: Any) -> tuple[Any, Any]:
     return student, teacher
 
 
-def graft(models: tuple[Any, Any], seed: int = 0, **how: Any) -> Grafting:
+def graft(models: tuple[Any, Any], seed: int = 0, **how: Any) -> LayerDraw:
     student, teacher = models
-    return Grafting(find_layer_stack(student), find_layer_stack(teacher), seed=seed, **how)
+    return LayerDraw(find_layer_stack(student), find_layer_stack(teacher), seed=seed, **how)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.2, 0.8, 1.0])
 def test_each_layer_gets_its_share_of_the_draws(rate: float) -> None:
-    grafting, counts, draws = Grafting(*stacks(4), seed=0), [0] * 4, 4000
+    grafting, counts, draws = LayerDraw(*stacks(4), seed=0), [0] * 4, 4000
     for _ in range(draws):
         with grafting.draw(rate) as own:
             for index, mine in enumerate(own):
@@ -54,7 +54,7 @@ def test_each_layer_gets_its_share_of_the_draws(rate: float) -> None:
 
 
 def test_layers_are_drawn_independently() -> None:
-    grafting, seen = Grafting(*stacks(3), seed=0), []
+    grafting, seen = LayerDraw(*stacks(3), seed=0), []
     for _ in range(2000):
         with grafting.draw(0.5) as own:
             seen.append(tuple(own))
@@ -65,7 +65,7 @@ def test_layers_are_drawn_independently() -> None:
 def test_what_was_drawn_is_what_stands_in_the_list() -> None:
     student, teacher = stacks()
     mine, its = list(student), list(teacher)
-    grafting = Grafting(student, teacher, seed=1)
+    grafting = LayerDraw(student, teacher, seed=1)
     for _ in range(20):
         with grafting.draw(0.5) as own:
             assert [layer is m for layer, m in zip(student, mine, strict=True)] == own
@@ -78,7 +78,7 @@ def test_what_was_drawn_is_what_stands_in_the_list() -> None:
 def test_the_list_is_restored_even_when_the_forward_raises() -> None:
     student, teacher = stacks()
     mine = list(student)
-    grafting = Grafting(student, teacher, seed=0, stand_in_dropout=True)
+    grafting = LayerDraw(student, teacher, seed=0, stand_in_dropout=True)
     with pytest.raises(RuntimeError, match="no memory"), grafting.draw(0.0):
         raise RuntimeError("no memory")
     assert list(student) == mine
@@ -87,7 +87,7 @@ def test_the_list_is_restored_even_when_the_forward_raises() -> None:
 
 def test_the_draws_depend_on_the_seed_alone_and_not_on_the_rate() -> None:
     def draws(seed: int, rates: tuple[float, ...]) -> list[list[bool]]:
-        grafting = Grafting(*stacks(), seed=seed)
+        grafting = LayerDraw(*stacks(), seed=seed)
         seen = []
         for rate in rates:
             torch.rand(3)  # a global generator that must not matter
@@ -100,17 +100,17 @@ def test_the_draws_depend_on_the_seed_alone_and_not_on_the_rate() -> None:
 
 
 def test_the_state_goes_through_json_and_the_draws_go_on() -> None:
-    grafting = Grafting(*stacks(), seed=0)
+    grafting = LayerDraw(*stacks(), seed=0)
     for _ in range(5):
         with grafting.draw(0.5):
             pass
-    kept = json.loads(json.dumps(grafting.state()))
+    kept = json.loads(json.dumps(grafting.state_dict()))
     after = []
     for _ in range(20):
         with grafting.draw(0.5) as own:
             after.append(list(own))
-    other = Grafting(*stacks(), seed=99)
-    other.restore(kept)
+    other = LayerDraw(*stacks(), seed=99)
+    other.load_state_dict(kept)
     for expected in after:
         with other.draw(0.5) as own:
             assert own == expected
@@ -118,7 +118,7 @@ def test_the_state_goes_through_json_and_the_draws_go_on() -> None:
 
 def test_stacks_of_different_depth_are_refused() -> None:
     with pytest.raises(ModelError, match="3 layers and the teacher 2"):
-        Grafting(stacks(3)[0], stacks(2)[0], seed=0)
+        LayerDraw(stacks(3)[0], stacks(2)[0], seed=0)
 
 
 def test_gradients_reach_exactly_the_drawn_layers_of_the_student(models: tuple[Any, Any], toys: Any) -> None:
@@ -165,7 +165,7 @@ def test_stand_ins_have_dropout_only_when_asked_and_are_calm_again_afterwards(dr
     student, teacher = stacks()
     student.train()
     teacher.eval()
-    grafting = Grafting(student, teacher, seed=0, stand_in_dropout=dropout)
+    grafting = LayerDraw(student, teacher, seed=0, stand_in_dropout=dropout)
     for _ in range(10):
         with grafting.draw(0.5) as own:
             for layer, mine in zip(student, own, strict=True):
@@ -177,7 +177,7 @@ def test_stand_ins_have_dropout_only_when_asked_and_are_calm_again_afterwards(dr
 each = pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 
 
-def blended(toys: Any, architecture: str, seed: int = 1) -> tuple[Any, Any, Blend, dict[str, Any]]:
+def blended(toys: Any, architecture: str, seed: int = 1) -> tuple[Any, Any, LayerBlend, dict[str, Any]]:
     """A student and a teacher that differ in their layers only, primed, and what blends them."""
     teacher = toys.classifier(architecture).requires_grad_(False)
     student = copy.deepcopy(teacher)
@@ -187,7 +187,7 @@ def blended(toys: Any, architecture: str, seed: int = 1) -> tuple[Any, Any, Blen
     select_trained_parameters(student, "layers")
     for model in (student, teacher):
         install_capture_hooks(model)
-    blend = Blend(find_layer_stack(student), find_layer_stack(teacher))
+    blend = LayerBlend(find_layer_stack(student), find_layer_stack(teacher))
     batch = toys.batch(architecture=architecture)
     return student, teacher, blend, {name: column for name, column in batch.items() if name != "labels"}
 
@@ -241,16 +241,16 @@ def test_the_observed_pass_of_a_blend_is_the_students_alone(toys: Any, architect
     depth = len(find_layer_stack(student))
     for attention in ("scores", "probabilities"):
         with blend.draw(0.4):
-            seen = observe(student, batch, hidden=True, attention=attention)
-        assert seen.hidden is not None
-        assert seen.attention is not None
-        assert (len(seen.hidden), len(seen.attention)) == (depth + 1, depth)
-        assert all(shown.requires_grad for shown in seen.attention), "those of the layers that are trained"
+            seen = compute_outputs(student, batch, hidden_states=True, attention=attention)
+        assert seen.hidden_states is not None
+        assert seen.attentions is not None
+        assert (len(seen.hidden_states), len(seen.attentions)) == (depth + 1, depth)
+        assert all(shown.requires_grad for shown in seen.attentions), "those of the layers that are trained"
     with torch.no_grad():
         assert len(teacher(**batch, output_hidden_states=True).hidden_states) == depth + 1
-        alone = observe(student, batch, hidden=True, attention="scores")
-        assert alone.attention is not None
-        assert len(alone.attention) == depth
+        alone = compute_outputs(student, batch, hidden_states=True, attention="scores")
+        assert alone.attentions is not None
+        assert len(alone.attentions) == depth
 
 
 @each
@@ -286,7 +286,7 @@ def test_a_blend_leaves_the_model_as_it_was(toys: Any, architecture: str) -> Non
     assert list(student.state_dict()) == keys
     assert all("forward" not in vars(layer) for layer in find_layer_stack(student))
     shared = {id(parameter) for parameter in teacher.parameters()}
-    assert all(id(parameter) in shared for twin in blend._teacher for parameter in twin.parameters()), "no copy"
+    assert all(id(parameter) in shared for twin in blend.teacher_layers for parameter in twin.parameters()), "no copy"
 
 
 def test_a_blend_of_gradient_checkpoints_has_the_same_gradients(toys: Any) -> None:
@@ -308,16 +308,16 @@ def test_a_blend_of_gradient_checkpoints_has_the_same_gradients(toys: Any) -> No
 @pytest.mark.parametrize("dropout", [False, True])
 def test_the_teachers_half_of_a_blend_has_dropout_only_when_asked(dropout: bool) -> None:
     student, teacher = stacks()
-    blend = make("blend", student, teacher, seed=0, dropout=dropout)
-    assert isinstance(blend, Blend)
+    blend = create_mixing("blend", student, teacher, seed=0, stand_in_dropout=dropout)
+    assert isinstance(blend, LayerBlend)
     with blend.draw(0.5):
-        assert {twin.training for twin in blend._teacher} == {dropout}
-    assert not any(twin.training for twin in blend._teacher)
+        assert {twin.training for twin in blend.teacher_layers} == {dropout}
+    assert not any(twin.training for twin in blend.teacher_layers)
 
 
 def test_the_kind_decides_and_a_blend_needs_no_state() -> None:
-    assert isinstance(make("bernoulli", *stacks(), seed=0, dropout=False), Grafting)
-    blend = make("blend", *stacks(), seed=0, dropout=False)
-    blend.restore(json.loads(json.dumps(blend.state())))
+    assert isinstance(create_mixing("bernoulli", *stacks(), seed=0, stand_in_dropout=False), LayerDraw)
+    blend = create_mixing("blend", *stacks(), seed=0, stand_in_dropout=False)
+    blend.load_state_dict(json.loads(json.dumps(blend.state_dict())))
     with pytest.raises(ModelError, match="3 layers and the teacher 2"):
-        make("blend", stacks(3)[0], stacks(2)[0], seed=0, dropout=False)
+        create_mixing("blend", stacks(3)[0], stacks(2)[0], seed=0, stand_in_dropout=False)

@@ -11,16 +11,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spdtool.distillation import projections
-from spdtool.distillation.layer_map import taught_by
+from spdtool.distillation.layer_map import select_layers
 from spdtool.distillation.losses import (
     attention_loss,
-    distillation,
+    distillation_loss,
     hidden_loss,
     logit_loss,
     regression_loss,
     relation_loss,
 )
-from spdtool.distillation.outputs import Observation, observe
+from spdtool.distillation.outputs import ModelOutputs, compute_outputs
 from spdtool.models.layers import install_capture_hooks
 from spdtool.recipe.fields import Loss
 
@@ -221,30 +221,30 @@ def test_relations_are_taken_in_float32_whatever_the_autocast() -> None:
 
 def test_a_map_and_projections_decide_what_is_compared_with_what() -> None:
     """A student of one layer of width 2 beside a teacher of two layers of width 4."""
-    made = projections.fresh(1, 2, 4, seed=0)
-    student = Observation(logits()[0][:3], tuple(states(0, layers=2, width=2)), tuple(maps(0, layers=1)))
-    teacher = Observation(logits()[1][:3], tuple(states(1, layers=3)), tuple(maps(1, layers=2)))
+    made = projections.create_projections(1, 2, 4, seed=0)
+    student = ModelOutputs(logits()[0][:3], tuple(states(0, layers=2, width=2)), tuple(maps(0, layers=1)))
+    teacher = ModelOutputs(logits()[1][:3], tuple(states(1, layers=3)), tuple(maps(1, layers=2)))
     batch = {"attention_mask": MASK, "labels": torch.tensor([0, 1, 2])}
     weights = Loss(attention=1.0, relation=1.0, relation_heads=2)
-    assert student.hidden is not None
-    assert teacher.hidden is not None
-    assert student.attention is not None
-    assert teacher.attention is not None
+    assert student.hidden_states is not None
+    assert teacher.hidden_states is not None
+    assert student.attentions is not None
+    assert teacher.attentions is not None
     for layer in (1, 2):
-        shown = taught_by(teacher, (layer,))
-        terms = distillation(student, shown, batch, weights, regression=False, projections=made)
-        taught = [teacher.hidden[0], teacher.hidden[layer]]
-        brought = [student.hidden[i] @ made[f"projection.{i}"].T for i in range(2)]
+        shown = select_layers(teacher, (layer,))
+        terms = distillation_loss(student, shown, batch, weights, regression=False, projections=made)
+        taught = [teacher.hidden_states[0], teacher.hidden_states[layer]]
+        brought = [student.hidden_states[i] @ made[f"projection.{i}"].T for i in range(2)]
         torch.testing.assert_close(terms["hidden"], hidden_loss(brought, taught, MASK))
-        torch.testing.assert_close(terms["relation"], relation_loss(student.hidden, taught, MASK, 2))
-        maps_shown = [teacher.attention[layer - 1]]
-        torch.testing.assert_close(terms["attention"], attention_loss(student.attention, maps_shown, MASK))
+        torch.testing.assert_close(terms["relation"], relation_loss(student.hidden_states, taught, MASK, 2))
+        maps_shown = [teacher.attentions[layer - 1]]
+        torch.testing.assert_close(terms["attention"], attention_loss(student.attentions, maps_shown, MASK))
     terms["loss"].backward()
     assert all(weight.grad is not None and bool((weight.grad != 0).any()) for weight in made.values())
 
 
-def observation(seed: int) -> Observation:
-    return Observation(logits(3, 3, seed)[0], tuple(states(seed)), tuple(maps(seed)))
+def observation(seed: int) -> ModelOutputs:
+    return ModelOutputs(logits(3, 3, seed)[0], tuple(states(seed)), tuple(maps(seed)))
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def observation(seed: int) -> Observation:
 )
 def test_the_total_is_the_weighted_sum_of_the_terms_that_count(weights: Loss) -> None:
     batch = {"attention_mask": MASK, "labels": torch.tensor([0, 1, 2])}
-    terms = distillation(observation(0), observation(1), batch, weights, regression=False)
+    terms = distillation_loss(observation(0), observation(1), batch, weights, regression=False)
     names = {name for name in ("logits", "hidden", "attention", "relation") if getattr(weights, name) > 0}
     assert set(terms) == {"loss"} | names
     expected = sum(getattr(weights, name) * float(terms[name]) for name in names)
@@ -270,13 +270,13 @@ def test_the_total_is_the_weighted_sum_of_the_terms_that_count(weights: Loss) ->
 def test_regression_takes_its_own_logit_loss_and_the_padding_switch_reaches_both_maps() -> None:
     batch = {"attention_mask": MASK, "labels": torch.tensor([0.5, 1.5, 2.5])}
     one, other = observation(0), observation(1)
-    student, teacher = (Observation(o.logits[:, :1], o.hidden, o.attention) for o in (one, other))
-    terms = distillation(student, teacher, batch, Loss(attention=1), regression=True)
+    student, teacher = (ModelOutputs(o.logits[:, :1], o.hidden_states, o.attentions) for o in (one, other))
+    terms = distillation_loss(student, teacher, batch, Loss(attention=1), regression=True)
     assert torch.equal(terms["logits"], F.mse_loss(student.logits[:, 0], teacher.logits[:, 0]))
-    counted = distillation(student, teacher, batch, Loss(attention=1, mask_padding=False), regression=True)
-    assert student.hidden is not None
-    assert teacher.hidden is not None
-    assert torch.equal(counted["hidden"], hidden_loss(student.hidden, teacher.hidden, None))
+    counted = distillation_loss(student, teacher, batch, Loss(attention=1, mask_padding=False), regression=True)
+    assert student.hidden_states is not None
+    assert teacher.hidden_states is not None
+    assert torch.equal(counted["hidden"], hidden_loss(student.hidden_states, teacher.hidden_states, None))
     assert float(counted["attention"]) < float(terms["attention"]), "diluted by padding"
 
 
@@ -301,12 +301,16 @@ def test_padding_on_either_side_changes_no_loss(toys: Any, left: bool) -> None:
         with torch.no_grad():
             model.bert.embeddings.position_embeddings.weight.zero_()
             model.bert.pooler.dense.weight.zero_()  # it reads the first position, which left padding moves
-    weights, seen = Loss(attention=1.0, relation=1.0, relation_heads=4), {"hidden": True, "attention": "scores"}
+    weights, seen = Loss(attention=1.0, relation=1.0, relation_heads=4), {"hidden_states": True, "attention": "scores"}
 
     def terms(batch: dict[str, Tensor]) -> dict[str, float]:
         with torch.no_grad():
-            made = distillation(
-                observe(student, batch, **seen), observe(teacher, batch, **seen), batch, weights, regression=False
+            made = distillation_loss(
+                compute_outputs(student, batch, **seen),
+                compute_outputs(teacher, batch, **seen),
+                batch,
+                weights,
+                regression=False,
             )
         return {name: float(value) for name, value in made.items()}
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from spdtool.distillation.outputs import _SoftmaxInputs, observe
+from spdtool.distillation.outputs import _SoftmaxInputs, compute_outputs
 from spdtool.models.layers import install_capture_hooks
 
 
@@ -27,21 +27,21 @@ def inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("hidden", [False, True])
 @pytest.mark.parametrize("attention", [None, "scores", "probabilities"])
 def test_only_what_is_asked_for_is_kept(model: Any, toys: Any, hidden: bool, attention: str | None) -> None:
-    seen = observe(model, toys.batch(), hidden=hidden, attention=attention)
+    seen = compute_outputs(model, toys.batch(), hidden_states=hidden, attention=attention)
     assert torch.equal(seen.logits, model(**inputs(toys.batch())).logits)
-    assert (seen.hidden is not None) == hidden
-    assert (seen.attention is not None) == (attention is not None)
-    if seen.hidden is not None:
-        assert [tuple(state.shape) for state in seen.hidden] == [(5, 11, 32)] * 4
-        assert all(torch.isfinite(state).all() for state in seen.hidden)
-    if seen.attention is not None:
-        assert [tuple(scores.shape) for scores in seen.attention] == [(5, 2, 11, 11)] * 3
+    assert (seen.hidden_states is not None) == hidden
+    assert (seen.attentions is not None) == (attention is not None)
+    if seen.hidden_states is not None:
+        assert [tuple(state.shape) for state in seen.hidden_states] == [(5, 11, 32)] * 4
+        assert all(torch.isfinite(state).all() for state in seen.hidden_states)
+    if seen.attentions is not None:
+        assert [tuple(scores.shape) for scores in seen.attentions] == [(5, 2, 11, 11)] * 3
 
 
 def test_the_labels_do_not_reach_the_model(model: Any, toys: Any) -> None:
     batch = toys.batch()
     batch["labels"] = torch.full((5,), 99)  # the model's own loss would fail on it
-    assert observe(model, batch).logits.shape == (5, 2)
+    assert compute_outputs(model, batch).logits.shape == (5, 2)
 
 
 def test_scores_are_before_dropout_and_probabilities_after(toys: Any) -> None:
@@ -49,9 +49,9 @@ def test_scores_are_before_dropout_and_probabilities_after(toys: Any) -> None:
     install_capture_hooks(model)
     model.train()
     torch.manual_seed(0)
-    scores = observe(model, toys.batch(), attention="scores").attention
+    scores = compute_outputs(model, toys.batch(), attention="scores").attentions
     torch.manual_seed(0)
-    probabilities = observe(model, toys.batch(), attention="probabilities").attention
+    probabilities = compute_outputs(model, toys.batch(), attention="probabilities").attentions
     assert scores is not None
     assert probabilities is not None
     for raw, dropped in zip(scores, probabilities, strict=True):
@@ -61,9 +61,9 @@ def test_scores_are_before_dropout_and_probabilities_after(toys: Any) -> None:
 
 
 def test_gradients_flow_through_what_was_seen(model: Any, toys: Any) -> None:
-    seen = observe(model, toys.batch(), hidden=True, attention="scores")
-    assert seen.attention is not None
-    seen.attention[-1][0].square().sum().backward()
+    seen = compute_outputs(model, toys.batch(), hidden_states=True, attention="scores")
+    assert seen.attentions is not None
+    seen.attentions[-1][0].square().sum().backward()
     query = model.bert.encoder.layer[-1].attention.self.query.weight
     assert query.grad is not None
     assert bool((query.grad != 0).any())
@@ -81,9 +81,9 @@ def test_only_softmaxes_over_pairs_of_tokens_are_kept_and_each_once() -> None:
         F.softmax(torch.randn(2, 3), dim=-1)
         F.softmax(torch.randn(2, 3, 4, 5), dim=-1)
         F.log_softmax(square, dim=-1)
-    assert len(mode.seen) == 4
-    for offset, (seen, result) in enumerate(zip(mode.seen, results, strict=True)):
+    assert len(mode.scores) == 4
+    for offset, (seen, result) in enumerate(zip(mode.scores, results, strict=True)):
         torch.testing.assert_close(seen, square + offset)
         torch.testing.assert_close(result, (square + offset).softmax(-1))
     F.softmax(square, dim=-1)
-    assert len(mode.seen) == 4, "nothing is watched outside the block"
+    assert len(mode.scores) == 4, "nothing is watched outside the block"

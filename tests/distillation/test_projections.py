@@ -8,49 +8,48 @@ import pytest
 import torch
 
 from spdtool.distillation import projections
-from spdtool.distillation.losses import projected
+from spdtool.distillation.projections import project
 
 
 def test_they_depend_on_the_seed_alone_and_keep_the_size_of_what_they_project() -> None:
     torch.manual_seed(5)
-    one = projections.fresh(2, 48, 96, seed=1)
+    one = projections.create_projections(2, 48, 96, seed=1)
     torch.manual_seed(6)
-    same, other = projections.fresh(2, 48, 96, seed=1), projections.fresh(2, 48, 96, seed=2)
+    same, other = projections.create_projections(2, 48, 96, seed=1), projections.create_projections(2, 48, 96, seed=2)
     assert list(one) == ["projection.0", "projection.1", "projection.2"]
     assert all(weight.shape == (96, 48) and weight.requires_grad for weight in one.values())
     assert all(torch.equal(one[name], same[name]) and not torch.equal(one[name], other[name]) for name in one)
     hidden = [torch.randn(4, 6, 48) for _ in range(3)]
-    assert float(torch.stack(list(projected(hidden, one))).detach().std()) == pytest.approx(1.0, rel=0.1)
+    assert float(torch.stack(list(project(hidden, one))).detach().std()) == pytest.approx(1.0, rel=0.1)
 
 
 def test_each_layer_has_its_own(tmp_path: Path) -> None:
-    made = projections.fresh(1, 3, 5, seed=0)
+    made = projections.create_projections(1, 3, 5, seed=0)
     hidden = [torch.randn(2, 4, 3), torch.randn(2, 4, 3)]
-    for index, state in enumerate(projected(hidden, made)):
+    for index, state in enumerate(project(hidden, made)):
         assert state.shape == (2, 4, 5)
         torch.testing.assert_close(state, hidden[index] @ made[f"projection.{index}"].T)
-    assert projected(hidden, {}) is hidden
-    assert projected(hidden, None) is hidden
+    assert project(hidden, {}) is hidden
 
 
 def test_what_a_phase_leaves_the_next_takes_over(tmp_path: Path) -> None:
-    left = projections.fresh(2, 3, 5, seed=0)
-    projections.save(left, tmp_path)
-    next_ones = projections.fresh(2, 3, 5, seed=9)
-    assert projections.take_over(next_ones, tmp_path)
+    left = projections.create_projections(2, 3, 5, seed=0)
+    projections.save_projections(left, tmp_path)
+    next_ones = projections.create_projections(2, 3, 5, seed=9)
+    assert projections.load_projections(next_ones, tmp_path)
     assert all(torch.equal(left[name], next_ones[name]) for name in left)
 
 
 @pytest.mark.parametrize(("layers", "student", "teacher"), [(1, 3, 5), (2, 4, 5), (2, 3, 6)])
 def test_those_of_another_shape_are_left_alone(tmp_path: Path, layers: int, student: int, teacher: int) -> None:
-    projections.save(projections.fresh(2, 3, 5, seed=0), tmp_path)
-    made = projections.fresh(layers, student, teacher, seed=9)
+    projections.save_projections(projections.create_projections(2, 3, 5, seed=0), tmp_path)
+    made = projections.create_projections(layers, student, teacher, seed=9)
     before = {name: weight.clone() for name, weight in made.items()}
-    assert not projections.take_over(made, tmp_path)
+    assert not projections.load_projections(made, tmp_path)
     assert all(torch.equal(before[name], made[name]) for name in made)
 
 
 def test_none_leave_no_file(tmp_path: Path) -> None:
-    projections.save({}, tmp_path)
+    projections.save_projections({}, tmp_path)
     assert list(tmp_path.iterdir()) == []
-    assert not projections.take_over(projections.fresh(1, 2, 3, seed=0), tmp_path)
+    assert not projections.load_projections(projections.create_projections(1, 2, 3, seed=0), tmp_path)

@@ -46,11 +46,11 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Every model that looks at a batch."""
     seen: list[Any] = []
 
-    def observe(model: Any, *args: Any, **options: Any) -> observation.Observation:
+    def compute_outputs(model: Any, *args: Any, **options: Any) -> observation.ModelOutputs:
         seen.append("student" if any(weight.requires_grad for weight in model.parameters()) else "teacher")
-        return observation.observe(model, *args, **options)
+        return observation.compute_outputs(model, *args, **options)
 
-    monkeypatch.setattr(student, "observe", observe)
+    monkeypatch.setattr(student, "compute_outputs", compute_outputs)
     return seen
 
 
@@ -71,7 +71,7 @@ def test_a_phase_learns_the_same_without_looking_at_the_teacher(
     assert looks == ["teacher"] * looks.count("teacher") + ["student"] * steps
     looks.clear()
     plain = toy_run(*sets, until="teacher", folder="plain")
-    monkeypatch.setattr(teacher_outputs, "worth_keeping", lambda *_: False)
+    monkeypatch.setattr(teacher_outputs, "is_worth_caching", lambda *_: False)
     prune(plain)
     assert looks == ["teacher", "student"] * steps
     ours, theirs = weights(kept), weights(plain)
@@ -130,7 +130,7 @@ def pays(toys: Any) -> Callable[..., bool]:
     def asked(*sets: str, rows: int = 100) -> bool:
         recipe: Recipe = toys.recipe("prune.epochs=2", "prune.batch_size=8", *sets)
         encoded = data.tokenise(toys.tokenizer(), toys.rows(rows), 32)
-        return teacher_outputs.worth_keeping(recipe, "prune", encoded, toys.bert(), (0, 1, 2))
+        return teacher_outputs.is_worth_caching(recipe, recipe.prune, encoded, toys.bert(), (0, 1, 2))
 
     return asked
 
@@ -161,19 +161,19 @@ def test_what_depends_on_the_padding_is_not_kept(toys: Any) -> None:
     tokenizer = toys.tokenizer()
     tokenizer.padding_side = "left"
     rows, recipe = data.tokenise(tokenizer, toys.rows(100), 32), toys.recipe("prune.epochs=2")
-    assert not teacher_outputs.worth_keeping(recipe, "prune", rows, toys.bert(), (0, 1, 2))
+    assert not teacher_outputs.is_worth_caching(recipe, recipe.prune, rows, toys.bert(), (0, 1, 2))
 
 
 def test_nothing_is_kept_on_a_full_disk(pays: Callable[..., bool], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(teacher_outputs, "_free", lambda: 1000)
+    monkeypatch.setattr(teacher_outputs, "free_disk_space", lambda: 1000)
     assert not pays()
 
 
-def look(model: Any, made: list[int]) -> teacher_outputs.Look:
-    def looking(batch: dict[str, torch.Tensor]) -> observation.Observation:
+def look(model: Any, made: list[int]) -> teacher_outputs.TeacherForward:
+    def looking(batch: dict[str, torch.Tensor]) -> observation.ModelOutputs:
         made.append(len(batch["labels"]))
         with torch.no_grad():
-            return observation.observe(model, batch, hidden=True)
+            return observation.compute_outputs(model, batch, hidden_states=True)
 
     return looking
 
@@ -182,7 +182,7 @@ def test_they_belong_to_the_teacher_and_the_rows(toys: Any) -> None:
     made: list[int] = []
 
     def of(model: Any, rows: Any) -> Any:
-        return teacher_outputs.beside(rows, model, look(model, made), (0, 1, 2))
+        return teacher_outputs.cache_outputs(rows, model, look(model, made), (0, 1, 2))
 
     rows, other = (data.tokenise(toys.tokenizer(), toys.rows(20, seed), 32) for seed in (0, 1))
     first, again = of(toys.bert(), rows), of(toys.bert(), rows)
@@ -194,18 +194,18 @@ def test_they_belong_to_the_teacher_and_the_rows(toys: Any) -> None:
 
 
 def test_a_batch_gets_the_states_of_its_own_tokens(toys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(teacher_outputs, "PIECE", 20_000)  # several, so that rows and pieces must fit together
+    monkeypatch.setattr(teacher_outputs, "CHUNK_BYTES", 20_000)  # several, so that rows and pieces must fit together
     rows, model = data.tokenise(toys.tokenizer(), toys.rows(30), 32), toys.bert()
     made: list[int] = []
-    kept = teacher_outputs.beside(rows, model, look(model, made), (0, 1, 2))
+    kept = teacher_outputs.cache_outputs(rows, model, look(model, made), (0, 1, 2))
     assert len(made) > 1
     batch = {name: torch.from_numpy(column) for name, column in kept.collate(np.array([7, 2, 29])).items()}
-    shown = teacher_outputs.take(batch)
+    shown = teacher_outputs.pop_cached_outputs(batch)
     assert shown is not None
-    assert shown.hidden is not None
+    assert shown.hidden_states is not None
     fresh, real = look(model, [])(batch), batch["attention_mask"].bool()
     torch.testing.assert_close(shown.logits, fresh.logits)
-    for mine, its in zip(shown.hidden, fresh.hidden or (), strict=True):
+    for mine, its in zip(shown.hidden_states, fresh.hidden_states or (), strict=True):
         torch.testing.assert_close(mine[real], its[real])
         assert not mine[~real].any()
 
@@ -223,8 +223,8 @@ def test_the_others_do_not_wait_for_ever_for_a_first_rank_that_fails(
         raise PeerLost("it has ended")
 
     with pytest.raises(MemoryError):
-        teacher_outputs.beside(rows, model, broken, (0,))
+        teacher_outputs.cache_outputs(rows, model, broken, (0,))
     monkeypatch.setattr(processes, "is_main", lambda: False)
     monkeypatch.setattr(collectives, "barrier", gone)
     with pytest.raises(PeerLost):
-        teacher_outputs.beside(rows, model, broken, (0,))
+        teacher_outputs.cache_outputs(rows, model, broken, (0,))

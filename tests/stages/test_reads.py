@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from spdtool.distillation.losses import distillation
-from spdtool.distillation.outputs import observe
+from spdtool.distillation.losses import distillation_loss
+from spdtool.distillation.outputs import compute_outputs
 from spdtool.models import predict as evaluation
 from spdtool.models.layers import find_prunable_weights, install_capture_hooks
 from spdtool.models.load import load_model
@@ -74,11 +74,11 @@ class Copies(TorchFunctionMode):
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
     """Watches every step of the training loop, in which only the last one has a log line."""
-    watching, plain = Reads(), prefetch.ready
+    watching, plain = Reads(), prefetch.prefetch_batches
 
     @contextmanager
-    def ready(batches: Iterator[prefetch.Ready], device: torch.device) -> Iterator[Iterator[prefetch.Ready]]:
-        def watched(made: Iterator[prefetch.Ready]) -> Iterator[prefetch.Ready]:
+    def ready(batches: Iterator[prefetch.StepBatch], device: torch.device) -> Iterator[Iterator[prefetch.StepBatch]]:
+        def watched(made: Iterator[prefetch.StepBatch]) -> Iterator[prefetch.StepBatch]:
             for batch in made:
                 watching.step = batch[0]
                 with watching, Copies(watching):
@@ -87,7 +87,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
         with plain(batches, device) as made:
             yield watched(made)
 
-    monkeypatch.setattr(prefetch, "ready", ready)
+    monkeypatch.setattr(prefetch, "prefetch_batches", ready)
     monkeypatch.setattr(training, "LOGGED", 1)
     return watching
 
@@ -159,7 +159,7 @@ def test_nothing_crosses_between_processor_and_device_within_a_step(toys: Any, a
         install_capture_hooks(model)
         model.to("meta")  # a device whose tensors have no numbers: a number that is asked for is an error
     weights = Loss(hidden=1.0, attention=attention, hardness=0.5)
-    seen = {"hidden": True, "attention": "scores" if attention else None}
+    seen = {"hidden_states": True, "attention": "scores" if attention else None}
     optimizer = training.adamw(dict(student.named_parameters()), Prune(), torch.device("meta"))
     masks = Masks(find_prunable_weights(student))
     masks.hold(optimizer)
@@ -167,9 +167,9 @@ def test_nothing_crosses_between_processor_and_device_within_a_step(toys: Any, a
     with Crossings() as crossings:
         for _ in range(2):
             with torch.no_grad():
-                taught = observe(teacher, batch, **seen)
-            learnt = observe(student, batch, **seen)
-            distillation(learnt, taught, batch, weights, regression=False)["loss"].backward()
+                taught = compute_outputs(teacher, batch, **seen)
+            learnt = compute_outputs(student, batch, **seen)
+            distillation_loss(learnt, taught, batch, weights, regression=False)["loss"].backward()
             masks.silence()
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
             optimizer.step()

@@ -24,7 +24,7 @@ from spdtool.run.folder import Work
 from spdtool.tasks import Task
 from spdtool.training import loop as training
 from spdtool.training.loop import Fit
-from spdtool.training.microbatches import Share
+from spdtool.training.microbatches import LossWeight
 
 
 class Bench:
@@ -58,7 +58,7 @@ class Bench:
         def evaluate() -> dict[str, float]:
             return {"score": next(told)} if scores else evaluation.evaluate(self.task, forward, splits)
 
-        def loss(batch: dict[str, torch.Tensor], progress: float, share: Share) -> dict[str, torch.Tensor]:
+        def loss(batch: dict[str, torch.Tensor], progress: float, share: LossWeight) -> dict[str, torch.Tensor]:
             labels = batch.pop("labels")
             return {"loss": share.rows * F.cross_entropy(model(**batch).logits, labels)}
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from spdtool.data import tokens as data
-from spdtool.distillation.losses import distillation
-from spdtool.distillation.outputs import observe
+from spdtool.distillation.losses import distillation_loss
+from spdtool.distillation.outputs import compute_outputs
 from spdtool.models.predict import to_device
 from spdtool.recipe.fields import Loss
-from spdtool.training.microbatches import NOTHING, WHOLE, Cut, deal
+from spdtool.training.microbatches import NO_WEIGHT, WHOLE_BATCH, MicrobatchSplitter, deal_rows
 
 
 @pytest.fixture(scope="module")
@@ -23,14 +23,14 @@ def rows() -> data.Encoded:
     return data.tokenise(toys.tokenizer(), toys.rows(40, pairs=True, longest=25), 64)
 
 
-def cuts(processes: int, **how: Any) -> list[Cut]:
-    return [Cut(rank=rank, processes=processes, **how) for rank in range(processes)]
+def cuts(processes: int, **how: Any) -> list[MicrobatchSplitter]:
+    return [MicrobatchSplitter(rank=rank, ranks=processes, **how) for rank in range(processes)]
 
 
 def test_one_process_with_one_piece_gets_the_batch_as_it_is(rows: data.Encoded) -> None:
     batch = np.array([7, 3, 30])
-    (piece,) = Cut().pieces(rows, batch)
-    assert piece.share is WHOLE
+    (piece,) = MicrobatchSplitter().split(rows, batch)
+    assert piece.weight is WHOLE_BATCH
     for name, column in rows.collate(batch).items():
         assert np.array_equal(piece.batch[name], column), name
 
@@ -38,7 +38,7 @@ def test_one_process_with_one_piece_gets_the_batch_as_it_is(rows: data.Encoded) 
 @pytest.mark.parametrize("processes", [2, 3, 7, 20])
 def test_every_row_goes_to_one_process_and_the_costs_are_alike(rows: data.Encoded, processes: int) -> None:
     batch = np.random.default_rng(0).permutation(40)[:20]
-    dealt = deal(batch, rows.lengths[batch], processes)
+    dealt = deal_rows(batch, rows.lengths[batch], processes)
     assert sorted(np.concatenate(dealt)) == sorted(batch)
     counts = [len(part) for part in dealt]
     assert max(counts) - min(counts) <= 1
@@ -48,8 +48,8 @@ def test_every_row_goes_to_one_process_and_the_costs_are_alike(rows: data.Encode
 
 
 def test_a_process_without_rows_gets_one_that_counts_for_nothing(rows: data.Encoded) -> None:
-    shares = [[piece.share for piece in cut.pieces(rows, np.array([5]))] for cut in cuts(3)]
-    assert shares == [[WHOLE], [NOTHING], [NOTHING]]
+    shares = [[piece.weight for piece in cut.split(rows, np.array([5]))] for cut in cuts(3)]
+    assert shares == [[WHOLE_BATCH], [NO_WEIGHT], [NO_WEIGHT]]
 
 
 @pytest.mark.parametrize("mask_padding", [True, False])
@@ -61,16 +61,18 @@ def test_the_terms_of_the_pieces_add_up_to_those_of_the_batch(
     student, teacher = (toys.bert(2, seed=seed, attn_implementation="eager") for seed in (0, 1))
     batch = np.arange(10)
 
-    def terms(cut: Cut) -> list[dict[str, torch.Tensor]]:
+    def terms(cut: MicrobatchSplitter) -> list[dict[str, torch.Tensor]]:
         made = []
-        for piece in cut.pieces(rows, batch):
+        for piece in cut.split(rows, batch):
             given = to_device(piece.batch, "cpu")
-            seen = [observe(model, given, hidden=True, attention="scores") for model in (student, teacher)]
-            made.append(distillation(*seen, given, weights, regression=False, share=piece.share))
+            seen = [
+                compute_outputs(model, given, hidden_states=True, attention="scores") for model in (student, teacher)
+            ]
+            made.append(distillation_loss(*seen, given, weights, regression=False, weight=piece.weight))
         return made
 
-    (whole,) = terms(Cut(alike=not mask_padding))
-    pieces = [found for cut in cuts(processes, parts=parts, alike=not mask_padding) for found in terms(cut)]
+    (whole,) = terms(MicrobatchSplitter(pad_alike=not mask_padding))
+    pieces = [found for cut in cuts(processes, accumulate=parts, pad_alike=not mask_padding) for found in terms(cut)]
     assert len(pieces) > 1
     assert whole.keys() == {"loss", "logits", "hidden", "relation", "attention"}
     for name, term in whole.items():

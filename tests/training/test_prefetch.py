@@ -15,8 +15,8 @@ from spdtool.errors import DataError
 from spdtool.run.folder import Run
 from spdtool.stages.prune import prune
 from spdtool.training import prefetch
-from spdtool.training.microbatches import Cut
-from spdtool.training.prefetch import AHEAD
+from spdtool.training.microbatches import MicrobatchSplitter
+from spdtool.training.prefetch import STEPS_AHEAD
 
 CPU = torch.device("cpu")
 
@@ -30,16 +30,16 @@ def always(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Batches are made ahead on the CPU too; gives the steps for which they were, by another thread than the loop's."""
     loop, made = threading.current_thread(), []
 
-    def ready(batches: Iterator[prefetch.Ready], _device: torch.device) -> Any:
-        def noted() -> Iterator[prefetch.Ready]:
+    def ready(batches: Iterator[prefetch.StepBatch], _device: torch.device) -> Any:
+        def noted() -> Iterator[prefetch.StepBatch]:
             for batch in batches:
                 assert threading.current_thread() is not loop
                 made.append(batch[0])
-                yield prefetch.pinned(batch)
+                yield prefetch.pin_batch(batch)
 
-        return prefetch.ahead(noted())
+        return prefetch.iterate_ahead(noted())
 
-    monkeypatch.setattr(prefetch, "ready", ready)
+    monkeypatch.setattr(prefetch, "prefetch_batches", ready)
     return made
 
 
@@ -51,10 +51,10 @@ def test_the_items_come_in_order_and_a_few_ahead() -> None:
             made.append(number)
             yield number
 
-    with prefetch.ahead(items()) as taken:
+    with prefetch.iterate_ahead(items()) as taken:
         for count, number in enumerate(taken):
             assert number == count
-            assert len(made) <= count + 1 + AHEAD
+            assert len(made) <= count + 1 + STEPS_AHEAD
             assert len(working()) == 1
     assert made == list(range(20))
     assert not working()
@@ -66,11 +66,11 @@ def test_an_error_is_raised_where_its_item_would_have_come() -> None:
         raise DataError("row 5 cannot be read")
 
     seen: list[int] = []
-    with pytest.raises(DataError, match="row 5 cannot be read"), prefetch.ahead(items()) as taken:
+    with pytest.raises(DataError, match="row 5 cannot be read"), prefetch.iterate_ahead(items()) as taken:
         seen.extend(taken)
     assert not seen or seen == list(range(5))
     seen.clear()
-    with pytest.raises(DataError), prefetch.ahead(items()) as taken:
+    with pytest.raises(DataError), prefetch.iterate_ahead(items()) as taken:
         for item in taken:
             seen.append(item)
     assert seen == list(range(5))
@@ -87,7 +87,7 @@ def test_the_thread_ends_with_the_loop(how: str) -> None:
             yield number
 
     def loop() -> None:
-        with prefetch.ahead(items()) as taken:
+        with prefetch.iterate_ahead(items()) as taken:
             for number in taken:
                 if number == 3 and how == "raise":
                     raise KeyboardInterrupt
@@ -100,18 +100,18 @@ def test_the_thread_ends_with_the_loop(how: str) -> None:
     else:
         loop()
     assert not working()
-    assert len(made) <= 4 + AHEAD
+    assert len(made) <= 4 + STEPS_AHEAD
 
 
 def test_on_a_cpu_there_is_no_thread_and_batches_are_made_when_asked_for() -> None:
     made: list[int] = []
 
-    def batches() -> Iterator[prefetch.Ready]:
+    def batches() -> Iterator[prefetch.StepBatch]:
         for step in range(3):
             made.append(step)
             yield step, 0, ()
 
-    with prefetch.ready(batches(), CPU) as taken:
+    with prefetch.prefetch_batches(batches(), CPU) as taken:
         assert next(taken)[0] == 0
         assert made == [0]
         assert not working()
@@ -119,11 +119,11 @@ def test_on_a_cpu_there_is_no_thread_and_batches_are_made_when_asked_for() -> No
 
 def test_pieces_are_the_same_as_tensors(toys: Any, toy_task: Callable[..., Any]) -> None:
     rows = data.encode(toys.tokenizer(), toy_task(train=10).load(None, 0), 32)["train"]
-    cut, batch = Cut(parts=3), np.arange(10)
-    step, size, pieces = prefetch.pinned((7, 10, cut.pieces(rows, batch)))
+    cut, batch = MicrobatchSplitter(accumulate=3), np.arange(10)
+    step, size, pieces = prefetch.pin_batch((7, 10, cut.split(rows, batch)))
     assert (step, size) == (7, 10)
-    for mine, its in zip(pieces, cut.pieces(rows, batch), strict=True):
-        assert mine.share == its.share
+    for mine, its in zip(pieces, cut.split(rows, batch), strict=True):
+        assert mine.weight == its.weight
         assert mine.batch.keys() == its.batch.keys()
         for name, column in its.batch.items():
             assert torch.equal(mine.batch[name], torch.from_numpy(column))
@@ -158,7 +158,7 @@ def test_an_interrupted_stage_goes_on_from_its_step(
     after = torch.optim.AdamW.step
 
     def stop(optimizer: Any, *args: Any, **options: Any) -> Any:
-        if always and len(always) > 5 + AHEAD:
+        if always and len(always) > 5 + STEPS_AHEAD:
             raise KeyboardInterrupt
         return after(optimizer, *args, **options)
 

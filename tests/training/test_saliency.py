@@ -16,7 +16,7 @@ from spdtool.pruning.masks import Masks
 from spdtool.pruning.pruner import Pruner
 from spdtool.recipe.fields import Prune, Recipe
 from spdtool.training import saliency
-from spdtool.training.microbatches import Piece, Share
+from spdtool.training.microbatches import LossWeight, Microbatch
 from spdtool.training.saliency import Saliency
 
 
@@ -49,16 +49,16 @@ def pruner(model: Model, criterion: str = "watcher", events: Any = ((2, 0.25), (
     return Pruner(Masks({"linear.weight": model.linear.weight}), events, target=0.5, criterion=criterion, layers=layers)
 
 
-def pieces(count: int, share: float = 1.0) -> list[Piece]:
+def pieces(count: int, share: float = 1.0) -> list[Microbatch]:
     torch.manual_seed(1)
     mask: Any = torch.ones(2, 5, dtype=torch.long).numpy()
     made: list[Any] = [{"rows": torch.randn(2, 5, 4), "attention_mask": mask} for _ in range(count)]
-    return [Piece(batch, Share(share, share, share)) for batch in made]
+    return [Microbatch(batch, LossWeight(share, share, share)) for batch in made]
 
 
-def terms(model: Model) -> Callable[[Piece], dict[str, Tensor]]:
-    def loss(piece: Piece) -> dict[str, Tensor]:
-        out = model(piece.batch["rows"]) * piece.share.rows**0.5
+def terms(model: Model) -> Callable[[Microbatch], dict[str, Tensor]]:
+    def loss(piece: Microbatch) -> dict[str, Tensor]:
+        out = model(piece.batch["rows"]) * piece.weight.rows**0.5
         logits, hidden = out.square().mean(), out.abs().sum()
         return {"loss": logits + 10 * hidden, "logits": logits, "hidden": hidden}
 
