@@ -1,6 +1,6 @@
 """The picture of the README: speed, size and score of a student beside its dense teacher in three forms.
 
-    python benchmarks/headline.py measure RUN --openvino-python PATH    write docs/images/headline.json, then draw
+    python benchmarks/headline.py measure RUN --openvino-python PATH    write docs/results/headline.json, then draw
     python benchmarks/headline.py draw                                  draw docs/images/headline.svg and .png from it
 
 RUN is a finished run with `export/teacher`, `export/onnx-int8/teacher` and `export/sparse-cpu/student`. OpenVINO's int8
@@ -9,8 +9,9 @@ form is made here: the dense teacher, quantised statically by NNCF on training r
     python -m venv build/openvino && build/openvino/bin/pip install openvino nncf
 
 All engines are timed in interleaved rounds, with one thread each. A ratio is taken inside a round, against the faster
-form (fused or unfused) of the dense model in onnxruntime; the JSON holds its median, least and largest. Scores are
-those of the whole dev set. A rival that changes its score by more than our own int8 budget is marked as over budget.
+form (fused or unfused) of the dense model in onnxruntime. The JSON holds the median of the ratios and the 95 % interval
+of this median. Scores are those of the whole dev set. A rival that changes its score by more than our own int8 budget
+is marked.
 """
 
 from __future__ import annotations
@@ -22,15 +23,16 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 ROOT = Path(__file__).parents[1]
-IMAGES = ROOT / "docs/images"
+DATA, IMAGES = ROOT / "docs/results/headline.json", ROOT / "docs/images"
 WORKER = Path(__file__).with_name("openvino_worker.py")
 DENSE, UNFUSED, INT8, OPENVINO, STUDENT = (
     "dense fp32",
@@ -59,6 +61,13 @@ def processor() -> str:
     notable = {"AVX2": "avx2", "AVX-512": "avx512f", "VNNI": "avx512_vnni", "AVX-VNNI": "avx_vnni", "AMX": "amx_int8"}
     sets = [label for label, flag in notable.items() if flag in known]
     return f"{name.group(1) if name else platform.processor()} ({', '.join(sets)})"
+
+
+def median_and_interval(ratios: np.ndarray) -> list[float]:
+    """Return the median of some ratios and the 95 % interval of that median, by order statistics."""
+    rank = max(1, int(stats.binom.ppf(0.025, len(ratios), 0.5)))
+    ordered = np.sort(ratios)
+    return [round(float(value), 3) for value in (np.median(ordered), ordered[rank - 1], ordered[-rank])]
 
 
 def save_rows(rows: Any, file: Path) -> None:
@@ -144,7 +153,7 @@ def measure(run_folder: Path, python: str | None, shapes: list[str], rounds: int
             ratios = np.array(times[fastest][shape]) / own
             speeds[str(shape)] = {
                 "ms": round(float(np.median(own)), 4),
-                "speed": [round(float(value), 3) for value in (np.median(ratios), ratios.min(), ratios.max())],
+                "speed": median_and_interval(ratios),
             }
         over = name in (INT8, OPENVINO) and abs(scores[name] - scores[DENSE]) > INT8_BUDGET
         engines.append(
@@ -170,6 +179,15 @@ def measure(run_folder: Path, python: str | None, shapes: list[str], rounds: int
 # ------------------------------------------------------------------------------------------------------- draw
 
 
+@dataclass(frozen=True)
+class Column:
+    """One panel: for each engine value, least and largest (None: not measured), and the text at its bar."""
+
+    title: str
+    bars: list[tuple[float, float, float] | None]
+    texts: list[str]
+
+
 def label_of(name: str, pattern: str) -> str:
     """Return the label of an engine in the picture."""
     zeros = pattern.split(", ")[-1]
@@ -182,26 +200,57 @@ def label_of(name: str, pattern: str) -> str:
     return labels[name]
 
 
-def bars(axes: Any, values: list[float | None], texts: list[str], colours: list[str], start: float = 0.0) -> None:
-    """Draw a horizontal bar for each engine, first one on top, with its text at the end."""
-    known = [value for value in values if value is not None]
-    end = max(known) if known else 1.0
-    reach = (end - start) or 1.0
-    for place, (value, text, colour) in enumerate(zip(values, texts, colours, strict=True)):
-        if value is None:
-            axes.text(start + 0.02 * reach, place, "not measured", va="center", color=MUTED, fontsize=8.5)
+def bars(axes: Any, column: Column, colours: list[str]) -> None:
+    """Draw a horizontal bar for each engine, first one on top, with its interval and its text at the end."""
+    ends = [0.0 if bar is None else max(bar) for bar in column.bars]
+    reach = max(ends)
+    for place, (bar, end, text, colour) in enumerate(zip(column.bars, ends, column.texts, colours, strict=True)):
+        if bar is None:
+            axes.text(0.02 * reach, place, "not measured", va="center", color=MUTED, fontsize=8.5)
             continue
-        axes.barh(place, value - start, left=start, height=0.62, color=colour)
+        value, least, largest = bar
+        axes.barh(place, value, height=0.62, color=colour)
+        axes.plot([least, largest], [place, place], color=INK, linewidth=1.2, solid_capstyle="butt")
         weight = "bold" if colour == TEAL else "normal"
-        axes.text(value + 0.03 * reach, place, text, va="center", color=INK, fontsize=9, fontweight=weight)
-    axes.set_xlim(start, start + 1.45 * reach)
-    axes.set_ylim(len(values) - 0.4, -0.6)
+        axes.text(end + 0.03 * reach, place, text, va="center", color=INK, fontsize=9, fontweight=weight)
+    axes.set_title(column.title, loc="left", color=INK, fontsize=9.5, fontweight="bold")
+    axes.set_xlim(0, 1.5 * reach)
+    axes.set_ylim(len(ends) - 0.4, -0.6)
     axes.set_facecolor("none")
     axes.set_xticks([])
     axes.tick_params(length=0)
     for side in ("top", "right", "bottom"):
         axes.spines[side].set_visible(False)
     axes.spines["left"].set_color(GREY)
+
+
+def columns_of(measured: dict[str, Any], shape: str) -> list[Column]:
+    """Return the panels in which something was measured: speed, size and score."""
+    engines = measured["engines"]
+    speeds = [tuple(engine["speeds"][shape]["speed"]) for engine in engines]
+    columns = [Column(f"Speed, {shape}", list(speeds), [f"{speed[0]:.1f}x" for speed in speeds])]
+    for title, key, factor, form in (("Model file", "bytes", 1e-6, "{:.3g} MB"), ("Dev score", "score", 100, "{:.1f}")):
+        scaled, texts = [], []
+        for engine in engines:
+            value = engine[key]
+            scaled.append(None if value is None else (factor * value,) * 3)
+            texts.append("" if value is None else form.format(factor * value))
+            if key == "score" and engine["over_budget"]:
+                texts[-1] += "*"
+        columns.append(Column(title, scaled, texts))
+    return [column for column in columns if any(column.bars)]
+
+
+def notes_of(measured: dict[str, Any]) -> str:
+    """Return what has to stand below the picture: model, zeros, task, machine, and what the marks mean."""
+    threads = "one thread" if measured["threads"] == 1 else f"{measured['threads']} threads"
+    first = f"{measured['model']}; {measured['pattern']}; {measured['task'].upper()}, recipe {measured['recipe']}"
+    second = f"{measured['cpu']}, {threads}; 1x is the faster dense form in onnxruntime"
+    if measured["rounds"]:
+        second += f"; lines: 95 % interval of the median of {measured['rounds']} rounds"
+    if any(engine["over_budget"] for engine in measured["engines"]):
+        first += f"; * changes the score by more than {100 * INT8_BUDGET:g} points"
+    return f"{first}\n{second}"
 
 
 def figure_of(measured: dict[str, Any], shape: str) -> Any:
@@ -212,34 +261,16 @@ def figure_of(measured: dict[str, Any], shape: str) -> Any:
     matplotlib.rcParams |= {"svg.hashsalt": "spdtool", "font.family": "DejaVu Sans", "font.size": 9.5}
     engines = measured["engines"]
     colours = [TEAL if engine["name"] == STUDENT else GREY for engine in engines]
-    figure = Figure(figsize=(8.0, 2.75), facecolor=PAPER)
-
-    speeds = [engine["speeds"][shape]["speed"] for engine in engines]
-    threads = "one thread" if measured["threads"] == 1 else f"{measured['threads']} threads"
-    columns = [(f"Speed, {shape}, {threads}", [each[0] for each in speeds], [f"{each[0]:.1f}x" for each in speeds])]
-    sizes = [None if engine["bytes"] is None else engine["bytes"] / 1e6 for engine in engines]
-    texts = ["" if size is None else f"{size:.3g} MB" for size in sizes]
-    columns.append(("Size of the model file", sizes, texts))
-    scores = [None if engine["score"] is None else 100 * engine["score"] for engine in engines]
-    texts = ["" if score is None else f"{score:.1f}" for score in scores]
-    for place, engine in enumerate(engines):
-        if engine["over_budget"]:
-            texts[place] += " (over budget)"
-    columns.append((f"Dev score, {measured['task'].upper()}", scores, texts))
-    columns = [column for column in columns if any(value is not None for value in column[1])]
-
+    columns = columns_of(measured, shape)
+    figure = Figure(figsize=(8.4, 2.9), facecolor=PAPER)
     panels = figure.subplots(1, len(columns), sharey=True)
-    figure.subplots_adjust(left=0.275, right=0.99, top=0.84, bottom=0.14, wspace=0.12)
-    for panel, (title, values, texts) in zip(panels, columns, strict=True):
-        bars(panel, values, texts, colours)
-        panel.set_title(title, loc="left", color=INK, fontsize=9.5, fontweight="bold")
+    figure.subplots_adjust(left=0.265, right=0.99, top=0.87, bottom=0.19, wspace=0.1)
+    for panel, column in zip(panels, columns, strict=True):
+        bars(panel, column, colours)
         panel.tick_params(axis="y", labelleft=panel is panels[0])
-    for place, (_, least, largest) in enumerate(speeds):
-        panels[0].plot([least, largest], [place, place], color=INK, linewidth=1.2, solid_capstyle="butt")
     panels[0].set_yticks(range(len(engines)), [label_of(engine["name"], measured["pattern"]) for engine in engines])
     panels[0].tick_params(axis="y", labelcolor=INK)
-    note = f"{measured['model']}; {measured['pattern']}; {measured['cpu']}"
-    figure.text(0.01, 0.035, note, color=MUTED, fontsize=7.5)
+    figure.text(0.012, 0.03, notes_of(measured), color=MUTED, fontsize=7.5, linespacing=1.5)
     return figure
 
 
@@ -274,16 +305,16 @@ def main() -> None:
     parser.add_argument("--shape", default="1x128", help="the one in the picture")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=300.0, help="for all rounds")
-    parser.add_argument("--out", type=Path, default=IMAGES, help="folder of headline.json, .svg and .png")
+    parser.add_argument("--data", type=Path, default=DATA, help="file that the figures are written to, or read from")
+    parser.add_argument("--images", type=Path, default=IMAGES, help="folder of headline.svg and headline.png")
     chosen = parser.parse_args()
-    data = chosen.out / "headline.json"
     if chosen.what == "measure":
         if chosen.run is None:
             parser.error("measure needs a run folder")
         measured = measure(chosen.run, chosen.openvino_python, list(chosen.shapes), chosen.rounds, chosen.seconds)
-        chosen.out.mkdir(parents=True, exist_ok=True)
-        data.write_text(json.dumps(measured, indent=2) + "\n", "utf-8")
-    for file in draw(json.loads(data.read_text("utf-8")), chosen.shape, chosen.out):
+        chosen.data.parent.mkdir(parents=True, exist_ok=True)
+        chosen.data.write_text(json.dumps(measured, indent=2) + "\n", "utf-8")
+    for file in draw(json.loads(chosen.data.read_text("utf-8")), chosen.shape, chosen.images):
         print(file)
 
 

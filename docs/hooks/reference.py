@@ -20,6 +20,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 PACKING = ROOT / "plugins/spdtool-sparse-cpu/spdtool_sparse_cpu/packing.py"
+LARGEST_SHOWN = 2**31  # a larger limit is that of the machine and helps nobody
 EXIT_CODES = (
     (0, "The work is done."),
     (1, "A bug of spdtool. The traceback says where; please report it."),
@@ -149,7 +150,10 @@ def bounds(metadata: Iterable[Any]) -> str:
     signs = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
     limits = []
     for constraint in metadata:
-        limits += [f"{sign} {getattr(constraint, name)}" for name, sign in signs if hasattr(constraint, name)]
+        for name, sign in signs:
+            limit = getattr(constraint, name, None)
+            if limit is not None and limit < LARGEST_SHOWN:
+                limits.append(f"{sign} {limit}")
     return ", ".join(limits)
 
 
