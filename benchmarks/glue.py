@@ -20,6 +20,7 @@ on the same machine. The script needs transformers and scikit-learn; the measure
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import random
@@ -494,20 +495,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the trials that have no row yet; return the exit code."""
-    options = parse_options(arguments)
-    if options.table is not None:
-        print(table(read_rows_of(options.table)))
-        return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running command is ended too
-    work = options.work.absolute()
-    work.mkdir(parents=True, exist_ok=True)
-    out = options.out or work / "glue.jsonl"
-    split_dev(options.data, work)
-    deadline = time.monotonic() + 60 * options.minutes
-    runner = Runner(options.spdtool.absolute(), options.model.absolute(), work, deadline)
-    trials = plan(options)
+def run_trials(runner: Runner, trials: Sequence[Trial], out: Path) -> int:
+    """Run the trials that have no row in `out` yet; return the exit code."""
     failures = 0
     for number, trial in enumerate(trials, start=1):
         if trial.key in finished_keys(out):
@@ -523,6 +512,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(error, flush=True)
     print(f"all is done: {out}" if not failures else f"{failures} trials failed; call again to try them once more")
     return int(failures > 0)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table, or run what is left; return the exit code."""
+    options = parse_options(arguments)
+    if options.table is not None:
+        print(table(read_rows_of(options.table)))
+        return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running command is ended too
+    work = options.work.absolute()
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it however this process ends
+        except BlockingIOError:
+            print(f"another call works in {work}; wait for it, or give another --work", file=sys.stderr)
+            return 1
+        split_dev(options.data, work)
+        deadline = time.monotonic() + 60 * options.minutes
+        runner = Runner(options.spdtool.absolute(), options.model.absolute(), work, deadline)
+        return run_trials(runner, plan(options), options.out or work / "glue.jsonl")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import json
 import sys
@@ -129,6 +130,16 @@ def test_a_trial_that_fails_leaves_the_others_alone(
     assert "no such setting" in output
     assert "2 trials failed" in output
     assert not (tmp_path / "work" / "glue.jsonl").exists()
+
+
+def test_two_calls_do_not_work_in_one_folder(
+    glue: ModuleType, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "work").mkdir()
+    with (tmp_path / "work" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert glue.main(arguments) == 1
+    assert "another call works in" in capsys.readouterr().err
 
 
 def test_nothing_starts_while_the_pause_file_exists(glue: ModuleType, arguments: list[str], tmp_path: Path) -> None:
