@@ -88,7 +88,7 @@ def phase(run: Run, stage: str, start: str, make_pruner: MakePruner) -> dict[str
         student = load_model(folder, dropout=section.dropout, eager=eager)
     teacher = move_to_device(teacher, recipe, front.device)
     student, tokenizer = move_to_device(student, recipe, front.device, section.train), tokenizers[0]
-    check_phases(recipe(student)(teacher))
+    check_phases(recipe, model_shape(student), model_shape(teacher))
     check_positions(recipe, student, teacher)
     names = label_names(student)
     task, splits = data.prepare(recipe, choose_tokenizer(*tokenizers), names, run.note_data)
