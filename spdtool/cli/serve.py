@@ -1,17 +1,22 @@
-"""The commands of the serving side: predict, serve, serve-check. None of them needs torch."""
+"""The commands predict, serve and serve-check. None of them needs torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from spdtool import console
 from spdtool.cli.options import command
 from spdtool.errors import DataError, RecipeError, UnknownName
+
+if TYPE_CHECKING:
+    from spdtool.serving.predict import InputLine
+
+LISTED_LINES = 20  # numbers of unlabelled lines in the closing warning
 
 BundleFolder = Annotated[Path, typer.Argument(help="Servable folder, such as RUN/export/bundle, or any exported one.")]
 Variant = Annotated[
@@ -38,10 +43,12 @@ def predict(
         str | None,
         typer.Option("--text", help="Text columns of --input, one or two: a,b.", show_default="those of the training"),
     ] = None,
-    form: Annotated[
+    line_format: Annotated[
         str | None,
         typer.Option(
-            "--format", help="Of lines without a header: text, tsv or jsonl.", show_default="as the file ends or looks"
+            "--format",
+            help="Format of lines without a header: text, tsv or jsonl.",
+            show_default="as the file ends or looks",
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Rows that are computed at once.")] = 32,
@@ -50,45 +57,50 @@ def predict(
     threads: Threads = 0,
 ) -> Any:
     """Label texts with an exported model: label and probability, a line for each; JSON lines with --json."""
-    from spdtool.serving import inputs
-    from spdtool.serving import predict as lines
     from spdtool.serving.classifier import load
+    from spdtool.serving.inputs import open_input
+    from spdtool.serving.predict import FORMATS, InputLine, predict_lines
 
-    if (text is None) == (source is None):
-        problem = "neither a text nor --input was given" if text is None else "a text and --input exclude each other"
-        raise RecipeError(problem, "give one of them; `--input -` reads standard input")
+    if text is None and source is None:
+        raise RecipeError("neither a text nor --input was given", "give one of them; `--input -` reads standard input")
+    if text is not None and source is not None:
+        raise RecipeError("a text and --input exclude each other", "give one of them; `--input -` reads standard input")
     if pair is not None and text is None:
         raise RecipeError("--pair belongs to a text", "lines have their pair after a tab, or as JSON")
-    if form is not None and form not in lines.FORMS:
-        raise UnknownName("format", form, lines.FORMS)
+    if line_format is not None and line_format not in FORMATS:
+        raise UnknownName("format", line_format, FORMATS)
     if columns is not None and source is None:
         raise RecipeError("--text names columns of --input", "leave it out")
-    named = tuple(name.strip() for name in (columns or "").split(",") if name.strip())
+    column_names = tuple(name.strip() for name in (columns or "").split(",") if name.strip())
     classify = load(bundle, variant=variant, provider=provider, threads=threads)
-    wrong = []
-    given: AbstractContextManager[Iterable[lines.Line]] = nullcontext([lines.Line(1, text or "", pair)])
+    opened: AbstractContextManager[Iterable[InputLine]] = nullcontext([InputLine(1, text or "", pair)])
     if source is not None:
-        given = inputs.opened(source, classify, form, named)
-    with given as read:
-        for found in lines.predict(classify, read, batch_size):
-            if "error" in found:
-                wrong.append(found["line"])
-                console.warn(f"line {found['line']} {found['error']}")
-            console.row(found, _shown(found))
-    if wrong:
-        console.warn(f"{len(wrong)} lines were not labelled: {', '.join(map(str, wrong[:20]))}")
+        opened = open_input(source, classify, line_format, column_names)
+    unlabelled = []
+    with opened as lines:
+        for prediction in predict_lines(classify, lines, batch_size):
+            if "error" in prediction:
+                unlabelled.append(prediction["line"])
+                console.warn(f"line {prediction['line']} {prediction['error']}")
+            console.row(prediction, prediction_text(prediction))
+    if unlabelled:
+        numbers = ", ".join(map(str, unlabelled[:LISTED_LINES]))
+        console.warn(f"{len(unlabelled)} lines were not labelled: {numbers}")
         raise typer.Exit(DataError.exit_code)
     return None
 
 
-def _shown(found: dict[str, Any]) -> str:
-    """Label and probability, separated by a tab; a line that was not labelled keeps its place."""
-    if "error" in found:
+def prediction_text(prediction: Mapping[str, Any]) -> str:
+    """Label and probability, separated by a tab; an unlabelled line still takes up a line of the output."""
+    if "error" in prediction:
         return "-\t-"
-    label, likely = found["label"], found["probability"]
+    label, probability = prediction["label"], prediction["probability"]
     if isinstance(label, list):
-        return f"{','.join(label)}\t{','.join(f'{likely[name]:.4f}' for name in label)}"
-    return f"{label:.6g}" if likely is None else f"{label}\t{likely:.4f}"
+        probabilities = ",".join(f"{probability[name]:.4f}" for name in label)
+        return f"{','.join(label)}\t{probabilities}"
+    if probability is None:
+        return f"{label:.6g}"
+    return f"{label}\t{probability:.4f}"
 
 
 @command
@@ -112,22 +124,27 @@ def serve(
     ] = 0,
 ) -> Any:
     """Serve a bundle over HTTP: KServe v2, a plain /predict, and /metrics; ends cleanly on SIGTERM."""
-    from spdtool.serving.server import serve as run
+    from dataclasses import asdict
+
+    from spdtool.serving import server
 
     limits = {"batch": batch, "wait": wait / 1000, "queue": queue, "texts": texts, "body": body}
-    return run(bundle, host, port, name, limits, workers=workers, threads=threads, provider=provider, variant=variant)
+    served = server.serve(
+        bundle, host, port, name, limits, workers=workers, threads=threads, provider=provider, variant=variant
+    )
+    return asdict(served)
 
 
 @command
 def serve_check(bundle: Annotated[Path, typer.Argument(help="Servable folder, such as RUN/export/bundle.")]) -> Any:
     """Check every file of a bundle by its sha256, and replay its golden examples; exit code 3 names what is wrong."""
-    from spdtool.serving.verify import check
+    from spdtool.serving.verify import verify_bundle
 
-    report = check(bundle)
-    rows = [
-        (name, found["file"], found["state"], found.get("difference"), found.get("tolerance"), found.get("why", ""))
-        for name, found in report["variants"].items()
-    ]
+    report = verify_bundle(bundle)
+    rows = []
+    for name, variant in report["variants"].items():
+        figures = (variant.get("difference"), variant.get("tolerance"), variant.get("why", ""))
+        rows.append((name, variant["file"], variant["state"], *figures))
     console.table(str(bundle), ("variant", "file", "state", "difference", "allowed", "why"), rows)
     console.say(f"{report['files']} files are as they were exported")
     return report

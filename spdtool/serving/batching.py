@@ -1,8 +1,8 @@
-"""Dynamic batching: rows that arrive one by one are computed together, in threads of their own: the workers.
+"""Dynamic batching: rows of many requests are computed together, in worker threads.
 
-A worker that is free tokenises what arrived and puts it into the one pool of all workers. Then it computes the row that
-has waited longest and those of the pool that are nearest to it in length, at most `max_batch`: hardly anything is
-padding, nobody is left behind, and an answer goes out as soon as its own rows are done.
+A free worker tokenizes what has arrived and adds it to the queue that all workers share. It then computes the row that
+has waited longest, together with the queued rows nearest to it in length, at most `max_batch` of them. So there is
+hardly any padding, no row waits for ever, and a request is answered as soon as its own rows are done.
 """
 
 from __future__ import annotations
@@ -16,26 +16,29 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from spdtool.errors import SpdError
-from spdtool.serving.classifier import Classifier, Row
+from spdtool.serving.classifier import Classifier, TokenRow
 
-FIXED = 16  # tokens whose time a batch takes in any case; 8 and 32 were slower (six layers of 384, one thread)
-
-
-class Full(SpdError):
-    """Too many rows wait already; the request may be sent again later."""
+# Every batch costs about as much as this many tokens before its first row. Measured: 8 and 32 were slower than 16
+# (six layers of 384, one thread).
+OVERHEAD_TOKENS = 16
 
 
-class Closed(SpdError):
-    """The server is about to end and takes no further rows."""
+class QueueFull(SpdError):
+    """Too many rows are queued; the client may send the request again later."""
+
+
+class ServerClosing(SpdError):
+    """The server is about to end and accepts no further rows."""
 
 
 @dataclass
-class Job:
-    """One request on its way: its texts, what is computed so far, and who waits for it.
+class PendingRequest:
+    """A request that is being worked on.
 
     Attributes:
-        left: rows that are still to be computed; of a job that failed it never comes to 0.
-        failed: a batch with rows of it could not be computed, and whoever waits was told.
+        logits: float32 [rows, labels], filled in as batches are computed.
+        rows_to_do: rows without logits yet; it never reaches 0 for a request that failed.
+        failed: one of its batches could not be computed, and `future` has the error.
     """
 
     texts: list[str]
@@ -43,29 +46,29 @@ class Job:
     arrived: float
     future: Future[np.ndarray] = field(default_factory=Future)
     logits: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.float32))
-    left: int = 0
+    rows_to_do: int = 0
     failed: bool = False
 
 
 @dataclass(frozen=True)
-class Waiting:
-    """One encoded row of a job, and its place in it."""
+class QueuedRow:
+    """One tokenized row: the request it belongs to, and its index in that request."""
 
-    row: Row
-    job: Job
-    place: int
+    tokens: TokenRow
+    request: PendingRequest
+    index: int
 
 
 class Batcher:
-    """Keeps the requests that wait, and the threads that answer them.
+    """A queue of requests, and the worker threads that answer them.
 
     Args:
-        classify: what computes; its `encode` and `compute` are called by several threads at once.
-        workers: batches that are computed at once.
-        max_batch: most rows that are computed at once.
-        max_wait: seconds that a row waits for others, while there are fewer.
-        max_rows: most rows that wait; more are refused.
-        observe: called with the number of rows of each batch that was computed.
+        classify: computes the rows; `encode` and `compute` are called by several threads at once.
+        workers: batches that are computed at the same time.
+        max_batch: most rows of a batch.
+        max_wait: seconds that a row waits for others while the batch is not full.
+        max_rows: most rows in the queue; further requests are refused.
+        observe: called with the number of rows of every computed batch.
     """
 
     def __init__(
@@ -80,41 +83,54 @@ class Batcher:
     ) -> None:
         self._classify, self._observe = classify, observe
         self._max_batch, self._max_wait, self._max_rows = max_batch, max_wait, max_rows
-        self._jobs: list[Job] = []
-        self._pool: list[Waiting] = []  # in the order of arrival
+        self._arrived: list[PendingRequest] = []  # not tokenized yet
+        self._queue: list[QueuedRow] = []  # in order of arrival
         self._rows, self._closed = 0, False
-        self._changed = threading.Condition()  # its lock guards all of the above, and every job
+        self._changed = threading.Condition()  # its lock guards everything above, and every pending request
         self._workers = [threading.Thread(target=self._work, name="engine", daemon=True) for _ in range(workers)]
         for worker in self._workers:
             worker.start()
 
     @property
     def rows(self) -> int:
-        """Rows that wait or are being computed."""
+        """Number of rows that are queued or being computed."""
         return self._rows
 
+    @property
+    def untokenized(self) -> int:
+        """Number of requests that no worker has looked at yet."""
+        return len(self._arrived)
+
+    @property
+    def running_workers(self) -> int:
+        """Number of worker threads that are alive."""
+        return sum(worker.is_alive() for worker in self._workers)
+
     def submit(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Future[np.ndarray]:
-        """The logits to come, float32 [rows, labels]; or the DataError that says what is wrong with a text.
+        """Queue a request.
+
+        Returns:
+            a future of the logits, float32 [rows, labels], or of the DataError that names what is wrong with a text.
 
         Raises:
-            Full: the queue has no room for as many rows.
-            Closed: `close` was called.
+            QueueFull: the queue has no room for that many rows.
+            ServerClosing: `close` was called.
         """
-        job = Job(list(texts), None if pairs is None else list(pairs), time.monotonic())
+        request = PendingRequest(list(texts), None if pairs is None else list(pairs), time.monotonic())
         with self._changed:
             if self._closed:
-                raise Closed("the server is shutting down", "send the request to another one")
+                raise ServerClosing("the server is shutting down", "send the request to another one")
             if self._rows + len(texts) > self._max_rows:
-                raise Full(
+                raise QueueFull(
                     f"{self._rows} rows wait already; {self._max_rows} may", "send the request again in a moment"
                 )
             self._rows += len(texts)
-            self._jobs.append(job)
+            self._arrived.append(request)
             self._changed.notify()
-        return job.future
+        return request.future
 
     def close(self) -> None:
-        """Answer everything that waits, then end the threads."""
+        """Answer everything that is queued, then end the threads."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -122,125 +138,146 @@ class Batcher:
             worker.join()
 
     def _work(self) -> None:
-        while self._wait():
-            self._admit(self._take())
-            if batch := self._pick():
+        """Run one worker thread until the queue is closed and empty."""
+        while self._wait_for_rows():
+            with self._changed:
+                arrived, self._arrived = self._arrived, []
+            self._tokenize(arrived)
+            batch = self._pick_batch()
+            if batch:
                 self._compute(batch)
 
-    def _wait(self) -> bool:
-        """Wait for rows, and for their company as long as that is worth it; whether there are any, else: it is over."""
+    def _wait_for_rows(self) -> bool:
+        """Wait until a batch is due; return False once the queue is closed and empty."""
         with self._changed:
-            while not self._closed and (left := self._patience()) != 0:
-                self._changed.wait(left)
-            return bool(self._jobs or self._pool)
+            while not self._closed:
+                seconds = self._seconds_until_due()
+                if seconds == 0:
+                    break
+                self._changed.wait(seconds)
+            return bool(self._arrived or self._queue)
 
-    def _take(self) -> list[Job]:
-        with self._changed:
-            arrived, self._jobs = self._jobs, []
-        return arrived
-
-    def _patience(self) -> float | None:
-        """Seconds that the oldest row may still wait for others: 0 with a full batch, None where there is no row."""
-        if not self._jobs and not self._pool:
+    def _seconds_until_due(self) -> float | None:
+        """Seconds that the oldest row may still wait for others: 0 if a batch is full, None without any row."""
+        if not self._arrived and not self._queue:
             return None
-        waiting = len(self._pool) + sum(len(job.texts) for job in self._jobs)
+        waiting = len(self._queue) + sum(len(request.texts) for request in self._arrived)
         if waiting >= self._max_batch:
             return 0.0
-        oldest = self._pool[0].job if self._pool else self._jobs[0]
+        oldest = self._queue[0].request if self._queue else self._arrived[0]
         return max(0.0, oldest.arrived + self._max_wait - time.monotonic())
 
-    def _admit(self, jobs: list[Job]) -> None:
-        """Encode what arrived, all of a kind in one call."""
-        taken = [job for job in jobs if job.future.set_running_or_notify_cancel()]
-        self._forget(sum(len(job.texts) for job in jobs) - sum(len(job.texts) for job in taken))
-        for kind in (True, False):
-            group = [job for job in taken if (job.pairs is None) == kind]
+    def _tokenize(self, requests: list[PendingRequest]) -> None:
+        """Tokenize the requests and queue their rows: single texts in one call, pairs in another."""
+        running = []
+        for request in requests:
+            if request.future.set_running_or_notify_cancel():
+                running.append(request)
+            else:  # the client has gone
+                self._subtract_rows(len(request.texts))
+        singles = [request for request in running if request.pairs is None]
+        paired = [request for request in running if request.pairs is not None]
+        for group in (singles, paired):
             if not group:
                 continue
             try:
-                self._encode(group)
-            except Exception:  # one text of many spoils the call; its own request must be the only one to fail
-                for job in group:
-                    self._encode_alone(job)
+                self._queue_rows(group)
+            except Exception:  # one bad text spoils the whole call; only its own request may fail
+                for request in group:
+                    self._queue_rows_alone(request)
 
-    def _encode(self, jobs: list[Job]) -> None:
-        texts = [text for job in jobs for text in job.texts]
-        pairs = None if jobs[0].pairs is None else [pair for job in jobs for pair in job.pairs or ()]
-        rows = iter(self._classify.encode(texts, pairs) if texts else ())
-        encoded = []
-        for job in jobs:
-            job.left = len(job.texts)
-            job.logits = np.empty((job.left, len(self._classify.names)), np.float32)
-            encoded += [Waiting(next(rows), job, place) for place in range(job.left)]
-            if not job.left:
-                job.future.set_result(job.logits)
+    def _queue_rows(self, requests: list[PendingRequest]) -> None:
+        """Tokenize requests of one kind in one call and add their rows to the queue."""
+        texts: list[str] = []
+        pairs: list[str] = []
+        for request in requests:
+            texts += request.texts
+            pairs += request.pairs or []
+        second_texts = None if requests[0].pairs is None else pairs
+        rows = iter(self._classify.encode(texts, second_texts) if texts else ())
+        queued = []
+        for request in requests:
+            request.rows_to_do = len(request.texts)
+            request.logits = np.empty((request.rows_to_do, len(self._classify.names)), np.float32)
+            queued += [QueuedRow(next(rows), request, index) for index in range(request.rows_to_do)]
+            if request.rows_to_do == 0:
+                request.future.set_result(request.logits)
         with self._changed:
-            self._pool += encoded
+            self._queue += queued
 
-    def _encode_alone(self, job: Job) -> None:
+    def _queue_rows_alone(self, request: PendingRequest) -> None:
+        """Tokenize one request; if that fails, the request gets the error."""
         try:
-            self._encode([job])
+            self._queue_rows([request])
         except Exception as error:
-            self._forget(len(job.texts))
-            job.future.set_exception(error)
+            self._subtract_rows(len(request.texts))
+            request.future.set_exception(error)
 
-    def _pick(self) -> list[Waiting]:
-        """The row that has waited longest, and its nearest neighbours in length; they leave the pool.
+    def _pick_batch(self) -> list[QueuedRow]:
+        """Take a batch off the queue; an empty one if other workers were faster."""
+        with self._changed:
+            if not self._queue:
+                return []
+            batch = self._pop_nearest_rows()
+            self._changed.notify()  # a sleeping worker may take what stays in the queue
+        return batch
 
-        A neighbour joins where it makes the batch cheaper by the token, its padding counted; else it is left for later.
-        Nothing is picked where other workers were faster.
+    def _pop_nearest_rows(self) -> list[QueuedRow]:
+        """Pop the oldest row and its neighbours in length.
+
+        A neighbour joins only where it lowers the batch's cost per real token, its padding counted.
         """
-        with self._changed:
-            picked = self._nearest() if self._pool else []
-            if self._pool:  # a worker that sleeps takes what this one leaves
-                self._changed.notify()
-        return picked
-
-    def _nearest(self) -> list[Waiting]:
-        lengths = [len(waiting.row.ids) for waiting in self._pool]
-        nearest = sorted(range(len(lengths)), key=lambda place: abs(lengths[place] - lengths[0]))
-        chosen, longest, real = {0}, lengths[0], lengths[0]
-        for place in nearest[1:]:  # sorting is stable: of equals, the oldest
-            if (rows := len(chosen)) == self._max_batch:
+        lengths = [len(row.tokens.ids) for row in self._queue]
+        # Python's sort is stable: of rows equally near in length the oldest comes first.
+        by_distance = sorted(range(len(lengths)), key=lambda index: abs(lengths[index] - lengths[0]))
+        chosen, longest, real_tokens = {0}, lengths[0], lengths[0]
+        for index in by_distance[1:]:
+            rows = len(chosen)
+            if rows == self._max_batch:
                 break
-            wider, more = max(longest, lengths[place]), real + lengths[place]
-            if more * (FIXED + longest * rows) >= real * (FIXED + wider * (rows + 1)):
-                chosen.add(place)
-                longest, real = wider, more
-        picked = [self._pool[place] for place in sorted(chosen)]
-        self._pool = [waiting for place, waiting in enumerate(self._pool) if place not in chosen]
-        return picked
+            new_longest = max(longest, lengths[index])
+            new_real_tokens = real_tokens + lengths[index]
+            cost = OVERHEAD_TOKENS + longest * rows
+            new_cost = OVERHEAD_TOKENS + new_longest * (rows + 1)
+            if new_cost * real_tokens <= cost * new_real_tokens:  # both per real token, without dividing
+                chosen.add(index)
+                longest, real_tokens = new_longest, new_real_tokens
+        batch = [self._queue[index] for index in sorted(chosen)]
+        self._queue = [row for index, row in enumerate(self._queue) if index not in chosen]
+        return batch
 
-    def _compute(self, batch: list[Waiting]) -> None:
+    def _compute(self, batch: list[QueuedRow]) -> None:
+        """Compute a batch and answer the requests that are complete with it."""
         try:
-            logits = self._classify.compute([waiting.row for waiting in batch])
+            logits = self._classify.compute([row.tokens for row in batch])
         except Exception as error:
-            self._fail({id(waiting.job): waiting.job for waiting in batch}, error, len(batch))
+            self._fail(batch, error)
             return
-        self._forget(len(batch))
+        self._subtract_rows(len(batch))
         self._observe(len(batch))
-        done = []
-        with self._changed:  # another worker may have rows of the same job
-            for waiting, row in zip(batch, logits, strict=True):
-                waiting.job.logits[waiting.place] = row
-                waiting.job.left -= 1
-                if not waiting.job.left:
-                    done.append(waiting.job)
-        for job in done:
-            job.future.set_result(job.logits)
+        complete = []
+        with self._changed:  # another worker may hold rows of the same request
+            for row, row_logits in zip(batch, logits, strict=True):
+                row.request.logits[row.index] = row_logits
+                row.request.rows_to_do -= 1
+                if row.request.rows_to_do == 0:
+                    complete.append(row.request)
+        for request in complete:
+            request.future.set_result(request.logits)
 
-    def _fail(self, jobs: dict[int, Job], error: Exception, rows: int) -> None:
-        """Tell the requests of a batch that it could not be computed; their other rows need not be."""
+    def _fail(self, batch: list[QueuedRow], error: Exception) -> None:
+        """Give the error to every request of a batch, and drop their other rows from the queue."""
+        requests = {id(row.request): row.request for row in batch}
         with self._changed:
-            rest = [waiting for waiting in self._pool if id(waiting.job) not in jobs]
-            self._rows -= rows + len(self._pool) - len(rest)
-            self._pool = rest
-            untold = [job for job in jobs.values() if not job.failed]
-            for job in untold:
-                job.failed = True
-        for job in untold:
-            job.future.set_exception(error)
+            remaining = [row for row in self._queue if id(row.request) not in requests]
+            self._rows -= len(batch) + len(self._queue) - len(remaining)
+            self._queue = remaining
+            newly_failed = [request for request in requests.values() if not request.failed]
+            for request in newly_failed:
+                request.failed = True
+        for request in newly_failed:
+            request.future.set_exception(error)
 
-    def _forget(self, rows: int) -> None:
+    def _subtract_rows(self, rows: int) -> None:
         with self._changed:
             self._rows -= rows

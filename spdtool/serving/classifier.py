@@ -1,8 +1,8 @@
-"""`spdtool.load`: an exported folder as a function from text to labels, whatever target wrote it.
+"""`spdtool.load`: open an exported folder as a function from text to labels, whatever target wrote it.
 
     import spdtool
 
-    classify = spdtool.load("runs/mrpc-0.9/export/sparse-cpu")
+    classify = spdtool.load("runs/mrpc-0.9/export/bundle")
     classify("She sold the car.", "The car was sold.")             # 'equivalent'
     classify(["one text", "another"])                              # a list of labels
     classify.logits(["one text", "another"])                       # float32 [rows, labels]
@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -24,29 +24,24 @@ from tokenizers import Tokenizer
 from spdtool import plugins
 from spdtool.errors import DataError, DeviceError, ModelError, PluginError
 from spdtool.export import runtime
-from spdtool.export.bundle import read as bundle
-from spdtool.export.bundle.read import Bundle
+from spdtool.export.bundle import read as bundles
+from spdtool.export.bundle.read import Bundle, longest_input
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
 
 Inputs: TypeAlias = str | Sequence[Any] | np.ndarray | Mapping[str, Any]
-"""A text, texts, token ids of a row, of rows (lists or an array), or the model's inputs by name."""
+"""A text, texts, token ids of one row or of several (lists or an array), or the model's inputs by name."""
 
-BATCH = 32
-UNSET = 10**9  # a tokenizer without a limit says something above this
-OFFSET = {
-    "camembert",
-    "data2vec-text",
-    "ibert",
-    "longformer",
-    "mpnet",
-    "roberta",
-    "roberta-prelayernorm",
-    "xlm-roberta",
-}
+Answer: TypeAlias = str | float | list[str]
+"""The label of a row; a regression's value; the labels of a row that may have several."""
+
+BATCH_SIZE = 32
 
 
 @dataclass(frozen=True)
-class Row:
-    """The tokens of one row, each int64 [tokens]."""
+class TokenRow:
+    """The tokens of one row; each array is int64 [tokens]."""
 
     ids: np.ndarray
     types: np.ndarray
@@ -54,174 +49,202 @@ class Row:
 
 
 class Classifier:
-    """Keeps an onnxruntime session, its tokenizer and the names of its labels.
+    """An onnxruntime session with its tokenizer and the names of its labels.
 
     Attributes:
-        names: of the labels, in the order of the logits.
-        max_length: tokens of the longest input; longer texts are cut.
-        regression: whether the one logit is the answer.
-        multi_label: whether a row may have several labels, or none; then its labels are a list.
-        bundle: the folder that was opened, and which of its models runs; None where it was made otherwise.
-        text: names of the one or two text columns that it was trained on; None: the folder does not say, and a row may
-            have a pair or none.
+        names: labels in the order of the logits.
+        max_length: longest input in tokens; longer texts are cut.
+        regression: the single logit is the answer.
+        multi_label: a row may have several labels or none, so its answer is a list.
+        bundle: the opened folder and the model in it that runs; None for a classifier that was not opened from one.
+        text: names of the one or two text columns of the training data; None if the folder does not name them, and a
+            row may then be a single text or a pair.
     """
 
     bundle: Bundle | None = None
     text: tuple[str, ...] | None = None
 
     def __init__(
-        self, session: Any, tokenizer: Tokenizer, config: Mapping[str, Any], tokens: Mapping[str, Any]
+        self,
+        session: InferenceSession,
+        tokenizer: Tokenizer,
+        config: Mapping[str, Any],
+        tokenizer_config: Mapping[str, Any],
     ) -> None:
         self._session, self._tokenizer = session, tokenizer
         self._inputs = [value.name for value in session.get_inputs()]
-        self._left = tokens.get("padding_side") == "left"
-        self._pad = _padding(tokenizer, config, tokens)
-        self._vocabulary = config.get("vocab_size")
-        self.max_length = longest(config, tokens)
-        self.names = _names(config)
+        self._pads_left = tokenizer_config.get("padding_side") == "left"
+        self._padding = padding_values(tokenizer, config, tokenizer_config)
+        self._vocabulary_size: int | None = config.get("vocab_size")
+        self._token_types: int | None = config.get("type_vocab_size")
+        self._load_arguments: tuple[Any, ...] = ()
+        self.max_length = longest_input(config, tokenizer_config)
+        self.names = ordered_labels(config)
         self.multi_label = config.get("problem_type") == "multi_label_classification"
         self.regression = len(self.names) == 1 and not self.multi_label
-        self._types = config.get("type_vocab_size")
-        self._opened: tuple[Any, ...] = ()
         tokenizer.no_padding()
-        tokenizer.enable_truncation(self.max_length, direction=tokens.get("truncation_side", "right"))
+        tokenizer.enable_truncation(self.max_length, direction=tokenizer_config.get("truncation_side", "right"))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled as what was opened: another process opens the folder again."""
-        return _again, self._opened
+        """Pickle the arguments of `load`: another process opens the folder again."""
+        return _load_again, self._load_arguments
 
-    def __call__(self, inputs: Inputs, pairs: str | Sequence[str] | None = None) -> Any:
-        """The label of a text, or the list of the labels of several; for a regression the value.
+    def __call__(self, inputs: Inputs, pairs: str | Sequence[str] | None = None) -> Answer | list[Answer]:
+        """Classify one text, or a list of texts.
 
         Args:
-            pairs: the second text of each row, for a task of pairs.
+            pairs: second text of each row, for a task on pairs.
+
+        Returns:
+            the label of a single text; a list of labels otherwise; values instead of labels for a regression.
 
         Raises:
-            DataError: the input is none that can be classified.
+            DataError: the input cannot be classified.
         """
-        found = self.labels(inputs, pairs)
-        return found[0] if isinstance(inputs, str) else found
+        answers = self.labels(inputs, pairs)
+        return answers[0] if isinstance(inputs, str) else answers
 
-    def labels(self, inputs: Inputs, pairs: str | Sequence[str] | None = None) -> list[Any]:
-        """The label of each row (a regression: its value as a float; several labels a row: those above one half);
-        raises as a call does."""
+    def labels(self, inputs: Inputs, pairs: str | Sequence[str] | None = None) -> list[Answer]:
+        """Classify every row; see `decide` for what an answer is. Raises as a call does."""
         return self.decide(self.logits(inputs, pairs))
 
-    def decide(self, logits: np.ndarray) -> list[Any]:
-        """The label of each row of logits, as `labels` gives it."""
-        if self.multi_label:
-            return [[name for name, logit in zip(self.names, row, strict=True) if logit > 0] for row in logits]
+    def decide(self, logits: np.ndarray) -> list[Answer]:
+        """Turn logits [rows, labels] into answers.
+
+        Returns:
+            for each row the label with the largest logit; for a regression the value; with several labels a row, the
+            list of those with a probability above one half.
+        """
         if self.regression:
             return [float(value) for value in logits[:, 0]]
-        return [self.names[index] for index in logits.argmax(axis=1)]
+        if not self.multi_label:
+            return [self.names[index] for index in logits.argmax(axis=1)]
+        answers: list[Answer] = []
+        for row in logits:
+            answers.append([self.names[index] for index in np.flatnonzero(row > 0)])  # sigmoid(0) is one half
+        return answers
 
     def probabilities(self, logits: np.ndarray) -> np.ndarray | None:
-        """Of each label, float32 [rows, labels]; on its own where a row may have several; none for a regression."""
+        """Probabilities, float32 [rows, labels]: a softmax, or a sigmoid if a row may have several labels.
+
+        Returns None for a regression.
+        """
         if self.regression:
             return None
         if self.multi_label:
-            return np.asarray(1 / (1 + np.exp(-np.clip(logits, -80, 80))), np.float32)  # beyond, exp overflows
+            clipped = np.clip(logits, -80, 80)  # exp overflows beyond
+            return np.asarray(1 / (1 + np.exp(-clipped)), np.float32)
         powers = np.exp(logits - logits.max(axis=1, keepdims=True))
         return np.asarray(powers / powers.sum(axis=1, keepdims=True), np.float32)
 
     def logits(
-        self, inputs: Inputs, pairs: str | Sequence[str] | None = None, *, batch_size: int = BATCH
+        self, inputs: Inputs, pairs: str | Sequence[str] | None = None, *, batch_size: int = BATCH_SIZE
     ) -> np.ndarray:
-        """Logits, float32 [rows, labels]; computed in batches of like length, each padded to its own longest row.
+        """Compute logits, float32 [rows, labels], in batches of similar length, each padded to its longest row.
 
         Args:
-            inputs: a text or several; token ids of a row or of several; or a mapping with `input_ids` and, where they
-                are not all ones and zeros, `attention_mask` and `token_type_ids`.
-            pairs: the second text of each row, for a task of pairs.
+            inputs: a text or several; token ids of one row or of several; or a mapping with `input_ids` and, where
+                they are not all ones and zeros, `attention_mask` and `token_type_ids`.
+            pairs: second text of each row, for a task on pairs.
             batch_size: rows that are computed at once.
 
         Raises:
-            DataError: the input is none that can be classified.
+            DataError: the input cannot be classified.
         """
         if not isinstance(batch_size, int | np.integer) or batch_size < 1:
             raise DataError(f"batch_size = {batch_size!r}: at least one row is computed at once")
-        rows = self._rows(inputs, pairs)
+        rows = self._token_rows(inputs, pairs)
         logits = np.empty((len(rows), len(self.names)), np.float32)
-        order = sorted(range(len(rows)), key=lambda row: -len(rows[row].ids))
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
+        longest_first = sorted(range(len(rows)), key=lambda row: -len(rows[row].ids))
+        for start in range(0, len(rows), batch_size):
+            batch = longest_first[start : start + batch_size]
             logits[batch] = self.compute([rows[row] for row in batch])
         return logits
 
-    def refuse_kind(self, *, paired: bool) -> None:
-        """Raise DataError for a pair where the model takes one text, and for a text alone where it takes two."""
-        if self.text is not None and paired != (len(self.text) == 2):
-            taken = f"{('one text', 'two texts')[len(self.text) - 1]} ({', '.join(self.text)})"
-            found, hint = ("two were given", "leave the pair out") if paired else ("one was given", "give its pair too")
-            raise DataError(f"the model takes {taken}, and {found}", hint)
-
-    def _rows(self, inputs: Inputs, pairs: str | Sequence[str] | None) -> list[Row]:
-        if isinstance(inputs, Mapping):
-            rows = _rows_of_columns(inputs)
-        elif _texts(inputs):
-            return self.encode([inputs] if isinstance(inputs, str) else list(inputs), pairs)
+    def check_text_count(self, *, paired: bool) -> None:
+        """Raise DataError for a pair if the model takes one text, and for a single text if it takes two."""
+        if self.text is None or paired == (len(self.text) == 2):
+            return
+        expected = ("one text", "two texts")[len(self.text) - 1]
+        if paired:
+            problem, hint = "two were given", "leave the pair out"
         else:
-            rows = [_row(ids) for ids in _ragged(inputs, "token ids")]
-        if pairs is not None and rows:
-            raise DataError("pairs were given with token ids", "join each pair into one row of ids, or give texts")
-        for number, row in enumerate(rows):
-            self._refuse_ids(number, row)
-        return rows
+            problem, hint = "one was given", "give its pair too"
+        raise DataError(f"the model takes {expected} ({', '.join(self.text)}), and {problem}", hint)
 
-    def encode(self, texts: list[str], pairs: str | Sequence[str] | None = None) -> list[Row]:
-        """The tokens of each text, or of each text and its pair; raises as `logits` does."""
-        self.refuse_kind(paired=pairs is not None)
+    def encode(self, texts: list[str], pairs: str | Sequence[str] | None = None) -> list[TokenRow]:
+        """Tokenize each text, or each text with its pair. Raises as `logits` does."""
+        self.check_text_count(paired=pairs is not None)
         seconds = [pairs] if isinstance(pairs, str) else pairs
-        if seconds is not None and not (_texts(seconds) and len(seconds) == len(texts)):
-            given = f"{len(seconds)}" if _texts(seconds) else "something else than texts"
+        if seconds is not None and not (are_texts(seconds) and len(seconds) == len(texts)):
+            count = str(len(seconds)) if are_texts(seconds) else "something else than texts"
             raise DataError(
-                f"{len(texts)} texts and, as their pairs, {given}: as many texts were expected",
+                f"{len(texts)} texts and, as their pairs, {count}: as many texts were expected",
                 "one second text for each first one",
             )
         for column in (texts, seconds or ()):
-            blank = next((number for number, text in enumerate(column) if not text.strip()), None)
-            if blank is not None:
-                raise DataError(
-                    f"row {blank} has an empty text", "leave it out, as training rows of a file without text have to be"
-                )
-        pieces: list[Any] = texts if seconds is None else list(zip(texts, seconds, strict=True))
+            for number, text in enumerate(column):
+                if not text.strip():
+                    raise DataError(
+                        f"row {number} has an empty text",
+                        "leave it out, as training rows of a file without text have to be",
+                    )
+        inputs: list[Any] = texts if seconds is None else list(zip(texts, seconds, strict=True))
         try:
-            encoded = self._tokenizer.encode_batch(pieces)
+            encodings = self._tokenizer.encode_batch(inputs)
         except TypeError:  # a str that is not valid Unicode
             raise DataError("a text cannot be encoded as UTF-8: it holds a lone surrogate") from None
-        rows = [_row(found.ids, found.type_ids) for found in encoded]
-        empty = next((number for number, row in enumerate(rows) if not len(row.ids)), None)
-        if empty is not None:
-            raise DataError(f"row {empty} has no token")
+        rows = [token_row(encoding.ids, encoding.type_ids) for encoding in encodings]
+        for number, row in enumerate(rows):
+            if len(row.ids) == 0:
+                raise DataError(f"row {number} has no token")
         return rows
 
-    def _refuse_ids(self, number: int, row: Row) -> None:
+    def compute(self, rows: Sequence[TokenRow]) -> np.ndarray:
+        """Compute logits, float32 [rows, labels], of tokenized rows in one batch, padded to the longest."""
+        width = max(len(row.ids) for row in rows)
+        shape = (len(rows), width)
+        columns = {
+            "input_ids": np.full(shape, self._padding["input_ids"], np.int64),
+            "token_type_ids": np.full(shape, self._padding["token_type_ids"], np.int64),
+            "attention_mask": np.zeros(shape, np.int64),
+        }
+        for number, row in enumerate(rows):
+            length = len(row.ids)
+            tokens = slice(width - length, width) if self._pads_left else slice(length)
+            columns["input_ids"][number, tokens] = row.ids
+            columns["token_type_ids"][number, tokens] = row.types
+            columns["attention_mask"][number, tokens] = row.mask
+        return np.asarray(self._session.run(None, {name: columns[name] for name in self._inputs})[0])
+
+    def _token_rows(self, inputs: Inputs, pairs: str | Sequence[str] | None) -> list[TokenRow]:
+        """Bring any kind of input into tokenized rows."""
+        if are_texts(inputs):
+            return self.encode([inputs] if isinstance(inputs, str) else list(inputs), pairs)
+        if isinstance(inputs, Mapping):
+            rows = token_rows_of_columns(inputs)
+        else:
+            rows = [token_row(ids) for ids in rows_of_integers(inputs, "token ids")]
+        if pairs is not None and rows:
+            raise DataError("pairs were given with token ids", "join each pair into one row of ids, or give texts")
+        for number, row in enumerate(rows):
+            self._check_token_row(number, row)
+        return rows
+
+    def _check_token_row(self, number: int, row: TokenRow) -> None:
+        """Raise DataError for ids that the model has no embedding for: the session would read beyond its tables."""
         if not row.mask.any():
             raise DataError(f"row {number} has no token")
         if len(row.ids) > self.max_length:
             raise DataError(f"row {number} has {len(row.ids)} tokens; the model takes {self.max_length}")
-        largest = int(row.ids.max())
-        if row.ids.min() < 0 or (self._vocabulary is not None and largest >= self._vocabulary):
-            wrong = int(row.ids.min()) if row.ids.min() < 0 else largest
-            raise DataError(f"row {number} has the token {wrong}; the model knows 0 to {(self._vocabulary or 0) - 1}")
-        if row.types.min() < 0 or (self._types and "token_type_ids" in self._inputs and row.types.max() >= self._types):
-            wrong = int(row.types.min() if row.types.min() < 0 else row.types.max())
-            raise DataError(f"row {number} has the token type {wrong}; the model knows 0 to {(self._types or 0) - 1}")
-
-    def compute(self, rows: Sequence[Row]) -> np.ndarray:
-        """Logits, float32 [rows, labels], of encoded rows, all at once and padded to the longest."""
-        width = max(len(row.ids) for row in rows)
-        columns = {
-            "input_ids": np.full((len(rows), width), self._pad["input_ids"], np.int64),
-            "token_type_ids": np.full((len(rows), width), self._pad["token_type_ids"], np.int64),
-            "attention_mask": np.zeros((len(rows), width), np.int64),
-        }
-        for number, row in enumerate(rows):
-            place = slice(width - len(row.ids), width) if self._left else slice(len(row.ids))
-            columns["input_ids"][number, place] = row.ids
-            columns["token_type_ids"][number, place] = row.types
-            columns["attention_mask"][number, place] = row.mask
-        return np.asarray(self._session.run(None, {name: columns[name] for name in self._inputs})[0])
+        limits = [("token", row.ids, self._vocabulary_size)]
+        type_limit = self._token_types if "token_type_ids" in self._inputs else None
+        limits.append(("token type", row.types, type_limit))
+        for name, ids, size in limits:
+            smallest, largest = int(ids.min()), int(ids.max())
+            if smallest < 0 or (size and largest >= size):
+                wrong = smallest if smallest < 0 else largest
+                raise DataError(f"row {number} has the {name} {wrong}; the model knows 0 to {(size or 0) - 1}")
 
 
 def load(
@@ -234,16 +257,16 @@ def load(
 ) -> Classifier:
     """Open an exported folder, whatever target wrote it.
 
-    Of a bundle, which holds several variants of one model, the best is opened that runs here: one with operators of its
-    own where their library is installed and loads, else the portable one. `classifier.bundle` tells which.
+    A bundle holds several variants of one model. The best one that runs here is opened: one with operators of its own
+    if their library is installed and loads, otherwise the portable one. `classifier.bundle` names it.
 
     Args:
-        folder: such as `RUN/export/student`; of a folder of roles, such as `RUN/export/sparse-cpu`, its student.
-        library: the library of custom operators to use; None: where the folder needs one, that of the installed plugin.
-            It is native code and is run, which is why one that lies in the folder is used only if it is named here.
-        threads: of one operator; 0: as many as there are cores.
+        folder: such as `RUN/export/bundle` or `RUN/export/student`; of a folder with both roles, the student is opened.
+        library: library of custom operators to use; None: that of the installed plugin, where the folder needs one.
+            It is native code, so a library that lies in the folder is used only if it is named here.
+        threads: threads of one operator; 0: as many as there are cores.
         provider: `cpu` or `cuda`.
-        variant: of a bundle, this one and no other.
+        variant: open this variant of a bundle and no other.
 
     Raises:
         ModelError: it is no exported folder, or cannot be read.
@@ -253,66 +276,72 @@ def load(
     """
     if not isinstance(folder, str | Path):
         raise ModelError(
-            f"a folder was expected, found a {type(folder).__name__}", 'for example "runs/x/export/student"'
+            f"a folder was expected, found a {type(folder).__name__}", 'for example "runs/x/export/bundle"'
         )
     if library is not None and not isinstance(library, str | Path):
         raise ModelError(f"library = {library!r}: a path was expected")
-    found, session = _first_that_opens(Path(folder).expanduser(), library, provider, threads, variant)
-    config = bundle.read_json(found.folder / "config.json")
-    file = found.folder / "tokenizer_config.json"
-    tokens = bundle.read_json(file) if file.is_file() else {}
-    opened = Classifier(session, _tokenizer(found.folder), config, tokens)
-    opened.bundle, opened.text = found, found.text
-    opened._opened = (str(found.folder.absolute()), library, threads, provider, variant)
-    return opened
+    bundle, session = open_first_usable(Path(folder).expanduser(), library, provider, threads, variant)
+    config = bundles.read_json(bundle.folder / "config.json")
+    tokenizer_file = bundle.folder / "tokenizer_config.json"
+    tokenizer_config = bundles.read_json(tokenizer_file) if tokenizer_file.is_file() else {}
+    classifier = Classifier(session, read_tokenizer(bundle.folder), config, tokenizer_config)
+    classifier.bundle, classifier.text = bundle, bundle.text
+    classifier._load_arguments = (str(bundle.folder.absolute()), library, threads, provider, variant)
+    return classifier
 
 
-def _again(
+def _load_again(
     folder: str, library: str | Path | None, threads: int, provider: str, variant: str | None = None
 ) -> Classifier:
+    """Call `load` with positional arguments, as pickle does."""
     return load(folder, library=library, threads=threads, provider=provider, variant=variant)
 
 
-def _first_that_opens(
+def open_first_usable(
     folder: Path, library: str | Path | None, provider: str, threads: int, variant: str | None
-) -> tuple[Bundle, Any]:
-    """The best variant of a folder that runs here, and its session; a damaged file is never passed over."""
-    offered = bundle.candidates(folder, variant, provider)
-    found = next(offered)
+) -> tuple[Bundle, InferenceSession]:
+    """Open the best variant of a folder that runs here.
+
+    Only a variant with operators of its own is passed over when it does not open; a damaged file is always an error.
+    """
+    candidates = bundles.candidates(folder, variant, provider)
+    bundle = next(candidates)
     while True:
         try:
-            return found, _open(found, library, provider, threads)
+            return bundle, open_bundle_session(bundle, library, provider, threads)
         except (DeviceError, ModelError, PluginError):
-            after = next(offered, None) if found.library and library is None else None
-            if after is None:
+            following = next(candidates, None)
+            if following is None or not bundle.library or library is not None:
                 raise
-            found = after
+            bundle = following
 
 
-def _open(found: Bundle, library: str | Path | None, provider: str, threads: int) -> Any:
+def open_bundle_session(bundle: Bundle, library: str | Path | None, provider: str, threads: int) -> InferenceSession:
+    """Open the model of a bundle with the library of operators that it needs."""
     if library is not None:
         if not Path(library).is_file():
             raise ModelError(f"there is no library {library}", "leave library= out to use that of the installed plugin")
-        return runtime.open_session(found.model, provider, threads, [Path(library).resolve()])
-    if not found.library:
-        return runtime.open_session(found.model, provider, threads)
+        return runtime.open_session(bundle.model, provider, threads, [Path(library).resolve()])
+    if not bundle.library:
+        return runtime.open_session(bundle.model, provider, threads)
     if provider in runtime.PROVIDERS and provider != "cpu":
-        raise DeviceError(f"the operators of {found.target!r} run on the CPU only", 'leave out provider="cuda"')
-    installed = plugins.library(str(found.target))
+        raise DeviceError(f"the operators of {bundle.target!r} run on the CPU only", 'leave out provider="cuda"')
+    installed = plugins.library(str(bundle.target))
     try:
-        return runtime.open_session(found.model, provider, threads, [installed.module.path()])
+        return runtime.open_session(bundle.model, provider, threads, [installed.module.path()])
     except ModelError as error:
-        wrote = found.library.get("version")
-        if wrote in (None, installed.version):
+        written_by = bundle.library.get("version")
+        if written_by in (None, installed.version):
             raise
         raise ModelError(
-            f"{error.message} ({found.folder} was written by {installed.distribution} {wrote}; "
+            f"{error.message} ({bundle.folder} was written by {installed.distribution} {written_by}; "
             f"{installed.version} is installed)",
-            f"pip install {installed.distribution}=={wrote}",
+            f"pip install {installed.distribution}=={written_by}",
         ) from None
 
 
-def _tokenizer(folder: Path) -> Tokenizer:
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """Read tokenizer.json. Raises ModelError."""
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise ModelError(f"{folder} has no tokenizer.json", "only fast tokenizers can be used without transformers")
@@ -322,78 +351,76 @@ def _tokenizer(folder: Path) -> Tokenizer:
         raise ModelError(f"{file} cannot be read: {error}", "copy the folder again") from None
 
 
-def _padding(tokenizer: Tokenizer, config: Mapping[str, Any], tokens: Mapping[str, Any]) -> dict[str, int]:
-    """What fills each column of a batch, as the tokenizer says, else as the model's configuration does."""
-    token = tokens.get("pad_token")
-    name = token.get("content") if isinstance(token, Mapping) else token
-    number = tokenizer.token_to_id(name) if isinstance(name, str) else None
-    if number is None:
-        number = config.get("pad_token_id") or 0
-    return {"input_ids": number, "token_type_ids": int(tokens.get("pad_token_type_id") or 0)}
+def padding_values(
+    tokenizer: Tokenizer, config: Mapping[str, Any], tokenizer_config: Mapping[str, Any]
+) -> dict[str, int]:
+    """The number that pads each input, from the tokenizer or else from the model's configuration."""
+    pad_token = tokenizer_config.get("pad_token")
+    if isinstance(pad_token, Mapping):  # transformers 4 writes an object with its content
+        pad_token = pad_token.get("content")
+    pad_id = tokenizer.token_to_id(pad_token) if isinstance(pad_token, str) else None
+    if pad_id is None:
+        pad_id = config.get("pad_token_id") or 0
+    return {"input_ids": pad_id, "token_type_ids": int(tokenizer_config.get("pad_token_type_id") or 0)}
 
 
-def longest(config: Mapping[str, Any], tokens: Mapping[str, Any]) -> int:
-    """Tokens of the longest input: the least of what the tokenizer and the position embeddings allow."""
-    positions = config.get("max_position_embeddings")
-    if positions and config.get("model_type") in OFFSET:  # their positions start after that of the padding
-        positions -= (config.get("pad_token_id") or 0) + 1
-    limits = [limit for limit in (positions, tokens.get("model_max_length")) if limit and 0 < limit < UNSET]
-    return int(min(limits, default=512))
-
-
-def _names(config: Mapping[str, Any]) -> list[str]:
-    names = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # transformers leaves the default out
+def ordered_labels(config: Mapping[str, Any]) -> list[str]:
+    """Labels of a configuration in the order of the logits. Raises ModelError."""
+    by_index = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # transformers does not write the default
     try:
-        return [str(names[str(index)]) for index in range(len(names))]
+        return [str(by_index[str(index)]) for index in range(len(by_index))]
     except (KeyError, TypeError):
-        raise ModelError(f"id2label of config.json does not number the labels from 0: {names}") from None
+        raise ModelError(f"id2label of config.json does not number the labels from 0: {by_index}") from None
 
 
-def _texts(values: Any) -> bool:
+def are_texts(values: Any) -> bool:
+    """Whether `values` is a text or a non-empty sequence of texts."""
     if isinstance(values, str):
         return True
-    several = isinstance(values, Sequence | np.ndarray) and getattr(values, "shape", None) != ()
-    return several and len(values) > 0 and all(isinstance(value, str) for value in values)
+    if not isinstance(values, Sequence | np.ndarray) or getattr(values, "shape", None) == ():
+        return False
+    return len(values) > 0 and all(isinstance(value, str) for value in values)
 
 
-def _row(ids: Any, types: Any = None, mask: Any = None) -> Row:
-    """A row without its padding on the right; what is masked elsewhere stays where it is, or positions would move."""
+def token_row(ids: Any, types: Any = None, mask: Any = None) -> TokenRow:
+    """Make a row without its padding on the right.
+
+    Masked tokens elsewhere stay: without them the others would move to other positions.
+    """
     tokens = np.asarray(ids, np.int64)
-    kinds = np.zeros_like(tokens) if types is None else np.asarray(types, np.int64)
+    token_types = np.zeros_like(tokens) if types is None else np.asarray(types, np.int64)
     real = np.ones_like(tokens) if mask is None else np.asarray(mask, np.int64)
-    if not len(tokens) == len(kinds) == len(real):
+    if not len(tokens) == len(token_types) == len(real):
         raise DataError("input_ids, attention_mask and token_type_ids differ in length")
     end = int(np.flatnonzero(real).max(initial=-1)) + 1
-    return Row(tokens[:end], kinds[:end], real[:end])
+    return TokenRow(tokens[:end], token_types[:end], real[:end])
 
 
-def _rows_of_columns(inputs: Mapping[str, Any]) -> list[Row]:
-    unknown = sorted(map(str, inputs.keys() - {"input_ids", "attention_mask", "token_type_ids", "labels"}))
+def token_rows_of_columns(inputs: Mapping[str, Any]) -> list[TokenRow]:
+    """Make rows of the model's inputs by name. Raises DataError."""
+    unknown = inputs.keys() - {"input_ids", "attention_mask", "token_type_ids", "labels"}
     if unknown or "input_ids" not in inputs:
         raise DataError(
             f"the inputs hold {', '.join(map(str, inputs)) or 'nothing'}",
             "input_ids, and attention_mask and token_type_ids where they are not all ones and zeros",
         )
-    ids = _ragged(inputs["input_ids"], "input_ids")
-    rest = [
-        _ragged(inputs[name], name) if inputs.get(name) is not None else [None] * len(ids)
-        for name in ("token_type_ids", "attention_mask")
-    ]
-    if any(len(column) != len(ids) for column in rest):
+    ids = rows_of_integers(inputs["input_ids"], "input_ids")
+    columns: list[Sequence[Any]] = [ids]
+    for name in ("token_type_ids", "attention_mask"):
+        absent = inputs.get(name) is None
+        columns.append([None] * len(ids) if absent else rows_of_integers(inputs[name], name))
+    if any(len(column) != len(ids) for column in columns):
         raise DataError("input_ids, attention_mask and token_type_ids have different numbers of rows")
-    return [_row(*cells) for cells in zip(ids, *rest, strict=True)]
+    return [token_row(*cells) for cells in zip(*columns, strict=True)]
 
 
-def _ragged(values: Any, what: str) -> list[np.ndarray]:
-    """Rows of whole numbers; one row alone is taken as such."""
-    expected = f"{what}: texts (second texts in pairs=) or rows of whole numbers were expected"
+def rows_of_integers(values: Any, name: str) -> list[np.ndarray]:
+    """Split `values` into rows of whole numbers; a single row becomes a list of one. Raises DataError."""
+    expected = f"{name}: texts (second texts in pairs=) or rows of whole numbers were expected"
     if hasattr(values, "__array__"):  # of numpy or torch
         values = np.asarray(values)
-    if (
-        isinstance(values, str | bytes)
-        or not isinstance(values, Sequence | np.ndarray)
-        or getattr(values, "shape", None) == ()
-    ):
+    is_sequence = isinstance(values, Sequence | np.ndarray) and not isinstance(values, str | bytes)
+    if not is_sequence or getattr(values, "shape", None) == ():
         raise DataError(f"{expected}, found {type(values).__name__}")
     outer = list(values)
     if outer and all(isinstance(value, int | np.integer) for value in outer):
@@ -402,14 +429,11 @@ def _ragged(values: Any, what: str) -> list[np.ndarray]:
     for number, value in enumerate(outer):
         try:
             row = np.asarray(value)
-        except ValueError:  # lists of unlike depth
+        except ValueError:  # lists of different depth
             row = np.empty((0, 0))
         if row.ndim != 1 or (row.size and row.dtype.kind not in "iub"):
-            raise DataError(f"{expected}; row {number} is {_shown(value)}")
+            text = repr(value)
+            shortened = text if len(text) <= 60 else f"{text[:57]}..."
+            raise DataError(f"{expected}; row {number} is {shortened}")
         rows.append(row)
     return rows
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -4,8 +4,8 @@
     POST /v2/models/NAME/infer  /predict
     GET  /metrics
 
-Errors are `{"error": "..."}`: 400 what was sent is no inference request, 404 there is no such model, 413 the body is
-too large, 422 what was sent to /predict is no request, 503 the queue is full or the server ends.
+Errors are `{"error": "..."}`: 400 no valid inference request, 404 no such model, 413 the body is too large, 422 no
+valid request of /predict, 503 the queue is full or the server is about to end.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
 
 import numpy as np
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -28,15 +27,17 @@ from starlette.routing import Route
 
 from spdtool.errors import DataError, SpdError
 from spdtool.serving import protocol
-from spdtool.serving.batching import Batcher, Closed, Full
+from spdtool.serving.batching import Batcher, QueueFull, ServerClosing
 from spdtool.serving.classifier import Classifier
-from spdtool.serving.protocol import Asked
+from spdtool.serving.protocol import InferenceRequest, Json
 
-SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
-GONE = 499  # the client left; only /metrics sees it
-MODEL = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
-BINARY = "inference-header-content-length"  # the header of the protocol's binary extension
+Handler = Callable[[Request], Awaitable[Response]]
+
+SECOND_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
+CLIENT_GONE = 499  # the client closed the connection; only /metrics shows it
+MODEL_PATHS = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
+BINARY_HEADER = "inference-header-content-length"  # marks the protocol's binary extension
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Limits:
         texts: texts of a request.
         batch: rows that are computed at once.
         wait: seconds that a row waits for others.
-        queue: rows that wait.
+        queue: rows in the queue.
     """
 
     body: int = 2**20
@@ -58,12 +59,16 @@ class Limits:
     queue: int = 4096
 
 
-class TooLarge(SpdError):
-    """The body of a request is larger than it may be."""
+class BodyTooLarge(SpdError):
+    """The body of a request is larger than allowed."""
 
 
-class Meters:
-    """Keeps what /metrics shows."""
+class UnknownModel(SpdError):
+    """The model or its version is not served here."""
+
+
+class ServerMetrics:
+    """The figures behind /metrics."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -74,96 +79,93 @@ class Meters:
         self.seconds = Histogram(
             "spdtool_request_seconds",
             "Seconds from a request's head to its answer.",
-            buckets=SECONDS,
+            buckets=SECOND_BUCKETS,
             registry=self.registry,
         )
-        self.batches = Histogram("spdtool_batch_rows", "Rows computed at once.", buckets=ROWS, registry=self.registry)
+        self.batches = Histogram(
+            "spdtool_batch_rows", "Rows computed at once.", buckets=ROW_BUCKETS, registry=self.registry
+        )
         self.queue = Gauge("spdtool_queue_rows", "Rows that wait or are being computed.", registry=self.registry)
 
 
-def make(classify: Classifier, name: str, limits: Limits | None = None, workers: int = 1) -> Starlette:
-    """The application for one model, which is called `name`; its workers live as long as the application runs."""
-    limits, meters = limits or Limits(), Meters()
+def create_app(classify: Classifier, name: str, limits: Limits | None = None, workers: int = 1) -> Starlette:
+    """Create the application that serves one model under `name`; its workers live as long as it runs."""
+    limits, metrics = limits or Limits(), ServerMetrics()
 
     @asynccontextmanager
-    async def living(app: Starlette) -> AsyncIterator[None]:
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
         app.state.batcher = batcher = Batcher(
             classify,
             workers=workers,
             max_batch=limits.batch,
             max_wait=limits.wait,
             max_rows=limits.queue,
-            observe=meters.batches.observe,
+            observe=metrics.batches.observe,
         )
-        meters.queue.set_function(lambda: batcher.rows)
+        metrics.queue.set_function(lambda: batcher.rows)
         yield
         await asyncio.to_thread(batcher.close)
 
+    async def compute(request: Request, inference: InferenceRequest) -> np.ndarray:
+        classify.check_text_count(paired=inference.pairs is not None)
+        batcher: Batcher = request.app.state.batcher
+        logits = await asyncio.wrap_future(batcher.submit(inference.texts, inference.pairs))
+        metrics.rows.inc(len(logits))
+        return logits
+
     async def infer(request: Request) -> Response:
-        if BINARY in request.headers:
+        if BINARY_HEADER in request.headers:
             raise DataError("the binary extension of the protocol is not spoken here", "send the tensors as JSON")
-        asked = protocol.inference(await body(request, limits.body), protocol.outputs(classify), limits.texts)
-        classify.refuse_kind(paired=asked.pairs is not None)
-        logits = await compute(request.app.state.batcher, asked)
-        meters.rows.inc(len(logits))
-        return reply(protocol.answer(classify, name, asked, logits))
+        body = await read_body(request, limits.body)
+        inference = protocol.parse_infer(body, protocol.output_names(classify), limits.texts)
+        logits = await compute(request, inference)
+        return json_response(protocol.infer_response(classify, name, inference, logits))
 
     async def predict(request: Request) -> Response:
-        asked = protocol.plain(await body(request, limits.body), limits.texts)
-        classify.refuse_kind(paired=asked.pairs is not None)
-        logits = await compute(request.app.state.batcher, asked)
-        meters.rows.inc(len(logits))
-        return reply({"model": name, "predictions": protocol.predictions(classify, logits)})
+        inference = protocol.parse_predict(await read_body(request, limits.body), limits.texts)
+        logits = await compute(request, inference)
+        return json_response({"model": name, "predictions": [*protocol.predictions(classify, logits)]})
 
-    async def metrics(_request: Request) -> Response:
-        return Response(generate_latest(meters.registry), media_type=CONTENT_TYPE_LATEST)
+    async def show_metrics(_request: Request) -> Response:
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    told = _told(_known(infer, name), meters, "infer", 400)
-    routes = [Route(f"{path}/infer", told, methods=["POST"]) for path in MODEL]  # first: paths are tried in this order
-    routes.append(Route("/predict", _told(predict, meters, "predict", 422), methods=["POST"]))
-    routes += [*_described(classify, name), Route("/metrics", metrics, methods=["GET"])]
-    return Starlette(routes=routes, lifespan=living)
+    counted_infer = count_and_time(require_model(infer, name), metrics, "infer", 400)
+    routes = [Route(f"{path}/infer", counted_infer, methods=["POST"]) for path in MODEL_PATHS]
+    routes.append(Route("/predict", count_and_time(predict, metrics, "predict", 422), methods=["POST"]))
+    routes += description_routes(classify, name)
+    routes.append(Route("/metrics", show_metrics, methods=["GET"]))
+    return Starlette(routes=routes, lifespan=lifespan)
 
 
-async def body(request: Request, most: int) -> bytes:
-    """The body of a request, read no further than it may be long.
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """Read the body of a request, no further than it may be long.
 
     Raises:
-        TooLarge: it is longer than `most` bytes.
+        BodyTooLarge: it is longer than `max_bytes`, or its head says so.
     """
-    told = request.headers.get("content-length", "0")
-    parts, size = [], int(told) if told.isdigit() else 0
-    if size <= most:
-        size = 0
-        async for part in request.stream():
-            size += len(part)
-            if size > most:
-                break
-            parts.append(part)
-    if size > most:
-        raise TooLarge(f"the body is larger than {most:,} bytes", "send several requests")
-    return b"".join(parts)
+    too_large = BodyTooLarge(f"the body is larger than {max_bytes:,} bytes", "send several requests")
+    length = request.headers.get("content-length", "0")
+    if length.isdigit() and int(length) > max_bytes:
+        raise too_large
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > max_bytes:
+            raise too_large
+    return bytes(body)
 
 
-async def compute(batcher: Batcher, asked: Asked) -> np.ndarray:
-    """The logits of a request, when they are there."""
-    return await asyncio.wrap_future(batcher.submit(asked.texts, asked.pairs))
-
-
-def reply(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """A JSON response."""
+def json_response(value: Json, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """Make a JSON response."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return Response(text.encode("utf-8"), status, headers, "application/json")
 
 
-Handler = Callable[[Request], Awaitable[Response]]
-
-
-def _told(handler: Handler, meters: Meters, route: str, wrong: int) -> Handler:
-    """The handler with its errors as responses, counted and timed.
+def count_and_time(handler: Handler, metrics: ServerMetrics, route: str, invalid_status: int) -> Handler:
+    """Wrap a handler: its errors become responses, and every request is counted and timed.
 
     Args:
-        wrong: the status of a request that cannot be understood.
+        invalid_status: status for a request that is not valid.
     """
 
     async def run(request: Request) -> Response:
@@ -171,76 +173,79 @@ def _told(handler: Handler, meters: Meters, route: str, wrong: int) -> Handler:
         try:
             response = await handler(request)
         except SpdError as error:
-            response = _refusal(error, wrong)
+            response = error_response(error, invalid_status)
         except ClientDisconnect:  # in the middle of its body; nobody reads this answer
-            response = Response(status_code=GONE)
-        meters.requests.labels(route, str(response.status_code)).inc()
-        meters.seconds.observe(time.perf_counter() - started)
+            response = Response(status_code=CLIENT_GONE)
+        metrics.requests.labels(route, str(response.status_code)).inc()
+        metrics.seconds.observe(time.perf_counter() - started)
         return response
 
     return run
 
 
-def _refusal(error: SpdError, wrong: int) -> Response:
-    told = {"error": f"{error.message} ({error.hint})" if error.hint else error.message}
-    if isinstance(error, TooLarge):
-        return reply(told, 413, {"connection": "close"})  # the rest of the body is not read
-    if isinstance(error, Full | Closed):
-        return reply(told, 503, {"retry-after": "1"})
-    if isinstance(error, NoModel):
-        return reply(told, 404)
-    return reply(told, wrong if isinstance(error, DataError) else 500)
+def error_response(error: SpdError, invalid_status: int) -> Response:
+    """Make the response for an error."""
+    message = f"{error.message} ({error.hint})" if error.hint else error.message
+    content: Json = {"error": message}
+    if isinstance(error, BodyTooLarge):
+        return json_response(content, 413, {"connection": "close"})  # the rest of the body is not read
+    if isinstance(error, QueueFull | ServerClosing):
+        return json_response(content, 503, {"retry-after": "1"})
+    if isinstance(error, UnknownModel):
+        return json_response(content, 404)
+    if isinstance(error, DataError):
+        return json_response(content, invalid_status)
+    return json_response(content, 500)
 
 
-class NoModel(SpdError):
-    """The model or its version is not served here."""
-
-
-def _known(handler: Handler, name: str) -> Handler:
-    """The handler behind a path that names the model, and perhaps its version."""
+def require_model(handler: Handler, name: str) -> Handler:
+    """Wrap the handler of a path that names the model and perhaps its version; raises UnknownModel for others."""
 
     async def run(request: Request) -> Response:
-        asked, version = request.path_params["model"], request.path_params.get("version", protocol.VERSION)
-        if asked != name or version != protocol.VERSION:
-            raise NoModel(
-                f"there is no model {asked!r} of version {version}", f"{name!r} of version {protocol.VERSION} is served"
+        model = request.path_params["model"]
+        version = request.path_params.get("version", protocol.MODEL_VERSION)
+        if model != name or version != protocol.MODEL_VERSION:
+            raise UnknownModel(
+                f"there is no model {model!r} of version {version}",
+                f"{name!r} of version {protocol.MODEL_VERSION} is served",
             )
         return await handler(request)
 
     return run
 
 
-def _described(classify: Classifier, name: str) -> list[Route]:
-    """The routes that say what is served and whether it is."""
-    server = {"name": "spdtool", "version": metadata.version("spdtool"), "extensions": []}
-    model = protocol.metadata(classify, name)
-
-    async def ready(_request: Request) -> Response:
-        return reply({"name": name, "ready": True})
-
-    async def described(_request: Request) -> Response:
-        return reply(model)
-
-    async def about(_request: Request) -> Response:
-        return reply(server)
-
-    async def live(_request: Request) -> Response:
-        return reply({"live": True})
-
-    async def up(_request: Request) -> Response:
-        return reply({"ready": True})
-
-    found: list[tuple[str, Handler]] = [("/v2", about), ("/v2/health/live", live), ("/v2/health/ready", up)]
-    for path in MODEL:
-        found += [(path, _answering(_known(described, name))), (f"{path}/ready", _answering(_known(ready, name)))]
-    return [Route(path, handler, methods=["GET"]) for path, handler in found]
+def description_routes(classify: Classifier, name: str) -> list[Route]:
+    """Routes that describe the server and the model, and say that both are ready."""
+    server: Json = {"name": "spdtool", "version": metadata.version("spdtool"), "extensions": []}
+    model_ready: Json = {"name": name, "ready": True}
+    routes = [
+        Route("/v2", constant_response(server)),
+        Route("/v2/health/live", constant_response({"live": True})),
+        Route("/v2/health/ready", constant_response({"ready": True})),
+    ]
+    for path in MODEL_PATHS:
+        for suffix, content in (("", protocol.model_metadata(classify, name)), ("/ready", model_ready)):
+            handler = errors_as_responses(require_model(constant_response(content), name))
+            routes.append(Route(path + suffix, handler))
+    return routes
 
 
-def _answering(handler: Handler) -> Handler:
+def constant_response(content: Json) -> Handler:
+    """Make a handler that always gives this content."""
+
+    async def run(_request: Request) -> Response:
+        return json_response(content)
+
+    return run
+
+
+def errors_as_responses(handler: Handler) -> Handler:
+    """Wrap a handler: its errors become responses."""
+
     async def run(request: Request) -> Response:
         try:
             return await handler(request)
         except SpdError as error:
-            return _refusal(error, 400)
+            return error_response(error, 400)
 
     return run

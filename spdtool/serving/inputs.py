@@ -1,12 +1,11 @@
-"""What `spdtool predict --input` names, as lines: a file with named columns, or plain lines.
+"""Open what `spdtool predict --input` names: a file with named columns, or plain lines.
 
     .csv  .tsv  .jsonl  .parquet     read as `--data` reads them; the texts are in the columns that the model was
-                                     trained on, which the bundle knows, or in those that --text names
-    .txt                             a text a line, or a pair separated by a tab where the model takes one
-    anything else, - (stdin)         lines as they look: see `lines.py`
+                                     trained on, which the bundle names, or in those that --text names
+    .txt                             one text a line, or a pair separated by a tab if the model takes pairs
+    anything else, - (stdin)         lines whose format is recognised: see `predict.py`
 
-A row at a time is read: what is in memory does not grow with the file. What cannot be told is refused, with what was
-found.
+Rows are read one at a time, so memory does not grow with the file. What cannot be decided is refused, with the reason.
 """
 
 from __future__ import annotations
@@ -17,45 +16,45 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO, TypeAlias
 
 from spdtool.data import local
 from spdtool.errors import DataError, RecipeError
-from spdtool.serving import predict as lines
 from spdtool.serving.classifier import Classifier
-from spdtool.serving.predict import Line
+from spdtool.serving.predict import BYTE_ORDER_MARK, InputLine, parse_lines, recognise_format
 
 STANDARD_INPUT = "-"
-PIECE = 1000  # rows of a Parquet file that are read at a time
-Rows = Iterator[tuple[int, Sequence[Any]]]
-"""The number of each row, that of the line in which it begins, and its cells."""
+PARQUET_ROWS = 1000  # rows of a Parquet file that are read at a time
+NumberedCells: TypeAlias = Iterator[tuple[int, Sequence[object]]]
+"""For every row the number of its first line, and its cells."""
 
 
 @contextmanager
-def opened(
-    source: str, classify: Classifier, form: str | None = None, columns: tuple[str, ...] = ()
-) -> Iterator[Iterable[Line]]:
-    """The lines of a file, or of standard input.
+def open_input(
+    source: str, classify: Classifier, line_format: str | None = None, columns: tuple[str, ...] = ()
+) -> Iterator[Iterable[InputLine]]:
+    """Open a file, or standard input for `-`, as lines.
 
     Args:
-        form: of plain lines, which have no header; None: as the file's name ends, or as they look.
-        columns: of a file with named ones, those of the one or two texts; empty: those that the model was trained on.
+        line_format: of lines without a header; None: by the file's ending, or as the lines look.
+        columns: names of the one or two text columns of a file with a header; empty: those of the training data.
 
     Raises:
-        DataError: there is no such file, it is not what its name says, or its columns cannot be told.
+        DataError: there is no such file, it is not what its ending says, or its text columns are unclear.
         RecipeError: columns are named, and the lines have no names.
     """
-    ending = Path(source).suffix.lower() if source != STANDARD_INPUT else ""
+    ending = "" if source == STANDARD_INPUT else Path(source).suffix.lower()
     if columns and classify.text is not None and len(columns) != len(classify.text):
-        raise DataError(f"--text names {len(columns)} columns; the model takes {_quoted(classify.text)}")
+        raise DataError(f"--text names {len(columns)} columns; the model takes {quote_names(classify.text)}")
     try:
-        if ending == ".parquet" and form is None:
-            yield _parquet(Path(source), classify, columns)
+        if ending == ".parquet" and line_format is None:
+            yield read_parquet(Path(source), classify, columns)
         elif source == STANDARD_INPUT:
-            yield _plain(sys.stdin, "standard input", classify, form, columns)
+            yield read_plain_lines(sys.stdin, "standard input", classify, line_format, columns)
         else:
-            with open(source, encoding="utf-8-sig", newline="" if ending == ".csv" else "\n") as stream:
-                yield _of_file(stream, source, ending, classify, form, columns)
+            newline = "" if ending == ".csv" else "\n"  # the csv reader finds line ends itself
+            with open(source, encoding="utf-8-sig", newline=newline) as stream:
+                yield read_stream(stream, source, ending, classify, line_format, columns)
     except FileNotFoundError:
         raise DataError(f"there is no file {source}", "a file of rows or of lines, or - for standard input") from None
     except IsADirectoryError:
@@ -64,115 +63,144 @@ def opened(
         raise DataError(f"{source} is no text in UTF-8: {error}") from None
 
 
-def _of_file(
-    stream: TextIO, source: str, ending: str, classify: Classifier, form: str | None, columns: tuple[str, ...]
-) -> Iterator[Line]:
-    if ending in TABLES and form is None:
-        rows = TABLES[ending](stream, Path(source))
+def read_stream(
+    stream: TextIO,
+    source: str,
+    ending: str,
+    classify: Classifier,
+    line_format: str | None,
+    columns: tuple[str, ...],
+) -> Iterator[InputLine]:
+    """Read an open file as its ending says, unless `line_format` says otherwise."""
+    if ending in (".csv", ".tsv") and line_format is None:
+        rows = local.csv_rows(stream, Path(source)) if ending == ".csv" else tsv_rows(stream)
         _, header = next(rows, (1, None))
         if header is None:
             raise DataError(f"{source} is empty", "a header and rows were expected")
-        return _named(source, header, rows, classify, columns)
-    if ending == ".jsonl":
-        form = form or "jsonl"
-    elif ending == ".txt" and form is None:
-        form = "tsv" if classify.text is not None and len(classify.text) == 2 else "text"
-    return _plain(stream, source, classify, form, columns)
+        return lines_of_table(source, header, rows, classify, columns)
+    if line_format is None and ending == ".jsonl":
+        line_format = "jsonl"
+    elif line_format is None and ending == ".txt":
+        line_format = "tsv" if takes_pairs(classify) else "text"
+    return read_plain_lines(stream, source, classify, line_format, columns)
 
 
-def _plain(
-    stream: Iterable[str], source: str, classify: Classifier, form: str | None, columns: tuple[str, ...]
-) -> Iterator[Line]:
-    """Lines without a header; refused as a whole where none of them could fit the model."""
-    ahead: list[str] = []
+def read_plain_lines(
+    stream: Iterable[str],
+    source: str,
+    classify: Classifier,
+    line_format: str | None,
+    columns: tuple[str, ...],
+) -> Iterator[InputLine]:
+    """Read lines without a header; refuse all of them at once if their format cannot fit the model."""
+    first_lines: list[str] = []  # up to the first that is not empty
     for line in stream:
-        ahead.append(line)
+        first_lines.append(line)
         if line.strip():
             break
-    first = ahead[-1].removeprefix(lines.MARK) if ahead else ""
-    looks = lines.look(first)
-    form = form or ("tsv" if looks == "text" and classify.text is not None and len(classify.text) == 2 else looks)
-    if columns and form != "jsonl":
+    if line_format is None:
+        first = first_lines[-1].removeprefix(BYTE_ORDER_MARK) if first_lines else ""
+        line_format = recognise_format(first)
+        if line_format == "text" and takes_pairs(classify):
+            line_format = "tsv"  # every line without a tab then says what it lacks
+    if columns and line_format != "jsonl":
         raise RecipeError(f"--text names columns, and {source} is read as lines without names", "leave --text out")
-    if form == "tsv" and classify.text is not None and len(classify.text) == 1:
+    if line_format == "tsv" and classify.text is not None and len(classify.text) == 1:
         raise DataError(
             f"{source} has two columns; the model takes one text ({classify.text[0]})",
             "--format text takes a tab as part of the text; a .tsv or .csv file with a header may have further columns",
         )
-    return lines.read(chain(ahead, stream), form, columns or classify.text or ())
+    return parse_lines(chain(first_lines, stream), line_format, columns or classify.text or ())
 
 
-def _csv(stream: TextIO, path: Path) -> Rows:
-    return local.csv_rows(stream, path)
+def takes_pairs(classify: Classifier) -> bool:
+    """Whether the model is known to take pairs."""
+    return classify.text is not None and len(classify.text) == 2
 
 
-def _tsv(stream: TextIO, path: Path) -> Rows:  # noqa: ARG001
-    blank = 0  # lines at the end of the file are no rows
+def tsv_rows(stream: TextIO) -> NumberedCells:
+    """Split the lines of a tsv file; empty lines at its end are no rows, those before are rows of one empty cell."""
+    empty_lines = 0
     for number, line in enumerate(stream, start=1):
         text = line.rstrip("\n").removesuffix("\r")
-        if text:
-            yield from ((number - before, [""]) for before in range(blank, 0, -1))
-            yield number, text.split("\t")
-        blank = 0 if text else blank + 1
+        if not text:
+            empty_lines += 1
+            continue
+        for empty_number in range(number - empty_lines, number):
+            yield empty_number, [""]
+        empty_lines = 0
+        yield number, text.split("\t")
 
 
-TABLES = {".csv": _csv, ".tsv": _tsv}
-
-
-def _parquet(path: Path, classify: Classifier, columns: tuple[str, ...]) -> Iterator[Line]:
+def read_parquet(path: Path, classify: Classifier, columns: tuple[str, ...]) -> Iterator[InputLine]:
+    """Read a Parquet file, a batch of rows at a time."""
     if not path.is_file():
         raise FileNotFoundError(path)
-    pieces = local.parquet_pieces(path, PIECE)
-    first = next(pieces)
-    rows = (pair for piece in chain([first], pieces) for pair in zip(piece.lines, piece.rows, strict=True))
-    return _named(str(path), first.columns, rows, classify, columns)
+    tables = local.parquet_pieces(path, PARQUET_ROWS)
+    first = next(tables)
+
+    def rows() -> NumberedCells:
+        for table in chain([first], tables):
+            yield from zip(table.lines, table.rows, strict=True)
+
+    return lines_of_table(str(path), first.columns, rows(), classify, columns)
 
 
-def _named(
-    source: str, header: Sequence[str], rows: Rows, classify: Classifier, columns: tuple[str, ...]
-) -> Iterator[Line]:
-    """The lines of a file whose first row names its columns."""
-    chosen = _choose(source, header, classify.text, columns)
-    places = [header.index(name) for name in chosen]
-    return (_line(number, cells, header, places) for number, cells in rows)
+def lines_of_table(
+    source: str,
+    header: Sequence[object],
+    rows: NumberedCells,
+    classify: Classifier,
+    columns: tuple[str, ...],
+) -> Iterator[InputLine]:
+    """Turn the rows of a table with a header into lines. Raises DataError at once if it lacks a text column."""
+    names = [str(name) for name in header]
+    chosen = choose_text_columns(source, names, columns or classify.text or ())
+    indices = [names.index(name) for name in chosen]
+    return (line_of_cells(number, cells, names, indices) for number, cells in rows)
 
 
-def _line(number: int, cells: Sequence[Any], header: Sequence[str], places: list[int]) -> Line:
+def line_of_cells(number: int, cells: Sequence[object], header: Sequence[str], indices: list[int]) -> InputLine:
+    """Make a line of the cells at `indices`, or say what is wrong with them."""
     if len(cells) != len(header):
-        return Line(number, error=f"has {len(cells)} fields where {len(header)} were expected ({', '.join(header)})")
-    texts = [cells[place] for place in places]
-    for place, text in zip(places, texts, strict=True):
-        if text is None or (isinstance(text, str) and not text.strip()):
-            return Line(number, error=f"has no text in the column {header[place]!r}")
-        if not isinstance(text, str):
-            return Line(number, error=f"has a {type(text).__name__} in the column {header[place]!r}, not text")
-    return Line(number, *texts)
+        expected = f"{len(header)} were expected ({', '.join(header)})"
+        return InputLine(number, error=f"has {len(cells)} fields where {expected}")
+    texts = []
+    for index in indices:
+        cell = cells[index]
+        if cell is None or (isinstance(cell, str) and not cell.strip()):
+            return InputLine(number, error=f"has no text in the column {header[index]!r}")
+        if not isinstance(cell, str):
+            return InputLine(number, error=f"has a {type(cell).__name__} in the column {header[index]!r}, not text")
+        texts.append(cell)
+    return InputLine(number, *texts)
 
 
-def _choose(
-    source: str, header: Sequence[str], known: tuple[str, ...] | None, asked: tuple[str, ...]
-) -> tuple[str, ...]:
-    """The columns that hold the texts.
+def choose_text_columns(source: str, header: Sequence[str], wanted: tuple[str, ...]) -> tuple[str, ...]:
+    """Check that the file has the columns `wanted`, once each.
 
     Raises:
-        DataError: the file has no such columns, or the model does not know which it was trained on.
+        DataError: it has not; or none are wanted, because the model does not say which it was trained on.
     """
-    wanted = asked or known or ()
-    twice = sorted({name for name in wanted if header.count(name) > 1})
-    if twice:
-        raise DataError(f"{source} has two columns called {twice[0]!r}", "rename one of them")
-    if wanted and set(wanted) <= set(header):
-        return wanted
+    for name in wanted:
+        if header.count(name) > 1:
+            raise DataError(f"{source} has two columns called {name!r}", "rename one of them")
     missing = [name for name in wanted if name not in header]
-    lacks = f", and not {_quoted(missing)}" if missing else ""
-    near = difflib.get_close_matches(missing[0], header, n=3, cutoff=0.5) if missing else []
-    guess = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    if wanted and not missing:
+        return wanted
+    problem, guess = f"{source} has the columns {quote_names(header)}", ""
+    if missing:
+        problem += f", and not {quote_names(missing)}"
+        similar = difflib.get_close_matches(missing[0], header, n=3, cutoff=0.5)
+        if similar:
+            guess = f"did you mean {' or '.join(map(repr, similar))}? "
     raise DataError(
-        f"{source} has the columns {_quoted(header)}{lacks}",
+        problem,
         f"{guess}--text FIRST or FIRST,SECOND names the columns of the texts; "
         "a file of lines without a header is read with --format tsv or --format text",
     )
 
 
-def _quoted(names: Sequence[str]) -> str:
+def quote_names(names: Sequence[str]) -> str:
+    """List names in quotation marks."""
     return ", ".join(map(repr, names))

@@ -1,17 +1,17 @@
-"""`spdtool predict`: a stream of lines, each a text or a pair, to predictions in the same order.
+"""`spdtool predict`: label a stream of lines, each a text or a pair, in their order.
 
-Three forms, told apart by the first line that is not empty: JSON lines with the columns that the model was trained on,
-or with `text` and perhaps `pair`; two columns separated by a tab; one text a line. Files with a header are those of
-`inputs.py`.
+A line has one of three formats, recognised by the first line that is not empty: a JSON object with the columns that
+the model was trained on, or with `text` and perhaps `pair`; two columns separated by a tab; one text. Files with a
+header are read by `inputs.py`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 
@@ -19,14 +19,14 @@ from spdtool.errors import DataError
 from spdtool.serving import protocol
 from spdtool.serving.classifier import Classifier
 
-AHEAD = 8  # batches that are read before the first is computed: rows of like length come together
-FORMS = ("text", "tsv", "jsonl")
-MARK = "\ufeff"  # of byte order, which some editors put in front
+READ_AHEAD = 8  # batches that are read before the first is computed, so that rows of similar length meet in one
+FORMATS = ("text", "tsv", "jsonl")
+BYTE_ORDER_MARK = "\ufeff"  # some editors put it at the start of a file
 
 
 @dataclass(frozen=True)
-class Line:
-    """One line: its number from 1, its text and perhaps its second one, or what is wrong with it."""
+class InputLine:
+    """One line: its number from 1, and its text with an optional second one, or what is wrong with it."""
 
     number: int
     text: str = ""
@@ -34,113 +34,138 @@ class Line:
     error: str | None = None
 
 
-def read(lines: Iterable[str], form: str | None = None, columns: tuple[str, ...] = ()) -> Iterator[Line]:
-    """The lines, as `form` says (None: as the first line that is not empty looks).
+LineResult: TypeAlias = np.ndarray | str
+"""Logits of a line, float32 [labels], or the reason why it has none."""
+
+
+def parse_lines(
+    lines: Iterable[str], line_format: str | None = None, columns: tuple[str, ...] = ()
+) -> Iterator[InputLine]:
+    """Parse raw lines.
 
     Args:
-        columns: under which a JSON line has its one or two texts; without them, or where a line has none of them, under
-            `text` and `pair`.
+        line_format: one of FORMATS; None: recognised by the first line that is not empty.
+        columns: keys of the one or two texts in a JSON line; without them, or in a line that has none of them, the
+            keys are `text` and `pair`.
     """
-    for number, raw in enumerate(lines, start=1):
-        line = (raw.removeprefix(MARK) if number == 1 else raw).rstrip("\r\n")
+    for number, raw_line in enumerate(lines, start=1):
+        line = raw_line.removeprefix(BYTE_ORDER_MARK) if number == 1 else raw_line
+        line = line.rstrip("\r\n")
         if not line.strip():
-            yield Line(number, error="is empty")
+            yield InputLine(number, error="is empty")
             continue
-        form = form or look(line)
+        line_format = line_format or recognise_format(line)
         try:
-            text, pair = _parts(line, form, columns)
-            yield Line(number, text, pair)
+            text, pair = parse_line(line, line_format, columns)
         except DataError as error:
-            yield Line(number, error=error.message)
+            yield InputLine(number, error=error.message)
+        else:
+            yield InputLine(number, text, pair)
 
 
-def look(line: str) -> str:
-    """The form that a line has by its looks."""
+def recognise_format(line: str) -> str:
+    """Guess the format of a line."""
     if line.lstrip().startswith("{"):
         return "jsonl"
     return "tsv" if "\t" in line else "text"
 
 
-def predict(classify: Classifier, lines: Iterable[Line], batch_size: int = 32) -> Iterator[dict[str, Any]]:
-    """Of each line, in order: its number, and its label, probability and logits or what is wrong (`error`)."""
+def predict_lines(
+    classify: Classifier, lines: Iterable[InputLine], batch_size: int = 32
+) -> Iterator[dict[str, protocol.Json]]:
+    """Label every line, in order.
+
+    Yields:
+        `line` (its number) with `label`, `probability` and `logits`, or with `error`.
+    """
     source = iter(lines)
-    while chunk := list(islice(source, AHEAD * batch_size)):
-        logits = _logits(classify, chunk, batch_size)
-        good = [place for place, found in enumerate(logits) if not isinstance(found, str)]
-        told = iter(protocol.predictions(classify, np.array([logits[place] for place in good])) if good else ())
-        for line, found in zip(chunk, logits, strict=True):
-            yield {"line": line.number} | ({"error": found} if isinstance(found, str) else next(told))
+    while chunk := list(islice(source, READ_AHEAD * batch_size)):
+        results = compute_lines(classify, chunk, batch_size)
+        computed = [result for result in results if isinstance(result, np.ndarray)]
+        predictions = iter(protocol.predictions(classify, np.array(computed)) if computed else ())
+        for line, result in zip(chunk, results, strict=True):
+            if isinstance(result, str):
+                yield {"line": line.number, "error": result}
+            else:
+                yield {"line": line.number} | next(predictions)
 
 
-def _logits(classify: Classifier, chunk: list[Line], batch_size: int) -> list[Any]:
-    """Of each line its logits, or why there are none."""
-    found: list[Any] = [_wrong(classify, line) for line in chunk]
-    sound = [place for place, wrong in enumerate(found) if wrong is None]
-    for paired in (False, True):
-        places = [place for place in sound if (chunk[place].pair is not None) == paired]
-        for place, logits in _kind(classify, [(place, chunk[place]) for place in places], batch_size):
-            found[place] = logits
-    return found
+def compute_lines(classify: Classifier, lines: Sequence[InputLine], batch_size: int) -> list[LineResult]:
+    """Compute the logits of every line: single texts in one call, pairs in another."""
+    results: dict[int, LineResult] = {}
+    indices: dict[bool, list[int]] = {False: [], True: []}  # by whether the line is a pair
+    for index, line in enumerate(lines):
+        problem = line_problem(classify, line)
+        if problem is None:
+            indices[line.pair is not None].append(index)
+        else:
+            results[index] = problem
+    for group in indices.values():
+        if not group:
+            continue
+        group_lines = [lines[index] for index in group]
+        results |= zip(group, compute_similar_lines(classify, group_lines, batch_size), strict=True)
+    return [results[index] for index in range(len(lines))]
 
 
-def _wrong(classify: Classifier, line: Line) -> str | None:
-    """Why a line cannot be one that the model takes; None: it can."""
+def line_problem(classify: Classifier, line: InputLine) -> str | None:
+    """The reason why the model cannot take this line, or None."""
     if line.error is not None:
         return line.error
-    if not all(part.strip() for part in (line.text, line.pair) if part is not None):
-        return "is empty" if line.pair is None else "has an empty text"
+    if line.pair is None and not line.text.strip():
+        return "is empty"
+    if line.pair is not None and not (line.text.strip() and line.pair.strip()):
+        return "has an empty text"
     try:
-        classify.refuse_kind(paired=line.pair is not None)
+        classify.check_text_count(paired=line.pair is not None)
     except DataError as error:
         return f"does not fit: {error.message}"
     return None
 
 
-def _kind(classify: Classifier, lines: list[tuple[int, Line]], batch_size: int) -> Iterator[tuple[int, Any]]:
-    """Of lines that all have a pair, or none; where one of them spoils the call, each is computed alone."""
-    if not lines:
-        return
-    texts, pairs = [line.text for _, line in lines], [line.pair for _, line in lines if line.pair is not None]
+def compute_similar_lines(classify: Classifier, lines: list[InputLine], batch_size: int) -> list[LineResult]:
+    """Compute lines that are all single texts, or all pairs; if one spoils the call, compute each on its own."""
+    texts = [line.text for line in lines]
+    pairs = [line.pair for line in lines if line.pair is not None]
     try:
-        computed = classify.logits(texts, pairs or None, batch_size=batch_size)
-        yield from zip((place for place, _ in lines), computed, strict=True)
+        return list(classify.logits(texts, pairs or None, batch_size=batch_size))
     except DataError as error:
         if len(lines) == 1:
-            yield lines[0][0], error.message
-            return
-        for line in lines:
-            yield from _kind(classify, [line], batch_size)
+            return [error.message]
+    results: list[LineResult] = []
+    for line in lines:
+        results += compute_similar_lines(classify, [line], batch_size)
+    return results
 
 
-def _parts(line: str, form: str, columns: tuple[str, ...]) -> tuple[str, str | None]:
-    """The text of a line and its pair.
-
-    Raises:
-        DataError: the line is not of this form.
-    """
-    if form == "text":
+def parse_line(line: str, line_format: str, columns: tuple[str, ...]) -> tuple[str, str | None]:
+    """Split a line into its text and its pair. Raises DataError if it is not of this format."""
+    if line_format == "text":
         return line, None
-    if form == "tsv":
-        cells = line.split("\t")
-        if len(cells) != 2 or not all(cell.strip() for cell in cells):
-            filled = sum(bool(cell.strip()) for cell in cells)
-            raise DataError(f"has {filled} filled columns of {len(cells)}: two, separated by one tab, were expected")
-        return cells[0], cells[1]
-    return _object(line, columns)
+    if line_format == "jsonl":
+        return parse_json_line(line, columns)
+    cells = line.split("\t")
+    filled = sum(bool(cell.strip()) for cell in cells)
+    if len(cells) != 2 or filled != 2:
+        raise DataError(f"has {filled} filled columns of {len(cells)}: two, separated by one tab, were expected")
+    return cells[0], cells[1]
 
 
-def _object(line: str, columns: tuple[str, ...]) -> tuple[str, str | None]:
+def parse_json_line(line: str, columns: tuple[str, ...]) -> tuple[str, str | None]:
+    """Take the text and the pair out of a JSON object. Raises DataError."""
     try:
-        value = json.loads(line)
+        row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise DataError(f"is no JSON: {error}") from None
-    if not isinstance(value, dict):
+    if not isinstance(row, dict):
         raise DataError("is no JSON object")
-    named = bool(columns) and set(columns) <= value.keys() and columns != ("text",)
-    keys = columns if named else ("text", "pair")
-    text, pair = value.get(keys[0]), value.get(keys[1]) if len(keys) > 1 else None
-    missing_pair = named and len(keys) > 1 and pair is None
-    if not isinstance(text, str) or missing_pair or not (pair is None or isinstance(pair, str)):
+    # A task whose only column is called `text` may still come with a pair, as lines without columns do.
+    has_columns = bool(columns) and set(columns) <= row.keys() and columns != ("text",)
+    keys = columns if has_columns else ("text", "pair")
+    text = row.get(keys[0])
+    pair = row.get(keys[1]) if len(keys) > 1 else None
+    pair_is_missing = has_columns and len(keys) > 1 and pair is None
+    if not isinstance(text, str) or pair_is_missing or not (pair is None or isinstance(pair, str)):
         expected = ", ".join(f'"{name}": "..."' for name in (columns or keys))
         raise DataError(f'has no "{keys[0]}", or one that is no text: {{{expected}}} was expected')
     return text, pair

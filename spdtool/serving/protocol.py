@@ -1,4 +1,4 @@
-"""What goes over the wire, without the wire: KServe v2 (Open Inference Protocol), and a plain form of our own.
+"""Requests and responses without the network: KServe v2 (Open Inference Protocol), and a plain form of our own.
 
     POST /v2/models/NAME/infer   {"inputs": [{"name": "text", "shape": [2], "datatype": "BYTES", "data": ["a", "b"]}]}
     POST /predict                {"texts": ["a", "b"], "pairs": ["c", "d"]}
@@ -12,21 +12,30 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 
 from spdtool.errors import DataError
 from spdtool.serving.classifier import Classifier
 
-VERSION = "1"
+Json: TypeAlias = "str | int | float | bool | list[Json] | dict[str, Json] | None"
+Object: TypeAlias = dict[str, Json]
+
+MODEL_VERSION = "1"
 TEXT, PAIR = "text", "pair"
 LOGITS, PROBABILITIES, LABEL = "logits", "probabilities", "label"
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A request that was understood: as many pairs as texts, or none; the outputs that are wanted; its id."""
+class InferenceRequest:
+    """A valid request.
+
+    Attributes:
+        pairs: as many as texts, or None.
+        outputs: names of the wanted outputs.
+        id: sent back with the response.
+    """
 
     texts: list[str]
     pairs: list[str] | None
@@ -34,106 +43,120 @@ class Asked:
     id: str | None = None
 
 
-def plain(body: bytes, max_texts: int) -> Asked:
-    """The request of /predict.
-
-    Raises:
-        DataError: the body is none.
-    """
-    value = _object(body)
-    unknown = sorted(value.keys() - {"texts", "pairs"})
-    if unknown or "texts" not in value:
+def parse_predict(body: bytes, max_texts: int) -> InferenceRequest:
+    """Parse the body of /predict. Raises DataError."""
+    request = parse_object(body)
+    unknown = request.keys() - {"texts", "pairs"}
+    if unknown or "texts" not in request:
         raise DataError(
-            f"the request holds {', '.join(map(repr, value)) or 'nothing'}", 'send {"texts": [...], "pairs": [...]}'
+            f"the request holds {', '.join(map(repr, request)) or 'nothing'}", 'send {"texts": [...], "pairs": [...]}'
         )
-    texts = _texts(value["texts"], "texts")
-    pairs = None if value.get("pairs") is None else _texts(value["pairs"], "pairs")
-    return _checked(Asked(texts, pairs), max_texts)
+    texts = text_list(request["texts"], "texts")
+    pairs = None
+    if request.get("pairs") is not None:
+        pairs = text_list(request["pairs"], "pairs")
+    return check_size(InferenceRequest(texts, pairs), max_texts)
 
 
-def inference(body: bytes, offered: tuple[str, ...], max_texts: int) -> Asked:
-    """The request of /v2/models/NAME/infer.
-
-    Args:
-        offered: the names of the outputs.
-
-    Raises:
-        DataError: the body is none.
-    """
-    value = _object(body)
-    tensors = _named(value.get("inputs"), "inputs")
-    unknown = sorted(tensors.keys() - {TEXT, PAIR})
+def parse_infer(body: bytes, available_outputs: tuple[str, ...], max_texts: int) -> InferenceRequest:
+    """Parse the body of /v2/models/NAME/infer. Raises DataError."""
+    request = parse_object(body)
+    tensors = tensors_by_name(request.get("inputs"), "inputs")
+    unknown = tensors.keys() - {TEXT, PAIR}
     if unknown or TEXT not in tensors:
         raise DataError(f"the inputs are {', '.join(tensors) or 'none'}", f"{TEXT}, and {PAIR} for a task of pairs")
-    pairs = _elements(tensors[PAIR], PAIR) if PAIR in tensors else None
-    wanted = tuple(_named(value.get("outputs") or [], "outputs")) or offered
-    missing = [name for name in wanted if name not in offered]
-    if missing:
-        raise DataError(f"there is no output {missing[0]!r}", f"known: {', '.join(offered)}")
-    given = value.get("id")
-    if given is not None and not isinstance(given, str):
-        raise DataError(f"id is {given!r}: a string was expected")
-    return _checked(Asked(_elements(tensors[TEXT], TEXT), pairs, wanted, given), max_texts)
+    texts = tensor_texts(tensors[TEXT], TEXT)
+    pairs = tensor_texts(tensors[PAIR], PAIR) if PAIR in tensors else None
+    outputs = tuple(tensors_by_name(request.get("outputs") or [], "outputs")) or available_outputs
+    for name in outputs:
+        if name not in available_outputs:
+            raise DataError(f"there is no output {name!r}", f"known: {', '.join(available_outputs)}")
+    request_id = request.get("id")
+    if request_id is not None and not isinstance(request_id, str):
+        raise DataError(f"id is {request_id!r}: a string was expected")
+    return check_size(InferenceRequest(texts, pairs, outputs, request_id), max_texts)
 
 
-def metadata(classify: Classifier, name: str) -> dict[str, Any]:
-    """What GET /v2/models/NAME says."""
+def model_metadata(classify: Classifier, name: str) -> Object:
+    """The response to GET /v2/models/NAME."""
+    inputs: list[Json] = []
+    for tensor in input_names(classify):
+        inputs.append({"name": tensor, "datatype": "BYTES", "shape": [-1]})
+    outputs: list[Json] = []
+    for tensor in output_names(classify):
+        outputs.append({"name": tensor, "datatype": datatype(tensor), "shape": output_shape(tensor, -1, classify)})
     return {
         "name": name,
-        "versions": [VERSION],
+        "versions": [MODEL_VERSION],
         "platform": "onnxruntime_onnx",
-        "inputs": [{"name": each, "datatype": "BYTES", "shape": [-1]} for each in inputs(classify)],
-        "outputs": [
-            {"name": each, "datatype": "BYTES" if each == LABEL else "FP32", "shape": _shape(each, -1, classify)}
-            for each in outputs(classify)
-        ],
+        "inputs": inputs,
+        "outputs": outputs,
     }
 
 
-def inputs(classify: Classifier) -> tuple[str, ...]:
-    """The inputs of a model: a pair only where it takes one, or where its bundle does not say."""
-    return (TEXT,) if classify.text is not None and len(classify.text) == 1 else (TEXT, PAIR)
+def input_names(classify: Classifier) -> tuple[str, ...]:
+    """Inputs of a model; the pair is one unless the model is known to take single texts."""
+    single = classify.text is not None and len(classify.text) == 1
+    return (TEXT,) if single else (TEXT, PAIR)
 
 
-def outputs(classify: Classifier) -> tuple[str, ...]:
-    """The outputs of a model: a regression has its value as its logit, and nothing else."""
+def output_names(classify: Classifier) -> tuple[str, ...]:
+    """Outputs of a model; the logit of a regression is its value, and the only output."""
     return (LOGITS,) if classify.regression else (LOGITS, PROBABILITIES, LABEL)
 
 
-def answer(classify: Classifier, name: str, asked: Asked, logits: np.ndarray) -> dict[str, Any]:
-    """The response to an inference request; labels of a row with several are joined by commas."""
-    tensors = []
-    for each in asked.outputs:
-        if each == LABEL:
-            data = [found if isinstance(found, str) else ",".join(found) for found in classify.decide(logits)]
+def infer_response(classify: Classifier, name: str, request: InferenceRequest, logits: np.ndarray) -> Object:
+    """The response to an inference request; several labels of a row are joined by commas."""
+    outputs: list[Json] = []
+    for tensor in request.outputs:
+        data: list[Json] = []
+        if tensor == LABEL:
+            for answer in classify.decide(logits):
+                data.append(",".join(answer) if isinstance(answer, list) else answer)
+        elif tensor == LOGITS:
+            data += logits.ravel().tolist()
         else:
-            source = logits if each == LOGITS else classify.probabilities(logits)
-            assert source is not None
-            data = source.ravel().tolist()
-        datatype = "BYTES" if each == LABEL else "FP32"
-        tensors.append({"name": each, "datatype": datatype, "shape": _shape(each, len(logits), classify), "data": data})
-    told = {"model_name": name, "model_version": VERSION, "outputs": tensors}
-    return told if asked.id is None else {"id": asked.id} | told
+            probabilities = classify.probabilities(logits)
+            assert probabilities is not None, "a regression does not offer this output"
+            data += probabilities.ravel().tolist()
+        shape = output_shape(tensor, len(logits), classify)
+        outputs.append({"name": tensor, "datatype": datatype(tensor), "shape": shape, "data": data})
+    response: Object = {} if request.id is None else {"id": request.id}
+    return response | {"model_name": name, "model_version": MODEL_VERSION, "outputs": outputs}
 
 
-def predictions(classify: Classifier, logits: np.ndarray) -> list[dict[str, Any]]:
-    """Of each row its label, that label's probability (a regression has none) and the logits."""
-    labels, probabilities = classify.decide(logits), classify.probabilities(logits)
-    told = []
-    for place, (label, row) in enumerate(zip(labels, logits.tolist(), strict=True)):
-        likely = None
+def predictions(classify: Classifier, logits: np.ndarray) -> list[Object]:
+    """One object a row: `label`, its `probability` (None for a regression), and `logits`.
+
+    With several labels a row, `label` is their list and `probability` maps each of them to its own.
+    """
+    answers, probabilities = classify.decide(logits), classify.probabilities(logits)
+    rows: list[Object] = []
+    for index, (answer, row_logits) in enumerate(zip(answers, logits.tolist(), strict=True)):
+        probability: Json = None
         if probabilities is not None:
-            several = {name: float(p) for name, p in zip(classify.names, probabilities[place], strict=True)}
-            likely = {name: several[name] for name in label} if classify.multi_label else several[label]
-        told.append({"label": label, "probability": likely, "logits": row})
-    return told
+            by_label = dict(zip(classify.names, probabilities[index].tolist(), strict=True))
+            if isinstance(answer, list):
+                probability = {name: by_label[name] for name in answer}
+            else:
+                probability = by_label[str(answer)]
+        label: Json = list(answer) if isinstance(answer, list) else answer
+        rows.append({"label": label, "probability": probability, "logits": row_logits})
+    return rows
 
 
-def _shape(name: str, rows: int, classify: Classifier) -> list[int]:
-    return [rows] if name == LABEL else [rows, len(classify.names)]
+def datatype(output: str) -> str:
+    """Datatype of an output, in the protocol's words."""
+    return "BYTES" if output == LABEL else "FP32"
 
 
-def _object(body: bytes) -> dict[str, Any]:
+def output_shape(output: str, rows: int, classify: Classifier) -> list[Json]:
+    """Shape of an output with that many rows; -1 where their number is open."""
+    return [rows] if output == LABEL else [rows, len(classify.names)]
+
+
+def parse_object(body: bytes) -> Object:
+    """Parse a JSON object. Raises DataError."""
     try:
         value = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -143,44 +166,68 @@ def _object(body: bytes) -> dict[str, Any]:
     return value
 
 
-def _named(values: Any, what: str) -> dict[str, Mapping[str, Any]]:
-    """The tensors of a list by their names."""
-    if not isinstance(values, list) or not all(isinstance(v, dict) and isinstance(v.get("name"), str) for v in values):
-        raise DataError(f"{what} has to be a list of objects, each with a name")
-    found = {value["name"]: value for value in values}
-    if len(found) < len(values):
-        raise DataError(f"{what} names one twice: {', '.join(value['name'] for value in values)}")
-    return found
+def tensors_by_name(values: Json, field: str) -> dict[str, Mapping[str, Json]]:
+    """Index a list of tensors by their names. Raises DataError."""
+    problem = DataError(f"{field} has to be a list of objects, each with a name")
+    if not isinstance(values, list):
+        raise problem
+    tensors: dict[str, Mapping[str, Json]] = {}
+    names: list[str] = []
+    for value in values:
+        if not isinstance(value, dict) or not isinstance(name := value.get("name"), str):
+            raise problem
+        names.append(name)
+        tensors[name] = value
+    if len(tensors) < len(names):
+        raise DataError(f"{field} names one twice: {', '.join(names)}")
+    return tensors
 
 
-def _elements(tensor: Mapping[str, Any], name: str) -> list[str]:
-    """The texts of a BYTES tensor of the shape [n] or [n, 1], flat or nested."""
+def tensor_texts(tensor: Mapping[str, Json], name: str) -> list[str]:
+    """The texts of a BYTES tensor of shape [n] or [n, 1], flat or nested. Raises DataError."""
     if tensor.get("datatype") != "BYTES":
         raise DataError(f"{name} has the datatype {tensor.get('datatype')!r}: BYTES was expected")
-    shape, data = tensor.get("shape"), tensor.get("data")
-    numbers = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
-    if not numbers or not isinstance(shape, list) or len(shape) not in (1, 2) or shape[1:] not in ([], [1]):
-        raise DataError(f"{name} has the shape {shape!r}: [rows] or [rows, 1] was expected")
+    rows = row_count(tensor.get("shape"))
+    if rows is None:
+        raise DataError(f"{name} has the shape {tensor.get('shape')!r}: [rows] or [rows, 1] was expected")
+    data = tensor.get("data")
     if not isinstance(data, list):
         raise DataError(f"{name} has no data as a list in the JSON", "the binary extension is not spoken here")
-    flat = [cell for row in data for cell in (row if isinstance(row, list) else [row])]
-    if len(flat) != math.prod(shape):
-        raise DataError(f"{name} has the shape {shape} and {len(flat)} elements")
-    return _texts(flat, name)
+    cells: list[Json] = []
+    for row in data:
+        if isinstance(row, list):
+            cells += row
+        else:
+            cells.append(row)
+    if len(cells) != rows:
+        raise DataError(f"{name} has the shape {tensor.get('shape')} and {len(cells)} elements")
+    return text_list(cells, name)
 
 
-def _texts(value: Any, what: str) -> list[str]:
-    if not isinstance(value, list):
-        raise DataError(f"{what} has to be a list of texts, found {type(value).__name__}")
-    for place, text in enumerate(value):
+def row_count(shape: Json) -> int | None:
+    """Number of rows of a shape [n] or [n, 1]; None for any other."""
+    if not isinstance(shape, list) or len(shape) not in (1, 2) or shape[1:] not in ([], [1]):
+        return None
+    sizes = [size for size in shape if type(size) is int and size >= 0]  # True is an int too, and no size
+    return math.prod(sizes) if len(sizes) == len(shape) else None
+
+
+def text_list(values: Json, field: str) -> list[str]:
+    """Check that `values` is a list of texts. Raises DataError."""
+    if not isinstance(values, list):
+        raise DataError(f"{field} has to be a list of texts, found {type(values).__name__}")
+    texts: list[str] = []
+    for index, text in enumerate(values):
         if not isinstance(text, str):
-            raise DataError(f"{what}[{place}] has to be a text, found {type(text).__name__}")
-    return value
+            raise DataError(f"{field}[{index}] has to be a text, found {type(text).__name__}")
+        texts.append(text)
+    return texts
 
 
-def _checked(asked: Asked, max_texts: int) -> Asked:
-    if asked.pairs is not None and len(asked.pairs) != len(asked.texts):
-        raise DataError(f"{len(asked.texts)} texts and {len(asked.pairs)} pairs: as many of each were expected")
-    if len(asked.texts) > max_texts:
-        raise DataError(f"{len(asked.texts)} texts in one request: {max_texts} are the most", "send several requests")
-    return asked
+def check_size(request: InferenceRequest, max_texts: int) -> InferenceRequest:
+    """Return the request if every text has its pair and there are not too many. Raises DataError."""
+    if request.pairs is not None and len(request.pairs) != len(request.texts):
+        raise DataError(f"{len(request.texts)} texts and {len(request.pairs)} pairs: as many of each were expected")
+    if len(request.texts) > max_texts:
+        raise DataError(f"{len(request.texts)} texts in one request: {max_texts} are the most", "send several requests")
+    return request

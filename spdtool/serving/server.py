@@ -1,4 +1,4 @@
-"""`spdtool serve`: a bundle behind HTTP, until SIGTERM or SIGINT; what is in flight then is still answered."""
+"""`spdtool serve`: serve a bundle over HTTP until SIGTERM or SIGINT; requests in flight are still answered then."""
 
 from __future__ import annotations
 
@@ -7,21 +7,33 @@ import ipaddress
 import os
 import signal
 import socket
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import FrameType, ModuleType
 
 from spdtool import console
 from spdtool.errors import DeviceError, ModelError, RunError
 from spdtool.export import runtime
 from spdtool.serving.classifier import load
 
-EXTRA = ("starlette", "uvicorn", "prometheus_client")
-SECONDS_TO_END = 30  # for requests in flight, before their connections are cut
-MOST_WORKERS = 4  # unless more are asked for: measured on two cores only
+EXTRA = ("starlette", "uvicorn", "prometheus_client")  # what the extra `serve` installs
+SHUTDOWN_SECONDS = 30  # for requests in flight, before their connections are cut
+MAX_WORKERS = 4  # unless more are asked for: measured on two cores only
 
 
-def require() -> Any:
-    """The module `spdtool.serving.http`.
+@dataclass(frozen=True)
+class Served:
+    """What a server served, where, and with how many workers and threads each."""
+
+    served: str
+    model: str
+    address: str
+    workers: int
+    threads: int
+
+
+def require_extra() -> ModuleType:
+    """Import `spdtool.serving.http`.
 
     Raises:
         DeviceError: a distribution of the extra `serve` is missing.
@@ -39,117 +51,115 @@ def serve(
     host: str,
     port: int,
     name: str | None,
-    limits: dict[str, Any],
+    limits: dict[str, int | float],
     *,
     workers: int = 0,
     threads: int = 0,
     provider: str = "cpu",
     variant: str | None = None,
-) -> dict[str, Any]:
-    """Serve a bundle until a signal ends it; return what was served.
+) -> Served:
+    """Serve a bundle until a signal ends it.
 
     Args:
-        port: 0: any that is free.
-        name: of the model in paths; None: that of the folder.
-        limits: see `app.Limits`.
-        workers: batches that are computed at once; 0: see `shared`.
-        threads: of all workers together; 0: as many as there are cores.
+        port: 0: any free one.
+        name: name of the model in paths; None: `model_name` of the folder.
+        limits: fields of `http.Limits`.
+        workers: batches that are computed at the same time; 0: see `share_threads`.
+        threads: threads of all workers together; 0: as many as there are cores.
         provider, variant: see `spdtool.load`.
 
     Raises:
         ModelError, PluginError, DeviceError: the bundle cannot be opened, or the extra is missing.
-        RunError: host and port cannot be listened to.
+        RunError: the server cannot listen to host and port.
     """
-    app = require()
-    workers, threads = shared(workers, threads, provider)
+    http = require_extra()
+    workers, threads = share_threads(workers, threads, provider)
     classify = load(bundle, threads=threads, provider=provider, variant=variant)
     assert classify.bundle is not None
-    called = name or model_name(classify.bundle.folder)
-    if not called or "/" in called:
-        raise ModelError(f"{called!r} cannot be the name of a model in a path", "give another --name")
-    os.environ.setdefault(
-        "TOKENIZERS_PARALLELISM", "false"
-    )  # waking threads for a few short texts costs more than it saves
-    classify.logits([[0]])  # any token
-    listening = listen(host, port)
-    where = "http://{}:{}".format(*listening.getsockname()[:2])
-    if not _loopback(host):
+    model = name or model_name(classify.bundle.folder)
+    if not model or "/" in model:
+        raise ModelError(f"{model!r} cannot be the name of a model in a path", "give another --name")
+    # Waking the tokenizer's threads for a few short texts costs more than they save.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    classify.logits([[0]])  # any token: a model that cannot run must fail before the port is open
+    listener = listen(host, port)
+    address = "http://{}:{}".format(*listener.getsockname()[:2])
+    if not is_loopback(host):
         console.warn(f"{host} can be reached from other machines, and nobody is asked who they are")
-    console.say(f"{console.plain(called)} ({console.plain(classify.bundle.model)}) is served at {where}")
-    _run(app.make(classify, called, app.Limits(**limits), workers), listening)
+    console.say(f"{console.plain(model)} ({console.plain(classify.bundle.model)}) is served at {address}")
+    run_until_signal(http.create_app(classify, model, http.Limits(**limits), workers), listener)
     console.say("ended: every request in flight was answered")
-    return {
-        "served": called,
-        "model": str(classify.bundle.model),
-        "address": where,
-        "workers": workers,
-        "threads": threads,
-    }
+    return Served(model, str(classify.bundle.model), address, workers, threads)
 
 
-def shared(workers: int, threads: int, provider: str) -> tuple[int, int]:
-    """How many workers there are, and how many threads each of them has.
+def share_threads(workers: int, threads: int, provider: str) -> tuple[int, int]:
+    """Decide how many workers there are, and how many threads each of them has.
 
-    Two batches of short texts, each with a thread, are done sooner than one after the other with two: 0 workers are as
-    many as there are threads, at most `MOST_WORKERS`. A GPU has one.
+    Two batches of short texts with a thread each are done sooner than one after the other with two threads. So 0
+    workers means one a thread, at most MAX_WORKERS; a GPU has one.
     """
-    every = threads or runtime.cores()
-    number = workers or (1 if provider == "cuda" else min(every, MOST_WORKERS))
-    return number, max(1, every // number)
+    all_threads = threads or runtime.cores()
+    if workers == 0:
+        workers = 1 if provider == "cuda" else min(all_threads, MAX_WORKERS)
+    return workers, max(1, all_threads // workers)
 
 
 def model_name(folder: Path) -> str:
-    """A model's name in paths: its run's, where the folder is that of a run, else the folder's."""
-    parts = [part for part in folder.resolve().parts if part not in ("export", "bundle", "student")]
-    return parts[-1] if parts else folder.name
+    """Name a model after its run, if the folder belongs to one, otherwise after the folder."""
+    names = [name for name in folder.resolve().parts if name not in ("export", "bundle", "student")]
+    return names[-1] if names else folder.name
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens.
+    """Open a listening socket.
 
     Raises:
-        RunError: the address is taken, or not this machine's.
+        RunError: the address is taken, or does not belong to this machine.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    made = socket.socket(family, socket.SOCK_STREAM)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        made.bind((host, port))
-        made.listen(1024)
+        listener.bind((host, port))
+        listener.listen(1024)
     except (OSError, OverflowError) as error:
-        made.close()
+        listener.close()
         raise RunError(
             f"{host} port {port} cannot be listened to: {error}", "another --port; 0 is any free one"
         ) from None
-    return made
+    return listener
 
 
-def _run(application: Any, listening: socket.socket) -> None:
+def run_until_signal(application: object, listener: socket.socket) -> None:
+    """Run uvicorn on the socket until SIGINT or SIGTERM, and close the socket."""
     import uvicorn
 
     config = uvicorn.Config(
-        application,
+        application,  # type: ignore[arg-type]
         log_level="warning",
         access_log=False,
         ws="none",
         proxy_headers=False,
-        timeout_graceful_shutdown=SECONDS_TO_END,
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
         timeout_keep_alive=60,
     )
-    before = {number: signal.signal(number, _noted) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:  # uvicorn sends itself the signal again when it has ended, which would make a death of a clean end
-        uvicorn.Server(config).run(sockets=[listening])
+    signals = (signal.SIGINT, signal.SIGTERM)
+    # uvicorn sends itself the signal once more after a clean end; the default handler would turn that into a death.
+    handlers = {number: signal.signal(number, ignore_signal) for number in signals}
+    try:
+        uvicorn.Server(config).run(sockets=[listener])
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
-        listening.close()
+        listener.close()
 
 
-def _noted(_number: int, _frame: Any) -> None:
-    """The signal was heeded already."""
+def ignore_signal(_number: int, _frame: FrameType | None) -> None:
+    """Do nothing: uvicorn has obeyed the signal already."""
 
 
-def _loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -54,7 +54,7 @@ LINES = {
 def test_lines_keep_their_order_and_wrong_ones_are_named(form: str, either: Path) -> None:
     given, wrong, texts, pairs = LINES[form]
     classify = library.load(either)
-    told = list(lines.predict(classify, lines.read(given), batch_size=2))
+    told = list(lines.predict_lines(classify, lines.parse_lines(given), batch_size=2))
     assert [row["line"] for row in told] == list(range(1, len(given) + 1))
     found = {row["line"]: row["error"] for row in told if "error" in row}
     assert found.keys() == wrong.keys()
@@ -65,7 +65,7 @@ def test_lines_keep_their_order_and_wrong_ones_are_named(form: str, either: Path
 def test_many_lines_with_and_without_a_pair(either: Path) -> None:
     classify = library.load(either)
     given = [{"text": f"{'good ' * (n % 9)}film"} | ({"pair": "bad"} if n % 3 else {}) for n in range(70)]
-    told = list(lines.predict(classify, lines.read(map(json.dumps, given)), batch_size=4))
+    told = list(lines.predict_lines(classify, lines.parse_lines(map(json.dumps, given)), batch_size=4))
     for row, sent in zip(told, given, strict=True):
         expected = classify.logits(sent["text"], sent.get("pair"))[0].tolist()
         assert row["logits"] == pytest.approx(expected, abs=1e-5)

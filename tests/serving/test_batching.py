@@ -14,8 +14,8 @@ import pytest
 
 import spdtool
 from spdtool.errors import DataError
-from spdtool.serving.batching import Batcher, Closed, Full
-from spdtool.serving.classifier import Row
+from spdtool.serving.batching import Batcher, QueueFull, ServerClosing
+from spdtool.serving.classifier import TokenRow
 
 
 class Engine:
@@ -35,13 +35,13 @@ class Engine:
         self.gate.set()
         self.meeting: threading.Barrier | None = None
 
-    def encode(self, texts: list[str], pairs: list[str] | None = None) -> list[Row]:
+    def encode(self, texts: list[str], pairs: list[str] | None = None) -> list[TokenRow]:
         if "bad" in texts:
             raise DataError("a text is bad")
         numbers = [int(text) + (int(pairs[place]) if pairs else 0) for place, text in enumerate(texts)]
-        return [Row(np.full(count, count), np.zeros(count), np.ones(count)) for count in numbers]
+        return [TokenRow(np.full(count, count), np.zeros(count), np.ones(count)) for count in numbers]
 
-    def compute(self, rows: list[Row]) -> np.ndarray:
+    def compute(self, rows: list[TokenRow]) -> np.ndarray:
         assert self.gate.wait(10)
         lengths = [len(row.ids) for row in rows]
         self.batches.append(lengths)
@@ -96,7 +96,7 @@ def test_a_batch_holds_the_oldest_row_and_its_neighbours_in_length(batcher: Make
     engine.gate.clear()
     one = batcher(max_batch=3)
     first = one.submit(["1"])
-    while one._jobs:  # it is being computed, and waits at the gate
+    while one.untokenized:  # it is being computed, and waits at the gate
         time.sleep(0.001)
     rest = one.submit(["50", "20", "49", "10", "51", "49", "20", "26"])
     engine.gate.set()
@@ -142,7 +142,7 @@ def test_a_full_queue_refuses_and_is_free_again(batcher: Make, engine: Engine) -
     engine.gate.clear()
     one = batcher(max_rows=3)
     taken = one.submit(["1", "2"])
-    with pytest.raises(Full, match="2 rows wait already; 3 may"):
+    with pytest.raises(QueueFull, match="2 rows wait already; 3 may"):
         one.submit(["1", "2"])
     engine.gate.set()
     taken.result(10)
@@ -153,7 +153,7 @@ def test_who_gave_up_is_left_out(batcher: Make, engine: Engine) -> None:
     engine.gate.clear()
     one = batcher(max_batch=1)
     first = one.submit(["1"])
-    while one._jobs:
+    while one.untokenized:
         time.sleep(0.001)
     gone = one.submit(["2", "3"])
     assert gone.cancel()
@@ -206,8 +206,8 @@ def test_closing_answers_what_waits_and_takes_nothing_more(batcher: Make, engine
     threading.Timer(0.05, engine.gate.set).start()
     one.close()
     assert [future.result(0)[0, 0] for future in futures] == [1, 2, 3, 4, 5]
-    assert not any(worker.is_alive() for worker in one._workers)
-    with pytest.raises(Closed):
+    assert one.running_workers == 0
+    with pytest.raises(ServerClosing):
         one.submit(["1"])
 
 

@@ -15,7 +15,7 @@ import spdtool as library
 from spdtool.data import local
 from spdtool.errors import DataError
 from spdtool.serving import inputs
-from spdtool.serving.predict import Line
+from spdtool.serving.predict import InputLine
 
 Call = Callable[..., Any]
 TEXTS = ["good, film", 'a "bad" meal', "so cold it was", "very kind"]
@@ -57,7 +57,7 @@ def test_a_file_of_the_training_is_read_by_its_columns(
     pairs = write(tmp_path, ending, {"label": gold, "second": SECONDS, "id": gold, "first": TEXTS})
     assert labels(spdtool("predict", servable, "--input", pairs, "--json")) == library.load(servable)(TEXTS, SECONDS)
     read = local.read_file(pairs)
-    with inputs.opened(str(pairs), library.load(servable)) as found:
+    with inputs.open_input(str(pairs), library.load(servable)) as found:
         assert [(line.number, line.text, line.pair) for line in found] == [
             *zip(read.lines, read.column("first"), read.column("second"), strict=True)
         ]
@@ -82,36 +82,39 @@ def test_what_csv_files_of_the_world_hold(single: Path, tmp_path: Path) -> None:
     file = tmp_path / "rows.csv"
     file.write_bytes(b'\xef\xbb\xbfsentence,label\r\n"two\r\nlines, ""quoted""",1\r\n\r\nshort\r\n ,2\r\nlast,3')
     classify = library.load(single)
-    with inputs.opened(str(file), classify) as found:
+    with inputs.open_input(str(file), classify) as found:
         assert list(found) == [
-            Line(2, 'two\r\nlines, "quoted"'),
-            Line(5, error="has 1 fields where 2 were expected (sentence, label)"),
-            Line(6, error="has no text in the column 'sentence'"),
-            Line(7, "last"),
+            InputLine(2, 'two\r\nlines, "quoted"'),
+            InputLine(5, error="has 1 fields where 2 were expected (sentence, label)"),
+            InputLine(6, error="has no text in the column 'sentence'"),
+            InputLine(7, "last"),
         ]
     file.write_text('sentence\ngood\n"open\n')
-    with pytest.raises(DataError, match="the row that begins in line 3"), inputs.opened(str(file), classify) as found:
+    with (
+        pytest.raises(DataError, match="the row that begins in line 3"),
+        inputs.open_input(str(file), classify) as found,
+    ):
         list(found)
     file.write_text("")
-    with pytest.raises(DataError, match="is empty"), inputs.opened(str(file), classify):
+    with pytest.raises(DataError, match="is empty"), inputs.open_input(str(file), classify):
         pass
 
 
 def test_blank_lines_at_the_end_of_a_tsv_are_no_rows(single: Path, tmp_path: Path) -> None:
     file = tmp_path / "rows.tsv"
     file.write_text("sentence\ngood\n\nbad\n\n\n")
-    with inputs.opened(str(file), library.load(single)) as found:
+    with inputs.open_input(str(file), library.load(single)) as found:
         numbers = [(line.number, line.error) for line in found]
     assert numbers == [(2, None), (3, "has no text in the column 'sentence'"), (4, None)]
 
 
 def test_a_parquet_file_with_a_number_for_a_text(single: Path, tmp_path: Path) -> None:
     file = write(tmp_path, ".parquet", {"sentence": [1, 2]})  # type: ignore[list-item]
-    with inputs.opened(str(file), library.load(single)) as found:
+    with inputs.open_input(str(file), library.load(single)) as found:
         assert [line.error for line in found] == ["has a int in the column 'sentence', not text"] * 2
     for name, told in (("none.parquet", "there is no file"), ("bad.parquet", "is not a readable parquet file")):
         (tmp_path / "bad.parquet").write_text("x")
-        with pytest.raises(DataError, match=told), inputs.opened(str(tmp_path / name), library.load(single)):
+        with pytest.raises(DataError, match=told), inputs.open_input(str(tmp_path / name), library.load(single)):
             pass
 
 
@@ -135,12 +138,12 @@ def test_plain_lines(kind: str, request: pytest.FixtureRequest, tmp_path: Path) 
     file = tmp_path / f"lines{ending}"
     file.write_text(content)
     if isinstance(expected, str):
-        with pytest.raises(DataError) as caught, inputs.opened(str(file), classify):
+        with pytest.raises(DataError) as caught, inputs.open_input(str(file), classify):
             pass
         assert expected in caught.value.message
         assert "--format" in str(caught.value.hint)
         return
-    with inputs.opened(str(file), classify) as found:
+    with inputs.open_input(str(file), classify) as found:
         for line, wanted in zip(found, expected, strict=True):
             if line.error:
                 assert wanted in line.error
@@ -151,9 +154,9 @@ def test_plain_lines(kind: str, request: pytest.FixtureRequest, tmp_path: Path) 
 def test_lines_of_the_other_kind_are_refused_one_by_one(single: Path, servable: Path, tmp_path: Path) -> None:
     from spdtool.serving import predict as lines
 
-    given = [Line(1, "good"), Line(2, "good", "bad"), Line(3, " "), Line(4, "good", "")]
+    given = [InputLine(1, "good"), InputLine(2, "good", "bad"), InputLine(3, " "), InputLine(4, "good", "")]
     for bundle, wrong in ((single, {2, 3, 4}), (servable, {1, 3, 4})):
-        told = list(lines.predict(library.load(bundle), given))
+        told = list(lines.predict_lines(library.load(bundle), given))
         assert {row["line"] for row in told if "error" in row} == wrong
         assert any("the model takes" in row.get("error", "") for row in told)
 
@@ -176,7 +179,7 @@ def test_memory_does_not_grow_with_the_file(ending: str, single: Path, tmp_path:
     classify = library.load(single)
     next(iter(local.parquet_pieces(file, 10))) if ending == ".parquet" else None  # imports pyarrow
     tracemalloc.start()
-    with inputs.opened(str(file), classify) as found:
+    with inputs.open_input(str(file), classify) as found:
         assert sum(1 for _ in itertools.islice(found, 50_000)) >= 40_000
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

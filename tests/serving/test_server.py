@@ -271,9 +271,9 @@ def test_sigterm_answers_what_is_in_flight_and_a_full_queue_is_told(either: Path
 def test_threads_are_shared_among_the_workers() -> None:
     from spdtool.serving import server
 
-    assert [server.shared(0, threads, "cpu") for threads in (1, 2, 4, 16)] == [(1, 1), (2, 1), (4, 1), (4, 4)]
-    assert [server.shared(workers, 4, "cpu") for workers in (1, 3, 8)] == [(1, 4), (3, 1), (8, 1)]
-    assert server.shared(0, 8, "cuda") == (1, 8)
+    assert [server.share_threads(0, threads, "cpu") for threads in (1, 2, 4, 16)] == [(1, 1), (2, 1), (4, 1), (4, 4)]
+    assert [server.share_threads(workers, 4, "cpu") for workers in (1, 3, 8)] == [(1, 4), (3, 1), (8, 1)]
+    assert server.share_threads(0, 8, "cuda") == (1, 8)
 
 
 def test_another_address_deserves_a_warning_and_a_taken_one_an_error(either: Path) -> None:

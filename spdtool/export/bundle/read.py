@@ -27,6 +27,19 @@ VARIANTS = 2  # the format of a manifest that names several
 MODEL = "onnx/model.onnx"
 COMMON = ("config.json", "tokenizer.json", "tokenizer_config.json")
 STUDENT = "student"
+NO_LIMIT = 10**9  # a tokenizer without a limit writes a number above this as its model_max_length
+DEFAULT_LENGTH = 512  # where neither the tokenizer nor the model says how long an input may be
+# Families whose first position comes after the padding token's number, so that fewer tokens fit than positions exist.
+OFFSET_POSITIONS = {
+    "camembert",
+    "data2vec-text",
+    "ibert",
+    "longformer",
+    "mpnet",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+}
 
 
 @dataclass(frozen=True)
@@ -214,3 +227,13 @@ def _hint(folder: Path, model: Path) -> str:
     if not model.is_file() and (folder / "config.json").is_file():
         return f"a checkpoint is exported by spdtool export --from '{folder}'; an export has to be copied again"
     return "give what `spdtool export` wrote, such as RUN/export/student"
+
+
+def longest_input(config: Mapping[str, Any], tokenizer_config: Mapping[str, Any]) -> int:
+    """Longest input in tokens that both the tokenizer and the position embeddings allow."""
+    positions = config.get("max_position_embeddings")
+    if positions and config.get("model_type") in OFFSET_POSITIONS:
+        positions -= (config.get("pad_token_id") or 0) + 1
+    stated = [positions, tokenizer_config.get("model_max_length")]
+    limits = [limit for limit in stated if limit and 0 < limit < NO_LIMIT]
+    return int(min(limits, default=DEFAULT_LENGTH))

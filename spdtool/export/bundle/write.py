@@ -32,7 +32,6 @@ from spdtool.export.bundle import read as bundle
 from spdtool.models.load import label_names, load_model, load_tokenizer
 from spdtool.recipe.fields import Recipe
 from spdtool.run.folder import sha256, write_json
-from spdtool.serving.classifier import longest
 
 FOLDER = "bundle"
 PORTABLE = "onnx"
@@ -89,7 +88,8 @@ def golden(checkpoint: Path, folder: Path, recipe: Recipe) -> dict[str, Any]:
     rows = tasks.rows(tasks.resolve(recipe), recipe)["dev"]
     picked = rows.pick(range(0, len(rows), max(1, len(rows) // SENTENCES))[:SENTENCES])
     tokenizer, model = load_tokenizer(checkpoint), load_model(checkpoint, eager=True)
-    limit = longest(*(bundle.read_json(folder / name) for name in ("config.json", "tokenizer_config.json")))
+    config, tokenizer_config = (bundle.read_json(folder / name) for name in ("config.json", "tokenizer_config.json"))
+    limit = bundle.longest_input(config, tokenizer_config)
     seconds: list[Any] = picked.second or [None] * len(picked)
     return {
         "format": 1,
