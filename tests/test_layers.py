@@ -41,10 +41,6 @@ PENDING: set[tuple[str, str]] = {
     ("spdtool.data.overview", "spdtool.tasks"),
     ("spdtool.data.sharded", "spdtool.tasks"),
     ("spdtool.data.tokens", "spdtool.tasks"),
-    ("spdtool.export.bundle.write", "spdtool.serving.classifier"),
-=======
-    ("spdtool.models.student", "spdtool.distillation.layer_map"),
->>>>>>> a89988d (Serving in plain English: requests, queued rows, lines and limits are called what they are)
     ("spdtool.stages.prune", "spdtool.stages.plan"),
     ("spdtool.sweep", "spdtool.report.drawing"),
     ("spdtool.sweep", "spdtool.report.figures"),

@@ -116,7 +116,8 @@ class Batcher:
             QueueFull: the queue has no room for that many rows.
             ServerClosing: `close` was called.
         """
-        request = PendingRequest(list(texts), None if pairs is None else list(pairs), time.monotonic())
+        second_texts = None if pairs is None else list(pairs)
+        request = PendingRequest(list(texts), second_texts, arrived=time.monotonic())
         with self._changed:
             if self._closed:
                 raise ServerClosing("the server is shutting down", "send the request to another one")
@@ -162,7 +163,7 @@ class Batcher:
         if not self._arrived and not self._queue:
             return None
         waiting = len(self._queue) + sum(len(request.texts) for request in self._arrived)
-        if waiting >= self._max_batch:
+        if waiting >= self._max_batch:  # company could not make this batch any larger
             return 0.0
         oldest = self._queue[0].request if self._queue else self._arrived[0]
         return max(0.0, oldest.arrived + self._max_wait - time.monotonic())
@@ -194,7 +195,7 @@ class Batcher:
             texts += request.texts
             pairs += request.pairs or []
         second_texts = None if requests[0].pairs is None else pairs
-        rows = iter(self._classify.encode(texts, second_texts) if texts else ())
+        rows = iter(self._classify.encode(texts, second_texts)) if texts else iter(())  # a request may be empty
         queued = []
         for request in requests:
             request.rows_to_do = len(request.texts)
@@ -230,6 +231,7 @@ class Batcher:
         lengths = [len(row.tokens.ids) for row in self._queue]
         # Python's sort is stable: of rows equally near in length the oldest comes first.
         by_distance = sorted(range(len(lengths)), key=lambda index: abs(lengths[index] - lengths[0]))
+        # The oldest row is always in the batch, so that none waits for ever.
         chosen, longest, real_tokens = {0}, lengths[0], lengths[0]
         for index in by_distance[1:]:
             rows = len(chosen)
@@ -269,6 +271,7 @@ class Batcher:
         """Give the error to every request of a batch, and drop their other rows from the queue."""
         requests = {id(row.request): row.request for row in batch}
         with self._changed:
+            # The request has its error already: its other rows would be computed for nobody.
             remaining = [row for row in self._queue if id(row.request) not in requests]
             self._rows -= len(batch) + len(self._queue) - len(remaining)
             self._queue = remaining

@@ -30,6 +30,9 @@ from spdtool.export.bundle.read import Bundle, longest_input
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
+Config: TypeAlias = Mapping[str, Any]
+"""The content of config.json or tokenizer_config.json."""
+
 Inputs: TypeAlias = str | Sequence[Any] | np.ndarray | Mapping[str, Any]
 """A text, texts, token ids of one row or of several (lists or an array), or the model's inputs by name."""
 
@@ -68,8 +71,8 @@ class Classifier:
         self,
         session: InferenceSession,
         tokenizer: Tokenizer,
-        config: Mapping[str, Any],
-        tokenizer_config: Mapping[str, Any],
+        config: Config,
+        tokenizer_config: Config,
     ) -> None:
         self._session, self._tokenizer = session, tokenizer
         self._inputs = [value.name for value in session.get_inputs()]
@@ -155,6 +158,7 @@ class Classifier:
             raise DataError(f"batch_size = {batch_size!r}: at least one row is computed at once")
         rows = self._token_rows(inputs, pairs)
         logits = np.empty((len(rows), len(self.names)), np.float32)
+        # Rows of similar length meet in one batch, and the batch that needs most memory comes first.
         longest_first = sorted(range(len(rows)), key=lambda row: -len(rows[row].ids))
         for start in range(0, len(rows), batch_size):
             batch = longest_first[start : start + batch_size]
@@ -176,12 +180,8 @@ class Classifier:
         """Tokenize each text, or each text with its pair. Raises as `logits` does."""
         self.check_text_count(paired=pairs is not None)
         seconds = [pairs] if isinstance(pairs, str) else pairs
-        if seconds is not None and not (are_texts(seconds) and len(seconds) == len(texts)):
-            count = str(len(seconds)) if are_texts(seconds) else "something else than texts"
-            raise DataError(
-                f"{len(texts)} texts and, as their pairs, {count}: as many texts were expected",
-                "one second text for each first one",
-            )
+        if seconds is not None:
+            check_pairs(texts, seconds)
         for column in (texts, seconds or ()):
             for number, text in enumerate(column):
                 if not text.strip():
@@ -243,7 +243,7 @@ class Classifier:
         for name, ids, size in limits:
             smallest, largest = int(ids.min()), int(ids.max())
             if smallest < 0 or (size and largest >= size):
-                wrong = smallest if smallest < 0 else largest
+                wrong = min(smallest, 0) or largest
                 raise DataError(f"row {number} has the {name} {wrong}; the model knows 0 to {(size or 0) - 1}")
 
 
@@ -351,20 +351,20 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         raise ModelError(f"{file} cannot be read: {error}", "copy the folder again") from None
 
 
-def padding_values(
-    tokenizer: Tokenizer, config: Mapping[str, Any], tokenizer_config: Mapping[str, Any]
-) -> dict[str, int]:
+def padding_values(tokenizer: Tokenizer, config: Config, tokenizer_config: Config) -> dict[str, int]:
     """The number that pads each input, from the tokenizer or else from the model's configuration."""
     pad_token = tokenizer_config.get("pad_token")
     if isinstance(pad_token, Mapping):  # transformers 4 writes an object with its content
         pad_token = pad_token.get("content")
-    pad_id = tokenizer.token_to_id(pad_token) if isinstance(pad_token, str) else None
-    if pad_id is None:
+    pad_id = None
+    if isinstance(pad_token, str):
+        pad_id = tokenizer.token_to_id(pad_token)
+    if pad_id is None:  # the tokenizer names no padding token, or one that is not in its vocabulary
         pad_id = config.get("pad_token_id") or 0
     return {"input_ids": pad_id, "token_type_ids": int(tokenizer_config.get("pad_token_type_id") or 0)}
 
 
-def ordered_labels(config: Mapping[str, Any]) -> list[str]:
+def ordered_labels(config: Config) -> list[str]:
     """Labels of a configuration in the order of the logits. Raises ModelError."""
     by_index = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # transformers does not write the default
     try:
@@ -373,13 +373,26 @@ def ordered_labels(config: Mapping[str, Any]) -> list[str]:
         raise ModelError(f"id2label of config.json does not number the labels from 0: {by_index}") from None
 
 
-def are_texts(values: Any) -> bool:
+def are_texts(values: object) -> bool:
     """Whether `values` is a text or a non-empty sequence of texts."""
     if isinstance(values, str):
         return True
     if not isinstance(values, Sequence | np.ndarray) or getattr(values, "shape", None) == ():
         return False
     return len(values) > 0 and all(isinstance(value, str) for value in values)
+
+
+def check_pairs(texts: Sequence[str], pairs: Sequence[str]) -> None:
+    """Raise DataError unless there is one second text for each first one."""
+    count = "something else than texts"
+    if are_texts(pairs):
+        if len(pairs) == len(texts):
+            return
+        count = str(len(pairs))
+    raise DataError(
+        f"{len(texts)} texts and, as their pairs, {count}: as many texts were expected",
+        "one second text for each first one",
+    )
 
 
 def token_row(ids: Any, types: Any = None, mask: Any = None) -> TokenRow:
@@ -407,8 +420,10 @@ def token_rows_of_columns(inputs: Mapping[str, Any]) -> list[TokenRow]:
     ids = rows_of_integers(inputs["input_ids"], "input_ids")
     columns: list[Sequence[Any]] = [ids]
     for name in ("token_type_ids", "attention_mask"):
-        absent = inputs.get(name) is None
-        columns.append([None] * len(ids) if absent else rows_of_integers(inputs[name], name))
+        if inputs.get(name) is None:
+            columns.append([None] * len(ids))
+        else:
+            columns.append(rows_of_integers(inputs[name], name))
     if any(len(column) != len(ids) for column in columns):
         raise DataError("input_ids, attention_mask and token_type_ids have different numbers of rows")
     return [token_row(*cells) for cells in zip(*columns, strict=True)]
@@ -433,7 +448,8 @@ def rows_of_integers(values: Any, name: str) -> list[np.ndarray]:
             row = np.empty((0, 0))
         if row.ndim != 1 or (row.size and row.dtype.kind not in "iub"):
             text = repr(value)
-            shortened = text if len(text) <= 60 else f"{text[:57]}..."
-            raise DataError(f"{expected}; row {number} is {shortened}")
+            if len(text) > 60:
+                text = f"{text[:57]}..."
+            raise DataError(f"{expected}; row {number} is {text}")
         rows.append(row)
     return rows

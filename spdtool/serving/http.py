@@ -102,6 +102,7 @@ def create_app(classify: Classifier, name: str, limits: Limits | None = None, wo
             max_rows=limits.queue,
             observe=metrics.batches.observe,
         )
+        # Asked for when /metrics is read, so that no request has to keep it up to date.
         metrics.queue.set_function(lambda: batcher.rows)
         yield
         await asyncio.to_thread(batcher.close)
@@ -185,7 +186,9 @@ def count_and_time(handler: Handler, metrics: ServerMetrics, route: str, invalid
 
 def error_response(error: SpdError, invalid_status: int) -> Response:
     """Make the response for an error."""
-    message = f"{error.message} ({error.hint})" if error.hint else error.message
+    message = error.message
+    if error.hint:
+        message += f" ({error.hint})"
     content: Json = {"error": message}
     if isinstance(error, BodyTooLarge):
         return json_response(content, 413, {"connection": "close"})  # the rest of the body is not read

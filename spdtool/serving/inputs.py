@@ -99,7 +99,7 @@ def read_plain_lines(
         if line.strip():
             break
     if line_format is None:
-        first = first_lines[-1].removeprefix(BYTE_ORDER_MARK) if first_lines else ""
+        first = "".join(first_lines[-1:]).removeprefix(BYTE_ORDER_MARK)
         line_format = recognise_format(first)
         if line_format == "text" and takes_pairs(classify):
             line_format = "tsv"  # every line without a tab then says what it lacks

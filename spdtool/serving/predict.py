@@ -49,8 +49,9 @@ def parse_lines(
             keys are `text` and `pair`.
     """
     for number, raw_line in enumerate(lines, start=1):
-        line = raw_line.removeprefix(BYTE_ORDER_MARK) if number == 1 else raw_line
-        line = line.rstrip("\r\n")
+        line = raw_line.rstrip("\r\n")
+        if number == 1:
+            line = line.removeprefix(BYTE_ORDER_MARK)
         if not line.strip():
             yield InputLine(number, error="is empty")
             continue
@@ -129,7 +130,7 @@ def compute_similar_lines(classify: Classifier, lines: list[InputLine], batch_si
     pairs = [line.pair for line in lines if line.pair is not None]
     try:
         return list(classify.logits(texts, pairs or None, batch_size=batch_size))
-    except DataError as error:
+    except DataError as error:  # names one line, and all of them are without logits
         if len(lines) == 1:
             return [error.message]
     results: list[LineResult] = []

@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import numpy as np
 
@@ -79,6 +79,7 @@ def parse_infer(body: bytes, available_outputs: tuple[str, ...], max_texts: int)
 
 def model_metadata(classify: Classifier, name: str) -> Object:
     """The response to GET /v2/models/NAME."""
+    # -1 stands for the number of rows, which every request chooses.
     inputs: list[Json] = []
     for tensor in input_names(classify):
         inputs.append({"name": tensor, "datatype": "BYTES", "shape": [-1]})
@@ -96,13 +97,16 @@ def model_metadata(classify: Classifier, name: str) -> Object:
 
 def input_names(classify: Classifier) -> tuple[str, ...]:
     """Inputs of a model; the pair is one unless the model is known to take single texts."""
-    single = classify.text is not None and len(classify.text) == 1
-    return (TEXT,) if single else (TEXT, PAIR)
+    if classify.text is not None and len(classify.text) == 1:
+        return (TEXT,)
+    return (TEXT, PAIR)
 
 
 def output_names(classify: Classifier) -> tuple[str, ...]:
     """Outputs of a model; the logit of a regression is its value, and the only output."""
-    return (LOGITS,) if classify.regression else (LOGITS, PROBABILITIES, LABEL)
+    if classify.regression:
+        return (LOGITS,)
+    return (LOGITS, PROBABILITIES, LABEL)
 
 
 def infer_response(classify: Classifier, name: str, request: InferenceRequest, logits: np.ndarray) -> Object:
@@ -112,7 +116,8 @@ def infer_response(classify: Classifier, name: str, request: InferenceRequest, l
         data: list[Json] = []
         if tensor == LABEL:
             for answer in classify.decide(logits):
-                data.append(",".join(answer) if isinstance(answer, list) else answer)
+                labels = answer if isinstance(answer, list) else [str(answer)]
+                data.append(",".join(labels))
         elif tensor == LOGITS:
             data += logits.ravel().tolist()
         else:
@@ -121,8 +126,10 @@ def infer_response(classify: Classifier, name: str, request: InferenceRequest, l
             data += probabilities.ravel().tolist()
         shape = output_shape(tensor, len(logits), classify)
         outputs.append({"name": tensor, "datatype": datatype(tensor), "shape": shape, "data": data})
-    response: Object = {} if request.id is None else {"id": request.id}
-    return response | {"model_name": name, "model_version": MODEL_VERSION, "outputs": outputs}
+    response: Object = {"model_name": name, "model_version": MODEL_VERSION, "outputs": outputs}
+    if request.id is not None:
+        response["id"] = request.id
+    return response
 
 
 def predictions(classify: Classifier, logits: np.ndarray) -> list[Object]:
@@ -140,8 +147,7 @@ def predictions(classify: Classifier, logits: np.ndarray) -> list[Object]:
                 probability = {name: by_label[name] for name in answer}
             else:
                 probability = by_label[str(answer)]
-        label: Json = list(answer) if isinstance(answer, list) else answer
-        rows.append({"label": label, "probability": probability, "logits": row_logits})
+        rows.append({"label": cast(Json, answer), "probability": probability, "logits": row_logits})
     return rows
 
 
@@ -152,7 +158,9 @@ def datatype(output: str) -> str:
 
 def output_shape(output: str, rows: int, classify: Classifier) -> list[Json]:
     """Shape of an output with that many rows; -1 where their number is open."""
-    return [rows] if output == LABEL else [rows, len(classify.names)]
+    if output == LABEL:
+        return [rows]
+    return [rows, len(classify.names)]
 
 
 def parse_object(body: bytes) -> Object:
@@ -209,7 +217,9 @@ def row_count(shape: Json) -> int | None:
     if not isinstance(shape, list) or len(shape) not in (1, 2) or shape[1:] not in ([], [1]):
         return None
     sizes = [size for size in shape if type(size) is int and size >= 0]  # True is an int too, and no size
-    return math.prod(sizes) if len(sizes) == len(shape) else None
+    if len(sizes) < len(shape):
+        return None
+    return math.prod(sizes)
 
 
 def text_list(values: Json, field: str) -> list[str]:

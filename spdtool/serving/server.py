@@ -99,8 +99,10 @@ def share_threads(workers: int, threads: int, provider: str) -> tuple[int, int]:
     workers means one a thread, at most MAX_WORKERS; a GPU has one.
     """
     all_threads = threads or runtime.cores()
-    if workers == 0:
-        workers = 1 if provider == "cuda" else min(all_threads, MAX_WORKERS)
+    if workers == 0 and provider == "cuda":
+        workers = 1
+    elif workers == 0:
+        workers = min(all_threads, MAX_WORKERS)
     return workers, max(1, all_threads // workers)
 
 
