@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from spdtool import tasks
 from spdtool.data import demo
 from spdtool.errors import DataError
-from spdtool.models.load import layer_stack, prunable_linears
+from spdtool.models.layers import find_layer_stack, find_prunable_weights
 from spdtool.recipe.fields import Recipe
 from spdtool.tasks import Rows
 
@@ -127,8 +127,8 @@ def test_the_model_is_fresh_seeded_and_reloads_with_stock_classes(tmp_path: Path
     twin, other = demo.build(5)[0].state_dict(), demo.build(6)[0].state_dict()
     assert all(torch.equal(weight, twin[name]) for name, weight in model.state_dict().items())
     assert any(not torch.equal(weight, other[name]) for name, weight in model.state_dict().items())
-    assert len(layer_stack(model)) == 4
-    assert len(prunable_linears(model)) == 24
+    assert len(find_layer_stack(model)) == 4
+    assert len(find_prunable_weights(model)) == 24
     assert model.config.id2label == {0: "not_entailment", 1: "entailment"}
     model.save_pretrained(tmp_path)
     eager = AutoModelForSequenceClassification.from_pretrained(tmp_path, attn_implementation="eager").eval()
