@@ -62,7 +62,7 @@ def word_counts(seed: int) -> dict[str, float]:
 
 def trained(seed: int, sets: list[str]) -> tuple[float, float, int, dict[float, float]]:
     """Dev accuracy, seconds and steps of the teacher, and its accuracy after one-shot pruning to each sparsity."""
-    chosen = recipe.resolve(flags={"task": "demo", "seed": seed, "device": "cpu"}, sets=[*SETTINGS, *sets])
+    chosen = recipe.build_recipe(flags={"task": "demo", "seed": seed, "device": "cpu"}, sets=[*SETTINGS, *sets])
     with tempfile.TemporaryDirectory() as folder:
         run = Run(Path(folder) / "run", chosen)
         started = time.perf_counter()

@@ -90,15 +90,15 @@ def measure(folder: Path, model: str, batches: int) -> dict[str, float]:
     from spdtool import tasks
     from spdtool.data import tokens as data
     from spdtool.models.load import load_tokenizer
-    from spdtool.recipe.reading import resolve
+    from spdtool.recipe.reading import build_recipe
 
-    recipe, start = resolve("default", {"task": "local", "data": str(folder)}), time.monotonic()
+    recipe, start = build_recipe("default", {"task": "local", "data": str(folder)}), time.monotonic()
     anonymous, tokenizer = Anonymous(), load_tokenizer(model)
     splits = tasks.rows(tasks.resolve(recipe), recipe)
     found = {"reading": anonymous.take()}
     rows = data.encode(tokenizer, splits, recipe.max_length)["train"]
     found["tokenising"] = anonymous.take()
-    epoch = data.training_batches(rows, 32, recipe.seed, 0)
+    epoch = data.training_batches(rows, 32, recipe.seed, 0, pool=recipe.pool)
     rows.collate(epoch[0])
     found["seconds"] = time.monotonic() - start
     for index in range(min(len(epoch), batches)):

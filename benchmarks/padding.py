@@ -26,7 +26,7 @@ def main() -> None:
 
     tokenizer = load_tokenizer(options.model)
     for number, name in enumerate(options.tasks):
-        chosen = recipe.resolve("default", {"task": name, "data": options.data})
+        chosen = recipe.build_recipe("default", {"task": name, "data": options.data})
         task = tasks.resolve(chosen)
         rows = data.tokenise(tokenizer, tasks.rows(task, chosen)["train"], chosen.max_length)
         shares = padding_shares(rows.lengths, options.batch, chosen.max_length)
@@ -51,7 +51,7 @@ def padding_shares(lengths: Any, batch_size: int, max_length: int, epochs: int =
     def share(bucketing: bool, length: int | None) -> float:
         positions = 0
         for epoch in range(epochs):
-            batches = data.training_batches(split, batch_size, 0, epoch, bucketing=bucketing)
+            batches = data.training_batches(split, batch_size, 0, epoch, pool=50 if bucketing else None)
             positions += sum(len(batch) * int(length or lengths[batch].max()) for batch in batches)
         return 1 - epochs * int(lengths.sum()) / positions
 

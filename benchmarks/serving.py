@@ -126,7 +126,9 @@ def _model(size: str, out: Path) -> Path:
         tokenizer = demo.tokenizer()
         shape = SIZES[size] | {"vocab_size": len(tokenizer), "max_position_embeddings": 128, "initializer_range": 0.08}
         save_model(BertForSequenceClassification(BertConfig(**shape)).eval(), tokenizer, folder / "checkpoint")
-        Onnx.export(folder / "checkpoint", folder / "exported", recipe.resolve(flags={"task": "demo", "device": "cpu"}))
+        Onnx.export(
+            folder / "checkpoint", folder / "exported", recipe.build_recipe(flags={"task": "demo", "device": "cpu"})
+        )
     return folder / "exported"
 
 

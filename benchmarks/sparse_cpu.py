@@ -34,7 +34,7 @@ from spdtool.export.graph.trace import Onnx
 from spdtool.models.layers import find_prunable_weights
 from spdtool.models.load import load_model, save_model
 from spdtool.recipe.fields import Recipe
-from spdtool.recipe.reading import resolve
+from spdtool.recipe.reading import build_recipe
 
 VOCABULARY = 30522
 SHAPES = ("1x32", "1x128", "8x128", "32x128", "8x128p", "32x128p")
@@ -62,7 +62,7 @@ def made(name: str, out: Path, values: str) -> Files:
     folder = out / name
     if not (folder / "checkpoint/config.json").exists():
         save_model(_model(SIZES[size], int(sparsity) / 100), _tokenizer(folder), folder / "checkpoint")
-    recipe = resolve(flags={"device": "cpu"}, sets=[f"export.values={values}", f"export.embeddings={values}"])
+    recipe = build_recipe(flags={"device": "cpu"}, sets=[f"export.values={values}", f"export.embeddings={values}"])
     files = Files(
         folder / "dense/onnx/model.onnx",
         folder / "int8.onnx",
@@ -193,7 +193,7 @@ def main() -> None:
     parser.add_argument("--ledger", action="store_true", help="also every pruned matrix alone")
     parser.add_argument("--out", type=Path, default=Path("runs/sparse-cpu"))
     chosen = parser.parse_args()
-    console.setup(as_json=True)  # keep standard output for the tables
+    console.configure(as_json=True)  # keep standard output for the tables
     for name in chosen.models:
         files = made(name, chosen.out, chosen.values)
         racing = engines(files, chosen.deepsparse_python)

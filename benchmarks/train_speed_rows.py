@@ -73,7 +73,7 @@ def patch(patches: tuple[str, ...]) -> None:
         masks.Masks._after_step = lambda self, *_: self.apply()  # type: ignore[method-assign]
     if "random order" in patches:
         batches = training.training_batches
-        training.training_batches = lambda *args, **options: batches(*args, **options | {"bucketing": False})  # type: ignore[attr-defined]
+        training.training_batches = lambda *args, **options: batches(*args, **options | {"pool": None})  # type: ignore[attr-defined]
     if "attention maps" in patches:
         compute_outputs = student.compute_outputs
         keep = lambda *args, **options: compute_outputs(*args, **options | {"attention": "probabilities"})  # noqa: E731

@@ -27,7 +27,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from spdtool.recipe.fields import TRAINING
+from spdtool.recipe import TRAINING
 from spdtool.run.folder import LOCK, Run
 from spdtool.sweep import RESULT
 

@@ -1,6 +1,6 @@
-"""The one place that draws: lines, tables, the live training display, errors, and JSON for machines.
+"""The one module that draws: lines, tables, the live training display, errors, and JSON for machines.
 
-Three ways to speak, chosen once by the command line: a rich live display on a terminal, plain lines elsewhere, and
+Three ways to print, chosen once by the command line: a rich live display on a terminal, plain lines elsewhere, and
 with `--json` one JSON value on standard output while everything else goes to standard error.
 """
 
@@ -12,69 +12,69 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rich import box
+from rich import box, markup
 from rich.console import Console, Group
 from rich.live import Live
-from rich.markup import escape
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from spdtool import ranks as processes
+from spdtool import ranks
 from spdtool.errors import SpdError
+from spdtool.recipe import PHASES
 
-Watch = Callable[[dict[str, Any]], None]
-Follow = Callable[[str, int, dict[str, Any]], None]
+Event = Mapping[str, Any]  # one line of metrics.jsonl
+OnEvent = Callable[[dict[str, Any]], None]
+OnStageEvent = Callable[[str, int, dict[str, Any]], None]
 
 PLAIN_SECONDS = 20.0  # between two progress lines when the output is not a terminal
-UNFOLDED = 1000  # columns: wider than any line of ours
+UNFOLDED = 1000  # columns: wider than any line that is printed
 EMPTY = (None, "", "-")  # cells without a value
+NUMBER = re.compile(r"-?[\d,.]+(e-?\d+)?[%xM]?( ± (-|[\d.]+))?")  # 12, 3.5%, 1.02x, 3.1 ± 0.2
 
 _json = False
 _silent = False
-_follow: Follow | None = None
-_out = Console(highlight=False, quiet=not processes.is_main())
-_err = Console(stderr=True, highlight=False, quiet=not processes.is_main())
+_listener: OnStageEvent | None = None
+# Ranks other than the main one print nothing.
+_out = Console(highlight=False, quiet=not ranks.is_main())
+_err = Console(stderr=True, highlight=False, quiet=not ranks.is_main())
 
 
-def setup(*, as_json: bool = False) -> None:
-    """Choose how to speak. Consoles are made anew, so that redirected streams are respected."""
+def configure(*, as_json: bool = False) -> None:
+    """Choose how to print. Consoles are created anew, so that redirected streams are respected."""
     global _json, _out, _err
     _json = as_json
-    _err = _console(stderr=True)
-    _out = _err if as_json else _console()
+    _err = _new_console(stderr=True)
+    _out = _err if as_json else _new_console()
 
 
-def _console(*, stderr: bool = False) -> Console:
-    """A console as wide as its terminal; a file or a pipe has no width, so nothing is folded for it.
-
-    Of several processes that train together only the main one speaks.
-    """
-    console = Console(stderr=stderr, highlight=False, quiet=not processes.is_main())
+def _new_console(*, stderr: bool = False) -> Console:
+    console = Console(stderr=stderr, highlight=False, quiet=not ranks.is_main())
+    # A file or a pipe has no width: nothing is folded for it.
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = UNFOLDED
     return console
 
 
 def say(text: str) -> None:
-    """One line for the user; markup such as [bold] is understood, so escape what is not yours."""
+    """Print a line for the user; markup such as [bold] is understood, so `escape` foreign text."""
     if not _silent:
         _out.print(text, soft_wrap=not _out.is_terminal)
 
 
-def plain(text: Any) -> str:
-    """Text for `say` in which brackets mean nothing."""
-    return escape(str(text))
+def escape(text: object) -> str:
+    """Return text for `say` in which brackets are no markup."""
+    return markup.escape(str(text))
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the lines of what is done inside to ourselves; a live display, warnings and errors are still shown."""
+    """Print no lines inside the block; a live display, warnings and errors are still shown."""
     global _silent
     before, _silent = _silent, True
     try:
@@ -84,118 +84,89 @@ def quiet() -> Iterator[None]:
 
 
 def warn(text: str) -> None:
-    """Something that the user asked for is not done as asked, or deserves attention."""
+    """Print a note: a request is not carried out as it was made, or something deserves attention."""
     _err.print(f"[yellow]note:[/] {escape(text)}", soft_wrap=not _err.is_terminal)
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A table under its title; columns after the first are aligned right when their cells are numbers."""
-    drawn = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True, header_style="bold")
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a table under its title; columns of numbers, after the first, are aligned right."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True, header_style="bold")
     for index, column in enumerate(columns):
-        cells = [row[index] for row in rows]
-        drawn.add_column(column, justify="right" if index and numeric(cells) else "left", overflow="fold")
+        right = index > 0 and is_numeric([row[index] for row in rows])
+        table.add_column(column, justify="right" if right else "left", overflow="fold")
     for row in rows:
-        drawn.add_row(*[escape(number(cell)) for cell in row])
+        table.add_row(*[escape(format_cell(cell)) for cell in row])
     say(f"\n[bold]{escape(title)}[/]")
-    _out.print(drawn)
+    _out.print(table)
 
 
-def numeric(cells: Sequence[Any]) -> bool:
-    """Whether a column is read as numbers: `12`, `3.5%`, `1.02x` and `3.1 ± 0.2` are, among cells that may be empty."""
-    filled = [number(cell) for cell in cells if cell not in EMPTY]
-    return bool(filled) and all(re.fullmatch(r"-?[\d,.]+(e-?\d+)?[%xM]?( ± (-|[\d.]+))?", cell) for cell in filled)
+def is_numeric(cells: Sequence[object]) -> bool:
+    """Return whether a column reads as numbers, among cells that may be empty."""
+    texts = [format_cell(cell) for cell in cells if cell not in EMPTY]
+    return bool(texts) and all(map(NUMBER.fullmatch, texts))
 
 
-def result(value: Any) -> None:
-    """The result of a command: JSON on standard output with `--json`, nothing otherwise."""
-    if _json and processes.is_main() and not processes.has_launcher():
+def format_cell(cell: object) -> str:
+    """Format a cell: floats with four significant digits, whole numbers with separators."""
+    if isinstance(cell, list | tuple):
+        return ", ".join(map(str, cell)) or "-"
+    if cell is None:
+        return "-"
+    if isinstance(cell, bool) or not isinstance(cell, int | float):
+        return str(cell)
+    if isinstance(cell, int):
+        return f"{cell:,}"
+    return f"{cell:.4g}" if abs(cell) < 1e4 else f"{cell:,.0f}"
+
+
+def format_scores(metrics: Mapping[str, float], *, best: bool = False) -> str:
+    """Format metrics on one line."""
+    line = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    return f"{line}  best so far" if best else line
+
+
+def print_result(value: object) -> None:
+    """Print the result of a command: JSON on standard output with `--json`, nothing otherwise."""
+    if _json and ranks.is_main() and not ranks.has_launcher():
         sys.stdout.write(json.dumps(_finite(value), indent=2, ensure_ascii=False, default=str) + "\n")
         sys.stdout.flush()
 
 
-def row(value: dict[str, Any], text: str) -> None:
-    """One row of a result that is told as it comes: `value` as one line of JSON with `--json`, else `text`."""
+def print_row(value: Mapping[str, object], text: str) -> None:
+    """Print one row of a result as soon as it is there: one line of JSON with `--json`, else `text`."""
     line = json.dumps(_finite(value), ensure_ascii=False, default=str) if _json else text
     sys.stdout.write(line + "\n")
 
 
-def _finite(value: Any) -> Any:
-    """`value` with null for numbers that JSON does not have."""
-    if isinstance(value, dict):
+def _finite(value: object) -> object:
+    """Return `value` with null for nan and infinity, which JSON does not have."""
+    if isinstance(value, Mapping):
         return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def fail(error: SpdError) -> None:
-    """Show an error of the user's: what was asked and found, then what to try; or leave it to who tells it for us."""
-    processes.leave_word(error)
-    if not processes.is_main() or processes.has_launcher():
+def print_error(error: SpdError) -> None:
+    """Print an error of the user: what was asked and found, then what to try. A launcher prints it for its ranks."""
+    ranks.report_failure(error)
+    if not ranks.is_main() or ranks.has_launcher():
         return
     if _json:
-        result({"error": type(error).__name__, "message": error.message, "hint": error.hint})
+        print_result({"error": type(error).__name__, "message": error.message, "hint": error.hint})
         return
-    body = escape(error.message) + (f"\n[dim]try:[/] {escape(error.hint)}" if error.hint else "")
+    body = escape(error.message)
+    if error.hint:
+        body += f"\n[dim]try:[/] {escape(error.hint)}"
     if _err.is_terminal:
         _err.print(Panel(body, title=type(error).__name__, title_align="left", border_style="red"))
     else:
         _err.print(f"{type(error).__name__}: {body}", soft_wrap=True)
 
 
-def number(cell: Any) -> str:
-    """A cell as text: floats with four significant digits, whole numbers with separators."""
-    if isinstance(cell, list | tuple):
-        return ", ".join(map(str, cell)) or "-"
-    if isinstance(cell, bool) or not isinstance(cell, int | float):
-        return "-" if cell is None else str(cell)
-    if isinstance(cell, int):
-        return f"{cell:,}"
-    return f"{cell:.4g}" if abs(cell) < 1e4 else f"{cell:,.0f}"
-
-
-def scores(metrics: dict[str, float], *, best: bool = False) -> str:
-    """Metrics on one line."""
-    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()) + ("  best so far" if best else "")
-
-
-@contextmanager
-def following(follow: Follow) -> Iterator[None]:
-    """Let `follow(stage, steps, event)` see every event of training stages; what it raises ends the stage."""
-    global _follow
-    before, _follow = _follow, follow
-    try:
-        yield
-    finally:
-        _follow = before
-
-
-@contextmanager
-def progress(stage: str, steps: int) -> Iterator[Watch]:
-    """Show a training stage while it runs; yields the function that `training.fit` calls with what happened."""
-    follow = _follow
-    if _out.is_terminal:
-        display = _Display(stage, steps)
-        with Live(get_renderable=display.draw, console=_out, refresh_per_second=4, transient=True):
-            yield _both(display.take, stage, steps, follow)
-    else:
-        yield _both(_lines(stage, steps), stage, steps, follow)
-
-
-def _both(shown: Watch, stage: str, steps: int, follow: Follow | None) -> Watch:
-    if follow is None:
-        return shown
-
-    def take(event: dict[str, Any]) -> None:
-        shown(event)
-        follow(stage, steps, event)
-
-    return take
-
-
 @contextmanager
 def busy(text: str) -> Iterator[None]:
-    """Show that something without steps is going on."""
+    """Show that work without steps is going on."""
     if _out.is_terminal:
         with _out.status(escape(text)):
             yield
@@ -204,88 +175,147 @@ def busy(text: str) -> Iterator[None]:
         yield
 
 
-class _Display:
-    """Keeps the latest of each kind of event, and draws them as one panel."""
+@contextmanager
+def listen(listener: OnStageEvent) -> Iterator[None]:
+    """Call `listener(stage, steps, event)` for every event of a training stage; an error in it ends the stage."""
+    global _listener
+    before, _listener = _listener, listener
+    try:
+        yield
+    finally:
+        _listener = before
 
-    def __init__(self, stage: str, steps: int) -> None:
-        self.stage, self.step, self.score = stage, {}, {}
-        self.bar = Progress(
-            TextColumn("{task.description}"), BarColumn(None), TextColumn("{task.completed}/{task.total}"),
-            TextColumn("elapsed"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-        )  # fmt: skip
-        self.task: TaskID = self.bar.add_task(stage, total=steps)
 
-    stage: str
-    step: dict[str, Any]
-    score: dict[str, Any]
+@contextmanager
+def progress(stage: str, steps: int, *, grafting: bool = True) -> Iterator[OnEvent]:
+    """Show a training stage while it runs; yield the function that `fit` calls with each event.
 
-    def take(self, event: dict[str, Any]) -> None:
+    Args:
+        grafting: whether the teacher's layers stand in at all; if not, no replacing rate is shown.
+    """
+    listener = _listener
+
+    def on_event(event: dict[str, Any]) -> None:
+        show(event)
+        if listener is not None:
+            listener(stage, steps, event)
+
+    if not _out.is_terminal:
+        show = _PlainProgress(stage, steps, grafting).show
+        yield on_event
+        return
+    display = _LiveProgress(stage, steps, grafting)
+    show = display.show
+    with Live(get_renderable=display.draw, console=_out, refresh_per_second=4, transient=True):
+        yield on_event
+
+
+def phase_title(stage: str) -> str:
+    """Return the name of a stage as titles have it, such as `phase 2 of 3: distill`."""
+    if stage not in PHASES:
+        return stage
+    return f"phase {PHASES.index(stage) + 1} of {len(PHASES)}: {stage}"
+
+
+class _LiveProgress:
+    """Live display of a stage: the latest event of each kind in one panel."""
+
+    def __init__(self, stage: str, steps: int, grafting: bool) -> None:
+        self._stage, self._grafting = stage, grafting
+        self._step: dict[str, Any] = {}
+        self._evaluation: Event = {}
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(None),
+            TextColumn("{task.completed}/{task.total}"),
+            TextColumn("elapsed"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        self._task = self._bar.add_task(stage, total=steps)
+
+    def show(self, event: Event) -> None:
+        """Take an event into the display, which is redrawn by the clock."""
         if event["event"] == "step":
-            self.step |= event
+            self._step |= event
         elif event["event"] == "eval":
-            self.score = event
+            self._evaluation = event
         elif event["event"] == "prune":
-            self.step["sparsity"] = event["sparsity"]
+            self._step["sparsity"] = event["sparsity"]
         if "step" in event:
-            self.bar.update(self.task, completed=event["step"])
+            self._bar.update(self._task, completed=event["step"])
 
     def draw(self) -> Panel:
+        """Draw the panel."""
         grid = Table.grid(padding=(0, 2))
-        for name, value in _facts(self.step):
+        for name, value in _step_rows(self._step, self._grafting):
             grid.add_row(f"[dim]{name}[/]", escape(value))
-        if self.score:
-            shown = scores(self.score["metrics"], best=self.score["best"]) + _beside(self.score)
-            grid.add_row("[dim]last dev score[/]", escape(shown))
-        drawn = self.step.get("drawn")
-        if drawn:
-            blocks = Text.assemble(*[("■ " if own else "□ ", "green" if own else "blue") for own in drawn])
-            grid.add_row("[dim]layers of this draw[/]", Text.assemble(blocks, ("■ student  □ teacher", "dim")))
-        return Panel(Group(self.bar, grid), title=f"spdtool {self.stage}", title_align="left")
+        if self._evaluation:
+            grid.add_row("[dim]last dev score[/]", escape(_evaluation_text(self._evaluation)))
+        draw = self._step.get("drawn")
+        if draw and self._grafting:
+            blocks = Text()
+            for is_student in draw:
+                blocks.append("■ " if is_student else "□ ", "green" if is_student else "blue")
+            grid.add_row("[dim]layers of this draw[/]", blocks.append("■ student  □ teacher", "dim"))
+        elif self._stage in PHASES and not self._grafting:
+            grid.add_row("[dim]grafting[/]", "off in this recipe")
+        return Panel(Group(self._bar, grid), title=f"spdtool {phase_title(self._stage)}", title_align="left")
 
 
-def _lines(stage: str, steps: int) -> Watch:
-    last = time.monotonic()
+class _PlainProgress:
+    """Progress of a stage as plain lines: every event but the steps, of which one each `PLAIN_SECONDS`."""
 
-    def take(event: dict[str, Any]) -> None:
-        nonlocal last
-        head = f"{stage} {event.get('step', 0)}/{steps}"
-        if event["event"] == "eval":
-            say(escape(f"{head}  dev {scores(event['metrics'], best=event['best'])}{_beside(event)}"))
-        elif event["event"] == "prune":
-            kept = f"; prune.least kept more of {len(event['clamped'])} matrices alive" if "clamped" in event else ""
-            say(escape(f"{head}  pruned to {event['sparsity']:.4f}{kept}"))
-        elif event["event"] == "left":
-            say(escape(f"{head}  left at sparsity {event['sparsity']:g}: dev {scores(event['dev'])}"))
-        elif event["event"] == "resume":
-            say(escape(f"{head}  resumed"))
-        elif event["event"] == "step" and time.monotonic() - last > PLAIN_SECONDS:
-            last = time.monotonic()
-            say(escape(f"{head}  " + "  ".join(f"{name} {value}" for name, value in _facts(event))))
+    def __init__(self, stage: str, steps: int, grafting: bool) -> None:
+        self._stage, self._steps, self._grafting = stage, steps, grafting
+        self._printed_at = time.monotonic()
 
-    return take
+    def show(self, event: Event) -> None:
+        """Print the line of an event, if it has one."""
+        text = self._text(event)
+        if text is not None:
+            say(escape(f"{self._stage} {event.get('step', 0)}/{self._steps}  {text}"))
+
+    def _text(self, event: Event) -> str | None:
+        match event["event"]:
+            case "eval":
+                return f"dev {_evaluation_text(event)}"
+            case "prune":
+                clamped = len(event.get("clamped", ()))
+                limited = f"; prune.least kept more of {clamped} matrices alive" if clamped else ""
+                return f"pruned to {event['sparsity']:.4f}{limited}"
+            case "left":
+                return f"student saved at sparsity {event['sparsity']:g}: dev {format_scores(event['dev'])}"
+            case "resume":
+                return "resumed"
+            case "step" if time.monotonic() - self._printed_at > PLAIN_SECONDS:
+                self._printed_at = time.monotonic()
+                return "  ".join(f"{name} {value}" for name, value in _step_rows(event, self._grafting))
+        return None
 
 
-def _beside(event: dict[str, Any]) -> str:
-    """The score on training rows, to be read beside the dev score: far above it, the model has learnt them by heart."""
-    return f"  (train {event['train']['score']:.4f})" if "train" in event else ""
+def _evaluation_text(event: Event) -> str:
+    """Format a dev score; far below the score on training rows beside it, the model has learnt those by heart."""
+    train = f"  (train {event['train']['score']:.4f})" if "train" in event else ""
+    return format_scores(event["metrics"], best=event["best"]) + train
 
 
-def _facts(event: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _step_rows(event: Event, grafting: bool) -> Iterator[tuple[str, str]]:
     if "epoch" in event:
         yield "epoch", f"{event['epoch']:.2f} of {event['epochs']:g}"
     if "losses" in event:
-        total = event["losses"].get("loss")
-        terms = {name: value for name, value in event["losses"].items() if name != "loss"}
-        shown = [
-            *([] if total is None else [f"{total:.4g}"]),
-            *(f"{name} {value:.4g}" for name, value in terms.items()),
-        ]
-        yield "loss", "  ".join(shown)
+        losses = dict(event["losses"])
+        total = losses.pop("loss", None)
+        texts = [f"{name} {value:.4g}" for name, value in losses.items()]
+        if total is not None:
+            texts.insert(0, f"{total:.4g}")
+        yield "loss", "  ".join(texts)
     if "examples_per_second" in event:
         yield "examples/s", f"{event['examples_per_second']:.1f}"
     if event.get("sparsity") is not None:
         yield "sparsity now", f"{event['sparsity']:.4f}"
-    if event.get("replacing_rate") is not None:
+    if grafting and event.get("replacing_rate") is not None:
         yield "replacing rate", f"{event['replacing_rate']:.3f}"
     if "learning_rate" in event:
         yield "learning rate", f"{event['learning_rate']:.2e}"

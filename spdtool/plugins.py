@@ -1,6 +1,6 @@
-"""The plugin door: what can be added to spdtool, and how it is found.
+"""The plugin registries: what can be added to spdtool, and how it is discovered.
 
-Six registries, one for each kind of part. A built-in part and a stranger's part use the same decorator:
+Six registries, one for each kind of extension. Built-ins and plugins use the same decorator:
 
     from spdtool.plugins import criteria
 
@@ -8,13 +8,13 @@ Six registries, one for each kind of part. A built-in part and a stranger's part
     def sensitivity(weight, stats):
         return weight.abs() * stats.gradient_squared.sqrt()
 
-Plugins come from three places: the built-in modules; installed distributions, through the entry-point group `spdtool`
+Plugins come from three sources: the built-in modules; installed distributions, through the entry-point group `spdtool`
 (each entry names a module to import); and the `*.py` files of a folder that `--plugins-dir` or `SPDTOOL_PLUGINS`
 names. A file that merely lies in the current folder is never run. A plugin that fails to load is recorded and listed
 by `spdtool plugins`; it is fatal only when a name is asked for that nothing else provides.
 
-A target whose files need a library of custom operators names the module that knows it in a second entry-point group,
-`spdtool.libraries`, under the target's name: see `library`.
+A target whose files need a library of custom operators names a module in a second entry-point group,
+`spdtool.libraries`, under the target's name: see `find_library`.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Generic, TypeVar
 
 from spdtool.errors import PluginError, SpdError, UnknownName
 
 T = TypeVar("T")
-GROUP = "spdtool"
-LIBRARIES = "spdtool.libraries"
-OURS = {
-    "sparse-cpu": "spdtool-sparse-cpu"
-}  # parts in distributions of this project, for whoever has not installed them
+PLUGIN_GROUP = "spdtool"
+LIBRARY_GROUP = "spdtool.libraries"
+BUILTIN = "spdtool."  # prefix of the sources that are no plugin
 
 
 @dataclass(frozen=True)
-class Part(Generic[T]):
-    """One registered thing: its name, the thing, where it came from, and what it declared about itself."""
+class Entry(Generic[T]):
+    """One registered object: its name, the object, its source module or plugin, and the options of `register`."""
 
     name: str
     value: T
@@ -52,68 +52,110 @@ class Part(Generic[T]):
 
     @property
     def summary(self) -> str:
-        """One line for listings: what the part says it is about, else the first line of its docstring."""
-        said = getattr(self.value, "about", None) or getattr(self.value, "__doc__", None) or ""
-        return str(said).strip().split("\n")[0]
+        """One line for listings: the object's `about`, else the first line of its docstring."""
+        text = getattr(self.value, "about", None) or getattr(self.value, "__doc__", None) or ""
+        return str(text).strip().split("\n")[0]
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """One discovered plugin: its name, its module or file, and the error if it did not load."""
+
+    name: str
+    where: str
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Library:
+    """The library of custom operators that an installed plugin provides for its target.
+
+    Attributes:
+        distribution, version: of the plugin.
+        module: has `path() -> Path`, which raises an SpdError where the compiled library is missing, and may have
+            `isa() -> str`, the instruction set that it uses on this machine.
+    """
+
+    distribution: str
+    version: str
+    module: ModuleType
+
+
+@dataclass
+class _Discovery:
+    """State of discovery: the plugins met so far by module or file, the one being imported, and the user's folder."""
+
+    plugins: dict[str, Plugin] = field(default_factory=dict)
+    importing: str | None = None
+    folder: Path | None = None
+
+
+_discovery = _Discovery()
 
 
 class Registry(Generic[T]):
-    """Keeps the parts of one kind by name, and loads the modules that provide them when first asked."""
+    """Registry of one kind of extension by name; loads the modules that provide them when first asked."""
 
     def __init__(self, kind: str, *builtins: str) -> None:
         self.kind = kind
         self._builtins = builtins
-        self._parts: dict[str, Part[T]] = {}
+        self._entries: dict[str, Entry[T]] = {}
 
     def register(self, name: str, **meta: Any) -> Callable[[T], T]:
-        """Decorator: makes the decorated object available under `name`; `meta` is kept with it.
+        """Register the decorated object under `name`; `meta` is kept with it.
 
         Raises:
             PluginError: another source already provides that name.
         """
-
         module = sys._getframe(1).f_globals.get("__name__", "?")
-        source = module if module.startswith("spdtool.") else (_loading or module)
+        source = module if module.startswith(BUILTIN) else (_discovery.importing or module)
 
         def keep(value: T) -> T:
-            taken = self._parts.get(name)
-            if taken is not None and taken.source != source:
-                if not source.startswith("spdtool."):
-                    raise PluginError(f"{self.kind} {name!r} is already provided by {taken.source}")
-                _blame(taken.source, f"PluginError: {self.kind} {name!r} is already provided by {source}")
-            self._parts[name] = Part(name, value, source, meta)
+            present = self._entries.get(name)
+            if present is not None and present.source != source:
+                if not source.startswith(BUILTIN):
+                    raise PluginError(f"{self.kind} {name!r} is already provided by {present.source}")
+                # The plugin was loaded before the built-in whose name it uses: the built-in wins.
+                _record_error(present.source, f"PluginError: {self.kind} {name!r} is already provided by {source}")
+            self._entries[name] = Entry(name, value, source, meta)
             return value
 
         return keep
 
-    def part(self, name: str) -> Part[T]:
-        """The part called `name`.
+    def unregister(self, name: str) -> None:
+        """Forget the object called `name`, if there is one."""
+        self._entries.pop(name, None)
+
+    def entry(self, name: str) -> Entry[T]:
+        """Return the entry called `name`.
 
         Raises:
             UnknownName: with near matches, and the plugins that failed to load: one of them may have held it.
         """
         self.load()
-        if name not in self._parts:
-            broken = [f"{p.name} ({p.error})" for p in loaded() if p.error]
-            hints = [f"These plugins failed to load: {'; '.join(broken)}."] if broken else []
-            if name in OURS:
-                hints.insert(0, f"({how_to_get(name)})")
-            raise UnknownName(self.kind, name, self._parts, " ".join(hints) or None)
-        return self._parts[name]
+        if name not in self._entries:
+            hints = []
+            if official_distribution(name):
+                hints.append(f"({install_hint(name)})")
+            broken = [f"{plugin.name} ({plugin.error})" for plugin in loaded_plugins() if plugin.error]
+            if broken:
+                hints.append(f"These plugins failed to load: {'; '.join(broken)}.")
+            raise UnknownName(self.kind, name, self._entries, " ".join(hints) or None)
+        return self._entries[name]
 
     def get(self, name: str) -> T:
-        """The registered object called `name`; raises as `part` does."""
-        return self.part(name).value
+        """Return the object called `name`; raises as `entry` does."""
+        return self.entry(name).value
 
     def find(self, name: str) -> T | None:
-        """The registered object called `name`, or None."""
+        """Return the object called `name`, or None."""
         self.load()
-        return self._parts[name].value if name in self._parts else None
+        return self._entries[name].value if name in self._entries else None
 
-    def parts(self) -> list[Part[T]]:
-        """Every part of this kind, by name."""
+    def entries(self) -> list[Entry[T]]:
+        """List every entry of this kind by name."""
         self.load()
-        return [self._parts[name] for name in sorted(self._parts)]
+        return [self._entries[name] for name in sorted(self._entries)]
 
     def load(self) -> None:
         """Import the built-in modules of this kind, then every plugin."""
@@ -133,140 +175,136 @@ products: Registry[Callable[..., None]] = Registry("sparse product")
 REGISTRIES: tuple[Registry[Any], ...] = (criteria, patterns, tasks, targets, stacks, products)
 
 
-@dataclass(frozen=True)
-class Plugin:
-    """One plugin that discovery met: its name, where it lies, and the error if it did not load."""
-
-    name: str
-    where: str
-    error: str | None = None
-
-
-_loading: str | None = None  # the plugin being imported, so that its parts know their source
-_found: dict[str, Plugin] = {}
-_folder: Path | None = None
-
-
 def use_folder(folder: Path | str | None) -> None:
     """Also load the `*.py` files of `folder` (None: the folder that SPDTOOL_PLUGINS names, if any).
 
     Raises:
         PluginError: the folder does not exist.
     """
-    global _folder
     chosen = folder or os.environ.get("SPDTOOL_PLUGINS")
-    _folder = Path(chosen).resolve() if chosen else None
-    if _folder is not None and not _folder.is_dir():
-        raise PluginError(f"the plugins folder {_folder} does not exist", "check --plugins-dir or SPDTOOL_PLUGINS")
+    path = Path(chosen).resolve() if chosen else None
+    if path is not None and not path.is_dir():
+        raise PluginError(f"the plugins folder {path} does not exist", "check --plugins-dir or SPDTOOL_PLUGINS")
+    _discovery.folder = path
 
 
-def folder() -> Path | None:
-    """The folder whose files are loaded too."""
-    return _folder
+def plugin_folder() -> Path | None:
+    """Return the folder whose files are loaded too."""
+    return _discovery.folder
 
 
 def discover() -> None:
-    """Import every plugin that has not been met yet. Never raises: failures are kept in `loaded()`."""
-    if _loading is not None:  # a plugin that asks a registry while it is imported
+    """Import every plugin that was not imported yet. Never raises: `loaded_plugins` lists failures."""
+    if _discovery.importing is not None:  # a plugin may ask a registry while it is imported
         return
-    for entry in entry_points(group=GROUP):
-        _import(f"{entry.dist.name if entry.dist else '?'}:{entry.name}", entry.value, entry.load)
-    for file in sorted(_folder.glob("*.py")) if _folder else []:
-        _import(file.stem, str(file), lambda file=file: _import_file(file))  # type: ignore[misc]
+    for entry_point in entry_points(group=PLUGIN_GROUP):
+        distribution = entry_point.dist.name if entry_point.dist else "?"
+        _import(f"{distribution}:{entry_point.name}", entry_point.value, entry_point.load)
+    if _discovery.folder is not None:
+        for file in sorted(_discovery.folder.glob("*.py")):
+            _import(file.stem, str(file), partial(_import_file, file))
 
 
-def how_to_get(name: str) -> str:
-    """What to do so that the part called `name`, which is not installed, is there."""
-    return f"the plugin {OURS[name]} has it: {install(OURS[name])}" if name in OURS else "install the plugin with it"
+def loaded_plugins() -> list[Plugin]:
+    """List every plugin discovered so far, with those that failed."""
+    return list(_discovery.plugins.values())
 
 
-def install(distribution: str) -> str:
-    """The command that installs a plugin of this project."""
+@contextmanager
+def isolated() -> Iterator[None]:
+    """Restore all registries and the state of discovery when the block ends, for tests."""
+    global _discovery
+    # Load first: a module imported inside the block would lose its entries with it.
+    for registry in REGISTRIES:
+        registry.load()
+    before = _discovery, [registry._entries for registry in REGISTRIES]
+    _discovery = _Discovery(dict(_discovery.plugins))
+    for registry in REGISTRIES:
+        registry._entries = dict(registry._entries)
+    try:
+        yield
+    finally:
+        _discovery = before[0]
+        for registry, entries in zip(REGISTRIES, before[1], strict=True):
+            registry._entries = entries
+
+
+def official_distribution(name: str) -> str | None:
+    """Return this project's distribution with the optional target `name`; None if it has none of that name.
+
+    By convention the target `x` of `export.optional` that is not built in comes from the distribution `spdtool-x`.
+    """
+    from spdtool.recipe.fields import Export
+
+    return f"spdtool-{name}" if name in Export().optional else None
+
+
+def install_hint(name: str) -> str:
+    """Say what to do so that the extension `name`, which is not installed, is there."""
+    distribution = official_distribution(name)
+    if distribution is None:
+        return "install the plugin with it"
+    return f"the plugin {distribution} has it: {install_command(distribution)}"
+
+
+def install_command(distribution: str) -> str:
+    """Return the command that installs a plugin of this project."""
     return f"pip install {distribution}, or in a checkout of spdtool: pip install -e plugins/{distribution}"
 
 
-@dataclass(frozen=True)
-class Library:
-    """What an installed plugin says of the custom operators of its target.
+def find_library(target: str) -> Library:
+    """Return the library of custom operators that the files of `target` need, from the installed plugin.
 
-    Attributes:
-        distribution, version: of the plugin.
-        module: has `path() -> Path`, which raises an SpdError where the compiled library is missing, and may have
-            `isa() -> str`, the instruction set that it uses on this machine.
-    """
-
-    distribution: str
-    version: str
-    module: Any
-
-
-def library(target: str) -> Library:
-    """The library of custom operators that the files of `target` need, from the installed plugin.
-
-    Only the plugin's module for this is imported, not its target: `spdtool.load` must not wait for torch.
+    Only the plugin's library module is imported, not its target: `spdtool.load` must not wait for torch.
 
     Raises:
         PluginError: no installed plugin has it, or it does not load.
     """
-    found: list[EntryPoint] = list(entry_points(group=LIBRARIES, name=target))
-    if not found:
-        raise PluginError(f"no installed plugin has the library that {target!r} needs", how_to_get(target))
-    entry = found[0]
-    distribution, version = (entry.dist.name, entry.dist.version) if entry.dist else ("?", "?")
+    matches: list[EntryPoint] = list(entry_points(group=LIBRARY_GROUP, name=target))
+    if not matches:
+        raise PluginError(f"no installed plugin has the library that {target!r} needs", install_hint(target))
+    match = matches[0]
+    distribution, version = (match.dist.name, match.dist.version) if match.dist else ("?", "?")
     try:
-        return Library(distribution, version, importlib.import_module(entry.module))
+        return Library(distribution, version, importlib.import_module(match.module))
     except SpdError:
         raise
-    except Exception as error:  # as in `_import`
-        raise PluginError(
-            f"the plugin {distribution} {version} does not load: {type(error).__name__}: {error}", "install it again"
-        ) from None
-
-
-def loaded() -> list[Plugin]:
-    """Every plugin met so far, those that failed among them."""
-    return list(_found.values())
-
-
-def _import(name: str, where: str, load: Callable[[], Any]) -> None:
-    global _loading
-    if where in _found:
-        return
-    error = None
-    _loading = name
-    try:
-        load()
-    except (Exception, SystemExit) as caught:  # a stranger's module may raise anything; the tool must go on
-        error = f"{type(caught).__name__}: {caught}"
-    finally:
-        _loading = None
-    _found[where] = Plugin(name, where, error)
+    except Exception as error:  # a plugin's module may raise anything
+        message = f"the plugin {distribution} {version} does not load: {type(error).__name__}: {error}"
+        raise PluginError(message, "install it again") from None
 
 
 @contextmanager
-def blamed(part: Part[Any]) -> Iterator[None]:
-    """Run a part of a plugin inside the block: what it raises is told as its failure, and where.
+def wrap_errors(entry: Entry[Any]) -> Iterator[None]:
+    """Turn an unexpected error of a plugin inside the block into one that names the plugin and the line.
 
     Raises:
-        PluginError: the part comes from a plugin, and has failed.
+        PluginError: the entry comes from a plugin, and has failed.
     """
     try:
         yield
     except Exception as error:
-        if isinstance(error, SpdError) or part.source.startswith("spdtool."):
+        if isinstance(error, SpdError) or entry.source.startswith(BUILTIN):
             raise
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{last.filename}, line {last.lineno}"
+        frame = traceback.extract_tb(error.__traceback__)[-1]
         raise PluginError(
-            f"{part.name!r} of {part.source} has failed: {type(error).__name__}: {error} ({where})"
+            f"{entry.name!r} of {entry.source} has failed: {type(error).__name__}: {error} "
+            f"({frame.filename}, line {frame.lineno})"
         ) from error
 
 
-def _blame(name: str, error: str) -> None:
-    """Record that the plugin called `name` took what is not its own, found out after it was loaded."""
-    for where, plugin in _found.items():
-        if plugin.name == name:
-            _found[where] = Plugin(name, where, error)
+def _import(name: str, where: str, load: Callable[[], Any]) -> None:
+    if where in _discovery.plugins:
+        return
+    error = None
+    _discovery.importing = name
+    try:
+        load()
+    except (Exception, SystemExit) as caught:  # a plugin may raise anything; the tool must go on
+        error = f"{type(caught).__name__}: {caught}"
+    finally:
+        _discovery.importing = None
+    _discovery.plugins[where] = Plugin(name, where, error)
 
 
 def _import_file(file: Path) -> None:
@@ -276,3 +314,10 @@ def _import_file(file: Path) -> None:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
+
+
+def _record_error(name: str, error: str) -> None:
+    """Record an error of the plugin called `name` that shows after it was loaded."""
+    for where, plugin in _discovery.plugins.items():
+        if plugin.name == name:
+            _discovery.plugins[where] = Plugin(name, where, error)

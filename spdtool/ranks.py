@@ -1,8 +1,8 @@
-"""Several processes that train one model: which of them this one is, and how they end.
+"""Which of several training processes this one is, and how a rank ends.
 
 `torchrun`, `accelerate launch` and `--processes` start the same command once for every rank and say so in the
-environment. Rank 0, the main process, is the only one that writes, speaks, and holds the run's lock. Nothing here
-needs torch; `collectives.py` is how ranks exchange tensors, `launcher.py` how `--processes` starts them.
+environment. Rank 0, the main process, is the only one that writes, prints, and holds the run's lock. Nothing here
+needs torch: `models/collectives.py` exchanges tensors, `training/launch.py` starts the ranks of `--processes`.
 """
 
 from __future__ import annotations
@@ -17,60 +17,61 @@ import time
 from typing import NoReturn
 
 from spdtool.errors import PeerLost, SpdError
-from spdtool.recipe.fields import TRAINING
+from spdtool.recipe import TRAINING
 
-LAUNCHER = "SPDTOOL_LAUNCHER"  # process id of the `spdtool --processes` that started this rank, and tells its errors
-FOLDER = "SPDTOOL_LAUNCHER_FOLDER"  # its temporary folder, which it removes unless it is killed
-ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where torch's elastic agent looks for what a rank died of
+LAUNCHER = "SPDTOOL_LAUNCHER"  # process id of the `spdtool --processes` that started this rank and prints its errors
+FOLDER = "SPDTOOL_LAUNCHER_FOLDER"  # temporary folder of the launcher, which it removes unless it is killed
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torch's elastic agent reads here why a rank ended
+POLL_SECONDS = 0.5
 
-_watched = False
+_watches_parent = False
 
 
-def count() -> int:
-    """How many processes there are; 1 when nobody launched several."""
+def world_size() -> int:
+    """Return the number of processes that train together; 1 when nobody launched several."""
     return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 
 def rank() -> int:
-    """Which of them this one is, from 0."""
-    return int(os.environ["RANK"]) if count() > 1 else 0
+    """Return this process's rank, from 0."""
+    return int(os.environ["RANK"]) if world_size() > 1 else 0
 
 
 def local_rank() -> int:
-    """Its number among those on this machine, which is that of its device."""
-    return int(os.environ.get("LOCAL_RANK", 0)) if count() > 1 else 0
+    """Return this process's number on its machine, which is the number of its device."""
+    return int(os.environ.get("LOCAL_RANK", 0)) if world_size() > 1 else 0
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes and speaks."""
+    """Return whether this process writes and prints."""
     return rank() == 0
 
 
 def has_launcher() -> bool:
-    """Whether `spdtool --processes` started this process and will tell its errors."""
-    return count() > 1 and LAUNCHER in os.environ
+    """Return whether `spdtool --processes` started this process and will print its errors."""
+    return world_size() > 1 and LAUNCHER in os.environ
 
 
-def takes_part(stage: str) -> bool:
-    """Whether this process has work in `stage`: one that is not training is done by one process."""
+def works_on(stage: str) -> bool:
+    """Return whether this process has work in `stage`: every rank trains, one process does all else."""
     return stage in TRAINING or (is_main() and not has_launcher())
 
 
-def leave_word(error: SpdError) -> None:
-    """Tell whoever launched the ranks what this one ends with; without several ranks, do nothing."""
+def report_failure(error: SpdError) -> None:
+    """Write the error for the launcher of the ranks; without several ranks, do nothing."""
     file = os.environ.get(ERROR_FILE)
-    if count() == 1 or not file:
+    if world_size() == 1 or not file:
         return
-    said = {"error": type(error).__name__, "hint": error.hint, "exit_code": error.exit_code}
-    word = {"message": error.message, "timestamp": int(time.time()), "spdtool": said}
+    details = {"error": type(error).__name__, "hint": error.hint, "exit_code": error.exit_code}
+    report = {"message": error.message, "timestamp": int(time.time()), "spdtool": details}
     with open(file, "w", encoding="utf-8") as stream:
-        json.dump(word, stream)
+        json.dump(report, stream)
 
 
-def leave(code: int) -> NoReturn:
-    """End this rank with an exit code, once Python has done what is registered for its end.
+def exit_rank(code: int) -> NoReturn:
+    """End this rank with an exit code, after Python's exit functions and before C++ destructors.
 
-    C++ would then destroy what torch's threads still use: one rank in fifty was aborted so, after its work was done.
+    The destructors would free what torch's threads still use: one rank in fifty was aborted so after its work was done.
     """
     atexit._run_exitfuncs()
     sys.stdout.flush()
@@ -78,19 +79,20 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def end_with_parent() -> None:
-    """From now on die when the process that launched this rank dies, by `kill -9` too: no orphan holds the lock."""
-    global _watched
-    if count() == 1 or _watched:
+def die_with_parent() -> None:
+    """End this rank when its launcher dies, even by `kill -9`, so that no orphan holds the run's lock."""
+    global _watches_parent
+    if world_size() == 1 or _watches_parent:
         return
-    _watched = True
+    _watches_parent = True
     parent = int(os.environ.get(LAUNCHER, os.getppid()))
-    threading.Thread(target=_follow, args=(parent,), daemon=True).start()
+    threading.Thread(target=_watch_parent, args=(parent,), daemon=True).start()
 
 
-def _follow(parent: int) -> None:
+def _watch_parent(parent: int) -> None:
+    # A process whose parent dies gets another one.
     while os.getppid() == parent:
-        time.sleep(0.5)
+        time.sleep(POLL_SECONDS)
     if has_launcher() and FOLDER in os.environ:
         shutil.rmtree(os.environ[FOLDER], ignore_errors=True)
     os._exit(PeerLost.exit_code)

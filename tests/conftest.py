@@ -105,7 +105,7 @@ def toy_task() -> Iterator[Callable[..., Task]]:
 
     yield make
     for name in names:
-        plugins.tasks._parts.pop(name, None)
+        plugins.tasks.unregister(name)
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def toy_run(tmp_path: Path, toy_task: Callable[..., Task]) -> Callable[..., Run]
     """
 
     def make(*sets: str, until: str | None = None, folder: str = "run", **flags: Any) -> Run:
-        if "toy" not in plugins.tasks._parts:
+        if plugins.tasks.find("toy") is None:
             toy_task()
         run = Run.at(tmp_path / folder, _toys.recipe(*sets, **flags))
         order = ("teacher", "prune", "distill", "finetune", "export")
@@ -135,15 +135,11 @@ def toy_run(tmp_path: Path, toy_task: Callable[..., Task]) -> Callable[..., Run]
 
 
 @pytest.fixture
-def clean_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+def clean_plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Registries and discovery as they are now, put back afterwards; no plugin folder."""
-    for registry in plugins.REGISTRIES:
-        registry.load()  # now: a module that is imported under the patch would lose its parts with it
-    for registry in plugins.REGISTRIES:
-        monkeypatch.setattr(registry, "_parts", dict(registry._parts))
-    monkeypatch.setattr(plugins, "_found", dict(plugins._found))
-    monkeypatch.setattr(plugins, "_folder", None)
     monkeypatch.delenv("SPDTOOL_PLUGINS", raising=False)
+    with plugins.isolated():
+        yield
 
 
 QUICK = (

@@ -63,7 +63,7 @@ def work(call: dict[str, Any]) -> None:
     """One rank's part in a stage."""
     from spdtool.errors import SpdError
 
-    console.setup()
+    console.configure()
     toys.register(toys.task(train=call.get("rows", 44), dev=20, pairs=True))
     run = Run.at(call["folder"], recipe(call.get("recipe", "default"), call["sets"]))
     written = []

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from spdtool.recipe.fields import STAGES
+from spdtool.recipe import STAGES
 
 Call = Callable[..., Any]
 

@@ -21,7 +21,7 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """Output that goes to no terminal."""
     for name in ("COLUMNS", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
-    console.setup()
+    console.configure()
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
 @pytest.mark.usefixtures("plain")
 def test_nothing_is_folded_for_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
     console.say(LONG)
-    console.table(f"title {LONG}", ("name", "value"), [("row", LONG)])
+    console.print_table(f"title {LONG}", ("name", "value"), [("row", LONG)])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == LONG
     assert f"title {LONG}" in lines
@@ -50,8 +50,8 @@ def test_a_width_that_was_asked_for_is_kept(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "60")
-    console.setup()
-    console.table("title", ("name", "value"), [("row", LONG)])
+    console.configure()
+    console.print_table("title", ("name", "value"), [("row", LONG)])
     assert max(map(len, capsys.readouterr().out.splitlines())) == 60
 
 
@@ -64,7 +64,9 @@ def test_a_terminal_folds_at_words(terminal: io.StringIO) -> None:
 
 @pytest.mark.usefixtures("plain")
 def test_columns_of_numbers_stand_on_the_right(capsys: pytest.CaptureFixture[str]) -> None:
-    console.table("t", ("engine", "bytes", "zeros", "what"), [("a", 1234567, "0.00%", "x"), ("b", None, "-", "longer")])
+    console.print_table(
+        "t", ("engine", "bytes", "zeros", "what"), [("a", 1234567, "0.00%", "x"), ("b", None, "-", "longer")]
+    )
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert "a       1,234,567  0.00%  x" in lines
     assert "b               -      -  longer" in lines
@@ -72,9 +74,9 @@ def test_columns_of_numbers_stand_on_the_right(capsys: pytest.CaptureFixture[str
 
 @pytest.mark.usefixtures("plain")
 def test_brackets_in_cells_titles_and_warnings_stay(capsys: pytest.CaptureFixture[str]) -> None:
-    console.table("runs/[red]x", ("name",), [("spdtool[cpu]",)])
+    console.print_table("runs/[red]x", ("name",), [("spdtool[cpu]",)])
     console.warn("pip install spdtool[cpu]")
-    console.say(console.plain("spdtool[gpu]"))
+    console.say(console.escape("spdtool[gpu]"))
     out, err = capsys.readouterr()
     assert "runs/[red]x" in out
     assert "spdtool[cpu]" in out
@@ -90,15 +92,15 @@ def test_brackets_in_cells_titles_and_warnings_stay(capsys: pytest.CaptureFixtur
     ],
 )  # fmt: skip
 def test_a_cell_as_text(cell: Any, text: str) -> None:
-    assert console.number(cell) == text
+    assert console.format_cell(cell) == text
 
 
 def test_json_has_standard_output_to_itself(capsys: pytest.CaptureFixture[str]) -> None:
-    console.setup(as_json=True)
+    console.configure(as_json=True)
     console.say("a line")
-    console.table("a title", ("a",), [("cell",)])
+    console.print_table("a title", ("a",), [("cell",)])
     console.warn("a note")
-    console.result({"score": math.nan, "all": (1, math.inf), "text": "ü"})
+    console.print_result({"score": math.nan, "all": (1, math.inf), "text": "ü"})
     out, err = capsys.readouterr()
     assert json.loads(out, parse_constant=pytest.fail) == {"score": None, "all": [1, None], "text": "ü"}
     assert all(text in err for text in ("a line", "a title", "cell", "a note"))
@@ -106,26 +108,26 @@ def test_json_has_standard_output_to_itself(capsys: pytest.CaptureFixture[str]) 
 
 @pytest.mark.usefixtures("plain")
 def test_without_json_a_result_is_not_written(capsys: pytest.CaptureFixture[str]) -> None:
-    console.result({"score": 1})
+    console.print_result({"score": 1})
     assert capsys.readouterr().out == ""
 
 
 @pytest.mark.usefixtures("plain")
 def test_an_error_says_what_to_try(capsys: pytest.CaptureFixture[str]) -> None:
-    console.fail(SpdError("no [x] here", "give [y]"))
+    console.print_error(SpdError("no [x] here", "give [y]"))
     assert capsys.readouterr() == ("", "SpdError: no [x] here\ntry: give [y]\n")
 
 
 def test_an_error_as_a_panel(terminal: io.StringIO) -> None:
-    console.fail(SpdError("no [x] here", "give [y]"))
+    console.print_error(SpdError("no [x] here", "give [y]"))
     assert "╭─ SpdError " in terminal.getvalue()
     assert "no [x] here" in terminal.getvalue()
     assert "try: give [y]" in terminal.getvalue()
 
 
 def test_an_error_as_json(capsys: pytest.CaptureFixture[str]) -> None:
-    console.setup(as_json=True)
-    console.fail(SpdError("message"))
+    console.configure(as_json=True)
+    console.print_error(SpdError("message"))
     assert json.loads(capsys.readouterr().out) == {"error": "SpdError", "message": "message", "hint": None}
 
 
@@ -169,7 +171,14 @@ def test_progress_live(terminal: io.StringIO) -> None:
         for event in EVENTS:
             watch(event)
     shown = terminal.getvalue()
-    for text in ("spdtool prune", "10/10", "0.50 of 1", "hidden 0.5", "score 0.7500  best so far", "■ □ ■ student"):
+    for text in (
+        "phase 1 of 3: prune",
+        "10/10",
+        "0.50 of 1",
+        "hidden 0.5",
+        "score 0.7500  best so far",
+        "■ □ ■ student",
+    ):
         assert text in shown
     assert max(len(line) for line in shown.splitlines() if "│" in line and "\x1b" not in line) <= 80
 
@@ -178,7 +187,7 @@ def test_busy_is_a_line_or_a_spinner(terminal: io.StringIO, capsys: pytest.Captu
     with console.busy("timing [x]"):
         pass
     assert "timing [x]" in terminal.getvalue()
-    console.setup()
+    console.configure()
     with console.busy("timing [x]"):
         pass
     assert capsys.readouterr().out == "timing [x]\n"

@@ -62,7 +62,7 @@ def command_lines(text: str) -> Iterator[str]:
 
 def test_every_command_in_the_documents_parses() -> None:
     listed: Any = get_command(app)
-    fields = dict(reading.fields())
+    fields = dict(reading.list_fields())
     lines = [(name_of(document), line) for document in DOCUMENTS for line in command_lines(read(document))]
     assert len(lines) > 50
     for document, line in lines:
@@ -75,15 +75,17 @@ def test_every_command_in_the_documents_parses() -> None:
             if word == "--set":
                 assert value.split("=")[0] in fields, f"{document}: {line}: no recipe field {value}"
             if word == "--recipe":
-                assert value in reading.names() or PLACEHOLDER.fullmatch(value), f"{document}: {line}: no such recipe"
+                assert value in reading.recipe_names() or PLACEHOLDER.fullmatch(value), (
+                    f"{document}: {line}: no such recipe"
+                )
 
 
 def test_every_recipe_field_with_a_value_in_backticks_exists() -> None:
-    sections = {field.split(".")[0] for field in dict(reading.fields()) if "." in field}
+    sections = {field.split(".")[0] for field in dict(reading.list_fields()) if "." in field}
     for document in DOCUMENTS:
         for path in re.findall(r"`([a-z]+(?:\.[a-z_]+)+)(?:=[^`]*)?`", read(document)):
             if path.split(".")[0] in sections and not path.endswith((".json", ".md", ".py")):
-                known = [field for field in dict(reading.fields()) if f"{field}.".startswith(f"{path}.")]
+                known = [field for field in dict(reading.list_fields()) if f"{field}.".startswith(f"{path}.")]
                 assert known, f"{name_of(document)}: the recipe has no {path}"
 
 
@@ -139,25 +141,25 @@ def test_the_reference_has_every_command_and_option(pages: dict[str, str]) -> No
 
 
 def test_the_reference_has_every_recipe_field_with_its_help(pages: dict[str, str]) -> None:
-    for field, meaning in reading.fields():
+    for field, meaning in reading.list_fields():
         row = next((row for row in pages["recipe-fields"].splitlines() if row.startswith(f"| `{field}` |")), None)
         assert row is not None, f"{field} is not in the reference"
         assert meaning.split("`")[0].split("|")[0].split("<")[0] in row, f"the help of {field} is not in the reference"
 
 
 def test_the_reference_has_every_recipe_and_each_resolves(pages: dict[str, str]) -> None:
-    for name in reading.names():
+    for name in reading.recipe_names():
         assert f"## `{name}`" in pages["recipes"], name
-        assert reading.resolve(name).name == name
+        assert reading.build_recipe(name).name == name
 
 
 def test_the_reference_has_everything_that_is_built_in(pages: dict[str, str]) -> None:
     registries = {"tasks": plugins.tasks, "targets": plugins.targets, "criteria": plugins.criteria}
     for page, registry in registries.items():
-        for part in registry.parts():
+        for part in registry.entries():
             if part.source.startswith("spdtool."):
                 assert f"`{part.name}`" in pages[page], f"{page}: {part.name}"
-    for part in plugins.patterns.parts():
+    for part in plugins.patterns.entries():
         assert f"`{part.name}`" in pages["criteria"], part.name
 
 
@@ -177,10 +179,10 @@ def test_every_page_of_the_site_is_in_the_navigation(reference: ModuleType) -> N
 
 
 def test_the_documents_say_that_the_default_recipe_grafts_nothing() -> None:
-    default = reading.resolve("default")
+    default = reading.build_recipe("default")
     assert all(getattr(default, phase).grafting.start == 1 for phase in ("prune", "distill", "finetune"))
     assert "grafting: off in this recipe" in (ROOT / "docs/explanation/method.md").read_text("utf-8")
-    assert reading.resolve("spd").prune.grafting.start < 1
+    assert reading.build_recipe("spd").prune.grafting.start < 1
 
 
 def test_the_constraints_satisfy_the_ranges() -> None:

@@ -37,11 +37,11 @@ def write(folder: Path, **modules: str) -> Path:
 
 
 def test_builtin_parts_came_through_the_same_door() -> None:
-    part = plugins.criteria.part("magnitude")
+    part = plugins.criteria.entry("magnitude")
     assert part.source == "spdtool.pruning.criteria"
     assert "absolute value" in part.summary
-    assert "unstructured" in [part.name for part in plugins.patterns.parts()]
-    assert "demo" in [part.name for part in plugins.tasks.parts()]
+    assert "unstructured" in [part.name for part in plugins.patterns.entries()]
+    assert "demo" in [part.name for part in plugins.tasks.entries()]
 
 
 def test_a_registered_part_keeps_what_it_declared() -> None:
@@ -50,8 +50,8 @@ def test_a_registered_part_keeps_what_it_declared() -> None:
     assert kind.get("a") is value
     assert kind.find("a") is value
     assert kind.find("b") is None
-    assert kind.part("a").meta == {"needs": ("x",)}
-    assert [part.name for part in kind.parts()] == ["a"]
+    assert kind.entry("a").meta == {"needs": ("x",)}
+    assert [part.name for part in kind.entries()] == ["a"]
 
 
 def test_an_unknown_name_offers_near_matches() -> None:
@@ -60,23 +60,43 @@ def test_an_unknown_name_offers_near_matches() -> None:
     assert caught.value.near == ["magnitude"]
 
 
-def test_a_name_that_is_taken_is_not_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_belongs_to_the_source_that_registered_it() -> None:
     kind: Registry[object] = Registry("thing")
     kind.register("a")(1)
-    kind.register("a")(2)  # the same source may think again
+    kind.register("a")(2)  # the same source may register it again
     assert kind.get("a") == 2
-    monkeypatch.setattr(plugins, "_loading", "stranger")
-    monkeypatch.setitem(globals(), "__name__", "stranger")
     with pytest.raises(PluginError, match="already provided"):
-        kind.register("a")(3)
-    assert kind._parts["a"].value == 2
+        exec("kind.register('a')(3)", {"kind": kind, "__name__": "stranger"})
+    assert kind.get("a") == 2
+
+
+def test_an_unregistered_name_is_free_again() -> None:
+    kind: Registry[object] = Registry("thing")
+    kind.register("a")(1)
+    kind.unregister("a")
+    kind.unregister("a")  # as often as a test likes
+    assert kind.find("a") is None
+    exec("kind.register('a')(3)", {"kind": kind, "__name__": "stranger"})
+    assert kind.entry("a").source == "stranger"
+
+
+def test_what_happens_in_isolation_is_undone(tmp_path: Path) -> None:
+    folder = write(tmp_path / "mine", good=GOOD)
+    with plugins.isolated():
+        plugins.use_folder(folder)
+        plugins.criteria.unregister("magnitude")
+        assert plugins.criteria.find("upside-down") is not None
+    assert plugins.criteria.find("upside-down") is None
+    assert plugins.criteria.find("magnitude") is not None
+    assert plugins.plugin_folder() is None
+    assert "good" not in [plugin.name for plugin in plugins.loaded_plugins()]
 
 
 def test_the_files_of_a_named_folder_are_loaded(tmp_path: Path) -> None:
     plugins.use_folder(write(tmp_path / "mine", good=GOOD))
-    part = plugins.criteria.part("upside-down")
+    part = plugins.criteria.entry("upside-down")
     assert (part.source, part.meta, part.summary) == ("good", {"needs": ("gradient",)}, "The largest go first.")
-    assert [(p.name, p.error) for p in plugins.loaded() if p.name == "good"] == [("good", None)]
+    assert [(p.name, p.error) for p in plugins.loaded_plugins() if p.name == "good"] == [("good", None)]
 
 
 def test_the_environment_may_name_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +126,7 @@ def test_a_plugin_that_fails_is_listed_and_fatal_only_when_its_name_is_asked_for
     plugins.use_folder(write(tmp_path / "mine", broken=source, good=GOOD))
     assert plugins.criteria.get("magnitude") is not None
     assert plugins.criteria.get("upside-down") is not None, "the others load all the same"
-    (broken,) = (p for p in plugins.loaded() if p.name == "broken")
+    (broken,) = (p for p in plugins.loaded_plugins() if p.name == "broken")
     assert error in str(broken.error)
     with pytest.raises(UnknownName, match="no criterion 'unheard-of'") as caught:
         plugins.criteria.get("unheard-of")
@@ -118,12 +138,13 @@ def test_a_plugin_that_takes_a_name_before_its_builtin_is_loaded_harms_only_itse
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = "from spdtool.plugins import patterns\npatterns.register('unstructured')(lambda s, p: 'stolen')"
+    for entry in plugins.patterns.entries():
+        plugins.patterns.unregister(entry.name)
     plugins.use_folder(write(tmp_path / "mine", thief=source))
-    monkeypatch.setattr(plugins.patterns, "_parts", {})
     monkeypatch.delitem(sys.modules, "spdtool.pruning.patterns", raising=False)
     plugins.criteria.load()  # runs every plugin; nobody has asked for a pattern yet
-    assert plugins.patterns.part("unstructured").source == "spdtool.pruning.patterns"
-    (thief,) = (p for p in plugins.loaded() if p.name == "thief")
+    assert plugins.patterns.entry("unstructured").source == "spdtool.pruning.patterns"
+    (thief,) = (p for p in plugins.loaded_plugins() if p.name == "thief")
     assert "already provided" in str(thief.error)
 
 
@@ -152,7 +173,7 @@ def test_a_file_that_merely_lies_in_the_current_folder_is_never_run(tmp_path: Pa
     write(here / "spdtool_plugins", evil="open('ran.txt', 'w').write('x')")
     write(here / "plugins", evil="open('ran.txt', 'w').write('x')")
     environment = {name: value for name, value in os.environ.items() if name != "SPDTOOL_PLUGINS"}
-    code = "import os; os.chdir('.'); from spdtool import plugins; plugins.use_folder(None); plugins.criteria.parts()"
+    code = "import os; os.chdir('.'); from spdtool import plugins; plugins.use_folder(None); plugins.criteria.entries()"
     subprocess.run([sys.executable, "-P", "-c", code], cwd=here, env=environment, check=True)
     assert not (here / "ran.txt").exists()
 
@@ -165,9 +186,9 @@ def test_installed_distributions_are_found_by_their_entry_points(tmp_path: Path)
     (info / "entry_points.txt").write_text("[spdtool]\nkind = spdtool_kind\nrude = spdtool_rude\n")
     code = """
 from spdtool import plugins
-part = plugins.criteria.part("upside-down")
+part = plugins.criteria.entry("upside-down")
 print(part.source)
-for plugin in sorted(plugins.loaded(), key=lambda p: p.name):
+for plugin in sorted(plugins.loaded_plugins(), key=lambda p: p.name):
     if plugin.name.startswith("spdtool-kind"):
         print(plugin.name, plugin.where, plugin.error)
 """
@@ -203,20 +224,20 @@ class TestLibrary:
 
     def test_the_module_and_its_distribution(self, install: Callable[[str], None]) -> None:
         install("def path():\n    return '/there/ops.so'\n")
-        found = plugins.library("theirs")
+        found = plugins.find_library("theirs")
         assert (found.distribution, found.version, found.module.path()) == ("their-plugin", "1.2", "/there/ops.so")
 
     def test_one_that_does_not_load_is_an_error_of_the_plugin(self, install: Callable[[str], None]) -> None:
         install("import no_such_module_anywhere\n")
         with pytest.raises(PluginError, match=r"their-plugin 1.2 does not load: .*no_such_module_anywhere"):
-            plugins.library("theirs")
+            plugins.find_library("theirs")
 
     def test_one_that_is_not_installed_is_an_error_that_says_how(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(plugins, "entry_points", lambda **_: [])
         with pytest.raises(PluginError, match="'sparse-cpu'") as caught:
-            plugins.library("sparse-cpu")
+            plugins.find_library("sparse-cpu")
         assert str(caught.value.hint).startswith(
             "the plugin spdtool-sparse-cpu has it: pip install spdtool-sparse-cpu, or"
         )
         with pytest.raises(PluginError, match="'theirs'"):
-            plugins.library("theirs")
+            plugins.find_library("theirs")

@@ -10,19 +10,28 @@ import pydantic
 import pytest
 
 from spdtool.errors import RecipeError, UnknownName
+from spdtool.recipe import STAGES
 from spdtool.recipe import reading as recipes
-from spdtool.recipe.fields import STAGES, Recipe, Training, flat
-from spdtool.recipe.reading import amend, fields, parse, resolve
+from spdtool.recipe.fields import Recipe, Training, flatten
+from spdtool.recipe.reading import (
+    build_recipe,
+    list_fields,
+    override,
+    parse_recipe,
+    parse_value,
+    read_settings,
+    read_task_settings,
+)
 
 
 def test_the_default_recipe_is_the_defaults_and_what_its_file_names() -> None:
-    made = resolve("default", {"task": "cola"})
-    named = dict(flat(recipes._read("default")))
-    assert {name: mine for name, mine, _ in made.differences(Recipe(task="cola"))}.items() <= named.items()
+    made = build_recipe("default", {"task": "cola"})
+    named = flatten(read_settings("default"))
+    assert {name: mine for name, mine, _ in made.diff(Recipe(task="cola"))}.items() <= named.items()
 
 
 def test_the_default_recipe_has_none_of_the_known_defects() -> None:
-    made = resolve("default", {"task": "cola"})
+    made = build_recipe("default", {"task": "cola"})
     for section in (made.prune, made.distill, made.finetune):
         assert section.loss.attention_on == "scores"
         assert section.loss.mask_padding
@@ -34,19 +43,19 @@ def test_the_default_recipe_has_none_of_the_known_defects() -> None:
 
 
 def test_every_field_has_a_help_text() -> None:
-    listed = dict(fields())
-    assert set(listed) == set(dict(flat(Recipe().model_dump(mode="json"))))
+    listed = dict(list_fields())
+    assert set(listed) == set(Recipe().values())
     assert [name for name, text in listed.items() if not text.strip()] == []
 
 
-@pytest.mark.parametrize("name", recipes.names())
+@pytest.mark.parametrize("name", recipes.recipe_names())
 def test_every_packaged_recipe_resolves_and_says_what_it_is(name: str) -> None:
-    assert resolve(name).name == name
-    assert len(recipes.about(name)) > 10
+    assert build_recipe(name).name == name
+    assert len(recipes.describe_recipe(name)) > 10
 
 
 def test_reference_holds_the_numbers_of_the_published_code() -> None:
-    made = resolve("reference")
+    made = build_recipe("reference")
     assert (made.prune.epochs, made.distill.epochs, made.finetune.epochs) == (30, 10, 20)
     assert (made.prune.events, made.prune.schedule, made.prune.scope) == (12, "cubic", "matrix")
     assert made.prune.learning_rate == made.distill.learning_rate == 6.4e-4
@@ -62,21 +71,21 @@ def test_reference_holds_the_numbers_of_the_published_code() -> None:
 def test_the_later_word_counts_flags_over_file_and_sets_over_flags(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text("seed = 3\nsparsity = 0.5\n[prune]\nepochs = 7\nloss = { hidden = 0.5 }\n")
-    made = resolve(str(file), {"task": "cola", "seed": 4, "data": None}, ["prune.epochs=9", "sparsity=0.6"])
+    made = build_recipe(str(file), {"task": "cola", "seed": 4, "data": None}, ["prune.epochs=9", "sparsity=0.6"])
     assert (made.name, made.seed, made.sparsity, made.prune.epochs) == ("mine", 4, 0.6, 9)
     assert made.prune.loss.hidden == 0.5
     assert made.data is None, "a flag that was not given must not overwrite anything"
 
 
 def test_what_a_task_says_lies_under_the_recipe() -> None:
-    own = dict(flat(recipes._read_task("demo")))
+    own = flatten(read_task_settings("demo"))
     assert own, "the embedded task has a file of its own"
-    values = dict(flat(resolve("default", {"task": "demo"}).model_dump(mode="json")))
-    above = dict(flat(recipes._read("default")))
+    values = build_recipe("default", {"task": "demo"}).values()
+    above = flatten(read_settings("default"))
     assert {name: values[name] for name in own} == own | {name: above[name] for name in own.keys() & above.keys()}
-    assert resolve("reference", {"task": "demo"}).prune.epochs == resolve("reference").prune.epochs
-    assert resolve("default", {"task": "demo"}, ["teacher.learning_rate=1e-9"]).teacher.learning_rate == 1e-9
-    assert resolve("default", {"task": "cola"}).teacher == Recipe().teacher
+    assert build_recipe("reference", {"task": "demo"}).prune.epochs == build_recipe("reference").prune.epochs
+    assert build_recipe("default", {"task": "demo"}, ["teacher.learning_rate=1e-9"]).teacher.learning_rate == 1e-9
+    assert build_recipe("default", {"task": "cola"}).teacher == Recipe().teacher
 
 
 @pytest.mark.parametrize(
@@ -94,7 +103,7 @@ def test_what_a_task_says_lies_under_the_recipe() -> None:
     ],
 )
 def test_values_are_read_as_toml_or_else_as_text(text: str, value: Any) -> None:
-    assert recipes._value(text) == value
+    assert parse_value(text) == value
 
 
 @pytest.mark.parametrize(
@@ -118,16 +127,16 @@ def test_values_are_read_as_toml_or_else_as_text(text: str, value: Any) -> None:
 )
 def test_a_bad_setting_is_refused_by_name(sets: list[str], error: type[RecipeError], said: str) -> None:
     with pytest.raises(error) as caught:
-        resolve("default", {"task": "cola"}, sets)
+        build_recipe("default", {"task": "cola"}, sets)
     assert said in caught.value.message + str(caught.value.hint)
 
 
 def test_near_matches_are_offered() -> None:
     with pytest.raises(UnknownName) as caught:
-        resolve("default", {}, ["prune.epoch=3"])
+        build_recipe("default", {}, ["prune.epoch=3"])
     assert "prune.epochs" in caught.value.near
     with pytest.raises(UnknownName) as caught:
-        resolve("referense")
+        build_recipe("referense")
     assert caught.value.near == ["reference"]
 
 
@@ -135,10 +144,10 @@ def test_a_file_that_is_no_toml_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "bad.toml"
     file.write_bytes(b"sparsity = [")
     with pytest.raises(RecipeError, match="not valid TOML"):
-        resolve(str(file))
+        build_recipe(str(file))
     file.write_bytes(b"name = '\xff'")
     with pytest.raises(RecipeError, match="not valid TOML"):
-        resolve(str(file))
+        build_recipe(str(file))
 
 
 def test_a_recipe_is_frozen() -> None:
@@ -147,27 +156,27 @@ def test_a_recipe_is_frozen() -> None:
 
 
 def test_a_recipe_survives_json(tmp_path: Path) -> None:
-    made = resolve("reference", {"task": "local", "text": ("a", "b"), "seed": 3})
+    made = build_recipe("reference", {"task": "local", "text": ("a", "b"), "seed": 3})
     file = tmp_path / "run.json"
     file.write_text(json.dumps({"recipe": made.model_dump(mode="json")}))
-    assert recipes.load(file) == made
-    assert parse(made.model_dump()) == made
+    assert recipes.load_recipe(file) == made
+    assert parse_recipe(made.model_dump()) == made
 
 
 def test_amend_changes_only_what_it_is_told() -> None:
-    before = resolve("default", {"task": "cola"})
-    after = amend(before, ["finetune.epochs=3"])
-    assert [name for name, _, _ in after.differences(before)] == ["finetune.epochs"]
-    assert amend(before, []) == before
+    before = build_recipe("default", {"task": "cola"})
+    after = override(before, ["finetune.epochs=3"])
+    assert [name for name, _, _ in after.diff(before)] == ["finetune.epochs"]
+    assert override(before, []) == before
     with pytest.raises(UnknownName):
-        amend(before, ["finetune.epoch=3"])
+        override(before, ["finetune.epoch=3"])
 
 
 def test_smoke_is_short_and_says_so() -> None:
-    made = resolve("default", {"task": "cola", "smoke": True})
+    made = build_recipe("default", {"task": "cola", "smoke": True})
     assert made.smoke
-    assert all(made.section(s).steps_for(10_000) <= 4 for s in STAGES[:4])  # type: ignore[attr-defined]
-    assert amend(made, ["smoke=true"]).smoke
+    assert all(made.section(s).length(10_000).steps <= 4 for s in STAGES[:4])  # type: ignore[attr-defined]
+    assert override(made, ["smoke=true"]).smoke
 
 
 @pytest.mark.parametrize(
@@ -185,16 +194,17 @@ def test_smoke_is_short_and_says_so() -> None:
 def test_epochs_scale_with_the_data_and_say_why(
     section: Training, rows: int, epochs: float, steps: int, why: str
 ) -> None:
-    assert section.epochs_for(rows)[0] == epochs
-    assert why in section.epochs_for(rows)[1]
-    assert section.steps_for(rows) == steps
+    length = section.length(rows)
+    assert (length.epochs, length.steps) == (epochs, steps)
+    assert why in length.reason
+    assert length.steps_per_epoch == -(-rows // section.batch_size)
 
 
 def test_what_does_not_change_a_result_is_no_part_of_what_is_shared() -> None:
     one, other = Recipe(save_minutes=0, name="x"), Recipe(save_minutes=5, name="y", device="cpu")
-    assert one.shared() == other.shared()
-    assert Recipe(seed=1).shared() != Recipe(seed=2).shared()
-    assert Recipe(sparsity=0.5).shared() != Recipe(sparsity=0.6).shared()
+    assert one.shared_fields() == other.shared_fields()
+    assert Recipe(seed=1).shared_fields() != Recipe(seed=2).shared_fields()
+    assert Recipe(sparsity=0.5).shared_fields() != Recipe(sparsity=0.6).shared_fields()
 
 
 @pytest.mark.parametrize(
@@ -206,15 +216,15 @@ def test_the_budget_goes_by_the_coarsest_storage_unless_it_is_given(
     values: str, embeddings: str, exact: float, rounded: float
 ) -> None:
     sets = [f"export.values={values}", f"export.embeddings={embeddings}"]
-    section = resolve("default", {}, sets).export
+    section = build_recipe("default", {}, sets).export
     assert (section.allowed_change(rounds=False), section.allowed_change(rounds=True)) == (exact, rounded)
-    section = resolve("default", {}, [*sets, "export.budget=0.5"]).export
+    section = build_recipe("default", {}, [*sets, "export.budget=0.5"]).export
     assert section.allowed_change(rounds=False) == section.allowed_change(rounds=True) == 0.5
 
 
 def test_a_storage_that_nobody_knows_is_refused() -> None:
     with pytest.raises(RecipeError, match="export.values = 'int4'"):
-        resolve("default", {}, ["export.values=int4"])
+        build_recipe("default", {}, ["export.values=int4"])
 
 
 @pytest.mark.parametrize(
@@ -228,19 +238,19 @@ def test_a_storage_that_nobody_knows_is_refused() -> None:
         ("bench.batches=4", (4,)),
         ("bench.batches=1,8", (1, 8)),
         ("bench.threads=2", (2,)),
-        ("prune.leave=0.5,0.8", (0.5, 0.8)),
+        ("prune.save_at=0.5,0.8", (0.5, 0.8)),
         ("text=premise,hypothesis", ("premise", "hypothesis")),
     ],
 )
 def test_a_field_of_several_takes_one_or_words_between_commas(assignment: str, value: tuple[object, ...]) -> None:
     section, _, field = assignment.split("=")[0].rpartition(".")
-    recipe = resolve("default", sets=[assignment])
+    recipe = build_recipe("default", sets=[assignment])
     assert getattr(recipe.section(section) if section else recipe, field) == value
 
 
 @pytest.mark.parametrize("assignment", ["bench.padded=8", "bench.padded=[8, 128]", "bench.batches=a"])
 def test_a_list_of_the_wrong_kind_is_shown_a_right_one(assignment: str) -> None:
     with pytest.raises(RecipeError) as caught:
-        resolve("default", sets=[assignment])
+        build_recipe("default", sets=[assignment])
     assert "for example --set bench." in str(caught.value.hint)
     assert "'[" in str(caught.value.hint)

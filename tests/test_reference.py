@@ -214,7 +214,7 @@ def test_every_step_of_every_phase_is_that_of_the_published_algorithm(
         plain.start_phase()
         for done in range(1, steps[stage] + 1):
             epoch, place = divmod(done - 1, per_epoch)
-            batch = data.training_batches(rows, BATCH, 5, epoch, bucketing=False)[place]
+            batch = data.training_batches(rows, BATCH, 5, epoch, pool=None)[place]
             inputs = {name: torch.from_numpy(column) for name, column in rows.collate(batch, LENGTH).items()}
             rate, learning_rate = schedules(stage, done - 1, steps)
             expected = plain.step(inputs, rate, learning_rate)

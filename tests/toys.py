@@ -12,7 +12,7 @@ import torch
 
 from spdtool import plugins
 from spdtool.recipe.fields import Recipe
-from spdtool.recipe.reading import resolve
+from spdtool.recipe.reading import build_recipe
 from spdtool.tasks import Rows, Task
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -207,7 +207,7 @@ def task(
 
 def register(made: Task) -> Task:
     """Make the task known under its name, in place of any earlier one."""
-    plugins.tasks._parts.pop(made.name, None)
+    plugins.tasks.unregister(made.name)
     plugins.tasks.register(made.name)(made)
     return made
 
@@ -217,4 +217,4 @@ def recipe(*sets: str, name: str = "default", task: str = "toy", sparsity: float
     quick = [f"{stage}.epochs=2" for stage in ("teacher", "prune", "distill", "finetune")]
     quick += [f"{stage}.batch_size=8" for stage in ("teacher", "prune", "distill", "finetune")]
     quick += ["prune.events=3", "max_length=32", "export.optional=[]"]
-    return resolve(name, {"task": task, "sparsity": sparsity, "device": "cpu"} | flags, [*quick, *sets])
+    return build_recipe(name, {"task": task, "sparsity": sparsity, "device": "cpu"} | flags, [*quick, *sets])

@@ -183,10 +183,11 @@ def sections(section: Any = None, path: str = "") -> Iterator[tuple[str, Any]]:
 def recipe_fields() -> str:
     """Write a table of fields for each section of the recipe."""
     from spdtool.recipe import reading
+    from spdtool.recipe.fields import flatten
 
-    used = dict(reading.flat(reading.resolve("default", {"task": "demo"}).model_dump(mode="json")))
+    used = reading.build_recipe("default", {"task": "demo"}).values()
     usual = tomllib.loads(files("spdtool.recipe").joinpath("default.toml").read_text("utf-8"))
-    named = set(dict(reading.flat(usual)))
+    named = set(flatten(usual))
     parts = [
         "# Recipe fields",
         "A run is decided by its recipe. Set any field with `--set section.field=value`, or in a TOML file for "
@@ -219,7 +220,7 @@ def recipes() -> str:
     from spdtool.recipe import reading
 
     folder = files("spdtool.recipe")
-    rows = [(f"[`{name}`](#{name})", paragraphs(reading.about(name))) for name in reading.names()]
+    rows = [(f"[`{name}`](#{name})", paragraphs(reading.describe_recipe(name))) for name in reading.recipe_names()]
     parts = [
         "# Recipes",
         "Choose one with `--recipe NAME`, or give the path of a TOML file of yours. A recipe names only what differs "
@@ -227,7 +228,7 @@ def recipes() -> str:
         "Grafting is off in `default`: the student runs alone in all three phases. `--recipe spd` turns it on.",
         table(("recipe", "what it is"), rows),
     ]
-    for name in reading.names():
+    for name in reading.recipe_names():
         text = folder.joinpath(f"{name}.toml").read_text("utf-8")
         parts += [f"## `{name}` {{#{name}}}", f"```toml\n{text}```"]
     parts += ["## Settings of a task", "A task may have settings of its own, under every recipe."]
@@ -242,7 +243,7 @@ def recipes() -> str:
 
 def built_in(registry: Any) -> list[Any]:
     """Return what spdtool and the plugins of this repository register, by name."""
-    return [part for part in registry.parts() if part.source.startswith(("spdtool.", "spdtool-"))]
+    return [part for part in registry.entries() if part.source.startswith(("spdtool.", "spdtool-"))]
 
 
 def tasks() -> str:

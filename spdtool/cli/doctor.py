@@ -167,7 +167,7 @@ def _compiler() -> Iterator[Check]:
 
 def _sparse_cpu() -> Iterator[Check]:
     try:
-        library = plugins.library("sparse-cpu")
+        library = plugins.find_library("sparse-cpu")
         library.module.path()
         isa = library.module.isa() if hasattr(library.module, "isa") else "instruction set unknown"
     except SpdError as error:
@@ -178,8 +178,8 @@ def _sparse_cpu() -> Iterator[Check]:
 
 def _plugins() -> Iterator[Check]:
     plugins.discover()
-    broken = [plugin for plugin in plugins.loaded() if plugin.error]
+    broken = [plugin for plugin in plugins.loaded_plugins() if plugin.error]
     for plugin in broken:
         yield Check(f"plugin {plugin.name}", "warn", f"{plugin.error} ({plugin.where})", "mend or uninstall it")
     if not broken:
-        yield Check("plugins", "ok", f"{len(plugins.loaded())} loaded")
+        yield Check("plugins", "ok", f"{len(plugins.loaded_plugins())} loaded")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from spdtool.recipe.fields import STAGES
+from spdtool.recipe import STAGES
 from spdtool.run.folder import RECORD, Run, sha256
 
 

@@ -26,8 +26,9 @@ from spdtool.cli.options import (
     make_recipe,
 )
 from spdtool.errors import GateError, RecipeError
+from spdtool.recipe import STAGES
 from spdtool.recipe import reading as recipe
-from spdtool.recipe.fields import STAGES, Recipe, flat
+from spdtool.recipe.fields import Recipe
 from spdtool.run.folder import Run, default_path
 
 
@@ -36,9 +37,9 @@ def main() -> None:
     try:
         app(prog_name="spdtool")
     except SystemExit as ended:
-        if processes.count() == 1 or not isinstance(ended.code, int):
+        if processes.world_size() == 1 or not isinstance(ended.code, int):
             raise
-        processes.leave(ended.code)
+        processes.exit_rank(ended.code)
 
 
 @command
@@ -53,7 +54,7 @@ def compress(chosen: Recipe, run: Folder = None, dry_run: DryRun = False, severa
     target = Run.at(path, chosen)
     refused: GateError | None = None
     for stage in STAGES:
-        if not processes.takes_part(stage):
+        if not processes.works_on(stage):
             return None
         if target.done(stage):
             console.say(f"[dim]{stage}: done, skipped[/]")
@@ -153,8 +154,8 @@ def _write_layout(run: Path | None, layout: str, to: Path | None, again: bool, s
     from spdtool.export.bundle import layouts
 
     opened = Run.open(run)
-    written = layouts.write(Run(opened.path, recipe.amend(opened.recipe, sets or ())), layout, to)
-    console.say(f"{console.plain(to)}: {len(written['files'])} files in the layout {layout}")
+    written = layouts.write(Run(opened.path, recipe.override(opened.recipe, sets or ())), layout, to)
+    console.say(f"{console.escape(to)}: {len(written['files'])} files in the layout {layout}")
     return written
 
 
@@ -180,7 +181,7 @@ def unpack(
     from spdtool.export.bundle.unpack import unpack as restore
 
     read = restore(folder, out)
-    console.say(f"{console.plain(read)} is unpacked to {console.plain(out)}")
+    console.say(f"{console.escape(read)} is unpacked to {console.escape(out)}")
     return {"folder": str(read), "checkpoint": str(out)}
 
 
@@ -199,8 +200,8 @@ def inspect(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> Any:
 
     opened = Run.open(run)
     shown = inspect_run(opened)
-    console.table(
-        opened.recipe.titled(shown["run"]),
+    console.print_table(
+        opened.recipe.mark_smoke(shown["run"]),
         ("stage", "state", "made from", "seconds", "steps", "dev", "sparsity"),
         [
             tuple((row | {"made_from": (row["made_from"] or "").replace(", ", "\n")}).values())
@@ -208,7 +209,9 @@ def inspect(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> Any:
         ],
     )
     if shown["layers"]:
-        console.table(f"zeros after {shown['sparsest']}", ("weight", "zeros", "size", "sparsity"), shown["layers"])
+        console.print_table(
+            f"zeros after {shown['sparsest']}", ("weight", "zeros", "size", "sparsity"), shown["layers"]
+        )
     return shown
 
 
@@ -264,16 +267,16 @@ def sweep(
         epochs=epochs,
         bench=bench,
     )
-    rows = trials.run_sweep(planned, out, lambda line: console.say(console.plain(line)), perform)
+    rows = trials.run_sweep(planned, out, lambda line: console.say(console.escape(line)), perform)
     summaries = summary.summarise(rows)
     if summaries:
         title = f"SMOKE SWEEP, NO RESULT: {out}" if any(row.smoke for row in rows) else str(out)
-        console.table(title, *summary.table(summaries))
-        console.table("average over tasks", *summary.averages_table(summaries))
+        console.print_table(title, *summary.table(summaries))
+        console.print_table("average over tasks", *summary.averages_table(summaries))
     for failure in summary.failures(rows):
         console.warn(failure)
     if any(row.status == FAILED for row in rows):
-        console.result([row.record() for row in rows])
+        console.print_result([row.record() for row in rows])
         raise typer.Exit(3)
     return [row.record() for row in rows]
 
@@ -315,7 +318,7 @@ def report(
     from spdtool.report import page
 
     written = page.write(runs, to)
-    console.say(f"{console.plain(written.file)} and {len(written.images)} figures")
+    console.say(f"{console.escape(written.file)} and {len(written.images)} figures")
     return {"page": str(written.file), "images": [str(image) for image in written.images]}
 
 
@@ -328,11 +331,11 @@ def doctor() -> Any:
     colour = {"ok": "green", "warn": "yellow", "fail": "red"}
     for check in checks:
         head = f"[{colour[check['status']]}]{check['status']:>4}[/]  [bold]{check['name']}[/]"
-        console.say(f"{head}  {console.plain(check['found'])}")
+        console.say(f"{head}  {console.escape(check['found'])}")
         if check["advice"]:
-            console.say(f"      [dim]{console.plain(check['advice'])}[/]")
+            console.say(f"      [dim]{console.escape(check['advice'])}[/]")
     if any(check["status"] == "fail" for check in checks):
-        console.result(checks)
+        console.print_result(checks)
         raise typer.Exit(2)
     return checks
 
@@ -340,8 +343,10 @@ def doctor() -> Any:
 @command
 def tasks() -> Any:
     """List the tasks."""
-    rows = [(part.name, part.value.about, ", ".join(part.value.metrics), part.source) for part in plugins.tasks.parts()]
-    console.table("tasks", ("name", "what it is", "metrics", "from"), rows)
+    rows = [
+        (part.name, part.value.about, ", ".join(part.value.metrics), part.source) for part in plugins.tasks.entries()
+    ]
+    console.print_table("tasks", ("name", "what it is", "metrics", "from"), rows)
     console.say("[dim]or any csv, tsv, jsonl or parquet file: --data FILE --text a,b --label c[/]")
     return [dict(zip(("name", "about", "metrics", "source"), row, strict=True)) for row in rows]
 
@@ -354,13 +359,13 @@ def recipes(
 ) -> Any:
     """List the recipes, or show one with the meaning of every field that --set reaches."""
     if name is None:
-        rows = [(known, recipe.about(known)) for known in recipe.names()]
-        console.table("recipes", ("name", "what it is"), rows)
+        rows = [(known, recipe.describe_recipe(known)) for known in recipe.recipe_names()]
+        console.print_table("recipes", ("name", "what it is"), rows)
         return dict(rows)
-    chosen = recipe.resolve(name)
-    values = dict(flat(chosen.model_dump(mode="json")))
-    console.table(
-        f"recipe {name}", ("field", "value", "what it is"), [(f, values[f], text) for f, text in recipe.fields()]
+    chosen = recipe.build_recipe(name)
+    values = chosen.values()
+    console.print_table(
+        f"recipe {name}", ("field", "value", "what it is"), [(f, values[f], text) for f, text in recipe.list_fields()]
     )
     return values
 
@@ -371,12 +376,12 @@ def plugins_() -> Any:
     rows = [
         (registry.kind, part.name, part.source, part.summary)
         for registry in plugins.REGISTRIES
-        for part in registry.parts()
+        for part in registry.entries()
     ]
-    console.table("parts", ("kind", "name", "from", "what it is"), rows)
-    found = [(plugin.name, plugin.where, plugin.error or "loaded") for plugin in plugins.loaded()]
+    console.print_table("parts", ("kind", "name", "from", "what it is"), rows)
+    found = [(plugin.name, plugin.where, plugin.error or "loaded") for plugin in plugins.loaded_plugins()]
     if found:
-        console.table("plugins", ("name", "where", "state"), found)
+        console.print_table("plugins", ("name", "where", "state"), found)
     return {
         "parts": [dict(zip(("kind", "name", "source", "about"), row, strict=True)) for row in rows],
         "plugins": [dict(zip(("name", "where", "state"), row, strict=True)) for row in found],
@@ -384,7 +389,7 @@ def plugins_() -> Any:
 
 
 def _run_stage(stage: str, path: Path, again: bool, sets: list[str] | None, several: int = 1) -> Any:
-    chosen = recipe.amend(Run.open(path).recipe, sets or ())
+    chosen = recipe.override(Run.open(path).recipe, sets or ())
     target = Run.at(path, chosen, redo=stage if again else None, dry=True)
     if again and processes.is_main() and target.done(stage):
         from spdtool.stages.plan import check_run
@@ -401,9 +406,9 @@ def _launched(count: int, chosen: Recipe, again: tuple[str, Path] | None = None)
     Args:
         again: the stage to drop first, with every later one, and its run folder.
     """
-    if processes.count() > 1 and not processes.has_launcher() and count not in (1, processes.count()):
-        console.warn(f"--processes {count} is ignored: {processes.count()} were launched already")
-    if count == 1 or processes.count() > 1:
+    if processes.world_size() > 1 and not processes.has_launcher() and count not in (1, processes.world_size()):
+        console.warn(f"--processes {count} is ignored: {processes.world_size()} were launched already")
+    if count == 1 or processes.world_size() > 1:
         return False
     from spdtool.training.launch import launch
 
@@ -431,7 +436,7 @@ def _finished(stage: str, path: Path, chosen: Recipe, again: bool) -> Any:
 
 
 def _already(stage: str, run: Run) -> Any:
-    console.say(f"{stage} is done in {console.plain(run.path)}; --again redoes it")
+    console.say(f"{stage} is done in {console.escape(run.path)}; --again redoes it")
     return run.record(stage)["metrics"]
 
 
@@ -439,13 +444,13 @@ def _make(stage: str, run: Run) -> dict[str, Any]:
     console.say(f"[bold]{stage}[/]")
     from spdtool import stages
 
-    metrics = stages.function(stage)(run)
+    metrics = stages.run_stage(run, stage)
     console.say(f"{stage}: done in {run.record(stage)['seconds']:,.0f} s{_headline(metrics)}")
     return metrics
 
 
 def _headline(metrics: dict[str, Any]) -> str:
-    parts = [f"dev {console.scores(metrics['dev'])}"] if isinstance(metrics.get("dev"), dict) else []
+    parts = [f"dev {console.format_scores(metrics['dev'])}"] if isinstance(metrics.get("dev"), dict) else []
     if "sparsity" in metrics:
         parts.append(f"sparsity {metrics['sparsity']:.4f}")
     return "".join(f"; {part}" for part in parts)
@@ -454,22 +459,22 @@ def _headline(metrics: dict[str, Any]) -> str:
 def _show_plan(run: Run, *, whole: bool = False, redo: str | None = None) -> dict[str, Any]:
     if processes.has_launcher():  # which has shown it
         return {}
-    from spdtool.stages.plan import plan
+    from spdtool.stages.plan import make_plan
 
-    planned = plan(run, redo)
+    planned = make_plan(run, redo)
     if run.recipe.smoke:
         console.say("[yellow]SMOKE RUN: a random two-layer model and a few steps; its numbers mean nothing[/]")
     if whole:
-        values = flat(run.recipe.model_dump(mode="json"))
-        console.table(f"recipe {run.recipe.name}", ("field", "value"), list(values))
+        values = run.recipe.values().items()
+        console.print_table(f"recipe {run.recipe.name}", ("field", "value"), list(values))
     rows = ", ".join(f"{count:,} {name}" for name, count in planned["rows"].items())
-    console.table(
+    console.print_table(
         f"{run.path}: {rows} rows",
         ("stage", "state", "epochs", "steps", "learning rate", "why"),
         [_planned_row(stage) for stage in planned["stages"]],
     )
     for line in planned["reading"]:
-        console.say(console.plain(line))
+        console.say(console.escape(line))
     for note in planned["notes"]:
         console.warn(note)
     size = planned["parameters"]
@@ -492,12 +497,12 @@ def _show_result(run: Run) -> dict[str, Any]:
     from spdtool.cli.inspect import result_of
 
     shown = result_of(run)
-    console.table(run.recipe.titled(str(run.path)), shown["columns"], shown["rows"])
+    console.print_table(run.recipe.mark_smoke(str(run.path)), shown["columns"], shown["rows"])
     for table in shown.get("tables", ()):
-        console.table(table["title"], table["columns"], table["rows"])
+        console.print_table(table["title"], table["columns"], table["rows"])
     console.say("")
     for line in shown["verdict"]:
-        console.say(console.plain(line))
+        console.say(console.escape(line))
     return shown
 
 

@@ -19,8 +19,9 @@ from typer.core import TyperGroup
 
 from spdtool import console, plugins
 from spdtool.errors import DeviceError, RecipeError, RunError, SpdError
+from spdtool.recipe import STAGES
 from spdtool.recipe import reading as recipe
-from spdtool.recipe.fields import STAGES, Recipe
+from spdtool.recipe.fields import Recipe
 
 WORKFLOW = ("compress", *STAGES, "report", "sweep", "predict", "serve", "serve-check", "inspect", "unpack")
 
@@ -53,8 +54,8 @@ class Commands(TyperGroup):
         except Exception as error:
             if "--json" not in self.words or not hasattr(error, "format_message"):
                 raise
-            console.setup(as_json=True)
-            console.fail(RecipeError(error.format_message(), "`spdtool COMMAND --help` lists the options"))
+            console.configure(as_json=True)
+            console.print_error(RecipeError(error.format_message(), "`spdtool COMMAND --help` lists the options"))
             raise typer.Exit(2) from None
 
 
@@ -102,16 +103,16 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def run(plugins_dir: Path | None, as_json: bool, **options: Any) -> None:
-        console.setup(as_json=as_json)
+        console.configure(as_json=as_json)
         try:
             plugins.use_folder(plugins_dir)
             if "chosen" in own.parameters:
                 options["chosen"] = make_recipe(**{name: options.pop(name) for name in making})
             value = function(**options)
             if value is not None:  # a command that wrote its rows one by one
-                console.result(value)
+                console.print_result(value)
         except SpdError as error:
-            console.fail(error)
+            console.print_error(error)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             console.warn("stopped; the same command goes on from the last snapshot, if the stage has made one")
@@ -120,7 +121,7 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
             known = _machine_error(error)
             if known is None:
                 raise
-            console.fail(known)
+            console.print_error(known)
             raise typer.Exit(known.exit_code) from None
 
     shared = inspect_module.signature(_shared_options, eval_str=True).parameters
@@ -171,7 +172,7 @@ def make_recipe(
         "device": device,
         "smoke": smoke or None,
     }
-    chosen = recipe.resolve(name, flags, sets or ())
+    chosen = recipe.build_recipe(name, flags, sets or ())
     if teacher and model and chosen.student != "pretrained":
         console.warn(f"--model {model} is ignored: the teacher is given, and the student starts as its copy")
     return chosen.model_copy(update={"student": _from_here(chosen.student)})

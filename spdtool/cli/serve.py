@@ -82,7 +82,7 @@ def predict(
             if "error" in prediction:
                 unlabelled.append(prediction["line"])
                 console.warn(f"line {prediction['line']} {prediction['error']}")
-            console.row(prediction, prediction_text(prediction))
+            console.print_row(prediction, prediction_text(prediction))
     if unlabelled:
         numbers = ", ".join(map(str, unlabelled[:LISTED_LINES]))
         console.warn(f"{len(unlabelled)} lines were not labelled: {numbers}")
@@ -145,6 +145,6 @@ def serve_check(bundle: Annotated[Path, typer.Argument(help="Servable folder, su
     for name, variant in report["variants"].items():
         figures = (variant.get("difference"), variant.get("tolerance"), variant.get("why", ""))
         rows.append((name, variant["file"], variant["state"], *figures))
-    console.table(str(bundle), ("variant", "file", "state", "difference", "allowed", "why"), rows)
+    console.print_table(str(bundle), ("variant", "file", "state", "difference", "allowed", "why"), rows)
     console.say(f"{report['files']} files are as they were exported")
     return report

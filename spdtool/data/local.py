@@ -3,8 +3,8 @@
     spdtool compress --data reviews.csv --text review --label stars
     spdtool compress --data my-folder        # train.jsonl and dev.jsonl; columns named sentence1, sentence2 and label
 
-A file alone gives up a tenth of its rows as the dev set, drawn by the recipe's seed and the texts. Labels that are text
-or whole numbers are classes, in sorted order; other numbers make it a regression (`regression` in the recipe decides).
+A file alone gives up `dev_share` of its rows as the dev set, drawn by the recipe's seed and the texts. Labels that are
+text or whole numbers are classes, in sorted order; other numbers make it a regression (`regression` decides).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from spdtool.errors import DataError
 from spdtool.recipe.fields import Recipe
 from spdtool.tasks import Rows, Task
 
-DEV_SHARE, DEV_LEAST = 0.1, 0.07  # of the rows; of the texts of each class
+DEV_LEAST = 0.07  # of the texts of each class
 DEV_NAMES = ("dev", "validation", "valid", "val")
 INSTEAD = ("eval",)  # of a dev set, where there is none; beside one it is somebody's test set
 LABEL_NAMES = ("label", "labels", "target")
@@ -74,7 +74,7 @@ def task(recipe: Recipe) -> Task:
     def load(data: str | None, seed: int) -> dict[str, Rows]:
         ours = tables if data in (None, recipe.data) else read(Path(data or ""))
         splits = {name: to_rows(table, columns, classes) for name, table in ours.items()}
-        return splits if "dev" in splits else split(splits["train"], seed)
+        return splits if "dev" in splits else split(splits["train"], seed, recipe.dev_share)
 
     return Task(
         name="local",
@@ -82,16 +82,17 @@ def task(recipe: Recipe) -> Task:
         labels=classes,
         metrics=metrics_for(classes),
         load=load,
-        about=f"{' and '.join(columns.text)} of {recipe.data}, by {columns.label}{_left_alone(recipe.data, tables)}",
+        about=f"{' and '.join(columns.text)} of {recipe.data}, by {columns.label}{_left_alone(recipe, tables)}",
     )
 
 
-def _left_alone(data: str, tables: dict[str, Table]) -> str:
+def _left_alone(recipe: Recipe, tables: dict[str, Table]) -> str:
     """Where the dev set comes from, if the data bring none, and which files might have been meant for it."""
     if "dev" in tables:
         return ""
-    others = [path.name for path in readable(Path(data)) if path != tables["train"].path]
-    return "; a tenth of its rows is the dev set" + (f" (left alone: {', '.join(others[:5])})" if others else "")
+    others = [path.name for path in readable(Path(recipe.data or "")) if path != tables["train"].path]
+    share = "a tenth" if recipe.dev_share == 0.1 else f"{recipe.dev_share:.0%}"
+    return f"; {share} of its rows is the dev set" + (f" (left alone: {', '.join(others[:5])})" if others else "")
 
 
 def metrics_for(classes: tuple[str, ...]) -> tuple[str, ...]:
@@ -260,8 +261,8 @@ def to_rows(table: Table, columns: Columns, classes: tuple[str, ...]) -> Rows:
     return Rows(text[0], text[1] if len(text) == 2 else None, labels)
 
 
-def split(rows: Rows, seed: int) -> dict[str, Rows]:
-    """`train` and `dev`: about a tenth of the rows for dev, drawn by `seed` and the text alone; rows keep their order.
+def split(rows: Rows, seed: int, dev_share: float) -> dict[str, Rows]:
+    """`train` and `dev`: about `dev_share` of the rows for dev, drawn by `seed` and the text; rows keep their order.
 
     So a row that comes or goes moves no other one, and equal texts stay together. Only where chance leaves a class too
     few texts on a side (most likely a small class) some are added: one that has two texts is on both sides.
@@ -270,7 +271,7 @@ def split(rows: Rows, seed: int) -> dict[str, Rows]:
         DataError: too few rows to draw a dev set from.
     """
     places = _places(rows, seed)
-    dev = {place for place in places if place < DEV_SHARE}
+    dev = {place for place in places if place < dev_share}
     classes: dict[Any, set[float]] = {}
     for place, label in zip(places, rows.labels, strict=True):
         classes.setdefault(label if isinstance(label, int) else None, set()).add(place)

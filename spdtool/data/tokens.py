@@ -23,7 +23,6 @@ from spdtool.tasks import Rows, Task
 Batch = dict[str, np.ndarray]
 Note = Callable[[dict[str, Any]], None]
 
-POOL_BATCHES = 50  # rows are sorted by length inside pools of this many batches: near-equal lengths, still shuffled
 SHUFFLED_ROWS = 1_000_000  # from here on, not all rows are put into one random order
 BLOCK_BATCHES, GROUP_BLOCKS = 128, 64  # batches of a block of neighbouring rows, and blocks that are mixed
 TOKENISE_ROWS = 10_000
@@ -265,38 +264,41 @@ def by_position(names: Sequence[str], task: Task) -> bool:
 
 
 def training_batches(
-    rows: Encoded, batch_size: int, seed: int, epoch: int, *, bucketing: bool = True
+    rows: Encoded, batch_size: int, seed: int, epoch: int, *, pool: int | None
 ) -> Sequence[np.ndarray]:
     """The row numbers of every batch of one epoch: each row once, batches of like length, in random order.
+
+    Args:
+        pool: batches of a pool inside which rows are sorted by length; None: rows of any length share a batch.
 
     The number of batches is always `ceil(rows / batch_size)`. From `SHUFFLED_ROWS` rows on, it is blocks of rows that
     are put into random order, and rows within groups of blocks: an order of all rows would not fit beside them.
     """
     if len(rows) >= SHUFFLED_ROWS:
-        return _Groups(rows, batch_size, (seed, epoch), bucketing)
+        return _Groups(rows, batch_size, (seed, epoch), pool)
     random = np.random.default_rng([seed, epoch])
-    return _batches(rows.lengths, random.permutation(len(rows)), batch_size, random, bucketing)
+    return _batches(rows.lengths, random.permutation(len(rows)), batch_size, random, pool)
 
 
 def _batches(
-    lengths: np.ndarray, order: np.ndarray, batch_size: int, random: np.random.Generator, bucketing: bool
+    lengths: np.ndarray, order: np.ndarray, batch_size: int, random: np.random.Generator, pool: int | None
 ) -> list[np.ndarray]:
     """The rows of `order` in batches; with bucketing, of like length, and in random order again."""
-    if not bucketing:
+    if pool is None:
         return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     batches = []
-    for start in range(0, len(order), POOL_BATCHES * batch_size):
-        pool = order[start : start + POOL_BATCHES * batch_size]
-        pool = pool[np.argsort(lengths[pool], kind="stable")]
-        batches += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
+    for start in range(0, len(order), pool * batch_size):
+        rows = order[start : start + pool * batch_size]
+        rows = rows[np.argsort(lengths[rows], kind="stable")]
+        batches += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     return [batches[i] for i in random.permutation(len(batches))]
 
 
 class _Groups(Sequence[np.ndarray]):
     """Keeps the batches of one group of blocks at a time; those of another are made when they are asked for."""
 
-    def __init__(self, rows: Encoded, batch_size: int, seed: tuple[int, int], bucketing: bool) -> None:
-        self._rows, self._batch_size, self._seed, self._bucketing = rows, batch_size, seed, bucketing
+    def __init__(self, rows: Encoded, batch_size: int, seed: tuple[int, int], pool: int | None) -> None:
+        self._rows, self._batch_size, self._seed, self._pool = rows, batch_size, seed, pool
         whole, rest = divmod(len(rows), batch_size * BLOCK_BATCHES)
         self._blocks = np.random.default_rng([*seed, 0]).permutation(whole)
         if rest:
@@ -321,7 +323,7 @@ class _Groups(Sequence[np.ndarray]):
         blocks = self._blocks[group * GROUP_BLOCKS : (group + 1) * GROUP_BLOCKS]
         order = np.concatenate([np.arange(b * size, min((b + 1) * size, len(self._rows))) for b in blocks])
         random = np.random.default_rng([*self._seed, 1 + group])
-        return _batches(self._rows.lengths, random.permutation(order), self._batch_size, random, self._bucketing)
+        return _batches(self._rows.lengths, random.permutation(order), self._batch_size, random, self._pool)
 
 
 def evaluation_batches(rows: Encoded, batch_size: int) -> Iterator[np.ndarray]:

@@ -8,7 +8,8 @@ from dataclasses import replace
 from spdtool.distillation.outputs import ModelOutputs
 from spdtool.errors import RecipeError
 from spdtool.models.layers import ModelShape
-from spdtool.recipe.fields import PHASES, Distilled, Loss, Recipe
+from spdtool.recipe import PHASES
+from spdtool.recipe.fields import Distilled, Loss, Recipe
 
 
 def map_layers(layer_map: str | tuple[int, ...], student_depth: int, teacher_depth: int) -> tuple[int, ...]:

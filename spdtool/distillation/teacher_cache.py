@@ -22,7 +22,8 @@ from spdtool.data.tokens import Batch, Encoded, evaluation_batches
 from spdtool.distillation.outputs import ModelOutputs
 from spdtool.models import collectives, onednn
 from spdtool.models.predict import BATCH, predict, to_device
-from spdtool.recipe.fields import PHASES, Distilled, Loss, Recipe
+from spdtool.recipe import PHASES
+from spdtool.recipe.fields import Distilled, Loss, Recipe
 
 TeacherForward = Callable[[dict[str, torch.Tensor]], ModelOutputs]
 """Computes the teacher's outputs for a batch, in the order of the student's layers."""
@@ -112,7 +113,7 @@ def free_disk_space() -> int:
 
 def _count_visits(section: Distilled, rows: int) -> int:
     """Count how many rows the phase of `section` reads, each as often as it is read."""
-    return section.steps_for(rows) * section.batch_size
+    return section.length(rows).steps * section.batch_size
 
 
 @torch.inference_mode()

@@ -77,9 +77,10 @@ def offered(section: Export) -> tuple[list[Chosen], dict[str, SpdError]]:
 
 def _absent(name: str) -> PluginError | None:
     """What is said of a target of this project that is not installed; one that does not load is another matter."""
-    if name not in plugins.OURS or any(plugin.error for plugin in plugins.loaded()):
+    distribution = plugins.official_distribution(name)
+    if distribution is None or any(plugin.error for plugin in plugins.loaded_plugins()):
         return None
-    return PluginError("its plugin is not installed", plugins.install(plugins.OURS[name]))
+    return PluginError("its plugin is not installed", plugins.install_command(distribution))
 
 
 def roles(target: Any) -> tuple[str, ...]:

@@ -38,7 +38,7 @@ def join_process_group(backend: str) -> None:
     Raises:
         PeerLost: one of them has ended, or did not come.
     """
-    if ranks.count() == 1 or dist.is_initialized():
+    if ranks.world_size() == 1 or dist.is_initialized():
         return
     with _blame_peers():
         store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
@@ -200,6 +200,6 @@ def _blame_peers() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise PeerLost(
-            f"another of the {ranks.count()} processes has ended, and rank {ranks.rank()} cannot go on: {error}",
+            f"another of the {ranks.world_size()} processes has ended, and rank {ranks.rank()} cannot go on: {error}",
             "see what it said; the same command goes on from the last snapshot",
         ) from error

@@ -170,7 +170,7 @@ def move_to_device(
     Args:
         train: what will be trained, as in `select_trained_parameters`; None: nothing.
     """
-    if not recipe.shard or ranks.count() == 1:
+    if not recipe.shard or ranks.world_size() == 1:
         model.to(device)  # type: ignore[arg-type]
         return model
     if train is not None:

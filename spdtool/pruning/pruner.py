@@ -27,7 +27,7 @@ class Pruner:
         least: share of each matrix that stays alive if the scope is not `matrix`.
         regrowth: the dead compete again at each event, with the value that they had.
         update: let a criterion that can do so mend the survivors at each event.
-        block, dampening, penalty: see `statistics.Settings`.
+        block, dampening, penalty, score_rate: see `statistics.Settings`.
         layers: parameter name to its linear layer, for criteria that look at inputs.
 
     Attributes:
@@ -57,9 +57,10 @@ class Pruner:
         block: int = 16,
         dampening: float = 0.01,
         penalty: float = 1.0,
+        score_rate: float = 0.01,
         layers: Mapping[str, nn.Linear] | None = None,
     ) -> None:
-        part = plugins.criteria.part(criterion)
+        part = plugins.criteria.entry(criterion)
         self.masks, self.target, self.scope, self.least = masks, target, scope, least
         self.events = dict(events)
         self.last = max(self.events, default=0)
@@ -71,7 +72,7 @@ class Pruner:
         self._dense_gradients = bool(part.meta.get("dense_gradients", False))
         needs = _known(criterion, part.meta.get("needs", ())) if events else ()  # nothing to rank: nothing to observe
         self.agree: Callable[[list[Tensor]], None] = lambda _: None
-        self._observation = Observation(masks, needs, Settings(block, dampening, penalty), layers)
+        self._observation = Observation(masks, needs, Settings(block, dampening, penalty, score_rate), layers)
         if regrowth and events:
             masks.regrow()
         masks.check_room(target, scope)
@@ -163,7 +164,7 @@ class Pruner:
             PluginError: the criterion of a plugin fails.
         """
         weight = self.masks.filled(name)
-        with plugins.blamed(self._part):
+        with plugins.wrap_errors(self._part):
             scores = self._part.value(weight, self._observation.stats(name))
         asked = f"criterion {self.criterion!r} must give a score for each weight of {name}"
         if not torch.is_tensor(scores) or scores.shape != weight.shape:

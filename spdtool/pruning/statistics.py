@@ -16,8 +16,6 @@ from torch import Tensor
 
 from spdtool.models import fsdp
 
-SCORE_RATE = 0.01  # at which soft movement learns its scores, as in the paper's published settings
-
 
 @dataclass(frozen=True)
 class Stats:
@@ -43,11 +41,13 @@ class Stats:
 
 @dataclass(frozen=True)
 class Settings:
-    """How statistics are gathered: weights per Fisher block, dampening, weight of soft movement's sigmoid penalty."""
+    """How statistics are gathered: weights per Fisher block, dampening, weight of soft movement's sigmoid penalty, and
+    the learning rate of its scores."""
 
     block: int = 16
     dampening: float = 0.01
     penalty: float = 1.0
+    score_rate: float = 0.01
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class Movement(Statistic):
 class SoftMovement(Movement):
     """Movement with the sigmoid penalty of the same paper's soft variant, which draws undecided scores down.
 
-    The scores descend by `SCORE_RATE` x (weight x gradient + penalty x the sigmoid's slope). The penalty needs scores
+    The scores descend by `score_rate` x (weight x gradient + penalty x the sigmoid's slope). The penalty needs scores
     of the order of 1, which the paper gets from Adam; here weight x gradient is divided by its root mean square over
     the matrix and all steps.
     """
@@ -192,7 +192,7 @@ class SoftMovement(Movement):
         scores = self.sum()
         slope = torch.sigmoid(scores)
         slope.mul_(1.0 - slope)
-        scores.sub_(change.add_(slope, alpha=self.settings.penalty), alpha=SCORE_RATE)
+        scores.sub_(change.add_(slope, alpha=self.settings.penalty), alpha=self.settings.score_rate)
 
     def state(self) -> dict[str, Tensor]:
         return super().state() | {"squares": self.squares}

@@ -1,1 +1,8 @@
-"""The recipe: every number that changes a result (`fields`), and how it is read (`reading`)."""
+"""The recipe and the order of the stages: fields.py has every setting, reading.py finds a recipe and overrides it.
+
+The names of the stages stand here because the command line's help needs them and must not wait for pydantic.
+"""
+
+PHASES = ("prune", "distill", "finetune")  # of the student
+TRAINING = ("teacher", *PHASES)
+STAGES = (*TRAINING, "export", "bench")

@@ -1,6 +1,6 @@
 """The recipe: every number and choice that changes a result, one section per stage, frozen.
 
-A recipe is read from TOML (`spdtool/recipes/*.toml`, or a file of yours), overridden by the command line's flags and by
+A recipe is read from TOML (`spdtool/recipe/*.toml` or your own file), overridden by the command line's flags and by
 `--set section.field=value`, saved as `run.json`, and never changed afterwards. The docstring under each field is its
 help text: `spdtool recipes default` prints them all.
 """
@@ -8,21 +8,24 @@ help text: `spdtool recipes default` prints them all.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from spdtool.recipe import PHASES, STAGES
+
+# Measured on widths 384 and 768 (docs/results.md); the best rate of Adam falls as one over the width.
 RATE_TIMES_WIDTH = 0.384
-FREE = frozenset(
-    {"name", "save_minutes", "restarts", "shard", "device", "teacher_states_gb"}
-)  # they may change between two calls on one run folder
-OF_STUDENT = frozenset({"sparsity", "student"})  # fields outside the sections of which the teacher knows nothing
-SEE_FIELDS = "(`spdtool recipes default` lists every field)"
-PHASES = ("prune", "distill", "finetune")  # of the student
-TRAINING = ("teacher", *PHASES)
-STAGES = (*TRAINING, "export", "bench")
-SEVERAL = (tuple[str, ...], tuple[int, ...], tuple[float, ...])  # types of fields
+# These may change between two calls on one run folder: they never change a weight.
+MAY_CHANGE = frozenset({"name", "save_minutes", "restarts", "shard", "device", "teacher_states_gb"})
+# Fields outside the sections that the teacher stage does not read.
+STUDENT_FIELDS = frozenset({"sparsity", "student"})
+FIELDS_HINT = "(`spdtool recipes default` lists every field)"
+LIST_TYPES = (tuple[str, ...], tuple[int, ...], tuple[float, ...])
+
+FieldChange = tuple[str, Any, Any]
 
 
 class Section(BaseModel):
@@ -30,20 +33,46 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
+    # A stage that starts from another default names it here, so that each field is described once.
+    stage_defaults: ClassVar[Mapping[str, float]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_stage_defaults(cls, values: Any) -> Any:
+        return {**cls.stage_defaults, **values} if isinstance(values, dict) else values
+
     @field_validator("*", mode="before")
     @classmethod
-    def _one_or_several(cls, value: Any, info: ValidationInfo) -> Any:
-        """A field of several names or numbers also takes a single one, and words between commas."""
+    def _read_list(cls, value: Any, info: ValidationInfo) -> Any:
+        """Let a list field also take a single value, or words separated by commas."""
         assert info.field_name is not None
-        if cls.model_fields[info.field_name].annotation not in SEVERAL:
+        if cls.model_fields[info.field_name].annotation not in LIST_TYPES:
             return value
         if isinstance(value, str):
-            return [word.strip() for word in value.split(",") if word.strip()]
+            words = (word.strip() for word in value.split(","))
+            return list(filter(None, words))
         return [value] if isinstance(value, int | float) else value
 
 
+@dataclass(frozen=True)
+class TrainingLength:
+    """Length of a training stage on a data set.
+
+    Attributes:
+        epochs: passes over the training set, before `max_steps` cuts them short.
+        steps: optimiser steps of the whole stage.
+        steps_per_epoch: optimiser steps of one pass; the last batch may be smaller.
+        reason: phrase for the user that names the fields that decided.
+    """
+
+    epochs: float
+    steps: int
+    steps_per_epoch: int
+    reason: str
+
+
 class Loss(Section):
-    """What the student is trained on. Every term sees real tokens only, unless `mask_padding` is off."""
+    """Loss terms of the student. Every term sees real tokens only, unless `mask_padding` is off."""
 
     logits: float = Field(1.0, ge=0)
     """weight of the loss on the logits"""
@@ -54,17 +83,17 @@ class Loss(Section):
     relation: float = Field(0.0, ge=0)
     """weight of the divergence between token-to-token relations of hidden states, summed over layers; any width fits"""
     relation_heads: int = Field(12, ge=1)
-    """pieces that hidden states are cut into before they are related"""
+    """heads that hidden states are split into before they are related"""
     layer_map: Literal["uniform", "last"] | tuple[int, ...] = "uniform"
-    """teacher's layer, from 1, that each of the student learns from: spread evenly, the topmost ones, or a list"""
+    """teacher layer, from 1, that each student layer learns from: spread evenly, the topmost ones, or a list"""
     temperature: float = Field(2.0, gt=0)
     """softens both sides of the logit loss, which is multiplied by its square"""
     hardness: float = Field(1.0, ge=0, le=1)
-    """share of the teacher in the logit loss; the gold labels have the rest (1: teacher only)"""
+    """weight of the teacher in the logit loss; the gold labels have the remainder (1: teacher only)"""
     regression_hardness: float = Field(1.0, ge=0, le=1)
     """the same for a regression task, where both are squared errors"""
     attention_on: Literal["scores", "probabilities"] = "scores"
-    """attention before the softmax, or what comes out of softmax and dropout, as the published code takes it"""
+    """compare attention before the softmax, or after softmax and dropout, as the published code does"""
     mask_padding: bool = True
     """leave padding out of the hidden-state and attention losses"""
     per_label: bool = False
@@ -72,7 +101,7 @@ class Loss(Section):
 
 
 class Grafting(Section):
-    """How often a layer of the forward pass is the student's own rather than the teacher's."""
+    """How often a layer of the forward pass is the student's rather than the teacher's."""
 
     schedule: str = "constant"
     """constant, constant-then-one, linear, constant-then-linear, constant-then-linear-with-gap"""
@@ -91,12 +120,12 @@ class Grafting(Section):
 
 
 class Training(Section):
-    """What every training stage has: how long, how fast, on how much at a time."""
+    """Fields of every training stage: length, learning rate, batches."""
 
     epochs: float | None = Field(None, ge=0)
     """passes over the training set; none: derived from `steps`, `min_epochs` and `max_epochs`"""
     steps: int = Field(2000, ge=1)
-    """optimiser steps that are aimed at when `epochs` is not given"""
+    """optimiser steps to aim at when `epochs` is none"""
     min_epochs: float = Field(2, gt=0)
     """fewest epochs, however large the data set"""
     max_epochs: float = Field(10, gt=0)
@@ -106,7 +135,7 @@ class Training(Section):
     batch_size: int = Field(32, ge=1)
     """sentences (or pairs) per optimiser step"""
     accumulate: int = Field(1, ge=1)
-    """pieces into which each process cuts its rows of a batch to save memory; the result is the same up to rounding"""
+    """micro-batches per batch and process, to save memory; the result is the same up to rounding"""
     learning_rate: float | None = Field(None, gt=0)
     """peak learning rate of AdamW; none: 0.384 divided by the model's width (1e-3 at 384, 5e-4 at 768)"""
     initial_learning_rate: float = Field(1.0, gt=0, le=1)
@@ -124,59 +153,50 @@ class Training(Section):
     clip_over: Literal["trained", "all"] = "trained"
     """parameters whose gradients count in that norm; `all` counts frozen and pruned ones, as the published code does"""
     train: Literal["layers", "layers+head", "all"] = "all"
-    """which of the student's parameters are trained; the rest stays the teacher's"""
+    """parameters of the student that are trained; all others stay the teacher's"""
     dropout: float | None = Field(None, ge=0, lt=1)
-    """dropout of the model while it is trained; none: as its configuration says"""
+    """dropout of the model in training; none: as its configuration says"""
     evaluations: int = Field(1, ge=1)
     """dev evaluations per epoch"""
     scored_train_rows: int = Field(500, ge=0)
-    """training rows that are scored beside the dev set at each evaluation, to show the gap between them; 0: none"""
+    """training rows to score beside the dev set at each evaluation, to show the gap between them; 0: none"""
     keep_best: bool = True
-    """hand over the best evaluated weights (once the target sparsity is reached) rather than the last"""
+    """save the best evaluated weights (once the target sparsity is reached) rather than the last"""
 
-    def epochs_for(self, rows: int) -> tuple[float, str]:
-        """How many epochs `rows` training rows get, and why.
+    def length(self, rows: int) -> TrainingLength:
+        """Turn the number of training rows into epochs and optimiser steps."""
+        steps_per_epoch = math.ceil(rows / self.batch_size)
+        epochs, reason = self._epochs(steps_per_epoch)
+        steps = round(epochs * steps_per_epoch)
+        if self.max_steps is not None:
+            steps = min(steps, self.max_steps)
+            reason += f"; at most {self.max_steps} steps"
+        return TrainingLength(epochs, steps, steps_per_epoch, reason)
 
-        Returns:
-            the number of epochs, and a phrase for the user that names where it comes from.
-        """
+    def _epochs(self, steps_per_epoch: int) -> tuple[float, str]:
         if self.epochs is not None:
             return self.epochs, "as the recipe says"
-        per_epoch = math.ceil(rows / self.batch_size)
-        wanted = self.steps / per_epoch
+        wanted = self.steps / steps_per_epoch
         if wanted < self.min_epochs:
             return self.min_epochs, f"min_epochs; {self.steps} steps would be {wanted:.1f}"
         if wanted > self.max_epochs:
             return self.max_epochs, f"max_epochs; {self.steps} steps would be {wanted:.1f}"
+        # Whole epochs: the last evaluation then falls on the end of one.
         return float(round(wanted)), f"{self.steps} steps of {self.batch_size} rows"
 
     def peak(self, width: int) -> float:
-        """The peak learning rate for a model whose hidden states have `width` numbers.
-
-        The best rate of Adam falls as one over the width (Yang et al. 2022, arXiv 2203.03466); see docs/results.md for
-        where the constant was measured.
-        """
+        """Return the peak learning rate for hidden states of `width` (Yang et al. 2022, arXiv 2203.03466)."""
         return RATE_TIMES_WIDTH / width if self.learning_rate is None else self.learning_rate
-
-    def steps_for(self, rows: int) -> int:
-        """Optimiser steps of the stage on `rows` training rows."""
-        total = round(self.epochs_for(rows)[0] * math.ceil(rows / self.batch_size))
-        return total if self.max_steps is None else min(total, self.max_steps)
 
 
 class Teacher(Training):
     """Fine-tuning of the dense model on the task; skipped when a teacher is given."""
 
-    learning_rate: float | None = Field(5e-5, gt=0)
-    """peak learning rate of AdamW; none: 0.384 divided by the model's width"""
-    steps: int = Field(1200, ge=1)
-    """optimiser steps that are aimed at when `epochs` is not given"""
-    min_epochs: float = Field(3, gt=0)
-    """fewest epochs, however large the data set"""
+    stage_defaults: ClassVar[Mapping[str, float]] = {"learning_rate": 5e-5, "steps": 1200, "min_epochs": 3}
 
 
 class Distilled(Training):
-    """A training stage of the student, with the losses that it learns from."""
+    """A training stage of the student, distilled from the teacher."""
 
     loss: Loss = Loss()
     """terms of the loss"""
@@ -185,17 +205,16 @@ class Distilled(Training):
 
 
 class Prune(Distilled):
-    """Phase 1: the student is pruned to the target sparsity while grafted and distilled."""
+    """Phase 1: prune the student to the target sparsity while it is distilled."""
 
-    final_learning_rate: float = Field(0.5, ge=0, le=1)
-    """learning rate at the end of the stage, as a fraction of the peak"""
+    stage_defaults: ClassVar[Mapping[str, float]] = {"final_learning_rate": 0.5, "steps": 4000, "max_epochs": 20}
 
     criterion: str = "magnitude"
-    """what makes a weight worth keeping; `spdtool plugins` lists them"""
+    """score of a weight: the lowest are pruned; `spdtool plugins` lists the criteria"""
     pattern: str = "unstructured"
-    """which weights may be pruned together; `spdtool plugins` lists them"""
+    """which weights are pruned together; `spdtool plugins` lists the patterns"""
     scope: Literal["matrix", "type", "global"] = "matrix"
-    """the target holds in every matrix, over all of one kind (every layer's query matrix), or over all together"""
+    """reach the target in every matrix, over all of one kind (every layer's query matrix), or over all together"""
     least: float = Field(0.01, ge=0, lt=1)
     """share of each matrix that stays alive when the scope is not `matrix`, whatever the scores say"""
     schedule: Literal["cubic", "linear"] = "cubic"
@@ -203,7 +222,9 @@ class Prune(Distilled):
     events: int = Field(12, ge=1)
     """number of prune events, exactly"""
     first: float | None = Field(None, ge=0, lt=1)
-    """sparsity of the first event, before the first step, but at most 0.8 of the target; none: start gently"""
+    """sparsity of the first event, before the first step, limited by `first_limit`; none: start gently"""
+    first_limit: float = Field(0.8, gt=0, lt=1)
+    """largest first event, as a fraction of the target sparsity: the remainder needs events too"""
     ramp: float = Field(0.7, gt=0, le=1)
     """fraction of the stage over which the events are spread; the rest is recovery"""
     rewind: float | None = Field(None, ge=0, le=1)
@@ -224,38 +245,33 @@ class Prune(Distilled):
     """added to the diagonal of second-order statistics, as a fraction of its mean"""
     penalty: float = Field(1.0, ge=0)
     """weight of the sigmoid penalty under which movement-soft learns its scores"""
+    score_rate: float = Field(0.01, gt=0)
+    """learning rate of the scores of movement-soft, as in the paper's published settings"""
     update: bool = True
-    """let a criterion that can do so mend the surviving weights at each event"""
-    leave: tuple[float, ...] = ()
-    """sparsities on the way at which an evaluated student is left in the stage's folder"""
-    steps: int = Field(4000, ge=1)
-    """optimiser steps that are aimed at when `epochs` is not given"""
-    max_epochs: float = Field(20, gt=0)
-    """most epochs, however small the data set"""
+    """let a second-order criterion correct the surviving weights at each event"""
+    save_at: tuple[float, ...] = ()
+    """intermediate sparsities at which to save an evaluated student"""
 
 
 class Distill(Distilled):
-    """Phase 2: progressive grafting, the replacing rate rises to 1; the learning rate goes on where phase 1 left it."""
+    """Phase 2: distil the pruned student; with grafting, the replacing rate rises to 1."""
 
-    warmup: float = Field(0.0, ge=0, lt=1)
-    """fraction of the stage over which the learning rate rises from 0"""
-    initial_learning_rate: float = Field(0.5, gt=0, le=1)
-    """learning rate at the start of the stage, after the warm-up, as a fraction of the peak"""
-    final_learning_rate: float = Field(0.25, ge=0, le=1)
-    """learning rate at the end of the stage, as a fraction of the peak"""
+    stage_defaults: ClassVar[Mapping[str, float]] = {
+        "warmup": 0.0,
+        "initial_learning_rate": 0.5,
+        "final_learning_rate": 0.25,
+    }
 
 
 class Finetune(Distilled):
-    """Phase 3: the student alone, still distilled; the learning rate goes on where phase 2 left it."""
+    """Phase 3: the student alone, still distilled; the learning rate goes on from phase 2."""
 
-    warmup: float = Field(0.0, ge=0, lt=1)
-    """fraction of the stage over which the learning rate rises from 0"""
-    initial_learning_rate: float = Field(0.25, gt=0, le=1)
-    """learning rate at the start of the stage, after the warm-up, as a fraction of the peak"""
+    stage_defaults: ClassVar[Mapping[str, float]] = {"warmup": 0.0, "initial_learning_rate": 0.25}
 
 
 Storage = Literal["fp32", "fp16", "int8"]
-BUDGETS = {"fp32": 0.001, "fp16": 0.002, "int8": 0.005}  # of the dev metric, by the coarsest storage that is used
+# Allowed change of the dev metric, by the coarsest storage of the exported file.
+BUDGETS: Mapping[str, float] = {"fp32": 0.001, "fp16": 0.002, "int8": 0.005}
 
 
 class Export(Section):
@@ -289,15 +305,17 @@ class Export(Section):
     """real dev sentences on which the logits are compared"""
 
     def allowed_change(self, *, rounds: bool, storage: tuple[str, ...] = ()) -> float:
-        """The largest change of the dev metric that passes.
+        """Return the largest change of the dev metric that passes.
 
         Args:
             rounds: whether the target stores the weights rounded, rather than exactly.
-            storage: how it does so; empty: as `values` and `embeddings` say.
+            storage: how it stores them; empty: as `values` and `embeddings` say.
         """
         if self.budget is not None:
             return self.budget
-        return max(BUDGETS[kind] for kind in storage or (self.values, self.embeddings)) if rounds else BUDGETS["fp32"]
+        if not rounds:
+            return BUDGETS["fp32"]
+        return max(BUDGETS[kind] for kind in storage or (self.values, self.embeddings))
 
 
 class Bench(Section):
@@ -353,21 +371,25 @@ class Recipe(Section):
     given_teacher: str | None = None
     """a fine-tuned model that is used as it is"""
     sparsity: float = Field(0.9, ge=0, lt=1)
-    """share of the encoder's weights that are zero in the end"""
+    """fraction of the encoder's weights that are zero in the end"""
     seed: int = Field(0, ge=0, lt=2**63)
     """seed of everything that is random"""
     max_length: int = Field(128, ge=4)
     """longest input in tokens; longer ones are cut"""
     max_rows: int | None = Field(None, ge=2)
     """use only that many rows of each split, for trials; none: all"""
+    dev_share: float = Field(0.1, gt=0, lt=1)
+    """fraction of a local file's rows that becomes the dev set where there is none"""
     bucketing: bool = True
-    """batches of rows of like length, padded to their own longest; off: every batch padded to `max_length`"""
+    """batch rows of similar length, padded to the longest of the batch; off: pad every batch to `max_length`"""
+    pool_batches: int = Field(50, ge=1)
+    """rows are sorted by length inside random pools of this many batches, when bucketing"""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """autocast of the training stages"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to train; `cuda` refuses to fall back"""
     shard: bool = False
-    """each of several processes keeps a part of student, teacher and AdamW's state (FSDP): for very large encoders"""
+    """shard student, teacher and AdamW's state over the processes (FSDP): for very large encoders"""
     gradient_checkpointing: bool = False
     """recompute layers in the backward pass to save memory"""
     compile: bool = False
@@ -391,51 +413,65 @@ class Recipe(Section):
     bench: Bench = Bench()
 
     @model_validator(mode="after")
-    def _can_be_sharded(self) -> Recipe:
-        """Refuse, before anything runs, what sharded weights cannot do."""
-        if self.shard:
-            phases = {name: getattr(self, name) for name in PHASES}
-            wrong = {"precision=fp16": self.precision == "fp16", "compile=true": self.compile}
-            wrong |= {f"{name}.grafting.kind=blend": each.grafting.kind == "blend" for name, each in phases.items()}
-            wrong |= {f"{name}.clip_over=all": each.clip_over == "all" for name, each in phases.items()}
-            wrong["prune.saliency=logits"] = self.prune.saliency == "logits"
-            for setting, is_so in wrong.items():
-                if is_so:
-                    raise ValueError(f"sharded weights do not go with {setting}")
+    def _check_sharding(self) -> Recipe:
+        """Refuse, before anything runs, settings that sharded weights cannot have."""
+        if not self.shard:
+            return self
+        clashes = {"precision=fp16": self.precision == "fp16", "compile=true": self.compile}
+        for phase in PHASES:
+            section = self.section(phase)
+            assert isinstance(section, Distilled)
+            clashes[f"{phase}.grafting.kind=blend"] = section.grafting.kind == "blend"
+            clashes[f"{phase}.clip_over=all"] = section.clip_over == "all"
+        clashes["prune.saliency=logits"] = self.prune.saliency == "logits"
+        for setting, is_set in clashes.items():
+            if is_set:
+                raise ValueError(f"sharded weights do not go with {setting}")
         return self
 
     def section(self, stage: str) -> Section:
-        """The section of `stage`."""
+        """Return the section of `stage`."""
         section = getattr(self, stage)
         assert isinstance(section, Section)
         return section
 
-    def shared(self) -> dict[str, Any]:
-        """The fields outside the sections that decide the result on one machine."""
-        return self.model_dump(mode="json", exclude={*STAGES, *FREE})
+    @property
+    def pool(self) -> int | None:
+        """Batches of a pool of rows that are sorted by length; None without bucketing."""
+        return self.pool_batches if self.bucketing else None
 
-    def titled(self, text: str) -> str:
-        """`text` as a title, with the mark that a smoke run carries wherever its numbers are shown."""
-        return f"SMOKE RUN, NO RESULT: {text}" if self.smoke else text
+    def shared_fields(self) -> dict[str, Any]:
+        """Return the fields outside the sections that decide the result on one machine."""
+        return self.model_dump(mode="json", exclude={*STAGES, *MAY_CHANGE})
 
-    def differences(self, other: Recipe) -> list[tuple[str, Any, Any]]:
-        """`(dotted name, mine, other's)` of every field that differs."""
-        mine, others = dict(flat(self.model_dump(mode="json"))), dict(flat(other.model_dump(mode="json")))
-        return [(key, mine[key], others.get(key)) for key in mine if mine[key] != others.get(key)]
+    def mark_smoke(self, title: str) -> str:
+        """Return `title`, with a warning in front of it if this is a smoke run."""
+        return f"SMOKE RUN, NO RESULT: {title}" if self.smoke else title
+
+    def diff(self, other: Recipe) -> list[FieldChange]:
+        """List `(dotted name, value here, value in other)` of every field that differs."""
+        others = other.values()
+        return [(name, value, others.get(name)) for name, value in self.values().items() if value != others.get(name)]
+
+    def values(self) -> dict[str, Any]:
+        """Return every value by its dotted name, as it stands in JSON."""
+        return flatten(self.model_dump(mode="json"))
 
 
-def first_use(field: str) -> str:
-    """The first stage that a field, by its dotted name, has a part in."""
+def first_stage_using(field: str) -> str:
+    """Return the first stage that reads `field`, a dotted name."""
     section = field.split(".")[0]
     if section in STAGES:
         return section
-    return PHASES[0] if field in OF_STUDENT else STAGES[0]
+    return PHASES[0] if field in STUDENT_FIELDS else STAGES[0]
 
 
-def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """`(dotted name, value)` of every leaf of nested dicts."""
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of nested dicts by their dotted names."""
+    leaves: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{key}.")
+            leaves |= flatten(value, f"{prefix}{key}.")
         else:
-            yield prefix + key, value
+            leaves[prefix + key] = value
+    return leaves

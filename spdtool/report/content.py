@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from spdtool import console
-from spdtool.recipe.fields import PHASES, STAGES
+from spdtool.recipe import PHASES, STAGES
 from spdtool.report import curves, replay
 from spdtool.run.folder import RECORD, Run, sha256
 from spdtool.sweep import rows as report_rows
@@ -165,8 +165,8 @@ def environment(records: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def table(title: str, columns: Sequence[Any], rows: Sequence[Sequence[Any]]) -> dict[str, Any]:
     """A table for the template, its cells as text."""
-    texts = [[console.number(cell) for cell in row] for row in rows]
-    words = [not console.numeric(column) for column in zip(*texts, strict=True)]
+    texts = [[console.format_cell(cell) for cell in row] for row in rows]
+    words = [not console.is_numeric(column) for column in zip(*texts, strict=True)]
     return {"title": title, "columns": list(columns), "rows": texts, "words": words}
 
 
@@ -196,7 +196,7 @@ def _stage(run: Run, stage: str, records: Mapping[str, Any]) -> dict[str, Any]:
     dev, train = report_rows.dev(record), report_rows.train(record)
     sparsity = metrics.get("sparsity")
     cells = [sha256(run.path / stage / RECORD)[:8], made_from or "-", f"{record['seconds']:,.0f}"]
-    cells += [console.number(metrics.get("steps")), _score(dev), _score(train)]
+    cells += [console.format_cell(metrics.get("steps")), _score(dev), _score(train)]
     cells += ["-" if sparsity is None else f"{sparsity:.2%}", record.get("finished", "-")[:16].replace("T", " ")]
     return {"name": stage, "state": "done", "cells": cells}
 
@@ -225,12 +225,12 @@ def _score(value: float | None) -> str:
 
 def _timed(entry: Mapping[str, Any]) -> str:
     ratio = "1x" if entry["engine"] == entry["dense"] else f"{entry['ratio']['median']:.2f}x"
-    return f"{console.number(entry['p50'])} ({ratio})"
+    return f"{console.format_cell(entry['p50'])} ({ratio})"
 
 
 def _bound(ledger: Sequence[Mapping[str, Any]], tokens: str | None) -> str:
     bounds = [entry["products"][tokens]["bound_us"] for entry in ledger if tokens in entry["products"]]
-    return console.number(sum(bounds) / 1e3) if len(bounds) == len(ledger) else "-"
+    return console.format_cell(sum(bounds) / 1e3) if len(bounds) == len(ledger) else "-"
 
 
 def _matrix(entry: Mapping[str, Any]) -> list[list[Any]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spdtool.recipe.fields import PHASES
+from spdtool.recipe import PHASES
 from spdtool.run.folder import Run
 from spdtool.sweep.rows import score, teacher_folder
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from spdtool.errors import SpdError
+from spdtool.recipe import STAGES
 from spdtool.recipe import reading as recipes
-from spdtool.recipe.fields import FREE, STAGES, Recipe
+from spdtool.recipe.fields import MAY_CHANGE, Recipe
 from spdtool.run.folder import Run
 from spdtool.sweep.rows import teacher_folder
 
@@ -37,9 +38,9 @@ def of_run(run: Run) -> list[str]:
 def words(recipe: Recipe) -> list[str]:
     """The options that make `recipe`, after `spdtool compress` or `spdtool teacher`."""
     flags = {name: getattr(recipe, name) for name in FLAGS if _told(recipe, name)}
-    name = recipe.name if recipe.name in recipes.names() else "default"
-    base = recipes.resolve(name, flags | ({"smoke": True} if recipe.smoke else {}))
-    changed = [(field, mine) for field, mine, _ in recipe.differences(base) if field not in FREE]
+    name = recipe.name if recipe.name in recipes.recipe_names() else "default"
+    base = recipes.build_recipe(name, flags | ({"smoke": True} if recipe.smoke else {}))
+    changed = [(field, mine) for field, mine, _ in recipe.diff(base) if field not in MAY_CHANGE]
     said = [word for field, value in flags.items() for word in (FLAGS[field], _flag(value))]
     said += [] if name == "default" else ["--recipe", name]
     said += ["--smoke"] if recipe.smoke else []

@@ -29,8 +29,9 @@ from filelock import FileLock, Timeout
 
 from spdtool import ranks as processes
 from spdtool.errors import Corrupt, RunError, RunLocked, RunMismatch, SpdError, StageMissing
+from spdtool.recipe import STAGES
 from spdtool.recipe import reading as recipes
-from spdtool.recipe.fields import FREE, STAGES, Recipe, first_use
+from spdtool.recipe.fields import MAY_CHANGE, Recipe, first_stage_using
 
 RECORD = "stage.json"
 STATE = "state"
@@ -74,7 +75,7 @@ class Run:
         if not file.is_file():
             raise RunError(f"{path} is not a run folder: it has no run.json", "start one with `spdtool compress`")
         try:
-            return cls(path, recipes.load(file))
+            return cls(path, recipes.load_recipe(file))
         except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
             raise RunError(f"{file} cannot be read: {error}") from None
         except SpdError as error:
@@ -104,10 +105,10 @@ class Run:
                 raise _no_place(path, f"{above} may not be written to")
             return cls(path, recipe)
         old = cls.open(path)
-        changed = [d for d in recipe.differences(old.recipe) if d[0] not in FREE]
+        changed = [d for d in recipe.diff(old.recipe) if d[0] not in MAY_CHANGE]
         kept = STAGES[: STAGES.index(redo)] if redo else STAGES
         finished = [stage for stage in kept if old.done(stage)]
-        fatal = [d for d in changed if first_use(d[0]) in finished]
+        fatal = [d for d in changed if first_stage_using(d[0]) in finished]
         if fatal:
             lines = "; ".join(f"{name} is {theirs!r} there and {mine!r} here" for name, mine, theirs in fatal[:5])
             raise RunMismatch(
@@ -254,7 +255,7 @@ class Run:
     def fingerprint(self, stage: str) -> str:
         """Hash of all that decides the result of `stage`: its recipe and what it has read so far."""
         section = self.recipe.section(stage).model_dump(mode="json")
-        decides = [self.recipe.shared(), section, self._reads, self._data]
+        decides = [self.recipe.shared_fields(), section, self._reads, self._data]
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
     def _forget(self) -> None:
@@ -280,7 +281,8 @@ class Run:
             "seconds": round(time.time() - started, 1),
             "inputs": self._reads,
             "data": self._data,
-            "recipe": self.recipe.shared() | {work.stage: self.recipe.section(work.stage).model_dump(mode="json")},
+            "recipe": self.recipe.shared_fields()
+            | {work.stage: self.recipe.section(work.stage).model_dump(mode="json")},
             "metrics": work.metrics,
             "machine": machine(),
             "files": [
@@ -403,8 +405,8 @@ def _no_place(path: Path, why: str) -> RunError:
 
 def _way_out(path: Path, changed: list[str]) -> str:
     """What helps where finished stages were made with other values of the fields `changed`."""
-    first = min(map(first_use, changed), key=STAGES.index)
-    if any(name.split(".")[0] not in STAGES and first_use(name) == "teacher" for name in changed):
+    first = min(map(first_stage_using, changed), key=STAGES.index)
+    if any(name.split(".")[0] not in STAGES and first_stage_using(name) == "teacher" for name in changed):
         return f"give another --run; its teacher may be this one: --teacher {path / 'teacher'}"
     if first == "teacher":
         return f"give another --run, or drop all of it: the same options with `spdtool teacher --run {path} --again`"

@@ -326,7 +326,7 @@ def open_bundle_session(bundle: Bundle, library: str | Path | None, provider: st
         return runtime.open_session(bundle.model, provider, threads)
     if provider in runtime.PROVIDERS and provider != "cpu":
         raise DeviceError(f"the operators of {bundle.target!r} run on the CPU only", 'leave out provider="cuda"')
-    installed = plugins.library(str(bundle.target))
+    installed = plugins.find_library(str(bundle.target))
     try:
         return runtime.open_session(bundle.model, provider, threads, [installed.module.path()])
     except ModelError as error:

@@ -86,7 +86,7 @@ def serve(
     address = "http://{}:{}".format(*listener.getsockname()[:2])
     if not is_loopback(host):
         console.warn(f"{host} can be reached from other machines, and nobody is asked who they are")
-    console.say(f"{console.plain(model)} ({console.plain(classify.bundle.model)}) is served at {address}")
+    console.say(f"{console.escape(model)} ({console.escape(classify.bundle.model)}) is served at {address}")
     run_until_signal(http.create_app(classify, model, http.Limits(**limits), workers), listener)
     console.say("ended: every request in flight was answered")
     return Served(model, str(classify.bundle.model), address, workers, threads)

@@ -51,7 +51,7 @@ def installed_libraries(manifest: Mapping[str, Any]) -> dict[str, Path]:
     for name, variant in manifest["variants"].items():
         if variant.get("library"):
             try:
-                libraries[name] = Path(plugins.library(variant["target"]).module.path())
+                libraries[name] = Path(plugins.find_library(variant["target"]).module.path())
             except SpdError:
                 continue
     return libraries

@@ -77,7 +77,7 @@ def bench(run: Run) -> dict[str, Any]:
             treated=entered.treated,
             environment=_environment(race.timings, machines, counts),
         )
-        title = recipe.titled(f"{recipe.task} at {recipe.sparsity:.0%} zeros")
+        title = recipe.mark_smoke(f"{recipe.task} at {recipe.sparsity:.0%} zeros")
         (work.folder / "bench.md").write_text(report.markdown(title, found), "utf-8")
         raw = {"environment": found.environment, "engines": _raw(race.timings), "ledger": entries}
         write_json(work.folder / "bench.json", raw)

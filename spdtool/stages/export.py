@@ -147,10 +147,10 @@ def _leave_out(name: str, error: SpdError) -> None:
 
 def _tell(what: str, metrics: dict[str, Any]) -> None:
     rounds = "values" in metrics
-    line = f"{console.plain(what)}: {console.number(metrics['bytes'])} bytes, "
+    line = f"{console.escape(what)}: {console.format_cell(metrics['bytes'])} bytes, "
     line += f"{metrics['sparsity']:.2%} zeros as in its checkpoint; "
     if "dev" in metrics and not rounds:
-        line += f"dev {console.scores(metrics['dev'])}, {_flips(metrics)}; "
+        line += f"dev {console.format_scores(metrics['dev'])}, {_flips(metrics)}; "
     weights = " with the same rounded weights" if rounds else ""
     console.say(f"{line}largest logit difference{weights} {metrics['largest_difference']:.1e}")
     if metrics.get("fused"):

@@ -24,21 +24,21 @@ from spdtool.models.student import (
     read_student_labels,
 )
 from spdtool.pruning.patterns import zeros_in
-from spdtool.recipe.fields import STAGES, Recipe, Training
+from spdtool.recipe import STAGES
+from spdtool.recipe.fields import Recipe, Training
 from spdtool.run.folder import Run
 from spdtool.tasks import Rows, Task
 from spdtool.training import loop as training
 from spdtool.training import saliency
-from spdtool.training.schedules import passing, prune_events, replacing_rate
+from spdtool.training.schedules import event_schedule, replacing_rate
 
 FLOAT = 4  # bytes
 ADAM_MOMENTS = 2
-FARTHEST_JUMP = 0.8  # share of the target that a first prune event may take: the rest needs events too
 RELATIONS = 4  # maps of token-to-token relations that are kept for a layer: two of the student's, two of the teacher's
 SAVED_PER_TOKEN = 16  # widths of activation that a transformer layer keeps for its backward pass, roughly
 
 
-def plan(run: Run, redo: str | None = None) -> dict[str, Any]:
+def make_plan(run: Run, redo: str | None = None) -> dict[str, Any]:
     """The stages of `run` with what each will cost; reads the data, and only the configuration of the model.
 
     Args:
@@ -60,16 +60,16 @@ def plan(run: Run, redo: str | None = None) -> dict[str, Any]:
     task = tasks.resolve(recipe)
     splits = tasks.rows(task, recipe)
     rows = {name: len(split) for name, split in splits.items()}
-    check(recipe, rows["train"])
-    check_data(run, task, splits, redo)
-    student, teacher = pair(recipe, task)
+    check_recipe(recipe, rows["train"])
+    check_rows(run, task, splits, redo)
+    student, teacher = load_pair(recipe, task)
     matrices = [weight.numel() for weight in find_prunable_weights(student).values()]
     if not run.done("export"):
         trial.check(recipe, (student.config, teacher.config))
     return {
         "run": str(run.path),
         "rows": rows,
-        **reading(task, splits),
+        **describe_rows(task, splits),
         "notes": [*overview.notes(task, splits), *_by_position(recipe, task, teacher)],
         "stages": [
             _stage(run, stage, rows["train"], (teacher if stage == "teacher" else student).config.hidden_size)
@@ -81,11 +81,11 @@ def plan(run: Run, redo: str | None = None) -> dict[str, Any]:
             "zeros": sum(zeros_in(size, recipe.sparsity) for size in matrices),
             "emptied": sum(zeros_in(size, recipe.sparsity) == size for size in matrices),
         },
-        "memory_bytes": memory(recipe, student, teacher),
+        "memory_bytes": estimate_memory(recipe, student, teacher),
     }
 
 
-def reading(task: Task, splits: dict[str, Rows]) -> dict[str, Any]:
+def describe_rows(task: Task, splits: dict[str, Rows]) -> dict[str, Any]:
     """How the rows were read: see `plan`."""
     floor = evaluation.baseline(task, np.asarray(splits["dev"].labels))["score"]
     line = f"labels: {overview.label_line(task, splits)}"
@@ -106,7 +106,7 @@ def _by_position(recipe: Recipe, task: Task, teacher: Any) -> list[str]:
     return [f"the given teacher's labels are taken in their order: {', '.join(pairs)}"]
 
 
-def check(recipe: Recipe, rows: int) -> None:
+def check_recipe(recipe: Recipe, rows: int) -> None:
     """Refuse now what a later stage would refuse after hours: names, prune events that do not fit, the device.
 
     Args:
@@ -122,7 +122,7 @@ def check(recipe: Recipe, rows: int) -> None:
     targets.demanded(recipe.export)
     for phase in (recipe.prune, recipe.distill, recipe.finetune):
         replacing_rate(phase.grafting.schedule)
-    events = events_of(recipe, recipe.prune.steps_for(rows))
+    events = event_schedule(recipe, recipe.prune.length(rows).steps)
     saliency.check(recipe.prune, events, copied=recipe.student is None)
     if recipe.prune.exchanges and not recipe.prune.regrowth:
         raise RecipeError(
@@ -132,60 +132,23 @@ def check(recipe: Recipe, rows: int) -> None:
     training.accelerator(recipe)
 
 
-def events_of(recipe: Recipe, steps: int, *, initial: float = 0.0) -> list[tuple[int, float]]:
-    """The prune events of the stage, `(optimiser step, sparsity)`, those at the target among them.
-
-    Args:
-        steps: of the stage.
-        initial: sparsity before the first event.
-
-    Raises:
-        RecipeError: they do not fit into the stage, or miss a sparsity at which a student is to be left.
-    """
-    section = recipe.prune
-    events = prune_events(
-        max(1, round(section.ramp * steps)),
-        section.events,
-        recipe.sparsity,
-        initial=initial,
-        first=_jump(recipe, initial),
-        shape=section.schedule,
-        exchanges=section.exchanges,
-        freeze=section.freeze,
-        total=steps,
-    )
-    return passing(events, section.leave)
-
-
-def _jump(recipe: Recipe, initial: float) -> float | None:
-    """The sparsity of the first jump: what the recipe says, unless it would pass by a student that is to be left.
-
-    It stays below the target, and there is none where the weights are as sparse already.
-    """
-    first = recipe.prune.first
-    if first is None:
-        return None
-    first = min(first, FARTHEST_JUMP * recipe.sparsity, *recipe.prune.leave)
-    return first if first > initial and recipe.prune.events > 1 else None
-
-
 def check_run(run: Run, redo: str | None = None) -> None:
     """`check` for a run that has its teacher already, before the stage `redo` is done again; raises as `plan` does."""
     task = tasks.resolve(run.recipe)
     splits = tasks.rows(task, run.recipe)
-    check(run.recipe, len(splits["train"]))
-    check_data(run, task, splits, redo)
-    pair(run.recipe, task)
+    check_recipe(run.recipe, len(splits["train"]))
+    check_rows(run, task, splits, redo)
+    load_pair(run.recipe, task)
 
 
-def check_data(run: Run, task: Task, splits: dict[str, Rows], redo: str | None) -> None:
+def check_rows(run: Run, task: Task, splits: dict[str, Rows], redo: str | None) -> None:
     """Raise RunMismatch if a finished stage before `redo` (None: any) saw other rows."""
     kept = [stage for stage in STAGES[: STAGES.index(redo) if redo else None] if run.done(stage)]
     if kept:
         run.check_data(tasks.facts(task, splits), kept)
 
 
-def pair(recipe: Recipe, task: Task) -> tuple[Any, Any]:
+def load_pair(recipe: Recipe, task: Task) -> tuple[Any, Any]:
     """Outlines of student and teacher, which fit each other and, where the teacher is given, the task.
 
     Raises:
@@ -207,7 +170,7 @@ def pair(recipe: Recipe, task: Task) -> tuple[Any, Any]:
     return student, teacher
 
 
-def memory(recipe: Recipe, model: Any, teacher: Any = None) -> int:
+def estimate_memory(recipe: Recipe, model: Any, teacher: Any = None) -> int:
     """Estimated peak bytes of the student's phases: two models, gradients, AdamW's moments, saved activations.
 
     Args:
@@ -237,9 +200,11 @@ def _stage(run: Run, stage: str, rows: int, width: int) -> dict[str, Any]:
     if stage == "teacher" and run.recipe.given_teacher is not None:
         return known | {"why": f"given: {run.recipe.given_teacher}"}
     if isinstance(section, Training):
-        epochs, why = section.epochs_for(rows)
-        if section.max_steps is not None:
-            why += f"; at most {section.max_steps} steps"
-        peak = section.peak(width)
-        return known | {"epochs": epochs, "steps": section.steps_for(rows), "learning_rate": peak, "why": why}
+        length = section.length(rows)
+        return known | {
+            "epochs": length.epochs,
+            "steps": length.steps,
+            "learning_rate": section.peak(width),
+            "why": length.reason,
+        }
     return known

@@ -1,7 +1,7 @@
 """`spdtool prune`: phase 1, the student is pruned to the target sparsity while it is grafted and distilled.
 
 Reads: `teacher/`. Writes: `prune/`, the student's first sparse checkpoint; its zeros are exactly the requested ones.
-With `prune.leave`, also `prune/left/<sparsity>/`: the student as it was at sparsities on the way.
+With `prune.save_at`, also `prune/left/<sparsity>/`: the student as it was at sparsities on the way.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from spdtool.pruning.masks import Masks
 from spdtool.pruning.pruner import Pruner
 from spdtool.run.folder import Run
 from spdtool.stages import student
-from spdtool.stages.plan import events_of
 from spdtool.training import saliency
+from spdtool.training.schedules import event_schedule
 
 
 def prune(run: Run) -> dict[str, Any]:
     """Prune a copy of the teacher; return the stage's metrics. Raises as `student.phase` does."""
 
     def make(model: Any, masks: Masks, steps: int) -> Pruner:
-        events = events_of(run.recipe, steps, initial=masks.sparsity())
+        events = event_schedule(run.recipe, steps, initial=masks.sparsity())
         saliency.check(run.recipe.prune, events, copied=run.recipe.student is None)
         return student.pruner_of(run.recipe, masks, events, find_prunable_layers(model))
 

@@ -102,12 +102,12 @@ def phase(run: Run, stage: str, start: str, make_pruner: MakePruner) -> dict[str
         checkpointing = recipe.gradient_checkpointing and model is student
         configure_layers(model, checkpointing=checkpointing, compile_layers=recipe.compile)
 
-    steps = section.steps_for(len(splits["train"]))
+    steps = section.length(len(splits["train"])).steps
     masks = Masks.from_zeros(find_prunable_weights(student))
     pruner = make_pruner(student, masks, steps)
     if recipe.sparse_products and not recipe.compile:
         sampled = section.clip_over == "trained" and not pruner.reads_dead
-        for part in plugins.products.parts():
+        for part in plugins.products.entries():
             part.value(find_prunable_layers(student), masks, sampled=sampled)
     grafting, rate = _grafting(stage, recipe, student, teacher)
     projections = _projections(recipe, section, student, teacher, folder)
@@ -202,6 +202,7 @@ def pruner_of(
         block=section.block,
         dampening=section.dampening,
         penalty=section.penalty,
+        score_rate=section.score_rate,
         layers=layers,
     )
 

@@ -62,7 +62,7 @@ def teacher(run: Run) -> dict[str, Any]:
     configure_layers(model, checkpointing=recipe.gradient_checkpointing, compile_layers=recipe.compile)
     with (
         run.stage("teacher") as work,
-        console.progress("teacher", section.steps_for(len(encoded["train"]))) as watch,
+        console.progress("teacher", section.length(len(encoded["train"])).steps) as watch,
     ):
         sample = encoded["train"].sample(section.scored_train_rows, recipe.seed)
         score = functools.partial(evaluation.evaluate, task, forward, encoded, together=True)
@@ -101,7 +101,7 @@ def take(run: Run, source: str) -> dict[str, Any]:
         metrics = evaluation.evaluate(task, forward, encoded, together=True)
         sample = encoded["train"].sample(run.recipe.teacher.scored_train_rows, run.recipe.seed)
         train = evaluation.evaluate_rows(task, forward, sample, together=True) if len(sample) else None
-    console.say(f"given teacher: dev {console.scores(metrics)}")
+    console.say(f"given teacher: dev {console.format_scores(metrics)}")
     _warn_if_worthless(run, task, encoded, metrics)
     with run.stage("teacher") as work:
         save_on_rank_zero(model, tokenizer, work.folder)

@@ -20,8 +20,9 @@ from typing import Any
 
 from spdtool import console, stages, tasks
 from spdtool.errors import RecipeError, SpdError
+from spdtool.recipe import PHASES, STAGES, TRAINING
 from spdtool.recipe import reading as recipe
-from spdtool.recipe.fields import PHASES, STAGES, TRAINING, Recipe
+from spdtool.recipe.fields import Recipe
 from spdtool.run.folder import Run, write_json
 from spdtool.sweep import rows as report_rows
 from spdtool.sweep import summary
@@ -89,7 +90,7 @@ def plan(
         RunMismatch: a finished stage of a trial or of a teacher was made by another recipe.
     """
     _refuse_decided(sets)
-    named = [_absolute(name) if name not in recipe.names() else name for name in dict.fromkeys(recipes)]
+    named = [_absolute(name) if name not in recipe.recipe_names() else name for name in dict.fromkeys(recipes)]
     _refuse_namesakes(named)
     wanted = list(dict.fromkeys(name.lower() for name in tasks))
     places = data_of(data, wanted)
@@ -128,13 +129,13 @@ def data_of(text: str | None, wanted: Sequence[str]) -> dict[str, str | None]:
 
 def teacher_recipe(trial: Trial) -> Recipe:
     """The recipe of the teacher that `trial` shares: that of the task and the sweep's `--set`s, not of its recipe."""
-    return recipe.resolve("default", _flags(trial), trial.sets)
+    return recipe.build_recipe("default", _flags(trial), trial.sets)
 
 
 def trial_recipe(trial: Trial) -> Recipe:
     """The recipe of `trial`, with the shared teacher as the given one, and its epochs scaled."""
     flags = {"sparsity": trial.sparsity, "given_teacher": str(trial.teacher_folder / "teacher")}
-    chosen = recipe.resolve(trial.recipe, _flags(trial) | flags, trial.sets)
+    chosen = recipe.build_recipe(trial.recipe, _flags(trial) | flags, trial.sets)
     return chosen if trial.epochs is None else scaled(chosen, trial.epochs)
 
 
@@ -158,14 +159,14 @@ def scaled(chosen: Recipe, total: float) -> Recipe:
     shares = {phase: section.steps if open_ and section.epochs is None else section.epochs or 0
               for phase, section in sections.items()}  # fmt: skip
     whole = sum(shares.values())
-    return recipe.amend(chosen, [f"{phase}.epochs={total * share / whole!r}" for phase, share in shares.items()])
+    return recipe.override(chosen, [f"{phase}.epochs={total * share / whole!r}" for phase, share in shares.items()])
 
 
 def make_teacher(trial: Trial) -> Path:
     """Fine-tune the teacher that `trial` shares, unless that is done; return its checkpoint. Raises SpdError."""
     run = Run.at(trial.teacher_folder, teacher_recipe(trial))
     if not run.done("teacher"):
-        stages.function("teacher")(run)
+        stages.run_stage(run, "teacher")
     return run.path / "teacher"
 
 
@@ -177,7 +178,7 @@ def run_trial(trial: Trial) -> Row:
         run = Run.at(trial.folder, chosen)
         for stage in STAGES if trial.bench else TRAINING:
             if not run.done(stage):
-                stages.function(stage)(run)
+                stages.run_stage(run, stage)
         return _relative(report_rows.of_run(run), trial)
     except SpdError as error:
         reason = f"{type(error).__name__}: {error.message}"

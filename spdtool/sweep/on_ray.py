@@ -16,7 +16,7 @@ from typing import Any
 
 from spdtool import console, plugins
 from spdtool.errors import DeviceError, RunLocked, SpdError, first_line
-from spdtool.recipe.fields import PHASES
+from spdtool.recipe import PHASES
 from spdtool.run.folder import Run
 from spdtool.sweep import RESULT, Trial, blank, finished, make_teacher, run_trial, trial_recipe
 from spdtool.sweep import rows as report_rows
@@ -128,7 +128,7 @@ def _start(ray: Any, address: str | None) -> bool:
 
 def _equipped(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` with this process's folder of plugins, wherever it is called."""
-    folder = plugins.folder()
+    folder = plugins.plugin_folder()
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
@@ -168,7 +168,7 @@ def _work(trial: Trial, standings: Any, _taught: None) -> Row:
             if reason is not None:
                 raise Hopeless(reason)
 
-        with console.following(_Follower(trial.sparsity, judge)):
+        with console.listen(_Follower(trial.sparsity, judge)):
             row = _unlocked(trial)
     if _failed_of(row, Hopeless):
         return replace(row, status=STOPPED, error=(row.error or "").partition(": ")[2])

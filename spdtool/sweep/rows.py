@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from spdtool.recipe.fields import PHASES, Recipe
+from spdtool.recipe import PHASES
+from spdtool.recipe.fields import Recipe
 from spdtool.run.folder import RECORD, Run
 
 DONE, UNFINISHED, FAILED, STOPPED = "done", "unfinished", "failed", "stopped"

@@ -152,5 +152,5 @@ def _registered(name: str) -> str:
     """The registered name that `name` is another spelling of, or `name` itself."""
     if plugins.tasks.find(name) is not None:
         return name
-    alike = [part.name for part in plugins.tasks.parts() if plain(part.name) == plain(name)]
+    alike = [part.name for part in plugins.tasks.entries() if plain(part.name) == plain(name)]
     return alike[0] if len(alike) == 1 else name

@@ -127,7 +127,7 @@ def restore_optimizer(
 def random_tensors() -> dict[str, Tensor]:
     """The states of torch's generators, of the CPU and of every CUDA device; other ranks' devices are left alone."""
     states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and processes.count() == 1:
+    if torch.cuda.is_available() and processes.world_size() == 1:
         states |= {f"cuda{index:03d}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
     return states
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from spdtool import console
 from spdtool import ranks as processes
-from spdtool.console import Watch
+from spdtool.console import OnEvent
 from spdtool.models import collectives, fsdp
 from spdtool.recipe.fields import Training
 from spdtool.run.folder import Work
@@ -54,11 +54,11 @@ class Journal:
         optimizer: torch.optim.Optimizer,
         work: Work,
         fingerprint: str,
-        watch: Watch,
+        watch: OnEvent,
     ) -> None:
         self.parts, self.section, self.trained, self.optimizer = parts, section, trained, optimizer
         self.work, self.fingerprint, self.watch = work, fingerprint, watch
-        self.epochs = section.epochs_for(len(parts.rows))[0]
+        self.epochs = section.length(len(parts.rows)).epochs
         self.evaluations: list[dict[str, Any]] = []
         self.left: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None
@@ -85,7 +85,7 @@ class Journal:
         if keep is None or pruner is None or not pruner.due(step):
             return
         before = [sparsity for event, sparsity in sorted(pruner.events.items()) if event < step]
-        wanted = getattr(self.section, "leave", ())
+        wanted = getattr(self.section, "save_at", ())
         if before and before[-1] in wanted and before[-1] not in [left["sparsity"] for left in self.left]:
             with self.clock.paused():
                 self.left.append({"sparsity": before[-1], "step": step} | keep(before[-1]))

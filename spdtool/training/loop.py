@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from spdtool import console
 from spdtool import ranks as processes
-from spdtool.console import Watch
+from spdtool.console import OnEvent
 from spdtool.data.tokens import Encoded, training_batches
 from spdtool.errors import DeviceError
 from spdtool.models import collectives, fsdp
@@ -61,7 +61,7 @@ def accelerator(recipe: Recipe) -> Accelerator:
                 f"accelerate was told to use {asked}, which this training loop does not go through",
                 "leave it out; --set shard=true keeps a part of the weights in each process",
             )
-    if recipe.shard and processes.count() == 1:
+    if recipe.shard and processes.world_size() == 1:
         console.warn("shard is ignored: there is one process, which keeps everything")
     local = processes.local_rank()
     if not on_cpu and local >= torch.cuda.device_count():
@@ -70,7 +70,7 @@ def accelerator(recipe: Recipe) -> Accelerator:
             "start fewer processes, or use --device cpu",
         )
     AcceleratorState._reset_state(reset_partial_state=True)  # one process may run stages of several recipes
-    processes.end_with_parent()
+    processes.die_with_parent()
     collectives.join_process_group("gloo" if on_cpu else "nccl")
     return Accelerator(cpu=on_cpu, mixed_precision={"fp32": "no"}.get(recipe.precision, recipe.precision))
 
@@ -111,7 +111,13 @@ class Fit:
 
 
 def fit(
-    parts: Fit, section: Training, recipe: Recipe, work: Work, fingerprint: str, accelerator: Accelerator, watch: Watch
+    parts: Fit,
+    section: Training,
+    recipe: Recipe,
+    work: Work,
+    fingerprint: str,
+    accelerator: Accelerator,
+    watch: OnEvent,
 ) -> dict[str, Any]:
     """Train for the section's steps, resuming from the work folder's snapshot if it has one that fits.
 
@@ -124,8 +130,8 @@ def fit(
     Returns:
         `steps`, `epochs`, `best` (metrics and step of the weights handed over), `evaluations`, `examples_per_second`.
     """
-    per_epoch = math.ceil(len(parts.rows) / section.batch_size)
-    total = section.steps_for(len(parts.rows))
+    length = section.length(len(parts.rows))
+    per_epoch, total = length.steps_per_epoch, length.steps
     model = parts.model
     trained = select_trained_parameters(model, section.train) | parts.extra  # type: ignore[arg-type]
     optimizer = adamw(trained, section, accelerator.device)
@@ -302,7 +308,7 @@ def _steps(rows: Encoded, section: Training, recipe: Recipe, start: int, total: 
     for step in range(start, total):
         if step // per_epoch != epoch:
             epoch = step // per_epoch
-            batches = training_batches(rows, section.batch_size, recipe.seed, epoch, bucketing=recipe.bucketing)
+            batches = training_batches(rows, section.batch_size, recipe.seed, epoch, pool=recipe.pool)
         yield step, batches[step % per_epoch]
 
 

@@ -130,7 +130,7 @@ def check(section: Prune, events: Sequence[tuple[int, float]], *, copied: bool =
         raise RecipeError(
             "prune.saliency is of the logit term, whose weight is 0", "set prune.loss.logits, or prune.saliency=loss"
         )
-    needs = plugins.criteria.part(section.criterion).meta.get("needs", ())
+    needs = plugins.criteria.entry(section.criterion).meta.get("needs", ())
     fresh = {STATISTICS[need].reads for need in needs if need in STATISTICS and not STATISTICS[need].learned}
     if copied and "gradient" in fresh and 0 in dict(events) and section.loss.hardness == 1:
         raise RecipeError(
@@ -154,9 +154,7 @@ def check(section: Prune, events: Sequence[tuple[int, float]], *, copied: bool =
 
 def calibration_batches(rows: Encoded, section: Prune, recipe: Recipe, step: int) -> Iterator[Any]:
     """Row numbers of the calibration batches of the event after `step`: others at each event, the same when resumed."""
-    epoch = training_batches(
-        rows, section.batch_size, recipe.seed, CALIBRATION_EPOCH + step, bucketing=recipe.bucketing
-    )
+    epoch = training_batches(rows, section.batch_size, recipe.seed, CALIBRATION_EPOCH + step, pool=recipe.pool)
     return islice(cycle(epoch), section.calibration)
 
 

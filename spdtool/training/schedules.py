@@ -9,6 +9,7 @@ import bisect
 from collections.abc import Callable, Sequence
 
 from spdtool.errors import RecipeError, UnknownName
+from spdtool.recipe.fields import Recipe
 
 Schedule = Callable[[float], float]
 
@@ -92,6 +93,41 @@ def _exchange_events(start: int, exchanges: int, final: float, end: int) -> list
     return [(start + round(i * (end - start) / exchanges), final) for i in range(1, exchanges + 1)]
 
 
+def event_schedule(recipe: Recipe, steps: int, *, initial: float = 0.0) -> list[tuple[int, float]]:
+    """List the prune events of a stage as `(optimiser step, sparsity)`, with the exchanges at the target.
+
+    Args:
+        steps: of the stage.
+        initial: sparsity before the first event.
+
+    Raises:
+        RecipeError: they do not fit into the stage, or miss a sparsity at which a student is to be saved.
+    """
+    section = recipe.prune
+    events = prune_events(
+        max(1, round(section.ramp * steps)),
+        section.events,
+        recipe.sparsity,
+        initial=initial,
+        first=_first_jump(recipe, initial),
+        shape=section.schedule,
+        exchanges=section.exchanges,
+        freeze=section.freeze,
+        total=steps,
+    )
+    return passing(events, section.save_at)
+
+
+def _first_jump(recipe: Recipe, initial: float) -> float | None:
+    """Return the sparsity of the first event, or None where the weights are as sparse already or it is the only one."""
+    section = recipe.prune
+    if section.first is None or section.events == 1:
+        return None
+    # It may not pass by a sparsity at which a student is to be saved.
+    first = min(section.first, section.first_limit * recipe.sparsity, *section.save_at)
+    return first if first > initial else None
+
+
 def passing(events: Sequence[tuple[int, float]], through: Sequence[float]) -> list[tuple[int, float]]:
     """The same events, such that each sparsity of `through` is exactly that of one: of the last at or below it.
 
@@ -112,7 +148,7 @@ def passing(events: Sequence[tuple[int, float]], through: Sequence[float]) -> li
             raise RecipeError(
                 f"sparsity {sparsity:g} is not on the way of the prune events from {min(sparsities, default=0):g} "
                 f"to {max(sparsities, default=0):g}",
-                "set prune.leave to sparsities between them, or have more events: prune.events",
+                "set prune.save_at to sparsities between them, or have more events: prune.events",
             )
         wanted.setdefault(index, []).append(sparsity)
     passed: list[tuple[int, float]] = []
@@ -122,7 +158,7 @@ def passing(events: Sequence[tuple[int, float]], through: Sequence[float]) -> li
         if len(stops) > 1 and room < len(stops):
             raise RecipeError(
                 f"{len(stops)} sparsities to be left at do not fit into {room} optimiser steps from step {step}",
-                "leave fewer students with prune.leave, or set prune.epochs higher",
+                "leave fewer students with prune.save_at, or set prune.epochs higher",
             )
         passed += [(step + i * room // len(stops), stop) for i, stop in enumerate(stops)]
     return passed

@@ -134,7 +134,7 @@ def test_every_row_of_the_training_benchmark_resolves_and_is_asked_for_somewhere
     benchmark = script("train_speed_rows")
     assert {*benchmark.ON_CPU, *benchmark.ON_GPU} == set(benchmark.ROWS)
     for name, _stage, sets, _patches in benchmark.ROWS.values():
-        recipe.resolve(name, {"task": "demo"}, [*benchmark.QUICK, *sets])
+        recipe.build_recipe(name, {"task": "demo"}, [*benchmark.QUICK, *sets])
 
 
 @pytest.mark.parametrize("row", ["bf16, no prefetching", "bf16, 128 tokens"])

@@ -153,14 +153,14 @@ class TestSparseCpu:
 
     def install(self, monkeypatch: pytest.MonkeyPatch, **module: Any) -> None:
         made = plugins.Library("spdtool-sparse-cpu", "0.1.0", SimpleNamespace(**module))
-        monkeypatch.setattr(plugins, "library", lambda _target: made)
+        monkeypatch.setattr(plugins, "find_library", lambda _target: made)
 
     def test_installed(self, look: Callable[[], dict[str, Check]], monkeypatch: pytest.MonkeyPatch) -> None:
         self.install(monkeypatch, path=lambda: "ops.so", isa=lambda: "avx2")
         assert look()["sparse-cpu"] == Check("sparse-cpu", "ok", "spdtool-sparse-cpu 0.1.0, avx2")
 
     def test_not_installed(self, look: Callable[[], dict[str, Check]], monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(plugins, "LIBRARIES", "no such group")
+        monkeypatch.setattr(plugins, "LIBRARY_GROUP", "no such group")
         check = look()["sparse-cpu"]
         assert check.status == "warn"
         assert "pip install spdtool-sparse-cpu" in check.advice

@@ -154,7 +154,7 @@ def test_the_model_learns_the_rows_that_share_their_words() -> None:
 
 def test_listing_the_tasks_waits_for_no_heavy_import() -> None:
     script = (
-        "import sys; from spdtool import plugins; names = [p.name for p in plugins.tasks.parts()];"
+        "import sys; from spdtool import plugins; names = [p.name for p in plugins.tasks.entries()];"
         "assert 'demo' in names and 'rte' in names, names;"
         "heavy = {'torch', 'transformers', 'datasets', 'tokenizers', 'pyarrow'} & set(sys.modules);"
         "assert not heavy, heavy"

@@ -15,7 +15,7 @@ from spdtool import tasks
 from spdtool.data import labels as label_module
 from spdtool.data import sharded as shards
 from spdtool.errors import DataError
-from spdtool.recipe.reading import resolve
+from spdtool.recipe.reading import build_recipe
 
 TEXTS = ["the film", "", "é là 日本", "a meal", "so good", "very bad", "it was", "fine then"]
 TEXTS[1] = "one"
@@ -39,11 +39,11 @@ def write(path: Path, texts: list[str], labels: list[Any]) -> None:
 
 
 def task(folder: Path) -> tasks.Task:
-    return tasks.resolve(resolve("default", {"task": "local", "data": str(folder)}))
+    return tasks.resolve(build_recipe("default", {"task": "local", "data": str(folder)}))
 
 
 def rows(folder: Path) -> dict[str, tasks.Rows]:
-    return tasks.rows(task(folder), resolve("default", {"task": "local", "data": str(folder)}))
+    return tasks.rows(task(folder), build_recipe("default", {"task": "local", "data": str(folder)}))
 
 
 @pytest.mark.parametrize("ending", [".parquet", ".jsonl", ".csv"])

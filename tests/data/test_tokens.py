@@ -91,7 +91,7 @@ def test_a_tokenizer_that_cannot_pad_is_refused(toys: Any) -> None:
 @pytest.mark.parametrize(("rows", "size"), [(100, 8), (96, 8), (7, 8), (1, 8), (1000, 3)])
 def test_every_row_comes_once_an_epoch_in_as_few_batches_as_possible(rows: int, size: int, bucketing: bool) -> None:
     encoded = rows_of(np.random.default_rng(0).integers(1, 30, rows).tolist())
-    batches = data.training_batches(encoded, size, 0, 0, bucketing=bucketing)
+    batches = data.training_batches(encoded, size, 0, 0, pool=50 if bucketing else None)
     assert len(batches) == -(-rows // size)
     assert sorted(np.concatenate(batches).tolist()) == list(range(rows))
     assert max(len(batch) for batch in batches) <= size
@@ -103,7 +103,7 @@ def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else(bucketing: bool
 
     def order(seed: int, epoch: int) -> list[int]:
         np.random.seed(epoch + 7)  # a global generator that must not matter
-        return np.concatenate(data.training_batches(encoded, 8, seed, epoch, bucketing=bucketing)).tolist()
+        return np.concatenate(data.training_batches(encoded, 8, seed, epoch, pool=50 if bucketing else None)).tolist()
 
     assert order(0, 0) == order(0, 0)
     assert len({tuple(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
@@ -113,12 +113,12 @@ def test_bucketing_saves_most_of_the_padding_and_does_not_sort_the_batches() -> 
     encoded = rows_of(np.random.default_rng(0).integers(1, 60, 2000).tolist())
 
     def padding(bucketing: bool) -> float:
-        batches = data.training_batches(encoded, 16, 0, 0, bucketing=bucketing)
+        batches = data.training_batches(encoded, 16, 0, 0, pool=50 if bucketing else None)
         masks = [encoded.collate(batch)["attention_mask"] for batch in batches]
         return sum(int((mask == 0).sum()) for mask in masks) / sum(mask.size for mask in masks)
 
     assert padding(True) < 0.1 < 0.3 < padding(False)
-    widths = [encoded.lengths[batch].max() for batch in data.training_batches(encoded, 16, 0, 0)]
+    widths = [encoded.lengths[batch].max() for batch in data.training_batches(encoded, 16, 0, 0, pool=50)]
     rising = sum(a <= b for a, b in itertools.pairwise(widths)) / (len(widths) - 1)
     assert 0.35 < rising < 0.65
 
@@ -264,13 +264,13 @@ def test_data_too_large_to_be_shuffled_whole_still_gives_every_row_once(
     for name, value in (("SHUFFLED_ROWS", 90), ("BLOCK_BATCHES", 3), ("GROUP_BLOCKS", 2)):
         monkeypatch.setattr(data, name, value)
     rows = rows_of([1 + row % 7 for row in range(count)])
-    batches = data.training_batches(rows, 4, 5, 0, bucketing=bucketing)
+    batches = data.training_batches(rows, 4, 5, 0, pool=50 if bucketing else None)
     assert len(batches) == len(list(batches)) == -(-count // 4)
     assert sorted(np.concatenate(list(batches))) == list(range(count))
     assert sorted(len(batch) for batch in batches)[1:] == [4] * (len(batches) - 1)
-    again = data.training_batches(rows, 4, 5, 0, bucketing=bucketing)
+    again = data.training_batches(rows, 4, 5, 0, pool=50 if bucketing else None)
     order = [len(batches) - 1, 0, len(batches) // 2]  # a stage that resumes asks for a batch in the middle first
     assert all((again[i] == batches[i]).all() for i in order)
-    other = data.training_batches(rows, 4, 5, 1, bucketing=bucketing)
+    other = data.training_batches(rows, 4, 5, 1, pool=50 if bucketing else None)
     assert [list(batch) for batch in other] != [list(batch) for batch in batches]
     assert [list(batch) for batch in islice(cycle(batches), 2)] == [list(batches[0]), list(batches[1])]

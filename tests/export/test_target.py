@@ -69,14 +69,14 @@ def test_the_first_target_must_export_the_teacher_too() -> None:
 
 
 def test_a_demanded_target_that_is_not_installed_names_its_plugin() -> None:
-    plugins.targets._parts.pop("sparse-cpu", None)
+    plugins.targets.unregister("sparse-cpu")
     with pytest.raises(UnknownName) as caught:
         targets.demanded(Export(targets=("onnx", "sparse-cpu")))
     assert "pip install spdtool-sparse-cpu" in str(caught.value.hint)
 
 
 def test_optional_ones_are_found_or_told_and_never_twice() -> None:
-    plugins.targets._parts.pop("sparse-cpu", None)
+    plugins.targets.unregister("sparse-cpu")
     plugins.targets.register("full")(Full)
     found, missing = targets.offered(Export(optional=("onnx", "full", "full", "sparse-cpu", "fulll")))
     assert [(choice.name, choice.prefix, choice.optional) for choice in found] == [("full", "full", True)]

@@ -18,7 +18,7 @@ from spdtool.errors import DeviceError, RecipeError
 from spdtool.models import fsdp
 from spdtool.models.layers import find_layer_stack, install_capture_hooks
 from spdtool.recipe.fields import Recipe
-from spdtool.recipe.reading import resolve
+from spdtool.recipe.reading import build_recipe
 from spdtool.training import loop as training
 
 RANKS = 3
@@ -162,7 +162,7 @@ def test_what_sharded_weights_cannot_do_is_refused_at_once(setting: dict[str, An
 
 def test_the_refusal_is_told_as_one_line() -> None:
     with pytest.raises(RecipeError) as refused:
-        resolve("default", {"task": "demo"}, ["shard=true", "compile=true"])
+        build_recipe("default", {"task": "demo"}, ["shard=true", "compile=true"])
     assert refused.value.message == "sharded weights do not go with compile=true"
 
 

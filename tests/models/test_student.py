@@ -42,17 +42,17 @@ def small(toys: Any, tmp_path: Path) -> Callable[..., str]:
 
 def test_the_plan_counts_the_students_weights(toy_run: MakeRun, small: Any) -> None:
     folder = small()
-    counted = planning.plan(toy_run(student=folder, sparsity=0.3))["parameters"]
+    counted = planning.make_plan(toy_run(student=folder, sparsity=0.3))["parameters"]
     model = load_model(folder)
     sizes = [weight.numel() for weight in find_prunable_weights(model).values()]
     assert counted["all"] == sum(parameter.numel() for parameter in model.parameters())
-    assert counted["prunable"] == sum(sizes) < planning.plan(toy_run())["parameters"]["prunable"]
+    assert counted["prunable"] == sum(sizes) < planning.make_plan(toy_run())["parameters"]["prunable"]
     assert counted["zeros"] == sum(zeros_in(size, 0.3) for size in sizes)
 
 
 def test_a_smaller_student_needs_less_memory_and_relations_and_blends_more(toy_run: MakeRun, small: Any) -> None:
     def bytes_of(*sets: str, **flags: Any) -> int:
-        return int(planning.plan(toy_run(*sets, **flags))["memory_bytes"])
+        return int(planning.make_plan(toy_run(*sets, **flags))["memory_bytes"])
 
     copy = bytes_of()
     assert bytes_of(student=small()) < copy
@@ -89,7 +89,7 @@ def test_what_does_not_fit_is_refused_by_the_plan(
 ) -> None:
     run = toy_run(setting, student=small(**how))
     with pytest.raises(error, match=said):
-        planning.plan(run)
+        planning.make_plan(run)
     with pytest.raises(error, match=said):
         planning.check_run(run)
     assert not run.path.exists()
@@ -102,20 +102,20 @@ def test_another_vocabulary_is_refused_by_the_plan(toy_run: MakeRun, small: Any)
     with pytest.raises(
         ModelError, match=r"another vocabulary than the teacher's: 25 and 25 tokens; 'quite' is unknown"
     ):
-        planning.plan(toy_run(student=str(folder)))
+        planning.make_plan(toy_run(student=str(folder)))
 
 
 def test_a_new_head_that_would_stay_random_is_refused_by_the_plan(toy_run: MakeRun, small: Any) -> None:
-    planning.plan(toy_run("prune.train=layers", student=small()))
+    planning.make_plan(toy_run("prune.train=layers", student=small()))
     for student in ("pretrained", small(num_labels=3), small(id2label={0: "cat", 1: "dog"})):
         with pytest.raises(RecipeError, match="gets a new head, and prune.train = 'layers' would leave it random"):
-            planning.plan(toy_run("prune.train=layers", student=student))
+            planning.make_plan(toy_run("prune.train=layers", student=student))
 
 
 @pytest.mark.parametrize("source", ["./no-such-folder", "/nowhere/at/all"])
 def test_a_student_that_is_not_there_is_refused_by_the_plan(toy_run: MakeRun, source: str) -> None:
     with pytest.raises(ModelError, match=f"cannot load the model '{source}': it does not exist"):
-        planning.plan(toy_run(student=source))
+        planning.make_plan(toy_run(student=source))
 
 
 def test_a_list_of_layers_for_the_real_depth_is_no_obstacle_to_a_smoke_run(toy_run: MakeRun) -> None:

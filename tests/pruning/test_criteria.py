@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from spdtool import plugins
 from spdtool.pruning.masks import Masks
 from spdtool.pruning.observation import Observation
-from spdtool.pruning.statistics import SCORE_RATE, STATISTICS, Settings, Stats
+from spdtool.pruning.statistics import STATISTICS, Settings, Stats
 
 SETTINGS = Settings(block=4, dampening=0.1, penalty=0.5)
 OUT, IN = 3, 5
@@ -77,7 +77,7 @@ def movement_soft(s: Seen) -> list[float]:
         scale = math.sqrt(squares / step)
         for i, c in enumerate(change):
             sigmoid = 1 / (1 + math.exp(-scores[i]))
-            scores[i] -= SCORE_RATE * (c / scale + SETTINGS.penalty * sigmoid * (1 - sigmoid))
+            scores[i] -= SETTINGS.score_rate * (c / scale + SETTINGS.penalty * sigmoid * (1 - sigmoid))
     return scores
 
 
@@ -145,8 +145,8 @@ def move(weight: Tensor, curvature: Tensor, live: list[int], dead: list[int], st
 
 
 UPDATES: dict[str, Callable[[Seen, Tensor], Tensor]] = {"obert": plain_blocks, "layerwise": plain_rows}
-BUILTIN = [part.name for part in plugins.criteria.parts() if part.source.startswith("spdtool.")]
-MENDING = [part.name for part in plugins.criteria.parts() if "update" in part.meta]
+BUILTIN = [part.name for part in plugins.criteria.entries() if part.source.startswith("spdtool.")]
+MENDING = [part.name for part in plugins.criteria.entries() if "update" in part.meta]
 
 
 def test_every_builtin_criterion_has_its_row() -> None:
@@ -158,7 +158,7 @@ def test_every_builtin_criterion_has_its_row() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scores_are_those_of_slow_plain_code(name: str, dtype: torch.dtype) -> None:
     what = seen(dtype)
-    stats = stats_of(what, plugins.criteria.part(name).meta.get("needs", ()))
+    stats = stats_of(what, plugins.criteria.entry(name).meta.get("needs", ()))
     before = what.weight.clone()
     scores = plugins.criteria.get(name)(what.weight, stats)
     assert scores.shape == what.weight.shape
@@ -172,10 +172,10 @@ def test_scores_are_those_of_slow_plain_code(name: str, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("sparsity", [0.0, 0.2, 0.5, 0.8, 1.0])
 def test_the_survivors_are_those_of_slow_plain_code(name: str, sparsity: float) -> None:
     what = seen()
-    stats = stats_of(what, plugins.criteria.part(name).meta["needs"])
+    stats = stats_of(what, plugins.criteria.entry(name).meta["needs"])
     alive = torch.rand(OUT, IN, generator=torch.Generator().manual_seed(1)) >= sparsity
     before = what.weight.clone()
-    mended = plugins.criteria.part(name).meta["update"](what.weight, alive, stats)
+    mended = plugins.criteria.entry(name).meta["update"](what.weight, alive, stats)
     torch.testing.assert_close(mended, UPDATES[name](what, alive).float(), rtol=1e-3, atol=1e-4)
     assert bool((mended[~alive] == 0).all())
     assert torch.equal(what.weight, before)
@@ -183,7 +183,7 @@ def test_the_survivors_are_those_of_slow_plain_code(name: str, sparsity: float) 
 
 @pytest.mark.parametrize("name", BUILTIN)
 def test_a_criterion_needs_only_what_is_observed(name: str) -> None:
-    assert set(plugins.criteria.part(name).meta.get("needs", ())) <= set(STATISTICS)
+    assert set(plugins.criteria.entry(name).meta.get("needs", ())) <= set(STATISTICS)
 
 
 def test_the_magnitude_of_zero_infinity_and_nan() -> None:

@@ -24,7 +24,7 @@ def plain_unstructured(scores: list[float], sparsity: float) -> list[bool]:
 
 
 PLAIN: dict[str, Callable[[list[float], float], list[bool]]] = {"unstructured": plain_unstructured}
-BUILTIN = [part.name for part in plugins.patterns.parts() if part.source.startswith("spdtool.")]
+BUILTIN = [part.name for part in plugins.patterns.entries() if part.source.startswith("spdtool.")]
 
 
 def test_every_builtin_pattern_has_its_row() -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from spdtool.errors import Corrupt, RunError, RunLocked, RunMismatch, StageMissing
 from spdtool.recipe.fields import Recipe
-from spdtool.recipe.reading import amend
+from spdtool.recipe.reading import override
 from spdtool.run import folder as runs
 from spdtool.run.folder import Run, replacing
 
@@ -223,7 +223,7 @@ def test_the_recipe_comes_back(run: Run) -> None:
 )
 def test_a_finished_stage_binds_the_recipe_that_made_it(run: Run, changed: str, allowed: bool) -> None:
     finish(run, "teacher")
-    other = amend(run.recipe, [changed])
+    other = override(run.recipe, [changed])
     if allowed:
         again = Run.at(run.path, other)
         assert again.recipe == other
@@ -238,9 +238,9 @@ def test_what_the_student_has_used_binds_it(run: Run) -> None:
     for stage in ("teacher", "prune"):
         finish(run, stage)
     with pytest.raises(RunMismatch, match="sparsity is") as refused:
-        Run.at(run.path, amend(run.recipe, ["sparsity=0.5"]))
+        Run.at(run.path, override(run.recipe, ["sparsity=0.5"]))
     assert f"`spdtool prune --run {run.path} --again --set sparsity=...`" in (refused.value.hint or "")
-    assert Run.at(run.path, amend(run.recipe, ["sparsity=0.5"]), redo="prune", dry=True).recipe.sparsity == 0.5
+    assert Run.at(run.path, override(run.recipe, ["sparsity=0.5"]), redo="prune", dry=True).recipe.sparsity == 0.5
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_a_mismatch_says_what_helps(run: Run, changed: str, way_out: str) -> Non
     for stage in ("teacher", "prune", "distill"):
         finish(run, stage)
     with pytest.raises(RunMismatch) as refused:
-        Run.at(run.path, amend(run.recipe, [changed]))
+        Run.at(run.path, override(run.recipe, [changed]))
     assert way_out.format(path=run.path) in (refused.value.hint or "")
 
 
@@ -268,7 +268,7 @@ def test_a_place_where_nothing_can_be_made_is_refused(tmp_path: Path) -> None:
 
 def test_what_no_finished_stage_has_used_replaces_the_old_recipe(run: Run) -> None:
     finish(run, "teacher")
-    Run.at(run.path, amend(run.recipe, ["prune.epochs=1"]))
+    Run.at(run.path, override(run.recipe, ["prune.epochs=1"]))
     assert Run.open(run.path).recipe.prune.epochs == 1
 
 
@@ -310,7 +310,7 @@ def test_default_paths(recipe: Recipe, expected: str) -> None:
 
 def test_the_fingerprint_covers_what_decides_the_result_and_nothing_else(run: Run) -> None:
     def of(*sets: str, stage: str = "prune") -> str:
-        return Run(run.path, amend(run.recipe, sets)).fingerprint(stage)
+        return Run(run.path, override(run.recipe, sets)).fingerprint(stage)
 
     assert of() == of("save_minutes=1") == of("finetune.epochs=1") == of("name=x")
     assert len({of(), of("prune.epochs=1"), of("seed=1"), of("sparsity=0.5"), of(stage="distill")}) == 5
@@ -382,7 +382,7 @@ def test_a_second_process_is_refused_and_a_killed_owner_holds_nothing(run: Run) 
         with pytest.raises(RunLocked, match="another process"):
             finish(run, "teacher")
         with pytest.raises(RunLocked):
-            Run.at(run.path, amend(run.recipe, ["prune.epochs=1"]))
+            Run.at(run.path, override(run.recipe, ["prune.epochs=1"]))
         with pytest.raises(RunLocked):
             run.discard("teacher")
         assert Run.open(run.path).recipe == run.recipe

@@ -44,7 +44,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> tuple[P
         metrics = {"student": MEASURED, "onnx-fp16": {"student": MEASURED | {"largest_change": 0.01}}}
         assert assembly.assemble(folder / "export", folder / "checkpoint", recipe, metrics) is None
     finally:
-        plugins.tasks._parts.pop("served", None)
+        plugins.tasks.unregister("served")
     return folder / "export", folder / "checkpoint", recipe, metrics
 
 

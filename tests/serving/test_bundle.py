@@ -164,7 +164,7 @@ def test_where_the_library_is_not_to_be_had_the_portable_one_runs(
             raise PluginError("none")
         return plugins.Library("x", "1", SimpleNamespace(path=path))
 
-    monkeypatch.setattr(plugins, "library", library)
+    monkeypatch.setattr(plugins, "find_library", library)
     assert opened(strange) == "model.onnx"
     with pytest.raises((PluginError, DeviceError, ModelError)):
         spdtool.load(strange, variant="onnx-fp16")
@@ -172,7 +172,9 @@ def test_where_the_library_is_not_to_be_had_the_portable_one_runs(
 
 def test_where_it_loads_the_preferred_one_runs(strange: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = classifier.runtime.open_session
-    monkeypatch.setattr(plugins, "library", lambda _: plugins.Library("x", "1", SimpleNamespace(path=lambda: "x.so")))
+    monkeypatch.setattr(
+        plugins, "find_library", lambda _: plugins.Library("x", "1", SimpleNamespace(path=lambda: "x.so"))
+    )
     monkeypatch.setattr(classifier.runtime, "open_session", lambda *words: real(*words[:3]))
     assert opened(strange) == "model_fp16.onnx"
     assert opened(strange, variant="onnx") == "model.onnx"

@@ -288,7 +288,7 @@ class TestLibrary:
     def install(self, monkeypatch: pytest.MonkeyPatch, path: Any, version: str = "0.3.0") -> None:
         """Let a plugin be installed whose library lies where `path()` says."""
         made = plugins.Library("spdtool-sparse-cpu", version, SimpleNamespace(path=path))
-        monkeypatch.setattr(plugins, "library", {"sparse-cpu": made}.__getitem__)
+        monkeypatch.setattr(plugins, "find_library", {"sparse-cpu": made}.__getitem__)
 
     def test_that_of_the_installed_plugin_is_used_and_never_the_folder_s(
         self, folder: Path, opened: list[list[str]], monkeypatch: pytest.MonkeyPatch

@@ -19,7 +19,7 @@ from spdtool.errors import DeviceError, ModelError, SpdError, StageMissing
 from spdtool.export.graph.trace import Onnx
 from spdtool.models.layers import find_prunable_weights
 from spdtool.models.load import save_model
-from spdtool.recipe.reading import parse
+from spdtool.recipe.reading import parse_recipe
 from spdtool.run.folder import Run
 from spdtool.stages import bench as stage
 from spdtool.stages.bench import bench
@@ -231,7 +231,7 @@ def test_real_lengths_are_quantiles_scaled_to_the_longest_and_the_same_every_tim
 
 
 def test_one_number_of_threads_of_an_older_recipe_is_read(toys: ModuleType) -> None:
-    assert parse({"bench": {"threads": 3}}).bench.threads == (3,)
+    assert parse_recipe({"bench": {"threads": 3}}).bench.threads == (3,)
     assert toys.recipe("bench.threads=[1, 2]").bench.threads == (1, 2)
 
 

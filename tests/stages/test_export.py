@@ -255,7 +255,7 @@ class TestOptional:
     def test_one_that_is_not_installed_is_told_once_and_the_rest_goes_on(
         self, fabricate: Fabricate, clean_plugins: None, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        plugins.targets._parts.pop("sparse-cpu", None)
+        plugins.targets.unregister("sparse-cpu")
         metrics = export(fabricate('export.optional=["sparse-cpu"]'))
         assert set(metrics) == {"teacher", "student"}
         said = capsys.readouterr().err

@@ -10,15 +10,16 @@ import pytest
 
 from spdtool.errors import DeviceError, ModelError, RecipeError, UnknownName
 from spdtool.models.layers import find_prunable_weights
-from spdtool.recipe.fields import STAGES
+from spdtool.recipe import STAGES
 from spdtool.run.folder import Run
 from spdtool.stages import plan as planning
+from spdtool.training import schedules
 
 MakeRun = Callable[..., Run]
 
 
 def test_the_plan_of_a_new_run(toy_run: MakeRun) -> None:
-    planned = planning.plan(toy_run("prune.epochs=3", "finetune.max_steps=5", sparsity=0.3))
+    planned = planning.make_plan(toy_run("prune.epochs=3", "finetune.max_steps=5", sparsity=0.3))
     stages = {stage["stage"]: stage for stage in planned["stages"]}
     assert planned["rows"] == {"train": 48, "dev": 24}
     assert list(stages) == list(STAGES)
@@ -30,28 +31,30 @@ def test_the_plan_of_a_new_run(toy_run: MakeRun) -> None:
 
 
 def test_the_plan_says_how_the_rows_were_read(toy_run: MakeRun, toy_task: Callable[..., Any]) -> None:
-    planned = planning.plan(toy_run())
+    planned = planning.make_plan(toy_run())
     assert planned["reading"] == [
         "labels: 2 classes: bad 24, good 24; dev: bad 12, good 12; always the commonest: dev score 0.5000"
     ]
     assert planned["classes"]["train"] == {"bad": 24, "good": 24}
     assert planned["baseline"] == 0.5
     toy_task("stars", labels=())
-    planned = planning.plan(toy_run(task="stars"))
+    planned = planning.make_plan(toy_run(task="stars"))
     assert planned["reading"][0].startswith("labels: regression, 0.")
     assert planned["baseline"] == 0
 
 
 def test_the_plan_says_that_a_given_teachers_labels_have_no_names(toy_run: MakeRun, toys: Any, tmp_path: Path) -> None:
     toys.bert().save_pretrained(tmp_path / "given")
-    notes = planning.plan(toy_run(given_teacher=str(tmp_path / "given")))["notes"]
+    notes = planning.make_plan(toy_run(given_teacher=str(tmp_path / "given")))["notes"]
     assert "the given teacher's labels are taken in their order: LABEL_0 is bad, LABEL_1 is good" in notes
     toys.bert(id2label={0: "good", 1: "Bad"}).save_pretrained(tmp_path / "given")
-    assert not any("order" in note for note in planning.plan(toy_run(given_teacher=str(tmp_path / "given")))["notes"])
+    assert not any(
+        "order" in note for note in planning.make_plan(toy_run(given_teacher=str(tmp_path / "given")))["notes"]
+    )
 
 
 def test_a_derived_learning_rate_is_shown(toy_run: MakeRun, toys: Any) -> None:
-    stages = planning.plan(toy_run("prune.learning_rate=none", "distill.learning_rate=2e-3"))["stages"]
+    stages = planning.make_plan(toy_run("prune.learning_rate=none", "distill.learning_rate=2e-3"))["stages"]
     rates = {stage["stage"]: stage["learning_rate"] for stage in stages}
     assert rates["prune"] == pytest.approx(0.384 / toys.bert().config.hidden_size)
     assert rates["distill"] == 2e-3
@@ -59,7 +62,7 @@ def test_a_derived_learning_rate_is_shown(toy_run: MakeRun, toys: Any) -> None:
 
 
 def test_the_weights_are_those_of_the_model(toy_run: MakeRun, toys: Any) -> None:
-    counted = planning.plan(toy_run(sparsity=0.3))["parameters"]
+    counted = planning.make_plan(toy_run(sparsity=0.3))["parameters"]
     model = toys.bert()
     sizes = [weight.numel() for weight in find_prunable_weights(model).values()]
     assert counted["all"] == sum(parameter.numel() for parameter in model.parameters())
@@ -69,19 +72,19 @@ def test_the_weights_are_those_of_the_model(toy_run: MakeRun, toys: Any) -> None
 
 
 def test_a_sparsity_that_empties_matrices_is_counted(toy_run: MakeRun) -> None:
-    assert planning.plan(toy_run(sparsity=0.9999))["parameters"]["emptied"] == 12
+    assert planning.make_plan(toy_run(sparsity=0.9999))["parameters"]["emptied"] == 12
 
 
 def test_planning_writes_nothing_and_sees_what_is_done(toy_run: MakeRun, tmp_path: Path) -> None:
-    planning.plan(toy_run())
+    planning.make_plan(toy_run())
     assert list(tmp_path.iterdir()) == []
     run = toy_run(until="prune")
-    assert [stage["done"] for stage in planning.plan(run)["stages"]] == [True, True, False, False, False, False]
+    assert [stage["done"] for stage in planning.make_plan(run)["stages"]] == [True, True, False, False, False, False]
 
 
 def test_a_given_teacher_is_not_trained(toy_run: MakeRun, toys: Any, tmp_path: Path) -> None:
     toys.bert().save_pretrained(tmp_path / "given")
-    first = planning.plan(toy_run(given_teacher=str(tmp_path / "given")))["stages"][0]
+    first = planning.make_plan(toy_run(given_teacher=str(tmp_path / "given")))["stages"][0]
     assert (first["steps"], first["why"]) == (None, f"given: {tmp_path / 'given'}")
 
 
@@ -111,7 +114,7 @@ def test_a_given_teacher_of_another_task_is_refused_by_the_plan(
         file = tmp_path / "given" / "config.json"
         file.write_text(file.read_text("utf-8").replace("BertForSequenceClassification", *architectures), "utf-8")
     run = toy_run(given_teacher=str(tmp_path / "given"))
-    for check in (planning.plan, planning.check_run):
+    for check in (planning.make_plan, planning.check_run):
         with pytest.raises(ModelError, match=message):
             check(run)
 
@@ -133,7 +136,7 @@ def test_what_a_later_stage_would_refuse_is_refused_now(
 ) -> None:
     run = toy_run(assignment)
     with pytest.raises(error, match=message):
-        planning.plan(run)
+        planning.make_plan(run)
     with pytest.raises(error, match=message):
         planning.check_run(run)
 
@@ -146,7 +149,7 @@ def test_memory_grows_with_what_costs_memory(toy_run: MakeRun, toys: Any) -> Non
     model = toys.bert()
 
     def bytes_of(*sets: str) -> int:
-        return planning.memory(toy_run(*sets).recipe, model)
+        return planning.estimate_memory(toy_run(*sets).recipe, model)
 
     least = 4 * 5 * sum(parameter.numel() for parameter in model.parameters())
     assert bytes_of() > least
@@ -161,7 +164,7 @@ def test_memory_grows_with_what_costs_memory(toy_run: MakeRun, toys: Any) -> Non
 def test_the_first_jump_stays_below_the_target_and_above_what_is_zero_already(
     toys: Any, sparsity: float, initial: float, first: float | None
 ) -> None:
-    events = planning.events_of(toys.recipe("prune.first=0.7", sparsity=sparsity), 100, initial=initial)
+    events = schedules.event_schedule(toys.recipe("prune.first=0.7", sparsity=sparsity), 100, initial=initial)
     assert events[-1][1] == sparsity
     assert len(events) == 3
     if first is None:
@@ -172,7 +175,7 @@ def test_the_first_jump_stays_below_the_target_and_above_what_is_zero_already(
 
 def test_the_first_jump_does_not_pass_by_a_student_that_is_to_be_left(toys: Any) -> None:
     leave = (0.5, 0.7, 0.8, 0.9)
-    events = planning.events_of(toys.recipe("prune.first=0.7", f"prune.leave={[*leave]}", sparsity=0.95), 100)
+    events = schedules.event_schedule(toys.recipe("prune.first=0.7", f"prune.save_at={[*leave]}", sparsity=0.95), 100)
     assert events[0] == (0, 0.5)
     assert set(leave) <= {sparsity for _, sparsity in events}
     assert [step for step, _ in events] == sorted({step for step, _ in events})
@@ -181,5 +184,5 @@ def test_the_first_jump_does_not_pass_by_a_student_that_is_to_be_left(toys: Any)
 def test_exchanges_without_regrowth_are_refused(toys: Any) -> None:
     recipe = toys.recipe("prune.exchanges=2", "prune.freeze=0.9")
     with pytest.raises(RecipeError, match="change nothing"):
-        planning.check(recipe, 48)
-    planning.check(toys.recipe("prune.exchanges=1", "prune.freeze=1.0", "prune.regrowth=true"), 48)
+        planning.check_recipe(recipe, 48)
+    planning.check_recipe(toys.recipe("prune.exchanges=1", "prune.freeze=1.0", "prune.regrowth=true"), 48)

@@ -62,9 +62,9 @@ def test_every_trial_is_a_run_with_the_teacher_of_its_task_and_seed(planned, tmp
 
 
 def test_a_line_for_each_trial_is_shown_and_nothing_of_its_stages(planned, capsys):
-    console.setup()
+    console.configure()
     trials = planned()
-    sweep.run_sweep(trials, trials[0].folder.parent.parent, lambda line: console.say(console.plain(line)))
+    sweep.run_sweep(trials, trials[0].folder.parent.parent, lambda line: console.say(console.escape(line)))
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["[1/1] toy default 0.5 seed 0"]
 
 
@@ -150,7 +150,7 @@ def test_a_trial_is_a_plain_value_that_another_process_can_run(planned):
     ],
 )
 def test_epochs_are_scaled_to_the_same_sum_in_the_recipes_own_proportions(name, sets, epochs):
-    chosen = sweep.scaled(recipe.resolve(name, {"task": "mrpc"}, sets), 4)
+    chosen = sweep.scaled(recipe.build_recipe(name, {"task": "mrpc"}, sets), 4)
     found = tuple(getattr(chosen, phase).epochs for phase in ("prune", "distill", "finetune"))
     assert found == pytest.approx(epochs)
     assert sum(found) == pytest.approx(4)
@@ -159,7 +159,7 @@ def test_epochs_are_scaled_to_the_same_sum_in_the_recipes_own_proportions(name, 
 @pytest.mark.parametrize("sets", [["prune.epochs=3"], [f"{phase}.epochs=0" for phase in sweep.PHASES]])
 def test_epochs_that_have_no_common_measure_are_refused(sets):
     with pytest.raises(RecipeError, match="--epochs cannot scale"):
-        sweep.scaled(recipe.resolve("default", {"task": "mrpc"}, sets), 4)
+        sweep.scaled(recipe.build_recipe("default", {"task": "mrpc"}, sets), 4)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_two_recipes_of_one_name_are_refused(planned, tmp_path):
 
 
 def test_students_left_on_the_way_are_rows_of_the_table(planned, tmp_path):
-    rows, _ = run_all(planned(sparsities=[0.8], sets=(*QUICK, "prune.first=0.5", "prune.leave=[0.5]")))
+    rows, _ = run_all(planned(sparsities=[0.8], sets=(*QUICK, "prune.first=0.5", "prune.save_at=[0.5]")))
     (left,) = rows[0].left
     assert (left.sparsity, left.label, left.run) == (
         0.5, "default, on the way to 0.8", "toy/default-0.8-seed0/prune/left/0.5",

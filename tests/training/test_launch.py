@@ -28,7 +28,7 @@ def failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             monkeypatch.setenv(processes.ERROR_FILE, str(file))
             monkeypatch.setenv("RANK", str(rank))
             monkeypatch.setenv("WORLD_SIZE", "2")
-            processes.leave_word(word)
+            processes.report_failure(word)
             monkeypatch.delenv("RANK")
         return ProcessFailure(rank, 100 + rank, code, str(file))
 
@@ -94,11 +94,11 @@ def test_what_a_rank_complains_of_is_not_tried_again(monkeypatch: pytest.MonkeyP
 def test_words_are_left_only_where_someone_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv(processes.ERROR_FILE, str(tmp_path / "error.json"))
-    processes.leave_word(LOST)
+    processes.report_failure(LOST)
     assert not (tmp_path / "error.json").exists(), "a process that is alone tells its errors itself"
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    processes.leave_word(LOST)
+    processes.report_failure(LOST)
     assert json.loads((tmp_path / "error.json").read_text("utf-8"))["message"] == LOST.message
 
 
@@ -115,7 +115,7 @@ def test_the_ranks_find_their_launcher_and_share_the_cores(tmp_path: Path, monke
 def test_a_rank_without_its_launcher_ends_and_removes_what_that_has_left(tmp_path: Path) -> None:
     left = tmp_path / "spdtool-ranks-x"
     left.mkdir()
-    script = "import time; from spdtool import processes; processes.end_with_parent(); time.sleep(60)"
+    script = "import time; from spdtool import ranks as processes; processes.die_with_parent(); time.sleep(60)"
     launched = {processes.LAUNCHER: "0", processes.FOLDER: str(left), "RANK": "0", "WORLD_SIZE": "2"}
     done = subprocess.run([sys.executable, "-c", script], env=os.environ | launched, check=False, timeout=30)
     assert done.returncode == PeerLost.exit_code
@@ -125,7 +125,7 @@ def test_a_rank_without_its_launcher_ends_and_removes_what_that_has_left(tmp_pat
 @pytest.mark.parametrize("code", [0, 3])
 def test_a_rank_leaves_with_its_code_and_what_is_registered_is_done(tmp_path: Path, code: int) -> None:
     done = tmp_path / "done"
-    script = "import atexit, pathlib; from spdtool import processes; print('said', end='')\n"
-    script += f"atexit.register(pathlib.Path({str(done)!r}).touch); processes.leave({code})"
+    script = "import atexit, pathlib; from spdtool import ranks as processes; print('said', end='')\n"
+    script += f"atexit.register(pathlib.Path({str(done)!r}).touch); processes.exit_rank({code})"
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=30)
     assert (ended.returncode, ended.stdout, done.exists()) == (code, "said", True)

@@ -18,7 +18,7 @@ from spdtool.models.load import load_model
 from spdtool.run.folder import Run
 from spdtool.stages.prune import prune
 
-LEAVE = ("prune.events=4", "prune.schedule=linear", "prune.leave=[0.25, 0.375]")
+LEAVE = ("prune.events=4", "prune.schedule=linear", "prune.save_at=[0.25, 0.375]")
 
 
 def events(folder: Path, kind: str) -> list[dict[str, Any]]:

@@ -161,7 +161,7 @@ def test_it_is_plain_adamw_on_plain_batches(bench: Bench, toys: Any) -> None:
     )
     step = 0
     for epoch in range(2):
-        for batch in data.training_batches(rows, 8, 0, epoch, bucketing=False):
+        for batch in data.training_batches(rows, 8, 0, epoch, pool=None):
             inputs = evaluation.to_device(rows.collate(batch, 32), "cpu")
             labels = inputs.pop("labels")
             F.cross_entropy(model(**inputs).logits, labels).backward()

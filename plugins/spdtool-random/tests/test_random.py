@@ -10,7 +10,7 @@ from spdtool.pruning.statistics import Stats
 
 
 def test_it_is_found_through_the_entry_point():
-    part = plugins.criteria.part("random")
+    part = plugins.criteria.entry("random")
     assert part.source == "spdtool-random:random"
     assert part.meta == {}
 

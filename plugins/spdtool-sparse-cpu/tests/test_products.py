@@ -320,7 +320,7 @@ def trained(toys: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         return made[1:], calls
 
     yield train
-    plugins.tasks._parts.pop("toy", None)
+    plugins.tasks.unregister("toy")
 
 
 def test_a_student_learns_as_with_dense_products_and_twice_the_same(trained: Callable[..., Any]) -> None:

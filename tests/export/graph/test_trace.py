@@ -345,6 +345,6 @@ class TestPlantedFaults:
 
 
 def test_the_target_is_registered() -> None:
-    part = plugins.targets.part("onnx")
+    part = plugins.targets.entry("onnx")
     assert part.value is Onnx
     assert "portable" in part.summary
