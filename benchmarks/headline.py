@@ -244,7 +244,8 @@ def columns_of(measured: dict[str, Any], shape: str) -> list[Column]:
 def notes_of(measured: dict[str, Any]) -> str:
     """Return what has to stand below the picture: model, zeros, task, machine, and what the marks mean."""
     threads = "one thread" if measured["threads"] == 1 else f"{measured['threads']} threads"
-    first = f"{measured['model']}; {measured['pattern']}; {measured['task'].upper()}, recipe {measured['recipe']}"
+    first = f"{measured['model']}; {measured['pattern']}; "
+    first += f"{measured['task'].upper()}, recipe {measured['recipe']}" if measured["task"] else "random weights"
     second = f"{measured['cpu']}, {threads}; 1x is the faster dense form in onnxruntime"
     if measured["rounds"]:
         second += f"; lines: 95 % interval of the median of {measured['rounds']} rounds"

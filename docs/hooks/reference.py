@@ -332,7 +332,7 @@ def packed_format() -> str:
             "The target `sparse-cpu` stores each parameter of the encoder as one constant in this form. It keeps the "
             "values that are not zero, and the gaps between them. `spdtool unpack` turns a folder back into a "
             "Hugging Face checkpoint, without loss where every value is fp32.",
-            f"```text\n{docstring(PACKING)}\n```",
+            paragraphs(docstring(PACKING)),  # its indented lines become code blocks
         ]
     )
 
