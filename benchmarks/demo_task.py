@@ -23,14 +23,14 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.neural_network import MLPClassifier
 
-from spdtool import tasks
-from spdtool.data import tokens as data
+from spdtool.data.dataset import Rows, find_dataset
 from spdtool.models import predict as evaluation
 from spdtool.models.layers import find_prunable_weights
 from spdtool.models.load import label_names, load_model, load_tokenizer
 from spdtool.recipe import reading as recipe
 from spdtool.run.folder import Run
 from spdtool.stages.teacher import teacher
+from spdtool.tasks import prepare_data
 
 SETTINGS = (
     "teacher.epochs=12",
@@ -44,10 +44,10 @@ SPARSITIES = (0.5, 0.7, 0.8, 0.9)
 
 def word_counts(seed: int) -> dict[str, float]:
     """Dev accuracy of classifiers that see the word counts of premise and hypothesis, side by side."""
-    splits = tasks.resolve(recipe.Recipe()).load(None, seed)
+    splits = find_dataset(recipe.Recipe()).load(None, seed)
     counters = [CountVectorizer().fit(splits["train"].first + splits["train"].second) for _ in range(2)]
 
-    def features(rows: tasks.Rows) -> np.ndarray:
+    def features(rows: Rows) -> np.ndarray:
         sides = zip(counters, (rows.first, rows.second), strict=True)
         return hstack([counter.transform(side) for counter, side in sides]).toarray().astype(float)
 
@@ -69,7 +69,7 @@ def trained(seed: int, sets: list[str]) -> tuple[float, float, int, dict[float, 
         metrics = teacher(run)
         seconds = time.perf_counter() - started
         model, tokenizer = load_model(run.read("teacher")), load_tokenizer(run.read("teacher"))
-    task, encoded = data.prepare(chosen, tokenizer, label_names(model))
+    task, encoded = prepare_data(chosen, tokenizer, label_names(model))
 
     def accuracy(sparsity: float) -> float:
         pruned = copy.deepcopy(model).eval()

@@ -87,18 +87,19 @@ class Anonymous:
 
 def measure(folder: Path, model: str, batches: int) -> dict[str, float]:
     """The largest anonymous memory of each part, and the seconds until the first batch."""
-    from spdtool import tasks
+    from spdtool.data.batches import training_batches
+    from spdtool.tasks import find_task
     from spdtool.data import tokens as data
     from spdtool.models.load import load_tokenizer
     from spdtool.recipe.reading import build_recipe
 
     recipe, start = build_recipe("default", {"task": "local", "data": str(folder)}), time.monotonic()
     anonymous, tokenizer = Anonymous(), load_tokenizer(model)
-    splits = tasks.rows(tasks.resolve(recipe), recipe)
+    splits = find_task(recipe).read_rows(recipe)
     found = {"reading": anonymous.take()}
-    rows = data.encode(tokenizer, splits, recipe.max_length)["train"]
+    rows = data.encode_splits(tokenizer, splits, recipe.max_length)["train"]
     found["tokenising"] = anonymous.take()
-    epoch = data.training_batches(rows, 32, recipe.seed, 0, pool=recipe.pool)
+    epoch = training_batches(rows, 32, recipe.seed, 0, pool=recipe.pool)
     rows.collate(epoch[0])
     found["seconds"] = time.monotonic() - start
     for index in range(min(len(epoch), batches)):

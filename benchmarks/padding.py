@@ -19,16 +19,15 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="encoder folder whose tokenizer is taken")
     parser.add_argument("--batch", type=int, default=32)
     options = parser.parse_args()
-    from spdtool import tasks
     from spdtool.data import tokens as data
     from spdtool.models.load import load_tokenizer
     from spdtool.recipe import reading as recipe
+    from spdtool.tasks import find_task
 
     tokenizer = load_tokenizer(options.model)
     for number, name in enumerate(options.tasks):
         chosen = recipe.build_recipe("default", {"task": name, "data": options.data})
-        task = tasks.resolve(chosen)
-        rows = data.tokenise(tokenizer, tasks.rows(task, chosen)["train"], chosen.max_length)
+        rows = data.tokenize(tokenizer, find_task(chosen).read_rows(chosen)["train"], chosen.max_length)
         shares = padding_shares(rows.lengths, options.batch, chosen.max_length)
         if number == 0:
             print("| task | rows | tokens a row |", " | ".join(shares), "|\n|" + "---|" * (3 + len(shares)))
@@ -45,13 +44,14 @@ def padding_shares(lengths: Any, batch_size: int, max_length: int, epochs: int =
     import numpy as np
 
     from spdtool.data import tokens as data
+    from spdtool.data.batches import training_batches
 
-    split = data.Encoded({}, np.concatenate([[0], np.cumsum(lengths)]), np.zeros(len(lengths)), {}, left=False)
+    split = data.Encoded({}, np.concatenate([[0], np.cumsum(lengths)]), np.zeros(len(lengths)), {}, pad_left=False)
 
     def share(bucketing: bool, length: int | None) -> float:
         positions = 0
         for epoch in range(epochs):
-            batches = data.training_batches(split, batch_size, 0, epoch, pool=50 if bucketing else None)
+            batches = training_batches(split, batch_size, 0, epoch, pool=50 if bucketing else None)
             positions += sum(len(batch) * int(length or lengths[batch].max()) for batch in batches)
         return 1 - epochs * int(lengths.sum()) / positions
 

@@ -123,7 +123,7 @@ def _model(size: str, out: Path) -> Path:
         from spdtool.recipe import reading as recipe
 
         torch.manual_seed(0)
-        tokenizer = demo.tokenizer()
+        tokenizer = demo.demo_tokenizer()
         shape = SIZES[size] | {"vocab_size": len(tokenizer), "max_position_embeddings": 128, "initializer_range": 0.08}
         save_model(BertForSequenceClassification(BertConfig(**shape)).eval(), tokenizer, folder / "checkpoint")
         Onnx.export(

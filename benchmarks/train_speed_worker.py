@@ -189,7 +189,7 @@ def random_model(options: argparse.Namespace, folder: Path) -> str:
     from spdtool.models.load import load_tokenizer, save_tokenizer
 
     width, layers = (int(word) for word in options.random_model.split("x"))
-    tokenizer = load_tokenizer(options.model) if options.model else demo.tokenizer()
+    tokenizer = load_tokenizer(options.model) if options.model else demo.demo_tokenizer()
     config = BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -199,10 +199,10 @@ def random_model(options: argparse.Namespace, folder: Path) -> str:
     )
     BertModel(config).save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
-    task = plugins.tasks.get(options.task)
+    task = plugins.datasets.get(options.task)
     if task.build is not None:  # the embedded task would build its own
-        plugins.tasks._parts.pop(options.task)
-        plugins.tasks.register(options.task)(replace(task, build=None))
+        plugins.datasets.unregister(options.task)
+        plugins.datasets.register(options.task)(replace(task, build=None))
     return str(folder)
 
 

@@ -168,11 +168,12 @@ criteria: Registry[Callable[..., Any]] = Registry(
     "criterion", "spdtool.pruning.criteria", "spdtool.pruning.second_order"
 )
 patterns: Registry[Callable[..., Any]] = Registry("pattern", "spdtool.pruning.patterns")
-tasks: Registry[Any] = Registry("task", "spdtool.data.glue", "spdtool.data.demo")
+datasets: Registry[Any] = Registry("task", "spdtool.data.glue", "spdtool.data.demo")
+task_kinds: Registry[Any] = Registry("kind of task", "spdtool.tasks.classification", "spdtool.tasks.regression")
 targets: Registry[Any] = Registry("export target", "spdtool.export.graph.trace", "spdtool.export.targets")
 stacks: Registry[Callable[..., Any]] = Registry("layer stack")
 products: Registry[Callable[..., None]] = Registry("sparse product")
-REGISTRIES: tuple[Registry[Any], ...] = (criteria, patterns, tasks, targets, stacks, products)
+REGISTRIES: tuple[Registry[Any], ...] = (criteria, patterns, datasets, task_kinds, targets, stacks, products)
 
 
 def use_folder(folder: Path | str | None) -> None:

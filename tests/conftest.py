@@ -100,12 +100,12 @@ def toy_task() -> Iterator[Callable[..., Task]]:
 
     def make(name: str = "toy", **how: Any) -> Task:
         names.append(name)
-        task: Task = _toys.register(_toys.task(name, **how))
+        task: Task = _toys.register(_toys.dataset(name, **how))
         return task
 
     yield make
     for name in names:
-        plugins.tasks.unregister(name)
+        plugins.datasets.unregister(name)
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def toy_run(tmp_path: Path, toy_task: Callable[..., Task]) -> Callable[..., Run]
     """
 
     def make(*sets: str, until: str | None = None, folder: str = "run", **flags: Any) -> Run:
-        if plugins.tasks.find("toy") is None:
+        if plugins.datasets.find("toy") is None:
             toy_task()
         run = Run.at(tmp_path / folder, _toys.recipe(*sets, **flags))
         order = ("teacher", "prune", "distill", "finetune", "export")

@@ -134,7 +134,7 @@ def in_a_fork(work: Callable[[], None]) -> int:
 
 def stage(folder: Path, name: str, minutes: float, deaths: tuple[str, int] | None = None) -> int:
     def work() -> None:
-        toys.register(toys.task(train=24, dev=16, dropout=0.2))
+        toys.register(toys.dataset(train=24, dev=16, dropout=0.2))
         run = Run.at(folder, recipe(minutes))
         if deaths is not None:
             plan_for(run, *deaths)

@@ -64,7 +64,7 @@ def work(call: dict[str, Any]) -> None:
     from spdtool.errors import SpdError
 
     console.configure()
-    toys.register(toys.task(train=call.get("rows", 44), dev=20, pairs=True))
+    toys.register(toys.dataset(train=call.get("rows", 44), dev=20, pairs=True))
     run = Run.at(call["folder"], recipe(call.get("recipe", "default"), call["sets"]))
     written = []
     for owner, what in ((Path, "mkdir"), (Path, "rename"), (Path, "unlink"), (shutil, "rmtree")):

@@ -32,6 +32,7 @@ from spdtool.pruning.patterns import zeros_in
 from spdtool.recipe.fields import Loss
 from spdtool.run.folder import Run
 from spdtool.tasks import Task
+from spdtool.tasks.classification import Classification
 
 DEPTH = 3
 each = pytest.mark.parametrize("architecture", list(ARCHITECTURES))
@@ -152,7 +153,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(toys: Any, architecture
                 learnt = compute_outputs(student, batch, hidden_states=True, attention="scores")
             assert learnt.attentions is not None
             assert len(learnt.attentions) == DEPTH
-            distillation_loss(learnt, taught, batch, SCORES, regression=False)["loss"].backward()
+            distillation_loss(learnt, taught, batch, SCORES, logit_loss=Classification.logit_loss)["loss"].backward()
         assert any(draw)
         return {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
 
@@ -253,7 +254,7 @@ def test_compiling_layer_by_layer_gives_the_same_loss_and_gradients(toys: Any, a
                 taught = compute_outputs(teacher, batch, hidden_states=True, attention=seen)
             with grafting.draw(0.5):
                 learnt = compute_outputs(student, batch, hidden_states=True, attention=seen)
-            loss = distillation_loss(learnt, taught, batch, weights, regression=False)["loss"]
+            loss = distillation_loss(learnt, taught, batch, weights, logit_loss=Classification.logit_loss)["loss"]
             if loss.requires_grad:  # some layer of the draw is the student's
                 loss.backward()
             losses.append(float(loss.detach()))

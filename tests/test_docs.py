@@ -154,7 +154,7 @@ def test_the_reference_has_every_recipe_and_each_resolves(pages: dict[str, str])
 
 
 def test_the_reference_has_everything_that_is_built_in(pages: dict[str, str]) -> None:
-    registries = {"tasks": plugins.tasks, "targets": plugins.targets, "criteria": plugins.criteria}
+    registries = {"tasks": plugins.datasets, "targets": plugins.targets, "criteria": plugins.criteria}
     for page, registry in registries.items():
         for part in registry.entries():
             if part.source.startswith("spdtool."):

@@ -41,7 +41,7 @@ def test_builtin_parts_came_through_the_same_door() -> None:
     assert part.source == "spdtool.pruning.criteria"
     assert "absolute value" in part.summary
     assert "unstructured" in [part.name for part in plugins.patterns.entries()]
-    assert "demo" in [part.name for part in plugins.tasks.entries()]
+    assert "demo" in [part.name for part in plugins.datasets.entries()]
 
 
 def test_a_registered_part_keeps_what_it_declared() -> None:

@@ -181,7 +181,7 @@ import os, signal, sys, torch
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import toys
-toys.register(toys.task(train=44, dev=20))
+toys.register(toys.dataset(train=44, dev=20))
 original, calls, died = torch.optim.AdamW.step, 0, Path({died!r})
 def step(*args, **options):
     global calls
@@ -251,7 +251,7 @@ import os, signal, sys, torch
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import toys
-toys.register(toys.task(train=41, dev=20, pairs=True))
+toys.register(toys.dataset(train=41, dev=20, pairs=True))
 original, calls, died = torch.optim.AdamW.step, 0, Path({died!r})
 def step(*args, **options):
     global calls

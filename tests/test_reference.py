@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spdtool.data import tokens as data
+from spdtool.data.batches import training_batches
 from spdtool.models.load import load_model, load_tokenizer, save_model
 from spdtool.run.folder import Run
 from spdtool.tasks import Task
@@ -194,7 +195,7 @@ def test_every_step_of_every_phase_is_that_of_the_published_algorithm(
     monkeypatch.setattr(training, "adamw", unfused)
     teacher = load(run.path / "teacher")
     plain = Plain(teacher.state_dict(), dropout, 5, regression)
-    rows = data.encode(load_tokenizer(run.path / "teacher"), task.load(None, 5), LENGTH)["train"]
+    rows = data.encode_splits(load_tokenizer(run.path / "teacher"), task.dataset.load(None, 5), LENGTH)["train"]
     per_epoch = math.ceil(len(rows) / BATCH)
     steps = {stage: count * per_epoch for stage, count in EPOCHS.items()}
     events = {round(index * steps["prune"] / 12): index for index in range(1, 13)}
@@ -214,7 +215,7 @@ def test_every_step_of_every_phase_is_that_of_the_published_algorithm(
         plain.start_phase()
         for done in range(1, steps[stage] + 1):
             epoch, place = divmod(done - 1, per_epoch)
-            batch = data.training_batches(rows, BATCH, 5, epoch, pool=None)[place]
+            batch = training_batches(rows, BATCH, 5, epoch, pool=None)[place]
             inputs = {name: torch.from_numpy(column) for name, column in rows.collate(batch, LENGTH).items()}
             rate, learning_rate = schedules(stage, done - 1, steps)
             expected = plain.step(inputs, rate, learning_rate)
@@ -254,7 +255,7 @@ def encoders_folder(toys: Any, toy_run: Any, dropout: float, labels: int) -> str
     """A random model to give as the fine-tuned teacher."""
     from spdtool import plugins
 
-    names = {0: "score"} if labels == 1 else dict(enumerate(plugins.tasks.get("toy").labels))
+    names = {0: "score"} if labels == 1 else dict(enumerate(plugins.datasets.get("toy").labels))
     model = toys.bert(
         LAYERS, hidden=WIDTH, dropout=dropout, labels=labels, seed=3, num_attention_heads=HEADS, id2label=names,
         label2id={name: index for index, name in names.items()},

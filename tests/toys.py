@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from spdtool import plugins
+from spdtool.data.dataset import Dataset, Rows
 from spdtool.recipe.fields import Recipe
 from spdtool.recipe.reading import build_recipe
-from spdtool.tasks import Rows, Task
+from spdtool.tasks import Task, task_of
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 GOOD = ("good", "fine", "kind", "warm")
@@ -162,7 +163,7 @@ def rows(
     return Rows(first, second if pairs else None, gold)
 
 
-def task(
+def dataset(
     name: str = "toy",
     *,
     train: int = 48,
@@ -174,8 +175,8 @@ def task(
     dropout: float = 0.0,
     build: bool = True,
     architecture: str | None = None,
-) -> Task:
-    """A task of in-memory rows with a tiny model of its own: a BERT, or another `architecture`.
+) -> Dataset:
+    """A data set of in-memory rows with a tiny model of its own: a BERT, or another `architecture`.
 
     Args:
         build: False to leave the model to the recipe.
@@ -191,8 +192,9 @@ def task(
             return model, tokenizer(token_types=ARCHITECTURES[architecture][1])
         return bert(layers, dropout=dropout, labels=count, seed=seed, **names), tokenizer()
 
-    return Task(
+    return Dataset(
         name=name,
+        kind="classification" if labels else "regression",
         text=("first", "second") if pairs else ("first",),
         labels=labels,
         metrics=metrics or (("accuracy",) if labels else ("pearson",)),
@@ -205,11 +207,11 @@ def task(
     )
 
 
-def register(made: Task) -> Task:
+def register(made: Dataset) -> Task:
     """Make the task known under its name, in place of any earlier one."""
-    plugins.tasks.unregister(made.name)
-    plugins.tasks.register(made.name)(made)
-    return made
+    plugins.datasets.unregister(made.name)
+    plugins.datasets.register(made.name)(made)
+    return task_of(made)
 
 
 def recipe(*sets: str, name: str = "default", task: str = "toy", sparsity: float = 0.5, **flags: Any) -> Recipe:

@@ -252,7 +252,7 @@ def tasks() -> str:
 
     rows = [
         (code(part.name), paragraphs(part.value.about), ", ".join(part.value.metrics))
-        for part in built_in(plugins.tasks)
+        for part in built_in(plugins.datasets)
     ]
     return "\n\n".join(
         [

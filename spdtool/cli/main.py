@@ -344,7 +344,7 @@ def doctor() -> Any:
 def tasks() -> Any:
     """List the tasks."""
     rows = [
-        (part.name, part.value.about, ", ".join(part.value.metrics), part.source) for part in plugins.tasks.entries()
+        (part.name, part.value.about, ", ".join(part.value.metrics), part.source) for part in plugins.datasets.entries()
     ]
     console.print_table("tasks", ("name", "what it is", "metrics", "from"), rows)
     console.say("[dim]or any csv, tsv, jsonl or parquet file: --data FILE --text a,b --label c[/]")

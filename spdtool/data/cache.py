@@ -41,13 +41,13 @@ Append = Callable[[str, np.ndarray], None]
 """`append(name, array)` puts the array's rows behind those that the array `name` has."""
 
 
-def folder() -> Path:
+def cache_folder() -> Path:
     """Where entries are kept."""
     root = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(root) if os.path.isabs(root) else Path.home() / ".cache") / "spdtool"
 
 
-def limit() -> float:
+def size_limit() -> float:
     """How many bytes all entries together may have, unless a single one has more."""
     try:
         return float(os.environ.get("SPDTOOL_CACHE_GB", "")) * 1e9
@@ -55,27 +55,27 @@ def limit() -> float:
         return 20e9
 
 
-def hash_of(array: np.ndarray) -> str:
+def hash_array(array: np.ndarray) -> str:
     """Hash of an array's bytes."""
     return hashlib.blake2b(np.ascontiguousarray(array).data, digest_size=16).hexdigest()
 
 
-def key(*parts: Any) -> str:
+def cache_key(*parts: Any) -> str:
     """A name for an entry that is made of `parts` (what JSON can hold)."""
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def arrays(kind: str, name: str, fill: Callable[[Append], None]) -> Arrays:
+def cached_arrays(kind: str, name: str, fill: Callable[[Append], None]) -> Arrays:
     """The arrays of the entry `name`, mapped from the disk, read only; made by `fill` if there is no whole entry.
 
     Where the cache cannot be written to, they are kept in memory.
     """
-    return stored(kind, name, fill) or in_memory(fill)
+    return arrays_on_disk(kind, name, fill) or arrays_in_memory(fill)
 
 
-def stored(kind: str, name: str, fill: Callable[[Append], None]) -> Arrays | None:
-    """As `arrays`, but None where the cache cannot be written to: for what is too much for the memory."""
-    entry = folder() / kind / name
+def arrays_on_disk(kind: str, name: str, fill: Callable[[Append], None]) -> Arrays | None:
+    """As `cached_arrays`, but None where the cache cannot be written to: for what is too much for the memory."""
+    entry = cache_folder() / kind / name
     found = _read(entry)
     if found is not None:
         return found
@@ -182,7 +182,7 @@ def _make_room(made: Path) -> None:
     A process that has mapped an entry keeps it: its disk space is freed when that process ends.
     """
     entries: list[tuple[float, int, Path]] = []
-    for path in folder().glob("*/*"):
+    for path in cache_folder().glob("*/*"):
         with suppress(OSError):
             if path.name.startswith("."):
                 if time.time() - path.stat().st_mtime > DAY:
@@ -191,7 +191,7 @@ def _make_room(made: Path) -> None:
                 entries.append(((path / CONTENTS).stat().st_mtime, _bytes(path), path))
     total = sum(size for _, size, _ in entries)
     for _, size, path in sorted(entries):
-        if total > limit() and path != made:
+        if total > size_limit() and path != made:
             shutil.rmtree(path, ignore_errors=True)
             total -= size
 
@@ -200,9 +200,9 @@ def _bytes(entry: Path) -> int:
     return sum(file.stat().st_size for file in entry.iterdir())
 
 
-def in_memory(fill: Callable[[Append], None]) -> Arrays:
+def arrays_in_memory(fill: Callable[[Append], None]) -> Arrays:
     """The arrays that `fill` makes, kept nowhere."""
     parts: dict[str, list[np.ndarray]] = {}
     fill(lambda name, array: parts.setdefault(name, []).append(array))
     made = {name: np.concatenate(each) for name, each in parts.items()}
-    return Arrays(made, {name: hash_of(array) for name, array in made.items()})
+    return Arrays(made, {name: hash_array(array) for name, array in made.items()})

@@ -18,9 +18,9 @@ import random
 from dataclasses import dataclass, replace
 from typing import Any
 
+from spdtool.data.dataset import Dataset, Rows
 from spdtool.errors import DataError
-from spdtool.plugins import tasks
-from spdtool.tasks import Rows, Task
+from spdtool.plugins import datasets
 
 ADJECTIVES = ("old", "red", "small", "quiet")
 NOUNS = ("foxes", "cats", "dogs", "bears", "horses", "wolves")
@@ -58,7 +58,7 @@ class Event:
         )
 
 
-def load(data: str | None, seed: int) -> dict[str, Rows]:
+def load_demo(data: str | None, seed: int) -> dict[str, Rows]:
     """The splits `train` (4,800 rows) and `dev` (960), drawn from `seed`; no event is the premise of rows in both.
 
     Raises:
@@ -72,7 +72,7 @@ def load(data: str | None, seed: int) -> dict[str, Rows]:
     return {"train": _rows(draw, events[DEV_PREMISES:]), "dev": _rows(draw, events[:DEV_PREMISES])}
 
 
-def build(seed: int) -> tuple[Any, Any]:
+def build_demo_model(seed: int) -> tuple[Any, Any]:
     """An untrained BERT of four layers for this task, and its tokenizer.
 
     The weights depend on `seed` alone, and the global random state is left as it was.
@@ -80,7 +80,7 @@ def build(seed: int) -> tuple[Any, Any]:
     import torch
     from transformers import BertConfig, BertForSequenceClassification
 
-    tokens = tokenizer()
+    tokens = demo_tokenizer()
     config = BertConfig(
         vocab_size=len(tokens),
         hidden_size=64,
@@ -100,7 +100,7 @@ def build(seed: int) -> tuple[Any, Any]:
         return BertForSequenceClassification(config), tokens
 
 
-def tokenizer() -> Any:
+def demo_tokenizer() -> Any:
     """The fast tokenizer of the demo: one WordPiece token per word of the grammar, laid out as BERT's."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import BertTokenizerFast  # type: ignore[attr-defined]  # a name that transformers 5 adds late
@@ -140,14 +140,15 @@ def _rows(draw: random.Random, events: list[Event]) -> Rows:
     return Rows(list(first), list(second), list(labels))
 
 
-tasks.register("demo")(
-    Task(
+datasets.register("demo")(
+    Dataset(
         name="demo",
+        kind="classification",
         text=("premise", "hypothesis"),
         labels=LABELS,
         metrics=("accuracy",),
-        load=load,
-        build=build,
+        load=load_demo,
+        build=build_demo_model,
         about="who did what to whom: generated pairs, with a small model of its own; no files, no network",
     )
 )

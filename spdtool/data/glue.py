@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from spdtool import console
+from spdtool.data.dataset import Dataset, Rows, plain_name
 from spdtool.data.files import Table, read_tsv
 from spdtool.errors import DataError
-from spdtool.plugins import tasks
-from spdtool.tasks import Rows, Task, plain
+from spdtool.plugins import datasets
 
 HUB = "nyu-mll/glue"
 ENTAILMENT = ("entailment", "not_entailment")
@@ -143,7 +143,7 @@ GLUE = {
 }
 
 
-def load(name: str, data: str | None) -> dict[str, Rows]:
+def load_glue(name: str, data: str | None) -> dict[str, Rows]:
     """The splits `train` and `dev` (for mnli also `dev_mm`) of the GLUE task `name`.
 
     Args:
@@ -156,7 +156,7 @@ def load(name: str, data: str | None) -> dict[str, Rows]:
 
 
 def from_folder(name: str, folder: Path) -> dict[str, Rows]:
-    """The splits of `name` from its official TSV files; raises as `load` does."""
+    """The splits of `name` from its official TSV files; raises as `load_glue` does."""
     glue = GLUE[name]
     files = {"train": "train.tsv"} | {split: file for split, file, _ in glue.dev}
     found = _task_folder(glue, folder, tuple(files.values()))
@@ -164,7 +164,7 @@ def from_folder(name: str, folder: Path) -> dict[str, Rows]:
 
 
 def from_tsv(name: str, path: Path) -> Rows:
-    """The rows of one official file of `name`, in its order; raises as `load` does."""
+    """The rows of one official file of `name`, in its order; raises as `load_glue` does."""
     glue = GLUE[name]
     if not path.is_file():
         raise DataError(f"{path} is missing", f"the official files of {name} are train.tsv and {_dev_files(glue)}")
@@ -180,7 +180,7 @@ def from_tsv(name: str, path: Path) -> Rows:
 
 
 def from_hub(name: str) -> dict[str, Rows]:
-    """The splits of `name` from the hub; raises as `load` does."""
+    """The splits of `name` from the hub; raises as `load_glue` does."""
     glue = GLUE[name]
     try:
         from datasets import load_dataset
@@ -210,7 +210,9 @@ def _task_folder(glue: Glue, folder: Path, files: tuple[str, ...]) -> Path:
     if not folder.is_dir():
         problem = "is a file" if folder.exists() else "does not exist"
         raise DataError(f"{folder} {problem}", f"give a folder with {' and '.join(files)}")
-    inside = sorted(path for path in folder.iterdir() if path.is_dir() and plain(path.name) == plain(glue.folder))
+    inside = sorted(
+        path for path in folder.iterdir() if path.is_dir() and plain_name(path.name) == plain_name(glue.folder)
+    )
     found = next((path for path in (folder, *inside) if (path / "train.tsv").is_file()), None)
     if found is None:
         raise DataError(
@@ -241,13 +243,14 @@ def _dev_files(glue: Glue) -> str:
 
 
 for _name, _glue in GLUE.items():
-    tasks.register(_name)(
-        Task(
+    datasets.register(_name)(
+        Dataset(
             name=_name,
+            kind="classification" if _glue.labels else "regression",
             text=_glue.hub_text,
             labels=_glue.labels,
             metrics=_glue.metrics,
-            load=lambda data, seed, name=_name: load(name, data),  # type: ignore[misc]  # noqa: ARG005
+            load=lambda data, seed, name=_name: load_glue(name, data),  # type: ignore[misc]  # noqa: ARG005
             about=_glue.about,
         )
     )

@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spdtool.data.dataset import Dataset, Rows
 from spdtool.data.files import Table, checked, read_text, read_tsv
 from spdtool.data.labels import Labels, label_of, of_column
 from spdtool.data.labels import number as number_of
 from spdtool.errors import DataError
 from spdtool.recipe.fields import Recipe
-from spdtool.tasks import Rows, Task
 
 DEV_LEAST = 0.07  # of the texts of each class
 DEV_NAMES = ("dev", "validation", "valid", "val")
@@ -52,7 +52,7 @@ class Columns:
     label: str
 
 
-def task(recipe: Recipe) -> Task:
+def local_dataset(recipe: Recipe) -> Dataset:
     """The task that `recipe.data`, `recipe.text` and `recipe.label` describe.
 
     Raises:
@@ -64,7 +64,7 @@ def task(recipe: Recipe) -> Task:
 
     files = shards.found(Path(recipe.data))
     if files is not None:
-        return shards.task(recipe, files)
+        return shards.sharded_dataset(recipe, files)
     tables = read(Path(recipe.data))
     columns = choose_columns(tables["train"], recipe.text, recipe.label)
     seen = Labels()
@@ -76,8 +76,9 @@ def task(recipe: Recipe) -> Task:
         splits = {name: to_rows(table, columns, classes) for name, table in ours.items()}
         return splits if "dev" in splits else split(splits["train"], seed, recipe.dev_share)
 
-    return Task(
+    return Dataset(
         name="local",
+        kind="classification" if classes else "regression",
         text=columns.text,
         labels=classes,
         metrics=metrics_for(classes),
@@ -283,7 +284,7 @@ def split(rows: Rows, seed: int, dev_share: float) -> dict[str, Rows]:
         sides["dev" if place in dev else "train"].append(row)
     if not sides["dev"]:
         raise DataError(f"{len(rows)} rows are too few to draw a dev set from", "give a folder with train and dev")
-    return {name: rows.pick(chosen) for name, chosen in sides.items()}
+    return {name: rows.select(chosen) for name, chosen in sides.items()}
 
 
 def _places(rows: Rows, seed: int) -> list[float]:

@@ -18,11 +18,11 @@ from typing import Any, overload
 import numpy as np
 
 from spdtool.data import cache, local
+from spdtool.data.dataset import Dataset, Rows
 from spdtool.data.files import Table
 from spdtool.data.labels import Labels, of_column
 from spdtool.errors import DataError
 from spdtool.recipe.fields import Recipe
-from spdtool.tasks import Rows, Task
 
 PIECE = 20_000  # rows of a Parquet file that are read at a time
 FORMAT = 2  # of the rows in the cache: another layout, another number
@@ -79,7 +79,7 @@ def found(folder: Path) -> dict[str, list[Path]] | None:
     return files
 
 
-def task(recipe: Recipe, files: dict[str, list[Path]]) -> Task:
+def sharded_dataset(recipe: Recipe, files: dict[str, list[Path]]) -> Dataset:
     """The task that the files describe; the first rows say which columns there are, all labels what they are.
 
     Raises:
@@ -93,8 +93,9 @@ def task(recipe: Recipe, files: dict[str, list[Path]]) -> Task:
     def load(_data: str | None, _seed: int) -> dict[str, Rows]:
         return {split: _rows(arrays, columns, classes, split) for split, arrays in stored.items()}
 
-    return Task(
+    return Dataset(
         name="local",
+        kind="classification" if classes else "regression",
         text=columns.text,
         labels=classes,
         metrics=local.metrics_for(classes),
@@ -138,7 +139,7 @@ def _stored(paths: list[Path], columns: local.Columns) -> cache.Arrays:
         append("labels", np.frombuffer(json.dumps(asdict(seen)).encode(), np.uint8))
 
     facts = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    return cache.arrays("rows", cache.key(FORMAT, facts, columns.text, columns.label), fill)
+    return cache.cached_arrays("rows", cache.cache_key(FORMAT, facts, columns.text, columns.label), fill)
 
 
 def _append_texts(append: cache.Append, place: int, texts: list[str], end: int) -> int:
@@ -189,4 +190,4 @@ def _renumbered(labels: np.ndarray, order: np.ndarray, hashed: str) -> np.ndarra
         for start in range(0, len(labels), PIECE):
             append("labels", order[labels[start : start + PIECE]])
 
-    return cache.arrays("labels", cache.key(hashed, order.tolist()), fill)["labels"]
+    return cache.cached_arrays("labels", cache.cache_key(hashed, order.tolist()), fill)["labels"]

@@ -6,7 +6,7 @@ teacher's into the order of the student's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,9 @@ from spdtool.distillation.projections import Projections, project
 from spdtool.recipe.fields import Loss
 
 MASKED_SCORE = -1e4  # the model itself masked scores below this (padding, a local attention window)
+
+LogitLoss = Callable[[Tensor, Tensor, Tensor, Loss], Tensor]
+"""Compares logits with the teacher's and the gold labels, see `Task.logit_loss`."""
 
 LossTerms = dict[str, Tensor]
 """Name to scalar: the weighted sum under `loss`, and each term of it, unweighted."""
@@ -46,7 +49,7 @@ def distillation_loss(
     batch: dict[str, Tensor],
     loss: Loss,
     *,
-    regression: bool,
+    logit_loss: LogitLoss,
     projections: Projections | None = None,
     weight: LossWeight = WHOLE_BATCH,
 ) -> LossTerms:
@@ -58,15 +61,14 @@ def distillation_loss(
     Args:
         batch: `attention_mask` [rows, tokens] and `labels` [rows].
         loss: the weights of the terms.
-        regression: whether the labels are numbers.
+        logit_loss: compares the logits, see `Task.logit_loss`.
         projections: matrices from the student's width to the teacher's; None: the widths are equal.
         weight: fraction of the global batch that these rows hold.
     """
     mask = batch["attention_mask"] if loss.mask_padding else None
     terms: LossTerms = {}
     if loss.logits > 0:
-        compare = regression_loss if regression else logit_loss
-        terms["logits"] = weight.rows * compare(student.logits, teacher.logits, batch["labels"], loss)
+        terms["logits"] = weight.rows * logit_loss(student.logits, teacher.logits, batch["labels"], loss)
     if loss.hidden > 0 or loss.relation > 0:
         assert student.hidden_states is not None
         assert teacher.hidden_states is not None
@@ -84,41 +86,6 @@ def distillation_loss(
     for name, term in terms.items():
         total = total + getattr(loss, name) * term
     return {"loss": total} | terms
-
-
-def logit_loss(student: Tensor, teacher: Tensor, labels: Tensor, loss: Loss) -> Tensor:
-    """Compute the Kullback-Leibler divergence of softened distributions, times T squared, mixed with the gold labels.
-
-    Hinton et al. 2015, arXiv 1503.02531. With `per_label` it is the published code's form: cross-entropy averaged over
-    labels as well, and no square of the temperature.
-
-    Args:
-        student, teacher: logits [rows, labels].
-        labels: class indices [rows].
-    """
-    log_student = F.log_softmax(student.float() / loss.temperature, dim=-1)
-    target = F.softmax(teacher.float() / loss.temperature, dim=-1)
-    if loss.per_label:
-        soft = -(target * log_student).mean()
-    else:
-        soft = F.kl_div(log_student, target, reduction="batchmean") * loss.temperature**2
-    if loss.hardness == 1.0:
-        return soft
-    return loss.hardness * soft + (1.0 - loss.hardness) * F.cross_entropy(student.float(), labels)
-
-
-def regression_loss(student: Tensor, teacher: Tensor, labels: Tensor, loss: Loss) -> Tensor:
-    """Compute the squared error to the teacher's value, mixed with that to the gold value.
-
-    Args:
-        student, teacher: logits [rows, 1].
-        labels: gold values [rows].
-    """
-    value, hardness = student.float().squeeze(-1), loss.regression_hardness
-    soft = F.mse_loss(value, teacher.float().squeeze(-1))
-    if hardness == 1.0:
-        return soft
-    return hardness * soft + (1.0 - hardness) * F.mse_loss(value, labels.float())
 
 
 def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor | None) -> Tensor:

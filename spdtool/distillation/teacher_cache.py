@@ -18,10 +18,11 @@ from transformers import PreTrainedModel
 
 from spdtool import ranks
 from spdtool.data import cache
-from spdtool.data.tokens import Batch, Encoded, evaluation_batches
+from spdtool.data.batches import evaluation_batches
+from spdtool.data.tokens import Batch, Encoded
 from spdtool.distillation.outputs import ModelOutputs
 from spdtool.models import collectives, onednn
-from spdtool.models.predict import BATCH, predict, to_device
+from spdtool.models.predict import BATCH_SIZE, predict, to_device
 from spdtool.recipe import PHASES
 from spdtool.recipe.fields import Distilled, Loss, Recipe
 
@@ -45,7 +46,7 @@ def is_worth_caching(
     Args:
         layers: the teacher's, from 0, the embeddings' output, whose hidden states the loss compares.
     """
-    if section.loss.attention > 0 or rows.left:  # with left padding, a row's outputs depend on its batch
+    if section.loss.attention > 0 or rows.pad_left:  # with left padding, a row's outputs depend on its batch
         return False
     if recipe.shard and collectives.world_size() > 1:  # one process would compute them for all
         return False
@@ -75,18 +76,22 @@ def cache_outputs(rows: Encoded, teacher: PreTrainedModel, forward: TeacherForwa
     Args:
         layers: the teacher's, from 0, the embeddings' output, whose hidden states `forward` returns; empty: none.
     """
-    name = cache.key(_hash_model(teacher), rows.digest, _describe_arithmetic(teacher.device), list(layers))
+    name = cache.cache_key(_hash_model(teacher), rows.digest, _describe_arithmetic(teacher.device), list(layers))
     if not ranks.is_main():
         collectives.barrier()
     if layers:
-        arrays = cache.stored("teacher-states", name, lambda append: _compute_states(append, rows, teacher, forward))
+        arrays = cache.arrays_on_disk(
+            "teacher-states", name, lambda append: _compute_states(append, rows, teacher, forward)
+        )
     else:
-        arrays = cache.arrays("teacher-logits", name, lambda append: _compute_logits(append, rows, teacher, forward))
+        arrays = cache.cached_arrays(
+            "teacher-logits", name, lambda append: _compute_logits(append, rows, teacher, forward)
+        )
     if ranks.is_main():
         collectives.barrier()
     if arrays is None:
         return rows
-    with_logits = replace(rows, beside=rows.beside | {LOGITS: arrays["logits"]})
+    with_logits = replace(rows, per_row=rows.per_row | {LOGITS: arrays["logits"]})
     if not layers:
         return with_logits
     return replace(with_logits, per_token=rows.per_token | {STATES: arrays["states"]})
@@ -105,7 +110,7 @@ def pop_cached_outputs(batch: dict[str, torch.Tensor]) -> ModelOutputs | None:
 
 def free_disk_space() -> int:
     """Return the free bytes of the disk that holds, or would hold, the cache."""
-    folder = cache.folder()
+    folder = cache.cache_folder()
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
@@ -131,7 +136,7 @@ def _compute_states(append: cache.Append, rows: Encoded, teacher: PreTrainedMode
     row_bytes = (teacher.config.num_hidden_layers + 1) * layer_bytes
     chunk_numbers = np.cumsum(row_bytes) // CHUNK_BYTES
     for number in np.unique(chunk_numbers):
-        chunk = rows.take(np.flatnonzero(chunk_numbers == number))
+        chunk = rows.select(np.flatnonzero(chunk_numbers == number))
         logits, states = _compute_chunk(chunk, teacher, forward)
         append("logits", logits)
         append("states", states)
@@ -141,7 +146,7 @@ def _compute_states(append: cache.Append, rows: Encoded, teacher: PreTrainedMode
 def _compute_chunk(rows: Encoded, teacher: PreTrainedModel, forward: TeacherForward) -> tuple[np.ndarray, np.ndarray]:
     """Compute logits [rows, labels] and the hidden states of real tokens [tokens, layers, width]."""
     logits, states = np.empty((len(rows), teacher.config.num_labels), np.float32), np.empty(0, np.float32)
-    for numbers in evaluation_batches(rows, BATCH):
+    for numbers in evaluation_batches(rows, BATCH_SIZE):
         batch = rows.collate(numbers)
         outputs, mask = forward(to_device(batch, teacher.device)), batch["attention_mask"].astype(bool)
         assert outputs.hidden_states is not None

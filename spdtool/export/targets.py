@@ -18,6 +18,7 @@ import numpy as np
 import onnx as protobuf
 from transformers import PreTrainedModel
 
+from spdtool.data.batches import evaluation_batches
 from spdtool.data.tokens import Batch, Encoded
 from spdtool.export import runtime
 from spdtool.export.gates import logits as parity
@@ -28,7 +29,7 @@ from spdtool.export.graph import int8
 from spdtool.export.graph import trace as onnx
 from spdtool.export.graph import weights as stored
 from spdtool.export.graph.trace import FILE, Onnx
-from spdtool.models.predict import Forward, evaluation_batches, onnx_forward
+from spdtool.models.predict import Forward, onnx_forward
 from spdtool.plugins import targets
 from spdtool.recipe.fields import Recipe
 

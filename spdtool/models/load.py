@@ -43,6 +43,7 @@ def load_model(
     source: str | Path,
     *,
     labels: Sequence[str] | None = None,
+    problem_type: str | None = "single_label_classification",
     dropout: float | None = None,
     eager: bool = False,
     smoke: bool = False,
@@ -50,7 +51,8 @@ def load_model(
     """Load a sequence classifier in float32 and eval mode from a folder or a hub name. Reads safetensors only.
 
     Args:
-        labels: label names for a new head (empty: regression). None: the checkpoint's head, which must exist.
+        labels: label names for a new head. None: the checkpoint's head, which must exist.
+        problem_type: of the new head, see `Task.problem_type`.
         dropout: replaces every dropout probability; None leaves the configuration's.
         eager: use the attention implementation whose softmax can be observed (for the attention loss).
         smoke: a random model with two layers of the same architecture instead of the trained weights.
@@ -62,11 +64,10 @@ def load_model(
     if eager:
         options["attn_implementation"] = "eager"
     if labels is not None:
-        names = list(labels) or ["score"]
-        options["num_labels"] = len(names)
-        options["id2label"] = dict(enumerate(names))
-        options["label2id"] = {name: index for index, name in enumerate(names)}
-        options["problem_type"] = "single_label_classification" if labels else "regression"
+        options["num_labels"] = len(labels)
+        options["id2label"] = dict(enumerate(labels))
+        options["label2id"] = {name: index for index, name in enumerate(labels)}
+        options["problem_type"] = problem_type
     config = _load_config(source, **options)
     if labels is None:
         _require_head(source, config)
@@ -122,8 +123,8 @@ def build_empty_teacher(recipe: Recipe, task: Task) -> PreTrainedModel:
     """Build the recipe's teacher without its weights, for counting; raises as `load_model` does."""
     if recipe.given_teacher is not None:
         return build_empty_model(recipe.given_teacher, finetuned=True, smoke=recipe.smoke)
-    if task.build is not None:
-        model: PreTrainedModel = task.build(recipe.seed)[0]
+    if task.dataset.build is not None:
+        model: PreTrainedModel = task.dataset.build(recipe.seed)[0]
         return model
     return build_empty_model(recipe.model, smoke=recipe.smoke)
 

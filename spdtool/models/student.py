@@ -7,21 +7,16 @@ teacher.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spdtool import console
-from spdtool.data import tokens as data
 from spdtool.errors import ModelError, RecipeError
 from spdtool.models.layers import max_positions, model_shape
 from spdtool.models.load import build_empty_model, load_model, load_tokenizer, read_head_labels, relabel
+from spdtool.models.predict import Forward
 from spdtool.recipe.fields import Recipe
 from spdtool.tasks import Task
-
-Forward = Callable[[data.Batch], np.ndarray]
 
 PRETRAINED = "pretrained"
 PROBE = ("The naïve CAFÉ-owner's 2nd dog, isn't it?", "It's 10,000 km away…")  # case, accents, punctuation, digits
@@ -35,8 +30,8 @@ def build_empty_student(recipe: Recipe, task: Task, teacher: PreTrainedModel) ->
     """
     if recipe.student is None:
         return teacher
-    if recipe.student == PRETRAINED and task.build is not None:
-        model: PreTrainedModel = task.build(recipe.seed)[0]
+    if recipe.student == PRETRAINED and task.dataset.build is not None:
+        model: PreTrainedModel = task.dataset.build(recipe.seed)[0]
         return model
     return build_empty_model(_student_source(recipe), smoke=recipe.smoke)
 
@@ -92,8 +87,8 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
 
 def load_student_tokenizer(recipe: Recipe, task: Task) -> PreTrainedTokenizerBase:
     """Load the tokenizer of the student that the recipe names; raises ModelError where there is none."""
-    if recipe.student == PRETRAINED and task.build is not None:
-        tokenizer: PreTrainedTokenizerBase = task.build(recipe.seed)[1]
+    if recipe.student == PRETRAINED and task.dataset.build is not None:
+        tokenizer: PreTrainedTokenizerBase = task.dataset.build(recipe.seed)[1]
         return tokenizer
     return load_tokenizer(_student_source(recipe))
 
@@ -114,10 +109,10 @@ def load_student(recipe: Recipe, task: Task, names: list[str], *, eager: bool) -
     """
     head_labels = read_student_labels(recipe, task)
     torch.manual_seed(recipe.seed)  # of the new head
-    if recipe.student == PRETRAINED and task.build is not None:
+    if recipe.student == PRETRAINED and task.dataset.build is not None:
         if recipe.prune.dropout is not None:
             console.warn(f"prune.dropout is ignored: task {task.name!r} builds its own model")
-        model: PreTrainedModel = task.build(recipe.seed)[0].eval()
+        model: PreTrainedModel = task.dataset.build(recipe.seed)[0].eval()
         if eager:
             model.set_attn_implementation("eager")
         relabel(model, names)
@@ -126,9 +121,16 @@ def load_student(recipe: Recipe, task: Task, names: list[str], *, eager: bool) -
     if head_labels is not None:
         order = match_labels(head_labels, names, task)
     else:
-        new_labels = () if task.regression else names
+        new_labels = names
     dropout = recipe.prune.dropout
-    model = load_model(_student_source(recipe), labels=new_labels, dropout=dropout, eager=eager, smoke=recipe.smoke)
+    model = load_model(
+        _student_source(recipe),
+        labels=new_labels,
+        problem_type=task.problem_type,
+        dropout=dropout,
+        eager=eager,
+        smoke=recipe.smoke,
+    )
     relabel(model, names, order)
     return model
 
@@ -143,7 +145,7 @@ def read_student_labels(recipe: Recipe, task: Task) -> list[str] | None:
     labels = None if recipe.student == PRETRAINED else read_head_labels(_student_source(recipe))
     if labels is not None:
         try:
-            data.label_order(labels, task)
+            task.label_order(labels)
         except ModelError as error:
             console.warn(f"the student {recipe.student} gets a new head: {error.message}")
             labels = None
@@ -162,9 +164,7 @@ def match_labels(student: list[str], teacher: list[str], task: Task) -> list[int
         student, teacher: label names in the order of each model's logits.
     """
     order = [0] * len(teacher)
-    for from_student, from_teacher in zip(
-        data.label_order(student, task), data.label_order(teacher, task), strict=True
-    ):
+    for from_student, from_teacher in zip(task.label_order(student), task.label_order(teacher), strict=True):
         order[from_teacher] = from_student
     return order
 

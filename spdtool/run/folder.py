@@ -174,7 +174,7 @@ class Run:
         """Note the rows of the stage in progress, which must be those that the stages it has read saw themselves.
 
         Args:
-            facts: of the rows, see `tasks.facts`.
+            facts: of the rows, see `identify_rows`.
 
         Raises:
             RunMismatch: they are others.

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from spdtool import console, plugins, tasks
+from spdtool import console, plugins
 from spdtool.bench import int8, latency, ledger, report
 from spdtool.bench.latency import Engine, Shape, Timing
 from spdtool.data import tokens as data
@@ -28,6 +28,7 @@ from spdtool.export import target as targets
 from spdtool.models.load import load_tokenizer
 from spdtool.recipe.fields import Recipe
 from spdtool.run.folder import Run, machine, write_json
+from spdtool.tasks import find_task
 
 ROLES = ("teacher", "student")  # the dense teacher first
 REFUSED = "refused"  # in the export's metrics: targets that were not shipped
@@ -203,11 +204,11 @@ def real_lengths(batch: int, length: int, seen: np.ndarray | None) -> tuple[int,
 def _dev_lengths(recipe: Recipe, folder: Path) -> np.ndarray | None:
     """Tokens of the first rows of the dev set; None where it cannot be read any more."""
     try:
-        rows = tasks.rows(tasks.resolve(recipe), recipe)["dev"]
+        rows = find_task(recipe).read_rows(recipe)["dev"]
         few = replace(
             rows, first=rows.first[:SEEN], second=rows.second and rows.second[:SEEN], labels=rows.labels[:SEEN]
         )
-        return data.tokenise(load_tokenizer(folder), few, recipe.max_length).lengths
+        return data.tokenize(load_tokenizer(folder), few, recipe.max_length).lengths
     except SpdError:
         return None
 

@@ -119,7 +119,9 @@ def export_any(checkpoint: Path, name: str, folder: Path, recipe: Recipe, *, wit
     providers = runtime.working(recipe.device)
     if not checkpoint.is_dir():
         raise ModelError(f"there is no folder {checkpoint}", "give a folder with config.json and model.safetensors")
-    dev = dev_sets(checkpoint, recipe) if with_task else Dev(None, {"dev": data.no_rows(load_tokenizer(checkpoint))})
+    dev = (
+        dev_sets(checkpoint, recipe) if with_task else Dev(None, {"dev": data.empty_split(load_tokenizer(checkpoint))})
+    )
     shown = f"exporting {checkpoint} ({name}) and holding it against its checkpoint"
     with replacing(folder) as partial, console.busy(shown), onnx.remembering():
         metrics = export_checkpoint(target, Reference(checkpoint, dev, recipe), partial, providers)

@@ -6,14 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from spdtool import plugins, tasks
-from spdtool.data import overview
-from spdtool.data import tokens as data
+from spdtool import plugins
+from spdtool.data.dataset import Rows, identify_rows
+from spdtool.data.overview import LISTED_NAMES
 from spdtool.distillation.layer_map import check_phases
 from spdtool.errors import RecipeError
 from spdtool.export import precheck as trial
 from spdtool.export import target as targets
-from spdtool.models import predict as evaluation
 from spdtool.models.layers import find_prunable_weights, model_shape
 from spdtool.models.load import build_empty_teacher, label_names, load_tokenizer
 from spdtool.models.student import (
@@ -27,7 +26,7 @@ from spdtool.pruning.patterns import zeros_in
 from spdtool.recipe import STAGES
 from spdtool.recipe.fields import Recipe, Training
 from spdtool.run.folder import Run
-from spdtool.tasks import Rows, Task
+from spdtool.tasks import Task, find_task
 from spdtool.training import loop as training
 from spdtool.training import saliency
 from spdtool.training.schedules import event_schedule, replacing_rate
@@ -57,8 +56,8 @@ def make_plan(run: Run, redo: str | None = None) -> dict[str, Any]:
         RunMismatch: finished stages saw other rows.
     """
     recipe = run.recipe
-    task = tasks.resolve(recipe)
-    splits = tasks.rows(task, recipe)
+    task = find_task(recipe)
+    splits = task.read_rows(recipe)
     rows = {name: len(split) for name, split in splits.items()}
     check_recipe(recipe, rows["train"])
     check_rows(run, task, splits, redo)
@@ -70,7 +69,7 @@ def make_plan(run: Run, redo: str | None = None) -> dict[str, Any]:
         "run": str(run.path),
         "rows": rows,
         **describe_rows(task, splits),
-        "notes": [*overview.notes(task, splits), *_by_position(recipe, task, teacher)],
+        "notes": [*task.data_warnings(splits), *_by_position(recipe, task, teacher)],
         "stages": [
             _stage(run, stage, rows["train"], (teacher if stage == "teacher" else student).config.hidden_size)
             for stage in STAGES
@@ -87,22 +86,18 @@ def make_plan(run: Run, redo: str | None = None) -> dict[str, Any]:
 
 def describe_rows(task: Task, splits: dict[str, Rows]) -> dict[str, Any]:
     """How the rows were read: see `plan`."""
-    floor = evaluation.baseline(task, np.asarray(splits["dev"].labels))["score"]
-    line = f"labels: {overview.label_line(task, splits)}"
-    if not task.regression:
-        line += f"; always the commonest: dev score {floor:.4f}"
-    source = [f"data: {task.about}"] if task.name == "local" else []
-    return {"reading": [*source, line], "classes": overview.class_counts(task, splits), "baseline": floor}
+    floor = task.baseline(np.asarray(splits["dev"].labels))["score"]
+    line = f"labels: {task.describe_labels(splits)}"
+    source = [f"data: {task.dataset.about}"] if task.name == "local" else []
+    return {"reading": [*source, line], "classes": task.count_classes(splits), "baseline": floor}
 
 
 def _by_position(recipe: Recipe, task: Task, teacher: Any) -> list[str]:
     """How the labels of a given teacher are read, where its names do not tell."""
     names = label_names(teacher)
-    if recipe.given_teacher is None or task.regression or set(names) == set(task.labels):
+    if recipe.given_teacher is None or not task.matches_by_position(names):
         return []
-    if not data.by_position(names, task):
-        return []
-    pairs = [f"{name} is {label}" for name, label in zip(names, task.labels, strict=True)][: overview.SHOWN]
+    pairs = [f"{name} is {label}" for name, label in zip(names, task.head_labels, strict=True)][:LISTED_NAMES]
     return [f"the given teacher's labels are taken in their order: {', '.join(pairs)}"]
 
 
@@ -134,8 +129,8 @@ def check_recipe(recipe: Recipe, rows: int) -> None:
 
 def check_run(run: Run, redo: str | None = None) -> None:
     """`check` for a run that has its teacher already, before the stage `redo` is done again; raises as `plan` does."""
-    task = tasks.resolve(run.recipe)
-    splits = tasks.rows(task, run.recipe)
+    task = find_task(run.recipe)
+    splits = task.read_rows(run.recipe)
     check_recipe(run.recipe, len(splits["train"]))
     check_rows(run, task, splits, redo)
     load_pair(run.recipe, task)
@@ -145,25 +140,25 @@ def check_rows(run: Run, task: Task, splits: dict[str, Rows], redo: str | None) 
     """Raise RunMismatch if a finished stage before `redo` (None: any) saw other rows."""
     kept = [stage for stage in STAGES[: STAGES.index(redo) if redo else None] if run.done(stage)]
     if kept:
-        run.check_data(tasks.facts(task, splits), kept)
+        run.check_data(identify_rows(task.dataset, splits), kept)
 
 
 def load_pair(recipe: Recipe, task: Task) -> tuple[Any, Any]:
     """Outlines of student and teacher, which fit each other and, where the teacher is given, the task.
 
     Raises:
-        ModelError, RecipeError: one cannot be read, or they do not fit: see `models.student` and `data.label_order`.
+        ModelError, RecipeError: one cannot be read, or they do not fit: see `models.student` and `Task.label_order`.
     """
     teacher = build_empty_teacher(recipe, task)
     if recipe.given_teacher is not None:
-        data.label_order(label_names(teacher), task)
+        task.label_order(label_names(teacher))
     student = build_empty_student(recipe, task, teacher)
     check_phases(recipe, model_shape(student), model_shape(teacher))
     check_positions(recipe, student, teacher)
     if recipe.student is not None:
         read_student_labels(recipe, task)
-        if task.build is not None and recipe.given_teacher is None:
-            taught = task.build(recipe.seed)[1]
+        if task.dataset.build is not None and recipe.given_teacher is None:
+            taught = task.dataset.build(recipe.seed)[1]
         else:
             taught = load_tokenizer(recipe.given_teacher or recipe.model)
         check_tokenizers(load_student_tokenizer(recipe, task), taught)

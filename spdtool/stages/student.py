@@ -5,19 +5,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from spdtool import console, plugins, tasks
+from spdtool import console, plugins
 from spdtool import ranks as processes
 from spdtool.data import tokens as data
 from spdtool.distillation import teacher_cache as teacher_outputs
 from spdtool.distillation.grafting import LayerDraw, LayerMixing, create_mixing
 from spdtool.distillation.layer_map import check_phases, map_layers, select_layers
-from spdtool.distillation.losses import distillation_loss
+from spdtool.distillation.losses import LogitLoss, distillation_loss
 from spdtool.distillation.outputs import compute_outputs
 from spdtool.distillation.projections import (
     Projections,
@@ -54,6 +55,7 @@ from spdtool.pruning.masks import Masks, check_counts
 from spdtool.pruning.pruner import Pruner
 from spdtool.recipe.fields import Distilled, Recipe
 from spdtool.run.folder import LEFT, Run
+from spdtool.tasks import find_task, prepare_data
 from spdtool.training import loop as training
 from spdtool.training.microbatches import LossWeight
 from spdtool.training.schedules import Schedule, constant, replacing_rate
@@ -91,7 +93,7 @@ def phase(run: Run, stage: str, start: str, make_pruner: MakePruner) -> dict[str
     check_phases(recipe, model_shape(student), model_shape(teacher))
     check_positions(recipe, student, teacher)
     names = label_names(student)
-    task, splits = data.prepare(recipe, choose_tokenizer(*tokenizers), names, run.note_data)
+    task, splits = prepare_data(recipe, choose_tokenizer(*tokenizers), names, run.note_data)
     if recipe.student is not None:
         data.check_lengths(splits, max_positions(student))
         data.check_vocabulary(splits, student.config.vocab_size)
@@ -113,10 +115,11 @@ def phase(run: Run, stage: str, start: str, make_pruner: MakePruner) -> dict[str
     projections = _projections(recipe, section, student, teacher, folder)
     mapped = map_layers(section.loss.layer_map, *(model_shape(model)[0] for model in (student, teacher)))
     look = _look(section, teacher, tokenizers[1], mapped)
-    loss = _lesson(section, student, tokenizer, look, grafting, rate, projections, regression=task.regression)
+    loss = _lesson(section, student, tokenizer, look, grafting, rate, projections, logit_loss=task.logit_loss)
 
     sample = splits["train"].sample(section.scored_train_rows, recipe.seed)
-    evaluate_train = (lambda: evaluation.evaluate_rows(task, forward, sample, together=True)) if len(sample) else None
+    score_train = functools.partial(evaluation.evaluate_split, task, forward, sample, across_ranks=True)
+    evaluate_train = score_train if len(sample) else None
 
     def leave(sparsity: float) -> dict[str, Any]:
         folder = work.folder / LEFT / f"{sparsity:g}"
@@ -133,7 +136,7 @@ def phase(run: Run, stage: str, start: str, make_pruner: MakePruner) -> dict[str
         student,
         loss,
         rows,
-        lambda: evaluation.evaluate(task, forward, splits, together=True),
+        lambda: evaluation.evaluate(task, forward, splits, across_ranks=True),
         evaluate_train,
         pruner,
         leave,
@@ -162,7 +165,7 @@ def phase(run: Run, stage: str, start: str, make_pruner: MakePruner) -> dict[str
 
 def _measured(task: Any, forward: Any, splits: Any, evaluate_train: Any) -> dict[str, Any]:
     """Scores on the dev set, and beside them those on training rows."""
-    dev = {"dev": evaluation.evaluate(task, forward, splits, together=True)}
+    dev = {"dev": evaluation.evaluate(task, forward, splits, across_ranks=True)}
     return dev if evaluate_train is None else dev | {"train": evaluate_train()}
 
 
@@ -216,7 +219,7 @@ def _given(recipe: Recipe, teacher: Any, taught: Any, *, eager: bool) -> tuple[A
     Raises:
         ModelError, RecipeError: it cannot be read, or does not fit the teacher.
     """
-    task = tasks.resolve(recipe)
+    task = find_task(recipe)
     tokenizer = load_student_tokenizer(recipe, task)
     check_tokenizers(tokenizer, taught)
     return load_student(recipe, task, label_names(teacher), eager=eager), tokenizer
@@ -281,7 +284,7 @@ def _lesson(
     rate: Schedule,
     projections: Projections,
     *,
-    regression: bool,
+    logit_loss: LogitLoss,
 ) -> Callable[[dict[str, torch.Tensor], float, LossWeight], training.LossTerms]:
     """The loss of a batch: both models look at it, and what they show is compared.
 
@@ -295,7 +298,7 @@ def _lesson(
             learnt = compute_outputs(student, {name: batch[name] for name in batch if name not in unread}, **asked)
         _check_attention(learnt.attentions, student)
         return distillation_loss(
-            learnt, taught, batch, section.loss, regression=regression, projections=projections, weight=share
+            learnt, taught, batch, section.loss, logit_loss=logit_loss, projections=projections, weight=share
         )
 
     return loss

@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
-from spdtool import console, tasks
+from spdtool import console
 from spdtool.data import tokens as data
+from spdtool.data.dataset import identify_rows
 from spdtool.errors import RunError, RunMismatch
 from spdtool.models import collectives
 from spdtool.models import predict as evaluation
 from spdtool.models.layers import configure_layers, find_layer_stack, max_positions
 from spdtool.models.load import label_names, load_model, load_tokenizer, move_to_device, save_on_rank_zero
 from spdtool.run.folder import RECORD, Run
-from spdtool.tasks import Task
+from spdtool.tasks import Task, find_task, prepare_data
 from spdtool.training import loop as training
 from spdtool.training.microbatches import LossWeight
 
@@ -36,28 +36,33 @@ def teacher(run: Run) -> dict[str, Any]:
         return take(run, run.recipe.given_teacher)
     recipe, section = run.recipe, run.recipe.teacher
     front = training.accelerator(recipe)
-    task = tasks.resolve(recipe)
-    splits = tasks.rows(task, recipe)
-    run.note_data(tasks.facts(task, splits))
+    task = find_task(recipe)
+    splits = task.read_rows(recipe)
+    run.note_data(identify_rows(task.dataset, splits))
     torch.manual_seed(recipe.seed)  # the new head is random
-    if task.build is not None:
-        model, tokenizer = task.build(recipe.seed)
+    if task.dataset.build is not None:
+        model, tokenizer = task.dataset.build(recipe.seed)
         if section.dropout is not None:
             console.warn(f"teacher.dropout is ignored: task {task.name!r} builds its own model")
     else:
         tokenizer = load_tokenizer(recipe.model)
-        model = load_model(recipe.model, labels=task.labels, dropout=section.dropout, smoke=recipe.smoke)
+        model = load_model(
+            recipe.model,
+            labels=task.head_labels,
+            problem_type=task.problem_type,
+            dropout=section.dropout,
+            smoke=recipe.smoke,
+        )
     find_layer_stack(model)  # refuse an unsupported architecture before hours are spent on it
     model = move_to_device(model, recipe, front.device, section.train)
-    encoded = data.encode(tokenizer, splits, recipe.max_length)
+    encoded = task.encode(tokenizer, splits, recipe.max_length)
     _refuse_misfit(model, encoded)
     forward = evaluation.torch_forward(model, front.device)
 
     def loss(batch: dict[str, torch.Tensor], progress: float, share: LossWeight) -> training.LossTerms:  # noqa: ARG001
         labels = batch.pop("labels")
         logits = model(**batch).logits.float()
-        mean = F.mse_loss(logits.squeeze(-1), labels) if task.regression else F.cross_entropy(logits, labels)
-        return {"loss": share.rows * mean}
+        return {"loss": share.rows * task.gold_loss(logits, labels)}
 
     configure_layers(model, checkpointing=recipe.gradient_checkpointing, compile_layers=recipe.compile)
     with (
@@ -65,8 +70,8 @@ def teacher(run: Run) -> dict[str, Any]:
         console.progress("teacher", section.length(len(encoded["train"])).steps) as watch,
     ):
         sample = encoded["train"].sample(section.scored_train_rows, recipe.seed)
-        score = functools.partial(evaluation.evaluate, task, forward, encoded, together=True)
-        score_train = functools.partial(evaluation.evaluate_rows, task, forward, sample, together=True)
+        score = functools.partial(evaluation.evaluate, task, forward, encoded, across_ranks=True)
+        score_train = functools.partial(evaluation.evaluate_split, task, forward, sample, across_ranks=True)
         evaluate_train = score_train if len(sample) else None
         parts = training.Fit(model, loss, encoded["train"], score, evaluate_train)
         summary = training.fit(parts, section, recipe, work, run.fingerprint("teacher"), front, watch)
@@ -93,14 +98,14 @@ def take(run: Run, source: str) -> dict[str, Any]:
         run.note_data(facts)
         _warn_if_taught_otherwise(Path(source), run, facts)
 
-    task, encoded = data.prepare(run.recipe, tokenizer, label_names(model), note)
+    task, encoded = prepare_data(run.recipe, tokenizer, label_names(model), note)
     _refuse_misfit(model, encoded)
     model = move_to_device(model, run.recipe, front.device)
     with console.busy(f"measuring the given teacher {source}"):
         forward = evaluation.torch_forward(model, front.device)
-        metrics = evaluation.evaluate(task, forward, encoded, together=True)
+        metrics = evaluation.evaluate(task, forward, encoded, across_ranks=True)
         sample = encoded["train"].sample(run.recipe.teacher.scored_train_rows, run.recipe.seed)
-        train = evaluation.evaluate_rows(task, forward, sample, together=True) if len(sample) else None
+        train = evaluation.evaluate_split(task, forward, sample, across_ranks=True) if len(sample) else None
     console.say(f"given teacher: dev {console.format_scores(metrics)}")
     _warn_if_worthless(run, task, encoded, metrics)
     with run.stage("teacher") as work:
@@ -112,7 +117,7 @@ def take(run: Run, source: str) -> dict[str, Any]:
 
 def _warn_if_worthless(run: Run, task: Task, encoded: dict[str, data.Encoded], dev: dict[str, float]) -> None:
     """Say so if the teacher scores no better than without a look at the text; of a smoke run nothing is expected."""
-    floor = evaluation.baseline(task, encoded["dev"].labels)["score"]
+    floor = task.baseline(encoded["dev"].labels)["score"]
     if dev["score"] <= floor and not run.recipe.smoke:
         console.warn(
             f"the teacher's dev score {dev['score']:.4f} is no better than the {floor:.4f} of always giving the same "

@@ -18,7 +18,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from spdtool import console, stages, tasks
+from spdtool import console, stages
+from spdtool.data.dataset import find_dataset, plain_name
 from spdtool.errors import RecipeError, SpdError
 from spdtool.recipe import PHASES, STAGES, TRAINING
 from spdtool.recipe import reading as recipe
@@ -117,7 +118,7 @@ def data_of(text: str | None, wanted: Sequence[str]) -> dict[str, str | None]:
         return dict.fromkeys(wanted, text and _absolute(text))
     found: dict[str, str | None] = dict.fromkeys(wanted)
     for name, _, path in (pair.partition("=") for pair in text.split(",")):
-        task = next((task for task in wanted if tasks.plain(task) == tasks.plain(name.strip())), None)
+        task = next((task for task in wanted if plain_name(task) == plain_name(name.strip())), None)
         if task is None or not path.strip():
             raise RecipeError(
                 f"--data {name!r} is none of the sweep's tasks with its path: {', '.join(wanted)}",
@@ -246,7 +247,7 @@ def draw(rows: Sequence[Row], out: Path) -> list[Path]:
 def _check(trial: Trial) -> None:
     """Raise now what would stop the trial: a wrong setting, an unknown task, a folder of another recipe."""
     chosen = trial_recipe(trial)
-    tasks.resolve(chosen)
+    find_dataset(chosen)
     Run.at(trial.teacher_folder, teacher_recipe(trial), dry=True)
     Run.at(trial.folder, chosen, dry=True)
 

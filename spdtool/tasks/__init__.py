@@ -1,156 +1,227 @@
-"""Tasks: what is classified, how it is scored, and where its rows come from.
+"""Tasks: what a model predicts from the rows of a data set, how it learns that and how it is scored.
 
-A task is a value of `Task`; `load` gives its rows. `glue.py` holds the nine GLUE tasks as data, `local.py` makes a task
-of a file or folder of yours, `demo.py` generates one. A plugin registers its own with `spdtool.plugins.tasks`.
+There is one file for each kind of task, all on the base class `Task`: `classification.py` and `regression.py`. A plugin
+adds a kind by the same door:
+
+    from spdtool import Task
+    from spdtool.plugins import task_kinds
+
+    @task_kinds.register("ordinal")
+    class Ordinal(Task): ...
+
+Nothing outside this folder asks of which kind a task is. Neither torch nor transformers is imported before a loss is
+computed or a text is tokenized, so that code that only lists or scores does not wait for them.
 """
 
 from __future__ import annotations
 
-import hashlib
-import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from spdtool import plugins
-from spdtool.data import cache
-from spdtool.errors import DataError, RecipeError
-from spdtool.recipe.fields import Recipe
+from spdtool.data import dataset as datasets
+from spdtool.data import overview
+from spdtool.data.dataset import Dataset, Rows, RowsRecord
+from spdtool.data.tokens import Encoded, encode_splits
+from spdtool.recipe.fields import Loss, Recipe
+from spdtool.tasks.metrics import METRICS
 
-HASHED_ROWS = 10_000  # whose texts are put together at a time
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows of one split, as columns of equal length.
-
-    `second` is None for single sentences. `labels` holds class indices (int) or, for regression, floats.
-    """
-
-    first: list[str]
-    second: list[str] | None
-    labels: list[int] | list[float]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def pick(self, rows: Sequence[int]) -> Rows:
-        """The rows with these numbers, in this order."""
-        labels: list[Any] = [self.labels[row] for row in rows]
-        second = None if self.second is None else [self.second[row] for row in rows]
-        return Rows([self.first[row] for row in rows], second, labels)
-
-    def sample(self, count: int | None, seed: int) -> Rows:
-        """`count` rows drawn at random, in their order (None: all): files are often sorted by their labels."""
-        if count is None or count >= len(self):
-            return self
-        return self.pick(sorted(random.Random(seed).sample(range(len(self)), count)))
+CheckRows = Callable[[RowsRecord], None]
+"""Receives the record of the rows of a run, and may refuse them."""
 
 
-@dataclass(frozen=True)
 class Task:
-    """One task.
+    """One kind of task on one data set. A subclass overrides what differs from a classifier of whole texts.
 
     Attributes:
-        name: as the user types it.
-        text: names of the one or two text columns.
-        labels: label names in the order of their indices; empty for regression.
-        metrics: names in `spdtool.models.predict.METRICS`; the headline score is their mean, as GLUE reports it.
-        load: `load(data, seed)` gives the splits: `train` and `dev`, and any further dev sets under names that start
-            with `dev_`. `data` is a path, or None for the task's own source (the hub).
-        build: for a task that brings its own small model: `build(seed)` gives `(model, tokenizer)`, untrained.
-        about: one line for listings.
+        auto_model: name of the class of transformers that opens a checkpoint for this kind.
+        problem_type: value of that field in a checkpoint's config.json.
+        head_reads: hidden states that the head reads: those of the first token, of every token, or their mean.
     """
 
-    name: str
-    text: tuple[str, ...]
-    labels: tuple[str, ...]
-    metrics: tuple[str, ...]
-    load: Callable[[str | None, int], dict[str, Rows]]
-    build: Callable[[int], tuple[Any, Any]] | None = None
-    about: str = ""
+    auto_model: str = "AutoModelForSequenceClassification"
+    problem_type: str | None = None
+    head_reads: Literal["first token", "every token", "pooled mean"] = "first token"
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
 
     @property
-    def regression(self) -> bool:
-        """Whether the label is a number rather than a class."""
-        return not self.labels
+    def name(self) -> str:
+        """Name of the data set, as in `--task NAME`."""
+        return self.dataset.name
+
+    @property
+    def head_labels(self) -> tuple[str, ...]:
+        """Names of a new head's outputs, one for each logit."""
+        return self.dataset.labels
+
+    # Rows and tokens
+
+    def read_rows(self, recipe: Recipe) -> dict[str, Rows]:
+        """Load the splits, check them and reduce them to `recipe.max_rows`.
+
+        Raises:
+            DataError: a split is missing or empty, or nothing can be learnt from the training rows.
+        """
+        splits = datasets.load_splits(self.dataset, recipe)
+        self.check_training_rows(splits["train"])
+        return datasets.sample_splits(splits, recipe)
+
+    def check_training_rows(self, rows: Rows) -> None:
+        """Raise DataError where nothing can be learnt from these rows."""
+
+    def encode(
+        self, tokenizer: PreTrainedTokenizerBase, splits: datasets.Splits, max_length: int
+    ) -> dict[str, Encoded]:
+        """Tokenize every split, with the labels that a batch holds.
+
+        Raises:
+            ModelError: the tokenizer cannot pad.
+        """
+        return encode_splits(tokenizer, splits, max_length)
+
+    # Labels of a model
+
+    def label_order(self, names: Sequence[str]) -> list[int]:
+        """Return, for each label of the data set, its index among a model's label names: always a permutation.
+
+        Raises:
+            ModelError: the model has another number of labels, or calls them otherwise.
+        """
+        raise NotImplementedError
+
+    def matches_by_position(self, names: Sequence[str]) -> bool:  # noqa: ARG002
+        """Tell whether only their order says which of a model's labels is which."""
+        return False
+
+    def align_labels(self, splits: dict[str, Rows], names: Sequence[str]) -> dict[str, Rows]:
+        """Return the rows with labels in the order of a model's label names; raises as `label_order` does."""
+        self.label_order(names)
+        return splits
+
+    # Losses
+
+    def gold_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss against the gold labels, averaged over rows.
+
+        Args:
+            logits: float32 [rows, labels].
+            labels: of a batch.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def logit_loss(student: Tensor, teacher: Tensor, labels: Tensor, loss: Loss) -> Tensor:
+        """Return the loss against the teacher's logits, mixed with that against the gold labels.
+
+        Args:
+            student, teacher: logits [rows, labels].
+            labels: of a batch; where a kind has outputs without a gold label, they are the mask.
+            loss: the recipe's section, which has the share of the gold labels.
+        """
+        raise NotImplementedError
+
+    # Predictions and scores
+
+    def predictions(self, logits: np.ndarray) -> np.ndarray:
+        """Turn logits [rows, labels] into predictions [rows], as the metrics take them."""
+        raise NotImplementedError
+
+    def score(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """Return every metric of the data set, and `score`: their mean, the headline as GLUE reports it."""
+        predicted = self.predictions(logits)
+        values = {name: METRICS[name](labels, predicted) for name in self.dataset.metrics}
+        return {"score": float(np.mean(list(values.values())))} | values
+
+    def score_splits(self, logits: Mapping[str, np.ndarray], splits: Mapping[str, Encoded]) -> dict[str, float]:
+        """Score `dev`; metrics of a further dev set carry its suffix (`accuracy_mm`) and do not enter `score`.
+
+        Args:
+            logits: by name of the dev set, [rows, labels].
+        """
+        scores = self.score(logits["dev"], splits["dev"].labels)
+        for name in logits:
+            if name == "dev":
+                continue
+            further = self.score(logits[name], splits[name].labels)
+            for metric in self.dataset.metrics:
+                scores[metric + name.removeprefix("dev")] = further[metric]
+        return scores
+
+    def baseline(self, labels: np.ndarray) -> dict[str, float]:
+        """Score the best answer that is given without reading the text: the majority class, or the mean."""
+        raise NotImplementedError
+
+    def compare_predictions(
+        self, before: np.ndarray, after: np.ndarray, labels: np.ndarray, tolerance: float
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Compare the predictions of two models on the same rows.
+
+        Args:
+            before, after: logits [rows, labels].
+            labels: gold labels [rows].
+            tolerance: by how much a number may move and count as the same.
+
+        Returns:
+            Which predictions changed, bool [rows], and which of these changed for the worse, bool [rows].
+        """
+        raise NotImplementedError
+
+    # What the plan prints
+
+    def describe_labels(self, splits: datasets.Splits) -> str:
+        """Describe the labels of the training and dev rows in one line."""
+        raise NotImplementedError
+
+    def count_classes(self, splits: datasets.Splits) -> dict[str, dict[str, int]]:  # noqa: ARG002
+        """Count the rows of each class by split; empty where there are no classes."""
+        return {}
+
+    def data_warnings(self, splits: datasets.Splits) -> list[str]:
+        """Name what may be a mistake in the data, one line each."""
+        return overview.leaked_dev_rows(splits["train"], splits["dev"])
 
 
-def resolve(recipe: Recipe) -> Task:
-    """The task that `recipe` names, or one made of its local file or folder.
+def find_task(recipe: Recipe) -> Task:
+    """Return the task of the recipe's data set.
 
     Raises:
-        UnknownName: no such task.
-        RecipeError: columns named for a task that has its own.
-        DataError: the local data cannot be read.
+        UnknownName: no data set has this name, or no kind of task that which the data set states.
+        RecipeError, DataError: as `find_dataset` raises.
     """
-    if recipe.task == "local":
-        from spdtool.data import local
+    return task_of(datasets.find_dataset(recipe))
 
-        return local.task(recipe)
-    if recipe.text or recipe.label or recipe.regression is not None:
-        raise RecipeError(
-            f"task {recipe.task!r} knows its own columns and labels",
-            "leave out --text, --label and regression, or leave out --task",
-        )
-    task = plugins.tasks.get(_registered(recipe.task))
-    assert isinstance(task, Task)
+
+def task_of(dataset: Dataset) -> Task:
+    """Return the task of a data set; raises UnknownName where its kind of task is not supported."""
+    task: Task = plugins.task_kinds.get(dataset.kind)(dataset)
     return task
 
 
-def plain(name: str) -> str:
-    """`name` without what people write differently: `SST-2`, `sst_2` and `sst2` are one."""
-    return name.lower().replace("-", "").replace("_", "")
+def prepare_data(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    label_names: Sequence[str],
+    check_rows: CheckRows | None = None,
+) -> tuple[Task, dict[str, Encoded]]:
+    """Return the recipe's task and its tokenized splits, for a model whose labels have these names.
 
-
-def rows(task: Task, recipe: Recipe) -> dict[str, Rows]:
-    """The splits of `task`, checked and cut to `recipe.max_rows`.
+    Args:
+        check_rows: is called with the record of the rows before they are tokenized.
 
     Raises:
-        DataError: a split is missing or empty, or the training rows show one class only.
+        DataError: the data cannot be used.
+        ModelError: model and task do not fit together.
     """
-    splits = task.load(recipe.data, recipe.seed)
-    for name in ("train", "dev"):
-        if not splits.get(name):
-            raise DataError(
-                f"task {task.name!r} has no rows in its {name} split", f"looked in {recipe.data or 'the hub'}"
-            )
-    labels = splits["train"].labels
-    if not task.regression and all(label == labels[0] for label in labels):  # ends at the second label
-        only = task.labels[int(labels[0])]
-        raise DataError(f"every training row of {task.name!r} has the label {only!r}", "two classes are the least")
-    return {name: split.sample(recipe.max_rows, recipe.seed) for name, split in splits.items()}
-
-
-def facts(task: Task, splits: dict[str, Rows]) -> dict[str, Any]:
-    """What tells these rows from others, whatever the model: `rows` of each split, and the `digest` of all of them.
-
-    Of texts in shards the digest is known; others are read once, a gigabyte in about a second.
-    """
-    parts = {name: [texts_hash(split), cache.hash_of(np.asarray(split.labels))] for name, split in splits.items()}
-    return {"rows": {name: len(split) for name, split in splits.items()}, "digest": cache.key(task.labels, parts)}
-
-
-def texts_hash(rows: Rows) -> str:
-    """Hash of the texts of a split, in their order; of a column that knows its own `digest`, that."""
-    hashed = hashlib.blake2b(digest_size=16)
-    for column in (rows.first, rows.second):
-        hashed.update(b"none" if column is None else b"texts")
-        if known := getattr(column, "digest", None):
-            hashed.update(known.encode())
-            continue
-        for start in range(0, 0 if column is None else len(rows), HASHED_ROWS):
-            texts = column[start : start + HASHED_ROWS]  # type: ignore[index]
-            hashed.update(np.array([len(text) for text in texts], np.int64).data)
-            hashed.update("".join(texts).encode("utf-8", "surrogatepass"))
-    return hashed.hexdigest()
-
-
-def _registered(name: str) -> str:
-    """The registered name that `name` is another spelling of, or `name` itself."""
-    if plugins.tasks.find(name) is not None:
-        return name
-    alike = [part.name for part in plugins.tasks.entries() if plain(part.name) == plain(name)]
-    return alike[0] if len(alike) == 1 else name
+    task = find_task(recipe)
+    splits = task.read_rows(recipe)
+    if check_rows is not None:
+        check_rows(datasets.identify_rows(task.dataset, splits))
+    return task, task.encode(tokenizer, task.align_labels(splits, label_names), recipe.max_length)

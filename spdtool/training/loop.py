@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from spdtool import console
 from spdtool import ranks as processes
 from spdtool.console import OnEvent
-from spdtool.data.tokens import Encoded, training_batches
+from spdtool.data.batches import training_batches
+from spdtool.data.tokens import Encoded
 from spdtool.errors import DeviceError
 from spdtool.models import collectives, fsdp
 from spdtool.models.layers import select_trained_parameters

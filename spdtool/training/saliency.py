@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from spdtool import plugins
-from spdtool.data.tokens import Encoded, training_batches
+from spdtool.data.batches import training_batches
+from spdtool.data.tokens import Encoded
 from spdtool.errors import RecipeError
 from spdtool.models import collectives, fsdp
 from spdtool.pruning.pruner import Pruner

@@ -23,7 +23,6 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from spdtool import tasks
 from spdtool.errors import GateError
 from spdtool.export.bundle import layouts
 from spdtool.export.bundle import read as bundle
@@ -34,6 +33,7 @@ from spdtool.stages.export import export
 from spdtool.stages.finetune import finetune
 from spdtool.stages.prune import prune
 from spdtool.stages.teacher import teacher
+from spdtool.tasks import find_task
 
 pytestmark = [
     pytest.mark.clients,
@@ -64,7 +64,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture(scope="module")
 def rows(run: Run) -> dict[str, Any]:
     """Dev sentences, their token ids, and what the checkpoint makes of them in torch."""
-    picked = tasks.rows(tasks.resolve(run.recipe), run.recipe)["dev"].pick(range(ROWS))
+    picked = find_task(run.recipe).read_rows(run.recipe)["dev"].select(range(ROWS))
     tokenizer = AutoTokenizer.from_pretrained(run.path / "finetune")
     model = AutoModelForSequenceClassification.from_pretrained(run.path / "finetune").eval()
     pairs = picked.second or [None] * ROWS

@@ -40,7 +40,7 @@ def check(found: cache.Arrays) -> None:
 def test_an_entry_is_made_once_and_then_mapped(home: Path) -> None:
     made: list[int] = []
     for _ in range(3):
-        found = cache.arrays("kind", "name", counting(made))
+        found = cache.cached_arrays("kind", "name", counting(made))
         check(found)
         assert isinstance(found["numbers"], np.memmap)
         assert not found["numbers"].flags.writeable
@@ -51,7 +51,7 @@ def test_an_entry_is_made_once_and_then_mapped(home: Path) -> None:
 @pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "no contents", "half contents"])
 def test_a_damaged_entry_is_made_again(home: Path, damage: str) -> None:
     made: list[int] = []
-    cache.arrays("kind", "name", counting(made))
+    cache.cached_arrays("kind", "name", counting(made))
     entry = home / "kind" / "name"
     content = (entry / "numbers").read_bytes()
     if damage == "cut":
@@ -65,7 +65,7 @@ def test_a_damaged_entry_is_made_again(home: Path, damage: str) -> None:
     else:
         (entry / "contents.json").write_text((entry / "contents.json").read_text()[:-9])
     for _ in range(2):
-        check(cache.arrays("kind", "name", counting(made)))
+        check(cache.cached_arrays("kind", "name", counting(made)))
     assert len(made) == 2
 
 
@@ -75,7 +75,7 @@ def test_what_fails_half_way_leaves_nothing(home: Path) -> None:
         raise ValueError("stop")
 
     with pytest.raises(ValueError, match="stop"):
-        cache.arrays("kind", "name", fill)
+        cache.cached_arrays("kind", "name", fill)
     assert list((home / "kind").iterdir()) == []
 
 
@@ -83,13 +83,13 @@ def test_without_a_place_to_write_the_arrays_stay_in_memory(home: Path) -> None:
     home.write_text("a file stands where the folder should be")
     made: list[int] = []
     for _ in range(2):
-        check(cache.arrays("kind", "name", counting(made)))
+        check(cache.cached_arrays("kind", "name", counting(made)))
     assert len(made) == 2
 
 
 def in_a_process(_: int) -> int:
     made: list[int] = []
-    check(cache.arrays("kind", "name", counting(made)))
+    check(cache.cached_arrays("kind", "name", counting(made)))
     return len(made)
 
 
@@ -98,7 +98,7 @@ def test_several_writers_at_once_leave_one_whole_entry(home: Path) -> None:
         assert sum(pool.map(in_a_process, range(16), chunksize=1)) >= 1
     assert [path.name for path in (home / "kind").iterdir()] == ["name"]
     made: list[int] = []
-    check(cache.arrays("kind", "name", counting(made)))
+    check(cache.cached_arrays("kind", "name", counting(made)))
     assert made == []
 
 
@@ -107,18 +107,18 @@ def test_a_file_that_is_as_it_was_written_is_not_read_again(home: Path, monkeypa
     whole = cache._file_hash
     monkeypatch.setattr(cache, "_file_hash", lambda file: (read.append(file), whole(file))[1])
     for _ in range(2):
-        cache.arrays("kind", "name", counting(made))
+        cache.cached_arrays("kind", "name", counting(made))
     assert read == []
     numbers = home / "kind" / "name" / "numbers"
     os.utime(numbers)  # a copy of the folder, or somebody who wrote to it
-    check(cache.arrays("kind", "name", counting(made)))
+    check(cache.cached_arrays("kind", "name", counting(made)))
     assert read == [numbers]
     assert len(made) == 1
 
 
 def test_hashes_are_those_of_the_arrays_wherever_they_are(home: Path) -> None:
-    kept, held = cache.arrays("kind", "name", counting([])), cache.in_memory(counting([]))
-    assert kept.hashes == held.hashes == {name: cache.hash_of(array) for name, array in held.items()}
+    kept, held = cache.cached_arrays("kind", "name", counting([])), cache.arrays_in_memory(counting([]))
+    assert kept.hashes == held.hashes == {name: cache.hash_array(array) for name, array in held.items()}
 
 
 def zeros(count: int) -> Callable[[cache.Append], None]:
@@ -128,20 +128,20 @@ def zeros(count: int) -> Callable[[cache.Append], None]:
 def test_what_was_not_used_for_longest_gives_way(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPDTOOL_CACHE_GB", "5e-6")
     for age, name in enumerate(["new", "used", "old"]):
-        cache.arrays("kind", name, zeros(1500))
+        cache.cached_arrays("kind", name, zeros(1500))
         os.utime(home / "kind" / name / cache.CONTENTS, (0, 1000 - age))
-    cache.arrays("kind", "used", zeros(1500))
-    mapped = cache.arrays("kind", "old", zeros(1500))
+    cache.cached_arrays("kind", "used", zeros(1500))
+    mapped = cache.cached_arrays("kind", "old", zeros(1500))
     os.utime(home / "kind" / "old" / cache.CONTENTS, (0, 0))
-    cache.arrays("other", "newest", zeros(2000))
+    cache.cached_arrays("other", "newest", zeros(2000))
     assert sorted(path.name for path in home.glob("*/*")) == ["newest", "used"]
     assert not mapped["zeros"].any(), "who has mapped it keeps it"
 
 
 def test_an_entry_larger_than_all_may_be_is_kept_alone(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPDTOOL_CACHE_GB", "1e-6")
-    cache.arrays("kind", "small", zeros(100))
-    assert len(cache.arrays("kind", "large", zeros(5000))["zeros"]) == 5000
+    cache.cached_arrays("kind", "small", zeros(100))
+    assert len(cache.cached_arrays("kind", "large", zeros(5000))["zeros"]) == 5000
     assert [path.name for path in home.glob("*/*")] == ["large"]
 
 
@@ -150,12 +150,12 @@ def test_what_a_killed_writer_left_goes_after_a_day(home: Path) -> None:
         left = home / "kind" / f".{name}-x"
         left.mkdir(parents=True)
         os.utime(left, (time.time() - age,) * 2)
-    cache.arrays("kind", "name", counting([]))
+    cache.cached_arrays("kind", "name", counting([]))
     assert sorted(path.name for path in (home / "kind").iterdir()) == [".young-x", "name"]
 
 
 def test_without_room_the_large_are_not_kept_in_memory(home: Path) -> None:
     home.write_text("a file stands where the folder should be")
     made: list[int] = []
-    assert cache.stored("kind", "name", counting(made)) is None
+    assert cache.arrays_on_disk("kind", "name", counting(made)) is None
     assert made == []

@@ -11,12 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from spdtool import tasks
 from spdtool.data import demo
+from spdtool.data.dataset import Rows, find_dataset
 from spdtool.errors import DataError
 from spdtool.models.layers import find_layer_stack, find_prunable_weights
 from spdtool.recipe.fields import Recipe
-from spdtool.tasks import Rows
 
 SEEDS = (0, 1, 7)
 
@@ -33,7 +32,7 @@ def event_of(sentence: str) -> demo.Event:
 
 @pytest.fixture(scope="module", params=SEEDS)
 def splits(request: pytest.FixtureRequest) -> dict[str, Rows]:
-    return tasks.resolve(Recipe(task="demo")).load(None, request.param)
+    return find_dataset(Recipe(task="demo")).load(None, request.param)
 
 
 def triples(rows: Rows) -> list[tuple[str, str, int]]:
@@ -85,17 +84,17 @@ def test_all_three_exchanges_and_both_voices_occur(splits: dict[str, Rows]) -> N
 
 
 def test_rows_depend_on_the_seed_alone() -> None:
-    assert demo.load(None, 3) == demo.load(None, 3)
-    assert demo.load(None, 3) != demo.load(None, 4)
+    assert demo.load_demo(None, 3) == demo.load_demo(None, 3)
+    assert demo.load_demo(None, 3) != demo.load_demo(None, 4)
 
 
 def test_data_is_refused() -> None:
     with pytest.raises(DataError, match=r"makes its own rows, and was given mine\.csv"):
-        demo.load("mine.csv", 0)
+        demo.load_demo("mine.csv", 0)
 
 
 def test_the_tokenizer_is_berts_and_survives_a_folder(tmp_path: Path) -> None:
-    tokens = demo.tokenizer()
+    tokens = demo.demo_tokenizer()
     tokens.save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
     assert (tmp_path / "tokenizer.json").is_file()
@@ -113,7 +112,7 @@ def test_the_tokenizer_is_berts_and_survives_a_folder(tmp_path: Path) -> None:
 
 
 def test_the_vocabulary_knows_every_word_and_every_row_fits(splits: dict[str, Rows]) -> None:
-    tokens = demo.tokenizer()
+    tokens = demo.demo_tokenizer()
     for rows in splits.values():
         ids = tokens(rows.first, rows.second)["input_ids"]
         assert not any(tokens.unk_token_id in row for row in ids)
@@ -122,9 +121,9 @@ def test_the_vocabulary_knows_every_word_and_every_row_fits(splits: dict[str, Ro
 
 def test_the_model_is_fresh_seeded_and_reloads_with_stock_classes(tmp_path: Path) -> None:
     state = torch.get_rng_state()
-    model, _ = demo.build(5)
+    model, _ = demo.build_demo_model(5)
     assert torch.equal(torch.get_rng_state(), state)
-    twin, other = demo.build(5)[0].state_dict(), demo.build(6)[0].state_dict()
+    twin, other = demo.build_demo_model(5)[0].state_dict(), demo.build_demo_model(6)[0].state_dict()
     assert all(torch.equal(weight, twin[name]) for name, weight in model.state_dict().items())
     assert any(not torch.equal(weight, other[name]) for name, weight in model.state_dict().items())
     assert len(find_layer_stack(model)) == 4
@@ -132,7 +131,7 @@ def test_the_model_is_fresh_seeded_and_reloads_with_stock_classes(tmp_path: Path
     assert model.config.id2label == {0: "not_entailment", 1: "entailment"}
     model.save_pretrained(tmp_path)
     eager = AutoModelForSequenceClassification.from_pretrained(tmp_path, attn_implementation="eager").eval()
-    batch = demo.tokenizer()(["old foxes chased red cats"], ["red cats chased old foxes"], return_tensors="pt")
+    batch = demo.demo_tokenizer()(["old foxes chased red cats"], ["red cats chased old foxes"], return_tensors="pt")
     with torch.no_grad():
         seen = eager(**batch, output_attentions=True)
         torch.testing.assert_close(seen.logits, model.eval()(**batch).logits)
@@ -140,8 +139,8 @@ def test_the_model_is_fresh_seeded_and_reloads_with_stock_classes(tmp_path: Path
 
 
 def test_the_model_learns_the_rows_that_share_their_words() -> None:
-    model, tokens = demo.build(0)
-    rows = demo.load(None, 0)["train"].pick(range(16))
+    model, tokens = demo.build_demo_model(0)
+    rows = demo.load_demo(None, 0)["train"].select(range(16))
     batch = tokens(rows.first, rows.second, padding=True, return_tensors="pt")
     labels = torch.tensor(rows.labels)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -154,7 +153,7 @@ def test_the_model_learns_the_rows_that_share_their_words() -> None:
 
 def test_listing_the_tasks_waits_for_no_heavy_import() -> None:
     script = (
-        "import sys; from spdtool import plugins; names = [p.name for p in plugins.tasks.entries()];"
+        "import sys; from spdtool import plugins; names = [p.name for p in plugins.datasets.entries()];"
         "assert 'demo' in names and 'rte' in names, names;"
         "heavy = {'torch', 'transformers', 'datasets', 'tokenizers', 'pyarrow'} & set(sys.modules);"
         "assert not heavy, heavy"

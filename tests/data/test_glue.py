@@ -9,11 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from spdtool import tasks
-from spdtool.data.glue import GLUE, load
+from spdtool.data.dataset import Rows, find_dataset
+from spdtool.data.glue import GLUE, load_glue
 from spdtool.errors import DataError, RecipeError, UnknownName
 from spdtool.recipe.fields import Recipe
-from spdtool.tasks import Rows
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "GLUE"
 PARSES = ("sentence1_binary_parse", "sentence2_binary_parse", "sentence1_parse", "sentence2_parse")
@@ -69,7 +68,7 @@ def folder(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.mark.parametrize("name", GLUE)
 def test_every_task_is_read_from_its_official_layout(name: str, folder: Callable[..., Path]) -> None:
-    task = tasks.resolve(Recipe(task=name))
+    task = find_dataset(Recipe(task=name))
     splits = task.load(str(folder(name)), 0)
     count = len(LAYOUT[name][2])
     expected = [0.0, 3.75] if name == "stsb" else list(range(count))
@@ -78,7 +77,7 @@ def test_every_task_is_read_from_its_official_layout(name: str, folder: Callable
         assert rows == Rows(["a"] * count, ["b"] * count if len(task.text) == 2 else None, expected)
         assert {type(label) for label in rows.labels} == {float if name == "stsb" else int}
     assert task.metrics == METRICS.get(name, ("accuracy",))
-    assert task.regression == (name == "stsb")
+    assert task.kind == ("regression" if name == "stsb" else "classification")
     assert len(task.labels) == (0 if name == "stsb" else count)
 
 
@@ -95,48 +94,50 @@ def test_there_are_nine_tasks_and_the_hub_orders_their_labels() -> None:
     [("SST-2", "sst2"), ("sts-b", "stsb"), ("CoLA", "cola"), ("RTE", "rte"), ("sts_b", "stsb"), ("MNLI", "mnli")],
 )
 def test_the_papers_spellings_are_understood(typed: str, name: str) -> None:
-    assert tasks.resolve(Recipe(task=typed)).name == name
+    assert find_dataset(Recipe(task=typed)).name == name
 
 
 def test_an_unknown_task_names_the_near_ones_and_columns_are_refused() -> None:
     with pytest.raises(UnknownName, match="no task 'qnlu'") as caught:
-        tasks.resolve(Recipe(task="qnlu"))
+        find_dataset(Recipe(task="qnlu"))
     assert "'qnli'" in str(caught.value.hint)
     with pytest.raises(RecipeError, match="knows its own columns"):
-        tasks.resolve(Recipe(task="rte", label="label"))
+        find_dataset(Recipe(task="rte", label="label"))
 
 
 def test_the_parent_folder_will_do_in_any_spelling(folder: Callable[..., Path], tmp_path: Path) -> None:
     own = folder("sst2")
-    expected = load("sst2", str(own))
-    assert load("sst2", str(tmp_path)) == expected
+    expected = load_glue("sst2", str(own))
+    assert load_glue("sst2", str(tmp_path)) == expected
     own.rename(tmp_path / "sst2")
-    assert load("sst2", str(tmp_path)) == expected
+    assert load_glue("sst2", str(tmp_path)) == expected
 
 
 def test_rows_end_at_newlines_and_fields_at_tabs_only(folder: Callable[..., Path]) -> None:
     odd = 'He said "\x0b one\x1c \u2028 two \x85 "" three'
     text = f'\ufeffindex\tquestion\tsentence\tlabel\r\n0\t"{odd}\t{odd}\tentailment\r\n1\t"a\t\'b\tnot_entailment\r\n'
-    rows = load("qnli", str(folder("qnli", train=text)))["train"]
+    rows = load_glue("qnli", str(folder("qnli", train=text)))["train"]
     assert rows == Rows(['"' + odd, '"a'], [odd, "'b"], [0, 1])
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_name(folder: Callable[..., Path]) -> None:
-    assert load("sst2", str(folder("sst2", train="\ufeff" + file_of("sst2"))))["train"] == Rows(["a"] * 2, None, [0, 1])
+    assert load_glue("sst2", str(folder("sst2", train="\ufeff" + file_of("sst2"))))["train"] == Rows(
+        ["a"] * 2, None, [0, 1]
+    )
 
 
 def test_only_one_carriage_return_is_taken_off_the_end(folder: Callable[..., Path]) -> None:
     text = "gj04\t1\t\tfirst\r\r\ngj04\t0\t\tsec\rond"
-    assert load("cola", str(folder("cola", train=text)))["train"] == Rows(["first\r", "sec\rond"], None, [1, 0])
+    assert load_glue("cola", str(folder("cola", train=text)))["train"] == Rows(["first\r", "sec\rond"], None, [1, 0])
 
 
 def test_qqp_leaves_out_its_few_short_rows(folder: Callable[..., Path]) -> None:
     sound = file_of("qqp", ["0", "1"] * 1000)
     own = folder("qqp", dev=sound + "9\t8\t7\tcut short\n", train=sound)
-    assert load("qqp", str(own))["dev"] == load("qqp", str(own))["train"]
+    assert load_glue("qqp", str(own))["dev"] == load_glue("qqp", str(own))["train"]
     (own / "dev.tsv").write_text(sound + "9\t8\t7\tcut short\n" * 3)
     with pytest.raises(DataError, match=r"dev\.tsv, line 2002: 4 fields where 6 were expected"):
-        load("qqp", str(own))
+        load_glue("qqp", str(own))
 
 
 BAD = {
@@ -171,7 +172,7 @@ def test_a_broken_file_is_refused_by_name_and_line(case: str, stem: str, folder:
     stem = "dev_mismatched" if (name, stem) == ("mnli", "dev") else stem
     own = folder(name, **{stem: content})
     with pytest.raises(DataError) as caught:
-        load(name, str(own))
+        load_glue(name, str(own))
     assert str(own / f"{stem}.tsv") in caught.value.message
     assert problem in caught.value.message
     assert caught.value.hint
@@ -180,13 +181,13 @@ def test_a_broken_file_is_refused_by_name_and_line(case: str, stem: str, folder:
 def test_missing_files_and_folders_say_what_was_looked_for(folder: Callable[..., Path], tmp_path: Path) -> None:
     own = folder("mnli", dev_mismatched=None)
     with pytest.raises(DataError, match=r"dev_mismatched\.tsv is missing"):
-        load("mnli", str(own))
+        load_glue("mnli", str(own))
     with pytest.raises(DataError, match=r"no train\.tsv; looked for train\.tsv and RTE/train\.tsv"):
-        load("rte", str(tmp_path))
+        load_glue("rte", str(tmp_path))
     with pytest.raises(DataError, match="does not exist"):
-        load("rte", str(tmp_path / "none"))
+        load_glue("rte", str(tmp_path / "none"))
     with pytest.raises(DataError, match="is a file"):
-        load("mnli", str(own / "train.tsv"))
+        load_glue("mnli", str(own / "train.tsv"))
 
 
 def hub(monkeypatch: pytest.MonkeyPatch, answer: Callable[[str, str], object]) -> None:
@@ -206,7 +207,7 @@ def test_the_hubs_splits_and_columns_are_understood(name: str, monkeypatch: pyte
 
     hub(monkeypatch, answer)
     expected = Rows(["a", "b"], ["a", "b"] if len(GLUE[name].hub_text) == 2 else None, labels)
-    assert load(name, None) == dict.fromkeys(["train", "dev", "dev_mm"][: 1 + len(dev)], expected)
+    assert load_glue(name, None) == dict.fromkeys(["train", "dev", "dev_mm"][: 1 + len(dev)], expected)
 
 
 def test_a_hub_that_does_not_answer_points_to_data(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +216,7 @@ def test_a_hub_that_does_not_answer_points_to_data(monkeypatch: pytest.MonkeyPat
 
     hub(monkeypatch, answer)
     with pytest.raises(DataError, match=r"nyu-mll/glue \(rte\) .*ConnectionError: no route to host$") as caught:
-        load("rte", None)
+        load_glue("rte", None)
     assert "--data FOLDER" in str(caught.value.hint)
 
 
@@ -223,7 +224,7 @@ def test_a_hub_label_that_is_not_known_is_refused(monkeypatch: pytest.MonkeyPatc
     split = {"sentence": ["a", "b"], "label": [1, -1]}
     hub(monkeypatch, lambda *_: {"train": split, "validation": split})
     with pytest.raises(DataError, match=r"labels \[-1\] in train"):
-        load("sst2", None)
+        load_glue("sst2", None)
 
 
 @pytest.mark.glue
@@ -239,7 +240,7 @@ def test_a_hub_label_that_is_not_known_is_refused(monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_the_real_files_are_read_to_the_last_row(name: str, train: int, dev: int, positive: int, first: str) -> None:
-    splits = load(name, str(REAL))
+    splits = load_glue(name, str(REAL))
     assert {split: len(rows) for split, rows in splits.items()} == {"train": train, "dev": dev}
     assert sum(splits["dev"].labels) == positive
     assert splits["dev"].first[0].startswith(first)

@@ -11,12 +11,12 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from spdtool import tasks
 from spdtool.data import local as local_task
+from spdtool.data.dataset import Dataset, Rows, find_dataset
 from spdtool.errors import DataError, RecipeError
-from spdtool.models.predict import METRICS
 from spdtool.recipe.fields import Recipe
-from spdtool.tasks import Rows, Task
+from spdtool.tasks import find_task
+from spdtool.tasks.metrics import METRICS
 
 Records = list[dict[str, Any]]
 FORMATS = ("csv", "tsv", "jsonl", "parquet")
@@ -39,8 +39,8 @@ def make(path: Path, records: Records) -> Path:
     return path
 
 
-def local(data: Path, text: tuple[str, ...] = (), label: str | None = None, seed: int = 0) -> Task:
-    return tasks.resolve(Recipe(task="local", data=str(data), text=text, label=label, seed=seed))
+def local(data: Path, text: tuple[str, ...] = (), label: str | None = None, seed: int = 0) -> Dataset:
+    return find_dataset(Recipe(task="local", data=str(data), text=text, label=label, seed=seed))
 
 
 def rows(data: Path, seed: int = 0, **columns: Any) -> dict[str, Rows]:
@@ -56,7 +56,7 @@ def test_every_format_gives_the_same_rows(ending: str, tmp_path: Path) -> None:
     task = local(make(tmp_path / f"mine.{ending}", PLAIN))
     splits = task.load(None, 0)
     assert (task.name, task.text, task.labels, task.metrics) == ("local", ("text",), ("no", "yes"), ("accuracy", "f1"))
-    assert not task.regression
+    assert task.kind == "classification"
     together = Counter(pair for split in splits.values() for pair in zip(split.first, split.labels, strict=True))
     assert together == Counter((record["text"], int(record["label"] == "yes")) for record in PLAIN)
     assert splits["train"].second is None
@@ -70,7 +70,7 @@ def test_a_folder_keeps_its_own_dev_set_and_the_test_set_is_left_alone(ending: s
     make(tmp_path / f"validation.{ending}", pair[1:])
     (tmp_path / f"test.{ending}").write_bytes(b"\xff not read")
     task = local(tmp_path, text=("second", "first"), label="score")
-    assert task.regression
+    assert task.kind == "regression"
     assert task.metrics == ("pearson", "spearman")
     assert task.load(str(tmp_path), 7) == {
         "train": Rows(["b", "d"], ["a", "c"], [0.5, 2.0]),
@@ -119,7 +119,7 @@ def test_a_row_that_comes_or_goes_moves_no_other_one(pairs: bool) -> None:
     rows = Rows(texts, texts[::-1] if pairs else None, [i % 2 for i in range(1000)])
     before = side_of(local_task.split(rows, 0, 0.1))
     for picked in ([*range(1, 1000)], [*range(500), *range(501, 1000)], [999, *range(999)]):
-        after = side_of(local_task.split(rows.pick(picked), 0, 0.1))
+        after = side_of(local_task.split(rows.select(picked), 0, 0.1))
         assert all(before[pair] == side for pair, side in after.items())
     assert side_of(local_task.split(rows, 1, 0.1)) != before
 
@@ -377,8 +377,8 @@ def test_regression_is_what_the_recipe_says(tmp_path: Path) -> None:
     halves = make(tmp_path / "halves.csv", [{"text": f"row {i}", "label": i % 5 / 2} for i in range(40)])
     mixed = make(tmp_path / "mixed.csv", [{"text": f"row {i}", "label": i % 5 / 2 or "x"} for i in range(40)])
 
-    def task(data: Path, regression: bool | None) -> Task:
-        return tasks.resolve(Recipe(task="local", data=str(data), regression=regression))
+    def task(data: Path, regression: bool | None) -> Dataset:
+        return find_dataset(Recipe(task="local", data=str(data), regression=regression))
 
     assert (task(stars, None).labels, task(halves, None).labels) == (tuple("01234"), ())
     assert task(stars, True).labels == ()
@@ -389,7 +389,7 @@ def test_regression_is_what_the_recipe_says(tmp_path: Path) -> None:
         with pytest.raises(DataError, match="line 2: the label 'x' is not a number, and 32 of 40 are"):
             task(mixed, regression)
     with pytest.raises(RecipeError, match="knows its own columns and labels"):
-        tasks.resolve(Recipe(task="cola", regression=True))
+        find_dataset(Recipe(task="cola", regression=True))
 
 
 def test_a_column_whose_name_holds_a_comma(tmp_path: Path) -> None:
@@ -407,7 +407,7 @@ def test_columns_without_a_name_are_passed_over(tmp_path: Path) -> None:
 
 def test_data_must_be_given_and_must_exist(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="needs rows"):
-        tasks.resolve(Recipe(task="local"))
+        find_dataset(Recipe(task="local"))
     with pytest.raises(DataError, match="does not exist"):
         local(tmp_path / "none.csv")
 
@@ -422,7 +422,7 @@ def test_load_reads_the_data_that_it_is_given(tmp_path: Path) -> None:
 def test_max_rows_of_a_sorted_file_still_shows_every_class(tmp_path: Path) -> None:
     data = make(tmp_path / "mine.csv", sorted(PLAIN, key=lambda record: record["label"]))
     recipe = Recipe(task="local", data=str(data), max_rows=12)
-    splits = tasks.rows(tasks.resolve(recipe), recipe)
+    splits = find_task(recipe).read_rows(recipe)
     assert len(splits["train"]) == 12
     assert set(splits["train"].labels) == {0, 1}
-    assert splits == tasks.rows(tasks.resolve(recipe), recipe)
+    assert splits == find_task(recipe).read_rows(recipe)

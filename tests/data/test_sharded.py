@@ -11,11 +11,12 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from spdtool import tasks
 from spdtool.data import labels as label_module
 from spdtool.data import sharded as shards
+from spdtool.data.dataset import Rows, identify_rows
 from spdtool.errors import DataError
 from spdtool.recipe.reading import build_recipe
+from spdtool.tasks import Task, find_task
 
 TEXTS = ["the film", "", "é là 日本", "a meal", "so good", "very bad", "it was", "fine then"]
 TEXTS[1] = "one"
@@ -38,12 +39,12 @@ def write(path: Path, texts: list[str], labels: list[Any]) -> None:
         path.write_text("\n".join(["text,label", *lines]) + "\n", "utf-8")
 
 
-def task(folder: Path) -> tasks.Task:
-    return tasks.resolve(build_recipe("default", {"task": "local", "data": str(folder)}))
+def task(folder: Path) -> Task:
+    return find_task(build_recipe("default", {"task": "local", "data": str(folder)}))
 
 
-def rows(folder: Path) -> dict[str, tasks.Rows]:
-    return tasks.rows(task(folder), build_recipe("default", {"task": "local", "data": str(folder)}))
+def rows(folder: Path) -> dict[str, Rows]:
+    return task(folder).read_rows(build_recipe("default", {"task": "local", "data": str(folder)}))
 
 
 @pytest.mark.parametrize("ending", [".parquet", ".jsonl", ".csv"])
@@ -65,7 +66,7 @@ def test_shards_give_the_rows_of_one_file(
             assert list(many[split].first) == one[split].first
             assert list(many[split].labels) == one[split].labels
             assert many[split].first[1:4] == one[split].first[1:4]
-            assert many[split].pick([2, 0]).first == one[split].pick([2, 0]).first
+            assert many[split].select([2, 0]).first == one[split].select([2, 0]).first
 
 
 def test_shards_without_a_dev_set_are_refused(tmp_path: Path) -> None:
@@ -107,10 +108,10 @@ def test_the_labels_of_all_files_decide(tmp_path: Path, monkeypatch: pytest.Monk
             write(tmp_path / name / "train" / f"{part}.csv", TEXTS, labels)
         write(tmp_path / name / "dev.csv", TEXTS, gold[0])
     for _ in range(2):  # read, and from the cache
-        assert task(tmp_path / "numbers").labels == ()
+        assert task(tmp_path / "numbers").dataset.labels == ()
         assert list(rows(tmp_path / "numbers")["train"].labels) == [1.0, 2.0, 3.0, 4.0] * 2 + [0.5, 2.0] * 4
         assert list(rows(tmp_path / "numbers")["dev"].labels) == [1.0, 2.0, 3.0, 4.0] * 2
-        assert task(tmp_path / "sorted").labels == ("a", "b")
+        assert task(tmp_path / "sorted").dataset.labels == ("a", "b")
         assert list(rows(tmp_path / "sorted")["train"].labels) == [1] * 8 + [0] * 8
 
 
@@ -122,7 +123,7 @@ def test_what_is_no_number_is_named_however_many_numbers_there_are(
         write(tmp_path / "train" / f"{part}.csv", TEXTS, [part + i / 10 for i in range(8)])
     write(tmp_path / "dev.csv", TEXTS, [0.5] * 7 + ["high"])
     for _ in range(2):
-        assert task(tmp_path).labels == ()
+        assert task(tmp_path).dataset.labels == ()
         with pytest.raises(DataError, match=r"dev\.csv, line 9: the label 'high' is not a number"):
             rows(tmp_path)
     write(tmp_path / "train" / "2.csv", TEXTS, [*range(7), "none"])
@@ -166,12 +167,12 @@ def test_the_rows_are_told_from_others_without_reading_them(tmp_path: Path, monk
     for part in range(2):
         write(tmp_path / "train" / f"{part}.csv", TEXTS, ["a", "b"] * 4)
     write(tmp_path / "dev.csv", TEXTS, ["a", "b"] * 4)
-    facts = tasks.facts(task(tmp_path), rows(tmp_path))
+    facts = identify_rows(task(tmp_path).dataset, rows(tmp_path))
     assert facts["rows"] == {"train": 16, "dev": 8}
     monkeypatch.setattr(shards.Texts, "__getitem__", lambda *_: pytest.fail("read"))
-    assert tasks.facts(task(tmp_path), rows(tmp_path)) == facts
+    assert identify_rows(task(tmp_path).dataset, rows(tmp_path)) == facts
     write(tmp_path / "train" / "1.csv", TEXTS, ["b", "a"] * 4)
-    assert tasks.facts(task(tmp_path), rows(tmp_path))["digest"] != facts["digest"]
+    assert identify_rows(task(tmp_path).dataset, rows(tmp_path))["digest"] != facts["digest"]
 
 
 def test_a_dev_label_that_no_training_row_has_is_refused(tmp_path: Path) -> None:

@@ -16,13 +16,13 @@ from spdtool.distillation.losses import (
     attention_loss,
     distillation_loss,
     hidden_loss,
-    logit_loss,
-    regression_loss,
     relation_loss,
 )
 from spdtool.distillation.outputs import ModelOutputs, compute_outputs
 from spdtool.models.layers import install_capture_hooks
 from spdtool.recipe.fields import Loss
+from spdtool.tasks.classification import Classification
+from spdtool.tasks.regression import Regression
 
 
 def softmax(row: list[float]) -> list[float]:
@@ -48,14 +48,14 @@ def test_the_logit_loss_is_the_divergence_times_t_squared_mixed_with_the_gold_la
         hard += -math.log(softmax(mine)[label]) / 4
     weights = Loss(temperature=temperature, hardness=hardness)
     expected = hardness * soft + (1 - hardness) * hard
-    assert float(logit_loss(student, teacher, labels, weights)) == pytest.approx(expected, rel=1e-5)
+    assert float(Classification.logit_loss(student, teacher, labels, weights)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_t_squared_keeps_the_gradient_in_place() -> None:
     def gradient(temperature: float) -> float:
         student, teacher, labels = logits()
         student = (student / 100).requires_grad_()
-        logit_loss(student, teacher / 100, labels, Loss(temperature=temperature)).backward()
+        Classification.logit_loss(student, teacher / 100, labels, Loss(temperature=temperature)).backward()
         assert student.grad is not None
         return float(student.grad.norm())
 
@@ -69,13 +69,13 @@ def test_the_published_form_is_a_mean_over_labels_without_t_squared() -> None:
         p, q = softmax([x / 2 for x in its]), softmax([x / 2 for x in mine])
         total += sum(-a * math.log(b) for a, b in zip(p, q, strict=True))
     weights = Loss(per_label=True, temperature=2.0)
-    assert float(logit_loss(student, teacher, labels, weights)) == pytest.approx(total / 12, rel=1e-5)
+    assert float(Classification.logit_loss(student, teacher, labels, weights)) == pytest.approx(total / 12, rel=1e-5)
 
 
 def test_a_student_that_agrees_has_no_loss() -> None:
     student, _, labels = logits()
-    assert float(logit_loss(student, student.clone(), labels, Loss())) == pytest.approx(0, abs=1e-6)
-    assert float(regression_loss(student[:, :1], student[:, :1].clone(), torch.zeros(4), Loss())) == 0
+    assert float(Classification.logit_loss(student, student.clone(), labels, Loss())) == pytest.approx(0, abs=1e-6)
+    assert float(Regression.logit_loss(student[:, :1], student[:, :1].clone(), torch.zeros(4), Loss())) == 0
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
@@ -85,7 +85,7 @@ def test_regression_is_squared_error_to_teacher_and_gold(share: float) -> None:
     mine, its = student[:, 0].tolist(), teacher[:, 0].tolist()
     soft = sum((a - b) ** 2 for a, b in zip(mine, its, strict=True)) / 4
     hard = sum((a - b) ** 2 for a, b in zip(mine, gold.tolist(), strict=True)) / 4
-    value = float(regression_loss(student, teacher, gold, Loss(regression_hardness=share)))
+    value = float(Regression.logit_loss(student, teacher, gold, Loss(regression_hardness=share)))
     assert value == pytest.approx(share * soft + (1 - share) * hard, rel=1e-5)
 
 
@@ -232,7 +232,9 @@ def test_a_map_and_projections_decide_what_is_compared_with_what() -> None:
     assert teacher.attentions is not None
     for layer in (1, 2):
         shown = select_layers(teacher, (layer,))
-        terms = distillation_loss(student, shown, batch, weights, regression=False, projections=made)
+        terms = distillation_loss(
+            student, shown, batch, weights, logit_loss=Classification.logit_loss, projections=made
+        )
         taught = [teacher.hidden_states[0], teacher.hidden_states[layer]]
         brought = [student.hidden_states[i] @ made[f"projection.{i}"].T for i in range(2)]
         torch.testing.assert_close(terms["hidden"], hidden_loss(brought, taught, MASK))
@@ -260,7 +262,7 @@ def observation(seed: int) -> ModelOutputs:
 )
 def test_the_total_is_the_weighted_sum_of_the_terms_that_count(weights: Loss) -> None:
     batch = {"attention_mask": MASK, "labels": torch.tensor([0, 1, 2])}
-    terms = distillation_loss(observation(0), observation(1), batch, weights, regression=False)
+    terms = distillation_loss(observation(0), observation(1), batch, weights, logit_loss=Classification.logit_loss)
     names = {name for name in ("logits", "hidden", "attention", "relation") if getattr(weights, name) > 0}
     assert set(terms) == {"loss"} | names
     expected = sum(getattr(weights, name) * float(terms[name]) for name in names)
@@ -271,9 +273,11 @@ def test_regression_takes_its_own_logit_loss_and_the_padding_switch_reaches_both
     batch = {"attention_mask": MASK, "labels": torch.tensor([0.5, 1.5, 2.5])}
     one, other = observation(0), observation(1)
     student, teacher = (ModelOutputs(o.logits[:, :1], o.hidden_states, o.attentions) for o in (one, other))
-    terms = distillation_loss(student, teacher, batch, Loss(attention=1), regression=True)
+    terms = distillation_loss(student, teacher, batch, Loss(attention=1), logit_loss=Regression.logit_loss)
     assert torch.equal(terms["logits"], F.mse_loss(student.logits[:, 0], teacher.logits[:, 0]))
-    counted = distillation_loss(student, teacher, batch, Loss(attention=1, mask_padding=False), regression=True)
+    counted = distillation_loss(
+        student, teacher, batch, Loss(attention=1, mask_padding=False), logit_loss=Regression.logit_loss
+    )
     assert student.hidden_states is not None
     assert teacher.hidden_states is not None
     assert torch.equal(counted["hidden"], hidden_loss(student.hidden_states, teacher.hidden_states, None))
@@ -310,7 +314,7 @@ def test_padding_on_either_side_changes_no_loss(toys: Any, left: bool) -> None:
                 compute_outputs(teacher, batch, **seen),
                 batch,
                 weights,
-                regression=False,
+                logit_loss=Classification.logit_loss,
             )
         return {name: float(value) for name, value in made.items()}
 

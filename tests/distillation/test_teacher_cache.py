@@ -129,7 +129,7 @@ def pays(toys: Any) -> Callable[..., bool]:
 
     def asked(*sets: str, rows: int = 100) -> bool:
         recipe: Recipe = toys.recipe("prune.epochs=2", "prune.batch_size=8", *sets)
-        encoded = data.tokenise(toys.tokenizer(), toys.rows(rows), 32)
+        encoded = data.tokenize(toys.tokenizer(), toys.rows(rows), 32)
         return teacher_outputs.is_worth_caching(recipe, recipe.prune, encoded, toys.bert(), (0, 1, 2))
 
     return asked
@@ -160,7 +160,7 @@ def test_what_depends_on_the_padding_is_not_kept(toys: Any) -> None:
     """Padding on the left moves the tokens to other positions."""
     tokenizer = toys.tokenizer()
     tokenizer.padding_side = "left"
-    rows, recipe = data.tokenise(tokenizer, toys.rows(100), 32), toys.recipe("prune.epochs=2")
+    rows, recipe = data.tokenize(tokenizer, toys.rows(100), 32), toys.recipe("prune.epochs=2")
     assert not teacher_outputs.is_worth_caching(recipe, recipe.prune, rows, toys.bert(), (0, 1, 2))
 
 
@@ -184,7 +184,7 @@ def test_they_belong_to_the_teacher_and_the_rows(toys: Any) -> None:
     def of(model: Any, rows: Any) -> Any:
         return teacher_outputs.cache_outputs(rows, model, look(model, made), (0, 1, 2))
 
-    rows, other = (data.tokenise(toys.tokenizer(), toys.rows(20, seed), 32) for seed in (0, 1))
+    rows, other = (data.tokenize(toys.tokenizer(), toys.rows(20, seed), 32) for seed in (0, 1))
     first, again = of(toys.bert(), rows), of(toys.bert(), rows)
     assert made == [20]
     assert np.array_equal(first.per_token[teacher_outputs.STATES], again.per_token[teacher_outputs.STATES])
@@ -195,7 +195,7 @@ def test_they_belong_to_the_teacher_and_the_rows(toys: Any) -> None:
 
 def test_a_batch_gets_the_states_of_its_own_tokens(toys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(teacher_outputs, "CHUNK_BYTES", 20_000)  # several, so that rows and pieces must fit together
-    rows, model = data.tokenise(toys.tokenizer(), toys.rows(30), 32), toys.bert()
+    rows, model = data.tokenize(toys.tokenizer(), toys.rows(30), 32), toys.bert()
     made: list[int] = []
     kept = teacher_outputs.cache_outputs(rows, model, look(model, made), (0, 1, 2))
     assert len(made) > 1
@@ -214,7 +214,7 @@ def test_the_others_do_not_wait_for_ever_for_a_first_rank_that_fails(
     toys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first one raises before it reaches the place where they meet; the others are told that it has gone."""
-    rows, model = data.tokenise(toys.tokenizer(), toys.rows(20), 32), toys.bert()
+    rows, model = data.tokenize(toys.tokenizer(), toys.rows(20), 32), toys.bert()
 
     def broken(_: Any) -> Any:
         raise MemoryError

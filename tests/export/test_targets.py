@@ -55,7 +55,7 @@ def proto(checkpoint: Path) -> onnx.ModelProto:
 def dev(checkpoint: Path, toys: ModuleType, toy_task: Callable[..., Any]) -> Dev:
     """A task whose gold labels are what the model says."""
     task = toy_task()
-    rows = data.encode(toys.tokenizer(), {"dev": toys.rows(40), "train": toys.rows(32, 5)}, 32)
+    rows = data.encode_splits(toys.tokenizer(), {"dev": toys.rows(40), "train": toys.rows(32, 5)}, 32)
     return Dev(task, {"dev": rows["dev"]}, rows["train"])
 
 

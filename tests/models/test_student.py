@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from spdtool import tasks
 from spdtool.distillation.layer_map import check_phases
 from spdtool.errors import ModelError, RecipeError
 from spdtool.models.layers import find_prunable_weights, model_shape
@@ -24,6 +23,7 @@ from spdtool.models.student import (
 from spdtool.pruning.patterns import zeros_in
 from spdtool.run.folder import Run
 from spdtool.stages import plan as planning
+from spdtool.tasks import find_task
 
 MakeRun = Callable[..., Run]
 
@@ -62,7 +62,7 @@ def test_a_smaller_student_needs_less_memory_and_relations_and_blends_more(toy_r
 
 def test_a_copy_has_the_teachers_outline(toy_run: MakeRun) -> None:
     recipe = toy_run().recipe
-    task = tasks.resolve(recipe)
+    task = find_task(recipe)
     teacher = build_empty_teacher(recipe, task)
     assert build_empty_student(recipe, task, teacher) is teacher
     check_positions(recipe, teacher, teacher)
@@ -135,7 +135,7 @@ def test_a_list_of_layers_for_the_real_depth_is_no_obstacle_to_a_smoke_run(toy_r
 )
 def test_the_order_of_the_logits(toys: Any, own: list[str], names: list[str], order: list[int]) -> None:
     """A model whose labels have no names of their own is taken to follow the task's order: bad, good."""
-    assert match_labels(own, names, toys.task()) == order
+    assert match_labels(own, names, toys.dataset()) == order
 
 
 def test_layers_stand_in_only_for_layers_of_their_kind(toys: Any) -> None:

@@ -33,7 +33,7 @@ MEASURED: dict[str, Any] = {
 def stage(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> tuple[Path, Path, Recipe, dict[str, Any]]:
     """`(export, checkpoint, recipe, metrics)` of a student of three labels on pairs, as the export stage has them."""
     folder = tmp_path_factory.mktemp("served")
-    toys.register(toys.task("served", pairs=True, dev=24))
+    toys.register(toys.dataset("served", pairs=True, dev=24))
     try:
         names = {0: "no", 1: "maybe", 2: "yes"}
         model = toys.bert(labels=3, id2label=names, label2id={name: index for index, name in names.items()})
@@ -44,7 +44,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> tuple[P
         metrics = {"student": MEASURED, "onnx-fp16": {"student": MEASURED | {"largest_change": 0.01}}}
         assert assembly.assemble(folder / "export", folder / "checkpoint", recipe, metrics) is None
     finally:
-        plugins.tasks.unregister("served")
+        plugins.datasets.unregister("served")
     return folder / "export", folder / "checkpoint", recipe, metrics
 
 

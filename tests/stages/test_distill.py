@@ -25,7 +25,7 @@ def pruned_folder(toys: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from spdtool.stages.prune import prune
     from spdtool.stages.teacher import teacher
 
-    toys.register(toys.task())
+    toys.register(toys.dataset())
     run = Run.at(tmp_path_factory.mktemp("pruned") / "run", toys.recipe("prune.epochs=1", sparsity=0.9))
     teacher(run)
     prune(run)

@@ -192,7 +192,7 @@ def test_a_changed_dev_metric_is_refused(
 def test_compare_counts_flips_and_every_dev_set(toys: ModuleType, toy_task: Callable[..., Task]) -> None:
     task = toy_task()
     rows = toys.rows(6)
-    dev = Dev(task, data.encode(toys.tokenizer(), {"dev": rows, "dev_mm": rows}, 32))
+    dev = Dev(task, data.encode_splits(toys.tokenizer(), {"dev": rows, "dev_mm": rows}, 32))
 
     def answer(sign: float) -> Callable[[Any], np.ndarray]:
         def forward(batch: Any) -> np.ndarray:
@@ -218,7 +218,7 @@ def test_one_prediction_is_never_over_the_budget(after: float, worse: int, refus
 
 def test_compare_takes_a_regression_by_its_values(toys: ModuleType, toy_task: Callable[..., Task]) -> None:
     task = toy_task(labels=())
-    dev = Dev(task, data.encode(toys.tokenizer(), {"dev": toys.rows(6, labels=1)}, 32))
+    dev = Dev(task, data.encode_splits(toys.tokenizer(), {"dev": toys.rows(6, labels=1)}, 32))
 
     def answer(shift: float) -> Any:
         return dev.predict(lambda batch: batch["labels"][:, None] + np.float32(shift) * (batch["labels"] > 1)[:, None])

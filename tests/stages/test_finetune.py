@@ -37,7 +37,7 @@ def test_a_whole_run_ends_in_an_ordinary_sparse_checkpoint(
     for name, weight in find_prunable_weights(model).items():
         assert int((weight == 0).sum()) == zeros_in(weight.numel(), 0.9), name
     metrics = run.record("finetune")["metrics"]
-    encoded = data.encode(AutoTokenizer.from_pretrained(folder), task.load(None, 0), 32)
+    encoded = data.encode_splits(AutoTokenizer.from_pretrained(folder), task.dataset.load(None, 0), 32)
     assert evaluation.evaluate(task, evaluation.torch_forward(model), encoded) == metrics["dev"]
     assert set(run.record("finetune")["inputs"]) == {"teacher", "distill"}
     config, teacher = (json.loads((f / "config.json").read_text("utf-8")) for f in (folder, run.path / "teacher"))

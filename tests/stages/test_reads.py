@@ -23,6 +23,7 @@ from spdtool.models.load import load_model
 from spdtool.pruning.masks import Masks
 from spdtool.recipe.fields import Loss, Prune
 from spdtool.run.folder import Run
+from spdtool.tasks.classification import Classification
 from spdtool.training import loop as training
 from spdtool.training import prefetch
 
@@ -169,7 +170,7 @@ def test_nothing_crosses_between_processor_and_device_within_a_step(toys: Any, a
             with torch.no_grad():
                 taught = compute_outputs(teacher, batch, **seen)
             learnt = compute_outputs(student, batch, **seen)
-            distillation_loss(learnt, taught, batch, weights, regression=False)["loss"].backward()
+            distillation_loss(learnt, taught, batch, weights, logit_loss=Classification.logit_loss)["loss"].backward()
             masks.silence()
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
             optimizer.step()

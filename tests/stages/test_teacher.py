@@ -12,11 +12,12 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from spdtool.data.dataset import Rows
 from spdtool.errors import DataError, ModelError, UnknownName
 from spdtool.models.load import label_names, load_model, load_tokenizer, save_model
 from spdtool.run.folder import Run
 from spdtool.stages.teacher import teacher
-from spdtool.tasks import Rows, Task
+from spdtool.tasks import Task
 
 FILES = ["config.json", "model.safetensors", "stage.json", "tokenizer.json", "tokenizer_config.json"]
 
@@ -173,7 +174,7 @@ def test_an_empty_split_is_refused(
 
     task = toy_task()
     splits = {"train": toys.rows(8), "dev": toys.rows(8)} | {empty: Rows([], None, [])}
-    toys.register(replace(task, load=lambda _data, _seed: splits))
+    toys.register(replace(task.dataset, load=lambda _data, _seed: splits))
     refused(toy_run(), DataError, f"no rows in its {empty} split")
 
 
@@ -181,7 +182,7 @@ def test_one_class_only_is_refused(toy_run: Callable[..., Run], toy_task: Callab
     from dataclasses import replace
 
     splits = {"train": Rows(["a", "the"], None, [1, 1]), "dev": toys.rows(8)}
-    toys.register(replace(toy_task(), load=lambda _data, _seed: splits))
+    toys.register(replace(toy_task().dataset, load=lambda _data, _seed: splits))
     refused(toy_run(), DataError, "every training row of 'toy' has the label 'good'")
 
 
@@ -193,7 +194,7 @@ def test_an_unsupported_architecture_is_refused_before_it_is_trained(
     def build(seed: int) -> Any:
         return toys.classifier("albert", embedding_size=16), toys.tokenizer()
 
-    toys.register(replace(toy_task(), build=build))
+    toys.register(replace(toy_task().dataset, build=build))
     refused(toy_run(), ModelError, "'albert' is not supported")
 
 

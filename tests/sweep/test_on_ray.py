@@ -206,7 +206,7 @@ def test_a_bug_in_a_trial_keeps_its_traceback_and_spares_the_others(
 
 def test_plugins_are_loaded_where_a_trial_runs(planned: Make, ray: Any, clean_plugins: None, tmp_path: Path) -> None:
     found = f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nimport toys\n"
-    (tmp_path / "plugin.py").write_text(f"{found}toys.register(toys.task('mine'))\n")
+    (tmp_path / "plugin.py").write_text(f"{found}toys.register(toys.dataset('mine'))\n")
     plugins.use_folder(tmp_path)
     assert [row.status for row in run(planned(tasks=["mine"], recipes=["gmp"]), Cluster())] == [DONE]
 

@@ -44,7 +44,7 @@ def test_nothing_is_scored_where_no_training_rows_are_asked_for(toy_run: Callabl
 
 def test_the_train_score_is_that_of_a_sample_of_the_training_rows(toy_task: Any, toys: Any) -> None:
     task, rows = toy_task(), toys.rows(40)
-    encoded = data.tokenise(toys.tokenizer(), rows, 32)
+    encoded = data.tokenize(toys.tokenizer(), rows, 32)
     sample = encoded.sample(7, seed=3)
     assert len(sample) == 7
     assert encoded.sample(40, seed=3) is encoded
@@ -53,7 +53,7 @@ def test_the_train_score_is_that_of_a_sample_of_the_training_rows(toy_task: Any,
     lists = {tuple(encoded.collate([i])["input_ids"][0]) for i in range(40)}
     assert {tuple(sample.collate([i])["input_ids"][0]) for i in range(7)} <= lists
     forward = evaluation.torch_forward(toys.bert(2))
-    assert evaluation.evaluate_rows(task, forward, sample)["score"] in {hits / 7 for hits in range(8)}
+    assert evaluation.evaluate_split(task, forward, sample)["score"] in {hits / 7 for hits in range(8)}
 
 
 def test_students_are_left_on_the_way_with_exactly_their_zeros(toy_run: Callable[..., Run]) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from spdtool.data import tokens as data
+from spdtool.data.batches import training_batches
 from spdtool.errors import DeviceError, GateError
 from spdtool.models import predict as evaluation
 from spdtool.models.layers import find_prunable_weights
@@ -52,7 +53,7 @@ class Bench:
         """Train; `stop` raises KeyboardInterrupt after the log line of that step; `scores` are the dev scores."""
         recipe = recipe or Recipe(device="cpu", save_minutes=1e9, bucketing=False, max_length=32)
         self.model = model = self.toys.bert(2, dropout=dropout)
-        splits = data.encode(self.toys.tokenizer(), self.task.load(None, 0), 32)
+        splits = data.encode_splits(self.toys.tokenizer(), self.task.dataset.load(None, 0), 32)
         forward, told = evaluation.torch_forward(model), iter(scores or [])
 
         def evaluate() -> dict[str, float]:
@@ -153,7 +154,7 @@ def test_every_step_has_the_scheduled_learning_rate_and_one_batch_of_its_epoch(b
 def test_it_is_plain_adamw_on_plain_batches(bench: Bench, toys: Any) -> None:
     bench.fit(section(weight_decay=0.05, epsilon=1e-3))
     model = toys.bert(2).train()
-    rows = data.encode(toys.tokenizer(), bench.task.load(None, 0), 32)["train"]
+    rows = data.encode_splits(toys.tokenizer(), bench.task.dataset.load(None, 0), 32)["train"]
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
     optimizer = torch.optim.AdamW(
@@ -161,7 +162,7 @@ def test_it_is_plain_adamw_on_plain_batches(bench: Bench, toys: Any) -> None:
     )
     step = 0
     for epoch in range(2):
-        for batch in data.training_batches(rows, 8, 0, epoch, pool=None):
+        for batch in training_batches(rows, 8, 0, epoch, pool=None):
             inputs = evaluation.to_device(rows.collate(batch, 32), "cpu")
             labels = inputs.pop("labels")
             F.cross_entropy(model(**inputs).logits, labels).backward()

@@ -13,6 +13,7 @@ from spdtool.distillation.losses import distillation_loss
 from spdtool.distillation.outputs import compute_outputs
 from spdtool.models.predict import to_device
 from spdtool.recipe.fields import Loss
+from spdtool.tasks.classification import Classification
 from spdtool.training.microbatches import NO_WEIGHT, WHOLE_BATCH, MicrobatchSplitter, deal_rows
 
 
@@ -20,7 +21,7 @@ from spdtool.training.microbatches import NO_WEIGHT, WHOLE_BATCH, MicrobatchSpli
 def rows() -> data.Encoded:
     import toys
 
-    return data.tokenise(toys.tokenizer(), toys.rows(40, pairs=True, longest=25), 64)
+    return data.tokenize(toys.tokenizer(), toys.rows(40, pairs=True, longest=25), 64)
 
 
 def cuts(processes: int, **how: Any) -> list[MicrobatchSplitter]:
@@ -68,7 +69,9 @@ def test_the_terms_of_the_pieces_add_up_to_those_of_the_batch(
             seen = [
                 compute_outputs(model, given, hidden_states=True, attention="scores") for model in (student, teacher)
             ]
-            made.append(distillation_loss(*seen, given, weights, regression=False, weight=piece.weight))
+            made.append(
+                distillation_loss(*seen, given, weights, logit_loss=Classification.logit_loss, weight=piece.weight)
+            )
         return made
 
     (whole,) = terms(MicrobatchSplitter(pad_alike=not mask_padding))

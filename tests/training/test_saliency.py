@@ -139,7 +139,7 @@ def test_another_student_than_the_teacher_has_gradients_before_the_first_step() 
 
 
 def test_calibration_batches_are_others_at_each_event_and_the_same_when_asked_again(toys: Any) -> None:
-    rows = data.tokenise(toys.tokenizer(), toys.rows(32), 32)
+    rows = data.tokenize(toys.tokenizer(), toys.rows(32), 32)
     section, recipe = Prune(calibration=6, batch_size=8), Recipe()
 
     def batches(step: int) -> list[list[int]]:

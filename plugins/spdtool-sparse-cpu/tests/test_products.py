@@ -305,7 +305,7 @@ STEADY = tuple(
 @pytest.fixture
 def trained(toys: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
     """`trained("prune.epochs=1", folder="one")`: weights after each phase of a toy student, and the products called."""
-    toys.register(toys.task(dropout=0.1))
+    toys.register(toys.dataset(dropout=0.1))
 
     def train(*sets: str, folder: str = "run", until: str = "finetune") -> tuple[list[dict[str, Tensor]], list[str]]:
         with monkeypatch.context() as patch:
@@ -320,7 +320,7 @@ def trained(toys: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         return made[1:], calls
 
     yield train
-    plugins.tasks.unregister("toy")
+    plugins.datasets.unregister("toy")
 
 
 def test_a_student_learns_as_with_dense_products_and_twice_the_same(trained: Callable[..., Any]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spdtool import tasks
+from spdtool.data.dataset import find_dataset
 from spdtool.models.load import HUB_NAME
 from spdtool.models.student import PRETRAINED
 from spdtool.recipe.fields import Recipe
@@ -63,7 +63,7 @@ def card(recipe: Recipe, variants: Mapping[str, Mapping[str, Any]], config: Mapp
 
 
 def _single(recipe: Recipe) -> bool:
-    return len(tasks.resolve(recipe).text) == 1
+    return len(find_dataset(recipe).text) == 1
 
 
 def _front(recipe: Recipe, title: str, facts: Mapping[str, Any]) -> list[str]:
@@ -94,7 +94,7 @@ def _base(recipe: Recipe) -> str | None:
     given = recipe.student if recipe.student not in (None, PRETRAINED) else None
     if given is None and recipe.student is None:
         given = recipe.given_teacher
-    if recipe.smoke or (given is None and tasks.resolve(recipe).build is not None):
+    if recipe.smoke or (given is None and find_dataset(recipe).build is not None):
         return None
     source = given or recipe.model
     folder = Path(source).is_absolute() or source.startswith((".", "~"))

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from spdtool import tasks
+from spdtool.data.dataset import find_dataset
 from spdtool.errors import ModelError
 from spdtool.export.bundle import card
 from spdtool.export.bundle import read as bundle
@@ -85,8 +85,8 @@ def assemble(export: Path, checkpoint: Path, recipe: Recipe, metrics: Mapping[st
 
 def golden(checkpoint: Path, folder: Path, recipe: Recipe) -> dict[str, Any]:
     """Sentences of the dev set as the checkpoint sees them: text, token ids, logits in float32, computed row by row."""
-    rows = tasks.rows(tasks.resolve(recipe), recipe)["dev"]
-    picked = rows.pick(range(0, len(rows), max(1, len(rows) // SENTENCES))[:SENTENCES])
+    rows = find_task(recipe).read_rows(recipe)["dev"]
+    picked = rows.select(range(0, len(rows), max(1, len(rows) // SENTENCES))[:SENTENCES])
     tokenizer, model = load_tokenizer(checkpoint), load_model(checkpoint, eager=True)
     config, tokenizer_config = (bundle.read_json(folder / name) for name in ("config.json", "tokenizer_config.json"))
     limit = bundle.longest_input(config, tokenizer_config)
@@ -154,7 +154,7 @@ def _manifest(folder: Path, variants: dict[str, Any], recipe: Recipe) -> dict[st
         "format": bundle.VARIANTS,
         "spdtool": metadata.version("spdtool"),
         "task": recipe.task,
-        "text": list(tasks.resolve(recipe).text),
+        "text": list(find_dataset(recipe).text),
         "sparsity": recipe.sparsity,
         "smoke": recipe.smoke,
         "model": variants[PORTABLE]["file"],

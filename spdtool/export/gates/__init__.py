@@ -145,7 +145,7 @@ class Trial:
         The exact twin is held on all of them.
         """
         rows = self.reference.dev.sets["dev"]
-        return [(name, batch) for name, batch in self.reference.probes if parity.is_real(name, left=rows.left)]
+        return [(name, batch) for name, batch in self.reference.probes if parity.is_real(name, left=rows.pad_left)]
 
     def _dev(self, metrics: dict[str, Any]) -> dict[str, Any]:
         rounds, change = targets.rounds(self.target), self.change()

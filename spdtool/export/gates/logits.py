@@ -88,7 +88,7 @@ def probes(model: PreTrainedModel, rows: Encoded, sentences: int) -> Iterator[tu
     """
     some = np.unique(np.linspace(0, max(len(rows) - 1, 0), sentences).round().astype(int))
     for left in (False, True) if len(rows) else ():
-        yield f"{len(some)} {ROWS}, {_side(left)}", replace(rows, left=left).collate(some)
+        yield f"{len(some)} {ROWS}, {_side(left)}", replace(rows, pad_left=left).collate(some)
     longest = min(positions(model), LONGEST_PROBE)
     lengths = sorted({1, 2, 3, 7, *(2**power for power in range(2, 10)), longest})
     two_types = "token_type_ids" in rows.columns and getattr(model.config, "type_vocab_size", 2) > 1
@@ -162,7 +162,7 @@ def _synthetic(
     random, (count, length) = np.random.default_rng(shape), shape
     real = np.arange(length)[None, :] < np.linspace(length, 1, count).round()[:, None]
     real = real[:, ::-1] if left else real
-    pad = rows.pad["input_ids"]
+    pad = rows.pad_values["input_ids"]
     tokens = random.integers(0, model.config.vocab_size - 1, shape)
     batch = {"input_ids": np.where(real, tokens + (tokens >= pad), pad), "attention_mask": real.astype(np.int64)}
     if "token_type_ids" in rows.columns:

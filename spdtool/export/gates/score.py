@@ -17,7 +17,7 @@ from spdtool.models.layers import max_positions
 from spdtool.models.load import label_names, load_model, load_tokenizer
 from spdtool.models.predict import Forward
 from spdtool.recipe.fields import Recipe
-from spdtool.tasks import Task
+from spdtool.tasks import CheckRows, Task, prepare_data
 
 Predicted = dict[str, np.ndarray]  # dev set -> logits [rows, labels]
 
@@ -59,17 +59,17 @@ class OverBudget(GateError):
     """The files are sound, and their roundings cost more of the dev metric than the budget."""
 
 
-def dev_sets(checkpoint: Path, recipe: Recipe, note: data.Note | None = None) -> Dev:
+def dev_sets(checkpoint: Path, recipe: Recipe, note: CheckRows | None = None) -> Dev:
     """The dev sets of the recipe's task and some of its training rows, encoded for the checkpoint.
 
     Args:
-        note: as in `data.prepare`.
+        note: as `check_rows` in `prepare_data`.
 
     Raises:
         DataError, ModelError: data, tokenizer and model do not fit together.
     """
     model = load_model(checkpoint)
-    task, splits = data.prepare(recipe, load_tokenizer(checkpoint), label_names(model), note)
+    task, splits = prepare_data(recipe, load_tokenizer(checkpoint), label_names(model), note)
     dev = {name: rows for name, rows in splits.items() if name.startswith("dev")}
     data.check_lengths(dev, max_positions(model))
     data.check_vocabulary(dev, model.config.vocab_size)
@@ -81,12 +81,11 @@ def compare(task: Task, before: Predicted, after: Predicted, dev: dict[str, Enco
     """What changed from the checkpoint's logits to the file's; a regression counts as flipped beyond `tolerance`."""
     flipped, worse, largest = 0, 0, 0.0
     for name, rows in dev.items():
-        was, became = (evaluation.decide(task, side[name]) for side in (before, after))
-        moved = np.abs(became - was) > (tolerance if task.regression else 0)
-        flipped += int(moved.sum())
-        worse += int((moved if task.regression else moved & (was == rows.labels)).sum())
+        changed, worsened = task.compare_predictions(before[name], after[name], rows.labels, tolerance)
+        flipped += int(changed.sum())
+        worse += int(worsened.sum())
         largest = max(largest, float(np.abs(after[name] - before[name]).max()))
-    metrics, checkpoint = (evaluation.score_all(task, logits, dev) for logits in (after, before))
+    metrics, checkpoint = (task.score_splits(logits, dev) for logits in (after, before))
     return Change(metrics, checkpoint, flipped, sum(len(rows) for rows in dev.values()), largest, worse)
 
 

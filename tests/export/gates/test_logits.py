@@ -17,7 +17,7 @@ from spdtool.export.gates import logits as parity
 @pytest.fixture
 def rows(toys: ModuleType) -> Encoded:
     """Ten encoded pairs."""
-    return data.encode(toys.tokenizer(), {"dev": toys.rows(10, pairs=True)}, 32)["dev"]
+    return data.encode_splits(toys.tokenizer(), {"dev": toys.rows(10, pairs=True)}, 32)["dev"]
 
 
 def test_probes_cover_lengths_sides_and_pairs(toys: ModuleType, rows: Encoded) -> None:
@@ -111,6 +111,6 @@ def test_zeros_must_be_equal() -> None:
 
 
 def test_without_rows_there_are_still_probes(toys: ModuleType) -> None:
-    names = [name for name, _ in parity.probes(toys.bert(), data.no_rows(toys.tokenizer()), 6)]
+    names = [name for name, _ in parity.probes(toys.bert(), data.empty_split(toys.tokenizer()), 6)]
     assert "shape (1, 64), pair" in names
     assert not [name for name in names if "dev" in name]

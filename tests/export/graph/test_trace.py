@@ -130,7 +130,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> Call
         if name not in made:
             place = tmp_path_factory.mktemp(name)
             tokenizer = checkpoint(name, place / "checkpoint", toys)
-            splits = data.encode(tokenizer, {"dev": toys.rows(12, pairs=True)}, 32)
+            splits = data.encode_splits(tokenizer, {"dev": toys.rows(12, pairs=True)}, 32)
             files = Onnx.export(place / "checkpoint", place / "out", Recipe())
             made[name] = Exported(place / "checkpoint", place / "out", files, splits["dev"])
         return made[name]

@@ -1,0 +1,101 @@
+"""Which rows make up each batch: of like length for training, longest first for evaluation.
+
+Everything is a pure function of (rows, seed, epoch), so that a position in the data is a pair of numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import overload
+
+import numpy as np
+
+from spdtool.data.tokens import Encoded
+
+SHUFFLED_ROWS = 1_000_000  # from here on, not all rows are put into one random order
+BLOCK_BATCHES = 128  # batches in a block of neighbouring rows, which is read from the disk as a whole
+GROUP_BLOCKS = 64  # blocks whose rows are mixed: their row numbers are all that is in memory
+
+
+def training_batches(
+    rows: Encoded, batch_size: int, seed: int, epoch: int, *, pool: int | None
+) -> Sequence[np.ndarray]:
+    """Return the row numbers of every batch of one epoch: each row once, batches of like length, in random order.
+
+    The number of batches is always `ceil(rows / batch_size)`. From `SHUFFLED_ROWS` rows on, it is blocks of rows that
+    are put into random order, and rows within groups of blocks: an order of all rows would not fit beside them.
+
+    Args:
+        pool: batches of a pool inside which rows are sorted by length, so that lengths are near-equal and still random;
+            None: rows of any length share a batch.
+    """
+    if len(rows) >= SHUFFLED_ROWS:
+        return BlockedBatches(rows, batch_size, (seed, epoch), pool)
+    generator = np.random.default_rng([seed, epoch])
+    return _cut_into_batches(rows.lengths, generator.permutation(len(rows)), batch_size, generator, pool)
+
+
+def evaluation_batches(rows: Encoded, batch_size: int) -> Iterator[np.ndarray]:
+    """Yield row numbers, longest rows first: a batch too large for the memory shows at once, and little is padded."""
+    order = np.argsort(-rows.lengths, kind="stable")
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+class BlockedBatches(Sequence[np.ndarray]):
+    """The batches of an epoch of very many rows; holds those of one group of blocks, and computes others on demand."""
+
+    def __init__(self, rows: Encoded, batch_size: int, seed: tuple[int, int], pool: int | None) -> None:
+        self._rows = rows
+        self._batch_size = batch_size
+        self._block_size = batch_size * BLOCK_BATCHES
+        self._seed = seed
+        self._pool = pool
+        full_blocks, remainder = divmod(len(rows), self._block_size)
+        self._blocks = np.random.default_rng([*seed, 0]).permutation(full_blocks)
+        if remainder:
+            self._blocks = np.append(self._blocks, full_blocks)  # the short block last: every batch before it is full
+        self._group = -1
+        self._batches: list[np.ndarray] = []
+
+    def __len__(self) -> int:
+        return -(-len(self._rows) // self._batch_size)
+
+    @overload
+    def __getitem__(self, index: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[np.ndarray]: ...
+    def __getitem__(self, index: int | slice) -> np.ndarray | list[np.ndarray]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        group, position = divmod(index, BLOCK_BATCHES * GROUP_BLOCKS)
+        if group != self._group:
+            self._group, self._batches = group, self._group_batches(group)
+        return self._batches[position]
+
+    def _group_batches(self, group: int) -> list[np.ndarray]:
+        numbers = []
+        for block in self._blocks[group * GROUP_BLOCKS : (group + 1) * GROUP_BLOCKS]:
+            start = block * self._block_size
+            numbers.append(np.arange(start, min(start + self._block_size, len(self._rows))))
+        # A generator for each group, so that any batch can be had without those before it.
+        generator = np.random.default_rng([*self._seed, 1 + group])
+        order = generator.permutation(np.concatenate(numbers))
+        return _cut_into_batches(self._rows.lengths, order, self._batch_size, generator, self._pool)
+
+
+def _cut_into_batches(
+    lengths: np.ndarray, order: np.ndarray, batch_size: int, generator: np.random.Generator, pool: int | None
+) -> list[np.ndarray]:
+    """Cut `order` into batches; with a pool, of like length, and in random order again."""
+    if pool is None:
+        return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    batches = []
+    pool_size = pool * batch_size
+    for pool_start in range(0, len(order), pool_size):
+        rows = order[pool_start : pool_start + pool_size]
+        rows = rows[np.argsort(lengths[rows], kind="stable")]
+        batches += [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    return [batches[number] for number in generator.permutation(len(batches))]

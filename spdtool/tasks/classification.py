@@ -1,0 +1,185 @@
+"""Single-label classification: each row has exactly one of the classes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from spdtool.data.dataset import Rows, Splits
+from spdtool.data.overview import list_names
+from spdtool.errors import LISTED, DataError, ModelError
+from spdtool.plugins import task_kinds
+from spdtool.recipe.fields import Loss
+from spdtool.tasks import Task
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MISSING = {"", "?", "na", "n/a", "nan", "none", "null", "nil", "-"}  # what tables hold where a value is missing
+
+
+@task_kinds.register("classification")
+class Classification(Task):
+    """One of several classes for each text or pair of texts."""
+
+    problem_type = "single_label_classification"
+
+    def check_training_rows(self, rows: Rows) -> None:
+        """Raise DataError if all rows have one class."""
+        first = rows.labels[0]
+        if all(label == first for label in rows.labels):  # stops at the second class
+            only_class = self.dataset.labels[int(first)]
+            raise DataError(
+                f"every training row of {self.name!r} has the label {only_class!r}", "two classes are the least"
+            )
+
+    def label_order(self, names: Sequence[str]) -> list[int]:
+        """Return, for each class, its index among a model's label names.
+
+        Names are matched as they are written; else without case, `-`, `_` and spaces, if that leaves them different.
+        Where one side has mere numbers (`matches_by_position`), the order decides.
+        """
+        labels = self.dataset.labels
+        if len(names) != len(labels):
+            raise ModelError(
+                f"the model has {len(names)} labels ({_enumerate(names)}); "
+                f"task {self.name!r} has {len(labels)} ({_enumerate(labels)})",
+                "give a teacher that was fine-tuned on this task",
+            )
+        spellings: tuple[Callable[[str], str], ...] = (str, _plain_label)
+        for spell in spellings:
+            index = {spell(name): number for number, name in enumerate(names)}
+            if len(index) == len(names) and index.keys() == {spell(label) for label in labels}:
+                return [index[spell(label)] for label in labels]
+        if not self.matches_by_position(names):
+            raise ModelError(
+                f"the model calls its labels {_enumerate(names)}; those of task {self.name!r} are {_enumerate(labels)}",
+                "rename them in the data, or under id2label in the model's config.json: "
+                "a model that calls them LABEL_0, LABEL_1, ... is taken to follow the task's order",
+            )
+        return list(range(len(names)))
+
+    def matches_by_position(self, names: Sequence[str]) -> bool:
+        """Tell whether the model or the data set has numbers from 0 for names."""
+        if set(names) == set(self.dataset.labels):
+            return False
+        numbers = [str(number) for number in range(len(names))]
+        placeholders = [f"LABEL_{number}" for number in numbers]  # what transformers writes for want of names
+        return any(list(side) in (numbers, placeholders) for side in (names, self.dataset.labels))
+
+    def align_labels(self, splits: dict[str, Rows], names: Sequence[str]) -> dict[str, Rows]:
+        """Return the rows with class indices in the order of a model's label names."""
+        order = self.label_order(names)
+        if order == list(range(len(order))):
+            return splits  # untouched: labels in shards stay on the disk
+        index = np.array(order)
+        return {name: replace(rows, labels=index[np.asarray(rows.labels, np.int64)]) for name, rows in splits.items()}
+
+    def gold_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the cross-entropy, averaged over rows."""
+        from torch.nn import functional as F
+
+        return F.cross_entropy(logits, labels)
+
+    @staticmethod
+    def logit_loss(student: Tensor, teacher: Tensor, labels: Tensor, loss: Loss) -> Tensor:
+        """Return the divergence of the softened distributions, times T squared, mixed with the gold labels.
+
+        Hinton et al. 2015, arXiv 1503.02531. With `per_label` it is the form of the published code: cross-entropy
+        averaged over labels as well, without the square of the temperature.
+
+        Args:
+            student, teacher: logits [rows, labels].
+            labels: class indices [rows].
+            loss: `temperature`, `hardness` (1: the teacher alone) and `per_label` are read.
+        """
+        from torch.nn import functional as F
+
+        softened = F.log_softmax(student.float() / loss.temperature, dim=-1)
+        target = F.softmax(teacher.float() / loss.temperature, dim=-1)
+        if loss.per_label:
+            soft = -(target * softened).mean()
+        else:
+            # T squared keeps the gradient's size: it shrinks by 1 / T^2 when both sides are softened.
+            soft = F.kl_div(softened, target, reduction="batchmean") * loss.temperature**2
+        if loss.hardness == 1.0:
+            return soft
+        return loss.hardness * soft + (1.0 - loss.hardness) * F.cross_entropy(student.float(), labels)
+
+    def predictions(self, logits: np.ndarray) -> np.ndarray:
+        """Return the class of the largest logit, int64 [rows]."""
+        predicted: np.ndarray = logits.argmax(axis=1)
+        return predicted
+
+    def baseline(self, labels: np.ndarray) -> dict[str, float]:
+        """Score the majority class of these labels."""
+        logits = np.zeros((len(labels), len(self.dataset.labels)))
+        logits[:, np.bincount(labels).argmax()] = 1
+        return self.score(logits, labels)
+
+    def compare_predictions(
+        self,
+        before: np.ndarray,
+        after: np.ndarray,
+        labels: np.ndarray,
+        tolerance: float,  # noqa: ARG002
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return which classes changed, and which of these were right before."""
+        was = self.predictions(before)
+        changed = was != self.predictions(after)
+        return changed, changed & (was == labels)
+
+    def describe_labels(self, splits: Splits) -> str:
+        """Count the rows of each class, and score the majority class of the dev rows."""
+        lists = {}
+        for split, counts in self.count_classes(splits).items():
+            lists[split] = list_names([f"{name} {count:,}" for name, count in counts.items()])
+        baseline = self.baseline(np.asarray(splits["dev"].labels))["score"]
+        classes = f"{len(self.dataset.labels)} classes: {lists['train']}; dev: {lists['dev']}"
+        return f"{classes}; always the commonest: dev score {baseline:.4f}"
+
+    def count_classes(self, splits: Splits) -> dict[str, dict[str, int]]:
+        """Count the rows of each class by split."""
+        labels, by_split = self.dataset.labels, {}
+        for split, rows in splits.items():
+            counts = np.bincount(np.asarray(rows.labels, np.int64), minlength=len(labels)).tolist()
+            by_split[split] = dict(zip(labels, counts, strict=True))
+        return by_split
+
+    def data_warnings(self, splits: Splits) -> list[str]:
+        """Name dev texts that were trained on, classes without rows, and class names that look like a mistake."""
+        lines = super().data_warnings(splits)
+        for split, counts in self.count_classes(splits).items():
+            absent = [repr(name) for name, count in counts.items() if not count]
+            if absent and split in ("train", "dev"):
+                lines.append(f"no row of {split} has the label {list_names(absent)}")
+        return lines + self._label_name_warnings()
+
+    def _label_name_warnings(self) -> list[str]:
+        lines = []
+        spellings = defaultdict(list)
+        for name in self.dataset.labels:
+            spellings[name.strip().casefold()].append(repr(name))
+        for names in spellings.values():
+            if len(names) > 1:
+                lines.append(
+                    f"the labels {list_names(names)} differ by case or surrounding spaces only, and are kept apart"
+                )
+        missing = [repr(name) for name in self.dataset.labels if name.strip().casefold() in MISSING]
+        if missing:
+            lines.append(f"the label {list_names(missing)} is taken for a class: does it stand for a missing value?")
+        return lines
+
+
+def _plain_label(label: str) -> str:
+    return label.lower().replace("-", "_").replace(" ", "_")
+
+
+def _enumerate(names: Sequence[str]) -> str:
+    """Join the first names, and count the others."""
+    further = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + further

@@ -1,0 +1,65 @@
+"""Metrics: functions of the gold labels and the predictions of a split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+Metric = Callable[[np.ndarray, np.ndarray], float]
+"""`metric(gold, predicted)`, both [rows]: class indices or, for regression, floats."""
+
+
+def accuracy(gold: np.ndarray, predicted: np.ndarray) -> float:
+    """Return the share of rows whose class is predicted."""
+    return float((gold == predicted).mean())
+
+
+def f1(gold: np.ndarray, predicted: np.ndarray) -> float:
+    """Return the F1 of class 1, the positive one of two classes."""
+    from sklearn.metrics import f1_score  # imported here: most of a second, and accuracy does without
+
+    return float(f1_score(gold, predicted, zero_division=0.0))
+
+
+def f1_macro(gold: np.ndarray, predicted: np.ndarray) -> float:
+    """Return the unweighted mean of the F1 of every class."""
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(gold, predicted, average="macro", zero_division=0.0))
+
+
+def matthews(gold: np.ndarray, predicted: np.ndarray) -> float:
+    """Return Matthews' correlation coefficient, the metric of CoLA."""
+    from sklearn.metrics import matthews_corrcoef
+
+    return float(matthews_corrcoef(gold, predicted))
+
+
+def pearson(gold: np.ndarray, predicted: np.ndarray) -> float:
+    """Return the linear correlation; 0 where it is undefined."""
+    from scipy.stats import pearsonr
+
+    return float(pearsonr(gold, predicted)[0]) if _varies(gold, predicted) else 0.0
+
+
+def spearman(gold: np.ndarray, predicted: np.ndarray) -> float:
+    """Return the rank correlation; 0 where it is undefined."""
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(gold, predicted)[0]) if _varies(gold, predicted) else 0.0
+
+
+def _varies(gold: np.ndarray, predicted: np.ndarray) -> bool:
+    """Tell whether a correlation is defined; a model with one answer for every row knows nothing."""
+    return bool(np.ptp(gold) != 0 and np.ptp(predicted) != 0 and np.isfinite(predicted).all())
+
+
+METRICS: dict[str, Metric] = {
+    "accuracy": accuracy,
+    "f1": f1,
+    "f1_macro": f1_macro,
+    "matthews": matthews,
+    "pearson": pearson,
+    "spearman": spearman,
+}

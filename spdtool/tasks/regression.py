@@ -1,0 +1,82 @@
+"""Regression: each row has a number to predict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from spdtool.data.dataset import Splits
+from spdtool.errors import ModelError
+from spdtool.plugins import task_kinds
+from spdtool.recipe.fields import Loss
+from spdtool.tasks import Task
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@task_kinds.register("regression")
+class Regression(Task):
+    """A number for each text or pair of texts."""
+
+    problem_type = "regression"
+
+    @property
+    def head_labels(self) -> tuple[str, ...]:
+        """Name of the only output."""
+        return ("score",)
+
+    def label_order(self, names: Sequence[str]) -> list[int]:
+        """Return [0]: there is one output."""
+        if len(names) != 1:
+            raise ModelError(f"the model has {len(names)} labels; {self.name!r} is a regression task, which needs one")
+        return [0]
+
+    def gold_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the mean squared error."""
+        from torch.nn import functional as F
+
+        return F.mse_loss(logits.squeeze(-1), labels)
+
+    @staticmethod
+    def logit_loss(student: Tensor, teacher: Tensor, labels: Tensor, loss: Loss) -> Tensor:
+        """Return the mean squared error to the teacher's value, mixed with that to the gold value.
+
+        Args:
+            student, teacher: logits [rows, 1].
+            labels: gold values [rows].
+            loss: `regression_hardness` (1: the teacher alone) is read.
+        """
+        from torch.nn import functional as F
+
+        value, hardness = student.float().squeeze(-1), loss.regression_hardness
+        soft = F.mse_loss(value, teacher.float().squeeze(-1))
+        if hardness == 1.0:
+            return soft
+        return hardness * soft + (1.0 - hardness) * F.mse_loss(value, labels.float())
+
+    def predictions(self, logits: np.ndarray) -> np.ndarray:
+        """Return the values, float [rows]."""
+        return logits[:, 0]
+
+    def baseline(self, labels: np.ndarray) -> dict[str, float]:
+        """Score the mean of these labels."""
+        return self.score(np.full((len(labels), 1), np.mean(labels)), labels)
+
+    def compare_predictions(
+        self,
+        before: np.ndarray,
+        after: np.ndarray,
+        labels: np.ndarray,  # noqa: ARG002
+        tolerance: float,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return twice which values moved by more than the tolerance: any such move counts as one for the worse."""
+        moved = np.abs(self.predictions(after) - self.predictions(before)) > tolerance
+        return moved, moved
+
+    def describe_labels(self, splits: Splits) -> str:
+        """Describe the range of the training values."""
+        values = np.asarray(splits["train"].labels)
+        return f"regression, {values.min():g} to {values.max():g}"

@@ -1,0 +1,139 @@
+"""Single-label classification: labels of a model, losses, predictions, and what the plan says about classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from spdtool.data.dataset import Rows
+from spdtool.errors import DataError, ModelError
+from spdtool.tasks import Task
+
+ToyTask = Callable[..., Task]
+
+
+def splits_of(train: Sequence[int], dev: Sequence[int]) -> dict[str, Rows]:
+    """Splits with these labels, whose texts are all different."""
+    first = [f"train {row}" for row in range(len(train))], [f"dev {row}" for row in range(len(dev))]
+    return {"train": Rows(first[0], None, train), "dev": Rows(first[1], None, dev)}
+
+
+def test_labels_follow_the_order_of_the_models_names(toy_task: ToyTask) -> None:
+    task = toy_task(labels=("not_entailment", "entailment"))
+    splits = {"train": Rows(["a", "b", "c"], None, [0, 1, 1])}
+    turned = task.align_labels(splits, ["ENTAILMENT", "not entailment"])
+    assert list(turned["train"].labels) == [1, 0, 0]
+    assert splits["train"].labels == [0, 1, 1], "the rows that came in are as they were"
+    for names in (["not-entailment", "entailment"], ["LABEL_0", "LABEL_1"]):
+        assert task.align_labels(splits, names)["train"].labels == [0, 1, 1]
+
+
+def test_labels_map_one_to_one_exact_names_first(toy_task: ToyTask) -> None:
+    cases = [
+        (("A", "a"), ["A", "a"], [0, 1]),
+        (("A", "a"), ["a", "A"], [1, 0]),
+        (("not spam", "not-spam"), ["not-spam", "not spam"], [1, 0]),
+        (("Yes", "no", "yes"), ["yes", "no", "Yes"], [2, 1, 0]),
+        (("not-spam", "spam"), ["Spam", "Not spam"], [1, 0]),
+        (("neg", "pos"), ["LABEL_0", "LABEL_1"], [0, 1]),
+        (("0", "1"), ["entailment", "not_entailment"], [0, 1]),
+        (("0", "1"), ["1", "0"], [1, 0]),
+        (("0", "1", "2"), ["b", "a", "c"], [0, 1, 2]),
+    ]
+    for labels, names, order in cases:
+        assert toy_task(labels=labels).label_order(names) == order, (labels, names)
+
+
+def test_labels_that_cannot_be_told_apart_or_have_other_names_are_refused_with_both_lists(toy_task: ToyTask) -> None:
+    cases = [
+        (("A", "a"), ["a", "b"]),
+        (("a", "b"), ["A", "a"]),
+        (("A", "a"), ["a", "a"]),
+        (("not spam", "not-spam"), ["not_spam", "NOT SPAM"]),
+        (("1", "2", "10"), ["neg", "neutral", "pos"]),
+        (("neg", "pos"), ["positive", "negative"]),
+        (("neg", "pos"), ["LABEL_1", "LABEL_0"]),
+    ]
+    for labels, names in cases:
+        with pytest.raises(ModelError) as caught:
+            toy_task(labels=labels).align_labels({"train": Rows(["a"], None, [0])}, names)
+        assert ", ".join(labels) in caught.value.message
+        assert ", ".join(names) in caught.value.message
+        assert "id2label" in str(caught.value.hint)
+
+
+def test_a_model_with_another_number_of_labels_is_refused(toy_task: ToyTask) -> None:
+    for labels, names in ((("a", "b"), ["a", "b", "c"]), (("a", "b", "c"), ["x"])):
+        with pytest.raises(ModelError, match=f"the model has {len(names)} labels"):
+            toy_task(labels=labels).label_order(names)
+
+
+def test_only_placeholders_and_numbers_match_by_position(toy_task: ToyTask) -> None:
+    task = toy_task(labels=("bad", "good"))
+    assert task.matches_by_position(["LABEL_0", "LABEL_1"])
+    assert task.matches_by_position(["0", "1"])
+    assert not task.matches_by_position(["good", "bad"])
+    assert not toy_task(labels=("0", "1")).matches_by_position(["1", "0"])
+    assert toy_task(labels=("0", "1")).matches_by_position(["no", "yes"])
+
+
+def test_one_class_alone_is_refused(toy_task: ToyTask) -> None:
+    with pytest.raises(DataError, match="every training row of 'toy' has the label 'good'"):
+        toy_task().check_training_rows(Rows(["a", "b"], None, [1, 1]))
+
+
+def test_the_gold_loss_is_the_cross_entropy(toy_task: ToyTask) -> None:
+    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+    expected = -torch.log_softmax(logits, 1)[[0, 1], [0, 0]].mean()
+    assert torch.equal(toy_task().gold_loss(logits, torch.tensor([0, 0])), expected)
+
+
+def test_the_baseline_is_the_majority_class(toy_task: ToyTask) -> None:
+    labels = np.array([2, 1, 1, 0, 1])
+    task = toy_task(labels=("a", "b", "c"), metrics=("accuracy", "f1_macro"))
+    assert task.baseline(labels) == task.score(np.eye(3)[np.full(5, 1)], labels)
+    assert task.baseline(labels)["accuracy"] == 0.6
+
+
+def test_a_changed_class_is_worse_only_where_it_was_right(toy_task: ToyTask) -> None:
+    before, after, gold = np.eye(2)[[0, 0, 1, 1]], np.eye(2)[[1, 1, 1, 1]], np.array([0, 1, 1, 0])
+    changed, worsened = toy_task().compare_predictions(before, after, gold, 0.1)
+    assert changed.tolist() == [True, True, False, False]
+    assert worsened.tolist() == [True, False, False, False]
+
+
+def test_classes_are_counted_in_train_and_dev(toy_task: ToyTask) -> None:
+    task, splits = toy_task(labels=("neg", "pos")), splits_of([0, 1, 1], [1])
+    assert task.describe_labels(splits).startswith("2 classes: neg 1, pos 2; dev: neg 0, pos 1; always the commonest")
+    assert task.count_classes(splits) == {"train": {"neg": 1, "pos": 2}, "dev": {"neg": 0, "pos": 1}}
+
+
+def test_of_many_classes_the_first_are_listed(toy_task: ToyTask) -> None:
+    names = tuple(f"c{number:02}" for number in range(30))
+    line = toy_task(labels=names).describe_labels(splits_of(range(30), range(30)))
+    assert line.startswith("30 classes: c00 1, c01 1,")
+    assert "c07 1 and 22 more; always" in line
+
+
+def test_what_may_be_a_mistake_in_the_data_is_named(toy_task: ToyTask) -> None:
+    cases: list[tuple[tuple[str, ...], dict[str, Rows], list[str]]] = [
+        (("a", "b"), splits_of([0, 1], [0, 1]), []),
+        (("a", "b"), splits_of([0, 1], [0, 0]), ["no row of dev has the label 'b'"]),
+        (("a", "b", "c"), splits_of([1, 1], [0, 1]), ["no row of train has the label 'a', 'c'", "no row of dev has"]),
+        (("No", "no", "yes"), splits_of([0, 1, 2], [0, 1, 2]), ["the labels 'No', 'no' differ by case or surrounding"]),
+        (("pos", " pos"), splits_of([0, 1], [0, 1]), ["the labels 'pos', ' pos' differ"]),
+        (("NA", "b", "nan"), splits_of([0, 1, 2], [0, 1, 2]), ["the label 'NA', 'nan' is taken for a class"]),
+        (
+            ("a", "b"),
+            {"train": Rows(["x", "y"], None, [0, 1]), "dev": Rows(["y", "z"], None, [0, 1])},
+            ["1 of 2 dev rows have a text that is in train too"],
+        ),
+    ]
+    for labels, splits, expected in cases:
+        warnings = toy_task(labels=labels).data_warnings(splits)
+        assert len(warnings) == len(expected), warnings
+        for line, start in zip(warnings, expected, strict=True):
+            assert line.startswith(start)

@@ -1,0 +1,44 @@
+"""Each metric against its definition, written out."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from spdtool.tasks.metrics import METRICS
+
+GOLD = np.array([1, 1, 0, 1, 0, 0, 1, 0, 1, 1])
+GUESS = np.array([1, 0, 0, 1, 1, 0, 1, 0, 0, 1])
+
+
+def test_accuracy_f1_and_matthews_by_their_definitions() -> None:
+    pairs = list(zip(GOLD.tolist(), GUESS.tolist(), strict=True))
+    tp, tn, fp, fn = pairs.count((1, 1)), pairs.count((0, 0)), pairs.count((0, 1)), pairs.count((1, 0))
+    assert METRICS["accuracy"](GOLD, GUESS) == pytest.approx((tp + tn) / 10)
+    assert METRICS["f1"](GOLD, GUESS) == pytest.approx(2 * tp / (2 * tp + fp + fn))
+    root = math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    assert METRICS["matthews"](GOLD, GUESS) == pytest.approx((tp * tn - fp * fn) / root)
+    negative = 2 * tn / (2 * tn + fp + fn)
+    assert METRICS["f1_macro"](GOLD, GUESS) == pytest.approx((METRICS["f1"](GOLD, GUESS) + negative) / 2)
+
+
+def test_correlations_by_their_definitions() -> None:
+    gold, guess = np.array([0.0, 1, 2, 3, 5]), np.array([0.1, 0.9, 3.5, 2.9, 9])
+    a, b = gold - gold.mean(), guess - guess.mean()
+    assert METRICS["pearson"](gold, guess) == pytest.approx((a * b).sum() / math.sqrt((a**2).sum() * (b**2).sum()))
+    ranks = np.array([0, 1, 3, 2, 4])
+    assert METRICS["spearman"](gold, guess) == pytest.approx(METRICS["pearson"](np.arange(5.0), ranks))
+
+
+def test_a_correlation_that_is_undefined_is_zero() -> None:
+    for name in ("pearson", "spearman"):
+        for guess in ([2, 2, 2], [1, np.nan, 2], [1, np.inf, 2]):
+            assert METRICS[name](np.array([1.0, 2, 3]), np.array(guess)) == 0.0, (name, guess)
+
+
+def test_a_model_with_one_answer_has_a_score_and_no_warning() -> None:
+    for name in ("accuracy", "f1", "f1_macro", "matthews"):
+        for constant in (0, 1):
+            assert 0 <= METRICS[name](GOLD, np.full(10, constant)) < 0.8, (name, constant)
