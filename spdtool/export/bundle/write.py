@@ -32,6 +32,7 @@ from spdtool.export.bundle import read as bundle
 from spdtool.models.load import label_names, load_model, load_tokenizer
 from spdtool.recipe.fields import Recipe
 from spdtool.run.folder import sha256, write_json
+from spdtool.tasks import find_task
 
 FOLDER = "bundle"
 PORTABLE = "onnx"
