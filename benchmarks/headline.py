@@ -135,7 +135,7 @@ def measure(run_folder: Path, python: str | None, shapes: list[str], rounds: int
             save_rows(dev.train, scratch / "train.npz")
             subprocess.run([python, WORKER, "quantize", dense.path, scratch / "train.npz", model], check=True)
             logits = {name: openvino_logits(python, model, rows, scratch) for name, rows in dev.sets.items()}
-            scores[OPENVINO] = predict.score_all(dev.task, logits, dev.sets)["score"]
+            scores[OPENVINO] = dev.task.score_splits(logits, dev.sets)["score"]
             sizes[OPENVINO] = sum(file.stat().st_size for file in scratch.glob("int8.*"))
             racing.insert(3, replace(dense, name=OPENVINO, path=str(model), command=(python, str(WORKER))))
         wanted = [latency.Shape(*map(int, shape.split("x"))) for shape in shapes]
