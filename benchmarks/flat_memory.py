@@ -87,11 +87,11 @@ class Anonymous:
 
 def measure(folder: Path, model: str, batches: int) -> dict[str, float]:
     """The largest anonymous memory of each part, and the seconds until the first batch."""
-    from spdtool.data.batches import training_batches
-    from spdtool.tasks import find_task
     from spdtool.data import tokens as data
+    from spdtool.data.batches import training_batches
     from spdtool.models.load import load_tokenizer
     from spdtool.recipe.reading import build_recipe
+    from spdtool.tasks import find_task
 
     recipe, start = build_recipe("default", {"task": "local", "data": str(folder)}), time.monotonic()
     anonymous, tokenizer = Anonymous(), load_tokenizer(model)
