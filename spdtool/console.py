@@ -285,7 +285,7 @@ class _PlainProgress:
                 clamped = len(event.get("clamped", ()))
                 limited = f"; prune.least kept more of {clamped} matrices alive" if clamped else ""
                 return f"pruned to {event['sparsity']:.4f}{limited}"
-            case "left":
+            case "student":
                 return f"student saved at sparsity {event['sparsity']:g}: dev {format_scores(event['dev'])}"
             case "resume":
                 return "resumed"

@@ -187,8 +187,8 @@ def test_a_prune_stage_leaves_exact_zeros_that_stock_transformers_reads(
     assert set(model.state_dict()) == kept["keys"]
     logits = forward(model.eval(), toys.batch(architecture=architecture)).logits
     torch.testing.assert_close(logits, kept["logits"], rtol=1e-5, atol=1e-5)
-    metrics = run.record("prune")["metrics"]
-    assert set(metrics["zeros"]) == set(find_prunable_weights(model))
+    metrics = run.training_result("prune")
+    assert set(metrics.zeros) == set(find_prunable_weights(model))
 
 
 @each

@@ -34,11 +34,11 @@ def test_compress_leaves_six_stages_and_their_recipe(compressed: Path) -> None:
 
 
 def test_the_zeros_are_in_the_checkpoint_and_in_the_exported_file(compressed: Path) -> None:
-    finetuned = json.loads((compressed / "finetune/stage.json").read_text())["metrics"]
-    exported = json.loads((compressed / "export/stage.json").read_text())["metrics"]
+    finetuned = json.loads((compressed / "finetune/stage.json").read_text())["result"]
+    exported = json.loads((compressed / "export/stage.json").read_text())["result"]
     assert finetuned["sparsity"] == 0.5
-    assert exported["student"]["sparsity"] == 0.5
-    assert exported["teacher"]["zeros"] == 0
+    assert exported["targets"]["onnx"]["student"]["sparsity"] == 0.5
+    assert exported["targets"]["onnx"]["teacher"]["zeros"] == 0
 
 
 def test_a_second_call_does_nothing_and_shows_the_result(run: Path, quick_words: Any, spdtool: Call) -> None:

@@ -43,7 +43,7 @@ def test_a_pretrained_encoder_goes_all_the_way_to_a_sparse_onnx_file(tmp_path: P
     matrices = [w for name, w in student.named_parameters() if ".layer." in name and w.dim() == 2]
     assert len(matrices) == 36
     assert all(int((weight == 0).sum()) == zeros_in(weight.numel(), 0.9) for weight in matrices)
-    assert metrics["zeros"] == sum(zeros_in(weight.numel(), 0.9) for weight in matrices)
-    assert metrics["largest_difference"] < 1e-4
-    assert metrics["flipped"] == 0
+    assert metrics.zeros == sum(zeros_in(weight.numel(), 0.9) for weight in matrices)
+    assert metrics.largest_difference < 1e-4
+    assert metrics.flipped == 0
     assert len(student.bert.encoder.layer) == 6

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from spdtool.recipe import STAGES
-from spdtool.run.folder import RECORD, Run, sha256
+from spdtool.run.fingerprint import sha256
+from spdtool.run.folder import RECORD, Run
+from spdtool.run.records import TrainingResult
 
 
 def inspect_run(run: Run) -> dict[str, Any]:
@@ -22,16 +24,17 @@ def inspect_run(run: Run) -> dict[str, Any]:
             continue
         run.read(stage)
         record = run.record(stage)
-        metrics = record["metrics"]
-        inputs = record["inputs"] or {"rows": (record.get("data") or {}).get("digest", "")}
+        inputs = record.inputs or {"rows": "" if record.data is None else record.data.digest}
         made_from = ", ".join(f"{name} {digest[:8]}" for name, digest in inputs.items() if digest)
         label = f"done {sha256(run.path / stage / RECORD)[:8]}"
-        dev = metrics["dev"]["score"] if isinstance(metrics.get("dev"), dict) else None
-        sparsity = metrics.get("sparsity")
-        stages.append(_row(stage, label, made_from, record["seconds"], metrics.get("steps"), dev, sparsity))
-        if "zeros" in metrics:
-            sparsest = stage
-            layers = [(name, zeros, size, zeros / size) for name, (zeros, size) in metrics["zeros"].items()]
+        row = _row(stage, label, made_from, record.seconds)
+        if isinstance(record.result, TrainingResult):
+            result = record.result
+            row |= {"steps": result.steps, "dev_score": result.score, "sparsity": result.sparsity}
+            if result.zeros:
+                sparsest = stage
+                layers = [(name, *count, count.zeros / count.size) for name, count in result.zeros.items()]
+        stages.append(row)
     return {
         "run": str(run.path),
         "smoke": run.recipe.smoke,
@@ -40,12 +43,6 @@ def inspect_run(run: Run) -> dict[str, Any]:
         "sparsest": sparsest,
         "layers": layers,
     }
-
-
-def result_of(run: Run) -> dict[str, Any]:
-    """The final table of a run: what its bench stage measured."""
-    metrics: dict[str, Any] = run.record("bench")["metrics"]
-    return metrics
 
 
 def _row(stage: str, state: str, *rest: Any) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def compress(chosen: Recipe, run: Folder = None, dry_run: DryRun = False, severa
     path = run or default_path(chosen)
     planned = _show_plan(Run.at(path, chosen, dry=True), whole=dry_run)
     if dry_run:
-        return planned | {"recipe": chosen.model_dump(mode="json")}
+        return planned.model_dump(mode="json") | {"recipe": chosen.model_dump(mode="json")}
     _require_runtime()
     _launched(several, chosen)  # for the training stages; the rest is ours
     target = Run.at(path, chosen)
@@ -80,7 +80,7 @@ def teacher(chosen: Recipe, run: Folder = None, again: Again = False, several: P
         return _already("teacher", target)
     _show_plan(target, redo="teacher" if again else None)
     if _launched(several, chosen, again=("teacher", path) if again else None):
-        return Run.open(path).record("teacher")["metrics"]
+        return Run.open(path).training_result("teacher").model_dump(mode="json")
     return _finished("teacher", path, chosen, again)
 
 
@@ -142,7 +142,8 @@ def export(
     from spdtool.stages.export import export_any
 
     folder = to or Path(f"{checkpoint.resolve().name}-{name}")
-    return export_any(checkpoint, name, folder, chosen, with_task=with_task)
+    exported = export_any(checkpoint, name, folder, chosen, with_task=with_task)
+    return {"folder": str(folder), "target": name} | exported.model_dump(mode="json", exclude_none=True)
 
 
 def _write_layout(run: Path | None, layout: str, to: Path | None, again: bool, sets: list[str] | None) -> Any:
@@ -250,7 +251,6 @@ def sweep(
     """Compare recipes x sparsities x seeds x tasks, all with the same teachers; tables and Pareto plots."""
     from spdtool import sweep as trials
     from spdtool.sweep import summary
-    from spdtool.sweep.rows import FAILED
 
     if bench:
         _require_runtime()
@@ -275,10 +275,10 @@ def sweep(
         console.print_table("average over tasks", *summary.averages_table(summaries))
     for failure in summary.failures(rows):
         console.warn(failure)
-    if any(row.status == FAILED for row in rows):
-        console.print_result([row.record() for row in rows])
+    if any(row.status == "failed" for row in rows):
+        console.print_result([row.model_dump(mode="json") for row in rows])
         raise typer.Exit(3)
-    return [row.record() for row in rows]
+    return [row.model_dump(mode="json") for row in rows]
 
 
 def _performer(ray: str | None, cpus: float, gpus: float, behind: float | None) -> Any:
@@ -396,7 +396,7 @@ def _run_stage(stage: str, path: Path, again: bool, sets: list[str] | None, seve
 
         check_run(target, stage)  # before anything is dropped
     if (again or not target.done(stage)) and _launched(several, chosen, again=(stage, path) if again else None):
-        return Run.open(path).record(stage)["metrics"]
+        return Run.open(path).result(stage).model_dump(mode="json")
     return _finished(stage, path, chosen, again)
 
 
@@ -437,28 +437,30 @@ def _finished(stage: str, path: Path, chosen: Recipe, again: bool) -> Any:
 
 def _already(stage: str, run: Run) -> Any:
     console.say(f"{stage} is done in {console.escape(run.path)}; --again redoes it")
-    return run.record(stage)["metrics"]
+    return run.result(stage).model_dump(mode="json")
 
 
-def _make(stage: str, run: Run) -> dict[str, Any]:
+def _make(stage: str, run: Run) -> Any:
     console.say(f"[bold]{stage}[/]")
     from spdtool import stages
 
-    metrics = stages.run_stage(run, stage)
-    console.say(f"{stage}: done in {run.record(stage)['seconds']:,.0f} s{_headline(metrics)}")
-    return metrics
+    result = stages.run_stage(run, stage)
+    console.say(f"{stage}: done in {run.record(stage).seconds:,.0f} s{_headline(result)}")
+    return result.model_dump(mode="json")
 
 
-def _headline(metrics: dict[str, Any]) -> str:
-    parts = [f"dev {console.format_scores(metrics['dev'])}"] if isinstance(metrics.get("dev"), dict) else []
-    if "sparsity" in metrics:
-        parts.append(f"sparsity {metrics['sparsity']:.4f}")
-    return "".join(f"; {part}" for part in parts)
+def _headline(result: Any) -> str:
+    from spdtool.run.records import TrainingResult
+
+    if not isinstance(result, TrainingResult):
+        return ""
+    sparsity = "" if result.sparsity is None else f"; sparsity {result.sparsity:.4f}"
+    return f"; dev {console.format_scores(result.dev)}{sparsity}"
 
 
-def _show_plan(run: Run, *, whole: bool = False, redo: str | None = None) -> dict[str, Any]:
+def _show_plan(run: Run, *, whole: bool = False, redo: str | None = None) -> Any:
     if processes.has_launcher():  # which has shown it
-        return {}
+        return None
     from spdtool.stages.plan import make_plan
 
     planned = make_plan(run, redo)
@@ -467,43 +469,41 @@ def _show_plan(run: Run, *, whole: bool = False, redo: str | None = None) -> dic
     if whole:
         values = run.recipe.values().items()
         console.print_table(f"recipe {run.recipe.name}", ("field", "value"), list(values))
-    rows = ", ".join(f"{count:,} {name}" for name, count in planned["rows"].items())
+    rows = ", ".join(f"{count:,} {name}" for name, count in planned.rows.items())
     console.print_table(
         f"{run.path}: {rows} rows",
         ("stage", "state", "epochs", "steps", "learning rate", "why"),
-        [_planned_row(stage) for stage in planned["stages"]],
+        [_planned_row(stage) for stage in planned.stages],
     )
-    for line in planned["reading"]:
+    for line in planned.reading:
         console.say(console.escape(line))
-    for note in planned["notes"]:
+    for note in planned.notes:
         console.warn(note)
-    size = planned["parameters"]
+    size = planned.parameters
     console.say(
-        f"{size['zeros']:,} of {size['prunable']:,} weights of the encoder's linear layers become zero "
-        f"({size['all']:,} parameters in all); about {planned['memory_bytes'] / 2**20:,.0f} MiB of memory"
+        f"{size.zeros:,} of {size.prunable:,} weights of the encoder's linear layers become zero "
+        f"({size.all:,} parameters in all); about {planned.memory_bytes / 2**20:,.0f} MiB of memory"
     )
-    if size["emptied"]:
-        console.warn(f"{run.recipe.sparsity:g} leaves no weight at all in {size['emptied']} matrices of this model")
+    if size.emptied:
+        console.warn(f"{run.recipe.sparsity:g} leaves no weight at all in {size.emptied} matrices of this model")
     return planned
 
 
-def _planned_row(stage: dict[str, Any]) -> tuple[Any, ...]:
-    rate = stage["learning_rate"]
-    state = "done" if stage["done"] else "to do"
-    return stage["stage"], state, stage["epochs"], stage["steps"], None if rate is None else f"{rate:.3g}", stage["why"]
+def _planned_row(stage: Any) -> tuple[Any, ...]:
+    rate = None if stage.learning_rate is None else f"{stage.learning_rate:.3g}"
+    state = "done" if stage.done else "to do"
+    return stage.stage, state, stage.epochs, stage.steps, rate, stage.why
 
 
 def _show_result(run: Run) -> dict[str, Any]:
-    from spdtool.cli.inspect import result_of
-
-    shown = result_of(run)
-    console.print_table(run.recipe.mark_smoke(str(run.path)), shown["columns"], shown["rows"])
-    for table in shown.get("tables", ()):
-        console.print_table(table["title"], table["columns"], table["rows"])
+    result = run.bench_result()
+    console.print_table(run.recipe.mark_smoke(str(run.path)), result.columns, result.rows)
+    for table in result.tables:
+        console.print_table(table.title, table.columns, table.rows)
     console.say("")
-    for line in shown["verdict"]:
+    for line in result.verdict:
         console.say(console.escape(line))
-    return shown
+    return result.model_dump(mode="json")
 
 
 def _require_runtime() -> None:

@@ -10,7 +10,7 @@ import hashlib
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from spdtool import plugins
 from spdtool.data.cache import cache_key, hash_array
 from spdtool.errors import DataError, RecipeError
 from spdtool.recipe.fields import Recipe
+from spdtool.run.records import DataRecord
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -90,13 +91,6 @@ class Dataset:
     about: str = ""
 
 
-class RowsRecord(TypedDict):
-    """What identifies the rows of a run: their number by split, and a hash of all texts, labels and label names."""
-
-    rows: dict[str, int]
-    digest: str
-
-
 def find_dataset(recipe: Recipe) -> Dataset:
     """Return the data set that the recipe names, or describe its local file or folder.
 
@@ -152,14 +146,14 @@ def sample_splits(splits: Splits, recipe: Recipe) -> dict[str, Rows]:
     return {name: rows.sample(recipe.max_rows, recipe.seed) for name, rows in splits.items()}
 
 
-def identify_rows(dataset: Dataset, splits: Splits) -> RowsRecord:
+def identify_rows(dataset: Dataset, splits: Splits) -> DataRecord:
     """Identify the rows of a run, whatever the model.
 
     The digest of texts in shards is stored; other texts are read once, a gigabyte in about a second.
     """
     hashes = {name: [hash_texts(rows), hash_array(np.asarray(rows.labels))] for name, rows in splits.items()}
     counts = {name: len(rows) for name, rows in splits.items()}
-    return {"rows": counts, "digest": cache_key(dataset.labels, hashes)}
+    return DataRecord(rows=counts, digest=cache_key(dataset.labels, hashes))
 
 
 def hash_texts(rows: Rows) -> str:

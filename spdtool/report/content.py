@@ -1,248 +1,391 @@
-"""What a page shows of one run, as plain values for the template; everything is read from the run's own records."""
+"""Content of a page as plain values for the template; everything is read from the records of the runs."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from spdtool import console
 from spdtool.recipe import PHASES, STAGES
-from spdtool.report import curves, replay
-from spdtool.run.folder import RECORD, Run, sha256
-from spdtool.sweep import rows as report_rows
+from spdtool.recipe.fields import Recipe
+from spdtool.report import curves
+from spdtool.report.commands import commands_of
+from spdtool.report.curves import Curves
+from spdtool.run.fingerprint import sha256
+from spdtool.run.folder import RECORD, Run
+from spdtool.run.records import (
+    BenchResult,
+    Cell,
+    ExportResult,
+    LatencyRecord,
+    LedgerEntry,
+    StageRecord,
+    StudentRow,
+    TrainingResult,
+    difference,
+)
 from spdtool.sweep import summary
-from spdtool.sweep.rows import Row
+from spdtool.sweep.rows import row_of_run, trained_teacher
+from spdtool.sweep.summary import Summary
 
 LAYER = re.compile(r"^(?P<layer>.*?\.\d+)\.(?P<matrix>.+?)(\.weight)?$")
-OF_MATRIX = (
-    "name",
-    "size",
-    "nonzeros",
-    "density",
-    "tokens",
-    "dense us",
-    "sparse us",
-    "speed",
-    "bound us",
-    "of the bound",
+MATRIX_COLUMNS = (
+    *("name", "size", "nonzeros", "density", "tokens"),
+    *("dense us", "sparse us", "speed", "bound us", "of the bound"),
 )
+TRAIN_GAP_COLUMNS = ("stage", "train", "dev", "gap")
+Records = dict[str, StageRecord]
+"""Finished stages by name, in their order."""
 
 
-def of_run(run: Run) -> dict[str, Any]:
-    """All sections of one run; what is not there yet is empty, and named under `missing`.
+@dataclass(frozen=True)
+class Tile:
+    """One figure of the headline, and what has to be said with it."""
+
+    name: str
+    figure: str
+    note: str
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """A table with its cells as text; `words` tells which columns are no numbers."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    words: list[bool]
+
+
+@dataclass(frozen=True)
+class StageLine:
+    """One stage in the table of lineage; `phase` says what it did."""
+
+    name: str
+    state: str
+    cells: list[str]
+    phase: str = ""
+
+
+@dataclass(frozen=True)
+class BenchContent:
+    """The bench's sentences, its table, latencies by shape, and the ledger by layer and by matrix."""
+
+    verdict: list[str]
+    overview: TextTable
+    latency: list[TextTable]
+    layers: list[TextTable]
+    matrices: TextTable
+
+
+@dataclass(frozen=True)
+class ZeroMap:
+    """Sparsity by layer and matrix after the last finished phase; `phase` is None before the first."""
+
+    phase: str | None
+    layers: list[str]
+    matrices: list[str]
+    values: dict[tuple[str, str], float]
+
+
+@dataclass(frozen=True)
+class RunContent:
+    """All sections of one run; what is not there yet is empty, and named under `missing`."""
+
+    title: str
+    path: str
+    recipe: Recipe
+    row: StudentRow
+    smoke: bool
+    missing: list[str]
+    tiles: list[Tile]
+    stages: list[StageLine]
+    gaps: TextTable
+    bench: BenchContent | None
+    commands: list[str]
+    environment: list[tuple[str, str]]
+    student: Curves
+    teacher: Curves
+    zeros: ZeroMap
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several runs compared; `failed` and `unfinished` are lines."""
+
+    tables: list[TextTable]
+    legend: str
+    failed: list[str]
+    unfinished: list[str]
+    summaries: list[Summary]
+
+
+def content_of(run: Run) -> RunContent:
+    """Gather all sections of one run.
 
     Raises:
         Corrupt: a stage's record cannot be read.
     """
-    row = report_rows.of_run(run)
+    row = row_of_run(run)
     records = {stage: run.record(stage) for stage in STAGES if run.done(stage)}
-    return {
-        "title": f"{row.task} at {row.sparsity:.4g} sparsity",
-        "path": str(run.path),
-        "recipe": run.recipe,
-        "row": row,
-        "smoke": run.recipe.smoke,
-        "missing": [stage for stage in STAGES if stage not in records],
-        "tiles": tiles(row, records),
-        "stages": [_stage(run, stage, records) for stage in STAGES],
-        "gaps": gaps(run, records),
-        "bench": bench(records),
-        "commands": replay.of_run(run),
-        "environment": environment(records),
-        "student": curves.of_student(run),
-        "teacher": curves.of_teacher(run) if "teacher" in records or _begun(run) else curves.Course(()),
-        "zeros": zeros(records),
-    }
+    teacher = Curves([])
+    if "teacher" in records or run.begun("teacher"):
+        teacher = curves.teacher_curves(run)
+    return RunContent(
+        title=f"{row.task} at {row.sparsity:.4g} sparsity",
+        path=str(run.path),
+        recipe=run.recipe,
+        row=row,
+        smoke=run.recipe.smoke,
+        missing=[stage for stage in STAGES if stage not in records],
+        tiles=headline_tiles(row, records),
+        stages=[_stage_line(run, stage, records) for stage in STAGES],
+        gaps=train_gaps(run, records),
+        bench=bench_content(records),
+        commands=commands_of(run),
+        environment=environment_lines(records),
+        student=curves.student_curves(run),
+        teacher=teacher,
+        zeros=zero_map(records),
+    )
 
 
-def tiles(row: Row, records: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The headline: a name, a figure, and what has to be said with it."""
-    phase = next((stage for stage in reversed(PHASES) if stage in records), None)
-    found = [_tile("teacher, dev", _score(row.teacher), _others(records.get("teacher")))]
-    if phase:
-        after = "" if phase == PHASES[-1] else f"after {phase}; "
-        found.append(_tile("student, dev", _score(row.student), after + _others(records[phase])))
-        found.append(_tile("kept", "-" if row.kept is None else f"{row.kept:.1%}", "student over teacher"))
-        if row.nonzeros is not None and row.weights:
-            left = f"{row.nonzeros:,} of {row.weights:,} weights are left in the encoder's matrices"
-            found.append(_tile("zeros", f"{1 - row.nonzeros / row.weights:.2%}", left))
-    return found + (_bench_tiles(row, records["bench"]["metrics"], records["export"]["metrics"]) if row.speed else [])
+def compare(rows: Sequence[StudentRow]) -> Comparison:
+    """Gather the tables by which several runs are compared."""
+    summaries = summary.summarise(rows)
+    return Comparison(
+        tables=[
+            text_table("score and gap over seeds", *summary.table(summaries)),
+            text_table("average over tasks", *summary.averages_table(summaries)),
+        ],
+        legend=summary.LEGEND,
+        failed=summary.failures(rows),
+        unfinished=[summary.name(row) for row in rows if row.status == "unfinished"],
+        summaries=summaries,
+    )
 
 
-def _bench_tiles(row: Row, measured: Mapping[str, Any], exported: Mapping[str, Any]) -> list[dict[str, str]]:
-    threads, speed = report_rows.headline(measured)
-    best = measured["best"]
-    facts = exported["student"] if best == "student" else exported[best]["student"]
-    rounded = f", matrices in {facts['values']}, embeddings in {facts['embeddings']}" if "values" in facts else ""
-    doubt = measured.get("caveats", {}).get(threads)
-    said = f"; {doubt}" if doubt else ""
-    reach = f"{speed['low']:.2f}x to {speed['high']:.2f}x; {best}, {_threads(threads)}{rounded}{said}"
-    size = f"{row.bytes:,} of {row.teacher_bytes:,} bytes, {best}{rounded}"
+def headline_tiles(row: StudentRow, records: Records) -> list[Tile]:
+    """Return the headline of a run: scores, zeros, and speed and size where they were measured."""
+    tiles = [Tile("teacher, dev", _score(row.teacher), _further_metrics(records, "teacher"))]
+    phase = _last_phase(records)
+    if phase is None:
+        return tiles
+    note = _further_metrics(records, phase)
+    if phase != PHASES[-1]:
+        note = f"after {phase}; {note}"
+    tiles.append(Tile("student, dev", _score(row.student), note))
+    retention = "-" if row.retention is None else f"{row.retention:.1%}"
+    tiles.append(Tile("kept", retention, "student over teacher"))
+    if row.nonzeros is not None and row.weights:
+        remaining = f"{row.nonzeros:,} of {row.weights:,} weights are left in the encoder's matrices"
+        tiles.append(Tile("zeros", f"{1 - row.nonzeros / row.weights:.2%}", remaining))
+    bench, exported = _bench_of(records), _export_of(records)
+    if bench is not None and exported is not None:
+        tiles += _bench_tiles(row, bench, exported)
+    return tiles
+
+
+def train_gaps(run: Run, records: Records) -> TextTable:
+    """Return train score, dev score and the gap between them, of what each training stage handed over."""
+    rows: list[list[Cell]] = []
+    for stage in ("teacher", *PHASES):
+        result = _training_of(records, stage)
+        if result is not None:
+            train = result.train_score
+            if stage == "teacher":
+                train = trained_teacher(run).train_score
+            rows.append([stage, _score(train), _score(result.score), _score(difference(train, result.score))])
+    return text_table("scores x 100", TRAIN_GAP_COLUMNS, rows)
+
+
+def bench_content(records: Records) -> BenchContent | None:
+    """Return what the page shows of the bench, None without one."""
+    bench = _bench_of(records)
+    if bench is None:
+        return None
+    matrices = []
+    for entry in bench.ledger:
+        matrices += _matrix_rows(entry)
+    return BenchContent(
+        verdict=bench.verdict,
+        overview=text_table("engines", bench.columns, bench.rows),
+        latency=latency_tables(bench.latency, bench.ledger),
+        layers=[text_table(table.title, table.columns, table.rows) for table in bench.tables],
+        matrices=text_table("every matrix, one thread", MATRIX_COLUMNS, matrices),
+    )
+
+
+def latency_tables(entries: Sequence[LatencyRecord], ledger: Sequence[LedgerEntry]) -> list[TextTable]:
+    """Return a table for each number of threads: shapes by engines, median milliseconds and speed.
+
+    The last column of the table of one thread is the least time that the pruned products can take: the sum of their
+    bounds, where the ledger knows that many tokens.
+    """
+    tables = []
+    for threads in dict.fromkeys(entry.threads for entry in entries):
+        timed = [entry for entry in entries if entry.threads == threads]
+        engines = list(dict.fromkeys(entry.engine for entry in timed))
+        with_bound = threads == 1 and bool(ledger)
+        rows: dict[str, list[Cell]] = {}
+        for entry in timed:
+            row = rows.setdefault(entry.shape, ["-"] * len(engines))
+            row[engines.index(entry.engine)] = _timing(entry)
+        if with_bound:
+            for entry in timed:
+                if entry.engine == engines[0]:
+                    rows[entry.shape].append(_bound(ledger, entry))
+        title = f"median milliseconds (speed against the dense teacher), {_threads(threads)}"
+        columns = ["batch x length", *engines]
+        if with_bound:
+            title += "; bound: the least that the pruned products can take"
+            columns.append("bound")
+        tables.append(text_table(title, columns, [[shape, *row] for shape, row in rows.items()]))
+    return tables
+
+
+def zero_map(records: Records) -> ZeroMap:
+    """Return sparsity by layer and matrix of the last phase that is done."""
+    phase = _last_phase(records)
+    result = None if phase is None else _training_of(records, phase)
+    values: dict[tuple[str, str], float] = {}
+    for name, count in ({} if result is None else result.zeros).items():
+        match = LAYER.match(name)
+        key = (match["layer"], match["matrix"]) if match else ("", name)
+        values[key] = count.zeros / count.size
+    layers = list(dict.fromkeys(layer for layer, _ in values))
+    matrices = list(dict.fromkeys(matrix for _, matrix in values))
+    return ZeroMap(phase, layers, matrices, values)
+
+
+def environment_lines(records: Records) -> list[tuple[str, str]]:
+    """Describe the machine of the last finished stage, and name the stages that another one made."""
+    if not records:
+        return []
+    last = records[list(records)[-1]]
+    lines = [("spdtool", last.spdtool or "-")]
+    machine = last.machine
+    if machine is not None:
+        lines += machine.lines()
+    bench = _bench_of(records)
+    if bench is not None:
+        known = {name for name, _ in lines}
+        lines += [line for line in bench.environment.lines() if line[0] not in known]
+    other = [stage for stage, record in records.items() if record.machine != machine]
+    if other:
+        lines.append(("made on another machine", ", ".join(other)))
+    return lines
+
+
+def text_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> TextTable:
+    """Return a table for the template, its cells as text."""
+    texts = [[console.format_cell(cell) for cell in row] for row in rows]
+    words = [not console.is_numeric(column) for column in zip(*texts, strict=True)]
+    return TextTable(title, list(columns), texts, words)
+
+
+def _bench_tiles(row: StudentRow, bench: BenchResult, exported: ExportResult) -> list[Tile]:
+    model = exported.student
+    if bench.best != "student":
+        model = exported.targets[bench.best].student
+    rounded = ""
+    if model.rounds:
+        rounded = f", matrices in {model.values}, embeddings in {model.embeddings}"
+    speed = bench.speed
+    note = f"that of the dense teacher, {speed.low:.2f}x to {speed.high:.2f}x; {bench.best}, {_threads(bench.threads)}"
+    note += rounded
+    if bench.threads in bench.caveats:
+        note += f"; {bench.caveats[bench.threads]}"
+    note += "; what it is owed to is said below"
+    size = f"{row.bytes:,} of {row.teacher_bytes:,} bytes, {bench.best}{rounded}"
     return [
-        _tile(
-            "speed", f"{speed['median']:.2f}x", f"that of the dense teacher, {reach}; what it is owed to is said below"
-        ),
-        _tile("file, times smaller", f"{measured['size']:.2f}x", size),
+        Tile("speed", f"{speed.median:.2f}x", note),
+        Tile("file, times smaller", f"{bench.size:.2f}x", size),
     ]
 
 
-def gaps(run: Run, records: Mapping[str, Any]) -> dict[str, Any]:
-    """Train score, dev score and the gap between them, of what each stage handed over."""
-    found = []
-    for stage in ("teacher", *PHASES):
-        if stage in records:
-            dev = report_rows.dev(records[stage])
-            train = report_rows.train(report_rows.teacher_record(run) if stage == "teacher" else records[stage])
-            found.append([stage, _score(train), _score(dev), _score(report_rows.difference(train, dev))])
-    return table("scores x 100", ("stage", "train", "dev", "gap"), found)
-
-
-def bench(records: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The bench's table and words, the latencies by shape, and the ledger by layer and by matrix."""
-    if "bench" not in records:
-        return None
-    metrics = records["bench"]["metrics"]
-    ledger = metrics.get("ledger") or []
-    return {
-        "verdict": metrics["verdict"],
-        "overview": table("engines", metrics["columns"], metrics["rows"]),
-        "latency": latency(metrics["latency"], ledger),
-        "layers": [table(each["title"], each["columns"], each["rows"]) for each in metrics.get("tables", ())],
-        "matrices": table("every matrix, one thread", OF_MATRIX, [line for entry in ledger for line in _matrix(entry)]),
-    }
-
-
-def latency(entries: Sequence[Mapping[str, Any]], ledger: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A table for each number of threads: shapes by engines, median milliseconds and speed.
-
-    The last column, where the ledger knows that many tokens, is the least that the pruned products can take with one
-    thread: the sum of their bounds.
-    """
-    found = []
-    for threads in dict.fromkeys(entry["threads"] for entry in entries):
-        mine = [entry for entry in entries if entry["threads"] == threads]
-        engines = list(dict.fromkeys(entry["engine"] for entry in mine))
-        cells = {(entry["shape"], entry["engine"]): _timed(entry) for entry in mine}
-        tokens = {entry["shape"]: str(entry["batch"] * entry["length"]) for entry in mine if not entry["real"]}
-        shapes = list(dict.fromkeys(entry["shape"] for entry in mine))
-        lines = [[shape, *(cells.get((shape, engine), "-") for engine in engines)] for shape in shapes]
-        columns = ["batch x length", *engines]
-        if threads == 1 and ledger:
-            columns.append("bound")
-            lines = [[*line, _bound(ledger, tokens.get(line[0]))] for line in lines]
-        title = f"median milliseconds (speed against the dense teacher), {_threads(threads)}"
-        title += "; bound: the least that the pruned products can take" if "bound" in columns else ""
-        found.append(table(title, columns, lines))
-    return found
-
-
-def zeros(records: Mapping[str, Any]) -> dict[str, Any]:
-    """Sparsity by layer and matrix of the last phase that is done."""
-    phase = next((stage for stage in reversed(PHASES) if stage in records), None)
-    counted = records[phase]["metrics"].get("zeros", {}) if phase else {}
-    values: dict[tuple[str, str], float] = {}
-    for name, (dead, size) in counted.items():
-        found = LAYER.match(name)
-        values[(found["layer"], found["matrix"]) if found else ("", name)] = dead / size
-    layers, matrices = ([*dict.fromkeys(key[part] for key in values)] for part in (0, 1))
-    return {"phase": phase, "layers": layers, "matrices": matrices, "values": values}
-
-
-def environment(records: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The machine of the last finished stage; stages that another one made are said."""
-    if not records:
-        return []
-    last = list(records)[-1]
-    machine = records[last].get("machine", {})
-    lines = [("spdtool", str(records[last].get("spdtool", "-")))]
-    lines += [(name, _flat(value)) for name, value in machine.items()]
-    other = [stage for stage, record in records.items() if record.get("machine") != machine]
-    measured = records["bench"]["metrics"].get("environment", {}) if "bench" in records else {}
-    lines += [(name, _flat(value)) for name, value in measured.items() if name not in machine]
-    return lines + ([("made on another machine", ", ".join(other))] if other else [])
-
-
-def table(title: str, columns: Sequence[Any], rows: Sequence[Sequence[Any]]) -> dict[str, Any]:
-    """A table for the template, its cells as text."""
-    texts = [[console.format_cell(cell) for cell in row] for row in rows]
-    words = [not console.is_numeric(column) for column in zip(*texts, strict=True)]
-    return {"title": title, "columns": list(columns), "rows": texts, "words": words}
-
-
-def comparison(rows: Sequence[Row]) -> dict[str, Any]:
-    """What several runs are compared by."""
-    summaries = summary.summarise(rows)
-    return {
-        "tables": [
-            table("score and gap over seeds", *summary.table(summaries)),
-            table("average over tasks", *summary.averages_table(summaries)),
-        ],
-        "legend": summary.LEGEND,
-        "failed": summary.failures(rows),
-        "open": [summary.name(row) for row in rows if row.status == report_rows.UNFINISHED],
-        "summaries": summaries,
-    }
-
-
-def _stage(run: Run, stage: str, records: Mapping[str, Any]) -> dict[str, Any]:
+def _stage_line(run: Run, stage: str, records: Records) -> StageLine:
     if stage not in records:
-        return {"name": stage, "state": "in progress" if _begun(run, stage) else "missing", "cells": ["-"] * 8}
+        state = "in progress" if run.begun(stage) else "missing"
+        return StageLine(stage, state, ["-"] * 8)
     record = records[stage]
-    metrics = record["metrics"]
-    made_from = ", ".join(f"{name} {digest[:8]}" for name, digest in record["inputs"].items())
-    if stage == "teacher" and metrics.get("given"):
-        made_from = f"given: {metrics['given']}"
-    dev, train = report_rows.dev(record), report_rows.train(record)
-    sparsity = metrics.get("sparsity")
-    cells = [sha256(run.path / stage / RECORD)[:8], made_from or "-", f"{record['seconds']:,.0f}"]
-    cells += [console.format_cell(metrics.get("steps")), _score(dev), _score(train)]
-    cells += ["-" if sparsity is None else f"{sparsity:.2%}", record.get("finished", "-")[:16].replace("T", " ")]
-    return {"name": stage, "state": "done", "cells": cells}
+    inputs = ", ".join(f"{name} {digest[:8]}" for name, digest in record.inputs.items())
+    steps = dev = train = sparsity = "-"
+    result = _training_of(records, stage)
+    if result is not None:
+        steps, dev, train = console.format_cell(result.steps), _score(result.score), _score(result.train_score)
+        if result.given:
+            inputs = f"given: {result.given}"
+        if result.sparsity is not None:
+            sparsity = f"{result.sparsity:.2%}"
+    digest = sha256(run.path / stage / RECORD)[:8]
+    finished = record.finished[:16].replace("T", " ") or "-"
+    cells = [digest, inputs or "-", f"{record.seconds:,.0f}", steps, dev, train, sparsity, finished]
+    return StageLine(stage, "done", cells)
 
 
-def _begun(run: Run, stage: str = "teacher") -> bool:
-    return (run.path / f".{stage}.partial").is_dir()
+def _last_phase(records: Records) -> str | None:
+    """Return the last of the student's phases that is done."""
+    finished = [phase for phase in PHASES if phase in records]
+    return finished[-1] if finished else None
 
 
-def _threads(count: int | str) -> str:
-    return f"{count} thread" + ("" if str(count) == "1" else "s")
+def _training_of(records: Records, stage: str) -> TrainingResult | None:
+    result = records[stage].result if stage in records else None
+    return result if isinstance(result, TrainingResult) else None
 
 
-def _tile(name: str, figure: str, note: str) -> dict[str, str]:
-    return {"name": name, "figure": figure, "note": note}
+def _bench_of(records: Records) -> BenchResult | None:
+    result = records["bench"].result if "bench" in records else None
+    return result if isinstance(result, BenchResult) else None
 
 
-def _others(record: Mapping[str, Any] | None) -> str:
-    """The metrics beside the headline score."""
-    metrics = (record or {"metrics": {}})["metrics"].get("dev") or {}
-    return ", ".join(f"{name} {100 * value:.2f}" for name, value in metrics.items() if name != "score")
+def _export_of(records: Records) -> ExportResult | None:
+    result = records["export"].result if "export" in records else None
+    return result if isinstance(result, ExportResult) else None
+
+
+def _further_metrics(records: Records, stage: str) -> str:
+    """Return the metrics beside the headline score as text."""
+    result = _training_of(records, stage)
+    if result is None:
+        return ""
+    return ", ".join(f"{name} {100 * value:.2f}" for name, value in result.dev.items() if name != "score")
+
+
+def _matrix_rows(entry: LedgerEntry) -> list[list[Cell]]:
+    """Return the rows of one matrix, one for each number of tokens."""
+    rows: list[list[Cell]] = []
+    for tokens, product in entry.products.items():
+        ratio = bound_share = "-"
+        if product.sparse_us is not None:
+            ratio, bound_share = f"{product.ratio:.2f}x", f"{product.bound_us / product.sparse_us:.0%}"
+        size, density = f"{entry.rows}x{entry.columns}", f"{entry.density:.2%}"
+        matrix: list[Cell] = [entry.name, size, entry.nonzeros, density, str(tokens)]
+        rows.append([*matrix, product.dense_us, product.sparse_us, ratio, product.bound_us, bound_share])
+    return rows
+
+
+def _threads(count: int) -> str:
+    return "1 thread" if count == 1 else f"{count} threads"
 
 
 def _score(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2f}"
 
 
-def _timed(entry: Mapping[str, Any]) -> str:
-    ratio = "1x" if entry["engine"] == entry["dense"] else f"{entry['ratio']['median']:.2f}x"
-    return f"{console.format_cell(entry['p50'])} ({ratio})"
+def _timing(entry: LatencyRecord) -> str:
+    ratio = "1x"
+    if entry.engine != entry.dense:
+        ratio = f"{entry.ratio.median:.2f}x"
+    return f"{console.format_cell(entry.p50)} ({ratio})"
 
 
-def _bound(ledger: Sequence[Mapping[str, Any]], tokens: str | None) -> str:
-    bounds = [entry["products"][tokens]["bound_us"] for entry in ledger if tokens in entry["products"]]
-    return console.format_cell(sum(bounds) / 1e3) if len(bounds) == len(ledger) else "-"
-
-
-def _matrix(entry: Mapping[str, Any]) -> list[list[Any]]:
-    facts = [entry["name"], f"{entry['rows']}x{entry['columns']}", entry["nonzeros"], f"{entry['density']:.2%}"]
-    lines = []
-    for tokens, product in entry["products"].items():
-        sparse, bound = product["sparse_us"], product["bound_us"]
-        ratio = "-" if sparse is None else f"{product['ratio']:.2f}x"
-        reached = "-" if sparse is None else f"{bound / sparse:.0%}"
-        lines.append([*facts, tokens, product["dense_us"], sparse, ratio, bound, reached])
-    return lines
-
-
-def _flat(value: Any) -> str:
-    return ", ".join(f"{name} {item}" for name, item in value.items()) if isinstance(value, Mapping) else str(value)
+def _bound(ledger: Sequence[LedgerEntry], timed: LatencyRecord) -> str:
+    """Return the sum of the ledger's bounds in milliseconds, or a dash unless every matrix has this many tokens."""
+    tokens = timed.batch * timed.length
+    bounds = [entry.products[tokens].bound_us for entry in ledger if tokens in entry.products]
+    if timed.real or len(bounds) < len(ledger):
+        return "-"
+    return console.format_cell(sum(bounds) / 1e3)

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from spdtool.recipe import PHASES
-from spdtool.run.folder import Run
-from spdtool.sweep.rows import score, teacher_folder
+from spdtool.run.folder import LOG, Run
+from spdtool.sweep.rows import teacher_folder
 
-LOG = "metrics.jsonl"
 Line = list[tuple[int, float]]
 """`(step of the phase, value)`"""
 
@@ -47,14 +46,14 @@ class Phase:
             for name in ("sparsity", "replacing_rate", "learning_rate"):
                 _add(getattr(self, name), step, event.get(name))
         elif event.get("event") == "eval":
-            _add(self.dev, step, score(event.get("metrics")))
-            _add(self.train, step, score(event.get("train")))
+            _add(self.dev, step, (event.get("metrics") or {}).get("score"))
+            _add(self.train, step, (event.get("train") or {}).get("score"))
         elif event.get("event") == "prune":
             self.events.append(step)
 
 
 @dataclass(frozen=True)
-class Course:
+class Curves:
     """Phases one after the other."""
 
     phases: Sequence[Phase]
@@ -70,12 +69,12 @@ class Course:
         ]
 
 
-def of_student(run: Run) -> Course:
+def student_curves(run: Run) -> Curves:
     """The student's phases, as far as they have come."""
     return _course((name, *_folder(run, name)) for name in PHASES)
 
 
-def of_teacher(run: Run) -> Course:
+def teacher_curves(run: Run) -> Curves:
     """The teacher's training; that of a given teacher where its folder still holds it."""
     folder, finished = _folder(run, "teacher")
     if run.done("teacher"):
@@ -83,7 +82,7 @@ def of_teacher(run: Run) -> Course:
     return _course([("teacher", folder, finished)])
 
 
-def _course(folders: Any) -> Course:
+def _course(folders: Any) -> Curves:
     phases: list[Phase] = []
     start = 0
     for name, folder, finished in folders:
@@ -93,11 +92,11 @@ def _course(folders: Any) -> Course:
         if phase.last or phase.dev:
             phases.append(phase)
             start += phase.last
-    return Course(phases)
+    return Curves(phases)
 
 
 def _folder(run: Run, stage: str) -> tuple[Path, bool]:
-    return (run.path / stage, True) if run.done(stage) else (run.path / f".{stage}.partial", False)
+    return (run.path / stage, True) if run.done(stage) else (run.partial_folder(stage), False)
 
 
 def _events(file: Path) -> Iterator[dict[str, Any]]:

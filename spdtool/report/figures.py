@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from spdtool.report.curves import Course, Phase
+from spdtool.report.curves import Curves, Phase
 from spdtool.report.drawing import INK, MARKERS, MUTED, SERIES, figure_of, literal, styled
-from spdtool.sweep.summary import Spread, Summary, front
+from spdtool.sweep.summary import Spread, Summary, pareto_front
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,7 +42,7 @@ def pareto(task: str, measure: str, shown: Sequence[Summary]) -> Figure:
     figure, (axes,) = figure_of(SIZE)
     recipes = list(dict.fromkeys(summary.recipe for summary in shown))
     points = [(getattr(summary, field).mean, 100 * (summary.student.mean or 0)) for summary in shown]
-    best = front(points)
+    best = pareto_front(points)
     axes.plot(*zip(*best, strict=True), color=MUTED, linewidth=1.0, drawstyle="steps-post", label="Pareto front")
     for index, name in enumerate(recipes):
         _recipe(axes, index, name, [summary for summary in shown if summary.recipe == name], field)
@@ -56,7 +56,7 @@ def pareto(task: str, measure: str, shown: Sequence[Summary]) -> Figure:
 
 
 @styled
-def course(found: Course, teacher: float | None) -> Figure:
+def training_curves(found: Curves, teacher: float | None) -> Figure:
     """Scores, loss, sparsity with replacing rate, and learning rate of some phases, over their steps.
 
     Args:
@@ -123,7 +123,7 @@ def _cost_axis(axes: Axes, costs: Sequence[float]) -> None:
     axes.xaxis.set_major_formatter(EngFormatter(sep="") if max(costs) >= WITH_UNITS else ScalarFormatter())
 
 
-def _scores(axes: Axes, found: Course, teacher: float | None) -> None:
+def _scores(axes: Axes, found: Curves, teacher: float | None) -> None:
     for field, colour, style, marker, name in (
         ("dev", SERIES[0], "-", "o", "dev"),
         ("train", SERIES[1], "--", "s", "train (scored rows)"),
@@ -137,7 +137,7 @@ def _scores(axes: Axes, found: Course, teacher: float | None) -> None:
     _legend(axes)
 
 
-def _losses(axes: Axes, found: Course) -> None:
+def _losses(axes: Axes, found: Curves) -> None:
     names = list(dict.fromkeys(name for phase in found.phases for name in phase.losses))
     for index, name in enumerate(names):
         whole = name == "loss"
@@ -157,12 +157,12 @@ def _losses(axes: Axes, found: Course) -> None:
     _legend(axes)
 
 
-def _many_decades(found: Course) -> bool:
+def _many_decades(found: Curves) -> bool:
     values = [value for phase in found.phases for line in phase.losses.values() for _, value in line]
     return bool(values) and min(values) > 0 and max(values) / min(values) > WIDE_LOSS
 
 
-def _shares(axes: Axes, found: Course) -> None:
+def _shares(axes: Axes, found: Curves) -> None:
     _lines(axes, found, "sparsity", SERIES[2], "sparsity", drawstyle="steps-post")
     _lines(axes, found, "replacing_rate", SERIES[4], "replacing rate", linestyle="--")
     axes.set_ylim(-0.05, 1.08)
@@ -170,7 +170,7 @@ def _shares(axes: Axes, found: Course) -> None:
     _legend(axes)
 
 
-def _lines(axes: Axes, found: Course, field: str, colour: str, name: str | None, **style: Any) -> None:
+def _lines(axes: Axes, found: Curves, field: str, colour: str, name: str | None, **style: Any) -> None:
     for number, phase in enumerate(phase for phase in found.phases if getattr(phase, field)):
         steps, values = zip(*getattr(phase, field), strict=True)
         at = [phase.start + step for step in steps]
@@ -182,7 +182,7 @@ def _legend(axes: Axes) -> None:
         axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=5, borderaxespad=0.1, handlelength=1.6)
 
 
-def _mark_phases(axes: Sequence[Axes], found: Course) -> None:
+def _mark_phases(axes: Sequence[Axes], found: Curves) -> None:
     """A line between phases, their names under the top panel, and a light line at each prune event."""
     named = len(found.phases) > 1
     end = max(phase.start + phase.last for phase in found.phases)

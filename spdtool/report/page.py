@@ -6,19 +6,22 @@ Reads: run folders, or the folder of a sweep. Writes: the page, and `<page>-<fig
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spdtool.errors import RunError
-from spdtool.report import content as gather
 from spdtool.report import drawing
 from spdtool.report import figures as plots
+from spdtool.report.content import Comparison, RunContent, compare, content_of
 from spdtool.run.folder import Run
-from spdtool.sweep import rows as report_rows
-from spdtool.sweep.rows import FAILED, STOPPED, Row
+from spdtool.run.records import StudentRow, SweepRecord
+from spdtool.sweep.rows import row_of_run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SWEEP = "sweep.json"
 SHOWN = 12  # runs that a page of several shows one by one
@@ -27,20 +30,46 @@ OWED = "; of the best exported form, to which rounding, fusion and padding left 
 DEFAULT = Path("report") / "report.html"
 
 
+@dataclass(frozen=True)
+class PageFigure:
+    """A figure of the page as SVG, and the name of its PNG file."""
+
+    svg: str
+    about: str
+    file: str
+
+
+@dataclass(frozen=True)
+class RunSection:
+    """One run of the page, with its figures."""
+
+    content: RunContent
+    training: list[PageFigure]
+    zeros: list[PageFigure]
+
+
+@dataclass(frozen=True)
+class ComparisonSection:
+    """The comparison of several runs, with its figures."""
+
+    content: Comparison
+    figures: list[PageFigure]
+
+
 @dataclass
 class Page:
     """Keeps what a page will hold: runs, the rows that are compared, and the figures by their file names."""
 
     runs: list[Run]
-    rows: list[Row]
+    rows: list[StudentRow]
     file: Path
     images: list[Path] = field(default_factory=list)
 
-    def figure(self, drawn: Any, name: str, about: str) -> dict[str, str]:
+    def figure(self, drawn: Figure, name: str, about: str) -> PageFigure:
         """The figure for the page; its PNG is written beside it."""
         image = drawing.png(drawn, self.file.with_name(f"{self.file.stem}-{name}.png"))
         self.images.append(image)
-        return {"svg": drawing.svg(drawn, name, about), "about": about, "file": image.name}
+        return PageFigure(drawing.svg(drawn, name, about), about, image.name)
 
 
 def write(folders: Sequence[Path], to: Path | None = None) -> Page:
@@ -74,12 +103,11 @@ def write(folders: Sequence[Path], to: Path | None = None) -> Page:
     return page
 
 
-def of_sweep(folder: Path) -> list[tuple[Run | None, Row]]:
+def of_sweep(folder: Path) -> list[tuple[Run | None, StudentRow]]:
     """The rows of a sweep, each with its run as far as there is one."""
     try:
-        records = json.loads((folder / SWEEP).read_text("utf-8"))["rows"]
-        rows = [report_rows.read(record) for record in records]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        rows = SweepRecord.model_validate(json.loads((folder / SWEEP).read_text("utf-8"))).rows
+    except ValueError as error:
         raise RunError(f"{folder / SWEEP} cannot be read: {error}", "run the sweep again: it goes on") from None
     return [_of_row(folder, row) for row in rows]
 
@@ -99,44 +127,49 @@ def render(content: dict[str, Any]) -> str:
     return environment.get_template("page.html").render(content | {"style": style})
 
 
-def _of_folder(folder: Path) -> tuple[Run, Row]:
+def _of_folder(folder: Path) -> tuple[Run, StudentRow]:
     run = Run.open(folder)
-    return run, report_rows.of_run(run)
+    return run, row_of_run(run)
 
 
-def _of_row(folder: Path, row: Row) -> tuple[Run | None, Row]:
+def _of_row(folder: Path, row: StudentRow) -> tuple[Run | None, StudentRow]:
     path = folder / row.run
     if not (path / "run.json").is_file():
         return None, row
     run = Run.open(path)
-    return run, row if row.status in (FAILED, STOPPED) else replace(report_rows.of_run(run), task=row.task, run=row.run)
+    if row.status in ("failed", "stopped"):
+        return run, row
+    return run, row_of_run(run).model_copy(update={"task": row.task, "run": row.run})
 
 
-def _comparison(page: Page) -> dict[str, Any]:
-    found = gather.comparison(page.rows)
-    figures = plots.pareto_figures(found["summaries"])
-    drawn = [page.figure(figure, name, BARS if name.endswith("-nonzeros") else BARS + OWED) for name, figure in figures]
-    return found | {"figures": drawn}
+def _comparison(page: Page) -> ComparisonSection:
+    comparison = compare(page.rows)
+    drawn = []
+    for name, figure in plots.pareto_figures(comparison.summaries):
+        about = BARS if name.endswith("-nonzeros") else BARS + OWED
+        drawn.append(page.figure(figure, name, about))
+    return ComparisonSection(comparison, drawn)
 
 
-def _run(page: Page, run: Run, prefix: str) -> dict[str, Any]:
-    found = gather.of_run(run)
-    return found | {"figures": list(_figures(page, found, prefix)), "map": list(_map(page, found["zeros"], prefix))}
+def _run(page: Page, run: Run, prefix: str) -> RunSection:
+    content = content_of(run)
+    return RunSection(content, list(_training_figures(page, content, prefix)), _zero_figures(page, content, prefix))
 
 
-def _figures(page: Page, found: dict[str, Any], prefix: str) -> Iterator[dict[str, str]]:
-    score = found["row"].teacher
-    if found["student"].phases:
+def _training_figures(page: Page, content: RunContent, prefix: str) -> Iterator[PageFigure]:
+    if content.student.phases:
         about = (
             "the student: dev and train score, loss, sparsity, replacing rate, learning rate; green lines: prune events"
         )
-        yield page.figure(plots.course(found["student"], score), f"{prefix}student", about)
-    if found["teacher"].phases:
+        yield page.figure(plots.training_curves(content.student, content.row.teacher), f"{prefix}student", about)
+    if content.teacher.phases:
         about = "the teacher: dev and train score, loss, learning rate"
-        yield page.figure(plots.course(found["teacher"], None), f"{prefix}teacher", about)
+        yield page.figure(plots.training_curves(content.teacher, None), f"{prefix}teacher", about)
 
 
-def _map(page: Page, zeros: dict[str, Any], prefix: str) -> Iterable[dict[str, str]]:
-    if zeros["values"]:
-        drawn = plots.sparsity_map(zeros["layers"], zeros["matrices"], zeros["values"])
-        yield page.figure(drawn, f"{prefix}sparsity", f"zeros in each matrix after {zeros['phase']}, by layer")
+def _zero_figures(page: Page, content: RunContent, prefix: str) -> list[PageFigure]:
+    zeros = content.zeros
+    if not zeros.values:
+        return []
+    drawn = plots.sparsity_map(zeros.layers, zeros.matrices, zeros.values)
+    return [page.figure(drawn, f"{prefix}sparsity", f"zeros in each matrix after {zeros.phase}, by layer")]

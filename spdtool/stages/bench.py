@@ -27,16 +27,29 @@ from spdtool.export import runtime
 from spdtool.export import target as targets
 from spdtool.models.load import load_tokenizer
 from spdtool.recipe.fields import Recipe
-from spdtool.run.folder import Run, machine, write_json
+from spdtool.run.fingerprint import describe_machine
+from spdtool.run.folder import Run, write_json
+from spdtool.run.records import (
+    BenchEnvironment,
+    BenchFile,
+    BenchResult,
+    EngineRecord,
+    ExportedModel,
+    ExportResult,
+    LatencyRecord,
+    LedgerEntry,
+    MachinePeak,
+    Ratio,
+    ShapeRounds,
+    Table,
+)
 from spdtool.tasks import find_task
 
-ROLES = ("teacher", "student")  # the dense teacher first
-REFUSED = "refused"  # in the export's metrics: targets that were not shipped
 INT8 = "onnx-int8"  # the target whose teacher is the int8 rival, with its score
 SEEN = 512  # rows of the dev set whose lengths are looked at
 
 
-def bench(run: Run) -> dict[str, Any]:
+def bench(run: Run) -> BenchResult:
     """Time the exported files of `run`; return the table that a run ends with, its verdict, and every figure.
 
     Raises:
@@ -46,13 +59,13 @@ def bench(run: Run) -> dict[str, Any]:
     """
     recipe, section = run.recipe, run.recipe.bench
     provider = runtime.working(recipe.device)[-1]
-    folder, exported = run.read("export"), run.record("export")["metrics"]
+    folder, exported = run.read("export"), run.export_result()
     teacher = run.read("teacher")
     counts = tuple(dict.fromkeys(count or runtime.cores() for count in section.threads))
     if provider == "cuda":
         counts = counts[-1:]  # threads of the CPU make no difference there
     entered = enter(folder, exported, provider, recipe)
-    positions = min(exported[role]["positions"] for role in ROLES)
+    positions = min(exported.teacher.positions, exported.student.positions)
     shapes = fitting_shapes(recipe, positions, folder / "teacher", entered.notes)
     with run.stage("bench") as work, tempfile.TemporaryDirectory() as scratch:
         add_teachers(entered, teacher, Path(scratch), provider, recipe)
@@ -76,14 +89,16 @@ def bench(run: Run) -> dict[str, Any]:
             ledger=entries,
             notes=entered.notes,
             treated=entered.treated,
-            environment=_environment(race.timings, machines, counts),
+            environment=dict(_environment(race.timings, machines, counts).lines()),
         )
+        environment = _environment(race.timings, machines, counts)
+        listed = [LedgerEntry.model_validate(entry) for entry in entries]
         title = recipe.mark_smoke(f"{recipe.task} at {recipe.sparsity:.0%} zeros")
         (work.folder / "bench.md").write_text(report.markdown(title, found), "utf-8")
-        raw = {"environment": found.environment, "engines": _raw(race.timings), "ledger": entries}
+        raw = BenchFile(environment=environment, engines=_raw(race.timings), ledger=listed)
         write_json(work.folder / "bench.json", raw)
-        work.metrics |= _metrics(found)
-    return work.metrics
+        work.result = result = _result(found, listed, environment)
+    return result
 
 
 @dataclass
@@ -102,38 +117,39 @@ class Entered:
     treated: dict[str, str] = field(default_factory=dict)
 
 
-def enter(folder: Path, exported: dict[str, Any], provider: str, recipe: Recipe) -> Entered:
+def enter(folder: Path, exported: ExportResult, provider: str, recipe: Recipe) -> Entered:
     """The exported files of both roles, and those of each further target that runs here on `provider`."""
-    found = Entered([], {role: exported[role] for role in ROLES}, [], [])
-    for role in ROLES:
-        found.engines.append(_exported(role, folder / role, exported[role], provider))
+    found = Entered([], {}, [], [])
+    for role, model in (("teacher", exported.teacher), ("student", exported.student)):
+        found.facts[role] = model.model_dump(exclude_none=True)
+        found.engines.append(_exported(role, folder / role, model, provider))
     found.engines[0] = replace(found.engines[0], baseline=True)
-    for target, why in exported.get(REFUSED, {}).items():
-        found.notes.append(f"Not shipped, so not timed: {target}: {why}.")
-    for target in [name for name in exported if name not in (*ROLES, REFUSED)]:
+    for target, reason in exported.refused.items():
+        found.notes.append(f"Not shipped, so not timed: {target}: {reason}.")
+    for target, files in exported.further().items():
         try:
             part = plugins.targets.get(target)
         except RecipeError as error:
             found.notes.append(f"Not timed: {target}: {error.message}.")
             continue
-        both = set(exported[target]) == set(ROLES)
+        both = files.teacher is not None
         if both and (why := _untimed(part, provider, recipe)):
             found.notes.append(f"Not timed: {target}: {why}.")
             continue
         if provider not in targets.providers(part):
             found.notes.append(f"Not timed: {target}: it does not run on {provider}; compare it with --set device=cpu.")
             continue
-        for role, facts in exported[target].items():
+        for role, model in files.models().items():
             name = target if role == "student" else f"{target} {role}"
             place = folder / target / role
-            engine = _exported(name, place, facts, provider)
+            engine = _exported(name, place, model, provider)
             found.engines.append(replace(engine, libraries=tuple(targets.libraries(part, place))))
-            found.facts[name] = facts
+            found.facts[name] = model.model_dump(exclude_none=True)
             found.sparse += [name] if role == "student" and not both else []
         if both:
             found.treated[target] = f"{target} teacher"
     offered, missing = targets.offered(recipe.export)
-    gone = {*exported, *exported.get(REFUSED, {})}
+    gone = {*exported.targets, *exported.refused}
     left = [name for name in (*missing, *(choice.name for choice in offered)) if name not in gone]
     found.notes += [f"Not exported, so not timed: {name}" + _reason(missing.get(name)) for name in left]
     return found
@@ -213,12 +229,12 @@ def _dev_lengths(recipe: Recipe, folder: Path) -> np.ndarray | None:
         return None
 
 
-def _exported(name: str, folder: Path, facts: dict[str, Any], provider: str) -> Engine:
+def _exported(name: str, folder: Path, model: ExportedModel, provider: str) -> Engine:
     config = json.loads((folder / "config.json").read_text("utf-8"))
     return Engine(
         name=name,
         kind="onnxruntime",
-        path=str(folder / facts["files"][0]),
+        path=str(folder / model.files[0]),
         vocabulary=config["vocab_size"],
         pad=config.get("pad_token_id") or 0,
         provider=provider,
@@ -238,50 +254,45 @@ def _ledger(found: Entered, counts: tuple[int, ...]) -> tuple[dict[int, ledger.M
         )
 
 
-def _metrics(found: report.Bench) -> dict[str, Any]:
-    """What stage.json holds: the best form of the student under `speed` and `size`, and everything else in full.
-
-    The speed is that with the fewest threads, and `caveats` says why those of a number of threads tell little.
-    """
+def _result(found: report.Bench, ledger: list[LedgerEntry], environment: BenchEnvironment) -> BenchResult:
+    """Summarise the bench for stage.json."""
     columns, rows = report.overview(found)
     best = [*found.sparse, "student"][0]
     speeds = {count: found.zeros(found.of(best, count), found.grid) for count in found.threads}
     rounds = len(found.timings[0].rounds[found.grid[0]])
-    doubts = {str(count): report.caveat(speed, rounds) for count, speed in speeds.items()}
+    doubts = {count: report.caveat(speed, rounds) for count, speed in speeds.items()}
     tables = []
     if found.ledger:
         head, lines = report.ledger_table(found.ledger)
         tables.append(
-            {
-                "title": "sparsity ledger, one thread (matrices of one shape and density share a timing)",
-                "columns": head,
-                "rows": lines,
-            }
+            Table(
+                title="sparsity ledger, one thread (matrices of one shape and density share a timing)",
+                columns=head,
+                rows=lines,
+            )
         )
-    return {
-        "columns": columns,
-        "rows": rows,
-        "tables": tables,
-        "verdict": report.verdict(found),
-        "speed": asdict(speeds[min(found.threads)]),
-        "speeds": {str(count): asdict(speed) for count, speed in speeds.items()},
-        "caveats": {count: doubt for count, doubt in doubts.items() if doubt is not None},
-        "size": found.facts["teacher"]["bytes"] / found.facts[best]["bytes"],
-        "best": best,
-        "provider": found.timings[0].provider,
-        "latency": report.details(found),
-        "ledger": list(found.ledger),
-        "environment": found.environment,
-    }
+    return BenchResult(
+        columns=columns,
+        rows=rows,
+        tables=tables,
+        verdict=report.verdict(found),
+        speeds={count: Ratio.model_validate(asdict(speed)) for count, speed in speeds.items()},
+        caveats={count: doubt for count, doubt in doubts.items() if doubt is not None},
+        size=found.facts["teacher"]["bytes"] / found.facts[best]["bytes"],
+        best=best,
+        provider=found.timings[0].provider,
+        latency=[LatencyRecord.model_validate(entry) for entry in report.details(found)],
+        ledger=ledger,
+        environment=environment,
+    )
 
 
-def _environment(timings: list[Timing], machines: dict[int, ledger.Machine], counts: tuple[int, ...]) -> dict[str, Any]:
-    facts = {**machine(), "threads": _listed(counts), "provider": timings[0].provider}
-    measured = {
-        f"peak with {count} threads": f"{found.flops / 1e9:.1f} GFLOP/s, {found.bandwidth / 1e9:.1f} GB/s"
-        for count, found in machines.items()
-    }
-    return facts | measured
+def _environment(
+    timings: list[Timing], machines: dict[int, ledger.Machine], counts: tuple[int, ...]
+) -> BenchEnvironment:
+    peaks = {count: MachinePeak(flops=peak.flops, bandwidth=peak.bandwidth) for count, peak in machines.items()}
+    machine = describe_machine().model_dump()
+    return BenchEnvironment(**machine, threads=list(counts), provider=timings[0].provider, peaks=peaks)
 
 
 def _listed(counts: tuple[int, ...]) -> str:
@@ -292,18 +303,15 @@ def _reason(error: SpdError | None) -> str:
     return "." if error is None else f": {error.message}" + (f"; {error.hint}." if error.hint else ".")
 
 
-def _raw(timings: list[Timing]) -> list[dict[str, Any]]:
-    return [
-        {
-            "engine": {key: value for key, value in asdict(timing.engine).items() if key not in ("path", "libraries")},
-            "provider": timing.provider,
-            "nodes": timing.nodes,
-            "resident_bytes": timing.resident,
-            "peak_bytes": timing.peak,
-            "rounds_ms": [
-                shape._asdict() | {"ms": values, "least": timing.least[shape]}
-                for shape, values in timing.rounds.items()
-            ],
-        }
-        for timing in timings
-    ]
+def _raw(timings: list[Timing]) -> list[EngineRecord]:
+    engines = []
+    for timing in timings:
+        rounds = [
+            ShapeRounds(batch=shape.batch, length=shape.length, real=shape.real, ms=values, least=timing.least[shape])
+            for shape, values in timing.rounds.items()
+        ]
+        engine = asdict(timing.engine)
+        engine |= {"provider": timing.provider, "nodes": timing.nodes, "rounds": rounds}
+        engine |= {"resident_bytes": timing.resident, "peak_bytes": timing.peak}
+        engines.append(EngineRecord.model_validate(engine))
+    return engines

@@ -5,12 +5,11 @@ Reads: `teacher/`, `prune/`. Writes: `distill/`, with the zeros of `prune/`.
 
 from __future__ import annotations
 
-from typing import Any
-
 from spdtool.run.folder import Run
+from spdtool.run.records import TrainingResult
 from spdtool.stages import student
 
 
-def distill(run: Run) -> dict[str, Any]:
-    """Graft the pruned student onto the teacher; return the stage's metrics. Raises as `student.phase` does."""
+def distill(run: Run) -> TrainingResult:
+    """Graft the pruned student onto the teacher; return the stage's result. Raises as `student.phase` does."""
     return student.phase(run, "distill", start="prune", make_pruner=student.holding(run))

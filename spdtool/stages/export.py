@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 from spdtool import console, plugins
 from spdtool.data import tokens as data
@@ -33,13 +32,12 @@ from spdtool.export.graph import trace as onnx
 from spdtool.export.target import Chosen
 from spdtool.models.load import load_tokenizer
 from spdtool.recipe.fields import Recipe
-from spdtool.run.folder import Run, Work, replacing
+from spdtool.run.folder import Run, Stage, replacing
+from spdtool.run.records import ExportedModel, ExportResult, TargetExport
 
-REFUSED = "refused"  # in the metrics: target to the reason
 
-
-def export(run: Run) -> dict[str, Any]:
-    """Export teacher and student of `run` for each target of the recipe; return the metrics of the exported files.
+def export(run: Run) -> ExportResult:
+    """Export teacher and student of `run` for each target of the recipe; return the figures of the exported files.
 
     Raises:
         StageMissing, Corrupt: the run does not hold what is needed.
@@ -53,14 +51,16 @@ def export(run: Run) -> dict[str, Any]:
     further, absent = targets.offered(recipe.export)
     providers = runtime.working(recipe.device)
     checkpoints = {"teacher": run.read("teacher"), "student": run.read("finetune")}
-    dev = {role: dev_sets(path, recipe, run.note_data) for role, path in checkpoints.items()}
+    dev = {role: dev_sets(path, recipe, run.record_data) for role, path in checkpoints.items()}
     references = {role: Reference(path, dev[role], recipe) for role, path in checkpoints.items()}
     for name, error in absent.items():
         _leave_out(name, error)
+    result = ExportResult(first=chosen[0].name)
     with run.stage("export") as work, onnx.remembering():
+        work.result = result
         for choice in (*chosen, *further):
             try:
-                _export_target(choice, work, references, providers)
+                result.targets[choice.name] = _export_target(choice, work, references, providers)
             except (DeviceError, ModelError, PluginError) as error:
                 if not choice.optional:
                     raise
@@ -72,12 +72,12 @@ def export(run: Run) -> dict[str, Any]:
                 reason = f"{error.message}{f' ({error.hint})' if error.hint else ''}"
                 console.warn(f"{choice.name} is not shipped: {reason}{_untried(choice, recipe)}")
                 _remove(choice, work)
-                work.metrics.setdefault(REFUSED, {})[choice.name] = reason
-        lacking = assembly.assemble(work.folder, checkpoints["student"], recipe, work.metrics)
+                result.refused[choice.name] = reason
+        lacking = assembly.assemble(work.folder, checkpoints["student"], recipe, result)
         if lacking:
             console.warn(f"there is no bundle to serve: {lacking}")
-    _raise_refused(work.metrics, recipe)
-    return work.metrics
+    _raise_refused(result, recipe)
+    return result
 
 
 def _untried(choice: Chosen, recipe: Recipe) -> str:
@@ -88,9 +88,9 @@ def _untried(choice: Chosen, recipe: Recipe) -> str:
     return f"; it is optional, and --set 'export.optional=[{others}]' does without it"
 
 
-def _raise_refused(metrics: dict[str, Any], recipe: Recipe) -> None:
+def _raise_refused(result: ExportResult, recipe: Recipe) -> None:
     """Raise GateError if a demanded target of a finished stage was refused, with every reason."""
-    refused = {name: reason for name, reason in metrics.get(REFUSED, {}).items() if name in recipe.export.targets}
+    refused = {name: reason for name, reason in result.refused.items() if name in recipe.export.targets}
     if refused:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise GateError(
@@ -99,7 +99,7 @@ def _raise_refused(metrics: dict[str, Any], recipe: Recipe) -> None:
         )
 
 
-def export_any(checkpoint: Path, name: str, folder: Path, recipe: Recipe, *, with_task: bool) -> dict[str, Any]:
+def export_any(checkpoint: Path, name: str, folder: Path, recipe: Recipe, *, with_task: bool) -> ExportedModel:
     """Export a checkpoint that belongs to no run to `folder`; return what was measured.
 
     Args:
@@ -124,56 +124,54 @@ def export_any(checkpoint: Path, name: str, folder: Path, recipe: Recipe, *, wit
     )
     shown = f"exporting {checkpoint} ({name}) and holding it against its checkpoint"
     with replacing(folder) as partial, console.busy(shown), onnx.remembering():
-        metrics = export_checkpoint(target, Reference(checkpoint, dev, recipe), partial, providers)
-    _tell(str(folder), metrics)
-    return {"folder": str(folder), "target": name} | metrics
+        exported = export_checkpoint(target, Reference(checkpoint, dev, recipe), partial, providers)
+    _tell(str(folder), exported)
+    return exported
 
 
-def _export_target(choice: Chosen, work: Work, references: dict[str, Reference], providers: list[str]) -> None:
-    metrics = work.metrics.setdefault(choice.name, {}) if choice.prefix else work.metrics
+def _export_target(choice: Chosen, work: Stage, references: dict[str, Reference], providers: list[str]) -> TargetExport:
+    models = {}
     for role in targets.roles(choice.target):
         folder = work.folder / choice.prefix / role
         with console.busy(f"exporting the {role} ({choice.name}) and holding it against its checkpoint"):
-            metrics[role] = export_checkpoint(choice.target, references[role], folder, providers)
-        _tell(f"{role} ({choice.name})" if choice.prefix else role, metrics[role])
+            models[role] = export_checkpoint(choice.target, references[role], folder, providers)
+        _tell(f"{role} ({choice.name})" if choice.prefix else role, models[role])
+    return TargetExport(student=models["student"], teacher=models.get("teacher"))
 
 
-def _remove(choice: Chosen, work: Work) -> None:
+def _remove(choice: Chosen, work: Stage) -> None:
     shutil.rmtree(work.folder / choice.prefix, ignore_errors=True)
-    del work.metrics[choice.name]
 
 
 def _leave_out(name: str, error: SpdError) -> None:
     console.warn(f"the export to {name} is left out: {error.message}{f' ({error.hint})' if error.hint else ''}")
 
 
-def _tell(what: str, metrics: dict[str, Any]) -> None:
-    rounds = "values" in metrics
-    line = f"{console.escape(what)}: {console.format_cell(metrics['bytes'])} bytes, "
-    line += f"{metrics['sparsity']:.2%} zeros as in its checkpoint; "
-    if "dev" in metrics and not rounds:
-        line += f"dev {console.format_scores(metrics['dev'])}, {_flips(metrics)}; "
-    weights = " with the same rounded weights" if rounds else ""
-    console.say(f"{line}largest logit difference{weights} {metrics['largest_difference']:.1e}")
-    if metrics.get("fused"):
-        console.say(
-            f"  {metrics['nodes']} nodes, fused: {', '.join(f'{n} {op}' for op, n in metrics['fused'].items())}"
-        )
-    if rounds:
-        console.say(f"  weights in {metrics['values']}, embeddings in {metrics['embeddings']}: {_cost(metrics)}")
-    if len(metrics["files"]) > 1 and not rounds:
-        console.warn(f"{what} is larger than one ONNX file can be: {', '.join(metrics['files'])}")
+def _tell(what: str, exported: ExportedModel) -> None:
+    line = f"{console.escape(what)}: {console.format_cell(exported.bytes)} bytes, "
+    line += f"{exported.sparsity:.2%} zeros as in its checkpoint; "
+    if exported.dev is not None and not exported.rounds:
+        line += f"dev {console.format_scores(exported.dev)}, {_flips(exported)}; "
+    weights = " with the same rounded weights" if exported.rounds else ""
+    console.say(f"{line}largest logit difference{weights} {exported.largest_difference:.1e}")
+    if exported.fused:
+        fused = ", ".join(f"{count} {operator}" for operator, count in exported.fused.items())
+        console.say(f"  {exported.nodes} nodes, fused: {fused}")
+    if exported.rounds:
+        console.say(f"  weights in {exported.values}, embeddings in {exported.embeddings}: {_cost(exported)}")
+    if len(exported.files) > 1 and not exported.rounds:
+        console.warn(f"{what} is larger than one ONNX file can be: {', '.join(exported.files)}")
 
 
-def _cost(metrics: dict[str, Any]) -> str:
+def _cost(exported: ExportedModel) -> str:
     """What the rounding costs on the dev set, in words."""
-    if "dev" not in metrics:
-        change = f"largest logit change on random tokens {metrics['largest_change']:.1e}"
+    if exported.dev is None or exported.checkpoint_dev is None:
+        change = f"largest logit change on random tokens {exported.largest_change:.1e}"
         return f"{change}; no dev set was given to say what that costs (--task or --data)"
-    before, after = (f"{metrics[side]['score']:.4f}" for side in ("checkpoint_dev", "dev"))
-    change = f"largest logit change {metrics['largest_change']:.1e}"
-    return f"dev score {before} before, {after} after; {_flips(metrics)}; {change}"
+    before, after = exported.checkpoint_dev["score"], exported.dev["score"]
+    change = f"largest logit change {exported.largest_change:.1e}"
+    return f"dev score {before:.4f} before, {after:.4f} after; {_flips(exported)}; {change}"
 
 
-def _flips(metrics: dict[str, Any]) -> str:
-    return f"{metrics['flipped']} of {metrics['rows']} predictions flipped"
+def _flips(exported: ExportedModel) -> str:
+    return f"{exported.flipped} of {exported.rows} predictions flipped"

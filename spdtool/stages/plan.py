@@ -26,6 +26,7 @@ from spdtool.pruning.patterns import zeros_in
 from spdtool.recipe import STAGES
 from spdtool.recipe.fields import Recipe, Training
 from spdtool.run.folder import Run
+from spdtool.run.records import Plan, StagePlan, WeightCounts
 from spdtool.tasks import Task, find_task
 from spdtool.training import loop as training
 from spdtool.training import saliency
@@ -37,18 +38,11 @@ RELATIONS = 4  # maps of token-to-token relations that are kept for a layer: two
 SAVED_PER_TOKEN = 16  # widths of activation that a transformer layer keeps for its backward pass, roughly
 
 
-def make_plan(run: Run, redo: str | None = None) -> dict[str, Any]:
+def make_plan(run: Run, redo: str | None = None) -> Plan:
     """The stages of `run` with what each will cost; reads the data, and only the configuration of the model.
 
     Args:
         redo: this stage and every later one are about to be discarded.
-
-    Returns:
-        `stages` (stage, done, epochs, steps, peak learning_rate, why), `rows`, how they were read (lines in `reading`,
-        what deserves attention in `notes`, rows by class in `classes`, the score of always saying the commonest label
-        of the dev set in `baseline`), the student's `parameters` (all,
-        prunable, zeros; matrices emptied) and `memory_bytes` (an estimate of the peak of the training stages, to about
-        a factor of 1.5).
 
     Raises:
         DataError, ModelError: the data or the model cannot be used; an unknown architecture cannot be exported.
@@ -65,31 +59,33 @@ def make_plan(run: Run, redo: str | None = None) -> dict[str, Any]:
     matrices = [weight.numel() for weight in find_prunable_weights(student).values()]
     if not run.done("export"):
         trial.check(recipe, (student.config, teacher.config))
-    return {
-        "run": str(run.path),
-        "rows": rows,
-        **describe_rows(task, splits),
-        "notes": [*task.data_warnings(splits), *_by_position(recipe, task, teacher)],
-        "stages": [
+    baseline = task.baseline(np.asarray(splits["dev"].labels))["score"]
+    return Plan(
+        run=str(run.path),
+        rows=rows,
+        reading=describe_rows(task, splits),
+        classes=task.count_classes(splits),
+        baseline=baseline,
+        notes=[*task.data_warnings(splits), *_by_position(recipe, task, teacher)],
+        stages=[
             _stage(run, stage, rows["train"], (teacher if stage == "teacher" else student).config.hidden_size)
             for stage in STAGES
         ],
-        "parameters": {
-            "all": sum(parameter.numel() for parameter in student.parameters()),
-            "prunable": sum(matrices),
-            "zeros": sum(zeros_in(size, recipe.sparsity) for size in matrices),
-            "emptied": sum(zeros_in(size, recipe.sparsity) == size for size in matrices),
-        },
-        "memory_bytes": estimate_memory(recipe, student, teacher),
-    }
+        parameters=WeightCounts(
+            all=sum(parameter.numel() for parameter in student.parameters()),
+            prunable=sum(matrices),
+            zeros=sum(zeros_in(size, recipe.sparsity) for size in matrices),
+            emptied=sum(zeros_in(size, recipe.sparsity) == size for size in matrices),
+        ),
+        memory_bytes=estimate_memory(recipe, student, teacher),
+    )
 
 
-def describe_rows(task: Task, splits: dict[str, Rows]) -> dict[str, Any]:
-    """How the rows were read: see `plan`."""
-    floor = task.baseline(np.asarray(splits["dev"].labels))["score"]
+def describe_rows(task: Task, splits: dict[str, Rows]) -> list[str]:
+    """Say how the rows were read, a line each."""
     line = f"labels: {task.describe_labels(splits)}"
     source = [f"data: {task.dataset.about}"] if task.name == "local" else []
-    return {"reading": [*source, line], "classes": task.count_classes(splits), "baseline": floor}
+    return [*source, line]
 
 
 def _by_position(recipe: Recipe, task: Task, teacher: Any) -> list[str]:
@@ -140,7 +136,7 @@ def check_rows(run: Run, task: Task, splits: dict[str, Rows], redo: str | None) 
     """Raise RunMismatch if a finished stage before `redo` (None: any) saw other rows."""
     kept = [stage for stage in STAGES[: STAGES.index(redo) if redo else None] if run.done(stage)]
     if kept:
-        run.check_data(identify_rows(task.dataset, splits), kept)
+        run.require_same_data(identify_rows(task.dataset, splits), kept)
 
 
 def load_pair(recipe: Recipe, task: Task) -> tuple[Any, Any]:
@@ -188,18 +184,13 @@ def estimate_memory(recipe: Recipe, model: Any, teacher: Any = None) -> int:
     return FLOAT * (its + weights * (1 + 1 + ADAM_MOMENTS) + tokens * per_token * layers)
 
 
-def _stage(run: Run, stage: str, rows: int, width: int) -> dict[str, Any]:
+def _stage(run: Run, stage: str, rows: int, width: int) -> StagePlan:
     section = run.recipe.section(stage)
-    known: dict[str, Any] = {"stage": stage, "done": run.done(stage), "why": ""}
-    known |= dict.fromkeys(("epochs", "steps", "learning_rate"))
+    planned = StagePlan(stage=stage, done=run.done(stage))
     if stage == "teacher" and run.recipe.given_teacher is not None:
-        return known | {"why": f"given: {run.recipe.given_teacher}"}
-    if isinstance(section, Training):
+        planned.why = f"given: {run.recipe.given_teacher}"
+    elif isinstance(section, Training):
         length = section.length(rows)
-        return known | {
-            "epochs": length.epochs,
-            "steps": length.steps,
-            "learning_rate": section.peak(width),
-            "why": length.reason,
-        }
-    return known
+        planned.epochs, planned.steps, planned.why = length.epochs, length.steps, length.reason
+        planned.learning_rate = section.peak(width)
+    return planned

@@ -54,7 +54,8 @@ from spdtool.models.student import (
 from spdtool.pruning.masks import Masks, check_counts
 from spdtool.pruning.pruner import Pruner
 from spdtool.recipe.fields import Distilled, Recipe
-from spdtool.run.folder import LEFT, Run
+from spdtool.run.folder import STUDENTS, Run
+from spdtool.run.records import IntermediateStudent, Scores, TrainingResult, ZeroCount
 from spdtool.tasks import find_task, prepare_data
 from spdtool.training import loop as training
 from spdtool.training.microbatches import LossWeight
@@ -63,8 +64,8 @@ from spdtool.training.schedules import Schedule, constant, replacing_rate
 MakePruner = Callable[[Any, Masks, int], Pruner]
 
 
-def phase(run: Run, stage: str, start: str, make_pruner: MakePruner) -> dict[str, Any]:
-    """Train the student from the checkpoint of stage `start`; write `stage`; return its metrics.
+def phase(run: Run, stage: str, start: str, make_pruner: MakePruner) -> TrainingResult:
+    """Train the student from the checkpoint of stage `start`; write `stage`; return its result.
 
     Args:
         make_pruner: given the student, the masks of its checkpoint and the number of steps, what prunes and holds.
@@ -93,7 +94,7 @@ def phase(run: Run, stage: str, start: str, make_pruner: MakePruner) -> dict[str
     check_phases(recipe, model_shape(student), model_shape(teacher))
     check_positions(recipe, student, teacher)
     names = label_names(student)
-    task, splits = prepare_data(recipe, choose_tokenizer(*tokenizers), names, run.note_data)
+    task, splits = prepare_data(recipe, choose_tokenizer(*tokenizers), names, run.record_data)
     if recipe.student is not None:
         data.check_lengths(splits, max_positions(student))
         data.check_vocabulary(splits, student.config.vocab_size)
@@ -121,12 +122,14 @@ def phase(run: Run, stage: str, start: str, make_pruner: MakePruner) -> dict[str
     score_train = functools.partial(evaluation.evaluate_split, task, forward, sample, across_ranks=True)
     evaluate_train = score_train if len(sample) else None
 
-    def leave(sparsity: float) -> dict[str, Any]:
-        folder = work.folder / LEFT / f"{sparsity:g}"
+    def save_student(sparsity: float, step: int) -> IntermediateStudent:
+        folder = work.folder / STUDENTS / f"{sparsity:g}"
         save_on_rank_zero(student, tokenizer, folder)
         if processes.is_main():
             check_counts(count_zeros(folder, list(masks.parameters)), sparsity, pruner.scope)
-        return _measured(task, forward, splits, evaluate_train) | {"folder": f"{LEFT}/{folder.name}"}
+        dev, train = _measured(task, forward, splits, evaluate_train)
+        name = f"{STUDENTS}/{folder.name}"
+        return IntermediateStudent(sparsity=sparsity, step=step, folder=name, dev=dev, train=train)
 
     rows, shown = splits["train"], (0, *mapped) if teacher_outputs.needs_hidden_states(section.loss) else ()
     if teacher_outputs.is_worth_caching(recipe, section, rows, teacher, shown):
@@ -139,7 +142,7 @@ def phase(run: Run, stage: str, start: str, make_pruner: MakePruner) -> dict[str
         lambda: evaluation.evaluate(task, forward, splits, across_ranks=True),
         evaluate_train,
         pruner,
-        leave,
+        save_student,
         extra=projections,
         bystanders=_frozen(student, teacher, section),
         random_state=grafting.state_dict,
@@ -148,25 +151,28 @@ def phase(run: Run, stage: str, start: str, make_pruner: MakePruner) -> dict[str
         padding_counts=not section.loss.mask_padding,
     )
     with run.stage(stage) as work:
+        fitted = None
         if steps > 0:
             with console.progress(stage, steps) as watch:
-                work.metrics |= training.fit(parts, section, recipe, work, run.fingerprint(stage), front, watch)
+                fitted = training.fit(parts, section, recipe, work, run.fingerprint(stage), front, watch)
         pruner.seal()
-        work.metrics |= _measured(task, forward, splits, evaluate_train) | {"sparsity": masks.sparsity()}
+        dev, train = _measured(task, forward, splits, evaluate_train)
+        result = TrainingResult(dev=dev, train=train, fit=fitted, sparsity=masks.sparsity())
         save_on_rank_zero(student, tokenizer, work.folder)
         if processes.is_main():
             save_projections(projections, work.folder)
             saved = count_zeros(work.folder, list(masks.parameters))
             check_counts(saved, pruner.target, pruner.scope)
-            work.metrics |= {"zeros": {name: list(count) for name, count in saved.items()}}
+            result.zeros = {name: ZeroCount(*count) for name, count in saved.items()}
+        work.result = result
     collectives.barrier()
-    return work.metrics
+    return result
 
 
-def _measured(task: Any, forward: Any, splits: Any, evaluate_train: Any) -> dict[str, Any]:
+def _measured(task: Any, forward: Any, splits: Any, evaluate_train: Any) -> tuple[Scores, Scores | None]:
     """Scores on the dev set, and beside them those on training rows."""
-    dev = {"dev": evaluation.evaluate(task, forward, splits, across_ranks=True)}
-    return dev if evaluate_train is None else dev | {"train": evaluate_train()}
+    dev = evaluation.evaluate(task, forward, splits, across_ranks=True)
+    return dev, None if evaluate_train is None else evaluate_train()
 
 
 def holding(run: Run) -> MakePruner:

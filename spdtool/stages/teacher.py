@@ -21,13 +21,14 @@ from spdtool.models import predict as evaluation
 from spdtool.models.layers import configure_layers, find_layer_stack, max_positions
 from spdtool.models.load import label_names, load_model, load_tokenizer, move_to_device, save_on_rank_zero
 from spdtool.run.folder import RECORD, Run
+from spdtool.run.records import DataRecord, TrainingResult
 from spdtool.tasks import Task, find_task, prepare_data
 from spdtool.training import loop as training
 from spdtool.training.microbatches import LossWeight
 
 
-def teacher(run: Run) -> dict[str, Any]:
-    """Make the teacher of `run`; return its metrics.
+def teacher(run: Run) -> TrainingResult:
+    """Make the teacher of `run`; return its result.
 
     Raises:
         DataError, ModelError, DeviceError: the data, the model or the device cannot be used; nothing is written.
@@ -38,7 +39,7 @@ def teacher(run: Run) -> dict[str, Any]:
     front = training.accelerator(recipe)
     task = find_task(recipe)
     splits = task.read_rows(recipe)
-    run.note_data(identify_rows(task.dataset, splits))
+    run.record_data(identify_rows(task.dataset, splits))
     torch.manual_seed(recipe.seed)  # the new head is random
     if task.dataset.build is not None:
         model, tokenizer = task.dataset.build(recipe.seed)
@@ -75,15 +76,16 @@ def teacher(run: Run) -> dict[str, Any]:
         evaluate_train = score_train if len(sample) else None
         parts = training.Fit(model, loss, encoded["train"], score, evaluate_train)
         summary = training.fit(parts, section, recipe, work, run.fingerprint("teacher"), front, watch)
-        work.metrics |= summary | {"dev": score(), "given": None}
-        _warn_if_worthless(run, task, encoded, work.metrics["dev"])
-        work.metrics |= {} if evaluate_train is None else {"train": evaluate_train()}
+        result = TrainingResult(dev=score(), fit=summary)
+        _warn_if_worthless(run, task, encoded, result.dev)
+        result.train = None if evaluate_train is None else evaluate_train()
+        work.result = result
         save_on_rank_zero(model, tokenizer, work.folder)
     collectives.barrier()
-    return work.metrics
+    return result
 
 
-def take(run: Run, source: str) -> dict[str, Any]:
+def take(run: Run, source: str) -> TrainingResult:
     """Copy the fine-tuned model at `source` as the teacher of `run`, after measuring its dev score.
 
     Raises:
@@ -94,8 +96,8 @@ def take(run: Run, source: str) -> dict[str, Any]:
     model, tokenizer = load_model(source, smoke=run.recipe.smoke), load_tokenizer(source)
     find_layer_stack(model)
 
-    def note(facts: dict[str, Any]) -> None:
-        run.note_data(facts)
+    def note(facts: DataRecord) -> None:
+        run.record_data(facts)
         _warn_if_taught_otherwise(Path(source), run, facts)
 
     task, encoded = prepare_data(run.recipe, tokenizer, label_names(model), note)
@@ -110,9 +112,10 @@ def take(run: Run, source: str) -> dict[str, Any]:
     _warn_if_worthless(run, task, encoded, metrics)
     with run.stage("teacher") as work:
         save_on_rank_zero(model, tokenizer, work.folder)
-        work.metrics |= {"dev": metrics, "given": source} | ({} if train is None else {"train": train})
+        result = TrainingResult(dev=metrics, train=train, given=source)
+        work.result = result
     collectives.barrier()
-    return work.metrics
+    return result
 
 
 def _warn_if_worthless(run: Run, task: Task, encoded: dict[str, data.Encoded], dev: dict[str, float]) -> None:
@@ -125,12 +128,12 @@ def _warn_if_worthless(run: Run, task: Task, encoded: dict[str, data.Encoded], d
         )
 
 
-def _warn_if_taught_otherwise(source: Path, run: Run, facts: dict[str, Any]) -> None:
+def _warn_if_taught_otherwise(source: Path, run: Run, facts: DataRecord) -> None:
     """Say so if the teacher comes from a run that saw other rows: what is dev here may have been train there."""
     if not (source / RECORD).is_file():
         return
     try:
-        Run(source.parent, run.recipe).check_data(facts, [source.name])
+        Run(source.parent, run.recipe).require_same_data(facts, [source.name])
     except RunMismatch as error:
         console.warn(f"{error.message}; it may have been fine-tuned on dev rows of this run")
     except RunError:  # a record that cannot be read says nothing

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,9 @@ from spdtool.recipe import PHASES, STAGES, TRAINING
 from spdtool.recipe import reading as recipe
 from spdtool.recipe.fields import Recipe
 from spdtool.run.folder import Run, write_json
-from spdtool.sweep import rows as report_rows
+from spdtool.run.records import StudentRow, SweepRecord
 from spdtool.sweep import summary
-from spdtool.sweep.rows import FAILED, Row
+from spdtool.sweep.rows import row_of_recipe, row_of_run
 
 RESULT = "sweep.json"
 DECIDED = ("task", "data", "model", "sparsity", "seed", "given_teacher", "name")  # by the sweep, so not by --set
@@ -65,7 +65,7 @@ class Trial:
         return Path(self.out) / self.task / f"teacher-seed{self.seed}"
 
 
-Perform = Callable[[Sequence[Trial]], Iterator[tuple[int, Row]]]
+Perform = Callable[[Sequence[Trial]], Iterator[tuple[int, StudentRow]]]
 
 
 def plan(
@@ -171,7 +171,7 @@ def make_teacher(trial: Trial) -> Path:
     return run.path / "teacher"
 
 
-def run_trial(trial: Trial) -> Row:
+def run_trial(trial: Trial) -> StudentRow:
     """Do what `trial` still lacks, its teacher included; return its row, in which an SpdError stands as a message."""
     chosen = trial_recipe(trial)
     try:
@@ -180,15 +180,15 @@ def run_trial(trial: Trial) -> Row:
         for stage in STAGES if trial.bench else TRAINING:
             if not run.done(stage):
                 stages.run_stage(run, stage)
-        return _relative(report_rows.of_run(run), trial)
+        return _relative(row_of_run(run), trial)
     except SpdError as error:
         reason = f"{type(error).__name__}: {error.message}"
-        return replace(blank(trial), status=FAILED, error=reason)
+        return blank(trial).model_copy(update={"status": "failed", "error": reason})
 
 
-def blank(trial: Trial) -> Row:
+def blank(trial: Trial) -> StudentRow:
     """The row of `trial` before anything was measured."""
-    return _relative(report_rows.of_recipe(trial_recipe(trial), trial.folder), trial)
+    return _relative(row_of_recipe(trial_recipe(trial), trial.folder), trial)
 
 
 def finished(trial: Trial) -> bool:
@@ -197,7 +197,7 @@ def finished(trial: Trial) -> bool:
     return all(run.done(stage) for stage in (STAGES if trial.bench else TRAINING))
 
 
-def in_turn(trials: Sequence[Trial]) -> Iterator[tuple[int, Row]]:
+def in_turn(trials: Sequence[Trial]) -> Iterator[tuple[int, StudentRow]]:
     """Run one trial after the other in this process; yields the number of each and its row."""
     for index, trial in enumerate(trials):
         with console.quiet():  # left before the row is told
@@ -205,7 +205,9 @@ def in_turn(trials: Sequence[Trial]) -> Iterator[tuple[int, Row]]:
         yield index, row
 
 
-def run_sweep(trials: Sequence[Trial], out: Path, tell: Callable[[str], None], perform: Perform = in_turn) -> list[Row]:
+def run_sweep(
+    trials: Sequence[Trial], out: Path, tell: Callable[[str], None], perform: Perform = in_turn
+) -> list[StudentRow]:
     """Run the trials, write the results after each, and return the rows in the order of the trials.
 
     Args:
@@ -226,14 +228,14 @@ def run_sweep(trials: Sequence[Trial], out: Path, tell: Callable[[str], None], p
     return rows
 
 
-def write(rows: Sequence[Row], out: Path) -> None:
+def write(rows: Sequence[StudentRow], out: Path) -> None:
     """Write `sweep.json` and `sweep.md`."""
     titled = "SMOKE SWEEP, NO RESULT" if any(row.smoke for row in rows) else "Sweep"
-    write_json(out / RESULT, {"spdtool": metadata.version("spdtool"), "rows": [row.record() for row in rows]})
+    write_json(out / RESULT, SweepRecord(spdtool=metadata.version("spdtool"), rows=list(rows)))
     (out / "sweep.md").write_text(summary.markdown(titled, rows), "utf-8")
 
 
-def draw(rows: Sequence[Row], out: Path) -> list[Path]:
+def draw(rows: Sequence[StudentRow], out: Path) -> list[Path]:
     """Write the Pareto plots, as far as something was measured; return their files."""
     from spdtool.report import drawing
     from spdtool.report import figures as plots
@@ -275,10 +277,12 @@ def _absolute(path: str) -> str:
     return os.path.abspath(path) if os.path.exists(path) else path
 
 
-def _relative(row: Row, trial: Trial) -> Row:
+def _relative(row: StudentRow, trial: Trial) -> StudentRow:
     """The row with its folders seen from the sweep's, so that the sweep can be moved."""
-    left = tuple(replace(each, run=os.path.relpath(each.run, trial.out)) for each in row.left)
-    return replace(row, task=trial.task, run=os.path.relpath(row.run, trial.out), left=left)
+    for each in (row, *row.students):
+        each.run = os.path.relpath(each.run, trial.out)
+    row.task = trial.task
+    return row
 
 
 def _left(trials: int, to_do: int, seconds: float) -> str:

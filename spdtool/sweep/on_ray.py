@@ -10,7 +10,7 @@ import functools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,9 @@ from spdtool import console, plugins
 from spdtool.errors import DeviceError, RunLocked, SpdError, first_line
 from spdtool.recipe import PHASES
 from spdtool.run.folder import Run
+from spdtool.run.records import StudentRow, SweepRecord
 from spdtool.sweep import RESULT, Trial, blank, finished, make_teacher, run_trial, trial_recipe
-from spdtool.sweep import rows as report_rows
 from spdtool.sweep.early_stopping import Standings
-from spdtool.sweep.rows import FAILED, STOPPED, Row
 
 RETRIES = 3  # of a trial whose worker died: it goes on from its last snapshot
 LOOKED_AFTER = 60.0  # seconds without news after which the machines are counted again
@@ -47,7 +46,7 @@ class Cluster:
     gpus: float = 0
     behind: float | None = None
 
-    def __call__(self, trials: Sequence[Trial]) -> Iterator[tuple[int, Row]]:
+    def __call__(self, trials: Sequence[Trial]) -> Iterator[tuple[int, StudentRow]]:
         """Run the trials; yields the number and the row of each as it ends.
 
         Raises:
@@ -64,7 +63,7 @@ class Cluster:
             if started:
                 ray.shutdown()
 
-    def _perform(self, ray: Any, numbered: Sequence[tuple[int, Trial]]) -> Iterator[tuple[int, Row]]:
+    def _perform(self, ray: Any, numbered: Sequence[tuple[int, Trial]]) -> Iterator[tuple[int, StudentRow]]:
         claims = {"num_cpus": self.cpus, "num_gpus": self.gpus, "max_retries": RETRIES}
         teach, work = (ray.remote(_equipped(function)).options(**claims) for function in (_teach, _work))
         standings = None
@@ -86,10 +85,10 @@ class Cluster:
             except ray.exceptions.RayTaskError as error:
                 console.warn(str(error))  # a bug keeps its traceback, and the other trials go on
                 reason = f"{type(error.cause).__name__}: {first_line(error.cause)}"
-                yield number, replace(blank(trial), status=FAILED, error=reason)
+                yield number, blank(trial).model_copy(update={"status": "failed", "error": reason})
             except ray.exceptions.RayError as error:
                 reason = f"its worker died {RETRIES + 1} times: {type(error).__name__}"
-                yield number, replace(blank(trial), status=FAILED, error=reason)
+                yield number, blank(trial).model_copy(update={"status": "failed", "error": reason})
 
     def _require(self, ray: Any) -> None:
         """Refuse claims that no machine of the cluster can meet: their trials would wait for ever."""
@@ -151,7 +150,7 @@ def _teach(trial: Trial) -> None:
             return
 
 
-def _work(trial: Trial, standings: Any, _taught: None) -> Row:
+def _work(trial: Trial, standings: Any, _taught: None) -> StudentRow:
     """Run a trial in a worker.
 
     Args:
@@ -171,11 +170,11 @@ def _work(trial: Trial, standings: Any, _taught: None) -> Row:
         with console.listen(_Follower(trial.sparsity, judge)):
             row = _unlocked(trial)
     if _failed_of(row, Hopeless):
-        return replace(row, status=STOPPED, error=(row.error or "").partition(": ")[2])
+        return row.model_copy(update={"status": "stopped", "error": (row.error or "").partition(": ")[2]})
     return row
 
 
-def _unlocked(trial: Trial) -> Row:
+def _unlocked(trial: Trial) -> StudentRow:
     """Run a trial, again for a while where an orphan of a dead driver or machine still holds its folder."""
     for _ in _attempts():
         row = run_trial(trial)
@@ -193,8 +192,8 @@ def _attempts() -> Iterator[None]:
         yield
 
 
-def _failed_of(row: Row, kind: type[SpdError]) -> bool:
-    return row.status == FAILED and (row.error or "").startswith(f"{kind.__name__}: ")
+def _failed_of(row: StudentRow, kind: type[SpdError]) -> bool:
+    return row.status == "failed" and (row.error or "").startswith(f"{kind.__name__}: ")
 
 
 class _Follower:
@@ -215,16 +214,16 @@ def _recall(ray: Any, standings: Any, trials: Sequence[Trial]) -> None:
         run = Run(trial.folder, trial_recipe(trial))
         for index, phase in enumerate(PHASES, start=1):
             if run.done(phase):
-                score = report_rows.dev(run.record(phase))
+                score = run.training_result(phase).score
                 ray.get(standings.report.remote((trial.task, trial.sparsity), str(trial.folder), float(index), score))
 
 
-def _stopped_before(trials: Sequence[Trial]) -> dict[int, Row]:
+def _stopped_before(trials: Sequence[Trial]) -> dict[int, StudentRow]:
     """The rows of trials that an earlier session of the sweep stopped, by their numbers."""
     file = Path(trials[0].out) / RESULT
     if not file.is_file():
         return {}
-    rows = map(report_rows.read, json.loads(file.read_text("utf-8"))["rows"])
-    stopped = {row.run: row for row in rows if row.status == STOPPED}
+    rows = SweepRecord.model_validate(json.loads(file.read_text("utf-8"))).rows
+    stopped = {row.run: row for row in rows if row.status == "stopped"}
     folders = [blank(trial).run for trial in trials]
     return {number: stopped[folder] for number, folder in enumerate(folders) if folder in stopped}

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from spdtool.sweep.rows import DONE, FAILED, STOPPED, Row, flat
+from spdtool.run.records import StudentRow
+from spdtool.sweep.rows import with_intermediate
 
 COLUMNS = ("task", "recipe", "sparsity", "teacher", "student", "kept", "gap teacher", "gap student", "seeds")
 BENCHED = ("bytes", "speed")
@@ -45,7 +46,7 @@ class Summary:
     sparsity: float
     teacher: Spread
     student: Spread
-    kept: Spread
+    retention: Spread
     teacher_gap: Spread
     student_gap: Spread
     nonzeros: Spread
@@ -66,15 +67,15 @@ def spread(values: Iterable[float | None]) -> Spread:
     return Spread(statistics.mean(known), statistics.stdev(known) if len(known) > 1 else None, len(known))
 
 
-def summarise(rows: Iterable[Row]) -> list[Summary]:
+def summarise(rows: Iterable[StudentRow]) -> list[Summary]:
     """Averages over the seeds of the finished rows, and of the students left on the way, tasks and recipes in order.
 
     A row that failed counts as failed, and is no part of a mean. Where one was stopped as hopeless there is no mean at
     all, since that of the others would flatter the recipe.
     """
-    groups: dict[tuple[str, str, float], list[Row]] = {}
-    for row in flat(rows):
-        if row.status in (DONE, FAILED, STOPPED):
+    groups: dict[tuple[str, str, float], list[StudentRow]] = {}
+    for row in with_intermediate(rows):
+        if row.status in ("done", "failed", "stopped"):
             groups.setdefault((row.task, row.label, row.sparsity), []).append(row)
     tasks, labels = ([*dict.fromkeys(key[part] for key in groups)] for part in (0, 1))
     ordered = sorted(groups, key=lambda key: (tasks.index(key[0]), labels.index(key[1]), key[2]))
@@ -85,7 +86,7 @@ def averages(summaries: Sequence[Summary]) -> list[tuple[str, float, float | Non
     """`(recipe, sparsity, share kept on average over tasks, number of tasks)`."""
     groups: dict[tuple[str, float], list[Spread]] = {}
     for summary in summaries:
-        groups.setdefault((summary.recipe, summary.sparsity), []).append(summary.kept)
+        groups.setdefault((summary.recipe, summary.sparsity), []).append(summary.retention)
     found = []
     for (recipe, sparsity), kept in groups.items():
         over = spread(each.mean for each in kept)
@@ -105,27 +106,27 @@ def averages_table(summaries: Sequence[Summary]) -> tuple[list[str], list[list[A
     return list(AVERAGED), rows
 
 
-def failures(rows: Iterable[Row]) -> list[str]:
+def failures(rows: Iterable[StudentRow]) -> list[str]:
     """One line for each run that failed, or was stopped."""
-    return [f"{name(row)}: {row.status}: {row.error}" for row in rows if row.status in (FAILED, STOPPED)]
+    return [f"{name(row)}: {row.status}: {row.error}" for row in rows if row.status in ("failed", "stopped")]
 
 
-def name(row: Row) -> str:
+def name(row: StudentRow) -> str:
     """A run as lines name it."""
     return f"{row.task} {row.label} {row.sparsity:g} seed {row.seed}"
 
 
-def line(row: Row) -> str:
+def line(row: StudentRow) -> str:
     """One run on one line."""
-    if row.status in (FAILED, STOPPED):
+    if row.status in ("failed", "stopped"):
         return f"{name(row)}: {row.status}: {row.error}"
     gap = "" if row.student_gap is None else f", gap {_hundredfold(row.student_gap)}"
     seconds = "" if row.seconds is None else f"; {row.seconds:,.0f} s"
     scores = f"teacher {_hundredfold(row.teacher)}, student {_hundredfold(row.student)}"
-    return f"{name(row)}: {scores} ({_percent(row.kept)} kept{gap}){seconds}"
+    return f"{name(row)}: {scores} ({_percent(row.retention)} kept{gap}){seconds}"
 
 
-def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """The `(cost, score)` points that no other point matches at less cost, or betters at the same; cheapest first."""
     best: list[tuple[float, float]] = []
     for cost, score in sorted(points, key=lambda point: (point[0], -point[1])):
@@ -134,7 +135,7 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return best
 
 
-def markdown(title: str, rows: Sequence[Row]) -> str:
+def markdown(title: str, rows: Sequence[StudentRow]) -> str:
     """The comparison as Markdown: the tables, what failed, and how to read them."""
     summaries = summarise(rows)
     parts = [f"# {title}", _markdown_table(*table(summaries)), LEGEND]
@@ -144,18 +145,18 @@ def markdown(title: str, rows: Sequence[Row]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _summary(key: tuple[str, str, float], rows: Sequence[Row]) -> Summary:
-    failed, stopped = (sum(row.status == status for row in rows) for status in (FAILED, STOPPED))
-    done = [] if stopped else [row for row in rows if row.status == DONE]
+def _summary(key: tuple[str, str, float], rows: Sequence[StudentRow]) -> Summary:
+    failed, stopped = (sum(row.status == status for row in rows) for status in ("failed", "stopped"))
+    done = [] if stopped else [row for row in rows if row.status == "done"]
 
-    def over(value: Callable[[Row], float | None]) -> Spread:
+    def over(value: Callable[[StudentRow], float | None]) -> Spread:
         return spread(map(value, done))
 
     return Summary(
         *key,
         teacher=over(lambda row: row.teacher),
         student=over(lambda row: row.student),
-        kept=over(lambda row: row.kept),
+        retention=over(lambda row: row.retention),
         teacher_gap=over(lambda row: row.teacher_gap),
         student_gap=over(lambda row: row.student_gap),
         nonzeros=over(lambda row: row.nonzeros),
@@ -171,9 +172,9 @@ def _summary(key: tuple[str, str, float], rows: Sequence[Row]) -> Summary:
 
 def _cells(summary: Summary, benched: bool) -> list[Any]:
     cells: list[Any] = [summary.task, summary.recipe, f"{summary.sparsity:g}", summary.teacher, summary.student]
-    cells += [_percent(summary.kept.mean), _hundredfold(summary.teacher_gap.mean)]
+    cells += [_percent(summary.retention.mean), _hundredfold(summary.teacher_gap.mean)]
     cells += [_hundredfold(summary.student_gap.mean)]
-    lost = [f"{count} {how}" for count, how in ((summary.failed, FAILED), (summary.stopped, STOPPED)) if count]
+    lost = [f"{count} {how}" for count, how in ((summary.failed, "failed"), (summary.stopped, "stopped")) if count]
     cells += [f"{summary.student.count}" + (f" ({', '.join(lost)})" if lost else "")]
     if benched:
         size, speed = summary.bytes.mean, summary.speed.mean

@@ -23,16 +23,17 @@ import numpy as np
 from spdtool import plugins
 from spdtool.data import dataset as datasets
 from spdtool.data import overview
-from spdtool.data.dataset import Dataset, Rows, RowsRecord
+from spdtool.data.dataset import Dataset, Rows
 from spdtool.data.tokens import Encoded, encode_splits
 from spdtool.recipe.fields import Loss, Recipe
+from spdtool.run.records import DataRecord
 from spdtool.tasks.metrics import METRICS
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-CheckRows = Callable[[RowsRecord], None]
+CheckRows = Callable[[DataRecord], None]
 """Receives the record of the rows of a run, and may refuse them."""
 
 

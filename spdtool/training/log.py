@@ -16,7 +16,8 @@ from spdtool import ranks as processes
 from spdtool.console import OnEvent
 from spdtool.models import collectives, fsdp
 from spdtool.recipe.fields import Training
-from spdtool.run.folder import Work
+from spdtool.run.folder import LOG, Stage
+from spdtool.run.records import Evaluation, FitResult, IntermediateStudent
 from spdtool.training import checkpoint as snapshot
 
 if TYPE_CHECKING:
@@ -52,19 +53,19 @@ class Journal:
         section: Training,
         trained: dict[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
-        work: Work,
+        work: Stage,
         fingerprint: str,
         watch: OnEvent,
     ) -> None:
         self.parts, self.section, self.trained, self.optimizer = parts, section, trained, optimizer
         self.work, self.fingerprint, self.watch = work, fingerprint, watch
         self.epochs = section.length(len(parts.rows)).epochs
-        self.evaluations: list[dict[str, Any]] = []
-        self.left: list[dict[str, Any]] = []
-        self.best: dict[str, Any] | None = None
+        self.evaluations: list[Evaluation] = []
+        self.students: list[IntermediateStudent] = []
+        self.best: Evaluation | None = None
         self.best_weights: dict[str, Tensor] = {}
         self.examples, self.clock = 0, _Clock()
-        self._log = work.folder / "metrics.jsonl"
+        self._log = work.folder / LOG
 
     def prune(self, step: int) -> None:
         """Let the pruner prune if an event is due, and say so."""
@@ -79,17 +80,17 @@ class Journal:
         found = {"clamped": pruner.clamped, "lowered": pruner.lowered}
         return {name: value for name, value in found.items() if value}
 
-    def leave(self, step: int) -> None:
-        """Before an event: keep the student as it is, if its sparsity is one that the recipe wants left on the way."""
-        pruner, keep = self.parts.pruner, self.parts.leave
-        if keep is None or pruner is None or not pruner.due(step):
+    def save_student(self, step: int) -> None:
+        """Before a prune event: save the student, if its sparsity is one of `prune.save_at`."""
+        pruner, save = self.parts.pruner, self.parts.save_student
+        if save is None or pruner is None or not pruner.due(step):
             return
         before = [sparsity for event, sparsity in sorted(pruner.events.items()) if event < step]
         wanted = getattr(self.section, "save_at", ())
-        if before and before[-1] in wanted and before[-1] not in [left["sparsity"] for left in self.left]:
+        if before and before[-1] in wanted and before[-1] not in [student.sparsity for student in self.students]:
             with self.clock.paused():
-                self.left.append({"sparsity": before[-1], "step": step} | keep(before[-1]))
-            self._tell({"event": "left"} | self.left[-1])
+                self.students.append(save(before[-1], step))
+            self._tell({"event": "student"} | self.students[-1].model_dump(mode="json", exclude_none=True))
 
     def log(self, step: int, per_epoch: int, losses: dict[str, float], rate: float, facts: dict[str, Any]) -> None:
         pruner = self.parts.pruner
@@ -110,17 +111,19 @@ class Journal:
     def evaluate(self, step: int) -> None:
         """Score the dev set; keep the weights if they are the best so far and may be handed over."""
         metrics = self.parts.evaluate()
-        seen = {} if self.parts.evaluate_train is None else {"train": self.parts.evaluate_train()}
+        train = None if self.parts.evaluate_train is None else self.parts.evaluate_train()
+        evaluation = Evaluation(step=step, metrics=metrics, train=train)
         allowed = self.parts.pruner is None or self.parts.pruner.reached(step)
-        best = allowed and (self.best is None or metrics["score"] > self.best["metrics"]["score"])
+        best = allowed and (self.best is None or evaluation.score > self.best.score)
         if best:
-            self.best = {"step": step, "metrics": metrics} | seen
+            self.best = evaluation
             if self.section.keep_best:
                 self.best_weights = {n: fsdp.local_rows(weight).cpu().clone() for n, weight in self.trained.items()}
-        self.evaluations.append({"step": step, "metrics": metrics} | seen)
-        self._tell({"event": "eval", "step": step, "metrics": metrics, "best": best} | seen)
+        self.evaluations.append(evaluation)
+        event = {"event": "eval", "step": step, "metrics": metrics, "best": best}
+        self._tell(event if train is None else event | {"train": train})
 
-    def finish(self, steps: int, per_epoch: int) -> dict[str, Any]:
+    def finish(self, steps: int, per_epoch: int) -> FitResult:
         """Put the weights to hand over into the model, and sum up."""
         handed = self.evaluations[-1] if self.evaluations else None
         if self.section.keep_best and self.best is not None:
@@ -128,14 +131,14 @@ class Journal:
             with torch.no_grad():
                 for name, weight in self.best_weights.items():
                     fsdp.local_rows(self.trained[name]).copy_(weight)
-        return {
-            "steps": steps,
-            "epochs": steps / per_epoch,
-            "best": handed,
-            "evaluations": self.evaluations,
-            "left": self.left,
-            "examples_per_second": self.examples / self.clock.seconds,
-        }
+        return FitResult(
+            steps=steps,
+            epochs=steps / per_epoch,
+            best=handed,
+            evaluations=self.evaluations,
+            students=self.students,
+            examples_per_second=self.examples / self.clock.seconds,
+        )
 
     def save(self, step: int) -> None:
         """Write a snapshot of everything that decides the rest of the stage; of sharded weights all have a part."""
@@ -155,9 +158,9 @@ class Journal:
             return
         notes = {
             "fingerprint": self.fingerprint,
-            "evaluations": self.evaluations,
-            "left": self.left,
-            "best": self.best,
+            "evaluations": [evaluation.model_dump(mode="json") for evaluation in self.evaluations],
+            "students": [student.model_dump(mode="json") for student in self.students],
+            "best": None if self.best is None else self.best.model_dump(mode="json"),
             "examples": self.examples,
             "seconds": self.clock.seconds,
             "draws": self.parts.random_state(),
@@ -180,8 +183,9 @@ class Journal:
             self.parts.pruner.load_state_dict(found.tensors["pruner"])
         best = found.tensors.get("best", {})
         self.best_weights = {name: fsdp.take_local_rows(weight, self.trained[name]) for name, weight in best.items()}
-        self.evaluations, self.best = found.notes["evaluations"], found.notes["best"]
-        self.left = found.notes["left"]
+        self.evaluations = [Evaluation.model_validate(each) for each in found.notes["evaluations"]]
+        self.best = found.notes["best"] and Evaluation.model_validate(found.notes["best"])
+        self.students = [IntermediateStudent.model_validate(each) for each in found.notes["students"]]
         self.examples, self.clock.before = found.notes["examples"], found.notes["seconds"]
         self.parts.restore_random(found.notes["draws"])
         self.watch({"event": "resume", "step": found.step})
@@ -200,7 +204,7 @@ class Journal:
         begun = any(self.work.state.glob("step-*"))
         found = snapshot.newest(self.work.state, self.fingerprint)
         if begun and found is None:
-            console.warn(f"{self.work.stage} begins anew: its snapshot belongs to other settings or other rows")
+            console.warn(f"{self.work.name} begins anew: its snapshot belongs to other settings or other rows")
         if found is None:
             self._log.unlink(missing_ok=True)
         else:

@@ -34,7 +34,8 @@ from spdtool.models.layers import select_trained_parameters
 from spdtool.models.predict import to_device
 from spdtool.pruning.pruner import Pruner
 from spdtool.recipe.fields import Prune, Recipe, Training
-from spdtool.run.folder import Work
+from spdtool.run.folder import Stage
+from spdtool.run.records import FitResult, IntermediateStudent
 from spdtool.training import prefetch
 from spdtool.training.log import Journal
 from spdtool.training.microbatches import LossWeight, Microbatch, MicrobatchSplitter
@@ -88,7 +89,7 @@ class Fit:
         evaluate: gives the dev metrics of the model as it is, the headline under `score`.
         evaluate_train: gives the same of training rows, to be held against each other; None: not asked.
         pruner: prunes at its events and holds the zeros; None for a dense model.
-        leave: keeps the student as it is, at a sparsity on the way; gives what stage.json shall say of it.
+        save_student: saves an evaluated student, given the sparsity that it has reached and the step.
         bystanders: frozen parameters whose gradients count all the same when gradients are clipped.
         random_state, restore_random: the draws' generator, saved with the rest.
         facts: what to show beside the losses (replacing rate, layers of the draw).
@@ -102,7 +103,7 @@ class Fit:
     evaluate: Callable[[], dict[str, float]]
     evaluate_train: Callable[[], dict[str, float]] | None = None
     pruner: Pruner | None = None
-    leave: Callable[[float], dict[str, Any]] | None = None
+    save_student: Callable[[float, int], IntermediateStudent] | None = None
     bystanders: list[nn.Parameter] = field(default_factory=list)
     random_state: Callable[[], Any] = lambda: None
     restore_random: Callable[[Any], None] = lambda _: None
@@ -115,11 +116,11 @@ def fit(
     parts: Fit,
     section: Training,
     recipe: Recipe,
-    work: Work,
+    work: Stage,
     fingerprint: str,
     accelerator: Accelerator,
     watch: OnEvent,
-) -> dict[str, Any]:
+) -> FitResult:
     """Train for the section's steps, resuming from the work folder's snapshot if it has one that fits.
 
     Writes `metrics.jsonl` (one event a line) and the snapshots into the work folder.
@@ -158,7 +159,7 @@ def fit(
             return parts.loss(to_device(piece.batch, accelerator.device), progress, piece.weight)
 
     def prune(step: int) -> None:
-        journal.leave(step)
+        journal.save_student(step)
         if saliency is not None and saliency.calibrates(step):
             batches = calibration_batches(parts.rows, saliency.section, recipe, step)
             shown = (_one_draw(parts, cut.split(parts.rows, batch)) for batch in batches)

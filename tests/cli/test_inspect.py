@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
-from spdtool.cli.inspect import inspect_run, result_of
+from spdtool.cli.inspect import inspect_run
 from spdtool.errors import Corrupt, StageMissing
-from spdtool.run.folder import Run, sha256
+from spdtool.run.fingerprint import sha256
+from spdtool.run.folder import Run
 
 MakeRun = Callable[..., Run]
 
@@ -41,7 +42,7 @@ def test_scores_and_sparsity(run: Run) -> None:
     rows = {row["stage"]: row for row in inspect_run(run)["stages"]}
     assert rows["teacher"]["sparsity"] is None
     assert rows["distill"]["sparsity"] == 0.25
-    assert rows["distill"]["dev_score"] == run.record("distill")["metrics"]["dev"]["score"]
+    assert rows["distill"]["dev_score"] == run.training_result("distill").score
     assert rows["distill"]["steps"] == 12
     assert rows["finetune"]["seconds"] is None
 
@@ -72,4 +73,4 @@ def test_a_stage_made_from_a_replaced_one_is_named(run: Run) -> None:
 
 def test_no_result_before_the_bench(run: Run) -> None:
     with pytest.raises(StageMissing, match="bench"):
-        result_of(run)
+        run.bench_result()

@@ -67,7 +67,7 @@ def test_json_is_all_of_standard_output(spdtool: Call, words: tuple[str, ...], h
 def test_json_of_every_stage_and_of_inspect(spdtool: Call, compressed: Path) -> None:
     for stage in ("prune", "distill", "finetune", "export"):
         said = json.loads(spdtool(stage, "--run", compressed, "--json").stdout)
-        assert said == json.loads((compressed / stage / "stage.json").read_text())["metrics"]
+        assert said == json.loads((compressed / stage / "stage.json").read_text())["result"]
     assert json.loads(spdtool("bench", "--run", compressed, "--json").stdout)["rows"][1][0] == "student"
     assert len(json.loads(spdtool("inspect", compressed, "--json").stdout)["stages"]) == 6
 

@@ -159,7 +159,7 @@ def test_a_file_that_is_another_is_named(damage: Any, told: str, copied: Path, s
 
 def forge(folder: Path, **changed: Any) -> None:
     """Change manifest.json, with the true sums of every file."""
-    from spdtool.run.folder import sha256
+    from spdtool.run.fingerprint import sha256
 
     manifest = json.loads((folder / "manifest.json").read_text())
     for name in manifest["files"]:

@@ -85,17 +85,17 @@ def test_every_variant_passes_the_gates_and_says_what_it_is(name: str, export: E
         assert held[parameter][0] == zeros if name not in COARSE else held[parameter][0] >= zeros
     allowed = {"", "com.microsoft"} if name == "onnx-ort" else {""}
     assert fusion.domains(onnx.load(folder / FILE)) == allowed
-    assert metrics["nodes"] == len(onnx.load(folder / FILE).graph.node)
-    assert metrics["largest_difference"] < (1e-3 if name in COARSE else 1e-4)
+    assert metrics.nodes == len(onnx.load(folder / FILE).graph.node)
+    assert metrics.largest_difference < (1e-3 if name in COARSE else 1e-4)
     if name in COARSE:
-        assert 0 < metrics["deviation"] < {"onnx-fp16": 0.005, "onnx-int8": 0.06, "onnx-int8-static": 0.15}[name]
-        assert metrics["values"] == name.split("-")[1]
-        assert metrics["rounded_to_zero"] >= 0
+        assert 0 < metrics.deviation < {"onnx-fp16": 0.005, "onnx-int8": 0.06, "onnx-int8-static": 0.15}[name]
+        assert metrics.values == name.split("-")[1]
+        assert metrics.rounded_to_zero >= 0
 
 
 def test_fused_operators_are_counted(export: Export) -> None:
     metrics, folder = export("onnx-ort")
-    assert metrics["fused"] == {"Attention": 2, "BiasGelu": 2, "SkipLayerNormalization": 4}
+    assert metrics.fused == {"Attention": 2, "BiasGelu": 2, "SkipLayerNormalization": 4}
     (packed,) = {
         entry.value
         for tensor in onnx.load(folder / FILE).graph.initializer
@@ -330,9 +330,9 @@ def test_layers_that_break_the_budget_stay_in_float32(
     monkeypatch.setattr(changes, "compare", compare)
     monkeypatch.setattr(portable, "write", lambda proto, file: written.append(file) or write(proto, file))
     metrics, folder = export("onnx-int8")
-    assert "bert.encoder.layer.0" in metrics["kept_fp32"]
-    assert set(metrics["damage"]) >= {"bert.encoder.layer.0", "bert.encoder.layer.1", "classifier"}
-    assert metrics["tries"] <= 24
+    assert "bert.encoder.layer.0" in metrics.kept_fp32
+    assert set(metrics.damage) >= {"bert.encoder.layer.0", "bert.encoder.layer.1", "classifier"}
+    assert metrics.tries <= 24
     names = {tensor.name for tensor in onnx.load(folder / FILE).graph.initializer}
     assert HEAVY + ".T" in names
     assert "left in float32, after" in capsys.readouterr().out
@@ -354,7 +354,7 @@ def test_sparse_constants_say_the_same_and_take_fewer_bytes(export: Export) -> N
 def test_the_attention_operator_of_operator_set_23(export: Export) -> None:
     metrics, folder = export("onnx", "export.opset=23")
     operators = fusion.operators(onnx.load(folder / FILE), "")
-    assert (metrics["opset"], operators["Attention"]) == (23, 2)
+    assert (metrics.opset, operators["Attention"]) == (23, 2)
 
 
 def test_a_twin_rounds_no_activation(proto: onnx.ModelProto) -> None:

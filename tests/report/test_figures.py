@@ -9,14 +9,18 @@ import pytest
 
 from spdtool.report import drawing
 from spdtool.report import figures as plots
-from spdtool.report.curves import Course, Phase
+from spdtool.report.curves import Curves, Phase
+from spdtool.run.records import StudentRow
 from spdtool.sweep import summary
-from spdtool.sweep.rows import DONE, Row
+
+
+def student_row(task, recipe, sparsity, seed, **given):
+    return StudentRow(task=task, recipe=recipe, sparsity=sparsity, seed=seed, run="r", status="done", **given)
 
 
 def summaries(**given):
     rows = [
-        Row("toy", recipe, sparsity, seed, "r", DONE, teacher=0.9, student=score + 0.01 * seed, nonzeros=count, **given)
+        student_row("toy", recipe, sparsity, seed, teacher=0.9, student=score + 0.01 * seed, nonzeros=count, **given)
         for recipe, sparsity, score, count in (("a", 0.5, 0.8, 500), ("a", 0.9, 0.7, 100), ("b", 0.9, 0.6, 100))
         for seed in (0, 1)
     ]
@@ -27,7 +31,7 @@ def course():
     dense = Phase("prune", 0, True, [(4, 0.5), (8, 0.7)], [(4, 0.6), (8, 0.8)], {"loss": [(2, 1.0), (8, 0.1)]})
     dense.sparsity, dense.replacing_rate, dense.learning_rate = [(2, 0.0), (8, 0.5)], [(2, 0.8)], [(2, 1e-3), (8, 0.0)]
     dense.events = [2, 6]
-    return Course([dense, Phase("distill", 8, False, [(4, 0.75)], losses={"loss": [(4, 0.05)]}, last=4)])
+    return Curves([dense, Phase("distill", 8, False, [(4, 0.75)], losses={"loss": [(4, 0.05)]}, last=4)])
 
 
 def test_a_pareto_plot_has_a_colour_for_each_recipe_the_front_and_the_teacher():
@@ -58,7 +62,7 @@ def test_time_is_told_in_plain_numbers_and_bytes_in_thousands():
 
 
 def test_a_course_shows_scores_loss_shares_and_learning_rate_on_one_axis_of_steps():
-    axes = plots.course(course(), teacher=0.9).axes
+    axes = plots.training_curves(course(), teacher=0.9).axes
     assert [panel.get_ylabel() for panel in axes] == ["score x 100", "loss", "share", "learning rate"]
     lines = {line.get_label(): line for line in axes[0].get_lines()}
     assert list(lines["dev"].get_xdata()) == [4, 8, 12]
@@ -69,7 +73,7 @@ def test_a_course_shows_scores_loss_shares_and_learning_rate_on_one_axis_of_step
 
 
 def test_a_course_without_zeros_has_no_panel_for_them():
-    assert len(plots.course(Course([Phase("teacher", dev=[(1, 0.5)], last=1)]), None).axes) == 3
+    assert len(plots.training_curves(Curves([Phase("teacher", dev=[(1, 0.5)], last=1)]), None).axes) == 3
 
 
 def test_svg_takes_its_colours_from_the_page_and_names_no_address():
@@ -87,7 +91,7 @@ def test_svg_takes_its_colours_from_the_page_and_names_no_address():
 
 
 def test_names_with_signs_of_formulas_and_markup_are_text():
-    hostile = [Row("<b>$x_$&", "$\\frac", 0.9, 0, "r", DONE, teacher=0.9, student=0.8, nonzeros=10)]
+    hostile = [student_row("<b>$x_$&", "$\\frac", 0.9, 0, teacher=0.9, student=0.8, nonzeros=10)]
     ((name, figure),) = plots.pareto_figures(summary.summarise(hostile))
     assert re.fullmatch(r"[\w.-]+", name)
     text = drawing.svg(figure, name, "<b>")

@@ -6,16 +6,17 @@ import json
 import re
 import shutil
 from html.parser import HTMLParser
-from types import SimpleNamespace
 
 import pytest
 
 from spdtool.errors import Corrupt, RunError
+from spdtool.recipe import STAGES
 from spdtool.recipe import reading as recipes
 from spdtool.recipe.fields import MAY_CHANGE
+from spdtool.report import commands, curves, page
 from spdtool.report import content as gather
-from spdtool.report import curves, page, replay
 from spdtool.run.folder import Run
+from spdtool.run.records import Ratio, StudentRow
 
 SECTIONS = {"lineage", "curves", "overfitting", "sparsity", "speed", "repeat"}
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -85,13 +86,13 @@ def test_the_page_of_a_finished_run_is_well_formed_and_has_every_section(whole):
 def test_the_page_says_what_the_stages_have_recorded(whole, compressed):
     text = " ".join(whole[0].words)
     run = Run.open(compressed)
-    metrics = run.record("finetune")["metrics"]
-    assert f"{100 * metrics['dev']['score']:.2f}" in text
-    assert f"{100 * metrics['train']['score']:.2f}" in text
-    for line in run.record("bench")["metrics"]["verdict"]:
+    result = run.training_result("finetune")
+    assert f"{100 * result.score:.2f}" in text
+    assert f"{100 * result.train_score:.2f}" in text
+    for line in run.bench_result().verdict:
         assert line in text
     assert "--sparsity 0.5" in text
-    assert run.record("bench")["machine"]["python"] in text
+    assert run.record("bench").machine.python in text
     assert "Not finished" not in text
 
 
@@ -121,7 +122,7 @@ def test_a_phase_that_was_killed_is_shown_as_far_as_it_came(toy_run):
     log.parent.mkdir()
     event = {"event": "eval", "step": 3, "metrics": {"score": 0.5}}
     log.write_text(json.dumps(event) + '\n{"event": "ev', "utf-8")
-    (phase,) = curves.of_student(run).phases
+    (phase,) = curves.student_curves(run).phases
     assert (phase.name, phase.finished, phase.dev, phase.train) == ("prune", False, [(3, 0.5)], [])
     assert "prune (unfinished)" in " ".join(read(page.write([run.path]).file).words)
 
@@ -132,13 +133,13 @@ def test_older_runs_without_train_scores_have_gaps_that_are_empty(compressed, tm
     for stage in ("teacher", "prune", "distill", "finetune"):
         file = folder / stage / "stage.json"
         record = json.loads(file.read_text("utf-8"))
-        record["metrics"].pop("train")
+        record["result"].pop("train")
         file.write_text(json.dumps(record), "utf-8")
         log = folder / stage / "metrics.jsonl"
         events = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
         log.write_text("".join(json.dumps(e | {"train": None}) + "\n" for e in events), "utf-8")
     run = Run.open(folder)
-    assert [row[1::2] for row in gather.of_run(run)["gaps"]["rows"]] == [["-", "-"]] * 4
+    assert [row[1::2] for row in gather.content_of(run).gaps.rows] == [["-", "-"]] * 4
     read(page.write([folder]).file)
 
 
@@ -152,15 +153,17 @@ def test_names_that_are_markup_are_shown_as_text(toy_task, toy_run):
     assert hostile in " ".join(read(run.path / "report" / "report.html").words)
 
 
-@pytest.mark.parametrize("caveats", [{}, {"1": "2 rounds are too few to tell it from noise"}, None])
-def test_the_headline_is_of_one_thread_and_has_its_caveat(caveats):
-    speeds = {"2": {"median": 9.0, "low": 8.0, "high": 9.5}, "1": {"median": 3.0, "low": 2.5, "high": 3.5}}
-    measured = {"speed": speeds["2"], "speeds": speeds, "best": "student", "size": 1.0}
-    measured |= {} if caveats is None else {"caveats": caveats}  # older runs have none
-    row = SimpleNamespace(bytes=1, teacher_bytes=1)
-    tile = gather._bench_tiles(row, measured, {"student": {}})[0]
-    assert (tile["figure"], "student, 1 thread" in tile["note"]) == ("3.00x", True)
-    assert ("too few" in tile["note"]) == bool(caveats)
+@pytest.mark.parametrize("caveats", [{}, {1: "2 rounds are too few to tell it from noise"}])
+def test_the_headline_is_of_one_thread_and_has_its_caveat(compressed, caveats):
+    run = Run.open(compressed)
+    records = {stage: run.record(stage) for stage in STAGES}
+    bench = records["bench"].result
+    bench.speeds = {2: Ratio(median=9.0, low=8.0, high=9.5), 1: Ratio(median=3.0, low=2.5, high=3.5)}
+    bench.caveats = caveats
+    row = StudentRow(task="demo", recipe="default", sparsity=0.5, seed=0, run="r", bytes=1, teacher_bytes=1)
+    (tile,) = [tile for tile in gather.headline_tiles(row, records) if tile.name == "speed"]
+    assert (tile.figure, f"{bench.best}, 1 thread" in tile.note) == ("3.00x", True)
+    assert ("too few" in tile.note) == bool(caveats)
 
 
 def test_a_smoke_run_is_marked(toy_run):
@@ -213,7 +216,7 @@ def test_the_command_of_a_recipe_makes_that_recipe(sets, flags, monkeypatch):
 
     name = flags.pop("name", "default")
     made = recipes.build_recipe(name, {"task": "demo", "sparsity": 0.75} | flags, sets)
-    words = replay.words(made)
+    words = commands.recipe_options(made)
     given = {"sets": [words[at + 1] for at, word in enumerate(words) if word == "--set"]}
     options = {"--task": "task", "--data": "data", "--text": "text", "--label": "label", "--model": "model",
                "--teacher": "teacher", "--sparsity": "sparsity", "--seed": "seed", "--recipe": "name"}  # fmt: skip
@@ -225,6 +228,6 @@ def test_the_command_of_a_recipe_makes_that_recipe(sets, flags, monkeypatch):
 
 def test_the_commands_of_a_run_name_the_stages_that_it_has(toy_run):
     run = toy_run(until="prune")
-    first, second = replay.of_run(run)
+    first, second = commands.commands_of(run)
     assert first.startswith("spdtool teacher --task toy")
     assert second == f"spdtool prune --run {run.path}"

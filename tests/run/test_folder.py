@@ -19,7 +19,9 @@ from spdtool.errors import Corrupt, RunError, RunLocked, RunMismatch, StageMissi
 from spdtool.recipe.fields import Recipe
 from spdtool.recipe.reading import override
 from spdtool.run import folder as runs
+from spdtool.run.fingerprint import sha256
 from spdtool.run.folder import Run, replacing
+from spdtool.run.records import DataRecord, TrainingResult
 
 
 @pytest.fixture
@@ -34,7 +36,7 @@ def finish(run: Run, stage: str, text: str = "weights", reads: tuple[str, ...] =
         (work.folder / "model.safetensors").write_text(text)
         (work.folder / "onnx").mkdir()
         (work.folder / "onnx" / "model.onnx").write_text("graph")
-        work.metrics["dev"] = {"score": 0.5}
+        work.result = TrainingResult(dev={"score": 0.5})
     return run.path / stage
 
 
@@ -59,8 +61,8 @@ def test_a_finished_stage_holds_its_files_and_a_record_of_them(run: Run) -> None
     record = json.loads((folder / "stage.json").read_text("utf-8"))
     assert [file["path"] for file in record["files"]] == ["model.safetensors", "onnx/model.onnx"]
     assert record["files"][0]["size"] == 7
-    assert record["files"][0]["sha256"] == runs.sha256(folder / "model.safetensors")
-    assert record["metrics"] == {"dev": {"score": 0.5}}
+    assert record["files"][0]["sha256"] == sha256(folder / "model.safetensors")
+    assert record["result"]["dev"] == {"score": 0.5}
     assert record["inputs"] == {}
     assert record["recipe"]["task"] == "cola"
     assert record["recipe"]["teacher"] == run.recipe.teacher.model_dump(mode="json")
@@ -72,9 +74,9 @@ def test_a_stage_records_the_hashes_of_what_it_read_and_no_more(run: Run) -> Non
     finish(run, "teacher")
     finish(run, "prune", reads=("teacher",))
     finish(run, "distill", reads=("teacher", "prune"))
-    digest = {stage: runs.sha256(run.path / stage / "stage.json") for stage in ("teacher", "prune")}
-    assert run.record("prune")["inputs"] == {"teacher": digest["teacher"]}
-    assert run.record("distill")["inputs"] == digest
+    digest = {stage: sha256(run.path / stage / "stage.json") for stage in ("teacher", "prune")}
+    assert run.record("prune").inputs == {"teacher": digest["teacher"]}
+    assert run.record("distill").inputs == digest
 
 
 def test_a_stage_that_fails_leaves_nothing(run: Run) -> None:
@@ -292,7 +294,7 @@ def test_smoke_marks_the_folder(tmp_path: Path) -> None:
     run = Run.at(tmp_path / "run", Recipe(smoke=True))
     finish(run, "teacher")
     assert (run.path / runs.SMOKE_MARK).is_file()
-    assert run.record("teacher")["smoke"] is True
+    assert run.record("teacher").smoke is True
 
 
 @pytest.mark.parametrize(
@@ -427,7 +429,7 @@ def test_a_commit_that_is_killed_anywhere_leaves_all_or_nothing(run: Run, moment
     assert done.returncode == -signal.SIGKILL
     again = Run.at(run.path, run.recipe)
     if again.done("teacher"):
-        assert again.record("teacher")["files"][0]["path"] == "model.safetensors"
+        assert again.record("teacher").files[0].path == "model.safetensors"
         again.read("teacher")
     else:
         with again.stage("teacher") as work:
@@ -453,38 +455,38 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [path.name for path in out.parent.rglob("*")] == ["out", "file"]
 
 
-FACTS = {"rows": {"train": 9, "dev": 3}, "digest": "0123456789"}
+DATA = DataRecord(rows={"train": 9, "dev": 3}, digest="0123456789")
 
 
 def test_the_rows_are_part_of_what_a_stage_has_read(run: Run) -> None:
-    run.note_data(FACTS)
+    run.record_data(DATA)
     before = run.fingerprint("teacher")
     finish(run, "teacher")
-    assert run.record("teacher")["data"] == FACTS
-    run.note_data(FACTS | {"digest": "other"})  # nothing was read: a stage that begins a run
+    assert run.record("teacher").data == DATA
+    run.record_data(DATA.model_copy(update={"digest": "other"}))  # nothing was read: a stage that begins a run
     assert run.fingerprint("teacher") != before
     run.read("teacher")
-    run.note_data(FACTS)
+    run.record_data(DATA)
     finish(run, "prune")
-    assert run.record("prune")["data"] == FACTS
+    assert run.record("prune").data == DATA
 
 
 @pytest.mark.parametrize(
-    ("facts", "said"),
+    ("data", "said"),
     [
-        ({"rows": {"train": 10, "dev": 3}, "digest": "x"}, "9 train, 3 dev there, 10 train, 3 dev here"),
-        (FACTS | {"digest": "abcdefghij"}, r"as many .* \(digest 01234567, now abcdefgh\)"),
+        (DataRecord(rows={"train": 10, "dev": 3}, digest="x"), "9 train, 3 dev there, 10 train, 3 dev here"),
+        (DATA.model_copy(update={"digest": "abcdefghij"}), r"as many .* \(digest 01234567, now abcdefgh\)"),
     ],
 )
-def test_other_rows_than_those_of_the_stages_before_are_refused(run: Run, facts: dict[str, Any], said: str) -> None:
-    run.note_data(FACTS)
+def test_other_rows_than_those_of_the_stages_before_are_refused(run: Run, data: DataRecord, said: str) -> None:
+    run.record_data(DATA)
     finish(run, "teacher")
     run.read("teacher")
     with pytest.raises(RunMismatch, match=f"the rows are not those of the stage 'teacher' in .*{said}") as caught:
-        run.note_data(facts)
+        run.record_data(data)
     assert "spdtool teacher --again" in str(caught.value.hint)
 
 
 def test_a_stage_that_does_not_say_which_rows_it_saw_is_let_pass(run: Run) -> None:
     finish(run, "teacher")
-    run.check_data(FACTS, ["teacher"])
+    run.require_same_data(DATA, ["teacher"])

@@ -21,6 +21,7 @@ from spdtool.models.layers import find_prunable_weights
 from spdtool.models.load import save_model
 from spdtool.recipe.reading import parse_recipe
 from spdtool.run.folder import Run
+from spdtool.run.records import BenchResult, ExportedModel, ExportResult, TargetExport
 from spdtool.stages import bench as stage
 from spdtool.stages.bench import bench
 
@@ -63,26 +64,36 @@ def run(tmp_path: Path, toys: ModuleType, exported: Path, monkeypatch: Any) -> C
         with made.stage("teacher") as work:
             shutil.copytree(exported / "teacher/checkpoint", work.folder, dirs_exist_ok=True)
         with made.stage("export") as work:
-            for role, sparsity in (("teacher", 0.0), ("student", 0.5)):
-                work.metrics[role] = place(exported / role / "onnx", work.folder / role, sparsity)
+            models = {
+                role: place(exported / role / "onnx", work.folder / role, sparsity)
+                for role, sparsity in (("teacher", 0.0), ("student", 0.5))
+            }
+            work.result = ExportResult(first="onnx", targets={"onnx": TargetExport(**models)})
             if further:
                 copied = place(exported / "student/onnx", work.folder / further / "student", 0.5)
-                work.metrics[further] = {"student": copied}
+                work.result.targets[further] = TargetExport(student=copied)
         return made
 
     return make
 
 
-def place(source: Path, folder: Path, sparsity: float) -> dict[str, Any]:
+def place(source: Path, folder: Path, sparsity: float) -> ExportedModel:
     """Copy an export to its place, and say of it what the export stage would."""
     shutil.copytree(source, folder)
     file = folder / "onnx/model.onnx"
-    facts = {"files": ["onnx/model.onnx"], "bytes": file.stat().st_size, "sparsity": sparsity, "positions": 64}
-    return facts | {"dev": {"score": 0.75}}
+    return ExportedModel(
+        files=["onnx/model.onnx"],
+        bytes=file.stat().st_size,
+        zeros=round(100 * sparsity),
+        size=100,
+        sparsity=sparsity,
+        positions=64,
+        dev={"score": 0.75},
+    )
 
 
-def names(metrics: dict[str, Any]) -> list[str]:
-    return [row[0] for row in metrics["rows"]]
+def names(metrics: BenchResult) -> list[str]:
+    return [row[0] for row in metrics.rows]
 
 
 def test_every_engine_is_measured_and_the_figures_are_kept(
@@ -92,62 +103,62 @@ def test_every_engine_is_measured_and_the_figures_are_kept(
     metrics = bench(made)
     folder = made.path / "bench"
     assert sorted(path.name for path in folder.iterdir()) == ["bench.json", "bench.md", "stage.json"]
-    assert made.record("bench")["metrics"] == json.loads(json.dumps(metrics))
-    assert set(made.record("bench")["inputs"]) == {"teacher", "export"}
-    assert metrics["columns"][-3:] == ["speed", "ms 1x8", "ms 3x64"]
+    assert made.bench_result() == metrics
+    assert set(made.record("bench").inputs) == {"teacher", "export"}
+    assert metrics.columns[-3:] == ["speed", "ms 1x8", "ms 3x64"]
     assert names(metrics) == ["teacher", "student", "unfused", "int8", "torch"]
-    assert metrics["rows"][1][1:4] == [0.75, "50.00%", (made.path / "export/student/onnx/model.onnx").stat().st_size]
-    assert metrics["rows"][3][1:3] == ["-", "-"]
-    assert metrics["rows"][3][3] < metrics["rows"][0][3]
-    assert metrics["provider"] == "CPUExecutionProvider"
-    assert (metrics["size"], metrics["best"]) == (1.0, "student")
-    assert "3 rounds are too few" in metrics["verdict"][0]
-    assert "it stores the zeros" in metrics["verdict"][1]
-    assert metrics["verdict"][-2:] == [
+    assert metrics.rows[1][1:4] == [0.75, "50.00%", (made.path / "export/student/onnx/model.onnx").stat().st_size]
+    assert metrics.rows[3][1:3] == ["-", "-"]
+    assert metrics.rows[3][3] < metrics.rows[0][3]
+    assert metrics.provider == "CPUExecutionProvider"
+    assert (metrics.size, metrics.best) == (1.0, "student")
+    assert "3 rounds are too few" in metrics.verdict[0]
+    assert "it stores the zeros" in metrics.verdict[1]
+    assert metrics.verdict[-2:] == [
         "Padded shapes: real lengths are spread evenly from 1 to the longest.",
         "1x is the dense teacher, fused or unfused, whichever is the faster at that shape.",
     ]
-    assert len(metrics["latency"]) == 25
+    assert len(metrics.latency) == 25
     raw = json.loads((folder / "bench.json").read_text())
-    assert raw["environment"]["threads"] == "1"
-    assert "GFLOP/s" in raw["environment"]["peak with 1 threads"]
+    assert raw["environment"]["threads"] == [1]
+    assert raw["environment"]["peaks"]["1"]["flops"] > 0
     for engine in raw["engines"]:
-        assert len(engine["rounds_ms"]) == 5
-        assert all(len(entry["ms"]) == 3 and np.min(entry["ms"]) > 0 for entry in engine["rounds_ms"])
-        assert sorted(engine["rounds_ms"][-1]["real"]) == [1, 30, 60]
+        assert len(engine["rounds"]) == 5
+        assert all(len(entry["ms"]) == 3 and np.min(entry["ms"]) > 0 for entry in engine["rounds"])
+        assert sorted(engine["rounds"][-1]["real"]) == [1, 30, 60]
     onnx, torch = raw["engines"][1], raw["engines"][-1]
     assert onnx["nodes"]["CPUExecutionProvider"]["MatMul"] > 8
     assert onnx["peak_bytes"] < torch["peak_bytes"]
     assert str(made.path) not in (folder / "bench.json").read_text()
-    assert metrics["verdict"][0] in (folder / "bench.md").read_text()
+    assert metrics.verdict[0] in (folder / "bench.md").read_text()
     assert "the model has 64 positions: length 500 is timed at 64" in capsys.readouterr().err
     assert len(raw["ledger"]) == 12
     assert {entry["density"] for entry in raw["ledger"]} == {0.5}
     assert {entry["sparse_bytes"] for entry in raw["ledger"]} == {None}
-    assert [row[0] for row in metrics["tables"][0]["rows"]] == ["bert.encoder.layer.0", "bert.encoder.layer.1"]
+    assert [row[0] for row in metrics.tables[0].rows] == ["bert.encoder.layer.0", "bert.encoder.layer.1"]
 
 
 def test_whatever_the_recipe_does_not_want_is_left_out(run: Callable[..., Run]) -> None:
     metrics = bench(run(*FEW, "bench.rounds=1", "bench.batches=[1]"))
     assert names(metrics) == ["teacher", "student"]
-    assert metrics["tables"] == metrics["ledger"] == []
-    assert "real lengths" not in str(metrics["verdict"])
+    assert metrics.tables == metrics.ledger == []
+    assert "real lengths" not in str(metrics.verdict)
 
 
 def test_engines_are_compared_with_each_number_of_threads(run: Callable[..., Run], monkeypatch: Any) -> None:
     monkeypatch.setattr(stage.runtime, "cores", lambda: 2)
     metrics = bench(run(*FEW, "bench.threads=[1, 0, 2]", "bench.rounds=1", "bench.batches=[1]"))
-    assert [entry["threads"] for entry in metrics["latency"]] == [1, 1, 1, 1, 2, 2, 2, 2]
-    assert metrics["columns"][5:7] == ["speed 1t", "2t"]
-    assert set(metrics["speeds"]) == {"1", "2"}
-    assert metrics["speed"] == metrics["speeds"]["1"]
-    assert set(metrics["caveats"].values()) == {"1 rounds are too few to tell it from noise"}
+    assert [entry.threads for entry in metrics.latency] == [1, 1, 1, 1, 2, 2, 2, 2]
+    assert metrics.columns[5:7] == ["speed 1t", "2t"]
+    assert set(metrics.speeds) == {1, 2}
+    assert metrics.speed == metrics.speeds[1]
+    assert set(metrics.caveats.values()) == {"1 rounds are too few to tell it from noise"}
 
 
 def test_a_machine_of_one_core_has_one_number_of_threads(run: Callable[..., Run], monkeypatch: Any) -> None:
     monkeypatch.setattr(stage.runtime, "cores", lambda: 1)
     metrics = bench(run(*FEW, "bench.threads=[1, 0]", "bench.rounds=1", "bench.batches=[1]"))
-    assert set(metrics["speeds"]) == {"1"}
+    assert set(metrics.speeds) == {1}
 
 
 def test_a_further_target_is_a_row_with_its_libraries_and_the_headline(
@@ -175,15 +186,15 @@ def test_a_further_target_is_a_row_with_its_libraries_and_the_headline(
     metrics = bench(made)
     assert names(metrics) == ["teacher", "student", "twin"]
     assert raced[2].libraries == (str(made.path / "export/twin/student/lib.so"),)
-    assert metrics["best"] == "twin"
-    assert metrics["verdict"][0].startswith("Speed of twin, 50.0% zeros, 1 thread")
+    assert metrics.best == "twin"
+    assert metrics.verdict[0].startswith("Speed of twin, 50.0% zeros, 1 thread")
     assert str(made.path) not in (made.path / "bench/bench.json").read_text()
 
 
 def test_a_target_that_is_gone_or_never_came_is_said(run: Callable[..., Run], clean_plugins: None) -> None:
     metrics = bench(run(*FEW, "export.optional=['vanished']", "bench.rounds=1", "bench.batches=[1]", further="twin"))
     assert names(metrics) == ["teacher", "student"]
-    said = " ".join(metrics["verdict"])
+    said = " ".join(metrics.verdict)
     assert "Not timed: twin: there is no export target 'twin'" in said
     assert "Not exported, so not timed: vanished: there is no export target 'vanished'" in said
 
@@ -204,7 +215,7 @@ def test_what_cannot_be_made_or_compiled_here_is_said(run: Callable[..., Run], m
     wanted = [part for part in FEW if not part.startswith(("bench.torch", "bench.int8"))]
     metrics = bench(run(*wanted, "bench.compiled=true", "bench.rounds=1", "bench.batches=[1]"))
     assert names(metrics) == ["teacher", "student", "torch"]
-    said = " ".join(metrics["verdict"])
+    said = " ".join(metrics.verdict)
     assert "Not timed: int8: onnxruntime cannot quantise model.onnx: no." in said
     assert "compiled cannot be timed: torch.compile does not work here: no g++." in said
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from spdtool.errors import Corrupt, GateError, StageMissing
 from spdtool.run import folder as runs
+from spdtool.run.fingerprint import sha256
 from spdtool.run.folder import Run
 from spdtool.stages.distill import distill
 from spdtool.stages.finetune import finetune
@@ -55,7 +56,7 @@ def poison(run: Run, stage: str, sparser: bool = False) -> None:
     record = json.loads((folder / "stage.json").read_text("utf-8"))
     for file in record["files"]:
         path = folder / file["path"]
-        file |= {"size": path.stat().st_size, "sha256": runs.sha256(path)}
+        file |= {"size": path.stat().st_size, "sha256": sha256(path)}
     runs.write_json(folder / "stage.json", record)
 
 
@@ -70,13 +71,13 @@ def test_the_zeros_of_prune_are_held_and_the_rest_learns(pruned: Callable[..., R
     assert sorted(path.name for path in (run.path / "distill").iterdir()) == stage_files
     before, after = (load_file(run.path / stage / "model.safetensors") for stage in ("prune", "distill"))
     assert before.keys() == after.keys()
-    for name in metrics["zeros"]:
+    for name in metrics.zeros:
         assert torch.equal(before[name] == 0, after[name] == 0), name
         assert not torch.equal(before[name], after[name]), name
-    assert metrics["zeros"] == run.record("prune")["metrics"]["zeros"]
-    assert metrics["sparsity"] == pytest.approx(0.9, abs=1e-3)
-    assert metrics["dev"]["score"] == metrics["best"]["metrics"]["score"]
-    assert set(run.record("distill")["inputs"]) == {"teacher", "prune"}
+    assert metrics.zeros == run.training_result("prune").zeros
+    assert metrics.sparsity == pytest.approx(0.9, abs=1e-3)
+    assert metrics.dev["score"] == metrics.fit.best.score
+    assert set(run.record("distill").inputs) == {"teacher", "prune"}
 
 
 def test_the_replacing_rate_rises_and_shows_in_the_draws(pruned: Callable[..., Run]) -> None:
@@ -156,5 +157,5 @@ def test_without_epochs_the_checkpoint_is_handed_on_as_it_is(pruned: Callable[..
     metrics = distill(run)
     before, after = (load_file(run.path / stage / "model.safetensors") for stage in ("prune", "distill"))
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert metrics["dev"] == run.record("prune")["metrics"]["dev"]
-    assert "steps" not in metrics
+    assert metrics.dev == run.training_result("prune").dev
+    assert metrics.fit is None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -72,19 +71,19 @@ def test_both_are_written_measured_and_equal_to_their_checkpoints(
     layout = ["config.json", "onnx/model.onnx", "tokenizer.json", "tokenizer_config.json"]
     written = [name for name in files(run.path / "export") if not name.startswith("bundle/")]
     assert written == sorted(["stage.json", *(f"{role}/{name}" for role in ("student", "teacher") for name in layout)])
-    assert run.record("export")["metrics"] == json.loads(json.dumps(metrics))
-    assert set(run.record("export")["inputs"]) == {"teacher", "finetune"}
-    student, teacher = metrics["student"], metrics["teacher"]
-    assert (student["sparsity"], teacher["sparsity"]) == (0.75, 0.0)
-    assert student["zeros"] * 4 == student["size"] * 3
+    assert run.export_result() == metrics
+    assert set(run.record("export").inputs) == {"teacher", "finetune"}
+    student, teacher = metrics.student, metrics.teacher
+    assert (student.sparsity, teacher.sparsity) == (0.75, 0.0)
+    assert student.zeros * 4 == student.size * 3
     for measured in (student, teacher):
-        assert measured["dev"] == measured["checkpoint_dev"]
-        assert set(measured["dev"]) == {"score", "accuracy"}
-        assert (measured["flipped"], measured["rows"]) == (0, 20)
-        assert 0 < measured["largest_difference"] < 1e-4
-        assert measured["largest_difference_at"]
-        assert (measured["providers"], measured["files"], measured["positions"]) == (["cpu"], ["onnx/model.onnx"], 64)
-    assert student["bytes"] == (run.path / "export/student/onnx/model.onnx").stat().st_size
+        assert measured.dev == measured.checkpoint_dev
+        assert set(measured.dev) == {"score", "accuracy"}
+        assert (measured.flipped, measured.rows) == (0, 20)
+        assert 0 < measured.largest_difference < 1e-4
+        assert measured.largest_difference_at
+        assert (measured.providers, measured.files, measured.positions) == (["cpu"], ["onnx/model.onnx"], 64)
+    assert student.bytes == (run.path / "export/student/onnx/model.onnx").stat().st_size
     config = AutoConfig.from_pretrained(run.path / "export/student")
     assert config.id2label == {0: "good", 1: "bad"}
     assert AutoTokenizer.from_pretrained(run.path / "export/student")("good", "film")["token_type_ids"][-1] == 1
@@ -231,7 +230,7 @@ def test_a_second_target_lies_under_its_name(fabricate: Fabricate, clean_plugins
     plugins.targets.register("other")(type("Other", (Onnx,), {}))
     run = fabricate('export.targets=["onnx", "other"]')
     metrics = export(run)
-    assert metrics["other"]["student"]["bytes"] == metrics["student"]["bytes"]
+    assert metrics.targets["other"].student.bytes == metrics.student.bytes
     assert (run.path / "export/other/student/onnx/model.onnx").is_file()
     assert (run.path / "export/teacher/onnx/model.onnx").is_file()
 
@@ -244,20 +243,20 @@ class TestOptional:
     ) -> None:
         run = fabricate('export.optional=["rounded"]', "export.budget=1")
         metrics = export(run)
-        assert set(metrics) == {"teacher", "student", "rounded"}
-        assert set(metrics["rounded"]) == {"student"}
+        assert set(metrics.targets) == {"onnx", "rounded"}
+        assert metrics.targets["rounded"].teacher is None
         written = {name.split("/")[0] for name in files(run.path / "export")}
         assert written == {"teacher", "student", "rounded", "bundle", "stage.json"}
         assert {name.split("/")[0] for name in files(run.path / "export/rounded")} == {"student"}
         assert "student (rounded): " in capsys.readouterr().out
-        assert run.record("export")["metrics"] == json.loads(json.dumps(metrics))
+        assert run.export_result() == metrics
 
     def test_one_that_is_not_installed_is_told_once_and_the_rest_goes_on(
         self, fabricate: Fabricate, clean_plugins: None, capsys: pytest.CaptureFixture[str]
     ) -> None:
         plugins.targets.unregister("sparse-cpu")
         metrics = export(fabricate('export.optional=["sparse-cpu"]'))
-        assert set(metrics) == {"teacher", "student"}
+        assert set(metrics.targets) == {"onnx"}
         said = capsys.readouterr().err
         assert said.count("the export to sparse-cpu is left out") == 1
         assert "its plugin is not installed (pip install spdtool-sparse-cpu" in said
@@ -274,7 +273,7 @@ class TestOptional:
 
         plugins.targets.register("lacking")(Lacking)
         run = fabricate('export.optional=["lacking"]')
-        assert set(export(run)) == {"teacher", "student"}
+        assert set(export(run).targets) == {"onnx"}
         assert capsys.readouterr().err.count("lacking is left out: the compiled library is missing (build it)") == 1
         assert not [name for name in files(run.path / "export") if "lacking" in name]
 
@@ -308,9 +307,9 @@ class TestOptional:
         assert "faulty is not shipped: checkpoint and exported file differ by" in said
         assert ("--set 'export.optional=[\"sound\"]' does without it" in said) == (not demanded)
         assert run.done("export")
-        metrics = run.record("export")["metrics"]
-        assert set(metrics["refused"]) == {"faulty"}
-        assert "faulty" not in metrics
+        metrics = run.export_result()
+        assert set(metrics.refused) == {"faulty"}
+        assert "faulty" not in metrics.targets
         assert (run.path / "export/sound/student/onnx/model.onnx").is_file()
         assert not (run.path / "export/faulty").exists()
 
@@ -318,7 +317,7 @@ class TestOptional:
         self, fabricate: Fabricate, clean_plugins: None, capsys: pytest.CaptureFixture[str]
     ) -> None:
         plugins.targets.register("gpu-only")(type("Gpu", (Onnx,), {"providers": ("cuda",)}))
-        assert set(export(fabricate('export.optional=["gpu-only"]'))) == {"teacher", "student"}
+        assert set(export(fabricate('export.optional=["gpu-only"]')).targets) == {"onnx"}
         assert "the target runs on cuda; what works here is cpu" in capsys.readouterr().err
 
 
@@ -330,13 +329,13 @@ class TestRounding:
     ) -> None:
         run = fabricate('export.optional=["rounded"]', "export.budget=1", "export.values=int8")
         measured = export(run)["rounded"]["student"]
-        assert (measured["values"], measured["embeddings"]) == ("int8", "fp16")
-        assert measured["largest_difference"] < 1e-4 < 1e-3 < measured["largest_change"]
-        assert measured["sparsity"] == 0.75
-        assert set(measured["dev"]) == set(measured["checkpoint_dev"]) == {"score", "accuracy"}
+        assert (measured.values, measured.embeddings) == ("int8", "fp16")
+        assert measured.largest_difference < 1e-4 < 1e-3 < measured.largest_change
+        assert measured.sparsity == 0.75
+        assert set(measured.dev) == set(measured.checkpoint_dev) == {"score", "accuracy"}
         lines = capsys.readouterr().out.splitlines()
         (told,) = [line for line in lines if "weights in int8, embeddings in fp16" in line]
-        before, after = measured["checkpoint_dev"]["score"], measured["dev"]["score"]
+        before, after = measured.checkpoint_dev["score"], measured.dev["score"]
         assert f"dev score {before:.4f} before, {after:.4f} after" in told
         assert f"{measured['flipped']} of 20 predictions flipped" in told
         assert f"largest logit change {measured['largest_change']:.1e}" in told
@@ -344,8 +343,8 @@ class TestRounding:
     def test_stored_exactly_nothing_changes(self, fabricate: Fabricate, rounded: Any) -> None:
         sets = ("export.values=fp32", "export.embeddings=fp32")
         measured = export(fabricate('export.optional=["rounded"]', *sets))["rounded"]["student"]
-        assert measured["largest_change"] < 1e-4
-        assert measured["dev"] == measured["checkpoint_dev"]
+        assert measured.largest_change < 1e-4
+        assert measured.dev == measured.checkpoint_dev
 
     def test_a_fault_of_the_arithmetic_is_caught_though_rounding_moves_more(
         self, fabricate: Fabricate, rounded: Any
@@ -359,7 +358,7 @@ class TestRounding:
         with pytest.raises(GateError, match=r"not shipped: rounded: checkpoint and exported file differ by 0\.0002"):
             export(run)
         assert run.done("export")
-        assert set(run.record("export")["metrics"]) == {"teacher", "student", "refused"}
+        assert set(run.export_result().targets) == {"onnx"}
         assert not (run.path / "export/rounded").exists()
 
     def test_weights_that_do_not_fit_the_model_are_a_fault_of_the_export(
@@ -401,10 +400,10 @@ class TestOfNoRun:
         self, checkpoint: Path, rounded: Any, tmp_path: Path, toys: ModuleType, capsys: pytest.CaptureFixture[str]
     ) -> None:
         found = export_any(checkpoint, "rounded", tmp_path / "out", toys.recipe(), with_task=False)
-        assert 0 < found["largest_difference"] < 1e-4
-        assert "shape" in found["largest_difference_at"]
-        assert "dev" not in found
-        assert found["sparsity"] == 0.75
+        assert 0 < found.largest_difference < 1e-4
+        assert "shape" in found.largest_difference_at
+        assert found.dev is None
+        assert found.sparsity == 0.75
         assert (tmp_path / "out/manifest.json").is_file()
         assert "no dev set was given" in capsys.readouterr().out
 
@@ -412,8 +411,8 @@ class TestOfNoRun:
         self, checkpoint: Path, tmp_path: Path, toys: ModuleType, clean_plugins: None
     ) -> None:
         found = export_any(checkpoint, "onnx", tmp_path / "out", toys.recipe(), with_task=True)
-        assert (found["rows"], found["flipped"], found["target"]) == (20, 0, "onnx")
-        assert found["dev"] == found["checkpoint_dev"]
+        assert (found.rows, found.flipped) == (20, 0)
+        assert found.dev == found.checkpoint_dev
 
     def test_a_fault_leaves_nothing(self, checkpoint: Path, tmp_path: Path, toys: ModuleType, rounded: Any) -> None:
         rounded.audit = staticmethod(lambda folder: {})

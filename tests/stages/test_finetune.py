@@ -36,10 +36,10 @@ def test_a_whole_run_ends_in_an_ordinary_sparse_checkpoint(
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     for name, weight in find_prunable_weights(model).items():
         assert int((weight == 0).sum()) == zeros_in(weight.numel(), 0.9), name
-    metrics = run.record("finetune")["metrics"]
+    metrics = run.training_result("finetune")
     encoded = data.encode_splits(AutoTokenizer.from_pretrained(folder), task.dataset.load(None, 0), 32)
-    assert evaluation.evaluate(task, evaluation.torch_forward(model), encoded) == metrics["dev"]
-    assert set(run.record("finetune")["inputs"]) == {"teacher", "distill"}
+    assert evaluation.evaluate(task, evaluation.torch_forward(model), encoded) == metrics.dev
+    assert set(run.record("finetune").inputs) == {"teacher", "distill"}
     config, teacher = (json.loads((f / "config.json").read_text("utf-8")) for f in (folder, run.path / "teacher"))
     assert config == teacher, "no trace of attention implementation or dropout"
 
@@ -69,5 +69,5 @@ def test_a_run_learns_with_its_zeros(toy_run: Callable[..., Run], toy_task: Call
     rates = {"teacher": 5e-3, "prune": 2e-3, "distill": 1e-3, "finetune": 1e-3}
     sets = [f"{stage}.learning_rate={rate}" for stage, rate in rates.items()]
     run = toy_run("teacher.epochs=6", *sets, sparsity=0.8, until="finetune")
-    assert run.record("teacher")["metrics"]["dev"]["accuracy"] > 0.9
-    assert run.record("finetune")["metrics"]["dev"]["accuracy"] > 0.85
+    assert run.training_result("teacher").dev["accuracy"] > 0.9
+    assert run.training_result("finetune").dev["accuracy"] > 0.85

@@ -20,27 +20,27 @@ MakeRun = Callable[..., Run]
 
 def test_the_plan_of_a_new_run(toy_run: MakeRun) -> None:
     planned = planning.make_plan(toy_run("prune.epochs=3", "finetune.max_steps=5", sparsity=0.3))
-    stages = {stage["stage"]: stage for stage in planned["stages"]}
-    assert planned["rows"] == {"train": 48, "dev": 24}
+    stages = {stage.stage: stage for stage in planned.stages}
+    assert planned.rows == {"train": 48, "dev": 24}
     assert list(stages) == list(STAGES)
-    assert {name: stage["steps"] for name, stage in stages.items()} == {
+    assert {name: stage.steps for name, stage in stages.items()} == {
         "teacher": 12, "prune": 18, "distill": 12, "finetune": 5, "export": None, "bench": None,
     }  # fmt: skip
-    assert stages["finetune"]["why"] == "as the recipe says; at most 5 steps"
-    assert not any(stage["done"] for stage in stages.values())
+    assert stages["finetune"].why == "as the recipe says; at most 5 steps"
+    assert not any(stage.done for stage in stages.values())
 
 
 def test_the_plan_says_how_the_rows_were_read(toy_run: MakeRun, toy_task: Callable[..., Any]) -> None:
     planned = planning.make_plan(toy_run())
-    assert planned["reading"] == [
+    assert planned.reading == [
         "labels: 2 classes: bad 24, good 24; dev: bad 12, good 12; always the commonest: dev score 0.5000"
     ]
-    assert planned["classes"]["train"] == {"bad": 24, "good": 24}
-    assert planned["baseline"] == 0.5
+    assert planned.classes["train"] == {"bad": 24, "good": 24}
+    assert planned.baseline == 0.5
     toy_task("stars", labels=())
     planned = planning.make_plan(toy_run(task="stars"))
-    assert planned["reading"][0].startswith("labels: regression, 0.")
-    assert planned["baseline"] == 0
+    assert planned.reading[0].startswith("labels: regression, 0.")
+    assert planned.baseline == 0
 
 
 def test_the_plan_says_that_a_given_teachers_labels_have_no_names(toy_run: MakeRun, toys: Any, tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_planning_writes_nothing_and_sees_what_is_done(toy_run: MakeRun, tmp_pat
     planning.make_plan(toy_run())
     assert list(tmp_path.iterdir()) == []
     run = toy_run(until="prune")
-    assert [stage["done"] for stage in planning.make_plan(run)["stages"]] == [True, True, False, False, False, False]
+    assert [stage.done for stage in planning.make_plan(run).stages] == [True, True, False, False, False, False]
 
 
 def test_a_given_teacher_is_not_trained(toy_run: MakeRun, toys: Any, tmp_path: Path) -> None:

@@ -56,11 +56,11 @@ def test_every_matrix_has_exactly_the_zeros_that_were_asked_for(
     found = zeros(run.path / "prune")
     assert len(found) == 12
     assert found == {name: (zeros_in(size, sparsity), size) for name, (_, size) in found.items()}
-    assert metrics["zeros"] == {name: list(count) for name, count in found.items()}
+    assert metrics.zeros == found
     total = sum(size for _, size in found.values())
-    assert metrics["sparsity"] == pytest.approx(sum(count for count, _ in found.values()) / total)
-    assert run.record("prune")["metrics"] == metrics
-    assert list(run.record("prune")["inputs"]) == ["teacher"]
+    assert metrics.sparsity == pytest.approx(sum(count for count, _ in found.values()) / total)
+    assert run.training_result("prune") == metrics
+    assert list(run.record("prune").inputs) == ["teacher"]
     assert not (run.path / ".prune.partial").exists()
 
 

@@ -46,26 +46,26 @@ def test_it_writes_a_checkpoint_that_stock_transformers_opens(toy_run: Callable[
     model = AutoModelForSequenceClassification.from_pretrained(run.path / "teacher")
     assert label_names(model) == ["bad", "good"]
     assert not torch.equal(model.classifier.weight, toys.bert(2).classifier.weight), "it was trained"
-    assert run.record("teacher")["metrics"] == metrics
-    assert run.record("teacher")["inputs"] == {}
-    assert metrics["given"] is None
-    assert metrics["steps"] == 12
-    assert len(metrics["evaluations"]) == 2
-    assert metrics["dev"]["score"] == metrics["best"]["metrics"]["score"]
-    assert metrics["dev"]["score"] == max(e["metrics"]["score"] for e in metrics["evaluations"])
+    assert run.training_result("teacher") == metrics
+    assert run.record("teacher").inputs == {}
+    assert metrics.given is None
+    assert metrics.steps == 12
+    assert len(metrics.fit.evaluations) == 2
+    assert metrics.dev["score"] == metrics.fit.best.score
+    assert metrics.dev["score"] == max(e.score for e in metrics.fit.evaluations)
 
 
 def test_it_learns(toy_run: Callable[..., Run], toy_task: Callable[..., Task]) -> None:
     toy_task(train=256, dev=64)
     metrics = teacher(toy_run("teacher.epochs=6", "teacher.learning_rate=5e-3"))
-    assert metrics["dev"]["accuracy"] > 0.9
+    assert metrics.dev["accuracy"] > 0.9
 
 
 def test_a_regression_teacher(toy_run: Callable[..., Run], toy_task: Callable[..., Task]) -> None:
     toy_task(labels=())
     run = toy_run()
     metrics = teacher(run)
-    assert set(metrics["dev"]) == {"score", "pearson"}
+    assert set(metrics.dev) == {"score", "pearson"}
     config = json.loads((run.path / "teacher" / "config.json").read_text("utf-8"))
     assert config["id2label"] == {"0": "score"}
 
@@ -89,9 +89,9 @@ def test_a_given_teacher_is_measured_and_copied_bit_by_bit(
     run = toy_run(given_teacher=source)
     metrics = teacher(run)
     assert names(run.path / "teacher") == FILES
-    assert metrics["given"] == source
-    assert 0 <= metrics["dev"]["accuracy"] <= 1
-    assert f"given teacher: dev score {metrics['dev']['score']:.4f}" in capsys.readouterr().out
+    assert metrics.given == source
+    assert 0 <= metrics.dev["accuracy"] <= 1
+    assert f"given teacher: dev score {metrics.score:.4f}" in capsys.readouterr().out
     before = AutoModelForSequenceClassification.from_pretrained(source).state_dict()
     after = AutoModelForSequenceClassification.from_pretrained(run.path / "teacher").state_dict()
     assert before.keys() == after.keys()

@@ -6,13 +6,13 @@ import json
 
 import pytest
 
+from spdtool.run.records import IntermediateStudent, StudentRow
 from spdtool.sweep import rows, summary
-from spdtool.sweep.rows import DONE, FAILED, Row
 
 
 def row(**given):
-    known = {"task": "toy", "recipe": "default", "sparsity": 0.5, "seed": 0, "run": "r", "status": DONE}
-    return Row(**known | {"teacher": 0.8, "student": 0.6} | given)
+    known = {"task": "toy", "recipe": "default", "sparsity": 0.5, "seed": 0, "run": "r", "status": "done"}
+    return StudentRow(**known | {"teacher": 0.8, "student": 0.6} | given)
 
 
 @pytest.mark.parametrize(
@@ -39,14 +39,14 @@ def test_a_spread_has_the_sample_deviation_and_none_for_one_value(values, shown)
 )
 def test_what_follows_from_a_row(given, kept, gaps):
     made = row(**given)
-    assert made.kept == (None if kept is None else pytest.approx(kept))
+    assert made.retention == (None if kept is None else pytest.approx(kept))
     assert (made.teacher_gap, made.student_gap) == tuple(gap if gap is None else pytest.approx(gap) for gap in gaps)
 
 
 def test_a_row_survives_json_and_what_another_version_has_added():
-    made = row(left=(row(sparsity=0.3, toward=0.5),), bytes=7)
-    record = json.loads(json.dumps(made.record() | {"added_later": 1}))
-    assert rows.read(record) == made
+    made = row(students=[row(sparsity=0.3, target_sparsity=0.5)], bytes=7)
+    record = json.loads(json.dumps(made.model_dump(mode="json") | {"added_later": 1}))
+    assert StudentRow.model_validate(record) == made
 
 
 def test_means_are_over_seeds_of_one_task_recipe_and_sparsity():
@@ -57,18 +57,18 @@ def test_means_are_over_seeds_of_one_task_recipe_and_sparsity():
         ("toy", "default", 0.5), ("toy", "default", 0.9), ("toy", "other", 0.5), ("second", "default", 0.5)
     ]  # fmt: skip
     assert str(found[0].student) == "60.0 ± 14.1"
-    assert found[0].kept.mean == pytest.approx(0.6)
+    assert found[0].retention.mean == pytest.approx(0.6)
 
 
 def test_what_is_kept_is_a_mean_of_the_seeds_own_ratios():
     made = [row(teacher=1.0, student=0.5), row(seed=1, teacher=0.5, student=0.5)]
-    assert summary.summarise(made)[0].kept.mean == pytest.approx(0.75)
+    assert summary.summarise(made)[0].retention.mean == pytest.approx(0.75)
 
 
 def test_what_failed_or_is_not_finished_is_no_part_of_a_mean():
     made = [
         row(),
-        row(seed=1, status=FAILED, student=None, error="DataError: no rows"),
+        row(seed=1, status="failed", student=None, error="DataError: no rows"),
         row(seed=2, status="unfinished"),
     ]
     (found,) = summary.summarise(made)
@@ -83,15 +83,15 @@ def test_the_average_over_tasks_weighs_every_task_alike():
     assert summary.averages(summary.summarise(made)) == [("default", 0.5, pytest.approx(0.75), 2)]
 
 
-def test_students_left_on_the_way_are_rows_of_their_own():
+def test_intermediate_students_are_rows_of_their_own():
     made = row(sparsity=0.95, weights=1000, nonzeros=50, seconds=9.0, bytes=5, speed=2.0)
-    left = [{"sparsity": 0.7, "step": 4, "dev": {"score": 0.75}, "train": {"score": 0.8}, "folder": "left/0.7"}]
-    (on_the_way,) = rows.on_the_way(made, left)
+    saved = IntermediateStudent(sparsity=0.7, step=4, folder="students/0.7", dev={"score": 0.75}, train={"score": 0.8})
+    (on_the_way,) = rows.intermediate_rows(made, [saved])
     assert on_the_way.label == "default, on the way to 0.95"
-    assert on_the_way.run == "r/prune/left/0.7"
+    assert on_the_way.run == "r/prune/students/0.7"
     assert (on_the_way.student, on_the_way.nonzeros, on_the_way.bytes, on_the_way.speed) == (0.75, 300, None, None)
     assert on_the_way.student_gap == pytest.approx(0.05)
-    assert [each.recipe for each in summary.summarise([row(left=(on_the_way,))])] == ["default", on_the_way.label]
+    assert [each.recipe for each in summary.summarise([row(students=[on_the_way])])] == ["default", on_the_way.label]
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_students_left_on_the_way_are_rows_of_their_own():
     ],
 )
 def test_the_front_holds_what_nothing_cheaper_matches(points, front):
-    assert summary.front(points) == front
+    assert summary.pareto_front(points) == front
 
 
 def test_bytes_and_speed_are_columns_only_where_something_was_benched():

@@ -29,17 +29,17 @@ def events(folder: Path, kind: str) -> list[dict[str, Any]]:
 def test_train_scores_stand_beside_dev_scores(toy_run: Callable[..., Run]) -> None:
     run = toy_run("prune.scored_train_rows=10", until="teacher")
     metrics = prune(run)
-    assert all(0 <= entry["train"]["score"] <= 1 for entry in metrics["evaluations"])
-    assert [entry["train"] for entry in metrics["evaluations"]] == [
+    assert all(0 <= entry.train["score"] <= 1 for entry in metrics.fit.evaluations)
+    assert [entry.train for entry in metrics.fit.evaluations] == [
         event["train"] for event in events(run.path / "prune", "eval")
     ]
-    assert metrics["train"].keys() == metrics["dev"].keys()
+    assert metrics.train.keys() == metrics.dev.keys()
 
 
 def test_nothing_is_scored_where_no_training_rows_are_asked_for(toy_run: Callable[..., Run]) -> None:
     metrics = prune(toy_run("prune.scored_train_rows=0", until="teacher"))
-    assert "train" not in metrics
-    assert not any("train" in entry for entry in metrics["evaluations"])
+    assert metrics.train is None
+    assert all(entry.train is None for entry in metrics.fit.evaluations)
 
 
 def test_the_train_score_is_that_of_a_sample_of_the_training_rows(toy_task: Any, toys: Any) -> None:
@@ -58,17 +58,17 @@ def test_the_train_score_is_that_of_a_sample_of_the_training_rows(toy_task: Any,
 
 def test_students_are_left_on_the_way_with_exactly_their_zeros(toy_run: Callable[..., Run]) -> None:
     run = toy_run(*LEAVE, until="teacher")
-    left = prune(run)["left"]
-    assert [entry["sparsity"] for entry in left] == [0.25, 0.375]
+    left = prune(run).students
+    assert [entry.sparsity for entry in left] == [0.25, 0.375]
     pruned = {event["sparsity"]: event["step"] for event in events(run.path / "prune", "prune")}
     for entry in left:
-        folder = run.path / "prune" / entry["folder"]
+        folder = run.path / "prune" / entry.folder
         model = load_model(folder)
         for name, weight in find_prunable_weights(model).items():
-            assert int((weight == 0).sum()) == round(weight.numel() * entry["sparsity"]), name
-        assert entry["step"] > pruned[entry["sparsity"]], "it was trained at that sparsity before it was left"
-        assert {"dev", "train"} <= entry.keys()
-    assert {file["path"] for file in run.record("prune")["files"]} >= {"left/0.25/model.safetensors"}
+            assert int((weight == 0).sum()) == round(weight.numel() * entry.sparsity), name
+        assert entry.step > pruned[entry.sparsity], "it was trained at that sparsity before it was left"
+        assert entry.train is not None
+    assert {file.path for file in run.record("prune").files} >= {"students/0.25/model.safetensors"}
 
 
 def test_a_resumed_stage_leaves_the_same_students(toy_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,9 +80,9 @@ def test_a_resumed_stage_leaves_the_same_students(toy_run: Callable[..., Run], m
             _stop_after(patched, stop)
             with pytest.raises(KeyboardInterrupt):
                 prune(run)
-        assert prune(run)["left"] == expected["left"]
-        for entry in expected["left"]:
-            file = Path("prune") / entry["folder"] / "model.safetensors"
+        assert prune(run).students == expected.students
+        for entry in expected.students:
+            file = Path("prune") / entry.folder / "model.safetensors"
             one, other = load_file(run.path / file), load_file(whole.path / file)
             assert all(torch.equal(one[name], other[name]) for name in one)
 

@@ -21,7 +21,8 @@ from spdtool.models.layers import find_prunable_weights
 from spdtool.pruning.masks import Masks
 from spdtool.pruning.pruner import Pruner
 from spdtool.recipe.fields import Recipe, Training
-from spdtool.run.folder import Work
+from spdtool.run.folder import Stage
+from spdtool.run.records import Evaluation
 from spdtool.tasks import Task
 from spdtool.training import loop as training
 from spdtool.training.loop import Fit
@@ -77,7 +78,7 @@ class Bench:
                 if event["step"] == stop:
                     raise KeyboardInterrupt
 
-        work = Work("teacher", self.folder / name)
+        work = Stage("teacher", self.folder / name)
         work.folder.mkdir(exist_ok=True)
         torch.manual_seed(123)  # whatever was random before must not matter
         front = training.accelerator(recipe)
@@ -145,9 +146,9 @@ def test_every_step_has_the_scheduled_learning_rate_and_one_batch_of_its_epoch(b
         assert event["epoch"] == pytest.approx((index + 1) / 4)
         assert event["examples_per_second"] > 0
     assert [event["step"] for event in bench.log() if event["event"] == "eval"] == [4, 8]
-    assert summary["steps"] == 8
-    assert summary["epochs"] == 2
-    assert [evaluation["step"] for evaluation in summary["evaluations"]] == [4, 8]
+    assert summary.steps == 8
+    assert summary.epochs == 2
+    assert [evaluation.step for evaluation in summary.evaluations] == [4, 8]
     assert bench.log() == [event for event in bench.events if event["event"] != "resume"]
 
 
@@ -246,17 +247,17 @@ def test_the_best_or_the_last_weights_are_handed_over(bench: Bench, keep: bool, 
     summary = bench.fit(
         section(epochs=3, keep_best=keep), scores=[0.9, 0.8, 0.7], each=lambda at, _: kept.update({at: bench.weights()})
     )
-    assert summary["best"] == {"step": step, "metrics": {"score": score}}
+    assert summary.best == Evaluation(step=step, metrics={"score": score})
     assert same(bench.weights(), kept[step])
 
 
 def test_of_equal_scores_the_earlier_is_the_best(bench: Bench) -> None:
-    assert bench.fit(section(keep_best=True), scores=[0.9, 0.9])["best"]["step"] == 4
+    assert bench.fit(section(keep_best=True), scores=[0.9, 0.9]).best.step == 4
 
 
 def test_nothing_counts_as_best_before_the_target_sparsity(bench: Bench) -> None:
     summary = bench.fit(section(epochs=3, keep_best=True), scores=[0.99, 0.5, 0.6], pruning=True)
-    assert summary["best"] == {"step": 12, "metrics": {"score": 0.6}}
+    assert summary.best == Evaluation(step=12, metrics={"score": 0.6})
     evaluations = [event for event in bench.log() if event["event"] == "eval"]
     assert [event["best"] for event in evaluations] == [False, True, True]
     assert [(e["step"], e["sparsity"]) for e in bench.log() if e["event"] == "prune"] == [(3, 0.3), (8, 0.6)]
@@ -281,7 +282,7 @@ def test_an_interruption_leaves_no_trace(bench: Bench, pruning: bool, minutes: f
         assert resumed == ([stop - 1] if minutes == 0 and stop > 1 else [(stop - 1) // 4 * 4] if stop > 4 else [])
         assert same(bench.weights(), expected), stop
         for key in ("steps", "epochs", "best", "evaluations"):
-            assert again[key] == summary[key]
+            assert getattr(again, key) == getattr(summary, key)
         drop = ("examples_per_second",)
         kept = [{k: v for k, v in event.items() if k not in drop} for event in bench.log(name)]
         assert kept == [{k: v for k, v in event.items() if k not in drop} for event in log]

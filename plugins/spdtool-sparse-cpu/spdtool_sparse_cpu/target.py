@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spdtool.errors import DeviceError, ModelError
-from spdtool.run.folder import sha256
+from spdtool.run.fingerprint import sha256
 from spdtool_sparse_cpu import library
 
 if TYPE_CHECKING:

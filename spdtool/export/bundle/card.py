@@ -11,6 +11,7 @@ from spdtool.data.dataset import find_dataset
 from spdtool.models.load import HUB_NAME
 from spdtool.models.student import PRETRAINED
 from spdtool.recipe.fields import Recipe
+from spdtool.run.records import Variant
 
 USE = """
 ## Use
@@ -34,7 +35,7 @@ whose libraries are there, and checks every sha256 of `manifest.json`.
 DTYPES = {"onnx/model.onnx": "fp32", "onnx/model_fp16.onnx": "fp16", "onnx/model_quantized.onnx": "q8"}
 
 
-def card(recipe: Recipe, variants: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any]) -> str:
+def card(recipe: Recipe, variants: Mapping[str, Variant], config: Mapping[str, Any]) -> str:
     """The text of README.md.
 
     Args:
@@ -56,7 +57,7 @@ def card(recipe: Recipe, variants: Mapping[str, Mapping[str, Any]], config: Mapp
         "",
         *_table(variants),
     ]
-    files = [facts["file"] for facts in variants.values()]
+    files = [variant.file for variant in variants.values()]
     dtypes = ", ".join(f'"{name}"' for file, name in DTYPES.items() if file in files)
     example = '"one text"' if _single(recipe) else '"first text", "second text"'
     return "\n".join(lines) + "\n" + USE.format(example=example, dtypes=dtypes)
@@ -66,14 +67,14 @@ def _single(recipe: Recipe) -> bool:
     return len(find_dataset(recipe).text) == 1
 
 
-def _front(recipe: Recipe, title: str, facts: Mapping[str, Any]) -> list[str]:
+def _front(recipe: Recipe, title: str, variant: Variant) -> list[str]:
     """YAML; texts are written as JSON, which is YAML and needs no further care."""
     lines = ["pipeline_tag: text-classification", "library_name: transformers.js"]
     lines += ["tags:", *(f"- {tag}" for tag in ("onnx", "sparse", "pruned", "distilled", "spdtool"))]
     base = _base(recipe)
     if base is not None:
         lines.append(f"base_model: {json.dumps(base)}")
-    metrics = [(name, value) for name, value in facts.get("dev", {}).items() if name != "score"]
+    metrics = [(name, value) for name, value in (variant.dev or {}).items() if name != "score"]
     if not metrics:
         return lines
     lines += ["model-index:", f"- name: {json.dumps(title)}", "  results:", "  - task:"]
@@ -101,18 +102,18 @@ def _base(recipe: Recipe) -> str | None:
     return source if HUB_NAME.fullmatch(source) and not folder and not Path(source).exists() else None
 
 
-def _table(variants: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _table(variants: Mapping[str, Variant]) -> list[str]:
     """What each file was measured to be; the change is that against the checkpoint, on the same dev set."""
     lines = [
         "| file | runs on | bytes | zeros | dev score | change | predictions flipped |",
         "|---|---|---|---|---|---|---|",
     ]
-    for facts in variants.values():
-        score, before = (facts.get(side, {}).get("score") for side in ("dev", "checkpoint_dev"))
+    for variant in variants.values():
         measured = ["-", "-", "-"]
-        if score is not None and before is not None:
-            measured = [f"{score:.4f}", f"{score - before:+.4f}", f"{facts['flipped']} of {facts['rows']}"]
-        needs = f"{facts['hardware']}, with {facts['library']['distribution']}" if "library" in facts else "any"
-        cells = [f"`{facts['file']}`", needs, f"{facts['bytes']:,}", f"{facts['sparsity']:.2%}", *measured]
+        if variant.dev is not None and variant.checkpoint_dev is not None:
+            score, before = variant.dev["score"], variant.checkpoint_dev["score"]
+            measured = [f"{score:.4f}", f"{score - before:+.4f}", f"{variant.flipped} of {variant.rows}"]
+        needs = f"{variant.hardware}, with {variant.library.distribution}" if variant.library else "any"
+        cells = [f"`{variant.file}`", needs, f"{variant.bytes:,}", f"{variant.sparsity:.2%}", *measured]
         lines.append(f"| {' | '.join(cells)} |")
     return lines

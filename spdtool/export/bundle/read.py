@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from spdtool.errors import ModelError, UnknownName
-from spdtool.run.folder import sha256
+from spdtool.run.fingerprint import sha256
 
 MANIFEST = "manifest.json"
 FORMAT = 1

@@ -18,7 +18,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,9 @@ from spdtool.export.bundle import card
 from spdtool.export.bundle import read as bundle
 from spdtool.models.load import label_names, load_model, load_tokenizer
 from spdtool.recipe.fields import Recipe
-from spdtool.run.folder import sha256, write_json
+from spdtool.run.fingerprint import sha256
+from spdtool.run.folder import write_json
+from spdtool.run.records import BundleManifest, ExportedModel, ExportResult, FileDigest, LibraryRecord, Variant
 from spdtool.tasks import find_task
 
 FOLDER = "bundle"
@@ -55,15 +56,15 @@ FACTS = (
 ROOM = 2.0  # times the largest change on the dev set: another machine rounds in another order
 
 
-def assemble(export: Path, checkpoint: Path, recipe: Recipe, metrics: Mapping[str, Any]) -> str | None:
+def assemble(export: Path, checkpoint: Path, recipe: Recipe, result: ExportResult) -> str | None:
     """Make `export/bundle` of the students that lie in `export`; return why there is none, or None.
 
     Args:
         export: the stage's folder, its targets written.
         checkpoint: the student's, from which the golden logits come.
-        metrics: of the stage: by role for the first target, by target and role for every other.
+        result: of the stage.
     """
-    students = _students(export, recipe, metrics)
+    students = _students(export, recipe, result)
     if PORTABLE not in students:
         return f"the target {PORTABLE!r} was not exported, which every client can open"
     if not (students[PORTABLE][0] / "tokenizer.json").is_file():
@@ -72,7 +73,7 @@ def assemble(export: Path, checkpoint: Path, recipe: Recipe, metrics: Mapping[st
     shutil.rmtree(folder, ignore_errors=True)
     variants = {}
     for name, (source, measured) in students.items():
-        if len(measured["files"]) == 1 or name == PORTABLE:  # a second file is found by the name that the first holds
+        if len(measured.files) == 1 or name == PORTABLE:  # a second file is found by the name that the first holds
             variants[name] = _variant(folder, name, source, measured, recipe)
     for name in bundle.COMMON:
         if (students[PORTABLE][0] / name).is_file():
@@ -80,7 +81,7 @@ def assemble(export: Path, checkpoint: Path, recipe: Recipe, metrics: Mapping[st
     write_json(folder / GOLDEN, golden(checkpoint, folder, recipe))
     shutil.copyfile(Path(__file__).with_name(SELFTEST), folder / SELFTEST)
     (folder / CARD).write_text(card.card(recipe, variants, bundle.read_json(folder / "config.json")), "utf-8")
-    write_json(folder / bundle.MANIFEST, _manifest(folder, variants, recipe))
+    write_json(folder / bundle.MANIFEST, _manifest(folder, variants, recipe).model_dump(mode="json", exclude_none=True))
     return None
 
 
@@ -113,64 +114,65 @@ def _row(model: Any, tokenizer: Any, text: str, pair: str | None, limit: int) ->
     return {"text": text, "pair": pair} | ids | {"logits": logits.tolist()}
 
 
-def _students(export: Path, recipe: Recipe, metrics: Mapping[str, Any]) -> dict[str, tuple[Path, Mapping[str, Any]]]:
-    """Target to the folder and the metrics of its student, for every one that was written."""
+def _students(export: Path, recipe: Recipe, result: ExportResult) -> dict[str, tuple[Path, ExportedModel]]:
+    """Target to the folder and the figures of its student, for every one that was written."""
     first = recipe.export.targets[0]
-    found = {first: (export / bundle.STUDENT, metrics[bundle.STUDENT])}
+    found = {first: (export / bundle.STUDENT, result.student)}
     for name in (*recipe.export.targets[1:], *recipe.export.optional):
         folder = export / name / bundle.STUDENT
-        if name not in found and folder.is_dir() and bundle.STUDENT in metrics.get(name, {}):
-            found[name] = (folder, metrics[name][bundle.STUDENT])
+        if name not in found and folder.is_dir() and name in result.targets:
+            found[name] = (folder, result.targets[name].student)
     return found
 
 
-def _variant(folder: Path, name: str, source: Path, measured: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+def _variant(folder: Path, name: str, source: Path, measured: ExportedModel, recipe: Recipe) -> Variant:
     """Put one variant into the folder; return what the manifest says of it."""
     exported = bundle.read(source)
     stem = FILES.get(name, f"model_{re.sub('[^a-z0-9]+', '_', name.lower())}")
     file = f"onnx/{stem}.onnx"
     _link(exported.model, folder / file)
     files = [file]
-    for further in measured["files"][1:]:
+    for further in measured.files[1:]:
         _link(source / further, folder / further)
         files.append(further)
-    facts: dict[str, Any] = {"target": name, "file": file, "files": files, "hardware": "any"}
+    variant = Variant(target=name, file=file, files=files, **measured.model_dump(include=set(FACTS)))
     if exported.library:
-        library = exported.library
-        _link(source / library["file"], folder / library["file"])
-        facts |= {"library": dict(library), "hardware": f"cpu, {library['platform']}"}
-        files.append(library["file"])
-    facts |= {fact: measured[fact] for fact in FACTS if fact in measured}
-    moved = max(measured.get(fact) or 0.0 for fact in ("largest_difference", "largest_change"))
-    return facts | {"tolerance": ROOM * moved + recipe.export.tolerance}
+        library = exported.library["file"]
+        _link(source / library, folder / library)
+        variant.library = LibraryRecord.model_validate(exported.library)
+        variant.hardware = f"cpu, {variant.library.platform}"
+        files.append(library)
+    variant.files = files
+    moved = max(measured.largest_difference, measured.largest_change or 0.0)
+    variant.tolerance = ROOM * moved + recipe.export.tolerance
+    return variant
 
 
-def _manifest(folder: Path, variants: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+def _manifest(folder: Path, variants: dict[str, Variant], recipe: Recipe) -> BundleManifest:
     listed = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != CARD)  # a card is edited
     prefer = {
         where: [name for name in names if name in variants and _runs(variants[name], where)]
         for where, names in PREFERRED.items()
     }
-    return {
-        "format": bundle.VARIANTS,
-        "spdtool": metadata.version("spdtool"),
-        "task": recipe.task,
-        "text": list(find_dataset(recipe).text),
-        "sparsity": recipe.sparsity,
-        "smoke": recipe.smoke,
-        "model": variants[PORTABLE]["file"],
-        "prefer": prefer,
-        "variants": variants,
-        "files": {
-            file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256(file)}
+    return BundleManifest(
+        spdtool=metadata.version("spdtool"),
+        task=recipe.task,
+        text=list(find_dataset(recipe).text),
+        sparsity=recipe.sparsity,
+        smoke=recipe.smoke,
+        model=variants[PORTABLE].file,
+        prefer=prefer,
+        variants=variants,
+        files={
+            file.relative_to(folder).as_posix(): FileDigest(bytes=file.stat().st_size, sha256=sha256(file))
             for file in listed
         },
-    }
+    )
 
 
-def _runs(variant: Mapping[str, Any], where: str) -> bool:
+def _runs(variant: Variant, where: str) -> bool:
     """Whether a variant may be preferred there: rounded files on a GPU only where one was seen to run them."""
-    return where != "cuda" or variant["target"] == PORTABLE or "cuda" in variant.get("providers", ())
+    return where != "cuda" or variant.target == PORTABLE or "cuda" in variant.providers
 
 
 def _link(source: Path, place: Path) -> None:

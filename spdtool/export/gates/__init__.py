@@ -33,12 +33,13 @@ from spdtool.export.gates.search import Found, Kept, search
 from spdtool.models import predict as evaluation
 from spdtool.models.load import fill_weights
 from spdtool.models.predict import Forward
+from spdtool.run.records import ExportedModel
 
 CONSTANTS = 10  # a twin's scalars, such as the root in a GELU, are rounded too, and are no weights
 ROWS_OF_DAMAGE = 64  # of the dev set, on which one layer's rounding is judged
 
 
-def export_checkpoint(target: Any, reference: Reference, folder: Path, providers: list[str]) -> dict[str, Any]:
+def export_checkpoint(target: Any, reference: Reference, folder: Path, providers: list[str]) -> ExportedModel:
     """Export one checkpoint to `folder`, pass it through the gates, and return what was measured.
 
     Where a target that can leave parts unrounded breaks the budget, the parts that do so are looked for and left.
@@ -82,7 +83,7 @@ class Trial:
         written: list[Path] = self.target.export(found.checkpoint, self.folder, found.recipe, **more)
         return written
 
-    def export(self, keep: Kept) -> dict[str, Any]:
+    def export(self, keep: Kept) -> ExportedModel:
         """Export, hold the files against the checkpoint, and measure them; raises as `export_checkpoint` does."""
         zeros = self.reference.zeros  # first: it refuses an architecture that is not supported
         files = self.write(keep)
@@ -98,7 +99,8 @@ class Trial:
             storage = targets.storage(self.target, self.reference.recipe)
             metrics |= dict(zip(("values", "embeddings"), storage, strict=True))
         metrics |= targets.facts(self.target, self.folder)
-        return metrics | (self._dev(metrics) if self.reference.dev.task else {})
+        metrics |= self._dev(metrics) if self.reference.dev.task else {}
+        return ExportedModel.model_validate(metrics)
 
     @property
     def coarse(self) -> bool:
@@ -153,7 +155,7 @@ class Trial:
         return changes.measured(change, metrics, rounds=rounds)
 
 
-def _rescue(trial: Trial, parts: list[str], first: OverBudget) -> dict[str, Any]:
+def _rescue(trial: Trial, parts: list[str], first: OverBudget) -> ExportedModel:
     """Leave in float32 what breaks the budget, if less than everything will do; raises the first error if not."""
     batches = _some(trial.reference.dev.sets["dev"])
     original = evaluation.torch_forward(trial.reference.model(), "cpu")
@@ -169,7 +171,9 @@ def _rescue(trial: Trial, parts: list[str], first: OverBudget) -> dict[str, Any]
         return changes.exceeds(trial.change(), trial.budget()) is None
 
     found = search(parts, damage, passes, trial.reference.recipe.export.tries)
-    return trial.export(_least(found, first)) | {"damage": found.damage, "tries": found.tries}
+    exported = trial.export(_least(found, first))
+    exported.damage, exported.tries = found.damage, found.tries
+    return exported
 
 
 def _least(found: Found, first: OverBudget) -> Kept:

@@ -73,7 +73,8 @@ from spdtool.models.load import load_model, load_tokenizer, save_tokenizer
 from spdtool.models.predict import Forward, onnx_forward
 from spdtool.plugins import targets
 from spdtool.recipe.fields import Recipe
-from spdtool.run.folder import RECORD, sha256
+from spdtool.run.fingerprint import sha256
+from spdtool.run.folder import RECORD
 
 FILE = "onnx/model.onnx"
 ONE_FILE_BYTES = 2**31 - 2**20  # protobuf cannot write more; beyond, the weights go to model.onnx_data

@@ -27,7 +27,7 @@ FLAGS = {
 ALWAYS = ("task", "sparsity", "seed")
 
 
-def of_run(run: Run) -> list[str]:
+def commands_of(run: Run) -> list[str]:
     """What to type to make the run again, that of its teacher's run first, as far as both are finished."""
     given = run.recipe.given_teacher
     home = teacher_folder(run).parent if run.done("teacher") else Path(given or "")
@@ -35,7 +35,7 @@ def of_run(run: Run) -> list[str]:
     return [*before, *_stages(run)]
 
 
-def words(recipe: Recipe) -> list[str]:
+def recipe_options(recipe: Recipe) -> list[str]:
     """The options that make `recipe`, after `spdtool compress` or `spdtool teacher`."""
     flags = {name: getattr(recipe, name) for name in FLAGS if _told(recipe, name)}
     name = recipe.name if recipe.name in recipes.recipe_names() else "default"
@@ -51,7 +51,7 @@ def _stages(run: Run) -> list[str]:
     """`compress` for a run with every stage, else a command for each stage that it has."""
     finished = [stage for stage in STAGES if run.done(stage)]
     try:
-        options = shlex.join([*words(run.recipe), "--run", str(run.path)])
+        options = shlex.join([*recipe_options(run.recipe), "--run", str(run.path)])
     except SpdError as error:
         return [f"# run.json holds the recipe, which this version cannot spell: {error.message}"]
     if len(finished) == len(STAGES) or not finished:

@@ -1,0 +1,48 @@
+"""Hashes of files and values, and what is known of the machine: a result is identified by them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from spdtool.run.records import MachineRecord
+
+PACKAGES = ("torch", "transformers", "accelerate", "onnx", "onnxruntime", "onnxruntime-gpu")
+
+
+def sha256(file: Path) -> str:
+    """Return the hex digest of a file's bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def hash_json(value: object) -> str:
+    """Return the hex digest of a value as JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def describe_machine() -> MachineRecord:
+    """Describe this machine, and the installed versions of the packages that influence results."""
+    from spdtool.run.records import MachineRecord
+
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    cpus = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):  # a container or taskset may allow fewer than there are
+        cpus = len(os.sched_getaffinity(0))
+    return MachineRecord(
+        python=platform.python_version(),
+        system=f"{platform.system()} {platform.machine()}",
+        cpus=cpus,
+        versions=versions,
+    )
