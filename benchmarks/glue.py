@@ -308,7 +308,7 @@ def best_teacher(runner: Runner, task: str, seed: int) -> tuple[str, dict[str, f
 
     def pick_score(setting: tuple[float, int]) -> float:
         folder = make_teacher(runner, task, *setting, seed=0)
-        return float(read_record(runner.work / folder, "teacher")["metrics"]["dev"]["score"])
+        return float(read_record(runner.work / folder, "teacher")["result"]["dev"]["score"])
 
     best_rate = max(((rate, EPOCHS[0]) for rate in RATES), key=pick_score)[0]
     rate, epochs = max(((best_rate, epochs) for epochs in EPOCHS), key=pick_score)
@@ -335,11 +335,13 @@ def row_of(runner: Runner, trial: Trial, teacher: str, setting: dict[str, float]
     """The row of a trial whose stages are all done."""
     run = runner.work / trial.folder
     records = {stage: read_record(run, stage) for stage in STAGES}
+    nothing = {"steps": 0, "epochs": 0}  # of a given teacher, or of a phase of no epochs
+    fits = {stage: record["result"]["fit"] or nothing for stage, record in records.items()}
     scores = {
         "teacher": score_both_halves(
-            runner, trial.task, runner.work / teacher / "teacher", records["teacher"]["metrics"]
+            runner, trial.task, runner.work / teacher / "teacher", records["teacher"]["result"]
         ),
-        "student": score_both_halves(runner, trial.task, run / "finetune", records["finetune"]["metrics"]),
+        "student": score_both_halves(runner, trial.task, run / "finetune", records["finetune"]["result"]),
     }
     commands = read_rows_of(run.with_name(f"{run.name}.commands.jsonl"))
     seconds: dict[str, float] = defaultdict(float)
@@ -357,12 +359,12 @@ def row_of(runner: Runner, trial: Trial, teacher: str, setting: dict[str, float]
         "split_seed": SPLIT_SEED,
         **scores,
         "teacher_setting": setting,
-        "after": {stage: records[stage]["metrics"]["dev"]["score"] for stage in STAGES},
+        "after": {stage: records[stage]["result"]["dev"]["score"] for stage in STAGES},
         "share_of_teacher": report["student"] / report["teacher"],
         "gap_train_report": gaps,
-        "zeros": records["finetune"]["metrics"]["sparsity"],
-        "steps": {stage: records[stage]["metrics"].get("steps", 0) for stage in STAGES},
-        "epochs": {stage: records[stage]["metrics"].get("epochs", 0) for stage in STAGES},
+        "zeros": records["finetune"]["result"]["sparsity"],
+        "steps": {stage: fit["steps"] for stage, fit in fits.items()},
+        "epochs": {stage: fit["epochs"] for stage, fit in fits.items()},
         "cpu_seconds": {stage: round(value, 1) for stage, value in seconds.items()},
         "cpu": cpu_model(),
         "machine": records["finetune"]["machine"],

@@ -38,7 +38,7 @@ def test_a_pretrained_encoder_goes_all_the_way_to_a_sparse_onnx_file(tmp_path: P
     run = Run.at(tmp_path / "run", chosen)
     for stage in (teacher, prune, distill, finetune):
         stage(run)
-    metrics = export(run)["student"]
+    metrics = export(run).student
     student = AutoModelForSequenceClassification.from_pretrained(run.path / "finetune")
     matrices = [w for name, w in student.named_parameters() if ".layer." in name and w.dim() == 2]
     assert len(matrices) == 36

@@ -24,8 +24,9 @@ rate = next((word.split("=")[2] for word in sys.argv if word.startswith("--set=t
 scores = {{"score": {{"0.0002": 0.5}}.get(rate, 0.25 if "x4-" in run.name else 0.5)}}
 (run / stage).mkdir(parents=True)
 (run / stage / "model.safetensors").write_text("weights")
-metrics = {{"dev": scores, "train": {{"score": 1.0}}, "steps": 3, "epochs": 1.0, "sparsity": 0.9}}
-record = {{"metrics": metrics, "machine": {{}}, "spdtool": "1", "finished": "today"}}
+fit = {{"steps": 3, "epochs": 1.0}}
+result = {{"dev": scores, "train": {{"score": 1.0}}, "fit": fit, "sparsity": 0.9}}
+record = {{"result": result, "machine": {{}}, "spdtool": "1", "finished": "today"}}
 (run / stage / "stage.json").write_text(json.dumps(record))
 """
 

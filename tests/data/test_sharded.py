@@ -168,11 +168,11 @@ def test_the_rows_are_told_from_others_without_reading_them(tmp_path: Path, monk
         write(tmp_path / "train" / f"{part}.csv", TEXTS, ["a", "b"] * 4)
     write(tmp_path / "dev.csv", TEXTS, ["a", "b"] * 4)
     facts = identify_rows(task(tmp_path).dataset, rows(tmp_path))
-    assert facts["rows"] == {"train": 16, "dev": 8}
+    assert facts.rows == {"train": 16, "dev": 8}
     monkeypatch.setattr(shards.Texts, "__getitem__", lambda *_: pytest.fail("read"))
     assert identify_rows(task(tmp_path).dataset, rows(tmp_path)) == facts
     write(tmp_path / "train" / "1.csv", TEXTS, ["b", "a"] * 4)
-    assert identify_rows(task(tmp_path).dataset, rows(tmp_path))["digest"] != facts["digest"]
+    assert identify_rows(task(tmp_path).dataset, rows(tmp_path)).digest != facts.digest
 
 
 def test_a_dev_label_that_no_training_row_has_is_refused(tmp_path: Path) -> None:

@@ -364,7 +364,7 @@ def test_a_full_disk_at_the_very_start_leaves_a_folder_that_can_be_used_again(
 
 HOLDER = """
     import sys, time
-    from spdtool.recipe import Recipe
+    from spdtool.recipe.fields import Recipe
     from spdtool.run.folder import Run
     with Run.at(sys.argv[1], Recipe(task="cola")).stage("teacher") as work:
         (work.folder / "model.safetensors").write_text("half")
@@ -399,8 +399,8 @@ def test_a_second_process_is_refused_and_a_killed_owner_holds_nothing(run: Run) 
 KILLED = """
     import os, shutil, signal, sys
     from pathlib import Path
-    from spdtool import run as runs
-    from spdtool.recipe import Recipe
+    from spdtool.run import folder as runs
+    from spdtool.recipe.fields import Recipe
     moment, count = sys.argv[2], 0
 
     def killing(function, name):

@@ -328,7 +328,7 @@ class TestRounding:
         self, fabricate: Fabricate, rounded: Any, capsys: pytest.CaptureFixture[str]
     ) -> None:
         run = fabricate('export.optional=["rounded"]', "export.budget=1", "export.values=int8")
-        measured = export(run)["rounded"]["student"]
+        measured = export(run).targets["rounded"].student
         assert (measured.values, measured.embeddings) == ("int8", "fp16")
         assert measured.largest_difference < 1e-4 < 1e-3 < measured.largest_change
         assert measured.sparsity == 0.75
@@ -342,7 +342,7 @@ class TestRounding:
 
     def test_stored_exactly_nothing_changes(self, fabricate: Fabricate, rounded: Any) -> None:
         sets = ("export.values=fp32", "export.embeddings=fp32")
-        measured = export(fabricate('export.optional=["rounded"]', *sets))["rounded"]["student"]
+        measured = export(fabricate('export.optional=["rounded"]', *sets)).targets["rounded"].student
         assert measured.largest_change < 1e-4
         assert measured.dev == measured.checkpoint_dev
 

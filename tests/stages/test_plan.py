@@ -45,34 +45,32 @@ def test_the_plan_says_how_the_rows_were_read(toy_run: MakeRun, toy_task: Callab
 
 def test_the_plan_says_that_a_given_teachers_labels_have_no_names(toy_run: MakeRun, toys: Any, tmp_path: Path) -> None:
     toys.bert().save_pretrained(tmp_path / "given")
-    notes = planning.make_plan(toy_run(given_teacher=str(tmp_path / "given")))["notes"]
+    notes = planning.make_plan(toy_run(given_teacher=str(tmp_path / "given"))).notes
     assert "the given teacher's labels are taken in their order: LABEL_0 is bad, LABEL_1 is good" in notes
     toys.bert(id2label={0: "good", 1: "Bad"}).save_pretrained(tmp_path / "given")
-    assert not any(
-        "order" in note for note in planning.make_plan(toy_run(given_teacher=str(tmp_path / "given")))["notes"]
-    )
+    assert not any("order" in note for note in planning.make_plan(toy_run(given_teacher=str(tmp_path / "given"))).notes)
 
 
 def test_a_derived_learning_rate_is_shown(toy_run: MakeRun, toys: Any) -> None:
-    stages = planning.make_plan(toy_run("prune.learning_rate=none", "distill.learning_rate=2e-3"))["stages"]
-    rates = {stage["stage"]: stage["learning_rate"] for stage in stages}
+    stages = planning.make_plan(toy_run("prune.learning_rate=none", "distill.learning_rate=2e-3")).stages
+    rates = {stage.stage: stage.learning_rate for stage in stages}
     assert rates["prune"] == pytest.approx(0.384 / toys.bert().config.hidden_size)
     assert rates["distill"] == 2e-3
     assert rates["export"] is None
 
 
 def test_the_weights_are_those_of_the_model(toy_run: MakeRun, toys: Any) -> None:
-    counted = planning.make_plan(toy_run(sparsity=0.3))["parameters"]
+    counted = planning.make_plan(toy_run(sparsity=0.3)).parameters
     model = toys.bert()
     sizes = [weight.numel() for weight in find_prunable_weights(model).values()]
-    assert counted["all"] == sum(parameter.numel() for parameter in model.parameters())
-    assert counted["prunable"] == sum(sizes)
-    assert counted["zeros"] == sum(round(0.3 * size) for size in sizes)
-    assert counted["emptied"] == 0
+    assert counted.all == sum(parameter.numel() for parameter in model.parameters())
+    assert counted.prunable == sum(sizes)
+    assert counted.zeros == sum(round(0.3 * size) for size in sizes)
+    assert counted.emptied == 0
 
 
 def test_a_sparsity_that_empties_matrices_is_counted(toy_run: MakeRun) -> None:
-    assert planning.make_plan(toy_run(sparsity=0.9999))["parameters"]["emptied"] == 12
+    assert planning.make_plan(toy_run(sparsity=0.9999)).parameters.emptied == 12
 
 
 def test_planning_writes_nothing_and_sees_what_is_done(toy_run: MakeRun, tmp_path: Path) -> None:
@@ -84,8 +82,8 @@ def test_planning_writes_nothing_and_sees_what_is_done(toy_run: MakeRun, tmp_pat
 
 def test_a_given_teacher_is_not_trained(toy_run: MakeRun, toys: Any, tmp_path: Path) -> None:
     toys.bert().save_pretrained(tmp_path / "given")
-    first = planning.make_plan(toy_run(given_teacher=str(tmp_path / "given")))["stages"][0]
-    assert (first["steps"], first["why"]) == (None, f"given: {tmp_path / 'given'}")
+    first = planning.make_plan(toy_run(given_teacher=str(tmp_path / "given"))).stages[0]
+    assert (first.steps, first.why) == (None, f"given: {tmp_path / 'given'}")
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def test_a_given_teachers_own_order_of_labels_is_respected(
     toy_task()
     straight = teacher(toy_run(folder="straight", given_teacher=given(id2label={0: "bad", 1: "good"})))
     turned = teacher(toy_run(folder="turned", given_teacher=given(id2label={0: "good", 1: "bad"})))
-    assert turned["dev"]["accuracy"] == pytest.approx(1 - straight["dev"]["accuracy"])
+    assert turned.dev["accuracy"] == pytest.approx(1 - straight.dev["accuracy"])
 
 
 def test_a_teacher_from_a_run_on_other_rows_is_said_to_be(

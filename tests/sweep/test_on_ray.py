@@ -84,7 +84,7 @@ def run(trials: list[sweep.Trial], cluster: Any) -> list[Row]:
 
 
 def without_seconds(rows: list[Row]) -> list[dict[str, Any]]:
-    return [row.record() | {"seconds": None} for row in rows]
+    return [row.model_dump(mode="json") | {"seconds": None} for row in rows]
 
 
 def test_the_rows_are_those_of_a_sweep_in_turn(planned: Make, ray: Any) -> None:

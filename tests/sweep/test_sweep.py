@@ -72,7 +72,7 @@ def test_the_results_are_written_as_json_markdown_and_plot(planned, tmp_path):
     rows, _ = run_all(planned(sparsities=[0.5, 0.8]))
     out = tmp_path / "sweep"
     written = json.loads((out / "sweep.json").read_text("utf-8"))["rows"]
-    assert written == [row.record() for row in rows]
+    assert written == [row.model_dump(mode="json") for row in rows]
     for record, nonzeros in zip(written, (0.5, 0.2), strict=True):
         assert record["nonzeros"] == pytest.approx(nonzeros * record["weights"], rel=0.01)
         assert record["student_gap"] == pytest.approx(record["student_train"] - record["student"])
