@@ -18,10 +18,10 @@ from filelock import FileLock
 from spdtool import plugins, sweep
 from spdtool.errors import DeviceError
 from spdtool.run.folder import LOCK
+from spdtool.run.records import StudentRow
 from spdtool.sweep import on_ray as cluster
 from spdtool.sweep import summary
 from spdtool.sweep.on_ray import Cluster
-from spdtool.sweep.rows import DONE, FAILED, STOPPED, Row
 
 SETS = (
     *(f"{stage}.max_steps=6" for stage in ("teacher", "prune", "distill", "finetune")),
@@ -79,17 +79,17 @@ def gather(tmp_path: Path) -> Callable[[int], str]:
     return gather
 
 
-def run(trials: list[sweep.Trial], cluster: Any) -> list[Row]:
+def run(trials: list[sweep.Trial], cluster: Any) -> list[StudentRow]:
     return sweep.run_sweep(trials, Path(trials[0].out), lambda line: None, cluster)
 
 
-def without_seconds(rows: list[Row]) -> list[dict[str, Any]]:
+def without_seconds(rows: list[StudentRow]) -> list[dict[str, Any]]:
     return [row.model_dump(mode="json") | {"seconds": None} for row in rows]
 
 
 def test_the_rows_are_those_of_a_sweep_in_turn(planned: Make, ray: Any) -> None:
     rows = run(planned("on ray"), Cluster())
-    assert [row.status for row in rows] == [DONE, DONE]
+    assert [row.status for row in rows] == ["done", "done"]
     assert without_seconds(rows) == without_seconds(run(planned("in turn"), sweep.in_turn))
 
 
@@ -102,7 +102,7 @@ def test_a_worker_that_dies_is_started_again(planned: Make, ray: Any, monkeypatc
     trials = planned(recipes=["gmp"])
     mark = Path(trials[0].out) / "died"
 
-    def work(trial: sweep.Trial, standings: Any, taught: Any) -> Row:
+    def work(trial: sweep.Trial, standings: Any, taught: Any) -> StudentRow:
         if not mark.exists():
             mark.touch()
             os._exit(1)
@@ -111,20 +111,20 @@ def test_a_worker_that_dies_is_started_again(planned: Make, ray: Any, monkeypatc
     monkeypatch.setattr("spdtool.sweep.on_ray._work", work)
     (row,) = run(trials, Cluster())
     assert mark.exists()
-    assert row.status == DONE
+    assert row.status == "done"
 
 
 def test_trials_run_on_every_node_of_a_cluster(
     planned: Make, nodes: Any, gather: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def work(trial: sweep.Trial, standings: Any, taught: Any) -> Row:
+    def work(trial: sweep.Trial, standings: Any, taught: Any) -> StudentRow:
         gather(2)
         return sweep.run_trial(trial)
 
     monkeypatch.setattr("spdtool.sweep.on_ray._work", work)
     sys.modules["ray"].shutdown()  # so that the cluster is found by its address
     rows = run(planned(), Cluster(nodes.address))
-    assert [row.status for row in rows] == [DONE, DONE]
+    assert [row.status for row in rows] == ["done", "done"]
     used = {file.name.split("-")[0] for file in (tmp_path / "here").iterdir()}
     assert used == {node.node_id for node in nodes.list_all_nodes()}
 
@@ -134,7 +134,7 @@ def test_trials_of_a_node_that_dies_go_on_elsewhere(
 ) -> None:
     held, doomed = tmp_path / "held", nodes.add_node()
 
-    def work(trial: sweep.Trial, standings: Any, taught: Any) -> Row:
+    def work(trial: sweep.Trial, standings: Any, taught: Any) -> StudentRow:
         if gather(3) == doomed_id:
             trial.folder.mkdir(parents=True)
             with FileLock(trial.folder / LOCK):  # as a stage in progress holds it, until Ray's worker has ended too
@@ -154,7 +154,7 @@ def test_trials_of_a_node_that_dies_go_on_elsewhere(
     rows = run(planned(recipes=["gmp"], sparsities=[0.4, 0.5, 0.6]), Cluster())
     killer.join(30)
     assert held.exists()
-    assert [row.status for row in rows] == [DONE, DONE, DONE]
+    assert [row.status for row in rows] == ["done", "done", "done"]
 
 
 def test_a_trial_waits_for_an_orphan_that_holds_its_folder(planned: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +168,7 @@ def test_a_trial_waits_for_an_orphan_that_holds_its_folder(planned: Make, monkey
     monkeypatch.setattr(
         cluster, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: orphan.release())
     )
-    assert cluster._unlocked(trial).status == DONE
+    assert cluster._unlocked(trial).status == "done"
     assert not orphan.is_locked
 
 
@@ -192,15 +192,15 @@ def test_claims_that_no_machine_meets_any_longer_end_the_sweep(
 def test_a_bug_in_a_trial_keeps_its_traceback_and_spares_the_others(
     planned: Make, ray: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def work(trial: sweep.Trial, standings: Any, taught: Any) -> Row:
+    def work(trial: sweep.Trial, standings: Any, taught: Any) -> StudentRow:
         if trial.recipe == "gmp":
             raise ZeroDivisionError("nothing to divide by")
         return sweep.run_trial(trial)
 
     monkeypatch.setattr("spdtool.sweep.on_ray._work", work)
     bad, good = run(planned(), Cluster())
-    assert (bad.status, bad.error) == (FAILED, "ZeroDivisionError: nothing to divide by")
-    assert good.status == DONE
+    assert (bad.status, bad.error) == ("failed", "ZeroDivisionError: nothing to divide by")
+    assert good.status == "done"
     assert ", in work" in capsys.readouterr().err, "the place of the bug"
 
 
@@ -208,7 +208,7 @@ def test_plugins_are_loaded_where_a_trial_runs(planned: Make, ray: Any, clean_pl
     found = f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nimport toys\n"
     (tmp_path / "plugin.py").write_text(f"{found}toys.register(toys.dataset('mine'))\n")
     plugins.use_folder(tmp_path)
-    assert [row.status for row in run(planned(tasks=["mine"], recipes=["gmp"]), Cluster())] == [DONE]
+    assert [row.status for row in run(planned(tasks=["mine"], recipes=["gmp"]), Cluster())] == ["done"]
 
 
 def test_a_hopeless_trial_is_stopped_and_stays_stopped(planned: Make, ray: Any) -> None:
@@ -217,13 +217,13 @@ def test_a_hopeless_trial_is_stopped_and_stays_stopped(planned: Make, ray: Any) 
     more = planned(recipes=["gmp"], seeds=[0, 1, 2])
     cluster = Cluster(behind=-200)  # every score is two below any median
     rows = run(more, cluster)
-    assert [row.status for row in rows] == [DONE, DONE, STOPPED]
+    assert [row.status for row in rows] == ["done", "done", "stopped"]
     assert "median of 2 other trials" in (rows[2].error or "")
     assert not (more[2].folder / "finetune").exists()
     assert run(more, cluster) == rows
     (seen,) = summary.summarise(rows)
     assert (seen.stopped, seen.student.count) == (1, 0), "the mean of the others would flatter the recipe"
-    assert [row.status for row in run(more, sweep.in_turn)] == [DONE, DONE, DONE], "without the rule it goes on"
+    assert [row.status for row in run(more, sweep.in_turn)] == ["done", "done", "done"], "without the rule it goes on"
 
 
 def test_without_ray_the_message_says_what_to_install(planned: Make, monkeypatch: pytest.MonkeyPatch) -> None:

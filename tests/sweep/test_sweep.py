@@ -14,7 +14,6 @@ from spdtool.errors import RecipeError, RunMismatch, UnknownName
 from spdtool.recipe import reading as recipe
 from spdtool.run.folder import Run
 from spdtool.stages import distill
-from spdtool.sweep.rows import DONE, FAILED
 
 QUICK = (
     *(f"{stage}.batch_size=16" for stage in ("teacher", "prune", "distill", "finetune")),
@@ -47,7 +46,7 @@ def stamps(folder):
 def test_every_trial_is_a_run_with_the_teacher_of_its_task_and_seed(planned, tmp_path):
     trials = planned(recipes=["default", "no-distillation"], seeds=[0, 1])
     rows, lines = run_all(trials)
-    assert [row.status for row in rows] == [DONE] * 4
+    assert [row.status for row in rows] == ["done"] * 4
     folder = tmp_path / "sweep" / "toy"
     names = [f"{name}-0.5-seed{seed}" for seed in (0, 1) for name in ("default", "no-distillation")]
     assert sorted(path.name for path in folder.iterdir()) == sorted([*names, "teacher-seed0", "teacher-seed1"])
@@ -111,7 +110,7 @@ def test_a_sweep_that_was_killed_goes_on(planned, tmp_path, monkeypatch):
     assert "sweep/toy/default-0.5-seed1/distill/stage.json" not in found
     assert len(json.loads((tmp_path / "sweep" / "sweep.json").read_text("utf-8"))["rows"]) == 2
     rows, _ = run_all(planned(seeds=[0, 1]))
-    assert [row.status for row in rows] == [DONE] * 2
+    assert [row.status for row in rows] == ["done"] * 2
     assert found.items() < stamps(tmp_path).items()
 
 
@@ -127,7 +126,7 @@ def test_a_changed_recipe_of_a_finished_trial_is_refused_before_anything_runs(pl
 def test_a_trial_that_fails_stands_in_the_table_and_the_others_go_on(planned, toy_task):
     toy_task("empty", train=0)
     rows, lines = run_all(planned(tasks=["empty", "toy"]))
-    assert [row.status for row in rows] == [FAILED, DONE]
+    assert [row.status for row in rows] == ["failed", "done"]
     assert "failed: DataError" in lines[0]
     assert "no rows in its train split" in rows[0].error
     assert rows[1].student is not None
@@ -137,7 +136,7 @@ def test_a_trial_is_a_plain_value_that_another_process_can_run(planned):
     (trial,) = planned()
     row = sweep.run_trial(pickle.loads(pickle.dumps(trial)))
     assert pickle.loads(pickle.dumps(row)) == row
-    assert row.status == DONE
+    assert row.status == "done"
 
 
 @pytest.mark.parametrize(
@@ -205,13 +204,13 @@ def test_two_recipes_of_one_name_are_refused(planned, tmp_path):
         planned(recipes=["default", str(tmp_path / "default.toml")])
 
 
-def test_students_left_on_the_way_are_rows_of_the_table(planned, tmp_path):
+def test_intermediate_students_are_rows_of_the_table(planned, tmp_path):
     rows, _ = run_all(planned(sparsities=[0.8], sets=(*QUICK, "prune.first=0.5", "prune.save_at=[0.5]")))
-    (left,) = rows[0].left
-    assert (left.sparsity, left.label, left.run) == (
-        0.5, "default, on the way to 0.8", "toy/default-0.8-seed0/prune/left/0.5",
+    (student,) = rows[0].students
+    assert (student.sparsity, student.label, student.run) == (
+        0.5, "default, on the way to 0.8", "toy/default-0.8-seed0/prune/students/0.5",
     )  # fmt: skip
-    assert (tmp_path / "sweep" / left.run / "config.json").is_file()
+    assert (tmp_path / "sweep" / student.run / "config.json").is_file()
     assert "default, on the way to 0.8" in (tmp_path / "sweep" / "sweep.md").read_text("utf-8")
 
 
@@ -225,7 +224,7 @@ def test_the_command_shows_a_table_and_says_what_failed_by_its_exit_code(planned
     assert "prune 3/" not in called.output  # the lines of the stages are kept back
     failing = spdtool("sweep", "--tasks", "toy,empty", *words, "--json")
     assert failing.exit_code == 3
-    assert [row["status"] for row in json.loads(failing.stdout)] == [DONE, FAILED]
+    assert [row["status"] for row in json.loads(failing.stdout)] == ["done", "failed"]
     shown = spdtool("report", tmp_path / "s", "--json")
     assert shown.exit_code == 0
     assert json.loads(shown.stdout)["page"] == str(tmp_path / "s" / "report" / "report.html")
