@@ -129,6 +129,14 @@ def test_the_readme_stays_short() -> None:
     assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 125
 
 
+def test_lines_of_prose_are_short() -> None:
+    for document in DOCUMENTS:
+        if document.name in ("log.md", "architecture.md"):
+            continue
+        for number, line in enumerate(document.read_text("utf-8").splitlines(), start=1):
+            assert len(line) <= 120 or line.startswith("|"), f"{name_of(document)}, line {number}: {len(line)}"
+
+
 def test_the_reference_has_every_command_and_option(pages: dict[str, str]) -> None:
     listed: Any = get_command(app)
     for name, command in listed.commands.items():
