@@ -101,7 +101,7 @@ def measure(run_folder: Path, python: str | None, shapes: list[str], rounds: int
     from spdtool.bench import latency
     from spdtool.export import runtime
     from spdtool.export import target as targets
-    from spdtool.export.gates.score import dev_sets
+    from spdtool.export.gates.score import prepare_dev_sets
     from spdtool.models import predict
     from spdtool.run.folder import Run
 
@@ -109,7 +109,7 @@ def measure(run_folder: Path, python: str | None, shapes: list[str], rounds: int
     exported = run_folder / "export"
     config = json.loads((exported / "teacher/config.json").read_text("utf-8"))
     export_section = recipe.export.model_copy(update={"calibration": CALIBRATION_ROWS})
-    dev = dev_sets(run_folder / "teacher", recipe.model_copy(update={"export": export_section}))
+    dev = prepare_dev_sets(run_folder / "teacher", recipe.model_copy(update={"export": export_section}))
     sparse = exported / "sparse-cpu/student"
     libraries = tuple(targets.libraries(plugins.targets.get("sparse-cpu"), sparse))
     dense = latency.Engine(

@@ -139,10 +139,10 @@ def export(
         raise RecipeError("--text and --label name columns of --data, which was not given", "add --data FILE")
     chosen = make_recipe(task=task or (None if data else "demo"), data=data, text=text, label=label, sets=sets)
     name = target or chosen.export.targets[0]
-    from spdtool.stages.export import export_any
+    from spdtool.stages.export import export_checkpoint
 
     folder = to or Path(f"{checkpoint.resolve().name}-{name}")
-    exported = export_any(checkpoint, name, folder, chosen, with_task=with_task)
+    exported = export_checkpoint(checkpoint, name, folder, chosen, with_task=with_task)
     return {"folder": str(folder), "target": name} | exported.model_dump(mode="json", exclude_none=True)
 
 
@@ -152,10 +152,10 @@ def _write_layout(run: Path | None, layout: str, to: Path | None, again: bool, s
         raise RecipeError(
             "--layout writes the bundle of a finished export", "spdtool export --layout triton --run RUN --to FOLDER"
         )
-    from spdtool.export.bundle import layouts
+    from spdtool.export.bundle.layouts import write_layout
 
     opened = Run.open(run)
-    written = layouts.write(Run(opened.path, recipe.override(opened.recipe, sets or ())), layout, to)
+    written = write_layout(Run(opened.path, recipe.override(opened.recipe, sets or ())), layout, to)
     console.say(f"{console.escape(to)}: {len(written['files'])} files in the layout {layout}")
     return written
 
@@ -179,9 +179,9 @@ def unpack(
     out: Annotated[Path, typer.Argument(help="Folder to write; it must be empty or new.")],
 ) -> Any:
     """Turn an exported folder back into a plain Hugging Face checkpoint."""
-    from spdtool.export.bundle.unpack import unpack as restore
+    from spdtool.export.bundle.unpack import unpack_checkpoint
 
-    read = restore(folder, out)
+    read = unpack_checkpoint(folder, out)
     console.say(f"{console.escape(read)} is unpacked to {console.escape(out)}")
     return {"folder": str(read), "checkpoint": str(out)}
 

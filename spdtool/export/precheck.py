@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification
 from spdtool.errors import GateError, ModelError
 from spdtool.export import runtime
 from spdtool.export import target as targets
-from spdtool.export.gates import logits as parity
+from spdtool.export.gates.logits import compare_logits
 from spdtool.export.graph import trace as onnx
 from spdtool.models.layers import TESTED_FAMILIES
 from spdtool.models.predict import onnx_forward, torch_forward
@@ -56,7 +56,7 @@ def _try(config: Any, recipe: Recipe) -> None:
     session = onnx_forward(runtime.open_session(proto.SerializeToString()))
     batches = [(f"shape {shape}", {name: np.ones(shape, np.int64) for name in names}) for shape in SHAPES]
     try:
-        parity.parity(torch_forward(model), session, batches, recipe.export.tolerance)
+        compare_logits(torch_forward(model), session, batches, recipe.export.tolerance)
     except GateError as error:
         raise ModelError(f"{config.model_type!r} is not exported as it is: {error.message}", onnx.UNTESTED) from None
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from spdtool.data.batches import evaluation_batches
 from spdtool.data.tokens import Batch, Encoded
 from spdtool.export import runtime
-from spdtool.export.gates import logits as parity
+from spdtool.export.gates.weights import check_stored_weights
 from spdtool.export.graph import float32 as twin
 from spdtool.export.graph import fp16 as half
 from spdtool.export.graph import fuse as fusion
@@ -81,7 +81,7 @@ class Rounded(Onnx):
         provider: str,  # noqa: ARG004
     ) -> None:
         """Refuse a stored weight that is not its checkpoint's, rounded; raises GateError."""
-        parity.check_stored(stored.held(protobuf.load(folder / FILE), known=True), model)
+        check_stored_weights(stored.held(protobuf.load(folder / FILE), known=True), model)
 
 
 @targets.register("onnx-fp16")

@@ -24,8 +24,7 @@ from tokenizers import Tokenizer
 from spdtool import plugins
 from spdtool.errors import DataError, DeviceError, ModelError, PluginError
 from spdtool.export import runtime
-from spdtool.export.bundle import read as bundles
-from spdtool.export.bundle.read import Bundle, longest_input
+from spdtool.export.bundle.read import Bundle, list_usable_variants, longest_input, read_json_object
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -281,9 +280,9 @@ def load(
     if library is not None and not isinstance(library, str | Path):
         raise ModelError(f"library = {library!r}: a path was expected")
     bundle, session = open_first_usable(Path(folder).expanduser(), library, provider, threads, variant)
-    config = bundles.read_json(bundle.folder / "config.json")
+    config = read_json_object(bundle.folder / "config.json")
     tokenizer_file = bundle.folder / "tokenizer_config.json"
-    tokenizer_config = bundles.read_json(tokenizer_file) if tokenizer_file.is_file() else {}
+    tokenizer_config = read_json_object(tokenizer_file) if tokenizer_file.is_file() else {}
     classifier = Classifier(session, read_tokenizer(bundle.folder), config, tokenizer_config)
     classifier.bundle, classifier.text = bundle, bundle.text
     classifier._load_arguments = (str(bundle.folder.absolute()), library, threads, provider, variant)
@@ -304,7 +303,7 @@ def open_first_usable(
 
     Only a variant with operators of its own is passed over when it does not open; a damaged file is always an error.
     """
-    candidates = bundles.candidates(folder, variant, provider)
+    candidates = list_usable_variants(folder, variant, provider)
     bundle = next(candidates)
     while True:
         try:

@@ -17,8 +17,8 @@ from typing import Any
 
 from spdtool import plugins
 from spdtool.errors import GateError, ModelError, SpdError
-from spdtool.export.bundle import read as bundles
 from spdtool.export.bundle import selftest
+from spdtool.export.bundle.read import BUNDLE_FORMAT, MANIFEST, read_manifest
 
 TIMEOUT = 1800  # seconds for the whole self-test
 
@@ -31,13 +31,13 @@ def verify_bundle(folder: Path) -> dict[str, Any]:
         GateError: a file is damaged, missing or replaced, or a model gives other logits; names which.
     """
     nested = folder / "bundle"
-    if not (folder / bundles.MANIFEST).is_file() and (nested / bundles.MANIFEST).is_file():
+    if not (folder / MANIFEST).is_file() and (nested / MANIFEST).is_file():
         folder = nested
     if not folder.is_dir():
         raise ModelError(f"there is no folder {folder}", "give RUN/export/bundle")
-    manifest = bundles.manifest(folder)
-    if manifest.get("format") != bundles.VARIANTS:
-        raise ModelError(f"{folder} is no bundle: its {bundles.MANIFEST} names no variants", "give RUN/export/bundle")
+    manifest = read_manifest(folder)
+    if manifest.get("format") != BUNDLE_FORMAT:
+        raise ModelError(f"{folder} is no bundle: its {MANIFEST} names no variants", "give RUN/export/bundle")
     report = run_selftest(folder, installed_libraries(manifest))
     if report["failures"]:
         failures = "; ".join(f"{failure['file']} {failure['what']}" for failure in report["failures"])

@@ -23,11 +23,11 @@ from spdtool.data import tokens as data
 from spdtool.errors import DeviceError, GateError, ModelError, PluginError, SpdError
 from spdtool.export import runtime
 from spdtool.export import target as targets
-from spdtool.export.bundle import write as assembly
-from spdtool.export.bundle.unpack import refuse_occupied
-from spdtool.export.gates import export_checkpoint
+from spdtool.export.bundle.unpack import require_empty_folder
+from spdtool.export.bundle.write import write_bundle
+from spdtool.export.gates import export_and_check
 from spdtool.export.gates.reference import Reference
-from spdtool.export.gates.score import Dev, dev_sets
+from spdtool.export.gates.score import DevSets, prepare_dev_sets
 from spdtool.export.graph import trace as onnx
 from spdtool.export.target import Chosen
 from spdtool.models.load import load_tokenizer
@@ -51,7 +51,7 @@ def export(run: Run) -> ExportResult:
     further, absent = targets.offered(recipe.export)
     providers = runtime.working(recipe.device)
     checkpoints = {"teacher": run.read("teacher"), "student": run.read("finetune")}
-    dev = {role: dev_sets(path, recipe, run.record_data) for role, path in checkpoints.items()}
+    dev = {role: prepare_dev_sets(path, recipe, run.record_data) for role, path in checkpoints.items()}
     references = {role: Reference(path, dev[role], recipe) for role, path in checkpoints.items()}
     for name, error in absent.items():
         _leave_out(name, error)
@@ -73,7 +73,7 @@ def export(run: Run) -> ExportResult:
                 console.warn(f"{choice.name} is not shipped: {reason}{_untried(choice, recipe)}")
                 _remove(choice, work)
                 result.refused[choice.name] = reason
-        lacking = assembly.assemble(work.folder, checkpoints["student"], recipe, result)
+        lacking = write_bundle(work.folder, checkpoints["student"], recipe, result)
         if lacking:
             console.warn(f"there is no bundle to serve: {lacking}")
     _raise_refused(result, recipe)
@@ -99,7 +99,7 @@ def _raise_refused(result: ExportResult, recipe: Recipe) -> None:
         )
 
 
-def export_any(checkpoint: Path, name: str, folder: Path, recipe: Recipe, *, with_task: bool) -> ExportedModel:
+def export_checkpoint(checkpoint: Path, name: str, folder: Path, recipe: Recipe, *, with_task: bool) -> ExportedModel:
     """Export a checkpoint that belongs to no run to `folder`; return what was measured.
 
     Args:
@@ -115,16 +115,18 @@ def export_any(checkpoint: Path, name: str, folder: Path, recipe: Recipe, *, wit
         GateError: the exported file is not its checkpoint; nothing is left of it.
     """
     target = plugins.targets.get(name)
-    refuse_occupied(folder)
+    require_empty_folder(folder)
     providers = runtime.working(recipe.device)
     if not checkpoint.is_dir():
         raise ModelError(f"there is no folder {checkpoint}", "give a folder with config.json and model.safetensors")
     dev = (
-        dev_sets(checkpoint, recipe) if with_task else Dev(None, {"dev": data.empty_split(load_tokenizer(checkpoint))})
+        prepare_dev_sets(checkpoint, recipe)
+        if with_task
+        else DevSets(None, {"dev": data.empty_split(load_tokenizer(checkpoint))})
     )
     shown = f"exporting {checkpoint} ({name}) and holding it against its checkpoint"
     with replacing(folder) as partial, console.busy(shown), onnx.remembering():
-        exported = export_checkpoint(target, Reference(checkpoint, dev, recipe), partial, providers)
+        exported = export_and_check(target, Reference(checkpoint, dev, recipe), partial, providers)
     _tell(str(folder), exported)
     return exported
 
@@ -134,7 +136,7 @@ def _export_target(choice: Chosen, work: Stage, references: dict[str, Reference]
     for role in targets.roles(choice.target):
         folder = work.folder / choice.prefix / role
         with console.busy(f"exporting the {role} ({choice.name}) and holding it against its checkpoint"):
-            models[role] = export_checkpoint(choice.target, references[role], folder, providers)
+            models[role] = export_and_check(choice.target, references[role], folder, providers)
         _tell(f"{role} ({choice.name})" if choice.prefix else role, models[role])
     return TargetExport(student=models["student"], teacher=models.get("teacher"))
 

@@ -24,8 +24,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from spdtool.errors import GateError
-from spdtool.export.bundle import layouts
-from spdtool.export.bundle import read as bundle
+from spdtool.export.bundle.layouts import write_layout
+from spdtool.export.bundle.read import read_manifest
 from spdtool.recipe import reading as recipe
 from spdtool.run.folder import Run
 from spdtool.stages.distill import distill
@@ -193,7 +193,7 @@ def test_plain_onnxruntime_gives_the_student_s_predictions(servable: Path, rows:
 
 
 def test_the_onnx_checker(servable: Path) -> None:
-    manifest = bundle.manifest(servable)
+    manifest = read_manifest(servable)
     for name, facts in manifest["variants"].items():
         model = onnx.load(servable / facts["file"])
         standard = {entry.domain for entry in model.opset_import} <= {"", "ai.onnx"}
@@ -206,7 +206,7 @@ def test_the_onnx_checker(servable: Path) -> None:
 def test_triton_reads_its_repository(device: str, kind: str, run: Run, python: Make, tmp_path: Path) -> None:
     interpreter = python("triton", "tritonclient[grpc]")
     chosen = Run(run.path, run.recipe.model_copy(update={"device": device}))
-    layouts.write(chosen, "triton", tmp_path / "my.model")
+    write_layout(chosen, "triton", tmp_path / "my.model")
     models = answer([interpreter, HERE / "triton_config.py", tmp_path / "my.model"], None)["models"]
     assert set(models) == {"my_model", "my_model_tokenizer", "my_model_model"}
     assert models["my_model_model"]["backend"] == "onnxruntime"

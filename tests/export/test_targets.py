@@ -15,10 +15,10 @@ from onnx import TensorProto, helper, numpy_helper
 from spdtool import plugins
 from spdtool.data import tokens as data
 from spdtool.errors import GateError, RecipeError
-from spdtool.export import gates, runtime
-from spdtool.export.gates import score as changes
+from spdtool.export import runtime
+from spdtool.export.gates import export_and_check
 from spdtool.export.gates.reference import Reference
-from spdtool.export.gates.score import Change, Dev
+from spdtool.export.gates.score import DevComparison, DevSets, compare_predictions
 from spdtool.export.graph import float32 as twin
 from spdtool.export.graph import fp16 as half
 from spdtool.export.graph import fuse as fusion
@@ -52,24 +52,24 @@ def proto(checkpoint: Path) -> onnx.ModelProto:
 
 
 @pytest.fixture
-def dev(checkpoint: Path, toys: ModuleType, toy_task: Callable[..., Any]) -> Dev:
+def dev(checkpoint: Path, toys: ModuleType, toy_task: Callable[..., Any]) -> DevSets:
     """A task whose gold labels are what the model says."""
     task = toy_task()
     rows = data.encode_splits(toys.tokenizer(), {"dev": toys.rows(40), "train": toys.rows(32, 5)}, 32)
-    return Dev(task, {"dev": rows["dev"]}, rows["train"])
+    return DevSets(task, {"dev": rows["dev"]}, rows["train"])
 
 
 Export = Callable[..., tuple[dict[str, Any], Path]]
 
 
 @pytest.fixture
-def export(checkpoint: Path, tmp_path: Path, dev: Dev, toys: ModuleType) -> Export:
+def export(checkpoint: Path, tmp_path: Path, dev: DevSets, toys: ModuleType) -> Export:
     """`export("onnx-int8", "export.budget=1")`: a target's metrics and folder, once its files passed the gates."""
 
     def make(name: str, *sets: str, source: Path = checkpoint, target: Any = None) -> tuple[dict[str, Any], Path]:
         recipe = toys.recipe("export.sentences=6", *sets)
         found = target or plugins.targets.get(name)
-        return gates.export_checkpoint(found, Reference(source, dev, recipe), tmp_path / name, ["cpu"]), tmp_path / name
+        return export_and_check(found, Reference(source, dev, recipe), tmp_path / name, ["cpu"]), tmp_path / name
 
     return make
 
@@ -140,7 +140,7 @@ def test_static_int8_rounds_what_goes_into_a_product_with_a_weight_and_nothing_e
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_two_exports_are_byte_identical(name: str, checkpoint: Path, tmp_path: Path, dev: Dev, toys: Any) -> None:
+def test_two_exports_are_byte_identical(name: str, checkpoint: Path, tmp_path: Path, dev: DevSets, toys: Any) -> None:
     target = plugins.targets.get(name)
     more = {"rows": dev.train} if name == "onnx-int8-static" else {}
     for place in ("a", "b"):
@@ -304,30 +304,30 @@ def test_a_portable_file_has_no_other_operators(export: Export) -> None:
         export("onnx", target=Foreign)
 
 
-def test_static_int8_needs_rows(checkpoint: Path, tmp_path: Path, dev: Dev, toys: ModuleType) -> None:
-    target, without = plugins.targets.get("onnx-int8-static"), Dev(None, dev.sets)
+def test_static_int8_needs_rows(checkpoint: Path, tmp_path: Path, dev: DevSets, toys: ModuleType) -> None:
+    target, without = plugins.targets.get("onnx-int8-static"), DevSets(None, dev.sets)
     with pytest.raises(RecipeError, match="calibrated on rows of a task"):
-        gates.export_checkpoint(target, Reference(checkpoint, without, toys.recipe()), tmp_path / "out", ["cpu"])
+        export_and_check(target, Reference(checkpoint, without, toys.recipe()), tmp_path / "out", ["cpu"])
 
 
 def test_layers_that_break_the_budget_stay_in_float32(
     export: Export, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The budget is met once layer 0 is left alone: by decree, for a toy's predictions seldom flip."""
-    real = changes.compare
+    real = compare_predictions
 
-    def compare(task: Any, reference: Any, found: Any, rows: Any, tolerance: float) -> Change:
+    def compare(task: Any, reference: Any, found: Any, rows: Any, tolerance: float) -> DevComparison:
         change = real(task, reference, found, rows, tolerance)
         held = {tensor.name for tensor in current().graph.initializer}
         spared = any("layer.0" in name and name.endswith("intermediate.dense.weight.T") for name in held)
         metrics = {name: value - (0 if spared else 0.5) for name, value in change.checkpoint.items()}
-        return Change(metrics, change.checkpoint, 9, change.rows, change.difference, 0 if spared else 9)
+        return DevComparison(metrics, change.checkpoint, 9, change.rows, change.difference, 0 if spared else 9)
 
     def current() -> onnx.ModelProto:
         return onnx.load(written[-1])
 
     written: list[Path] = []
-    monkeypatch.setattr(changes, "compare", compare)
+    monkeypatch.setattr("spdtool.export.gates.compare_predictions", compare)
     monkeypatch.setattr(portable, "write", lambda proto, file: written.append(file) or write(proto, file))
     metrics, folder = export("onnx-int8")
     assert "bert.encoder.layer.0" in metrics.kept_fp32

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from spdtool import plugins
-from spdtool.export.bundle import write as assembly
+from spdtool.export.bundle.write import write_bundle
 from spdtool.export.graph.trace import Onnx
 from spdtool.models.load import save_model
 from spdtool.recipe.fields import Recipe
@@ -42,7 +42,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> tuple[P
         Onnx.export(folder / "checkpoint", folder / "export/student", recipe)
         Onnx.export(folder / "checkpoint", folder / "export/onnx-fp16/student", recipe)
         metrics = {"student": MEASURED, "onnx-fp16": {"student": MEASURED | {"largest_change": 0.01}}}
-        assert assembly.assemble(folder / "export", folder / "checkpoint", recipe, metrics) is None
+        assert write_bundle(folder / "export", folder / "checkpoint", recipe, metrics) is None
     finally:
         plugins.datasets.unregister("served")
     return folder / "export", folder / "checkpoint", recipe, metrics

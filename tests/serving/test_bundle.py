@@ -1,4 +1,4 @@
-"""The servable folder as `assembly.py` makes it, the library that opens it, and the layouts made of it."""
+"""The servable folder as `bundle.write` makes it, the library that opens it, and the layouts made of it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from transformers import AutoModelForSequenceClassification
 import spdtool
 from spdtool import plugins
 from spdtool.errors import DataError, DeviceError, ModelError, PluginError, RunError, StageMissing, UnknownName
-from spdtool.export.bundle import card, layouts
-from spdtool.export.bundle import write as assembly
+from spdtool.export.bundle.card import render_card
+from spdtool.export.bundle.layouts import write_layout, write_triton_layout
+from spdtool.export.bundle.write import write_bundle
 from spdtool.run.folder import Run
 from spdtool.serving import classifier
 
@@ -88,7 +89,7 @@ def test_the_card_names_what_the_student_was_made_from(
     given = {name: value for name, value in flags.items() if name != "student"}
     recipe = toys.recipe(**{"task": "plain"} | given).model_copy(update=student)
     places = {name: str(tmp_path) for name in ("model", "given_teacher", "student") if flags.get(name) == "FOLDER"}
-    text = card.card(recipe.model_copy(update=places), {"onnx": assembled()}, {})
+    text = render_card(recipe.model_copy(update=places), {"onnx": assembled()}, {})
     found = [line for line in text.splitlines() if line.startswith("base_model:")]
     assert found == ([] if base is None else [f'base_model: "{base}"'])
     assert str(tmp_path) not in text
@@ -104,9 +105,9 @@ def test_without_the_portable_target_or_a_fast_tokenizer_there_is_none(
     export, checkpoint, recipe, metrics = stage
     copied = shutil.copytree(export, tmp_path / "export")
     (copied / "student/tokenizer.json").unlink()
-    assert "no tokenizer.json" in str(assembly.assemble(copied, checkpoint, recipe, metrics))
+    assert "no tokenizer.json" in str(write_bundle(copied, checkpoint, recipe, metrics))
     other = toys.recipe('export.targets=["onnx-fp16"]', task="served")
-    assert "'onnx' was not exported" in str(assembly.assemble(copied, checkpoint, other, metrics))
+    assert "'onnx' was not exported" in str(write_bundle(copied, checkpoint, other, metrics))
 
 
 # Opening it ---------------------------------------------------------------------------------------------------------
@@ -215,14 +216,14 @@ def run(stage: Stage, tmp_path: Path) -> Run:
 
 
 def test_the_layout_of_the_hub(run: Run, tmp_path: Path, servable: Path) -> None:
-    told = layouts.write(run, "hub", tmp_path / "hub")
+    told = write_layout(run, "hub", tmp_path / "hub")
     names = {file.relative_to(servable).as_posix() for file in servable.rglob("*") if file.is_file()}
     assert set(told["files"]) == names | {".gitattributes"}
     assert "*.onnx filter=lfs" in (tmp_path / "hub/.gitattributes").read_text()
 
 
 def test_the_layout_of_triton(run: Run, tmp_path: Path) -> None:
-    told = layouts.write(run, "triton", tmp_path / "my model")
+    told = write_layout(run, "triton", tmp_path / "my model")
     assert {name.split("/")[0] for name in told["files"]} == {"my_model", "my_model_tokenizer", "my_model_model"}
     config = (tmp_path / "my model/my_model_model/config.pbtxt").read_text()
     assert 'backend: "onnxruntime"' in config
@@ -246,7 +247,7 @@ def test_the_tokenizer_step_gives_what_the_library_gives(
     stub.TritonError = str
     stub.get_input_tensor_by_name = lambda request, name: request.get(name)
     monkeypatch.setitem(__import__("sys").modules, "triton_python_backend_utils", stub)
-    layouts.write(run, "triton", tmp_path / "m")
+    write_layout(run, "triton", tmp_path / "m")
     scope: dict[str, Any] = {}
     exec((tmp_path / "m/m_tokenizer/1/model.py").read_text(), scope)
     step = scope["TritonPythonModel"]()
@@ -272,7 +273,7 @@ def test_the_tokenizer_step_gives_what_the_library_gives(
 def test_the_layout_of_triton_has_the_texts_of_the_task(run: Run, either: Path, single: Path) -> None:
     def inputs(bundle: Path, folder: Path) -> str:
         folder.mkdir()
-        layouts.triton(bundle, folder, "cpu", "m")
+        write_triton_layout(bundle, folder, "cpu", "m")
         configs = [(folder / name / "config.pbtxt").read_text() for name in ("m", "m_tokenizer")]
         taken = {text[text.index("input [") :].split("]\n")[0] for text in configs}
         assert len(taken) == 1
@@ -286,11 +287,11 @@ def test_the_layout_of_triton_has_the_texts_of_the_task(run: Run, either: Path, 
 
 def test_a_layout_that_cannot_be_written(run: Run, tmp_path: Path, spdtool: Any) -> None:
     with pytest.raises(UnknownName, match="no layout 'tritn'"):
-        layouts.write(run, "tritn", tmp_path / "x")
+        write_layout(run, "tritn", tmp_path / "x")
     with pytest.raises(RunError, match="not an empty folder"):
-        layouts.write(run, "hub", run.path)
+        write_layout(run, "hub", run.path)
     with pytest.raises(StageMissing):
-        layouts.write(Run.at(tmp_path / "none", run.recipe), "hub", tmp_path / "x")
+        write_layout(Run.at(tmp_path / "none", run.recipe), "hub", tmp_path / "x")
     for words in (("--layout", "hub", "--run", run.path), ("--layout", "hub", "--to", tmp_path / "x")):
         assert spdtool("export", *words).exit_code == 2
     called = spdtool("export", "--layout", "hub", "--run", run.path, "--to", tmp_path / "out", "--json")

@@ -28,12 +28,12 @@ from spdtool.errors import (
     UnknownName,
 )
 from spdtool.export import runtime
-from spdtool.export.gates.score import Change, Dev, compare, exceeds
+from spdtool.export.gates.score import DevComparison, DevSets, compare_predictions, metric_over_budget
 from spdtool.export.graph.trace import Onnx
 from spdtool.models.layers import find_prunable_weights
 from spdtool.models.load import save_model
 from spdtool.run.folder import Run
-from spdtool.stages.export import export, export_any
+from spdtool.stages.export import export, export_checkpoint
 from spdtool.tasks import Task
 
 Fabricate = Callable[..., Run]
@@ -191,7 +191,7 @@ def test_a_changed_dev_metric_is_refused(
 def test_compare_counts_flips_and_every_dev_set(toys: ModuleType, toy_task: Callable[..., Task]) -> None:
     task = toy_task()
     rows = toys.rows(6)
-    dev = Dev(task, data.encode_splits(toys.tokenizer(), {"dev": rows, "dev_mm": rows}, 32))
+    dev = DevSets(task, data.encode_splits(toys.tokenizer(), {"dev": rows, "dev_mm": rows}, 32))
 
     def answer(sign: float) -> Callable[[Any], np.ndarray]:
         def forward(batch: Any) -> np.ndarray:
@@ -200,7 +200,7 @@ def test_compare_counts_flips_and_every_dev_set(toys: ModuleType, toy_task: Call
 
         return forward
 
-    change = compare(task, dev.predict(answer(1.0)), dev.predict(answer(-2.0)), dev.sets, 1e-4)
+    change = compare_predictions(task, dev.predict(answer(1.0)), dev.predict(answer(-2.0)), dev.sets, 1e-4)
     assert change.checkpoint == {"score": 1.0, "accuracy": 1.0, "accuracy_mm": 1.0}
     assert change.metrics["accuracy"] == change.metrics["accuracy_mm"] < 1
     assert change.flipped == 2 * 6 * (1 - change.metrics["accuracy"])
@@ -211,19 +211,19 @@ def test_compare_counts_flips_and_every_dev_set(toys: ModuleType, toy_task: Call
     ("after", "worse", "refused"), [(0.98, 1, False), (0.98, 2, True), (0.999, 9, False), (float("nan"), 0, True)]
 )
 def test_one_prediction_is_never_over_the_budget(after: float, worse: int, refused: bool) -> None:
-    change = Change({"accuracy": after}, {"accuracy": 1.0}, worse, 50, 0.1, worse)
-    assert exceeds(change, 0.002) == ("accuracy" if refused else None)
+    change = DevComparison({"accuracy": after}, {"accuracy": 1.0}, worse, 50, 0.1, worse)
+    assert metric_over_budget(change, 0.002) == ("accuracy" if refused else None)
 
 
 def test_compare_takes_a_regression_by_its_values(toys: ModuleType, toy_task: Callable[..., Task]) -> None:
     task = toy_task(labels=())
-    dev = Dev(task, data.encode_splits(toys.tokenizer(), {"dev": toys.rows(6, labels=1)}, 32))
+    dev = DevSets(task, data.encode_splits(toys.tokenizer(), {"dev": toys.rows(6, labels=1)}, 32))
 
     def answer(shift: float) -> Any:
         return dev.predict(lambda batch: batch["labels"][:, None] + np.float32(shift) * (batch["labels"] > 1)[:, None])
 
-    assert compare(task, answer(0), answer(1e-6), dev.sets, 1e-4).flipped == 0
-    assert compare(task, answer(0), answer(1e-2), dev.sets, 1e-4).flipped == 3
+    assert compare_predictions(task, answer(0), answer(1e-6), dev.sets, 1e-4).flipped == 0
+    assert compare_predictions(task, answer(0), answer(1e-2), dev.sets, 1e-4).flipped == 3
 
 
 def test_a_second_target_lies_under_its_name(fabricate: Fabricate, clean_plugins: None) -> None:
@@ -372,13 +372,13 @@ class TestRounding:
     def test_the_budget_goes_by_the_storage(
         self, values: str, budget: str, fabricate: Fabricate, rounded: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def worse(*given: Any) -> Change:
-            change = compare(*given)
+        def worse(*given: Any) -> DevComparison:
+            change = compare_predictions(*given)
             metrics = {name: value - 0.0051 for name, value in change.metrics.items()}
             return replace(change, metrics=metrics, worse=2) if len(seen) == 2 else seen.append(change) or change
 
-        seen: list[Change] = []  # those of teacher and student, of which nothing is rounded
-        monkeypatch.setattr("spdtool.export.gates.score.compare", worse)
+        seen: list[DevComparison] = []  # those of teacher and student, of which nothing is rounded
+        monkeypatch.setattr("spdtool.export.gates.compare_predictions", worse)
         run = fabricate('export.targets=["onnx", "rounded"]', f"export.values={values}")
         with pytest.raises(GateError, match="of 20 predictions flipped") as caught:
             export(run)
@@ -386,7 +386,7 @@ class TestRounding:
 
 
 class TestOfNoRun:
-    """`export_any`: a checkpoint that nobody trained here."""
+    """`export_checkpoint`: a checkpoint that nobody trained here."""
 
     @pytest.fixture
     def checkpoint(self, fabricate: Fabricate, tmp_path: Path) -> Path:
@@ -399,7 +399,7 @@ class TestOfNoRun:
     def test_without_data_random_tokens_are_compared(
         self, checkpoint: Path, rounded: Any, tmp_path: Path, toys: ModuleType, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        found = export_any(checkpoint, "rounded", tmp_path / "out", toys.recipe(), with_task=False)
+        found = export_checkpoint(checkpoint, "rounded", tmp_path / "out", toys.recipe(), with_task=False)
         assert 0 < found.largest_difference < 1e-4
         assert "shape" in found.largest_difference_at
         assert found.dev is None
@@ -410,21 +410,21 @@ class TestOfNoRun:
     def test_with_a_task_its_dev_set_counts_too(
         self, checkpoint: Path, tmp_path: Path, toys: ModuleType, clean_plugins: None
     ) -> None:
-        found = export_any(checkpoint, "onnx", tmp_path / "out", toys.recipe(), with_task=True)
+        found = export_checkpoint(checkpoint, "onnx", tmp_path / "out", toys.recipe(), with_task=True)
         assert (found.rows, found.flipped) == (20, 0)
         assert found.dev == found.checkpoint_dev
 
     def test_a_fault_leaves_nothing(self, checkpoint: Path, tmp_path: Path, toys: ModuleType, rounded: Any) -> None:
         rounded.audit = staticmethod(lambda folder: {})
         with pytest.raises(GateError, match="no such matrix"):
-            export_any(checkpoint, "rounded", tmp_path / "out", toys.recipe(), with_task=False)
+            export_checkpoint(checkpoint, "rounded", tmp_path / "out", toys.recipe(), with_task=False)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "theirs"]
 
     def test_what_lies_in_the_way_is_not_touched(self, checkpoint: Path, toys: ModuleType, tmp_path: Path) -> None:
         with pytest.raises(RunError, match="is not an empty folder"):
-            export_any(checkpoint, "onnx", checkpoint, toys.recipe(), with_task=False)
+            export_checkpoint(checkpoint, "onnx", checkpoint, toys.recipe(), with_task=False)
         with pytest.raises(ModelError, match="there is no folder"):
-            export_any(tmp_path / "none", "onnx", tmp_path / "out", toys.recipe(), with_task=False)
+            export_checkpoint(tmp_path / "none", "onnx", tmp_path / "out", toys.recipe(), with_task=False)
 
     def test_a_tokenizer_of_another_model_is_refused(
         self, toys: ModuleType, toy_task: Callable[..., Task], tmp_path: Path
@@ -432,5 +432,5 @@ class TestOfNoRun:
         toy_task()
         save_model(toys.bert(vocab_size=9), toys.tokenizer(), tmp_path / "small")
         with pytest.raises(ModelError, match="the model has 9 word embeddings"):
-            export_any(tmp_path / "small", "onnx", tmp_path / "out", toys.recipe(), with_task=True)
+            export_checkpoint(tmp_path / "small", "onnx", tmp_path / "out", toys.recipe(), with_task=True)
         assert not (tmp_path / "out").exists()

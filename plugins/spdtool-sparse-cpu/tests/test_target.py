@@ -15,7 +15,7 @@ from spdtool_sparse_cpu.target import SparseCpu
 
 from spdtool import plugins
 from spdtool.errors import DeviceError, ModelError
-from spdtool.export.gates import logits as parity
+from spdtool.export.gates.weights import check_zeros
 from spdtool.models.layers import count_zeros, find_prunable_weights
 from spdtool.models.load import load_model, save_model
 from spdtool.models.predict import torch_forward
@@ -83,7 +83,7 @@ def test_folder_manifest_and_weights(toys, reference, checkpoints, tmp_path, arc
     assert str(tmp_path) not in (folder / "manifest.json").read_text()
 
     model = load_model(checkpoint, eager=True)
-    parity.check_zeros(SparseCpu.audit(folder), count_zeros(checkpoint, list(find_prunable_weights(model))))
+    check_zeros(SparseCpu.audit(folder), count_zeros(checkpoint, list(find_prunable_weights(model))))
     held = dict(SparseCpu.weights(folder))
     assert len(list(SparseCpu.weights(folder))) == len(held)
     parameters = {name: value.detach().numpy() for name, value in model.named_parameters(remove_duplicate=False)}
@@ -107,7 +107,7 @@ def test_zeros_survive_every_way_of_storing(toys, checkpoints, tmp_path, archite
     checkpoint = checkpoints(architecture)
     SparseCpu.export(checkpoint, tmp_path / "out", toys.recipe(*sets(values, embeddings)))
     model = load_model(checkpoint)
-    parity.check_zeros(SparseCpu.audit(tmp_path / "out"), count_zeros(checkpoint, list(find_prunable_weights(model))))
+    check_zeros(SparseCpu.audit(tmp_path / "out"), count_zeros(checkpoint, list(find_prunable_weights(model))))
     assert {name for name, _ in SparseCpu.weights(tmp_path / "out")} == {name for name, _ in model.named_parameters()}
 
 

@@ -35,7 +35,7 @@ whose libraries are there, and checks every sha256 of `manifest.json`.
 DTYPES = {"onnx/model.onnx": "fp32", "onnx/model_fp16.onnx": "fp16", "onnx/model_quantized.onnx": "q8"}
 
 
-def card(recipe: Recipe, variants: Mapping[str, Variant], config: Mapping[str, Any]) -> str:
+def render_card(recipe: Recipe, variants: Mapping[str, Variant], config: Mapping[str, Any]) -> str:
     """The text of README.md.
 
     Args:

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from spdtool.errors import ModelError, StageMissing, UnknownName
-from spdtool.export.bundle import read as bundle
-from spdtool.export.bundle import write as assembly
-from spdtool.export.bundle.unpack import refuse_occupied
+from spdtool.export.bundle.read import MANIFEST, read_json_object, read_manifest
+from spdtool.export.bundle.unpack import require_empty_folder
+from spdtool.export.bundle.write import BUNDLE_FOLDER, GOLDEN_FILE, PORTABLE_TARGET
 from spdtool.run.folder import Run, replacing
 
 LARGE = ("*.onnx", "*.onnx_data", "*.so", "*.dylib", "*.dll")
@@ -31,7 +31,7 @@ GPU = """# On a GPU this is the CUDA provider, as was measured. TensorRT is not 
 instance_group [ { count: 1 kind: KIND_GPU } ]"""
 
 
-def write(run: Run, layout: str, folder: Path) -> dict[str, Any]:
+def write_layout(run: Run, layout: str, folder: Path) -> dict[str, Any]:
     """Write the bundle of a run in a layout; return what was written.
 
     Raises:
@@ -42,9 +42,9 @@ def write(run: Run, layout: str, folder: Path) -> dict[str, Any]:
     """
     if layout not in LAYOUTS:
         raise UnknownName("layout", layout, LAYOUTS)
-    refuse_occupied(folder)
-    source = run.read("export") / assembly.FOLDER
-    if not (source / bundle.MANIFEST).is_file():
+    require_empty_folder(folder)
+    source = run.read("export") / BUNDLE_FOLDER
+    if not (source / MANIFEST).is_file():
         raise StageMissing(f"the export of {run.path} has no bundle", f"spdtool export --run {run.path} --again")
     with replacing(folder) as partial:
         partial.mkdir()
@@ -53,22 +53,22 @@ def write(run: Run, layout: str, folder: Path) -> dict[str, Any]:
     return {"folder": str(folder), "layout": layout, "files": files}
 
 
-def hub(source: Path, folder: Path, _device: str, _name: str) -> None:
+def write_hub_layout(source: Path, folder: Path, _device: str, _name: str) -> None:
     """The bundle as a repository of the Hugging Face hub."""
     shutil.copytree(source, folder, dirs_exist_ok=True)
     lines = [f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LARGE]
     (folder / ".gitattributes").write_text("".join(lines), "utf-8")
 
 
-def triton(source: Path, folder: Path, device: str, name: str) -> None:
+def write_triton_layout(source: Path, folder: Path, device: str, name: str) -> None:
     """The bundle as a Triton model repository of three models: `name`, `name_tokenizer`, `name_model`.
 
     On a GPU the fp16 variant is taken, where it was seen to run there; else the portable one: a library of custom
     operators would have to be built for the onnxruntime inside of Triton.
     """
-    said, golden = bundle.manifest(source), bundle.read_json(source / assembly.GOLDEN)
+    said, golden = read_manifest(source), read_json_object(source / GOLDEN_FILE)
     gpu = device == "cuda"
-    chosen = said["variants"][said["prefer"]["cuda"][0]] if gpu else said["variants"][assembly.PORTABLE]
+    chosen = said["variants"][said["prefer"]["cuda"][0]] if gpu else said["variants"][PORTABLE_TARGET]
     inputs = _inputs(source / chosen["file"])
     labels = golden["labels"]
     texts = _texts(said.get("text"))
@@ -82,7 +82,7 @@ def triton(source: Path, folder: Path, device: str, name: str) -> None:
             shutil.copyfile(source / further, version["_model"] / Path(further).name)
     shutil.copyfile(Path(__file__).with_name(TOKENIZER), version["_tokenizer"] / "model.py")
     shutil.copyfile(source / "tokenizer.json", version["_tokenizer"] / "tokenizer.json")
-    tokens = bundle.read_json(source / "tokenizer_config.json")
+    tokens = read_json_object(source / "tokenizer_config.json")
     settings = {
         "max_length": golden["max_length"],
         "truncation_side": tokens.get("truncation_side", "right"),
@@ -92,11 +92,11 @@ def triton(source: Path, folder: Path, device: str, name: str) -> None:
     }
     (version["_tokenizer"] / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
     (version[""].parent / "labels.txt").write_text("\n".join(labels) + "\n", "utf-8")
-    for part, text in configurations(name, inputs, len(labels), texts, gpu=gpu).items():
+    for part, text in triton_configurations(name, inputs, len(labels), texts, gpu=gpu).items():
         (folder / f"{name}{part}" / "config.pbtxt").write_text(text, "utf-8")
 
 
-def configurations(
+def triton_configurations(
     name: str, inputs: list[str], labels: int, texts: Mapping[str, bool], *, gpu: bool
 ) -> dict[str, str]:
     """By suffix of the model's name, the text of its config.pbtxt.
@@ -178,4 +178,4 @@ def _name(folder: Path) -> str:
     return "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in folder.resolve().name)
 
 
-LAYOUTS: dict[str, Callable[[Path, Path, str, str], None]] = {"hub": hub, "triton": triton}
+LAYOUTS: dict[str, Callable[[Path, Path, str, str], None]] = {"hub": write_hub_layout, "triton": write_triton_layout}

@@ -22,10 +22,10 @@ from spdtool.errors import ModelError, UnknownName
 from spdtool.run.fingerprint import sha256
 
 MANIFEST = "manifest.json"
-FORMAT = 1
-VARIANTS = 2  # the format of a manifest that names several
-MODEL = "onnx/model.onnx"
-COMMON = ("config.json", "tokenizer.json", "tokenizer_config.json")
+FOLDER_FORMAT = 1
+BUNDLE_FORMAT = 2  # the format of a manifest that names several
+MODEL_FILE = "onnx/model.onnx"
+SHARED_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 STUDENT = "student"
 NO_LIMIT = 10**9  # a tokenizer without a limit writes a number above this as its model_max_length
 DEFAULT_LENGTH = 512  # where neither the tokenizer nor the model says how long an input may be
@@ -63,7 +63,7 @@ class Bundle:
     text: tuple[str, ...] | None = None
 
 
-def read(folder: Path) -> Bundle:
+def read_bundle(folder: Path) -> Bundle:
     """The bundle in `folder`, or in its `student`; of several variants, the portable one.
 
     Raises:
@@ -71,10 +71,10 @@ def read(folder: Path) -> Bundle:
             not the one that was exported.
     """
     folder, said = _open(folder)
-    if said.get("format") == VARIANTS:
+    if said.get("format") == BUNDLE_FORMAT:
         portable = next(name for name, facts in said["variants"].items() if facts["file"] == said["model"])
         return _variant(folder, said, portable)
-    model = _inside(folder, said.get("model", MODEL))
+    model = _inside(folder, said.get("model", MODEL_FILE))
     _refuse_missing(folder, model)
     for name, facts in said.get("files", {}).items():
         file = _inside(folder, name)
@@ -83,7 +83,7 @@ def read(folder: Path) -> Bundle:
     return Bundle(folder, model, said.get("target"), said.get("library") or {})
 
 
-def candidates(folder: Path, variant: str | None = None, provider: str = "cpu") -> Iterator[Bundle]:
+def list_usable_variants(folder: Path, variant: str | None = None, provider: str = "cpu") -> Iterator[Bundle]:
     """What `folder` offers on a provider, the best first; its files are checked when it is asked for.
 
     Args:
@@ -91,17 +91,17 @@ def candidates(folder: Path, variant: str | None = None, provider: str = "cpu") 
 
     Raises:
         UnknownName: there is no such variant.
-        ModelError: as `read` does.
+        ModelError: as `read_bundle` does.
     """
     inside, said = _open(folder)
-    if said.get("format") != VARIANTS:
+    if said.get("format") != BUNDLE_FORMAT:
         if variant is not None:
             raise UnknownName("variant", variant, (), f"{inside} holds one model only: leave the variant out")
-        yield read(inside)
+        yield read_bundle(inside)
         return
     if variant is not None and variant not in said["variants"]:
         raise UnknownName("variant", variant, said["variants"])
-    for name in [variant] if variant else said["prefer"].get(provider, [str(read(inside).target)]):
+    for name in [variant] if variant else said["prefer"].get(provider, [str(read_bundle(inside).target)]):
         yield _variant(inside, said, name)
 
 
@@ -111,7 +111,9 @@ def _variant(folder: Path, said: dict[str, Any], name: str) -> Bundle:
     model = _inside(folder, facts["file"])
     _refuse_missing(folder, model)
     library = facts.get("library") or {}
-    for listed in {*COMMON, *facts["files"]} - {library.get("file")}:  # the folder's library is not run: see `load`
+    for listed in {*SHARED_FILES, *facts["files"]} - {
+        library.get("file")
+    }:  # the folder's library is not run: see `load`
         file = _inside(folder, listed)
         if file.is_file() != (listed in said["files"]):
             raise ModelError(f"{folder} lacks {listed}, or its {MANIFEST} says nothing of it", "copy the folder again")
@@ -127,7 +129,7 @@ def _open(folder: Path) -> tuple[Path, dict[str, Any]]:
         folder = folder / STUDENT
     if not folder.is_dir():
         raise ModelError(f"{folder} is no folder", "give what `spdtool export` wrote, such as RUN/export/student")
-    return folder, manifest(folder)
+    return folder, read_manifest(folder)
 
 
 def _refuse_missing(folder: Path, model: Path) -> None:
@@ -148,7 +150,7 @@ def _refuse_changed(file: Path, facts: Mapping[str, Any]) -> None:
         raise ModelError(f"{file} is damaged or was changed: its sha256 is not the one in {MANIFEST}", again)
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json_object(file: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
@@ -163,7 +165,7 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
     """What manifest.json of `folder` says; empty where there is none.
 
     Raises:
@@ -172,17 +174,18 @@ def manifest(folder: Path) -> dict[str, Any]:
     file = folder / MANIFEST
     if not file.is_file():
         return {}
-    value = read_json(file)
-    if value.get("format") == VARIANTS:
+    value = read_json_object(file)
+    if value.get("format") == BUNDLE_FORMAT:
         return _with_variants(file, value)
-    if value.get("format") != FORMAT:
+    if value.get("format") != FOLDER_FORMAT:
         hint = (
             "install a newer spdtool"
             if isinstance(value.get("format"), int)
             else "it is damaged: copy the folder again"
         )
         raise ModelError(
-            f"{file} has the format {value.get('format')!r}; this spdtool reads {FORMAT} and {VARIANTS}", hint
+            f"{file} has the format {value.get('format')!r}; this spdtool reads {FOLDER_FORMAT} and {BUNDLE_FORMAT}",
+            hint,
         )
     kinds = {"target": str, "model": str, "library": dict, "files": dict}
     if value.get("library") and not value.get("target"):
@@ -221,7 +224,7 @@ def _inside(folder: Path, name: str) -> Path:
 
 
 def _hint(folder: Path, model: Path) -> str:
-    inside = [path.parent.parent for depth in (1, 2, 3) for path in sorted(folder.glob(depth * "*/" + MODEL))]
+    inside = [path.parent.parent for depth in (1, 2, 3) for path in sorted(folder.glob(depth * "*/" + MODEL_FILE))]
     if inside:
         return f"give one of {', '.join(map(str, inside[:4]))}"
     if not model.is_file() and (folder / "config.json").is_file():

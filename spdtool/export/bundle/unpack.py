@@ -7,12 +7,12 @@ from pathlib import Path
 from spdtool import plugins
 from spdtool.errors import ModelError, RunError
 from spdtool.export import target as targets
-from spdtool.export.bundle import read as bundle
+from spdtool.export.bundle.read import read_bundle
 from spdtool.models.load import build_empty_model, fill_weights, load_tokenizer, save_model
 from spdtool.run.folder import replacing
 
 
-def unpack(folder: Path, out: Path) -> Path:
+def unpack_checkpoint(folder: Path, out: Path) -> Path:
     """Write config, tokenizer and `model.safetensors` of the exported `folder` to `out`; return what was read.
 
     The weights are those of the files: the checkpoint's to the last bit where they are stored as fp32, else rounded.
@@ -22,8 +22,8 @@ def unpack(folder: Path, out: Path) -> Path:
         UnknownName: the plugin with its target is not installed.
         RunError: `out` holds something already.
     """
-    found = bundle.read(folder)
-    refuse_occupied(out)
+    found = read_bundle(folder)
+    require_empty_folder(out)
     target = plugins.targets.get(found.target or "onnx")
     if not targets.rounds(target):
         wrote = (
@@ -48,7 +48,7 @@ def unpack(folder: Path, out: Path) -> Path:
     return found.folder
 
 
-def refuse_occupied(out: Path) -> None:
+def require_empty_folder(out: Path) -> None:
     """Raise RunError if `out` is anything but an empty folder or nothing."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out} exists and is not an empty folder", "give another one")

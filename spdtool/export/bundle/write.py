@@ -26,8 +26,8 @@ import torch
 
 from spdtool.data.dataset import find_dataset
 from spdtool.errors import ModelError
-from spdtool.export.bundle import card
-from spdtool.export.bundle import read as bundle
+from spdtool.export.bundle.card import render_card
+from spdtool.export.bundle.read import MANIFEST, SHARED_FILES, STUDENT, longest_input, read_bundle, read_json_object
 from spdtool.models.load import label_names, load_model, load_tokenizer
 from spdtool.recipe.fields import Recipe
 from spdtool.run.fingerprint import sha256
@@ -35,9 +35,9 @@ from spdtool.run.folder import write_json
 from spdtool.run.records import BundleManifest, ExportedModel, ExportResult, FileDigest, LibraryRecord, Variant
 from spdtool.tasks import find_task
 
-FOLDER = "bundle"
-PORTABLE = "onnx"
-GOLDEN, SELFTEST, CARD = "golden.json", "selftest.py", "README.md"
+BUNDLE_FOLDER = "bundle"
+PORTABLE_TARGET = "onnx"
+GOLDEN_FILE, SELFTEST, CARD = "golden.json", "selftest.py", "README.md"
 SENTENCES = 20
 FILES = {
     "onnx": "model",
@@ -53,10 +53,10 @@ FACTS = (
     *("bytes", "sparsity", "providers", "dev", "checkpoint_dev", "flipped", "rows", "largest_difference"),
     *("largest_change", "values", "embeddings", "kept_fp32"),
 )
-ROOM = 2.0  # times the largest change on the dev set: another machine rounds in another order
+TOLERANCE_FACTOR = 2.0  # times the largest change on the dev set: another machine rounds in another order
 
 
-def assemble(export: Path, checkpoint: Path, recipe: Recipe, result: ExportResult) -> str | None:
+def write_bundle(export: Path, checkpoint: Path, recipe: Recipe, result: ExportResult) -> str | None:
     """Make `export/bundle` of the students that lie in `export`; return why there is none, or None.
 
     Args:
@@ -65,33 +65,35 @@ def assemble(export: Path, checkpoint: Path, recipe: Recipe, result: ExportResul
         result: of the stage.
     """
     students = _students(export, recipe, result)
-    if PORTABLE not in students:
-        return f"the target {PORTABLE!r} was not exported, which every client can open"
-    if not (students[PORTABLE][0] / "tokenizer.json").is_file():
+    if PORTABLE_TARGET not in students:
+        return f"the target {PORTABLE_TARGET!r} was not exported, which every client can open"
+    if not (students[PORTABLE_TARGET][0] / "tokenizer.json").is_file():
         return "the tokenizer has no tokenizer.json, which clients without transformers need"
-    folder = export / FOLDER
+    folder = export / BUNDLE_FOLDER
     shutil.rmtree(folder, ignore_errors=True)
     variants = {}
     for name, (source, measured) in students.items():
-        if len(measured.files) == 1 or name == PORTABLE:  # a second file is found by the name that the first holds
+        if (
+            len(measured.files) == 1 or name == PORTABLE_TARGET
+        ):  # a second file is found by the name that the first holds
             variants[name] = _variant(folder, name, source, measured, recipe)
-    for name in bundle.COMMON:
-        if (students[PORTABLE][0] / name).is_file():
-            _link(students[PORTABLE][0] / name, folder / name)
-    write_json(folder / GOLDEN, golden(checkpoint, folder, recipe))
+    for name in SHARED_FILES:
+        if (students[PORTABLE_TARGET][0] / name).is_file():
+            _link(students[PORTABLE_TARGET][0] / name, folder / name)
+    write_json(folder / GOLDEN_FILE, make_golden_examples(checkpoint, folder, recipe))
     shutil.copyfile(Path(__file__).with_name(SELFTEST), folder / SELFTEST)
-    (folder / CARD).write_text(card.card(recipe, variants, bundle.read_json(folder / "config.json")), "utf-8")
-    write_json(folder / bundle.MANIFEST, _manifest(folder, variants, recipe).model_dump(mode="json", exclude_none=True))
+    (folder / CARD).write_text(render_card(recipe, variants, read_json_object(folder / "config.json")), "utf-8")
+    write_json(folder / MANIFEST, _manifest(folder, variants, recipe).model_dump(mode="json", exclude_none=True))
     return None
 
 
-def golden(checkpoint: Path, folder: Path, recipe: Recipe) -> dict[str, Any]:
+def make_golden_examples(checkpoint: Path, folder: Path, recipe: Recipe) -> dict[str, Any]:
     """Sentences of the dev set as the checkpoint sees them: text, token ids, logits in float32, computed row by row."""
     rows = find_task(recipe).read_rows(recipe)["dev"]
     picked = rows.select(range(0, len(rows), max(1, len(rows) // SENTENCES))[:SENTENCES])
     tokenizer, model = load_tokenizer(checkpoint), load_model(checkpoint, eager=True)
-    config, tokenizer_config = (bundle.read_json(folder / name) for name in ("config.json", "tokenizer_config.json"))
-    limit = bundle.longest_input(config, tokenizer_config)
+    config, tokenizer_config = (read_json_object(folder / name) for name in ("config.json", "tokenizer_config.json"))
+    limit = longest_input(config, tokenizer_config)
     seconds: list[Any] = picked.second or [None] * len(picked)
     return {
         "format": 1,
@@ -117,9 +119,9 @@ def _row(model: Any, tokenizer: Any, text: str, pair: str | None, limit: int) ->
 def _students(export: Path, recipe: Recipe, result: ExportResult) -> dict[str, tuple[Path, ExportedModel]]:
     """Target to the folder and the figures of its student, for every one that was written."""
     first = recipe.export.targets[0]
-    found = {first: (export / bundle.STUDENT, result.student)}
+    found = {first: (export / STUDENT, result.student)}
     for name in (*recipe.export.targets[1:], *recipe.export.optional):
-        folder = export / name / bundle.STUDENT
+        folder = export / name / STUDENT
         if name not in found and folder.is_dir() and name in result.targets:
             found[name] = (folder, result.targets[name].student)
     return found
@@ -127,7 +129,7 @@ def _students(export: Path, recipe: Recipe, result: ExportResult) -> dict[str, t
 
 def _variant(folder: Path, name: str, source: Path, measured: ExportedModel, recipe: Recipe) -> Variant:
     """Put one variant into the folder; return what the manifest says of it."""
-    exported = bundle.read(source)
+    exported = read_bundle(source)
     stem = FILES.get(name, f"model_{re.sub('[^a-z0-9]+', '_', name.lower())}")
     file = f"onnx/{stem}.onnx"
     _link(exported.model, folder / file)
@@ -144,7 +146,7 @@ def _variant(folder: Path, name: str, source: Path, measured: ExportedModel, rec
         files.append(library)
     variant.files = files
     moved = max(measured.largest_difference, measured.largest_change or 0.0)
-    variant.tolerance = ROOM * moved + recipe.export.tolerance
+    variant.tolerance = TOLERANCE_FACTOR * moved + recipe.export.tolerance
     return variant
 
 
@@ -160,7 +162,7 @@ def _manifest(folder: Path, variants: dict[str, Variant], recipe: Recipe) -> Bun
         text=list(find_dataset(recipe).text),
         sparsity=recipe.sparsity,
         smoke=recipe.smoke,
-        model=variants[PORTABLE].file,
+        model=variants[PORTABLE_TARGET].file,
         prefer=prefer,
         variants=variants,
         files={
@@ -172,7 +174,7 @@ def _manifest(folder: Path, variants: dict[str, Variant], recipe: Recipe) -> Bun
 
 def _runs(variant: Variant, where: str) -> bool:
     """Whether a variant may be preferred there: rounded files on a GPU only where one was seen to run them."""
-    return where != "cuda" or variant.target == PORTABLE or "cuda" in variant.providers
+    return where != "cuda" or variant.target == PORTABLE_TARGET or "cuda" in variant.providers
 
 
 def _link(source: Path, place: Path) -> None:

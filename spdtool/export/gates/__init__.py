@@ -25,11 +25,19 @@ from spdtool import console
 from spdtool.data.tokens import Batch, Encoded
 from spdtool.errors import DeviceError, GateError, ModelError, RecipeError
 from spdtool.export import target as targets
-from spdtool.export.gates import logits as parity
-from spdtool.export.gates import score as changes
+from spdtool.export.gates.batches import is_dev_batch
+from spdtool.export.gates.logits import compare_logits, measure_deviation
 from spdtool.export.gates.reference import Reference
-from spdtool.export.gates.score import Change, OverBudget
+from spdtool.export.gates.score import (
+    DevComparison,
+    ScoreBudgetExceeded,
+    check_budget,
+    compare_predictions,
+    measured,
+    metric_over_budget,
+)
 from spdtool.export.gates.search import Found, Kept, search
+from spdtool.export.gates.weights import check_zeros
 from spdtool.models import predict as evaluation
 from spdtool.models.load import fill_weights
 from spdtool.models.predict import Forward
@@ -39,7 +47,7 @@ CONSTANTS = 10  # a twin's scalars, such as the root in a GELU, are rounded too,
 ROWS_OF_DAMAGE = 64  # of the dev set, on which one layer's rounding is judged
 
 
-def export_checkpoint(target: Any, reference: Reference, folder: Path, providers: list[str]) -> ExportedModel:
+def export_and_check(target: Any, reference: Reference, folder: Path, providers: list[str]) -> ExportedModel:
     """Export one checkpoint to `folder`, pass it through the gates, and return what was measured.
 
     Where a target that can leave parts unrounded breaks the budget, the parts that do so are looked for and left.
@@ -52,18 +60,18 @@ def export_checkpoint(target: Any, reference: Reference, folder: Path, providers
         GateError: operators, zeros, logits or dev metric are not the checkpoint's.
         RecipeError: the target is calibrated on rows of a task, and there is none.
     """
-    trial = Trial(target, reference, folder, _common(providers, targets.providers(target)))
+    attempt = ExportAttempt(target, reference, folder, _common(providers, targets.providers(target)))
     try:
-        return trial.export(())
-    except OverBudget as error:
+        return attempt.export(())
+    except ScoreBudgetExceeded as error:
         parts = targets.parts(target, reference.checkpoint, reference.recipe)
         if len(parts) < 2:
             raise
-        return _rescue(trial, parts, error)
+        return _rescue(attempt, parts, error)
 
 
 @dataclass(frozen=True)
-class Trial:
+class ExportAttempt:
     """Keeps what every export of one checkpoint by one target is made of."""
 
     target: Any
@@ -84,13 +92,13 @@ class Trial:
         return written
 
     def export(self, keep: Kept) -> ExportedModel:
-        """Export, hold the files against the checkpoint, and measure them; raises as `export_checkpoint` does."""
+        """Export, hold the files against the checkpoint, and measure them; raises as `export_and_check` does."""
         zeros = self.reference.zeros  # first: it refuses an architecture that is not supported
         files = self.write(keep)
         rounds = targets.rounds(self.target)
         targets.check_domains(self.target, files)
         audited = self.target.audit(self.folder)
-        parity.check_zeros(audited, zeros, more=self.coarse)
+        check_zeros(audited, zeros, more=self.coarse)
         metrics = self._logits() | _sizes(files, self.folder, zeros)
         metrics["positions"] = self.reference.positions
         if self.coarse:
@@ -107,13 +115,13 @@ class Trial:
         """Whether the arithmetic is rounded too, and weights that round to zero may be more zeros than there were."""
         return getattr(self.target, "exact", None) is not None
 
-    def change(self) -> Change:
+    def change(self) -> DevComparison:
         """What the files that are written now make of the dev sets, on the last of the providers."""
         provider, dev = self.providers[-1], self.reference.dev
         found = dev.predict(self.target.session(self.folder, provider))
         assert dev.task is not None
         tolerance = self.reference.recipe.export.tolerance
-        return changes.compare(dev.task, self.reference.on_dev(provider), found, dev.sets, tolerance)
+        return compare_predictions(dev.task, self.reference.on_dev(provider), found, dev.sets, tolerance)
 
     def budget(self) -> float:
         """The largest change of the dev metric that passes."""
@@ -134,7 +142,7 @@ class Trial:
             session, original = self.target.session(self.folder, provider), self.reference.on_probes(provider)
             expected = evaluation.torch_forward(same.to(provider), provider) if same else original
             tolerance = section.tolerance * (CONSTANTS if twin else 1)
-            largest.append(parity.parity(expected, twin or session, batches, tolerance))
+            largest.append(compare_logits(expected, twin or session, batches, tolerance))
             if rounds:
                 seen = self._calibrated_for() if targets.calibrates(self.target) else []
                 found |= _moved(original, session, seen or batches, section.rounded_tolerance if twin else math.inf)
@@ -147,39 +155,39 @@ class Trial:
         The exact twin is held on all of them.
         """
         rows = self.reference.dev.sets["dev"]
-        return [(name, batch) for name, batch in self.reference.probes if parity.is_real(name, left=rows.pad_left)]
+        return [(name, batch) for name, batch in self.reference.probes if is_dev_batch(name, left=rows.pad_left)]
 
     def _dev(self, metrics: dict[str, Any]) -> dict[str, Any]:
         rounds, change = targets.rounds(self.target), self.change()
-        changes.refuse(change, self.budget(), metrics, rounds=rounds, coarse=self.coarse)
-        return changes.measured(change, metrics, rounds=rounds)
+        check_budget(change, self.budget(), metrics, rounds=rounds, coarse=self.coarse)
+        return measured(change, metrics, rounds=rounds)
 
 
-def _rescue(trial: Trial, parts: list[str], first: OverBudget) -> ExportedModel:
+def _rescue(attempt: ExportAttempt, parts: list[str], first: ScoreBudgetExceeded) -> ExportedModel:
     """Leave in float32 what breaks the budget, if less than everything will do; raises the first error if not."""
-    batches = _some(trial.reference.dev.sets["dev"])
-    original = evaluation.torch_forward(trial.reference.model(), "cpu")
+    batches = _some(attempt.reference.dev.sets["dev"])
+    original = evaluation.torch_forward(attempt.reference.model(), "cpu")
     expected = [original(batch) for batch in batches]
 
     def damage(keep: Kept) -> float:
-        trial.write(keep)
-        session = trial.target.session(trial.folder, "cpu")
+        attempt.write(keep)
+        session = attempt.target.session(attempt.folder, "cpu")
         return float(np.sqrt(np.mean(np.square(np.concatenate([*map(session, batches)]) - np.concatenate(expected)))))
 
     def passes(keep: Kept) -> bool:
-        trial.write(keep)
-        return changes.exceeds(trial.change(), trial.budget()) is None
+        attempt.write(keep)
+        return metric_over_budget(attempt.change(), attempt.budget()) is None
 
-    found = search(parts, damage, passes, trial.reference.recipe.export.tries)
-    exported = trial.export(_least(found, first))
+    found = search(parts, damage, passes, attempt.reference.recipe.export.tries)
+    exported = attempt.export(_least(found, first))
     exported.damage, exported.tries = found.damage, found.tries
     return exported
 
 
-def _least(found: Found, first: OverBudget) -> Kept:
+def _least(found: Found, first: ScoreBudgetExceeded) -> Kept:
     worst = sorted(found.damage, key=lambda part: -found.damage[part])
     if found.kept is None:
-        raise OverBudget(
+        raise ScoreBudgetExceeded(
             first.message,
             f"no few parts in float32 mend it ({found.tries} tries; the worst are {', '.join(worst[:3])})",
         )
@@ -206,7 +214,7 @@ def _sizes(files: list[Path], folder: Path, counts: dict[str, tuple[int, int]]) 
 
 def _moved(expected: Forward, session: Callable[..., Any], batches: Any, tolerance: float) -> dict[str, float]:
     """What roundings do to the logits of the probes; raises GateError beyond the tolerance."""
-    share, largest = parity.deviation(expected, session, batches)
+    share, largest = measure_deviation(expected, session, batches)
     if share > tolerance:
         raise GateError(
             f"fp16 or int8 arithmetic moves the logits by {share:.0%} of their size; the tolerance is {tolerance:.0%}",

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from spdtool.data.tokens import Batch
-from spdtool.export.gates import logits as parity
-from spdtool.export.gates.score import Dev, Predicted
+from spdtool.export.gates.batches import longest_supported_input, make_comparison_batches
+from spdtool.export.gates.score import DevLogits, DevSets
 from spdtool.models.layers import find_prunable_weights
 from spdtool.models.load import load_model
 from spdtool.models.predict import Forward, torch_forward
@@ -24,10 +24,10 @@ class Reference:
         dev: encoded for this checkpoint; without rows, only the probes are compared.
     """
 
-    def __init__(self, checkpoint: Path, dev: Dev, recipe: Recipe) -> None:
+    def __init__(self, checkpoint: Path, dev: DevSets, recipe: Recipe) -> None:
         self.checkpoint, self.dev, self.recipe = checkpoint, dev, recipe
         self._answers: dict[str, dict[int, np.ndarray]] = {}
-        self._predicted: dict[str, Predicted] = {}
+        self._predicted: dict[str, DevLogits] = {}
 
     def model(self, *, eager: bool = False) -> Any:
         """The model anew, which the caller may change."""
@@ -36,7 +36,7 @@ class Reference:
     @cached_property
     def positions(self) -> int:
         """The longest input, in tokens, that is worth trying."""
-        return parity.positions(self.model())
+        return longest_supported_input(self.model())
 
     @cached_property
     def zeros(self) -> dict[str, tuple[int, int]]:
@@ -47,7 +47,7 @@ class Reference:
     @cached_property
     def probes(self) -> list[tuple[str, Batch]]:
         """What checkpoint and files are compared on, each with a name for the user."""
-        return list(parity.probes(self.model(), self.dev.sets["dev"], self.recipe.export.sentences))
+        return list(make_comparison_batches(self.model(), self.dev.sets["dev"], self.recipe.export.sentences))
 
     def on_probes(self, provider: str) -> Forward:
         """The checkpoint, for its own probes alone.
@@ -62,7 +62,7 @@ class Reference:
         known = self._answers[provider]
         return lambda batch: known[id(batch)]
 
-    def on_dev(self, provider: str) -> Predicted:
+    def on_dev(self, provider: str) -> DevLogits:
         """What the checkpoint says of the dev sets."""
         if provider not in self._predicted:
             self._predicted[provider] = self.dev.predict(torch_forward(self.model().to(provider), provider))

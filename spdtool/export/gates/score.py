@@ -19,11 +19,11 @@ from spdtool.models.predict import Forward
 from spdtool.recipe.fields import Recipe
 from spdtool.tasks import CheckRows, Task, prepare_data
 
-Predicted = dict[str, np.ndarray]  # dev set -> logits [rows, labels]
+DevLogits = dict[str, np.ndarray]  # dev set -> logits [rows, labels]
 
 
 @dataclass(frozen=True)
-class Dev:
+class DevSets:
     """What an export is compared on: the task and its dev sets; without a task, one dev set without rows.
 
     Attributes:
@@ -34,13 +34,13 @@ class Dev:
     sets: dict[str, Encoded]
     train: Encoded | None = None
 
-    def predict(self, forward: Forward) -> Predicted:
+    def predict(self, forward: Forward) -> DevLogits:
         """What a model says of every dev set."""
         return {name: evaluation.predict(forward, rows) for name, rows in self.sets.items()}
 
 
 @dataclass(frozen=True)
-class Change:
+class DevComparison:
     """What an exported file makes of the dev sets: both sides' metrics, flipped predictions, largest logit change.
 
     Attributes:
@@ -55,11 +55,11 @@ class Change:
     worse: int = 0
 
 
-class OverBudget(GateError):
+class ScoreBudgetExceeded(GateError):
     """The files are sound, and their roundings cost more of the dev metric than the budget."""
 
 
-def dev_sets(checkpoint: Path, recipe: Recipe, note: CheckRows | None = None) -> Dev:
+def prepare_dev_sets(checkpoint: Path, recipe: Recipe, note: CheckRows | None = None) -> DevSets:
     """The dev sets of the recipe's task and some of its training rows, encoded for the checkpoint.
 
     Args:
@@ -74,10 +74,12 @@ def dev_sets(checkpoint: Path, recipe: Recipe, note: CheckRows | None = None) ->
     data.check_lengths(dev, max_positions(model))
     data.check_vocabulary(dev, model.config.vocab_size)
     train = splits["train"]
-    return Dev(task, dev, train.sample(recipe.export.calibration, recipe.seed))
+    return DevSets(task, dev, train.sample(recipe.export.calibration, recipe.seed))
 
 
-def compare(task: Task, before: Predicted, after: Predicted, dev: dict[str, Encoded], tolerance: float) -> Change:
+def compare_predictions(
+    task: Task, before: DevLogits, after: DevLogits, dev: dict[str, Encoded], tolerance: float
+) -> DevComparison:
     """What changed from the checkpoint's logits to the file's; a regression counts as flipped beyond `tolerance`."""
     flipped, worse, largest = 0, 0, 0.0
     for name, rows in dev.items():
@@ -86,10 +88,10 @@ def compare(task: Task, before: Predicted, after: Predicted, dev: dict[str, Enco
         worse += int(worsened.sum())
         largest = max(largest, float(np.abs(after[name] - before[name]).max()))
     metrics, checkpoint = (task.score_splits(logits, dev) for logits in (after, before))
-    return Change(metrics, checkpoint, flipped, sum(len(rows) for rows in dev.values()), largest, worse)
+    return DevComparison(metrics, checkpoint, flipped, sum(len(rows) for rows in dev.values()), largest, worse)
 
 
-def exceeds(change: Change, budget: float) -> str | None:
+def metric_over_budget(change: DevComparison, budget: float) -> str | None:
     """The name of the first metric that changed by more than the budget; one prediction alone is never too much.
 
     On 400 rows one prediction is a quarter of a point, and what flips it may be the last bit of a logit.
@@ -100,9 +102,9 @@ def exceeds(change: Change, budget: float) -> str | None:
     return None
 
 
-def refuse(change: Change, budget: float, metrics: dict[str, Any], *, rounds: bool, coarse: bool) -> None:
-    """Raise OverBudget where a metric changed by more than the budget; says what was rounded."""
-    name = exceeds(change, budget)
+def check_budget(change: DevComparison, budget: float, metrics: dict[str, Any], *, rounds: bool, coarse: bool) -> None:
+    """Raise ScoreBudgetExceeded where a metric changed by more than the budget; says what was rounded."""
+    name = metric_over_budget(change, budget)
     if name is None:
         return
     hint = f"export.budget is {budget:g}"
@@ -111,7 +113,7 @@ def refuse(change: Change, budget: float, metrics: dict[str, Any], *, rounds: bo
         if coarse:
             stored = f"its weights and its arithmetic are {metrics['values']}"
         hint += f"; {stored}: store them more exactly, raise the budget, or take the target out of export.optional"
-    raise OverBudget(
+    raise ScoreBudgetExceeded(
         f"the exported file has {name} {change.metrics[name]:.4f} on the dev set; its checkpoint has "
         f"{change.checkpoint[name]:.4f} ({change.flipped} of {change.rows} predictions flipped, "
         f"{change.worse} for the worse)",
@@ -119,7 +121,7 @@ def refuse(change: Change, budget: float, metrics: dict[str, Any], *, rounds: bo
     )
 
 
-def measured(change: Change, metrics: dict[str, Any], *, rounds: bool) -> dict[str, Any]:
+def measured(change: DevComparison, metrics: dict[str, Any], *, rounds: bool) -> dict[str, Any]:
     """The part of the metrics that the dev sets give; rounding moves the logits, and that is no fault of the file."""
     found: dict[str, Any] = {
         "dev": change.metrics,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from spdtool.errors import ModelError, UnknownName
-from spdtool.export.bundle import read as bundle
+from spdtool.export.bundle.read import list_usable_variants, read_bundle
 
 
 @pytest.fixture
@@ -36,19 +36,19 @@ def write(folder: Path, **changed: Any) -> None:
 
 
 def test_a_folder_with_a_manifest(folder: Path) -> None:
-    found = bundle.read(folder)
+    found = read_bundle(folder)
     assert (found.folder, found.model) == (folder, folder / "onnx/model.onnx")
     assert (found.target, found.library) == ("sparse-cpu", {"version": "0.1.0"})
 
 
 def test_a_folder_without_one(folder: Path) -> None:
     (folder / "manifest.json").unlink()
-    found = bundle.read(folder)
+    found = read_bundle(folder)
     assert (found.model, found.target, found.library) == (folder / "onnx/model.onnx", None, {})
 
 
 def test_of_a_folder_of_roles_the_student(folder: Path) -> None:
-    assert bundle.read(folder.parent).folder == folder
+    assert read_bundle(folder.parent).folder == folder
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_of_a_folder_of_roles_the_student(folder: Path) -> None:
 def test_a_manifest_that_cannot_be_used(folder: Path, changed: dict[str, Any], message: str) -> None:
     write(folder, **changed)
     with pytest.raises(ModelError, match=message) as caught:
-        bundle.read(folder)
+        read_bundle(folder)
     assert caught.value.hint
 
 
@@ -80,22 +80,22 @@ def test_a_manifest_that_cannot_be_used(folder: Path, changed: dict[str, Any], m
 def test_a_manifest_that_is_no_json_object(folder: Path, content: bytes) -> None:
     (folder / "manifest.json").write_bytes(content)
     with pytest.raises(ModelError, match="manifest.json (cannot be read|holds no JSON object)"):
-        bundle.read(folder)
+        read_bundle(folder)
 
 
 def test_what_is_no_exported_folder_says_what_to_give(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="is no folder"):
-        bundle.read(tmp_path / "none")
+        read_bundle(tmp_path / "none")
     with pytest.raises(ModelError, match="is no folder"):
-        bundle.read(folder / "config.json")
+        read_bundle(folder / "config.json")
     with pytest.raises(ModelError, match="has no config.json") as caught:
-        bundle.read(tmp_path / "export")
+        read_bundle(tmp_path / "export")
     assert str(folder) in str(caught.value.hint)
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
     (checkpoint / "config.json").write_text("{}")
     with pytest.raises(ModelError, match="has no onnx/model.onnx") as caught:
-        bundle.read(checkpoint)
+        read_bundle(checkpoint)
     assert f"spdtool export --from '{checkpoint}'" in str(caught.value.hint)
 
 
@@ -132,29 +132,29 @@ class TestVariants:
         (folder / "manifest.json").write_text(json.dumps(manifest | changed))
 
     def test_the_best_comes_first_and_the_portable_one_is_what_read_gives(self, several: Path) -> None:
-        assert [found.target for found in bundle.candidates(several)] == ["sparse", "onnx"]
-        assert [found.target for found in bundle.candidates(several, provider="cuda")] == ["onnx"]
-        assert [found.target for found in bundle.candidates(several, provider="web")] == ["onnx"]
-        assert [found.model.name for found in bundle.candidates(several, "sparse")] == ["model_sparse.onnx"]
-        found = bundle.read(several)
+        assert [found.target for found in list_usable_variants(several)] == ["sparse", "onnx"]
+        assert [found.target for found in list_usable_variants(several, provider="cuda")] == ["onnx"]
+        assert [found.target for found in list_usable_variants(several, provider="web")] == ["onnx"]
+        assert [found.model.name for found in list_usable_variants(several, "sparse")] == ["model_sparse.onnx"]
+        found = read_bundle(several)
         assert (found.target, found.library, found.variants) == ("onnx", {}, ("onnx", "sparse"))
-        assert next(bundle.candidates(several)).library == {"file": "lib/x.so"}
+        assert next(list_usable_variants(several)).library == {"file": "lib/x.so"}
 
     def test_a_variant_that_is_not_there_is_told(self, several: Path) -> None:
         with pytest.raises(UnknownName, match="no variant 'spares'"):
-            next(bundle.candidates(several, "spares"))
+            next(list_usable_variants(several, "spares"))
         write(several)
         with pytest.raises(UnknownName, match="no variant 'sparse'"):
-            next(bundle.candidates(several, "sparse"))
+            next(list_usable_variants(several, "sparse"))
 
     def test_only_what_is_opened_is_checked(self, several: Path) -> None:
         (several / "onnx/model_sparse.onnx").write_text("another, as long as")
-        assert bundle.read(several).target == "onnx"
+        assert read_bundle(several).target == "onnx"
         with pytest.raises(ModelError, match=r"model_sparse.onnx (has|is damaged)"):
-            next(bundle.candidates(several))
+            next(list_usable_variants(several))
         (several / "tokenizer.json").unlink()
         with pytest.raises(ModelError, match=r"lacks tokenizer.json"):
-            bundle.read(several)
+            read_bundle(several)
 
     @pytest.mark.parametrize(
         "changed",
@@ -173,4 +173,4 @@ class TestVariants:
     def test_a_manifest_whose_parts_do_not_fit_is_refused(self, changed: dict[str, Any], several: Path) -> None:
         self.write(several, **changed)
         with pytest.raises(ModelError, match="do not fit together"):
-            bundle.read(several)
+            read_bundle(several)

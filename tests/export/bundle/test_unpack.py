@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForSequenceClassification
 
 from spdtool.errors import ModelError, RunError, UnknownName
-from spdtool.export.bundle.unpack import unpack
+from spdtool.export.bundle.unpack import unpack_checkpoint
 from spdtool.export.graph.trace import Onnx
 from spdtool.models.layers import find_prunable_weights
 from spdtool.models.load import load_tokenizer, save_model
@@ -50,7 +50,7 @@ def export(tmp_path: Path, toys: ModuleType, checkpoint: Path, rounded: Any) -> 
 
 def test_stored_exactly_every_bit_comes_back(export: Export, checkpoint: Path, tmp_path: Path) -> None:
     folder = export()
-    assert unpack(folder.parent, tmp_path / "out") == folder
+    assert unpack_checkpoint(folder.parent, tmp_path / "out") == folder
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (checkpoint / name).read_bytes(), name
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "export", "out"]
@@ -62,7 +62,7 @@ def test_stored_exactly_every_bit_comes_back(export: Export, checkpoint: Path, t
 
 def test_rounded_it_holds_what_the_file_holds(export: Export, checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()  # an empty folder is as good as none
-    unpack(export("fp16"), tmp_path / "out")
+    unpack_checkpoint(export("fp16"), tmp_path / "out")
     before, after = (load_file(place / "model.safetensors") for place in (checkpoint, tmp_path / "out"))
     assert before.keys() == after.keys()
     for name, weight in before.items():
@@ -76,14 +76,14 @@ def test_what_is_there_is_not_overwritten(export: Export, tmp_path: Path) -> Non
     (tmp_path / "full/thesis.tex").write_text("years of work")
     for name in ("full", "file"):
         with pytest.raises(RunError, match="is not an empty folder"):
-            unpack(folder, tmp_path / name)
+            unpack_checkpoint(folder, tmp_path / name)
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.tex"]
 
 
 def test_a_target_without_weights_is_refused(checkpoint: Path, tmp_path: Path, toys: ModuleType) -> None:
     Onnx.export(checkpoint, tmp_path / "plain", toys.recipe())
     with pytest.raises(ModelError, match="has no manifest.json: a plain ONNX export, which cannot be unpacked"):
-        unpack(tmp_path / "plain", tmp_path / "out")
+        unpack_checkpoint(tmp_path / "plain", tmp_path / "out")
 
 
 def test_a_target_that_is_not_installed_is_named(export: Export, tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_a_target_that_is_not_installed_is_named(export: Export, tmp_path: Path)
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"target": "nowhere"}))
     with pytest.raises(UnknownName, match="'nowhere'"):
-        unpack(folder, tmp_path / "out")
+        unpack_checkpoint(folder, tmp_path / "out")
 
 
 @pytest.mark.parametrize("fault", ["missing", "shape", "unknown"])
@@ -112,5 +112,5 @@ def test_weights_that_do_not_make_the_model(export: Export, tmp_path: Path, roun
         "unknown": "bert.nothing .* the model has no such weight",
     }[fault]
     with pytest.raises(ModelError, match=message):
-        unpack(folder, tmp_path / "out")
+        unpack_checkpoint(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -21,7 +21,9 @@ from spdtool import plugins
 from spdtool.data import tokens as data
 from spdtool.data.tokens import Encoded
 from spdtool.errors import GateError, ModelError
-from spdtool.export.gates import logits as parity
+from spdtool.export.gates.batches import longest_supported_input, make_comparison_batches
+from spdtool.export.gates.logits import compare_logits
+from spdtool.export.gates.weights import check_zeros
 from spdtool.export.graph import trace as export
 from spdtool.export.graph.trace import Onnx
 from spdtool.models.layers import count_zeros, find_prunable_weights
@@ -143,17 +145,17 @@ class TestArchitectures:
     def test_logits_are_the_checkpoint_s(self, name: str, exported: Callable[[str], Exported]) -> None:
         made = exported(name)
         model = load_model(made.checkpoint, eager=True)
-        batches = list(parity.probes(model, made.rows, 12))
-        largest, where = parity.parity(torch_forward(model), Onnx.session(made.folder, threads=1), batches, 1e-4)
+        batches = list(make_comparison_batches(model, made.rows, 12))
+        largest, where = compare_logits(torch_forward(model), Onnx.session(made.folder, threads=1), batches, 1e-4)
         assert 0 < largest < 1e-4
         assert where
         assert any(batch["input_ids"].shape == (1, 1) for _, batch in batches)
-        assert any(batch["input_ids"].shape == (1, parity.positions(model)) for _, batch in batches)
+        assert any(batch["input_ids"].shape == (1, longest_supported_input(model)) for _, batch in batches)
 
     def test_zeros_of_every_matrix_are_the_checkpoint_s(self, name: str, exported: Callable[[str], Exported]) -> None:
         made = exported(name)
         audited = Onnx.audit(made.folder)
-        parity.check_zeros(audited, made.zeros)
+        check_zeros(audited, made.zeros)
         assert all(audited[key] == count for key, count in made.zeros.items())
         assert 0.6 < sum(z for z, _ in made.zeros.values()) / sum(s for _, s in made.zeros.values()) < 0.8
 
@@ -215,7 +217,7 @@ def test_another_opset_can_be_chosen(exported: Callable[[str], Exported], tmp_pa
     (file,) = Onnx.export(made.checkpoint, tmp_path, recipe)
     assert onnx.load(file).opset_import[0].version == 20
     model = load_model(made.checkpoint)
-    parity.parity(torch_forward(model), Onnx.session(tmp_path), parity.probes(model, made.rows, 4), 1e-4)
+    compare_logits(torch_forward(model), Onnx.session(tmp_path), make_comparison_batches(model, made.rows, 4), 1e-4)
 
 
 def test_transposed_weights_are_called_so(exported: Callable[[str], Exported]) -> None:
@@ -253,7 +255,7 @@ def test_beyond_the_limit_weights_go_to_a_second_file(
         files = export.write(onnx.load(made.files[0]), tmp_path / export.FILE)
     assert [file.name for file in files] == ["model.onnx", "model.onnx_data"]
     assert files[0].stat().st_size < files[1].stat().st_size < made.files[0].stat().st_size
-    parity.check_zeros(Onnx.audit(tmp_path), made.zeros)
+    check_zeros(Onnx.audit(tmp_path), made.zeros)
     batch = made.rows.collate([0, 1])
     assert (Onnx.session(tmp_path)(batch) == Onnx.session(made.folder)(batch)).all()
 
@@ -323,7 +325,7 @@ class TestPlantedFaults:
 
         made = altered(lose)
         with pytest.raises(GateError, match=r"layer.1.output.dense.weight: the exported file has"):
-            parity.check_zeros(Onnx.audit(made.folder), made.zeros)
+            check_zeros(Onnx.audit(made.folder), made.zeros)
 
     def test_a_changed_weight_is_caught(self, altered: Callable[..., Exported]) -> None:
         def change(array: np.ndarray) -> None:
@@ -331,17 +333,19 @@ class TestPlantedFaults:
             array[row, column] *= -1
 
         made = altered(change)
-        parity.check_zeros(Onnx.audit(made.folder), made.zeros)
+        check_zeros(Onnx.audit(made.folder), made.zeros)
         model = load_model(made.checkpoint)
-        probes = parity.probes(model, made.rows, 4)
+        probes = make_comparison_batches(model, made.rows, 4)
         with pytest.raises(GateError, match="checkpoint and exported file differ by"):
-            parity.parity(torch_forward(model), Onnx.session(made.folder), probes, 1e-4)
+            compare_logits(torch_forward(model), Onnx.session(made.folder), probes, 1e-4)
 
     def test_a_weight_that_is_no_number_is_caught(self, altered: Callable[..., Exported]) -> None:
         made = altered(lambda array: array.fill(np.nan))
         model = load_model(made.checkpoint)
         with pytest.raises(GateError, match="exported file gives logits that are not finite"):
-            parity.parity(torch_forward(model), Onnx.session(made.folder), parity.probes(model, made.rows, 4), 1e-4)
+            compare_logits(
+                torch_forward(model), Onnx.session(made.folder), make_comparison_batches(model, made.rows, 4), 1e-4
+            )
 
 
 def test_the_target_is_registered() -> None:
