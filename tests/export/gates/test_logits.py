@@ -44,13 +44,13 @@ def test_probes_cover_lengths_sides_and_pairs(toys: ModuleType, rows: Encoded) -
 
 def test_padding_is_where_the_mask_says_and_nowhere_else(toys: ModuleType, rows: Encoded) -> None:
     for _, batch in make_comparison_batches(toys.bert(), rows, 3):
-        padded = batch["input_ids"] == rows.pad["input_ids"]
+        padded = batch["input_ids"] == rows.pad_values["input_ids"]
         assert (padded == (batch["attention_mask"] == 0)).all()
         assert batch["input_ids"].max() < len(toys.WORDS)
 
 
 def test_no_pairs_without_token_types(toys: ModuleType, rows: Encoded) -> None:
-    plain = Encoded({"input_ids": rows.columns["input_ids"]}, rows.offsets, rows.labels, rows.pad, rows.left)
+    plain = Encoded({"input_ids": rows.columns["input_ids"]}, rows.offsets, rows.labels, rows.pad_values, rows.pad_left)
     assert not any("pair" in name for name, _ in make_comparison_batches(toys.bert(), plain, 3))
 
 
