@@ -69,7 +69,7 @@ def patch(patches: tuple[str, ...]) -> None:
         slow = lambda *args, **options: adamw(*args, **options | {"fused": False, "foreach": False})  # noqa: E731
         training.torch.optim.AdamW = slow  # type: ignore[attr-defined,misc,assignment]
     if "masks every step" in patches:
-        masks._clear = lambda tensor, dead: tensor.masked_fill_(dead, 0.0)  # type: ignore[assignment]
+        masks.clear_dead = lambda tensor, dead: tensor.masked_fill_(dead, 0.0)  # type: ignore[assignment]
         masks.Masks._after_step = lambda self, *_: self.apply()  # type: ignore[method-assign]
     if "random order" in patches:
         batches = training.training_batches

@@ -284,7 +284,7 @@ def _instrument(clock: Clock, counted: dict[str, float], stage: str, profiler: A
     student.distillation_loss = clock.timed("loss", student.distillation_loss)  # type: ignore[attr-defined]
     Accelerator.backward = clock.timed("backward", Accelerator.backward)  # type: ignore[method-assign]
     Accelerator.clip_grad_norm_ = clock.timed("clip", Accelerator.clip_grad_norm_)  # type: ignore[method-assign]
-    Masks.silence = clock.timed("masks", Masks.silence)  # type: ignore[method-assign]
+    Masks.zero_gradients = clock.timed("masks", Masks.zero_gradients)  # type: ignore[method-assign]
     Masks._after_step = clock.timed("after step", Masks._after_step)  # type: ignore[method-assign]
 
 

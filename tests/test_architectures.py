@@ -28,7 +28,7 @@ from spdtool.models.layers import (
     select_trained_parameters,
 )
 from spdtool.models.load import load_model, save_model
-from spdtool.pruning.patterns import zeros_in
+from spdtool.pruning.allocation import zeros_in
 from spdtool.recipe.fields import Loss
 from spdtool.run.folder import Run
 from spdtool.tasks import Task

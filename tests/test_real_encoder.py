@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForSequenceClassification
 
-from spdtool.pruning.patterns import zeros_in
+from spdtool.pruning.allocation import zeros_in
 from spdtool.recipe import reading as recipe
 from spdtool.run.folder import Run
 from spdtool.stages.distill import distill

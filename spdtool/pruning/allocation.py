@@ -1,16 +1,14 @@
-"""Allocation: how many weights of each matrix are zero, from their scores and the scope that the sparsity holds in."""
+"""Allocation: how many weights of each matrix are zero, from their scores and the scope in which the sparsity holds."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-
-from spdtool.pruning.patterns import zeros_in
 
 ALL = "all matrices"
 
@@ -20,96 +18,114 @@ class Allocation:
     """Zeros of each matrix, exact in their scope.
 
     Attributes:
-        counts: matrix to its zeros.
-        clamped: matrix to its zeros as the scores alone would have it, and as the floor has it.
-        least: group of matrices to the share that stays alive there, where there was no room for what was asked.
+        zeros: matrix to its number of zeros.
+        clamped: matrix to its zeros as the scores alone would have them, and as the floor has them.
+        lowered: group of matrices to the share that stays alive there, where the floor left no room for the sparsity.
     """
 
-    counts: dict[str, int] = field(default_factory=dict)
+    zeros: dict[str, int] = field(default_factory=dict)
     clamped: dict[str, tuple[int, int]] = field(default_factory=dict)
-    least: dict[str, float] = field(default_factory=dict)
+    lowered: dict[str, float] = field(default_factory=dict)
 
 
-def groups(names: Mapping[str, object] | list[str], scope: str) -> dict[str, list[str]]:
-    """The matrices over which the sparsity holds, as name of the group to names of its matrices.
+def zeros_in(size: int, sparsity: float) -> int:
+    """Number of zeros that `sparsity` means in a matrix of `size` weights: rounded to the nearest weight."""
+    return round(size * sparsity)
+
+
+def group_by_scope(names: Iterable[str], scope: str) -> dict[str, list[str]]:
+    """Group the matrices over which the sparsity holds: name of the group to names of its matrices.
 
     Args:
         scope: `matrix`, each for itself; `type`, those whose names differ in the number of the layer; `global`, all.
     """
-    made: dict[str, list[str]] = {}
+    groups: dict[str, list[str]] = {}
     for name in names:
-        group = {"matrix": name, "global": ALL}.get(scope) or kind(name)
-        made.setdefault(group, []).append(name)
-    return made
+        group = {"matrix": name, "global": ALL}.get(scope) or matrix_type(name)
+        groups.setdefault(group, []).append(name)
+    return groups
 
 
-def kind(name: str) -> str:
+def matrix_type(name: str) -> str:
     """A parameter's name without the number of its layer, which is its first number: `layer.*.query.weight`."""
     return re.sub(r"(^|\.)\d+(?=\.)", r"\1*", name, count=1)
 
 
 def allocate(scores: Mapping[str, Tensor], sparsity: float, scope: str, least: float = 0.0) -> Allocation:
-    """The zeros that `sparsity` asks for, given to the lowest scores of each group.
+    """Give the zeros that `sparsity` asks for to the lowest scores of each group.
 
     Args:
         scores: matrix to scores; minus infinity where a weight is dead and stays so, which always counts as a zero.
         least: share of each matrix that stays alive, at least one weight, unless the scope is `matrix`.
     """
-    made = Allocation()
-    for group, names in groups(list(scores), scope).items():
-        if len(names) == 1:
-            made.counts[names[0]] = zeros_in(scores[names[0]].numel(), sparsity)
+    allocation = Allocation()
+    for group, names in group_by_scope(scores, scope).items():
+        if len(names) == 1:  # the size alone decides, so that the scores need not exist yet
+            allocation.zeros[names[0]] = zeros_in(scores[names[0]].numel(), sparsity)
         else:
-            _share(made, group, {name: _comparable(scores[name]) for name in names}, sparsity, least)
-    return made
+            comparable = {name: _make_comparable(scores[name]) for name in names}
+            _allocate_group(allocation, group, comparable, sparsity, least)
+    return allocation
 
 
-def _share(made: Allocation, group: str, scores: dict[str, Tensor], sparsity: float, least: float) -> None:
-    """Add the counts of one group to `made`: one threshold, but no matrix beyond its floor."""
+def _allocate_group(
+    allocation: Allocation, group: str, scores: Mapping[str, Tensor], sparsity: float, least: float
+) -> None:
+    """Add the zeros of one group to `allocation`: one threshold for all its matrices, but none beyond its floor."""
     sizes = {name: score.numel() for name, score in scores.items()}
     dead = {name: int((score == -math.inf).sum()) for name, score in scores.items()}
     total = max(zeros_in(sum(sizes.values()), sparsity), sum(dead.values()))
-    floors, held = _floors(sizes, total, least)
-    if held is not None:
-        made.least[group] = held
-    most = {name: max(sizes[name] - floors[name], dead[name]) for name in sizes}
-    plain = counts = _lowest(scores, total)
-    while over := [name for name in counts if counts[name] > most[name]]:
-        free = {name: score for name, score in scores.items() if name in counts and name not in over}
-        fixed = {name: most[name] for name in scores if name not in free}
-        made.counts |= fixed
-        counts = _lowest(free, total - sum(fixed.values()))
-    made.counts |= counts
-    made.clamped |= {n: (plain[n], most[n]) for n in scores if plain[n] > most[n]}
+    floors, lowered = _choose_floors(sizes, total, least)
+    if lowered is not None:
+        allocation.lowered[group] = lowered
+    limits = {name: max(size - floors[name], dead[name]) for name, size in sizes.items()}
+    unlimited = zeros = _count_lowest(scores, total)
+    # zeros beyond a limit go to the next lowest scores elsewhere, which may take another matrix to its limit
+    fixed: dict[str, int] = {}
+    free = dict(scores)
+    while over := [name for name, count in zeros.items() if count > limits[name]]:
+        for name in over:
+            fixed[name] = limits[name]
+            del free[name]
+        zeros = _count_lowest(free, total - sum(fixed.values()))
+    allocation.zeros |= fixed | zeros
+    for name in scores:
+        if unlimited[name] > limits[name]:
+            allocation.clamped[name] = (unlimited[name], limits[name])
 
 
-def _comparable(score: Tensor) -> Tensor:
-    """Flat, with the highest of all scores in place of what is no number."""
+def _make_comparable(score: Tensor) -> Tensor:
+    """Flatten scores, and put the highest of all in place of what is no number."""
     return score.flatten().nan_to_num(math.inf, posinf=math.inf, neginf=-math.inf)
 
 
-def _floors(sizes: Mapping[str, int], total: int, least: float) -> tuple[dict[str, int], float | None]:
-    """Weights that stay alive in each matrix, and the share that they are where `least` leaves too few to go."""
-    room = sum(sizes.values()) - total
-    density = room / sum(sizes.values())
-    asked = {name: max(1, math.ceil(least * size)) for name, size in sizes.items()}
+def _choose_floors(sizes: Mapping[str, int], total: int, least: float) -> tuple[dict[str, int], float | None]:
+    """Weights that stay alive in each matrix, and their share if it had to be lowered below `least`.
+
+    Args:
+        total: zeros of all matrices together, which come before the floors.
+    """
+    alive = sum(sizes.values()) - total
+    density = alive / sum(sizes.values())
+    wanted = {name: max(1, math.ceil(least * size)) for name, size in sizes.items()}
     even = {name: math.floor(density * size) for name, size in sizes.items()}
-    one = {name: max(1, floor) for name, floor in even.items()}
-    for floors, held in ((asked, None), (one, density), (even, density)):
-        if sum(floors.values()) <= room:
-            return floors, held
+    even_not_empty = {name: max(1, floor) for name, floor in even.items()}
+    # the first that leaves enough zeros; rounding may forbid even the last
+    for floors, lowered in ((wanted, None), (even_not_empty, density), (even, density)):
+        if sum(floors.values()) <= alive:
+            return floors, lowered
     return dict.fromkeys(sizes, 0), 0.0
 
 
-def _lowest(scores: Mapping[str, Tensor], total: int) -> dict[str, int]:
-    """How many of the `total` lowest scores each matrix holds; ties go in the order of the matrices."""
+def _count_lowest(scores: Mapping[str, Tensor], total: int) -> dict[str, int]:
+    """Count how many of the `total` lowest scores each matrix has; ties go in the order of the matrices."""
     if total == 0 or not scores:
         return dict.fromkeys(scores, 0)
     threshold = torch.cat(list(scores.values())).kthvalue(total).values
     counts = {name: int((score < threshold).sum()) for name, score in scores.items()}
-    left = total - sum(counts.values())
+    remaining = total - sum(counts.values())
     for name, score in scores.items():
-        tied = min(left, int((score == threshold).sum()))
+        tied = min(remaining, int((score == threshold).sum()))
         counts[name] += tied
-        left -= tied
+        remaining -= tied
     return counts

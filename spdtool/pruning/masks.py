@@ -1,35 +1,35 @@
-"""Masks: which weights are zero, and the hold that keeps them zero."""
+"""Masks: which weights are zero, and what keeps them zero while the model is trained."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from spdtool.errors import GateError, ModelError
 from spdtool.models import fsdp
 from spdtool.models.fsdp import local_rows
-from spdtool.pruning.allocation import Allocation, allocate, groups
-from spdtool.pruning.patterns import zeros_in
+from spdtool.pruning.allocation import Allocation, allocate, group_by_scope, zeros_in
 
-Pattern = Callable[[Tensor, float], Tensor]
+Pattern = Callable[[Tensor, int], Tensor]
 
 
 class Masks:
-    """Keeps, by parameter name, which weights are dead, beside the parameters themselves.
+    """Which weights are dead, by parameter name, beside the parameters themselves.
 
     The model is not touched: no parametrisation, no buffer, no renamed key. What is saved is the model with exact
     zeros, from which `from_zeros` recovers the masks at the next stage.
 
-    With `regrow`, a weight that dies leaves its value in `kept`, shaped like the parameter and zero where it lives.
+    Of sharded parameters (`models/fsdp.py`) every tensor here is this rank's rows, and so are scores and mended
+    weights; what counts or ranks weights is collective.
 
-    Where a dead weight, its moments and its gradient are zero, an optimiser step leaves it zero; so the hold works only
-    where that is not known.
-
-    Of sharded parameters (`models/fsdp.py`) `dead` and `kept` are the rows that this process holds, and so are scores
-    and mended weights; what counts or ranks is called by all processes together.
+    Attributes:
+        parameters: name to parameter.
+        dead: name to bool tensor, True where the weight is dead.
+        dead_values: name to the values that dead weights had when they died, zero where a weight lives; empty where
+            the dead stay dead (see `allow_regrowth`).
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -37,148 +37,145 @@ class Masks:
         self.dead = {
             name: torch.zeros_like(local_rows(weight), dtype=torch.bool) for name, weight in parameters.items()
         }
-        self.kept: dict[str, Tensor] = {}
-        self._held: torch.optim.Optimizer | None = None
-        self._clean = False  # dead weights and their moments are zero since the last `apply`
-        self._silenced = False  # and so are the gradients of the coming step
+        self.dead_values: dict[str, Tensor] = {}
+        self._optimizer: torch.optim.Optimizer | None = None
+        # With zero weight, moments and gradient, an optimiser step leaves a weight zero: then nothing has to be done.
+        self._moments_are_zero = False  # dead weights and their moments, since the last `apply`
+        self._gradients_are_zero = False  # of dead weights, for the coming step
 
     @classmethod
     def from_zeros(cls, parameters: Mapping[str, nn.Parameter]) -> Masks:
-        """The masks that the weights themselves tell: dead is what equals zero, whoever pruned it."""
+        """Read the masks from the weights themselves: dead is what equals zero, whoever pruned it."""
         masks = cls(parameters)
         masks.dead = {name: local_rows(weight) == 0 for name, weight in masks.parameters.items()}
         return masks
 
-    def regrow(self) -> None:
-        """From now on the dead compete at each event, with the value that they had: 0 for those that are dead now."""
-        self.kept = {name: torch.zeros_like(local_rows(weight)) for name, weight in self.parameters.items()}
+    @property
+    def can_regrow(self) -> bool:
+        """Whether the dead compete again at each event."""
+        return bool(self.dead_values)
 
-    def filled(self, name: str) -> Tensor:
-        """The weight, with the values that are kept of the dead."""
+    def allow_regrowth(self) -> None:
+        """Let the dead compete at each event, with the value that they had: 0 for those that are dead now."""
+        self.dead_values = {name: torch.zeros_like(local_rows(weight)) for name, weight in self.parameters.items()}
+
+    def full_weight(self, name: str) -> Tensor:
+        """The weight, with the values of the dead where they can regrow."""
         weight = local_rows(self.parameters[name])
-        return torch.where(self.dead[name], self.kept[name], weight) if self.kept else weight
+        return torch.where(self.dead[name], self.dead_values[name], weight) if self.can_regrow else weight
 
-    def prune(
+    def choose(
         self,
         scores: Mapping[str, Tensor],
         sparsity: float,
         pattern: Pattern,
         scope: str = "matrix",
         least: float = 0.0,
-    ) -> Allocation:
-        """Kill the weights of lowest score until `sparsity` is reached; without `regrow` the dead stay dead.
+    ) -> tuple[dict[str, Tensor], Allocation]:
+        """Choose the weights of lowest score, until `sparsity` is reached; nothing is changed. Collective.
 
         Args:
             scores: parameter name to scores shaped like the parameter.
-            sparsity: share of zeros: of every matrix (scope `matrix`), of all matrices of one kind together (`type`),
+            sparsity: share of zeros: of every matrix (scope `matrix`), of all matrices of one type together (`type`),
                 or of all of them together (`global`).
             least: share of each matrix that stays alive if the scope is not `matrix`.
+
+        Returns:
+            the new `dead`, and how the zeros are distributed.
         """
-        dead, made = self.decide(scores, sparsity, pattern, scope, least)
-        self.bury(dead)
-        return made
-
-    def decide(
-        self, scores: Mapping[str, Tensor], sparsity: float, pattern: Pattern, scope: str, least: float
-    ) -> tuple[dict[str, Tensor], Allocation]:
-        """The masks that `prune` would have, and how the zeros came to be shared out; nothing is changed."""
-
-        def ranked(name: str) -> Tensor:
-            own = scores[name].detach()
-            return fsdp.gather_rows(
-                own if self.kept else own.masked_fill(self.dead[name], float("-inf")), self.parameters[name]
-            )
-
-        alone = scope == "matrix"  # then sizes alone decide, and one matrix is whole at a time
-        compared = self.parameters if alone else {name: ranked(name) for name in self.dead}
-        made = allocate(compared, sparsity, scope, least)
+        compared: dict[str, Tensor] = {}
+        if scope != "matrix":
+            for name in self.dead:
+                compared[name] = self._gather_scores(name, scores[name])
+        allocation = allocate(compared or self.parameters, sparsity, scope, least)
         dead = {}
         for name, weight in self.parameters.items():
-            score = ranked(name) if alone else compared[name]
-            gone = fsdp.take_local_rows(~pattern(score, made.counts[name] / score.numel()), weight)
-            dead[name] = gone if self.kept else self.dead[name] | gone
-        return dead, made
+            # in the scope `matrix` they are gathered only now, so that one full matrix exists at a time
+            score = compared[name] if compared else self._gather_scores(name, scores[name])
+            pruned = fsdp.take_local_rows(~pattern(score, allocation.zeros[name]), weight)
+            dead[name] = pruned if self.can_regrow else self.dead[name] | pruned
+        return dead, allocation
 
     @torch.no_grad()
-    def bury(self, dead: Mapping[str, Tensor], mended: Mapping[str, Tensor] | None = None) -> None:
-        """Make `dead` the masks: values of the dying are kept, the regrown get theirs back.
+    def set(self, dead: Mapping[str, Tensor], mended: Mapping[str, Tensor] | None = None) -> None:
+        """Make `dead` the masks. Where weights can regrow, the values of the dying are stored and the regrown restored.
 
         Args:
             mended: parameter name to the weight with new values, taken where it was alive and stays so.
         """
         for name, parameter in self.parameters.items():
-            weight, before, gone = local_rows(parameter), self.dead[name], dead[name]
-            if self.kept:
-                full = self.filled(name)
-                self.kept[name] = torch.where(gone, full, 0)
+            weight, was_dead, is_dead = local_rows(parameter), self.dead[name], dead[name]
+            if self.can_regrow:
+                full = self.full_weight(name)
+                self.dead_values[name] = torch.where(is_dead, full, 0)
                 weight.copy_(full)
             if mended is not None:
-                weight.copy_(torch.where(before | gone, weight, mended[name]))
-            self.dead[name] = gone
+                weight.copy_(torch.where(was_dead | is_dead, weight, mended[name]))
+            self.dead[name] = is_dead
         self.apply()
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Set every dead weight to zero, and the moments that a held optimiser keeps for it."""
+        """Set every dead weight to zero, and the moments that an attached optimiser has for it."""
         for name, weight in self.parameters.items():
             for tensor in (local_rows(weight), *self._moments(weight)):
-                _clear(tensor, self.dead[name])
-        self._clean = self._held is not None
+                clear_dead(tensor, self.dead[name])
+        self._moments_are_zero = self._optimizer is not None
 
     @torch.no_grad()
-    def silence(self) -> None:
+    def zero_gradients(self) -> None:
         """Set the gradients of dead weights to zero, so that they do not count when gradients are clipped."""
         for name, weight in self.parameters.items():
             if weight.grad is not None:
-                _clear(local_rows(weight.grad), self.dead[name])
-        self._silenced = True
+                clear_dead(local_rows(weight.grad), self.dead[name])
+        self._gradients_are_zero = True
 
-    def hold(self, optimizer: torch.optim.Optimizer) -> Any:
-        """Keep dead weights and their moments zero after every step of `optimizer`; returns the hook's handle."""
-        self._held, self._clean = optimizer, False
+    def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
+        """Keep dead weights and their moments zero after every step of `optimizer`, until the handle is removed."""
+        self._optimizer, self._moments_are_zero = optimizer, False
         return optimizer.register_step_post_hook(self._after_step)
 
-    def _after_step(self, *_: Any) -> None:
-        if not (self._clean and self._silenced):
+    def _after_step(self, *_: object) -> None:
+        if not (self._moments_are_zero and self._gradients_are_zero):
             self.apply()
-        self._silenced = False
+        self._gradients_are_zero = False  # the next backward pass makes new ones
 
     @torch.no_grad()
-    def seal(self) -> None:
+    def finalize(self) -> None:
         """Make the zeros say what the masks say: a live weight that landed on exactly 0 becomes the least number."""
         self.apply()
         for name, parameter in self.parameters.items():
             weight = local_rows(parameter)
-            landed = (weight == 0) & ~self.dead[name]
-            weight.masked_fill_(landed, torch.finfo(weight.dtype).tiny)
+            is_live_zero = (weight == 0) & ~self.dead[name]
+            weight.masked_fill_(is_live_zero, torch.finfo(weight.dtype).tiny)
 
     def counts(self) -> dict[str, tuple[int, int]]:
-        """Parameter name to `(dead weights, all weights)`."""
-        return self._counted(self.dead)
+        """Parameter name to `(dead weights, all weights)`. Collective."""
+        return self._count_true(self.dead)
 
     def sparsity(self) -> float:
-        """Share of dead weights over all the matrices."""
+        """Share of dead weights over all the matrices. Collective."""
         counts = self.counts().values()
         return sum(zeros for zeros, _ in counts) / sum(size for _, size in counts)
 
-    def check(self, sparsity: float, scope: str = "matrix") -> None:
-        """Assert that the zeros in the weights are the requested ones, to the nearest weight.
+    def check_sparsity(self, sparsity: float, scope: str = "matrix") -> None:
+        """Assert that the zeros in the weights are the requested ones, to the nearest weight. Collective.
 
         Raises:
             GateError: a count is off.
         """
         zeros = {name: local_rows(weight) == 0 for name, weight in self.parameters.items()}
-        check_counts(self._counted(zeros), sparsity, scope)
+        check_counts(self._count_true(zeros), sparsity, scope)
 
-    def check_room(self, sparsity: float, scope: str = "matrix") -> None:
-        """Assert, before hours are spent, that not more is dead for good already than `sparsity` asks for.
+    def check_reachable(self, sparsity: float, scope: str = "matrix") -> None:
+        """Assert, before hours are spent, that no more weights are dead for good than `sparsity` asks for. Collective.
 
         Raises:
             ModelError: the weights are too sparse.
         """
-        if self.kept:
+        if self.can_regrow:
             return
-        for name, (zeros, size) in _in_scope(self.counts(), scope).items():
+        for name, (zeros, size) in _sum_in_scope(self.counts(), scope).items():
             if zeros > zeros_in(size, sparsity):
                 raise ModelError(
                     f"{name} has {zeros} zeros of {size} already; sparsity {sparsity} asks for "
@@ -197,33 +194,41 @@ class Masks:
                 if tensor is not None and bool((local_rows(tensor)[self.dead[name]] != 0).any()):
                     raise GateError(f"{name}: a pruned weight, its gradient or one of its moments is not zero")
 
-    def _moments(self, weight: nn.Parameter) -> list[Tensor]:
-        state = {} if self._held is None else self._held.state.get(weight, {})
-        return [local_rows(value) for value in state.values() if torch.is_tensor(value) and value.shape == weight.shape]
-
-    def _counted(self, sets: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
-        """Parameter name to `(entries that are set, all entries)`."""
-        own = torch.stack([each.sum() for each in sets.values()])
-        found = fsdp.sum_over_shards(own, next(iter(self.parameters.values()))).tolist()
-        return {name: (count, self.parameters[name].numel()) for name, count in zip(sets, found, strict=True)}
-
     def state_dict(self) -> dict[str, Tensor]:
-        """Parameter name to bool tensor of the dead, whole."""
+        """Parameter name to the bool tensor of the dead, gathered. Collective."""
         return {name: fsdp.gather_rows(dead, self.parameters[name]) for name, dead in self.dead.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state_dict` gave."""
-        self.dead = {
-            name: fsdp.take_local_rows(state[name], weight).to(weight.device)
-            for name, weight in self.parameters.items()
-        }
-        self._clean = False
+        """Restore the result of `state_dict`."""
+        for name, weight in self.parameters.items():
+            self.dead[name] = fsdp.take_local_rows(state[name], weight).to(weight.device)
+        self._moments_are_zero = False
+
+    def _gather_scores(self, name: str, scores: Tensor) -> Tensor:
+        """Gather the scores of one matrix, with minus infinity where a weight stays dead."""
+        scores = scores.detach()
+        if not self.can_regrow:
+            scores = scores.masked_fill(self.dead[name], float("-inf"))
+        return fsdp.gather_rows(scores, self.parameters[name])
+
+    def _moments(self, weight: nn.Parameter) -> list[Tensor]:
+        """Everything that the optimiser stores for each number of `weight`."""
+        if self._optimizer is None:
+            return []
+        state = self._optimizer.state.get(weight, {}).values()
+        return [local_rows(value) for value in state if torch.is_tensor(value) and value.shape == weight.shape]
+
+    def _count_true(self, flags: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
+        """Parameter name to `(True entries, all entries)`, with one read from the device for all of them."""
+        local_counts = torch.stack([flag.sum() for flag in flags.values()])
+        totals = fsdp.sum_over_shards(local_counts, next(iter(self.parameters.values()))).tolist()
+        return {name: (count, self.parameters[name].numel()) for name, count in zip(flags, totals, strict=True)}
 
 
-def _clear(tensor: Tensor, dead: Tensor) -> None:
+def clear_dead(tensor: Tensor, dead: Tensor) -> None:
     """Set the dead to zero, in place; on a CPU by their bits, which takes half the time of `masked_fill_`."""
     if tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.is_contiguous():
-        tensor.view(torch.int32).bitwise_and_(dead.view(torch.int8) - 1)  # keeps all bits, or none
+        tensor.view(torch.int32).bitwise_and_(dead.view(torch.int8) - 1)  # True is 1: and with 0; False: with all ones
     else:
         tensor.masked_fill_(dead, 0.0)
 
@@ -234,15 +239,16 @@ def check_counts(counts: Mapping[str, tuple[int, int]], sparsity: float, scope: 
     Raises:
         GateError: names the first matrix that is off, or the total over those that share the sparsity.
     """
-    for name, (zeros, size) in _in_scope(counts, scope).items():
+    for name, (zeros, size) in _sum_in_scope(counts, scope).items():
         if zeros != zeros_in(size, sparsity):
             raise GateError(
                 f"{name} has {zeros} zeros of {size}; sparsity {sparsity} asks for {zeros_in(size, sparsity)}"
             )
 
 
-def _in_scope(counts: Mapping[str, tuple[int, int]], scope: str) -> Mapping[str, tuple[int, int]]:
-    return {
-        group: (sum(counts[name][0] for name in names), sum(counts[name][1] for name in names))
-        for group, names in groups(list(counts), scope).items()
-    }
+def _sum_in_scope(counts: Mapping[str, tuple[int, int]], scope: str) -> dict[str, tuple[int, int]]:
+    """Sum `(zeros, size)` over the matrices that share the sparsity."""
+    sums = {}
+    for group, names in group_by_scope(counts, scope).items():
+        sums[group] = (sum(counts[name][0] for name in names), sum(counts[name][1] for name in names))
+    return sums

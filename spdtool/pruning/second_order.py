@@ -7,12 +7,14 @@ Surgeon). They differ in F: that of the training loss in blocks, or that of each
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from spdtool.errors import RecipeError
 from spdtool.plugins import criteria
-from spdtool.pruning.statistics import Stats, blocks_of
+from spdtool.pruning.statistics import Stats, split_into_blocks
 
 AT_ONCE = 2**25  # numbers in the largest temporary tensor; three of them live together, 400 MB in float32
 
@@ -20,25 +22,23 @@ AT_ONCE = 2**25  # numbers in the largest temporary tensor; three of them live t
 def mend_blocks(weight: Tensor, alive: Tensor, stats: Stats) -> Tensor:
     """The weight after the survivors of each Fisher block have made up for those that go; the dead are zero."""
     assert stats.fisher_blocks is not None
-    blocks = stats.fisher_blocks
-    size = blocks.shape[-1]
-    rows, lives = blocks_of(weight.float(), size), blocks_of(alive, size)
-    chunk = max(1, AT_ONCE // size**2)
-    moved = [
-        _moved(part, row, live)
-        for part, row, live in zip(blocks.split(chunk), rows.split(chunk), lives.split(chunk), strict=True)
-    ]
-    return torch.cat(moved).flatten()[: weight.numel()].view_as(weight).to(weight.dtype)
+    size = stats.fisher_blocks.shape[-1]
+    rows, live_rows = split_into_blocks(weight.float(), size), split_into_blocks(alive, size)
+    mended = []
+    for chunk in _chunks(size, stats.fisher_blocks, rows, live_rows):
+        mended.append(_mend_chunk(*chunk))
+    return torch.cat(mended).flatten()[: weight.numel()].view_as(weight).to(weight.dtype)
 
 
 @criteria.register("obert", needs=("fisher_blocks",), update=mend_blocks)
 def obert(weight: Tensor, stats: Stats) -> Tensor:
     """Weight^2 / (2 [F^-1]_qq), F the blockwise empirical Fisher matrix (Kurtic et al. 2022, arXiv 2203.07259)."""
     assert stats.fisher_blocks is not None
-    blocks = stats.fisher_blocks
-    chunk = max(1, AT_ONCE // blocks.shape[-1] ** 2)
-    inverse = torch.cat([_inverse(part).diagonal(dim1=-2, dim2=-1) for part in blocks.split(chunk)])
-    return weight.float().square() / (2 * inverse.flatten()[: weight.numel()].view_as(weight))
+    diagonals = []
+    for (blocks,) in _chunks(stats.fisher_blocks.shape[-1], stats.fisher_blocks):
+        diagonals.append(_inverse(blocks).diagonal(dim1=-2, dim2=-1))
+    inverse = torch.cat(diagonals).flatten()[: weight.numel()].view_as(weight)  # the last block may be padded
+    return weight.float().square() / (2 * inverse)
 
 
 def mend_rows(weight: Tensor, alive: Tensor, stats: Stats) -> Tensor:
@@ -48,13 +48,13 @@ def mend_rows(weight: Tensor, alive: Tensor, stats: Stats) -> Tensor:
     """
     assert stats.input_gram is not None
     gram, dead = stats.input_gram, ~alive
-    gone = weight.float() * dead
+    removed = weight.float() * dead
     if int(alive.sum(1).max()) <= int(dead.sum(1).max()):
-        moved = _solved(gram, gone @ gram, alive)
+        change = _solve_rows(gram, removed @ gram, alive)
     else:
         inverse = _inverse(gram[None])[0]
-        moved = -(_solved(inverse, gone, dead) @ inverse)
-    return ((weight.float() + moved) * alive).to(weight.dtype)
+        change = -(_solve_rows(inverse, removed, dead) @ inverse)
+    return ((weight.float() + change) * alive).to(weight.dtype)
 
 
 @criteria.register("layerwise", needs=("input_gram",), update=mend_rows)
@@ -68,17 +68,24 @@ def layerwise(weight: Tensor, stats: Stats) -> Tensor:
     return weight.float().square() / _inverse(stats.input_gram[None])[0].diagonal()
 
 
-def _moved(blocks: Tensor, rows: Tensor, alive: Tensor) -> Tensor:
+def _chunks(size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield slices of tensors together, so long that a [slice, size, size] tensor has at most `AT_ONCE` numbers."""
+    length = max(1, AT_ONCE // size**2)
+    yield from zip(*(torch.split(tensor, length) for tensor in tensors), strict=True)
+
+
+def _mend_chunk(blocks: Tensor, rows: Tensor, alive: Tensor) -> Tensor:
+    """Let the survivors of each block make up for the dead: [blocks, size]."""
     live = alive.float()
     wanted = live * torch.einsum("nij,nj->ni", blocks, rows * (1 - live))
     # the dead become rows and columns of the identity, so that every block has one shape
     system = blocks * (live.unsqueeze(2) * live.unsqueeze(1))
     system.diagonal(dim1=-2, dim2=-1).add_(1 - live)
-    return (rows + torch.cholesky_solve(wanted.unsqueeze(2), _factor(system)).squeeze(2)) * live
+    return (rows + torch.cholesky_solve(wanted.unsqueeze(2), factorize(system)).squeeze(2)) * live
 
 
-def _solved(matrix: Tensor, wanted: Tensor, sets: Tensor) -> Tensor:
-    """For each row r, x with `matrix[s, s] x[s] = wanted[r, s]` on its set s, zero elsewhere: [rows, inputs].
+def _solve_rows(matrix: Tensor, wanted: Tensor, sets: Tensor) -> Tensor:
+    """For each row r, solve `matrix[s, s] x[s] = wanted[r, s]` on its set s; x is zero elsewhere: [rows, inputs].
 
     Sets are padded to the longest, and rows go in chunks that fit in memory.
     """
@@ -86,29 +93,28 @@ def _solved(matrix: Tensor, wanted: Tensor, sets: Tensor) -> Tensor:
     solution = torch.zeros_like(wanted)
     if longest == 0:
         return solution
+    # positions of the members first, in order; of a shorter set, some positions that are no members follow
     members = sets.byte().sort(dim=1, descending=True, stable=True).indices[:, :longest]
-    chunk = max(1, AT_ONCE // longest**2)
-    for part, row, into, own in zip(
-        members.split(chunk), wanted.split(chunk), solution.split(chunk), sets.split(chunk), strict=True
-    ):
-        inside = own.gather(1, part)
-        system = matrix[part.unsqueeze(2), part.unsqueeze(1)]
-        system.mul_(inside.unsqueeze(2)).mul_(inside.unsqueeze(1)).diagonal(dim1=-2, dim2=-1).add_(~inside)
-        found = torch.cholesky_solve((row.gather(1, part) * inside).unsqueeze(2), _factor(system)).squeeze(2)
-        into.scatter_(1, part, found)
+    for columns, row, into, is_in_set in _chunks(longest, members, wanted, solution, sets):
+        is_member = is_in_set.gather(1, columns)
+        system = matrix[columns.unsqueeze(2), columns.unsqueeze(1)]
+        system.mul_(is_member.unsqueeze(2)).mul_(is_member.unsqueeze(1)).diagonal(dim1=-2, dim2=-1).add_(~is_member)
+        targets = (row.gather(1, columns) * is_member).unsqueeze(2)
+        into.scatter_(1, columns, torch.cholesky_solve(targets, factorize(system)).squeeze(2))
     return solution
 
 
 def _inverse(matrices: Tensor) -> Tensor:
-    return torch.cholesky_inverse(_factor(matrices))
+    return torch.cholesky_inverse(factorize(matrices))
 
 
-def _factor(matrices: Tensor) -> Tensor:
-    """Cholesky factors, taken in float64 where float32 does not do.
+def factorize(matrices: Tensor) -> Tensor:
+    """Cholesky factors of symmetric matrices, taken in float64 where float32 does not do.
 
     Raises:
         RecipeError: neither does.
     """
+    factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(matrices)
     if bool(failed.any()):
         factor, failed = torch.linalg.cholesky_ex(matrices.double())

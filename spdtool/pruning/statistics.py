@@ -1,25 +1,28 @@
 """Statistics: what criteria need to know of a weight besides its value, gathered between prune events.
 
 Each is a small class that keeps a float32 sum on its weight's device. `@statistic(name)` makes it available to the
-`needs` of a criterion, and the criterion finds what was read under that name in its `Stats`. Of a sharded weight all
-this is about the rows that the process holds.
+`needs` of a criterion, which finds the result under that name in its `Stats`. `Observer` feeds them: gradients after
+backward passes, inputs in forward passes. Of a sharded weight all of this covers the rows of the rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from spdtool.models import fsdp
+from spdtool.models import collectives, fsdp
+from spdtool.pruning.masks import Masks
+from spdtool.recipe.fields import Prune
 
 
 @dataclass(frozen=True)
 class Stats:
-    """What was observed of one weight since the last prune event; None where no criterion asked for it.
+    """What was observed of one weight since the last prune event; None where the criterion did not ask for it.
 
     Attributes:
         gradient: mean gradient over the optimiser steps, shaped like the weight.
@@ -40,58 +43,55 @@ class Stats:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How statistics are gathered: weights per Fisher block, dampening, weight of soft movement's sigmoid penalty, and
-    the learning rate of its scores."""
-
-    block: int = 16
-    dampening: float = 0.01
-    penalty: float = 1.0
-    score_rate: float = 0.01
-
-
-@dataclass(frozen=True)
-class Gradient:
-    """What a backward pass says of one weight.
+class WeightGradient:
+    """One weight and its gradient in one optimiser step.
 
     Attributes:
-        value: the gradient, float32, shaped like the weight.
+        gradient: float32, shaped like the weight.
         weight: the weight; where it is dead, the value that it had when it died if it may grow again, else 0.
-        out: the dead, where they stay dead; None where they may grow again.
+        dead: the dead, where they stay dead; None where they may grow again.
     """
 
-    value: Tensor
+    gradient: Tensor
     weight: Tensor
-    out: Tensor | None = None
+    dead: Tensor | None = None
 
 
 class Statistic:
-    """Keeps the sum of what was observed of one weight, and over how many steps or tokens."""
+    """A sum over the optimiser steps or tokens of one weight, and their number.
+
+    A subclass adds to `sum()` in `add_gradient` or `add_inputs`, as `reads` says.
+
+    Attributes:
+        reads: `gradient` or `input`.
+        is_learned: whether it goes on over the whole stage, instead of beginning anew at each prune event.
+        section: `block`, `dampening`, `penalty` and `score_rate` count.
+    """
 
     reads: ClassVar[str] = "gradient"
-    learned: ClassVar[bool] = False
+    is_learned: ClassVar[bool] = False
 
-    def __init__(self, weight: Tensor, settings: Settings) -> None:
-        self.weight, self.settings = weight, settings
+    def __init__(self, weight: Tensor, section: Prune) -> None:
+        self.weight, self.section = weight, section
         self.total: Tensor | None = None  # made when it is first needed: most of these are large
-        self.count = torch.zeros((), dtype=torch.int64, device=weight.device)
+        self.count = torch.zeros((), dtype=torch.int64, device=weight.device)  # on the device: no step waits for it
 
     def shape(self) -> tuple[int, ...]:
         """Shape of the sum."""
         return tuple(fsdp.local_rows(self.weight).shape)
 
     def sum(self) -> Tensor:
-        """The sum so far, to be added to."""
+        """The sum so far, to be added to in place."""
         if self.total is None:
             self.total = torch.zeros(self.shape(), dtype=torch.float32, device=self.weight.device)
         return self.total
 
-    def add(self, seen: Gradient) -> None:
-        """Take in the gradients of an optimiser step."""
+    def add_gradient(self, sample: WeightGradient) -> None:
+        """Add the gradient of an optimiser step; `count` includes the step already."""
         raise NotImplementedError
 
     def add_inputs(self, tokens: Tensor) -> None:
-        """Take in the layer's inputs, [tokens, inputs]."""
+        """Add the layer's inputs, [tokens, inputs]; `count` includes the tokens already."""
         raise NotImplementedError
 
     def mean(self) -> Tensor:
@@ -99,29 +99,27 @@ class Statistic:
         return self.sum() / self.count.clamp(min=1)
 
     def read(self) -> Tensor | None:
-        """What the criterion is given."""
+        """The value for the criterion."""
         return self.mean()
 
-    def state(self) -> dict[str, Tensor]:
-        """What must be kept to go on later."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """The state to resume from, gathered where it has a number for each weight."""
         if self.total is None:
             return {"count": self.count}
-        return {
-            "count": self.count,
-            "total": fsdp.gather_rows(self.total, self.weight) if self._by_rows() else self.total,
-        }
+        total = fsdp.gather_rows(self.total, self.weight) if self._is_by_weight() else self.total
+        return {"count": self.count, "total": total}
 
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state` gave."""
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore the result of `state_dict`."""
         device = self.weight.device
         self.count = state["count"].to(device).clone()
         self.total = None
         if "total" in state:
-            total = fsdp.take_local_rows(state["total"], self.weight) if self._by_rows() else state["total"]
+            total = fsdp.take_local_rows(state["total"], self.weight) if self._is_by_weight() else state["total"]
             self.total = total.to(device).clone()
 
-    def _by_rows(self) -> bool:
-        """Whether the sum has a place for each weight."""
+    def _is_by_weight(self) -> bool:
+        """Whether the sum has a number for each weight."""
         return type(self).shape is Statistic.shape
 
 
@@ -131,27 +129,27 @@ STATISTICS: dict[str, type[Statistic]] = {}
 def statistic(name: str) -> Callable[[type[Statistic]], type[Statistic]]:
     """Decorator: makes a statistic available to the `needs` of criteria under `name`, a field of `Stats`."""
 
-    def keep(kind: type[Statistic]) -> type[Statistic]:
+    def register(kind: type[Statistic]) -> type[Statistic]:
         STATISTICS[name] = kind
         return kind
 
-    return keep
+    return register
 
 
 @statistic("gradient")
 class MeanGradient(Statistic):
     """The mean gradient over optimiser steps; a step whose draw left the layer out counts as zero."""
 
-    def add(self, seen: Gradient) -> None:
-        self.sum().add_(seen.value)
+    def add_gradient(self, sample: WeightGradient) -> None:
+        self.sum().add_(sample.gradient)
 
 
 @statistic("gradient_squared")
 class MeanSquare(Statistic):
     """The mean squared gradient over optimiser steps."""
 
-    def add(self, seen: Gradient) -> None:
-        self.sum().addcmul_(seen.value, seen.value)
+    def add_gradient(self, sample: WeightGradient) -> None:
+        self.sum().addcmul_(sample.gradient, sample.gradient)
 
 
 @statistic("movement")
@@ -161,10 +159,10 @@ class Movement(Statistic):
     Sanh et al. 2020, arXiv 2005.07683. Where the dead may grow again, they count with the value that they had.
     """
 
-    learned = True
+    is_learned = True
 
-    def add(self, seen: Gradient) -> None:
-        self.sum().addcmul_(seen.weight.float(), seen.value, value=-1.0)
+    def add_gradient(self, sample: WeightGradient) -> None:
+        self.sum().addcmul_(sample.weight.float(), sample.gradient, value=-1.0)
 
     def read(self) -> Tensor | None:
         """The scores, or None before the first step."""
@@ -175,30 +173,30 @@ class Movement(Statistic):
 class SoftMovement(Movement):
     """Movement with the sigmoid penalty of the same paper's soft variant, which draws undecided scores down.
 
-    The scores descend by `score_rate` x (weight x gradient + penalty x the sigmoid's slope). The penalty needs scores
-    of the order of 1, which the paper gets from Adam; here weight x gradient is divided by its root mean square over
-    the matrix and all steps.
+    The scores descend by `prune.score_rate` x (weight x gradient + penalty x the sigmoid's slope). The penalty needs
+    scores of the order of 1, which the paper gets from Adam; here weight x gradient is divided by its root mean square
+    over the matrix and all steps.
     """
 
-    def __init__(self, weight: Tensor, settings: Settings) -> None:
-        super().__init__(weight, settings)
+    def __init__(self, weight: Tensor, section: Prune) -> None:
+        super().__init__(weight, section)
         self.squares = torch.zeros((), dtype=torch.float32, device=weight.device)
 
-    def add(self, seen: Gradient) -> None:
-        change = seen.weight.float() * seen.value
+    def add_gradient(self, sample: WeightGradient) -> None:
+        change = sample.weight.float() * sample.gradient
         self.squares += fsdp.mean_over_shards(change.square(), self.weight)
         scale = (self.squares / self.count).sqrt()
-        change /= scale.clamp(min=torch.finfo(torch.float32).tiny)
+        change /= scale.clamp(min=torch.finfo(torch.float32).tiny)  # no gradient yet: 0 / 0 would be no number
         scores = self.sum()
         slope = torch.sigmoid(scores)
         slope.mul_(1.0 - slope)
-        scores.sub_(change.add_(slope, alpha=self.settings.penalty), alpha=self.settings.score_rate)
+        scores.sub_(change.add_(slope, alpha=self.section.penalty), alpha=self.section.score_rate)
 
-    def state(self) -> dict[str, Tensor]:
-        return super().state() | {"squares": self.squares}
+    def state_dict(self) -> dict[str, Tensor]:
+        return super().state_dict() | {"squares": self.squares}
 
-    def load(self, state: dict[str, Tensor]) -> None:
-        super().load(state)
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        super().load_state_dict(state)
         self.squares = state["squares"].to(self.weight.device).clone()
 
 
@@ -211,21 +209,23 @@ class FisherBlocks(Statistic):
     """
 
     def shape(self) -> tuple[int, ...]:
-        size = self.settings.block
+        size = self.section.block
         return (-(-fsdp.local_rows(self.weight).numel() // size), size, size)
 
-    def add(self, seen: Gradient) -> None:
-        value = seen.value if seen.out is None else seen.value.masked_fill(seen.out, 0.0)
-        rows = blocks_of(value, self.settings.block)
+    def add_gradient(self, sample: WeightGradient) -> None:
+        gradient = sample.gradient
+        if sample.dead is not None:  # they stay zero: F is that of the weights that can move
+            gradient = gradient.masked_fill(sample.dead, 0.0)
+        rows = split_into_blocks(gradient, self.section.block)
         self.sum().baddbmm_(rows.unsqueeze(2), rows.unsqueeze(1))
 
     def read(self) -> Tensor:
         """The mean, with `dampening` x its mean diagonal added to the diagonal."""
-        return _dampened(self.mean(), self.settings.dampening, self.weight.numel(), self.weight)
+        return _dampen(self.mean(), self.section.dampening, self.weight.numel(), self.weight)
 
 
 class InputStatistic(Statistic):
-    """What is observed of the inputs of a layer, over the tokens that it saw."""
+    """A statistic of the inputs of a layer, over all tokens of the calibration batches."""
 
     reads = "input"
 
@@ -256,22 +256,164 @@ class InputGram(InputStatistic):
 
     def read(self) -> Tensor:
         """The mean, with `dampening` x its mean diagonal added to the diagonal."""
-        return _dampened(self.mean(), self.settings.dampening, self.weight.shape[1])
+        return _dampen(self.mean(), self.section.dampening, self.weight.shape[1])
 
 
-def blocks_of(matrix: Tensor, size: int) -> Tensor:
-    """The weights of a matrix in rows of `size` consecutive ones, the last row padded with zeros: [blocks, size]."""
+class Observer:
+    """Gather the statistics in `needs` of every weight of `masks`.
+
+    Args:
+        section: settings of the statistics.
+        layers: parameter name to the linear layer that it belongs to, to observe inputs.
+    """
+
+    def __init__(
+        self,
+        masks: Masks,
+        needs: Sequence[str],
+        section: Prune,
+        layers: Mapping[str, nn.Linear] | None = None,
+    ) -> None:
+        self.masks, self.section, self.layers = masks, section, dict(layers or {})
+        self.kinds = {need: STATISTICS[need] for need in needs}
+        self.statistics: dict[str, dict[str, Statistic]] = {name: {} for name in masks.parameters}
+        self._start_anew(self.kinds)
+
+    def reads(self, source: str) -> bool:
+        """Whether `gradient` or `input` is observed."""
+        return any(kind.reads == source for kind in self.kinds.values())
+
+    @property
+    def learns(self) -> bool:
+        """Whether scores are learned over the whole stage."""
+        return any(kind.is_learned for kind in self.kinds.values())
+
+    @torch.no_grad()
+    def add_gradients(self, scale: float = 1.0) -> None:
+        """Add the gradients of an optimiser step, once all backward passes are done.
+
+        Args:
+            scale: the loss scale that multiplied them.
+        """
+        for name, weight in self.masks.parameters.items():
+            statistics = self._reading("gradient", name)
+            for each in statistics:
+                each.count += 1
+            if statistics and weight.grad is not None:  # None: a layer that the draw left out
+                gradient = fsdp.local_rows(weight.grad).float()
+                if scale != 1.0:
+                    gradient = gradient / scale
+                dead = None if self.masks.can_regrow else self.masks.dead[name]
+                sample = WeightGradient(gradient, self.masks.full_weight(name), dead)
+                for each in statistics:
+                    each.add_gradient(sample)
+
+    @contextmanager
+    def observe_inputs(self, attention_mask: Tensor | None) -> Iterator[None]:
+        """Add the inputs of the layers in forward passes inside the context; see `Pruner.observe_inputs`."""
+        handles = []
+        for name, layer in self.layers.items():
+            if statistics := self._reading("input", name):
+                handles.append(layer.register_forward_pre_hook(_make_hook(statistics, attention_mask)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def sum_inputs_over_ranks(self) -> None:
+        """Sum the statistics of inputs over the ranks, each of which has other rows. Collective."""
+        tensors = []
+        for name in self.statistics:
+            for each in self._reading("input", name):
+                tensors += [each.sum(), each.count]
+        collectives.sum_over_ranks(tensors)
+
+    def is_empty(self) -> bool:
+        """Whether a statistic that is not learned over the stage has observed no weight at all."""
+        for need in self._not_learned():
+            if not any(int(statistics[need].count) for statistics in self.statistics.values()):
+                return True
+        return False
+
+    def reset(self) -> None:
+        """Drop everything that is not learned over the stage."""
+        self._start_anew(self._not_learned())
+
+    def stats(self, name: str) -> Stats:
+        """Everything that was observed of the weight called `name`."""
+        return Stats(**{need: each.read() for need, each in self.statistics[name].items()})
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The statistics as flat tensors, named `entry.need.parameter`. Collective."""
+        state = {}
+        for name, statistics in self.statistics.items():
+            for need, each in statistics.items():
+                for entry, value in each.state_dict().items():
+                    state[f"{entry}.{need}.{name}"] = value
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore the result of `state_dict`."""
+        states: dict[tuple[str, str], dict[str, Tensor]] = {}
+        for key, value in state.items():
+            entry, need, name = key.split(".", 2)
+            states.setdefault((need, name), {})[entry] = value
+        for name, statistics in self.statistics.items():
+            for need, each in statistics.items():
+                each.load_state_dict(states[need, name])
+
+    def _not_learned(self) -> list[str]:
+        return [need for need, kind in self.kinds.items() if not kind.is_learned]
+
+    def _start_anew(self, needs: Iterable[str]) -> None:
+        for name, weight in self.masks.parameters.items():
+            for need in needs:
+                self.statistics[name][need] = self.kinds[need](weight, self.section)
+
+    def _reading(self, source: str, name: str) -> list[Statistic]:
+        """The statistics of one weight that read its gradient, or its layer's inputs."""
+        return [each for each in self.statistics[name].values() if each.reads == source]
+
+
+def _make_hook(
+    statistics: list[Statistic], attention_mask: Tensor | None
+) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    """Make a forward hook that adds a layer's inputs to its statistics."""
+
+    @torch.no_grad()
+    def add_inputs(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        inputs = arguments[0].detach()
+        with torch.autocast(inputs.device.type, enabled=False):  # the sums need all digits of float32
+            tokens = inputs
+            if attention_mask is not None and attention_mask.shape == inputs.shape[:-1]:
+                tokens = inputs[attention_mask.bool()]
+            tokens = tokens.float().reshape(-1, inputs.shape[-1])
+            for each in statistics:
+                each.count += len(tokens)
+                each.add_inputs(tokens)
+
+    return add_inputs
+
+
+def split_into_blocks(matrix: Tensor, size: int) -> Tensor:
+    """Cut a matrix into rows of `size` consecutive weights, the last row padded with zeros: [blocks, size]."""
     flat = matrix.flatten()
     return torch.nn.functional.pad(flat, (0, -flat.numel() % size)).view(-1, size)
 
 
-def _dampened(matrices: Tensor, share: float, size: int, like: Tensor | None = None) -> Tensor:
-    """Square matrices, in place, plus `share` of their mean diagonal; the identity where nothing was ever observed.
+def _dampen(matrices: Tensor, share: float, size: int, like: Tensor | None = None) -> Tensor:
+    """Add `share` of their mean diagonal to the diagonal of square matrices, in place; the identity where it is zero.
 
     Args:
-        like: the weight of which other processes may hold other matrices.
+        size: numbers on the diagonals of all ranks together.
+        like: the weight of which other ranks may have other matrices.
     """
     diagonal = matrices.diagonal(dim1=-2, dim2=-1)
-    mean = (diagonal.sum() if like is None else fsdp.sum_over_shards(diagonal.sum(), like)) / size
+    total = diagonal.sum()
+    if like is not None:
+        total = fsdp.sum_over_shards(total, like)
+    mean = total / size
+    # nothing was ever observed: the identity can be inverted, and then ranks by magnitude
     diagonal.add_(torch.where(mean > 0, share * mean, torch.ones_like(mean)))
     return matrices

@@ -22,14 +22,14 @@ from spdtool.models.student import (
     load_student_tokenizer,
     read_student_labels,
 )
-from spdtool.pruning.patterns import zeros_in
+from spdtool.pruning.allocation import zeros_in
 from spdtool.recipe import STAGES
 from spdtool.recipe.fields import Recipe, Training
 from spdtool.run.folder import Run
 from spdtool.run.records import Plan, StagePlan, WeightCounts
 from spdtool.tasks import Task, find_task
 from spdtool.training import loop as training
-from spdtool.training import saliency
+from spdtool.training.saliency import check_saliency
 from spdtool.training.schedules import event_schedule, replacing_rate
 
 FLOAT = 4  # bytes
@@ -114,7 +114,7 @@ def check_recipe(recipe: Recipe, rows: int) -> None:
     for phase in (recipe.prune, recipe.distill, recipe.finetune):
         replacing_rate(phase.grafting.schedule)
     events = event_schedule(recipe, recipe.prune.length(rows).steps)
-    saliency.check(recipe.prune, events, copied=recipe.student is None)
+    check_saliency(recipe.prune, events, copied=recipe.student is None)
     if recipe.prune.exchanges and not recipe.prune.regrowth:
         raise RecipeError(
             f"{recipe.prune.exchanges} exchanges change nothing: without regrowth the dead stay dead",

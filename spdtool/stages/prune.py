@@ -14,7 +14,7 @@ from spdtool.pruning.pruner import Pruner
 from spdtool.run.folder import Run
 from spdtool.run.records import TrainingResult
 from spdtool.stages import student
-from spdtool.training import saliency
+from spdtool.training.saliency import check_saliency
 from spdtool.training.schedules import event_schedule
 
 
@@ -23,7 +23,7 @@ def prune(run: Run) -> TrainingResult:
 
     def make(model: Any, masks: Masks, steps: int) -> Pruner:
         events = event_schedule(run.recipe, steps, initial=masks.sparsity())
-        saliency.check(run.recipe.prune, events, copied=run.recipe.student is None)
-        return student.pruner_of(run.recipe, masks, events, find_prunable_layers(model))
+        check_saliency(run.recipe.prune, events, copied=run.recipe.student is None)
+        return Pruner(masks, events, run.recipe.prune, run.recipe.sparsity, find_prunable_layers(model))
 
     return student.phase(run, "prune", start="teacher", make_pruner=make)

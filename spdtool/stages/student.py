@@ -126,7 +126,7 @@ def phase(run: Run, stage: str, start: str, make_pruner: MakePruner) -> Training
         folder = work.folder / STUDENTS / f"{sparsity:g}"
         save_on_rank_zero(student, tokenizer, folder)
         if processes.is_main():
-            check_counts(count_zeros(folder, list(masks.parameters)), sparsity, pruner.scope)
+            check_counts(count_zeros(folder, list(masks.parameters)), sparsity, pruner.section.scope)
         dev, train = _measured(task, forward, splits, evaluate_train)
         name = f"{STUDENTS}/{folder.name}"
         return IntermediateStudent(sparsity=sparsity, step=step, folder=name, dev=dev, train=train)
@@ -155,14 +155,14 @@ def phase(run: Run, stage: str, start: str, make_pruner: MakePruner) -> Training
         if steps > 0:
             with console.progress(stage, steps) as watch:
                 fitted = training.fit(parts, section, recipe, work, run.fingerprint(stage), front, watch)
-        pruner.seal()
+        pruner.finalize()
         dev, train = _measured(task, forward, splits, evaluate_train)
         result = TrainingResult(dev=dev, train=train, fit=fitted, sparsity=masks.sparsity())
         save_on_rank_zero(student, tokenizer, work.folder)
         if processes.is_main():
             save_projections(projections, work.folder)
             saved = count_zeros(work.folder, list(masks.parameters))
-            check_counts(saved, pruner.target, pruner.scope)
+            check_counts(saved, pruner.target, pruner.section.scope)
             result.zeros = {name: ZeroCount(*count) for name, count in saved.items()}
         work.result = result
     collectives.barrier()
@@ -183,37 +183,10 @@ def holding(run: Run) -> MakePruner:
     """
 
     def make(_model: Any, masks: Masks, _steps: int) -> Pruner:
-        masks.check(run.recipe.sparsity, run.recipe.prune.scope)
-        return pruner_of(run.recipe, masks, [])
+        masks.check_sparsity(run.recipe.sparsity, run.recipe.prune.scope)
+        return Pruner(masks, [], run.recipe.prune, run.recipe.sparsity)
 
     return make
-
-
-def pruner_of(
-    recipe: Recipe, masks: Masks, events: list[tuple[int, float]], layers: Mapping[str, torch.nn.Linear] | None = None
-) -> Pruner:
-    """What prunes `masks` at `events` as the recipe says, and holds them.
-
-    Args:
-        layers: the linear layers by the names of their weights, for criteria that read inputs.
-    """
-    section = recipe.prune
-    return Pruner(
-        masks,
-        events,
-        target=recipe.sparsity,
-        criterion=section.criterion,
-        pattern=section.pattern,
-        scope=section.scope,
-        least=section.least,
-        regrowth=section.regrowth,
-        update=section.update,
-        block=section.block,
-        dampening=section.dampening,
-        penalty=section.penalty,
-        score_rate=section.score_rate,
-        layers=layers,
-    )
 
 
 def _given(recipe: Recipe, teacher: Any, taught: Any, *, eager: bool) -> tuple[Any, Any]:

@@ -69,7 +69,7 @@ class Journal:
 
     def prune(self, step: int) -> None:
         """Let the pruner prune if an event is due, and say so."""
-        sparsity = self.parts.pruner.step(step) if self.parts.pruner is not None else None
+        sparsity = self.parts.pruner.prune(step) if self.parts.pruner is not None else None
         if sparsity is not None:
             self._tell({"event": "prune", "step": step, "sparsity": sparsity} | self._clamped())
 
@@ -83,7 +83,7 @@ class Journal:
     def save_student(self, step: int) -> None:
         """Before a prune event: save the student, if its sparsity is one of `prune.save_at`."""
         pruner, save = self.parts.pruner, self.parts.save_student
-        if save is None or pruner is None or not pruner.due(step):
+        if save is None or pruner is None or not pruner.is_due(step):
             return
         before = [sparsity for event, sparsity in sorted(pruner.events.items()) if event < step]
         wanted = getattr(self.section, "save_at", ())
@@ -113,7 +113,7 @@ class Journal:
         metrics = self.parts.evaluate()
         train = None if self.parts.evaluate_train is None else self.parts.evaluate_train()
         evaluation = Evaluation(step=step, metrics=metrics, train=train)
-        allowed = self.parts.pruner is None or self.parts.pruner.reached(step)
+        allowed = self.parts.pruner is None or self.parts.pruner.is_done(step)
         best = allowed and (self.best is None or evaluation.score > self.best.score)
         if best:
             self.best = evaluation

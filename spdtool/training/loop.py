@@ -160,14 +160,14 @@ def fit(
 
     def prune(step: int) -> None:
         journal.save_student(step)
-        if saliency is not None and saliency.calibrates(step):
+        if saliency is not None and saliency.needs_calibration(step):
             batches = calibration_batches(parts.rows, saliency.section, recipe, step)
             shown = (_one_draw(parts, cut.split(parts.rows, batch)) for batch in batches)
             saliency.calibrate(model, lambda piece: terms_of(piece, step / total), shown)
         journal.prune(step)
 
     if parts.pruner is not None:
-        parts.pruner.masks.hold(optimizer)
+        parts.pruner.masks.attach(optimizer)
         if start == 0:
             prune(0)
     config: Any = parts.model.config
@@ -177,20 +177,20 @@ def fit(
     def learn(step: int, pieces: Iterable[Microbatch]) -> None:
         for group in optimizer.param_groups:
             group["lr"] = peak * rate(step / total)
-        shown = saliency if saliency is not None and saliency.follows(step) else None
+        shown = saliency if saliency is not None and saliency.needs_step(step) else None
         if collectives.world_size() > 1:
             torch.manual_seed(_seed(recipe.seed, step, collectives.current_rank()))
         for piece in _one_draw(parts, pieces):
             terms = terms_of(piece, step / total)
             if shown is not None:
-                shown.note(terms)
+                shown.add_logit_gradients(terms)
             if terms["loss"].requires_grad:  # not when the draw holds nothing of what is trained
                 accelerator.backward(terms["loss"])
             window.add(terms)
         window.steps += 1
         collectives.sum_over_ranks(collectives.gradients_to_sum([*trained.values(), *parts.bystanders]))
         if shown is not None:
-            shown.observe(1.0 if accelerator.scaler is None else accelerator.scaler.get_scale())
+            shown.observe_step(1.0 if accelerator.scaler is None else accelerator.scaler.get_scale())
         _update(parts, section, trained, prepared, accelerator)
 
     def late(step: int) -> bool:
@@ -236,7 +236,7 @@ def _update(
 ) -> None:
     """One optimiser step with the gradients as they are: pruned weights silenced, norm clipped, gradients dropped."""
     if parts.pruner is not None and section.clip_over == "trained":
-        parts.pruner.silence()
+        parts.pruner.zero_gradients()
     if any(parameter.grad is not None for parameter in trained.values()):
         if section.clip > 0:
             _clip([*trained.values(), *parts.bystanders], section.clip, accelerator)

@@ -1,16 +1,16 @@
-"""What a criterion reads beside the weights: gradients and inputs, of batches taken at an event or of training steps.
+"""Show the criterion what it ranks by: gradients and layer inputs, of calibration batches or of training steps.
 
-A recipe may keep the hidden-state loss out of the saliency (`prune.saliency = "logits"`, as GRAIN does, arXiv
+A recipe may keep the hidden-state loss out of the gradients (`prune.saliency = "logits"`, as GRAIN does, arXiv
 2212.07634: it asks every layer to imitate, whether or not the answer needs it).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import cycle, islice
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,106 +18,115 @@ from spdtool import plugins
 from spdtool.data.batches import training_batches
 from spdtool.data.tokens import Encoded
 from spdtool.errors import RecipeError
-from spdtool.models import collectives, fsdp
+from spdtool.models import collectives
 from spdtool.pruning.pruner import Pruner
 from spdtool.pruning.statistics import STATISTICS
 from spdtool.recipe.fields import Prune, Recipe
 from spdtool.training.microbatches import NO_WEIGHT, Microbatch
 
-CALIBRATION_EPOCH = 2**32  # of the data's order: no training epoch has that number
+CALIBRATION_EPOCH = 2**32  # of the order of the data: no training epoch has that number
 
 Terms = dict[str, Tensor]
 
 
 class Saliency:
-    """Keeps what the criterion is shown between two events; silent for a pruner that only holds.
+    """Show a pruner's criterion what it needs between two events.
 
     Args:
-        pruner: prunes; its criterion says what it reads.
+        pruner: has events; its criterion says what it reads.
         section: `calibration` and `saliency` count.
     """
 
     def __init__(self, pruner: Pruner, section: Prune) -> None:
         self.pruner, self.section = pruner, section
-        self._apart: dict[nn.Parameter, Tensor] = {}
-        if not any(map(fsdp.is_sharded, pruner.masks.parameters.values())):
-            pruner.agree = collectives.broadcast
+        self._logit_gradients: dict[nn.Parameter, Tensor] = {}
 
-    def calibrates(self, step: int) -> bool:
-        """Whether batches have to be shown before the event after optimiser step `step`."""
+    def needs_calibration(self, step: int) -> bool:
+        """Whether calibration batches come before the event after optimiser step `step`."""
         reads = self.pruner.reads_inputs or self.pruner.reads_gradients
-        return self.section.calibration > 0 and reads and not self.pruner.learns and self.pruner.due(step)
+        return self.section.calibration > 0 and reads and not self.pruner.learns and self.pruner.is_due(step)
 
-    def follows(self, step: int) -> bool:
-        """Whether the gradients of training step `step` are shown to the criterion."""
-        if not self.pruner.reads_gradients or step >= self.pruner.last:
+    def needs_step(self, step: int) -> bool:
+        """Whether the criterion sees the gradients of training step `step`."""
+        if not self.pruner.reads_gradients or step >= self.pruner.last_event:
             return False
         return self.pruner.learns or self.section.calibration == 0
 
-    def calibrate(
-        self, model: nn.Module, loss: Callable[[Microbatch], Terms], batches: Iterable[Iterable[Microbatch]]
-    ) -> None:
-        """Show the criterion `batches` at the weights as they are, without dropout; no weight moves.
+    def calibrate(self, model: nn.Module, loss: Callable[[Microbatch], Terms], batches: Iterable[Iterable[Microbatch]]) -> None:
+        """Show `batches` to the criterion, at the weights as they are and without dropout; no weight moves. Collective.
 
         Args:
-            loss: gives the terms of a piece; those of a batch's pieces, on all processes, add up to the batch's.
+            loss: the loss terms of a micro-batch; those of all micro-batches of a batch, on all ranks, add up.
+            batches: micro-batches of this rank, batch by batch.
         """
-        self.pruner.forget()
-        mode = model.training
+        self.pruner.reset_statistics()
+        was_training = model.training
         model.eval()
         with torch.set_grad_enabled(self.pruner.reads_gradients):
-            for pieces in batches:
-                learns = [self._backward(loss, piece) for piece in pieces]
-                if any(learns):
-                    collectives.sum_over_ranks(collectives.gradients_to_sum(self.pruner.masks.parameters.values()))
-                    self.pruner.observe()
+            for microbatches in batches:
+                has_gradients = False
+                for microbatch in microbatches:
+                    has_gradients |= self._add_microbatch(loss, microbatch)
+                if has_gradients:
+                    weights = self.pruner.masks.parameters.values()
+                    collectives.sum_over_ranks(collectives.gradients_to_sum(weights))
+                    self.pruner.observe_gradients()
                 model.zero_grad()
         if self.pruner.reads_inputs:
-            self.pruner.pool(collectives.sum_over_ranks)
-        model.train(mode)
+            self.pruner.sum_inputs_over_ranks()
+        model.train(was_training)
 
-    def _backward(self, loss: Callable[[Microbatch], Terms], piece: Microbatch) -> bool:
-        """Show a piece's inputs, and add its gradients to those of its batch; return whether it has any."""
-        real = torch.as_tensor(piece.batch["attention_mask"])
-        with nullcontext() if piece.weight == NO_WEIGHT else self.pruner.watching(real):
-            terms = loss(piece)
-        if not self.pruner.reads_gradients or not self._of(terms).requires_grad:
+    def _add_microbatch(self, loss: Callable[[Microbatch], Terms], microbatch: Microbatch) -> bool:
+        """Show a micro-batch's inputs, and add its gradients to those of its batch; return whether it has any."""
+        attention_mask = torch.as_tensor(microbatch.batch["attention_mask"])
+        # a rank without rows passes one row of another's, which must not be counted twice
+        is_padding = microbatch.weight == NO_WEIGHT
+        with nullcontext() if is_padding else self.pruner.observe_inputs(attention_mask):
+            term = self._choose_term(loss(microbatch))
+        if not self.pruner.reads_gradients or not term.requires_grad:
             return False
-        self._of(terms).backward()
+        term.backward()  # type: ignore[no-untyped-call]
         return True
 
-    def note(self, terms: Terms) -> None:
-        """Before the backward pass of a piece: take the gradients of the logit term apart, if they are asked for."""
-        if self.section.saliency == "loss" or not self._of(terms).requires_grad:
+    def add_logit_gradients(self, terms: Terms) -> None:
+        """Add the gradients of the logit term, if the criterion reads them alone; before a micro-batch's backward pass.
+
+        The other terms need the graph afterwards, so it is retained.
+        """
+        term = self._choose_term(terms)
+        if self.section.saliency == "loss" or not term.requires_grad:
             return
         weights = list(self.pruner.masks.parameters.values())
-        found = torch.autograd.grad(self._of(terms), weights, retain_graph=True, allow_unused=True)
-        for weight, gradient in zip(weights, found, strict=True):
-            if gradient is not None:
-                self._apart[weight] = self._apart[weight] + gradient if weight in self._apart else gradient
+        gradients = torch.autograd.grad(term, weights, retain_graph=True, allow_unused=True)
+        for weight, gradient in zip(weights, gradients, strict=True):
+            if gradient is not None:  # its layer is in this draw
+                summed = self._logit_gradients.get(weight)
+                self._logit_gradients[weight] = gradient if summed is None else summed + gradient
 
-    def observe(self, scale: float) -> None:
-        """After the backward passes, and after gradients were summed over the processes: show them to the criterion.
+    def observe_step(self, scale: float) -> None:
+        """Show the gradients of a training step, after they were summed over the ranks. Collective.
 
         Args:
-            scale: the loss scale that multiplied them.
+            scale: the loss scale that multiplied those of the whole loss.
         """
         if self.section.saliency == "loss":
-            self.pruner.observe(scale)
+            self.pruner.observe_gradients(scale)
             return
+        weights = list(self.pruner.masks.parameters.values())
         collectives.sum_over_ranks(
-            self._apart[weight] for weight in self.pruner.masks.parameters.values() if weight in self._apart
+            self._logit_gradients[weight] for weight in weights if weight in self._logit_gradients
         )
-        with _gradients(self.pruner.masks.parameters.values(), self._apart):
-            self.pruner.observe()  # no loss scale was in them
-        self._apart = {}
+        with _replace_gradients(weights, self._logit_gradients):
+            self.pruner.observe_gradients()  # no loss scale was in them
+        self._logit_gradients = {}
 
-    def _of(self, terms: Terms) -> Tensor:
+    def _choose_term(self, terms: Terms) -> Tensor:
+        """The loss term whose gradients the criterion reads."""
         return terms["loss"] if self.section.saliency == "loss" else terms["logits"]
 
 
-def check(section: Prune, events: Sequence[tuple[int, float]], *, copied: bool = True) -> None:
-    """Refuse a recipe whose criterion would have seen nothing when it is asked.
+def check_saliency(section: Prune, events: Sequence[tuple[int, float]], *, copied: bool = True) -> None:
+    """Refuse a recipe whose criterion would have observed nothing at an event.
 
     Args:
         events: `(optimiser step, sparsity)`.
@@ -131,9 +140,13 @@ def check(section: Prune, events: Sequence[tuple[int, float]], *, copied: bool =
         raise RecipeError(
             "prune.saliency is of the logit term, whose weight is 0", "set prune.loss.logits, or prune.saliency=loss"
         )
-    needs = plugins.criteria.entry(section.criterion).meta.get("needs", ())
-    fresh = {STATISTICS[need].reads for need in needs if need in STATISTICS and not STATISTICS[need].learned}
-    if copied and "gradient" in fresh and 0 in dict(events) and section.loss.hardness == 1:
+    reads = set()
+    for need in plugins.criteria.entry(section.criterion).meta.get("needs", ()):
+        # an unknown need is refused by the pruner; learned scores fall back to the magnitude
+        if need in STATISTICS and not STATISTICS[need].is_learned:
+            reads.add(STATISTICS[need].reads)
+    first_at_start = 0 in dict(events)
+    if copied and "gradient" in reads and first_at_start and section.loss.hardness == 1:
         raise RecipeError(
             f"criterion {section.criterion!r} needs gradients at the first prune event, before the first step, when "
             "the student is still its teacher and learns nothing from it",
@@ -141,32 +154,35 @@ def check(section: Prune, events: Sequence[tuple[int, float]], *, copied: bool =
         )
     if section.calibration > 0:
         return
-    if "input" in fresh:
+    if "input" in reads:
         raise RecipeError(
             f"criterion {section.criterion!r} reads the inputs of the layers, which only calibration batches show",
             "set how many: --set prune.calibration=16",
         )
-    if "gradient" in fresh and 0 in dict(events):
+    if "gradient" in reads and first_at_start:
         raise RecipeError(
             f"criterion {section.criterion!r} needs gradients, and the first prune event comes before the first step",
             "take them from batches of their own, --set prune.calibration=16, or leave prune.first out",
         )
 
 
-def calibration_batches(rows: Encoded, section: Prune, recipe: Recipe, step: int) -> Iterator[Any]:
-    """Row numbers of the calibration batches of the event after `step`: others at each event, the same when resumed."""
+def calibration_batches(rows: Encoded, section: Prune, recipe: Recipe, step: int) -> Iterator[np.ndarray]:
+    """Yield the row numbers of the calibration batches of the event after `step`.
+
+    They are others at each event, and the same ones when a run is resumed.
+    """
     epoch = training_batches(rows, section.batch_size, recipe.seed, CALIBRATION_EPOCH + step, pool=recipe.pool)
     return islice(cycle(epoch), section.calibration)
 
 
 @contextmanager
-def _gradients(weights: Any, shown: dict[nn.Parameter, Tensor]) -> Iterator[None]:
-    """Within the block, the weights' gradients are `shown`."""
-    own = {weight: weight.grad for weight in weights}
-    for weight in own:
-        weight.grad = shown.get(weight)
+def _replace_gradients(weights: Iterable[nn.Parameter], gradients: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
+    """Within the block, give the weights other gradients; None to those that are not named."""
+    before = {weight: weight.grad for weight in weights}
+    for weight in before:
+        weight.grad = gradients.get(weight)
     try:
         yield
     finally:
-        for weight, gradient in own.items():
+        for weight, gradient in before.items():
             weight.grad = gradient

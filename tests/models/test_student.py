@@ -20,7 +20,7 @@ from spdtool.models.student import (
     same_architecture,
     unread_columns,
 )
-from spdtool.pruning.patterns import zeros_in
+from spdtool.pruning.allocation import zeros_in
 from spdtool.run.folder import Run
 from spdtool.stages import plan as planning
 from spdtool.tasks import find_task

@@ -1,303 +1,311 @@
-"""Masks: exact counts in either scope, nothing grows back, and nothing that the optimiser keeps survives."""
+"""Masks: exact counts in every scope, nothing grows back, and nothing that the optimiser stores survives."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from spdtool.errors import GateError, ModelError
-from spdtool.pruning.masks import Masks, _clear, check_counts
-from spdtool.pruning.patterns import unstructured, zeros_in
+from spdtool.pruning.allocation import Allocation, zeros_in
+from spdtool.pruning.masks import Masks, check_counts, clear_dead
+from spdtool.pruning.patterns import unstructured
 
 TINY = torch.finfo(torch.float32).tiny
+SCOPES = ("matrix", "type", "global")
 
 
-def weights(*shapes: tuple[int, int], seed: int = 0) -> dict[str, nn.Parameter]:
+def make_weights(*shapes: tuple[int, int], seed: int = 0) -> dict[str, nn.Parameter]:
     torch.manual_seed(seed)
     return {f"w{i}": nn.Parameter(torch.randn(shape) * (i + 1)) for i, shape in enumerate(shapes or ((6, 8), (5, 4)))}
 
 
-def prune(masks: Masks, sparsity: float, scope: str = "matrix") -> None:
-    masks.prune({n: w.detach().abs() for n, w in masks.parameters.items()}, sparsity, unstructured, scope)
+def prune_by(
+    masks: Masks, scores: Mapping[str, Tensor], sparsity: float, scope: str = "matrix", least: float = 0.0
+) -> Allocation:
+    dead, allocation = masks.choose(scores, sparsity, unstructured, scope, least)
+    masks.set(dead)
+    return allocation
+
+
+def prune(masks: Masks, sparsity: float, scope: str = "matrix", least: float = 0.0) -> Allocation:
+    """Prune by magnitude."""
+    scores = {name: weight.detach().abs() for name, weight in masks.parameters.items()}
+    return prune_by(masks, scores, sparsity, scope, least)
 
 
 def zeros(parameters: dict[str, nn.Parameter]) -> dict[str, int]:
     return {name: int((weight == 0).sum()) for name, weight in parameters.items()}
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.9, 0.97])
-def test_every_matrix_gets_its_own_count(sparsity: float) -> None:
-    held = weights()
-    masks = Masks(held)
-    prune(masks, sparsity)
-    assert zeros(held) == {"w0": round(48 * sparsity), "w1": round(20 * sparsity)}
-    assert masks.counts() == {"w0": (round(48 * sparsity), 48), "w1": (round(20 * sparsity), 20)}
-    masks.check(sparsity)
+def test_every_matrix_gets_its_count() -> None:
+    for sparsity in (0.0, 0.1, 0.5, 0.9, 0.97):
+        weights = make_weights()
+        masks = Masks(weights)
+        prune(masks, sparsity)
+        assert zeros(weights) == {"w0": round(48 * sparsity), "w1": round(20 * sparsity)}, sparsity
+        assert masks.counts() == {"w0": (round(48 * sparsity), 48), "w1": (round(20 * sparsity), 20)}, sparsity
+        masks.check_sparsity(sparsity)
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.8])
-def test_the_global_scope_has_the_exact_total_of_the_lowest_over_all(sparsity: float) -> None:
-    held = weights()
-    everything = sorted(
-        (abs(float(x)), name, i) for name, w in held.items() for i, x in enumerate(w.detach().flatten())
-    )
-    gone = everything[: round(68 * sparsity)]
-    masks = Masks(held)
-    prune(masks, sparsity, "global")
-    for name, weight in held.items():
-        dead = (weight == 0).flatten().nonzero().flatten().tolist()
-        assert sorted(dead) == sorted(i for _, owner, i in gone if owner == name)
-    masks.check(sparsity, "global")
-    assert masks.sparsity() == pytest.approx(round(68 * sparsity) / 68)
+def test_the_global_scope_has_the_exact_total_of_the_lowest_over_all() -> None:
+    for sparsity in (0.0, 0.1, 0.5, 0.8):
+        weights = make_weights()
+        ranked = []
+        for name, weight in weights.items():
+            ranked += [(abs(float(x)), name, i) for i, x in enumerate(weight.detach().flatten())]
+        pruned = sorted(ranked)[: round(68 * sparsity)]
+        masks = Masks(weights)
+        prune(masks, sparsity, "global")
+        for name, weight in weights.items():
+            dead = (weight == 0).flatten().nonzero().flatten().tolist()
+            assert sorted(dead) == sorted(i for _, matrix, i in pruned if matrix == name), (sparsity, name)
+        masks.check_sparsity(sparsity, "global")
+        assert masks.sparsity() == pytest.approx(round(68 * sparsity) / 68)
 
 
 def test_no_matrix_is_emptied_by_a_scope_of_several() -> None:
-    held = weights((6, 8), (50, 40))
-    masks = Masks(held)
+    weights = make_weights((6, 8), (50, 40))
+    masks = Masks(weights)
     with torch.no_grad():
-        held["w0"].mul_(1e-3)
-    made = masks.prune({n: w.detach().abs() for n, w in held.items()}, 0.9, unstructured, "global", 0.1)
-    assert zeros(held) == {"w0": 43, "w1": zeros_in(2048, 0.9) - 43}
-    assert made.clamped == {"w0": (48, 43)}
-    masks.check(0.9, "global")
+        weights["w0"].mul_(1e-3)
+    allocation = prune(masks, 0.9, "global", 0.1)
+    assert zeros(weights) == {"w0": 43, "w1": zeros_in(2048, 0.9) - 43}
+    assert allocation.clamped == {"w0": (48, 43)}
+    masks.check_sparsity(0.9, "global")
 
 
-def test_the_type_scope_has_the_exact_total_of_each_kind() -> None:
+def test_the_type_scope_has_the_exact_total_of_each_type() -> None:
     torch.manual_seed(0)
-    held = {f"layer.{i}.{part}": nn.Parameter(torch.randn(5, 7) * (1 + i)) for i in range(3) for part in "qk"}
-    masks = Masks(held)
+    weights = {f"layer.{i}.{name}": nn.Parameter(torch.randn(5, 7) * (1 + i)) for i in range(3) for name in "qk"}
+    masks = Masks(weights)
     prune(masks, 0.77, "type")
-    found = zeros(held)
-    assert sum(found.values()) == 2 * zeros_in(105, 0.77)
-    assert sum(count for name, count in found.items() if name.endswith("q")) == zeros_in(105, 0.77)
-    assert found["layer.0.q"] > found["layer.2.q"]
-    masks.check(0.77, "type")
+    counts = zeros(weights)
+    assert sum(counts.values()) == 2 * zeros_in(105, 0.77)
+    assert sum(count for name, count in counts.items() if name.endswith("q")) == zeros_in(105, 0.77)
+    assert counts["layer.0.q"] > counts["layer.2.q"]
+    masks.check_sparsity(0.77, "type")
     with pytest.raises(GateError, match=r"layer\.\*\.q has 81 zeros of 105; sparsity 0\.5 asks for 52"):
-        masks.check(0.5, "type")
+        masks.check_sparsity(0.5, "type")
 
 
-@pytest.mark.parametrize("scope", ["matrix", "type", "global"])
-def test_the_dead_stay_dead_whatever_their_scores_say(scope: str) -> None:
-    held = weights((8, 8), (4, 4))
-    masks = Masks(held)
-    dead = {name: mask.clone() for name, mask in masks.dead.items()}
-    for round_, sparsity in enumerate((0.2, 0.5, 0.5, 0.3, 0.9)):
-        torch.manual_seed(round_)
-        masks.prune({name: torch.rand_like(w) for name, w in held.items()}, sparsity, unstructured, scope)
-        for name, weight in held.items():
-            assert bool((masks.dead[name] | ~dead[name]).all()), "a mask grew back"
-            assert torch.equal(weight == 0, masks.dead[name])
+def test_the_dead_stay_dead_whatever_their_scores_say() -> None:
+    for scope in SCOPES:
+        weights = make_weights((8, 8), (4, 4))
+        masks = Masks(weights)
         dead = {name: mask.clone() for name, mask in masks.dead.items()}
-        if sparsity != 0.3:  # less than is dead already changes nothing
-            masks.check(sparsity, scope)
-    masks.check(0.9, scope)
+        for seed, sparsity in enumerate((0.2, 0.5, 0.5, 0.3, 0.9)):
+            torch.manual_seed(seed)
+            prune_by(masks, {name: torch.rand_like(w) for name, w in weights.items()}, sparsity, scope)
+            for name, weight in weights.items():
+                assert bool((masks.dead[name] | ~dead[name]).all()), f"{scope}: a mask grew back"
+                assert torch.equal(weight == 0, masks.dead[name]), scope
+            dead = {name: mask.clone() for name, mask in masks.dead.items()}
+            if sparsity != 0.3:  # less than is dead already changes nothing
+                masks.check_sparsity(sparsity, scope)
+        masks.check_sparsity(0.9, scope)
 
 
-@pytest.mark.parametrize("scope", ["matrix", "type", "global"])
-def test_the_dead_compete_with_the_value_that_they_had(scope: str) -> None:
-    held = weights((8, 8), (4, 4))
-    first = {name: weight.detach().clone() for name, weight in held.items()}
-    masks = Masks(held)
-    masks.regrow()
-    ever: dict[str, Tensor] = {name: torch.zeros_like(dead) for name, dead in masks.dead.items()}
-    for round_, sparsity in enumerate((0.2, 0.5, 0.5, 0.8, 0.8)):
-        torch.manual_seed(round_)
-        ranks = {name: torch.rand_like(w) for name, w in held.items()}
-        masks.prune(ranks, sparsity, unstructured, scope)
-        masks.check(sparsity, scope)
-        for name, weight in held.items():
-            ever[name] |= masks.dead[name]
-            assert torch.equal(weight == 0, masks.dead[name])
-            assert torch.equal(masks.filled(name), first[name]), "nothing trained: every value is still known"
-            assert not bool(masks.kept[name][~masks.dead[name]].any())
-    assert any(bool((ever[name] & ~masks.dead[name]).any()) for name in held), "nothing grew again"
+def test_the_dead_compete_with_the_value_that_they_had() -> None:
+    for scope in SCOPES:
+        weights = make_weights((8, 8), (4, 4))
+        first = {name: weight.detach().clone() for name, weight in weights.items()}
+        masks = Masks(weights)
+        masks.allow_regrowth()
+        ever_dead: dict[str, Tensor] = {name: torch.zeros_like(dead) for name, dead in masks.dead.items()}
+        for seed, sparsity in enumerate((0.2, 0.5, 0.5, 0.8, 0.8)):
+            torch.manual_seed(seed)
+            prune_by(masks, {name: torch.rand_like(w) for name, w in weights.items()}, sparsity, scope)
+            masks.check_sparsity(sparsity, scope)
+            for name, weight in weights.items():
+                ever_dead[name] |= masks.dead[name]
+                assert torch.equal(weight == 0, masks.dead[name]), scope
+                assert torch.equal(masks.full_weight(name), first[name]), "nothing trained: every value is still known"
+                assert not bool(masks.dead_values[name][~masks.dead[name]].any()), scope
+        assert any(bool((ever_dead[name] & ~masks.dead[name]).any()) for name in weights), "nothing grew again"
 
 
 def test_what_grows_again_has_its_value_and_no_moments() -> None:
-    held = weights((4, 4))
-    (weight,) = held.values()
+    weights = make_weights((4, 4))
+    (weight,) = weights.values()
     optimizer = torch.optim.AdamW([weight], lr=0.1)
-    masks = Masks(held)
-    masks.hold(optimizer)
-    masks.regrow()
+    masks = Masks(weights)
+    masks.attach(optimizer)
+    masks.allow_regrowth()
     value = float(weight[0, 0].detach())
-    ranks = torch.arange(16.0).view(4, 4)
-    for scores in (ranks, -ranks):
+    rising = torch.arange(16.0).view(4, 4)
+    for scores in (rising, -rising):
         for _ in range(2):
             weight.grad = torch.ones(4, 4)
             optimizer.step()
         before = float(weight[0, 0].detach())
-        masks.prune({"w0": scores}, 0.5, unstructured)
+        prune_by(masks, {"w0": scores}, 0.5)
     assert before == 0.0, "it was dead"
     assert value - 0.2 == pytest.approx(float(weight[0, 0].detach()), abs=1e-2)
     assert all(float(tensor[0, 0]) == 0.0 for tensor in moments(optimizer, weight))
-    masks.silence()
+    masks.zero_gradients()
     masks.check_dead()
 
 
 def test_mended_values_are_taken_by_survivors_alone() -> None:
-    held = {"w": nn.Parameter(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))}
-    masks = Masks(held)
-    masks.regrow()
-    masks.bury({"w": torch.tensor([[True, False, False, False]])})
-    masks.bury({"w": torch.tensor([[False, True, False, False]])}, {"w": torch.full((1, 4), 9.0)})
-    assert held["w"].tolist() == [[1.0, 0.0, 9.0, 9.0]]
-    assert masks.kept["w"].tolist() == [[0.0, 2.0, 0.0, 0.0]]
+    weights = {"w": nn.Parameter(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))}
+    masks = Masks(weights)
+    masks.allow_regrowth()
+    masks.set({"w": torch.tensor([[True, False, False, False]])})
+    masks.set({"w": torch.tensor([[False, True, False, False]])}, {"w": torch.full((1, 4), 9.0)})
+    assert weights["w"].tolist() == [[1.0, 0.0, 9.0, 9.0]]
+    assert masks.dead_values["w"].tolist() == [[0.0, 2.0, 0.0, 0.0]]
 
 
 def test_equal_weights_still_give_the_exact_count() -> None:
-    held = {"w": nn.Parameter(torch.full((10, 10), 0.5))}
-    masks = Masks(held)
+    masks = Masks({"w": nn.Parameter(torch.full((10, 10), 0.5))})
     for sparsity in (0.33, 0.66, 0.9):
         prune(masks, sparsity)
-        masks.check(sparsity)
+        masks.check_sparsity(sparsity)
 
 
 def test_masks_are_read_from_the_zeros_of_somebody_elses_checkpoint() -> None:
-    held = weights((4, 4))
+    weights = make_weights((4, 4))
     with torch.no_grad():
-        held["w0"][0] = 0.0
-        held["w0"][1, 0] = -0.0
-    masks = Masks.from_zeros(held)
+        weights["w0"][0] = 0.0
+        weights["w0"][1, 0] = -0.0
+    masks = Masks.from_zeros(weights)
     assert masks.counts() == {"w0": (5, 16)}
-    assert torch.equal(masks.dead["w0"], held["w0"] == 0)
+    assert torch.equal(masks.dead["w0"], weights["w0"] == 0)
 
 
-def optimizers() -> dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]]:
-    return {
-        "AdamW": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1),
-        "fused AdamW": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1, fused=True),
-        "SGD with momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
-    }
+OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1),
+    "fused AdamW": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1, fused=True),
+    "SGD with momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
+}
 
 
 def moments(optimizer: torch.optim.Optimizer, weight: Tensor) -> list[Tensor]:
     return [v for v in optimizer.state[weight].values() if torch.is_tensor(v) and v.shape == weight.shape]
 
 
-@pytest.mark.parametrize("kind", optimizers())
-def test_weights_and_moments_of_the_dead_are_zero_after_every_step(kind: str) -> None:
-    held = weights((8, 8))
-    optimizer = optimizers()[kind](list(held.values()))
-    masks = Masks(held)
-    masks.hold(optimizer)
-    (weight,) = held.values()
-    for step in range(6):
-        weight.grad = torch.randn(8, 8, generator=torch.Generator().manual_seed(step))
-        optimizer.step()
-        if step in (1, 3):
-            prune(masks, 0.3 * (1 + step // 2))
-        optimizer.zero_grad()
-        dead = masks.dead["w0"]
-        kept = moments(optimizer, weight)
-        assert len(kept) >= 1
-        for tensor in (weight, *kept):
-            assert bool((tensor[dead] == 0).all())
-            assert bool((tensor[~dead] != 0).all()), "the living are left alone"
-        masks.check_dead()
-    assert int(dead.sum()) == zeros_in(64, 0.6)
+def test_weights_and_moments_of_the_dead_are_zero_after_every_step() -> None:
+    for kind, make_optimizer in OPTIMIZERS.items():
+        weights = make_weights((8, 8))
+        optimizer = make_optimizer(list(weights.values()))
+        masks = Masks(weights)
+        masks.attach(optimizer)
+        (weight,) = weights.values()
+        for step in range(6):
+            weight.grad = torch.randn(8, 8, generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+            if step in (1, 3):
+                prune(masks, 0.3 * (1 + step // 2))
+            optimizer.zero_grad()
+            dead = masks.dead["w0"]
+            stored = moments(optimizer, weight)
+            assert len(stored) >= 1, kind
+            for tensor in (weight, *stored):
+                assert bool((tensor[dead] == 0).all()), kind
+                assert bool((tensor[~dead] != 0).all()), f"{kind}: the living are left alone"
+            masks.check_dead()
+        assert int(dead.sum()) == zeros_in(64, 0.6), kind
 
 
-@pytest.mark.parametrize("kind", optimizers())
-def test_the_living_move_as_if_the_dead_had_never_been(kind: str) -> None:
-    """The same steps by an optimiser that has only the living weights: bit for bit."""
-    held = weights((8, 8))
-    masks = Masks(held)
+def test_the_living_move_as_if_the_dead_had_never_been() -> None:
+    """The same steps by an optimiser that has only the living weights."""
+    for kind, make_optimizer in OPTIMIZERS.items():
+        weights = make_weights((8, 8))
+        masks = Masks(weights)
+        prune(masks, 0.5)
+        (weight,) = weights.values()
+        alive = ~masks.dead["w0"]
+        alone = nn.Parameter(weight.detach()[alive].clone())
+        ours, theirs = make_optimizer([weight]), make_optimizer([alone])
+        masks.attach(ours)
+        for step in range(5):
+            weight.grad = torch.randn(8, 8, generator=torch.Generator().manual_seed(step))
+            alone.grad = weight.grad[alive].clone()
+            ours.step()
+            theirs.step()
+        torch.testing.assert_close(weight[alive], alone, rtol=1e-6, atol=1e-7, msg=kind)
+
+
+def test_gradients_of_the_dead_are_zeroed_and_no_others() -> None:
+    weights = make_weights((4, 4), (4, 4))
+    masks = Masks(weights)
     prune(masks, 0.5)
-    (weight,) = held.values()
-    alive = ~masks.dead["w0"]
-    alone = nn.Parameter(weight.detach()[alive].clone())
-    ours, theirs = optimizers()[kind]([weight]), optimizers()[kind]([alone])
-    masks.hold(ours)
-    for step in range(5):
-        weight.grad = torch.randn(8, 8, generator=torch.Generator().manual_seed(step))
-        alone.grad = weight.grad[alive].clone()
-        ours.step()
-        theirs.step()
-    torch.testing.assert_close(weight[alive], alone, rtol=1e-6, atol=1e-7)
+    weights["w0"].grad = torch.ones(4, 4)
+    masks.zero_gradients()  # w1 has none: its layer was not in the draw
+    assert torch.equal(weights["w0"].grad, (~masks.dead["w0"]).float())
+    assert weights["w1"].grad is None
 
 
-def test_gradients_of_the_dead_are_silenced_and_no_others() -> None:
-    held = weights((4, 4), (4, 4))
-    masks = Masks(held)
+def test_an_attached_optimizer_can_be_let_go() -> None:
+    weights = make_weights((4, 4))
+    optimizer = torch.optim.SGD(weights.values(), lr=0.1)
+    masks = Masks(weights)
     prune(masks, 0.5)
-    held["w0"].grad = torch.ones(4, 4)
-    masks.silence()  # w1 has none: its layer was not in the draw
-    assert torch.equal(held["w0"].grad, (~masks.dead["w0"]).float())
-    assert held["w1"].grad is None
-
-
-def test_a_held_optimizer_can_be_let_go() -> None:
-    held = weights((4, 4))
-    optimizer = torch.optim.SGD(held.values(), lr=0.1)
-    masks = Masks(held)
-    prune(masks, 0.5)
-    masks.hold(optimizer).remove()
-    held["w0"].grad = torch.ones(4, 4)
+    masks.attach(optimizer).remove()
+    weights["w0"].grad = torch.ones(4, 4)
     optimizer.step()
-    assert zeros(held) == {"w0": 0}
+    assert zeros(weights) == {"w0": 0}
 
 
-def test_a_living_weight_that_lands_on_zero_is_kept_alive_by_the_seal() -> None:
-    held = weights((4, 4))
-    masks = Masks(held)
+def test_a_living_weight_that_lands_on_zero_stays_alive_in_the_end() -> None:
+    weights = make_weights((4, 4))
+    masks = Masks(weights)
     prune(masks, 0.5)
-    alive = (~masks.dead["w0"]).nonzero()[0].tolist()
+    row, column = (~masks.dead["w0"]).nonzero()[0].tolist()
     with torch.no_grad():
-        held["w0"][alive[0], alive[1]] = 0.0
+        weights["w0"][row, column] = 0.0
     with pytest.raises(GateError, match=r"w0 has 9 zeros of 16; sparsity 0\.5 asks for 8"):
-        masks.check(0.5)
-    others = held["w0"].detach().clone()
-    masks.seal()
-    masks.check(0.5)
-    assert float(held["w0"].detach()[alive[0], alive[1]]) == TINY
-    assert int((held["w0"].detach() != others).sum()) == 1
-    assert torch.equal(Masks.from_zeros(held).dead["w0"], masks.dead["w0"])
+        masks.check_sparsity(0.5)
+    before = weights["w0"].detach().clone()
+    masks.finalize()
+    masks.check_sparsity(0.5)
+    assert float(weights["w0"].detach()[row, column]) == TINY
+    assert int((weights["w0"].detach() != before).sum()) == 1
+    assert torch.equal(Masks.from_zeros(weights).dead["w0"], masks.dead["w0"])
 
 
-def test_the_seal_survives_a_checkpoint(tmp_path: Any) -> None:
-    from safetensors.torch import load_file, save_file
-
+def test_the_least_number_survives_a_checkpoint(tmp_path: Path) -> None:
     save_file({"w": torch.tensor([TINY, 0.0])}, tmp_path / "w.safetensors")
     assert (load_file(tmp_path / "w.safetensors")["w"] == 0).tolist() == [False, True]
 
 
-@pytest.mark.parametrize("where", ["weight", "gradient", "moment"])
-def test_something_alive_among_the_dead_is_named(where: str) -> None:
-    held = weights((4, 4))
-    optimizer = torch.optim.AdamW(held.values(), lr=0.1)
-    masks = Masks(held)
-    masks.hold(optimizer)
-    prune(masks, 0.5)
-    (weight,) = held.values()
-    weight.grad = torch.ones(4, 4)
-    optimizer.step()
-    masks.silence()
-    masks.check_dead()
-    first = tuple(masks.dead["w0"].nonzero()[0].tolist())
-    assert weight.grad is not None
-    tensor = {"weight": weight.detach(), "gradient": weight.grad, "moment": optimizer.state[weight]["exp_avg"]}[where]
-    tensor[first] = math.nan
-    with pytest.raises(GateError, match="w0: a pruned weight, its gradient or one of its moments"):
+def test_something_alive_among_the_dead_is_named() -> None:
+    for place_of_fault in ("weight", "gradient", "moment"):
+        weights = make_weights((4, 4))
+        optimizer = torch.optim.AdamW(weights.values(), lr=0.1)
+        masks = Masks(weights)
+        masks.attach(optimizer)
+        prune(masks, 0.5)
+        (weight,) = weights.values()
+        weight.grad = torch.ones(4, 4)
+        optimizer.step()
+        masks.zero_gradients()
         masks.check_dead()
+        first = tuple(masks.dead["w0"].nonzero()[0].tolist())
+        assert weight.grad is not None
+        tensors = {"weight": weight.detach(), "gradient": weight.grad, "moment": optimizer.state[weight]["exp_avg"]}
+        tensors[place_of_fault][first] = math.nan
+        with pytest.raises(GateError, match="w0: a pruned weight, its gradient or one of its moments"):
+            masks.check_dead()
 
 
-def test_too_many_zeros_are_seen_before_the_work() -> None:
-    masks = Masks(weights((10, 10), (10, 10)))
+def test_too_many_zeros_are_refused_before_the_work() -> None:
+    masks = Masks(make_weights((10, 10), (10, 10)))
     masks.dead["w0"].view(-1)[:60] = True
-    masks.check_room(0.6)
-    masks.check_room(0.5, "global")
+    masks.check_reachable(0.6)
+    masks.check_reachable(0.5, "global")
     with pytest.raises(ModelError, match=r"w0 has 60 zeros of 100 already; sparsity 0\.5 asks for 50"):
-        masks.check_room(0.5)
+        masks.check_reachable(0.5)
     with pytest.raises(ModelError, match="all matrices has 60 zeros of 200 already"):
-        masks.check_room(0.2, "global")
-    masks.regrow()
-    masks.check_room(0.5)
+        masks.check_reachable(0.2, "global")
+    masks.allow_regrowth()
+    masks.check_reachable(0.5)
 
 
 def test_counts_are_checked_in_either_scope() -> None:
@@ -310,49 +318,49 @@ def test_counts_are_checked_in_either_scope() -> None:
 
 
 def test_masks_come_back_from_their_state() -> None:
-    held = weights()
-    masks = Masks(held)
+    weights = make_weights()
+    masks = Masks(weights)
     prune(masks, 0.5)
-    other = Masks(held)
+    other = Masks(weights)
     other.load_state_dict({name: dead.clone() for name, dead in masks.state_dict().items()})
-    assert all(torch.equal(other.dead[name], masks.dead[name]) for name in held)
+    assert all(torch.equal(other.dead[name], masks.dead[name]) for name in weights)
 
 
-def test_after_silenced_steps_nothing_is_left_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bit for bit what the hold makes by working after every step; and it does work where gradients were loud."""
-    held, always = weights((8, 8)), weights((8, 8))
-    ours, theirs = (torch.optim.AdamW(each.values(), lr=0.1, weight_decay=0.1) for each in (held, always))
-    masks, busy = Masks(held), Masks(always)
-    for each, optimizer in ((masks, ours), (busy, theirs)):
+def test_after_steps_with_zero_gradients_nothing_is_left_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit the same as masks applied after every step; and they are applied where gradients were not zero."""
+    weights, other_weights = make_weights((8, 8)), make_weights((8, 8))
+    ours = torch.optim.AdamW(weights.values(), lr=0.1, weight_decay=0.1)
+    theirs = torch.optim.AdamW(other_weights.values(), lr=0.1, weight_decay=0.1)
+    masks, always_applied = Masks(weights), Masks(other_weights)
+    for each, optimizer in ((masks, ours), (always_applied, theirs)):
         prune(each, 0.5)
-        each.hold(optimizer)
-    worked: list[int] = []
+        each.attach(optimizer)
+    calls: list[int] = []
     apply = masks.apply
-    monkeypatch.setattr(masks, "apply", lambda: (worked.append(1), apply()))
-    for step, loud in enumerate((False, False, False, True, False, False)):
+    monkeypatch.setattr(masks, "apply", lambda: (calls.append(1), apply()))
+    for step, keeps_gradients in enumerate((False, False, False, True, False, False)):
         gradient = torch.randn(8, 8, generator=torch.Generator().manual_seed(step))
-        held["w0"].grad, always["w0"].grad = gradient.clone(), gradient.clone()
-        busy.silence()
-        if not loud:
-            masks.silence()
-        before = len(worked)
+        weights["w0"].grad, other_weights["w0"].grad = gradient.clone(), gradient.clone()
+        always_applied.zero_gradients()
+        if not keeps_gradients:
+            masks.zero_gradients()
+        before = len(calls)
         ours.step()
         theirs.step()
-        busy.apply()
-        assert len(worked) - before == (step == 0 or loud)
-        assert torch.equal(held["w0"], always["w0"])
-        assert bool((held["w0"][masks.dead["w0"]] == 0).all())
-        for mine, its in zip(moments(ours, held["w0"]), moments(theirs, always["w0"]), strict=True):
-            assert torch.equal(mine, its)
+        always_applied.apply()
+        assert len(calls) - before == (step == 0 or keeps_gradients)
+        assert torch.equal(weights["w0"], other_weights["w0"])
+        assert bool((weights["w0"][masks.dead["w0"]] == 0).all())
+        for moment, other in zip(moments(ours, weights["w0"]), moments(theirs, other_weights["w0"]), strict=True):
+            assert torch.equal(moment, other)
 
 
-@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
-def test_the_dead_are_cleared_to_plain_zeros_whatever_they_were(kind: torch.dtype) -> None:
-    tensor = torch.tensor([math.nan, -math.inf, -3.0, 2.0, -0.0, math.nan], dtype=kind)
-    dead = torch.tensor([True, True, True, False, False, False])
-    _clear(tensor, dead)
-    assert tensor[:3].tolist() == [0.0, 0.0, 0.0]
-    assert not bool(tensor[:3].signbit().any())
-    assert tensor[3] == 2.0
-    assert bool(tensor[4].signbit())
-    assert bool(tensor[5].isnan())
+def test_the_dead_are_cleared_to_plain_zeros_whatever_they_were() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        tensor = torch.tensor([math.nan, -math.inf, -3.0, 2.0, -0.0, math.nan], dtype=dtype)
+        clear_dead(tensor, torch.tensor([True, True, True, False, False, False]))
+        assert tensor[:3].tolist() == [0.0, 0.0, 0.0], dtype
+        assert not bool(tensor[:3].signbit().any()), dtype
+        assert tensor[3] == 2.0, dtype
+        assert bool(tensor[4].signbit()), dtype
+        assert bool(tensor[5].isnan()), dtype

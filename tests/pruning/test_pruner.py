@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import itertools
 from typing import Any
 
 import pytest
@@ -11,79 +11,75 @@ from torch import Tensor, nn
 
 from spdtool import plugins
 from spdtool.errors import GateError, ModelError, PluginError, RecipeError, UnknownName
+from spdtool.pruning.allocation import zeros_in
 from spdtool.pruning.masks import Masks
-from spdtool.pruning.patterns import zeros_in
 from spdtool.pruning.pruner import Pruner
 from spdtool.pruning.statistics import Stats
+from spdtool.recipe.fields import Prune
 
 pytestmark = pytest.mark.usefixtures("clean_plugins")
 
 
-def held(seed: int = 0) -> dict[str, nn.Parameter]:
+def make_weights(seed: int = 0) -> dict[str, nn.Parameter]:
     torch.manual_seed(seed)
     return {"a": nn.Parameter(torch.randn(6, 5)), "b": nn.Parameter(torch.randn(4, 5))}
 
 
-def pruner_of(weights: dict[str, nn.Parameter], events: list[tuple[int, float]], **how: Any) -> Pruner:
-    options = {"target": events[-1][1], "criterion": "magnitude", "pattern": "unstructured", "scope": "matrix"} | how
-    return Pruner(Masks.from_zeros(weights), events, **options)
+def make_pruner(weights: dict[str, nn.Parameter], events: list[tuple[int, float]], **settings: Any) -> Pruner:
+    return Pruner(Masks.from_zeros(weights), events, Prune(**settings), events[-1][1])
 
 
 def test_events_happen_at_their_steps_and_at_no_others() -> None:
-    weights = held()
-    pruner = pruner_of(weights, [(2, 0.3), (4, 0.5)])
-    happened = {step: pruner.step(step) for step in range(7)}
+    weights = make_weights()
+    pruner = make_pruner(weights, [(2, 0.3), (4, 0.5)])
+    happened = {step: pruner.prune(step) for step in range(7)}
     assert {step: sparsity for step, sparsity in happened.items() if sparsity is not None} == {2: 0.3, 4: 0.5}
-    assert [pruner.reached(step) for step in (0, 3, 4, 5)] == [False, False, True, True]
-    pruner.seal()
+    assert [pruner.is_done(step) for step in (0, 3, 4, 5)] == [False, False, True, True]
+    pruner.finalize()
     assert {name: int((weight == 0).sum()) for name, weight in weights.items()} == {"a": 15, "b": 10}
 
 
-def test_without_events_the_masks_are_only_held() -> None:
-    weights = held()
+def test_without_events_the_masks_stay_as_they_are() -> None:
+    weights = make_weights()
     with torch.no_grad():
         weights["a"].view(-1)[:15] = 0
         weights["b"].view(-1)[:10] = 0
-    pruner = pruner_of(weights, [(0, 0.5)])
-    pruner = Pruner(pruner.masks, [], target=0.5, criterion="magnitude", pattern="unstructured", scope="matrix")
-    assert pruner.reached(0)
-    assert [pruner.step(step) for step in range(3)] == [None, None, None]
-    pruner.seal()
+    pruner = Pruner(Masks.from_zeros(weights), [], Prune(), 0.5)
+    assert pruner.is_done(0)
+    assert [pruner.prune(step) for step in range(3)] == [None, None, None]
+    pruner.finalize()
 
 
-def test_the_seal_refuses_a_count_that_was_not_reached() -> None:
-    pruner = pruner_of(held(), [(2, 0.3), (4, 0.5)])
-    pruner.step(2)
+def test_finalizing_refuses_a_count_that_was_not_reached() -> None:
+    pruner = make_pruner(make_weights(), [(2, 0.3), (4, 0.5)])
+    pruner.prune(2)
     with pytest.raises(GateError, match=r"a has 9 zeros of 30; sparsity 0\.5 asks for 15"):
-        pruner.seal()
+        pruner.finalize()
 
 
 def test_weights_that_became_nan_are_refused_at_the_event() -> None:
-    weights = held()
-    pruner = pruner_of(weights, [(2, 0.5)])
+    weights = make_weights()
+    pruner = make_pruner(weights, [(2, 0.5)])
     with torch.no_grad():
         weights["a"].fill_(torch.nan)
     with pytest.raises(RecipeError, match="'magnitude' must give a score for each weight of a, and 30 of 30 are not"):
-        pruner.step(2)
+        pruner.prune(2)
     with pytest.raises(GateError, match="a has 0 zeros"):
-        pruner.seal()
+        pruner.finalize()
 
 
-@pytest.mark.parametrize(
-    ("score", "told"),
-    [
+def test_scores_that_are_none_are_refused() -> None:
+    for score, message in (
         (lambda weight, stats: weight.abs()[:1], r"shape \(6, 5\), and gives shape \(1, 5\)"),
         (lambda weight, stats: weight.abs().flatten(), r"gives shape \(30,\)"),
         (lambda weight, stats: 1.0, "gives float"),
         (lambda weight, stats: None, "gives NoneType"),
         (lambda weight, stats: weight / 0 - weight / 0, "30 of 30 are not numbers"),
-    ],
-)
-def test_scores_that_are_none_are_refused(score: Any, told: str) -> None:
-    plugins.criteria.register("wrong")(score)
-    pruner = pruner_of(held(), [(1, 0.5)], criterion="wrong")
-    with pytest.raises(RecipeError, match=told):
-        pruner.step(1)
+    ):
+        plugins.criteria.register("wrong")(score)
+        pruner = make_pruner(make_weights(), [(1, 0.5)], criterion="wrong")
+        with pytest.raises(RecipeError, match=message):
+            pruner.prune(1)
 
 
 def test_a_plugin_that_fails_is_named_with_the_place() -> None:
@@ -91,26 +87,26 @@ def test_a_plugin_that_fails_is_named_with_the_place() -> None:
         return stats.nothing_of_that_kind
 
     plugins.criteria.register("failing")(score)
-    pruner = pruner_of(held(), [(1, 0.5)], criterion="failing")
-    with pytest.raises(PluginError, match=r"'failing' of .* has failed: AttributeError.*test_gradual\.py, line \d+"):
-        pruner.step(1)
+    pruner = make_pruner(make_weights(), [(1, 0.5)], criterion="failing")
+    with pytest.raises(PluginError, match=r"'failing' of .* has failed: AttributeError.*test_pruner\.py, line \d+"):
+        pruner.prune(1)
 
 
-def saliency(needs: tuple[str, ...], **meta: Any) -> list[Stats]:
-    seen: list[Stats] = []
+def register_saliency(needs: tuple[str, ...], **meta: Any) -> list[Stats]:
+    observed: list[Stats] = []
 
     def score(weight: Tensor, stats: Stats) -> Tensor:
-        seen.append(stats)
+        observed.append(stats)
         return (weight * (stats.gradient if stats.gradient is not None else 1)).abs()
 
     plugins.criteria.register("saliency", needs=needs, **meta)(score)
-    return seen
+    return observed
 
 
 def test_a_criterion_sees_the_mean_over_the_steps_since_the_last_event() -> None:
-    seen = saliency(("gradient", "gradient_squared"))
-    weights = held()
-    pruner = pruner_of(weights, [(3, 0.3), (5, 0.5)], criterion="saliency")
+    observed = register_saliency(("gradient", "gradient_squared"))
+    weights = make_weights()
+    pruner = make_pruner(weights, [(3, 0.3), (5, 0.5)], criterion="saliency")
     gradients: dict[str, list[Tensor]] = {"a": [], "b": []}
     for step in range(1, 6):
         for name, weight in weights.items():
@@ -119,10 +115,10 @@ def test_a_criterion_sees_the_mean_over_the_steps_since_the_last_event() -> None
         if step == 2:
             weights["b"].grad = None  # its layer was not in the draw
             gradients["b"][-1] = torch.zeros(4, 5)
-        pruner.observe()
-        pruner.silence()
-        pruner.step(step)
-    first, last = seen[:2], seen[2:]
+        pruner.observe_gradients()
+        pruner.zero_gradients()
+        pruner.prune(step)
+    first, last = observed[:2], observed[2:]
     assert len(last) == 2
     for stats, name in zip(first, ("a", "b"), strict=True):
         torch.testing.assert_close(stats.gradient, torch.stack(gradients[name][:3]).mean(0))
@@ -132,82 +128,80 @@ def test_a_criterion_sees_the_mean_over_the_steps_since_the_last_event() -> None
 
 
 @pytest.mark.parametrize("dense", [False, True])
-def test_gradients_of_the_dead_live_only_if_the_criterion_says_so(dense: bool) -> None:
-    saliency(("gradient",), dense_gradients=dense)
-    weights = held()
-    pruner = pruner_of(weights, [(1, 0.5), (2, 0.6)], criterion="saliency")
+def test_gradients_of_the_dead_stay_only_if_the_criterion_says_so(dense: bool) -> None:
+    register_saliency(("gradient",), dense_gradients=dense)
+    weights = make_weights()
+    pruner = make_pruner(weights, [(1, 0.5), (2, 0.6)], criterion="saliency")
     for weight in weights.values():
         weight.grad = torch.ones_like(weight)
-    pruner.observe()
-    pruner.step(1)
-    pruner.silence()
+    pruner.observe_gradients()
+    pruner.prune(1)
+    pruner.zero_gradients()
     for name, weight in weights.items():
         assert weight.grad is not None
         assert bool((weight.grad[pruner.masks.dead[name]] != 0).any()) == dense
         assert bool((weight.grad[~pruner.masks.dead[name]] == 1).all())
 
 
-@pytest.mark.parametrize("regrowth", [False, True])
-@pytest.mark.parametrize("criterion", ["saliency", "movement", "movement-soft", "obert"])
-def test_a_pruner_goes_on_as_if_nothing_had_happened(criterion: str, regrowth: bool) -> None:
-    saliency(("gradient", "gradient_squared"))
-    how = {"criterion": criterion, "regrowth": regrowth}
+def test_a_resumed_pruner_goes_on_as_if_nothing_had_happened() -> None:
+    register_saliency(("gradient", "gradient_squared"))
 
-    def run(stop: int | None) -> dict[str, Tensor]:
-        weights = held()
-        pruner = pruner_of(weights, [(3, 0.3), (6, 0.7)], **how)
+    def run(stop: int | None, **settings: Any) -> dict[str, Tensor]:
+        weights = make_weights()
+        pruner = make_pruner(weights, [(3, 0.3), (6, 0.7)], **settings)
         for step in range(1, 7):
             for index, weight in enumerate(weights.values()):
                 draw = torch.Generator().manual_seed(10 * step + index)
                 weight.grad = torch.randn(weight.shape, generator=draw)
-            pruner.observe()
-            pruner.step(step)
+            pruner.observe_gradients()
+            pruner.prune(step)
             if step == stop:
                 state = {key: value.clone() for key, value in pruner.state_dict().items()}
-                pruner = pruner_of(weights, [(3, 0.3), (6, 0.7)], **how)
+                pruner = make_pruner(weights, [(3, 0.3), (6, 0.7)], **settings)
                 pruner.load_state_dict(state)
         return {name: weight.detach().clone() for name, weight in weights.items()}
 
-    undisturbed = run(None)
-    for stop in (1, 2, 3, 4, 5):
-        for name, weight in run(stop).items():
-            assert torch.equal(weight, undisturbed[name])
+    for criterion, regrowth in itertools.product(("saliency", "movement", "movement-soft", "obert"), (False, True)):
+        undisturbed = run(None, criterion=criterion, regrowth=regrowth)
+        for stop in (1, 2, 3, 4, 5):
+            for name, weight in run(stop, criterion=criterion, regrowth=regrowth).items():
+                assert torch.equal(weight, undisturbed[name]), (criterion, regrowth, stop, name)
 
 
 def test_unknown_names_and_needs_are_refused() -> None:
     with pytest.raises(UnknownName, match="criterion 'magnitud'"):
-        pruner_of(held(), [(1, 0.5)], criterion="magnitud")
+        make_pruner(make_weights(), [(1, 0.5)], criterion="magnitud")
     with pytest.raises(UnknownName, match="pattern 'unstructure'"):
-        pruner_of(held(), [(1, 0.5)], pattern="unstructure")
-    saliency(("hessian",))
+        make_pruner(make_weights(), [(1, 0.5)], pattern="unstructure")
+    register_saliency(("hessian",))
     with pytest.raises(RecipeError, match="needs hessian, which is not observed"):
-        pruner_of(held(), [(1, 0.5)], criterion="saliency")
+        make_pruner(make_weights(), [(1, 0.5)], criterion="saliency")
 
 
 @pytest.mark.parametrize("need", ["gradient", "input_norm"])
 def test_an_event_before_anything_was_observed_is_refused(need: str) -> None:
-    saliency((need,))
-    pruner = pruner_of(held(), [(0, 0.3), (4, 0.5)], criterion="saliency")
+    register_saliency((need,))
+    pruner = make_pruner(make_weights(), [(0, 0.3), (4, 0.5)], criterion="saliency")
     with pytest.raises(RecipeError, match="'saliency' has observed nothing before the prune event at step 0"):
-        pruner.step(0)
-    assert pruner_of(held(), [(0, 0.3), (4, 0.5)]).step(0) == 0.3  # the magnitude is there at once
+        pruner.prune(0)
+    assert make_pruner(make_weights(), [(0, 0.3), (4, 0.5)]).prune(0) == 0.3  # the magnitude is there at once
 
 
 def test_a_first_event_may_follow_a_calibration() -> None:
-    weights = held()
-    pruner = pruner_of(weights, [(0, 0.3), (4, 0.5)], criterion="taylor")
+    weights = make_weights()
+    pruner = make_pruner(weights, [(0, 0.3), (4, 0.5)], criterion="taylor")
     assert pruner.reads_gradients
     assert not pruner.reads_inputs
     backward(weights, 1)
-    pruner.observe()
-    pruner.forget()
+    pruner.observe_gradients()
+    pruner.reset_statistics()
     for seed in (2, 3):
         backward(weights, seed)
-        pruner.observe()
+        pruner.observe_gradients()
     first = {name: weight.detach().clone() for name, weight in weights.items()}
     mean = {name: sum(noise(weight, seed) for seed in (2, 3)) / 2 for name, weight in weights.items()}
-    assert [step for step in range(6) if pruner.due(step)] == [0, 4]
-    assert pruner.step(0) == 0.3
+    assert [step for step in range(6) if pruner.is_due(step)] == [0, 4]
+    assert pruner.prune(0) == 0.3
     for name, weight in weights.items():
         score = (first[name] * mean[name]).abs().flatten()
         expected = sorted(score.argsort()[: round(0.3 * score.numel())].tolist())
@@ -224,11 +218,11 @@ def backward(weights: dict[str, nn.Parameter], seed: int) -> None:
 
 
 def test_learned_scores_count_every_step_and_the_first_event_goes_by_magnitude() -> None:
-    weights = held()
-    pruner = pruner_of(weights, [(0, 0.2), (2, 0.4), (4, 0.6)], criterion="movement", regrowth=True)
+    weights = make_weights()
+    pruner = make_pruner(weights, [(0, 0.2), (2, 0.4), (4, 0.6)], criterion="movement", regrowth=True)
     assert pruner.learns
     magnitude = {name: weight.detach().abs().flatten() for name, weight in weights.items()}
-    pruner.step(0)
+    pruner.prune(0)
     for name, weight in weights.items():
         expected = sorted(magnitude[name].argsort()[: zeros_in(weight.numel(), 0.2)].tolist())
         assert (weight == 0).flatten().nonzero().flatten().tolist() == expected
@@ -236,10 +230,10 @@ def test_learned_scores_count_every_step_and_the_first_event_goes_by_magnitude()
     for step in range(1, 5):
         backward(weights, step)
         for name, weight in weights.items():
-            scores[name] -= pruner.masks.filled(name) * noise(weight, step)
-        pruner.observe()
-        pruner.step(step)
-        if pruner.due(step):
+            scores[name] -= pruner.masks.full_weight(name) * noise(weight, step)
+        pruner.observe_gradients()
+        pruner.prune(step)
+        if pruner.is_due(step):
             for name, weight in weights.items():
                 count = zeros_in(weight.numel(), pruner.events[step])
                 expected = sorted(scores[name].flatten().argsort()[:count].tolist())
@@ -247,46 +241,48 @@ def test_learned_scores_count_every_step_and_the_first_event_goes_by_magnitude()
 
 
 def test_with_regrowth_the_last_event_is_as_if_no_other_had_been() -> None:
-    """Nothing is trained in between, so that only the values kept of the dead can tell."""
-    one, two = held(), held()
-    straight = pruner_of(one, [(3, 0.5)])
-    winding = pruner_of(two, [(1, 0.5), (2, 0.5), (3, 0.5)], regrowth=True)
-    straight.step(3)
-    own = winding._part
-    winding._part = replace(own, value=lambda weight, stats: -weight.abs())
-    winding.step(1)
-    winding.step(2)
-    winding._part = own
-    winding.step(3)
-    winding.seal()
+    """Nothing is trained in between, so that only the stored values of the dead can tell."""
+    one, two = make_weights(), make_weights()
+    signs = iter((-1, -1, -1, -1, 1, 1))  # of both weights at three events
+
+    @plugins.criteria.register("turning")
+    def turning(weight: Tensor, stats: Stats) -> Tensor:
+        return next(signs) * weight.abs()
+
+    straight = make_pruner(one, [(3, 0.5)])
+    winding = make_pruner(two, [(1, 0.5), (2, 0.5), (3, 0.5)], criterion="turning", regrowth=True)
+    straight.prune(3)
+    for step in (1, 2, 3):
+        winding.prune(step)
+    winding.finalize()
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_what_a_floor_displaced_is_told() -> None:
-    weights = held()
+    weights = make_weights()
     with torch.no_grad():
         weights["b"].mul_(1e-3)
-    pruner = pruner_of(weights, [(1, 0.5), (2, 0.9)], scope="global", least=0.25)
-    pruner.step(1)
+    pruner = make_pruner(weights, [(1, 0.5), (2, 0.9)], scope="global", least=0.25)
+    pruner.prune(1)
     assert pruner.clamped == {"b": (20, 15)}
     assert pruner.lowered == {}
-    pruner.step(2)
+    pruner.prune(2)
     assert pruner.lowered == {"all matrices": pytest.approx(0.1)}
-    pruner.seal()
+    pruner.finalize()
 
 
-def test_a_pruner_that_only_holds_observes_nothing() -> None:
-    weights = held()
-    pruner = Pruner(Masks(weights), [], target=0.0, criterion="obert", regrowth=True)
-    assert not any((pruner.reads_gradients, pruner.reads_inputs, pruner.learns, pruner.due(0)))
+def test_a_pruner_without_events_observes_nothing() -> None:
+    weights = make_weights()
+    pruner = Pruner(Masks(weights), [], Prune(criterion="obert", regrowth=True), 0.0)
+    assert not any((pruner.reads_gradients, pruner.reads_inputs, pruner.learns, pruner.is_due(0)))
     backward(weights, 1)
-    pruner.observe()
+    pruner.observe_gradients()
     assert set(pruner.state_dict()) == {"dead.a", "dead.b"}
 
 
 def test_a_checkpoint_that_is_too_sparse_is_refused_before_the_work() -> None:
-    weights = held()
+    weights = make_weights()
     with torch.no_grad():
         weights["a"].view(-1)[:20] = 0
     with pytest.raises(ModelError, match="a has 20 zeros of 30 already"):
-        pruner_of(weights, [(4, 0.5)])
+        make_pruner(weights, [(4, 0.5)])

@@ -16,7 +16,7 @@ from spdtool.data import tokens as data
 from spdtool.errors import StageMissing
 from spdtool.models import predict as evaluation
 from spdtool.models.layers import find_prunable_weights
-from spdtool.pruning.patterns import zeros_in
+from spdtool.pruning.allocation import zeros_in
 from spdtool.run.folder import Run
 from spdtool.stages.finetune import finetune
 from spdtool.tasks import Task

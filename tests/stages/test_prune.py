@@ -16,7 +16,7 @@ from spdtool import plugins
 from spdtool.errors import Corrupt, GateError, ModelError, RecipeError, RunError, StageMissing, UnknownName
 from spdtool.models.layers import find_prunable_weights
 from spdtool.models.load import load_model, load_tokenizer, save_model
-from spdtool.pruning.patterns import zeros_in
+from spdtool.pruning.allocation import zeros_in
 from spdtool.run.folder import Run
 from spdtool.stages.prune import prune
 from spdtool.stages.teacher import teacher

@@ -163,7 +163,7 @@ def test_nothing_crosses_between_processor_and_device_within_a_step(toys: Any, a
     seen = {"hidden_states": True, "attention": "scores" if attention else None}
     optimizer = training.adamw(dict(student.named_parameters()), Prune(), torch.device("meta"))
     masks = Masks(find_prunable_weights(student))
-    masks.hold(optimizer)
+    masks.attach(optimizer)
     batch = evaluation.to_device({name: column.numpy() for name, column in toys.batch().items()}, "meta")
     with Crossings() as crossings:
         for _ in range(2):
@@ -171,7 +171,7 @@ def test_nothing_crosses_between_processor_and_device_within_a_step(toys: Any, a
                 taught = compute_outputs(teacher, batch, **seen)
             learnt = compute_outputs(student, batch, **seen)
             distillation_loss(learnt, taught, batch, weights, logit_loss=Classification.logit_loss)["loss"].backward()
-            masks.silence()
+            masks.zero_gradients()
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()

@@ -17,8 +17,8 @@ from spdtool import console, plugins
 from spdtool.errors import ModelError, RecipeError
 from spdtool.models.layers import find_prunable_weights
 from spdtool.models.load import label_names, load_model, load_tokenizer, save_model
+from spdtool.pruning.allocation import zeros_in
 from spdtool.pruning.masks import Masks
-from spdtool.pruning.patterns import zeros_in
 from spdtool.run.folder import Run
 from spdtool.stages.distill import distill
 from spdtool.stages.finetune import finetune

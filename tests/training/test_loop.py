@@ -20,7 +20,7 @@ from spdtool.models import predict as evaluation
 from spdtool.models.layers import find_prunable_weights
 from spdtool.pruning.masks import Masks
 from spdtool.pruning.pruner import Pruner
-from spdtool.recipe.fields import Recipe, Training
+from spdtool.recipe.fields import Prune, Recipe, Training
 from spdtool.run.folder import Stage
 from spdtool.run.records import Evaluation
 from spdtool.tasks import Task
@@ -68,7 +68,7 @@ class Bench:
         if pruning:
             masks = Masks(find_prunable_weights(model))
             pruner = Pruner(
-                masks, [(3, 0.3), (8, 0.6)], target=0.6, criterion="magnitude", pattern="unstructured", scope="matrix"
+                masks, [(3, 0.3), (8, 0.6)], Prune(), 0.6
             )
 
         def watch(event: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What a criterion is shown: calibration batches that move nothing, and the logit term's gradients taken apart."""
+"""Saliency: calibration batches that move nothing, and the logit term's gradients taken apart."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from spdtool.errors import RecipeError
 from spdtool.pruning.masks import Masks
 from spdtool.pruning.pruner import Pruner
 from spdtool.recipe.fields import Prune, Recipe
-from spdtool.training import saliency
 from spdtool.training.microbatches import LossWeight, Microbatch
-from spdtool.training.saliency import Saliency
+from spdtool.training.saliency import Saliency, calibration_batches, check_saliency
 
 
 class Model(nn.Module):
@@ -32,33 +31,34 @@ class Model(nn.Module):
 
 
 @pytest.fixture
-def seen(clean_plugins: None) -> list[Tensor]:
-    """The mean gradients that the criterion `watcher` was given, event by event."""
-    given: list[Tensor] = []
+def observed(clean_plugins: None) -> list[Tensor]:
+    """The mean gradients that the criterion `watcher` gets, event by event."""
+    means: list[Tensor] = []
 
     @plugins.criteria.register("watcher", needs=("gradient",))
     def watcher(weight: Tensor, stats: Any) -> Tensor:
-        given.append(stats.gradient.clone())
+        means.append(stats.gradient.clone())
         return weight.abs()
 
-    return given
+    return means
 
 
-def pruner(model: Model, criterion: str = "watcher", events: Any = ((2, 0.25), (4, 0.5))) -> Pruner:
+def make_pruner(model: Model, criterion: str = "watcher", events: Any = ((2, 0.25), (4, 0.5))) -> Pruner:
     layers = {"linear.weight": model.linear}
-    return Pruner(Masks({"linear.weight": model.linear.weight}), events, target=0.5, criterion=criterion, layers=layers)
+    masks = Masks({"linear.weight": model.linear.weight})
+    return Pruner(masks, events, Prune(criterion=criterion), 0.5, layers)
 
 
-def pieces(count: int, share: float = 1.0) -> list[Microbatch]:
+def microbatches(count: int, weight: float = 1.0) -> list[Microbatch]:
     torch.manual_seed(1)
     mask: Any = torch.ones(2, 5, dtype=torch.long).numpy()
     made: list[Any] = [{"rows": torch.randn(2, 5, 4), "attention_mask": mask} for _ in range(count)]
-    return [Microbatch(batch, LossWeight(share, share, share)) for batch in made]
+    return [Microbatch(batch, LossWeight(weight, weight, weight)) for batch in made]
 
 
 def terms(model: Model) -> Callable[[Microbatch], dict[str, Tensor]]:
-    def loss(piece: Microbatch) -> dict[str, Tensor]:
-        out = model(piece.batch["rows"]) * piece.weight.rows**0.5
+    def loss(microbatch: Microbatch) -> dict[str, Tensor]:
+        out = model(microbatch.batch["rows"]) * microbatch.weight.rows**0.5
         logits, hidden = out.square().mean(), out.abs().sum()
         return {"loss": logits + 10 * hidden, "logits": logits, "hidden": hidden}
 
@@ -66,56 +66,56 @@ def terms(model: Model) -> Callable[[Microbatch], dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("of", ["loss", "logits"])
-def test_calibration_shows_the_mean_gradient_and_moves_nothing(seen: list[Tensor], of: str) -> None:
-    model, batches = Model(), pieces(3)
-    pruning = pruner(model)
-    shown = Saliency(pruning, Prune(calibration=3, saliency=of))
-    assert [step for step in range(6) if shown.calibrates(step)] == [2, 4]
-    assert not any(shown.follows(step) for step in range(6)), "training steps are not needed then"
+def test_calibration_observes_the_mean_gradient_and_moves_nothing(observed: list[Tensor], of: str) -> None:
+    model, batches = Model(), microbatches(3)
+    pruner = make_pruner(model)
+    saliency = Saliency(pruner, Prune(calibration=3, saliency=of))
+    assert [step for step in range(6) if saliency.needs_calibration(step)] == [2, 4]
+    assert not any(saliency.needs_step(step) for step in range(6)), "training steps are not needed then"
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    shown.calibrate(model, terms(model), ([batch] for batch in batches))
+    saliency.calibrate(model, terms(model), ([batch] for batch in batches))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert model.linear.weight.grad is None
     assert model.training
-    pruning.step(2)
+    pruner.prune(2)
     model.load_state_dict(before)
     model.eval()
     expected = [torch.autograd.grad(terms(model)(batch)[of], model.linear.weight)[0] for batch in batches]
-    assert torch.allclose(seen[0], torch.stack(expected).mean(0))
+    assert torch.allclose(observed[0], torch.stack(expected).mean(0))
 
 
-def test_calibration_drops_what_was_seen_before(seen: list[Tensor]) -> None:
+def test_calibration_drops_what_was_observed_before(observed: list[Tensor]) -> None:
     model = Model()
-    pruning = pruner(model)
-    shown = Saliency(pruning, Prune(calibration=1))
+    pruner = make_pruner(model)
+    saliency = Saliency(pruner, Prune(calibration=1))
     (model.linear.weight.sum() * 1e6).backward()
-    pruning.observe()
+    pruner.observe_gradients()
     model.zero_grad()
-    shown.calibrate(model, terms(model), [pieces(1)])
-    pruning.step(2)
-    assert float(seen[0].abs().max()) < 1e5
+    saliency.calibrate(model, terms(model), [microbatches(1)])
+    pruner.prune(2)
+    assert float(observed[0].abs().max()) < 1e5
 
 
-def test_the_logit_term_is_shown_alone_while_the_whole_loss_is_learnt(seen: list[Tensor]) -> None:
+def test_the_logit_term_is_observed_alone_while_the_whole_loss_is_learnt(observed: list[Tensor]) -> None:
     model = Model().eval()
-    pruning = pruner(model)
-    shown = Saliency(pruning, Prune(saliency="logits"))
-    assert [step for step in range(6) if shown.follows(step)] == [0, 1, 2, 3], "until the last event"
-    for piece in pieces(2, share=0.5):  # one step in two pieces
-        found = terms(model)(piece)
-        shown.note(found)
-        found["loss"].backward()
+    pruner = make_pruner(model)
+    saliency = Saliency(pruner, Prune(saliency="logits"))
+    assert [step for step in range(6) if saliency.needs_step(step)] == [0, 1, 2, 3], "until the last event"
+    for microbatch in microbatches(2, weight=0.5):  # one step in two microbatches
+        losses = terms(model)(microbatch)
+        saliency.add_logit_gradients(losses)
+        losses["loss"].backward()
     whole = model.linear.weight.grad
     assert whole is not None
     learnt = whole.clone()
-    shown.observe(scale=1024.0)  # the scale was never in what was taken apart
+    saliency.observe_step(scale=1024.0)  # the scale was never in what was taken apart
     assert torch.equal(whole, learnt), "what is learnt stays as it was"
-    pruning.step(2)
+    pruner.prune(2)
     model.linear.weight.grad = None
     with torch.no_grad():
-        model.linear.weight.copy_(pruning.masks.parameters["linear.weight"])
-    assert float((seen[0] - learnt).abs().max()) > 1.0
-    assert float(seen[0].abs().max()) < 10.0
+        model.linear.weight.copy_(pruner.masks.parameters["linear.weight"])
+    assert float((observed[0] - learnt).abs().max()) > 1.0
+    assert float(observed[0].abs().max()) < 10.0
 
 
 @pytest.mark.parametrize(
@@ -127,15 +127,17 @@ def test_the_logit_term_is_shown_alone_while_the_whole_loss_is_learnt(seen: list
         ("magnitude", ((2, 0.5),), {"saliency": "logits", "loss": {"logits": 0.0}}, "whose weight is 0"),
     ],
 )
-def test_a_recipe_that_would_show_nothing_is_refused(criterion: str, events: Any, how: Any, match: str) -> None:
+def test_a_recipe_whose_criterion_would_observe_nothing_is_refused(
+    criterion: str, events: Any, how: Any, match: str
+) -> None:
     with pytest.raises(RecipeError, match=match):
-        saliency.check(Prune(criterion=criterion, **how), events)
+        check_saliency(Prune(criterion=criterion, **how), events)
     if "saliency" not in how:
-        saliency.check(Prune(criterion=criterion, calibration=2, loss={"hardness": 0.5}), events)
+        check_saliency(Prune(criterion=criterion, calibration=2, loss={"hardness": 0.5}), events)
 
 
 def test_another_student_than_the_teacher_has_gradients_before_the_first_step() -> None:
-    saliency.check(Prune(criterion="taylor", calibration=2), ((0, 0.25), (2, 0.5)), copied=False)
+    check_saliency(Prune(criterion="taylor", calibration=2), ((0, 0.25), (2, 0.5)), copied=False)
 
 
 def test_calibration_batches_are_others_at_each_event_and_the_same_when_asked_again(toys: Any) -> None:
@@ -143,7 +145,7 @@ def test_calibration_batches_are_others_at_each_event_and_the_same_when_asked_ag
     section, recipe = Prune(calibration=6, batch_size=8), Recipe()
 
     def batches(step: int) -> list[list[int]]:
-        return [sorted(batch) for batch in saliency.calibration_batches(rows, section, recipe, step)]
+        return [sorted(batch) for batch in calibration_batches(rows, section, recipe, step)]
 
     assert len(batches(3)) == 6, "more than an epoch holds"
     assert batches(3) == batches(3)

@@ -7,6 +7,7 @@ from spdtool import plugins
 from spdtool.pruning.masks import Masks
 from spdtool.pruning.pruner import Pruner
 from spdtool.pruning.statistics import Stats
+from spdtool.recipe.fields import Prune
 
 
 def test_it_is_found_through_the_entry_point():
@@ -33,11 +34,11 @@ def test_the_global_random_state_is_left_alone():
 def test_large_weights_go_as_readily_as_small_ones():
     weight = torch.nn.Parameter(torch.linspace(-1, 1, 2000).view(40, 50))
     magnitude = weight.detach().abs()
-    pruner = Pruner(Masks({"w": weight}), [(1, 0.3), (2, 0.5)], target=0.5, criterion="random")
-    pruner.step(1)
+    pruner = Pruner(Masks({"w": weight}), [(1, 0.3), (2, 0.5)], Prune(criterion="random"), 0.5)
+    pruner.prune(1)
     first = weight.detach() == 0
-    pruner.step(2)
-    pruner.seal()
+    pruner.prune(2)
+    pruner.finalize()
     gone = weight.detach() == 0
     assert bool(gone[first].all())
     assert float(magnitude[gone].mean()) == pytest.approx(0.5, abs=0.05)

@@ -228,7 +228,7 @@ def test_another_mask_is_another_index(monkeypatch: pytest.MonkeyPatch) -> None:
     before = ours.living.products()
     assert ours.living.products() is before
     dead = masks.dead["weight"] | (torch.rand(40, 33) < 0.5)
-    masks.bury({"weight": dead})
+    masks.set({"weight": dead})
     calls = used(monkeypatch)
     close(ours(x).detach(), (x.double() @ ours.weight.double().T + ours.bias).detach())
     assert ours.living.products() is not before
