@@ -22,7 +22,7 @@ from spdtool.models import collectives
 from spdtool.pruning.pruner import Pruner
 from spdtool.pruning.statistics import STATISTICS
 from spdtool.recipe.fields import Prune, Recipe
-from spdtool.training.microbatches import NO_WEIGHT, Microbatch
+from spdtool.training.microbatches import Microbatch
 
 CALIBRATION_EPOCH = 2**32  # of the order of the data: no training epoch has that number
 
@@ -52,7 +52,9 @@ class Saliency:
             return False
         return self.pruner.learns or self.section.calibration == 0
 
-    def calibrate(self, model: nn.Module, loss: Callable[[Microbatch], Terms], batches: Iterable[Iterable[Microbatch]]) -> None:
+    def calibrate(
+        self, model: nn.Module, loss: Callable[[Microbatch], Terms], batches: Iterable[Iterable[Microbatch]]
+    ) -> None:
         """Show `batches` to the criterion, at the weights as they are and without dropout; no weight moves. Collective.
 
         Args:
@@ -80,7 +82,7 @@ class Saliency:
         """Show a micro-batch's inputs, and add its gradients to those of its batch; return whether it has any."""
         attention_mask = torch.as_tensor(microbatch.batch["attention_mask"])
         # a rank without rows passes one row of another's, which must not be counted twice
-        is_padding = microbatch.weight == NO_WEIGHT
+        is_padding = microbatch.weight.rows == 0
         with nullcontext() if is_padding else self.pruner.observe_inputs(attention_mask):
             term = self._choose_term(loss(microbatch))
         if not self.pruner.reads_gradients or not term.requires_grad:
