@@ -67,9 +67,7 @@ class Bench:
         pruner = None
         if pruning:
             masks = Masks(find_prunable_weights(model))
-            pruner = Pruner(
-                masks, [(3, 0.3), (8, 0.6)], Prune(), 0.6
-            )
+            pruner = Pruner(masks, [(3, 0.3), (8, 0.6)], Prune(), 0.6)
 
         def watch(event: dict[str, Any]) -> None:
             self.events.append(event)
