@@ -112,7 +112,8 @@ def load_student(recipe: Recipe, task: Task, names: list[str], *, eager: bool) -
     if recipe.student == PRETRAINED and task.dataset.build is not None:
         if recipe.prune.dropout is not None:
             console.warn(f"prune.dropout is ignored: task {task.name!r} builds its own model")
-        model: PreTrainedModel = task.dataset.build(recipe.seed)[0].eval()
+        model: PreTrainedModel = task.dataset.build(recipe.seed)[0]
+        model.eval()  # type: ignore[no-untyped-call]
         if eager:
             model.set_attn_implementation("eager")
         relabel(model, names)
