@@ -19,6 +19,7 @@ from typer.main import get_command
 from spdtool import errors, plugins
 from spdtool.cli.main import app
 from spdtool.recipe import reading
+from spdtool.run import records
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("plugins/*/README.md")])
@@ -169,6 +170,27 @@ def test_the_reference_has_everything_that_is_built_in(pages: dict[str, str]) ->
                 assert f"`{part.name}`" in pages[page], f"{page}: {part.name}"
     for part in plugins.patterns.entries():
         assert f"`{part.name}`" in pages["criteria"], part.name
+
+
+def test_the_reference_has_every_field_of_the_recorded_files(pages: dict[str, str], reference: ModuleType) -> None:
+    roots = {
+        "stage-json": [records.StageRecord, records.RunRecord],
+        "manifest-json": [records.BundleManifest],
+        "other-files": [records.BenchFile, records.SweepRecord, records.Plan],
+    }
+    for page, types in roots.items():
+        for root in types:
+            for record in reference.reachable_records(root):
+                section = pages[page].split(f"# {record.__name__} {{")[1].split("\n#")[0]
+                for field in record.model_fields:
+                    assert f"| `{field}` |" in section, f"{page}: {record.__name__}.{field}"
+
+
+def test_what_a_record_says_of_its_fields_is_split_by_their_names(reference: ModuleType) -> None:
+    meanings = reference.attribute_meanings(records.TrainingResult)
+    assert meanings["dev"] == "scores of the saved weights"
+    assert meanings["sparsity"].startswith("share of zeros")
+    assert meanings["zeros"].startswith("by name")
 
 
 def test_the_reference_has_every_error_and_its_exit_code(pages: dict[str, str]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import re
 import tomllib
 import typing
 from collections.abc import Callable, Iterable, Iterator
@@ -77,6 +78,8 @@ def option_row(parameter: Any, annotation: Any) -> tuple[str, ...]:
     is_argument = parameter.param_type_name == "argument"
     names = [parameter.name.upper()] if is_argument else [*parameter.opts, *parameter.secondary_opts]
     takes = "" if getattr(parameter, "is_flag", False) else kind(annotation)
+    if takes.startswith("list of "):
+        takes = f"{takes.removeprefix('list of ')}, more than once"
     default = ""
     if parameter.required:
         default = "required"
@@ -117,6 +120,11 @@ def command_line() -> str:
 # ------------------------------------------------------------------------------------------------ recipe
 
 
+def is_named_tuple(annotation: Any) -> bool:
+    """Tell whether a type is a NamedTuple, which JSON stores as a list."""
+    return isinstance(annotation, type) and issubclass(annotation, tuple) and hasattr(annotation, "_fields")
+
+
 def kind(annotation: Any) -> str:
     """Return a type as a reader of a TOML file would say it."""
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
@@ -129,11 +137,13 @@ def kind(annotation: Any) -> str:
     if origin is tuple and Ellipsis in inner:
         return f"list of {kind(inner[0])}"
     if origin is list:
-        return f"{kind(inner[0])}, more than once"
+        return f"list of {kind(inner[0])}"
+    if is_named_tuple(annotation):
+        return f"[{', '.join(annotation._fields)}]"
     if origin is tuple and inner:
         return f"[{', '.join(map(kind, inner))}]"
     if origin is dict:
-        return f"{kind(inner[0])} to {kind(inner[1])}"
+        return f"map of {kind(inner[0])} to {kind(inner[1])}"
     known = {
         Path: "path",
         str: "text",
@@ -314,14 +324,121 @@ def docstring(file: Path) -> str:
     return ast.get_docstring(ast.parse(file.read_text("utf-8"))) or ""
 
 
+def attribute_meanings(record: Any, known: Iterable[str] | None = None) -> dict[str, str]:
+    """Return what the docstring of a record says of its fields (or of `known` ones), by name.
+
+    A line such as `zeros, size: of the matrices. files: by path.` speaks of three fields.
+    """
+    block = " ".join(inspect.cleandoc(record.__doc__ or "").partition("Attributes:\n")[2].split())
+    marks = []
+    for mark in re.finditer(r"(?:^|(?<=[.;] ))(\w+(?:, \w+)*): ", block):
+        names = mark.group(1).split(", ")
+        if set(names) <= set(record.model_fields):
+            marks.append((mark.start(), mark.end(), names))
+    meanings = {}
+    for place, (_, start, names) in enumerate(marks):
+        end = marks[place + 1][0] if place + 1 < len(marks) else len(block)
+        meanings |= dict.fromkeys(names, block[start:end].strip().rstrip(".;"))
+    return {name: meaning for name, meaning in meanings.items() if known is None or name in known}
+
+
+def records_in(annotation: Any) -> Iterator[Any]:
+    """Yield every record type that an annotation names, in order."""
+    from spdtool.run.records import Record
+
+    if isinstance(annotation, type) and issubclass(annotation, Record):
+        yield annotation
+    for inner in typing.get_args(annotation):
+        yield from records_in(inner)
+
+
+def reachable_records(root: Any) -> list[Any]:
+    """Return a record type and every one that it holds, each once, in order of appearance."""
+    listed = [root]
+    for record in listed:  # the list grows while it is read
+        for field in record.model_fields.values():
+            listed += [inner for inner in records_in(field.annotation) if inner not in listed]
+    return listed
+
+
+def record_type(annotation: Any) -> str:
+    """Return the type of a field of a record, with links to the records that it names."""
+    text = kind(annotation)
+    for record in records_in(annotation):
+        text = text.replace(record.__name__, f"[{record.__name__}](#{record.__name__.lower()})")
+    return text
+
+
+def record_sections(root: Any, level: int = 2) -> str:
+    """Write a section with a table of fields for a record and for every one that it holds."""
+    from spdtool.run import records
+
+    parts = []
+    for record in reachable_records(root):
+        about = inspect.cleandoc(record.__doc__ or "").partition("Attributes:")[0].strip()
+        meanings = attribute_meanings(record)
+        other = re.search(r"see `(\w+)`", about)  # a record with the same fields, explained there
+        if other is not None and hasattr(records, other.group(1)):
+            meanings = attribute_meanings(getattr(records, other.group(1)), record.model_fields) | meanings
+        rows = []
+        for name, field in record.model_fields.items():
+            default = "" if field.is_required() else "may be missing"
+            meaning = paragraphs(field.description or meanings.get(name, ""))
+            rows.append((code(name), record_type(field.annotation), default, meaning))
+        heading = f"{'#' * level} {record.__name__} {{#{record.__name__.lower()}}}"
+        parts += [heading, paragraphs(about), table(("field", "value", "", "meaning"), rows)]
+    return "\n\n".join(parts)
+
+
 def stage_json() -> str:
-    """Write what a finished stage records of itself."""
-    return "# stage.json\n\n```text\n" + docstring(ROOT / "spdtool/run/folder.py") + "\n```"
+    """Write what a finished stage records of itself, and what run.json holds."""
+    from spdtool.run import records
+
+    return "\n\n".join(
+        [
+            "# stage.json",
+            "A stage writes `stage.json` last. Its existence means that the stage is done. "
+            "`spdtool inspect RUN --json` prints what it says of each stage. "
+            "`run.json`, at the top of the run folder, holds the recipe.",
+            record_sections(records.StageRecord),
+            "## run.json",
+            record_sections(records.RunRecord, level=3),
+        ]
+    )
 
 
 def manifest_json() -> str:
-    """Write what the manifest of an exported folder says."""
-    return "# manifest.json\n\n```text\n" + docstring(ROOT / "spdtool/export/bundle/write.py") + "\n```"
+    """Write what the manifest of a bundle says."""
+    from spdtool.run import records
+
+    return "\n\n".join(
+        [
+            "# manifest.json",
+            "The manifest of a [bundle](../how-to/serve.md) says which variants it holds, what each runs on, "
+            "and what it was measured to cost. "
+            "`files` has the sha256 of every file but the model card, which its owner edits.",
+            record_sections(records.BundleManifest),
+        ]
+    )
+
+
+def other_files() -> str:
+    """Write what bench.json, sweep.json and the plan of `--dry-run --json` hold."""
+    from spdtool.run import records
+
+    return "\n\n".join(
+        [
+            "# Other JSON",
+            "`bench/bench.json` has every round of every engine; `sweep.json` a row for each trial; "
+            "`spdtool compress --dry-run --json` prints a plan.",
+            "## bench.json",
+            record_sections(records.BenchFile, level=3),
+            "## sweep.json",
+            record_sections(records.SweepRecord, level=3),
+            "## The plan",
+            record_sections(records.Plan, level=3),
+        ]
+    )
 
 
 def packed_format() -> str:
@@ -398,6 +515,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "criteria": criteria,
     "stage-json": stage_json,
     "manifest-json": manifest_json,
+    "other-files": other_files,
     "packed-format": packed_format,
     "errors": errors,
     "python-api": python_api,
