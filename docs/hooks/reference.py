@@ -382,11 +382,11 @@ def record_sections(root: Any, level: int = 2) -> str:
             meanings = attribute_meanings(getattr(records, other.group(1)), record.model_fields) | meanings
         rows = []
         for name, field in record.model_fields.items():
-            default = "" if field.is_required() else "may be missing"
+            value = record_type(field.annotation) + ("" if field.is_required() else ", optional")
             meaning = paragraphs(field.description or meanings.get(name, ""))
-            rows.append((code(name), record_type(field.annotation), default, meaning))
+            rows.append((code(name), value, meaning))
         heading = f"{'#' * level} {record.__name__} {{#{record.__name__.lower()}}}"
-        parts += [heading, paragraphs(about), table(("field", "value", "", "meaning"), rows)]
+        parts += [heading, paragraphs(about), table(("field", "value", "meaning"), rows)]
     return "\n\n".join(parts)
 
 
