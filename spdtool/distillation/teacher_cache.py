@@ -48,7 +48,7 @@ def is_worth_caching(
     """
     if section.loss.attention > 0 or rows.pad_left:  # with left padding, a row's outputs depend on its batch
         return False
-    if recipe.shard and collectives.world_size() > 1:  # one process would compute them for all
+    if recipe.shard and collectives.group_size() > 1:  # one process would compute them for all
         return False
     if not needs_hidden_states(section.loss):
         return _count_visits(section, len(rows)) >= len(rows)

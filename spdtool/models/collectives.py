@@ -75,14 +75,14 @@ def agree_on_prefix(store: Store, rank: int, size: int) -> str:
     raise RuntimeError("rank 0 did not come")
 
 
-def world_size() -> int:
+def group_size() -> int:
     """Number of ranks that have met."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def current_rank() -> int:
+def group_rank() -> int:
     """This process's rank, from 0."""
-    return dist.get_rank() if world_size() > 1 else 0
+    return dist.get_rank() if group_size() > 1 else 0
 
 
 def barrier() -> None:
@@ -91,7 +91,7 @@ def barrier() -> None:
     Raises:
         PeerLost: one of them has ended.
     """
-    if world_size() > 1:
+    if group_size() > 1:
         with _blame_peers():
             dist.all_reduce(flag := torch.zeros(1, device=_device()))
             flag.item()  # a device's queue would let us pass
@@ -104,7 +104,7 @@ def sum_over_ranks(tensors: Iterable[Tensor]) -> None:
     Raises:
         PeerLost: a rank has ended.
     """
-    if world_size() > 1:
+    if group_size() > 1:
         with _blame_peers():
             flattened = [(bucket, _flatten(bucket)) for bucket in _make_buckets(tensors)]
             # all are started before the first is waited for
@@ -121,7 +121,7 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
     Raises:
         PeerLost: a rank has ended.
     """
-    if world_size() > 1:
+    if group_size() > 1:
         with _blame_peers():
             for bucket in _make_buckets(tensor for tensor in tensors if not fsdp.is_sharded(tensor)):
                 flat = _flatten(bucket)
@@ -184,7 +184,7 @@ def _unflatten(flat: Tensor, bucket: Sequence[Tensor]) -> None:
 
 def _device() -> torch.device:
     """The device whose tensors the backend sends."""
-    if world_size() > 1 and dist.get_backend() == "nccl":
+    if group_size() > 1 and dist.get_backend() == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 

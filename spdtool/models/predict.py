@@ -39,8 +39,8 @@ def predict(forward: Forward, rows: Encoded, batch_size: int = BATCH_SIZE, *, ac
     """
     batches = list(evaluation_batches(rows, batch_size))
     # With fewer batches than ranks, a rank without one would not know the number of labels.
-    shared = across_ranks and len(batches) >= collectives.world_size()
-    rank, rank_count = (collectives.current_rank(), collectives.world_size()) if shared else (0, 1)
+    shared = across_ranks and len(batches) >= collectives.group_size()
+    rank, rank_count = (collectives.group_rank(), collectives.group_size()) if shared else (0, 1)
     turns = -(-len(batches) // rank_count)
     # As many batches for each rank, a repeated one if need be: a sharded model needs every rank in each forward pass.
     my_batches = (batches[rank::rank_count] + batches[:1])[:turns]

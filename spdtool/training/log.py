@@ -177,7 +177,7 @@ class Journal:
         for name, weight in self.trained.items():
             fsdp.local_rows(weight).copy_(fsdp.take_local_rows(found.tensors["model"][name], weight))
         snapshot.restore_optimizer(self.optimizer, self.trained, found.tensors.get("adam", {}))
-        if collectives.world_size() == 1:  # several seed their generators at every step
+        if collectives.group_size() == 1:  # several seed their generators at every step
             snapshot.restore_random(found.tensors["random"])
         if self.parts.pruner is not None:
             self.parts.pruner.load_state_dict(found.tensors["pruner"])

@@ -150,8 +150,8 @@ def fit(
         section.accumulate,
         None if recipe.bucketing else recipe.max_length,
         parts.padding_counts,
-        collectives.current_rank(),
-        collectives.world_size(),
+        collectives.group_rank(),
+        collectives.group_size(),
     )
 
     def terms_of(piece: Microbatch, progress: float) -> LossTerms:
@@ -178,8 +178,8 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = peak * rate(step / total)
         shown = saliency if saliency is not None and saliency.needs_step(step) else None
-        if collectives.world_size() > 1:
-            torch.manual_seed(_seed(recipe.seed, step, collectives.current_rank()))
+        if collectives.group_size() > 1:
+            torch.manual_seed(_seed(recipe.seed, step, collectives.group_rank()))
         for piece in _one_draw(parts, pieces):
             terms = terms_of(piece, step / total)
             if shown is not None:
@@ -223,7 +223,7 @@ def fit(
                     journal.save(done)
                     saved = time.monotonic()
                     if (
-                        done in evaluations or collectives.world_size() == 1
+                        done in evaluations or collectives.group_size() == 1
                     ):  # else the clocks of the ranks would decide
                         window = _Window()
     for patched in ("forward", "_original_forward"):  # autocast's; unwrap_model would strip more than its own
