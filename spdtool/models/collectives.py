@@ -1,11 +1,13 @@
 """Exchange tensors between the ranks of a job: sums, broadcasts and a barrier.
 
-With one process every function returns at once. All ranks must call the same functions in the same order.
+With one process every function returns at once. All ranks must call the same functions in the
+same order.
 
-Gradients are summed here, once a step, rather than by `DistributedDataParallel`, for three reasons: the parameters
-that get a gradient change with each draw of grafted layers; some of them lie outside the model (projections, and the
-stand-ins that count in the clipped norm); and the micro-batches of a step are weighted by their share of the global
-batch, which DDP's mean over ranks would undo. The price is that the sum does not overlap with the backward pass.
+Gradients are summed here, once a step, rather than by `DistributedDataParallel`, for three
+reasons: the parameters that get a gradient change with each draw of grafted layers; some of them
+lie outside the model (projections, and the stand-ins that count in the clipped norm); and the
+micro-batches of a step are weighted by their share of the global batch, which DDP's mean over
+ranks would undo. The price is that the sum does not overlap with the backward pass.
 """
 
 from __future__ import annotations
@@ -28,8 +30,9 @@ from spdtool.errors import PeerLost
 from spdtool.models import fsdp
 
 BUCKET = 2**25  # numbers that travel together
-PATIENCE = timedelta(minutes=30)  # that ranks wait for one another, such as for rank 0 to write a snapshot
-POLL_SECONDS = 0.02
+# that ranks wait for one another, such as for rank 0 to write a snapshot to a slow disk
+PATIENCE = timedelta(minutes=30)
+POLL_SECONDS = 0.02  # between two looks for an offer
 
 
 def join_process_group(backend: str) -> None:
@@ -49,9 +52,10 @@ def join_process_group(backend: str) -> None:
 def agree_on_prefix(store: Store, rank: int, size: int) -> str:
     """Agree with the other ranks that are alive on a prefix for the keys of the process group.
 
-    A launcher that starts ranks again may give them the store in which those before them have left their addresses
-    (torchrun does), and whoever reads those waits for the dead. So rank 0 offers a new prefix, each of the others
-    answers it with a random word, and only an offer that repeats that word is from a living rank 0.
+    A launcher that starts ranks again may give them the store in which those before them have
+    left their addresses (torchrun does), and whoever reads those waits for the dead. So rank 0
+    offers a new prefix, each of the others answers it with a random word, and only an offer that
+    repeats that word is from a living rank 0.
 
     Raises:
         RuntimeError: rank 0 did not come.
@@ -59,7 +63,7 @@ def agree_on_prefix(store: Store, rank: int, size: int) -> str:
     word = uuid.uuid4().hex
     if rank == 0:
         store.set("offer", word)
-        answers = [store.get(f"{word}/{other}").decode() for other in range(1, size)]
+        answers = [store.get(f"{word}/{answering}").decode() for answering in range(1, size)]
         store.set(f"{word}/all", " ".join(answers))
         return word
     answered, deadline = "", time.monotonic() + PATIENCE.total_seconds()
@@ -99,7 +103,7 @@ def barrier() -> None:
 
 @torch.no_grad()
 def sum_over_ranks(tensors: Iterable[Tensor]) -> None:
-    """Replace each tensor, in place, by its sum over the ranks; shapes and order are the same on all of them.
+    """Sum each tensor over the ranks, in place. Shapes and order must be the same on all of them.
 
     Raises:
         PeerLost: a rank has ended.
@@ -116,14 +120,17 @@ def sum_over_ranks(tensors: Iterable[Tensor]) -> None:
 
 @torch.no_grad()
 def broadcast(tensors: Iterable[Tensor]) -> None:
-    """Replace each tensor, in place, by that of rank 0; sharded ones, of which each rank keeps other rows, stay.
+    """Overwrite each tensor, in place, with that of rank 0.
+
+    Sharded tensors stay as they are: each rank keeps other rows of them.
 
     Raises:
         PeerLost: a rank has ended.
     """
     if group_size() > 1:
         with _blame_peers():
-            for bucket in _make_buckets(tensor for tensor in tensors if not fsdp.is_sharded(tensor)):
+            replicated = [tensor for tensor in tensors if not fsdp.is_sharded(tensor)]
+            for bucket in _make_buckets(replicated):
                 flat = _flatten(bucket)
                 dist.broadcast(flat, src=0)
                 _unflatten(flat, bucket)
@@ -138,7 +145,9 @@ def sum_array_over_ranks(array: np.ndarray) -> np.ndarray:
 
 
 def gradients_to_sum(parameters: Iterable[torch.nn.Parameter]) -> list[Tensor]:
-    """List the gradients that must be summed over the ranks; the backward pass has summed those of sharded parameters.
+    """List the gradients that must be summed over the ranks.
+
+    Those of sharded parameters are left out: the backward pass has summed them.
 
     They are of the same parameters on every rank, as the draw is the same.
     """
@@ -156,12 +165,12 @@ def broadcast_flag(flag: bool) -> bool:
 
 
 def _make_buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield tensors of one type and device together, in order, up to `BUCKET` numbers; bool travels as bytes."""
+    """Yield tensors of one type and device together, in order, up to `BUCKET` numbers."""
     open_buckets: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
         detached = tensor.detach()
         if detached.dtype == torch.bool:
-            detached = detached.view(torch.uint8)
+            detached = detached.view(torch.uint8)  # gloo sends no bool
         kind = detached.dtype, detached.device
         bucket = open_buckets.setdefault(kind, [])
         if bucket and sum(map(torch.numel, bucket)) + detached.numel() > BUCKET:
@@ -191,7 +200,7 @@ def _device() -> torch.device:
 
 @contextmanager
 def _blame_peers() -> Iterator[None]:
-    """Take what torch raises inside for a rank that has gone: the arguments are ours, and the same on all.
+    """Report an error of torch inside as a lost rank: the arguments are ours, and right.
 
     Raises:
         PeerLost: torch raised.

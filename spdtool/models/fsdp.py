@@ -1,9 +1,12 @@
-"""Sharded parameters: each rank keeps some rows of them, for encoders that do not fit into one device (`shard = true`).
+"""Sharded parameters: each rank keeps some rows of them (`shard = true`).
 
-torch's fully sharded data parallelism (`fully_shard`; Zhao et al. 2023, arXiv 2304.11277) keeps the rows, gathers a
-layer while it computes, and sums its gradients into the rows of each rank. What spdtool does with a weight between two
-passes is done row by row, so each rank does it for its `local_rows`; what ranks all weights of a matrix gathers them
-(`gather_rows`). For a parameter that is not sharded every function here gives back its argument.
+They are for encoders that do not fit into one device.
+
+torch's fully sharded data parallelism (`fully_shard`; Zhao et al. 2023, arXiv 2304.11277) keeps
+the rows, gathers a layer while it computes, and sums its gradients into the rows of each rank.
+What spdtool does with a weight between two passes is done row by row, so each rank does it for
+its `local_rows`; what ranks all weights of a matrix gathers them (`gather_rows`). For a parameter
+that is not sharded every function here gives back its argument.
 """
 
 from __future__ import annotations
@@ -20,9 +23,12 @@ from torch.distributed.tensor import DTensor
 
 
 def shard_model(model: nn.Module, layers: Iterable[nn.Module], device: torch.device) -> None:
-    """Keep this rank's rows of every parameter of `model`, on `device`; each of `layers` is gathered by itself.
+    """Keep this rank's rows of every parameter of `model`, on `device`.
 
-    Freeze parameters before. From then on all ranks must run forward and backward passes together, equally often.
+    Each of `layers` is gathered by itself.
+
+    Freeze parameters before. From then on all ranks must run forward and backward passes
+    together, equally often.
     """
     # of a head's logits, which nobody changes in place
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")

@@ -1,7 +1,8 @@
-"""The encoder's layers: find the layer stack and what can be pruned in it, choose what is trained, and how it computes.
+"""The encoder's layers: the layer stack, what can be pruned in it, what is trained.
 
-No modelling code of transformers is copied or subclassed. An architecture is supported when its layers are the entries
-of one `ModuleList` of `config.num_hidden_layers` under `model.base_model`; a plugin can name the stack of another one:
+No modelling code of transformers is copied or subclassed. An architecture is supported when its
+layers are the entries of one `ModuleList` of `config.num_hidden_layers` under `model.base_model`;
+a plugin can name the stack of another one:
 
     from spdtool.plugins import stacks
 
@@ -25,7 +26,10 @@ from spdtool import plugins
 from spdtool.errors import ModelError
 from spdtool.models import onednn
 
-TESTED_FAMILIES = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "mpnet", "deberta-v2", "modernbert")
+TESTED_FAMILIES = (
+    *("bert", "roberta", "xlm-roberta", "distilbert"),
+    *("electra", "mpnet", "deberta-v2", "modernbert"),
+)
 HOOK_TOKENS = 4  # length of the input that installs the capture hooks: any will do
 COMPILED_FORMS = 32  # of a layer: trained, stand-in, teacher, scored; each with padding and without
 
@@ -34,20 +38,28 @@ def find_layer_stack(model: PreTrainedModel) -> nn.ModuleList:
     """Find the ModuleList of the encoder's layers, first to last.
 
     Raises:
-        ModelError: no ModuleList, or more than one, has `config.num_hidden_layers` entries; names those that exist.
+        ModelError: no ModuleList, or more than one, has `config.num_hidden_layers` entries; names
+            those that exist.
     """
     registered = plugins.stacks.find(model.config.model_type)
     if registered is not None:
         stack: nn.ModuleList = registered(model)
         return stack
     depth = getattr(model.config, "num_hidden_layers", None)
-    lists = {name: module for name, module in model.base_model.named_modules() if isinstance(module, nn.ModuleList)}
-    candidates = [stack for stack in lists.values() if len(stack) == depth]
+    candidates, sizes = [], []
+    for name, module in model.base_model.named_modules():
+        if isinstance(module, nn.ModuleList):
+            sizes.append(f"{name} of {len(module)}")
+            if len(module) == depth:
+                candidates.append(module)
     if len(candidates) == 1:
         return candidates[0]
-    sizes = ", ".join(f"{name} of {len(stack)}" for name, stack in lists.items()) or "no ModuleList at all"
-    refusal = f"{model.config.model_type!r} is not supported: one list of {depth} layers was expected, found {sizes}"
-    groups = getattr(model.config, "num_hidden_groups", depth)  # ALBERT: one layer's weights serve a whole group
+    refusal = (
+        f"{model.config.model_type!r} is not supported: one list of {depth} layers was expected, "
+        f"found {', '.join(sizes) or 'no ModuleList at all'}"
+    )
+    # ALBERT: the weights of one layer serve a whole group
+    groups = getattr(model.config, "num_hidden_groups", depth)
     if groups != depth:
         raise ModelError(
             f"{refusal}: its {depth} layers share the weights of {groups}, and none can be pruned or replaced alone",
@@ -57,7 +69,7 @@ def find_layer_stack(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def find_prunable_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
-    """Find every linear layer inside the layer stack, by the name of its weight and in the model's order.
+    """Find every linear layer inside the layer stack, by the name of its weight.
 
     Raises:
         ModelError: there is none; some architectures compute with layers of another kind.
@@ -66,16 +78,20 @@ def find_prunable_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
     linears = {id(module.weight): module for module in stack.modules() if isinstance(module, nn.Linear)}
     if not linears:
         leaves = [module for module in stack.modules() if not list(module.children())]
-        kinds = sorted({type(module).__name__ for module in leaves})
+        kinds = ", ".join(sorted({type(module).__name__ for module in leaves}))
         raise ModelError(
-            f"{model.config.model_type!r} has no linear layer to prune; its layers are made of {', '.join(kinds)}",
+            f"{model.config.model_type!r} has no linear layer to prune; its layers are made of {kinds}",
             f"what is pruned is torch.nn.Linear; families that are tested: {', '.join(TESTED_FAMILIES)}",
         )
-    return {name: linears[id(weight)] for name, weight in model.named_parameters() if id(weight) in linears}
+    layers = {}
+    for name, weight in model.named_parameters():  # in the model's order, and a tied weight once
+        if id(weight) in linears:
+            layers[name] = linears[id(weight)]
+    return layers
 
 
 def find_prunable_weights(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """Find the weight, [out, in], of every layer of `find_prunable_layers`, by its name; raises as that does."""
+    """Find the weights, [out, in], of `find_prunable_layers`; raises as that does."""
     parameters = dict(model.named_parameters())
     return {name: parameters[name] for name in find_prunable_layers(model)}
 
@@ -98,14 +114,14 @@ def max_positions(model: PreTrainedModel) -> int | None:
     """Longest input, in tokens, that the position embeddings allow; None for relative positions."""
     for name, module in model.base_model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            # RoBERTa counts positions from the one after the padding index, so the first rows are never used
+            # RoBERTa counts from the position after the padding index: the first rows are never used
             unused = 0 if module.padding_idx is None else module.padding_idx + 1
             return module.num_embeddings - unused
     return None
 
 
 def select_trained_parameters(model: PreTrainedModel, which: str) -> dict[str, nn.Parameter]:
-    """Set `requires_grad` on what a stage trains and freeze the other parameters; return the trained ones by name.
+    """Freeze all parameters but those that a stage trains; return these by name.
 
     Args:
         which: `layers`, `layers+head` (all but the embeddings) or `all`.
@@ -115,7 +131,9 @@ def select_trained_parameters(model: PreTrainedModel, which: str) -> dict[str, n
     trained = {}
     for name, parameter in model.named_parameters():
         is_embedding = name.startswith(prefix) and "embeddings" in name
-        is_trained = which == "all" or id(parameter) in in_layers or (which == "layers+head" and not is_embedding)
+        is_trained = which == "all" or id(parameter) in in_layers
+        if which == "layers+head":
+            is_trained = is_trained or not is_embedding
         parameter.requires_grad_(is_trained)
         if is_trained:
             trained[name] = parameter
@@ -123,29 +141,29 @@ def select_trained_parameters(model: PreTrainedModel, which: str) -> dict[str, n
 
 
 def install_capture_hooks(model: PreTrainedModel) -> None:
-    """Ask once for hidden states and attentions, so that transformers hooks this model's own layers to capture them.
+    """Let transformers install the hooks that capture hidden states and attentions.
 
-    transformers 5 installs its hooks at the first request, on the modules that are in the tree at that moment. If the
-    first request came while grafted layers stand in, later forwards would return too few or too many hidden states
-    without an error.
+    transformers 5 installs its hooks at the first request, on the modules that are in the tree at
+    that moment. If the first request came while grafted layers stand in, later forwards would
+    return too few or too many hidden states without an error.
 
     Raises:
-        ModelError: the model does not return one hidden state for each layer and one for the embeddings.
+        ModelError: the model does not return one hidden state for each layer and one for the
+            embeddings.
     """
     device = next(model.parameters()).device
     tokens = torch.ones((1, HOOK_TOKENS), dtype=torch.long, device=device)
     was_training = model.training
     with torch.no_grad():
-        model.train(False)  # dropout would draw random numbers, and shift those of the training after it
+        model.train(False)  # dropout would draw random numbers, and shift those of the training
         outputs = model(input_ids=tokens, attention_mask=tokens, output_hidden_states=True)
-        if model.config._attn_implementation == "eager":  # the fused ones have no attention maps to return
+        if model.config._attn_implementation == "eager":  # the fused ones return no attention maps
             model(input_ids=tokens, attention_mask=tokens, output_attentions=True)
     model.train(was_training)
     depth = len(find_layer_stack(model))
     if len(outputs.hidden_states) != depth + 1:
-        raise ModelError(
-            f"{model.config.model_type!r} returns {len(outputs.hidden_states)} hidden states for {depth} layers"
-        )
+        states = len(outputs.hidden_states)
+        raise ModelError(f"{model.config.model_type!r} returns {states} hidden states for {depth} layers")
 
 
 def configure_layers(model: PreTrainedModel, *, checkpointing: bool, compile_layers: bool) -> None:
@@ -169,7 +187,7 @@ def configure_layers(model: PreTrainedModel, *, checkpointing: bool, compile_lay
         onednn.use_onednn(model)
         return
     torch._dynamo.config.recompile_limit = max(COMPILED_FORMS, torch._dynamo.config.recompile_limit)
-    # layer by layer: a graph of the whole model would be another one for every draw of grafted layers
+    # layer by layer: every draw of grafted layers would need another graph of the whole model
     for layer in find_layer_stack(model):
         layer.compile(dynamic=True)  # lengths differ from batch to batch
 
@@ -186,7 +204,8 @@ def count_zeros(folder: Path, names: Sequence[str]) -> dict[str, tuple[int, int]
         for name in names:
             if name not in stored:
                 raise ModelError(
-                    f"{folder}/model.safetensors has no weight {name!r}", "was it saved by another version?"
+                    f"{folder}/model.safetensors has no weight {name!r}",
+                    "was it saved by another version?",
                 )
             weight = file.get_tensor(name)
             counts[name] = (int((weight == 0).sum()), weight.numel())

@@ -1,6 +1,7 @@
-"""Load and save encoders as ordinary Hugging Face checkpoints: weights, tokenizer, configuration, labels.
+"""Load and save encoders as ordinary Hugging Face checkpoints.
 
-A model without weights is called *empty* here: it has every shape, for counting, or for weights from elsewhere.
+A model without weights is called *empty* here: it has every shape, for counting, or for weights
+from elsewhere.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from spdtool.tasks import Task
 
 transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it announces every retry of a hub that is silent
+# it announces every retry of a hub that is silent
+logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 SMOKE_LAYERS = 2
 HUB_NAME = re.compile(r"(?!\.)[\w.-]+(/[\w.-]+)?")
@@ -48,14 +50,16 @@ def load_model(
     eager: bool = False,
     smoke: bool = False,
 ) -> PreTrainedModel:
-    """Load a sequence classifier in float32 and eval mode from a folder or a hub name. Reads safetensors only.
+    """Load a sequence classifier in float32 and eval mode; reads safetensors only.
 
     Args:
         labels: label names for a new head. None: the checkpoint's head, which must exist.
         problem_type: of the new head, see `Task.problem_type`.
         dropout: replaces every dropout probability; None leaves the configuration's.
-        eager: use the attention implementation whose softmax can be observed (for the attention loss).
-        smoke: a random model with two layers of the same architecture instead of the trained weights.
+        eager: use the attention implementation whose softmax can be observed (for the attention
+            loss).
+        smoke: a random model with two layers of the same architecture instead of the trained
+            weights.
 
     Raises:
         ModelError: it cannot be found or read, has no safetensors, or needs remote code.
@@ -86,7 +90,8 @@ def load_model(
             ignore_mismatched_sizes=labels is not None,
             output_loading_info=True,
         )
-    except Exception as error:  # transformers, safetensors and the hub's client each raise what they like
+    # transformers, safetensors and the hub's client each raise what they like
+    except Exception as error:
         raise _unreadable(source, error) from None
     assert isinstance(model, PreTrainedModel)
     _require_all_weights(source, model, report, new_head=labels is not None)
@@ -97,12 +102,13 @@ def load_model(
 def build_empty_model(
     source: str | Path, *, finetuned: bool = False, smoke: bool = False, device: str = "meta"
 ) -> PreTrainedModel:
-    """Build the classifier that the configuration of `source` describes, in float32 and without its weights.
+    """Build the classifier of a configuration, in float32 and without its weights.
 
     Args:
         finetuned: refuse a configuration that names no classifier.
         smoke: with two layers, as `load_model` has it.
-        device: `meta` allocates nothing; `cpu` makes room for weights from elsewhere (`fill_weights`).
+        device: `meta` allocates nothing; `cpu` makes room for weights from elsewhere
+            (`fill_weights`).
 
     Raises:
         ModelError: the configuration cannot be read, or describes no classifier.
@@ -130,7 +136,7 @@ def build_empty_teacher(recipe: Recipe, task: Task) -> PreTrainedModel:
 
 
 def fill_weights(model: PreTrainedModel, weights: Iterable[tuple[str, np.ndarray]]) -> list[str]:
-    """Copy named arrays into the parameters of the same names; return the names of parameters that got none.
+    """Copy named arrays into a model; return the names of parameters that got none.
 
     Raises:
         ModelError: the model has no parameter of that name, or one of another shape.
@@ -154,11 +160,13 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         ModelError: there is none.
     """
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exception for a damaged tokenizer.json
         problem = f"cannot load the tokenizer of {str(source)!r}: {first_line(error)}"
         raise ModelError(problem, _reading_hint(source)) from None
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes such a one of no files
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    # where there are no files, transformers makes one of special tokens alone
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise ModelError(f"the tokenizer of {str(source)!r} has no vocabulary", _reading_hint(source))
     return tokenizer
 
@@ -166,7 +174,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
 def move_to_device(
     model: PreTrainedModel, recipe: Recipe, device: torch.device, train: str | None = None
 ) -> PreTrainedModel:
-    """Move `model` to `device`; if the recipe shards and there are several processes, only this process's rows of it.
+    """Move a model to a device, or shard it over the ranks as the recipe says.
 
     Args:
         train: what will be trained, as in `select_trained_parameters`; None: nothing.
@@ -175,7 +183,7 @@ def move_to_device(
         model.to(device)  # type: ignore[arg-type]
         return model
     if train is not None:
-        select_trained_parameters(model, train)  # FSDP wants to know what is frozen when it takes the parameters
+        select_trained_parameters(model, train)  # FSDP takes frozen parameters as they are now
     fsdp.shard_model(model, find_layer_stack(model), device)
     return model
 
@@ -186,7 +194,7 @@ def save_model(
     folder: Path,
     weights: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write `model.safetensors`, `config.json` and the tokenizer's files: stock transformers reads them back.
+    """Write `model.safetensors`, `config.json` and the tokenizer for stock transformers.
 
     Args:
         weights: the full weights of a sharded model.
@@ -208,10 +216,11 @@ def save_on_rank_zero(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write `tokenizer.json` and `tokenizer_config.json`; a slow tokenizer writes its older files."""
+    """Write `tokenizer.json` and `tokenizer_config.json`, or a slow tokenizer's older files."""
     tokenizer.save_pretrained(folder, legacy_format=False if tokenizer.is_fast else None)
     if tokenizer.is_fast:
-        (folder / "special_tokens_map.json").unlink(missing_ok=True)  # transformers 4 writes it all the same
+        # transformers 4 writes it all the same
+        (folder / "special_tokens_map.json").unlink(missing_ok=True)
 
 
 def label_names(model: PreTrainedModel) -> list[str]:
@@ -220,7 +229,7 @@ def label_names(model: PreTrainedModel) -> list[str]:
 
 
 def read_head_labels(source: str | Path) -> list[str] | None:
-    """Read the label names of the classifier in `source`; None for an encoder alone. Raises as `load_model` does."""
+    """Read the label names of a classifier; None for an encoder alone. Raises as `load_model`."""
     config = _load_config(source)
     return _ordered_labels(config) if _has_head(config) else None
 
@@ -230,14 +239,18 @@ def relabel(model: PreTrainedModel, names: Sequence[str], order: Sequence[int] |
     """Give the labels the names `names`, and put the head's logits into their order.
 
     Args:
-        order: for each of `names`, the number of its logit until now; None: the logits stay as they are.
+        order: for each of `names`, the number of its logit until now; None: the logits stay as
+            they are.
 
     Raises:
         ModelError: the order changes, and the linear layer that makes the logits is not found.
     """
     if order is not None and list(order) != sorted(order):
         encoder = {id(module) for module in model.base_model.modules()}
-        linears = [module for module in model.modules() if isinstance(module, nn.Linear) and id(module) not in encoder]
+        linears = []
+        for module in model.modules():
+            if isinstance(module, nn.Linear) and id(module) not in encoder:
+                linears.append(module)
         if not linears or linears[-1].out_features != len(names):
             raise ModelError(
                 f"the labels of this {model.config.model_type!r} stand in another order, and its head is not found",
@@ -251,7 +264,8 @@ def relabel(model: PreTrainedModel, names: Sequence[str], order: Sequence[int] |
 
 def _build(config: PretrainedConfig) -> PreTrainedModel:
     """Build a classifier with random weights, in float32 and eval mode."""
-    model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+    make = AutoModelForSequenceClassification.from_config
+    model = make(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     assert isinstance(model, PreTrainedModel)
     model.eval()  # type: ignore[no-untyped-call]
     return model
@@ -259,7 +273,8 @@ def _build(config: PretrainedConfig) -> PreTrainedModel:
 
 def _ordered_labels(config: PretrainedConfig) -> list[str]:
     """Label names in the order of the logits."""
-    names = cast("dict[int, str]", config.id2label)  # transformers turns the strings of config.json into numbers
+    # transformers turns the keys of config.json into numbers, and declares them as strings
+    names = cast("dict[int, str]", config.id2label)
     return [str(names[index]) for index in range(len(names))]
 
 
@@ -286,9 +301,10 @@ def _load_config(source: str | Path, **options: object) -> PretrainedConfig:
         problem = "is a file" if path.exists() else "does not exist"
         raise ModelError(f"cannot load the model {str(source)!r}: it {problem}", _reading_hint(source))
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
     except Exception as error:
         raise _unreadable(source, error) from None
+    assert isinstance(config, PretrainedConfig)
     return config
 
 
@@ -302,9 +318,10 @@ def _unreadable(source: str | Path, error: Exception) -> SpdError:
 
 
 def _require_all_weights(source: str | Path, model: PreTrainedModel, report: dict[str, Any], *, new_head: bool) -> None:
-    """Refuse weights that transformers filled with random numbers, for lack of them in the file, without a word.
+    """Refuse a file without some weights, which transformers silently makes random.
 
-    That is right for a new head, and for a pooler, which encoders that were only pretrained do not have.
+    Random weights are right for a new head, and for a pooler, which encoders that were only
+    pretrained do not have.
 
     Args:
         report: what `from_pretrained` returns with `output_loading_info`.
@@ -312,7 +329,9 @@ def _require_all_weights(source: str | Path, model: PreTrainedModel, report: dic
     lacking = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
     encoder_prefix = f"{model.base_model_prefix}."
     head = {name for name in model.state_dict() if not name.startswith(encoder_prefix)}
-    wrong = sorted(key for key in lacking if not new_head or (key not in head and "pooler" not in key))
+    if new_head:
+        lacking = [key for key in lacking if key not in head and "pooler" not in key]
+    wrong = sorted(lacking)
     if wrong:
         raise ModelError(
             f"the weights of {str(source)!r} are not those of its config.json: "
@@ -323,7 +342,8 @@ def _require_all_weights(source: str | Path, model: PreTrainedModel, report: dic
 
 def _has_head(config: PretrainedConfig) -> bool:
     """Whether the configuration is that of a sequence classifier."""
-    return any("SequenceClassification" in name for name in getattr(config, "architectures", None) or [])
+    architectures = getattr(config, "architectures", None) or []
+    return any("SequenceClassification" in name for name in architectures)
 
 
 def _require_head(source: str | Path, config: PretrainedConfig) -> None:

@@ -1,8 +1,9 @@
-"""Linear layers through oneDNN, on processors where torch's own float32 products use half of the machine.
+"""Linear layers through oneDNN, where torch's own float32 products use half of the machine.
 
-torch multiplies float32 matrices with MKL, which keeps to 256-bit vectors on processors that are not Intel's. oneDNN,
-which torch carries for its other types, uses all 512 bits: 2.1 times the speed, measured in
-docs/explanation/training-speed.md. The results differ in the order of the sums, so in the last bits.
+torch multiplies float32 matrices with MKL, which keeps to 256-bit vectors on processors that are
+not Intel's. oneDNN, which torch carries for its other types, uses all 512 bits: 2.1 times the
+speed, measured in docs/explanation/training-speed.md. The results differ in the order of the
+sums, so in the last bits.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def is_faster() -> bool:
 
 
 def use_onednn(model: nn.Module) -> None:
-    """Compute every linear layer of `model` that is float32 and on the CPU with oneDNN, if that is faster.
+    """Compute the float32 linear layers of a model with oneDNN, if that is faster.
 
     Names, state dicts and hooks stay as they are. Under autocast a layer computes as torch does.
     """
@@ -42,7 +43,7 @@ def use_onednn(model: nn.Module) -> None:
 
 
 def multiply(x: Tensor, weight: Tensor) -> Tensor:
-    """Compute `x @ weight.T` of float32 matrices on the CPU with the faster library; strided rows are slow."""
+    """Compute `x @ weight.T` of contiguous float32 matrices on the CPU with the faster library."""
     return _onednn_linear(x, weight, None) if is_faster() else F.linear(x, weight)
 
 
@@ -73,7 +74,7 @@ class _Product(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         x_gradient, weight_gradient, bias_gradient = None, None, None
-        # [tokens, width] without strides: oneDNN takes strided rows on a path that is 50 times slower
+        # contiguous: oneDNN takes strided rows on a path that is 50 times slower
         rows = gradient.reshape(-1, gradient.shape[-1]).contiguous()
         inputs = x.reshape(-1, x.shape[-1]).contiguous()
         if needs_x:

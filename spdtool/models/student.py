@@ -1,8 +1,8 @@
 """What the student starts from, and whether it and its teacher read text alike.
 
-A student is a copy of its teacher, or another encoder of any depth and width with the same vocabulary
-(`recipe.student`). A student that does not fit is refused by its configuration alone, before hours are spent on a
-teacher.
+A student is a copy of its teacher, or another encoder of any depth and width with the same
+vocabulary (`recipe.student`). A student that does not fit is refused by its configuration alone,
+before hours are spent on a teacher.
 """
 
 from __future__ import annotations
@@ -13,17 +13,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spdtool import console
 from spdtool.errors import ModelError, RecipeError
 from spdtool.models.layers import max_positions, model_shape
-from spdtool.models.load import build_empty_model, load_model, load_tokenizer, read_head_labels, relabel
+from spdtool.models.load import (
+    build_empty_model,
+    load_model,
+    load_tokenizer,
+    read_head_labels,
+    relabel,
+)
 from spdtool.models.predict import Forward
 from spdtool.recipe.fields import Recipe
 from spdtool.tasks import Task
 
 PRETRAINED = "pretrained"
-PROBE = ("The naïve CAFÉ-owner's 2nd dog, isn't it?", "It's 10,000 km away…")  # case, accents, punctuation, digits
+# case, accents, punctuation, digits: what tokenizers of one vocabulary may treat differently
+PROBE = ("The naïve CAFÉ-owner's 2nd dog, isn't it?", "It's 10,000 km away…")
 
 
 def build_empty_student(recipe: Recipe, task: Task, teacher: PreTrainedModel) -> PreTrainedModel:
-    """Build the student without its weights, for counting; `teacher` itself where the student is a copy of it.
+    """Build the student without its weights; `teacher` itself where it is copied.
 
     Raises:
         ModelError: its configuration cannot be read.
@@ -57,7 +64,7 @@ def check_positions(recipe: Recipe, student: PreTrainedModel, teacher: PreTraine
 
 
 def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Refuse a student to which a token means another word than to its teacher, or that splits text differently.
+    """Refuse a student that reads text otherwise than its teacher.
 
     Raises:
         ModelError: says which token, or what became of a sentence.
@@ -68,13 +75,14 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
     different = sorted(token for token in tokens if of_student.get(token) != of_teacher.get(token))
     if different:
         token = different[0]
+        here, there = _describe_token(of_student, token), _describe_token(of_teacher, token)
         raise ModelError(
             "the student's tokenizer has another vocabulary than the teacher's: "
             f"{len(of_student)} and {len(of_teacher)} tokens; "
-            f"{token!r} is {_describe_token(of_student, token)} here and {_describe_token(of_teacher, token)} there",
+            f"{token!r} is {here} here and {there} there",
             hint,
         )
-    # equal vocabularies are not enough: one may lower the case, strip accents or split words where the other does not
+    # equal vocabularies are not enough: one may lower the case, strip accents or split words otherwise
     student_text = " ".join(student.convert_ids_to_tokens(student(*PROBE)["input_ids"]))
     teacher_text = " ".join(teacher.convert_ids_to_tokens(teacher(*PROBE)["input_ids"]))
     if student_text != teacher_text:
@@ -86,7 +94,7 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
 
 
 def load_student_tokenizer(recipe: Recipe, task: Task) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of the student that the recipe names; raises ModelError where there is none."""
+    """Load the tokenizer of the recipe's student; raises ModelError where there is none."""
     if recipe.student == PRETRAINED and task.dataset.build is not None:
         tokenizer: PreTrainedTokenizerBase = task.dataset.build(recipe.seed)[1]
         return tokenizer
@@ -96,8 +104,8 @@ def load_student_tokenizer(recipe: Recipe, task: Task) -> PreTrainedTokenizerBas
 def load_student(recipe: Recipe, task: Task, names: list[str], *, eager: bool) -> PreTrainedModel:
     """Load the model that the student starts from, in eval mode, with the teacher's labels.
 
-    A classifier of the task keeps its head, whose logits are put into the teacher's order. Anything else gets a new
-    head, which depends on the seed alone.
+    A classifier of the task keeps its head, whose logits are put into the teacher's order.
+    Anything else gets a new head, which depends on the seed alone.
 
     Args:
         names: the teacher's label names, in the order of its logits.
@@ -137,7 +145,7 @@ def load_student(recipe: Recipe, task: Task, names: list[str], *, eager: bool) -
 
 
 def read_student_labels(recipe: Recipe, task: Task) -> list[str] | None:
-    """Read the labels of the student's head; None where it has none of this task and gets a new one.
+    """Read the labels of the student's head; None where it gets a new one.
 
     Raises:
         ModelError: its configuration cannot be read.
@@ -159,7 +167,7 @@ def read_student_labels(recipe: Recipe, task: Task) -> list[str] | None:
 
 
 def match_labels(student: list[str], teacher: list[str], task: Task) -> list[int]:
-    """For each of the teacher's logits, the number of the student's logit for the same label of the task.
+    """For each of the teacher's logits, find the student's logit for the same label.
 
     Args:
         student, teacher: label names in the order of each model's logits.
@@ -171,7 +179,7 @@ def match_labels(student: list[str], teacher: list[str], task: Task) -> list[int
 
 
 def same_architecture(student: PreTrainedModel, teacher: PreTrainedModel) -> bool:
-    """Whether layers of one model can stand in for layers of the other: same family, depth and width."""
+    """Whether layers of one can stand in for those of the other: same family, depth and width."""
     if student.config.model_type != teacher.config.model_type:
         return False
     shape, of_teacher = model_shape(student), model_shape(teacher)
@@ -184,12 +192,17 @@ def unread_columns(tokenizer: PreTrainedTokenizerBase) -> set[str]:
 
 
 def choose_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Choose the tokenizer that makes the columns of both: a BERT reads token types, a DistilBERT of it does not."""
+    """Choose the tokenizer that makes the columns of both models."""
+    # a BERT reads token types, a DistilBERT that was made of it does not
     return teacher if unread_columns(student) - unread_columns(teacher) else student
 
 
 def drop_unread_columns(forward: Forward, tokenizer: PreTrainedTokenizerBase) -> Forward:
-    """Wrap `forward`, of a model with this tokenizer, to accept batches with columns that the model does not take."""
+    """Wrap a model's `forward` to accept batches with columns that it does not take.
+
+    Args:
+        tokenizer: the model's.
+    """
     unread = unread_columns(tokenizer)
     return lambda batch: forward({name: column for name, column in batch.items() if name not in unread})
 

@@ -1,1 +1,1 @@
-"""Criteria, patterns and masks: which weights are zero, and how they stay zero. Knows torch, not transformers."""
+"""Criteria, patterns and masks: which weights are zero, and how they stay zero."""

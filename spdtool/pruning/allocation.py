@@ -1,4 +1,4 @@
-"""Allocation: how many weights of each matrix are zero, from their scores and the scope in which the sparsity holds."""
+"""Allocation: how many weights of each matrix are zero, by their scores and the scope."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ class Allocation:
     Attributes:
         zeros: matrix to its number of zeros.
         clamped: matrix to its zeros as the scores alone would have them, and as the floor has them.
-        lowered: group of matrices to the share that stays alive there, where the floor left no room for the sparsity.
+        lowered: group of matrices to the share that stays alive there, where the floor left no
+            room for the sparsity.
     """
 
     zeros: dict[str, int] = field(default_factory=dict)
@@ -29,7 +30,7 @@ class Allocation:
 
 
 def zeros_in(size: int, sparsity: float) -> int:
-    """Number of zeros that `sparsity` means in a matrix of `size` weights: rounded to the nearest weight."""
+    """Number of zeros of `size` weights at this sparsity, rounded to the nearest weight."""
     return round(size * sparsity)
 
 
@@ -37,7 +38,8 @@ def group_by_scope(names: Iterable[str], scope: str) -> dict[str, list[str]]:
     """Group the matrices over which the sparsity holds: name of the group to names of its matrices.
 
     Args:
-        scope: `matrix`, each for itself; `type`, those whose names differ in the number of the layer; `global`, all.
+        scope: `matrix`, each for itself; `type`, those whose names differ in the number of the
+            layer; `global`, all.
     """
     groups: dict[str, list[str]] = {}
     for name in names:
@@ -47,7 +49,8 @@ def group_by_scope(names: Iterable[str], scope: str) -> dict[str, list[str]]:
 
 
 def matrix_type(name: str) -> str:
-    """A parameter's name without the number of its layer, which is its first number: `layer.*.query.weight`."""
+    """A parameter's name without the number of its layer: `layer.*.query.weight`."""
+    # the first number: later ones count the modules inside a layer
     return re.sub(r"(^|\.)\d+(?=\.)", r"\1*", name, count=1)
 
 
@@ -55,8 +58,10 @@ def allocate(scores: Mapping[str, Tensor], sparsity: float, scope: str, least: f
     """Give the zeros that `sparsity` asks for to the lowest scores of each group.
 
     Args:
-        scores: matrix to scores; minus infinity where a weight is dead and stays so, which always counts as a zero.
-        least: share of each matrix that stays alive, at least one weight, unless the scope is `matrix`.
+        scores: matrix to scores; minus infinity where a weight is dead and stays so, which always
+            counts as a zero.
+        least: share of each matrix that stays alive, at least one weight, unless the scope is
+            `matrix`.
     """
     allocation = Allocation()
     for group, names in group_by_scope(scores, scope).items():
@@ -71,7 +76,7 @@ def allocate(scores: Mapping[str, Tensor], sparsity: float, scope: str, least: f
 def _allocate_group(
     allocation: Allocation, group: str, scores: Mapping[str, Tensor], sparsity: float, least: float
 ) -> None:
-    """Add the zeros of one group to `allocation`: one threshold for all its matrices, but none beyond its floor."""
+    """Add the zeros of one group: one threshold for all its matrices, but none beyond its floor."""
     sizes = {name: score.numel() for name, score in scores.items()}
     dead = {name: int((score == -math.inf).sum()) for name, score in scores.items()}
     total = max(zeros_in(sum(sizes.values()), sparsity), sum(dead.values()))
@@ -80,7 +85,7 @@ def _allocate_group(
         allocation.lowered[group] = lowered
     limits = {name: max(size - floors[name], dead[name]) for name, size in sizes.items()}
     unlimited = zeros = _count_lowest(scores, total)
-    # zeros beyond a limit go to the next lowest scores elsewhere, which may take another matrix to its limit
+    # zeros beyond a limit go to the next lowest scores elsewhere, where they may reach another limit
     fixed: dict[str, int] = {}
     free = dict(scores)
     while over := [name for name, count in zeros.items() if count > limits[name]]:
@@ -96,11 +101,15 @@ def _allocate_group(
 
 def _make_comparable(score: Tensor) -> Tensor:
     """Flatten scores, and put the highest of all in place of what is no number."""
+    # `kthvalue` ranks nan highest, but nan is neither below nor equal to a threshold
     return score.flatten().nan_to_num(math.inf, posinf=math.inf, neginf=-math.inf)
 
 
 def _choose_floors(sizes: Mapping[str, int], total: int, least: float) -> tuple[dict[str, int], float | None]:
-    """Weights that stay alive in each matrix, and their share if it had to be lowered below `least`.
+    """Choose how many weights stay alive in each matrix.
+
+    Returns:
+        the counts, and their share of the weights if it had to be lowered below `least`.
 
     Args:
         total: zeros of all matrices together, which come before the floors.

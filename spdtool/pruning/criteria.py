@@ -1,10 +1,11 @@
 """Criteria: what makes a weight worth keeping. A criterion is a function `(weight, stats) -> scores`.
 
-The lowest scores are pruned first. A criterion declares what it reads besides the weight (a name of `statistics.py`),
-and may mend the weights that survive an event; those that do so are in `second_order.py`:
+The lowest scores are pruned first. A criterion declares what it reads besides the weight (a name of
+`statistics.py`), and may mend the weights that survive an event with a function
+`(weight, alive, stats) -> weight`; those that do so are in `second_order.py`:
 
     @criteria.register("taylor", needs=("gradient",))
-    @criteria.register("obert", needs=("fisher_blocks",), update=mend)      # mend(weight, alive, stats) -> weight
+    @criteria.register("obert", needs=("fisher_blocks",), update=mend_blocks)
 """
 
 from __future__ import annotations
@@ -23,14 +24,18 @@ def magnitude(weight: Tensor, stats: Stats) -> Tensor:  # noqa: ARG001
 
 @criteria.register("taylor", needs=("gradient",))
 def taylor(weight: Tensor, stats: Stats) -> Tensor:
-    """|weight x mean gradient|: the loss's first-order change (Molchanov et al. 2019, arXiv 1906.10771)."""
+    """|weight x mean gradient|: the first-order change of the loss.
+
+    Molchanov et al. 2019, arXiv 1906.10771.
+    """
     assert stats.gradient is not None
+    # of the mean: over the steps the noise of single batches cancels out
     return (weight * stats.gradient).abs()
 
 
 @criteria.register("fisher", needs=("gradient_squared",))
 def fisher(weight: Tensor, stats: Stats) -> Tensor:
-    """Weight^2 x mean squared gradient / 2: the second-order change by the diagonal empirical Fisher matrix.
+    """Weight^2 x mean squared gradient / 2: the second-order change, by a diagonal Fisher matrix.
 
     Theis et al. 2018, arXiv 1801.05787; Singh & Alistarh 2020, arXiv 2004.14340.
     """
@@ -50,10 +55,11 @@ def wanda(weight: Tensor, stats: Stats) -> Tensor:
 
 @criteria.register("movement", needs=("movement",))
 def movement(weight: Tensor, stats: Stats) -> Tensor:
-    """Scores learned as -sum(weight x gradient) over the stage (Sanh et al. 2020, arXiv 2005.07683, hard variant).
+    """Scores learned as -sum(weight x gradient) over the stage: the hard variant of movement pruning.
 
-    An event before the first step ranks by magnitude. The paper lets pruned weights come back: `prune.regrowth`.
+    Sanh et al. 2020, arXiv 2005.07683. The paper lets pruned weights come back: `prune.regrowth`.
     """
+    # an event before the first step has no scores yet
     return weight.abs() if stats.movement is None else stats.movement
 
 
@@ -61,7 +67,8 @@ def movement(weight: Tensor, stats: Stats) -> Tensor:
 def movement_soft(weight: Tensor, stats: Stats) -> Tensor:
     """Movement scores under the sigmoid penalty of the paper's soft variant (arXiv 2005.07683).
 
-    The paper fixes a threshold and gets some sparsity; here the threshold is the one that gives exactly what is asked.
-    An event before the first step ranks by magnitude.
+    The paper fixes a threshold and gets some sparsity; here the threshold is the one that gives exactly
+    the sparsity of the event.
     """
+    # as in `movement`
     return weight.abs() if stats.movement_soft is None else stats.movement_soft

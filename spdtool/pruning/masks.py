@@ -19,27 +19,27 @@ Pattern = Callable[[Tensor, int], Tensor]
 class Masks:
     """Which weights are dead, by parameter name, beside the parameters themselves.
 
-    The model is not touched: no parametrisation, no buffer, no renamed key. What is saved is the model with exact
-    zeros, from which `from_zeros` recovers the masks at the next stage.
+    The model is not touched: no parametrisation, no buffer, no renamed key. What is saved is the
+    model with exact zeros, from which `from_zeros` recovers the masks at the next stage.
 
-    Of sharded parameters (`models/fsdp.py`) every tensor here is this rank's rows, and so are scores and mended
-    weights; what counts or ranks weights is collective.
+    Of sharded parameters (`models/fsdp.py`) every tensor here is this rank's rows, and so are
+    scores and mended weights; what counts or ranks weights is collective.
 
     Attributes:
         parameters: name to parameter.
         dead: name to bool tensor, True where the weight is dead.
-        dead_values: name to the values that dead weights had when they died, zero where a weight lives; empty where
-            the dead stay dead (see `allow_regrowth`).
+        dead_values: name to the values that dead weights had when they died, zero where a weight
+            lives; empty where the dead stay dead (see `allow_regrowth`).
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.parameters = dict(parameters)
-        self.dead = {
-            name: torch.zeros_like(local_rows(weight), dtype=torch.bool) for name, weight in parameters.items()
-        }
+        self.dead: dict[str, Tensor] = {}
+        for name, weight in self.parameters.items():
+            self.dead[name] = torch.zeros_like(local_rows(weight), dtype=torch.bool)
         self.dead_values: dict[str, Tensor] = {}
         self._optimizer: torch.optim.Optimizer | None = None
-        # With zero weight, moments and gradient, an optimiser step leaves a weight zero: then nothing has to be done.
+        # an optimiser step leaves a weight zero whose moments and gradient are zero: nothing is left to do
         self._moments_are_zero = False  # dead weights and their moments, since the last `apply`
         self._gradients_are_zero = False  # of dead weights, for the coming step
 
@@ -47,7 +47,8 @@ class Masks:
     def from_zeros(cls, parameters: Mapping[str, nn.Parameter]) -> Masks:
         """Read the masks from the weights themselves: dead is what equals zero, whoever pruned it."""
         masks = cls(parameters)
-        masks.dead = {name: local_rows(weight) == 0 for name, weight in masks.parameters.items()}
+        for name, weight in masks.parameters.items():
+            masks.dead[name] = local_rows(weight) == 0  # -0.0 too
         return masks
 
     @property
@@ -56,13 +57,16 @@ class Masks:
         return bool(self.dead_values)
 
     def allow_regrowth(self) -> None:
-        """Let the dead compete at each event, with the value that they had: 0 for those that are dead now."""
-        self.dead_values = {name: torch.zeros_like(local_rows(weight)) for name, weight in self.parameters.items()}
+        """Let the dead compete at each event with the value that they had: 0 for those dead now."""
+        for name, weight in self.parameters.items():
+            self.dead_values[name] = torch.zeros_like(local_rows(weight))
 
     def full_weight(self, name: str) -> Tensor:
         """The weight, with the values of the dead where they can regrow."""
         weight = local_rows(self.parameters[name])
-        return torch.where(self.dead[name], self.dead_values[name], weight) if self.can_regrow else weight
+        if not self.can_regrow:
+            return weight
+        return torch.where(self.dead[name], self.dead_values[name], weight)
 
     def choose(
         self,
@@ -72,12 +76,13 @@ class Masks:
         scope: str = "matrix",
         least: float = 0.0,
     ) -> tuple[dict[str, Tensor], Allocation]:
-        """Choose the weights of lowest score, until `sparsity` is reached; nothing is changed. Collective.
+        """Choose the weights of lowest score, until `sparsity` is reached; nothing is changed.
+        Collective.
 
         Args:
             scores: parameter name to scores shaped like the parameter.
-            sparsity: share of zeros: of every matrix (scope `matrix`), of all matrices of one type together (`type`),
-                or of all of them together (`global`).
+            sparsity: share of zeros: of every matrix (scope `matrix`), of all matrices of one
+                type together (`type`), or of all of them together (`global`).
             least: share of each matrix that stays alive if the scope is not `matrix`.
 
         Returns:
@@ -90,22 +95,25 @@ class Masks:
         allocation = allocate(compared or self.parameters, sparsity, scope, least)
         dead = {}
         for name, weight in self.parameters.items():
-            # in the scope `matrix` they are gathered only now, so that one full matrix exists at a time
+            # in the scope `matrix` gathered only now: one full matrix exists at a time
             score = compared[name] if compared else self._gather_scores(name, scores[name])
             pruned = fsdp.take_local_rows(~pattern(score, allocation.zeros[name]), weight)
+            # a lower sparsity than before must not bring back what is dead for good
             dead[name] = pruned if self.can_regrow else self.dead[name] | pruned
         return dead, allocation
 
     @torch.no_grad()
     def set(self, dead: Mapping[str, Tensor], mended: Mapping[str, Tensor] | None = None) -> None:
-        """Make `dead` the masks. Where weights can regrow, the values of the dying are stored and the regrown restored.
+        """Set the masks; where weights can regrow, store and restore their values.
 
         Args:
-            mended: parameter name to the weight with new values, taken where it was alive and stays so.
+            mended: parameter name to the weight with new values, taken where it was alive and
+                stays so.
         """
         for name, parameter in self.parameters.items():
             weight, was_dead, is_dead = local_rows(parameter), self.dead[name], dead[name]
             if self.can_regrow:
+                # with the old masks, before they are replaced below
                 full = self.full_weight(name)
                 self.dead_values[name] = torch.where(is_dead, full, 0)
                 weight.copy_(full)
@@ -124,14 +132,14 @@ class Masks:
 
     @torch.no_grad()
     def zero_gradients(self) -> None:
-        """Set the gradients of dead weights to zero, so that they do not count when gradients are clipped."""
+        """Set the gradients of dead weights to zero, before they count in the clipped norm."""
         for name, weight in self.parameters.items():
             if weight.grad is not None:
                 clear_dead(local_rows(weight.grad), self.dead[name])
         self._gradients_are_zero = True
 
     def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
-        """Keep dead weights and their moments zero after every step of `optimizer`, until the handle is removed."""
+        """Keep the dead and their moments zero after every step, until the handle is removed."""
         self._optimizer, self._moments_are_zero = optimizer, False
         return optimizer.register_step_post_hook(self._after_step)
 
@@ -142,11 +150,12 @@ class Masks:
 
     @torch.no_grad()
     def finalize(self) -> None:
-        """Make the zeros say what the masks say: a live weight that landed on exactly 0 becomes the least number."""
+        """Make the zeros equal to the masks: a live weight of exactly 0 becomes the least number."""
         self.apply()
         for name, parameter in self.parameters.items():
             weight = local_rows(parameter)
             is_live_zero = (weight == 0) & ~self.dead[name]
+            # `tiny` is normal: a subnormal may become zero in a runtime that flushes them
             weight.masked_fill_(is_live_zero, torch.finfo(weight.dtype).tiny)
 
     def counts(self) -> dict[str, tuple[int, int]]:
@@ -159,16 +168,18 @@ class Masks:
         return sum(zeros for zeros, _ in counts) / sum(size for _, size in counts)
 
     def check_sparsity(self, sparsity: float, scope: str = "matrix") -> None:
-        """Assert that the zeros in the weights are the requested ones, to the nearest weight. Collective.
+        """Assert that the zeros in the weights are the requested ones, to the nearest weight.
+        Collective.
 
         Raises:
             GateError: a count is off.
         """
+        # of the weights, not of the masks: those are what is saved
         zeros = {name: local_rows(weight) == 0 for name, weight in self.parameters.items()}
         check_counts(self._count_true(zeros), sparsity, scope)
 
     def check_reachable(self, sparsity: float, scope: str = "matrix") -> None:
-        """Assert, before hours are spent, that no more weights are dead for good than `sparsity` asks for. Collective.
+        """Assert that no more weights are dead for good than `sparsity` asks for. Collective.
 
         Raises:
             ModelError: the weights are too sparse.
@@ -196,13 +207,16 @@ class Masks:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Parameter name to the bool tensor of the dead, gathered. Collective."""
-        return {name: fsdp.gather_rows(dead, self.parameters[name]) for name, dead in self.dead.items()}
+        state = {}
+        for name, dead in self.dead.items():
+            state[name] = fsdp.gather_rows(dead, self.parameters[name])
+        return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore the result of `state_dict`."""
         for name, weight in self.parameters.items():
             self.dead[name] = fsdp.take_local_rows(state[name], weight).to(weight.device)
-        self._moments_are_zero = False
+        self._moments_are_zero = False  # the optimiser's state is restored by somebody else
 
     def _gather_scores(self, name: str, scores: Tensor) -> Tensor:
         """Gather the scores of one matrix, with minus infinity where a weight stays dead."""
@@ -215,29 +229,41 @@ class Masks:
         """Everything that the optimiser stores for each number of `weight`."""
         if self._optimizer is None:
             return []
-        state = self._optimizer.state.get(weight, {}).values()
-        return [local_rows(value) for value in state if torch.is_tensor(value) and value.shape == weight.shape]
+        moments = []
+        for value in self._optimizer.state.get(weight, {}).values():
+            if torch.is_tensor(value) and value.shape == weight.shape:  # the step count is a scalar
+                moments.append(local_rows(value))
+        return moments
 
     def _count_true(self, flags: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
-        """Parameter name to `(True entries, all entries)`, with one read from the device for all of them."""
+        """Parameter name to `(True entries, all entries)`. Collective."""
         local_counts = torch.stack([flag.sum() for flag in flags.values()])
+        # one read from the device for all of them
         totals = fsdp.sum_over_shards(local_counts, next(iter(self.parameters.values()))).tolist()
-        return {name: (count, self.parameters[name].numel()) for name, count in zip(flags, totals, strict=True)}
+        counts = {}
+        for name, total in zip(flags, totals, strict=True):
+            counts[name] = (total, self.parameters[name].numel())
+        return counts
 
 
 def clear_dead(tensor: Tensor, dead: Tensor) -> None:
-    """Set the dead to zero, in place; on a CPU by their bits, which takes half the time of `masked_fill_`."""
+    """Set the dead to zero, in place."""
     if tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.is_contiguous():
-        tensor.view(torch.int32).bitwise_and_(dead.view(torch.int8) - 1)  # True is 1: and with 0; False: with all ones
+        # True is 1, so its bits meet 0, and those of False all ones: half the time of `masked_fill_`
+        tensor.view(torch.int32).bitwise_and_(dead.view(torch.int8) - 1)
     else:
         tensor.masked_fill_(dead, 0.0)
 
 
 def check_counts(counts: Mapping[str, tuple[int, int]], sparsity: float, scope: str = "matrix") -> None:
-    """Assert that `(zeros, size)` of each matrix is what `sparsity` asks for, to the nearest weight.
+    """Assert that each matrix has the zeros that `sparsity` asks for, to the nearest weight.
+
+    Args:
+        counts: matrix to `(zeros, size)`.
 
     Raises:
-        GateError: names the first matrix that is off, or the total over those that share the sparsity.
+        GateError: names the first matrix that is off, or the total over those that share the
+            sparsity.
     """
     for name, (zeros, size) in _sum_in_scope(counts, scope).items():
         if zeros != zeros_in(size, sparsity):
@@ -250,5 +276,8 @@ def _sum_in_scope(counts: Mapping[str, tuple[int, int]], scope: str) -> dict[str
     """Sum `(zeros, size)` over the matrices that share the sparsity."""
     sums = {}
     for group, names in group_by_scope(counts, scope).items():
-        sums[group] = (sum(counts[name][0] for name in names), sum(counts[name][1] for name in names))
+        sums[group] = (
+            sum(counts[name][0] for name in names),
+            sum(counts[name][1] for name in names),
+        )
     return sums

@@ -20,17 +20,18 @@ class Pruner:
     """The masks, the prune events still to come, and what was observed since the last one.
 
     Args:
-        events: `(optimiser step, sparsity)`, rising; see `schedules.prune_events`. None: the masks only stay as they
-            are.
+        events: `(optimiser step, sparsity)`, rising; see `schedules.prune_events`. None: the
+            masks only stay as they are.
         section: the recipe's choices: criterion, pattern, scope and the settings of each.
         target: sparsity that the masks must have in the end.
         layers: parameter name to its linear layer, for criteria that look at inputs.
 
     Attributes:
         last_event: step of the last event; 0 without events.
-        clamped: matrix to its zeros as the scores would have had them and as `prune.least` has them, at the last event.
-        lowered: group of matrices to the share that stayed alive there, where `prune.least` left no room for the
-            sparsity.
+        clamped: matrix to its zeros as the scores would have had them and as `prune.least` has
+            them, at the last event.
+        lowered: group of matrices to the share that stayed alive there, where `prune.least` left
+            no room for the sparsity.
 
     Raises:
         UnknownName: no such criterion or pattern.
@@ -55,6 +56,7 @@ class Pruner:
         self._pattern = plugins.patterns.get(section.pattern)
         self._mend = self._criterion.meta.get("update") if section.update else None
         self._dense_gradients = bool(self._criterion.meta.get("dense_gradients", False))
+        # a statistic of a large encoder may take more memory than its weights
         needs: Sequence[str] = ()
         if events:  # otherwise nothing will be ranked, so nothing has to be observed
             needs = self._criterion.meta.get("needs", ())
@@ -62,7 +64,7 @@ class Pruner:
         self._observer = Observer(masks, needs, section, layers)
         if section.regrowth and events:
             masks.allow_regrowth()
-        masks.check_reachable(target, section.scope)
+        masks.check_reachable(target, section.scope)  # after `allow_regrowth`, which makes any target reachable
 
     @property
     def reads_gradients(self) -> bool:
@@ -81,7 +83,7 @@ class Pruner:
 
     @property
     def learns(self) -> bool:
-        """Whether the criterion learns its scores over the whole stage: it must see every training step."""
+        """Whether the criterion learns its scores over the whole stage, from every step."""
         return self._observer.learns
 
     def is_due(self, step: int) -> bool:
@@ -89,11 +91,11 @@ class Pruner:
         return step in self.events
 
     def is_done(self, step: int) -> bool:
-        """Whether the last event is over after optimiser step `step`, so that the target sparsity is reached."""
+        """Whether the last event is over after optimiser step `step`: the target is reached."""
         return step >= self.last_event
 
     def observe_gradients(self, scale: float = 1.0) -> None:
-        """Note what the criterion needs of the gradients, once the backward passes of a step are done.
+        """Add the gradients of a step to the statistics, after its backward passes.
 
         Args:
             scale: the loss scale that multiplied them.
@@ -101,11 +103,11 @@ class Pruner:
         self._observer.add_gradients(scale)
 
     def observe_inputs(self, attention_mask: Tensor | None = None) -> AbstractContextManager[None]:
-        """Note what the criterion needs of the layers' inputs, in forward passes inside the context.
+        """Add the layers' inputs to the statistics, in forward passes inside the context.
 
         Args:
-            attention_mask: of the batch, [rows, tokens]: padding is left out of layers whose inputs are laid out so;
-                without it every token counts.
+            attention_mask: of the batch, [rows, tokens]: padding is left out of layers whose
+                inputs are laid out so; without it every token counts.
         """
         return self._observer.observe_inputs(attention_mask)
 
@@ -127,7 +129,8 @@ class Pruner:
         """Prune if an event is due after optimiser step `step`; return the sparsity now, or None.
 
         Raises:
-            RecipeError: nothing was observed of what the criterion ranks by, or its scores are none.
+            RecipeError: nothing was observed of what the criterion ranks by, or its scores are
+                none.
             PluginError: the criterion of a plugin fails.
         """
         sparsity = self.events.get(step)
@@ -142,12 +145,12 @@ class Pruner:
         dead, allocation = self.masks.choose(scores, sparsity, self._pattern, self.section.scope, self.section.least)
         self.clamped, self.lowered = allocation.clamped, allocation.lowered
         mended = self._mend_survivors(dead)
-        # Replicas that differ in the last bit may rank two weights differently: all take the choice of rank 0. Sharded
-        # weights are ranked whole, and each rank has other rows.
+        # Replicas whose statistics differ in the last bit may rank two weights differently, so all take the choice of
+        # rank 0. Sharded weights are ranked whole, and each rank has other rows.
         if not any(map(fsdp.is_sharded, self.masks.parameters.values())):
             collectives.broadcast([*dead.values(), *(mended or {}).values()])
         self.masks.set(dead, mended)
-        self.reset_statistics()
+        self.reset_statistics()  # they were of the weights before
         return sparsity
 
     def finalize(self) -> None:
@@ -184,7 +187,7 @@ class Pruner:
             RecipeError: they are of another shape than the weight, or not numbers.
             PluginError: the criterion of a plugin fails.
         """
-        weight = self.masks.full_weight(name)
+        weight = self.masks.full_weight(name)  # the dead are ranked with the value that they had
         with plugins.wrap_errors(self._criterion):
             scores = self._criterion.value(weight, self._observer.stats(name))
         expected = f"criterion {self.section.criterion!r} must give a score for each weight of {name}"

@@ -1,8 +1,9 @@
-"""Second-order criteria: the loss's curvature says what a weight costs, and how the survivors make up for it.
+"""Second-order criteria: what a weight costs, and how the survivors make up for it.
 
-Both expand a loss to second order around the weights as they are, with curvature F, and solve for the whole set that
-goes: the survivors l move by F_ll^-1 F_ld w_d when the weights d are set to zero (Hassibi & Stork 1992, Optimal Brain
-Surgeon). They differ in F: that of the training loss in blocks, or that of each layer's own output.
+Both expand a loss to second order around the weights as they are, with curvature F, and solve for
+the whole set that goes: the survivors l move by F_ll^-1 F_ld w_d when the weights d are set to
+zero (Hassibi & Stork 1992, Optimal Brain Surgeon). They differ in F: that of the training loss in
+blocks, or that of each layer's own output.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from spdtool.errors import RecipeError
 from spdtool.plugins import criteria
 from spdtool.pruning.statistics import Stats, split_into_blocks
 
-AT_ONCE = 2**25  # numbers in the largest temporary tensor; three of them live together, 400 MB in float32
+# numbers in the largest temporary tensor; three of them live together, 400 MB in float32
+AT_ONCE = 2**25
 
 
 def mend_blocks(weight: Tensor, alive: Tensor, stats: Stats) -> Tensor:
-    """The weight after the survivors of each Fisher block have made up for those that go; the dead are zero."""
+    """The weight after the survivors of each Fisher block made up for the dead, which are zero."""
     assert stats.fisher_blocks is not None
     size = stats.fisher_blocks.shape[-1]
     rows, live_rows = split_into_blocks(weight.float(), size), split_into_blocks(alive, size)
@@ -37,12 +39,13 @@ def obert(weight: Tensor, stats: Stats) -> Tensor:
     diagonals = []
     for (blocks,) in _chunks(stats.fisher_blocks.shape[-1], stats.fisher_blocks):
         diagonals.append(_inverse(blocks).diagonal(dim1=-2, dim2=-1))
-    inverse = torch.cat(diagonals).flatten()[: weight.numel()].view_as(weight)  # the last block may be padded
+    # the last block may be padded
+    inverse = torch.cat(diagonals).flatten()[: weight.numel()].view_as(weight)
     return weight.float().square() / (2 * inverse)
 
 
 def mend_rows(weight: Tensor, alive: Tensor, stats: Stats) -> Tensor:
-    """The weight after least squares on each output row: the survivors that keep the layer's output best.
+    """The weight after least squares on each output row, which keep the layer's output best.
 
     The smaller of the live and the dead set is solved for; both give the same weights.
     """
@@ -59,17 +62,18 @@ def mend_rows(weight: Tensor, alive: Tensor, stats: Stats) -> Tensor:
 
 @criteria.register("layerwise", needs=("input_gram",), update=mend_rows)
 def layerwise(weight: Tensor, stats: Stats) -> Tensor:
-    """Weight^2 / [H^-1]_qq, H the second moment of the layer's inputs: the squared error of the layer's own output.
+    """Weight^2 / [H^-1]_qq, H the inputs' second moment: the layer's own squared error.
 
-    Frantar & Alistarh 2022 (arXiv 2208.11580) and 2023 (arXiv 2301.00774), who prune weight by weight; here the whole
-    set goes at once, and the survivors of each row are then solved for exactly.
+    Frantar & Alistarh 2022 (arXiv 2208.11580) and 2023 (arXiv 2301.00774), who prune weight by
+    weight; here the whole set goes at once, and the survivors of each row are then solved for
+    exactly.
     """
     assert stats.input_gram is not None
     return weight.float().square() / _inverse(stats.input_gram[None])[0].diagonal()
 
 
 def _chunks(size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yield slices of tensors together, so long that a [slice, size, size] tensor has at most `AT_ONCE` numbers."""
+    """Yield slices of tensors together; a tensor [slice, size, size] has at most `AT_ONCE` numbers."""
     length = max(1, AT_ONCE // size**2)
     yield from zip(*(torch.split(tensor, length) for tensor in tensors), strict=True)
 
@@ -85,7 +89,9 @@ def _mend_chunk(blocks: Tensor, rows: Tensor, alive: Tensor) -> Tensor:
 
 
 def _solve_rows(matrix: Tensor, wanted: Tensor, sets: Tensor) -> Tensor:
-    """For each row r, solve `matrix[s, s] x[s] = wanted[r, s]` on its set s; x is zero elsewhere: [rows, inputs].
+    """Solve `matrix[s, s] x[s] = wanted[r, s]` for each row r on its set s: [rows, inputs].
+
+    x is zero outside of s.
 
     Sets are padded to the longest, and rows go in chunks that fit in memory.
     """
@@ -93,7 +99,7 @@ def _solve_rows(matrix: Tensor, wanted: Tensor, sets: Tensor) -> Tensor:
     solution = torch.zeros_like(wanted)
     if longest == 0:
         return solution
-    # positions of the members first, in order; of a shorter set, some positions that are no members follow
+    # the members first, in order; in a shorter set some positions that are no members follow
     members = sets.byte().sort(dim=1, descending=True, stable=True).indices[:, :longest]
     for columns, row, into, is_in_set in _chunks(longest, members, wanted, solution, sets):
         is_member = is_in_set.gather(1, columns)

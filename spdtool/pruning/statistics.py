@@ -1,8 +1,9 @@
-"""Statistics: what criteria need to know of a weight besides its value, gathered between prune events.
+"""Statistics: what criteria read besides the weight, gathered between prune events.
 
-Each is a small class that keeps a float32 sum on its weight's device. `@statistic(name)` makes it available to the
-`needs` of a criterion, which finds the result under that name in its `Stats`. `Observer` feeds them: gradients after
-backward passes, inputs in forward passes. Of a sharded weight all of this covers the rows of the rank.
+Each is a small class that keeps a float32 sum on its weight's device. `@statistic(name)` makes it
+available to the `needs` of a criterion, which finds the result under that name in its `Stats`.
+`Observer` feeds them: gradients after backward passes, inputs in forward passes. Of a sharded
+weight all of this covers the rows of the rank.
 """
 
 from __future__ import annotations
@@ -22,15 +23,18 @@ from spdtool.recipe.fields import Prune
 
 @dataclass(frozen=True)
 class Stats:
-    """What was observed of one weight since the last prune event; None where the criterion did not ask for it.
+    """Observations of one weight since the last prune event; None where nobody asked.
 
     Attributes:
         gradient: mean gradient over the optimiser steps, shaped like the weight.
         gradient_squared: mean squared gradient over the optimiser steps, shaped like the weight.
-        movement, movement_soft: scores learned over the whole stage, shaped like the weight; None before any step.
-        fisher_blocks: empirical Fisher matrix of every `block` consecutive weights, dampened: [blocks, block, block].
+        movement, movement_soft: scores learned over the whole stage, shaped like the weight; None
+            before any step.
+        fisher_blocks: empirical Fisher matrix of every `block` consecutive weights, dampened:
+            [blocks, block, block].
         input_norm: root mean square of each input of the layer over the tokens: [inputs].
-        input_gram: mean outer product of the layer's inputs over the tokens, dampened: [inputs, inputs].
+        input_gram: mean outer product of the layer's inputs over the tokens, dampened: [inputs,
+            inputs].
     """
 
     gradient: Tensor | None = None
@@ -48,7 +52,8 @@ class WeightGradient:
 
     Attributes:
         gradient: float32, shaped like the weight.
-        weight: the weight; where it is dead, the value that it had when it died if it may grow again, else 0.
+        weight: the weight; where it is dead, the value that it had when it died if it may grow
+            again, else 0.
         dead: the dead, where they stay dead; None where they may grow again.
     """
 
@@ -64,7 +69,8 @@ class Statistic:
 
     Attributes:
         reads: `gradient` or `input`.
-        is_learned: whether it goes on over the whole stage, instead of beginning anew at each prune event.
+        is_learned: whether it goes on over the whole stage, instead of beginning anew at each
+            prune event.
         section: `block`, `dampening`, `penalty` and `score_rate` count.
     """
 
@@ -74,7 +80,8 @@ class Statistic:
     def __init__(self, weight: Tensor, section: Prune) -> None:
         self.weight, self.section = weight, section
         self.total: Tensor | None = None  # made when it is first needed: most of these are large
-        self.count = torch.zeros((), dtype=torch.int64, device=weight.device)  # on the device: no step waits for it
+        # on the device, so that no step waits for it
+        self.count = torch.zeros((), dtype=torch.int64, device=weight.device)
 
     def shape(self) -> tuple[int, ...]:
         """Shape of the sum."""
@@ -106,7 +113,9 @@ class Statistic:
         """The state to resume from, gathered where it has a number for each weight."""
         if self.total is None:
             return {"count": self.count}
-        total = fsdp.gather_rows(self.total, self.weight) if self._is_by_weight() else self.total
+        total = self.total
+        if self._is_by_weight():
+            total = fsdp.gather_rows(total, self.weight)
         return {"count": self.count, "total": total}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -115,7 +124,9 @@ class Statistic:
         self.count = state["count"].to(device).clone()
         self.total = None
         if "total" in state:
-            total = fsdp.take_local_rows(state["total"], self.weight) if self._is_by_weight() else state["total"]
+            total = state["total"]
+            if self._is_by_weight():
+                total = fsdp.take_local_rows(total, self.weight)
             self.total = total.to(device).clone()
 
     def _is_by_weight(self) -> bool:
@@ -127,7 +138,7 @@ STATISTICS: dict[str, type[Statistic]] = {}
 
 
 def statistic(name: str) -> Callable[[type[Statistic]], type[Statistic]]:
-    """Decorator: makes a statistic available to the `needs` of criteria under `name`, a field of `Stats`."""
+    """Decorator: make a statistic available to the `needs` of criteria; `name` is a field of `Stats`."""
 
     def register(kind: type[Statistic]) -> type[Statistic]:
         STATISTICS[name] = kind
@@ -154,9 +165,10 @@ class MeanSquare(Statistic):
 
 @statistic("movement")
 class Movement(Statistic):
-    """Minus the sum of weight x gradient over all steps: how far the loss drives the weight from zero.
+    """Minus the sum of weight x gradient: how far the loss drives the weight from zero.
 
-    Sanh et al. 2020, arXiv 2005.07683. Where the dead may grow again, they count with the value that they had.
+    Sanh et al. 2020, arXiv 2005.07683. Where the dead may grow again, they count with the value
+    that they had.
     """
 
     is_learned = True
@@ -171,22 +183,23 @@ class Movement(Statistic):
 
 @statistic("movement_soft")
 class SoftMovement(Movement):
-    """Movement with the sigmoid penalty of the same paper's soft variant, which draws undecided scores down.
+    """Movement with the sigmoid penalty of the soft variant, against undecided scores.
 
-    The scores descend by `prune.score_rate` x (weight x gradient + penalty x the sigmoid's slope). The penalty needs
-    scores of the order of 1, which the paper gets from Adam; here weight x gradient is divided by its root mean square
-    over the matrix and all steps.
+    The scores descend by `prune.score_rate` x (weight x gradient + penalty x the sigmoid's
+    slope). The penalty needs scores of the order of 1, which the paper gets from Adam; here
+    weight x gradient is divided by its root mean square over the matrix and all steps.
     """
 
     def __init__(self, weight: Tensor, section: Prune) -> None:
         super().__init__(weight, section)
-        self.squares = torch.zeros((), dtype=torch.float32, device=weight.device)
+        self.squares = torch.zeros((), dtype=torch.float32, device=weight.device)  # of one mean a step
 
     def add_gradient(self, sample: WeightGradient) -> None:
         change = sample.weight.float() * sample.gradient
         self.squares += fsdp.mean_over_shards(change.square(), self.weight)
         scale = (self.squares / self.count).sqrt()
-        change /= scale.clamp(min=torch.finfo(torch.float32).tiny)  # no gradient yet: 0 / 0 would be no number
+        # without any gradient so far, 0 / 0 would be no number
+        change /= scale.clamp(min=torch.finfo(torch.float32).tiny)
         scores = self.sum()
         slope = torch.sigmoid(scores)
         slope.mul_(1.0 - slope)
@@ -202,10 +215,11 @@ class SoftMovement(Movement):
 
 @statistic("fisher_blocks")
 class FisherBlocks(Statistic):
-    """The blockwise empirical Fisher matrix: mean outer products of the gradients of consecutive weights.
+    """The blockwise empirical Fisher matrix: mean outer products of gradients.
 
-    Singh & Alistarh 2020 (WoodFisher, arXiv 2004.14340); Kurtic et al. 2022 (arXiv 2203.07259). The last block is
-    padded with zeros. Its memory is `block` times the weight's; nothing else of that size is made while it is summed.
+    Singh & Alistarh 2020 (WoodFisher, arXiv 2004.14340); Kurtic et al. 2022 (arXiv 2203.07259).
+    The last block is padded with zeros. Its memory is `block` times the weight's; nothing else of
+    that size is made while it is summed.
     """
 
     def shape(self) -> tuple[int, ...]:
@@ -246,7 +260,10 @@ class InputNorm(InputStatistic):
 
 @statistic("input_gram")
 class InputGram(InputStatistic):
-    """The mean outer product of a layer's inputs: the Hessian, up to a factor, of its output's squared error."""
+    """The mean outer product of a layer's inputs.
+
+    Up to a factor it is the Hessian of the squared error of the layer's output.
+    """
 
     def shape(self) -> tuple[int, ...]:
         return (self.weight.shape[1], self.weight.shape[1])
@@ -310,11 +327,12 @@ class Observer:
 
     @contextmanager
     def observe_inputs(self, attention_mask: Tensor | None) -> Iterator[None]:
-        """Add the inputs of the layers in forward passes inside the context; see `Pruner.observe_inputs`."""
+        """Add the layers' inputs in forward passes inside the context; see `Pruner.observe_inputs`."""
         handles = []
         for name, layer in self.layers.items():
             if statistics := self._reading("input", name):
-                handles.append(layer.register_forward_pre_hook(_make_hook(statistics, attention_mask)))
+                hook = _make_hook(statistics, attention_mask)
+                handles.append(layer.register_forward_pre_hook(hook))
         try:
             yield
         finally:
@@ -384,8 +402,10 @@ def _make_hook(
     @torch.no_grad()
     def add_inputs(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         inputs = arguments[0].detach()
-        with torch.autocast(inputs.device.type, enabled=False):  # the sums need all digits of float32
+        # under autocast the products would be bf16: the sums need all digits of float32
+        with torch.autocast(inputs.device.type, enabled=False):
             tokens = inputs
+            # some architectures drop padding before their layers, and have no row for it here
             if attention_mask is not None and attention_mask.shape == inputs.shape[:-1]:
                 tokens = inputs[attention_mask.bool()]
             tokens = tokens.float().reshape(-1, inputs.shape[-1])
@@ -397,13 +417,13 @@ def _make_hook(
 
 
 def split_into_blocks(matrix: Tensor, size: int) -> Tensor:
-    """Cut a matrix into rows of `size` consecutive weights, the last row padded with zeros: [blocks, size]."""
+    """Cut a matrix into blocks of consecutive weights, the last padded with zeros: [blocks, size]."""
     flat = matrix.flatten()
     return torch.nn.functional.pad(flat, (0, -flat.numel() % size)).view(-1, size)
 
 
 def _dampen(matrices: Tensor, share: float, size: int, like: Tensor | None = None) -> Tensor:
-    """Add `share` of their mean diagonal to the diagonal of square matrices, in place; the identity where it is zero.
+    """Add `share` of their mean diagonal to the diagonals of square matrices, in place.
 
     Args:
         size: numbers on the diagonals of all ranks together.

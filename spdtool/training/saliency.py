@@ -1,7 +1,9 @@
-"""Show the criterion what it ranks by: gradients and layer inputs, of calibration batches or of training steps.
+"""Show the criterion what it ranks by: gradients and layer inputs.
 
-A recipe may keep the hidden-state loss out of the gradients (`prune.saliency = "logits"`, as GRAIN does, arXiv
-2212.07634: it asks every layer to imitate, whether or not the answer needs it).
+They are those of calibration batches at an event, or of the training steps before it.
+
+A recipe may keep the hidden-state loss out of the gradients (`prune.saliency = "logits"`, as
+GRAIN does, arXiv 2212.07634: it asks every layer to imitate, whether or not the answer needs it).
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ class Saliency:
     def needs_calibration(self, step: int) -> bool:
         """Whether calibration batches come before the event after optimiser step `step`."""
         reads = self.pruner.reads_inputs or self.pruner.reads_gradients
-        return self.section.calibration > 0 and reads and not self.pruner.learns and self.pruner.is_due(step)
+        if self.section.calibration == 0 or self.pruner.learns:  # learned scores come from training
+            return False
+        return reads and self.pruner.is_due(step)
 
     def needs_step(self, step: int) -> bool:
         """Whether the criterion sees the gradients of training step `step`."""
@@ -53,12 +57,18 @@ class Saliency:
         return self.pruner.learns or self.section.calibration == 0
 
     def calibrate(
-        self, model: nn.Module, loss: Callable[[Microbatch], Terms], batches: Iterable[Iterable[Microbatch]]
+        self,
+        model: nn.Module,
+        loss: Callable[[Microbatch], Terms],
+        batches: Iterable[Iterable[Microbatch]],
     ) -> None:
-        """Show `batches` to the criterion, at the weights as they are and without dropout; no weight moves. Collective.
+        """Show calibration batches to the criterion, without dropout; no weight moves.
+
+        Collective: call on every rank.
 
         Args:
-            loss: the loss terms of a micro-batch; those of all micro-batches of a batch, on all ranks, add up.
+            loss: the loss terms of a micro-batch; those of all micro-batches of a batch, on all
+                ranks, add up.
             batches: micro-batches of this rank, batch by batch.
         """
         self.pruner.reset_statistics()
@@ -79,7 +89,7 @@ class Saliency:
         model.train(was_training)
 
     def _add_microbatch(self, loss: Callable[[Microbatch], Terms], microbatch: Microbatch) -> bool:
-        """Show a micro-batch's inputs, and add its gradients to those of its batch; return whether it has any."""
+        """Show a micro-batch's inputs, and add its gradients; return whether it has any."""
         attention_mask = torch.as_tensor(microbatch.batch["attention_mask"])
         # a rank without rows passes one row of another's, which must not be counted twice
         is_padding = microbatch.weight.rows == 0
@@ -91,7 +101,9 @@ class Saliency:
         return True
 
     def add_logit_gradients(self, terms: Terms) -> None:
-        """Add the gradients of the logit term, if the criterion reads them alone; before a micro-batch's backward pass.
+        """Add the logit term's gradients, before a micro-batch's backward pass.
+
+        Do nothing where the criterion reads those of the whole loss.
 
         The other terms need the graph afterwards, so it is retained.
         """
@@ -132,7 +144,8 @@ def check_saliency(section: Prune, events: Sequence[tuple[int, float]], *, copie
 
     Args:
         events: `(optimiser step, sparsity)`.
-        copied: whether the student starts as its teacher, from whom it then learns nothing before the first event.
+        copied: whether the student starts as its teacher, from whom it then learns nothing before
+            the first event.
 
     Raises:
         UnknownName: no such criterion.
@@ -140,7 +153,8 @@ def check_saliency(section: Prune, events: Sequence[tuple[int, float]], *, copie
     """
     if section.saliency == "logits" and section.loss.logits == 0:
         raise RecipeError(
-            "prune.saliency is of the logit term, whose weight is 0", "set prune.loss.logits, or prune.saliency=loss"
+            "prune.saliency is of the logit term, whose weight is 0",
+            "set prune.loss.logits, or prune.saliency=loss",
         )
     reads = set()
     for need in plugins.criteria.entry(section.criterion).meta.get("needs", ()):

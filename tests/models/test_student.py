@@ -1,4 +1,4 @@
-"""Student and teacher as a pair: what the plan counts and refuses before anything is spent."""
+"""The student beside its teacher: what the plan counts and refuses before anything is spent."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from spdtool.models.student import (
 from spdtool.pruning.allocation import zeros_in
 from spdtool.run.folder import Run
 from spdtool.stages import plan as planning
-from spdtool.tasks import find_task
+from spdtool.tasks import find_task, task_of
 
 MakeRun = Callable[..., Run]
 
@@ -32,8 +32,8 @@ MakeRun = Callable[..., Run]
 def small(toys: Any, tmp_path: Path) -> Callable[..., str]:
     """`small(layers=1, hidden_size=16)`: the folder of a smaller BERT classifier with the toys' tokenizer."""
 
-    def make(**how: Any) -> str:
-        model = toys.classifier("bert", **{"hidden_size": 16, "intermediate_size": 24, "layers": 1} | how)
+    def make(**config: Any) -> str:
+        model = toys.classifier("bert", **{"hidden_size": 16, "intermediate_size": 24, "layers": 1} | config)
         save_model(model, toys.tokenizer(), tmp_path / "small")
         return str(tmp_path / "small")
 
@@ -60,7 +60,7 @@ def test_a_smaller_student_needs_less_memory_and_relations_and_blends_more(toy_r
     assert bytes_of("prune.grafting.kind=blend") > copy
 
 
-def test_a_copy_has_the_teachers_outline(toy_run: MakeRun) -> None:
+def test_a_copy_is_the_empty_teacher(toy_run: MakeRun) -> None:
     recipe = toy_run().recipe
     task = find_task(recipe)
     teacher = build_empty_teacher(recipe, task)
@@ -70,7 +70,7 @@ def test_a_copy_has_the_teachers_outline(toy_run: MakeRun) -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "how", "error", "said"),
+    ("setting", "config", "error", "message"),
     [
         (
             "distill.loss.layer_map=[1, 2]",
@@ -85,12 +85,12 @@ def test_a_copy_has_the_teachers_outline(toy_run: MakeRun) -> None:
     ],
 )
 def test_what_does_not_fit_is_refused_by_the_plan(
-    toy_run: MakeRun, small: Any, setting: str, how: dict[str, Any], error: type[Exception], said: str
+    toy_run: MakeRun, small: Any, setting: str, config: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    run = toy_run(setting, student=small(**how))
-    with pytest.raises(error, match=said):
+    run = toy_run(setting, student=small(**config))
+    with pytest.raises(error, match=message):
         planning.make_plan(run)
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         planning.check_run(run)
     assert not run.path.exists()
 
@@ -112,10 +112,10 @@ def test_a_new_head_that_would_stay_random_is_refused_by_the_plan(toy_run: MakeR
             planning.make_plan(toy_run("prune.train=layers", student=student))
 
 
-@pytest.mark.parametrize("source", ["./no-such-folder", "/nowhere/at/all"])
-def test_a_student_that_is_not_there_is_refused_by_the_plan(toy_run: MakeRun, source: str) -> None:
-    with pytest.raises(ModelError, match=f"cannot load the model '{source}': it does not exist"):
-        planning.make_plan(toy_run(student=source))
+def test_a_student_that_is_not_there_is_refused_by_the_plan(toy_run: MakeRun) -> None:
+    for source in ("./no-such-folder", "/nowhere/at/all"):
+        with pytest.raises(ModelError, match=f"cannot load the model '{source}': it does not exist"):
+            planning.make_plan(toy_run(student=source))
 
 
 def test_a_list_of_layers_for_the_real_depth_is_no_obstacle_to_a_smoke_run(toy_run: MakeRun) -> None:
@@ -123,19 +123,17 @@ def test_a_list_of_layers_for_the_real_depth_is_no_obstacle_to_a_smoke_run(toy_r
     assert recipe.prune.loss.layer_map == "uniform"
 
 
-@pytest.mark.parametrize(
-    ("own", "names", "order"),
-    [
+def test_the_order_of_the_logits(toys: Any) -> None:
+    """A model whose labels have no names of their own is taken to follow the task's order: bad, good."""
+    task = task_of(toys.dataset())
+    for student, teacher, order in (
         (["good", "bad"], ["bad", "good"], [1, 0]),
         (["BAD", "Good"], ["bad", "good"], [0, 1]),
         (["LABEL_0", "LABEL_1"], ["good", "bad"], [1, 0]),
         (["good", "bad"], ["LABEL_0", "LABEL_1"], [1, 0]),
         (["LABEL_0", "LABEL_1"], ["0", "1"], [0, 1]),
-    ],
-)
-def test_the_order_of_the_logits(toys: Any, own: list[str], names: list[str], order: list[int]) -> None:
-    """A model whose labels have no names of their own is taken to follow the task's order: bad, good."""
-    assert match_labels(own, names, toys.dataset()) == order
+    ):
+        assert match_labels(student, teacher, task) == order, (student, teacher)
 
 
 def test_layers_stand_in_only_for_layers_of_their_kind(toys: Any) -> None:
