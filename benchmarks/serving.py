@@ -51,7 +51,7 @@ def main() -> None:
         return
     folder = options.bundle or _model(options.model, options.out)
     work = options.out / "load.npz"
-    threads, sentences = options.threads or runtime.cores(), _sentences(options.requests * options.texts)
+    threads, sentences = options.threads or runtime.usable_cores(), _sentences(options.requests * options.texts)
     engines = {callers: _opened(folder, options, threads // callers) for callers in {1, threads}}
     classify, some = engines[1], sentences[: max(256, len(sentences) // 20)]
     expected = classify.logits(sentences)
@@ -118,7 +118,7 @@ def _model(size: str, out: Path) -> Path:
         from transformers import BertConfig, BertForSequenceClassification
 
         from spdtool.data import demo
-        from spdtool.export.graph.trace import Onnx
+        from spdtool.export.targets import Onnx
         from spdtool.models.load import save_model
         from spdtool.recipe import reading as recipe
 
@@ -126,7 +126,7 @@ def _model(size: str, out: Path) -> Path:
         tokenizer = demo.demo_tokenizer()
         shape = SIZES[size] | {"vocab_size": len(tokenizer), "max_position_embeddings": 128, "initializer_range": 0.08}
         save_model(BertForSequenceClassification(BertConfig(**shape)).eval(), tokenizer, folder / "checkpoint")
-        Onnx.export(
+        Onnx().export(
             folder / "checkpoint", folder / "exported", recipe.build_recipe(flags={"task": "demo", "device": "cpu"})
         )
     return folder / "exported"

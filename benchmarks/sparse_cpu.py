@@ -25,12 +25,12 @@ import onnx
 import torch
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
-from spdtool import console, plugins
+from spdtool import console
 from spdtool.bench import int8, latency, ledger, report
 from spdtool.bench.latency import Engine, Shape
 from spdtool.errors import SpdError
-from spdtool.export import target as targets
-from spdtool.export.graph.trace import Onnx
+from spdtool.export.target import get_target
+from spdtool.export.targets import Onnx
 from spdtool.models.layers import find_prunable_weights
 from spdtool.models.load import load_model, save_model
 from spdtool.recipe.fields import Recipe
@@ -70,7 +70,7 @@ def made(name: str, out: Path, values: str) -> Files:
         _sparse(folder / "checkpoint", folder / f"sparse-{values}", recipe),
     )
     if not files.dense.exists():
-        Onnx.export(folder / "checkpoint", folder / "dense", recipe)
+        Onnx().export(folder / "checkpoint", folder / "dense", recipe)
     if not files.int8.exists():
         int8.quantise(files.dense, files.int8)
     if not files.classic.exists():
@@ -99,7 +99,7 @@ def _tokenizer(folder: Path) -> Any:
 def _sparse(checkpoint: Path, folder: Path, recipe: Recipe) -> Path | None:
     """The checkpoint as sparse-cpu, made anew: the plug-in may have changed since the last call."""
     try:
-        target: Any = plugins.targets.get("sparse-cpu")
+        target = get_target("sparse-cpu")
         target.export(checkpoint, folder, recipe)
     except SpdError as error:
         console.warn(f"without sparse-cpu: {error.message}")
@@ -143,9 +143,9 @@ def engines(files: Files, deepsparse: str | None) -> list[Engine]:
     found = [dense, replace(dense, name="onnxruntime basic", fused=False)]
     found.append(replace(dense, name="int8", path=str(files.int8), baseline=False))
     if files.sparse is not None:
-        target: Any = plugins.targets.get("sparse-cpu")
+        target = get_target("sparse-cpu")
         file = files.sparse / json.loads((files.sparse / "manifest.json").read_text("utf-8"))["model"]
-        libraries = tuple(targets.libraries(target, files.sparse))
+        libraries = tuple(map(str, target.libraries(files.sparse)))
         found.append(replace(dense, name="sparse-cpu", path=str(file), baseline=False, libraries=libraries))
     if deepsparse:
         command = (deepsparse, str(WORKER))

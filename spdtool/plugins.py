@@ -36,8 +36,13 @@ from typing import Any, Generic, TypeVar
 from spdtool.errors import PluginError, SpdError, UnknownName
 
 T = TypeVar("T")
+Registered = TypeVar("Registered")
 PLUGIN_GROUP = "spdtool"
 LIBRARY_GROUP = "spdtool.libraries"
+INSTALL_HINT = (
+    "install the plugin that provides it; those of this project are called spdtool-NAME, and in a checkout of spdtool "
+    "pip install -e plugins/spdtool-NAME"
+)
 BUILTIN = "spdtool."  # prefix of the sources that are no plugin
 
 
@@ -73,7 +78,8 @@ class Library:
     Attributes:
         distribution, version: of the plugin.
         module: has `path() -> Path`, which raises an SpdError where the compiled library is missing, and may have
-            `isa() -> str`, the instruction set that it uses on this machine.
+            `isa() -> str`, the instruction set that it uses on this machine, and `DOMAINS`, the operator domains that
+            the library provides.
     """
 
     distribution: str
@@ -96,31 +102,47 @@ _discovery = _Discovery()
 class Registry(Generic[T]):
     """Registry of one kind of extension by name; loads the modules that provide them when first asked."""
 
-    def __init__(self, kind: str, *builtins: str) -> None:
+    def __init__(self, kind: str, *builtins: str, check: str = "") -> None:
+        """Create an empty registry.
+
+        Args:
+            kind: what it holds, for messages.
+            builtins: modules to import before the plugins.
+            check: `module:function` that turns a name and what was registered under it into what is stored, or raises
+                PluginError; empty: the object is stored as it is.
+        """
         self.kind = kind
         self._builtins = builtins
+        self._check = check
         self._entries: dict[str, Entry[T]] = {}
 
-    def register(self, name: str, **meta: Any) -> Callable[[T], T]:
+    def register(self, name: str, **meta: Any) -> Callable[[Registered], Registered]:
         """Register the decorated object under `name`; `meta` is kept with it.
 
         Raises:
-            PluginError: another source already provides that name.
+            PluginError: another source already provides that name, or the object is not of this kind.
         """
         module = sys._getframe(1).f_globals.get("__name__", "?")
         source = module if module.startswith(BUILTIN) else (_discovery.importing or module)
 
-        def keep(value: T) -> T:
+        def keep(value: Registered) -> Registered:
             present = self._entries.get(name)
             if present is not None and present.source != source:
                 if not source.startswith(BUILTIN):
                     raise PluginError(f"{self.kind} {name!r} is already provided by {present.source}")
                 # The plugin was loaded before the built-in whose name it uses: the built-in wins.
                 _record_error(present.source, f"PluginError: {self.kind} {name!r} is already provided by {source}")
-            self._entries[name] = Entry(name, value, source, meta)
+            self._entries[name] = Entry(name, self._checked(name, value), source, meta)
             return value
 
         return keep
+
+    def _checked(self, name: str, value: Any) -> T:
+        if not self._check:
+            return value  # type: ignore[no-any-return]
+        module, _, function = self._check.partition(":")
+        checked: T = getattr(importlib.import_module(module), function)(name, value)
+        return checked
 
     def unregister(self, name: str) -> None:
         """Forget the object called `name`, if there is one."""
@@ -134,13 +156,11 @@ class Registry(Generic[T]):
         """
         self.load()
         if name not in self._entries:
-            hints = []
-            if official_distribution(name):
-                hints.append(f"({install_hint(name)})")
+            hint = None
             broken = [f"{plugin.name} ({plugin.error})" for plugin in loaded_plugins() if plugin.error]
             if broken:
-                hints.append(f"These plugins failed to load: {'; '.join(broken)}.")
-            raise UnknownName(self.kind, name, self._entries, " ".join(hints) or None)
+                hint = f"These plugins failed to load: {'; '.join(broken)}."
+            raise UnknownName(self.kind, name, self._entries, hint)
         return self._entries[name]
 
     def get(self, name: str) -> T:
@@ -170,7 +190,7 @@ criteria: Registry[Callable[..., Any]] = Registry(
 patterns: Registry[Callable[..., Any]] = Registry("pattern", "spdtool.pruning.patterns")
 datasets: Registry[Any] = Registry("task", "spdtool.data.glue", "spdtool.data.demo")
 task_kinds: Registry[Any] = Registry("kind of task", "spdtool.tasks.classification", "spdtool.tasks.regression")
-targets: Registry[Any] = Registry("export target", "spdtool.export.graph.trace", "spdtool.export.targets")
+targets: Registry[Any] = Registry("export target", "spdtool.export.targets", check="spdtool.export.target:check_target")
 stacks: Registry[Callable[..., Any]] = Registry("layer stack")
 products: Registry[Callable[..., None]] = Registry("sparse product")
 REGISTRIES: tuple[Registry[Any], ...] = (criteria, patterns, datasets, task_kinds, targets, stacks, products)
@@ -230,27 +250,9 @@ def isolated() -> Iterator[None]:
             registry._entries = entries
 
 
-def official_distribution(name: str) -> str | None:
-    """Return this project's distribution with the optional target `name`; None if it has none of that name.
-
-    By convention the target `x` of `export.optional` that is not built in comes from the distribution `spdtool-x`.
-    """
-    from spdtool.recipe.fields import Export
-
-    return f"spdtool-{name}" if name in Export().optional else None
-
-
-def install_hint(name: str) -> str:
-    """Say what to do so that the extension `name`, which is not installed, is there."""
-    distribution = official_distribution(name)
-    if distribution is None:
-        return "install the plugin with it"
-    return f"the plugin {distribution} has it: {install_command(distribution)}"
-
-
-def install_command(distribution: str) -> str:
-    """Return the command that installs a plugin of this project."""
-    return f"pip install {distribution}, or in a checkout of spdtool: pip install -e plugins/{distribution}"
+def library_targets() -> list[str]:
+    """List the targets whose library of custom operators is installed."""
+    return sorted({entry_point.name for entry_point in entry_points(group=LIBRARY_GROUP)})
 
 
 def find_library(target: str) -> Library:
@@ -263,7 +265,7 @@ def find_library(target: str) -> Library:
     """
     matches: list[EntryPoint] = list(entry_points(group=LIBRARY_GROUP, name=target))
     if not matches:
-        raise PluginError(f"no installed plugin has the library that {target!r} needs", install_hint(target))
+        raise PluginError(f"no installed plugin has the library that {target!r} needs", INSTALL_HINT)
     match = matches[0]
     distribution, version = (match.dist.name, match.dist.version) if match.dist else ("?", "?")
     try:

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from spdtool import plugins
-from spdtool.export.graph import trace as onnx
+from spdtool.export.graph.trace import cached_traces
 from spdtool.recipe.fields import Recipe
 from spdtool.run.folder import Run
 from spdtool.tasks import Task
@@ -56,7 +56,7 @@ def toys() -> ModuleType:
 @pytest.fixture(scope="session", autouse=True)
 def traced_once() -> Iterator[None]:
     """Trace equal checkpoints once for the whole session: seconds, where everything else of an export takes tenths."""
-    with onnx.remembering():
+    with cached_traces():
         yield
 
 

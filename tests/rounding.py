@@ -14,7 +14,9 @@ import onnx
 import torch
 from onnx import numpy_helper
 
-from spdtool.export.graph.trace import FILE, PARAMETERS, TRANSPOSED, Onnx
+from spdtool.export.graph.weights import PARAMETERS, TRANSPOSED
+from spdtool.export.target import MODEL_FILE
+from spdtool.export.targets import Onnx
 from spdtool.models.load import load_model
 from spdtool.recipe.fields import Recipe
 
@@ -24,10 +26,10 @@ class Rounded(Onnx):
 
     roles = ("student",)
     providers = ("cpu",)
+    rounds_weights = True
     library: dict[str, str] | None = None  # what its manifest says of a library
 
-    @classmethod
-    def export(cls, checkpoint: Path, folder: Path, recipe: Recipe) -> list[Path]:  # type: ignore[override]
+    def export(self, checkpoint: Path, folder: Path, recipe: Recipe) -> list[Path]:
         """Export a checkpoint whose weights are rounded, with a manifest beside it."""
         with tempfile.TemporaryDirectory() as place:
             rounded = Path(place) / "checkpoint"
@@ -36,18 +38,17 @@ class Rounded(Onnx):
             for weight in model.parameters():
                 weight.data.copy_(rounded_to(recipe.export.values, weight.data))
             model.save_pretrained(rounded)
-            files = Onnx.export(rounded, folder, recipe)
-        manifest: dict[str, Any] = {"format": 1, "target": "rounded", "model": FILE}
-        manifest["files"] = {FILE: {"bytes": files[0].stat().st_size}}
-        if cls.library is not None:
-            manifest["library"] = cls.library
+            files = Onnx().export(rounded, folder, recipe)
+        manifest: dict[str, Any] = {"format": 1, "target": "rounded", "model": MODEL_FILE}
+        manifest["files"] = {MODEL_FILE: {"bytes": files[0].stat().st_size}}
+        if self.library is not None:
+            manifest["library"] = self.library
         (folder / "manifest.json").write_text(json.dumps(manifest))
         return files
 
-    @staticmethod
-    def weights(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
+    def stored_weights(self, folder: Path) -> Iterator[tuple[str, np.ndarray]]:
         """What the file holds, by the names of the parameters."""
-        for tensor in onnx.load(folder / FILE).graph.initializer:
+        for tensor in onnx.load(folder / MODEL_FILE).graph.initializer:
             array = numpy_helper.to_array(tensor)
             for entry in tensor.metadata_props:
                 if entry.key == PARAMETERS:

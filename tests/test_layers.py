@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -131,6 +132,25 @@ def print_lines(source: str) -> list[int]:
     """Lines on which `print` is called."""
     calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     return [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
+
+
+def plugin_names() -> set[str]:
+    """Names by which a plugin of this repository can be meant: distribution, module, and target with a library."""
+    names = set()
+    for file in ROOT.parent.glob("plugins/*/pyproject.toml"):
+        project = tomllib.loads(file.read_text("utf-8"))["project"]
+        groups = project["entry-points"]
+        names |= {project["name"], *groups["spdtool"].values(), *groups.get("spdtool.libraries", {})}
+    return names
+
+
+def test_nothing_names_a_plugin() -> None:
+    names = plugin_names()
+    assert {"spdtool-random", "spdtool_random"} <= names
+    for file in ROOT.rglob("*"):
+        if file.suffix in (".py", ".toml", ".html"):
+            content = file.read_text("utf-8")
+            assert [name for name in names if name in content] == [], file
 
 
 def test_imports_point_downwards() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx
 
 from spdtool.errors import ModelError, first_line
-from spdtool.export.graph.int8 import quiet
+from spdtool.export.graph.int8 import quiet_quantizer
 
 
 def quantise(model: Path, file: Path) -> None:
@@ -23,7 +23,7 @@ def quantise(model: Path, file: Path) -> None:
 
     proto = onnx.load(model)
     del proto.graph.value_info[:]  # shapes that were inferred for the weights as they were
-    with quiet():
+    with quiet_quantizer():
         try:
             quantize_dynamic(proto, file, weight_type=QuantType.QInt8, per_channel=False)
         except Exception as error:  # its errors share no base of their own

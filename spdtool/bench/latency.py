@@ -342,7 +342,7 @@ def _in_onnxruntime(engine: Engine) -> tuple[Forward, str, Nodes | None]:
     return (
         lambda batch: session.run(None, {name: batch[name] for name in names}),
         session.get_providers()[0],
-        runtime.placement(session),
+        runtime.node_placement(session),
     )
 
 
@@ -352,7 +352,7 @@ def _in_torch(engine: Engine) -> tuple[Forward, str, Nodes | None]:
     from spdtool.models.load import load_model
     from spdtool.models.predict import torch_forward
 
-    torch.set_num_threads(engine.threads or runtime.cores())
+    torch.set_num_threads(engine.threads or runtime.usable_cores())
     model: Any = load_model(engine.path)
     model = model.to(engine.provider)
     given = ("input_ids", "attention_mask")  # token types are zeros where they are not given

@@ -51,7 +51,7 @@ def examine(folder: Path | None = None) -> list[Check]:
         "processors": _processors,
         "free disk": lambda: _disk(place),
         "C++ compiler": _compiler,
-        "sparse-cpu": _sparse_cpu,
+        "operator libraries": _operator_libraries,
         "plugins": _plugins,
     }
     return [found for name, check in checks.items() for found in _survive(name, check)]
@@ -114,18 +114,21 @@ def _packages() -> Iterator[Check]:
 
 def _onnxruntime() -> Iterator[Check]:
     try:
-        module = runtime.require()
+        module = runtime.require_onnxruntime()
     except DeviceError as error:
         yield Check("onnxruntime", "fail", error.message, error.hint or "")
         return
-    found = " ".join(f"{name} {version}" for name, version in runtime.installed().items()) or module.__version__
+    found = (
+        " ".join(f"{name} {version}" for name, version in runtime.installed_distributions().items())
+        or module.__version__
+    )
     yield Check("onnxruntime", "ok", found)
     for name, provider in runtime.PROVIDERS.items():
         if provider not in module.get_available_providers():
             if name == "cpu":
                 yield Check(provider, "fail", "this onnxruntime does not have it", 'pip install "spdtool[cpu]"')
             continue
-        trouble = runtime.trouble(name)
+        trouble = runtime.provider_problem(name)
         if trouble is None:
             yield Check(provider, "ok", "runs a small model")
         elif name == "cpu":
@@ -138,7 +141,7 @@ def _onnxruntime() -> Iterator[Check]:
 def _processors() -> Iterator[Check]:
     import torch
 
-    cores, threads = runtime.cores(), torch.get_num_threads()
+    cores, threads = runtime.usable_cores(), torch.get_num_threads()
     many = threads > cores
     advice = f"set OMP_NUM_THREADS={cores}: more threads than cores slow each other down" if many else ""
     yield Check(
@@ -165,15 +168,20 @@ def _compiler() -> Iterator[Check]:
         yield Check("C++ compiler", "warn", "none", "only --set compile=true needs one: install g++ or clang")
 
 
-def _sparse_cpu() -> Iterator[Check]:
-    try:
-        library = plugins.find_library("sparse-cpu")
-        library.module.path()
-        isa = library.module.isa() if hasattr(library.module, "isa") else "instruction set unknown"
-    except SpdError as error:
-        yield Check("sparse-cpu", "warn", error.message, error.hint or "install the plugin again")
-        return
-    yield Check("sparse-cpu", "ok", f"{library.distribution} {library.version}, {isa}")
+def _operator_libraries() -> Iterator[Check]:
+    names = plugins.library_targets()
+    if not names:
+        advice = f"nothing skips zeros without one: {plugins.INSTALL_HINT}"
+        yield Check("operator libraries", "warn", "no plugin with operators for sparse models", advice)
+    for name in names:
+        try:
+            library = plugins.find_library(name)
+            library.module.path()
+            isa = library.module.isa() if hasattr(library.module, "isa") else "instruction set unknown"
+        except SpdError as error:
+            yield Check(name, "warn", error.message, error.hint or "install the plugin again")
+        else:
+            yield Check(name, "ok", f"{library.distribution} {library.version}, {isa}")
 
 
 def _plugins() -> Iterator[Check]:

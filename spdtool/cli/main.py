@@ -175,7 +175,7 @@ def _refuse_mixture(run: Path | None, checkpoint: Path | None, again: bool, fore
 
 @command
 def unpack(
-    folder: Annotated[Path, typer.Argument(help="Exported folder, such as RUN/export/sparse-cpu.")],
+    folder: Annotated[Path, typer.Argument(help="Exported folder, such as RUN/export/student.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; it must be empty or new.")],
 ) -> Any:
     """Turn an exported folder back into a plain Hugging Face checkpoint."""
@@ -510,4 +510,4 @@ def _require_runtime() -> None:
     """Fail before hours are spent, not after."""
     from spdtool.export import runtime
 
-    runtime.require()
+    runtime.require_onnxruntime()

@@ -1,7 +1,7 @@
-"""A trial export before hours are spent on training: two random layers of the same architecture, the way that the
-student will go.
+"""Try an unknown architecture before hours are spent on training it.
 
-The families of `TESTED_FAMILIES` are known to be exported; any other one has to show it.
+Two random layers of the same architecture are traced and run. The families of `TESTED_FAMILIES` are known to be
+exported; any other one has to show it.
 """
 
 from __future__ import annotations
@@ -9,28 +9,27 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
 from spdtool.errors import GateError, ModelError
 from spdtool.export import runtime
-from spdtool.export import target as targets
 from spdtool.export.gates.logits import compare_logits
-from spdtool.export.graph import trace as onnx
+from spdtool.export.graph.trace import ATTENTION_OPSET, INPUT_NAMES, UNTESTED_HINT, trace_model
+from spdtool.export.target import required_targets
 from spdtool.models.layers import TESTED_FAMILIES
 from spdtool.models.predict import onnx_forward, torch_forward
 from spdtool.recipe.fields import Recipe
 
-SHAPES = ((1, 7), (3, 16))  # rows and tokens that the graph is tried on
+SHAPES = ((1, 7), (3, 16))  # rows and tokens on which the graph is tried
 LAYERS = 2
 
 
-def check(recipe: Recipe, configs: Iterable[Any]) -> None:
-    """Refuse a model whose architecture cannot be exported, or gives other logits then; a few seconds each.
+def check_exportable(recipe: Recipe, configs: Iterable[PretrainedConfig]) -> None:
+    """Refuse a model whose architecture cannot be traced, or gives other logits then; a few seconds each.
 
-    Nothing is tried where the family is a tested one, or no target of the recipe is made of the ONNX graph.
+    Nothing is tried where the family is a tested one, or no target of the recipe is made of the traced graph.
 
     Args:
         configs: the configurations of student and teacher.
@@ -38,35 +37,37 @@ def check(recipe: Recipe, configs: Iterable[Any]) -> None:
     Raises:
         ModelError: names the architecture, and what stands in the way.
     """
-    made = [choice.target for choice in targets.demanded(recipe.export)]
-    if not any(isinstance(target, type) and issubclass(target, onnx.Onnx) for target in made):
+    if not any(choice.target.traces_model for choice in required_targets(recipe.export)):
         return
     untested = {config.model_type: config for config in configs if config.model_type not in TESTED_FAMILIES}
     for config in untested.values():
-        _try(config, recipe)
+        _try_architecture(config, recipe)
 
 
-def _try(config: Any, recipe: Recipe) -> None:
-    model = _small(config, eager=recipe.export.opset < onnx.ATTENTION)
+def _try_architecture(config: PretrainedConfig, recipe: Recipe) -> None:
+    model = _shallow_model(config, eager=recipe.export.opset < ATTENTION_OPSET)
     if model is None:
         return
-    taken = inspect.signature(model.forward).parameters
-    names = [name for name in onnx.INPUTS if name in taken]
-    proto = onnx.trace(model, names, recipe.export.opset)
+    accepted = inspect.signature(model.forward).parameters
+    names = [name for name in INPUT_NAMES if name in accepted]
+    proto = trace_model(model, names, recipe.export.opset)
     session = onnx_forward(runtime.open_session(proto.SerializeToString()))
     batches = [(f"shape {shape}", {name: np.ones(shape, np.int64) for name in names}) for shape in SHAPES]
     try:
         compare_logits(torch_forward(model), session, batches, recipe.export.tolerance)
     except GateError as error:
-        raise ModelError(f"{config.model_type!r} is not exported as it is: {error.message}", onnx.UNTESTED) from None
+        raise ModelError(f"{config.model_type!r} is not exported as it is: {error.message}", UNTESTED_HINT) from None
 
 
-def _small(config: Any, *, eager: bool) -> Any:
-    """A random classifier of two layers; None where the configuration does not let itself be cut like that."""
+def _shallow_model(config: PretrainedConfig, *, eager: bool) -> PreTrainedModel | None:
+    """Build a random classifier of two layers; None where the configuration cannot be shortened like that."""
     config = copy.deepcopy(config)
     options = {"attn_implementation": "eager"} if eager else {}
     try:
         config.num_hidden_layers = min(LAYERS, config.num_hidden_layers)
-        return AutoModelForSequenceClassification.from_config(config, **options).float().eval()
-    except Exception:  # whatever is wrong with it, the real model will tell
+        model = AutoModelForSequenceClassification.from_config(config, **options)  # type: ignore[no-untyped-call]
+        model = model.float().eval()
+    except Exception:  # whatever is wrong with it, loading the real model will say so
         return None
+    assert isinstance(model, PreTrainedModel)
+    return model

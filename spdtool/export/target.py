@@ -1,47 +1,235 @@
-"""Which export targets a recipe means, and what a target may have beside its three functions.
+"""The base class of export targets, and the targets that a recipe asks for.
 
-A stranger's target need not inherit from `Onnx`: these functions ask for each optional attribute, with its default.
-`onnx.py` says what each one means.
+Importing this module is cheap: no torch, no onnx. A plugin can therefore define its target in the module that its
+entry point names.
 """
 
+# ruff: noqa: ARG002  (a target need not use every argument of a method)
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import onnx as protobuf
+from typing import TYPE_CHECKING, NamedTuple
 
 from spdtool import plugins
-from spdtool.data.tokens import Batch
-from spdtool.errors import GateError, PluginError, RecipeError, SpdError, UnknownName
-from spdtool.export.graph import fuse as fusion
-from spdtool.models.predict import Forward
-from spdtool.recipe.fields import Export, Recipe
+from spdtool.errors import PluginError, RecipeError, SpdError, UnknownName
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    from spdtool.data.tokens import Batch, Encoded
+    from spdtool.models.predict import Forward
+    from spdtool.recipe.fields import Export, Recipe
+
+MODEL_FILE = "onnx/model.onnx"
 ROLES = ("teacher", "student")
-PROVIDERS = ("cpu", "cuda")
+INSTALLED = "installed"  # value of `export.optional`: every installed target with `exported_by_default`
+
+
+class StorageFormats(NamedTuple):
+    """How a target stores pruned matrices and embeddings; each is `fp32`, `fp16` or `int8`."""
+
+    matrices: str
+    embeddings: str
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """One target of a recipe.
+class Rounding:
+    """What the export stage decides for a target that rounds.
+
+    Attributes:
+        float32_modules: modules to leave in float32; some of the target's `float32_candidates`.
+        calibration_rows: encoded training rows, where the target `calibrates`.
+    """
+
+    float32_modules: tuple[str, ...] = ()
+    calibration_rows: Encoded | None = None
+
+
+class Target:
+    """Base class of export targets: what turns a checkpoint into files for a runtime.
+
+    A target writes a folder that Hugging Face clients can open. Only `export` has to be written; the defaults of
+    everything else fit a folder with one ONNX file of standard operators and unrounded weights:
+
+        folder/config.json  tokenizer.json  tokenizer_config.json  onnx/model.onnx
+
+    Register a subclass. The first line of its docstring is what `spdtool plugins` shows:
+
+        from spdtool import Target
+        from spdtool.plugins import targets
+
+        @targets.register("transposed")
+        class Transposed(Target):
+            "ONNX with every matrix transposed, for a runtime that wants it so."
+
+            def export(self, checkpoint, folder, recipe):
+                proto = trace_checkpoint(checkpoint, recipe.export.opset)  # from spdtool.export.graph.trace
+                ...
+                return save_folder(proto, checkpoint, folder)
+
+    The export stage puts every file through the same gates. The zeros that `count_zeros` reports must be those of the
+    checkpoint, `session` must give its logits on real and synthetic batches, and its score on the dev set.
+
+    A target that rounds weights sets `rounds_weights`: its logits are compared with the checkpoint after it was filled
+    with `stored_weights`, which proves the arithmetic, and its dev score with the checkpoint as it is, which says what
+    the rounding costs. Where the arithmetic is rounded too (fp16, int8), it also sets `rounds_arithmetic`: then
+    `float32_form` is compared tightly, and the file itself within `export.rounded_tolerance`.
+
+    Any method may raise DeviceError or PluginError where something that the target needs is missing on this machine. An
+    optional target is then left out with a warning.
+
+    Attributes:
+        roles: which of teacher and student the target exports. The first target of a recipe must export both.
+        providers: onnxruntime providers that run its files, of `cpu` and `cuda`.
+        exported_by_default: whether `export.optional = "installed"` includes the target.
+        operator_domains: ONNX operator domains that its files may use ("" is ONNX itself); None: any domain.
+        traces_model: whether the file is made of the graph that torch.onnx traces. Then an architecture that nobody has
+            tried is traced before hours are spent on training.
+        rounds_weights: whether the files hold other weights than the checkpoint.
+        rounds_arithmetic: whether activations are rounded as well.
+        calibrates: whether `export_rounded` needs training rows of the task.
+        bundle_stem: name of its file in a bundle, without `.onnx`; empty: made of the target's name.
+        preferred_on: where a bundle prefers this target to the portable file, of `cpu`, `cuda` and `web`.
+        timing_operator: domain and name of an operator (repeats int64 [1], packed matrix uint8) -> float32 seconds of
+            one product with a packed matrix; None: the ledger cannot time its products.
+    """
+
+    roles: tuple[str, ...] = ROLES
+    providers: tuple[str, ...] = ("cpu", "cuda")
+    exported_by_default: bool = False
+    operator_domains: tuple[str, ...] | None = None
+    traces_model: bool = False
+    rounds_weights: bool = False
+    rounds_arithmetic: bool = False
+    calibrates: bool = False
+    bundle_stem: str = ""
+    preferred_on: tuple[str, ...] = ()
+    timing_operator: tuple[str, str] | None = None
+
+    def export(self, checkpoint: Path, folder: Path, recipe: Recipe) -> list[Path]:
+        """Write everything that a deployment needs to `folder`.
+
+        Returns:
+            The files that hold the model; their bytes are reported.
+
+        Raises:
+            ModelError: the checkpoint cannot be read or converted.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no `export`")
+
+    def export_rounded(self, checkpoint: Path, folder: Path, recipe: Recipe, rounding: Rounding) -> list[Path]:
+        """Export with the choices that only a rounding target needs; others ignore them."""
+        return self.export(checkpoint, folder, recipe)
+
+    def session(self, folder: Path, provider: str = "cpu", threads: int = 0) -> Forward:
+        """Open the exported files as a function from a batch to float32 logits [rows, labels].
+
+        Args:
+            threads: threads of one operator; 0: one for each core.
+
+        Raises:
+            DeviceError: onnxruntime, the provider or a library is missing.
+            ModelError: the file cannot be opened.
+        """
+        from spdtool.export import runtime
+        from spdtool.models.predict import onnx_forward
+
+        return onnx_forward(runtime.open_session(folder / MODEL_FILE, provider, threads, self.libraries(folder)))
+
+    def libraries(self, folder: Path) -> list[Path]:
+        """List the libraries of custom operators that a session of `folder` must load."""
+        return []
+
+    def count_zeros(self, folder: Path) -> dict[str, tuple[int, int]]:
+        """Count `(zeros, size)` of every checkpoint parameter in the files.
+
+        A parameter that is stored twice counts with the fewer zeros.
+        """
+        from spdtool.export.graph.weights import count_file_zeros
+
+        return count_file_zeros(folder / MODEL_FILE)
+
+    def stored_weights(self, folder: Path) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield each parameter once, as `(name, float32 array)` with the values that the files really hold.
+
+        Only called where the target `rounds_weights`; `spdtool unpack` builds a checkpoint of it.
+        """
+        from spdtool.export.graph.weights import read_parameters
+
+        yield from read_parameters(folder / MODEL_FILE)
+
+    def storage_formats(self, recipe: Recipe) -> StorageFormats:
+        """Formats of the stored weights; they decide which change of the dev score passes."""
+        if not self.rounds_weights:
+            return StorageFormats("fp32", "fp32")
+        return StorageFormats(recipe.export.values, recipe.export.embeddings)
+
+    def float32_form(self, folder: Path) -> Forward:
+        """Open the files with the stored weights and float32 arithmetic; needed where the target rounds arithmetic."""
+        raise NotImplementedError(f"{type(self).__name__} rounds its arithmetic and has no `float32_form`")
+
+    def float32_candidates(self, checkpoint: Path, recipe: Recipe) -> list[str]:
+        """List the modules that may stay in float32 where rounding all of them breaks the budget; empty: none may."""
+        return []
+
+    def verify(self, folder: Path, checkpoint: Path, batches: list[tuple[str, Batch]], provider: str) -> None:
+        """Look for faults that only this target's files can have.
+
+        Args:
+            batches: the batches on which logits are compared, each with a description.
+
+        Raises:
+            GateError: the files are faulty.
+        """
+
+    def properties(self, folder: Path) -> dict[str, object]:
+        """Collect further JSON values about the files, for `stage.json`."""
+        return {}
+
+
+@dataclass(frozen=True)
+class ChosenTarget:
+    """A target that a recipe asks for.
 
     Attributes:
         optional: whether the export goes on without it where it cannot be used.
-        prefix: of its folders inside the export stage; empty for the first target, its own name for every other.
+        prefix: its folder inside the export stage; empty for the first target, its name for every other.
     """
 
     name: str
-    target: Any
+    target: Target
     optional: bool
     prefix: str
 
 
-def demanded(section: Export) -> list[Chosen]:
-    """The recipe's `targets`, in order.
+def check_target(name: str, value: object) -> Target:
+    """Turn what was registered into a target.
+
+    Raises:
+        PluginError: it is no subclass of `Target`.
+    """
+    if isinstance(value, type) and issubclass(value, Target):
+        return value()
+    raise PluginError(
+        f"the export target {name!r} is no subclass of spdtool.Target",
+        f"class {name.title().replace('-', '')}(spdtool.Target): ... with a method export(checkpoint, folder, recipe)",
+    )
+
+
+def get_target(name: str) -> Target:
+    """Look up a registered target.
+
+    Raises:
+        UnknownName: nothing provides it.
+    """
+    target: Target = plugins.targets.get(name)
+    return target
+
+
+def required_targets(section: Export) -> list[ChosenTarget]:
+    """Look up `export.targets`, in order.
 
     Raises:
         UnknownName: nothing provides one of them.
@@ -50,110 +238,45 @@ def demanded(section: Export) -> list[Chosen]:
     if not section.targets:
         raise RecipeError("export.targets is empty", 'for example export.targets=["onnx"]')
     names = tuple(dict.fromkeys(section.targets))
-    found = [Chosen(name, plugins.targets.get(name), False, "" if name == names[0] else name) for name in names]
-    missing = set(ROLES) - set(roles(found[0].target))
-    if missing:
+    chosen = []
+    for name in names:
+        prefix = "" if name == names[0] else name
+        chosen.append(ChosenTarget(name, get_target(name), False, prefix))
+    missing_roles = set(ROLES) - set(chosen[0].target.roles)
+    if missing_roles:
         listed = ", ".join(f'"{name}"' for name in dict.fromkeys(("onnx", *names)))
         raise RecipeError(
-            f"the target {names[0]!r} does not export the {' and '.join(sorted(missing))}: it cannot be the first one",
+            f"the target {names[0]!r} does not export the {' and '.join(sorted(missing_roles))}: "
+            "it cannot be the first one",
             f"export.targets=[{listed}]",
         )
-    return found
+    return chosen
 
 
-def offered(section: Export) -> tuple[list[Chosen], dict[str, SpdError]]:
-    """The recipe's `optional` targets that are installed; and by name, what would be said of those that are not."""
-    found: list[Chosen] = []
-    missing: dict[str, SpdError] = {}
-    for name in dict.fromkeys(section.optional):
-        if name in section.targets:
+def optional_targets(section: Export) -> tuple[list[ChosenTarget], dict[str, SpdError]]:
+    """Look up `export.optional`.
+
+    Returns:
+        The installed ones, without those of `export.targets` and `export.skip`; and by name, why another one that the
+        recipe names cannot be used.
+    """
+    chosen: list[ChosenTarget] = []
+    errors: dict[str, SpdError] = {}
+    for name in dict.fromkeys(optional_names(section)):
+        if name in section.targets or name in section.skip:
             continue
         try:
-            found.append(Chosen(name, plugins.targets.get(name), True, name))
+            chosen.append(ChosenTarget(name, get_target(name), True, name))
         except UnknownName as error:
-            missing[name] = _absent(name) or error
-    return found, missing
+            errors[name] = error
+    return chosen, errors
 
 
-def _absent(name: str) -> PluginError | None:
-    """What is said of a target of this project that is not installed; one that does not load is another matter."""
-    distribution = plugins.official_distribution(name)
-    if distribution is None or any(plugin.error for plugin in plugins.loaded_plugins()):
-        return None
-    return PluginError("its plugin is not installed", plugins.install_command(distribution))
-
-
-def roles(target: Any) -> tuple[str, ...]:
-    """Which of teacher and student it exports."""
-    return tuple(getattr(target, "roles", ROLES))
-
-
-def providers(target: Any) -> tuple[str, ...]:
-    """The providers of onnxruntime on which its files run."""
-    return tuple(getattr(target, "providers", PROVIDERS))
-
-
-def rounds(target: Any) -> bool:
-    """Whether its files hold other weights than the checkpoint."""
-    return getattr(target, "weights", None) is not None
-
-
-def weights(target: Any, folder: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """`(parameter, float32 array)` as the files in `folder` hold them, one at a time; only where it `rounds`."""
-    yield from target.weights(folder)
-
-
-def libraries(target: Any, folder: Path) -> list[str]:
-    """The libraries of custom operators that a session of the files in `folder` needs."""
-    found = getattr(target, "libraries", None)
-    return [str(path) for path in found(folder)] if found is not None else []
-
-
-def storage(target: Any, recipe: Recipe) -> tuple[str, str]:
-    """How a target that rounds stores the matrices and the embeddings."""
-    found = getattr(target, "storage", None)
-    return found(recipe) if found is not None else (recipe.export.values, recipe.export.embeddings)
-
-
-def exact(target: Any, folder: Path) -> Forward | None:
-    """The files with nothing rounded but their weights, where the target's arithmetic is coarse; else None."""
-    found = getattr(target, "exact", None)
-    return found(folder) if found is not None else None
-
-
-def verify(target: Any, folder: Path, model: Any, batches: list[tuple[str, Batch]], provider: str) -> None:
-    """Let a target look for the faults that only its files can have; raises GateError."""
-    found = getattr(target, "verify", None)
-    if found is not None:
-        found(folder, model, batches, provider)
-
-
-def parts(target: Any, checkpoint: Path, recipe: Recipe) -> list[str]:
-    """The pieces of a model that the target can leave unrounded; none where it cannot choose."""
-    found = getattr(target, "parts", None)
-    return list(found(checkpoint, recipe)) if found is not None else []
-
-
-def facts(target: Any, folder: Path) -> dict[str, Any]:
-    """What else is to be said of the files."""
-    found = getattr(target, "facts", None)
-    return dict(found(folder)) if found is not None else {}
-
-
-def calibrates(target: Any) -> bool:
-    """Whether it needs rows of the task."""
-    return bool(getattr(target, "calibrates", False))
-
-
-def check_domains(target: Any, files: list[Path]) -> None:
-    """Refuse operators of a domain that the target does not name.
-
-    Raises:
-        GateError: names the domain.
-    """
-    allowed = getattr(target, "domains", None)
-    if allowed is None:
-        return
-    found = fusion.domains(protobuf.load(files[0], load_external_data=False)) - set(allowed)
-    if found:
-        raise GateError(f"{files[0].name} has operators of the domain {', '.join(sorted(found))}")
+def optional_names(section: Export) -> list[str]:
+    """List the names that `export.optional` stands for."""
+    if section.optional != INSTALLED:
+        return list(section.optional)
+    entries = [entry for entry in plugins.targets.entries() if entry.value.exported_by_default]
+    # A target from a plugin was installed on purpose: it comes before the built-in ones in every table.
+    entries.sort(key=lambda entry: entry.source.startswith(plugins.BUILTIN))
+    return [entry.name for entry in entries]

@@ -1,165 +1,208 @@
-"""Export targets made of the portable graph: fused, in fp16, in int8.
+"""The built-in export targets, all made of the portable graph that torch.onnx traces.
 
+    onnx                ONNX operators only, float32
     onnx-ort            fused operators of the domain com.microsoft, float32
     onnx-fp16           fp16 weights and arithmetic, ONNX operators only
     onnx-int8           int8 weights, activations rounded as they come, ONNX operators only
     onnx-int8-static    int8 weights, activations rounded by ranges seen on training rows, ONNX operators only
 
-Each exports the teacher too: what such a treatment buys, it buys a dense model as well, and the bench shows both.
+Each exports the teacher too: a dense model gains from such a treatment as well, and the bench shows both.
 """
 
+# ruff: noqa: ARG002  (a target need not use every argument of a method)
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import onnx as protobuf
-from transformers import PreTrainedModel
+import onnx
 
 from spdtool.data.batches import evaluation_batches
-from spdtool.data.tokens import Batch, Encoded
+from spdtool.data.tokens import Batch
 from spdtool.export import runtime
 from spdtool.export.gates.weights import check_stored_weights
-from spdtool.export.graph import float32 as twin
-from spdtool.export.graph import fp16 as half
-from spdtool.export.graph import fuse as fusion
-from spdtool.export.graph import int8
-from spdtool.export.graph import trace as onnx
-from spdtool.export.graph import weights as stored
-from spdtool.export.graph.trace import FILE, Onnx
+from spdtool.export.graph.float32 import float32_copy
+from spdtool.export.graph.fp16 import check_overflow, convert_to_fp16
+from spdtool.export.graph.fuse import FUSED_DOMAIN, count_operators, fuse_operators
+from spdtool.export.graph.int8 import quantizable_modules, quantize_dynamically, quantize_statically, saturates
+from spdtool.export.graph.trace import ATTENTION_OPSET, graph_properties, save_folder, trace_checkpoint
+from spdtool.export.graph.weights import read_weights, use_sparse_constants
+from spdtool.export.target import MODEL_FILE, Rounding, StorageFormats, Target
+from spdtool.models.load import load_model
 from spdtool.models.predict import Forward, onnx_forward
 from spdtool.plugins import targets
 from spdtool.recipe.fields import Recipe
 
-KEPT = "kept_fp32"  # metadata of a model: the parts that int8 left alone
-SEVEN = "reduce_range"
+FLOAT32_MODULES = "kept_fp32"  # metadata of the model: the modules that int8 left alone
+REDUCE_RANGE = "reduce_range"  # metadata of the model: whether weights have 7 bits
+CALIBRATION_BATCH = 8
+
+
+@targets.register("onnx")
+class Onnx(Target):
+    """One portable float32 ONNX file; zeros are stored like any other number, unless export.sparse_initializers."""
+
+    operator_domains: tuple[str, ...] | None = ("",)
+    traces_model = True
+    bundle_stem = "model"
+
+    def export(self, checkpoint: Path, folder: Path, recipe: Recipe) -> list[Path]:
+        """Write the checkpoint as `onnx/model.onnx`, with configuration and tokenizer beside it.
+
+        Returns:
+            The model file; and a second one, `model.onnx_data`, only if the weights are more than 2 GB.
+
+        Raises:
+            ModelError: the checkpoint cannot be read.
+            GateError: an axis of the exported graph is not free.
+        """
+        proto = trace_checkpoint(checkpoint, recipe.export.opset)
+        if recipe.export.sparse_initializers:
+            use_sparse_constants(proto)
+        return save_folder(proto, checkpoint, folder)
+
+    def properties(self, folder: Path) -> dict[str, object]:
+        """Count the nodes and sparse constants, and tell the operator set."""
+        return graph_properties(onnx.load(folder / MODEL_FILE, load_external_data=False))
 
 
 @targets.register("onnx-ort")
 class OnnxOrt(Onnx):
     """ONNX with onnxruntime's fused attention, layer norm and GELU, float32; a CPU session gains nothing by it."""
 
-    domains: tuple[str, ...] | None = ("", fusion.DOMAIN)
+    exported_by_default = True
+    operator_domains = ("", FUSED_DOMAIN)
+    bundle_stem = "model_ort"
 
-    @staticmethod
-    def export(checkpoint: Path, folder: Path, recipe: Recipe) -> list[Path]:
-        """Write the fused graph; raises as `Onnx.export`, and ModelError where onnxscript cannot rewrite it."""
-        opset = min(recipe.export.opset, onnx.ATTENTION - 1)  # the rules know attention that is written out
-        return onnx.save(fusion.fuse(onnx.graph(checkpoint, opset)), checkpoint, folder)
+    def export(self, checkpoint: Path, folder: Path, recipe: Recipe) -> list[Path]:
+        """Write the fused graph.
 
-    @staticmethod
-    def facts(folder: Path) -> dict[str, Any]:
-        """Nodes, and how many of each fused operator there are; none where onnxscript knew nothing of the graph."""
-        proto = protobuf.load(folder / FILE, load_external_data=False)
-        return onnx.facts(proto) | {"fused": fusion.operators(proto)}
+        Raises:
+            ModelError: as `Onnx.export`; or onnxscript cannot rewrite the graph.
+            GateError: as `Onnx.export`.
+        """
+        opset = min(recipe.export.opset, ATTENTION_OPSET - 1)  # the rules know attention that is written out
+        return save_folder(fuse_operators(trace_checkpoint(checkpoint, opset)), checkpoint, folder)
+
+    def properties(self, folder: Path) -> dict[str, object]:
+        """Count each fused operator too; there are none where onnxscript knew nothing of the graph."""
+        proto = onnx.load(folder / MODEL_FILE, load_external_data=False)
+        return graph_properties(proto) | {"fused": count_operators(proto)}
 
 
-class Rounded(Onnx):
-    """What fp16 and int8 share: the files hold other weights than the checkpoint, and compute coarsely."""
+class RoundedOnnx(Onnx):
+    """Base of fp16 and int8: the files hold other weights than the checkpoint, and round activations."""
 
-    @staticmethod
-    def weights(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
-        """`(parameter, float32 array)` as the file holds them, each once."""
-        seen = set[str]()
-        for name, array, _ in stored.held(protobuf.load(folder / FILE), known=True):
-            if name not in seen:
-                seen.add(name)
-                yield name, array
+    rounds_weights = True
+    rounds_arithmetic = True
 
-    @staticmethod
-    def exact(folder: Path) -> Forward:
-        """The float32 twin of the file, on the CPU; see `twin.py`."""
-        return onnx_forward(runtime.open_session(twin.twin(protobuf.load(folder / FILE)).SerializeToString()))
+    def float32_form(self, folder: Path) -> Forward:
+        """Open the file's float32 copy on the CPU."""
+        proto = float32_copy(onnx.load(folder / MODEL_FILE))
+        return onnx_forward(runtime.open_session(proto.SerializeToString()))
 
-    @staticmethod
-    def verify(
-        folder: Path,
-        model: PreTrainedModel,
-        batches: list[tuple[str, Batch]],  # noqa: ARG004
-        provider: str,  # noqa: ARG004
-    ) -> None:
-        """Refuse a stored weight that is not its checkpoint's, rounded; raises GateError."""
-        check_stored_weights(stored.held(protobuf.load(folder / FILE), known=True), model)
+    def verify(self, folder: Path, checkpoint: Path, batches: list[tuple[str, Batch]], provider: str) -> None:
+        """Refuse a stored weight that is further from the checkpoint's than its format rounds; raises GateError."""
+        weights = read_weights(onnx.load(folder / MODEL_FILE), parameters_only=True)
+        check_stored_weights(weights, load_model(checkpoint, eager=True))
 
 
 @targets.register("onnx-fp16")
-class OnnxFp16(Rounded):
+class OnnxFp16(RoundedOnnx):
     """ONNX in fp16 for GPUs: half the bytes; ONNX operators only, float32 logits."""
 
-    @staticmethod
-    def export(checkpoint: Path, folder: Path, recipe: Recipe) -> list[Path]:
-        """Write the graph in fp16; raises as `Onnx.export`, and ModelError where it cannot be converted."""
-        return onnx.save(half.halve(onnx.graph(checkpoint, recipe.export.opset)), checkpoint, folder)
+    exported_by_default = True
+    bundle_stem = "model_fp16"
+    preferred_on = ("cuda",)
 
-    @staticmethod
-    def storage(recipe: Recipe) -> tuple[str, str]:  # noqa: ARG004
+    def export(self, checkpoint: Path, folder: Path, recipe: Recipe) -> list[Path]:
+        """Write the graph in fp16.
+
+        Raises:
+            ModelError: as `Onnx.export`; or the graph cannot be converted.
+            GateError: as `Onnx.export`.
+        """
+        proto = convert_to_fp16(trace_checkpoint(checkpoint, recipe.export.opset))
+        return save_folder(proto, checkpoint, folder)
+
+    def storage_formats(self, recipe: Recipe) -> StorageFormats:
         """fp16 throughout."""
-        return "fp16", "fp16"
+        return StorageFormats("fp16", "fp16")
 
-    @staticmethod
-    def verify(folder: Path, model: PreTrainedModel, batches: list[tuple[str, Batch]], provider: str) -> None:
-        """As for any rounded file; and no node may give a number that fp16 cannot hold."""
-        Rounded.verify(folder, model, batches, provider)
-        half.scan(folder / FILE, batches, provider)
+    def verify(self, folder: Path, checkpoint: Path, batches: list[tuple[str, Batch]], provider: str) -> None:
+        """Refuse wrong weights, and nodes whose result fp16 cannot hold; raises GateError."""
+        super().verify(folder, checkpoint, batches, provider)
+        check_overflow(folder / MODEL_FILE, batches, provider)
 
 
 @targets.register("onnx-int8")
-class OnnxInt8(Rounded):
+class OnnxInt8(RoundedOnnx):
     """ONNX with int8 weights and activations for CPUs and browsers: a quarter of the bytes; ONNX operators only."""
 
-    providers: tuple[str, ...] = ("cpu",)
+    exported_by_default = True
+    providers = ("cpu",)
+    bundle_stem = "model_quantized"
+    preferred_on: tuple[str, ...] = ("web",)
 
-    @staticmethod
-    def export(checkpoint: Path, folder: Path, recipe: Recipe, keep: Sequence[str] = ()) -> list[Path]:
-        """Write the graph in int8, but for the parts in `keep`; raises as `Onnx.export`, and ModelError."""
-        seven = _seven_bits(recipe)
-        proto = int8.quantise(onnx.graph(checkpoint, recipe.export.opset), keep, reduce_range=seven)
-        return _save(proto, checkpoint, folder, keep, seven=seven)
+    def export(self, checkpoint: Path, folder: Path, recipe: Recipe) -> list[Path]:
+        """Write the graph in int8; raises as `export_rounded`."""
+        return self.export_rounded(checkpoint, folder, recipe, Rounding())
 
-    @staticmethod
-    def storage(recipe: Recipe) -> tuple[str, str]:  # noqa: ARG004
-        """int8 throughout; biases and layer normalisation stay in float32."""
-        return "int8", "int8"
+    def export_rounded(self, checkpoint: Path, folder: Path, recipe: Recipe, rounding: Rounding) -> list[Path]:
+        """Write the graph in int8, but for the modules that stay in float32.
 
-    @staticmethod
-    def parts(checkpoint: Path, recipe: Recipe) -> list[str]:
-        """What may be left in float32."""
-        return int8.parts(onnx.graph(checkpoint, recipe.export.opset))
+        Raises:
+            ModelError: as `Onnx.export`; or onnxruntime cannot quantize the graph.
+            GateError: as `Onnx.export`.
+        """
+        reduce_range = self.reduces_range(recipe)
+        proto = self.quantize(trace_checkpoint(checkpoint, recipe.export.opset), rounding, reduce_range=reduce_range)
+        metadata = {
+            FLOAT32_MODULES: " ".join(rounding.float32_modules),
+            REDUCE_RANGE: str(reduce_range).lower(),
+        }
+        onnx.helper.set_model_props(proto, metadata)
+        return save_folder(proto, checkpoint, folder)
 
-    @staticmethod
-    def facts(folder: Path) -> dict[str, Any]:
-        """Nodes, the parts left in float32, and whether weights have 7 bits."""
-        proto = protobuf.load(folder / FILE, load_external_data=False)
-        said = {entry.key: entry.value for entry in proto.metadata_props}
-        return onnx.facts(proto) | {KEPT: said[KEPT].split(), SEVEN: said[SEVEN] == "true"}
+    def quantize(self, proto: onnx.ModelProto, rounding: Rounding, *, reduce_range: bool) -> onnx.ModelProto:
+        """Quantize the traced graph."""
+        return quantize_dynamically(proto, rounding.float32_modules, reduce_range=reduce_range)
+
+    def reduces_range(self, recipe: Recipe) -> bool:
+        """Decide whether weights have 7 bits: as the recipe says, else where this CPU's products saturate."""
+        if recipe.export.reduce_range is None:
+            return saturates()
+        return recipe.export.reduce_range
+
+    def storage_formats(self, recipe: Recipe) -> StorageFormats:
+        """int8 throughout; biases and layer normalization stay in float32."""
+        return StorageFormats("int8", "int8")
+
+    def float32_candidates(self, checkpoint: Path, recipe: Recipe) -> list[str]:
+        """List each layer, and each module outside the layers that has a matrix."""
+        return quantizable_modules(trace_checkpoint(checkpoint, recipe.export.opset))
+
+    def properties(self, folder: Path) -> dict[str, object]:
+        """Tell also the modules that are in float32, and whether weights have 7 bits."""
+        proto = onnx.load(folder / MODEL_FILE, load_external_data=False)
+        metadata = {entry.key: entry.value for entry in proto.metadata_props}
+        return graph_properties(proto) | {
+            FLOAT32_MODULES: metadata[FLOAT32_MODULES].split(),
+            REDUCE_RANGE: metadata[REDUCE_RANGE] == "true",
+        }
 
 
 @targets.register("onnx-int8-static")
 class OnnxInt8Static(OnnxInt8):
     """As onnx-int8, with ranges of activations seen on training rows: quicker where roundings on the fly are slow."""
 
+    exported_by_default = False
     calibrates = True
+    bundle_stem = "model_int8_static"
+    preferred_on = ()
 
-    @staticmethod
-    def export(  # type: ignore[override]
-        checkpoint: Path, folder: Path, recipe: Recipe, rows: Encoded, keep: Sequence[str] = ()
-    ) -> list[Path]:
-        """Write the graph in int8, calibrated on `rows`; raises as `OnnxInt8.export`."""
-        seven = _seven_bits(recipe)
-        batches = (rows.collate(batch) for batch in evaluation_batches(rows, 8))
-        proto = int8.calibrate(onnx.graph(checkpoint, recipe.export.opset), batches, keep, reduce_range=seven)
-        return _save(proto, checkpoint, folder, keep, seven=seven)
-
-
-def _seven_bits(recipe: Recipe) -> bool:
-    given = recipe.export.reduce_range
-    return int8.saturates() if given is None else given
-
-
-def _save(
-    proto: protobuf.ModelProto, checkpoint: Path, folder: Path, keep: Sequence[str], *, seven: bool
-) -> list[Path]:
-    protobuf.helper.set_model_props(proto, {KEPT: " ".join(keep), SEVEN: str(seven).lower()})
-    return onnx.save(proto, checkpoint, folder)
+    def quantize(self, proto: onnx.ModelProto, rounding: Rounding, *, reduce_range: bool) -> onnx.ModelProto:
+        """Quantize the traced graph, with ranges from the calibration rows."""
+        rows = rounding.calibration_rows
+        assert rows is not None, "the gates give a target that calibrates its rows"
+        batches = (rows.collate(indices) for indices in evaluation_batches(rows, CALIBRATION_BATCH))
+        return quantize_statically(proto, batches, rounding.float32_modules, reduce_range=reduce_range)

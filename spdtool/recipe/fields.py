@@ -279,12 +279,14 @@ class Export(Section):
 
     targets: tuple[str, ...] = ("onnx",)
     """export targets; `spdtool plugins` lists them"""
-    optional: tuple[str, ...] = ("sparse-cpu", "onnx-ort", "onnx-fp16", "onnx-int8")
-    """further targets, exported where their plugin is installed"""
+    optional: tuple[str, ...] | Literal["installed"] = "installed"
+    """further targets; a refused one is left out; "installed": every installed one that is exported by default"""
+    skip: tuple[str, ...] = ()
+    """targets of `optional` to leave out"""
     values: Storage = "fp16"
-    """how sparse-cpu stores the pruned matrices"""
+    """how a target that packs pruned matrices stores them"""
     embeddings: Storage = "fp16"
-    """how sparse-cpu stores the embeddings"""
+    """how a target that packs pruned matrices stores the embeddings"""
     opset: int = Field(18, ge=18)
     """ONNX operator set; from 23 on, attention is one operator of it, which not every runtime has"""
     sparse_initializers: bool = False

@@ -98,7 +98,7 @@ def share_threads(workers: int, threads: int, provider: str) -> tuple[int, int]:
     Two batches of short texts with a thread each are done sooner than one after the other with two threads. So 0
     workers means one a thread, at most MAX_WORKERS; a GPU has one.
     """
-    all_threads = threads or runtime.cores()
+    all_threads = threads or runtime.usable_cores()
     if workers == 0 and provider == "cuda":
         workers = 1
     elif workers == 0:

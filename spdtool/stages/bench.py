@@ -4,7 +4,7 @@ Reads: `export`, and `teacher` for the rows in torch. Writes: `bench/bench.json`
 ledger, and the machine) and `bench/bench.md` (what they say). The runtime is onnxruntime on CUDA where that really
 runs, otherwise on the CPU; what ran is part of the result.
 
-Rows: `teacher` and `student` as plain ONNX files; each further target's files (`sparse-cpu`); the teacher again without
+Rows: `teacher` and `student` as plain ONNX files; each further target's files; the teacher again without
 fused operators, in dynamic int8 (made here, thrown away), in eager torch, and compiled by torch.
 """
 
@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from spdtool import console, plugins
+from spdtool import console
 from spdtool.bench import int8, latency, ledger, report
 from spdtool.bench.latency import Engine, Shape, Timing
 from spdtool.data import tokens as data
 from spdtool.errors import ModelError, RecipeError, SpdError
 from spdtool.export import runtime
-from spdtool.export import target as targets
+from spdtool.export.target import Target, get_target, optional_targets
 from spdtool.models.load import load_tokenizer
 from spdtool.recipe.fields import Recipe
 from spdtool.run.fingerprint import describe_machine
@@ -58,10 +58,10 @@ def bench(run: Run) -> BenchResult:
         SpdError: an engine died, or did not answer in time.
     """
     recipe, section = run.recipe, run.recipe.bench
-    provider = runtime.working(recipe.device)[-1]
+    provider = runtime.working_providers(recipe.device)[-1]
     folder, exported = run.read("export"), run.export_result()
     teacher = run.read("teacher")
-    counts = tuple(dict.fromkeys(count or runtime.cores() for count in section.threads))
+    counts = tuple(dict.fromkeys(count or runtime.usable_cores() for count in section.threads))
     if provider == "cuda":
         counts = counts[-1:]  # threads of the CPU make no difference there
     entered = enter(folder, exported, provider, recipe)
@@ -128,7 +128,7 @@ def enter(folder: Path, exported: ExportResult, provider: str, recipe: Recipe) -
         found.notes.append(f"Not shipped, so not timed: {target}: {reason}.")
     for target, files in exported.further().items():
         try:
-            part = plugins.targets.get(target)
+            part = get_target(target)
         except RecipeError as error:
             found.notes.append(f"Not timed: {target}: {error.message}.")
             continue
@@ -136,32 +136,32 @@ def enter(folder: Path, exported: ExportResult, provider: str, recipe: Recipe) -
         if both and (why := _untimed(part, provider, recipe)):
             found.notes.append(f"Not timed: {target}: {why}.")
             continue
-        if provider not in targets.providers(part):
+        if provider not in part.providers:
             found.notes.append(f"Not timed: {target}: it does not run on {provider}; compare it with --set device=cpu.")
             continue
         for role, model in files.models().items():
             name = target if role == "student" else f"{target} {role}"
             place = folder / target / role
             engine = _exported(name, place, model, provider)
-            found.engines.append(replace(engine, libraries=tuple(targets.libraries(part, place))))
+            found.engines.append(replace(engine, libraries=tuple(map(str, part.libraries(place)))))
             found.facts[name] = model.model_dump(exclude_none=True)
             found.sparse += [name] if role == "student" and not both else []
         if both:
             found.treated[target] = f"{target} teacher"
-    offered, missing = targets.offered(recipe.export)
+    offered, missing = optional_targets(recipe.export)
     gone = {*exported.targets, *exported.refused}
     left = [name for name in (*missing, *(choice.name for choice in offered)) if name not in gone]
     found.notes += [f"Not exported, so not timed: {name}" + _reason(missing.get(name)) for name in left]
     return found
 
 
-def _untimed(target: Any, provider: str, recipe: Recipe) -> str | None:
+def _untimed(target: Target, provider: str, recipe: Recipe) -> str | None:
     """Why a treatment of both roles is not timed here; None: it is."""
     if not recipe.bench.variants:
         return "bench.variants is off"
-    if provider == "cpu" and hasattr(target, "storage") and "fp16" in target.storage(recipe):
+    if provider == "cpu" and "fp16" in target.storage_formats(recipe):
         return "a CPU computes it in float32, with conversions between; it is for a GPU, and onnxruntime has none here"
-    return None if provider in targets.providers(target) else f"it does not run on {provider}"
+    return None if provider in target.providers else f"it does not run on {provider}"
 
 
 def add_teachers(found: Entered, checkpoint: Path, scratch: Path, provider: str, recipe: Recipe) -> None:

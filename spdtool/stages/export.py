@@ -18,18 +18,17 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from spdtool import console, plugins
+from spdtool import console
 from spdtool.data import tokens as data
 from spdtool.errors import DeviceError, GateError, ModelError, PluginError, SpdError
 from spdtool.export import runtime
-from spdtool.export import target as targets
 from spdtool.export.bundle.unpack import require_empty_folder
 from spdtool.export.bundle.write import write_bundle
 from spdtool.export.gates import export_and_check
 from spdtool.export.gates.reference import Reference
 from spdtool.export.gates.score import DevSets, prepare_dev_sets
-from spdtool.export.graph import trace as onnx
-from spdtool.export.target import Chosen
+from spdtool.export.graph.trace import cached_traces
+from spdtool.export.target import ChosenTarget, get_target, optional_targets, required_targets
 from spdtool.models.load import load_tokenizer
 from spdtool.recipe.fields import Recipe
 from spdtool.run.folder import Run, Stage, replacing
@@ -47,16 +46,16 @@ def export(run: Run) -> ExportResult:
             that was demanded is not, and everything else is.
     """
     recipe = run.recipe
-    chosen = targets.demanded(recipe.export)
-    further, absent = targets.offered(recipe.export)
-    providers = runtime.working(recipe.device)
+    chosen = required_targets(recipe.export)
+    further, absent = optional_targets(recipe.export)
+    providers = runtime.working_providers(recipe.device)
     checkpoints = {"teacher": run.read("teacher"), "student": run.read("finetune")}
     dev = {role: prepare_dev_sets(path, recipe, run.record_data) for role, path in checkpoints.items()}
     references = {role: Reference(path, dev[role], recipe) for role, path in checkpoints.items()}
     for name, error in absent.items():
         _leave_out(name, error)
     result = ExportResult(first=chosen[0].name)
-    with run.stage("export") as work, onnx.remembering():
+    with run.stage("export") as work, cached_traces():
         work.result = result
         for choice in (*chosen, *further):
             try:
@@ -80,12 +79,12 @@ def export(run: Run) -> ExportResult:
     return result
 
 
-def _untried(choice: Chosen, recipe: Recipe) -> str:
+def _untried(choice: ChosenTarget, recipe: Recipe) -> str:
     """What to add to a refusal: how an optional target is not tried again."""
     if not choice.optional:
         return ""
-    others = ", ".join(f'"{name}"' for name in recipe.export.optional if name != choice.name)
-    return f"; it is optional, and --set 'export.optional=[{others}]' does without it"
+    skipped = ", ".join(f'"{name}"' for name in (*recipe.export.skip, choice.name))
+    return f"; it is optional, and --set 'export.skip=[{skipped}]' does without it"
 
 
 def _raise_refused(result: ExportResult, recipe: Recipe) -> None:
@@ -114,9 +113,9 @@ def export_checkpoint(checkpoint: Path, name: str, folder: Path, recipe: Recipe,
         DataError, DeviceError: the data or the runtime cannot be used.
         GateError: the exported file is not its checkpoint; nothing is left of it.
     """
-    target = plugins.targets.get(name)
+    target = get_target(name)
     require_empty_folder(folder)
-    providers = runtime.working(recipe.device)
+    providers = runtime.working_providers(recipe.device)
     if not checkpoint.is_dir():
         raise ModelError(f"there is no folder {checkpoint}", "give a folder with config.json and model.safetensors")
     dev = (
@@ -125,15 +124,17 @@ def export_checkpoint(checkpoint: Path, name: str, folder: Path, recipe: Recipe,
         else DevSets(None, {"dev": data.empty_split(load_tokenizer(checkpoint))})
     )
     shown = f"exporting {checkpoint} ({name}) and holding it against its checkpoint"
-    with replacing(folder) as partial, console.busy(shown), onnx.remembering():
+    with replacing(folder) as partial, console.busy(shown), cached_traces():
         exported = export_and_check(target, Reference(checkpoint, dev, recipe), partial, providers)
     _tell(str(folder), exported)
     return exported
 
 
-def _export_target(choice: Chosen, work: Stage, references: dict[str, Reference], providers: list[str]) -> TargetExport:
+def _export_target(
+    choice: ChosenTarget, work: Stage, references: dict[str, Reference], providers: list[str]
+) -> TargetExport:
     models = {}
-    for role in targets.roles(choice.target):
+    for role in choice.target.roles:
         folder = work.folder / choice.prefix / role
         with console.busy(f"exporting the {role} ({choice.name}) and holding it against its checkpoint"):
             models[role] = export_and_check(choice.target, references[role], folder, providers)
@@ -141,7 +142,7 @@ def _export_target(choice: Chosen, work: Stage, references: dict[str, Reference]
     return TargetExport(student=models["student"], teacher=models.get("teacher"))
 
 
-def _remove(choice: Chosen, work: Stage) -> None:
+def _remove(choice: ChosenTarget, work: Stage) -> None:
     shutil.rmtree(work.folder / choice.prefix, ignore_errors=True)
 
 

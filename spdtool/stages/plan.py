@@ -11,8 +11,8 @@ from spdtool.data.dataset import Rows, identify_rows
 from spdtool.data.overview import LISTED_NAMES
 from spdtool.distillation.layer_map import check_phases
 from spdtool.errors import RecipeError
-from spdtool.export import precheck as trial
-from spdtool.export import target as targets
+from spdtool.export.precheck import check_exportable
+from spdtool.export.target import required_targets
 from spdtool.models.layers import find_prunable_weights, model_shape
 from spdtool.models.load import build_empty_teacher, label_names, load_tokenizer
 from spdtool.models.student import (
@@ -58,7 +58,7 @@ def make_plan(run: Run, redo: str | None = None) -> Plan:
     student, teacher = load_pair(recipe, task)
     matrices = [weight.numel() for weight in find_prunable_weights(student).values()]
     if not run.done("export"):
-        trial.check(recipe, (student.config, teacher.config))
+        check_exportable(recipe, (student.config, teacher.config))
     baseline = task.baseline(np.asarray(splits["dev"].labels))["score"]
     return Plan(
         run=str(run.path),
@@ -110,7 +110,7 @@ def check_recipe(recipe: Recipe, rows: int) -> None:
     """
     plugins.criteria.get(recipe.prune.criterion)
     plugins.patterns.get(recipe.prune.pattern)
-    targets.demanded(recipe.export)
+    required_targets(recipe.export)
     for phase in (recipe.prune, recipe.distill, recipe.finetune):
         replacing_rate(phase.grafting.schedule)
     events = event_schedule(recipe, recipe.prune.length(rows).steps)

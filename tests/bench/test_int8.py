@@ -12,7 +12,7 @@ import pytest
 from spdtool.bench import int8, latency
 from spdtool.bench.latency import Engine, Shape
 from spdtool.errors import ModelError
-from spdtool.export.graph.trace import Onnx
+from spdtool.export.targets import Onnx
 from spdtool.models.load import save_model
 
 
@@ -20,7 +20,7 @@ def test_the_file_is_smaller_and_answers_nearly_the_same(
     tmp_path: Path, toys: ModuleType, caplog: pytest.LogCaptureFixture
 ) -> None:
     save_model(toys.bert(hidden=64), toys.tokenizer(), tmp_path / "checkpoint")
-    Onnx.export(tmp_path / "checkpoint", tmp_path, toys.recipe())
+    Onnx().export(tmp_path / "checkpoint", tmp_path, toys.recipe())
     model, file = tmp_path / "onnx/model.onnx", tmp_path / "int8.onnx"
     before = model.read_bytes()
     caplog.clear()

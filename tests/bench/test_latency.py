@@ -21,7 +21,7 @@ from onnx import TensorProto, helper
 from spdtool.bench import latency
 from spdtool.bench.latency import Engine, Shape
 from spdtool.errors import SpdError
-from spdtool.export.graph.trace import Onnx
+from spdtool.export.targets import Onnx
 from spdtool.models.load import save_model
 
 TIMED = {"batch": 2, "length": 3, "real": [], "turn": 0.001}
@@ -246,7 +246,7 @@ def test_compiled_torch_gives_the_answer_or_the_reason(tmp_path: Path, toys: Mod
 
 def test_without_fusions_the_answer_is_the_same(tmp_path: Path, toys: ModuleType) -> None:
     save_model(toys.bert(), toys.tokenizer(), tmp_path / "checkpoint")
-    Onnx.export(tmp_path / "checkpoint", tmp_path, toys.recipe())
+    Onnx().export(tmp_path / "checkpoint", tmp_path, toys.recipe())
     fused = Engine("x", "onnxruntime", str(tmp_path / "onnx/model.onnx"), vocabulary=len(toys.WORDS), threads=1)
     given = latency._batch(Shape(3, 9), fused)
     (forward, *ran), (raw, *ran_raw) = (latency._in_onnxruntime(replace(fused, fused=yes)) for yes in (True, False))

@@ -34,7 +34,7 @@ def test_this_machine_can_run_spdtool(look: Callable[[], dict[str, Check]]) -> N
 
 
 def test_both_runtimes_are_a_failure(look: Callable[[], dict[str, Check]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "installed", lambda: {"onnxruntime": "1", "onnxruntime-gpu": "1"})
+    monkeypatch.setattr(runtime, "installed_distributions", lambda: {"onnxruntime": "1", "onnxruntime-gpu": "1"})
     check = look()["onnxruntime"]
     assert check.status == "fail"
     assert "both installed" in check.found
@@ -45,8 +45,8 @@ def test_a_provider_that_is_listed_and_does_not_run_is_shown(
     look: Callable[[], dict[str, Check]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     claims = SimpleNamespace(get_available_providers=lambda: list(runtime.PROVIDERS.values()), __version__="9")
-    monkeypatch.setattr(runtime, "require", lambda: claims)
-    monkeypatch.setattr(runtime, "trouble", {"cpu": None, "cuda": "libcublas is missing"}.get)
+    monkeypatch.setattr(runtime, "require_onnxruntime", lambda: claims)
+    monkeypatch.setattr(runtime, "provider_problem", {"cpu": None, "cuda": "libcublas is missing"}.get)
     check = look()["CUDAExecutionProvider"]
     assert check.status == "warn"
     assert check.found == "listed, but does not run: libcublas is missing"
@@ -58,8 +58,8 @@ def test_a_cpu_provider_that_does_not_work_is_a_failure(
     listed: list[str], trouble: str | None, look: Callable[[], dict[str, Check]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     claims = SimpleNamespace(get_available_providers=lambda: listed, __version__="9")
-    monkeypatch.setattr(runtime, "require", lambda: claims)
-    monkeypatch.setattr(runtime, "trouble", lambda _provider: trouble)
+    monkeypatch.setattr(runtime, "require_onnxruntime", lambda: claims)
+    monkeypatch.setattr(runtime, "provider_problem", lambda _provider: trouble)
     assert look()["CPUExecutionProvider"].status == "fail"
 
 
@@ -128,7 +128,7 @@ def test_an_idle_gpu_is_mentioned(look: Callable[[], dict[str, Check]], monkeypa
 def test_too_many_threads_and_a_full_disk(
     look: Callable[[], dict[str, Check]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtime, "cores", lambda: 0)
+    monkeypatch.setattr(runtime, "usable_cores", lambda: 0)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _folder: SimpleNamespace(free=10**8))
     found = look()
     assert found["processors"].status == "warn"
@@ -153,6 +153,7 @@ class TestSparseCpu:
 
     def install(self, monkeypatch: pytest.MonkeyPatch, **module: Any) -> None:
         made = plugins.Library("spdtool-sparse-cpu", "0.1.0", SimpleNamespace(**module))
+        monkeypatch.setattr(plugins, "library_targets", lambda: ["sparse-cpu"])
         monkeypatch.setattr(plugins, "find_library", lambda _target: made)
 
     def test_installed(self, look: Callable[[], dict[str, Check]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,9 +162,9 @@ class TestSparseCpu:
 
     def test_not_installed(self, look: Callable[[], dict[str, Check]], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(plugins, "LIBRARY_GROUP", "no such group")
-        check = look()["sparse-cpu"]
+        check = look()["operator libraries"]
         assert check.status == "warn"
-        assert "pip install spdtool-sparse-cpu" in check.advice
+        assert "install the plugin" in check.advice
 
     def test_not_compiled(self, look: Callable[[], dict[str, Check]], monkeypatch: pytest.MonkeyPatch) -> None:
         def path() -> str:

@@ -13,9 +13,8 @@ from transformers import XLNetConfig, XLNetForSequenceClassification
 
 from spdtool import plugins
 from spdtool.errors import ModelError
-from spdtool.export import precheck as trial
-from spdtool.export.graph import trace as onnx
-from spdtool.export.graph.trace import Onnx
+from spdtool.export import precheck
+from spdtool.export.target import Target
 from spdtool.models.layers import TESTED_FAMILIES
 from spdtool.models.load import save_model
 
@@ -64,35 +63,35 @@ def test_another_family_is_tried_and_a_tested_one_is_not(toys: ModuleType, monke
         traced.append(model.config)
         return real(model, names, opset)
 
-    real = onnx.trace
-    monkeypatch.setattr(onnx, "trace", trace)
+    real = precheck.trace_model
+    monkeypatch.setattr(precheck, "trace_model", trace)
     strange = toys.classifier("roformer", layers=5).config
-    trial.check(toys.recipe(), (strange, toys.classifier("bert").config, strange))
+    precheck.check_exportable(toys.recipe(), (strange, toys.classifier("bert").config, strange))
     assert [(config.model_type, config.num_hidden_layers) for config in traced] == [("roformer", 2)]
     assert strange.num_hidden_layers == 5, "the caller's own is left alone"
 
 
 def test_other_logits_are_an_error_too(toys: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        trial, "onnx_forward", lambda _session: lambda batch: np.full((len(batch["input_ids"]), 2), 9.0)
+        precheck, "onnx_forward", lambda _session: lambda batch: np.full((len(batch["input_ids"]), 2), 9.0)
     )
     with pytest.raises(ModelError, match="'roformer' is not exported as it is: checkpoint and exported file differ"):
-        trial.check(toys.recipe(), [toys.classifier("roformer").config])
+        precheck.check_exportable(toys.recipe(), [toys.classifier("roformer").config])
 
 
 def test_nothing_is_tried_where_no_target_is_made_of_the_graph(
     toys: ModuleType, clean_plugins: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Foreign:
-        export, session, audit = Onnx.export, Onnx.session, Onnx.audit
+    class Foreign(Target):
+        """A target that does not trace the model."""
 
     plugins.targets.register("foreign")(Foreign)
-    monkeypatch.setattr(onnx, "trace", lambda *_: pytest.fail("it was tried"))
-    trial.check(toys.recipe('export.targets=["foreign"]'), [toys.classifier("roformer").config])
+    monkeypatch.setattr(precheck, "trace_model", lambda *_: pytest.fail("it was tried"))
+    precheck.check_exportable(toys.recipe('export.targets=["foreign"]'), [toys.classifier("roformer").config])
 
 
 def test_a_configuration_that_cannot_be_cut_is_left_to_the_real_export(toys: ModuleType) -> None:
     class Uncut:
         model_type, num_hidden_layers = "uncut", 7
 
-    trial.check(toys.recipe(), [Uncut()])
+    precheck.check_exportable(toys.recipe(), [Uncut()])

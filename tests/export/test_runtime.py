@@ -32,36 +32,36 @@ def pretend(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 def test_both_distributions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, "onnxruntime", "onnxruntime-gpu")
     with pytest.raises(DeviceError, match=r"onnxruntime 1.2.3 and onnxruntime-gpu 1.2.3 are both installed") as caught:
-        runtime.require()
+        runtime.require_onnxruntime()
     assert "pip uninstall onnxruntime onnxruntime-gpu" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("name", runtime.DISTRIBUTIONS)
 def test_either_distribution_alone_is_accepted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, name)
-    assert runtime.installed() == {name: "1.2.3"}
-    assert runtime.require().InferenceSession
+    assert runtime.installed_distributions() == {name: "1.2.3"}
+    assert runtime.require_onnxruntime().InferenceSession
 
 
 def test_a_missing_runtime_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(DeviceError, match="cannot be imported") as caught:
-        runtime.require()
+        runtime.require_onnxruntime()
     assert 'pip install "spdtool[cpu]"' in str(caught.value.hint)
 
 
 def test_a_gutted_runtime_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", ModuleType("onnxruntime"))
     with pytest.raises(DeviceError, match="files of it are missing"):
-        runtime.require()
+        runtime.require_onnxruntime()
 
 
 def test_a_session_runs_on_the_cpu_and_says_so() -> None:
     session = runtime.open_session(runtime.small_model(), threads=1)
-    assert runtime.placement(session) == {"CPUExecutionProvider": {"MatMul": 1}}
+    assert runtime.node_placement(session) == {"CPUExecutionProvider": {"MatMul": 1}}
     identity = np.eye(2, dtype=np.float32)
     assert (session.run(None, {"x": identity})[0] == identity).all()
-    assert runtime.trouble("cpu") is None
+    assert runtime.provider_problem("cpu") is None
 
 
 def test_a_damaged_model_is_refused_in_silence(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -129,7 +129,7 @@ def claim(monkeypatch: pytest.MonkeyPatch, **how: Any) -> Claim:
     """Put a `Claim` in place of onnxruntime."""
     made = Claim(**how)
     made.InferenceSession = made.open  # type: ignore[misc]
-    monkeypatch.setattr(runtime, "require", lambda: made)
+    monkeypatch.setattr(runtime, "require_onnxruntime", lambda: made)
     return made
 
 
@@ -148,24 +148,24 @@ class TestCuda:
         assert made.opened == [{"strict": "1", "providers": [("CUDAExecutionProvider", {"use_tf32": "0"})]}]
         assert made.preloaded == 1
         assert capsys.readouterr().out == ""
-        assert runtime.trouble("cuda") is None
-        assert runtime.working("auto") == ["cpu", "cuda"]
+        assert runtime.provider_problem("cuda") is None
+        assert runtime.working_providers("auto") == ["cpu", "cuda"]
 
     def test_a_silent_fallback_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         claim(monkeypatch, runs="CPUExecutionProvider")
         with pytest.raises(DeviceError, match="ran CPUExecutionProvider when CUDAExecutionProvider was asked for"):
             runtime.open_session(b"", "cuda")
-        assert "ran CPUExecutionProvider" in str(runtime.trouble("cuda"))
-        assert runtime.working("auto") == ["cpu"]
+        assert "ran CPUExecutionProvider" in str(runtime.provider_problem("cuda"))
+        assert runtime.working_providers("auto") == ["cpu"]
         with pytest.raises(DeviceError, match="CUDA was demanded"):
-            runtime.working("cuda")
+            runtime.working_providers("cuda")
 
     def test_shape_computations_on_the_cpu_are_accepted(self, monkeypatch: pytest.MonkeyPatch) -> None:
         nodes = {"CUDAExecutionProvider": ["MatMul", "Softmax"], "CPUExecutionProvider": ["Gather", "Concat"]}
         made = claim(monkeypatch, nodes=nodes, refuses_strict=True)
         session = runtime.open_session(b"", "cuda")
         assert [entry["strict"] for entry in made.opened] == ["1", None]
-        assert runtime.placement(session) == {
+        assert runtime.node_placement(session) == {
             "CPUExecutionProvider": {"Concat": 1, "Gather": 1},
             "CUDAExecutionProvider": {"MatMul": 1, "Softmax": 1},
         }
@@ -200,14 +200,14 @@ class TestCuda:
 
 
 def test_the_cpu_needs_no_probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "trouble", lambda _provider: pytest.fail("CUDA was tried"))
-    assert runtime.working("cpu") == ["cpu"]
+    monkeypatch.setattr(runtime, "provider_problem", lambda _provider: pytest.fail("CUDA was tried"))
+    assert runtime.working_providers("cpu") == ["cpu"]
 
 
 def test_a_provider_that_computes_nonsense_is_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
     session = SimpleNamespace(run=lambda _names, given: [given["x"]])
     monkeypatch.setattr(runtime, "open_session", lambda *_given, **_named: session)
-    assert "wrong product" in str(runtime.trouble("cpu"))
+    assert "wrong product" in str(runtime.provider_problem("cpu"))
 
 
 # Libraries of custom operators ---------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ def test_operators_of_ours_that_are_not_registered_name_the_plugin() -> None:
 def test_operators_of_a_stranger_that_are_not_registered_ask_for_their_library() -> None:
     with pytest.raises(ModelError, match=r"of the domain 'their.ops', which is not registered") as caught:
         runtime.open_session(custom("their.ops"))
-    assert caught.value.hint == "give the library that holds it"
+    assert caught.value.hint == "give the library that holds it, or install the plugin whose target wrote the file"
 
 
 @pytest.mark.parametrize("content", [None, b"no library", Path(np.__file__).read_bytes()])
@@ -253,14 +253,14 @@ def test_a_shared_library_without_operators_is_refused() -> None:
 
 
 def test_every_library_is_registered_before_the_model_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
-    real, seen = runtime.require(), []
+    real, seen = runtime.require_onnxruntime(), []
 
     class Options(real.SessionOptions):
         def register_custom_ops_library(self, path: str) -> None:
             seen.append(path)
 
     told = {name: getattr(real, name) for name in ("InferenceSession", "get_available_providers")}
-    monkeypatch.setattr(runtime, "require", lambda: SimpleNamespace(**told, SessionOptions=Options))
+    monkeypatch.setattr(runtime, "require_onnxruntime", lambda: SimpleNamespace(**told, SessionOptions=Options))
     runtime.open_session(runtime.small_model(), threads=1, libraries=["a.so", Path("b.so")])
     assert seen == ["a.so", "b.so"]
 

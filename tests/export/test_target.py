@@ -1,84 +1,121 @@
-"""Which targets a recipe means, and what a target that says nothing of itself is taken for."""
+"""The base class of targets, what may be registered, and which targets a recipe asks for."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
 from spdtool import plugins
-from spdtool.errors import RecipeError, UnknownName
-from spdtool.export import target as targets
-from spdtool.export.graph.trace import Onnx
-from spdtool.recipe.fields import Export
+from spdtool.errors import PluginError, RecipeError, UnknownName
+from spdtool.export.target import (
+    StorageFormats,
+    Target,
+    get_target,
+    optional_names,
+    optional_targets,
+    required_targets,
+)
+from spdtool.recipe.fields import Export, Recipe
 
 pytestmark = pytest.mark.usefixtures("clean_plugins")
 
 
-class Bare:
-    """A stranger's target that has none of the optional attributes."""
-
-
-class Full:
-    """One that has them all."""
+class StudentOnly(Target):
+    """A target for the student alone, which rounds weights."""
 
     roles = ("student",)
-    providers = ("cpu",)
-
-    @staticmethod
-    def weights(folder: Path) -> Any:
-        yield "a", np.ones(2, np.float32)
-
-    @staticmethod
-    def libraries(folder: Path) -> list[Path]:
-        return [folder / "lib.so"]
+    rounds_weights = True
+    exported_by_default = True
 
 
-@pytest.mark.parametrize("target", [Bare, Onnx])
-def test_what_a_target_need_not_say(target: Any) -> None:
-    assert targets.roles(target) == ("teacher", "student")
-    assert targets.providers(target) == ("cpu", "cuda")
-    assert not targets.rounds(target)
-    assert targets.libraries(target, Path("here")) == []
+def test_defaults_fit_an_unrounded_onnx_file() -> None:
+    target = Target()
+    assert target.roles == ("teacher", "student")
+    assert target.providers == ("cpu", "cuda")
+    assert (target.rounds_weights, target.rounds_arithmetic, target.calibrates) == (False, False, False)
+    assert not target.exported_by_default
+    assert target.libraries(Path("folder")) == []
+    assert target.properties(Path("folder")) == {}
+    assert target.float32_candidates(Path("checkpoint"), Recipe()) == []
+    assert target.storage_formats(Recipe()) == StorageFormats("fp32", "fp32")
+    assert StudentOnly().storage_formats(Recipe()) == StorageFormats("fp16", "fp16")
 
 
-def test_what_a_target_says_counts() -> None:
-    assert (targets.roles(Full), targets.providers(Full), targets.rounds(Full)) == (("student",), ("cpu",), True)
-    assert [name for name, _ in targets.weights(Full, Path("here"))] == ["a"]
-    assert targets.libraries(Full, Path("here")) == ["here/lib.so"]
+def test_export_has_to_be_written() -> None:
+    with pytest.raises(NotImplementedError, match="StudentOnly has no `export`"):
+        StudentOnly().export(Path("checkpoint"), Path("folder"), Recipe())
+    with pytest.raises(NotImplementedError, match="StudentOnly rounds its arithmetic and has no `float32_form`"):
+        StudentOnly().float32_form(Path("folder"))
+
+
+def test_only_a_subclass_of_target_can_be_registered() -> None:
+    class Foreign:
+        """It has the methods of a target, and is none."""
+
+        export = Target.export
+
+    for value in (Foreign, Foreign(), Target(), "onnx"):
+        with pytest.raises(PluginError, match=r"'foreign' is no subclass of spdtool\.Target") as caught:
+            plugins.targets.register("foreign")(value)
+        assert "class Foreign(spdtool.Target)" in str(caught.value.hint)
+    assert plugins.targets.find("foreign") is None
+
+
+def test_a_registered_class_is_returned_unchanged_and_looked_up_as_an_instance() -> None:
+    assert plugins.targets.register("student-only")(StudentOnly) is StudentOnly
+    assert isinstance(get_target("student-only"), StudentOnly)
+    assert plugins.targets.entry("student-only").summary == "A target for the student alone, which rounds weights."
 
 
 def test_the_first_target_has_no_prefix_and_the_others_their_names() -> None:
-    plugins.targets.register("full")(Full)
-    chosen = targets.demanded(Export(targets=("onnx", "full", "onnx")))
+    plugins.targets.register("student-only")(StudentOnly)
+    chosen = required_targets(Export(targets=("onnx", "student-only", "onnx")))
     assert [(choice.name, choice.prefix, choice.optional) for choice in chosen] == [
         ("onnx", "", False),
-        ("full", "full", False),
+        ("student-only", "student-only", False),
     ]
 
 
 def test_the_first_target_must_export_the_teacher_too() -> None:
-    plugins.targets.register("full")(Full)
-    with pytest.raises(RecipeError, match="'full' does not export the teacher") as caught:
-        targets.demanded(Export(targets=("full",)))
-    assert caught.value.hint == 'export.targets=["onnx", "full"]'
+    plugins.targets.register("student-only")(StudentOnly)
+    with pytest.raises(RecipeError, match="'student-only' does not export the teacher") as caught:
+        required_targets(Export(targets=("student-only",)))
+    assert caught.value.hint == 'export.targets=["onnx", "student-only"]'
     with pytest.raises(RecipeError, match="export.targets is empty"):
-        targets.demanded(Export(targets=()))
+        required_targets(Export(targets=()))
 
 
-def test_a_demanded_target_that_is_not_installed_names_its_plugin() -> None:
-    plugins.targets.unregister("sparse-cpu")
-    with pytest.raises(UnknownName) as caught:
-        targets.demanded(Export(targets=("onnx", "sparse-cpu")))
-    assert "pip install spdtool-sparse-cpu" in str(caught.value.hint)
+def test_a_required_target_that_nothing_provides_is_an_error() -> None:
+    with pytest.raises(UnknownName, match="'onnx-int9'") as caught:
+        required_targets(Export(targets=("onnx", "onnx-int9")))
+    assert "did you mean 'onnx-int8'" in str(caught.value.hint)
 
 
-def test_optional_ones_are_found_or_told_and_never_twice() -> None:
-    plugins.targets.unregister("sparse-cpu")
-    plugins.targets.register("full")(Full)
-    found, missing = targets.offered(Export(optional=("onnx", "full", "full", "sparse-cpu", "fulll")))
-    assert [(choice.name, choice.prefix, choice.optional) for choice in found] == [("full", "full", True)]
-    assert list(missing) == ["sparse-cpu", "fulll"]
-    assert "did you mean 'full'" in str(missing["fulll"].hint)
+def test_optional_targets_are_looked_up_once_each_and_missing_ones_explained() -> None:
+    plugins.targets.register("student-only")(StudentOnly)
+    names = ("onnx", "student-only", "student-only", "onnx-fp16", "absent")
+    chosen, errors = optional_targets(Export(optional=names, skip=("onnx-fp16",)))
+    assert [(choice.name, choice.prefix, choice.optional) for choice in chosen] == [
+        ("student-only", "student-only", True)
+    ]
+    assert list(errors) == ["absent"]
+
+
+def test_installed_means_every_target_that_is_exported_by_default_and_plugins_come_first() -> None:
+    plugins.targets.register("student-only")(StudentOnly)
+    names = optional_names(Export())
+    assert names[-3:] == ["onnx-fp16", "onnx-int8", "onnx-ort"]
+    assert "student-only" in names[:-3]
+    assert "onnx-int8-static" not in names
+    chosen, errors = optional_targets(Export(skip=("student-only", "onnx-ort")))
+    assert not {"student-only", "onnx-ort"} & {choice.name for choice in chosen}
+    assert errors == {}
+
+
+def test_importing_the_base_class_brings_nothing_heavy() -> None:
+    code = "import sys, spdtool.export.target; print(sorted({'torch', 'onnx', 'numpy'} & sys.modules.keys()))"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "[]"

@@ -12,20 +12,19 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from spdtool import plugins
 from spdtool.data import tokens as data
 from spdtool.errors import GateError, RecipeError
 from spdtool.export import runtime
 from spdtool.export.gates import export_and_check
 from spdtool.export.gates.reference import Reference
 from spdtool.export.gates.score import DevComparison, DevSets, compare_predictions
-from spdtool.export.graph import float32 as twin
-from spdtool.export.graph import fp16 as half
-from spdtool.export.graph import fuse as fusion
-from spdtool.export.graph import int8
-from spdtool.export.graph import trace as portable
-from spdtool.export.graph import weights as stored
-from spdtool.export.graph.trace import FILE
+from spdtool.export.graph import fp16, trace
+from spdtool.export.graph.float32 import float32_copy
+from spdtool.export.graph.fuse import count_operators, fuse_operators, operator_domains
+from spdtool.export.graph.int8 import quantize_dynamically
+from spdtool.export.graph.weights import SIDE_BY_SIDE, count_file_zeros
+from spdtool.export.target import MODEL_FILE, Rounding, Target, get_target
+from spdtool.export.targets import Onnx
 from spdtool.models.layers import find_prunable_weights
 from spdtool.models.load import load_model, save_model
 from spdtool.models.predict import onnx_forward
@@ -48,7 +47,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> Pa
 @pytest.fixture(scope="module")
 def proto(checkpoint: Path) -> onnx.ModelProto:
     """Its portable graph."""
-    return portable.graph(checkpoint, 18)
+    return trace.trace_checkpoint(checkpoint, 18)
 
 
 @pytest.fixture
@@ -68,7 +67,7 @@ def export(checkpoint: Path, tmp_path: Path, dev: DevSets, toys: ModuleType) -> 
 
     def make(name: str, *sets: str, source: Path = checkpoint, target: Any = None) -> tuple[dict[str, Any], Path]:
         recipe = toys.recipe("export.sentences=6", *sets)
-        found = target or plugins.targets.get(name)
+        found = target or get_target(name)
         return export_and_check(found, Reference(source, dev, recipe), tmp_path / name, ["cpu"]), tmp_path / name
 
     return make
@@ -77,15 +76,15 @@ def export(checkpoint: Path, tmp_path: Path, dev: DevSets, toys: ModuleType) -> 
 @pytest.mark.parametrize("name", TARGETS)
 def test_every_variant_passes_the_gates_and_says_what_it_is(name: str, export: Export, checkpoint: Path) -> None:
     metrics, folder = export(name, "export.budget=1")
-    held = stored.audit(folder / FILE)
+    held = count_file_zeros(folder / MODEL_FILE)
     weights = find_prunable_weights(load_model(checkpoint))
     for parameter, weight in weights.items():
         zeros, size = int((weight == 0).sum()), weight.numel()
         assert held[parameter][1] == size
         assert held[parameter][0] == zeros if name not in COARSE else held[parameter][0] >= zeros
     allowed = {"", "com.microsoft"} if name == "onnx-ort" else {""}
-    assert fusion.domains(onnx.load(folder / FILE)) == allowed
-    assert metrics.nodes == len(onnx.load(folder / FILE).graph.node)
+    assert operator_domains(onnx.load(folder / MODEL_FILE)) == allowed
+    assert metrics.nodes == len(onnx.load(folder / MODEL_FILE).graph.node)
     assert metrics.largest_difference < (1e-3 if name in COARSE else 1e-4)
     if name in COARSE:
         assert 0 < metrics.deviation < {"onnx-fp16": 0.005, "onnx-int8": 0.06, "onnx-int8-static": 0.15}[name]
@@ -98,9 +97,9 @@ def test_fused_operators_are_counted(export: Export) -> None:
     assert metrics.fused == {"Attention": 2, "BiasGelu": 2, "SkipLayerNormalization": 4}
     (packed,) = {
         entry.value
-        for tensor in onnx.load(folder / FILE).graph.initializer
+        for tensor in onnx.load(folder / MODEL_FILE).graph.initializer
         for entry in tensor.metadata_props
-        if entry.key == stored.PACKED and "layer.1." in entry.value
+        if entry.key == SIDE_BY_SIDE and "layer.1." in entry.value
     }
     assert [part.split(".")[-3] for part in packed.split()] == ["query", "key", "value"]
 
@@ -111,7 +110,7 @@ def test_fused_operators_are_counted(export: Export) -> None:
 )
 def test_every_matrix_takes_fewer_bytes(name: str, stored_as: int, export: Export) -> None:
     _, folder = export(name, "export.budget=1")
-    tensors = {tensor.name: tensor for tensor in onnx.load(folder / FILE).graph.initializer}
+    tensors = {tensor.name: tensor for tensor in onnx.load(folder / MODEL_FILE).graph.initializer}
     matrices = [tensor for key, tensor in tensors.items() if "layer." in key and len(tensor.dims) == 2]
     assert len(matrices) == 12
     assert {tensor.data_type for tensor in matrices} == {stored_as}
@@ -122,7 +121,7 @@ def test_every_matrix_takes_fewer_bytes(name: str, stored_as: int, export: Expor
 
 def test_static_int8_rounds_what_goes_into_a_product_with_a_weight_and_nothing_else(export: Export) -> None:
     _, folder = export("onnx-int8-static", "export.budget=1")
-    graph = onnx.load(folder / FILE).graph
+    graph = onnx.load(folder / MODEL_FILE).graph
     made_by = {name: node for node in graph.node for name in node.output}
     constants = {tensor.name for tensor in graph.initializer}
 
@@ -141,27 +140,25 @@ def test_static_int8_rounds_what_goes_into_a_product_with_a_weight_and_nothing_e
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_two_exports_are_byte_identical(name: str, checkpoint: Path, tmp_path: Path, dev: DevSets, toys: Any) -> None:
-    target = plugins.targets.get(name)
-    more = {"rows": dev.train} if name == "onnx-int8-static" else {}
+    target = get_target(name)
     for place in ("a", "b"):
-        target.export(checkpoint, tmp_path / place, toys.recipe(), **more)
-    assert (tmp_path / "a" / FILE).read_bytes() == (tmp_path / "b" / FILE).read_bytes()
+        target.export_rounded(checkpoint, tmp_path / place, toys.recipe(), Rounding((), dev.train))
+    assert (tmp_path / "a" / MODEL_FILE).read_bytes() == (tmp_path / "b" / MODEL_FILE).read_bytes()
 
 
-def damaged(name: str, damage: Callable[[Any], None]) -> Any:
+def damaged(name: str, damage: Callable[[Any], None]) -> Target:
     """The target `name`, whose file `damage(proto)` changes once it is written."""
-    target = plugins.targets.get(name)
+    target = get_target(name)
 
-    class Damaged(target):  # type: ignore[misc, valid-type]
-        @staticmethod
-        def export(checkpoint: Path, folder: Path, recipe: Any, **more: Any) -> list[Path]:
-            files = target.export(checkpoint, folder, recipe, **more)
+    class Damaged(type(target)):  # type: ignore[misc]
+        def export_rounded(self, checkpoint: Path, folder: Path, recipe: Any, rounding: Rounding) -> list[Path]:
+            files = target.export_rounded(checkpoint, folder, recipe, rounding)
             proto = onnx.load(files[0])
             damage(proto)
             onnx.save(proto, files[0])
             return files
 
-    return Damaged
+    return Damaged()
 
 
 def fill_zeros(array: np.ndarray) -> None:
@@ -198,7 +195,7 @@ def test_an_attention_mask_that_is_not_applied_is_found(name: str, export: Expor
     def unmask(proto: Any) -> None:
         for tensor in proto.graph.initializer:
             array = numpy_helper.to_array(tensor)
-            if array.size == 1 and array.dtype.kind == "f" and array.item() <= half.MASK:
+            if array.size == 1 and array.dtype.kind == "f" and array.item() <= fp16.MASK_VALUE:
                 tensor.CopyFrom(numpy_helper.from_array(np.zeros_like(array), tensor.name))
 
     with pytest.raises(GateError, match="differ by .* padding on the|differ by .*dev rows"):
@@ -242,7 +239,7 @@ def test_what_is_not_finite_in_float32_either_is_no_fault_of_fp16(tmp_path: Path
         graph = helper.make_graph(nodes, "toy", ends[:1], ends[1:], tensors)
         made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
         onnx.save(made, tmp_path / "model.onnx")
-        half.scan(tmp_path / "model.onnx", [("a batch", {"input_ids": np.array([[0, 1]])})], "cpu")
+        fp16.check_overflow(tmp_path / "model.onnx", [("a batch", {"input_ids": np.array([[0, 1]])})], "cpu")
 
     scan(100.0)  # the logarithm of 0 is minus infinity in any arithmetic
     with pytest.raises(GateError, match="in fp16, square is not finite on a batch: in float32 it is 1e"):
@@ -257,8 +254,8 @@ def test_positions_are_the_same_in_fp16(architecture: str, tmp_path: Path, toys:
     tokenizer = toys.tokenizer(token_types=toys.ARCHITECTURES[architecture][1])
     tokenizer.model_max_length = 512
     save_model(model, tokenizer, tmp_path / "checkpoint")
-    wide = portable.graph(tmp_path / "checkpoint", 18)
-    narrow = half.halve(portable.graph(tmp_path / "checkpoint", 18))
+    wide = trace.trace_checkpoint(tmp_path / "checkpoint", 18)
+    narrow = fp16.convert_to_fp16(trace.trace_checkpoint(tmp_path / "checkpoint", 18))
     places = [node.output[0] for node in wide.graph.node if node.op_type == "Cast" and node.attribute[0].i == 7]
     found = []
     for proto in (wide, narrow):
@@ -278,8 +275,8 @@ def test_an_fp16_graph_is_in_order_and_as_lean_as_the_other(
 ) -> None:
     model = toys.classifier(architecture, layers=2)
     save_model(model, toys.tokenizer(token_types=toys.ARCHITECTURES[architecture][1]), tmp_path / "checkpoint")
-    wide = portable.graph(tmp_path / "checkpoint", 18)
-    narrow = half.halve(portable.graph(tmp_path / "checkpoint", 18))
+    wide = trace.trace_checkpoint(tmp_path / "checkpoint", 18)
+    narrow = fp16.convert_to_fp16(trace.trace_checkpoint(tmp_path / "checkpoint", 18))
     onnx.checker.check_model(narrow, full_check=True)
     assert [value.name for value in narrow.graph.input] == [value.name for value in wide.graph.input]
     assert len(narrow.graph.node) <= len(wide.graph.node) + 8  # casts of masks, angles and logits
@@ -295,17 +292,16 @@ def test_an_outlier_that_ruins_int8_is_found(name: str, export: Export, scaled: 
 
 
 def test_a_portable_file_has_no_other_operators(export: Export) -> None:
-    class Foreign(portable.Onnx):
-        @staticmethod
-        def export(checkpoint: Path, folder: Path, recipe: Any) -> list[Path]:
-            return portable.save(fusion.fuse(portable.graph(checkpoint, 18)), checkpoint, folder)
+    class Foreign(Onnx):
+        def export(self, checkpoint: Path, folder: Path, recipe: Any) -> list[Path]:
+            return trace.save_folder(fuse_operators(trace.trace_checkpoint(checkpoint, 18)), checkpoint, folder)
 
     with pytest.raises(GateError, match=r"operators of the domain com\.microsoft"):
-        export("onnx", target=Foreign)
+        export("onnx", target=Foreign())
 
 
 def test_static_int8_needs_rows(checkpoint: Path, tmp_path: Path, dev: DevSets, toys: ModuleType) -> None:
-    target, without = plugins.targets.get("onnx-int8-static"), DevSets(None, dev.sets)
+    target, without = get_target("onnx-int8-static"), DevSets(None, dev.sets)
     with pytest.raises(RecipeError, match="calibrated on rows of a task"):
         export_and_check(target, Reference(checkpoint, without, toys.recipe()), tmp_path / "out", ["cpu"])
 
@@ -328,23 +324,23 @@ def test_layers_that_break_the_budget_stay_in_float32(
 
     written: list[Path] = []
     monkeypatch.setattr("spdtool.export.gates.compare_predictions", compare)
-    monkeypatch.setattr(portable, "write", lambda proto, file: written.append(file) or write(proto, file))
+    monkeypatch.setattr(trace, "write_model", lambda proto, file: written.append(file) or write(proto, file))
     metrics, folder = export("onnx-int8")
     assert "bert.encoder.layer.0" in metrics.kept_fp32
     assert set(metrics.damage) >= {"bert.encoder.layer.0", "bert.encoder.layer.1", "classifier"}
     assert metrics.tries <= 24
-    names = {tensor.name for tensor in onnx.load(folder / FILE).graph.initializer}
+    names = {tensor.name for tensor in onnx.load(folder / MODEL_FILE).graph.initializer}
     assert HEAVY + ".T" in names
     assert "left in float32, after" in capsys.readouterr().out
 
 
-write = portable.write
+write = trace.write_model
 
 
 def test_sparse_constants_say_the_same_and_take_fewer_bytes(export: Export) -> None:
     dense, _ = export("onnx")
     sparse, folder = export("onnx", "export.sparse_initializers=true")
-    proto = onnx.load(folder / FILE)
+    proto = onnx.load(folder / MODEL_FILE)
     assert sparse["sparse"] == len(proto.graph.sparse_initializer) == 12
     assert sparse["bytes"] < dense["bytes"]
     assert {tensor.indices.data_type for tensor in proto.graph.sparse_initializer} == {TensorProto.INT64}
@@ -353,17 +349,17 @@ def test_sparse_constants_say_the_same_and_take_fewer_bytes(export: Export) -> N
 
 def test_the_attention_operator_of_operator_set_23(export: Export) -> None:
     metrics, folder = export("onnx", "export.opset=23")
-    operators = fusion.operators(onnx.load(folder / FILE), "")
+    operators = count_operators(onnx.load(folder / MODEL_FILE), "")
     assert (metrics.opset, operators["Attention"]) == (23, 2)
 
 
 def test_a_twin_rounds_no_activation(proto: onnx.ModelProto) -> None:
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
-    found = twin.twin(int8.quantise(copy))
+    found = float32_copy(quantize_dynamically(copy))
     left = {node.op_type for node in found.graph.node}
     assert not left & {"DynamicQuantizeLinear", "MatMulInteger", "QuantizeLinear"}
-    rows = {name: np.ones((2, 5), np.int64) for name in portable.INPUTS}
+    rows = {name: np.ones((2, 5), np.int64) for name in trace.INPUT_NAMES}
     assert onnx_forward(runtime.open_session(found.SerializeToString()))(rows).shape == (2, 2)
 
 
@@ -371,7 +367,7 @@ def test_masks_are_clamped_and_nothing_else() -> None:
     values = {"mask": np.float32(-3.4e38), "scale": np.float32(2.0), "weight": np.full((2, 2), -2e4, np.float32)}
     tensors = [numpy_helper.from_array(np.asarray(value), name) for name, value in values.items()]
     proto = helper.make_model(helper.make_graph([], "g", [], [], tensors))
-    half.clamp_masks(proto)
+    fp16.clamp_masks(proto)
     found = {tensor.name: numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
-    assert found["mask"] == half.MASK
+    assert found["mask"] == fp16.MASK_VALUE
     assert (found["weight"] == values["weight"]).all()

@@ -12,7 +12,7 @@ import pytest
 
 from spdtool import plugins
 from spdtool.export.bundle.write import write_bundle
-from spdtool.export.graph.trace import Onnx
+from spdtool.export.targets import Onnx
 from spdtool.models.load import save_model
 from spdtool.recipe.fields import Recipe
 
@@ -39,8 +39,8 @@ def stage(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> tuple[P
         model = toys.bert(labels=3, id2label=names, label2id={name: index for index, name in names.items()})
         save_model(model, toys.tokenizer(), folder / "checkpoint")
         recipe = toys.recipe('export.optional=["onnx-fp16"]', task="served")
-        Onnx.export(folder / "checkpoint", folder / "export/student", recipe)
-        Onnx.export(folder / "checkpoint", folder / "export/onnx-fp16/student", recipe)
+        Onnx().export(folder / "checkpoint", folder / "export/student", recipe)
+        Onnx().export(folder / "checkpoint", folder / "export/onnx-fp16/student", recipe)
         metrics = {"student": MEASURED, "onnx-fp16": {"student": MEASURED | {"largest_change": 0.01}}}
         assert write_bundle(folder / "export", folder / "checkpoint", recipe, metrics) is None
     finally:

@@ -20,7 +20,7 @@ import spdtool
 from spdtool import plugins
 from spdtool.errors import DataError, DeviceError, ModelError, PluginError
 from spdtool.export import runtime
-from spdtool.export.graph.trace import Onnx
+from spdtool.export.targets import Onnx
 from spdtool.models.layers import max_positions
 from spdtool.models.load import save_model
 from spdtool.serving import classifier
@@ -37,7 +37,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> Path:
     names = {0: "no", 1: "maybe", 2: "yes"}
     model = toys.bert(labels=3, id2label=names, label2id={name: index for index, name in names.items()})
     save_model(model, toys.tokenizer(), folder / "checkpoint")
-    Onnx.export(folder / "checkpoint", folder / "export/student", toys.recipe())
+    Onnx().export(folder / "checkpoint", folder / "export/student", toys.recipe())
     return folder
 
 
@@ -87,7 +87,7 @@ def test_one_text_gives_a_label_and_several_a_list(loaded: Classifier, place: Pa
 def test_a_regression_gives_values(tmp_path: Path, toys: ModuleType) -> None:
     model = toys.bert(labels=1, id2label={0: "score"}, label2id={"score": 0}, problem_type="regression")
     save_model(model, toys.tokenizer(), tmp_path / "checkpoint")
-    Onnx.export(tmp_path / "checkpoint", tmp_path / "out", toys.recipe())
+    Onnx().export(tmp_path / "checkpoint", tmp_path / "out", toys.recipe())
     classify = spdtool.load(tmp_path / "out")
     assert classify(TEXTS) == classify.logits(TEXTS)[:, 0].tolist()
     assert isinstance(classify("bad"), float)
@@ -105,7 +105,7 @@ def test_other_families_and_padding_on_the_left(architecture: str, side: str, tm
         tokenizer_object=core, model_input_names=inputs, padding_side=side, **names
     )  # says nothing of a longest input
     save_model(model, tokenizer, tmp_path / "checkpoint")
-    Onnx.export(tmp_path / "checkpoint", tmp_path / "out", toys.recipe())
+    Onnx().export(tmp_path / "checkpoint", tmp_path / "out", toys.recipe())
     classify = spdtool.load(tmp_path / "out")
     assert classify.max_length == max_positions(model) or architecture == "deberta-v2"
     loaded = AutoTokenizer.from_pretrained(tmp_path / "checkpoint")

@@ -16,7 +16,7 @@ import torch
 from spdtool import plugins
 from spdtool.bench import int8, latency, ledger
 from spdtool.errors import DeviceError, ModelError, SpdError, StageMissing
-from spdtool.export.graph.trace import Onnx
+from spdtool.export.targets import Onnx
 from spdtool.models.layers import find_prunable_weights
 from spdtool.models.load import save_model
 from spdtool.recipe.reading import parse_recipe
@@ -35,7 +35,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> Path
     model = toys.bert()
     for role in ("teacher", "student"):
         save_model(model, toys.tokenizer(), folder / role / "checkpoint")
-        Onnx.export(folder / role / "checkpoint", folder / role / "onnx", toys.recipe())
+        Onnx().export(folder / role / "checkpoint", folder / role / "onnx", toys.recipe())
         with torch.no_grad():
             for weight in find_prunable_weights(model).values():
                 weight.view(-1)[::2] = 0
@@ -146,7 +146,7 @@ def test_whatever_the_recipe_does_not_want_is_left_out(run: Callable[..., Run]) 
 
 
 def test_engines_are_compared_with_each_number_of_threads(run: Callable[..., Run], monkeypatch: Any) -> None:
-    monkeypatch.setattr(stage.runtime, "cores", lambda: 2)
+    monkeypatch.setattr(stage.runtime, "usable_cores", lambda: 2)
     metrics = bench(run(*FEW, "bench.threads=[1, 0, 2]", "bench.rounds=1", "bench.batches=[1]"))
     assert [entry.threads for entry in metrics.latency] == [1, 1, 1, 1, 2, 2, 2, 2]
     assert metrics.columns[5:7] == ["speed 1t", "2t"]
@@ -156,7 +156,7 @@ def test_engines_are_compared_with_each_number_of_threads(run: Callable[..., Run
 
 
 def test_a_machine_of_one_core_has_one_number_of_threads(run: Callable[..., Run], monkeypatch: Any) -> None:
-    monkeypatch.setattr(stage.runtime, "cores", lambda: 1)
+    monkeypatch.setattr(stage.runtime, "usable_cores", lambda: 1)
     metrics = bench(run(*FEW, "bench.threads=[1, 0]", "bench.rounds=1", "bench.batches=[1]"))
     assert set(metrics.speeds) == {1}
 
@@ -169,9 +169,8 @@ def test_a_further_target_is_a_row_with_its_libraries_and_the_headline(
 
         roles = ("student",)
 
-        @staticmethod
-        def libraries(folder: Path) -> list[str]:
-            return [str(folder / "lib.so")]
+        def libraries(self, folder: Path) -> list[Path]:
+            return [folder / "lib.so"]
 
     plugins.targets.register("twin")(Twin)
     raced: list[latency.Engine] = []

@@ -29,7 +29,7 @@ from spdtool.errors import (
 )
 from spdtool.export import runtime
 from spdtool.export.gates.score import DevComparison, DevSets, compare_predictions, metric_over_budget
-from spdtool.export.graph.trace import Onnx
+from spdtool.export.targets import Onnx
 from spdtool.models.layers import find_prunable_weights
 from spdtool.models.load import save_model
 from spdtool.run.folder import Run
@@ -118,7 +118,7 @@ def test_bad_input_leaves_nothing_half_written(
         *(['export.targets=["onnxx"]'] if name == "onnxx" else []), **({"dev": 0} if name == "data" else {})
     )
     if name == "runtime":
-        monkeypatch.setattr(runtime, "installed", lambda: {"onnxruntime": "1", "onnxruntime-gpu": "1"})
+        monkeypatch.setattr(runtime, "installed_distributions", lambda: {"onnxruntime": "1", "onnxruntime-gpu": "1"})
     if name in ("runtime", "cuda"):
         run.recipe = run.recipe.model_copy(update={"device": "cuda"})
     with pytest.raises(error):
@@ -131,13 +131,12 @@ class Faulty(Onnx):
 
     change: Callable[[np.ndarray], None]
 
-    @classmethod
-    def export(cls, checkpoint: Path, folder: Path, recipe: Any) -> list[Path]:  # type: ignore[override]
-        written = Onnx.export(checkpoint, folder, recipe)
+    def export(self, checkpoint: Path, folder: Path, recipe: Any) -> list[Path]:
+        written = Onnx().export(checkpoint, folder, recipe)
         proto = onnx.load(written[0])
         tensor = next(t for t in proto.graph.initializer if t.name.endswith("layer.0.intermediate.dense.weight.T"))
         array = numpy_helper.to_array(tensor).copy()
-        cls.change(array)
+        type(self).change(array)
         tensor.raw_data = array.tobytes()
         onnx.save(proto, written[0])
         return written
@@ -175,9 +174,8 @@ def test_a_changed_dev_metric_is_refused(
     """The probes may all pass and the dev set still tell: here, because the tolerance is set absurdly wide."""
 
     class Contrary(Onnx):
-        @staticmethod
-        def session(folder: Path, provider: str = "cpu", threads: int = 0) -> Any:
-            forward = Onnx.session(folder, provider, threads)
+        def session(self, folder: Path, provider: str = "cpu", threads: int = 0) -> Any:
+            forward = Onnx().session(folder, provider, threads)
             return lambda batch: -forward(batch)
 
     plugins.targets.register("contrary")(Contrary)
@@ -254,21 +252,18 @@ class TestOptional:
     def test_one_that_is_not_installed_is_told_once_and_the_rest_goes_on(
         self, fabricate: Fabricate, clean_plugins: None, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        plugins.targets.unregister("sparse-cpu")
-        metrics = export(fabricate('export.optional=["sparse-cpu"]'))
+        metrics = export(fabricate('export.optional=["absent"]'))
         assert set(metrics.targets) == {"onnx"}
         said = capsys.readouterr().err
-        assert said.count("the export to sparse-cpu is left out") == 1
-        assert "its plugin is not installed (pip install spdtool-sparse-cpu" in said
+        assert said.count("the export to absent is left out: there is no export target 'absent'") == 1
 
     @pytest.mark.parametrize("error", [DeviceError, PluginError, ModelError])
     def test_one_that_cannot_work_here_is_told_once_and_leaves_nothing(
         self, error: Any, fabricate: Fabricate, clean_plugins: None, capsys: pytest.CaptureFixture[str]
     ) -> None:
         class Lacking(Onnx):
-            @staticmethod
-            def export(checkpoint: Path, folder: Path, recipe: Any) -> list[Path]:
-                Onnx.export(checkpoint, folder, recipe)
+            def export(self, checkpoint: Path, folder: Path, recipe: Any) -> list[Path]:
+                Onnx().export(checkpoint, folder, recipe)
                 raise error("the compiled library is missing", "build it")
 
         plugins.targets.register("lacking")(Lacking)
@@ -279,8 +274,7 @@ class TestOptional:
 
     def test_a_demanded_one_that_cannot_work_is_an_error(self, fabricate: Fabricate, clean_plugins: None) -> None:
         class Lacking(Onnx):
-            @staticmethod
-            def export(checkpoint: Path, folder: Path, recipe: Any) -> list[Path]:
+            def export(self, checkpoint: Path, folder: Path, recipe: Any) -> list[Path]:
                 raise DeviceError("the compiled library is missing")
 
         plugins.targets.register("lacking")(Lacking)
@@ -305,7 +299,7 @@ class TestOptional:
             export(run)
         said = capsys.readouterr().err
         assert "faulty is not shipped: checkpoint and exported file differ by" in said
-        assert ("--set 'export.optional=[\"sound\"]' does without it" in said) == (not demanded)
+        assert ("--set 'export.skip=[\"faulty\"]' does without it" in said) == (not demanded)
         assert run.done("export")
         metrics = run.export_result()
         assert set(metrics.refused) == {"faulty"}
@@ -350,7 +344,7 @@ class TestRounding:
         self, fabricate: Fabricate, rounded: Any
     ) -> None:
         def session(folder: Path, provider: str = "cpu", threads: int = 0) -> Any:
-            forward = Onnx.session(folder, provider, threads)
+            forward = Onnx().session(folder, provider, threads)
             return lambda batch: forward(batch) + 2e-4
 
         rounded.session = staticmethod(session)
@@ -364,7 +358,9 @@ class TestRounding:
     def test_weights_that_do_not_fit_the_model_are_a_fault_of_the_export(
         self, fabricate: Fabricate, rounded: Any
     ) -> None:
-        rounded.weights = staticmethod(lambda folder: iter([("bert.pooler.dense.bias", np.zeros(3, np.float32))]))
+        rounded.stored_weights = staticmethod(
+            lambda folder: iter([("bert.pooler.dense.bias", np.zeros(3, np.float32))])
+        )
         with pytest.raises(GateError, match=r"bert.pooler.dense.bias of shape \(3,\) does not fit"):
             export(fabricate('export.targets=["onnx", "rounded"]', "export.budget=1"))
 

@@ -27,11 +27,12 @@ from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from spdtool.errors import ModelError
-from spdtool.export.graph.trace import INPUTS, PARAMETERS, TRANSPOSED
+from spdtool.export.graph.trace import INPUT_NAMES
+from spdtool.export.graph.weights import PARAMETERS, TRANSPOSED
 from spdtool_sparse_cpu import families, packing
 from spdtool_sparse_cpu.families import Encoder
+from spdtool_sparse_cpu.library import DOMAIN
 
-DOMAIN = "spdtool"
 OPERATORS_VERSION = 1
 SHAPE = "shape"  # metadata of a packed constant: the parameter's shape
 SCALE = ".scale"
@@ -93,7 +94,7 @@ def fuse_encoder(proto: onnx.ModelProto, model: Any, encoder: Encoder, values: s
     replaced = first or {cut}
     node = helper.make_node(
         "SparseEncoder",
-        [*(name if name in inputs else "" for name in INPUTS), *encoder.tables, *encoder.layers],
+        [*(name if name in inputs else "" for name in INPUT_NAMES), *encoder.tables, *encoder.layers],
         [min(replaced)],
         name="encoder",
         domain=DOMAIN,
@@ -182,7 +183,7 @@ def add_unread(proto: onnx.ModelProto, model: Any) -> None:
         proto.metadata_props.add(key=ZEROS, value=json.dumps(zeros))
 
 
-def stored_weights(proto: onnx.ModelProto) -> Iterator[tuple[str, np.ndarray]]:
+def decode_weights(proto: onnx.ModelProto) -> Iterator[tuple[str, np.ndarray]]:
     """`(parameter, float32 array)` of every parameter that the graph holds, one constant decoded at a time.
 
     A parameter that the graph holds in two places comes twice.

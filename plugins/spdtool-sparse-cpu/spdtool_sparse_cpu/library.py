@@ -16,6 +16,8 @@ import spdtool_sparse_cpu
 from spdtool.errors import DeviceError
 
 DISTRIBUTION = "spdtool-sparse-cpu"
+DOMAIN = "spdtool"
+DOMAINS = (DOMAIN,)  # read by spdtool, to name this plugin where an operator is unknown
 SUFFIXES = {"darwin": ".dylib", "win32": ".dll"}
 FILE = "libspdtool_sparse_cpu" + SUFFIXES.get(sys.platform, ".so")
 AGAIN = f"pip install --force-reinstall {DISTRIBUTION}"

@@ -11,158 +11,152 @@ A user of plain onnxruntime registers the library that the manifest names, and o
     options.register_custom_ops_library("FOLDER/lib/libspdtool_sparse_cpu.so")
     session = onnxruntime.InferenceSession("FOLDER/onnx/model.onnx", options)
 
-torch and onnx are imported where they are needed: a process that only runs a model has neither.
+torch and onnx are imported where they are needed: every command imports this module to find its plugins.
 """
 
+# ruff: noqa: ARG002  (a target need not use every argument of a method)
 from __future__ import annotations
 
 import json
 import shutil
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from spdtool.errors import DeviceError, ModelError
+from spdtool.export.target import MODEL_FILE, Target
 from spdtool.run.fingerprint import sha256
 from spdtool_sparse_cpu import library
 
 if TYPE_CHECKING:
+    from spdtool.models.predict import Forward
     from spdtool.recipe.fields import Recipe
 
 NAME = "sparse-cpu"
-FILE = "onnx/model.onnx"
-LIBRARY = "lib"
+LIBRARY_FOLDER = "lib"
 MANIFEST = "manifest.json"
-FORMAT = 1
+MANIFEST_FORMAT = 1
 
 
-class SparseCpu:
+class SparseCpu(Target):
     """ONNX with operators that skip the zeros, for onnxruntime on a CPU: smaller and faster the sparser the model."""
 
-    roles: tuple[str, ...] = ("student",)
-    providers: tuple[str, ...] = ("cpu",)
+    roles = ("student",)
+    providers = ("cpu",)
+    exported_by_default = True
+    rounds_weights = True
+    preferred_on = ("cpu",)
+    timing_operator = (library.DOMAIN, "SparseProductTime")
 
-    @staticmethod
-    def export(checkpoint: Path, folder: Path, recipe: Recipe) -> list[Path]:
+    def export(self, checkpoint: Path, folder: Path, recipe: Recipe) -> list[Path]:
         """Write the checkpoint with packed weights; the library and a manifest beside it.
 
         Returns:
-            the model file (and a second one, `model.onnx_data`, only if it is more than 2 GB).
+            The model file (and a second one, `model.onnx_data`, only if it is more than 2 GB).
 
         Raises:
             DeviceError: the compiled library is missing or of another version; nothing is written.
             ModelError: the checkpoint cannot be read, or a weight cannot be stored as the recipe says.
             GateError: an axis of the exported graph is not free.
         """
-        from spdtool.export.graph import trace as onnx
-        from spdtool.models.load import label_names, load_model, load_tokenizer, save_tokenizer
+        from spdtool.export.graph.trace import ATTENTION_OPSET, save_folder, trace_checkpoint
+        from spdtool.models.load import label_names, load_model
         from spdtool_sparse_cpu import graph
 
-        compiled, section = library.path(), recipe.export
+        compiled = library.path()
+        values, embeddings = recipe.export.values, recipe.export.embeddings
+        opset = min(recipe.export.opset, ATTENTION_OPSET - 1)  # with attention written out, which `graph` recognizes
         model = load_model(checkpoint, eager=True)
-        tokenizer = load_tokenizer(checkpoint)
-        proto = onnx.graph(checkpoint, min(section.opset, onnx.ATTENTION - 1))  # with attention written out
-        graph.sparsify(proto, model, section.values, section.embeddings)
-        folder.mkdir(parents=True, exist_ok=True)
-        model.config.save_pretrained(folder)
-        save_tokenizer(tokenizer, folder)
-        files = onnx.write(proto, folder / FILE)
-        (folder / LIBRARY).mkdir(exist_ok=True)
-        shutil.copyfile(compiled, folder / LIBRARY / compiled.name)
-        facts = {"values": section.values, "embeddings": section.embeddings, "labels": label_names(model)}
-        _write_manifest(folder, folder / LIBRARY / compiled.name, facts)
+        proto = trace_checkpoint(checkpoint, opset)
+        graph.sparsify(proto, model, values, embeddings)
+        files = save_folder(proto, checkpoint, folder)
+        (folder / LIBRARY_FOLDER).mkdir(exist_ok=True)
+        shutil.copyfile(compiled, folder / LIBRARY_FOLDER / compiled.name)
+        storage = {"values": values, "embeddings": embeddings, "labels": label_names(model)}
+        _write_manifest(folder, f"{LIBRARY_FOLDER}/{compiled.name}", storage)
         return files
 
-    @staticmethod
-    def session(folder: Path, provider: str = "cpu", threads: int = 0) -> Callable[[Any], np.ndarray]:
-        """The exported model as an `evaluation.Forward`; its operators run with the session's threads.
+    def session(self, folder: Path, provider: str = "cpu", threads: int = 0) -> Forward:
+        """Open the exported model; its operators run with the session's threads.
 
         Raises:
             DeviceError: another provider than the CPU is asked for, or onnxruntime or the library cannot be used.
             ModelError: the file cannot be opened.
         """
-        from spdtool.export import runtime
-        from spdtool.models.predict import onnx_forward
-
         if provider != "cpu":
             raise DeviceError(
                 f"the target {NAME!r} runs on the CPU only, not on {provider!r}",
                 "the target 'onnx' exports for other providers",
             )
-        return onnx_forward(
-            runtime.open_session(folder / FILE, provider, threads, libraries=SparseCpu.libraries(folder))
-        )
+        return super().session(folder, provider, threads)
 
-    @staticmethod
-    def audit(folder: Path) -> dict[str, tuple[int, int]]:
-        """`(zeros, size)` of every parameter that the file holds; of one that it holds twice, the fewest zeros.
+    def count_zeros(self, folder: Path) -> dict[str, tuple[int, int]]:
+        """Count `(zeros, size)` of every parameter that the file holds; one that is stored twice has the fewer zeros.
 
         Raises:
             ModelError: the file is damaged.
         """
         counts: dict[str, tuple[int, int]] = {}
-        for name, array in _stored(folder):
-            found = (int(array.size - np.count_nonzero(array)), int(array.size))
-            counts[name] = min(counts.get(name, found), found)
+        for name, array in _decode_weights(folder):
+            count = (int(array.size - np.count_nonzero(array)), int(array.size))
+            counts[name] = min(counts.get(name, count), count)
         return counts
 
-    @staticmethod
-    def weights(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
-        """`(parameter, float32 array)` as the file holds them, rounded as they are; each once, one at a time.
+    def stored_weights(self, folder: Path) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield `(parameter, float32 array)` as the file holds them, rounded as they are; each once.
 
         Raises:
             ModelError: the file is damaged.
         """
-        seen = set[str]()
-        for name, array in _stored(folder):
-            if name not in seen:
-                seen.add(name)
+        names = set[str]()
+        for name, array in _decode_weights(folder):
+            if name not in names:
+                names.add(name)
                 yield name, array
 
-    @staticmethod
-    def libraries(folder: Path) -> list[str]:  # noqa: ARG004
+    def libraries(self, folder: Path) -> list[Path]:
         """The installed library. The copy in the folder is never run: it may be a stranger's.
 
         Raises:
             DeviceError: it is missing or of another version.
         """
-        return [str(library.path())]
+        return [library.path()]
 
 
-def _stored(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
+def _decode_weights(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
     import onnx
 
     from spdtool_sparse_cpu import graph
 
+    file = folder / MODEL_FILE
     try:
-        proto = onnx.load(folder / FILE)
+        proto = onnx.load(file)
     except Exception as error:  # protobuf and onnx raise many kinds
-        raise ModelError(f"{folder / FILE} cannot be read: {error}", "copy the folder again") from None
-    yield from graph.stored_weights(proto)
+        raise ModelError(f"{file} cannot be read: {error}", "copy the folder again") from None
+    yield from graph.decode_weights(proto)
 
 
-def _write_manifest(folder: Path, compiled: Path, facts: dict[str, Any]) -> None:
-    files = {
-        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256(file)}
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and file != folder / MANIFEST
-    }
-    name = compiled.relative_to(folder).as_posix()
+def _write_manifest(folder: Path, library_file: str, storage: Mapping[str, object]) -> None:
+    files: dict[str, dict[str, int | str]] = {}
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and file != folder / MANIFEST:
+            name = file.relative_to(folder).as_posix()
+            files[name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
     manifest = {
-        "format": FORMAT,
+        "format": MANIFEST_FORMAT,
         "target": NAME,
-        "model": FILE,
+        "model": MODEL_FILE,
         "library": {
-            "file": name,
+            "file": library_file,
             "distribution": library.DISTRIBUTION,
             "version": library.version(),
-            "sha256": files[name]["sha256"],
+            "sha256": files[library_file]["sha256"],
             "platform": sysconfig.get_platform(),
         },
         "files": files,
-        **facts,
+        **storage,
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", "utf-8")

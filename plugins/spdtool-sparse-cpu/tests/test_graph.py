@@ -15,12 +15,13 @@ from onnx.reference.op_run import OpRun
 from spdtool_sparse_cpu import graph as sparse_graph
 from spdtool_sparse_cpu import packing
 from spdtool_sparse_cpu.families import describe
-from spdtool_sparse_cpu.graph import SMALL_TABLE, sparsify, stored_weights
+from spdtool_sparse_cpu.graph import SMALL_TABLE, decode_weights, sparsify
 from transformers.activations import ACT2FN
 
 from spdtool.errors import ModelError
 from spdtool.export.graph import trace as onnx_export
-from spdtool.export.graph.trace import INPUTS, PARAMETERS, clean, name_weights, trace
+from spdtool.export.graph.trace import INPUT_NAMES, name_weights, remove_exporter_notes, trace_model
+from spdtool.export.graph.weights import PARAMETERS
 from spdtool.models.layers import find_prunable_weights
 
 FUSED = ["bert", "roberta", "distilbert", "electra", "xlm-roberta"]
@@ -42,13 +43,13 @@ def build(toys, architecture, *, zeros=0.8, noise=0.1, **config):
 
 
 def inputs_of(toys, architecture):
-    return [name for name in INPUTS if name != "token_type_ids" or toys.ARCHITECTURES[architecture][1]]
+    return [name for name in INPUT_NAMES if name != "token_type_ids" or toys.ARCHITECTURES[architecture][1]]
 
 
 def standard(model, names, opset=18):
     """The graph in standard operators."""
-    proto = trace(model, names, opset)
-    clean(proto)
+    proto = trace_model(model, names, opset)
+    remove_exporter_notes(proto)
     name_weights(proto, model)
     return proto
 
@@ -135,7 +136,7 @@ def assert_same(reference, model, proto, inputs, tolerance=TOLERANCE):
 
 def with_weights(model, proto):
     """The model with the weights of the file, and what the file lacks."""
-    held = dict(stored_weights(proto))
+    held = dict(decode_weights(proto))
     missing = []
     with torch.no_grad():
         for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -197,7 +198,7 @@ def test_other_families_get_sparse_linear_layers(exported, reference, architectu
 def test_every_parameter_is_in_the_file_to_the_last_bit(exported, architecture):
     model, proto = exported(architecture)
     before = {name: value.detach().numpy() for name, value in model.named_parameters(remove_duplicate=False)}
-    held = dict(stored_weights(proto))
+    held = dict(decode_weights(proto))
     assert set(held) == set(before)
     for name, value in before.items():
         assert np.array_equal(held[name], value), name
@@ -257,9 +258,9 @@ def test_activations_are_recognised_by_what_they_compute(reference, opset):
     with torch.no_grad():
         for part in model.parts.values():
             part.weight.mul_((torch.arange(24) % 3 == 1).reshape(6, 4))
-    with onnx_export._quiet():
+    with onnx_export._quiet_exporter():
         proto = torch.onnx.export(model, (x,), dynamo=True, opset_version=opset, verbose=False).model_proto
-    clean(proto)
+    remove_exporter_notes(proto)
     name_weights(proto, model)
     sparse_graph.pack_linears(proto, "fp32")
     proto.opset_import.add(domain="spdtool", version=1)
@@ -279,7 +280,7 @@ def test_activations_of_the_encoder(toys, reference, spelling):
     model = build(toys, "bert", hidden_act=spelling)
     proto = export(toys, model, "bert")
     assert operators(proto) == ["SparseEncoder"]
-    assert_same(reference, model, proto, {"pairs": batches(INPUTS)["pairs"]})
+    assert_same(reference, model, proto, {"pairs": batches(INPUT_NAMES)["pairs"]})
 
 
 @pytest.mark.parametrize(
@@ -292,7 +293,7 @@ def test_an_unusual_bert_keeps_its_graph(toys, reference, config):
     assert describe(model) is None
     proto = export(toys, model, "bert")
     assert set(operators(proto)) == {"SparseLinear"}
-    assert_same(reference, model, proto, {"pairs": batches(INPUTS)["pairs"]})
+    assert_same(reference, model, proto, {"pairs": batches(INPUT_NAMES)["pairs"]})
 
 
 def test_layer_norms_that_differ_keep_the_graph(toys):
@@ -314,8 +315,8 @@ def test_inputs_that_the_tokenizer_does_not_give(toys, reference):
 
 def test_roberta_with_token_types(toys, reference):
     model = build(toys, "roberta", type_vocab_size=2)
-    proto = export(toys, model, "roberta", inputs=list(INPUTS))
-    assert_same(reference, model, proto, batches(list(INPUTS)))
+    proto = export(toys, model, "roberta", inputs=list(INPUT_NAMES))
+    assert_same(reference, model, proto, batches(list(INPUT_NAMES)))
 
 
 def test_roberta_with_another_padding_token(toys, reference):
@@ -345,7 +346,7 @@ def test_electra_of_both_sizes(toys, reference, electra):
     attributes = {item.name: helper.get_attribute_value(item) for item in proto.graph.node[0].attribute}
     assert attributes["projection"] == (not electra)
     assert len(proto.graph.node[0].input) == 3 + 5 + 2 * attributes["projection"] + 2 * 16
-    assert_same(reference, model, proto, {"pairs": batches(list(INPUTS))["pairs"]})
+    assert_same(reference, model, proto, {"pairs": batches(list(INPUT_NAMES))["pairs"]})
 
 
 class Mean(torch.nn.Module):
@@ -365,7 +366,7 @@ def test_a_head_that_reads_every_token(toys, reference):
     proto = export(toys, model, "electra")
     attributes = {item.name: helper.get_attribute_value(item) for item in proto.graph.node[0].attribute}
     assert (operators(proto), attributes["output"]) == (["SparseEncoder"], b"all")
-    assert_same(reference, model, proto, batches(list(INPUTS)))
+    assert_same(reference, model, proto, batches(list(INPUT_NAMES)))
 
 
 @pytest.mark.parametrize("architecture", ["bert", "modernbert"])
@@ -373,7 +374,7 @@ def test_parameters_that_share_a_constant(toys, reference, architecture):
     """A fresh model has equal biases and norms, which the exporter stores once, under the name of one of them."""
     model = build(toys, architecture, noise=0)
     proto = export(toys, model, architecture, "fp16", "fp16")
-    held = dict(stored_weights(proto))
+    held = dict(decode_weights(proto))
     assert set(held) == {name for name, _ in model.named_parameters(remove_duplicate=False)}
     assert len({tensor.name for tensor in proto.graph.initializer}) == len(proto.graph.initializer)
     assert with_weights(model, proto) == []
@@ -401,7 +402,7 @@ def test_a_dense_matrix_stays_a_dense_product(toys, reference):
     proto = export(toys, model, "mpnet")
     assert operators(proto) == ["SparseLinear"] * 11
     assert f"{name}.T" in bare(proto)
-    assert_same(reference, model, proto, {"one row": batches(INPUTS[:2])["one row"]})
+    assert_same(reference, model, proto, {"one row": batches(INPUT_NAMES[:2])["one row"]})
 
 
 def test_a_model_without_zeros_has_no_operator_in_another_family(toys):
@@ -490,7 +491,7 @@ def test_forms_of_a_linear_layer(reference, form):
     (after,) = ReferenceEvaluator(proto, new_ops=reference.OPERATORS).run(None, {"x": x})
     assert np.allclose(before, after, atol=1e-5)
     if expected:
-        assert np.array_equal(dict(stored_weights(proto))["layer.weight"], WEIGHT)
+        assert np.array_equal(dict(decode_weights(proto))["layer.weight"], WEIGHT)
         assert all(tensor.name != "w" for tensor in proto.graph.initializer)
 
 
@@ -522,16 +523,16 @@ def test_a_damaged_constant_is_an_error_that_names_it(toys):
     for damaged in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1]), b"", bytes(len(whole))):
         tensor.raw_data = damaged
         with pytest.raises(ModelError, match=tensor.name):
-            list(stored_weights(proto))
+            list(decode_weights(proto))
     tensor.raw_data = whole
     shape = next(entry for entry in tensor.metadata_props if entry.key == "shape")
     for wrong in ("32", "32 33", "x", "-1 32 0"):
         shape.value = wrong
         with pytest.raises(ModelError, match=tensor.name):
-            list(stored_weights(proto))
+            list(decode_weights(proto))
     tensor.metadata_props.remove(shape)
     with pytest.raises(ModelError, match=tensor.name):
-        list(stored_weights(proto))
+        list(decode_weights(proto))
 
 
 def test_a_weight_that_is_not_finite_is_refused_by_name(toys):

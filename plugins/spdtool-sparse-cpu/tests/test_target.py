@@ -13,9 +13,9 @@ from onnx.reference import ReferenceEvaluator
 from spdtool_sparse_cpu import library
 from spdtool_sparse_cpu.target import SparseCpu
 
-from spdtool import plugins
 from spdtool.errors import DeviceError, ModelError
 from spdtool.export.gates.weights import check_zeros
+from spdtool.export.target import get_target
 from spdtool.models.layers import count_zeros, find_prunable_weights
 from spdtool.models.load import load_model, save_model
 from spdtool.models.predict import torch_forward
@@ -60,7 +60,7 @@ def sets(values, embeddings):
 def test_folder_manifest_and_weights(toys, reference, checkpoints, tmp_path, architecture):
     checkpoint, folder = checkpoints(architecture), tmp_path / "export" / "student"
     recipe = toys.recipe(*sets("fp32", "fp32"))
-    files = SparseCpu.export(checkpoint, folder, recipe)
+    files = SparseCpu().export(checkpoint, folder, recipe)
     assert files == [folder / "onnx/model.onnx"]
 
     written = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
@@ -83,9 +83,9 @@ def test_folder_manifest_and_weights(toys, reference, checkpoints, tmp_path, arc
     assert str(tmp_path) not in (folder / "manifest.json").read_text()
 
     model = load_model(checkpoint, eager=True)
-    check_zeros(SparseCpu.audit(folder), count_zeros(checkpoint, list(find_prunable_weights(model))))
-    held = dict(SparseCpu.weights(folder))
-    assert len(list(SparseCpu.weights(folder))) == len(held)
+    check_zeros(SparseCpu().count_zeros(folder), count_zeros(checkpoint, list(find_prunable_weights(model))))
+    held = dict(SparseCpu().stored_weights(folder))
+    assert len(list(SparseCpu().stored_weights(folder))) == len(held)
     parameters = {name: value.detach().numpy() for name, value in model.named_parameters(remove_duplicate=False)}
     assert set(held) == set(parameters)
     assert all(np.array_equal(held[name], value) for name, value in parameters.items())
@@ -105,16 +105,18 @@ def test_folder_manifest_and_weights(toys, reference, checkpoints, tmp_path, arc
 @pytest.mark.parametrize(("values", "embeddings"), [("fp16", "fp16"), ("int8", "int8")])
 def test_zeros_survive_every_way_of_storing(toys, checkpoints, tmp_path, architecture, values, embeddings):
     checkpoint = checkpoints(architecture)
-    SparseCpu.export(checkpoint, tmp_path / "out", toys.recipe(*sets(values, embeddings)))
+    SparseCpu().export(checkpoint, tmp_path / "out", toys.recipe(*sets(values, embeddings)))
     model = load_model(checkpoint)
-    check_zeros(SparseCpu.audit(tmp_path / "out"), count_zeros(checkpoint, list(find_prunable_weights(model))))
-    assert {name for name, _ in SparseCpu.weights(tmp_path / "out")} == {name for name, _ in model.named_parameters()}
+    check_zeros(SparseCpu().count_zeros(tmp_path / "out"), count_zeros(checkpoint, list(find_prunable_weights(model))))
+    assert {name for name, _ in SparseCpu().stored_weights(tmp_path / "out")} == {
+        name for name, _ in model.named_parameters()
+    }
 
 
 @pytest.mark.usefixtures("stand_in")
 def test_two_exports_are_the_same(toys, checkpoints, tmp_path):
     for name in ("one", "two"):
-        SparseCpu.export(checkpoints("bert"), tmp_path / name, toys.recipe())
+        SparseCpu().export(checkpoints("bert"), tmp_path / name, toys.recipe())
     for file in ("onnx/model.onnx", "manifest.json"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
@@ -125,21 +127,21 @@ def test_without_the_library_nothing_is_written(toys, tmp_path, monkeypatch):
 
     monkeypatch.setattr(library, "path", missing)
     with pytest.raises(DeviceError, match="missing"):
-        SparseCpu.export(tmp_path / "checkpoint", tmp_path / "out", toys.recipe())
+        SparseCpu().export(tmp_path / "checkpoint", tmp_path / "out", toys.recipe())
     assert not (tmp_path / "out").exists()
     with pytest.raises(DeviceError, match="missing"):
-        SparseCpu.libraries(tmp_path)
+        SparseCpu().libraries(tmp_path)
 
 
 def test_another_provider_is_refused(tmp_path):
     with pytest.raises(DeviceError, match="runs on the CPU only, not on 'cuda'"):
-        SparseCpu.session(tmp_path, "cuda")
+        SparseCpu().session(tmp_path, "cuda")
 
 
 def test_the_library_in_the_folder_is_never_run(stand_in, tmp_path):
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib" / library.FILE).write_bytes(b"a stranger's")
-    assert SparseCpu.libraries(tmp_path) == [str(stand_in)]
+    assert SparseCpu().libraries(tmp_path) == [stand_in]
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not a model", b"\x08\x0a\xff\xff\xff\xff"])
@@ -148,17 +150,18 @@ def test_a_file_that_is_no_model(tmp_path, content):
     if content is not None:
         (tmp_path / "onnx/model.onnx").write_bytes(content)
     if content == b"":  # protobuf reads it: a model without anything in it
-        assert SparseCpu.audit(tmp_path) == {}
+        assert SparseCpu().count_zeros(tmp_path) == {}
         return
     with pytest.raises(ModelError, match=r"model\.onnx cannot be read"):
-        SparseCpu.audit(tmp_path)
+        SparseCpu().count_zeros(tmp_path)
 
 
 def test_it_is_registered_for_the_student_on_the_cpu():
     import spdtool_sparse_cpu  # noqa: F401
 
-    target = plugins.targets.get("sparse-cpu")
-    assert (target, target.roles, target.providers) == (SparseCpu, ("student",), ("cpu",))
+    target = get_target("sparse-cpu")
+    assert isinstance(target, SparseCpu)
+    assert (target.roles, target.providers) == (("student",), ("cpu",))
 
 
 @pytest.mark.parametrize("architecture", ["bert", "roberta", "distilbert", "electra", "mpnet", "modernbert"])
@@ -168,8 +171,8 @@ def test_the_real_library_computes_the_same(toys, checkpoints, tmp_path, archite
     except DeviceError as error:
         pytest.skip(error.message)
     checkpoint = checkpoints(architecture)
-    SparseCpu.export(checkpoint, tmp_path / "out", toys.recipe(*sets("fp32", "fp32")))
-    forward = SparseCpu.session(tmp_path / "out", threads=1)
+    SparseCpu().export(checkpoint, tmp_path / "out", toys.recipe(*sets("fp32", "fp32")))
+    forward = SparseCpu().session(tmp_path / "out", threads=1)
     batch = {
         "input_ids": np.array([[2, 7, 9, 3], [2, 8, 3, 0]]),
         "attention_mask": np.array([[1, 1, 1, 1], [1, 1, 1, 0]]),

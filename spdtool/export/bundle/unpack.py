@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from spdtool import plugins
 from spdtool.errors import ModelError, RunError
-from spdtool.export import target as targets
 from spdtool.export.bundle.read import read_bundle
+from spdtool.export.target import get_target
 from spdtool.models.load import build_empty_model, fill_weights, load_tokenizer, save_model
 from spdtool.run.folder import replacing
 
@@ -24,8 +23,8 @@ def unpack_checkpoint(folder: Path, out: Path) -> Path:
     """
     found = read_bundle(folder)
     require_empty_folder(out)
-    target = plugins.targets.get(found.target or "onnx")
-    if not targets.rounds(target):
+    target = get_target(found.target or "onnx")
+    if not target.rounds_weights:
         wrote = (
             f"was written by the target {found.target!r}"
             if found.target
@@ -36,7 +35,7 @@ def unpack_checkpoint(folder: Path, out: Path) -> Path:
             "the checkpoint of a run is in RUN/finetune; of another target's export, manifest.json has to be there",
         )
     model = build_empty_model(found.folder, finetuned=True, device="cpu")
-    missing = fill_weights(model, targets.weights(target, found.folder))
+    missing = fill_weights(model, target.stored_weights(found.folder))
     if missing:
         raise ModelError(
             f"{found.model} lacks {len(missing)} of the weights of the model that its config.json describes, "

@@ -28,6 +28,7 @@ from spdtool.data.dataset import find_dataset
 from spdtool.errors import ModelError
 from spdtool.export.bundle.card import render_card
 from spdtool.export.bundle.read import MANIFEST, SHARED_FILES, STUDENT, longest_input, read_bundle, read_json_object
+from spdtool.export.target import get_target, optional_names
 from spdtool.models.load import label_names, load_model, load_tokenizer
 from spdtool.recipe.fields import Recipe
 from spdtool.run.fingerprint import sha256
@@ -39,16 +40,7 @@ BUNDLE_FOLDER = "bundle"
 PORTABLE_TARGET = "onnx"
 GOLDEN_FILE, SELFTEST, CARD = "golden.json", "selftest.py", "README.md"
 SENTENCES = 20
-FILES = {
-    "onnx": "model",
-    "onnx-ort": "model_ort",
-    "onnx-fp16": "model_fp16",
-    "onnx-int8": "model_quantized",
-    "onnx-int8-static": "model_int8_static",
-    "sparse-cpu": "model_sparse_cpu",
-}
-"""Target to the name of its file, without `.onnx`; a plugin's target has its own name in it."""
-PREFERRED = {"cpu": ("sparse-cpu", "onnx"), "cuda": ("onnx-fp16", "onnx"), "web": ("onnx-int8", "onnx")}
+PREFERENCES = ("cpu", "cuda", "web")  # where a variant is preferred to the portable one
 FACTS = (
     *("bytes", "sparsity", "providers", "dev", "checkpoint_dev", "flipped", "rows", "largest_difference"),
     *("largest_change", "values", "embeddings", "kept_fp32"),
@@ -120,7 +112,7 @@ def _students(export: Path, recipe: Recipe, result: ExportResult) -> dict[str, t
     """Target to the folder and the figures of its student, for every one that was written."""
     first = recipe.export.targets[0]
     found = {first: (export / STUDENT, result.student)}
-    for name in (*recipe.export.targets[1:], *recipe.export.optional):
+    for name in (*recipe.export.targets[1:], *optional_names(recipe.export)):
         folder = export / name / STUDENT
         if name not in found and folder.is_dir() and name in result.targets:
             found[name] = (folder, result.targets[name].student)
@@ -130,7 +122,7 @@ def _students(export: Path, recipe: Recipe, result: ExportResult) -> dict[str, t
 def _variant(folder: Path, name: str, source: Path, measured: ExportedModel, recipe: Recipe) -> Variant:
     """Put one variant into the folder; return what the manifest says of it."""
     exported = read_bundle(source)
-    stem = FILES.get(name, f"model_{re.sub('[^a-z0-9]+', '_', name.lower())}")
+    stem = get_target(name).bundle_stem or f"model_{re.sub('[^a-z0-9]+', '_', name.lower())}"
     file = f"onnx/{stem}.onnx"
     _link(exported.model, folder / file)
     files = [file]
@@ -152,10 +144,10 @@ def _variant(folder: Path, name: str, source: Path, measured: ExportedModel, rec
 
 def _manifest(folder: Path, variants: dict[str, Variant], recipe: Recipe) -> BundleManifest:
     listed = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != CARD)  # a card is edited
-    prefer = {
-        where: [name for name in names if name in variants and _runs(variants[name], where)]
-        for where, names in PREFERRED.items()
-    }
+    prefer = {}
+    for where in PREFERENCES:
+        special = [name for name in variants if where in get_target(name).preferred_on]
+        prefer[where] = [name for name in (*special, PORTABLE_TARGET) if _runs(variants[name], where)]
     return BundleManifest(
         spdtool=metadata.version("spdtool"),
         task=recipe.task,

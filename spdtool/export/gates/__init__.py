@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from transformers import PreTrainedModel
 
 from spdtool import console
 from spdtool.data.tokens import Batch, Encoded
 from spdtool.errors import DeviceError, GateError, ModelError, RecipeError
-from spdtool.export import target as targets
 from spdtool.export.gates.batches import is_dev_batch
 from spdtool.export.gates.logits import compare_logits, measure_deviation
 from spdtool.export.gates.reference import Reference
@@ -38,16 +38,18 @@ from spdtool.export.gates.score import (
 )
 from spdtool.export.gates.search import Found, Kept, search
 from spdtool.export.gates.weights import check_zeros
+from spdtool.export.graph.fuse import operator_domains
+from spdtool.export.target import Rounding, Target
 from spdtool.models import predict as evaluation
 from spdtool.models.load import fill_weights
 from spdtool.models.predict import Forward
 from spdtool.run.records import ExportedModel
 
-CONSTANTS = 10  # a twin's scalars, such as the root in a GELU, are rounded too, and are no weights
+CONSTANTS = 10  # the float32 copy's scalars, such as the root in a GELU, are rounded too, and are no weights
 ROWS_OF_DAMAGE = 64  # of the dev set, on which one layer's rounding is judged
 
 
-def export_and_check(target: Any, reference: Reference, folder: Path, providers: list[str]) -> ExportedModel:
+def export_and_check(target: Target, reference: Reference, folder: Path, providers: list[str]) -> ExportedModel:
     """Export one checkpoint to `folder`, pass it through the gates, and return what was measured.
 
     Where a target that can leave parts unrounded breaks the budget, the parts that do so are looked for and left.
@@ -60,11 +62,11 @@ def export_and_check(target: Any, reference: Reference, folder: Path, providers:
         GateError: operators, zeros, logits or dev metric are not the checkpoint's.
         RecipeError: the target is calibrated on rows of a task, and there is none.
     """
-    attempt = ExportAttempt(target, reference, folder, _common(providers, targets.providers(target)))
+    attempt = ExportAttempt(target, reference, folder, _common(providers, target.providers))
     try:
         return attempt.export(())
     except ScoreBudgetExceeded as error:
-        parts = targets.parts(target, reference.checkpoint, reference.recipe)
+        parts = target.float32_candidates(reference.checkpoint, reference.recipe)
         if len(parts) < 2:
             raise
         return _rescue(attempt, parts, error)
@@ -74,7 +76,7 @@ def export_and_check(target: Any, reference: Reference, folder: Path, providers:
 class ExportAttempt:
     """Keeps what every export of one checkpoint by one target is made of."""
 
-    target: Any
+    target: Target
     reference: Reference
     folder: Path
     providers: list[str]
@@ -82,38 +84,35 @@ class ExportAttempt:
     def write(self, keep: Kept) -> list[Path]:
         """Export anew, with `keep` unrounded; returns the files that hold the model."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        more: dict[str, Any] = {"keep": keep} if keep else {}
-        if targets.calibrates(self.target):
-            if self.reference.dev.train is None:
-                raise RecipeError("this target is calibrated on rows of a task, and none was given", "--task or --data")
-            more["rows"] = self.reference.dev.train
+        if self.target.calibrates and self.reference.dev.train is None:
+            raise RecipeError("this target is calibrated on rows of a task, and none was given", "--task or --data")
+        rounding = Rounding(keep, self.reference.dev.train)
         found = self.reference
-        written: list[Path] = self.target.export(found.checkpoint, self.folder, found.recipe, **more)
-        return written
+        return self.target.export_rounded(found.checkpoint, self.folder, found.recipe, rounding)
 
     def export(self, keep: Kept) -> ExportedModel:
         """Export, hold the files against the checkpoint, and measure them; raises as `export_and_check` does."""
         zeros = self.reference.zeros  # first: it refuses an architecture that is not supported
         files = self.write(keep)
-        rounds = targets.rounds(self.target)
-        targets.check_domains(self.target, files)
-        audited = self.target.audit(self.folder)
+        rounds = self.target.rounds_weights
+        _check_domains(self.target, files[0])
+        audited = self.target.count_zeros(self.folder)
         check_zeros(audited, zeros, more=self.coarse)
         metrics = self._logits() | _sizes(files, self.folder, zeros)
         metrics["positions"] = self.reference.positions
         if self.coarse:
             metrics["rounded_to_zero"] = sum(audited[name][0] - count for name, (count, _) in zeros.items())
         if rounds:
-            storage = targets.storage(self.target, self.reference.recipe)
+            storage = self.target.storage_formats(self.reference.recipe)
             metrics |= dict(zip(("values", "embeddings"), storage, strict=True))
-        metrics |= targets.facts(self.target, self.folder)
+        metrics |= self.target.properties(self.folder)
         metrics |= self._dev(metrics) if self.reference.dev.task else {}
         return ExportedModel.model_validate(metrics)
 
     @property
     def coarse(self) -> bool:
         """Whether the arithmetic is rounded too, and weights that round to zero may be more zeros than there were."""
-        return getattr(self.target, "exact", None) is not None
+        return self.target.rounds_arithmetic
 
     def change(self) -> DevComparison:
         """What the files that are written now make of the dev sets, on the last of the providers."""
@@ -126,25 +125,25 @@ class ExportAttempt:
     def budget(self) -> float:
         """The largest change of the dev metric that passes."""
         recipe = self.reference.recipe
-        storage = targets.storage(self.target, recipe)
-        return recipe.export.allowed_change(rounds=targets.rounds(self.target), storage=storage)
+        storage = self.target.storage_formats(recipe)
+        return recipe.export.allowed_change(rounds=self.target.rounds_weights, storage=storage)
 
     def _logits(self) -> dict[str, Any]:
         """Hold the logits against the checkpoint's, on each provider."""
         section, batches = self.reference.recipe.export, self.reference.probes
-        rounds, twin = targets.rounds(self.target), targets.exact(self.target, self.folder)
-        plain = self.reference.model(eager=True) if getattr(self.target, "verify", None) else None
+        rounds = self.target.rounds_weights
+        twin = self.target.float32_form(self.folder) if self.coarse else None
         same: Any = _filled(self.reference.model(eager=True), self.target, self.folder) if rounds else None
         found: dict[str, Any] = {"providers": self.providers}
         largest: list[tuple[float, str]] = []
         for provider in self.providers:
-            targets.verify(self.target, self.folder, plain, batches, provider)
+            self.target.verify(self.folder, self.reference.checkpoint, batches, provider)
             session, original = self.target.session(self.folder, provider), self.reference.on_probes(provider)
             expected = evaluation.torch_forward(same.to(provider), provider) if same else original
             tolerance = section.tolerance * (CONSTANTS if twin else 1)
             largest.append(compare_logits(expected, twin or session, batches, tolerance))
             if rounds:
-                seen = self._calibrated_for() if targets.calibrates(self.target) else []
+                seen = self._calibrated_for() if self.target.calibrates else []
                 found |= _moved(original, session, seen or batches, section.rounded_tolerance if twin else math.inf)
         difference, where = max(largest)
         return {"largest_difference": difference, "largest_difference_at": where} | found
@@ -158,7 +157,7 @@ class ExportAttempt:
         return [(name, batch) for name, batch in self.reference.probes if is_dev_batch(name, left=rows.pad_left)]
 
     def _dev(self, metrics: dict[str, Any]) -> dict[str, Any]:
-        rounds, change = targets.rounds(self.target), self.change()
+        rounds, change = self.target.rounds_weights, self.change()
         check_budget(change, self.budget(), metrics, rounds=rounds, coarse=self.coarse)
         return measured(change, metrics, rounds=rounds)
 
@@ -223,6 +222,15 @@ def _moved(expected: Forward, session: Callable[..., Any], batches: Any, toleran
     return {"largest_change": largest, "deviation": share}
 
 
+def _check_domains(target: Target, file: Path) -> None:
+    """Raise GateError if the file has operators of a domain that the target does not name."""
+    if target.operator_domains is None:
+        return
+    foreign = operator_domains(onnx.load(file, load_external_data=False)) - set(target.operator_domains)
+    if foreign:
+        raise GateError(f"{file.name} has operators of the domain {', '.join(sorted(foreign))}")
+
+
 def _common(working: list[str], supported: tuple[str, ...]) -> list[str]:
     """The working providers that a target's files run on.
 
@@ -235,10 +243,10 @@ def _common(working: list[str], supported: tuple[str, ...]) -> list[str]:
     return common
 
 
-def _filled(model: PreTrainedModel, target: Any, folder: Path) -> PreTrainedModel:
+def _filled(model: PreTrainedModel, target: Target, folder: Path) -> PreTrainedModel:
     """The model with the weights that the exported files really hold."""
     try:
-        fill_weights(model, targets.weights(target, folder))
+        fill_weights(model, target.stored_weights(folder))
     except ModelError as error:  # the checkpoint is sound: what was made of it is not
         raise GateError(f"the exported file holds other weights than its checkpoint: {error.message}") from None
     return model

@@ -112,7 +112,7 @@ def check_budget(change: DevComparison, budget: float, metrics: dict[str, Any], 
         stored = f"export.values={metrics['values']} and export.embeddings={metrics['embeddings']} round the weights"
         if coarse:
             stored = f"its weights and its arithmetic are {metrics['values']}"
-        hint += f"; {stored}: store them more exactly, raise the budget, or take the target out of export.optional"
+        hint += f"; {stored}: store them more exactly, raise the budget, or leave the target out with export.skip"
     raise ScoreBudgetExceeded(
         f"the exported file has {name} {change.metrics[name]:.4f} on the dev set; its checkpoint has "
         f"{change.checkpoint[name]:.4f} ({change.flipped} of {change.rows} predictions flipped, "

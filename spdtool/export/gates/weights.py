@@ -8,7 +8,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from spdtool.errors import GateError
-from spdtool.export.graph.weights import Held
+from spdtool.export.graph.weights import StoredWeight
 
 SLACK = 1e-5  # of float32 arithmetic in a rounding
 
@@ -40,14 +40,14 @@ def check_zeros(
     )
 
 
-def check_stored_weights(held: Iterable[Held], model: PreTrainedModel) -> None:
+def check_stored_weights(stored: Iterable[StoredWeight], model: PreTrainedModel) -> None:
     """Refuse stored weights that are not the model's: a zero that is none, or more than the storage rounds.
 
     Raises:
         GateError: names the parameter, and what was found.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, array, error in held:
+    for name, array, error in stored:
         if name not in parameters:
             continue
         weight = parameters[name].detach().cpu().numpy()

@@ -1,8 +1,8 @@
-"""The float32 twin of a graph whose arithmetic is coarse: the same nodes and the same stored weights, nothing rounded.
+"""Make a float32 copy of a graph whose arithmetic is rounded: the same nodes and stored weights, nothing else rounded.
 
-What fp16 and int8 arithmetic does to a logit hides faults: a lost mask may move it less. So the twin is held against
-the checkpoint with the stored weights in it, as tightly as any float32 file; it has every node, mask and weight of the
-file that is shipped, and differs only in that activations are not rounded.
+fp16 and int8 arithmetic moves the logits, which hides faults: a missing mask may move them less. So the float32 copy is
+compared with the checkpoint, which is filled with the stored weights, as tightly as any float32 file. It has every
+node, mask and weight of the file that is shipped, and differs only in that activations are not rounded.
 """
 
 from __future__ import annotations
@@ -11,52 +11,51 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from spdtool.export.graph.weights import annotate, notes
+from spdtool.export.graph.weights import read_metadata, restore_metadata
 
-HALF, FLOAT = TensorProto.FLOAT16, TensorProto.FLOAT
-
-
-def twin(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy of the graph without roundings of activations; weights are float32 with the values that are stored."""
-    found = onnx.ModelProto()
-    found.CopyFrom(proto)
-    del found.graph.value_info[:]
-    known = notes(found.graph.initializer)
-    _in_float(found.graph)
-    _without_integers(found.graph)
-    annotate(found, known)
-    return found
+FLOAT16, FLOAT32 = TensorProto.FLOAT16, TensorProto.FLOAT
 
 
-def _in_float(graph: onnx.GraphProto) -> None:
-    """Everything that is fp16, as float32."""
-    for tensor in graph.initializer:
-        _widen(tensor)
+def float32_copy(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Copy the graph without rounding of activations; weights are float32 with the values that are stored."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    del copy.graph.value_info[:]
+    metadata = read_metadata(copy.graph.initializer)
+    _widen_fp16(copy.graph)
+    _remove_int8(copy.graph)
+    restore_metadata(copy, metadata)
+    return copy
+
+
+def _widen_fp16(graph: onnx.GraphProto) -> None:
+    """Turn every fp16 constant, and every cast to fp16, into float32."""
+    tensors = list(graph.initializer)
     for node in graph.node:
         for attribute in node.attribute:
-            if attribute.name == "to" and attribute.i == HALF:
-                attribute.i = FLOAT
+            if attribute.name == "to" and attribute.i == FLOAT16:
+                attribute.i = FLOAT32
             if attribute.HasField("t"):
-                _widen(attribute.t)
+                tensors.append(attribute.t)
+    for tensor in tensors:
+        if tensor.data_type == FLOAT16:
+            widened = numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(widened, tensor.name))
 
 
-def _widen(tensor: TensorProto) -> None:
-    if tensor.data_type == HALF:
-        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
-
-
-def _without_integers(graph: onnx.GraphProto) -> None:
-    """Each node that rounds an activation becomes one that passes it on; integer products become float ones."""
+def _remove_int8(graph: onnx.GraphProto) -> None:
+    """Replace nodes that round an activation by nodes that pass it on, and integer products by float products."""
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     rounded = {node.output[0] for node in graph.node if node.op_type == "QuantizeLinear"}
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
         if node.op_type == "DynamicQuantizeLinear":
-            nodes += _passed_on(node)
+            nodes += _pass_through(node)
         elif node.op_type == "MatMulInteger":
-            nodes.append(_product(node, tensors))
+            nodes.append(_float_product(node, tensors))
         elif node.op_type == "DequantizeLinear" and node.input[0] in tensors:
-            graph.initializer.append(_dequantised(node, tensors))  # onnxruntime would choose an int8 kernel of its own
+            # Dequantized beforehand: onnxruntime would replace the node and its product by an int8 kernel.
+            graph.initializer.append(_dequantize(node, tensors))
         elif node.op_type == "QuantizeLinear" or (node.op_type == "DequantizeLinear" and node.input[0] in rounded):
             nodes.append(helper.make_node("Identity", node.input[:1], node.output[:1]))
         else:
@@ -65,29 +64,30 @@ def _without_integers(graph: onnx.GraphProto) -> None:
     graph.node.extend(nodes)
 
 
-def _passed_on(node: onnx.NodeProto) -> list[onnx.NodeProto]:
-    """In place of (rounded, scale, zero point): the activation itself, 1 and 0."""
-    rounded, scale, zero = node.output
-    one, none = (numpy_helper.from_array(np.array(value, np.float32)) for value in (1, 0))
+def _pass_through(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """Give the activation itself, 1 and 0, where the node gave a rounded one, its scale and its zero point."""
+    rounded, scale, zero_point = node.output
+    one = numpy_helper.from_array(np.array(1, np.float32))
+    zero = numpy_helper.from_array(np.array(0, np.float32))
     return [
         helper.make_node("Identity", node.input, [rounded]),
         helper.make_node("Constant", [], [scale], value=one),
-        helper.make_node("Constant", [], [zero], value=none),
+        helper.make_node("Constant", [], [zero_point], value=zero),
     ]
 
 
-def _dequantised(node: onnx.NodeProto, tensors: dict[str, TensorProto]) -> TensorProto:
-    """A weight in float32; one scale, or one for each column."""
-    weight, scale, zero = (numpy_helper.to_array(tensors[name]).astype(np.float32) for name in node.input)
-    return numpy_helper.from_array((weight - zero) * scale, node.output[0])
+def _dequantize(node: onnx.NodeProto, tensors: dict[str, TensorProto]) -> TensorProto:
+    """Compute a weight in float32; there is one scale, or one for each column."""
+    weight, scale, zero_point = (numpy_helper.to_array(tensors[name]).astype(np.float32) for name in node.input)
+    return numpy_helper.from_array((weight - zero_point) * scale, node.output[0])
 
 
-def _product(node: onnx.NodeProto, tensors: dict[str, TensorProto]) -> onnx.NodeProto:
-    """A float product with the integers of the weight; the scales are multiplied in by the nodes behind it."""
-    weight, zero = tensors[node.input[1]], tensors.get(node.input[3]) if len(node.input) > 3 else None
-    if weight.data_type != FLOAT:
+def _float_product(node: onnx.NodeProto, tensors: dict[str, TensorProto]) -> onnx.NodeProto:
+    """Multiply with the integers of the weight in float32; the nodes behind it multiply the scales in."""
+    weight = tensors[node.input[1]]
+    if weight.data_type != FLOAT32:  # two products may share a weight, which the first one has converted
         array = numpy_helper.to_array(weight).astype(np.float32)
-        if zero is not None:
-            array = array - numpy_helper.to_array(zero).astype(np.float32)
+        if len(node.input) > 3 and node.input[3] in tensors:
+            array = array - numpy_helper.to_array(tensors[node.input[3]]).astype(np.float32)
         weight.CopyFrom(numpy_helper.from_array(array, weight.name))
     return helper.make_node("MatMul", node.input[:2], node.output, name=node.name)

@@ -1,13 +1,15 @@
-"""The graph with onnxruntime's fused operators: attention, skip layer normalisation, GELU with its bias.
+"""Fuse a graph with onnxruntime's operators: attention, skip layer normalization, GELU with its bias.
 
-onnxscript's rules know the graph that torch writes today. onnxruntime's own optimiser of transformers does not find the
-attention in it, and its mask for BERT takes all padding to be on the right. A CPU session fuses what it can by itself:
-there, these files are no faster; they are for a runtime that does not, and for a GPU, where attention is one kernel.
+onnxscript's rules know the graph that torch writes today. onnxruntime's own optimizer of transformers does not
+recognize the attention in it, and its mask for BERT assumes that all padding is on the right. A CPU session fuses by
+itself: these files are no faster there. They are for a runtime that does not, and for a GPU, where attention is one
+kernel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -15,95 +17,100 @@ import onnx_ir
 from onnx import helper, numpy_helper
 
 from spdtool.errors import ModelError, first_line
-from spdtool.export.graph.weights import PACKED, Fingerprint, annotate, fingerprint, notes
+from spdtool.export.graph.weights import (
+    SIDE_BY_SIDE,
+    Fingerprint,
+    fingerprint,
+    read_metadata,
+    restore_metadata,
+)
 
-DOMAIN = "com.microsoft"
+FUSED_DOMAIN = "com.microsoft"
 
 
-def fuse(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph with fused operators of the domain com.microsoft; constants keep their names and metadata.
+def fuse_operators(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Rewrite the graph with fused operators of the domain com.microsoft; constants keep their names and metadata.
 
     Raises:
         ModelError: onnxscript cannot rewrite it.
     """
     from onnxscript.rewriter.ort_fusions import optimize_for_ort
 
-    known, parameters = notes(proto.graph.initializer), _fingerprints(proto)
+    metadata = read_metadata(proto.graph.initializer)
+    parameters: dict[Fingerprint, str] = {}
+    for tensor in proto.graph.initializer:
+        if tensor.metadata_props:
+            parameters[fingerprint(numpy_helper.to_array(tensor))] = tensor.name
     try:
         model, _ = optimize_for_ort(onnx_ir.serde.deserialize_model(proto))
     except Exception as error:  # its rules raise whatever they meet
-        raise ModelError(
-            f"onnxscript cannot fuse this graph: {first_line(error)}", "the target 'onnx' is not"
-        ) from None
-    found: onnx.ModelProto = onnx_ir.serde.serialize_model(model)
-    annotate(found, known)
-    fold(found)
-    label(found, parameters)
-    del found.graph.value_info[:]
-    return found
+        reason = first_line(error)
+        raise ModelError(f"onnxscript cannot fuse this graph: {reason}", "the target 'onnx' is not fused") from None
+    fused: onnx.ModelProto = onnx_ir.serde.serialize_model(model)
+    restore_metadata(fused, metadata)
+    join_concatenated(fused)
+    label_joined(fused, parameters)
+    del fused.graph.value_info[:]
+    return fused
 
 
-def fold(proto: onnx.ModelProto) -> None:
-    """Join constants that the graph concatenates along their last axis: the query, key and value of an attention."""
+def join_concatenated(proto: onnx.ModelProto) -> None:
+    """Join constants that the graph concatenates along their last axis: query, key and value of an attention."""
     tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
     for node in list(proto.graph.node):
-        parts = [tensors[name] for name in node.input if name in tensors]
-        if node.op_type != "Concat" or len(parts) < len(node.input):
+        if node.op_type != "Concat" or not all(name in tensors for name in node.input):
             continue
-        arrays = [numpy_helper.to_array(part) for part in parts]
-        if node.attribute[0].i % arrays[0].ndim != arrays[0].ndim - 1:
-            continue
-        joined = numpy_helper.from_array(np.concatenate(arrays, axis=-1), node.output[0])
-        proto.graph.initializer.append(joined)
-        proto.graph.node.remove(node)
-    _drop_unused(proto.graph)
+        arrays = [numpy_helper.to_array(tensors[name]) for name in node.input]
+        axis = node.attribute[0].i % arrays[0].ndim
+        if axis == arrays[0].ndim - 1:
+            joined = numpy_helper.from_array(np.concatenate(arrays, axis=-1), node.output[0])
+            proto.graph.initializer.append(joined)
+            proto.graph.node.remove(node)
+    used = {name for node in proto.graph.node for name in node.input}
+    used_tensors = [tensor for tensor in proto.graph.initializer if tensor.name in used]
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend(used_tensors)
 
 
-def operators(proto: onnx.ModelProto, domain: str = DOMAIN) -> dict[str, int]:
-    """How many nodes of each operator of a domain the graph has."""
-    found: dict[str, int] = {}
-    for node in proto.graph.node:
-        if node.domain == domain:
-            found[node.op_type] = found.get(node.op_type, 0) + 1
-    return dict(sorted(found.items()))
-
-
-def domains(proto: onnx.ModelProto) -> set[str]:
-    """The domains of the operators in use; that of ONNX itself is empty."""
-    found = {node.domain.replace("ai.onnx", "") for node in proto.graph.node}
-    for node in proto.graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                found |= domains(helper.make_model(attribute.g))
-    return found
-
-
-def label(proto: onnx.ModelProto, parameters: Mapping[Fingerprint, str]) -> None:
-    """Note in each constant without a note which parameters stand side by side in it; recognised by their content."""
+def label_joined(proto: onnx.ModelProto, parameters: Mapping[Fingerprint, str]) -> None:
+    """Note in each constant without metadata which parameters stand side by side in it, recognized by content."""
     widths = sorted({shape[-1] for _, shape, _ in parameters}, reverse=True)
     for tensor in proto.graph.initializer:
         array = numpy_helper.to_array(tensor)
         if tensor.metadata_props or array.ndim not in (1, 2) or array.dtype != np.float32:
             continue
-        entries, start = [], 0
-        while start < array.shape[-1]:
-            blocks = ((width, parameters.get(fingerprint(array[..., start : start + width]))) for width in widths)
-            width, name = next(((width, name) for width, name in blocks if name), (0, None))
-            if name is None:
+        layout = _column_layout(array, parameters, widths)
+        if layout:
+            tensor.metadata_props.add(key=SIDE_BY_SIDE, value=layout)
+
+
+def _column_layout(array: np.ndarray, parameters: Mapping[Fingerprint, str], widths: Sequence[int]) -> str:
+    """Describe the columns as `name=columns name=columns ...`; empty where some belong to no parameter."""
+    entries: list[str] = []
+    start = 0
+    while start < array.shape[-1]:
+        for width in widths:
+            name = parameters.get(fingerprint(array[..., start : start + width]))
+            if name:
+                entries.append(f"{name}={width}")
+                start += width
                 break
-            entries.append(f"{name}={width}")
-            start += width
         else:
-            tensor.metadata_props.add(key=PACKED, value=" ".join(entries))
+            return ""
+    return " ".join(entries)
 
 
-def _fingerprints(proto: onnx.ModelProto) -> dict[Fingerprint, str]:
-    tensors = [tensor for tensor in proto.graph.initializer if tensor.metadata_props]
-    return {fingerprint(numpy_helper.to_array(tensor)): tensor.name for tensor in tensors}
+def count_operators(proto: onnx.ModelProto, domain: str = FUSED_DOMAIN) -> dict[str, int]:
+    """Count the nodes of each operator of a domain."""
+    counts = Counter(node.op_type for node in proto.graph.node if node.domain == domain)
+    return dict(sorted(counts.items()))
 
 
-def _drop_unused(graph: onnx.GraphProto) -> None:
-    used = {name for node in graph.node for name in node.input}
-    kept = [tensor for tensor in graph.initializer if tensor.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
+def operator_domains(proto: onnx.ModelProto) -> set[str]:
+    """Collect the domains of the operators in use; that of ONNX itself is empty."""
+    domains = {node.domain.replace("ai.onnx", "") for node in proto.graph.node}
+    for node in proto.graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                domains |= operator_domains(helper.make_model(attribute.g))
+    return domains

@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification
 
 from spdtool.errors import ModelError, RunError, UnknownName
 from spdtool.export.bundle.unpack import unpack_checkpoint
-from spdtool.export.graph.trace import Onnx
+from spdtool.export.targets import Onnx
 from spdtool.models.layers import find_prunable_weights
 from spdtool.models.load import load_tokenizer, save_model
 
@@ -81,7 +81,7 @@ def test_what_is_there_is_not_overwritten(export: Export, tmp_path: Path) -> Non
 
 
 def test_a_target_without_weights_is_refused(checkpoint: Path, tmp_path: Path, toys: ModuleType) -> None:
-    Onnx.export(checkpoint, tmp_path / "plain", toys.recipe())
+    Onnx().export(checkpoint, tmp_path / "plain", toys.recipe())
     with pytest.raises(ModelError, match="has no manifest.json: a plain ONNX export, which cannot be unpacked"):
         unpack_checkpoint(tmp_path / "plain", tmp_path / "out")
 

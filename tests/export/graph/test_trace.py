@@ -25,7 +25,8 @@ from spdtool.export.gates.batches import longest_supported_input, make_compariso
 from spdtool.export.gates.logits import compare_logits
 from spdtool.export.gates.weights import check_zeros
 from spdtool.export.graph import trace as export
-from spdtool.export.graph.trace import Onnx
+from spdtool.export.target import MODEL_FILE
+from spdtool.export.targets import Onnx
 from spdtool.models.layers import count_zeros, find_prunable_weights
 from spdtool.models.load import load_model, load_tokenizer, save_model
 from spdtool.models.predict import torch_forward
@@ -133,7 +134,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> Call
             place = tmp_path_factory.mktemp(name)
             tokenizer = checkpoint(name, place / "checkpoint", toys)
             splits = data.encode_splits(tokenizer, {"dev": toys.rows(12, pairs=True)}, 32)
-            files = Onnx.export(place / "checkpoint", place / "out", Recipe())
+            files = Onnx().export(place / "checkpoint", place / "out", Recipe())
             made[name] = Exported(place / "checkpoint", place / "out", files, splits["dev"])
         return made[name]
 
@@ -146,7 +147,7 @@ class TestArchitectures:
         made = exported(name)
         model = load_model(made.checkpoint, eager=True)
         batches = list(make_comparison_batches(model, made.rows, 12))
-        largest, where = compare_logits(torch_forward(model), Onnx.session(made.folder, threads=1), batches, 1e-4)
+        largest, where = compare_logits(torch_forward(model), Onnx().session(made.folder, threads=1), batches, 1e-4)
         assert 0 < largest < 1e-4
         assert where
         assert any(batch["input_ids"].shape == (1, 1) for _, batch in batches)
@@ -154,7 +155,7 @@ class TestArchitectures:
 
     def test_zeros_of_every_matrix_are_the_checkpoint_s(self, name: str, exported: Callable[[str], Exported]) -> None:
         made = exported(name)
-        audited = Onnx.audit(made.folder)
+        audited = Onnx().count_zeros(made.folder)
         check_zeros(audited, made.zeros)
         assert all(audited[key] == count for key, count in made.zeros.items())
         assert 0.6 < sum(z for z, _ in made.zeros.values()) / sum(s for _, s in made.zeros.values()) < 0.8
@@ -162,7 +163,7 @@ class TestArchitectures:
     def test_axes_inputs_and_output(self, name: str, exported: Callable[[str], Exported]) -> None:
         graph = onnx.load(exported(name).files[0]).graph
         typed = ARCHITECTURES[name][2]
-        assert [value.name for value in graph.input] == list(export.INPUTS[: 3 if typed else 2])
+        assert [value.name for value in graph.input] == list(export.INPUT_NAMES[: 3 if typed else 2])
         for value in graph.input:
             assert [axis.dim_param for axis in value.type.tensor_type.shape.dim] == ["batch", "sequence"]
         assert [value.name for value in graph.output] == ["logits"]
@@ -195,10 +196,10 @@ def test_two_exports_are_byte_identical_and_silent(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     made = exported("bert")
-    monkeypatch.setattr(export, "_traced", None)  # traced anew
+    monkeypatch.setattr(export, "_traces", None)  # traced anew
     capfd.readouterr()
-    again = Onnx.export(made.checkpoint, tmp_path / "elsewhere", Recipe())
-    Onnx.session(tmp_path / "elsewhere")
+    again = Onnx().export(made.checkpoint, tmp_path / "elsewhere", Recipe())
+    Onnx().session(tmp_path / "elsewhere")
     assert capfd.readouterr() == ("", "")
     assert again[0].read_bytes() == made.files[0].read_bytes()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
@@ -214,10 +215,10 @@ def test_the_file_is_valid_and_keeps_the_opset(exported: Callable[[str], Exporte
 def test_another_opset_can_be_chosen(exported: Callable[[str], Exported], tmp_path: Path) -> None:
     made = exported("bert")
     recipe = Recipe.model_validate({"export": {"opset": 20}})
-    (file,) = Onnx.export(made.checkpoint, tmp_path, recipe)
+    (file,) = Onnx().export(made.checkpoint, tmp_path, recipe)
     assert onnx.load(file).opset_import[0].version == 20
     model = load_model(made.checkpoint)
-    compare_logits(torch_forward(model), Onnx.session(tmp_path), make_comparison_batches(model, made.rows, 4), 1e-4)
+    compare_logits(torch_forward(model), Onnx().session(tmp_path), make_comparison_batches(model, made.rows, 4), 1e-4)
 
 
 def test_transposed_weights_are_called_so(exported: Callable[[str], Exported]) -> None:
@@ -241,8 +242,8 @@ def test_equal_weights_share_a_constant_and_are_all_audited(tmp_path: Path, toys
     export.name_weights(proto, model)
     assert proto.graph.initializer[0].name == f"{first}.T"
     assert list(proto.graph.node[0].input) == ["x", f"{first}.T"]
-    export.write(proto, tmp_path / export.FILE)
-    audited = Onnx.audit(tmp_path)
+    export.write_model(proto, tmp_path / MODEL_FILE)
+    audited = Onnx().count_zeros(tmp_path)
     assert audited[first] == audited[second] == (512, 1024)
 
 
@@ -250,19 +251,19 @@ def test_beyond_the_limit_weights_go_to_a_second_file(
     exported: Callable[[str], Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = exported("bert")
-    monkeypatch.setattr(export, "ONE_FILE_BYTES", 1000)
+    monkeypatch.setattr(export, "LARGEST_FILE", 1000)
     for _ in range(2):  # a second export does not append to the first
-        files = export.write(onnx.load(made.files[0]), tmp_path / export.FILE)
+        files = export.write_model(onnx.load(made.files[0]), tmp_path / MODEL_FILE)
     assert [file.name for file in files] == ["model.onnx", "model.onnx_data"]
     assert files[0].stat().st_size < files[1].stat().st_size < made.files[0].stat().st_size
-    check_zeros(Onnx.audit(tmp_path), made.zeros)
+    check_zeros(Onnx().count_zeros(tmp_path), made.zeros)
     batch = made.rows.collate([0, 1])
-    assert (Onnx.session(tmp_path)(batch) == Onnx.session(made.folder)(batch)).all()
+    assert (Onnx().session(tmp_path)(batch) == Onnx().session(made.folder)(batch)).all()
 
 
 def test_a_missing_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError):
-        Onnx.export(tmp_path / "none", tmp_path / "out", Recipe())
+        Onnx().export(tmp_path / "none", tmp_path / "out", Recipe())
     assert not (tmp_path / "out").exists()
 
 
@@ -271,20 +272,20 @@ def test_a_checkpoint_is_traced_again_once_it_has_changed(
 ) -> None:
     """One that lies elsewhere is the same; one with another weight is not."""
     made, traced = exported("bert"), []
-    monkeypatch.setattr(export, "trace", lambda *given: traced.append(given) or onnx.load(made.files[0]))
-    monkeypatch.setattr(export, "_traced", None)
+    monkeypatch.setattr(export, "trace_model", lambda *given: traced.append(given) or onnx.load(made.files[0]))
+    monkeypatch.setattr(export, "_traces", None)
     shutil.copytree(made.checkpoint, tmp_path / "same")
     shutil.copytree(made.checkpoint, tmp_path / "other")
     model = load_model(made.checkpoint)
     model.classifier.bias.data += 1
     save_model(model, load_tokenizer(made.checkpoint), tmp_path / "other")
-    with export.remembering():
+    with export.cached_traces():
         for folder in (made.checkpoint, tmp_path / "same", tmp_path / "other", tmp_path / "same"):
-            export.graph(folder, 18)
-        with export.remembering():
-            export.graph(tmp_path / "other", 18)
+            export.trace_checkpoint(folder, 18)
+        with export.cached_traces():
+            export.trace_checkpoint(tmp_path / "other", 18)
     assert len(traced) == 2
-    export.graph(made.checkpoint, 18)
+    export.trace_checkpoint(made.checkpoint, 18)
     assert len(traced) == 3
 
 
@@ -296,7 +297,7 @@ def test_a_frozen_axis_is_refused(monkeypatch: pytest.MonkeyPatch, toys: ModuleT
 
     monkeypatch.setattr(torch.onnx, "export", lambda *_given, **_named: Program())
     with pytest.raises(GateError, match=r"froze the axes of input_ids as \[2, 9\]"):
-        export.trace(toys.bert(), ["input_ids"], 18)
+        export.trace_model(toys.bert(), ["input_ids"], 18)
 
 
 class TestPlantedFaults:
@@ -325,7 +326,7 @@ class TestPlantedFaults:
 
         made = altered(lose)
         with pytest.raises(GateError, match=r"layer.1.output.dense.weight: the exported file has"):
-            check_zeros(Onnx.audit(made.folder), made.zeros)
+            check_zeros(Onnx().count_zeros(made.folder), made.zeros)
 
     def test_a_changed_weight_is_caught(self, altered: Callable[..., Exported]) -> None:
         def change(array: np.ndarray) -> None:
@@ -333,22 +334,22 @@ class TestPlantedFaults:
             array[row, column] *= -1
 
         made = altered(change)
-        check_zeros(Onnx.audit(made.folder), made.zeros)
+        check_zeros(Onnx().count_zeros(made.folder), made.zeros)
         model = load_model(made.checkpoint)
         probes = make_comparison_batches(model, made.rows, 4)
         with pytest.raises(GateError, match="checkpoint and exported file differ by"):
-            compare_logits(torch_forward(model), Onnx.session(made.folder), probes, 1e-4)
+            compare_logits(torch_forward(model), Onnx().session(made.folder), probes, 1e-4)
 
     def test_a_weight_that_is_no_number_is_caught(self, altered: Callable[..., Exported]) -> None:
         made = altered(lambda array: array.fill(np.nan))
         model = load_model(made.checkpoint)
         with pytest.raises(GateError, match="exported file gives logits that are not finite"):
             compare_logits(
-                torch_forward(model), Onnx.session(made.folder), make_comparison_batches(model, made.rows, 4), 1e-4
+                torch_forward(model), Onnx().session(made.folder), make_comparison_batches(model, made.rows, 4), 1e-4
             )
 
 
 def test_the_target_is_registered() -> None:
     part = plugins.targets.entry("onnx")
-    assert part.value is Onnx
+    assert isinstance(part.value, Onnx)
     assert "portable" in part.summary
