@@ -97,11 +97,10 @@ def openvino_logits(python: str, model: Path, rows: Any, scratch: Path) -> np.nd
 
 def measure(run_folder: Path, python: str | None, shapes: list[str], rounds: int, seconds: float) -> dict[str, Any]:
     """Time and score every engine; return what the JSON holds."""
-    from spdtool import plugins
     from spdtool.bench import latency
     from spdtool.export import runtime
-    from spdtool.export import target as targets
     from spdtool.export.gates.score import prepare_dev_sets
+    from spdtool.export.target import get_target
     from spdtool.models import predict
     from spdtool.run.folder import Run
 
@@ -111,7 +110,7 @@ def measure(run_folder: Path, python: str | None, shapes: list[str], rounds: int
     export_section = recipe.export.model_copy(update={"calibration": CALIBRATION_ROWS})
     dev = prepare_dev_sets(run_folder / "teacher", recipe.model_copy(update={"export": export_section}))
     sparse = exported / "sparse-cpu/student"
-    libraries = tuple(targets.libraries(plugins.targets.get("sparse-cpu"), sparse))
+    libraries = tuple(map(str, get_target("sparse-cpu").libraries(sparse)))
     dense = latency.Engine(
         name=DENSE,
         kind="onnxruntime",
