@@ -95,7 +95,7 @@ def tiny_bert() -> Callable[..., Any]:
 
 @pytest.fixture
 def toy_task() -> Iterator[Callable[..., Task]]:
-    """`toy_task(name="toy", **how)` registers a task of in-memory rows until the test ends; see `toys.task`."""
+    """`toy_task(name="toy", **how)` registers a task of in-memory rows until the test ends; see `toys.dataset`."""
     names: list[str] = []
 
     def make(name: str = "toy", **how: Any) -> Task:
