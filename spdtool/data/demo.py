@@ -16,11 +16,14 @@ from __future__ import annotations
 import itertools
 import random
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from spdtool.data.dataset import Dataset, Rows
 from spdtool.errors import DataError
 from spdtool.plugins import datasets
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ADJECTIVES = ("old", "red", "small", "quiet")
 NOUNS = ("foxes", "cats", "dogs", "bears", "horses", "wolves")
@@ -43,13 +46,15 @@ class Event:
     verb: str
     other: tuple[str, str]
 
-    def say(self, passive: bool) -> str:
-        """The event as a sentence of five words, or of seven in the passive voice."""
+    def sentence(self, passive: bool) -> str:
+        """Return the event as a sentence of five words, or of seven in the passive voice."""
         doer, other = " ".join(self.doer), " ".join(self.other)
-        return f"{other} were {self.verb} by {doer}" if passive else f"{doer} {self.verb} {other}"
+        if passive:
+            return f"{other} were {self.verb} by {doer}"
+        return f"{doer} {self.verb} {other}"
 
-    def false_twins(self) -> tuple[Event, Event, Event]:
-        """The three other events of the same words: roles, adjectives or nouns exchanged."""
+    def false_events(self) -> tuple[Event, Event, Event]:
+        """Return the three other events of the same words: roles, adjectives or nouns exchanged."""
         (adjective, noun), (other_adjective, other_noun) = self.doer, self.other
         return (
             replace(self, doer=self.other, other=self.doer),
@@ -59,30 +64,34 @@ class Event:
 
 
 def load_demo(data: str | None, seed: int) -> dict[str, Rows]:
-    """The splits `train` (4,800 rows) and `dev` (960), drawn from `seed`; no event is the premise of rows in both.
+    """Draw the splits `train` (4,800 rows) and `dev` (960) from `seed`; no event is the premise of rows in both.
 
     Raises:
         DataError: `data` was given.
     """
     if data is not None:
         raise DataError(f"the task demo makes its own rows, and was given {data}", "leave out --data, or name a task")
-    draw = random.Random(seed)
-    events = _events()
-    draw.shuffle(events)
-    return {"train": _rows(draw, events[DEV_PREMISES:]), "dev": _rows(draw, events[:DEV_PREMISES])}
+    generator = random.Random(seed)
+    events = _all_events()
+    generator.shuffle(events)
+    # Train first: the generator's state is part of what the rows are.
+    return {
+        "train": _draw_rows(generator, events[DEV_PREMISES:]),
+        "dev": _draw_rows(generator, events[:DEV_PREMISES]),
+    }
 
 
-def build_demo_model(seed: int) -> tuple[Any, Any]:
-    """An untrained BERT of four layers for this task, and its tokenizer.
+def build_demo_model(seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Build an untrained BERT of four layers for this data set, and its tokenizer.
 
-    The weights depend on `seed` alone, and the global random state is left as it was.
+    The weights depend on `seed` alone, and the global random state is not changed.
     """
-    import torch
+    import torch  # here: whoever lists the tasks does not wait for it
     from transformers import BertConfig, BertForSequenceClassification
 
-    tokens = demo_tokenizer()
+    tokenizer = demo_tokenizer()
     config = BertConfig(
-        vocab_size=len(tokens),
+        vocab_size=len(tokenizer),
         hidden_size=64,
         num_hidden_layers=4,
         num_attention_heads=4,
@@ -91,17 +100,17 @@ def build_demo_model(seed: int) -> tuple[Any, Any]:
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         initializer_range=INITIALIZER,
-        pad_token_id=tokens.pad_token_id,
+        pad_token_id=tokenizer.pad_token_id,
         id2label=dict(enumerate(LABELS)),
         label2id={label: index for index, label in enumerate(LABELS)},
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return BertForSequenceClassification(config), tokens
+        return BertForSequenceClassification(config), tokenizer
 
 
-def demo_tokenizer() -> Any:
-    """The fast tokenizer of the demo: one WordPiece token per word of the grammar, laid out as BERT's."""
+def demo_tokenizer() -> PreTrainedTokenizerBase:
+    """Return the fast tokenizer of the demo: one WordPiece token per word of the grammar, laid out as BERT's."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import BertTokenizerFast  # type: ignore[attr-defined]  # a name that transformers 5 adds late
 
@@ -116,26 +125,30 @@ def demo_tokenizer() -> Any:
         pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
         special_tokens=[(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")],
     )
-    return BertTokenizerFast(tokenizer_object=core, model_max_length=POSITIONS)
+    tokenizer: PreTrainedTokenizerBase = BertTokenizerFast(tokenizer_object=core, model_max_length=POSITIONS)
+    return tokenizer
 
 
-def _events() -> list[Event]:
-    """Every event of two different adjectives, two different nouns and a verb: 2,880."""
+def _all_events() -> list[Event]:
+    """Return every event of two different adjectives, two different nouns and a verb: 2,880."""
     adjectives, nouns = itertools.permutations(ADJECTIVES, 2), itertools.permutations(NOUNS, 2)
-    return [
-        Event((adjective, noun), verb, (other_adjective, other_noun))
-        for (adjective, other_adjective), (noun, other_noun), verb in itertools.product(adjectives, nouns, VERBS)
-    ]
+    events = []
+    for (adjective, other_adjective), (noun, other_noun), verb in itertools.product(adjectives, nouns, VERBS):
+        events.append(Event((adjective, noun), verb, (other_adjective, other_noun)))
+    return events
 
 
-def _rows(draw: random.Random, events: list[Event]) -> Rows:
+def _draw_rows(generator: random.Random, events: list[Event]) -> Rows:
+    """Draw one true and one false row for each event, in random order."""
     rows: list[tuple[str, str, int]] = []
     for event in events:
-        premise = event.say(passive=False)
-        passive = draw.random() < PASSIVE
-        rows.append((premise, event.say(passive), LABELS.index("entailment")))
-        rows.append((premise, draw.choice(event.false_twins()).say(passive), LABELS.index("not_entailment")))
-    draw.shuffle(rows)
+        premise = event.sentence(passive=False)
+        # One voice for both hypotheses: were it drawn for each, they would be two bags of words.
+        passive = generator.random() < PASSIVE
+        rows.append((premise, event.sentence(passive), LABELS.index("entailment")))
+        false_event = generator.choice(event.false_events())
+        rows.append((premise, false_event.sentence(passive), LABELS.index("not_entailment")))
+    generator.shuffle(rows)
     first, second, labels = zip(*rows, strict=True)
     return Rows(list(first), list(second), list(labels))
 

@@ -1,4 +1,4 @@
-"""What the labels of a column are: classes, or numbers to predict. All of them are looked at, in however many files."""
+"""Decide what the labels of a column are: classes, or numbers to predict. Every label of every file counts."""
 
 from __future__ import annotations
 
@@ -7,23 +7,25 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from spdtool.data.files import Table
 from spdtool.errors import DataError
 
 MOST_CLASSES = 10_000
+WHOLE_NUMBER = re.compile(r"(-?)(0|[1-9]\d*)(\.0*)?", re.ASCII)
+NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
 @dataclass
-class Labels:
-    """Keeps what was seen of a label column; it does not grow with the rows.
+class LabelSummary:
+    """Summary of a label column; it does not grow with the rows, and is stored with rows in shards.
 
     Attributes:
-        names: of the labels, in the order in which they came, and the number of each; no more once there are too many.
-        rows, numbers: how many rows there are, and in how many of them the label is a number.
-        whole: whether all numbers are whole.
-        odd: the place of the first label that is no number, and the label.
+        names: label to its number, in order of appearance; stays as it is once there are too many.
+        rows: how many rows there are.
+        numbers: rows whose label is a number.
+        whole: whether all these numbers are whole.
+        odd: the first label that is no number: its location in the files, and the label.
     """
 
     names: dict[str, int] = field(default_factory=dict)
@@ -33,19 +35,19 @@ class Labels:
     odd: tuple[str, str] | None = None
 
     def add(self, table: Table, labels: Sequence[str]) -> None:
-        """Look at the labels of further rows.
+        """Take further rows into account.
 
         Raises:
-            DataError: they are neither numbers nor few enough to be classes.
+            DataError: the labels are neither numbers nor few enough to be classes.
         """
         self.rows += len(labels)
         for label, count in Counter(labels).items():
-            value = number(label)
-            if value is not None:
+            number = parse_number(label)
+            if number is not None:
                 self.numbers += count
-                self.whole = self.whole and value.is_integer()
+                self.whole = self.whole and number.is_integer()
             elif self.odd is None:
-                self.odd = table.place(labels.index(label)), label
+                self.odd = table.location(labels.index(label)), label
             if not self.too_many:
                 self.names.setdefault(label, len(self.names))
         if self.too_many and self.odd is not None and not self._mostly_numbers:
@@ -55,76 +57,90 @@ class Labels:
 
     @property
     def too_many(self) -> bool:
-        """Whether there are more names than are kept."""
+        """Whether there are more different labels than classes may be."""
         return len(self.names) > MOST_CLASSES
 
-    def classes(self, where: str, regression: bool | None) -> tuple[str, ...]:
-        """The classes in order; none where the labels are numbers to predict.
+    def classes(self, source: str, regression: bool | None) -> tuple[str, ...]:
+        """Return the classes in order; none where the labels are numbers to predict.
 
         Args:
-            where: the file or folder, for messages.
-            regression: whether they are such numbers; None: if all are numbers and not all whole.
+            source: the file or folder, for messages.
+            regression: whether the labels are such numbers; None: if all are numbers and not all whole.
 
         Raises:
-            DataError: all are alike; some are no numbers where they should be; there are too many to be classes.
+            DataError: all labels are alike; some are no numbers where they should be; there are too many to be classes.
         """
         if len(self.names) < 2:
             raise DataError(
-                f"every label in {where} is {next(iter(self.names))!r}", "two different labels are the least"
+                f"every label in {source} is {next(iter(self.names))!r}", "two different labels are the least"
             )
+        # Classes repeat: with more different labels than half the rows, the column is something else.
         crowded = self.too_many or len(self.names) > max(2, self.rows // 2)
-        expected = regression is None and self._mostly_numbers and (crowded or not self.whole)
-        if self.odd is not None and (regression or expected):
-            place, label = self.odd
-            way_out = "" if regression or crowded else "; if the labels are classes: --set regression=false"
-            raise DataError(
-                f"{place}: the label {label!r} is not a number, and {self.numbers:,} of {self.rows:,} are",
-                f"a regression needs a number in every row: mend such rows or leave them out{way_out}",
-            )
+        self._refuse_odd_label(regression, crowded=crowded)
         if regression or (regression is None and not self.whole and self.odd is None):
             return ()
         if crowded:
             count = f"more than {MOST_CLASSES}" if self.too_many else len(self.names)
             raise DataError(
-                f"{where} has {count} different labels in {self.rows} rows",
+                f"{source} has {count} different labels in {self.rows} rows",
                 "is it the label column? whole numbers are classes unless --set regression=true",
             )
-        return in_order(self.names)
+        return sort_classes(self.names)
+
+    def _refuse_odd_label(self, regression: bool | None, *, crowded: bool) -> None:
+        """Raise DataError for a label that is no number among numbers to predict."""
+        looks_numeric = regression is None and self._mostly_numbers and (crowded or not self.whole)
+        if self.odd is None or not (regression or looks_numeric):
+            return
+        location, label = self.odd
+        way_out = ""
+        if not regression and not crowded:
+            way_out = "; if the labels are classes: --set regression=false"
+        raise DataError(
+            f"{location}: the label {label!r} is not a number, and {self.numbers:,} of {self.rows:,} are",
+            f"a regression needs a number in every row: mend such rows or leave them out{way_out}",
+        )
 
     @property
     def _mostly_numbers(self) -> bool:
         return 2 * self.numbers > self.rows
 
 
-def in_order(names: Iterable[str]) -> tuple[str, ...]:
-    """Names of classes, sorted; by size where all are whole numbers."""
-    numbers = {name: number(name) for name in names}
-    whole = all(value is not None and value.is_integer() for value in numbers.values())
-    return tuple(sorted(numbers, key=lambda name: (float(name) if whole else 0.0, name)))
+def sort_classes(names: Iterable[str]) -> tuple[str, ...]:
+    """Sort names of classes; by size where all are whole numbers."""
+    names = list(names)
+    numbers = [parse_number(name) for name in names]
+    if all(number is not None and number.is_integer() for number in numbers):
+        return tuple(sorted(names, key=lambda name: (float(name), name)))
+    return tuple(sorted(names))
 
 
-def of_column(table: Table, column: str) -> list[str]:
-    """The labels in a column, as names.
+def read_labels(table: Table, column: str) -> list[str]:
+    """Return the labels in a column, as names.
 
     Raises:
         DataError: one is missing, or is no text or number.
     """
-    return [label_of(table, row, value) for row, value in enumerate(table.column(column))]
+    return [normalize_label(table, row, cell) for row, cell in enumerate(table.column(column))]
 
 
-def label_of(table: Table, row: int, value: Any) -> str:
-    """The label as a name: 1, 1.0 and "1" are the same one, "01" is another."""
-    if value is None or not str(value).strip() or (isinstance(value, float) and not math.isfinite(value)):
-        table.refuse(row, f"no label: {value!r}", "leave such rows out")
-    if not isinstance(value, str | int | float):
-        table.refuse(row, f"the label is a {type(value).__name__}", "a label is text or a number")
-    whole = re.fullmatch(r"(-?)(0|[1-9]\d*)(\.0*)?", str(value), re.ASCII)
-    return str(value) if whole is None else str(int(whole[1] + whole[2]))
+def normalize_label(table: Table, row: int, cell: object) -> str:
+    """Return the label as a name: 1, 1.0 and "1" are the same one, "01" is another."""
+    if cell is None or not str(cell).strip() or (isinstance(cell, float) and not math.isfinite(cell)):
+        table.refuse(row, f"no label: {cell!r}", "leave such rows out")
+    if not isinstance(cell, str | int | float):
+        table.refuse(row, f"the label is a {type(cell).__name__}", "a label is text or a number")
+    # Formats and libraries write the same class as 1 or 1.0; by text, because an int may be too long for a float.
+    match = WHOLE_NUMBER.fullmatch(str(cell))
+    if match is None:
+        return str(cell)
+    sign, digits = match[1], match[2]
+    return str(int(sign + digits))
 
 
-def number(label: str) -> float | None:
-    """The finite number that `label` spells plainly, as 3, -0.5 or 1e-3; None for anything else."""
-    if not re.fullmatch(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", label.strip(), re.ASCII):
+def parse_number(label: str) -> float | None:
+    """Return the finite number that `label` plainly is, as 3, -0.5 or 1e-3; None for anything else."""
+    if not NUMBER.fullmatch(label.strip()):
         return None
     number = float(label)
     return number if math.isfinite(number) else None

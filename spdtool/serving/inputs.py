@@ -18,7 +18,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TextIO, TypeAlias
 
-from spdtool.data import local
+from spdtool.data import files
 from spdtool.errors import DataError, RecipeError
 from spdtool.serving.classifier import Classifier
 from spdtool.serving.predict import BYTE_ORDER_MARK, InputLine, parse_lines, recognise_format
@@ -73,7 +73,7 @@ def read_stream(
 ) -> Iterator[InputLine]:
     """Read an open file as its ending says, unless `line_format` says otherwise."""
     if ending in (".csv", ".tsv") and line_format is None:
-        rows = local.csv_rows(stream, Path(source)) if ending == ".csv" else tsv_rows(stream)
+        rows = files.iterate_csv_rows(stream, Path(source)) if ending == ".csv" else tsv_rows(stream)
         _, header = next(rows, (1, None))
         if header is None:
             raise DataError(f"{source} is empty", "a header and rows were expected")
@@ -136,7 +136,7 @@ def read_parquet(path: Path, classify: Classifier, columns: tuple[str, ...]) -> 
     """Read a Parquet file, a batch of rows at a time."""
     if not path.is_file():
         raise FileNotFoundError(path)
-    tables = local.parquet_pieces(path, PARQUET_ROWS)
+    tables = files.iterate_parquet_tables(path, PARQUET_ROWS)
     first = next(tables)
 
     def rows() -> NumberedCells:

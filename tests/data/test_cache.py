@@ -104,8 +104,13 @@ def test_several_writers_at_once_leave_one_whole_entry(home: Path) -> None:
 
 def test_a_file_that_is_as_it_was_written_is_not_read_again(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, read = list[int](), list[Path]()
-    whole = cache._file_hash
-    monkeypatch.setattr(cache, "_file_hash", lambda file: (read.append(file), whole(file))[1])
+    hash_file = cache.hash_file
+
+    def recording_hash_file(file: Path) -> str:
+        read.append(file)
+        return hash_file(file)
+
+    monkeypatch.setattr(cache, "hash_file", recording_hash_file)
     for _ in range(2):
         cache.cached_arrays("kind", "name", counting(made))
     assert read == []

@@ -21,7 +21,7 @@ SEEDS = (0, 1, 7)
 
 
 def event_of(sentence: str) -> demo.Event:
-    """The event that a sentence tells: the grammar read backwards, independently of `Event.say`."""
+    """The event that a sentence tells: the grammar read backwards, independently of `Event.sentence`."""
     words = sentence.split()
     if "were" in words:
         assert words[2] == "were"

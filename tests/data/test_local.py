@@ -11,8 +11,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from spdtool.data import local as local_task
 from spdtool.data.dataset import Dataset, Rows, find_dataset
+from spdtool.data.splits import draw_dev_rows
 from spdtool.errors import DataError, RecipeError
 from spdtool.recipe.fields import Recipe
 from spdtool.tasks import find_task
@@ -117,17 +117,17 @@ def side_of(splits: dict[str, Rows]) -> dict[tuple[str, ...], str]:
 def test_a_row_that_comes_or_goes_moves_no_other_one(pairs: bool) -> None:
     texts = [f"row {i}" for i in range(1000)]
     rows = Rows(texts, texts[::-1] if pairs else None, [i % 2 for i in range(1000)])
-    before = side_of(local_task.split(rows, 0, 0.1))
+    before = side_of(draw_dev_rows(rows, 0, 0.1))
     for picked in ([*range(1, 1000)], [*range(500), *range(501, 1000)], [999, *range(999)]):
-        after = side_of(local_task.split(rows.select(picked), 0, 0.1))
+        after = side_of(draw_dev_rows(rows.select(picked), 0, 0.1))
         assert all(before[pair] == side for pair, side in after.items())
-    assert side_of(local_task.split(rows, 1, 0.1)) != before
+    assert side_of(draw_dev_rows(rows, 1, 0.1)) != before
 
 
 def test_equal_texts_stay_on_one_side_whatever_their_labels() -> None:
     rows = Rows([f"row {i % 60}" for i in range(600)], None, [i // 60 % 2 for i in range(600)])
     for seed in range(20):
-        splits = local_task.split(rows, seed, 0.1)
+        splits = draw_dev_rows(rows, seed, 0.1)
         assert not set(splits["train"].first) & set(splits["dev"].first)
 
 
@@ -135,7 +135,7 @@ def test_every_class_of_two_texts_is_on_both_sides_and_dev_keeps_its_share() -> 
     labels = [i for i in range(50) for _ in range(i + 1)]
     rows = Rows([f"row {i}" for i in range(len(labels))], None, labels)
     for seed in range(20):
-        splits = local_task.split(rows, seed, 0.1)
+        splits = draw_dev_rows(rows, seed, 0.1)
         assert set(splits["train"].labels) == set(range(50))
         assert set(splits["dev"].labels) == set(range(1, 50))
         assert 0.08 < len(splits["dev"]) / len(rows) < 0.14

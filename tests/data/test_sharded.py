@@ -12,7 +12,7 @@ import pytest
 from pyarrow import parquet
 
 from spdtool.data import labels as label_module
-from spdtool.data import sharded as shards
+from spdtool.data import sharded
 from spdtool.data.dataset import Rows, identify_rows
 from spdtool.errors import DataError
 from spdtool.recipe.reading import build_recipe
@@ -53,7 +53,7 @@ def rows(folder: Path) -> dict[str, Rows]:
 def test_shards_give_the_rows_of_one_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, layout: str, labels: list[Any]
 ) -> None:
-    monkeypatch.setattr(shards, "PIECE", 3)
+    monkeypatch.setattr(sharded, "CHUNK_ROWS", 3)
     gold = labels * 4
     for part, start in enumerate((0, 5)):
         write(tmp_path / "many" / (layout.format(part) + ending), TEXTS[start : start + 5], gold[start : start + 5])
@@ -102,7 +102,7 @@ def test_a_file_that_changes_is_read_again(tmp_path: Path) -> None:
 
 def test_the_labels_of_all_files_decide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole numbers first, then others; and shards that are sorted by class."""
-    monkeypatch.setattr(shards, "PIECE", 3)
+    monkeypatch.setattr(sharded, "CHUNK_ROWS", 3)
     for name, gold in (("numbers", ([1, 2, 3, 4] * 2, [0.5, 2.0] * 4)), ("sorted", (["b"] * 8, ["a"] * 8))):
         for part, labels in enumerate(gold):
             write(tmp_path / name / "train" / f"{part}.csv", TEXTS, labels)
@@ -169,7 +169,7 @@ def test_the_rows_are_told_from_others_without_reading_them(tmp_path: Path, monk
     write(tmp_path / "dev.csv", TEXTS, ["a", "b"] * 4)
     facts = identify_rows(task(tmp_path).dataset, rows(tmp_path))
     assert facts.rows == {"train": 16, "dev": 8}
-    monkeypatch.setattr(shards.Texts, "__getitem__", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(sharded.MappedTexts, "__getitem__", lambda *_: pytest.fail("read"))
     assert identify_rows(task(tmp_path).dataset, rows(tmp_path)) == facts
     write(tmp_path / "train" / "1.csv", TEXTS, ["b", "a"] * 4)
     assert identify_rows(task(tmp_path).dataset, rows(tmp_path)).digest != facts.digest
@@ -192,7 +192,7 @@ WORDS = ["café", "", "naïve 文", "a", "b b"]
 def test_texts_are_sliced_as_a_list_is(part: slice) -> None:
     content = [text.encode() for text in WORDS]
     offsets = np.cumsum([0, *map(len, content)])
-    texts = shards.Texts(np.frombuffer(b"".join(content), np.uint8), offsets, "digest")
+    texts = sharded.MappedTexts(np.frombuffer(b"".join(content), np.uint8), offsets, "digest")
     assert list(texts) == WORDS
     assert texts[part] == WORDS[part]
     assert texts[-1] == WORDS[-1]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import spdtool as library
-from spdtool.data import local
+from spdtool.data import files
 from spdtool.errors import DataError
 from spdtool.serving import inputs
 from spdtool.serving.predict import InputLine
@@ -47,7 +47,7 @@ def labels(called: Any) -> list[str]:
     return [json.loads(line)["label"] for line in called.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("ending", local.READERS)
+@pytest.mark.parametrize("ending", files.READERS)
 def test_a_file_of_the_training_is_read_by_its_columns(
     ending: str, single: Path, servable: Path, tmp_path: Path, spdtool: Call
 ) -> None:
@@ -56,7 +56,7 @@ def test_a_file_of_the_training_is_read_by_its_columns(
     assert labels(spdtool("predict", single, "--input", file, "--json")) == library.load(single)(TEXTS)
     pairs = write(tmp_path, ending, {"label": gold, "second": SECONDS, "id": gold, "first": TEXTS})
     assert labels(spdtool("predict", servable, "--input", pairs, "--json")) == library.load(servable)(TEXTS, SECONDS)
-    read = local.read_file(pairs)
+    read = files.read_file(pairs)
     with inputs.open_input(str(pairs), library.load(servable)) as found:
         assert [(line.number, line.text, line.pair) for line in found] == [
             *zip(read.lines, read.column("first"), read.column("second"), strict=True)
@@ -177,7 +177,7 @@ def test_memory_does_not_grow_with_the_file(ending: str, single: Path, tmp_path:
     file = write(tmp_path, ".tsv" if ending == ".txt" else ending, rows)
     file = file.rename(file.with_suffix(ending))
     classify = library.load(single)
-    next(iter(local.parquet_pieces(file, 10))) if ending == ".parquet" else None  # imports pyarrow
+    next(iter(files.iterate_parquet_tables(file, 10))) if ending == ".parquet" else None  # imports pyarrow
     tracemalloc.start()
     with inputs.open_input(str(file), classify) as found:
         assert sum(1 for _ in itertools.islice(found, 50_000)) >= 40_000

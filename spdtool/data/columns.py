@@ -1,0 +1,176 @@
+"""Which columns of a user's file are the texts and the label, and what their cells must hold."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from spdtool.data.dataset import Rows
+from spdtool.data.files import Table
+from spdtool.data.labels import normalize_label, parse_number
+from spdtool.errors import DataError
+
+LABEL_NAMES = ("label", "labels", "target")
+TEXT_NAMES = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("text1", "text2"),
+    ("text_a", "text_b"),
+    ("sentence",),
+    ("text",),
+)
+SURROGATE = re.compile("[\ud800-\udfff]")
+LISTED_CLASSES = 20
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns that hold the one or two texts and the label."""
+
+    text: tuple[str, ...]
+    label: str
+
+
+def choose_columns(table: Table, text: Sequence[str], label: str | None) -> Columns:
+    """Return the requested columns; others are guessed from their names if only one reading is possible.
+
+    Args:
+        table: the training rows.
+        text: names of the text columns; empty: guess.
+        label: name of the label column; None: guess.
+
+    Raises:
+        DataError: a column does not exist, is named twice, or cannot be guessed.
+    """
+    text = _rejoin_at_comma(table, text)
+    if len(text) > 2:
+        raise DataError(f"--text names {len(text)} columns: {', '.join(text)}", "one sentence, or a pair of them")
+    for name in text:
+        require_column(table, name)
+    if label is not None:
+        require_column(table, label)
+    if len(set(text)) < len(text):
+        raise DataError(f"--text names the column {text[0]!r} twice", "a pair needs two columns")
+    if label is None:
+        label = _guess_label(table, text)
+    if label in text:
+        raise DataError(f"the column {label!r} is named as text and as label", "the model would read the answer")
+    return Columns(tuple(text) or _guess_text(table, label), label)
+
+
+def require_column(table: Table, name: str) -> None:
+    """Raise DataError, with similar names, if the table has no such column."""
+    if name in table.columns:
+        return
+    similar = difflib.get_close_matches(name, table.columns, n=3, cutoff=0.5)
+    hint = None
+    if similar:
+        hint = f"did you mean {' or '.join(map(repr, similar))}?"
+    if len(table.columns) == 1:
+        hint = "it has one column: are its fields separated as the file's ending says?"
+    raise DataError(f"{table.path} has no column {name!r}; it has {_quote(table.columns)}", hint)
+
+
+def read_texts(table: Table, name: str) -> list[str]:
+    """Return the texts of a column.
+
+    Raises:
+        DataError: a cell is empty, or is no text.
+    """
+    texts = []
+    for row, cell in enumerate(table.column(name)):
+        if cell is None or (isinstance(cell, str) and not cell.strip()):
+            table.refuse(row, f"no text in the column {name!r}", "leave such rows out")
+        if not isinstance(cell, str):
+            table.refuse(row, f"the column {name!r} holds a {type(cell).__name__}, not text", "is it the text column?")
+        # `isascii` is a flag of the string: the search runs over few texts.
+        if not cell.isascii() and SURROGATE.search(cell):
+            table.refuse(row, f"the column {name!r} holds half a surrogate pair, which is not text")
+        texts.append(cell)
+    return texts
+
+
+def table_to_rows(table: Table, columns: Columns, classes: tuple[str, ...]) -> Rows:
+    """Return the rows of a table, with labels as indices into `classes`, or as numbers if there are none.
+
+    Raises:
+        DataError: a column is missing, a text is missing or is no text, a label is none of the classes or no number.
+    """
+    for name in (*columns.text, columns.label):
+        require_column(table, name)
+    first, second = read_texts(table, columns.text[0]), None
+    if len(columns.text) == 2:
+        second = read_texts(table, columns.text[1])
+    if classes:
+        return Rows(first, second, _read_classes(table, columns.label, classes))
+    return Rows(first, second, _read_numbers(table, columns.label))
+
+
+def _read_classes(table: Table, column: str, classes: tuple[str, ...]) -> list[int]:
+    index = {name: number for number, name in enumerate(classes)}
+    labels = []
+    for row, cell in enumerate(table.column(column)):
+        label = normalize_label(table, row, cell)
+        if label not in index:
+            listed = ", ".join(classes[:LISTED_CLASSES])
+            table.refuse(row, f"the label {label!r} is in no training row", f"known: {listed}")
+        labels.append(index[label])
+    return labels
+
+
+def _read_numbers(table: Table, column: str) -> list[float]:
+    labels = []
+    for row, cell in enumerate(table.column(column)):
+        label = normalize_label(table, row, cell)
+        number = parse_number(label)
+        if number is None:
+            table.refuse(row, f"the label {label!r} is not a number", "all others are; this is a regression")
+        labels.append(number)
+    return labels
+
+
+def _rejoin_at_comma(table: Table, text: Sequence[str]) -> Sequence[str]:
+    """Return one column whose name holds a comma, if `--text` was cut there; else `text`."""
+    if len(text) < 2 or set(text) <= set(table.columns):
+        return text
+    for name in table.columns:
+        if [word.strip() for word in name.split(",")] == list(text):
+            return (name,)
+    return text
+
+
+def _guess_label(table: Table, text: Sequence[str]) -> str:
+    candidates = [name for name in LABEL_NAMES if name in table.columns and name not in text]
+    if len(candidates) != 1:
+        count = "more than one" if candidates else "no"
+        raise DataError(
+            f"{table.path} has {count} column that is clearly the label; it has {_quote(table.columns)}",
+            "give --label COLUMN",
+        )
+    return candidates[0]
+
+
+def _guess_text(table: Table, label: str) -> tuple[str, ...]:
+    others = [name for name in table.columns if name != label]
+    if len(others) == 1:
+        return (others[0],)
+    candidates = [names for names in TEXT_NAMES if set(names) <= set(others)]
+    widest = []
+    for names in candidates:
+        # A pair that holds the name of a single text as well is the better reading: question and sentence.
+        if not any(set(names) < set(wider) for wider in candidates):
+            widest.append(names)
+    if len(widest) != 1:
+        raise DataError(
+            f"{table.path} leaves open which column is the text; it has {_quote(table.columns)}",
+            "give --text COLUMN, or --text FIRST,SECOND for pairs",
+        )
+    return widest[0]
+
+
+def _quote(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names))

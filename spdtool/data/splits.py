@@ -1,0 +1,99 @@
+"""The splits of a user's data: files of a folder, or a dev set drawn from the training rows."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from pathlib import Path
+
+from spdtool.data.dataset import Rows
+from spdtool.data.files import READERS
+from spdtool.errors import DataError
+
+TRAIN_NAMES = ("train",)
+DEV_NAMES = ("dev", "validation", "valid", "val")
+FALLBACK_DEV_NAMES = ("eval",)  # a dev set where there is no other; beside one it is somebody's test set
+LEAST_DEV_SHARE = 0.07  # of the texts of each class: chance gives a small class nothing else
+
+
+def find_split_files(folder: Path) -> dict[str, list[Path]]:
+    """Return the files of `train` and `dev` in a folder; raises as `find_files` does."""
+    dev = find_files(folder, DEV_NAMES) or find_files(folder, FALLBACK_DEV_NAMES)
+    return {"train": find_files(folder, TRAIN_NAMES), "dev": dev}
+
+
+def find_files(folder: Path, names: tuple[str, ...]) -> list[Path]:
+    """Return the files of a split, sorted: those in a folder of its name, or those called `name` or `name-...`.
+
+    Args:
+        folder: the user's folder.
+        names: that the split may have.
+
+    Raises:
+        DataError: there are two such groups of files, or one file in two formats.
+    """
+    groups = []
+    for name in names:
+        inside = readable_files(folder / name)
+        beside = [path for path in readable_files(folder) if path.stem == name or path.stem.startswith(f"{name}-")]
+        groups += [group for group in (inside, beside) if group]
+    stems = Counter(path.stem for group in groups for path in group)
+    if len(groups) > 1:
+        ambiguous = [group[0] for group in groups]
+    else:
+        ambiguous = [path for group in groups for path in group if stems[path.stem] > 1]
+    if ambiguous:
+        listed = " and ".join(str(path.relative_to(folder)) for path in ambiguous[:4])
+        raise DataError(f"{folder} has {listed}", "leave one of them")
+    return groups[0] if groups else []
+
+
+def readable_files(folder: Path) -> list[Path]:
+    """Return the files in `folder` that have a known ending, sorted; none where it is no folder."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in READERS and path.is_file())
+
+
+def draw_dev_rows(rows: Rows, seed: int, dev_share: float) -> dict[str, Rows]:
+    """Draw about `dev_share` of the rows as `dev` by `seed` and the text alone; the others are `train`, in their order.
+
+    So a row that is added or removed moves no other one, and equal texts stay together. Only where chance leaves a
+    class too few texts on a side (most likely a small class) some are added: one that has two texts is on both sides.
+
+    Raises:
+        DataError: too few rows to draw a dev set from.
+    """
+    draws = _draw_by_text(rows, seed)
+    dev_draws = {draw for draw in draws if draw < dev_share}
+    draws_by_class: dict[int | None, set[float]] = {}
+    for draw, label in zip(draws, rows.labels, strict=True):
+        class_index = label if isinstance(label, int) else None  # numbers to predict are one class
+        draws_by_class.setdefault(class_index, set()).add(draw)
+    for class_draws in draws_by_class.values():
+        dev_draws.update(sorted(class_draws)[: max(1, round(LEAST_DEV_SHARE * len(class_draws)))])
+    without_train_rows = [class_draws for class_draws in draws_by_class.values() if class_draws <= dev_draws]
+    for class_draws in without_train_rows:
+        dev_draws.discard(max(class_draws))
+    train_rows, dev_rows = [], []
+    for row, draw in enumerate(draws):
+        if draw in dev_draws:
+            dev_rows.append(row)
+        else:
+            train_rows.append(row)
+    if not dev_rows:
+        raise DataError(f"{len(rows)} rows are too few to draw a dev set from", "give a folder with train and dev")
+    return {"train": rows.select(train_rows), "dev": rows.select(dev_rows)}
+
+
+def _draw_by_text(rows: Rows, seed: int) -> list[float]:
+    """Draw a number in [0, 1) for each row by a hash of its text: equal texts draw equal numbers."""
+    salt = seed.to_bytes(8, "little")
+    columns = [rows.first]
+    if rows.second is not None:
+        columns.append(rows.second)
+    draws = []
+    for texts in zip(*columns, strict=True):
+        digest = hashlib.blake2b("\0".join(texts).encode(), digest_size=8, salt=salt).digest()
+        draws.append(int.from_bytes(digest) / 2**64)
+    return draws
