@@ -1,4 +1,4 @@
-"""The teacher in dynamic int8, as onnxruntime makes it: what is usually tried before sparsity."""
+"""Dynamic int8 of the dense teacher, as onnxruntime makes it: what users try before sparsity."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from spdtool.errors import ModelError, first_line
 from spdtool.export.graph.int8 import quiet_quantizer
 
 
-def quantise(model: Path, file: Path) -> None:
-    """Write `model` with int8 weights, whose activations are quantised as they come.
+def quantize_dynamic_int8(model: Path, file: Path) -> None:
+    """Write `model` with int8 weights; its activations are quantized while it runs.
 
-    One scale a matrix and signed weights, which is the fastest of the four ways: on a CPU with VNNI, a scale a column
-    took 1 to 2 % longer, and unsigned weights 55 %.
+    One scale a matrix and signed weights is the fastest of the four ways. On a CPU with VNNI one scale a column took 1
+    to 2 % longer, and unsigned weights 55 %.
 
     Raises:
-        ModelError: onnxruntime cannot quantise it.
+        ModelError: onnxruntime cannot quantize it.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     proto = onnx.load(model)
-    del proto.graph.value_info[:]  # shapes that were inferred for the weights as they were
+    del proto.graph.value_info[:]  # these shapes were inferred for float weights
     with quiet_quantizer():
         try:
             quantize_dynamic(proto, file, weight_type=QuantType.QInt8, per_channel=False)
-        except Exception as error:  # its errors share no base of their own
+        except Exception as error:  # onnxruntime's errors share no base class
             raise ModelError(f"onnxruntime cannot quantise {model.name}: {first_line(error)}") from None

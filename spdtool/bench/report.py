@@ -1,218 +1,36 @@
-"""What the timings say: percentiles, ratios with their noise, and a verdict in plain language.
+"""Put the figures of a bench into tables and sentences.
 
-Nothing in the verdict is a set phrase about a runtime: each sentence is chosen by the figures that were measured.
-
-Ratios are to the dense teacher in onnxruntime, which is timed twice: with the graph's nodes fused, and without. Neither
-is always the faster one, so that at each shape, and with each number of threads, the faster of the two is the 1x.
+No sentence of the verdict is fixed: the measured figures choose each of them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from spdtool.bench.latency import FEWEST_ROUNDS, Shape, Timing
+from spdtool.bench.engines import Shape
+from spdtool.bench.latency import MIN_ROUNDS, Timing
+from spdtool.bench.ratios import (
+    PERCENTILES,
+    BenchData,
+    ModelFile,
+    latency_records,
+    median_ms,
+    median_with_interval,
+    paired_ratio,
+    ratio_caveat,
+)
+from spdtool.run.records import Cell, LedgerEntry, ProductTimes, Ratio
 
-PERCENTILES = (50, 90, 95, 99)
-CONFIDENCE = 0.95
-SAME_SPEED = 0.05  # a ratio this close to 1 is not worth calling faster, even where it is not noise
-NOISY = 1.1  # an interval that reaches from 1 beyond this says nothing about zeros
+SAME_SPEED = 0.05  # a ratio this close to 1 is not worth calling faster, even if it is no noise
 SAME_SIZE = 0.01
-MUCH_REAL = 0.8  # share of real tokens above which there is too little padding to see whether it is computed
-RIVALS = ("int8", "onnx-int8 teacher")
+MOSTLY_REAL = 0.8  # above this share of real tokens there is too little padding to see whether it is computed
+DENSE_INT8 = ("int8", "onnx-int8 teacher")  # engines of the dense teacher in int8, the rivals of a sparse form
 MIB = 2**20
-
-Facts = Mapping[str, Mapping[str, Any]]
-"""Engine to what the export stage knows of its file: `bytes`, `sparsity`, `dev`, where there is one."""
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """How many times faster: the median over paired rounds, and its 95 % interval."""
-
-    median: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.median:.2f}x ({self.low:.2f}x to {self.high:.2f}x)"
-
-
-@dataclass(frozen=True)
-class Bench:
-    """All that a report is written from.
-
-    Attributes:
-        timings: the teacher first; see `latency.race`.
-        facts: what is known of the files. sparse: engines that run a sparse form of the student.
-        treated: engine of the student to that of the teacher with the same treatment: fused, fp16, int8.
-        ledger: see `ledger.entry`. notes: what was not done as asked, or needs saying beside the figures.
-    """
-
-    timings: Sequence[Timing]
-    facts: Facts
-    sparse: Sequence[str] = ()
-    ledger: Sequence[Mapping[str, Any]] = ()
-    notes: Sequence[str] = ()
-    treated: Mapping[str, str] = field(default_factory=dict)
-    environment: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def threads(self) -> list[int]:
-        """The numbers of threads that engines were timed with."""
-        return list(dict.fromkeys(timing.engine.threads for timing in self.timings))
-
-    @property
-    def engines(self) -> list[str]:
-        """Names, in the order of the table."""
-        return list(dict.fromkeys(timing.engine.name for timing in self.timings))
-
-    @property
-    def grid(self) -> list[Shape]:
-        """The shapes without padding: those that a ratio over the grid is a mean of."""
-        return [shape for shape in self.timings[0].rounds if not shape.real]
-
-    @property
-    def padded(self) -> list[Shape]:
-        """The shapes with padding."""
-        return [shape for shape in self.timings[0].rounds if shape.real]
-
-    @property
-    def resized(self) -> bool:
-        """Whether the matrices of student and teacher differ in size, so that zeros are not all that differs."""
-        sizes = {self.facts[role].get("size") for role in ("teacher", "student")}
-        return len(sizes) > 1
-
-    def of(self, name: str, threads: int) -> Timing:
-        """The timing of an engine with a number of threads."""
-        wanted = (name, threads)
-        return next(timing for timing in self.timings if (timing.engine.name, timing.engine.threads) == wanted)
-
-    def dense(self, threads: int, shape: Shape) -> Timing:
-        """The faster of the dense teacher's timings."""
-        known = [timing for timing in self.timings if timing.engine.baseline and timing.engine.threads == threads]
-        return min(known, key=lambda timing: float(np.median(timing.rounds[shape])))
-
-    def speed(self, timing: Timing, shapes: Sequence[Shape]) -> Ratio:
-        """How many times faster than the dense teacher."""
-        return ratio([self.dense(timing.engine.threads, shape) for shape in shapes], timing, shapes)
-
-    def zeros(self, timing: Timing, shapes: Sequence[Shape]) -> Ratio:
-        """What the zeros buy an engine: a plain file is held against the teacher in the same form, fused or not."""
-        if timing.engine.name in self.sparse:
-            return self.speed(timing, shapes)
-        return ratio([self.of(self.timings[0].engine.name, timing.engine.threads)] * len(shapes), timing, shapes)
-
-
-def summary(milliseconds: Sequence[float], batch: int) -> dict[str, float]:
-    """Percentiles in milliseconds, and rows per second; of few rounds, p99 is little more than the slowest one."""
-    values = np.asarray(milliseconds)
-    result = {f"p{rank}": float(np.percentile(values, rank)) for rank in PERCENTILES}
-    return result | {"rows_per_second": 1000 * batch * len(values) / float(values.sum())}
-
-
-def ratio(slow: Sequence[Timing], fast: Timing, shapes: Sequence[Shape]) -> Ratio:
-    """Speed of `fast` against `slow[i]` at `shapes[i]`: round by round the geometric mean over shapes; then the median.
-
-    The interval holds the median with 95 % confidence whatever the distribution (order statistics); of fewer than six
-    rounds it is all that was seen.
-    """
-    pairs = zip(slow, shapes, strict=True)
-    logs = [np.log(np.asarray(timing.rounds[shape]) / np.asarray(fast.rounds[shape])) for timing, shape in pairs]
-    return _interval(np.exp(np.mean(logs, axis=0)))
-
-
-def details(bench: Bench) -> list[dict[str, Any]]:
-    """One entry for each number of threads, shape and engine: percentiles, throughput, ratio to the dense teacher."""
-    return [
-        {"engine": name, "provider": timing.provider, "threads": threads, "shape": str(shape)}
-        | {"batch": shape.batch, "length": shape.length, "real": list(shape.real)}
-        | summary(timing.rounds[shape], shape.batch)
-        | {"min": timing.least[shape], "rounds": len(timing.rounds[shape])}
-        | {"ratio": bench.speed(timing, [shape]).__dict__, "dense": bench.dense(threads, shape).engine.name}
-        for threads in bench.threads
-        for shape in bench.timings[0].rounds
-        for name in bench.engines
-        for timing in [bench.of(name, threads)]
-    ]
-
-
-def overview(bench: Bench) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows of the table that a run ends with: score, zeros, bytes on disk, peak MiB, speed, latency.
-
-    The latencies are medians at the first and the last shape of the grid with the last number of threads, so that the
-    table fits a terminal.
-    """
-    ends = list(dict.fromkeys((bench.grid[0], bench.grid[-1])))
-    first, *others = bench.threads
-    last = bench.threads[-1]
-    columns = ["engine", "score", "zeros", "bytes", "RAM"]
-    columns += [f"speed {first}t", *(f"{threads}t" for threads in others)] if others else ["speed"]
-    columns += [f"ms {shape}" for shape in ends]
-    rows: list[list[Any]] = []
-    for name in bench.engines:
-        timing = bench.of(name, last)
-        speeds = [bench.speed(bench.of(name, threads), bench.grid).median for threads in bench.threads]
-        rows.append([name, *_known(bench.facts.get(name, {})), f"{timing.peak / MIB:.0f}M"])
-        rows[-1] += [f"{speed:.2f}x" for speed in speeds]
-        rows[-1] += [summary(timing.rounds[shape], 1)["p50"] for shape in ends]
-    return columns, rows
-
-
-def ledger_table(entries: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows of the ledger by layer, at its most tokens: sums over the layer's matrices."""
-    tokens = max(entries[0]["products"], key=int)
-    columns = ["layer", "nonzeros", "density", "dense bytes", "sparse bytes"]
-    columns += [f"dense us ({tokens} tokens)", "sparse us", "speed", "bound us"]
-    layers: dict[str, list[Mapping[str, Any]]] = {}
-    for entry in entries:
-        layers.setdefault(entry["layer"], []).append(entry)
-    return columns, [_layer(name, group, tokens) for name, group in layers.items()]
-
-
-def verdict(bench: Bench) -> list[str]:
-    """What the zeros bought, in sentences."""
-    teacher, student = bench.facts["teacher"], bench.facts["student"]
-    lines = _resized(bench)
-    for name in bench.sparse:
-        lines += [_speed(bench, name, threads) for threads in bench.threads]
-        lines += _padding(bench, name) + _file(bench, name) + _rounding(bench.facts[name])
-        lines += [_against_rival(bench, name, rival) for rival in RIVALS if rival in bench.engines]
-    lines += [line for name in bench.treated if name in bench.engines for line in _treated(bench, name)]
-    if student["sparsity"] <= teacher["sparsity"]:
-        speeds = ", ".join(_with(bench, "student", threads) for threads in bench.threads)
-        lines.append(f"The student has no more zeros than the teacher; against it, it runs at {speeds}.")
-        return [*lines, *bench.notes]
-    if bench.sparse:
-        speeds = ", ".join(_with(bench, "student", threads) for threads in bench.threads)
-        lines.append(f"The same zeros in plain onnxruntime: {speeds}.")
-    else:
-        lines += [_speed(bench, "student", threads) for threads in bench.threads] + _file(bench, "student")
-    return [*lines, *_help(bench), *bench.notes]
-
-
-def markdown(title: str, bench: Bench) -> str:
-    """The report as Markdown: verdict, every percentile, the ledger, where the nodes ran, and the machine."""
-    lines = "\n".join(f"- {line}" for line in verdict(bench))
-    parts = [f"# {title}", lines, _table(*overview(bench)), NOTE, _percentiles(bench)]
-    if bench.ledger:
-        parts += ["## Ledger", LEDGER_NOTE, full_ledger(bench.ledger)]
-    ran = [
-        [name, _nodes(timing), round(timing.resident / MIB), round(timing.peak / MIB)]
-        for name in bench.engines
-        for timing in [bench.of(name, bench.threads[0])]
-    ]
-    machine = [[name, _flat(value)] for name, value in bench.environment.items()]
-    parts += [_table(["engine", "graph nodes by provider", "MiB when loaded", "MiB at the peak"], ran)]
-    return "\n\n".join([*parts, _table(["measured on", ""], machine)]) + "\n"
-
-
-SAME = "no difference beyond the noise."
-NOTE = (
+NO_DIFFERENCE = "no difference beyond the noise."
+TIMING_NOTE = (
     "Speed is against the dense teacher in onnxruntime, fused or not, whichever is faster at that shape. A figure is "
     "of turns: the median of the batches that fit into ten milliseconds, or one that takes longer. `min` is the "
     "fastest single batch. Milliseconds of the first table are those with all its threads, the last number of them. A "
@@ -226,248 +44,347 @@ LEDGER_NOTE = (
 )
 
 
-def _known(facts: Mapping[str, Any]) -> list[Any]:
-    zeros = f"{facts['sparsity']:.2%}" if "sparsity" in facts else "-"
-    return [facts["dev"]["score"] if "dev" in facts else "-", zeros, facts.get("bytes", "-")]
+def overview_table(bench: BenchData) -> tuple[list[str], list[list[Cell]]]:
+    """Columns and rows of the table that a run ends with: score, zeros, bytes on disk, peak MiB, speed, latency.
+
+    The latencies are medians at the first and the last shape of the grid with the last number of threads, so that the
+    table fits a terminal.
+    """
+    shapes = list(dict.fromkeys((bench.grid[0], bench.grid[-1])))
+    columns = ["engine", "score", "zeros", "bytes", "RAM"]
+    if len(bench.threads) == 1:
+        columns.append("speed")
+    else:
+        columns += [f"speed {bench.threads[0]}t", *(f"{threads}t" for threads in bench.threads[1:])]
+    columns += [f"ms {shape}" for shape in shapes]
+    rows: list[list[Cell]] = []
+    for name in bench.engines:
+        timing = bench.timing(name, bench.threads[-1])
+        row: list[Cell] = [name, *file_cells(bench.files.get(name)), f"{timing.peak / MIB:.0f}M"]
+        for threads in bench.threads:
+            row.append(f"{bench.speedup(bench.timing(name, threads), bench.grid).median:.2f}x")
+        row += [median_ms(timing.rounds[shape]) for shape in shapes]
+        rows.append(row)
+    return columns, rows
 
 
-def _speed(bench: Bench, name: str, threads: int) -> str:
-    timing = bench.of(name, threads)
-    speed, rounds = bench.zeros(timing, bench.grid), len(timing.rounds[bench.grid[0]])
-    sparsity = bench.facts[name]["sparsity"]
-    ideal = None if bench.resized else 1 / (1 - sparsity) if sparsity < 1 else math.inf
+def file_cells(file: ModelFile | None) -> list[Cell]:
+    """Cells of a file: score, zeros, bytes; dashes for what is unknown."""
+    if file is None:
+        return ["-", "-", "-"]
+    score: Cell = "-" if file.score is None else file.score
+    zeros = "-" if file.sparsity is None else f"{file.sparsity:.2%}"
+    return [score, zeros, file.bytes]
+
+
+def ledger_table(entries: Sequence[LedgerEntry]) -> tuple[list[str], list[list[Cell]]]:
+    """Columns and rows of the ledger by layer, at its largest number of tokens: sums over the layer's matrices."""
+    tokens = max(entries[0].products)
+    columns = ["layer", "nonzeros", "density", "dense bytes", "sparse bytes"]
+    columns += [f"dense us ({tokens} tokens)", "sparse us", "speed", "bound us"]
+    layers: dict[str, list[LedgerEntry]] = {}
+    for entry in entries:
+        layers.setdefault(entry.layer, []).append(entry)
+    return columns, [layer_row(name, matrices, tokens) for name, matrices in layers.items()]
+
+
+def layer_row(name: str, matrices: Sequence[LedgerEntry], tokens: int) -> list[Cell]:
+    """One row of the ledger by layer."""
+    products = [matrix.products[tokens] for matrix in matrices]
+    nonzeros = sum(matrix.nonzeros for matrix in matrices)
+    density = nonzeros / sum(matrix.rows * matrix.columns for matrix in matrices)
+    dense_us = sum(product.dense_us for product in products)
+    row: list[Cell] = [name, nonzeros, f"{density:.2%}", sum(matrix.dense_bytes for matrix in matrices)]
+    row.append(sum_or_dash([matrix.sparse_bytes for matrix in matrices]))
+    sparse_us = sum_or_dash([product.sparse_us for product in products])
+    speed = "-" if isinstance(sparse_us, str) else f"{dense_us / sparse_us:.2f}x"
+    return [*row, dense_us, sparse_us, speed, sum(product.bound_us for product in products)]
+
+
+def sum_or_dash(values: Sequence[float | None]) -> float | str:
+    """Sum of the values, or a dash if one of them is missing."""
+    total = 0.0 if any(isinstance(value, float) for value in values) else 0
+    for value in values:
+        if value is None:
+            return "-"
+        total += value
+    return total
+
+
+def verdict(bench: BenchData) -> list[str]:
+    """What the zeros bought, in sentences."""
+    lines = other_model_lines(bench)
+    for name in bench.sparse:
+        lines += [speed_line(bench, name, threads) for threads in bench.threads]
+        lines += padding_lines(bench, name)
+        lines += [file_line(bench, name), *rounding_lines(bench.files[name])]
+        for rival in DENSE_INT8:
+            if rival in bench.engines:
+                lines.append(rival_line(bench, name, rival))
+    lines += [same_form_line(bench, name) for name in bench.pairs if name in bench.engines]
+    student_speeds = with_each_thread_count(bench, lambda threads: gain_text(bench, "student", threads))
+    teacher_sparsity, student_sparsity = bench.files["teacher"].sparsity, bench.files["student"].sparsity
+    if (student_sparsity or 0.0) <= (teacher_sparsity or 0.0):
+        lines.append(f"The student has no more zeros than the teacher; against it, it runs at {student_speeds}.")
+        return [*lines, *bench.notes]
+    if bench.sparse:
+        lines.append(f"The same zeros in plain onnxruntime: {student_speeds}.")
+    else:
+        lines += [speed_line(bench, "student", threads) for threads in bench.threads]
+        lines.append(file_line(bench, "student"))
+    return [*lines, *advice_lines(bench), *bench.notes]
+
+
+def markdown(title: str, bench: BenchData) -> str:
+    """The report as Markdown: verdict, every percentile, the ledger, where the nodes ran, and the machine."""
+    lines = "\n".join(f"- {line}" for line in verdict(bench))
+    sections = [f"# {title}", lines, markdown_table(*overview_table(bench)), TIMING_NOTE, percentile_table(bench)]
+    if bench.ledger:
+        sections += ["## Ledger", LEDGER_NOTE, matrix_table(bench.ledger)]
+    engine_rows: list[list[Cell]] = []
+    for name in bench.engines:
+        timing = bench.timing(name, bench.threads[0])
+        memory: list[Cell] = [round(timing.resident / MIB), round(timing.peak / MIB)]
+        engine_rows.append([name, nodes_text(timing), *memory])
+    sections.append(
+        markdown_table(["engine", "graph nodes by provider", "MiB when loaded", "MiB at the peak"], engine_rows)
+    )
+    machine: list[list[Cell]] = [[name, text] for name, text in bench.environment.lines()]
+    sections.append(markdown_table(["measured on", ""], machine))
+    return "\n\n".join(sections) + "\n"
+
+
+def with_each_thread_count(bench: BenchData, text: Callable[[int], str]) -> str:
+    """`text(threads)` for every number of threads, each with its number, as one enumeration."""
+    return ", ".join(f"{text(threads)} with {thread_count(threads)}" for threads in bench.threads)
+
+
+def thread_count(count: int) -> str:
+    """A number of threads in words."""
+    return "1 thread" if count == 1 else f"{count} threads"
+
+
+def gain_text(bench: BenchData, name: str, threads: int) -> str:
+    """What the zeros give an engine, with its interval."""
+    return str(bench.gain_from_zeros(bench.timing(name, threads), bench.grid))
+
+
+def speed_line(bench: BenchData, name: str, threads: int) -> str:
+    """Speed of an engine over the grid, and what it means."""
+    timing = bench.timing(name, threads)
+    speedup, rounds = bench.gain_from_zeros(timing, bench.grid), len(timing.rounds[bench.grid[0]])
+    sparsity = bench.files[name].sparsity
+    assert sparsity is not None, "exported students have a known sparsity"
+    ideal = None
+    if not bench.resized:
+        ideal = 1 / (1 - sparsity) if sparsity < 1 else math.inf
     return (
-        f"Speed of {name}, {sparsity:.1%} zeros, {_threads(threads)}: {speed} that of the dense teacher on "
-        f"{timing.provider}, over {rounds} paired rounds{_range(bench, timing)}: {_meaning(speed, rounds, ideal)}"
+        f"Speed of {name}, {sparsity:.1%} zeros, {thread_count(threads)}: {speedup} that of the dense teacher on "
+        f"{timing.provider}, over {rounds} paired rounds{grid_range(bench, timing)}: "
+        f"{meaning(speedup, rounds, ideal)}"
     )
 
 
-def _range(bench: Bench, timing: Timing) -> str:
-    """From the worst to the best shape of the grid."""
+def grid_range(bench: BenchData, timing: Timing) -> str:
+    """The worst and the best shape of the grid."""
     if len(bench.grid) < 2:
         return ""
-    speeds = sorted((bench.zeros(timing, [shape]).median, str(shape)) for shape in bench.grid)
-    (low, worst), (high, best) = speeds[0], speeds[-1]
-    return f", {low:.2f}x at {worst} to {high:.2f}x at {best}"
+    medians = {str(shape): bench.gain_from_zeros(timing, [shape]).median for shape in bench.grid}
+    speeds = sorted((median, shape) for shape, median in medians.items())
+    (lowest, worst), (highest, best) = speeds[0], speeds[-1]
+    return f", {lowest:.2f}x at {worst} to {highest:.2f}x at {best}"
 
 
-def _padding(bench: Bench, name: str) -> list[str]:
-    """What is won on padded batches, and how much of that is padding that is not computed: where both were timed."""
-    lines = []
-    for shape in bench.padded:
-        speeds = ", ".join(
-            f"{bench.speed(bench.of(name, threads), [shape]).median:.2f}x with {_threads(threads)}"
-            for threads in bench.threads
-        )
-        share = sum(shape.real) / (shape.batch * shape.length)
-        line = f"Padding: at {shape}, where {share:.0%} of the tokens are real, {name} has {speeds}"
-        full, timing = Shape(shape.batch, shape.length), bench.of(name, bench.threads[0])
-        if full in bench.grid and share < MUCH_REAL:
-            gain = _interval(np.asarray(timing.rounds[full]) / np.asarray(timing.rounds[shape]))
-            line += (
-                f"; it computes such a batch {gain.median:.2f}x as fast as a full one: that part is padding left out, "
-                "not zeros"
-                if gain.low > 1 + SAME_SPEED
-                else "; it computes padding like any other token"
-            )
-        lines.append(line + ".")
-    return lines
+def meaning(speedup: Ratio, rounds: int, ideal: float | None) -> str:
+    """Say what a ratio means.
 
-
-def _file(bench: Bench, name: str) -> list[str]:
-    teacher, found = bench.facts["teacher"]["bytes"], bench.facts[name]["bytes"]
-    size = teacher / found
-    why = "it stores the zeros like any other number." if size < 1 + SAME_SIZE else "it leaves zeros out."
-    if bench.resized:
-        return [f"File of {name}: {size:.2f}x smaller, {found:,} of {teacher:,} bytes."]
-    packed = [entry for entry in bench.ledger if entry["sparse_bytes"] is not None]
-    if name in bench.sparse and packed:
-        dense, sparse = (sum(entry[key] for entry in packed) for key in ("dense_bytes", "sparse_bytes"))
-        why = (
-            f"the pruned matrices went from {dense:,} to {sparse:,} bytes (zeros left out, and fewer bits a weight), "
-            f"all the rest from {teacher - dense:,} to {found - sparse:,} (fewer bits only)."
-        )
-    return [f"File of {name}: {size:.2f}x smaller, {found:,} of {teacher:,} bytes: {why}"]
-
-
-def _rounding(facts: Mapping[str, Any]) -> list[str]:
-    if "values" not in facts or "dev" not in facts:
-        return []
-    score, checkpoint = facts["dev"]["score"], facts["checkpoint_dev"]["score"]
-    flipped = f"; {facts['flipped']} of {facts['rows']} predictions changed" if "flipped" in facts else ""
-    kept = f"pruned matrices as {facts['values']}, embeddings as {facts['embeddings']}"
-    return [f"Rounding ({kept}): dev score {score:.4f}, that of its checkpoint {checkpoint:.4f}{flipped}."]
-
-
-def _against_rival(bench: Bench, name: str, rival: str) -> str:
-    """How an engine stands against another one at every point of the grid, with every number of threads."""
-    shapes = [(threads, shape) for threads in bench.threads for shape in bench.grid]
-    found = {
-        f"{shape} with {_threads(threads)}": ratio([bench.of(rival, threads)], bench.of(name, threads), [shape]).median
-        for threads, shape in shapes
-    }
-    slower = [f"{place} ({value:.2f}x)" for place, value in found.items() if value < 1]
-    reach = f"{min(found.values()):.2f}x to {max(found.values()):.2f}x"
-    where = f"slower at {', '.join(slower)}" if slower else "faster at every point of the grid"
-    dev = bench.facts.get(rival, {}).get("dev")
-    scored = f"dev score {dev['score']:.4f}" if dev else "whose score is not measured"
-    return f"Against the teacher in {rival.removesuffix(' teacher')} ({scored}), {name} is {where}: {reach}."
-
-
-def _treated(bench: Bench, name: str) -> list[str]:
-    """What a treatment gives the dense teacher, and what the zeros add to it: the one is never told as the other."""
-    teacher, zeros = bench.treated[name], []
-    for threads in bench.threads:
-        same = ratio([bench.of(teacher, threads)] * len(bench.grid), bench.of(name, threads), bench.grid)
-        zeros.append(f"{same} with {_threads(threads)}")
-    gain = ", ".join(
-        f"{bench.speed(bench.of(teacher, threads), bench.grid)} with {_threads(threads)}" for threads in bench.threads
-    )
-    dense, treated, sparse = (bench.facts[of]["bytes"] for of in ("teacher", teacher, name))
-    return [
-        f"Treatment {name}, which is not sparsity: it gives the dense teacher {gain}, and {dense / treated:.2f}x fewer "
-        f"bytes. The zeros add to it, student against teacher in the same form: {', '.join(zeros)}; "
-        f"{treated / sparse:.2f}x fewer bytes."
-    ]
-
-
-def _with(bench: Bench, name: str, threads: int) -> str:
-    return f"{bench.zeros(bench.of(name, threads), bench.grid)} with {_threads(threads)}"
-
-
-def _threads(count: int) -> str:
-    return f"{count} thread" + ("" if count == 1 else "s")
-
-
-def _meaning(speed: Ratio, rounds: int, ideal: float | None) -> str:
-    """What a ratio says; `ideal` is what the zeros alone could win, None where another model is timed."""
-    doubt = caveat(speed, rounds)
-    if doubt is not None:
-        again = " Repeat it on a machine that does nothing else, with more rounds." if rounds >= FEWEST_ROUNDS else ""
-        return f"{doubt}.{again}"
+    Args:
+        ideal: speed-up of the matrix products if every zero were skipped; None if student and teacher are different
+            models.
+    """
+    caveat = ratio_caveat(speedup, rounds)
+    if caveat is not None:
+        if rounds < MIN_ROUNDS:
+            return f"{caveat}."
+        return f"{caveat}. Repeat it on a machine that does nothing else, with more rounds."
+    slower, faster = speedup.high < 1, speedup.low > 1
     if ideal is None:
-        return "slower, beyond the noise." if speed.high < 1 else "faster, beyond the noise." if speed.low > 1 else SAME
-    if speed.low <= 1 <= speed.high:
-        return "no difference beyond the noise: it multiplies the zeros like any other number."
-    if speed.high < 1:
+        if slower:
+            return "slower, beyond the noise."
+        return "faster, beyond the noise." if faster else NO_DIFFERENCE
+    if slower:
         return "slower, beyond the noise: nothing is won from the zeros."
-    if speed.median < 1 + SAME_SPEED:
+    if not faster:
+        return "no difference beyond the noise: it multiplies the zeros like any other number."
+    if speedup.median < 1 + SAME_SPEED:
         return "beyond the noise, but next to nothing: it multiplies the zeros like any other number."
     return f"faster, beyond the noise (skipping every zero would make the matrix products {ideal:.1f}x as fast)."
 
 
-def caveat(speed: Ratio, rounds: int) -> str | None:
-    """Why a ratio says little, which is to be told wherever it is shown; None: it says what it says."""
-    if rounds < FEWEST_ROUNDS:
-        return f"{rounds} rounds are too few to tell it from noise"
-    if speed.low <= 1 <= speed.high and max(1 / speed.low, speed.high) > NOISY:
-        return "the rounds scatter too much to tell"
-    return None
+def padding_lines(bench: BenchData, name: str) -> list[str]:
+    """Speed on padded batches, and how much of it is padding that is not computed, where both shapes were timed."""
+    lines = []
+    for shape in bench.padded:
+        speeds = with_each_thread_count(bench, speedup_text(bench, name, [shape]))
+        real_share = sum(shape.real) / (shape.batch * shape.length)
+        line = f"Padding: at {shape}, where {real_share:.0%} of the tokens are real, {name} has {speeds}"
+        full_shape, timing = Shape(shape.batch, shape.length), bench.timing(name, bench.threads[0])
+        if full_shape in bench.grid and real_share < MOSTLY_REAL:
+            ratios = np.asarray(timing.rounds[full_shape]) / np.asarray(timing.rounds[shape])
+            gain = median_with_interval(ratios)
+            if gain.low > 1 + SAME_SPEED:
+                line += f"; it computes such a batch {gain.median:.2f}x as fast as a full one"
+                line += ": that part is padding left out, not zeros"
+            else:
+                line += "; it computes padding like any other token"
+        lines.append(line + ".")
+    return lines
 
 
-def _resized(bench: Bench) -> list[str]:
+def speedup_text(bench: BenchData, name: str, shapes: Sequence[Shape]) -> Callable[[int], str]:
+    """A function from a number of threads to the median speed-up at some shapes, as text."""
+    return lambda threads: f"{bench.speedup(bench.timing(name, threads), shapes).median:.2f}x"
+
+
+def file_line(bench: BenchData, name: str) -> str:
+    """How much smaller a file is than the teacher's, and why."""
+    teacher_bytes, file_bytes = bench.files["teacher"].bytes, bench.files[name].bytes
+    ratio = teacher_bytes / file_bytes
+    line = f"File of {name}: {ratio:.2f}x smaller, {file_bytes:,} of {teacher_bytes:,} bytes"
+    if bench.resized:
+        return f"{line}."
+    packed = [entry for entry in bench.ledger if entry.sparse_bytes is not None]
+    if name in bench.sparse and packed:
+        dense = sum(entry.dense_bytes for entry in packed)
+        sparse = sum(entry.sparse_bytes or 0 for entry in packed)
+        return (
+            f"{line}: the pruned matrices went from {dense:,} to {sparse:,} bytes (zeros left out, and fewer bits a "
+            f"weight), all the rest from {teacher_bytes - dense:,} to {file_bytes - sparse:,} (fewer bits only)."
+        )
+    if ratio < 1 + SAME_SIZE:
+        return f"{line}: it stores the zeros like any other number."
+    return f"{line}: it leaves zeros out."
+
+
+def rounding_lines(file: ModelFile) -> list[str]:
+    """What rounding the weights cost, where they were rounded and a dev set was given."""
+    if file.rounding is None or file.score is None or file.checkpoint_score is None:
+        return []
+    values, embeddings = file.rounding
+    line = f"Rounding (pruned matrices as {values}, embeddings as {embeddings}): dev score {file.score:.4f}, "
+    line += f"that of its checkpoint {file.checkpoint_score:.4f}"
+    if file.flipped is not None:
+        line += f"; {file.flipped} of {file.rows} predictions changed"
+    return [line + "."]
+
+
+def rival_line(bench: BenchData, name: str, rival: str) -> str:
+    """Compare an engine with a rival at every point of the grid, with every number of threads."""
+    ratios: dict[str, float] = {}
+    for threads in bench.threads:
+        for shape in bench.grid:
+            ratio = paired_ratio([bench.timing(rival, threads)], bench.timing(name, threads), [shape])
+            ratios[f"{shape} with {thread_count(threads)}"] = ratio.median
+    slower_points = [f"{point} ({ratio:.2f}x)" for point, ratio in ratios.items() if ratio < 1]
+    result = "faster at every point of the grid"
+    if slower_points:
+        result = f"slower at {', '.join(slower_points)}"
+    rival_file = bench.files.get(rival)
+    score = "whose score is not measured"
+    if rival_file is not None and rival_file.score is not None:
+        score = f"dev score {rival_file.score:.4f}"
+    reach = f"{min(ratios.values()):.2f}x to {max(ratios.values()):.2f}x"
+    return f"Against the teacher in {rival.removesuffix(' teacher')} ({score}), {name} is {result}: {reach}."
+
+
+def same_form_line(bench: BenchData, name: str) -> str:
+    """Separate what a form (fused, fp16, int8) gives the dense teacher from what the zeros add to it."""
+    teacher = bench.pairs[name]
+
+    def form_gain(threads: int) -> str:
+        return str(bench.speedup(bench.timing(teacher, threads), bench.grid))
+
+    def zeros_gain(threads: int) -> str:
+        timings = [bench.timing(teacher, threads)] * len(bench.grid)
+        return str(paired_ratio(timings, bench.timing(name, threads), bench.grid))
+
+    dense_bytes, teacher_bytes = bench.files["teacher"].bytes, bench.files[teacher].bytes
+    return (
+        f"Treatment {name}, which is not sparsity: it gives the dense teacher "
+        f"{with_each_thread_count(bench, form_gain)}, and {dense_bytes / teacher_bytes:.2f}x fewer bytes. The zeros "
+        f"add to it, student against teacher in the same form: {with_each_thread_count(bench, zeros_gain)}; "
+        f"{teacher_bytes / bench.files[name].bytes:.2f}x fewer bytes."
+    )
+
+
+def other_model_lines(bench: BenchData) -> list[str]:
+    """Say that student and teacher are different models, where they are."""
     if not bench.resized:
         return []
-    mine, its = (bench.facts[role]["size"] for role in ("student", "teacher"))
+    student, teacher = bench.files["student"].size, bench.files["teacher"].size
     return [
-        f"The student is another model than the teacher: its matrices hold {mine:,} weights, zeros among them, the "
-        f"teacher's {its:,}. Speed and bytes are those of the other model and of its zeros together."
+        f"The student is another model than the teacher: its matrices hold {student:,} weights, zeros among them, the "
+        f"teacher's {teacher:,}. Speed and bytes are those of the other model and of its zeros together."
     ]
 
 
-def _help(bench: Bench) -> list[str]:
-    """What the best of the student's files still lacks."""
-    best = [*bench.sparse, "student"][0]
-    speeds = [bench.zeros(bench.of(best, threads), bench.grid) for threads in bench.threads]
-    slow = all(speed.median < 1 + SAME_SPEED or speed.low <= 1 for speed in speeds)
-    large = bench.facts["teacher"]["bytes"] / bench.facts[best]["bytes"] < 1 + SAME_SIZE
-    if not slow and not large:
-        return []
-    speed = "for speed, a runtime whose kernels skip zeros, or whole heads, neurons or layers taken out"
-    size = "for size, storage that leaves zeros out, or fewer bits a weight"
-    return ["What would help: " + "; ".join(([speed] if slow else []) + ([size] if large else [])) + "."]
+def advice_lines(bench: BenchData) -> list[str]:
+    """Say what would help where the best form of the student is no faster or no smaller."""
+    speeds = [bench.gain_from_zeros(bench.timing(bench.best, threads), bench.grid) for threads in bench.threads]
+    advice = []
+    if all(speed.median < 1 + SAME_SPEED or speed.low <= 1 for speed in speeds):
+        advice.append("for speed, a runtime whose kernels skip zeros, or whole heads, neurons or layers taken out")
+    if bench.files["teacher"].bytes / bench.files[bench.best].bytes < 1 + SAME_SIZE:
+        advice.append("for size, storage that leaves zeros out, or fewer bits a weight")
+    return [f"What would help: {'; '.join(advice)}."] if advice else []
 
 
-def _layer(name: str, group: Sequence[Mapping[str, Any]], tokens: str) -> list[Any]:
-    def total(key: str) -> Any:
-        values = [entry[key] for entry in group]
-        return "-" if None in values else sum(values)
-
-    def micro(key: str) -> Any:
-        values = [entry["products"][tokens][key] for entry in group]
-        return "-" if None in values else sum(values)
-
-    dense, sparse = micro("dense_us"), micro("sparse_us")
-    density = total("nonzeros") / sum(entry["rows"] * entry["columns"] for entry in group)
-    row = [name, total("nonzeros"), f"{density:.2%}", total("dense_bytes"), total("sparse_bytes"), dense, sparse]
-    return [*row, "-" if sparse == "-" else f"{dense / sparse:.2f}x", micro("bound_us")]
-
-
-def full_ledger(entries: Sequence[Mapping[str, Any]]) -> str:
-    head = ["matrix", "size", "nonzeros", "density", "dense bytes", "sparse bytes", "tokens"]
-    head += ["dense us", "GFLOP/s", "sparse us", "GFLOP/s", "speed", "bound us", "of the bound"]
-    rows = []
+def matrix_table(entries: Sequence[LedgerEntry]) -> str:
+    """The whole ledger as a Markdown table: every matrix at every number of tokens."""
+    columns = ["matrix", "size", "nonzeros", "density", "dense bytes", "sparse bytes", "tokens"]
+    columns += ["dense us", "GFLOP/s", "sparse us", "GFLOP/s", "speed", "bound us", "of the bound"]
+    rows: list[list[Cell]] = []
     for entry in entries:
-        facts = [entry["name"], f"{entry['rows']}x{entry['columns']}", entry["nonzeros"], f"{entry['density']:.2%}"]
-        facts += [entry["dense_bytes"], "-" if entry["sparse_bytes"] is None else entry["sparse_bytes"]]
-        for tokens, product in entry["products"].items():
-            dense = [tokens, f"{product['dense_us']:.1f}", f"{product['dense_flops'] / 1e9:.1f}"]
-            rows.append([*facts, *dense, *_sparse_cells(product)])
-    return _table(head, rows)
+        matrix: list[Cell] = [entry.name, f"{entry.rows}x{entry.columns}", entry.nonzeros, f"{entry.density:.2%}"]
+        matrix += [entry.dense_bytes, "-" if entry.sparse_bytes is None else entry.sparse_bytes]
+        for tokens, product in entry.products.items():
+            dense: list[Cell] = [tokens, f"{product.dense_us:.1f}", f"{product.dense_flops / 1e9:.1f}"]
+            rows.append([*matrix, *dense, *sparse_cells(product)])
+    return markdown_table(columns, rows)
 
 
-def _sparse_cells(product: Mapping[str, Any]) -> list[str]:
-    bound = f"{product['bound_us']:.1f}"
-    if product["sparse_us"] is None:
+def sparse_cells(product: ProductTimes) -> list[Cell]:
+    """Cells of a sparse product; dashes for a matrix without a sparse form."""
+    bound = f"{product.bound_us:.1f}"
+    if product.sparse_us is None or product.sparse_flops is None:
         return ["-", "-", "-", bound, "-"]
-    reached = product["bound_us"] / product["sparse_us"]
-    figures = [f"{product['sparse_us']:.1f}", f"{product['sparse_flops'] / 1e9:.1f}", f"{product['ratio']:.2f}x"]
-    return [*figures, bound, f"{reached:.0%}"]
+    cells: list[Cell] = [f"{product.sparse_us:.1f}", f"{product.sparse_flops / 1e9:.1f}", f"{product.ratio:.2f}x"]
+    return [*cells, bound, f"{product.bound_us / product.sparse_us:.0%}"]
 
 
-def _percentiles(bench: Bench) -> str:
-    head = ["engine", "provider", "threads", "shape", "min ms", *(f"p{rank} ms" for rank in PERCENTILES)]
-    rows = [
-        [entry["engine"], entry["provider"], entry["threads"], entry["shape"], f"{entry['min']:.3f}"]
-        + [f"{entry[f'p{rank}']:.3f}" for rank in PERCENTILES]
-        + [f"{entry['rows_per_second']:.1f}", "1x" if entry["engine"] == entry["dense"] else Ratio(**entry["ratio"])]
-        for entry in details(bench)
-    ]
-    return _table([*head, "rows/s", "speed"], rows)
+def percentile_table(bench: BenchData) -> str:
+    """Every percentile of every engine as a Markdown table."""
+    columns = ["engine", "provider", "threads", "shape", "min ms", *(f"p{rank} ms" for rank in PERCENTILES)]
+    rows: list[list[Cell]] = []
+    for record in latency_records(bench):
+        percentiles = (record.p50, record.p90, record.p95, record.p99)
+        speed = "1x" if record.engine == record.dense else str(record.ratio)
+        row: list[Cell] = [record.engine, record.provider, record.threads, record.shape, f"{record.min:.3f}"]
+        row += [f"{value:.3f}" for value in percentiles]
+        rows.append([*row, f"{record.rows_per_second:.1f}", speed])
+    return markdown_table([*columns, "rows/s", "speed"], rows)
 
 
-def _interval(ratios: np.ndarray) -> Ratio:
-    """Median and interval of the ratios of paired rounds."""
-    ordered = np.sort(ratios)
-    below = _rank(len(ordered))
-    return Ratio(float(np.median(ordered)), float(ordered[below]), float(ordered[-1 - below]))
-
-
-def _rank(count: int) -> int:
-    """How many of the smallest, and of the largest, of `count` sorted values lie outside the median's interval."""
-    tail, rank = 0.0, 0
-    for below in range(count // 2):
-        tail += math.comb(count, below) / 2**count
-        if 2 * tail > 1 - CONFIDENCE:
-            break
-        rank = below
-    return rank
-
-
-def _flat(value: Any) -> str:
-    return ", ".join(f"{name} {item}" for name, item in value.items()) if isinstance(value, Mapping) else str(value)
-
-
-def _nodes(timing: Timing) -> str:
+def nodes_text(timing: Timing) -> str:
+    """Number of graph nodes by provider."""
     if timing.nodes is None:
         return timing.provider
-    return ", ".join(f"{name} {sum(ops.values())}" for name, ops in timing.nodes.items())
+    return ", ".join(f"{provider} {sum(counts.values())}" for provider, counts in timing.nodes.items())
 
 
-def _table(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
+    """A Markdown table; floats have four digits."""
+    lines = [columns, ["---"] * len(columns)]
+    for row in rows:
+        lines.append([f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,27 +1,30 @@
-"""`spdtool bench`: the exported student against the exported dense teacher, side by side.
+"""`spdtool bench`: time the exported student against the exported dense teacher, side by side.
 
 Reads: `export`, and `teacher` for the rows in torch. Writes: `bench/bench.json` (every round of every engine, the
-ledger, and the machine) and `bench/bench.md` (what they say). The runtime is onnxruntime on CUDA where that really
-runs, otherwise on the CPU; what ran is part of the result.
+ledger, and the machine) and `bench/bench.md` (what they mean). The runtime is onnxruntime on CUDA if that really runs,
+otherwise on the CPU; the result says which.
 
-Rows: `teacher` and `student` as plain ONNX files; each further target's files; the teacher again without
-fused operators, in dynamic int8 (made here, thrown away), in eager torch, and compiled by torch.
+Rows: `teacher` and `student` as plain ONNX files; the files of every further target; the teacher again without fused
+operators, in dynamic int8 (made here and thrown away), in eager torch, and compiled by torch.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from spdtool import console
-from spdtool.bench import int8, latency, ledger, report
-from spdtool.bench.latency import Engine, Shape, Timing
-from spdtool.data import tokens as data
+from spdtool.bench import ledger, report
+from spdtool.bench.engines import Engine, Shape
+from spdtool.bench.int8 import quantize_dynamic_int8
+from spdtool.bench.latency import Timing, time_engines
+from spdtool.bench.ratios import BenchData, ModelFile, latency_records, ratio_caveat
+from spdtool.data.tokens import tokenize
 from spdtool.errors import ModelError, RecipeError, SpdError
 from spdtool.export import runtime
 from spdtool.export.target import Target, get_target, optional_targets
@@ -36,17 +39,54 @@ from spdtool.run.records import (
     EngineRecord,
     ExportedModel,
     ExportResult,
-    LatencyRecord,
     LedgerEntry,
     MachinePeak,
-    Ratio,
     ShapeRounds,
     Table,
 )
 from spdtool.tasks import find_task
 
-INT8 = "onnx-int8"  # the target whose teacher is the int8 rival, with its score
-SEEN = 512  # rows of the dev set whose lengths are looked at
+DYNAMIC_INT8 = "int8"  # engine of the teacher, unless the target below was exported: its score was measured
+INT8_TARGET = "onnx-int8"
+SAMPLED_ROWS = 512  # rows of the dev set whose lengths padded batches imitate
+
+
+@dataclass
+class Lineup:
+    """The engines to time, and what is known of them.
+
+    Attributes:
+        files: by name of the engine.
+        sparse: engines of targets that export the student only: sparse forms.
+        pairs: engine of the student to engine of the teacher, of targets that export both.
+        timing_operators: of sparse forms whose single products can be timed.
+        notes: what has to be said beside the figures.
+    """
+
+    engines: list[Engine] = field(default_factory=list)
+    files: dict[str, ModelFile] = field(default_factory=dict)
+    sparse: list[str] = field(default_factory=list)
+    pairs: dict[str, str] = field(default_factory=dict)
+    timing_operators: dict[str, tuple[str, str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def add_export(self, name: str, folder: Path, model: ExportedModel, provider: str) -> None:
+        """Add the exported files in `folder` as an engine."""
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        engine = Engine(
+            name=name,
+            kind="onnxruntime",
+            path=str(folder / model.files[0]),
+            vocabulary=config["vocab_size"],
+            pad=config.get("pad_token_id") or 0,
+            provider=provider,
+        )
+        self.engines.append(engine)
+        self.files[name] = ModelFile.of_export(model)
+
+    def engine(self, name: str) -> Engine:
+        """The engine of that name."""
+        return next(engine for engine in self.engines if engine.name == name)
 
 
 def bench(run: Run) -> BenchResult:
@@ -59,259 +99,242 @@ def bench(run: Run) -> BenchResult:
     """
     recipe, section = run.recipe, run.recipe.bench
     provider = runtime.working_providers(recipe.device)[-1]
-    folder, exported = run.read("export"), run.export_result()
-    teacher = run.read("teacher")
-    counts = tuple(dict.fromkeys(count or runtime.usable_cores() for count in section.threads))
+    threads = list(dict.fromkeys(count or runtime.usable_cores() for count in section.threads))
     if provider == "cuda":
-        counts = counts[-1:]  # threads of the CPU make no difference there
-    entered = enter(folder, exported, provider, recipe)
+        threads = threads[-1:]  # threads of the CPU make no difference there
+    export_folder, exported, teacher_folder = run.read("export"), run.export_result(), run.read("teacher")
+
+    lineup = line_up_exports(export_folder, exported, provider, recipe)
     positions = min(exported.teacher.positions, exported.student.positions)
-    shapes = fitting_shapes(recipe, positions, folder / "teacher", entered.notes)
+    shapes = choose_shapes(recipe, positions, export_folder / "teacher", lineup.notes)
     with run.stage("bench") as work, tempfile.TemporaryDirectory() as scratch:
-        add_teachers(entered, teacher, Path(scratch), provider, recipe)
-        machines, entries = _ledger(entered, counts) if section.ledger and provider == "cpu" else ({}, [])
-        with console.busy(
-            f"timing {len(entered.engines)} engines at {len(shapes)} shapes with {_listed(counts)} threads"
-        ):
-            race = latency.race(
-                entered.engines,
+        add_teacher_engines(lineup, teacher_folder, Path(scratch), provider, recipe)
+        peaks: dict[int, MachinePeak] = {}
+        entries: list[LedgerEntry] = []
+        if section.ledger and provider == "cpu":
+            peaks, entries = measure_matrices(lineup, threads)
+        counts = " and ".join(map(str, threads))
+        with console.busy(f"timing {len(lineup.engines)} engines at {len(shapes)} shapes with {counts} threads"):
+            result = time_engines(
+                lineup.engines,
                 shapes,
-                threads=counts,
+                threads=threads,
                 rounds=section.rounds,
                 warmup=section.warmup,
                 seconds=section.seconds,
             )
-        entered.notes += [f"{reason}." for reason in race.missing.values()]
-        found = report.Bench(
-            timings=race.timings,
-            facts=entered.facts,
-            sparse=entered.sparse,
+        data = BenchData(
+            timings=result.timings,
+            files=lineup.files,
+            environment=describe_environment(result.timings, threads, peaks),
+            sparse=lineup.sparse,
+            pairs=lineup.pairs,
             ledger=entries,
-            notes=entered.notes,
-            treated=entered.treated,
-            environment=dict(_environment(race.timings, machines, counts).lines()),
+            notes=[*lineup.notes, *(f"{reason}." for reason in result.missing.values())],
         )
-        environment = _environment(race.timings, machines, counts)
-        listed = [LedgerEntry.model_validate(entry) for entry in entries]
         title = recipe.mark_smoke(f"{recipe.task} at {recipe.sparsity:.0%} zeros")
-        (work.folder / "bench.md").write_text(report.markdown(title, found), "utf-8")
-        raw = BenchFile(environment=environment, engines=_raw(race.timings), ledger=listed)
-        write_json(work.folder / "bench.json", raw)
-        work.result = result = _result(found, listed, environment)
-    return result
+        (work.folder / "bench.md").write_text(report.markdown(title, data), "utf-8")
+        engines = [engine_record(timing) for timing in data.timings]
+        write_json(
+            work.folder / "bench.json", BenchFile(environment=data.environment, engines=engines, ledger=entries)
+        )
+        work.result = summary = summarize(data)
+    return summary
 
 
-@dataclass
-class Entered:
-    """Keeps what is going to be timed, what is known of the files, and what has to be said.
-
-    Attributes:
-        sparse: engines that run a further target's form of the student alone.
-        treated: engines whose file is the student's with a treatment that the teacher had too, and the teacher's.
-    """
-
-    engines: list[Engine]
-    facts: dict[str, dict[str, Any]]
-    sparse: list[str]
-    notes: list[str]
-    treated: dict[str, str] = field(default_factory=dict)
-
-
-def enter(folder: Path, exported: ExportResult, provider: str, recipe: Recipe) -> Entered:
-    """The exported files of both roles, and those of each further target that runs here on `provider`."""
-    found = Entered([], {}, [], [])
-    for role, model in (("teacher", exported.teacher), ("student", exported.student)):
-        found.facts[role] = model.model_dump(exclude_none=True)
-        found.engines.append(_exported(role, folder / role, model, provider))
-    found.engines[0] = replace(found.engines[0], baseline=True)
-    for target, reason in exported.refused.items():
-        found.notes.append(f"Not shipped, so not timed: {target}: {reason}.")
-    for target, files in exported.further().items():
+def line_up_exports(folder: Path, exported: ExportResult, provider: str, recipe: Recipe) -> Lineup:
+    """Collect the plain files of both roles, and the files of each further target that runs on `provider`."""
+    lineup = Lineup()
+    lineup.add_export("teacher", folder / "teacher", exported.teacher, provider)
+    lineup.engines[0] = replace(lineup.engines[0], baseline=True)
+    lineup.add_export("student", folder / "student", exported.student, provider)
+    for name, reason in exported.refused.items():
+        lineup.notes.append(f"Not shipped, so not timed: {name}: {reason}.")
+    for name, files in exported.further().items():
         try:
-            part = get_target(target)
-        except RecipeError as error:
-            found.notes.append(f"Not timed: {target}: {error.message}.")
+            target = get_target(name)
+        except RecipeError as error:  # its plugin is not installed any more
+            lineup.notes.append(f"Not timed: {name}: {error.message}.")
             continue
-        both = files.teacher is not None
-        if both and (why := _untimed(part, provider, recipe)):
-            found.notes.append(f"Not timed: {target}: {why}.")
-            continue
-        if provider not in part.providers:
-            found.notes.append(f"Not timed: {target}: it does not run on {provider}; compare it with --set device=cpu.")
+        reason = reason_not_to_time(target, provider, recipe, both_roles=files.teacher is not None)
+        if reason is not None:
+            lineup.notes.append(f"Not timed: {name}: {reason}.")
             continue
         for role, model in files.models().items():
-            name = target if role == "student" else f"{target} {role}"
-            place = folder / target / role
-            engine = _exported(name, place, model, provider)
-            found.engines.append(replace(engine, libraries=tuple(map(str, part.libraries(place)))))
-            found.facts[name] = model.model_dump(exclude_none=True)
-            found.sparse += [name] if role == "student" and not both else []
-        if both:
-            found.treated[target] = f"{target} teacher"
-    offered, missing = optional_targets(recipe.export)
-    gone = {*exported.targets, *exported.refused}
-    left = [name for name in (*missing, *(choice.name for choice in offered)) if name not in gone]
-    found.notes += [f"Not exported, so not timed: {name}" + _reason(missing.get(name)) for name in left]
-    return found
+            engine_name = name if role == "student" else f"{name} {role}"
+            role_folder = folder / name / role
+            lineup.add_export(engine_name, role_folder, model, provider)
+            libraries = tuple(map(str, target.libraries(role_folder)))
+            lineup.engines[-1] = replace(lineup.engines[-1], libraries=libraries)
+        if files.teacher is None:
+            lineup.sparse.append(name)
+            if target.timing_operator is not None:
+                lineup.timing_operators[name] = target.timing_operator
+        else:
+            lineup.pairs[name] = f"{name} teacher"
+    lineup.notes += not_exported_notes(exported, recipe)
+    return lineup
 
 
-def _untimed(target: Target, provider: str, recipe: Recipe) -> str | None:
-    """Why a treatment of both roles is not timed here; None: it is."""
+def reason_not_to_time(target: Target, provider: str, recipe: Recipe, *, both_roles: bool) -> str | None:
+    """Why a target's files are not timed here, or None."""
+    runs_here = provider in target.providers
+    if not both_roles:
+        return None if runs_here else f"it does not run on {provider}; compare it with --set device=cpu"
     if not recipe.bench.variants:
         return "bench.variants is off"
-    if provider == "cpu" and "fp16" in target.storage_formats(recipe):
+    if provider == "cpu" and target.storage_formats(recipe).matrices == "fp16":
         return "a CPU computes it in float32, with conversions between; it is for a GPU, and onnxruntime has none here"
-    return None if provider in target.providers else f"it does not run on {provider}"
+    return None if runs_here else f"it does not run on {provider}"
 
 
-def add_teachers(found: Entered, checkpoint: Path, scratch: Path, provider: str, recipe: Recipe) -> None:
-    """The teacher's further rows, as far as the recipe wants them; what exists on the CPU only is left out on CUDA."""
-    section, plain = recipe.bench, found.engines[0]
+def not_exported_notes(exported: ExportResult, recipe: Recipe) -> list[str]:
+    """Name the optional targets that the export stage left out, with the reason where it is known."""
+    available, errors = optional_targets(recipe.export)
+    notes = []
+    for name in [*errors, *(choice.name for choice in available)]:
+        if name in exported.targets or name in exported.refused:
+            continue
+        note, error = f"Not exported, so not timed: {name}", errors.get(name)
+        if error is not None:
+            note += f": {error.message}"
+            if error.hint:
+                note += f"; {error.hint}"
+        notes.append(f"{note}.")
+    return notes
+
+
+def add_teacher_engines(lineup: Lineup, checkpoint: Path, scratch: Path, provider: str, recipe: Recipe) -> None:
+    """Add the teacher's further rows that the recipe wants; on CUDA not those that exist on a CPU only."""
+    section, plain = recipe.bench, lineup.engines[0]
     if section.unfused and provider == "cpu":
-        found.engines.append(replace(plain, name="unfused", fused=False))
-        found.notes.append("1x is the dense teacher, fused or unfused, whichever is the faster at that shape.")
-    if section.int8 and provider == "cpu" and INT8 not in found.treated:
+        lineup.engines.append(replace(plain, name="unfused", fused=False))
+        lineup.notes.append("1x is the dense teacher, fused or unfused, whichever is the faster at that shape.")
+    if section.int8 and provider == "cpu" and INT8_TARGET not in lineup.pairs:
         file = scratch / "int8.onnx"
         try:
             with console.busy("quantising the teacher to int8, to compare with"):
-                int8.quantise(Path(plain.path), file)
+                quantize_dynamic_int8(Path(plain.path), file)
         except ModelError as error:
-            found.notes.append(f"Not timed: int8: {error.message}.")
+            lineup.notes.append(f"Not timed: {DYNAMIC_INT8}: {error.message}.")
         else:
-            int8_engine = replace(plain, name="int8", path=str(file), baseline=False, optional=True)
-            found.engines.append(int8_engine)
-            found.facts[int8_engine.name] = {"bytes": file.stat().st_size}
+            # Optional: a runtime that quantizes a model need not be able to run it.
+            engine = replace(plain, name=DYNAMIC_INT8, path=str(file), baseline=False, optional=True)
+            lineup.engines.append(engine)
+            lineup.files[DYNAMIC_INT8] = ModelFile(file.stat().st_size)
     if section.torch:
         eager = replace(plain, name="torch", kind="torch", path=str(checkpoint), baseline=False)
-        found.engines.append(eager)
+        lineup.engines.append(eager)
         if section.compiled:
-            found.engines.append(replace(eager, name="compiled", compiled=True, optional=True))
+            lineup.engines.append(replace(eager, name="compiled", compiled=True, optional=True))
 
 
-def fitting_shapes(recipe: Recipe, positions: int, tokenizer: Path, notes: list[str]) -> list[Shape]:
-    """The grid of the recipe, then its padded shapes; what the model has no positions for is cut, and said so."""
+def choose_shapes(recipe: Recipe, positions: int, tokenizer_folder: Path, notes: list[str]) -> list[Shape]:
+    """The recipe's grid, then its padded shapes; lengths beyond the model's positions are cut, with a warning."""
     section = recipe.bench
     wanted = dict.fromkeys((*section.lengths, *(length for _, length in section.padded)))
-    cut = [str(length) for length in wanted if length > positions]
-    if cut:
-        console.warn(f"the model has {positions} positions: length {', '.join(cut)} is timed at {positions}")
-    lengths = list(dict.fromkeys(min(length, positions) for length in section.lengths))
-    grid = [Shape(batch, length) for batch in section.batches for length in lengths]
+    too_long = [str(length) for length in wanted if length > positions]
+    if too_long:
+        lengths = ", ".join(too_long)
+        console.warn(f"the model has {positions} positions: length {lengths} is timed at {positions}")
+    shapes = []
+    for batch in section.batches:
+        for length in dict.fromkeys(min(length, positions) for length in section.lengths):
+            shapes.append(Shape(batch, length))
     if not section.padded:
-        return grid
-    seen = _dev_lengths(recipe, tokenizer)
-    drawn = "evenly from 1 to the longest" if seen is None else "as in the dev set, scaled to the longest"
-    notes.append(f"Padded shapes: real lengths are spread {drawn}.")
-    padded = dict.fromkeys((batch, min(length, positions)) for batch, length in section.padded)
-    return [*grid, *(Shape(batch, length, real_lengths(batch, length, seen)) for batch, length in padded)]
+        return shapes
+    dev_lengths = sample_dev_lengths(recipe, tokenizer_folder)
+    if dev_lengths is None:
+        notes.append("Padded shapes: real lengths are spread evenly from 1 to the longest.")
+    else:
+        notes.append("Padded shapes: real lengths are spread as in the dev set, scaled to the longest.")
+    for batch, length in dict.fromkeys((batch, min(length, positions)) for batch, length in section.padded):
+        shapes.append(Shape(batch, length, spread_lengths(batch, length, dev_lengths)))
+    return shapes
 
 
-def real_lengths(batch: int, length: int, seen: np.ndarray | None) -> tuple[int, ...]:
-    """Real lengths of a batch that is padded to its longest row, which has `length` tokens.
+def spread_lengths(batch: int, longest: int, observed: np.ndarray | None) -> tuple[int, ...]:
+    """Real lengths of a batch that is padded to its longest row.
 
     Args:
-        seen: lengths whose quantiles are taken, and scaled; None: spread evenly from 1 to `length`.
+        observed: lengths whose quantiles are taken and scaled to `longest`; None: spread evenly from 1.
     """
-    spread = np.linspace(1, length, batch) if seen is None else np.quantile(seen, (np.arange(batch) + 0.5) / batch)
-    scaled = np.maximum(1, np.rint(spread / spread.max() * length).astype(int))
-    return tuple(np.random.default_rng(batch).permutation(scaled).tolist())
+    if observed is None:
+        spread = np.linspace(1, longest, batch)
+    else:
+        spread = np.quantile(observed, (np.arange(batch) + 0.5) / batch)
+    lengths = np.maximum(1, np.rint(spread / spread.max() * longest).astype(int))
+    return tuple(np.random.default_rng(batch).permutation(lengths).tolist())
 
 
-def _dev_lengths(recipe: Recipe, folder: Path) -> np.ndarray | None:
-    """Tokens of the first rows of the dev set; None where it cannot be read any more."""
+def sample_dev_lengths(recipe: Recipe, tokenizer_folder: Path) -> np.ndarray | None:
+    """Number of tokens of the first rows of the dev set; None if it cannot be read any more."""
     try:
         rows = find_task(recipe).read_rows(recipe)["dev"]
-        few = replace(
-            rows, first=rows.first[:SEEN], second=rows.second and rows.second[:SEEN], labels=rows.labels[:SEEN]
-        )
-        return data.tokenize(load_tokenizer(folder), few, recipe.max_length).lengths
+        sample = rows.pick(range(min(SAMPLED_ROWS, len(rows))))
+        return tokenize(load_tokenizer(tokenizer_folder), sample, recipe.max_length).lengths
     except SpdError:
         return None
 
 
-def _exported(name: str, folder: Path, model: ExportedModel, provider: str) -> Engine:
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    return Engine(
-        name=name,
-        kind="onnxruntime",
-        path=str(folder / model.files[0]),
-        vocabulary=config["vocab_size"],
-        pad=config.get("pad_token_id") or 0,
-        provider=provider,
-    )
-
-
-def _ledger(found: Entered, counts: tuple[int, ...]) -> tuple[dict[int, ledger.Machine], list[dict[str, Any]]]:
-    """Measure the machine and each pruned matrix; its sparse form is the first further target that has one."""
-    by_name = {engine.name: engine for engine in found.engines}
-    packed = [by_name[name] for name in found.sparse if ledger.has_packed(Path(by_name[name].path))]
+def measure_matrices(lineup: Lineup, threads: Sequence[int]) -> tuple[dict[int, MachinePeak], list[LedgerEntry]]:
+    """Measure the machine and each pruned matrix; the sparse form is that of the first engine that has one."""
+    sparse = None
+    for name, operator in lineup.timing_operators.items():
+        engine = lineup.engine(name)
+        if ledger.has_packed_weights(Path(engine.path)):
+            sparse = ledger.SparseFile(engine.path, engine.libraries, operator)
+            break
     with console.busy("measuring the machine, and each pruned matrix alone"):
-        return ledger.write(
-            Path(by_name["student"].path),
-            Path(packed[0].path) if packed else None,
-            packed[0].libraries if packed else (),
-            counts,
-        )
+        return ledger.measure_ledger(Path(lineup.engine("student").path), sparse, threads)
 
 
-def _result(found: report.Bench, ledger: list[LedgerEntry], environment: BenchEnvironment) -> BenchResult:
-    """Summarise the bench for stage.json."""
-    columns, rows = report.overview(found)
-    best = [*found.sparse, "student"][0]
-    speeds = {count: found.zeros(found.of(best, count), found.grid) for count in found.threads}
-    rounds = len(found.timings[0].rounds[found.grid[0]])
-    doubts = {count: report.caveat(speed, rounds) for count, speed in speeds.items()}
+def summarize(data: BenchData) -> BenchResult:
+    """Make the record of stage.json; its speeds are those of the student's best form."""
+    columns, rows = report.overview_table(data)
+    rounds = len(data.timings[0].rounds[data.grid[0]])
+    speeds, caveats = {}, {}
+    for threads in data.threads:
+        speeds[threads] = data.gain_from_zeros(data.timing(data.best, threads), data.grid)
+        caveat = ratio_caveat(speeds[threads], rounds)
+        if caveat is not None:
+            caveats[threads] = caveat
     tables = []
-    if found.ledger:
-        head, lines = report.ledger_table(found.ledger)
-        tables.append(
-            Table(
-                title="sparsity ledger, one thread (matrices of one shape and density share a timing)",
-                columns=head,
-                rows=lines,
-            )
-        )
+    if data.ledger:
+        title = "sparsity ledger, one thread (matrices of one shape and density share a timing)"
+        ledger_columns, ledger_rows = report.ledger_table(data.ledger)
+        tables.append(Table(title=title, columns=ledger_columns, rows=ledger_rows))
     return BenchResult(
         columns=columns,
         rows=rows,
         tables=tables,
-        verdict=report.verdict(found),
-        speeds={count: Ratio.model_validate(asdict(speed)) for count, speed in speeds.items()},
-        caveats={count: doubt for count, doubt in doubts.items() if doubt is not None},
-        size=found.facts["teacher"]["bytes"] / found.facts[best]["bytes"],
-        best=best,
-        provider=found.timings[0].provider,
-        latency=[LatencyRecord.model_validate(entry) for entry in report.details(found)],
-        ledger=ledger,
-        environment=environment,
+        verdict=report.verdict(data),
+        speeds=speeds,
+        caveats=caveats,
+        size=data.files["teacher"].bytes / data.files[data.best].bytes,
+        best=data.best,
+        provider=data.timings[0].provider,
+        latency=latency_records(data),
+        ledger=list(data.ledger),
+        environment=data.environment,
     )
 
 
-def _environment(
-    timings: list[Timing], machines: dict[int, ledger.Machine], counts: tuple[int, ...]
+def describe_environment(
+    timings: Sequence[Timing], threads: Sequence[int], peaks: Mapping[int, MachinePeak]
 ) -> BenchEnvironment:
-    peaks = {count: MachinePeak(flops=peak.flops, bandwidth=peak.bandwidth) for count, peak in machines.items()}
+    """Describe the machine, the provider that ran, and the measured peaks."""
     machine = describe_machine().model_dump()
-    return BenchEnvironment(**machine, threads=list(counts), provider=timings[0].provider, peaks=peaks)
+    return BenchEnvironment(**machine, threads=list(threads), provider=timings[0].provider, peaks=dict(peaks))
 
 
-def _listed(counts: tuple[int, ...]) -> str:
-    return " and ".join(map(str, counts))
-
-
-def _reason(error: SpdError | None) -> str:
-    return "." if error is None else f": {error.message}" + (f"; {error.hint}." if error.hint else ".")
-
-
-def _raw(timings: list[Timing]) -> list[EngineRecord]:
-    engines = []
-    for timing in timings:
-        rounds = [
-            ShapeRounds(batch=shape.batch, length=shape.length, real=shape.real, ms=values, least=timing.least[shape])
-            for shape, values in timing.rounds.items()
-        ]
-        engine = asdict(timing.engine)
-        engine |= {"provider": timing.provider, "nodes": timing.nodes, "rounds": rounds}
-        engine |= {"resident_bytes": timing.resident, "peak_bytes": timing.peak}
-        engines.append(EngineRecord.model_validate(engine))
-    return engines
+def engine_record(timing: Timing) -> EngineRecord:
+    """Make the record of bench.json: every round of one engine."""
+    rounds = []
+    for shape, milliseconds in timing.rounds.items():
+        fields = shape._asdict()
+        rounds.append(ShapeRounds(**fields, ms=milliseconds, least=timing.least[shape]))
+    engine = asdict(timing.engine) | {"provider": timing.provider, "nodes": timing.nodes, "rounds": rounds}
+    return EngineRecord.model_validate(
+        engine | {"resident_bytes": timing.resident, "peak_bytes": timing.peak}
+    )

@@ -18,8 +18,8 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from spdtool.bench import latency
-from spdtool.bench.latency import Engine, Shape
+from spdtool.bench import engines, latency
+from spdtool.bench.engines import Engine, Shape
 from spdtool.errors import SpdError
 from spdtool.export.targets import Onnx
 from spdtool.models.load import save_model
@@ -55,7 +55,7 @@ def test_every_engine_is_timed_at_every_shape_in_every_round(
         (tmp_path / shadow).write_text("raise SystemExit('a file of the current folder was run')")
     monkeypatch.chdir(tmp_path)
     shapes = [Shape(1, 4), Shape(3, 8), Shape(3, 8, (8, 2, 1))]
-    race = latency.race([engine("one"), engine("two")], shapes, threads=(1, 2), rounds=5, warmup=1)
+    race = latency.time_engines([engine("one"), engine("two")], shapes, threads=(1, 2), rounds=5, warmup=1)
     assert [(timing.engine.name, timing.engine.threads) for timing in race.timings] == [
         ("one", 1), ("two", 1), ("one", 2), ("two", 2),
     ]  # fmt: skip
@@ -85,7 +85,7 @@ class Fake:
             raise SpdError("absent cannot be timed: no compiler")
         return {"provider": "p", "nodes": None, "resident": 1, "peak": 2, "ms": 1.0, "least": 0.5}
 
-    def end(self) -> None:
+    def kill(self) -> None:
         Fake.asked.append("end")
 
 
@@ -94,14 +94,14 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[Fake]:
     """Workers without processes, and their clock."""
     monkeypatch.setattr(Fake, "asked", [])
     monkeypatch.setattr(Fake, "now", 0.0)
-    monkeypatch.setattr(latency, "Worker", Fake)
+    monkeypatch.setattr(engines, "EngineProcess", Fake)
     monkeypatch.setattr(latency, "PAUSE", 0)
     monkeypatch.setattr(latency.time, "monotonic", lambda: Fake.now)
     return Fake
 
 
 def test_the_order_turns_with_each_round(engine: Callable[..., Engine], fake: type[Fake]) -> None:
-    race = latency.race([engine(name) for name in "abc"], [Shape(1, 2)], rounds=2, warmup=1)
+    race = latency.time_engines([engine(name) for name in "abc"], [Shape(1, 2)], rounds=2, warmup=1)
     assert fake.asked == [*"cab", *"abc", *"bca", "end", "end", "end"]
     assert all(len(timing.rounds[Shape(1, 2)]) == 2 for timing in race.timings)
 
@@ -110,12 +110,12 @@ def test_rounds_fit_into_the_time_of_all_numbers_of_threads(engine: Callable[...
     """A round takes a second: 30 seconds are 10 rounds each with three numbers of threads, however many are allowed."""
 
     def counts(seconds: float, rounds: int) -> list[int]:
-        race = latency.race([engine()], [Shape(1, 2)], threads=(1, 2, 4), rounds=rounds, warmup=0, seconds=seconds)
+        race = latency.time_engines([engine()], [Shape(1, 2)], threads=(1, 2, 4), rounds=rounds, warmup=0, seconds=seconds)
         return [len(timing.rounds[Shape(1, 2)]) for timing in race.timings]
 
     assert counts(30, 50) == [10, 10, 10]
     assert counts(1000, 8) == [8, 8, 8]
-    assert counts(0, 50) == [latency.FEWEST_ROUNDS] * 3
+    assert counts(0, 50) == [latency.MIN_ROUNDS] * 3
     assert counts(0, 2) == [2, 2, 2]
 
 
@@ -123,11 +123,11 @@ def test_an_optional_engine_may_be_missing_and_the_reason_is_kept(
     engine: Callable[..., Engine], fake: type[Fake]
 ) -> None:
     racing = [engine("here"), engine("absent", optional=True)]
-    race = latency.race(racing, [Shape(1, 2)], threads=(1, 2), rounds=1, warmup=0)
+    race = latency.time_engines(racing, [Shape(1, 2)], threads=(1, 2), rounds=1, warmup=0)
     assert [timing.engine.name for timing in race.timings] == ["here", "here"]
     assert race.missing == {"absent": "absent cannot be timed: no compiler"}
     with pytest.raises(SpdError, match="no compiler"):
-        latency.race([engine("absent")], [Shape(1, 2)], rounds=1, warmup=0)
+        latency.time_engines([engine("absent")], [Shape(1, 2)], rounds=1, warmup=0)
 
 
 def test_a_turn_is_as_many_calls_as_fit_and_at_least_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,18 +138,18 @@ def test_a_turn_is_as_many_calls_as_fit_and_at_least_one(monkeypatch: pytest.Mon
         nonlocal clock
         clock += next(took) * 10**6
 
-    monkeypatch.setattr(latency.time, "perf_counter_ns", lambda: clock)
-    assert latency.turn(call, 0.014) == {"ms": 2.5, "least": 1.0, "batches": 4}
-    assert latency.turn(call, 0.014) == {"ms": 50.0, "least": 50.0, "batches": 1}
+    monkeypatch.setattr(engines.time, "perf_counter_ns", lambda: clock)
+    assert engines.time_turn(call, 0.014) == {"ms": 2.5, "least": 1.0, "batches": 4}
+    assert engines.time_turn(call, 0.014) == {"ms": 50.0, "least": 50.0, "batches": 1}
 
 
 def test_a_model_that_does_not_open_is_a_clear_error(engine: Callable[..., Engine], tmp_path: Path) -> None:
     with pytest.raises(SpdError, match=r"broken cannot be timed: onnxruntime cannot open .*none.onnx"):
-        latency.race([engine("broken", path=str(tmp_path / "none.onnx"))], [Shape(1, 2)], rounds=1, warmup=0)
+        latency.time_engines([engine("broken", path=str(tmp_path / "none.onnx"))], [Shape(1, 2)], rounds=1, warmup=0)
 
 
 def test_a_process_that_dies_is_a_clear_error_and_none_is_left(engine: Callable[..., Engine]) -> None:
-    with latency.worker("victim", 60) as worker:
+    with engines.start_process("victim", 60) as worker:
         worker.ask({"open": engine().__dict__})
         os.kill(worker.process.pid, signal.SIGKILL)
         with pytest.raises(SpdError, match="the process that times victim died with signal 9"):
@@ -158,14 +158,14 @@ def test_a_process_that_dies_is_a_clear_error_and_none_is_left(engine: Callable[
 
 
 def test_what_a_dying_process_said_last_is_shown(engine: Callable[..., Engine]) -> None:
-    with latency.worker("victim", 60) as worker:
+    with engines.start_process("victim", 60) as worker:
         worker.ask({"open": engine().__dict__})
         with pytest.raises(SpdError, match="died with exit 1: KeyError: 'length'"):
             worker.ask({"batch": 1})
 
 
 def test_a_process_that_hangs_is_given_up(engine: Callable[..., Engine]) -> None:
-    with latency.worker("sleeper", 60) as worker:
+    with engines.start_process("sleeper", 60) as worker:
         worker.ask({"open": engine().__dict__})
         os.kill(worker.process.pid, signal.SIGSTOP)
         worker.timeout = 0.2
@@ -177,7 +177,7 @@ def test_a_process_that_hangs_is_given_up(engine: Callable[..., Engine]) -> None
 def answers(*requests: dict[str, Any]) -> list[dict[str, Any]]:
     """What the other side answers, in this process."""
     given: list[dict[str, Any]] = []
-    latency.work([json.dumps(request) for request in requests], given.append)
+    engines.run_engine([json.dumps(request) for request in requests], given.append)
     return given
 
 
@@ -213,7 +213,7 @@ def test_a_program_of_its_own_may_answer(engine: Callable[..., Engine], tmp_path
         " flush=True)\n"
     )
     racing = [engine("other", command=(sys.executable, str(script)))]
-    (timing,) = latency.race(racing, [Shape(1, 2)], rounds=2, warmup=0).timings
+    (timing,) = latency.time_engines(racing, [Shape(1, 2)], rounds=2, warmup=0).timings
     assert (timing.provider, timing.rounds, timing.peak) == ("other", {Shape(1, 2): [3, 3]}, 2)
 
 
@@ -248,27 +248,27 @@ def test_without_fusions_the_answer_is_the_same(tmp_path: Path, toys: ModuleType
     save_model(toys.bert(), toys.tokenizer(), tmp_path / "checkpoint")
     Onnx().export(tmp_path / "checkpoint", tmp_path, toys.recipe())
     fused = Engine("x", "onnxruntime", str(tmp_path / "onnx/model.onnx"), vocabulary=len(toys.WORDS), threads=1)
-    given = latency._batch(Shape(3, 9), fused)
-    (forward, *ran), (raw, *ran_raw) = (latency._in_onnxruntime(replace(fused, fused=yes)) for yes in (True, False))
+    given = engines.make_batch(Shape(3, 9), fused)
+    (forward, *ran), (raw, *ran_raw) = (engines.open_onnxruntime(replace(fused, fused=yes)) for yes in (True, False))
     assert ran == ran_raw
     np.testing.assert_allclose(forward(given)[0], raw(given)[0], atol=1e-5)
-    session = latency.runtime.open_session(Path(fused.path), fused=False)
+    session = engines.runtime.open_session(Path(fused.path), fused=False)
     level = session.get_session_options().graph_optimization_level
     assert level == onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
 
 
 def test_tokens_are_full_rows_without_padding() -> None:
     engine = Engine("x", "onnxruntime", "", vocabulary=10, pad=3)
-    batch = latency._batch(Shape(20, 30), engine)
+    batch = engines.make_batch(Shape(20, 30), engine)
     assert batch["attention_mask"].all()
     assert not batch["token_type_ids"].any()
     assert set(batch["input_ids"].flat) == set(range(10)) - {3}
-    assert (batch["input_ids"] == latency._batch(Shape(20, 30), engine)["input_ids"]).all()
+    assert (batch["input_ids"] == engines.make_batch(Shape(20, 30), engine)["input_ids"]).all()
 
 
 def test_a_padded_batch_has_the_same_tokens_up_to_each_real_length() -> None:
     engine = Engine("x", "onnxruntime", "", vocabulary=10, pad=3)
-    full, padded = latency._batch(Shape(2, 4), engine), latency._batch(Shape(2, 4, (4, 1)), engine)
+    full, padded = engines.make_batch(Shape(2, 4), engine), engines.make_batch(Shape(2, 4, (4, 1)), engine)
     assert padded["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 0, 0, 0]]
     assert padded["input_ids"][1, 1:].tolist() == [3, 3, 3]
     real = padded["attention_mask"] == 1
@@ -277,5 +277,5 @@ def test_a_padded_batch_has_the_same_tokens_up_to_each_real_length() -> None:
 
 
 def test_memory_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency.Path, "exists", lambda _path: False)
-    assert latency.memory("VmHWM") > 2**20
+    monkeypatch.setattr(engines.Path, "exists", lambda _path: False)
+    assert engines.memory_bytes("VmHWM") > 2**20

@@ -15,14 +15,16 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from spdtool.bench import ledger
-from spdtool.bench.ledger import Machine, Matrix
+from spdtool.bench import engines, ledger
+from spdtool.bench.ledger import PrunedMatrix, SparseFile
 from spdtool.errors import SpdError
-from spdtool.export.targets import Onnx
+from spdtool.export.graph.trace import Onnx
 from spdtool.models.layers import find_prunable_weights
 from spdtool.models.load import load_model, save_model
+from spdtool.run.records import MachinePeak
 
 PREFIX = "bert.encoder.layer."
+OPERATOR = ("spdtool", "SparseProductTime")
 KINDS = {
     "attention.self.query": (32, 32), "attention.self.key": (32, 32), "attention.self.value": (32, 32),
     "attention.output.dense": (32, 32), "intermediate.dense": (64, 32), "output.dense": (32, 64),
@@ -38,7 +40,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> Path:
         for weight in find_prunable_weights(model).values():
             weight.view(-1)[: 3 * weight.numel() // 4] = 0
     save_model(model, toys.tokenizer(), folder / "checkpoint")
-    Onnx().export(folder / "checkpoint", folder, toys.recipe())
+    Onnx.export(folder / "checkpoint", folder, toys.recipe())
     return folder / "onnx/model.onnx"
 
 
@@ -54,12 +56,12 @@ def sparse(tmp_path: Path) -> Path:
 
 
 def test_the_pruned_matrices_of_a_file_are_found_with_their_counts(dense: Path) -> None:
-    found = {matrix.name: matrix for matrix in ledger.matrices(dense, None)}
+    found = {matrix.name: matrix for matrix in ledger.read_pruned_matrices(dense, None)}
     assert set(found) == {f"{PREFIX}{layer}.{kind}.weight" for layer in (0, 1) for kind in KINDS}
     for layer in (0, 1):
         for kind, (rows, columns) in KINDS.items():
             matrix = found[f"{PREFIX}{layer}.{kind}.weight"]
-            expected = Matrix(matrix.name, rows, columns, rows * columns // 4, 4 * rows * columns, None)
+            expected = PrunedMatrix(matrix.name, rows, columns, rows * columns // 4, 4 * rows * columns, None)
             assert matrix == expected
             assert (matrix.density, matrix.layer) == (0.25, f"{PREFIX}{layer}")
 
@@ -70,24 +72,24 @@ def test_a_matrix_that_is_used_twice_is_held_once_and_has_its_name(tmp_path: Pat
     for weight in find_prunable_weights(model).values():
         weight.data.view(-1)[::2] = 0
     save_model(model, toys.tokenizer(), tmp_path / "checkpoint")
-    Onnx().export(tmp_path / "checkpoint", tmp_path, toys.recipe())
-    found = [matrix.name for matrix in ledger.matrices(tmp_path / "onnx/model.onnx", None)]
+    Onnx.export(tmp_path / "checkpoint", tmp_path, toys.recipe())
+    found = [matrix.name for matrix in ledger.read_pruned_matrices(tmp_path / "onnx/model.onnx", None)]
     assert sorted(found) == sorted(find_prunable_weights(model))
     shapes = [tuple(tensor.dims) for tensor in onnx.load(tmp_path / "onnx/model.onnx").graph.initializer]
     assert shapes.count((64, 64)) == 5, "query, key, value, output and the pooler"
 
 
 def test_the_bytes_of_the_packed_form_are_those_of_the_file(dense: Path, sparse: Path) -> None:
-    found = {matrix.name: matrix.sparse_bytes for matrix in ledger.matrices(dense, sparse)}
+    found = {matrix.name: matrix.sparse_bytes for matrix in ledger.read_pruned_matrices(dense, sparse)}
     assert found.pop(PREFIX + "0.intermediate.dense.weight") == 100
     assert set(found.values()) == {None}
-    assert ledger.has_packed(sparse)
-    assert not ledger.has_packed(dense)
+    assert ledger.has_packed_weights(sparse)
+    assert not ledger.has_packed_weights(dense)
 
 
 def test_weights_are_read_as_torch_stores_them(dense: Path) -> None:
     checkpoint = load_model(dense.parent.parent / "checkpoint")
-    for name, weight in ledger._weights(dense).items():
+    for name, weight in ledger.read_dense_weights(dense).items():
         if name.startswith(PREFIX):
             np.testing.assert_array_equal(weight, checkpoint.get_parameter(name).detach().numpy())
 
@@ -100,7 +102,7 @@ def test_a_dense_product_is_that_product() -> None:
 
 
 def test_a_sparse_product_is_timed_by_one_node_of_the_operator() -> None:
-    proto = onnx.load_from_string(ledger.sparse_model(np.arange(9, dtype=np.uint8), 32))
+    proto = onnx.load_from_string(ledger.sparse_model(np.arange(9, dtype=np.uint8), 32, OPERATOR))
     (node,) = proto.graph.node
     assert (node.domain, node.op_type, list(node.input)) == ("spdtool", "SparseProductTime", ["repeats", "weight"])
     assert [(attribute.name, attribute.i) for attribute in node.attribute] == [("tokens", 32)]
@@ -110,19 +112,18 @@ def test_a_sparse_product_is_timed_by_one_node_of_the_operator() -> None:
 
 def test_the_fixed_cost_of_the_runtime_is_taken_off_a_dense_product(monkeypatch: pytest.MonkeyPatch) -> None:
     turns = iter([{"ms": 0.5}, {"ms": 0.125}, {"ms": 0.1}, {"ms": 0.2}])
-    monkeypatch.setattr(ledger.latency, "turn", lambda call, seconds: next(turns))
-    timed = ledger._dense(np.ones((4, 3), dtype=np.float32), 32)
+    monkeypatch.setattr(ledger, "time_turn", lambda call, seconds: next(turns))
+    timed = ledger.dense_turn(np.ones((4, 3), dtype=np.float32), 32)
     assert timed() == 0.375
-    assert timed() == ledger.LEAST
+    assert timed() == ledger.MIN_MS
 
 
 def test_an_entry_works_out_operations_ratio_and_bound() -> None:
-    matrix = Matrix("a.layer.3.x.weight", 100, 200, 2000, 80_000, 6000)
+    matrix = PrunedMatrix("a.layer.3.x.weight", 100, 200, 2000, 80_000, 6000)
     times = {10: {"dense": [2.0, 1.0, 4.0], "sparse": [1.0, 0.5, 0.5]}}
-    found = ledger.entry(matrix, times, Machine(flops=1e9, bandwidth=1e9))
-    product = found["products"]["10"]
-    assert (found["layer"], found["density"], found["sparse_bytes"]) == ("a.layer.3", 0.1, 6000)
-    assert product == {
+    entry = ledger.ledger_entry(matrix, times, MachinePeak(flops=1e9, bandwidth=1e9))
+    assert (entry.layer, entry.density, entry.sparse_bytes) == ("a.layer.3", 0.1, 6000)
+    assert entry.products[10].model_dump() == {
         "dense_us": 2000,
         "dense_flops": 2 * 20_000 * 10 / 0.002,
         "sparse_us": 500,
@@ -131,25 +132,30 @@ def test_an_entry_works_out_operations_ratio_and_bound() -> None:
         "bound_us": pytest.approx(40),
         "bound_by": "flops",
     }
-    slow = ledger.entry(matrix, times, Machine(flops=1e9, bandwidth=1e6))["products"]["10"]
-    assert (slow["bound_us"], slow["bound_by"]) == (pytest.approx(6000), "bandwidth")
-    plain = ledger.entry(Matrix("x", 1, 1, 1, 4, None), {10: {"dense": [1.0], "sparse": None}}, Machine(1e9, 1e9))
-    assert plain["products"]["10"]["sparse_us"] is plain["products"]["10"]["ratio"] is None
+    slow = ledger.ledger_entry(matrix, times, MachinePeak(flops=1e9, bandwidth=1e6)).products[10]
+    assert (slow.bound_us, slow.bound_by) == (pytest.approx(6000), "bandwidth")
+    plain = ledger.ledger_entry(
+        PrunedMatrix("x", 1, 1, 1, 4, None),
+        {10: {"dense": [1.0], "sparse": None}},
+        MachinePeak(flops=1e9, bandwidth=1e9),
+    )
+    assert plain.products[10].sparse_us is plain.products[10].ratio is None
 
 
 def test_it_is_measured_in_a_process_of_its_own_and_like_matrices_share_it(
     dense: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[dict[str, Any]] = []
-    ask = ledger.latency.Worker.ask
+    ask = engines.EngineProcess.ask
 
     def listen(self: Any, request: dict[str, Any]) -> dict[str, Any]:
         asked.append(request)
         return {"flops": 1e9, "bandwidth": 1e9} if "machine" in request else ask(self, request)
 
-    monkeypatch.setattr(ledger.latency.Worker, "ask", listen)
-    machines, entries = ledger.write(dense, None, [], [2])
-    assert machines == {2: Machine(1e9, 1e9), 1: Machine(1e9, 1e9)}
+    monkeypatch.setattr(engines.EngineProcess, "ask", listen)
+    machines, entries = ledger.measure_ledger(dense, None, [2])
+    peak = MachinePeak(flops=1e9, bandwidth=1e9)
+    assert machines == {2: peak, 1: peak}
     assert [request["machine"] for request in asked[:2]] == [2, 1]
     assert [(request["matrix"], request["tokens"]) for request in asked[3:]] == [
         (f"{PREFIX}0.{kind}.weight", tokens)
@@ -158,9 +164,8 @@ def test_it_is_measured_in_a_process_of_its_own_and_like_matrices_share_it(
     ]
     assert len(entries) == 12
     query, key, *_ = entries
-    assert query["products"] == key["products"]
-    assert query["products"]["32"]["dense_us"] > 0
-    json.dumps(entries)
+    assert query.products == key.products
+    assert query.products[32].dense_us > 0
 
 
 def test_both_forms_are_timed_in_turns(dense: Path, sparse: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,19 +173,19 @@ def test_both_forms_are_timed_in_turns(dense: Path, sparse: Path, monkeypatch: p
     ran: list[str] = []
     opened: list[Any] = []
 
-    def form(name: str, weight: np.ndarray, tokens: int, libraries: Any = ()) -> Any:
-        opened.append((name, weight.size, tokens, tuple(libraries)))
+    def form(name: str, weight: np.ndarray, tokens: int, file: SparseFile | None = None) -> Any:
+        opened.append((name, weight.size, tokens, () if file is None else tuple(file.libraries)))
         return lambda: ran.append(name) or float(len(ran))
 
-    monkeypatch.setattr(ledger, "_dense", functools.partial(form, "dense"))
-    monkeypatch.setattr(ledger, "_sparse", functools.partial(form, "sparse"))
+    monkeypatch.setattr(ledger, "dense_turn", functools.partial(form, "dense"))
+    monkeypatch.setattr(ledger, "sparse_turn", functools.partial(form, "sparse"))
     given: list[dict[str, Any]] = []
     requests = [
-        {"dense": str(dense), "sparse": str(sparse), "libraries": ["lib.so"]},
+        {"dense": str(dense), "sparse": {"path": str(sparse), "libraries": ["lib.so"], "operator": OPERATOR}},
         {"matrix": PREFIX + "0.intermediate.dense.weight", "tokens": 32, "rounds": 3},
         {"matrix": PREFIX + "0.attention.self.key.weight", "tokens": 32, "rounds": 2},
     ]
-    ledger.work(map(json.dumps, requests), given.append)
+    ledger.run_ledger(map(json.dumps, requests), given.append)
     assert [(name, tokens, libraries) for name, _, tokens, libraries in opened] == [
         ("dense", 32, ()),
         ("sparse", 32, ("lib.so",)),
@@ -193,13 +198,12 @@ def test_both_forms_are_timed_in_turns(dense: Path, sparse: Path, monkeypatch: p
 
 def test_an_operator_that_is_not_there_is_a_clear_error(dense: Path, sparse: Path) -> None:
     with pytest.raises(SpdError, match="single products cannot be timed: .*SparseProductTime"):
-        ledger.write(dense, sparse, [], [])
+        ledger.measure_ledger(dense, SparseFile(str(sparse), (), OPERATOR), [])
 
 
 def test_the_machine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger, "PRODUCTS", ((8, 16, 16),))
-    monkeypatch.setattr(ledger, "COPIED", 2**16)
+    monkeypatch.setattr(ledger, "PEAK_PRODUCTS", ((8, 16, 16),))
+    monkeypatch.setattr(ledger, "COPIED_BYTES", 2**16)
     monkeypatch.setattr(ledger, "PEAK_SECONDS", 0)
-    found = ledger.machine(2)
-    assert found["flops"] > 1e3
-    assert found["bandwidth"] > 1e3
+    assert ledger.measure_peak(2) > 1e3
+    assert ledger.measure_bandwidth(2) > 1e3

@@ -9,19 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from spdtool.bench import report
-from spdtool.bench.latency import Engine, Shape, Timing
-from spdtool.bench.ledger import Machine, Matrix, entry
-from spdtool.bench.report import Bench
+from spdtool.bench import ratios, report
+from spdtool.bench.engines import Engine, Shape
+from spdtool.bench.latency import Timing
+from spdtool.bench.ledger import PrunedMatrix, ledger_entry
+from spdtool.bench.ratios import BenchData, ModelFile
+from spdtool.run.records import BenchEnvironment, LedgerEntry, MachinePeak, Ratio
 
 SMALL, LARGE, PADDED = Shape(1, 16), Shape(8, 64), Shape(8, 64, (64, 40, 30, 30, 30, 20, 10, 32))
 
 
 def timing(name: str, rounds: dict[Shape, Sequence[float]], threads: int = 1, **how: Any) -> Timing:
     engine = Engine(name, "onnxruntime", "somewhere", 9, threads=threads, baseline=name in ("teacher", "unfused"))
-    facts: dict[str, Any] = {"provider": "CPU", "nodes": {"CPU": {"MatMul": 3, "Add": 2}}, "resident": 2**20}
-    facts |= {"least": {shape: min(ms) / 2 for shape, ms in rounds.items()}, "peak": 3 * 2**20}
-    return Timing(engine, rounds={shape: list(ms) for shape, ms in rounds.items()}, **facts | how)
+    fields: dict[str, Any] = {"provider": "CPU", "nodes": {"CPU": {"MatMul": 3, "Add": 2}}, "resident": 2**20}
+    fields |= {"least": {shape: min(ms) / 2 for shape, ms in rounds.items()}, "peak": 3 * 2**20}
+    return Timing(engine, rounds={shape: list(ms) for shape, ms in rounds.items()}, **fields | how)
 
 
 def noisy(name: str, factor: float, seed: int = 0, *, count: int = 20, noise: float = 0.02, threads: int = 1) -> Timing:
@@ -29,36 +31,47 @@ def noisy(name: str, factor: float, seed: int = 0, *, count: int = 20, noise: fl
     return timing(name, {SMALL: factor * drawn[0], LARGE: 10 * factor * drawn[1]}, threads)
 
 
-def facts(size: int, sparsity: float = 0.0, **more: Any) -> dict[str, Any]:
-    return {"bytes": size, "sparsity": sparsity, "dev": {"score": 0.9}} | more
+def file_of(size_in_bytes: int, sparsity: float = 0.0, **fields: Any) -> ModelFile:
+    return ModelFile(size_in_bytes, sparsity=sparsity, score=0.9, **fields)
 
 
-def against(slow: Timing, fast: Timing, shapes: Sequence[Shape]) -> report.Ratio:
-    return report.ratio([slow] * len(shapes), fast, shapes)
-
-
-@pytest.mark.parametrize(
-    ("speed", "rounds", "told"),
-    [
-        (report.Ratio(2.0, 1.9, 2.1), 2, "2 rounds are too few to tell it from noise"),
-        (report.Ratio(1.0, 0.7, 1.4), 12, "the rounds scatter too much to tell"),
-        (report.Ratio(1.0, 0.99, 1.02), 12, None),
-        (report.Ratio(2.0, 1.9, 2.1), 12, None),
-    ],
+ENVIRONMENT = BenchEnvironment(
+    python="3", system="s", cpus=2, versions={"a": "1", "b": "2"}, threads=[2], provider="CPU"
 )
-def test_a_ratio_has_its_caveat(speed: report.Ratio, rounds: int, told: str | None) -> None:
-    assert report.caveat(speed, rounds) == told
-    assert (told or "beyond the noise") in report._meaning(speed, rounds, 10.0)
 
 
-def test_summary_is_percentiles_and_throughput() -> None:
-    found = report.summary([1.0, 2.0, 3.0, 4.0], batch=8)
-    assert found == pytest.approx({"p50": 2.5, "p90": 3.7, "p95": 3.85, "p99": 3.97, "rows_per_second": 3200})
+def bench_of(timings: Sequence[Timing], files: dict[str, ModelFile], **fields: Any) -> BenchData:
+    return BenchData(timings, files, ENVIRONMENT, **fields)
 
 
-@pytest.mark.parametrize(("count", "rank"), [(1, 0), (2, 0), (5, 0), (6, 0), (9, 1), (20, 5), (100, 39), (2000, 955)])
-def test_interval_of_the_median_is_that_of_the_sign_test(count: int, rank: int) -> None:
-    assert report._rank(count) == rank
+def against(slow: Timing, fast: Timing, shapes: Sequence[Shape]) -> Ratio:
+    return ratios.paired_ratio([slow] * len(shapes), fast, shapes)
+
+
+def test_a_ratio_has_its_caveat() -> None:
+    cases = [
+        ((2.0, 1.9, 2.1), 2, "2 rounds are too few to tell it from noise"),
+        ((1.0, 0.7, 1.4), 12, "the rounds scatter too much to tell"),
+        ((1.0, 0.99, 1.02), 12, None),
+        ((2.0, 1.9, 2.1), 12, None),
+    ]
+    for (median, low, high), rounds, caveat in cases:
+        ratio = Ratio(median=median, low=low, high=high)
+        assert ratios.ratio_caveat(ratio, rounds) == caveat, ratio
+        assert (caveat or "beyond the noise") in report.meaning(ratio, rounds, 10.0), ratio
+
+
+def test_a_record_has_percentiles_and_throughput() -> None:
+    rounds = {Shape(8, 16): [1.0, 2.0, 3.0, 4.0]}
+    bench = bench_of([timing("teacher", rounds)], {})
+    record = ratios.latency_record(bench, bench.timings[0], Shape(8, 16))
+    percentiles = (record.p50, record.p90, record.p95, record.p99, record.rows_per_second)
+    assert percentiles == pytest.approx((2.5, 3.7, 3.85, 3.97, 3200))
+
+
+def test_interval_of_the_median_is_that_of_the_sign_test() -> None:
+    for count, outside in [(1, 0), (2, 0), (5, 0), (6, 0), (9, 1), (20, 5), (100, 39), (2000, 955)]:
+        assert ratios.values_outside_interval(count) == outside, count
 
 
 def test_ratio_is_paired_round_by_round() -> None:
@@ -74,7 +87,7 @@ def test_ratio_over_shapes_is_their_geometric_mean() -> None:
 
 
 def test_the_dense_model_is_the_faster_of_its_two_forms_at_each_shape_and_number_of_threads() -> None:
-    bench = Bench(
+    bench = bench_of(
         [
             timing("teacher", {SMALL: [2.0] * 6, LARGE: [8.0] * 6}),
             timing("unfused", {SMALL: [1.0] * 6, LARGE: [9.0] * 6}),
@@ -85,20 +98,20 @@ def test_the_dense_model_is_the_faster_of_its_two_forms_at_each_shape_and_number
         ],
         {},
     )
-    speeds = [bench.speed(bench.of("student", threads), [shape]).median for threads in (1, 2) for shape in bench.grid]
+    speeds = [bench.speedup(bench.timing("student", threads), [shape]).median for threads in (1, 2) for shape in bench.grid]
     assert speeds == pytest.approx([1, 8, 3, 3])
-    assert [bench.dense(1, shape).engine.name for shape in bench.grid] == ["unfused", "teacher"]
+    assert [bench.fastest_dense(1, shape).engine.name for shape in bench.grid] == ["unfused", "teacher"]
 
 
-def two(student: Timing, facts_of: dict[str, Any], teacher: Timing | None = None, **more: Any) -> str:
+def two(student: Timing, student_file: ModelFile, teacher: Timing | None = None, **fields: Any) -> str:
     """The verdict on a student against a teacher of 1000 bytes."""
-    known = {"teacher": facts(1000), "student": facts_of}
-    return " ".join(report.verdict(Bench([teacher or noisy("teacher", 1), student], known, **more)))
+    files = {"teacher": file_of(1000), "student": student_file}
+    return " ".join(report.verdict(bench_of([teacher or noisy("teacher", 1), student], files, **fields)))
 
 
 class TestPlainStudent:
     def test_zeros_that_buy_nothing(self) -> None:
-        text = two(noisy("student", 1, 1), facts(1000, 0.9))
+        text = two(noisy("student", 1, 1), file_of(1000, 0.9))
         speed = against(noisy("teacher", 1), noisy("student", 1, 1), [SMALL, LARGE])
         assert (
             f"Speed of student, 90.0% zeros, 1 thread: {speed} that of the dense teacher on CPU, over 20 paired" in text
@@ -109,31 +122,31 @@ class TestPlainStudent:
         assert "; for size, " in text
 
     def test_zeros_that_buy_speed_and_size(self) -> None:
-        text = two(noisy("student", 1, 1), facts(200, 0.9), noisy("teacher", 3))
+        text = two(noisy("student", 1, 1), file_of(200, 0.9), noisy("teacher", 3))
         assert "faster, beyond the noise (skipping every zero would make the matrix products 10.0x as fast)" in text
         assert "5.00x smaller, 200 of 1,000 bytes: it leaves zeros out" in text
         assert "What would help" not in text
 
     def test_zeros_that_cost(self) -> None:
-        assert "slower, beyond the noise" in two(noisy("student", 2, 1), facts(1000, 0.9))
+        assert "slower, beyond the noise" in two(noisy("student", 2, 1), file_of(1000, 0.9))
 
     def test_noise_is_called_noise(self) -> None:
-        text = two(noisy("student", 1, 1, noise=0.4), facts(1000, 0.9), noisy("teacher", 1, noise=0.4))
+        text = two(noisy("student", 1, 1, noise=0.4), file_of(1000, 0.9), noisy("teacher", 1, noise=0.4))
         assert "the rounds scatter too much to tell" in text
         assert "it multiplies" not in text
 
     def test_a_difference_that_is_real_and_worthless(self) -> None:
-        text = two(noisy("student", 1, 1, noise=0.001), facts(500, 0.9), noisy("teacher", 1.02, noise=0.001))
+        text = two(noisy("student", 1, 1, noise=0.001), file_of(500, 0.9), noisy("teacher", 1.02, noise=0.001))
         assert "next to nothing" in text
         assert "for size" not in text
 
     def test_few_rounds_say_nothing(self) -> None:
-        text = two(noisy("student", 1, 1, count=5), facts(1000, 0.9), noisy("teacher", 2, count=5))
+        text = two(noisy("student", 1, 1, count=5), file_of(1000, 0.9), noisy("teacher", 2, count=5))
         assert "5 rounds are too few to tell it from noise" in text
         assert "faster" not in text
 
     def test_no_zeros_promise_nothing(self) -> None:
-        text = two(noisy("student", 1), facts(1000))
+        text = two(noisy("student", 1), file_of(1000))
         assert text == (
             "The student has no more zeros than the teacher; against it, it runs at 1.00x (1.00x to 1.00x) with "
             "1 thread."
@@ -142,15 +155,15 @@ class TestPlainStudent:
     def test_it_is_held_against_the_teacher_in_its_own_form(self) -> None:
         """The unfused teacher is faster here: that is no fault of the zeros."""
         timings = [noisy("teacher", 1), noisy("unfused", 0.5), noisy("student", 1, 1)]
-        bench = Bench(timings, {"teacher": facts(1000), "student": facts(1000, 0.9)})
+        bench = bench_of(timings, {"teacher": file_of(1000), "student": file_of(1000, 0.9)})
         assert "no difference beyond the noise" in report.verdict(bench)[0]
-        assert report.overview(bench)[1][2][5] == "0.50x"
+        assert report.overview_table(bench)[1][2][5] == "0.50x"
 
     def test_notes_come_last(self) -> None:
-        assert two(noisy("student", 1), facts(1000, 0.9), notes=["Not timed: x."]).endswith("Not timed: x.")
+        assert two(noisy("student", 1), file_of(1000, 0.9), notes=["Not timed: x."]).endswith("Not timed: x.")
 
 
-def sparse(factor: float = 0.25, padding: float = 0.125, int8: float = 0.5, **more: Any) -> Bench:
+def sparse(factor: float = 0.25, padding: float = 0.125, int8: float = 0.5, **more: Any) -> BenchData:
     """A bench with a sparse engine, in which `factor` is its share of the teacher's time."""
     timings = []
     for threads in (1, 2):
@@ -162,10 +175,10 @@ def sparse(factor: float = 0.25, padding: float = 0.125, int8: float = 0.5, **mo
                 {SMALL: share / 2, LARGE: share, PADDED: padded} if name == "sparse-cpu" else dict.fromkeys(base, share)
             )
             timings.append(timing(name, {shape: [ms * shares[shape]] * 6 for shape, ms in base.items()}, threads))
-    known = {"teacher": facts(1000), "student": facts(1000, 0.9), "int8": {"bytes": 260}}
-    rounded = {"values": "fp16", "embeddings": "int8", "checkpoint_dev": {"score": 0.9012}, "flipped": 3, "rows": 400}
-    known["sparse-cpu"] = facts(180, 0.9, **rounded)
-    return Bench(timings, known, sparse=["sparse-cpu"], **more)
+    known = {"teacher": file_of(1000), "student": file_of(1000, 0.9), "int8": ModelFile(260)}
+    rounded = {"rounding": ("fp16", "int8"), "checkpoint_score": 0.9012, "flipped": 3, "rows": 400}
+    known["sparse-cpu"] = file_of(180, 0.9, **rounded)
+    return bench_of(timings, known, sparse=["sparse-cpu"], **more)
 
 
 class TestSparseEngine:
@@ -215,9 +228,9 @@ class TestSparseEngine:
             "Rounding (pruned matrices as fp16, embeddings as int8): dev score 0.9000, that of its checkpoint 0.9012; "
             "3 of 400 predictions changed." in text
         )
-        exact = sparse()
-        exact.facts["sparse-cpu"].pop("values")  # type: ignore[attr-defined]
-        assert "Rounding" not in " ".join(report.verdict(exact))
+        bench = sparse()
+        exact = bench.files | {"sparse-cpu": file_of(180, 0.9)}  # type: ignore[operator]
+        assert "Rounding" not in " ".join(report.verdict(replace(bench, files=exact)))
 
     def test_the_file_is_taken_apart_where_the_ledger_knows(self) -> None:
         assert "File of sparse-cpu: 5.56x smaller, 180 of 1,000 bytes: it leaves zeros out." in report.verdict(sparse())
@@ -235,12 +248,12 @@ class TestSparseEngine:
         assert "sparse-cpu is slower at 8x64 with 1 thread (0.80x), 8x64 with 2 threads (0.80x): 0.80x to 1.60x" in text
 
 
-def ledger(packed: bool = True) -> list[dict[str, Any]]:
+def ledger(packed: bool = True) -> list[LedgerEntry]:
     """Three matrices in two layers, each of 200 dense bytes."""
     names = ("e.layer.0.query.weight", "e.layer.0.key.weight", "e.layer.1.query.weight")
     times = {tokens: {"dense": [0.004] * 3, "sparse": [0.001] * 3 if packed else None} for tokens in (32, 128)}
-    matrices = [Matrix(name, 5, 10, 10, 200, 30 if packed else None) for name in names]
-    return [entry(matrix, times, Machine(1e9, 1e9)) for matrix in matrices]
+    matrices = [PrunedMatrix(name, 5, 10, 10, 200, 30 if packed else None) for name in names]
+    return [ledger_entry(matrix, times, MachinePeak(flops=1e9, bandwidth=1e9)) for matrix in matrices]
 
 
 def test_the_ledger_is_shown_by_layer() -> None:
@@ -266,11 +279,11 @@ def three() -> list[Timing]:
     ]
 
 
-KNOWN = {"teacher": facts(1000), "student": facts(900, 0.9)}
+KNOWN = {"teacher": file_of(1000), "student": file_of(900, 0.9)}
 
 
 def test_overview_has_a_row_for_each_engine() -> None:
-    columns, rows = report.overview(Bench(three(), KNOWN))
+    columns, rows = report.overview_table(bench_of(three(), KNOWN))
     assert columns == ["engine", "score", "zeros", "bytes", "RAM", "speed", "ms 1x16", "ms 8x64"]
     assert rows == [
         ["teacher", 0.9, "0.00%", 1000, "3M", "1.00x", 2.0, 20.0],
@@ -280,27 +293,26 @@ def test_overview_has_a_row_for_each_engine() -> None:
 
 
 def test_overview_has_a_speed_for_each_number_of_threads_and_nothing_of_padding() -> None:
-    columns, rows = report.overview(sparse())
+    columns, rows = report.overview_table(sparse())
     assert columns == ["engine", "score", "zeros", "bytes", "RAM", "speed 1t", "2t", "ms 1x16", "ms 8x64"]
     assert rows[2] == ["sparse-cpu", 0.9, "90.00%", 180, "3M", "5.66x", "5.66x", 0.5, 10.0]
     assert rows[3][:4] == ["int8", "-", "-", 260]
 
 
 def test_details_have_every_engine_at_every_shape_with_every_number_of_threads() -> None:
-    entries = report.details(Bench(three(), KNOWN))
-    assert [(entry["engine"], entry["batch"], entry["length"]) for entry in entries] == [
+    entries = ratios.latency_records(bench_of(three(), KNOWN))
+    assert [(entry.engine, entry.batch, entry.length) for entry in entries] == [
         (name, shape.batch, shape.length) for shape in (SMALL, LARGE) for name in ("teacher", "student", "torch")
     ]
-    assert entries[1]["ratio"] == {"median": 2.0, "low": 2.0, "high": 2.0}
-    assert entries[4]["rows_per_second"] == pytest.approx(800)
-    assert entries[4]["min"] == 5.0
-    assert [entry["threads"] for entry in report.details(sparse())] == [1] * 12 + [2] * 12
-    assert report.details(sparse())[-1]["shape"] == "8x64 padded"
+    assert entries[1].ratio == Ratio(median=2.0, low=2.0, high=2.0)
+    assert entries[4].rows_per_second == pytest.approx(800)
+    assert entries[4].min == 5.0
+    assert [entry.threads for entry in ratios.latency_records(sparse())] == [1] * 12 + [2] * 12
+    assert ratios.latency_records(sparse())[-1].shape == "8x64 padded"
 
 
 def test_markdown_shows_verdict_percentiles_ledger_nodes_and_machine() -> None:
-    environment = {"threads": 2, "versions": {"a": "1", "b": "2"}}
-    text = report.markdown("toy", Bench(three(), KNOWN, ledger=ledger(), environment=environment))
+    text = report.markdown("toy", bench_of(three(), KNOWN, ledger=ledger()))
     assert text.startswith("# toy\n\n- Speed of student, 90.0% zeros")
     assert (
         "| student | CPU | 1 | 8x64 | 5.000 | 10.000 | 10.000 | 10.000 | 10.000 | 800.0 | 2.00x (2.00x to 2.00x) |"
@@ -319,13 +331,13 @@ def test_markdown_shows_verdict_percentiles_ledger_nodes_and_machine() -> None:
 
 
 def test_a_report_without_a_ledger_has_none() -> None:
-    assert "Ledger" not in report.markdown("toy", replace(Bench(three(), KNOWN), ledger=()))
+    assert "Ledger" not in report.markdown("toy", replace(bench_of(three(), KNOWN), ledger=()))
 
 
 def test_a_student_of_another_size_is_said_to_be_one_and_zeros_get_no_credit_for_it() -> None:
     def lines(size: int) -> list[str]:
-        known = {"teacher": facts(1000) | {"size": 400}, "student": facts(250, 0.9) | {"size": size}}
-        return report.verdict(Bench([noisy("teacher", 3.0), noisy("student", 1.0, 1)], known))
+        known = {"teacher": file_of(1000, size=400), "student": file_of(250, 0.9, size=size)}
+        return report.verdict(bench_of([noisy("teacher", 3.0), noisy("student", 1.0, 1)], known))
 
     said = lines(100)
     assert said[0].startswith("The student is another model than the teacher: its matrices hold 100 weights")
@@ -337,11 +349,11 @@ def test_a_student_of_another_size_is_said_to_be_one_and_zeros_get_no_credit_for
 
 def test_what_a_treatment_gives_is_not_told_as_the_zeros_doing() -> None:
     engines = {"teacher": 4.0, "student": 4.0, "onnx-int8": 2.0, "onnx-int8 teacher": 2.0}
-    bench = Bench(
+    bench = bench_of(
         [timing(name, {SMALL: [ms] * 8, LARGE: [ms] * 8}) for name, ms in engines.items()],
-        {"teacher": facts(400), "student": facts(400, 0.9), "onnx-int8": facts(100, 0.9)}
-        | {"onnx-int8 teacher": facts(100)},
-        treated={"onnx-int8": "onnx-int8 teacher"},
+        {"teacher": file_of(400), "student": file_of(400, 0.9), "onnx-int8": file_of(100, 0.9)}
+        | {"onnx-int8 teacher": file_of(100)},
+        pairs={"onnx-int8": "onnx-int8 teacher"},
     )
     (line,) = [line for line in report.verdict(bench) if line.startswith("Treatment")]
     assert "Treatment onnx-int8, which is not sparsity: it gives the dense teacher 2.00x" in line

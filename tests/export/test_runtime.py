@@ -75,7 +75,7 @@ def test_a_damaged_model_is_refused_in_silence(tmp_path: Path, capfd: pytest.Cap
 
 
 def test_importing_it_brings_no_torch() -> None:
-    code = "import sys, spdtool.bench.latency; print(sorted({'torch', 'onnxruntime', 'onnx'} & sys.modules.keys()))"
+    code = "import sys, spdtool.bench.engines; print(sorted({'torch', 'onnxruntime', 'onnx'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
