@@ -1,4 +1,4 @@
-"""DeepSparse 1.8 as an engine of `spdtool.bench.latency`, run by an interpreter that has it and need not have spdtool.
+"""DeepSparse 1.8 as an engine of `spdtool.bench.engines`, run by an interpreter that has it and need not have spdtool.
 
 It speaks the line protocol of that module. DeepSparse compiles a model for one shape, so that each shape is compiled at
 its first request, before anything is timed. The model must be an ONNX file of IR version 9 or older, best one that the

@@ -97,7 +97,7 @@ def openvino_logits(python: str, model: Path, rows: Any, scratch: Path) -> np.nd
 
 def measure(run_folder: Path, python: str | None, shapes: list[str], rounds: int, seconds: float) -> dict[str, Any]:
     """Time and score every engine; return what the JSON holds."""
-    from spdtool.bench import latency
+    from spdtool.bench import engines, latency
     from spdtool.export import runtime
     from spdtool.export.gates.score import prepare_dev_sets
     from spdtool.export.target import get_target
@@ -111,7 +111,7 @@ def measure(run_folder: Path, python: str | None, shapes: list[str], rounds: int
     dev = prepare_dev_sets(run_folder / "teacher", recipe.model_copy(update={"export": export_section}))
     sparse = exported / "sparse-cpu/student"
     libraries = tuple(map(str, get_target("sparse-cpu").libraries(sparse)))
-    dense = latency.Engine(
+    dense = engines.Engine(
         name=DENSE,
         kind="onnxruntime",
         path=str(onnx_file(exported / "teacher")),
@@ -137,8 +137,8 @@ def measure(run_folder: Path, python: str | None, shapes: list[str], rounds: int
             scores[OPENVINO] = dev.task.score_splits(logits, dev.sets)["score"]
             sizes[OPENVINO] = sum(file.stat().st_size for file in scratch.glob("int8.*"))
             racing.insert(3, replace(dense, name=OPENVINO, path=str(model), command=(python, str(WORKER))))
-        wanted = [latency.Shape(*map(int, shape.split("x"))) for shape in shapes]
-        race = latency.race(racing, wanted, threads=(1,), rounds=rounds, warmup=1, seconds=seconds)
+        wanted = [engines.Shape(*map(int, shape.split("x"))) for shape in shapes]
+        race = latency.time_engines(racing, wanted, threads=(1,), rounds=rounds, warmup=1, seconds=seconds)
 
     times = {timing.engine.name: timing.rounds for timing in race.timings}
     engines = []

@@ -1,6 +1,6 @@
-"""OpenVINO as an engine of `spdtool.bench.latency`, run by an interpreter that has openvino and nncf, not spdtool.
+"""OpenVINO as an engine of `spdtool.bench.engines`, run by an interpreter that has openvino and nncf, not spdtool.
 
-    python benchmarks/openvino_worker.py                                  answer requests of spdtool.bench.latency
+    python benchmarks/openvino_worker.py                                  answer requests of spdtool.bench.engines
     python benchmarks/openvino_worker.py quantize MODEL ROWS.npz OUT.xml  static int8 by NNCF, calibrated on rows
     python benchmarks/openvino_worker.py logits MODEL ROWS.npz OUT.npy    logits of rows, one after the other
 

@@ -26,8 +26,11 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
 from spdtool import console
-from spdtool.bench import int8, latency, ledger, report
-from spdtool.bench.latency import Engine, Shape
+from spdtool.bench import ledger, report
+from spdtool.bench.engines import Engine, Shape
+from spdtool.bench.int8 import quantize_dynamic_int8
+from spdtool.bench.latency import TimingResult, time_engines
+from spdtool.bench.ratios import BenchData, paired_ratio
 from spdtool.errors import SpdError
 from spdtool.export.target import get_target
 from spdtool.export.targets import Onnx
@@ -72,7 +75,7 @@ def made(name: str, out: Path, values: str) -> Files:
     if not files.dense.exists():
         Onnx().export(folder / "checkpoint", folder / "dense", recipe)
     if not files.int8.exists():
-        int8.quantise(files.dense, files.int8)
+        quantize_dynamic_int8(files.dense, files.int8)
     if not files.classic.exists():
         _classic(folder / "checkpoint", files.classic)
     return files
@@ -99,8 +102,7 @@ def _tokenizer(folder: Path) -> Any:
 def _sparse(checkpoint: Path, folder: Path, recipe: Recipe) -> Path | None:
     """The checkpoint as sparse-cpu, made anew: the plug-in may have changed since the last call."""
     try:
-        target = get_target("sparse-cpu")
-        target.export(checkpoint, folder, recipe)
+        get_target("sparse-cpu").export(checkpoint, folder, recipe)
     except SpdError as error:
         console.warn(f"without sparse-cpu: {error.message}")
         return None
@@ -143,9 +145,8 @@ def engines(files: Files, deepsparse: str | None) -> list[Engine]:
     found = [dense, replace(dense, name="onnxruntime basic", fused=False)]
     found.append(replace(dense, name="int8", path=str(files.int8), baseline=False))
     if files.sparse is not None:
-        target = get_target("sparse-cpu")
         file = files.sparse / json.loads((files.sparse / "manifest.json").read_text("utf-8"))["model"]
-        libraries = tuple(map(str, target.libraries(files.sparse)))
+        libraries = tuple(map(str, get_target("sparse-cpu").libraries(files.sparse)))
         found.append(replace(dense, name="sparse-cpu", path=str(file), baseline=False, libraries=libraries))
     if deepsparse:
         command = (deepsparse, str(WORKER))
@@ -162,26 +163,28 @@ def shape_of(text: str) -> Shape:
     return Shape(batch, length, tuple(np.random.default_rng(batch).permutation(spread).tolist()))
 
 
-def table(race: latency.Race) -> str:
+def table(result: TimingResult) -> str:
     """Markdown: a row for each number of threads and shape, milliseconds of the faster dense one, then ratios to it."""
-    bench = report.Bench(race.timings, {})
+    bench = BenchData(result.timings, {})
     others = [name for name in bench.engines if not name.startswith("onnxruntime")]
     rivals = [name for name in ("int8", "deepsparse") if "sparse-cpu" in others and name in others]
     head = ["threads", "shape", "rounds", "fused ms", "basic ms", *others, *(f"sparse-cpu / {name}" for name in rivals)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for threads in bench.threads:
         for shape in bench.timings[0].rounds:
-            dense = [bench.of(name, threads).rounds[shape] for name in ("onnxruntime", "onnxruntime basic")]
+            dense = [bench.timing(name, threads).rounds[shape] for name in ("onnxruntime", "onnxruntime basic")]
             cells = [str(threads), str(shape), str(len(dense[0])), *(f"{np.median(times):.2f}" for times in dense)]
-            cells += [str(bench.speed(bench.of(name, threads), [shape])) for name in others]
+            cells += [str(bench.speedup(bench.timing(name, threads), [shape])) for name in others]
             for name in rivals:
-                cells.append(str(report.ratio([bench.of(name, threads)], bench.of("sparse-cpu", threads), [shape])))
+                cells.append(
+                    str(paired_ratio([bench.timing(name, threads)], bench.timing("sparse-cpu", threads), [shape]))
+                )
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Make the files, race, print."""
+    """Make the files, time them, print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", default=["minilm-80", "minilm-90", "minilm-95", "bert-90"])
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="batch x length; a p at the end: padded")
@@ -199,7 +202,7 @@ def main() -> None:
         racing = engines(files, chosen.deepsparse_python)
         sizes = {engine.name: Path(engine.path).stat().st_size for engine in racing}
         print(f"\n## {name}\n\nBytes: " + ", ".join(f"{key} {size:,}" for key, size in sizes.items()) + "\n")
-        race = latency.race(
+        result = time_engines(
             racing,
             [shape_of(text) for text in chosen.shapes],
             threads=chosen.threads,
@@ -207,19 +210,23 @@ def main() -> None:
             warmup=1,
             seconds=chosen.seconds,
         )
-        print(table(race), flush=True)
+        print(table(result), flush=True)
         if chosen.ledger:
             packed = next((engine for engine in racing if engine.name == "sparse-cpu"), None)
             _print_ledger(files, packed, chosen.threads)
 
 
 def _print_ledger(files: Files, packed: Engine | None, threads: list[int]) -> None:
-    sparse, libraries = (Path(packed.path), packed.libraries) if packed else (None, ())
-    machines, entries = ledger.write(files.dense, sparse, libraries, threads)
-    for count, found in machines.items():
-        print(f"\n{count} threads: peak {found.flops / 1e9:.1f} GFLOP/s, {found.bandwidth / 1e9:.1f} GB/s", end="")
-    kinds = {(entry["rows"], entry["columns"]): entry for entry in reversed(entries)}  # of every shape the first
-    print("\n\n" + report.full_ledger(list(reversed(kinds.values()))), flush=True)
+    sparse = None
+    if packed is not None:
+        operator = get_target("sparse-cpu").timing_operator
+        assert operator is not None
+        sparse = ledger.SparseFile(packed.path, packed.libraries, operator)
+    machines, entries = ledger.measure_ledger(files.dense, sparse, threads)
+    for count, peak in machines.items():
+        print(f"\n{count} threads: peak {peak}", end="")
+    first_of_shape = {(entry.rows, entry.columns): entry for entry in reversed(entries)}
+    print("\n\n" + report.matrix_table(list(reversed(first_of_shape.values()))), flush=True)
 
 
 if __name__ == "__main__":

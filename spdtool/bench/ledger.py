@@ -49,6 +49,7 @@ COPIES = 8
 LEDGER_COMMAND = (sys.executable, "-P", "-m", "spdtool.bench.ledger")
 LAYER_NAME = re.compile(r"^(.*?\.\d+)\.")
 
+
 @dataclass(frozen=True)
 class SparseFile:
     """A file with packed matrices, and what it takes to time one of them.

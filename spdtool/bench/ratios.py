@@ -75,7 +75,7 @@ class BenchData:
 
     timings: Sequence[Timing]
     files: Mapping[str, ModelFile]
-    environment: BenchEnvironment
+    environment: BenchEnvironment | None = None
     sparse: Sequence[str] = ()
     pairs: Mapping[str, str] = field(default_factory=dict)
     ledger: Sequence[LedgerEntry] = ()

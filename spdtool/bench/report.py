@@ -149,8 +149,9 @@ def markdown(title: str, bench: BenchData) -> str:
     sections.append(
         markdown_table(["engine", "graph nodes by provider", "MiB when loaded", "MiB at the peak"], engine_rows)
     )
-    machine: list[list[Cell]] = [[name, text] for name, text in bench.environment.lines()]
-    sections.append(markdown_table(["measured on", ""], machine))
+    if bench.environment is not None:
+        machine: list[list[Cell]] = [[name, text] for name, text in bench.environment.lines()]
+        sections.append(markdown_table(["measured on", ""], machine))
     return "\n\n".join(sections) + "\n"
 
 

@@ -123,10 +123,11 @@ def bench(run: Run) -> BenchResult:
                 warmup=section.warmup,
                 seconds=section.seconds,
             )
+        environment = describe_environment(result.timings, threads, peaks)
         data = BenchData(
             timings=result.timings,
             files=lineup.files,
-            environment=describe_environment(result.timings, threads, peaks),
+            environment=environment,
             sparse=lineup.sparse,
             pairs=lineup.pairs,
             ledger=entries,
@@ -135,10 +136,8 @@ def bench(run: Run) -> BenchResult:
         title = recipe.mark_smoke(f"{recipe.task} at {recipe.sparsity:.0%} zeros")
         (work.folder / "bench.md").write_text(report.markdown(title, data), "utf-8")
         engines = [engine_record(timing) for timing in data.timings]
-        write_json(
-            work.folder / "bench.json", BenchFile(environment=data.environment, engines=engines, ledger=entries)
-        )
-        work.result = summary = summarize(data)
+        write_json(work.folder / "bench.json", BenchFile(environment=environment, engines=engines, ledger=entries))
+        work.result = summary = summarize(data, environment)
     return summary
 
 
@@ -289,7 +288,7 @@ def measure_matrices(lineup: Lineup, threads: Sequence[int]) -> tuple[dict[int, 
         return ledger.measure_ledger(Path(lineup.engine("student").path), sparse, threads)
 
 
-def summarize(data: BenchData) -> BenchResult:
+def summarize(data: BenchData, environment: BenchEnvironment) -> BenchResult:
     """Make the record of stage.json; its speeds are those of the student's best form."""
     columns, rows = report.overview_table(data)
     rounds = len(data.timings[0].rounds[data.grid[0]])
@@ -316,7 +315,7 @@ def summarize(data: BenchData) -> BenchResult:
         provider=data.timings[0].provider,
         latency=latency_records(data),
         ledger=list(data.ledger),
-        environment=data.environment,
+        environment=environment,
     )
 
 
@@ -335,6 +334,4 @@ def engine_record(timing: Timing) -> EngineRecord:
         fields = shape._asdict()
         rounds.append(ShapeRounds(**fields, ms=milliseconds, least=timing.least[shape]))
     engine = asdict(timing.engine) | {"provider": timing.provider, "nodes": timing.nodes, "rounds": rounds}
-    return EngineRecord.model_validate(
-        engine | {"resident_bytes": timing.resident, "peak_bytes": timing.peak}
-    )
+    return EngineRecord.model_validate(engine | {"resident_bytes": timing.resident, "peak_bytes": timing.peak})

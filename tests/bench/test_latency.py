@@ -110,7 +110,9 @@ def test_rounds_fit_into_the_time_of_all_numbers_of_threads(engine: Callable[...
     """A round takes a second: 30 seconds are 10 rounds each with three numbers of threads, however many are allowed."""
 
     def counts(seconds: float, rounds: int) -> list[int]:
-        race = latency.time_engines([engine()], [Shape(1, 2)], threads=(1, 2, 4), rounds=rounds, warmup=0, seconds=seconds)
+        race = latency.time_engines(
+            [engine()], [Shape(1, 2)], threads=(1, 2, 4), rounds=rounds, warmup=0, seconds=seconds
+        )
         return [len(timing.rounds[Shape(1, 2)]) for timing in race.timings]
 
     assert counts(30, 50) == [10, 10, 10]

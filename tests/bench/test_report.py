@@ -98,7 +98,9 @@ def test_the_dense_model_is_the_faster_of_its_two_forms_at_each_shape_and_number
         ],
         {},
     )
-    speeds = [bench.speedup(bench.timing("student", threads), [shape]).median for threads in (1, 2) for shape in bench.grid]
+    speeds = [
+        bench.speedup(bench.timing("student", threads), [shape]).median for threads in (1, 2) for shape in bench.grid
+    ]
     assert speeds == pytest.approx([1, 8, 3, 3])
     assert [bench.fastest_dense(1, shape).engine.name for shape in bench.grid] == ["unfused", "teacher"]
 

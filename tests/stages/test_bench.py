@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,7 +15,9 @@ import pytest
 import torch
 
 from spdtool import plugins
-from spdtool.bench import int8, latency, ledger
+from spdtool.bench import ledger
+from spdtool.bench.engines import Engine, EngineProcess
+from spdtool.bench.latency import TimingResult
 from spdtool.errors import DeviceError, ModelError, SpdError, StageMissing
 from spdtool.export.targets import Onnx
 from spdtool.models.layers import find_prunable_weights
@@ -173,18 +176,18 @@ def test_a_further_target_is_a_row_with_its_libraries_and_the_headline(
             return [folder / "lib.so"]
 
     plugins.targets.register("twin")(Twin)
-    raced: list[latency.Engine] = []
-    race = latency.race
+    timed: list[Engine] = []
+    time_engines = stage.time_engines
 
-    def watch(engines: Any, *shapes: Any, **how: Any) -> latency.Race:
-        raced.extend(engines)
-        return race([latency.replace(engine, libraries=()) for engine in engines], *shapes, **how)
+    def record_engines(engines: Any, *shapes: Any, **how: Any) -> TimingResult:
+        timed.extend(engines)
+        return time_engines([replace(engine, libraries=()) for engine in engines], *shapes, **how)
 
-    monkeypatch.setattr(latency, "race", watch)
+    monkeypatch.setattr(stage, "time_engines", record_engines)
     made = run(*FEW, "bench.rounds=1", "bench.batches=[1]", further="twin")
     metrics = bench(made)
     assert names(metrics) == ["teacher", "student", "twin"]
-    assert raced[2].libraries == (str(made.path / "export/twin/student/lib.so"),)
+    assert timed[2].libraries == (str(made.path / "export/twin/student/lib.so"),)
     assert metrics.best == "twin"
     assert metrics.verdict[0].startswith("Speed of twin, 50.0% zeros, 1 thread")
     assert str(made.path) not in (made.path / "bench/bench.json").read_text()
@@ -202,15 +205,15 @@ def test_what_cannot_be_made_or_compiled_here_is_said(run: Callable[..., Run], m
     def refuse(*_: Any) -> None:
         raise ModelError("onnxruntime cannot quantise model.onnx: no")
 
-    monkeypatch.setattr(int8, "quantise", refuse)
-    ask = latency.Worker.ask
+    monkeypatch.setattr(stage, "quantize_dynamic_int8", refuse)
+    ask = EngineProcess.ask
 
     def without_a_compiler(self: Any, request: dict[str, Any]) -> dict[str, Any]:
         if request.get("open", {}).get("compiled"):
             raise SpdError("compiled cannot be timed: torch.compile does not work here: no g++")
         return ask(self, request)
 
-    monkeypatch.setattr(latency.Worker, "ask", without_a_compiler)
+    monkeypatch.setattr(EngineProcess, "ask", without_a_compiler)
     wanted = [part for part in FEW if not part.startswith(("bench.torch", "bench.int8"))]
     metrics = bench(run(*wanted, "bench.compiled=true", "bench.rounds=1", "bench.batches=[1]"))
     assert names(metrics) == ["teacher", "student", "torch"]
@@ -222,7 +225,7 @@ def test_what_cannot_be_made_or_compiled_here_is_said(run: Callable[..., Run], m
 def test_real_lengths_follow_the_dev_set(toy_task: Callable[..., Any], toys: ModuleType, exported: Path) -> None:
     toy_task()
     notes: list[str] = []
-    shapes = stage.fitting_shapes(toys.recipe("bench.padded=[[8, 40]]"), 64, exported / "teacher/onnx", notes)
+    shapes = stage.choose_shapes(toys.recipe("bench.padded=[[8, 40]]"), 64, exported / "teacher/onnx", notes)
     assert notes == ["Padded shapes: real lengths are spread as in the dev set, scaled to the longest."]
     assert [str(shape) for shape in shapes] == ["1x32", "1x64", "8x32", "8x64", "8x40 padded"]
     assert len(shapes[-1].real) == 8
@@ -232,12 +235,12 @@ def test_real_lengths_follow_the_dev_set(toy_task: Callable[..., Any], toys: Mod
 
 def test_real_lengths_are_quantiles_scaled_to_the_longest_and_the_same_every_time() -> None:
     seen = np.array([10, 20, 30, 40, 50, 60, 70, 80])
-    drawn = stage.real_lengths(4, 100, seen)
+    drawn = stage.spread_lengths(4, 100, seen)
     assert sorted(drawn) == sorted(np.rint(np.quantile(seen, [0.125, 0.375, 0.625, 0.875]) / 71.25 * 100).astype(int))
-    assert drawn == stage.real_lengths(4, 100, seen)
-    assert sorted(stage.real_lengths(5, 9, None)) == [1, 3, 5, 7, 9]
-    assert stage.real_lengths(1, 9, np.array([3])) == (9,)
-    assert min(stage.real_lengths(2, 3, np.array([1, 1000]))) == 1
+    assert drawn == stage.spread_lengths(4, 100, seen)
+    assert sorted(stage.spread_lengths(5, 9, None)) == [1, 3, 5, 7, 9]
+    assert stage.spread_lengths(1, 9, np.array([3])) == (9,)
+    assert min(stage.spread_lengths(2, 3, np.array([1, 1000]))) == 1
 
 
 def test_one_number_of_threads_of_an_older_recipe_is_read(toys: ModuleType) -> None:
