@@ -53,7 +53,7 @@ class ModelFile:
             size=model.size,
             sparsity=model.sparsity,
             score=model.score,
-            checkpoint_score=None if model.checkpoint_dev is None else model.checkpoint_dev["score"],
+            checkpoint_score=(model.checkpoint_dev or {}).get("score"),
             rounding=rounding,
             flipped=model.flipped,
             rows=model.rows,
@@ -150,6 +150,7 @@ def paired_ratio(slow: Sequence[Timing], fast: Timing, shapes: Sequence[Shape]) 
     """
     log_ratios = []
     for timing, shape in zip(slow, shapes, strict=True):
+        # The mean of logarithms: twice as fast at one shape and half as fast at another is 1x.
         log_ratios.append(np.log(np.asarray(timing.rounds[shape]) / np.asarray(fast.rounds[shape])))
     return median_with_interval(np.exp(np.mean(log_ratios, axis=0)))
 

@@ -72,9 +72,12 @@ def file_cells(file: ModelFile | None) -> list[Cell]:
     """Cells of a file: score, zeros, bytes; dashes for what is unknown."""
     if file is None:
         return ["-", "-", "-"]
-    score: Cell = "-" if file.score is None else file.score
-    zeros = "-" if file.sparsity is None else f"{file.sparsity:.2%}"
-    return [score, zeros, file.bytes]
+    cells: list[Cell] = ["-", "-", file.bytes]
+    if file.score is not None:
+        cells[0] = file.score
+    if file.sparsity is not None:
+        cells[1] = f"{file.sparsity:.2%}"
+    return cells
 
 
 def ledger_table(entries: Sequence[LedgerEntry]) -> tuple[list[str], list[list[Cell]]]:
@@ -103,7 +106,7 @@ def layer_row(name: str, matrices: Sequence[LedgerEntry], tokens: int) -> list[C
 
 def sum_or_dash(values: Sequence[float | None]) -> float | str:
     """Sum of the values, or a dash if one of them is missing."""
-    total = 0.0 if any(isinstance(value, float) for value in values) else 0
+    total: float = 0
     for value in values:
         if value is None:
             return "-"
@@ -178,7 +181,7 @@ def speed_line(bench: BenchData, name: str, threads: int) -> str:
     assert sparsity is not None, "exported students have a known sparsity"
     ideal = None
     if not bench.resized:
-        ideal = 1 / (1 - sparsity) if sparsity < 1 else math.inf
+        ideal = math.inf if sparsity == 1 else 1 / (1 - sparsity)
     return (
         f"Speed of {name}, {sparsity:.1%} zeros, {thread_count(threads)}: {speedup} that of the dense teacher on "
         f"{timing.provider}, over {rounds} paired rounds{grid_range(bench, timing)}: "
@@ -209,10 +212,12 @@ def meaning(speedup: Ratio, rounds: int, ideal: float | None) -> str:
             return f"{caveat}."
         return f"{caveat}. Repeat it on a machine that does nothing else, with more rounds."
     slower, faster = speedup.high < 1, speedup.low > 1
-    if ideal is None:
-        if slower:
-            return "slower, beyond the noise."
-        return "faster, beyond the noise." if faster else NO_DIFFERENCE
+    if ideal is None and slower:
+        return "slower, beyond the noise."
+    if ideal is None and faster:
+        return "faster, beyond the noise."
+    if ideal is None:  # another model: the zeros are not all that differs
+        return NO_DIFFERENCE
     if slower:
         return "slower, beyond the noise: nothing is won from the zeros."
     if not faster:
@@ -233,7 +238,7 @@ def padding_lines(bench: BenchData, name: str) -> list[str]:
         if full_shape in bench.grid and real_share < MOSTLY_REAL:
             ratios = np.asarray(timing.rounds[full_shape]) / np.asarray(timing.rounds[shape])
             gain = median_with_interval(ratios)
-            if gain.low > 1 + SAME_SPEED:
+            if gain.low > 1 + SAME_SPEED:  # a full batch of the same shape takes longer: padding is skipped
                 line += f"; it computes such a batch {gain.median:.2f}x as fast as a full one"
                 line += ": that part is padding left out, not zeros"
             else:
@@ -252,7 +257,7 @@ def file_line(bench: BenchData, name: str) -> str:
     teacher_bytes, file_bytes = bench.files["teacher"].bytes, bench.files[name].bytes
     ratio = teacher_bytes / file_bytes
     line = f"File of {name}: {ratio:.2f}x smaller, {file_bytes:,} of {teacher_bytes:,} bytes"
-    if bench.resized:
+    if bench.resized:  # the bytes are those of another model, not of zeros left out
         return f"{line}."
     packed = [entry for entry in bench.ledger if entry.sparse_bytes is not None]
     if name in bench.sparse and packed:
@@ -337,7 +342,9 @@ def advice_lines(bench: BenchData) -> list[str]:
         advice.append("for speed, a runtime whose kernels skip zeros, or whole heads, neurons or layers taken out")
     if bench.files["teacher"].bytes / bench.files[bench.best].bytes < 1 + SAME_SIZE:
         advice.append("for size, storage that leaves zeros out, or fewer bits a weight")
-    return [f"What would help: {'; '.join(advice)}."] if advice else []
+    if not advice:
+        return []
+    return [f"What would help: {'; '.join(advice)}."]
 
 
 def matrix_table(entries: Sequence[LedgerEntry]) -> str:

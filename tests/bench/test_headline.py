@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from spdtool.bench import latency
-from spdtool.bench.latency import Engine, Shape
+from spdtool.bench.engines import Engine, Shape
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "benchmarks"
@@ -170,7 +170,7 @@ def test_the_interval_of_a_median_comes_from_order_statistics(monkeypatch: pytes
 def test_the_worker_of_openvino_speaks_the_protocol(openvino: Path) -> None:
     engine = Engine("x", "onnxruntime", "m", 50, command=(sys.executable, str(SCRIPTS / "openvino_worker.py")))
     shapes = [Shape(1, 4), Shape(2, 8, (8, 3))]
-    timings = latency.race([engine], shapes, threads=(1,), rounds=2, warmup=1).timings
+    timings = latency.time_engines([engine], shapes, threads=(1,), rounds=2, warmup=1).timings
     assert [timing.provider for timing in timings] == ["OpenVINO 0"]
     assert [len(timings[0].rounds[shape]) for shape in shapes] == [2, 2]
 

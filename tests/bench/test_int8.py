@@ -9,8 +9,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from spdtool.bench import int8, latency
-from spdtool.bench.latency import Engine, Shape
+from spdtool.bench import int8
+from spdtool.bench.engines import Engine, Shape, make_batch, open_onnxruntime
 from spdtool.errors import ModelError
 from spdtool.export.targets import Onnx
 from spdtool.models.load import save_model
@@ -31,9 +31,9 @@ def test_the_file_is_smaller_and_answers_nearly_the_same(
     assert model.read_bytes() == before
     assert file.stat().st_size < len(before) / 2
     dense = Engine("x", "onnxruntime", str(model), vocabulary=len(toys.WORDS), threads=1)
-    given = latency._batch(Shape(8, 9), dense)
-    right = latency._in_onnxruntime(dense)[0](given)[0]
-    forward, _, nodes = latency._in_onnxruntime(Engine("y", "onnxruntime", str(file), len(toys.WORDS), threads=1))
+    given = make_batch(Shape(8, 9), dense)
+    right = open_onnxruntime(dense)[0](given)[0]
+    forward, _, nodes = open_onnxruntime(Engine("y", "onnxruntime", str(file), len(toys.WORDS), threads=1))
     found = forward(given)[0]
     assert "MatMulInteger" in str(nodes)
     assert 0 < np.abs(found - right).max() < 0.2 * np.abs(right).max()

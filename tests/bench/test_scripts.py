@@ -7,14 +7,15 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 
-from spdtool.bench import latency
-from spdtool.bench.latency import Engine, Race, Shape, Timing
+from spdtool.bench.engines import Engine, Shape, make_batch
+from spdtool.bench.latency import Timing, TimingResult, time_engines
 from spdtool.errors import SpdError
 
 SCRIPTS = Path(__file__).parents[2] / "benchmarks"
@@ -58,7 +59,7 @@ def deepsparse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
 
 def test_the_worker_speaks_the_protocol(deepsparse: Engine) -> None:
     shapes = [Shape(1, 4), Shape(2, 8, (8, 3))]
-    timings = latency.race([deepsparse], shapes, threads=(1, 2), rounds=2, warmup=1).timings
+    timings = time_engines([deepsparse], shapes, threads=(1, 2), rounds=2, warmup=1).timings
     assert [timing.provider for timing in timings] == ["DeepSparse", "DeepSparse"]
     for timing in timings:
         assert [len(timing.rounds[shape]) for shape in shapes] == [2, 2]
@@ -67,12 +68,12 @@ def test_the_worker_speaks_the_protocol(deepsparse: Engine) -> None:
 
 def test_what_goes_wrong_in_the_worker_is_told(deepsparse: Engine) -> None:
     with pytest.raises(SpdError, match="deepsparse cannot be timed: RuntimeError: no such file"):
-        latency.race([latency.replace(deepsparse, path="broken")], [Shape(1, 4)], rounds=1, warmup=0)
+        time_engines([replace(deepsparse, path="broken")], [Shape(1, 4)], rounds=1, warmup=0)
 
 
 def test_the_worker_gives_the_batch_that_the_others_are_given(deepsparse: Engine) -> None:
     shape = Shape(3, 7, (7, 1, 4))
-    own = latency._batch(shape, Engine("x", "onnxruntime", "", 50, pad=2))
+    own = make_batch(shape, Engine("x", "onnxruntime", "", 50, pad=2))
     theirs = script("deepsparse_worker").batch((3, 7), list(shape.real), 50, 2)
     for name, array in zip(own, theirs, strict=True):
         np.testing.assert_array_equal(own[name], array)
@@ -88,7 +89,7 @@ def test_the_table_has_ratios_to_the_faster_dense_form_and_between_rivals() -> N
         Timing(Engine(name, "onnxruntime", "", 9, threads=2, baseline="onnx" in name), "p", None, 1, 2, *at(shape, ms))
         for name, ms in times.items()
     ]
-    head, _, row = benchmark.table(Race(timings)).splitlines()
+    head, _, row = benchmark.table(TimingResult(timings)).splitlines()
     assert head.endswith("| int8 | sparse-cpu | deepsparse | sparse-cpu / int8 | sparse-cpu / deepsparse |")
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[:5] == ["2", "8x128 padded", "6", "8.00", "6.00"]
