@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from spdtool.bench import engines, ledger
 from spdtool.bench.ledger import PrunedMatrix, SparseFile
 from spdtool.errors import SpdError
-from spdtool.export.graph.trace import Onnx
+from spdtool.export.targets import Onnx
 from spdtool.models.layers import find_prunable_weights
 from spdtool.models.load import load_model, save_model
 from spdtool.run.records import MachinePeak
@@ -40,7 +40,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> Path:
         for weight in find_prunable_weights(model).values():
             weight.view(-1)[: 3 * weight.numel() // 4] = 0
     save_model(model, toys.tokenizer(), folder / "checkpoint")
-    Onnx.export(folder / "checkpoint", folder, toys.recipe())
+    Onnx().export(folder / "checkpoint", folder, toys.recipe())
     return folder / "onnx/model.onnx"
 
 
@@ -72,7 +72,7 @@ def test_a_matrix_that_is_used_twice_is_held_once_and_has_its_name(tmp_path: Pat
     for weight in find_prunable_weights(model).values():
         weight.data.view(-1)[::2] = 0
     save_model(model, toys.tokenizer(), tmp_path / "checkpoint")
-    Onnx.export(tmp_path / "checkpoint", tmp_path, toys.recipe())
+    Onnx().export(tmp_path / "checkpoint", tmp_path, toys.recipe())
     found = [matrix.name for matrix in ledger.read_pruned_matrices(tmp_path / "onnx/model.onnx", None)]
     assert sorted(found) == sorted(find_prunable_weights(model))
     shapes = [tuple(tensor.dims) for tensor in onnx.load(tmp_path / "onnx/model.onnx").graph.initializer]
