@@ -270,7 +270,7 @@ def sample_dev_lengths(recipe: Recipe, tokenizer_folder: Path) -> np.ndarray | N
     """Number of tokens of the first rows of the dev set; None if it cannot be read any more."""
     try:
         rows = find_task(recipe).read_rows(recipe)["dev"]
-        sample = rows.pick(range(min(SAMPLED_ROWS, len(rows))))
+        sample = rows.select(range(min(SAMPLED_ROWS, len(rows))))
         return tokenize(load_tokenizer(tokenizer_folder), sample, recipe.max_length).lengths
     except SpdError:
         return None
