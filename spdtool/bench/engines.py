@@ -123,7 +123,7 @@ class EngineProcess:
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(json.dumps(request) + "\n")
-            self.process.stdin.flush()
+            self.process.stdin.flush()  # a buffered request would never be answered
             line = self.answers.get(timeout=self.timeout)
         except BrokenPipeError:
             line = None
@@ -141,7 +141,7 @@ class EngineProcess:
 
     def kill(self) -> None:
         """End the process and close its streams."""
-        self.process.kill()
+        self.process.kill()  # it may hang: asking it to end would not help
         self.process.wait()
         self.reader.join()
         for stream in (self.process.stdin, self.process.stdout, self.stderr):
@@ -196,7 +196,7 @@ def run_engine(requests: Iterable[str], answer: Callable[[Answer], None]) -> Non
             else:
                 assert opened is not None
                 shape = Shape(request["batch"], request["length"], tuple(request["real"]))
-                if shape not in batches:
+                if shape not in batches:  # made outside the timed turn
                     batches[shape] = make_batch(shape, engine)
                 run, batch = opened.run, batches[shape]
                 answer(time_turn(lambda: run(batch), request["turn"]))  # noqa: B023 (called at once)

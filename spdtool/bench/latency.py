@@ -103,7 +103,7 @@ def time_engines(
             running = open_engines(available, processes, shapes, missing)
             start = time.monotonic()
             run_rounds(running, shapes, rounds, warmup, seconds_left / (len(threads) - index))
-            seconds_left -= time.monotonic() - start
+            seconds_left -= time.monotonic() - start  # what is saved here goes to the next number of threads
             finished += running
         for engine in engines:
             if engine.name not in missing:
@@ -152,5 +152,6 @@ def run_rounds(
             break
         for shape in shapes:
             for index in range(len(running)):
+                # Rotated, so that no engine always follows the same one and inherits its warm caches.
                 running[(index + number) % len(running)].take_turn(shape, counted=number >= 0)
                 time.sleep(PAUSE)

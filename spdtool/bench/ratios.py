@@ -128,6 +128,7 @@ class BenchData:
 
     def speedup(self, timing: Timing, shapes: Sequence[Shape]) -> Ratio:
         """How many times faster than the dense teacher."""
+        # The faster form may differ from shape to shape.
         dense = [self.fastest_dense(timing.engine.threads, shape) for shape in shapes]
         return paired_ratio(dense, timing, shapes)
 

@@ -114,7 +114,7 @@ def sum_or_dash(values: Sequence[float | None]) -> float | str:
     return total
 
 
-def verdict(bench: BenchData) -> list[str]:
+def describe_verdict(bench: BenchData) -> list[str]:
     """What the zeros bought, in sentences."""
     lines = other_model_lines(bench)
     for name in bench.sparse:
@@ -138,9 +138,9 @@ def verdict(bench: BenchData) -> list[str]:
     return [*lines, *advice_lines(bench), *bench.notes]
 
 
-def markdown(title: str, bench: BenchData) -> str:
+def render_markdown(title: str, bench: BenchData) -> str:
     """The report as Markdown: verdict, every percentile, the ledger, where the nodes ran, and the machine."""
-    lines = "\n".join(f"- {line}" for line in verdict(bench))
+    lines = "\n".join(f"- {line}" for line in describe_verdict(bench))
     sections = [f"# {title}", lines, markdown_table(*overview_table(bench)), TIMING_NOTE, percentile_table(bench)]
     if bench.ledger:
         sections += ["## Ledger", LEDGER_NOTE, matrix_table(bench.ledger)]

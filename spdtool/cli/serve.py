@@ -129,10 +129,8 @@ def serve(
     from spdtool.serving import server
 
     limits = {"batch": batch, "wait": wait / 1000, "queue": queue, "texts": texts, "body": body}
-    served = server.serve(
-        bundle, host, port, name, limits, workers=workers, threads=threads, provider=provider, variant=variant
-    )
-    return asdict(served)
+    options = server.ServerOptions(host, port, name, limits, workers, threads, provider, variant)
+    return asdict(server.serve_bundle(bundle, options))
 
 
 @command

@@ -46,7 +46,7 @@ class PendingRequest:
     arrived: float
     future: Future[np.ndarray] = field(default_factory=Future)
     logits: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.float32))
-    rows_to_do: int = 0
+    rows_to_do: int = 0  # set when the request is tokenized
     failed: bool = False
 
 
@@ -119,7 +119,7 @@ class Batcher:
         second_texts = None if pairs is None else list(pairs)
         request = PendingRequest(list(texts), second_texts, arrived=time.monotonic())
         with self._changed:
-            if self._closed:
+            if self._closed:  # a worker may have ended already: nobody would answer
                 raise ServerClosing("the server is shutting down", "send the request to another one")
             if self._rows + len(texts) > self._max_rows:
                 raise QueueFull(
@@ -127,7 +127,7 @@ class Batcher:
                 )
             self._rows += len(texts)
             self._arrived.append(request)
-            self._changed.notify()
+            self._changed.notify()  # one is enough: a worker takes all that has arrived
         return request.future
 
     def close(self) -> None:

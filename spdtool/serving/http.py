@@ -92,6 +92,7 @@ def create_app(classify: Classifier, name: str, limits: Limits | None = None, wo
     """Create the application that serves one model under `name`; its workers live as long as it runs."""
     limits, metrics = limits or Limits(), ServerMetrics()
 
+    # The workers start with the application: threads of a process that is forked later would be lost.
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         app.state.batcher = batcher = Batcher(
@@ -105,7 +106,7 @@ def create_app(classify: Classifier, name: str, limits: Limits | None = None, wo
         # Asked for when /metrics is read, so that no request has to keep it up to date.
         metrics.queue.set_function(lambda: batcher.rows)
         yield
-        await asyncio.to_thread(batcher.close)
+        await asyncio.to_thread(batcher.close)  # waits for the workers, and must not block the event loop
 
     async def compute(request: Request, inference: InferenceRequest) -> np.ndarray:
         classify.check_text_count(paired=inference.pairs is not None)
@@ -118,7 +119,7 @@ def create_app(classify: Classifier, name: str, limits: Limits | None = None, wo
         if BINARY_HEADER in request.headers:
             raise DataError("the binary extension of the protocol is not spoken here", "send the tensors as JSON")
         body = await read_body(request, limits.body)
-        inference = protocol.parse_infer(body, protocol.output_names(classify), limits.texts)
+        inference = protocol.parse_infer(body, protocol.response_outputs(classify), limits.texts)
         logits = await compute(request, inference)
         return json_response(protocol.infer_response(classify, name, inference, logits))
 
@@ -146,7 +147,7 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     """
     too_large = BodyTooLarge(f"the body is larger than {max_bytes:,} bytes", "send several requests")
     length = request.headers.get("content-length", "0")
-    if length.isdigit() and int(length) > max_bytes:
+    if length.isdigit() and int(length) > max_bytes:  # refuse before anything is read
         raise too_large
     body = bytearray()
     async for chunk in request.stream():

@@ -48,7 +48,7 @@ def open_input(
         raise DataError(f"--text names {len(columns)} columns; the model takes {quote_names(classify.text)}")
     try:
         if ending == ".parquet" and line_format is None:
-            yield read_parquet(Path(source), classify, columns)
+            yield parquet_lines(Path(source), classify, columns)
         elif source == STANDARD_INPUT:
             yield read_plain_lines(sys.stdin, "standard input", classify, line_format, columns)
         else:
@@ -132,10 +132,11 @@ def tsv_rows(stream: TextIO) -> NumberedCells:
         yield number, text.split("\t")
 
 
-def read_parquet(path: Path, classify: Classifier, columns: tuple[str, ...]) -> Iterator[InputLine]:
+def parquet_lines(path: Path, classify: Classifier, columns: tuple[str, ...]) -> Iterator[InputLine]:
     """Read a Parquet file, a batch of rows at a time."""
     if not path.is_file():
         raise FileNotFoundError(path)
+    # The first batch of rows has the columns: what is wrong with them must be said before any row is labelled.
     tables = files.iterate_parquet_tables(path, PARQUET_ROWS)
     first = next(tables)
 
@@ -169,6 +170,7 @@ def line_of_cells(number: int, cells: Sequence[object], header: Sequence[str], i
     for index in indices:
         cell = cells[index]
         if cell is None or (isinstance(cell, str) and not cell.strip()):
+            # The row keeps its line in the output, so that both files stay aligned.
             return InputLine(number, error=f"has no text in the column {header[index]!r}")
         if not isinstance(cell, str):
             return InputLine(number, error=f"has a {type(cell).__name__} in the column {header[index]!r}, not text")

@@ -81,10 +81,10 @@ def model_metadata(classify: Classifier, name: str) -> Object:
     """The response to GET /v2/models/NAME."""
     # -1 stands for the number of rows, which every request chooses.
     inputs: list[Json] = []
-    for tensor in input_names(classify):
+    for tensor in request_inputs(classify):
         inputs.append({"name": tensor, "datatype": "BYTES", "shape": [-1]})
     outputs: list[Json] = []
-    for tensor in output_names(classify):
+    for tensor in response_outputs(classify):
         outputs.append({"name": tensor, "datatype": datatype(tensor), "shape": output_shape(tensor, -1, classify)})
     return {
         "name": name,
@@ -95,14 +95,14 @@ def model_metadata(classify: Classifier, name: str) -> Object:
     }
 
 
-def input_names(classify: Classifier) -> tuple[str, ...]:
+def request_inputs(classify: Classifier) -> tuple[str, ...]:
     """Inputs of a model; the pair is one unless the model is known to take single texts."""
     if classify.text is not None and len(classify.text) == 1:
         return (TEXT,)
     return (TEXT, PAIR)
 
 
-def output_names(classify: Classifier) -> tuple[str, ...]:
+def response_outputs(classify: Classifier) -> tuple[str, ...]:
     """Outputs of a model; the logit of a regression is its value, and the only output."""
     if classify.regression:
         return (LOGITS,)
@@ -186,6 +186,7 @@ def tensors_by_name(values: Json, field: str) -> dict[str, Mapping[str, Json]]:
             raise problem
         names.append(name)
         tensors[name] = value
+    # Of two tensors with one name the later would silently win.
     if len(tensors) < len(names):
         raise DataError(f"{field} names one twice: {', '.join(names)}")
     return tensors
@@ -201,6 +202,7 @@ def tensor_texts(tensor: Mapping[str, Json], name: str) -> list[str]:
     data = tensor.get("data")
     if not isinstance(data, list):
         raise DataError(f"{name} has no data as a list in the JSON", "the binary extension is not spoken here")
+    # Clients send a tensor flat or nested by rows; the protocol allows both.
     cells: list[Json] = []
     for row in data:
         if isinstance(row, list):

@@ -7,7 +7,8 @@ import ipaddress
 import os
 import signal
 import socket
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, ModuleType
 
@@ -19,6 +20,29 @@ from spdtool.serving.classifier import load
 EXTRA = ("starlette", "uvicorn", "prometheus_client")  # what the extra `serve` installs
 SHUTDOWN_SECONDS = 30  # for requests in flight, before their connections are cut
 MAX_WORKERS = 4  # unless more are asked for: measured on two cores only
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """Where and how to serve.
+
+    Attributes:
+        port: 0: any free one.
+        name: name of the model in paths; None: `model_name` of the folder.
+        limits: fields of `http.Limits`.
+        workers: batches that are computed at the same time; 0: see `share_threads`.
+        threads: threads of all workers together; 0: as many as there are cores.
+        provider, variant: see `spdtool.load`.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    name: str | None = None
+    limits: Mapping[str, int | float] = field(default_factory=dict)
+    workers: int = 0
+    threads: int = 0
+    provider: str = "cpu"
+    variant: str | None = None
 
 
 @dataclass(frozen=True)
@@ -46,48 +70,30 @@ def require_extra() -> ModuleType:
     return importlib.import_module("spdtool.serving.http")
 
 
-def serve(
-    bundle: Path,
-    host: str,
-    port: int,
-    name: str | None,
-    limits: dict[str, int | float],
-    *,
-    workers: int = 0,
-    threads: int = 0,
-    provider: str = "cpu",
-    variant: str | None = None,
-) -> Served:
+def serve_bundle(bundle: Path, options: ServerOptions) -> Served:
     """Serve a bundle until a signal ends it.
-
-    Args:
-        port: 0: any free one.
-        name: name of the model in paths; None: `model_name` of the folder.
-        limits: fields of `http.Limits`.
-        workers: batches that are computed at the same time; 0: see `share_threads`.
-        threads: threads of all workers together; 0: as many as there are cores.
-        provider, variant: see `spdtool.load`.
 
     Raises:
         ModelError, PluginError, DeviceError: the bundle cannot be opened, or the extra is missing.
         RunError: the server cannot listen to host and port.
     """
     http = require_extra()
-    workers, threads = share_threads(workers, threads, provider)
-    classify = load(bundle, threads=threads, provider=provider, variant=variant)
+    host = options.host
+    workers, threads = share_threads(options.workers, options.threads, options.provider)
+    classify = load(bundle, threads=threads, provider=options.provider, variant=options.variant)
     assert classify.bundle is not None
-    model = name or model_name(classify.bundle.folder)
+    model = options.name or model_name(classify.bundle.folder)
     if not model or "/" in model:
         raise ModelError(f"{model!r} cannot be the name of a model in a path", "give another --name")
     # Waking the tokenizer's threads for a few short texts costs more than they save.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     classify.logits([[0]])  # any token: a model that cannot run must fail before the port is open
-    listener = listen(host, port)
+    listener = open_listener(host, options.port)
     address = "http://{}:{}".format(*listener.getsockname()[:2])
     if not is_loopback(host):
         console.warn(f"{host} can be reached from other machines, and nobody is asked who they are")
     console.say(f"{console.escape(model)} ({console.escape(classify.bundle.model)}) is served at {address}")
-    run_until_signal(http.create_app(classify, model, http.Limits(**limits), workers), listener)
+    run_until_signal(http.create_app(classify, model, http.Limits(**options.limits), workers), listener)
     console.say("ended: every request in flight was answered")
     return Served(model, str(classify.bundle.model), address, workers, threads)
 
@@ -112,7 +118,7 @@ def model_name(folder: Path) -> str:
     return names[-1] if names else folder.name
 
 
-def listen(host: str, port: int) -> socket.socket:
+def open_listener(host: str, port: int) -> socket.socket:
     """Open a listening socket.
 
     Raises:
@@ -120,6 +126,7 @@ def listen(host: str, port: int) -> socket.socket:
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
+    # Without it the port of a server that has just ended would be taken for a minute.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))

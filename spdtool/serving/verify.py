@@ -59,13 +59,14 @@ def installed_libraries(manifest: Mapping[str, Any]) -> dict[str, Path]:
 
 def run_selftest(folder: Path, libraries: Mapping[str, Path]) -> dict[str, Any]:
     """Run the self-test of this package in a process of its own. Raises as `verify_bundle` does."""
+    # -I: neither the environment nor the current folder can put another module in front of ours.
     command = [sys.executable, "-I", selftest.__file__, str(folder.absolute()), "--json", "--only-named-libraries"]
     command += [f"--library={name}={path}" for name, path in libraries.items()]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     except subprocess.TimeoutExpired:
         raise GateError(f"{folder}: the self-test took more than {TIMEOUT} seconds") from None
-    if done.returncode not in (0, 1):
+    if done.returncode not in (0, 1):  # 1: the test ran and found something; its report says what
         lines = done.stderr.strip().splitlines() or ["it printed nothing"]
         if done.returncode == 2:
             raise ModelError(f"the self-test cannot be run: {lines[-1]}")

@@ -105,6 +105,7 @@ def bench(run: Run) -> BenchResult:
     export_folder, exported, teacher_folder = run.read("export"), run.export_result(), run.read("teacher")
 
     lineup = line_up_exports(export_folder, exported, provider, recipe)
+    # Both are timed at the same shapes, so the shorter model decides.
     positions = min(exported.teacher.positions, exported.student.positions)
     shapes = choose_shapes(recipe, positions, export_folder / "teacher", lineup.notes)
     with run.stage("bench") as work, tempfile.TemporaryDirectory() as scratch:
@@ -133,8 +134,9 @@ def bench(run: Run) -> BenchResult:
             ledger=entries,
             notes=[*lineup.notes, *(f"{reason}." for reason in result.missing.values())],
         )
+        # A smoke run's figures mean nothing, and its title says so.
         title = recipe.mark_smoke(f"{recipe.task} at {recipe.sparsity:.0%} zeros")
-        (work.folder / "bench.md").write_text(report.markdown(title, data), "utf-8")
+        (work.folder / "bench.md").write_text(report.render_markdown(title, data), "utf-8")
         engines = [engine_record(timing) for timing in data.timings]
         write_json(work.folder / "bench.json", BenchFile(environment=environment, engines=engines, ledger=entries))
         work.result = summary = summarize(data, environment)
@@ -145,7 +147,7 @@ def line_up_exports(folder: Path, exported: ExportResult, provider: str, recipe:
     """Collect the plain files of both roles, and the files of each further target that runs on `provider`."""
     lineup = Lineup()
     lineup.add_export("teacher", folder / "teacher", exported.teacher, provider)
-    lineup.engines[0] = replace(lineup.engines[0], baseline=True)
+    lineup.engines[0] = replace(lineup.engines[0], baseline=True)  # the 1x
     lineup.add_export("student", folder / "student", exported.student, provider)
     for name, reason in exported.refused.items():
         lineup.notes.append(f"Not shipped, so not timed: {name}: {reason}.")
@@ -307,7 +309,7 @@ def summarize(data: BenchData, environment: BenchEnvironment) -> BenchResult:
         columns=columns,
         rows=rows,
         tables=tables,
-        verdict=report.verdict(data),
+        verdict=report.describe_verdict(data),
         speeds=speeds,
         caveats=caveats,
         size=data.files["teacher"].bytes / data.files[data.best].bytes,

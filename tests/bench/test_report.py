@@ -108,7 +108,7 @@ def test_the_dense_model_is_the_faster_of_its_two_forms_at_each_shape_and_number
 def two(student: Timing, student_file: ModelFile, teacher: Timing | None = None, **fields: Any) -> str:
     """The verdict on a student against a teacher of 1000 bytes."""
     files = {"teacher": file_of(1000), "student": student_file}
-    return " ".join(report.verdict(bench_of([teacher or noisy("teacher", 1), student], files, **fields)))
+    return " ".join(report.describe_verdict(bench_of([teacher or noisy("teacher", 1), student], files, **fields)))
 
 
 class TestPlainStudent:
@@ -158,7 +158,7 @@ class TestPlainStudent:
         """The unfused teacher is faster here: that is no fault of the zeros."""
         timings = [noisy("teacher", 1), noisy("unfused", 0.5), noisy("student", 1, 1)]
         bench = bench_of(timings, {"teacher": file_of(1000), "student": file_of(1000, 0.9)})
-        assert "no difference beyond the noise" in report.verdict(bench)[0]
+        assert "no difference beyond the noise" in report.describe_verdict(bench)[0]
         assert report.overview_table(bench)[1][2][5] == "0.50x"
 
     def test_notes_come_last(self) -> None:
@@ -185,7 +185,7 @@ def sparse(factor: float = 0.25, padding: float = 0.125, int8: float = 0.5, **mo
 
 class TestSparseEngine:
     def test_the_headline_names_threads_mean_and_range(self) -> None:
-        lines = report.verdict(sparse())
+        lines = report.describe_verdict(sparse())
         assert lines[0] == (
             "Speed of sparse-cpu, 90.0% zeros, 1 thread: 5.66x (5.66x to 5.66x) that of the dense teacher on CPU, over "
             "6 paired rounds, 4.00x at 8x64 to 8.00x at 1x16: faster, beyond the noise (skipping every zero would make "
@@ -198,10 +198,10 @@ class TestSparseEngine:
         assert not any("What would help" in line for line in lines)
 
     def test_padding_that_is_left_out_is_not_credited_to_the_zeros(self) -> None:
-        text = " ".join(report.verdict(sparse()))
+        text = " ".join(report.describe_verdict(sparse()))
         assert "Padding: at 8x64 padded, where 50% of the tokens are real, sparse-cpu has 8.00x with 1 thread" in text
         assert "it computes such a batch 2.00x as fast as a full one: that part is padding left out, not zeros." in text
-        text = " ".join(report.verdict(sparse(padding=0.25)))
+        text = " ".join(report.describe_verdict(sparse(padding=0.25)))
         assert (
             "sparse-cpu has 4.00x with 1 thread, 4.00x with 2 threads; it computes padding like any other token."
             in text
@@ -211,7 +211,7 @@ class TestSparseEngine:
         bench, nearly = sparse(padding=0.25), Shape(8, 64, (64,) * 7 + (50,))
         for part in bench.timings:
             part.rounds[nearly] = part.rounds.pop(PADDED)
-        (line,) = [line for line in report.verdict(bench) if line.startswith("Padding")]
+        (line,) = [line for line in report.describe_verdict(bench) if line.startswith("Padding")]
         assert line == (
             "Padding: at 8x64 padded, where 97% of the tokens are real, sparse-cpu has 4.00x with 1 thread, "
             "4.00x with 2 threads."
@@ -221,32 +221,34 @@ class TestSparseEngine:
         bench = sparse()
         for part in bench.timings:
             del part.rounds[LARGE]
-        (line,) = [line for line in report.verdict(bench) if line.startswith("Padding")]
+        (line,) = [line for line in report.describe_verdict(bench) if line.startswith("Padding")]
         assert line.endswith("8.00x with 2 threads.")
 
     def test_rounding_is_told_where_weights_are_rounded(self) -> None:
-        text = " ".join(report.verdict(sparse()))
+        text = " ".join(report.describe_verdict(sparse()))
         assert (
             "Rounding (pruned matrices as fp16, embeddings as int8): dev score 0.9000, that of its checkpoint 0.9012; "
             "3 of 400 predictions changed." in text
         )
         bench = sparse()
         exact = bench.files | {"sparse-cpu": file_of(180, 0.9)}  # type: ignore[operator]
-        assert "Rounding" not in " ".join(report.verdict(replace(bench, files=exact)))
+        assert "Rounding" not in " ".join(report.describe_verdict(replace(bench, files=exact)))
 
     def test_the_file_is_taken_apart_where_the_ledger_knows(self) -> None:
-        assert "File of sparse-cpu: 5.56x smaller, 180 of 1,000 bytes: it leaves zeros out." in report.verdict(sparse())
-        text = " ".join(report.verdict(sparse(ledger=ledger())))
+        assert "File of sparse-cpu: 5.56x smaller, 180 of 1,000 bytes: it leaves zeros out." in report.describe_verdict(
+            sparse()
+        )
+        text = " ".join(report.describe_verdict(sparse(ledger=ledger())))
         assert "the pruned matrices went from 600 to 90 bytes" in text
         assert "all the rest from 400 to 90 (fewer bits only)" in text
 
     def test_int8_is_faced_at_every_point(self) -> None:
-        text = " ".join(report.verdict(sparse()))
+        text = " ".join(report.describe_verdict(sparse()))
         assert (
             "int8 (whose score is not measured), sparse-cpu is faster at every point of the grid: 2.00x to 4.00x"
             in text
         )
-        text = " ".join(report.verdict(sparse(int8=0.2)))
+        text = " ".join(report.describe_verdict(sparse(int8=0.2)))
         assert "sparse-cpu is slower at 8x64 with 1 thread (0.80x), 8x64 with 2 threads (0.80x): 0.80x to 1.60x" in text
 
 
@@ -314,7 +316,7 @@ def test_details_have_every_engine_at_every_shape_with_every_number_of_threads()
 
 
 def test_markdown_shows_verdict_percentiles_ledger_nodes_and_machine() -> None:
-    text = report.markdown("toy", bench_of(three(), KNOWN, ledger=ledger()))
+    text = report.render_markdown("toy", bench_of(three(), KNOWN, ledger=ledger()))
     assert text.startswith("# toy\n\n- Speed of student, 90.0% zeros")
     assert (
         "| student | CPU | 1 | 8x64 | 5.000 | 10.000 | 10.000 | 10.000 | 10.000 | 800.0 | 2.00x (2.00x to 2.00x) |"
@@ -333,13 +335,13 @@ def test_markdown_shows_verdict_percentiles_ledger_nodes_and_machine() -> None:
 
 
 def test_a_report_without_a_ledger_has_none() -> None:
-    assert "Ledger" not in report.markdown("toy", replace(bench_of(three(), KNOWN), ledger=()))
+    assert "Ledger" not in report.render_markdown("toy", replace(bench_of(three(), KNOWN), ledger=()))
 
 
 def test_a_student_of_another_size_is_said_to_be_one_and_zeros_get_no_credit_for_it() -> None:
     def lines(size: int) -> list[str]:
         known = {"teacher": file_of(1000, size=400), "student": file_of(250, 0.9, size=size)}
-        return report.verdict(bench_of([noisy("teacher", 3.0), noisy("student", 1.0, 1)], known))
+        return report.describe_verdict(bench_of([noisy("teacher", 3.0), noisy("student", 1.0, 1)], known))
 
     said = lines(100)
     assert said[0].startswith("The student is another model than the teacher: its matrices hold 100 weights")
@@ -357,7 +359,7 @@ def test_what_a_treatment_gives_is_not_told_as_the_zeros_doing() -> None:
         | {"onnx-int8 teacher": file_of(100)},
         pairs={"onnx-int8": "onnx-int8 teacher"},
     )
-    (line,) = [line for line in report.verdict(bench) if line.startswith("Treatment")]
+    (line,) = [line for line in report.describe_verdict(bench) if line.startswith("Treatment")]
     assert "Treatment onnx-int8, which is not sparsity: it gives the dense teacher 2.00x" in line
     assert "4.00x fewer bytes. The zeros add to it" in line
     assert "student against teacher in the same form: 1.00x (1.00x to 1.00x)" in line
