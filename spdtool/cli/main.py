@@ -250,12 +250,13 @@ def sweep(
 ) -> Any:
     """Compare recipes x sparsities x seeds x tasks, all with the same teachers; tables and Pareto plots."""
     from spdtool import sweep as trials
+    from spdtool.report.figures import save_pareto_figures
     from spdtool.sweep import summary
 
     if bench:
         _require_runtime()
-    perform = _performer(ray, cpus, gpus, behind)
-    planned = trials.plan(
+    runner = _trial_runner(ray, cpus, gpus, behind)
+    planned = trials.plan_trials(
         recipes=_words("--recipes", recipes),
         sparsities=_numbers("--sparsities", sparsities, float),
         seeds=_numbers("--seeds", seeds, int),
@@ -267,7 +268,8 @@ def sweep(
         epochs=epochs,
         bench=bench,
     )
-    rows = trials.run_sweep(planned, out, lambda line: console.say(console.escape(line)), perform)
+    rows = trials.run_sweep(planned, out, lambda line: console.say(console.escape(line)), runner)
+    save_pareto_figures(rows, out)
     summaries = summary.summarise(rows)
     if summaries:
         title = f"SMOKE SWEEP, NO RESULT: {out}" if any(row.smoke for row in rows) else str(out)
@@ -281,14 +283,14 @@ def sweep(
     return [row.model_dump(mode="json") for row in rows]
 
 
-def _performer(ray: str | None, cpus: float, gpus: float, behind: float | None) -> Any:
-    """What runs the trials of a sweep: this process, one after the other, or Ray."""
-    from spdtool.sweep import in_turn
+def _trial_runner(ray: str | None, cpus: float, gpus: float, behind: float | None) -> Any:
+    """Return what runs the trials of a sweep: this process, one after the other, or Ray."""
+    from spdtool.sweep import run_in_turn
 
     if ray is None:
         if behind is not None:
             raise RecipeError("--stop-behind compares trials that run at once", "add --ray local")
-        return in_turn
+        return run_in_turn
     from spdtool.sweep.on_ray import Cluster
 
     return Cluster(None if ray == "local" else ray, cpus, gpus, behind)
@@ -315,9 +317,9 @@ def report(
     to: Annotated[Path | None, typer.Option(help="Page to write.", show_default="RUN/report/report.html")] = None,
 ) -> Any:
     """Write one HTML page of a run, of several, or of a sweep, with its figures as PNG files beside it."""
-    from spdtool.report import page
+    from spdtool.report.page import write_page
 
-    written = page.write(runs, to)
+    written = write_page(runs, to)
     console.say(f"{console.escape(written.file)} and {len(written.images)} figures")
     return {"page": str(written.file), "images": [str(image) for image in written.images]}
 

@@ -11,7 +11,7 @@ from spdtool.recipe import PHASES, STAGES
 from spdtool.recipe.fields import Recipe
 from spdtool.report import curves
 from spdtool.report.commands import commands_of
-from spdtool.report.curves import Curves
+from spdtool.report.curves import Curves, PhaseCurves
 from spdtool.run.fingerprint import sha256
 from spdtool.run.folder import RECORD, Run
 from spdtool.run.records import (
@@ -60,12 +60,11 @@ class TextTable:
 
 @dataclass(frozen=True)
 class StageLine:
-    """One stage in the table of lineage; `phase` says what it did."""
+    """One stage in the table of lineage."""
 
     name: str
     state: str
     cells: list[str]
-    phase: str = ""
 
 
 @dataclass(frozen=True)
@@ -101,6 +100,7 @@ class RunContent:
     missing: list[str]
     tiles: list[Tile]
     stages: list[StageLine]
+    phases: list[str]
     gaps: TextTable
     bench: BenchContent | None
     commands: list[str]
@@ -128,6 +128,7 @@ def content_of(run: Run) -> RunContent:
         Corrupt: a stage's record cannot be read.
     """
     row = row_of_run(run)
+    student = curves.student_curves(run)
     records = {stage: run.record(stage) for stage in STAGES if run.done(stage)}
     teacher = Curves([])
     if "teacher" in records or run.begun("teacher"):
@@ -141,11 +142,12 @@ def content_of(run: Run) -> RunContent:
         missing=[stage for stage in STAGES if stage not in records],
         tiles=headline_tiles(row, records),
         stages=[_stage_line(run, stage, records) for stage in STAGES],
+        phases=[describe_phase(phase) for phase in student.phases],
         gaps=train_gaps(run, records),
         bench=bench_content(records),
         commands=commands_of(run),
         environment=environment_lines(records),
-        student=curves.student_curves(run),
+        student=student,
         teacher=teacher,
         zeros=zero_map(records),
     )
@@ -161,7 +163,7 @@ def compare(rows: Sequence[StudentRow]) -> Comparison:
         ],
         legend=summary.LEGEND,
         failed=summary.failures(rows),
-        unfinished=[summary.name(row) for row in rows if row.status == "unfinished"],
+        unfinished=[summary.row_name(row) for row in rows if row.status == "unfinished"],
         summaries=summaries,
     )
 
@@ -185,6 +187,20 @@ def headline_tiles(row: StudentRow, records: Records) -> list[Tile]:
     if bench is not None and exported is not None:
         tiles += _bench_tiles(row, bench, exported)
     return tiles
+
+
+def describe_phase(phase: PhaseCurves) -> str:
+    """Say what a phase of the student did, as its log has it: steps, prune events, and whether anything was grafted."""
+    actions = [f"{phase.last_step:,} steps"]
+    if phase.prune_events:
+        last_sparsity = phase.sparsity[-1][1] if phase.sparsity else 0.0
+        actions.append(f"{len(phase.prune_events)} prune events, {last_sparsity:.2%} zeros at the end")
+    if phase.grafted:
+        first, last = phase.replacing_rate[0][1], phase.replacing_rate[-1][1]
+        actions.append(f"grafting: replacing rate from {first:.2f} to {last:.2f}")
+    else:
+        actions.append("grafting: off in this recipe, the student learns without stand-ins of the teacher's layers")
+    return f"{console.phase_title(phase.name)}: {'; '.join(actions)}"
 
 
 def train_gaps(run: Run, records: Records) -> TextTable:

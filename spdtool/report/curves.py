@@ -1,4 +1,4 @@
-"""The course of a training: what `metrics.jsonl` of each phase says, as series over the steps of all of them.
+"""Training curves: `metrics.jsonl` of each phase as series over the steps of all of them.
 
 Events are `step` (losses, rates, sparsity), `eval` (dev scores, and scores on training rows where they were taken) and
 `prune`. A phase that was killed is read from its partial folder, as far as it has come.
@@ -7,100 +7,110 @@ Events are `step` (losses, rates, sparsity), `eval` (dev scores, and scores on t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from spdtool.recipe import PHASES
 from spdtool.run.folder import LOG, Run
 from spdtool.sweep.rows import teacher_folder
 
-Line = list[tuple[int, float]]
+Series = list[tuple[int, float]]
 """`(step of the phase, value)`"""
+Event = Mapping[str, object]
+"""One line of metrics.jsonl."""
+Quantity = Literal["dev", "train", "sparsity", "replacing_rate", "learning_rate"]
 
 
 @dataclass
-class Phase:
-    """One phase: where it starts on the common axis, and its series."""
+class PhaseCurves:
+    """The series of one phase, and the step at which it starts on the common axis."""
 
     name: str
     start: int = 0
     finished: bool = True
-    dev: Line = field(default_factory=list)
-    train: Line = field(default_factory=list)
-    losses: dict[str, Line] = field(default_factory=dict)
-    sparsity: Line = field(default_factory=list)
-    replacing_rate: Line = field(default_factory=list)
-    learning_rate: Line = field(default_factory=list)
-    events: list[int] = field(default_factory=list)
-    last: int = 0
+    dev: Series = field(default_factory=list)
+    train: Series = field(default_factory=list)
+    losses: dict[str, Series] = field(default_factory=dict)
+    sparsity: Series = field(default_factory=list)
+    replacing_rate: Series = field(default_factory=list)
+    learning_rate: Series = field(default_factory=list)
+    prune_events: list[int] = field(default_factory=list)
+    last_step: int = 0
 
-    def take(self, event: dict[str, Any]) -> None:
-        """Add what one line of the log says."""
+    def add(self, event: Event) -> None:
+        """Add one line of the log."""
         step = event.get("step", 0)
-        self.last = max(self.last, step)
-        if event.get("event") == "step":
-            for name, value in event.get("losses", {}).items():
-                self.losses.setdefault(name, []).append((step, value))
-            for name in ("sparsity", "replacing_rate", "learning_rate"):
-                _add(getattr(self, name), step, event.get(name))
-        elif event.get("event") == "eval":
-            _add(self.dev, step, (event.get("metrics") or {}).get("score"))
-            _add(self.train, step, (event.get("train") or {}).get("score"))
-        elif event.get("event") == "prune":
-            self.events.append(step)
+        if not isinstance(step, int):
+            return
+        self.last_step = max(self.last_step, step)
+        kind = event.get("event")
+        if kind == "step":
+            for name, value in _mapping(event.get("losses")).items():
+                _append(self.losses.setdefault(name, []), step, value)
+            _append(self.sparsity, step, event.get("sparsity"))
+            _append(self.replacing_rate, step, event.get("replacing_rate"))
+            _append(self.learning_rate, step, event.get("learning_rate"))
+        elif kind == "eval":
+            _append(self.dev, step, _mapping(event.get("metrics")).get("score"))
+            _append(self.train, step, _mapping(event.get("train")).get("score"))
+        elif kind == "prune":
+            self.prune_events.append(step)
+
+    def series(self, quantity: Quantity) -> Series:
+        """Return the series of a quantity."""
+        series: Series = getattr(self, quantity)
+        return series
+
+    @property
+    def grafted(self) -> bool:
+        """Whether the teacher's layers stood in at any step: with a replacing rate of 1 they never do."""
+        return any(rate < 1 for _, rate in self.replacing_rate)
 
 
 @dataclass(frozen=True)
 class Curves:
     """Phases one after the other."""
 
-    phases: Sequence[Phase]
-
-    @property
-    def gaps(self) -> list[tuple[str, int, float, float]]:
-        """`(phase, step, train, dev)` wherever both were scored."""
-        return [
-            (phase.name, step, value, dict(phase.dev)[step])
-            for phase in self.phases
-            for step, value in phase.train
-            if step in dict(phase.dev)
-        ]
+    phases: list[PhaseCurves]
 
 
 def student_curves(run: Run) -> Curves:
-    """The student's phases, as far as they have come."""
-    return _course((name, *_folder(run, name)) for name in PHASES)
+    """Return the curves of the student's phases, as far as they have come."""
+    return _join((name, *_log_folder(run, name)) for name in PHASES)
 
 
 def teacher_curves(run: Run) -> Curves:
-    """The teacher's training; that of a given teacher where its folder still holds it."""
-    folder, finished = _folder(run, "teacher")
-    if run.done("teacher"):
+    """Return the curves of the teacher's training; of a given teacher where its folder still has the log."""
+    folder, finished = _log_folder(run, "teacher")
+    if finished:
         folder = teacher_folder(run)
-    return _course([("teacher", folder, finished)])
+    return _join([("teacher", folder, finished)])
 
 
-def _course(folders: Any) -> Curves:
-    phases: list[Phase] = []
+def _join(folders: Iterable[tuple[str, Path, bool]]) -> Curves:
+    phases: list[PhaseCurves] = []
     start = 0
     for name, folder, finished in folders:
-        phase = Phase(name, start, finished)
-        for event in _events(folder / LOG):
-            phase.take(event)
-        if phase.last or phase.dev:
+        phase = PhaseCurves(name, start, finished)
+        for event in _read_events(folder / LOG):
+            phase.add(event)
+        if phase.last_step or phase.dev:
             phases.append(phase)
-            start += phase.last
+            start += phase.last_step
     return Curves(phases)
 
 
-def _folder(run: Run, stage: str) -> tuple[Path, bool]:
-    return (run.path / stage, True) if run.done(stage) else (run.partial_folder(stage), False)
+def _log_folder(run: Run, stage: str) -> tuple[Path, bool]:
+    """Return the folder of a stage's log, and whether the stage is finished."""
+    if run.done(stage):
+        return run.path / stage, True
+    return run.partial_folder(stage), False
 
 
-def _events(file: Path) -> Iterator[dict[str, Any]]:
-    """The events of a log; a line that a kill has cut short ends it."""
+def _read_events(file: Path) -> Iterator[Event]:
+    """Yield the events of a log, up to a line that a kill has cut short."""
     if not file.is_file():
         return
     for line in file.read_text("utf-8", errors="replace").splitlines():
@@ -112,6 +122,11 @@ def _events(file: Path) -> Iterator[dict[str, Any]]:
             yield event
 
 
-def _add(line: Line, step: int, value: Any) -> None:
+def _mapping(value: object) -> Event:
+    return value if isinstance(value, dict) else {}
+
+
+def _append(series: Series, step: int, value: object) -> None:
+    """Append a value, unless the log has none."""
     if isinstance(value, int | float):
-        line.append((step, value))
+        series.append((step, value))

@@ -70,7 +70,7 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
     return drawn
 
 
-def figure_of(size: tuple[float, float], heights: Sequence[float] = (1.0,)) -> tuple[Figure, list[Axes]]:
+def figure_with_axes(size: tuple[float, float], heights: Sequence[float] = (1.0,)) -> tuple[Figure, list[Axes]]:
     """A figure with one column of axes that share their x axis."""
     from matplotlib.figure import Figure
 
@@ -79,12 +79,12 @@ def figure_of(size: tuple[float, float], heights: Sequence[float] = (1.0,)) -> t
     return figure, list(grid[:, 0])
 
 
-def literal(text: str) -> str:
+def escape_dollars(text: str) -> str:
     """Text in which a dollar sign begins no formula."""
     return text.replace("$", r"\$")
 
 
-def png(figure: Figure, file: Path) -> Path:
+def save_png(figure: Figure, file: Path) -> Path:
     """Write the figure as it is on a light page; return the file."""
     import matplotlib
 
@@ -94,7 +94,7 @@ def png(figure: Figure, file: Path) -> Path:
     return file
 
 
-def svg(figure: Figure, name: str, about: str) -> str:
+def to_svg(figure: Figure, name: str, about: str) -> str:
     """The figure as an element for a page: colours are its variables, and every id begins with `name`."""
     import matplotlib
 

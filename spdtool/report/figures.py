@@ -1,222 +1,282 @@
-"""Figures: score against what it costs, the course of a training, and where the zeros are."""
+"""Figures: score against cost, training curves, and where the zeros are."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from spdtool.report.curves import Curves, Phase
-from spdtool.report.drawing import INK, MARKERS, MUTED, SERIES, figure_of, literal, styled
-from spdtool.sweep.summary import Spread, Summary, pareto_front
+from spdtool.report.curves import Curves, PhaseCurves, Quantity
+from spdtool.report.drawing import (
+    INK,
+    MARKERS,
+    MUTED,
+    SERIES,
+    escape_dollars,
+    figure_with_axes,
+    save_png,
+    styled,
+)
+from spdtool.run.records import StudentRow
+from spdtool.sweep.summary import Spread, Summary, pareto_front, summarise
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SIZE = (5.4, 3.6)
-MEASURES = {
-    "nonzeros": ("nonzeros", "nonzero weights in the encoder's matrices"),
-    "latency": ("slowness", "time in its best exported form (dense teacher: 1)"),
-    "bytes": ("bytes", "bytes of its best exported form"),
+SIZE = (5.4, 3.6)  # inches: two figures side by side on a page
+COSTS = {
+    "nonzeros": "nonzero weights in the encoder's matrices",
+    "latency": "time in its best exported form (dense teacher: 1)",
+    "bytes": "bytes of its best exported form",
 }
-WIDE_LOSS = 100  # the same for a loss
-WITH_UNITS = 1000  # cost from which an axis counts in k, M and G
-WIDE_RANGE = 4  # largest over smallest cost from which the axis is logarithmic
+LOG_SCALE_LOSS = 100  # largest over smallest loss from which the axis is logarithmic
+LOG_SCALE_COST = 4  # the same for a cost
+ENGINEERING_COST = 1000  # cost from which an axis counts in k, M and G
 
 
 def pareto_figures(summaries: Sequence[Summary]) -> Iterator[tuple[str, Figure]]:
-    """`(name, figure)` for each task and each measure that at least one student of it has."""
+    """Yield `(name, figure)` for each task and each cost that was measured for at least one of its students."""
     for task in dict.fromkeys(summary.task for summary in summaries):
-        mine = [summary for summary in summaries if summary.task == task and summary.student.mean is not None]
-        for measure, (field, _) in MEASURES.items():
-            shown = [summary for summary in mine if getattr(summary, field).mean is not None]
-            if shown:
-                yield f"pareto-{_file_name(task)}-{measure}", pareto(task, measure, shown)
+        scored = [summary for summary in summaries if summary.task == task and summary.student.mean is not None]
+        for cost in COSTS:
+            measured = [summary for summary in scored if cost_of(summary, cost).mean is not None]
+            if measured:
+                yield f"pareto-{_file_name(task)}-{cost}", pareto_figure(task, cost, measured)
+
+
+def save_pareto_figures(rows: Sequence[StudentRow], folder: Path) -> list[Path]:
+    """Write the Pareto figures of a sweep as PNG files, as far as something was measured; return the files."""
+    return [save_png(figure, folder / f"{name}.png") for name, figure in pareto_figures(summarise(rows))]
+
+
+def cost_of(summary: Summary, cost: str) -> Spread:
+    """Return a cost of `COSTS` over seeds."""
+    costs = {"nonzeros": summary.nonzeros, "latency": summary.slowness, "bytes": summary.bytes}
+    return costs[cost]
 
 
 @styled
-def pareto(task: str, measure: str, shown: Sequence[Summary]) -> Figure:
-    """Score against a measure of `MEASURES`: a colour for each recipe, bars for deviations, the front, the teacher."""
-    field, label = MEASURES[measure]
-    figure, (axes,) = figure_of(SIZE)
-    recipes = list(dict.fromkeys(summary.recipe for summary in shown))
-    points = [(getattr(summary, field).mean, 100 * (summary.student.mean or 0)) for summary in shown]
-    best = pareto_front(points)
-    axes.plot(*zip(*best, strict=True), color=MUTED, linewidth=1.0, drawstyle="steps-post", label="Pareto front")
-    for index, name in enumerate(recipes):
-        _recipe(axes, index, name, [summary for summary in shown if summary.recipe == name], field)
-    teacher = _mean([summary.teacher for summary in shown])
-    if teacher is not None:
-        axes.axhline(100 * teacher, color=INK, linestyle=(0, (5, 3)), linewidth=1.1, label="dense teacher")
-    _cost_axis(axes, [cost for cost, _ in points])
-    axes.set(title=f"{literal(task)}: dev score against {measure}", xlabel=label, ylabel="dev score x 100")
+def pareto_figure(task: str, cost: str, summaries: Sequence[Summary]) -> Figure:
+    """Draw score against a cost: a colour for each recipe, bars for deviations, the Pareto front, the teacher."""
+    figure, (axes,) = figure_with_axes(SIZE)
+    costs = [cost_of(summary, cost).mean or 0.0 for summary in summaries]
+    scores = [_percentage(summary.student.mean) for summary in summaries]
+    front = pareto_front(list(zip(costs, scores, strict=True)))
+    axes.plot(*zip(*front, strict=True), color=MUTED, linewidth=1.0, drawstyle="steps-post", label="Pareto front")
+    for index, recipe in enumerate(dict.fromkeys(summary.recipe for summary in summaries)):
+        _draw_recipe(axes, index, cost, [summary for summary in summaries if summary.recipe == recipe])
+    teachers = [summary.teacher.mean for summary in summaries if summary.teacher.mean is not None]
+    if teachers:
+        _draw_teacher(axes, sum(teachers) / len(teachers), "dense teacher")
+    _scale_cost_axis(axes, costs)
+    title = f"{escape_dollars(task)}: dev score against {cost}"
+    axes.set(title=title, xlabel=COSTS[cost], ylabel="dev score x 100")
     figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 
 @styled
-def training_curves(found: Curves, teacher: float | None) -> Figure:
-    """Scores, loss, sparsity with replacing rate, and learning rate of some phases, over their steps.
+def training_figure(curves: Curves, teacher_score: float | None) -> Figure:
+    """Draw scores, loss, sparsity with replacing rate, and learning rate of the phases, over their steps.
 
     Args:
-        teacher: its dev score, to be drawn as a dashed line.
+        teacher_score: its dev score, drawn as a dashed line.
     """
-    sparse = any(phase.sparsity or phase.replacing_rate for phase in found.phases)
+    sparse = any(phase.sparsity or phase.replacing_rate for phase in curves.phases)
     heights = (2.2, 1.6, 1.3, 1.0) if sparse else (2.2, 1.6, 1.0)
-    figure, axes = figure_of((SIZE[0], sum(heights) + 0.9), heights)
-    _scores(axes[0], found, teacher)
-    _losses(axes[1], found)
+    figure, axes = figure_with_axes((SIZE[0], sum(heights) + 0.9), heights)
+    _draw_scores(axes[0], curves, teacher_score)
+    _draw_losses(axes[1], curves)
     if sparse:
-        _shares(axes[2], found)
-    _lines(axes[-1], found, "learning_rate", SERIES[3], None)
+        _draw_sparsity(axes[2], curves)
+    _draw_series(axes[-1], curves, "learning_rate", SERIES[3])
     axes[-1].set_ylabel("learning rate")
     axes[-1].set_xlabel("optimiser steps")
     axes[-1].ticklabel_format(axis="y", scilimits=(-2, 3))
-    _mark_phases(axes, found)
+    _mark_phases(axes, curves)
     return figure
 
 
 @styled
-def sparsity_map(layers: Sequence[str], matrices: Sequence[str], values: Mapping[tuple[str, str], float]) -> Figure:
-    """Sparsity of each matrix (rows) in each layer (columns)."""
-    figure, (axes,) = figure_of((max(SIZE[0], 1.6 + 0.42 * len(layers)), 1.1 + 0.34 * len(matrices)))
-    low, high = min(values.values()), max(values.values())
-    reach = max(high - low, 0.01)
+def sparsity_figure(layers: Sequence[str], matrices: Sequence[str], values: Mapping[tuple[str, str], float]) -> Figure:
+    """Draw the sparsity of each matrix (rows) in each layer (columns)."""
+    from matplotlib.patches import Rectangle
+
+    figure, (axes,) = figure_with_axes((max(SIZE[0], 1.6 + 0.42 * len(layers)), 1.1 + 0.34 * len(matrices)))
+    lowest, highest = min(values.values()), max(values.values())
+    span = max(highest - lowest, 0.01)  # equal sparsities are one colour, not a division by zero
     for row, matrix in enumerate(matrices):
         for column, layer in enumerate(layers):
-            value = values.get((layer, matrix))
-            if value is not None:
-                depth = 0.15 + 0.6 * (value - low) / reach
-                axes.add_patch(_cell(column, row, depth))
-                axes.text(column, row, f"{100 * value:.3g}", ha="center", va="center", fontsize=7.5)
+            if (layer, matrix) not in values:
+                continue
+            value = values[layer, matrix]
+            opacity = 0.15 + 0.6 * (value - lowest) / span  # dark text stays readable on it
+            corner = (column - 0.46, row - 0.44)
+            axes.add_patch(Rectangle(corner, 0.92, 0.88, facecolor=SERIES[0], alpha=opacity, linewidth=0))
+            axes.text(column, row, f"{100 * value:.3g}", ha="center", va="center", fontsize=7.5)
     axes.set(xlim=(-0.5, len(layers) - 0.5), ylim=(len(matrices) - 0.5, -0.5), title="zeros in % of each matrix")
-    axes.set_xticks(range(len(layers)), [literal(_short(layer)) for layer in layers])
-    axes.set_yticks(range(len(matrices)), [literal(matrix) for matrix in matrices])
+    axes.set_xticks(range(len(layers)), [escape_dollars(_layer_number(layer)) for layer in layers])
+    axes.set_yticks(range(len(matrices)), [escape_dollars(matrix) for matrix in matrices])
     axes.set_xlabel("layer")
     axes.grid(visible=False)
     axes.tick_params(length=0)
     return figure
 
 
-def _recipe(axes: Axes, index: int, name: str, mine: Sequence[Summary], field: str) -> None:
-    """Means with hollow markers, so that one that lies under another is seen, and bars for the deviations."""
-    costs: list[Spread] = [getattr(summary, field) for summary in mine]
-    at = [cost.mean or 0 for cost in costs]
-    scores = [100 * (summary.student.mean or 0) for summary in mine]
-    across = [cost.deviation or 0 for cost in costs]
-    up = [100 * (summary.student.deviation or 0) for summary in mine]
-    colour = SERIES[index % len(SERIES)]
-    axes.errorbar(at, scores, xerr=across, yerr=up, fmt="none", ecolor=colour, elinewidth=1.0, capsize=2.5)
-    hollow: dict[str, Any] = {"marker": MARKERS[index % len(MARKERS)], "markerfacecolor": "none", "markersize": 6}
-    style: dict[str, Any] = {"linestyle": ":", "linewidth": 0.9, "markeredgewidth": 1.6}
-    axes.plot(at, scores, color=colour, label=literal(name), **hollow, **style)
+def _draw_recipe(axes: Axes, index: int, cost: str, summaries: Sequence[Summary]) -> None:
+    """Draw means with hollow markers, so that one under another is visible, and bars for the deviations."""
+    costs = [cost_of(summary, cost) for summary in summaries]
+    x, x_error = [each.mean or 0.0 for each in costs], [each.deviation or 0.0 for each in costs]
+    y = [_percentage(summary.student.mean) for summary in summaries]
+    y_error = [_percentage(summary.student.deviation) for summary in summaries]
+    colour, marker = SERIES[index % len(SERIES)], MARKERS[index % len(MARKERS)]
+    axes.errorbar(x, y, xerr=x_error, yerr=y_error, fmt="none", ecolor=colour, elinewidth=1.0, capsize=2.5)
+    axes.plot(
+        x,
+        y,
+        color=colour,
+        label=escape_dollars(summaries[0].recipe),
+        marker=marker,
+        markerfacecolor="none",
+        markersize=6,
+        markeredgewidth=1.6,
+        linestyle=":",
+        linewidth=0.9,
+    )
 
 
-def _cost_axis(axes: Axes, costs: Sequence[float]) -> None:
+def _draw_teacher(axes: Axes, score: float, label: str) -> None:
+    axes.axhline(100 * score, color=INK, linestyle=(0, (5, 3)), linewidth=1.1, label=label)
+
+
+def _scale_cost_axis(axes: Axes, costs: Sequence[float]) -> None:
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, ScalarFormatter
 
-    if min(costs) > 0 and max(costs) / min(costs) > WIDE_RANGE:
+    if min(costs) > 0 and max(costs) / min(costs) > LOG_SCALE_COST:
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_major_formatter(EngFormatter(sep="") if max(costs) >= WITH_UNITS else ScalarFormatter())
+    if max(costs) >= ENGINEERING_COST:
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    else:
+        axes.xaxis.set_major_formatter(ScalarFormatter())
 
 
-def _scores(axes: Axes, found: Curves, teacher: float | None) -> None:
-    for field, colour, style, marker, name in (
+def _draw_scores(axes: Axes, curves: Curves, teacher_score: float | None) -> None:
+    lines: tuple[tuple[Quantity, str, str, str, str], ...] = (
         ("dev", SERIES[0], "-", "o", "dev"),
         ("train", SERIES[1], "--", "s", "train (scored rows)"),
-    ):
-        points = [(phase.start + step, 100 * value) for phase in found.phases for step, value in getattr(phase, field)]
+    )
+    for quantity, colour, line, marker, label in lines:
+        points = []
+        for phase in curves.phases:
+            points += [(phase.start + step, 100 * value) for step, value in phase.series(quantity)]
         if points:
-            axes.plot(*zip(*points, strict=True), style, color=colour, marker=marker, ms=3.5, label=name)
-    if teacher is not None:
-        axes.axhline(100 * teacher, color=INK, linestyle=(0, (5, 3)), linewidth=1.1, label="teacher, dev")
+            axes.plot(*zip(*points, strict=True), line, color=colour, marker=marker, ms=3.5, label=label)
+    if teacher_score is not None:
+        _draw_teacher(axes, teacher_score, "teacher, dev")
     axes.set_ylabel("score x 100")
-    _legend(axes)
+    _add_legend(axes)
 
 
-def _losses(axes: Axes, found: Curves) -> None:
-    names = list(dict.fromkeys(name for phase in found.phases for name in phase.losses))
+def _draw_losses(axes: Axes, curves: Curves) -> None:
+    """Draw every loss term over all phases, the total as a thick line."""
+    names: dict[str, None] = {}
+    values = []
+    for phase in curves.phases:
+        names |= dict.fromkeys(phase.losses)
+        for series in phase.losses.values():
+            values += [value for _, value in series]
     for index, name in enumerate(names):
-        whole = name == "loss"
-        style: dict[str, Any] = {
-            "linewidth": 1.6 if whole else 0.9,
-            "color": INK if whole else SERIES[(index - 1) % len(SERIES)],
-        }
-        for number, phase in enumerate(phase for phase in found.phases if phase.losses.get(name)):
-            steps, values = zip(*phase.losses[name], strict=True)
-            axes.plot(
-                [phase.start + step for step in steps], values, label=literal(name) if number == 0 else None, **style
-            )
-    if _many_decades(found):
+        colour, width = SERIES[(index - 1) % len(SERIES)], 0.9
+        if name == "loss":
+            colour, width = INK, 1.6
+        label: str | None = escape_dollars(name)
+        for phase in curves.phases:
+            if phase.losses.get(name):
+                steps, losses = zip(*phase.losses[name], strict=True)
+                axes.plot([phase.start + step for step in steps], losses, label=label, color=colour, linewidth=width)
+                label = None  # one entry in the legend, whatever the number of phases
+    if values and min(values) > 0 and max(values) / min(values) > LOG_SCALE_LOSS:
         axes.set_yscale("log")
         axes.minorticks_off()
     axes.set_ylabel("loss")
-    _legend(axes)
+    _add_legend(axes)
 
 
-def _many_decades(found: Curves) -> bool:
-    values = [value for phase in found.phases for line in phase.losses.values() for _, value in line]
-    return bool(values) and min(values) > 0 and max(values) / min(values) > WIDE_LOSS
-
-
-def _shares(axes: Axes, found: Curves) -> None:
-    _lines(axes, found, "sparsity", SERIES[2], "sparsity", drawstyle="steps-post")
-    _lines(axes, found, "replacing_rate", SERIES[4], "replacing rate", linestyle="--")
+def _draw_sparsity(axes: Axes, curves: Curves) -> None:
+    """Draw sparsity, and the replacing rate where anything is grafted."""
+    _draw_series(axes, curves, "sparsity", SERIES[2], "sparsity", drawstyle="steps-post")
+    if any(phase.grafted for phase in curves.phases):
+        _draw_series(axes, curves, "replacing_rate", SERIES[4], "replacing rate", linestyle="--")
     axes.set_ylim(-0.05, 1.08)
     axes.set_ylabel("share")
-    _legend(axes)
+    _add_legend(axes)
 
 
-def _lines(axes: Axes, found: Curves, field: str, colour: str, name: str | None, **style: Any) -> None:
-    for number, phase in enumerate(phase for phase in found.phases if getattr(phase, field)):
-        steps, values = zip(*getattr(phase, field), strict=True)
-        at = [phase.start + step for step in steps]
-        axes.plot(at, values, color=colour, label=name if number == 0 else None, **style)
+def _draw_series(
+    axes: Axes,
+    curves: Curves,
+    quantity: Quantity,
+    colour: str,
+    label: str | None = None,
+    drawstyle: str = "default",
+    linestyle: str = "-",
+) -> None:
+    for phase in curves.phases:
+        series = phase.series(quantity)
+        if series:
+            steps, values = zip(*series, strict=True)
+            x = [phase.start + step for step in steps]
+            axes.plot(x, values, color=colour, label=label, drawstyle=drawstyle, linestyle=linestyle)  # type: ignore[arg-type]
+            label = None
 
 
-def _legend(axes: Axes) -> None:
+def _add_legend(axes: Axes) -> None:
+    """Add a legend above the panel, if anything in it has a label."""
     if axes.get_legend_handles_labels()[1]:
         axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=5, borderaxespad=0.1, handlelength=1.6)
 
 
-def _mark_phases(axes: Sequence[Axes], found: Curves) -> None:
-    """A line between phases, their names under the top panel, and a light line at each prune event."""
-    named = len(found.phases) > 1
-    end = max(phase.start + phase.last for phase in found.phases)
+def _mark_phases(axes: Sequence[Axes], curves: Curves) -> None:
+    """Draw a line between phases, their names in the top panel, and a light line at each prune event."""
+    end = max(phase.start + phase.last_step for phase in curves.phases)
     axes[0].set_xlim(-0.02 * end, 1.02 * end)
-    for phase in found.phases:
+    for phase in curves.phases:
         for panel in axes:
             if phase.start:
                 panel.axvline(phase.start, color=MUTED, linewidth=1.0)
-            for step in phase.events:
+            for step in phase.prune_events:
                 panel.axvline(phase.start + step, color=SERIES[2], linewidth=0.7, alpha=0.45)
-        if named or not phase.finished:
-            _name(axes[0], phase)
+        if len(curves.phases) > 1 or not phase.finished:
+            _write_name(axes[0], phase)
 
 
-def _name(axes: Axes, phase: Phase) -> None:
-    name = phase.name if phase.finished else f"{phase.name} (unfinished)"
-    place: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
-    axes.annotate(name, (phase.start, 0), (3, 3), fontsize=8, color=MUTED, **place).set_in_layout(False)
+def _write_name(axes: Axes, phase: PhaseCurves) -> None:
+    name = phase.name
+    if not phase.finished:
+        name += " (unfinished)"
+    label = axes.annotate(
+        name,
+        (phase.start, 0),
+        (3, 3),
+        fontsize=8,
+        color=MUTED,
+        xycoords=("data", "axes fraction"),
+        textcoords="offset points",
+    )
+    label.set_in_layout(False)  # a long name must not make the panel narrower
 
 
-def _cell(column: int, row: int, depth: float) -> Any:
-    from matplotlib.patches import Rectangle
-
-    return Rectangle((column - 0.46, row - 0.44), 0.92, 0.88, facecolor=SERIES[0], alpha=depth, linewidth=0)
-
-
-def _short(layer: str) -> str:
-    found = re.search(r"(\d+)$", layer)
-    return found.group(1) if found else layer
+def _layer_number(layer: str) -> str:
+    match = re.search(r"(\d+)$", layer)
+    return match.group(1) if match else layer
 
 
-def _mean(spreads: Sequence[Spread]) -> float | None:
-    known = [each.mean for each in spreads if each.mean is not None]
-    return sum(known) / len(known) if known else None
+def _percentage(value: float | None) -> float:
+    return 100 * (value or 0.0)
 
 
 def _file_name(text: str) -> str:

@@ -6,28 +6,31 @@ Reads: run folders, or the folder of a sweep. Writes: the page, and `<page>-<fig
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from spdtool.errors import RunError
-from spdtool.report import drawing
-from spdtool.report import figures as plots
 from spdtool.report.content import Comparison, RunContent, compare, content_of
+from spdtool.report.drawing import save_png, to_svg
+from spdtool.report.figures import pareto_figures, sparsity_figure, training_figure
 from spdtool.run.folder import Run
 from spdtool.run.records import StudentRow, SweepRecord
+from spdtool.sweep import RESULT
 from spdtool.sweep.rows import row_of_run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SWEEP = "sweep.json"
-SHOWN = 12  # runs that a page of several shows one by one
-BARS = "mean over seeds, bars: sample deviation"
-OWED = "; of the best exported form, to which rounding, fusion and padding left out add beside the zeros"
-DEFAULT = Path("report") / "report.html"
+MOST_RUNS = 12  # that a page of several shows one by one: each adds about half a megabyte
+DEFAULT_PAGE = Path("report") / "report.html"
+NONZEROS_CAPTION = "mean over seeds, bars: sample deviation"
+COST_CAPTION = (
+    f"{NONZEROS_CAPTION}; of the best exported form, "
+    "to which rounding, fusion and padding left out add beside the zeros"
+)
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class PageFigure:
     """A figure of the page as SVG, and the name of its PNG file."""
 
     svg: str
-    about: str
+    caption: str
     file: str
 
 
@@ -58,62 +61,79 @@ class ComparisonSection:
 
 @dataclass
 class Page:
-    """Keeps what a page will hold: runs, the rows that are compared, and the figures by their file names."""
+    """Collects what a page holds: runs, the rows that are compared, and the files of the figures."""
 
     runs: list[Run]
     rows: list[StudentRow]
     file: Path
     images: list[Path] = field(default_factory=list)
 
-    def figure(self, drawn: Figure, name: str, about: str) -> PageFigure:
-        """The figure for the page; its PNG is written beside it."""
-        image = drawing.png(drawn, self.file.with_name(f"{self.file.stem}-{name}.png"))
+    def add_figure(self, figure: Figure, name: str, caption: str) -> PageFigure:
+        """Write the PNG of a figure beside the page, and return the figure for the page."""
+        image = save_png(figure, self.file.with_name(f"{self.file.stem}-{name}.png"))
         self.images.append(image)
-        return PageFigure(drawing.svg(drawn, name, about), about, image.name)
+        return PageFigure(to_svg(figure, name, caption), caption, image.name)
 
 
-def write(folders: Sequence[Path], to: Path | None = None) -> Page:
+def write_page(folders: Sequence[Path], to: Path | None = None) -> Page:
     """Write the page of these runs, or of this sweep.
 
     Args:
-        to: the page; None: `report/report.html` in the folder, or where we are if there are several.
+        to: the page; None: `report/report.html` in the folder, or in the current folder if there are several.
 
     Raises:
         RunError: a folder is neither a run nor a sweep.
         Corrupt: a record of a run cannot be read.
     """
-    sweep = [folder for folder in folders if not (folder / "run.json").is_file() and (folder / SWEEP).is_file()]
-    pairs = [pair for folder in folders for pair in (of_sweep(folder) if folder in sweep else [_of_folder(folder)])]
-    page = Page(
-        [run for run, _ in pairs if run is not None],
-        [row for _, row in pairs],
-        to or (folders[0] / DEFAULT if len(folders) == 1 else DEFAULT),
-    )
-    several = bool(sweep) or len(page.runs) > 1
+    runs: list[Run] = []
+    rows: list[StudentRow] = []
+    several = False
+    for folder in folders:
+        if not (folder / "run.json").is_file() and (folder / RESULT).is_file():
+            several = True
+            for row in read_sweep(folder):
+                rows.append(_add_run(folder, row, runs))
+        else:
+            runs.append(Run.open(folder))
+            rows.append(row_of_run(runs[-1]))
+    several = several or len(runs) > 1
+    if to is None:
+        to = folders[0] / DEFAULT_PAGE if len(folders) == 1 else DEFAULT_PAGE
+    page = Page(runs, rows, to)
     page.file.parent.mkdir(parents=True, exist_ok=True)
-    shown = page.runs[:SHOWN]
-    content = {
-        "several": several,
-        "comparison": _comparison(page) if several else None,
-        "runs": [_run(page, run, f"run{number}-" if several else "") for number, run in enumerate(shown, 1)],
-        "hidden": [str(run.path) for run in page.runs[SHOWN:]],
-        "smoke": any(row.smoke for row in page.rows),
-    }
-    page.file.write_text(render(content), "utf-8")
+    comparison = _compare_runs(page) if several else None
+    sections = []
+    for number, run in enumerate(runs[:MOST_RUNS], 1):
+        prefix = f"run{number}-" if several else ""
+        sections.append(_show_run(page, run, prefix))
+    others = [str(run.path) for run in runs[MOST_RUNS:]]
+    smoke = any(row.smoke for row in rows)
+    page.file.write_text(render(sections, comparison, others, smoke=smoke), "utf-8")
     return page
 
 
-def of_sweep(folder: Path) -> list[tuple[Run | None, StudentRow]]:
-    """The rows of a sweep, each with its run as far as there is one."""
+def read_sweep(folder: Path) -> list[StudentRow]:
+    """Read the rows of a sweep.
+
+    Raises:
+        RunError: its sweep.json cannot be read.
+    """
+    file = folder / RESULT
     try:
-        rows = SweepRecord.model_validate(json.loads((folder / SWEEP).read_text("utf-8"))).rows
-    except ValueError as error:
-        raise RunError(f"{folder / SWEEP} cannot be read: {error}", "run the sweep again: it goes on") from None
-    return [_of_row(folder, row) for row in rows]
+        return SweepRecord.model_validate(json.loads(file.read_text("utf-8"))).rows
+    except ValueError as error:  # of json, of UTF-8 and of the record
+        raise RunError(f"{file} cannot be read: {error}", "run the sweep again: it goes on") from None
 
 
-def render(content: dict[str, Any]) -> str:
-    """The page; every text is escaped, and only the figures are markup."""
+def render(
+    runs: Sequence[RunSection], comparison: ComparisonSection | None, others: Sequence[str], *, smoke: bool
+) -> str:
+    """Fill the template; every text is escaped, and only the figures are markup.
+
+    Args:
+        comparison: None for the page of a single run.
+        others: folders of runs that are not shown one by one.
+    """
     import jinja2
 
     environment = jinja2.Environment(
@@ -124,52 +144,51 @@ def render(content: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     style = files("spdtool.report").joinpath("page.css").read_text("utf-8")
-    return environment.get_template("page.html").render(content | {"style": style})
+    template = environment.get_template("page.html")
+    return template.render(runs=runs, comparison=comparison, others=others, smoke=smoke, style=style)
 
 
-def _of_folder(folder: Path) -> tuple[Run, StudentRow]:
-    run = Run.open(folder)
-    return run, row_of_run(run)
-
-
-def _of_row(folder: Path, row: StudentRow) -> tuple[Run | None, StudentRow]:
+def _add_run(folder: Path, row: StudentRow, runs: list[Run]) -> StudentRow:
+    """Append the run of a row as far as there is one; return the row as the run has it now."""
     path = folder / row.run
     if not (path / "run.json").is_file():
-        return None, row
+        return row
     run = Run.open(path)
-    if row.status in ("failed", "stopped"):
-        return run, row
-    return run, row_of_run(run).model_copy(update={"task": row.task, "run": row.run})
+    runs.append(run)
+    if row.status in ("failed", "stopped"):  # a run folder does not know that
+        return row
+    return row_of_run(run).model_copy(update={"task": row.task, "run": row.run})
 
 
-def _comparison(page: Page) -> ComparisonSection:
+def _compare_runs(page: Page) -> ComparisonSection:
     comparison = compare(page.rows)
-    drawn = []
-    for name, figure in plots.pareto_figures(comparison.summaries):
-        about = BARS if name.endswith("-nonzeros") else BARS + OWED
-        drawn.append(page.figure(figure, name, about))
-    return ComparisonSection(comparison, drawn)
+    figures = []
+    for name, figure in pareto_figures(comparison.summaries):
+        caption = NONZEROS_CAPTION if name.endswith("-nonzeros") else COST_CAPTION
+        figures.append(page.add_figure(figure, name, caption))
+    return ComparisonSection(comparison, figures)
 
 
-def _run(page: Page, run: Run, prefix: str) -> RunSection:
+def _show_run(page: Page, run: Run, prefix: str) -> RunSection:
+    """Gather one run and draw its figures.
+
+    Args:
+        prefix: of the names of its figures.
+    """
     content = content_of(run)
-    return RunSection(content, list(_training_figures(page, content, prefix)), _zero_figures(page, content, prefix))
-
-
-def _training_figures(page: Page, content: RunContent, prefix: str) -> Iterator[PageFigure]:
+    section = RunSection(content, [], [])
     if content.student.phases:
-        about = (
-            "the student: dev and train score, loss, sparsity, replacing rate, learning rate; green lines: prune events"
-        )
-        yield page.figure(plots.training_curves(content.student, content.row.teacher), f"{prefix}student", about)
+        caption = "the student: dev and train score, loss, sparsity, learning rate; green lines: prune events"
+        if any(phase.grafted for phase in content.student.phases):
+            caption = caption.replace("sparsity,", "sparsity, replacing rate,")
+        figure = training_figure(content.student, content.row.teacher)
+        section.training.append(page.add_figure(figure, f"{prefix}student", caption))
     if content.teacher.phases:
-        about = "the teacher: dev and train score, loss, learning rate"
-        yield page.figure(plots.training_curves(content.teacher, None), f"{prefix}teacher", about)
-
-
-def _zero_figures(page: Page, content: RunContent, prefix: str) -> list[PageFigure]:
+        caption = "the teacher: dev and train score, loss, learning rate"
+        section.training.append(page.add_figure(training_figure(content.teacher, None), f"{prefix}teacher", caption))
     zeros = content.zeros
-    if not zeros.values:
-        return []
-    drawn = plots.sparsity_map(zeros.layers, zeros.matrices, zeros.values)
-    return [page.figure(drawn, f"{prefix}sparsity", f"zeros in each matrix after {zeros.phase}, by layer")]
+    if zeros.values:
+        caption = f"zeros in each matrix after {zeros.phase}, by layer"
+        figure = sparsity_figure(zeros.layers, zeros.matrices, zeros.values)
+        section.zeros.append(page.add_figure(figure, f"{prefix}sparsity", caption))
+    return section

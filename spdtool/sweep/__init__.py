@@ -2,10 +2,10 @@
 
     OUT/<task>/teacher-seed<n>/               one teacher for each task and seed, fine-tuned once
     OUT/<task>/<recipe>-<sparsity>-seed<n>/   a trial: a run whose given teacher is that one
-    OUT/sweep.json  sweep.md  pareto-*.png    all rows, their averages, score against what it costs
+    OUT/sweep.json  sweep.md                  all rows, and their averages
 
 A finished stage is skipped and a killed one resumes, so that the same command goes on with a sweep. `run_trial` is a
-function of its trial alone, and of the folder; `cluster.py` has Ray run many at once, on machines that see the folder.
+function of its trial alone, and of the folder; `on_ray.py` has Ray run many at once, on machines that see the folder.
 """
 
 from __future__ import annotations
@@ -16,13 +16,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from spdtool import console, stages
 from spdtool.data.dataset import find_dataset, plain_name
 from spdtool.errors import RecipeError, SpdError
-from spdtool.recipe import PHASES, STAGES, TRAINING
-from spdtool.recipe import reading as recipe
+from spdtool.recipe import PHASES, STAGES, TRAINING, reading
 from spdtool.recipe.fields import Recipe
 from spdtool.run.folder import Run, write_json
 from spdtool.run.records import StudentRow, SweepRecord
@@ -56,19 +54,25 @@ class Trial:
 
     @property
     def folder(self) -> Path:
-        """Its run folder."""
+        """Run folder of the trial."""
         return Path(self.out) / self.task / f"{Path(self.recipe).stem}-{self.sparsity:g}-seed{self.seed}"
 
     @property
     def teacher_folder(self) -> Path:
-        """The run folder of the teacher that it shares with the other recipes."""
+        """Run folder of the teacher that it shares with the other recipes."""
         return Path(self.out) / self.task / f"teacher-seed{self.seed}"
 
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Stages of the trial."""
+        return STAGES if self.bench else TRAINING
 
-Perform = Callable[[Sequence[Trial]], Iterator[tuple[int, StudentRow]]]
+
+TrialRunner = Callable[[Sequence[Trial]], Iterator[tuple[int, StudentRow]]]
+"""Runs trials in whatever order; yields the index and the row of each as it ends."""
 
 
-def plan(
+def plan_trials(
     *,
     recipes: Iterable[str],
     sparsities: Iterable[float],
@@ -81,7 +85,7 @@ def plan(
     epochs: float | None = None,
     bench: bool = False,
 ) -> list[Trial]:
-    """The trials of a sweep, those that share a teacher one after the other; nothing is written.
+    """Return the trials of a sweep, those that share a teacher one after the other; nothing is written.
 
     Args:
         data: a folder that holds a folder for each task, or `task=path,...`.
@@ -91,79 +95,98 @@ def plan(
         RunMismatch: a finished stage of a trial or of a teacher was made by another recipe.
     """
     _refuse_decided(sets)
-    named = [_absolute(name) if name not in recipe.recipe_names() else name for name in dict.fromkeys(recipes)]
-    _refuse_namesakes(named)
-    wanted = list(dict.fromkeys(name.lower() for name in tasks))
-    places = data_of(data, wanted)
-    shared = {"out": os.path.abspath(out), "model": model and _absolute(model), "sets": tuple(sets)}
-    trials = [
-        Trial(task, name, sparsity, seed, data=places[task], epochs=epochs, bench=bench, **shared)  # type: ignore[arg-type]
-        for task in wanted
-        for seed in dict.fromkeys(seeds)
-        for name in named
-        for sparsity in dict.fromkeys(sparsities)
-    ]
-    for trial in trials:
-        _check(trial)
+    recipe_names = _find_recipes(recipes)
+    task_names = list(dict.fromkeys(name.lower() for name in tasks))
+    data_paths = data_by_task(data, task_names)
+    sparsities = tuple(dict.fromkeys(sparsities))
+    trials = []
+    for task in task_names:
+        for seed in dict.fromkeys(seeds):
+            for recipe in recipe_names:
+                for sparsity in sparsities:
+                    trial = Trial(
+                        task,
+                        recipe,
+                        sparsity,
+                        seed,
+                        out=os.path.abspath(out),
+                        data=data_paths[task],
+                        model=model and _make_absolute(model),
+                        sets=tuple(sets),
+                        epochs=epochs,
+                        bench=bench,
+                    )
+                    _check(trial)
+                    trials.append(trial)
     return trials
 
 
-def data_of(text: str | None, wanted: Sequence[str]) -> dict[str, str | None]:
-    """Where the rows of each wanted task lie: one folder for all of them, or `task=path,...`; None: the hub.
+def data_by_task(text: str | None, tasks: Sequence[str]) -> dict[str, str | None]:
+    """Return the path of each task's rows: one folder for all of them, or `task=path,...`; None: the hub.
 
     Raises:
         RecipeError: `text` names a task that is not in the sweep.
     """
     if text is None or "=" not in text or os.path.exists(text):
-        return dict.fromkeys(wanted, text and _absolute(text))
-    found: dict[str, str | None] = dict.fromkeys(wanted)
-    for name, _, path in (pair.partition("=") for pair in text.split(",")):
-        task = next((task for task in wanted if plain_name(task) == plain_name(name.strip())), None)
-        if task is None or not path.strip():
+        return dict.fromkeys(tasks, text and _make_absolute(text))
+    paths: dict[str, str | None] = dict.fromkeys(tasks)
+    for pair in text.split(","):
+        name, _, path = pair.partition("=")
+        matching = [task for task in tasks if plain_name(task) == plain_name(name.strip())]
+        if not matching or not path.strip():
             raise RecipeError(
-                f"--data {name!r} is none of the sweep's tasks with its path: {', '.join(wanted)}",
+                f"--data {name!r} is none of the sweep's tasks with its path: {', '.join(tasks)}",
                 "--data cola=FOLDER,sst2=FOLDER, or one folder that holds a folder for each",
             )
-        found[task] = _absolute(path.strip())
-    return found
+        paths[matching[0]] = _make_absolute(path.strip())
+    return paths
 
 
 def teacher_recipe(trial: Trial) -> Recipe:
-    """The recipe of the teacher that `trial` shares: that of the task and the sweep's `--set`s, not of its recipe."""
-    return recipe.build_recipe("default", _flags(trial), trial.sets)
+    """Return the recipe of the teacher that `trial` shares: of the task and the `--set`s, not of the trial's recipe."""
+    return reading.build_recipe("default", _flags(trial), trial.sets)
 
 
 def trial_recipe(trial: Trial) -> Recipe:
-    """The recipe of `trial`, with the shared teacher as the given one, and its epochs scaled."""
+    """Return the recipe of `trial`, with the shared teacher as the given one, and its epochs scaled."""
     flags = {"sparsity": trial.sparsity, "given_teacher": str(trial.teacher_folder / "teacher")}
-    chosen = recipe.build_recipe(trial.recipe, _flags(trial) | flags, trial.sets)
-    return chosen if trial.epochs is None else scaled(chosen, trial.epochs)
+    recipe = reading.build_recipe(trial.recipe, _flags(trial) | flags, trial.sets)
+    if trial.epochs is None:
+        return recipe
+    return scale_epochs(recipe, trial.epochs)
 
 
-def scaled(chosen: Recipe, total: float) -> Recipe:
-    """`chosen` with phases of `total` epochs together, in its own proportions of prune, distill and finetune.
+def scale_epochs(recipe: Recipe, total: float) -> Recipe:
+    """Return `recipe` with phases of `total` epochs together, in the proportions of its phases.
 
     Where a recipe leaves its epochs to the number of rows, the steps that its phases aim at are their proportions.
 
     Raises:
         RecipeError: some phases have epochs and others steps, which no proportion can join, or all have none.
     """
-    sections = {phase: getattr(chosen, phase) for phase in PHASES}
-    given = [section.epochs for section in sections.values() if section.epochs]
-    open_ = [section for section in sections.values() if section.epochs is None]
-    if (given and open_) or not (given or open_):
+    weights = {}
+    with_epochs = without_epochs = 0
+    for phase in PHASES:
+        section = getattr(recipe, phase)
+        if section.epochs is None:
+            without_epochs += 1
+            weights[phase] = section.steps
+        else:
+            with_epochs += section.epochs > 0  # a phase of 0 epochs is left out, and fits to both
+            weights[phase] = section.epochs
+    if bool(with_epochs) == bool(without_epochs):
+        reason = "all its phases have no epochs"
+        if with_epochs:
+            reason = "some of its phases have epochs and others have none"
         raise RecipeError(
-            f"--epochs cannot scale recipe {chosen.name!r}: "
-            + ("some of its phases have epochs and others have none" if given else "all its phases have no epochs"),
+            f"--epochs cannot scale recipe {recipe.name!r}: {reason}",
             f"give each a number: {' '.join(f'--set {phase}.epochs=1' for phase in PHASES)}",
         )
-    shares = {phase: section.steps if open_ and section.epochs is None else section.epochs or 0
-              for phase, section in sections.items()}  # fmt: skip
-    whole = sum(shares.values())
-    return recipe.override(chosen, [f"{phase}.epochs={total * share / whole!r}" for phase, share in shares.items()])
+    whole = sum(weights.values())
+    return reading.override(recipe, [f"{phase}.epochs={total * weight / whole!r}" for phase, weight in weights.items()])
 
 
-def make_teacher(trial: Trial) -> Path:
+def train_teacher(trial: Trial) -> Path:
     """Fine-tune the teacher that `trial` shares, unless that is done; return its checkpoint. Raises SpdError."""
     run = Run.at(trial.teacher_folder, teacher_recipe(trial))
     if not run.done("teacher"):
@@ -173,88 +196,85 @@ def make_teacher(trial: Trial) -> Path:
 
 def run_trial(trial: Trial) -> StudentRow:
     """Do what `trial` still lacks, its teacher included; return its row, in which an SpdError stands as a message."""
-    chosen = trial_recipe(trial)
+    recipe = trial_recipe(trial)
     try:
-        make_teacher(trial)
-        run = Run.at(trial.folder, chosen)
-        for stage in STAGES if trial.bench else TRAINING:
+        train_teacher(trial)
+        run = Run.at(trial.folder, recipe)
+        for stage in trial.stages:
             if not run.done(stage):
                 stages.run_stage(run, stage)
-        return _relative(row_of_run(run), trial)
+        return _make_relative(row_of_run(run), trial)
     except SpdError as error:
-        reason = f"{type(error).__name__}: {error.message}"
-        return blank(trial).model_copy(update={"status": "failed", "error": reason})
+        return failed_row(trial, f"{type(error).__name__}: {error.message}")
 
 
-def blank(trial: Trial) -> StudentRow:
-    """The row of `trial` before anything was measured."""
-    return _relative(row_of_recipe(trial_recipe(trial), trial.folder), trial)
+def unmeasured_row(trial: Trial) -> StudentRow:
+    """Return the row of `trial` before anything was measured."""
+    return _make_relative(row_of_recipe(trial_recipe(trial), trial.folder), trial)
 
 
-def finished(trial: Trial) -> bool:
-    """Whether nothing is left to do for `trial`."""
+def failed_row(trial: Trial, error: str) -> StudentRow:
+    """Return the row of a trial that failed."""
+    row = unmeasured_row(trial)
+    row.status, row.error = "failed", error
+    return row
+
+
+def is_finished(trial: Trial) -> bool:
+    """Return whether nothing remains to do for `trial`."""
     run = Run(trial.folder, trial_recipe(trial))
-    return all(run.done(stage) for stage in (STAGES if trial.bench else TRAINING))
+    return all(run.done(stage) for stage in trial.stages)
 
 
-def in_turn(trials: Sequence[Trial]) -> Iterator[tuple[int, StudentRow]]:
-    """Run one trial after the other in this process; yields the number of each and its row."""
+def run_in_turn(trials: Sequence[Trial]) -> Iterator[tuple[int, StudentRow]]:
+    """Run one trial after the other in this process; yield the index of each and its row."""
     for index, trial in enumerate(trials):
-        with console.quiet():  # left before the row is told
+        with console.quiet():  # ends before the row is yielded, and printed
             row = run_trial(trial)
         yield index, row
 
 
 def run_sweep(
-    trials: Sequence[Trial], out: Path, tell: Callable[[str], None], perform: Perform = in_turn
+    trials: Sequence[Trial], out: Path, on_line: Callable[[str], None], runner: TrialRunner = run_in_turn
 ) -> list[StudentRow]:
     """Run the trials, write the results after each, and return the rows in the order of the trials.
 
     Args:
-        tell: is given one line for each trial, with what is left.
-        perform: runs the trials, in whatever order, and yields what comes of each.
+        on_line: is called with one line for each trial, with what remains.
     """
     out.mkdir(parents=True, exist_ok=True)
-    rows = [blank(trial) for trial in trials]
-    fresh = [not finished(trial) for trial in trials]
-    made, started = 0, time.monotonic()
-    for count, (index, row) in enumerate(perform(trials), start=1):
+    rows = [unmeasured_row(trial) for trial in trials]
+    unfinished = {index for index, trial in enumerate(trials) if not is_finished(trial)}
+    open_at_start, started = len(unfinished), time.monotonic()
+    for count, (index, row) in enumerate(runner(trials), start=1):
         rows[index] = row
-        write(rows, out)
-        made += fresh[index]
-        left = _left(len(trials) - count, sum(fresh) - made, (time.monotonic() - started) / max(made, 1))
-        tell(f"[{count}/{len(trials)}] {summary.line(row)}{left}")
-    draw(rows, out)
+        write_results(rows, out)
+        unfinished.discard(index)
+        trained = open_at_start - len(unfinished)
+        seconds_each = (time.monotonic() - started) / max(trained, 1)
+        remaining = _describe_remaining(len(trials) - count, len(unfinished), seconds_each)
+        on_line(f"[{count}/{len(trials)}] {summary.describe_row(row)}{remaining}")
     return rows
 
 
-def write(rows: Sequence[StudentRow], out: Path) -> None:
+def write_results(rows: Sequence[StudentRow], out: Path) -> None:
     """Write `sweep.json` and `sweep.md`."""
-    titled = "SMOKE SWEEP, NO RESULT" if any(row.smoke for row in rows) else "Sweep"
+    title = "Sweep"
+    if any(row.smoke for row in rows):
+        title = "SMOKE SWEEP, NO RESULT"
     write_json(out / RESULT, SweepRecord(spdtool=metadata.version("spdtool"), rows=list(rows)))
-    (out / "sweep.md").write_text(summary.markdown(titled, rows), "utf-8")
-
-
-def draw(rows: Sequence[StudentRow], out: Path) -> list[Path]:
-    """Write the Pareto plots, as far as something was measured; return their files."""
-    from spdtool.report import drawing
-    from spdtool.report import figures as plots
-
-    drawn = []
-    for name, figure in plots.pareto_figures(summary.summarise(rows)):
-        drawn.append(drawing.png(figure, out / f"{name}.png"))
-    return drawn
+    (out / "sweep.md").write_text(summary.markdown(title, rows), "utf-8")
 
 
 def _check(trial: Trial) -> None:
     """Raise now what would stop the trial: a wrong setting, an unknown task, a folder of another recipe."""
-    chosen = trial_recipe(trial)
-    find_dataset(chosen)
+    recipe = trial_recipe(trial)
+    find_dataset(recipe)
     Run.at(trial.teacher_folder, teacher_recipe(trial), dry=True)
-    Run.at(trial.folder, chosen, dry=True)
+    Run.at(trial.folder, recipe, dry=True)
 
 
-def _flags(trial: Trial) -> dict[str, Any]:
+def _flags(trial: Trial) -> dict[str, str | int | None]:
     return {"task": trial.task, "data": trial.data, "model": trial.model, "seed": trial.seed}
 
 
@@ -265,32 +285,42 @@ def _refuse_decided(sets: Sequence[str]) -> None:
             raise RecipeError(f"--set {assignment}: a sweep decides {field!r} for each of its trials", "leave it out")
 
 
-def _refuse_namesakes(recipes: Sequence[str]) -> None:
-    stems = [Path(name).stem for name in recipes]
-    twice = sorted({stem for stem in stems if stems.count(stem) > 1})
-    if twice:
-        raise RecipeError(f"two recipes are called {twice[0]!r}, and would share their folders", "rename one of them")
+def _find_recipes(recipes: Iterable[str]) -> list[str]:
+    """Return names of recipes as they are, and files as absolute paths.
+
+    Raises:
+        RecipeError: two have the same stem, and would share their folders.
+    """
+    known = reading.recipe_names()
+    by_stem: dict[str, str] = {}
+    for recipe in dict.fromkeys(recipes):
+        stem = Path(recipe).stem
+        if stem in by_stem:
+            raise RecipeError(f"two recipes are called {stem!r}, and would share their folders", "rename one of them")
+        by_stem[stem] = recipe if recipe in known else _make_absolute(recipe)
+    return list(by_stem.values())
 
 
-def _absolute(path: str) -> str:
-    """An existing path made absolute, since trials may run elsewhere; a name as it is."""
+def _make_absolute(path: str) -> str:
+    """Make an existing path absolute, since trials may run elsewhere; return a name as it is."""
     return os.path.abspath(path) if os.path.exists(path) else path
 
 
-def _relative(row: StudentRow, trial: Trial) -> StudentRow:
-    """The row with its folders seen from the sweep's, so that the sweep can be moved."""
+def _make_relative(row: StudentRow, trial: Trial) -> StudentRow:
+    """Make the folders of the row relative to the sweep's, so that the sweep can be moved."""
     for each in (row, *row.students):
         each.run = os.path.relpath(each.run, trial.out)
-    row.task = trial.task
+        each.task = trial.task
     return row
 
 
-def _left(trials: int, to_do: int, seconds: float) -> str:
+def _describe_remaining(trials: int, unfinished: int, seconds_each: float) -> str:
+    """Say how many trials remain, and for about how long."""
     if not trials:
         return ""
-    return f"; {trials} left" + (f", about {_duration(to_do * seconds)}" if to_do else ", all done before")
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{max(1, minutes)} min"
+    if not unfinished:
+        return f"; {trials} left, all done before"
+    minutes = round(unfinished * seconds_each / 60)
+    if minutes < 60:
+        return f"; {trials} left, about {max(1, minutes)} min"
+    return f"; {trials} left, about {minutes // 60} h {minutes % 60} min"

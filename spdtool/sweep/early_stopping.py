@@ -1,10 +1,10 @@
-"""How trials of one task and sparsity stand against each other while they run, and which of them is hopeless.
+"""Median stopping: which trial of one task and sparsity is so far behind the others that it need not go on.
 
-The rule is that of median stopping (Golovin et al. 2017, "Google Vizier: A Service for Black-Box Optimization", section
-3.2.2) with a margin: a trial is hopeless when its best dev score is more than `behind` below the median of what the
-others had reached at the same place. Two seeds of one good recipe differ by less than a margin; two recipes may not.
+The rule is that of Golovin et al. 2017, "Google Vizier: A Service for Black-Box Optimization", section 3.2.2, with a
+margin: a trial is stopped when its best dev score is more than `margin` below the median of what the others had reached
+with the same progress. Two seeds of one good recipe differ by less than a margin; two recipes may not.
 
-A place is the number of finished phases plus the part of the phase that is done, so that recipes with other numbers of
+Progress is the number of finished phases plus the fraction of the current one, so that recipes with other numbers of
 epochs can be compared. Before the target sparsity is reached scores say nothing, and are not reported.
 """
 
@@ -13,42 +13,53 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 
-FEWEST = 2  # other trials at a place, before anything is said about it
+FEWEST_OTHERS = 2  # a median of fewer trials is an accident
 
-Group = tuple[str, float]  # task, sparsity
+Group = tuple[str, float]
+"""Task and sparsity: trials of one group compete."""
 
 
-class Standings:
-    """Keeps the best score of every trial at every place that it has reported.
+class MedianStopping:
+    """Keeps the best score of every trial at every progress that it has reported.
 
     Args:
-        behind: points (of a score times 100) below the median at which a trial is hopeless.
+        margin: points (of a score times 100) below the median at which a trial is stopped.
     """
 
-    def __init__(self, behind: float) -> None:
-        self.behind = behind / 100
+    def __init__(self, margin: float) -> None:
+        self._margin = margin / 100
         self._best: defaultdict[Group, dict[str, dict[float, float]]] = defaultdict(dict)
 
-    def report(self, group: Group, trial: str, place: float, score: float) -> str | None:
-        """Take note of a dev score; say why the trial is hopeless, or None."""
-        own = self._best[group].setdefault(trial, {})
-        own[place] = max([score, *(best for at, best in own.items() if at <= place)])
-        others = [_until(places, place) for name, places in self._best[group].items() if name != trial]
-        reached = [best for best in others if best is not None]
-        if len(reached) < FEWEST:
+    def report(self, group: Group, trial: str, progress: float, score: float) -> str | None:
+        """Record a dev score; return why the trial is to be stopped, or None.
+
+        Args:
+            progress: finished phases plus the fraction of the current one, in [0, 3].
+        """
+        history = self._best[group].setdefault(trial, {})
+        earlier = [best for at, best in history.items() if at <= progress]
+        history[progress] = max([score, *earlier])
+        reached = []
+        for name, scores in self._best[group].items():
+            best = best_until(scores, progress)
+            if name != trial and best is not None:
+                reached.append(best)
+        if len(reached) < FEWEST_OTHERS:
             return None
         median = statistics.median(reached)
-        if own[place] >= median - self.behind:
+        if history[progress] >= median - self._margin:
             return None
         return (
-            f"its best dev score is {own[place]:.4f} after {place:.2f} of 3 phases, where the median of {len(reached)} "
-            f"other trials was {median:.4f}"
+            f"its best dev score is {history[progress]:.4f} after {progress:.2f} of 3 phases, where the median of "
+            f"{len(reached)} other trials was {median:.4f}"
         )
 
 
-def _until(places: dict[float, float], place: float) -> float | None:
-    """The best score up to `place` of a trial that has come as far."""
-    if max(places) < place:
+def best_until(scores: dict[float, float], progress: float) -> float | None:
+    """Return the best score up to `progress`, None of a trial that has not come as far."""
+    if max(scores) < progress:
         return None
-    earlier = [at for at in places if at <= place]
-    return places[max(earlier)] if earlier else None
+    earlier = [at for at in scores if at <= progress]
+    if not earlier:
+        return None
+    return scores[max(earlier)]

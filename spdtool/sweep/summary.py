@@ -1,7 +1,7 @@
-"""Rows become averages: per task, recipe and sparsity over seeds, and per recipe over tasks; as tables and points.
+"""Averages of rows: per task, recipe and sparsity over seeds, and per recipe over tasks; as tables and points.
 
-Deviations are of the sample (n - 1), so that one seed has none. What was kept is averaged over the seeds' own ratios,
-since each seed has its own teacher.
+Deviations are of the sample (n - 1), so that one seed has none. Retention (the student's score over the teacher's) is
+averaged over the ratios of the seeds, since each seed has its own teacher.
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from spdtool.run.records import StudentRow
 from spdtool.sweep.rows import with_intermediate
 
 COLUMNS = ("task", "recipe", "sparsity", "teacher", "student", "kept", "gap teacher", "gap student", "seeds")
-BENCHED = ("bytes", "speed")
-AVERAGED = ("recipe", "sparsity", "kept on average", "tasks")
+BENCH_COLUMNS = ("bytes", "speed")
+AVERAGE_COLUMNS = ("recipe", "sparsity", "kept on average", "tasks")
 LEGEND = (
     "Scores are dev scores times 100: mean ± sample deviation over seeds. Kept: student over teacher, a mean of the "
     "seeds' own ratios. Gap: score on rows that were trained on, minus the dev score; the larger, the more a model "
@@ -33,8 +32,10 @@ class Spread:
     count: int
 
     def __str__(self) -> str:
-        """Times 100, as scores are read."""
-        return f"{_hundredfold(self.mean)} ± {_hundredfold(self.deviation)}" if self.count else "-"
+        """Return the spread times 100, as scores are read."""
+        if not self.count:
+            return "-"
+        return f"{_hundredfold(self.mean)} ± {_hundredfold(self.deviation)}"
 
 
 @dataclass(frozen=True)
@@ -59,75 +60,92 @@ class Summary:
     stopped: int
 
 
+@dataclass(frozen=True)
+class Average:
+    """One recipe and sparsity over its tasks, every task with the same weight."""
+
+    recipe: str
+    sparsity: float
+    retention: float | None
+    tasks: int
+
+
 def spread(values: Iterable[float | None]) -> Spread:
-    """Mean and sample deviation of the values that are known."""
-    known = [float(value) for value in values if value is not None]
-    if not known:
+    """Return mean and sample deviation of the values that are not None."""
+    measured = [float(value) for value in values if value is not None]
+    if not measured:
         return Spread(None, None, 0)
-    return Spread(statistics.mean(known), statistics.stdev(known) if len(known) > 1 else None, len(known))
+    deviation = statistics.stdev(measured) if len(measured) > 1 else None
+    return Spread(statistics.mean(measured), deviation, len(measured))
 
 
 def summarise(rows: Iterable[StudentRow]) -> list[Summary]:
-    """Averages over the seeds of the finished rows, and of the students left on the way, tasks and recipes in order.
+    """Average over the seeds of finished rows and of intermediate students, tasks and recipes in their order.
 
-    A row that failed counts as failed, and is no part of a mean. Where one was stopped as hopeless there is no mean at
-    all, since that of the others would flatter the recipe.
+    A row that failed counts as failed, and does not enter a mean. Where a trial was stopped there is no mean at all,
+    since that of the others would flatter the recipe.
     """
     groups: dict[tuple[str, str, float], list[StudentRow]] = {}
     for row in with_intermediate(rows):
-        if row.status in ("done", "failed", "stopped"):
+        if row.status != "unfinished":
             groups.setdefault((row.task, row.label, row.sparsity), []).append(row)
-    tasks, labels = ([*dict.fromkeys(key[part] for key in groups)] for part in (0, 1))
+    tasks = list(dict.fromkeys(task for task, _, _ in groups))
+    labels = list(dict.fromkeys(label for _, label, _ in groups))
     ordered = sorted(groups, key=lambda key: (tasks.index(key[0]), labels.index(key[1]), key[2]))
-    return [_summary(key, groups[key]) for key in ordered]
+    return [_summarise_group(*key, groups[key]) for key in ordered]
 
 
-def averages(summaries: Sequence[Summary]) -> list[tuple[str, float, float | None, int]]:
-    """`(recipe, sparsity, share kept on average over tasks, number of tasks)`."""
-    groups: dict[tuple[str, float], list[Spread]] = {}
+def averages(summaries: Sequence[Summary]) -> list[Average]:
+    """Average the retention of each recipe and sparsity over tasks."""
+    groups: dict[tuple[str, float], list[float | None]] = {}
     for summary in summaries:
-        groups.setdefault((summary.recipe, summary.sparsity), []).append(summary.retention)
-    found = []
-    for (recipe, sparsity), kept in groups.items():
-        over = spread(each.mean for each in kept)
-        found.append((recipe, sparsity, over.mean, over.count))
-    return found
+        groups.setdefault((summary.recipe, summary.sparsity), []).append(summary.retention.mean)
+    over_tasks = []
+    for (recipe, sparsity), retentions in groups.items():
+        average = spread(retentions)
+        over_tasks.append(Average(recipe, sparsity, average.mean, average.count))
+    return over_tasks
 
 
-def table(summaries: Sequence[Summary]) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows of the comparison; bytes and speed only where something was benched."""
+def table(summaries: Sequence[Summary]) -> tuple[list[str], list[list[str]]]:
+    """Return columns and rows of the comparison; bytes and speed only where something was benched."""
     benched = any(summary.bytes.count for summary in summaries)
-    return [*COLUMNS, *(BENCHED if benched else ())], [_cells(summary, benched) for summary in summaries]
+    columns = list(COLUMNS)
+    if benched:
+        columns += BENCH_COLUMNS
+    return columns, [_table_row(summary, benched) for summary in summaries]
 
 
-def averages_table(summaries: Sequence[Summary]) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows of what each recipe keeps on average over tasks."""
-    rows = [[recipe, f"{sparsity:g}", _percent(kept), count] for recipe, sparsity, kept, count in averages(summaries)]
-    return list(AVERAGED), rows
+def averages_table(summaries: Sequence[Summary]) -> tuple[list[str], list[list[str]]]:
+    """Return columns and rows of what each recipe keeps on average over tasks."""
+    rows = []
+    for average in averages(summaries):
+        rows.append([average.recipe, f"{average.sparsity:g}", _percent(average.retention), str(average.tasks)])
+    return list(AVERAGE_COLUMNS), rows
 
 
 def failures(rows: Iterable[StudentRow]) -> list[str]:
-    """One line for each run that failed, or was stopped."""
-    return [f"{name(row)}: {row.status}: {row.error}" for row in rows if row.status in ("failed", "stopped")]
+    """Return one line for each run that failed, or was stopped."""
+    return [describe_row(row) for row in rows if row.status in ("failed", "stopped")]
 
 
-def name(row: StudentRow) -> str:
-    """A run as lines name it."""
+def row_name(row: StudentRow) -> str:
+    """Return the name of a run in lines of text."""
     return f"{row.task} {row.label} {row.sparsity:g} seed {row.seed}"
 
 
-def line(row: StudentRow) -> str:
-    """One run on one line."""
+def describe_row(row: StudentRow) -> str:
+    """Describe one run on one line."""
     if row.status in ("failed", "stopped"):
-        return f"{name(row)}: {row.status}: {row.error}"
+        return f"{row_name(row)}: {row.status}: {row.error}"
     gap = "" if row.student_gap is None else f", gap {_hundredfold(row.student_gap)}"
     seconds = "" if row.seconds is None else f"; {row.seconds:,.0f} s"
     scores = f"teacher {_hundredfold(row.teacher)}, student {_hundredfold(row.student)}"
-    return f"{name(row)}: {scores} ({_percent(row.retention)} kept{gap}){seconds}"
+    return f"{row_name(row)}: {scores} ({_percent(row.retention)} kept{gap}){seconds}"
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The `(cost, score)` points that no other point matches at less cost, or betters at the same; cheapest first."""
+    """Return the `(cost, score)` points that no other matches at less cost or beats at the same, cheapest first."""
     best: list[tuple[float, float]] = []
     for cost, score in sorted(points, key=lambda point: (point[0], -point[1])):
         if not best or score > best[-1][1]:
@@ -136,50 +154,60 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
 
 
 def markdown(title: str, rows: Sequence[StudentRow]) -> str:
-    """The comparison as Markdown: the tables, what failed, and how to read them."""
+    """Return the comparison as Markdown: the tables, what failed, and how to read them."""
     summaries = summarise(rows)
-    parts = [f"# {title}", _markdown_table(*table(summaries)), LEGEND]
-    parts += ["## Average over tasks", _markdown_table(*averages_table(summaries))] if summaries else []
+    sections = [f"# {title}", _markdown_table(*table(summaries)), LEGEND]
+    if summaries:
+        sections += ["## Average over tasks", _markdown_table(*averages_table(summaries))]
     failed = failures(rows)
-    parts += ["## Failed or stopped", "\n".join(f"- {each}" for each in failed)] if failed else []
-    return "\n\n".join(parts) + "\n"
+    if failed:
+        sections += ["## Failed or stopped", "\n".join(f"- {line}" for line in failed)]
+    return "\n\n".join(sections) + "\n"
 
 
-def _summary(key: tuple[str, str, float], rows: Sequence[StudentRow]) -> Summary:
-    failed, stopped = (sum(row.status == status for row in rows) for status in ("failed", "stopped"))
-    done = [] if stopped else [row for row in rows if row.status == "done"]
+def _summarise_group(task: str, recipe: str, sparsity: float, rows: Sequence[StudentRow]) -> Summary:
+    statuses = [row.status for row in rows]
+    done = [row for row in rows if row.status == "done"]
+    if "stopped" in statuses:
+        done = []
 
-    def over(value: Callable[[StudentRow], float | None]) -> Spread:
-        return spread(map(value, done))
+    def over_seeds(value: Callable[[StudentRow], float | None]) -> Spread:
+        return spread(value(row) for row in done)
 
     return Summary(
-        *key,
-        teacher=over(lambda row: row.teacher),
-        student=over(lambda row: row.student),
-        retention=over(lambda row: row.retention),
-        teacher_gap=over(lambda row: row.teacher_gap),
-        student_gap=over(lambda row: row.student_gap),
-        nonzeros=over(lambda row: row.nonzeros),
-        bytes=over(lambda row: row.bytes),
-        speed=over(lambda row: row.speed),
-        slowness=over(lambda row: 1 / row.speed if row.speed else None),
-        teacher_bytes=over(lambda row: row.teacher_bytes),
-        weights=over(lambda row: row.weights),
-        failed=failed,
-        stopped=stopped,
+        task,
+        recipe,
+        sparsity,
+        teacher=over_seeds(lambda row: row.teacher),
+        student=over_seeds(lambda row: row.student),
+        retention=over_seeds(lambda row: row.retention),
+        teacher_gap=over_seeds(lambda row: row.teacher_gap),
+        student_gap=over_seeds(lambda row: row.student_gap),
+        nonzeros=over_seeds(lambda row: row.nonzeros),
+        bytes=over_seeds(lambda row: row.bytes),
+        speed=over_seeds(lambda row: row.speed),
+        slowness=over_seeds(lambda row: 1 / row.speed if row.speed else None),
+        teacher_bytes=over_seeds(lambda row: row.teacher_bytes),
+        weights=over_seeds(lambda row: row.weights),
+        failed=statuses.count("failed"),
+        stopped=statuses.count("stopped"),
     )
 
 
-def _cells(summary: Summary, benched: bool) -> list[Any]:
-    cells: list[Any] = [summary.task, summary.recipe, f"{summary.sparsity:g}", summary.teacher, summary.student]
-    cells += [_percent(summary.retention.mean), _hundredfold(summary.teacher_gap.mean)]
-    cells += [_hundredfold(summary.student_gap.mean)]
-    lost = [f"{count} {how}" for count, how in ((summary.failed, "failed"), (summary.stopped, "stopped")) if count]
-    cells += [f"{summary.student.count}" + (f" ({', '.join(lost)})" if lost else "")]
+def _table_row(summary: Summary, benched: bool) -> list[str]:
+    seeds = str(summary.student.count)
+    lost = [f"{summary.failed} failed"] if summary.failed else []
+    if summary.stopped:
+        lost.append(f"{summary.stopped} stopped")
+    if lost:
+        seeds += f" ({', '.join(lost)})"
+    row = [summary.task, summary.recipe, f"{summary.sparsity:g}", str(summary.teacher), str(summary.student)]
+    row += [_percent(summary.retention.mean), _hundredfold(summary.teacher_gap.mean)]
+    row += [_hundredfold(summary.student_gap.mean), seeds]
     if benched:
         size, speed = summary.bytes.mean, summary.speed.mean
-        cells += ["-" if size is None else f"{size:,.0f}", "-" if speed is None else f"{speed:.2f}x"]
-    return [str(cell) for cell in cells]
+        row += ["-" if size is None else f"{size:,.0f}", "-" if speed is None else f"{speed:.2f}x"]
+    return row
 
 
 def _hundredfold(value: float | None) -> str:
@@ -190,6 +218,9 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}%"
 
 
-def _markdown_table(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = []
+    for cells in (columns, ["---"] * len(columns), *rows):
+        escaped = [cell.replace("|", "\\|") for cell in cells]
+        lines.append(f"| {' | '.join(escaped)} |")
+    return "\n".join(lines)

@@ -9,7 +9,7 @@ import pytest
 
 from spdtool.report import drawing
 from spdtool.report import figures as plots
-from spdtool.report.curves import Curves, Phase
+from spdtool.report.curves import Curves, PhaseCurves
 from spdtool.run.records import StudentRow
 from spdtool.sweep import summary
 
@@ -28,14 +28,14 @@ def summaries(**given):
 
 
 def course():
-    dense = Phase("prune", 0, True, [(4, 0.5), (8, 0.7)], [(4, 0.6), (8, 0.8)], {"loss": [(2, 1.0), (8, 0.1)]})
+    dense = PhaseCurves("prune", 0, True, [(4, 0.5), (8, 0.7)], [(4, 0.6), (8, 0.8)], {"loss": [(2, 1.0), (8, 0.1)]})
     dense.sparsity, dense.replacing_rate, dense.learning_rate = [(2, 0.0), (8, 0.5)], [(2, 0.8)], [(2, 1e-3), (8, 0.0)]
-    dense.events = [2, 6]
-    return Curves([dense, Phase("distill", 8, False, [(4, 0.75)], losses={"loss": [(4, 0.05)]}, last=4)])
+    dense.prune_events = [2, 6]
+    return Curves([dense, PhaseCurves("distill", 8, False, [(4, 0.75)], losses={"loss": [(4, 0.05)]}, last_step=4)])
 
 
 def test_a_pareto_plot_has_a_colour_for_each_recipe_the_front_and_the_teacher():
-    (axes,) = plots.pareto("toy", "nonzeros", summaries()).axes
+    (axes,) = plots.pareto_figure("toy", "nonzeros", summaries()).axes
     lines = {line.get_label(): line for line in axes.get_lines()}
     assert {"a", "b", "Pareto front", "dense teacher"} <= lines.keys()
     assert lines["a"].get_color() != lines["b"].get_color()
@@ -56,13 +56,13 @@ def test_there_is_a_plot_for_each_measure_that_was_taken(given, measures):
 
 def test_time_is_told_in_plain_numbers_and_bytes_in_thousands():
     for measure, shown in (("latency", "0.5"), ("bytes", "40k")):
-        figure = plots.pareto("toy", measure, summaries(speed=2.0, bytes=40_000))
+        figure = plots.pareto_figure("toy", measure, summaries(speed=2.0, bytes=40_000))
         figure.draw_without_rendering()
         assert any(label.get_text().startswith(shown) for label in figure.axes[0].get_xticklabels())
 
 
 def test_a_course_shows_scores_loss_shares_and_learning_rate_on_one_axis_of_steps():
-    axes = plots.training_curves(course(), teacher=0.9).axes
+    axes = plots.training_figure(course(), teacher_score=0.9).axes
     assert [panel.get_ylabel() for panel in axes] == ["score x 100", "loss", "share", "learning rate"]
     lines = {line.get_label(): line for line in axes[0].get_lines()}
     assert list(lines["dev"].get_xdata()) == [4, 8, 12]
@@ -73,11 +73,11 @@ def test_a_course_shows_scores_loss_shares_and_learning_rate_on_one_axis_of_step
 
 
 def test_a_course_without_zeros_has_no_panel_for_them():
-    assert len(plots.training_curves(Curves([Phase("teacher", dev=[(1, 0.5)], last=1)]), None).axes) == 3
+    assert len(plots.training_figure(Curves([PhaseCurves("teacher", dev=[(1, 0.5)], last_step=1)]), None).axes) == 3
 
 
 def test_svg_takes_its_colours_from_the_page_and_names_no_address():
-    text = drawing.svg(plots.pareto("toy", "nonzeros", summaries()), "one", 'about "it"')
+    text = drawing.to_svg(plots.pareto_figure("toy", "nonzeros", summaries()), "one", 'about "it"')
     assert "http" not in text
     assert not any(colour in text for colour in drawing.VARIABLES)
     assert "var(--series-0)" in text
@@ -94,7 +94,7 @@ def test_names_with_signs_of_formulas_and_markup_are_text():
     hostile = [student_row("<b>$x_$&", "$\\frac", 0.9, 0, teacher=0.9, student=0.8, nonzeros=10)]
     ((name, figure),) = plots.pareto_figures(summary.summarise(hostile))
     assert re.fullmatch(r"[\w.-]+", name)
-    text = drawing.svg(figure, name, "<b>")
+    text = drawing.to_svg(figure, name, "<b>")
     assert "<b>" not in text
     assert "&lt;b&gt;$x_$&amp;" in text
 
@@ -109,7 +109,7 @@ def test_every_colour_of_a_figure_is_a_variable_of_the_page_by_day_and_by_night(
 
 def test_png_files_are_images(tmp_path):
     values = {("l.0", "query"): 0.5, ("l.0", "key"): 0.9, ("l.1", "query"): 0.7}
-    drawn = plots.sparsity_map(["l.0", "l.1"], ["query", "key"], values)
+    drawn = plots.sparsity_figure(["l.0", "l.1"], ["query", "key"], values)
     assert {text.get_text() for text in drawn.axes[0].texts} == {"50", "90", "70"}
-    file = drawing.png(drawn, tmp_path / "deep" / "map.png")
+    file = drawing.save_png(drawn, tmp_path / "deep" / "map.png")
     assert file.read_bytes().startswith(b"\x89PNG")

@@ -71,7 +71,7 @@ def read(file):
 @pytest.fixture(scope="module")
 def whole(compressed, tmp_path_factory):
     """The page of a finished run, and what `write` returned."""
-    written = page.write([compressed], tmp_path_factory.mktemp("page") / "report.html")
+    written = page.write_page([compressed], tmp_path_factory.mktemp("page") / "report.html")
     return read(written.file), written
 
 
@@ -109,7 +109,7 @@ def test_a_run_that_is_not_finished_has_a_page_that_says_so(toy_run, until, miss
     if until is None:
         run.path.mkdir()
         run._save_recipe()
-    reader = read(page.write([run.path]).file)
+    reader = read(page.write_page([run.path]).file)
     text = " ".join(reader.words)
     assert set(reader.sections) == SECTIONS
     assert missing in text
@@ -124,7 +124,7 @@ def test_a_phase_that_was_killed_is_shown_as_far_as_it_came(toy_run):
     log.write_text(json.dumps(event) + '\n{"event": "ev', "utf-8")
     (phase,) = curves.student_curves(run).phases
     assert (phase.name, phase.finished, phase.dev, phase.train) == ("prune", False, [(3, 0.5)], [])
-    assert "prune (unfinished)" in " ".join(read(page.write([run.path]).file).words)
+    assert "prune (unfinished)" in " ".join(read(page.write_page([run.path]).file).words)
 
 
 def test_older_runs_without_train_scores_have_gaps_that_are_empty(compressed, tmp_path):
@@ -140,14 +140,14 @@ def test_older_runs_without_train_scores_have_gaps_that_are_empty(compressed, tm
         log.write_text("".join(json.dumps(e | {"train": None}) + "\n" for e in events), "utf-8")
     run = Run.open(folder)
     assert [row[1::2] for row in gather.content_of(run).gaps.rows] == [["-", "-"]] * 4
-    read(page.write([folder]).file)
+    read(page.write_page([folder]).file)
 
 
 def test_names_that_are_markup_are_shown_as_text(toy_task, toy_run):
     hostile = '<script>alert("&amp;$x$")</script>'
     toy_task(hostile)
     run = toy_run("teacher.epochs=1", until="teacher", task=hostile)
-    text = page.write([run.path]).file.read_text("utf-8")
+    text = page.write_page([run.path]).file.read_text("utf-8")
     assert "<script" not in text
     assert "&lt;script&gt;alert(&#34;&amp;amp;$x$&#34;)&lt;/script&gt;" in text
     assert hostile in " ".join(read(run.path / "report" / "report.html").words)
@@ -168,7 +168,7 @@ def test_the_headline_is_of_one_thread_and_has_its_caveat(compressed, caveats):
 
 def test_a_smoke_run_is_marked(toy_run):
     run = toy_run(smoke=True, until="teacher")
-    assert "SMOKE RUN, NO RESULT" in " ".join(read(page.write([run.path]).file).words)
+    assert "SMOKE RUN, NO RESULT" in " ".join(read(page.write_page([run.path]).file).words)
 
 
 def test_several_runs_are_compared(toy_run, tmp_path):
@@ -177,7 +177,7 @@ def test_several_runs_are_compared(toy_run, tmp_path):
         run = toy_run(*(f"{stage}.epochs=1" for stage in ("teacher", "prune", "distill", "finetune")),
                       until="finetune", folder=f"run-{sparsity}", sparsity=sparsity)  # fmt: skip
         folders.append(run.path)
-    written = page.write(folders, tmp_path / "out" / "both.html")
+    written = page.write_page(folders, tmp_path / "out" / "both.html")
     reader = read(written.file)
     assert "comparison" in reader.sections
     assert set(reader.sections) >= SECTIONS
@@ -190,7 +190,7 @@ def test_a_folder_that_is_neither_run_nor_sweep_is_refused(tmp_path, content):
     if content is not None:
         (tmp_path / "sweep.json").write_text(content, "utf-8")
     with pytest.raises(RunError):
-        page.write([tmp_path])
+        page.write_page([tmp_path])
     assert not (tmp_path / "report").exists()
 
 
@@ -198,7 +198,7 @@ def test_a_record_that_cannot_be_read_is_refused(toy_run):
     run = toy_run(until="teacher")
     (run.path / "teacher" / "stage.json").write_text("{", "utf-8")
     with pytest.raises(Corrupt):
-        page.write([run.path])
+        page.write_page([run.path])
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ Make = Callable[..., list[sweep.Trial]]
 def planned(tmp_path: Path) -> Make:
     def make(folder: str = "sweep", **how: Any) -> list[sweep.Trial]:
         known: dict[str, Any] = {"recipes": ["gmp", "no-distillation"], "sparsities": [0.5], "seeds": [0]}
-        return sweep.plan(**known | {"tasks": ["demo"], "out": tmp_path / folder, "sets": SETS} | how)
+        return sweep.plan_trials(**known | {"tasks": ["demo"], "out": tmp_path / folder, "sets": SETS} | how)
 
     return make
 
@@ -90,7 +90,7 @@ def without_seconds(rows: list[StudentRow]) -> list[dict[str, Any]]:
 def test_the_rows_are_those_of_a_sweep_in_turn(planned: Make, ray: Any) -> None:
     rows = run(planned("on ray"), Cluster())
     assert [row.status for row in rows] == ["done", "done"]
-    assert without_seconds(rows) == without_seconds(run(planned("in turn"), sweep.in_turn))
+    assert without_seconds(rows) == without_seconds(run(planned("in turn"), sweep.run_in_turn))
 
 
 def test_a_claim_that_no_machine_meets_is_refused(planned: Make, ray: Any) -> None:
@@ -102,13 +102,13 @@ def test_a_worker_that_dies_is_started_again(planned: Make, ray: Any, monkeypatc
     trials = planned(recipes=["gmp"])
     mark = Path(trials[0].out) / "died"
 
-    def work(trial: sweep.Trial, standings: Any, taught: Any) -> StudentRow:
+    def work(trial: sweep.Trial, stopping: Any, teacher: Any) -> StudentRow:
         if not mark.exists():
             mark.touch()
             os._exit(1)
         return sweep.run_trial(trial)
 
-    monkeypatch.setattr("spdtool.sweep.on_ray._work", work)
+    monkeypatch.setattr("spdtool.sweep.on_ray.run_trial_in_worker", work)
     (row,) = run(trials, Cluster())
     assert mark.exists()
     assert row.status == "done"
@@ -117,11 +117,11 @@ def test_a_worker_that_dies_is_started_again(planned: Make, ray: Any, monkeypatc
 def test_trials_run_on_every_node_of_a_cluster(
     planned: Make, nodes: Any, gather: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def work(trial: sweep.Trial, standings: Any, taught: Any) -> StudentRow:
+    def work(trial: sweep.Trial, stopping: Any, teacher: Any) -> StudentRow:
         gather(2)
         return sweep.run_trial(trial)
 
-    monkeypatch.setattr("spdtool.sweep.on_ray._work", work)
+    monkeypatch.setattr("spdtool.sweep.on_ray.run_trial_in_worker", work)
     sys.modules["ray"].shutdown()  # so that the cluster is found by its address
     rows = run(planned(), Cluster(nodes.address))
     assert [row.status for row in rows] == ["done", "done"]
@@ -134,7 +134,7 @@ def test_trials_of_a_node_that_dies_go_on_elsewhere(
 ) -> None:
     held, doomed = tmp_path / "held", nodes.add_node()
 
-    def work(trial: sweep.Trial, standings: Any, taught: Any) -> StudentRow:
+    def work(trial: sweep.Trial, stopping: Any, teacher: Any) -> StudentRow:
         if gather(3) == doomed_id:
             trial.folder.mkdir(parents=True)
             with FileLock(trial.folder / LOCK):  # as a stage in progress holds it, until Ray's worker has ended too
@@ -147,8 +147,8 @@ def test_trials_of_a_node_that_dies_go_on_elsewhere(
             time.sleep(0.1)
         nodes.remove_node(doomed, allow_graceful=False)
 
-    doomed_id, unlocked = doomed.node_id, cluster._unlocked
-    monkeypatch.setattr("spdtool.sweep.on_ray._work", work)
+    doomed_id, unlocked = doomed.node_id, cluster.run_unlocked_trial
+    monkeypatch.setattr("spdtool.sweep.on_ray.run_trial_in_worker", work)
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
     rows = run(planned(recipes=["gmp"], sparsities=[0.4, 0.5, 0.6]), Cluster())
@@ -162,13 +162,13 @@ def test_a_trial_waits_for_an_orphan_that_holds_its_folder(planned: Make, monkey
     trial.folder.mkdir(parents=True)
     orphan = FileLock(trial.folder / LOCK)
     orphan.acquire()
-    monkeypatch.setattr(cluster, "ORPHANED", 0.0)
-    assert "RunLocked: another process is working in" in (cluster._unlocked(trial).error or "")
-    monkeypatch.setattr(cluster, "ORPHANED", 300.0)
+    monkeypatch.setattr(cluster, "ORPHAN_SECONDS", 0.0)
+    assert "RunLocked: another process is working in" in (cluster.run_unlocked_trial(trial).error or "")
+    monkeypatch.setattr(cluster, "ORPHAN_SECONDS", 300.0)
     monkeypatch.setattr(
         cluster, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: orphan.release())
     )
-    assert cluster._unlocked(trial).status == "done"
+    assert cluster.run_unlocked_trial(trial).status == "done"
     assert not orphan.is_locked
 
 
@@ -177,11 +177,11 @@ def test_claims_that_no_machine_meets_any_longer_end_the_sweep(
 ) -> None:
     large = nodes.add_node(num_cpus=2)
 
-    def work(trial: sweep.Trial, standings: Any, taught: Any) -> None:
+    def work(trial: sweep.Trial, stopping: Any, teacher: Any) -> None:
         time.sleep(600)
 
-    monkeypatch.setattr("spdtool.sweep.on_ray._work", work)
-    monkeypatch.setattr("spdtool.sweep.on_ray.LOOKED_AFTER", 1.0)
+    monkeypatch.setattr("spdtool.sweep.on_ray.run_trial_in_worker", work)
+    monkeypatch.setattr("spdtool.sweep.on_ray.POLL_SECONDS", 1.0)
     killer = threading.Timer(8, nodes.remove_node, [large], {"allow_graceful": False})
     killer.start()
     with pytest.raises(DeviceError, match="claims 2 CPUs, and the largest machine of the Ray cluster has 1"):
@@ -192,12 +192,12 @@ def test_claims_that_no_machine_meets_any_longer_end_the_sweep(
 def test_a_bug_in_a_trial_keeps_its_traceback_and_spares_the_others(
     planned: Make, ray: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def work(trial: sweep.Trial, standings: Any, taught: Any) -> StudentRow:
+    def work(trial: sweep.Trial, stopping: Any, teacher: Any) -> StudentRow:
         if trial.recipe == "gmp":
             raise ZeroDivisionError("nothing to divide by")
         return sweep.run_trial(trial)
 
-    monkeypatch.setattr("spdtool.sweep.on_ray._work", work)
+    monkeypatch.setattr("spdtool.sweep.on_ray.run_trial_in_worker", work)
     bad, good = run(planned(), Cluster())
     assert (bad.status, bad.error) == ("failed", "ZeroDivisionError: nothing to divide by")
     assert good.status == "done"
@@ -215,7 +215,7 @@ def test_a_hopeless_trial_is_stopped_and_stays_stopped(planned: Make, ray: Any) 
     trials = planned(recipes=["gmp"], seeds=[0, 1])
     run(trials, Cluster())
     more = planned(recipes=["gmp"], seeds=[0, 1, 2])
-    cluster = Cluster(behind=-200)  # every score is two below any median
+    cluster = Cluster(margin=-200)  # every score is two below any median
     rows = run(more, cluster)
     assert [row.status for row in rows] == ["done", "done", "stopped"]
     assert "median of 2 other trials" in (rows[2].error or "")
@@ -223,7 +223,9 @@ def test_a_hopeless_trial_is_stopped_and_stays_stopped(planned: Make, ray: Any) 
     assert run(more, cluster) == rows
     (seen,) = summary.summarise(rows)
     assert (seen.stopped, seen.student.count) == (1, 0), "the mean of the others would flatter the recipe"
-    assert [row.status for row in run(more, sweep.in_turn)] == ["done", "done", "done"], "without the rule it goes on"
+    assert [row.status for row in run(more, sweep.run_in_turn)] == ["done", "done", "done"], (
+        "without the rule it goes on"
+    )
 
 
 def test_without_ray_the_message_says_what_to_install(planned: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,7 +80,7 @@ def test_what_failed_or_is_not_finished_is_no_part_of_a_mean():
 
 def test_the_average_over_tasks_weighs_every_task_alike():
     made = [row(seed=seed, teacher=1.0, student=1.0) for seed in range(3)] + [row(task="b", teacher=1.0, student=0.5)]
-    assert summary.averages(summary.summarise(made)) == [("default", 0.5, pytest.approx(0.75), 2)]
+    assert summary.averages(summary.summarise(made)) == [summary.Average("default", 0.5, pytest.approx(0.75), 2)]
 
 
 def test_intermediate_students_are_rows_of_their_own():
