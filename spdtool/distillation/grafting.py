@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
+from pydantic import JsonValue
 from torch import Tensor, nn
 
-from spdtool.errors import ModelError
+from spdtool.errors import ModelError, UnknownName
+from spdtool.recipe.fields import Grafting
 
-RandomState = list[object]
+RandomState = list[JsonValue]
 """State of a draw's generator, as JSON can hold it."""
 
 
@@ -73,7 +75,7 @@ class LayerDraw:
     def load_state_dict(self, state: RandomState) -> None:
         """Restore what `state_dict` returned."""
         version, internal, gauss = state
-        assert isinstance(internal, list | tuple)
+        assert isinstance(internal, list)
         self._random.setstate((version, tuple(internal), gauss))
 
 
@@ -127,6 +129,39 @@ class LayerBlend:
 
 
 LayerMixing = LayerDraw | LayerBlend
+
+
+def replacing_rate(section: Grafting) -> Callable[[float], float]:
+    """Return the replacing rate as a function of progress: the probability that a layer is the student's.
+
+    The published code's four schedules, in fractions of a stage instead of counts of steps
+    (BERT-of-Theseus, arXiv 2002.02925; Sparse Progressive Distillation, arXiv 2110.08190):
+
+    - `constant`: `start` throughout.
+    - `constant-then-one`: `start` for `hold` of the stage, then 1.
+    - `linear`: from `start` to 1 over `rise` of the stage, then 1.
+    - `constant-then-linear`: `start` for `hold`, then to 1 over `rise`.
+    - `constant-then-linear-with-gap`: `start` for `hold`, then a jump to `base` and from there to 1 over `rise`.
+
+    Raises:
+        UnknownName: no such schedule.
+    """
+    start, hold, rise = section.start, section.hold, section.rise
+    base = start if section.base is None else section.base
+
+    def climb(progress: float, lowest: float) -> float:
+        return 1.0 if rise <= 0 else min(1.0, lowest + (1.0 - lowest) * progress / rise)
+
+    schedules: dict[str, Callable[[float], float]] = {
+        "constant": lambda _: start,
+        "constant-then-one": lambda progress: start if progress < hold else 1.0,
+        "linear": lambda progress: climb(progress, start),
+        "constant-then-linear": lambda progress: start if progress < hold else climb(progress - hold, start),
+        "constant-then-linear-with-gap": lambda progress: start if progress < hold else climb(progress - hold, base),
+    }
+    if section.schedule not in schedules:
+        raise UnknownName("replacing-rate schedule", section.schedule, schedules)
+    return schedules[section.schedule]
 
 
 def create_mixing(

@@ -54,10 +54,14 @@ BEFORE_RUN_JSON = {LOCK, SMOKE_MARK, ".run.json.tmp"}  # files that a kill befor
 
 @dataclass
 class Stage:
-    """A stage in progress: the folder it writes to, and the result that its stage.json will hold."""
+    """A stage in progress: the folder it writes to, and the result that its stage.json will hold.
+
+    `fingerprint` is a hash of all that decides the result, see `Run.fingerprint`.
+    """
 
     name: str
     folder: Path
+    fingerprint: str
     result: Result | None = None
 
     @property
@@ -238,7 +242,7 @@ class Run:
             RunError: the stage is already done.
         """
         if not ranks.is_main():
-            yield Stage(name, self.partial_folder(name))
+            yield Stage(name, self.partial_folder(name), self.fingerprint(name))
             self._reset_inputs()
             return
         try:
@@ -250,7 +254,7 @@ class Run:
                 raise RunError(f"{name} is already done in {self.path}", _redo_hint(name, self.path))
             if not (self.path / "run.json").exists():
                 self._save_recipe()
-            stage = Stage(name, self.partial_folder(name))
+            stage = Stage(name, self.partial_folder(name), self.fingerprint(name))
             self._prepare_folder(stage.folder)
             started = time.time()
             try:

@@ -9,6 +9,7 @@ import numpy as np
 from spdtool import plugins
 from spdtool.data.dataset import Rows, identify_rows
 from spdtool.data.overview import LISTED_NAMES
+from spdtool.distillation.grafting import replacing_rate
 from spdtool.distillation.layer_map import check_phases
 from spdtool.errors import RecipeError
 from spdtool.export.precheck import check_exportable
@@ -28,9 +29,9 @@ from spdtool.recipe.fields import Recipe, Training
 from spdtool.run.folder import Run
 from spdtool.run.records import Plan, StagePlan, WeightCounts
 from spdtool.tasks import Task, find_task
-from spdtool.training import loop as training
+from spdtool.training.accelerator import create_accelerator
 from spdtool.training.saliency import check_saliency
-from spdtool.training.schedules import event_schedule, replacing_rate
+from spdtool.training.schedules import plan_prune_events
 
 FLOAT = 4  # bytes
 ADAM_MOMENTS = 2
@@ -112,15 +113,15 @@ def check_recipe(recipe: Recipe, rows: int) -> None:
     plugins.patterns.get(recipe.prune.pattern)
     required_targets(recipe.export)
     for phase in (recipe.prune, recipe.distill, recipe.finetune):
-        replacing_rate(phase.grafting.schedule)
-    events = event_schedule(recipe, recipe.prune.length(rows).steps)
+        replacing_rate(phase.grafting)
+    events = plan_prune_events(recipe, recipe.prune.length(rows).steps)
     check_saliency(recipe.prune, events, copied=recipe.student is None)
     if recipe.prune.exchanges and not recipe.prune.regrowth:
         raise RecipeError(
             f"{recipe.prune.exchanges} exchanges change nothing: without regrowth the dead stay dead",
             "add --set prune.regrowth=true, or leave prune.exchanges out",
         )
-    training.accelerator(recipe)
+    create_accelerator(recipe)
 
 
 def check_run(run: Run, redo: str | None = None) -> None:

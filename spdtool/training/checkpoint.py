@@ -8,133 +8,253 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
+from pydantic import JsonValue
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from spdtool import ranks as processes
+from spdtool import console, ranks
+from spdtool.distillation.lesson import Lesson
 from spdtool.errors import Corrupt
-from spdtool.models import fsdp
-from spdtool.run.folder import write_json
+from spdtool.models import collectives, fsdp
+from spdtool.run.folder import Stage, write_json
+from spdtool.training.log import LogState, TrainingLog
 
-Groups = dict[str, dict[str, Tensor]]
+TensorGroups = dict[str, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a snapshot holds.
+    """Contents of a snapshot.
 
     Attributes:
-        step: optimiser steps done.
+        step: number of optimiser steps done.
         tensors: group to name to tensor.
         notes: what JSON can hold.
     """
 
     step: int
-    tensors: Groups
-    notes: dict[str, Any]
+    tensors: TensorGroups
+    notes: dict[str, JsonValue]
 
 
-def write(root: Path, snapshot: Snapshot) -> None:
+def write_snapshot(root: Path, snapshot: Snapshot) -> None:
     """Write `snapshot` under `root`, then remove the older ones; if that fails, the older ones stay."""
     partial, final = root / "writing", root / f"step-{snapshot.step:09d}"
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        _write(partial, snapshot)
+        write_snapshot_files(partial, snapshot)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)  # a full disk gets its space back
         raise
     if final.exists():
         shutil.rmtree(final)
     partial.rename(final)
-    for old in root.glob("step-*"):
-        if old != final:
-            shutil.rmtree(old)
+    for folder in root.glob("step-*"):
+        if folder != final:
+            shutil.rmtree(folder)
 
 
-def _write(folder: Path, snapshot: Snapshot) -> None:
+def write_snapshot_files(folder: Path, snapshot: Snapshot) -> None:
+    """Write the two files of a snapshot into a new folder."""
     folder.mkdir(parents=True)
-    flat = {
-        f"{group}/{name}": tensor.detach().contiguous()
-        for group, tensors in snapshot.tensors.items()
-        for name, tensor in tensors.items()
-    }
+    flat = {}
+    for group, tensors in snapshot.tensors.items():
+        for name, tensor in tensors.items():
+            flat[f"{group}/{name}"] = tensor.detach().contiguous()
     save_file(flat, folder / "state.safetensors")
     write_json(folder / "state.json", {"step": snapshot.step} | snapshot.notes)
 
 
-def newest(root: Path, fingerprint: str) -> Snapshot | None:
-    """The latest snapshot under `root` whose notes carry `fingerprint`; others are of no use and are removed.
+def read_newest_snapshot(root: Path, fingerprint: str) -> Snapshot | None:
+    """Read the latest snapshot under `root` if its notes carry `fingerprint`; otherwise remove it and return None.
 
     Raises:
         Corrupt: it cannot be read.
     """
-    found = sorted(root.glob("step-*")) if root.exists() else []
-    if not found:
+    folders = sorted(root.glob("step-*")) if root.exists() else []
+    if not folders:
         return None
     try:
-        notes = json.loads((found[-1] / "state.json").read_text("utf-8"))
+        notes = json.loads((folders[-1] / "state.json").read_text("utf-8"))
         if notes["fingerprint"] != fingerprint:
-            shutil.rmtree(root.rename(root.with_name("stale")))  # in one piece: a half-removed one would look damaged
+            shutil.rmtree(root.rename(root.with_name("stale")))  # a half-removed snapshot would look damaged
             return None
-        flat = load_file(found[-1] / "state.safetensors")
-    except Exception as error:  # safetensors has its own kinds
+        flat = load_file(folders[-1] / "state.safetensors")
+    except Exception as error:  # safetensors has error classes of its own
         raise Corrupt(
-            f"the snapshot {found[-1]} cannot be read: {error}", "remove that folder to start the stage anew"
+            f"the snapshot {folders[-1]} cannot be read: {error}", "remove that folder to start the stage anew"
         ) from None
-    groups: Groups = {}
+    tensors: TensorGroups = {}
     for key, tensor in flat.items():
         group, _, name = key.partition("/")
-        groups.setdefault(group, {})[name] = tensor
-    return Snapshot(int(notes["step"]), groups, notes)
+        tensors.setdefault(group, {})[name] = tensor
+    return Snapshot(int(notes["step"]), tensors, notes)
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, trained: dict[str, torch.nn.Parameter]) -> dict[str, Tensor]:
-    """The optimiser's state by parameter name instead of by position: `layer.0.weight/exp_avg`; sharded or not."""
-    return {
-        f"{name}/{key}": value
-        for name, weight in trained.items()
-        for key, value in optimizer.state.get(weight, {}).items()
-    }
+def collect_optimizer_state(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """Return the optimiser's state by parameter name instead of by position: `layer.0.weight/exp_avg`."""
+    state = {}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            state[f"{name}/{key}"] = value
+    return state
 
 
-def gathered(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Tensors as they are, those that are sharded whole, on the main process; all of them call this together."""
-    made = {}
-    for name, tensor in tensors:
-        full = fsdp.gather_rows(fsdp.local_rows(tensor), tensor)
-        if processes.is_main():
-            made[name] = full.cpu() if fsdp.is_sharded(tensor) else full
-    return made
-
-
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, trained: dict[str, torch.nn.Parameter], tensors: dict[str, Tensor]
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]
 ) -> None:
-    """Take over what `optimizer_tensors` gave."""
-    for key, value in tensors.items():
+    """Restore what `collect_optimizer_state` returned, with the layout of the parameters (sharded or not)."""
+    for key, value in state.items():
         name, _, entry = key.rpartition("/")
-        weight = trained[name]
-        made = fsdp.shard_like(value, weight) if value.shape == weight.shape else value.to(weight.device)
-        optimizer.state[weight][entry] = made
+        parameter = parameters[name]
+        is_moment = value.shape == parameter.shape  # the count of steps is a scalar, whole on every rank
+        local = fsdp.shard_like(value, parameter) if is_moment else value.to(parameter.device)
+        optimizer.state[parameter][entry] = local
 
 
-def random_tensors() -> dict[str, Tensor]:
-    """The states of torch's generators, of the CPU and of every CUDA device; other ranks' devices are left alone."""
+def gather_tensors(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the tensors on rank 0, sharded ones whole and in the CPU's memory. Collective: call on every rank."""
+    gathered = {}
+    for name, tensor in tensors:
+        whole = fsdp.gather_rows(fsdp.local_rows(tensor), tensor)
+        if ranks.is_main():
+            gathered[name] = whole.cpu() if fsdp.is_sharded(tensor) else whole
+    return gathered
+
+
+def collect_random_state() -> dict[str, Tensor]:
+    """Return the states of torch's generators, of the CPU and of every CUDA device that belongs to this process."""
     states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and processes.world_size() == 1:
-        states |= {f"cuda{index:03d}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+    if torch.cuda.is_available() and ranks.world_size() == 1:
+        for index, state in enumerate(torch.cuda.get_rng_state_all()):
+            states[f"cuda{index:03d}"] = state
     return states
 
 
-def restore_random(tensors: dict[str, Tensor]) -> None:
-    """Take over what `random_tensors` gave."""
-    torch.set_rng_state(tensors["cpu"])
-    states = [tensors[key] for key in sorted(tensors) if key.startswith("cuda")]
-    if states and len(states) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states)
+def load_random_state(states: Mapping[str, Tensor]) -> None:
+    """Restore what `collect_random_state` returned."""
+    torch.set_rng_state(states["cpu"])
+    cuda_states = [states[key] for key in sorted(states) if key.startswith("cuda")]
+    if cuda_states and len(cuda_states) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(cuda_states)
+
+
+class Stateful(Protocol):
+    """Something whose state is tensors."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the state."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state_dict` returned."""
+
+
+class Checkpointer:
+    """Saves and restores everything that decides how a training stage continues, and the best weights up to now.
+
+    Args:
+        stage: the snapshots lie in its `state` folder.
+        fingerprint: hash of the recipe and of all that was read; a snapshot with another one is discarded.
+        parameters: what is trained, by name.
+        pruner: the masks and what was observed since the last event; None for a dense model.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        fingerprint: str,
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        lesson: Lesson,
+        pruner: Stateful | None,
+        log: TrainingLog,
+    ) -> None:
+        self.stage, self.fingerprint = stage, fingerprint
+        self.parameters, self.optimizer = parameters, optimizer
+        self.lesson, self.pruner, self.log = lesson, pruner, log
+        self.best_weights: dict[str, Tensor] = {}
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank holds only some rows of what is trained."""
+        return any(map(fsdp.is_sharded, self.parameters.values()))
+
+    def keep_weights(self) -> None:
+        """Keep a copy of the weights as they are: they are the best up to now."""
+        for name, parameter in self.parameters.items():
+            self.best_weights[name] = fsdp.local_rows(parameter).cpu().clone()
+
+    @torch.no_grad()
+    def restore_best_weights(self) -> None:
+        """Put the best weights back into the model, if any were kept."""
+        for name, weight in self.best_weights.items():
+            fsdp.local_rows(self.parameters[name]).copy_(weight)
+
+    def save(self, step: int) -> None:
+        """Write a snapshot after optimiser step `step`, from rank 0. Sharded weights: collective."""
+        if not ranks.is_main() and not self.is_sharded:
+            return
+        optimizer_state = collect_optimizer_state(self.optimizer, self.parameters)
+        best_weights = {}
+        for name, weight in self.best_weights.items():
+            best_weights[name] = fsdp.gather_rows(weight, self.parameters[name]).cpu()
+        tensors: TensorGroups = {
+            "model": gather_tensors(self.parameters.items()),
+            "adam": gather_tensors(optimizer_state.items()),
+            "best": best_weights,
+            "pruner": {} if self.pruner is None else self.pruner.state_dict(),
+            "random": collect_random_state(),
+        }
+        if not ranks.is_main():
+            return
+        notes: dict[str, JsonValue] = {
+            "fingerprint": self.fingerprint,
+            "log": self.log.state_dict().model_dump(mode="json"),
+            "lesson": self.lesson.state_dict(),
+        }
+        write_snapshot(self.stage.state, Snapshot(step, tensors, notes))
+
+    @torch.no_grad()
+    def restore(self) -> int:
+        """Restore the newest snapshot; return the number of steps done, 0 without one."""
+        snapshot = self._read_newest()
+        if snapshot is None:
+            return 0
+        tensors = snapshot.tensors
+        for name, parameter in self.parameters.items():
+            fsdp.local_rows(parameter).copy_(fsdp.take_local_rows(tensors["model"][name], parameter))
+        load_optimizer_state(self.optimizer, self.parameters, tensors.get("adam", {}))
+        if collectives.world_size() == 1:  # several ranks seed their generators at every step
+            load_random_state(tensors["random"])
+        if self.pruner is not None:
+            self.pruner.load_state_dict(tensors["pruner"])
+        for name, weight in tensors.get("best", {}).items():
+            self.best_weights[name] = fsdp.take_local_rows(weight, self.parameters[name])
+        self.log.load_state_dict(LogState.model_validate(snapshot.notes["log"]))
+        lesson_state = snapshot.notes["lesson"]
+        assert isinstance(lesson_state, list)
+        self.lesson.load_state_dict(lesson_state)
+        self.log.on_event({"event": "resume", "step": snapshot.step})
+        return snapshot.step
+
+    def _read_newest(self) -> Snapshot | None:
+        """Read the snapshot to resume from. Rank 0 removes one that does not fit, then the other ranks read."""
+        folder = self.stage.state
+        if not ranks.is_main():
+            collectives.barrier()
+            return read_newest_snapshot(folder, self.fingerprint)
+        exists = any(folder.glob("step-*"))
+        snapshot = read_newest_snapshot(folder, self.fingerprint)
+        if exists and snapshot is None:
+            console.warn(f"{self.stage.name} begins anew: its snapshot belongs to other settings or other rows")
+        self.log.cut(0 if snapshot is None else LogState.model_validate(snapshot.notes["log"]).bytes)
+        collectives.barrier()
+        return snapshot

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from toys import ARCHITECTURES
 
-from spdtool.distillation.grafting import LayerBlend, LayerDraw, create_mixing
+from spdtool.distillation.grafting import LayerBlend, LayerDraw, create_mixing, replacing_rate
 from spdtool.distillation.outputs import compute_outputs
-from spdtool.errors import ModelError
+from spdtool.errors import ModelError, UnknownName
 from spdtool.models.layers import (
     configure_layers,
     find_layer_stack,
@@ -21,6 +21,7 @@ from spdtool.models.layers import (
     install_capture_hooks,
     select_trained_parameters,
 )
+from spdtool.recipe.fields import Grafting
 
 
 def stacks(depth: int = 3) -> tuple[nn.ModuleList, nn.ModuleList]:
@@ -321,3 +322,28 @@ def test_the_kind_decides_and_a_blend_needs_no_state() -> None:
     blend.load_state_dict(json.loads(json.dumps(blend.state_dict())))
     with pytest.raises(ModelError, match="3 layers and the teacher 2"):
         create_mixing("blend", stacks(3)[0], stacks(2)[0], seed=0, stand_in_dropout=False)
+
+
+def test_replacing_rates_follow_the_published_schedules() -> None:
+    gap = {"schedule": "constant-then-linear-with-gap", "hold": 0.5, "rise": 0.5}
+    cases: list[tuple[dict[str, Any], list[float]]] = [  # rates at progress 0, 0.25, 0.5, 0.75 and 1
+        ({"schedule": "constant", "start": 0.8}, [0.8, 0.8, 0.8, 0.8, 0.8]),
+        ({"schedule": "constant-then-one", "start": 0.8, "hold": 0.5}, [0.8, 0.8, 1, 1, 1]),
+        ({"schedule": "constant-then-one", "start": 0.8}, [1, 1, 1, 1, 1]),
+        ({"schedule": "linear", "start": 0.6}, [0.6, 0.7, 0.8, 0.9, 1]),
+        ({"schedule": "linear", "start": 0.6, "rise": 0.5}, [0.6, 0.8, 1, 1, 1]),
+        ({"schedule": "linear", "start": 0.6, "rise": 0.0}, [1, 1, 1, 1, 1]),
+        ({"schedule": "constant-then-linear", "start": 0.6, "hold": 0.5, "rise": 0.5}, [0.6, 0.6, 0.6, 0.8, 1]),
+        ({"schedule": "constant-then-linear", "start": 0.6, "hold": 0.5, "rise": 0.0}, [0.6, 0.6, 1, 1, 1]),
+        (gap | {"start": 0.8, "base": 0.4}, [0.8, 0.8, 0.4, 0.7, 1]),
+        (gap | {"start": 0.6}, [0.6, 0.6, 0.6, 0.8, 1]),
+    ]
+    for fields, expected in cases:
+        rate = replacing_rate(Grafting(**fields))
+        assert [rate(progress) for progress in (0, 0.25, 0.5, 0.75, 1)] == pytest.approx(expected), fields
+
+
+def test_an_unknown_replacing_rate_offers_near_matches() -> None:
+    with pytest.raises(UnknownName, match="replacing-rate schedule 'liner'") as caught:
+        replacing_rate(Grafting(schedule="liner"))
+    assert "linear" in caught.value.near

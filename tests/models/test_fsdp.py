@@ -19,7 +19,7 @@ from spdtool.models import fsdp
 from spdtool.models.layers import find_layer_stack, install_capture_hooks
 from spdtool.recipe.fields import Recipe
 from spdtool.recipe.reading import build_recipe
-from spdtool.training import loop as training
+from spdtool.training.accelerator import create_accelerator
 
 RANKS = 3
 
@@ -169,10 +169,10 @@ def test_the_refusal_is_told_as_one_line() -> None:
 def test_accelerate_does_not_shard_behind_our_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(DeviceError, match="accelerate was told to use FSDP") as refused:
-        training.accelerator(Recipe(device="cpu"))
+        create_accelerator(Recipe(device="cpu"))
     assert "--set shard=true" in (refused.value.hint or "")
 
 
 def test_one_process_says_that_it_keeps_everything(capsys: pytest.CaptureFixture[str]) -> None:
-    training.accelerator(Recipe(device="cpu", shard=True))
+    create_accelerator(Recipe(device="cpu", shard=True))
     assert "shard is ignored" in capsys.readouterr().err
