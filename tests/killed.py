@@ -26,7 +26,7 @@ import toys
 from spdtool.models import load
 from spdtool.run import folder as runs
 from spdtool.run.folder import Run
-from spdtool.training import checkpoint as snapshot
+from spdtool.training import checkpoint
 
 STAGES = ("teacher", "prune", "distill", "finetune")
 for name in STAGES:
@@ -99,9 +99,9 @@ def plan(moment: str, count: int) -> None:
     elif moment == "after the optimiser's step":
         patch(step, "step", count, after)
     elif moment == "snapshot half written":
-        patch(snapshot, "save_file", count, half)
+        patch(checkpoint, "save_file", count, half)
     elif moment == "snapshot written, not renamed":
-        patch(snapshot, "_write", count, after)
+        patch(checkpoint, "write_snapshot_files", count, after)
     elif moment == "older snapshot half removed":
         patch(Path, "glob", count + 1, remove_half)  # `newest` looks once, then every write looks for older ones
     elif moment == "checkpoint half written":

@@ -24,8 +24,7 @@ from spdtool.data.batches import training_batches
 from spdtool.models.load import load_model, load_tokenizer, save_model
 from spdtool.run.folder import Run
 from spdtool.tasks import Task
-from spdtool.training import checkpoint as snapshot
-from spdtool.training import loop as training
+from spdtool.training import checkpoint, loop
 
 LAYERS, HEADS, WIDTH, LENGTH = 3, 2, 16, 16
 EPOCHS = {"prune": 6, "distill": 2, "finetune": 4}  # 12 events fit; 1 : 2 as in the recipe, so that its rates meet
@@ -170,7 +169,7 @@ def test_every_step_of_every_phase_is_that_of_the_published_algorithm(
     def load(*args: Any, **options: Any) -> Any:
         return original_load(*args, **options).double()
 
-    def write(root: Any, state: snapshot.Snapshot) -> None:
+    def write(root: Any, state: checkpoint.Snapshot) -> None:
         kept[state.step] = {name: weight.clone() for name, weight in state.tensors["model"].items()}
         dead[state.step] = {n[5:]: d.clone() for n, d in state.tensors["pruner"].items() if n.startswith("dead.")}
 
@@ -180,7 +179,7 @@ def test_every_step_of_every_phase_is_that_of_the_published_algorithm(
             group["fused"] = False
         return optimizer
 
-    original_load, original_adamw = load_model, training.adamw
+    original_load, original_adamw = load_model, loop.create_adamw
     task = toy_task(train=14, dev=6, labels=() if regression else ("bad", "good", "mixed"))
     folder = encoders_folder(toys, toy_run, dropout, 1 if regression else 3)
     run = toy_run(
@@ -191,8 +190,8 @@ def test_every_step_of_every_phase_is_that_of_the_published_algorithm(
     )  # fmt: skip
     monkeypatch.setattr("spdtool.stages.teacher.load_model", load)
     monkeypatch.setattr("spdtool.stages.student.load_model", load)
-    monkeypatch.setattr(snapshot, "write", write)
-    monkeypatch.setattr(training, "adamw", unfused)
+    monkeypatch.setattr(checkpoint, "write_snapshot", write)
+    monkeypatch.setattr(loop, "create_adamw", unfused)
     teacher = load(run.path / "teacher")
     plain = Plain(teacher.state_dict(), dropout, 5, regression)
     rows = data.encode_splits(load_tokenizer(run.path / "teacher"), task.dataset.load(None, 5), LENGTH)["train"]

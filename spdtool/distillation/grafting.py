@@ -173,6 +173,11 @@ def create_mixing(
     return LayerDraw(student, teacher, seed=seed, stand_in_dropout=stand_in_dropout)
 
 
+def is_grafted(rate: Callable[[float], float]) -> bool:
+    """Whether a layer of the teacher ever stands in under this replacing rate."""
+    return min(rate(step / 100) for step in range(100)) < 1
+
+
 @contextmanager
 def _blend_outputs(student: nn.Module, teacher: nn.Module, rate: float) -> Iterator[None]:
     """Let `student` return the blend while the block runs; transformers' hooks capture what `forward` returns."""

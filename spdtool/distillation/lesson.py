@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spdtool import console
-from spdtool.distillation.grafting import LayerDraw, LayerMixing, create_mixing, replacing_rate
+from spdtool.distillation.grafting import LayerDraw, LayerMixing, create_mixing, is_grafted, replacing_rate
 from spdtool.distillation.layer_map import map_layers, select_layers
 from spdtool.distillation.losses import LogitLoss, LossTerms, LossWeight, distillation_loss
 from spdtool.distillation.outputs import ModelOutputs, compute_outputs
@@ -129,6 +129,11 @@ class DistillationLesson(Lesson):
             self.clipped_parameters = _find_frozen_parameters(self.student, self.teacher, section)
 
     @property
+    def has_grafting(self) -> bool:
+        """Whether layers of the teacher stand in at all."""
+        return is_grafted(self._rate)
+
+    @property
     def compared_layers(self) -> tuple[int, ...]:
         """The teacher's layers whose hidden states the loss compares, from 0, the embeddings' output; may be empty."""
         return (0, *self._layers) if needs_hidden_states(self.section.loss) else ()
@@ -213,7 +218,7 @@ def _choose_grafting(
             stand_in_dropout=section.grafting.stand_in_dropout,
         )
         return mixing, rate
-    if min(rate(step / 100) for step in range(100)) < 1:
+    if is_grafted(rate):
         console.warn(
             f"{stage}.grafting is ignored: the student ({_describe_shape(student)}) has another shape than the teacher "
             f"({_describe_shape(teacher)}), whose layers cannot stand in for its own"

@@ -146,7 +146,7 @@ def train_phase(run: Run, stage: str, student: Student) -> TrainingResult:
     with run.stage(stage) as work:
         fitted = None
         if student.length.steps > 0:
-            with console.progress(stage, student.length.steps) as on_event:
+            with console.progress(stage, student.length.steps, grafting=lesson.has_grafting) as on_event:
                 fitted = fit(student, lesson, rows, section, student.length, recipe, work, on_event)
         pruner.finalize()
         dev, train = student.score()

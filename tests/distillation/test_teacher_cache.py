@@ -15,15 +15,14 @@ from safetensors.torch import load_file
 from spdtool import ranks as processes
 from spdtool.data import cache
 from spdtool.data import tokens as data
-from spdtool.distillation import outputs as observation
+from spdtool.distillation import lesson, outputs
 from spdtool.distillation import teacher_cache as teacher_outputs
 from spdtool.errors import PeerLost
 from spdtool.models import collectives
 from spdtool.recipe.fields import Recipe
 from spdtool.run.folder import Run
-from spdtool.stages import student
 from spdtool.stages.prune import prune
-from spdtool.training import checkpoint as snapshot
+from spdtool.training import checkpoint
 
 # epsilon: where a gradient is nothing but rounding, AdamW would step by rounding alone
 CALM = ("prune.epochs=2", "prune.dropout=0.0", "prune.epsilon=1e-4")
@@ -46,11 +45,11 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Every model that looks at a batch."""
     seen: list[Any] = []
 
-    def compute_outputs(model: Any, *args: Any, **options: Any) -> observation.ModelOutputs:
+    def compute_outputs(model: Any, *args: Any, **options: Any) -> outputs.ModelOutputs:
         seen.append("student" if any(weight.requires_grad for weight in model.parameters()) else "teacher")
-        return observation.compute_outputs(model, *args, **options)
+        return outputs.compute_outputs(model, *args, **options)
 
-    monkeypatch.setattr(student, "compute_outputs", compute_outputs)
+    monkeypatch.setattr(lesson, "compute_outputs", compute_outputs)
     return seen
 
 
@@ -71,7 +70,7 @@ def test_a_phase_learns_the_same_without_looking_at_the_teacher(
     assert looks == ["teacher"] * looks.count("teacher") + ["student"] * steps
     looks.clear()
     plain = toy_run(*sets, until="teacher", folder="plain")
-    monkeypatch.setattr(teacher_outputs, "is_worth_caching", lambda *_: False)
+    monkeypatch.setattr("spdtool.stages.student.is_worth_caching", lambda *_: False)
     prune(plain)
     assert looks == ["teacher", "student"] * steps
     ours, theirs = weights(kept), weights(plain)
@@ -87,16 +86,16 @@ def test_a_phase_that_is_killed_goes_on_with_what_is_kept(
     prune(calm)
     killed = toy_run(*CALM, until="teacher", folder="killed")
     looks.clear()
-    write = snapshot.write
+    write = checkpoint.write_snapshot
 
     def killing(*args: Any) -> None:
         write(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(snapshot, "write", killing)
+    monkeypatch.setattr(checkpoint, "write_snapshot", killing)
     with pytest.raises(KeyboardInterrupt):
         prune(killed)
-    monkeypatch.setattr(snapshot, "write", write)
+    monkeypatch.setattr(checkpoint, "write_snapshot", write)
     prune(Run.open(killed.path))
     assert set(looks) == {"student"}, "both were found in the cache"
     ours, theirs = weights(killed), weights(calm)
@@ -117,7 +116,7 @@ def test_what_is_lost_on_the_way_is_computed_again(toy_run: Callable[..., Run], 
 def test_hidden_states_for_which_there_is_no_room_are_not_kept_in_memory_either(
     toy_run: Callable[..., Run], looks: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache, "stored", lambda *_: None)
+    monkeypatch.setattr(cache, "arrays_on_disk", lambda *_: None)
     run = toy_run(*CALM, until="teacher")
     prune(run)
     assert looks == ["teacher", "student"] * (len(looks) // 2)
@@ -170,10 +169,10 @@ def test_nothing_is_kept_on_a_full_disk(pays: Callable[..., bool], monkeypatch: 
 
 
 def look(model: Any, made: list[int]) -> teacher_outputs.TeacherForward:
-    def looking(batch: dict[str, torch.Tensor]) -> observation.ModelOutputs:
+    def looking(batch: dict[str, torch.Tensor]) -> outputs.ModelOutputs:
         made.append(len(batch["labels"]))
         with torch.no_grad():
-            return observation.compute_outputs(model, batch, hidden_states=True)
+            return outputs.compute_outputs(model, batch, hidden_states=True)
 
     return looking
 

@@ -162,7 +162,7 @@ def test_memory_grows_with_what_costs_memory(toy_run: MakeRun, toys: Any) -> Non
 def test_the_first_jump_stays_below_the_target_and_above_what_is_zero_already(
     toys: Any, sparsity: float, initial: float, first: float | None
 ) -> None:
-    events = schedules.event_schedule(toys.recipe("prune.first=0.7", sparsity=sparsity), 100, initial=initial)
+    events = schedules.plan_prune_events(toys.recipe("prune.first=0.7", sparsity=sparsity), 100, initial=initial)
     assert events[-1][1] == sparsity
     assert len(events) == 3
     if first is None:
@@ -173,7 +173,9 @@ def test_the_first_jump_stays_below_the_target_and_above_what_is_zero_already(
 
 def test_the_first_jump_does_not_pass_by_a_student_that_is_to_be_left(toys: Any) -> None:
     leave = (0.5, 0.7, 0.8, 0.9)
-    events = schedules.event_schedule(toys.recipe("prune.first=0.7", f"prune.save_at={[*leave]}", sparsity=0.95), 100)
+    events = schedules.plan_prune_events(
+        toys.recipe("prune.first=0.7", f"prune.save_at={[*leave]}", sparsity=0.95), 100
+    )
     assert events[0] == (0, 0.5)
     assert set(leave) <= {sparsity for _, sparsity in events}
     assert [step for step, _ in events] == sorted({step for step, _ in events})

@@ -24,8 +24,8 @@ from spdtool.pruning.masks import Masks
 from spdtool.recipe.fields import Loss, Prune
 from spdtool.run.folder import Run
 from spdtool.tasks.classification import Classification
-from spdtool.training import loop as training
-from spdtool.training import prefetch
+from spdtool.training import loop, prefetch
+from spdtool.training.optimizer import create_adamw
 
 ATEN = torch.ops.aten
 READS = {  # what gives a number to Python, or a tensor whose size depends on numbers
@@ -89,7 +89,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
             yield watched(made)
 
     monkeypatch.setattr(prefetch, "prefetch_batches", ready)
-    monkeypatch.setattr(training, "LOGGED", 1)
+    monkeypatch.setattr(loop, "LOG_LINES", 1)
     return watching
 
 
@@ -161,7 +161,7 @@ def test_nothing_crosses_between_processor_and_device_within_a_step(toys: Any, a
         model.to("meta")  # a device whose tensors have no numbers: a number that is asked for is an error
     weights = Loss(hidden=1.0, attention=attention, hardness=0.5)
     seen = {"hidden_states": True, "attention": "scores" if attention else None}
-    optimizer = training.adamw(dict(student.named_parameters()), Prune(), torch.device("meta"))
+    optimizer = create_adamw(student.parameters(), Prune(), torch.device("meta"))
     masks = Masks(find_prunable_weights(student))
     masks.attach(optimizer)
     batch = evaluation.to_device({name: column.numpy() for name, column in toys.batch().items()}, "meta")

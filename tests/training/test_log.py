@@ -17,6 +17,7 @@ from spdtool.models.layers import find_prunable_weights
 from spdtool.models.load import load_model
 from spdtool.run.folder import Run
 from spdtool.stages.prune import prune
+from spdtool.training.log import TrainingLog
 
 LEAVE = ("prune.events=4", "prune.schedule=linear", "prune.save_at=[0.25, 0.375]")
 
@@ -100,13 +101,11 @@ def test_the_learning_rate_is_rewound_at_each_event(toy_run: Callable[..., Run])
 
 
 def _stop_after(patched: pytest.MonkeyPatch, step: int) -> None:
-    from spdtool.training.log import Journal
+    write_step = TrainingLog.write_step
 
-    log = Journal.log
-
-    def stopping(self: Journal, at: int, *rest: Any) -> None:
-        log(self, at, *rest)
-        if at == step:
+    def write_and_stop(log: TrainingLog, done: int, values: Any) -> None:
+        write_step(log, done, values)
+        if done == step:
             raise KeyboardInterrupt
 
-    patched.setattr(Journal, "log", stopping)
+    patched.setattr(TrainingLog, "write_step", write_and_stop)

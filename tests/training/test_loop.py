@@ -4,33 +4,47 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional as F
 
 from spdtool.data import tokens as data
 from spdtool.data.batches import training_batches
+from spdtool.distillation.lesson import GoldLabelLesson
 from spdtool.errors import DeviceError, GateError
-from spdtool.models import predict as evaluation
 from spdtool.models.layers import find_prunable_weights
+from spdtool.models.predict import to_device
 from spdtool.pruning.masks import Masks
 from spdtool.pruning.pruner import Pruner
-from spdtool.recipe.fields import Prune, Recipe, Training
+from spdtool.recipe.fields import Prune, Recipe, Training, TrainingLength
 from spdtool.run.folder import Stage
-from spdtool.run.records import Evaluation
+from spdtool.run.records import Evaluation, FitResult, Scores
 from spdtool.tasks import Task
-from spdtool.training import loop as training
-from spdtool.training.loop import Fit
-from spdtool.training.microbatches import LossWeight
+from spdtool.training.accelerator import create_accelerator
+from spdtool.training.learner import Learner
+from spdtool.training.loop import choose_evaluation_steps, fit
+from spdtool.training.optimizer import create_adamw
+
+
+@dataclass(kw_only=True)
+class ScriptedLearner(Learner):
+    """A learner whose dev scores are given, one for each evaluation; without any, they are measured."""
+
+    script: Iterator[float] | None = None
+
+    def score(self) -> tuple[Scores, Scores | None]:
+        return super().score() if self.script is None else ({"score": next(self.script)}, None)
 
 
 class Bench:
-    """A tiny model, rows and everything that `fit` wants, made anew for every call."""
+    """Makes a tiny model, rows and everything else that `fit` takes, anew for every call."""
 
     def __init__(self, folder: Path, toys: Any, task: Task) -> None:
         self.folder, self.toys, self.task = folder, toys, task
@@ -48,40 +62,41 @@ class Bench:
         pruning: bool = False,
         scores: list[float] | None = None,
         dropout: float = 0.0,
-        each: Callable[[int, Any], None] = lambda _step, _model: None,
-        bystanders: Callable[[Any], list[nn.Parameter]] = lambda _model: [],
-    ) -> dict[str, Any]:
+        on_step: Callable[[int, Any], None] = lambda _step, _model: None,
+        clipped: Callable[[Any], list[nn.Parameter]] = lambda _model: [],
+    ) -> FitResult:
         """Train; `stop` raises KeyboardInterrupt after the log line of that step; `scores` are the dev scores."""
         recipe = recipe or Recipe(device="cpu", save_minutes=1e9, bucketing=False, max_length=32)
         self.model = model = self.toys.bert(2, dropout=dropout)
         splits = data.encode_splits(self.toys.tokenizer(), self.task.dataset.load(None, 0), 32)
-        forward, told = evaluation.torch_forward(model), iter(scores or [])
-
-        def evaluate() -> dict[str, float]:
-            return {"score": next(told)} if scores else evaluation.evaluate(self.task, forward, splits)
-
-        def loss(batch: dict[str, torch.Tensor], progress: float, share: LossWeight) -> dict[str, torch.Tensor]:
-            labels = batch.pop("labels")
-            return {"loss": share.rows * F.cross_entropy(model(**batch).logits, labels)}
-
         pruner = None
         if pruning:
-            masks = Masks(find_prunable_weights(model))
-            pruner = Pruner(masks, [(3, 0.3), (8, 0.6)], Prune(), 0.6)
+            pruner = Pruner(Masks(find_prunable_weights(model)), [(3, 0.3), (8, 0.6)], Prune(), 0.6)
 
-        def watch(event: dict[str, Any]) -> None:
+        def on_event(event: dict[str, Any]) -> None:
             self.events.append(event)
             if event["event"] == "step":
-                each(event["step"], model)
+                on_step(event["step"], model)
                 if event["step"] == stop:
                     raise KeyboardInterrupt
 
-        work = Stage("teacher", self.folder / name)
-        work.folder.mkdir(exist_ok=True)
+        stage = Stage("teacher", self.folder / name, fingerprint)
+        stage.folder.mkdir(exist_ok=True)
         torch.manual_seed(123)  # whatever was random before must not matter
-        front = training.accelerator(recipe)
-        parts = Fit(model, loss, splits["train"], evaluate, pruner=pruner, bystanders=bystanders(model))
-        return training.fit(parts, section, recipe, work, fingerprint, front, watch)
+        learner = ScriptedLearner(
+            model=model,
+            tokenizer=self.toys.tokenizer(),
+            task=self.task,
+            splits=splits,
+            scored_rows=splits["train"].sample(0, seed=0),
+            accelerator=create_accelerator(recipe),
+            pruner=pruner,
+            script=iter(scores) if scores else None,
+        )
+        lesson = GoldLabelLesson(model, self.task.gold_loss)
+        lesson.clipped_parameters = clipped(model)
+        rows = splits["train"]
+        return fit(learner, lesson, rows, section, section.length(len(rows)), recipe, stage, on_event)
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
@@ -103,9 +118,8 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize(
-    ("per_epoch", "total", "wanted", "expected"),
-    [
+def test_the_dev_set_is_scored_evenly_and_after_the_last_step() -> None:
+    cases = [
         (10, 30, 1, {10, 20, 30}),
         (10, 25, 1, {10, 20, 25}),
         (10, 5, 1, {5}),
@@ -113,18 +127,16 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
         (3, 6, 2, {2, 3, 4, 6}),
         (1, 3, 5, {1, 2, 3}),
         (7, 7, 3, {2, 5, 7}),
-    ],
-)
-def test_the_dev_set_is_scored_evenly_and_after_the_last_step(
-    per_epoch: int, total: int, wanted: int, expected: set[int]
-) -> None:
-    assert training.evaluation_steps(per_epoch, total, wanted) == expected
+    ]
+    for case in cases:
+        steps_per_epoch, steps, evaluations, expected = case
+        length = TrainingLength(steps / steps_per_epoch, steps, steps_per_epoch, "")
+        assert choose_evaluation_steps(length, evaluations) == expected, case
 
 
 def test_biases_and_normalisation_do_not_decay(toys: Any) -> None:
     model = toys.bert(2)
-    optimizer = training.adamw(dict(model.named_parameters()), section(weight_decay=0.1, epsilon=1e-6),
-                               torch.device("cpu"))  # fmt: skip
+    optimizer = create_adamw(model.parameters(), section(weight_decay=0.1, epsilon=1e-6), torch.device("cpu"))
     decayed = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         plain = name.endswith("bias") or "LayerNorm" in name
@@ -162,7 +174,7 @@ def test_it_is_plain_adamw_on_plain_batches(bench: Bench, toys: Any) -> None:
     step = 0
     for epoch in range(2):
         for batch in training_batches(rows, 8, 0, epoch, pool=None):
-            inputs = evaluation.to_device(rows.collate(batch, 32), "cpu")
+            inputs = to_device(rows.collate(batch, 32), "cpu")
             labels = inputs.pop("labels")
             F.cross_entropy(model(**inputs).logits, labels).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -211,7 +223,7 @@ def test_the_clipped_norm_counts_what_the_recipe_says(bench: Bench, monkeypatch:
     def frozen(model: Any) -> list[nn.Parameter]:
         return [p for name, p in model.named_parameters() if not name.startswith("bert.encoder.layer.")]
 
-    bench.fit(section(train="layers", clip=1e-3, clip_over=over), bystanders=frozen if over == "all" else lambda _: [])
+    bench.fit(section(train="layers", clip=1e-3, clip_over=over), clipped=frozen if over == "all" else lambda _: [])
     for norm, counted in seen:
         assert norm == pytest.approx(1e-3, rel=1e-2)  # exactly the norm of all that was counted
         assert ({id(p) for p in frozen(bench.model)} <= counted) == (over == "all")
@@ -225,14 +237,14 @@ def test_gradients_of_pruned_weights_count_only_when_everything_does(
 ) -> None:
     alive: list[bool] = []
 
-    def clip(front: Any, parameters: Any, largest: float) -> Any:
+    def clip(accelerator: Any, parameters: Any, max_norm: float) -> Any:
         for weight in find_prunable_weights(bench.model).values():
             assert weight.grad is not None
             alive.append(bool((weight.grad[weight == 0] != 0).any()))
-        return original(front, parameters, largest)
+        return original(accelerator, parameters, max_norm)
 
-    original = training.Accelerator.clip_grad_norm_
-    monkeypatch.setattr(training.Accelerator, "clip_grad_norm_", clip)
+    original = Accelerator.clip_grad_norm_
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", clip)
     bench.fit(section(epochs=3, clip_over=over), pruning=True)
     assert any(alive) == (over == "all")
     zeros = {int((w == 0).sum()) for w in find_prunable_weights(bench.model).values()}
@@ -241,12 +253,14 @@ def test_gradients_of_pruned_weights_count_only_when_everything_does(
 
 @pytest.mark.parametrize(("keep", "step", "score"), [(True, 4, 0.9), (False, 12, 0.7)])
 def test_the_best_or_the_last_weights_are_handed_over(bench: Bench, keep: bool, step: int, score: float) -> None:
-    kept: dict[int, dict[str, torch.Tensor]] = {}
-    summary = bench.fit(
-        section(epochs=3, keep_best=keep), scores=[0.9, 0.8, 0.7], each=lambda at, _: kept.update({at: bench.weights()})
-    )
+    weights_after: dict[int, dict[str, torch.Tensor]] = {}
+
+    def copy_weights(done: int, _model: Any) -> None:
+        weights_after[done] = bench.weights()
+
+    summary = bench.fit(section(epochs=3, keep_best=keep), scores=[0.9, 0.8, 0.7], on_step=copy_weights)
     assert summary.best == Evaluation(step=step, metrics={"score": score})
-    assert same(bench.weights(), kept[step])
+    assert same(bench.weights(), weights_after[step])
 
 
 def test_of_equal_scores_the_earlier_is_the_best(bench: Bench) -> None:
@@ -318,7 +332,7 @@ def test_a_pruned_weight_that_came_alive_is_not_saved(bench: Bench) -> None:
                     weight[weight == 0] = 1.0
 
     with pytest.raises(GateError, match="a pruned weight"):
-        bench.fit(section(epochs=3), pruning=True, each=revive, recipe=Recipe(device="cpu", save_minutes=0))
+        bench.fit(section(epochs=3), pruning=True, on_step=revive, recipe=Recipe(device="cpu", save_minutes=0))
 
 
 def test_bf16_trains_and_leaves_float32_weights_and_a_plain_model(bench: Bench) -> None:
@@ -335,7 +349,7 @@ def test_bf16_trains_and_leaves_float32_weights_and_a_plain_model(bench: Bench) 
 def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(DeviceError, match="no CUDA device answers"):
-        training.accelerator(Recipe(device="cuda"))
+        create_accelerator(Recipe(device="cuda"))
     with pytest.raises(DeviceError, match="fp16 training needs a CUDA device"):
-        training.accelerator(Recipe(device="auto", precision="fp16"))
-    assert training.accelerator(Recipe(device="auto")).device.type == "cpu"
+        create_accelerator(Recipe(device="auto", precision="fp16"))
+    assert create_accelerator(Recipe(device="auto")).device.type == "cpu"
