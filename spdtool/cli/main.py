@@ -412,11 +412,11 @@ def _launched(count: int, chosen: Recipe, again: tuple[str, Path] | None = None)
         console.warn(f"--processes {count} is ignored: {processes.world_size()} were launched already")
     if count == 1 or processes.world_size() > 1:
         return False
-    from spdtool.training.launch import launch
+    from spdtool.training.launch import launch_with_restarts
 
     if again is not None:  # by us: ranks that are started again must not drop what the first have made
         _drop(*again)
-    launch(count, [word for word in sys.argv[1:] if word != "--again"], chosen.restarts)
+    launch_with_restarts(count, [word for word in sys.argv[1:] if word != "--again"], chosen.restarts)
     return True
 
 

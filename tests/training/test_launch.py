@@ -15,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from spdtool import ranks as processes
 from spdtool.errors import GateError, PeerLost, RunError, RunLocked, SpdError, UnknownName
-from spdtool.training import launch as launcher
+from spdtool.training import launch
 
 LOST = PeerLost("another of the 2 processes has ended", "see what it said")
 
@@ -36,7 +36,7 @@ def failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_a_killed_rank_is_named_whatever_its_peers_say_of_it(failed: Any) -> None:
-    found = launcher.verdict({0: failed(0, 2, LOST), 1: failed(1, -signal.SIGKILL)}, 2)
+    found = launch.explain_failures({0: failed(0, 2, LOST), 1: failed(1, -signal.SIGKILL)}, 2)
     assert type(found) is PeerLost
     assert "rank 1 of 2 was killed by SIGKILL" in found.message
     assert found.hint == "the same command goes on from the last snapshot"
@@ -47,18 +47,18 @@ def test_a_killed_rank_is_named_whatever_its_peers_say_of_it(failed: Any) -> Non
     [RunLocked("another process is working in x", "wait"), GateError("no parity"), UnknownName("recipe", "x", "y")],
 )
 def test_what_a_rank_said_is_told_as_it_said_it(failed: Any, error: SpdError) -> None:
-    found = launcher.verdict({0: failed(0, error.exit_code, error), 1: failed(1, -signal.SIGTERM)}, 2)
+    found = launch.explain_failures({0: failed(0, error.exit_code, error), 1: failed(1, -signal.SIGTERM)}, 2)
     assert (type(found), found.message, found.hint) == (type(error), error.message, error.hint)
     assert found.exit_code == error.exit_code
 
 
 def test_another_rank_says_which_it_is(failed: Any) -> None:
-    found = launcher.verdict({0: failed(0, 2, LOST), 1: failed(1, 2, RunError("the disk is full"))}, 2)
+    found = launch.explain_failures({0: failed(0, 2, LOST), 1: failed(1, 2, RunError("the disk is full"))}, 2)
     assert found.message == "the disk is full (rank 1)"
 
 
 def test_a_bug_is_not_hidden_by_the_complaints_of_the_peers(failed: Any) -> None:
-    found = launcher.verdict({0: failed(0, 2, LOST), 1: failed(1, 1)}, 2)
+    found = launch.explain_failures({0: failed(0, 2, LOST), 1: failed(1, 1)}, 2)
     assert "rank 1 of 2 failed with exit code 1" in found.message
 
 
@@ -69,12 +69,12 @@ def test_ranks_are_started_again_as_often_as_asked_if_one_was_lost(monkeypatch: 
         if (end := ends.pop(0)) is not None:
             raise end
 
-    monkeypatch.setattr(launcher, "_run", run)
-    launcher.launch(2, ["prune"], restarts=2)
+    monkeypatch.setattr(launch, "launch_ranks", run)
+    launch.launch_with_restarts(2, ["prune"], restarts=2)
     assert ends == []
     ends += [PeerLost("rank 1 was killed"), PeerLost("rank 0 was killed"), None]
     with pytest.raises(PeerLost, match="rank 0 was killed"):
-        launcher.launch(2, ["prune"], restarts=1)
+        launch.launch_with_restarts(2, ["prune"], restarts=1)
     assert ends == [None]
 
 
@@ -85,9 +85,9 @@ def test_what_a_rank_complains_of_is_not_tried_again(monkeypatch: pytest.MonkeyP
         calls.append(words)
         raise RunError("the disk is full")
 
-    monkeypatch.setattr(launcher, "_run", run)
+    monkeypatch.setattr(launch, "launch_ranks", run)
     with pytest.raises(RunError, match="the disk is full"):
-        launcher.launch(2, ["prune"], restarts=5)
+        launch.launch_with_restarts(2, ["prune"], restarts=5)
     assert len(calls) == 1
 
 
@@ -105,7 +105,7 @@ def test_words_are_left_only_where_someone_reads_them(tmp_path: Path, monkeypatc
 def test_the_ranks_find_their_launcher_and_share_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     before = dict(os.environ)
-    with launcher._for_ranks(1000, str(tmp_path)):
+    with launch.rank_environment(1000, str(tmp_path)):
         assert os.environ[processes.LAUNCHER] == str(os.getpid())
         assert os.environ[processes.FOLDER] == str(tmp_path)
         assert os.environ["OMP_NUM_THREADS"] == "1"
