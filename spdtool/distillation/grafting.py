@@ -1,8 +1,8 @@
 """Grafting: in each forward pass, each layer is the student's with probability p, else the teacher's; or a blend.
 
-The student's layers learn inside a network that already works (BERT-of-Theseus, arXiv 2002.02925; Sparse Progressive
-Distillation, arXiv 2110.08190). No modelling code is copied: entries of the student's layer list are swapped for one
-forward pass and put back.
+The student's layers learn inside a network that already works (BERT-of-Theseus, arXiv 2002.02925;
+Sparse Progressive Distillation, arXiv 2110.08190). No modelling code is copied: entries of the
+student's layer list are swapped for one forward pass and put back.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class LayerDraw:
         """Draw which layers are the student's, and let the teacher's stand in for the others inside the block.
 
         Args:
-            rate: the replacing rate p in [0, 1]; the same number of random draws is made whatever it is.
+            rate: the replacing rate p in [0, 1]; the same number of random draws is made whatever
+                it is.
 
         Yields:
             per layer, whether it is the student's.
@@ -82,9 +83,9 @@ class LayerDraw:
 class LayerBlend:
     """Keeps the student's layers and hook-free copies of the teacher's, to mix their outputs for the same input.
 
-    In place of a draw, every layer gives `rate` times its output plus `1 - rate` times the teacher's: nothing is
-    random, and every layer of the student learns in every step. The layers stay in their list; only their `forward`
-    is replaced inside the block.
+    In place of a draw, every layer gives `rate` times its output plus `1 - rate` times the
+    teacher's: nothing is random, and every layer of the student learns in every step. The layers
+    stay in their list; only their `forward` is replaced inside the block.
 
     Args:
         student: the layers that are mixed.
@@ -141,7 +142,8 @@ def replacing_rate(section: Grafting) -> Callable[[float], float]:
     - `constant-then-one`: `start` for `hold` of the stage, then 1.
     - `linear`: from `start` to 1 over `rise` of the stage, then 1.
     - `constant-then-linear`: `start` for `hold`, then to 1 over `rise`.
-    - `constant-then-linear-with-gap`: `start` for `hold`, then a jump to `base` and from there to 1 over `rise`.
+    - `constant-then-linear-with-gap`: `start` for `hold`, then a jump to `base` and from there to
+      1 over `rise`.
 
     Raises:
         UnknownName: no such schedule.

@@ -15,11 +15,13 @@ from spdtool.recipe.fields import Distilled, Loss, Recipe
 def map_layers(layer_map: str | tuple[int, ...], student_depth: int, teacher_depth: int) -> tuple[int, ...]:
     """Return the teacher's layer, counted from 1, for each layer of the student, first to last.
 
-    `uniform` spreads them evenly, so that the last learns from the last; `last` takes the teacher's topmost layers;
-    a tuple lists them layer by layer. Two stacks of one depth are paired one to one by the first two.
+    `uniform` spreads them evenly, so that the last learns from the last; `last` takes the
+    teacher's topmost layers; a tuple lists them layer by layer. Two stacks of one depth are paired
+    one to one by the first two.
 
     Raises:
-        RecipeError: the tuple has another length, or names a layer that does not exist; `last` for a deeper student.
+        RecipeError: the tuple has another length, or names a layer that does not exist; `last` for
+            a deeper student.
     """
     if layer_map == "uniform":
         return tuple(max(1, round(layer * teacher_depth / student_depth)) for layer in range(1, student_depth + 1))
@@ -44,7 +46,8 @@ def check_phases(recipe: Recipe, student: ModelShape, teacher: ModelShape) -> No
     """Refuse what one of the three phases could not compare.
 
     Raises:
-        RecipeError: the layer map, the relation heads or the attention heads do not fit the two; names the phase.
+        RecipeError: the layer map, the relation heads or the attention heads do not fit the two;
+            names the phase.
     """
     for phase in PHASES:
         section = recipe.section(phase)

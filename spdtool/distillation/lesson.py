@@ -36,9 +36,10 @@ class Lesson:
 
     Attributes:
         parameters: trained together with the model, but no part of it.
-        clipped_parameters: frozen parameters whose gradients count when the gradient norm is clipped.
-        counts_padding: whether a term is a mean over padding too, so that all micro-batches of a batch must be padded
-            alike.
+        clipped_parameters: frozen parameters whose gradients count when the gradient norm is
+            clipped.
+        counts_padding: whether a term is a mean over padding too, so that all micro-batches of a
+            batch must be padded alike.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
 """The distillation losses: logits, hidden states, attention, relations between tokens.
 
-Padding never counts, unless a recipe asks for it. Layers are compared in turn: `layer_map.select_layers` brings the
-teacher's into the order of the student's.
+Padding never counts, unless a recipe asks for it. Layers are compared in turn:
+`layer_map.select_layers` brings the teacher's into the order of the student's.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ LossTerms = dict[str, Tensor]
 class LossWeight:
     """Fraction of a global batch that some rows hold: of its rows, its real tokens, and pairs of real tokens in a row.
 
-    A term that is a mean over tokens is multiplied by `tokens`, so that the terms of all micro-batches add up to that
-    of the batch.
+    A term that is a mean over tokens is multiplied by `tokens`, so that the terms of all
+    micro-batches add up to that of the batch.
     """
 
     rows: float = 1.0
@@ -55,8 +55,8 @@ def distillation_loss(
 ) -> LossTerms:
     """Compute every term with a weight above 0, unweighted, and `loss`: their weighted sum.
 
-    The terms of all micro-batches of a batch add up to the batch's. Exception: attention maps of layers with a local
-    window, whose masked pairs are weighted as if they were compared.
+    The terms of all micro-batches of a batch add up to the batch's. Exception: attention maps of
+    layers with a local window, whose masked pairs are weighted as if they were compared.
 
     Args:
         batch: `attention_mask` [rows, tokens] and `labels` [rows].
@@ -109,8 +109,9 @@ def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tens
 def relation_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor | None, heads: int) -> Tensor:
     """Compute the divergence between the token-to-token relations of hidden states, summed over layers.
 
-    In the spirit of MiniLM (arXiv 2002.10957, 2012.15828), which relates queries, keys and values of one layer; here
-    it is the hidden states of every mapped layer, so that neither heads nor widths have to match.
+    In the spirit of MiniLM (arXiv 2002.10957, 2012.15828), which relates queries, keys and values
+    of one layer; here it is the hidden states of every mapped layer, so that neither heads nor
+    widths have to match.
 
     Args:
         student, teacher: per layer [rows, tokens, width]; the widths may differ.
@@ -139,7 +140,8 @@ def attention_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: T
     """Compute the mean squared error over visible pairs of real tokens and heads, summed over layers.
 
     Args:
-        student, teacher: per layer [rows, heads, tokens, tokens]: scores before the softmax, or probabilities.
+        student, teacher: per layer [rows, heads, tokens, tokens]: scores before the softmax, or
+            probabilities.
         mask: attention mask [rows, tokens]; None: every position counts, masked scores as 0.
     """
     losses = []

@@ -20,7 +20,8 @@ class ModelOutputs:
 
     Attributes:
         logits: [rows, labels].
-        hidden_states: per layer [rows, tokens, width], the embeddings' output first; None if not requested.
+        hidden_states: per layer [rows, tokens, width], the embeddings' output first; None if not
+            requested.
         attentions: per layer [rows, heads, tokens, tokens]; None if not requested.
     """
 
@@ -35,8 +36,8 @@ def compute_outputs(
     """Run `model` on `batch` (without its labels) and return the requested outputs.
 
     Args:
-        attention: `scores` before the softmax, `probabilities` after softmax and dropout, or None. Needs the eager
-            attention implementation.
+        attention: `scores` before the softmax, `probabilities` after softmax and dropout, or None.
+            Needs the eager attention implementation.
     """
     inputs = {name: column for name, column in batch.items() if name != "labels"}
     if attention == "scores":
@@ -53,8 +54,9 @@ def compute_outputs(
 class _SoftmaxInputs(TorchFunctionMode):
     """Keeps the input of each softmax over [rows, heads, tokens, tokens] while the block runs.
 
-    Every supported family computes eager attention with one softmax a layer, so this records the scores of all of
-    them without a line of their code, with relative positions and rotary embeddings already added.
+    Every supported family computes eager attention with one softmax a layer, so this records the
+    scores of all of them without a line of their code, with relative positions and rotary
+    embeddings already added.
     """
 
     def __init__(self) -> None:

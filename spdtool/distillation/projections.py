@@ -1,7 +1,8 @@
 """Projections from the student's width to the teacher's: trained with the student, and never part of it.
 
-Where hidden states have different widths, each is multiplied by a matrix of its own before it is compared (TinyBERT,
-arXiv 1909.10351). A phase saves the matrices in `projections.safetensors`, from which the next one continues.
+Where hidden states have different widths, each is multiplied by a matrix of its own before it is
+compared (TinyBERT, arXiv 1909.10351). A phase saves the matrices in `projections.safetensors`,
+from which the next one continues.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The teacher's outputs for every training row, computed once for all epochs, phases and runs that read the same.
 
-Logits alone are cached wherever a phase reads nothing else. Hidden states are large: they are cached for training on a
-CPU, where reading them is faster than a forward pass, if they fit `teacher_states_gb` and the disk, and if the
-student's phases read the rows at least twice. Attention maps are never cached.
+Logits alone are cached wherever a phase reads nothing else. Hidden states are large: they are
+cached for training on a CPU, where reading them is faster than a forward pass, if they fit
+`teacher_states_gb` and the disk, and if the student's phases read the rows at least twice.
+Attention maps are never cached.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def is_worth_caching(
     """Whether `cache_outputs` saves time in the phase of `section`, and fits the disk space that the recipe allows.
 
     Args:
-        layers: the teacher's, from 0, the embeddings' output, whose hidden states the loss compares.
+        layers: the teacher's, from 0, the embeddings' output, whose hidden states the loss
+            compares.
     """
     if section.loss.attention > 0 or rows.pad_left:  # with left padding, a row's outputs depend on its batch
         return False
@@ -68,13 +70,15 @@ def is_worth_caching(
 def cache_outputs(rows: Encoded, teacher: PreTrainedModel, forward: TeacherForward, layers: Sequence[int]) -> Encoded:
     """Return `rows` with the teacher's outputs as further columns, from the cache or by one pass over the rows.
 
-    They are float32: logits [rows, labels], and hidden states [tokens, layers, width] if there are `layers`. They are
-    stored under a hash of the teacher's weights, the rows and the machine's arithmetic, so that a resumed stage reads
-    the very same numbers. Of several processes the first one computes them for all. If the disk is too full for the
-    hidden states after all, the rows come back without them.
+    They are float32: logits [rows, labels], and hidden states [tokens, layers, width] if there are
+    `layers`. They are stored under a hash of the teacher's weights, the rows and the machine's
+    arithmetic, so that a resumed stage reads the very same numbers. Of several processes the first
+    one computes them for all. If the disk is too full for the hidden states after all, the rows
+    come back without them.
 
     Args:
-        layers: the teacher's, from 0, the embeddings' output, whose hidden states `forward` returns; empty: none.
+        layers: the teacher's, from 0, the embeddings' output, whose hidden states `forward`
+            returns; empty: none.
     """
     name = cache.cache_key(_hash_model(teacher), rows.digest, _describe_arithmetic(teacher.device), list(layers))
     if not ranks.is_main():

@@ -1,7 +1,8 @@
 """`spdtool prune`: phase 1, prune the student to the target sparsity while it is grafted and distilled.
 
-Reads: `teacher/`. Writes: `prune/`, the student's first sparse checkpoint; its zeros are exactly the requested ones.
-With `prune.save_at`, also `prune/students/<sparsity>/`: the student as it was at intermediate sparsities.
+Reads: `teacher/`. Writes: `prune/`, the student's first sparse checkpoint; its zeros are exactly
+the requested ones. With `prune.save_at`, also `prune/students/<sparsity>/`: the student as it was
+at intermediate sparsities.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`spdtool teacher`: fine-tune the dense encoder on the task, or copy a given fine-tuned one and measure it.
 
-Reads: nothing of the run; of the data, the rows that every later stage must read unchanged. Writes: `teacher/`, a
-Hugging Face checkpoint, with the dev metrics of its best epoch.
+Reads: nothing of the run; of the data, the rows that every later stage must read unchanged.
+Writes: `teacher/`, a Hugging Face checkpoint, with the dev metrics of its best epoch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def teacher(run: Run) -> TrainingResult:
     """Fine-tune the teacher of `run`, or copy the given one; return the stage's result.
 
     Raises:
-        DataError, ModelError, DeviceError: the data, the model or the device cannot be used; nothing is written.
+        DataError, ModelError, DeviceError: the data, the model or the device cannot be used;
+            nothing is written.
     """
     if run.recipe.given_teacher is not None:
         return copy_teacher(run, run.recipe.given_teacher)

@@ -18,7 +18,8 @@ def create_accelerator(recipe: Recipe) -> Accelerator:
     """Create the Accelerator for the recipe's device and precision; if several ranks were launched, join them.
 
     Raises:
-        DeviceError: CUDA is requested and does not answer, fp16 is requested on a CPU, or accelerate is told to shard.
+        DeviceError: CUDA is requested and does not answer, fp16 is requested on a CPU, or
+            accelerate is told to shard.
     """
     on_cpu = recipe.device == "cpu" or not torch.cuda.is_available()
     _check_device(recipe, on_cpu)

@@ -1,7 +1,8 @@
 """Snapshots: the resumable state of a training stage, on disk whole or not at all.
 
-A snapshot is a folder `step-000000123` with `state.safetensors` (every tensor) and `state.json` (everything else). It
-is written under another name and renamed; only then is the older one removed. No pickle is written or read.
+A snapshot is a folder `step-000000123` with `state.safetensors` (every tensor) and `state.json`
+(everything else). It is written under another name and renamed; only then is the older one
+removed. No pickle is written or read.
 """
 
 from __future__ import annotations
@@ -162,7 +163,8 @@ class Checkpointer:
 
     Args:
         stage: the snapshots lie in its `state` folder.
-        fingerprint: hash of the recipe and of all that was read; a snapshot with another one is discarded.
+        fingerprint: hash of the recipe and of all that was read; a snapshot with another one is
+            discarded.
         parameters: what is trained, by name.
         pruner: the masks and what was observed since the last event; None for a dense model.
     """

@@ -1,8 +1,9 @@
 """`--processes N`: the same command once for every rank on this machine, and one message if a rank ends badly.
 
-torch's elastic agent starts the ranks, watches them, and ends the others when one ends. As often as the recipe's
-`restarts` says, all are started again if one was lost, and continue from the last snapshot; `torchrun --max-restarts`
-does that across machines. A rank dies with its launcher (`ranks.py`).
+torch's elastic agent starts the ranks, watches them, and ends the others when one ends. As often
+as the recipe's `restarts` says, all are started again if one was lost, and continue from the last
+snapshot; `torchrun --max-restarts` does that across machines. A rank dies with its launcher
+(`ranks.py`).
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def launch_with_restarts(count: int, arguments: Sequence[str], restarts: int = 0
     """Run `spdtool ARGUMENTS` in `count` processes, and return when all have ended well.
 
     Args:
-        restarts: how often all of them are started again when one is lost; not when one reports an error.
+        restarts: how often all of them are started again when one is lost; not when one reports an
+            error.
 
     Raises:
         PeerLost: a rank was killed, or failed without a report, once more than it may.
@@ -77,7 +79,8 @@ def launch_ranks(count: int, arguments: Sequence[str]) -> None:
 def explain_failures(failures: Mapping[int, ProcessFailure], count: int) -> SpdError:
     """Return the error that explains why a job ended.
 
-    A killed rank explains the complaints of the others, and the error of one rank those of its peers.
+    A killed rank explains the complaints of the others, and the error of one rank those of its
+    peers.
 
     Args:
         failures: by rank: its exit code (minus a signal), and what `ranks.report_failure` wrote.

@@ -1,11 +1,11 @@
 """The one training loop: the teacher's fine-tuning and the student's three phases, with different lessons.
 
-Everything that it needs to continue after `kill -9` is in a snapshot (`checkpoint.py`); learning rate, replacing rate
-and the order of the data are functions of the step, so they need no state.
+Everything that it needs to continue after `kill -9` is in a snapshot (`checkpoint.py`); learning
+rate, replacing rate and the order of the data are functions of the step, so they need no state.
 
-Several ranks run it together (`ranks.py`): each takes its rows of every batch (`microbatches.py`), the gradients are
-summed (`collectives.py`), and everything after that is the same on all of them. The weights are those of one process
-up to rounding, however many there are.
+Several ranks run it together (`ranks.py`): each takes its rows of every batch (`microbatches.py`),
+the gradients are summed (`collectives.py`), and everything after that is the same on all of them.
+The weights are those of one process up to rounding, however many there are.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def fit(
 ) -> FitResult:
     """Train the learner's model in place, resuming from the stage's snapshot if it has one that fits.
 
-    Writes `metrics.jsonl` and the snapshots into the folder of the stage. Afterwards the model has the weights to
-    hand over: the best or the last, as `section.keep_best` says.
+    Writes `metrics.jsonl` and the snapshots into the folder of the stage. Afterwards the model has
+    the weights to hand over: the best or the last, as `section.keep_best` says.
 
     Args:
         rows: the training split; it may have the teacher's outputs beside the rows.
@@ -251,7 +251,8 @@ def _compute_terms(job: _Job, microbatch: Microbatch, step: int) -> LossTerms:
 def _repeat_draw(lesson: Lesson, microbatches: Iterable[Microbatch]) -> Iterator[Microbatch]:
     """Yield the micro-batches of a batch; every one sees the same draw of grafted layers.
 
-    A draw belongs to an optimiser step: splitting a batch, for lack of memory or among ranks, must not change it.
+    A draw belongs to an optimiser step: splitting a batch, for lack of memory or among ranks, must
+    not change it.
     """
     state = lesson.state_dict()
     for index, microbatch in enumerate(microbatches):

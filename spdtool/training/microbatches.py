@@ -1,8 +1,9 @@
 """Micro-batches: which rows of a global batch each rank takes, in how many steps, and how much each weighs.
 
-A loss is a mean over rows, over real tokens, or over pairs of tokens. The mean of the micro-batches' means is not the
-mean of the batch where lengths differ, so every term is multiplied by the micro-batch's fraction of what that term is a
-mean over. The lengths of all rows are known to every rank: nothing has to be exchanged for it.
+A loss is a mean over rows, over real tokens, or over pairs of tokens. The mean of the
+micro-batches' means is not the mean of the batch where lengths differ, so every term is multiplied
+by the micro-batch's fraction of what that term is a mean over. The lengths of all rows are known
+to every rank: nothing has to be exchanged for it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class MicrobatchSplitter:
     Attributes:
         accumulate: number of micro-batches that a rank makes of its rows, to save memory.
         pad_to: pad to this many tokens; None: to the longest row of a micro-batch.
-        pad_alike: pad all micro-batches to the longest row of the batch, because padding counts in the losses.
+        pad_alike: pad all micro-batches to the longest row of the batch, because padding counts in
+            the losses.
         rank, ranks: which rank takes its rows, of how many.
     """
 
@@ -46,8 +48,8 @@ class MicrobatchSplitter:
     def split(self, rows: Encoded, batch: np.ndarray) -> Iterator[Microbatch]:
         """Yield this rank's micro-batches of `batch` (row numbers); the weights of all ranks sum to one.
 
-        A rank without rows gets one row with a weight of zero: its backward pass then leaves zeros for the same
-        parameters as on the other ranks.
+        A rank without rows gets one row with a weight of zero: its backward pass then leaves zeros
+        for the same parameters as on the other ranks.
         """
         rank_rows = deal_rows(batch, rows.lengths[batch], self.ranks)[self.rank]
         pad_to = self.pad_to
@@ -76,7 +78,8 @@ class MicrobatchSplitter:
 def deal_rows(batch: np.ndarray, lengths: np.ndarray, ranks: int) -> list[np.ndarray]:
     """Deal the rows of `batch` out to the ranks: equally many for each, to within one, and of like lengths.
 
-    Longest first, they are dealt out back and forth; rank 0 gets the first row, so it is never without one.
+    Longest first, they are dealt out back and forth; rank 0 gets the first row, so it is never
+    without one.
     """
     if ranks == 1:
         return [batch]

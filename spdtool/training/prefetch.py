@@ -1,7 +1,8 @@
 """Batches prepared a few steps ahead of the loop, by a thread, so that a GPU does not wait for them.
 
-The thread collates them and puts them into page-locked memory, from which a copy to the device waits for nothing. It
-computes a pure function of the rows and the step: nothing random moves to it, and the batches are the same.
+The thread collates them and puts them into page-locked memory, from which a copy to the device
+waits for nothing. It computes a pure function of the rows and the step: nothing random moves to
+it, and the batches are the same.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ StepBatch = tuple[int, int, Iterable[Microbatch]]
 def prefetch_batches(batches: Iterator[StepBatch], device: torch.device) -> AbstractContextManager[Iterator[StepBatch]]:
     """Return a context whose iterator yields `batches`: prepared ahead for a GPU, on demand on a CPU.
 
-    On a CPU a thread would only take processor time from the matrix products. An exception while a batch is prepared
-    is raised in the loop, at the step of that batch.
+    On a CPU a thread would only take processor time from the matrix products. An exception while a
+    batch is prepared is raised in the loop, at the step of that batch.
     """
     if device.type != "cuda":
         return nullcontext(batches)

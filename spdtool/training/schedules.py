@@ -37,7 +37,8 @@ def plan_prune_events(recipe: Recipe, steps: int, *, initial: float = 0.0) -> Ev
         initial: sparsity before the first event.
 
     Raises:
-        RecipeError: they do not fit into the stage, or miss a sparsity at which a student is to be saved.
+        RecipeError: they do not fit into the stage, or miss a sparsity at which a student is to be
+            saved.
     """
     section = recipe.prune
     events = prune_events(
@@ -68,9 +69,10 @@ def prune_events(
 ) -> Events:
     """Compute the exact prune events of a stage, up to `final`, which the exchanges repeat.
 
-    Event i of N falls after optimiser step `round(i * steps / N)`, so their number never depends on the batch size
-    and the target is always reached. With `first`, event 1 happens before the first step and jumps straight to that
-    sparsity; the others climb from there (the oBERT recipe jumps to 0.7, arXiv 2203.07259).
+    Event i of N falls after optimiser step `round(i * steps / N)`, so their number never depends
+    on the batch size and the target is always reached. With `first`, event 1 happens before the
+    first step and jumps straight to that sparsity; the others climb from there (the oBERT recipe
+    jumps to 0.7, arXiv 2203.07259).
 
     Args:
         steps: optimiser steps over which the events are spread; at least `events`.
@@ -79,7 +81,8 @@ def prune_events(
         initial: sparsity before the first event.
         first: sparsity of the first event, at step 0.
         shape: `cubic` or `linear`.
-        exchanges: further events at `final`, spread evenly from step `steps` up to `freeze * total`.
+        exchanges: further events at `final`, spread evenly from step `steps` up to `freeze *
+            total`.
         freeze: fraction of the stage after which no event comes.
         total: optimiser steps of the stage; none: `steps`.
 
@@ -133,14 +136,16 @@ def _choose_first_jump(recipe: Recipe, initial: float) -> float | None:
 def pass_through(events: Sequence[tuple[int, float]], sparsities: Sequence[float]) -> Events:
     """Change the events such that each of `sparsities` is exactly that of one: of the last event at or below it.
 
-    If several would fall on one event, the others get events of their own, spread evenly up to the next one.
+    If several would fall on one event, the others get events of their own, spread evenly up to the
+    next one.
 
     Args:
         events: `(step, sparsity)`, rising.
         sparsities: between that of the first event and that of the last.
 
     Raises:
-        RecipeError: a sparsity is not on the way, or there are too few steps for the events between two others.
+        RecipeError: a sparsity is not on the way, or there are too few steps for the events
+            between two others.
     """
     stops = _assign_to_events(events, sparsities)
     passed: Events = []
@@ -195,8 +200,8 @@ def warmup_then_linear(warmup: float, final: float = 0.0) -> Schedule:
 def rewound(warmup: float, events_at: Sequence[float], low: float, final: float = 0.0) -> Schedule:
     """Return a learning-rate factor that jumps back to 1 at each prune event (the cycles of arXiv 2203.07259).
 
-    After the warm-up a straight line from 1 to `low` up to the first event and from event to event; after the last
-    one down to `final`.
+    After the warm-up a straight line from 1 to `low` up to the first event and from event to
+    event; after the last one down to `final`.
 
     Args:
         warmup: fraction of the stage, in [0, 1); events in it do not disturb the rise.
