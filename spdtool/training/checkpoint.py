@@ -234,7 +234,7 @@ class Checkpointer:
         for name, parameter in self.parameters.items():
             fsdp.local_rows(parameter).copy_(fsdp.take_local_rows(tensors["model"][name], parameter))
         load_optimizer_state(self.optimizer, self.parameters, tensors.get("adam", {}))
-        if collectives.world_size() == 1:  # several ranks seed their generators at every step
+        if collectives.group_size() == 1:  # several ranks seed their generators at every step
             load_random_state(tensors["random"])
         if self.pruner is not None:
             self.pruner.load_state_dict(tensors["pruner"])

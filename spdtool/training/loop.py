@@ -111,7 +111,7 @@ def fit(
                     _save_snapshot(job, done)
                     saved_at = time.monotonic()
                     # a resumed run begins a window here; several ranks agree on the evaluations, not on the clock
-                    if is_evaluated or collectives.world_size() == 1:
+                    if is_evaluated or collectives.group_size() == 1:
                         window = _LossWindow()
     _remove_autocast(learner.model)
     if section.keep_best:
@@ -168,8 +168,8 @@ def _create_job(
             accumulate=section.accumulate,
             pad_to=None if recipe.bucketing else recipe.max_length,
             pad_alike=lesson.counts_padding,
-            rank=collectives.current_rank(),
-            ranks=collectives.world_size(),
+            rank=collectives.group_rank(),
+            ranks=collectives.group_size(),
         ),
         saliency=saliency,
         log=log,
@@ -215,8 +215,8 @@ def _train_step(
     accelerator = job.learner.accelerator
     set_learning_rate(job.optimizer, job.learning_rate(step / job.steps))
     saliency = job.saliency if job.saliency is not None and job.saliency.needs_step(step) else None
-    if collectives.world_size() > 1:
-        torch.manual_seed(derive_seed(job.recipe.seed, step, collectives.current_rank()))
+    if collectives.group_size() > 1:
+        torch.manual_seed(derive_seed(job.recipe.seed, step, collectives.group_rank()))
     for microbatch in _repeat_draw(job.lesson, microbatches):
         terms = _compute_terms(job, microbatch, step)
         if saliency is not None:
