@@ -55,43 +55,42 @@ def patch(patches: tuple[str, ...]) -> None:
     """Take a feature of the loop away."""
     import torch
 
-    from spdtool.distillation import teacher_cache as teacher_outputs
+    from spdtool.distillation import lesson
     from spdtool.models import onednn, padding
     from spdtool.pruning import masks
     from spdtool.stages import student
-    from spdtool.training import loop as training
-    from spdtool.training import prefetch
+    from spdtool.training import loop, prefetch
 
     if "torch products" in patches:
         onednn.is_faster = lambda: False  # type: ignore[assignment]
     if "unfused" in patches:
         adamw = torch.optim.AdamW
         slow = lambda *args, **options: adamw(*args, **options | {"fused": False, "foreach": False})  # noqa: E731
-        training.torch.optim.AdamW = slow  # type: ignore[attr-defined,misc,assignment]
+        torch.optim.AdamW = slow  # type: ignore[misc,assignment]
     if "masks every step" in patches:
         masks.clear_dead = lambda tensor, dead: tensor.masked_fill_(dead, 0.0)  # type: ignore[assignment]
         masks.Masks._after_step = lambda self, *_: self.apply()  # type: ignore[method-assign]
     if "random order" in patches:
-        batches = training.training_batches
-        training.training_batches = lambda *args, **options: batches(*args, **options | {"pool": None})  # type: ignore[attr-defined]
+        batches = loop.training_batches
+        loop.training_batches = lambda *args, **options: batches(*args, **options | {"pool": None})  # type: ignore[attr-defined]
     if "attention maps" in patches:
-        compute_outputs = student.compute_outputs
+        compute_outputs = lesson.compute_outputs
         keep = lambda *args, **options: compute_outputs(*args, **options | {"attention": "probabilities"})  # noqa: E731
-        student.compute_outputs = keep  # type: ignore[attr-defined,assignment]
+        lesson.compute_outputs = keep  # type: ignore[assignment]
     if "sdpa" in patches:
         load = student.load_model  # type: ignore[attr-defined]
         fused = lambda *args, **options: load(*args, **options | {"eager": False})  # noqa: E731
         student.load_model = fused  # type: ignore[attr-defined]
     if "sync" in patches:
-        add = training._Window.add
+        add = loop.LossWindow.add
 
         def reading(window: Any, terms: Any) -> None:
             float(terms["loss"])
             add(window, terms)
 
-        training._Window.add = reading  # type: ignore[method-assign]
+        loop.LossWindow.add = reading  # type: ignore[method-assign]
         padding.PaddingMask.of = lambda mask, **_: mask  # type: ignore[assignment,method-assign]
     if "no prefetching" in patches:
         prefetch.prefetch_batches = lambda batches, _: nullcontext(batches)  # type: ignore[assignment]
     if "teacher looks" in patches:
-        teacher_outputs.is_worth_caching = lambda *_: False  # type: ignore[assignment]
+        student.is_worth_caching = lambda *_: False  # type: ignore[assignment]

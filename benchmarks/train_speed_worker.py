@@ -221,13 +221,13 @@ def _instrument(clock: Clock, counted: dict[str, float], stage: str, profiler: A
     import torch
     from accelerate import Accelerator
 
+    from spdtool.distillation import lesson
     from spdtool.models.layers import find_prunable_weights
     from spdtool.pruning.masks import Masks
-    from spdtool.stages import student
-    from spdtool.training import loop as training
-    from spdtool.training import prefetch
+    from spdtool.stages import student, teacher
+    from spdtool.training import loop, prefetch
 
-    ready, adamw, fit = prefetch.prefetch_batches, training.adamw, training.fit
+    ready, adamw, fit = prefetch.prefetch_batches, loop.create_adamw, loop.fit
     take = clock.timed("data", next)
     sizes: dict[str, int] = {}
 
@@ -270,18 +270,18 @@ def _instrument(clock: Clock, counted: dict[str, float], stage: str, profiler: A
         made.step = clock.timed("optimiser", step)
         return made
 
-    def fitting(parts: Any, *args: Any, **options: Any) -> Any:
-        sizes["weights"] = sum(weight.numel() for weight in find_prunable_weights(parts.model).values())
-        sizes["attention"] = parts.model.config.num_hidden_layers * parts.model.config.hidden_size
-        return fit(parts, *args, **options)
+    def fitting(learner: Any, *args: Any, **options: Any) -> Any:
+        sizes["weights"] = sum(weight.numel() for weight in find_prunable_weights(learner.model).values())
+        sizes["attention"] = learner.model.config.num_hidden_layers * learner.model.config.hidden_size
+        return fit(learner, *args, **options)
 
-    training.fit = fitting  # type: ignore[assignment]
+    student.fit = teacher.fit = fitting  # type: ignore[assignment]
     prefetch.prefetch_batches = watched  # type: ignore[assignment]
-    training.adamw = optimiser
-    compute_outputs = student.compute_outputs  # type: ignore[attr-defined]
+    loop.create_adamw = optimiser
+    compute_outputs = lesson.compute_outputs  # type: ignore[attr-defined]
     who = lambda model, *_: "student" if model.training else "teacher"  # noqa: E731
-    student.compute_outputs = clock.timed(who, compute_outputs)  # type: ignore[attr-defined]
-    student.distillation_loss = clock.timed("loss", student.distillation_loss)  # type: ignore[attr-defined]
+    lesson.compute_outputs = clock.timed(who, compute_outputs)  # type: ignore[attr-defined]
+    lesson.distillation_loss = clock.timed("loss", lesson.distillation_loss)  # type: ignore[attr-defined]
     Accelerator.backward = clock.timed("backward", Accelerator.backward)  # type: ignore[method-assign]
     Accelerator.clip_grad_norm_ = clock.timed("clip", Accelerator.clip_grad_norm_)  # type: ignore[method-assign]
     Masks.zero_gradients = clock.timed("masks", Masks.zero_gradients)  # type: ignore[method-assign]

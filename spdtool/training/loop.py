@@ -91,7 +91,7 @@ def fit(
         _prune_if_due(job, 0)
     evaluation_steps = choose_evaluation_steps(length, section.evaluations)
     log_interval = max(1, job.steps // LOG_LINES)
-    window, saved_at = _LossWindow(), time.monotonic()
+    window, saved_at = LossWindow(), time.monotonic()
     learner.model.train()
     batches = _iterate_batches(job, length.steps_per_epoch, start)
     with prefetch.prefetch_batches(batches, learner.accelerator.device) as step_batches:
@@ -102,7 +102,7 @@ def fit(
             job.log.examples += size
             if done % log_interval == 0 or done == job.steps:
                 _log_step(job, length, done, window)
-                window = _LossWindow()
+                window = LossWindow()
             with job.log.stopwatch.paused():
                 is_evaluated = done in evaluation_steps
                 if is_evaluated:
@@ -112,7 +112,7 @@ def fit(
                     saved_at = time.monotonic()
                     # a resumed run begins a window here; several ranks agree on the evaluations, not on the clock
                     if is_evaluated or collectives.group_size() == 1:
-                        window = _LossWindow()
+                        window = LossWindow()
     _remove_autocast(learner.model)
     if section.keep_best:
         job.checkpointer.restore_best_weights()
@@ -209,7 +209,7 @@ def _iterate_batches(job: _Job, steps_per_epoch: int, start: int) -> Iterator[pr
 
 
 def _train_step(
-    job: _Job, optimizer: AcceleratedOptimizer, step: int, microbatches: Iterable[Microbatch], window: _LossWindow
+    job: _Job, optimizer: AcceleratedOptimizer, step: int, microbatches: Iterable[Microbatch], window: LossWindow
 ) -> None:
     """Take one optimiser step. Nothing here reads a number back from the device."""
     accelerator = job.learner.accelerator
@@ -298,7 +298,7 @@ def _save_student_if_requested(job: _Job, step: int) -> None:
     job.log.write_student(student)
 
 
-def _log_step(job: _Job, length: TrainingLength, done: int, window: _LossWindow) -> None:
+def _log_step(job: _Job, length: TrainingLength, done: int, window: LossWindow) -> None:
     """Log the losses since the last line."""
     pruner = job.learner.pruner
     values: dict[str, object] = {
@@ -343,7 +343,7 @@ def derive_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-class _LossWindow:
+class LossWindow:
     """Sums of the loss terms on their device, so that nothing waits for the device between two log lines."""
 
     def __init__(self) -> None:
