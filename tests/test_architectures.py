@@ -35,7 +35,7 @@ from spdtool.tasks import Task
 from spdtool.tasks.classification import Classification
 
 DEPTH = 3
-each = pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+each_family = pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 SCORES = Loss(attention=1.0)
 
 
@@ -60,7 +60,7 @@ def forward(model: Any, batch: dict[str, torch.Tensor], **outputs: bool) -> Any:
     return model(**{name: column for name, column in batch.items() if name != "labels"}, **outputs)
 
 
-@each
+@each_family
 def test_the_stack_and_its_linears_are_found(toys: Any, architecture: str) -> None:
     model = toys.classifier(architecture, layers=DEPTH)
     stack = find_layer_stack(model)
@@ -79,30 +79,30 @@ def test_the_stack_and_its_linears_are_found(toys: Any, architecture: str) -> No
     assert max_positions(model) in (POSITIONS, None)
 
 
-@each
+@each_family
 def test_a_grafted_forward_always_returns_every_hidden_state(toys: Any, architecture: str) -> None:
     student, teacher = pair(toys, architecture)
     grafting, batch = graft(student, teacher), toys.batch(architecture=architecture)
-    own = {name: id(part) for name, part in student.named_modules()}
-    taught = forward(teacher, batch, output_hidden_states=True, output_attentions=True)
+    modules = {name: id(module) for name, module in student.named_modules()}
+    of_teacher = forward(teacher, batch, output_hidden_states=True, output_attentions=True)
     drawn = set()
     with torch.no_grad():
         for _ in range(64):
             with grafting.draw(0.5) as draw:
                 drawn.add(tuple(draw))
-                seen = forward(student, batch, output_hidden_states=True, output_attentions=True)
-            assert len(seen.hidden_states) == DEPTH + 1
-            assert len(seen.attentions) == DEPTH
+                outputs = forward(student, batch, output_hidden_states=True, output_attentions=True)
+            assert len(outputs.hidden_states) == DEPTH + 1
+            assert len(outputs.attentions) == DEPTH
             first = draw.index(True) if True in draw else DEPTH
-            for index in range(DEPTH):  # up to the first own layer, the network is the teacher
-                alike = torch.equal(seen.hidden_states[index], taught.hidden_states[index])
+            for index in range(DEPTH):  # up to the student's first layer, the network is the teacher
+                alike = torch.equal(outputs.hidden_states[index], of_teacher.hidden_states[index])
                 assert alike == (index <= first), (draw, index)
             assert len(forward(teacher, batch, output_hidden_states=True).hidden_states) == DEPTH + 1
     assert len(drawn) == 2**DEPTH, "every draw was tried"
-    assert {name: id(part) for name, part in student.named_modules()} == own
+    assert {name: id(module) for name, module in student.named_modules()} == modules
 
 
-@each
+@each_family
 def test_at_rate_zero_the_student_is_the_teacher_and_at_rate_one_itself(toys: Any, architecture: str) -> None:
     student, teacher = pair(toys, architecture)
     grafting, batch = graft(student, teacher), toys.batch(architecture=architecture)
@@ -114,26 +114,28 @@ def test_at_rate_zero_the_student_is_the_teacher_and_at_rate_one_itself(toys: An
         assert torch.equal(forward(student, batch).logits, alone)
 
 
-@each
-def test_scores_are_what_the_models_own_attention_is_made_of(toys: Any, architecture: str) -> None:
+@each_family
+def test_the_softmax_of_scores_is_the_attention_of_the_model(toys: Any, architecture: str) -> None:
     model, batch = toys.classifier(architecture, layers=DEPTH), toys.batch(architecture=architecture)
     install_capture_hooks(model)
     with torch.no_grad():
-        seen = compute_outputs(model, batch, hidden_states=True, attention="scores")
+        observed = compute_outputs(model, batch, hidden_states=True, attention="scores")
         outputs = forward(model, batch, output_attentions=True, output_hidden_states=True)
         probabilities = compute_outputs(model, batch, attention="probabilities")
-    assert seen.attentions is not None
-    assert probabilities.attention is not None
-    assert len(seen.attentions) == len(outputs.attentions) == DEPTH
+    assert observed.attentions is not None
+    assert probabilities.attentions is not None
+    assert len(observed.attentions) == len(outputs.attentions) == DEPTH
     real = batch["attention_mask"].bool()
-    for scores, attention, kept in zip(seen.attentions, outputs.attentions, probabilities.attentions, strict=True):
+    for scores, attention, probability in zip(
+        observed.attentions, outputs.attentions, probabilities.attentions, strict=True
+    ):
         torch.testing.assert_close(scores.softmax(-1)[real[:, None].expand(-1, 2, -1)],
                                    attention[real[:, None].expand(-1, 2, -1)])  # fmt: skip
-        assert torch.equal(kept, attention)
-    assert torch.equal(seen.logits, outputs.logits)
+        assert torch.equal(probability, attention)
+    assert torch.equal(observed.logits, outputs.logits)
 
 
-@each
+@each_family
 def test_gradient_checkpointing_gives_the_same_gradients(toys: Any, architecture: str) -> None:
     if not toys.classifier(architecture).supports_gradient_checkpointing:
         with pytest.raises(ModelError, match="does not support gradient checkpointing"):
@@ -164,17 +166,17 @@ def test_gradient_checkpointing_gives_the_same_gradients(toys: Any, architecture
         torch.testing.assert_close(saving[name], gradient, rtol=1e-6, atol=1e-6, msg=name)
 
 
-@each
-def test_a_prune_stage_leaves_exact_zeros_that_stock_transformers_reads(
+@each_family
+def test_a_prune_stage_writes_exact_zeros_that_stock_transformers_reads(
     toys: Any, architecture: str, toy_task: Callable[..., Task], toy_run: Callable[..., Run],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     toy_task(architecture=architecture, layers=2, train=16, dev=8)
-    kept: dict[str, Any] = {}
+    at_save: dict[str, Any] = {}
 
     def save(model: Any, tokenizer: Any, folder: Path, weights: Any = None) -> None:
-        shown = toys.batch(architecture=architecture)
-        kept.update(logits=forward(model.eval(), shown).logits.detach(), keys=set(model.state_dict()))
+        logits = forward(model.eval(), toys.batch(architecture=architecture)).logits.detach()
+        at_save.update(logits=logits, keys=set(model.state_dict()))
         original(model, tokenizer, folder, weights)
 
     original = save_model
@@ -184,15 +186,15 @@ def test_a_prune_stage_leaves_exact_zeros_that_stock_transformers_reads(
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     for name, weight in find_prunable_weights(model).items():
         assert int((weight == 0).sum()) == zeros_in(weight.numel(), 0.7), name
-    assert set(model.state_dict()) == kept["keys"]
+    assert set(model.state_dict()) == at_save["keys"]
     logits = forward(model.eval(), toys.batch(architecture=architecture)).logits
-    torch.testing.assert_close(logits, kept["logits"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits, at_save["logits"], rtol=1e-5, atol=1e-5)
     metrics = run.training_result("prune")
     assert set(metrics.zeros) == set(find_prunable_weights(model))
 
 
-@each
-def test_saving_and_loading_keeps_every_key(
+@each_family
+def test_every_key_survives_saving_and_loading(
     toys: Any, architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = toys.classifier(architecture, layers=DEPTH)
@@ -208,7 +210,7 @@ def test_saving_and_loading_keeps_every_key(
 
 
 @pytest.mark.parametrize(
-    ("architecture", "config", "found"),
+    ("architecture", "config", "message"),
     [
         ("albert", {"embedding_size": 16}, "albert_layer_groups of 1.*its 3 layers share the weights of 1"),
         ("mobilebert", {"embedding_size": 16}, "ffn of 3"),
@@ -219,16 +221,16 @@ def test_saving_and_loading_keeps_every_key(
         ("ibert", {}, "QuantLinear"),
     ],
 )
-def test_an_unsupported_one_is_refused_with_what_was_found(
-    toys: Any, architecture: str, config: dict[str, Any], found: str
+def test_an_unsupported_family_is_refused_with_the_reason(
+    toys: Any, architecture: str, config: dict[str, Any], message: str
 ) -> None:
     model = toys.classifier(architecture, layers=DEPTH, **config)
-    with pytest.raises(ModelError, match=found) as caught:
+    with pytest.raises(ModelError, match=message) as caught:
         find_prunable_weights(model)
     assert architecture in caught.value.message
 
 
-def test_funnel_is_refused_with_what_was_found(toys: Any) -> None:
+def test_funnel_is_refused_with_the_reason(toys: Any) -> None:
     from transformers import FunnelConfig, FunnelForSequenceClassification
 
     config = FunnelConfig(vocab_size=24, block_sizes=[2, 2], d_model=32, n_head=2, d_head=16, d_inner=64)
@@ -241,7 +243,7 @@ def test_funnel_is_refused_with_what_was_found(toys: Any) -> None:
 @pytest.mark.parametrize("attention", [0.0, 1.0], ids=["without attention", "with attention scores"])
 def test_compiling_layer_by_layer_gives_the_same_loss_and_gradients(toys: Any, attention: float) -> None:
     batch, weights = toys.batch(), Loss(attention=attention)
-    seen = "scores" if attention else None
+    attention_kind = "scores" if attention else None
 
     def run(compiled: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
         student, teacher = pair(toys, "bert", layers=2)
@@ -251,9 +253,9 @@ def test_compiling_layer_by_layer_gives_the_same_loss_and_gradients(toys: Any, a
         grafting, losses = graft(student, teacher, seed=1), []
         for _ in range(4):
             with torch.no_grad():
-                taught = compute_outputs(teacher, batch, hidden_states=True, attention=seen)
+                taught = compute_outputs(teacher, batch, hidden_states=True, attention=attention_kind)
             with grafting.draw(0.5):
-                learnt = compute_outputs(student, batch, hidden_states=True, attention=seen)
+                learnt = compute_outputs(student, batch, hidden_states=True, attention=attention_kind)
             loss = distillation_loss(learnt, taught, batch, weights, logit_loss=Classification.logit_loss)["loss"]
             if loss.requires_grad:  # some layer of the draw is the student's
                 loss.backward()

@@ -1,4 +1,4 @@
-"""Sharded parameters: each process holds its rows, and together they are the whole; unsharded ones are untouched."""
+"""Sharded parameters: each rank keeps its rows, and gathers the others; unsharded ones are untouched."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def model() -> nn.Sequential:
     return nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 2))
 
 
-def rank(number: int, port: int, folder: Path) -> None:
-    """One process's part in the test; what is wrong goes into a file, for its parent to read."""
+def run_rank(number: int, port: int, folder: Path) -> None:
+    """Run the checks on one rank; an error goes into a file, for the parent process to read."""
     warnings.simplefilter("ignore")
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     try:
         dist.init_process_group("gloo", rank=number, world_size=RANKS)
-        look(number)
+        check_rows(number)
         for architecture in ("bert", "distilbert", "deberta-v2", "modernbert"):
-            graft(architecture, number)
+            check_grafts(architecture, number)
         (folder / str(number)).write_text("well")
     except BaseException as error:
         (folder / str(number)).write_text(repr(error))
@@ -48,28 +48,28 @@ def rank(number: int, port: int, folder: Path) -> None:
         dist.destroy_process_group()
 
 
-def look(number: int) -> None:
+def check_rows(number: int) -> None:
     plain, sharded = model(), model()
     fsdp.shard_model(sharded, [sharded[0]], torch.device("cpu"))
     batch = torch.arange(15.0).view(3, 5)
     plain(batch).square().sum().backward()
     sharded(batch[number : number + 1]).square().sum().backward()
-    for full, own in zip(plain.parameters(), sharded.parameters(), strict=True):
-        assert fsdp.is_sharded(own)
+    for full, shard in zip(plain.parameters(), sharded.parameters(), strict=True):
+        assert fsdp.is_sharded(shard)
         assert not fsdp.is_sharded(full)
-        expected = full.detach().chunk(RANKS)
-        mine = expected[number] if number < len(expected) else full.detach()[:0]
-        held = fsdp.local_rows(own)
-        assert torch.equal(held, mine)
-        assert torch.equal(fsdp.gather_rows(held, own), full)
-        assert torch.equal(fsdp.gather_rows(held > 0, own), full > 0)
-        assert torch.equal(fsdp.take_local_rows(full.detach(), own), mine)
-        assert torch.equal(fsdp.local_rows(fsdp.shard_like(full.detach(), own)), mine)
-        assert torch.allclose(fsdp.mean_over_shards(held, own), full.mean())
-        assert own.grad is not None
+        chunks = full.detach().chunk(RANKS)
+        expected = chunks[number] if number < len(chunks) else full.detach()[:0]
+        rows = fsdp.local_rows(shard)
+        assert torch.equal(rows, expected)
+        assert torch.equal(fsdp.gather_rows(rows, shard), full)
+        assert torch.equal(fsdp.gather_rows(rows > 0, shard), full > 0)
+        assert torch.equal(fsdp.take_local_rows(full.detach(), shard), expected)
+        assert torch.equal(fsdp.local_rows(fsdp.shard_like(full.detach(), shard)), expected)
+        assert torch.allclose(fsdp.mean_over_shards(rows, shard), full.mean())
+        assert shard.grad is not None
         assert full.grad is not None
-        assert torch.allclose(fsdp.gather_rows(fsdp.local_rows(own.grad), own), full.grad), "a sum, no mean"
-        held.mul_(2)  # in place: the parameter itself
+        assert torch.allclose(fsdp.gather_rows(fsdp.local_rows(shard.grad), shard), full.grad), "a sum, no mean"
+        rows.mul_(2)  # in place: the parameter itself
     state = fsdp.gather_state_dict(sharded, keep=number == 0)
     assert state is not None
     assert sorted(state) == (sorted(plain.state_dict()) if number == 0 else [])
@@ -78,7 +78,7 @@ def look(number: int) -> None:
     assert int(fsdp.sum_over_shards(torch.tensor(number), next(sharded.parameters()))) == sum(range(RANKS))
 
 
-def graft(architecture: str, number: int) -> None:
+def check_grafts(architecture: str, number: int) -> None:
     """A student onto which some layers of its teacher are grafted: gradients and logits as without sharding."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
     import toys
@@ -94,18 +94,18 @@ def graft(architecture: str, number: int) -> None:
         return models
 
     def passed(student: Any, teacher: Any, tokens: torch.Tensor, away: tuple[int, ...]) -> torch.Tensor:
-        given = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "output_hidden_states": True}
-        own = list(stack := find_layer_stack(student))
+        inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "output_hidden_states": True}
+        layers = list(stack := find_layer_stack(student))
         for index in away:
             stack[index] = find_layer_stack(teacher)[index]
-        shown = student(**given)
+        outputs = student(**inputs)
         for index in away:
-            stack[index] = own[index]
+            stack[index] = layers[index]
         with torch.no_grad():
-            taught = teacher(**given)
-        states = zip(shown.hidden_states, taught.hidden_states, strict=True)
-        sum((one - other).square().sum() for one, other in (*states, (shown.logits, taught.logits))).backward()
-        return shown.logits.detach()
+            targets = teacher(**inputs)
+        pairs = [*zip(outputs.hidden_states, targets.hidden_states, strict=True), (outputs.logits, targets.logits)]
+        sum((one - other).square().sum() for one, other in pairs).backward()
+        return outputs.logits.detach()
 
     plain, sharded = pair(False), pair(True)
     tokens = torch.arange(RANKS * 5).view(RANKS, 5) % 7 + 5
@@ -113,21 +113,21 @@ def graft(architecture: str, number: int) -> None:
         expected = passed(*plain, tokens, away)
         logits = passed(*sharded, tokens[number : number + 1], away)
         assert torch.allclose(logits, expected[number : number + 1], atol=1e-5), (architecture, away)
-        for (name, full), own in zip(plain[0].named_parameters(), sharded[0].parameters(), strict=True):
-            where = (architecture, away, name)
-            assert (full.grad is None) == (own.grad is None), where
-            if full.grad is not None and own.grad is not None:
-                gradient, size = fsdp.gather_rows(fsdp.local_rows(own.grad), own), float(full.grad.abs().max())
-                assert float((gradient - full.grad).abs().max()) <= 1e-4 * max(1.0, size), where
-            full.grad = own.grad = None
+        for (name, full), shard in zip(plain[0].named_parameters(), sharded[0].parameters(), strict=True):
+            case = (architecture, away, name)
+            assert (full.grad is None) == (shard.grad is None), case
+            if full.grad is not None and shard.grad is not None:
+                gradient, size = fsdp.gather_rows(fsdp.local_rows(shard.grad), shard), float(full.grad.abs().max())
+                assert float((gradient - full.grad).abs().max()) <= 1e-4 * max(1.0, size), case
+            full.grad = shard.grad = None
 
 
-def test_rows_and_wholes_of_three_processes(tmp_path: Path) -> None:
+def test_rows_and_gathered_tensors_of_three_processes(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     ranks = torch.multiprocessing.start_processes(
-        rank, (port, tmp_path), nprocs=RANKS, join=False, start_method="spawn"
+        run_rank, (port, tmp_path), nprocs=RANKS, join=False, start_method="spawn"
     )
     ranks.join(120)
     assert [(tmp_path / str(number)).read_text() for number in range(RANKS)] == ["well"] * RANKS
@@ -144,20 +144,17 @@ def test_what_is_not_sharded_is_whole() -> None:
     assert fsdp.gather_state_dict(nn.Linear(2, 2), keep=True) is None
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [
+def test_what_sharded_weights_cannot_do_is_refused_at_once() -> None:
+    for setting in (
         {"compile": True},
         {"precision": "fp16"},
         {"prune": {"grafting": {"kind": "blend"}}},
         {"finetune": {"clip_over": "all"}},
         {"prune": {"saliency": "logits"}},
-    ],
-)
-def test_what_sharded_weights_cannot_do_is_refused_at_once(setting: dict[str, Any]) -> None:
-    Recipe.model_validate(setting)
-    with pytest.raises(ValueError, match="sharded weights do not go with"):
-        Recipe.model_validate(setting | {"shard": True})
+    ):
+        Recipe.model_validate(setting)
+        with pytest.raises(ValueError, match="sharded weights do not go with"):
+            Recipe.model_validate(setting | {"shard": True})
 
 
 def test_the_refusal_is_told_as_one_line() -> None:

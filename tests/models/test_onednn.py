@@ -1,8 +1,9 @@
-"""Linear layers through oneDNN: the same outputs and gradients as torch's own, up to rounding, and the same names."""
+"""Linear layers through oneDNN: the same outputs and gradients as torch's, up to rounding, and the same names."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -12,13 +13,13 @@ from spdtool.models import onednn
 
 
 @pytest.fixture(autouse=True)
-def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def onednn_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         pytest.skip("this torch has no oneDNN")
     monkeypatch.setattr(onednn, "is_faster", lambda: True)
 
 
-def pair(bias: bool = True) -> tuple[nn.Linear, nn.Linear]:
+def make_pair(bias: bool = True) -> tuple[nn.Linear, nn.Linear]:
     torch.manual_seed(0)
     plain = nn.Linear(24, 40, bias=bias)
     ours = copy.deepcopy(plain)
@@ -27,33 +28,28 @@ def pair(bias: bool = True) -> tuple[nn.Linear, nn.Linear]:
     return plain, ours
 
 
-def inputs(shape: str) -> torch.Tensor:
-    made = {
+def test_outputs_and_gradients_are_torchs() -> None:
+    inputs = {
         "rows": torch.randn(16, 24),
         "few rows": torch.randn(2, 24),
         "tokens": torch.randn(3, 7, 24),
         "first tokens": torch.randn(16, 5, 24)[:, 0],
         "transposed": torch.randn(3, 24, 7).transpose(1, 2),
     }
-    return made[shape]
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", ["rows", "few rows", "tokens", "first tokens", "transposed"])
-def test_outputs_and_gradients_are_torchs_own(shape: str, bias: bool) -> None:
-    x = inputs(shape)
-    seen = []
-    for layer in pair(bias):
-        leaf = x.clone().requires_grad_()
-        output = layer(leaf)
-        output.square().sum().backward()
-        seen.append([output, leaf.grad, *(weight.grad for weight in layer.parameters())])
-    for mine, its in zip(*seen, strict=True):
-        torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-4)
+    for (shape, x), bias in itertools.product(inputs.items(), (True, False)):
+        results = []
+        for layer in make_pair(bias):
+            leaf = x.clone().requires_grad_()
+            output = layer(leaf)
+            output.square().sum().backward()
+            results.append([output, leaf.grad, *(weight.grad for weight in layer.parameters())])
+        for expected, actual in zip(*results, strict=True):
+            case = f"{shape}, bias {bias}"
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4, msg=lambda m, c=case: f"{c}: {m}")
 
 
 def test_only_what_needs_a_gradient_gets_one() -> None:
-    _, ours = pair()
+    _, ours = make_pair()
     ours.requires_grad_(False)
     x = torch.randn(16, 24, requires_grad=True)
     ours(x).sum().backward()
@@ -65,7 +61,7 @@ def test_only_what_needs_a_gradient_gets_one() -> None:
 
 
 def test_under_autocast_and_in_other_types_torch_computes() -> None:
-    plain, ours = pair()
+    plain, ours = make_pair()
     x = torch.randn(16, 24)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(plain(x), ours(x))
@@ -73,17 +69,17 @@ def test_under_autocast_and_in_other_types_torch_computes() -> None:
 
 
 def test_names_copies_and_hooks_stay() -> None:
-    plain, ours = pair()
+    plain, ours = make_pair()
     assert list(plain.state_dict()) == list(ours.state_dict())
-    seen: list[int] = []
-    ours.register_forward_hook(lambda *_: seen.append(1))
+    calls: list[int] = []
+    ours.register_forward_hook(lambda *_: calls.append(1))
     copied = copy.deepcopy(ours)
     x = torch.randn(16, 24)
     assert torch.equal(copied(x), ours(x))
-    assert seen == [1, 1]
+    assert calls == [1, 1]
 
 
-def test_where_it_does_not_pay_layers_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_it_is_not_faster_layers_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onednn, "is_faster", lambda: False)
     layer = nn.Linear(24, 40)
     onednn.use_onednn(layer)
