@@ -48,7 +48,9 @@ def recipe_options(recipe: Recipe) -> list[str]:
             flags[name] = value
     options = []
     for name, value in flags.items():
-        options += [FLAGS[name], ",".join(value) if isinstance(value, tuple) else str(value)]
+        if isinstance(value, tuple):
+            value = ",".join(value)
+        options += [FLAGS[name], str(value)]
     base_name = "default"
     if recipe.name in reading.recipe_names() and recipe.name != "default":
         base_name = recipe.name
@@ -57,8 +59,11 @@ def recipe_options(recipe: Recipe) -> list[str]:
         options.append("--smoke")
         flags["smoke"] = True
     for field, value, _ in recipe.diff(reading.build_recipe(base_name, flags)):
-        if field not in MAY_CHANGE:
-            options += ["--set", f"{field}={'none' if value is None else json.dumps(value)}"]
+        if field not in MAY_CHANGE:  # no result depends on it
+            text = "none"  # TOML has no null
+            if value is not None:
+                text = json.dumps(value)
+            options += ["--set", f"{field}={text}"]
     return options
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from spdtool import console
 from spdtool.recipe import PHASES, STAGES
@@ -34,9 +34,25 @@ MATRIX_COLUMNS = (
     *("name", "size", "nonzeros", "density", "tokens"),
     *("dense us", "sparse us", "speed", "bound us", "of the bound"),
 )
-TRAIN_GAP_COLUMNS = ("stage", "train", "dev", "gap")
-Records = dict[str, StageRecord]
-"""Finished stages by name, in their order."""
+GAP_COLUMNS = ("stage", "train", "dev", "gap")
+
+
+@dataclass
+class RunRecords:
+    """Records of the finished stages of a run, and their results by type."""
+
+    stages: dict[str, StageRecord] = field(default_factory=dict)
+    training: dict[str, TrainingResult] = field(default_factory=dict)
+    export: ExportResult | None = None
+    bench: BenchResult | None = None
+
+    @property
+    def last_phase(self) -> str | None:
+        """The last of the student's phases that is done."""
+        for phase in reversed(PHASES):
+            if phase in self.training:
+                return phase
+        return None
 
 
 @dataclass(frozen=True)
@@ -121,17 +137,37 @@ class Comparison:
     summaries: list[Summary]
 
 
+def read_records(run: Run) -> RunRecords:
+    """Read the records of all finished stages, in their order.
+
+    Raises:
+        Corrupt: a stage's record cannot be read.
+    """
+    records = RunRecords()
+    for stage in STAGES:
+        if not run.done(stage):
+            continue
+        record = run.record(stage)
+        records.stages[stage] = record
+        match record.result:
+            case TrainingResult():
+                records.training[stage] = record.result
+            case ExportResult():
+                records.export = record.result
+            case BenchResult():
+                records.bench = record.result
+    return records
+
+
 def content_of(run: Run) -> RunContent:
     """Gather all sections of one run.
 
     Raises:
         Corrupt: a stage's record cannot be read.
     """
-    row = row_of_run(run)
-    student = curves.student_curves(run)
-    records = {stage: run.record(stage) for stage in STAGES if run.done(stage)}
-    teacher = Curves([])
-    if "teacher" in records or run.begun("teacher"):
+    row, records = row_of_run(run), read_records(run)
+    student, teacher = curves.student_curves(run), Curves([])
+    if "teacher" in records.stages or run.begun("teacher"):
         teacher = curves.teacher_curves(run)
     return RunContent(
         title=f"{row.task} at {row.sparsity:.4g} sparsity",
@@ -139,12 +175,12 @@ def content_of(run: Run) -> RunContent:
         recipe=run.recipe,
         row=row,
         smoke=run.recipe.smoke,
-        missing=[stage for stage in STAGES if stage not in records],
+        missing=[stage for stage in STAGES if stage not in records.stages],
         tiles=headline_tiles(row, records),
         stages=[_stage_line(run, stage, records) for stage in STAGES],
         phases=[describe_phase(phase) for phase in student.phases],
         gaps=train_gaps(run, records),
-        bench=bench_content(records),
+        bench=bench_content(records.bench),
         commands=commands_of(run),
         environment=environment_lines(records),
         student=student,
@@ -168,24 +204,22 @@ def compare(rows: Sequence[StudentRow]) -> Comparison:
     )
 
 
-def headline_tiles(row: StudentRow, records: Records) -> list[Tile]:
+def headline_tiles(row: StudentRow, records: RunRecords) -> list[Tile]:
     """Return the headline of a run: scores, zeros, and speed and size where they were measured."""
     tiles = [Tile("teacher, dev", _score(row.teacher), _further_metrics(records, "teacher"))]
-    phase = _last_phase(records)
+    phase = records.last_phase
     if phase is None:
         return tiles
     note = _further_metrics(records, phase)
-    if phase != PHASES[-1]:
+    if phase != PHASES[-1]:  # a score on the way must not pass for the final one
         note = f"after {phase}; {note}"
     tiles.append(Tile("student, dev", _score(row.student), note))
-    retention = "-" if row.retention is None else f"{row.retention:.1%}"
-    tiles.append(Tile("kept", retention, "student over teacher"))
+    tiles.append(Tile("kept", _optional(row.retention, ".1%"), "student over teacher"))
     if row.nonzeros is not None and row.weights:
         remaining = f"{row.nonzeros:,} of {row.weights:,} weights are left in the encoder's matrices"
         tiles.append(Tile("zeros", f"{1 - row.nonzeros / row.weights:.2%}", remaining))
-    bench, exported = _bench_of(records), _export_of(records)
-    if bench is not None and exported is not None:
-        tiles += _bench_tiles(row, bench, exported)
+    if records.bench is not None and records.export is not None:
+        tiles += _bench_tiles(row, records.bench, records.export)
     return tiles
 
 
@@ -193,32 +227,30 @@ def describe_phase(phase: PhaseCurves) -> str:
     """Say what a phase of the student did, as its log has it: steps, prune events, and whether anything was grafted."""
     actions = [f"{phase.last_step:,} steps"]
     if phase.prune_events:
-        last_sparsity = phase.sparsity[-1][1] if phase.sparsity else 0.0
-        actions.append(f"{len(phase.prune_events)} prune events, {last_sparsity:.2%} zeros at the end")
+        actions.append(f"{len(phase.prune_events)} prune events")
+    if phase.sparsity:
+        actions.append(f"{phase.sparsity[-1][1]:.2%} zeros")
     if phase.grafted:
         first, last = phase.replacing_rate[0][1], phase.replacing_rate[-1][1]
         actions.append(f"grafting: replacing rate from {first:.2f} to {last:.2f}")
     else:
-        actions.append("grafting: off in this recipe, the student learns without stand-ins of the teacher's layers")
+        actions.append("grafting: off in this recipe")
     return f"{console.phase_title(phase.name)}: {'; '.join(actions)}"
 
 
-def train_gaps(run: Run, records: Records) -> TextTable:
-    """Return train score, dev score and the gap between them, of what each training stage handed over."""
-    rows: list[list[Cell]] = []
-    for stage in ("teacher", *PHASES):
-        result = _training_of(records, stage)
-        if result is not None:
-            train = result.train_score
-            if stage == "teacher":
-                train = trained_teacher(run).train_score
-            rows.append([stage, _score(train), _score(result.score), _score(difference(train, result.score))])
-    return text_table("scores x 100", TRAIN_GAP_COLUMNS, rows)
+def train_gaps(run: Run, records: RunRecords) -> TextTable:
+    """Return train score, dev score and the gap between them, of the weights that each training stage saved."""
+    rows = []
+    for stage, result in records.training.items():
+        train = result.train_score
+        if stage == "teacher":  # a given teacher was scored on its training rows by the run that trained it
+            train = trained_teacher(run).train_score
+        rows.append([stage, _score(train), _score(result.score), _score(difference(train, result.score))])
+    return text_table("scores x 100", GAP_COLUMNS, rows)
 
 
-def bench_content(records: Records) -> BenchContent | None:
+def bench_content(bench: BenchResult | None) -> BenchContent | None:
     """Return what the page shows of the bench, None without one."""
-    bench = _bench_of(records)
     if bench is None:
         return None
     matrices = []
@@ -239,64 +271,64 @@ def latency_tables(entries: Sequence[LatencyRecord], ledger: Sequence[LedgerEntr
     The last column of the table of one thread is the least time that the pruned products can take: the sum of their
     bounds, where the ledger knows that many tokens.
     """
+    by_threads: dict[int, list[LatencyRecord]] = {}
+    for entry in entries:
+        by_threads.setdefault(entry.threads, []).append(entry)
     tables = []
-    for threads in dict.fromkeys(entry.threads for entry in entries):
-        timed = [entry for entry in entries if entry.threads == threads]
+    for threads, timed in by_threads.items():
         engines = list(dict.fromkeys(entry.engine for entry in timed))
-        with_bound = threads == 1 and bool(ledger)
-        rows: dict[str, list[Cell]] = {}
+        with_bound = threads == 1 and bool(ledger)  # the ledger measures with one thread
+        cells: dict[str, dict[str, str]] = {}
         for entry in timed:
-            row = rows.setdefault(entry.shape, ["-"] * len(engines))
-            row[engines.index(entry.engine)] = _timing(entry)
-        if with_bound:
-            for entry in timed:
-                if entry.engine == engines[0]:
-                    rows[entry.shape].append(_bound(ledger, entry))
+            row = cells.setdefault(entry.shape, {})
+            row[entry.engine] = _timing(entry)
+            if with_bound:
+                row["bound"] = _bound(ledger, entry)
         title = f"median milliseconds (speed against the dense teacher), {_threads(threads)}"
-        columns = ["batch x length", *engines]
         if with_bound:
+            engines.append("bound")
             title += "; bound: the least that the pruned products can take"
-            columns.append("bound")
-        tables.append(text_table(title, columns, [[shape, *row] for shape, row in rows.items()]))
+        rows = [[shape, *(row.get(engine, "-") for engine in engines)] for shape, row in cells.items()]
+        tables.append(text_table(title, ["batch x length", *engines], rows))
     return tables
 
 
-def zero_map(records: Records) -> ZeroMap:
+def zero_map(records: RunRecords) -> ZeroMap:
     """Return sparsity by layer and matrix of the last phase that is done."""
-    phase = _last_phase(records)
-    result = None if phase is None else _training_of(records, phase)
+    phase = records.last_phase
+    if phase is None:
+        return ZeroMap(None, [], [], {})
     values: dict[tuple[str, str], float] = {}
-    for name, count in ({} if result is None else result.zeros).items():
+    for name, count in records.training[phase].zeros.items():
         match = LAYER.match(name)
-        key = (match["layer"], match["matrix"]) if match else ("", name)
+        key = ("", name)  # a matrix outside the layers has a row without a layer
+        if match:
+            key = (match["layer"], match["matrix"])
         values[key] = count.zeros / count.size
-    layers = list(dict.fromkeys(layer for layer, _ in values))
-    matrices = list(dict.fromkeys(matrix for _, matrix in values))
-    return ZeroMap(phase, layers, matrices, values)
+    layers, matrices = zip(*values, strict=True) if values else ((), ())
+    return ZeroMap(phase, list(dict.fromkeys(layers)), list(dict.fromkeys(matrices)), values)
 
 
-def environment_lines(records: Records) -> list[tuple[str, str]]:
+def environment_lines(records: RunRecords) -> list[tuple[str, str]]:
     """Describe the machine of the last finished stage, and name the stages that another one made."""
-    if not records:
+    if not records.stages:
         return []
-    last = records[list(records)[-1]]
-    lines = [("spdtool", last.spdtool or "-")]
-    machine = last.machine
-    if machine is not None:
-        lines += machine.lines()
-    bench = _bench_of(records)
-    if bench is not None:
-        known = {name for name, _ in lines}
-        lines += [line for line in bench.environment.lines() if line[0] not in known]
-    other = [stage for stage, record in records.items() if record.machine != machine]
+    last = list(records.stages.values())[-1]
+    lines = {"spdtool": last.spdtool or "-"}
+    if last.machine is not None:
+        lines |= last.machine.lines()
+    if records.bench is not None:
+        for name, text in records.bench.environment.lines():
+            lines.setdefault(name, text)
+    other = [stage for stage, record in records.stages.items() if record.machine != last.machine]
     if other:
-        lines.append(("made on another machine", ", ".join(other)))
-    return lines
+        lines["made on another machine"] = ", ".join(other)
+    return list(lines.items())
 
 
 def text_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> TextTable:
     """Return a table for the template, its cells as text."""
-    texts = [[console.format_cell(cell) for cell in row] for row in rows]
+    texts = [list(map(console.format_cell, row)) for row in rows]
     words = [not console.is_numeric(column) for column in zip(*texts, strict=True)]
     return TextTable(title, list(columns), texts, words)
 
@@ -321,53 +353,32 @@ def _bench_tiles(row: StudentRow, bench: BenchResult, exported: ExportResult) ->
     ]
 
 
-def _stage_line(run: Run, stage: str, records: Records) -> StageLine:
-    if stage not in records:
+def _stage_line(run: Run, stage: str, records: RunRecords) -> StageLine:
+    if stage not in records.stages:
         state = "in progress" if run.begun(stage) else "missing"
         return StageLine(stage, state, ["-"] * 8)
-    record = records[stage]
+    record = records.stages[stage]
     inputs = ", ".join(f"{name} {digest[:8]}" for name, digest in record.inputs.items())
     steps = dev = train = sparsity = "-"
-    result = _training_of(records, stage)
-    if result is not None:
+    if stage in records.training:
+        result = records.training[stage]
         steps, dev, train = console.format_cell(result.steps), _score(result.score), _score(result.train_score)
+        sparsity = _optional(result.sparsity, ".2%")
         if result.given:
             inputs = f"given: {result.given}"
-        if result.sparsity is not None:
-            sparsity = f"{result.sparsity:.2%}"
     digest = sha256(run.path / stage / RECORD)[:8]
-    finished = record.finished[:16].replace("T", " ") or "-"
-    cells = [digest, inputs or "-", f"{record.seconds:,.0f}", steps, dev, train, sparsity, finished]
+    finished = record.finished[:16].replace("T", " ")  # to the minute
+    cells = [digest, inputs or "-", f"{record.seconds:,.0f}", steps, dev, train, sparsity, finished or "-"]
     return StageLine(stage, "done", cells)
 
 
-def _last_phase(records: Records) -> str | None:
-    """Return the last of the student's phases that is done."""
-    finished = [phase for phase in PHASES if phase in records]
-    return finished[-1] if finished else None
-
-
-def _training_of(records: Records, stage: str) -> TrainingResult | None:
-    result = records[stage].result if stage in records else None
-    return result if isinstance(result, TrainingResult) else None
-
-
-def _bench_of(records: Records) -> BenchResult | None:
-    result = records["bench"].result if "bench" in records else None
-    return result if isinstance(result, BenchResult) else None
-
-
-def _export_of(records: Records) -> ExportResult | None:
-    result = records["export"].result if "export" in records else None
-    return result if isinstance(result, ExportResult) else None
-
-
-def _further_metrics(records: Records, stage: str) -> str:
+def _further_metrics(records: RunRecords, stage: str) -> str:
     """Return the metrics beside the headline score as text."""
-    result = _training_of(records, stage)
-    if result is None:
+    if stage not in records.training:
         return ""
-    return ", ".join(f"{name} {100 * value:.2f}" for name, value in result.dev.items() if name != "score")
+    metrics = dict(records.training[stage].dev)
+    metrics.pop("score", None)
+    return ", ".join(f"{name} {100 * value:.2f}" for name, value in metrics.items())
 
 
 def _matrix_rows(entry: LedgerEntry) -> list[list[Cell]]:
@@ -383,25 +394,29 @@ def _matrix_rows(entry: LedgerEntry) -> list[list[Cell]]:
     return rows
 
 
-def _threads(count: int) -> str:
-    return "1 thread" if count == 1 else f"{count} threads"
-
-
-def _score(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.2f}"
-
-
 def _timing(entry: LatencyRecord) -> str:
-    ratio = "1x"
-    if entry.engine != entry.dense:
-        ratio = f"{entry.ratio.median:.2f}x"
+    ratio = f"{entry.ratio.median:.2f}x"
+    if entry.engine == entry.dense:  # compared with itself
+        ratio = "1x"
     return f"{console.format_cell(entry.p50)} ({ratio})"
 
 
 def _bound(ledger: Sequence[LedgerEntry], timed: LatencyRecord) -> str:
     """Return the sum of the ledger's bounds in milliseconds, or a dash unless every matrix has this many tokens."""
     tokens = timed.batch * timed.length
-    bounds = [entry.products[tokens].bound_us for entry in ledger if tokens in entry.products]
-    if timed.real or len(bounds) < len(ledger):
+    if timed.real or any(tokens not in entry.products for entry in ledger):
         return "-"
-    return console.format_cell(sum(bounds) / 1e3)
+    return console.format_cell(sum(entry.products[tokens].bound_us for entry in ledger) / 1e3)
+
+
+def _threads(count: int) -> str:
+    return "1 thread" if count == 1 else f"{count} threads"
+
+
+def _score(value: float | None) -> str:
+    return _optional(None if value is None else 100 * value, ".2f")
+
+
+def _optional(value: float | None, spec: str) -> str:
+    """Format a figure, or return a dash for None."""
+    return "-" if value is None else format(value, spec)

@@ -42,7 +42,7 @@ class PhaseCurves:
     def add(self, event: Event) -> None:
         """Add one line of the log."""
         step = event.get("step", 0)
-        if not isinstance(step, int):
+        if not isinstance(step, int):  # a line of another version, or of a stranger
             return
         self.last_step = max(self.last_step, step)
         kind = event.get("event")
@@ -63,6 +63,11 @@ class PhaseCurves:
         series: Series = getattr(self, quantity)
         return series
 
+    def shift(self, series: Series) -> tuple[list[int], list[float]]:
+        """Return the steps on the common axis, and the values, of a series that is not empty."""
+        steps, values = zip(*series, strict=True)
+        return [self.start + step for step in steps], list(values)
+
     @property
     def grafted(self) -> bool:
         """Whether the teacher's layers stood in at any step: with a replacing rate of 1 they never do."""
@@ -75,6 +80,11 @@ class Curves:
 
     phases: list[PhaseCurves]
 
+    @property
+    def grafted(self) -> bool:
+        """Whether the teacher's layers stood in during any phase."""
+        return any(phase.grafted for phase in self.phases)
+
 
 def student_curves(run: Run) -> Curves:
     """Return the curves of the student's phases, as far as they have come."""
@@ -84,7 +94,7 @@ def student_curves(run: Run) -> Curves:
 def teacher_curves(run: Run) -> Curves:
     """Return the curves of the teacher's training; of a given teacher where its folder still has the log."""
     folder, finished = _log_folder(run, "teacher")
-    if finished:
+    if finished:  # a given teacher's log is in the run that trained it
         folder = teacher_folder(run)
     return _join([("teacher", folder, finished)])
 
@@ -96,7 +106,7 @@ def _join(folders: Iterable[tuple[str, Path, bool]]) -> Curves:
         phase = PhaseCurves(name, start, finished)
         for event in _read_events(folder / LOG):
             phase.add(event)
-        if phase.last_step or phase.dev:
+        if phase.last_step or phase.dev:  # a phase of no steps may still be scored
             phases.append(phase)
             start += phase.last_step
     return Curves(phases)
@@ -116,7 +126,7 @@ def _read_events(file: Path) -> Iterator[Event]:
     for line in file.read_text("utf-8", errors="replace").splitlines():
         try:
             event = json.loads(line)
-        except json.JSONDecodeError:
+        except json.JSONDecodeError:  # what follows belongs to no step that was finished
             return
         if isinstance(event, dict):
             yield event

@@ -52,35 +52,39 @@ STYLE = {
     "legend.fontsize": 8.0,
     "lines.linewidth": 1.6,
 }
-DPI = 200
-DOTS = 72  # of an SVG to the inch
-LARGEST = 1.4  # times its natural size that a figure may take on a wide page
+DPI = 200  # sharp when a slide shows a figure at twice its size
+POINTS_PER_INCH = 72  # of an SVG
+LARGEST_SCALE = 1.4  # times its natural size that a figure may take on a wide page
 
 
 def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Draw in `STYLE`, and leave matplotlib's settings as they were."""
+    """Draw in `STYLE`, and restore matplotlib's settings."""
 
     @functools.wraps(draw)
-    def drawn(*arguments: P.args, **options: P.kwargs) -> Figure:
+    def draw_in_style(*args: P.args, **kwargs: P.kwargs) -> Figure:
         import matplotlib
 
         with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
-            return draw(*arguments, **options)
+            return draw(*args, **kwargs)
 
-    return drawn
+    return draw_in_style
 
 
 def figure_with_axes(size: tuple[float, float], heights: Sequence[float] = (1.0,)) -> tuple[Figure, list[Axes]]:
-    """A figure with one column of axes that share their x axis."""
+    """Return a figure with one column of axes that share their x axis.
+
+    Args:
+        size: width and height in inches. heights: of the axes, relative to each other.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")  # no pyplot: it would keep every figure in memory
     grid = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=list(heights))
     return figure, list(grid[:, 0])
 
 
 def escape_dollars(text: str) -> str:
-    """Text in which a dollar sign begins no formula."""
+    """Return text in which a dollar sign begins no formula."""
     return text.replace("$", r"\$")
 
 
@@ -94,21 +98,23 @@ def save_png(figure: Figure, file: Path) -> Path:
     return file
 
 
-def to_svg(figure: Figure, name: str, about: str) -> str:
-    """The figure as an element for a page: colours are its variables, and every id begins with `name`."""
+def to_svg(figure: Figure, name: str, description: str) -> str:
+    """Return the figure as an element for a page: colours are CSS variables, and every id begins with `name`."""
     import matplotlib
 
     stream = io.StringIO()
     with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
         figure.savefig(stream, format="svg", transparent=True)
     text = stream.getvalue()
+    # the metadata and the namespaces are addresses, which a page without network must not have
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r'\s(xmlns(:\w+)?|version)="[^"]*"', "", text).replace("xlink:href", "href")
-    text = re.sub(r'\b(id="|href="#|url\(#)', lambda found: found.group(0) + f"{name}-", text)
-    text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)
+    text = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<0>{name}-", text)
+    text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)  # the page's font, not the one of this machine
     for colour, variable in VARIABLES.items():
         text = text.replace(colour, f"var(--{variable})")
     head, rest = text.split(">", 1)
-    head = re.sub(r'\s(width|height)="[^"]*"', "", head)
-    widest = LARGEST * DOTS * figure.get_figwidth()
-    return f'{head} role="img" aria-label="{html.escape(about)}" style="max-width: {widest:.0f}px">{rest}'
+    head = re.sub(r'\s(width|height)="[^"]*"', "", head)  # the page scales it
+    max_width = LARGEST_SCALE * POINTS_PER_INCH * figure.get_figwidth()
+    label = html.escape(description)
+    return f'{head} role="img" aria-label="{label}" style="max-width: {max_width:.0f}px">{rest}'

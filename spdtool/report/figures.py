@@ -38,8 +38,11 @@ ENGINEERING_COST = 1000  # cost from which an axis counts in k, M and G
 
 def pareto_figures(summaries: Sequence[Summary]) -> Iterator[tuple[str, Figure]]:
     """Yield `(name, figure)` for each task and each cost that was measured for at least one of its students."""
-    for task in dict.fromkeys(summary.task for summary in summaries):
-        scored = [summary for summary in summaries if summary.task == task and summary.student.mean is not None]
+    by_task: dict[str, list[Summary]] = {}
+    for summary in summaries:
+        if summary.student.mean is not None:
+            by_task.setdefault(summary.task, []).append(summary)
+    for task, scored in by_task.items():
         for cost in COSTS:
             measured = [summary for summary in scored if cost_of(summary, cost).mean is not None]
             if measured:
@@ -61,16 +64,22 @@ def cost_of(summary: Summary, cost: str) -> Spread:
 def pareto_figure(task: str, cost: str, summaries: Sequence[Summary]) -> Figure:
     """Draw score against a cost: a colour for each recipe, bars for deviations, the Pareto front, the teacher."""
     figure, (axes,) = figure_with_axes(SIZE)
-    costs = [cost_of(summary, cost).mean or 0.0 for summary in summaries]
-    scores = [_percentage(summary.student.mean) for summary in summaries]
-    front = pareto_front(list(zip(costs, scores, strict=True)))
+    points = []
+    teachers = []
+    by_recipe: dict[str, list[Summary]] = {}
+    for summary in summaries:
+        by_recipe.setdefault(summary.recipe, []).append(summary)
+        points.append((cost_of(summary, cost).mean or 0.0, _percentage(summary.student.mean)))
+        if summary.teacher.mean is not None:
+            teachers.append(summary.teacher.mean)
+    front = pareto_front(points)
+    # a step: between two points only the cheaper one can be had
     axes.plot(*zip(*front, strict=True), color=MUTED, linewidth=1.0, drawstyle="steps-post", label="Pareto front")
-    for index, recipe in enumerate(dict.fromkeys(summary.recipe for summary in summaries)):
-        _draw_recipe(axes, index, cost, [summary for summary in summaries if summary.recipe == recipe])
-    teachers = [summary.teacher.mean for summary in summaries if summary.teacher.mean is not None]
+    for index, of_recipe in enumerate(by_recipe.values()):
+        _draw_recipe(axes, index, cost, of_recipe)
     if teachers:
         _draw_teacher(axes, sum(teachers) / len(teachers), "dense teacher")
-    _scale_cost_axis(axes, costs)
+    _scale_cost_axis(axes, [cost for cost, _ in points])
     title = f"{escape_dollars(task)}: dev score against {cost}"
     axes.set(title=title, xlabel=COSTS[cost], ylabel="dev score x 100")
     figure.legend(loc="outside lower center", ncols=2)
@@ -85,7 +94,9 @@ def training_figure(curves: Curves, teacher_score: float | None) -> Figure:
         teacher_score: its dev score, drawn as a dashed line.
     """
     sparse = any(phase.sparsity or phase.replacing_rate for phase in curves.phases)
-    heights = (2.2, 1.6, 1.3, 1.0) if sparse else (2.2, 1.6, 1.0)
+    heights: tuple[float, ...] = (2.2, 1.6, 1.0)
+    if sparse:  # a dense teacher has no panel for its zeros
+        heights = (2.2, 1.6, 1.3, 1.0)
     figure, axes = figure_with_axes((SIZE[0], sum(heights) + 0.9), heights)
     _draw_scores(axes[0], curves, teacher_score)
     _draw_losses(axes[1], curves)
@@ -117,20 +128,23 @@ def sparsity_figure(layers: Sequence[str], matrices: Sequence[str], values: Mapp
             axes.add_patch(Rectangle(corner, 0.92, 0.88, facecolor=SERIES[0], alpha=opacity, linewidth=0))
             axes.text(column, row, f"{100 * value:.3g}", ha="center", va="center", fontsize=7.5)
     axes.set(xlim=(-0.5, len(layers) - 0.5), ylim=(len(matrices) - 0.5, -0.5), title="zeros in % of each matrix")
-    axes.set_xticks(range(len(layers)), [escape_dollars(_layer_number(layer)) for layer in layers])
-    axes.set_yticks(range(len(matrices)), [escape_dollars(matrix) for matrix in matrices])
+    axes.set_xticks(range(len(layers)), list(map(_layer_number, layers)))
+    axes.set_yticks(range(len(matrices)), list(map(escape_dollars, matrices)))
     axes.set_xlabel("layer")
-    axes.grid(visible=False)
+    axes.grid(visible=False)  # the cells are one
     axes.tick_params(length=0)
     return figure
 
 
 def _draw_recipe(axes: Axes, index: int, cost: str, summaries: Sequence[Summary]) -> None:
     """Draw means with hollow markers, so that one under another is visible, and bars for the deviations."""
-    costs = [cost_of(summary, cost) for summary in summaries]
-    x, x_error = [each.mean or 0.0 for each in costs], [each.deviation or 0.0 for each in costs]
-    y = [_percentage(summary.student.mean) for summary in summaries]
-    y_error = [_percentage(summary.student.deviation) for summary in summaries]
+    x, x_error, y, y_error = [], [], [], []
+    for summary in summaries:
+        spread, score = cost_of(summary, cost), summary.student
+        x.append(spread.mean or 0.0)
+        x_error.append(spread.deviation or 0.0)
+        y.append(_percentage(score.mean))
+        y_error.append(_percentage(score.deviation))
     colour, marker = SERIES[index % len(SERIES)], MARKERS[index % len(MARKERS)]
     axes.errorbar(x, y, xerr=x_error, yerr=y_error, fmt="none", ecolor=colour, elinewidth=1.0, capsize=2.5)
     axes.plot(
@@ -170,11 +184,15 @@ def _draw_scores(axes: Axes, curves: Curves, teacher_score: float | None) -> Non
         ("train", SERIES[1], "--", "s", "train (scored rows)"),
     )
     for quantity, colour, line, marker, label in lines:
-        points = []
+        steps: list[int] = []
+        scores: list[float] = []
         for phase in curves.phases:
-            points += [(phase.start + step, 100 * value) for step, value in phase.series(quantity)]
-        if points:
-            axes.plot(*zip(*points, strict=True), line, color=colour, marker=marker, ms=3.5, label=label)
+            if phase.series(quantity):
+                shifted, values = phase.shift(phase.series(quantity))
+                steps += shifted
+                scores += map(_percentage, values)
+        if steps:
+            axes.plot(steps, scores, line, color=colour, marker=marker, ms=3.5, label=label)
     if teacher_score is not None:
         _draw_teacher(axes, teacher_score, "teacher, dev")
     axes.set_ylabel("score x 100")
@@ -184,11 +202,11 @@ def _draw_scores(axes: Axes, curves: Curves, teacher_score: float | None) -> Non
 def _draw_losses(axes: Axes, curves: Curves) -> None:
     """Draw every loss term over all phases, the total as a thick line."""
     names: dict[str, None] = {}
-    values = []
+    values: list[float] = []
     for phase in curves.phases:
         names |= dict.fromkeys(phase.losses)
         for series in phase.losses.values():
-            values += [value for _, value in series]
+            values += dict(series).values()
     for index, name in enumerate(names):
         colour, width = SERIES[(index - 1) % len(SERIES)], 0.9
         if name == "loss":
@@ -196,12 +214,11 @@ def _draw_losses(axes: Axes, curves: Curves) -> None:
         label: str | None = escape_dollars(name)
         for phase in curves.phases:
             if phase.losses.get(name):
-                steps, losses = zip(*phase.losses[name], strict=True)
-                axes.plot([phase.start + step for step in steps], losses, label=label, color=colour, linewidth=width)
+                axes.plot(*phase.shift(phase.losses[name]), label=label, color=colour, linewidth=width)
                 label = None  # one entry in the legend, whatever the number of phases
     if values and min(values) > 0 and max(values) / min(values) > LOG_SCALE_LOSS:
         axes.set_yscale("log")
-        axes.minorticks_off()
+        axes.minorticks_off()  # their labels overlap in a low panel
     axes.set_ylabel("loss")
     _add_legend(axes)
 
@@ -209,9 +226,9 @@ def _draw_losses(axes: Axes, curves: Curves) -> None:
 def _draw_sparsity(axes: Axes, curves: Curves) -> None:
     """Draw sparsity, and the replacing rate where anything is grafted."""
     _draw_series(axes, curves, "sparsity", SERIES[2], "sparsity", drawstyle="steps-post")
-    if any(phase.grafted for phase in curves.phases):
+    if curves.grafted:
         _draw_series(axes, curves, "replacing_rate", SERIES[4], "replacing rate", linestyle="--")
-    axes.set_ylim(-0.05, 1.08)
+    axes.set_ylim(-0.05, 1.08)  # lines at 0 and 1 stay visible
     axes.set_ylabel("share")
     _add_legend(axes)
 
@@ -228,9 +245,8 @@ def _draw_series(
     for phase in curves.phases:
         series = phase.series(quantity)
         if series:
-            steps, values = zip(*series, strict=True)
-            x = [phase.start + step for step in steps]
-            axes.plot(x, values, color=colour, label=label, drawstyle=drawstyle, linestyle=linestyle)  # type: ignore[arg-type]
+            steps, values = phase.shift(series)
+            axes.plot(steps, values, color=colour, label=label, drawstyle=drawstyle, linestyle=linestyle)  # type: ignore[arg-type]
             label = None
 
 
@@ -243,7 +259,7 @@ def _add_legend(axes: Axes) -> None:
 def _mark_phases(axes: Sequence[Axes], curves: Curves) -> None:
     """Draw a line between phases, their names in the top panel, and a light line at each prune event."""
     end = max(phase.start + phase.last_step for phase in curves.phases)
-    axes[0].set_xlim(-0.02 * end, 1.02 * end)
+    axes[0].set_xlim(-0.02 * end, 1.02 * end)  # all panels share it
     for phase in curves.phases:
         for panel in axes:
             if phase.start:
@@ -272,7 +288,7 @@ def _write_name(axes: Axes, phase: PhaseCurves) -> None:
 
 def _layer_number(layer: str) -> str:
     match = re.search(r"(\d+)$", layer)
-    return match.group(1) if match else layer
+    return match.group(1) if match else escape_dollars(layer)
 
 
 def _percentage(value: float | None) -> float:

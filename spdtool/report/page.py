@@ -98,13 +98,17 @@ def write_page(folders: Sequence[Path], to: Path | None = None) -> Page:
             rows.append(row_of_run(runs[-1]))
     several = several or len(runs) > 1
     if to is None:
-        to = folders[0] / DEFAULT_PAGE if len(folders) == 1 else DEFAULT_PAGE
+        to = DEFAULT_PAGE
+        if len(folders) == 1:
+            to = folders[0] / DEFAULT_PAGE
     page = Page(runs, rows, to)
     page.file.parent.mkdir(parents=True, exist_ok=True)
     comparison = _compare_runs(page) if several else None
     sections = []
     for number, run in enumerate(runs[:MOST_RUNS], 1):
-        prefix = f"run{number}-" if several else ""
+        prefix = ""
+        if several:  # the figures of all runs lie beside one page, and their SVG ids in one document
+            prefix = f"run{number}-"
         sections.append(_show_run(page, run, prefix))
     others = [str(run.path) for run in runs[MOST_RUNS:]]
     smoke = any(row.smoke for row in rows)
@@ -164,7 +168,9 @@ def _compare_runs(page: Page) -> ComparisonSection:
     comparison = compare(page.rows)
     figures = []
     for name, figure in pareto_figures(comparison.summaries):
-        caption = NONZEROS_CAPTION if name.endswith("-nonzeros") else COST_CAPTION
+        caption = COST_CAPTION
+        if name.endswith("-nonzeros"):
+            caption = NONZEROS_CAPTION
         figures.append(page.add_figure(figure, name, caption))
     return ComparisonSection(comparison, figures)
 
@@ -179,7 +185,7 @@ def _show_run(page: Page, run: Run, prefix: str) -> RunSection:
     section = RunSection(content, [], [])
     if content.student.phases:
         caption = "the student: dev and train score, loss, sparsity, learning rate; green lines: prune events"
-        if any(phase.grafted for phase in content.student.phases):
+        if content.student.grafted:
             caption = caption.replace("sparsity,", "sparsity, replacing rate,")
         figure = training_figure(content.student, content.row.teacher)
         section.training.append(page.add_figure(figure, f"{prefix}student", caption))

@@ -24,6 +24,7 @@ def sha256(file: Path) -> str:
 
 def hash_json(value: object) -> str:
     """Return the hex digest of a value as JSON with sorted keys."""
+    # sorted, since the order of a recipe's fields changes no result
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 

@@ -44,7 +44,7 @@ if TYPE_CHECKING:  # `spdtool --help` imports this module, and must not wait for
     )
 
 RECORD = "stage.json"
-STATE = "state"
+STATE = "state"  # in a folder of its own, so that a commit can leave all of it out
 STUDENTS = "students"  # folder of the students at intermediate sparsities
 LOG = "metrics.jsonl"
 SMOKE_MARK = "SMOKE-RUN-NOT-A-RESULT.txt"
@@ -125,14 +125,14 @@ class Run:
             names = [name for name, _, _ in conflicts]
             raise RunMismatch(f"{path} belongs to another recipe: {lines}", _recipe_hint(path, names))
         run = cls(path, recipe)
-        if changed and not dry and ranks.is_main():
+        if changed and not dry and ranks.is_main():  # one writer: the other ranks read run.json
             with run._lock():
                 run._save_recipe()
         return run
 
     def done(self, stage: str) -> bool:
         """Return whether `stage` is finished."""
-        return (self.path / stage / RECORD).is_file()
+        return (self.path / stage / RECORD).is_file()  # the folder alone may be a stranger's
 
     def begun(self, stage: str) -> bool:
         """Return whether `stage` was started and is not finished."""
@@ -202,11 +202,12 @@ class Run:
             if not path.is_file():
                 raise Corrupt(f"{path} is missing", hint)
             size = path.stat().st_size
-            if size != file.size:
+            if size != file.size:  # cheaper than a hash, and says more
                 raise Corrupt(f"{path} holds {size} bytes; the stage wrote {file.size}", hint)
             if sha256(path) != file.sha256:
                 raise Corrupt(f"{path} was altered since the stage wrote it", hint)
         for source, digest in record.inputs.items():
+            # a source that is gone is no contradiction: intermediate checkpoints may be deleted to save disk
             if self.done(source) and sha256(self.path / source / RECORD) != digest:
                 raise Corrupt(f"{stage} was made from a {source} stage that has since been replaced", hint)
         self._inputs[stage] = sha256(folder / RECORD)
@@ -225,7 +226,7 @@ class Run:
         """Raise RunMismatch unless the finished `stages` read the same rows; older records do not say."""
         for stage in stages:
             recorded = self.record(stage).data
-            if recorded is not None and recorded != data:
+            if recorded is not None and recorded != data:  # a stage of an older version has none
                 raise RunMismatch(
                     f"the rows are not those of the stage {stage!r} in {self.path}: {_data_change(recorded, data)}",
                     "put the data back, give another --run, or begin anew with `spdtool teacher --again`",
@@ -256,11 +257,12 @@ class Run:
                 self._save_recipe()
             stage = Stage(name, self.partial_folder(name), self.fingerprint(name))
             self._prepare_folder(stage.folder)
-            started = time.time()
+            started = time.time()  # of this session: what a resumed stage took before is in its log
             try:
                 yield stage
                 self._commit(stage, started)
             except BaseException:
+                # without a snapshot there is nothing to resume from, and half-written files only mislead
                 if not (stage.state.exists() and any(stage.state.iterdir())):
                     shutil.rmtree(stage.folder, ignore_errors=True)
                 raise
@@ -329,7 +331,7 @@ class Run:
             files=_list_files(stage),
             result=stage.result,
         )
-        write_json(stage.folder / RECORD, record)
+        write_json(stage.folder / RECORD, record)  # last: from here on the folder counts as whole
         final = self.path / stage.name
         used_state = self._used_state_folder(stage.name)
         if final.exists():  # a folder without stage.json: not ours to trust
@@ -343,6 +345,7 @@ class Run:
         from spdtool.run.records import RunRecord
 
         if self.recipe.smoke:
+            # a file that nobody overlooks when a folder is passed on
             (self.path / SMOKE_MARK).write_text("A few steps on a random two-layer model. Its numbers mean nothing.\n")
         else:
             (self.path / SMOKE_MARK).unlink(missing_ok=True)
@@ -409,7 +412,7 @@ def write_json(file: Path, value: Record | Mapping[str, object]) -> None:
             stream.flush()
             os.fsync(stream.fileno())  # a rename may reach the disk before the contents do
         sibling.replace(file)
-    except BaseException:
+    except BaseException:  # a full disk, or Ctrl-C: no trace is left
         sibling.unlink(missing_ok=True)
         raise
 
@@ -423,7 +426,7 @@ def replacing(folder: Path) -> Iterator[Path]:
     try:
         yield partial
         if folder.exists():
-            folder.rmdir()
+            folder.rmdir()  # fails unless it is empty: files of others are never removed
         partial.rename(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -444,7 +447,7 @@ def _list_files(stage: Stage) -> list[FileRecord]:
 
 def _remove(path: Path) -> None:
     """Remove a file, a link or a folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
+    if path.is_dir() and not path.is_symlink():  # rmtree refuses links
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -456,6 +459,7 @@ def _refuse_unusable(path: Path) -> None:
         foreign = not path.is_dir() or {file.name for file in path.iterdir()} - BEFORE_RUN_JSON
         if foreign:
             raise RunError(f"{path} exists and is not a run folder", "give another --run")
+    # the run folder may be several levels below what exists
     existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if not os.access(existing, os.W_OK):
         raise _cannot_create(path, f"{existing} may not be written to")

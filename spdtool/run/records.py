@@ -20,10 +20,10 @@ Role = Literal["teacher", "student"]
 class Record(BaseModel):
     """Base of all records."""
 
-    model_config = ConfigDict(validate_assignment=True)
+    model_config = ConfigDict(validate_assignment=True)  # results are filled in while a stage runs
 
 
-class ZeroCount(NamedTuple):
+class ZeroCount(NamedTuple):  # a tuple: stage.json has one for each of hundreds of matrices
     """Zeros of one weight matrix, and how many weights it has in all."""
 
     zeros: int
@@ -153,7 +153,7 @@ class ExportedModel(Record):
         nodes, opset, sparse, fused, kept_fp32, reduce_range: facts of the graph.
     """
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow")  # figures of a plugin's target
 
     files: list[str]
     bytes: int
@@ -511,7 +511,7 @@ class FileDigest(Record):
 class LibraryRecord(Record):
     """Library of custom operators that a model needs, and the distribution that builds it."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow")  # a plugin may say more of its library
 
     file: str | None = None
     distribution: str | None = None

@@ -102,7 +102,7 @@ def plan_trials(
     trials = []
     for task in task_names:
         for seed in dict.fromkeys(seeds):
-            for recipe in recipe_names:
+            for recipe in recipe_names:  # inside a seed: trials that share a teacher follow it
                 for sparsity in sparsities:
                     trial = Trial(
                         task,
@@ -144,6 +144,7 @@ def data_by_task(text: str | None, tasks: Sequence[str]) -> dict[str, str | None
 
 def teacher_recipe(trial: Trial) -> Recipe:
     """Return the recipe of the teacher that `trial` shares: of the task and the `--set`s, not of the trial's recipe."""
+    # the same for every recipe of the sweep, so that they are compared with one teacher
     return reading.build_recipe("default", _flags(trial), trial.sets)
 
 
@@ -183,7 +184,10 @@ def scale_epochs(recipe: Recipe, total: float) -> Recipe:
             f"give each a number: {' '.join(f'--set {phase}.epochs=1' for phase in PHASES)}",
         )
     whole = sum(weights.values())
-    return reading.override(recipe, [f"{phase}.epochs={total * weight / whole!r}" for phase, weight in weights.items()])
+    sets = []
+    for phase, weight in weights.items():
+        sets.append(f"{phase}.epochs={total * weight / whole!r}")  # repr keeps every bit of a float
+    return reading.override(recipe, sets)
 
 
 def train_teacher(trial: Trial) -> Path:
@@ -248,9 +252,9 @@ def run_sweep(
     open_at_start, started = len(unfinished), time.monotonic()
     for count, (index, row) in enumerate(runner(trials), start=1):
         rows[index] = row
-        write_results(rows, out)
+        write_results(rows, out)  # after each, so that a killed sweep has a table
         unfinished.discard(index)
-        trained = open_at_start - len(unfinished)
+        trained = open_at_start - len(unfinished)  # trials of earlier sessions took no time now
         seconds_each = (time.monotonic() - started) / max(trained, 1)
         remaining = _describe_remaining(len(trials) - count, len(unfinished), seconds_each)
         on_line(f"[{count}/{len(trials)}] {summary.describe_row(row)}{remaining}")
@@ -269,7 +273,7 @@ def write_results(rows: Sequence[StudentRow], out: Path) -> None:
 def _check(trial: Trial) -> None:
     """Raise now what would stop the trial: a wrong setting, an unknown task, a folder of another recipe."""
     recipe = trial_recipe(trial)
-    find_dataset(recipe)
+    find_dataset(recipe)  # raises for an unknown task
     Run.at(trial.teacher_folder, teacher_recipe(trial), dry=True)
     Run.at(trial.folder, recipe, dry=True)
 

@@ -60,6 +60,6 @@ def best_until(scores: dict[float, float], progress: float) -> float | None:
     if max(scores) < progress:
         return None
     earlier = [at for at in scores if at <= progress]
-    if not earlier:
+    if not earlier:  # its first score came later
         return None
-    return scores[max(earlier)]
+    return scores[max(earlier)]  # scores of a history only rise

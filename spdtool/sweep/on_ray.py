@@ -73,7 +73,7 @@ class Cluster:
         if self.margin is not None:
             stopped = _read_stopped(trials)
         yield from stopped.items()
-        connected = _connect(ray, self.address)
+        connected = _connect(ray, self.address)  # not where the caller has connected: that connection is the caller's
         try:
             self._require_claims(ray)
             yield from self._run_all(ray, {i: trial for i, trial in enumerate(trials) if i not in stopped})
@@ -131,7 +131,7 @@ def train_teacher_in_worker(trial: Trial) -> None:
         for _ in _attempts():
             try:
                 train_teacher(trial)
-            except RunLocked:
+            except RunLocked:  # by an orphan, which ends soon
                 continue
             except SpdError:
                 pass
@@ -179,7 +179,7 @@ class _ScoreListener:
         self._target, self._report, self._sparsity = sparsity, report, 0.0
 
     def __call__(self, stage: str, steps: int, event: dict[str, Any]) -> None:
-        self._sparsity = event.get("sparsity") or self._sparsity
+        self._sparsity = event.get("sparsity") or self._sparsity  # evaluations do not say it
         if event["event"] != "eval" or stage not in PHASES:
             return
         if stage != "prune" or self._sparsity > self._target - SPARSITY_TOLERANCE:

@@ -38,14 +38,14 @@ def row_of_run(run: Run) -> StudentRow:
     row = row_of_recipe(run.recipe, run.path)
     if not run.done("teacher"):
         return row
-    row.teacher = run.training_result("teacher").score
+    row.teacher = run.training_result("teacher").score  # on this run's dev rows, also of a given teacher
     row.teacher_train = trained_teacher(run).train_score
     finished = [phase for phase in PHASES if run.done(phase)]
     if not finished:
         return row
     student = run.training_result(finished[-1])
     row.student, row.student_train = student.score, student.train_score
-    row.seconds = sum(run.record(phase).seconds for phase in finished)
+    row.seconds = sum(run.record(phase).seconds for phase in finished)  # without the teacher, which trials share
     row.nonzeros, row.weights = count_weights(student.zeros)
     if finished[-1] == PHASES[-1]:
         row.status = "done"
@@ -59,7 +59,7 @@ def intermediate_rows(row: StudentRow, students: Iterable[IntermediateStudent]) 
     """Yield the rows of the students that the prune stage of the run in `row` saved on its way."""
     for student in students:
         nonzeros = None
-        if row.weights is not None:
+        if row.weights is not None:  # the final student's: all its stages have the same matrices
             nonzeros = round(row.weights * (1 - student.sparsity))
         yield StudentRow(
             task=row.task,
@@ -103,15 +103,20 @@ def trained_teacher(run: Run) -> TrainingResult:
 def teacher_folder(run: Run) -> Path:
     """Return the folder where the teacher was trained: in this run, or where it was given from."""
     given = run.training_result("teacher").given
-    return Path(given) if given else run.path / "teacher"
+    if given:
+        return Path(given)
+    return run.path / "teacher"
 
 
 def count_weights(zeros: Mapping[str, ZeroCount]) -> tuple[int | None, int | None]:
     """Return nonzeros and weights over all prunable matrices, None without any."""
     if not zeros:
         return None, None
-    size = sum(count.size for count in zeros.values())
-    return size - sum(count.zeros for count in zeros.values()), size
+    nonzeros = size = 0
+    for count in zeros.values():
+        nonzeros += count.size - count.zeros
+        size += count.size
+    return nonzeros, size
 
 
 def _add_bench(row: StudentRow, run: Run) -> None:
@@ -121,4 +126,4 @@ def _add_bench(row: StudentRow, run: Run) -> None:
     if bench.best != "student":
         best = exported.targets[bench.best].student
     row.bytes, row.teacher_bytes = best.bytes, exported.teacher.bytes
-    row.speed = bench.speed.median
+    row.speed = bench.speed.median  # with the fewest threads, the headline of the bench

@@ -75,7 +75,9 @@ def spread(values: Iterable[float | None]) -> Spread:
     measured = [float(value) for value in values if value is not None]
     if not measured:
         return Spread(None, None, 0)
-    deviation = statistics.stdev(measured) if len(measured) > 1 else None
+    deviation = None  # of one value there is none
+    if len(measured) > 1:
+        deviation = statistics.stdev(measured)
     return Spread(statistics.mean(measured), deviation, len(measured))
 
 
@@ -89,9 +91,13 @@ def summarise(rows: Iterable[StudentRow]) -> list[Summary]:
     for row in with_intermediate(rows):
         if row.status != "unfinished":
             groups.setdefault((row.task, row.label, row.sparsity), []).append(row)
-    tasks = list(dict.fromkeys(task for task, _, _ in groups))
-    labels = list(dict.fromkeys(label for _, label, _ in groups))
-    ordered = sorted(groups, key=lambda key: (tasks.index(key[0]), labels.index(key[1]), key[2]))
+    tasks: dict[str, int] = {}
+    labels: dict[str, int] = {}
+    for task, label, _ in groups:
+        tasks.setdefault(task, len(tasks))
+        labels.setdefault(label, len(labels))
+    # tasks and recipes as they were asked for, sparsities by their size
+    ordered = sorted(groups, key=lambda key: (tasks[key[0]], labels[key[1]], key[2]))
     return [_summarise_group(*key, groups[key]) for key in ordered]
 
 
@@ -138,15 +144,20 @@ def describe_row(row: StudentRow) -> str:
     """Describe one run on one line."""
     if row.status in ("failed", "stopped"):
         return f"{row_name(row)}: {row.status}: {row.error}"
-    gap = "" if row.student_gap is None else f", gap {_hundredfold(row.student_gap)}"
-    seconds = "" if row.seconds is None else f"; {row.seconds:,.0f} s"
     scores = f"teacher {_hundredfold(row.teacher)}, student {_hundredfold(row.student)}"
-    return f"{row_name(row)}: {scores} ({_percent(row.retention)} kept{gap}){seconds}"
+    relative = f"{_percent(row.retention)} kept"
+    if row.student_gap is not None:
+        relative += f", gap {_hundredfold(row.student_gap)}"
+    line = f"{row_name(row)}: {scores} ({relative})"
+    if row.seconds is not None:
+        line += f"; {row.seconds:,.0f} s"
+    return line
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Return the `(cost, score)` points that no other matches at less cost or beats at the same, cheapest first."""
     best: list[tuple[float, float]] = []
+    # cheapest first, and of equal costs the best score first: a point is on the front if it beats all before it
     for cost, score in sorted(points, key=lambda point: (point[0], -point[1])):
         if not best or score > best[-1][1]:
             best.append((cost, score))
@@ -166,9 +177,11 @@ def markdown(title: str, rows: Sequence[StudentRow]) -> str:
 
 
 def _summarise_group(task: str, recipe: str, sparsity: float, rows: Sequence[StudentRow]) -> Summary:
-    statuses = [row.status for row in rows]
-    done = [row for row in rows if row.status == "done"]
-    if "stopped" in statuses:
+    by_status: dict[str, list[StudentRow]] = {"done": [], "failed": [], "stopped": []}
+    for row in rows:
+        by_status[row.status].append(row)
+    done = by_status["done"]
+    if by_status["stopped"]:  # only a bad seed is stopped: the mean of the others would flatter
         done = []
 
     def over_seeds(value: Callable[[StudentRow], float | None]) -> Spread:
@@ -189,16 +202,17 @@ def _summarise_group(task: str, recipe: str, sparsity: float, rows: Sequence[Stu
         slowness=over_seeds(lambda row: 1 / row.speed if row.speed else None),
         teacher_bytes=over_seeds(lambda row: row.teacher_bytes),
         weights=over_seeds(lambda row: row.weights),
-        failed=statuses.count("failed"),
-        stopped=statuses.count("stopped"),
+        failed=len(by_status["failed"]),
+        stopped=len(by_status["stopped"]),
     )
 
 
 def _table_row(summary: Summary, benched: bool) -> list[str]:
     seeds = str(summary.student.count)
-    lost = [f"{summary.failed} failed"] if summary.failed else []
-    if summary.stopped:
-        lost.append(f"{summary.stopped} stopped")
+    lost = []
+    for count, status in ((summary.failed, "failed"), (summary.stopped, "stopped")):
+        if count:
+            lost.append(f"{count} {status}")
     if lost:
         seeds += f" ({', '.join(lost)})"
     row = [summary.task, summary.recipe, f"{summary.sparsity:g}", str(summary.teacher), str(summary.student)]
@@ -221,6 +235,7 @@ def _percent(value: float | None) -> str:
 def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = []
     for cells in (columns, ["---"] * len(columns), *rows):
+        # a bar inside a cell would begin another one
         escaped = [cell.replace("|", "\\|") for cell in cells]
         lines.append(f"| {' | '.join(escaped)} |")
     return "\n".join(lines)

@@ -10,7 +10,6 @@ from html.parser import HTMLParser
 import pytest
 
 from spdtool.errors import Corrupt, RunError
-from spdtool.recipe import STAGES
 from spdtool.recipe import reading as recipes
 from spdtool.recipe.fields import MAY_CHANGE
 from spdtool.report import commands, curves, page
@@ -156,8 +155,8 @@ def test_names_that_are_markup_are_shown_as_text(toy_task, toy_run):
 @pytest.mark.parametrize("caveats", [{}, {1: "2 rounds are too few to tell it from noise"}])
 def test_the_headline_is_of_one_thread_and_has_its_caveat(compressed, caveats):
     run = Run.open(compressed)
-    records = {stage: run.record(stage) for stage in STAGES}
-    bench = records["bench"].result
+    records = gather.read_records(run)
+    bench = records.bench
     bench.speeds = {2: Ratio(median=9.0, low=8.0, high=9.5), 1: Ratio(median=3.0, low=2.5, high=3.5)}
     bench.caveats = caveats
     row = StudentRow(task="demo", recipe="default", sparsity=0.5, seed=0, run="r", bytes=1, teacher_bytes=1)
