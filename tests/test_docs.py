@@ -16,6 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 from typer.main import get_command
 
+import spdtool
 from spdtool import errors, plugins
 from spdtool.cli.main import app
 from spdtool.recipe import reading
@@ -198,6 +199,12 @@ def test_the_reference_has_every_error_and_its_exit_code(pages: dict[str, str]) 
     assert len(public) > 10
     for error in public:
         assert f"| `{error.__name__}` | {error.exit_code} |" in pages["errors"], error.__name__
+
+
+def test_the_reference_has_every_public_name(pages: dict[str, str]) -> None:
+    for name in spdtool.__all__:
+        page = "errors" if f"| `{name}` |" in pages["errors"] else "python-api"
+        assert name.startswith("_") or f"`{name}`" in pages[page] or f"::: spdtool.{name}\n" in f"{pages[page]}\n", name
 
 
 def test_every_page_of_the_site_is_in_the_navigation(reference: ModuleType) -> None:

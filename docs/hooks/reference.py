@@ -275,20 +275,30 @@ def tasks() -> str:
     )
 
 
+def rounding_of(target: Any) -> str:
+    """Return what a target rounds, in words."""
+    if target.rounds_arithmetic:
+        return "weights and arithmetic"
+    return "weights" if target.rounds_weights else "nothing"
+
+
 def targets() -> str:
-    """Write the table of export targets."""
+    """Write the table of export targets, with what each says of itself."""
     from spdtool import plugins
 
-    rows = [
-        (code(part.name), paragraphs(part.summary), part.source.split(":")[0]) for part in built_in(plugins.targets)
-    ]
+    rows = []
+    for part in built_in(plugins.targets):
+        target = part.value
+        by_default = "yes" if target.exported_by_default else ""
+        providers = ", ".join(target.providers)
+        rows.append((code(part.name), paragraphs(part.summary), providers, rounding_of(target), by_default))
     return "\n\n".join(
         [
             "# Export targets",
             "Name demanded targets in `export.targets` and optional ones in `export.optional`. "
             "[Choose an export target](../how-to/choose-a-target.md) says which one is for whom, and "
             "[The gates of an export](../explanation/gates.md) what each file has to pass.",
-            table(("target", "what it writes", "from"), rows),
+            table(("target", "what it writes", "runs on", "rounds", "exported if installed"), rows),
             "`sparse-cpu` comes with the plugin `spdtool-sparse-cpu`, which needs a C++ compiler.",
         ]
     )
@@ -494,15 +504,18 @@ def errors() -> str:
 
 
 def python_api() -> str:
-    """Write the public names of the package for mkdocstrings, which fills them in."""
+    """Write the public names of the package for mkdocstrings, which fills them in: functions, then types."""
     import spdtool
 
+    errors_of_users = {error.__name__ for _, error in error_tree()}
+    public = [name for name in spdtool.__all__ if not name.startswith("_") and name not in errors_of_users]
+    public.sort(key=lambda name: (name[0].isupper(), name))
     parts = [
         "# Python API",
         "`import spdtool` is light: each name is imported when it is first used. "
-        "Whatever a command does, Python can do as well.",
+        "Whatever a command does, Python can do as well. The errors are on a [page of their own](errors.md).",
     ]
-    parts += [f"::: spdtool.{name}" for name in spdtool.__all__ if not name.startswith("_")]
+    parts += [f"::: spdtool.{name}" for name in public]
     return "\n\n".join(parts)
 
 
