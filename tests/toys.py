@@ -1,4 +1,4 @@
-"""Toy parts for the tests: a tokenizer, tiny random encoders, and a task of in-memory rows. No file, no network.
+"""Toys for the tests: a tokenizer, tiny random encoders, and a data set of in-memory rows. No file, no network.
 
 `conftest.py` offers these as fixtures; scripts that tests start as processes of their own import this file by its path.
 """
@@ -70,33 +70,34 @@ def classifier(
         "eos_token_id": 3,
         "sep_token_id": 3,
     }
-    own = dict(ARCHITECTURES[architecture][0]) if architecture in ARCHITECTURES else {}
-    if "n_layers" in own:
-        own["n_layers"] = layers
-    made = AutoConfig.for_model(architecture, **options | own | config)
-    for name, value in made.to_dict().items():
+    if architecture in ARCHITECTURES:
+        options |= ARCHITECTURES[architecture][0]
+    if "n_layers" in options:  # DistilBERT has its names for all of these
+        options["n_layers"] = layers
+    model_config = AutoConfig.for_model(architecture, **options | config)
+    for name, value in model_config.to_dict().items():
         if "dropout" in name and isinstance(value, float) and name not in config:
-            setattr(made, name, 0.0)
+            setattr(model_config, name, 0.0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         implementation = {"attn_implementation": "eager"} if eager else {}
-        return AutoModelForSequenceClassification.from_config(made, **implementation).eval()
+        return AutoModelForSequenceClassification.from_config(model_config, **implementation).eval()
 
 
 def batch(rows: int = 5, length: int = 11, *, seed: int = 0, architecture: str = "bert") -> dict[str, torch.Tensor]:
     """Random token ids with right padding of various lengths (row 0 has none), and labels."""
-    draw = torch.Generator().manual_seed(seed)
-    real = torch.randint(3, length + 1, (rows,), generator=draw)
-    real[0] = length
-    mask = (torch.arange(length)[None] < real[:, None]).long()
-    made = {
-        "input_ids": torch.randint(len(SPECIAL), len(WORDS), (rows, length), generator=draw) * mask,
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, length + 1, (rows,), generator=generator)
+    lengths[0] = length
+    mask = (torch.arange(length)[None] < lengths[:, None]).long()
+    columns = {
+        "input_ids": torch.randint(len(SPECIAL), len(WORDS), (rows, length), generator=generator) * mask,
         "attention_mask": mask,
-        "labels": torch.randint(0, 2, (rows,), generator=draw),
+        "labels": torch.randint(0, 2, (rows,), generator=generator),
     }
     if ARCHITECTURES[architecture][1]:
-        made["token_type_ids"] = torch.zeros_like(mask)
-    return made
+        columns["token_type_ids"] = torch.zeros_like(mask)
+    return columns
 
 
 def tokenizer(padding_side: str = "right", *, token_types: bool = True) -> Any:
@@ -151,15 +152,15 @@ def rows(
     count: int, seed: int = 0, *, labels: int = 2, pairs: bool = False, shortest: int = 1, longest: int = 9
 ) -> Rows:
     """Sentences of various lengths whose good and bad words decide the label (labels 1: their balance, a float)."""
-    draw = random.Random(seed)
+    generator = random.Random(seed)
     first, second, gold = [], [], []
     for index in range(count):
         label = index % max(labels, 2)
-        words = draw.choices(FILLER, k=draw.randint(shortest, longest))
-        words.insert(draw.randint(0, len(words)), draw.choice((BAD, GOOD, FILLER)[label % 3]))
+        words = generator.choices(FILLER, k=generator.randint(shortest, longest))
+        words.insert(generator.randint(0, len(words)), generator.choice((BAD, GOOD, FILLER)[label % 3]))
         first.append(" ".join(words))
-        second.append(" ".join(draw.choices(FILLER, k=draw.randint(1, 4))))
-        gold.append(label if labels > 1 else label + draw.random())
+        second.append(" ".join(generator.choices(FILLER, k=generator.randint(1, 4))))
+        gold.append(label if labels > 1 else label + generator.random())
     return Rows(first, second if pairs else None, gold)
 
 
@@ -176,17 +177,17 @@ def dataset(
     build: bool = True,
     architecture: str | None = None,
 ) -> Dataset:
-    """A data set of in-memory rows with a tiny model of its own: a BERT, or another `architecture`.
+    """A data set of in-memory rows with a tiny model to go with it: a BERT, or another `architecture`.
 
     Args:
         build: False to leave the model to the recipe.
     """
-    count = max(1, len(labels))
+    head_labels = labels or ("score",)
+    count = len(head_labels)
 
-    def make(seed: int) -> Any:
-        names = {"id2label": dict(enumerate(labels)), "label2id": {n: i for i, n in enumerate(labels)}}
-        if not labels:
-            names = {"id2label": {0: "score"}, "label2id": {"score": 0}}
+    def build_model(seed: int) -> Any:
+        names: dict[str, Any] = {"id2label": dict(enumerate(head_labels))}
+        names["label2id"] = {label: index for index, label in enumerate(head_labels)}
         if architecture is not None:
             model = classifier(architecture, layers=layers, labels=count, seed=seed, eager=False, **names)
             return model, tokenizer(token_types=ARCHITECTURES[architecture][1])
@@ -202,7 +203,7 @@ def dataset(
             "train": rows(train, 1, labels=count, pairs=pairs),
             "dev": rows(dev, 2, labels=count, pairs=pairs),
         },
-        build=make if build else None,
+        build=build_model if build else None,
         about="in-memory rows for the tests",
     )
 

@@ -37,9 +37,7 @@ def training_batches(
 
 def evaluation_batches(rows: Encoded, batch_size: int) -> Iterator[np.ndarray]:
     """Yield row numbers, longest rows first: a batch too large for the memory shows at once, and little is padded."""
-    order = np.argsort(-rows.lengths, kind="stable")
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
+    yield from _slices(np.argsort(-rows.lengths, kind="stable"), batch_size)
 
 
 class BlockedBatches(Sequence[np.ndarray]):
@@ -91,11 +89,14 @@ def _cut_into_batches(
 ) -> list[np.ndarray]:
     """Cut `order` into batches; with a pool, of like length, and in random order again."""
     if pool is None:
-        return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    batches = []
-    pool_size = pool * batch_size
-    for pool_start in range(0, len(order), pool_size):
-        rows = order[pool_start : pool_start + pool_size]
-        rows = rows[np.argsort(lengths[rows], kind="stable")]
-        batches += [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+        return _slices(order, batch_size)
+    batches: list[np.ndarray] = []
+    for rows in _slices(order, pool * batch_size):
+        # Stable: another sort may order equal lengths differently on another machine.
+        batches += _slices(rows[np.argsort(lengths[rows], kind="stable")], batch_size)
+    # Shuffled again: short rows first and long rows last would be a curriculum in every pool.
     return [batches[number] for number in generator.permutation(len(batches))]
+
+
+def _slices(rows: np.ndarray, size: int) -> list[np.ndarray]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]

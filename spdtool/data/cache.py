@@ -4,8 +4,8 @@ An entry is a folder with one flat file per array and a `contents.json` with typ
 under another name and renamed, so several processes may write the same one. A file whose size and time of change are
 those recorded when it was written is trusted, another one is read and hashed; a damaged entry is computed again.
 
-The folder is `spdtool` under XDG_CACHE_HOME (else `~/.cache`) and may be removed at any time. If all entries together
-are larger than SPDTOOL_CACHE_GB (20), those that were not used for longest are removed for a new one.
+The folder is `spdtool` under XDG_CACHE_HOME (else `~/.cache`) and may be removed at any time. If all entries
+together are larger than SPDTOOL_CACHE_GB (20), those that were not used for longest are removed for a new one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import BinaryIO, TypedDict
 
 import numpy as np
 
-HASHED_BYTES = 1 << 24  # at a time
+HASHED_BYTES = 1 << 24  # at a time: a file may be larger than the memory
 DAY = 24 * 3600
 CONTENTS = "contents.json"  # written last; its time of change is when the entry was last used
 DEFAULT_LIMIT_GB = 20.0
@@ -82,8 +82,11 @@ def arrays_in_memory(fill: Fill) -> Arrays:
     """Compute the arrays of `fill` in memory."""
     chunks: dict[str, list[np.ndarray]] = {}
     fill(lambda name, array: chunks.setdefault(name, []).append(array))
-    arrays = {name: np.concatenate(chunks[name]) for name in chunks}
-    return Arrays(arrays, {name: hash_array(array) for name, array in arrays.items()})
+    arrays, hashes = {}, {}
+    for name in chunks:
+        arrays[name] = np.concatenate(chunks[name])
+        hashes[name] = hash_array(arrays[name])
+    return Arrays(arrays, hashes)
 
 
 def arrays_on_disk(kind: str, key: str, fill: Fill) -> Arrays | None:
@@ -132,7 +135,7 @@ class _EntryWriter:
         self._hashers: dict[str, hashlib.blake2b] = {}
 
     def append(self, name: str, array: np.ndarray) -> None:
-        array = np.ascontiguousarray(array)
+        array = np.ascontiguousarray(array)  # a view of another array has no single buffer to write
         if name not in self._files:
             self._files[name] = (self._folder / name).open("wb")
             self._records[name] = {"type": array.dtype.str, "rows": 0, "row": list(array.shape[1:])}

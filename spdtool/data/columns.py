@@ -23,7 +23,7 @@ TEXT_NAMES = (
     ("sentence",),
     ("text",),
 )
-SURROGATE = re.compile("[\ud800-\udfff]")
+SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell a half of a pair, and no tokenizer can encode it
 LISTED_CLASSES = 20
 
 
@@ -70,7 +70,7 @@ def require_column(table: Table, name: str) -> None:
     hint = None
     if similar:
         hint = f"did you mean {' or '.join(map(repr, similar))}?"
-    if len(table.columns) == 1:
+    if len(table.columns) == 1:  # a csv file with semicolons, most likely
         hint = "it has one column: are its fields separated as the file's ending says?"
     raise DataError(f"{table.path} has no column {name!r}; it has {_quote(table.columns)}", hint)
 

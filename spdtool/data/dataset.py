@@ -117,7 +117,10 @@ def _registered_name(name: str) -> str:
     """Return the registered name that `name` is another spelling of, or `name` itself."""
     if plugins.datasets.find(name) is not None:
         return name
-    matches = [entry.name for entry in plugins.datasets.entries() if plain_name(entry.name) == plain_name(name)]
+    matches = []
+    for entry in plugins.datasets.entries():
+        if plain_name(entry.name) == plain_name(name):
+            matches.append(entry.name)
     return matches[0] if len(matches) == 1 else name
 
 
@@ -151,8 +154,10 @@ def identify_rows(dataset: Dataset, splits: Splits) -> DataRecord:
 
     The digest of texts in shards is stored; other texts are read once, a gigabyte in about a second.
     """
-    hashes = {name: [hash_texts(rows), hash_array(np.asarray(rows.labels))] for name, rows in splits.items()}
-    counts = {name: len(rows) for name, rows in splits.items()}
+    counts, hashes = {}, {}
+    for name, rows in splits.items():
+        counts[name] = len(rows)
+        hashes[name] = [hash_texts(rows), hash_array(np.asarray(rows.labels))]
     return DataRecord(rows=counts, digest=cache_key(dataset.labels, hashes))
 
 
@@ -170,6 +175,6 @@ def hash_texts(rows: Rows) -> str:
         for start in range(0, len(rows), HASHED_ROWS):
             texts = column[start : start + HASHED_ROWS]
             # Lengths as well: without them ("ab", "c") and ("a", "bc") would be one.
-            hasher.update(np.array([len(text) for text in texts], np.int64).data)
+            hasher.update(np.array(list(map(len, texts)), np.int64).data)
             hasher.update("".join(texts).encode("utf-8", "surrogatepass"))
     return hasher.hexdigest()

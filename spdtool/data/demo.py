@@ -64,7 +64,7 @@ class Event:
 
 
 def load_demo(data: str | None, seed: int) -> dict[str, Rows]:
-    """Draw the splits `train` (4,800 rows) and `dev` (960) from `seed`; no event is the premise of rows in both.
+    """Draw the splits `train` (4,800 rows) and `dev` (960) from `seed`; no premise is in both.
 
     Raises:
         DataError: `data` was given.

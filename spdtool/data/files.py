@@ -12,9 +12,12 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from spdtool.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def read_text(path: Path) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        # The error's offsets count from behind a byte-order mark, in a copy of the bytes that the error holds.
+        # Its offsets count from behind a byte-order mark, in a copy of the bytes that the error holds.
         line = error.object.count(b"\n", 0, error.start) + 1
         byte = error.object[error.start]
         raise DataError(
@@ -104,17 +107,19 @@ def read_tsv(path: Path, columns: tuple[str, ...] | None = None, *, tolerated_sh
     Raises:
         DataError: as `read_text`, or a row has another number of fields than the header, or there is no row.
     """
-    # One `\r` only: a file may have a text that ends in another one.
-    rows = [line.removesuffix("\r").split("\t") for line in read_text(path).rstrip("\r\n").split("\n")]
+    rows: list[list[object]] = []
+    for text_line in read_text(path).rstrip("\r\n").split("\n"):
+        # One `\r` only: a file may have a text that ends in another one.
+        rows.append([*text_line.removesuffix("\r").split("\t")])
     first_line = 1
     if columns is None:
-        columns = tuple(rows.pop(0))
+        columns = tuple(map(str, rows.pop(0)))
         first_line = 2
-    full_rows = [number for number, cells in enumerate(rows) if len(cells) >= len(columns)]
+    full_rows = [row for row, cells in enumerate(rows) if len(cells) >= len(columns)]
     if len(rows) - len(full_rows) > tolerated_short_rows * len(rows):
         full_rows = list(range(len(rows)))  # too many to leave out: the check below names the first
-    cells: list[list[object]] = [[*rows[number]] for number in full_rows]
-    return check_table(Table(path, columns, cells, [number + first_line for number in full_rows]))
+    lines = [row + first_line for row in full_rows]
+    return check_table(Table(path, columns, [rows[row] for row in full_rows], lines))
 
 
 def read_csv(path: Path) -> Table:
@@ -124,8 +129,7 @@ def read_csv(path: Path) -> Table:
     for line, cells in iterate_csv_rows(io.StringIO(read_text(path), newline=""), path):
         rows.append([*cells])
         lines.append(line)
-    header = tuple(str(name) for name in rows[0])
-    return check_table(Table(path, header, rows[1:], lines[1:]))
+    return check_table(Table(path, tuple(map(str, rows[0])), rows[1:], lines[1:]))
 
 
 def iterate_csv_rows(stream: Iterable[str], path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -164,21 +168,21 @@ def read_jsonl(path: Path) -> Table:
         columns |= dict.fromkeys(record)
         records.append(record)
         lines.append(line_number)
-    rows = [[record.get(name) for name in columns] for record in records]
+    # Only now are all columns known: a key may appear in the last line first.
+    rows = [list(map(record.get, columns)) for record in records]
     return check_table(Table(path, tuple(columns), rows, lines))
 
 
 def read_parquet(path: Path) -> Table:
     """Read a parquet file."""
-    import pyarrow
+    import pyarrow  # here: it takes longer to import than most files to read
     from pyarrow import parquet
 
     try:
         content = parquet.read_table(path, partitioning=None)  # else a folder called key=value becomes a column
-        columns = [column.to_pylist() for column in content.columns]
+        return _parquet_table(path, content, first_row=1)
     except (pyarrow.ArrowException, OSError) as error:
         raise _unreadable_parquet(path, error) from None
-    return _parquet_table(path, content.column_names, columns, first_row=1)
 
 
 def iterate_parquet_tables(path: Path, row_count: int) -> Iterator[Table]:
@@ -190,17 +194,17 @@ def iterate_parquet_tables(path: Path, row_count: int) -> Iterator[Table]:
     try:
         with parquet.ParquetFile(path) as file:
             for content in file.iter_batches(row_count):
-                columns = [column.to_pylist() for column in content.columns]
-                yield _parquet_table(path, content.schema.names, columns, first_row)
+                yield _parquet_table(path, content, first_row)
                 first_row += content.num_rows
     except (pyarrow.ArrowException, OSError) as error:
         raise _unreadable_parquet(path, error) from None
 
 
-def _parquet_table(path: Path, names: list[str], columns: list[list[object]], first_row: int) -> Table:
-    rows = [list(cells) for cells in zip(*columns, strict=True)]
+def _parquet_table(path: Path, content: pyarrow.Table | pyarrow.RecordBatch, first_row: int) -> Table:
+    columns = [column.to_pylist() for column in content.columns]
+    rows = list(map(list, zip(*columns, strict=True)))
     lines = list(range(first_row, first_row + len(rows)))
-    return check_table(Table(path, tuple(names), rows, lines, unit="row"))
+    return check_table(Table(path, tuple(content.schema.names), rows, lines, unit="row"))
 
 
 def _unreadable_parquet(path: Path, error: Exception) -> DataError:

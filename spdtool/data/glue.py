@@ -58,7 +58,7 @@ class GlueTask:
         """The labels as the official files write them, by index."""
         if self.labels_by_name:
             return self.labels
-        return tuple(str(index) for index in range(len(self.labels)))
+        return tuple(map(str, range(len(self.labels))))
 
 
 GLUE = {
@@ -172,8 +172,8 @@ def read_official_file(name: str, path: Path) -> Rows:
     """Read one official file of `name`; raises as `load_glue` does."""
     task = GLUE[name]
     if not path.is_file():
-        dev_files = " and ".join(file for _, file, _ in task.dev)
-        raise DataError(f"{path} is missing", f"the official files of {name} are train.tsv and {dev_files}")
+        files = " and ".join(["train.tsv", *(file for _, file, _ in task.dev)])
+        raise DataError(f"{path} is missing", f"the official files of {name} are {files}")
     table = read_tsv(path, task.header, tolerated_short_rows=task.short_rows)
     for column in (*task.text, task.label):
         if column not in table.columns:
@@ -181,7 +181,7 @@ def read_official_file(name: str, path: Path) -> Rows:
                 f"{path} has no column {column!r}, which {name} needs; it has {', '.join(map(repr, table.columns))}",
                 "is this the folder of another task?",
             )
-    texts = [[str(cell) for cell in table.column(column)] for column in task.text]
+    texts = [list(map(str, table.column(column))) for column in task.text]
     return _make_rows(texts, _read_labels(name, table))
 
 

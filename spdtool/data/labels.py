@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from spdtool.data.files import Table
 from spdtool.errors import DataError
 
-MOST_CLASSES = 10_000
+MOST_CLASSES = 10_000  # beyond, a column of ids is more likely; and every different label is kept in memory
 WHOLE_NUMBER = re.compile(r"(-?)(0|[1-9]\d*)(\.0*)?", re.ASCII)
 NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
@@ -108,11 +108,12 @@ class LabelSummary:
 
 def sort_classes(names: Iterable[str]) -> tuple[str, ...]:
     """Sort names of classes; by size where all are whole numbers."""
-    names = list(names)
-    numbers = [parse_number(name) for name in names]
-    if all(number is not None and number.is_integer() for number in numbers):
-        return tuple(sorted(names, key=lambda name: (float(name), name)))
-    return tuple(sorted(names))
+    names = sorted(names)
+    for name in names:
+        number = parse_number(name)
+        if number is None or not number.is_integer():
+            return tuple(names)
+    return tuple(sorted(names, key=float))  # sorted twice: numbers too long for a float stay in the order of text
 
 
 def read_labels(table: Table, column: str) -> list[str]:

@@ -54,7 +54,7 @@ def local_dataset(recipe: Recipe) -> Dataset:
         labels=classes,
         metrics=metrics_of_labels(classes),
         load=load,
-        about=f"{' and '.join(columns.text)} of {recipe.data}, by {columns.label}{_describe_dev_set(recipe, tables)}",
+        about=f"{' and '.join(columns.text)} of {recipe.data}, by {columns.label}" + _describe_dev_set(recipe, tables),
     )
 
 
@@ -64,8 +64,11 @@ def _describe_dev_set(recipe: Recipe, tables: dict[str, Table]) -> str:
         return ""
     share = "a tenth" if recipe.dev_share == 0.1 else f"{recipe.dev_share:.0%}"
     sentence = f"; {share} of its rows is the dev set"
-    unused = [path.name for path in readable_files(Path(recipe.data or "")) if path != tables["train"].path]
-    if unused:
+    unused = []
+    for path in readable_files(Path(recipe.data or "")):
+        if path != tables["train"].path:
+            unused.append(path.name)
+    if unused:  # test.csv, or a dev set under a name that is not recognised
         sentence += f" (left alone: {', '.join(unused[:5])})"
     return sentence
 
@@ -76,7 +79,7 @@ def kind_of_labels(classes: tuple[str, ...]) -> str:
 
 
 def metrics_of_labels(classes: tuple[str, ...]) -> tuple[str, ...]:
-    """Choose accuracy and F1 for two classes (the second is the positive one), macro F1 for more, else correlations."""
+    """Choose accuracy and F1 for two classes (the second is positive), macro F1 for more, else correlations."""
     if not classes:
         return ("pearson", "spearman")
     if len(classes) == 2:
@@ -93,12 +96,15 @@ def read_tables(path: Path) -> dict[str, Table]:
     if path.is_dir():
         files = find_split_files(path)
         if not files["train"]:
-            looked_for = ", ".join(stem + ending for stem in TRAIN_NAMES for ending in READERS)
+            looked_for = ", ".join(TRAIN_NAMES[0] + ending for ending in READERS)
             raise DataError(
                 f"{path} has no training rows: looked for {looked_for}; found {_list_folder(path)}",
                 "name the file train, or give the file itself",
             )
-        return {name: read_file(paths[0]) for name, paths in files.items() if paths}
+        tables = {"train": read_file(files["train"][0])}
+        if files["dev"]:
+            tables["dev"] = read_file(files["dev"][0])
+        return tables
     if not path.exists():
         raise DataError(f"{path} does not exist", "--data takes a file or a folder")
     return {"train": read_file(path)}

@@ -63,8 +63,12 @@ class MappedTexts(Sequence[str]):
     def _read(self, start: int, stop: int) -> list[str]:
         """Read neighbouring texts with one access to the disk."""
         offsets = self._offsets[start : stop + 1].tolist()
-        content = self._content[offsets[0] : offsets[-1]].tobytes()
-        return [content[begin - offsets[0] : end - offsets[0]].decode("utf-8") for begin, end in pairwise(offsets)]
+        first = offsets[0]
+        content = self._content[first : offsets[-1]].tobytes()
+        texts = []
+        for begin, end in pairwise(offsets):
+            texts.append(content[begin - first : end - first].decode("utf-8"))
+        return texts
 
 
 def find_shards(folder: Path) -> dict[str, list[Path]] | None:
@@ -151,13 +155,14 @@ def _cache_split(paths: list[Path], columns: Columns) -> cache.Arrays:
 
     # A file that was changed in any usual way has another size or time: none is read to find that out.
     identity = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    return cache.cached_arrays("rows", cache.cache_key(FORMAT, identity, columns.text, columns.label), fill)
+    key = cache.cache_key(FORMAT, identity, columns.text, columns.label)
+    return cache.cached_arrays("rows", key, fill)
 
 
 def _append_texts(append: cache.Append, index: int, texts: list[str], end: int) -> int:
     """Append texts to column `index`, which has `end` bytes; return how many bytes they are."""
-    encoded = [text.encode() for text in texts]
-    lengths = np.array([len(text) for text in encoded], np.int64)
+    encoded = list(map(str.encode, texts))
+    lengths = np.array(list(map(len, encoded)), np.int64)
     append(f"{index} texts", np.frombuffer(b"".join(encoded), np.uint8))
     append(f"{index} offsets", end + np.cumsum(lengths))
     return int(lengths.sum())
@@ -203,4 +208,5 @@ def _map_classes(arrays: cache.Arrays, classes: tuple[str, ...], split: str) -> 
         for start in range(0, len(codes), CHUNK_ROWS):
             append("labels", order[codes[start : start + CHUNK_ROWS]])
 
-    return cache.cached_arrays("labels", cache.cache_key(arrays.hashes["codes"], order.tolist()), fill)["labels"]
+    key = cache.cache_key(arrays.hashes["codes"], order.tolist())
+    return cache.cached_arrays("labels", key, fill)["labels"]

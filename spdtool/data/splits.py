@@ -34,32 +34,43 @@ def find_files(folder: Path, names: tuple[str, ...]) -> list[Path]:
     """
     groups = []
     for name in names:
-        inside = readable_files(folder / name)
-        beside = [path for path in readable_files(folder) if path.stem == name or path.stem.startswith(f"{name}-")]
-        groups += [group for group in (inside, beside) if group]
-    stems = Counter(path.stem for group in groups for path in group)
-    if len(groups) > 1:
-        ambiguous = [group[0] for group in groups]
-    else:
-        ambiguous = [path for group in groups for path in group if stems[path.stem] > 1]
+        inside, beside = readable_files(folder / name), []
+        for path in readable_files(folder):
+            # `train-00000-of-00002.parquet` is what the hub's data sets are called.
+            if path.stem == name or path.stem.startswith(f"{name}-"):
+                beside.append(path)
+        for group in (inside, beside):
+            if group:
+                groups.append(group)
+    if not groups:
+        return []
+    ambiguous = [group[0] for group in groups]
+    if len(groups) == 1:
+        stems = Counter(path.stem for path in groups[0])
+        ambiguous = [path for path in groups[0] if stems[path.stem] > 1]
     if ambiguous:
         listed = " and ".join(str(path.relative_to(folder)) for path in ambiguous[:4])
         raise DataError(f"{folder} has {listed}", "leave one of them")
-    return groups[0] if groups else []
+    return groups[0]
 
 
 def readable_files(folder: Path) -> list[Path]:
     """Return the files in `folder` that have a known ending, sorted; none where it is no folder."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in READERS and path.is_file())
+    files = []
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in READERS and path.is_file():
+            files.append(path)
+    return files
 
 
 def draw_dev_rows(rows: Rows, seed: int, dev_share: float) -> dict[str, Rows]:
-    """Draw about `dev_share` of the rows as `dev` by `seed` and the text alone; the others are `train`, in their order.
+    """Draw about `dev_share` of the rows as `dev` by `seed` and the text alone; `train` gets the others.
 
-    So a row that is added or removed moves no other one, and equal texts stay together. Only where chance leaves a
-    class too few texts on a side (most likely a small class) some are added: one that has two texts is on both sides.
+    Rows keep their order. A row that is added or removed moves no other one, and equal texts stay together. Only where
+    chance leaves a class too few texts on a side (most likely a small class) some are added: a class of two texts is
+    on both sides.
 
     Raises:
         DataError: too few rows to draw a dev set from.
@@ -72,9 +83,9 @@ def draw_dev_rows(rows: Rows, seed: int, dev_share: float) -> dict[str, Rows]:
         draws_by_class.setdefault(class_index, set()).add(draw)
     for class_draws in draws_by_class.values():
         dev_draws.update(sorted(class_draws)[: max(1, round(LEAST_DEV_SHARE * len(class_draws)))])
-    without_train_rows = [class_draws for class_draws in draws_by_class.values() if class_draws <= dev_draws]
-    for class_draws in without_train_rows:
-        dev_draws.discard(max(class_draws))
+    # All maxima first: two classes may share a text, and taking it for one must not save the other.
+    maxima = [max(class_draws) for class_draws in draws_by_class.values() if class_draws <= dev_draws]
+    dev_draws.difference_update(maxima)
     train_rows, dev_rows = [], []
     for row, draw in enumerate(draws):
         if draw in dev_draws:

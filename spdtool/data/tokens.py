@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -60,6 +61,7 @@ class Encoded:
     @property
     def digest(self) -> str:
         """Hash of the tokens and labels: other data, other digest."""
+        # Not of `per_row` and `per_token`: the teacher's outputs are stored under this digest.
         hashes = {}
         for name, array in (self.columns | {"offsets": self.offsets, "labels": self.labels}).items():
             hashes[name] = self.hashes.get(name) or cache.hash_array(array)
@@ -137,13 +139,14 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: int) ->
         end = 0
         for start in range(0, len(rows), TOKENIZED_ROWS):
             encoding = _tokenize_chunk(tokenizer, rows, start, limit)
-            lengths = np.array([len(ids) for ids in encoding["input_ids"]])
+            lengths = np.array(list(map(len, encoding["input_ids"])))
             append("offsets", end + np.cumsum(lengths))
             append("lengths", lengths.astype(np.int32))
             end += int(lengths.sum())
             for name in ("input_ids", "token_type_ids"):
                 if name in encoding:
-                    append(name, np.concatenate([np.asarray(ids, np.int32) for ids in encoding[name]]))
+                    # int32: half the size, and no vocabulary has two thousand million tokens.
+                    append(name, np.fromiter(chain.from_iterable(encoding[name]), np.int32, lengths.sum()))
 
     if len(rows) >= CACHED_ROWS and tokenizer.is_fast:
         key = cache.cache_key(FORMAT, _describe_tokenizer(tokenizer), hash_texts(rows), limit)

@@ -72,6 +72,7 @@ class Task:
             DataError: a split is missing or empty, or nothing can be learnt from the training rows.
         """
         splits = datasets.load_splits(self.dataset, recipe)
+        # Before rows are drawn: a small sample may miss a class by chance.
         self.check_training_rows(splits["train"])
         return datasets.sample_splits(splits, recipe)
 
@@ -148,6 +149,7 @@ class Task:
             logits: by name of the dev set, [rows, labels].
         """
         scores = self.score(logits["dev"], splits["dev"].labels)
+        # One headline: the number by which epochs and students are chosen.
         for name in logits:
             if name == "dev":
                 continue
@@ -202,7 +204,7 @@ def find_task(recipe: Recipe) -> Task:
 
 def task_of(dataset: Dataset) -> Task:
     """Return the task of a data set; raises UnknownName where its kind of task is not supported."""
-    task: Task = plugins.task_kinds.get(dataset.kind)(dataset)
+    task: Task = plugins.task_kinds.get(dataset.kind)(dataset)  # the registry holds classes, and imports them late
     return task
 
 

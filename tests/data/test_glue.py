@@ -56,7 +56,7 @@ def folder(tmp_path: Path) -> Callable[..., Path]:
 
     def write(name: str, **files: str | bytes | None) -> Path:
         made = tmp_path / GLUE[name].folder
-        made.mkdir()
+        made.mkdir(exist_ok=True)
         for stem in ("train", *(file.removesuffix(".tsv") for _, file, _ in GLUE[name].dev)):
             content = files.get(stem, file_of(name))
             if content is not None:
@@ -66,19 +66,19 @@ def folder(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-@pytest.mark.parametrize("name", GLUE)
-def test_every_task_is_read_from_its_official_layout(name: str, folder: Callable[..., Path]) -> None:
-    task = find_dataset(Recipe(task=name))
-    splits = task.load(str(folder(name)), 0)
-    count = len(LAYOUT[name][2])
-    expected = [0.0, 3.75] if name == "stsb" else list(range(count))
-    assert list(splits) == ["train", "dev", *(["dev_mm"] if name == "mnli" else [])]
-    for rows in splits.values():
-        assert rows == Rows(["a"] * count, ["b"] * count if len(task.text) == 2 else None, expected)
-        assert {type(label) for label in rows.labels} == {float if name == "stsb" else int}
-    assert task.metrics == METRICS.get(name, ("accuracy",))
-    assert task.kind == ("regression" if name == "stsb" else "classification")
-    assert len(task.labels) == (0 if name == "stsb" else count)
+def test_every_task_is_read_from_its_official_layout(folder: Callable[..., Path]) -> None:
+    for name in GLUE:
+        dataset = find_dataset(Recipe(task=name))
+        splits = dataset.load(str(folder(name)), 0)
+        count = len(LAYOUT[name][2])
+        expected = [0.0, 3.75] if name == "stsb" else list(range(count))
+        assert list(splits) == ["train", "dev", *(["dev_mm"] if name == "mnli" else [])], name
+        for rows in splits.values():
+            assert rows == Rows(["a"] * count, ["b"] * count if len(dataset.text) == 2 else None, expected), name
+            assert {type(label) for label in rows.labels} == {float if name == "stsb" else int}, name
+        assert dataset.metrics == METRICS.get(name, ("accuracy",))
+        assert dataset.kind == ("regression" if name == "stsb" else "classification")
+        assert len(dataset.labels) == (0 if name == "stsb" else count)
 
 
 def test_there_are_nine_tasks_and_the_hub_orders_their_labels() -> None:
@@ -89,12 +89,10 @@ def test_there_are_nine_tasks_and_the_hub_orders_their_labels() -> None:
     assert GLUE["mnli"].labels == ("entailment", "neutral", "contradiction")
 
 
-@pytest.mark.parametrize(
-    ("typed", "name"),
-    [("SST-2", "sst2"), ("sts-b", "stsb"), ("CoLA", "cola"), ("RTE", "rte"), ("sts_b", "stsb"), ("MNLI", "mnli")],
-)
-def test_the_papers_spellings_are_understood(typed: str, name: str) -> None:
-    assert find_dataset(Recipe(task=typed)).name == name
+def test_the_papers_spellings_are_understood() -> None:
+    spellings = {"SST-2": "sst2", "sts-b": "stsb", "CoLA": "cola", "RTE": "rte", "sts_b": "stsb", "MNLI": "mnli"}
+    for spelling, name in spellings.items():
+        assert find_dataset(Recipe(task=spelling)).name == name
 
 
 def test_an_unknown_task_names_the_near_ones_and_columns_are_refused() -> None:
@@ -165,17 +163,15 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-@pytest.mark.parametrize("stem", ["train", "dev"])
-def test_a_broken_file_is_refused_by_name_and_line(case: str, stem: str, folder: Callable[..., Path]) -> None:
-    name, content, problem = BAD[case]
-    stem = "dev_mismatched" if (name, stem) == ("mnli", "dev") else stem
-    own = folder(name, **{stem: content})
-    with pytest.raises(DataError) as caught:
-        load_glue(name, str(own))
-    assert str(own / f"{stem}.tsv") in caught.value.message
-    assert problem in caught.value.message
-    assert caught.value.hint
+def test_a_broken_file_is_refused_by_name_and_line(folder: Callable[..., Path]) -> None:
+    for case, (name, content, problem) in BAD.items():
+        for stem in ("train", "dev_mismatched" if name == "mnli" else "dev"):
+            task_folder = folder(name, **{stem: content})
+            with pytest.raises(DataError) as caught:
+                load_glue(name, str(task_folder))
+            assert str(task_folder / f"{stem}.tsv") in caught.value.message, case
+            assert problem in caught.value.message, case
+            assert caught.value.hint, case
 
 
 def test_missing_files_and_folders_say_what_was_looked_for(folder: Callable[..., Path], tmp_path: Path) -> None:
@@ -195,19 +191,22 @@ def hub(monkeypatch: pytest.MonkeyPatch, answer: Callable[[str, str], object]) -
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=answer))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", GLUE)
-def test_the_hubs_splits_and_columns_are_understood(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    labels: list[int] | list[float] = [0.5, 5.0] if name == "stsb" else [0, 1]
-    split = {column: ["a", "b"] for column in GLUE[name].hub_text} | {"label": labels, "idx": [0, 1]}
-    dev = ["validation_matched", "validation_mismatched"] if name == "mnli" else ["validation"]
+def test_the_hubs_splits_and_columns_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, task in GLUE.items():
+        labels: list[int] | list[float] = [0.5, 5.0] if name == "stsb" else [0, 1]
+        split = {column: ["a", "b"] for column in task.hub_text} | {"label": labels, "idx": [0, 1]}
+        dev = ["validation_matched", "validation_mismatched"] if name == "mnli" else ["validation"]
+        source = dict.fromkeys(["train", *dev, "test"], split)
+        calls = []
 
-    def answer(path: str, config: str) -> dict[str, object]:
-        assert (path, config) == ("nyu-mll/glue", name)
-        return dict.fromkeys(["train", *dev, "test"], split)
+        def answer(path: str, config: str, source: object = source, calls: list[object] = calls) -> object:
+            calls.append((path, config))
+            return source
 
-    hub(monkeypatch, answer)
-    expected = Rows(["a", "b"], ["a", "b"] if len(GLUE[name].hub_text) == 2 else None, labels)
-    assert load_glue(name, None) == dict.fromkeys(["train", "dev", "dev_mm"][: 1 + len(dev)], expected)
+        hub(monkeypatch, answer)
+        expected = Rows(["a", "b"], ["a", "b"] if len(task.hub_text) == 2 else None, labels)
+        assert load_glue(name, None) == dict.fromkeys(["train", "dev", "dev_mm"][: 1 + len(dev)], expected), name
+        assert calls == [("nyu-mll/glue", name)]
 
 
 def test_a_hub_that_does_not_answer_points_to_data(monkeypatch: pytest.MonkeyPatch) -> None:

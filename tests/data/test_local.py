@@ -147,9 +147,8 @@ def test_a_regression_draws_its_dev_set_from_all_rows(tmp_path: Path) -> None:
     assert set(splits["train"].labels) | set(splits["dev"].labels) == {float(str(i / 7)) for i in range(50)}
 
 
-@pytest.mark.parametrize(
-    ("labels", "classes", "metrics"),
-    [
+def test_labels_decide_between_classes_and_regression(tmp_path: Path) -> None:
+    cases: list[Any] = [
         ([10, 9, 100], ("9", "10", "100"), ("accuracy", "f1_macro")),
         (["10", "9", "b"], ("10", "9", "b"), ("accuracy", "f1_macro")),
         ([1.0, 0.0, 1], ("0", "1"), ("accuracy", "f1")),
@@ -161,48 +160,45 @@ def test_a_regression_draws_its_dev_set_from_all_rows(tmp_path: Path) -> None:
         (["1e-3", ".5", "2"], (), ("pearson", "spearman")),
         ([0.5, 1.5, "n/a", "bad", "good"], ("0.5", "1.5", "bad", "good", "n/a"), ("accuracy", "f1_macro")),
         (["10000000000000000000001", "10000000000000000000002"], None, ("accuracy", "f1")),
-    ],
-)
-def test_labels_decide_between_classes_and_regression(
-    labels: list[Any], classes: tuple[str, ...] | None, metrics: tuple[str, ...], tmp_path: Path
-) -> None:
-    records = [{"text": f"row {i}", "label": label} for i, label in enumerate(labels * 3)]
-    task = local(make(tmp_path / "mine.jsonl", records))
-    assert task.labels == (tuple(labels) if classes is None else classes)
-    assert task.metrics == metrics
-    assert set(metrics) <= METRICS.keys()
-    splits = task.load(None, 0)
-    for split in splits.values():
-        for text, label in zip(split.first, split.labels, strict=True):
-            given = labels[int(text.split()[1]) % len(labels)]
-            assert (
-                label == float(given) if not task.labels else str(given).removesuffix(".0") == task.labels[int(label)]
-            )
+    ]
+    for number, (labels, classes, metrics) in enumerate(cases):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        records = [{"text": f"row {i}", "label": label} for i, label in enumerate(labels * 3)]
+        task = local(make(folder / "mine.jsonl", records))
+        assert task.labels == (tuple(labels) if classes is None else classes), labels
+        assert task.metrics == metrics, labels
+        assert set(metrics) <= METRICS.keys()
+        splits = task.load(None, 0)
+        for split in splits.values():
+            for text, label in zip(split.first, split.labels, strict=True):
+                written = labels[int(text.split()[1]) % len(labels)]
+                if task.labels:
+                    assert task.labels[int(label)] == str(written).removesuffix(".0"), labels
+                else:
+                    assert label == float(written), labels
 
 
-@pytest.mark.parametrize(
-    ("columns", "text", "label"),
-    [
+def test_columns_are_guessed_where_only_one_reading_is_possible(tmp_path: Path) -> None:
+    cases: list[Any] = [
         (["id", "sentence", "label"], ("sentence",), "label"),
         (["text", "target"], ("text",), "target"),
         (["sentence2", "labels", "sentence1", "idx"], ("sentence1", "sentence2"), "labels"),
         (["question", "sentence", "label"], ("question", "sentence"), "label"),
         (["premise", "hypothesis", "label", "genre"], ("premise", "hypothesis"), "label"),
         (["review body", "label"], ("review body",), "label"),
-    ],
-)
-def test_columns_are_guessed_where_only_one_reading_is_possible(
-    columns: list[str], text: tuple[str, ...], label: str, tmp_path: Path
-) -> None:
-    records = [{name: f"{name} {i % 2}" for name in columns} for i in range(8)]
-    task = local(make(tmp_path / "mine.csv", records))
-    assert task.text == text
-    assert task.labels == (f"{label} 0", f"{label} 1")
+    ]
+    for number, (columns, text, label) in enumerate(cases):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        records = [{name: f"{name} {i % 2}" for name in columns} for i in range(8)]
+        task = local(make(folder / "mine.csv", records))
+        assert task.text == text, columns
+        assert task.labels == (f"{label} 0", f"{label} 1"), columns
 
 
-@pytest.mark.parametrize(
-    ("columns", "given", "problem", "hint"),
-    [
+def test_columns_that_cannot_be_told_are_refused(tmp_path: Path) -> None:
+    cases: list[Any] = [
         (["text", "label", "target"], {}, "more than one column that is clearly the label", "--label"),
         (["text", "stars"], {}, "no column that is clearly the label; it has 'text', 'stars'", "--label"),
         (["text", "sentence", "label"], {}, "leaves open which column is the text; it has 'text', 'sen", "--text"),
@@ -215,16 +211,15 @@ def test_columns_are_guessed_where_only_one_reading_is_possible(
         (["text", "label"], {"text": ("label",), "label": "label"}, "named as text and as label", "the answer"),
         (["text", "label"], {"text": ("label",)}, "no column that is clearly the label", "--label"),
         (["a", "b", "c", "label"], {"text": ("a", "b", "c")}, "names 3 columns: a, b, c", "pair"),
-    ],
-)
-def test_columns_that_cannot_be_told_are_refused(
-    columns: list[str], given: dict[str, Any], problem: str, hint: str, tmp_path: Path
-) -> None:
-    data = make(tmp_path / "mine.csv", [{name: f"{name} {i % 2}" for name in columns} for i in range(8)])
-    with pytest.raises(DataError) as caught:
-        local(data, **given)
-    assert problem in caught.value.message
-    assert hint in str(caught.value.hint)
+    ]
+    for number, (columns, given, problem, hint) in enumerate(cases):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        data = make(folder / "mine.csv", [{name: f"{name} {i % 2}" for name in columns} for i in range(8)])
+        with pytest.raises(DataError) as caught:
+            local(data, **given)
+        assert problem in caught.value.message
+        assert hint in str(caught.value.hint), columns
 
 
 def test_csv_is_quoted_and_tsv_is_not(tmp_path: Path) -> None:
@@ -292,17 +287,16 @@ BAD: dict[str, tuple[str, bytes, str]] = {
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_a_broken_file_is_refused_by_name_and_place(case: str, tmp_path: Path) -> None:
-    ending, content, problem = BAD[case]
-    data = tmp_path / f"mine.{ending}"
-    data.write_bytes(content)
-    with pytest.raises(DataError) as caught:
-        rows(data)
-    assert problem in caught.value.message
-    assert caught.value.exit_code == 2
-    if case != "two rows":
-        assert str(data) in caught.value.message
+def test_a_broken_file_is_refused_by_name_and_line(tmp_path: Path) -> None:
+    for case, (ending, content, problem) in BAD.items():
+        data = tmp_path / f"mine.{ending}"
+        data.write_bytes(content)
+        with pytest.raises(DataError) as caught:
+            rows(data)
+        assert problem in caught.value.message, case
+        assert caught.value.exit_code == 2, case
+        if case != "two rows":
+            assert str(data) in caught.value.message, case
 
 
 def test_the_known_endings_are_listed_and_capitals_do_not_matter(tmp_path: Path) -> None:
@@ -313,24 +307,24 @@ def test_the_known_endings_are_listed_and_capitals_do_not_matter(tmp_path: Path)
     assert len(rows(make(tmp_path / "mine.csv", PLAIN).rename(tmp_path / "MINE.CSV"))["train"]) > 30
 
 
-@pytest.mark.parametrize(
-    ("dev", "problem"),
-    [
+def test_a_dev_file_that_does_not_fit_train_is_refused(tmp_path: Path) -> None:
+    cases: list[Any] = [
         (
             [{"text": "a", "label": "yes"}, {"text": "b", "label": "maybe"}],
             "line 3: the label 'maybe' is in no training",
         ),
         ([{"sentence": "a", "label": "yes"}], "has no column 'text'; it has 'sentence', 'label'"),
         ([{"text": "a", "label": ""}], "line 2: no label"),
-    ],
-)
-def test_a_dev_file_that_does_not_fit_train_is_refused(dev: Records, problem: str, tmp_path: Path) -> None:
-    make(tmp_path / "train.csv", PLAIN)
-    file = make(tmp_path / "valid.csv", dev)
-    with pytest.raises(DataError) as caught:
-        rows(tmp_path)
-    assert problem in caught.value.message
-    assert str(file) in caught.value.message
+    ]
+    for number, (dev, problem) in enumerate(cases):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        make(folder / "train.csv", PLAIN)
+        file = make(folder / "valid.csv", dev)
+        with pytest.raises(DataError) as caught:
+            rows(folder)
+        assert problem in caught.value.message
+        assert str(file) in caught.value.message
 
 
 def test_a_dev_label_of_a_regression_must_be_a_number(tmp_path: Path) -> None:
@@ -350,14 +344,18 @@ def test_a_folder_with_no_or_two_files_of_a_split_is_refused(tmp_path: Path) -> 
         rows(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["dev", "validation", "valid", "val", "eval"])
-@pytest.mark.parametrize("layout", ["{}.csv", "{}/mine.csv", "{}-00000-of-00001.csv"])
-def test_a_folder_may_have_a_file_or_a_folder_for_each_split(layout: str, name: str, tmp_path: Path) -> None:
-    for split in ("train", name):
-        (tmp_path / layout.format(split)).parent.mkdir(exist_ok=True)
-        make(tmp_path / layout.format(split), PLAIN if split == "train" else PLAIN[:7])
-    assert {split: len(found) for split, found in rows(tmp_path).items()} == {"train": 40, "dev": 7}
-    assert "tenth" not in local(tmp_path).about
+def test_a_folder_may_have_a_file_or_a_folder_for_each_split(tmp_path: Path) -> None:
+    layouts = ("{}.csv", "{}/mine.csv", "{}-00000-of-00001.csv")
+    for name in ("dev", "validation", "valid", "val", "eval"):
+        for number, layout in enumerate(layouts):
+            folder = tmp_path / f"{name}-{number}"
+            for split, records in (("train", PLAIN), (name, PLAIN[:7])):
+                file = folder / layout.format(split)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                make(file, records)
+            sizes = {split: len(split_rows) for split, split_rows in rows(folder).items()}
+            assert sizes == {"train": 40, "dev": 7}, layout.format(name)
+            assert "tenth" not in local(folder).about, layout.format(name)
 
 
 def test_a_file_for_evaluation_beside_a_dev_set_is_left_alone(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -47,26 +48,27 @@ def rows(folder: Path) -> dict[str, Rows]:
     return task(folder).read_rows(build_recipe("default", {"task": "local", "data": str(folder)}))
 
 
-@pytest.mark.parametrize("ending", [".parquet", ".jsonl", ".csv"])
-@pytest.mark.parametrize("layout", ["train/{}", "train-{}-of-2"])
-@pytest.mark.parametrize("labels", [["b", "a"], [10, 9], [0.5, 1.25]])
-def test_shards_give_the_rows_of_one_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, layout: str, labels: list[Any]
-) -> None:
+def test_shards_give_the_rows_of_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharded, "CHUNK_ROWS", 3)
-    gold = labels * 4
-    for part, start in enumerate((0, 5)):
-        write(tmp_path / "many" / (layout.format(part) + ending), TEXTS[start : start + 5], gold[start : start + 5])
-    write(tmp_path / "many" / f"dev{ending}", TEXTS[::-1], gold[::-1])
-    write(tmp_path / "one" / f"train{ending}", TEXTS, gold)
-    write(tmp_path / "one" / f"dev{ending}", TEXTS[::-1], gold[::-1])
-    for _ in range(2):  # read, and from the cache
-        many, one = rows(tmp_path / "many"), rows(tmp_path / "one")
-        for split in ("train", "dev"):
-            assert list(many[split].first) == one[split].first
-            assert list(many[split].labels) == one[split].labels
-            assert many[split].first[1:4] == one[split].first[1:4]
-            assert many[split].select([2, 0]).first == one[split].select([2, 0]).first
+    endings = (".parquet", ".jsonl", ".csv")
+    layouts = ("train/{}", "train-{}-of-2")
+    label_pairs: tuple[list[Any], ...] = (["b", "a"], [10, 9], [0.5, 1.25])
+    for case, (ending, layout, labels) in enumerate(product(endings, layouts, label_pairs)):
+        message = f"{layout}{ending} with the labels {labels}"
+        many_files, one_file = tmp_path / f"{case}/many", tmp_path / f"{case}/one"
+        gold = labels * 4
+        for number, start in enumerate((0, 5)):
+            write(many_files / (layout.format(number) + ending), TEXTS[start : start + 5], gold[start : start + 5])
+        write(many_files / f"dev{ending}", TEXTS[::-1], gold[::-1])
+        write(one_file / f"train{ending}", TEXTS, gold)
+        write(one_file / f"dev{ending}", TEXTS[::-1], gold[::-1])
+        for _ in range(2):  # read, and from the cache
+            many, one = rows(many_files), rows(one_file)
+            for split in ("train", "dev"):
+                assert list(many[split].first) == one[split].first, message
+                assert list(many[split].labels) == one[split].labels, message
+                assert many[split].first[1:4] == one[split].first[1:4], message
+                assert many[split].select([2, 0]).first == one[split].select([2, 0]).first, message
 
 
 def test_shards_without_a_dev_set_are_refused(tmp_path: Path) -> None:
@@ -186,15 +188,13 @@ def test_a_dev_label_that_no_training_row_has_is_refused(tmp_path: Path) -> None
 WORDS = ["café", "", "naïve 文", "a", "b b"]
 
 
-@pytest.mark.parametrize(
-    "part", [slice(None), slice(1, 4), slice(3, 99), slice(4, 2), slice(-2, None), slice(None, None, -2)]
-)
-def test_texts_are_sliced_as_a_list_is(part: slice) -> None:
+def test_texts_are_sliced_as_a_list_is() -> None:
     content = [text.encode() for text in WORDS]
     offsets = np.cumsum([0, *map(len, content)])
     texts = sharded.MappedTexts(np.frombuffer(b"".join(content), np.uint8), offsets, "digest")
     assert list(texts) == WORDS
-    assert texts[part] == WORDS[part]
+    for rows in (slice(None), slice(1, 4), slice(3, 99), slice(4, 2), slice(-2, None), slice(None, None, -2)):
+        assert texts[rows] == WORDS[rows], rows
     assert texts[-1] == WORDS[-1]
     with pytest.raises(IndexError):
         texts[len(WORDS)]

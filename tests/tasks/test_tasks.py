@@ -15,6 +15,7 @@ from spdtool import plugins
 from spdtool.data.tokens import tokenize
 from spdtool.errors import DataError, UnknownName
 from spdtool.recipe.fields import Recipe
+from spdtool.run.records import DataRecord
 from spdtool.tasks import Task, find_task, prepare_data, task_of
 from spdtool.tasks.metrics import METRICS
 
@@ -50,8 +51,8 @@ def test_rows_are_cut_after_they_are_checked(toys: ModuleType, toy_task: ToyTask
 def test_the_rows_are_handed_out_before_they_are_tokenized(toys: ModuleType, toy_task: ToyTask) -> None:
     toy_task(train=8, dev=4)
 
-    def refuse(record: object) -> None:
-        assert record["rows"] == {"train": 8, "dev": 4}  # type: ignore[index]
+    def refuse(record: DataRecord) -> None:
+        assert record.rows == {"train": 8, "dev": 4}
         raise DataError("other rows")
 
     with pytest.raises(DataError, match="other rows"):
