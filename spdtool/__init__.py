@@ -1,26 +1,96 @@
-"""spdtool: sparse encoders by progressive distillation, exported to ONNX and measured honestly.
+"""spdtool: sparse encoders by progressive distillation, exported to ONNX and measured.
 
-`spdtool.load(folder)` opens what `spdtool export` wrote; `spdtool.Task` is the base class of a kind of task.
+    result = spdtool.compress(task="mrpc", sparsity=0.9)
+    classify = spdtool.load(result.bundle)
+
+Importing the package is cheap: every name below is imported when it is first used.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import importlib
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from spdtool.serving.classifier import load as load
-    from spdtool.tasks import Task as Task
+    from importlib.metadata import version
 
-__all__ = ["Task", "load"]
+    from spdtool.errors import (
+        Corrupt,
+        DataError,
+        DeviceError,
+        GateError,
+        ModelError,
+        PeerLost,
+        PluginError,
+        RecipeError,
+        RunError,
+        RunLocked,
+        RunMismatch,
+        SpdError,
+        StageMissing,
+        UnknownName,
+    )
+    from spdtool.export.target import Target
+    from spdtool.recipe.fields import Recipe
+    from spdtool.recipe.reading import build_recipe
+    from spdtool.run.folder import Run
+    from spdtool.serving.classifier import load
+    from spdtool.stages import CompressionResult, ExportedCheckpoint, compress, export_model
+    from spdtool.tasks import Task
+
+    __version__ = version("spdtool")
+
+__all__ = [
+    "CompressionResult",
+    "Corrupt",
+    "DataError",
+    "DeviceError",
+    "ExportedCheckpoint",
+    "GateError",
+    "ModelError",
+    "PeerLost",
+    "PluginError",
+    "Recipe",
+    "RecipeError",
+    "Run",
+    "RunError",
+    "RunLocked",
+    "RunMismatch",
+    "SpdError",
+    "StageMissing",
+    "Target",
+    "Task",
+    "UnknownName",
+    "__version__",
+    "build_recipe",
+    "compress",
+    "export_model",
+    "load",
+]
+
+# The module of every name that spdtool.errors does not have.
+HOMES = {
+    "CompressionResult": "spdtool.stages",
+    "ExportedCheckpoint": "spdtool.stages",
+    "Recipe": "spdtool.recipe.fields",
+    "Run": "spdtool.run.folder",
+    "Target": "spdtool.export.target",
+    "Task": "spdtool.tasks",
+    "build_recipe": "spdtool.recipe.reading",
+    "compress": "spdtool.stages",
+    "export_model": "spdtool.stages",
+    "load": "spdtool.serving.classifier",
+}
 
 
-def __getattr__(name: str) -> Any:
-    if name == "Task":
-        from spdtool.tasks import Task
-
-        return Task
-    if name != "load":
+def __getattr__(name: str) -> object:
+    if name == "__version__":
+        # Here, not at the top: importlib.metadata takes longer than all else in this file.
+        return importlib.import_module("importlib.metadata").version("spdtool")
+    if name not in __all__:
         raise AttributeError(f"module 'spdtool' has no attribute {name!r}")
-    from spdtool.serving.classifier import load  # not before it is asked for: the command line must answer at once
+    return getattr(importlib.import_module(HOMES.get(name, "spdtool.errors")), name)
 
-    return load
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,18 +1,19 @@
-"""What every command of the command line shares: its options, the recipe that they make, and how errors are told.
+"""Options, the decorator and the error handling that all commands share.
 
-Nothing heavy is imported here: `--help` answers at once.
+Nothing here imports pydantic, numpy or torch: `--help` answers at once. Commands import what they call when they run.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import functools
-import inspect as inspect_module
-import os
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 import typer
 from typer.core import TyperGroup
@@ -20,31 +21,49 @@ from typer.core import TyperGroup
 from spdtool import console, plugins
 from spdtool.errors import DeviceError, RecipeError, RunError, SpdError
 from spdtool.recipe import STAGES
-from spdtool.recipe import reading as recipe
-from spdtool.recipe.fields import Recipe
 
+if TYPE_CHECKING:
+    import click
+
+    from spdtool.recipe.fields import Recipe
+
+Command = Callable[..., object]
+
+# The order of the commands in `--help`: as they are used.
 WORKFLOW = ("compress", *STAGES, "report", "sweep", "predict", "serve", "serve-check", "inspect", "unpack")
+OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT)
+REFUSED_PATH = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+)
 
 
-class Commands(TyperGroup):
-    """Keeps the words of a call, so that with `--json` wrong usage is told as JSON too."""
+class CommandGroup(TyperGroup):
+    """The group of all commands: sorts them, and reports wrong usage as JSON with `--json`."""
 
     words: tuple[str, ...] = ()
 
-    def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> Any:
-        """Note the words, then go on as usual."""
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        """Remember the words of the call, then parse them."""
         self.words = tuple(args)
         with self._usage_as_json():
-            return super().make_context(info_name, args, *rest, **extra)
+            return super().make_context(info_name, args, parent, **extra)
 
-    def invoke(self, ctx: Any) -> Any:
+    def invoke(self, ctx: click.Context) -> Any:
         """Run the command that the words name."""
         with self._usage_as_json():
             return super().invoke(ctx)
 
-    def list_commands(self, ctx: Any) -> list[str]:
-        """The commands in the order in which they are used, however they were registered."""
-        names: list[str] = super().list_commands(ctx)
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """List the commands in the order of WORKFLOW, others after them."""
+        names = super().list_commands(ctx)
         return sorted(names, key=lambda name: WORKFLOW.index(name) if name in WORKFLOW else len(WORKFLOW))
 
     @contextmanager
@@ -52,6 +71,7 @@ class Commands(TyperGroup):
         try:
             yield
         except Exception as error:
+            # Only click's errors of usage have this method.
             if "--json" not in self.words or not hasattr(error, "format_message"):
                 raise
             console.configure(as_json=True)
@@ -60,140 +80,175 @@ class Commands(TyperGroup):
 
 
 app = typer.Typer(
-    cls=Commands,
+    cls=CommandGroup,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Make a fine-tuned encoder sparse, keep its score, export it to ONNX and measure what came out.",
     epilog="Start with: spdtool compress --task demo --sparsity 0.9",
 )
 
-TaskName = Annotated[str | None, typer.Option("--task", help="Task; `spdtool tasks` lists them.")]
+
+def print_version(wanted: bool) -> None:
+    """Print the version and exit, if `--version` was given."""
+    if wanted:
+        typer.echo(f"spdtool {metadata.version('spdtool')}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show the version and exit.")
+]
+
+
+@app.callback()
+def start(version: Version = False) -> None:  # its callback has done the work
+    """Accept the options that stand before a command."""
+
+
+class _Panel(TypedDict):
+    rich_help_panel: str
+
+
 Data = Annotated[str | None, typer.Option(help="File or folder to read instead of the hub.")]
-TextColumns = Annotated[str | None, typer.Option("--text", help="Text columns of --data, one or two: a,b.")]
-Label = Annotated[str | None, typer.Option(help="Label column of --data.")]
 Model = Annotated[str | None, typer.Option(help="Encoder to fine-tune: folder or hub name.")]
-Given = Annotated[str | None, typer.Option("--teacher", help="Fine-tuned model to use as it is.")]
-Sparsity = Annotated[float | None, typer.Option(help="Share of the encoder's weights to set to zero.")]
-RecipeName = Annotated[str, typer.Option("--recipe", help="Recipe name or TOML file; `spdtool recipes` lists them.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of everything that is random.")]
-Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda (which refuses to fall back).")]
-Folder = Annotated[Path | None, typer.Option("--run", help="Run folder.", show_default="runs/<task>-<sparsity>")]
-RunFolder = Annotated[Path, typer.Option("--run", help="Run folder.")]
+RunPath = Annotated[Path | None, typer.Option("--run", help="Run folder.", show_default="runs/<task>-<sparsity>")]
+ExistingRun = Annotated[Path, typer.Option("--run", help="Run folder.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="Any recipe field: --set prune.epochs=3.")]
-Smoke = Annotated[bool, typer.Option("--smoke", help="A few steps on a random two-layer model; no result.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and do nothing.")]
 Processes = Annotated[int, typer.Option("--processes", min=1, help="Train in this many processes, on as many devices.")]
 Again = Annotated[bool, typer.Option("--again", help="Redo the stage, dropping it and every later one.")]
-OF_NO_RUN: dict[str, Any] = {"rich_help_panel": "A checkpoint that belongs to no run"}
 Json = Annotated[bool, typer.Option("--json", help="JSON on standard output, everything else on standard error.")]
 PluginsDir = Annotated[
     Path | None, typer.Option(help="Also load the *.py files of this folder.", envvar="SPDTOOL_PLUGINS")
 ]
+NO_RUN = _Panel(rich_help_panel="A checkpoint that belongs to no run")
 
 
-def command(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Register `function` as a command of its name: its value becomes JSON, errors of the user's lose their traceback.
+@dataclasses.dataclass(frozen=True)
+class RecipeOptions:
+    """Options that make a recipe; a command that takes them gets each as an option of its own."""
 
-    Every command also gets --plugins-dir and --json; one that takes `chosen` gets the options that make a recipe.
+    task: Annotated[str | None, typer.Option("--task", help="Task; `spdtool tasks` lists them.")] = None
+    data: Data = None
+    text: Annotated[str | None, typer.Option("--text", help="Text columns of --data, one or two: a,b.")] = None
+    label: Annotated[str | None, typer.Option(help="Label column of --data.")] = None
+    model: Model = None
+    teacher: Annotated[str | None, typer.Option("--teacher", help="Fine-tuned model to use as it is.")] = None
+    sparsity: Annotated[float | None, typer.Option(help="Share of the encoder's weights to set to zero.")] = None
+    name: Annotated[str, typer.Option("--recipe", help="Recipe name or TOML file; `spdtool recipes` lists them.")] = (
+        "default"
+    )
+    seed: Annotated[int | None, typer.Option(help="Seed of everything that is random.")] = None
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda (which refuses to fall back).")] = None
+    sets: Sets = None
+    smoke: Annotated[bool, typer.Option("--smoke", help="A few steps on a random two-layer model; no result.")] = False
+
+    def build(self) -> Recipe:
+        """Build the recipe that the options ask for; raises as `recipe.reading.request_recipe` does."""
+        from spdtool.recipe.reading import request_recipe
+
+        if self.task is None and self.data is None:
+            hint = "for example --task demo; `spdtool tasks` lists the tasks"
+            raise RecipeError("neither --task nor --data was given", hint)
+        recipe = request_recipe(
+            self.task,
+            data=self.data,
+            text=split_words(self.text),
+            label=self.label,
+            model=self.model,
+            teacher=self.teacher,
+            sparsity=self.sparsity,
+            recipe=self.name,
+            seed=self.seed,
+            device=self.device,
+            sets=self.sets or (),
+            smoke=self.smoke,
+        )
+        if self.teacher and self.model and recipe.student != "pretrained":
+            console.warn(f"--model {self.model} is ignored: the teacher is given, and the student starts as its copy")
+        return recipe
+
+
+def command(function: Command) -> Command:
+    """Register `function` as a command of its name.
+
+    Its value is printed as JSON with `--json`; errors of the user lose their traceback. Every command also gets
+    --plugins-dir and --json; a parameter of type RecipeOptions becomes the options that make a recipe.
     """
-    own = inspect_module.signature(function, eval_str=True)
-    making = inspect_module.signature(make_recipe, eval_str=True).parameters
+    signature = inspect.signature(function, eval_str=True)
+    groups = {}
+    parameters = []
+    for name, parameter in signature.parameters.items():
+        if dataclasses.is_dataclass(parameter.annotation):
+            groups[name] = parameter.annotation
+            parameters += inspect.signature(parameter.annotation, eval_str=True).parameters.values()
+        else:
+            parameters.append(parameter)
+    parameters += inspect.signature(_shared_options, eval_str=True).parameters.values()
 
     @functools.wraps(function)
     def run(plugins_dir: Path | None, as_json: bool, **options: Any) -> None:
         console.configure(as_json=as_json)
-        try:
+        with _exit_on_error():
             plugins.use_folder(plugins_dir)
-            if "chosen" in own.parameters:
-                options["chosen"] = make_recipe(**{name: options.pop(name) for name in making})
+            for name, group in groups.items():
+                fields = [field.name for field in dataclasses.fields(group)]
+                options[name] = group(**{field: options.pop(field) for field in fields})
             value = function(**options)
-            if value is not None:  # a command that wrote its rows one by one
+            # None: a command that printed its rows one by one.
+            if value is not None:
                 console.print_result(value)
-        except SpdError as error:
-            console.print_error(error)
-            raise typer.Exit(error.exit_code) from None
-        except KeyboardInterrupt:
-            console.warn("stopped; the same command goes on from the last snapshot, if the stage has made one")
-            raise typer.Exit(130) from None
-        except Exception as error:
-            known = _machine_error(error)
-            if known is None:
-                raise
-            console.print_error(known)
-            raise typer.Exit(known.exit_code) from None
 
-    shared = inspect_module.signature(_shared_options, eval_str=True).parameters
-    parameters = {name: value for name, value in own.parameters.items() if name != "chosen"}
-    if "chosen" in own.parameters:
-        parameters = dict(making) | parameters
-    every = [value.replace(kind=value.KEYWORD_ONLY) for value in (parameters | dict(shared)).values()]
-    run.__signature__ = own.replace(parameters=every)  # type: ignore[attr-defined]
-    return app.command(function.__name__.rstrip("_").replace("_", "-"))(run)
+    keywords = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+    run.__signature__ = signature.replace(parameters=keywords)  # type: ignore[attr-defined]
+    app.command(function.__name__.rstrip("_").replace("_", "-"))(run)
+    return run
 
 
 def _shared_options(plugins_dir: PluginsDir = None, as_json: Json = False) -> None:
-    """The options that every command has."""
+    """Carry the options that every command has."""
 
 
-def make_recipe(
-    task: TaskName = None,
-    data: Data = None,
-    text: TextColumns = None,
-    label: Label = None,
-    model: Model = None,
-    teacher: Given = None,
-    sparsity: Sparsity = None,
-    name: RecipeName = "default",
-    seed: Seed = None,
-    device: Device = None,
-    sets: Sets = None,
-    smoke: Smoke = False,
-) -> Recipe:
-    """The recipe that the options ask for.
-
-    Raises:
-        RecipeError: neither a task nor data was given, or a setting is wrong.
-    """
-    if task is None and data is None:
-        raise RecipeError(
-            "neither --task nor --data was given", "for example --task demo; `spdtool tasks` lists the tasks"
-        )
-    flags = {
-        "task": task.lower() if task else "local",
-        "data": _from_here(data),
-        "text": tuple(column.strip() for column in text.split(",")) if text else None,
-        "label": label,
-        "model": _from_here(model),
-        "given_teacher": _from_here(teacher),
-        "sparsity": sparsity,
-        "seed": seed,
-        "device": device,
-        "smoke": smoke or None,
-    }
-    chosen = recipe.build_recipe(name, flags, sets or ())
-    if teacher and model and chosen.student != "pretrained":
-        console.warn(f"--model {model} is ignored: the teacher is given, and the student starts as its copy")
-    return chosen.model_copy(update={"student": _from_here(chosen.student)})
-
-
-def _from_here(path: str | None) -> str | None:
-    """An existing path made absolute, so that the run can be resumed from another folder; a hub name as it is."""
-    return os.path.abspath(path) if path and os.path.exists(path) else path
+@contextmanager
+def _exit_on_error() -> Iterator[None]:
+    """Turn errors of the user and of the machine into a message and an exit code; bugs keep their traceback."""
+    try:
+        yield
+    except SpdError as error:
+        console.print_error(error)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        console.warn("stopped; the same command goes on from the last snapshot, if the stage has made one")
+        raise typer.Exit(130) from None
+    except Exception as error:
+        known = _machine_error(error)
+        if known is None:
+            raise
+        console.print_error(known)
+        raise typer.Exit(known.exit_code) from None
 
 
 def _machine_error(error: Exception) -> SpdError | None:
-    """What the machine ran out of or does not allow, if that is what happened."""
+    """Return what the machine ran out of or does not allow, if that is what happened."""
     number = error.errno if isinstance(error, OSError) else None
-    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
-        return RunError(
-            f"the disk is full: {error}", "free some space; the same command goes on from the last snapshot"
-        )
+    # safetensors raises a class of its own, which is no OSError.
+    if number in OUT_OF_SPACE or "No space left on device" in str(error):
+        hint = "free some space; the same command goes on from the last snapshot"
+        return RunError(f"the disk is full: {error}", hint)
+    micro_batches = "use smaller micro-batches: --set prune.accumulate=2"
+    # torch's class has this name; torch itself may not be imported here.
     if type(error).__name__ == "OutOfMemoryError":
-        return DeviceError(f"out of device memory: {error}", "cut batches into pieces: --set prune.accumulate=2")
+        return DeviceError(f"out of device memory: {error}", micro_batches)
     if isinstance(error, MemoryError):
-        return DeviceError(f"out of memory: {error}", "cut batches into pieces: --set prune.accumulate=2")
-    if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP):
+        return DeviceError(f"out of memory: {error}", micro_batches)
+    if number in REFUSED_PATH:
         return RunError(f"not possible here: {error}", "check the path and its permissions, or give another --run")
     return None
+
+
+def split_words(text: str | None) -> tuple[str, ...]:
+    """Split `a, b` into words; None and empty words give none."""
+    words = [word.strip() for word in (text or "").split(",")]
+    return tuple(filter(None, words))

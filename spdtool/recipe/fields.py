@@ -118,6 +118,12 @@ class Grafting(Section):
     stand_in_dropout: bool = False
     """run the teacher's layers with dropout when they stand in, as the published code does"""
 
+    @property
+    def enabled(self) -> bool:
+        """Whether a teacher layer can ever stand in: some replacing rate of the schedule is below 1."""
+        jumps = self.schedule == "constant-then-linear-with-gap"
+        return self.start < 1 or (jumps and self.base is not None and self.base < 1)
+
 
 class Training(Section):
     """Fields of every training stage: length, learning rate, batches."""
@@ -420,9 +426,7 @@ class Recipe(Section):
         if not self.shard:
             return self
         clashes = {"precision=fp16": self.precision == "fp16", "compile=true": self.compile}
-        for phase in PHASES:
-            section = self.section(phase)
-            assert isinstance(section, Distilled)
+        for phase, section in self.phases.items():
             clashes[f"{phase}.grafting.kind=blend"] = section.grafting.kind == "blend"
             clashes[f"{phase}.clip_over=all"] = section.clip_over == "all"
         clashes["prune.saliency=logits"] = self.prune.saliency == "logits"
@@ -436,6 +440,16 @@ class Recipe(Section):
         section = getattr(self, stage)
         assert isinstance(section, Section)
         return section
+
+    @property
+    def phases(self) -> dict[str, Distilled]:
+        """Sections of the student's phases, in their order."""
+        return {"prune": self.prune, "distill": self.distill, "finetune": self.finetune}
+
+    @property
+    def grafted_phases(self) -> tuple[str, ...]:
+        """Phases in which teacher layers stand in for the student's."""
+        return tuple(name for name, phase in self.phases.items() if phase.grafting.enabled)
 
     @property
     def pool(self) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.resources import files
@@ -58,6 +59,51 @@ def build_recipe(name: str = "default", flags: Mapping[str, Any] | None = None, 
         _assign(tree, *_split(assignment))
     recipe = parse_recipe(tree)
     return make_smoke(recipe) if recipe.smoke else recipe
+
+
+def request_recipe(
+    task: str | None = None,
+    *,
+    recipe: str = "default",
+    sparsity: float | None = None,
+    model: str | Path | None = None,
+    teacher: str | Path | None = None,
+    data: str | Path | None = None,
+    text: Iterable[str] = (),
+    label: str | None = None,
+    seed: int | None = None,
+    device: str | None = None,
+    sets: Iterable[str] = (),
+    smoke: bool = False,
+) -> Recipe:
+    """Build the recipe of a request, as `spdtool compress` and `spdtool.compress` make it.
+
+    Args:
+        task: name of a task; None: the rows of `data`.
+        recipe: a packaged recipe, or the path of a TOML file.
+        teacher: fine-tuned model to use as it is.
+        data: file or folder to read instead of the hub.
+        text, label: columns of `data`; empty, None: guessed.
+
+    Raises:
+        RecipeError: neither a task nor data was given, or as `build_recipe` does.
+    """
+    if task is None and data is None:
+        raise RecipeError("neither a task nor data was given", "name a task, such as demo, or a file of rows")
+    flags = {
+        "task": "local" if task is None else task.lower(),
+        "data": _absolute(data),
+        "text": tuple(text) or None,
+        "label": label,
+        "model": _absolute(model),
+        "given_teacher": _absolute(teacher),
+        "sparsity": sparsity,
+        "seed": seed,
+        "device": device,
+        "smoke": smoke or None,
+    }
+    built = build_recipe(recipe, flags, sets)
+    return built.model_copy(update={"student": _absolute(built.student)})
 
 
 def parse_recipe(tree: Settings) -> Recipe:
@@ -156,6 +202,13 @@ def parse_value(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+
+
+def _absolute(path: str | Path | None) -> str | None:
+    """Make an existing path absolute, so that the run can be resumed from another folder; keep a hub name."""
+    if path is None:
+        return None
+    return os.path.abspath(path) if os.path.exists(path) else str(path)
 
 
 def _overlay(tree: Settings, top: Settings) -> None:

@@ -1,17 +1,230 @@
-"""One module per command: each reads earlier folders of a run and writes one more."""
+"""The stages of a run in their order, and the functions that run them from Python.
+
+| stage | reads | writes |
+|---|---|---|
+| teacher | rows | the dense model, fine-tuned on the task |
+| prune | teacher | phase 1: the first sparse student |
+| distill | prune, teacher | phase 2: the student, distilled further |
+| finetune | distill, teacher | phase 3: the final student |
+| export | teacher, finetune | both for every target, each checked against its checkpoint, and the bundle |
+| bench | export, teacher | student against dense teacher, timed side by side |
+
+Importing this module is cheap: a stage, and torch with it, is imported when it runs.
+"""
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from spdtool.run.folder import Run
+from spdtool import console, ranks
+from spdtool.errors import GateError
+from spdtool.recipe import STAGES
+from spdtool.recipe.fields import Distilled, Recipe
+from spdtool.recipe.reading import request_recipe
+from spdtool.run.folder import Run, default_path
+from spdtool.run.records import ExportedModel, Plan, Result, Scores, TrainingResult
 
-if TYPE_CHECKING:
-    from spdtool.run.records import Result
+BUNDLE = "export/bundle"
+
+
+@dataclass(frozen=True)
+class CompressionResult:
+    """Result of `compress`.
+
+    Attributes:
+        run: the run folder.
+        finished: whether every stage that was asked for is done.
+        teacher, student: dev scores of the dense and of the sparse model, as far as they are trained.
+        sparsity: fraction of zeros in the student's prunable matrices.
+        bundle: folder to load or serve, where one was exported.
+        files: exported files, relative to `run`.
+        refused: target to the reason why its files were not shipped.
+        refusal: error of this call's export stage, if a target that the recipe demands was refused.
+    """
+
+    run: Path
+    finished: bool
+    teacher: Scores | None = None
+    student: Scores | None = None
+    sparsity: float | None = None
+    bundle: Path | None = None
+    files: tuple[Path, ...] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
+    refusal: GateError | None = None
+
+
+@dataclass(frozen=True)
+class ExportedCheckpoint:
+    """Result of `export_model`: the written folder, the target's name, and the figures of the checks."""
+
+    folder: Path
+    target: str
+    model: ExportedModel
+
+
+def compress(
+    task: str | None = None,
+    *,
+    sparsity: float | None = None,
+    model: str | Path | None = None,
+    teacher: str | Path | None = None,
+    data: str | Path | None = None,
+    text: Iterable[str] = (),
+    label: str | None = None,
+    recipe: str | Recipe = "default",
+    seed: int | None = None,
+    device: str | None = None,
+    run: str | Path | None = None,
+    sets: Iterable[str] = (),
+    smoke: bool = False,
+    until: str = STAGES[-1],
+    on_plan: Callable[[Plan], None] | None = None,
+) -> CompressionResult:
+    """Run every stage that is missing: fine-tune a teacher, prune and distil a student, export and time both.
+
+    A run that was stopped goes on where it was; stages that are done are skipped.
+
+    Args:
+        task, sparsity, model, teacher, data, text, label, seed, device, sets, smoke: see
+            `recipe.reading.request_recipe`.
+        recipe: name, TOML file, or a recipe that is used as it is.
+        run: run folder; None: `runs/<task>-<sparsity>`.
+        until: last stage to run.
+        on_plan: called with the plan before anything is spent.
+
+    Raises:
+        SpdError: see `spdtool.errors`; what can be refused early is refused before the first stage.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = request_recipe(
+            task,
+            recipe=recipe,
+            sparsity=sparsity,
+            model=model,
+            teacher=teacher,
+            data=data,
+            text=text,
+            label=label,
+            seed=seed,
+            device=device,
+            sets=sets,
+            smoke=smoke,
+        )
+    path = Path(run) if run is not None else default_path(recipe)
+    wanted = STAGES[: STAGES.index(until) + 1]
+    # A launcher has planned, and checked, for its ranks.
+    if not ranks.has_launcher():
+        from spdtool.stages.plan import make_plan
+
+        plan = make_plan(Run.at(path, recipe, dry=True))
+        if "export" in wanted:
+            from spdtool.export import runtime
+
+            runtime.require_onnxruntime()  # fail before hours are spent, not after
+        if on_plan is not None:
+            on_plan(plan)
+    opened = Run.at(path, recipe)
+    refusal = run_missing(opened, wanted)
+    return _describe(opened, wanted, refusal)
+
+
+def run_missing(run: Run, wanted: Iterable[str] = STAGES) -> GateError | None:
+    """Run every stage of `wanted` that is not done, as far as this process works on it.
+
+    Returns:
+        The error of a finished export stage in which a demanded target was refused: nothing later needs it.
+    """
+    refusal = None
+    for stage in wanted:
+        if not ranks.works_on(stage):
+            break
+        if run.done(stage):
+            console.say(f"[dim]{stage}: done, skipped[/]")
+            continue
+        try:
+            run_stage(run, stage)
+        except GateError as error:
+            if not run.done(stage):
+                raise
+            refusal = error
+    return refusal
 
 
 def run_stage(run: Run, stage: str) -> Result:
-    """Carry out `stage` and return its result; its module, and torch with it, is imported only now."""
-    result: Result = getattr(importlib.import_module(f"spdtool.stages.{stage}"), stage)(run)
+    """Run one stage, announce it, and return its result; raises as the stage does."""
+    title = console.phase_title(stage)
+    section = run.recipe.section(stage)
+    if isinstance(section, Distilled) and not section.grafting.enabled:
+        title += "; grafting: off in this recipe"
+    console.say(f"[bold]{title}[/]")
+    function: Callable[[Run], Result] = getattr(importlib.import_module(f"spdtool.stages.{stage}"), stage)
+    result = function(run)
+    line = f"{stage}: done in {run.record(stage).seconds:,.0f} s"
+    if isinstance(result, TrainingResult):
+        line += f"; dev {console.format_scores(result.dev)}"
+        if result.sparsity is not None:
+            line += f"; sparsity {result.sparsity:.4f}"
+    console.say(line)
     return result
+
+
+def export_model(
+    checkpoint: str | Path,
+    target: str | None = None,
+    to: str | Path | None = None,
+    *,
+    task: str | None = None,
+    data: str | Path | None = None,
+    text: Iterable[str] = (),
+    label: str | None = None,
+    device: str | None = None,
+    sets: Iterable[str] = (),
+) -> ExportedCheckpoint:
+    """Export any fine-tuned classifier for a runtime, and check the files against the checkpoint.
+
+    Args:
+        target: export target; None: the first of the recipe, `onnx`.
+        to: folder to write; None: `./<checkpoint's name>-<target>`.
+        task, data, text, label: rows on which to compare the dev score too; without them, random tokens are compared.
+        sets: `--set` assignments such as `export.values=fp32`.
+
+    Raises:
+        SpdError: the checkpoint cannot be read, or the exported file is not the checkpoint; nothing is left of it.
+    """
+    from spdtool.export import runtime
+    from spdtool.stages.export import export_any
+
+    runtime.require_onnxruntime()
+    with_task = task is not None or data is not None
+    recipe = request_recipe(task if with_task else "demo", data=data, text=text, label=label, device=device, sets=sets)
+    name = target or recipe.export.targets[0]
+    source = Path(checkpoint)
+    folder = Path(to) if to is not None else Path(f"{source.resolve().name}-{name}")
+    return ExportedCheckpoint(folder, name, export_any(source, name, folder, recipe, with_task=with_task))
+
+
+def _describe(run: Run, wanted: Iterable[str], refusal: GateError | None) -> CompressionResult:
+    finished = all(run.done(stage) for stage in wanted)
+    teacher = run.training_result("teacher").dev if run.done("teacher") else None
+    student, sparsity = None, None
+    if run.done("finetune"):
+        final = run.training_result("finetune")
+        student, sparsity = final.dev, final.sparsity
+    if not run.done("export"):
+        return CompressionResult(run.path, finished, teacher, student, sparsity)
+    files = [Path("export") / file.path for file in run.record("export").files]
+    bundle = run.path / BUNDLE
+    return CompressionResult(
+        run.path,
+        finished,
+        teacher,
+        student,
+        sparsity,
+        bundle if bundle.is_dir() else None,
+        tuple(files),
+        run.export_result().refused,
+        refusal,
+    )

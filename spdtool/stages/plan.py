@@ -1,10 +1,14 @@
-"""What a recipe will do, before it does it: stages, steps with their reasons, weights to prune, memory."""
+"""The plan of a run before anything is spent: stages, steps with their reasons, weights to prune, memory.
+
+It refuses at once what a later stage would refuse after hours.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
+from transformers import PreTrainedModel
 
 from spdtool import plugins
 from spdtool.data.dataset import Rows, identify_rows
@@ -33,21 +37,23 @@ from spdtool.training.accelerator import create_accelerator
 from spdtool.training.saliency import check_saliency
 from spdtool.training.schedules import plan_prune_events
 
+Splits = dict[str, Rows]
+
 FLOAT = 4  # bytes
 ADAM_MOMENTS = 2
-RELATIONS = 4  # maps of token-to-token relations that are kept for a layer: two of the student's, two of the teacher's
-SAVED_PER_TOKEN = 16  # widths of activation that a transformer layer keeps for its backward pass, roughly
+RELATION_MAPS = 4  # token-to-token maps per layer: two of the student, two of the teacher
+SAVED_WIDTHS = 16  # activations that a transformer layer keeps for its backward pass, in hidden widths a token
 
 
 def make_plan(run: Run, redo: str | None = None) -> Plan:
-    """The stages of `run` with what each will cost; reads the data, and only the configuration of the model.
+    """Plan the stages of `run` with the cost of each; read the data, and only the configuration of the model.
 
     Args:
         redo: this stage and every later one are about to be discarded.
 
     Raises:
         DataError, ModelError: the data or the model cannot be used; an unknown architecture cannot be exported.
-        UnknownName, RecipeError, DeviceError: see `check` and `check_student`.
+        UnknownName, RecipeError, DeviceError: see `check_recipe` and `load_pair`.
         RunMismatch: finished stages saw other rows.
     """
     recipe = run.recipe
@@ -57,49 +63,29 @@ def make_plan(run: Run, redo: str | None = None) -> Plan:
     check_recipe(recipe, rows["train"])
     check_rows(run, task, splits, redo)
     student, teacher = load_pair(recipe, task)
-    matrices = [weight.numel() for weight in find_prunable_weights(student).values()]
     if not run.done("export"):
         check_exportable(recipe, (student.config, teacher.config))
-    baseline = task.baseline(np.asarray(splits["dev"].labels))["score"]
+    stages = []
+    for stage in STAGES:
+        model = teacher if stage == "teacher" else student
+        stages.append(_plan_stage(run, stage, rows["train"], model.config.hidden_size))
+    reading = [f"data: {task.dataset.about}"] if task.name == "local" else []
+    reading.append(f"labels: {task.describe_labels(splits)}")
     return Plan(
         run=str(run.path),
         rows=rows,
-        reading=describe_rows(task, splits),
+        reading=reading,
         classes=task.count_classes(splits),
-        baseline=baseline,
-        notes=[*task.data_warnings(splits), *_by_position(recipe, task, teacher)],
-        stages=[
-            _stage(run, stage, rows["train"], (teacher if stage == "teacher" else student).config.hidden_size)
-            for stage in STAGES
-        ],
-        parameters=WeightCounts(
-            all=sum(parameter.numel() for parameter in student.parameters()),
-            prunable=sum(matrices),
-            zeros=sum(zeros_in(size, recipe.sparsity) for size in matrices),
-            emptied=sum(zeros_in(size, recipe.sparsity) == size for size in matrices),
-        ),
+        baseline=task.baseline(np.asarray(splits["dev"].labels))["score"],
+        notes=[*task.data_warnings(splits), *_label_notes(recipe, task, teacher)],
+        stages=stages,
+        parameters=_count_weights(recipe, student),
         memory_bytes=estimate_memory(recipe, student, teacher),
     )
 
 
-def describe_rows(task: Task, splits: dict[str, Rows]) -> list[str]:
-    """Say how the rows were read, a line each."""
-    line = f"labels: {task.describe_labels(splits)}"
-    source = [f"data: {task.dataset.about}"] if task.name == "local" else []
-    return [*source, line]
-
-
-def _by_position(recipe: Recipe, task: Task, teacher: Any) -> list[str]:
-    """How the labels of a given teacher are read, where its names do not tell."""
-    names = label_names(teacher)
-    if recipe.given_teacher is None or not task.matches_by_position(names):
-        return []
-    pairs = [f"{name} is {label}" for name, label in zip(names, task.head_labels, strict=True)][:LISTED_NAMES]
-    return [f"the given teacher's labels are taken in their order: {', '.join(pairs)}"]
-
-
 def check_recipe(recipe: Recipe, rows: int) -> None:
-    """Refuse now what a later stage would refuse after hours: names, prune events that do not fit, the device.
+    """Refuse names that nothing answers to, prune events that do not fit, and a device that is not there.
 
     Args:
         rows: of the training set.
@@ -125,7 +111,7 @@ def check_recipe(recipe: Recipe, rows: int) -> None:
 
 
 def check_run(run: Run, redo: str | None = None) -> None:
-    """`check` for a run that has its teacher already, before the stage `redo` is done again; raises as `plan` does."""
+    """Check a run that has its teacher, before the stage `redo` is done again; raises as `make_plan` does."""
     task = find_task(run.recipe)
     splits = task.read_rows(run.recipe)
     check_recipe(run.recipe, len(splits["train"]))
@@ -133,15 +119,16 @@ def check_run(run: Run, redo: str | None = None) -> None:
     load_pair(run.recipe, task)
 
 
-def check_rows(run: Run, task: Task, splits: dict[str, Rows], redo: str | None) -> None:
+def check_rows(run: Run, task: Task, splits: Splits, redo: str | None) -> None:
     """Raise RunMismatch if a finished stage before `redo` (None: any) saw other rows."""
-    kept = [stage for stage in STAGES[: STAGES.index(redo) if redo else None] if run.done(stage)]
-    if kept:
-        run.require_same_data(identify_rows(task.dataset, splits), kept)
+    earlier = STAGES[: STAGES.index(redo)] if redo else STAGES
+    finished = list(filter(run.done, earlier))
+    if finished:
+        run.require_same_data(identify_rows(task.dataset, splits), finished)
 
 
-def load_pair(recipe: Recipe, task: Task) -> tuple[Any, Any]:
-    """Outlines of student and teacher, which fit each other and, where the teacher is given, the task.
+def load_pair(recipe: Recipe, task: Task) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Build student and teacher without weights; they fit each other and, where the teacher is given, the task.
 
     Raises:
         ModelError, RecipeError: one cannot be read, or they do not fit: see `models.student` and `Task.label_order`.
@@ -155,37 +142,56 @@ def load_pair(recipe: Recipe, task: Task) -> tuple[Any, Any]:
     if recipe.student is not None:
         read_student_labels(recipe, task)
         if task.dataset.build is not None and recipe.given_teacher is None:
-            taught = task.dataset.build(recipe.seed)[1]
+            teacher_tokenizer = task.dataset.build(recipe.seed)[1]
         else:
-            taught = load_tokenizer(recipe.given_teacher or recipe.model)
-        check_tokenizers(load_student_tokenizer(recipe, task), taught)
+            teacher_tokenizer = load_tokenizer(recipe.given_teacher or recipe.model)
+        check_tokenizers(load_student_tokenizer(recipe, task), teacher_tokenizer)
     return student, teacher
 
 
-def estimate_memory(recipe: Recipe, model: Any, teacher: Any = None) -> int:
-    """Estimated peak bytes of the student's phases: two models, gradients, AdamW's moments, saved activations.
+def estimate_memory(recipe: Recipe, student: PreTrainedModel, teacher: PreTrainedModel) -> int:
+    """Estimate the peak bytes of the student's phases, right to about a factor of 1.5.
 
-    Args:
-        model: the student.
-        teacher: None: one like it.
+    Two models, gradients, AdamW's moments, and the activations that the backward pass needs.
     """
-    weights, its = (sum(weight.numel() for weight in made.parameters()) for made in (model, teacher or model))
     section = recipe.prune
-    rows = -(-section.batch_size // section.accumulate)
-    tokens = rows * recipe.max_length
-    config = model.config
-    per_token = SAVED_PER_TOKEN * config.hidden_size
+    micro_batch = -(-section.batch_size // section.accumulate)
+    tokens = micro_batch * recipe.max_length
+    config = student.config
+    per_token = SAVED_WIDTHS * config.hidden_size
     if section.loss.attention > 0:
         per_token += 3 * config.num_attention_heads * recipe.max_length
     if section.loss.relation > 0:
-        per_token += RELATIONS * section.loss.relation_heads * recipe.max_length
+        per_token += RELATION_MAPS * section.loss.relation_heads * recipe.max_length
     layers = config.num_hidden_layers
-    if section.grafting.kind == "blend":  # gradients pass through the teacher's layers too
+    # The gradients of a blend pass through the teacher's layers too.
+    if section.grafting.kind == "blend":
         layers *= 2
-    return FLOAT * (its + weights * (1 + 1 + ADAM_MOMENTS) + tokens * per_token * layers)
+    weights = student.num_parameters()
+    trained = weights * (1 + 1 + ADAM_MOMENTS)
+    return FLOAT * (teacher.num_parameters() + trained + tokens * per_token * layers)
 
 
-def _stage(run: Run, stage: str, rows: int, width: int) -> StagePlan:
+def _label_notes(recipe: Recipe, task: Task, teacher: PreTrainedModel) -> Sequence[str]:
+    """Say how the labels of a given teacher are read, where its names do not tell."""
+    names = label_names(teacher)
+    if recipe.given_teacher is None or not task.matches_by_position(names):
+        return ()
+    pairs = [f"{name} is {label}" for name, label in zip(names, task.head_labels, strict=True)]
+    return [f"the given teacher's labels are taken in their order: {', '.join(pairs[:LISTED_NAMES])}"]
+
+
+def _count_weights(recipe: Recipe, student: PreTrainedModel) -> WeightCounts:
+    counts = WeightCounts(all=student.num_parameters(), prunable=0, zeros=0, emptied=0)
+    for weight in find_prunable_weights(student).values():
+        zeros = zeros_in(weight.numel(), recipe.sparsity)
+        counts.prunable += weight.numel()
+        counts.zeros += zeros
+        counts.emptied += zeros == weight.numel()
+    return counts
+
+
+def _plan_stage(run: Run, stage: str, rows: int, width: int) -> StagePlan:
     section = run.recipe.section(stage)
     planned = StagePlan(stage=stage, done=run.done(stage))
     if stage == "teacher" and run.recipe.given_teacher is not None:
