@@ -1,7 +1,7 @@
-"""`spdtool doctor`: what is installed, and which device and provider really work.
+"""The command `doctor`: what is installed, and which device and provider really work.
 
-Each check runs something small rather than asking what is claimed: a matrix product on the device, and one through
-each provider of onnxruntime.
+Each check runs something small instead of asking for claims: a matrix product on the device, and one through each
+provider of onnxruntime.
 """
 
 from __future__ import annotations
@@ -12,23 +12,27 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from spdtool import plugins
+import typer
+
+from spdtool import console, plugins
+from spdtool.cli.options import command
 from spdtool.errors import DeviceError, SpdError
-from spdtool.export import runtime
 
 OLDEST_PYTHON = (3, 11)
 FREE_BYTES = 2 * 10**9  # a run with BERT_base writes about as much
 COMPILERS = ("c++", "g++", "clang++", "cl")
+PACKAGES = ("transformers", "accelerate", "datasets", "onnx", "onnxscript")
+COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at: its state, what was found, and what to do about it (empty: nothing)."""
+    """One examined thing: its state, the finding, and what to do about it (empty: nothing)."""
 
     name: str
     status: Literal["ok", "warn", "fail"]
@@ -36,40 +40,57 @@ class Check:
     advice: str = ""
 
 
+@command
+def doctor() -> object:
+    """Say what is installed, and which device and provider really work."""
+    checks = examine()
+    for check in checks:
+        status = f"[{COLOURS[check.status]}]{check.status:>4}[/]"
+        console.say(f"{status}  [bold]{check.name}[/]  {console.escape(check.found)}")
+        if check.advice:
+            console.say(f"      [dim]{console.escape(check.advice)}[/]")
+    records = [asdict(check) for check in checks]
+    if any(check.status == "fail" for check in checks):
+        console.print_result(records)
+        raise typer.Exit(2)
+    return records
+
+
 def examine(folder: Path | None = None) -> list[Check]:
-    """Every check, in the order in which things are needed. Never raises; a `fail` means that spdtool cannot work here.
+    """Run every check, in the order in which things are needed. Never raises; `fail`: spdtool cannot work here.
 
     Args:
-        folder: whose disk will hold the runs; None: the current one.
+        folder: its disk will hold the runs; None: the current one.
     """
-    place = folder or Path.cwd()
-    checks: dict[str, Callable[[], Iterator[Check]]] = {
-        "Python": _python,
-        "torch": _torch,
-        "packages": _packages,
-        "onnxruntime": _onnxruntime,
-        "processors": _processors,
-        "free disk": lambda: _disk(place),
-        "C++ compiler": _compiler,
-        "operator libraries": _operator_libraries,
-        "plugins": _plugins,
+    examinations: dict[str, Callable[[], Iterator[Check]]] = {
+        "Python": _check_python,
+        "torch": _check_torch,
+        "packages": _check_packages,
+        "onnxruntime": _check_onnxruntime,
+        "processors": _check_processors,
+        "free disk": lambda: _check_disk(folder or Path.cwd()),
+        "C++ compiler": _check_compiler,
+        "libraries": _check_libraries,
+        "plugins": _check_plugins,
     }
-    return [found for name, check in checks.items() for found in _survive(name, check)]
+    checks: list[Check] = []
+    for name, examination in examinations.items():
+        try:
+            checks += list(examination())
+        except Exception as error:  # a broken installation may raise anything, and this looks for one
+            advice = "install spdtool into a fresh environment"
+            checks.append(Check(name, "fail", f"{type(error).__name__}: {error}", advice))
+    return checks
 
 
-def _survive(name: str, check: Callable[[], Iterator[Check]]) -> list[Check]:
-    try:
-        return list(check())
-    except Exception as error:  # a broken installation may raise anything, and that is what is looked for
-        return [Check(name, "fail", f"{type(error).__name__}: {error}", "install spdtool into a fresh environment")]
+def _check_python() -> Iterator[Check]:
+    if sys.version_info < OLDEST_PYTHON:
+        yield Check("Python", "fail", platform.python_version(), "use 3.11 or newer")
+    else:
+        yield Check("Python", "ok", platform.python_version())
 
 
-def _python() -> Iterator[Check]:
-    old = sys.version_info < OLDEST_PYTHON
-    yield Check("Python", "fail" if old else "ok", platform.python_version(), "use 3.11 or newer" if old else "")
-
-
-def _torch() -> Iterator[Check]:
+def _check_torch() -> Iterator[Check]:
     import torch
 
     yield Check("torch", "ok", torch.__version__)
@@ -80,19 +101,22 @@ def _torch() -> Iterator[Check]:
         else:
             yield Check("training device", "ok", "cpu (this torch is built without CUDA)")
         return
-    with warnings.catch_warnings(record=True) as notes:  # torch warns of a driver that is too old
+    # torch only warns of a driver that is too old.
+    with warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("always")
-        trouble = _cuda_trouble()
-    said = "; ".join([*([trouble] if trouble else []), *(str(note.message).splitlines()[0] for note in notes)])
-    if trouble:
-        yield Check("training device", "warn", f"cpu; CUDA does not work: {said}", "check the driver with nvidia-smi")
+        trouble = _try_cuda()
+    remarks = [] if trouble is None else [trouble]
+    remarks += [str(note.message).splitlines()[0] for note in notes]
+    text = "; ".join(remarks)
+    if trouble is not None:
+        yield Check("training device", "warn", f"cpu; CUDA does not work: {text}", "check the driver with nvidia-smi")
     else:
-        yield Check(
-            "training device", "warn" if notes else "ok", f"cuda: {torch.cuda.get_device_name()} {said}".strip()
-        )
+        status: Literal["ok", "warn"] = "warn" if notes else "ok"
+        yield Check("training device", status, f"cuda: {torch.cuda.get_device_name()} {text}".strip())
 
 
-def _cuda_trouble() -> str | None:
+def _try_cuda() -> str | None:
+    """Multiply two matrices on the device; return what went wrong."""
     import torch
 
     try:
@@ -104,25 +128,24 @@ def _cuda_trouble() -> str | None:
         return str(error).splitlines()[0]
 
 
-def _packages() -> Iterator[Check]:
-    for name in ("transformers", "accelerate", "datasets", "onnx", "onnxscript"):
+def _check_packages() -> Iterator[Check]:
+    for name in PACKAGES:
         try:
             yield Check(name, "ok", metadata.version(name))
         except metadata.PackageNotFoundError:
             yield Check(name, "fail", "not installed", "pip install spdtool")
 
 
-def _onnxruntime() -> Iterator[Check]:
+def _check_onnxruntime() -> Iterator[Check]:
+    from spdtool.export import runtime
+
     try:
         module = runtime.require_onnxruntime()
     except DeviceError as error:
         yield Check("onnxruntime", "fail", error.message, error.hint or "")
         return
-    found = (
-        " ".join(f"{name} {version}" for name, version in runtime.installed_distributions().items())
-        or module.__version__
-    )
-    yield Check("onnxruntime", "ok", found)
+    versions = [f"{name} {version}" for name, version in runtime.installed_distributions().items()]
+    yield Check("onnxruntime", "ok", " ".join(versions) or module.__version__)
     for name, provider in runtime.PROVIDERS.items():
         if provider not in module.get_available_providers():
             if name == "cpu":
@@ -138,56 +161,55 @@ def _onnxruntime() -> Iterator[Check]:
             yield Check(provider, "warn", f"listed, but does not run: {trouble}", advice)
 
 
-def _processors() -> Iterator[Check]:
+def _check_processors() -> Iterator[Check]:
     import torch
 
+    from spdtool.export import runtime
+
     cores, threads = runtime.usable_cores(), torch.get_num_threads()
-    many = threads > cores
-    advice = f"set OMP_NUM_THREADS={cores}: more threads than cores slow each other down" if many else ""
-    yield Check(
-        "processors", "warn" if many else "ok", f"{cores} usable of {os.cpu_count()}; torch uses {threads}", advice
-    )
+    text = f"{cores} usable of {os.cpu_count()}; torch uses {threads}"
+    if threads > cores:
+        advice = f"set OMP_NUM_THREADS={cores}: more threads than cores slow each other down"
+        yield Check("processors", "warn", text, advice)
+    else:
+        yield Check("processors", "ok", text)
 
 
-def _disk(folder: Path) -> Iterator[Check]:
+def _check_disk(folder: Path) -> Iterator[Check]:
     free = shutil.disk_usage(folder).free
-    little = free < FREE_BYTES
-    yield Check(
-        "free disk",
-        "warn" if little else "ok",
-        f"{free / 1e9:.1f} GB",
-        "a run can need 2 GB; free some" if little else "",
-    )
+    if free < FREE_BYTES:
+        yield Check("free disk", "warn", f"{free / 1e9:.1f} GB", "a run can need 2 GB; free some")
+    else:
+        yield Check("free disk", "ok", f"{free / 1e9:.1f} GB")
 
 
-def _compiler() -> Iterator[Check]:
-    found = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
-    if found:
-        yield Check("C++ compiler", "ok", found)
+def _check_compiler() -> Iterator[Check]:
+    paths = [os.environ.get("CXX"), *map(shutil.which, COMPILERS)]
+    installed = list(filter(None, paths))
+    if installed:
+        yield Check("C++ compiler", "ok", installed[0])
     else:
         yield Check("C++ compiler", "warn", "none", "only --set compile=true needs one: install g++ or clang")
 
 
-def _operator_libraries() -> Iterator[Check]:
-    names = plugins.library_targets()
-    if not names:
-        advice = f"nothing skips zeros without one: {plugins.INSTALL_HINT}"
-        yield Check("operator libraries", "warn", "no plugin with operators for sparse models", advice)
-    for name in names:
+def _check_libraries() -> Iterator[Check]:
+    """Check the operator library of every target that the default recipe would export and that is a plugin's."""
+    for target in plugins.official_targets():
         try:
-            library = plugins.find_library(name)
+            library = plugins.find_library(target)
             library.module.path()
             isa = library.module.isa() if hasattr(library.module, "isa") else "instruction set unknown"
         except SpdError as error:
-            yield Check(name, "warn", error.message, error.hint or "install the plugin again")
-        else:
-            yield Check(name, "ok", f"{library.distribution} {library.version}, {isa}")
+            yield Check(target, "warn", error.message, error.hint or "install the plugin again")
+            continue
+        yield Check(target, "ok", f"{library.distribution} {library.version}, {isa}")
 
 
-def _plugins() -> Iterator[Check]:
+def _check_plugins() -> Iterator[Check]:
     plugins.discover()
-    broken = [plugin for plugin in plugins.loaded_plugins() if plugin.error]
+    loaded = plugins.loaded_plugins()
+    broken = [plugin for plugin in loaded if plugin.error]
     for plugin in broken:
         yield Check(f"plugin {plugin.name}", "warn", f"{plugin.error} ({plugin.where})", "mend or uninstall it")
     if not broken:
-        yield Check("plugins", "ok", f"{len(plugins.loaded_plugins())} loaded")
+        yield Check("plugins", "ok", f"{len(loaded)} loaded")

@@ -23,8 +23,6 @@ from spdtool.errors import DeviceError, RecipeError, RunError, SpdError
 from spdtool.recipe import STAGES
 
 if TYPE_CHECKING:
-    import click
-
     from spdtool.recipe.fields import Recipe
 
 Command = Callable[..., object]
@@ -48,20 +46,19 @@ class CommandGroup(TyperGroup):
 
     words: tuple[str, ...] = ()
 
-    def make_context(
-        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
-    ) -> click.Context:
+    # Contexts are Any: newer versions of typer bring a click of their own.
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         """Remember the words of the call, then parse them."""
         self.words = tuple(args)
         with self._usage_as_json():
             return super().make_context(info_name, args, parent, **extra)
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         """Run the command that the words name."""
         with self._usage_as_json():
             return super().invoke(ctx)
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
         """List the commands in the order of WORKFLOW, others after them."""
         names = super().list_commands(ctx)
         return sorted(names, key=lambda name: WORKFLOW.index(name) if name in WORKFLOW else len(WORKFLOW))
@@ -175,33 +172,30 @@ def command(function: Command) -> Command:
     """Register `function` as a command of its name.
 
     Its value is printed as JSON with `--json`; errors of the user lose their traceback. Every command also gets
-    --plugins-dir and --json; a parameter of type RecipeOptions becomes the options that make a recipe.
+    --plugins-dir and --json; a parameter `options` becomes the options that make a recipe.
     """
     signature = inspect.signature(function, eval_str=True)
-    groups = {}
-    parameters = []
-    for name, parameter in signature.parameters.items():
-        if dataclasses.is_dataclass(parameter.annotation):
-            groups[name] = parameter.annotation
-            parameters += inspect.signature(parameter.annotation, eval_str=True).parameters.values()
-        else:
-            parameters.append(parameter)
-    parameters += inspect.signature(_shared_options, eval_str=True).parameters.values()
+    makes_recipe = "options" in signature.parameters
+    parameters = dict(signature.parameters)
+    if makes_recipe:
+        del parameters["options"]
+        parameters = {**inspect.signature(RecipeOptions, eval_str=True).parameters, **parameters}
+    parameters |= inspect.signature(_shared_options, eval_str=True).parameters
 
     @functools.wraps(function)
     def run(plugins_dir: Path | None, as_json: bool, **options: Any) -> None:
         console.configure(as_json=as_json)
         with _exit_on_error():
             plugins.use_folder(plugins_dir)
-            for name, group in groups.items():
-                fields = [field.name for field in dataclasses.fields(group)]
-                options[name] = group(**{field: options.pop(field) for field in fields})
+            if makes_recipe:
+                fields = [field.name for field in dataclasses.fields(RecipeOptions)]
+                options["options"] = RecipeOptions(**{field: options.pop(field) for field in fields})
             value = function(**options)
             # None: a command that printed its rows one by one.
             if value is not None:
                 console.print_result(value)
 
-    keywords = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+    keywords = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters.values()]
     run.__signature__ = signature.replace(parameters=keywords)  # type: ignore[attr-defined]
     app.command(function.__name__.rstrip("_").replace("_", "-"))(run)
     return run

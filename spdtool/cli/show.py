@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -40,7 +41,7 @@ def inspect(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> object:
 def tasks() -> object:
     """List the tasks."""
     rows = []
-    for entry in plugins.tasks.entries():
+    for entry in plugins.datasets.entries():
         rows.append((entry.name, entry.value.about, ", ".join(entry.value.metrics), entry.source))
     console.print_table("tasks", ("name", "what it is", "metrics", "from"), rows)
     console.say("[dim]or any csv, tsv, jsonl or parquet file: --data FILE --text a,b --label c[/]")
@@ -82,5 +83,5 @@ def plugins_() -> object:
     return {"parts": _records(ENTRY_KEYS, rows), "plugins": _records(PLUGIN_KEYS, states)}
 
 
-def _records(keys: tuple[str, ...], rows: list[tuple[object, ...]]) -> list[dict[str, object]]:
+def _records(keys: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> list[dict[str, object]]:
     return [dict(zip(keys, row, strict=True)) for row in rows]

@@ -64,19 +64,19 @@ def teacher(options: RecipeOptions, run: RunPath = None, again: Again = False, p
 
 @command
 def prune(run: ExistingRun, again: Again = False, sets: Sets = None, processes: Processes = 1) -> object:
-    """Phase 1: prune the student to the target sparsity while it learns from the teacher."""
+    """Phase 1 of 3: prune the student to the target sparsity while it is trained."""
     return run_phase("prune", run, again, sets, processes)
 
 
 @command
 def distill(run: ExistingRun, again: Again = False, sets: Sets = None, processes: Processes = 1) -> object:
-    """Phase 2: distil the pruned student; where the recipe grafts, it takes over from the teacher's layers."""
+    """Phase 2 of 3: train the sparse student further; with grafting, among teacher layers."""
     return run_phase("distill", run, again, sets, processes)
 
 
 @command
 def finetune(run: ExistingRun, again: Again = False, sets: Sets = None, processes: Processes = 1) -> object:
-    """Phase 3: train the pruned student once more, with the learning rate falling to its end."""
+    """Phase 3 of 3: fine-tune the sparse student."""
     return run_phase("finetune", run, again, sets, processes)
 
 
