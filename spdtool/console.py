@@ -18,9 +18,7 @@ from typing import Any
 
 from rich import box, markup
 from rich.console import Console, Group
-from rich.live import Live
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -204,6 +202,8 @@ def progress(stage: str, steps: int, *, grafting: bool = True) -> Iterator[OnEve
         show = _PlainProgress(stage, steps, grafting).show
         yield on_event
         return
+    from rich.live import Live  # here, as in _LiveProgress: `--help` need not wait for it
+
     display = _LiveProgress(stage, steps, grafting)
     show = display.show
     with Live(get_renderable=display.draw, console=_out, refresh_per_second=4, transient=True):
@@ -221,6 +221,8 @@ class _LiveProgress:
     """Live display of a stage: the latest event of each kind in one panel."""
 
     def __init__(self, stage: str, steps: int, grafting: bool) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
         self._stage, self._grafting = stage, grafting
         self._step: dict[str, Any] = {}
         self._evaluation: Event = {}

@@ -21,6 +21,7 @@ from spdtool.cli import doctor
 from spdtool.cli import main as cli
 from spdtool.cli.options import WORKFLOW
 from spdtool.errors import SpdError
+from spdtool.recipe import STAGES
 
 ROOT = Path(__file__).parent.parent
 Call = Callable[..., Any]
@@ -538,8 +539,8 @@ def test_every_error_of_the_tree_exits_with_two_or_three() -> None:
 
 def test_the_script_help_imports_no_torch() -> None:
     code = (
-        "import sys\nfrom spdtool import cli\n"
-        "try:\n    cli.app(['--help'])\nexcept SystemExit:\n    pass\n"
+        "import sys\nfrom spdtool.cli.main import app\n"
+        "try:\n    app(['--help'])\nexcept SystemExit:\n    pass\n"
         "heavy = {'torch', 'transformers', 'numpy', 'onnxruntime', 'datasets'} & sys.modules.keys()\n"
         "sys.exit(', '.join(heavy) or 0)"
     )
@@ -565,4 +566,4 @@ def test_make_bench_runs_each_missing_stage_in_its_order(tmp_path: Path) -> None
         return [words[1] for words in calls]
 
     assert planned("TASK=mrpc", f"RUN={run}") == ["distill", "finetune", "export", "bench"]
-    assert planned("TASK=mrpc", f"RUN={tmp_path}/none") == list(cli.STAGES)
+    assert planned("TASK=mrpc", f"RUN={tmp_path}/none") == list(STAGES)

@@ -1,0 +1,99 @@
+"""The Python API: every public name is there, imported when it is used, and does what the commands do."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import spdtool
+from spdtool.errors import RecipeError
+from spdtool.recipe import STAGES, TRAINING
+
+QUICK_BENCH = (
+    *("bench.rounds=1", "bench.warmup=0", "bench.batches=1", "bench.lengths=16", "bench.padded=[]", "bench.threads=1"),
+    *("bench.torch=false", "bench.int8=false", "bench.unfused=false", "bench.ledger=false", "export.sentences=4"),
+)
+
+
+def test_every_public_name_is_listed_and_can_be_used() -> None:
+    for name in spdtool.__all__:
+        assert name in dir(spdtool), name
+        assert getattr(spdtool, name) is not None, name
+    for error in ("SpdError", "RecipeError", "GateError"):
+        assert issubclass(getattr(spdtool, error), Exception), error
+    assert spdtool.__version__.count(".") == 2
+    with pytest.raises(AttributeError, match="'spdtool' has no attribute 'nothing'"):
+        spdtool.nothing  # noqa: B018
+
+
+def test_every_error_of_the_tree_is_public() -> None:
+    def tree(kind: type[Exception]) -> set[str]:
+        names = {kind.__name__}
+        for child in kind.__subclasses__():
+            if child.__module__ == "spdtool.errors":
+                names |= tree(child)
+        return names
+
+    assert tree(spdtool.SpdError) <= set(spdtool.__all__)
+
+
+def test_the_import_alone_loads_nothing() -> None:
+    code = "import sys, spdtool; dir(spdtool); print(*(name for name in sys.modules if name.startswith('spdtool')))"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.split() == ["spdtool"]
+
+
+def test_compress_runs_what_is_missing_and_returns_what_came_out(toys: Any, toy_task: Any, tmp_path: Path) -> None:
+    toy_task()
+    recipe = toys.recipe(*QUICK_BENCH)
+    plans: list[Any] = []
+    trained = spdtool.compress(recipe=recipe, run=tmp_path / "run", until="finetune", on_plan=plans.append)
+    assert [stage.stage for stage in plans[0].stages] == list(STAGES)
+    assert sorted(path.name for path in trained.run.iterdir() if path.is_dir()) == sorted(TRAINING)
+    assert (trained.finished, trained.bundle, trained.files, trained.sparsity) == (True, None, (), 0.5)
+    done = spdtool.compress(recipe=recipe, run=tmp_path / "run")
+    assert all((done.run / stage / "stage.json").is_file() for stage in STAGES)
+    assert (done.teacher, done.student) == (trained.teacher, trained.student)
+    assert done.teacher is not None
+    assert "score" in done.teacher
+    assert all((done.run / file).is_file() for file in done.files)
+    assert Path("export/student/model.onnx") in done.files or any(file.suffix == ".onnx" for file in done.files)
+    assert done.refused == {}
+    assert done.bundle is not None
+    assert spdtool.load(done.bundle)("a good film") is not None
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        done.run = tmp_path  # type: ignore[misc]
+
+
+def test_compress_takes_what_the_command_takes(
+    encoder_folder: Path, rows_file: Path, quick_words: tuple[str, ...], tmp_path: Path
+) -> None:
+    sets = [word for option, word in zip(quick_words, quick_words[1:], strict=False) if option == "--set"]
+    done = spdtool.compress(
+        data=rows_file, model=encoder_folder, device="cpu", sparsity=0.5, sets=sets, run=tmp_path, until="teacher"
+    )
+    recipe = json.loads((tmp_path / "run.json").read_text("utf-8"))["recipe"]
+    assert (recipe["task"], recipe["data"], recipe["sparsity"]) == ("local", str(rows_file), 0.5)
+    assert (done.finished, done.student) == (True, None)
+    with pytest.raises(RecipeError, match="neither a task nor data"):
+        spdtool.compress(sparsity=0.5)
+
+
+def test_export_model_writes_any_checkpoint(
+    encoder_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spdtool: Callable[..., Any]
+) -> None:
+    from spdtool import export_model
+
+    monkeypatch.chdir(tmp_path)
+    exported = export_model(encoder_folder, sets=["device=cpu"])
+    assert (exported.folder, exported.target) == (Path(f"{encoder_folder.name}-onnx"), "onnx")
+    assert exported.model.bytes == sum((exported.folder / file).stat().st_size for file in exported.model.files)
+    called = spdtool("export", "--from", encoder_folder, "--to", "again", "--set", "device=cpu", "--json")
+    assert json.loads(called.stdout)["sparsity"] == exported.model.sparsity
