@@ -2,7 +2,8 @@
 #
 #   make demo                              the whole job on the embedded task
 #   make bench TASK=mrpc SPARSITY=0.9      every stage of a run that is missing, up to the bench
-#   make style | check | test | docs | test-oldest | test-encoder
+#   make style | check | test | bench      the four words; `make quick` is `make test` without the slow tests
+#   make docs | test-oldest | test-encoder
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -28,11 +29,11 @@ PLUGINS := $(wildcard plugins/*/pyproject.toml)
 COMPILED := plugins/spdtool-sparse-cpu/
 PURE := $(filter-out $(COMPILED),$(dir $(PLUGINS)))
 
-.PHONY: help demo setup style check docs test test-oldest test-encoder test-ray test-clients teacher prune distill finetune export bench clean
+.PHONY: help demo setup style check docs test quick test-oldest test-encoder test-ray test-clients teacher prune distill finetune export bench clean
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n 's/^# \?//; 1,6p' Makefile
+	@sed -n 's/^# \?//; 1,7p' Makefile
 
 setup: $(VENV)/.ready
 
@@ -68,6 +69,10 @@ $(VENV)/.docs: $(VENV)/.ready
 # A worker per processor with one thread each: two threads that wait for each other are slower than two tests.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist worksteal $(PYTEST_ARGS)
+
+# The loop of a developer: everything but the tests that take over five seconds.
+quick: setup
+	$(MAKE) test PYTEST_ARGS="-m 'not slow' $(PYTEST_ARGS)"
 
 # The oldest versions that pyproject.toml allows, in an environment of its own. Old packages warn of what new ones mended.
 test-oldest:

@@ -64,12 +64,12 @@ def _write_layout(run: Path | None, layout: str, to: Path | None, again: bool, s
     if run is None or to is None or again:
         example = "spdtool export --layout triton --run RUN --to FOLDER"
         raise RecipeError("--layout writes the bundle of a finished export", example)
-    from spdtool.export.bundle import layouts
+    from spdtool.export.bundle.layouts import write_layout
     from spdtool.recipe.reading import override
     from spdtool.run.folder import Run
 
     opened = Run.open(run)
-    written = layouts.write(Run(opened.path, override(opened.recipe, sets or ())), layout, to)
+    written = write_layout(Run(opened.path, override(opened.recipe, sets or ())), layout, to)
     console.say(f"{console.escape(to)}: {len(written['files'])} files in the layout {layout}")
     return written
 
@@ -93,8 +93,8 @@ def unpack(
     out: Annotated[Path, typer.Argument(help="Folder to write; it must be empty or new.")],
 ) -> object:
     """Turn an exported folder back into a plain Hugging Face checkpoint."""
-    from spdtool.export.bundle import unpack as unpacking
+    from spdtool.export.bundle.unpack import unpack_checkpoint
 
-    source = unpacking.unpack(folder, out)
+    source = unpack_checkpoint(folder, out)
     console.say(f"{console.escape(source)} is unpacked to {console.escape(out)}")
     return {"folder": str(source), "checkpoint": str(out)}

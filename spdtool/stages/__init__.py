@@ -195,7 +195,7 @@ def export_model(
         SpdError: the checkpoint cannot be read, or the exported file is not the checkpoint; nothing is left of it.
     """
     from spdtool.export import runtime
-    from spdtool.stages.export import export_any
+    from spdtool.stages.export import export_checkpoint
 
     runtime.require_onnxruntime()
     with_task = task is not None or data is not None
@@ -203,7 +203,7 @@ def export_model(
     name = target or recipe.export.targets[0]
     source = Path(checkpoint)
     folder = Path(to) if to is not None else Path(f"{source.resolve().name}-{name}")
-    return ExportedCheckpoint(folder, name, export_any(source, name, folder, recipe, with_task=with_task))
+    return ExportedCheckpoint(folder, name, export_checkpoint(source, name, folder, recipe, with_task=with_task))
 
 
 def _describe(run: Run, wanted: Iterable[str], refusal: GateError | None) -> CompressionResult:
