@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pydantic
 import pytest
 
 from spdtool.errors import RecipeError, UnknownName
-from spdtool.recipe import STAGES
+from spdtool.recipe import STAGES, TRAINING
 from spdtool.recipe import reading as recipes
-from spdtool.recipe.fields import Recipe, Training, flatten
+from spdtool.recipe.fields import Recipe, Teacher, Training, flatten
 from spdtool.recipe.reading import (
     build_recipe,
     list_fields,
@@ -21,6 +20,7 @@ from spdtool.recipe.reading import (
     parse_value,
     read_settings,
     read_task_settings,
+    request_recipe,
 )
 
 
@@ -48,10 +48,10 @@ def test_every_field_has_a_help_text() -> None:
     assert [name for name, text in listed.items() if not text.strip()] == []
 
 
-@pytest.mark.parametrize("name", recipes.recipe_names())
-def test_every_packaged_recipe_resolves_and_says_what_it_is(name: str) -> None:
-    assert build_recipe(name).name == name
-    assert len(recipes.describe_recipe(name)) > 10
+def test_every_packaged_recipe_resolves_and_says_what_it_is() -> None:
+    for name in recipes.recipe_names():
+        assert build_recipe(name).name == name
+        assert len(recipes.describe_recipe(name)) > 10, name
 
 
 def test_reference_holds_the_numbers_of_the_published_code() -> None:
@@ -88,47 +88,43 @@ def test_what_a_task_says_lies_under_the_recipe() -> None:
     assert build_recipe("default", {"task": "cola"}).teacher == Recipe().teacher
 
 
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("3", 3),
-        ("1e-4", 1e-4),
-        ("true", True),
-        ("none", None),
-        ("None", None),
-        ("[1, 2]", [1, 2]),
-        ('"a b"', "a b"),
-        ("runs/x", "runs/x"),
-        ("", ""),
-    ],
-)
-def test_values_are_read_as_toml_or_else_as_text(text: str, value: Any) -> None:
-    assert parse_value(text) == value
+def test_values_are_read_as_toml_or_else_as_text() -> None:
+    values = {
+        "3": 3,
+        "1e-4": 1e-4,
+        "true": True,
+        "none": None,
+        "None": None,
+        "[1, 2]": [1, 2],
+        '"a b"': "a b",
+        "runs/x": "runs/x",
+        "": "",
+    }
+    for text, value in values.items():
+        assert parse_value(text) == value, text
 
 
-@pytest.mark.parametrize(
-    ("sets", "error", "said"),
-    [
-        (["prune.epochz=3"], UnknownName, "prune.epochz"),
-        (["prun.epochs=3"], UnknownName, "prun"),
-        (["seed.x=3"], RecipeError, "seed"),
-        (["prune.epochs"], RecipeError, "field=value"),
-        (["sparsity=1"], RecipeError, "sparsity"),
-        (["sparsity=1.5"], RecipeError, "sparsity"),
-        (["sparsity=-0.1"], RecipeError, "sparsity"),
-        (["sparsity=much"], RecipeError, "sparsity"),
-        (["sparsity=nan"], RecipeError, "sparsity"),
-        (["prune.batch_size=0"], RecipeError, "prune.batch_size"),
-        (["prune.scope=matrixx"], RecipeError, "prune.scope"),
-        (["prune.grafting.start=1.2"], RecipeError, "prune.grafting.start"),
-        (["prune.learning_rate=inf"], RecipeError, "prune.learning_rate"),
-        (["prune.epochs=inf"], RecipeError, "prune.epochs"),
-    ],
-)
-def test_a_bad_setting_is_refused_by_name(sets: list[str], error: type[RecipeError], said: str) -> None:
-    with pytest.raises(error) as caught:
-        build_recipe("default", {"task": "cola"}, sets)
-    assert said in caught.value.message + str(caught.value.hint)
+def test_a_bad_setting_is_refused_by_name() -> None:
+    settings: list[tuple[str, type[RecipeError], str]] = [
+        ("prune.epochz=3", UnknownName, "prune.epochz"),
+        ("prun.epochs=3", UnknownName, "prun"),
+        ("seed.x=3", RecipeError, "seed"),
+        ("prune.epochs", RecipeError, "field=value"),
+        ("sparsity=1", RecipeError, "sparsity"),
+        ("sparsity=1.5", RecipeError, "sparsity"),
+        ("sparsity=-0.1", RecipeError, "sparsity"),
+        ("sparsity=much", RecipeError, "sparsity"),
+        ("sparsity=nan", RecipeError, "sparsity"),
+        ("prune.batch_size=0", RecipeError, "prune.batch_size"),
+        ("prune.scope=matrixx", RecipeError, "prune.scope"),
+        ("prune.grafting.start=1.2", RecipeError, "prune.grafting.start"),
+        ("prune.learning_rate=inf", RecipeError, "prune.learning_rate"),
+        ("prune.epochs=inf", RecipeError, "prune.epochs"),
+    ]
+    for assignment, error, field in settings:
+        with pytest.raises(error) as caught:
+            build_recipe("default", {"task": "cola"}, [assignment])
+        assert field in caught.value.message + str(caught.value.hint), assignment
 
 
 def test_near_matches_are_offered() -> None:
@@ -179,9 +175,8 @@ def test_smoke_is_short_and_says_so() -> None:
     assert override(made, ["smoke=true"]).smoke
 
 
-@pytest.mark.parametrize(
-    ("section", "rows", "epochs", "steps", "why"),
-    [
+def test_epochs_scale_with_the_data_and_say_why() -> None:
+    cases = [
         (Training(epochs=3, batch_size=8), 20, 3, 9, "recipe"),
         (Training(epochs=0.5, batch_size=8), 32, 0.5, 2, "recipe"),
         (Training(steps=2000), 32_000, 2, 2000, "2000 steps"),
@@ -189,15 +184,46 @@ def test_smoke_is_short_and_says_so() -> None:
         (Training(steps=2000), 320, 10, 100, "max_epochs"),
         (Training(epochs=3, max_steps=5, batch_size=8), 20, 3, 5, "recipe"),
         (Training(epochs=0), 20, 0, 0, "recipe"),
-    ],
-)
-def test_epochs_scale_with_the_data_and_say_why(
-    section: Training, rows: int, epochs: float, steps: int, why: str
-) -> None:
-    length = section.length(rows)
-    assert (length.epochs, length.steps) == (epochs, steps)
-    assert why in length.reason
-    assert length.steps_per_epoch == -(-rows // section.batch_size)
+    ]
+    for section, rows, epochs, steps, reason in cases:
+        length = section.length(rows)
+        case = f"{section.epochs} epochs or {section.steps} steps on {rows} rows"
+        assert (length.epochs, length.steps) == (epochs, steps), case
+        assert length.steps_per_epoch == -(-rows // section.batch_size), case
+        assert reason in length.reason, case
+
+
+def test_a_limit_on_steps_is_said() -> None:
+    length = Training(epochs=3, max_steps=5, batch_size=8).length(20)
+    assert length.reason == "as the recipe says; at most 5 steps"
+
+
+def test_a_stage_starts_from_defaults_of_its_own_and_shares_the_descriptions() -> None:
+    recipe = Recipe()
+    assert (recipe.teacher.steps, recipe.prune.steps, recipe.distill.steps) == (1200, 4000, 2000)
+    assert (recipe.prune.max_epochs, recipe.finetune.warmup, recipe.distill.initial_learning_rate) == (20, 0, 0.5)
+    assert Teacher(steps=7).steps == 7, "a value that is given wins"
+    described = dict(list_fields())
+    for name, text in described.items():
+        section, _, field = name.partition(".")
+        if section in TRAINING and field in Training.model_fields:
+            assert text == described[f"teacher.{field}"], name
+
+
+def test_a_recipe_knows_in_which_phases_it_grafts() -> None:
+    grafted = {"default": (), "spd": ("prune", "distill"), "theseus": ("prune", "distill"), "gmp": ()}
+    for name, phases in grafted.items():
+        assert build_recipe(name).grafted_phases == phases, name
+    jump = ["distill.grafting.schedule=constant-then-linear-with-gap", "distill.grafting.base=0.5"]
+    assert build_recipe("default", sets=jump).grafted_phases == ("distill",)
+
+
+def test_a_request_makes_existing_paths_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    recipe = request_recipe("CoLA", model="model", teacher="hub/name", sets=["student=model"])
+    assert (recipe.task, recipe.model, recipe.student) == ("cola", str(tmp_path / "model"), str(tmp_path / "model"))
+    assert recipe.given_teacher == "hub/name"
 
 
 def test_what_does_not_change_a_result_is_no_part_of_what_is_shared() -> None:
@@ -207,19 +233,15 @@ def test_what_does_not_change_a_result_is_no_part_of_what_is_shared() -> None:
     assert Recipe(sparsity=0.5).shared_fields() != Recipe(sparsity=0.6).shared_fields()
 
 
-@pytest.mark.parametrize(
-    ("values", "embeddings", "exact", "rounded"),
-    [("fp16", "fp16", 0.001, 0.002), ("fp32", "fp32", 0.001, 0.001), ("fp32", "int8", 0.001, 0.005),
-     ("int8", "fp16", 0.001, 0.005)],
-)  # fmt: skip
-def test_the_budget_goes_by_the_coarsest_storage_unless_it_is_given(
-    values: str, embeddings: str, exact: float, rounded: float
-) -> None:
-    sets = [f"export.values={values}", f"export.embeddings={embeddings}"]
-    section = build_recipe("default", {}, sets).export
-    assert (section.allowed_change(rounds=False), section.allowed_change(rounds=True)) == (exact, rounded)
-    section = build_recipe("default", {}, [*sets, "export.budget=0.5"]).export
-    assert section.allowed_change(rounds=False) == section.allowed_change(rounds=True) == 0.5
+def test_the_budget_goes_by_the_coarsest_storage_unless_it_is_given() -> None:
+    budgets = {("fp16", "fp16"): 0.002, ("fp32", "fp32"): 0.001, ("fp32", "int8"): 0.005, ("int8", "fp16"): 0.005}
+    for (values, embeddings), rounded in budgets.items():
+        sets = [f"export.values={values}", f"export.embeddings={embeddings}"]
+        section = build_recipe("default", {}, sets).export
+        assert section.allowed_change(rounds=False) == 0.001, sets
+        assert section.allowed_change(rounds=True) == rounded, sets
+        section = build_recipe("default", {}, [*sets, "export.budget=0.5"]).export
+        assert section.allowed_change(rounds=False) == section.allowed_change(rounds=True) == 0.5, sets
 
 
 def test_a_storage_that_nobody_knows_is_refused() -> None:
@@ -227,30 +249,28 @@ def test_a_storage_that_nobody_knows_is_refused() -> None:
         build_recipe("default", {}, ["export.values=int4"])
 
 
-@pytest.mark.parametrize(
-    ("assignment", "value"),
-    [
-        ("export.optional=nosuch", ("nosuch",)),
-        ("export.optional=a, b", ("a", "b")),
-        ('export.optional=["a"]', ("a",)),
-        ("export.optional=", ()),
-        ("export.optional=[]", ()),
-        ("bench.batches=4", (4,)),
-        ("bench.batches=1,8", (1, 8)),
-        ("bench.threads=2", (2,)),
-        ("prune.save_at=0.5,0.8", (0.5, 0.8)),
-        ("text=premise,hypothesis", ("premise", "hypothesis")),
-    ],
-)
-def test_a_field_of_several_takes_one_or_words_between_commas(assignment: str, value: tuple[object, ...]) -> None:
-    section, _, field = assignment.split("=")[0].rpartition(".")
-    recipe = build_recipe("default", sets=[assignment])
-    assert getattr(recipe.section(section) if section else recipe, field) == value
+def test_a_field_of_several_takes_one_or_words_between_commas() -> None:
+    values: dict[str, tuple[object, ...]] = {
+        "export.optional=nosuch": ("nosuch",),
+        "export.optional=a, b": ("a", "b"),
+        'export.optional=["a"]': ("a",),
+        "export.optional=": (),
+        "export.optional=[]": (),
+        "bench.batches=4": (4,),
+        "bench.batches=1,8": (1, 8),
+        "bench.threads=2": (2,),
+        "prune.save_at=0.5,0.8": (0.5, 0.8),
+        "text=premise,hypothesis": ("premise", "hypothesis"),
+    }
+    for assignment, value in values.items():
+        section, _, field = assignment.split("=")[0].rpartition(".")
+        recipe = build_recipe("default", sets=[assignment])
+        assert getattr(recipe.section(section) if section else recipe, field) == value, assignment
 
 
-@pytest.mark.parametrize("assignment", ["bench.padded=8", "bench.padded=[8, 128]", "bench.batches=a"])
-def test_a_list_of_the_wrong_kind_is_shown_a_right_one(assignment: str) -> None:
-    with pytest.raises(RecipeError) as caught:
-        build_recipe("default", sets=[assignment])
-    assert "for example --set bench." in str(caught.value.hint)
-    assert "'[" in str(caught.value.hint)
+def test_a_list_of_the_wrong_kind_is_shown_a_right_one() -> None:
+    for assignment in ("bench.padded=8", "bench.padded=[8, 128]", "bench.batches=a"):
+        with pytest.raises(RecipeError) as caught:
+            build_recipe("default", sets=[assignment])
+        assert "for example --set bench." in str(caught.value.hint), assignment
+        assert "'[" in str(caught.value.hint), assignment

@@ -23,7 +23,8 @@ MAY_CHANGE = frozenset({"name", "save_minutes", "restarts", "shard", "device", "
 # Fields outside the sections that the teacher stage does not read.
 STUDENT_FIELDS = frozenset({"sparsity", "student"})
 FIELDS_HINT = "(`spdtool recipes default` lists every field)"
-LIST_TYPES = (tuple[str, ...], tuple[int, ...], tuple[float, ...])
+TargetNames = tuple[str, ...] | Literal["installed"]
+LIST_TYPES = (tuple[str, ...], TargetNames, tuple[int, ...], tuple[float, ...])
 
 FieldChange = tuple[str, Any, Any]
 
@@ -46,7 +47,8 @@ class Section(BaseModel):
     def _read_list(cls, value: Any, info: ValidationInfo) -> Any:
         """Let a list field also take a single value, or words separated by commas."""
         assert info.field_name is not None
-        if cls.model_fields[info.field_name].annotation not in LIST_TYPES:
+        annotation = cls.model_fields[info.field_name].annotation
+        if annotation not in LIST_TYPES or (annotation == TargetNames and value == "installed"):
             return value
         if isinstance(value, str):
             words = (word.strip() for word in value.split(","))
@@ -285,7 +287,7 @@ class Export(Section):
 
     targets: tuple[str, ...] = ("onnx",)
     """export targets; `spdtool plugins` lists them"""
-    optional: tuple[str, ...] | Literal["installed"] = "installed"
+    optional: TargetNames = "installed"
     """further targets; a refused one is left out; "installed": every installed one that is exported by default"""
     skip: tuple[str, ...] = ()
     """targets of `optional` to leave out"""
