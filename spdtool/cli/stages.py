@@ -159,13 +159,13 @@ def launch_ranks(processes: int, recipe: Recipe, again: tuple[str, Path] | None 
         return False
     if processes == 1:
         return False
-    from spdtool.training.launch import launch
+    from spdtool.training.launch import launch_with_restarts
 
     # Dropped here, once: ranks that are started again must not drop what the first have made.
     if again is not None:
         drop_stage(*again)
     words = [word for word in sys.argv[1:] if word != "--again"]
-    launch(processes, words, recipe.restarts)
+    launch_with_restarts(processes, words, recipe.restarts)
     return True
 
 

@@ -12,7 +12,7 @@ from spdtool.cli.options import Model, Sets, command, split_words
 from spdtool.errors import RecipeError
 
 if TYPE_CHECKING:
-    from spdtool.sweep import Perform
+    from spdtool.sweep import TrialRunner
 
 Number = TypeVar("Number", int, float)
 
@@ -51,14 +51,15 @@ def sweep(
 ) -> object:
     """Compare recipes x sparsities x seeds x tasks, all with the same teachers; tables and Pareto plots."""
     from spdtool import sweep as trials
+    from spdtool.report.figures import save_pareto_figures
     from spdtool.sweep import summary
 
     if bench:
         from spdtool.export import runtime
 
         runtime.require_onnxruntime()
-    perform = _choose_performer(ray, cpus, gpus, behind)
-    planned = trials.plan(
+    runner = _choose_runner(ray, cpus, gpus, behind)
+    planned = trials.plan_trials(
         recipes=_require_words("--recipes", recipes),
         sparsities=_parse_numbers("--sparsities", sparsities, float),
         seeds=_parse_numbers("--seeds", seeds, int),
@@ -70,7 +71,8 @@ def sweep(
         epochs=epochs,
         bench=bench,
     )
-    rows = trials.run_sweep(planned, out, lambda line: console.say(console.escape(line)), perform)
+    rows = trials.run_sweep(planned, out, lambda line: console.say(console.escape(line)), runner)
+    save_pareto_figures(rows, out)
     summaries = summary.summarise(rows)
     if summaries:
         is_smoke = any(row.smoke for row in rows)
@@ -85,14 +87,14 @@ def sweep(
     return records
 
 
-def _choose_performer(ray: str | None, cpus: float, gpus: float, behind: float | None) -> Perform:
+def _choose_runner(ray: str | None, cpus: float, gpus: float, behind: float | None) -> TrialRunner:
     """Choose what runs the trials of a sweep: this process, one after the other, or Ray."""
-    from spdtool.sweep import in_turn
+    from spdtool.sweep import run_in_turn
 
     if ray is None:
         if behind is not None:
             raise RecipeError("--stop-behind compares trials that run at once", "add --ray local")
-        return in_turn
+        return run_in_turn
     from spdtool.sweep.on_ray import Cluster
 
     return Cluster(None if ray == "local" else ray, cpus, gpus, behind)
@@ -119,8 +121,8 @@ def report(
     to: Annotated[Path | None, typer.Option(help="Page to write.", show_default="RUN/report/report.html")] = None,
 ) -> object:
     """Write one HTML page of a run, of several, or of a sweep, with its figures as PNG files beside it."""
-    from spdtool.report import page
+    from spdtool.report.page import write_page
 
-    written = page.write(runs, to)
+    written = write_page(runs, to)
     console.say(f"{console.escape(written.file)} and {len(written.images)} figures")
     return {"page": str(written.file), "images": [str(image) for image in written.images]}
