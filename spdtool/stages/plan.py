@@ -158,12 +158,12 @@ def estimate_memory(recipe: Recipe, student: PreTrainedModel, teacher: PreTraine
     micro_batch = -(-section.batch_size // section.accumulate)
     tokens = micro_batch * recipe.max_length
     config = student.config
-    per_token = SAVED_WIDTHS * config.hidden_size
+    per_token: int = SAVED_WIDTHS * config.hidden_size
     if section.loss.attention > 0:
         per_token += 3 * config.num_attention_heads * recipe.max_length
     if section.loss.relation > 0:
         per_token += RELATION_MAPS * section.loss.relation_heads * recipe.max_length
-    layers = config.num_hidden_layers
+    layers: int = config.num_hidden_layers
     # The gradients of a blend pass through the teacher's layers too.
     if section.grafting.kind == "blend":
         layers *= 2
