@@ -211,7 +211,7 @@ def test_a_record_that_cannot_be_read_is_refused(toy_run):
     ],
 )
 def test_the_command_of_a_recipe_makes_that_recipe(sets, flags, monkeypatch):
-    from spdtool.cli.options import make_recipe
+    from spdtool.cli.options import RecipeOptions
 
     name = flags.pop("name", "default")
     made = recipes.build_recipe(name, {"task": "demo", "sparsity": 0.75} | flags, sets)
@@ -221,7 +221,7 @@ def test_the_command_of_a_recipe_makes_that_recipe(sets, flags, monkeypatch):
                "--teacher": "teacher", "--sparsity": "sparsity", "--seed": "seed", "--recipe": "name"}  # fmt: skip
     given |= {options[word]: words[at + 1] for at, word in enumerate(words) if word in options}
     given |= {"sparsity": float(given["sparsity"]), "seed": int(given["seed"]), "smoke": "--smoke" in words}
-    again = make_recipe(**given)
+    again = RecipeOptions(**given).build()
     assert [change for change in made.diff(again) if change[0] not in MAY_CHANGE] == []
 
 
