@@ -41,7 +41,7 @@ def compute_outputs(
     """
     inputs = {name: column for name, column in batch.items() if name != "labels"}
     if attention == "scores":
-        with _SoftmaxInputs() as recorder:
+        with SoftmaxInputs() as recorder:
             outputs = model(**inputs, output_hidden_states=hidden_states)
         attentions: tuple[Tensor, ...] | None = tuple(recorder.scores)
     else:
@@ -51,7 +51,7 @@ def compute_outputs(
     return ModelOutputs(outputs.logits, outputs.hidden_states if hidden_states else None, attentions)
 
 
-class _SoftmaxInputs(TorchFunctionMode):
+class SoftmaxInputs(TorchFunctionMode):
     """Keeps the input of each softmax over [rows, heads, tokens, tokens] while the block runs.
 
     Every supported family computes eager attention with one softmax a layer, so this records the

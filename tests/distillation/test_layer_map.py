@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -11,9 +13,8 @@ from spdtool.errors import RecipeError
 from spdtool.recipe.fields import Loss
 
 
-@pytest.mark.parametrize(
-    ("how", "student", "teacher", "expected"),
-    [
+def test_a_map_is_spread_evenly_or_taken_from_the_top_or_listed() -> None:
+    cases = [
         ("uniform", 4, 12, (3, 6, 9, 12)),
         ("uniform", 6, 12, (2, 4, 6, 8, 10, 12)),
         ("uniform", 5, 12, (2, 5, 7, 10, 12)),
@@ -22,42 +23,39 @@ from spdtool.recipe.fields import Loss
         ("last", 4, 12, (9, 10, 11, 12)),
         ((1, 1, 12), 3, 12, (1, 1, 12)),
         ([12, 1], 2, 12, (12, 1)),
-    ],
-)
-def test_the_map(how: str | tuple[int, ...], student: int, teacher: int, expected: tuple[int, ...]) -> None:
-    assert map_layers(how, student, teacher) == expected
+    ]
+    for layer_map, student, teacher, expected in cases:
+        assert map_layers(layer_map, student, teacher) == expected, (layer_map, student, teacher)
 
 
-@pytest.mark.parametrize("how", ["uniform", "last"])
-@pytest.mark.parametrize("depth", [1, 2, 3, 7, 12, 24])
-def test_equal_depths_are_paired_one_to_one(how: str, depth: int) -> None:
-    assert map_layers(how, depth, depth) == tuple(range(1, depth + 1))
+def test_equal_depths_are_paired_one_to_one() -> None:
+    for depth in (1, 2, 3, 7, 12, 24):
+        for layer_map in ("uniform", "last"):
+            assert map_layers(layer_map, depth, depth) == tuple(range(1, depth + 1)), (layer_map, depth)
 
 
-@pytest.mark.parametrize("student", range(1, 14))
-@pytest.mark.parametrize("teacher", range(1, 14))
-def test_uniform_rises_and_ends_at_the_last(student: int, teacher: int) -> None:
-    made = map_layers("uniform", student, teacher)
-    assert list(made) == sorted(made)
-    assert made[-1] == teacher
-    assert made[0] >= 1
-    if student <= teacher:
-        assert len(set(made)) == student
+def test_uniform_rises_and_ends_at_the_last() -> None:
+    for student, teacher in itertools.product(range(1, 14), range(1, 14)):
+        case = f"{student} layers learn from {teacher}"
+        layers = map_layers("uniform", student, teacher)
+        assert list(layers) == sorted(layers), case
+        assert layers[-1] == teacher, case
+        assert layers[0] >= 1, case
+        if student <= teacher:
+            assert len(set(layers)) == student, case
 
 
-@pytest.mark.parametrize(
-    ("how", "said"),
-    [
-        ((1, 2), r"layer_map = \[1, 2\]: a student of 3 layers needs 3 numbers from 1 to 4"),
-        ((1, 2, 5), r"needs 3 numbers from 1 to 4"),
-        ((0, 1, 2), r"needs 3 numbers from 1 to 4"),
-        ((), r"needs 3 numbers from 1 to 4"),
-    ],
-)
-def test_a_list_that_does_not_fit_is_refused_with_one_that_does(how: tuple[int, ...], said: str) -> None:
-    with pytest.raises(RecipeError, match=said) as caught:
-        map_layers(how, 3, 4)
-    assert "layer_map = [1, 3, 4]" in str(caught.value.hint)
+def test_a_list_that_does_not_fit_is_refused_with_one_that_does() -> None:
+    cases = {
+        (1, 2): r"layer_map = \[1, 2\]: a student of 3 layers needs 3 numbers from 1 to 4",
+        (1, 2, 5): r"needs 3 numbers from 1 to 4",
+        (0, 1, 2): r"needs 3 numbers from 1 to 4",
+        (): r"needs 3 numbers from 1 to 4",
+    }
+    for layer_map, message in cases.items():
+        with pytest.raises(RecipeError, match=message) as caught:
+            map_layers(layer_map, 3, 4)
+        assert "layer_map = [1, 3, 4]" in str(caught.value.hint), layer_map
 
 
 def test_last_needs_a_teacher_that_is_as_deep() -> None:

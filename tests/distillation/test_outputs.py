@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from spdtool.distillation.outputs import _SoftmaxInputs, compute_outputs
+from spdtool.distillation.outputs import SoftmaxInputs, compute_outputs
 from spdtool.models.layers import install_capture_hooks
 
 
@@ -24,18 +25,18 @@ def inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: column for name, column in batch.items() if name != "labels"}
 
 
-@pytest.mark.parametrize("hidden", [False, True])
-@pytest.mark.parametrize("attention", [None, "scores", "probabilities"])
-def test_only_what_is_asked_for_is_kept(model: Any, toys: Any, hidden: bool, attention: str | None) -> None:
-    seen = compute_outputs(model, toys.batch(), hidden_states=hidden, attention=attention)
-    assert torch.equal(seen.logits, model(**inputs(toys.batch())).logits)
-    assert (seen.hidden_states is not None) == hidden
-    assert (seen.attentions is not None) == (attention is not None)
-    if seen.hidden_states is not None:
-        assert [tuple(state.shape) for state in seen.hidden_states] == [(5, 11, 32)] * 4
-        assert all(torch.isfinite(state).all() for state in seen.hidden_states)
-    if seen.attentions is not None:
-        assert [tuple(scores.shape) for scores in seen.attentions] == [(5, 2, 11, 11)] * 3
+def test_only_the_requested_outputs_are_returned(model: Any, toys: Any) -> None:
+    for hidden_states, attention in itertools.product((False, True), (None, "scores", "probabilities")):
+        case = (hidden_states, attention)
+        outputs = compute_outputs(model, toys.batch(), hidden_states=hidden_states, attention=attention)
+        assert torch.equal(outputs.logits, model(**inputs(toys.batch())).logits), case
+        assert (outputs.hidden_states is not None) == hidden_states, case
+        assert (outputs.attentions is not None) == (attention is not None), case
+        if outputs.hidden_states is not None:
+            assert [tuple(state.shape) for state in outputs.hidden_states] == [(5, 11, 32)] * 4, case
+            assert all(torch.isfinite(state).all() for state in outputs.hidden_states), case
+        if outputs.attentions is not None:
+            assert [tuple(scores.shape) for scores in outputs.attentions] == [(5, 2, 11, 11)] * 3, case
 
 
 def test_the_labels_do_not_reach_the_model(model: Any, toys: Any) -> None:
@@ -71,7 +72,7 @@ def test_gradients_flow_through_what_was_seen(model: Any, toys: Any) -> None:
 
 def test_only_softmaxes_over_pairs_of_tokens_are_kept_and_each_once() -> None:
     square = torch.randn(2, 3, 4, 4)
-    with _SoftmaxInputs() as mode:
+    with SoftmaxInputs() as mode:
         results = [
             F.softmax(square, dim=-1),
             torch.softmax(square + 1, -1),
