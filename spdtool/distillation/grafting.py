@@ -42,7 +42,7 @@ class LayerDraw:
         _check_depths(student, teacher)
         self._list = student
         self._student, self._teacher = list(student), list(teacher)
-        self._random = random.Random(seed)
+        self._random = random.Random(seed)  # not torch's: dropout must not shift the draws
         self._stand_in_dropout = stand_in_dropout
         self.drawn = [True] * len(student)
 
@@ -57,6 +57,7 @@ class LayerDraw:
         Yields:
             per layer, whether it is the student's.
         """
+        # one number a layer at any rate, so that a schedule changes no later draw
         self.drawn = [self._random.random() < rate for _ in self._student]
         replaced = [index for index, is_student in enumerate(self.drawn) if not is_student]
         try:
@@ -64,6 +65,7 @@ class LayerDraw:
                 self._list[index] = self._teacher[index].train(self._stand_in_dropout)
             yield self.drawn
         finally:
+            # after an error too: the student's list would be saved with layers of the teacher
             for index in replaced:
                 self._list[index] = self._student[index]
                 self._teacher[index].eval()
@@ -114,7 +116,7 @@ class LayerBlend:
             per layer, whether the student's is in the forward pass: True for all.
         """
         with ExitStack() as stack:
-            if rate < 1:
+            if rate < 1:  # at 1 the teacher's outputs would be computed and multiplied by 0
                 for student_layer, teacher_layer in zip(self._student, self.teacher_layers, strict=True):
                     stack.callback(teacher_layer.eval)
                     teacher_layer.train(self._stand_in_dropout)
@@ -177,12 +179,14 @@ def create_mixing(
 
 def is_grafted(rate: Callable[[float], float]) -> bool:
     """Whether a layer of the teacher ever stands in under this replacing rate."""
+    # a hundred points are enough: every schedule is constant or rises in straight lines
     return min(rate(step / 100) for step in range(100)) < 1
 
 
 @contextmanager
 def _blend_outputs(student: nn.Module, teacher: nn.Module, rate: float) -> Iterator[None]:
     """Let `student` return the blend while the block runs; transformers' hooks capture what `forward` returns."""
+    # accelerate and torch.compile may have set a forward of the instance, which must come back
     forward, previous = student.forward, vars(student).get("forward")
 
     def blend(*args: object, **options: object) -> object:
@@ -206,6 +210,7 @@ def _blend_outputs(student: nn.Module, teacher: nn.Module, rate: float) -> Itera
 
 def _copy_without_hooks(layer: nn.Module) -> nn.Module:
     """Copy a layer without its hooks, so that none of its outputs are captured; the weights are shared."""
+    # the memo makes deepcopy keep the parameters: a second teacher would not fit beside the first
     clone = copy.deepcopy(layer, {id(parameter): parameter for parameter in layer.parameters()})
     for module in clone.modules():
         module._forward_hooks.clear()

@@ -24,6 +24,7 @@ def map_layers(layer_map: str | tuple[int, ...], student_depth: int, teacher_dep
             a deeper student.
     """
     if layer_map == "uniform":
+        # a student twice as deep would otherwise round its first layer to 0, the embeddings
         return tuple(max(1, round(layer * teacher_depth / student_depth)) for layer in range(1, student_depth + 1))
     if layer_map == "last":
         if student_depth > teacher_depth:
@@ -68,6 +69,7 @@ def select_layers(outputs: ModelOutputs, layers: Sequence[int]) -> ModelOutputs:
     """
     hidden_states, attentions = outputs.hidden_states, outputs.attentions
     if hidden_states is not None:
+        # the embeddings' output has index 0, so layer n has index n; attention maps have none
         hidden_states = (hidden_states[0], *(hidden_states[layer] for layer in layers))
     if attentions is not None:
         attentions = tuple(attentions[layer - 1] for layer in layers)
@@ -83,7 +85,7 @@ def check_relation_heads(loss: Loss, student_width: int, teacher_width: int) -> 
     heads = loss.relation_heads
     if loss.relation > 0 and (student_width % heads or teacher_width % heads):
         divisors = []
-        for divisor in range(1, min(student_width, teacher_width, 64) + 1):
+        for divisor in range(1, min(student_width, teacher_width, 64) + 1):  # enough to choose from
             if student_width % divisor == teacher_width % divisor == 0:
                 divisors.append(str(divisor))
         raise RecipeError(

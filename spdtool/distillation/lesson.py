@@ -83,7 +83,7 @@ class GoldLabelLesson(Lesson):
     def loss(self, batch: dict[str, Tensor], progress: float, weight: LossWeight) -> LossTerms:  # noqa: ARG002
         """Compute the loss of the model's logits; see `Lesson`."""
         labels = batch.pop("labels")
-        logits = self.model(**batch).logits.float()
+        logits = self.model(**batch).logits.float()  # autocast gives bf16, whose loss is too coarse
         return {"loss": weight.rows * self.gold_loss(logits, labels)}
 
 
@@ -141,6 +141,7 @@ class DistillationLesson(Lesson):
 
     def loss(self, batch: dict[str, Tensor], progress: float, weight: LossWeight) -> LossTerms:
         """Compare the student's outputs with the teacher's, which may be cached beside the rows; see `Lesson`."""
+        # first, because it takes the cached columns out of the batch
         teacher_outputs = pop_cached_outputs(batch) or self.compute_teacher_outputs(batch)
         with self._mixing.draw(self._rate(progress)):
             student_outputs = self._compute_outputs(self.student, batch, self._ignored_by_student)
@@ -224,6 +225,7 @@ def _choose_grafting(
             f"{stage}.grafting is ignored: the student ({_describe_shape(student)}) has another shape than the teacher "
             f"({_describe_shape(teacher)}), whose layers cannot stand in for its own"
         )
+    # at rate 1 nothing is swapped, and the draws are as many as with grafting
     return LayerDraw(layers, layers, seed=seed), lambda _: 1.0
 
 

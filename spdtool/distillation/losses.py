@@ -82,7 +82,7 @@ def distillation_loss(
         assert student.attentions is not None
         assert teacher.attentions is not None
         terms["attention"] = weight.pairs * attention_loss(student.attentions, teacher.attentions, mask)
-    total = torch.zeros(())
+    total = torch.zeros(())  # a scalar of the CPU goes with terms on any device
     for name, term in terms.items():
         total = total + getattr(loss, name) * term
     return {"loss": total} | terms
@@ -96,11 +96,13 @@ def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tens
         mask: attention mask [rows, tokens]; None: every position counts.
     """
     losses = []
+    # divided once for all layers, and without asking the device how many tokens there are
     token_weights = None if mask is None else mask / mask.sum()
     for student_state, teacher_state in zip(student, teacher, strict=True):
         if token_weights is None:
             losses.append(F.mse_loss(student_state, teacher_state))
         else:
+            # differences of half-precision states would lose most of their digits
             error = (student_state.float() - teacher_state.float()).square().mean(-1)
             losses.append((error * token_weights).sum())
     return torch.stack(losses).sum()
@@ -152,6 +154,8 @@ def attention_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: T
             continue
         real_pairs = mask.bool()[:, None, :, None] & mask.bool()[:, None, None, :]
         counted = visible & real_pairs
+        # `where` before the square: the difference of two masked scores may be infinite or NaN
         error = torch.where(counted, student_map - teacher_map, 0.0).float().square()
+        # a micro-batch of weight zero may have no pair at all
         losses.append(error.sum() / counted.sum().clamp(min=1))
     return torch.stack(losses).sum()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+# whichever of them a family calls in eager attention
 SOFTMAXES = (nn.functional.softmax, torch.softmax, Tensor.softmax)
 AttentionKind = Literal["scores", "probabilities"]
 
@@ -39,6 +40,7 @@ def compute_outputs(
         attention: `scores` before the softmax, `probabilities` after softmax and dropout, or None.
             Needs the eager attention implementation.
     """
+    # with labels the model would compute a loss of its own
     inputs = {name: column for name, column in batch.items() if name != "labels"}
     if attention == "scores":
         with SoftmaxInputs() as recorder:

@@ -30,9 +30,10 @@ def create_projections(
     Args:
         layers: number of the student's layers.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)  # the global one belongs to dropout
     projections = {}
     for index in range(layers + 1):
+        # drawn on the CPU, so that every device starts from the same numbers
         matrix = torch.randn(teacher_width, student_width, generator=generator) / student_width**0.5
         projections[f"{PREFIX}{index}"] = nn.Parameter(matrix.to(device))
     return projections
@@ -51,6 +52,7 @@ def load_projections(projections: Projections, folder: Path) -> bool:
     if not file.is_file():
         return False
     saved = load_file(file)
+    # another student or teacher has taken the place of the one that they were trained for
     if {name: weight.shape for name, weight in saved.items()} != {n: w.shape for n, w in projections.items()}:
         return False
     for name, weight in saved.items():

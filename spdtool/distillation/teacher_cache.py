@@ -31,7 +31,7 @@ TeacherForward = Callable[[dict[str, torch.Tensor]], ModelOutputs]
 """Computes the teacher's outputs for a batch, in the order of the student's layers."""
 
 LOGITS, STATES = "teacher_logits", "teacher_states"
-CHUNK_BYTES = 1 << 27  # of hidden states that are in memory at a time
+CHUNK_BYTES = 1 << 27  # of hidden states that are in memory at a time: 128 MB
 
 
 def needs_hidden_states(loss: Loss) -> bool:
@@ -53,6 +53,7 @@ def is_worth_caching(
     if recipe.shard and collectives.group_size() > 1:  # one process would compute them for all
         return False
     if not needs_hidden_states(section.loss):
+        # a pass over all rows costs as much as one epoch of looking at each batch
         return _count_visits(section, len(rows)) >= len(rows)
     # without a mask the loss reads the states of padding too, which are not stored
     if teacher.device.type != "cpu" or not section.loss.mask_padding:
@@ -82,7 +83,7 @@ def cache_outputs(rows: Encoded, teacher: PreTrainedModel, forward: TeacherForwa
     """
     name = cache.cache_key(_hash_model(teacher), rows.digest, _describe_arithmetic(teacher.device), list(layers))
     if not ranks.is_main():
-        collectives.barrier()
+        collectives.barrier()  # rank 0 fills the cache, from which the others then read
     if layers:
         arrays = cache.arrays_on_disk(
             "teacher-states", name, lambda append: _compute_states(append, rows, teacher, forward)
@@ -167,6 +168,7 @@ def _compute_chunk(rows: Encoded, teacher: PreTrainedModel, forward: TeacherForw
 
 def _hash_model(model: PreTrainedModel) -> str:
     """Hash the configuration and the weights."""
+    # the configuration too: with another activation the same weights compute other outputs
     digest = hashlib.blake2b(model.config.to_json_string().encode(), digest_size=16)
     for name, weight in model.state_dict().items():
         digest.update(name.encode())

@@ -94,7 +94,7 @@ def load_phase(run: Run, stage: str, start: str) -> Student:
     folder = run.read(start)
     teacher_folder = folder if start == "teacher" else run.read("teacher")
     teacher = TokenizedModel(load_model(teacher_folder, eager=eager), load_tokenizer(teacher_folder))
-    teacher.model.requires_grad_(False)
+    teacher.model.requires_grad_(False)  # before it is sharded
     if stage == "prune" and recipe.student is not None:
         model, tokenizer = _load_other_student(recipe, teacher, eager=eager)
     else:
@@ -105,7 +105,7 @@ def load_phase(run: Run, stage: str, start: str) -> Student:
     check_positions(recipe, model, teacher.model)
     shared_tokenizer = choose_tokenizer(tokenizer, teacher.tokenizer)
     task, splits = prepare_data(recipe, shared_tokenizer, label_names(model), run.record_data)
-    if recipe.student is not None:
+    if recipe.student is not None:  # the teacher stage has checked only the teacher
         check_lengths(splits, max_positions(model))
         check_vocabulary(splits, model.config.vocab_size)
     _configure_models(recipe, model, teacher.model)
@@ -145,10 +145,10 @@ def train_phase(run: Run, stage: str, student: Student) -> TrainingResult:
     rows = _cache_teacher_outputs(recipe, student, lesson)
     with run.stage(stage) as work:
         fitted = None
-        if student.length.steps > 0:
+        if student.length.steps > 0:  # a phase may be switched off with epochs=0
             with console.progress(stage, student.length.steps, grafting=lesson.has_grafting) as on_event:
                 fitted = fit(student, lesson, rows, section, student.length, recipe, work, on_event)
-        pruner.finalize()
+        pruner.finalize()  # a live weight may have landed on exactly 0
         dev, train = student.score()
         work.result = result = TrainingResult(dev=dev, train=train, fit=fitted, sparsity=student.masks.sparsity())
         student.save(work.folder)

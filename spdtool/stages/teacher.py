@@ -45,6 +45,7 @@ def teacher(run: Run) -> TrainingResult:
     model, tokenizer = _load_dense_model(run, task)
     find_layer_stack(model)  # refuse an unsupported architecture before hours are spent on it
     model = move_to_device(model, recipe, accelerator.device, section.train)
+    # the head of a new model has the task's own order of labels, so nothing has to be aligned
     encoded = task.encode(tokenizer, splits, recipe.max_length)
     _check_rows_fit(model, encoded)
     configure_layers(model, checkpointing=recipe.gradient_checkpointing, compile_layers=recipe.compile)

@@ -67,7 +67,7 @@ def write_snapshot_files(folder: Path, snapshot: Snapshot) -> None:
     flat = {}
     for group, tensors in snapshot.tensors.items():
         for name, tensor in tensors.items():
-            flat[f"{group}/{name}"] = tensor.detach().contiguous()
+            flat[f"{group}/{name}"] = tensor.detach().contiguous()  # safetensors refuses views
     save_file(flat, folder / "state.safetensors")
     write_json(folder / "state.json", {"step": snapshot.step} | snapshot.notes)
 
@@ -192,6 +192,7 @@ class Checkpointer:
     def keep_weights(self) -> None:
         """Keep a copy of the weights as they are: they are the best up to now."""
         for name, parameter in self.parameters.items():
+            # cloned: on a CPU, `cpu()` is the weight itself, which goes on changing
             self.best_weights[name] = fsdp.local_rows(parameter).cpu().clone()
 
     @torch.no_grad()
@@ -215,7 +216,7 @@ class Checkpointer:
             "pruner": {} if self.pruner is None else self.pruner.state_dict(),
             "random": collect_random_state(),
         }
-        if not ranks.is_main():
+        if not ranks.is_main():  # it has given its rows
             return
         notes: dict[str, JsonValue] = {
             "fingerprint": self.fingerprint,
@@ -253,7 +254,7 @@ class Checkpointer:
         if not ranks.is_main():
             collectives.barrier()
             return read_newest_snapshot(folder, self.fingerprint)
-        exists = any(folder.glob("step-*"))
+        exists = any(folder.glob("step-*"))  # asked before one that does not fit is removed
         snapshot = read_newest_snapshot(folder, self.fingerprint)
         if exists and snapshot is None:
             console.warn(f"{self.stage.name} begins anew: its snapshot belongs to other settings or other rows")

@@ -77,5 +77,5 @@ class Learner:
         if ranks.is_main():
             self.count_saved_zeros(folder, sparsity)
         dev, train = self.score()
-        name = f"{folder.parent.name}/{folder.name}"
+        name = f"{folder.parent.name}/{folder.name}"  # the folder of the stage will be renamed
         return IntermediateStudent(sparsity=sparsity, step=step, folder=name, dev=dev, train=train)

@@ -29,7 +29,7 @@ class Stopwatch:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Leave out the seconds spent inside the block."""
-        paused = time.monotonic()
+        paused = time.monotonic()  # the wall clock may be set meanwhile
         yield
         self._started += time.monotonic() - paused
 
@@ -72,6 +72,7 @@ class TrainingLog:
             return
         entry = {"event": event, **values}
         self.on_event(entry)
+        # opened for each event: a kill then loses none of those before it
         with self.file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(entry) + "\n")
 

@@ -84,7 +84,7 @@ def fit(
         on_event: displays the events of the log.
     """
     job = _create_job(learner, lesson, rows, section, length, recipe, stage, on_event)
-    torch.manual_seed(recipe.seed)
+    torch.manual_seed(recipe.seed)  # before the snapshot, which has a later state of the generator
     start = job.checkpointer.restore()
     optimizer = _prepare(job)
     if start == 0:
@@ -92,7 +92,7 @@ def fit(
     evaluation_steps = choose_evaluation_steps(length, section.evaluations)
     log_interval = max(1, job.steps // LOG_LINES)
     window, saved_at = LossWindow(), time.monotonic()
-    learner.model.train()
+    learner.model.train()  # calibration and evaluation put it back
     batches = _iterate_batches(job, length.steps_per_epoch, start)
     with prefetch.prefetch_batches(batches, learner.accelerator.device) as step_batches:
         for step, size, microbatches in step_batches:
@@ -101,7 +101,7 @@ def fit(
             _prune_if_due(job, done)
             job.log.examples += size
             if done % log_interval == 0 or done == job.steps:
-                _log_step(job, length, done, window)
+                _log_step(job, length, done, window)  # reads numbers back from the device
                 window = LossWindow()
             with job.log.stopwatch.paused():
                 is_evaluated = done in evaluation_steps
@@ -216,6 +216,7 @@ def _train_step(
     set_learning_rate(job.optimizer, job.learning_rate(step / job.steps))
     saliency = job.saliency if job.saliency is not None and job.saliency.needs_step(step) else None
     if collectives.group_size() > 1:
+        # alone, the state of the generator is in the snapshot instead
         torch.manual_seed(derive_seed(job.recipe.seed, step, collectives.group_rank()))
     for microbatch in _repeat_draw(job.lesson, microbatches):
         terms = _compute_terms(job, microbatch, step)
@@ -236,6 +237,7 @@ def _train_step(
             clip_gradients(counted, job.section.clip, accelerator)
         optimizer.step()
     optimizer.zero_grad()
+    # the optimiser does not know them
     for parameter in job.lesson.clipped_parameters:
         parameter.grad = None
 
@@ -286,6 +288,7 @@ def _save_student_if_requested(job: _Job, step: int) -> None:
     section, pruner = job.section, job.learner.pruner
     if not isinstance(section, Prune) or pruner is None:
         return
+    # the student is saved as late as possible: trained up to the event that changes its zeros
     earlier = [event for event in pruner.events if event < step]
     if not earlier:
         return

@@ -66,10 +66,11 @@ class MicrobatchSplitter:
 
     def _compute_weight(self, lengths: np.ndarray, batch_lengths: np.ndarray) -> LossWeight:
         if len(lengths) == len(batch_lengths):
-            return WHOLE_BATCH
+            return WHOLE_BATCH  # exactly 1: a product with it changes no bit
         row_fraction = len(lengths) / len(batch_lengths)
-        if self.pad_alike:
+        if self.pad_alike:  # every row has as many positions, and all of them count
             return LossWeight(row_fraction, row_fraction, row_fraction)
+        # attention maps are compared over pairs of tokens in a row: its length squared
         pairs = float(np.square(lengths, dtype=np.float64).sum())
         batch_pairs = float(np.square(batch_lengths, dtype=np.float64).sum())
         return LossWeight(row_fraction, float(lengths.sum() / batch_lengths.sum()), pairs / batch_pairs)
@@ -83,6 +84,7 @@ def deal_rows(batch: np.ndarray, lengths: np.ndarray, ranks: int) -> list[np.nda
     """
     if ranks == 1:
         return [batch]
+    # stable: every rank must come to the same order without asking the others
     order = batch[np.argsort(-lengths, kind="stable")]
     turn = np.arange(len(order)) % (2 * ranks)
     owner = np.where(turn < ranks, turn, 2 * ranks - 1 - turn)

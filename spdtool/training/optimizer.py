@@ -56,6 +56,7 @@ def create_learning_rate(section: Training, events: Iterable[int], steps: int, p
         peak: the highest learning rate.
     """
     initial, final = section.initial_learning_rate, section.final_learning_rate / section.initial_learning_rate
+    # `final` is a fraction of the peak, the factor below one of the initial rate
     decay = warmup_then_linear(section.warmup, final)
     if isinstance(section, Prune) and section.rewind is not None:
         restarts = [step / steps for step in sorted(events) if 0 < step < steps]

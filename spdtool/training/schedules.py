@@ -42,7 +42,7 @@ def plan_prune_events(recipe: Recipe, steps: int, *, initial: float = 0.0) -> Ev
     """
     section = recipe.prune
     events = prune_events(
-        max(1, round(section.ramp * steps)),
+        max(1, round(section.ramp * steps)),  # the rest of the stage is recovery
         section.events,
         recipe.sparsity,
         initial=initial,
@@ -168,7 +168,7 @@ def pass_through(events: Sequence[tuple[int, float]], sparsities: Sequence[float
 def _assign_to_events(events: Sequence[tuple[int, float]], sparsities: Sequence[float]) -> dict[int, list[float]]:
     """Return the requested sparsities, rising, by the index of the last event at or below each."""
     planned = [sparsity for _, sparsity in events]
-    stops: dict[int, list[float]] = {}
+    stops: dict[int, list[float]] = {}  # several may fall on one event
     for sparsity in sorted(set(sparsities)):
         index = bisect.bisect_right(planned, sparsity) - 1
         if index < 0 or sparsity >= planned[-1]:
