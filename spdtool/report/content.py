@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from spdtool import console
 from spdtool.recipe import PHASES, STAGES
-from spdtool.recipe.fields import Recipe
+from spdtool.recipe.fields import Distilled, Recipe
 from spdtool.report import curves
 from spdtool.report.commands import commands_of
 from spdtool.report.curves import Curves, PhaseCurves
@@ -178,7 +178,7 @@ def content_of(run: Run) -> RunContent:
         missing=[stage for stage in STAGES if stage not in records.stages],
         tiles=headline_tiles(row, records),
         stages=[_stage_line(run, stage, records) for stage in STAGES],
-        phases=[describe_phase(phase) for phase in student.phases],
+        phases=[describe_phase(phase, run.recipe) for phase in student.phases],
         gaps=train_gaps(run, records),
         bench=bench_content(records.bench),
         commands=commands_of(run),
@@ -223,8 +223,9 @@ def headline_tiles(row: StudentRow, records: RunRecords) -> list[Tile]:
     return tiles
 
 
-def describe_phase(phase: PhaseCurves) -> str:
+def describe_phase(phase: PhaseCurves, recipe: Recipe) -> str:
     """Say what a phase of the student did, as its log has it: steps, prune events, and whether anything was grafted."""
+    section = recipe.section(phase.name)
     actions = [f"{phase.last_step:,} steps"]
     if phase.prune_events:
         actions.append(f"{len(phase.prune_events)} prune events")
@@ -233,8 +234,10 @@ def describe_phase(phase: PhaseCurves) -> str:
     if phase.grafted:
         first, last = phase.replacing_rate[0][1], phase.replacing_rate[-1][1]
         actions.append(f"grafting: replacing rate from {first:.2f} to {last:.2f}")
-    else:
+    elif isinstance(section, Distilled) and not section.grafting.enabled:
         actions.append("grafting: off in this recipe")
+    else:  # a student of another shape, in which the teacher's layers cannot stand
+        actions.append("grafting: none took place")
     return f"{console.phase_title(phase.name)}: {'; '.join(actions)}"
 
 

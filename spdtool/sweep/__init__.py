@@ -194,7 +194,7 @@ def train_teacher(trial: Trial) -> Path:
     """Fine-tune the teacher that `trial` shares, unless that is done; return its checkpoint. Raises SpdError."""
     run = Run.at(trial.teacher_folder, teacher_recipe(trial))
     if not run.done("teacher"):
-        stages.run_stage(run, "teacher")
+        stages.compress(recipe=run.recipe, run=run.path, until="teacher")
     return run.path / "teacher"
 
 
@@ -204,9 +204,10 @@ def run_trial(trial: Trial) -> StudentRow:
     try:
         train_teacher(trial)
         run = Run.at(trial.folder, recipe)
-        for stage in trial.stages:
-            if not run.done(stage):
-                stages.run_stage(run, stage)
+        if not is_finished(trial):  # planning alone would read the data of every finished trial again
+            compressed = stages.compress(recipe=recipe, run=trial.folder, until=trial.stages[-1])
+            if compressed.refusal is not None:
+                raise compressed.refusal
         return _make_relative(row_of_run(run), trial)
     except SpdError as error:
         return failed_row(trial, f"{type(error).__name__}: {error.message}")

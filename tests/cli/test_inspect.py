@@ -22,39 +22,39 @@ def run(toy_run: MakeRun) -> Run:
 
 def test_every_stage_has_a_row_with_its_state(run: Run) -> None:
     (run.path / ".finetune.partial").mkdir()
-    states = {row["stage"]: row["state"].split()[0] for row in inspect_run(run)["stages"]}
+    states = {line.stage: line.state.split()[0] for line in inspect_run(run).stages}
     done = dict.fromkeys(("teacher", "prune", "distill"), "done")
     assert states == done | {"finetune": "in", "export": "missing", "bench": "missing"}
 
 
 def test_the_lineage_is_that_of_the_records(run: Run) -> None:
     digest = {stage: sha256(run.path / stage / "stage.json")[:8] for stage in ("teacher", "prune", "distill")}
-    rows = {row["stage"]: row for row in inspect_run(run)["stages"]}
-    assert rows["prune"]["state"] == f"done {digest['prune']}"
-    assert rows["prune"]["made_from"] == f"teacher {digest['teacher']}"
-    assert set(rows["distill"]["made_from"].split(", ")) == {
+    rows = {line.stage: line for line in inspect_run(run).stages}
+    assert rows["prune"].state == f"done {digest['prune']}"
+    assert rows["prune"].made_from == f"teacher {digest['teacher']}"
+    assert set(rows["distill"].made_from.split(", ")) == {
         f"prune {digest['prune']}",
         f"teacher {digest['teacher']}",
     }
 
 
 def test_scores_and_sparsity(run: Run) -> None:
-    rows = {row["stage"]: row for row in inspect_run(run)["stages"]}
-    assert rows["teacher"]["sparsity"] is None
-    assert rows["distill"]["sparsity"] == 0.25
-    assert rows["distill"]["dev_score"] == run.training_result("distill").score
-    assert rows["distill"]["steps"] == 12
-    assert rows["finetune"]["seconds"] is None
+    rows = {line.stage: line for line in inspect_run(run).stages}
+    assert rows["teacher"].sparsity is None
+    assert rows["distill"].sparsity == 0.25
+    assert rows["distill"].dev_score == run.training_result("distill").score
+    assert rows["distill"].steps == 12
+    assert rows["finetune"].seconds is None
 
 
 def test_the_layers_are_those_of_the_latest_sparse_stage(run: Run) -> None:
     shown = inspect_run(run)
-    assert shown["sparsest"] == "distill"
-    assert len(shown["layers"]) == 12
-    for name, zeros, size, sparsity in shown["layers"]:
-        assert name.startswith("bert.encoder.layer.")
-        assert zeros == round(0.25 * size)
-        assert sparsity == zeros / size
+    assert shown.sparsest == "distill"
+    assert len(shown.layers) == 12
+    for matrix in shown.layers:
+        assert matrix.weight.startswith("bert.encoder.layer.")
+        assert matrix.zeros == round(0.25 * matrix.size)
+        assert matrix.sparsity == matrix.zeros / matrix.size
 
 
 def test_a_damaged_file_is_named(run: Run) -> None:

@@ -106,8 +106,8 @@ def test_the_page_says_what_the_stages_have_recorded(whole, compressed):
 def test_a_run_that_is_not_finished_has_a_page_that_says_so(toy_run, until, missing, told):
     run = toy_run(until=until)
     if until is None:
-        run.path.mkdir()
-        run._save_recipe()
+        with pytest.raises(KeyboardInterrupt), run.stage("teacher"):  # leaves run.json alone
+            raise KeyboardInterrupt
     reader = read(page.write_page([run.path]).file)
     text = " ".join(reader.words)
     assert set(reader.sections) == SECTIONS

@@ -15,32 +15,28 @@ def row(**given):
     return StudentRow(**known | {"teacher": 0.8, "student": 0.6} | given)
 
 
-@pytest.mark.parametrize(
-    ("values", "shown"),
-    [
+def test_a_spread_has_the_sample_deviation_and_none_for_one_value():
+    examples = [
         ([0.5, 0.6, 0.7], "60.0 ± 10.0"),
         ([0.5], "50.0 ± -"),
         ([], "-"),
         ([None, 0.25, None], "25.0 ± -"),
-    ],
-)
-def test_a_spread_has_the_sample_deviation_and_none_for_one_value(values, shown):
-    assert str(summary.spread(values)) == shown
+    ]
+    for values, text in examples:
+        assert str(summary.spread(values)) == text, values
 
 
-@pytest.mark.parametrize(
-    ("given", "kept", "gaps"),
-    [
-        ({}, 0.75, (None, None)),
-        ({"teacher": 0.0}, None, (None, None)),
-        ({"teacher": -0.1}, None, (None, None)),
-        ({"teacher_train": 0.9, "student_train": 0.55}, 0.75, (0.1, -0.05)),
-    ],
-)
-def test_what_follows_from_a_row(given, kept, gaps):
-    made = row(**given)
-    assert made.retention == (None if kept is None else pytest.approx(kept))
-    assert (made.teacher_gap, made.student_gap) == tuple(gap if gap is None else pytest.approx(gap) for gap in gaps)
+def test_retention_and_gaps_follow_from_the_scores_of_a_row():
+    examples = [
+        ({}, (0.75, None, None)),
+        ({"teacher": 0.0}, (None, None, None)),
+        ({"teacher": -0.1}, (None, None, None)),
+        ({"teacher_train": 0.9, "student_train": 0.55}, (0.75, 0.1, -0.05)),
+    ]
+    for fields, expected in examples:
+        derived = row(**fields)
+        figures = (derived.retention, derived.teacher_gap, derived.student_gap)
+        assert figures == pytest.approx(expected), fields
 
 
 def test_a_row_survives_json_and_what_another_version_has_added():
@@ -94,17 +90,15 @@ def test_intermediate_students_are_rows_of_their_own():
     assert [each.recipe for each in summary.summarise([row(students=[on_the_way])])] == ["default", on_the_way.label]
 
 
-@pytest.mark.parametrize(
-    ("points", "front"),
-    [
+def test_the_pareto_front_holds_what_nothing_cheaper_matches():
+    examples = [
         ([(1, 5), (2, 4), (3, 6)], [(1, 5), (3, 6)]),
         ([(2, 5), (1, 5)], [(1, 5)]),
         ([(1, 4), (1, 5)], [(1, 5)]),
         ([], []),
-    ],
-)
-def test_the_front_holds_what_nothing_cheaper_matches(points, front):
-    assert summary.pareto_front(points) == front
+    ]
+    for points, expected in examples:
+        assert summary.pareto_front(points) == expected, points
 
 
 def test_bytes_and_speed_are_columns_only_where_something_was_benched():

@@ -138,20 +138,18 @@ def test_a_trial_is_a_plain_value_that_another_process_can_run(planned):
     assert row.status == "done"
 
 
-@pytest.mark.parametrize(
-    ("name", "sets", "epochs"),
-    [
+def test_epochs_are_scaled_to_the_same_sum_in_the_proportions_of_the_recipe():
+    examples = [
         ("default", [], (2.0, 1.0, 1.0)),
         ("reference", [], (2.0, 40 / 60, 80 / 60)),
         ("default", ["prune.epochs=1", "distill.epochs=0", "finetune.epochs=3"], (1.0, 0.0, 3.0)),
         ("default", ["prune.epochs=0"], (0.0, 2.0, 2.0)),
-    ],
-)
-def test_epochs_are_scaled_to_the_same_sum_in_the_recipes_own_proportions(name, sets, epochs):
-    chosen = sweep.scale_epochs(recipe.build_recipe(name, {"task": "mrpc"}, sets), 4)
-    found = tuple(getattr(chosen, phase).epochs for phase in ("prune", "distill", "finetune"))
-    assert found == pytest.approx(epochs)
-    assert sum(found) == pytest.approx(4)
+    ]
+    for name, sets, expected in examples:
+        scaled = sweep.scale_epochs(recipe.build_recipe(name, {"task": "mrpc"}, sets), 4)
+        epochs = (scaled.prune.epochs, scaled.distill.epochs, scaled.finetune.epochs)
+        assert epochs == pytest.approx(expected), (name, sets)
+        assert sum(epochs) == pytest.approx(4), (name, sets)
 
 
 @pytest.mark.parametrize("sets", [["prune.epochs=3"], [f"{phase}.epochs=0" for phase in sweep.PHASES]])
@@ -160,24 +158,22 @@ def test_epochs_that_have_no_common_measure_are_refused(sets):
         sweep.scale_epochs(recipe.build_recipe("default", {"task": "mrpc"}, sets), 4)
 
 
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
+def test_data_is_one_folder_for_all_tasks_or_a_folder_for_each(tmp_path):
+    folder = str(tmp_path)
+    examples = [
         (None, {"cola": None, "sst2": None}),
-        ("{0}", {"cola": "{0}", "sst2": "{0}"}),
-        ("sst2={0}", {"cola": None, "sst2": "{0}"}),
-        ("SST-2={0},CoLA={0}/x", {"cola": "{0}/x", "sst2": "{0}"}),
-    ],
-)
-def test_data_is_one_folder_for_all_tasks_or_a_folder_for_each(tmp_path, text, found):
-    expected = {task: path and path.format(tmp_path) for task, path in found.items()}
-    assert sweep.data_by_task(text and text.format(tmp_path), ["cola", "sst2"]) == expected
+        (folder, {"cola": folder, "sst2": folder}),
+        (f"sst2={folder}", {"cola": None, "sst2": folder}),
+        (f"SST-2={folder},CoLA={folder}/x", {"cola": f"{folder}/x", "sst2": folder}),
+    ]
+    for text, expected in examples:
+        assert sweep.data_by_task(text, ["cola", "sst2"]) == expected, text
 
 
-@pytest.mark.parametrize("text", ["rte=x", "cola=", "cola=x,sst2"])
-def test_data_of_no_task_of_the_sweep_is_refused(text):
-    with pytest.raises(RecipeError, match="none of the sweep's tasks"):
-        sweep.data_by_task(text, ["cola", "sst2"])
+def test_data_of_no_task_of_the_sweep_is_refused():
+    for text in ("rte=x", "cola=", "cola=x,sst2"):
+        with pytest.raises(RecipeError, match="none of the sweep's tasks"):
+            sweep.data_by_task(text, ["cola", "sst2"])
 
 
 @pytest.mark.parametrize(
