@@ -208,11 +208,11 @@ def dataset(
     )
 
 
-def register(made: Dataset) -> Task:
-    """Make the task known under its name, in place of any earlier one."""
-    plugins.datasets.unregister(made.name)
-    plugins.datasets.register(made.name)(made)
-    return task_of(made)
+def register(toy: Dataset) -> Task:
+    """Register a data set under its name, in place of any earlier one, and return its task."""
+    plugins.datasets.unregister(toy.name)
+    plugins.datasets.register(toy.name)(toy)
+    return task_of(toy)
 
 
 def recipe(*sets: str, name: str = "default", task: str = "toy", sparsity: float = 0.5, **flags: Any) -> Recipe:

@@ -205,9 +205,12 @@ def empty_split(tokenizer: PreTrainedTokenizerBase) -> Encoded:
         ModelError: the tokenizer cannot pad.
     """
     _refuse_without_padding(tokenizer)
-    names = [name for name in ("input_ids", "token_type_ids") if name in tokenizer.model_input_names]
+    columns = {}
+    for name in ("input_ids", "token_type_ids"):
+        if name in tokenizer.model_input_names:
+            columns[name] = np.empty(0, np.int32)
     return Encoded(
-        columns={name: np.empty(0, np.int32) for name in names},
+        columns=columns,
         offsets=np.zeros(1, np.int64),
         labels=np.empty(0, np.int64),
         pad_values=_pad_values(tokenizer),
