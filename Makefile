@@ -86,7 +86,7 @@ test-encoder: setup
 # The tests of sweeps on Ray, which is a large package.
 test-ray: setup
 	$(PIP) -e '.[$(EXTRA),ray]'
-	$(BIN)/pytest tests/test_cluster.py
+	$(BIN)/pytest tests/sweep/test_on_ray.py
 
 # Other people's clients on a bundle, each installed from PyPI or npm into an environment of its own.
 test-clients: setup
