@@ -70,8 +70,8 @@ def _write_layout(run: Path | None, layout: str, to: Path | None, again: bool, s
 
     opened = Run.open(run)
     written = write_layout(Run(opened.path, override(opened.recipe, sets or ())), layout, to)
-    console.say(f"{console.escape(to)}: {len(written['files'])} files in the layout {layout}")
-    return written
+    console.say(f"{console.escape(to)}: {len(written.files)} files in the layout {layout}")
+    return written._asdict()
 
 
 def _refuse_mixture(run: Path | None, checkpoint: Path | None, again: bool, foreign: list[str]) -> None:

@@ -6,9 +6,18 @@ does not know is ignored, one of a wrong type makes the file unreadable.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, computed_field, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationInfo,
+    computed_field,
+    field_validator,
+    model_validator,
+)
 
 Scores = dict[str, float]
 """Metric to value in [-1, 1]; the headline of the task stands under `score`."""
@@ -542,6 +551,29 @@ class Variant(Record):
     tolerance: float = 0.0
 
 
+class FileCheck(Record):
+    """What a target's manifest says of a file; either may be missing."""
+
+    bytes: int | None = None
+    sha256: str | None = None
+
+
+class FolderManifest(Record):
+    """Contents of manifest.json in the folder of a target whose files need explaining (format 1).
+
+    Attributes:
+        target: name of the target; empty in a folder without a manifest.
+        model: ONNX file, relative to the folder.
+        library: of custom operators; None where the model needs none.
+    """
+
+    format: Literal[1] = 1
+    target: str = ""
+    model: str = "onnx/model.onnx"
+    library: LibraryRecord | None = None
+    files: dict[str, FileCheck] = Field(default_factory=dict)
+
+
 class BundleManifest(Record):
     """Contents of a bundle's manifest.json (format 2).
 
@@ -561,6 +593,60 @@ class BundleManifest(Record):
     prefer: dict[str, list[str]]
     variants: dict[str, Variant]
     files: dict[str, FileDigest]
+
+    @field_validator("text")
+    @classmethod
+    def _name_one_or_two_columns(cls, text: list[str] | None) -> list[str] | None:
+        if text is None or len(text) not in (1, 2):
+            raise ValueError("a model has one or two text columns")
+        return text
+
+    @model_validator(mode="after")
+    def _refer_to_listed_files(self) -> Self:
+        """Refuse a manifest whose variants and preferences name what is not there: it may come from a stranger."""
+        for variant in self.variants.values():
+            if not {variant.file, *variant.files} <= self.files.keys():
+                raise ValueError(f"the variant {variant.target!r} has a file that is not listed")
+        if self.model not in [variant.file for variant in self.variants.values()]:
+            raise ValueError("the portable model is of no variant")
+        for names in self.prefer.values():
+            if not names or not set(names) <= self.variants.keys():
+                raise ValueError("a preference names no variant, or an unknown one")
+        return self
+
+
+class Padding(Record):
+    """How a row is padded: on which side, and with which id in each input."""
+
+    side: Literal["left", "right"]
+    input_ids: int | None
+    token_type_ids: int
+
+
+class GoldenRow(Record):
+    """One dev sentence with its token ids, and the checkpoint's logits in float32."""
+
+    text: str
+    pair: str | None
+    input_ids: list[int]
+    token_type_ids: list[int] | None = None
+    logits: list[float]
+
+
+class GoldenExamples(Record):
+    """Contents of golden.json: the checkpoint's logits, by which a bundle is tested anywhere.
+
+    Attributes:
+        max_length: in tokens; longer texts are truncated.
+        labels: by class index.
+        rows: computed one by one, without padding.
+    """
+
+    format: Literal[1]
+    max_length: int
+    padding: Padding
+    labels: list[str]
+    rows: list[GoldenRow]
 
 
 class StudentRow(Record):

@@ -1,11 +1,12 @@
-"""The model card of a bundle, as the Hugging Face hub reads it: front matter, a measured table, how to use it."""
+"""Write the model card of a bundle for the Hugging Face hub: metadata, a measured table, how to use the model."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+
+from pydantic import JsonValue
 
 from spdtool.data.dataset import find_dataset
 from spdtool.models.load import HUB_NAME
@@ -13,7 +14,7 @@ from spdtool.models.student import PRETRAINED
 from spdtool.recipe.fields import Recipe
 from spdtool.run.records import Variant
 
-USE = """
+USAGE = """
 ## Use
 
 ```python
@@ -32,88 +33,101 @@ const classify = await pipeline("text-classification", "FOLDER", {{ dtype: "fp32
 `python selftest.py` replays `golden.json`, sentences of the dev set with the logits of the checkpoint, on every file
 whose libraries are there, and checks every sha256 of `manifest.json`.
 """
+TAGS = ("onnx", "sparse", "pruned", "distilled", "spdtool")
 DTYPES = {"onnx/model.onnx": "fp32", "onnx/model_fp16.onnx": "fp16", "onnx/model_quantized.onnx": "q8"}
 
 
-def render_card(recipe: Recipe, variants: Mapping[str, Variant], config: Mapping[str, Any]) -> str:
-    """The text of README.md.
+def render_card(recipe: Recipe, variants: Mapping[str, Variant], config: Mapping[str, JsonValue]) -> str:
+    """Render README.md.
 
     Args:
-        variants: what the manifest says of each; each has a `dev`, by metric.
+        variants: by target, the portable one first.
         config: the model's config.json.
     """
-    named = list((config.get("id2label") or {0: "LABEL_0", 1: "LABEL_1"}).values())
+    labels = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+    assert isinstance(labels, dict), "transformers wrote it"
     title = f"{config.get('model_type', 'encoder')} for {recipe.task}, {recipe.sparsity:.0%} zeros"
-    lines = [
-        "---",
-        *_front(recipe, title, next(iter(variants.values()))),
-        "---",
-        "",
-        f"# {title}",
-        "",
-        *(["**Smoke run: a few steps on a random model. Its numbers mean nothing.**", ""] if recipe.smoke else []),
+    lines = ["---", *_metadata(recipe, title, next(iter(variants.values()))), "---", "", f"# {title}", ""]
+    if recipe.smoke:
+        lines += ["**Smoke run: a few steps on a random model. Its numbers mean nothing.**", ""]
+    lines += [
         f"A sparse encoder, pruned and distilled with spdtool (recipe `{recipe.name}`, seed {recipe.seed}). "
-        f"Labels: {', '.join(map(str, named))}.",
+        f"Labels: {', '.join(map(str, labels.values()))}.",
         "",
-        *_table(variants),
+        *_measured_table(variants),
     ]
+    example = '"one text"'
+    if len(find_dataset(recipe).text) == 2:
+        example = '"first text", "second text"'
     files = [variant.file for variant in variants.values()]
-    dtypes = ", ".join(f'"{name}"' for file, name in DTYPES.items() if file in files)
-    example = '"one text"' if _single(recipe) else '"first text", "second text"'
-    return "\n".join(lines) + "\n" + USE.format(example=example, dtypes=dtypes)
+    dtypes = ", ".join(f'"{dtype}"' for file, dtype in DTYPES.items() if file in files)
+    return "\n".join(lines) + "\n" + USAGE.format(example=example, dtypes=dtypes)
 
 
-def _single(recipe: Recipe) -> bool:
-    return len(find_dataset(recipe).text) == 1
-
-
-def _front(recipe: Recipe, title: str, variant: Variant) -> list[str]:
-    """YAML; texts are written as JSON, which is YAML and needs no further care."""
-    lines = ["pipeline_tag: text-classification", "library_name: transformers.js"]
-    lines += ["tags:", *(f"- {tag}" for tag in ("onnx", "sparse", "pruned", "distilled", "spdtool"))]
-    base = _base(recipe)
-    if base is not None:
-        lines.append(f"base_model: {json.dumps(base)}")
-    metrics = [(name, value) for name, value in (variant.dev or {}).items() if name != "score"]
+def _metadata(recipe: Recipe, title: str, variant: Variant) -> list[str]:
+    """Lines of YAML that the hub reads; texts are written as JSON, which is YAML and needs no further escaping."""
+    lines = ["pipeline_tag: text-classification", "library_name: transformers.js", "tags:"]
+    lines += [f"- {tag}" for tag in TAGS]
+    base_model = _base_model(recipe)
+    if base_model is not None:
+        lines.append(f"base_model: {json.dumps(base_model)}")
+    metrics = dict(variant.dev or {})
+    metrics.pop("score", None)  # our mean of the task's metrics means nothing on the hub
     if not metrics:
         return lines
-    lines += ["model-index:", f"- name: {json.dumps(title)}", "  results:", "  - task:"]
-    lines += ["      type: text-classification", "    dataset:"]
-    lines += [f"      name: {json.dumps(recipe.task)}", f"      type: {json.dumps(recipe.task)}", "      split: dev"]
-    lines += ["    metrics:"]
-    for name, value in metrics:
+    task = json.dumps(recipe.task)
+    lines += [
+        "model-index:",
+        f"- name: {json.dumps(title)}",
+        "  results:",
+        "  - task:",
+        "      type: text-classification",
+        "    dataset:",
+        f"      name: {task}",
+        f"      type: {task}",
+        "      split: dev",
+        "    metrics:",
+    ]
+    for name, value in metrics.items():
         lines += [f"    - type: {json.dumps(name)}", f"      value: {value:.6f}"]
     return lines
 
 
-def _base(recipe: Recipe) -> str | None:
-    """The hub's name of the model that the student was made from; None: it is a folder, random, or the task's own.
+def _base_model(recipe: Recipe) -> str | None:
+    """Name of the hub's model from which the student was made; None for a folder, a random or a generated model.
 
-    A student of its own is made from that one, and learns from the teacher; else it is a copy of the teacher, which was
-    given or fine-tuned from `model`.
+    A student that the recipe names was made from that one. Any other is a copy of the teacher, which was given or
+    fine-tuned from `model`.
     """
-    given = recipe.student if recipe.student not in (None, PRETRAINED) else None
-    if given is None and recipe.student is None:
-        given = recipe.given_teacher
-    if recipe.smoke or (given is None and find_dataset(recipe).build is not None):
+    source = None
+    if recipe.student is None:
+        source = recipe.given_teacher
+    elif recipe.student != PRETRAINED:
+        source = recipe.student
+    if recipe.smoke or (source is None and find_dataset(recipe).build is not None):
         return None
-    source = given or recipe.model
-    folder = Path(source).is_absolute() or source.startswith((".", "~"))
-    return source if HUB_NAME.fullmatch(source) and not folder and not Path(source).exists() else None
+    source = source or recipe.model
+    # A local path can look like a name of the hub, and must not end up in a public card.
+    is_path = Path(source).is_absolute() or source.startswith((".", "~")) or Path(source).exists()
+    if is_path or not HUB_NAME.fullmatch(source):
+        return None
+    return source
 
 
-def _table(variants: Mapping[str, Variant]) -> list[str]:
-    """What each file was measured to be; the change is that against the checkpoint, on the same dev set."""
+def _measured_table(variants: Mapping[str, Variant]) -> list[str]:
+    """One row for each file; the change is that against the checkpoint on the same dev set."""
     lines = [
         "| file | runs on | bytes | zeros | dev score | change | predictions flipped |",
         "|---|---|---|---|---|---|---|",
     ]
     for variant in variants.values():
-        measured = ["-", "-", "-"]
+        scores = ["-", "-", "-"]
         if variant.dev is not None and variant.checkpoint_dev is not None:
             score, before = variant.dev["score"], variant.checkpoint_dev["score"]
-            measured = [f"{score:.4f}", f"{score - before:+.4f}", f"{variant.flipped} of {variant.rows}"]
-        needs = f"{variant.hardware}, with {variant.library.distribution}" if variant.library else "any"
-        cells = [f"`{variant.file}`", needs, f"{variant.bytes:,}", f"{variant.sparsity:.2%}", *measured]
+            scores = [f"{score:.4f}", f"{score - before:+.4f}", f"{variant.flipped} of {variant.rows}"]
+        runs_on = "any"
+        if variant.library is not None:
+            runs_on = f"{variant.hardware}, with {variant.library.distribution}"
+        cells = [f"`{variant.file}`", runs_on, f"{variant.bytes:,}", f"{variant.sparsity:.2%}", *scores]
         lines.append(f"| {' | '.join(cells)} |")
     return lines

@@ -1,4 +1,4 @@
-"""`spdtool export --layout`: the bundle of a run in the form that a server or a hub expects.
+"""`spdtool export --layout`: write the bundle of a run in the form that a server or a hub expects.
 
     hub      the bundle as it is, and .gitattributes, so that large files go to the hub's storage
     triton   a model repository of NVIDIA Triton: the tokenizer (Python backend), the model (onnxruntime backend) and
@@ -13,26 +13,45 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from spdtool.errors import ModelError, StageMissing, UnknownName
-from spdtool.export.bundle.read import MANIFEST, read_json_object, read_manifest
+from spdtool.export.bundle.read import MANIFEST, read_golden_examples, read_json_object, read_manifest
 from spdtool.export.bundle.unpack import require_empty_folder
-from spdtool.export.bundle.write import BUNDLE_FOLDER, GOLDEN_FILE, PORTABLE_TARGET
+from spdtool.export.bundle.write import BUNDLE_FOLDER, PORTABLE_TARGET
 from spdtool.run.folder import Run, replacing
+from spdtool.run.records import BundleManifest, Variant
 
-LARGE = ("*.onnx", "*.onnx_data", "*.so", "*.dylib", "*.dll")
-BATCH, DELAY = 64, 2000  # rows; microseconds that the batcher waits for more
+LARGE_FILES = ("*.onnx", "*.onnx_data", "*.so", "*.dylib", "*.dll")
+MAX_BATCH = 64  # rows
+MAX_DELAY = 2000  # microseconds that Triton's batcher waits for more rows
 TOKENIZER = "triton_tokenizer.py"
-CPU = "instance_group [ { count: 1 kind: KIND_CPU } ]"
-GPU = """# On a GPU this is the CUDA provider, as was measured. TensorRT is not turned on: it rounds in another way,
+ON_CPU = "instance_group [ { count: 1 kind: KIND_CPU } ]"
+ON_GPU = """# On a GPU this is the CUDA provider, as was measured. TensorRT is not turned on: it rounds in another way,
 # and builds its engine again for every new range of lengths. To try it:
 # optimization { execution_accelerators { gpu_execution_accelerator: [ { name: "tensorrt" } ] } }
 instance_group [ { count: 1 kind: KIND_GPU } ]"""
 
 
-def write_layout(run: Run, layout: str, folder: Path) -> dict[str, Any]:
-    """Write the bundle of a run in a layout; return what was written.
+class WrittenLayout(NamedTuple):
+    """A layout that was written; files are relative to the folder."""
+
+    folder: str
+    layout: str
+    files: list[str]
+
+
+class TensorSpec(NamedTuple):
+    """An input or output in a Triton configuration; `dims` are those after the batch."""
+
+    name: str
+    data_type: str
+    dims: list[int]
+    optional: bool = False
+
+
+def write_layout(run: Run, layout: str, folder: Path) -> WrittenLayout:
+    """Write the bundle of a run in a layout.
 
     Raises:
         UnknownName: there is no such layout.
@@ -43,128 +62,149 @@ def write_layout(run: Run, layout: str, folder: Path) -> dict[str, Any]:
     if layout not in LAYOUTS:
         raise UnknownName("layout", layout, LAYOUTS)
     require_empty_folder(folder)
-    source = run.read("export") / BUNDLE_FOLDER
-    if not (source / MANIFEST).is_file():
+    bundle = run.read("export") / BUNDLE_FOLDER
+    if not (bundle / MANIFEST).is_file():
         raise StageMissing(f"the export of {run.path} has no bundle", f"spdtool export --run {run.path} --again")
     with replacing(folder) as partial:
         partial.mkdir()
-        LAYOUTS[layout](source, partial, run.recipe.device, _name(folder))
+        LAYOUTS[layout](bundle, partial, run.recipe.device, _model_name(folder))
     files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
-    return {"folder": str(folder), "layout": layout, "files": files}
+    return WrittenLayout(str(folder), layout, files)
 
 
-def write_hub_layout(source: Path, folder: Path, _device: str, _name: str) -> None:
-    """The bundle as a repository of the Hugging Face hub."""
-    shutil.copytree(source, folder, dirs_exist_ok=True)
-    lines = [f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LARGE]
+def write_hub_layout(bundle: Path, folder: Path, _device: str, _name: str) -> None:
+    """Write a repository of the Hugging Face hub."""
+    shutil.copytree(bundle, folder, dirs_exist_ok=True)
+    lines = [f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LARGE_FILES]
     (folder / ".gitattributes").write_text("".join(lines), "utf-8")
 
 
-def write_triton_layout(source: Path, folder: Path, device: str, name: str) -> None:
-    """The bundle as a Triton model repository of three models: `name`, `name_tokenizer`, `name_model`.
+def write_triton_layout(bundle: Path, folder: Path, device: str, name: str) -> None:
+    """Write a Triton model repository of three models: `name`, `name_tokenizer`, `name_model`.
 
-    On a GPU the fp16 variant is taken, where it was seen to run there; else the portable one: a library of custom
-    operators would have to be built for the onnxruntime inside of Triton.
+    On a GPU the model is the fp16 variant, if it has run there; else the portable one. A library of custom operators
+    would have to be built for the onnxruntime inside of Triton.
     """
-    said, golden = read_manifest(source), read_json_object(source / GOLDEN_FILE)
-    gpu = device == "cuda"
-    chosen = said["variants"][said["prefer"]["cuda"][0]] if gpu else said["variants"][PORTABLE_TARGET]
-    inputs = _inputs(source / chosen["file"])
-    labels = golden["labels"]
-    texts = _texts(said.get("text"))
-    version = {part: folder / f"{name}{part}" / "1" for part in ("", "_tokenizer", "_model")}
-    for place in version.values():
-        place.mkdir(parents=True)
-    (version[""] / ".keep").touch()  # an ensemble has no file, and Triton wants its version to be a folder
-    shutil.copyfile(source / chosen["file"], version["_model"] / "model.onnx")
-    for further in chosen["files"]:
-        if further != chosen["file"]:
-            shutil.copyfile(source / further, version["_model"] / Path(further).name)
-    shutil.copyfile(Path(__file__).with_name(TOKENIZER), version["_tokenizer"] / "model.py")
-    shutil.copyfile(source / "tokenizer.json", version["_tokenizer"] / "tokenizer.json")
-    tokens = read_json_object(source / "tokenizer_config.json")
+    manifest, golden = read_manifest(bundle), read_golden_examples(bundle)
+    assert isinstance(manifest, BundleManifest), "write_layout was given a bundle"
+    on_gpu = device == "cuda"
+    variant = manifest.variants[PORTABLE_TARGET]
+    if on_gpu:
+        variant = manifest.variants[manifest.prefer["cuda"][0]]
+    inputs = _model_inputs(bundle / variant.file)
+    text_inputs = _text_inputs(manifest.text)
+
+    ensemble, tokenizer, model = (folder / f"{name}{suffix}" for suffix in ("", "_tokenizer", "_model"))
+    for model_folder in (ensemble, tokenizer, model):
+        (model_folder / "1").mkdir(parents=True)
+    (ensemble / "1/.keep").touch()  # an ensemble has no file, and Triton wants its version to be a folder
+    (ensemble / "labels.txt").write_text("\n".join(golden.labels) + "\n", "utf-8")
+    _copy_model(bundle, variant, model / "1")
+    shutil.copyfile(Path(__file__).with_name(TOKENIZER), tokenizer / "1/model.py")
+    shutil.copyfile(bundle / "tokenizer.json", tokenizer / "1/tokenizer.json")
     settings = {
-        "max_length": golden["max_length"],
-        "truncation_side": tokens.get("truncation_side", "right"),
-        "padding": golden["padding"],
+        "max_length": golden.max_length,
+        "truncation_side": read_json_object(bundle / "tokenizer_config.json").get("truncation_side", "right"),
+        "padding": golden.padding.model_dump(mode="json"),
         "inputs": inputs,
-        "texts": texts,
+        "texts": text_inputs,
     }
-    (version["_tokenizer"] / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
-    (version[""].parent / "labels.txt").write_text("\n".join(labels) + "\n", "utf-8")
-    for part, text in triton_configurations(name, inputs, len(labels), texts, gpu=gpu).items():
-        (folder / f"{name}{part}" / "config.pbtxt").write_text(text, "utf-8")
+    (tokenizer / "1/settings.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+    configurations = triton_configurations(name, inputs, len(golden.labels), text_inputs, gpu=on_gpu)
+    for suffix, text in configurations.items():
+        (folder / f"{name}{suffix}" / "config.pbtxt").write_text(text, "utf-8")
 
 
 def triton_configurations(
-    name: str, inputs: list[str], labels: int, texts: Mapping[str, bool], *, gpu: bool
+    name: str, inputs: list[str], labels: int, text_inputs: Mapping[str, bool], *, gpu: bool
 ) -> dict[str, str]:
-    """By suffix of the model's name, the text of its config.pbtxt.
+    """Render config.pbtxt of the three models, by the suffix of their names.
 
     Args:
-        texts: input of the tokenizer to whether it may be left out.
+        inputs: of the model.
+        labels: number of logits.
+        text_inputs: input of the tokenizer to whether it may be left out.
     """
-    taken = _tensors("input", [(each, "TYPE_STRING", [1], optional) for each, optional in texts.items()])
-    ids = [(each, "TYPE_INT64", [-1], False) for each in inputs]
-    logits = _tensors("output", [("logits", "TYPE_FP32", [labels], False)], "labels.txt")
-    plain = _tensors("output", [("logits", "TYPE_FP32", [labels], False)])
-    batching = (
-        f"dynamic_batching {{\n  preferred_batch_size: [ 8, 16, 32 ]\n  max_queue_delay_microseconds: {DELAY}\n}}"
-    )
-    return {
-        "": _file(_head(name, 'platform: "ensemble"'), taken, logits, _steps(name, inputs, list(texts))),
-        "_tokenizer": _file(_head(f"{name}_tokenizer", 'backend: "python"'), taken, _tensors("output", ids), CPU),
-        "_model": _file(
-            _head(f"{name}_model", 'backend: "onnxruntime"\ndefault_model_filename: "model.onnx"'),
-            _tensors("input", ids),
-            plain,
-            batching,
-            GPU if gpu else CPU,
-        ),
-    }
+    texts = [TensorSpec(text, "TYPE_STRING", [1], optional) for text, optional in text_inputs.items()]
+    ids = [TensorSpec(each, "TYPE_INT64", [-1]) for each in inputs]
+    logits = [TensorSpec("logits", "TYPE_FP32", [labels])]
+    ensemble = [
+        *_header(name, 'platform: "ensemble"'),
+        _tensors("input", texts),
+        _tensors("output", logits, "labels.txt"),
+        _ensemble_steps(name, inputs, list(text_inputs)),
+    ]
+    tokenizer = [
+        *_header(f"{name}_tokenizer", 'backend: "python"'),
+        _tensors("input", texts),
+        _tensors("output", ids),
+        ON_CPU,
+    ]
+    instances = ON_CPU
+    if gpu:
+        instances = ON_GPU
+    model = [
+        *_header(f"{name}_model", 'backend: "onnxruntime"\ndefault_model_filename: "model.onnx"'),
+        _tensors("input", ids),
+        _tensors("output", logits),
+        f"dynamic_batching {{\n  preferred_batch_size: [ 8, 16, 32 ]\n  max_queue_delay_microseconds: {MAX_DELAY}\n}}",
+        instances,
+    ]
+    texts_by_suffix = {"": ensemble, "_tokenizer": tokenizer, "_model": model}
+    return {suffix: "\n".join(sections) + "\n" for suffix, sections in texts_by_suffix.items()}
 
 
-def _head(name: str, kind: str) -> str:
-    return f'name: "{name}"\n{kind}\nmax_batch_size: {BATCH}'
+def _copy_model(bundle: Path, variant: Variant, folder: Path) -> None:
+    """Copy the model as Triton calls it; a second file keeps its name, which the first one holds."""
+    shutil.copyfile(bundle / variant.file, folder / "model.onnx")
+    for name in variant.files:
+        if name != variant.file:
+            shutil.copyfile(bundle / name, folder / Path(name).name)
 
 
-def _file(*parts: str) -> str:
-    return "\n".join(parts) + "\n"
+def _header(name: str, kind: str) -> list[str]:
+    return [f'name: "{name}"', kind, f"max_batch_size: {MAX_BATCH}"]
 
 
-def _tensors(field: str, tensors: list[tuple[str, str, list[int], bool]], labels: str = "") -> str:
-    """The inputs or outputs of a configuration: name, type, dimensions after the batch, whether it may be left out."""
-    written = []
-    for name, kind, dims, optional in tensors:
-        further = " optional: true" if optional else ""
-        further += f' label_filename: "{labels}"' if labels else ""
-        written.append(f'  {{ name: "{name}" data_type: {kind} dims: {dims}{further} }}')
-    return f"{field} [\n" + ",\n".join(written) + "\n]"
+def _tensors(field: str, tensors: list[TensorSpec], label_file: str = "") -> str:
+    """Render the inputs or outputs of a configuration."""
+    entries = []
+    for tensor in tensors:
+        attributes = f'name: "{tensor.name}" data_type: {tensor.data_type} dims: {tensor.dims}'
+        if tensor.optional:
+            attributes += " optional: true"
+        if label_file:
+            attributes += f' label_filename: "{label_file}"'
+        entries.append(f"  {{ {attributes} }}")
+    return f"{field} [\n" + ",\n".join(entries) + "\n]"
 
 
-def _texts(columns: Sequence[str] | None) -> dict[str, bool]:
-    """The texts that are taken, and whether each may be left out; a bundle that does not say may be of pairs."""
-    return {"TEXT": False} if columns and len(columns) == 1 else {"TEXT": False, "PAIR": columns is None}
+def _text_inputs(columns: Sequence[str] | None) -> dict[str, bool]:
+    """Map each text that is accepted to whether it may be left out."""
+    if columns is None:  # an older bundle does not say whether its model reads pairs
+        return {"TEXT": False, "PAIR": True}
+    if len(columns) == 1:
+        return {"TEXT": False}
+    return {"TEXT": False, "PAIR": False}
 
 
-def _steps(name: str, inputs: list[str], texts: list[str]) -> str:
-    def step(model: str, taken: Mapping[str, str], given: Mapping[str, str]) -> str:
-        maps = [("input_map", taken), ("output_map", given)]
-        lines = [
-            f'      {field} {{ key: "{key}" value: "{value}" }}'
-            for field, pairs in maps
-            for key, value in pairs.items()
-        ]
-        return f'    {{\n      model_name: "{model}"\n      model_version: -1\n' + "\n".join(lines) + "\n    }"
-
+def _ensemble_steps(name: str, inputs: list[str], texts: list[str]) -> str:
     ids = {each: each for each in inputs}
-    first = step(f"{name}_tokenizer", {each: each for each in texts}, ids)
-    second = step(f"{name}_model", ids, {"logits": "logits"})
-    return f"ensemble_scheduling {{\n  step [\n{first},\n{second}\n  ]\n}}"
+    tokenize = _ensemble_step(f"{name}_tokenizer", {text: text for text in texts}, ids)
+    compute = _ensemble_step(f"{name}_model", ids, {"logits": "logits"})
+    return f"ensemble_scheduling {{\n  step [\n{tokenize},\n{compute}\n  ]\n}}"
 
 
-def _inputs(model: Path) -> list[str]:
-    """The inputs of an ONNX file, in order."""
+def _ensemble_step(model: str, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> str:
+    lines = [f'      model_name: "{model}"', "      model_version: -1"]
+    for field, tensors in (("input_map", inputs), ("output_map", outputs)):
+        for key, value in tensors.items():
+            lines.append(f'      {field} {{ key: "{key}" value: "{value}" }}')
+    return "    {\n" + "\n".join(lines) + "\n    }"
+
+
+def _model_inputs(model: Path) -> list[str]:
+    """List the inputs of an ONNX file, in order."""
     import onnx
 
     try:
@@ -173,9 +213,16 @@ def _inputs(model: Path) -> list[str]:
         raise ModelError(f"{model} cannot be read: {error}", "export again") from None
 
 
-def _name(folder: Path) -> str:
-    """A model's name, made of the folder's: letters, digits, dashes and underscores."""
-    return "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in folder.resolve().name)
+def _model_name(folder: Path) -> str:
+    """Name the model after the folder, in letters, digits, dashes and underscores."""
+    letters = []
+    for letter in folder.resolve().name:
+        allowed = letter.isalnum() or letter in "-_"
+        letters.append(letter if allowed else "_")
+    return "".join(letters)
 
 
-LAYOUTS: dict[str, Callable[[Path, Path, str, str], None]] = {"hub": write_hub_layout, "triton": write_triton_layout}
+LAYOUTS: dict[str, Callable[[Path, Path, str, str], None]] = {
+    "hub": write_hub_layout,
+    "triton": write_triton_layout,
+}

@@ -18,29 +18,105 @@ import json
 import sys
 import sysconfig
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class FileDigest(TypedDict):
+    """Size and sha256 of a file in manifest.json."""
+
+    bytes: int
+    sha256: str
+
+
+class Library(TypedDict, total=False):
+    """Library of custom operators in manifest.json."""
+
+    file: str
+    distribution: str
+    platform: str
+
+
+class Variant(TypedDict, total=False):
+    """Model in manifest.json; `tolerance` is the largest difference of a logit that passes."""
+
+    file: str
+    files: list[str]
+    library: Library
+    tolerance: float
+
+
+class GoldenRow(TypedDict, total=False):
+    """Text, token ids, and the checkpoint's logits."""
+
+    text: str
+    pair: str | None
+    input_ids: list[int]
+    token_type_ids: list[int]
+    logits: list[float]
+
+
+class Golden(TypedDict):
+    """Contents of golden.json."""
+
+    max_length: int
+    padding: dict[str, str | int]
+    rows: list[GoldenRow]
+
+
+class Failure(TypedDict):
+    """File at fault, and what is wrong with it."""
+
+    file: str
+    what: str
+
+
+class Outcome(TypedDict, total=False):
+    """Result of one variant; `state` is ok, failed or skipped, and `why` says why it is not ok."""
+
+    file: str
+    state: str
+    why: str
+    rows: int
+    difference: float
+    tolerance: float
+    flipped: int
+
+
+class Report(TypedDict, total=False):
+    """Result of the whole test; `files` is how many were checked."""
+
+    files: int
+    failures: list[Failure]
+    variants: dict[str, Outcome]
 
 
 def main(words: list[str] | None = None) -> int:
-    """Test a folder, write what was found to standard output, and return the exit code."""
-    options = parse(words)
+    """Test a folder, write the report to standard output, and return the exit code."""
+    options = parse_options(words)
     try:
-        import numpy  # noqa: F401
+        import numpy  # noqa: F401, ICN001
         import onnxruntime  # noqa: F401
         import tokenizers  # noqa: F401
     except ImportError as error:
         sys.stderr.write(f"{error}: pip install onnxruntime tokenizers numpy\n")
         return 2
     try:
-        report = test(options.folder, dict(options.library), only_named=options.only_named_libraries)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        report = {"failures": [{"file": "manifest.json", "what": f"{type(error).__name__}: {error}"}], "variants": {}}
-    sys.stdout.write(json.dumps(report) + "\n" if options.json else shown(report))
-    return 1 if report["failures"] else 0
+        report = test_bundle(options.folder, dict(options.library), only_named=options.only_named_libraries)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # a manifest that is not as expected
+        failure: Failure = {"file": "manifest.json", "what": f"{type(error).__name__}: {error}"}
+        report = {"failures": [failure], "variants": {}}
+    text = render_report(report)
+    if options.json:
+        text = json.dumps(report) + "\n"
+    sys.stdout.write(text)
+    return int(bool(report["failures"]))
 
 
-def parse(words: list[str] | None) -> argparse.Namespace:
-    """The options."""
+def parse_options(words: list[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description="Replay the golden examples of a bundle on every model in it.")
     parser.add_argument("folder", nargs="?", type=Path, default=Path(__file__).resolve().parent)
     parser.add_argument("--library", action="append", default=[], type=lambda word: tuple(word.split("=", 1)))
@@ -49,48 +125,52 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def test(folder: Path, libraries: dict[str, str], *, only_named: bool) -> dict[str, Any]:
-    """What is wrong with the folder (`failures`), and what came of each variant.
+def test_bundle(folder: Path, libraries: dict[str, str], *, only_named: bool) -> Report:
+    """Check the files, the tokenizer, and every variant whose files are sound.
 
     Args:
         libraries: by variant, the library of custom operators to load.
         only_named: load no library of the folder.
     """
     manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
-    failures = [{"file": name, "what": what} for name, what in damaged(folder, manifest["files"]).items()]
-    bad = {failure["file"] for failure in failures}
-    report: dict[str, Any] = {"files": len(manifest["files"]), "failures": failures, "variants": {}}
-    if bad & {"golden.json", "tokenizer.json", "tokenizer_config.json", "config.json"}:
+    failures = check_files(folder, manifest["files"])
+    bad_files = {failure["file"] for failure in failures}
+    report: Report = {"files": len(manifest["files"]), "failures": failures, "variants": {}}
+    if bad_files & {"golden.json", "tokenizer.json", "tokenizer_config.json", "config.json"}:
         return report
-    golden = json.loads((folder / "golden.json").read_text("utf-8"))
-    wrong = mistokenised(folder, golden)
-    if wrong is not None:
-        failures.append({"file": "tokenizer.json", "what": f"row {wrong} of golden.json has other token ids"})
-    for name, facts in manifest["variants"].items():
-        if bad & set(facts["files"]):
+    golden: Golden = json.loads((folder / "golden.json").read_text("utf-8"))
+    number = first_mistokenized_row(folder, golden)
+    if number is not None:
+        failures.append({"file": "tokenizer.json", "what": f"row {number} of golden.json has other token ids"})
+    for name, variant in manifest["variants"].items():
+        if bad_files & set(variant["files"]):
             continue
-        library, why = library_of(folder, name, facts, libraries, only_named)
-        found = {"state": "skipped", "why": why} if why else replay(folder, facts, library, golden)
-        report["variants"][name] = {"file": facts["file"]} | found
-        if found["state"] == "failed":
-            failures.append({"file": facts["file"], "what": found["why"]})
+        library, obstacle = choose_library(folder, name, variant, libraries, only_named)
+        outcome: Outcome = {"state": "skipped", "why": obstacle or ""}
+        if obstacle is None:
+            outcome = replay(folder, variant, library, golden)
+        report["variants"][name] = {"file": variant["file"], **outcome}
+        if outcome["state"] == "failed":
+            failures.append({"file": variant["file"], "what": outcome["why"]})
     return report
 
 
-def damaged(folder: Path, files: dict[str, Any]) -> dict[str, str]:
-    """What is wrong, by file."""
-    wrong = {}
-    for name, facts in files.items():
-        file = folder / name
+def check_files(folder: Path, digests: dict[str, FileDigest]) -> list[Failure]:
+    """List the files that are missing, or other than manifest.json says."""
+    failures: list[Failure] = []
+    for name, digest in digests.items():
+        file, what = folder / name, ""
         if not file.resolve().is_relative_to(folder.resolve()):
-            wrong[name] = "lies outside the folder"
+            what = "lies outside the folder"
         elif not file.is_file():
-            wrong[name] = "is missing"
-        elif file.stat().st_size != facts["bytes"]:
-            wrong[name] = f"has {file.stat().st_size} bytes instead of {facts['bytes']}"
-        elif sha256(file) != facts["sha256"]:
-            wrong[name] = "is damaged or another file: its sha256 is not that of manifest.json"
-    return wrong
+            what = "is missing"
+        elif file.stat().st_size != digest["bytes"]:
+            what = f"has {file.stat().st_size} bytes instead of {digest['bytes']}"
+        elif sha256(file) != digest["sha256"]:
+            what = "is damaged or another file: its sha256 is not that of manifest.json"
+        if what:
+            failures.append({"file": name, "what": what})
+    return failures
 
 
 def sha256(file: Path) -> str:
@@ -99,8 +179,8 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def mistokenised(folder: Path, golden: dict[str, Any]) -> int | None:
-    """The first golden row whose text gives other token ids; None: all are the same."""
+def first_mistokenized_row(folder: Path, golden: Golden) -> int | None:
+    """Number of the first golden row whose text gives other token ids, or None."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -114,78 +194,92 @@ def mistokenised(folder: Path, golden: dict[str, Any]) -> int | None:
     return None
 
 
-def library_of(
-    folder: Path, name: str, facts: dict[str, Any], libraries: dict[str, str], only_named: bool
+def choose_library(
+    folder: Path, name: str, variant: Variant, libraries: dict[str, str], only_named: bool
 ) -> tuple[str | None, str | None]:
-    """The library that a variant needs, and why it cannot be used; both None where it needs none."""
-    wanted = facts.get("library")
-    if not wanted:
+    """Return the library that a variant needs and why it cannot be used; both None where it needs none."""
+    library = variant.get("library")
+    if not library:
         return None, None
     if name in libraries:
         return libraries[name], None
     if only_named:
-        return None, f"its operators are not installed: pip install {wanted.get('distribution', name)}"
-    if wanted.get("platform") != sysconfig.get_platform():
-        return None, f"its library is built for {wanted.get('platform')}, this is {sysconfig.get_platform()}"
-    return (
-        (str(folder / wanted["file"]), None)
-        if wanted["file"] in facts["files"]
-        else (None, "its library is not listed")
-    )
+        return None, f"its operators are not installed: pip install {library.get('distribution', name)}"
+    if library.get("platform") != sysconfig.get_platform():
+        return None, f"its library is built for {library.get('platform')}, this is {sysconfig.get_platform()}"
+    if library["file"] not in variant["files"]:  # its digest was not checked
+        return None, "its library is not listed"
+    return str(folder / library["file"]), None
 
 
-def replay(folder: Path, facts: dict[str, Any], library: str | None, golden: dict[str, Any]) -> dict[str, Any]:
-    """Run a model over the golden rows, one by one and all at once, and hold its logits against the checkpoint's."""
+def replay(folder: Path, variant: Variant, library: str | None, golden: Golden) -> Outcome:
+    """Run a model on the golden rows, one by one and all at once, and compare its logits with the checkpoint's."""
     import numpy as np
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
+    options.log_severity_level = 4  # onnxruntime prints nothing: the report says what is wrong
+    rows = golden["rows"]
+    expected = np.array([row["logits"] for row in rows], np.float64)
     try:
         if library:
             options.register_custom_ops_library(library)
-        session = onnxruntime.InferenceSession(str(folder / facts["file"]), options, providers=["CPUExecutionProvider"])
-        rows = golden["rows"]
-        expected = np.array([row["logits"] for row in rows], np.float64)
+        model = str(folder / variant["file"])
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         names = [value.name for value in session.get_inputs()]
-        alone = np.concatenate([session.run(None, batch([row], golden, names))[0] for row in rows])
-        together = session.run(None, batch(rows, golden, names))[0]
+        alone = np.concatenate([session.run(None, make_batch([row], golden, names))[0] for row in rows])
+        together = session.run(None, make_batch(rows, golden, names))[0]
     except Exception as error:  # onnxruntime's errors share no base of their own
         return {"state": "failed", "why": f"cannot be run: {str(error).strip().splitlines()[0]}"}
     if alone.shape != expected.shape or together.shape != expected.shape:
         return {"state": "failed", "why": f"gives logits of the shape {alone.shape} instead of {expected.shape}"}
     difference = float(np.maximum(np.abs(alone - expected), np.abs(together - expected)).max())
-    flipped = int((alone.argmax(1) != expected.argmax(1)).sum()) if expected.shape[1] > 1 else 0
-    found = {"rows": len(rows), "difference": difference, "tolerance": facts["tolerance"], "flipped": flipped}
-    if not difference <= facts["tolerance"]:  # not a number is a failure too
-        why = f"differs from the checkpoint by {difference:.2g} in a logit; {facts['tolerance']:.2g} is allowed"
-        return found | {"state": "failed", "why": why}
-    return found | {"state": "ok"}
+    flipped = 0
+    if expected.shape[1] > 1:  # a regression has no predictions that flip
+        flipped = int((alone.argmax(1) != expected.argmax(1)).sum())
+    tolerance = variant["tolerance"]
+    outcome: Outcome = {"rows": len(rows), "difference": difference, "tolerance": tolerance, "flipped": flipped}
+    if not difference <= tolerance:  # not a number is a failure too
+        why = f"differs from the checkpoint by {difference:.2g} in a logit; {tolerance:.2g} is allowed"
+        return {**outcome, "state": "failed", "why": why}
+    return {**outcome, "state": "ok"}
 
 
-def batch(rows: list[dict[str, Any]], golden: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    """The rows as the model's inputs, each int64 [rows, longest], padded on the tokenizer's side."""
+def make_batch(rows: list[GoldenRow], golden: Golden, names: list[str]) -> dict[str, np.ndarray]:
+    """Make the model's inputs from rows: each int64 [rows, longest], padded on the tokenizer's side."""
     import numpy as np
 
-    longest, left = max(len(row["input_ids"]) for row in rows), golden["padding"]["side"] == "left"
+    longest = max(len(row["input_ids"]) for row in rows)
+    left = golden["padding"]["side"] == "left"
     columns = {name: np.full((len(rows), longest), golden["padding"].get(name, 0), np.int64) for name in names}
     for number, row in enumerate(rows):
         count = len(row["input_ids"])
-        place = slice(longest - count, longest) if left else slice(count)
-        cells = {"attention_mask": [1] * count, "token_type_ids": [0] * count} | row
+        tokens = slice(count)
+        if left:
+            tokens = slice(longest - count, longest)
+        values = {
+            "attention_mask": [1] * count,
+            "token_type_ids": row.get("token_type_ids", [0] * count),
+            "input_ids": row["input_ids"],
+        }
         for name in names:
-            columns[name][number, place] = cells[name]
+            columns[name][number, tokens] = values[name]
     return columns
 
 
-def shown(report: dict[str, Any]) -> str:
-    """The report for people."""
+def render_report(report: Report) -> str:
+    """Render the report for people."""
     lines = []
-    for name, found in report["variants"].items():
-        told = found.get("why") or f"largest difference {found['difference']:.2g} over {found['rows']} rows"
-        lines.append(f"{found['state']:>7}  {name} ({found['file']}): {told}")
-    lines += [f" FAILED  {failure['file']} {failure['what']}" for failure in report["failures"]]
-    lines.append("failed" if report["failures"] else f"ok: {report['files']} files are as they were exported")
+    for name, outcome in report["variants"].items():
+        text = outcome.get("why")
+        if not text:
+            text = f"largest difference {outcome['difference']:.2g} over {outcome['rows']} rows"
+        lines.append(f"{outcome['state']:>7}  {name} ({outcome['file']}): {text}")
+    if report["failures"]:
+        lines += [f" FAILED  {failure['file']} {failure['what']}" for failure in report["failures"]]
+        lines.append("failed")
+    else:
+        lines.append(f"ok: {report['files']} files are as they were exported")
     return "\n".join(lines) + "\n"
 
 

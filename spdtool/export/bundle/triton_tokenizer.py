@@ -15,10 +15,10 @@ STEP = 16  # tokens; lengths are rounded up to a power of two below this, and to
 
 
 class TritonPythonModel:
-    """Keeps the tokenizer and how its rows are padded."""
+    """Tokenizer of a model repository, and how it pads its rows."""
 
     def initialize(self, args):
-        """Read the tokenizer that lies beside this file."""
+        """Read the tokenizer and the settings that lie beside this file."""
         folder = Path(args["model_repository"]) / args["model_version"]
         self.settings = json.loads((folder / "settings.json").read_text("utf-8"))
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -30,42 +30,53 @@ class TritonPythonModel:
         return [self.answer(request) for request in requests]
 
     def answer(self, request):
-        """The response to one request."""
+        """Answer one request."""
         try:
-            texts, *pairs = [self.texts(request, name, optional) for name, optional in self.settings["texts"].items()]
-            pairs = pairs[0] if pairs else None
-            rows = self.tokenizer.encode_batch(texts if pairs is None else list(zip(texts, pairs, strict=True)))
+            columns = [self.read_texts(request, name, optional) for name, optional in self.settings["texts"].items()]
+            texts = columns[0]
+            if len(columns) == 2 and columns[1] is not None:
+                texts = list(zip(*columns, strict=True))
+            rows = self.tokenizer.encode_batch(texts)
         except (UnicodeDecodeError, ValueError) as error:
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(f"the texts cannot be read: {error}"))
-        columns = self.columns(rows)
-        return pb_utils.InferenceResponse([pb_utils.Tensor(name, columns[name]) for name in self.settings["inputs"]])
+        inputs = self.make_inputs(rows)
+        return pb_utils.InferenceResponse([pb_utils.Tensor(name, inputs[name]) for name in self.settings["inputs"]])
 
-    def texts(self, request, name, optional):
-        """The texts of an input, or None where it may be left out and is."""
+    def read_texts(self, request, name, optional):
+        """Decode the texts of an input; None where it may be left out and is."""
         tensor = pb_utils.get_input_tensor_by_name(request, name)
-        if tensor is None and not optional:
-            raise ValueError(f"{name} is missing")
-        texts = None if tensor is None else [text.decode("utf-8") for text in tensor.as_numpy().ravel()]
-        if texts is not None and not all(text.strip() for text in texts):
+        if tensor is None:
+            if not optional:
+                raise ValueError(f"{name} is missing")
+            return None
+        texts = [text.decode("utf-8") for text in tensor.as_numpy().ravel()]
+        if not all(text.strip() for text in texts):
             raise ValueError(f"{name} has an empty text")
         return texts
 
-    def columns(self, rows):
-        """The model's inputs, each int64 [rows, tokens]."""
-        width = self.width(max(len(row.ids) for row in rows))
+    def make_inputs(self, rows):
+        """Make the model's inputs, each int64 [rows, tokens]."""
+        width = self.padded_length(max(len(row.ids) for row in rows))
         padding = self.settings["padding"]
-        columns = {
-            name: np.full((len(rows), width), padding.get(name, 0), np.int64) for name in self.settings["inputs"]
-        }
+        inputs = {}
+        for name in self.settings["inputs"]:
+            inputs[name] = np.full((len(rows), width), padding.get(name, 0), np.int64)
         for number, row in enumerate(rows):
             count = len(row.ids)
-            place = slice(width - count, width) if padding["side"] == "left" else slice(count)
-            cells = {"input_ids": row.ids, "token_type_ids": row.type_ids, "attention_mask": [1] * count}
-            for name in columns:
-                columns[name][number, place] = cells[name]
-        return columns
+            tokens = slice(count)
+            if padding["side"] == "left":
+                tokens = slice(width - count, width)
+            values = {"input_ids": row.ids, "token_type_ids": row.type_ids, "attention_mask": [1] * count}
+            for name, column in inputs.items():
+                column[number, tokens] = values[name]
+        return inputs
 
-    def width(self, longest):
-        """The length to which a request is padded, at most the model's."""
-        power = 1 << (longest - 1).bit_length()
-        return min(power if power < STEP else -(-longest // STEP) * STEP, self.settings["max_length"])
+    def padded_length(self, longest):
+        """Length to which a request is padded, at most the model's.
+
+        Few lengths, because Triton batches only requests of the same one: powers of two, then multiples of STEP.
+        """
+        length = 1 << (longest - 1).bit_length()
+        if length >= STEP:
+            length = -(-longest // STEP) * STEP  # a power of two would double the work of a long text
+        return min(length, self.settings["max_length"])

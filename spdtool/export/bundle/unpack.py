@@ -1,4 +1,4 @@
-"""`spdtool unpack`: an exported folder back to a plain Hugging Face checkpoint, where its target keeps the weights."""
+"""`spdtool unpack`: turn an exported folder back into a plain Hugging Face checkpoint, if its target keeps the weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from spdtool.run.folder import replacing
 
 
 def unpack_checkpoint(folder: Path, out: Path) -> Path:
-    """Write config, tokenizer and `model.safetensors` of the exported `folder` to `out`; return what was read.
+    """Write config, tokenizer and `model.safetensors` of an exported folder to `out`, and return the folder's path.
 
     The weights are those of the files: the checkpoint's to the last bit where they are stored as fp32, else rounded.
 
@@ -21,30 +21,28 @@ def unpack_checkpoint(folder: Path, out: Path) -> Path:
         UnknownName: the plugin with its target is not installed.
         RunError: `out` holds something already.
     """
-    found = read_bundle(folder)
+    bundle = read_bundle(folder)
     require_empty_folder(out)
-    target = get_target(found.target or "onnx")
+    target = get_target(bundle.target or "onnx")
     if not target.rounds_weights:
-        wrote = (
-            f"was written by the target {found.target!r}"
-            if found.target
-            else "has no manifest.json: a plain ONNX export"
-        )
+        origin = "has no manifest.json: a plain ONNX export"
+        if bundle.target:
+            origin = f"was written by the target {bundle.target!r}"
         raise ModelError(
-            f"{found.folder} {wrote}, which cannot be unpacked",
+            f"{bundle.folder} {origin}, which cannot be unpacked",
             "the checkpoint of a run is in RUN/finetune; of another target's export, manifest.json has to be there",
         )
-    model = build_empty_model(found.folder, finetuned=True, device="cpu")
-    missing = fill_weights(model, target.stored_weights(found.folder))
+    model = build_empty_model(bundle.folder, finetuned=True, device="cpu")
+    missing = fill_weights(model, target.stored_weights(bundle.folder))
     if missing:
         raise ModelError(
-            f"{found.model} lacks {len(missing)} of the weights of the model that its config.json describes, "
+            f"{bundle.model} lacks {len(missing)} of the weights of the model that its config.json describes, "
             f"among them {missing[0]}",
             "copy the folder again",
         )
     with replacing(out) as partial:
-        save_model(model, load_tokenizer(found.folder), partial)
-    return found.folder
+        save_model(model, load_tokenizer(bundle.folder), partial)
+    return bundle.folder
 
 
 def require_empty_folder(out: Path) -> None:

@@ -1,252 +1,193 @@
-"""The gates that a checkpoint passes through on its way into a target's files.
+"""Export a checkpoint, and let the files pass the gates in this order:
 
-    operators   of no domain but those that the target names
-    zeros       every zero of the checkpoint's matrices is a zero of the file
-    logits      those of the checkpoint, on real rows and on shapes from (1, 1) to the longest, padded on either side
-    dev metric  that of the checkpoint, within the budget: see `change.py`
+    operators   the file has only operators of the domains that its target names (here)
+    weights     every zero of the checkpoint's prunable matrices is a zero of the file (`weights`)
+    logits      the file computes the checkpoint's logits on real rows, and on shapes from (1, 1) to
+                the longest input, padded on either side (`logits`)
+    score       the file has the checkpoint's dev score, within the budget (`score`)
 
-What a target stores rounded is held against the checkpoint with the rounded weights, which proves the arithmetic; where
-the arithmetic is coarse as well, its exact twin is. The dev metric is always held against the checkpoint itself.
+Each gate returns what it measured, or raises a GateError.
+
+Files with rounded weights are compared twice. Their logits are compared with those of the checkpoint after it was
+filled with the rounded weights, which proves the arithmetic; where the arithmetic is rounded as well, the float32 form
+of the file takes the file's place. Their score is compared with that of the checkpoint as it is.
 """
 
 from __future__ import annotations
 
-import math
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
-from transformers import PreTrainedModel
 
 from spdtool import console
 from spdtool.data.tokens import Batch, Encoded
-from spdtool.errors import DeviceError, GateError, ModelError, RecipeError
-from spdtool.export.gates.batches import is_dev_batch
-from spdtool.export.gates.logits import compare_logits, measure_deviation
+from spdtool.errors import DeviceError, GateError, RecipeError
+from spdtool.export.gates.logits import check_logits
 from spdtool.export.gates.reference import Reference
 from spdtool.export.gates.score import (
     DevComparison,
     ScoreBudgetExceeded,
-    check_budget,
-    compare_predictions,
-    measured,
+    allowed_change,
+    check_score,
+    compare_on_dev_sets,
     metric_over_budget,
 )
-from spdtool.export.gates.search import Found, Kept, search
+from spdtool.export.gates.search import SearchResult, search_float32_modules
 from spdtool.export.gates.weights import check_zeros
 from spdtool.export.graph.fuse import operator_domains
 from spdtool.export.target import Rounding, Target
-from spdtool.models import predict as evaluation
-from spdtool.models.load import fill_weights
-from spdtool.models.predict import Forward
+from spdtool.models.predict import torch_forward
 from spdtool.run.records import ExportedModel
 
-CONSTANTS = 10  # the float32 copy's scalars, such as the root in a GELU, are rounded too, and are no weights
-ROWS_OF_DAMAGE = 64  # of the dev set, on which one layer's rounding is judged
+DAMAGE_ROWS = 64  # of the dev set: enough to rank layers by the damage of their rounding, and quick
+DAMAGE_BATCH = 16  # rows
 
 
 def export_and_check(target: Target, reference: Reference, folder: Path, providers: list[str]) -> ExportedModel:
-    """Export one checkpoint to `folder`, pass it through the gates, and return what was measured.
+    """Export one checkpoint to `folder`, and return what the gates measured.
 
-    Where a target that can leave parts unrounded breaks the budget, the parts that do so are looked for and left.
+    Where rounding breaks the budget of the score, the modules that cause it stay in float32, if the target allows it.
 
     Args:
-        providers: those on which parity is checked, as far as the target runs there; the dev metric is computed on the
-            last.
+        providers: the ones that work here. Those that the target supports are checked; the last one computes the score.
 
     Raises:
-        GateError: operators, zeros, logits or dev metric are not the checkpoint's.
-        RecipeError: the target is calibrated on rows of a task, and there is none.
+        DeviceError: none of the providers runs the target's files.
+        GateError: operators, weights, logits or score differ from the checkpoint's.
+        RecipeError: the target is calibrated on rows of a task, and there is no task.
     """
-    attempt = ExportAttempt(target, reference, folder, _common(providers, target.providers))
+    supported = [name for name in providers if name in target.providers]
+    if not supported:
+        raise DeviceError(
+            f"the target runs on {', '.join(target.providers)}; what works here is {', '.join(providers)}"
+        )
+    attempt = ExportAttempt(target, reference, folder, supported)
     try:
-        return attempt.export(())
+        return attempt.run()
     except ScoreBudgetExceeded as error:
-        parts = target.float32_candidates(reference.checkpoint, reference.recipe)
-        if len(parts) < 2:
+        modules = target.float32_candidates(reference.checkpoint, reference.recipe)
+        if len(modules) < 2:  # all of a single one in float32 would be another target
             raise
-        return _rescue(attempt, parts, error)
+        return _export_with_float32_modules(attempt, modules, error)
 
 
 @dataclass(frozen=True)
 class ExportAttempt:
-    """Keeps what every export of one checkpoint by one target is made of."""
+    """The export of one checkpoint by one target, which can be tried with several choices of float32 modules."""
 
     target: Target
     reference: Reference
     folder: Path
     providers: list[str]
 
-    def write(self, keep: Kept) -> list[Path]:
-        """Export anew, with `keep` unrounded; returns the files that hold the model."""
+    def write(self, float32_modules: tuple[str, ...] = ()) -> list[Path]:
+        """Write the folder anew, and return the files that hold the model."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        if self.target.calibrates and self.reference.dev.train is None:
+        calibration_rows = self.reference.dev.calibration_rows
+        if self.target.calibrates and calibration_rows is None:
             raise RecipeError("this target is calibrated on rows of a task, and none was given", "--task or --data")
-        rounding = Rounding(keep, self.reference.dev.train)
-        found = self.reference
-        return self.target.export_rounded(found.checkpoint, self.folder, found.recipe, rounding)
+        rounding = Rounding(float32_modules, calibration_rows)
+        return self.target.export_rounded(self.reference.checkpoint, self.folder, self.reference.recipe, rounding)
 
-    def export(self, keep: Kept) -> ExportedModel:
-        """Export, hold the files against the checkpoint, and measure them; raises as `export_and_check` does."""
-        zeros = self.reference.zeros  # first: it refuses an architecture that is not supported
-        files = self.write(keep)
-        rounds = self.target.rounds_weights
-        _check_domains(self.target, files[0])
-        audited = self.target.count_zeros(self.folder)
-        check_zeros(audited, zeros, more=self.coarse)
-        metrics = self._logits() | _sizes(files, self.folder, zeros)
-        metrics["positions"] = self.reference.positions
-        if self.coarse:
-            metrics["rounded_to_zero"] = sum(audited[name][0] - count for name, (count, _) in zeros.items())
-        if rounds:
-            storage = self.target.storage_formats(self.reference.recipe)
-            metrics |= dict(zip(("values", "embeddings"), storage, strict=True))
-        metrics |= self.target.properties(self.folder)
-        metrics |= self._dev(metrics) if self.reference.dev.task else {}
-        return ExportedModel.model_validate(metrics)
+    def run(self, float32_modules: tuple[str, ...] = ()) -> ExportedModel:
+        """Write the folder and pass it through the gates; raises as `export_and_check`."""
+        target, reference, folder = self.target, self.reference, self.folder
+        # Before anything is written: this refuses an architecture without prunable layers.
+        zero_counts = reference.zero_counts
+        files = self.write(float32_modules)
 
-    @property
-    def coarse(self) -> bool:
-        """Whether the arithmetic is rounded too, and weights that round to zero may be more zeros than there were."""
-        return self.target.rounds_arithmetic
+        check_operators(target, files[0])
+        new_zeros = check_zeros(target.count_zeros(folder), zero_counts, allow_more=target.rounds_arithmetic)
+        logits = check_logits(target, reference, folder, self.providers)
 
-    def change(self) -> DevComparison:
-        """What the files that are written now make of the dev sets, on the last of the providers."""
-        provider, dev = self.providers[-1], self.reference.dev
-        found = dev.predict(self.target.session(self.folder, provider))
-        assert dev.task is not None
-        tolerance = self.reference.recipe.export.tolerance
-        return compare_predictions(dev.task, self.reference.on_dev(provider), found, dev.sets, tolerance)
-
-    def budget(self) -> float:
-        """The largest change of the dev metric that passes."""
-        recipe = self.reference.recipe
-        storage = self.target.storage_formats(recipe)
-        return recipe.export.allowed_change(rounds=self.target.rounds_weights, storage=storage)
-
-    def _logits(self) -> dict[str, Any]:
-        """Hold the logits against the checkpoint's, on each provider."""
-        section, batches = self.reference.recipe.export, self.reference.probes
-        rounds = self.target.rounds_weights
-        twin = self.target.float32_form(self.folder) if self.coarse else None
-        same: Any = _filled(self.reference.model(eager=True), self.target, self.folder) if rounds else None
-        found: dict[str, Any] = {"providers": self.providers}
-        largest: list[tuple[float, str]] = []
-        for provider in self.providers:
-            self.target.verify(self.folder, self.reference.checkpoint, batches, provider)
-            session, original = self.target.session(self.folder, provider), self.reference.on_probes(provider)
-            expected = evaluation.torch_forward(same.to(provider), provider) if same else original
-            tolerance = section.tolerance * (CONSTANTS if twin else 1)
-            largest.append(compare_logits(expected, twin or session, batches, tolerance))
-            if rounds:
-                seen = self._calibrated_for() if self.target.calibrates else []
-                found |= _moved(original, session, seen or batches, section.rounded_tolerance if twin else math.inf)
-        difference, where = max(largest)
-        return {"largest_difference": difference, "largest_difference_at": where} | found
-
-    def _calibrated_for(self) -> list[tuple[str, Batch]]:
-        """Probes like the rows of the calibration, whose ranges say nothing of random tokens and of padding up front.
-
-        The exact twin is held on all of them.
-        """
-        rows = self.reference.dev.sets["dev"]
-        return [(name, batch) for name, batch in self.reference.probes if is_dev_batch(name, left=rows.pad_left)]
-
-    def _dev(self, metrics: dict[str, Any]) -> dict[str, Any]:
-        rounds, change = self.target.rounds_weights, self.change()
-        check_budget(change, self.budget(), metrics, rounds=rounds, coarse=self.coarse)
-        return measured(change, metrics, rounds=rounds)
+        zeros = sum(count.zeros for count in zero_counts.values())
+        size = sum(count.size for count in zero_counts.values())
+        figures: dict[str, object] = {
+            "files": [str(file.relative_to(folder)) for file in files],
+            "bytes": sum(file.stat().st_size for file in files),
+            "zeros": zeros,
+            "size": size,
+            "sparsity": zeros / size,
+            "positions": reference.longest_input,
+            "providers": self.providers,
+        }
+        exported = ExportedModel.model_validate(figures | logits._asdict() | target.properties(folder))
+        if target.rounds_arithmetic:
+            exported.rounded_to_zero = new_zeros
+        if target.rounds_weights:
+            exported.values, exported.embeddings = target.storage_formats(reference.recipe)
+        if reference.dev.task is not None:
+            record_scores(exported, check_score(target, reference, folder, self.providers[-1]))
+        return exported
 
 
-def _rescue(attempt: ExportAttempt, parts: list[str], first: ScoreBudgetExceeded) -> ExportedModel:
-    """Leave in float32 what breaks the budget, if less than everything will do; raises the first error if not."""
-    batches = _some(attempt.reference.dev.sets["dev"])
-    original = evaluation.torch_forward(attempt.reference.model(), "cpu")
-    expected = [original(batch) for batch in batches]
+def check_operators(target: Target, file: Path) -> None:
+    """Refuse operators of a domain that the target does not name.
 
-    def damage(keep: Kept) -> float:
-        attempt.write(keep)
+    Raises:
+        GateError: names the domain.
+    """
+    if target.operator_domains is None:
+        return
+    unexpected = operator_domains(onnx.load(file, load_external_data=False)) - set(target.operator_domains)
+    if unexpected:
+        raise GateError(f"{file.name} has operators of the domain {', '.join(sorted(unexpected))}")
+
+
+def record_scores(exported: ExportedModel, comparison: DevComparison) -> None:
+    """Add what was measured on the dev sets."""
+    exported.dev, exported.checkpoint_dev = comparison.file_scores, comparison.checkpoint_scores
+    exported.flipped, exported.worse, exported.rows = comparison.flipped, comparison.worsened, comparison.rows
+    if exported.rounds:
+        exported.largest_change = comparison.largest_change
+    elif comparison.largest_change > exported.largest_difference:
+        exported.largest_difference = comparison.largest_change
+        exported.largest_difference_at = "the dev set"
+
+
+def _export_with_float32_modules(
+    attempt: ExportAttempt, modules: list[str], over_budget: ScoreBudgetExceeded
+) -> ExportedModel:
+    """Export with the fewest float32 modules that meet the budget; raises `over_budget` where no few do."""
+    reference = attempt.reference
+    batches = _damage_batches(reference.dev.splits["dev"])
+    checkpoint_forward = torch_forward(reference.load_model(), "cpu")
+    expected = np.concatenate([checkpoint_forward(batch) for batch in batches])
+    budget = allowed_change(attempt.target, reference.recipe)
+
+    def damage(float32_modules: tuple[str, ...]) -> float:
+        attempt.write(float32_modules)
         session = attempt.target.session(attempt.folder, "cpu")
-        return float(np.sqrt(np.mean(np.square(np.concatenate([*map(session, batches)]) - np.concatenate(expected)))))
+        logits = np.concatenate([session(batch) for batch in batches])
+        return float(np.sqrt(np.mean(np.square(logits - expected))))
 
-    def passes(keep: Kept) -> bool:
-        attempt.write(keep)
-        return metric_over_budget(attempt.change(), attempt.budget()) is None
+    def meets_budget(float32_modules: tuple[str, ...]) -> bool:
+        attempt.write(float32_modules)
+        comparison = compare_on_dev_sets(attempt.target, reference, attempt.folder, attempt.providers[-1])
+        return metric_over_budget(comparison, budget) is None
 
-    found = search(parts, damage, passes, attempt.reference.recipe.export.tries)
-    exported = attempt.export(_least(found, first))
-    exported.damage, exported.tries = found.damage, found.tries
+    result = search_float32_modules(modules, damage, meets_budget, reference.recipe.export.tries)
+    exported = attempt.run(_chosen_modules(result, over_budget))
+    exported.damage, exported.tries = result.damage, result.tries
     return exported
 
 
-def _least(found: Found, first: ScoreBudgetExceeded) -> Kept:
-    worst = sorted(found.damage, key=lambda part: -found.damage[part])
-    if found.kept is None:
+def _chosen_modules(result: SearchResult, over_budget: ScoreBudgetExceeded) -> tuple[str, ...]:
+    if result.float32_modules is None:
+        worst = sorted(result.damage, key=lambda module: -result.damage[module])[:3]
         raise ScoreBudgetExceeded(
-            first.message,
-            f"no few parts in float32 mend it ({found.tries} tries; the worst are {', '.join(worst[:3])})",
+            over_budget.message,
+            f"no few parts in float32 mend it ({result.tries} tries; the worst are {', '.join(worst)})",
         )
-    console.say(f"  {first.message}: {', '.join(found.kept)} left in float32, after {found.tries} tries")
-    return found.kept
+    modules = ", ".join(result.float32_modules)
+    console.say(f"  {over_budget.message}: {modules} left in float32, after {result.tries} tries")
+    return result.float32_modules
 
 
-def _some(rows: Encoded) -> list[Batch]:
-    count = min(len(rows), ROWS_OF_DAMAGE)
+def _damage_batches(rows: Encoded) -> list[Batch]:
+    count = min(len(rows), DAMAGE_ROWS)
     chosen = np.unique(np.linspace(0, len(rows) - 1, count).round().astype(int))
-    return [rows.collate(chosen[start : start + 16]) for start in range(0, len(chosen), 16)]
-
-
-def _sizes(files: list[Path], folder: Path, counts: dict[str, tuple[int, int]]) -> dict[str, Any]:
-    zeros, size = (sum(numbers) for numbers in zip(*counts.values(), strict=True))
-    return {
-        "zeros": zeros,
-        "size": size,
-        "sparsity": zeros / size,
-        "files": [str(file.relative_to(folder)) for file in files],
-        "bytes": sum(file.stat().st_size for file in files),
-    }
-
-
-def _moved(expected: Forward, session: Callable[..., Any], batches: Any, tolerance: float) -> dict[str, float]:
-    """What roundings do to the logits of the probes; raises GateError beyond the tolerance."""
-    share, largest = measure_deviation(expected, session, batches)
-    if share > tolerance:
-        raise GateError(
-            f"fp16 or int8 arithmetic moves the logits by {share:.0%} of their size; the tolerance is {tolerance:.0%}",
-            "export.rounded_tolerance sets it; the model has activations or weights far from all others",
-        )
-    return {"largest_change": largest, "deviation": share}
-
-
-def _check_domains(target: Target, file: Path) -> None:
-    """Raise GateError if the file has operators of a domain that the target does not name."""
-    if target.operator_domains is None:
-        return
-    foreign = operator_domains(onnx.load(file, load_external_data=False)) - set(target.operator_domains)
-    if foreign:
-        raise GateError(f"{file.name} has operators of the domain {', '.join(sorted(foreign))}")
-
-
-def _common(working: list[str], supported: tuple[str, ...]) -> list[str]:
-    """The working providers that a target's files run on.
-
-    Raises:
-        DeviceError: there is none.
-    """
-    common = [name for name in working if name in supported]
-    if not common:
-        raise DeviceError(f"the target runs on {', '.join(supported)}; what works here is {', '.join(working)}")
-    return common
-
-
-def _filled(model: PreTrainedModel, target: Target, folder: Path) -> PreTrainedModel:
-    """The model with the weights that the exported files really hold."""
-    try:
-        fill_weights(model, target.stored_weights(folder))
-    except ModelError as error:  # the checkpoint is sound: what was made of it is not
-        raise GateError(f"the exported file holds other weights than its checkpoint: {error.message}") from None
-    return model
+    return [rows.collate(chosen[start : start + DAMAGE_BATCH]) for start in range(0, len(chosen), DAMAGE_BATCH)]

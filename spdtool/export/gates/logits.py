@@ -1,56 +1,157 @@
-"""The gate on logits: a file must compute what its checkpoint computes.
-
-It knows nothing of a file format: it compares two functions from a batch to logits.
-"""
+"""The gate on logits: a file computes what its checkpoint computes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from transformers import PreTrainedModel
 
 from spdtool.data.tokens import Batch
-from spdtool.errors import GateError
-from spdtool.models.predict import Forward
+from spdtool.errors import GateError, ModelError
+from spdtool.export.gates.batches import is_dev_batch
+from spdtool.export.gates.reference import Reference
+from spdtool.export.target import Target
+from spdtool.models.load import fill_weights
+from spdtool.models.predict import Forward, torch_forward
+
+# Scalars of the graph, such as the root in a GELU, are rounded too; being no weights, the model cannot be filled with
+# them, and the float32 form of a file differs a little more from it.
+ROUNDED_SCALARS_FACTOR = 10
+
+
+class LogitDifference(NamedTuple):
+    """Largest difference of a logit between two forwards, and the description of the batch that shows it."""
+
+    largest: float
+    batch: str
+
+
+class LogitDeviation(NamedTuple):
+    """Change of logits by rounded arithmetic: root mean square as a share of the logits' own, and the largest."""
+
+    relative: float
+    largest: float
+
+
+class LogitFigures(NamedTuple):
+    """Figures of the gate, under the names of `run.records.ExportedModel`; None where the target does not round."""
+
+    largest_difference: float
+    largest_difference_at: str
+    largest_change: float | None = None
+    deviation: float | None = None
+
+
+def check_logits(target: Target, reference: Reference, folder: Path, providers: list[str]) -> LogitFigures:
+    """Compare the files' logits with the checkpoint's on each provider.
+
+    Raises:
+        GateError: a stored weight does not fit the model, a logit is not finite, or logits differ by too much.
+    """
+    if target.rounds_weights:
+        return _check_rounded_logits(target, reference, folder, providers)
+    tolerance = reference.recipe.export.tolerance
+    differences = []
+    for provider in providers:
+        target.verify(folder, reference.checkpoint, reference.batches, provider)
+        session = target.session(folder, provider)
+        differences.append(compare_logits(reference.forward(provider), session, reference.batches, tolerance))
+    return LogitFigures(*max(differences))
 
 
 def compare_logits(
-    expected: Forward, found: Forward, batches: Iterable[tuple[str, Batch]], tolerance: float
-) -> tuple[float, str]:
-    """The largest difference of a logit between two forwards, and the batch that shows it.
+    expected: Forward, exported: Forward, batches: Iterable[tuple[str, Batch]], tolerance: float
+) -> LogitDifference:
+    """Return the largest difference of a logit.
 
     Raises:
         GateError: it is above `tolerance`, or a logit is not finite; names the batch.
     """
-    largest, where = 0.0, ""
-    for name, batch in batches:
-        reference, logits = expected(batch), found(batch)
-        for who, values in (("checkpoint", reference), ("exported file", logits)):
-            if not np.isfinite(values).all():
-                raise GateError(f"the {who} gives logits that are not finite on {name}")
-        difference = float(np.abs(reference - logits).max())
+    largest, largest_at = 0.0, ""
+    for description, batch in batches:
+        expected_logits, logits = expected(batch), exported(batch)
+        _require_finite(expected_logits, "checkpoint", description)
+        _require_finite(logits, "exported file", description)
+        difference = float(np.abs(expected_logits - logits).max())
         if difference > tolerance:
             raise GateError(
-                f"checkpoint and exported file differ by {difference:.2g} on {name}; the tolerance is {tolerance:g}",
+                f"checkpoint and exported file differ by {difference:.2g} on {description}; "
+                f"the tolerance is {tolerance:g}",
                 "export.tolerance sets it; a difference that is much larger is a fault of the export",
             )
         if difference >= largest:
-            largest, where = difference, name
-    return largest, where
+            largest, largest_at = difference, description
+    return LogitDifference(largest, largest_at)
 
 
-def measure_deviation(expected: Forward, found: Forward, batches: Iterable[tuple[str, Batch]]) -> tuple[float, float]:
-    """How far coarse arithmetic moves the logits: root mean square as a share of the logits' own, and the most.
+def measure_deviation(expected: Forward, exported: Forward, batches: Iterable[tuple[str, Batch]]) -> LogitDeviation:
+    """Measure how far rounded arithmetic moves the logits, over all batches.
 
     Raises:
         GateError: a logit is not finite; names the batch.
     """
-    moved, size, largest = 0.0, 0.0, 0.0
-    for name, batch in batches:
-        reference, logits = expected(batch).astype(np.float64), found(batch).astype(np.float64)
-        if not np.isfinite(logits).all():
-            raise GateError(f"the exported file gives logits that are not finite on {name}")
-        moved += float(np.square(logits - reference).sum())
-        size += float(np.square(reference).sum())
-        largest = max(largest, float(np.abs(logits - reference).max()))
-    return float(np.sqrt(moved / size)) if size else 0.0, largest
+    squared_change, squared_logits, largest = 0.0, 0.0, 0.0
+    for description, batch in batches:
+        expected_logits, logits = expected(batch).astype(np.float64), exported(batch).astype(np.float64)
+        _require_finite(logits, "exported file", description)
+        change = logits - expected_logits
+        squared_change += float(np.square(change).sum())
+        squared_logits += float(np.square(expected_logits).sum())
+        largest = max(largest, float(np.abs(change).max()))
+    if squared_logits == 0:
+        return LogitDeviation(0.0, largest)
+    return LogitDeviation(float(np.sqrt(squared_change / squared_logits)), largest)
+
+
+def _check_rounded_logits(target: Target, reference: Reference, folder: Path, providers: list[str]) -> LogitFigures:
+    """Compare with the checkpoint that was filled with the stored weights; measure what rounding changes beside it."""
+    section = reference.recipe.export
+    tolerance, largest_deviation = section.tolerance, float("inf")
+    float32_form = None
+    if target.rounds_arithmetic:
+        float32_form = target.float32_form(folder)
+        tolerance, largest_deviation = tolerance * ROUNDED_SCALARS_FACTOR, section.rounded_tolerance
+    rounded_model = _fill_stored_weights(reference.load_model(eager=True), target, folder)
+    differences = []
+    for provider in providers:
+        target.verify(folder, reference.checkpoint, reference.batches, provider)
+        session = target.session(folder, provider)
+        expected = torch_forward(rounded_model.to(provider), provider)
+        differences.append(compare_logits(expected, float32_form or session, reference.batches, tolerance))
+        deviation = measure_deviation(reference.forward(provider), session, _deviation_batches(target, reference))
+        if deviation.relative > largest_deviation:
+            raise GateError(
+                f"fp16 or int8 arithmetic moves the logits by {deviation.relative:.0%} of their size; "
+                f"the tolerance is {largest_deviation:.0%}",
+                "export.rounded_tolerance sets it; the model has activations or weights far from all others",
+            )
+    return LogitFigures(*max(differences), deviation.largest, deviation.relative)
+
+
+def _deviation_batches(target: Target, reference: Reference) -> list[tuple[str, Batch]]:
+    """Choose the batches on which rounded arithmetic is judged.
+
+    The ranges of a calibrated target say nothing of random tokens, nor of padding on the other side: it is judged on
+    real rows, where there are any.
+    """
+    if not target.calibrates:
+        return reference.batches
+    left = reference.dev.splits["dev"].pad_left
+    dev_batches = [(name, batch) for name, batch in reference.batches if is_dev_batch(name, left=left)]
+    return dev_batches or reference.batches
+
+
+def _fill_stored_weights(model: PreTrainedModel, target: Target, folder: Path) -> PreTrainedModel:
+    try:
+        fill_weights(model, target.stored_weights(folder))
+    except ModelError as error:  # the checkpoint is sound: the export is at fault
+        raise GateError(f"the exported file holds other weights than its checkpoint: {error.message}") from None
+    return model
+
+
+def _require_finite(logits: np.ndarray, source: str, description: str) -> None:
+    if not np.isfinite(logits).all():
+        raise GateError(f"the {source} gives logits that are not finite on {description}")

@@ -1,69 +1,115 @@
-"""A checkpoint as what its exported files are held against: what it says is computed once, for all its targets."""
+"""A checkpoint as the reference of its exported files: its zeros, logits and dev sets, computed once for all targets."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from transformers import PreTrainedModel
 
-from spdtool.data.tokens import Batch
+from spdtool.data import tokens as data
+from spdtool.data.tokens import Batch, Encoded
 from spdtool.export.gates.batches import longest_supported_input, make_comparison_batches
-from spdtool.export.gates.score import DevLogits, DevSets
-from spdtool.models.layers import find_prunable_weights
-from spdtool.models.load import load_model
-from spdtool.models.predict import Forward, torch_forward
+from spdtool.models.layers import find_prunable_weights, max_positions
+from spdtool.models.load import label_names, load_model, load_tokenizer
+from spdtool.models.predict import Forward, predict, torch_forward
 from spdtool.recipe.fields import Recipe
+from spdtool.run.records import ZeroCount
+from spdtool.tasks import CheckRows, Task, prepare_data
+
+DevLogits = dict[str, np.ndarray]
+"""Name of a dev set to logits [rows, labels]."""
+
+
+@dataclass(frozen=True)
+class DevSets:
+    """The rows on which an export is judged.
+
+    Attributes:
+        task: None where no task was given.
+        splits: dev sets by name; without a task, one called `dev` that has no rows.
+        calibration_rows: some training rows; None without a task.
+    """
+
+    task: Task | None
+    splits: dict[str, Encoded]
+    calibration_rows: Encoded | None = None
+
+    def predict(self, forward: Forward) -> DevLogits:
+        """Compute the logits of every dev set."""
+        return {name: predict(forward, rows) for name, rows in self.splits.items()}
+
+
+def prepare_dev_sets(checkpoint: Path, recipe: Recipe, check_rows: CheckRows | None = None) -> DevSets:
+    """Encode the dev sets of the recipe's task, and some training rows, for a checkpoint.
+
+    Args:
+        check_rows: as in `tasks.prepare_data`.
+
+    Raises:
+        DataError, ModelError: data, tokenizer and model do not fit together.
+    """
+    model = load_model(checkpoint)
+    task, splits = prepare_data(recipe, load_tokenizer(checkpoint), label_names(model), check_rows)
+    dev_splits = {name: rows for name, rows in splits.items() if name.startswith("dev")}
+    data.check_lengths(dev_splits, max_positions(model))
+    data.check_vocabulary(dev_splits, model.config.vocab_size)
+    calibration_rows = splits["train"].sample(recipe.export.calibration, recipe.seed)
+    return DevSets(task, dev_splits, calibration_rows)
 
 
 class Reference:
-    """Keeps a checkpoint's zeros, and its logits on the probes and on the dev sets, once somebody has asked for them.
+    """A checkpoint whose zeros and logits are computed when they are first needed.
 
     Attributes:
-        dev: encoded for this checkpoint; without rows, only the probes are compared.
+        dev: encoded for this checkpoint.
     """
 
     def __init__(self, checkpoint: Path, dev: DevSets, recipe: Recipe) -> None:
-        self.checkpoint, self.dev, self.recipe = checkpoint, dev, recipe
-        self._answers: dict[str, dict[int, np.ndarray]] = {}
-        self._predicted: dict[str, DevLogits] = {}
+        self.checkpoint = checkpoint
+        self.dev = dev
+        self.recipe = recipe
+        self._batch_logits: dict[str, dict[int, np.ndarray]] = {}
+        self._dev_logits: dict[str, DevLogits] = {}
 
-    def model(self, *, eager: bool = False) -> Any:
-        """The model anew, which the caller may change."""
+    def load_model(self, *, eager: bool = False) -> PreTrainedModel:
+        """Load the model anew; the caller may change it."""
         return load_model(self.checkpoint, eager=eager)
 
     @cached_property
-    def positions(self) -> int:
-        """The longest input, in tokens, that is worth trying."""
-        return longest_supported_input(self.model())
+    def longest_input(self) -> int:
+        """Longest input, in tokens, that is worth trying."""
+        return longest_supported_input(self.load_model())
 
     @cached_property
-    def zeros(self) -> dict[str, tuple[int, int]]:
-        """`(zeros, size)` of each prunable matrix."""
-        weights = find_prunable_weights(self.model())
-        return {name: (int((weight == 0).sum()), weight.numel()) for name, weight in weights.items()}
+    def zero_counts(self) -> dict[str, ZeroCount]:
+        """Zeros and size of each prunable matrix, by parameter."""
+        weights = find_prunable_weights(self.load_model())
+        return {name: ZeroCount(int((weight == 0).sum()), weight.numel()) for name, weight in weights.items()}
 
     @cached_property
-    def probes(self) -> list[tuple[str, Batch]]:
-        """What checkpoint and files are compared on, each with a name for the user."""
-        return list(make_comparison_batches(self.model(), self.dev.sets["dev"], self.recipe.export.sentences))
+    def batches(self) -> list[tuple[str, Batch]]:
+        """The batches on which logits are compared, each with a description."""
+        sentences = self.recipe.export.sentences
+        return list(make_comparison_batches(self.load_model(), self.dev.splits["dev"], sentences))
 
-    def on_probes(self, provider: str) -> Forward:
-        """The checkpoint, for its own probes alone.
+    def forward(self, provider: str) -> Forward:
+        """Return a forward that knows the checkpoint's logits of `batches`, and of no other batch.
 
-        Eager attention answers, which is what is exported: where a row's window holds nothing but padding (ModernBERT,
-        padded on the left), torch's own two attentions differ. The dev sets are for the checkpoint as a client loads
-        it.
+        They are computed with eager attention, which is what is exported: where all tokens in a row's window are
+        padding (ModernBERT, padded on the left), torch's two attentions differ. The dev sets use the attention with
+        which a client loads the checkpoint.
         """
-        if provider not in self._answers:
-            forward = torch_forward(self.model(eager=True).to(provider), provider)
-            self._answers[provider] = {id(batch): forward(batch) for _, batch in self.probes}
-        known = self._answers[provider]
-        return lambda batch: known[id(batch)]
+        if provider not in self._batch_logits:
+            forward = torch_forward(self.load_model(eager=True).to(provider), provider)
+            self._batch_logits[provider] = {id(batch): forward(batch) for _, batch in self.batches}
+        logits = self._batch_logits[provider]
+        return lambda batch: logits[id(batch)]
 
-    def on_dev(self, provider: str) -> DevLogits:
-        """What the checkpoint says of the dev sets."""
-        if provider not in self._predicted:
-            self._predicted[provider] = self.dev.predict(torch_forward(self.model().to(provider), provider))
-        return self._predicted[provider]
+    def dev_logits(self, provider: str) -> DevLogits:
+        """Compute the checkpoint's logits on the dev sets."""
+        if provider not in self._dev_logits:
+            self._dev_logits[provider] = self.dev.predict(torch_forward(self.load_model().to(provider), provider))
+        return self._dev_logits[provider]

@@ -1,137 +1,116 @@
-"""The last gate, the dev metric: what an exported file makes of the dev sets beside what its checkpoint does."""
+"""The gate on the dev score: an exported file scores what its checkpoint scores, within the recipe's budget."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from spdtool.data import tokens as data
 from spdtool.data.tokens import Encoded
 from spdtool.errors import GateError
-from spdtool.models import predict as evaluation
-from spdtool.models.layers import max_positions
-from spdtool.models.load import label_names, load_model, load_tokenizer
-from spdtool.models.predict import Forward
+from spdtool.export.gates.reference import DevLogits, Reference
+from spdtool.export.target import Target
 from spdtool.recipe.fields import Recipe
-from spdtool.tasks import CheckRows, Task, prepare_data
-
-DevLogits = dict[str, np.ndarray]  # dev set -> logits [rows, labels]
-
-
-@dataclass(frozen=True)
-class DevSets:
-    """What an export is compared on: the task and its dev sets; without a task, one dev set without rows.
-
-    Attributes:
-        train: rows to calibrate on; None where there is no task.
-    """
-
-    task: Task | None
-    sets: dict[str, Encoded]
-    train: Encoded | None = None
-
-    def predict(self, forward: Forward) -> DevLogits:
-        """What a model says of every dev set."""
-        return {name: evaluation.predict(forward, rows) for name, rows in self.sets.items()}
+from spdtool.run.records import Scores
+from spdtool.tasks import Task
 
 
 @dataclass(frozen=True)
 class DevComparison:
-    """What an exported file makes of the dev sets: both sides' metrics, flipped predictions, largest logit change.
+    """An exported file and its checkpoint on the dev sets.
 
     Attributes:
-        worse: predictions that were right and are not any more; of a regression, all that moved.
+        flipped: predictions that differ, among `rows`.
+        largest_change: of a logit.
+        worsened: predictions that were right and are wrong now; for regression, all that changed.
     """
 
-    metrics: dict[str, float]
-    checkpoint: dict[str, float]
+    file_scores: Scores
+    checkpoint_scores: Scores
     flipped: int
     rows: int
-    difference: float
-    worse: int = 0
+    largest_change: float
+    worsened: int = 0
 
 
 class ScoreBudgetExceeded(GateError):
-    """The files are sound, and their roundings cost more of the dev metric than the budget."""
+    """The files are sound, but their rounding costs more of the dev score than the budget allows."""
 
 
-def prepare_dev_sets(checkpoint: Path, recipe: Recipe, note: CheckRows | None = None) -> DevSets:
-    """The dev sets of the recipe's task and some of its training rows, encoded for the checkpoint.
-
-    Args:
-        note: as `check_rows` in `prepare_data`.
+def check_score(target: Target, reference: Reference, folder: Path, provider: str) -> DevComparison:
+    """Compare the files in `folder` with the checkpoint on the dev sets.
 
     Raises:
-        DataError, ModelError: data, tokenizer and model do not fit together.
+        ScoreBudgetExceeded: names the first metric that changed by more than the budget, and what was rounded.
     """
-    model = load_model(checkpoint)
-    task, splits = prepare_data(recipe, load_tokenizer(checkpoint), label_names(model), note)
-    dev = {name: rows for name, rows in splits.items() if name.startswith("dev")}
-    data.check_lengths(dev, max_positions(model))
-    data.check_vocabulary(dev, model.config.vocab_size)
-    train = splits["train"]
-    return DevSets(task, dev, train.sample(recipe.export.calibration, recipe.seed))
-
-
-def compare_predictions(
-    task: Task, before: DevLogits, after: DevLogits, dev: dict[str, Encoded], tolerance: float
-) -> DevComparison:
-    """What changed from the checkpoint's logits to the file's; a regression counts as flipped beyond `tolerance`."""
-    flipped, worse, largest = 0, 0, 0.0
-    for name, rows in dev.items():
-        changed, worsened = task.compare_predictions(before[name], after[name], rows.labels, tolerance)
-        flipped += int(changed.sum())
-        worse += int(worsened.sum())
-        largest = max(largest, float(np.abs(after[name] - before[name]).max()))
-    metrics, checkpoint = (task.score_splits(logits, dev) for logits in (after, before))
-    return DevComparison(metrics, checkpoint, flipped, sum(len(rows) for rows in dev.values()), largest, worse)
-
-
-def metric_over_budget(change: DevComparison, budget: float) -> str | None:
-    """The name of the first metric that changed by more than the budget; one prediction alone is never too much.
-
-    On 400 rows one prediction is a quarter of a point, and what flips it may be the last bit of a logit.
-    """
-    for name, value in change.metrics.items():
-        if not math.isfinite(value) or (abs(value - change.checkpoint[name]) > budget and change.worse > 1):
-            return name
-    return None
-
-
-def check_budget(change: DevComparison, budget: float, metrics: dict[str, Any], *, rounds: bool, coarse: bool) -> None:
-    """Raise ScoreBudgetExceeded where a metric changed by more than the budget; says what was rounded."""
-    name = metric_over_budget(change, budget)
-    if name is None:
-        return
+    comparison = compare_on_dev_sets(target, reference, folder, provider)
+    budget = allowed_change(target, reference.recipe)
+    metric = metric_over_budget(comparison, budget)
+    if metric is None:
+        return comparison
     hint = f"export.budget is {budget:g}"
-    if rounds:
-        stored = f"export.values={metrics['values']} and export.embeddings={metrics['embeddings']} round the weights"
-        if coarse:
-            stored = f"its weights and its arithmetic are {metrics['values']}"
-        hint += f"; {stored}: store them more exactly, raise the budget, or leave the target out with export.skip"
+    if target.rounds_weights:
+        formats = target.storage_formats(reference.recipe)
+        rounding = f"export.values={formats.matrices} and export.embeddings={formats.embeddings} round the weights"
+        if target.rounds_arithmetic:
+            rounding = f"its weights and its arithmetic are {formats.matrices}"
+        hint += f"; {rounding}: store them more exactly, raise the budget, or take the target out of export.optional"
     raise ScoreBudgetExceeded(
-        f"the exported file has {name} {change.metrics[name]:.4f} on the dev set; its checkpoint has "
-        f"{change.checkpoint[name]:.4f} ({change.flipped} of {change.rows} predictions flipped, "
-        f"{change.worse} for the worse)",
+        f"the exported file has {metric} {comparison.file_scores[metric]:.4f} on the dev set; its checkpoint has "
+        f"{comparison.checkpoint_scores[metric]:.4f} ({comparison.flipped} of {comparison.rows} predictions flipped, "
+        f"{comparison.worsened} for the worse)",
         hint,
     )
 
 
-def measured(change: DevComparison, metrics: dict[str, Any], *, rounds: bool) -> dict[str, Any]:
-    """The part of the metrics that the dev sets give; rounding moves the logits, and that is no fault of the file."""
-    found: dict[str, Any] = {
-        "dev": change.metrics,
-        "checkpoint_dev": change.checkpoint,
-        "flipped": change.flipped,
-        "worse": change.worse,
-        "rows": change.rows,
-    }
-    if rounds:
-        found["largest_change"] = change.difference
-    elif change.difference > metrics["largest_difference"]:
-        found |= {"largest_difference": change.difference, "largest_difference_at": "the dev set"}
-    return found
+def compare_on_dev_sets(target: Target, reference: Reference, folder: Path, provider: str) -> DevComparison:
+    """Predict the dev sets with the files in `folder`, and compare with the checkpoint."""
+    dev, tolerance = reference.dev, reference.recipe.export.tolerance
+    assert dev.task is not None, "there is no score without a task"
+    file_logits = dev.predict(target.session(folder, provider))
+    return compare_predictions(dev.task, reference.dev_logits(provider), file_logits, dev.splits, tolerance)
+
+
+def compare_predictions(
+    task: Task, checkpoint_logits: DevLogits, file_logits: DevLogits, splits: dict[str, Encoded], tolerance: float
+) -> DevComparison:
+    """Score both sides and count the predictions that differ.
+
+    Args:
+        tolerance: a regression's prediction counts as another one beyond this difference.
+    """
+    flipped, worsened, largest_change = 0, 0, 0.0
+    for name, rows in splits.items():
+        before, after = checkpoint_logits[name], file_logits[name]
+        is_flipped, is_worse = task.compare_predictions(before, after, rows.labels, tolerance)
+        flipped += int(is_flipped.sum())
+        worsened += int(is_worse.sum())
+        largest_change = max(largest_change, float(np.abs(after - before).max()))
+    return DevComparison(
+        task.score_splits(file_logits, splits),
+        task.score_splits(checkpoint_logits, splits),
+        flipped,
+        sum(len(rows) for rows in splits.values()),
+        largest_change,
+        worsened,
+    )
+
+
+def allowed_change(target: Target, recipe: Recipe) -> float:
+    """Largest change of a dev metric that passes."""
+    return recipe.export.allowed_change(rounds=target.rounds_weights, storage=target.storage_formats(recipe))
+
+
+def metric_over_budget(comparison: DevComparison, budget: float) -> str | None:
+    """Name the first metric that changed by more than the budget, or is not finite.
+
+    A single prediction is never too much: on 400 rows it is a quarter of a point, and the last bit of a logit may
+    decide it.
+    """
+    for name, value in comparison.file_scores.items():
+        change = abs(value - comparison.checkpoint_scores[name])
+        if not math.isfinite(value) or (change > budget and comparison.worsened > 1):
+            return name
+    return None

@@ -1,6 +1,7 @@
-"""Which parts of a model have to stay in float32 for int8 to keep the dev metric.
+"""Find the modules that have to stay in float32 for rounded arithmetic to keep the dev score.
 
-Each part is first rounded alone, which says what damage it does; then the worst ones are kept, as few as will do.
+Each module is first rounded alone, which measures the damage it does. Then the worst ones stay in float32, as few as
+the budget needs, which a bisection finds.
 """
 
 from __future__ import annotations
@@ -10,49 +11,64 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-Kept = tuple[str, ...]
+Modules = tuple[str, ...]
 
 
-class Found(NamedTuple):
-    """What was kept (None: nothing short of everything would do), the damage by part, and how many trials it took."""
+class SearchResult(NamedTuple):
+    """What the search found.
 
-    kept: Kept | None
+    Attributes:
+        float32_modules: in the order of the model; None: nothing short of all of them meets the budget.
+        damage: by module, or by neighbouring modules that were tried together.
+        tries: number of files that were written.
+    """
+
+    float32_modules: Modules | None
     damage: dict[str, float]
     tries: int
 
 
-def search(parts: Sequence[str], damage: Callable[[Kept], float], passes: Callable[[Kept], bool], tries: int) -> Found:
-    """The fewest parts, in the order of their damage, that have to stay in float32.
+def search_float32_modules(
+    modules: Sequence[str], damage: Callable[[Modules], float], meets_budget: Callable[[Modules], bool], tries: int
+) -> SearchResult:
+    """Find the fewest modules, taken in the order of their damage, that have to stay in float32.
 
     Args:
-        damage: of a file in which the given parts stay in float32.
-        passes: whether such a file keeps within the budget; taken to be so for more parts where it is for fewer.
-        tries: most calls of both together; where there are more parts, neighbours are looked at together.
+        modules: all that may, in the order of the model.
+        damage: of a file in which the given modules stay in float32.
+        meets_budget: whether such a file does; assumed to stay true when modules are added.
+        tries: most calls of both together; with more modules than that, neighbours are tried together.
     """
-    groups = _grouped(parts, tries)
-    done = {group: damage(tuple(part for part in parts if part not in group)) for group in groups}
-    worst = sorted(groups, key=lambda group: -done[group])
-    spent, low, high = len(groups), 1, len(groups)  # all of them in float32 is no int8 file any more
+    groups = _group_neighbours(modules, tries)
+    group_damage = {}
+    for group in groups:
+        all_others = tuple(module for module in modules if module not in group)
+        group_damage[group] = damage(all_others)
+    worst_first = sorted(groups, key=lambda group: -group_damage[group])
+    used_tries = len(groups)
+    low, high = 1, len(groups)  # with all groups in float32 the file would not be rounded any more
     while low < high:
         middle = (low + high) // 2
-        spent += 1
-        if passes(_joined(parts, worst[:middle])):
+        used_tries += 1
+        if meets_budget(_in_model_order(modules, worst_first[:middle])):
             high = middle
         else:
             low = middle + 1
-    kept = _joined(parts, worst[:high]) if high < len(groups) else None
-    return Found(kept, {" ".join(group): value for group, value in done.items()}, spent)
+    damages = {" ".join(group): value for group, value in group_damage.items()}
+    if high == len(groups):
+        return SearchResult(None, damages, used_tries)
+    return SearchResult(_in_model_order(modules, worst_first[:high]), damages, used_tries)
 
 
-def _grouped(parts: Sequence[str], tries: int) -> list[Kept]:
-    """Parts in as many groups of neighbours as leave enough trials for the bisection."""
-    count = len(parts)
+def _group_neighbours(modules: Sequence[str], tries: int) -> list[Modules]:
+    """Split the modules into as many groups of neighbours as leave enough tries for the bisection."""
+    count = len(modules)
     while count > 1 and count + math.ceil(math.log2(count)) > tries:
         count -= 1
-    edges = [round(place * len(parts) / count) for place in range(count + 1)]
-    return [tuple(parts[start:end]) for start, end in pairwise(edges)]
+    edges = [round(index * len(modules) / count) for index in range(count + 1)]
+    return [tuple(modules[start:end]) for start, end in pairwise(edges)]
 
 
-def _joined(parts: Sequence[str], groups: Sequence[Kept]) -> Kept:
-    chosen = {part for group in groups for part in group}
-    return tuple(part for part in parts if part in chosen)
+def _in_model_order(modules: Sequence[str], groups: Sequence[Modules]) -> Modules:
+    chosen = set().union(*groups)
+    return tuple(module for module in modules if module in chosen)

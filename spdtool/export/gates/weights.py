@@ -1,4 +1,4 @@
-"""The gate on weights: a file must hold the zeros of its checkpoint, and its other weights up to their rounding."""
+"""The gate on weights: a file has the zeros of its checkpoint, and its other weights up to their rounding."""
 
 from __future__ import annotations
 
@@ -9,45 +9,47 @@ from transformers import PreTrainedModel
 
 from spdtool.errors import GateError
 from spdtool.export.graph.weights import StoredWeight
+from spdtool.run.records import ZeroCount
 
-SLACK = 1e-5  # of float32 arithmetic in a rounding
+SLACK = 1e-5  # float32 arithmetic of the rounding itself, as a share of the error and of the largest weight
 
 
 def check_zeros(
-    audited: Mapping[str, tuple[int, int]], expected: Mapping[str, tuple[int, int]], *, more: bool = False
-) -> None:
-    """Refuse exported files whose matrices have other zeros than the checkpoint's.
+    file_counts: Mapping[str, tuple[int, int]], expected: Mapping[str, ZeroCount], *, allow_more: bool = False
+) -> int:
+    """Refuse a file whose matrices have other zeros than the checkpoint's.
 
     Args:
-        more: let them have more, where small weights are rounded to zero.
+        file_counts: `(zeros, size)` of the file's matrices, by parameter.
+        expected: the same of the checkpoint; further matrices of the file are ignored.
+        allow_more: accept further zeros, where small weights are rounded to zero.
+
+    Returns:
+        Number of weights that are zero in the file only.
 
     Raises:
         GateError: names the first matrix that is missing or differs, and how many there are.
     """
-
-    def differs(found: tuple[int, int] | None, zeros: int, size: int) -> bool:
-        return found is None or found[1] != size or found[0] < zeros or (found[0] > zeros and not more)
-
-    wrong = [name for name, (zeros, size) in expected.items() if differs(audited.get(name), zeros, size)]
-    if not wrong:
-        return
-    name, further = wrong[0], f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-    found = audited.get(name)
-    shown = f"{found[0]} zeros among {found[1]} weights" if found else "no such matrix"
-    raise GateError(
-        f"{name}{further}: the exported file has {shown}; the checkpoint has {expected[name][0]} among "
-        f"{expected[name][1]}"
-    )
+    wrong = []
+    new_zeros = 0
+    for name, (zeros, size) in expected.items():
+        file_zeros, file_size = file_counts.get(name, (-1, -1))
+        if file_size != size or file_zeros < zeros or (file_zeros > zeros and not allow_more):
+            wrong.append(name)
+        new_zeros += file_zeros - zeros
+    if wrong:
+        raise GateError(_describe_difference(wrong, file_counts, expected))
+    return new_zeros
 
 
 def check_stored_weights(stored: Iterable[StoredWeight], model: PreTrainedModel) -> None:
-    """Refuse stored weights that are not the model's: a zero that is none, or more than the storage rounds.
+    """Refuse a stored weight that fills a zero, or is further from the checkpoint's than its format rounds.
 
     Raises:
-        GateError: names the parameter, and what was found.
+        GateError: names the parameter.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, array, error in stored:
+    for name, array, largest_error in stored:
         if name not in parameters:
             continue
         weight = parameters[name].detach().cpu().numpy()
@@ -56,9 +58,25 @@ def check_stored_weights(stored: Iterable[StoredWeight], model: PreTrainedModel)
         filled = int((array[weight == 0] != 0).sum())
         if filled:
             raise GateError(f"{name}: the exported file holds other numbers in place of {filled} zeros")
-        moved = np.abs(array - weight) - error * (1 + SLACK) - SLACK * np.abs(weight).max()
-        if not (moved <= 0).all():
+        error = np.abs(array - weight)
+        # The negation counts a NaN as too far.
+        too_far = ~(error - largest_error * (1 + SLACK) - SLACK * np.abs(weight).max() <= 0)
+        if too_far.any():
             raise GateError(
-                f"{name}: {int((~(moved <= 0)).sum())} of {weight.size} weights in the exported file are further from "
-                f"the checkpoint's than its storage rounds, by up to {np.nanmax(np.abs(array - weight)):.2g}"
+                f"{name}: {int(too_far.sum())} of {weight.size} weights in the exported file are further from "
+                f"the checkpoint's than its storage rounds, by up to {np.nanmax(error):.2g}"
             )
+
+
+def _describe_difference(
+    wrong: list[str], file_counts: Mapping[str, tuple[int, int]], expected: Mapping[str, ZeroCount]
+) -> str:
+    name = wrong[0]
+    matrix = name
+    if len(wrong) > 1:
+        matrix = f"{name} (and {len(wrong) - 1} more)"
+    contents = "no such matrix"
+    if name in file_counts:
+        contents = "{} zeros among {} weights".format(*file_counts[name])
+    zeros, size = expected[name]
+    return f"{matrix}: the exported file has {contents}; the checkpoint has {zeros} among {size}"
