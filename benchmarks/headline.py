@@ -99,7 +99,7 @@ def measure(run_folder: Path, python: str | None, shapes: list[str], rounds: int
     """Time and score every engine; return what the JSON holds."""
     from spdtool.bench import engines, latency
     from spdtool.export import runtime
-    from spdtool.export.gates.score import prepare_dev_sets
+    from spdtool.export.gates.reference import prepare_dev_sets
     from spdtool.export.target import get_target
     from spdtool.models import predict
     from spdtool.run.folder import Run

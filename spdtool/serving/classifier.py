@@ -329,7 +329,7 @@ def open_bundle_session(bundle: Bundle, library: str | Path | None, provider: st
     try:
         return runtime.open_session(bundle.model, provider, threads, [installed.module.path()])
     except ModelError as error:
-        written_by = bundle.library.get("version")
+        written_by = bundle.library.version
         if written_by in (None, installed.version):
             raise
         raise ModelError(

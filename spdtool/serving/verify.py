@@ -18,7 +18,8 @@ from typing import Any
 from spdtool import plugins
 from spdtool.errors import GateError, ModelError, SpdError
 from spdtool.export.bundle import selftest
-from spdtool.export.bundle.read import BUNDLE_FORMAT, MANIFEST, read_manifest
+from spdtool.export.bundle.read import MANIFEST, read_manifest
+from spdtool.run.records import BundleManifest
 
 TIMEOUT = 1800  # seconds for the whole self-test
 
@@ -36,7 +37,7 @@ def verify_bundle(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise ModelError(f"there is no folder {folder}", "give RUN/export/bundle")
     manifest = read_manifest(folder)
-    if manifest.get("format") != BUNDLE_FORMAT:
+    if not isinstance(manifest, BundleManifest):
         raise ModelError(f"{folder} is no bundle: its {MANIFEST} names no variants", "give RUN/export/bundle")
     report = run_selftest(folder, installed_libraries(manifest))
     if report["failures"]:
@@ -45,13 +46,13 @@ def verify_bundle(folder: Path) -> dict[str, Any]:
     return {"folder": str(folder)} | report
 
 
-def installed_libraries(manifest: Mapping[str, Any]) -> dict[str, Path]:
+def installed_libraries(manifest: BundleManifest) -> dict[str, Path]:
     """Map each variant that needs a library to the installed one; the self-test skips a variant without."""
     libraries = {}
-    for name, variant in manifest["variants"].items():
-        if variant.get("library"):
+    for name, variant in manifest.variants.items():
+        if variant.library is not None:
             try:
-                libraries[name] = Path(plugins.find_library(variant["target"]).module.path())
+                libraries[name] = Path(plugins.find_library(variant.target).module.path())
             except SpdError:
                 continue
     return libraries

@@ -213,10 +213,10 @@ def test_nothing_of_the_folder_is_run(copied: Path, spdtool: Call, tmp_path: Pat
     assert not mark.exists()
 
 
-def test_what_is_no_bundle_is_refused(spdtool: Call, stage: Any, copied: Path) -> None:
-    called = spdtool("serve-check", stage[0] / "student")
+def test_what_is_no_bundle_is_refused(spdtool: Call, exported: Any, copied: Path) -> None:
+    called = spdtool("serve-check", exported.folder / "student")
     assert (called.exit_code, "is no bundle" in called.stderr) == (2, True)
-    called = spdtool("serve-check", stage[0] / "nosuch")
+    called = spdtool("serve-check", exported.folder / "nosuch")
     assert (called.exit_code, "there is no folder" in called.stderr) == (2, True)
     forge(copied, files={"../../../../etc/passwd": {"bytes": 1, "sha256": "x"}}, prefer={})
     assert spdtool("serve-check", copied).exit_code == 2

@@ -28,6 +28,7 @@ from spdtool.export.bundle.layouts import write_layout
 from spdtool.export.bundle.read import read_manifest
 from spdtool.recipe import reading as recipe
 from spdtool.run.folder import Run
+from spdtool.run.records import BundleManifest
 from spdtool.stages.distill import distill
 from spdtool.stages.export import export
 from spdtool.stages.finetune import finetune
@@ -53,12 +54,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     sets = [f"{stage}.max_steps=60" for stage in ("teacher", "prune", "distill", "finetune")]
     sets += ["export.skip=[]"]
     chosen = recipe.build_recipe("default", {"task": "demo", "device": "cpu"}, sets)
-    made = Run.at(tmp_path_factory.mktemp("clients") / "demo", chosen)
+    run = Run.at(tmp_path_factory.mktemp("clients") / "demo", chosen)
     for stage in (teacher, prune, distill, finetune):
-        stage(made)
+        stage(run)
     with contextlib.suppress(GateError):  # a variant that was refused is not in the bundle, and that is all
-        export(made)
-    return made
+        export(run)
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -90,19 +91,19 @@ Make = Callable[..., Path]
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Make:
     """`python("ov", "openvino", ...)`: the interpreter of an environment with these distributions and no others."""
-    kept = Path(os.environ.get("SPDTOOL_CLIENTS") or tmp_path_factory.mktemp("environments"))
+    environments = Path(os.environ.get("SPDTOOL_CLIENTS") or tmp_path_factory.mktemp("environments"))
     clean = {name: value for name, value in os.environ.items() if name != "PIP_CONSTRAINT"}
 
     def make(name: str, *distributions: str) -> Path:
-        found = kept / name / "bin/python"
-        if not found.exists():
-            subprocess.run([sys.executable, "-m", "venv", str(kept / name)], check=True)
-            words = [str(found), "-m", "pip", "install", "--quiet", *distributions]
+        interpreter = environments / name / "bin/python"
+        if not interpreter.exists():
+            subprocess.run([sys.executable, "-m", "venv", str(environments / name)], check=True)
+            words = [str(interpreter), "-m", "pip", "install", "--quiet", *distributions]
             done = subprocess.run(words, capture_output=True, text=True, env=clean, check=False)
             if done.returncode:
-                shutil.rmtree(kept / name)
+                shutil.rmtree(environments / name)
                 pytest.skip(f"{' '.join(distributions)} cannot be installed: {done.stderr.strip()[-300:]}")
-        return found
+        return interpreter
 
     return make
 
@@ -124,26 +125,26 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def answer(words: list[Any], given: Any, folder: Path | None = None) -> dict[str, Any]:
-    """What a client says, as JSON, of what it is given."""
+def run_client(words: list[Any], request: Any, folder: Path | None = None) -> dict[str, Any]:
+    """Run a client that reads and writes JSON, and return its answer."""
     words = [str(word) for word in words]
-    done = subprocess.run(words, input=json.dumps(given), capture_output=True, text=True, cwd=folder, check=False)
+    done = subprocess.run(words, input=json.dumps(request), capture_output=True, text=True, cwd=folder, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    told: dict[str, Any] = json.loads(done.stdout)
-    return told
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
 
 
-def tell(client: str, version: str, found: np.ndarray, expected: np.ndarray) -> int:
-    """Say what came out, for the documents; return how many predictions are other ones."""
-    flipped = int((found.argmax(1) != expected.argmax(1)).sum())
-    print(f"\n{client} {version}: {flipped} of {len(found)} differ; logits by {np.abs(found - expected).max():.1e}")
+def count_flips(client: str, version: str, logits: np.ndarray, expected: np.ndarray) -> int:
+    """Count the predictions that differ; print the figures, for the documents."""
+    flipped = int((logits.argmax(1) != expected.argmax(1)).sum())
+    print(f"\n{client} {version}: {flipped} of {len(logits)} differ; logits by {np.abs(logits - expected).max():.1e}")
     return flipped
 
 
 def test_openvino(servable: Path, rows: dict[str, Any], python: Make) -> None:
     words = [python("ov", "openvino", "numpy"), HERE / "openvino_logits.py", servable / "onnx/model.onnx"]
-    told = answer(words, rows["encoded"])
-    assert tell("OpenVINO", told["version"], np.array(told["logits"]), rows["logits"]) == 0
+    answer = run_client(words, rows["encoded"])
+    assert count_flips("OpenVINO", answer["version"], np.array(answer["logits"]), rows["logits"]) == 0
 
 
 @pytest.mark.parametrize("file", DTYPES)
@@ -152,25 +153,25 @@ def test_transformers_js(file: str, servable: Path, rows: dict[str, Any], node: 
         pytest.skip(f"the bundle has no {file}")
     dtype = DTYPES[file]
     words = ["node", HERE / "transformers_js.mjs", servable.parent, servable.name, dtype]
-    told = answer(words, {"texts": rows["texts"], "pairs": rows["pairs"]}, node)
-    found = np.array(told["logits"])
-    flipped = tell(f"transformers.js ({dtype})", told["version"], found, rows["logits"])
+    answer = run_client(words, {"texts": rows["texts"], "pairs": rows["pairs"]}, node)
+    logits = np.array(answer["logits"])
+    flipped = count_flips(f"transformers.js ({dtype})", answer["version"], logits, rows["logits"])
     assert flipped <= (0 if dtype == "fp32" else 0.02 * ROWS)
     names = json.loads((servable / "config.json").read_text())["id2label"]
-    assert told["labels"] in ([], [names[str(index)] for index in found.argmax(1)])
+    assert answer["labels"] in ([], [names[str(index)] for index in logits.argmax(1)])
 
 
 def test_onnxruntime_web(servable: Path, rows: dict[str, Any], node: Path) -> None:
     words = ["node", HERE / "onnxruntime_web.mjs", servable / "onnx/model.onnx"]
-    told = answer(words, rows["encoded"], node)
-    assert tell("onnxruntime-web", told["version"], np.array(told["logits"]), rows["logits"]) == 0
+    answer = run_client(words, rows["encoded"], node)
+    assert count_flips("onnxruntime-web", answer["version"], np.array(answer["logits"]), rows["logits"]) == 0
 
 
 def test_optimum(servable: Path, rows: dict[str, Any], python: Make, tmp_path: Path) -> None:
     interpreter = python("optimum", "optimum-onnx[onnxruntime]")
     words = [interpreter, HERE / "optimum_logits.py", servable, "model.onnx"]
-    told = answer(words, {"texts": rows["texts"], "pairs": rows["pairs"]}, tmp_path)
-    assert tell("optimum-onnx", told["version"], np.array(told["logits"]), rows["logits"]) == 0
+    answer = run_client(words, {"texts": rows["texts"], "pairs": rows["pairs"]}, tmp_path)
+    assert count_flips("optimum-onnx", answer["version"], np.array(answer["logits"]), rows["logits"]) == 0
 
 
 def test_plain_onnxruntime_replays_the_golden_examples(servable: Path, python: Make) -> None:
@@ -186,16 +187,18 @@ def test_plain_onnxruntime_gives_the_student_s_predictions(servable: Path, rows:
 
     session = onnxruntime.InferenceSession(servable / "onnx/model.onnx", providers=["CPUExecutionProvider"])
     names = [value.name for value in session.get_inputs()]
-    found = np.concatenate(
-        [session.run(None, {name: np.array([row[name]], np.int64) for name in names})[0] for row in rows["encoded"]]
-    )
-    assert tell("onnxruntime", onnxruntime.__version__, found, rows["logits"]) == 0
+    logits = []
+    for row in rows["encoded"]:
+        feeds = {name: np.array([row[name]], np.int64) for name in names}
+        logits.append(session.run(None, feeds)[0])
+    assert count_flips("onnxruntime", onnxruntime.__version__, np.concatenate(logits), rows["logits"]) == 0
 
 
 def test_the_onnx_checker(servable: Path) -> None:
     manifest = read_manifest(servable)
-    for name, facts in manifest["variants"].items():
-        model = onnx.load(servable / facts["file"])
+    assert isinstance(manifest, BundleManifest)
+    for name, variant in manifest.variants.items():
+        model = onnx.load(servable / variant.file)
         standard = {entry.domain for entry in model.opset_import} <= {"", "ai.onnx"}
         assert standard or name != "onnx"
         if standard:
@@ -207,13 +210,13 @@ def test_triton_reads_its_repository(device: str, kind: str, run: Run, python: M
     interpreter = python("triton", "tritonclient[grpc]")
     chosen = Run(run.path, run.recipe.model_copy(update={"device": device}))
     write_layout(chosen, "triton", tmp_path / "my.model")
-    models = answer([interpreter, HERE / "triton_config.py", tmp_path / "my.model"], None)["models"]
+    models = run_client([interpreter, HERE / "triton_config.py", tmp_path / "my.model"], None)["models"]
     assert set(models) == {"my_model", "my_model_tokenizer", "my_model_model"}
     assert models["my_model_model"]["backend"] == "onnxruntime"
     assert [group["kind"] for group in models["my_model_model"]["instance_group"]] == [kind]
     assert models["my_model_model"]["dynamic_batching"]["max_queue_delay_microseconds"] == "2000"
     steps = models["my_model"]["ensemble_scheduling"]["step"]
     assert [step["model_name"] for step in steps] == ["my_model_tokenizer", "my_model_model"]
-    given = {tensor["name"] for tensor in models["my_model_tokenizer"]["output"]}
-    assert given == {tensor["name"] for tensor in models["my_model_model"]["input"]}
-    assert given == set(steps[1]["input_map"]) == set(steps[0]["output_map"])
+    ids = {tensor["name"] for tensor in models["my_model_tokenizer"]["output"]}
+    assert ids == {tensor["name"] for tensor in models["my_model_model"]["input"]}
+    assert ids == set(steps[1]["input_map"]) == set(steps[0]["output_map"])

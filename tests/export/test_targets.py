@@ -16,8 +16,8 @@ from spdtool.data import tokens as data
 from spdtool.errors import GateError, RecipeError
 from spdtool.export import runtime
 from spdtool.export.gates import export_and_check
-from spdtool.export.gates.reference import Reference
-from spdtool.export.gates.score import DevComparison, DevSets, compare_predictions
+from spdtool.export.gates.reference import DevSets, Reference
+from spdtool.export.gates.score import DevComparison, compare_predictions
 from spdtool.export.graph import fp16, trace
 from spdtool.export.graph.float32 import float32_copy
 from spdtool.export.graph.fuse import count_operators, fuse_operators, operator_domains
@@ -142,7 +142,7 @@ def test_static_int8_rounds_what_goes_into_a_product_with_a_weight_and_nothing_e
 def test_two_exports_are_byte_identical(name: str, checkpoint: Path, tmp_path: Path, dev: DevSets, toys: Any) -> None:
     target = get_target(name)
     for place in ("a", "b"):
-        target.export_rounded(checkpoint, tmp_path / place, toys.recipe(), Rounding((), dev.train))
+        target.export_rounded(checkpoint, tmp_path / place, toys.recipe(), Rounding((), dev.calibration_rows))
     assert (tmp_path / "a" / MODEL_FILE).read_bytes() == (tmp_path / "b" / MODEL_FILE).read_bytes()
 
 
@@ -301,7 +301,7 @@ def test_a_portable_file_has_no_other_operators(export: Export) -> None:
 
 
 def test_static_int8_needs_rows(checkpoint: Path, tmp_path: Path, dev: DevSets, toys: ModuleType) -> None:
-    target, without = get_target("onnx-int8-static"), DevSets(None, dev.sets)
+    target, without = get_target("onnx-int8-static"), DevSets(None, dev.splits)
     with pytest.raises(RecipeError, match="calibrated on rows of a task"):
         export_and_check(target, Reference(checkpoint, without, toys.recipe()), tmp_path / "out", ["cpu"])
 
@@ -316,14 +316,16 @@ def test_layers_that_break_the_budget_stay_in_float32(
         change = real(task, reference, found, rows, tolerance)
         held = {tensor.name for tensor in current().graph.initializer}
         spared = any("layer.0" in name and name.endswith("intermediate.dense.weight.T") for name in held)
-        metrics = {name: value - (0 if spared else 0.5) for name, value in change.checkpoint.items()}
-        return DevComparison(metrics, change.checkpoint, 9, change.rows, change.difference, 0 if spared else 9)
+        metrics = {name: value - (0 if spared else 0.5) for name, value in change.checkpoint_scores.items()}
+        return DevComparison(
+            metrics, change.checkpoint_scores, 9, change.rows, change.largest_change, 0 if spared else 9
+        )
 
     def current() -> onnx.ModelProto:
         return onnx.load(written[-1])
 
     written: list[Path] = []
-    monkeypatch.setattr("spdtool.export.gates.compare_predictions", compare)
+    monkeypatch.setattr("spdtool.export.gates.score.compare_predictions", compare)
     monkeypatch.setattr(trace, "write_model", lambda proto, file: written.append(file) or write(proto, file))
     metrics, folder = export("onnx-int8")
     assert "bert.encoder.layer.0" in metrics.kept_fp32

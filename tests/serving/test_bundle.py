@@ -1,4 +1,4 @@
-"""The servable folder as `bundle.write` makes it, the library that opens it, and the layouts made of it."""
+"""The bundle of a run: what it holds, how it is opened, and the layouts that are made of it."""
 
 from __future__ import annotations
 
@@ -21,15 +21,25 @@ from spdtool.export.bundle.card import render_card
 from spdtool.export.bundle.layouts import write_layout, write_triton_layout
 from spdtool.export.bundle.write import write_bundle
 from spdtool.run.folder import Run
+from spdtool.run.records import ExportResult, Variant
 from spdtool.serving import classifier
 
-Stage = tuple[Path, Path, Any, dict[str, Any]]
+TEXT_INPUT = "data_type: TYPE_STRING dims: [1]"
 
 
-def test_what_lies_in_it(servable: Path, stage: Stage) -> None:
+def test_it_holds_the_variants_and_what_a_server_needs(servable: Path) -> None:
     files = sorted(file.relative_to(servable).as_posix() for file in servable.rglob("*") if file.is_file())
-    kept = ["config.json", "golden.json", "manifest.json", "onnx/model.onnx", "onnx/model_fp16.onnx", "selftest.py"]
-    assert files == sorted([*kept, "README.md", "tokenizer.json", "tokenizer_config.json"])
+    assert files == [
+        "README.md",
+        "config.json",
+        "golden.json",
+        "manifest.json",
+        "onnx/model.onnx",
+        "onnx/model_fp16.onnx",
+        "selftest.py",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
     assert not any(file.is_symlink() for file in servable.rglob("*"))
     manifest = json.loads((servable / "manifest.json").read_text())
     assert set(manifest["files"]) == {*files} - {"manifest.json", "README.md"}
@@ -40,9 +50,10 @@ def test_what_lies_in_it(servable: Path, stage: Stage) -> None:
     assert exact["tolerance"] < 2e-4 < 0.02 < rounded["tolerance"] < 0.03
 
 
-def test_golden_logits_are_those_of_the_checkpoint(servable: Path, stage: Stage) -> None:
+def test_golden_logits_are_those_of_the_checkpoint(servable: Path, exported: Any) -> None:
     golden = json.loads((servable / "golden.json").read_text())
-    model = AutoModelForSequenceClassification.from_pretrained(stage[1]).eval()
+    assert list(golden) == ["format", "max_length", "padding", "labels", "rows"]
+    model = AutoModelForSequenceClassification.from_pretrained(exported.checkpoint).eval()
     assert len(golden["rows"]) == 20
     for row in golden["rows"]:
         columns = {name: torch.tensor([row[name]]) for name in ("input_ids", "token_type_ids")}
@@ -57,57 +68,47 @@ def test_golden_logits_are_those_of_the_checkpoint(servable: Path, stage: Stage)
 def test_the_card_is_one_that_the_hub_reads(servable: Path) -> None:
     from huggingface_hub import ModelCard
 
-    told = ModelCard.load(servable / "README.md", ignore_metadata_errors=False)
-    assert told.data.pipeline_tag == "text-classification"
-    assert [(found.metric_type, found.metric_value) for found in told.data.eval_results] == [("accuracy", 0.75)]
-    assert "| `onnx/model_fp16.onnx` | any | 1 | 50.00% | 0.7500 | +0.2500 | 3 of 12 |" in told.text
+    card = ModelCard.load(servable / "README.md", ignore_metadata_errors=False)
+    assert card.data.pipeline_tag == "text-classification"
+    assert [(entry.metric_type, entry.metric_value) for entry in card.data.eval_results] == [("accuracy", 0.75)]
+    assert "| `onnx/model_fp16.onnx` | any | 1 | 50.00% | 0.7500 | +0.2500 | 3 of 12 |" in card.text
 
 
-@pytest.mark.parametrize(
-    ("flags", "base"),
-    [
+def test_the_card_names_what_the_student_was_made_from(tmp_path: Path, toys: ModuleType, toy_task: Any) -> None:
+    toy_task("plain", build=False)
+    toy_task("built")
+    folder = str(tmp_path)
+    variant = Variant(target="onnx", file="onnx/model.onnx", files=[], bytes=1, sparsity=0.5)
+    cases: list[tuple[dict[str, Any], str | None]] = [
         ({}, "google-bert/bert-base-uncased"),
-        ({"model": "FOLDER"}, None),
+        ({"model": folder}, None),
         ({"model": "./theirs/encoder"}, None),
         ({"given_teacher": "someone/bert-mrpc"}, "someone/bert-mrpc"),
-        ({"given_teacher": "FOLDER"}, None),
+        ({"given_teacher": folder}, None),
         ({"given_teacher": "/gone/teacher"}, None),
-        ({"given_teacher": "FOLDER", "student": "pretrained"}, "google-bert/bert-base-uncased"),
-        ({"given_teacher": "FOLDER", "student": "someone/small"}, "someone/small"),
-        ({"given_teacher": "someone/bert-mrpc", "student": "FOLDER"}, None),
+        ({"given_teacher": folder, "student": "pretrained"}, "google-bert/bert-base-uncased"),
+        ({"given_teacher": folder, "student": "someone/small"}, "someone/small"),
+        ({"given_teacher": "someone/bert-mrpc", "student": folder}, None),
         ({"smoke": True}, None),
         ({"task": "built"}, None),
         ({"task": "built", "given_teacher": "someone/bert-toy"}, "someone/bert-toy"),
-    ],
-)
-def test_the_card_names_what_the_student_was_made_from(
-    flags: dict[str, Any], base: str | None, tmp_path: Path, toys: ModuleType, toy_task: Any
-) -> None:
-    toy_task("plain", build=False)
-    toy_task("built")
-    student = {"student": flags["student"]} if "student" in flags else {}
-    given = {name: value for name, value in flags.items() if name != "student"}
-    recipe = toys.recipe(**{"task": "plain"} | given).model_copy(update=student)
-    places = {name: str(tmp_path) for name in ("model", "given_teacher", "student") if flags.get(name) == "FOLDER"}
-    text = render_card(recipe.model_copy(update=places), {"onnx": assembled()}, {})
-    found = [line for line in text.splitlines() if line.startswith("base_model:")]
-    assert found == ([] if base is None else [f'base_model: "{base}"'])
-    assert str(tmp_path) not in text
+    ]
+    for fields, base_model in cases:
+        task = fields.get("task", "plain")
+        recipe = toys.recipe(task=task).model_copy(update=fields)
+        card = render_card(recipe, {"onnx": variant}, {})
+        lines = [line for line in card.splitlines() if line.startswith("base_model:")]
+        expected = [] if base_model is None else [f'base_model: "{base_model}"']
+        assert lines == expected, fields
+        assert folder not in card, fields
 
 
-def assembled() -> dict[str, Any]:
-    return {"file": "onnx/model.onnx", "hardware": "any", "bytes": 1, "sparsity": 0.5}
-
-
-def test_without_the_portable_target_or_a_fast_tokenizer_there_is_none(
-    stage: Stage, tmp_path: Path, toys: ModuleType
-) -> None:
-    export, checkpoint, recipe, metrics = stage
-    copied = shutil.copytree(export, tmp_path / "export")
-    (copied / "student/tokenizer.json").unlink()
-    assert "no tokenizer.json" in str(write_bundle(copied, checkpoint, recipe, metrics))
-    other = toys.recipe('export.targets=["onnx-fp16"]', task="served")
-    assert "'onnx' was not exported" in str(write_bundle(copied, checkpoint, other, metrics))
+def test_without_the_portable_target_or_a_fast_tokenizer_there_is_none(exported: Any, tmp_path: Path) -> None:
+    copy = shutil.copytree(exported.folder, tmp_path / "export")
+    (copy / "student/tokenizer.json").unlink()
+    assert "no tokenizer.json" in str(write_bundle(copy, exported.checkpoint, exported.recipe, exported.result))
+    other = ExportResult(first="onnx-fp16", targets={"onnx-fp16": exported.result.targets["onnx-fp16"]})
+    assert "'onnx' was not exported" in str(write_bundle(copy, exported.checkpoint, exported.recipe, other))
 
 
 # Opening it ---------------------------------------------------------------------------------------------------------
@@ -116,12 +117,12 @@ def test_without_the_portable_target_or_a_fast_tokenizer_there_is_none(
 @pytest.fixture
 def strange(servable: Path, tmp_path: Path) -> Path:
     """The bundle, as if its second variant needed a library and were preferred on a CPU."""
-    copied = shutil.copytree(servable, tmp_path / "strange")
-    manifest = json.loads((copied / "manifest.json").read_text())
+    copy = shutil.copytree(servable, tmp_path / "strange")
+    manifest = json.loads((copy / "manifest.json").read_text())
     manifest["variants"]["onnx-fp16"]["library"] = {"file": "lib/x.so", "version": "1", "platform": "any"}
     manifest["prefer"]["cpu"] = ["onnx-fp16", "onnx"]
-    (copied / "manifest.json").write_text(json.dumps(manifest))
-    return copied
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    return copy
 
 
 def test_one_text_or_two_is_what_the_task_had(servable: Path, single: Path, either: Path) -> None:
@@ -136,18 +137,10 @@ def test_one_text_or_two_is_what_the_task_had(servable: Path, single: Path, eith
     assert two.logits([[2, 5, 3]]).shape == (1, 3)
 
 
-@pytest.mark.parametrize("text", [[], ["a", "b", "c"], "ab", [1], None])
-def test_a_manifest_with_other_than_one_or_two_texts_is_damaged(text: Any, strange: Path) -> None:
-    manifest = json.loads((strange / "manifest.json").read_text())
-    (strange / "manifest.json").write_text(json.dumps(manifest | {"text": text}))
-    with pytest.raises(ModelError, match="is damaged"):
-        spdtool.load(strange)
-
-
-def opened(folder: Path, **how: Any) -> str:
-    found = spdtool.load(folder, **how).bundle
-    assert found is not None
-    return found.model.name
+def opened_model(folder: Path, variant: str | None = None) -> str:
+    bundle = spdtool.load(folder, variant=variant).bundle
+    assert bundle is not None
+    return bundle.model.name
 
 
 @pytest.mark.parametrize("trouble", ["no plugin", "not compiled", "does not load"])
@@ -166,7 +159,7 @@ def test_where_the_library_is_not_to_be_had_the_portable_one_runs(
         return plugins.Library("x", "1", SimpleNamespace(path=path))
 
     monkeypatch.setattr(plugins, "find_library", library)
-    assert opened(strange) == "model.onnx"
+    assert opened_model(strange) == "model.onnx"
     with pytest.raises((PluginError, DeviceError, ModelError)):
         spdtool.load(strange, variant="onnx-fp16")
 
@@ -176,9 +169,9 @@ def test_where_it_loads_the_preferred_one_runs(strange: Path, monkeypatch: pytes
     monkeypatch.setattr(
         plugins, "find_library", lambda _: plugins.Library("x", "1", SimpleNamespace(path=lambda: "x.so"))
     )
-    monkeypatch.setattr(classifier.runtime, "open_session", lambda *words: real(*words[:3]))
-    assert opened(strange) == "model_fp16.onnx"
-    assert opened(strange, variant="onnx") == "model.onnx"
+    monkeypatch.setattr(classifier.runtime, "open_session", lambda *arguments: real(*arguments[:3]))
+    assert opened_model(strange) == "model_fp16.onnx"
+    assert opened_model(strange, variant="onnx") == "model.onnx"
 
 
 def test_a_damaged_file_is_refused_and_not_passed_over(strange: Path) -> None:
@@ -207,24 +200,24 @@ def test_probabilities(servable: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def run(stage: Stage, tmp_path: Path) -> Run:
+def run(exported: Any, tmp_path: Path) -> Run:
     """A run whose export holds the bundle."""
-    made = Run.at(tmp_path / "run", stage[2])
-    with made.stage("export") as work:
-        shutil.copytree(stage[0] / "bundle", work.folder / "bundle")
-    return made
+    run = Run.at(tmp_path / "run", exported.recipe)
+    with run.stage("export") as stage:
+        shutil.copytree(exported.folder / "bundle", stage.folder / "bundle")
+    return run
 
 
 def test_the_layout_of_the_hub(run: Run, tmp_path: Path, servable: Path) -> None:
-    told = write_layout(run, "hub", tmp_path / "hub")
+    written = write_layout(run, "hub", tmp_path / "hub")
     names = {file.relative_to(servable).as_posix() for file in servable.rglob("*") if file.is_file()}
-    assert set(told["files"]) == names | {".gitattributes"}
+    assert set(written.files) == names | {".gitattributes"}
     assert "*.onnx filter=lfs" in (tmp_path / "hub/.gitattributes").read_text()
 
 
 def test_the_layout_of_triton(run: Run, tmp_path: Path) -> None:
-    told = write_layout(run, "triton", tmp_path / "my model")
-    assert {name.split("/")[0] for name in told["files"]} == {"my_model", "my_model_tokenizer", "my_model_model"}
+    written = write_layout(run, "triton", tmp_path / "my model")
+    assert {name.split("/")[0] for name in written.files} == {"my_model", "my_model_tokenizer", "my_model_model"}
     config = (tmp_path / "my model/my_model_model/config.pbtxt").read_text()
     assert 'backend: "onnxruntime"' in config
     assert "KIND_CPU" in config
@@ -253,13 +246,13 @@ def test_the_tokenizer_step_gives_what_the_library_gives(
     step = scope["TritonPythonModel"]()
     step.initialize({"model_repository": str(tmp_path / "m/m_tokenizer"), "model_version": "1"})
     texts, pairs = ["good film", "a meal and a book"], ["bad", "so cold it was"]
-    given = {
-        name: Tensor(name, np.array([[text.encode()] for text in column], object))
-        for name, column in (("TEXT", texts), ("PAIR", pairs))
-    }
+    request = {}
+    for name, column in (("TEXT", texts), ("PAIR", pairs)):
+        request[name] = Tensor(name, np.array([[text.encode()] for text in column], object))
+    not_utf8 = Tensor("TEXT", np.array([b"\xff"]))
     blank = Tensor("PAIR", np.array([b"", b"x"]))
     whole, alone, wrong, empty = step.execute(
-        [given, {"TEXT": given["TEXT"]}, {"TEXT": Tensor("TEXT", np.array([b"\xff"]))}, given | {"PAIR": blank}]
+        [request, {"TEXT": request["TEXT"]}, {"TEXT": not_utf8}, request | {"PAIR": blank}]
     )
     classify = spdtool.load(servable)
     columns = {tensor.name: tensor.array for tensor in whole.tensors}
@@ -271,18 +264,19 @@ def test_the_tokenizer_step_gives_what_the_library_gives(
 
 
 def test_the_layout_of_triton_has_the_texts_of_the_task(run: Run, either: Path, single: Path) -> None:
-    def inputs(bundle: Path, folder: Path) -> str:
+    def text_inputs(bundle: Path, folder: Path) -> str:
+        """The inputs of the tokenizer, which are those of the ensemble."""
         folder.mkdir()
         write_triton_layout(bundle, folder, "cpu", "m")
-        configs = [(folder / name / "config.pbtxt").read_text() for name in ("m", "m_tokenizer")]
-        taken = {text[text.index("input [") :].split("]\n")[0] for text in configs}
-        assert len(taken) == 1
-        assert ('key: "PAIR"' in configs[0]) == ("PAIR" in min(taken))
-        return taken.pop()
+        ensemble, tokenizer = ((folder / name / "config.pbtxt").read_text() for name in ("m", "m_tokenizer"))
+        inputs, same = (config[config.index("input [") :].split("]\n")[0] for config in (ensemble, tokenizer))
+        assert inputs == same
+        assert ('key: "PAIR"' in ensemble) == ("PAIR" in inputs)
+        return inputs
 
-    assert "PAIR" not in inputs(single, run.path / "single")
-    assert 'name: "PAIR" data_type: TYPE_STRING dims: [1] optional: true' in inputs(either, run.path / "either")
-    assert 'name: "PAIR" data_type: TYPE_STRING dims: [1] }' in inputs(run.path / "export/bundle", run.path / "pairs")
+    assert "PAIR" not in text_inputs(single, run.path / "single")
+    assert f'name: "PAIR" {TEXT_INPUT} optional: true' in text_inputs(either, run.path / "either")
+    assert f'name: "PAIR" {TEXT_INPUT} }}' in text_inputs(run.path / "export/bundle", run.path / "pairs")
 
 
 def test_a_layout_that_cannot_be_written(run: Run, tmp_path: Path, spdtool: Any) -> None:

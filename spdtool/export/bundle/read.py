@@ -233,7 +233,7 @@ def _require_model(folder: Path, model: Path) -> None:
 
 
 def _require_unchanged(file: Path, expected: FileCheck | FileDigest) -> None:
-    """Raise ModelError if a file has other contents than the manifest says: a model with other numbers opens as well."""
+    """Raise ModelError if a file has other contents than the manifest says: other numbers open just as well."""
     hint = "copy the folder again, or export it again"
     size = file.stat().st_size
     if expected.bytes is not None and size != expected.bytes:

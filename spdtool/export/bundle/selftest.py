@@ -97,7 +97,7 @@ def main(words: list[str] | None = None) -> int:
     """Test a folder, write the report to standard output, and return the exit code."""
     options = parse_options(words)
     try:
-        import numpy  # noqa: F401, ICN001
+        import numpy  # noqa: F401
         import onnxruntime  # noqa: F401
         import tokenizers  # noqa: F401
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""`spdtool unpack`: turn an exported folder back into a plain Hugging Face checkpoint, if its target keeps the weights."""
+"""`spdtool unpack`: turn an exported folder back into a Hugging Face checkpoint, if its target keeps the weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The batches on which an exported file is compared with its checkpoint: real rows, and random tokens of many shapes."""
+"""The batches on which exported file and checkpoint are compared: real rows, and random tokens of many shapes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint as the reference of its exported files: its zeros, logits and dev sets, computed once for all targets."""
+"""A checkpoint as the reference of its exported files: zeros, logits and dev sets, computed once for all targets."""
 
 from __future__ import annotations
 

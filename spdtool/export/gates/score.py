@@ -56,7 +56,7 @@ def check_score(target: Target, reference: Reference, folder: Path, provider: st
         rounding = f"export.values={formats.matrices} and export.embeddings={formats.embeddings} round the weights"
         if target.rounds_arithmetic:
             rounding = f"its weights and its arithmetic are {formats.matrices}"
-        hint += f"; {rounding}: store them more exactly, raise the budget, or take the target out of export.optional"
+        hint += f"; {rounding}: store them more exactly, raise the budget, or leave the target out with export.skip"
     raise ScoreBudgetExceeded(
         f"the exported file has {metric} {comparison.file_scores[metric]:.4f} on the dev set; its checkpoint has "
         f"{comparison.checkpoint_scores[metric]:.4f} ({comparison.flipped} of {comparison.rows} predictions flipped, "

@@ -1,30 +1,38 @@
-"""Exported folders: found, refused, and never trusted."""
+"""Exported folders are opened, refused, and never trusted."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from spdtool.errors import ModelError, UnknownName
-from spdtool.export.bundle.read import list_usable_variants, read_bundle
+from spdtool.export.bundle.read import (
+    list_usable_variants,
+    longest_input,
+    read_bundle,
+    read_golden_examples,
+    read_manifest,
+)
+from spdtool.run.records import LibraryRecord
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """An exported folder with a manifest; its model is no model, which nobody looks at here."""
-    made = tmp_path / "export/sparse-cpu/student"
-    (made / "onnx").mkdir(parents=True)
-    (made / "config.json").write_text("{}")
-    (made / "onnx/model.onnx").write_bytes(b"123")
-    write(made)
-    return made
+    """An exported folder with a manifest; its model is no model, but nobody opens it here."""
+    folder = tmp_path / "export/sparse-cpu/student"
+    (folder / "onnx").mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "onnx/model.onnx").write_bytes(b"123")
+    write_folder_manifest(folder)
+    return folder
 
 
-def write(folder: Path, **changed: Any) -> None:
+def write_folder_manifest(folder: Path, **changes: Any) -> None:
     manifest = {
         "format": 1,
         "target": "sparse-cpu",
@@ -32,28 +40,27 @@ def write(folder: Path, **changed: Any) -> None:
         "library": {"version": "0.1.0"},
         "files": {"onnx/model.onnx": {"bytes": 3}},
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest | changed))
+    (folder / "manifest.json").write_text(json.dumps(manifest | changes))
 
 
-def test_a_folder_with_a_manifest(folder: Path) -> None:
-    found = read_bundle(folder)
-    assert (found.folder, found.model) == (folder, folder / "onnx/model.onnx")
-    assert (found.target, found.library) == ("sparse-cpu", {"version": "0.1.0"})
+def test_a_folder_with_a_manifest_is_what_the_manifest_says(folder: Path) -> None:
+    bundle = read_bundle(folder)
+    assert (bundle.folder, bundle.model) == (folder, folder / "onnx/model.onnx")
+    assert (bundle.target, bundle.library) == ("sparse-cpu", LibraryRecord(version="0.1.0"))
 
 
-def test_a_folder_without_one(folder: Path) -> None:
+def test_a_folder_without_a_manifest_holds_the_usual_model(folder: Path) -> None:
     (folder / "manifest.json").unlink()
-    found = read_bundle(folder)
-    assert (found.model, found.target, found.library) == (folder / "onnx/model.onnx", None, {})
+    bundle = read_bundle(folder)
+    assert (bundle.model, bundle.target, bundle.library) == (folder / "onnx/model.onnx", None, None)
 
 
-def test_of_a_folder_of_roles_the_student(folder: Path) -> None:
+def test_a_folder_of_roles_stands_for_its_student(folder: Path) -> None:
     assert read_bundle(folder.parent).folder == folder
 
 
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
+def test_a_manifest_that_cannot_be_used_is_refused(folder: Path) -> None:
+    faults: list[tuple[dict[str, Any], str]] = [
         ({"format": 3}, "has the format 3; this spdtool reads 1 and 2"),
         ({"format": 2}, "files, variants and prefer do not fit together"),
         ({"format": None}, "has the format None"),
@@ -67,27 +74,25 @@ def test_of_a_folder_of_roles_the_student(folder: Path) -> None:
         ({"files": {"onnx/model.onnx": 3}}, "files is of the wrong type"),
         ({"files": {"onnx/model.onnx": {"bytes": 4}}}, "has 3 bytes; manifest.json says 4"),
         ({"files": {"onnx/model.onnx": {"bytes": 3, "sha256": 64 * "0"}}}, "is damaged or was changed: its sha256"),
-    ],
-)
-def test_a_manifest_that_cannot_be_used(folder: Path, changed: dict[str, Any], message: str) -> None:
-    write(folder, **changed)
-    with pytest.raises(ModelError, match=message) as caught:
-        read_bundle(folder)
-    assert caught.value.hint
+    ]
+    for changes, message in faults:
+        write_folder_manifest(folder, **changes)
+        with pytest.raises(ModelError, match=message) as caught:
+            read_bundle(folder)
+        assert caught.value.hint, message
 
 
-@pytest.mark.parametrize("content", [b"{nope", b"[1]", b"\xff\xfe"])
-def test_a_manifest_that_is_no_json_object(folder: Path, content: bytes) -> None:
-    (folder / "manifest.json").write_bytes(content)
-    with pytest.raises(ModelError, match="manifest.json (cannot be read|holds no JSON object)"):
-        read_bundle(folder)
+def test_a_manifest_that_is_no_json_object_is_refused(folder: Path) -> None:
+    for content in (b"{nope", b"[1]", b"\xff\xfe"):
+        (folder / "manifest.json").write_bytes(content)
+        with pytest.raises(ModelError, match="manifest.json (cannot be read|holds no JSON object)"):
+            read_bundle(folder)
 
 
-def test_what_is_no_exported_folder_says_what_to_give(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="is no folder"):
-        read_bundle(tmp_path / "none")
-    with pytest.raises(ModelError, match="is no folder"):
-        read_bundle(folder / "config.json")
+def test_a_folder_that_is_no_exported_one_is_refused_with_what_to_give(folder: Path, tmp_path: Path) -> None:
+    for nothing in (tmp_path / "none", folder / "config.json"):
+        with pytest.raises(ModelError, match="is no folder"):
+            read_bundle(nothing)
     with pytest.raises(ModelError, match="has no config.json") as caught:
         read_bundle(tmp_path / "export")
     assert str(folder) in str(caught.value.hint)
@@ -99,19 +104,48 @@ def test_what_is_no_exported_folder_says_what_to_give(folder: Path, tmp_path: Pa
     assert f"spdtool export --from '{checkpoint}'" in str(caught.value.hint)
 
 
+def test_damaged_golden_examples_are_refused_and_the_place_is_named(tmp_path: Path) -> None:
+    row = {"text": "a", "pair": None, "input_ids": [2, 3], "logits": [0.5]}
+    padding = {"side": "right", "input_ids": 0, "token_type_ids": 0}
+    golden = {"format": 1, "max_length": 8, "padding": padding, "labels": ["x"], "rows": [row]}
+    (tmp_path / "golden.json").write_text(json.dumps(golden))
+    assert read_golden_examples(tmp_path).rows[0].token_type_ids is None
+    (tmp_path / "golden.json").write_text(json.dumps(golden | {"rows": [row | {"logits": "high"}]}))
+    with pytest.raises(ModelError, match=r"golden.json is damaged: rows.0.logits"):
+        read_golden_examples(tmp_path)
+
+
+def test_the_longest_input_is_what_tokenizer_and_positions_allow() -> None:
+    cases: list[tuple[dict[str, Any], dict[str, Any], int]] = [
+        ({}, {}, 512),
+        ({"max_position_embeddings": 64}, {}, 64),
+        ({"max_position_embeddings": 64}, {"model_max_length": 32}, 32),
+        ({"max_position_embeddings": 64}, {"model_max_length": 10**30}, 64),
+        ({"max_position_embeddings": 514, "model_type": "roberta", "pad_token_id": 1}, {}, 512),
+        ({"max_position_embeddings": 513, "model_type": "roberta"}, {}, 512),
+        ({"max_position_embeddings": 0}, {"model_max_length": None}, 512),
+    ]
+    for config, tokenizer_config, expected in cases:
+        assert longest_input(config, tokenizer_config) == expected, (config, tokenizer_config)
+
+
 class TestVariants:
     """A folder that holds several variants of one model."""
 
     @pytest.fixture
-    def several(self, folder: Path) -> Path:
+    def bundle_folder(self, folder: Path) -> Path:
         for name in ("onnx/model_sparse.onnx", "tokenizer.json", "tokenizer_config.json"):
             (folder / name).write_text(name)
         self.write(folder)
         return folder
 
-    def write(self, folder: Path, **changed: Any) -> None:
-        names = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
-        listed = {name: (folder / name).read_bytes() for name in names if name != "manifest.json"}
+    def write(self, folder: Path, **changes: Any) -> None:
+        digests = {}
+        for file in folder.rglob("*"):
+            if file.is_file() and file.name != "manifest.json":
+                content = file.read_bytes()
+                digest = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+                digests[file.relative_to(folder).as_posix()] = digest
         manifest = {
             "format": 2,
             "model": "onnx/model.onnx",
@@ -125,52 +159,62 @@ class TestVariants:
                     "library": {"file": "lib/x.so"},
                 },
             },
-            "files": {
-                name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in listed.items()
-            },
+            "files": digests,
         }
-        (folder / "manifest.json").write_text(json.dumps(manifest | changed))
+        (folder / "manifest.json").write_text(json.dumps(manifest | changes))
 
-    def test_the_best_comes_first_and_the_portable_one_is_what_read_gives(self, several: Path) -> None:
-        assert [found.target for found in list_usable_variants(several)] == ["sparse", "onnx"]
-        assert [found.target for found in list_usable_variants(several, provider="cuda")] == ["onnx"]
-        assert [found.target for found in list_usable_variants(several, provider="web")] == ["onnx"]
-        assert [found.model.name for found in list_usable_variants(several, "sparse")] == ["model_sparse.onnx"]
-        found = read_bundle(several)
-        assert (found.target, found.library, found.variants) == ("onnx", {}, ("onnx", "sparse"))
-        assert next(list_usable_variants(several)).library == {"file": "lib/x.so"}
+    def test_the_best_comes_first_and_reading_gives_the_portable_one(self, bundle_folder: Path) -> None:
+        assert [bundle.target for bundle in list_usable_variants(bundle_folder)] == ["sparse", "onnx"]
+        for provider in ("cuda", "web"):
+            assert [bundle.target for bundle in list_usable_variants(bundle_folder, provider=provider)] == ["onnx"]
+        (sparse,) = list_usable_variants(bundle_folder, "sparse")
+        assert (sparse.model.name, sparse.library) == ("model_sparse.onnx", LibraryRecord(file="lib/x.so"))
+        portable = read_bundle(bundle_folder)
+        assert (portable.target, portable.library, portable.variants) == ("onnx", None, ("onnx", "sparse"))
 
-    def test_a_variant_that_is_not_there_is_told(self, several: Path) -> None:
+    def test_a_variant_that_is_not_there_is_an_unknown_name(self, bundle_folder: Path) -> None:
         with pytest.raises(UnknownName, match="no variant 'spares'"):
-            next(list_usable_variants(several, "spares"))
-        write(several)
+            next(list_usable_variants(bundle_folder, "spares"))
+        write_folder_manifest(bundle_folder)
         with pytest.raises(UnknownName, match="no variant 'sparse'"):
-            next(list_usable_variants(several, "sparse"))
+            next(list_usable_variants(bundle_folder, "sparse"))
 
-    def test_only_what_is_opened_is_checked(self, several: Path) -> None:
-        (several / "onnx/model_sparse.onnx").write_text("another, as long as")
-        assert read_bundle(several).target == "onnx"
+    def test_only_the_files_of_the_opened_variant_are_checked(self, bundle_folder: Path) -> None:
+        (bundle_folder / "onnx/model_sparse.onnx").write_text("another, as long as")
+        assert read_bundle(bundle_folder).target == "onnx"
         with pytest.raises(ModelError, match=r"model_sparse.onnx (has|is damaged)"):
-            next(list_usable_variants(several))
-        (several / "tokenizer.json").unlink()
+            next(list_usable_variants(bundle_folder))
+        (bundle_folder / "tokenizer.json").unlink()
         with pytest.raises(ModelError, match=r"lacks tokenizer.json"):
-            read_bundle(several)
+            read_bundle(bundle_folder)
 
-    @pytest.mark.parametrize(
-        "changed",
-        [
+    def test_a_manifest_that_contradicts_itself_is_refused(self, bundle_folder: Path) -> None:
+        onnx = {"target": "onnx", "file": "onnx/model.onnx", "files": []}
+        faults: list[dict[str, Any]] = [
             {"variants": {}},
             {"variants": []},
-            {"variants": {"onnx": {"target": "onnx", "file": "gone.onnx", "files": []}}},
-            {"variants": {"onnx": {"target": 3, "file": "onnx/model.onnx", "files": []}}},
+            {"variants": {"onnx": onnx | {"file": "gone.onnx"}}},
+            {"variants": {"onnx": onnx | {"files": ["gone.onnx"]}}},
+            {"variants": {"onnx": onnx | {"target": 3}}},
             {"model": "onnx/other.onnx"},
             {"prefer": {"cpu": ["other"]}},
             {"prefer": {"cpu": []}},
             {"prefer": None},
             {"files": {"onnx/model.onnx": {}}},
-        ],
-    )
-    def test_a_manifest_whose_parts_do_not_fit_is_refused(self, changed: dict[str, Any], several: Path) -> None:
-        self.write(several, **changed)
-        with pytest.raises(ModelError, match="do not fit together"):
-            read_bundle(several)
+            {"text": []},
+            {"text": ["a", "b", "c"]},
+            {"text": "ab"},
+            {"text": [1]},
+            {"text": None},
+        ]
+        for changes in faults:
+            self.write(bundle_folder, **changes)
+            with pytest.raises(ModelError, match="do not fit together"):
+                read_manifest(bundle_folder)
+            with pytest.raises(ModelError, match="do not fit together"):
+                read_bundle(bundle_folder)
+
+    def test_a_moved_folder_is_the_same(self, bundle_folder: Path, tmp_path: Path) -> None:
+        moved = Path(shutil.move(bundle_folder, tmp_path / "moved"))
+        assert read_manifest(moved).model == "onnx/model.onnx"
+        assert read_bundle(moved).text is None, "an older bundle does not say"

@@ -1,0 +1,80 @@
+"""The batches on which an export is compared: lengths, padding on both sides, pairs."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+import torch
+
+from spdtool.data import tokens as data
+from spdtool.data.tokens import Encoded
+from spdtool.export.gates.batches import longest_supported_input, make_comparison_batches
+
+
+@pytest.fixture
+def rows(toys: ModuleType) -> Encoded:
+    """Ten encoded pairs."""
+    return data.encode_splits(toys.tokenizer(), {"dev": toys.rows(10, pairs=True)}, 32)["dev"]
+
+
+def test_batches_cover_lengths_sides_and_pairs(toys: ModuleType, rows: Encoded) -> None:
+    batches = dict(make_comparison_batches(toys.bert(), rows, 6))
+    assert list(batches)[:2] == ["6 dev rows, padding on the right", "6 dev rows, padding on the left"]
+    for length in (1, 2, 7, 32, 64):
+        batch = batches[f"shape (1, {length})"]
+        assert batch["input_ids"].shape == (1, length)
+        assert batch["attention_mask"].all(), f"no padding at length {length}"
+        assert not batch["token_type_ids"].any(), f"no pair at length {length}"
+    assert batches["shape (1, 64), pair"]["token_type_ids"].any()
+    padded = {name for name in batches if "padding" in name and "rows" not in name}
+    assert len(padded) >= 12
+    assert all(batches[name]["token_type_ids"].any() for name in padded)
+    assert not any("128" in name for name in batches), "the model takes 64 tokens"
+
+
+def test_the_same_rows_are_padded_on_either_side(toys: ModuleType, rows: Encoded) -> None:
+    batches = dict(make_comparison_batches(toys.bert(), rows, 6))
+    left, right = (batches[f"shape (4, 24), pairs, padding on the {side}"] for side in ("left", "right"))
+    assert (left["attention_mask"].sum(axis=1) == right["attention_mask"].sum(axis=1)).all()
+    assert left["attention_mask"][1:, -1].all()
+    assert not left["attention_mask"][1:, 0].any()
+    assert right["attention_mask"][1:, 0].all()
+
+
+def test_padding_is_where_the_mask_says_and_nowhere_else(toys: ModuleType, rows: Encoded) -> None:
+    for description, batch in make_comparison_batches(toys.bert(), rows, 3):
+        is_pad = batch["input_ids"] == rows.pad_values["input_ids"]
+        assert (is_pad == (batch["attention_mask"] == 0)).all(), description
+        assert batch["input_ids"].max() < len(toys.WORDS), description
+
+
+def test_there_are_no_pairs_without_token_types(toys: ModuleType, rows: Encoded) -> None:
+    ids = {"input_ids": rows.columns["input_ids"]}
+    single = Encoded(ids, rows.offsets, rows.labels, rows.pad_values, rows.pad_left)
+    assert not any("pair" in name for name, _ in make_comparison_batches(toys.bert(), single, 3))
+
+
+def test_more_sentences_than_rows_takes_all_rows(toys: ModuleType, rows: Encoded) -> None:
+    name, batch = next(make_comparison_batches(toys.bert(), rows, 64))
+    assert name.startswith("10 dev rows")
+    assert len(batch["input_ids"]) == 10
+
+
+def test_without_rows_there_are_still_batches(toys: ModuleType) -> None:
+    names = [name for name, _ in make_comparison_batches(toys.bert(), data.empty_split(toys.tokenizer()), 6)]
+    assert "shape (1, 64), pair" in names
+    assert not [name for name in names if "dev" in name]
+
+
+def test_positions_are_counted_after_the_one_of_the_padding(toys: ModuleType) -> None:
+    for padding, expected in ((None, 20), (0, 19), (1, 18)):
+        model = toys.bert()
+        model.bert.embeddings.position_embeddings = torch.nn.Embedding(20, 32, padding_idx=padding)
+        assert longest_supported_input(model) == expected, f"padding_idx={padding}"
+
+
+def test_positions_without_a_table_are_those_of_the_configuration(toys: ModuleType) -> None:
+    model = toys.bert(max_position_embeddings=48)
+    del model.bert.embeddings.position_embeddings
+    assert longest_supported_input(model) == 48
