@@ -1,12 +1,14 @@
-"""`spdtool export`: write teacher and student as files for a runtime, and compare each with its checkpoint.
+"""`spdtool export`: write teacher and student as files for a runtime, each checked by the gates.
 
-Reads: `teacher` and `finetune`. Writes: `export/teacher` and `export/student`, each a folder that Hugging Face clients
-open; the same under `export/NAME` for every further target; and `export/bundle`, the servable folder. Every file passes
-the gates on weights, logits and score: see `export.gates`.
+Reads: `teacher` and `finetune`. Writes: `export/teacher` and `export/student`, each a folder that
+Hugging Face clients open; the same under `export/NAME` for every further target; and
+`export/bundle`, the servable folder. Every file passes the gates on weights, logits and score: see
+`export.gates`.
 
-A further target whose files a gate refuses is not shipped. The others are, the stage counts as done, and stage.json
-keeps the reason under `refused`. If the target was required (`export.targets`), the command ends with exit code 3; if
-it was optional (`export.optional`), with a warning.
+A further target whose files a gate refuses is not shipped. The others are, the stage counts as
+done, and stage.json keeps the reason under `refused`. If the target was required
+(`export.targets`), the command ends with exit code 3; if it was optional (`export.optional`), with
+a warning.
 
 `spdtool export --from CHECKPOINT` does the same to any checkpoint, without a run.
 """
@@ -39,9 +41,10 @@ def export(run: Run) -> ExportResult:
     Raises:
         StageMissing, Corrupt: the run does not hold what is needed.
         RunMismatch: the rows have changed since the earlier stages read them.
-        UnknownName, DataError, DeviceError: the target, the data or the runtime cannot be used; nothing is written.
-        GateError: the first target's file differs from its checkpoint, and nothing is written; or a further required
-            target's does, and everything else is written.
+        UnknownName, DataError, DeviceError: the target, the data or the runtime cannot be used;
+            nothing is written.
+        GateError: the first target's file differs from its checkpoint, and nothing is written; or a
+            further required target's does, and everything else is written.
     """
     recipe = run.recipe
     required = required_targets(recipe.export)
@@ -51,11 +54,13 @@ def export(run: Run) -> ExportResult:
     checkpoints = {"teacher": run.read("teacher"), "student": run.read("finetune")}
     references = {}
     for role, checkpoint in checkpoints.items():
-        references[role] = Reference(checkpoint, prepare_dev_sets(checkpoint, recipe, run.record_data), recipe)
+        dev = prepare_dev_sets(checkpoint, recipe, run.record_data)
+        references[role] = Reference(checkpoint, dev, recipe)
     for name, error in unusable.items():
         _warn_left_out(name, error)
 
     result = ExportResult(first=required[0].name)
+    # Tracing takes most of an export, and most targets begin with the same graph.
     with run.stage("export") as stage, cached_traces():
         stage.result = result
         for chosen in (*required, *optional):
@@ -63,6 +68,7 @@ def export(run: Run) -> ExportResult:
         obstacle = write_bundle(stage.folder, checkpoints["student"], recipe, result)
         if obstacle:
             console.warn(f"there is no bundle to serve: {obstacle}")
+    # After the stage was committed: what passed the gates is there, whatever was refused.
     _raise_if_refused(result, recipe)
     return result
 
@@ -90,6 +96,7 @@ def export_checkpoint(checkpoint: Path, name: str, folder: Path, recipe: Recipe,
     if with_task:
         dev = prepare_dev_sets(checkpoint, recipe)
     else:
+        # Without rows only the logits of random tokens are compared.
         dev = DevSets(None, {"dev": data.empty_split(load_tokenizer(checkpoint))})
 
     status = f"exporting {checkpoint} ({name}) and holding it against its checkpoint"
@@ -134,7 +141,8 @@ def _export_roles(
 ) -> TargetExport:
     models = {}
     for role in chosen.target.roles:
-        with console.busy(f"exporting the {role} ({chosen.name}) and holding it against its checkpoint"):
+        status = f"exporting the {role} ({chosen.name}) and holding it against its checkpoint"
+        with console.busy(status):
             models[role] = export_and_check(chosen.target, references[role], folder / role, providers)
         title = role
         if chosen.prefix:
@@ -145,7 +153,10 @@ def _export_roles(
 
 def _raise_if_refused(result: ExportResult, recipe: Recipe) -> None:
     """Raise GateError if a required target of the finished stage was refused, with every reason."""
-    refused = [f"{name}: {reason}" for name, reason in result.refused.items() if name in recipe.export.targets]
+    refused = []
+    for name, reason in result.refused.items():
+        if name in recipe.export.targets:
+            refused.append(f"{name}: {reason}")
     if refused:
         raise GateError(
             f"not shipped: {'; '.join(refused)}",
@@ -178,7 +189,7 @@ def _print_exported(title: str, exported: ExportedModel) -> None:
     if exported.rounds:
         cost = _describe_cost(exported)
         console.say(f"  weights in {exported.values}, embeddings in {exported.embeddings}: {cost}")
-    elif len(exported.files) > 1:
+    elif len(exported.files) > 1:  # protobuf holds 2 GB at most, and not every client finds a second file
         console.warn(f"{title} is larger than one ONNX file can be: {', '.join(exported.files)}")
 
 

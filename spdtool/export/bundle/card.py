@@ -1,4 +1,4 @@
-"""Write the model card of a bundle for the Hugging Face hub: metadata, a measured table, how to use the model."""
+"""Write the model card of a bundle for the Hugging Face hub: metadata, measured table, usage."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ def render_card(recipe: Recipe, variants: Mapping[str, Variant], config: Mapping
         variants: by target, the portable one first.
         config: the model's config.json.
     """
+    # A configuration without names stands for two classes.
     labels = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
     assert isinstance(labels, dict), "transformers wrote it"
     title = f"{config.get('model_type', 'encoder')} for {recipe.task}, {recipe.sparsity:.0%} zeros"
@@ -65,7 +66,7 @@ def render_card(recipe: Recipe, variants: Mapping[str, Variant], config: Mapping
 
 
 def _metadata(recipe: Recipe, title: str, variant: Variant) -> list[str]:
-    """Lines of YAML that the hub reads; texts are written as JSON, which is YAML and needs no further escaping."""
+    """Lines of YAML that the hub reads; texts are written as JSON, which is YAML too."""
     lines = ["pipeline_tag: text-classification", "library_name: transformers.js", "tags:"]
     lines += [f"- {tag}" for tag in TAGS]
     base_model = _base_model(recipe)
@@ -94,10 +95,10 @@ def _metadata(recipe: Recipe, title: str, variant: Variant) -> list[str]:
 
 
 def _base_model(recipe: Recipe) -> str | None:
-    """Name of the hub's model from which the student was made; None for a folder, a random or a generated model.
+    """Name of the hub's model from which the student was made; None where it came from elsewhere.
 
-    A student that the recipe names was made from that one. Any other is a copy of the teacher, which was given or
-    fine-tuned from `model`.
+    A student that the recipe names was made from that one. Any other is a copy of the teacher,
+    which was given or fine-tuned from `model`.
     """
     source = None
     if recipe.student is None:

@@ -65,7 +65,7 @@ def write_layout(run: Run, layout: str, folder: Path) -> WrittenLayout:
     bundle = run.read("export") / BUNDLE_FOLDER
     if not (bundle / MANIFEST).is_file():
         raise StageMissing(f"the export of {run.path} has no bundle", f"spdtool export --run {run.path} --again")
-    with replacing(folder) as partial:
+    with replacing(folder) as partial:  # a server may watch the folder: it appears whole
         partial.mkdir()
         LAYOUTS[layout](bundle, partial, run.recipe.device, _model_name(folder))
     files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
@@ -82,8 +82,8 @@ def write_hub_layout(bundle: Path, folder: Path, _device: str, _name: str) -> No
 def write_triton_layout(bundle: Path, folder: Path, device: str, name: str) -> None:
     """Write a Triton model repository of three models: `name`, `name_tokenizer`, `name_model`.
 
-    On a GPU the model is the fp16 variant, if it has run there; else the portable one. A library of custom operators
-    would have to be built for the onnxruntime inside of Triton.
+    On a GPU the model is the fp16 variant, if it has run there; else the portable one. A library of
+    custom operators would have to be built for the onnxruntime inside of Triton.
     """
     manifest, golden = read_manifest(bundle), read_golden_examples(bundle)
     assert isinstance(manifest, BundleManifest), "write_layout was given a bundle"

@@ -4,12 +4,12 @@
     manifest.json                                                              where a folder needs explaining
     onnx/model_*.onnx  lib/  golden.json  selftest.py  README.md               the bundle of a run
 
-A manifest of format 1 names the target of the folder, its model file and, where the model needs custom operators, their
-library. One of format 2 lists the variants of a bundle: see `write`. Their contents are `FolderManifest` and
-`BundleManifest` in `run.records`.
+A manifest of format 1 names the target of the folder, its model file and, where the model needs
+custom operators, their library. One of format 2 lists the variants of a bundle: see `write`. Their
+contents are `FolderManifest` and `BundleManifest` in `run.records`.
 
-A folder may come from a stranger. What its manifest says is checked, and nothing in the folder is ever run because of
-it.
+A folder may come from a stranger. What its manifest says is checked, and nothing in the folder is
+ever run because of it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,14 @@ from pydantic import JsonValue, ValidationError
 
 from spdtool.errors import ModelError, UnknownName
 from spdtool.run.fingerprint import sha256
-from spdtool.run.records import BundleManifest, FileCheck, FileDigest, FolderManifest, GoldenExamples, LibraryRecord
+from spdtool.run.records import (
+    BundleManifest,
+    FileCheck,
+    FileDigest,
+    FolderManifest,
+    GoldenExamples,
+    LibraryRecord,
+)
 
 MANIFEST = "manifest.json"
 GOLDEN_FILE = "golden.json"
@@ -34,7 +41,7 @@ SHARED_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 STUDENT = "student"
 NO_LIMIT = 10**9  # a tokenizer without a limit writes a number above this as its model_max_length
 DEFAULT_LENGTH = 512  # where neither the tokenizer nor the model says how long an input may be
-# Families whose first position comes after the padding token's number, so that fewer tokens fit than positions exist.
+# Their first position comes after the padding token's number: fewer tokens fit than positions exist.
 OFFSET_POSITIONS = {
     "camembert",
     "data2vec-text",
@@ -59,7 +66,8 @@ class Bundle:
         target: the export target that wrote it; None where there is no manifest.
         library: the library of custom operators that it needs; None where it needs none.
         variants: names of all variants of the model in the folder; empty in a folder of one model.
-        text: names of the one or two text columns that it was trained on; None: the folder does not say.
+        text: names of the one or two text columns that it was trained on; None: the folder does not
+            say.
     """
 
     folder: Path
@@ -74,8 +82,8 @@ def read_bundle(folder: Path) -> Bundle:
     """Read the model in `folder`, or in its `student`; of several variants, the portable one.
 
     Raises:
-        ModelError: it is no exported folder; its manifest is damaged, or newer than this spdtool; a file is missing, or
-            is not the one that was exported.
+        ModelError: it is no exported folder; its manifest is damaged, or newer than this spdtool; a
+            file is missing, or is not the one that was exported.
     """
     folder = _find_exported_folder(folder)
     manifest = read_manifest(folder)
@@ -127,7 +135,7 @@ def read_manifest(folder: Path) -> FolderManifest | BundleManifest:
         return FolderManifest()
     value = read_json_object(file)
     if value.get("format") == BUNDLE_FORMAT:
-        try:
+        try:  # strictly: a number in place of a text is damage, not a text
             return BundleManifest.model_validate(value, strict=True)
         except ValidationError:
             message = f"{file} is damaged: files, variants and prefer do not fit together"
@@ -214,7 +222,8 @@ def _read_variant(folder: Path, manifest: BundleManifest, name: str) -> Bundle:
     _require_model(folder, model)
     files = {*SHARED_FILES, *variant.files}
     if variant.library is not None:
-        files.discard(variant.library.file or "")  # the library in the folder is never run: see `serving.classifier`
+        # The library in the folder is never run: see `serving.classifier`.
+        files.discard(variant.library.file or "")
     for file_name in files:
         file = _path_inside(folder, file_name)
         if file.is_file() != (file_name in manifest.files):
@@ -233,9 +242,9 @@ def _require_model(folder: Path, model: Path) -> None:
 
 
 def _require_unchanged(file: Path, expected: FileCheck | FileDigest) -> None:
-    """Raise ModelError if a file has other contents than the manifest says: other numbers open just as well."""
+    """Raise ModelError if a file is not the one in the manifest: other numbers open just as well."""
     hint = "copy the folder again, or export it again"
-    size = file.stat().st_size
+    size = file.stat().st_size  # first: it costs nothing, and names the commonest damage
     if expected.bytes is not None and size != expected.bytes:
         raise ModelError(f"{file} has {size} bytes; {MANIFEST} says {expected.bytes}", hint)
     if expected.sha256 is not None and sha256(file) != expected.sha256:
@@ -244,6 +253,7 @@ def _require_unchanged(file: Path, expected: FileCheck | FileDigest) -> None:
 
 def _path_inside(folder: Path, name: str) -> Path:
     file = folder / name
+    # Resolved, because a link inside the folder may lead out of it.
     if not file.resolve().is_relative_to(folder.resolve()):
         raise ModelError(f"{folder / MANIFEST} names a file outside its folder: {name}", "do not use this folder")
     return file

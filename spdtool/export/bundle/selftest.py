@@ -3,11 +3,13 @@
     python selftest.py                      the folder in which this file lies
     python selftest.py FOLDER --json
 
-Needs onnxruntime, tokenizers and numpy, and nothing else. Exit code 0: everything is as it was exported; 1: a file is
-damaged, missing or another one, or a model gives other logits; 2: the test cannot be run.
+Needs onnxruntime, tokenizers and numpy, and nothing else. Exit code 0: everything is as it was
+exported; 1: a file is damaged, missing or another one, or a model gives other logits; 2: the test
+cannot be run.
 
-A model with custom operators needs their library, which is native code. The one in `lib/` is loaded if it is built for
-this platform and is the file that manifest.json names; with --only-named-libraries none is, unless --library names it.
+A model with custom operators needs their library, which is native code. The one in `lib/` is loaded
+if it is built for this platform and is the file that manifest.json names; with
+--only-named-libraries none is, unless --library names it.
 """
 
 from __future__ import annotations
@@ -134,6 +136,7 @@ def test_bundle(folder: Path, libraries: dict[str, str], *, only_named: bool) ->
     """
     manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
     failures = check_files(folder, manifest["files"])
+    # A damaged model is not run: a crash in native code would end the test.
     bad_files = {failure["file"] for failure in failures}
     report: Report = {"files": len(manifest["files"]), "failures": failures, "variants": {}}
     if bad_files & {"golden.json", "tokenizer.json", "tokenizer_config.json", "config.json"}:
@@ -185,7 +188,7 @@ def first_mistokenized_row(folder: Path, golden: Golden) -> int | None:
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     config = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
-    tokenizer.no_padding()
+    tokenizer.no_padding()  # golden rows have none
     tokenizer.enable_truncation(golden["max_length"], direction=config.get("truncation_side", "right"))
     for number, row in enumerate(golden["rows"]):
         encoded = tokenizer.encode(row["text"], row["pair"])
@@ -227,6 +230,7 @@ def replay(folder: Path, variant: Variant, library: str | None, golden: Golden) 
         model = str(folder / variant["file"])
         session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         names = [value.name for value in session.get_inputs()]
+        # Alone and together: a fault of padding shows in a batch only.
         alone = np.concatenate([session.run(None, make_batch([row], golden, names))[0] for row in rows])
         together = session.run(None, make_batch(rows, golden, names))[0]
     except Exception as error:  # onnxruntime's errors share no base of their own

@@ -4,32 +4,34 @@ Needs tokenizers and numpy in the backend's interpreter. Requests are padded to 
 Triton's dynamic batcher puts only requests of one shape together.
 """
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
-STEP = 16  # tokens; lengths are rounded up to a power of two below this, and to a multiple of it above
+STEP = 16  # tokens
 
 
 class TritonPythonModel:
     """Tokenizer of a model repository, and how it pads its rows."""
 
-    def initialize(self, args):
+    def initialize(self, args: dict[str, str]) -> None:
         """Read the tokenizer and the settings that lie beside this file."""
         folder = Path(args["model_repository"]) / args["model_version"]
         self.settings = json.loads((folder / "settings.json").read_text("utf-8"))
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self.tokenizer.no_padding()
+        self.tokenizer.no_padding()  # padding is up to `make_inputs`, which knows the request's length
         self.tokenizer.enable_truncation(self.settings["max_length"], direction=self.settings["truncation_side"])
 
-    def execute(self, requests):
+    def execute(self, requests: list[pb_utils.InferenceRequest]) -> list[pb_utils.InferenceResponse]:
         """Answer each request with its token ids, or with what is wrong with its texts."""
         return [self.answer(request) for request in requests]
 
-    def answer(self, request):
+    def answer(self, request: pb_utils.InferenceRequest) -> pb_utils.InferenceResponse:
         """Answer one request."""
         try:
             columns = [self.read_texts(request, name, optional) for name, optional in self.settings["texts"].items()]
@@ -42,7 +44,7 @@ class TritonPythonModel:
         inputs = self.make_inputs(rows)
         return pb_utils.InferenceResponse([pb_utils.Tensor(name, inputs[name]) for name in self.settings["inputs"]])
 
-    def read_texts(self, request, name, optional):
+    def read_texts(self, request: pb_utils.InferenceRequest, name: str, optional: bool) -> list[str] | None:
         """Decode the texts of an input; None where it may be left out and is."""
         tensor = pb_utils.get_input_tensor_by_name(request, name)
         if tensor is None:
@@ -50,11 +52,11 @@ class TritonPythonModel:
                 raise ValueError(f"{name} is missing")
             return None
         texts = [text.decode("utf-8") for text in tensor.as_numpy().ravel()]
-        if not all(text.strip() for text in texts):
+        if not all(text.strip() for text in texts):  # the model would answer, and mean nothing by it
             raise ValueError(f"{name} has an empty text")
         return texts
 
-    def make_inputs(self, rows):
+    def make_inputs(self, rows: list[Encoding]) -> dict[str, np.ndarray]:
         """Make the model's inputs, each int64 [rows, tokens]."""
         width = self.padded_length(max(len(row.ids) for row in rows))
         padding = self.settings["padding"]
@@ -71,7 +73,7 @@ class TritonPythonModel:
                 column[number, tokens] = values[name]
         return inputs
 
-    def padded_length(self, longest):
+    def padded_length(self, longest: int) -> int:
         """Length to which a request is padded, at most the model's.
 
         Few lengths, because Triton batches only requests of the same one: powers of two, then multiples of STEP.
@@ -79,4 +81,4 @@ class TritonPythonModel:
         length = 1 << (longest - 1).bit_length()
         if length >= STEP:
             length = -(-longest // STEP) * STEP  # a power of two would double the work of a long text
-        return min(length, self.settings["max_length"])
+        return min(length, int(self.settings["max_length"]))

@@ -1,4 +1,4 @@
-"""`spdtool unpack`: turn an exported folder back into a Hugging Face checkpoint, if its target keeps the weights."""
+"""`spdtool unpack`: turn an exported folder back into a checkpoint, if its target keeps the weights."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from spdtool.run.folder import replacing
 
 
 def unpack_checkpoint(folder: Path, out: Path) -> Path:
-    """Write config, tokenizer and `model.safetensors` of an exported folder to `out`, and return the folder's path.
+    """Write an exported folder to `out` as config, tokenizer and `model.safetensors`; return its path.
 
-    The weights are those of the files: the checkpoint's to the last bit where they are stored as fp32, else rounded.
+    The weights are those of the files: the checkpoint's to the last bit where they are stored as
+    fp32, else rounded.
 
     Raises:
-        ModelError: it is no exported folder, its target does not keep the weights, or its files are damaged.
+        ModelError: it is no exported folder, its target does not keep the weights, or its files are
+            damaged.
         UnknownName: the plugin with its target is not installed.
         RunError: `out` holds something already.
     """
     bundle = read_bundle(folder)
     require_empty_folder(out)
-    target = get_target(bundle.target or "onnx")
+    target = get_target(bundle.target or "onnx")  # the portable target writes no manifest
     if not target.rounds_weights:
         origin = "has no manifest.json: a plain ONNX export"
         if bundle.target:
@@ -33,6 +35,7 @@ def unpack_checkpoint(folder: Path, out: Path) -> Path:
             "the checkpoint of a run is in RUN/finetune; of another target's export, manifest.json has to be there",
         )
     model = build_empty_model(bundle.folder, finetuned=True, device="cpu")
+    # Weights that the file lacks would stay random: the checkpoint would open and answer nonsense.
     missing = fill_weights(model, target.stored_weights(bundle.folder))
     if missing:
         raise ModelError(

@@ -9,8 +9,8 @@
       golden.json                 sentences of the dev set with the logits of the checkpoint in torch
       selftest.py  README.md      replays golden.json on every variant; a model card
 
-By the names of the files transformers.js finds a `dtype`. Files are hard links to those of the stage where the file
-system has them, else copies.
+By the names of the files transformers.js finds a `dtype`. Files are hard links to those of the
+stage where the file system has them, else copies.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def write_bundle(export: Path, checkpoint: Path, recipe: Recipe, result: ExportR
     if not (portable / "tokenizer.json").is_file():
         return "the tokenizer has no tokenizer.json, which clients without transformers need"
     folder = export / BUNDLE_FOLDER
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier call
 
     variants = {}
     for name, source in folders.items():
@@ -186,6 +186,7 @@ def _link_variant(folder: Path, name: str, source: Path, exported: ExportedModel
         hardware = f"cpu, {bundle.library.platform}"
         files.append(bundle.library.file)
         _link(source / bundle.library.file, folder / bundle.library.file)
+    # Rounding is meant to move logits: the self-test must allow for it.
     largest_change = max(exported.largest_difference, exported.largest_change or 0.0)
     return Variant(
         target=name,
@@ -201,6 +202,7 @@ def _link_variant(folder: Path, name: str, source: Path, exported: ExportedModel
 def _make_manifest(folder: Path, variants: dict[str, Variant], recipe: Recipe) -> BundleManifest:
     prefer = {}
     for hardware in HARDWARE:
+        # The portable variant is the last resort everywhere.
         names = [name for name in variants if hardware in get_target(name).preferred_on]
         prefer[hardware] = [name for name in (*names, PORTABLE_TARGET) if _runs_on(variants[name], hardware)]
     digests = {}
@@ -221,7 +223,7 @@ def _make_manifest(folder: Path, variants: dict[str, Variant], recipe: Recipe) -
 
 
 def _runs_on(variant: Variant, hardware: str) -> bool:
-    """Whether a variant may be preferred there: on a GPU only where one has run it, unless it is the portable one."""
+    """Whether a variant may be preferred there; a GPU must have run it, or it is the portable one."""
     return hardware != "cuda" or variant.target == PORTABLE_TARGET or "cuda" in variant.providers
 
 

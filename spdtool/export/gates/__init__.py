@@ -8,9 +8,10 @@
 
 Each gate returns what it measured, or raises a GateError.
 
-Files with rounded weights are compared twice. Their logits are compared with those of the checkpoint after it was
-filled with the rounded weights, which proves the arithmetic; where the arithmetic is rounded as well, the float32 form
-of the file takes the file's place. Their score is compared with that of the checkpoint as it is.
+Files with rounded weights are compared twice. Their logits are compared with those of the
+checkpoint after it was filled with the rounded weights, which proves the arithmetic; where the
+arithmetic is rounded as well, the float32 form of the file takes the file's place. Their score is
+compared with that of the checkpoint as it is.
 """
 
 from __future__ import annotations
@@ -49,10 +50,12 @@ DAMAGE_BATCH = 16  # rows
 def export_and_check(target: Target, reference: Reference, folder: Path, providers: list[str]) -> ExportedModel:
     """Export one checkpoint to `folder`, and return what the gates measured.
 
-    Where rounding breaks the budget of the score, the modules that cause it stay in float32, if the target allows it.
+    Where rounding breaks the budget of the score, the modules that cause it stay in float32, if the
+    target allows it.
 
     Args:
-        providers: the ones that work here. Those that the target supports are checked; the last one computes the score.
+        providers: the ones that work here. Those that the target supports are checked; the last one
+            computes the score.
 
     Raises:
         DeviceError: none of the providers runs the target's files.
@@ -61,9 +64,8 @@ def export_and_check(target: Target, reference: Reference, folder: Path, provide
     """
     supported = [name for name in providers if name in target.providers]
     if not supported:
-        raise DeviceError(
-            f"the target runs on {', '.join(target.providers)}; what works here is {', '.join(providers)}"
-        )
+        there, here = ", ".join(target.providers), ", ".join(providers)
+        raise DeviceError(f"the target runs on {there}; what works here is {here}")
     attempt = ExportAttempt(target, reference, folder, supported)
     try:
         return attempt.run()
@@ -76,7 +78,7 @@ def export_and_check(target: Target, reference: Reference, folder: Path, provide
 
 @dataclass(frozen=True)
 class ExportAttempt:
-    """The export of one checkpoint by one target, which can be tried with several choices of float32 modules."""
+    """The export of one checkpoint by one target; it can be repeated with other float32 modules."""
 
     target: Target
     reference: Reference
@@ -85,7 +87,7 @@ class ExportAttempt:
 
     def write(self, float32_modules: tuple[str, ...] = ()) -> list[Path]:
         """Write the folder anew, and return the files that hold the model."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)  # files of another try must not be left among them
         calibration_rows = self.reference.dev.calibration_rows
         if self.target.calibrates and calibration_rows is None:
             raise RecipeError("this target is calibrated on rows of a task, and none was given", "--task or --data")
@@ -99,6 +101,7 @@ class ExportAttempt:
         zero_counts = reference.zero_counts
         files = self.write(float32_modules)
 
+        # From cheap to dear: each gate may assume what the ones before it have shown.
         check_operators(target, files[0])
         new_zeros = check_zeros(target.count_zeros(folder), zero_counts, allow_more=target.rounds_arithmetic)
         logits = check_logits(target, reference, folder, self.providers)
@@ -132,7 +135,8 @@ def check_operators(target: Target, file: Path) -> None:
     """
     if target.operator_domains is None:
         return
-    unexpected = operator_domains(onnx.load(file, load_external_data=False)) - set(target.operator_domains)
+    proto = onnx.load(file, load_external_data=False)
+    unexpected = operator_domains(proto) - set(target.operator_domains)
     if unexpected:
         raise GateError(f"{file.name} has operators of the domain {', '.join(sorted(unexpected))}")
 
@@ -140,8 +144,9 @@ def check_operators(target: Target, file: Path) -> None:
 def record_scores(exported: ExportedModel, comparison: DevComparison) -> None:
     """Add what was measured on the dev sets."""
     exported.dev, exported.checkpoint_dev = comparison.file_scores, comparison.checkpoint_scores
-    exported.flipped, exported.worse, exported.rows = comparison.flipped, comparison.worsened, comparison.rows
-    if exported.rounds:
+    exported.flipped, exported.worse = comparison.flipped, comparison.worsened
+    exported.rows = comparison.rows
+    if exported.rounds:  # that rounding moves logits is no fault of the file
         exported.largest_change = comparison.largest_change
     elif comparison.largest_change > exported.largest_difference:
         exported.largest_difference = comparison.largest_change
@@ -151,7 +156,7 @@ def record_scores(exported: ExportedModel, comparison: DevComparison) -> None:
 def _export_with_float32_modules(
     attempt: ExportAttempt, modules: list[str], over_budget: ScoreBudgetExceeded
 ) -> ExportedModel:
-    """Export with the fewest float32 modules that meet the budget; raises `over_budget` where no few do."""
+    """Export with the fewest float32 modules that meet the budget, or raise ScoreBudgetExceeded."""
     reference = attempt.reference
     batches = _damage_batches(reference.dev.splits["dev"])
     checkpoint_forward = torch_forward(reference.load_model(), "cpu")
@@ -166,7 +171,8 @@ def _export_with_float32_modules(
 
     def meets_budget(float32_modules: tuple[str, ...]) -> bool:
         attempt.write(float32_modules)
-        comparison = compare_on_dev_sets(attempt.target, reference, attempt.folder, attempt.providers[-1])
+        provider = attempt.providers[-1]
+        comparison = compare_on_dev_sets(attempt.target, reference, attempt.folder, provider)
         return metric_over_budget(comparison, budget) is None
 
     result = search_float32_modules(modules, damage, meets_budget, reference.recipe.export.tries)
@@ -189,5 +195,9 @@ def _chosen_modules(result: SearchResult, over_budget: ScoreBudgetExceeded) -> t
 
 def _damage_batches(rows: Encoded) -> list[Batch]:
     count = min(len(rows), DAMAGE_ROWS)
+    # Spread evenly: files are often sorted by their labels.
     chosen = np.unique(np.linspace(0, len(rows) - 1, count).round().astype(int))
-    return [rows.collate(chosen[start : start + DAMAGE_BATCH]) for start in range(0, len(chosen), DAMAGE_BATCH)]
+    batches = []
+    for start in range(0, len(chosen), DAMAGE_BATCH):
+        batches.append(rows.collate(chosen[start : start + DAMAGE_BATCH]))
+    return batches

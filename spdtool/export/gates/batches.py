@@ -1,4 +1,4 @@
-"""The batches on which exported file and checkpoint are compared: real rows, and random tokens of many shapes."""
+"""The batches on which file and checkpoint are compared: real rows, and random tokens of many shapes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from spdtool.models.layers import max_positions
 LONGEST_BATCH = 512  # tokens; longer ones take minutes and show nothing new
 POWERS = range(2, 10)  # single rows have these powers of two as lengths
 ODD_LENGTHS = (1, 2, 3, 7)
-PADDED_SHAPES = ((2, 5), (3, 16), (4, 24), (5, 33), (8, 48), (2, 96))  # rows and tokens, padded on either side
+# Rows and tokens: an axis that was frozen when the graph was traced fits one of them at most.
+PADDED_SHAPES = ((2, 5), (3, 16), (4, 24), (5, 33), (8, 48), (2, 96))
 DEV_ROWS = "dev rows"
 
 
@@ -26,9 +27,10 @@ def longest_supported_input(model: PreTrainedModel) -> int:
 def make_comparison_batches(model: PreTrainedModel, rows: Encoded, sentences: int) -> Iterator[tuple[str, Batch]]:
     """Yield batches with a description of each.
 
-    First come real rows, if there are any, then single rows of random tokens without padding, then padded batches of
-    rows of different lengths. Everything with padding comes twice, padded on the right and on the left. Where the model
-    distinguishes token types, the padded batches and the longest row are pairs.
+    First come real rows, if there are any, then single rows of random tokens without padding, then
+    padded batches of rows of different lengths. Everything with padding comes twice, padded on the
+    right and on the left. Where the model distinguishes token types, the padded batches and the
+    longest row are pairs.
 
     Args:
         rows: the dev set, perhaps empty.
@@ -38,43 +40,46 @@ def make_comparison_batches(model: PreTrainedModel, rows: Encoded, sentences: in
     has_pairs = "token_type_ids" in rows.columns and getattr(model.config, "type_vocab_size", 2) > 1
     if len(rows):
         chosen = np.unique(np.linspace(0, len(rows) - 1, sentences).round().astype(int))
-        for left in (False, True):
-            yield f"{len(chosen)} {DEV_ROWS}, {_side(left)}", replace(rows, pad_left=left).collate(chosen)
+        for pad_left in (False, True):
+            batch = replace(rows, pad_left=pad_left).collate(chosen)
+            yield f"{len(chosen)} {DEV_ROWS}, {_padding(pad_left)}", batch
     for length in sorted({*ODD_LENGTHS, *(2**power for power in POWERS), longest}):
         if length <= longest:
             yield f"shape (1, {length})", _random_batch(model, rows, (1, length), pair=False)
     kind = "pairs" if has_pairs else "single"
     for count, length in PADDED_SHAPES:
         shape = (count, min(longest, length))
-        for left in (False, True):
-            batch = _random_batch(model, rows, shape, pair=has_pairs, left=left)
-            yield f"shape {shape}, {kind}, {_side(left)}", batch
+        for pad_left in (False, True):
+            batch = _random_batch(model, rows, shape, pair=has_pairs, pad_left=pad_left)
+            yield f"shape {shape}, {kind}, {_padding(pad_left)}", batch
     if has_pairs:
         yield f"shape (1, {longest}), pair", _random_batch(model, rows, (1, longest), pair=True)
 
 
-def is_dev_batch(description: str, *, left: bool) -> bool:
+def is_dev_batch(description: str, *, pad_left: bool) -> bool:
     """Whether a batch is one of real rows, padded on this side."""
-    return description.endswith(f" {DEV_ROWS}, {_side(left)}")
+    return description.endswith(f" {DEV_ROWS}, {_padding(pad_left)}")
 
 
-def _side(left: bool) -> str:
-    return f"padding on the {'left' if left else 'right'}"
+def _padding(pad_left: bool) -> str:
+    if pad_left:
+        return "padding on the left"
+    return "padding on the right"
 
 
 def _random_batch(
-    model: PreTrainedModel, rows: Encoded, shape: tuple[int, int], *, pair: bool, left: bool = False
+    model: PreTrainedModel, rows: Encoded, shape: tuple[int, int], *, pair: bool, pad_left: bool = False
 ) -> Batch:
-    """Draw tokens for a batch of `shape`. The first row is full, each further one shorter; the last has one token.
+    """Draw tokens for a batch of `shape`; the first row is full, each further one shorter.
 
     Args:
         pair: give the later half of each row the token type 1.
-        left: pad on the left.
+        pad_left: pad on the left.
     """
-    generator = np.random.default_rng(shape)
+    generator = np.random.default_rng(shape)  # the same batch in every run, and another one for every shape
     count, length = shape
     is_token = np.arange(length)[None, :] < np.linspace(length, 1, count).round()[:, None]
-    if left:
+    if pad_left:
         is_token = is_token[:, ::-1]
     pad = rows.pad_values["input_ids"]
     tokens = generator.integers(0, model.config.vocab_size - 1, shape)

@@ -17,27 +17,27 @@ from spdtool.export.target import Target
 from spdtool.models.load import fill_weights
 from spdtool.models.predict import Forward, torch_forward
 
-# Scalars of the graph, such as the root in a GELU, are rounded too; being no weights, the model cannot be filled with
-# them, and the float32 form of a file differs a little more from it.
+# Scalars of the graph, such as the root in a GELU, are rounded too. The model cannot be filled with
+# them, because they are no weights: the float32 form of a file differs a little more from it.
 ROUNDED_SCALARS_FACTOR = 10
 
 
 class LogitDifference(NamedTuple):
-    """Largest difference of a logit between two forwards, and the description of the batch that shows it."""
+    """Largest difference of a logit between two forwards, and the batch that shows it."""
 
     largest: float
     batch: str
 
 
 class LogitDeviation(NamedTuple):
-    """Change of logits by rounded arithmetic: root mean square as a share of the logits' own, and the largest."""
+    """Change of logits by rounding: root mean square as a share of the logits' own, and the largest."""
 
     relative: float
     largest: float
 
 
 class LogitFigures(NamedTuple):
-    """Figures of the gate, under the names of `run.records.ExportedModel`; None where the target does not round."""
+    """Figures of the gate, named as in `ExportedModel`; None where the target does not round."""
 
     largest_difference: float
     largest_difference_at: str
@@ -49,13 +49,15 @@ def check_logits(target: Target, reference: Reference, folder: Path, providers: 
     """Compare the files' logits with the checkpoint's on each provider.
 
     Raises:
-        GateError: a stored weight does not fit the model, a logit is not finite, or logits differ by too much.
+        GateError: a stored weight does not fit the model, a logit is not finite, or logits differ
+            by too much.
     """
     if target.rounds_weights:
         return _check_rounded_logits(target, reference, folder, providers)
     tolerance = reference.recipe.export.tolerance
     differences = []
     for provider in providers:
+        # First, because what a target finds in its own files says more than a difference of logits.
         target.verify(folder, reference.checkpoint, reference.batches, provider)
         session = target.session(folder, provider)
         differences.append(compare_logits(reference.forward(provider), session, reference.batches, tolerance))
@@ -95,7 +97,9 @@ def measure_deviation(expected: Forward, exported: Forward, batches: Iterable[tu
     """
     squared_change, squared_logits, largest = 0.0, 0.0, 0.0
     for description, batch in batches:
-        expected_logits, logits = expected(batch).astype(np.float64), exported(batch).astype(np.float64)
+        # In float64, so that sums over many batches lose nothing.
+        expected_logits = expected(batch).astype(np.float64)
+        logits = exported(batch).astype(np.float64)
         _require_finite(logits, "exported file", description)
         change = logits - expected_logits
         squared_change += float(np.square(change).sum())
@@ -107,7 +111,7 @@ def measure_deviation(expected: Forward, exported: Forward, batches: Iterable[tu
 
 
 def _check_rounded_logits(target: Target, reference: Reference, folder: Path, providers: list[str]) -> LogitFigures:
-    """Compare with the checkpoint that was filled with the stored weights; measure what rounding changes beside it."""
+    """Compare with the checkpoint after it was filled with the stored weights; measure what rounding moves."""
     section = reference.recipe.export
     tolerance, largest_deviation = section.tolerance, float("inf")
     float32_form = None
@@ -119,9 +123,12 @@ def _check_rounded_logits(target: Target, reference: Reference, folder: Path, pr
     for provider in providers:
         target.verify(folder, reference.checkpoint, reference.batches, provider)
         session = target.session(folder, provider)
-        expected = torch_forward(rounded_model.to(provider), provider)
+        rounded_model.to(provider)  # type: ignore[arg-type]
+        expected = torch_forward(rounded_model, provider)
         differences.append(compare_logits(expected, float32_form or session, reference.batches, tolerance))
-        deviation = measure_deviation(reference.forward(provider), session, _deviation_batches(target, reference))
+        # Against the checkpoint as it is: this is what rounding costs, weights and arithmetic together.
+        batches = _deviation_batches(target, reference)
+        deviation = measure_deviation(reference.forward(provider), session, batches)
         if deviation.relative > largest_deviation:
             raise GateError(
                 f"fp16 or int8 arithmetic moves the logits by {deviation.relative:.0%} of their size; "
@@ -134,13 +141,13 @@ def _check_rounded_logits(target: Target, reference: Reference, folder: Path, pr
 def _deviation_batches(target: Target, reference: Reference) -> list[tuple[str, Batch]]:
     """Choose the batches on which rounded arithmetic is judged.
 
-    The ranges of a calibrated target say nothing of random tokens, nor of padding on the other side: it is judged on
-    real rows, where there are any.
+    The ranges of a calibrated target say nothing of random tokens, nor of padding on the other
+    side: it is judged on real rows, where there are any.
     """
     if not target.calibrates:
         return reference.batches
-    left = reference.dev.splits["dev"].pad_left
-    dev_batches = [(name, batch) for name, batch in reference.batches if is_dev_batch(name, left=left)]
+    pad_left = reference.dev.splits["dev"].pad_left
+    dev_batches = [(name, batch) for name, batch in reference.batches if is_dev_batch(name, pad_left=pad_left)]
     return dev_batches or reference.batches
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint as the reference of its exported files: zeros, logits and dev sets, computed once for all targets."""
+"""A checkpoint as the reference of its exported files; what it computes is shared by all targets."""
 
 from __future__ import annotations
 
@@ -54,6 +54,7 @@ def prepare_dev_sets(checkpoint: Path, recipe: Recipe, check_rows: CheckRows | N
     model = load_model(checkpoint)
     task, splits = prepare_data(recipe, load_tokenizer(checkpoint), label_names(model), check_rows)
     dev_splits = {name: rows for name, rows in splits.items() if name.startswith("dev")}
+    # Here, because the exported graph checks nothing: a token beyond the table reads other memory.
     data.check_lengths(dev_splits, max_positions(model))
     data.check_vocabulary(dev_splits, model.config.vocab_size)
     calibration_rows = splits["train"].sample(recipe.export.calibration, recipe.seed)
@@ -74,9 +75,11 @@ class Reference:
         self._batch_logits: dict[str, dict[int, np.ndarray]] = {}
         self._dev_logits: dict[str, DevLogits] = {}
 
-    def load_model(self, *, eager: bool = False) -> PreTrainedModel:
+    def load_model(self, provider: str = "cpu", *, eager: bool = False) -> PreTrainedModel:
         """Load the model anew; the caller may change it."""
-        return load_model(self.checkpoint, eager=eager)
+        model = load_model(self.checkpoint, eager=eager)
+        model.to(provider)  # type: ignore[arg-type]
+        return model
 
     @cached_property
     def longest_input(self) -> int:
@@ -87,7 +90,10 @@ class Reference:
     def zero_counts(self) -> dict[str, ZeroCount]:
         """Zeros and size of each prunable matrix, by parameter."""
         weights = find_prunable_weights(self.load_model())
-        return {name: ZeroCount(int((weight == 0).sum()), weight.numel()) for name, weight in weights.items()}
+        counts = {}
+        for name, weight in weights.items():
+            counts[name] = ZeroCount(int((weight == 0).sum()), weight.numel())
+        return counts
 
     @cached_property
     def batches(self) -> list[tuple[str, Batch]]:
@@ -98,12 +104,13 @@ class Reference:
     def forward(self, provider: str) -> Forward:
         """Return a forward that knows the checkpoint's logits of `batches`, and of no other batch.
 
-        They are computed with eager attention, which is what is exported: where all tokens in a row's window are
-        padding (ModernBERT, padded on the left), torch's two attentions differ. The dev sets use the attention with
-        which a client loads the checkpoint.
+        They are computed with eager attention, which is what is exported: where all tokens in a
+        row's window are padding (ModernBERT, padded on the left), torch's two attentions differ.
+        The dev sets use the attention with which a client loads the checkpoint.
         """
         if provider not in self._batch_logits:
-            forward = torch_forward(self.load_model(eager=True).to(provider), provider)
+            forward = torch_forward(self.load_model(provider, eager=True), provider)
+            # By identity: the batches live as long as this object, and hashing arrays takes time.
             self._batch_logits[provider] = {id(batch): forward(batch) for _, batch in self.batches}
         logits = self._batch_logits[provider]
         return lambda batch: logits[id(batch)]
@@ -111,5 +118,6 @@ class Reference:
     def dev_logits(self, provider: str) -> DevLogits:
         """Compute the checkpoint's logits on the dev sets."""
         if provider not in self._dev_logits:
-            self._dev_logits[provider] = self.dev.predict(torch_forward(self.load_model().to(provider), provider))
+            forward = torch_forward(self.load_model(provider), provider)
+            self._dev_logits[provider] = self.dev.predict(forward)
         return self._dev_logits[provider]

@@ -1,4 +1,4 @@
-"""The gate on the dev score: an exported file scores what its checkpoint scores, within the recipe's budget."""
+"""The gate on the dev score: a file scores what its checkpoint scores, within the recipe's budget."""
 
 from __future__ import annotations
 
@@ -36,31 +36,35 @@ class DevComparison:
 
 
 class ScoreBudgetExceeded(GateError):
-    """The files are sound, but their rounding costs more of the dev score than the budget allows."""
+    """The files are sound, but rounding costs more of the dev score than the budget allows."""
 
 
 def check_score(target: Target, reference: Reference, folder: Path, provider: str) -> DevComparison:
     """Compare the files in `folder` with the checkpoint on the dev sets.
 
     Raises:
-        ScoreBudgetExceeded: names the first metric that changed by more than the budget, and what was rounded.
+        ScoreBudgetExceeded: names the first metric that changed by more than the budget, and what
+            was rounded.
     """
     comparison = compare_on_dev_sets(target, reference, folder, provider)
     budget = allowed_change(target, reference.recipe)
+    # Every metric is checked, not only their mean: a lost F1 can hide behind a good accuracy.
     metric = metric_over_budget(comparison, budget)
     if metric is None:
         return comparison
     hint = f"export.budget is {budget:g}"
     if target.rounds_weights:
         formats = target.storage_formats(reference.recipe)
-        rounding = f"export.values={formats.matrices} and export.embeddings={formats.embeddings} round the weights"
+        rounding = f"export.values={formats.matrices} and export.embeddings={formats.embeddings}"
+        rounding += " round the weights"
         if target.rounds_arithmetic:
             rounding = f"its weights and its arithmetic are {formats.matrices}"
-        hint += f"; {rounding}: store them more exactly, raise the budget, or leave the target out with export.skip"
+        hint += f"; {rounding}: store them more exactly, raise the budget, "
+        hint += "or leave the target out with export.skip"
     raise ScoreBudgetExceeded(
-        f"the exported file has {metric} {comparison.file_scores[metric]:.4f} on the dev set; its checkpoint has "
-        f"{comparison.checkpoint_scores[metric]:.4f} ({comparison.flipped} of {comparison.rows} predictions flipped, "
-        f"{comparison.worsened} for the worse)",
+        f"the exported file has {metric} {comparison.file_scores[metric]:.4f} on the dev set; "
+        f"its checkpoint has {comparison.checkpoint_scores[metric]:.4f} "
+        f"({comparison.flipped} of {comparison.rows} predictions flipped, {comparison.worsened} for the worse)",
         hint,
     )
 
@@ -74,7 +78,11 @@ def compare_on_dev_sets(target: Target, reference: Reference, folder: Path, prov
 
 
 def compare_predictions(
-    task: Task, checkpoint_logits: DevLogits, file_logits: DevLogits, splits: dict[str, Encoded], tolerance: float
+    task: Task,
+    checkpoint_logits: DevLogits,
+    file_logits: DevLogits,
+    splits: dict[str, Encoded],
+    tolerance: float,
 ) -> DevComparison:
     """Score both sides and count the predictions that differ.
 
@@ -89,12 +97,12 @@ def compare_predictions(
         worsened += int(is_worse.sum())
         largest_change = max(largest_change, float(np.abs(after - before).max()))
     return DevComparison(
-        task.score_splits(file_logits, splits),
-        task.score_splits(checkpoint_logits, splits),
-        flipped,
-        sum(len(rows) for rows in splits.values()),
-        largest_change,
-        worsened,
+        file_scores=task.score_splits(file_logits, splits),
+        checkpoint_scores=task.score_splits(checkpoint_logits, splits),
+        flipped=flipped,
+        rows=sum(len(rows) for rows in splits.values()),
+        largest_change=largest_change,
+        worsened=worsened,
     )
 
 
@@ -106,11 +114,12 @@ def allowed_change(target: Target, recipe: Recipe) -> float:
 def metric_over_budget(comparison: DevComparison, budget: float) -> str | None:
     """Name the first metric that changed by more than the budget, or is not finite.
 
-    A single prediction is never too much: on 400 rows it is a quarter of a point, and the last bit of a logit may
-    decide it.
+    A single prediction is never too much: on 400 rows it is a quarter of a point, and the last bit
+    of a logit may decide it.
     """
     for name, value in comparison.file_scores.items():
         change = abs(value - comparison.checkpoint_scores[name])
+        # A file that is better by more than the budget passes too, unless it lost right answers.
         if not math.isfinite(value) or (change > budget and comparison.worsened > 1):
             return name
     return None

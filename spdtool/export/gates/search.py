@@ -1,7 +1,7 @@
 """Find the modules that have to stay in float32 for rounded arithmetic to keep the dev score.
 
-Each module is first rounded alone, which measures the damage it does. Then the worst ones stay in float32, as few as
-the budget needs, which a bisection finds.
+Each module is first rounded alone, which measures the damage it does. Then the worst ones stay in
+float32, as few as the budget needs, which a bisection finds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class SearchResult(NamedTuple):
     """What the search found.
 
     Attributes:
-        float32_modules: in the order of the model; None: nothing short of all of them meets the budget.
+        float32_modules: in the order of the model; None: only all of them would meet the budget.
         damage: by module, or by neighbouring modules that were tried together.
         tries: number of files that were written.
     """
@@ -29,7 +29,10 @@ class SearchResult(NamedTuple):
 
 
 def search_float32_modules(
-    modules: Sequence[str], damage: Callable[[Modules], float], meets_budget: Callable[[Modules], bool], tries: int
+    modules: Sequence[str],
+    damage: Callable[[Modules], float],
+    meets_budget: Callable[[Modules], bool],
+    tries: int,
 ) -> SearchResult:
     """Find the fewest modules, taken in the order of their damage, that have to stay in float32.
 
@@ -37,13 +40,15 @@ def search_float32_modules(
         modules: all that may, in the order of the model.
         damage: of a file in which the given modules stay in float32.
         meets_budget: whether such a file does; assumed to stay true when modules are added.
-        tries: most calls of both together; with more modules than that, neighbours are tried together.
+        tries: most calls of both together; with more modules than that, neighbours are tried
+            together.
     """
     groups = _group_neighbours(modules, tries)
     group_damage = {}
     for group in groups:
         all_others = tuple(module for module in modules if module not in group)
         group_damage[group] = damage(all_others)
+    # A bisection, because every try writes and scores a file: minutes, with a large dev set.
     worst_first = sorted(groups, key=lambda group: -group_damage[group])
     used_tries = len(groups)
     low, high = 1, len(groups)  # with all groups in float32 the file would not be rounded any more
@@ -61,7 +66,7 @@ def search_float32_modules(
 
 
 def _group_neighbours(modules: Sequence[str], tries: int) -> list[Modules]:
-    """Split the modules into as many groups of neighbours as leave enough tries for the bisection."""
+    """Split the modules into as many groups of neighbours as leave tries for the bisection."""
     count = len(modules)
     while count > 1 and count + math.ceil(math.log2(count)) > tries:
         count -= 1

@@ -1,4 +1,4 @@
-"""The gate on weights: a file has the zeros of its checkpoint, and its other weights up to their rounding."""
+"""The gate on weights: a file has its checkpoint's zeros, and its other weights up to their rounding."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from spdtool.errors import GateError
 from spdtool.export.graph.weights import StoredWeight
 from spdtool.run.records import ZeroCount
 
-SLACK = 1e-5  # float32 arithmetic of the rounding itself, as a share of the error and of the largest weight
+SLACK = 1e-5  # of the rounding's own float32 arithmetic, as a share of error and largest weight
 
 
 def check_zeros(
-    file_counts: Mapping[str, tuple[int, int]], expected: Mapping[str, ZeroCount], *, allow_more: bool = False
+    file_counts: Mapping[str, tuple[int, int]],
+    expected: Mapping[str, ZeroCount],
+    *,
+    allow_more: bool = False,
 ) -> int:
     """Refuse a file whose matrices have other zeros than the checkpoint's.
 
@@ -33,7 +36,7 @@ def check_zeros(
     wrong = []
     new_zeros = 0
     for name, (zeros, size) in expected.items():
-        file_zeros, file_size = file_counts.get(name, (-1, -1))
+        file_zeros, file_size = file_counts.get(name, (-1, -1))  # no matrix has these
         if file_size != size or file_zeros < zeros or (file_zeros > zeros and not allow_more):
             wrong.append(name)
         new_zeros += file_zeros - zeros
@@ -50,7 +53,7 @@ def check_stored_weights(stored: Iterable[StoredWeight], model: PreTrainedModel)
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, array, largest_error in stored:
-        if name not in parameters:
+        if name not in parameters:  # a constant of the graph
             continue
         weight = parameters[name].detach().cpu().numpy()
         if weight.shape != array.shape:
