@@ -1,4 +1,4 @@
-"""Grafting: in each forward pass, each layer is the student's with probability p, else the teacher's; or a blend.
+"""Grafting: each layer of a forward pass is the student's with probability p, or a blend of both.
 
 The student's layers learn inside a network that already works (BERT-of-Theseus, arXiv 2002.02925;
 Sparse Progressive Distillation, arXiv 2110.08190). No modelling code is copied: entries of the
@@ -24,7 +24,7 @@ RandomState = list[JsonValue]
 
 
 class LayerDraw:
-    """Keeps the student's layer list, both sets of layers, and the generator that draws between them.
+    """Keeps the layers of student and teacher, and the generator that draws between them.
 
     Args:
         student: the list in which layers are swapped.
@@ -48,7 +48,7 @@ class LayerDraw:
 
     @contextmanager
     def draw(self, rate: float) -> Iterator[list[bool]]:
-        """Draw which layers are the student's, and let the teacher's stand in for the others inside the block.
+        """Draw which layers are the student's; the teacher's stand in for the others inside the block.
 
         Args:
             rate: the replacing rate p in [0, 1]; the same number of random draws is made whatever
@@ -83,7 +83,7 @@ class LayerDraw:
 
 
 class LayerBlend:
-    """Keeps the student's layers and hook-free copies of the teacher's, to mix their outputs for the same input.
+    """Keeps the student's layers and hook-free copies of the teacher's, to mix their outputs.
 
     In place of a draw, every layer gives `rate` times its output plus `1 - rate` times the
     teacher's: nothing is random, and every layer of the student learns in every step. The layers
@@ -107,7 +107,7 @@ class LayerBlend:
 
     @contextmanager
     def draw(self, rate: float) -> Iterator[list[bool]]:
-        """Mix the layers' outputs inside the block; at rate 1 the teacher's layers do not run at all.
+        """Mix the layers' outputs inside the block; at rate 1 the teacher's layers do not run.
 
         Args:
             rate: the weight of the student's output in [0, 1].
@@ -135,7 +135,7 @@ LayerMixing = LayerDraw | LayerBlend
 
 
 def replacing_rate(section: Grafting) -> Callable[[float], float]:
-    """Return the replacing rate as a function of progress: the probability that a layer is the student's.
+    """Return the replacing rate, the probability of the student's layer, as a function of progress.
 
     The published code's four schedules, in fractions of a stage instead of counts of steps
     (BERT-of-Theseus, arXiv 2002.02925; Sparse Progressive Distillation, arXiv 2110.08190):
@@ -185,13 +185,13 @@ def is_grafted(rate: Callable[[float], float]) -> bool:
 
 @contextmanager
 def _blend_outputs(student: nn.Module, teacher: nn.Module, rate: float) -> Iterator[None]:
-    """Let `student` return the blend while the block runs; transformers' hooks capture what `forward` returns."""
+    """Let `student.forward`, whose result transformers' hooks capture, return the blend in the block."""
     # accelerate and torch.compile may have set a forward of the instance, which must come back
     forward, previous = student.forward, vars(student).get("forward")
 
     def blend(*args: object, **options: object) -> object:
         student_output = forward(*args, **options)
-        # whoever records the softmaxes of the student's pass (outputs.py) must not see the teacher's
+        # outputs.py records the softmaxes of the student's pass, and must not see the teacher's
         with torch._C.DisableTorchFunction():
             teacher_output = teacher(*args, **options)
         if isinstance(student_output, tuple):
@@ -209,7 +209,7 @@ def _blend_outputs(student: nn.Module, teacher: nn.Module, rate: float) -> Itera
 
 
 def _copy_without_hooks(layer: nn.Module) -> nn.Module:
-    """Copy a layer without its hooks, so that none of its outputs are captured; the weights are shared."""
+    """Copy a layer, but for its weights, without the hooks that would capture its outputs."""
     # the memo makes deepcopy keep the parameters: a second teacher would not fit beside the first
     clone = copy.deepcopy(layer, {id(parameter): parameter for parameter in layer.parameters()})
     for module in clone.modules():

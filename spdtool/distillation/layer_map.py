@@ -62,7 +62,7 @@ def check_phases(recipe: Recipe, student: ModelShape, teacher: ModelShape) -> No
 
 
 def select_layers(outputs: ModelOutputs, layers: Sequence[int]) -> ModelOutputs:
-    """Return the teacher's outputs in the order of the student's layers: the embeddings' output, then `layers`.
+    """Return the teacher's outputs in the order of the student's layers, embeddings first.
 
     Args:
         layers: the teacher's, counted from 1, one for each layer of the student.

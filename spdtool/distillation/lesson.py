@@ -1,4 +1,4 @@
-"""Lessons: what a model learns from. The gold labels teach the teacher; the teacher teaches the student."""
+"""Lessons: the teacher learns from the gold labels, the student from the teacher."""
 
 from __future__ import annotations
 
@@ -136,11 +136,11 @@ class DistillationLesson(Lesson):
 
     @property
     def compared_layers(self) -> tuple[int, ...]:
-        """The teacher's layers whose hidden states the loss compares, from 0, the embeddings' output; may be empty."""
+        """The teacher's layers whose hidden states the loss compares; 0 is the embeddings' output."""
         return (0, *self._layers) if needs_hidden_states(self.section.loss) else ()
 
     def loss(self, batch: dict[str, Tensor], progress: float, weight: LossWeight) -> LossTerms:
-        """Compare the student's outputs with the teacher's, which may be cached beside the rows; see `Lesson`."""
+        """Compare the student's outputs with the teacher's, which may be cached; see `Lesson`."""
         # first, because it takes the cached columns out of the batch
         teacher_outputs = pop_cached_outputs(batch) or self.compute_teacher_outputs(batch)
         with self._mixing.draw(self._rate(progress)):
@@ -161,7 +161,7 @@ class DistillationLesson(Lesson):
         return select_layers(self._compute_outputs(self.teacher, batch, self._ignored_by_teacher), self._layers)
 
     def log_values(self, progress: float) -> dict[str, object]:
-        """Return the replacing rate, and which layers were the student's in the last forward pass."""
+        """Return the replacing rate, and the layers that the last draw left to the student."""
         return {"replacing_rate": self._rate(progress), "drawn": self._mixing.drawn}
 
     def state_dict(self) -> list[JsonValue]:
@@ -209,7 +209,7 @@ class DistillationLesson(Lesson):
 def _choose_grafting(
     stage: str, section: Distilled, student: PreTrainedModel, teacher: PreTrainedModel, seed: int
 ) -> tuple[LayerMixing, Callable[[float], float]]:
-    """Return the mixing of layers and the replacing rate; warn if grafting is ignored because the shapes differ."""
+    """Return the mixing of layers and the replacing rate; warn if the shapes do not allow it."""
     layers, rate = find_layer_stack(student), replacing_rate(section.grafting)
     if same_architecture(student, teacher):
         mixing = create_mixing(
@@ -237,7 +237,7 @@ def _describe_shape(model: PreTrainedModel) -> str:
 def _find_frozen_parameters(
     student: PreTrainedModel, teacher: PreTrainedModel, section: Distilled
 ) -> list[nn.Parameter]:
-    """Return the frozen parameters of the student and the stand-ins: the published code clips over them too."""
+    """Return the frozen parameters over which the published code clips too, the stand-ins' among them."""
     trained = select_trained_parameters(student, section.train)
     frozen = [parameter for name, parameter in student.named_parameters() if name not in trained]
     return frozen + list(find_layer_stack(teacher).parameters())

@@ -28,7 +28,7 @@ LossTerms = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class LossWeight:
-    """Fraction of a global batch that some rows hold: of its rows, its real tokens, and pairs of real tokens in a row.
+    """Fraction of a global batch in some rows: of its rows, real tokens, and pairs of tokens in a row.
 
     A term that is a mean over tokens is multiplied by `tokens`, so that the terms of all
     micro-batches add up to that of the batch.
@@ -109,7 +109,7 @@ def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tens
 
 
 def relation_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor | None, heads: int) -> Tensor:
-    """Compute the divergence between the token-to-token relations of hidden states, summed over layers.
+    """Compute the divergence of token-to-token relations of hidden states, summed over layers.
 
     In the spirit of MiniLM (arXiv 2002.10957, 2012.15828), which relates queries, keys and values
     of one layer; here it is the hidden states of every mapped layer, so that neither heads nor
@@ -121,7 +121,8 @@ def relation_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Te
         heads: number of slices of each width; must divide both.
     """
     losses = []
-    with torch.autocast(student[0].device.type, enabled=False):  # half precision has too few digits for the scores
+    # half precision has too few digits for the scores
+    with torch.autocast(student[0].device.type, enabled=False):
         for student_state, teacher_state in zip(student, teacher, strict=True):
             log_student, log_teacher = (_log_relations(state, mask, heads) for state in (student_state, teacher_state))
             divergence = (log_teacher.exp() * (log_teacher - log_student)).sum(-1).mean(1)
@@ -130,8 +131,9 @@ def relation_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Te
 
 
 def _log_relations(hidden_state: Tensor, mask: Tensor | None, heads: int) -> Tensor:
-    """Compute log softmax(h h^T / sqrt(d)) over the keys, [rows, heads, tokens, tokens], for slices of width d."""
-    slices = hidden_state.float().unflatten(-1, (heads, -1)).transpose(1, 2)
+    """Compute log softmax(h h^T / sqrt(d)), [rows, heads, tokens, tokens], for slices of width d."""
+    heads_last = hidden_state.float().unflatten(-1, (heads, -1))  # type: ignore[no-untyped-call]
+    slices = heads_last.transpose(1, 2)
     scores = slices @ slices.transpose(-1, -2) / slices.shape[-1] ** 0.5
     if mask is not None:  # a finite number: minus infinity would make 0 times infinity of a padding key
         scores = scores.masked_fill(mask[:, None, None, :] == 0, torch.finfo(scores.dtype).min)
@@ -139,7 +141,7 @@ def _log_relations(hidden_state: Tensor, mask: Tensor | None, heads: int) -> Ten
 
 
 def attention_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor | None) -> Tensor:
-    """Compute the mean squared error over visible pairs of real tokens and heads, summed over layers.
+    """Compute the mean squared error over visible pairs of real tokens, summed over layers.
 
     Args:
         student, teacher: per layer [rows, heads, tokens, tokens]: scores before the softmax, or

@@ -1,4 +1,4 @@
-"""Projections from the student's width to the teacher's: trained with the student, and never part of it.
+"""Projections from the student's width to the teacher's, trained with the student.
 
 Where hidden states have different widths, each is multiplied by a matrix of its own before it is
 compared (TinyBERT, arXiv 1909.10351). A phase saves the matrices in `projections.safetensors`,
@@ -40,14 +40,14 @@ def create_projections(
 
 
 def project(hidden_states: Sequence[Tensor], projections: Projections) -> Sequence[Tensor]:
-    """Multiply each hidden state, the embeddings' output first, by its projection; without projections return them."""
+    """Multiply each hidden state, the embeddings' output first, by its projection, if there are any."""
     if not projections:
         return hidden_states
     return [F.linear(state, projections[f"{PREFIX}{index}"]) for index, state in enumerate(hidden_states)]
 
 
 def load_projections(projections: Projections, folder: Path) -> bool:
-    """Copy the values that the phase in `folder` saved, if it saved any of these shapes; return whether it did."""
+    """Copy the projections that the phase in `folder` saved; return whether there are any that fit."""
     file = folder / FILE_NAME
     if not file.is_file():
         return False

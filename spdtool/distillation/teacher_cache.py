@@ -1,4 +1,4 @@
-"""The teacher's outputs for every training row, computed once for all epochs, phases and runs that read the same.
+"""The teacher's outputs for every training row, computed once for all epochs, phases and runs.
 
 Logits alone are cached wherever a phase reads nothing else. Hidden states are large: they are
 cached for training on a CPU, where reading them is faster than a forward pass, if they fit
@@ -42,7 +42,7 @@ def needs_hidden_states(loss: Loss) -> bool:
 def is_worth_caching(
     recipe: Recipe, section: Distilled, rows: Encoded, teacher: PreTrainedModel, layers: Sequence[int]
 ) -> bool:
-    """Whether `cache_outputs` saves time in the phase of `section`, and fits the disk space that the recipe allows.
+    """Whether `cache_outputs` saves time in the phase of `section`, and fits the allowed disk space.
 
     Args:
         layers: the teacher's, from 0, the embeddings' output, whose hidden states the loss
@@ -69,7 +69,7 @@ def is_worth_caching(
 
 
 def cache_outputs(rows: Encoded, teacher: PreTrainedModel, forward: TeacherForward, layers: Sequence[int]) -> Encoded:
-    """Return `rows` with the teacher's outputs as further columns, from the cache or by one pass over the rows.
+    """Return `rows` with the teacher's outputs as further columns, computed by one pass if need be.
 
     They are float32: logits [rows, labels], and hidden states [tokens, layers, width] if there are
     `layers`. They are stored under a hash of the teacher's weights, the rows and the machine's
@@ -103,7 +103,7 @@ def cache_outputs(rows: Encoded, teacher: PreTrainedModel, forward: TeacherForwa
 
 
 def pop_cached_outputs(batch: dict[str, torch.Tensor]) -> ModelOutputs | None:
-    """Remove the cached outputs of the teacher from a batch and return them; None if nothing was cached.
+    """Remove the cached outputs of the teacher from a batch and return them; None without any.
 
     The hidden states are those of the `layers` that `cache_outputs` was called with.
     """
@@ -150,7 +150,9 @@ def _compute_states(append: cache.Append, rows: Encoded, teacher: PreTrainedMode
 @torch.inference_mode()
 def _compute_chunk(rows: Encoded, teacher: PreTrainedModel, forward: TeacherForward) -> tuple[np.ndarray, np.ndarray]:
     """Compute logits [rows, labels] and the hidden states of real tokens [tokens, layers, width]."""
-    logits, states = np.empty((len(rows), teacher.config.num_labels), np.float32), np.empty(0, np.float32)
+    labels = teacher.config.num_labels
+    assert labels is not None
+    logits, states = np.empty((len(rows), labels), np.float32), np.empty(0, np.float32)
     for numbers in evaluation_batches(rows, BATCH_SIZE):
         batch = rows.collate(numbers)
         outputs, mask = forward(to_device(batch, teacher.device)), batch["attention_mask"].astype(bool)

@@ -69,7 +69,7 @@ def write_snapshot_files(folder: Path, snapshot: Snapshot) -> None:
         for name, tensor in tensors.items():
             flat[f"{group}/{name}"] = tensor.detach().contiguous()  # safetensors refuses views
     save_file(flat, folder / "state.safetensors")
-    write_json(folder / "state.json", {"step": snapshot.step} | snapshot.notes)
+    write_json(folder / "state.json", {"step": snapshot.step, **snapshot.notes})
 
 
 def read_newest_snapshot(root: Path, fingerprint: str) -> Snapshot | None:
