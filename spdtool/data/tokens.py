@@ -205,7 +205,7 @@ def empty_split(tokenizer: PreTrainedTokenizerBase) -> Encoded:
         ModelError: the tokenizer cannot pad.
     """
     _refuse_without_padding(tokenizer)
-    columns = {}
+    columns: dict[str, np.ndarray] = {}
     for name in ("input_ids", "token_type_ids"):
         if name in tokenizer.model_input_names:
             columns[name] = np.empty(0, np.int32)

@@ -138,6 +138,7 @@ def test_the_model_is_fresh_seeded_and_reloads_with_stock_classes(tmp_path: Path
     assert len(seen.attentions) == 4
 
 
+@pytest.mark.slow
 def test_the_model_learns_the_rows_that_share_their_words() -> None:
     model, tokens = demo.build_demo_model(0)
     rows = demo.load_demo(None, 0)["train"].select(range(16))
