@@ -166,6 +166,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(toys: Any, architecture
         torch.testing.assert_close(saving[name], gradient, rtol=1e-6, atol=1e-6, msg=name)
 
 
+@pytest.mark.slow
 @each_family
 def test_a_prune_stage_writes_exact_zeros_that_stock_transformers_reads(
     toys: Any, architecture: str, toy_task: Callable[..., Task], toy_run: Callable[..., Run],
@@ -238,6 +239,7 @@ def test_funnel_is_refused_with_the_reason(toys: Any) -> None:
         find_layer_stack(FunnelForSequenceClassification(config))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler about itself
 @pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "g++", "clang"))), reason="torch.compile needs a compiler")
 @pytest.mark.parametrize("attention", [0.0, 1.0], ids=["without attention", "with attention scores"])
@@ -270,6 +272,7 @@ def test_compiling_layer_by_layer_gives_the_same_loss_and_gradients(toys: Any, a
         torch.testing.assert_close(compiled[1][name], gradient, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler about itself
 def test_no_form_of_a_compiled_layer_is_left_to_plain_python(toys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     compiling = torch.nn.Module.compile
