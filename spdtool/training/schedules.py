@@ -48,10 +48,9 @@ def plan_prune_events(recipe: Recipe, steps: int, *, initial: float = 0.0) -> Ev
         initial=initial,
         first=_choose_first_jump(recipe, initial),
         shape=section.schedule,
-        exchanges=section.exchanges,
-        freeze=section.freeze,
-        total=steps,
     )
+    ramp_end, _ = events[-1]
+    events += plan_exchanges(ramp_end, section.exchanges, recipe.sparsity, round(section.freeze * steps))
     return pass_through(events, section.save_at)
 
 
@@ -63,11 +62,8 @@ def prune_events(
     initial: float = 0.0,
     first: float | None = None,
     shape: str = "cubic",
-    exchanges: int = 0,
-    freeze: float = 1.0,
-    total: int | None = None,
 ) -> Events:
-    """Compute the exact prune events of a stage, up to `final`, which the exchanges repeat.
+    """Compute the exact prune events of a stage, up to the first at `final`.
 
     Event i of N falls after optimiser step `round(i * steps / N)`, so their number never depends
     on the batch size and the target is always reached. With `first`, event 1 happens before the
@@ -81,13 +77,9 @@ def prune_events(
         initial: sparsity before the first event.
         first: sparsity of the first event, at step 0.
         shape: `cubic` or `linear`.
-        exchanges: further events at `final`, spread evenly from step `steps` up to `freeze *
-            total`.
-        freeze: fraction of the stage after which no event comes.
-        total: optimiser steps of the stage; none: `steps`.
 
     Raises:
-        RecipeError: fewer steps than events or exchanges, or a first jump that is not on the way.
+        RecipeError: fewer steps than events, or a first jump that is not on the way.
     """
     if shape not in SHAPES:
         raise UnknownName("sparsity schedule", shape, SHAPES)
@@ -110,11 +102,17 @@ def prune_events(
     for index in range(1, climbing):
         planned.append((round(index * steps / climbing), sparsity_at(index / climbing)))
     planned.append((steps, final))  # exactly: the formula would round
-    return planned + _plan_exchanges(steps, exchanges, final, round(freeze * (total or steps)))
+    return planned
 
 
-def _plan_exchanges(start: int, exchanges: int, final: float, end: int) -> Events:
-    """Spread events at the target evenly over the steps from `start` to `end`."""
+def plan_exchanges(start: int, exchanges: int, final: float, end: int) -> Events:
+    """Spread further events at the target evenly over the steps from `start` to `end`.
+
+    At these events regrown and pruned weights change places; after `end` the masks are frozen.
+
+    Raises:
+        RecipeError: fewer steps than exchanges.
+    """
     if exchanges and end - start < exchanges:
         raise RecipeError(
             f"{exchanges} exchanges do not fit between step {start}, where the ramp ends, and step {end}",

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import itertools
+from types import ModuleType
 
 import pytest
 
 from spdtool.errors import RecipeError, UnknownName
-from spdtool.training.schedules import cubic, linear, pass_through, prune_events, rewound, warmup_then_linear
+from spdtool.training.schedules import (
+    cubic,
+    linear,
+    pass_through,
+    plan_exchanges,
+    plan_prune_events,
+    prune_events,
+    rewound,
+    warmup_then_linear,
+)
 
 
 def test_linear_and_cubic_follow_their_formulas_and_stay_at_their_ends() -> None:
@@ -66,11 +76,13 @@ def test_an_unknown_shape_offers_near_matches() -> None:
     assert caught.value.near == ["cubic"]
 
 
-def test_exchanges_repeat_the_target_evenly_until_the_masks_freeze() -> None:
+def test_exchanges_repeat_the_target_evenly_until_the_masks_freeze(toys: ModuleType) -> None:
     cases = [(70, 7, 3, 0.85, 100), (70, 1, 30, 1.0, 100), (700, 12, 7, 0.853, 999), (10, 2, 0, 0.5, 100)]
     for case in cases:
         steps, events, exchanges, freeze, total = case
-        planned = prune_events(steps, events, 0.9, exchanges=exchanges, freeze=freeze, total=total)
+        sections = [f"prune.events={events}", f"prune.exchanges={exchanges}", f"prune.freeze={freeze}", "prune.first=none"]
+        recipe = toys.recipe(*sections, f"prune.ramp={steps / total}", "prune.regrowth=true", sparsity=0.9)
+        planned = plan_prune_events(recipe, total)
         assert planned[:events] == prune_events(steps, events, 0.9), case
         assert len(planned[events:]) == exchanges, case
         assert all(sparsity == 0.9 for _, sparsity in planned[events:]), case
@@ -83,9 +95,9 @@ def test_exchanges_repeat_the_target_evenly_until_the_masks_freeze() -> None:
 
 def test_exchanges_that_do_not_fit_are_refused() -> None:
     with pytest.raises(RecipeError, match="5 exchanges do not fit between step 80, where the ramp ends, and step 84"):
-        prune_events(80, 2, 0.9, exchanges=5, freeze=0.84, total=100)
+        plan_exchanges(80, 5, 0.9, 84)
     with pytest.raises(RecipeError, match="1 exchanges do not fit"):
-        prune_events(80, 2, 0.9, exchanges=1)
+        plan_exchanges(80, 1, 0.9, 80)
 
 
 def test_events_pass_through_sparsities_on_the_way() -> None:
