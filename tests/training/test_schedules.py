@@ -80,7 +80,12 @@ def test_exchanges_repeat_the_target_evenly_until_the_masks_freeze(toys: ModuleT
     cases = [(70, 7, 3, 0.85, 100), (70, 1, 30, 1.0, 100), (700, 12, 7, 0.853, 999), (10, 2, 0, 0.5, 100)]
     for case in cases:
         steps, events, exchanges, freeze, total = case
-        sections = [f"prune.events={events}", f"prune.exchanges={exchanges}", f"prune.freeze={freeze}", "prune.first=none"]
+        sections = [
+            f"prune.events={events}",
+            f"prune.exchanges={exchanges}",
+            f"prune.freeze={freeze}",
+            "prune.first=none",
+        ]
         recipe = toys.recipe(*sections, f"prune.ramp={steps / total}", "prune.regrowth=true", sparsity=0.9)
         planned = plan_prune_events(recipe, total)
         assert planned[:events] == prune_events(steps, events, 0.9), case
