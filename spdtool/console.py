@@ -26,9 +26,9 @@ from spdtool import ranks
 from spdtool.errors import SpdError
 from spdtool.recipe import PHASES
 
-Event = Mapping[str, Any]  # one line of metrics.jsonl
-OnEvent = Callable[[dict[str, Any]], None]
-OnStageEvent = Callable[[str, int, dict[str, Any]], None]
+Event = dict[str, Any]  # one line of metrics.jsonl
+OnEvent = Callable[[Event], None]
+OnStageEvent = Callable[[str, int, Event], None]
 
 PLAIN_SECONDS = 20.0  # between two progress lines when the output is not a terminal
 UNFOLDED = 1000  # columns: wider than any line that is printed
@@ -53,7 +53,7 @@ def configure(*, as_json: bool = False) -> None:
 
 def _new_console(*, stderr: bool = False) -> Console:
     console = Console(stderr=stderr, highlight=False, quiet=not ranks.is_main())
-    # A file or a pipe has no width: nothing is folded for it.
+    # A file or a pipe has no width: nothing is folded for it, so that it can be searched.
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = UNFOLDED
     return console
@@ -88,10 +88,16 @@ def warn(text: str) -> None:
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print a table under its title; columns of numbers, after the first, are aligned right."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True, header_style="bold")
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
+        header_style="bold",
+    )
     for index, column in enumerate(columns):
-        right = index > 0 and is_numeric([row[index] for row in rows])
-        table.add_column(column, justify="right" if right else "left", overflow="fold")
+        is_number = index > 0 and is_numeric([row[index] for row in rows])
+        table.add_column(column, justify="right" if is_number else "left", overflow="fold")
     for row in rows:
         table.add_row(*[escape(format_cell(cell)) for cell in row])
     say(f"\n[bold]{escape(title)}[/]")
@@ -125,6 +131,7 @@ def format_scores(metrics: Mapping[str, float], *, best: bool = False) -> str:
 
 def print_result(value: object) -> None:
     """Print the result of a command: JSON on standard output with `--json`, nothing otherwise."""
+    # Of several processes one prints: the launcher, or else the main one.
     if _json and ranks.is_main() and not ranks.has_launcher():
         sys.stdout.write(json.dumps(_finite(value), indent=2, ensure_ascii=False, default=str) + "\n")
         sys.stdout.flush()
@@ -142,12 +149,14 @@ def _finite(value: object) -> object:
         return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def print_error(error: SpdError) -> None:
-    """Print an error of the user: what was asked and found, then what to try. A launcher prints it for its ranks."""
-    ranks.report_failure(error)
+    """Print an error of the user: what was asked and found, then what to try."""
+    ranks.report_failure(error)  # the launcher prints it for its ranks
     if not ranks.is_main() or ranks.has_launcher():
         return
     if _json:
@@ -175,7 +184,7 @@ def busy(text: str) -> Iterator[None]:
 
 @contextmanager
 def listen(listener: OnStageEvent) -> Iterator[None]:
-    """Call `listener(stage, steps, event)` for every event of a training stage; an error in it ends the stage."""
+    """Call `listener(stage, steps, event)` for every event of a training stage; its errors end the stage."""
     global _listener
     before, _listener = _listener, listener
     try:
@@ -193,11 +202,12 @@ def progress(stage: str, steps: int, *, grafting: bool = True) -> Iterator[OnEve
     """
     listener = _listener
 
-    def on_event(event: dict[str, Any]) -> None:
+    def on_event(event: Event) -> None:
         show(event)
         if listener is not None:
             listener(stage, steps, event)
 
+    # A file or a pipe keeps every frame of a live display: plain lines there.
     if not _out.is_terminal:
         show = _PlainProgress(stage, steps, grafting).show
         yield on_event
@@ -221,10 +231,16 @@ class _LiveProgress:
     """Live display of a stage: the latest event of each kind in one panel."""
 
     def __init__(self, stage: str, steps: int, grafting: bool) -> None:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
         self._stage, self._grafting = stage, grafting
-        self._step: dict[str, Any] = {}
+        self._step: Event = {}
         self._evaluation: Event = {}
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -284,9 +300,10 @@ class _PlainProgress:
             case "eval":
                 return f"dev {_evaluation_text(event)}"
             case "prune":
-                clamped = len(event.get("clamped", ()))
-                limited = f"; prune.least kept more of {clamped} matrices alive" if clamped else ""
-                return f"pruned to {event['sparsity']:.4f}{limited}"
+                text = f"pruned to {event['sparsity']:.4f}"
+                if "clamped" in event:
+                    text += f"; prune.least kept more of {len(event['clamped'])} matrices alive"
+                return text
             case "student":
                 return f"student saved at sparsity {event['sparsity']:g}: dev {format_scores(event['dev'])}"
             case "resume":
@@ -298,9 +315,11 @@ class _PlainProgress:
 
 
 def _evaluation_text(event: Event) -> str:
-    """Format a dev score; far below the score on training rows beside it, the model has learnt those by heart."""
-    train = f"  (train {event['train']['score']:.4f})" if "train" in event else ""
-    return format_scores(event["metrics"], best=event["best"]) + train
+    """Format a dev score; far below the train score beside it, the model has learnt the rows by heart."""
+    text = format_scores(event["metrics"], best=event["best"])
+    if "train" in event:
+        text += f"  (train {event['train']['score']:.4f})"
+    return text
 
 
 def _step_rows(event: Event, grafting: bool) -> Iterator[tuple[str, str]]:

@@ -47,12 +47,17 @@ class UnknownName(RecipeError):
 
     def __init__(self, kind: str, name: str, known: Iterable[str], hint: str | None = None) -> None:
         known = sorted(known)
+        # Names are lower case, so a capital is no reason to miss one.
         near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
         if near:
             guess = f"did you mean {' or '.join(map(repr, near))}?"
         else:
-            guess = f"known: {', '.join(known[:LISTED]) or 'none'}{' and more' if len(known) > LISTED else ''}"
-        super().__init__(f"there is no {kind} {name!r}", f"{guess} {hint}" if hint else guess)
+            guess = f"known: {', '.join(known[:LISTED]) or 'none'}"
+            if len(known) > LISTED:
+                guess += " and more"
+        if hint:
+            guess += f" {hint}"
+        super().__init__(f"there is no {kind} {name!r}", guess)
         self.near = near
 
 

@@ -35,6 +35,7 @@ from typing import Any, Generic, TypeVar
 
 from spdtool.errors import PluginError, SpdError, UnknownName
 
+Function = Callable[..., Any]
 T = TypeVar("T")
 Registered = TypeVar("Registered")
 PLUGIN_GROUP = "spdtool"
@@ -131,7 +132,10 @@ class Registry(Generic[T]):
                 if not source.startswith(BUILTIN):
                     raise PluginError(f"{self.kind} {name!r} is already provided by {present.source}")
                 # The plugin was loaded before the built-in whose name it uses: the built-in wins.
-                _record_error(present.source, f"PluginError: {self.kind} {name!r} is already provided by {source}")
+                _record_error(
+                    present.source,
+                    f"PluginError: {self.kind} {name!r} is already provided by {source}",
+                )
             self._entries[name] = Entry(name, self._checked(name, value), source, meta)
             return value
 
@@ -170,7 +174,8 @@ class Registry(Generic[T]):
     def find(self, name: str) -> T | None:
         """Return the object called `name`, or None."""
         self.load()
-        return self._entries[name].value if name in self._entries else None
+        entry = self._entries.get(name)
+        return None if entry is None else entry.value
 
     def entries(self) -> list[Entry[T]]:
         """List every entry of this kind by name."""
@@ -184,16 +189,22 @@ class Registry(Generic[T]):
         discover()
 
 
-criteria: Registry[Callable[..., Any]] = Registry(
-    "criterion", "spdtool.pruning.criteria", "spdtool.pruning.second_order"
-)
-patterns: Registry[Callable[..., Any]] = Registry("pattern", "spdtool.pruning.patterns")
+criteria: Registry[Function] = Registry("criterion", "spdtool.pruning.criteria", "spdtool.pruning.second_order")
+patterns: Registry[Function] = Registry("pattern", "spdtool.pruning.patterns")
 datasets: Registry[Any] = Registry("task", "spdtool.data.glue", "spdtool.data.demo")
 task_kinds: Registry[Any] = Registry("kind of task", "spdtool.tasks.classification", "spdtool.tasks.regression")
 targets: Registry[Any] = Registry("export target", "spdtool.export.targets", check="spdtool.export.target:check_target")
-stacks: Registry[Callable[..., Any]] = Registry("layer stack")
+stacks: Registry[Function] = Registry("layer stack")
 products: Registry[Callable[..., None]] = Registry("sparse product")
-REGISTRIES: tuple[Registry[Any], ...] = (criteria, patterns, datasets, task_kinds, targets, stacks, products)
+REGISTRIES: tuple[Registry[Any], ...] = (
+    criteria,
+    patterns,
+    datasets,
+    task_kinds,
+    targets,
+    stacks,
+    products,
+)
 
 
 def use_folder(folder: Path | str | None) -> None:
@@ -202,10 +213,14 @@ def use_folder(folder: Path | str | None) -> None:
     Raises:
         PluginError: the folder does not exist.
     """
+    _discovery.folder = None
     chosen = folder or os.environ.get("SPDTOOL_PLUGINS")
-    path = Path(chosen).resolve() if chosen else None
-    if path is not None and not path.is_dir():
-        raise PluginError(f"the plugins folder {path} does not exist", "check --plugins-dir or SPDTOOL_PLUGINS")
+    if not chosen:
+        return
+    path = Path(chosen).resolve()
+    if not path.is_dir():
+        hint = "check --plugins-dir or SPDTOOL_PLUGINS"
+        raise PluginError(f"the plugins folder {path} does not exist", hint)
     _discovery.folder = path
 
 
@@ -220,6 +235,7 @@ def discover() -> None:
         return
     for entry_point in entry_points(group=PLUGIN_GROUP):
         distribution = entry_point.dist.name if entry_point.dist else "?"
+        # Two distributions may both call their entry `target`.
         _import(f"{distribution}:{entry_point.name}", entry_point.value, entry_point.load)
     if _discovery.folder is not None:
         for file in sorted(_discovery.folder.glob("*.py")):
@@ -278,7 +294,7 @@ def find_library(target: str) -> Library:
 
 
 @contextmanager
-def wrap_errors(entry: Entry[Any]) -> Iterator[None]:
+def wrap_errors(entry: Entry[T]) -> Iterator[None]:
     """Turn an unexpected error of a plugin inside the block into one that names the plugin and the line.
 
     Raises:
@@ -296,7 +312,7 @@ def wrap_errors(entry: Entry[Any]) -> Iterator[None]:
         ) from error
 
 
-def _import(name: str, where: str, load: Callable[[], Any]) -> None:
+def _import(name: str, where: str, load: Callable[[], object]) -> None:
     if where in _discovery.plugins:
         return
     error = None
@@ -315,7 +331,7 @@ def _import_file(file: Path) -> None:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
+    sys.modules[spec.name] = module  # pickle and dataclasses look modules up there
     spec.loader.exec_module(module)
 
 

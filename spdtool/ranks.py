@@ -62,6 +62,7 @@ def report_failure(error: SpdError) -> None:
     file = os.environ.get(ERROR_FILE)
     if world_size() == 1 or not file:
         return
+    # The keys are those that torch's agent reads; ours stand under `spdtool`.
     details = {"error": type(error).__name__, "hint": error.hint, "exit_code": error.exit_code}
     report = {"message": error.message, "timestamp": int(time.time()), "spdtool": details}
     with open(file, "w", encoding="utf-8") as stream:
@@ -71,9 +72,9 @@ def report_failure(error: SpdError) -> None:
 def exit_rank(code: int) -> NoReturn:
     """End this rank with an exit code, after Python's exit functions and before C++ destructors.
 
-    The destructors would free what torch's threads still use: one rank in fifty was aborted so after its work was done.
+    The destructors free what torch's threads still use: one rank in fifty was aborted so, its work done.
     """
-    atexit._run_exitfuncs()
+    atexit._run_exitfuncs()  # os._exit would skip them: temporary folders, locks
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -29,6 +29,13 @@ CACHE = os.environ["XDG_CACHE_HOME"]  # a test may set another
 torch.set_num_threads(1)  # tiny models: threads cost more than they give
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test slow that needs a whole run."""
+    for item in items:
+        if "compressed" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_unconfigure() -> None:
     """Remove the cache of this session, in each of its workers."""
     shutil.rmtree(CACHE, ignore_errors=True)

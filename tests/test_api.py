@@ -50,6 +50,7 @@ def test_the_import_alone_loads_nothing() -> None:
     assert printed.split() == ["spdtool"]
 
 
+@pytest.mark.slow
 def test_compress_runs_what_is_missing_and_returns_what_came_out(toys: Any, toy_task: Any, tmp_path: Path) -> None:
     toy_task()
     recipe = toys.recipe(*QUICK_BENCH)
@@ -72,6 +73,7 @@ def test_compress_runs_what_is_missing_and_returns_what_came_out(toys: Any, toy_
         done.run = tmp_path  # type: ignore[misc]
 
 
+@pytest.mark.slow
 def test_compress_takes_what_the_command_takes(
     encoder_folder: Path, rows_file: Path, quick_words: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -86,6 +88,7 @@ def test_compress_takes_what_the_command_takes(
         spdtool.compress(sparsity=0.5)
 
 
+@pytest.mark.slow
 def test_export_model_writes_any_checkpoint(
     encoder_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spdtool: Callable[..., Any]
 ) -> None:

@@ -13,6 +13,7 @@ import pytest
 from spdtool.recipe import STAGES
 
 Call = Callable[..., Any]
+pytestmark = pytest.mark.slow  # whole runs
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:

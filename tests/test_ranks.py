@@ -20,6 +20,7 @@ from torch.distributed import HashStore
 
 from spdtool.models import collectives
 
+pytestmark = pytest.mark.slow  # each test starts processes, or reads what they have made
 HERE = Path(__file__).parent
 GRAFTED = ["prune.grafting.start=0.8"]
 CASES: dict[str, tuple[str, list[str]]] = {  # layerwise scores on calibration batches; scores learned from gradients

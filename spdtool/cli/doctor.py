@@ -23,7 +23,7 @@ from spdtool import console, plugins
 from spdtool.cli.options import command
 from spdtool.errors import DeviceError, SpdError
 
-OLDEST_PYTHON = (3, 11)
+OLDEST_PYTHON = (3, 11)  # as in pyproject.toml
 FREE_BYTES = 2 * 10**9  # a run with BERT_base writes about as much
 COMPILERS = ("c++", "g++", "clang++", "cl")
 PACKAGES = ("transformers", "accelerate", "datasets", "onnx", "onnxscript")
@@ -50,6 +50,7 @@ def doctor() -> object:
         if check.advice:
             console.say(f"      [dim]{console.escape(check.advice)}[/]")
     records = [asdict(check) for check in checks]
+    # Printed here: an exit leaves no value for the decorator to print.
     if any(check.status == "fail" for check in checks):
         console.print_result(records)
         raise typer.Exit(2)
@@ -63,6 +64,7 @@ def examine(folder: Path | None = None) -> list[Check]:
         folder: its disk will hold the runs; None: the current one.
     """
     examinations: dict[str, Callable[[], Iterator[Check]]] = {
+        # In the order of need: torch does not load in an old Python, nor transformers without torch.
         "Python": _check_python,
         "torch": _check_torch,
         "packages": _check_packages,
@@ -97,7 +99,12 @@ def _check_torch() -> Iterator[Check]:
     if torch.version.cuda is None:
         if shutil.which("nvidia-smi"):
             advice = "install a CUDA build of torch to train on it"
-            yield Check("training device", "warn", "cpu: there is a GPU, and this torch is built without CUDA", advice)
+            yield Check(
+                "training device",
+                "warn",
+                "cpu: there is a GPU, and this torch is built without CUDA",
+                advice,
+            )
         else:
             yield Check("training device", "ok", "cpu (this torch is built without CUDA)")
         return
@@ -109,7 +116,12 @@ def _check_torch() -> Iterator[Check]:
     remarks += [str(note.message).splitlines()[0] for note in notes]
     text = "; ".join(remarks)
     if trouble is not None:
-        yield Check("training device", "warn", f"cpu; CUDA does not work: {text}", "check the driver with nvidia-smi")
+        yield Check(
+            "training device",
+            "warn",
+            f"cpu; CUDA does not work: {text}",
+            "check the driver with nvidia-smi",
+        )
     else:
         status: Literal["ok", "warn"] = "warn" if notes else "ok"
         yield Check("training device", status, f"cuda: {torch.cuda.get_device_name()} {text}".strip())
@@ -122,6 +134,7 @@ def _try_cuda() -> str | None:
     try:
         if not torch.cuda.is_available():
             return "no CUDA device answers"
+        # Small whole numbers: every device computes them exactly.
         ones = torch.ones(8, 8, device="cuda")
         return None if bool((ones @ ones == 8).all()) else "a matrix product is wrong"
     except RuntimeError as error:
@@ -149,7 +162,12 @@ def _check_onnxruntime() -> Iterator[Check]:
     for name, provider in runtime.PROVIDERS.items():
         if provider not in module.get_available_providers():
             if name == "cpu":
-                yield Check(provider, "fail", "this onnxruntime does not have it", 'pip install "spdtool[cpu]"')
+                yield Check(
+                    provider,
+                    "fail",
+                    "this onnxruntime does not have it",
+                    'pip install "spdtool[cpu]"',
+                )
             continue
         trouble = runtime.provider_problem(name)
         if trouble is None:
@@ -184,12 +202,17 @@ def _check_disk(folder: Path) -> Iterator[Check]:
 
 
 def _check_compiler() -> Iterator[Check]:
-    paths = [os.environ.get("CXX"), *map(shutil.which, COMPILERS)]
+    paths = [os.environ.get("CXX"), *map(shutil.which, COMPILERS)]  # torch.compile prefers CXX too
     installed = list(filter(None, paths))
     if installed:
         yield Check("C++ compiler", "ok", installed[0])
     else:
-        yield Check("C++ compiler", "warn", "none", "only --set compile=true needs one: install g++ or clang")
+        yield Check(
+            "C++ compiler",
+            "warn",
+            "none",
+            "only --set compile=true needs one: install g++ or clang",
+        )
 
 
 def _check_libraries() -> Iterator[Check]:
@@ -199,6 +222,7 @@ def _check_libraries() -> Iterator[Check]:
         advice = f"nothing skips zeros without one: {plugins.INSTALL_HINT}"
         yield Check("operator libraries", "warn", "no plugin with operators for sparse models", advice)
     for name in names:
+        # The library only: its target would import torch, which may be what is broken.
         try:
             library = plugins.find_library(name)
             library.module.path()
@@ -214,6 +238,11 @@ def _check_plugins() -> Iterator[Check]:
     loaded = plugins.loaded_plugins()
     broken = [plugin for plugin in loaded if plugin.error]
     for plugin in broken:
-        yield Check(f"plugin {plugin.name}", "warn", f"{plugin.error} ({plugin.where})", "mend or uninstall it")
+        yield Check(
+            f"plugin {plugin.name}",
+            "warn",
+            f"{plugin.error} ({plugin.where})",
+            "mend or uninstall it",
+        )
     if not broken:
         yield Check("plugins", "ok", f"{len(loaded)} loaded")

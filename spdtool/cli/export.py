@@ -18,16 +18,20 @@ def export(
     run: Annotated[Path | None, typer.Option("--run", help="Run folder; or give --from.")] = None,
     again: Again = False,
     layout: Annotated[
-        str | None, typer.Option(help="Write the bundle of --run to --to for a server or a hub: triton or hub.")
+        str | None,
+        typer.Option(help="Write the bundle of --run to --to for a server or a hub: triton or hub."),
     ] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option("--from", help="Any fine-tuned classifier, whoever pruned it.", **NO_RUN)
+        Path | None,
+        typer.Option("--from", help="Any fine-tuned classifier, whoever pruned it.", **NO_RUN),
     ] = None,
     target: Annotated[
-        str | None, typer.Option(help="Export target; `spdtool plugins` lists them.", show_default="onnx", **NO_RUN)
+        str | None,
+        typer.Option(help="Export target; `spdtool plugins` lists them.", show_default="onnx", **NO_RUN),
     ] = None,
     to: Annotated[
-        Path | None, typer.Option(help="Folder to write.", show_default="./<checkpoint's name>-<target>", **NO_RUN)
+        Path | None,
+        typer.Option(help="Folder to write.", show_default="./<checkpoint's name>-<target>", **NO_RUN),
     ] = None,
     task: Annotated[str | None, typer.Option(help="Compare on the dev set of this task too.", **NO_RUN)] = None,
     data: Annotated[str | None, typer.Option(help="Read its rows from this file or folder.", **NO_RUN)] = None,
@@ -39,8 +43,16 @@ def export(
     from spdtool import stages
     from spdtool.export import runtime
 
-    of_checkpoint = {"--target": target, "--to": to, "--task": task, "--data": data, "--text": text, "--label": label}
+    of_checkpoint = {
+        "--target": target,
+        "--to": to,
+        "--task": task,
+        "--data": data,
+        "--text": text,
+        "--label": label,
+    }
     foreign = [name for name, value in of_checkpoint.items() if value is not None]
+    # --to goes with --layout too, which belongs to a run.
     if layout is not None and "--to" in foreign:
         foreign.remove("--to")
     _refuse_mixture(run, checkpoint, again, foreign)
@@ -50,10 +62,18 @@ def export(
         runtime.require_onnxruntime()
         return run_phase("export", run, again, sets)
     assert checkpoint is not None
+    # Without rows, the logits on random tokens are compared, and nothing reads a column.
     if task is None and data is None and (text or label):
         raise RecipeError("--text and --label name columns of --data, which was not given", "add --data FILE")
     result = stages.export_model(
-        checkpoint, target, to, task=task, data=data, text=split_words(text), label=label, sets=sets or ()
+        checkpoint,
+        target,
+        to,
+        task=task,
+        data=data,
+        text=split_words(text),
+        label=label,
+        sets=sets or (),
     )
     figures = result.model.model_dump(mode="json", exclude_none=True)
     return {"folder": str(result.folder), "target": result.target} | figures
@@ -82,7 +102,10 @@ def _refuse_mixture(run: Path | None, checkpoint: Path | None, again: bool, fore
     if run is None and checkpoint is None:
         raise RecipeError("neither --run nor --from was given", either)
     if run is not None and foreign:
-        raise RecipeError(f"{', '.join(foreign)} belongs to --from", "a run has its own: use --set, or leave it out")
+        raise RecipeError(
+            f"{', '.join(foreign)} belongs to --from",
+            "a run has its own: use --set, or leave it out",
+        )
     if checkpoint is not None and again:
         raise RecipeError("--again belongs to --run", "give another folder: --to FOLDER")
 

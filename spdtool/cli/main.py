@@ -11,6 +11,7 @@ __all__ = ["app", "doctor", "export", "main", "serve", "show", "stages", "sweep"
 
 def main() -> None:
     """Run the `spdtool` script."""
+    # A rank may not end as Python does: see `exit_rank`.
     try:
         app(prog_name="spdtool")
     except SystemExit as end:

@@ -1,6 +1,7 @@
 """Options, the decorator and the error handling that all commands share.
 
-Nothing here imports pydantic, numpy or torch: `--help` answers at once. Commands import what they call when they run.
+Nothing here imports pydantic, numpy or torch: `--help` answers at once. Commands import what they call when
+they run.
 """
 
 from __future__ import annotations
@@ -26,9 +27,13 @@ if TYPE_CHECKING:
     from spdtool.recipe.fields import Recipe
 
 Command = Callable[..., object]
+Context = Any  # newer versions of typer bring a click of their own
 
 # The order of the commands in `--help`: as they are used.
-WORKFLOW = ("compress", *STAGES, "report", "sweep", "predict", "serve", "serve-check", "inspect", "unpack")
+WORKFLOW = (
+    *("compress", *STAGES, "report", "sweep"),
+    *("predict", "serve", "serve-check", "inspect", "unpack"),
+)
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT)
 REFUSED_PATH = (
     errno.EACCES,
@@ -46,22 +51,22 @@ class CommandGroup(TyperGroup):
 
     words: tuple[str, ...] = ()
 
-    # Contexts are Any: newer versions of typer bring a click of their own.
-    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+    def make_context(self, info_name: str | None, args: list[str], parent: Context = None, **extra: Any) -> Context:
         """Remember the words of the call, then parse them."""
         self.words = tuple(args)
         with self._usage_as_json():
             return super().make_context(info_name, args, parent, **extra)
 
-    def invoke(self, ctx: Any) -> Any:
+    def invoke(self, ctx: Context) -> object:
         """Run the command that the words name."""
         with self._usage_as_json():
             return super().invoke(ctx)
 
-    def list_commands(self, ctx: Any) -> list[str]:
+    def list_commands(self, ctx: Context) -> list[str]:
         """List the commands in the order of WORKFLOW, others after them."""
         names = super().list_commands(ctx)
-        return sorted(names, key=lambda name: WORKFLOW.index(name) if name in WORKFLOW else len(WORKFLOW))
+        workflow = [name for name in WORKFLOW if name in names]
+        return workflow + [name for name in names if name not in WORKFLOW]
 
     @contextmanager
     def _usage_as_json(self) -> Iterator[None]:
@@ -72,14 +77,15 @@ class CommandGroup(TyperGroup):
             if "--json" not in self.words or not hasattr(error, "format_message"):
                 raise
             console.configure(as_json=True)
-            console.print_error(RecipeError(error.format_message(), "`spdtool COMMAND --help` lists the options"))
+            hint = "`spdtool COMMAND --help` lists the options"
+            console.print_error(RecipeError(error.format_message(), hint))
             raise typer.Exit(2) from None
 
 
 app = typer.Typer(
     cls=CommandGroup,
     no_args_is_help=True,
-    pretty_exceptions_enable=False,
+    pretty_exceptions_enable=False,  # bugs keep Python's own traceback
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Make a fine-tuned encoder sparse, keep its score, export it to ONNX and measure what came out.",
@@ -95,7 +101,8 @@ def print_version(wanted: bool) -> None:
 
 
 Version = Annotated[
-    bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show the version and exit.")
+    bool,
+    typer.Option("--version", callback=print_version, is_eager=True, help="Show the version and exit."),
 ]
 
 
@@ -114,11 +121,15 @@ RunPath = Annotated[Path | None, typer.Option("--run", help="Run folder.", show_
 ExistingRun = Annotated[Path, typer.Option("--run", help="Run folder.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="Any recipe field: --set prune.epochs=3.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and do nothing.")]
-Processes = Annotated[int, typer.Option("--processes", min=1, help="Train in this many processes, on as many devices.")]
+Processes = Annotated[
+    int,
+    typer.Option("--processes", min=1, help="Train in this many processes, on as many devices."),
+]
 Again = Annotated[bool, typer.Option("--again", help="Redo the stage, dropping it and every later one.")]
 Json = Annotated[bool, typer.Option("--json", help="JSON on standard output, everything else on standard error.")]
 PluginsDir = Annotated[
-    Path | None, typer.Option(help="Also load the *.py files of this folder.", envvar="SPDTOOL_PLUGINS")
+    Path | None,
+    typer.Option(help="Also load the *.py files of this folder.", envvar="SPDTOOL_PLUGINS"),
 ]
 NO_RUN = _Panel(rich_help_panel="A checkpoint that belongs to no run")
 
@@ -134,9 +145,10 @@ class RecipeOptions:
     model: Model = None
     teacher: Annotated[str | None, typer.Option("--teacher", help="Fine-tuned model to use as it is.")] = None
     sparsity: Annotated[float | None, typer.Option(help="Share of the encoder's weights to set to zero.")] = None
-    name: Annotated[str, typer.Option("--recipe", help="Recipe name or TOML file; `spdtool recipes` lists them.")] = (
-        "default"
-    )
+    name: Annotated[
+        str,
+        typer.Option("--recipe", help="Recipe name or TOML file; `spdtool recipes` lists them."),
+    ] = "default"
     seed: Annotated[int | None, typer.Option(help="Seed of everything that is random.")] = None
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda (which refuses to fall back).")] = None
     sets: Sets = None
@@ -175,6 +187,7 @@ def command(function: Command) -> Command:
     --plugins-dir and --json; a parameter `options` becomes the options that make a recipe.
     """
     signature = inspect.signature(function, eval_str=True)
+    # Typer reads the options from the signature: the wrapper gets one that lists them all.
     makes_recipe = "options" in signature.parameters
     parameters = dict(signature.parameters)
     if makes_recipe:
@@ -184,14 +197,14 @@ def command(function: Command) -> Command:
 
     @functools.wraps(function)
     def run(plugins_dir: Path | None, as_json: bool, **options: Any) -> None:
-        console.configure(as_json=as_json)
+        console.configure(as_json=as_json)  # first: errors are printed the same way
         with _exit_on_error():
             plugins.use_folder(plugins_dir)
             if makes_recipe:
                 fields = [field.name for field in dataclasses.fields(RecipeOptions)]
                 options["options"] = RecipeOptions(**{field: options.pop(field) for field in fields})
             value = function(**options)
-            # None: a command that printed its rows one by one.
+            # None: the command has printed its rows one by one.
             if value is not None:
                 console.print_result(value)
 
@@ -215,7 +228,7 @@ def _exit_on_error() -> Iterator[None]:
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
         console.warn("stopped; the same command goes on from the last snapshot, if the stage has made one")
-        raise typer.Exit(130) from None
+        raise typer.Exit(130) from None  # as a shell reports SIGINT
     except Exception as error:
         known = _machine_error(error)
         if known is None:
@@ -226,7 +239,7 @@ def _exit_on_error() -> Iterator[None]:
 
 def _machine_error(error: Exception) -> SpdError | None:
     """Return what the machine ran out of or does not allow, if that is what happened."""
-    number = error.errno if isinstance(error, OSError) else None
+    number = getattr(error, "errno", None)
     # safetensors raises a class of its own, which is no OSError.
     if number in OUT_OF_SPACE or "No space left on device" in str(error):
         hint = "free some space; the same command goes on from the last snapshot"
@@ -238,7 +251,10 @@ def _machine_error(error: Exception) -> SpdError | None:
     if isinstance(error, MemoryError):
         return DeviceError(f"out of memory: {error}", micro_batches)
     if number in REFUSED_PATH:
-        return RunError(f"not possible here: {error}", "check the path and its permissions, or give another --run")
+        return RunError(
+            f"not possible here: {error}",
+            "check the path and its permissions, or give another --run",
+        )
     return None
 
 

@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spdtool import console, ranks
-from spdtool.cli.options import Again, DryRun, ExistingRun, Processes, RecipeOptions, RunPath, Sets, command
+from spdtool.cli.options import (
+    Again,
+    DryRun,
+    ExistingRun,
+    Processes,
+    RecipeOptions,
+    RunPath,
+    Sets,
+    command,
+)
 
 if TYPE_CHECKING:
     from spdtool.recipe.fields import Recipe
@@ -35,12 +44,13 @@ def compress(options: RecipeOptions, run: RunPath = None, dry_run: DryRun = Fals
 
     def start(plan: Plan) -> None:
         show_plan(plan, recipe)
-        launch_ranks(processes, recipe)  # for the training stages; this process does the others
+        launch_ranks(processes, recipe, path)  # for the training stages; this process does the others
 
     result = stages.compress(recipe=recipe, run=path, on_plan=start)
     if not result.finished:  # a rank that only trains
         return None
     shown = show_bench(Run.open(path))
+    # Last, so that it is not scrolled away; exit code 3, though all other files are there.
     if result.refusal is not None:
         console.print_result(shown)
         raise result.refusal
@@ -56,6 +66,7 @@ def teacher(options: RecipeOptions, run: RunPath = None, again: Again = False, p
     recipe = options.build()
     path = run or default_path(recipe)
     redo = "teacher" if again else None
+    # Only looked at: nothing is written before the plan is accepted.
     planned = Run.at(path, recipe, redo=redo, dry=True)
     if (again or not planned.done("teacher")) and not ranks.has_launcher():
         show_plan(make_plan(planned, redo), recipe)
@@ -86,7 +97,7 @@ def bench(run: ExistingRun, again: Again = False, sets: Sets = None) -> object:
     from spdtool.export import runtime
     from spdtool.run.folder import Run
 
-    runtime.require_onnxruntime()
+    runtime.require_onnxruntime()  # before the stages' files are hashed
     run_phase("bench", run, again, sets)
     return show_bench(Run.open(run))
 
@@ -116,11 +127,10 @@ def run_one(stage: str, path: Path, recipe: Recipe, again: bool, processes: int)
     from spdtool import stages
     from spdtool.run.folder import Run
 
-    done = Run.at(path, recipe, redo=stage if again else None, dry=True).done(stage)
-    if again or not done:
-        dropped = (stage, path) if again else None
-        if launch_ranks(processes, recipe, again=dropped):
-            return dump_result(Run.open(path).result(stage))
+    redo = stage if again else None
+    done = Run.at(path, recipe, redo=redo, dry=True).done(stage)
+    if (again or not done) and launch_ranks(processes, recipe, path, redo):
+        return dump_result(Run.open(path).result(stage))
     if again:
         drop_stage(stage, path)
     run = Run.at(path, recipe)
@@ -146,11 +156,15 @@ def drop_stage(stage: str, path: Path) -> None:
             console.say(f"dropped {', '.join(dropped)}")
 
 
-def launch_ranks(processes: int, recipe: Recipe, again: tuple[str, Path] | None = None) -> bool:
-    """Do this command in several processes, if that is asked for and this is none of them; return whether it was done.
+def launch_ranks(processes: int, recipe: Recipe, path: Path, redo: str | None = None) -> bool:
+    """Do this command in several processes, if that is asked for and this is none of them.
 
     Args:
-        again: the stage to drop first, with every later one, and its run folder.
+        path: the run folder.
+        redo: stage to drop first, with every later one.
+
+    Returns:
+        Whether it was done.
     """
     size = ranks.world_size()
     if size > 1:
@@ -162,8 +176,9 @@ def launch_ranks(processes: int, recipe: Recipe, again: tuple[str, Path] | None 
     from spdtool.training.launch import launch_with_restarts
 
     # Dropped here, once: ranks that are started again must not drop what the first have made.
-    if again is not None:
-        drop_stage(*again)
+    if redo is not None:
+        drop_stage(redo, path)
+    # The ranks run the same command.
     words = [word for word in sys.argv[1:] if word != "--again"]
     launch_with_restarts(processes, words, recipe.restarts)
     return True
@@ -196,8 +211,9 @@ def show_plan(plan: Plan, recipe: Recipe) -> None:
 
 def describe_grafting(recipe: Recipe) -> str:
     """Say in which phases teacher layers stand in for the student's."""
-    phases = recipe.grafted_phases
-    return f"grafting: on in {' and '.join(phases)}" if phases else "grafting: off in this recipe"
+    if not recipe.grafted_phases:
+        return "grafting: off in this recipe"
+    return f"grafting: on in {' and '.join(recipe.grafted_phases)}"
 
 
 def _plan_row(stage: StagePlan) -> tuple[object, ...]:

@@ -24,11 +24,13 @@ def sweep(
     sparsities: Annotated[str, typer.Option(help="Shares of zeros: 0.8,0.9.")] = "0.9",
     seeds: Annotated[str, typer.Option(help="Seeds; each has a teacher of its own: 0,1,2.")] = "0,1,2",
     data: Annotated[
-        str | None, typer.Option(help="Folder with a folder for each task, or task=folder,...", show_default="the hub")
+        str | None,
+        typer.Option(help="Folder with a folder for each task, or task=folder,...", show_default="the hub"),
     ] = None,
     model: Model = None,
     epochs: Annotated[
-        float | None, typer.Option(help="Sum of the student's epochs that every recipe is scaled to.")
+        float | None,
+        typer.Option(help="Sum of the student's epochs that every recipe is scaled to."),
     ] = None,
     sets: Sets = None,
     out: Annotated[Path, typer.Option(help="Folder of the sweep; the same command goes on with it.")] = Path(
@@ -36,16 +38,20 @@ def sweep(
     ),
     bench: Annotated[bool, typer.Option("--bench", help="Also export and time every student.")] = False,
     ray: Annotated[
-        str | None, typer.Option(help="Run trials at once on Ray: `local`, or the address of a cluster.")
+        str | None,
+        typer.Option(help="Run trials at once on Ray: `local`, or the address of a cluster."),
     ] = None,
     cpus: Annotated[float, typer.Option("--cpus-per-trial", min=0, help="Processors of a trial on Ray.")] = 1,
     gpus: Annotated[
-        float, typer.Option("--gpus-per-trial", min=0, help="GPUs of a trial on Ray; 0.5: two share one.")
+        float,
+        typer.Option("--gpus-per-trial", min=0, help="GPUs of a trial on Ray; 0.5: two share one."),
     ] = 0,
     behind: Annotated[
         float | None,
         typer.Option(
-            "--stop-behind", min=0, help="On Ray: stop a trial this many points behind the median of its task."
+            "--stop-behind",
+            min=0,
+            help="On Ray: stop a trial this many points behind the median of its task.",
         ),
     ] = None,
 ) -> object:
@@ -54,6 +60,7 @@ def sweep(
     from spdtool.report.figures import save_pareto_figures
     from spdtool.sweep import summary
 
+    # Fail before hours are spent, not after.
     if bench:
         from spdtool.export import runtime
 
@@ -80,6 +87,7 @@ def sweep(
         console.print_table("average over tasks", *summary.averages_table(summaries))
     for failure in summary.failures(rows):
         console.warn(failure)
+    # Failed trials are rows too: the others count.
     records = [row.model_dump(mode="json") for row in rows]
     if any(row.status == "failed" for row in rows):
         console.print_result(records)

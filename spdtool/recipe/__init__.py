@@ -1,6 +1,6 @@
-"""The recipe and the order of the stages: fields.py has every setting, reading.py finds a recipe and overrides it.
+"""The recipe and the order of the stages: fields.py has every setting, reading.py finds a recipe.
 
-The names of the stages stand here because the command line's help needs them and must not wait for pydantic.
+The names of the stages stand here: the command line's help needs them, and must not wait for pydantic.
 """
 
 PHASES = ("prune", "distill", "finetune")  # of the student

@@ -1,8 +1,8 @@
 """The recipe: every number and choice that changes a result, one section per stage, frozen.
 
-A recipe is read from TOML (`spdtool/recipe/*.toml` or your own file), overridden by the command line's flags and by
-`--set section.field=value`, saved as `run.json`, and never changed afterwards. The docstring under each field is its
-help text: `spdtool recipes default` prints them all.
+A recipe is read from TOML (`spdtool/recipe/*.toml` or your own file), overridden by the flags of the command
+line and by `--set section.field=value`, saved as `run.json`, and never changed afterwards. The docstring under
+each field is its help text: `spdtool recipes default` prints them all.
 """
 
 from __future__ import annotations
@@ -10,9 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from spdtool.recipe import PHASES, STAGES
 
@@ -26,25 +34,31 @@ FIELDS_HINT = "(`spdtool recipes default` lists every field)"
 TargetNames = tuple[str, ...] | Literal["installed"]
 LIST_TYPES = (tuple[str, ...], TargetNames, tuple[int, ...], tuple[float, ...])
 
-FieldChange = tuple[str, Any, Any]
+FieldChange = tuple[str, JsonValue, JsonValue]
 
 
 class Section(BaseModel):
     """A frozen group of fields that refuses unknown names."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,  # a learning rate of inf would only fail hours later
+    )
 
     # A stage that starts from another default names it here, so that each field is described once.
     stage_defaults: ClassVar[Mapping[str, float]] = {}
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_stage_defaults(cls, values: Any) -> Any:
+    def _fill_stage_defaults(cls, values: object) -> object:
+        # Not a dict: a section that is complete, or a value that pydantic refuses next.
         return {**cls.stage_defaults, **values} if isinstance(values, dict) else values
 
     @field_validator("*", mode="before")
     @classmethod
-    def _read_list(cls, value: Any, info: ValidationInfo) -> Any:
+    def _read_list(cls, value: object, info: ValidationInfo) -> object:
         """Let a list field also take a single value, or words separated by commas."""
         assert info.field_name is not None
         annotation = cls.model_fields[info.field_name].annotation
@@ -53,7 +67,9 @@ class Section(BaseModel):
         if isinstance(value, str):
             words = (word.strip() for word in value.split(","))
             return list(filter(None, words))
-        return [value] if isinstance(value, int | float) else value
+        if isinstance(value, int | float):
+            return [value]
+        return value
 
 
 @dataclass(frozen=True)
@@ -81,13 +97,15 @@ class Loss(Section):
     hidden: float = Field(1.0, ge=0)
     """weight of the mean squared error between hidden states, summed over layers"""
     attention: float = Field(0.0, ge=0)
-    """weight of the mean squared error between attention maps, summed over layers; above 0, attention runs eagerly"""
+    """weight of the mean squared error between attention maps, summed over layers; above 0: eager attention"""
     relation: float = Field(0.0, ge=0)
-    """weight of the divergence between token-to-token relations of hidden states, summed over layers; any width fits"""
+    """weight of the divergence between token-to-token relations of hidden states; widths may differ"""
+    # As many as BERT_base has attention heads, after MiniLMv2 (Wang et al. 2021, arXiv 2012.15828).
     relation_heads: int = Field(12, ge=1)
     """heads that hidden states are split into before they are related"""
     layer_map: Literal["uniform", "last"] | tuple[int, ...] = "uniform"
     """teacher layer, from 1, that each student layer learns from: spread evenly, the topmost ones, or a list"""
+    # The square keeps the gradient's size when the temperature changes (Hinton et al. 2015, arXiv 1503.02531).
     temperature: float = Field(2.0, gt=0)
     """softens both sides of the logit loss, which is multiplied by its square"""
     hardness: float = Field(1.0, ge=0, le=1)
@@ -99,7 +117,7 @@ class Loss(Section):
     mask_padding: bool = True
     """leave padding out of the hidden-state and attention losses"""
     per_label: bool = False
-    """divide the logit loss by the number of labels, without the temperature's square, as the published code does"""
+    """divide the logit loss by the number of labels, not times the temperature's square, as the published code does"""
 
 
 class Grafting(Section):
@@ -123,6 +141,7 @@ class Grafting(Section):
     @property
     def enabled(self) -> bool:
         """Whether a teacher layer can ever stand in: some replacing rate of the schedule is below 1."""
+        # Only this schedule reads `base` at a rate that `start` does not bound.
         jumps = self.schedule == "constant-then-linear-with-gap"
         return self.start < 1 or (jumps and self.base is not None and self.base < 1)
 
@@ -136,6 +155,7 @@ class Training(Section):
     """optimiser steps to aim at when `epochs` is none"""
     min_epochs: float = Field(2, gt=0)
     """fewest epochs, however large the data set"""
+    # Else the rows of a small data set would be seen hundreds of times.
     max_epochs: float = Field(10, gt=0)
     """most epochs, however small the data set"""
     max_steps: int | None = Field(None, ge=1)
@@ -156,10 +176,11 @@ class Training(Section):
     """decoupled weight decay; biases and normalisation have none"""
     epsilon: float = Field(1e-8, gt=0)
     """AdamW's epsilon"""
+    # As BERT is usually fine-tuned.
     clip: float = Field(1.0, ge=0)
     """largest gradient norm; 0: no clipping"""
     clip_over: Literal["trained", "all"] = "trained"
-    """parameters whose gradients count in that norm; `all` counts frozen and pruned ones, as the published code does"""
+    """parameters that count in that norm; `all` counts frozen and pruned ones, as the published code does"""
     train: Literal["layers", "layers+head", "all"] = "all"
     """parameters of the student that are trained; all others stay the teacher's"""
     dropout: float | None = Field(None, ge=0, lt=1)
@@ -193,14 +214,21 @@ class Training(Section):
         return float(round(wanted)), f"{self.steps} steps of {self.batch_size} rows"
 
     def peak(self, width: int) -> float:
-        """Return the peak learning rate for hidden states of `width` (Yang et al. 2022, arXiv 2203.03466)."""
-        return RATE_TIMES_WIDTH / width if self.learning_rate is None else self.learning_rate
+        """Return the peak learning rate for a model of `width` (Yang et al. 2022, arXiv 2203.03466)."""
+        if self.learning_rate is None:
+            return RATE_TIMES_WIDTH / width
+        return self.learning_rate
 
 
 class Teacher(Training):
     """Fine-tuning of the dense model on the task; skipped when a teacher is given."""
 
-    stage_defaults: ClassVar[Mapping[str, float]] = {"learning_rate": 5e-5, "steps": 1200, "min_epochs": 3}
+    # The usual rate of a dense BERT; the student, which has to make up for lost weights, learns faster.
+    stage_defaults: ClassVar[Mapping[str, float]] = {
+        "learning_rate": 5e-5,
+        "steps": 1200,
+        "min_epochs": 3,
+    }
 
 
 class Distilled(Training):
@@ -215,16 +243,23 @@ class Distilled(Training):
 class Prune(Distilled):
     """Phase 1: prune the student to the target sparsity while it is distilled."""
 
-    stage_defaults: ClassVar[Mapping[str, float]] = {"final_learning_rate": 0.5, "steps": 4000, "max_epochs": 20}
+    # The rate falls once over all three phases: here to a half, where phase 2 goes on.
+    stage_defaults: ClassVar[Mapping[str, float]] = {
+        "final_learning_rate": 0.5,
+        "steps": 4000,
+        "max_epochs": 20,
+    }
 
     criterion: str = "magnitude"
     """score of a weight: the lowest are pruned; `spdtool plugins` lists the criteria"""
     pattern: str = "unstructured"
     """which weights are pruned together; `spdtool plugins` lists the patterns"""
     scope: Literal["matrix", "type", "global"] = "matrix"
-    """reach the target in every matrix, over all of one kind (every layer's query matrix), or over all together"""
+    """reach the target in every matrix, over all of one kind (all query matrices), or over all together"""
+    # An empty matrix would cut the network in two, and no gradient would reach what lies below.
     least: float = Field(0.01, ge=0, lt=1)
     """share of each matrix that stays alive when the scope is not `matrix`, whatever the scores say"""
+    # Early, few weights matter; late, every event hurts (Zhu & Gupta 2017, arXiv 1710.01878).
     schedule: Literal["cubic", "linear"] = "cubic"
     """path of the sparsity from event to event"""
     events: int = Field(12, ge=1)
@@ -235,6 +270,7 @@ class Prune(Distilled):
     """largest first event, as a fraction of the target sparsity: the remainder needs events too"""
     ramp: float = Field(0.7, gt=0, le=1)
     """fraction of the stage over which the events are spread; the rest is recovery"""
+    # Kurtic et al. 2022, arXiv 2203.07259, rewind to recover after each event.
     rewind: float | None = Field(None, ge=0, le=1)
     """learning rate just before each event, as a fraction of the peak that it jumps back to; none: one decay"""
     regrowth: bool = False
@@ -247,6 +283,7 @@ class Prune(Distilled):
     """batches whose gradients are taken anew at each event; 0: those of the training steps since the last event"""
     saliency: Literal["loss", "logits"] = "loss"
     """what the criterion's gradients are of: the whole loss, or its logit term alone"""
+    # Each block's Fisher matrix is kept and inverted: memory grows with its width, time with the square.
     block: int = Field(16, ge=1)
     """weights per block of a blockwise second-order criterion"""
     dampening: float = Field(0.01, gt=0)
@@ -295,22 +332,24 @@ class Export(Section):
     """how a target that packs pruned matrices stores them"""
     embeddings: Storage = "fp16"
     """how a target that packs pruned matrices stores the embeddings"""
+    # 18 is the first that torch's exporter writes without converting.
     opset: int = Field(18, ge=18)
     """ONNX operator set; from 23 on, attention is one operator of it, which not every runtime has"""
     sparse_initializers: bool = False
-    """store matrices with over two thirds of zeros as sparse constants: smaller, no faster; OpenVINO refuses them"""
+    """store matrices of over two thirds zeros as sparse constants: smaller, no faster; OpenVINO refuses them"""
     reduce_range: bool | None = None
     """int8 weights with 7 bits, for CPUs whose products saturate; none: where this CPU has no VNNI"""
     calibration: int = Field(128, ge=1)
     """training rows on which onnx-int8-static sees the ranges of activations"""
     tries: int = Field(24, ge=4)
     """most trial exports that look for the layers to keep in float32 where int8 breaks the budget"""
+    # float32 sums in another order differ by less, a wrong graph by far more.
     tolerance: float = Field(1e-4, gt=0)
     """largest difference of a logit between the checkpoint and the exported file"""
     rounded_tolerance: float = Field(0.25, gt=0)
-    """the same for fp16 or int8 arithmetic: mean square over the logits' own, as a root; the budget decides below it"""
+    """the same for fp16 or int8 arithmetic: root mean square, relative to the logits; below it the budget decides"""
     budget: float | None = Field(None, ge=0)
-    """largest change of the dev metric, if more than one prediction makes it; none: 0.001; fp16 0.002, int8 0.005"""
+    """largest change of the dev metric, beyond one prediction; none: 0.001, fp16 0.002, int8 0.005"""
     sentences: int = Field(64, ge=1)
     """real dev sentences on which the logits are compared"""
 
@@ -344,13 +383,13 @@ class Bench(Section):
     warmup: int = Field(1, ge=0)
     """rounds that are not counted"""
     seconds: float = Field(90.0, ge=0)
-    """time for all rounds; fewer are made where they would take longer, but at least six with each number of threads"""
+    """time for all rounds; fewer are made if they would take longer, but at least six per number of threads"""
     unfused: bool = True
     """also time the dense teacher without onnxruntime's fused operators; the faster of the two is the 1x"""
     int8: bool = True
     """also time the dense teacher in onnxruntime's dynamic int8, unless onnx-int8 was exported"""
     variants: bool = True
-    """also time the further forms that were exported of both (fused, fp16, int8), student and teacher side by side"""
+    """also time the further forms that were exported of both (fused, fp16, int8), side by side"""
     torch: bool = True
     """also time the dense teacher in PyTorch, eager"""
     compiled: bool = True
@@ -373,11 +412,11 @@ class Recipe(Section):
     label: str | None = None
     """label column of a local file"""
     regression: bool | None = None
-    """whether its labels are numbers to predict rather than classes; none: if all are numbers and not all are whole"""
+    """whether its labels are numbers to predict, not classes; none: if all are numbers and not all are whole"""
     model: str = "google-bert/bert-base-uncased"
     """encoder to fine-tune: a folder or a hub name"""
     student: str | None = None
-    """what the student starts from: a folder, a hub name, or `pretrained` for `model`; none: a copy of the teacher"""
+    """start of the student: a folder, a hub name, or `pretrained` for `model`; none: a copy of the teacher"""
     given_teacher: str | None = None
     """a fine-tuned model that is used as it is"""
     sparsity: float = Field(0.9, ge=0, lt=1)
@@ -392,6 +431,7 @@ class Recipe(Section):
     """fraction of a local file's rows that becomes the dev set where there is none"""
     bucketing: bool = True
     """batch rows of similar length, padded to the longest of the batch; off: pad every batch to `max_length`"""
+    # Larger pools pad less and shuffle less.
     pool_batches: int = Field(50, ge=1)
     """rows are sorted by length inside random pools of this many batches, when bucketing"""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -458,7 +498,7 @@ class Recipe(Section):
         """Batches of a pool of rows that are sorted by length; None without bucketing."""
         return self.pool_batches if self.bucketing else None
 
-    def shared_fields(self) -> dict[str, Any]:
+    def shared_fields(self) -> dict[str, JsonValue]:
         """Return the fields outside the sections that decide the result on one machine."""
         return self.model_dump(mode="json", exclude={*STAGES, *MAY_CHANGE})
 
@@ -468,10 +508,14 @@ class Recipe(Section):
 
     def diff(self, other: Recipe) -> list[FieldChange]:
         """List `(dotted name, value here, value in other)` of every field that differs."""
-        others = other.values()
-        return [(name, value, others.get(name)) for name, value in self.values().items() if value != others.get(name)]
+        theirs = other.values()
+        changes = []
+        for name, value in self.values().items():
+            if value != theirs.get(name):
+                changes.append((name, value, theirs.get(name)))
+        return changes
 
-    def values(self) -> dict[str, Any]:
+    def values(self) -> dict[str, JsonValue]:
         """Return every value by its dotted name, as it stands in JSON."""
         return flatten(self.model_dump(mode="json"))
 
@@ -484,9 +528,9 @@ def first_stage_using(field: str) -> str:
     return PHASES[0] if field in STUDENT_FIELDS else STAGES[0]
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, JsonValue], prefix: str = "") -> dict[str, JsonValue]:
     """Return the leaves of nested dicts by their dotted names."""
-    leaves: dict[str, Any] = {}
+    leaves: dict[str, JsonValue] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
             leaves |= flatten(value, f"{prefix}{key}.")

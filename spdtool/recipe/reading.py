@@ -1,4 +1,4 @@
-"""Read a recipe: find it by name, apply flags and `--set`, cut it down for a smoke run, describe its fields."""
+"""Read a recipe: find it by name, apply flags and `--set`, shrink it for a smoke run, describe its fields."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from spdtool.errors import RecipeError, UnknownName
 from spdtool.recipe import TRAINING
 from spdtool.recipe.fields import FIELDS_HINT, Recipe, Section
 
-Settings = dict[str, Any]
+Settings = dict[str, Any]  # nested as in TOML
 
+# Few steps, but each kind of step: a prune event, an evaluation, a timed round.
 SMOKE_TRAINING: Settings = {"epochs": 1, "max_steps": 4, "batch_size": 8}
 SMOKE_EXPORT: Settings = {"sentences": 4}
 SMOKE_BENCH: Settings = {
@@ -34,10 +35,10 @@ SMOKE_BENCH: Settings = {
 }
 
 
-def build_recipe(name: str = "default", flags: Mapping[str, Any] | None = None, sets: Iterable[str] = ()) -> Recipe:
-    """Build a recipe from four layers, the later one wins: the task's file, the recipe's file, flags, `--set`.
+def build_recipe(name: str = "default", flags: Mapping[str, object] | None = None, sets: Iterable[str] = ()) -> Recipe:
+    """Build a recipe from four layers, the later one wins: the task's file, the recipe's, flags, `--set`.
 
-    A task may have a file of its own, `recipe/task/<task>.toml`, such as the learning rate that suits its small model.
+    A task may have a file of its own, `recipe/task/<task>.toml`: the learning rate that suits its small model.
 
     Args:
         name: a packaged recipe, or the path of a TOML file.
@@ -50,9 +51,10 @@ def build_recipe(name: str = "default", flags: Mapping[str, Any] | None = None, 
     """
     flags = flags or {}
     method = read_settings(name)
-    tree = read_task_settings(flags.get("task") or method.get("task", ""))
+    tree = read_task_settings(str(flags.get("task") or method.get("task", "")))
     _overlay(tree, method | {"name": Path(name).stem})
     for dotted, value in flags.items():
+        # None: the flag was not given, and may not override the recipe's file.
         if value is not None:
             _assign(tree, dotted, value)
     for assignment in sets:
@@ -111,10 +113,12 @@ def parse_recipe(tree: Settings) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
+        # One at a time: a list of problems hides the one to mend first.
         problem = error.errors()[0]
         dotted = ".".join(map(str, problem["loc"]))
         value, kind = problem["input"], problem["type"]
-        if not dotted:
+        # No field: a validator of the whole recipe has refused a combination.
+        if not problem["loc"]:
             raise RecipeError(str(problem["ctx"]["error"]), FIELDS_HINT) from None
         if kind == "extra_forbidden":
             raise _unknown_field(dotted) from None
@@ -122,7 +126,8 @@ def parse_recipe(tree: Settings) -> Recipe:
             inner = [name for name, _ in list_fields() if name.startswith(f"{dotted}.")]
             message = f"{dotted} = {value!r}: {dotted} is a section, not a field"
             raise RecipeError(message, f"its fields are {', '.join(inner)}") from None
-        raise RecipeError(f"{dotted} = {value!r}: {problem['msg'].lower()}", _field_hint(dotted)) from None
+        message = f"{dotted} = {value!r}: {problem['msg'].lower()}"
+        raise RecipeError(message, _field_hint(dotted)) from None
 
 
 def override(recipe: Recipe, sets: Iterable[str]) -> Recipe:
@@ -176,7 +181,7 @@ def load_recipe(file: Path) -> Recipe:
 
 
 def read_settings(name: str) -> Settings:
-    """Read the TOML of the packaged recipe `name`, or of the file at that path; raises as `build_recipe` does."""
+    """Read the TOML of a packaged recipe, or of the file at that path; raises as `build_recipe` does."""
     if name in recipe_names():
         return tomllib.loads(files("spdtool.recipe").joinpath(f"{name}.toml").read_text("utf-8"))
     path = Path(name)
@@ -191,11 +196,14 @@ def read_settings(name: str) -> Settings:
 def read_task_settings(task: str) -> Settings:
     """Read the settings that lie under every recipe on `task`; most tasks have none."""
     file = files("spdtool.recipe").joinpath("task", f"{task}.toml")
-    return tomllib.loads(file.read_text("utf-8")) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    return tomllib.loads(file.read_text("utf-8"))
 
 
-def parse_value(text: str) -> Any:
+def parse_value(text: str) -> object:
     """Read the value of a `--set` as TOML, or else as plain text; `none` is None."""
+    # TOML has no null.
     if text.lower() == "none":
         return None
     try:
@@ -205,10 +213,12 @@ def parse_value(text: str) -> Any:
 
 
 def _absolute(path: str | Path | None) -> str | None:
-    """Make an existing path absolute, so that the run can be resumed from another folder; keep a hub name."""
+    """Make an existing path absolute, so that a run can go on from another folder; keep a hub name."""
     if path is None:
         return None
-    return os.path.abspath(path) if os.path.exists(path) else str(path)
+    if os.path.exists(path):
+        return os.path.abspath(path)
+    return str(path)
 
 
 def _overlay(tree: Settings, top: Settings) -> None:
@@ -219,7 +229,7 @@ def _overlay(tree: Settings, top: Settings) -> None:
             tree[key] = value
 
 
-def _assign(tree: Settings, dotted: str, value: Any) -> None:
+def _assign(tree: Settings, dotted: str, value: object) -> None:
     *sections, field = dotted.split(".")
     for section in sections:
         inner = tree.setdefault(section, {})
@@ -229,10 +239,11 @@ def _assign(tree: Settings, dotted: str, value: Any) -> None:
     tree[field] = value
 
 
-def _split(assignment: str) -> tuple[str, Any]:
+def _split(assignment: str) -> tuple[str, object]:
     dotted, equals, text = assignment.partition("=")
     if not equals:
-        raise RecipeError(f"--set {assignment!r} is not of the form field=value", "for example --set prune.epochs=3")
+        message = f"--set {assignment!r} is not of the form field=value"
+        raise RecipeError(message, "for example --set prune.epochs=3")
     return dotted.strip(), parse_value(text.strip())
 
 
@@ -246,6 +257,7 @@ def _field_hint(dotted: str) -> str | None:
         # An item of a list has the index as a further word: bench.padded.0.
         if f"{dotted}.".startswith(f"{name}."):
             default = Recipe().values()[name]
-            example = f"; for example --set {name}='{json.dumps(default)}'" if isinstance(default, list) else ""
-            return f"{name}: {text}{example}"
+            if isinstance(default, list):
+                return f"{name}: {text}; for example --set {name}='{json.dumps(default)}'"
+            return f"{name}: {text}"
     return None

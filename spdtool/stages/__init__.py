@@ -126,6 +126,7 @@ def compress(
             runtime.require_onnxruntime()  # fail before hours are spent, not after
         if on_plan is not None:
             on_plan(plan)
+    # Opened anew: ranks that a launcher has started may have made stages meanwhile.
     opened = Run.at(path, recipe)
     refusal = run_missing(opened, wanted)
     return _describe(opened, wanted, refusal)
@@ -139,6 +140,7 @@ def run_missing(run: Run, wanted: Iterable[str] = STAGES) -> GateError | None:
     """
     refusal = None
     for stage in wanted:
+        # A rank other than the main one has no work after training.
         if not ranks.works_on(stage):
             break
         if run.done(stage):
@@ -160,6 +162,7 @@ def run_stage(run: Run, stage: str) -> Result:
     if isinstance(section, Distilled) and not section.grafting.enabled:
         title += "; grafting: off in this recipe"
     console.say(f"[bold]{title}[/]")
+    # By name: importing every stage would import torch for a run whose stages are all done.
     function: Callable[[Run], Result] = getattr(importlib.import_module(f"spdtool.stages.{stage}"), stage)
     result = function(run)
     line = f"{stage}: done in {run.record(stage).seconds:,.0f} s"
@@ -199,7 +202,9 @@ def export_model(
 
     runtime.require_onnxruntime()
     with_task = task is not None or data is not None
-    recipe = request_recipe(task if with_task else "demo", data=data, text=text, label=label, device=device, sets=sets)
+    if not with_task:
+        task = "demo"  # only its recipe is used
+    recipe = request_recipe(task, data=data, text=text, label=label, device=device, sets=sets)
     name = target or recipe.export.targets[0]
     source = Path(checkpoint)
     folder = Path(to) if to is not None else Path(f"{source.resolve().name}-{name}")

@@ -69,8 +69,10 @@ def make_plan(run: Run, redo: str | None = None) -> Plan:
     for stage in STAGES:
         model = teacher if stage == "teacher" else student
         stages.append(_plan_stage(run, stage, rows["train"], model.config.hidden_size))
-    reading = [f"data: {task.dataset.about}"] if task.name == "local" else []
-    reading.append(f"labels: {task.describe_labels(splits)}")
+    reading = [f"labels: {task.describe_labels(splits)}"]
+    # A file of the user: the columns were guessed, perhaps wrongly.
+    if task.name == "local":
+        reading.insert(0, f"data: {task.dataset.about}")
     return Plan(
         run=str(run.path),
         rows=rows,
@@ -107,7 +109,7 @@ def check_recipe(recipe: Recipe, rows: int) -> None:
             f"{recipe.prune.exchanges} exchanges change nothing: without regrowth the dead stay dead",
             "add --set prune.regrowth=true, or leave prune.exchanges out",
         )
-    create_accelerator(recipe)
+    create_accelerator(recipe)  # raises where the device is not there
 
 
 def check_run(run: Run, redo: str | None = None) -> None:
@@ -121,7 +123,7 @@ def check_run(run: Run, redo: str | None = None) -> None:
 
 def check_rows(run: Run, task: Task, splits: Splits, redo: str | None) -> None:
     """Raise RunMismatch if a finished stage before `redo` (None: any) saw other rows."""
-    earlier = STAGES[: STAGES.index(redo)] if redo else STAGES
+    earlier = STAGES[: STAGES.index(redo)] if redo else STAGES  # the others are about to be dropped
     finished = list(filter(run.done, earlier))
     if finished:
         run.require_same_data(identify_rows(task.dataset, splits), finished)
@@ -155,10 +157,12 @@ def estimate_memory(recipe: Recipe, student: PreTrainedModel, teacher: PreTraine
     Two models, gradients, AdamW's moments, and the activations that the backward pass needs.
     """
     section = recipe.prune
+    # Only a micro-batch has its activations in memory.
     micro_batch = -(-section.batch_size // section.accumulate)
     tokens = micro_batch * recipe.max_length
     config = student.config
     per_token: int = SAVED_WIDTHS * config.hidden_size
+    # Scores, probabilities, and the gradient of one of them.
     if section.loss.attention > 0:
         per_token += 3 * config.num_attention_heads * recipe.max_length
     if section.loss.relation > 0:

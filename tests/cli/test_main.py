@@ -23,7 +23,7 @@ from spdtool.cli.options import WORKFLOW
 from spdtool.errors import SpdError
 from spdtool.recipe import STAGES
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 Call = Callable[..., Any]
 
 
@@ -382,6 +382,7 @@ def numbers(folder: Path) -> Path:
     return folder / "stars.csv"
 
 
+@pytest.mark.slow
 def test_rows_that_change_between_stages_are_refused_until_all_is_redone(
     spdtool: Call, quick_words: tuple[str, ...], rows_file: Path, tmp_path: Path
 ) -> None:
@@ -474,6 +475,7 @@ class OutOfMemoryError(RuntimeError):
     """Stands for torch's."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
