@@ -162,7 +162,7 @@ def estimate_memory(recipe: Recipe, student: PreTrainedModel, teacher: PreTraine
     tokens = micro_batch * recipe.max_length
     config = student.config
     per_token: int = SAVED_WIDTHS * config.hidden_size
-    # Scores, probabilities, and the gradient of one of them.
+    # Three maps of [heads, length] for each token.
     if section.loss.attention > 0:
         per_token += 3 * config.num_attention_heads * recipe.max_length
     if section.loss.relation > 0:

@@ -147,7 +147,7 @@ def test_memory_grows_with_what_costs_memory(toy_run: MakeRun, toys: Any) -> Non
     model = toys.bert()
 
     def bytes_of(*sets: str) -> int:
-        return planning.estimate_memory(toy_run(*sets).recipe, model)
+        return planning.estimate_memory(toy_run(*sets).recipe, model, model)
 
     least = 4 * 5 * sum(parameter.numel() for parameter in model.parameters())
     assert bytes_of() > least
