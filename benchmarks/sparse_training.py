@@ -51,12 +51,12 @@ def compare(outputs: int, inputs: int, tokens: int, zeros: float, rounds: int) -
     x, gradient = torch.randn(tokens, inputs), torch.randn(tokens, outputs)
     indexing = seconds(lambda: Products(dead), 1)
     made = Products(dead)
-    _, tiles = made.forward(weight, bias, x, keep=True)
+    _, tiles = made.forward(weight, bias, x, keep_tiles=True)
     sparse: list[Work] = [
-        lambda: made.forward(weight, bias, x, keep=True),
-        lambda: made.backward(weight, gradient, None, of_x=True),
-        lambda: made.backward(weight, gradient, tiles, of_x=False),
-        lambda: made.backward(weight, gradient, tiles, of_x=True),
+        lambda: made.forward(weight, bias, x, keep_tiles=True),
+        lambda: made.backward(weight, gradient, None, needs_x=True),
+        lambda: made.backward(weight, gradient, tiles, needs_x=False),
+        lambda: made.backward(weight, gradient, tiles, needs_x=True),
     ]
     dense = [
         *ways(x, weight, bias),

@@ -1,7 +1,7 @@
 """Try an unknown architecture before hours are spent on training it.
 
-Two random layers of the same architecture are traced and run. The families of `TESTED_FAMILIES` are known to be
-exported; any other one has to show it.
+Two random layers of the same architecture are traced and run. The families of `TESTED_FAMILIES` are
+known to be exported; any other one has to show it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ LAYERS = 2
 def check_exportable(recipe: Recipe, configs: Iterable[PretrainedConfig]) -> None:
     """Refuse a model whose architecture cannot be traced, or gives other logits then; a few seconds each.
 
-    Nothing is tried where the family is a tested one, or no target of the recipe is made of the traced graph.
+    Nothing is tried where the family is a tested one, or no target of the recipe is made of the
+    traced graph.
 
     Args:
         configs: the configurations of student and teacher.
@@ -61,7 +62,7 @@ def _try_architecture(config: PretrainedConfig, recipe: Recipe) -> None:
 
 def _shallow_model(config: PretrainedConfig, *, eager: bool) -> PreTrainedModel | None:
     """Build a random classifier of two layers; None where the configuration cannot be shortened like that."""
-    config = copy.deepcopy(config)
+    config = copy.deepcopy(config)  # the caller trains with it
     options = {"attn_implementation": "eager"} if eager else {}
     try:
         config.num_hidden_layers = min(LAYERS, config.num_hidden_layers)

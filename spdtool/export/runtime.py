@@ -1,8 +1,9 @@
 """Open ONNX files with onnxruntime, on a provider that really runs them.
 
-Two traps are handled here and nowhere else. The distributions `onnxruntime` and `onnxruntime-gpu` install the same
-files, so that installing both breaks whichever is removed first. And a build with CUDA whose libraries do not load
-lists the CUDA provider, opens a session without complaint, and runs it on the CPU.
+Two traps are handled here and nowhere else. The distributions `onnxruntime` and `onnxruntime-gpu`
+install the same files, so that installing both breaks whichever is removed first. And a build with
+CUDA whose libraries do not load lists the CUDA provider, opens a session without complaint, and
+runs it on the CPU.
 
 Nothing here imports torch: the processes that `spdtool bench` times must not carry it.
 """
@@ -32,8 +33,8 @@ DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 PROVIDER_OPTIONS: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {"use_tf32": "0"}}  # float32 means float32
 NO_FALLBACK = "session.disable_cpu_ep_fallback"
-# Operators that must run where they were asked to. A CUDA session computes shapes and masks on the CPU, mostly on
-# purpose.
+# Operators that must run where they were asked to. A CUDA session computes shapes and masks on the
+# CPU, mostly on purpose.
 ARITHMETIC = {
     "Attention", "BiasGelu", "Erf", "FusedGemm", "FusedMatMul", "Gelu", "Gemm", "LayerNormalization", "MatMul",
     "MultiHeadAttention", "SkipLayerNormalization", "Softmax", "Tanh",
@@ -97,12 +98,15 @@ def open_session(
         model: the file, or its bytes.
         provider: `cpu` or `cuda`.
         threads: threads of one operator; 0: as many as there are cores.
-        libraries: shared libraries of custom operators that the model needs. They are native code and are run.
+        libraries: shared libraries of custom operators that the model needs. They are native code
+            and are run.
         fused: with every optimization of the graph; else only with those that fuse nothing.
 
     Raises:
-        DeviceError: onnxruntime or the provider is not there, or the provider does not run the model.
-        ModelError: the model or a library cannot be opened, or the model needs operators that no library gives.
+        DeviceError: onnxruntime or the provider is not there, or the provider does not run the
+            model.
+        ModelError: the model or a library cannot be opened, or the model needs operators that no
+            library gives.
     """
     onnxruntime = require_onnxruntime()
     if provider not in PROVIDERS:
@@ -220,7 +224,7 @@ def _create_session(onnxruntime: Any, model: Path | bytes, provider: str, option
         )
     except Exception as error:  # onnxruntime's errors share no base of their own
         raise _explain_failure(description, first_line(error)) from None
-    session.disable_fallback()
+    session.disable_fallback()  # else a failing run would create another session on the CPU
     return session
 
 
@@ -252,7 +256,7 @@ def _library_hint(domain: str) -> str:
 
 def _refuse_fallback(session: InferenceSession, full_name: str) -> None:
     """Raise DeviceError where arithmetic does not run on the provider that was asked for."""
-    used = session.get_providers()[0]
+    used = session.get_providers()[0]  # the first is the one that was asked for, if it loaded
     if used != full_name:
         raise DeviceError(f"onnxruntime ran {used} when {full_name} was asked for", SAY_WHAT_IS_MISSING)
     placement = node_placement(session)

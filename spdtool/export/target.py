@@ -1,7 +1,7 @@
 """The base class of export targets, and the targets that a recipe asks for.
 
-Importing this module is cheap: no torch, no onnx. A plugin can therefore define its target in the module that its
-entry point names.
+Importing this module is cheap: no torch, no onnx. A plugin can therefore define its target in the
+module that its entry point names.
 """
 
 # ruff: noqa: ARG002  (a target need not use every argument of a method)
@@ -50,14 +50,16 @@ class Rounding:
 class Target:
     """Base class of export targets: what turns a checkpoint into files for a runtime.
 
-    A target writes a folder that Hugging Face clients can open. Only `export` has to be written; the defaults of
-    everything else fit a folder with one ONNX file of standard operators and unrounded weights:
+    A target writes a folder that Hugging Face clients can open. Only `export` has to be written;
+    the defaults of everything else fit a folder with one ONNX file of standard operators and
+    unrounded weights:
 
         folder/config.json  tokenizer.json  tokenizer_config.json  onnx/model.onnx
 
     Register a subclass. The first line of its docstring is what `spdtool plugins` shows:
 
         from spdtool import Target
+        from spdtool.export.graph.trace import save_folder, trace_checkpoint
         from spdtool.plugins import targets
 
         @targets.register("transposed")
@@ -65,35 +67,42 @@ class Target:
             "ONNX with every matrix transposed, for a runtime that wants it so."
 
             def export(self, checkpoint, folder, recipe):
-                proto = trace_checkpoint(checkpoint, recipe.export.opset)  # from spdtool.export.graph.trace
-                ...
+                proto = trace_checkpoint(checkpoint, recipe.export.opset)
+                ...  # change the graph; `spdtool.export.graph` has tools for it
                 return save_folder(proto, checkpoint, folder)
 
-    The export stage puts every file through the same gates. The zeros that `count_zeros` reports must be those of the
-    checkpoint, `session` must give its logits on real and synthetic batches, and its score on the dev set.
+    The export stage puts every file through the same gates. The zeros that `count_zeros` reports
+    must be those of the checkpoint, `session` must give its logits on real and synthetic batches,
+    and its score on the dev set.
 
-    A target that rounds weights sets `rounds_weights`: its logits are compared with the checkpoint after it was filled
-    with `stored_weights`, which proves the arithmetic, and its dev score with the checkpoint as it is, which says what
-    the rounding costs. Where the arithmetic is rounded too (fp16, int8), it also sets `rounds_arithmetic`: then
-    `float32_form` is compared tightly, and the file itself within `export.rounded_tolerance`.
+    A target that rounds weights sets `rounds_weights`. Its logits are compared with the checkpoint
+    after that was filled with `stored_weights`, which proves the arithmetic; its dev score with the
+    checkpoint as it is, which says what the rounding costs. Where the arithmetic is rounded too
+    (fp16, int8), the target also sets `rounds_arithmetic`: then `float32_form` is compared tightly,
+    and the file itself within `export.rounded_tolerance`.
 
-    Any method may raise DeviceError or PluginError where something that the target needs is missing on this machine. An
-    optional target is then left out with a warning.
+    Any method may raise DeviceError or PluginError where something that the target needs is missing
+    on this machine. An optional target is then left out with a warning.
 
     Attributes:
-        roles: which of teacher and student the target exports. The first target of a recipe must export both.
+        roles: which of teacher and student the target exports. The first target of a recipe must
+            export both.
         providers: onnxruntime providers that run its files, of `cpu` and `cuda`.
         exported_by_default: whether `export.optional = "installed"` includes the target.
-        operator_domains: ONNX operator domains that its files may use ("" is ONNX itself); None: any domain.
-        traces_model: whether the file is made of the graph that torch.onnx traces. Then an architecture that nobody has
-            tried is traced before hours are spent on training.
+        operator_domains: ONNX operator domains that its files may use ("" is ONNX itself); None:
+            any domain.
+        traces_model: whether the file is made of the graph that torch.onnx traces. Then an
+            architecture that nobody has tried is traced before hours are spent on training.
         rounds_weights: whether the files hold other weights than the checkpoint.
         rounds_arithmetic: whether activations are rounded as well.
         calibrates: whether `export_rounded` needs training rows of the task.
-        bundle_stem: name of its file in a bundle, without `.onnx`; empty: made of the target's name.
-        preferred_on: where a bundle prefers this target to the portable file, of `cpu`, `cuda` and `web`.
-        timing_operator: domain and name of an operator (repeats int64 [1], packed matrix uint8) -> float32 seconds of
-            one product with a packed matrix; None: the ledger cannot time its products.
+        bundle_stem: name of its file in a bundle, without `.onnx`; empty: made of the target's
+            name.
+        preferred_on: where a bundle prefers this target to the portable file, of `cpu`, `cuda` and
+            `web`.
+        timing_operator: domain and name of an operator (repeats int64 [1], packed matrix uint8) ->
+            float32 seconds of one product with a packed matrix; None: the ledger cannot time its
+            products.
     """
 
     roles: tuple[str, ...] = ROLES
@@ -195,7 +204,8 @@ class ChosenTarget:
 
     Attributes:
         optional: whether the export goes on without it where it cannot be used.
-        prefix: its folder inside the export stage; empty for the first target, its name for every other.
+        prefix: its folder inside the export stage; empty for the first target, its name for every
+            other.
     """
 
     name: str
@@ -233,7 +243,8 @@ def required_targets(section: Export) -> list[ChosenTarget]:
 
     Raises:
         UnknownName: nothing provides one of them.
-        RecipeError: there is none, or the first one does not export the teacher, with which the bench compares.
+        RecipeError: there is none, or the first one does not export the teacher, with which the
+            bench compares.
     """
     if not section.targets:
         raise RecipeError("export.targets is empty", 'for example export.targets=["onnx"]')
@@ -257,13 +268,13 @@ def optional_targets(section: Export) -> tuple[list[ChosenTarget], dict[str, Spd
     """Look up `export.optional`.
 
     Returns:
-        The installed ones, without those of `export.targets` and `export.skip`; and by name, why another one that the
-        recipe names cannot be used.
+        The installed ones, without those of `export.targets` and `export.skip`; and by name, why
+        another one that the recipe names cannot be used.
     """
     chosen: list[ChosenTarget] = []
     errors: dict[str, SpdError] = {}
     for name in dict.fromkeys(optional_names(section)):
-        if name in section.targets or name in section.skip:
+        if name in section.targets or name in section.skip:  # a required one is exported already
             continue
         try:
             chosen.append(ChosenTarget(name, get_target(name), True, name))
@@ -277,6 +288,7 @@ def optional_names(section: Export) -> list[str]:
     if section.optional != INSTALLED:
         return list(section.optional)
     entries = [entry for entry in plugins.targets.entries() if entry.value.exported_by_default]
-    # A target from a plugin was installed on purpose: it comes before the built-in ones in every table.
+    # A target from a plugin was installed on purpose: it comes before the built-in ones in every
+    # table.
     entries.sort(key=lambda entry: entry.source.startswith(plugins.BUILTIN))
     return [entry.name for entry in entries]

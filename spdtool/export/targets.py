@@ -6,7 +6,8 @@
     onnx-int8           int8 weights, activations rounded as they come, ONNX operators only
     onnx-int8-static    int8 weights, activations rounded by ranges seen on training rows, ONNX operators only
 
-Each exports the teacher too: a dense model gains from such a treatment as well, and the bench shows both.
+Each exports the teacher too: a dense model gains from such a treatment as well, and the bench shows
+both.
 """
 
 # ruff: noqa: ARG002  (a target need not use every argument of a method)
@@ -24,6 +25,7 @@ from spdtool.export.graph.float32 import float32_copy
 from spdtool.export.graph.fp16 import check_overflow, convert_to_fp16
 from spdtool.export.graph.fuse import FUSED_DOMAIN, count_operators, fuse_operators
 from spdtool.export.graph.int8 import quantizable_modules, quantize_dynamically, quantize_statically, saturates
+from spdtool.export.graph.protobuf import metadata_of
 from spdtool.export.graph.trace import ATTENTION_OPSET, graph_properties, save_folder, trace_checkpoint
 from spdtool.export.graph.weights import read_weights, use_sparse_constants
 from spdtool.export.target import MODEL_FILE, Rounding, StorageFormats, Target
@@ -34,7 +36,7 @@ from spdtool.recipe.fields import Recipe
 
 FLOAT32_MODULES = "kept_fp32"  # metadata of the model: the modules that int8 left alone
 REDUCE_RANGE = "reduce_range"  # metadata of the model: whether weights have 7 bits
-CALIBRATION_BATCH = 8
+CALIBRATION_BATCH = 8  # rows; the quantizer keeps every activation of a batch in memory
 
 
 @targets.register("onnx")
@@ -49,7 +51,8 @@ class Onnx(Target):
         """Write the checkpoint as `onnx/model.onnx`, with configuration and tokenizer beside it.
 
         Returns:
-            The model file; and a second one, `model.onnx_data`, only if the weights are more than 2 GB.
+            The model file; and a second one, `model.onnx_data`, only if the weights are more than 2
+            GB.
 
         Raises:
             ModelError: the checkpoint cannot be read.
@@ -184,7 +187,7 @@ class OnnxInt8(RoundedOnnx):
     def properties(self, folder: Path) -> dict[str, object]:
         """Tell also the modules that are in float32, and whether weights have 7 bits."""
         proto = onnx.load(folder / MODEL_FILE, load_external_data=False)
-        metadata = {entry.key: entry.value for entry in proto.metadata_props}
+        metadata = metadata_of(proto)
         return graph_properties(proto) | {
             FLOAT32_MODULES: metadata[FLOAT32_MODULES].split(),
             REDUCE_RANGE: metadata[REDUCE_RANGE] == "true",

@@ -1,17 +1,24 @@
-"""On a CPU: an export target, and products for training, that neither store nor multiply the zeros of an encoder."""
+"""Skip the zeros of an encoder on a CPU: an export target, and products for training."""
+
+from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from spdtool import plugins
-from spdtool_sparse_cpu.target import SparseCpu
+from spdtool_sparse_cpu.target import NAME, SparseCpu
 
-plugins.targets.register("sparse-cpu")(SparseCpu)
+if TYPE_CHECKING:
+    from torch import nn
+
+    from spdtool.pruning.masks import Masks
+
+plugins.targets.register(NAME)(SparseCpu)
 
 
-@plugins.products.register("sparse-cpu")
-def skip_zeros(layers: Mapping[str, Any], masks: Any, *, sampled: bool) -> None:
-    """Float32 products of the student's layers on a CPU, over their nonzeros alone."""
-    from spdtool_sparse_cpu.products import use  # waits for torch
+@plugins.products.register(NAME)
+def skip_zeros(layers: Mapping[str, nn.Linear], masks: Masks, *, sampled: bool) -> None:
+    """Multiply only the nonzeros of the student's float32 layers on a CPU."""
+    from spdtool_sparse_cpu.products import use_sparse_products  # waits for torch
 
-    use(layers, masks, sampled=sampled)
+    use_sparse_products(layers, masks, sampled=sampled)

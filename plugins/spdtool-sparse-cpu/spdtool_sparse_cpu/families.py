@@ -1,18 +1,19 @@
-"""The BERT family: encoders that one operator computes as a whole, and the names of their parameters by role.
+"""Describe encoders of the BERT family, which one operator computes as a whole, by the names of their parameters.
 
-They are all the same network: word, position and, for some, token-type embeddings, a layer norm, a projection in small
-ELECTRA models; then layers of attention and feed-forward, each followed by a layer norm of the sum with its input. They
-differ in names, in how positions are counted, and in whether there are token types. An encoder whose configuration asks
-for more than that (a decoder, another activation, relative positions) is not described here, and keeps its graph.
+They are all the same network: word, position and, for some, token-type embeddings, a layer norm, a
+projection in small ELECTRA models; then layers of attention and feed-forward, each followed by
+a layer norm of the sum with its input. They differ in names, in how positions are counted, and
+in whether there are token types. An encoder whose configuration asks for more than that (a
+decoder, another activation, relative positions) is not described here, and keeps its graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from itertools import chain
 
 from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 ACTIVATIONS = {
     "gelu": "gelu",
@@ -22,12 +23,12 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
 }
-"""transformers' name of an activation to the operator's."""
+"""Maps transformers' name of an activation to the operator's."""
 
 
 @dataclass(frozen=True)
-class Names:
-    """Modules under the base model, by role; `layers` is the list, and the roles after it are inside a layer."""
+class ModuleNames:
+    """Names of modules under the base model, by role; `layers` is the list, the roles after it are inside a layer."""
 
     layers: str
     query: str
@@ -46,51 +47,51 @@ class Names:
     activation: str = "hidden_act"  # field of the configuration
     counts_tokens: bool = False  # positions count real tokens, from padding_id + 1
 
-    def inside(self) -> tuple[str, ...]:
-        """The modules of a layer, in the operator's order."""
+    def layer_modules(self) -> tuple[str, ...]:
+        """List the modules of a layer, in the operator's order."""
         return (
             *(self.query, self.key, self.value, self.attention_output, self.attention_norm),
             *(self.intermediate, self.output, self.output_norm),
         )
 
 
-_BERT: dict[str, Any] = {
-    "layers": "encoder.layer",
-    "query": "attention.self.query",
-    "key": "attention.self.key",
-    "value": "attention.self.value",
-    "attention_output": "attention.output.dense",
-    "attention_norm": "attention.output.LayerNorm",
-    "intermediate": "intermediate.dense",
-    "output": "output.dense",
-    "output_norm": "output.LayerNorm",
-    "token_types": "embeddings.token_type_embeddings",
-}
-
+BERT = ModuleNames(
+    layers="encoder.layer",
+    query="attention.self.query",
+    key="attention.self.key",
+    value="attention.self.value",
+    attention_output="attention.output.dense",
+    attention_norm="attention.output.LayerNorm",
+    intermediate="intermediate.dense",
+    output="output.dense",
+    output_norm="output.LayerNorm",
+    token_types="embeddings.token_type_embeddings",
+)
+DISTILBERT = ModuleNames(
+    layers="transformer.layer",
+    query="attention.q_lin",
+    key="attention.k_lin",
+    value="attention.v_lin",
+    attention_output="attention.out_lin",
+    attention_norm="sa_layer_norm",
+    intermediate="ffn.lin1",
+    output="ffn.lin2",
+    output_norm="output_layer_norm",
+    activation="activation",
+)
 FAMILIES = {
-    "bert": Names(**_BERT),
-    "electra": Names(**_BERT, projection="embeddings_project"),
-    "roberta": Names(**_BERT, counts_tokens=True),
-    "xlm-roberta": Names(**_BERT, counts_tokens=True),
-    "distilbert": Names(
-        layers="transformer.layer",
-        query="attention.q_lin",
-        key="attention.k_lin",
-        value="attention.v_lin",
-        attention_output="attention.out_lin",
-        attention_norm="sa_layer_norm",
-        intermediate="ffn.lin1",
-        output="ffn.lin2",
-        output_norm="output_layer_norm",
-        activation="activation",
-    ),
+    "bert": BERT,
+    "electra": replace(BERT, projection="embeddings_project"),
+    "roberta": replace(BERT, counts_tokens=True),
+    "xlm-roberta": replace(BERT, counts_tokens=True),
+    "distilbert": DISTILBERT,
 }
-"""`config.model_type` to names."""
+"""Maps `config.model_type` to the names of modules."""
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """What the operator `SparseEncoder` has to know: its attributes, and its weights by name, in its order.
+    """Attributes of the operator `SparseEncoder`, and the names of its weights, in its order.
 
     `tables` are the weights that belong to the embeddings, `layers` those of the layers.
     """
@@ -107,29 +108,45 @@ class Encoder:
 
     @property
     def last_norm(self) -> str:
-        """The weight of the layer norm that ends the encoder."""
+        """Name of the weight of the layer norm that ends the encoder."""
         return self.layers[-2]
 
 
-def describe(model: Any) -> Encoder | None:
-    """The encoder of a classifier of the BERT family; None where it is of another, or has something unusual."""
+def describe_encoder(model: PreTrainedModel) -> Encoder | None:
+    """Describe the encoder of a classifier of the BERT family.
+
+    Returns:
+        None where it is of another family, or its configuration asks for something unusual.
+    """
     config, base = model.config, model.base_model
     names = FAMILIES.get(config.model_type)
     if names is None or not _is_plain(config):
         return None
     modules = dict(base.named_modules())
-    projection = names.projection if names.projection in modules else ""
-    tables = [names.word, names.position, names.token_types, names.norm, projection]
+    projection = ""
+    if names.projection in modules:
+        projection = names.projection
     depth = config.num_hidden_layers
-    inside = [f"{names.layers}.{index}.{part}" for index in range(depth) for part in names.inside()]
-    wanted = [name for name in (*tables, *inside) if name]
+    tables = [name for name in (names.word, names.position, names.token_types, names.norm, projection) if name]
+    layers = []
+    for index in range(depth):
+        layers += [f"{names.layers}.{index}.{module}" for module in names.layer_modules()]
+    all_parameters = set(dict(model.named_parameters(remove_duplicate=False)))
+    parameters: dict[str, list[str]] = {}
+    epsilons = set()
+    for name in (*tables, *layers):
+        module = modules.get(name)
+        if module is None:
+            return None
+        parameters[name] = _parameter_names(model, name, module)
+        if not all_parameters.issuperset(parameters[name]):  # a layer without bias, for example
+            return None
+        if isinstance(module, nn.LayerNorm):
+            epsilons.add(module.eps)
     activation = ACTIVATIONS.get(getattr(config, names.activation, None) or "")
-    epsilons = {modules[name].eps for name in wanted if isinstance(modules.get(name), nn.LayerNorm)}
-    heads, width = config.num_attention_heads, config.hidden_size
-    known = set(dict(model.named_parameters(remove_duplicate=False)))
-    of = {name: tuple(_parameters(model, name, modules)) for name in wanted if name in modules}
-    complete = len(of) == len(wanted) and all(known.issuperset(found) for found in of.values())
-    if not complete or activation is None or len(epsilons) != 1 or width % heads:
+    heads = config.num_attention_heads
+    # The operator has one epsilon for all layer norms, and heads of equal width.
+    if activation is None or len(epsilons) != 1 or config.hidden_size % heads:
         return None
     return Encoder(
         heads=heads,
@@ -139,19 +156,20 @@ def describe(model: Any) -> Encoder | None:
         padding_id=config.pad_token_id if names.counts_tokens else -1,
         token_types=bool(names.token_types),
         projection=bool(projection),
-        tables=tuple(weight for name in tables if name for weight in of[name]),
-        layers=tuple(weight for name in inside for weight in of[name]),
+        tables=tuple(chain.from_iterable(parameters[name] for name in tables)),
+        layers=tuple(chain.from_iterable(parameters[name] for name in layers)),
     )
 
 
-def _is_plain(config: Any) -> bool:
+def _is_plain(config: PretrainedConfig) -> bool:
     decodes = getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False)
     positions = getattr(config, "position_embedding_type", "absolute") or "absolute"
     return not decodes and positions == "absolute" and config.num_hidden_layers > 0
 
 
-def _parameters(model: Any, name: str, modules: dict[str, nn.Module]) -> Iterator[str]:
-    """The weight of a module, and the bias of all but a table, under their state-dict names."""
-    yield f"{model.base_model_prefix}.{name}.weight"
-    if not isinstance(modules[name], nn.Embedding):
-        yield f"{model.base_model_prefix}.{name}.bias"
+def _parameter_names(model: PreTrainedModel, name: str, module: nn.Module) -> list[str]:
+    """List the state-dict names of a module's weight and bias; an embedding table has no bias."""
+    weight = f"{model.base_model_prefix}.{name}.weight"
+    if isinstance(module, nn.Embedding):
+        return [weight]
+    return [weight, f"{model.base_model_prefix}.{name}.bias"]

@@ -1,11 +1,13 @@
-"""The compiled library of custom operators: where it lies, and whether it is the one that belongs to these files.
+"""Find the compiled library of custom operators, and check that it belongs to these Python files.
 
-It is installed beside this file. An editable install keeps it in another folder, which Python knows as a further place
-of the package. Nothing here needs more than the standard library: `spdtool.load` and timed processes use it.
+It is installed beside this file. An editable install keeps it in another folder, which is in the
+package's `__path__`. Nothing here needs more than the standard library: `spdtool.load` and timed
+processes use it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import sys
@@ -20,25 +22,27 @@ DOMAIN = "spdtool"
 DOMAINS = (DOMAIN,)  # read by spdtool, to name this plugin where an operator is unknown
 SUFFIXES = {"darwin": ".dylib", "win32": ".dll"}
 FILE = "libspdtool_sparse_cpu" + SUFFIXES.get(sys.platform, ".so")
-AGAIN = f"pip install --force-reinstall {DISTRIBUTION}"
-TEXTS = ("spdtool_sparse_cpu_version", "spdtool_sparse_cpu_isa")  # functions of the library that return a text
+REINSTALL = f"pip install --force-reinstall {DISTRIBUTION}"
 
 
 def path() -> Path:
-    """The library, for onnxruntime's `register_custom_ops_library`.
+    """Find the library, for onnxruntime's `register_custom_ops_library`.
 
     Raises:
-        DeviceError: it is missing, cannot be loaded on this machine, or is of another version than this distribution.
+        DeviceError: it is missing, cannot be loaded on this machine, or is of another version than
+            this distribution.
     """
-    file = _find()
-    found, wanted = _text(file, TEXTS[0]), version()
-    if found != wanted:
-        raise DeviceError(f"{file} is of version {found}; {DISTRIBUTION} {wanted} is installed", AGAIN)
+    file = _find_file()
+    file_version, installed_version = _call(file, "spdtool_sparse_cpu_version"), version()
+    if file_version != installed_version:
+        raise DeviceError(
+            f"{file} is of version {file_version}; {DISTRIBUTION} {installed_version} is installed", REINSTALL
+        )
     return file
 
 
 def version() -> str:
-    """The version of the installed distribution.
+    """Return the version of the installed distribution.
 
     Raises:
         DeviceError: it is not installed.
@@ -50,16 +54,16 @@ def version() -> str:
 
 
 def isa() -> str:
-    """The instruction set that the library uses on this machine: `avx512`, `avx2`, `neon` or `baseline`.
+    """Name the instruction set that the library uses on this machine: `avx512`, `avx2`, `neon` or `baseline`.
 
     Raises:
         DeviceError: as `path` does.
     """
-    return _text(path(), TEXTS[1])
+    return _call(path(), "spdtool_sparse_cpu_isa")
 
 
-def opened() -> ctypes.CDLL:
-    """The library, for calls through ctypes.
+def load_library() -> ctypes.CDLL:
+    """Load the library, for calls through ctypes.
 
     Raises:
         DeviceError: as `path` does.
@@ -67,24 +71,21 @@ def opened() -> ctypes.CDLL:
     return _open(path())
 
 
-def _find() -> Path:
-    places = [Path(place) for place in spdtool_sparse_cpu.__path__]
-    recorded = [Path(str(file.locate())) for file in _recorded() if file.name == FILE]
-    for file in (*(place / FILE for place in places), *recorded):
-        if file.is_file():
-            return file.resolve()
+def _find_file() -> Path:
+    # An editable install has more than one folder.
+    folders = [Path(folder) for folder in spdtool_sparse_cpu.__path__]
+    candidates = [folder / FILE for folder in folders]
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        for file in metadata.files(DISTRIBUTION) or []:  # what the distribution's installer wrote
+            if file.name == FILE:
+                candidates.append(Path(str(file.locate())))
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate.resolve()
     raise DeviceError(
-        f"the compiled library {FILE} is not in {' or '.join(map(str, places))}",
-        f"{AGAIN}; from source it needs a C++ compiler and CMake",
+        f"the compiled library {FILE} is not in {' or '.join(map(str, folders))}",
+        f"{REINSTALL}; from source it needs a C++ compiler and CMake",
     )
-
-
-def _recorded() -> list[metadata.PackagePath]:
-    """The files that the distribution's installer wrote."""
-    try:
-        return metadata.files(DISTRIBUTION) or []
-    except metadata.PackageNotFoundError:
-        return []
 
 
 @functools.cache
@@ -92,13 +93,13 @@ def _open(file: Path) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(file))
     except OSError as error:
-        raise DeviceError(f"{file} cannot be loaded: {error}", f"{AGAIN}, on this machine") from None
+        raise DeviceError(f"{file} cannot be loaded: {error}", f"{REINSTALL}, on this machine") from None
 
 
-def _text(file: Path, name: str) -> str:
-    """What the library's function `name` says."""
+def _call(file: Path, name: str) -> str:
+    """Call the library's function `name`, which takes nothing and returns a text."""
     function = getattr(_open(file), name, None)
     if function is None:
-        raise DeviceError(f"{file} has no {name}: it is no library of {DISTRIBUTION}, or an old one", AGAIN)
-    function.restype, function.argtypes = ctypes.c_char_p, []
+        raise DeviceError(f"{file} has no {name}: it is no library of {DISTRIBUTION}, or an old one", REINSTALL)
+    function.restype, function.argtypes = ctypes.c_char_p, []  # ctypes takes every result for an int
     return bytes(function()).decode()

@@ -1,14 +1,16 @@
-"""Linear layers that skip their zeros in training too: products on a CPU, of which dead weights have no part.
+"""Train linear layers that skip their zeros: products on a CPU that do not multiply dead weights.
 
-Three products make a training step of a linear layer. All take the time of the weights that live:
+A training step of a linear layer computes three products. Each takes time in proportion to the live
+weights:
 
     y  = x W^T + b                  over the nonzeros of each row
     dx = dy W                       over the nonzeros of each column
-    dW = dy^T x                     only where weights live, where nobody looks at the gradients of the dead
+    dW = dy^T x                     only where weights live, if nothing reads the gradients of dead weights
 
-`cpp/training.hpp` has them. An index of the living is made once for each mask, so at each prune event; the weights
-themselves are gathered from the dense matrix at every call, which takes a few microseconds: there is no copy of them
-that could be stale. The index is made again when the mask is another tensor than it was.
+`cpp/training.hpp` has them. The indices of the live weights are computed once for each mask, so at
+each prune event. The weights themselves are gathered from the dense matrix at every call, which
+takes a few microseconds: there is no copy of them that could be stale. The indices are computed
+again when the mask is another tensor, or was changed.
 """
 
 from __future__ import annotations
@@ -16,25 +18,29 @@ from __future__ import annotations
 import ctypes
 import functools
 import weakref
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from spdtool.errors import DeviceError
 from spdtool.models import onednn
 from spdtool.pruning.masks import Masks
 from spdtool_sparse_cpu import library
 
-LEAST_ZEROS = {"avx512": 0.5, "avx2": 0.6}  # of a matrix, for a gain of a fifth or more; see docs/log.md
+LEAST_ZEROS = {"avx512": 0.5, "avx2": 0.6}  # share of a matrix, for a gain of a fifth or more; see docs/log.md
 LEAST_ZEROS_ELSEWHERE = 0.85
-LEAST_ROWS = 16
-MOST_INPUTS = 65536  # and outputs: indexes of 16 bits
+LEAST_ROWS = 16  # fewer rows do not make up for reading the indices
+MOST_INPUTS = 65536  # and outputs: indices have 16 bits
+MOST_WEIGHTS = 2**32 - 1  # offsets have 32 bits
 
+CFunction: TypeAlias = Callable[..., bytes | int | None]
 ADDRESS, SIZE, TEXT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p
-FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
+# Name of each function of the library, after `spdtool_products_`: what it returns (a text is an
+# error), and takes.
+SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "new": (TEXT, [ADDRESS, ctypes.c_uint32, ctypes.c_uint32, ADDRESS]),
     "free": (None, [ADDRESS]),
     "tile_size": (SIZE, [ADDRESS, SIZE]),
@@ -43,39 +49,40 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
 }
 
 
-def use(layers: Mapping[str, nn.Linear], masks: Masks, *, sampled: bool) -> None:
-    """Let `layers` skip the zeros of `masks` wherever that is faster; without a compiled library they stay as they are.
+def use_sparse_products(layers: Mapping[str, nn.Linear], masks: Masks, *, sampled: bool) -> None:
+    """Let `layers` skip the zeros of `masks` wherever that is faster.
 
-    Names, state dicts and hooks stay too.
+    Names, state dicts and hooks stay as they are. Without a compiled library, so do the layers.
 
     Args:
         layers: by the names of their weights, as `masks` has them.
         sampled: whether gradients of dead weights may be left at zero.
     """
-    if not available():
+    if not is_available():
         return
     for name, layer in layers.items():
-        if not isinstance(layer, Sparse):
-            layer.__class__ = _kind(type(layer))
-        layer.living = Living(masks, name, sampled)  # type: ignore[assignment]
+        if not isinstance(layer, SparseLinear):
+            layer.__class__ = _sparse_class(type(layer))  # type: ignore[arg-type]  # a class is hashable
+        assert isinstance(layer, SparseLinear)
+        layer.live_weights = LiveWeights(masks, name, sampled)
 
 
-def available() -> bool:
-    """Whether the library is there and has these products."""
+def is_available() -> bool:
+    """Whether the library is installed and has these products."""
     try:
-        _functions()
+        load_functions()
     except DeviceError:
         return False
     return True
 
 
 def least_zeros() -> float:
-    """The share of zeros from which on a matrix is multiplied here."""
+    """Share of zeros from which on a sparse product is faster on this machine."""
     return LEAST_ZEROS.get(library.isa(), LEAST_ZEROS_ELSEWHERE)
 
 
 class Products:
-    """Keeps which weights of one matrix live, in the form that the compiled products read.
+    """The live weights of one matrix, indexed as the compiled products read them.
 
     Args:
         dead: bool tensor on the CPU, shaped like the weight [out, in].
@@ -88,160 +95,205 @@ class Products:
         assert dead.dtype == torch.bool
         assert dead.dim() == 2
         assert max(dead.shape) <= MOST_INPUTS
-        assert dead.numel() < 2**32 - 1
+        assert dead.numel() < MOST_WEIGHTS
         self.shape, dead = dead.shape, dead.contiguous()
-        made = ctypes.c_void_p()
-        _check(_functions()["new"](dead.data_ptr(), *self.shape, ctypes.byref(made)))
-        self._made = made.value
-        weakref.finalize(self, _functions()["free"], made.value)
+        handle = ctypes.c_void_p()
+        _raise_error(load_functions()["new"](dead.data_ptr(), *self.shape, ctypes.byref(handle)))
+        self._handle = handle.value
+        # `__del__` might run when the interpreter has already dropped the library's functions.
+        weakref.finalize(self, load_functions()["free"], handle.value)
 
-    def forward(self, weight: Tensor, bias: Tensor | None, x: Tensor, *, keep: bool) -> tuple[Tensor, Tensor | None]:
-        """`x @ weight.T + bias`, of x [n, in]; with `keep`, x as the weight's gradient needs it, else None."""
+    def forward(
+        self, weight: Tensor, bias: Tensor | None, x: Tensor, *, keep_tiles: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute `x @ weight.T + bias` for x [n, in].
+
+        Args:
+            keep_tiles: return x in the order in which the weight's gradient reads it, too; else
+                None.
+        """
         outputs, inputs = self.shape
-        x, n = _plain(x, inputs), len(x)
-        given = _plain_vector(bias, outputs) if bias is not None else None
-        tiles = torch.empty(_functions()["tile_size"](self._made, n)) if keep else None
+        x, n = _readable_rows(x, inputs), len(x)
+        if bias is not None:
+            bias = _readable_rows(bias[None], outputs)[0]
+        tiles = None
+        if keep_tiles:
+            tiles = torch.empty(self._tile_size(n))
         y = torch.empty(n, outputs)
-        self._call("forward", self._weight(weight), given, x, n, tiles, y)
+        self._call("forward", self._checked(weight), bias, x, n, tiles, y)
         return y, tiles
 
     def backward(
-        self, weight: Tensor, gradient: Tensor, tiles: Tensor | None, *, of_x: bool
+        self, weight: Tensor, y_gradient: Tensor, tiles: Tensor | None, *, needs_x: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The gradients of x, where asked for, and of the weight, where `tiles` were kept, from that of y [n, out]."""
-        outputs, inputs = self.shape
-        gradient, n = _plain(gradient, outputs), len(gradient)
-        assert tiles is None or tiles.numel() == _functions()["tile_size"](self._made, n)
-        of_input = torch.empty(n, inputs) if of_x else None
-        of_weight = torch.empty(outputs, inputs) if tiles is not None else None
-        self._call("backward", self._weight(weight), gradient, n, tiles, of_input, of_weight)
-        return of_input, of_weight
+        """Compute the gradients of x, if it needs one, and of the weight, if `tiles` were kept.
 
-    def _weight(self, weight: Tensor) -> Tensor:
+        Args:
+            y_gradient: gradient of the output, [n, out].
+        """
+        outputs, inputs = self.shape
+        y_gradient, n = _readable_rows(y_gradient, outputs), len(y_gradient)
+        assert tiles is None or tiles.numel() == self._tile_size(n)
+        x_gradient = torch.empty(n, inputs) if needs_x else None
+        weight_gradient = torch.empty(outputs, inputs) if tiles is not None else None
+        self._call("backward", self._checked(weight), y_gradient, n, tiles, x_gradient, weight_gradient)
+        return x_gradient, weight_gradient
+
+    def _tile_size(self, n: int) -> int:
+        size = load_functions()["tile_size"](self._handle, n)
+        assert isinstance(size, int)
+        return size
+
+    def _checked(self, weight: Tensor) -> Tensor:
         assert weight.shape == self.shape
-        assert fits(weight)
+        assert is_readable(weight)
         return weight
 
     def _call(self, name: str, *arguments: Tensor | int | None) -> None:
-        """A function of the library, with the addresses of tensors, which the caller's frame keeps alive."""
-        plain = [part.data_ptr() if isinstance(part, Tensor) else part for part in arguments]
-        _check(_functions()[name](self._made, torch.get_num_threads(), *plain))
+        """Call a function of the library with the addresses of tensors, which the caller's frame keeps alive."""
+        addresses: list[int | None] = []
+        for item in arguments:
+            addresses.append(item.data_ptr() if isinstance(item, Tensor) else item)
+        _raise_error(load_functions()[name](self._handle, torch.get_num_threads(), *addresses))
 
 
-class Living:
-    """Keeps the products of one matrix for the mask that it has now.
+class LiveWeights:
+    """The products of one matrix under its present mask.
 
     Args:
-        masks, name: where the mask is found, and under which name.
-        sampled: whether the weight's gradient is taken only where it lives.
+        masks, name: the mask is `masks.dead[name]`.
+        sampled: whether the weight's gradient is computed only where it lives.
     """
 
     def __init__(self, masks: Masks, name: str, sampled: bool) -> None:
         self.masks, self.name, self.sampled = masks, name, sampled
-        self._seen: tuple[Tensor, int] | None = None
+        self._indexed: tuple[Tensor, int] | None = None
         self._products: Products | None = None
 
     def products(self) -> Products | None:
-        """None where the matrix has too few zeros, or cannot be indexed."""
+        """Return the products, indexed anew if the mask has changed; None where the matrix has too few zeros."""
         dead = self.masks.dead[self.name]
-        if self._seen is None or self._seen[0] is not dead or self._seen[1] != dead._version:
-            self._seen = dead, dead._version
-            self._products = Products(dead) if _pays(dead) else None
+        # `_version` counts changes in place, which a prune event makes.
+        if self._indexed is None or self._indexed[0] is not dead or self._indexed[1] != dead._version:
+            self._indexed = dead, dead._version
+            self._products = Products(dead) if _is_worthwhile(dead) else None
         return self._products
 
-    def __deepcopy__(self, _: Any) -> Living:
-        return Living(self.masks, self.name, self.sampled)
+    def __deepcopy__(self, memo: dict[int, object]) -> LiveWeights:
+        # The copy shares the masks, and indexes them itself: the handle of `Products` cannot be
+        # copied.
+        return LiveWeights(self.masks, self.name, self.sampled)
 
 
-class Sparse(nn.Linear):
-    """A linear layer that multiplies what lives of its weight; where it cannot, it is the layer that it was."""
+class SparseLinear(nn.Linear):
+    """A linear layer that multiplies live weights only; where it cannot, it computes as the layer that it was."""
 
-    living: Living
+    live_weights: LiveWeights
 
     def forward(self, x: Tensor) -> Tensor:
         """As `nn.Linear`: [..., in] to [..., out]."""
-        products = None if torch.compiler.is_compiling() or not self._can(x) else self.living.products()
+        if torch.compiler.is_compiling() or not self._can_skip(x):
+            return super().forward(x)
+        products = self.live_weights.products()
         if products is None or products.shape != self.weight.shape:
             return super().forward(x)
-        product: Tensor = _Product.apply(x, self.weight, self.bias, products, self.living.sampled)
-        return product
+        y = _SparseProduct.apply(x, self.weight, self.bias, products, self.live_weights.sampled)  # type: ignore[no-untyped-call]
+        assert isinstance(y, Tensor)
+        return y
 
-    def _can(self, x: Tensor) -> bool:
-        alike = type(self.weight) is nn.Parameter and fits(self.weight) and x.dtype == torch.float32
-        enough = x.device.type == "cpu" and x.numel() >= LEAST_ROWS * x.shape[-1]
-        return alike and enough and not torch.is_autocast_enabled("cpu")
+    def _can_skip(self, x: Tensor) -> bool:
+        # A sharded or parametrized weight is of another type, and lies elsewhere.
+        is_plain = type(self.weight) is nn.Parameter and is_readable(self.weight) and x.dtype == torch.float32
+        is_large = x.device.type == "cpu" and x.numel() >= LEAST_ROWS * x.shape[-1]
+        return is_plain and is_large and not torch.is_autocast_enabled("cpu")
 
 
-class _Product(torch.autograd.Function):
+class _Context(FunctionCtx):
+    """What `_SparseProduct` saves between forward and backward."""
+
+    products: Products
+    shape: torch.Size
+    needs_input_grad: tuple[bool, ...]
+    saved_tensors: tuple[Tensor, Tensor | None, Tensor | None]
+
+
+class _SparseProduct(torch.autograd.Function):
     """`x @ weight.T + bias` with its gradients."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, products: Products, sampled: bool) -> Tensor:
+    def forward(
+        ctx: _Context, x: Tensor, weight: Tensor, bias: Tensor | None, products: Products, sampled: bool
+    ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        learns = ctx.needs_input_grad[1]
-        y, tiles = products.forward(weight, bias, rows, keep=learns and sampled)
+        weight_learns = ctx.needs_input_grad[1]
+        y, tiles = products.forward(weight, bias, rows, keep_tiles=weight_learns and sampled)
         ctx.products, ctx.shape = products, x.shape
-        ctx.save_for_backward(weight, tiles, rows if learns and not sampled else None)
+        dense_rows = rows if weight_learns and not sampled else None
+        ctx.save_for_backward(weight, tiles, dense_rows)  # type: ignore[arg-type]
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        weight, tiles, rows = ctx.saved_tensors
-        flat = gradient.reshape(-1, gradient.shape[-1]).contiguous()
-        of_x, of_weight = ctx.products.backward(weight, flat, tiles, of_x=ctx.needs_input_grad[0])
-        if rows is not None:
-            of_weight = onednn.multiply(flat.t(), rows.t())
-        of_bias = flat.sum(0) if ctx.needs_input_grad[2] else None
-        return of_x if of_x is None else of_x.view(ctx.shape), of_weight, of_bias, None, None
+    def backward(ctx: _Context, y_gradient: Tensor) -> tuple[Tensor | None, ...]:
+        weight, tiles, dense_rows = ctx.saved_tensors
+        # An expanded gradient, such as that of a sum, is not contiguous.
+        flat = y_gradient.reshape(-1, y_gradient.shape[-1]).contiguous()
+        x_gradient, weight_gradient = ctx.products.backward(weight, flat, tiles, needs_x=ctx.needs_input_grad[0])
+        if x_gradient is not None:
+            x_gradient = x_gradient.view(ctx.shape)
+        if dense_rows is not None:
+            weight_gradient = onednn.multiply(flat.t(), dense_rows.t())
+        bias_gradient = flat.sum(0) if ctx.needs_input_grad[2] else None
+        return x_gradient, weight_gradient, bias_gradient, None, None
 
 
-def fits(tensor: Tensor) -> bool:
-    """Whether the library can read it where it stands."""
+def is_readable(tensor: Tensor) -> bool:
+    """Whether the library can read the tensor where it lies."""
     return tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.is_contiguous()
 
 
-def _plain(rows: Tensor, width: int) -> Tensor:
+def _readable_rows(rows: Tensor, width: int) -> Tensor:
+    """Return rows [n, width] contiguously."""
     assert rows.dim() == 2
     assert rows.shape[1] == width
     rows = rows.contiguous()
-    assert fits(rows)
+    assert is_readable(rows)
     return rows
 
 
-def _plain_vector(vector: Tensor, size: int) -> Tensor:
-    return _plain(vector[None], size)[0]
-
-
-def _pays(dead: Tensor) -> bool:
-    indexable = dead.device.type == "cpu" and dead.dim() == 2 and max(dead.shape) <= MOST_INPUTS
-    if not indexable or dead.numel() >= 2**32 - 1:
+def _is_worthwhile(dead: Tensor) -> bool:
+    """Whether the matrix can be indexed, and has zeros enough for a gain."""
+    if dead.device.type != "cpu" or dead.dim() != 2 or max(dead.shape) > MOST_INPUTS or dead.numel() >= MOST_WEIGHTS:
         return False
     return int(dead.count_nonzero()) >= least_zeros() * dead.numel()
 
 
 @functools.cache
-def _kind(before: type[nn.Linear]) -> type[Sparse]:
-    """A class of sparse layers that are `before` where they cannot skip zeros."""
-    return type("Sparse" + before.__name__, (Sparse, before), {})
+def _sparse_class(base: type[nn.Linear]) -> type[SparseLinear]:
+    """Build a class of sparse layers that compute as `base` where they cannot skip zeros."""
+    return type("Sparse" + base.__name__, (SparseLinear, base), {})
 
 
 @functools.cache
-def _functions() -> dict[str, Any]:
-    """The library's functions.
+def load_functions() -> dict[str, CFunction]:
+    """Load the library's functions.
 
     Raises:
-        DeviceError: it is missing, or an old one.
+        DeviceError: the library is missing, or an old one.
     """
-    opened = library.opened()
-    found = {name: getattr(opened, f"spdtool_products_{name}", None) for name in FUNCTIONS}
-    if None in found.values():
-        raise DeviceError(f"{library.path()} has no products for training: it is an old one", library.AGAIN)
-    for name, (result, arguments) in FUNCTIONS.items():
-        found[name].restype, found[name].argtypes = result, arguments  # type: ignore[union-attr]
-    return found
+    compiled = library.load_library()
+    functions: dict[str, CFunction] = {}
+    for name, (result, arguments) in SIGNATURES.items():
+        function = getattr(compiled, f"spdtool_products_{name}", None)
+        if function is None:
+            raise DeviceError(f"{library.path()} has no products for training: it is an old one", library.REINSTALL)
+        function.restype, function.argtypes = result, arguments
+        functions[name] = function
+    return functions
 
 
-def _check(error: bytes | None) -> None:
+def _raise_error(error: bytes | int | None) -> None:
+    """Raise DeviceError if a function of the library returned an error."""
     if error is not None:
+        assert isinstance(error, bytes)
         raise DeviceError(f"a sparse product failed: {error.decode()}", "set sparse_products to false")

@@ -11,7 +11,8 @@ A user of plain onnxruntime registers the library that the manifest names, and o
     options.register_custom_ops_library("FOLDER/lib/libspdtool_sparse_cpu.so")
     session = onnxruntime.InferenceSession("FOLDER/onnx/model.onnx", options)
 
-torch and onnx are imported where they are needed: every command imports this module to find its plugins.
+torch and onnx are imported where they are needed: every command imports this module to find its
+plugins.
 """
 
 # ruff: noqa: ARG002  (a target need not use every argument of a method)
@@ -59,14 +60,15 @@ class SparseCpu(Target):
 
         Raises:
             DeviceError: the compiled library is missing or of another version; nothing is written.
-            ModelError: the checkpoint cannot be read, or a weight cannot be stored as the recipe says.
+            ModelError: the checkpoint cannot be read, or a weight cannot be stored as the recipe
+                says.
             GateError: an axis of the exported graph is not free.
         """
         from spdtool.export.graph.trace import ATTENTION_OPSET, save_folder, trace_checkpoint
         from spdtool.models.load import label_names, load_model
         from spdtool_sparse_cpu import graph
 
-        compiled = library.path()
+        compiled = library.path()  # first: without it, nothing is written
         values, embeddings = recipe.export.values, recipe.export.embeddings
         opset = min(recipe.export.opset, ATTENTION_OPSET - 1)  # with attention written out, which `graph` recognizes
         model = load_model(checkpoint, eager=True)
@@ -83,10 +85,11 @@ class SparseCpu(Target):
         """Open the exported model; its operators run with the session's threads.
 
         Raises:
-            DeviceError: another provider than the CPU is asked for, or onnxruntime or the library cannot be used.
+            DeviceError: another provider than the CPU is asked for, or onnxruntime or the library
+                cannot be used.
             ModelError: the file cannot be opened.
         """
-        if provider != "cpu":
+        if provider != "cpu":  # its operators are registered for the CPU alone
             raise DeviceError(
                 f"the target {NAME!r} runs on the CPU only, not on {provider!r}",
                 "the target 'onnx' exports for other providers",

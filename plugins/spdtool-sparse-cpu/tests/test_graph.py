@@ -16,6 +16,7 @@ from spdtool_sparse_cpu import graph as sparse_graph
 from spdtool_sparse_cpu import packing
 from spdtool_sparse_cpu.families import describe
 from spdtool_sparse_cpu.graph import SMALL_TABLE, decode_weights, sparsify
+from spdtool_sparse_cpu.matching import parameters_of
 from transformers.activations import ACT2FN
 
 from spdtool.errors import ModelError
@@ -158,7 +159,7 @@ def bare(proto):
     return {
         tensor.name
         for tensor in proto.graph.initializer
-        if tensor.data_type == onnx.TensorProto.FLOAT and sparse_graph.listed(tensor)
+        if tensor.data_type == onnx.TensorProto.FLOAT and parameters_of(tensor)
     }
 
 
@@ -332,7 +333,7 @@ def test_embedding_tables_are_stored_whole_however_many_zeros_they_have(toys):
         model.bert.embeddings.word_embeddings.weight[20:] = 0
     proto = export(toys, model, "bert", "fp16", "fp16")
     tables = [
-        packing.header(numpy_helper.to_array(tensor))
+        packing.read_header(numpy_helper.to_array(tensor))
         for tensor in proto.graph.initializer
         if "_embeddings" in tensor.name
     ]

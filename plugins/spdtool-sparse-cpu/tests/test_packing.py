@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
-from spdtool_sparse_cpu.packing import MOST_WEIGHTS, TYPES, PackingError, header, pack, unpack
+from spdtool_sparse_cpu.packing import MOST_WEIGHTS, TYPES, PackingError, pack, read_header, unpack
 
 from spdtool.errors import ModelError
 
@@ -119,7 +119,7 @@ def test_one_gap_bit_is_a_bitmask_of_the_zeros():
     array = matrix((16, 24), 0.5)
     array[2::5] = matrix((4, 24), 0.5, seed=1)[:3]  # no empty rows: gaps stay short
     blob = bytes(pack("w", array, "fp32"))
-    found = header(blob)
+    found = read_header(blob)
     assert found.gap_bits == 1
     last = np.flatnonzero(array)[-1]
     mask = np.packbits(array.reshape(-1)[: last + 1] == 0, bitorder="little").tobytes()
@@ -130,7 +130,7 @@ def test_one_gap_bit_is_a_bitmask_of_the_zeros():
 def test_gap_bits_follow_the_share_of_zeros(zeros, bits):
     random = np.random.default_rng(0)
     array = np.where(random.random((300, 200)) < zeros, 0, random.normal(size=(300, 200)))
-    assert header(pack("w", array, "fp16")).gap_bits == bits
+    assert read_header(pack("w", array, "fp16")).gap_bits == bits
 
 
 def test_an_all_zero_matrix_is_a_header():
@@ -143,14 +143,14 @@ def test_an_all_zero_matrix_is_a_header():
 def test_a_table_stores_every_value(values, zeros):
     array = matrix((20, 30), zeros)
     blob = pack("t", array, values, table=True)
-    assert (header(blob).gap_bits, header(blob).stored, header(blob).position_bytes) == (0, 600, 0)
+    assert (read_header(blob).gap_bits, read_header(blob).stored, read_header(blob).position_bytes) == (0, 600, 0)
     assert ((unpack(blob) != 0) == (array != 0)).all()
 
 
 @pytest.mark.parametrize("values", TYPES)
 def test_a_vector_is_one_row_of_float32(values):
     vector = np.array([0.0, 0.1, 0.0, 0.0, 1e30], np.float32)
-    found = header(pack("b", vector, values))
+    found = read_header(pack("b", vector, values))
     assert (found.rows, found.columns, found.values, found.gap_bits, found.stored) == (1, 5, "fp32", 0, 5)
     assert unpack(pack("b", vector, values)).tolist() == [vector.tolist()]
 
@@ -215,7 +215,7 @@ DAMAGE = {
 @pytest.mark.parametrize("what", DAMAGE)
 def test_damage_under_a_checksum_that_fits(what):
     blob = bytes(pack("w", matrix((12, 20), 0.9), "fp16"))
-    assert header(blob).gap_bits not in (0, 8)
+    assert read_header(blob).gap_bits not in (0, 8)
     with pytest.raises(PackingError, match=r"^layer\.w: "):
         unpack(sealed(blob, *DAMAGE[what]), "layer.w")
 
@@ -224,7 +224,7 @@ def test_positions_that_run_out():
     array = matrix((12, 20), 0.9)
     array[-1, -1] = 1
     blob = bytes(pack("w", array, "fp16"))
-    found = header(blob)
+    found = read_header(blob)
     start = len(blob) - found.position_bytes
     with pytest.raises(PackingError, match="the positions end after 0"):  # "go on" for ever
         unpack(sealed(blob, start, b"\xff" * found.position_bytes))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from spdtool_sparse_cpu import library, products
-from spdtool_sparse_cpu.products import Products, Sparse
+from spdtool_sparse_cpu.products import Products, SparseLinear
 from torch import Tensor, nn
 
 from spdtool import plugins
@@ -23,7 +23,7 @@ from spdtool.models import onednn
 from spdtool.pruning.masks import Masks
 from spdtool.run.folder import Run
 
-pytestmark = pytest.mark.skipif(not products.available(), reason="the library is not compiled")
+pytestmark = pytest.mark.skipif(not products.is_available(), reason="the library is not compiled")
 
 SHAPES = [(1, 1), (7, 5), (40, 33), (193, 200), (64, 385)]
 ZEROS = [0.0, 0.4, 0.5, 0.7, 0.9, 0.97, 0.999, 1.0]
@@ -46,8 +46,8 @@ def close(found: Tensor | None, expected: Tensor) -> None:
 
 def three(weight: Tensor, dead: Tensor, x: Tensor, gradient: Tensor, bias: Tensor | None = None) -> list[Tensor]:
     made = Products(dead)
-    y, tiles = made.forward(weight, bias, x, keep=True)
-    of_x, of_weight = made.backward(weight, gradient, tiles, of_x=True)
+    y, tiles = made.forward(weight, bias, x, keep_tiles=True)
+    of_x, of_weight = made.backward(weight, gradient, tiles, needs_x=True)
     assert of_x is not None
     assert of_weight is not None
     return [y, of_x, of_weight]
@@ -63,7 +63,7 @@ def held_against_double(weight: Tensor, dead: Tensor, n: int) -> None:
     close(of_x, gradient.double() @ weight.double())
     close(of_weight, (gradient.double().T @ x.double()).masked_fill(dead, 0))
     assert (of_weight[dead] == 0).all()
-    close(Products(dead).forward(weight, None, x, keep=False)[0], x.double() @ weight.double().T)
+    close(Products(dead).forward(weight, None, x, keep_tiles=False)[0], x.double() @ weight.double().T)
 
 
 @pytest.mark.parametrize("zeros", ZEROS)
@@ -90,9 +90,9 @@ def test_no_rows_at_all() -> None:
 def test_the_weights_are_those_of_the_call() -> None:
     weight, dead = masked((40, 33), 0.8)
     made, x = Products(dead), torch.randn(20, 33)
-    made.forward(weight, None, x, keep=False)
+    made.forward(weight, None, x, keep_tiles=False)
     weight *= 2
-    close(made.forward(weight, None, x, keep=False)[0], x.double() @ weight.double().T)
+    close(made.forward(weight, None, x, keep_tiles=False)[0], x.double() @ weight.double().T)
 
 
 @pytest.fixture
@@ -119,13 +119,13 @@ def test_a_forked_child_has_threads_of_its_own() -> None:
     weight, dead = masked((400, 390), 0.9)
     made, x = Products(dead), torch.randn(700, 390)
     torch.set_num_threads(2)
-    y = made.forward(weight, None, x, keep=False)[0]
+    y = made.forward(weight, None, x, keep_tiles=False)[0]
     child = os.fork()
     if child == 0:
-        found = made.forward(weight, None, x, keep=False)[0]
+        found = made.forward(weight, None, x, keep_tiles=False)[0]
         os._exit(0 if bytes(found.numpy().data) == bytes(y.numpy().data) else 1)
     assert os.waitpid(child, 0)[1] == 0
-    assert torch.equal(made.forward(weight, None, x, keep=False)[0], y)
+    assert torch.equal(made.forward(weight, None, x, keep_tiles=False)[0], y)
 
 
 # ---- layers
@@ -142,7 +142,7 @@ def layer(
         plain.weight.copy_(weight)
     ours = copy.deepcopy(plain)
     masks = Masks.from_zeros({"weight": ours.weight})
-    products.use({"weight": ours}, masks, sampled=sampled)
+    products.use_sparse_products({"weight": ours}, masks, sampled=sampled)
     return ours, plain, masks
 
 
@@ -159,8 +159,14 @@ def seen(of: nn.Linear, x: Tensor) -> list[Tensor]:
 def used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the compiled functions that are called from now on."""
     calls: list[str] = []
-    call = Products._call
-    monkeypatch.setattr(Products, "_call", lambda self, name, *args: (calls.append(name), call(self, name, *args)))
+    functions = products.load_functions()
+    for name in ("forward", "backward"):
+
+        def record(*arguments: Any, name: str = name, function: Any = functions[name]) -> Any:
+            calls.append(name)
+            return function(*arguments)
+
+        monkeypatch.setitem(functions, name, record)
     return calls
 
 
@@ -225,13 +231,13 @@ def test_another_mask_is_another_index(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, _, masks = layer(zeros=0.6)
     x = torch.randn(20, 33)
     ours(x)
-    before = ours.living.products()
-    assert ours.living.products() is before
+    before = ours.live_weights.products()
+    assert ours.live_weights.products() is before
     dead = masks.dead["weight"] | (torch.rand(40, 33) < 0.5)
     masks.set({"weight": dead})
     calls = used(monkeypatch)
     close(ours(x).detach(), (x.double() @ ours.weight.double().T + ours.bias).detach())
-    assert ours.living.products() is not before
+    assert ours.live_weights.products() is not before
     masks.load_state_dict({"weight": torch.ones_like(dead)})
     masks.apply()
     assert torch.equal(ours(x), ours.bias.expand(20, 40))
@@ -266,33 +272,38 @@ def test_names_hooks_and_the_class_before_stay(monkeypatch: pytest.MonkeyPatch) 
     plain.register_forward_hook(lambda *_: hooked.append(1))
     masks = Masks({"weight": plain.weight})
     for _ in range(2):
-        products.use({"weight": plain}, masks, sampled=True)
-    assert isinstance(plain, Sparse)
+        products.use_sparse_products({"weight": plain}, masks, sampled=True)
+    assert isinstance(plain, SparseLinear)
     assert isinstance(plain, onednn.OneDNNLinear)
-    assert [kind.__name__ for kind in type(plain).__mro__[:4]] == ["SparseLinear", "Sparse", "Linear", "Linear"]
+    assert [kind.__name__ for kind in type(plain).__mro__[:4]] == [
+        "SparseOneDNNLinear",
+        "SparseLinear",
+        "OneDNNLinear",
+        "Linear",
+    ]
     assert list(plain.state_dict()) == names
     plain(torch.randn(20, 8))
     assert hooked
-    assert copy.deepcopy(plain).living.masks is masks
+    assert copy.deepcopy(plain).live_weights.masks is masks
 
 
 def test_without_a_compiled_library_everything_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> Any:
         raise DeviceError("not there")
 
-    monkeypatch.setattr(products, "_functions", missing)
+    monkeypatch.setattr(products, "load_functions", missing)
     plain = nn.Linear(8, 8)
     plugins.products.get("sparse-cpu")({"weight": plain}, Masks({"weight": plain.weight}), sampled=True)
     assert type(plain) is nn.Linear
 
 
 def test_an_old_library_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "opened", lambda: object())
-    products._functions.cache_clear()
-    assert not products.available()
+    monkeypatch.setattr(library, "load_library", lambda: object())
+    products.load_functions.cache_clear()
+    assert not products.is_available()
     monkeypatch.undo()
-    products._functions.cache_clear()
-    assert products.available()
+    products.load_functions.cache_clear()
+    assert products.is_available()
 
 
 # ---- whole phases

@@ -1,8 +1,9 @@
 """Make a float32 copy of a graph whose arithmetic is rounded: the same nodes and stored weights, nothing else rounded.
 
-fp16 and int8 arithmetic moves the logits, which hides faults: a missing mask may move them less. So the float32 copy is
-compared with the checkpoint, which is filled with the stored weights, as tightly as any float32 file. It has every
-node, mask and weight of the file that is shipped, and differs only in that activations are not rounded.
+fp16 and int8 arithmetic moves the logits, which hides faults: a missing mask may move them less. So
+the float32 copy is compared with the checkpoint, which is filled with the stored weights, as
+tightly as any float32 file. It has every node, mask and weight of the file that is shipped, and
+differs only in that activations are not rounded.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from spdtool.export.graph.protobuf import replace_items, tensors_by_name
 from spdtool.export.graph.weights import read_metadata, restore_metadata
 
 FLOAT16, FLOAT32 = TensorProto.FLOAT16, TensorProto.FLOAT
@@ -20,7 +22,7 @@ def float32_copy(proto: onnx.ModelProto) -> onnx.ModelProto:
     """Copy the graph without rounding of activations; weights are float32 with the values that are stored."""
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
-    del copy.graph.value_info[:]
+    del copy.graph.value_info[:]  # types of tensors that are float32 from now on
     metadata = read_metadata(copy.graph.initializer)
     _widen_fp16(copy.graph)
     _remove_int8(copy.graph)
@@ -45,7 +47,8 @@ def _widen_fp16(graph: onnx.GraphProto) -> None:
 
 def _remove_int8(graph: onnx.GraphProto) -> None:
     """Replace nodes that round an activation by nodes that pass it on, and integer products by float products."""
-    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    tensors = tensors_by_name(graph)
+    # A DequantizeLinear of such an output belongs to an activation, any other to a weight.
     rounded = {node.output[0] for node in graph.node if node.op_type == "QuantizeLinear"}
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
@@ -54,14 +57,14 @@ def _remove_int8(graph: onnx.GraphProto) -> None:
         elif node.op_type == "MatMulInteger":
             nodes.append(_float_product(node, tensors))
         elif node.op_type == "DequantizeLinear" and node.input[0] in tensors:
-            # Dequantized beforehand: onnxruntime would replace the node and its product by an int8 kernel.
+            # Dequantized beforehand: onnxruntime would replace the node and its product by an int8
+            # kernel.
             graph.initializer.append(_dequantize(node, tensors))
         elif node.op_type == "QuantizeLinear" or (node.op_type == "DequantizeLinear" and node.input[0] in rounded):
             nodes.append(helper.make_node("Identity", node.input[:1], node.output[:1]))
         else:
             nodes.append(node)
-    del graph.node[:]
-    graph.node.extend(nodes)
+    replace_items(graph.node, nodes)
 
 
 def _pass_through(node: onnx.NodeProto) -> list[onnx.NodeProto]:

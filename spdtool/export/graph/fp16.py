@@ -1,19 +1,19 @@
 """Convert a graph to fp16: half the bytes, and on a GPU the faster arithmetic.
 
-Softmax and layer normalization take and give fp16 and compute in float32 inside, as the operators are defined (the
-latter by `stash_type`) and onnxruntime's kernels do. Masks are added to scores as a number that fp16 holds with room to
-spare: at its own limit, a negative score on top would be minus infinity, and a row of them NaN. Logits stay float32.
+Softmax and layer normalization take and give fp16 and compute in float32 inside, as the operators
+are defined (the latter by `stash_type`) and onnxruntime's kernels do. Masks are added to scores as
+a number that fp16 holds with room to spare: at its own limit, a negative score on top would be
+minus infinity, and a row of them NaN. Logits stay float32.
 
-So does everything that no weight enters: distances, the buckets that they fall into, the angles of rotary positions,
-masks. Such numbers say where and not how much, and a rounded one is another position: a distance whose rounded
-logarithm falls into the next bucket (DeBERTa, MPNet), an angle of 513.3 whose sine is that of 513.5 (ModernBERT).
+So does everything that no weight enters: distances, the buckets that they fall into, the angles of
+rotary positions, masks. Such numbers say where and not how much, and a rounded one is another
+position: a distance whose rounded logarithm falls into the next bucket (DeBERTa, MPNet), an
+angle of 513.3 whose sine is that of 513.5 (ModernBERT).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol, TypeVar
 
 import numpy as np
 import onnx
@@ -23,21 +23,13 @@ from spdtool.data.tokens import Batch
 from spdtool.errors import GateError, ModelError, first_line
 from spdtool.export import runtime
 from spdtool.export.graph.float32 import float32_copy
+from spdtool.export.graph.protobuf import inputs_of, inputs_of_all, keep_constants, rename_inputs, replace_items
 from spdtool.export.graph.weights import read_metadata, restore_metadata
 
-MASK_VALUE = -1e4
+MASK_VALUE = -1e4  # exp of it is 0 in fp16, and scores can be added to it
 FLOAT32_SUFFIX = "_float32"  # of the name of a constant that is not converted
 INPUT_CAST = "graph_input_cast"  # prefix of the casts that the converter puts behind the graph's inputs
 CHECKED_BATCHES = 12  # every node of each is looked at, which takes a second or two a batch
-
-Item = TypeVar("Item", contravariant=True)
-
-
-class RepeatedField(Protocol[Item]):
-    """The part of a protobuf's repeated field that is used here."""
-
-    def __delitem__(self, index: slice) -> None: ...
-    def extend(self, items: Iterable[Item]) -> None: ...
 
 
 def convert_to_fp16(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -52,7 +44,8 @@ def convert_to_fp16(proto: onnx.ModelProto) -> onnx.ModelProto:
     clamp_masks(proto)
     try:
         unweighted = split_unweighted(proto)
-        del proto.graph.value_info[:]
+        del proto.graph.value_info[:]  # the converter would trust the float32 types in it
+        # The converter's own block list keeps operators in float32 that onnxruntime has in fp16.
         converted: onnx.ModelProto = convert_float_to_float16(proto, keep_io_types=True, op_block_list=[])
         prepend_unweighted(unweighted, converted.graph)
     except Exception as error:  # its errors share no base of their own
@@ -68,26 +61,31 @@ def split_unweighted(proto: onnx.ModelProto) -> onnx.GraphProto:
     A weight is a constant that metadata says to be a parameter.
 
     Returns:
-        The nodes that were moved, with their constants. Its outputs are the new inputs of the graph.
+        The nodes that were moved, with their constants. Its outputs are the new inputs of the
+        graph.
     """
     inferred = onnx.shape_inference.infer_shapes(proto).graph.value_info
-    weighted = {tensor.name for tensor in proto.graph.initializer if tensor.metadata_props}
+    weighted = set[str]()
+    for tensor in proto.graph.initializer:
+        if tensor.metadata_props:
+            weighted.add(tensor.name)
     unweighted = onnx.GraphProto()
     weighted_nodes = []
     for node in proto.graph.node:  # each comes after what it reads
-        if weighted.isdisjoint(_inputs_of(node)):
+        if weighted.isdisjoint(inputs_of(node)):
             unweighted.node.append(node)
         else:
             weighted.update(node.output)
             weighted_nodes.append(node)
-    needed = {value.name for value in proto.graph.output}.union(*map(_inputs_of, weighted_nodes))
-    computed = {name for node in unweighted.node for name in node.output}
-    crossing = computed & needed
+    needed = inputs_of_all(weighted_nodes).union(value.name for value in proto.graph.output)
+    crossing = set[str]()
+    for node in unweighted.node:
+        crossing |= needed.intersection(node.output)
     unweighted.output.extend(value for value in inferred if value.name in crossing)
     assert len(unweighted.output) == len(crossing), "shape inference knows the type of each"
     _move_constants(proto.graph, unweighted)
-    _replace_items(proto.graph.node, weighted_nodes)
-    _replace_items(proto.graph.initializer, [tensor for tensor in proto.graph.initializer if tensor.name in needed])
+    replace_items(proto.graph.node, weighted_nodes)
+    keep_constants(proto.graph, needed)
     proto.graph.input.extend(unweighted.output)
     return unweighted
 
@@ -100,35 +98,21 @@ def prepend_unweighted(unweighted: onnx.GraphProto, graph: onnx.GraphProto) -> N
     for node in graph.node:
         is_input_cast = node.op_type == "Cast" and node.name.startswith(INPUT_CAST)
         (casts if is_input_cast else others).append(node)
-    _replace_items(graph.node, [*unweighted.node, *casts, *others])
-    _replace_items(graph.input, [value for value in graph.input if value.name not in crossing])
+    replace_items(graph.node, [*unweighted.node, *casts, *others])
+    replace_items(graph.input, [value for value in graph.input if value.name not in crossing])
     graph.initializer.extend(unweighted.initializer)
 
 
 def _move_constants(graph: onnx.GraphProto, unweighted: onnx.GraphProto) -> None:
     """Copy the constants of the split-off nodes under other names: the graph may need the same ones in fp16."""
-    used = set[str]().union(*map(_inputs_of, unweighted.node))
-    names = {tensor.name: tensor.name + FLOAT32_SUFFIX for tensor in graph.initializer if tensor.name in used}
+    used = inputs_of_all(unweighted.node)
+    names: dict[str, str] = {}
     for tensor in graph.initializer:
-        if tensor.name in names:
+        if tensor.name in used:
+            names[tensor.name] = tensor.name + FLOAT32_SUFFIX
             unweighted.initializer.append(tensor)
             unweighted.initializer[-1].name = names[tensor.name]
-    for node in unweighted.node:
-        node.input[:] = [names.get(name, name) for name in node.input]
-
-
-def _replace_items(field: RepeatedField[Item], items: list[Item]) -> None:
-    del field[:]
-    field.extend(items)
-
-
-def _inputs_of(node: onnx.NodeProto) -> set[str]:
-    """Names of the tensors that a node reads, graphs inside it included."""
-    names = set(node.input)
-    for attribute in node.attribute:
-        if attribute.HasField("g"):
-            names.update(*map(_inputs_of, attribute.g.node))
-    return names
+    rename_inputs(unweighted.node, names)
 
 
 def clamp_masks(proto: onnx.ModelProto) -> None:
@@ -148,8 +132,8 @@ def clamp_masks(proto: onnx.ModelProto) -> None:
 def check_overflow(file: Path, batches: list[tuple[str, Batch]], provider: str) -> None:
     """Refuse a file in which a node's fp16 result is not finite where it is in float32.
 
-    A session on a CPU may keep float32 between two nodes, and hide what overflows on a GPU. Here every result is an
-    output of the graph, and is therefore rounded.
+    A session on a CPU may keep float32 between two nodes, and hide what overflows on a GPU. Here
+    every result is an output of the graph, and is therefore rounded.
 
     Args:
         batches: each with a description; the first few are run.

@@ -1,9 +1,9 @@
 """Fuse a graph with onnxruntime's operators: attention, skip layer normalization, GELU with its bias.
 
-onnxscript's rules know the graph that torch writes today. onnxruntime's own optimizer of transformers does not
-recognize the attention in it, and its mask for BERT assumes that all padding is on the right. A CPU session fuses by
-itself: these files are no faster there. They are for a runtime that does not, and for a GPU, where attention is one
-kernel.
+onnxscript's rules know the graph that torch writes today. onnxruntime's own optimizer of
+transformers does not recognize the attention in it, and its mask for BERT assumes that all padding
+is on the right. A CPU session fuses by itself: these files are no faster there. They are for a
+runtime that does not, and for a GPU, where attention is one kernel.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import onnx_ir
 from onnx import helper, numpy_helper
 
 from spdtool.errors import ModelError, first_line
+from spdtool.export.graph.protobuf import inputs_of_all, keep_constants, tensors_by_name
 from spdtool.export.graph.weights import (
     SIDE_BY_SIDE,
     Fingerprint,
@@ -50,13 +51,13 @@ def fuse_operators(proto: onnx.ModelProto) -> onnx.ModelProto:
     restore_metadata(fused, metadata)
     join_concatenated(fused)
     label_joined(fused, parameters)
-    del fused.graph.value_info[:]
+    del fused.graph.value_info[:]  # shapes of tensors that fused operators no longer produce
     return fused
 
 
 def join_concatenated(proto: onnx.ModelProto) -> None:
     """Join constants that the graph concatenates along their last axis: query, key and value of an attention."""
-    tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
+    tensors = tensors_by_name(proto.graph)
     for node in list(proto.graph.node):
         if node.op_type != "Concat" or not all(name in tensors for name in node.input):
             continue
@@ -66,14 +67,12 @@ def join_concatenated(proto: onnx.ModelProto) -> None:
             joined = numpy_helper.from_array(np.concatenate(arrays, axis=-1), node.output[0])
             proto.graph.initializer.append(joined)
             proto.graph.node.remove(node)
-    used = {name for node in proto.graph.node for name in node.input}
-    used_tensors = [tensor for tensor in proto.graph.initializer if tensor.name in used]
-    del proto.graph.initializer[:]
-    proto.graph.initializer.extend(used_tensors)
+    keep_constants(proto.graph, inputs_of_all(proto.graph.node))
 
 
 def label_joined(proto: onnx.ModelProto, parameters: Mapping[Fingerprint, str]) -> None:
     """Note in each constant without metadata which parameters stand side by side in it, recognized by content."""
+    # The widest first: a narrow parameter may equal the first columns of a wide one.
     widths = sorted({shape[-1] for _, shape, _ in parameters}, reverse=True)
     for tensor in proto.graph.initializer:
         array = numpy_helper.to_array(tensor)
@@ -102,14 +101,18 @@ def _column_layout(array: np.ndarray, parameters: Mapping[Fingerprint, str], wid
 
 def count_operators(proto: onnx.ModelProto, domain: str = FUSED_DOMAIN) -> dict[str, int]:
     """Count the nodes of each operator of a domain."""
-    counts = Counter(node.op_type for node in proto.graph.node if node.domain == domain)
+    counts: Counter[str] = Counter()
+    for node in proto.graph.node:
+        if node.domain == domain:
+            counts[node.op_type] += 1
     return dict(sorted(counts.items()))
 
 
 def operator_domains(proto: onnx.ModelProto) -> set[str]:
     """Collect the domains of the operators in use; that of ONNX itself is empty."""
-    domains = {node.domain.replace("ai.onnx", "") for node in proto.graph.node}
+    domains = set[str]()
     for node in proto.graph.node:
+        domains.add(node.domain.replace("ai.onnx", ""))
         for attribute in node.attribute:
             if attribute.HasField("g"):
                 domains |= operator_domains(helper.make_model(attribute.g))

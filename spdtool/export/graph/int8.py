@@ -1,7 +1,8 @@
 """Quantize a graph to int8: weights once, activations as they come or by ranges seen beforehand.
 
-Weights are symmetric, with one scale for each column of a matrix product, so that a zero is the integer 0 exactly.
-Without VNNI an x86 CPU adds pairs of products in 16 bits, which saturate: there, weights get 7 bits ("reduce range").
+Weights are symmetric, with one scale for each column of a matrix product, so that a zero is the
+integer 0 exactly. Without VNNI an x86 CPU adds pairs of products in 16 bits, which saturate: there,
+weights get 7 bits ("reduce range").
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from onnx import helper, numpy_helper
 
 from spdtool.data.tokens import Batch
 from spdtool.errors import ModelError, first_line
+from spdtool.export.graph.protobuf import inputs_of_all, keep_constants, replace_items, tensors_by_name
 from spdtool.export.graph.weights import TRANSPOSED, read_metadata, restore_metadata
 
 PRODUCTS = ("MatMul",)
 LOOKUPS = ("Gather",)
+# The name of a weight up to its first number: `bert.encoder.layer.3`.
 LAYER = re.compile(r"^(?P<layer>.*?\.\d+)\.")
 
 
@@ -63,8 +66,8 @@ def quantize_statically(
 ) -> onnx.ModelProto:
     """Quantize weights as `quantize_dynamically`, and activations by their smallest and largest value on `batches`.
 
-    Only the inputs of products with a weight are rounded. The quantizer's default also rounds what comes out of each
-    product, logits included, and both sides of the attention's own.
+    Only the inputs of products with a weight are rounded. The quantizer's default also rounds what
+    comes out of each product, logits included, and both sides of the attention's own.
     """
     from onnxruntime.quantization import (
         CalibrationDataReader,
@@ -75,11 +78,14 @@ def quantize_statically(
     )
 
     names = [value.name for value in proto.graph.input]
-    feeds = iter([{name: batch[name] for name in names} for batch in batches])
+    remaining = iter(batches)
 
     class BatchReader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
         def get_next(self) -> Batch | None:
-            return next(feeds, None)
+            batch = next(remaining, None)
+            if batch is None:
+                return None
+            return {name: batch[name] for name in names}
 
     def write(file: Path, excluded_nodes: list[str]) -> None:
         # With static ranges the quantizer passes over embeddings, so they are quantized first.
@@ -103,6 +109,7 @@ def quantize_statically(
             per_channel=True,
             reduce_range=reduce_range,
             nodes_to_exclude=[*excluded_nodes, *_products_of_activations(proto)],
+            # Else logits would be rounded too.
             extra_options={"OpTypesToExcludeOutputQuantization": list(PRODUCTS)},
         )
 
@@ -111,14 +118,17 @@ def quantize_statically(
 
 def quantizable_modules(proto: onnx.ModelProto) -> list[str]:
     """List what may stay in float32 alone: each layer, and each module outside the layers that has a matrix."""
-    return list(dict.fromkeys(_module_of(matrix) for _, matrix in _nodes_with_matrix(proto)))
+    modules: dict[str, None] = {}  # as a set that is in order
+    for _, matrix in _nodes_with_matrix(proto):
+        modules[_module_of(matrix)] = None
+    return list(modules)
 
 
 def saturates() -> bool:
     """Whether this CPU adds int8 products in 16 bits, so that weights need 7; True where it cannot be told."""
     if platform.machine().lower() in ("arm64", "aarch64"):
         return False
-    cpuinfo = Path("/proc/cpuinfo")
+    cpuinfo = Path("/proc/cpuinfo")  # lists avx512_vnni or avx_vnni
     return not (cpuinfo.exists() and "_vnni" in cpuinfo.read_text())
 
 
@@ -150,7 +160,7 @@ def split_gemms(proto: onnx.ModelProto) -> None:
 
     The quantizer does so too, but transposes the weight without renaming it.
     """
-    tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
+    tensors = tensors_by_name(proto.graph)
     nodes: list[onnx.NodeProto] = []
     for node in proto.graph.node:
         options = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
@@ -167,12 +177,8 @@ def split_gemms(proto: onnx.ModelProto) -> None:
             nodes.append(helper.make_node("Add", [product, node.input[2]], node.output, name=f"{node.name}_bias"))
         else:
             nodes.append(helper.make_node("MatMul", [node.input[0], weight], [node.output[0]], name=node.name))
-    del proto.graph.node[:]
-    proto.graph.node.extend(nodes)
-    used = {name for node in nodes for name in node.input}
-    used_tensors = [tensor for tensor in proto.graph.initializer if tensor.name in used]
-    del proto.graph.initializer[:]
-    proto.graph.initializer.extend(used_tensors)
+    replace_items(proto.graph.node, nodes)
+    keep_constants(proto.graph, inputs_of_all(nodes))
 
 
 def _transposed_constant(proto: onnx.ModelProto, tensors: dict[str, onnx.TensorProto], name: str) -> str:
@@ -190,18 +196,23 @@ def _transposed_constant(proto: onnx.ModelProto, tensors: dict[str, onnx.TensorP
 
 def _nodes_with_matrix(proto: onnx.ModelProto) -> Iterator[tuple[str, str]]:
     """Yield `(node, matrix)` by name, of the nodes that the quantizer may convert."""
-    matrices = {tensor.name for tensor in proto.graph.initializer if len(tensor.dims) == 2 and tensor.metadata_props}
+    tensors = tensors_by_name(proto.graph)
     for node in proto.graph.node:
         if node.op_type in (*PRODUCTS, "Gemm", *LOOKUPS):
             for name in node.input:
-                if name in matrices:
+                tensor = tensors.get(name)
+                if tensor is not None and len(tensor.dims) == 2 and tensor.metadata_props:
                     yield node.name, name
 
 
 def _products_of_activations(proto: onnx.ModelProto) -> list[str]:
     """List the matrix products that read no constant."""
-    constants = {tensor.name for tensor in proto.graph.initializer}
-    return [node.name for node in proto.graph.node if node.op_type in PRODUCTS and not constants & {*node.input}]
+    constants = tensors_by_name(proto.graph).keys()
+    names = []
+    for node in proto.graph.node:
+        if node.op_type in PRODUCTS and constants.isdisjoint(node.input):
+            names.append(node.name)
+    return names
 
 
 def _module_of(matrix: str) -> str:
@@ -214,7 +225,7 @@ def _module_of(matrix: str) -> str:
 @contextlib.contextmanager
 def quiet_quantizer() -> Iterator[None]:
     """Keep the quantizer's advice about pre-processing from the user's terminal."""
-    logger = logging.getLogger()
+    logger = logging.getLogger()  # the quantizer logs to the root, where nothing of ours does
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:

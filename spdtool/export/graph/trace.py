@@ -1,8 +1,9 @@
 """Trace a checkpoint to an ONNX graph of standard operators, whose weights have their state-dict names.
 
-torch.onnx records the building machine's paths at each node, and folds the transposes of weights into constants called
-`val_49`. Both are cleaned: each weight gets its state-dict name again, or that name with `.T` where the file stores it
-transposed. Equal weights that share one constant are listed in the constant's metadata.
+torch.onnx records the building machine's paths at each node, and folds the transposes of weights
+into constants called `val_49`. Both are cleaned: each weight gets its state-dict name again, or
+that name with `.T` where the file stores it transposed. Equal weights that share one constant are
+listed in the constant's metadata.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from onnx import numpy_helper
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spdtool.errors import GateError, ModelError, first_line
+from spdtool.export.graph.protobuf import keep_constants, rename_inputs, tensors_by_name
 from spdtool.export.graph.weights import PARAMETERS, TRANSPOSED, Fingerprint, fingerprint
 from spdtool.export.target import MODEL_FILE
 from spdtool.models.layers import TESTED_FAMILIES
@@ -32,7 +34,7 @@ from spdtool.run.folder import RECORD
 
 LARGEST_FILE = 2**31 - 2**20  # bytes; protobuf cannot write more: beyond, the weights go to model.onnx_data
 INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids")
-AXES = {0: "batch", 1: "sequence"}
+AXES = {0: "batch", 1: "sequence"}  # the names that Hugging Face's own exports have
 EXAMPLE_SHAPE = (2, 9)  # the exporter would freeze an axis of length 1
 ATTENTION_OPSET = 23  # the operator set that has Attention, which torch's own attention becomes
 UNTESTED_HINT = f"families that are tested: {', '.join(TESTED_FAMILIES)}"
@@ -59,8 +61,8 @@ def cached_traces() -> Iterator[None]:
 def trace_checkpoint(checkpoint: Path, opset: int) -> onnx.ModelProto:
     """Trace a checkpoint to a clean float32 graph of ONNX operators, with weights by name.
 
-    Below operator set 23, attention is written out: fewer nodes than torch's own attention gives, and every
-    architecture has it. From 23 on it is the operator Attention.
+    Below operator set 23, attention is written out: fewer nodes than torch's own attention gives,
+    and every architecture has it. From 23 on it is the operator Attention.
 
     Raises:
         ModelError: the checkpoint cannot be read, or its architecture cannot be exported.
@@ -108,7 +110,8 @@ def trace_model(model: PreTrainedModel, names: list[str], opset: int) -> onnx.Mo
     """Export a model with torch.onnx (dynamo), with free axes `batch` and `sequence`.
 
     Args:
-        names: inputs, each int64 [batch, sequence]; the output is `logits`, float32 [batch, labels].
+        names: inputs, each int64 [batch, sequence]; the output is `logits`, float32 [batch,
+            labels].
 
     Raises:
         ModelError: the exporter cannot do it.
@@ -169,27 +172,26 @@ def remove_exporter_notes(proto: Message) -> None:
 def name_weights(proto: onnx.ModelProto, model: PreTrainedModel) -> None:
     """Name the constants that store a parameter, transposed or not, after it; they are recognised by their content.
 
-    A second constant with the same content, which the exporter makes of a weight that is used twice, is removed.
+    A second constant with the same content, which the exporter makes of a weight that is used
+    twice, is removed.
     """
     origins = _parameters_by_constant(proto, model)
-    used_names = {tensor.name for tensor in proto.graph.initializer}
+    used_names = set(tensors_by_name(proto.graph))
     renamed: dict[str, str] = {}
     duplicates: dict[str, str] = {}
     for tensor in proto.graph.initializer:
         candidates = origins.get(tensor.name, {})
         if not candidates:
             continue
-        if tensor.name not in candidates:
-            unused = [name for name in candidates if name not in used_names]
-            if not unused:
+        if tensor.name not in candidates:  # the exporter has named some weights rightly
+            name = next((name for name in candidates if name not in used_names), None)
+            if name is None:
                 duplicates[tensor.name] = next(iter(candidates))
                 continue
-            renamed[tensor.name] = unused[0]
-            used_names.add(unused[0])
+            renamed[tensor.name] = name
+            used_names.add(name)
         tensor.metadata_props.add(key=PARAMETERS, value=" ".join(dict.fromkeys(candidates.values())))
-    unique = [tensor for tensor in proto.graph.initializer if tensor.name not in duplicates]
-    del proto.graph.initializer[:]
-    proto.graph.initializer.extend(unique)
+    keep_constants(proto.graph, tensors_by_name(proto.graph).keys() - duplicates.keys())
     _rename(proto.graph, renamed | duplicates)
 
 
@@ -202,7 +204,7 @@ def _parameters_by_constant(proto: onnx.ModelProto, model: PreTrainedModel) -> d
     for parameter, weight in model.named_parameters(remove_duplicate=False):
         array = weight.detach().numpy()
         views = {parameter: array}
-        if array.ndim == 2:
+        if array.ndim == 2:  # the exporter folds the transpose of a Linear into its constant
             views[parameter + TRANSPOSED] = array.T
         for name, view in views.items():
             for tensor in tensors.get(fingerprint(view), ()):
@@ -214,6 +216,7 @@ def write_model(proto: onnx.ModelProto, file: Path) -> list[Path]:
     """Write the model, to one file unless it is larger than a protobuf can be; return the files."""
     file.parent.mkdir(parents=True, exist_ok=True)
     if _byte_count(proto.graph.initializer) < LARGEST_FILE:
+        # Deterministic: maps have no order of their own, and two exports must be the same bytes.
         file.write_bytes(proto.SerializeToString(deterministic=True))
         return [file]
     data = file.with_name(file.name + "_data")
@@ -224,8 +227,11 @@ def write_model(proto: onnx.ModelProto, file: Path) -> list[Path]:
 
 def _content_hashes(checkpoint: Path) -> list[str]:
     """Hash the files that a graph depends on: weights, configuration and tokenizer."""
-    files = sorted(file for file in checkpoint.glob("*") if file.suffix in (".json", ".safetensors"))
-    return [f"{file.name} {sha256(file)}" for file in files if file.name != RECORD]
+    hashes = []
+    for file in sorted(checkpoint.glob("*")):
+        if file.suffix in (".json", ".safetensors") and file.name != RECORD:
+            hashes.append(f"{file.name} {sha256(file)}")
+    return hashes
 
 
 def _byte_count(tensors: Iterable[onnx.TensorProto]) -> int:
@@ -236,8 +242,8 @@ def _rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
     for values in (graph.initializer, graph.value_info):
         for value in values:
             value.name = names.get(value.name, value.name)
+    rename_inputs(graph.node, names)
     for node in graph.node:
-        node.input[:] = [names.get(name, name) for name in node.input]
         for attribute in node.attribute:
             if attribute.HasField("g"):
                 _rename(attribute.g, names)

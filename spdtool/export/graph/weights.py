@@ -1,12 +1,13 @@
 """Read the parameters of an ONNX file back, however a target stores them.
 
-A constant is called after its parameter, with `.T` where it is transposed. Metadata of the constant says more:
+A constant is called after its parameter, with `.T` where it is transposed. Metadata of the constant
+says more:
 
     parameters    the parameters that it stores, separated by spaces, where several share one constant
     packed        name=columns ..., where several matrices stand side by side in one constant (fused attention)
 
-`NAME_quantized`, `NAME_scale` and `NAME_zero_point` are one constant in int8, as onnxruntime's quantizer names them. A
-constant may be dense, or one of the graph's `sparse_initializer`.
+`NAME_quantized`, `NAME_scale` and `NAME_zero_point` are one constant in int8, as onnxruntime's
+quantizer names them. A constant may be dense, or one of the graph's `sparse_initializer`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from typing import NamedTuple
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+
+from spdtool.export.graph.protobuf import keep_constants, metadata_of, tensors_by_name
 
 TRANSPOSED = ".T"
 PARAMETERS = "parameters"
@@ -50,8 +53,9 @@ def read_weights(proto: onnx.ModelProto, *, parameters_only: bool = False) -> It
     Args:
         parameters_only: skip constants that metadata does not say to be parameters.
     """
-    tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
+    tensors = tensors_by_name(proto.graph)
     for tensor in proto.graph.initializer:
+        # `_decode` reads these together with the constant that they belong to.
         is_scale = tensor.name.endswith(("_scale", "_zero_point"))
         if not is_scale and (tensor.metadata_props or not parameters_only):
             array, largest_error = _decode(tensor, tensors)
@@ -74,6 +78,7 @@ def count_file_zeros(file: Path) -> dict[str, tuple[int, int]]:
     counts: dict[str, tuple[int, int]] = {}
     for name, array, _ in read_weights(onnx.load(file)):
         count = (int(array.size - np.count_nonzero(array)), int(array.size))
+        # The fewer zeros: one copy that lost its zeros is a fault, whatever the other one has.
         counts[name] = min(counts.get(name, count), count)
     return counts
 
@@ -85,7 +90,7 @@ def fingerprint(array: np.ndarray) -> Fingerprint:
 
 def read_metadata(tensors: Iterable[TensorProto]) -> dict[str, dict[str, str]]:
     """Map the name of each constant to its metadata, so that it survives a pass that loses it."""
-    return {tensor.name: {entry.key: entry.value for entry in tensor.metadata_props} for tensor in tensors}
+    return {tensor.name: metadata_of(tensor) for tensor in tensors}
 
 
 def restore_metadata(proto: onnx.ModelProto, metadata: dict[str, dict[str, str]]) -> None:
@@ -108,20 +113,20 @@ def use_sparse_constants(proto: onnx.ModelProto) -> int:
 
     Two thirds of a matrix have to be zeros before it pays.
     """
-    dense_tensors = []
+    dense_names = set[str]()
     for tensor in proto.graph.initializer:
         array = numpy_helper.to_array(tensor)
         live = np.flatnonzero(array)
         is_matrix = array.dtype == np.float32 and array.ndim == 2
         if not is_matrix or not live.size or SPARSE_BYTES * live.size >= array.nbytes:
-            dense_tensors.append(tensor)
+            dense_names.add(tensor.name)
             continue
+        # The name and metadata of a sparse constant are those of its values.
         values = numpy_helper.from_array(np.ascontiguousarray(array.reshape(-1)[live]), tensor.name)
         values.metadata_props.extend(tensor.metadata_props)
         indices = numpy_helper.from_array(live.astype(np.int64), f"{tensor.name}_indices")
         proto.graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, list(array.shape)))
-    del proto.graph.initializer[:]
-    proto.graph.initializer.extend(dense_tensors)
+    keep_constants(proto.graph, dense_names)
     return len(proto.graph.sparse_initializer)
 
 
@@ -145,7 +150,7 @@ def _split_parameters(
     tensor: TensorProto, array: np.ndarray, largest_error: np.ndarray | float
 ) -> Iterator[StoredWeight]:
     """Yield the parameters that one constant stores."""
-    metadata = {entry.key: entry.value for entry in tensor.metadata_props}
+    metadata = metadata_of(tensor)
     if SIDE_BY_SIDE in metadata:
         yield from _split_columns(metadata[SIDE_BY_SIDE], array, largest_error)
         return
