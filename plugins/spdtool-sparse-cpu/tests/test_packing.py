@@ -1,5 +1,6 @@
 """The packed form: written byte by byte here once, lossless where it promises that, and never fooled by damage."""
 
+import itertools
 import struct
 import subprocess
 import sys
@@ -16,13 +17,13 @@ SHARES = [0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0]
 
 
 def matrix(shape, zeros, seed=0):
-    """A random matrix with about that share of zeros; one row in five is empty, where there are that many."""
+    """Draw a matrix with about that share of zeros; one row in five is empty, where there are that many."""
     random = np.random.default_rng([seed, *shape])
-    made = random.normal(0, 0.05, shape).astype(np.float32)
-    made[random.random(shape) < zeros] = 0
+    array = random.normal(0, 0.05, shape).astype(np.float32)
+    array[random.random(shape) < zeros] = 0
     if 0 < zeros < 1:
-        made[2::5] = 0
-    return made
+        array[2::5] = 0
+    return array
 
 
 def slow_pack(array, values):
@@ -69,43 +70,49 @@ def slow_pack(array, values):
     return head + struct.pack("<I", zlib.crc32(head + bytes(32) + payload)) + bytes(28) + payload
 
 
-def sealed(blob, at, fresh):
-    """The blob with other bytes at `at`, and a checksum that fits again: damage that only the counts can show."""
-    made = bytearray(blob)
-    made[at : at + len(fresh)] = fresh
-    made[32:36] = bytes(4)
-    made[32:36] = struct.pack("<I", zlib.crc32(made))
-    return bytes(made)
+def with_checksum(blob, offset, content):
+    """Change bytes of the blob, and let its checksum fit again: damage that only the counts can show."""
+    changed = bytearray(blob)
+    changed[offset : offset + len(content)] = content
+    changed[32:36] = bytes(4)
+    changed[32:36] = struct.pack("<I", zlib.crc32(changed))
+    return bytes(changed)
 
 
-@pytest.mark.parametrize("values", TYPES)
-@pytest.mark.parametrize("zeros", SHARES)
-@pytest.mark.parametrize("shape", SHAPES[:-1])
-def test_bytes_are_those_of_the_description(shape, zeros, values):
-    array = matrix(shape, zeros)
-    assert bytes(pack("w", array, values)) == slow_pack(array, values)
+@pytest.mark.slow
+def test_bytes_are_those_of_the_description():
+    for shape, zeros, values in itertools.product(SHAPES[:-1], SHARES, TYPES):
+        array = matrix(shape, zeros)
+        same = bytes(pack("w", array, values)) == slow_pack(array, values)
+        assert same, f"{shape} with {zeros:.0%} zeros as {values}"
 
 
-@pytest.mark.parametrize("zeros", SHARES)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_fp32_comes_back_to_the_last_bit(shape, zeros):
-    array = matrix(shape, zeros)
-    assert unpack(pack("w", array, "fp32")).tobytes() == array.tobytes()
+def test_fp32_comes_back_to_the_last_bit():
+    for shape, zeros in itertools.product(SHAPES, SHARES):
+        array = matrix(shape, zeros)
+        same = unpack(pack("w", array, "fp32")).tobytes() == array.tobytes()
+        assert same, f"{shape} with {zeros:.0%} zeros"
 
 
-@pytest.mark.parametrize(("values", "bound"), [("fp16", 2**-11), ("int8", 0.5 / 127 * 1.001)])
-@pytest.mark.parametrize("zeros", SHARES)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_rounding_is_bounded_and_keeps_the_zeros(shape, zeros, values, bound):
-    array = matrix(shape, zeros)
-    found = unpack(pack("w", array, values))
-    assert ((found != 0) == (array != 0)).all()
-    allowed = bound * (np.abs(array) if values == "fp16" else np.abs(array).max(axis=1, keepdims=True))
-    least = 2**-24 if values == "fp16" else 0  # below the normal range fp16 keeps fewer digits
-    rounded = np.abs(found) != (np.abs(array).max(axis=1, keepdims=True) / 127 if values == "int8" else -1)
-    assert (np.abs(found - array) <= allowed + least)[
-        rounded
-    ].all()  # int8: a weight that was lifted to 1 is off by more
+def test_fp16_rounds_by_half_a_step_and_keeps_the_zeros():
+    for shape, zeros in itertools.product(SHAPES, SHARES):
+        array = matrix(shape, zeros)
+        unpacked = unpack(pack("w", array, "fp16"))
+        case = f"{shape} with {zeros:.0%} zeros"
+        assert ((unpacked != 0) == (array != 0)).all(), case
+        # 2^-24: below the normal range fp16 has fewer digits.
+        assert (np.abs(unpacked - array) <= 2**-11 * np.abs(array) + 2**-24).all(), case
+
+
+def test_int8_rounds_by_half_a_step_and_keeps_the_zeros():
+    for shape, zeros in itertools.product(SHAPES, SHARES):
+        array = matrix(shape, zeros)
+        unpacked = unpack(pack("w", array, "int8"))
+        case = f"{shape} with {zeros:.0%} zeros"
+        assert ((unpacked != 0) == (array != 0)).all(), case
+        steps = np.abs(array).max(axis=1, keepdims=True) / 127
+        was_lifted = np.abs(unpacked) == steps  # a small weight that became 1 instead of 0 is off by more
+        assert ((np.abs(unpacked - array) <= 0.5 * 1.001 * steps) | was_lifted).all(), case
 
 
 @pytest.mark.parametrize("values", ["fp16", "int8"])
@@ -126,11 +133,11 @@ def test_one_gap_bit_is_a_bitmask_of_the_zeros():
     assert blob[-found.position_bytes :] == mask
 
 
-@pytest.mark.parametrize(("zeros", "bits"), [(0.0, 0), (0.5, 1), (0.8, 3), (0.9, 4), (0.99, 8)])
-def test_gap_bits_follow_the_share_of_zeros(zeros, bits):
-    random = np.random.default_rng(0)
-    array = np.where(random.random((300, 200)) < zeros, 0, random.normal(size=(300, 200)))
-    assert read_header(pack("w", array, "fp16")).gap_bits == bits
+def test_gap_bits_follow_the_share_of_zeros():
+    for zeros, bits in ((0.0, 0), (0.5, 1), (0.8, 3), (0.9, 4), (0.99, 8)):
+        random = np.random.default_rng(0)
+        array = np.where(random.random((300, 200)) < zeros, 0, random.normal(size=(300, 200)))
+        assert read_header(pack("w", array, "fp16")).gap_bits == bits, f"{zeros:.0%} zeros"
 
 
 def test_an_all_zero_matrix_is_a_header():
@@ -138,13 +145,14 @@ def test_an_all_zero_matrix_is_a_header():
     assert not unpack(pack("w", np.zeros((50, 40), np.float32), "fp16")).any()
 
 
-@pytest.mark.parametrize("values", TYPES)
-@pytest.mark.parametrize("zeros", [0.0, 0.9, 1.0])
-def test_a_table_stores_every_value(values, zeros):
-    array = matrix((20, 30), zeros)
-    blob = pack("t", array, values, table=True)
-    assert (read_header(blob).gap_bits, read_header(blob).stored, read_header(blob).position_bytes) == (0, 600, 0)
-    assert ((unpack(blob) != 0) == (array != 0)).all()
+def test_a_table_stores_every_value():
+    for values, zeros in itertools.product(TYPES, (0.0, 0.9, 1.0)):
+        array = matrix((20, 30), zeros)
+        blob = pack("t", array, values, table=True)
+        header = read_header(blob)
+        case = f"{zeros:.0%} zeros as {values}"
+        assert (header.gap_bits, header.stored, header.position_bytes) == (0, 600, 0), case
+        assert ((unpack(blob) != 0) == (array != 0)).all(), case
 
 
 @pytest.mark.parametrize("values", TYPES)
@@ -168,16 +176,15 @@ def test_very_large_and_very_small_rows(values):
         assert (np.abs(found[1] - array[1]) <= 2**-143).all()
 
 
-@pytest.mark.parametrize("values", TYPES)
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_is_refused_by_name(values, value):
-    array = matrix((4, 4), 0.5)
-    array[1, 2] = value
-    with pytest.raises(PackingError, match=r"layer\.w: a weight is not finite") as caught:
-        pack("layer.w", array, values)
-    assert isinstance(caught.value, ModelError)
-    with pytest.raises(PackingError):
-        pack("layer.b", array[1], values)
+def test_what_is_not_finite_is_refused_by_name():
+    for values, value in itertools.product(TYPES, (np.nan, np.inf, -np.inf)):
+        array = matrix((4, 4), 0.5)
+        array[1, 2] = value
+        with pytest.raises(PackingError, match=r"layer\.w: a weight is not finite") as caught:
+            pack("layer.w", array, values)
+        assert isinstance(caught.value, ModelError)
+        with pytest.raises(PackingError):
+            pack("layer.b", array[1], values)
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0), (), (2, 2, 2)])
@@ -212,12 +219,16 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("what", DAMAGE)
-def test_damage_under_a_checksum_that_fits(what):
+def test_damage_under_a_checksum_that_fits():
     blob = bytes(pack("w", matrix((12, 20), 0.9), "fp16"))
     assert read_header(blob).gap_bits not in (0, 8)
-    with pytest.raises(PackingError, match=r"^layer\.w: "):
-        unpack(sealed(blob, *DAMAGE[what]), "layer.w")
+    for damage, (offset, content) in DAMAGE.items():
+        refused = ""
+        try:
+            unpack(with_checksum(blob, offset, content), "layer.w")
+        except PackingError as error:
+            refused = error.message
+        assert refused.startswith("layer.w: "), damage
 
 
 def test_positions_that_run_out():
@@ -227,39 +238,36 @@ def test_positions_that_run_out():
     found = read_header(blob)
     start = len(blob) - found.position_bytes
     with pytest.raises(PackingError, match="the positions end after 0"):  # "go on" for ever
-        unpack(sealed(blob, start, b"\xff" * found.position_bytes))
+        unpack(with_checksum(blob, start, b"\xff" * found.position_bytes))
     with pytest.raises(PackingError, match="run out of the matrix"):  # the first value one place later
-        unpack(sealed(blob, start, bytes([blob[start] + 1])))
+        unpack(with_checksum(blob, start, bytes([blob[start] + 1])))
     with pytest.raises(PackingError, match="more positions than values"):  # no gaps at all: fewer fields than there are
-        unpack(sealed(blob, start, bytes(found.position_bytes)))
+        unpack(with_checksum(blob, start, bytes(found.position_bytes)))
     with pytest.raises(PackingError, match="more positions than values"):
-        unpack(sealed(blob[:24] + struct.pack("<Q", found.position_bytes + 1) + blob[32:] + b"\x00", 0, b"SPDM"))
+        unpack(with_checksum(blob[:24] + struct.pack("<Q", found.position_bytes + 1) + blob[32:] + b"\x00", 0, b"SPDM"))
 
 
 @pytest.mark.parametrize("scale", [np.nan, np.inf, -1.0, 0.0])
 def test_scales_that_are_no_scales(scale):
     blob = bytes(pack("w", matrix((12, 20), 0.9), "int8"))
     with pytest.raises(PackingError, match=r"w: a (scale|weight) is not"):
-        unpack(sealed(blob, 64, struct.pack("<f", scale)), "w")
+        unpack(with_checksum(blob, 64, struct.pack("<f", scale)), "w")
 
 
-@pytest.mark.parametrize("values", TYPES)
-@pytest.mark.parametrize("zeros", [0.0, 0.5, 0.9, 1.0])
-def test_every_truncation_and_any_flipped_byte_is_noticed(values, zeros):
-    blob = bytes(pack("w", matrix((9, 11), zeros), values))
-    for length in range(len(blob)):
-        with pytest.raises(PackingError):
-            unpack(blob[:length])
-    with pytest.raises(PackingError):
-        unpack(blob + b"\x00")
-    random = np.random.default_rng(0)
-    for _ in range(500):
-        made = bytearray(blob)
-        for at in random.integers(0, len(blob), random.integers(1, 4)):
-            made[at] ^= int(random.integers(1, 256))
-        if bytes(made) != blob:
+def test_every_truncation_and_any_flipped_byte_is_noticed():
+    for values, zeros in itertools.product(TYPES, (0.0, 0.5, 0.9, 1.0)):
+        blob = bytes(pack("w", matrix((9, 11), zeros), values))
+        damaged_blobs = [blob[:length] for length in range(len(blob))] + [blob + b"\x00"]
+        random = np.random.default_rng(0)
+        for _ in range(500):
+            flipped = bytearray(blob)
+            for offset in random.integers(0, len(blob), random.integers(1, 4)):
+                flipped[offset] ^= int(random.integers(1, 256))
+            if bytes(flipped) != blob:  # a byte may have been flipped back
+                damaged_blobs.append(bytes(flipped))
+        for damaged in damaged_blobs:
             with pytest.raises(PackingError):
-                unpack(bytes(made))
+                unpack(damaged)
 
 
 @pytest.mark.parametrize("values", TYPES)
@@ -278,7 +286,7 @@ def test_flipped_bytes_under_a_checksum_that_fits_never_crash(values):
     for _ in range(3000):
         at, value = int(random.choice(places)), bytes([random.integers(0, 256)])
         try:
-            found = unpack(sealed(blob, at, value))
+            found = unpack(with_checksum(blob, at, value))
         except PackingError:
             refused += 1
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,10 +39,10 @@ def masked(shape: tuple[int, int], zeros: float, *, holes: bool = False, seed: i
     return torch.randn(shape, generator=draw).masked_fill(dead, 0), dead
 
 
-def close(found: Tensor | None, expected: Tensor) -> None:
-    assert found is not None
+def close(result: Tensor | None, expected: Tensor, case: str = "") -> None:
+    assert result is not None
     scale = 1 + expected.abs().max()
-    assert ((found.double() - expected).abs() <= 3e-6 * scale).all()
+    assert ((result.double() - expected).abs() <= 3e-6 * scale).all(), case
 
 
 def three(weight: Tensor, dead: Tensor, x: Tensor, gradient: Tensor, bias: Tensor | None = None) -> list[Tensor]:
@@ -53,30 +54,29 @@ def three(weight: Tensor, dead: Tensor, x: Tensor, gradient: Tensor, bias: Tenso
     return [y, of_x, of_weight]
 
 
-def held_against_double(weight: Tensor, dead: Tensor, n: int) -> None:
+def check_products(weight: Tensor, dead: Tensor, n: int, case: str) -> None:
+    """Compare the three products on `n` rows with double precision."""
     draw = torch.Generator().manual_seed(n)
     x, bias, gradient = (
         torch.randn(size, generator=draw) for size in ((n, weight.shape[1]), weight.shape[:1], (n, weight.shape[0]))
     )
     y, of_x, of_weight = three(weight, dead, x, gradient, bias)
-    close(y, x.double() @ weight.double().T + bias)
-    close(of_x, gradient.double() @ weight.double())
-    close(of_weight, (gradient.double().T @ x.double()).masked_fill(dead, 0))
-    assert (of_weight[dead] == 0).all()
-    close(Products(dead).forward(weight, None, x, keep_tiles=False)[0], x.double() @ weight.double().T)
+    close(y, x.double() @ weight.double().T + bias, case)
+    close(of_x, gradient.double() @ weight.double(), case)
+    close(of_weight, (gradient.double().T @ x.double()).masked_fill(dead, 0), case)
+    assert (of_weight[dead] == 0).all(), case
+    close(Products(dead).forward(weight, None, x, keep_tiles=False)[0], x.double() @ weight.double().T, case)
 
 
-@pytest.mark.parametrize("zeros", ZEROS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_three_products_are_those_of_double_precision(shape: tuple[int, int], zeros: float) -> None:
-    for holes in (False, True):
+def test_the_three_products_are_those_of_double_precision() -> None:
+    for shape, zeros, holes in itertools.product(SHAPES, ZEROS, (False, True)):
         weight, dead = masked(shape, zeros, holes=holes)
         for n in (1, 7, 33, 500):
-            held_against_double(weight, dead, n)
+            check_products(weight, dead, n, f"{shape} with {zeros:.1%} zeros, holes={holes}, {n} rows")
 
 
-def test_a_large_one() -> None:
-    held_against_double(*masked((1536, 384), 0.9), 350)
+def test_the_products_of_a_large_matrix() -> None:
+    check_products(*masked((1536, 384), 0.9), 350, "1536 x 384")
 
 
 def test_no_rows_at_all() -> None:
@@ -134,7 +134,7 @@ def test_a_forked_child_has_threads_of_its_own() -> None:
 def layer(
     zeros: float = 0.9, *, inputs: int = 33, outputs: int = 40, sampled: bool = True, bias: bool = True
 ) -> tuple[nn.Linear, nn.Linear, Masks]:
-    """A layer that skips its zeros, its dense twin, and the masks."""
+    """Build a layer that skips its zeros, a dense one with the same weights, and the masks."""
     torch.manual_seed(1)
     plain = nn.Linear(inputs, outputs, bias=bias)
     with torch.no_grad():
@@ -179,21 +179,21 @@ INPUTS: dict[str, Callable[[], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("sampled", [True, False])
-@pytest.mark.parametrize("shape", INPUTS)
-def test_a_layer_has_the_outputs_and_gradients_of_its_dense_twin(
-    monkeypatch: pytest.MonkeyPatch, shape: str, sampled: bool, bias: bool
-) -> None:
-    ours, plain, masks = layer(sampled=sampled, bias=bias)
-    calls, x = used(monkeypatch), INPUTS[shape]()
-    mine, its = seen(ours, x), seen(plain, x)
-    assert calls == ["forward", "backward"]
-    if sampled:
-        its[2] = its[2].masked_fill(masks.dead["weight"], 0)
-        assert (mine[2][masks.dead["weight"]] == 0).all()
-    for a, b in zip(mine, its, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+def test_a_layer_has_the_outputs_and_gradients_of_a_dense_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = used(monkeypatch)
+    for shape, sampled, bias in itertools.product(INPUTS, (True, False), (True, False)):
+        case = f"{shape}, sampled={sampled}, bias={bias}"
+        sparse, dense, masks = layer(sampled=sampled, bias=bias)
+        x = INPUTS[shape]()
+        calls.clear()
+        results = seen(sparse, x)
+        assert calls == ["forward", "backward"], case
+        expected = seen(dense, x)
+        if sampled:
+            expected[2] = expected[2].masked_fill(masks.dead["weight"], 0)
+            assert (results[2][masks.dead["weight"]] == 0).all(), case
+        for result, other in zip(results, expected, strict=True):
+            assert torch.allclose(result, other, rtol=1e-4, atol=1e-3), case
 
 
 def test_gradients_are_those_of_finite_differences() -> None:
