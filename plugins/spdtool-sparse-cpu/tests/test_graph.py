@@ -15,14 +15,13 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 from spdtool_sparse_cpu import graph as sparse_graph
 from spdtool_sparse_cpu import packing
-from spdtool_sparse_cpu.families import describe
+from spdtool_sparse_cpu.families import describe_encoder
 from spdtool_sparse_cpu.graph import SMALL_TABLE, decode_weights, sparsify
 from spdtool_sparse_cpu.matching import parameters_of
 from transformers.activations import ACT2FN
 
 from spdtool.errors import ModelError
-from spdtool.export.graph import trace as onnx_export
-from spdtool.export.graph.trace import INPUT_NAMES, name_weights, remove_exporter_notes, trace_model
+from spdtool.export.graph.trace import INPUT_NAMES, name_weights, quiet_exporter, remove_exporter_notes, trace_model
 from spdtool.export.graph.weights import PARAMETERS
 from spdtool.models.layers import find_prunable_weights
 
@@ -263,7 +262,7 @@ def test_activations_are_recognised_by_what_they_compute(reference, opset):
     with torch.no_grad():
         for part in model.parts.values():
             part.weight.mul_((torch.arange(24) % 3 == 1).reshape(6, 4))
-    with onnx_export._quiet_exporter():
+    with quiet_exporter():
         proto = torch.onnx.export(model, (x,), dynamo=True, opset_version=opset, verbose=False).model_proto
     remove_exporter_notes(proto)
     name_weights(proto, model)
@@ -295,7 +294,7 @@ def test_activations_of_the_encoder(toys, reference, spelling):
 )
 def test_an_unusual_bert_keeps_its_graph(toys, reference, config):
     model = build(toys, "bert", **config)
-    assert describe(model) is None
+    assert describe_encoder(model) is None
     proto = export(toys, model, "bert")
     assert set(operators(proto)) == {"SparseLinear"}
     assert_same(reference, model, proto, {"pairs": batches(INPUT_NAMES)["pairs"]})
@@ -304,7 +303,7 @@ def test_an_unusual_bert_keeps_its_graph(toys, reference, config):
 def test_layer_norms_that_differ_keep_the_graph(toys):
     model = build(toys, "bert")
     model.bert.encoder.layer[0].output.LayerNorm.eps = 1e-3
-    assert describe(model) is None
+    assert describe_encoder(model) is None
 
 
 def test_inputs_that_the_tokenizer_does_not_give(toys, reference):

@@ -79,7 +79,6 @@ def with_checksum(blob, offset, content):
     return bytes(changed)
 
 
-@pytest.mark.slow
 def test_bytes_are_those_of_the_description():
     for shape, zeros, values in itertools.product(SHAPES[:-1], SHARES, TYPES):
         array = matrix(shape, zeros)

@@ -120,7 +120,7 @@ def trace_model(model: PreTrainedModel, names: list[str], opset: int) -> onnx.Mo
     example = {name: torch.ones(EXAMPLE_SHAPE, dtype=torch.long) for name in names}
     example["input_ids"] *= 2
     try:
-        with _quiet_exporter(), torch.no_grad():
+        with quiet_exporter(), torch.no_grad():
             program = torch.onnx.export(
                 model,
                 (),
@@ -250,7 +250,7 @@ def _rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
 
 
 @contextlib.contextmanager
-def _quiet_exporter() -> Iterator[None]:
+def quiet_exporter() -> Iterator[None]:
     """Keep the exporter's notes about missing torchvision, folding and axis names from the user's terminal."""
     loggers = [logging.getLogger(name) for name in EXPORTER_LOGGERS]
     levels = [logger.level for logger in loggers]
