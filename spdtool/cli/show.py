@@ -25,17 +25,18 @@ def inspect(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> object:
     from spdtool.run.folder import Run
 
     opened = Run.open(run)
-    contents = inspect_run(opened)
+    inspection = inspect_run(opened)
     rows = []
-    for stage in contents["stages"]:
+    for stage in inspection.stages:
         # A line for each input: hashes in one line would be as wide as the table.
-        inputs = (stage["made_from"] or "").replace(", ", "\n")
-        rows.append(tuple((stage | {"made_from": inputs}).values()))
-    console.print_table(opened.recipe.mark_smoke(contents["run"]), STAGE_COLUMNS, rows)
-    if contents["layers"]:
+        inputs = (stage.made_from or "").replace(", ", "\n")
+        rows.append(tuple((stage.model_dump() | {"made_from": inputs}).values()))
+    console.print_table(opened.recipe.mark_smoke(inspection.run), STAGE_COLUMNS, rows)
+    if inspection.layers:
         columns = ("weight", "zeros", "size", "sparsity")
-        console.print_table(f"zeros after {contents['sparsest']}", columns, contents["layers"])
-    return contents
+        matrices = [tuple(matrix.model_dump().values()) for matrix in inspection.layers]
+        console.print_table(f"zeros after {inspection.sparsest}", columns, matrices)
+    return inspection.model_dump(mode="json")
 
 
 @command
