@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 import shlex
@@ -205,6 +206,23 @@ def test_the_reference_has_every_public_name(pages: dict[str, str]) -> None:
     for name in spdtool.__all__:
         page = "errors" if f"| `{name}` |" in pages["errors"] else "python-api"
         assert name.startswith("_") or f"`{name}`" in pages[page] or f"::: spdtool.{name}\n" in f"{pages[page]}\n", name
+
+
+def test_the_snippets_use_public_names_only() -> None:
+    for document in DOCUMENTS:
+        for snippet in re.findall(r"^```python\n(.*?)^```", document.read_text("utf-8"), re.DOTALL | re.MULTILINE):
+            used = set()
+            for node in ast.walk(ast.parse(snippet)):
+                if isinstance(node, ast.Attribute) and is_package(node.value):
+                    used.add(node.attr)
+                if isinstance(node, ast.ImportFrom) and node.module == "spdtool":
+                    used |= {alias.name for alias in node.names}
+            assert used <= set(spdtool.__all__), f"{name_of(document)}: {used - set(spdtool.__all__)} is not public"
+
+
+def is_package(node: ast.expr) -> bool:
+    """Tell whether an expression is the name `spdtool`."""
+    return isinstance(node, ast.Name) and node.id == "spdtool"
 
 
 def test_every_page_of_the_site_is_in_the_navigation(reference: ModuleType) -> None:
