@@ -26,6 +26,8 @@ from spdtool.run.folder import Run
 from spdtool.tasks import Task
 from spdtool.training import checkpoint, loop
 
+pytestmark = pytest.mark.slow  # it trains whole stages
+
 LAYERS, HEADS, WIDTH, LENGTH = 3, 2, 16, 16
 EPOCHS = {"prune": 6, "distill": 2, "finetune": 4}  # 12 events fit; 1 : 2 as in the recipe, so that its rates meet
 BATCH, SPARSITY = 4, 0.9

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 
 from spdtool.run.folder import Run
 
+pytestmark = pytest.mark.slow  # it trains whole stages
+
 STAGES = ("teacher", "prune", "distill", "finetune")
 STEPS = 12  # of every stage of `killed.py`
 FREE = ("examples_per_second",)  # all that may differ in a log line

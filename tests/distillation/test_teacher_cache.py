@@ -24,6 +24,8 @@ from spdtool.run.folder import Run
 from spdtool.stages.prune import prune
 from spdtool.training import checkpoint
 
+pytestmark = pytest.mark.slow  # it trains whole stages
+
 # epsilon: where a gradient is nothing but rounding, AdamW would step by rounding alone
 CALM = ("prune.epochs=2", "prune.dropout=0.0", "prune.epsilon=1e-4")
 LESSONS = {

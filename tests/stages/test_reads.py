@@ -35,9 +35,12 @@ READS = {  # what gives a number to Python, or a tensor whose size depends on nu
 INDEXED = {ATEN.index, ATEN.index_put, ATEN.index_put_, ATEN._index_put_impl_}
 COPIES = {torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.tolist}  # which on the CPU are no operation at all
 
-pytestmark = pytest.mark.skipif(
-    int(transformers.__version__.split(".")[0]) < 5, reason="transformers 4 asks `(mask == 1).all()`"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        int(transformers.__version__.split(".")[0]) < 5, reason="transformers 4 asks `(mask == 1).all()`"
+    ),
+]
 
 
 class Reads(TorchDispatchMode):

@@ -26,6 +26,8 @@ from spdtool.stages.prune import prune
 from spdtool.stages.teacher import teacher
 from spdtool.tasks import Task
 
+pytestmark = pytest.mark.slow  # it trains whole stages
+
 MakeRun = Callable[..., Run]
 NAMES = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
 

@@ -19,6 +19,8 @@ from spdtool.run.folder import Run
 from spdtool.stages.prune import prune
 from spdtool.training.log import TrainingLog
 
+pytestmark = pytest.mark.slow  # it trains whole stages
+
 LEAVE = ("prune.events=4", "prune.schedule=linear", "prune.save_at=[0.25, 0.375]")
 
 

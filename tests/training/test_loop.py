@@ -275,6 +275,7 @@ def test_nothing_counts_as_best_before_the_target_sparsity(bench: Bench) -> None
     assert [(e["step"], e["sparsity"]) for e in bench.log() if e["event"] == "prune"] == [(3, 0.3), (8, 0.6)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pruning", [False, True])
 @pytest.mark.parametrize("minutes", [0.0, 1e9], ids=["every step", "every epoch"])
 def test_an_interruption_leaves_no_trace(bench: Bench, pruning: bool, minutes: float) -> None:

@@ -18,6 +18,8 @@ from spdtool.training import prefetch
 from spdtool.training.microbatches import MicrobatchSplitter
 from spdtool.training.prefetch import STEPS_AHEAD
 
+pytestmark = pytest.mark.slow  # it trains whole stages
+
 CPU = torch.device("cpu")
 
 
