@@ -242,7 +242,7 @@ class Run:
             RunLocked: another process works in this run folder.
             RunError: the stage is already done.
         """
-        if not ranks.is_main():
+        if not ranks.is_main():  # it may read what the main process writes, and holds no lock
             yield Stage(name, self.partial_folder(name), self.fingerprint(name))
             self._reset_inputs()
             return
@@ -334,6 +334,7 @@ class Run:
         write_json(stage.folder / RECORD, record)  # last: from here on the folder counts as whole
         final = self.path / stage.name
         used_state = self._used_state_folder(stage.name)
+        # whatever the moment of a kill: either the partial folder is whole, or the final one
         if final.exists():  # a folder without stage.json: not ours to trust
             shutil.rmtree(final)
         if stage.state.exists():

@@ -59,7 +59,7 @@ class MachineRecord(Record):
 
     python: str
     system: str
-    cpus: int | None
+    cpus: int | None  # that this process may use
     versions: dict[str, str]
 
     def lines(self) -> list[tuple[str, str]]:
@@ -336,7 +336,7 @@ class BenchEnvironment(MachineRecord):
 
     threads: list[int]
     provider: str
-    peaks: dict[int, MachinePeak] = Field(default_factory=dict)
+    peaks: dict[int, MachinePeak] = Field(default_factory=dict)  # empty on a GPU, and without a ledger
 
     def lines(self) -> list[tuple[str, str]]:
         """Describe the environment as names and texts."""
@@ -452,7 +452,7 @@ class StageRecord(Record):
         """Read a result as the type that its stage writes: by their fields alone unions are guessed."""
         if not isinstance(value, dict):
             return value
-        stage = info.data.get("stage")
+        stage = info.data.get("stage")  # declared, and so validated, before the result
         if stage == "export":
             return ExportResult.model_validate(value)
         if stage == "bench":
@@ -668,7 +668,7 @@ class StudentRow(Record):
     sparsity: float
     seed: int
     run: str
-    status: Literal["done", "unfinished", "failed", "stopped"] = "unfinished"
+    status: Literal["done", "unfinished", "failed", "stopped"] = "unfinished"  # stopped: by median stopping
     error: str | None = None
     smoke: bool = False
     teacher: float | None = None
@@ -695,7 +695,7 @@ class StudentRow(Record):
     @property
     def retention(self) -> float | None:
         """Dev score of the student over that of the teacher; None where the teacher has learnt nothing."""
-        if self.student is None or self.teacher is None or self.teacher <= 0:
+        if self.student is None or self.teacher is None or self.teacher <= 0:  # correlations may be negative
             return None
         return self.student / self.teacher
 

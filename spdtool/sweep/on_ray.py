@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 RETRIES = 3  # of a trial whose worker died: it goes on from its last snapshot
 POLL_SECONDS = 60.0  # without news, after which the machines are counted again
-ORPHAN_SECONDS = 30.0  # to wait for a locked run folder: workers outlive their driver or machine by about two
+ORPHAN_SECONDS = 30.0  # to wait for a locked run folder: workers outlive their driver by about two
 SPARSITY_TOLERANCE = 1e-3  # scores count from here on: whole weights rarely make the exact share
 
 
@@ -73,10 +73,11 @@ class Cluster:
         if self.margin is not None:
             stopped = _read_stopped(trials)
         yield from stopped.items()
-        connected = _connect(ray, self.address)  # not where the caller has connected: that connection is the caller's
+        connected = _connect(ray, self.address)  # a connection of the caller's is not shut down
         try:
             self._require_claims(ray)
-            yield from self._run_all(ray, {i: trial for i, trial in enumerate(trials) if i not in stopped})
+            remaining = {i: trial for i, trial in enumerate(trials) if i not in stopped}
+            yield from self._run_all(ray, remaining)
         finally:
             if connected:
                 ray.shutdown()
@@ -108,8 +109,9 @@ class Cluster:
             try:
                 yield index, ray.get(done[0])
             except ray.exceptions.RayTaskError as error:
-                console.warn(str(error))  # a bug is printed with its traceback, and the other trials go on
-                yield index, failed_row(trials[index], f"{type(error.cause).__name__}: {first_line(error.cause)}")
+                console.warn(str(error))  # a bug is printed with its traceback, and the others go on
+                reason = f"{type(error.cause).__name__}: {first_line(error.cause)}"
+                yield index, failed_row(trials[index], reason)
             except ray.exceptions.RayError as error:
                 reason = f"its worker died {RETRIES + 1} times: {type(error).__name__}"
                 yield index, failed_row(trials[index], reason)
@@ -117,7 +119,8 @@ class Cluster:
     def _require_claims(self, ray: ModuleType) -> None:
         """Refuse claims that no machine of the cluster can meet: their trials would wait for ever."""
         for name, claim in (("CPU", self.cpus), ("GPU", self.gpus)):
-            most = max((node["Resources"].get(name, 0) for node in ray.nodes() if node["Alive"]), default=0)
+            alive = [node for node in ray.nodes() if node["Alive"]]
+            most = max((node["Resources"].get(name, 0) for node in alive), default=0)
             if claim > most:
                 raise DeviceError(
                     f"each trial claims {claim:g} {name}s, and the largest machine of the Ray cluster has {most:g}",

@@ -170,6 +170,7 @@ def test_a_smoke_run_is_marked(toy_run):
     assert "SMOKE RUN, NO RESULT" in " ".join(read(page.write_page([run.path]).file).words)
 
 
+@pytest.mark.slow
 def test_several_runs_are_compared(toy_run, tmp_path):
     folders = []
     for sparsity in (0.5, 0.8):

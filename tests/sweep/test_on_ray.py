@@ -87,17 +87,20 @@ def without_seconds(rows: list[StudentRow]) -> list[dict[str, Any]]:
     return [row.model_dump(mode="json") | {"seconds": None} for row in rows]
 
 
+@pytest.mark.slow
 def test_the_rows_are_those_of_a_sweep_in_turn(planned: Make, ray: Any) -> None:
     rows = run(planned("on ray"), Cluster())
     assert [row.status for row in rows] == ["done", "done"]
     assert without_seconds(rows) == without_seconds(run(planned("in turn"), sweep.run_in_turn))
 
 
+@pytest.mark.slow
 def test_a_claim_that_no_machine_meets_is_refused(planned: Make, ray: Any) -> None:
     with pytest.raises(DeviceError, match="claims 3 GPUs, and the largest machine of the Ray cluster has 0"):
         run(planned(), Cluster(gpus=3))
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_started_again(planned: Make, ray: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     trials = planned(recipes=["gmp"])
     mark = Path(trials[0].out) / "died"
@@ -114,6 +117,7 @@ def test_a_worker_that_dies_is_started_again(planned: Make, ray: Any, monkeypatc
     assert row.status == "done"
 
 
+@pytest.mark.slow
 def test_trials_run_on_every_node_of_a_cluster(
     planned: Make, nodes: Any, gather: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,6 +133,7 @@ def test_trials_run_on_every_node_of_a_cluster(
     assert used == {node.node_id for node in nodes.list_all_nodes()}
 
 
+@pytest.mark.slow
 def test_trials_of_a_node_that_dies_go_on_elsewhere(
     planned: Make, nodes: Any, ray: Any, gather: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,6 +177,7 @@ def test_a_trial_waits_for_an_orphan_that_holds_its_folder(planned: Make, monkey
     assert not orphan.is_locked
 
 
+@pytest.mark.slow
 def test_claims_that_no_machine_meets_any_longer_end_the_sweep(
     planned: Make, nodes: Any, ray: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,6 +195,7 @@ def test_claims_that_no_machine_meets_any_longer_end_the_sweep(
     killer.join()
 
 
+@pytest.mark.slow
 def test_a_bug_in_a_trial_keeps_its_traceback_and_spares_the_others(
     planned: Make, ray: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -204,6 +211,7 @@ def test_a_bug_in_a_trial_keeps_its_traceback_and_spares_the_others(
     assert ", in work" in capsys.readouterr().err, "the place of the bug"
 
 
+@pytest.mark.slow
 def test_plugins_are_loaded_where_a_trial_runs(planned: Make, ray: Any, clean_plugins: None, tmp_path: Path) -> None:
     found = f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nimport toys\n"
     (tmp_path / "plugin.py").write_text(f"{found}toys.register(toys.dataset('mine'))\n")
@@ -211,6 +219,7 @@ def test_plugins_are_loaded_where_a_trial_runs(planned: Make, ray: Any, clean_pl
     assert [row.status for row in run(planned(tasks=["mine"], recipes=["gmp"]), Cluster())] == ["done"]
 
 
+@pytest.mark.slow
 def test_a_hopeless_trial_is_stopped_and_stays_stopped(planned: Make, ray: Any) -> None:
     trials = planned(recipes=["gmp"], seeds=[0, 1])
     run(trials, Cluster())

@@ -43,6 +43,7 @@ def stamps(folder):
     return {str(file.relative_to(folder)): file.stat().st_mtime_ns for file in folder.rglob("stage.json")}
 
 
+@pytest.mark.slow
 def test_every_trial_is_a_run_with_the_teacher_of_its_task_and_seed(planned, tmp_path):
     trials = planned(recipes=["default", "no-distillation"], seeds=[0, 1])
     rows, lines = run_all(trials)
@@ -67,6 +68,7 @@ def test_a_line_for_each_trial_is_shown_and_nothing_of_its_stages(planned, capsy
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["[1/1] toy default 0.5 seed 0"]
 
 
+@pytest.mark.slow
 def test_the_results_are_written_as_json_and_markdown(planned, tmp_path):
     rows, _ = run_all(planned(sparsities=[0.5, 0.8]))
     out = tmp_path / "sweep"
@@ -79,6 +81,7 @@ def test_the_results_are_written_as_json_and_markdown(planned, tmp_path):
     assert "| toy | default | 0.8 |" in (out / "sweep.md").read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_a_finished_sweep_does_nothing_again(planned, tmp_path):
     before, _ = run_all(planned())
     found = stamps(tmp_path)
@@ -89,6 +92,7 @@ def test_a_finished_sweep_does_nothing_again(planned, tmp_path):
     assert found.items() < stamps(tmp_path).items()
 
 
+@pytest.mark.slow
 def test_a_sweep_that_was_killed_goes_on(planned, tmp_path, monkeypatch):
     trials = planned(seeds=[0, 1])
     child = os.fork()
@@ -113,6 +117,7 @@ def test_a_sweep_that_was_killed_goes_on(planned, tmp_path, monkeypatch):
     assert found.items() < stamps(tmp_path).items()
 
 
+@pytest.mark.slow
 def test_a_changed_recipe_of_a_finished_trial_is_refused_before_anything_runs(planned, tmp_path):
     run_all(planned())
     found = stamps(tmp_path)
@@ -209,6 +214,7 @@ def test_intermediate_students_are_rows_of_the_table(planned, tmp_path):
     assert "default, on the way to 0.8" in (tmp_path / "sweep" / "sweep.md").read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_the_command_shows_a_table_and_says_what_failed_by_its_exit_code(planned, toy_task, spdtool, tmp_path):
     toy_task("empty", train=0)
     words = ["--epochs", 3, "--sparsities", 0.5, "--seeds", 0, "--out", tmp_path / "s"]
