@@ -40,11 +40,12 @@ T = TypeVar("T")
 Registered = TypeVar("Registered")
 PLUGIN_GROUP = "spdtool"
 LIBRARY_GROUP = "spdtool.libraries"
-INSTALL_HINT = (
-    "install the plugin that provides it; those of this project are called spdtool-NAME, and in a checkout of spdtool "
-    "pip install -e plugins/spdtool-NAME"
-)
 BUILTIN = "spdtool."  # prefix of the sources that are no plugin
+
+
+def install_hint(name: str) -> str:
+    """Say how to install the plugin that provides `name`; plugins of this project are called after it."""
+    return f"pip install spdtool-{name}; in a checkout of spdtool: pip install -e plugins/spdtool-{name}"
 
 
 @dataclass(frozen=True)
@@ -281,7 +282,7 @@ def find_library(target: str) -> Library:
     """
     matches: list[EntryPoint] = list(entry_points(group=LIBRARY_GROUP, name=target))
     if not matches:
-        raise PluginError(f"no installed plugin has the library that {target!r} needs", INSTALL_HINT)
+        raise PluginError(f"no installed plugin has the library that {target!r} needs", install_hint(target))
     match = matches[0]
     distribution, version = (match.dist.name, match.dist.version) if match.dist else ("?", "?")
     try:

@@ -219,7 +219,7 @@ def _check_libraries() -> Iterator[Check]:
     """Check the library of custom operators of every installed target that has one."""
     names = plugins.library_targets()
     if not names:
-        advice = f"nothing skips zeros without one: {plugins.INSTALL_HINT}"
+        advice = f"nothing skips zeros without one: {plugins.install_hint('NAME')}"
         yield Check("operator libraries", "warn", "no plugin with operators for sparse models", advice)
     for name in names:
         # The library only: its target would import torch, which may be what is broken.

@@ -280,7 +280,7 @@ def test_another_address_deserves_a_warning_and_a_taken_one_an_error(either: Pat
     from spdtool.errors import RunError
     from spdtool.serving import server
 
-    assert not server._loopback("0.0.0.0")
-    assert all(map(server._loopback, ("127.0.0.1", "::1", "localhost")))
-    with server.listen("127.0.0.1", 0) as taken, pytest.raises(RunError, match="cannot be listened to"):
-        server.listen("127.0.0.1", taken.getsockname()[1])
+    assert not server.is_loopback("0.0.0.0")
+    assert all(map(server.is_loopback, ("127.0.0.1", "::1", "localhost")))
+    with server.open_listener("127.0.0.1", 0) as taken, pytest.raises(RunError, match="cannot be listened to"):
+        server.open_listener("127.0.0.1", taken.getsockname()[1])
