@@ -1,6 +1,6 @@
 """The plugin registries: what can be added to spdtool, and how it is discovered.
 
-Six registries, one for each kind of extension. Built-ins and plugins use the same decorator:
+One registry for each kind of extension. Built-ins and plugins use the same decorator:
 
     from spdtool.plugins import criteria
 

@@ -246,7 +246,7 @@ def _draw_series(
         series = phase.series(quantity)
         if series:
             steps, values = phase.shift(series)
-            axes.plot(steps, values, color=colour, label=label, drawstyle=drawstyle, linestyle=linestyle)  # type: ignore[arg-type]
+            axes.plot(steps, values, color=colour, label=label, drawstyle=drawstyle, linestyle=linestyle)
             label = None
 
 

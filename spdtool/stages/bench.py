@@ -149,8 +149,8 @@ def line_up_exports(folder: Path, exported: ExportResult, provider: str, recipe:
     lineup.add_export("teacher", folder / "teacher", exported.teacher, provider)
     lineup.engines[0] = replace(lineup.engines[0], baseline=True)  # the 1x
     lineup.add_export("student", folder / "student", exported.student, provider)
-    for name, reason in exported.refused.items():
-        lineup.notes.append(f"Not shipped, so not timed: {name}: {reason}.")
+    for name, refusal in exported.refused.items():
+        lineup.notes.append(f"Not shipped, so not timed: {name}: {refusal}.")
     for name, files in exported.further().items():
         try:
             target = get_target(name)

@@ -35,7 +35,7 @@ class TritonPythonModel:
         """Answer one request."""
         try:
             columns = [self.read_texts(request, name, optional) for name, optional in self.settings["texts"].items()]
-            texts = columns[0]
+            texts = columns[0] or []  # the first column is never optional
             if len(columns) == 2 and columns[1] is not None:
                 texts = list(zip(*columns, strict=True))
             rows = self.tokenizer.encode_batch(texts)
