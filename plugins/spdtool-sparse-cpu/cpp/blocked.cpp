@@ -40,8 +40,8 @@ void BlockedPattern::add_block(const SparseRows& weights, uint32_t row, uint32_t
   std::vector<uint16_t> order(count);
   std::iota(order.begin(), order.end(), uint16_t(0));
   std::stable_sort(order.begin(), order.end(), [&](uint16_t a, uint16_t b) { return size[a] > size[b]; });
-  // The last bundle is filled up in front, with copies of its last row that add nothing: what they store is
-  // overwritten when the row itself is stored.
+  // The last bundle is padded in front with copies of its last row and zero weights: what they store is overwritten when
+  // the row itself is stored.
   const uint32_t missing = (kBundle - count % kBundle) % kBundle;
   order.insert(order.end() - (kBundle - missing) % kBundle, missing, order.back());
 

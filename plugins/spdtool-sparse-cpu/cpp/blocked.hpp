@@ -8,13 +8,13 @@
 
 namespace sparse_cpu {
 
-// Keeps where the nonzeros of one matrix [rows][columns] lie, in blocks of `block_rows` x `block_depth`, row blocks
+// The positions of the nonzeros of one matrix [rows][columns], in blocks of `block_rows` x `block_depth`, row blocks
 // outermost. See Block in kernels.hpp for the order of the entries in a block.
 class BlockedPattern {
  public:
   BlockedPattern() = default;
 
-  // Of `weights` only the positions count. `dense`: every weight is an entry, zeros among them.
+  // Only the positions of `weights` are read. `dense`: every weight is an entry, zeros too.
   BlockedPattern(const SparseRows& weights, bool dense, uint32_t block_rows = kRowsOfBlock,
                  uint32_t block_depth = kDepthOfBlock);
 
@@ -26,7 +26,7 @@ class BlockedPattern {
   size_t entries() const { return entries_; }
   const std::vector<uint8_t>& index() const { return index_; }
 
-  // Block `row` of the row blocks and, of them, `depth` of the depth blocks.
+  // The block at row block `row` and depth block `depth`.
   size_t block(uint32_t row, uint32_t depth = 0) const { return size_t(row) * depth_blocks_ + depth; }
   const Block& at(size_t block) const { return blocks_[block]; }
 
@@ -50,8 +50,7 @@ class BlockedPattern {
     return {blocks_.data(), runs_.data(), order_.data(), dense_ ? nullptr : index, value, bias};
   }
 
-  // For each entry 1 + the number of its nonzero, in the order of `weights`, or 0 where it adds nothing. Whoever has used
-  // it drops it.
+  // For each entry: 1 + the index of its nonzero in `weights`, or 0 for padding. Only needed once: drop it after use.
   std::vector<uint32_t> source;
 
   void drop_index() { std::vector<uint8_t>().swap(index_); }
@@ -68,13 +67,13 @@ class BlockedPattern {
   std::vector<uint8_t> index_;
 };
 
-// Keeps the weights of one matrix in such blocks, and its bias.
+// The weights of one matrix in such blocks, and its bias.
 class BlockedMatrix {
  public:
   BlockedMatrix() = default;
 
   // `bias` has one number for each row; `scale` multiplies weights and bias. Above a density of `dense_above` every weight
-  // is kept, zeros among them, for the kernel that reads no indexes.
+  // is stored, zeros too, for the kernel that reads no indexes.
   BlockedMatrix(const SparseRows& weights, const std::vector<float>& bias, double dense_above, float scale = 1.0f);
 
   uint32_t rows() const { return pattern_.rows(); }
@@ -86,12 +85,12 @@ class BlockedMatrix {
 
   MatrixView view() const;
 
-  // Bytes that the kernels read for a product, and a move of them to `place`, which must be aligned and outlive the matrix:
-  // the matrices of a model then lie side by side on huge pages. Returns the end.
+  // `bytes`: what the kernels read for a product. `move_to`: move it to aligned memory that outlives the matrix, so that the
+  // matrices of a model lie side by side on huge pages; returns the end.
   size_t bytes() const;
   uint8_t* move_to(uint8_t* place);
 
-  // The first of the blocks of row block `row`; the one of depth block d is d further.
+  // The first block of row block `row`; depth block d is d further.
   size_t block(uint32_t row) const { return pattern_.block(row); }
   uint32_t first_row(uint32_t row_block) const { return pattern_.first_row(row_block); }
 

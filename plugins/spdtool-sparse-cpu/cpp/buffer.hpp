@@ -15,8 +15,8 @@
 
 namespace sparse_cpu {
 
-// Keeps `size()` objects of a plain type, zeroed when they are allocated, on huge pages where the system has them: the
-// weights of a model are read from end to end for every batch.
+// An array of a plain type, zeroed when it is allocated, on huge pages where the system has them: the weights of a model
+// are read from end to end for every batch.
 template <class T>
 class Buffer {
  public:
@@ -30,7 +30,7 @@ class Buffer {
   }
   ~Buffer() { std::free(data_); }
 
-  // Makes room for at least `size` objects; what was there is lost if it has to move. Throws std::bad_alloc.
+  // Grows to at least `size` objects; the content is lost if the array has to move. Throws std::bad_alloc.
   T* grow(size_t size) {
     if (size > size_) {
       std::free(data_);

@@ -1,4 +1,4 @@
-// Which of the compiled kernels this machine can run. Built for the oldest machine.
+// Chooses the compiled kernels that this machine can run. Itself compiled for the oldest machine.
 #include <cstdlib>
 #include <cstring>
 

@@ -9,7 +9,7 @@ namespace sparse_cpu {
 
 namespace {
 
-// Reads parameters in their order, and checks that their shapes agree.
+// Reads parameters in order, and checks that their shapes agree.
 class Reader {
  public:
   Reader(const Encoder::Next& next, const Kernels& kernels) : next_(next), kernels_(kernels) {}
@@ -34,7 +34,7 @@ class Reader {
       throw PackedError(packed.name + ": " + std::to_string(packed.rows) + " x " + std::to_string(packed.columns) +
                         " where " + (rows ? std::to_string(rows) : "?") + " x " + std::to_string(columns) +
                         " is needed");
-    // The bias first: rows without a value cost no bytes, and a damaged header could ask for room for any number of them.
+    // The bias first: rows without a value take no bytes, so a damaged header could ask for memory for any number of them.
     const std::vector<float> bias = read_vector(next_(name + " bias"), packed.rows);
     return BlockedMatrix(read_rows(packed), bias, kernels_.dense_above, scale);
   }
@@ -124,7 +124,8 @@ void Encoder::run(const Tokens& tokens, float* out, const Lender& lender) const 
   const size_t threads = threads_.load(std::memory_order_relaxed);
   EncoderPass pass(*this, tokens, out, *work, threads);
   const size_t joined = Team::run(pass.phases(), lender, work->scratch.size());
-  // The lender does not say how many threads it has; what is known after the first batch decides how later ones are cut.
+  // onnxruntime does not say how many threads it has; the number that joined the first batch decides how later ones are
+  // split.
   threads_.store(first_batch_.exchange(false) ? joined : std::max(threads, joined), std::memory_order_relaxed);
 
   const std::lock_guard<std::mutex> lock(mutex_);

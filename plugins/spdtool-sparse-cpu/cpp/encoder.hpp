@@ -15,7 +15,7 @@
 
 namespace sparse_cpu {
 
-// What the caller passed cannot be computed: an id outside its table, a sequence that is too long.
+// The input cannot be computed: an id outside its table, or a sequence that is too long.
 struct InputError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
@@ -38,7 +38,7 @@ struct LayerNorm {
   std::vector<float> gain, bias;
 };
 
-// One layer; the query's weights carry the scale of the scores, 1 / sqrt(head size).
+// One layer. The scale of the scores, 1 / sqrt(head size), is multiplied into the query's weights.
 struct EncoderLayer {
   BlockedMatrix query, key, value, output, up, down;
   LayerNorm attention_norm, output_norm;
@@ -48,10 +48,10 @@ struct EncoderWorkspace;
 
 class Encoder {
  public:
-  // Gives the parameter that comes next in the order of the operator's inputs; the name is for its errors.
+  // Returns the next parameter in the order of the operator's inputs; the name is for errors.
   using Next = std::function<Packed(const std::string& name)>;
 
-  // Reads every parameter. The tables of the embeddings stay where they are, packed, and must outlive the encoder.
+  // Reads every parameter. The embedding tables are not copied, and must outlive the encoder.
   // Throws PackedError: a parameter is damaged, or its shape does not fit the others.
   Encoder(const EncoderShape& shape, const Kernels& kernels, const Next& next);
   ~Encoder();

@@ -1,4 +1,4 @@
-// One batch on its way through an encoder. Included only by encoder.cpp.
+// The forward pass of one batch through an encoder. Included only by encoder.cpp.
 #pragma once
 
 #include <algorithm>
@@ -38,10 +38,10 @@ inline void extend(std::vector<Stretch>& stretches, size_t begin, const Tiles& t
   }
 }
 
-// One batch on its way through the encoder.
+// The forward pass of one batch.
 //
-// Only the columns that matter are laid out: real tokens, and token 0 of each row, whatever its mask, since heads read it.
-// They stand side by side without gaps, so that a tile may hold the end of one sequence and the beginning of the next.
+// Only real tokens are computed, and token 0 of each row whatever its mask, since heads read it. Their columns stand side
+// by side without gaps, so that a tile may hold the end of one sequence and the beginning of the next.
 class EncoderPass {
  public:
   EncoderPass(const Encoder& encoder, const Tokens& tokens, float* out, EncoderWorkspace& work, size_t threads)
@@ -67,7 +67,7 @@ class EncoderPass {
     for (auto& scratch : work.scratch) scratch.grow(std::max({scores, chunk, 2 * e_.embedding_ * widest()}));
   }
 
-  // Every step of the batch, in order.
+  // Runs every step, in order.
   std::vector<Phase> phases() {
     std::vector<Phase> list;
     list.push_back({tiles_.count(), [this](size_t t, size_t worker) { embed(t, worker); }});
@@ -88,7 +88,7 @@ class EncoderPass {
   }
 
  private:
-  // The columns of a batch, or of the first tokens only, on their way.
+  // The activations of all columns, or of the first tokens only.
   struct State {
     const Tiles* tiles = nullptr;
     float *x = nullptr, *query = nullptr, *context = nullptr, *product = nullptr, *inner = nullptr;
@@ -187,7 +187,7 @@ class EncoderPass {
     if (e_.shape_.projection) multiply(e_.projection_, 0, e_.projection_.row_blocks(), {embedded, 0}, {x, 0}, tile);
   }
 
-  // Token 0 of every row, out of the columns of the whole batch.
+  // Copies token 0 of every row out of the columns of the batch.
   void take_first(size_t t) {
     const auto& tile = first_tiles_[t];
     float* to = first_.x + first_tiles_.offset(t, e_.hidden_);
@@ -204,7 +204,7 @@ class EncoderPass {
     k_.multiply(matrix.view(), matrix.block(begin), matrix.block(end), x, y, tile.vectors);
   }
 
-  // A product of some row blocks of `matrix` with every tile of a group.
+  // Multiplies some row blocks of `matrix` with every tile of a group.
   void multiply(const BlockedMatrix& matrix, uint32_t begin, uint32_t end, const Tiles& tiles, Tiles::Group group,
                 const float* x, float* y) const {
     for (uint32_t block = begin; block < end; block++)
@@ -219,7 +219,7 @@ class EncoderPass {
     float* y;
   };
 
-  // Products of every column with matrices of one shape; an item is a group of tiles, or a row block of one tile.
+  // Multiplies every column with matrices of one shape; a work item is a group of tiles, or a row block of one tile.
   void add_products(std::vector<Phase>& list, const std::vector<Product>& products, const Tiles& tiles) {
     if (!tiles.splits()) {
       list.push_back({tiles.groups().size(), [this, products, &tiles](size_t g, size_t) {
@@ -274,7 +274,7 @@ class EncoderPass {
                       norm.gain.data(), norm.bias.data(), e_.shape_.epsilon);
   }
 
-  // Everything after the attention, group by group.
+  // Computes everything after the attention, one group of tiles after the other.
   void add_rest(std::vector<Phase>& list, const EncoderLayer& layer, State& state) {
     list.push_back({state.tiles->groups().size(), [this, &layer, &state](size_t g, size_t worker) {
                       const Tiles::Group group = state.tiles->groups()[g];
@@ -286,7 +286,7 @@ class EncoderPass {
                     }});
   }
 
-  // The inner activations are computed in chunks, each of which is used up while it is in the cache.
+  // The inner activations are computed in chunks that are used while they are in the cache.
   void feed_forward(const EncoderLayer& layer, State& state, Tiles::Group group, float* scratch) const {
     static_assert(kRowsOfBlock == kDepthOfBlock, "a chunk is made of row blocks of `up`, and of depth blocks of `down`");
     const Tiles& tiles = *state.tiles;
@@ -306,7 +306,7 @@ class EncoderPass {
     }
   }
 
-  // The same in phases whose items are row blocks, for a batch of fewer tiles than threads.
+  // The same with row blocks as work items, for a batch of fewer tiles than threads.
   void add_split_rest(std::vector<Phase>& list, const EncoderLayer& layer, State& state) {
     const Tiles& tiles = *state.tiles;
     add_products(list, {{&layer.output, state.context, state.product}}, tiles);

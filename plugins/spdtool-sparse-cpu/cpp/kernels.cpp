@@ -11,8 +11,8 @@ constexpr size_t kLine = 16;  // numbers of a line of the cache
 
 // ---- products
 
-// Rows that one pass over a bundle keeps in registers: as many as fit beside the inputs and the weights. Eight make the
-// fewest passes; where a row is several vectors wide, fewer fit.
+// Rows that one pass over a bundle accumulates in registers: as many as fit beside the inputs and the weights. Eight need
+// the fewest passes; where a row is several vectors wide, fewer fit.
 template <int V>
 constexpr int rows_of_pass() {
   return V * 8 <= kRegisters / 2 ? 8 : V * 4 <= kRegisters * 3 / 4 ? 4 : 2;
@@ -53,8 +53,8 @@ struct Indexes {
   }
 };
 
-// Weights that are asked for in advance, 4 KiB: of a single sentence the product is faster than the processor's own guesses
-// at what will be read next (1.3x at 1 x 32, where the weights come from memory).
+// Weights to prefetch ahead, 4 KiB. For a single sentence this is faster than the processor's own prefetching: 1.3x at
+// 1 x 32, where the weights come from memory.
 constexpr size_t kAhead = 1024;
 
 template <int V, int Rows>
@@ -82,7 +82,7 @@ SPARSE_INLINE void sparse_steps(Sums<V, Rows>& sums, const float* x, const uint8
   }
 }
 
-// Every weight is there: the rows share each input, which is loaded once.
+// All weights are stored: the rows share each input, which is loaded once.
 template <int V, int Rows>
 SPARSE_INLINE void dense_steps(Sums<V, Rows>& sums, const float* x, const float* value, uint32_t steps) {
   constexpr size_t kWidth = V * kLanes;
@@ -169,7 +169,7 @@ void multiply(const MatrixView& matrix, size_t begin, size_t end, TileIn x, Tile
   }
 }
 
-// ---- products at the live weights alone: the weight gradient
+// ---- the weight gradient, at the live weights alone
 
 // Four by four, which every instruction set does in registers.
 SPARSE_INLINE void transpose(Quad (&q)[4]) {
@@ -215,7 +215,7 @@ SPARSE_INLINE void sample_row(const Vector (&row)[V], const float* x, const uint
   }
 }
 
-// Rows of the other tile, in no order that the processor could guess, are asked for this many in advance.
+// Rows of the other tile are read in an order that the processor cannot predict: prefetch this many ahead.
 constexpr int kRowsAhead = 4;
 
 template <int V, bool First>
@@ -251,7 +251,7 @@ void sample(const MatrixView& matrix, size_t block, TileIn x, TileIn y, int vect
   }
 }
 
-// With 32 registers a weight that is read pays for more: the dense kernel comes nearer to the peak.
+// With 32 registers each loaded weight is used more often: the dense kernel comes nearer to the peak.
 constexpr double kDenseAbove = kRegisters >= 32 ? 0.65 : 0.9;
 
 // ---- element by element
@@ -502,8 +502,8 @@ void add_int8(float* sum, const uint8_t* row, size_t size, float scale) {
   for (size_t i = 0; i < size; i++) sum[i] += float(int8_t(row[i])) * scale;
 }
 
-// Of a row, the numbers of one line of the cache are moved before those of the next row. Where four rows stand at `line`;
-// instead of one that is null, `none`.
+// Moves one cache line of each row before the next line of any. Reads four rows at `line`; a null row is replaced by
+// `none`.
 template <class Row>
 SPARSE_INLINE void at_line(Row const* rows, size_t line, Row none, Row (&at)[4]) {
   for (int k = 0; k < 4; k++) at[k] = rows[k] ? rows[k] + line : none;

@@ -82,7 +82,7 @@ struct Kernels {
   const char* name;
   int lanes;  // floats of a vector
 
-  // From this share of nonzeros on, it is faster to multiply all weights: measured by cpp/benchmarks/products.cpp.
+  // Density from which on it is faster to multiply all weights; measured by cpp/benchmarks/products.cpp.
   double dense_above;
 
   // y (+)= W x over blocks [begin, end) of a matrix, for a tile of `vectors` vectors; blocks of depth 0 begin with the bias.

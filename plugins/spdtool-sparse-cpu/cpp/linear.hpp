@@ -10,8 +10,8 @@ namespace sparse_cpu {
 void linear(const BlockedMatrix& weights, Activation activation, const float* x, size_t n, float* y,
             const Kernels& kernels, const Lender& lender);
 
-// Seconds of one product with `tokens` columns that already stand in tiles, as they do inside an encoder: the mean of
-// `repeats` on one thread. For benchmarks.
+// Mean seconds of one product over `repeats` on one thread, with `tokens` columns that are in tiles already, as they are
+// inside an encoder. For benchmarks.
 double product_seconds(const BlockedMatrix& weights, size_t tokens, size_t repeats, const Kernels& kernels);
 
 }  // namespace sparse_cpu

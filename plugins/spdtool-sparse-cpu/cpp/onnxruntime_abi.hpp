@@ -1,9 +1,9 @@
 // The part of onnxruntime's C interface that a custom operator needs, declared by hand.
 //
-// Why not its headers: the onnxruntime wheels hold none, and no package that pip could install at build time does. The C
+// Its headers are not used: the onnxruntime wheels have none, nor has any package that pip could install at build time. The C
 // interface is a table of functions whose order is never changed, only added to, so that a slot number stays valid;
-// `tests/` opens sessions with every function used here. Asked for at version 17, it is served by onnxruntime 1.17 and
-// all later ones.
+// `tests/` opens sessions with every function used here. Version 17 of the interface is requested, which onnxruntime 1.17
+// and every later one provides.
 #pragma once
 
 #include <cstddef>
@@ -56,7 +56,7 @@ struct ApiBase {
   const char* (*version)();
 };
 
-// What onnxruntime asks a custom operator; the order is the interface.
+// The functions that onnxruntime calls of a custom operator; their order is the interface.
 struct CustomOp {
   uint32_t version;
   void* (*create_kernel)(const CustomOp*, const void* api, const KernelInfo*);
@@ -86,7 +86,7 @@ struct CustomOp {
   void (*release_alias)(int*, int*);
 };
 
-// Keeps the function table; every call that fails throws.
+// Wraps the function table; every call that fails throws.
 class Api {
  public:
   explicit Api(const void* table = nullptr) : table_(static_cast<void* const*>(table)) {}

@@ -1,6 +1,6 @@
 // The operators SparseLinear and SparseEncoder of the domain "spdtool", as onnxruntime loads them.
 //
-// No exception leaves this file: what goes wrong becomes a status, which onnxruntime raises in the user's language.
+// No exception leaves this file: it becomes a status, which onnxruntime raises in the user's language.
 #include <memory>
 #include <mutex>
 

@@ -58,7 +58,7 @@ class Fields {
     return true;
   }
 
-  // Whether nothing is left but the zero bits that fill up the last byte.
+  // Whether only the zero bits that fill the last byte remain.
   bool at_end() const { return left_ < 8 && window_ == 0; }
 
  private:

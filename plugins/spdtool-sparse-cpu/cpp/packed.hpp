@@ -1,7 +1,7 @@
-// The packed form of one matrix, as the model file holds it, and how it is read.
+// Reads the packed form of one matrix, as it is in the model file.
 //
 // The form itself is described where it is written, in spdtool_sparse_cpu/packing.py. Everything here treats the bytes as
-// hostile: each count is checked before it is used, and what is wrong is thrown as PackedError with the parameter's name.
+// hostile: each count is checked before it is used, and a fault is thrown as PackedError with the parameter's name.
 #pragma once
 
 #include <cstddef>
@@ -18,7 +18,7 @@ struct PackedError : std::runtime_error {
 
 enum class Values : uint8_t { kFloat32 = 0, kFloat16 = 1, kInt8 = 2 };
 
-// Keeps the header and where the three parts of the payload lie; the bytes belong to whoever called `open`.
+// The header, and pointers to scales, values and positions. Does not own the bytes.
 struct Packed {
   Values type;
   int gap_bits;  // 0: every value is stored
@@ -44,13 +44,13 @@ struct SparseRows {
 // Checks header, sizes and checksum. Throws PackedError.
 Packed open(const void* bytes, size_t size, const std::string& name);
 
-// The non-zero values, never expanded to the dense matrix. Throws PackedError: damaged, not finite, or over 65,536 columns.
+// Reads the nonzero values without expanding the dense matrix. Throws PackedError: damaged, not finite, or over 65,536 columns.
 SparseRows read_rows(const Packed& packed);
 
-// A vector (one row, every value stored) of `size` numbers. Throws PackedError.
+// Reads a vector (one row, every value stored) of `size` numbers. Throws PackedError.
 std::vector<float> read_vector(const Packed& packed, size_t size);
 
-// A table of which single rows are fetched later: every value must be stored, and finite. Throws PackedError.
+// Checks a table whose rows are looked up one by one later: every value must be stored, and finite. Throws PackedError.
 void check_table(const Packed& packed, uint32_t columns);
 
 uint32_t crc32(const uint8_t* bytes, size_t size, uint32_t before = 0);

@@ -11,7 +11,7 @@
 namespace sparse_cpu {
 namespace {
 
-// What one caller has to do, taken call by call.
+// The work of one caller, claimed call by call.
 struct Job {
   size_t count;
   void (*work)(void* user, size_t i);
@@ -24,10 +24,10 @@ struct Job {
   }
 };
 
-// Keeps the threads and the job that they are asked to help with. Never destroyed: its threads outlive `main`.
+// The threads, and the job that they help with. Never destroyed: its threads outlive `main`.
 class Threads {
  public:
-  // False if another caller has them.
+  // Returns false if another caller uses the threads.
   bool help(Job& job) {
     if (busy_.exchange(true, std::memory_order_acquire)) return false;
     {
@@ -69,7 +69,7 @@ class Threads {
 
 std::atomic<Threads*> of_process{nullptr};
 
-// A child has none of its parent's threads, and perhaps a mutex that one of them held: it begins anew.
+// A forked child has none of its parent's threads, and perhaps a mutex that one of them locked: it starts a new pool.
 Threads& threads() {
 #if !defined(_WIN32)
   static const int watched = pthread_atfork(nullptr, nullptr, [] { of_process.store(nullptr); });

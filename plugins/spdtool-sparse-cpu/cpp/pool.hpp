@@ -1,4 +1,4 @@
-// Threads of our own, for calls that do not come from onnxruntime.
+// A thread pool, for calls that do not come from onnxruntime.
 #pragma once
 
 #include <cstddef>
@@ -7,8 +7,8 @@
 
 namespace sparse_cpu {
 
-// Lends the calling thread and up to `threads` - 1 others, which are started when they are first needed and then wait, asleep,
-// for the next loan. While one caller has them, others work alone. A forked child starts threads of its own.
+// Runs work on the calling thread and up to `threads` - 1 others. These are started when they are first needed, and sleep
+// between calls. While one caller uses them, other callers work alone. A forked child starts new threads.
 class Pool {
  public:
   explicit Pool(size_t threads) : threads_(threads) {}

@@ -1,5 +1,5 @@
-// What spdtool_sparse_cpu/products.py calls through ctypes. It has checked every argument; here exceptions become a null or
-// a text that says what went wrong.
+// Functions that spdtool_sparse_cpu/products.py calls through ctypes, which has checked every argument. Exceptions become a
+// text that says what went wrong; null means success.
 #include "pool.hpp"
 #include "training.hpp"
 

@@ -1,4 +1,4 @@
-// Phases of work, shared by whichever threads turn up.
+// Phases of work, shared by the threads that onnxruntime or the pool provides.
 #pragma once
 
 #include <atomic>
@@ -29,13 +29,14 @@ struct Phase {
 // Runs phases with one loan of threads for all of them, since a loan for each phase costs more than the phase when a batch is
 // a single sentence.
 //
-// It needs no thread but one: items are claimed by counting up, and a thread only ever waits for an item that another one
-// has claimed and is at work on. So it cannot hang when the lender runs its calls one after the other, as a
-// session with one thread does, or when some come late: they find the phases that are left, or none.
+// One thread is enough: items are claimed by counting up, and a thread only waits for an item that another thread is
+// computing. So nothing hangs when the calls run one after the other, as in a session with one thread, or when some come
+// late: they join the phases that remain, or none.
 class Team {
  public:
-  // At most `most` threads join. Returns how many did while there was work. There is at least one phase, and the last has
-  // items. What work throws is thrown here, when every thread has left; the rest of the work is then left undone.
+  // Runs the phases on at most `most` threads; returns how many joined while there was work. There is at least one phase,
+  // and the last has items. An exception of the work is thrown here when every thread has returned; the remaining work is
+  // then skipped.
   static size_t run(const std::vector<Phase>& phases, const Lender& lender, size_t most) {
     Team team(phases);
     lender.call(lender.context, most, [](void* self, size_t) { static_cast<Team*>(self)->join(); }, &team);
@@ -67,7 +68,7 @@ class Team {
     }
   }
 
-  // An exception must not leave a thread that was lent, and the others wait for this item.
+  // An exception must not escape from a thread of onnxruntime's, and the others wait for this item.
   void attempt(const Phase& phase, size_t item, size_t worker) {
     if (failed_.load(std::memory_order_relaxed)) return;
     try {
@@ -77,7 +78,7 @@ class Team {
     }
   }
 
-  // Phases last microseconds: spin, and let go of the core only when the other thread seems to have lost its own.
+  // Phases last microseconds: spin, and yield the core only when the other thread seems to have lost its own.
   static void rest(int spins) {
     if (spins > 4000) {
       std::this_thread::yield();

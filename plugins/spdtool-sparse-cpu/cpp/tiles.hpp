@@ -1,4 +1,4 @@
-// How the columns (tokens) of a batch are cut into tiles.
+// How the columns (tokens) of a batch are split into tiles.
 #pragma once
 
 #include <algorithm>
@@ -52,7 +52,7 @@ class Tiles {
   const std::vector<Group>& groups() const { return groups_; }
   const Tile& operator[](size_t t) const { return tiles_[t]; }
 
-  // Where tile t begins in a buffer with `rows` rows of every column.
+  // Offset of tile t in a buffer with `rows` rows of every column.
   size_t offset(size_t t, size_t rows) const { return tiles_[t].column * rows; }
 
   // The tile of a column.

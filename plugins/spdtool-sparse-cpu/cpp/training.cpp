@@ -25,7 +25,7 @@ SparseRows alive(const uint8_t* dead, uint32_t rows, uint32_t columns, size_t ro
   return found;
 }
 
-// Where each entry's weight stands in the dense matrix, given the strides of the pattern's rows and columns in it.
+// Offset of each entry's weight in the dense matrix, given the strides of the pattern's rows and columns in it.
 std::vector<uint32_t> places(BlockedPattern& pattern, const SparseRows& weights, size_t row_stride, size_t column_stride) {
   std::vector<uint32_t> of_nonzero(weights.column.size() + 1, 0), place(pattern.entries());
   for (uint32_t r = 0; r < weights.rows; r++)
@@ -44,7 +44,7 @@ Side side_of(const uint8_t* dead, uint32_t rows, uint32_t columns, size_t row_st
   return side;
 }
 
-// Numbers that the samples of a bundle take: each of its rows is made up to a multiple of four.
+// Size of the sampled products of a bundle: each of its rows is padded to a multiple of four.
 size_t room(uint32_t steps) { return kBundle * ((size_t(steps) + 3) / 4 * 4); }
 
 }  // namespace
@@ -63,7 +63,7 @@ void TrainingProducts::gather(const Side& side, uint32_t row_block, const float*
   }
 }
 
-// One tile, while it is in the cache: laid out, multiplied, and the outcome laid out in rows again.
+// Computes one tile while it is in the cache: from rows to a tile, the product, and back to rows.
 void TrainingProducts::multiply(const Side& side, const float* value, const float* bias, const Batch& batch, size_t tile,
                                 const Kernels& kernels) {
   thread_local Buffer<float> kept;

@@ -1,4 +1,4 @@
-// The three products of a linear layer in training, of which dead weights have no part.
+// The three products of a linear layer in training, over its live weights alone.
 #pragma once
 
 #include <vector>
@@ -10,9 +10,9 @@
 
 namespace sparse_cpu {
 
-// Keeps which weights of a matrix [rows][columns] are alive: two patterns, of the matrix and of its transpose. The weights
-// themselves are gathered from the dense matrix at every call. Safe to call from several threads at once; each number
-// is the same sum in the same order, whatever the number of threads.
+// The live weights of a matrix [rows][columns] as two patterns, of the matrix and of its transpose. The weights themselves
+// are gathered from the dense matrix at every call. Safe to call from several threads at once; the order of each sum does
+// not depend on the number of threads.
 class TrainingProducts {
  public:
   // `dead` has a byte for each weight, row by row. At most 65,536 rows and columns, and fewer than 2^32 weights.
@@ -21,13 +21,13 @@ class TrainingProducts {
   uint32_t rows() const { return forward_.pattern.rows(); }
   uint32_t columns() const { return forward_.pattern.columns(); }
 
-  // y[n][rows] = x[n][columns] W^T + bias, which may be null. `tiles`, of tile_size(n) numbers, is given `x` in tiles, for the
-  // weight gradient; null: not kept. At most `threads` threads join.
+  // y[n][rows] = x[n][columns] W^T + bias, which may be null. `tiles`, of tile_size(n) numbers, receives `x` in tiles, for the
+  // weight gradient; null: not stored. Uses at most `threads` threads.
   void forward(const float* weight, const float* bias, const float* x, size_t n, float* tiles, float* y,
                const Kernels& kernels, const Lender& lender, size_t threads) const;
 
   // From dy[n][rows]: dx[n][columns] = dy W, and dweight[rows][columns] = dy^T x where weights are alive, zero elsewhere.
-  // Either may be null; `tiles` is what `forward` kept.
+  // Either may be null; `tiles` comes from `forward`.
   void backward(const float* weight, const float* dy, size_t n, const float* tiles, float* dx, float* dweight,
                 const Kernels& kernels, const Lender& lender, size_t threads) const;
 

@@ -37,8 +37,8 @@ SPARSE_INLINE void store(float* p, Vector v) { *reinterpret_cast<Unaligned*>(p) 
 SPARSE_INLINE Vector greater(Vector a, Vector b) { return a > b ? a : b; }
 SPARSE_INLINE Vector lesser(Vector a, Vector b) { return a < b ? a : b; }
 
-// Four weights in one load, and each of them in every lane. Broadcasting each weight from memory would take a load for
-// every weight, and loads are what the sparse product runs out of first.
+// Four weights by one load, each broadcast to every lane. To broadcast each weight from memory would take a load for every
+// weight, and loads limit the sparse product.
 #if defined(__AVX512F__)
 typedef __m512 Four;
 SPARSE_INLINE Four four(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
@@ -76,7 +76,7 @@ SPARSE_INLINE Vector pick(Four f) {
 }
 #endif
 
-// The sum of a vector's quarters, or of its halves, four lanes wide: its lanes add up to what the vector's do.
+// Adds the quarters, or halves, of a vector to four lanes, whose sum is that of the vector.
 typedef float Quad __attribute__((vector_size(16)));
 typedef float UnalignedQuad __attribute__((vector_size(16), aligned(4), may_alias));
 #if defined(__AVX512F__)

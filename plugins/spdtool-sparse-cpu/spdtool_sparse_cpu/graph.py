@@ -319,8 +319,9 @@ def _decode(tensor: onnx.TensorProto, constants: Mapping[str, onnx.TensorProto])
             shape = [int(size) for size in metadata_of(tensor)[SHAPE].split()]
             return packing.unpack(array, tensor.name).reshape(shape)
         if tensor.data_type == onnx.TensorProto.INT8:
-            scales: np.ndarray = numpy_helper.to_array(constants[tensor.name + SCALE])
-            return array.astype(np.float32) * scales
+            scales = numpy_helper.to_array(constants[tensor.name + SCALE])
+            scaled: np.ndarray = array.astype(np.float32) * scales
+            return scaled
     except packing.PackingError:  # says more than the general error below
         raise
     except (ValueError, KeyError, TypeError) as error:

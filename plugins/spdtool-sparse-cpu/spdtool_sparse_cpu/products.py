@@ -233,7 +233,7 @@ class _SparseProduct(torch.autograd.Function):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: _Context, y_gradient: Tensor) -> tuple[Tensor | None, ...]:
         weight, tiles, dense_rows = ctx.saved_tensors
         # An expanded gradient, such as that of a sum, is not contiguous.

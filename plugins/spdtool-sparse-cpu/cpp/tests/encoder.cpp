@@ -15,7 +15,7 @@ namespace {
 
 const Kernels& kernels = best_kernels();
 
-// What is to be tested: the widths of an encoder, and how its weights are stored.
+// A test case: the widths of an encoder, and how its weights are stored.
 struct Config {
   const char* name;
   size_t hidden, heads, inner, layers;
@@ -248,7 +248,7 @@ std::vector<float> computed(const Encoder& encoder, const Batch& batch, Lender l
   return out;
 }
 
-// Holds some rows of the batch, at most `most`, against the slow encoder.
+// Compares some rows of the batch, at most `most`, with the slow encoder.
 void compare(const Model& model, const Encoder& encoder, const Batch& batch, size_t most, bool types = true) {
   Threads one;
   const std::vector<float> found = computed(encoder, batch, one, types);
@@ -319,7 +319,7 @@ void every_mask() {
     }
 }
 
-// One encoder, batches that grow and shrink: what one left in a buffer must not show in the next.
+// One encoder, batches that grow and shrink: stale numbers of one in a buffer must not show in the next.
 void one_after_the_other() {
   const Model model({"sizes", 20, 4, 36, 2}, 30);
   Chance chance(31);

@@ -1,5 +1,5 @@
-// Throws mutated packed matrices at the readers. What comes out is a PackedError or a matrix that is sound; anything else
-// stops the process.
+// Feeds mutated packed matrices to the readers. Each must give a PackedError or a sound matrix; anything else stops the
+// process.
 //
 //     test_fuzz SEED ITERATIONS
 //

@@ -127,7 +127,7 @@ void nothing_at_all() {
   CHECK(untouched == 5);
 }
 
-// However a batch is cut, and whoever computes a part, each number is the same sum in the same order.
+// The order of each sum depends neither on how a batch is split nor on the thread.
 void same_bits_for_all_threads() {
   Chance chance(4);
   for (const double density : {0.15, 1.0}) {

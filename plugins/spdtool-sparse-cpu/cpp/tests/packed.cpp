@@ -104,7 +104,7 @@ void reads_what_was_packed() {
         }
 }
 
-// Gaps around every multiple of what one field can say.
+// Gaps around every multiple of the largest value of a field.
 void every_gap() {
   for (int bits = 1; bits <= 8; bits++)
     for (uint32_t gap = 0; gap < 3u << bits; gap++) {
@@ -183,7 +183,7 @@ void damaged_header() {
   refused(with<uint64_t>(full, 24, 1), "positions where every value is stored");
   for (const uint64_t size : {uint64_t(0), uint64_t(1) << 61, ~uint64_t(0), ~uint64_t(0) - 63, uint64_t(1) << 63})
     refused(with(sparse, 24, size), "");
-  // As many bytes as before, told otherwise: a float32 fewer, four bytes of positions more.
+  // The same number of bytes with other counts: one float32 fewer, four bytes of positions more.
   Bytes told = sparse;
   uint64_t stored, positions;
   std::memcpy(&stored, &told[16], 8);

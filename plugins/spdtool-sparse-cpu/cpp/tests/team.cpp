@@ -1,4 +1,4 @@
-// Phases of work, with threads that come early, late, in turn, or in a crowd.
+// Phases of work, with threads that come early, late, one after the other, or all at once.
 #include "team.hpp"
 
 #include <stdexcept>
@@ -10,8 +10,8 @@ using namespace plain;
 
 namespace {
 
-// Each item of a phase adds up what every item of the phase before left, in plain memory: a phase that began too early, or a
-// write that a thread does not see, gives another sum, and a race for the thread sanitizer to find.
+// Each item of a phase sums the results of every item of the phase before, in plain memory. A phase that began too early, or
+// a write that a thread does not see, gives another sum, and a race that the thread sanitizer finds.
 void sums_through_phases(Lender lender, size_t most, const std::vector<size_t>& items) {
   std::vector<std::vector<uint64_t>> left(items.size() + 1);
   left[0] = {1};
@@ -75,7 +75,7 @@ void more_calls_than_threads() {
   for (const auto& items : kShapes) sums_through_phases(two, 64, items);
 }
 
-// Work that throws is the caller's error, whichever thread it was on; nobody waits for ever.
+// An exception on any thread reaches the caller, and no thread waits for ever.
 void work_that_throws() {
   for (const size_t threads : {1, 2, 8})
     for (const size_t at : {0, 1, 2}) {
