@@ -286,7 +286,7 @@ def test_an_fp16_graph_is_in_order_and_as_lean_as_the_other(
 def test_an_outlier_that_ruins_int8_is_found(name: str, export: Export, scaled: Callable[[float], Path]) -> None:
     """All other features of its activation fall below one step of the common scale; without it, all is well."""
     sound, _ = export(name, "export.budget=1", source=scaled(1))
-    assert sound["deviation"] < 0.15
+    assert sound.deviation < 0.15
     with pytest.raises(GateError, match="moves the logits by .* the tolerance is 25%"):
         export(name, "export.budget=1", source=scaled(1e3))
 
@@ -343,8 +343,8 @@ def test_sparse_constants_say_the_same_and_take_fewer_bytes(export: Export) -> N
     dense, _ = export("onnx")
     sparse, folder = export("onnx", "export.sparse_initializers=true")
     proto = onnx.load(folder / MODEL_FILE)
-    assert sparse["sparse"] == len(proto.graph.sparse_initializer) == 12
-    assert sparse["bytes"] < dense["bytes"]
+    assert sparse.sparse == len(proto.graph.sparse_initializer) == 12
+    assert sparse.bytes < dense.bytes
     assert {tensor.indices.data_type for tensor in proto.graph.sparse_initializer} == {TensorProto.INT64}
     onnx.checker.check_model(proto)
 
