@@ -120,7 +120,7 @@ def test_on_a_cpu_there_is_no_thread_and_batches_are_made_when_asked_for() -> No
 
 
 def test_pieces_are_the_same_as_tensors(toys: Any, toy_task: Callable[..., Any]) -> None:
-    rows = data.encode_splits(toys.tokenizer(), toy_task(train=10).load(None, 0), 32)["train"]
+    rows = data.encode_splits(toys.tokenizer(), toy_task(train=10).dataset.load(None, 0), 32)["train"]
     cut, batch = MicrobatchSplitter(accumulate=3), np.arange(10)
     step, size, pieces = prefetch.pin_batch((7, 10, cut.split(rows, batch)))
     assert (step, size) == (7, 10)
