@@ -515,7 +515,11 @@ def python_api() -> str:
         "`import spdtool` is light: each name is imported when it is first used. "
         "Whatever a command does, Python can do as well. The errors are on a [page of their own](errors.md).",
     ]
-    parts += [f"::: spdtool.{name}" for name in public]
+    for name in public:
+        parts.append(f"::: spdtool.{name}")
+        if name == "Recipe":  # its fields have a page, and the list of its members would bury the rest
+            parts[-1] += "\n    options:\n      members: false"
+            parts.append("[Recipe fields](recipe-fields.md) lists every field.")
     return "\n\n".join(parts)
 
 
