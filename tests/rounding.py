@@ -5,16 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx
 import torch
-from onnx import numpy_helper
 
-from spdtool.export.graph.weights import PARAMETERS, TRANSPOSED
 from spdtool.export.target import MODEL_FILE
 from spdtool.export.targets import Onnx
 from spdtool.models.load import load_model
@@ -31,8 +26,8 @@ class Rounded(Onnx):
 
     def export(self, checkpoint: Path, folder: Path, recipe: Recipe) -> list[Path]:
         """Export a checkpoint whose weights are rounded, with a manifest beside it."""
-        with tempfile.TemporaryDirectory() as place:
-            rounded = Path(place) / "checkpoint"
+        with tempfile.TemporaryDirectory() as scratch:
+            rounded = Path(scratch) / "checkpoint"
             shutil.copytree(checkpoint, rounded)
             model = load_model(checkpoint)
             for weight in model.parameters():
@@ -46,18 +41,9 @@ class Rounded(Onnx):
         (folder / "manifest.json").write_text(json.dumps(manifest))
         return files
 
-    def stored_weights(self, folder: Path) -> Iterator[tuple[str, np.ndarray]]:
-        """What the file holds, by the names of the parameters."""
-        for tensor in onnx.load(folder / MODEL_FILE).graph.initializer:
-            array = numpy_helper.to_array(tensor)
-            for entry in tensor.metadata_props:
-                if entry.key == PARAMETERS:
-                    for name in entry.value.split():
-                        yield name, array.T if tensor.name.endswith(TRANSPOSED) else array
-
 
 def rounded_to(storage: str, weight: torch.Tensor) -> torch.Tensor:
-    """`weight` as `storage` holds it; a live weight stays alive."""
+    """Round a weight as `storage` does; what is not zero does not become zero."""
     if storage == "fp32":
         return weight
     if storage == "fp16":

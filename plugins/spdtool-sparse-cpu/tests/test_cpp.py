@@ -23,7 +23,7 @@ SOURCE = Path(__file__).parents[1]
 DAMAGED = 200  # model files, of each operator
 RUNTIME_ERRORS = (states.Fail, states.InvalidArgument, states.RuntimeException)
 
-pytestmark = pytest.mark.cpp
+pytestmark = [pytest.mark.cpp, pytest.mark.slow]
 
 
 def call(*command, timeout=300, **environment):

@@ -334,6 +334,7 @@ def trained(toys: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     plugins.datasets.unregister("toy")
 
 
+@pytest.mark.slow
 def test_a_student_learns_as_with_dense_products_and_twice_the_same(trained: Callable[..., Any]) -> None:
     sparse, calls = trained(folder="sparse")
     again, _ = trained(folder="again")

@@ -46,11 +46,15 @@ _traces: dict[tuple[object, ...], bytes] | None = None  # None: nothing is cache
 
 
 @contextlib.contextmanager
-def cached_traces() -> Iterator[None]:
-    """Trace each checkpoint once until the outermost such block ends, however many targets are made of it."""
+def cached_traces(*, start_empty: bool = False) -> Iterator[None]:
+    """Trace each checkpoint once until the outermost such block ends, however many targets use it.
+
+    Args:
+        start_empty: do not use what an outer block has cached.
+    """
     global _traces
     before = _traces
-    if _traces is None:
+    if _traces is None or start_empty:
         _traces = {}
     try:
         yield

@@ -192,13 +192,12 @@ def test_no_path_of_this_machine_is_in_any_file(exported: Callable[[str], Export
 def test_two_exports_are_byte_identical_and_silent(
     exported: Callable[[str], Exported],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     made = exported("bert")
-    monkeypatch.setattr(export, "_traces", None)  # traced anew
     capfd.readouterr()
-    again = Onnx().export(made.checkpoint, tmp_path / "elsewhere", Recipe())
+    with export.cached_traces(start_empty=True):
+        again = Onnx().export(made.checkpoint, tmp_path / "elsewhere", Recipe())
     Onnx().session(tmp_path / "elsewhere")
     assert capfd.readouterr() == ("", "")
     assert again[0].read_bytes() == made.files[0].read_bytes()
@@ -273,20 +272,20 @@ def test_a_checkpoint_is_traced_again_once_it_has_changed(
     """One that lies elsewhere is the same; one with another weight is not."""
     made, traced = exported("bert"), []
     monkeypatch.setattr(export, "trace_model", lambda *given: traced.append(given) or onnx.load(made.files[0]))
-    monkeypatch.setattr(export, "_traces", None)
     shutil.copytree(made.checkpoint, tmp_path / "same")
     shutil.copytree(made.checkpoint, tmp_path / "other")
     model = load_model(made.checkpoint)
     model.classifier.bias.data += 1
     save_model(model, load_tokenizer(made.checkpoint), tmp_path / "other")
-    with export.cached_traces():
+    with export.cached_traces(start_empty=True):
         for folder in (made.checkpoint, tmp_path / "same", tmp_path / "other", tmp_path / "same"):
             export.trace_checkpoint(folder, 18)
         with export.cached_traces():
             export.trace_checkpoint(tmp_path / "other", 18)
     assert len(traced) == 2
-    export.trace_checkpoint(made.checkpoint, 18)
-    assert len(traced) == 3
+    with export.cached_traces(start_empty=True):
+        export.trace_checkpoint(made.checkpoint, 18)
+    assert len(traced) == 3, "the cache ended with its block"
 
 
 def test_a_frozen_axis_is_refused(monkeypatch: pytest.MonkeyPatch, toys: ModuleType) -> None:
