@@ -58,7 +58,8 @@ def recipe_options(recipe: Recipe) -> list[str]:
     if recipe.smoke:
         options.append("--smoke")
         flags["smoke"] = True
-    for field, value, _ in recipe.diff(reading.build_recipe(base_name, flags)):
+    base = reading.build_recipe(base_name, flags | {"task": recipe.task})
+    for field, value, _ in recipe.diff(base):
         if field not in MAY_CHANGE:  # no result depends on it
             text = "none"  # TOML has no null
             if value is not None:

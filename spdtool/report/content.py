@@ -238,7 +238,7 @@ def describe_phase(phase: PhaseCurves, recipe: Recipe) -> str:
         actions.append("grafting: off in this recipe")
     else:  # a student of another shape, in which the teacher's layers cannot stand
         actions.append("grafting: none took place")
-    return f"{console.phase_title(phase.name)}: {'; '.join(actions)}"
+    return f"{console.phase_title(phase.name)}, {'; '.join(actions)}"
 
 
 def train_gaps(run: Run, records: RunRecords) -> TextTable:
@@ -348,7 +348,7 @@ def _bench_tiles(row: StudentRow, bench: BenchResult, exported: ExportResult) ->
     note += rounded
     if bench.threads in bench.caveats:
         note += f"; {bench.caveats[bench.threads]}"
-    note += "; what it is owed to is said below"
+    note += "; see Speed and size for where it comes from"
     size = f"{row.bytes:,} of {row.teacher_bytes:,} bytes, {bench.best}{rounded}"
     return [
         Tile("speed", f"{speed.median:.2f}x", note),

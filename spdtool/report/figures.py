@@ -12,6 +12,7 @@ from spdtool.report.drawing import (
     INK,
     MARKERS,
     MUTED,
+    PAPER,
     SERIES,
     escape_dollars,
     figure_with_axes,
@@ -282,6 +283,8 @@ def _write_name(axes: Axes, phase: PhaseCurves) -> None:
         color=MUTED,
         xycoords=("data", "axes fraction"),
         textcoords="offset points",
+        bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1.0},  # no line strikes the name through
+        zorder=4,
     )
     label.set_in_layout(False)  # a long name must not make the panel narrower
 
