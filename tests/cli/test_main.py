@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -39,30 +40,40 @@ def test_help_lists_every_command(spdtool: Call) -> None:
         assert name in called.stdout
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_the_command_line_stays_small(command: str) -> None:
-    options = {option for parameter in get_command(cli.app).commands[command].params for option in parameter.opts}
-    assert {"--json", "--plugins-dir"} <= options
-    assert len(options) <= 17, "a new knob is a field of the recipe, reached by --set"
+def test_the_command_line_stays_small() -> None:
+    commands = get_command(cli.app).commands
+    for name in COMMANDS:
+        options = {option for parameter in commands[name].params for option in parameter.opts}
+        assert {"--json", "--plugins-dir"} <= options, name
+        assert len(options) <= 17, f"{name}: a new knob is a field of the recipe, reached by --set"
 
 
-@pytest.mark.parametrize(
-    ("words", "held"),
-    [
-        (("tasks",), "cola"),
-        (("recipes",), "default"),
-        (("recipes", "default"), "prune.criterion"),
-        (("plugins",), "magnitude"),
-        (("doctor",), "onnxruntime"),
-    ],
-)
-def test_json_is_all_of_standard_output(spdtool: Call, words: tuple[str, ...], held: str) -> None:
-    called = spdtool(*words, "--json")
-    assert called.exit_code in (0, 2), called.output
-    assert held in json.dumps(json.loads(called.stdout))
-    assert held in called.stderr
-    plain = spdtool(*words)
-    assert held in plain.stdout
+def test_the_version_and_the_short_help(spdtool: Call) -> None:
+    assert spdtool("--version").stdout == f"spdtool {metadata.version('spdtool')}\n"
+    for words in ((), ("compress",), ("doctor",)):
+        assert spdtool(*words, "-h").stdout == spdtool(*words, "--help").stdout != "", words
+    assert "--install-completion" in spdtool("-h").stdout
+
+
+def test_grafting_is_said_to_be_off_where_the_recipe_has_none(spdtool: Call) -> None:
+    assert "grafting: off in this recipe" in spdtool("recipes", "default").stdout
+    assert "grafting: on in prune and distill" in spdtool("recipes", "spd").stdout
+
+
+def test_json_is_all_of_standard_output(spdtool: Call) -> None:
+    contents = {
+        ("tasks",): "cola",
+        ("recipes",): "default",
+        ("recipes", "default"): "prune.criterion",
+        ("plugins",): "magnitude",
+        ("doctor",): "onnxruntime",
+    }
+    for words, content in contents.items():
+        called = spdtool(*words, "--json")
+        assert called.exit_code in (0, 2), called.output
+        assert content in json.dumps(json.loads(called.stdout)), words
+        assert content in called.stderr, words
+        assert content in spdtool(*words).stdout, words
 
 
 def test_json_of_every_stage_and_of_inspect(spdtool: Call, compressed: Path) -> None:
@@ -73,9 +84,8 @@ def test_json_of_every_stage_and_of_inspect(spdtool: Call, compressed: Path) -> 
     assert len(json.loads(spdtool("inspect", compressed, "--json").stdout)["stages"]) == 6
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
+def test_json_of_an_error(spdtool: Call) -> None:
+    calls = [
         ("inspect", "nowhere"),
         ("compress", "--task", "mprc"),
         ("compress",),
@@ -83,15 +93,14 @@ def test_json_of_every_stage_and_of_inspect(spdtool: Call, compressed: Path) -> 
         ("compress", "--nonsense"),
         ("prune",),
         ("prnue",),
-    ],
-)
-def test_json_of_an_error(spdtool: Call, words: tuple[str, ...]) -> None:
-    called = spdtool(*words, "--json")
-    assert called.exit_code == 2
-    said = json.loads(called.stdout)
-    assert said["error"]
-    assert said["message"]
-    assert called.stderr == ""
+    ]
+    for words in calls:
+        called = spdtool(*words, "--json")
+        assert called.exit_code == 2, words
+        error = json.loads(called.stdout)
+        assert error["error"], words
+        assert error["message"], words
+        assert called.stderr == "", words
 
 
 def test_doctor_fails_when_a_check_does(spdtool: Call, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,14 +193,11 @@ MODELS: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", MODELS)
-def test_a_bad_model(
-    spdtool: Call, case: str, encoder_folder: Path, quick_words: tuple[str, ...], tmp_path: Path
-) -> None:
-    make, message = MODELS[case]
-    model = make(encoder_folder, tmp_path / "model")
-    refused(spdtool("teacher", *quick_words, "--model", model, "--run", tmp_path / "run"), message)
-    assert not (tmp_path / "run").exists()
+def test_a_bad_model(spdtool: Call, encoder_folder: Path, quick_words: tuple[str, ...], tmp_path: Path) -> None:
+    for case, (make, message) in MODELS.items():
+        model = make(encoder_folder, tmp_path / case)
+        refused(spdtool("teacher", *quick_words, "--model", model, "--run", tmp_path / "run"), message)
+        assert not (tmp_path / "run").exists(), case
 
 
 DATA: dict[str, tuple[bytes, str]] = {
@@ -205,13 +211,12 @@ DATA: dict[str, tuple[bytes, str]] = {
 }
 
 
-@pytest.mark.parametrize("case", DATA)
-def test_bad_data(spdtool: Call, case: str, quick_words: tuple[str, ...], tmp_path: Path) -> None:
-    content, message = DATA[case]
-    (tmp_path / "bad.csv").write_bytes(content)
+def test_bad_data(spdtool: Call, quick_words: tuple[str, ...], tmp_path: Path) -> None:
     words = (*quick_words, "--data", tmp_path / "bad.csv", "--text", "sentence", "--label", "label")
-    refused(spdtool("compress", *words, "--run", tmp_path / "run"), message)
-    assert not (tmp_path / "run").exists()
+    for case, (content, message) in DATA.items():
+        (tmp_path / "bad.csv").write_bytes(content)
+        refused(spdtool("compress", *words, "--run", tmp_path / "run"), message)
+        assert not (tmp_path / "run").exists(), case
 
 
 def test_a_label_that_only_dev_has(spdtool: Call, quick_words: tuple[str, ...], tmp_path: Path) -> None:
@@ -250,13 +255,12 @@ SETTINGS: dict[str, tuple[tuple[str, ...], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", SETTINGS)
-def test_bad_settings(spdtool: Call, case: str, quick_words: tuple[str, ...], tmp_path: Path) -> None:
-    words, message = SETTINGS[case]
-    called = spdtool("compress", *quick_words, *words, "--run", tmp_path / "run")
-    refused(called, message)
-    assert not (tmp_path / "run").exists()
-    assert len(called.stderr) < 2500, "nobody reads that much"
+def test_bad_settings(spdtool: Call, quick_words: tuple[str, ...], tmp_path: Path) -> None:
+    for case, (words, message) in SETTINGS.items():
+        called = spdtool("compress", *quick_words, *words, "--run", tmp_path / "run")
+        refused(called, message)
+        assert not (tmp_path / "run").exists(), case
+        assert len(called.stderr) < 2500, f"{case}: nobody reads that much"
 
 
 def test_cuda_where_there_is_none(
@@ -443,25 +447,21 @@ def test_export_of_any_checkpoint_on_data(spdtool: Call, theirs: Path, rows_file
     assert (tmp_path / "out/onnx/model.onnx").is_file()
 
 
-@pytest.mark.parametrize(
-    ("words", "messages"),
-    [
-        ((), ("neither --run nor --from was given", "--from CHECKPOINT")),
-        (("--run", "x", "--from", "y"), ("--run and --from exclude each other",)),
-        (("--run", "x", "--to", "y", "--task", "z"), ("--to, --task belongs to --from",)),
-        (("--from", "y", "--again"), ("--again belongs to --run", "--to FOLDER")),
-        (("--from", "y"), ("there is no folder y",)),
-        (("--from", "y", "--target", "onx"), ("did you mean 'onnx'",)),
-        (("--from", "y", "--label", "z"), ("which was not given", "--data FILE")),
-        (("--from", "y", "--set", "export.values=int3"), ("export.values = 'int3'",)),
-    ],
-)
-def test_an_export_that_was_asked_for_wrongly(
-    spdtool: Call, words: tuple[str, ...], messages: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_export_that_was_asked_for_wrongly(spdtool: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    refused(spdtool("export", *words), *messages)
-    assert list(tmp_path.iterdir()) == []
+    calls: dict[tuple[str, ...], tuple[str, ...]] = {
+        (): ("neither --run nor --from was given", "--from CHECKPOINT"),
+        ("--run", "x", "--from", "y"): ("--run and --from exclude each other",),
+        ("--run", "x", "--to", "y", "--task", "z"): ("--to, --task belongs to --from",),
+        ("--from", "y", "--again"): ("--again belongs to --run", "--to FOLDER"),
+        ("--from", "y"): ("there is no folder y",),
+        ("--from", "y", "--target", "onx"): ("did you mean 'onnx'",),
+        ("--from", "y", "--label", "z"): ("which was not given", "--data FILE"),
+        ("--from", "y", "--set", "export.values=int3"): ("export.values = 'int3'",),
+    }
+    for words, messages in calls.items():
+        refused(spdtool("export", *words), *messages)
+        assert list(tmp_path.iterdir()) == [], words
 
 
 # What the machine refuses ---------------------------------------------------------------------------------------------
