@@ -164,7 +164,7 @@ class TestSparseCpu:
         monkeypatch.setattr(plugins, "LIBRARY_GROUP", "no such group")
         check = look()["operator libraries"]
         assert check.status == "warn"
-        assert "install the plugin" in check.advice
+        assert "pip install spdtool-NAME" in check.advice
 
     def test_not_compiled(self, look: Callable[[], dict[str, Check]], monkeypatch: pytest.MonkeyPatch) -> None:
         def path() -> str:
