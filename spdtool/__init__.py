@@ -30,11 +30,11 @@ if TYPE_CHECKING:
         StageMissing,
         UnknownName,
     )
+    from spdtool.export.classifier import load
     from spdtool.export.target import Target
     from spdtool.recipe.fields import Recipe
     from spdtool.recipe.reading import build_recipe
     from spdtool.run.folder import Run
-    from spdtool.serving.classifier import load
     from spdtool.stages import CompressionResult, ExportedCheckpoint, compress, export_model
     from spdtool.tasks import Task
 
@@ -79,7 +79,7 @@ HOMES = {
     "build_recipe": "spdtool.recipe.reading",
     "compress": "spdtool.stages",
     "export_model": "spdtool.stages",
-    "load": "spdtool.serving.classifier",
+    "load": "spdtool.export.classifier",
 }
 
 

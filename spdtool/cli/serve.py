@@ -57,7 +57,7 @@ def predict(
     threads: Threads = 0,
 ) -> Any:
     """Label texts with an exported model: label and probability, a line for each; JSON lines with --json."""
-    from spdtool.serving.classifier import load
+    from spdtool.export.classifier import load
     from spdtool.serving.inputs import open_input
     from spdtool.serving.predict import FORMATS, InputLine, predict_lines
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from spdtool.errors import SpdError
-from spdtool.serving.classifier import Classifier, TokenRow
+from spdtool.export.classifier import Classifier
+from spdtool.export.token_rows import TokenRow
 
 # Every batch costs about as much as this many tokens before its first row. Measured: 8 and 32 were slower than 16
 # (six layers of 384, one thread).

@@ -26,9 +26,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from spdtool.errors import DataError, SpdError
+from spdtool.export.classifier import Classifier
 from spdtool.serving import protocol
 from spdtool.serving.batching import Batcher, QueueFull, ServerClosing
-from spdtool.serving.classifier import Classifier
 from spdtool.serving.protocol import InferenceRequest, Json
 
 Handler = Callable[[Request], Awaitable[Response]]

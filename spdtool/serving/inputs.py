@@ -20,7 +20,7 @@ from typing import TextIO, TypeAlias
 
 from spdtool.data import files
 from spdtool.errors import DataError, RecipeError
-from spdtool.serving.classifier import Classifier
+from spdtool.export.classifier import Classifier
 from spdtool.serving.predict import BYTE_ORDER_MARK, InputLine, parse_lines, recognise_format
 
 STANDARD_INPUT = "-"

@@ -16,8 +16,8 @@ from typing import TypeAlias
 import numpy as np
 
 from spdtool.errors import DataError
+from spdtool.export.classifier import Classifier
 from spdtool.serving import protocol
-from spdtool.serving.classifier import Classifier
 
 READ_AHEAD = 8  # batches that are read before the first is computed, so that rows of similar length meet in one
 FORMATS = ("text", "tsv", "jsonl")

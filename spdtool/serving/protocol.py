@@ -17,7 +17,7 @@ from typing import TypeAlias, cast
 import numpy as np
 
 from spdtool.errors import DataError
-from spdtool.serving.classifier import Classifier
+from spdtool.export.classifier import Classifier
 
 Json: TypeAlias = "str | int | float | bool | list[Json] | dict[str, Json] | None"
 Object: TypeAlias = dict[str, Json]

@@ -15,7 +15,7 @@ from types import FrameType, ModuleType
 from spdtool import console
 from spdtool.errors import DeviceError, ModelError, RunError
 from spdtool.export import runtime
-from spdtool.serving.classifier import load
+from spdtool.export.classifier import load
 
 EXTRA = ("starlette", "uvicorn", "prometheus_client")  # what the extra `serve` installs
 SHUTDOWN_SECONDS = 30  # for requests in flight, before their connections are cut

@@ -14,8 +14,8 @@ import pytest
 
 import spdtool
 from spdtool.errors import DataError
+from spdtool.export.token_rows import TokenRow
 from spdtool.serving.batching import Batcher, QueueFull, ServerClosing
-from spdtool.serving.classifier import TokenRow
 
 
 class Engine:

@@ -17,12 +17,12 @@ from transformers import AutoModelForSequenceClassification
 import spdtool
 from spdtool import plugins
 from spdtool.errors import DataError, DeviceError, ModelError, PluginError, RunError, StageMissing, UnknownName
+from spdtool.export import classifier
 from spdtool.export.bundle.card import render_card
 from spdtool.export.bundle.layouts import write_layout, write_triton_layout
 from spdtool.export.bundle.write import write_bundle
 from spdtool.run.folder import Run
 from spdtool.run.records import ExportResult, Variant
-from spdtool.serving import classifier
 
 TEXT_INPUT = "data_type: TYPE_STRING dims: [1]"
 

@@ -222,7 +222,7 @@ def _read_variant(folder: Path, manifest: BundleManifest, name: str) -> Bundle:
     _require_model(folder, model)
     files = {*SHARED_FILES, *variant.files}
     if variant.library is not None:
-        # The library in the folder is never run: see `serving.classifier`.
+        # The library in the folder is never run: see `export.classifier`.
         files.discard(variant.library.file or "")
     for file_name in files:
         file = _path_inside(folder, file_name)

@@ -14,7 +14,6 @@ It needs onnxruntime, tokenizers and numpy; neither torch nor transformers is im
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -25,6 +24,14 @@ from spdtool import plugins
 from spdtool.errors import DataError, DeviceError, ModelError, PluginError
 from spdtool.export import runtime
 from spdtool.export.bundle.read import Bundle, list_usable_variants, longest_input, read_json_object
+from spdtool.export.token_rows import (
+    TokenRow,
+    are_texts,
+    check_pairs,
+    rows_of_integers,
+    token_row,
+    token_rows_of_columns,
+)
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -39,15 +46,6 @@ Answer: TypeAlias = str | float | list[str]
 """The label of a row; a regression's value; the labels of a row that may have several."""
 
 BATCH_SIZE = 32
-
-
-@dataclass(frozen=True)
-class TokenRow:
-    """The tokens of one row; each array is int64 [tokens]."""
-
-    ids: np.ndarray
-    types: np.ndarray
-    mask: np.ndarray
 
 
 class Classifier:
@@ -370,85 +368,3 @@ def ordered_labels(config: Config) -> list[str]:
         return [str(by_index[str(index)]) for index in range(len(by_index))]
     except (KeyError, TypeError):
         raise ModelError(f"id2label of config.json does not number the labels from 0: {by_index}") from None
-
-
-def are_texts(values: object) -> bool:
-    """Whether `values` is a text or a non-empty sequence of texts."""
-    if isinstance(values, str):
-        return True
-    if not isinstance(values, Sequence | np.ndarray) or getattr(values, "shape", None) == ():
-        return False
-    return len(values) > 0 and all(isinstance(value, str) for value in values)
-
-
-def check_pairs(texts: Sequence[str], pairs: Sequence[str]) -> None:
-    """Raise DataError unless there is one second text for each first one."""
-    count = "something else than texts"
-    if are_texts(pairs):
-        if len(pairs) == len(texts):
-            return
-        count = str(len(pairs))
-    raise DataError(
-        f"{len(texts)} texts and, as their pairs, {count}: as many texts were expected",
-        "one second text for each first one",
-    )
-
-
-def token_row(ids: Any, types: Any = None, mask: Any = None) -> TokenRow:
-    """Make a row without its padding on the right.
-
-    Masked tokens elsewhere stay: without them the others would move to other positions.
-    """
-    tokens = np.asarray(ids, np.int64)
-    token_types = np.zeros_like(tokens) if types is None else np.asarray(types, np.int64)
-    real = np.ones_like(tokens) if mask is None else np.asarray(mask, np.int64)
-    if not len(tokens) == len(token_types) == len(real):
-        raise DataError("input_ids, attention_mask and token_type_ids differ in length")
-    end = int(np.flatnonzero(real).max(initial=-1)) + 1
-    return TokenRow(tokens[:end], token_types[:end], real[:end])
-
-
-def token_rows_of_columns(inputs: Mapping[str, Any]) -> list[TokenRow]:
-    """Make rows of the model's inputs by name. Raises DataError."""
-    unknown = inputs.keys() - {"input_ids", "attention_mask", "token_type_ids", "labels"}
-    if unknown or "input_ids" not in inputs:
-        raise DataError(
-            f"the inputs hold {', '.join(map(str, inputs)) or 'nothing'}",
-            "input_ids, and attention_mask and token_type_ids where they are not all ones and zeros",
-        )
-    ids = rows_of_integers(inputs["input_ids"], "input_ids")
-    columns: list[Sequence[Any]] = [ids]
-    for name in ("token_type_ids", "attention_mask"):
-        if inputs.get(name) is None:
-            columns.append([None] * len(ids))
-        else:
-            columns.append(rows_of_integers(inputs[name], name))
-    if any(len(column) != len(ids) for column in columns):
-        raise DataError("input_ids, attention_mask and token_type_ids have different numbers of rows")
-    return [token_row(*cells) for cells in zip(*columns, strict=True)]
-
-
-def rows_of_integers(values: Any, name: str) -> list[np.ndarray]:
-    """Split `values` into rows of whole numbers; a single row becomes a list of one. Raises DataError."""
-    expected = f"{name}: texts (second texts in pairs=) or rows of whole numbers were expected"
-    if hasattr(values, "__array__"):  # of numpy or torch
-        values = np.asarray(values)
-    is_sequence = isinstance(values, Sequence | np.ndarray) and not isinstance(values, str | bytes)
-    if not is_sequence or getattr(values, "shape", None) == ():
-        raise DataError(f"{expected}, found {type(values).__name__}")
-    outer = list(values)
-    if outer and all(isinstance(value, int | np.integer) for value in outer):
-        outer = [outer]
-    rows = []
-    for number, value in enumerate(outer):
-        try:
-            row = np.asarray(value)
-        except ValueError:  # lists of different depth
-            row = np.empty((0, 0))
-        if row.ndim != 1 or (row.size and row.dtype.kind not in "iub"):
-            text = repr(value)
-            if len(text) > 60:
-                text = f"{text[:57]}..."
-            raise DataError(f"{expected}; row {number} is {text}")
-        rows.append(row)
-    return rows

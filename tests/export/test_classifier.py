@@ -19,12 +19,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 import spdtool
 from spdtool import plugins
 from spdtool.errors import DataError, DeviceError, ModelError, PluginError
-from spdtool.export import runtime
+from spdtool.export import classifier, runtime
+from spdtool.export.classifier import Classifier
 from spdtool.export.targets import Onnx
 from spdtool.models.layers import max_positions
 from spdtool.models.load import save_model
-from spdtool.serving import classifier
-from spdtool.serving.classifier import Classifier
 
 TEXTS = ["the film was very good", "bad", "a meal and a book , so cold it was", ".", "good bad good"]
 LONG = " ".join(["good film"] * 80)
