@@ -1,4 +1,4 @@
-"""Allocation: how many weights of each matrix are zero, by their scores and the scope."""
+"""Allocation: how many weights or blocks of each matrix are zero, by their scores and the scope."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Allocation:
     lowered: dict[str, float] = field(default_factory=dict)
 
 
-def zeros_in(size: int, sparsity: float) -> int:
-    """Number of zeros of `size` weights at this sparsity, rounded to the nearest weight."""
-    return round(size * sparsity)
+def zeros_in(size: int, sparsity: float, block_size: int = 1) -> int:
+    """Number of zeros of `size` weights at this sparsity, rounded to the nearest block."""
+    return round(size // block_size * sparsity) * block_size
 
 
 def group_by_scope(names: Iterable[str], scope: str) -> dict[str, list[str]]:

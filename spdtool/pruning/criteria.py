@@ -1,11 +1,15 @@
 """Criteria: what makes a weight worth keeping. A criterion is a function `(weight, stats) -> scores`.
 
 The lowest scores are pruned first. A criterion declares what it reads besides the weight (a name of
-`statistics.py`), and may mend the weights that survive an event with a function
-`(weight, alive, stats) -> weight`; those that do so are in `second_order.py`:
+`statistics.py`). Two further functions are optional:
 
-    @criteria.register("taylor", needs=("gradient",))
-    @criteria.register("obert", needs=("fisher_blocks",), update=mend_blocks)
+    update         `(weight, alive, stats) -> weight` mends the weights that survive an event; the criteria that do
+                   so are in `second_order.py`
+    block_scores   `(weight, stats, block) -> scores [outputs / rows, inputs / columns]` ranks blocks of weights that
+                   go together; without it, a block's score is the mean over its weights
+
+    @criteria.register("fisher", needs=("gradient_squared",))
+    @criteria.register("obert", needs=("fisher_blocks",), update=mend_blocks, block_scores=obert_blocks)
 """
 
 from __future__ import annotations
@@ -13,16 +17,31 @@ from __future__ import annotations
 from torch import Tensor
 
 from spdtool.plugins import criteria
+from spdtool.pruning.patterns import sum_blocks
 from spdtool.pruning.statistics import Stats
 
+Block = tuple[int, int]
+"""Outputs and inputs of the weights that go together."""
 
-@criteria.register("magnitude")
+
+def magnitude_of_blocks(weight: Tensor, stats: Stats, block: Block) -> Tensor:  # noqa: ARG001
+    """The root of the sum of squares: the distance by which the matrix moves."""
+    return sum_blocks(weight.float().square(), block).sqrt()
+
+
+@criteria.register("magnitude", block_scores=magnitude_of_blocks)
 def magnitude(weight: Tensor, stats: Stats) -> Tensor:  # noqa: ARG001
     """The absolute value (Han et al. 2015, arXiv 1506.02626)."""
     return weight.abs()
 
 
-@criteria.register("taylor", needs=("gradient",))
+def taylor_of_blocks(weight: Tensor, stats: Stats, block: Block) -> Tensor:
+    """The absolute value of the block's change of the loss, in which its weights may cancel out."""
+    assert stats.gradient is not None
+    return sum_blocks(weight * stats.gradient, block).abs()
+
+
+@criteria.register("taylor", needs=("gradient",), block_scores=taylor_of_blocks)
 def taylor(weight: Tensor, stats: Stats) -> Tensor:
     """|weight x mean gradient|: the first-order change of the loss.
 
@@ -43,7 +62,12 @@ def fisher(weight: Tensor, stats: Stats) -> Tensor:
     return weight.float().square() * stats.gradient_squared / 2
 
 
-@criteria.register("wanda", needs=("input_norm",))
+def wanda_of_blocks(weight: Tensor, stats: Stats, block: Block) -> Tensor:
+    """The root of the sum of squares over the block."""
+    return sum_blocks(wanda(weight, stats).float().square(), block).sqrt()
+
+
+@criteria.register("wanda", needs=("input_norm",), block_scores=wanda_of_blocks)
 def wanda(weight: Tensor, stats: Stats) -> Tensor:
     """|weight| x root mean square of its input (Sun et al. 2023, arXiv 2306.11695).
 

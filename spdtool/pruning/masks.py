@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,7 @@ from spdtool.errors import GateError, ModelError
 from spdtool.models import fsdp
 from spdtool.models.fsdp import local_rows
 from spdtool.pruning.allocation import Allocation, allocate, group_by_scope, zeros_in
-
-Pattern = Callable[[Tensor, int], Tensor]
+from spdtool.pruning.patterns import SINGLE_WEIGHTS, Pattern
 
 
 class Masks:
@@ -27,13 +26,23 @@ class Masks:
 
     Attributes:
         parameters: name to parameter.
+        pattern: which weights live and die together.
         dead: name to bool tensor, True where the weight is dead.
         dead_values: name to the values that dead weights had when they died, zero where a weight
             lives; empty where the dead stay dead (see `allow_regrowth`).
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], pattern: Pattern = SINGLE_WEIGHTS) -> None:
+        """Begin with nothing dead.
+
+        Raises:
+            ModelError: the pattern does not divide a matrix, or the rows that this rank keeps of it.
+        """
         self.parameters = dict(parameters)
+        self.pattern = pattern
+        for name, weight in self.parameters.items():
+            pattern.check_shape(name, tuple(weight.shape))
+            pattern.check_shape(f"this rank's shard of {name}", tuple(local_rows(weight).shape))
         self.dead: dict[str, Tensor] = {}
         for name, weight in self.parameters.items():
             self.dead[name] = torch.zeros_like(local_rows(weight), dtype=torch.bool)
@@ -44,11 +53,14 @@ class Masks:
         self._gradients_are_zero = False  # of dead weights, for the coming step
 
     @classmethod
-    def from_zeros(cls, parameters: Mapping[str, nn.Parameter]) -> Masks:
-        """Read the masks from the weights themselves: dead is what equals zero, whoever pruned it."""
-        masks = cls(parameters)
+    def from_zeros(cls, parameters: Mapping[str, nn.Parameter], pattern: Pattern = SINGLE_WEIGHTS) -> Masks:
+        """Read the masks from the weights themselves: dead is what equals zero, whoever pruned it.
+
+        With a pattern of blocks, dead is a block of zeros. A lone zero lives, and may move again.
+        """
+        masks = cls(parameters, pattern)
         for name, weight in masks.parameters.items():
-            masks.dead[name] = local_rows(weight) == 0  # -0.0 too
+            masks.dead[name] = pattern.whole_blocks(local_rows(weight) == 0)  # -0.0 too
         return masks
 
     @property
@@ -72,11 +84,10 @@ class Masks:
         self,
         scores: Mapping[str, Tensor],
         sparsity: float,
-        pattern: Pattern,
         scope: str = "matrix",
         least: float = 0.0,
     ) -> tuple[dict[str, Tensor], Allocation]:
-        """Choose the weights of lowest score, until `sparsity` is reached; nothing is changed.
+        """Choose the weights or blocks of lowest score, until `sparsity` is reached; nothing is changed.
         Collective.
 
         Args:
@@ -86,18 +97,23 @@ class Masks:
             least: share of each matrix that stays alive if the scope is not `matrix`.
 
         Returns:
-            the new `dead`, and how the zeros are distributed.
+            the new `dead`, and how the zeros are distributed, in blocks of the pattern.
         """
         compared: dict[str, Tensor] = {}
-        if scope != "matrix":
+        if scope == "matrix":
+            allocation = Allocation()
+            for name, weight in self.parameters.items():
+                allocation.zeros[name] = zeros_in(weight.numel() // self.pattern.block_size, sparsity)
+        else:
             for name in self.dead:
                 compared[name] = self._gather_scores(name, scores[name])
-        allocation = allocate(compared or self.parameters, sparsity, scope, least)
+            allocation = allocate(compared, sparsity, scope, least)
         dead = {}
         for name, weight in self.parameters.items():
             # in the scope `matrix` gathered only now: one full matrix exists at a time
             score = compared[name] if compared else self._gather_scores(name, scores[name])
-            pruned = fsdp.take_local_rows(~pattern(score, allocation.zeros[name]), weight)
+            alive = self.pattern.to_weights(self.pattern.choose(score, allocation.zeros[name]))
+            pruned = fsdp.take_local_rows(~alive, weight)
             # a lower sparsity than before must not bring back what is dead for good
             dead[name] = pruned if self.can_regrow else self.dead[name] | pruned
         return dead, allocation
@@ -168,15 +184,18 @@ class Masks:
         return sum(zeros for zeros, _ in counts) / sum(size for _, size in counts)
 
     def check_sparsity(self, sparsity: float, scope: str = "matrix") -> None:
-        """Assert that the zeros in the weights are the requested ones, to the nearest weight.
+        """Assert that the zeros in the weights are the requested ones, to the nearest block.
         Collective.
 
         Raises:
-            GateError: a count is off.
+            GateError: a count is off, or a zero stands outside of a block of zeros.
         """
         # of the weights, not of the masks: those are what is saved
         zeros = {name: local_rows(weight) == 0 for name, weight in self.parameters.items()}
-        check_counts(self._count_true(zeros), sparsity, scope)
+        for name, is_zero in zeros.items():
+            if not torch.equal(self.pattern.whole_blocks(is_zero), is_zero):
+                raise GateError(f"{name}: not all of its zeros are in whole blocks of {self.pattern.name}")
+        check_counts(self._count_true(zeros), sparsity, scope, self.pattern.block_size)
 
     def check_reachable(self, sparsity: float, scope: str = "matrix") -> None:
         """Assert that no more weights are dead for good than `sparsity` asks for. Collective.
@@ -187,10 +206,11 @@ class Masks:
         if self.can_regrow:
             return
         for name, (zeros, size) in _sum_in_scope(self.counts(), scope).items():
-            if zeros > zeros_in(size, sparsity):
+            wanted = zeros_in(size, sparsity, self.pattern.block_size)
+            if zeros > wanted:
                 raise ModelError(
                     f"{name} has {zeros} zeros of {size} already; sparsity {sparsity} asks for "
-                    f"{zeros_in(size, sparsity)}, and pruned weights do not grow again",
+                    f"{wanted}, and pruned weights do not grow again",
                     "ask for a higher sparsity, set prune.scope to global, or prune.regrowth to true",
                 )
 
@@ -219,11 +239,11 @@ class Masks:
         self._moments_are_zero = False  # the optimiser's state is restored by somebody else
 
     def _gather_scores(self, name: str, scores: Tensor) -> Tensor:
-        """Gather the scores of one matrix, with minus infinity where a weight stays dead."""
+        """Gather the scores of one matrix's blocks, with minus infinity where a weight stays dead."""
         scores = scores.detach()
         if not self.can_regrow:
             scores = scores.masked_fill(self.dead[name], float("-inf"))
-        return fsdp.gather_rows(scores, self.parameters[name])
+        return self.pattern.to_blocks(fsdp.gather_rows(scores, self.parameters[name]))
 
     def _moments(self, weight: nn.Parameter) -> list[Tensor]:
         """Everything that the optimiser stores for each number of `weight`."""
@@ -255,21 +275,23 @@ def clear_dead(tensor: Tensor, dead: Tensor) -> None:
         tensor.masked_fill_(dead, 0.0)
 
 
-def check_counts(counts: Mapping[str, tuple[int, int]], sparsity: float, scope: str = "matrix") -> None:
-    """Assert that each matrix has the zeros that `sparsity` asks for, to the nearest weight.
+def check_counts(
+    counts: Mapping[str, tuple[int, int]], sparsity: float, scope: str = "matrix", block_size: int = 1
+) -> None:
+    """Assert that each matrix has the zeros that `sparsity` asks for, to the nearest block.
 
     Args:
         counts: matrix to `(zeros, size)`.
+        block_size: weights that live and die together.
 
     Raises:
         GateError: names the first matrix that is off, or the total over those that share the
             sparsity.
     """
     for name, (zeros, size) in _sum_in_scope(counts, scope).items():
-        if zeros != zeros_in(size, sparsity):
-            raise GateError(
-                f"{name} has {zeros} zeros of {size}; sparsity {sparsity} asks for {zeros_in(size, sparsity)}"
-            )
+        wanted = zeros_in(size, sparsity, block_size)
+        if zeros != wanted:
+            raise GateError(f"{name} has {zeros} zeros of {size}; sparsity {sparsity} asks for {wanted}")
 
 
 def _sum_in_scope(counts: Mapping[str, tuple[int, int]], scope: str) -> dict[str, tuple[int, int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -12,10 +12,8 @@ from spdtool import plugins
 from spdtool.errors import RecipeError
 from spdtool.models import collectives, fsdp
 from spdtool.pruning.masks import Masks
-from spdtool.pruning.statistics import STATISTICS, Observer
+from spdtool.pruning.statistics import STATISTICS, Observer, Stats
 from spdtool.recipe.fields import Prune
-
-OnWork = Callable[[str], None]
 
 
 class Pruner:
@@ -24,7 +22,7 @@ class Pruner:
     Args:
         events: `(optimiser step, sparsity)`, rising; see `schedules.prune_events`. None: the
             masks only stay as they are.
-        section: the recipe's choices: criterion, pattern, scope and the settings of each.
+        section: the recipe's choices: criterion, scope and the settings of each.
         target: sparsity that the masks must have in the end.
         layers: parameter name to its linear layer, for criteria that look at inputs.
 
@@ -36,8 +34,9 @@ class Pruner:
             no room for the sparsity.
 
     Raises:
-        UnknownName: no such criterion or pattern.
-        RecipeError: the criterion needs what this tool does not observe.
+        UnknownName: no such criterion.
+        RecipeError: the criterion needs what this tool does not observe, or the pattern of the masks cannot reach the
+            target.
         ModelError: more weights are zero for good already than the target asks for.
     """
 
@@ -55,7 +54,6 @@ class Pruner:
         self.clamped: dict[str, tuple[int, int]] = {}
         self.lowered: dict[str, float] = {}
         self._criterion = plugins.criteria.entry(section.criterion)
-        self._pattern = plugins.patterns.get(section.pattern)
         self._mend = self._criterion.meta.get("update") if section.update else None
         self._dense_gradients = bool(self._criterion.meta.get("dense_gradients", False))
         # a statistic of a large encoder may take more memory than its weights
@@ -66,6 +64,7 @@ class Pruner:
         self._observer = Observer(masks, needs, section, layers)
         if section.regrowth and events:
             masks.allow_regrowth()
+        masks.pattern.check_sparsity(target, section.scope)
         masks.check_reachable(target, section.scope)  # after `allow_regrowth`, which makes any target reachable
 
     @property
@@ -127,11 +126,8 @@ class Pruner:
             self.masks.zero_gradients()
 
     @torch.no_grad()
-    def prune(self, step: int, on_work: OnWork = lambda _: None) -> float | None:
+    def prune(self, step: int) -> float | None:
         """Prune if an event is due after optimiser step `step`; return the sparsity now, or None.
-
-        Args:
-            on_work: is called with what comes next, matrix by matrix: a second-order event may take many minutes.
 
         Raises:
             RecipeError: nothing was observed of what the criterion ranks by, or its scores are
@@ -146,13 +142,10 @@ class Pruner:
                 f"criterion {self.section.criterion!r} has observed nothing before the prune event at step {step}",
                 "set prune.calibration to a number of batches, leave prune.first out, or set compile to false",
             )
-        scores = {}
-        for number, name in enumerate(self.masks.parameters, 1):
-            on_work(f"scoring matrix {number} of {len(self.masks.parameters)}")
-            scores[name] = self._score(name)
-        dead, allocation = self.masks.choose(scores, sparsity, self._pattern, self.section.scope, self.section.least)
+        scores = {name: self._score(name) for name in self.masks.parameters}
+        dead, allocation = self.masks.choose(scores, sparsity, self.section.scope, self.section.least)
         self.clamped, self.lowered = allocation.clamped, allocation.lowered
-        mended = self._mend_survivors(dead, on_work)
+        mended = self._mend_survivors(dead)
         # Replicas whose statistics differ in the last bit may rank two weights differently, so all take the choice of
         # rank 0. Sharded weights are ranked whole, and each rank has other rows.
         if not any(map(fsdp.is_sharded, self.masks.parameters.values())):
@@ -197,7 +190,7 @@ class Pruner:
         """
         weight = self.masks.full_weight(name)  # the dead are ranked with the value that they had
         with plugins.wrap_errors(self._criterion):
-            scores = self._criterion.value(weight, self._observer.stats(name))
+            scores = self._call_criterion(weight, self._observer.stats(name))
         expected = f"criterion {self.section.criterion!r} must give a score for each weight of {name}"
         if not torch.is_tensor(scores):
             raise RecipeError(f"{expected}, shape {tuple(weight.shape)}, and gives {type(scores).__name__}")
@@ -210,13 +203,21 @@ class Pruner:
             )
         return scores
 
-    def _mend_survivors(self, dead: Mapping[str, Tensor], on_work: OnWork) -> dict[str, Tensor] | None:
+    def _call_criterion(self, weight: Tensor, stats: Stats) -> Tensor:
+        """Score every weight; with a pattern of blocks, by its block where the criterion can."""
+        score_blocks = self._criterion.meta.get("block_scores")
+        pattern = self.masks.pattern
+        if pattern.block_size == 1 or score_blocks is None:
+            scores: Tensor = self._criterion.value(weight, stats)
+            return scores
+        return pattern.to_weights(score_blocks(weight, stats, pattern.block))
+
+    def _mend_survivors(self, dead: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         """Let the survivors make up for the dying; None if the criterion cannot, or must not."""
         if self._mend is None:
             return None
         mended = {}
-        for number, (name, weight) in enumerate(self.masks.parameters.items(), 1):
-            on_work(f"solving matrix {number} of {len(self.masks.parameters)}")
+        for name, weight in self.masks.parameters.items():
             # regrown weights are no survivors: their old value has no part in the solution
             alive = ~(self.masks.dead[name] | dead[name])
             mended[name] = self._mend(fsdp.local_rows(weight), alive, self._observer.stats(name))

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from spdtool.errors import RecipeError
 from spdtool.plugins import criteria
+from spdtool.pruning.criteria import Block
+from spdtool.pruning.patterns import sum_blocks
 from spdtool.pruning.statistics import Stats, split_into_blocks
 
 # numbers in the largest temporary tensor; three of them live together, 400 MB in float32
@@ -32,7 +34,33 @@ def mend_blocks(weight: Tensor, alive: Tensor, stats: Stats) -> Tensor:
     return torch.cat(mended).flatten()[: weight.numel()].view_as(weight).to(weight.dtype)
 
 
-@criteria.register("obert", needs=("fisher_blocks",), update=mend_blocks)
+def obert_of_blocks(weight: Tensor, stats: Stats, block: Block) -> Tensor:
+    """w^T ([F^-1]_bb)^-1 w / 2 of each block b (Kurtic et al. 2022, section 3.2).
+
+    F has no entries between the outputs, so a block of several outputs is the sum over them.
+
+    Raises:
+        RecipeError: a block straddles two blocks of F.
+    """
+    assert stats.fisher_blocks is not None
+    size, (rows, columns) = stats.fisher_blocks.shape[-1], block
+    if size % columns:
+        raise RecipeError(
+            f"prune.block is {size}, and the pattern has blocks of {columns} inputs, which do not divide it",
+            f"--set prune.block={4 * columns}",
+        )
+    costs = []
+    segments = split_into_blocks(weight.float(), size)
+    for fisher, chunk in _chunks(size, stats.fisher_blocks, segments):
+        curvature = _inverse(_diagonal_blocks(_inverse(fisher), columns))  # [chunk, size / columns, columns, columns]
+        vectors = chunk.view(-1, size // columns, columns)
+        costs.append(torch.einsum("nsi,nsij,nsj->ns", vectors, curvature, vectors) / 2)
+    # the last block may be padded
+    by_segment = torch.cat(costs).flatten()[: weight.numel() // columns].view(weight.shape[0], -1)
+    return sum_blocks(by_segment, (rows, 1))
+
+
+@criteria.register("obert", needs=("fisher_blocks",), update=mend_blocks, block_scores=obert_of_blocks)
 def obert(weight: Tensor, stats: Stats) -> Tensor:
     """Weight^2 / (2 [F^-1]_qq), F the blockwise empirical Fisher matrix (Kurtic et al. 2022, arXiv 2203.07259)."""
     assert stats.fisher_blocks is not None
@@ -60,7 +88,18 @@ def mend_rows(weight: Tensor, alive: Tensor, stats: Stats) -> Tensor:
     return ((weight.float() + change) * alive).to(weight.dtype)
 
 
-@criteria.register("layerwise", needs=("input_gram",), update=mend_rows)
+def layerwise_of_blocks(weight: Tensor, stats: Stats, block: Block) -> Tensor:
+    """w^T ([H^-1]_bb)^-1 w of each block b; the outputs are independent, so a block of several is the sum over them."""
+    assert stats.input_gram is not None
+    rows, columns = block
+    inverse = _inverse(stats.input_gram[None])
+    curvature = _inverse(_diagonal_blocks(inverse, columns))[0]  # [inputs / columns, columns, columns]
+    vectors = weight.float().reshape(len(weight), -1, columns)
+    by_segment = torch.einsum("osi,sij,osj->os", vectors, curvature, vectors)
+    return sum_blocks(by_segment, (rows, 1))
+
+
+@criteria.register("layerwise", needs=("input_gram",), update=mend_rows, block_scores=layerwise_of_blocks)
 def layerwise(weight: Tensor, stats: Stats) -> Tensor:
     """Weight^2 / [H^-1]_qq, H the inputs' second moment: the layer's own squared error.
 
@@ -108,6 +147,13 @@ def _solve_rows(matrix: Tensor, wanted: Tensor, sets: Tensor) -> Tensor:
         targets = (row.gather(1, columns) * is_member).unsqueeze(2)
         into.scatter_(1, columns, torch.cholesky_solve(targets, factorize(system)).squeeze(2))
     return solution
+
+
+def _diagonal_blocks(matrices: Tensor, size: int) -> Tensor:
+    """Take the blocks on the diagonals of square matrices [n, width, width]: [n, width / size, size, size]."""
+    count = matrices.shape[-1] // size
+    blocks = matrices.reshape(-1, count, size, count, size)
+    return blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1)
 
 
 def _inverse(matrices: Tensor) -> Tensor:

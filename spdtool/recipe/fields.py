@@ -253,7 +253,7 @@ class Prune(Distilled):
     criterion: str = "magnitude"
     """score of a weight: the lowest are pruned; `spdtool plugins` lists the criteria"""
     pattern: str = "unstructured"
-    """which weights are pruned together; `spdtool plugins` lists the patterns"""
+    """which weights go together: `unstructured`, blocks such as `1x4` (outputs x inputs), or N:M such as `2:4`"""
     scope: Literal["matrix", "type", "global"] = "matrix"
     """reach the target in every matrix, over all of one kind (all query matrices), or over all together"""
     # An empty matrix would cut the network in two, and no gradient would reach what lies below.

@@ -28,6 +28,7 @@ from spdtool.models.student import (
     read_student_labels,
 )
 from spdtool.pruning.allocation import zeros_in
+from spdtool.pruning.patterns import find_pattern
 from spdtool.recipe import STAGES
 from spdtool.recipe.fields import Recipe, Training
 from spdtool.run.folder import Run
@@ -94,11 +95,12 @@ def check_recipe(recipe: Recipe, rows: int) -> None:
 
     Raises:
         UnknownName: no such criterion, pattern, target or schedule.
-        RecipeError: the prune events do not fit into their stage, or the first target does not export the teacher.
+        RecipeError: the pattern cannot have so many zeros, the prune events do not fit into their stage, or the first
+            target does not export the teacher.
         DeviceError: the device is not there.
     """
     plugins.criteria.get(recipe.prune.criterion)
-    plugins.patterns.get(recipe.prune.pattern)
+    find_pattern(recipe.prune.pattern).check_sparsity(recipe.sparsity, recipe.prune.scope)
     required_targets(recipe.export)
     for phase in (recipe.prune, recipe.distill, recipe.finetune):
         replacing_rate(phase.grafting)
@@ -187,8 +189,10 @@ def _label_notes(recipe: Recipe, task: Task, teacher: PreTrainedModel) -> Sequen
 
 def _count_weights(recipe: Recipe, student: PreTrainedModel) -> WeightCounts:
     counts = WeightCounts(all=student.num_parameters(), prunable=0, zeros=0, emptied=0)
-    for weight in find_prunable_weights(student).values():
-        zeros = zeros_in(weight.numel(), recipe.sparsity)
+    pattern = find_pattern(recipe.prune.pattern)
+    for name, weight in find_prunable_weights(student).items():
+        pattern.check_shape(name, tuple(weight.shape))
+        zeros = zeros_in(weight.numel(), recipe.sparsity, pattern.block_size)
         counts.prunable += weight.numel()
         counts.zeros += zeros
         counts.emptied += zeros == weight.numel()

@@ -34,6 +34,7 @@ from spdtool.models.student import (
     load_student_tokenizer,
 )
 from spdtool.pruning.masks import Masks
+from spdtool.pruning.patterns import find_pattern
 from spdtool.pruning.pruner import Pruner
 from spdtool.recipe.fields import Distilled, Recipe, TrainingLength
 from spdtool.run.folder import Run
@@ -116,7 +117,7 @@ def load_phase(run: Run, stage: str, start: str) -> Student:
         splits=splits,
         scored_rows=splits["train"].sample(section.scored_train_rows, recipe.seed),
         accelerator=accelerator,
-        masks=Masks.from_zeros(find_prunable_weights(model)),
+        masks=Masks.from_zeros(find_prunable_weights(model), find_pattern(recipe.prune.pattern)),
         teacher=teacher,
         section=section,
         length=section.length(len(splits["train"])),
@@ -146,8 +147,7 @@ def train_phase(run: Run, stage: str, student: Student) -> TrainingResult:
     with run.stage(stage) as work:
         fitted = None
         if student.length.steps > 0:  # a phase may be switched off with epochs=0
-            steps, events = student.length.steps, tuple(pruner.events)
-            with console.progress(stage, steps, grafting=lesson.has_grafting, prune_events=events) as on_event:
+            with console.progress(stage, student.length.steps, grafting=lesson.has_grafting) as on_event:
                 fitted = fit(student, lesson, rows, section, student.length, recipe, work, on_event)
         pruner.finalize()  # a live weight may have landed on exactly 0
         dev, train = student.score()

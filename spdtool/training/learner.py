@@ -64,7 +64,7 @@ class Learner:
         """
         assert self.pruner is not None
         counts = count_zeros(folder, list(self.pruner.masks.parameters))
-        check_counts(counts, sparsity, self.pruner.section.scope)
+        check_counts(counts, sparsity, self.pruner.section.scope, self.pruner.masks.pattern.block_size)
         return counts
 
     def save_intermediate(self, folder: Path, sparsity: float, step: int) -> IntermediateStudent:

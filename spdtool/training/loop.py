@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -269,19 +269,11 @@ def _prune_if_due(job: _Job, step: int) -> None:
     if pruner is None or not pruner.is_due(step):
         return
     _save_student_if_requested(job, step)
-
-    number = sum(event <= step for event in pruner.events)
-
-    def show_work(text: str) -> None:
-        work = f"event {number} of {len(pruner.events)}, {text}"
-        job.log.on_event({"event": "pruning", "step": step, "work": work})  # for the display alone, not in the log
-
-    show_work("looking at rows")
     if saliency is not None and saliency.needs_calibration(step):
         batches = calibration_batches(job.rows, saliency.section, job.recipe, step)
-        microbatches = _split_calibration(job, batches, show_work)
+        microbatches = (_repeat_draw(job.lesson, job.splitter.split(job.rows, batch)) for batch in batches)
         saliency.calibrate(job.learner.model, lambda each: _compute_terms(job, each, step), microbatches)
-    sparsity = pruner.prune(step, show_work)
+    sparsity = pruner.prune(step)
     event: dict[str, object] = {"step": step, "sparsity": sparsity}
     # what `prune.least` changed: zeros of a matrix before and after, and groups for which it had to give way
     if pruner.clamped:
@@ -289,15 +281,6 @@ def _prune_if_due(job: _Job, step: int) -> None:
     if pruner.lowered:
         event["lowered"] = pruner.lowered
     job.log.write("prune", event)
-
-
-def _split_calibration(
-    job: _Job, batches: Iterable[np.ndarray], show_work: Callable[[str], None]
-) -> Iterator[Iterator[Microbatch]]:
-    """Yield the micro-batches of each calibration batch, and say which one it is."""
-    for number, batch in enumerate(batches, 1):
-        show_work(f"calibration batch {number} of {job.recipe.prune.calibration}")
-        yield _repeat_draw(job.lesson, job.splitter.split(job.rows, batch))
 
 
 def _save_student_if_requested(job: _Job, step: int) -> None:

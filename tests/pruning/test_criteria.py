@@ -7,10 +7,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from spdtool import plugins
+from spdtool.errors import RecipeError
 from spdtool.pruning.masks import Masks
 from spdtool.pruning.statistics import STATISTICS, Observer, Stats
 from spdtool.recipe.fields import Prune
@@ -143,6 +145,83 @@ def move(weight: Tensor, curvature: Tensor, live: list[int], dead: list[int], st
     moved[live] += curvature[inside][:, inside].inverse() @ curvature[inside][:, outside] @ weight[dead]
     moved[dead] = 0
     return moved
+
+
+def make_wide_layer() -> Layer:
+    """A layer of 4 x 8, which divides into blocks of 1x4, 2x4 and 4x4."""
+    draw = torch.Generator().manual_seed(3)
+    tokens = torch.randn(40, 8, generator=draw)
+    gradients = [torch.randn(4, 8, generator=draw) for _ in range(12)]
+    return Layer(torch.randn(4, 8, generator=draw), gradients, tokens)
+
+
+def cost_of_removal(weight: Tensor, curvature: Tensor, dead: list[int]) -> float:
+    """The least d^T C d / 2 of all changes d that set the dead weights to zero, by the survivors' normal equations."""
+    live = [index for index in range(len(weight)) if index not in dead]
+    change = torch.zeros_like(weight)
+    change[dead] = -weight[dead]
+    change[live] = -curvature[live][:, live].inverse() @ curvature[live][:, dead] @ change[dead]
+    return float(change @ curvature @ change) / 2
+
+
+def plain_block_cost(name: str, layer: Layer, rows: list[int], columns: list[int]) -> float:
+    """Cost of removing a block: the sum over its outputs, which no curvature joins."""
+    values, norms = layer.weight.double(), layer.tokens.double().square().mean(0).sqrt()
+    block = values[rows][:, columns]
+    mean_gradient = torch.stack(layer.gradients).double().mean(0)[rows][:, columns]
+    if name == "magnitude":
+        return float(block.norm())
+    if name == "taylor":
+        return abs(float((block * mean_gradient).sum()))
+    if name == "wanda":
+        return float((block * norms[columns]).norm())
+    if name == "layerwise":
+        # The scores leave out the factor 1/2.
+        return sum(2 * cost_of_removal(values[row], gram_of(layer), columns) for row in rows)
+    flat = torch.stack(layer.gradients).double().flatten(1)
+    fisher = flat.T @ flat / len(flat)
+    damp = SECTION.dampening * fisher.diagonal().mean() * torch.eye(8, dtype=torch.float64)
+    total = 0.0
+    for row in rows:
+        own_fisher = fisher[8 * row : 8 * row + 8, 8 * row : 8 * row + 8] + damp
+        total += cost_of_removal(values[row], own_fisher, columns)
+    return total
+
+
+def gram_of(layer: Layer) -> Tensor:
+    gram = layer.tokens.double().T @ layer.tokens.double() / len(layer.tokens)
+    return gram + SECTION.dampening * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+
+
+def test_a_block_costs_what_removing_all_of_it_costs() -> None:
+    layer = make_wide_layer()
+    section = Prune(block=8, dampening=SECTION.dampening)
+    linear = nn.Linear(8, 4, bias=False)
+    with torch.no_grad():
+        linear.weight.copy_(layer.weight)
+    for entry in plugins.criteria.entries():
+        if "block_scores" not in entry.meta:
+            continue
+        observer = Observer(Masks({"w": linear.weight}), entry.meta.get("needs", ()), section, {"w": linear})
+        for gradient in layer.gradients:
+            linear.weight.grad = gradient
+            observer.add_gradients()
+        with observer.observe_inputs(None), torch.no_grad():
+            linear(layer.tokens)
+        for rows, columns in ((1, 4), (2, 4), (4, 4), (2, 2)):
+            scores = entry.meta["block_scores"](layer.weight, observer.stats("w"), (rows, columns))
+            for i, j in itertools.product(range(4 // rows), range(8 // columns)):
+                block_rows = list(range(rows * i, rows * i + rows))
+                block_columns = list(range(columns * j, columns * j + columns))
+                expected = plain_block_cost(entry.name, layer, block_rows, block_columns)
+                assert float(scores[i, j]) == pytest.approx(expected, rel=1e-3), (entry.name, rows, columns, i, j)
+
+
+def test_a_block_of_weights_must_fit_into_the_blocks_of_the_fisher_matrix() -> None:
+    stats = Stats(fisher_blocks=torch.eye(6).expand(4, 6, 6))
+    with pytest.raises(RecipeError, match="the pattern has blocks of 4 inputs, which do not divide it") as raised:
+        plugins.criteria.entry("obert").meta["block_scores"](torch.randn(3, 8), stats, (1, 4))
+    assert raised.value.hint == "--set prune.block=16"
 
 
 UPDATES: dict[str, Callable[[Layer, Tensor], Tensor]] = {"obert": plain_blocks, "layerwise": plain_rows}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from spdtool.errors import GateError, ModelError
 from spdtool.pruning.allocation import Allocation, zeros_in
 from spdtool.pruning.masks import Masks, check_counts, clear_dead
-from spdtool.pruning.patterns import unstructured
+from spdtool.pruning.patterns import find_pattern, sum_blocks
 
 TINY = torch.finfo(torch.float32).tiny
 SCOPES = ("matrix", "type", "global")
@@ -28,7 +29,7 @@ def make_weights(*shapes: tuple[int, int], seed: int = 0) -> dict[str, nn.Parame
 def prune_by(
     masks: Masks, scores: Mapping[str, Tensor], sparsity: float, scope: str = "matrix", least: float = 0.0
 ) -> Allocation:
-    dead, allocation = masks.choose(scores, sparsity, unstructured, scope, least)
+    dead, allocation = masks.choose(scores, sparsity, scope, least)
     masks.set(dead)
     return allocation
 
@@ -364,3 +365,59 @@ def test_the_dead_are_cleared_to_plain_zeros_whatever_they_were() -> None:
         assert tensor[3] == 2.0, dtype
         assert bool(tensor[4].signbit()), dtype
         assert bool(tensor[5].isnan()), dtype
+
+
+def test_blocks_live_and_die_whole_in_every_scope() -> None:
+    for name, scope, sparsity in itertools.product(("1x4", "4x4", "2x8", "8x1"), SCOPES, (0.0, 0.3, 0.5, 0.9)):
+        case = f"{name}, {scope}, {sparsity}"
+        pattern = find_pattern(name)
+        weights = make_weights((8, 16), (24, 8))
+        masks = Masks(weights, pattern)
+        prune(masks, sparsity, scope)
+        for weight in weights.values():
+            dead_weights = sum_blocks((weight == 0).float(), pattern.block)
+            assert set(dead_weights.flatten().tolist()) <= {0.0, float(pattern.block_size)}, case
+        total = sum(zeros(weights).values())
+        if scope == "global":
+            assert total == zeros_in(320, sparsity, pattern.block_size), case
+        else:
+            assert total == sum(zeros_in(size, sparsity, pattern.block_size) for size in (128, 192)), case
+        masks.check_sparsity(sparsity, scope)
+        masks.finalize()
+        again = Masks.from_zeros(weights, pattern)
+        for name, dead in masks.dead.items():
+            assert torch.equal(again.dead[name], dead), case
+
+
+def test_a_zero_outside_of_a_block_lives_and_is_no_count() -> None:
+    weights = make_weights((4, 8))
+    with torch.no_grad():
+        weights["w0"][0, 0] = 0
+        weights["w0"][1, :4] = 0
+    masks = Masks.from_zeros(weights, find_pattern("1x4"))
+    assert masks.counts() == {"w0": (4, 32)}
+    with pytest.raises(GateError, match="w0: not all of its zeros are in whole blocks of 1x4"):
+        masks.check_sparsity(4 / 32)
+    masks.finalize()
+    assert weights["w0"][0, 0].item() == TINY
+    masks.check_sparsity(4 / 32)
+    with pytest.raises(GateError, match=r"w0 has 4 zeros of 32; sparsity 0\.5 asks for 16"):
+        masks.check_sparsity(0.5)
+
+
+def test_a_matrix_that_the_pattern_does_not_divide_is_refused() -> None:
+    for name, shape in (("1x4", (4, 6)), ("4x4", (6, 8)), ("2:4", (4, 6)), ("1x4", (8,))):
+        with pytest.raises(ModelError, match=rf"w has the shape .*, which the pattern {name} does not divide"):
+            Masks({"w": nn.Parameter(torch.randn(shape))}, find_pattern(name))
+
+
+def test_n_of_m_has_its_zeros_in_every_group() -> None:
+    for name, alive, group in (("2:4", 2, 4), ("1:4", 1, 4), ("4:8", 4, 8)):
+        weights = make_weights((6, 16))
+        masks = Masks(weights, find_pattern(name))
+        for sparsity in (0.2, 0.4, 1 - alive / group):
+            prune(masks, sparsity)
+            masks.check_sparsity(sparsity)
+            in_group = (weights["w0"] != 0).unflatten(1, (-1, group)).sum(-1)
+            assert int(in_group.min()) >= alive, (name, sparsity)
+        assert int(in_group.max()) == alive, name

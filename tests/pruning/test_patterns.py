@@ -7,11 +7,13 @@ import math
 import random
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 
 from spdtool import plugins
-from spdtool.pruning.patterns import unstructured
+from spdtool.errors import RecipeError, UnknownName
+from spdtool.pruning.patterns import find_pattern, sum_blocks, unstructured
 
 COUNTS = (0, 1, 115, 192, 345, 346, 383, 384)
 
@@ -22,8 +24,22 @@ def plain_unstructured(scores: list[float], zeros: int) -> list[bool]:
     return [i not in dead for i in range(len(scores))]
 
 
-# a new pattern is one row
-PLAIN: dict[str, Callable[[list[float], int], list[bool]]] = {"unstructured": plain_unstructured}
+def plain_two_of_four(scores: list[float], zeros: int) -> list[bool]:
+    """Only the two lowest of every four may die; of those the lowest do, the earlier first among equals."""
+    candidates: list[int] = []
+    for start in range(0, len(scores), 4):
+        candidates += sorted(range(start, start + 4), key=lambda i: scores[i])[:2]
+    dead = set(sorted(sorted(candidates), key=lambda i: scores[i])[:zeros])
+    return [i not in dead for i in range(len(scores))]
+
+
+# a new pattern is one row; those of blocks choose among blocks as if they were weights
+PLAIN: dict[str, Callable[[list[float], int], list[bool]]] = {
+    "unstructured": plain_unstructured,
+    "1x4": plain_unstructured,
+    "4x4": plain_unstructured,
+    "2:4": plain_two_of_four,
+}
 
 
 def score_tables() -> dict[str, Tensor]:
@@ -56,6 +72,8 @@ def test_every_builtin_pattern_has_its_row() -> None:
 def test_masks_are_those_of_slow_plain_code() -> None:
     for (name, plain), (table, scores), zeros in itertools.product(PLAIN.items(), score_tables().items(), COUNTS):
         case = f"{name}, {table}, {zeros} zeros"
+        if zeros > find_pattern(name).largest_sparsity * scores.numel():
+            continue
         before = scores.clone()
         mask = plugins.patterns.get(name)(scores, zeros)
         assert mask.dtype == torch.bool, case
@@ -74,3 +92,33 @@ def test_more_zeros_keep_a_subset() -> None:
     masks = [unstructured(score_tables()["ties"], zeros) for zeros in COUNTS]
     for larger, smaller in itertools.pairwise(masks):
         assert bool((larger | ~smaller).all())
+
+
+def test_a_pattern_is_known_by_its_shape() -> None:
+    for name, block in {"unstructured": (1, 1), "1x4": (1, 4), "16x1": (16, 1), "2:4": (1, 1)}.items():
+        assert find_pattern(name).block == block, name
+    assert find_pattern("1:4").largest_sparsity == 0.75
+    for name in ("0x4", "4x", "blocky", "2:"):
+        with pytest.raises(UnknownName, match="no pattern"):
+            find_pattern(name)
+    with pytest.raises(RecipeError, match="the pattern 4:4 has no zeros"):
+        find_pattern("4:4")
+
+
+def test_more_zeros_than_a_pattern_can_have_are_refused() -> None:
+    find_pattern("2:4").check_sparsity(0.5, "matrix")
+    find_pattern("1x4").check_sparsity(0.99, "global")
+    with pytest.raises(RecipeError, match=r"the pattern 2:4 has at most 50% zeros; a sparsity of 0\.9 was asked for"):
+        find_pattern("2:4").check_sparsity(0.9, "matrix")
+    with pytest.raises(RecipeError, match=r"prune\.scope is global"):
+        find_pattern("2:4").check_sparsity(0.5, "global")
+
+
+def test_blocks_and_weights_are_turned_into_each_other() -> None:
+    pattern = find_pattern("2x4")
+    blocks = torch.arange(6.0).view(3, 2)
+    weights = pattern.to_weights(blocks)
+    assert weights.shape == (6, 8)
+    assert weights[2].tolist() == [2.0] * 4 + [3.0] * 4
+    assert torch.equal(pattern.to_blocks(weights), blocks)
+    assert torch.equal(sum_blocks(weights, (2, 4)), 8 * blocks)

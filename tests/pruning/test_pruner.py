@@ -13,6 +13,7 @@ from spdtool import plugins
 from spdtool.errors import GateError, ModelError, PluginError, RecipeError, UnknownName
 from spdtool.pruning.allocation import zeros_in
 from spdtool.pruning.masks import Masks
+from spdtool.pruning.patterns import find_pattern
 from spdtool.pruning.pruner import Pruner
 from spdtool.pruning.statistics import Stats
 from spdtool.recipe.fields import Prune
@@ -26,7 +27,8 @@ def make_weights(seed: int = 0) -> dict[str, nn.Parameter]:
 
 
 def make_pruner(weights: dict[str, nn.Parameter], events: list[tuple[int, float]], **settings: Any) -> Pruner:
-    return Pruner(Masks.from_zeros(weights), events, Prune(**settings), events[-1][1])
+    section = Prune(**settings)
+    return Pruner(Masks.from_zeros(weights, find_pattern(section.pattern)), events, section, events[-1][1])
 
 
 def test_events_happen_at_their_steps_and_at_no_others() -> None:
@@ -171,8 +173,6 @@ def test_a_resumed_pruner_goes_on_as_if_nothing_had_happened() -> None:
 def test_unknown_names_and_needs_are_refused() -> None:
     with pytest.raises(UnknownName, match="criterion 'magnitud'"):
         make_pruner(make_weights(), [(1, 0.5)], criterion="magnitud")
-    with pytest.raises(UnknownName, match="pattern 'unstructure'"):
-        make_pruner(make_weights(), [(1, 0.5)], pattern="unstructure")
     register_saliency(("hessian",))
     with pytest.raises(RecipeError, match="needs hessian, which is not observed"):
         make_pruner(make_weights(), [(1, 0.5)], criterion="saliency")

@@ -98,6 +98,19 @@ def test_the_global_scope_has_the_exact_total(toy_run: Callable[..., Run]) -> No
     assert len({count / size for count, size in found.values()}) > 3, "the matrices share unevenly"
 
 
+@pytest.mark.slow
+def test_blocks_go_whole_by_every_criterion_of_second_order(toy_run: Callable[..., Run]) -> None:
+    for criterion in ("obert", "layerwise"):
+        sets = ("prune.pattern=1x4", f"prune.criterion={criterion}", "prune.calibration=2", "prune.first=none")
+        run = toy_run(*sets, sparsity=0.8, until="finetune", folder=criterion)
+        for stage in ("prune", "finetune"):
+            model = AutoModelForSequenceClassification.from_pretrained(run.path / stage)
+            for name, weight in find_prunable_weights(model).items():
+                dead_weights = (weight == 0).unflatten(1, (-1, 4)).sum(-1)
+                assert set(dead_weights.flatten().tolist()) <= {0, 4}, (criterion, stage, name)
+                assert int(dead_weights.sum()) == zeros_in(weight.numel(), 0.8, 4), (criterion, stage, name)
+
+
 @pytest.mark.parametrize("which", ["layers", "layers+head", "all"])
 def test_only_the_chosen_part_is_trained(toy_run: Callable[..., Run], which: str) -> None:
     run = toy_run(f"prune.train={which}", "prune.learning_rate=0.01", until="prune")
