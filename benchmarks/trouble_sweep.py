@@ -25,10 +25,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
+from spdtool.errors import RunLocked
 from spdtool.recipe import TRAINING
-from spdtool.run.folder import LOCK, Run
+from spdtool.run.folder import Run
+from spdtool.run.lock import lock_folder
 from spdtool.sweep import RESULT
 
 KINDS = ("worker", "driver")
@@ -198,12 +198,12 @@ def whole(out: Path, tally: Tally) -> None:
 def compare(calm: Path, out: Path, tally: Tally) -> None:
     """Hold a disturbed sweep against the undisturbed one; try its locks."""
     whole(out, tally)
-    for lock in out.glob(f"*/*/{LOCK}"):
+    for file in out.glob("*/*/run.json"):
         try:
-            with FileLock(lock, timeout=0):
+            with lock_folder(file.parent):
                 pass
-        except TimeoutError:
-            tally.faults.append(f"{lock} is held by the dead")
+        except RunLocked:
+            tally.faults.append(f"{file.parent} is held by the dead")
     weights = {file.relative_to(calm): file.read_bytes() for file in calm.glob("*/*/*/*.safetensors")}
     assert len(weights) >= 2 + 4 * len(TRAINING), f"an undisturbed sweep holds {len(weights)} checkpoints"
     for path, content in weights.items():
@@ -211,7 +211,7 @@ def compare(calm: Path, out: Path, tally: Tally) -> None:
             tally.faults.append(f"{out.name}: {path} is not what it is undisturbed")
     if table(calm) != table(out):
         tally.faults.append(f"{out.name}: the table is another one:\n{table(calm)}\n{table(out)}")
-    left = [path for path in out.glob("*/*/.*") if path.name != LOCK]
+    left = list(out.glob("*/*/.*"))
     if left:
         tally.faults.append(f"{out.name}: left behind: {left}")
 

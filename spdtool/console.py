@@ -13,7 +13,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich import box, markup
@@ -84,6 +84,13 @@ def quiet() -> Iterator[None]:
 def warn(text: str) -> None:
     """Print a note: a request is not carried out as it was made, or something deserves attention."""
     _err.print(f"[yellow]note:[/] {escape(text)}", soft_wrap=not _err.is_terminal)
+
+
+def warn_from_signal(text: str) -> None:
+    """Print a note from a signal handler: straight to the descriptor, since a console may be in the midst of a line."""
+    if ranks.is_main():
+        with suppress(OSError):  # no one reads a terminal that has hung up
+            os.write(2, f"\nnote: {text}\n".encode())
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -22,9 +22,20 @@ Anything else that is raised is a bug of ours, and keeps its traceback.
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 LISTED = 30  # known names in a message; a longer list helps nobody
+OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT)
+REFUSED_PATH = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+)
 
 
 class SpdError(Exception):
@@ -105,6 +116,36 @@ class GateError(SpdError):
     """The work was done and its result is refused: inexact sparsity, lost parity, a budget exceeded."""
 
     exit_code = 3
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked this process to end, and the training stage has saved its state. No fault of anybody's."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.message = message
+        self.exit_code = exit_code  # 128 + the signal, as a shell reports it
+
+
+def explain_machine_error(error: Exception) -> SpdError | None:
+    """Return what the machine ran out of or does not allow, if that is what happened."""
+    number = getattr(error, "errno", None)
+    # safetensors raises a class of its own, which is no OSError.
+    if number in OUT_OF_SPACE or "No space left on device" in str(error):
+        hint = "free some space; the same command goes on from the last snapshot"
+        return RunError(f"the disk is full: {error}", hint)
+    micro_batches = "use smaller micro-batches: --set prune.accumulate=2"
+    # torch's class has this name; torch itself may not be imported here.
+    if type(error).__name__ == "OutOfMemoryError":
+        return DeviceError(f"out of device memory: {error}", micro_batches)
+    if isinstance(error, MemoryError):
+        return DeviceError(f"out of memory: {error}", micro_batches)
+    if number in REFUSED_PATH:
+        return RunError(
+            f"not possible here: {error}",
+            "check the path and its permissions, or give another --run",
+        )
+    return None
 
 
 def first_line(error: BaseException) -> str:

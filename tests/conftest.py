@@ -60,6 +60,12 @@ def toys() -> ModuleType:
     return _toys
 
 
+@pytest.fixture(scope="session")
+def power() -> ModuleType:
+    """The module `power.py`: what a power cut would leave."""
+    return _load("power")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def traced_once() -> Iterator[None]:
     """Trace equal checkpoints once for the whole session: seconds, where everything else of an export takes tenths."""

@@ -23,11 +23,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import toys
 
+from spdtool.errors import Stopped
 from spdtool.models import load
 from spdtool.run import folder as runs
 from spdtool.run.folder import Run
 from spdtool.training import checkpoint
 
+STEPS = 12  # of every stage
 STAGES = ("teacher", "prune", "distill", "finetune")
 for name in STAGES:
     importlib.import_module(f"spdtool.stages.{name}")
@@ -74,6 +76,16 @@ def after(original: Any, *args: Any, **options: Any) -> None:
     die()
 
 
+def signalling(name: str) -> Callable[..., None]:
+    """Return an act that lets a step be done and then sends this process the signal `name`."""
+
+    def act(original: Any, *args: Any, **options: Any) -> None:
+        original(*args, **options)
+        os.kill(os.getpid(), getattr(signal, name))
+
+    return act
+
+
 def half(original: Any, tensors: Any, path: Path) -> None:
     original(tensors, path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -98,12 +110,16 @@ def plan(moment: str, count: int) -> None:
         patch(step, "step", count, before)
     elif moment == "after the optimiser's step":
         patch(step, "step", count, after)
+    elif moment.startswith("SIG"):
+        patch(step, "step", count, signalling(moment))
     elif moment == "snapshot half written":
         patch(checkpoint, "save_file", count, half)
     elif moment == "snapshot written, not renamed":
         patch(checkpoint, "write_snapshot_files", count, after)
     elif moment == "older snapshot half removed":
-        patch(Path, "glob", count + 1, remove_half)  # `newest` looks once, then every write looks for older ones
+        patch(
+            Path, "glob", count + 1, remove_half
+        )  # a resuming stage looks once, then every write looks for older ones
     elif moment == "checkpoint half written":
         patch(load, "save_model", count, save_half)
     elif moment == "checkpoint written":
@@ -123,6 +139,8 @@ def in_a_fork(work: Callable[[], None]) -> int:
         os.dup2(2, 1)
         try:
             work()
+        except Stopped as stopped:
+            os._exit(stopped.exit_code)
         except BaseException:
             import traceback
 
@@ -132,13 +150,17 @@ def in_a_fork(work: Callable[[], None]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+def run_stage(run: Run, name: str) -> None:
+    getattr(importlib.import_module(f"spdtool.stages.{name}"), name)(run)
+
+
 def stage(folder: Path, name: str, minutes: float, deaths: tuple[str, int] | None = None) -> int:
     def work() -> None:
         toys.register(toys.dataset(train=24, dev=16, dropout=0.2))
         run = Run.at(folder, recipe(minutes))
         if deaths is not None:
             plan_for(run, *deaths)
-        getattr(importlib.import_module(f"spdtool.stages.{name}"), name)(run)
+        run_stage(run, name)
 
     def plan_for(run: Run, moment: str, count: int) -> None:
         if moment in ("record written", "state put away", "committed"):

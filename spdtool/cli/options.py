@@ -7,7 +7,6 @@ they run.
 from __future__ import annotations
 
 import dataclasses
-import errno
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ import typer
 from typer.core import TyperGroup
 
 from spdtool import console, plugins
-from spdtool.errors import DeviceError, RecipeError, RunError, SpdError
+from spdtool.errors import RecipeError, SpdError, Stopped, explain_machine_error
 from spdtool.recipe import STAGES
 
 if TYPE_CHECKING:
@@ -33,16 +32,6 @@ Context = Any  # newer versions of typer bring a click of their own
 WORKFLOW = (
     *("compress", *STAGES, "report", "sweep"),
     *("predict", "serve", "serve-check", "inspect", "unpack"),
-)
-OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT)
-REFUSED_PATH = (
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOTDIR,
-    errno.EEXIST,
-    errno.ENAMETOOLONG,
-    errno.ELOOP,
 )
 
 
@@ -226,36 +215,18 @@ def _exit_on_error() -> Iterator[None]:
     except SpdError as error:
         console.print_error(error)
         raise typer.Exit(error.exit_code) from None
+    except Stopped as stopped:
+        console.warn(stopped.message)
+        raise typer.Exit(stopped.exit_code) from None
     except KeyboardInterrupt:
         console.warn("stopped; the same command goes on from the last snapshot, if the stage has made one")
         raise typer.Exit(130) from None  # as a shell reports SIGINT
     except Exception as error:
-        known = _machine_error(error)
+        known = explain_machine_error(error)
         if known is None:
             raise
         console.print_error(known)
         raise typer.Exit(known.exit_code) from None
-
-
-def _machine_error(error: Exception) -> SpdError | None:
-    """Return what the machine ran out of or does not allow, if that is what happened."""
-    number = getattr(error, "errno", None)
-    # safetensors raises a class of its own, which is no OSError.
-    if number in OUT_OF_SPACE or "No space left on device" in str(error):
-        hint = "free some space; the same command goes on from the last snapshot"
-        return RunError(f"the disk is full: {error}", hint)
-    micro_batches = "use smaller micro-batches: --set prune.accumulate=2"
-    # torch's class has this name; torch itself may not be imported here.
-    if type(error).__name__ == "OutOfMemoryError":
-        return DeviceError(f"out of device memory: {error}", micro_batches)
-    if isinstance(error, MemoryError):
-        return DeviceError(f"out of memory: {error}", micro_batches)
-    if number in REFUSED_PATH:
-        return RunError(
-            f"not possible here: {error}",
-            "check the path and its permissions, or give another --run",
-        )
-    return None
 
 
 def split_words(text: str | None) -> tuple[str, ...]:

@@ -16,20 +16,20 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filelock import FileLock, Timeout
-
 from spdtool import ranks
-from spdtool.errors import Corrupt, RunError, RunLocked, RunMismatch, SpdError, StageMissing
+from spdtool.errors import Corrupt, RunError, RunMismatch, SpdError, StageMissing, explain_machine_error
 from spdtool.recipe import STAGES, reading
 from spdtool.recipe.fields import MAY_CHANGE, Recipe, first_stage_using
 from spdtool.run.fingerprint import describe_machine, hash_json, sha256
+from spdtool.run.lock import LOCK, lock_folder
+from spdtool.run.storage import create_folder, publish_folder, remove_path, settle_folder, sync_folder, write_json
 
 if TYPE_CHECKING:  # `spdtool --help` imports this module, and must not wait for pydantic
     from spdtool.run.records import (
@@ -37,7 +37,6 @@ if TYPE_CHECKING:  # `spdtool --help` imports this module, and must not wait for
         DataRecord,
         ExportResult,
         FileRecord,
-        Record,
         Result,
         StageRecord,
         TrainingResult,
@@ -48,7 +47,6 @@ STATE = "state"  # in a folder of its own, so that a commit can leave all of it 
 STUDENTS = "students"  # folder of the students at intermediate sparsities
 LOG = "metrics.jsonl"
 SMOKE_MARK = "SMOKE-RUN-NOT-A-RESULT.txt"
-LOCK = ".lock"
 BEFORE_RUN_JSON = {LOCK, SMOKE_MARK, ".run.json.tmp"}  # files that a kill before run.json may leave behind
 
 
@@ -126,7 +124,7 @@ class Run:
             raise RunMismatch(f"{path} belongs to another recipe: {lines}", _recipe_hint(path, names))
         run = cls(path, recipe)
         if changed and not dry and ranks.is_main():  # one writer: the other ranks read run.json
-            with run._lock():
+            with lock_folder(path):
                 run._save_recipe()
         return run
 
@@ -240,24 +238,24 @@ class Run:
 
         Raises:
             RunLocked: another process works in this run folder.
-            RunError: the stage is already done.
+            RunError: the stage is already done; or the disk is full, or may not be written to.
         """
         if not ranks.is_main():  # it may read what the main process writes, and holds no lock
             yield Stage(name, self.partial_folder(name), self.fingerprint(name))
             self._reset_inputs()
             return
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            create_folder(self.path)
         except OSError as error:
             raise _cannot_create(self.path, error.strerror or str(error)) from None
-        with self._lock():
+        with _explain_machine_errors(), lock_folder(self.path):
             if self.done(name):
                 raise RunError(f"{name} is already done in {self.path}", _redo_hint(name, self.path))
             if not (self.path / "run.json").exists():
                 self._save_recipe()
             stage = Stage(name, self.partial_folder(name), self.fingerprint(name))
             self._prepare_folder(stage.folder)
-            started = time.time()  # of this session: what a resumed stage took before is in its log
+            started = time.monotonic()  # of this session: what a resumed stage took before is in its log
             try:
                 yield stage
                 self._commit(stage, started)
@@ -278,14 +276,15 @@ class Run:
         removed: list[str] = []
         if not ranks.is_main():
             return removed
-        with self._lock():
+        with lock_folder(self.path):
             for name in reversed(STAGES[STAGES.index(stage) :]):  # a kill in between leaves no stage without its input
                 if self.done(name):
                     removed.insert(0, name)
                 for folder in (self.path / name, self.partial_folder(name), self._used_state_folder(name)):
                     if folder.exists():
-                        _remove(folder / RECORD)  # first, so that a kill in between leaves nothing that looks whole
+                        remove_path(folder / RECORD)  # first, so that a kill in between leaves nothing that looks whole
                         shutil.rmtree(folder)
+                        sync_folder(self.path)  # nor does a power cut bring back a stage without its input
         return removed
 
     def fingerprint(self, stage: str) -> str:
@@ -305,25 +304,34 @@ class Run:
         """
         return self.path / f".{stage}.spent"
 
+    def _remove_used_state(self, stage: str) -> None:
+        """Remove the state of a finished stage."""
+        state, used = self.path / stage / STATE, self._used_state_folder(stage)
+        shutil.rmtree(used, ignore_errors=True)
+        if self.done(stage) and state.exists():
+            state.rename(used)
+            shutil.rmtree(used, ignore_errors=True)
+
     def _prepare_folder(self, folder: Path) -> None:
         """Create the folder of a stage in progress, or remove from it all that a resumed stage does not need."""
-        folder.mkdir(exist_ok=True)
+        create_folder(folder)
         for name in STAGES:
-            shutil.rmtree(self._used_state_folder(name), ignore_errors=True)
+            self._remove_used_state(name)
         for file in folder.iterdir():
             if file.name not in (STATE, LOG, STUDENTS):
-                _remove(file)
+                remove_path(file)
 
     def _commit(self, stage: Stage, started: float) -> None:
         from spdtool.run.records import StageRecord
 
         section = self.recipe.section(stage.name).model_dump(mode="json")
+        settle_folder(stage.folder)
         record = StageRecord(
             stage=stage.name,
             smoke=self.recipe.smoke,
             spdtool=metadata.version("spdtool"),
             finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            seconds=round(time.time() - started, 1),
+            seconds=round(time.monotonic() - started, 1),
             inputs=self._inputs,
             data=self._data,
             recipe=self.recipe.shared_fields() | {stage.name: section},
@@ -333,14 +341,11 @@ class Run:
         )
         write_json(stage.folder / RECORD, record)  # last: from here on the folder counts as whole
         final = self.path / stage.name
-        used_state = self._used_state_folder(stage.name)
-        # whatever the moment of a kill: either the partial folder is whole, or the final one
         if final.exists():  # a folder without stage.json: not ours to trust
             shutil.rmtree(final)
-        if stage.state.exists():
-            stage.state.rename(used_state)
-        stage.folder.rename(final)
-        shutil.rmtree(used_state, ignore_errors=True)
+        # one rename commits, with the state still inside: a kill before it can resume, a kill after it is done
+        publish_folder(stage.folder, final)
+        self._remove_used_state(stage.name)
 
     def _save_recipe(self) -> None:
         from spdtool.run.records import RunRecord
@@ -357,19 +362,19 @@ class Run:
         )
         write_json(self.path / "run.json", record)
 
-    @contextmanager
-    def _lock(self) -> Iterator[None]:
-        lock = FileLock(self.path / LOCK)  # the operating system holds it, so that it dies with its process
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise RunLocked(
-                f"another process is working in {self.path}", "wait for it, or give another --run"
-            ) from None
-        try:
-            yield
-        finally:
-            lock.release()
+
+@contextmanager
+def _explain_machine_errors() -> Iterator[None]:
+    """Raise what the machine ran out of, or does not allow, as an SpdError."""
+    try:
+        yield
+    except SpdError:
+        raise
+    except Exception as error:
+        explained = explain_machine_error(error)
+        if explained is None:
+            raise
+        raise explained from error
 
 
 def read_stage_record(folder: Path) -> StageRecord:
@@ -402,38 +407,6 @@ def default_path(recipe: Recipe) -> Path:
     return Path("runs") / name
 
 
-def write_json(file: Path, value: Record | Mapping[str, object]) -> None:
-    """Write a record whole or not at all: to a sibling, flushed to disk, then renamed."""
-    content = value if isinstance(value, Mapping) else value.model_dump(mode="json")
-    sibling = file.with_name(f".{file.name}.tmp")
-    try:
-        with sibling.open("w", encoding="utf-8") as stream:
-            json.dump(content, stream, indent=2, ensure_ascii=False)
-            stream.write("\n")
-            stream.flush()
-            os.fsync(stream.fileno())  # a rename may reach the disk before the contents do
-        sibling.replace(file)
-    except BaseException:  # a full disk, or Ctrl-C: no trace is left
-        sibling.unlink(missing_ok=True)
-        raise
-
-
-@contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """Yield a hidden sibling to create and fill; it becomes `folder` (absent or empty) on success, else is removed."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a call that was killed
-    try:
-        yield partial
-        if folder.exists():
-            folder.rmdir()  # fails unless it is empty: files of others are never removed
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
 def _list_files(stage: Stage) -> list[FileRecord]:
     """List every file that the stage wrote, without its state."""
     from spdtool.run.records import FileRecord
@@ -444,14 +417,6 @@ def _list_files(stage: Stage) -> list[FileRecord]:
             name = str(path.relative_to(stage.folder))
             files.append(FileRecord(path=name, size=path.stat().st_size, sha256=sha256(path)))
     return files
-
-
-def _remove(path: Path) -> None:
-    """Remove a file, a link or a folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():  # rmtree refuses links
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _refuse_unusable(path: Path) -> None:

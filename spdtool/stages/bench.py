@@ -31,7 +31,7 @@ from spdtool.export.target import Target, get_target, optional_targets
 from spdtool.models.load import load_tokenizer
 from spdtool.recipe.fields import Recipe
 from spdtool.run.fingerprint import describe_machine
-from spdtool.run.folder import Run, write_json
+from spdtool.run.folder import Run
 from spdtool.run.records import (
     BenchEnvironment,
     BenchFile,
@@ -44,6 +44,7 @@ from spdtool.run.records import (
     ShapeRounds,
     Table,
 )
+from spdtool.run.storage import write_json
 from spdtool.tasks import find_task
 
 DYNAMIC_INT8 = "int8"  # engine of the teacher, unless the target below was exported: its score was measured

@@ -31,8 +31,9 @@ from spdtool.export.graph.trace import cached_traces
 from spdtool.export.target import ChosenTarget, get_target, optional_targets, required_targets
 from spdtool.models.load import load_tokenizer
 from spdtool.recipe.fields import Recipe
-from spdtool.run.folder import Run, replacing
+from spdtool.run.folder import Run
 from spdtool.run.records import ExportedModel, ExportResult, TargetExport
+from spdtool.run.storage import replacing
 
 
 def export(run: Run) -> ExportResult:

@@ -22,8 +22,9 @@ from spdtool.data.dataset import find_dataset, plain_name
 from spdtool.errors import RecipeError, SpdError
 from spdtool.recipe import PHASES, STAGES, TRAINING, reading
 from spdtool.recipe.fields import Recipe
-from spdtool.run.folder import Run, write_json
+from spdtool.run.folder import Run
 from spdtool.run.records import StudentRow, SweepRecord
+from spdtool.run.storage import write_json
 from spdtool.sweep import summary
 from spdtool.sweep.rows import row_of_recipe, row_of_run
 

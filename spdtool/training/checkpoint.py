@@ -1,18 +1,19 @@
 """Snapshots: the resumable state of a training stage, on disk whole or not at all.
 
-A snapshot is a folder `step-000000123` with `state.safetensors` (every tensor) and `state.json`
-(everything else). It is written under another name and renamed; only then is the older one
-removed. No pickle is written or read.
+A snapshot is a folder `step-000000123` with `state.safetensors` (every tensor), `state.json` (everything else) and
+`contents.json` (size and sha256 of both). It is written under another name, flushed to the disk and renamed; only then
+does the oldest go, so that two are always there. One that is not what was written is passed over in favour of the one
+before it. No pickle is written or read.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from pydantic import JsonValue
@@ -21,10 +22,25 @@ from torch import Tensor, nn
 
 from spdtool import console, ranks
 from spdtool.distillation.lesson import Lesson
-from spdtool.errors import Corrupt
+from spdtool.errors import first_line
 from spdtool.models import collectives, fsdp
-from spdtool.run.folder import Stage, write_json
+from spdtool.run.fingerprint import sha256
+from spdtool.run.folder import STUDENTS, Stage
+from spdtool.run.records import FileDigest, Record
+from spdtool.run.storage import (
+    create_folder,
+    publish_folder,
+    remove_path,
+    settle_folder,
+    sync_file,
+    sync_folder,
+    write_json,
+)
 from spdtool.training.log import LogState, TrainingLog
+
+TENSORS, NOTES, CONTENTS = "state.safetensors", "state.json", "contents.json"
+KEPT = 2  # the older one is for the day on which a disk has lost a bit of the newer
+SNAPSHOTS = "step-*"
 
 TensorGroups = dict[str, dict[str, Tensor]]
 
@@ -44,58 +60,105 @@ class Snapshot:
     notes: dict[str, JsonValue]
 
 
+class SnapshotContents(Record):
+    """Contents of a snapshot's contents.json; written last."""
+
+    format: Literal[1] = 1  # of the snapshot: another layout, another number
+    files: dict[str, FileDigest]
+
+
 def write_snapshot(root: Path, snapshot: Snapshot) -> None:
-    """Write `snapshot` under `root`, then remove the older ones; if that fails, the older ones stay."""
+    """Write `snapshot` under `root`, then remove all but the newest two; if that fails, the older ones stay."""
     partial, final = root / "writing", root / f"step-{snapshot.step:09d}"
     shutil.rmtree(partial, ignore_errors=True)
+    create_folder(root)
     try:
         write_snapshot_files(partial, snapshot)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)  # a full disk gets its space back
         raise
-    if final.exists():
-        shutil.rmtree(final)
-    partial.rename(final)
-    for folder in root.glob("step-*"):
-        if folder != final:
-            shutil.rmtree(folder)
+    remove_snapshot(final)  # of the same step, by a run that has resumed from an older one
+    publish_folder(partial, final)
+    for folder in sorted(root.glob(SNAPSHOTS))[:-KEPT]:
+        remove_snapshot(folder)
 
 
 def write_snapshot_files(folder: Path, snapshot: Snapshot) -> None:
-    """Write the two files of a snapshot into a new folder."""
-    folder.mkdir(parents=True)
+    """Write the files of a snapshot into a new folder, and flush them to the disk."""
+    folder.mkdir()
     flat = {}
     for group, tensors in snapshot.tensors.items():
         for name, tensor in tensors.items():
             flat[f"{group}/{name}"] = tensor.detach().contiguous()  # safetensors refuses views
-    save_file(flat, folder / "state.safetensors")
-    write_json(folder / "state.json", {"step": snapshot.step, **snapshot.notes})
+    save_file(flat, folder / TENSORS)
+    write_json(folder / NOTES, {"step": snapshot.step, **snapshot.notes})
+    files = {name: _digest_file(folder / name) for name in (TENSORS, NOTES)}
+    write_json(folder / CONTENTS, SnapshotContents(files=files))
+    settle_folder(folder)
 
 
-def read_newest_snapshot(root: Path, fingerprint: str) -> Snapshot | None:
-    """Read the latest snapshot under `root` if its notes carry `fingerprint`; otherwise remove it and return None.
+def remove_snapshot(folder: Path) -> None:
+    """Remove a snapshot, if it is there. It is renamed first: half removed it would look damaged."""
+    spent = folder.with_name("spent")
+    remove_path(spent)
+    if folder.exists():
+        folder.rename(spent)
+        remove_path(spent)
 
-    Raises:
-        Corrupt: it cannot be read.
+
+def read_newest_snapshot(root: Path, fingerprint: str, warn: Callable[[str], None] | None = None) -> Snapshot | None:
+    """Read the latest intact snapshot under `root`, if it has this fingerprint.
+
+    Args:
+        warn: is told why the stage does not go on from the latest one, and what cannot be used is removed; None: only
+            look.
+
+    Returns:
+        None if the stage begins anew.
     """
-    folders = sorted(root.glob("step-*")) if root.exists() else []
-    if not folders:
-        return None
-    try:
-        notes = json.loads((folders[-1] / "state.json").read_text("utf-8"))
+    folders = sorted(root.glob(SNAPSHOTS), reverse=True)
+    for folder in folders:
+        damage = find_damage(folder)
+        if damage is not None:
+            if warn is not None:
+                warn(f"the snapshot {folder} is damaged and passed over: {damage}")
+                remove_snapshot(folder)
+            continue
+        notes = json.loads((folder / NOTES).read_text("utf-8"))
         if notes["fingerprint"] != fingerprint:
-            shutil.rmtree(root.rename(root.with_name("stale")))  # a half-removed snapshot would look damaged
+            if warn is not None:
+                warn("the stage begins anew: its snapshot belongs to other settings or other rows")
+                shutil.rmtree(root.rename(root.with_name("stale")))  # a half-removed snapshot would look damaged
             return None
-        flat = load_file(folders[-1] / "state.safetensors")
-    except Exception as error:  # safetensors has error classes of its own
-        raise Corrupt(
-            f"the snapshot {folders[-1]} cannot be read: {error}", "remove that folder to start the stage anew"
-        ) from None
-    tensors: TensorGroups = {}
-    for key, tensor in flat.items():
-        group, _, name = key.partition("/")
-        tensors.setdefault(group, {})[name] = tensor
-    return Snapshot(int(notes["step"]), tensors, notes)
+        tensors: TensorGroups = {}
+        for key, tensor in load_file(folder / TENSORS).items():
+            group, _, name = key.partition("/")
+            tensors.setdefault(group, {})[name] = tensor
+        return Snapshot(int(notes["step"]), tensors, notes)
+    if folders and warn is not None:
+        warn("the stage begins anew: none of its snapshots is intact")
+    return None
+
+
+def find_damage(folder: Path) -> str | None:
+    """Say what is wrong with the files of a snapshot; None if they are what was written."""
+    try:
+        contents = SnapshotContents.model_validate_json((folder / CONTENTS).read_bytes())
+        if contents.files.keys() != {TENSORS, NOTES}:
+            return f"{CONTENTS} names other files"
+        for name, digest in contents.files.items():
+            size = (folder / name).stat().st_size
+            if size != digest.bytes:
+                return f"{name} holds {size} bytes, and {digest.bytes} were written"
+            if _digest_file(folder / name) != digest:
+                return f"{name} is not what was written"
+    except (OSError, ValueError) as error:  # pydantic's errors are ValueErrors
+        return first_line(error)
+    return None
+
+
+def _digest_file(file: Path) -> FileDigest:
+    return FileDigest(bytes=file.stat().st_size, sha256=sha256(file))
 
 
 def collect_optimizer_state(
@@ -183,6 +246,7 @@ class Checkpointer:
         self.parameters, self.optimizer = parameters, optimizer
         self.lesson, self.pruner, self.log = lesson, pruner, log
         self.best_weights: dict[str, Tensor] = {}
+        self._settled_students = 0  # how many of the log's are on the disk for sure
 
     @property
     def is_sharded(self) -> bool:
@@ -223,7 +287,18 @@ class Checkpointer:
             "log": self.log.state_dict().model_dump(mode="json"),
             "lesson": self.lesson.state_dict(),
         }
+        self._settle_log()
         write_snapshot(self.stage.state, Snapshot(step, tensors, notes))
+
+    def _settle_log(self) -> None:
+        """Flush what the notes of a snapshot refer to: the log, and students at intermediate sparsities."""
+        for student in self.log.students[self._settled_students :]:
+            settle_folder(self.stage.folder / student.folder)
+            sync_folder(self.stage.folder / STUDENTS)
+        self._settled_students = len(self.log.students)
+        if self.log.file.exists():
+            sync_file(self.log.file)
+            sync_folder(self.stage.folder)
 
     @torch.no_grad()
     def restore(self) -> int:
@@ -254,10 +329,10 @@ class Checkpointer:
         if not ranks.is_main():
             collectives.barrier()
             return read_newest_snapshot(folder, self.fingerprint)
-        exists = any(folder.glob("step-*"))  # asked before one that does not fit is removed
-        snapshot = read_newest_snapshot(folder, self.fingerprint)
-        if exists and snapshot is None:
-            console.warn(f"{self.stage.name} begins anew: its snapshot belongs to other settings or other rows")
+        snapshot = read_newest_snapshot(folder, self.fingerprint, self._warn)
         self.log.cut(0 if snapshot is None else LogState.model_validate(snapshot.notes["log"]).bytes)
         collectives.barrier()
         return snapshot
+
+    def _warn(self, text: str) -> None:
+        console.warn(f"{self.stage.name}: {text}")

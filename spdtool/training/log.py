@@ -139,4 +139,5 @@ class TrainingLog:
             self.file.unlink(missing_ok=True)
             return
         with self.file.open("ab") as stream:
-            stream.truncate(size)
+            if stream.tell() > size:  # a shorter one, cut by somebody, would be filled up with zeros
+                stream.truncate(size)

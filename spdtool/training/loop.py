@@ -1,6 +1,7 @@
 """The one training loop: the teacher's fine-tuning and the student's three phases, with different lessons.
 
-Everything that it needs to continue after `kill -9` is in a snapshot (`checkpoint.py`); learning
+Everything that it needs to continue after `kill -9` is in a snapshot (`checkpoint.py`), which is
+also saved when a signal asks the process to end (`signals.py`); learning
 rate, replacing rate and the order of the data are functions of the step, so they need no state.
 
 Several ranks run it together (`ranks.py`): each takes its rows of every batch (`microbatches.py`),
@@ -39,6 +40,7 @@ from spdtool.training.microbatches import Microbatch, MicrobatchSplitter
 from spdtool.training.optimizer import clip_gradients, create_adamw, create_learning_rate, set_learning_rate
 from spdtool.training.saliency import Saliency, calibration_batches
 from spdtool.training.schedules import Schedule
+from spdtool.training.signals import watch_signals
 
 LOG_LINES = 100  # of a stage: each costs one synchronisation with the device
 
@@ -94,7 +96,11 @@ def fit(
     window, saved_at = LossWindow(), time.monotonic()
     learner.model.train()  # calibration and evaluation put it back
     batches = _iterate_batches(job, length.steps_per_epoch, start)
-    with prefetch.prefetch_batches(batches, learner.accelerator.device) as step_batches:
+    with (
+        # several ranks could not agree on the step after which to stop; their launcher ends them
+        watch_signals(enabled=collectives.group_size() == 1) as stop,
+        prefetch.prefetch_batches(batches, learner.accelerator.device) as step_batches,
+    ):
         for step, size, microbatches in step_batches:
             _train_step(job, optimizer, step, microbatches, window)
             done = step + 1
@@ -107,9 +113,12 @@ def fit(
                 is_evaluated = done in evaluation_steps
                 if is_evaluated:
                     _evaluate(job, done)
-                if done < job.steps and (is_evaluated or _is_snapshot_due(job, done, saved_at, log_interval)):
+                is_due = is_evaluated or _is_snapshot_due(job, done, saved_at, log_interval)
+                if stop.signal is not None or (done < job.steps and is_due):
                     _save_snapshot(job, done)
                     saved_at = time.monotonic()
+                    if stop.signal is not None:
+                        stop.raise_stopped(stage.name, done, job.steps)
                     # a resumed run begins a window here; several ranks agree on the evaluations, not on the clock
                     if is_evaluated or collectives.group_size() == 1:
                         window = LossWindow()

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from filelock import FileLock
+import torch
 from safetensors.numpy import load_file
 from typer.main import get_command
 
@@ -23,6 +24,7 @@ from spdtool.cli import main as cli
 from spdtool.cli.options import WORKFLOW
 from spdtool.errors import SpdError
 from spdtool.recipe import STAGES
+from spdtool.run.lock import lock_folder
 
 ROOT = Path(__file__).parents[2]
 Call = Callable[..., Any]
@@ -340,9 +342,31 @@ def test_a_folder_in_which_another_process_works(
 ) -> None:
     run = shutil.copytree(compressed, tmp_path / "run")
     shutil.rmtree(run / "finetune")
-    with FileLock(run / ".lock"):
+    with lock_folder(run):
         refused(spdtool("finetune", "--run", run), "another process is working")
     assert not (run / "finetune").exists()
+
+
+def test_a_signal_during_training_saves_and_says_how_to_go_on(
+    spdtool: Call, quick_words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("teacher", *quick_words, "--run", tmp_path / "run")
+    step = torch.optim.AdamW.step
+    for name, code in (("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)):
+
+        def step_and_signal(self: Any, *rest: Any, name: str = name, **extra: Any) -> Any:
+            result = step(self, *rest, **extra)
+            os.kill(os.getpid(), getattr(signal, name))
+            return result
+
+        monkeypatch.setattr(torch.optim.AdamW, "step", step_and_signal)
+        called = spdtool(*words)
+        assert called.exit_code == code, called.output
+        said = " ".join(called.stderr.split())
+        assert f"teacher was stopped by {name} and saved step" in said
+        assert "the same command goes on from there" in said
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    assert spdtool(*words).exit_code == 0
 
 
 def test_no_permission(spdtool: Call, quick_words: tuple[str, ...], tmp_path: Path, monkeypatch: Any) -> None:

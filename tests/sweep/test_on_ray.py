@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -13,11 +14,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from filelock import FileLock
 
 from spdtool import plugins, sweep
 from spdtool.errors import DeviceError
-from spdtool.run.folder import LOCK
+from spdtool.run.lock import lock_folder
 from spdtool.run.records import StudentRow
 from spdtool.sweep import on_ray as cluster
 from spdtool.sweep import summary
@@ -142,7 +142,7 @@ def test_trials_of_a_node_that_dies_go_on_elsewhere(
     def work(trial: sweep.Trial, stopping: Any, teacher: Any) -> StudentRow:
         if gather(3) == doomed_id:
             trial.folder.mkdir(parents=True)
-            with FileLock(trial.folder / LOCK):  # as a stage in progress holds it, until Ray's worker has ended too
+            with lock_folder(trial.folder):  # as a stage in progress holds it, until Ray's worker has ended too
                 held.touch()
                 time.sleep(600)
         return unlocked(trial)
@@ -165,16 +165,15 @@ def test_trials_of_a_node_that_dies_go_on_elsewhere(
 def test_a_trial_waits_for_an_orphan_that_holds_its_folder(planned: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     (trial,) = planned(recipes=["gmp"])
     trial.folder.mkdir(parents=True)
-    orphan = FileLock(trial.folder / LOCK)
-    orphan.acquire()
+    orphan = contextlib.ExitStack()
+    orphan.enter_context(lock_folder(trial.folder))
     monkeypatch.setattr(cluster, "ORPHAN_SECONDS", 0.0)
     assert "RunLocked: another process is working in" in (cluster.run_unlocked_trial(trial).error or "")
     monkeypatch.setattr(cluster, "ORPHAN_SECONDS", 300.0)
     monkeypatch.setattr(
-        cluster, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: orphan.release())
+        cluster, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: orphan.close())
     )
     assert cluster.run_unlocked_trial(trial).status == "done"
-    assert not orphan.is_locked
 
 
 @pytest.mark.slow

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,6 @@ import pytest
 import torch
 from torch import nn
 
-from spdtool.errors import Corrupt
 from spdtool.training import checkpoint
 from spdtool.training.checkpoint import (
     Snapshot,
@@ -54,10 +56,11 @@ def test_what_was_written_comes_back_to_the_last_bit(tmp_path: Path) -> None:
             assert torch.equal(found.tensors[group][name], tensor)
 
 
-def test_only_the_newest_is_kept(tmp_path: Path) -> None:
+def test_the_newest_two_are_kept(tmp_path: Path) -> None:
     for step in (9, 10, 100):
         write_snapshot(tmp_path, made(step))
-    assert names(tmp_path) == ["step-000000100/state.json", "step-000000100/state.safetensors"]
+    files = ["contents.json", "state.json", "state.safetensors"]
+    assert names(tmp_path) == [f"step-{step:09d}/{file}" for step in (10, 100) for file in files]
 
 
 def test_without_a_snapshot_there_is_nothing_to_resume(tmp_path: Path) -> None:
@@ -74,40 +77,87 @@ def test_a_half_written_one_is_not_seen(tmp_path: Path) -> None:
     assert found is not None
     assert found.step == 3
     write_snapshot(tmp_path, made(4))
-    assert names(tmp_path) == ["step-000000004/state.json", "step-000000004/state.safetensors"]
-
-
-def test_of_two_the_later_counts_even_if_the_older_is_half_removed(tmp_path: Path) -> None:
-    write_snapshot(tmp_path, made(3))
-    (tmp_path / "step-000000002").mkdir()
-    found = read_newest_snapshot(tmp_path, "f")
-    assert found is not None
-    assert found.step == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000003", "step-000000004"]
 
 
 def test_one_that_belongs_to_something_else_is_removed(tmp_path: Path) -> None:
     write_snapshot(tmp_path / "state", made(3))
     assert read_newest_snapshot(tmp_path / "state", "another") is None
+    assert len(names(tmp_path)) == 3, "a rank that only looks removes nothing"
+    notes: list[str] = []
+    assert read_newest_snapshot(tmp_path / "state", "another", notes.append) is None
+    assert "begins anew: its snapshot belongs to other settings" in notes[0]
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("file", ["state.json", "state.safetensors"])
-@pytest.mark.parametrize("damage", ["cut", "missing"])
-def test_a_damaged_one_is_named(tmp_path: Path, file: str, damage: str) -> None:
+def cut(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def flip(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 0x10]) + content[middle + 1 :]
+
+
+def zero_tail(content: bytes) -> bytes:
+    return cut(content) + bytes(len(content) - len(cut(content)))
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "a bit is flipped": flip,
+    "the tail reads as zeros": zero_tail,
+    "it is cut": cut,
+    "it is empty": lambda _: b"",
+    "it is another file": lambda content: b"{}",
+    "it is a list": lambda content: b"[1, 2]",
+}
+
+
+def test_a_damaged_one_is_passed_over_in_favour_of_the_older(tmp_path: Path) -> None:
+    for file in ("contents.json", "state.json", "state.safetensors"):
+        for damage, apply in DAMAGES.items():
+            root = tmp_path / file / damage
+            for step in (3, 4):
+                write_snapshot(root, made(step))
+            path = root / "step-000000004" / file
+            path.write_bytes(apply(path.read_bytes()))
+            notes: list[str] = []
+            looked, found = read_newest_snapshot(root, "f"), read_newest_snapshot(root, "f", notes.append)
+            assert found is not None, (file, damage)
+            assert looked is not None, (file, damage)
+            assert (looked.step, found.step) == (3, 3), (file, damage)
+            assert len(notes) == 1, (file, damage)
+            assert "step-000000004 is damaged and passed over" in notes[0], (file, damage)
+            assert [path.name for path in root.iterdir()] == ["step-000000003"], (file, damage)
+
+
+def test_without_an_intact_one_the_stage_begins_anew(tmp_path: Path) -> None:
     write_snapshot(tmp_path, made(3))
-    path = tmp_path / "step-000000003" / file
-    if damage == "cut":
-        path.write_bytes(path.read_bytes()[:-20])
-    else:
-        path.unlink()
-    with pytest.raises(Corrupt, match="step-000000003"):
-        read_newest_snapshot(tmp_path, "f")
+    (tmp_path / "step-000000003" / "state.json").unlink()
+    (tmp_path / "step-000000004").mkdir()
+    (tmp_path / "step-000000005").touch()
+    notes: list[str] = []
+    assert read_newest_snapshot(tmp_path, "f", notes.append) is None
+    assert len(notes) == 4
+    assert notes[-1] == "the stage begins anew: none of its snapshots is intact"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_snapshot_of_the_same_step_is_replaced(tmp_path: Path) -> None:
+    write_snapshot(tmp_path, made(3))
+    write_snapshot(tmp_path, made(4, first=True))
+    write_snapshot(tmp_path, made(4, first=False))
+    found = read_newest_snapshot(tmp_path, "f")
+    assert found is not None
+    assert found.notes["first"] is False
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000003", "step-000000004"]
 
 
 def test_a_full_disk_leaves_the_older_one_and_nothing_half_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_snapshot(tmp_path, made(3))
+    before = names(tmp_path)
 
     def full(tensors: Any, path: Path) -> None:
         path.write_bytes(b"half")
@@ -116,8 +166,17 @@ def test_a_full_disk_leaves_the_older_one_and_nothing_half_written(
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         write_snapshot(tmp_path, made(4))
-    assert names(tmp_path) == ["step-000000003/state.json", "step-000000003/state.safetensors"]
+    assert names(tmp_path) == before
     assert read_newest_snapshot(tmp_path, "f") is not None
+
+
+def test_all_files_may_be_read_as_the_umask_says(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_snapshot(tmp_path, made(3))
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.glob("*/*")} == {0o640}
 
 
 def test_nothing_is_pickled(tmp_path: Path) -> None:

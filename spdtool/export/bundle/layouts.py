@@ -19,8 +19,9 @@ from spdtool.errors import ModelError, StageMissing, UnknownName
 from spdtool.export.bundle.read import MANIFEST, read_golden_examples, read_json_object, read_manifest
 from spdtool.export.bundle.unpack import require_empty_folder
 from spdtool.export.bundle.write import BUNDLE_FOLDER, PORTABLE_TARGET
-from spdtool.run.folder import Run, replacing
+from spdtool.run.folder import Run
 from spdtool.run.records import BundleManifest, Variant
+from spdtool.run.storage import replacing
 
 LARGE_FILES = ("*.onnx", "*.onnx_data", "*.so", "*.dylib", "*.dll")
 MAX_BATCH = 64  # rows

@@ -8,7 +8,7 @@ from spdtool.errors import ModelError, RunError
 from spdtool.export.bundle.read import read_bundle
 from spdtool.export.target import get_target
 from spdtool.models.load import build_empty_model, fill_weights, load_tokenizer, save_model
-from spdtool.run.folder import replacing
+from spdtool.run.storage import replacing
 
 
 def unpack_checkpoint(folder: Path, out: Path) -> Path:

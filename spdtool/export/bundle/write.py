@@ -40,7 +40,6 @@ from spdtool.export.target import get_target
 from spdtool.models.load import label_names, load_model, load_tokenizer
 from spdtool.recipe.fields import Recipe
 from spdtool.run.fingerprint import sha256
-from spdtool.run.folder import write_json
 from spdtool.run.records import (
     BundleManifest,
     ExportedModel,
@@ -51,6 +50,7 @@ from spdtool.run.records import (
     Padding,
     Variant,
 )
+from spdtool.run.storage import write_json
 from spdtool.tasks import find_task
 
 BUNDLE_FOLDER = "bundle"

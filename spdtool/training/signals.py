@@ -1,0 +1,64 @@
+"""SIGINT, SIGTERM and SIGHUP during training: the first lets the step end and a snapshot be saved, the second ends."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from spdtool import console
+from spdtool.errors import Stopped
+
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # by name: Windows has no SIGHUP
+
+
+class StopRequest:
+    """The first signal that asked this process to end, if one did."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+    def raise_stopped(self, stage: str, step: int, steps: int) -> None:
+        """Raise Stopped, which says where a stage that has saved step `step` of `steps` goes on."""
+        assert self.signal is not None
+        raise Stopped(
+            f"{stage} was stopped by {self.signal.name} and saved step {step:,} of {steps:,}; "
+            "the same command goes on from there",
+            128 + self.signal,
+        )
+
+
+@contextmanager
+def watch_signals(*, enabled: bool = True) -> Iterator[StopRequest]:
+    """Let the first signal inside the block only be remembered; afterwards signals do what they did before.
+
+    Args:
+        enabled: False to change nothing.
+    """
+    request = StopRequest()
+    # Python delivers signals to the main thread alone, and lets no other one ask for them
+    if not enabled or threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def remember(number: int, _frame: FrameType | None) -> None:
+        request.signal = signal.Signals(number)
+        restore()  # a second one ends at once
+        console.warn_from_signal(f"{request.signal.name}: saving after this step; once more to end at once")
+
+    for name in SIGNALS:
+        number = getattr(signal, name, None)
+        # None: set by C code, such as an embedding program's; ignored: by nohup, which must go on
+        if number is not None and signal.getsignal(number) not in (None, signal.SIG_IGN):
+            before[number] = signal.signal(number, remember)
+    try:
+        yield request
+    finally:
+        restore()

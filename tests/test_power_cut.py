@@ -1,0 +1,52 @@
+"""A power cut anywhere in a training stage: it goes on, or begins anew, and ends with the weights of a calm run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slow  # a training stage for each state that a cut may leave
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What `power_cuts.py` reports of the prune stage."""
+    root = tmp_path_factory.mktemp("cuts")
+    script = Path(__file__).with_name("power_cuts.py")
+    done = subprocess.run([sys.executable, str(script), str(root)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    shutil.rmtree(root)
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
+
+
+def test_after_every_cut_the_same_command_ends_with_the_same_weights(result: dict[str, Any]) -> None:
+    assert len(result["states"]) >= 30
+    for moment, state in result["states"].items():
+        assert state["ended"] == 0, (moment, state)
+        assert state["weights"] == result["calm"], (moment, state)
+
+
+def test_a_snapshot_that_was_made_is_not_lost(result: dict[str, Any]) -> None:
+    """After the first snapshot is on the disk no cut makes the stage begin anew, and no snapshot is damaged."""
+    states = list(result["states"].values())
+    steps = [state["resumed"] for state in states]
+    first = next(index for index, step in enumerate(steps) if step > 0)
+    # a moment may have two states, with the names lost and with the names there
+    for index in range(first + 2, len(states)):
+        assert steps[index] > 0, states[index]
+        assert "damaged" not in states[index]["notes"], states[index]
+    assert {0, 3, 6, 9, 12} <= set(steps), "before the first, after each, and committed"
+
+
+def test_without_flushing_the_layer_finds_faults(result: dict[str, Any]) -> None:
+    """The same stage with flushing switched off: else this test could not fail."""
+    states = result["unflushed"].values()
+    assert any("damaged" in state["notes"] for state in states)
+    assert any(state["weights"] != result["calm"] for state in states)

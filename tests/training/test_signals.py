@@ -1,0 +1,66 @@
+"""Signals during training: the first is remembered, the second ends, and afterwards all is as it was."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+
+from spdtool.errors import Stopped
+from spdtool.training.signals import SIGNALS, StopRequest, watch_signals
+
+NUMBERS = [getattr(signal, name) for name in SIGNALS]
+
+
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_the_first_signal_is_remembered_and_said(number: int, capfd: pytest.CaptureFixture[str]) -> None:
+    before = [signal.getsignal(each) for each in NUMBERS]
+    with watch_signals() as stop:
+        assert stop.signal is None
+        send(number)
+        assert stop.signal == number
+    assert [signal.getsignal(each) for each in NUMBERS] == before
+    name = signal.Signals(number).name
+    assert f"{name}: saving after this step; once more to end at once" in capfd.readouterr().err
+    with pytest.raises(Stopped, match=f"prune was stopped by {name} and saved step 1,200 of 3,000") as caught:
+        stop.raise_stopped("prune", 1200, 3000)
+    assert caught.value.exit_code == 128 + number
+
+
+def test_the_second_one_ends_at_once() -> None:
+    with pytest.raises(KeyboardInterrupt), watch_signals():
+        send(signal.SIGTERM)
+        send(signal.SIGINT)
+
+
+def test_what_is_ignored_stays_ignored() -> None:
+    """A run under nohup goes on when its terminal is gone."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with watch_signals() as stop:
+            send(signal.SIGHUP)
+            assert stop.signal is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_another_thread_and_several_ranks_leave_the_signals_alone() -> None:
+    handlers: list[object] = []
+
+    def watch() -> None:
+        with watch_signals() as stop:
+            handlers.append(signal.getsignal(signal.SIGTERM))
+            assert isinstance(stop, StopRequest)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    thread.join()
+    with watch_signals(enabled=False):
+        handlers.append(signal.getsignal(signal.SIGTERM))
+    assert handlers == [signal.getsignal(signal.SIGTERM)] * 2
