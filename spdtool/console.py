@@ -14,9 +14,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import Any
 
-from rich import box, markup
+from rich import box
 from rich.console import Console, Group
 from rich.panel import Panel
 from rich.table import Table
@@ -24,7 +25,9 @@ from rich.text import Text
 
 from spdtool import ranks
 from spdtool.errors import SpdError
+from spdtool.escaping import PROTECT, RESTORE, escape_json, make_visible
 from spdtool.recipe import PHASES
+from spdtool.run.forecast import Forecast, format_duration
 
 Event = dict[str, Any]  # one line of metrics.jsonl
 OnEvent = Callable[[Event], None]
@@ -38,6 +41,7 @@ NUMBER = re.compile(r"-?[\d,.]+(e-?\d+)?[%xM]?( ± (-|[\d.]+))?")  # 12, 3.5%, 1
 _json = False
 _silent = False
 _listener: OnStageEvent | None = None
+_forecast = Forecast()
 # Ranks other than the main one print nothing.
 _out = Console(highlight=False, quiet=not ranks.is_main())
 _err = Console(stderr=True, highlight=False, quiet=not ranks.is_main())
@@ -62,12 +66,23 @@ def _new_console(*, stderr: bool = False) -> Console:
 def say(text: str) -> None:
     """Print a line for the user; markup such as [bold] is understood, so `escape` foreign text."""
     if not _silent:
-        _out.print(text, soft_wrap=not _out.is_terminal)
+        _out.print(read_markup(text), soft_wrap=not _out.is_terminal)
 
 
-def escape(text: object) -> str:
-    """Return text for `say` in which brackets are no markup."""
-    return markup.escape(str(text))
+def escape(text: object, *, lines: bool = False) -> str:
+    """Return text for `say` in which brackets are no markup, and control characters are spelt out.
+
+    Args:
+        lines: leave line feeds as they are.
+    """
+    return make_visible(text, lines=lines).translate(PROTECT)
+
+
+def read_markup(text: str) -> Text:
+    """Return styled text; what was escaped is plain."""
+    styled = Text.from_markup(text, emoji=False)
+    styled.plain = styled.plain.translate(RESTORE)  # one character for one, so the styles stay where they were
+    return styled
 
 
 @contextmanager
@@ -83,7 +98,7 @@ def quiet() -> Iterator[None]:
 
 def warn(text: str) -> None:
     """Print a note: a request is not carried out as it was made, or something deserves attention."""
-    _err.print(f"[yellow]note:[/] {escape(text)}", soft_wrap=not _err.is_terminal)
+    _err.print(read_markup(f"[yellow]note:[/] {escape(text)}"), soft_wrap=not _err.is_terminal)
 
 
 def warn_from_signal(text: str) -> None:
@@ -104,11 +119,16 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     )
     for index, column in enumerate(columns):
         is_number = index > 0 and is_numeric([row[index] for row in rows])
-        table.add_column(column, justify="right" if is_number else "left", overflow="fold")
+        table.add_column(make_text(column), justify="right" if is_number else "left", overflow="fold")
     for row in rows:
-        table.add_row(*[escape(format_cell(cell)) for cell in row])
+        table.add_row(*[make_text(format_cell(cell)) for cell in row])
     say(f"\n[bold]{escape(title)}[/]")
     _out.print(table)
+
+
+def make_text(text: object) -> Text:
+    """Return foreign text as rich draws it: without markup, its control characters spelt out."""
+    return Text(make_visible(text))
 
 
 def is_numeric(cells: Sequence[object]) -> bool:
@@ -140,13 +160,17 @@ def print_result(value: object) -> None:
     """Print the result of a command: JSON on standard output with `--json`, nothing otherwise."""
     # Of several processes one prints: the launcher, or else the main one.
     if _json and ranks.is_main() and not ranks.has_launcher():
-        sys.stdout.write(json.dumps(_finite(value), indent=2, ensure_ascii=False, default=str) + "\n")
+        text = json.dumps(_finite(value), indent=2, ensure_ascii=False, default=str)
+        sys.stdout.write(escape_json(text) + "\n")
         sys.stdout.flush()
 
 
 def print_row(value: Mapping[str, object], text: str) -> None:
     """Print one row of a result as soon as it is there: one line of JSON with `--json`, else `text`."""
-    line = json.dumps(_finite(value), ensure_ascii=False, default=str) if _json else text
+    if _json:
+        line = escape_json(json.dumps(_finite(value), ensure_ascii=False, default=str))
+    else:  # columns are separated by tabs
+        line = "\t".join(map(make_visible, text.split("\t")))
     sys.stdout.write(line + "\n")
 
 
@@ -169,20 +193,26 @@ def print_error(error: SpdError) -> None:
     if _json:
         print_result({"error": type(error).__name__, "message": error.message, "hint": error.hint})
         return
-    body = escape(error.message)
+    text = _escape_lines(error.message)
     if error.hint:
-        body += f"\n[dim]try:[/] {escape(error.hint)}"
+        text += f"\n[dim]try:[/] {_escape_lines(error.hint)}"
     if _err.is_terminal:
+        body = read_markup(text)
         _err.print(Panel(body, title=type(error).__name__, title_align="left", border_style="red"))
     else:
-        _err.print(f"{type(error).__name__}: {body}", soft_wrap=True)
+        _err.print(read_markup(f"{type(error).__name__}: {text}"), soft_wrap=True)
+
+
+def _escape_lines(text: str) -> str:
+    """Escape text of several lines; the further ones are indented, so that none passes for a line of this module."""
+    return escape(text, lines=True).replace("\n", "\n  ")
 
 
 @contextmanager
 def busy(text: str) -> Iterator[None]:
     """Show that work without steps is going on."""
     if _out.is_terminal:
-        with _out.status(escape(text)):
+        with _out.status(make_text(text)):
             yield
     else:
         say(escape(text))
@@ -201,15 +231,46 @@ def listen(listener: OnStageEvent) -> Iterator[None]:
 
 
 @contextmanager
-def progress(stage: str, steps: int, *, grafting: bool = True) -> Iterator[OnEvent]:
+def forecast_run(forecast: Forecast) -> Iterator[None]:
+    """Inside the block, show the time that remains of all stages of `forecast`."""
+    global _forecast
+    before, _forecast = _forecast, forecast
+    try:
+        yield
+    finally:
+        _forecast = before
+
+
+def begin_stage(stage: str, title: str) -> None:
+    """Print the title of a stage, with the time that remains where it is forecast."""
+    _forecast.begin(stage)
+    left = describe_time_left()
+    say(f"[bold]{title}[/]" + (f"; {left}" if left else ""))
+
+
+def describe_time_left() -> str:
+    """Return the time that remains, such as `about 25 min left`, and of what; empty where it is not known."""
+    seconds = _forecast.seconds_left()
+    if seconds is None:
+        return ""
+    scope = "" if _forecast.covers_all else " of this stage"
+    duration = format_duration(seconds)
+    return f"{duration} left{scope}" if duration.startswith("under") else f"about {duration} left{scope}"
+
+
+@contextmanager
+def progress(stage: str, steps: int, *, grafting: bool = True, prune_events: Sequence[int] = ()) -> Iterator[OnEvent]:
     """Show a training stage while it runs; yield the function that `fit` calls with each event.
 
     Args:
         grafting: whether the teacher's layers stand in at all; if not, no replacing rate is shown.
+        prune_events: optimiser steps at which the stage prunes.
     """
     listener = _listener
+    _forecast.begin(stage, steps, prune_events)
 
     def on_event(event: Event) -> None:
+        _forecast.observe(event)
         show(event)
         if listener is not None:
             listener(stage, steps, event)
@@ -238,25 +299,18 @@ class _LiveProgress:
     """Live display of a stage: the latest event of each kind in one panel."""
 
     def __init__(self, stage: str, steps: int, grafting: bool) -> None:
-        from rich.progress import (
-            BarColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
+        from rich.progress import BarColumn, Progress, TextColumn
 
         self._stage, self._grafting = stage, grafting
         self._step: Event = {}
         self._evaluation: Event = {}
+        self._work = ""
+        self._started = time.monotonic()
+        # The times are rows below it: beside a bar a narrow terminal would cut them.
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(None),
             TextColumn("{task.completed}/{task.total}"),
-            TextColumn("elapsed"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
         )
         self._task = self._bar.add_task(stage, total=steps)
 
@@ -268,16 +322,23 @@ class _LiveProgress:
             self._evaluation = event
         elif event["event"] == "prune":
             self._step["sparsity"] = event["sparsity"]
+        self._work = event["work"] if event["event"] == "pruning" else ""
         if "step" in event:
             self._bar.update(self._task, completed=event["step"])
 
     def draw(self) -> Panel:
         """Draw the panel."""
         grid = Table.grid(padding=(0, 2))
+        grid.add_row("[dim]elapsed[/]", str(timedelta(seconds=int(time.monotonic() - self._started))))
+        left = describe_time_left()
+        if left:
+            grid.add_row("[dim]left[/]", left.replace(" left", ""))
+        if self._work:
+            grid.add_row("[dim]pruning[/]", self._work)
         for name, value in _step_rows(self._step, self._grafting):
-            grid.add_row(f"[dim]{name}[/]", escape(value))
+            grid.add_row(f"[dim]{name}[/]", make_text(value))
         if self._evaluation:
-            grid.add_row("[dim]last dev score[/]", escape(_evaluation_text(self._evaluation)))
+            grid.add_row("[dim]last dev score[/]", make_text(_evaluation_text(self._evaluation)))
         draw = self._step.get("drawn")
         if draw and self._grafting:
             blocks = Text()
@@ -315,10 +376,19 @@ class _PlainProgress:
                 return f"student saved at sparsity {event['sparsity']:g}: dev {format_scores(event['dev'])}"
             case "resume":
                 return "resumed"
-            case "step" if time.monotonic() - self._printed_at > PLAIN_SECONDS:
-                self._printed_at = time.monotonic()
-                return "  ".join(f"{name} {value}" for name, value in _step_rows(event, self._grafting))
+            case "step" if self._is_due():
+                values = [f"{name} {value}" for name, value in _step_rows(event, self._grafting)]
+                return "  ".join(filter(None, [*values, describe_time_left()]))
+            case "pruning" if self._is_due():
+                return f"pruning: {event['work']}; {describe_time_left()}"
         return None
+
+    def _is_due(self) -> bool:
+        """Whether a line of progress is to be printed now."""
+        if time.monotonic() - self._printed_at <= PLAIN_SECONDS:
+            return False
+        self._printed_at = time.monotonic()
+        return True
 
 
 def _evaluation_text(event: Event) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
+import unicodedata
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from rich.console import Console
 
 from spdtool import console
 from spdtool.errors import SpdError
+from spdtool.run.forecast import Forecast, StageCost
 
 LONG = "a path that is much longer than eighty columns/" * 5
 
@@ -153,7 +156,7 @@ def test_progress_in_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
         "prune 3/10  resumed",
         "prune 4/10  pruned to 0.2500",
         "prune 5/10  epoch 0.50 of 1  loss 1.5  hidden 0.5  examples/s 12.3  sparsity now 0.2500  "
-        "replacing rate 0.800  learning rate 1.00e-04",
+        "replacing rate 0.800  learning rate 1.00e-04  under 1 min left of this stage",
         "prune 10/10  dev score 0.7500  best so far",
     ]
 
@@ -191,3 +194,128 @@ def test_busy_is_a_line_or_a_spinner(terminal: io.StringIO, capsys: pytest.Captu
     with console.busy("timing [x]"):
         pass
     assert capsys.readouterr().out == "timing [x]\n"
+
+
+# What others have written --------------------------------------------------------------------------------------------
+
+HOSTILE = (
+    "[/]",
+    "[red]",
+    "[link=http://example.org]x[/link]",
+    "ends in a backslash\\",
+    "two\\\\",
+    ":warning:",
+    "<b>bold</b>",
+    "bell\x07 and \x1b[31mred\x1b[0m",
+    "cleared\x1b[2J",
+    "back\x08\x08\x08",
+    "return\rspdtool: all is well",
+    "\x9b31m",
+    "right \u202eto left",
+    "isolate \u2066x\u2069",
+    "zero\u200bwidth",
+    "line\u2028separator",
+    "half \ud800 pair",
+    "tag \U000e0041",
+    "private \U000f0001",
+    "two\nlines",
+)
+SPOKEN = {"[/]", "[red]", "[link=http://example.org]x[/link]", ":warning:", "<b>bold</b>"}  # printable as they are
+
+
+def is_safe(text: str) -> bool:
+    """Whether nothing in a printed text is a control but its line feeds and tabs."""
+    return not any(
+        unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+        for character in text
+        if character not in "\n\t"
+    )
+
+
+@pytest.mark.usefixtures("plain")
+def test_text_of_others_is_printed_and_not_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
+    for text in HOSTILE:
+        console.say(f"[bold]{console.escape(text)}[/] after")
+        console.print_table(text, (text,), [(text,)])
+        console.warn(text)
+        console.print_error(SpdError(text, text))
+        console.print_row({"label": text}, f"{text}\t0.9")
+        with console.busy(text):
+            pass
+        out, err = capsys.readouterr()
+        for stream in (out, err):
+            assert is_safe(stream), repr(stream)
+        if text in SPOKEN or text.endswith("\\"):
+            assert f"{text} after\n" in out, text
+        assert out.count(" after\n") == 1
+        assert out.splitlines()[-2].endswith("\t0.9"), "a row takes one line"
+
+
+def test_a_terminal_is_not_driven_by_text_of_others(terminal: io.StringIO) -> None:
+    for text in HOSTILE:
+        console.say(f"[bold]{console.escape(text)}[/]")
+        console.print_table(text, (text,), [(text,)])
+        console.print_error(SpdError(text, text))
+        with console.progress("prune", 10) as watch:
+            watch({"event": "eval", "step": 1, "metrics": {text: 0.5}, "best": False})
+            terminal.seek(0), terminal.truncate()
+            terminal.write(str(console.make_text(text)))
+        assert "\x1b[2J" not in terminal.getvalue()
+        assert is_safe(terminal.getvalue().split("\x1b")[0]), text
+
+
+def test_a_second_line_of_an_error_passes_for_no_other(plain: None, capsys: pytest.CaptureFixture[str]) -> None:
+    console.print_error(SpdError("label 'a\nnote: all is well'"))
+    assert capsys.readouterr().err == "SpdError: label 'a\n  note: all is well'\n"
+
+
+def test_json_escapes_what_a_terminal_would_obey_and_reads_as_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    console.configure(as_json=True)
+    for text in HOSTILE:
+        console.print_result({"label": text})
+        out, _ = capsys.readouterr()
+        assert json.loads(out) == {"label": text}
+        assert is_safe(out), repr(out)
+
+
+# Time left -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("plain")
+def test_a_stage_says_what_remains_of_all_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+    costs = {"prune": StageCost(steps=10, step_seconds=60.0), "export": StageCost(other_seconds=600.0)}
+    with console.forecast_run(Forecast(costs)):
+        console.begin_stage("prune", "prune")
+        console.begin_stage("export", "export")
+    console.begin_stage("export", "export")
+    assert capsys.readouterr().out.splitlines() == [
+        "prune; about 20 min left", "export; about 10 min left", "export"
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("plain")
+def test_the_work_of_a_prune_event_is_a_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "PLAIN_SECONDS", -1)
+    with (
+        console.forecast_run(Forecast({"prune": StageCost(10, 6.0, (5,), 600.0)})),
+        console.progress("prune", 10, prune_events=[5]) as watch,
+    ):
+        watch({"event": "pruning", "step": 5, "work": "event 1 of 1, solving matrix 7 of 36"})
+    line = "prune 5/10  pruning: event 1 of 1, solving matrix 7 of 36; about 10 min left\n"
+    assert capsys.readouterr().out == line
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_the_live_display_keeps_its_times_at_any_width(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    screen = io.StringIO()
+    drawn = Console(file=screen, force_terminal=True, width=width, height=30, highlight=False, color_system=None)
+    monkeypatch.setattr(console, "_out", drawn)
+    with console.forecast_run(Forecast({"prune": StageCost(10, 7200.0)})), console.progress("prune", 10) as watch:
+        for event in EVENTS:
+            watch(event)
+        watch({"event": "pruning", "step": 10, "work": "event 2 of 2, solving matrix 7 of 36"})
+    shown = re.sub(r"[│\s]+", " ", screen.getvalue())
+    for text in ("10/10", "elapsed 0:00:00", "left under 1 min", "solving matrix 7 of 36"):
+        assert text in shown, (width, text)

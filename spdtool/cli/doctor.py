@@ -46,7 +46,7 @@ def doctor() -> object:
     checks = examine()
     for check in checks:
         status = f"[{COLOURS[check.status]}]{check.status:>4}[/]"
-        console.say(f"{status}  [bold]{check.name}[/]  {console.escape(check.found)}")
+        console.say(f"{status}  [bold]{console.escape(check.name)}[/]  {console.escape(check.found)}")
         if check.advice:
             console.say(f"      [dim]{console.escape(check.advice)}[/]")
     records = [asdict(check) for check in checks]

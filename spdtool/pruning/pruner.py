@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -14,6 +14,8 @@ from spdtool.models import collectives, fsdp
 from spdtool.pruning.masks import Masks
 from spdtool.pruning.statistics import STATISTICS, Observer, Stats
 from spdtool.recipe.fields import Prune
+
+OnWork = Callable[[str], None]
 
 
 class Pruner:
@@ -126,8 +128,11 @@ class Pruner:
             self.masks.zero_gradients()
 
     @torch.no_grad()
-    def prune(self, step: int) -> float | None:
+    def prune(self, step: int, on_work: OnWork = lambda _: None) -> float | None:
         """Prune if an event is due after optimiser step `step`; return the sparsity now, or None.
+
+        Args:
+            on_work: is called with what comes next, matrix by matrix: a second-order event may take many minutes.
 
         Raises:
             RecipeError: nothing was observed of what the criterion ranks by, or its scores are
@@ -142,10 +147,13 @@ class Pruner:
                 f"criterion {self.section.criterion!r} has observed nothing before the prune event at step {step}",
                 "set prune.calibration to a number of batches, leave prune.first out, or set compile to false",
             )
-        scores = {name: self._score(name) for name in self.masks.parameters}
+        scores = {}
+        for number, name in enumerate(self.masks.parameters, 1):
+            on_work(f"scoring matrix {number} of {len(self.masks.parameters)}")
+            scores[name] = self._score(name)
         dead, allocation = self.masks.choose(scores, sparsity, self.section.scope, self.section.least)
         self.clamped, self.lowered = allocation.clamped, allocation.lowered
-        mended = self._mend_survivors(dead)
+        mended = self._mend_survivors(dead, on_work)
         # Replicas whose statistics differ in the last bit may rank two weights differently, so all take the choice of
         # rank 0. Sharded weights are ranked whole, and each rank has other rows.
         if not any(map(fsdp.is_sharded, self.masks.parameters.values())):
@@ -212,12 +220,13 @@ class Pruner:
             return scores
         return pattern.to_weights(score_blocks(weight, stats, pattern.block))
 
-    def _mend_survivors(self, dead: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    def _mend_survivors(self, dead: Mapping[str, Tensor], on_work: OnWork) -> dict[str, Tensor] | None:
         """Let the survivors make up for the dying; None if the criterion cannot, or must not."""
         if self._mend is None:
             return None
         mended = {}
-        for name, weight in self.masks.parameters.items():
+        for number, (name, weight) in enumerate(self.masks.parameters.items(), 1):
+            on_work(f"solving matrix {number} of {len(self.masks.parameters)}")
             # regrown weights are no survivors: their old value has no part in the solution
             alive = ~(self.masks.dead[name] | dead[name])
             mended[name] = self._mend(fsdp.local_rows(weight), alive, self._observer.stats(name))

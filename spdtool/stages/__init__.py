@@ -161,7 +161,7 @@ def run_stage(run: Run, stage: str) -> Result:
     section = run.recipe.section(stage)
     if isinstance(section, Distilled) and not section.grafting.enabled:
         title += "; grafting: off in this recipe"
-    console.say(f"[bold]{title}[/]")
+    console.begin_stage(stage, title)
     # By name: importing every stage would import torch for a run whose stages are all done.
     function: Callable[[Run], Result] = getattr(importlib.import_module(f"spdtool.stages.{stage}"), stage)
     result = function(run)

@@ -147,7 +147,8 @@ def train_phase(run: Run, stage: str, student: Student) -> TrainingResult:
     with run.stage(stage) as work:
         fitted = None
         if student.length.steps > 0:  # a phase may be switched off with epochs=0
-            with console.progress(stage, student.length.steps, grafting=lesson.has_grafting) as on_event:
+            steps, events = student.length.steps, tuple(pruner.events)
+            with console.progress(stage, steps, grafting=lesson.has_grafting, prune_events=events) as on_event:
                 fitted = fit(student, lesson, rows, section, student.length, recipe, work, on_event)
         pruner.finalize()  # a live weight may have landed on exactly 0
         dev, train = student.score()

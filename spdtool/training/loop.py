@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -278,11 +278,19 @@ def _prune_if_due(job: _Job, step: int) -> None:
     if pruner is None or not pruner.is_due(step):
         return
     _save_student_if_requested(job, step)
+
+    number = sum(event <= step for event in pruner.events)
+
+    def show_work(text: str) -> None:
+        work = f"event {number} of {len(pruner.events)}, {text}"
+        job.log.on_event({"event": "pruning", "step": step, "work": work})  # for the display alone, not in the log
+
+    show_work("looking at rows")
     if saliency is not None and saliency.needs_calibration(step):
         batches = calibration_batches(job.rows, saliency.section, job.recipe, step)
-        microbatches = (_repeat_draw(job.lesson, job.splitter.split(job.rows, batch)) for batch in batches)
+        microbatches = _split_calibration(job, batches, show_work)
         saliency.calibrate(job.learner.model, lambda each: _compute_terms(job, each, step), microbatches)
-    sparsity = pruner.prune(step)
+    sparsity = pruner.prune(step, show_work)
     event: dict[str, object] = {"step": step, "sparsity": sparsity}
     # what `prune.least` changed: zeros of a matrix before and after, and groups for which it had to give way
     if pruner.clamped:
@@ -290,6 +298,15 @@ def _prune_if_due(job: _Job, step: int) -> None:
     if pruner.lowered:
         event["lowered"] = pruner.lowered
     job.log.write("prune", event)
+
+
+def _split_calibration(
+    job: _Job, batches: Iterable[np.ndarray], show_work: Callable[[str], None]
+) -> Iterator[Iterator[Microbatch]]:
+    """Yield the micro-batches of each calibration batch, and say which one it is."""
+    for number, batch in enumerate(batches, 1):
+        show_work(f"calibration batch {number} of {job.recipe.prune.calibration}")
+        yield _repeat_draw(job.lesson, job.splitter.split(job.rows, batch))
 
 
 def _save_student_if_requested(job: _Job, step: int) -> None:

@@ -1,0 +1,90 @@
+"""The time that remains: estimates of the plan, corrected by what is measured; prune events count by themselves."""
+
+from __future__ import annotations
+
+import pytest
+
+from spdtool.run.forecast import Forecast, StageCost, format_duration
+
+
+class Clock:
+    """A clock that a test sets."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_before_anything_is_measured_the_estimates_count() -> None:
+    clock = Clock()
+    costs = {"prune": StageCost(100, 2.0, (50, 100), 30.0, 10.0), "bench": StageCost(other_seconds=90.0)}
+    assert costs["prune"].seconds == 270
+    forecast = Forecast(costs, clock)
+    forecast.begin("prune", 100, [50, 100])
+    assert forecast.seconds_left() == 270 + 90
+    clock.now = 30
+    forecast.begin("bench")
+    assert forecast.seconds_left() == 90
+    clock.now = 50
+    assert forecast.seconds_left() == 70
+    clock.now = 500
+    assert forecast.seconds_left() == 0
+
+
+def test_without_estimates_a_stage_is_forecast_from_its_steps() -> None:
+    clock = Clock()
+    forecast = Forecast(clock=clock)
+    assert forecast.seconds_left() is None
+    forecast.begin("prune", 100, [0, 60])
+    assert forecast.seconds_left() is None
+    for step, now in ((0, 5.0), (0, 20.0)):
+        clock.now = now
+        forecast.observe({"event": "pruning" if now == 5 else "prune", "step": step})
+    clock.now = 30
+    forecast.observe({"event": "step", "step": 10})
+    assert forecast.seconds_left() == pytest.approx(90 * (5 + 10) / 10 + 15), "the event to come counts as the first"
+    assert not forecast.covers_all
+
+
+def test_a_prune_event_does_not_slow_the_steps() -> None:
+    clock = Clock()
+    forecast = Forecast({"prune": StageCost(100, 1.0, (10, 20), 5.0)}, clock)
+    forecast.begin("prune", 100, [10, 20])
+    clock.now = 10
+    forecast.observe({"event": "pruning", "step": 10})
+    clock.now = 610
+    forecast.observe({"event": "pruning", "step": 10})
+    assert forecast.seconds_left() == 90, "more than was estimated for both events is over"
+    clock.now = 1010
+    forecast.observe({"event": "prune", "step": 10})
+    assert forecast.seconds_left() == 90 + 1000
+
+
+def test_later_stages_are_corrected_by_what_was_measured() -> None:
+    clock = Clock()
+    costs = {
+        "prune": StageCost(100, 1.0),
+        "distill": StageCost(100, 2.0, (), 0.0, 50.0),
+        "export": StageCost(other_seconds=60.0),
+    }
+    forecast = Forecast(costs, clock)
+    forecast.begin("prune", 100)
+    clock.now = 30
+    forecast.observe({"event": "step", "step": 10})
+    assert forecast.seconds_left() == pytest.approx(90 * 3 + 3 * 250 + 60)
+
+
+def test_what_an_earlier_session_did_is_not_repeated() -> None:
+    clock = Clock()
+    forecast = Forecast({"prune": StageCost(100, 1.0, (0, 40, 80), 10.0)}, clock)
+    forecast.begin("prune", 100, [0, 40, 80])
+    forecast.observe({"event": "resume", "step": 50})
+    assert forecast.seconds_left() == 50 + 10
+
+
+def test_durations_are_no_more_exact_than_forecasts() -> None:
+    texts = {20: "under 1 min", 90: "2 min", 89 * 60: "89 min", 7500: "2 h 5 min", 3 * 86400: "3 days"}
+    for seconds, text in texts.items():
+        assert format_duration(seconds) == text
