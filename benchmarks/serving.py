@@ -203,7 +203,7 @@ def _client(options: argparse.Namespace) -> None:
                 "outputs": [{"name": "logits"}],
             }
         ).encode()
-        head = f"POST /v2/models/{NAME}/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = f"POST /v2/models/{NAME}/infer HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
         requests.append((head.encode() + body, logits[start : start + options.texts].ravel()))
     started = time.perf_counter()
     wrong, waits = asyncio.run(_send(requests, options.port, options.connections))

@@ -12,6 +12,7 @@ import typer
 from spdtool import console
 from spdtool.cli.options import command
 from spdtool.errors import DataError, RecipeError, UnknownName
+from spdtool.escaping import make_visible
 
 if TYPE_CHECKING:
     from spdtool.serving.predict import InputLine
@@ -91,16 +92,19 @@ def predict(
 
 
 def prediction_text(prediction: Mapping[str, Any]) -> str:
-    """Label and probability, separated by a tab; an unlabelled line still takes up a line of the output."""
+    """Label and probability, separated by a tab; an unlabelled line still takes up a line of the output.
+
+    Control characters of a label are spelled out: the label may be a stranger's.
+    """
     if "error" in prediction:
         return "-\t-"
     label, probability = prediction["label"], prediction["probability"]
     if isinstance(label, list):
         probabilities = ",".join(f"{probability[name]:.4f}" for name in label)
-        return f"{','.join(label)}\t{probabilities}"
+        return f"{','.join(map(make_visible, label))}\t{probabilities}"
     if probability is None:
         return f"{label:.6g}"
-    return f"{label}\t{probability:.4f}"
+    return f"{make_visible(label)}\t{probability:.4f}"
 
 
 @command
@@ -122,14 +126,33 @@ def serve(
     threads: Annotated[
         int, typer.Option(help="Threads of all workers together; 0: as many as there are cores.", min=0)
     ] = 0,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Name in the header Host to answer; may be given again, and * is any.",
+            show_default="this machine's own names, or any if other machines can reach --host",
+        ),
+    ] = None,
+    access_log: Annotated[bool, typer.Option("--access-log", help="Print a line for every request.")] = False,
 ) -> Any:
     """Serve a bundle over HTTP: KServe v2, a plain /predict, and /metrics; ends cleanly on SIGTERM."""
     from dataclasses import asdict
 
     from spdtool.serving import server
 
-    limits = {"batch": batch, "wait": wait / 1000, "queue": queue, "texts": texts, "body": body}
-    options = server.ServerOptions(host, port, name, limits, workers, threads, provider, variant)
+    options = server.ServerOptions(
+        host,
+        port,
+        name,
+        limits={"batch": batch, "wait": wait / 1000, "queue": queue, "texts": texts},
+        connection_limits={"body": body},
+        workers=workers,
+        threads=threads,
+        provider=provider,
+        variant=variant,
+        allowed_hosts=tuple(allow_host or ()),
+        access_log=access_log,
+    )
     return asdict(server.serve_bundle(bundle, options))
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from spdtool.errors import SpdError
+from spdtool.errors import SpdError, first_line
 from spdtool.export.classifier import Classifier
 from spdtool.export.token_rows import TokenRow
 
@@ -32,14 +32,21 @@ class ServerClosing(SpdError):
     """The server is about to end and accepts no further rows."""
 
 
-@dataclass
+class EngineError(SpdError):
+    """The tokenizer or the model failed on a request; it says nothing about other requests."""
+
+
+class EngineDied(SpdError):
+    """A worker thread has ended before it was told to: the process has to be started anew."""
+
+
+@dataclass(eq=False)  # hashed by identity: two requests may have the same texts
 class PendingRequest:
     """A request that is being worked on.
 
     Attributes:
         logits: float32 [rows, labels], filled in as batches are computed.
         rows_to_do: rows without logits yet; it never reaches 0 for a request that failed.
-        failed: one of its batches could not be computed, and `future` has the error.
     """
 
     texts: list[str]
@@ -48,7 +55,6 @@ class PendingRequest:
     future: Future[np.ndarray] = field(default_factory=Future)
     logits: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.float32))
     rows_to_do: int = 0  # set when the request is tokenized
-    failed: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,8 @@ class Batcher:
         max_wait: seconds that a row waits for others while the batch is not full.
         max_rows: most rows in the queue; further requests are refused.
         observe: called with the number of rows of every computed batch.
+        check: called after every computed batch; what it raises is the answer to the batch's requests.
+        on_death: called once, in the thread that ends although nobody closed the batcher.
     """
 
     def __init__(
@@ -81,14 +89,18 @@ class Batcher:
         max_wait: float = 0.002,
         max_rows: int = 4096,
         observe: Callable[[int], None] = lambda _rows: None,
+        check: Callable[[], None] = lambda: None,
+        on_death: Callable[[], None] = lambda: None,
     ) -> None:
-        self._classify, self._observe = classify, observe
+        self._classify, self._observe, self._check, self._on_death = classify, observe, check, on_death
         self._max_batch, self._max_wait, self._max_rows = max_batch, max_wait, max_rows
         self._arrived: list[PendingRequest] = []  # not tokenized yet
         self._queue: list[QueuedRow] = []  # in order of arrival
+        self._unanswered: set[PendingRequest] = set()  # wherever they are, so that a dying worker can answer them
         self._rows, self._closed = 0, False
+        self._death: EngineDied | None = None
         self._changed = threading.Condition()  # its lock guards everything above, and every pending request
-        self._workers = [threading.Thread(target=self._work, name="engine", daemon=True) for _ in range(workers)]
+        self._workers = [threading.Thread(target=self._run_worker, name="engine", daemon=True) for _ in range(workers)]
         for worker in self._workers:
             worker.start()
 
@@ -107,6 +119,11 @@ class Batcher:
         """Number of worker threads that are alive."""
         return sum(worker.is_alive() for worker in self._workers)
 
+    @property
+    def death(self) -> EngineDied | None:
+        """Why a worker ended although nobody closed the batcher; None while all is well."""
+        return self._death
+
     def submit(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Future[np.ndarray]:
         """Queue a request.
 
@@ -116,10 +133,13 @@ class Batcher:
         Raises:
             QueueFull: the queue has no room for that many rows.
             ServerClosing: `close` was called.
+            EngineDied: a worker has ended.
         """
         second_texts = None if pairs is None else list(pairs)
         request = PendingRequest(list(texts), second_texts, arrived=time.monotonic())
         with self._changed:
+            if self._death is not None:
+                raise self._death
             if self._closed:  # a worker may have ended already: nobody would answer
                 raise ServerClosing("the server is shutting down", "send the request to another one")
             if self._rows + len(texts) > self._max_rows:
@@ -128,19 +148,63 @@ class Batcher:
                 )
             self._rows += len(texts)
             self._arrived.append(request)
+            self._unanswered.add(request)
             self._changed.notify()  # one is enough: a worker takes all that has arrived
         return request.future
 
-    def close(self) -> None:
-        """Answer everything that is queued, then end the threads."""
+    def close(self, seconds: float | None = None) -> None:
+        """Answer everything that is queued, then end the threads.
+
+        Args:
+            seconds: how long to wait for the threads, of which one may hang in native code; None: for ever.
+        """
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+        deadline = None if seconds is None else time.monotonic() + seconds
         for worker in self._workers:
-            worker.join()
+            worker.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+
+    def _run_worker(self) -> None:
+        """Run one worker thread; if it ends by an error, answer everybody and say so."""
+        try:
+            self._work()
+        # Every exception: the one that a panic of the tokenizer raises is no Exception.
+        except BaseException as error:
+            self._die(error)
+
+    def _die(self, error: BaseException) -> None:
+        """Answer every request with the death of a worker, and accept no further ones."""
+        with self._changed:
+            already_dead = self._death is not None
+            self._death = self._death or EngineDied(
+                f"a worker thread has ended: {describe_error(error)}", "start the server again"
+            )
+            self._closed = True
+            unanswered = list(self._unanswered)
+            self._arrived, self._queue = [], []
+            self._changed.notify_all()
+        for request in unanswered:
+            self._answer(request, self._death)
+        if not already_dead:
+            self._on_death()
+
+    def _answer(self, request: PendingRequest, answer: np.ndarray | BaseException) -> None:
+        """Answer a request, unless it has been answered already."""
+        with self._changed:
+            if request not in self._unanswered:
+                return
+            self._unanswered.discard(request)
+        # A request that no worker has looked at is pending still: its client may have given up.
+        if not request.future.running() and not request.future.set_running_or_notify_cancel():
+            return
+        if isinstance(answer, BaseException):
+            request.future.set_exception(answer)
+        else:
+            request.future.set_result(answer)
 
     def _work(self) -> None:
-        """Run one worker thread until the queue is closed and empty."""
+        """Serve the queue until it is closed and empty."""
         while self._wait_for_rows():
             with self._changed:
                 arrived, self._arrived = self._arrived, []
@@ -177,6 +241,8 @@ class Batcher:
                 running.append(request)
             else:  # the client has gone
                 self._subtract_rows(len(request.texts))
+                with self._changed:
+                    self._unanswered.discard(request)
         singles = [request for request in running if request.pairs is None]
         paired = [request for request in running if request.pairs is not None]
         for group in (singles, paired):
@@ -184,7 +250,7 @@ class Batcher:
                 continue
             try:
                 self._queue_rows(group)
-            except Exception:  # one bad text spoils the whole call; only its own request may fail
+            except BaseException:  # one bad text spoils the whole call; only its own request may fail
                 for request in group:
                     self._queue_rows_alone(request)
 
@@ -196,14 +262,17 @@ class Batcher:
             texts += request.texts
             pairs += request.pairs or []
         second_texts = None if requests[0].pairs is None else pairs
-        rows = iter(self._classify.encode(texts, second_texts)) if texts else iter(())  # a request may be empty
+        encoded = self._classify.encode(texts, second_texts) if texts else []  # a request may be empty
+        if len(encoded) != len(texts):
+            raise EngineError(f"the tokenizer gave {len(encoded)} rows for {len(texts)} texts")
+        rows = iter(encoded)
         queued = []
         for request in requests:
             request.rows_to_do = len(request.texts)
             request.logits = np.empty((request.rows_to_do, len(self._classify.names)), np.float32)
             queued += [QueuedRow(next(rows), request, index) for index in range(request.rows_to_do)]
             if request.rows_to_do == 0:
-                request.future.set_result(request.logits)
+                self._answer(request, request.logits)
         with self._changed:
             self._queue += queued
 
@@ -211,9 +280,9 @@ class Batcher:
         """Tokenize one request; if that fails, the request gets the error."""
         try:
             self._queue_rows([request])
-        except Exception as error:
+        except BaseException as error:
             self._subtract_rows(len(request.texts))
-            request.future.set_exception(error)
+            self._answer(request, as_answer(error))
 
     def _pick_batch(self) -> list[QueuedRow]:
         """Take a batch off the queue; an empty one if other workers were faster."""
@@ -252,9 +321,16 @@ class Batcher:
     def _compute(self, batch: list[QueuedRow]) -> None:
         """Compute a batch and answer the requests that are complete with it."""
         try:
-            logits = self._classify.compute([row.tokens for row in batch])
-        except Exception as error:
-            self._fail(batch, error)
+            logits = self._compute_logits(batch)
+        except BaseException as error:
+            rows_of_requests: dict[PendingRequest, list[QueuedRow]] = {}
+            for queued in batch:
+                rows_of_requests.setdefault(queued.request, []).append(queued)
+            if len(rows_of_requests) == 1:
+                self._fail(batch, as_answer(error))
+            else:  # one bad row spoils the whole batch; only its own request may fail
+                for rows in rows_of_requests.values():
+                    self._compute(rows)
             return
         self._subtract_rows(len(batch))
         self._observe(len(batch))
@@ -266,22 +342,48 @@ class Batcher:
                 if row.request.rows_to_do == 0:
                     complete.append(row.request)
         for request in complete:
-            request.future.set_result(request.logits)
+            self._answer(request, request.logits)
 
-    def _fail(self, batch: list[QueuedRow], error: Exception) -> None:
-        """Give the error to every request of a batch, and drop their other rows from the queue."""
-        requests = {id(row.request): row.request for row in batch}
+    def _compute_logits(self, batch: list[QueuedRow]) -> np.ndarray:
+        """Compute logits, float32 [rows, labels].
+
+        Raises:
+            EngineError: the model gave another shape, or values that are no numbers.
+        """
+        logits = self._classify.compute([row.tokens for row in batch])
+        expected = (len(batch), len(self._classify.names))
+        if logits.shape != expected:
+            raise EngineError(f"the model gave an output of the shape {[*logits.shape]}, not {[*expected]}")
+        if not np.isfinite(logits).all():
+            raise EngineError("the model gave values that are no finite numbers")
+        self._check()
+        return logits
+
+    def _fail(self, batch: list[QueuedRow], error: SpdError) -> None:
+        """Answer every request of a batch with the error, and drop their other rows from the queue."""
+        requests = {row.request for row in batch}
         with self._changed:
             # The request has its error already: its other rows would be computed for nobody.
-            remaining = [row for row in self._queue if id(row.request) not in requests]
+            remaining = [row for row in self._queue if row.request not in requests]
             self._rows -= len(batch) + len(self._queue) - len(remaining)
             self._queue = remaining
-            newly_failed = [request for request in requests.values() if not request.failed]
-            for request in newly_failed:
-                request.failed = True
-        for request in newly_failed:
-            request.future.set_exception(error)
+        for request in requests:
+            self._answer(request, error)
 
     def _subtract_rows(self, rows: int) -> None:
         with self._changed:
             self._rows -= rows
+
+
+def as_answer(error: BaseException) -> SpdError:
+    """Return the error that a client gets: one of ours as it is, any other as an EngineError."""
+    if isinstance(error, SpdError):
+        return error
+    answer = EngineError(f"the model could not answer: {describe_error(error)}")
+    answer.__cause__ = error
+    return answer
+
+
+def describe_error(error: BaseException) -> str:
+    """Name the class of an error, and what it says first."""
+    return f"{type(error).__name__}: {first_line(error)}"

@@ -1,43 +1,55 @@
-"""The HTTP server of a bundle: KServe v2, a plain /predict, and /metrics for Prometheus.
+"""The application of a bundle: KServe v2, a plain /predict, /metrics for Prometheus, and pages that describe it.
 
+    GET  /  /docs  /openapi.json
     GET  /v2  /v2/health/live  /v2/health/ready  /v2/models/NAME  /v2/models/NAME/ready
     POST /v2/models/NAME/infer  /predict
     GET  /metrics
 
-Errors are `{"error": "..."}`: 400 no valid inference request, 404 no such model, 413 the body is too large, 422 no
-valid request of /predict, 503 the queue is full or the server is about to end.
+Every error is `{"error": "..."}`: 400 no valid inference request, 404 no such model or path, 405 another method, 408
+too slow, 413 the body is too large, 421 another Host, 422 no valid request of /predict, 431 the head is too large, 500
+the model failed, 503 the queue is full, the server is about to end, a worker has died, or the bundle has changed on the
+disk.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 
 import numpy as np
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from spdtool.errors import DataError, SpdError
 from spdtool.export.classifier import Classifier
-from spdtool.serving import protocol
-from spdtool.serving.batching import Batcher, QueueFull, ServerClosing
+from spdtool.serving import openapi, pages, protocol
+from spdtool.serving.batching import Batcher, EngineDied, QueueFull, ServerClosing
+from spdtool.serving.connections import REFUSED_STATUS, ConnectionLimits
+from spdtool.serving.metrics import ObserveRequests, ServerMetrics, WriteLine
 from spdtool.serving.protocol import InferenceRequest, Json
+from spdtool.serving.watch import BundleChanged, FolderWatch
 
 Handler = Callable[[Request], Awaitable[Response]]
 
-SECOND_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 CLIENT_GONE = 499  # the client closed the connection; only /metrics shows it
+CLOSE_SECONDS = 5.0  # for the worker threads at the end; one that hangs in native code is left alone
 MODEL_PATHS = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
 BINARY_HEADER = "inference-header-content-length"  # marks the protocol's binary extension
+PREDICT_PATH = "/predict"
+PAGE_HEADERS = {
+    "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'",
+    "x-content-type-options": "nosniff",
+}
 
 
 @dataclass(frozen=True)
@@ -45,18 +57,39 @@ class Limits:
     """What one request, one batch and the queue may hold.
 
     Attributes:
-        body: bytes of a request.
         texts: texts of a request.
         batch: rows that are computed at once.
         wait: seconds that a row waits for others.
         queue: rows in the queue.
+        connection: what one connection may cost; its `body` limits a request here too.
     """
 
-    body: int = 2**20
     texts: int = 512
     batch: int = 16
     wait: float = 0.002
     queue: int = 4096
+    connection: ConnectionLimits = field(default_factory=ConnectionLimits)
+
+
+@dataclass(frozen=True)
+class AppOptions:
+    """How an application serves.
+
+    Attributes:
+        workers: batches that are computed at the same time.
+        hosts: names in the header Host that are answered; empty: any.
+        watch: notices that the folder of the model has changed; None: it is not watched.
+        log: called with one line a request; None: there is no access log.
+        on_start: called when the application is ready to answer.
+        on_death: called in the worker thread that has died.
+    """
+
+    workers: int = 1
+    hosts: Collection[str] = ()
+    watch: FolderWatch | None = None
+    log: WriteLine | None = None
+    on_start: Callable[[], None] = lambda: None
+    on_death: Callable[[], None] = lambda: None
 
 
 class BodyTooLarge(SpdError):
@@ -67,76 +100,180 @@ class UnknownModel(SpdError):
     """The model or its version is not served here."""
 
 
-class ServerMetrics:
-    """The figures behind /metrics."""
+class Application:
+    """The application that serves one model under a name; its workers live as long as it runs.
 
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self.requests = Counter(
-            "spdtool_requests", "Requests by route and status.", ("route", "status"), registry=self.registry
-        )
-        self.rows = Counter("spdtool_rows", "Rows that were answered.", registry=self.registry)
-        self.seconds = Histogram(
-            "spdtool_request_seconds",
-            "Seconds from a request's head to its answer.",
-            buckets=SECOND_BUCKETS,
-            registry=self.registry,
-        )
-        self.batches = Histogram(
-            "spdtool_batch_rows", "Rows computed at once.", buckets=ROW_BUCKETS, registry=self.registry
-        )
-        self.queue = Gauge("spdtool_queue_rows", "Rows that wait or are being computed.", registry=self.registry)
+    Attributes:
+        metrics: the figures behind /metrics.
+        batcher: computes the answers; None before the application has started.
+        observed: the application as a server runs it.
+    """
 
-
-def create_app(classify: Classifier, name: str, limits: Limits | None = None, workers: int = 1) -> Starlette:
-    """Create the application that serves one model under `name`; its workers live as long as it runs."""
-    limits, metrics = limits or Limits(), ServerMetrics()
+    def __init__(
+        self, classify: Classifier, name: str, limits: Limits | None = None, options: AppOptions | None = None
+    ) -> None:
+        self.classify, self.name = classify, name
+        self.limits, self.options = limits or Limits(), options or AppOptions()
+        self.metrics = ServerMetrics()
+        self.batcher: Batcher | None = None
+        routes = self._routes()
+        app = Starlette(
+            routes=routes,
+            middleware=[Middleware(AllowHosts, hosts=frozenset(self.options.hosts))],
+            exception_handlers={
+                SpdError: answer_error,
+                HTTPException: answer_http_error,
+                ClientDisconnect: answer_nobody,
+                Exception: answer_bug,
+            },
+            lifespan=self._run_workers,
+        )
+        app.router.redirect_slashes = False  # a redirect would name whatever Host the client sent
+        labels: dict[object, str] = {route.endpoint: route.name for route in routes}
+        self.observed = ObserveRequests(app, self.metrics, labels, self.options.log)
 
     # The workers start with the application: threads of a process that is forked later would be lost.
     @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        app.state.batcher = batcher = Batcher(
-            classify,
-            workers=workers,
-            max_batch=limits.batch,
-            max_wait=limits.wait,
-            max_rows=limits.queue,
-            observe=metrics.batches.observe,
+    async def _run_workers(self, _app: Starlette) -> AsyncIterator[None]:
+        self.batcher = batcher = Batcher(
+            self.classify,
+            workers=self.options.workers,
+            max_batch=self.limits.batch,
+            max_wait=self.limits.wait,
+            max_rows=self.limits.queue,
+            observe=self.metrics.batches.observe,
+            check=self._check_folder,
+            on_death=self.options.on_death,
         )
         # Asked for when /metrics is read, so that no request has to keep it up to date.
-        metrics.queue.set_function(lambda: batcher.rows)
+        self.metrics.queue.set_function(lambda: batcher.rows)
+        self.options.on_start()
         yield
-        await asyncio.to_thread(batcher.close)  # waits for the workers, and must not block the event loop
+        await asyncio.to_thread(batcher.close, CLOSE_SECONDS)  # it waits, and must not block the event loop
 
-    async def compute(request: Request, inference: InferenceRequest) -> np.ndarray:
-        classify.check_text_count(paired=inference.pairs is not None)
-        batcher: Batcher = request.app.state.batcher
-        logits = await asyncio.wrap_future(batcher.submit(inference.texts, inference.pairs))
-        metrics.rows.inc(len(logits))
-        return logits
+    def _routes(self) -> list[Route]:
+        """List the routes; the name of each is its label in the metrics."""
+        document = openapi.describe_api(self.classify, self.name, self.limits.texts)
+        docs = pages.docs_page(document, self.name)
+        front = pages.front_page(self.classify, self.name)
+        server: Json = {"name": "spdtool", "version": metadata.version("spdtool"), "extensions": []}
+        routes = [
+            Route("/", constant(PlainTextResponse(front)), name="front"),
+            Route("/docs", constant(HTMLResponse(docs, headers=PAGE_HEADERS)), name="docs"),
+            Route("/openapi.json", constant(json_response(document)), name="openapi"),
+            Route("/v2", constant(json_response(server)), name="server"),
+            Route("/v2/health/live", constant(json_response({"live": True})), name="live"),
+            Route("/v2/health/ready", self._ready, name="ready"),
+            Route("/metrics", self._show_metrics, name="metrics"),
+            Route(PREDICT_PATH, self._predict, methods=["POST"], name="predict"),
+        ]
+        for path in MODEL_PATHS:
+            for suffix, handler, method in (
+                ("", self._describe_model, "GET"),
+                ("/ready", self._model_ready, "GET"),
+                ("/infer", self._infer, "POST"),
+            ):
+                route = Route(path + suffix, handler, methods=[method], name=suffix.strip("/") or "model")
+                routes.append(route)
+        return routes
 
-    async def infer(request: Request) -> Response:
+    async def _infer(self, request: Request) -> Response:
+        self._require_model(request)
         if BINARY_HEADER in request.headers:
             raise DataError("the binary extension of the protocol is not spoken here", "send the tensors as JSON")
-        body = await read_body(request, limits.body)
-        inference = protocol.parse_infer(body, protocol.response_outputs(classify), limits.texts)
-        logits = await compute(request, inference)
-        return json_response(protocol.infer_response(classify, name, inference, logits))
+        body = await read_body(request, self.limits.connection.body)
+        inference = protocol.parse_infer(body, protocol.response_outputs(self.classify), self.limits.texts)
+        logits = await self._compute(inference)
+        return json_response(protocol.infer_response(self.classify, self.name, inference, logits))
 
-    async def predict(request: Request) -> Response:
-        inference = protocol.parse_predict(await read_body(request, limits.body), limits.texts)
-        logits = await compute(request, inference)
-        return json_response({"model": name, "predictions": [*protocol.predictions(classify, logits)]})
+    async def _predict(self, request: Request) -> Response:
+        body = await read_body(request, self.limits.connection.body)
+        logits = await self._compute(protocol.parse_predict(body, self.limits.texts))
+        return json_response({"model": self.name, "predictions": [*protocol.predictions(self.classify, logits)]})
 
-    async def show_metrics(_request: Request) -> Response:
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+    async def _compute(self, inference: InferenceRequest) -> np.ndarray:
+        assert self.batcher is not None
+        self.classify.check_text_count(paired=inference.pairs is not None)
+        logits = await asyncio.wrap_future(self.batcher.submit(inference.texts, inference.pairs))
+        self.metrics.rows.inc(len(logits))
+        return logits
 
-    counted_infer = count_and_time(require_model(infer, name), metrics, "infer", 400)
-    routes = [Route(f"{path}/infer", counted_infer, methods=["POST"]) for path in MODEL_PATHS]
-    routes.append(Route("/predict", count_and_time(predict, metrics, "predict", 422), methods=["POST"]))
-    routes += description_routes(classify, name)
-    routes.append(Route("/metrics", show_metrics, methods=["GET"]))
-    return Starlette(routes=routes, lifespan=lifespan)
+    async def _ready(self, _request: Request) -> Response:
+        self._check_ready()
+        return json_response({"ready": True})
+
+    async def _model_ready(self, request: Request) -> Response:
+        self._require_model(request)
+        self._check_ready()
+        return json_response({"name": self.name, "ready": True})
+
+    async def _describe_model(self, request: Request) -> Response:
+        self._require_model(request)
+        return json_response(protocol.model_metadata(self.classify, self.name))
+
+    async def _show_metrics(self, _request: Request) -> Response:
+        return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    def _check_ready(self) -> None:
+        """Raise EngineDied or BundleChanged if no further request can be answered."""
+        assert self.batcher is not None
+        if self.batcher.death is not None:
+            raise self.batcher.death
+        self._check_folder()
+
+    def _check_folder(self) -> None:
+        if self.options.watch is not None:
+            self.options.watch.check()
+
+    def _require_model(self, request: Request) -> None:
+        """Raise UnknownModel if the path names another model or version."""
+        model = request.path_params["model"]
+        version = request.path_params.get("version", protocol.MODEL_VERSION)
+        if model != self.name or version != protocol.MODEL_VERSION:
+            raise UnknownModel(
+                f"there is no model {model!r} of version {version}",
+                f"{self.name!r} of version {protocol.MODEL_VERSION} is served",
+            )
+
+
+class AllowHosts:
+    """Answers only requests whose header Host names this server.
+
+    A web page can let its own name point to 127.0.0.1, and would then read what a server on this machine answers.
+
+    Args:
+        hosts: names without a port, in lower case; empty: any.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: Collection[str]) -> None:
+        self._app, self._hosts = app, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or refuse it."""
+        if scope["type"] == "http":
+            values = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
+            refusal = self._refusal(values, scope["http_version"])
+            if refusal is not None:
+                await refusal(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _refusal(self, values: list[str], http_version: str) -> Response | None:
+        """Return the answer to a request with these Host headers; None if it is welcome."""
+        if len(values) > 1 or (not values and http_version != "1.0"):
+            return json_response({"error": f"{len(values)} headers Host: one was expected"}, 400)
+        if values and self._hosts and host_name(values[0]) not in self._hosts:
+            message = f"the Host {values[0]!r} is not served here (start the server with --allow-host)"
+            return json_response({"error": message}, 421)
+        return None
+
+
+def host_name(value: str) -> str:
+    """Return the name in a Host header: without port, in lower case, an IPv6 address in its brackets."""
+    host, separator, port = value.strip().lower().rpartition(":")
+    if not separator or not port.isdecimal():
+        host = value.strip().lower()
+    return host.removesuffix(".")
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
@@ -144,10 +281,11 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
 
     Raises:
         BodyTooLarge: it is longer than `max_bytes`, or its head says so.
+        ClientDisconnect: it has no end.
     """
     too_large = BodyTooLarge(f"the body is larger than {max_bytes:,} bytes", "send several requests")
     length = request.headers.get("content-length", "0")
-    if length.isdigit() and int(length) > max_bytes:  # refuse before anything is read
+    if int(length) > max_bytes:  # refuse before anything is read
         raise too_large
     body = bytearray()
     async for chunk in request.stream():
@@ -163,93 +301,45 @@ def json_response(value: Json, status: int = 200, headers: dict[str, str] | None
     return Response(text.encode("utf-8"), status, headers, "application/json")
 
 
-def count_and_time(handler: Handler, metrics: ServerMetrics, route: str, invalid_status: int) -> Handler:
-    """Wrap a handler: its errors become responses, and every request is counted and timed.
+def constant(response: Response) -> Handler:
+    """Make a handler that always gives this response."""
 
-    Args:
-        invalid_status: status for a request that is not valid.
-    """
-
-    async def run(request: Request) -> Response:
-        started = time.perf_counter()
-        try:
-            response = await handler(request)
-        except SpdError as error:
-            response = error_response(error, invalid_status)
-        except ClientDisconnect:  # in the middle of its body; nobody reads this answer
-            response = Response(status_code=CLIENT_GONE)
-        metrics.requests.labels(route, str(response.status_code)).inc()
-        metrics.seconds.observe(time.perf_counter() - started)
+    async def answer(_request: Request) -> Response:
         return response
 
-    return run
+    return answer
 
 
-def error_response(error: SpdError, invalid_status: int) -> Response:
-    """Make the response for an error."""
+async def answer_error(request: Request, error: Exception) -> Response:
+    """Make the response for an error of ours."""
+    assert isinstance(error, SpdError)
     message = error.message
     if error.hint:
         message += f" ({error.hint})"
-    content: Json = {"error": message}
+    status, headers = 500, {}
     if isinstance(error, BodyTooLarge):
-        return json_response(content, 413, {"connection": "close"})  # the rest of the body is not read
-    if isinstance(error, QueueFull | ServerClosing):
-        return json_response(content, 503, {"retry-after": "1"})
-    if isinstance(error, UnknownModel):
-        return json_response(content, 404)
-    if isinstance(error, DataError):
-        return json_response(content, invalid_status)
-    return json_response(content, 500)
+        status, headers = 413, {"connection": "close"}  # the rest of the body is not read
+    elif isinstance(error, QueueFull | ServerClosing | EngineDied | BundleChanged):
+        status, headers = 503, {"retry-after": "1"}
+    elif isinstance(error, UnknownModel):
+        status = 404
+    elif isinstance(error, DataError):
+        status = 422 if request.url.path == PREDICT_PATH else 400
+    return json_response({"error": message}, status, headers)
 
 
-def require_model(handler: Handler, name: str) -> Handler:
-    """Wrap the handler of a path that names the model and perhaps its version; raises UnknownModel for others."""
-
-    async def run(request: Request) -> Response:
-        model = request.path_params["model"]
-        version = request.path_params.get("version", protocol.MODEL_VERSION)
-        if model != name or version != protocol.MODEL_VERSION:
-            raise UnknownModel(
-                f"there is no model {model!r} of version {version}",
-                f"{name!r} of version {protocol.MODEL_VERSION} is served",
-            )
-        return await handler(request)
-
-    return run
+async def answer_http_error(request: Request, error: Exception) -> Response:
+    """Make the response for a path or a method that is not served."""
+    assert isinstance(error, HTTPException)
+    message = f"{error.detail}: {request.method} {request.url.path} (GET /docs lists what is served)"
+    return json_response({"error": message}, error.status_code, dict(error.headers or {}))
 
 
-def description_routes(classify: Classifier, name: str) -> list[Route]:
-    """Routes that describe the server and the model, and say that both are ready."""
-    server: Json = {"name": "spdtool", "version": metadata.version("spdtool"), "extensions": []}
-    model_ready: Json = {"name": name, "ready": True}
-    routes = [
-        Route("/v2", constant_response(server)),
-        Route("/v2/health/live", constant_response({"live": True})),
-        Route("/v2/health/ready", constant_response({"ready": True})),
-    ]
-    for path in MODEL_PATHS:
-        for suffix, content in (("", protocol.model_metadata(classify, name)), ("/ready", model_ready)):
-            handler = errors_as_responses(require_model(constant_response(content), name))
-            routes.append(Route(path + suffix, handler))
-    return routes
+async def answer_nobody(request: Request, _error: Exception) -> Response:
+    """Make the response for a client that has gone in the middle of its body; nobody reads it."""
+    return Response(status_code=request.scope["state"].get(REFUSED_STATUS, CLIENT_GONE))
 
 
-def constant_response(content: Json) -> Handler:
-    """Make a handler that always gives this content."""
-
-    async def run(_request: Request) -> Response:
-        return json_response(content)
-
-    return run
-
-
-def errors_as_responses(handler: Handler) -> Handler:
-    """Wrap a handler: its errors become responses."""
-
-    async def run(request: Request) -> Response:
-        try:
-            return await handler(request)
-        except SpdError as error:
-            return error_response(error, 400)
-
-    return run
+async def answer_bug(_request: Request, error: Exception) -> Response:
+    """Make the response for an error that nobody foresaw; the server prints its traceback."""
+    return json_response({"error": f"the server failed: {type(error).__name__}"}, 500)

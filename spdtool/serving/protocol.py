@@ -166,12 +166,25 @@ def output_shape(output: str, rows: int, classify: Classifier) -> list[Json]:
 def parse_object(body: bytes) -> Object:
     """Parse a JSON object. Raises DataError."""
     try:
-        value = json.loads(body)
+        text = body.decode("utf-8-sig")  # json.loads would guess other encodings, and let surrogates pass
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"the body is no JSON: {error}") from None
+    # A lone surrogate cannot be sent back, neither in an answer nor in the error that names it.
+    if "\\u" in text and not is_unicode(value):
+        raise DataError("the body holds a lone surrogate, which is no Unicode text")
     if not isinstance(value, dict):
         raise DataError(f"the body is {type(value).__name__}: a JSON object was expected")
     return value
+
+
+def is_unicode(value: Json) -> bool:
+    """Return whether every text in a JSON value, keys too, can be encoded as UTF-8."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def tensors_by_name(values: Json, field: str) -> dict[str, Mapping[str, Json]]:

@@ -5,20 +5,37 @@ from __future__ import annotations
 import importlib
 import ipaddress
 import os
+import resource
 import signal
 import socket
-from collections.abc import Mapping
+import time
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from types import FrameType, ModuleType
+from types import FrameType
+from typing import TYPE_CHECKING
 
 from spdtool import console
 from spdtool.errors import DeviceError, ModelError, RunError
 from spdtool.export import runtime
-from spdtool.export.classifier import load
+from spdtool.export.classifier import Classifier, load
+from spdtool.serving.protocol import is_unicode
+from spdtool.serving.watch import FolderWatch, stamp_files
 
-EXTRA = ("starlette", "uvicorn", "prometheus_client")  # what the extra `serve` installs
+if TYPE_CHECKING:
+    import uvicorn
+
+    from spdtool.serving.connections import Door
+    from spdtool.serving.http import Application
+
+EXTRA = ("starlette", "uvicorn", "httptools", "prometheus_client")  # what the extra `serve` installs
 SHUTDOWN_SECONDS = 30  # for requests in flight, before their connections are cut
+BACKLOG = 256  # connections that the kernel holds until they are accepted
+OTHER_FILES = 256  # open files of the process beside its connections
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+ANY_HOST = "*"
 MAX_WORKERS = 4  # unless more are asked for: measured on two cores only
 
 
@@ -30,19 +47,25 @@ class ServerOptions:
         port: 0: any free one.
         name: name of the model in paths; None: `model_name` of the folder.
         limits: fields of `http.Limits`.
+        connection_limits: fields of `connections.ConnectionLimits`.
         workers: batches that are computed at the same time; 0: see `share_threads`.
         threads: threads of all workers together; 0: as many as there are cores.
         provider, variant: see `spdtool.load`.
+        allowed_hosts: names in the header Host that are answered; empty: see `hosts_to_allow`.
+        access_log: print a line for every request.
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
     name: str | None = None
     limits: Mapping[str, int | float] = field(default_factory=dict)
+    connection_limits: Mapping[str, int | float] = field(default_factory=dict)
     workers: int = 0
     threads: int = 0
     provider: str = "cpu"
     variant: str | None = None
+    allowed_hosts: tuple[str, ...] = ()
+    access_log: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,18 +79,17 @@ class Served:
     threads: int
 
 
-def require_extra() -> ModuleType:
-    """Import `spdtool.serving.http`.
+def require_extra() -> None:
+    """Import what the extra `serve` installs.
 
     Raises:
-        DeviceError: a distribution of the extra `serve` is missing.
+        DeviceError: a distribution of the extra is missing.
     """
     for name in EXTRA:
         try:
             importlib.import_module(name)
         except ImportError as error:
             raise DeviceError(f"the server needs {name}: {error}", 'pip install "spdtool[serve]"') from None
-    return importlib.import_module("spdtool.serving.http")
 
 
 def serve_bundle(bundle: Path, options: ServerOptions) -> Served:
@@ -75,27 +97,59 @@ def serve_bundle(bundle: Path, options: ServerOptions) -> Served:
 
     Raises:
         ModelError, PluginError, DeviceError: the bundle cannot be opened, or the extra is missing.
-        RunError: the server cannot listen to host and port.
+        RunError: the server cannot listen to host and port, or has ended with requests unanswered.
+        EngineDied: a worker thread has ended.
     """
-    http = require_extra()
-    host = options.host
+    require_extra()
+    from spdtool.serving import connections, http
+
     workers, threads = share_threads(options.workers, options.threads, options.provider)
-    classify = load(bundle, threads=threads, provider=options.provider, variant=options.variant)
-    assert classify.bundle is not None
-    model = options.name or model_name(classify.bundle.folder)
-    if not model or "/" in model:
-        raise ModelError(f"{model!r} cannot be the name of a model in a path", "give another --name")
     # Waking the tokenizer's threads for a few short texts costs more than they save.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    classify.logits([[0]])  # any token: a model that cannot run must fail before the port is open
-    listener = open_listener(host, options.port)
+    classify, watch = open_unchanging(bundle, threads, options)
+    assert classify.bundle is not None
+    model = options.name or model_name(classify.bundle.folder)
+    if not model or "/" in model or not is_unicode([model, *classify.names]):
+        raise ModelError(f"{model!r} cannot be the name of a model in a path", "give another --name")
+    connection_limits = connections.ConnectionLimits(**options.connection_limits)  # type: ignore[arg-type]
+    limits = http.Limits(**options.limits, connection=connection_limits)  # type: ignore[arg-type]
+    allow_open_files(connection_limits.connections)
+    listener = open_listener(options.host, options.port)
     address = "http://{}:{}".format(*listener.getsockname()[:2])
-    if not is_loopback(host):
-        console.warn(f"{host} can be reached from other machines, and nobody is asked who they are")
-    console.say(f"{console.escape(model)} ({console.escape(classify.bundle.model)}) is served at {address}")
-    run_until_signal(http.create_app(classify, model, http.Limits(**options.limits), workers), listener)
-    console.say("ended: every request in flight was answered")
+    if not is_loopback(options.host):
+        console.warn(f"{options.host} can be reached from other machines, and nobody is asked who they are")
+
+    shutdown = Shutdown()
+    # Printed when a signal would end the server cleanly, and not before.
+    line = f"{console.escape(model)} ({console.escape(classify.bundle.model)}) is served at {address}"
+    app_options = http.AppOptions(
+        workers,
+        hosts_to_allow(options.host, options.allowed_hosts),
+        watch,
+        print_access if options.access_log else None,
+        on_start=partial(console.say, line),
+        on_death=shutdown.request,
+    )
+    app = http.Application(classify, model, limits, app_options)
+    run_until_signal(app, listener, shutdown)
     return Served(model, str(classify.bundle.model), address, workers, threads)
+
+
+def open_unchanging(bundle: Path, threads: int, options: ServerOptions) -> tuple[Classifier, FolderWatch]:
+    """Open a bundle, and the watch that notices when its files change.
+
+    Raises:
+        BundleChanged: they changed while they were read.
+        ModelError, PluginError, DeviceError: the bundle cannot be opened.
+    """
+    stamps = stamp_files(bundle)
+    classify = load(bundle, threads=threads, provider=options.provider, variant=options.variant)
+    classify.logits([[0]])  # any token: a model that cannot run must fail before the port is open
+    assert classify.bundle is not None
+    folder = classify.bundle.folder
+    watch = FolderWatch({file: stamp for file, stamp in stamps.items() if file.is_relative_to(folder)})
+    watch.check()
+    return classify, watch
 
 
 def share_threads(workers: int, threads: int, provider: str) -> tuple[int, int]:
@@ -139,32 +193,123 @@ def open_listener(host: str, port: int) -> socket.socket:
     return listener
 
 
-def run_until_signal(application: object, listener: socket.socket) -> None:
-    """Run uvicorn on the socket until SIGINT or SIGTERM, and close the socket."""
+class Shutdown:
+    """A request to end a uvicorn server, which may come before there is one, and from another thread."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._server: uvicorn.Server | None = None
+
+    def request(self) -> None:
+        """Let the server end as soon as every request in flight is answered."""
+        self.requested = True
+        if self._server is not None:
+            self._server.should_exit = True  # looked at ten times a second
+
+    def end_on_request(self, server: uvicorn.Server) -> None:
+        """End this server when it is requested, or has been already."""
+        self._server = server
+        if self.requested:
+            server.should_exit = True
+
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        """Take SIGINT and SIGTERM as requests inside the block.
+
+        uvicorn has its own handlers while it runs; then it sends itself the signal once more, and the default handler
+        would turn a clean end into a death.
+        """
+
+        def request(_number: int, _frame: FrameType | None) -> None:
+            self.request()
+
+        handlers = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+def run_until_signal(app: Application, listener: socket.socket, shutdown: Shutdown) -> None:
+    """Run an application on the socket until SIGINT or SIGTERM, and close the socket.
+
+    Raises:
+        EngineDied: a worker thread has ended, and the server with it.
+        RunError: it has ended with requests unanswered.
+    """
     import uvicorn
 
-    config = uvicorn.Config(
-        application,  # type: ignore[arg-type]
-        log_level="warning",
+    from spdtool.serving.connections import Door
+
+    config = configure(app, Door(app.limits.connection, app.observed.count_refusal))
+    server = uvicorn.Server(config)
+    shutdown.end_on_request(server)
+    try:
+        with shutdown.signals():
+            server.run(sockets=[listener])
+    finally:
+        listener.close()
+    if app.batcher is not None and app.batcher.death is not None:
+        raise app.batcher.death
+    unanswered = app.metrics.cut or len(server.server_state.connections)
+    if unanswered:
+        raise RunError(f"{unanswered} requests in flight were not answered", "the model or their clients are too slow")
+    console.say("ended: every request in flight was answered")
+
+
+def configure(app: Application, door: Door) -> uvicorn.Config:
+    """Configure uvicorn to run an application behind a door."""
+    import uvicorn
+
+    from spdtool.serving.connections import GuardedConnection
+
+    return uvicorn.Config(
+        app.observed,
+        http=partial(GuardedConnection, door),  # type: ignore[arg-type]  # any callable that makes a protocol
+        log_level="error",  # a warning for every request that is no HTTP would fill a disk
         access_log=False,
         ws="none",
         proxy_headers=False,
+        server_header=False,
+        backlog=BACKLOG,
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
-        timeout_keep_alive=60,
+        timeout_keep_alive=int(app.limits.connection.idle_seconds) + 1,  # ours comes first
     )
-    signals = (signal.SIGINT, signal.SIGTERM)
-    # uvicorn sends itself the signal once more after a clean end; the default handler would turn that into a death.
-    handlers = {number: signal.signal(number, ignore_signal) for number in signals}
-    try:
-        uvicorn.Server(config).run(sockets=[listener])
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        listener.close()
 
 
-def ignore_signal(_number: int, _frame: FrameType | None) -> None:
-    """Do nothing: uvicorn has obeyed the signal already."""
+def allow_open_files(connections: int) -> None:
+    """Let this process open as many files as its connections need.
+
+    Raises:
+        RunError: the system does not allow as many.
+    """
+    needed = connections + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise RunError(
+            f"{connections} connections need {needed} open files, and this process may have {hard}",
+            f"a higher ulimit -Hn, at least {needed}",
+        )
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def hosts_to_allow(host: str, allowed: Collection[str]) -> frozenset[str]:
+    """Decide which names in the header Host are answered; an empty set: any.
+
+    A server that only this machine can reach answers to this machine's names and to those that were allowed. One that
+    others can reach has names that it cannot know: it answers to any, unless some were allowed.
+    """
+    if ANY_HOST in allowed or (not allowed and not is_loopback(host)):
+        return frozenset()
+    names = {host, *allowed, *LOOPBACK_NAMES} if is_loopback(host) else {host, *allowed}
+    return frozenset(f"[{name}]" if name.count(":") > 1 and "[" not in name else name.lower() for name in names)
+
+
+def print_access(line: str) -> None:
+    """Print a line of the access log."""
+    console.say(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {console.escape(line)}")
 
 
 def is_loopback(host: str) -> bool:

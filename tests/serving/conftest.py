@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
+import uvicorn
 
 from spdtool import plugins
 from spdtool.export.bundle.write import write_bundle
+from spdtool.export.classifier import Classifier
 from spdtool.export.targets import Onnx
+from spdtool.export.token_rows import TokenRow
 from spdtool.models.load import save_model
 from spdtool.recipe.fields import Recipe
 from spdtool.run.records import ExportedModel, ExportResult, TargetExport
+from spdtool.serving import server
+from spdtool.serving.connections import ConnectionLimits, Door
+from spdtool.serving.http import Application, AppOptions, Limits
 
 FIGURES = {
     "files": ["onnx/model.onnx"],
@@ -90,3 +103,124 @@ def either(servable: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def single(servable: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle, as if its task had one text in the column `sentence`; read only."""
     return _copy_with_text(servable, tmp_path_factory.mktemp("single") / "bundle", {"text": ["sentence"]})
+
+
+class StandIn(Classifier):
+    """Answers without a model: the logits of a row are its number of characters, and nothing.
+
+    Attributes:
+        gate: nothing is computed before it is set.
+        computed: rows that were computed.
+    """
+
+    def __init__(self, names: tuple[str, ...] = ("long", "short")) -> None:
+        self.names, self.text = list(names), ("text",)
+        self.multi_label, self.regression = False, False
+        self.gate, self.computed = threading.Event(), 0
+        self.gate.set()
+
+    def encode(self, texts: list[str], pairs: str | Sequence[str] | None = None) -> list[TokenRow]:
+        for text in texts:
+            if text == "panic":
+                raise Panic("the tokenizer panicked")
+        return [TokenRow(np.full(len(text), 1), np.zeros(len(text)), np.ones(len(text))) for text in texts]
+
+    def compute(self, rows: Sequence[TokenRow]) -> np.ndarray:
+        assert self.gate.wait(10)
+        self.computed += len(rows)
+        if any(len(row.ids) == len("another shape") for row in rows):
+            return np.zeros((len(rows), 7), np.float32)
+        return np.array([[len(row.ids)] + [0] * (len(self.names) - 1) for row in rows], np.float32)
+
+
+class Panic(BaseException):
+    """Stands in for pyo3's PanicException, which is no Exception either."""
+
+
+class RunningServer(NamedTuple):
+    """A server in a thread of this process."""
+
+    port: int
+    app: Application
+    door: Door
+    uvicorn: uvicorn.Server
+
+    def call(
+        self, method: str, path: str, body: Any = None, host: str = "localhost", **headers: str
+    ) -> tuple[int, dict[str, str], Any]:
+        """Status, headers and JSON (or text) of one request; bytes are sent as they are."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        connection.request(method, path, data, {"Host": host} | headers)
+        response = connection.getresponse()
+        text = response.read().decode()
+        connection.close()
+        is_json = response.headers["content-type"] == "application/json"
+        return response.status, dict(response.headers), json.loads(text) if is_json and text else text
+
+    def send(self, *chunks: bytes, half_close: bool = False) -> bytes:
+        """Everything that the server answers to these bytes until it closes the connection."""
+        with socket.create_connection(("127.0.0.1", self.port), 20) as plug:
+            answer = b""
+            try:
+                for chunk in chunks:
+                    plug.sendall(chunk)
+                if half_close:
+                    plug.shutdown(socket.SHUT_WR)
+                while chunk := plug.recv(65536):
+                    answer += chunk
+            except ConnectionError:
+                pass
+        return answer
+
+    def statuses(self) -> dict[str, float]:
+        """Answers so far: `route status` to their number."""
+        counts = {}
+        for metric in self.app.metrics.requests.collect():
+            for sample in metric.samples:
+                if sample.name.endswith("_total"):
+                    counts[f"{sample.labels['route']} {sample.labels['status']}"] = sample.value
+        return counts
+
+
+Serve = Callable[..., RunningServer]
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    """`serve(classify, **of ConnectionLimits)`: a server of the model `toy` in a thread, until the test ends."""
+    with ExitStack() as stack:
+
+        def start(
+            classify: Classifier | None = None,
+            *,
+            options: AppOptions | None = None,
+            name: str = "toy",
+            **limits: Any,
+        ) -> RunningServer:
+            app = Application(classify or StandIn(), name, Limits(connection=ConnectionLimits(**limits)), options)
+            door = Door(app.limits.connection, app.observed.count_refusal)
+            listener = server.open_listener("127.0.0.1", 0)
+            port = listener.getsockname()[1]
+            config = server.configure(app, door)
+            running = uvicorn.Server(config)
+            thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
+
+            def stop() -> None:
+                running.should_exit = True
+                thread.join(30)
+                listener.close()
+
+            thread.start()
+            stack.callback(stop)
+            while not running.started:
+                time.sleep(0.01)
+            return RunningServer(port, app, door, running)
+
+        yield start
+
+
+@pytest.fixture
+def stand_in() -> type[StandIn]:
+    """The stand-in for a classifier."""
+    return StandIn

@@ -13,9 +13,13 @@ import numpy as np
 import pytest
 
 import spdtool
-from spdtool.errors import DataError
-from spdtool.export.token_rows import TokenRow
-from spdtool.serving.batching import Batcher, QueueFull, ServerClosing
+from spdtool.errors import DataError, SpdError
+from spdtool.export.classifier import TokenRow
+from spdtool.serving.batching import Batcher, EngineDied, EngineError, QueueFull, ServerClosing
+
+
+class Panic(BaseException):
+    """Stands in for pyo3's PanicException, which is no Exception either."""
 
 
 class Engine:
@@ -38,6 +42,10 @@ class Engine:
     def encode(self, texts: list[str], pairs: list[str] | None = None) -> list[TokenRow]:
         if "bad" in texts:
             raise DataError("a text is bad")
+        if "666" in texts:
+            raise Panic("the tokenizer panicked")
+        if "777" in texts:
+            return []
         numbers = [int(text) + (int(pairs[place]) if pairs else 0) for place, text in enumerate(texts)]
         return [TokenRow(np.full(count, count), np.zeros(count), np.ones(count)) for count in numbers]
 
@@ -49,6 +57,12 @@ class Engine:
             self.meeting.wait(10)
         if 13 in lengths:
             raise RuntimeError("the engine broke")
+        if 14 in lengths:
+            raise Panic("the model panicked")
+        if 15 in lengths:
+            return np.zeros((len(rows), 3), np.float32)
+        if 16 in lengths:
+            return np.full((len(rows), 2), np.nan, np.float32)
         return np.array([[len(row.ids), 2 * len(row.ids)] for row in rows], np.float32)
 
 
@@ -132,10 +146,71 @@ def test_a_text_that_cannot_be_encoded_fails_alone(batcher: Make, engine: Engine
 def test_an_engine_that_breaks_tells_those_it_concerns_and_goes_on(batcher: Make) -> None:
     one = batcher(max_batch=1)
     broken, fine = one.submit(["13", "1", "1"]), one.submit(["5"])
-    with pytest.raises(RuntimeError, match="the engine broke"):
+    with pytest.raises(EngineError, match="the engine broke"):
         broken.result(10)
     assert fine.result(10)[0, 0] == 5
     assert one.rows == 0
+
+
+def test_any_failure_answers_its_own_request_and_no_other(batcher: Make, engine: Engine) -> None:
+    for text, message in (
+        ("bad", "a text is bad"),
+        ("666", "the tokenizer panicked"),
+        ("777", "gave 0 rows for 1 texts"),
+        ("13", "the engine broke"),
+        ("14", "the model panicked"),
+        ("15", r"the shape \[1, 3\], not \[1, 2\]"),
+        ("16", "no finite numbers"),
+    ):
+        engine.gate.clear()
+        one = batcher(max_batch=8)
+        first = one.submit(["1"])
+        while one.untokenized:
+            time.sleep(0.001)
+        # All of these are tokenized in one call and computed in one batch.
+        failing, others = one.submit([text]), [one.submit(["4", "5"]), one.submit(["6"])]
+        engine.gate.set()
+        with pytest.raises(SpdError, match=message):
+            failing.result(10)
+        assert [future.result(10)[:, 0].tolist() for future in (first, *others)] == [[1], [4, 5], [6]], text
+        assert one.submit(["7"]).result(10)[0, 0] == 7, text
+        assert (one.rows, one.death, one.running_workers) == (0, None, 1), text
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_dying_worker_answers_everybody_and_says_so_once(batcher: Make, engine: Engine, workers: int) -> None:
+    deaths: list[str] = []
+
+    def fail(_rows: int) -> None:
+        raise Panic("a bug of ours")
+
+    engine.gate.clear()
+    one = batcher(workers=workers, max_batch=1, observe=fail, on_death=lambda: deaths.append("died"))
+    futures = [one.submit([str(number)]) for number in range(1, 10)]
+    engine.gate.set()
+    for future in futures:
+        with pytest.raises(EngineDied, match="a bug of ours"):
+            future.result(10)
+    with pytest.raises(EngineDied, match="a bug of ours"):
+        one.submit(["1"])
+    one.close()
+    assert (deaths, one.running_workers) == (["died"], 0)
+
+
+def test_an_answer_is_checked_after_it_was_computed(batcher: Make) -> None:
+    changed: list[DataError] = []
+
+    def check() -> None:
+        if changed:
+            raise changed[0]
+
+    one = batcher(check=check)
+    assert one.submit(["1"]).result(10)[0, 0] == 1
+    changed.append(DataError("the folder has changed"))
+    with pytest.raises(DataError, match="the folder has changed"):
+        one.submit(["1"]).result(10)
+    changed.clear()
+    assert one.submit(["2"]).result(10)[0, 0] == 2
 
 
 def test_a_full_queue_refuses_and_is_free_again(batcher: Make, engine: Engine) -> None:
@@ -176,7 +251,7 @@ def test_a_batch_that_breaks_fails_its_own_request_and_no_other_worker(batcher: 
     engine.meeting = threading.Barrier(3)
     one = batcher(workers=3, max_batch=1)
     broken, fine = one.submit(["13", "13", "2"]), one.submit(["5", "6", "7"])  # each trio is computed at once
-    with pytest.raises(RuntimeError, match="the engine broke"):
+    with pytest.raises(EngineError, match="the engine broke"):
         broken.result(20)
     assert fine.result(20)[:, 0].tolist() == [5, 6, 7]
     assert one.submit(["8", "9", "10"]).result(20)[:, 0].tolist() == [8, 9, 10]  # all three are still there
@@ -189,7 +264,7 @@ def test_many_clients_of_several_workers_get_their_own_answers(batcher: Make) ->
     def client(number: int) -> int:
         wrong = 0
         for turn in range(40):
-            texts = [str(14 + (7 * number + 5 * turn + row) % 40) for row in range(1 + turn % 4)]
+            texts = [str(20 + (7 * number + 5 * turn + row) % 40) for row in range(1 + turn % 4)]
             wrong += one.submit(texts).result(20)[:, 0].tolist() != [int(text) for text in texts]
         return wrong
 

@@ -6,10 +6,13 @@ import http.client
 import json
 import os
 import random
+import resource
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +25,12 @@ import spdtool
 
 pytest.importorskip("starlette", reason='pip install "spdtool[serve]"')
 pytest.importorskip("uvicorn", reason='pip install "spdtool[serve]"')
+
+from spdtool.errors import RunError
+from spdtool.serving import http as http_app
+from spdtool.serving import server
+from spdtool.serving.batching import EngineDied
+from spdtool.serving.watch import BundleChanged
 
 NAME = "toy"
 LIMITS = ("--max-texts", "40", "--max-body", "9000", "--max-batch", "4", "--workers", "3")
@@ -43,10 +52,10 @@ def start(bundle: Path, *words: str) -> tuple[subprocess.Popen[str], int]:
     return server, int(line.strip().rsplit(":", 1)[1])
 
 
-def end(server: subprocess.Popen[str]) -> None:
+def end(process: subprocess.Popen[str]) -> None:
     """Wait for a server that was told to end: its exit code is 0, and it had nothing to complain of."""
-    out, errors = server.communicate(timeout=60)
-    assert (server.returncode, errors) == (0, "")
+    out, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, "")
     assert "every request in flight was answered" in out
 
 
@@ -194,7 +203,7 @@ def test_one_text_or_two_is_what_the_task_had(kind: str, request: pytest.Fixture
 
 def test_a_body_without_a_length_is_cut_too(port: int) -> None:
     with socket.create_connection(("127.0.0.1", port), 10) as plug:
-        plug.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        plug.sendall(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
         plug.sendall(b"".join(b"1000\r\n" + b" " * 4096 + b"\r\n" for _ in range(4)))
         assert b" 413 " in plug.recv(1000)
 
@@ -229,7 +238,7 @@ def test_no_answer_is_lost_or_mixed_up_among_64_clients(port: int, either: Path)
 
 def test_clients_that_leave_in_the_middle_harm_nobody(port: int) -> None:
     body = json.dumps({"texts": ["good film"] * 40}).encode()
-    head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    head = f"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     for sent in (head + body, head + body[:20], head[:30]):
         for _ in range(5):
             with socket.create_connection(("127.0.0.1", port), 10) as plug:
@@ -268,18 +277,119 @@ def test_sigterm_answers_what_is_in_flight_and_a_full_queue_is_told(either: Path
         call(port, "GET", "/v2")
 
 
-def test_threads_are_shared_among_the_workers() -> None:
-    from spdtool.serving import server
+def test_the_process_ends_with_an_error_when_a_worker_has_died(monkeypatch: pytest.MonkeyPatch, stand_in: Any) -> None:
+    shutdown = server.Shutdown()
+    app = http_app.Application(stand_in(), NAME, options=http_app.AppOptions(on_death=shutdown.request))
+    listener = server.open_listener("127.0.0.1", 0)
+    port = listener.getsockname()[1]
 
+    def break_it() -> tuple[int, Any]:
+        call(port, "GET", "/v2")  # it has started
+        assert app.batcher is not None
+        app.batcher._observe = None  # type: ignore[assignment]  # a bug that no request is to blame for
+        return call(port, "POST", "/predict", {"texts": ["good film"]})
+
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(break_it)
+        with pytest.raises(EngineDied, match="a worker thread has ended"):
+            server.run_until_signal(app, listener, shutdown)
+        assert answer.result(10)[0] == 503
+
+
+def test_the_server_says_when_requests_were_not_answered(monkeypatch: pytest.MonkeyPatch, stand_in: Any) -> None:
+    monkeypatch.setattr(server, "SHUTDOWN_SECONDS", 1)
+    monkeypatch.setattr(http_app, "CLOSE_SECONDS", 0.1)
+    classify, shutdown = stand_in(), server.Shutdown()
+    classify.gate.clear()
+    app = http_app.Application(classify, NAME)
+    listener = server.open_listener("127.0.0.1", 0)
+    port = listener.getsockname()[1]
+    with ThreadPoolExecutor(2) as pool:
+        waiting = pool.submit(call, port, "POST", "/predict", {"texts": ["good film"]})
+
+        def end_it() -> None:
+            while app.batcher is None or app.batcher.rows == 0:
+                time.sleep(0.01)
+            shutdown.request()
+
+        pool.submit(end_it)
+        with pytest.raises(RunError, match="1 requests in flight were not answered"):
+            server.run_until_signal(app, listener, shutdown)
+        status, answer = waiting.result(10)
+        assert (status, "has ended before" in answer["error"]) == (503, True)
+    classify.gate.set()
+
+
+def test_a_signal_ends_a_server_that_has_only_begun(stand_in: Any) -> None:
+    shutdown = server.Shutdown()
+    with shutdown.signals():
+        signal.raise_signal(signal.SIGTERM)
+    assert shutdown.requested
+    server.run_until_signal(http_app.Application(stand_in(), NAME), server.open_listener("127.0.0.1", 0), shutdown)
+
+
+def test_a_folder_that_changes_while_it_is_opened_is_refused(
+    either: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(either, tmp_path / "bundle")
+    options = server.ServerOptions(variant="onnx")
+    server.open_unchanging(folder, 1, options)[1].check()
+    load = server.load
+
+    def load_and_change(*words: Any, **options: Any) -> Any:
+        classify = load(*words, **options)
+        (folder / "golden.json").touch()
+        return classify
+
+    monkeypatch.setattr(server, "load", load_and_change)
+    with pytest.raises(BundleChanged, match="golden.json has changed"):
+        server.open_unchanging(folder, 1, options)
+
+
+def test_hosts_are_this_machine_alone_unless_others_can_reach_it() -> None:
+    own = {"localhost", "127.0.0.1", "[::1]"}
+    for host, allowed, expected in (
+        ("127.0.0.1", (), own),
+        ("localhost", (), own),
+        ("::1", (), own),
+        ("127.0.0.2", (), own | {"127.0.0.2"}),
+        ("127.0.0.1", ("Model.example",), own | {"model.example"}),
+        ("127.0.0.1", ("*",), set()),
+        ("0.0.0.0", (), set()),
+        ("0.0.0.0", ("model.example",), {"0.0.0.0", "model.example"}),
+    ):
+        assert server.hosts_to_allow(host, allowed) == expected, (host, allowed)
+
+
+def test_as_many_files_may_be_open_as_there_are_connections() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (300, hard))
+        server.allow_open_files(512)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 512 + server.OTHER_FILES
+        with pytest.raises(RunError, match=f"this process may have {hard}"):
+            server.allow_open_files(hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_the_access_log_is_a_switch(either: Path) -> None:
+    process, port = start(either, "--access-log", "--allow-host", "model.example")
+    assert call(port, "GET", "/v2", Host="model.example")[0] == 200
+    assert call(port, "GET", "/v2/%1b[31m", Host="evil.example")[0] == 421
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert '"GET /v2" 200' in out
+    assert '"GET /v2/%1b[31m" 421' in out
+
+
+def test_threads_are_shared_among_the_workers() -> None:
     assert [server.share_threads(0, threads, "cpu") for threads in (1, 2, 4, 16)] == [(1, 1), (2, 1), (4, 1), (4, 4)]
     assert [server.share_threads(workers, 4, "cpu") for workers in (1, 3, 8)] == [(1, 4), (3, 1), (8, 1)]
     assert server.share_threads(0, 8, "cuda") == (1, 8)
 
 
 def test_another_address_deserves_a_warning_and_a_taken_one_an_error(either: Path) -> None:
-    from spdtool.errors import RunError
-    from spdtool.serving import server
-
     assert not server.is_loopback("0.0.0.0")
     assert all(map(server.is_loopback, ("127.0.0.1", "::1", "localhost")))
     with server.open_listener("127.0.0.1", 0) as taken, pytest.raises(RunError, match="cannot be listened to"):

@@ -1,0 +1,193 @@
+"""Connections: what a client may send, how long it may take, how many there are, and answers to half-closed ones."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Callable
+
+import pytest
+
+pytest.importorskip("starlette", reason='pip install "spdtool[serve]"')
+
+HOST = b"Host: localhost\r\n"
+GET = b"GET /v2/health/live HTTP/1.1\r\n" + HOST + b"\r\n"
+GET_AND_CLOSE = b"GET /v2/health/live HTTP/1.1\r\n" + HOST + b"Connection: close\r\n\r\n"
+BODY = json.dumps({"texts": ["good film"]}).encode()
+POST = b"POST /predict HTTP/1.1\r\n" + HOST + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
+SHORT = {"head_seconds": 0.3, "body_seconds": 0.3, "idle_seconds": 0.3}
+
+
+def status_and_error(answer: bytes) -> tuple[int, str]:
+    """The status and the error of one answer, which says that it is JSON."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert b"content-type: application/json" in head.lower(), answer
+    return int(head.split()[1]), json.loads(body)["error"]
+
+
+def test_what_is_no_request_is_refused_as_json(serve: Callable) -> None:
+    running = serve(body=1000)
+    chunked = b"POST /predict HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: chunked\r\n\r\n"
+    expected = {
+        "GARBAGE /v2 HTTP/1.1": (b"GARBAGE /v2 HTTP/1.1\r\n\r\n", 400),
+        "TLS": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"a" * 100, 400),
+        "no path": (b"CONNECT a.example:443 HTTP/1.1\r\n" + HOST + b"\r\n", 400),
+        "a head of 200 kB": (b"GET /v2 HTTP/1.1\r\nA: " + b"b" * 200_000, 431),
+        "a path of 100 kB": (b"GET /" + b"a" * 100_000, 431),
+        "many headers": (b"GET /v2 HTTP/1.1\r\n" + b"a: b\r\n" * 20_000, 431),
+        "empty lines": (b"\r\n" * 50_000, 431),
+        "a length of Latin digits": (b"POST /predict HTTP/1.1\r\n" + HOST + b"Content-Length: \xb2\r\n\r\n12", 400),
+        "a length of 5,000 zeros": (
+            b"POST /predict HTTP/1.1\r\n" + HOST + b"Content-Length: " + b"0" * 5000 + b"2\r\n\r\n{}",
+            400,
+        ),
+        "two lengths": (
+            b"POST /predict HTTP/1.1\r\n" + HOST + b"Content-Length: 2\r\nContent-Length: 30\r\n\r\n{}",
+            400,
+        ),
+        "a length and chunks": (
+            b"POST /predict HTTP/1.1\r\n" + HOST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+            400,
+        ),
+        "a bad chunk": (chunked + b"zz\r\n", 400),
+        "a large body": (b"POST /predict HTTP/1.1\r\n" + HOST + b"Content-Length: 1001\r\n\r\n", 413),
+        "large chunks": (chunked + b"400\r\n" + b"a" * 1024 + b"\r\n", 413),
+        "chunk extensions without end": (chunked + b"2;" + b"a" * 200_000, 413),
+    }
+    for kind, (request, status) in expected.items():
+        assert status_and_error(running.send(request))[0] == status, kind
+    assert running.call("GET", "/v2")[0] == 200
+    # Every one of them was counted.
+    counts = running.statuses()
+    for status in (400, 413, 431):
+        counted = sum(count for label, count in counts.items() if label.endswith(str(status)))
+        assert counted == sum(expected_status == status for _, expected_status in expected.values()), status
+
+
+def test_a_client_may_take_its_time_but_not_for_ever(serve: Callable) -> None:
+    running = serve(**SHORT)
+    # A silent connection, and one that waits after an answer, are closed without a word.
+    assert running.send() == b""
+    assert running.send(GET).count(b"HTTP/1.1") == 1
+    for kind, sent, what in (
+        ("half a head", GET[:30], "the head"),
+        ("half a head after a request", GET + GET[:30], "the head"),
+        ("half a body", POST[:-5], "the body"),
+    ):
+        answer = running.send(sent)
+        assert b"HTTP/1.1 408 " in answer, kind
+        assert what in answer.decode(), kind
+    while "predict 408" not in running.statuses():  # counted when the application notices
+        time.sleep(0.01)
+    assert running.statuses() == {"live 200": 2, "refused 408": 2, "predict 408": 1}
+
+
+def test_bytes_that_drip_do_not_prolong_the_time(serve: Callable) -> None:
+    running = serve(**SHORT)
+    # A body that nobody waits for, empty lines between requests, and a head: a byte at a time.
+    for start in (b"POST /nowhere HTTP/1.1\r\n" + HOST + b"Content-Length: 1000\r\n\r\n", GET, GET[:20]):
+        drip = b"\r\n" if start == GET else b"a"
+        with socket.create_connection(("127.0.0.1", running.port), 10) as plug:
+            plug.settimeout(0.05)
+            plug.sendall(start)
+            with pytest.raises(ConnectionError):
+                while True:
+                    plug.sendall(drip)
+                    try:
+                        if plug.recv(1000) == b"":
+                            raise ConnectionResetError
+                    except TimeoutError:
+                        continue
+
+
+def test_a_client_that_does_not_read_is_dropped(serve: Callable) -> None:
+    running = serve(write_seconds=0.3, idle_seconds=0.3)
+    with socket.create_connection(("127.0.0.1", running.port), 10) as plug:
+        plug.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        plug.settimeout(0.5)
+        with pytest.raises(OSError, match=r"timed out|reset|Broken"):
+            while True:
+                plug.sendall(b"GET /docs HTTP/1.1\r\n" + HOST + b"\r\n")
+        while running.door.admitted:
+            time.sleep(0.01)
+
+
+def test_half_closed_clients_get_their_answers(serve: Callable) -> None:
+    running = serve()
+    answer = running.send(POST, half_close=True)
+    assert (answer.count(b"HTTP/1.1 200"), b"predictions" in answer) == (1, True)
+    assert running.send(POST + POST + GET, half_close=True).count(b"HTTP/1.1 200") == 3
+    for sent in (POST[:-5], GET[:30]):
+        assert status_and_error(running.send(sent, half_close=True)) == (400, "the request has no end")
+    assert running.send(half_close=True) == b""
+    while running.door.admitted:
+        time.sleep(0.01)
+
+
+def test_a_half_closed_client_waits_for_the_model(serve: Callable, stand_in: Callable) -> None:
+    classify = stand_in()
+    running = serve(classify)
+    classify.gate.clear()
+    with socket.create_connection(("127.0.0.1", running.port), 10) as plug:
+        plug.sendall(POST)
+        plug.shutdown(socket.SHUT_WR)
+        while running.app.batcher.rows == 0:
+            time.sleep(0.01)
+        classify.gate.set()
+        assert plug.recv(100).startswith(b"HTTP/1.1 200 OK")
+
+
+def test_a_request_behind_another_that_is_no_http_spoils_neither_answer(serve: Callable) -> None:
+    running = serve()
+    answer = running.send(POST + b"GARBAGE\r\n\r\n")
+    assert (answer.count(b"HTTP/1.1"), b"HTTP/1.1 200 OK" in answer) == (1, True)
+    assert running.call("POST", "/predict", {"texts": ["a"]})[0] == 200
+
+
+def test_connections_that_only_wait_give_way_to_new_ones(serve: Callable) -> None:
+    running = serve(connections=20)
+    plugs = []
+    for number in range(100):
+        plugs.append(socket.create_connection(("127.0.0.1", running.port), 10))
+        plugs[-1].sendall((b"", GET[:30], POST[:-5])[number % 3])
+    for _ in range(5):  # the newest push out the oldest
+        assert running.call("POST", "/predict", {"texts": ["a"]})[0] == 200
+    assert len(running.door.admitted) <= 20
+    for plug in plugs:
+        plug.close()
+
+
+def test_more_connections_than_allowed_are_told_when_all_are_at_work(serve: Callable, stand_in: Callable) -> None:
+    classify = stand_in()
+    running = serve(classify, connections=3)
+    classify.gate.clear()
+    plugs = [socket.create_connection(("127.0.0.1", running.port), 10) for _ in range(3)]
+    for plug in plugs:
+        plug.sendall(POST)
+    while running.app.batcher.rows < 3:
+        time.sleep(0.01)
+    status, error = status_and_error(running.send(GET_AND_CLOSE))
+    assert (status, "too many connections" in error) == (503, True)
+    classify.gate.set()
+    for plug in plugs:
+        assert plug.recv(100).startswith(b"HTTP/1.1 200 OK")
+        plug.close()
+    while running.door.admitted:
+        time.sleep(0.01)
+    assert running.call("GET", "/v2")[0] == 200
+    assert running.statuses()["refused 503"] == 1
+
+
+def test_refused_connections_do_not_pile_up(serve: Callable) -> None:
+    running = serve()
+    plugs = [socket.create_connection(("127.0.0.1", running.port), 10) for _ in range(150)]
+    for plug in plugs:
+        plug.sendall(b"GARBAGE\r\n\r\n")
+    while running.statuses().get("refused 400", 0) < 150:
+        time.sleep(0.01)
+    assert len(running.door.lingering) <= 64
+    for plug in plugs:
+        plug.close()
+    while running.door.lingering:
+        time.sleep(0.01)
