@@ -104,17 +104,19 @@ _discovery = _Discovery()
 class Registry(Generic[T]):
     """Registry of one kind of extension by name; loads the modules that provide them when first asked."""
 
-    def __init__(self, kind: str, *builtins: str, check: str = "") -> None:
+    def __init__(self, kind: str, *builtins: str, options: tuple[str, ...] = (), check: str = "") -> None:
         """Create an empty registry.
 
         Args:
             kind: what it holds, for messages.
             builtins: modules to import before the plugins.
+            options: keywords that `register` accepts beside the name.
             check: `module:function` that turns a name and what was registered under it into what is stored, or raises
                 PluginError; empty: the object is stored as it is.
         """
         self.kind = kind
         self._builtins = builtins
+        self._options = options
         self._check = check
         self._entries: dict[str, Entry[T]] = {}
 
@@ -122,8 +124,13 @@ class Registry(Generic[T]):
         """Register the decorated object under `name`; `meta` is kept with it.
 
         Raises:
-            PluginError: another source already provides that name, or the object is not of this kind.
+            PluginError: another source already provides that name, the object is not of this kind, or an option is
+                unknown.
         """
+        unknown = ", ".join(option for option in meta if option not in self._options)
+        if unknown:  # else a misspelt option would change nothing, in silence
+            accepted = ", ".join(self._options) or "none"
+            raise PluginError(f"{self.kind} {name!r} has the unknown option {unknown}", f"options: {accepted}")
         module = sys._getframe(1).f_globals.get("__name__", "?")
         source = module if module.startswith(BUILTIN) else (_discovery.importing or module)
 
@@ -172,10 +179,14 @@ class Registry(Generic[T]):
         """Return the object called `name`; raises as `entry` does."""
         return self.entry(name).value
 
+    def find_entry(self, name: str) -> Entry[T] | None:
+        """Return the entry called `name`, or None."""
+        self.load()
+        return self._entries.get(name)
+
     def find(self, name: str) -> T | None:
         """Return the object called `name`, or None."""
-        self.load()
-        entry = self._entries.get(name)
+        entry = self.find_entry(name)
         return None if entry is None else entry.value
 
     def entries(self) -> list[Entry[T]]:
@@ -190,8 +201,16 @@ class Registry(Generic[T]):
         discover()
 
 
-criteria: Registry[Function] = Registry("criterion", "spdtool.pruning.criteria", "spdtool.pruning.second_order")
-patterns: Registry[Function] = Registry("pattern", "spdtool.pruning.patterns")
+# A criterion's functions: see `pruning/criteria.py`. `dense_gradients`: it wants the gradients of dead weights too.
+criteria: Registry[Function] = Registry(
+    "criterion",
+    "spdtool.pruning.criteria",
+    "spdtool.pruning.second_order",
+    options=("needs", "update", "block_scores", "dense_gradients"),
+)
+patterns: Registry[Function] = Registry(
+    "pattern", "spdtool.pruning.patterns", options=("block", "group", "largest_sparsity")
+)
 datasets: Registry[Any] = Registry("task", "spdtool.data.glue", "spdtool.data.demo")
 task_kinds: Registry[Any] = Registry("kind of task", "spdtool.tasks.classification", "spdtool.tasks.regression")
 targets: Registry[Any] = Registry("export target", "spdtool.export.targets", check="spdtool.export.target:check_target")

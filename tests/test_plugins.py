@@ -45,7 +45,7 @@ def test_builtin_parts_came_through_the_same_door() -> None:
 
 
 def test_a_registered_part_keeps_what_it_declared() -> None:
-    kind: Registry[object] = Registry("thing")
+    kind: Registry[object] = Registry("thing", options=("needs",))
     value = kind.register("a", needs=("x",))(lambda: 1)
     assert kind.get("a") is value
     assert kind.find("a") is value
@@ -68,6 +68,14 @@ def test_a_name_belongs_to_the_source_that_registered_it() -> None:
     with pytest.raises(PluginError, match="already provided"):
         exec("kind.register('a')(3)", {"kind": kind, "__name__": "stranger"})
     assert kind.get("a") == 2
+
+
+def test_an_option_that_means_nothing_is_refused() -> None:
+    with pytest.raises(PluginError, match="criterion 'a' has the unknown option need") as caught:
+        plugins.criteria.register("a", need=("gradient",))
+    assert caught.value.hint == "options: needs, update, block_scores, dense_gradients"
+    with pytest.raises(PluginError, match="unknown option speed"):
+        plugins.targets.register("a", speed=1)
 
 
 def test_an_unregistered_name_is_free_again() -> None:

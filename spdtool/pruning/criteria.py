@@ -8,8 +8,8 @@ The lowest scores are pruned first. A criterion declares what it reads besides t
     block_scores   `(weight, stats, block) -> scores [outputs / rows, inputs / columns]` ranks blocks of weights that
                    go together; without it, a block's score is the mean over its weights
 
-    @criteria.register("fisher", needs=("gradient_squared",))
-    @criteria.register("obert", needs=("fisher_blocks",), update=mend_blocks, block_scores=obert_blocks)
+    @criteria.register("obert", needs=("fisher_blocks",), update=mend_blocks, block_scores=obert_of_blocks)
+    def obert(weight, stats): ...
 """
 
 from __future__ import annotations

@@ -205,6 +205,8 @@ class Masks:
         """
         if self.can_regrow:
             return
+        for name, dead in self.dead.items():
+            self.pattern.check_dead(name, dead)
         for name, (zeros, size) in _sum_in_scope(self.counts(), scope).items():
             wanted = zeros_in(size, sparsity, self.pattern.block_size)
             if zeros > wanted:

@@ -10,7 +10,7 @@ block, and its mask and its number of zeros are of blocks:
     @patterns.register("1x8", block=(1, 8))
     def rows_of_eight(scores, zeros): ...
 
-`find_pattern` knows every block by its shape (`1x4`, `8x1`) and every N:M (`2:4`), registered or not.
+`find_pattern` builds every other block from its shape (`8x1`), and every other N:M (`1:4`).
 """
 
 from __future__ import annotations
@@ -75,6 +75,16 @@ class Pattern:
                 "--set prune.scope=matrix",
             )
 
+    def check_dead(self, name: str, dead: Tensor) -> None:
+        """Raise ModelError if a group of a matrix has more dead weights for good than the pattern gives it."""
+        most = round(self.group * self.largest_sparsity)
+        if self.group > 1 and int(dead.reshape(-1, self.group).sum(1).max()) > most:
+            raise ModelError(
+                f"{name} has more than {most} zeros in some {self.group} neighbouring inputs, "
+                f"and the pattern {self.name} gives every {self.group} of them {most}",
+                "start from a dense checkpoint, or set prune.regrowth to true",
+            )
+
     def to_blocks(self, scores: Tensor) -> Tensor:
         """Average the scores [outputs, inputs] of each block: [outputs / rows, inputs / columns]."""
         if self.block_size == 1:
@@ -82,7 +92,7 @@ class Pattern:
         return sum_blocks(scores, self.block) / self.block_size
 
     def to_weights(self, blocks: Tensor) -> Tensor:
-        """Repeat what holds of each block for all of its weights: the inverse of `to_blocks`."""
+        """Repeat each block's value for all of its weights."""
         if self.block_size == 1:
             return blocks
         rows, columns = self.block
@@ -108,16 +118,21 @@ def find_pattern(name: str) -> Pattern:
         UnknownName: nothing provides it.
         RecipeError: N:M with N not below M.
     """
-    if shape := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", name):
-        return Pattern(name, unstructured, block=(int(shape[1]), int(shape[2])))
-    if ratio := re.fullmatch(r"([1-9]\d*):([1-9]\d*)", name):
-        alive, group = int(ratio[1]), int(ratio[2])
-        if alive >= group:
-            raise RecipeError(f"the pattern {name} has no zeros", "for example --set prune.pattern=2:4")
-        choose = partial(at_most_n_of_m, alive=alive, group=group)
-        return Pattern(name, choose, group=group, largest_sparsity=1 - alive / group)
-    entry = plugins.patterns.entry(name)
-    return Pattern(name, entry.value, block=entry.meta.get("block", (1, 1)))
+    entry = plugins.patterns.find_entry(name)
+    if entry is None:
+        if shape := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", name):
+            return Pattern(name, unstructured, block=(int(shape[1]), int(shape[2])))
+        if ratio := re.fullmatch(r"([1-9]\d*):([1-9]\d*)", name):
+            return _make_n_of_m(name, int(ratio[1]), int(ratio[2]))
+        entry = plugins.patterns.entry(name)  # raises, with near names
+    return Pattern(name, entry.value, **entry.meta)
+
+
+def _make_n_of_m(name: str, alive: int, group: int) -> Pattern:
+    if alive >= group:
+        raise RecipeError(f"the pattern {name} has no zeros", "for example --set prune.pattern=2:4")
+    choose = partial(at_most_n_of_m, alive=alive, group=group)
+    return Pattern(name, choose, group=group, largest_sparsity=1 - alive / group)
 
 
 @patterns.register("unstructured")
@@ -149,7 +164,7 @@ def blocks_of_4x4(scores: Tensor, zeros: int) -> Tensor:
     return unstructured(scores, zeros)
 
 
-@patterns.register("2:4")
+@patterns.register("2:4", group=4, largest_sparsity=0.5)
 def two_of_four(scores: Tensor, zeros: int) -> Tensor:
     """At least two of every four neighbouring inputs go, half of all weights; any other N:M works as well."""
     return at_most_n_of_m(scores, zeros, alive=2, group=4)

@@ -19,7 +19,7 @@ OnWork = Callable[[str], None]
 
 
 class Pruner:
-    """The masks, the prune events still to come, and what was observed since the last one.
+    """The masks, the prune events of the stage, and the statistics since the last event.
 
     Args:
         events: `(optimiser step, sparsity)`, rising; see `schedules.prune_events`. None: the
@@ -30,8 +30,8 @@ class Pruner:
 
     Attributes:
         last_event: step of the last event; 0 without events.
-        clamped: matrix to its zeros as the scores would have had them and as `prune.least` has
-            them, at the last event.
+        clamped: matrix to `(zeros by the scores alone, zeros above the floor of prune.least)`, at
+            the last event.
         lowered: group of matrices to the share that stayed alive there, where `prune.least` left
             no room for the sparsity.
 
@@ -135,8 +135,8 @@ class Pruner:
             on_work: is called with what comes next, matrix by matrix: a second-order event may take many minutes.
 
         Raises:
-            RecipeError: nothing was observed of what the criterion ranks by, or its scores are
-                none.
+            RecipeError: nothing was observed of what the criterion ranks by, or its scores contain
+                NaN.
             PluginError: the criterion of a plugin fails.
         """
         sparsity = self.events.get(step)
@@ -207,7 +207,7 @@ class Pruner:
         if bool(scores.isnan().any()):
             raise RecipeError(
                 f"{expected}, and {int(scores.isnan().sum()):,} of {scores.numel():,} are not numbers",
-                "if the losses before were none either, set prune.learning_rate lower",
+                "if the loss was not a number either, set prune.learning_rate lower",
             )
         return scores
 

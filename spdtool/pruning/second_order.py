@@ -46,8 +46,8 @@ def obert_of_blocks(weight: Tensor, stats: Stats, block: Block) -> Tensor:
     size, (rows, columns) = stats.fisher_blocks.shape[-1], block
     if size % columns:
         raise RecipeError(
-            f"prune.block is {size}, and the pattern has blocks of {columns} inputs, which do not divide it",
-            f"--set prune.block={4 * columns}",
+            f"prune.fisher_block is {size}, and the pattern has blocks of {columns} inputs, which do not divide it",
+            f"--set prune.fisher_block={4 * columns}",
         )
     costs = []
     segments = split_into_blocks(weight.float(), size)

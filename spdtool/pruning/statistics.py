@@ -71,7 +71,7 @@ class Statistic:
         reads: `gradient` or `input`.
         is_learned: whether it goes on over the whole stage, instead of beginning anew at each
             prune event.
-        section: `block`, `dampening`, `penalty` and `score_rate` count.
+        section: `fisher_block`, `dampening`, `penalty` and `score_rate` count.
     """
 
     reads: ClassVar[str] = "gradient"
@@ -223,14 +223,14 @@ class FisherBlocks(Statistic):
     """
 
     def shape(self) -> tuple[int, ...]:
-        size = self.section.block
+        size = self.section.fisher_block
         return (-(-fsdp.local_rows(self.weight).numel() // size), size, size)
 
     def add_gradient(self, sample: WeightGradient) -> None:
         gradient = sample.gradient
         if sample.dead is not None:  # they stay zero: F is that of the weights that can move
             gradient = gradient.masked_fill(sample.dead, 0.0)
-        rows = split_into_blocks(gradient, self.section.block)
+        rows = split_into_blocks(gradient, self.section.fisher_block)
         self.sum().baddbmm_(rows.unsqueeze(2), rows.unsqueeze(1))
 
     def read(self) -> Tensor:

@@ -284,7 +284,7 @@ class Prune(Distilled):
     saliency: Literal["loss", "logits"] = "loss"
     """what the criterion's gradients are of: the whole loss, or its logit term alone"""
     # Each block's Fisher matrix is kept and inverted: memory grows with its width, time with the square.
-    block: int = Field(16, ge=1)
+    fisher_block: int = Field(16, ge=1)
     """weights per block of a blockwise second-order criterion"""
     dampening: float = Field(0.01, gt=0)
     """added to the diagonal of second-order statistics, as a fraction of its mean"""

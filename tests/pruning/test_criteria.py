@@ -17,7 +17,7 @@ from spdtool.pruning.masks import Masks
 from spdtool.pruning.statistics import STATISTICS, Observer, Stats
 from spdtool.recipe.fields import Prune
 
-SECTION = Prune(block=4, dampening=0.1, penalty=0.5)
+SECTION = Prune(fisher_block=4, dampening=0.1, penalty=0.5)
 OUT, IN = 3, 5
 
 
@@ -195,7 +195,7 @@ def gram_of(layer: Layer) -> Tensor:
 
 def test_a_block_costs_what_removing_all_of_it_costs() -> None:
     layer = make_wide_layer()
-    section = Prune(block=8, dampening=SECTION.dampening)
+    section = Prune(fisher_block=8, dampening=SECTION.dampening)
     linear = nn.Linear(8, 4, bias=False)
     with torch.no_grad():
         linear.weight.copy_(layer.weight)
@@ -221,7 +221,7 @@ def test_a_block_of_weights_must_fit_into_the_blocks_of_the_fisher_matrix() -> N
     stats = Stats(fisher_blocks=torch.eye(6).expand(4, 6, 6))
     with pytest.raises(RecipeError, match="the pattern has blocks of 4 inputs, which do not divide it") as raised:
         plugins.criteria.entry("obert").meta["block_scores"](torch.randn(3, 8), stats, (1, 4))
-    assert raised.value.hint == "--set prune.block=16"
+    assert raised.value.hint == "--set prune.fisher_block=16"
 
 
 UPDATES: dict[str, Callable[[Layer, Tensor], Tensor]] = {"obert": plain_blocks, "layerwise": plain_rows}

@@ -421,3 +421,14 @@ def test_n_of_m_has_its_zeros_in_every_group() -> None:
             in_group = (weights["w0"] != 0).unflatten(1, (-1, group)).sum(-1)
             assert int(in_group.min()) >= alive, (name, sparsity)
         assert int(in_group.max()) == alive, name
+
+
+def test_groups_with_too_many_dead_weights_are_refused_before_training() -> None:
+    weights = make_weights((4, 8))
+    with torch.no_grad():
+        weights["w0"][2, :3] = 0
+    masks = Masks.from_zeros(weights, find_pattern("2:4"))
+    with pytest.raises(ModelError, match="w0 has more than 2 zeros in some 4 neighbouring inputs"):
+        masks.check_reachable(0.5)
+    masks.allow_regrowth()
+    masks.check_reachable(0.5)

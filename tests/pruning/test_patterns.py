@@ -122,3 +122,14 @@ def test_blocks_and_weights_are_turned_into_each_other() -> None:
     assert weights[2].tolist() == [2.0] * 4 + [3.0] * 4
     assert torch.equal(pattern.to_blocks(weights), blocks)
     assert torch.equal(sum_blocks(weights, (2, 4)), 8 * blocks)
+
+
+def test_a_registered_pattern_comes_before_its_shape(clean_plugins: None) -> None:  # noqa: ARG001
+    @plugins.patterns.register("1x2", block=(1, 2))
+    def last_block(scores: Tensor, zeros: int) -> Tensor:
+        """Kill the last blocks, whatever their scores."""
+        return (torch.arange(scores.numel()) < scores.numel() - zeros).view_as(scores)
+
+    pattern = find_pattern("1x2")
+    assert pattern.block == (1, 2)
+    assert pattern.choose(torch.ones(2, 2), 1).tolist() == [[True, True], [True, False]]

@@ -67,7 +67,7 @@ def test_obert_lowers_the_true_loss_of_a_quadratic(block: int) -> None:
 
     def loss(**how: Any) -> float:
         layer = layer_with(weight)
-        pruner = make_pruner(layer, "obert", 0.5, block=block, dampening=1e-4, **how)
+        pruner = make_pruner(layer, "obert", 0.5, fisher_block=block, dampening=1e-4, **how)
         for gradient in gradients:
             layer.weight.grad = gradient.view(OUT, IN)
             pruner.observe_gradients()

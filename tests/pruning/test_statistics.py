@@ -12,7 +12,7 @@ from spdtool.recipe.fields import Prune
 
 NEEDS = tuple(STATISTICS)
 FROM_GRADIENTS = tuple(need for need, kind in STATISTICS.items() if kind.reads == "gradient")
-SECTION = Prune(block=4)
+SECTION = Prune(fisher_block=4)
 
 
 def make_observer(needs: tuple[str, ...] = NEEDS, seed: int = 0) -> tuple[Observer, dict[str, nn.Linear]]:
