@@ -124,7 +124,7 @@ def test_blocks_and_weights_are_turned_into_each_other() -> None:
     assert torch.equal(sum_blocks(weights, (2, 4)), 8 * blocks)
 
 
-def test_a_registered_pattern_comes_before_its_shape(clean_plugins: None) -> None:  # noqa: ARG001
+def test_a_registered_pattern_comes_before_its_shape(clean_plugins: None) -> None:
     @plugins.patterns.register("1x2", block=(1, 2))
     def last_block(scores: Tensor, zeros: int) -> Tensor:
         """Kill the last blocks, whatever their scores."""
