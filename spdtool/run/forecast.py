@@ -42,18 +42,44 @@ class StageCost:
 
 
 @dataclass
-class Forecast:
-    """Seconds that remain of the stages of `costs`, in their order, as events of the running one come in.
+class StageProgress:
+    """What was measured of the running stage.
 
     Attributes:
+        started, last_event: by the clock.
+        step: optimiser steps done. pruned: prune events done. pruning_seconds: in them, and in one that goes on.
+        intervals: seconds and optimiser steps between the last events, without prune events.
+    """
+
+    stage: str
+    steps: int
+    events: tuple[int, ...]
+    started: float
+    last_event: float
+    step: int = 0
+    pruned: int = 0
+    pruning_seconds: float = 0.0
+    is_pruning: bool = False
+    intervals: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=WINDOW))
+
+    def measure_step(self) -> float | None:
+        """Return the seconds of an optimiser step now, with its share of the evaluations; None before the first."""
+        steps = sum(advanced for _, advanced in self.intervals)
+        return sum(passed for passed, _ in self.intervals) / steps if steps else None
+
+
+class Forecast:
+    """Seconds that remain of several stages, in their order, as the events of the running one come in.
+
+    Args:
         costs: of the stages to do; empty where nothing was estimated: then only the running stage is forecast.
     """
 
-    costs: Mapping[str, StageCost] = field(default_factory=dict)
-    clock: Callable[[], float] = time.monotonic
-
-    def __post_init__(self) -> None:
-        self._begin("", 0, ())
+    def __init__(
+        self, costs: Mapping[str, StageCost] | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.costs, self.clock = dict(costs or {}), clock
+        self.begin("")
 
     @property
     def covers_all(self) -> bool:
@@ -66,66 +92,56 @@ class Forecast:
         Args:
             events: optimiser steps at which it prunes.
         """
-        self._begin(stage, steps, events)
+        now = self.clock()
+        self._running = StageProgress(stage, steps, tuple(events), started=now, last_event=now)
 
     def observe(self, event: Mapping[str, object]) -> None:
         """Take an event of the running stage: `step`, `eval`, `pruning` (work of a prune event), `prune`, `resume`."""
-        now, kind, step = self.clock(), event.get("event"), event.get("step")
-        passed, self._last = now - self._last, now
-        advanced = 0
+        running, now = self._running, self.clock()
+        passed, running.last_event = now - running.last_event, now
+        kind, step, advanced = event.get("event"), event.get("step"), 0
         if isinstance(step, int):
-            advanced, self._step = max(0, step - self._step), max(step, self._step)
+            advanced, running.step = max(0, step - running.step), max(step, running.step)
         if kind == "resume":  # what was done before took no time now
             return
-        if self._is_pruning:
-            self._pruning += passed
+        if running.is_pruning:
+            running.pruning_seconds += passed
         else:  # evaluations and snapshots are spread evenly over the steps, and count with them
-            self._intervals.append((passed, advanced))
-        self._is_pruning = kind == "pruning"
-        self._pruned += kind == "prune"
+            running.intervals.append((passed, advanced))
+        running.is_pruning = kind == "pruning"
+        running.pruned += kind == "prune"
 
     def seconds_left(self) -> float | None:
         """Return the seconds that remain, or None before anything is known of the running stage."""
-        current = self._current_left()
+        current, names = self._estimate_running(), list(self.costs)
         if current is None:
             return None
-        names = list(self.costs)
-        later = names[names.index(self._stage) + 1 :] if self._stage in names else []
+        stage = self._running.stage
+        later = names[names.index(stage) + 1 :] if stage in names else []
         return current + sum(self._estimate_later(name) for name in later)
 
-    def _begin(self, stage: str, steps: int, events: Sequence[int]) -> None:
-        self._stage, self._steps, self._events = stage, steps, tuple(events)
-        self._step, self._pruned, self._pruning = 0, 0, 0.0
-        self._is_pruning = False
-        self._intervals: deque[tuple[float, int]] = deque(maxlen=WINDOW)
-        self._started = self._last = self.clock()
-
-    def _measure_step(self) -> float | None:
-        """Return the seconds of an optimiser step now, with its share of the evaluations; None before the first."""
-        steps = sum(advanced for _, advanced in self._intervals)
-        return sum(passed for passed, _ in self._intervals) / steps if steps else None
-
-    def _current_left(self) -> float | None:
-        elapsed, cost = self.clock() - self._started, self.costs.get(self._stage)
-        if not self._steps:  # export and bench do not tell how far they are
-            return max(0.0, cost.seconds - elapsed) if cost else None
-        step_seconds = self._measure_step()
+    def _estimate_running(self) -> float | None:
+        running = self._running
+        cost = self.costs.get(running.stage)
+        if not running.steps:  # export and bench do not tell how far they are
+            return max(0.0, cost.seconds - (self.clock() - running.started)) if cost else None
+        step_seconds = running.measure_step()
         if step_seconds is None and cost is not None:
             step_seconds = cost.seconds_per_step
         if step_seconds is None:
             return None
-        left = (self._steps - self._step) * step_seconds
+        left = (running.steps - running.step) * step_seconds
         # A resumed stage does not repeat the events of an earlier session.
-        events_left = min(len(self._events) - self._pruned, sum(step >= self._step for step in self._events))
-        if self._pruned:
-            left += events_left * self._pruning / self._pruned
+        events_left = min(len(running.events) - running.pruned, sum(step >= running.step for step in running.events))
+        if running.pruned:
+            left += events_left * running.pruning_seconds / running.pruned
         elif cost is not None:
-            left += max(0.0, events_left * cost.event_seconds - self._pruning)
+            left += max(0.0, events_left * cost.event_seconds - running.pruning_seconds)
         return left
 
     def _estimate_later(self, stage: str) -> float:
         """Return the estimate of a later stage, corrected as the running one has shown."""
-        cost, current, measured = self.costs[stage], self.costs.get(self._stage), self._measure_step()
+        cost, current, measured = self.costs[stage], self.costs.get(self._running.stage), self._running.measure_step()
         if not cost.steps or current is None or measured is None or not current.seconds_per_step:
             return cost.seconds
         correction = min(max(measured / current.seconds_per_step, 1 / LARGEST_CORRECTION), LARGEST_CORRECTION)
