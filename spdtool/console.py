@@ -131,6 +131,20 @@ def make_text(text: object) -> Text:
     return Text(make_visible(text))
 
 
+def print_lines(title: str, lines: Sequence[tuple[str, str]]) -> None:
+    """Print names and texts in two columns under a title, without the frame of a table."""
+    say(f"\n[bold]{escape(title)}[/]")
+    if not _out.is_terminal:
+        width = max(len(name) for name, _ in lines)
+        for name, text in lines:
+            say(f"{escape(name):{width}}  {escape(text)}")
+        return
+    grid = Table.grid(padding=(0, 2))
+    for name, text in lines:
+        grid.add_row(make_text(name), make_text(text))
+    _out.print(grid)
+
+
 def is_numeric(cells: Sequence[object]) -> bool:
     """Return whether a column reads as numbers, among cells that may be empty."""
     texts = [format_cell(cell) for cell in cells if cell not in EMPTY]
@@ -150,10 +164,24 @@ def format_cell(cell: object) -> str:
     return f"{cell:.4g}" if abs(cell) < 1e4 else f"{cell:,.0f}"
 
 
+def format_bytes(count: float) -> str:
+    """Format a number of bytes with two or three digits: `1.9 GB`, `438 MB`."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            break
+        count /= 1000
+    return f"{count:,.1f} {unit}" if count < 10 and unit != "bytes" else f"{count:,.0f} {unit}"
+
+
 def format_scores(metrics: Mapping[str, float], *, best: bool = False) -> str:
     """Format metrics on one line."""
     line = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
     return f"{line}  best so far" if best else line
+
+
+def can_ask() -> bool:
+    """Return whether a person can be asked: on a terminal, and not for a program that reads JSON."""
+    return sys.stdin.isatty() and not _json
 
 
 def print_result(value: object) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from spdtool import compress, load
+from spdtool.errors import ModelError, RecipeError
 from spdtool.recipe import STAGES
 
 Call = Callable[..., Any]
@@ -171,3 +173,62 @@ def test_a_given_teacher_is_measured_and_used(
     assert "given teacher: dev score" in called.stdout
     ours, theirs = tmp_path / "run/teacher/model.safetensors", compressed / "teacher/model.safetensors"
     assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_a_run_goes_on_with_the_recipe_that_it_has_recorded(tmp_path: Path, quick_words: Any, spdtool: Any) -> None:
+    run = tmp_path / "run"
+    assert spdtool("teacher", *quick_words, "--run", run).exit_code == 0
+    recorded = json.loads((run / "run.json").read_text())["recipe"]
+    ways: dict[tuple[str, ...], dict[str, object]] = {
+        ("compress", "--run", str(run)): {},
+        ("resume", str(run)): {},
+        ("compress", "--run", str(run), "--sparsity", "0.6"): {"sparsity": 0.6},
+        ("resume", str(run), "--set", "sparsity=0.6"): {"sparsity": 0.6},
+    }
+    for words, changed in ways.items():
+        called = spdtool(*words, "--dry-run", "--json")
+        assert called.exit_code == 0, called.output
+        plan = json.loads(called.stdout)
+        assert plan["recipe"] == recorded | changed, words
+        assert [stage["done"] for stage in plan["stages"]] == [True, *[False] * 5]
+    for words, message in (
+        (("compress", "--run", run, "--recipe", "spd"), "--recipe spd names another"),
+        (("compress", "--run", tmp_path / "none"), "neither --task nor --data was given"),
+        (("resume", tmp_path / "none"), "has no run.json"),
+        (("compress", "--run", run, "--seed", "1"), "seed is 0 there and 1 here"),
+    ):
+        called = spdtool(*words)
+        assert called.exit_code == 2, words
+        assert message in " ".join(called.stderr.split()), words
+    redone = spdtool("teacher", "--run", run, "--again", "--set", "teacher.epochs=2")
+    assert redone.exit_code == 0, redone.output
+    assert json.loads((run / "run.json").read_text())["recipe"]["teacher"]["epochs"] == 2
+
+
+def test_python_goes_on_with_a_recorded_recipe_too(tmp_path: Path, toy_run: Any) -> None:
+    run = toy_run(until="prune")
+    result = compress(run=run.path, until="distill")
+    assert result.finished
+    assert run.done("distill")
+    with pytest.raises(RecipeError, match="neither a task nor data"):
+        compress(run=tmp_path / "none")
+
+
+def test_a_finished_run_is_loaded_by_its_own_folder(compressed: Path, tmp_path: Path) -> None:
+    classify = load(compressed)
+    assert classify.bundle.folder == compressed / "export/bundle"
+    assert classify("the film was good") in ("bad", "good")
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(ModelError, match="has no exported model"):
+        load(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_dev_score_is_the_metric_that_was_chosen(tmp_path: Path, quick_words: Any, spdtool: Any) -> None:
+    for metric in ("accuracy", "f1"):
+        run = tmp_path / metric
+        called = spdtool("teacher", *quick_words, "--run", run, "--metric", metric)
+        assert called.exit_code == 0, called.output
+        dev = json.loads((run / "teacher/stage.json").read_text())["result"]["dev"]
+        assert dev["score"] == dev[metric]
+        assert dev.keys() == {"score", "accuracy", "f1"}

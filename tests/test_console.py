@@ -299,7 +299,7 @@ def test_the_work_of_a_prune_event_is_a_line(
 ) -> None:
     monkeypatch.setattr(console, "PLAIN_SECONDS", -1)
     with (
-        console.forecast_run(Forecast({"prune": StageCost(10, 6.0, (5,), 600.0)})),
+        console.forecast_run(Forecast({"prune": StageCost(10, 6.0, ((5, 600.0),))})),
         console.progress("prune", 10, prune_events=[5]) as watch,
     ):
         watch({"event": "pruning", "step": 5, "work": "event 1 of 1, solving matrix 7 of 36"})

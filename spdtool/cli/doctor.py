@@ -71,6 +71,7 @@ def examine(folder: Path | None = None) -> list[Check]:
         "onnxruntime": _check_onnxruntime,
         "processors": _check_processors,
         "free disk": lambda: _check_disk(folder or Path.cwd()),
+        "cache": _check_cache,
         "C++ compiler": _check_compiler,
         "operator libraries": _check_libraries,
         "plugins": _check_plugins,
@@ -199,6 +200,14 @@ def _check_disk(folder: Path) -> Iterator[Check]:
         yield Check("free disk", "warn", f"{free / 1e9:.1f} GB", "a run can need 2 GB; free some")
     else:
         yield Check("free disk", "ok", f"{free / 1e9:.1f} GB")
+
+
+def _check_cache() -> Iterator[Check]:
+    from spdtool.data.cache import cache_folder, cache_size, size_limit
+
+    count, size = cache_size()
+    found = f"{console.format_bytes(size)} in {count} entries of {cache_folder()}; at most {size_limit() / 1e9:g} GB"
+    yield Check("cache", "ok", found, "spdtool clean --cache empties it" if count else "")
 
 
 def _check_compiler() -> Iterator[Check]:

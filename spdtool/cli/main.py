@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from spdtool import ranks
-from spdtool.cli import doctor, export, serve, show, stages, sweep
+from spdtool.cli import clean, doctor, export, serve, show, stages, sweep
 from spdtool.cli.options import app
 
-__all__ = ["app", "doctor", "export", "main", "serve", "show", "stages", "sweep"]
+__all__ = ["app", "clean", "doctor", "export", "main", "serve", "show", "stages", "sweep"]
 
 
 def main() -> None:

@@ -30,8 +30,8 @@ Context = Any  # newer versions of typer bring a click of their own
 
 # The order of the commands in `--help`: as they are used.
 WORKFLOW = (
-    *("compress", *STAGES, "report", "sweep"),
-    *("predict", "serve", "serve-check", "inspect", "unpack"),
+    *("compress", "resume", *STAGES, "report", "sweep"),
+    *("predict", "serve", "serve-check", "inspect", "unpack", "clean"),
 )
 
 
@@ -110,6 +110,9 @@ RunPath = Annotated[Path | None, typer.Option("--run", help="Run folder.", show_
 ExistingRun = Annotated[Path, typer.Option("--run", help="Run folder.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="Any recipe field: --set prune.epochs=3.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and do nothing.")]
+Everything = Annotated[
+    bool, typer.Option("--all", help="Print the whole plan: every field, every class, every reason.")
+]
 Processes = Annotated[
     int,
     typer.Option("--processes", min=1, help="Train in this many processes, on as many devices."),
@@ -135,20 +138,30 @@ class RecipeOptions:
     teacher: Annotated[str | None, typer.Option("--teacher", help="Fine-tuned model to use as it is.")] = None
     sparsity: Annotated[float | None, typer.Option(help="Share of the encoder's weights to set to zero.")] = None
     name: Annotated[
-        str,
-        typer.Option("--recipe", help="Recipe name or TOML file; `spdtool recipes` lists them."),
-    ] = "default"
+        str | None,
+        typer.Option(
+            "--recipe", help="Recipe name or TOML file; `spdtool recipes` lists them.", show_default="default"
+        ),
+    ] = None
     seed: Annotated[int | None, typer.Option(help="Seed of everything that is random.")] = None
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda (which refuses to fall back).")] = None
+    metric: Annotated[
+        str | None,
+        typer.Option(help="The task's metric that picks the best checkpoint.", show_default="mean of its metrics"),
+    ] = None
     sets: Sets = None
     smoke: Annotated[bool, typer.Option("--smoke", help="A few steps on a random two-layer model; no result.")] = False
 
-    def build(self) -> Recipe:
-        """Build the recipe that the options ask for; raises as `recipe.reading.request_recipe` does."""
+    def build(self, recorded: Recipe | None = None) -> Recipe:
+        """Build the recipe that the options ask for; raises as `recipe.reading.request_recipe` does.
+
+        Args:
+            recorded: recipe of a run that exists, to go on with where neither --task nor --data is given.
+        """
         from spdtool.recipe.reading import request_recipe
 
-        if self.task is None and self.data is None:
-            hint = "for example --task demo; `spdtool tasks` lists the tasks"
+        if self.task is None and self.data is None and recorded is None:
+            hint = "for example --task demo (`spdtool tasks` lists the tasks), or --run with a run to go on with"
             raise RecipeError("neither --task nor --data was given", hint)
         recipe = request_recipe(
             self.task,
@@ -161,8 +174,10 @@ class RecipeOptions:
             recipe=self.name,
             seed=self.seed,
             device=self.device,
+            metric=self.metric,
             sets=self.sets or (),
             smoke=self.smoke,
+            recorded=recorded,
         )
         if self.teacher and self.model and recipe.student != "pretrained":
             console.warn(f"--model {self.model} is ignored: the teacher is given, and the student starts as its copy")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 LISTED_LINES = 20  # numbers of unlabelled lines in the closing warning
 
-BundleFolder = Annotated[Path, typer.Argument(help="Servable folder, such as RUN/export/bundle, or any exported one.")]
+BundleFolder = Annotated[Path, typer.Argument(help="A run, its bundle, or any exported folder.")]
 Variant = Annotated[
     str | None, typer.Option(help="Variant of the model, such as onnx or onnx-int8.", show_default="best here")
 ]

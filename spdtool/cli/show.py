@@ -10,7 +10,7 @@ import typer
 
 from spdtool import console, plugins
 from spdtool.cli.options import command
-from spdtool.cli.stages import describe_grafting
+from spdtool.cli.plan import describe_grafting
 
 TASK_KEYS = ("name", "about", "metrics", "source")
 ENTRY_KEYS = ("kind", "name", "source", "about")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from spdtool import console, ranks
 from spdtool.cli.options import (
     Again,
     DryRun,
+    Everything,
     ExistingRun,
     Processes,
     RecipeOptions,
@@ -17,33 +21,63 @@ from spdtool.cli.options import (
     Sets,
     command,
 )
+from spdtool.cli.plan import show_plan
 
 if TYPE_CHECKING:
     from spdtool.recipe.fields import Recipe
     from spdtool.run.folder import Run
-    from spdtool.run.records import BenchResult, Plan, Result, StagePlan
-
-PLAN_COLUMNS = ("stage", "state", "epochs", "steps", "learning rate", "why")
-MIB = 2**20
+    from spdtool.run.records import BenchResult, Plan, Result
 
 
 @command
-def compress(options: RecipeOptions, run: RunPath = None, dry_run: DryRun = False, processes: Processes = 1) -> object:
-    """Run every stage that is not finished yet: teacher, prune, distill, finetune, export, bench."""
+def compress(
+    options: RecipeOptions,
+    run: RunPath = None,
+    dry_run: DryRun = False,
+    everything: Everything = False,
+    processes: Processes = 1,
+) -> object:
+    """Run every stage that is not finished yet: teacher, prune, distill, finetune, export, bench.
+
+    With --run alone it goes on with the recipe that the run has recorded.
+    """
+    from spdtool.run.folder import default_path
+    from spdtool.stages import recorded_recipe
+
+    recipe = options.build(recorded_recipe(run))
+    return run_all(recipe, run or default_path(recipe), dry_run, everything, processes)
+
+
+@command
+def resume(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    sets: Sets = None,
+    dry_run: DryRun = False,
+    everything: Everything = False,
+    processes: Processes = 1,
+) -> object:
+    """Go on with a run that was stopped, at whatever stage is next, with the recipe that it has recorded."""
+    from spdtool.recipe.reading import override
+    from spdtool.run.folder import Run
+
+    return run_all(override(Run.open(run).recipe, sets or ()), run, dry_run, everything, processes)
+
+
+def run_all(recipe: Recipe, path: Path, dry_run: bool, everything: bool, processes: int) -> object:
+    """Run, or only plan, every stage that is missing at `path`; return the bench, or the plan, as JSON values."""
     from spdtool import stages
-    from spdtool.run.folder import Run, default_path
+    from spdtool.run.folder import Run
     from spdtool.stages.plan import make_plan
 
-    recipe = options.build()
-    path = run or default_path(recipe)
     if dry_run:
         plan = make_plan(Run.at(path, recipe, dry=True))
-        show_recipe(recipe)
-        show_plan(plan, recipe)
+        show_plan(plan, recipe, everything=everything)
+        if not everything:
+            console.say("[dim]--all shows every field of the recipe, and the reasons[/]")
         return plan.model_dump(mode="json", exclude={"recipe"}) | {"recipe": recipe.model_dump(mode="json")}
 
     def start(plan: Plan) -> None:
-        show_plan(plan, recipe)
+        show_plan(plan, recipe, everything=everything)
         launch_ranks(processes, recipe, path)  # for the training stages; this process does the others
 
     result = stages.compress(recipe=recipe, run=path, on_plan=start)
@@ -61,9 +95,10 @@ def compress(options: RecipeOptions, run: RunPath = None, dry_run: DryRun = Fals
 def teacher(options: RecipeOptions, run: RunPath = None, again: Again = False, processes: Processes = 1) -> object:
     """Start a run: fine-tune the dense model on the task, or measure a given one."""
     from spdtool.run.folder import Run, default_path
+    from spdtool.stages import recorded_recipe
     from spdtool.stages.plan import make_plan
 
-    recipe = options.build()
+    recipe = options.build(recorded_recipe(run))
     path = run or default_path(recipe)
     redo = "teacher" if again else None
     # Only looked at: nothing is written before the plan is accepted.
@@ -136,7 +171,8 @@ def run_one(stage: str, path: Path, recipe: Recipe, again: bool, processes: int)
     run = Run.at(path, recipe)
     # The main process drops the stage, perhaps not yet: another rank must not take it for done.
     if run.done(stage) and (ranks.is_main() or not again):
-        console.say(f"{stage} is done in {console.escape(run.path)}; --again redoes it")
+        redo_command = f"spdtool {stage} --run {shlex.quote(str(run.path))} --again"
+        console.say(f"{stage} is done in {console.escape(run.path)}; to redo it: {console.escape(redo_command)}")
         return dump_result(run.result(stage))
     return dump_result(stages.run_stage(run, stage))
 
@@ -182,44 +218,6 @@ def launch_ranks(processes: int, recipe: Recipe, path: Path, redo: str | None = 
     words = [word for word in sys.argv[1:] if word != "--again"]
     launch_with_restarts(processes, words, recipe.restarts)
     return True
-
-
-def show_recipe(recipe: Recipe) -> None:
-    """Print every field of a recipe."""
-    console.print_table(f"recipe {recipe.name}", ("field", "value"), list(recipe.values().items()))
-
-
-def show_plan(plan: Plan, recipe: Recipe) -> None:
-    """Print what a run will do."""
-    if recipe.smoke:
-        console.say("[yellow]SMOKE RUN: a random two-layer model and a few steps; its numbers mean nothing[/]")
-    rows = ", ".join(f"{count:,} {name}" for name, count in plan.rows.items())
-    console.print_table(f"{plan.run}: {rows} rows", PLAN_COLUMNS, [_plan_row(stage) for stage in plan.stages])
-    for line in plan.reading:
-        console.say(console.escape(line))
-    console.say(describe_grafting(recipe))
-    for note in plan.notes:
-        console.warn(note)
-    weights = plan.parameters
-    console.say(
-        f"{weights.zeros:,} of {weights.prunable:,} weights of the encoder's linear layers become zero "
-        f"({weights.all:,} parameters in all); about {plan.memory_bytes / MIB:,.0f} MiB of memory"
-    )
-    if weights.emptied:
-        console.warn(f"{recipe.sparsity:g} leaves no weight at all in {weights.emptied} matrices of this model")
-
-
-def describe_grafting(recipe: Recipe) -> str:
-    """Say in which phases teacher layers stand in for the student's."""
-    if not recipe.grafted_phases:
-        return "grafting: off in this recipe"
-    return f"grafting: on in {' and '.join(recipe.grafted_phases)}"
-
-
-def _plan_row(stage: StagePlan) -> tuple[object, ...]:
-    state = "done" if stage.done else "to do"
-    rate = None if stage.learning_rate is None else f"{stage.learning_rate:.3g}"
-    return console.phase_title(stage.stage), state, stage.epochs, stage.steps, rate, stage.why
 
 
 def show_bench(run: Run) -> object:

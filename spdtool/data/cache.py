@@ -59,6 +59,27 @@ def size_limit() -> float:
         return DEFAULT_LIMIT_GB * 1e9
 
 
+def cache_size() -> tuple[int, int]:
+    """Return the number of entries, with those of killed writers, and their bytes."""
+    sizes = []
+    for entry in _entries():
+        with suppress(OSError):  # another process may remove the same
+            sizes.append(sum(file.stat().st_size for file in entry.iterdir()))
+    return len(sizes), sum(sizes)
+
+
+def remove_entries() -> None:
+    """Remove every entry; a process that has mapped one can read on."""
+    for entry in _entries():
+        shutil.rmtree(entry, ignore_errors=True)
+
+
+def _entries() -> list[Path]:
+    """List the folders of entries; whatever else lies there is not this module's."""
+    hidden = [path for path in cache_folder().glob("*/.*-*") if path.is_dir()]  # of killed writers
+    return [path.parent for path in cache_folder().glob(f"*/*/{CONTENTS}")] + hidden
+
+
 def hash_array(array: np.ndarray) -> str:
     """Hash an array's bytes."""
     return hashlib.blake2b(np.ascontiguousarray(array).data, digest_size=16).hexdigest()

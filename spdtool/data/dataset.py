@@ -74,7 +74,8 @@ class Dataset:
         kind: registered name of the kind of task, see `spdtool.tasks`.
         text: names of the one or two text columns.
         labels: label names in the order of their indices; empty where labels are numbers.
-        metrics: names in `spdtool.tasks.metrics.METRICS`; the headline score is their mean, as GLUE reports it.
+        metrics: names in `spdtool.tasks.metrics.METRICS`; the headline score is the recipe's `metric`, else their mean,
+            as GLUE reports it.
         load: `load(data, seed)` returns the splits: `train` and `dev`, and any further dev sets under names that start
             with `dev_`. `data` is a path, or None for the data set's usual source (the hub).
         build: for a data set with a small model to go with it: `build(seed)` returns `(model, tokenizer)`, untrained.

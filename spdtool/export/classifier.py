@@ -258,7 +258,8 @@ def load(
     if their library is installed and loads, otherwise the portable one. `classifier.bundle` names it.
 
     Args:
-        folder: such as `RUN/export/bundle` or `RUN/export/student`; of a folder with both roles, the student is opened.
+        folder: a run, or a folder such as `RUN/export/bundle` or `RUN/export/student`; of a folder with both roles, the
+            student is opened.
         library: library of custom operators to use; None: that of the installed plugin, where the folder needs one.
             It is native code, so a library that lies in the folder is used only if it is named here.
         threads: threads of one operator; 0: as many as there are cores.

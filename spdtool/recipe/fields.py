@@ -27,7 +27,7 @@ from spdtool.recipe import PHASES, STAGES
 # Measured on widths 384 and 768 (docs/results.md); the best rate of Adam falls as one over the width.
 RATE_TIMES_WIDTH = 0.384
 # These may change between two calls on one run folder: they never change a weight.
-MAY_CHANGE = frozenset({"name", "save_minutes", "restarts", "shard", "device", "teacher_states_gb"})
+MAY_CHANGE = frozenset({"name", "save_minutes", "restarts", "shard", "device", "teacher_states_gb", "log"})
 # Fields outside the sections that the teacher stage does not read.
 STUDENT_FIELDS = frozenset({"sparsity", "student"})
 FIELDS_HINT = "(`spdtool recipes default` lists every field)"
@@ -423,6 +423,8 @@ class Recipe(Section):
     """fraction of the encoder's weights that are zero in the end"""
     seed: int = Field(0, ge=0, lt=2**63)
     """seed of everything that is random"""
+    metric: str | None = None
+    """metric of the task that is the dev score and picks the best checkpoint; none: the mean of all its metrics"""
     max_length: int = Field(128, ge=4)
     """longest input in tokens; longer ones are cut"""
     max_rows: int | None = Field(None, ge=2)
@@ -452,6 +454,8 @@ class Recipe(Section):
     """minutes between resumable states inside an epoch; 0: after every step"""
     restarts: int = Field(0, ge=0)
     """how often `--processes` starts its processes again, from the last snapshot, when one of them is lost"""
+    log: tuple[str, ...] = ()
+    """trackers of accelerate that also get the training log, such as tensorboard; its files go to logs/ of the run"""
     teacher_states_gb: float = Field(4.0, ge=0)
     """disk for the teacher's hidden states of all rows, which saves its forward passes on a CPU; 0: none"""
 

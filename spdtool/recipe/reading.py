@@ -66,7 +66,7 @@ def build_recipe(name: str = "default", flags: Mapping[str, object] | None = Non
 def request_recipe(
     task: str | None = None,
     *,
-    recipe: str = "default",
+    recipe: str | None = None,
     sparsity: float | None = None,
     model: str | Path | None = None,
     teacher: str | Path | None = None,
@@ -75,25 +75,26 @@ def request_recipe(
     label: str | None = None,
     seed: int | None = None,
     device: str | None = None,
+    metric: str | None = None,
     sets: Iterable[str] = (),
     smoke: bool = False,
+    recorded: Recipe | None = None,
 ) -> Recipe:
     """Build the recipe of a request, as `spdtool compress` and `spdtool.compress` make it.
 
     Args:
         task: name of a task; None: the rows of `data`.
-        recipe: a packaged recipe, or the path of a TOML file.
+        recipe: a packaged recipe, or the path of a TOML file; None: `default`.
         teacher: fine-tuned model to use as it is.
         data: file or folder to read instead of the hub.
         text, label: columns of `data`; empty, None: guessed.
+        recorded: recipe of a run that exists; without task and data, what else is given changes it.
 
     Raises:
         RecipeError: neither a task nor data was given, or as `build_recipe` does.
     """
-    if task is None and data is None:
-        raise RecipeError("neither a task nor data was given", "name a task, such as demo, or a file of rows")
     flags = {
-        "task": "local" if task is None else task.lower(),
+        "task": None if task is None else task.lower(),
         "data": _absolute(data),
         "text": tuple(text) or None,
         "label": label,
@@ -102,9 +103,21 @@ def request_recipe(
         "sparsity": sparsity,
         "seed": seed,
         "device": device,
+        "metric": metric,
         "smoke": smoke or None,
     }
-    built = build_recipe(recipe, flags, sets)
+    if task is None and data is None:
+        if recorded is None:
+            raise RecipeError("neither a task nor data was given", "name a task, such as demo, or a file of rows")
+        if recipe is not None:
+            raise RecipeError(
+                f"the run has its recipe, and --recipe {recipe} names another",
+                "leave it out to go on with that of the run, or name the task too and give another --run",
+            )
+        changed = override(recorded, sets, flags)
+        return make_smoke(changed) if smoke and not recorded.smoke else changed
+    flags["task"] = flags["task"] or "local"
+    built = build_recipe(recipe or "default", flags, sets)
     return built.model_copy(update={"student": _absolute(built.student)})
 
 
@@ -130,9 +143,12 @@ def parse_recipe(tree: Settings) -> Recipe:
         raise RecipeError(message, _field_hint(dotted)) from None
 
 
-def override(recipe: Recipe, sets: Iterable[str]) -> Recipe:
-    """Return `recipe` with further `--set` assignments; raises as `build_recipe` does."""
+def override(recipe: Recipe, sets: Iterable[str], flags: Mapping[str, object] | None = None) -> Recipe:
+    """Return `recipe` with further flags and `--set` assignments; arguments and errors are those of `build_recipe`."""
     tree = recipe.model_dump()
+    for dotted, value in (flags or {}).items():
+        if value is not None:
+            _assign(tree, dotted, value)
     for assignment in sets:
         _assign(tree, *_split(assignment))
     return parse_recipe(tree)

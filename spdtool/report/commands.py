@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 
 from spdtool.errors import SpdError
-from spdtool.recipe import STAGES, reading
-from spdtool.recipe.fields import MAY_CHANGE, Recipe
+from spdtool.recipe import STAGES
+from spdtool.recipe.spelling import recipe_options
 from spdtool.run.folder import Run
 from spdtool.sweep.rows import teacher_folder
-
-FLAGS = {
-    "task": "--task",
-    "data": "--data",
-    "text": "--text",
-    "label": "--label",
-    "model": "--model",
-    "given_teacher": "--teacher",
-    "sparsity": "--sparsity",
-    "seed": "--seed",
-}
-ALWAYS = ("task", "sparsity", "seed")  # a reader looks for these, even where they are the default
 
 
 def commands_of(run: Run) -> list[str]:
@@ -36,36 +23,6 @@ def commands_of(run: Run) -> list[str]:
         if (teacher_run / "run.json").is_file():
             commands += _stage_commands(Run.open(teacher_run))
     return commands + _stage_commands(run)
-
-
-def recipe_options(recipe: Recipe) -> list[str]:
-    """Return the options that make `recipe`, after `spdtool compress` or `spdtool teacher`."""
-    flags = {}
-    for name in FLAGS:
-        value = getattr(recipe, name)
-        changed = name in ALWAYS or value != Recipe.model_fields[name].default
-        if changed and (name, value) != ("task", "local"):  # --data implies it
-            flags[name] = value
-    options = []
-    for name, value in flags.items():
-        if isinstance(value, tuple):
-            value = ",".join(value)
-        options += [FLAGS[name], str(value)]
-    base_name = "default"
-    if recipe.name in reading.recipe_names() and recipe.name != "default":
-        base_name = recipe.name
-        options += ["--recipe", base_name]
-    if recipe.smoke:
-        options.append("--smoke")
-        flags["smoke"] = True
-    base = reading.build_recipe(base_name, flags | {"task": recipe.task})
-    for field, value, _ in recipe.diff(base):
-        if field not in MAY_CHANGE:  # no result depends on it
-            text = "none"  # TOML has no null
-            if value is not None:
-                text = json.dumps(value)
-            options += ["--set", f"{field}={text}"]
-    return options
 
 
 def _stage_commands(run: Run) -> list[str]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -26,7 +27,8 @@ from typing import TYPE_CHECKING
 from spdtool import ranks
 from spdtool.errors import Corrupt, RunError, RunMismatch, SpdError, StageMissing, explain_machine_error
 from spdtool.recipe import STAGES, reading
-from spdtool.recipe.fields import MAY_CHANGE, Recipe, first_stage_using
+from spdtool.recipe.fields import MAY_CHANGE, FieldChange, Recipe, first_stage_using
+from spdtool.recipe.spelling import assign
 from spdtool.run.fingerprint import describe_machine, hash_json, sha256
 from spdtool.run.lock import LOCK, lock_folder
 from spdtool.run.storage import create_folder, publish_folder, remove_path, settle_folder, sync_folder, write_json
@@ -120,8 +122,7 @@ class Run:
         conflicts = [difference for difference in changed if first_stage_using(difference[0]) in finished]
         if conflicts:
             lines = "; ".join(f"{name} is {before!r} there and {now!r} here" for name, now, before in conflicts[:5])
-            names = [name for name, _, _ in conflicts]
-            raise RunMismatch(f"{path} belongs to another recipe: {lines}", _recipe_hint(path, names))
+            raise RunMismatch(f"{path} belongs to another recipe: {lines}", _recipe_hint(path, conflicts))
         run = cls(path, recipe)
         if changed and not dry and ranks.is_main():  # one writer: the other ranks read run.json
             with lock_folder(path):
@@ -150,7 +151,7 @@ class Run:
         if not self.done(stage):
             raise StageMissing(
                 f"{self.path} has no finished stage {stage!r}",
-                f"run `spdtool {stage} --run {self.path}`, or `spdtool compress` for everything that is missing",
+                f"run `spdtool {stage} --run {self.path}`, or `spdtool resume {self.path}` for all that is missing",
             )
         return read_stage_record(self.path / stage)
 
@@ -227,7 +228,8 @@ class Run:
             if recorded is not None and recorded != data:  # a stage of an older version has none
                 raise RunMismatch(
                     f"the rows are not those of the stage {stage!r} in {self.path}: {_data_change(recorded, data)}",
-                    "put the data back, give another --run, or begin anew with `spdtool teacher --again`",
+                    "put the data back, give another --run, or begin anew: "
+                    f"`spdtool teacher --run {shlex.quote(str(self.path))} --again`",
                 )
 
     @contextmanager
@@ -435,16 +437,16 @@ def _cannot_create(path: Path, reason: str) -> RunError:
     return RunError(f"no run folder can be made at {path}: {reason}", "give another --run")
 
 
-def _recipe_hint(path: Path, changed: list[str]) -> str:
-    """Say what to type where finished stages were made with other values of the fields `changed`."""
-    first = min((first_stage_using(name) for name in changed), key=STAGES.index)
-    shared = [name for name in changed if name.split(".")[0] not in STAGES]
+def _recipe_hint(path: Path, conflicts: list[FieldChange]) -> str:
+    """Say what to type where finished stages were made with other values."""
+    values = {name: now for name, now, _ in conflicts}
+    first = min(map(first_stage_using, values), key=STAGES.index)
+    folder = shlex.quote(str(path))
+    shared = [name for name in values if name.split(".")[0] not in STAGES]
     if any(first_stage_using(name) == "teacher" for name in shared):
-        return f"give another --run; its teacher may be this one: --teacher {path / 'teacher'}"
-    if first == "teacher":
-        return f"give another --run, or drop all of it: the same options with `spdtool teacher --run {path} --again`"
-    sets = " ".join(f"--set {name}=..." for name in changed)
-    return f"give another --run, or drop {first} and what follows: `spdtool {first} --run {path} --again {sets}`"
+        return f"give another --run; its teacher may be this one: --teacher {shlex.quote(str(path / 'teacher'))}"
+    sets = " ".join(f"--set {shlex.quote(assign(name, value))}" for name, value in values.items())
+    return f"give another --run, or drop {first} and what follows: `spdtool {first} --run {folder} --again {sets}`"
 
 
 def _data_change(before: DataRecord, now: DataRecord) -> str:
@@ -456,4 +458,4 @@ def _data_change(before: DataRecord, now: DataRecord) -> str:
 
 
 def _redo_hint(stage: str, path: Path) -> str:
-    return f"to redo it and what follows: `spdtool {stage} --run {path} --again`"
+    return f"to redo it and what follows: `spdtool {stage} --run {shlex.quote(str(path))} --again`"

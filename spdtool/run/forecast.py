@@ -20,20 +20,24 @@ class StageCost:
 
     Attributes:
         steps: optimiser steps. step_seconds: of one of them.
-        events: optimiser steps at which it prunes. event_seconds: of one prune event.
+        events: the optimiser step and the seconds of each prune event.
         other_seconds: of evaluations, exports, timings.
     """
 
     steps: int = 0
     step_seconds: float = 0.0
-    events: tuple[int, ...] = ()
-    event_seconds: float = 0.0
+    events: tuple[tuple[int, float], ...] = ()
     other_seconds: float = 0.0
 
     @property
     def seconds(self) -> float:
         """Seconds of the whole stage."""
-        return self.steps * self.step_seconds + len(self.events) * self.event_seconds + self.other_seconds
+        return self.steps * self.step_seconds + self.event_seconds + self.other_seconds
+
+    @property
+    def event_seconds(self) -> float:
+        """Seconds of all prune events."""
+        return sum(seconds for _, seconds in self.events)
 
     @property
     def seconds_per_step(self) -> float:
@@ -47,7 +51,9 @@ class StageProgress:
 
     Attributes:
         started, last_event: by the clock.
-        step: optimiser steps done. pruned: prune events done. pruning_seconds: in them, and in one that goes on.
+        step: optimiser steps done.
+        pruned: seconds of the prune events done now. pruning_seconds: of one that goes on.
+        last_event_step: of the last prune event that is over, also in an earlier session.
         intervals: seconds and optimiser steps between the last events, without prune events.
     """
 
@@ -57,8 +63,9 @@ class StageProgress:
     started: float
     last_event: float
     step: int = 0
-    pruned: int = 0
+    pruned: dict[int, float] = field(default_factory=dict)
     pruning_seconds: float = 0.0
+    last_event_step: int = -1
     is_pruning: bool = False
     intervals: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=WINDOW))
 
@@ -103,13 +110,16 @@ class Forecast:
         if isinstance(step, int):
             advanced, running.step = max(0, step - running.step), max(step, running.step)
         if kind == "resume":  # what was done before took no time now
+            running.last_event_step = running.step
             return
         if running.is_pruning:
             running.pruning_seconds += passed
         else:  # evaluations and snapshots are spread evenly over the steps, and count with them
             running.intervals.append((passed, advanced))
         running.is_pruning = kind == "pruning"
-        running.pruned += kind == "prune"
+        if kind == "prune":
+            running.pruned[running.step], running.pruning_seconds = running.pruning_seconds, 0.0
+            running.last_event_step = running.step
 
     def seconds_left(self) -> float | None:
         """Return the seconds that remain, or None before anything is known of the running stage."""
@@ -130,14 +140,21 @@ class Forecast:
             step_seconds = cost.seconds_per_step
         if step_seconds is None:
             return None
-        left = (running.steps - running.step) * step_seconds
-        # A resumed stage does not repeat the events of an earlier session.
-        events_left = min(len(running.events) - running.pruned, sum(step >= running.step for step in running.events))
-        if running.pruned:
-            left += events_left * running.pruning_seconds / running.pruned
-        elif cost is not None:
-            left += max(0.0, events_left * cost.event_seconds - running.pruning_seconds)
-        return left
+        return (running.steps - running.step) * step_seconds + self._estimate_events(cost)
+
+    def _estimate_events(self, cost: StageCost | None) -> float:
+        """Return the seconds of the prune events to come; the first may take far longer than the last."""
+        running = self._running
+        to_come = [step for step in running.events if step > running.last_event_step]
+        estimates = dict(cost.events) if cost is not None else {}
+        measured = sum(running.pruned.values())
+        estimated = sum(estimates.get(step, 0.0) for step in running.pruned)
+        if estimates and (estimated or not running.pruned):
+            correction = measured / estimated if estimated else 1.0
+            left = correction * sum(estimates.get(step, 0.0) for step in to_come)
+        else:
+            left = measured / max(len(running.pruned), 1) * len(to_come)
+        return max(0.0, left - running.pruning_seconds)
 
     def _estimate_later(self, stage: str) -> float:
         """Return the estimate of a later stage, corrected as the running one has shown."""
@@ -145,7 +162,7 @@ class Forecast:
         if not cost.steps or current is None or measured is None or not current.seconds_per_step:
             return cost.seconds
         correction = min(max(measured / current.seconds_per_step, 1 / LARGEST_CORRECTION), LARGEST_CORRECTION)
-        return correction * cost.steps * cost.seconds_per_step + len(cost.events) * cost.event_seconds
+        return correction * cost.steps * cost.seconds_per_step + cost.event_seconds
 
 
 def format_duration(seconds: float) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 from spdtool import plugins
 from spdtool.errors import GateError, ModelError, SpdError
 from spdtool.export.bundle import selftest
-from spdtool.export.bundle.read import MANIFEST, read_manifest
+from spdtool.export.bundle.read import MANIFEST, find_in_run, read_manifest
 from spdtool.run.records import BundleManifest
 
 TIMEOUT = 1800  # seconds for the whole self-test
@@ -31,6 +31,7 @@ def verify_bundle(folder: Path) -> dict[str, Any]:
         ModelError: it is no bundle, or the test cannot be run.
         GateError: a file is damaged, missing or replaced, or a model gives other logits; names which.
     """
+    folder = find_in_run(folder)
     nested = folder / "bundle"
     if not (folder / MANIFEST).is_file() and (nested / MANIFEST).is_file():
         folder = nested

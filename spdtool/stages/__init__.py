@@ -25,6 +25,7 @@ from spdtool.recipe import STAGES
 from spdtool.recipe.fields import Distilled, Recipe
 from spdtool.recipe.reading import request_recipe
 from spdtool.run.folder import Run, default_path
+from spdtool.run.forecast import Forecast, StageCost
 from spdtool.run.records import ExportedModel, Plan, Result, Scores, TrainingResult
 
 BUNDLE = "export/bundle"
@@ -74,9 +75,10 @@ def compress(
     data: str | Path | None = None,
     text: Iterable[str] = (),
     label: str | None = None,
-    recipe: str | Recipe = "default",
+    recipe: str | Recipe | None = None,
     seed: int | None = None,
     device: str | None = None,
+    metric: str | None = None,
     run: str | Path | None = None,
     sets: Iterable[str] = (),
     smoke: bool = False,
@@ -85,12 +87,13 @@ def compress(
 ) -> CompressionResult:
     """Run every stage that is missing: fine-tune a teacher, prune and distil a student, export and time both.
 
-    A run that was stopped goes on where it was; stages that are done are skipped.
+    A run that was stopped goes on where it was; stages that are done are skipped. `compress(run=FOLDER)` goes on with
+    the recipe that the run has recorded.
 
     Args:
-        task, sparsity, model, teacher, data, text, label, seed, device, sets, smoke: see
+        task, sparsity, model, teacher, data, text, label, seed, device, metric, sets, smoke: see
             `recipe.reading.request_recipe`.
-        recipe: name, TOML file, or a recipe that is used as it is.
+        recipe: name, TOML file, or a recipe that is used as it is; None: `default`, or that of `run`.
         run: run folder; None: `runs/<task>-<sparsity>`.
         until: last stage to run.
         on_plan: called with the plan before anything is spent.
@@ -110,11 +113,14 @@ def compress(
             label=label,
             seed=seed,
             device=device,
+            metric=metric,
             sets=sets,
             smoke=smoke,
+            recorded=recorded_recipe(run),
         )
     path = Path(run) if run is not None else default_path(recipe)
     wanted = STAGES[: STAGES.index(until) + 1]
+    forecast = Forecast()
     # A launcher has planned, and checked, for its ranks.
     if not ranks.has_launcher():
         from spdtool.stages.plan import make_plan
@@ -124,12 +130,33 @@ def compress(
             from spdtool.export import runtime
 
             runtime.require_onnxruntime()  # fail before hours are spent, not after
+        forecast = forecast_of(plan, wanted)
         if on_plan is not None:
             on_plan(plan)
     # Opened anew: ranks that a launcher has started may have made stages meanwhile.
     opened = Run.at(path, recipe)
-    refusal = run_missing(opened, wanted)
+    with console.forecast_run(forecast):
+        refusal = run_missing(opened, wanted)
     return _describe(opened, wanted, refusal)
+
+
+def recorded_recipe(run: str | Path | None) -> Recipe | None:
+    """Return the recipe of a run that exists, else None; raises RunError where its run.json cannot be read."""
+    if run is None or not (Path(run) / "run.json").is_file():
+        return None
+    return Run.open(run).recipe
+
+
+def forecast_of(plan: Plan, wanted: Iterable[str]) -> Forecast:
+    """Return the forecast of the stages of `wanted` that are not done."""
+    costs = {}
+    for stage in plan.stages:
+        estimate = stage.estimate
+        if stage.stage in wanted and estimate is not None:
+            costs[stage.stage] = StageCost(
+                estimate.steps, estimate.step_seconds, tuple(estimate.events), estimate.other_seconds
+            )
+    return Forecast(costs)
 
 
 def run_missing(run: Run, wanted: Iterable[str] = STAGES) -> GateError | None:

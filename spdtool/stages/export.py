@@ -15,6 +15,7 @@ a warning.
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -70,7 +71,7 @@ def export(run: Run) -> ExportResult:
         if obstacle:
             console.warn(f"there is no bundle to serve: {obstacle}")
     # After the stage was committed: what passed the gates is there, whatever was refused.
-    _raise_if_refused(result, recipe)
+    _raise_if_refused(result, run)
     return result
 
 
@@ -152,16 +153,17 @@ def _export_roles(
     return TargetExport(student=models["student"], teacher=models.get("teacher"))
 
 
-def _raise_if_refused(result: ExportResult, recipe: Recipe) -> None:
+def _raise_if_refused(result: ExportResult, run: Run) -> None:
     """Raise GateError if a required target of the finished stage was refused, with every reason."""
     refused = []
     for name, reason in result.refused.items():
-        if name in recipe.export.targets:
+        if name in run.recipe.export.targets:
             refused.append(f"{name}: {reason}")
     if refused:
         raise GateError(
             f"not shipped: {'; '.join(refused)}",
-            "everything else was exported, and the stage is done; `spdtool export --again` tries anew with other --set",
+            "everything else was exported, and the stage is done; to try anew with a wider budget: "
+            f"`spdtool export --run {shlex.quote(str(run.path))} --again --set export.budget=0.01`",
         )
 
 

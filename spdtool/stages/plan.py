@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from transformers import PreTrainedModel
+from accelerate import Accelerator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spdtool import plugins
 from spdtool.data.dataset import Rows, identify_rows
@@ -17,7 +18,7 @@ from spdtool.distillation.grafting import replacing_rate
 from spdtool.distillation.layer_map import check_phases
 from spdtool.errors import RecipeError
 from spdtool.export.precheck import check_exportable
-from spdtool.export.target import required_targets
+from spdtool.export.target import INSTALLED, required_targets
 from spdtool.models.layers import find_prunable_weights, model_shape
 from spdtool.models.load import build_empty_teacher, label_names, load_tokenizer
 from spdtool.models.student import (
@@ -30,20 +31,18 @@ from spdtool.models.student import (
 from spdtool.pruning.allocation import zeros_in
 from spdtool.pruning.patterns import find_pattern
 from spdtool.recipe import STAGES
-from spdtool.recipe.fields import Recipe, Training
+from spdtool.recipe.fields import Prune, Recipe, Training
+from spdtool.recipe.spelling import list_changes
 from spdtool.run.folder import Run
 from spdtool.run.records import Plan, StagePlan, WeightCounts
+from spdtool.stages.estimate import Estimator, Pair
 from spdtool.tasks import Task, find_task
 from spdtool.training.accelerator import create_accelerator
 from spdtool.training.saliency import check_saliency
 from spdtool.training.schedules import plan_prune_events
+from spdtool.training.trackers import check_trackers
 
 Splits = dict[str, Rows]
-
-FLOAT = 4  # bytes
-ADAM_MOMENTS = 2
-RELATION_MAPS = 4  # token-to-token maps per layer: two of the student, two of the teacher
-SAVED_WIDTHS = 16  # activations that a transformer layer keeps for its backward pass, in hidden widths a token
 
 
 def make_plan(run: Run, redo: str | None = None) -> Plan:
@@ -61,34 +60,46 @@ def make_plan(run: Run, redo: str | None = None) -> Plan:
     task = find_task(recipe)
     splits = task.read_rows(recipe)
     rows = {name: len(split) for name, split in splits.items()}
-    check_recipe(recipe, rows["train"])
+    accelerator = check_recipe(recipe, rows["train"])
     check_rows(run, task, splits, redo)
     student, teacher = load_pair(recipe, task)
     if not run.done("export"):
         check_exportable(recipe, (student.config, teacher.config))
+    counts = _count_weights(recipe, student)
+    pair = Pair(student, teacher, load_teacher_tokenizer(recipe, task))
+    estimator = Estimator(run, splits, pair, counts, accelerator.device)
     stages = []
     for stage in STAGES:
         model = teacher if stage == "teacher" else student
-        stages.append(_plan_stage(run, stage, rows["train"], model.config.hidden_size))
-    reading = [f"labels: {task.describe_labels(splits)}"]
+        planned = _plan_stage(run, stage, rows["train"], model.config.hidden_size)
+        if stage == "export":
+            planned.targets = [choice.name for choice in estimator.chosen]
+        if not planned.done:
+            planned.estimate = estimator.estimate_stage(stage)
+        stages.append(planned)
+    lines = [f"labels: {task.describe_labels(splits)}"]
     # A file of the user: the columns were guessed, perhaps wrongly.
     if task.name == "local":
-        reading.insert(0, f"data: {task.dataset.about}")
+        lines.insert(0, f"data: {task.dataset.about}")
     return Plan(
         run=str(run.path),
+        task=task.name,
         rows=rows,
-        reading=reading,
+        reading=lines,
         classes=task.count_classes(splits),
         baseline=task.baseline(np.asarray(splits["dev"].labels))["score"],
-        notes=[*task.data_warnings(splits), *_label_notes(recipe, task, teacher)],
+        score=task.describe_score(),
+        model=_describe_model(recipe, student),
+        notes=[*task.data_warnings(splits), *_label_notes(recipe, task, teacher), *_export_notes(run, recipe)],
         stages=stages,
-        parameters=_count_weights(recipe, student),
-        memory_bytes=estimate_memory(recipe, student, teacher),
+        parameters=counts,
+        estimate=estimator.estimate_run(sum(stage.estimate.seconds for stage in stages if stage.estimate)),
+        changes=list_changes(recipe),
     )
 
 
-def check_recipe(recipe: Recipe, rows: int) -> None:
-    """Refuse names that nothing answers to, prune events that do not fit, and a device that is not there.
+def check_recipe(recipe: Recipe, rows: int) -> Accelerator:
+    """Return the device of a recipe; refuse what a later stage would: unknown names, prune events that do not fit.
 
     Args:
         rows: of the training set.
@@ -111,7 +122,8 @@ def check_recipe(recipe: Recipe, rows: int) -> None:
             f"{recipe.prune.exchanges} exchanges change nothing: without regrowth the dead stay dead",
             "add --set prune.regrowth=true, or leave prune.exchanges out",
         )
-    create_accelerator(recipe)  # raises where the device is not there
+    check_trackers(recipe)
+    return create_accelerator(recipe)  # raises where the device is not there
 
 
 def check_run(run: Run, redo: str | None = None) -> None:
@@ -145,37 +157,16 @@ def load_pair(recipe: Recipe, task: Task) -> tuple[PreTrainedModel, PreTrainedMo
     check_positions(recipe, student, teacher)
     if recipe.student is not None:
         read_student_labels(recipe, task)
-        if task.dataset.build is not None and recipe.given_teacher is None:
-            teacher_tokenizer = task.dataset.build(recipe.seed)[1]
-        else:
-            teacher_tokenizer = load_tokenizer(recipe.given_teacher or recipe.model)
-        check_tokenizers(load_student_tokenizer(recipe, task), teacher_tokenizer)
+        check_tokenizers(load_student_tokenizer(recipe, task), load_teacher_tokenizer(recipe, task))
     return student, teacher
 
 
-def estimate_memory(recipe: Recipe, student: PreTrainedModel, teacher: PreTrainedModel) -> int:
-    """Estimate the peak bytes of the student's phases, right to about a factor of 1.5.
-
-    Two models, gradients, AdamW's moments, and the activations that the backward pass needs.
-    """
-    section = recipe.prune
-    # Only a micro-batch has its activations in memory.
-    micro_batch = -(-section.batch_size // section.accumulate)
-    tokens = micro_batch * recipe.max_length
-    config = student.config
-    per_token: int = SAVED_WIDTHS * config.hidden_size
-    # Three maps of [heads, length] for each token.
-    if section.loss.attention > 0:
-        per_token += 3 * config.num_attention_heads * recipe.max_length
-    if section.loss.relation > 0:
-        per_token += RELATION_MAPS * section.loss.relation_heads * recipe.max_length
-    layers: int = config.num_hidden_layers
-    # The gradients of a blend pass through the teacher's layers too.
-    if section.grafting.kind == "blend":
-        layers *= 2
-    weights = student.num_parameters()
-    trained = weights * (1 + 1 + ADAM_MOMENTS)
-    return FLOAT * (teacher.num_parameters() + trained + tokens * per_token * layers)
+def load_teacher_tokenizer(recipe: Recipe, task: Task) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of the recipe's teacher; raises ModelError where there is none."""
+    if task.dataset.build is not None and recipe.given_teacher is None:
+        tokenizer: PreTrainedTokenizerBase = task.dataset.build(recipe.seed)[1]
+        return tokenizer
+    return load_tokenizer(recipe.given_teacher or recipe.model)
 
 
 def _label_notes(recipe: Recipe, task: Task, teacher: PreTrainedModel) -> Sequence[str]:
@@ -185,6 +176,27 @@ def _label_notes(recipe: Recipe, task: Task, teacher: PreTrainedModel) -> Sequen
         return ()
     pairs = [f"{name} is {label}" for name, label in zip(names, task.head_labels, strict=True)]
     return [f"the given teacher's labels are taken in their order: {', '.join(pairs[:LISTED_NAMES])}"]
+
+
+def _export_notes(run: Run, recipe: Recipe) -> Sequence[str]:
+    """Say that zeros save no time, where no installed target has operators that skip them."""
+    if run.done("export") or recipe.export.optional != INSTALLED or plugins.library_targets():
+        return ()
+    return [
+        "zeros save neither time nor bytes in plain onnxruntime, and no plugin with operators for sparse models is "
+        f"installed: {plugins.install_hint('NAME')}"
+    ]
+
+
+def _describe_model(recipe: Recipe, student: PreTrainedModel) -> str:
+    config, source = student.config, recipe.model
+    if recipe.student is not None:
+        source = f"{recipe.model} as the student" if recipe.student == "pretrained" else recipe.student
+    elif recipe.given_teacher is not None:
+        source = recipe.given_teacher
+    elif find_task(recipe).dataset.build is not None:
+        source = "the task's own model"
+    return f"{source}: {config.model_type}, {config.num_hidden_layers} layers of width {config.hidden_size}"
 
 
 def _count_weights(recipe: Recipe, student: PreTrainedModel) -> WeightCounts:
@@ -208,4 +220,6 @@ def _plan_stage(run: Run, stage: str, rows: int, width: int) -> StagePlan:
         length = section.length(rows)
         planned.epochs, planned.steps, planned.why = length.epochs, length.steps, length.reason
         planned.learning_rate = section.peak(width)
+        if isinstance(section, Prune):
+            planned.prune_events = len(plan_prune_events(run.recipe, length.steps))
     return planned

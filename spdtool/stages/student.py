@@ -43,6 +43,7 @@ from spdtool.tasks import find_task, prepare_data
 from spdtool.training.accelerator import create_accelerator
 from spdtool.training.learner import Learner
 from spdtool.training.loop import fit
+from spdtool.training.trackers import track_events
 
 
 @dataclass(kw_only=True)
@@ -148,7 +149,10 @@ def train_phase(run: Run, stage: str, student: Student) -> TrainingResult:
         fitted = None
         if student.length.steps > 0:  # a phase may be switched off with epochs=0
             steps, events = student.length.steps, tuple(pruner.events)
-            with console.progress(stage, steps, grafting=lesson.has_grafting, prune_events=events) as on_event:
+            with (
+                console.progress(stage, steps, grafting=lesson.has_grafting, prune_events=events) as show,
+                track_events(recipe, run.path, stage, show) as on_event,
+            ):
                 fitted = fit(student, lesson, rows, section, student.length, recipe, work, on_event)
         pruner.finalize()  # a live weight may have landed on exactly 0
         dev, train = student.score()

@@ -25,6 +25,7 @@ from spdtool.tasks import Task, find_task, prepare_data
 from spdtool.training.accelerator import create_accelerator
 from spdtool.training.learner import Learner
 from spdtool.training.loop import fit
+from spdtool.training.trackers import track_events
 
 
 def teacher(run: Run) -> TrainingResult:
@@ -60,7 +61,10 @@ def teacher(run: Run) -> TrainingResult:
     lesson = GoldLabelLesson(model, task.gold_loss)
     length = section.length(len(encoded["train"]))
     with run.stage("teacher") as work:
-        with console.progress("teacher", length.steps) as on_event:
+        with (
+            console.progress("teacher", length.steps) as show,
+            track_events(recipe, run.path, "teacher", show) as on_event,
+        ):
             fitted = fit(learner, lesson, encoded["train"], section, length, recipe, work, on_event)
         dev, train = learner.score()
         _warn_if_useless(run, learner, dev["score"])

@@ -25,6 +25,7 @@ from spdtool.data import dataset as datasets
 from spdtool.data import overview
 from spdtool.data.dataset import Dataset, Rows
 from spdtool.data.tokens import Encoded, encode_splits
+from spdtool.errors import UnknownName
 from spdtool.recipe.fields import Loss, Recipe
 from spdtool.run.records import DataRecord
 from spdtool.tasks.metrics import METRICS
@@ -44,11 +45,13 @@ class Task:
         auto_model: name of the class of transformers that opens a checkpoint for this kind.
         problem_type: value of that field in a checkpoint's config.json.
         head_reads: hidden states that the head reads: those of the first token, of every token, or their mean.
+        metric: the one that is the headline score; None: the mean of all.
     """
 
     auto_model: str = "AutoModelForSequenceClassification"
     problem_type: str | None = None
     head_reads: Literal["first token", "every token", "pooled mean"] = "first token"
+    metric: str | None = None
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
@@ -137,10 +140,11 @@ class Task:
         raise NotImplementedError
 
     def score(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """Return every metric of the data set, and `score`: their mean, the headline as GLUE reports it."""
+        """Return every metric of the data set, and `score`, the headline: one of them, or their mean as in GLUE."""
         predicted = self.predictions(logits)
         values = {name: METRICS[name](labels, predicted) for name in self.dataset.metrics}
-        return {"score": float(np.mean(list(values.values())))} | values
+        headline = float(np.mean(list(values.values()))) if self.metric is None else values[self.metric]
+        return {"score": headline} | values
 
     def score_splits(self, logits: Mapping[str, np.ndarray], splits: Mapping[str, Encoded]) -> dict[str, float]:
         """Score `dev`; metrics of a further dev set carry its suffix (`accuracy_mm`) and do not enter `score`.
@@ -179,6 +183,13 @@ class Task:
 
     # What the plan prints
 
+    def describe_score(self) -> str:
+        """Say what the headline score is."""
+        metrics = self.dataset.metrics
+        if self.metric is not None:
+            return self.metric
+        return metrics[0] if len(metrics) == 1 else f"mean of {' and '.join(metrics)}"
+
     def describe_labels(self, splits: datasets.Splits) -> str:
         """Describe the labels of the training and dev rows in one line."""
         raise NotImplementedError
@@ -196,10 +207,15 @@ def find_task(recipe: Recipe) -> Task:
     """Return the task of the recipe's data set.
 
     Raises:
-        UnknownName: no data set has this name, or no kind of task that which the data set states.
+        UnknownName: no data set has this name, or no kind of task that which the data set states; or the task has no
+            such metric.
         RecipeError, DataError: as `find_dataset` raises.
     """
-    return task_of(datasets.find_dataset(recipe))
+    task = task_of(datasets.find_dataset(recipe))
+    if recipe.metric is not None and recipe.metric not in task.dataset.metrics:
+        raise UnknownName(f"metric of task {task.name!r}", recipe.metric, task.dataset.metrics)
+    task.metric = recipe.metric
+    return task
 
 
 def task_of(dataset: Dataset) -> Task:

@@ -47,7 +47,7 @@ def test_the_command_line_stays_small() -> None:
     for name in COMMANDS:
         options = {option for parameter in commands[name].params for option in parameter.opts}
         assert {"--json", "--plugins-dir"} <= options, name
-        assert len(options) <= 17, f"{name}: a new knob is a field of the recipe, reached by --set"
+        assert len(options) <= 19, f"{name}: a new knob is a field of the recipe, reached by --set"
 
 
 def test_the_version_and_the_short_help(spdtool: Call) -> None:
@@ -393,15 +393,47 @@ def test_the_plan_tells_how_the_rows_were_read(spdtool: Call, quick_words: tuple
     words = ("compress", "--data", tmp_path / "mine.csv", *quick_words[2:], "--run", tmp_path / "run", "--dry-run")
     called = spdtool(*words)
     assert called.exit_code == 0, called.output
-    assert f"data: text of {tmp_path}/mine.csv, by label; a tenth of its rows is the dev set" in called.stdout
-    assert "labels: 3 classes: NA " in called.stdout
+    assert f"text of {tmp_path}/mine.csv, by label; a tenth of its rows is the dev set" in called.stdout
+    assert "3 classes: NA " in called.stdout
     assert "the label 'NA' is taken for a class" in called.stderr
     planned = json.loads(spdtool(*words, "--json").stdout)
     assert sum(sum(counts.values()) for counts in planned["classes"].values()) == 66
-    assert (
-        "labels: regression, 0 to 4"
-        in spdtool(*words[:2], numbers(tmp_path), *words[3:], "--set", "regression=true").stdout
-    )
+    assert "regression, 0 to 4" in spdtool(*words[:2], numbers(tmp_path), *words[3:], "--set", "regression=true").stdout
+
+
+def test_the_plan_is_short_and_all_of_it_is_there_on_request(
+    spdtool: Call, quick_words: tuple[str, ...], tmp_path: Path
+) -> None:
+    words = ("compress", *quick_words, "--run", tmp_path / "run", "--dry-run")
+    called = spdtool(*words)
+    assert called.exit_code == 0, called.output
+    _, title, *lines = called.stdout.splitlines()
+    assert title == f"{tmp_path}/run: recipe default, 0.5 sparsity"
+    names = ("data", "labels", "dev score", "model", "teacher", "prune", "distill", "finetune", "export, bench", "time")
+    for name, line in zip((*names, "disk", "result", ""), lines, strict=False):
+        assert line.startswith(name), line
+    changed = called.stdout.split("changed field")[1]
+    assert "export.optional" in changed
+    assert "learning_rate" not in changed, "only what differs from the recipe"
+    assert "prune.learning_rate" in spdtool(*words, "--all").stdout
+    plan = json.loads(spdtool(*words, "--json").stdout)
+    least, most = plan["estimate"]["seconds"]
+    assert 0 < least < most
+    assert plan["score"] == "mean of accuracy and f1"
+    assert json.loads(spdtool(*words, "--metric", "f1", "--json").stdout)["score"] == "f1"
+    refused(spdtool(*words, "--metric", "f2"), "no metric of task 'local' 'f2'", "did you mean 'f1'")
+
+
+def test_a_run_says_that_zeros_save_nothing_where_no_operators_are_installed(
+    spdtool: Call, quick_words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("compress", *quick_words, "--run", tmp_path / "run", "--dry-run")
+    for optional in ("installed", "[]"):
+        for installed in ([], ["some-target"]):
+            monkeypatch.setattr("spdtool.plugins.library_targets", lambda installed=installed: installed)
+            called = spdtool(*words, "--set", f"export.optional={optional}")
+            shown = "zeros save neither time nor bytes" in called.stderr and "pip install" in called.stderr
+            assert shown == (optional == "installed" and not installed), (optional, installed)
 
 
 def numbers(folder: Path) -> Path:
@@ -421,7 +453,7 @@ def test_rows_that_change_between_stages_are_refused_until_all_is_redone(
     lines = mine.read_text("utf-8").splitlines()
     mine.write_text("\n".join([lines[0], "the film was new,good", *lines[1:]]) + "\n", "utf-8")
     for call in (("prune", "--run", run), ("compress", *words), ("compress", *words, "--dry-run")):
-        refused(spdtool(*call), "the rows are not those of the stage 'teacher'", "spdtool teacher --again")
+        refused(spdtool(*call), "the rows are not those of the stage 'teacher'", f"teacher --run {run} --again")
     assert spdtool("teacher", *words, "--again").exit_code == 0
     assert spdtool("prune", "--run", run).exit_code == 0
     shutil.copy(rows_file, mine)

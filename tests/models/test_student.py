@@ -52,7 +52,7 @@ def test_the_plan_counts_the_students_weights(toy_run: MakeRun, small: Any) -> N
 
 def test_a_smaller_student_needs_less_memory_and_relations_and_blends_more(toy_run: MakeRun, small: Any) -> None:
     def bytes_of(*sets: str, **flags: Any) -> int:
-        return int(planning.make_plan(toy_run(*sets, **flags)).memory_bytes)
+        return int(planning.make_plan(toy_run(*sets, **flags)).estimate.memory_bytes)
 
     copy = bytes_of()
     assert bytes_of(student=small()) < copy

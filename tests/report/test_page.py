@@ -11,6 +11,7 @@ import pytest
 
 from spdtool.errors import Corrupt, RunError
 from spdtool.recipe import reading as recipes
+from spdtool.recipe import spelling
 from spdtool.recipe.fields import MAY_CHANGE
 from spdtool.report import commands, curves, page
 from spdtool.report import content as gather
@@ -216,7 +217,7 @@ def test_the_command_of_a_recipe_makes_that_recipe(sets, flags, monkeypatch):
 
     name = flags.pop("name", "default")
     made = recipes.build_recipe(name, {"task": "demo", "sparsity": 0.75} | flags, sets)
-    words = commands.recipe_options(made)
+    words = spelling.recipe_options(made)
     given = {"sets": [words[at + 1] for at, word in enumerate(words) if word == "--set"]}
     options = {"--task": "task", "--data": "data", "--text": "text", "--label": "label", "--model": "model",
                "--teacher": "teacher", "--sparsity": "sparsity", "--seed": "seed", "--recipe": "name"}  # fmt: skip

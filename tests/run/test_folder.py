@@ -242,7 +242,7 @@ def test_what_the_student_has_used_binds_it(run: Run) -> None:
         finish(run, stage)
     with pytest.raises(RunMismatch, match="sparsity is") as refused:
         Run.at(run.path, override(run.recipe, ["sparsity=0.5"]))
-    assert f"`spdtool prune --run {run.path} --again --set sparsity=...`" in (refused.value.hint or "")
+    assert f"`spdtool prune --run {run.path} --again --set sparsity=0.5`" in (refused.value.hint or "")
     assert Run.at(run.path, override(run.recipe, ["sparsity=0.5"]), redo="prune", dry=True).recipe.sparsity == 0.5
 
 
@@ -250,12 +250,14 @@ def test_what_the_student_has_used_binds_it(run: Run) -> None:
     ("changed", "way_out"),
     [
         ("seed=1", "--teacher {path}/teacher"),
-        ("teacher.epochs=1", "`spdtool teacher --run {path} --again`"),
-        ("distill.epochs=1", "`spdtool distill --run {path} --again --set distill.epochs=...`"),
+        ("teacher.epochs=1", "`spdtool teacher --run {path} --again --set teacher.epochs=1.0`"),
+        ("distill.epochs=1", "`spdtool distill --run {path} --again --set distill.epochs=1.0`"),
+        ("prune.save_at=[0.1]", "`spdtool prune --run {path} --again --set 'prune.save_at=[0.1]'`"),
+        ("finetune.max_steps=5", "`spdtool finetune --run {path} --again --set finetune.max_steps=5`"),
     ],
 )
 def test_a_mismatch_says_what_helps(run: Run, changed: str, way_out: str) -> None:
-    for stage in ("teacher", "prune", "distill"):
+    for stage in ("teacher", "prune", "distill", "finetune"):
         finish(run, stage)
     with pytest.raises(RunMismatch) as refused:
         Run.at(run.path, override(run.recipe, [changed]))
@@ -462,7 +464,7 @@ def test_other_rows_than_those_of_the_stages_before_are_refused(run: Run, data: 
     run.read("teacher")
     with pytest.raises(RunMismatch, match=f"the rows are not those of the stage 'teacher' in .*{said}") as caught:
         run.record_data(data)
-    assert "spdtool teacher --again" in str(caught.value.hint)
+    assert f"`spdtool teacher --run {run.path} --again`" in str(caught.value.hint)
 
 
 def test_a_stage_that_does_not_say_which_rows_it_saw_is_let_pass(run: Run) -> None:

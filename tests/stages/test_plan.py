@@ -12,6 +12,7 @@ from spdtool.errors import DeviceError, ModelError, RecipeError, UnknownName
 from spdtool.models.layers import find_prunable_weights
 from spdtool.recipe import STAGES
 from spdtool.run.folder import Run
+from spdtool.stages import estimate
 from spdtool.stages import plan as planning
 from spdtool.training import schedules
 
@@ -45,6 +46,7 @@ def test_the_plan_says_how_the_rows_were_read(toy_run: MakeRun, toy_task: Callab
 
 def test_the_plan_says_that_a_given_teachers_labels_have_no_names(toy_run: MakeRun, toys: Any, tmp_path: Path) -> None:
     toys.bert().save_pretrained(tmp_path / "given")
+    toys.tokenizer().save_pretrained(tmp_path / "given")
     notes = planning.make_plan(toy_run(given_teacher=str(tmp_path / "given"))).notes
     assert "the given teacher's labels are taken in their order: LABEL_0 is bad, LABEL_1 is good" in notes
     toys.bert(id2label={0: "good", 1: "Bad"}).save_pretrained(tmp_path / "given")
@@ -82,6 +84,7 @@ def test_planning_writes_nothing_and_sees_what_is_done(toy_run: MakeRun, tmp_pat
 
 def test_a_given_teacher_is_not_trained(toy_run: MakeRun, toys: Any, tmp_path: Path) -> None:
     toys.bert().save_pretrained(tmp_path / "given")
+    toys.tokenizer().save_pretrained(tmp_path / "given")
     first = planning.make_plan(toy_run(given_teacher=str(tmp_path / "given"))).stages[0]
     assert (first.steps, first.why) == (None, f"given: {tmp_path / 'given'}")
 
@@ -147,7 +150,7 @@ def test_memory_grows_with_what_costs_memory(toy_run: MakeRun, toys: Any) -> Non
     model = toys.bert()
 
     def bytes_of(*sets: str) -> int:
-        return planning.estimate_memory(toy_run(*sets).recipe, model, model)
+        return estimate.estimate_memory(toy_run(*sets).recipe, model, model)
 
     least = 4 * 5 * sum(parameter.numel() for parameter in model.parameters())
     assert bytes_of() > least

@@ -202,8 +202,23 @@ def longest_input(config: Mapping[str, JsonValue], tokenizer_config: Mapping[str
     return min(limits, default=DEFAULT_LENGTH)
 
 
+def find_in_run(folder: Path) -> Path:
+    """Return the servable folder of a run; any other folder as it is.
+
+    Raises:
+        ModelError: the run has exported nothing yet.
+    """
+    if not (folder / "run.json").is_file():
+        return folder
+    for name in ("bundle", STUDENT):  # where a bundle could not be written, the student is there all the same
+        if (folder / "export" / name).is_dir():
+            return folder / "export" / name
+    raise ModelError(f"the run {folder} has no exported model", f"spdtool resume {folder}")
+
+
 def _find_exported_folder(folder: Path) -> Path:
-    """Return `folder`, or its `student` where that is the exported one."""
+    """Return `folder`, the bundle of a run, or the `student` of a folder where that is the exported one."""
+    folder = find_in_run(folder)
     if not (folder / "config.json").is_file() and (folder / STUDENT / "config.json").is_file():
         return folder / STUDENT
     if not folder.is_dir():

@@ -1,0 +1,170 @@
+"""What a run will take: minutes, disk, memory and the bytes of its result, for the plan.
+
+Seconds come from a trial of the model's products on this machine (`cost.py`), sizes from the number of
+parameters. What onnxruntime will take to export and to time is the roughest of it.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from spdtool.data.dataset import Rows
+from spdtool.data.tokens import tokenize
+from spdtool.export.sizes import estimate_files
+from spdtool.export.target import ChosenTarget, optional_targets, required_targets
+from spdtool.recipe import PHASES
+from spdtool.recipe.fields import Distilled, Recipe, Training
+from spdtool.run.folder import Run
+from spdtool.run.forecast import StageCost
+from spdtool.run.records import ResourceEstimate, StageEstimate, WeightCounts
+from spdtool.stages.cost import LEAST, MOST, CostModel, Workload
+
+FLOAT = 4  # bytes
+ADAM_MOMENTS = 2
+SNAPSHOTS = 2  # kept at a time
+BEST = 1  # copy of the best weights in a snapshot
+RELATION_MAPS = 4  # token-to-token maps per layer: two of the student, two of the teacher
+SAVED_WIDTHS = 16  # activations that a transformer layer keeps for its backward pass, in hidden widths a token
+SAMPLED_ROWS = 256  # rows whose tokens are counted
+PADDED = 1.1  # tokens of a batch of rows of like length over those of its rows
+# Measured (docs/log.md): to trace, convert, open and compare one file.
+FILE_SECONDS, FILE_SECONDS_PER_PARAMETER = 4.0, 2.5e-7
+DEV_PASSES = 2  # of the checkpoint and of the file
+# Of a bench: to start an engine; engines beside the exported files; products of an engine for those in training.
+ENGINE_SECONDS, FURTHER_ENGINES = 3.0, 3
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Student and teacher without weights, and the tokenizer of their rows."""
+
+    student: PreTrainedModel
+    teacher: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+class Estimator:
+    """Estimates the stages of a run and what all of them take.
+
+    Args:
+        splits: rows by name.
+        counts: weights of the student.
+    """
+
+    def __init__(
+        self, run: Run, splits: dict[str, Rows], pair: Pair, counts: WeightCounts, device: torch.device
+    ) -> None:
+        self.run, self.recipe, self.pair, self.counts, self.device = run, run.recipe, pair, counts, device
+        dev_rows = sum(len(rows) for name, rows in splits.items() if name.startswith("dev"))
+        tokens = count_tokens(self.recipe, pair.tokenizer, splits["train"])
+        self.workload = Workload(len(splits["train"]), dev_rows, tokens)
+        self.cost_model = CostModel(self.recipe, pair.student, pair.teacher, self.workload, device)
+        self.chosen = [*required_targets(self.recipe.export), *optional_targets(self.recipe.export)[0]]
+
+    def estimate_stage(self, stage: str) -> StageEstimate:
+        """Estimate the time of a stage."""
+        section = self.recipe.section(stage)
+        if stage == "teacher" and self.recipe.given_teacher is not None:
+            cost = StageCost(other_seconds=self.cost_model.dev_pass_seconds("teacher"))
+        elif isinstance(section, Training):
+            cost = self.cost_model.estimate_stage(stage, section)
+        elif stage == "export":
+            cost = StageCost(other_seconds=self._export_seconds())
+        else:
+            cost = StageCost(other_seconds=self._bench_seconds())
+        return StageEstimate(
+            steps=cost.steps,
+            step_seconds=cost.step_seconds,
+            events=list(cost.events),
+            other_seconds=cost.other_seconds,
+            seconds=cost.seconds,
+        )
+
+    def estimate_run(self, seconds: float) -> ResourceEstimate:
+        """Estimate what the run takes beside the `seconds` of its stages."""
+        embeddings = self.pair.student.get_input_embeddings().weight
+        assert isinstance(embeddings, torch.Tensor)
+        files = estimate_files(self.recipe, self.chosen, self.counts, embeddings.numel())
+        teacher, student = FLOAT * self.pair.teacher.num_parameters(), FLOAT * self.counts.all
+        checkpoints = teacher + (len(PHASES) + len(self.recipe.prune.save_at)) * student
+        exported = sum(files.values()) + sum(files[choice.name] for choice in self.chosen if _has_teacher(choice))
+        bundle = sum(files.values())
+        snapshots = SNAPSHOTS * (1 + ADAM_MOMENTS + BEST) * max(student, teacher)
+        return ResourceEstimate(
+            seconds=(LEAST * seconds, MOST * seconds),
+            device=str(self.device.type),
+            disk_bytes=checkpoints + exported + bundle,
+            peak_bytes=checkpoints + max(exported + bundle, snapshots),
+            cache_bytes=self._cache_bytes(),
+            memory_bytes=estimate_memory(self.recipe, self.pair.student, self.pair.teacher),
+            files=files,
+        )
+
+    def _export_seconds(self) -> float:
+        seconds = 0.0
+        for choice in self.chosen:
+            for role in choice.target.roles:
+                seconds += FILE_SECONDS + FILE_SECONDS_PER_PARAMETER * self.counts.all
+                seconds += DEV_PASSES * self.cost_model.dev_pass_seconds(role)
+        return seconds
+
+    def _bench_seconds(self) -> float:
+        """Every engine at every shape in every round, as far as the recipe's limit lets them."""
+        section = self.recipe.bench
+        engines = FURTHER_ENGINES + sum(len(choice.target.roles) for choice in self.chosen)
+        tokens = sum(section.batches) * sum(section.lengths) + sum(batch * length for batch, length in section.padded)
+        round_seconds = engines * tokens * self.cost_model.teacher_forward
+        timed = min(section.seconds, (section.rounds + section.warmup) * round_seconds)
+        return len(section.threads) * (timed + engines * ENGINE_SECONDS)
+
+    def _cache_bytes(self) -> int:
+        """Bytes of the teacher's hidden states, where they are stored: on a CPU, if they fit."""
+        phases = [section for section in self.recipe.phases.values() if isinstance(section, Distilled)]
+        if self.device.type != "cpu" or not any(section.loss.hidden or section.loss.relation for section in phases):
+            return 0
+        config = self.pair.teacher.config
+        tokens = self.workload.rows * self.workload.tokens / PADDED
+        size = round(FLOAT * tokens * (config.num_hidden_layers + 1) * config.hidden_size)
+        return size if size <= self.recipe.teacher_states_gb * 1e9 else 0
+
+
+def count_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> float:
+    """Return the mean number of tokens of a row in a batch, padding included, from a sample."""
+    if not recipe.bucketing:
+        return recipe.max_length
+    numbers = sorted(random.Random(recipe.seed).sample(range(len(rows)), min(SAMPLED_ROWS, len(rows))))
+    lengths = tokenize(tokenizer, rows.select(numbers), recipe.max_length).lengths
+    return min(float(lengths.mean()) * PADDED, recipe.max_length)
+
+
+def estimate_memory(recipe: Recipe, student: PreTrainedModel, teacher: PreTrainedModel) -> int:
+    """Estimate the peak bytes of the student's phases, right to about a factor of 1.5.
+
+    Two models, gradients, AdamW's moments, and the activations that the backward pass needs.
+    """
+    section = recipe.prune
+    # Only a micro-batch has its activations in memory.
+    micro_batch = -(-section.batch_size // section.accumulate)
+    tokens = micro_batch * recipe.max_length
+    config = student.config
+    per_token: int = SAVED_WIDTHS * config.hidden_size
+    # Three maps of [heads, length] for each token.
+    if section.loss.attention > 0:
+        per_token += 3 * config.num_attention_heads * recipe.max_length
+    if section.loss.relation > 0:
+        per_token += RELATION_MAPS * section.loss.relation_heads * recipe.max_length
+    layers: int = config.num_hidden_layers
+    # The gradients of a blend pass through the teacher's layers too.
+    if section.grafting.kind == "blend":
+        layers *= 2
+    weights = student.num_parameters()
+    trained = weights * (1 + 1 + ADAM_MOMENTS)
+    return FLOAT * (teacher.num_parameters() + trained + tokens * per_token * layers)
+
+
+def _has_teacher(choice: ChosenTarget) -> bool:
+    return "teacher" in choice.target.roles
