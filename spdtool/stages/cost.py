@@ -169,8 +169,8 @@ def time_update(
     if "input_gram" in needs:
         stats = Stats(input_gram=torch.eye(inputs, device=device))
     elif "fisher_blocks" in needs:
-        blocks = -(-rows * inputs // section.block)
-        stats = Stats(fisher_blocks=torch.eye(section.block, device=device).expand(blocks, -1, -1).contiguous())
+        blocks = -(-rows * inputs // section.fisher_block)
+        stats = Stats(fisher_blocks=torch.eye(section.fisher_block, device=device).expand(blocks, -1, -1).contiguous())
     try:
         return _time(lambda: update(weight, alive, stats), device, least_tries=1) * outputs / rows
     except Exception:  # a plugin's criterion may need more than this; it is then not counted
