@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from spdtool.data.dataset import Rows
-from spdtool.data.files import Table
-from spdtool.data.labels import normalize_label, parse_number
+from spdtool.data.formats.table import Table, compose
+from spdtool.data.kinds import MULTI_LABEL, SUPPORTED, WORD_LABELS, kind_of_columns
+from spdtool.data.labels import normalize_label, parse_number, read_labels
 from spdtool.errors import DataError
 
 LABEL_NAMES = ("label", "labels", "target")
@@ -25,6 +26,7 @@ TEXT_NAMES = (
 )
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell a half of a pair, and no tokenizer can encode it
 LISTED_CLASSES = 20
+LEAST_SWITCHES = 3  # columns of zeros and ones that look like one for each label
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,9 @@ def choose_columns(table: Table, text: Sequence[str], label: str | None) -> Colu
     Raises:
         DataError: a column does not exist, is named twice, or cannot be guessed.
     """
+    text, label = [compose(name) for name in text], compose(label) if label is not None else None
+    if not text or label is None:
+        refuse_unsupported_kind(table)
     text = _rejoin_at_comma(table, text)
     if len(text) > 2:
         raise DataError(f"--text names {len(text)} columns: {', '.join(text)}", "one sentence, or a pair of them")
@@ -62,6 +67,22 @@ def choose_columns(table: Table, text: Sequence[str], label: str | None) -> Colu
     return Columns(tuple(text) or _guess_text(table, label), label)
 
 
+def refuse_unsupported_kind(table: Table) -> None:
+    """Raise DataError, with the name of the kind of task, for rows that spdtool cannot learn from."""
+    kind = kind_of_columns(table.columns)
+    if kind is None and not set(LABEL_NAMES) & set(table.columns):
+        switches = [name for name in table.columns if _holds_switches(table.column(name))]
+        kind = MULTI_LABEL if len(switches) >= LEAST_SWITCHES else None
+    if kind is not None:
+        columns = _quote(table.columns)
+        raise DataError(f"{table.path} has the rows of {kind}, which is not supported: {columns}", SUPPORTED)
+
+
+def _holds_switches(cells: Sequence[object]) -> bool:
+    """Tell whether the cells are zeros and ones, as the columns of a table with a column for each label."""
+    return bool(cells) and {str(cell).removesuffix(".0") for cell in cells} <= {"0", "1", "True", "False"}
+
+
 def require_column(table: Table, name: str) -> None:
     """Raise DataError, with similar names, if the table has no such column."""
     if name in table.columns:
@@ -70,7 +91,7 @@ def require_column(table: Table, name: str) -> None:
     hint = None
     if similar:
         hint = f"did you mean {' or '.join(map(repr, similar))}?"
-    if len(table.columns) == 1:  # a csv file with semicolons, most likely
+    if len(table.columns) == 1:
         hint = "it has one column: are its fields separated as the file's ending says?"
     raise DataError(f"{table.path} has no column {name!r}; it has {_quote(table.columns)}", hint)
 
@@ -85,6 +106,8 @@ def read_texts(table: Table, name: str) -> list[str]:
     for row, cell in enumerate(table.column(name)):
         if cell is None or (isinstance(cell, str) and not cell.strip()):
             table.refuse(row, f"no text in the column {name!r}", "leave such rows out")
+        if isinstance(cell, list):
+            table.refuse(row, f"the column {name!r} holds lists of words: {WORD_LABELS} is not supported", SUPPORTED)
         if not isinstance(cell, str):
             table.refuse(row, f"the column {name!r} holds a {type(cell).__name__}, not text", "is it the text column?")
         # `isascii` is a flag of the string: the search runs over few texts.
@@ -113,8 +136,7 @@ def table_to_rows(table: Table, columns: Columns, classes: tuple[str, ...]) -> R
 def _read_classes(table: Table, column: str, classes: tuple[str, ...]) -> list[int]:
     index = {name: number for number, name in enumerate(classes)}
     labels = []
-    for row, cell in enumerate(table.column(column)):
-        label = normalize_label(table, row, cell)
+    for row, label in enumerate(read_labels(table, column)):
         if label not in index:
             listed = ", ".join(classes[:LISTED_CLASSES])
             table.refuse(row, f"the label {label!r} is in no training row", f"known: {listed}")

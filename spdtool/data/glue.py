@@ -15,7 +15,8 @@ from typing import Any
 
 from spdtool import console
 from spdtool.data.dataset import Dataset, Rows, plain_name
-from spdtool.data.files import Table, read_tsv
+from spdtool.data.formats.separated import read_tsv
+from spdtool.data.formats.table import Table
 from spdtool.errors import DataError
 from spdtool.plugins import datasets
 

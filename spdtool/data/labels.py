@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from spdtool.data.files import Table
+from spdtool.data.formats.table import Table
+from spdtool.data.kinds import MULTI_LABEL, SUPPORTED
 from spdtool.errors import DataError
 
 MOST_CLASSES = 10_000  # beyond, a column of ids is more likely; and every different label is kept in memory
@@ -116,19 +117,40 @@ def sort_classes(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(names, key=float))  # sorted twice: numbers too long for a float stay in the order of text
 
 
-def read_labels(table: Table, column: str) -> list[str]:
-    """Return the labels in a column, as names.
+def read_labels(table: Table, column: str, *, as_numbers: bool = False) -> list[str]:
+    """Return the labels in a column, as names; those that the file's schema gives to class numbers, if it does.
+
+    Args:
+        as_numbers: the labels are numbers to predict, whatever the schema calls them.
 
     Raises:
         DataError: one is missing, or is no text or number.
     """
-    return [normalize_label(table, row, cell) for row, cell in enumerate(table.column(column))]
+    cells, names = table.column(column), table.class_names.get(column)
+    if names is None or as_numbers:
+        return [normalize_label(table, row, cell) for row, cell in enumerate(cells)]
+    labels = []
+    for row, cell in enumerate(cells):
+        if isinstance(cell, int) and 0 <= cell < len(names):
+            labels.append(names[cell])
+        elif cell in (None, -1):  # what data sets have for a label that is kept secret
+            table.refuse(row, f"no label: {cell!r}", "leave such rows out")
+        else:
+            table.refuse(row, f"the label is {cell!r}, and the schema of the file names {len(names)} classes")
+    return labels
+
+
+def order_by_schema(classes: tuple[str, ...], names: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the classes in the order in which a file's schema names them; as they are where it names none."""
+    return classes if names is None else tuple(sorted(classes, key=list(names).index))
 
 
 def normalize_label(table: Table, row: int, cell: object) -> str:
     """Return the label as a name: 1, 1.0 and "1" are the same one, "01" is another."""
     if cell is None or not str(cell).strip() or (isinstance(cell, float) and not math.isfinite(cell)):
         table.refuse(row, f"no label: {cell!r}", "leave such rows out")
+    if isinstance(cell, list | tuple):
+        table.refuse(row, f"the label is a list: {MULTI_LABEL} is not supported", SUPPORTED)
     if not isinstance(cell, str | int | float):
         table.refuse(row, f"the label is a {type(cell).__name__}", "a label is text or a number")
     # Formats and libraries write the same class as 1 or 1.0; by text, because an int may be too long for a float.

@@ -9,12 +9,14 @@ text or whole numbers are classes, in sorted order; other numbers make it a regr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from spdtool.data.columns import choose_columns, table_to_rows
+from spdtool.data.columns import choose_columns, refuse_unsupported_kind, table_to_rows
 from spdtool.data.dataset import Dataset, Rows
-from spdtool.data.files import READERS, Table, read_file
-from spdtool.data.labels import LabelSummary, read_labels
+from spdtool.data.files import READERS, read_file, read_header
+from spdtool.data.formats.table import Table
+from spdtool.data.labels import LabelSummary, order_by_schema, read_labels
 from spdtool.data.splits import TRAIN_NAMES, draw_dev_rows, find_split_files, readable_files
 from spdtool.errors import DataError
 from spdtool.recipe.fields import Recipe
@@ -38,8 +40,11 @@ def local_dataset(recipe: Recipe) -> Dataset:
     tables = read_tables(Path(recipe.data))
     columns = choose_columns(tables["train"], recipe.text, recipe.label)
     summary = LabelSummary()
-    summary.add(tables["train"], read_labels(tables["train"], columns.label))
+    as_numbers = recipe.regression is True
+    summary.add(tables["train"], read_labels(tables["train"], columns.label, as_numbers=as_numbers))
     classes = summary.classes(str(tables["train"].path), recipe.regression)
+    if classes:
+        classes = order_by_schema(classes, tables["train"].class_names.get(columns.label))
 
     def load(data: str | None, seed: int) -> dict[str, Rows]:
         """Convert the tables that are read already, unless the rows of another place are asked for."""
@@ -54,23 +59,49 @@ def local_dataset(recipe: Recipe) -> Dataset:
         labels=classes,
         metrics=metrics_of_labels(classes),
         load=load,
-        about=f"{' and '.join(columns.text)} of {recipe.data}, by {columns.label}" + _describe_dev_set(recipe, tables),
+        about=f"{' and '.join(columns.text)} of {recipe.data}, by {columns.label}" + _describe_files(recipe, tables),
     )
 
 
-def _describe_dev_set(recipe: Recipe, tables: dict[str, Table]) -> str:
-    """Say where the dev set comes from, if the data bring none, and which files might have been meant for it."""
-    if "dev" in tables:
-        return ""
-    share = "a tenth" if recipe.dev_share == 0.1 else f"{recipe.dev_share:.0%}"
-    sentence = f"; {share} of its rows is the dev set"
-    unused = []
-    for path in readable_files(Path(recipe.data or "")):
-        if path != tables["train"].path:
-            unused.append(path.name)
-    if unused:  # test.csv, or a dev set under a name that is not recognised
-        sentence += f" (left alone: {', '.join(unused[:5])})"
-    return sentence
+def check_header(recipe: Recipe) -> None:
+    """Refuse a user's data by the header of its training rows, without reading the rest of them.
+
+    Raises:
+        DataError: there are no training rows, or the columns are missing, unclear, or those of another kind of task.
+    """
+    if recipe.task != "local" or recipe.data is None:
+        return
+    path = Path(recipe.data)
+    if path.is_dir():
+        files = find_split_files(path)["train"]
+        if not files:
+            raise _no_training_rows(path)
+        path = files[0]
+    elif not path.exists():
+        raise DataError(f"{path} does not exist", "--data takes a file or a folder")
+    table = read_header(path)
+    if path.suffix.lower() == ".jsonl":  # a later line may have further columns
+        refuse_unsupported_kind(table)
+    else:
+        choose_columns(table, recipe.text, recipe.label)
+
+
+def _describe_files(recipe: Recipe, tables: dict[str, Table]) -> str:
+    """Say where the dev set comes from if the data bring none, how files were read, and which were left alone."""
+    sentence = ""
+    if "dev" not in tables:
+        share = "a tenth" if recipe.dev_share == 0.1 else f"{recipe.dev_share:.0%}"
+        sentence = f"; {share} of its rows is the dev set"
+    sentence += describe_unused(Path(recipe.data or ""), [table.path for table in tables.values()])
+    note = tables["train"].note
+    return f"{sentence}; {note}" if note else sentence
+
+
+def describe_unused(folder: Path, used: Sequence[Path]) -> str:
+    """List the files of a folder that are not read, in parentheses; nothing where there are none."""
+    # test.csv, or a set under a name that is not recognised
+    unused = [path.name for path in readable_files(folder) if path not in used]
+    return f" (left alone: {', '.join(unused[:5])})" if unused else ""
 
 
 def kind_of_labels(classes: tuple[str, ...]) -> str:
@@ -96,11 +127,7 @@ def read_tables(path: Path) -> dict[str, Table]:
     if path.is_dir():
         files = find_split_files(path)
         if not files["train"]:
-            looked_for = ", ".join(TRAIN_NAMES[0] + ending for ending in READERS)
-            raise DataError(
-                f"{path} has no training rows: looked for {looked_for}; found {_list_folder(path)}",
-                "name the file train, or give the file itself",
-            )
+            raise _no_training_rows(path)
         tables = {"train": read_file(files["train"][0])}
         if files["dev"]:
             tables["dev"] = read_file(files["dev"][0])
@@ -108,6 +135,14 @@ def read_tables(path: Path) -> dict[str, Table]:
     if not path.exists():
         raise DataError(f"{path} does not exist", "--data takes a file or a folder")
     return {"train": read_file(path)}
+
+
+def _no_training_rows(folder: Path) -> DataError:
+    looked_for = ", ".join(TRAIN_NAMES[0] + ending for ending in READERS)
+    return DataError(
+        f"{folder} has no training rows: looked for {looked_for}; found {_list_folder(folder)}",
+        "name the file train, or give the file itself",
+    )
 
 
 def _list_folder(folder: Path) -> str:

@@ -20,15 +20,17 @@ import numpy as np
 from spdtool.data import cache
 from spdtool.data.columns import Columns, choose_columns, read_texts, require_column
 from spdtool.data.dataset import Dataset, Rows
-from spdtool.data.files import Table, iterate_parquet_tables, read_file
-from spdtool.data.labels import LabelSummary, read_labels
-from spdtool.data.local import kind_of_labels, metrics_of_labels
+from spdtool.data.files import read_file
+from spdtool.data.formats.arrow import iterate_tables
+from spdtool.data.formats.table import Table
+from spdtool.data.labels import LabelSummary, order_by_schema, read_labels
+from spdtool.data.local import describe_unused, kind_of_labels, metrics_of_labels
 from spdtool.data.splits import DEV_NAMES, find_split_files
 from spdtool.errors import DataError
 from spdtool.recipe.fields import Recipe
 
 CHUNK_ROWS = 20_000  # read at a time from a Parquet file
-FORMAT = 2  # of the rows in the cache: another layout, another number
+FORMAT = 3  # of the rows in the cache: another layout, another number
 
 
 class MappedTexts(Sequence[str]):
@@ -100,8 +102,11 @@ def sharded_dataset(recipe: Recipe, files: dict[str, list[Path]]) -> Dataset:
     """
     first_table = next(_iterate_tables(files["train"][0]))
     columns = choose_columns(first_table, recipe.text, recipe.label)
-    arrays = {split: _cache_split(paths, columns) for split, paths in files.items()}
+    as_numbers = recipe.regression is True
+    arrays = {split: _cache_split(paths, columns, as_numbers=as_numbers) for split, paths in files.items()}
     classes = _label_summary(arrays["train"]).classes(str(recipe.data), recipe.regression)
+    if classes:
+        classes = order_by_schema(classes, first_table.class_names.get(columns.label))
 
     def load(_data: str | None, _seed: int) -> dict[str, Rows]:
         return {split: _map_rows(arrays[split], columns, classes, split) for split in arrays}
@@ -113,24 +118,28 @@ def sharded_dataset(recipe: Recipe, files: dict[str, list[Path]]) -> Dataset:
         labels=classes,
         metrics=metrics_of_labels(classes),
         load=load,
-        about=f"{' and '.join(columns.text)} of {len(files['train'])} files in {recipe.data}, by {columns.label}",
+        about=f"{' and '.join(columns.text)} of {len(files['train'])} files in {recipe.data}, by {columns.label}"
+        + describe_unused(Path(recipe.data or ""), [path for paths in files.values() for path in paths]),
     )
 
 
 def _iterate_tables(path: Path) -> Iterator[Table]:
     """Read the rows of one file: of Parquet some at a time, of a text file all at once."""
-    if path.suffix.lower() == ".parquet":
-        yield from iterate_parquet_tables(path, CHUNK_ROWS)
+    if path.suffix.lower() in (".parquet", ".arrow"):
+        yield from iterate_tables(path, CHUNK_ROWS)
     else:
         yield read_file(path)
 
 
-def _cache_split(paths: list[Path], columns: Columns) -> cache.Arrays:
+def _cache_split(paths: list[Path], columns: Columns, *, as_numbers: bool) -> cache.Arrays:
     """Return the columns of a split as flat arrays, from the cache or by reading every file once.
 
     The arrays `0 texts` and `0 offsets` hold the first text of each row, `1 ...` the second. `labels` is a
     `LabelSummary` as JSON; `codes` is the number of each row's label, unless there are too many to be classes, and
     `numbers` is the value of each row's label, unless one is no number.
+
+    Args:
+        as_numbers: as in `read_labels`.
     """
     summary = LabelSummary()
 
@@ -144,7 +153,7 @@ def _cache_split(paths: list[Path], columns: Columns) -> cache.Arrays:
                     require_column(table, name)
                 for index, name in enumerate(columns.text):
                     ends[index] += _append_texts(append, index, read_texts(table, name), ends[index])
-                labels = read_labels(table, columns.label)
+                labels = read_labels(table, columns.label, as_numbers=as_numbers)
                 summary.add(table, labels)
                 # One that stops being possible is not used later: it may stay incomplete.
                 if not summary.too_many:
@@ -155,7 +164,7 @@ def _cache_split(paths: list[Path], columns: Columns) -> cache.Arrays:
 
     # A file that was changed in any usual way has another size or time: none is read to find that out.
     identity = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    key = cache.cache_key(FORMAT, identity, columns.text, columns.label)
+    key = cache.cache_key(FORMAT, identity, columns.text, columns.label, as_numbers)
     return cache.cached_arrays("rows", key, fill)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -13,31 +14,54 @@ from spdtool.errors import DataError
 TRAIN_NAMES = ("train",)
 DEV_NAMES = ("dev", "validation", "valid", "val")
 FALLBACK_DEV_NAMES = ("eval",)  # a dev set where there is no other; beside one it is somebody's test set
+# What follows a split's name in the name of a shard: a number, that of all shards, and perhaps a hash.
+SHARD_SUFFIX = re.compile(r"[-_.](\d+)(?:-of-(\d+))?(?:-[0-9a-f]{8,})?", re.ASCII)
+CLONE_FOLDER = "data"  # of a data set's repository on the hub
+SAVED_STATE = "state.json"  # in a folder of `datasets.save_to_disk`
 LEAST_DEV_SHARE = 0.07  # of the texts of each class: chance gives a small class nothing else
 
 
 def find_split_files(folder: Path) -> dict[str, list[Path]]:
-    """Return the files of `train` and `dev` in a folder; raises as `find_files` does."""
+    """Return the files of `train` and `dev` in a folder.
+
+    A folder of `datasets.save_to_disk` and a clone of a repository of the hub are such folders too.
+
+    Raises:
+        DataError: as `find_files` raises; or the training rows lie deeper, in one of several folders.
+    """
+    if (folder / SAVED_STATE).is_file() and any(folder.glob("data-*.arrow")):  # one split, saved alone
+        return {"train": readable_files(folder), "dev": []}
+    train = find_files(folder, TRAIN_NAMES)
+    clone = folder / CLONE_FOLDER
+    if not train and clone.is_dir():
+        return find_split_files(clone)
+    if not train and folder.is_dir():
+        configurations = [path for path in sorted(folder.iterdir()) if path.is_dir() and find_files(path, TRAIN_NAMES)]
+        if configurations:
+            listed = ", ".join(path.name for path in configurations[:4])
+            problem = f"{folder} has no training rows of its own; its folders {listed} have"
+            raise DataError(problem, f"give one of them: --data {configurations[0]}")
     dev = find_files(folder, DEV_NAMES) or find_files(folder, FALLBACK_DEV_NAMES)
-    return {"train": find_files(folder, TRAIN_NAMES), "dev": dev}
+    return {"train": train, "dev": dev}
 
 
 def find_files(folder: Path, names: tuple[str, ...]) -> list[Path]:
-    """Return the files of a split, sorted: those in a folder of its name, or those called `name` or `name-...`.
+    """Return the files of a split, sorted: those in a folder of its name, or its file or shards, such as `name-0`.
 
     Args:
         folder: the user's folder.
         names: that the split may have.
 
     Raises:
-        DataError: there are two such groups of files, or one file in two formats.
+        DataError: there are two such groups of files, one file in two formats, or not all of its shards.
     """
     groups = []
     for name in names:
         inside, beside = readable_files(folder / name), []
         for path in readable_files(folder):
-            # `train-00000-of-00002.parquet` is what the hub's data sets are called.
-            if path.stem == name or path.stem.startswith(f"{name}-"):
+            # `train-00000-of-00002.parquet` is what the hub's data sets are called; `train-old.csv` is another file.
+            suffix = path.stem.removeprefix(name)
+            if path.stem.startswith(name) and (not suffix or SHARD_SUFFIX.fullmatch(suffix)):
                 beside.append(path)
         for group in (inside, beside):
             if group:
@@ -51,7 +75,19 @@ def find_files(folder: Path, names: tuple[str, ...]) -> list[Path]:
     if ambiguous:
         listed = " and ".join(str(path.relative_to(folder)) for path in ambiguous[:4])
         raise DataError(f"{folder} has {listed}", "leave one of them")
+    _refuse_missing_shards(groups[0])
     return groups[0]
+
+
+def _refuse_missing_shards(files: list[Path]) -> None:
+    """Raise DataError where the names of files say that there are more of them."""
+    for path in files:
+        match = re.search(r"-(\d+)-of-(\d+)", path.stem, re.ASCII)
+        if match is not None and int(match[2]) != len(files):
+            raise DataError(
+                f"{path.name} is one of {int(match[2])} files by its name, and {path.parent} has {len(files)} of them",
+                "fetch all of them, or rename these",
+            )
 
 
 def readable_files(folder: Path) -> list[Path]:
@@ -60,7 +96,8 @@ def readable_files(folder: Path) -> list[Path]:
         return []
     files = []
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in READERS and path.is_file():
+        is_cache = path.suffix == ".arrow" and path.stem.startswith("cache-")  # of `datasets`, beside its rows
+        if path.suffix.lower() in READERS and path.is_file() and not is_cache:
             files.append(path)
     return files
 

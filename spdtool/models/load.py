@@ -7,16 +7,14 @@ from elsewhere.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
@@ -26,11 +24,15 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from spdtool import ranks
-from spdtool.errors import ModelError, SpdError, first_line
+from spdtool.errors import ModelError, first_line
 from spdtool.models import fsdp
+from spdtool.models.checkpoint import Checkpoint, find_model_class, open_checkpoint
+from spdtool.models.config import has_head, read_config, reading_hint, unreadable_model
 from spdtool.models.layers import find_layer_stack, select_trained_parameters
+from spdtool.models.tables import fit_tokenizer
+from spdtool.models.weight_files import read_weights
 from spdtool.recipe.fields import Recipe
-from spdtool.tasks import Task
+from spdtool.tasks import ProblemType, Task
 
 transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -38,14 +40,13 @@ transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 SMOKE_LAYERS = 2
-HUB_NAME = re.compile(r"(?!\.)[\w.-]+(/[\w.-]+)?")
 
 
 def load_model(
     source: str | Path,
     *,
     labels: Sequence[str] | None = None,
-    problem_type: str | None = "single_label_classification",
+    problem_type: ProblemType | None = "single_label_classification",
     dropout: float | None = None,
     eager: bool = False,
     smoke: bool = False,
@@ -64,65 +65,80 @@ def load_model(
     Raises:
         ModelError: it cannot be found or read, has no safetensors, or needs remote code.
     """
-    options: dict[str, object] = {}
+    fields: dict[str, object] = {}
     if eager:
-        options["attn_implementation"] = "eager"
+        fields["attn_implementation"] = "eager"
     if labels is not None:
-        options["num_labels"] = len(labels)
-        options["id2label"] = dict(enumerate(labels))
-        options["label2id"] = {name: index for index, name in enumerate(labels)}
-        options["problem_type"] = problem_type
-    config = _load_config(source, **options)
-    if labels is None:
-        _require_head(source, config)
+        fields["num_labels"] = len(labels)
+        fields["id2label"] = dict(enumerate(labels))
+        fields["label2id"] = {name: index for index, name in enumerate(labels)}
+        fields["problem_type"] = problem_type
+    new_head = labels is not None
+    checkpoint = open_checkpoint(source, finetuned=not new_head, new_head=new_head, fields=fields)
+    config = checkpoint.config
     if dropout is not None:
         _set_dropout(config, dropout)
     try:
         if smoke:
             config.num_hidden_layers = SMOKE_LAYERS
             return _build(config)
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            source,
-            config=config,
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=labels is not None,
-            output_loading_info=True,
-        )
+        model = _read_model(checkpoint)
     # transformers, safetensors and the hub's client each raise what they like
     except Exception as error:
-        raise _unreadable(source, error) from None
-    assert isinstance(model, PreTrainedModel)
-    _require_all_weights(source, model, report, new_head=labels is not None)
+        raise unreadable_model(source, error) from None
+    if not checkpoint.files:  # a hub name whose weights were downloaded just now
+        open_checkpoint(source, finetuned=not new_head, new_head=new_head, fields=fields)
     model.eval()  # type: ignore[no-untyped-call]
     return model
 
 
+def _read_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    """Read the weights of a checked checkpoint into its model, in float32."""
+    source: str | None = str(checkpoint.source)
+    weights: dict[str, Tensor] | None = None
+    if checkpoint.renamed:
+        source, weights = None, read_weights(checkpoint.files, checkpoint.renamed)
+    # another size is refused by the check, unless it is that of a head which is replaced
+    model = find_model_class(checkpoint.config).from_pretrained(
+        source,
+        config=checkpoint.config,
+        state_dict=weights,
+        dtype=torch.float32,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,
+    )
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
 def build_empty_model(
-    source: str | Path, *, finetuned: bool = False, smoke: bool = False, device: str = "meta"
+    source: str | Path,
+    *,
+    finetuned: bool = False,
+    smoke: bool = False,
+    device: str = "meta",
+    has_weights: bool = True,
 ) -> PreTrainedModel:
-    """Build the classifier of a configuration, in float32 and without its weights.
+    """Build the classifier of a checkpoint, in float32 and without its weights, which are checked all the same.
 
     Args:
         finetuned: refuse a configuration that names no classifier.
         smoke: with two layers, as `load_model` has it.
         device: `meta` allocates nothing; `cpu` makes room for weights from elsewhere
             (`fill_weights`).
+        has_weights: False for an exported folder, whose weights are in another file.
 
     Raises:
-        ModelError: the configuration cannot be read, or describes no classifier.
+        ModelError: the checkpoint cannot be used, or is no classifier.
     """
-    config = _load_config(source)
-    if finetuned:
-        _require_head(source, config)
+    config = open_checkpoint(source, finetuned=finetuned, new_head=not finetuned, has_weights=has_weights).config
     if smoke:
         config.num_hidden_layers = SMOKE_LAYERS
     try:
         with torch.device(device):
             return _build(config)
     except Exception as error:
-        raise _unreadable(source, error) from None
+        raise unreadable_model(source, error) from None
 
 
 def build_empty_teacher(recipe: Recipe, task: Task) -> PreTrainedModel:
@@ -154,20 +170,22 @@ def fill_weights(model: PreTrainedModel, weights: Iterable[tuple[str, np.ndarray
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of `source`, a folder or a hub name.
+    """Load the tokenizer of `source`, a folder or a hub name; it gives only what the model beside it can read.
 
     Raises:
-        ModelError: there is none.
+        ModelError: there is none, or it gives tokens that the model has no embedding for.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exception for a damaged tokenizer.json
         problem = f"cannot load the tokenizer of {str(source)!r}: {first_line(error)}"
-        raise ModelError(problem, _reading_hint(source)) from None
+        raise ModelError(problem, reading_hint(source)) from None
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     # where there are no files, transformers makes one of special tokens alone
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise ModelError(f"the tokenizer of {str(source)!r} has no vocabulary", _reading_hint(source))
+        raise ModelError(f"the tokenizer of {str(source)!r} has no vocabulary", reading_hint(source))
+    if not Path(source).is_dir() or (Path(source) / "config.json").is_file():
+        fit_tokenizer(source, tokenizer, read_config(source, new_head=True))
     return tokenizer
 
 
@@ -230,8 +248,8 @@ def label_names(model: PreTrainedModel) -> list[str]:
 
 def read_head_labels(source: str | Path) -> list[str] | None:
     """Read the label names of a classifier; None for an encoder alone. Raises as `load_model`."""
-    config = _load_config(source)
-    return _ordered_labels(config) if _has_head(config) else None
+    config = read_config(source)
+    return _ordered_labels(config) if has_head(config) else None
 
 
 @torch.no_grad()
@@ -287,79 +305,3 @@ def _set_dropout(config: PretrainedConfig, value: float) -> None:
             before[name] = probability
             setattr(config, name, value)
     config._dropout_before = before
-
-
-def _load_config(source: str | Path, **options: object) -> PretrainedConfig:
-    """Load the configuration of `source`, a folder or a hub name.
-
-    Raises:
-        ModelError: it cannot be found or read.
-    """
-    path = Path(source)
-    # a path is told from a hub name first, since an absent hub answers slowly
-    if not path.is_dir() and (path.exists() or not HUB_NAME.fullmatch(str(source))):
-        problem = "is a file" if path.exists() else "does not exist"
-        raise ModelError(f"cannot load the model {str(source)!r}: it {problem}", _reading_hint(source))
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
-    except Exception as error:
-        raise _unreadable(source, error) from None
-    assert isinstance(config, PretrainedConfig)
-    return config
-
-
-def _unreadable(source: str | Path, error: Exception) -> SpdError:
-    """Turn whatever a library raised while it read `source` into an error for the user."""
-    if isinstance(error, SpdError):
-        return error
-    if type(error).__name__ == "SafetensorError":
-        return ModelError(f"the weights of {str(source)!r} cannot be read: {error}", "copy them again")
-    return ModelError(f"cannot load the model {str(source)!r}: {first_line(error)}", _reading_hint(source))
-
-
-def _require_all_weights(source: str | Path, model: PreTrainedModel, report: dict[str, Any], *, new_head: bool) -> None:
-    """Refuse a file without some weights, which transformers silently makes random.
-
-    Random weights are right for a new head, and for a pooler, which encoders that were only
-    pretrained do not have.
-
-    Args:
-        report: what `from_pretrained` returns with `output_loading_info`.
-    """
-    lacking = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
-    encoder_prefix = f"{model.base_model_prefix}."
-    head = {name for name in model.state_dict() if not name.startswith(encoder_prefix)}
-    if new_head:
-        lacking = [key for key in lacking if key not in head and "pooler" not in key]
-    wrong = sorted(lacking)
-    if wrong:
-        raise ModelError(
-            f"the weights of {str(source)!r} are not those of its config.json: "
-            f"{len(wrong)} are missing or of another shape, among them {wrong[0]}",
-            "copy the folder again: config.json and model.safetensors belong together",
-        )
-
-
-def _has_head(config: PretrainedConfig) -> bool:
-    """Whether the configuration is that of a sequence classifier."""
-    architectures = getattr(config, "architectures", None) or []
-    return any("SequenceClassification" in name for name in architectures)
-
-
-def _require_head(source: str | Path, config: PretrainedConfig) -> None:
-    if not _has_head(config):
-        architectures = getattr(config, "architectures", None) or []
-        raise ModelError(
-            f"{str(source)!r} is no fine-tuned classifier: its config names {', '.join(architectures) or 'nothing'}",
-            "give it as --model, and a teacher is fine-tuned from it",
-        )
-
-
-def _reading_hint(source: str | Path) -> str:
-    """What to give instead of a source that cannot be read."""
-    path = Path(source)
-    if not path.exists():
-        return "give a folder with config.json, model.safetensors and tokenizer files, or a name on a hub that answers"
-    if any(path.glob("*.bin")) and not any(path.glob("*.safetensors")):
-        return "only safetensors are read: convert the pickled weights with transformers' save_pretrained"
-    return "the folder needs config.json, model.safetensors and tokenizer files"

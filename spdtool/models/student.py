@@ -141,6 +141,7 @@ def load_student(recipe: Recipe, task: Task, names: list[str], *, eager: bool) -
         smoke=recipe.smoke,
     )
     relabel(model, names, order)
+    model.config.problem_type = task.problem_type
     return model
 
 

@@ -11,6 +11,7 @@ Rows are read one at a time, so memory does not grow with the file. What cannot 
 from __future__ import annotations
 
 import difflib
+import io
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,9 @@ from itertools import chain
 from pathlib import Path
 from typing import TextIO, TypeAlias
 
-from spdtool.data import files
+from spdtool.data.formats.arrow import iterate_tables
+from spdtool.data.formats.separated import is_quoted_tsv, iterate_csv_rows
+from spdtool.data.formats.table import compose
 from spdtool.errors import DataError, RecipeError
 from spdtool.export.classifier import Classifier
 from spdtool.serving.predict import BYTE_ORDER_MARK, InputLine, parse_lines, recognise_format
@@ -47,9 +50,12 @@ def open_input(
     if columns and classify.text is not None and len(columns) != len(classify.text):
         raise DataError(f"--text names {len(columns)} columns; the model takes {quote_names(classify.text)}")
     try:
-        if ending == ".parquet" and line_format is None:
+        if ending in (".parquet", ".arrow") and line_format is None:
             yield parquet_lines(Path(source), classify, columns)
         elif source == STANDARD_INPUT:
+            # whatever the locale says: texts are UTF-8 everywhere
+            if isinstance(sys.stdin, io.TextIOWrapper):
+                sys.stdin.reconfigure(encoding="utf-8", errors="strict", newline="\n")
             yield read_plain_lines(sys.stdin, "standard input", classify, line_format, columns)
         else:
             newline = "" if ending == ".csv" else "\n"  # the csv reader finds line ends itself
@@ -73,7 +79,12 @@ def read_stream(
 ) -> Iterator[InputLine]:
     """Read an open file as its ending says, unless `line_format` says otherwise."""
     if ending in (".csv", ".tsv") and line_format is None:
-        rows = files.iterate_csv_rows(stream, Path(source)) if ending == ".csv" else tsv_rows(stream)
+        if ending == ".csv":
+            rows = iterate_csv_rows(stream, Path(source))
+        elif is_quoted_tsv(source):
+            rows = iterate_csv_rows(stream, Path(source), "\t")
+        else:
+            rows = tsv_rows(stream)
         _, header = next(rows, (1, None))
         if header is None:
             raise DataError(f"{source} is empty", "a header and rows were expected")
@@ -133,11 +144,11 @@ def tsv_rows(stream: TextIO) -> NumberedCells:
 
 
 def parquet_lines(path: Path, classify: Classifier, columns: tuple[str, ...]) -> Iterator[InputLine]:
-    """Read a Parquet file, a batch of rows at a time."""
+    """Read a Parquet or Arrow file, a batch of rows at a time."""
     if not path.is_file():
         raise FileNotFoundError(path)
     # The first batch of rows has the columns: what is wrong with them must be said before any row is labelled.
-    tables = files.iterate_parquet_tables(path, PARQUET_ROWS)
+    tables = iterate_tables(path, PARQUET_ROWS)
     first = next(tables)
 
     def rows() -> NumberedCells:
@@ -155,8 +166,9 @@ def lines_of_table(
     columns: tuple[str, ...],
 ) -> Iterator[InputLine]:
     """Turn the rows of a table with a header into lines. Raises DataError at once if it lacks a text column."""
-    names = [str(name) for name in header]
-    chosen = choose_text_columns(source, names, columns or classify.text or ())
+    names = [compose(str(name)) for name in header]
+    wanted = tuple(map(compose, columns or classify.text or ()))
+    chosen = choose_text_columns(source, names, wanted)
     indices = [names.index(name) for name in chosen]
     return (line_of_cells(number, cells, names, indices) for number, cells in rows)
 

@@ -19,6 +19,7 @@ from spdtool.distillation.layer_map import check_phases
 from spdtool.errors import RecipeError
 from spdtool.export.precheck import check_exportable
 from spdtool.export.target import INSTALLED, required_targets
+from spdtool.models.config import check_problem_type
 from spdtool.models.layers import find_prunable_weights, model_shape
 from spdtool.models.load import build_empty_teacher, label_names, load_tokenizer
 from spdtool.models.student import (
@@ -63,6 +64,8 @@ def make_plan(run: Run, redo: str | None = None) -> Plan:
     accelerator = check_recipe(recipe, rows["train"])
     check_rows(run, task, splits, redo)
     student, teacher = load_pair(recipe, task)
+    if recipe.given_teacher is not None:
+        task = task.widen(label_names(teacher))
     if not run.done("export"):
         check_exportable(recipe, (student.config, teacher.config))
     counts = _count_weights(recipe, student)
@@ -151,6 +154,8 @@ def load_pair(recipe: Recipe, task: Task) -> tuple[PreTrainedModel, PreTrainedMo
     """
     teacher = build_empty_teacher(recipe, task)
     if recipe.given_teacher is not None:
+        check_problem_type(recipe.given_teacher, teacher.config, task.problem_type)
+        task = task.widen(label_names(teacher))
         task.label_order(label_names(teacher))
     student = build_empty_student(recipe, task, teacher)
     check_phases(recipe, model_shape(student), model_shape(teacher))

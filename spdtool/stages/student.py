@@ -172,7 +172,7 @@ def _load_other_student(recipe: Recipe, teacher: TokenizedModel, *, eager: bool)
     Raises:
         ModelError, RecipeError: it cannot be read, or does not fit the teacher.
     """
-    task = find_task(recipe)
+    task = find_task(recipe).widen(label_names(teacher.model))
     tokenizer = load_student_tokenizer(recipe, task)
     check_tokenizers(tokenizer, teacher.tokenizer)
     return TokenizedModel(load_student(recipe, task, label_names(teacher.model), eager=eager), tokenizer)

@@ -17,6 +17,7 @@ from spdtool.data.tokens import Encoded, check_lengths, check_vocabulary
 from spdtool.distillation.lesson import GoldLabelLesson, TokenizedModel
 from spdtool.errors import RunError, RunMismatch
 from spdtool.models import collectives
+from spdtool.models.config import check_problem_type
 from spdtool.models.layers import configure_layers, find_layer_stack, max_positions
 from spdtool.models.load import label_names, load_model, load_tokenizer, move_to_device
 from spdtool.run.folder import RECORD, Run
@@ -85,6 +86,7 @@ def copy_teacher(run: Run, source: str) -> TrainingResult:
     torch.manual_seed(recipe.seed)  # a smoke run's model is random
     model, tokenizer = load_model(source, smoke=recipe.smoke), load_tokenizer(source)
     find_layer_stack(model)
+    check_problem_type(source, model.config, find_task(recipe).problem_type)
 
     def record_data(record: DataRecord) -> None:
         run.record_data(record)

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
+ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
+"""Values of `problem_type` in config.json."""
+
 CheckRows = Callable[[DataRecord], None]
 """Receives the record of the rows of a run, and may refuse them."""
 
@@ -49,7 +52,7 @@ class Task:
     """
 
     auto_model: str = "AutoModelForSequenceClassification"
-    problem_type: str | None = None
+    problem_type: ProblemType | None = None
     head_reads: Literal["first token", "every token", "pooled mean"] = "first token"
     metric: str | None = None
 
@@ -93,6 +96,10 @@ class Task:
         return encode_splits(tokenizer, splits, max_length)
 
     # Labels of a model
+
+    def widen(self, names: Sequence[str]) -> Task:  # noqa: ARG002
+        """Return the task with the classes that only a model has, by its label names; itself where there are none."""
+        return self
 
     def label_order(self, names: Sequence[str]) -> list[int]:
         """Return, for each label of the data set, its index among a model's label names: always a permutation.
@@ -239,7 +246,7 @@ def prepare_data(
         DataError: the data cannot be used.
         ModelError: model and task do not fit together.
     """
-    task = find_task(recipe)
+    task = find_task(recipe).widen(label_names)
     splits = task.read_rows(recipe)
     if check_rows is not None:
         check_rows(datasets.identify_rows(task.dataset, splits))

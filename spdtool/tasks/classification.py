@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spdtool.data.dataset import Rows, Splits
+from spdtool.data.labels import parse_number
 from spdtool.data.overview import list_names
 from spdtool.errors import LISTED, DataError, ModelError
 from spdtool.plugins import task_kinds
@@ -40,18 +42,17 @@ class Classification(Task):
     def label_order(self, names: Sequence[str]) -> list[int]:
         """Return, for each class, its index among a model's label names.
 
-        Names are matched as they are written; else without case, `-`, `_` and spaces, if that leaves them different.
-        Where one side has mere numbers (`matches_by_position`), the order decides.
+        Names are matched as they are written; else without case, `-`, `_` and spaces, if that leaves them different;
+        else `LABEL_2` as 2. Where one side has mere numbers (`matches_by_position`), the order decides.
         """
         labels = self.dataset.labels
         if len(names) != len(labels):
             raise ModelError(
                 f"the model has {len(names)} labels ({_enumerate(names)}); "
                 f"task {self.name!r} has {len(labels)} ({_enumerate(labels)})",
-                "give a teacher that was fine-tuned on this task",
+                self._explain_other_count(names),
             )
-        spellings: tuple[Callable[[str], str], ...] = (str, _plain_label)
-        for spell in spellings:
+        for spell in SPELLINGS:
             index = {spell(name): number for number, name in enumerate(names)}
             if len(index) == len(names) and index.keys() == {spell(label) for label in labels}:
                 return [index[spell(label)] for label in labels]
@@ -62,6 +63,35 @@ class Classification(Task):
                 "a model that calls them LABEL_0, LABEL_1, ... is taken to follow the task's order",
             )
         return list(range(len(names)))
+
+    def _explain_other_count(self, names: Sequence[str]) -> str:
+        """Say what may be the reason why a model has another number of labels."""
+        labels = self.dataset.labels
+        for kind, spell in (("surrounding spaces", str.strip), ("their Unicode form", _composed)):
+            alike = [label for label in labels if spell(label) != label]
+            if alike and len({spell(label) for label in labels}) < len(labels):
+                pairs = list_names([f"{spell(label)!r} and {label!r}" for label in alike])
+                return f"labels in the data differ by {kind} only: {pairs}; write each in one way"
+        if len(names) == 1 and all(parse_number(label) is not None for label in labels):
+            return "a model with one output predicts a number: --set regression=true reads the labels as numbers"
+        return "give a teacher that was fine-tuned on this task"
+
+    def widen(self, names: Sequence[str]) -> Task:
+        """Return the task with the classes that only a model has, after those of the rows."""
+        labels = self.dataset.labels
+        if len(names) <= len(labels):
+            return self
+        for spell in SPELLINGS:
+            spelled = {spell(name): name for name in names}
+            if len(spelled) < len(names) or not spelled.keys() >= {spell(label) for label in labels}:
+                continue
+            further = spelled.keys() - {spell(label) for label in labels}
+            added = [spell(name) if spell is _number_of else name for name in names if spell(name) in further]
+            metrics = self.dataset.metrics
+            if len(names) > 2:  # that of two classes knows one that is positive
+                metrics = tuple("f1_macro" if metric == "f1" else metric for metric in metrics)
+            return type(self)(replace(self.dataset, labels=(*labels, *added), metrics=metrics))
+        return self
 
     def matches_by_position(self, names: Sequence[str]) -> bool:
         """Tell whether the model or the data set has numbers from 0 for names."""
@@ -163,20 +193,33 @@ class Classification(Task):
         lines = []
         spellings = defaultdict(list)
         for name in self.dataset.labels:
-            spellings[name.strip().casefold()].append(repr(name))
+            spellings[_composed(name.strip().casefold())].append(repr(name))
         for names in spellings.values():
             if len(names) > 1:
-                lines.append(
-                    f"the labels {list_names(names)} differ by case or surrounding spaces only, and are kept apart"
-                )
+                alike = list_names(names)
+                lines.append(f"the labels {alike} differ by case, spaces or Unicode form only, and are kept apart")
         missing = [repr(name) for name in self.dataset.labels if name.strip().casefold() in MISSING]
         if missing:
             lines.append(f"the label {list_names(missing)} is taken for a class: does it stand for a missing value?")
         return lines
 
 
+def _composed(label: str) -> str:
+    """Return the label in the Unicode form that most programs write: one character for a letter with its accent."""
+    return unicodedata.normalize("NFC", label)
+
+
 def _plain_label(label: str) -> str:
-    return label.lower().replace("-", "_").replace(" ", "_")
+    return _composed(label).lower().replace("-", "_").replace(" ", "_")
+
+
+def _number_of(label: str) -> str:
+    """Return the number in a placeholder such as LABEL_2; anything else as it is."""
+    number = label.removeprefix("LABEL_")
+    return number if number.isdecimal() else label
+
+
+SPELLINGS: tuple[Callable[[str], str], ...] = (str, _plain_label, _number_of)
 
 
 def _enumerate(names: Sequence[str]) -> str:

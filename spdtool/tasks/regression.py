@@ -31,7 +31,10 @@ class Regression(Task):
     def label_order(self, names: Sequence[str]) -> list[int]:
         """Return [0]: there is one output."""
         if len(names) != 1:
-            raise ModelError(f"the model has {len(names)} labels; {self.name!r} is a regression task, which needs one")
+            raise ModelError(
+                f"the model has {len(names)} labels; {self.name!r} is a regression task, which needs one",
+                "give a teacher of one output; if the labels are classes: --set regression=false",
+            )
         return [0]
 
     def gold_loss(self, logits: Tensor, labels: Tensor) -> Tensor:

@@ -177,7 +177,7 @@ def test_memory_does_not_grow_with_the_file(ending: str, single: Path, tmp_path:
     file = write(tmp_path, ".tsv" if ending == ".txt" else ending, rows)
     file = file.rename(file.with_suffix(ending))
     classify = library.load(single)
-    next(iter(files.iterate_parquet_tables(file, 10))) if ending == ".parquet" else None  # imports pyarrow
+    next(iter(iterate_tables(file, 10))) if ending == ".parquet" else None  # imports pyarrow
     tracemalloc.start()
     with inputs.open_input(str(file), classify) as found:
         assert sum(1 for _ in itertools.islice(found, 50_000)) >= 40_000

@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from spdtool.data.dataset import find_dataset
-from spdtool.models.load import HUB_NAME
+from spdtool.models.config import HUB_NAME
 from spdtool.models.student import PRETRAINED
 from spdtool.recipe.fields import Recipe
 from spdtool.run.records import Variant

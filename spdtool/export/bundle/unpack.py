@@ -34,7 +34,7 @@ def unpack_checkpoint(folder: Path, out: Path) -> Path:
             f"{bundle.folder} {origin}, which cannot be unpacked",
             "the checkpoint of a run is in RUN/finetune; of another target's export, manifest.json has to be there",
         )
-    model = build_empty_model(bundle.folder, finetuned=True, device="cpu")
+    model = build_empty_model(bundle.folder, finetuned=True, device="cpu", has_weights=False)
     # Weights that the file lacks would stay random: the checkpoint would open and answer nonsense.
     missing = fill_weights(model, target.stored_weights(bundle.folder))
     if missing:

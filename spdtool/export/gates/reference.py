@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from spdtool.data import tokens as data
 from spdtool.data.tokens import Batch, Encoded
 from spdtool.export.gates.batches import longest_supported_input, make_comparison_batches
+from spdtool.models.config import check_problem_type
 from spdtool.models.layers import find_prunable_weights, max_positions
 from spdtool.models.load import label_names, load_model, load_tokenizer
 from spdtool.models.predict import Forward, predict, torch_forward
@@ -53,6 +54,7 @@ def prepare_dev_sets(checkpoint: Path, recipe: Recipe, check_rows: CheckRows | N
     """
     model = load_model(checkpoint)
     task, splits = prepare_data(recipe, load_tokenizer(checkpoint), label_names(model), check_rows)
+    check_problem_type(checkpoint, model.config, task.problem_type)
     dev_splits = {name: rows for name, rows in splits.items() if name.startswith("dev")}
     # Here, because the exported graph checks nothing: a token beyond the table reads other memory.
     data.check_lengths(dev_splits, max_positions(model))

@@ -1,0 +1,112 @@
+"""A table of rows, as every format gives it, and what is checked of every file."""
+
+from __future__ import annotations
+
+import codecs
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NoReturn
+
+from spdtool.errors import DataError
+
+LFS_POINTER = b"version https://git-lfs"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A file's rows.
+
+    Attributes:
+        path: the file.
+        columns: the names, as the file has them.
+        rows: one list of cells per row, each as long as `columns`.
+        lines: the number of each row in the file, from 1, for messages.
+        unit: what `lines` counts: `line`, or `row` where the format has no lines.
+        class_names: for a column of class numbers, the names that the file's schema gives them.
+        note: how the file was read, where that is not what its ending says.
+    """
+
+    path: Path
+    columns: tuple[str, ...]
+    rows: list[list[object]]
+    lines: list[int]
+    unit: str = "line"
+    class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    note: str = ""
+
+    def column(self, name: str) -> list[object]:
+        """Return the cells of the column `name`, which must exist."""
+        index = self.columns.index(name)
+        return [row[index] for row in self.rows]
+
+    def refuse(self, row: int, problem: str, hint: str | None = None) -> NoReturn:
+        """Raise DataError about row number `row` (from 0)."""
+        raise DataError(f"{self.location(row)}: {problem}", hint)
+
+    def location(self, row: int) -> str:
+        """Name the file and the line of row number `row` (from 0), for messages."""
+        return f"{self.path}, {self.unit} {self.lines[row]}"
+
+
+def check_table(table: Table) -> Table:
+    """Return the table, with the names of its columns in one Unicode form.
+
+    Raises:
+        DataError: it has no rows, or a row has another number of cells than there are columns.
+    """
+    if not table.rows:
+        raise DataError(f"{table.path} has no rows, only a header", "a file of rows was expected")
+    for row, cells in enumerate(table.rows):
+        if len(cells) != len(table.columns):
+            table.refuse(
+                row,
+                f"{len(cells)} fields where {len(table.columns)} were expected ({', '.join(table.columns)})",
+                "the row is cut short, or holds a stray separator or line break",
+            )
+    return replace(table, columns=tuple(map(compose, table.columns)))
+
+
+def read_text(path: Path) -> str:
+    """Read a UTF-8 file, without its byte-order mark.
+
+    Raises:
+        DataError: it cannot be opened, is empty, or is not UTF-8 (with the line and the byte).
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+    if not content.removeprefix(codecs.BOM_UTF8).strip():
+        raise DataError(f"{path} is empty", "a file of rows was expected")
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(
+            f"{path} is UTF-16, not UTF-8", f"convert the file first: iconv -f utf-16 -t utf-8 {path.name} > NEW"
+        )
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        # Its offsets count from behind a byte-order mark, in a copy of the bytes that the error holds.
+        line = error.object.count(b"\n", 0, error.start) + 1
+        byte = error.object[error.start]
+        raise DataError(
+            f"{path}, line {line}: byte 0x{byte:02x} is not UTF-8",
+            f"convert the file first, for example: iconv -f latin1 -t utf-8 {path.name}",
+        ) from None
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise DataError for a file of a clone whose content git-lfs has not fetched."""
+    try:
+        with open(path, "rb") as stream:
+            start = stream.read(len(LFS_POINTER))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+    if start == LFS_POINTER:
+        raise DataError(f"{path} is only a pointer of git-lfs", f"in {path.parent}, type: git lfs pull")
+
+
+def compose(name: str) -> str:
+    """Return a name in the Unicode form with one character for a letter with its accent (NFC)."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)

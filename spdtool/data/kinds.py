@@ -1,0 +1,80 @@
+"""The kinds of task that are not supported, and how their rows and checkpoints are recognised.
+
+A kind is refused by its name. The message gives no advice on how to turn the rows into something else: a model that
+learnt from such rows would answer another question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+SUPPORTED = "supported are classes and numbers for a text or a pair of texts"
+
+
+@dataclass(frozen=True)
+class UnsupportedKind:
+    """A kind of task that spdtool does not have.
+
+    Attributes:
+        name: for messages.
+        columns: groups of column names; rows that have every name of one group are of this kind.
+        architectures: endings of class names that config.json has for a model of this kind.
+    """
+
+    name: str
+    columns: tuple[tuple[str, ...], ...] = ()
+    architectures: tuple[str, ...] = ()
+
+
+UNSUPPORTED_KINDS = (
+    UnsupportedKind(
+        "token classification (a label for each word, such as named entities)",
+        (("tokens", "ner_tags"), ("tokens", "pos_tags"), ("tokens", "tags"), ("tokens", "labels"), ("words", "tags")),
+        ("ForTokenClassification",),
+    ),
+    UnsupportedKind(
+        "question answering (a span of the context)",
+        (("context", "question", "answers"), ("context", "question", "answer_start")),
+        ("ForQuestionAnswering",),
+    ),
+    UnsupportedKind(
+        "multiple choice",
+        (("ctx", "endings"), ("question", "choices"), ("sent1", "ending0", "ending1")),
+        ("ForMultipleChoice",),
+    ),
+    UnsupportedKind(
+        "text generation (summaries, translations, answers in free text)",
+        (
+            ("translation",),
+            ("document", "summary"),
+            ("article", "highlights"),
+            ("instruction", "output"),
+            ("messages",),
+        ),
+        ("ForConditionalGeneration", "ForCausalLM", "LMHeadModel"),
+    ),
+    UnsupportedKind(
+        "sentence embeddings (texts that are near to or far from each other)",
+        (("anchor", "positive"), ("query", "positive"), ("query", "pos"), ("query", "positive_passages")),
+    ),
+)
+MULTI_LABEL = "multi-label classification (a row may have several labels)"
+WORD_LABELS = UNSUPPORTED_KINDS[0].name
+
+
+def kind_of_columns(columns: Collection[str]) -> str | None:
+    """Return the name of the unsupported kind whose columns these are; None where they are of none."""
+    names = {name.strip().lower() for name in columns}
+    for kind in UNSUPPORTED_KINDS:
+        if any(names.issuperset(group) for group in kind.columns):
+            return kind.name
+    return None
+
+
+def kind_of_architectures(architectures: Collection[str]) -> str | None:
+    """Return the name of the unsupported kind of a checkpoint by its classes; None where they are of none."""
+    for kind in UNSUPPORTED_KINDS:
+        if any(name.endswith(kind.architectures) for name in architectures if kind.architectures):
+            return kind.name
+    return None

@@ -1,0 +1,255 @@
+"""Read config.json, and refuse one that contradicts itself.
+
+What only switches how `forward` answers is set back. What says which logit is which must be clear.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeAlias
+
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+
+from spdtool import console
+from spdtool.data.kinds import SUPPORTED, kind_of_architectures
+from spdtool.errors import ModelError, SpdError, first_line
+from spdtool.tasks import ProblemType
+
+RawConfig: TypeAlias = dict[str, Any]
+"""The content of config.json."""
+
+HUB_NAME = re.compile(r"(?!\.)[\w.-]+(/[\w.-]+)?")
+PLACEHOLDER = re.compile(r"LABEL_\d+")  # what transformers writes for want of names
+MULTI_LABEL = "multi_label_classification"
+# Each changes what `forward` returns or how it computes, and none what the weights mean.
+SWITCHES = (
+    *("return_dict", "use_return_dict", "output_attentions", "output_hidden_states", "torchscript"),
+    *("attn_implementation", "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal"),
+    *("gradient_checkpointing", "chunk_size_feed_forward", "reference_compile", "use_bfloat16"),
+)
+
+
+def read_config(
+    source: str | Path, *, new_head: bool = False, fields: Mapping[str, object] | None = None
+) -> PretrainedConfig:
+    """Read the configuration of `source`, a folder or a hub name.
+
+    Args:
+        new_head: the labels are not read: `fields` may bring those of another head.
+        fields: to set, by name.
+
+    Raises:
+        ModelError: it cannot be found or read, or contradicts itself.
+    """
+    _refuse_absent(source)
+    try:
+        raw, _ = PretrainedConfig.get_config_dict(source)
+    except Exception as error:
+        raise unreadable_model(source, error) from None
+    if not isinstance(raw, dict):
+        raise ModelError(f"config.json of {str(source)!r} is no JSON object", reading_hint(source))
+    for name in SWITCHES:
+        raw.pop(name, None)
+    _refuse_quantized(source, raw)
+    _refuse_decoder(source, raw)
+    if new_head:
+        for name in ("id2label", "label2id", "num_labels", "problem_type"):
+            raw.pop(name, None)
+    else:
+        _mend_labels(source, raw)
+    try:
+        if raw.get("model_type") in CONFIG_MAPPING:
+            config_class = CONFIG_MAPPING[raw["model_type"]]
+            return config_class.from_dict(raw, name_or_path=str(source), **(fields or {}))
+        # without a known type transformers says best what is wrong
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **(fields or {}))
+    except Exception as error:
+        raise unreadable_model(source, error) from None
+    assert isinstance(config, PretrainedConfig)
+    return config
+
+
+def has_head(config: PretrainedConfig) -> bool:
+    """Tell whether the configuration is that of a sequence classifier."""
+    architectures = getattr(config, "architectures", None) or []
+    return any("SequenceClassification" in name for name in architectures)
+
+
+def require_head(source: str | Path, config: PretrainedConfig) -> None:
+    """Raise ModelError unless the configuration is that of a sequence classifier."""
+    if has_head(config):
+        return
+    architectures = getattr(config, "architectures", None) or []
+    kind = kind_of_architectures(architectures)
+    if kind is not None:
+        raise ModelError(f"{str(source)!r} is a model for {kind}, which is not supported", SUPPORTED)
+    raise ModelError(
+        f"{str(source)!r} is no fine-tuned classifier: its config names {', '.join(architectures) or 'nothing'}",
+        "give it as --model, and a teacher is fine-tuned from it",
+    )
+
+
+def check_problem_type(source: str | Path, config: PretrainedConfig, expected: ProblemType | None) -> None:
+    """Refuse a classifier that was trained for another kind of labels than the task's.
+
+    A classifier with one output is a regression, whatever its `problem_type` says.
+
+    Args:
+        expected: see `Task.problem_type`.
+
+    Raises:
+        ModelError: names both values.
+    """
+    stored = getattr(config, "problem_type", None)
+    if stored in (None, expected) or expected is None:
+        return
+    if config.num_labels == 1 and stored != MULTI_LABEL:
+        config.problem_type = expected
+        return
+    kinds = "a row may have several labels" if stored == MULTI_LABEL else f"it was trained as {stored}"
+    raise ModelError(
+        f"config.json of {str(source)!r} has problem_type {stored!r} ({kinds}); the task's is {expected!r}",
+        f'give a teacher of this task; if it is one, write "problem_type": "{expected}" in its config.json',
+    )
+
+
+def unreadable_model(source: str | Path, error: Exception) -> SpdError:
+    """Turn whatever a library raised while it read `source` into an error for the user."""
+    if isinstance(error, SpdError):
+        return error
+    if type(error).__name__ == "SafetensorError":
+        return ModelError(f"the weights of {str(source)!r} cannot be read: {error}", "copy them again")
+    return ModelError(f"cannot load the model {str(source)!r}: {first_line(error)}", reading_hint(source))
+
+
+def reading_hint(source: str | Path) -> str:
+    """Say what to give instead of a source that cannot be read."""
+    path = Path(source)
+    if not path.exists():
+        return "give a folder with config.json, model.safetensors and tokenizer files, or a name on a hub that answers"
+    if any(path.glob("*.bin")) and not any(path.glob("*.safetensors")):
+        return "only safetensors are read: convert the pickled weights with transformers' save_pretrained"
+    return "the folder needs config.json, model.safetensors and tokenizer files"
+
+
+def _refuse_absent(source: str | Path) -> None:
+    path = Path(source)
+    # a path is told from a hub name first, since an absent hub answers slowly
+    if not path.is_dir() and (path.exists() or not HUB_NAME.fullmatch(str(source))):
+        problem = "is a file" if path.exists() else "does not exist"
+        raise ModelError(f"cannot load the model {str(source)!r}: it {problem}", reading_hint(source))
+
+
+def _refuse_quantized(source: str | Path, raw: RawConfig) -> None:
+    quantization = raw.get("quantization_config") or raw.get("compression_config")
+    if not quantization:
+        return
+    method = "another tool"
+    if isinstance(quantization, Mapping):
+        method = quantization.get("quant_method") or quantization.get("format") or method
+    raise ModelError(
+        f"the weights of {str(source)!r} are quantized (config.json has a quantization_config of {method})",
+        "give the checkpoint from before it was quantized: what is pruned and exported are float weights",
+    )
+
+
+def _refuse_decoder(source: str | Path, raw: RawConfig) -> None:
+    for name in ("is_decoder", "add_cross_attention", "is_encoder_decoder"):
+        if raw.get(name) is True:
+            raise ModelError(
+                f"{str(source)!r} is no encoder: config.json has {name} = true",
+                "give an encoder: every token must see the whole text",
+            )
+
+
+def _mend_labels(source: str | Path, raw: RawConfig) -> None:
+    """Write `id2label` and `label2id` of config.json as the two sides of one numbering from 0.
+
+    Where `id2label` is missing or has placeholders, `label2id` has the names.
+
+    Raises:
+        ModelError: they contradict each other, or the numbering has gaps.
+    """
+    by_index = _read_id2label(source, raw)
+    by_name = _read_label2id(source, raw)
+    if not by_index and not by_name:
+        return
+    if by_name and not _are_placeholders(by_name) and (not by_index or _are_placeholders(by_index.values())):
+        named = {index: name for name, index in by_name.items()}
+        if by_index and len(named) != len(by_index):
+            _refuse_labels(source, f"id2label has {len(by_index)} labels and label2id {len(named)}", named)
+        if len(named) < len(by_name):
+            _refuse_labels(source, f"label2id gives several names one number: {by_name}", named)
+        by_index = named
+    if sorted(by_index) != list(range(len(by_index))):
+        numbers = ", ".join(map(str, sorted(by_index)[:8]))
+        _refuse_labels(source, f"the labels have the numbers {numbers}, and logits are counted from 0", by_index)
+    names = [by_index[index] for index in range(len(by_index))]
+    if len(set(names)) < len(names):
+        repeated = next(name for name in names if names.count(name) > 1)
+        _refuse_labels(source, f"two labels are called {repeated!r}", by_index)
+    if by_name and not _are_placeholders(by_name):
+        plain = {name.casefold(): index for name, index in by_name.items()}
+        for index, name in enumerate(names):
+            if plain.get(name.casefold()) != index:
+                number = plain.get(name.casefold(), "no number")
+                _refuse_labels(
+                    source, f"id2label calls logit {index} {name!r}, and label2id gives it {number}", by_index
+                )
+    count = raw.pop("num_labels", len(names))
+    if count != len(names):
+        _refuse_labels(source, f"num_labels is {count}, and there are {len(names)} labels", by_index)
+    raw["id2label"] = dict(enumerate(names))
+    raw["label2id"] = {name: index for index, name in enumerate(names)}
+
+
+def _read_id2label(source: str | Path, raw: RawConfig) -> dict[int, str]:
+    stored = raw.get("id2label") or {}
+    if isinstance(stored, list):
+        stored = dict(enumerate(stored))
+    labels = {}
+    try:
+        for index, name in stored.items():
+            labels[int(index)] = str(name)
+    except (AttributeError, TypeError, ValueError):
+        _refuse_labels(source, f"id2label is {stored!r}", {})
+    if None in stored.values():
+        _refuse_labels(source, f"id2label has a label without a name: {stored}", {})
+    return labels
+
+
+def _read_label2id(source: str | Path, raw: RawConfig) -> dict[str, int]:
+    stored = raw.get("label2id") or {}
+    labels = {}
+    try:
+        for name, index in stored.items():
+            labels[str(name)] = int(index)
+    except (AttributeError, TypeError, ValueError):
+        _refuse_labels(source, f"label2id is {stored!r}", {})
+    return labels
+
+
+def _are_placeholders(names: Sequence[str] | Mapping[str, int] | Any) -> bool:
+    return all(PLACEHOLDER.fullmatch(name) for name in names)
+
+
+def _refuse_labels(source: str | Path, problem: str, by_index: Mapping[int, str]) -> NoReturn:
+    names = [by_index[index] for index in sorted(by_index)] or ["NAME OF LOGIT 0", "NAME OF LOGIT 1"]
+    example = json.dumps({str(number): name for number, name in enumerate(names[:4])}, ensure_ascii=False)
+    raise ModelError(
+        f"config.json of {str(source)!r}: {problem}",
+        f'leave label2id and num_labels out, and name the logits in their order, such as "id2label": {example}',
+    )
+
+
+_announced: set[str] = set()
+
+
+def announce_once(text: str) -> None:
+    """Warn about a checkpoint, and only once: an export opens each many times."""
+    if text not in _announced:
+        _announced.add(text)
+        console.warn(text)
