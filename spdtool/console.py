@@ -237,6 +237,19 @@ def _escape_lines(text: str) -> str:
 
 
 @contextmanager
+def mute() -> Iterator[None]:
+    """Print nothing inside the block, not even warnings or a live display, and call no listener."""
+    global _out, _err, _listener, _forecast
+    before = _out, _err, _listener, _forecast
+    _out = _err = Console(quiet=True)
+    _listener, _forecast = None, Forecast()
+    try:
+        yield
+    finally:
+        _out, _err, _listener, _forecast = before
+
+
+@contextmanager
 def busy(text: str) -> Iterator[None]:
     """Show that work without steps is going on."""
     if _out.is_terminal:

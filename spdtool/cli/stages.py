@@ -66,7 +66,10 @@ def resume(
 def run_all(recipe: Recipe, path: Path, dry_run: bool, everything: bool, processes: int) -> object:
     """Run, or only plan, every stage that is missing at `path`; return the bench, or the plan, as JSON values."""
     from spdtool import stages
+    from spdtool.data.local import check_header
     from spdtool.run.folder import Run
+
+    check_header(recipe)  # before torch is imported
     from spdtool.stages.plan import make_plan
 
     if dry_run:
@@ -94,11 +97,14 @@ def run_all(recipe: Recipe, path: Path, dry_run: bool, everything: bool, process
 @command
 def teacher(options: RecipeOptions, run: RunPath = None, again: Again = False, processes: Processes = 1) -> object:
     """Start a run: fine-tune the dense model on the task, or measure a given one."""
+    from spdtool.data.local import check_header
     from spdtool.run.folder import Run, default_path
     from spdtool.stages import recorded_recipe
-    from spdtool.stages.plan import make_plan
 
     recipe = options.build(recorded_recipe(run))
+    check_header(recipe)  # before torch is imported
+    from spdtool.stages.plan import make_plan
+
     path = run or default_path(recipe)
     redo = "teacher" if again else None
     # Only looked at: nothing is written before the plan is accepted.

@@ -195,6 +195,8 @@ class Classifier:
         for number, row in enumerate(rows):
             if len(row.ids) == 0:
                 raise DataError(f"row {number} has no token")
+            # a tokenizer may have tokens that were added after the model was made
+            self._check_token_row(number, row)
         return rows
 
     def compute(self, rows: Sequence[TokenRow]) -> np.ndarray:

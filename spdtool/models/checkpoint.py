@@ -116,7 +116,7 @@ def _check_weights(
     """
     headers = read_headers(files)
     _refuse_adapter_keys(source, headers)
-    renamed = strip_wrappers(headers)
+    renamed = strip_wrappers(headers, files[0])
     if renamed:
         key, name = next(iter(renamed.items()))
         announce_once(
@@ -132,7 +132,8 @@ def _check_weights(
     judge.refuse_quantized(unused)
     used = {}
     for key, header in headers.items():
-        if renamed.get(key, key) not in unused:
+        name = renamed.get(key, key)
+        if name not in unused and not name.endswith(UNUSED_ENDINGS):
             used[key] = header
     refuse_not_finite(used)
     return renamed

@@ -95,8 +95,6 @@ def require_head(source: str | Path, config: PretrainedConfig) -> None:
 def check_problem_type(source: str | Path, config: PretrainedConfig, expected: ProblemType | None) -> None:
     """Refuse a classifier that was trained for another kind of labels than the task's.
 
-    A classifier with one output is a regression, whatever its `problem_type` says.
-
     Args:
         expected: see `Task.problem_type`.
 
@@ -105,9 +103,6 @@ def check_problem_type(source: str | Path, config: PretrainedConfig, expected: P
     """
     stored = getattr(config, "problem_type", None)
     if stored in (None, expected) or expected is None:
-        return
-    if config.num_labels == 1 and stored != MULTI_LABEL:
-        config.problem_type = expected
         return
     kinds = "a row may have several labels" if stored == MULTI_LABEL else f"it was trained as {stored}"
     raise ModelError(
@@ -202,6 +197,8 @@ def _mend_labels(source: str | Path, raw: RawConfig) -> None:
     count = raw.pop("num_labels", len(names))
     if count != len(names):
         _refuse_labels(source, f"num_labels is {count}, and there are {len(names)} labels", by_index)
+    if len(names) == 1 and raw.get("problem_type") == "single_label_classification":
+        del raw["problem_type"]  # of one output there is nothing to choose: it is a number
     raw["id2label"] = dict(enumerate(names))
     raw["label2id"] = {name: index for index, name in enumerate(names)}
 

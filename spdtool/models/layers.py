@@ -97,7 +97,7 @@ def find_prunable_weights(model: PreTrainedModel) -> dict[str, nn.Parameter]:
 
 
 class ModelShape(NamedTuple):
-    """Number of layers, width of the hidden states, and attention heads of one layer."""
+    """Number of layers, width of the hidden states, and attention heads of one layer (0: it has none)."""
 
     layers: int
     width: int
@@ -107,7 +107,11 @@ class ModelShape(NamedTuple):
 def model_shape(model: PreTrainedModel) -> ModelShape:
     """Read the shape of an encoder; raises as `find_layer_stack`."""
     config = model.config
-    return ModelShape(len(find_layer_stack(model)), config.hidden_size, config.num_attention_heads)
+    width = getattr(config, "hidden_size", None)
+    if width is None:
+        raise ModelError(f"{config.model_type!r} is not supported: its configuration has no hidden_size")
+    heads = getattr(config, "num_attention_heads", 0)  # FNet mixes tokens without attention
+    return ModelShape(len(find_layer_stack(model)), width, heads)
 
 
 def max_positions(model: PreTrainedModel) -> int | None:

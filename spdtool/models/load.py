@@ -6,6 +6,8 @@ from elsewhere.
 
 from __future__ import annotations
 
+import copy
+import inspect
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -80,8 +82,7 @@ def load_model(
         _set_dropout(config, dropout)
     try:
         if smoke:
-            config.num_hidden_layers = SMOKE_LAYERS
-            return _build(config)
+            return _build_shallow(config)
         model = _read_model(checkpoint)
     # transformers, safetensors and the hub's client each raise what they like
     except Exception as error:
@@ -132,11 +133,9 @@ def build_empty_model(
         ModelError: the checkpoint cannot be used, or is no classifier.
     """
     config = open_checkpoint(source, finetuned=finetuned, new_head=not finetuned, has_weights=has_weights).config
-    if smoke:
-        config.num_hidden_layers = SMOKE_LAYERS
     try:
         with torch.device(device):
-            return _build(config)
+            return _build_shallow(config) if smoke else _build(config)
     except Exception as error:
         raise unreadable_model(source, error) from None
 
@@ -222,7 +221,11 @@ def save_model(
         for name, value in dropout.items():
             setattr(model.config, name, value)
         del model.config._dropout_before
-    model.save_pretrained(folder, state_dict=weights)
+    options = {}
+    if "save_original_format" in inspect.signature(model.save_pretrained).parameters:
+        # transformers 5 would save some families under older names, and the masks go by the model's own
+        options["save_original_format"] = False
+    model.save_pretrained(folder, state_dict=weights, **options)
     save_tokenizer(tokenizer, folder)
 
 
@@ -287,6 +290,19 @@ def _build(config: PretrainedConfig) -> PreTrainedModel:
     assert isinstance(model, PreTrainedModel)
     model.eval()  # type: ignore[no-untyped-call]
     return model
+
+
+def _build_shallow(config: PretrainedConfig) -> PreTrainedModel:
+    """Build a classifier of two layers with random weights; of all layers where the family cannot be shortened."""
+    depth, shallow = getattr(config, "num_hidden_layers", None), copy.deepcopy(config)
+    try:
+        for name, value in config.to_dict().items():
+            if isinstance(value, list) and len(value) == depth:  # one entry for each layer
+                setattr(shallow, name, value[:SMOKE_LAYERS])
+        shallow.num_hidden_layers = SMOKE_LAYERS
+        return _build(shallow)
+    except Exception:  # with all layers it may be built; if not, that error tells more
+        return _build(config)
 
 
 def _ordered_labels(config: PretrainedConfig) -> list[str]:

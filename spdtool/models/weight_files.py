@@ -79,11 +79,14 @@ def read_headers(files: Iterable[Path]) -> dict[str, Header]:
     return headers
 
 
-def strip_wrappers(keys: Iterable[str]) -> dict[str, str]:
+def strip_wrappers(keys: Iterable[str], file: Path) -> dict[str, str]:
     """Map the names of weights that torch's wrappers have changed to the names before.
 
     `_orig_mod.` (torch.compile), those of FSDP and of checkpointed layers go wherever they stand; `module.` goes where
     every name begins with it.
+
+    Args:
+        file: for messages.
 
     Raises:
         ModelError: two names become one.
@@ -97,7 +100,7 @@ def strip_wrappers(keys: Iterable[str]) -> dict[str, str]:
     if count > 1:
         both = [key for key in plain if plain[key] == name]
         raise ModelError(
-            f"{both[0]} and {both[1]} are both the weight {name}", "save the model once, without a wrapper"
+            f"{file}: {both[0]} and {both[1]} are both the weight {name}", "save the model once, without a wrapper"
         )
     return {key: name for key, name in plain.items() if key != name}
 

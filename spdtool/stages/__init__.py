@@ -123,6 +123,9 @@ def compress(
     forecast = Forecast()
     # A launcher has planned, and checked, for its ranks.
     if not ranks.has_launcher():
+        from spdtool.data.local import check_header
+
+        check_header(recipe)  # before torch is imported
         from spdtool.stages.plan import make_plan
 
         plan = make_plan(Run.at(path, recipe, dry=True))

@@ -17,7 +17,6 @@ from spdtool.data.overview import LISTED_NAMES
 from spdtool.distillation.grafting import replacing_rate
 from spdtool.distillation.layer_map import check_phases
 from spdtool.errors import RecipeError
-from spdtool.export.precheck import check_exportable
 from spdtool.export.target import INSTALLED, required_targets
 from spdtool.models.config import check_problem_type
 from spdtool.models.layers import find_prunable_weights, model_shape
@@ -37,6 +36,7 @@ from spdtool.recipe.spelling import list_changes
 from spdtool.run.folder import Run
 from spdtool.run.records import Plan, StagePlan, WeightCounts
 from spdtool.stages.estimate import Estimator, Pair
+from spdtool.stages.trial import try_families
 from spdtool.tasks import Task, find_task
 from spdtool.training.accelerator import create_accelerator
 from spdtool.training.saliency import check_saliency
@@ -67,7 +67,7 @@ def make_plan(run: Run, redo: str | None = None) -> Plan:
     if recipe.given_teacher is not None:
         task = task.widen(label_names(teacher))
     if not run.done("export"):
-        check_exportable(recipe, (student.config, teacher.config))
+        try_families(recipe, task, (student.config, teacher.config))
     counts = _count_weights(recipe, student)
     pair = Pair(student, teacher, load_teacher_tokenizer(recipe, task))
     estimator = Estimator(run, splits, pair, counts, accelerator.device)

@@ -7,6 +7,7 @@ import os
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import GradientAccumulationPlugin
 
 from spdtool import console, ranks
 from spdtool.errors import DeviceError
@@ -29,7 +30,9 @@ def create_accelerator(recipe: Recipe) -> Accelerator:
     ranks.die_with_parent()
     collectives.join_process_group("gloo" if on_cpu else "nccl")
     precision = "no" if recipe.precision == "fp32" else recipe.precision  # accelerate's word for it
-    return Accelerator(cpu=on_cpu, mixed_precision=precision)
+    # a plugin, because a number would give way to ACCELERATE_GRADIENT_ACCUMULATION_STEPS, and the recipe alone decides
+    whole_batches = GradientAccumulationPlugin(num_steps=1)
+    return Accelerator(cpu=on_cpu, mixed_precision=precision, gradient_accumulation_plugin=whole_batches)
 
 
 def _check_device(recipe: Recipe, on_cpu: bool) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 import spdtool as library
 from spdtool.data import files
+from spdtool.data.formats.arrow import iterate_tables
 from spdtool.errors import DataError
 from spdtool.serving import inputs
 from spdtool.serving.predict import InputLine
@@ -32,6 +33,10 @@ def write(folder: Path, ending: str, columns: dict[str, list[str]]) -> Path:
     file, rows = folder / f"rows{ending}", list(zip(*columns.values(), strict=True))
     if ending == ".parquet":
         parquet.write_table(pyarrow.table(columns), file)
+    elif ending == ".arrow":
+        table = pyarrow.table(columns)
+        with pyarrow.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table)
     elif ending == ".jsonl":
         file.write_text("".join(json.dumps(dict(zip(columns, row, strict=True))) + "\n" for row in rows))
     elif ending == ".csv":

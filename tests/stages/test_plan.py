@@ -10,6 +10,7 @@ import pytest
 
 from spdtool.errors import DeviceError, ModelError, RecipeError, UnknownName
 from spdtool.models.layers import find_prunable_weights
+from spdtool.models.load import save_model
 from spdtool.recipe import STAGES
 from spdtool.run.folder import Run
 from spdtool.stages import estimate
@@ -45,8 +46,7 @@ def test_the_plan_says_how_the_rows_were_read(toy_run: MakeRun, toy_task: Callab
 
 
 def test_the_plan_says_that_a_given_teachers_labels_have_no_names(toy_run: MakeRun, toys: Any, tmp_path: Path) -> None:
-    toys.bert().save_pretrained(tmp_path / "given")
-    toys.tokenizer().save_pretrained(tmp_path / "given")
+    save_model(toys.bert(), toys.tokenizer(), tmp_path / "given")
     notes = planning.make_plan(toy_run(given_teacher=str(tmp_path / "given"))).notes
     assert "the given teacher's labels are taken in their order: LABEL_0 is bad, LABEL_1 is good" in notes
     toys.bert(id2label={0: "good", 1: "Bad"}).save_pretrained(tmp_path / "given")
@@ -83,8 +83,7 @@ def test_planning_writes_nothing_and_sees_what_is_done(toy_run: MakeRun, tmp_pat
 
 
 def test_a_given_teacher_is_not_trained(toy_run: MakeRun, toys: Any, tmp_path: Path) -> None:
-    toys.bert().save_pretrained(tmp_path / "given")
-    toys.tokenizer().save_pretrained(tmp_path / "given")
+    save_model(toys.bert(), toys.tokenizer(), tmp_path / "given")
     first = planning.make_plan(toy_run(given_teacher=str(tmp_path / "given"))).stages[0]
     assert (first.steps, first.why) == (None, f"given: {tmp_path / 'given'}")
 

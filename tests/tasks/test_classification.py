@@ -47,6 +47,42 @@ def test_labels_map_one_to_one_exact_names_first(toy_task: ToyTask) -> None:
         assert toy_task(labels=labels).label_order(names) == order, (labels, names)
 
 
+def test_a_model_may_have_classes_that_no_row_has(toy_task: ToyTask) -> None:
+    cases = [
+        (("neg", "pos"), ["pos", "neutral", "neg"], ("neg", "pos", "neutral"), [2, 0, 1]),
+        (("0", "2"), ["LABEL_0", "LABEL_1", "LABEL_2"], ("0", "2", "1"), [0, 2, 1]),
+        (("0", "1"), ["0", "1", "2"], ("0", "1", "2"), [0, 1, 2]),
+    ]
+    for labels, names, widened, order in cases:
+        task = toy_task(labels=labels, metrics=("accuracy", "f1")).widen(names)
+        assert task.dataset.labels == widened
+        assert task.label_order(names) == order
+        assert task.dataset.metrics == ("accuracy", "f1_macro")
+        rows = splits_of([0, 1, 0], [1, 0])
+        aligned = task.align_labels(rows, names)["dev"]
+        assert 0 < task.baseline(np.asarray(aligned.labels))["score"] < 1
+        assert any("no row of train has the label" in line for line in task.data_warnings(rows))
+    for labels, names in ((("a", "b"), ["b", "a"]), (("a", "b"), ["x", "y", "z"]), (("a", "b", "c"), ["a", "b"])):
+        task = toy_task(labels=labels)
+        assert task.widen(names) is task
+
+
+def test_the_reason_for_another_number_of_labels_is_named(toy_task: ToyTask) -> None:
+    cases = [
+        (("bad", "bad ", "good"), ["bad", "good"], "surrounding spaces only: 'bad' and 'bad '"),
+        (("caf\u00e9", "cafe\u0301", "bar"), ["bar", "caf\u00e9"], "their Unicode form only"),
+        (("0", "1"), ["LABEL_0"], "--set regression=true"),
+        (("a", "b"), ["a"], "fine-tuned on this task"),
+    ]
+    for labels, names, hint in cases:
+        with pytest.raises(ModelError) as caught:
+            toy_task(labels=labels).label_order(names)
+        assert hint in str(caught.value.hint), labels
+    with pytest.raises(ModelError) as caught:
+        toy_task(labels=()).label_order(["a", "b"])
+    assert "regression=false" in str(caught.value.hint)
+
+
 def test_labels_that_cannot_be_told_apart_or_have_other_names_are_refused_with_both_lists(toy_task: ToyTask) -> None:
     cases = [
         (("A", "a"), ["a", "b"]),
@@ -123,7 +159,11 @@ def test_what_may_be_a_mistake_in_the_data_is_named(toy_task: ToyTask) -> None:
         (("a", "b"), splits_of([0, 1], [0, 1]), []),
         (("a", "b"), splits_of([0, 1], [0, 0]), ["no row of dev has the label 'b'"]),
         (("a", "b", "c"), splits_of([1, 1], [0, 1]), ["no row of train has the label 'a', 'c'", "no row of dev has"]),
-        (("No", "no", "yes"), splits_of([0, 1, 2], [0, 1, 2]), ["the labels 'No', 'no' differ by case or surrounding"]),
+        (
+            ("No", "no", "yes"),
+            splits_of([0, 1, 2], [0, 1, 2]),
+            ["the labels 'No', 'no' differ by case, spaces"],
+        ),
         (("pos", " pos"), splits_of([0, 1], [0, 1]), ["the labels 'pos', ' pos' differ"]),
         (("NA", "b", "nan"), splits_of([0, 1, 2], [0, 1, 2]), ["the label 'NA', 'nan' is taken for a class"]),
         (

@@ -230,7 +230,8 @@ class _SparseProduct(torch.autograd.Function):
         ctx.products, ctx.shape = products, x.shape
         dense_rows = rows if weight_learns and not sampled else None
         ctx.save_for_backward(weight, tiles, dense_rows)  # type: ignore[arg-type]
-        return y.view(*x.shape[:-1], y.shape[-1])
+        # not a view, which autograd would not let a model change in place
+        return y.resize_(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable

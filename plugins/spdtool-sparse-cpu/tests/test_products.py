@@ -75,6 +75,18 @@ def test_the_three_products_are_those_of_double_precision() -> None:
             check_products(weight, dead, n, f"{shape} with {zeros:.1%} zeros, holes={holes}, {n} rows")
 
 
+def test_the_output_of_a_layer_may_be_changed_in_place() -> None:
+    weight, dead = masked((40, 33), 0.9)
+    layer = nn.Linear(33, 40)
+    layer.weight.data.copy_(weight)
+    products.use_sparse_products({"weight": layer}, Masks.from_zeros({"weight": layer.weight}), sampled=True)
+    x = torch.randn(3, 20, 33)
+    changed = layer(x).mul_(2.0)
+    changed.sum().backward()
+    expected = 2 * (x.reshape(-1, 33).double().sum(0).expand(40, 33)).masked_fill(dead, 0)
+    close(layer.weight.grad, expected)
+
+
 def test_the_products_of_a_large_matrix() -> None:
     check_products(*masked((1536, 384), 0.9), 350, "1536 x 384")
 

@@ -1,0 +1,203 @@
+"""Files of rows as people have them: other separators, quoting, long fields, letters in two forms, saved data sets."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from spdtool.data.dataset import Dataset, find_dataset
+from spdtool.data.files import read_file, read_header
+from spdtool.data.local import check_header
+from spdtool.errors import DataError
+from spdtool.recipe.fields import Recipe
+
+ROWS = [(f"row {i}", "no" if i % 3 else "yes") for i in range(30)]
+COMPOSED, DECOMPOSED = "caf\u00e9", "cafe\u0301"
+
+
+def local(data: Path, **fields: Any) -> Dataset:
+    return find_dataset(Recipe(task="local", data=str(data), **fields))
+
+
+def write_rows(path: Path, rows: list[tuple[Any, ...]] = ROWS, **options: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream, **options).writerows([("text", "label"), *rows])
+    return path
+
+
+def named_table(labels: list[int], names: tuple[str, ...]) -> pa.Table:
+    """A table as the library `datasets` writes it, whose column `label` has classes with names."""
+    features = {"text": {"dtype": "string", "_type": "Value"}, "label": {"names": names, "_type": "ClassLabel"}}
+    table = pa.table({"text": [f"row {i}" for i in range(len(labels))], "label": labels})
+    return table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+
+
+def save_arrow(table: pa.Table, folder: Path) -> None:
+    """Write a split as `datasets.save_to_disk` does."""
+    folder.mkdir(parents=True)
+    with pa.ipc.new_stream(folder / "data-00000-of-00001.arrow", table.schema) as stream:
+        stream.write_table(table)
+    (folder / "state.json").write_text("{}")
+    (folder / "dataset_info.json").write_text("{}")
+    (folder / "cache-0123456789.arrow").write_bytes(b"not rows")
+
+
+def test_a_csv_file_may_have_another_separator_which_is_said(tmp_path: Path) -> None:
+    for separator, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "vertical bars")):
+        data = local(write_rows(tmp_path / f"{name}.csv", delimiter=separator))
+        assert data.text == ("text",)
+        assert f"separated by {name}" in data.about
+    file = tmp_path / "named.csv"
+    file.write_text("sep=;\n" + (tmp_path / "semicolons.csv").read_text())
+    assert read_file(file).columns == ("text", "label")
+    comma = write_rows(tmp_path / "comma.csv", [("a; b|c", "x"), ("d", "y")])
+    assert read_file(comma).rows[0] == ["a; b|c", "x"]
+    assert not read_file(comma).note
+
+
+def test_a_field_may_be_as_long_as_a_book(tmp_path: Path) -> None:
+    book = "word " * 40_000
+    assert read_file(write_rows(tmp_path / "long.csv", [(book, "x"), ("a", "y")])).rows[0][0] == book
+
+
+def test_a_tsv_file_is_quoted_only_where_a_writer_has_quoted_it(tmp_path: Path) -> None:
+    odd = [('she said "no"', "x"), ("a\tb", "y"), ("c\nd", "x"), ("plain", "y")]
+    for number, quoting in enumerate((csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC)):
+        file = write_rows(tmp_path / f"{number}.tsv", odd, delimiter="\t", quoting=quoting)
+        assert [tuple(row) for row in read_file(file).rows] == odd
+        assert "quoted" in read_file(file).note
+    plain = tmp_path / "plain.tsv"
+    for text in ('"Great" he said', '"Great"', 'said "no"', '"open', '""'):
+        plain.write_text(f"text\tlabel\n{text}\tx\nb\ty\n")
+        assert read_file(plain).rows[0][0] == text
+        assert not read_file(plain).note
+
+
+def test_columns_are_found_in_either_unicode_form(tmp_path: Path) -> None:
+    file = tmp_path / "forms.csv"
+    file.write_text(f"{DECOMPOSED},label\n" + "".join(f"{text},{label}\n" for text, label in ROWS), "utf-8")
+    for name in (COMPOSED, DECOMPOSED):
+        assert local(file, text=(name,), label="label").text == (COMPOSED,)
+    file.write_text(f"{DECOMPOSED},{COMPOSED},label\na,b,c\n", "utf-8")
+    with pytest.raises(DataError, match="two columns called"):
+        read_file(file)
+
+
+def test_only_numbered_files_are_shards_and_others_are_said_to_be_left_alone(tmp_path: Path) -> None:
+    for name in ("train", "train-old", "train_backup", "dev"):
+        write_rows(tmp_path / "one" / f"{name}.csv")
+    data = local(tmp_path / "one")
+    assert len(data.load(None, 0)["train"]) == len(ROWS)
+    assert "left alone: train-old.csv, train_backup.csv" in data.about
+    for name in ("train-00000-of-00002", "train-00001-of-00002-0123456789abcdef", "dev", "train-old"):
+        write_rows(tmp_path / "two" / f"{name}.csv")
+    data = local(tmp_path / "two")
+    assert len(data.load(None, 0)["train"]) == 2 * len(ROWS)
+    assert "left alone: train-old.csv" in data.about
+    (tmp_path / "two" / "train-00000-of-00002.csv").unlink()
+    with pytest.raises(DataError, match="one of 2 files by its name"):
+        local(tmp_path / "two")
+
+
+def test_saved_data_sets_and_clones_are_read_with_the_names_of_their_classes(tmp_path: Path) -> None:
+    names = ("pos", "neg", "never")
+    table = named_table([i % 2 for i in range(40)], names)
+    save_arrow(table, tmp_path / "dict" / "train")
+    save_arrow(table.slice(0, 8), tmp_path / "dict" / "validation")
+    save_arrow(table, tmp_path / "alone")
+    (tmp_path / "clone" / "data").mkdir(parents=True)
+    parquet.write_table(table, tmp_path / "clone" / "data" / "train-00000-of-00001.parquet")
+    for folder in ("dict", "alone", "clone"):
+        data = local(tmp_path / folder)
+        assert data.labels == ("pos", "neg"), "in the order of the schema, without a class that no row has"
+        splits = data.load(None, 0)
+        assert set(splits["train"].labels) == {0, 1}
+        assert ("row 0" in splits["train"].first) == (splits["train"].labels[0] == 0)
+    assert local(tmp_path / "dict", regression=True).labels == ()
+
+
+def test_a_label_outside_the_schema_is_refused(tmp_path: Path) -> None:
+    for label, message in ((-1, "no label"), (2, "the schema of the file names 2 classes")):
+        parquet.write_table(named_table([0, 1, label], ("a", "b")), tmp_path / "rows.parquet")
+        with pytest.raises(DataError, match=message):
+            local(tmp_path / "rows.parquet")
+
+
+def test_folders_of_several_data_sets_are_named(tmp_path: Path) -> None:
+    for name in ("english", "german"):
+        write_rows(tmp_path / name / "train.csv")
+    with pytest.raises(DataError, match="its folders english, german have") as caught:
+        local(tmp_path)
+    assert f"--data {tmp_path / 'english'}" in str(caught.value.hint)
+
+
+def test_a_pointer_of_a_clone_is_no_file_of_rows(tmp_path: Path) -> None:
+    for name in ("rows.csv", "rows.parquet", "rows.jsonl"):
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+        for read in (read_file, read_header):
+            with pytest.raises(DataError, match="pointer of git-lfs"):
+                read(tmp_path / name)
+
+
+UNSUPPORTED: list[tuple[list[dict[str, Any]], str]] = [
+    ([{"tokens": ["a"], "ner_tags": [0]}], "token classification"),
+    ([{"text": ["a", "b"], "label": 1}, {"text": ["c"], "label": 0}], "token classification"),
+    ([{"context": "a", "question": "b", "answers": {"text": ["a"]}}], "question answering"),
+    ([{"text": "a", "label": ["x", "y"]}], "multi-label classification"),
+    ([{"text": "a", "toxic": i % 2, "insult": 0, "threat": 1} for i in range(4)], "multi-label classification"),
+    ([{"document": "a", "summary": "b"}], "text generation"),
+    ([{"anchor": "a", "positive": "b"}], "sentence embeddings"),
+    ([{"question": "a", "choices": ["b"], "answer": 0}], "multiple choice"),
+]
+
+
+def test_rows_of_another_kind_of_task_are_called_by_it_without_advice_to_change_them(tmp_path: Path) -> None:
+    for number, (records, kind) in enumerate(UNSUPPORTED):
+        file = tmp_path / f"{number}.parquet"
+        parquet.write_table(pa.Table.from_pylist(records), file)
+        with pytest.raises(DataError) as caught:
+            local(file).load(None, 0)
+        assert kind in caught.value.message, records
+        assert caught.value.hint == "supported are classes and numbers for a text or a pair of texts"
+
+
+def make_header(name: str, content: str) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        (folder / name).write_text(content)
+        return folder / name
+
+    return make
+
+
+HEADERS: list[tuple[Callable[[Path], Path], str]] = [
+    (make_header("rows.csv", "body,stars\na,b\n"), "no column that is clearly the label"),
+    (make_header("rows.csv", "tokens,ner_tags\na,b\n"), "token classification"),
+    (make_header("rows.tsv", "label\tx\ty\na\tb\tc\n"), "leaves open which column is the text"),
+    (make_header("rows.jsonl", '{"context": "a", "question": "b", "answers": []}\n'), "question answering"),
+    (make_header("rows.xlsx", "PK"), "ends in '.xlsx'"),
+    (lambda folder: folder / "none.csv", "does not exist"),
+    (lambda folder: folder, "no training rows"),
+]
+
+
+def test_what_the_header_shows_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    for number, (make, message) in enumerate(HEADERS):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        with pytest.raises(DataError, match=message):
+            check_header(Recipe(task="local", data=str(make(folder))))
+    code = "import sys, spdtool\ntry: spdtool.compress(data=sys.argv[1], model='x', device='cpu')\n"
+    code += "except spdtool.errors.DataError: print({'torch', 'transformers'} & set(sys.modules))"
+    file = make_header("last.csv", "body,stars\na,b\n")(tmp_path)
+    done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "set()", done.stderr

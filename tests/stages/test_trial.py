@@ -1,0 +1,81 @@
+"""A family that nobody has tried goes through a whole run with two random layers before anything is spent on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from transformers import XLNetConfig, XLNetForSequenceClassification
+
+from spdtool.errors import ModelError
+from spdtool.models.layers import TESTED_FAMILIES
+from spdtool.models.load import save_model
+from spdtool.stages import trial
+from spdtool.tasks import task_of
+
+
+@pytest.fixture(scope="module")
+def xlnet(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> Path:
+    """A tiny XLNet, whose layers are found and pruned like any other's, and which torch.onnx cannot export."""
+    config = XLNetConfig(vocab_size=25, d_model=32, n_head=2, d_inner=64, n_layer=3, pad_token_id=0)
+    folder = tmp_path_factory.mktemp("xlnet") / "xlnet"
+    save_model(XLNetForSequenceClassification(config).eval(), toys.tokenizer(), folder)
+    return folder
+
+
+def test_the_tested_families_are_those_of_the_tests(toys: ModuleType) -> None:
+    assert set(TESTED_FAMILIES) == set(toys.ARCHITECTURES)
+
+
+@pytest.mark.slow
+def test_one_that_cannot_be_exported_is_refused_at_once(
+    xlnet: Path, rows_file: Path, tmp_path: Path, spdtool: Callable[..., Any]
+) -> None:
+    words = ["--data", rows_file, "--model", xlnet, "--run", tmp_path / "run", "--device", "cpu"]
+    for command in ("teacher", "compress"):
+        called = spdtool(command, *words)
+        assert (called.exit_code, called.exception.__class__) == (2, SystemExit), called.output
+        message = " ".join(called.stderr.split())
+        assert "'xlnet' does not go through export, tried with two random layers: torch.onnx cannot" in message
+        assert "families that are tested: bert, " in message
+        assert not list(tmp_path.glob("*/*.json"))
+    called = spdtool("export", "--from", xlnet, "--to", tmp_path / "out")
+    assert called.exit_code == 2
+    assert "torch.onnx cannot export 'xlnet': " in " ".join(called.stderr.split())
+
+
+def test_one_without_linear_layers_is_told_so_and_what_to_try(
+    tmp_path: Path, toys: ModuleType, spdtool: Callable[..., Any]
+) -> None:
+    model = toys.classifier("gpt2", n_embd=32, n_layer=2, n_head=2)
+    save_model(model, toys.tokenizer(), tmp_path / "gpt2")
+    called = spdtool("export", "--from", tmp_path / "gpt2", "--to", tmp_path / "out")
+    assert called.exit_code == 2
+    assert "'gpt2' has no linear layer to prune" in called.stderr
+    assert "families that are tested" in called.stderr
+
+
+def test_only_another_family_is_tried_and_whatever_it_raises_is_an_error_for_the_user(
+    toys: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[tuple[str, bool, tuple[str, ...]]] = []
+
+    def run_stage(run: Any, stage: str) -> None:
+        tried.append((stage, run.recipe.smoke, run.recipe.export.targets))
+        if stage == "distill":
+            raise KeyError("a head that is not there")
+
+    monkeypatch.setattr(trial, "run_stage", run_stage)
+    task = task_of(toys.dataset(build=False))
+    strange, known = toys.classifier("roformer").config, toys.classifier("bert").config
+    recipe = toys.recipe('export.targets=["onnx", "onnx-int8"]')
+    trial.try_families(recipe, task, (known, known))
+    assert tried == []
+    with pytest.raises(ModelError, match="'roformer' does not go through distill, .* 'a head that is not there'"):
+        trial.try_families(recipe, task, (known, strange))
+    assert tried == [(stage, True, ("onnx",)) for stage in ("teacher", "prune", "distill")]
+    trial.try_families(recipe.model_copy(update={"smoke": True}), task, (strange,))
+    assert len(tried) == 3, "a smoke run is a trial itself"
