@@ -11,7 +11,7 @@ import inspect
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -221,7 +221,7 @@ def save_model(
         for name, value in dropout.items():
             setattr(model.config, name, value)
         del model.config._dropout_before
-    options = {}
+    options: Any = {}
     if "save_original_format" in inspect.signature(model.save_pretrained).parameters:
         # transformers 5 would save some families under older names, and the masks go by the model's own
         options["save_original_format"] = False

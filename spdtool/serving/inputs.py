@@ -79,6 +79,7 @@ def read_stream(
 ) -> Iterator[InputLine]:
     """Read an open file as its ending says, unless `line_format` says otherwise."""
     if ending in (".csv", ".tsv") and line_format is None:
+        rows: NumberedCells
         if ending == ".csv":
             rows = iterate_csv_rows(stream, Path(source))
         elif is_quoted_tsv(source):

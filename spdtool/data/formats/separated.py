@@ -9,9 +9,10 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 from spdtool.data.formats.table import Table, check_table, read_text
 from spdtool.errors import DataError
@@ -93,7 +94,9 @@ def _written_rows(cells: list[str]) -> list[str]:
     """Return the line that a csv writer makes of the cells, by each of its ways of quoting."""
     lines = []
     typed = [int(cell) if cell.isdecimal() else cell for cell in cells]
-    for row, quoting in ((cells, csv.QUOTE_MINIMAL), (cells, csv.QUOTE_ALL), (typed, csv.QUOTE_NONNUMERIC)):
+    ways: tuple[tuple[Sequence[object], Literal[0, 1, 2]], ...]
+    ways = ((cells, csv.QUOTE_MINIMAL), (cells, csv.QUOTE_ALL), (typed, csv.QUOTE_NONNUMERIC))
+    for row, quoting in ways:
         stream = io.StringIO(newline="")
         csv.writer(stream, delimiter="\t", quoting=quoting, lineterminator="\n").writerow(row)
         lines.append(stream.getvalue()[:-1])
