@@ -1,4 +1,4 @@
-"""A data set of the user: a csv, tsv, jsonl or parquet file, or a folder with one for train and one for dev.
+"""A data set of the user: a csv, tsv, jsonl, parquet or arrow file, or a folder with one for train and one for dev.
 
     spdtool compress --data reviews.csv --text review --label stars
     spdtool compress --data my-folder        # train.jsonl and dev.jsonl; columns named sentence1, sentence2 and label
