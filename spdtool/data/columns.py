@@ -49,8 +49,7 @@ def choose_columns(table: Table, text: Sequence[str], label: str | None) -> Colu
         DataError: a column does not exist, is named twice, or cannot be guessed.
     """
     text, label = [compose(name) for name in text], compose(label) if label is not None else None
-    if not text or label is None:
-        refuse_unsupported_kind(table)
+    refuse_unsupported_kind(table, [*text, label] if text and label is not None else ())
     text = _rejoin_at_comma(table, text)
     if len(text) > 2:
         raise DataError(f"--text names {len(text)} columns: {', '.join(text)}", "one sentence, or a pair of them")
@@ -67,10 +66,15 @@ def choose_columns(table: Table, text: Sequence[str], label: str | None) -> Colu
     return Columns(tuple(text) or _guess_text(table, label), label)
 
 
-def refuse_unsupported_kind(table: Table) -> None:
-    """Raise DataError, with the name of the kind of task, for rows that spdtool cannot learn from."""
-    kind = kind_of_columns(table.columns)
-    if kind is None and not set(LABEL_NAMES) & set(table.columns):
+def refuse_unsupported_kind(table: Table, chosen: Sequence[str] = ()) -> None:
+    """Raise DataError, with the name of the kind of task, for rows that spdtool cannot learn from.
+
+    Args:
+        table: all rows, or some.
+        chosen: columns of texts and label that the user names; the others do not count then.
+    """
+    kind = kind_of_columns(chosen or table.columns)
+    if kind is None and not chosen and not set(LABEL_NAMES) & set(table.columns):
         switches = [name for name in table.columns if _holds_switches(table.column(name))]
         kind = MULTI_LABEL if len(switches) >= LEAST_SWITCHES else None
     if kind is not None:

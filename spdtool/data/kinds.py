@@ -19,11 +19,13 @@ class UnsupportedKind:
     Attributes:
         name: for messages.
         columns: groups of column names; rows that have every name of one group are of this kind.
+        only_columns: such groups of common names, which must be all the columns.
         architectures: endings of class names that config.json has for a model of this kind.
     """
 
     name: str
     columns: tuple[tuple[str, ...], ...] = ()
+    only_columns: tuple[tuple[str, ...], ...] = ()
     architectures: tuple[str, ...] = ()
 
 
@@ -31,17 +33,17 @@ UNSUPPORTED_KINDS = (
     UnsupportedKind(
         "token classification (a label for each word, such as named entities)",
         (("tokens", "ner_tags"), ("tokens", "pos_tags"), ("tokens", "tags"), ("tokens", "labels"), ("words", "tags")),
-        ("ForTokenClassification",),
+        architectures=("ForTokenClassification",),
     ),
     UnsupportedKind(
         "question answering (a span of the context)",
         (("context", "question", "answers"), ("context", "question", "answer_start")),
-        ("ForQuestionAnswering",),
+        architectures=("ForQuestionAnswering",),
     ),
     UnsupportedKind(
         "multiple choice",
         (("ctx", "endings"), ("question", "choices"), ("sent1", "ending0", "ending1")),
-        ("ForMultipleChoice",),
+        architectures=("ForMultipleChoice",),
     ),
     UnsupportedKind(
         "text generation (summaries, translations, answers in free text)",
@@ -52,7 +54,11 @@ UNSUPPORTED_KINDS = (
             ("instruction", "output"),
             ("messages",),
         ),
-        ("ForConditionalGeneration", "ForCausalLM", "LMHeadModel"),
+        only_columns=(
+            *(("source", "target"), ("input", "output"), ("text", "summary"), ("prompt", "completion")),
+            *(("question", "answer"), ("src", "tgt")),
+        ),
+        architectures=("ForConditionalGeneration", "ForCausalLM", "LMHeadModel"),
     ),
     UnsupportedKind(
         "sentence embeddings (texts that are near to or far from each other)",
@@ -68,6 +74,8 @@ def kind_of_columns(columns: Collection[str]) -> str | None:
     names = {name.strip().lower() for name in columns}
     for kind in UNSUPPORTED_KINDS:
         if any(names.issuperset(group) for group in kind.columns):
+            return kind.name
+        if any(names == set(group) for group in kind.only_columns):
             return kind.name
     return None
 

@@ -156,6 +156,7 @@ UNSUPPORTED: list[tuple[list[dict[str, Any]], str]] = [
     ([{"text": "a", "label": ["x", "y"]}], "multi-label classification"),
     ([{"text": "a", "toxic": i % 2, "insult": 0, "threat": 1} for i in range(4)], "multi-label classification"),
     ([{"document": "a", "summary": "b"}], "text generation"),
+    ([{"source": "a", "target": "b"}], "text generation"),
     ([{"anchor": "a", "positive": "b"}], "sentence embeddings"),
     ([{"question": "a", "choices": ["b"], "answer": 0}], "multiple choice"),
 ]
@@ -169,6 +170,13 @@ def test_rows_of_another_kind_of_task_are_called_by_it_without_advice_to_change_
             local(file).load(None, 0)
         assert kind in caught.value.message, records
         assert caught.value.hint == "supported are classes and numbers for a text or a pair of texts"
+    file = tmp_path / "chosen.parquet"
+    parquet.write_table(pa.Table.from_pylist([{"tokens": "a", "ner_tags": "B", "x": "a"}] * 4), file)
+    with pytest.raises(DataError, match="token classification"):
+        local(file, text=("tokens",), label="ner_tags")
+    records = [{"source": "web", "target": i % 2, "text": f"row {i}"} for i in range(9)]
+    parquet.write_table(pa.Table.from_pylist(records), file)
+    assert local(file, text=("text",)).labels == ("0", "1")
 
 
 def make_header(name: str, content: str) -> Callable[[Path], Path]:
