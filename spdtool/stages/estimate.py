@@ -154,7 +154,7 @@ def estimate_memory(recipe: Recipe, student: PreTrainedModel, teacher: PreTraine
     per_token: int = SAVED_WIDTHS * config.hidden_size
     # Three maps of [heads, length] for each token.
     if section.loss.attention > 0:
-        per_token += 3 * config.num_attention_heads * recipe.max_length
+        per_token += 3 * getattr(config, "num_attention_heads", 0) * recipe.max_length
     if section.loss.relation > 0:
         per_token += RELATION_MAPS * section.loss.relation_heads * recipe.max_length
     layers: int = config.num_hidden_layers
