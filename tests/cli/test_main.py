@@ -184,11 +184,11 @@ MODELS: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
     "config that makes no model": (lambda source, target: copy(source, target, hidden_size=33), "not a multiple"),
     "weights of another shape": (
         lambda source, target: copy(source, target, hidden_size=48),
-        "are not those of its config.json",
+        "and [48] by config.json",
     ),
     "more layers than weights": (
         lambda source, target: copy(source, target, num_hidden_layers=3),
-        "are not those of its config.json",
+        "and [48] by config.json",
     ),
     "no tokenizer": (without_tokenizer, "tokenizer"),
     "unsupported": (lambda source, target: copy(source, target, model_type="no-such-type"), "no-such-type"),
