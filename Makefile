@@ -29,7 +29,7 @@ PLUGINS := $(wildcard plugins/*/pyproject.toml)
 COMPILED := plugins/spdtool-sparse-cpu/
 PURE := $(filter-out $(COMPILED),$(dir $(PLUGINS)))
 
-.PHONY: help demo setup style check docs test quick test-oldest test-encoder test-ray test-clients teacher prune distill finetune export bench clean
+.PHONY: help demo setup style check docs test quick test-oldest test-encoder test-ray test-clients fuzz teacher prune distill finetune export bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -91,6 +91,11 @@ test-ray: setup
 # Other people's clients on a bundle, each installed from PyPI or npm into an environment of its own.
 test-clients: setup
 	SPDTOOL_TEST_CLIENTS=1 $(BIN)/pytest -m clients -s
+
+# Random alterations of every kind of exported folder: none may open with another answer.
+fuzz: setup
+	$(BIN)/spdtool compress --task demo --smoke --run runs/fuzz --set bench.rounds=1
+	$(BIN)/python tests/fuzz_folders.py runs/fuzz --count $(or $(COUNT),500)
 
 # Stage by stage: a stage is done when its stage.json exists, and its predecessors are made first.
 STAGES := teacher prune distill finetune export bench

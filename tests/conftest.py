@@ -52,6 +52,8 @@ def _load(name: str) -> ModuleType:
 
 
 _toys = _load("toys")
+_load("faults")
+_load("fuzz_folders")
 
 
 @pytest.fixture(scope="session")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from spdtool.export.target import MODEL_FILE
+from spdtool.export.graph.weights import StoredWeight
 from spdtool.export.targets import Onnx
 from spdtool.models.load import load_model
 from spdtool.recipe.fields import Recipe
@@ -23,23 +22,29 @@ class Rounded(Onnx):
     providers = ("cpu",)
     rounds_weights = True
     library: dict[str, str] | None = None  # what its manifest says of a library
+    values = "fp32"  # of the last export
 
     def export(self, checkpoint: Path, folder: Path, recipe: Recipe) -> list[Path]:
-        """Export a checkpoint whose weights are rounded, with a manifest beside it."""
+        """Export a checkpoint whose weights are rounded."""
         with tempfile.TemporaryDirectory() as scratch:
             rounded = Path(scratch) / "checkpoint"
             shutil.copytree(checkpoint, rounded)
             model = load_model(checkpoint)
             for weight in model.parameters():
-                weight.data.copy_(rounded_to(recipe.export.values, weight.data))
+                weight.data.copy_(rounded_to(self.storage_formats(recipe).matrices, weight.data))
             model.save_pretrained(rounded)
             files = Onnx().export(rounded, folder, recipe)
-        manifest: dict[str, Any] = {"format": 1, "target": "rounded", "model": MODEL_FILE}
-        manifest["files"] = {MODEL_FILE: {"bytes": files[0].stat().st_size}}
-        if self.library is not None:
-            manifest["library"] = self.library
-        (folder / "manifest.json").write_text(json.dumps(manifest))
+        self.values = self.storage_formats(recipe).matrices
         return files
+
+    def library_record(self, folder: Path) -> dict[str, str] | None:
+        """Name a library that nobody needs, if a test says so."""
+        return self.library
+
+    def stored_weights(self, folder: Path) -> Iterator[StoredWeight]:
+        """Say how the numbers are rounded, which their type in the file does not."""
+        for stored in super().stored_weights(folder):
+            yield stored._replace(storage=self.values)
 
 
 def rounded_to(storage: str, weight: torch.Tensor) -> torch.Tensor:

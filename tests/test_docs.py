@@ -177,7 +177,7 @@ def test_the_reference_has_everything_that_is_built_in(pages: dict[str, str]) ->
 def test_the_reference_has_every_field_of_the_recorded_files(pages: dict[str, str], reference: ModuleType) -> None:
     roots = {
         "stage-json": [records.StageRecord, records.RunRecord],
-        "manifest-json": [records.BundleManifest],
+        "manifest-json": [records.BundleManifest, records.FolderManifest],
         "other-files": [records.BenchFile, records.SweepRecord, records.Plan],
     }
     for page, types in roots.items():

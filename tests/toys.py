@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -215,9 +217,26 @@ def register(toy: Dataset) -> Task:
     return task_of(toy)
 
 
+def seal(folder: Path, **fields: Any) -> None:
+    """Write the manifest of an exported folder as the export stage does, with other `fields` where they are given.
+
+    A folder that has one keeps its other fields.
+    """
+    from spdtool.export.bundle import manifest
+
+    listed = {name: digest.model_dump() for name, digest in manifest.digest_files(folder).items()}
+    content: dict[str, Any] = {"format": 1, "target": "onnx", "model": "onnx/model.onnx"}
+    file = folder / manifest.MANIFEST
+    if file.is_file():
+        content = json.loads(file.read_text("utf-8"))
+    content |= {"files": listed} | fields
+    file.write_text(json.dumps(manifest.seal(content)), "utf-8")
+
+
 def recipe(*sets: str, name: str = "default", task: str = "toy", sparsity: float = 0.5, **flags: Any) -> Recipe:
     """A recipe for a toy task on the CPU: two epochs a stage, three prune events. `sets` are `--set` assignments."""
     quick = [f"{stage}.epochs=2" for stage in ("teacher", "prune", "distill", "finetune")]
     quick += [f"{stage}.batch_size=8" for stage in ("teacher", "prune", "distill", "finetune")]
+    quick += ["teacher.accept=true"]  # a toy may learn nothing in two epochs
     quick += ["prune.events=3", "max_length=32", "export.optional=[]"]
     return build_recipe(name, {"task": task, "sparsity": sparsity, "device": "cpu"} | flags, [*quick, *sets])

@@ -424,10 +424,13 @@ def manifest_json() -> str:
     return "\n\n".join(
         [
             "# manifest.json",
-            "The manifest of a [bundle](../how-to/serve.md) says which variants it holds, what each runs on, "
-            "and what it was measured to cost. "
-            "`files` has the sha256 of every file but the model card, which its owner edits.",
+            "Every exported folder has a manifest. That of a [bundle](../how-to/serve.md) (format 2) says which "
+            "variants it holds, what each runs on, and what it was measured to cost; that of a folder of one model "
+            "(format 1) follows below. "
+            "`files` has the sha256 of every file but the model card, which its owner edits. `digest`, a field "
+            "beside those listed here, is the sha256 of all others as JSON with sorted keys.",
             record_sections(records.BundleManifest),
+            record_sections(records.FolderManifest),
         ]
     )
 

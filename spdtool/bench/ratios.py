@@ -14,7 +14,14 @@ import numpy as np
 
 from spdtool.bench.engines import Shape
 from spdtool.bench.latency import MIN_ROUNDS, Timing
-from spdtool.run.records import BenchEnvironment, ExportedModel, LatencyRecord, LedgerEntry, Ratio
+from spdtool.run.records import (
+    BenchEnvironment,
+    ExportedModel,
+    LatencyRecord,
+    LedgerEntry,
+    Ratio,
+    describe_prediction_change,
+)
 
 PERCENTILES = (50, 90, 95, 99)
 CONFIDENCE = 0.95
@@ -30,7 +37,7 @@ class ModelFile:
         size: number of weights in the prunable matrices; sparsity: share of them that is zero.
         score, checkpoint_score: dev score of the file and of the checkpoint that it was made from.
         rounding: storage of pruned matrices and of embeddings, where they are rounded.
-        flipped, rows: predictions that differ from the checkpoint's, and how many there are in all.
+        prediction_change: how predictions differ from the checkpoint's, in words.
     """
 
     bytes: int
@@ -39,8 +46,7 @@ class ModelFile:
     score: float | None = None
     checkpoint_score: float | None = None
     rounding: tuple[str, str] | None = None
-    flipped: int | None = None
-    rows: int | None = None
+    prediction_change: str = ""
 
     @classmethod
     def of_export(cls, model: ExportedModel) -> ModelFile:
@@ -55,8 +61,9 @@ class ModelFile:
             score=model.score,
             checkpoint_score=(model.checkpoint_dev or {}).get("score"),
             rounding=rounding,
-            flipped=model.flipped,
-            rows=model.rows,
+            prediction_change=describe_prediction_change(
+                model.flipped, model.rows, model.mean_change, model.rank_correlation
+            ),
         )
 
 

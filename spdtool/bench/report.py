@@ -279,8 +279,8 @@ def rounding_lines(file: ModelFile) -> list[str]:
     values, embeddings = file.rounding
     line = f"Rounding (pruned matrices as {values}, embeddings as {embeddings}): dev score {file.score:.4f}, "
     line += f"that of its checkpoint {file.checkpoint_score:.4f}"
-    if file.flipped is not None:
-        line += f"; {file.flipped} of {file.rows} predictions changed"
+    if file.prediction_change:
+        line += f"; {file.prediction_change}"
     return [line + "."]
 
 

@@ -25,6 +25,9 @@ Variant = Annotated[
 ]
 Provider = Annotated[str, typer.Option(help="cpu or cuda.")]
 Threads = Annotated[int, typer.Option(help="Threads of one operator; 0: as many as there are cores.")]
+Unverified = Annotated[
+    bool, typer.Option("--unverified", help="Open a folder without manifest.json too, such as one of others.")
+]
 
 
 @command
@@ -56,6 +59,7 @@ def predict(
     variant: Variant = None,
     provider: Provider = "cpu",
     threads: Threads = 0,
+    unverified: Unverified = False,
 ) -> Any:
     """Label texts with an exported model: label and probability, a line for each; JSON lines with --json."""
     from spdtool.export.classifier import load
@@ -73,7 +77,7 @@ def predict(
     if columns is not None and source is None:
         raise RecipeError("--text names columns of --input", "leave it out")
     column_names = tuple(name.strip() for name in (columns or "").split(",") if name.strip())
-    classify = load(bundle, variant=variant, provider=provider, threads=threads)
+    classify = load(bundle, variant=variant, provider=provider, threads=threads, unverified=unverified)
     opened: AbstractContextManager[Iterable[InputLine]] = nullcontext([InputLine(1, text or "", pair)])
     if source is not None:
         opened = open_input(source, classify, line_format, column_names)
@@ -134,6 +138,7 @@ def serve(
         ),
     ] = None,
     access_log: Annotated[bool, typer.Option("--access-log", help="Print a line for every request.")] = False,
+    unverified: Unverified = False,
 ) -> Any:
     """Serve a bundle over HTTP: KServe v2, a plain /predict, and /metrics; ends cleanly on SIGTERM."""
     from dataclasses import asdict
@@ -152,6 +157,7 @@ def serve(
         variant=variant,
         allowed_hosts=tuple(allow_host or ()),
         access_log=access_log,
+        unverified=unverified,
     )
     return asdict(server.serve_bundle(bundle, options))
 

@@ -13,7 +13,7 @@ It needs onnxruntime, tokenizers and numpy; neither torch nor transformers is im
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -23,7 +23,8 @@ from tokenizers import Tokenizer
 from spdtool import plugins
 from spdtool.errors import DataError, DeviceError, ModelError, PluginError
 from spdtool.export import runtime
-from spdtool.export.bundle.read import Bundle, list_usable_variants, longest_input, read_json_object
+from spdtool.export.bundle.manifest import read_json_object
+from spdtool.export.bundle.read import Bundle, list_usable_variants, longest_input
 from spdtool.export.token_rows import (
     TokenRow,
     are_texts,
@@ -54,6 +55,7 @@ class Classifier:
     Attributes:
         names: labels in the order of the logits.
         max_length: longest input in tokens; longer texts are cut.
+        pads_left: whether shorter rows of a batch are padded on the left. padding: with what, by input.
         regression: the single logit is the answer.
         multi_label: a row may have several labels or none, so its answer is a list.
         bundle: the opened folder and the model in it that runs; None for a classifier that was not opened from one.
@@ -73,17 +75,31 @@ class Classifier:
     ) -> None:
         self._session, self._tokenizer = session, tokenizer
         self._inputs = [value.name for value in session.get_inputs()]
-        self._pads_left = tokenizer_config.get("padding_side") == "left"
-        self._padding = padding_values(tokenizer, config, tokenizer_config)
+        self.pads_left = tokenizer_config.get("padding_side") == "left"
+        self.padding = padding_values(tokenizer, config, tokenizer_config)
         self._vocabulary_size: int | None = config.get("vocab_size")
         self._token_types: int | None = config.get("type_vocab_size")
         self._load_arguments: tuple[Any, ...] = ()
+        self._truncation_side = tokenizer_config.get("truncation_side", "right")
         self.max_length = longest_input(config, tokenizer_config)
         self.names = ordered_labels(config)
+        check_output_count(session, self.names)
         self.multi_label = config.get("problem_type") == "multi_label_classification"
         self.regression = len(self.names) == 1 and not self.multi_label
         tokenizer.no_padding()
-        tokenizer.enable_truncation(self.max_length, direction=tokenizer_config.get("truncation_side", "right"))
+        self.limit_length(self.max_length)
+
+    def limit_length(self, max_length: int) -> None:
+        """Cut texts to this many tokens, or to as many as the model takes where that is less.
+
+        Raises:
+            ModelError: the folder's tokenizer cannot be used so.
+        """
+        self.max_length = min(self.max_length, max_length)
+        try:
+            self._tokenizer.enable_truncation(self.max_length, direction=self._truncation_side)
+        except Exception as error:  # tokenizers raises several kinds
+            raise ModelError(f"the tokenizer cannot cut texts to {self.max_length} tokens: {error}") from None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the arguments of `load`: another process opens the folder again."""
@@ -153,7 +169,10 @@ class Classifier:
         """
         if not isinstance(batch_size, int | np.integer) or batch_size < 1:
             raise DataError(f"batch_size = {batch_size!r}: at least one row is computed at once")
-        rows = self._token_rows(inputs, pairs)
+        return self.logits_of_tokens(self._token_rows(inputs, pairs), batch_size=batch_size)
+
+    def logits_of_tokens(self, rows: Sequence[TokenRow], *, batch_size: int = BATCH_SIZE) -> np.ndarray:
+        """Compute logits, float32 [rows, labels], of tokenized rows, as `logits` does."""
         logits = np.empty((len(rows), len(self.names)), np.float32)
         # Rows of similar length meet in one batch, and the batch that needs most memory comes first.
         longest_first = sorted(range(len(rows)), key=lambda row: -len(rows[row].ids))
@@ -186,12 +205,7 @@ class Classifier:
                         f"row {number} has an empty text",
                         "leave it out, as training rows of a file without text have to be",
                     )
-        inputs: list[Any] = texts if seconds is None else list(zip(texts, seconds, strict=True))
-        try:
-            encodings = self._tokenizer.encode_batch(inputs)
-        except TypeError:  # a str that is not valid Unicode
-            raise DataError("a text cannot be encoded as UTF-8: it holds a lone surrogate") from None
-        rows = [token_row(encoding.ids, encoding.type_ids) for encoding in encodings]
+        rows = self.tokenize(texts, seconds)
         for number, row in enumerate(rows):
             if len(row.ids) == 0:
                 raise DataError(f"row {number} has no token")
@@ -199,22 +213,42 @@ class Classifier:
             self._check_token_row(number, row)
         return rows
 
+    def tokenize(self, texts: Sequence[str], seconds: Sequence[str] | None = None) -> list[TokenRow]:
+        """Tokenize each text, or each text with its second one, whatever they are; empty ones too.
+
+        Raises:
+            DataError: a text is not valid Unicode.
+        """
+        inputs: list[Any] = list(texts) if seconds is None else list(zip(texts, seconds, strict=True))
+        try:
+            encodings = self._tokenizer.encode_batch(inputs)
+        except TypeError:  # a str that is not valid Unicode
+            raise DataError("a text cannot be encoded as UTF-8: it holds a lone surrogate") from None
+        return [token_row(encoding.ids, encoding.type_ids) for encoding in encodings]
+
     def compute(self, rows: Sequence[TokenRow]) -> np.ndarray:
         """Compute logits, float32 [rows, labels], of tokenized rows in one batch, padded to the longest."""
         width = max(len(row.ids) for row in rows)
         shape = (len(rows), width)
         columns = {
-            "input_ids": np.full(shape, self._padding["input_ids"], np.int64),
-            "token_type_ids": np.full(shape, self._padding["token_type_ids"], np.int64),
+            "input_ids": np.full(shape, self.padding["input_ids"], np.int64),
+            "token_type_ids": np.full(shape, self.padding["token_type_ids"], np.int64),
             "attention_mask": np.zeros(shape, np.int64),
         }
         for number, row in enumerate(rows):
             length = len(row.ids)
-            tokens = slice(width - length, width) if self._pads_left else slice(length)
+            tokens = slice(width - length, width) if self.pads_left else slice(length)
             columns["input_ids"][number, tokens] = row.ids
             columns["token_type_ids"][number, tokens] = row.types
             columns["attention_mask"][number, tokens] = row.mask
-        return np.asarray(self._session.run(None, {name: columns[name] for name in self._inputs})[0])
+        logits = np.asarray(self._session.run(None, {name: columns[name] for name in self._inputs})[0])
+        if logits.shape != (len(rows), len(self.names)):
+            raise ModelError(
+                f"the model gives an output of shape {logits.shape} for {len(rows)} rows; "
+                f"config.json names {len(self.names)} labels",
+                "the model and config.json are not of one export",
+            )
+        return logits
 
     def _token_rows(self, inputs: Inputs, pairs: str | Sequence[str] | None) -> list[TokenRow]:
         """Bring any kind of input into tokenized rows."""
@@ -253,8 +287,9 @@ def load(
     threads: int = 0,
     provider: str = "cpu",
     variant: str | None = None,
+    unverified: bool = False,
 ) -> Classifier:
-    """Open an exported folder, whatever target wrote it.
+    """Open an exported folder, whatever target wrote it, after its files were held against their sha256.
 
     A bundle holds several variants of one model. The best one that runs here is opened: one with operators of its own
     if their library is installed and loads, otherwise the portable one. `classifier.bundle` names it.
@@ -267,9 +302,11 @@ def load(
         threads: threads of one operator; 0: as many as there are cores.
         provider: `cpu` or `cuda`.
         variant: open this variant of a bundle and no other.
+        unverified: open a folder without manifest.json too, such as one that others exported. Nothing then tells
+            whether its files belong together.
 
     Raises:
-        ModelError: it is no exported folder, or cannot be read.
+        ModelError: it is no exported folder, cannot be read, or a file is not the one that was exported.
         UnknownName: the bundle has no such variant.
         PluginError: it needs a plugin that is not installed.
         DeviceError: onnxruntime, the provider or the compiled library is not there.
@@ -280,31 +317,31 @@ def load(
         )
     if library is not None and not isinstance(library, str | Path):
         raise ModelError(f"library = {library!r}: a path was expected")
-    bundle, session = open_first_usable(Path(folder).expanduser(), library, provider, threads, variant)
+    candidates = list_usable_variants(Path(folder).expanduser(), variant, provider, unverified=unverified)
+    bundle, session = open_first_usable(candidates, library, provider, threads)
     config = read_json_object(bundle.folder / "config.json")
     tokenizer_file = bundle.folder / "tokenizer_config.json"
     tokenizer_config = read_json_object(tokenizer_file) if tokenizer_file.is_file() else {}
     classifier = Classifier(session, read_tokenizer(bundle.folder), config, tokenizer_config)
     classifier.bundle, classifier.text = bundle, bundle.text
-    classifier._load_arguments = (str(bundle.folder.absolute()), library, threads, provider, variant)
+    classifier._load_arguments = (str(bundle.folder.absolute()), library, threads, provider, variant, unverified)
     return classifier
 
 
 def _load_again(
-    folder: str, library: str | Path | None, threads: int, provider: str, variant: str | None = None
+    folder: str, library: str | Path | None, threads: int, provider: str, variant: str | None, unverified: bool
 ) -> Classifier:
     """Call `load` with positional arguments, as pickle does."""
-    return load(folder, library=library, threads=threads, provider=provider, variant=variant)
+    return load(folder, library=library, threads=threads, provider=provider, variant=variant, unverified=unverified)
 
 
 def open_first_usable(
-    folder: Path, library: str | Path | None, provider: str, threads: int, variant: str | None
+    candidates: Iterator[Bundle], library: str | Path | None, provider: str, threads: int
 ) -> tuple[Bundle, InferenceSession]:
-    """Open the best variant of a folder that runs here.
+    """Open the first variant that runs here.
 
     Only a variant with operators of its own is passed over when it does not open; a damaged file is always an error.
     """
-    candidates = list_usable_variants(folder, variant, provider)
     bundle = next(candidates)
     while True:
         try:
@@ -347,12 +384,18 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         raise ModelError(f"{folder} has no tokenizer.json", "only fast tokenizers can be used without transformers")
     try:
         return Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises bare Exception
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers raises bare Exception, and a panic of its Rust code is none
         raise ModelError(f"{file} cannot be read: {error}", "copy the folder again") from None
 
 
 def padding_values(tokenizer: Tokenizer, config: Config, tokenizer_config: Config) -> dict[str, int]:
-    """The number that pads each input, from the tokenizer or else from the model's configuration."""
+    """Return the number that pads each input, from the tokenizer or else from the model's configuration.
+
+    Raises:
+        ModelError: it is no token's number.
+    """
     pad_token = tokenizer_config.get("pad_token")
     if isinstance(pad_token, Mapping):  # transformers 4 writes an object with its content
         pad_token = pad_token.get("content")
@@ -361,13 +404,36 @@ def padding_values(tokenizer: Tokenizer, config: Config, tokenizer_config: Confi
         pad_id = tokenizer.token_to_id(pad_token)
     if pad_id is None:  # the tokenizer names no padding token, or one that is not in its vocabulary
         pad_id = config.get("pad_token_id") or 0
-    return {"input_ids": pad_id, "token_type_ids": int(tokenizer_config.get("pad_token_type_id") or 0)}
+    values = {"input_ids": pad_id, "token_type_ids": tokenizer_config.get("pad_token_type_id") or 0}
+    for name, value in values.items():
+        if type(value) is not int or not 0 <= value < 2**31:
+            raise ModelError(f"{name} cannot be padded with {value!r}: it is no token's number")
+    return values
 
 
 def ordered_labels(config: Config) -> list[str]:
-    """Labels of a configuration in the order of the logits. Raises ModelError."""
+    """Return the labels of a configuration in the order of the logits.
+
+    Raises:
+        ModelError: they are not numbered from 0, or two have one name.
+    """
     by_index = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # transformers does not write the default
-    try:
-        return [str(by_index[str(index)]) for index in range(len(by_index))]
-    except (KeyError, TypeError):
-        raise ModelError(f"id2label of config.json does not number the labels from 0: {by_index}") from None
+    names = []
+    if isinstance(by_index, Mapping):
+        names = [by_index.get(str(index)) for index in range(len(by_index))]
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ModelError(f"id2label of config.json does not number the labels from 0: {str(by_index)[:200]}")
+    if len(set(names)) < len(names):
+        raise ModelError(f"id2label of config.json gives two labels one name: {names}")
+    return names
+
+
+def check_output_count(session: InferenceSession, names: list[str]) -> None:
+    """Raise ModelError if the model does not give one logit for each label, as far as its graph says."""
+    shape = session.get_outputs()[0].shape
+    count = shape[-1] if shape else 0
+    if len(shape) != 2 or (isinstance(count, int) and count != len(names)):
+        raise ModelError(
+            f"the model gives an output of shape {shape}; config.json names {len(names)} labels: {', '.join(names)}",
+            "the model and config.json are not of one export",
+        )

@@ -16,14 +16,14 @@ from spdtool import plugins
 from spdtool.errors import PluginError, RecipeError, SpdError, UnknownName
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from spdtool.data.tokens import Batch, Encoded
+    from spdtool.export.graph.weights import StoredWeight
     from spdtool.models.predict import Forward
     from spdtool.recipe.fields import Export, Recipe
 
 MODEL_FILE = "onnx/model.onnx"
 ROLES = ("teacher", "student")
+SMALLEST = "smallest"  # value of `export.values` and `export.embeddings`
 INSTALLED = "installed"  # value of `export.optional`: every installed target with `exported_by_default`
 
 
@@ -71,9 +71,9 @@ class Target:
                 ...  # change the graph; `spdtool.export.graph` has tools for it
                 return save_folder(proto, checkpoint, folder)
 
-    The export stage puts every file through the same gates. The zeros that `count_zeros` reports
+    The export stage puts every file through the same gates. The weights that `stored_weights` reads
     must be those of the checkpoint, `session` must give its logits on real and synthetic batches,
-    and its score on the dev set.
+    and `spdtool.load` its answers and its score on the dev set.
 
     A target that rounds weights sets `rounds_weights`. Its logits are compared with the checkpoint
     after that was filled with `stored_weights`, which proves the arithmetic; its dev score with the
@@ -85,6 +85,7 @@ class Target:
     on this machine. An optional target is then left out with a warning.
 
     Attributes:
+        name: that under which it is registered; `register` sets it, and manifests name it.
         roles: which of teacher and student the target exports. The first target of a recipe must
             export both.
         providers: onnxruntime providers that run its files, of `cpu` and `cuda`.
@@ -94,17 +95,24 @@ class Target:
         traces_model: whether the file is made of the graph that torch.onnx traces. Then an
             architecture that nobody has tried is traced before hours are spent on training.
         rounds_weights: whether the files hold other weights than the checkpoint.
-        rounds_arithmetic: whether activations are rounded as well.
+        rounds_arithmetic: whether activations are rounded as well; then small weights may become zero.
+        clipped_share: largest share of a parameter's weights that the target clips on purpose. A weight
+            may be further away than half a step only where it is clipped.
+        packs: whether it stores weights as `export.values` and `export.embeddings` say, in whichever form
+            is the smallest that keeps the dev score.
         calibrates: whether `export_rounded` needs training rows of the task.
         bundle_stem: name of its file in a bundle, without `.onnx`; empty: made of the target's
             name.
         preferred_on: where a bundle prefers this target to the portable file, of `cpu`, `cuda` and
             `web`.
+        opened_by_load: whether `spdtool.load` opens the folder, which holds for ONNX files. Else the dev
+            set is read by token ids and `session`.
         timing_operator: domain and name of an operator (repeats int64 [1], packed matrix uint8) ->
             float32 seconds of one product with a packed matrix; None: the ledger cannot time its
             products.
     """
 
+    name: str = ""
     roles: tuple[str, ...] = ROLES
     providers: tuple[str, ...] = ("cpu", "cuda")
     exported_by_default: bool = False
@@ -112,9 +120,12 @@ class Target:
     traces_model: bool = False
     rounds_weights: bool = False
     rounds_arithmetic: bool = False
+    clipped_share: float = 0.0
+    packs: bool = False
     calibrates: bool = False
     bundle_stem: str = ""
     preferred_on: tuple[str, ...] = ()
+    opened_by_load: bool = True
     timing_operator: tuple[str, str] | None = None
 
     def export(self, checkpoint: Path, folder: Path, recipe: Recipe) -> list[Path]:
@@ -151,29 +162,30 @@ class Target:
         """List the libraries of custom operators that a session of `folder` must load."""
         return []
 
-    def count_zeros(self, folder: Path) -> dict[str, tuple[int, int]]:
-        """Count `(zeros, size)` of every checkpoint parameter in the files.
+    def stored_weights(self, folder: Path) -> Iterator[StoredWeight]:
+        """Yield every parameter of the checkpoint with the values that the files really hold.
 
-        A parameter that is stored twice counts with the fewer zeros.
+        A parameter that is stored twice comes twice. One that is missing has to be zero, or unused.
+        The gate on weights compares each value with the checkpoint's: see `gates.weights`.
         """
-        from spdtool.export.graph.weights import count_file_zeros
+        import onnx
 
-        return count_file_zeros(folder / MODEL_FILE)
+        from spdtool.export.graph.weights import read_weights
 
-    def stored_weights(self, folder: Path) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield each parameter once, as `(name, float32 array)` with the values that the files really hold.
-
-        Only called where the target `rounds_weights`; `spdtool unpack` builds a checkpoint of it.
-        """
-        from spdtool.export.graph.weights import read_parameters
-
-        yield from read_parameters(folder / MODEL_FILE)
+        yield from read_weights(onnx.load(folder / MODEL_FILE))
 
     def storage_formats(self, recipe: Recipe) -> StorageFormats:
-        """Formats of the stored weights; they decide which change of the dev score passes."""
+        """Formats of the stored weights; they decide which change of the dev score passes.
+
+        `smallest` stands for fp16 here: where there is a dev set to judge by, the export stage of a
+        target that `packs` has put a format in its place.
+        """
         if not self.rounds_weights:
             return StorageFormats("fp32", "fp32")
-        return StorageFormats(recipe.export.values, recipe.export.embeddings)
+        matrices, embeddings = recipe.export.values, recipe.export.embeddings
+        return StorageFormats(
+            "fp16" if matrices == SMALLEST else matrices, "fp16" if embeddings == SMALLEST else embeddings
+        )
 
     def float32_form(self, folder: Path) -> Forward:
         """Open the files with the stored weights and float32 arithmetic; needed where the target rounds arithmetic."""
@@ -192,6 +204,13 @@ class Target:
         Raises:
             GateError: the files are faulty.
         """
+
+    def library_record(self, folder: Path) -> dict[str, str] | None:
+        """Describe the library of custom operators that the files need, for manifest.json; None: they need none.
+
+        The keys are `file` (a copy in the folder), `distribution`, `version` and `platform`.
+        """
+        return None
 
     def properties(self, folder: Path) -> dict[str, object]:
         """Collect further JSON values about the files, for `stage.json`."""
@@ -221,7 +240,9 @@ def check_target(name: str, value: object) -> Target:
         PluginError: it is no subclass of `Target`.
     """
     if isinstance(value, type) and issubclass(value, Target):
-        return value()
+        target = value()
+        target.name = name
+        return target
     raise PluginError(
         f"the export target {name!r} is no subclass of spdtool.Target",
         f"class {name.title().replace('-', '')}(spdtool.Target): ... with a method export(checkpoint, folder, recipe)",

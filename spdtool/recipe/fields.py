@@ -28,6 +28,8 @@ from spdtool.recipe import PHASES, STAGES
 RATE_TIMES_WIDTH = 0.384
 # These may change between two calls on one run folder: they never change a weight.
 MAY_CHANGE = frozenset({"name", "save_minutes", "restarts", "shard", "device", "teacher_states_gb", "log"})
+# These decide whether a run goes on, not what a finished stage holds.
+ACCEPTED_LATER = frozenset({"teacher.accept"})
 # Fields outside the sections that the teacher stage does not read.
 STUDENT_FIELDS = frozenset({"sparsity", "student"})
 FIELDS_HINT = "(`spdtool recipes default` lists every field)"
@@ -230,6 +232,9 @@ class Teacher(Training):
         "min_epochs": 3,
     }
 
+    accept: bool = False
+    """go on with a teacher that scores no better than chance"""
+
 
 class Distilled(Training):
     """A training stage of the student, distilled from the teacher."""
@@ -314,7 +319,7 @@ class Finetune(Distilled):
     stage_defaults: ClassVar[Mapping[str, float]] = {"warmup": 0.0, "initial_learning_rate": 0.25}
 
 
-Storage = Literal["fp32", "fp16", "int8"]
+Storage = Literal["smallest", "fp32", "fp16", "int8"]
 # Allowed change of the dev metric, by the coarsest storage of the exported file.
 BUDGETS: Mapping[str, float] = {"fp32": 0.001, "fp16": 0.002, "int8": 0.005}
 
@@ -328,10 +333,10 @@ class Export(Section):
     """further targets; a refused one is left out; "installed": every installed one that is exported by default"""
     skip: tuple[str, ...] = ()
     """targets of `optional` to leave out"""
-    values: Storage = "fp16"
-    """how a target that packs pruned matrices stores them"""
-    embeddings: Storage = "fp16"
-    """how a target that packs pruned matrices stores the embeddings"""
+    values: Storage = "smallest"
+    """how a target that packs pruned matrices stores them; smallest: int8 or fp16, by the dev set within the budget"""
+    embeddings: Storage = "smallest"
+    """how a target that packs pruned matrices stores the embeddings; as `values`"""
     # 18 is the first that torch's exporter writes without converting.
     opset: int = Field(18, ge=18)
     """ONNX operator set; from 23 on, attention is one operator of it, which not every runtime has"""
@@ -358,13 +363,13 @@ class Export(Section):
 
         Args:
             rounds: whether the target stores the weights rounded, rather than exactly.
-            storage: how it stores them; empty: as `values` and `embeddings` say.
+            storage: how it stores them.
         """
         if self.budget is not None:
             return self.budget
         if not rounds:
             return BUDGETS["fp32"]
-        return max(BUDGETS[kind] for kind in storage or (self.values, self.embeddings))
+        return max(BUDGETS[kind] for kind in storage)
 
 
 class Bench(Section):

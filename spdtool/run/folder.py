@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 from spdtool import ranks
 from spdtool.errors import Corrupt, RunError, RunMismatch, SpdError, StageMissing, explain_machine_error
 from spdtool.recipe import STAGES, reading
-from spdtool.recipe.fields import MAY_CHANGE, FieldChange, Recipe, first_stage_using
+from spdtool.recipe.fields import ACCEPTED_LATER, MAY_CHANGE, FieldChange, Recipe, first_stage_using
 from spdtool.recipe.spelling import assign
 from spdtool.run.fingerprint import describe_machine, hash_json, sha256
 from spdtool.run.lock import LOCK, lock_folder
@@ -119,7 +119,11 @@ class Run:
         changed = [difference for difference in recipe.diff(old.recipe) if difference[0] not in MAY_CHANGE]
         remaining = STAGES[: STAGES.index(redo)] if redo else STAGES
         finished = [stage for stage in remaining if old.done(stage)]
-        conflicts = [difference for difference in changed if first_stage_using(difference[0]) in finished]
+        conflicts = []
+        for difference in changed:
+            field = difference[0]
+            if field not in ACCEPTED_LATER and first_stage_using(field) in finished:
+                conflicts.append(difference)
         if conflicts:
             lines = "; ".join(f"{name} is {before!r} there and {now!r} here" for name, now, before in conflicts[:5])
             raise RunMismatch(f"{path} belongs to another recipe: {lines}", _recipe_hint(path, conflicts))

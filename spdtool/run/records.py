@@ -157,7 +157,8 @@ class ExportedModel(Record):
         largest_difference: of the logits, from the checkpoint with the same (rounded) weights; where: see `..._at`.
         largest_change, deviation: of the logits, from the checkpoint itself; of targets that round.
         values, embeddings: storage of rounded weights. rounded_to_zero: weights that became zeros.
-        dev, checkpoint_dev: scores of files and checkpoint. flipped, worse: predictions among `rows`.
+        dev, checkpoint_dev: scores of files and checkpoint. flipped, worse: predictions among `rows`, of classes.
+        mean_change, rank_correlation: of the numbers that a regression predicts, instead.
         damage, tries: of the search for layers to leave in float32, where one was needed.
         nodes, opset, sparse, fused, kept_fp32, reduce_range: facts of the graph.
     """
@@ -182,6 +183,8 @@ class ExportedModel(Record):
     checkpoint_dev: Scores | None = None
     flipped: int | None = None
     worse: int | None = None
+    mean_change: float | None = None
+    rank_correlation: float | None = None
     rows: int | None = None
     damage: dict[str, float] | None = None
     tries: int | None = None
@@ -201,6 +204,17 @@ class ExportedModel(Record):
     def score(self) -> float | None:
         """Headline dev score, where a dev set was given."""
         return None if self.dev is None else self.dev["score"]
+
+
+def describe_prediction_change(
+    flipped: int | None, rows: int | None, mean_change: float | None, rank_correlation: float | None
+) -> str:
+    """Say in a few words how predictions differ from the checkpoint's; empty: nothing was measured."""
+    if rank_correlation is not None:
+        return f"mean change {mean_change:.1e}, rank correlation {rank_correlation:.6f}"
+    if flipped is not None:
+        return f"{flipped} of {rows} predictions flipped"
+    return ""
 
 
 class TargetExport(Record):
@@ -588,6 +602,8 @@ class Variant(Record):
     dev: Scores | None = None
     checkpoint_dev: Scores | None = None
     flipped: int | None = None
+    mean_change: float | None = None
+    rank_correlation: float | None = None
     rows: int | None = None
     largest_difference: float | None = None
     largest_change: float | None = None
@@ -597,27 +613,33 @@ class Variant(Record):
     tolerance: float = 0.0
 
 
-class FileCheck(Record):
-    """What a target's manifest says of a file; either may be missing."""
-
-    bytes: int | None = None
-    sha256: str | None = None
-
-
 class FolderManifest(Record):
-    """Contents of manifest.json in the folder of a target whose files need explaining (format 1).
+    """Contents of manifest.json in a folder of one model (format 1).
 
     Attributes:
-        target: name of the target; empty in a folder without a manifest.
+        target: name of the target; empty: the folder does not say.
         model: ONNX file, relative to the folder.
         library: of custom operators; None where the model needs none.
+        text: names of the one or two text columns; None: the model was exported without a task.
+        values, embeddings: storage of the weights.
+        files: by path, all but the model card and the manifest itself.
     """
 
     format: Literal[1] = 1
     target: str = ""
     model: str = "onnx/model.onnx"
     library: LibraryRecord | None = None
-    files: dict[str, FileCheck] = Field(default_factory=dict)
+    text: list[str] | None = None
+    values: str | None = None
+    embeddings: str | None = None
+    files: dict[str, FileDigest] = Field(default_factory=dict)
+
+    @field_validator("text")
+    @classmethod
+    def _name_one_or_two_columns(cls, text: list[str] | None) -> list[str] | None:
+        if text is not None and len(text) not in (1, 2):
+            raise ValueError("a model has one or two text columns")
+        return text
 
 
 class BundleManifest(Record):

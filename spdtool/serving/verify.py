@@ -18,7 +18,8 @@ from typing import Any
 from spdtool import plugins
 from spdtool.errors import GateError, ModelError, SpdError
 from spdtool.export.bundle import selftest
-from spdtool.export.bundle.read import MANIFEST, find_in_run, read_manifest
+from spdtool.export.bundle.manifest import MANIFEST, read_manifest
+from spdtool.export.bundle.read import find_in_run
 from spdtool.run.records import BundleManifest
 
 TIMEOUT = 1800  # seconds for the whole self-test

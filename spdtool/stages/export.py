@@ -25,15 +25,16 @@ from spdtool.data import tokens as data
 from spdtool.errors import DeviceError, GateError, ModelError, PluginError, SpdError
 from spdtool.export import runtime
 from spdtool.export.bundle.unpack import require_empty_folder
-from spdtool.export.bundle.write import write_bundle
+from spdtool.export.bundle.write import BUNDLE_FOLDER, write_bundle
 from spdtool.export.gates import export_and_check
+from spdtool.export.gates.folder import check_bundle
 from spdtool.export.gates.reference import DevSets, Reference, prepare_dev_sets
 from spdtool.export.graph.trace import cached_traces
 from spdtool.export.target import ChosenTarget, get_target, optional_targets, required_targets
 from spdtool.models.load import load_tokenizer
 from spdtool.recipe.fields import Recipe
 from spdtool.run.folder import Run
-from spdtool.run.records import ExportedModel, ExportResult, TargetExport
+from spdtool.run.records import ExportedModel, ExportResult, TargetExport, describe_prediction_change
 from spdtool.run.storage import replacing
 
 
@@ -67,9 +68,12 @@ def export(run: Run) -> ExportResult:
         stage.result = result
         for chosen in (*required, *optional):
             _export_or_refuse(chosen, references, stage.folder, providers, result)
+        _compare_bytes(result)
         obstacle = write_bundle(stage.folder, checkpoints["student"], recipe, result)
         if obstacle:
             console.warn(f"there is no bundle to serve: {obstacle}")
+        else:
+            check_bundle(stage.folder / BUNDLE_FOLDER)
     # After the stage was committed: what passed the gates is there, whatever was refused.
     _raise_if_refused(result, run)
     return result
@@ -153,6 +157,15 @@ def _export_roles(
     return TargetExport(student=models["student"], teacher=models.get("teacher"))
 
 
+def _compare_bytes(result: ExportResult) -> None:
+    """Name the smallest student: zeros that are left out do not always make it that of the sparse target."""
+    sizes = {name: exported.student.bytes for name, exported in result.targets.items()}
+    if len(sizes) > 1:
+        smallest_first = sorted(sizes, key=lambda name: sizes[name])
+        listed = ", ".join(f"{console.escape(name)} {sizes[name]:,}" for name in smallest_first)
+        console.say(f"bytes of the student, the smallest first: {listed}")
+
+
 def _raise_if_refused(result: ExportResult, run: Run) -> None:
     """Raise GateError if a required target of the finished stage was refused, with every reason."""
     refused = []
@@ -210,4 +223,5 @@ def _describe_cost(exported: ExportedModel) -> str:
 
 
 def _describe_flips(exported: ExportedModel) -> str:
-    return f"{exported.flipped} of {exported.rows} predictions flipped"
+    change = (exported.flipped, exported.rows, exported.mean_change, exported.rank_correlation)
+    return describe_prediction_change(*change)

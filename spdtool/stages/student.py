@@ -39,7 +39,7 @@ from spdtool.pruning.pruner import Pruner
 from spdtool.recipe.fields import Distilled, Recipe, TrainingLength
 from spdtool.run.folder import Run
 from spdtool.run.records import TrainingResult, ZeroCount
-from spdtool.tasks import find_task, prepare_data
+from spdtool.tasks import check_teacher_score, find_task, prepare_data
 from spdtool.training.accelerator import create_accelerator
 from spdtool.training.learner import Learner
 from spdtool.training.loop import fit
@@ -107,6 +107,9 @@ def load_phase(run: Run, stage: str, start: str) -> Student:
     check_positions(recipe, model, teacher.model)
     shared_tokenizer = choose_tokenizer(tokenizer, teacher.tokenizer)
     task, splits = prepare_data(recipe, shared_tokenizer, label_names(model), run.record_data)
+    if stage == "prune":  # the teacher of a run may have been finished and refused
+        score = run.training_result("teacher").dev["score"]
+        check_teacher_score(task, splits["dev"].labels, score, recipe)
     if recipe.student is not None:  # the teacher stage has checked only the teacher
         check_lengths(splits, max_positions(model))
         check_vocabulary(splits, model.config.vocab_size)

@@ -22,7 +22,7 @@ from spdtool.models.layers import configure_layers, find_layer_stack, max_positi
 from spdtool.models.load import label_names, load_model, load_tokenizer, move_to_device
 from spdtool.run.folder import RECORD, Run
 from spdtool.run.records import DataRecord, TrainingResult
-from spdtool.tasks import Task, find_task, prepare_data
+from spdtool.tasks import Task, check_teacher_score, find_task, prepare_data
 from spdtool.training.accelerator import create_accelerator
 from spdtool.training.learner import Learner
 from spdtool.training.loop import fit
@@ -34,7 +34,7 @@ def teacher(run: Run) -> TrainingResult:
 
     Raises:
         DataError, ModelError, DeviceError: the data, the model or the device cannot be used;
-            nothing is written.
+            nothing is written. Or the finished teacher scores no better than chance.
     """
     if run.recipe.given_teacher is not None:
         return copy_teacher(run, run.recipe.given_teacher)
@@ -68,10 +68,11 @@ def teacher(run: Run) -> TrainingResult:
         ):
             fitted = fit(learner, lesson, encoded["train"], section, length, recipe, work, on_event)
         dev, train = learner.score()
-        _warn_if_useless(run, learner, dev["score"])
         learner.save(work.folder)
         work.result = result = TrainingResult(dev=dev, train=train, fit=fitted)
     collectives.barrier()
+    # Last: the hours are not lost, if the user accepts it.
+    check_teacher_score(task, learner.splits["dev"].labels, dev["score"], recipe)
     return result
 
 
@@ -105,7 +106,7 @@ def copy_teacher(run: Run, source: str) -> TrainingResult:
     with console.busy(f"measuring the given teacher {source}"):
         dev, train = learner.score()
     console.say(f"given teacher: dev {console.format_scores(dev)}")
-    _warn_if_useless(run, learner, dev["score"])
+    check_teacher_score(task, learner.splits["dev"].labels, dev["score"], recipe)
     with run.stage("teacher") as work:
         learner.save(work.folder)
         work.result = result = TrainingResult(dev=dev, train=train, given=source)
@@ -130,16 +131,6 @@ def _load_dense_model(run: Run, task: Task) -> TokenizedModel:
     if dropout is not None:
         console.warn(f"teacher.dropout is ignored: task {task.name!r} builds its own model")
     return TokenizedModel(model, tokenizer)
-
-
-def _warn_if_useless(run: Run, learner: Learner, score: float) -> None:
-    """Warn if the teacher scores no better than the baseline that ignores the text; a smoke run has no use anyway."""
-    baseline = learner.task.baseline(learner.splits["dev"].labels)["score"]
-    if score <= baseline and not run.recipe.smoke:
-        console.warn(
-            f"the teacher's dev score {score:.4f} is no better than the {baseline:.4f} of always giving the same "
-            "answer: there is nothing in it for a student to learn"
-        )
 
 
 def _warn_if_trained_on_other_rows(source: Path, run: Run, record: DataRecord) -> None:

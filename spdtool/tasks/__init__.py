@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from spdtool import plugins
+from spdtool import console, plugins
 from spdtool.data import dataset as datasets
 from spdtool.data import overview
 from spdtool.data.dataset import Dataset, Rows
 from spdtool.data.tokens import Encoded, encode_splits
-from spdtool.errors import UnknownName
+from spdtool.errors import DataError, UnknownName
 from spdtool.recipe.fields import Loss, Recipe
 from spdtool.run.records import DataRecord
 from spdtool.tasks.metrics import METRICS
@@ -173,6 +173,10 @@ class Task:
         """Score the best answer that is given without reading the text: the majority class, or the mean."""
         raise NotImplementedError
 
+    def chance_score(self, labels: np.ndarray) -> float:
+        """Return the highest dev score of a model that may have learned nothing."""
+        return self.baseline(labels)["score"]
+
     def compare_predictions(
         self, before: np.ndarray, after: np.ndarray, labels: np.ndarray, tolerance: float
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -187,6 +191,25 @@ class Task:
             Which predictions changed, bool [rows], and which of these changed for the worse, bool [rows].
         """
         raise NotImplementedError
+
+    def measure_change(self, before: np.ndarray, after: np.ndarray) -> dict[str, float]:  # noqa: ARG002
+        """Return figures on how numbers changed, from logits [rows, labels]: `mean_change` and `rank_correlation`.
+
+        Empty where predictions are classes: those that flipped are counted instead.
+        """
+        return {}
+
+    def answers(self, logits: np.ndarray, names: Sequence[str]) -> list[str | float]:
+        """Return what `spdtool.load` has to answer for logits [rows, labels]: the name of a label, or a number.
+
+        Args:
+            names: labels in the order of the logits.
+        """
+        predicted = self.predictions(logits)
+        if np.issubdtype(predicted.dtype, np.integer):
+            return [names[index] for index in predicted.tolist()]
+        numbers: list[str | float] = predicted.tolist()
+        return numbers
 
     # What the plan prints
 
@@ -231,16 +254,48 @@ def task_of(dataset: Dataset) -> Task:
     return task
 
 
+def check_teacher_score(task: Task, labels: np.ndarray, score: float, recipe: Recipe) -> None:
+    """Refuse a teacher whose dev score is that of chance: a student would keep 100 % of nothing.
+
+    Args:
+        labels: of the dev rows.
+
+    Raises:
+        DataError: the teacher scores no better, and the recipe does not accept that. A smoke run does.
+    """
+    chance = task.chance_score(labels)
+    if score > chance:  # a NaN is none either
+        return
+    message = (
+        f"the teacher's dev score {score:.4f} is no better than the {chance:.4f} that chance gives on {len(labels)} "
+        "rows: there is nothing in it for a student to learn"
+    )
+    if recipe.smoke:
+        console.say(f"[dim]smoke run: {message}; accepted, as every teacher of a smoke run is[/]")
+    elif recipe.teacher.accept:
+        console.warn(f"{message}; accepted, because teacher.accept is set")
+    else:
+        raise DataError(message, "look at labels and columns, train it longer, or go on: --set teacher.accept=true")
+
+
 def prepare_data(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
     label_names: Sequence[str],
     check_rows: CheckRows | None = None,
 ) -> tuple[Task, dict[str, Encoded]]:
-    """Return the recipe's task and its tokenized splits, for a model whose labels have these names.
+    """Return the recipe's task and its tokenized splits; arguments and errors are those of `prepare_rows`."""
+    task, splits = prepare_rows(recipe, label_names, check_rows)
+    return task, task.encode(tokenizer, splits, recipe.max_length)
+
+
+def prepare_rows(
+    recipe: Recipe, label_names: Sequence[str], check_rows: CheckRows | None = None
+) -> tuple[Task, dict[str, Rows]]:
+    """Return the recipe's task and its splits, for a model whose labels have these names.
 
     Args:
-        check_rows: is called with the record of the rows before they are tokenized.
+        check_rows: is called with the record of the rows before they are used.
 
     Raises:
         DataError: the data cannot be used.
@@ -250,4 +305,4 @@ def prepare_data(
     splits = task.read_rows(recipe)
     if check_rows is not None:
         check_rows(datasets.identify_rows(task.dataset, splits))
-    return task, task.encode(tokenizer, task.align_labels(splits, label_names), recipe.max_length)
+    return task, task.align_labels(splits, label_names)

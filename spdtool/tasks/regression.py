@@ -12,6 +12,7 @@ from spdtool.errors import ModelError
 from spdtool.plugins import task_kinds
 from spdtool.recipe.fields import Loss
 from spdtool.tasks import Task
+from spdtool.tasks.metrics import METRICS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,6 +69,10 @@ class Regression(Task):
         """Score the mean of these labels."""
         return self.score(np.full((len(labels), 1), np.mean(labels)), labels)
 
+    def chance_score(self, labels: np.ndarray) -> float:
+        """Return twice the standard deviation of a correlation of numbers that have nothing to do with each other."""
+        return 2 / float(np.sqrt(max(len(labels), 1)))
+
     def compare_predictions(
         self,
         before: np.ndarray,
@@ -78,6 +83,14 @@ class Regression(Task):
         """Return twice which values moved by more than the tolerance: any such move counts as one for the worse."""
         moved = np.abs(self.predictions(after) - self.predictions(before)) > tolerance
         return moved, moved
+
+    def measure_change(self, before: np.ndarray, after: np.ndarray) -> dict[str, float]:
+        """Return the mean change of a value, and the rank correlation of the values before and after."""
+        first, second = self.predictions(before), self.predictions(after)
+        correlation = 1.0
+        if not np.array_equal(first, second):  # constants have no ranks
+            correlation = METRICS["spearman"](first, second)
+        return {"mean_change": float(np.abs(second - first).mean()), "rank_correlation": correlation}
 
     def describe_labels(self, splits: Splits) -> str:
         """Describe the range of the training values."""

@@ -178,7 +178,11 @@ def sparse(factor: float = 0.25, padding: float = 0.125, int8: float = 0.5, **mo
             )
             timings.append(timing(name, {shape: [ms * shares[shape]] * 6 for shape, ms in base.items()}, threads))
     known = {"teacher": file_of(1000), "student": file_of(1000, 0.9), "int8": ModelFile(260)}
-    rounded = {"rounding": ("fp16", "int8"), "checkpoint_score": 0.9012, "flipped": 3, "rows": 400}
+    rounded = {
+        "rounding": ("fp16", "int8"),
+        "checkpoint_score": 0.9012,
+        "prediction_change": "3 of 400 predictions flipped",
+    }
     known["sparse-cpu"] = file_of(180, 0.9, **rounded)
     return bench_of(timings, known, sparse=["sparse-cpu"], **more)
 
@@ -228,7 +232,7 @@ class TestSparseEngine:
         text = " ".join(report.describe_verdict(sparse()))
         assert (
             "Rounding (pruned matrices as fp16, embeddings as int8): dev score 0.9000, that of its checkpoint 0.9012; "
-            "3 of 400 predictions changed." in text
+            "3 of 400 predictions flipped." in text
         )
         bench = sparse()
         exact = bench.files | {"sparse-cpu": file_of(180, 0.9)}  # type: ignore[operator]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,12 +24,19 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+import spdtool
+from spdtool import plugins
 from spdtool.errors import GateError
 from spdtool.export.bundle.layouts import write_layout
-from spdtool.export.bundle.read import read_manifest
+from spdtool.export.bundle.manifest import read_manifest
+from spdtool.export.bundle.write import write_bundle
+from spdtool.export.gates import export_and_check
+from spdtool.export.gates.reference import Reference, prepare_dev_sets
+from spdtool.export.target import get_target
+from spdtool.models.load import save_model
 from spdtool.recipe import reading as recipe
 from spdtool.run.folder import Run
-from spdtool.run.records import BundleManifest
+from spdtool.run.records import BundleManifest, ExportResult, TargetExport
 from spdtool.stages.distill import distill
 from spdtool.stages.export import export
 from spdtool.stages.finetune import finetune
@@ -52,7 +60,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     if "SPDTOOL_RUN" in os.environ:
         return Run.open(os.environ["SPDTOOL_RUN"])
     sets = [f"{stage}.max_steps=60" for stage in ("teacher", "prune", "distill", "finetune")]
-    sets += ["export.skip=[]"]
+    sets += ["export.skip=[]", "teacher.accept=true"]
     chosen = recipe.build_recipe("default", {"task": "demo", "device": "cpu"}, sets)
     run = Run.at(tmp_path_factory.mktemp("clients") / "demo", chosen)
     for stage in (teacher, prune, distill, finetune):
@@ -220,3 +228,60 @@ def test_triton_reads_its_repository(device: str, kind: str, run: Run, python: M
     ids = {tensor["name"] for tensor in models["my_model_tokenizer"]["output"]}
     assert ids == {tensor["name"] for tensor in models["my_model_model"]["input"]}
     assert ids == set(steps[1]["input_map"]) == set(steps[0]["output_map"])
+
+
+KINDS: dict[str, tuple[bool, tuple[str, ...]]] = {
+    "single": (False, ("bad", "good")),
+    "pairs": (True, ("bad", "fair", "good")),
+    "regression": (True, ()),
+}
+LOCAL = """import {{ env }} from "@huggingface/transformers";
+env.allowRemoteModels = false;
+env.localModelPath = {parent};
+"""
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory, toys: Any) -> dict[str, Path]:
+    """A bundle of a toy for each kind of task."""
+    folders = {}
+    for kind, (pairs, labels) in KINDS.items():
+        toys.register(toys.dataset(kind, pairs=pairs, labels=labels))
+        folder, names = tmp_path_factory.mktemp(kind), labels or ("score",)
+        model = toys.bert(
+            labels=len(names), id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)}
+        )
+        save_model(model, toys.tokenizer(), folder / "checkpoint")
+        chosen = toys.recipe(task=kind)
+        reference = Reference(folder / "checkpoint", prepare_dev_sets(folder / "checkpoint", chosen), chosen)
+        exported = export_and_check(get_target("onnx"), reference, folder / "export/student", ["cpu"])
+        result = ExportResult(first="onnx", targets={"onnx": TargetExport(student=exported)})
+        assert write_bundle(folder / "export", folder / "checkpoint", chosen, result) is None
+        folders[kind] = folder / "export/bundle"
+        plugins.datasets.unregister(kind)
+    return folders
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_snippet_of_the_card_gives_the_answer_of_the_model(
+    kind: str, bundles: dict[str, Path], node: Path, tmp_path: Path
+) -> None:
+    bundle = bundles[kind]
+    arguments = ("first text", "second text") if KINDS[kind][0] else ("one text",)
+    answer = spdtool.load(bundle)(*arguments)
+    snippets = re.findall(r"```(python|js)\n(.*?)```", (bundle / "README.md").read_text(), re.DOTALL)
+    assert [language for language, _ in snippets] == ["python", "python", "js"]
+    for language, code in snippets:
+        if language == "python":
+            words = [sys.executable, "-c", code.replace("FOLDER", str(bundle))]
+        else:
+            # Beside node_modules, because modules are looked for from the file on.
+            file = node / f"card-{kind}.mjs"
+            file.write_text(LOCAL.format(parent=json.dumps(f"{bundle.parent}/")) + code.replace("FOLDER", bundle.name))
+            words = ["node", str(file)]
+        done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-2000:]
+        if KINDS[kind][1]:
+            assert str(answer) in done.stdout, code
+        else:
+            assert float(done.stdout) == pytest.approx(answer, abs=1e-4), code

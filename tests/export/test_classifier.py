@@ -37,6 +37,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> Path:
     model = toys.bert(labels=3, id2label=names, label2id={name: index for index, name in names.items()})
     save_model(model, toys.tokenizer(), folder / "checkpoint")
     Onnx().export(folder / "checkpoint", folder / "export/student", toys.recipe())
+    toys.seal(folder / "export/student")
     return folder
 
 
@@ -87,7 +88,7 @@ def test_a_regression_gives_values(tmp_path: Path, toys: ModuleType) -> None:
     model = toys.bert(labels=1, id2label={0: "score"}, label2id={"score": 0}, problem_type="regression")
     save_model(model, toys.tokenizer(), tmp_path / "checkpoint")
     Onnx().export(tmp_path / "checkpoint", tmp_path / "out", toys.recipe())
-    classify = spdtool.load(tmp_path / "out")
+    classify = spdtool.load(tmp_path / "out", unverified=True)
     assert classify(TEXTS) == classify.logits(TEXTS)[:, 0].tolist()
     assert isinstance(classify("bad"), float)
 
@@ -105,7 +106,7 @@ def test_other_families_and_padding_on_the_left(architecture: str, side: str, tm
     )  # says nothing of a longest input
     save_model(model, tokenizer, tmp_path / "checkpoint")
     Onnx().export(tmp_path / "checkpoint", tmp_path / "out", toys.recipe())
-    classify = spdtool.load(tmp_path / "out")
+    classify = spdtool.load(tmp_path / "out", unverified=True)
     assert classify.max_length == max_positions(model) or architecture == "deberta-v2"
     loaded = AutoTokenizer.from_pretrained(tmp_path / "checkpoint")
     with torch.inference_mode():  # one batch: a classifier that reads token 0 sees the padding on the left
@@ -229,13 +230,36 @@ def test_of_a_folder_of_roles_the_student_is_taken(place: Path, loaded: Classifi
     np.testing.assert_array_equal(again.logits(TEXTS), loaded.logits(TEXTS))
 
 
+def labels_of(labels: Any) -> Any:
+    """A fault that puts other labels into config.json."""
+
+    def damage(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"id2label": labels}))
+
+    return damage
+
+
+WRONG_LABELS: list[tuple[Any, str]] = [
+    ({"1": "a"}, "does not number the labels"),
+    (["no", "maybe", "yes"], "does not number the labels"),
+    ({"0": "no", "1": 1, "2": "yes"}, "does not number the labels"),
+    ({"0": "no", "1": "no", "2": "yes"}, "gives two labels one name"),
+    ({"0": "no"}, r"output of shape \['batch', 3\]; config.json names 1 labels"),
+    ({"0": "a", "1": "b", "2": "c", "3": "d"}, "config.json names 4 labels"),
+]
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer.json"),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer.json cannot be read"),
         (lambda folder: (folder / "config.json").write_text("["), "config.json cannot be read"),
-        (lambda folder: (folder / "config.json").write_text('{"id2label": {"1": "a"}}'), "does not number the labels"),
+        (lambda folder: (folder / "config.json").write_text("{}"), "config.json names 2 labels"),
+        *((labels_of(labels), message) for labels, message in WRONG_LABELS),
+        (lambda folder: (folder / "config.json").write_text("[" * 100_000), "config.json cannot be read"),
+        (lambda folder: (folder / "config.json").write_text('{"id2label": NaN}'), "NaN is no JSON number"),
         (lambda folder: (folder / "onnx/model.onnx").write_bytes(b"junk"), "onnxruntime cannot open"),
         (lambda folder: (folder / "onnx/model.onnx").unlink(), "has no onnx/model.onnx"),
     ],
@@ -243,8 +267,13 @@ def test_of_a_folder_of_roles_the_student_is_taken(place: Path, loaded: Classifi
 def test_a_damaged_folder_is_refused(damage: Any, message: str, place: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(place / "export/student", tmp_path / "damaged")
     damage(folder)
-    with pytest.raises(ModelError, match=message):
+    with pytest.raises(ModelError, match=r"is damaged or was changed|lacks|bytes; manifest|has no onnx/model.onnx"):
         spdtool.load(folder)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(ModelError, match="has no onnx/model.onnx|has no manifest.json"):
+        spdtool.load(folder)
+    with pytest.raises(ModelError, match=message):
+        spdtool.load(folder, unverified=True)
 
 
 def test_what_is_no_folder_is_refused(place: Path) -> None:
@@ -262,11 +291,10 @@ class TestLibrary:
     """A folder whose model needs custom operators."""
 
     @pytest.fixture
-    def folder(self, place: Path, tmp_path: Path) -> Path:
+    def folder(self, place: Path, tmp_path: Path, toys: ModuleType) -> Path:
         copied = shutil.copytree(place / "export/student", tmp_path / "sparse")
         library = {"file": "lib/ops.so", "distribution": "spdtool-sparse-cpu", "version": "0.3.0"}
-        manifest = {"format": 1, "target": "sparse-cpu", "model": "onnx/model.onnx", "library": library}
-        (copied / "manifest.json").write_text(json.dumps(manifest))
+        toys.seal(copied, target="sparse-cpu", library=library)
         (copied / "lib").mkdir()
         (copied / "lib/ops.so").write_bytes(b"a stranger's code")
         return copied

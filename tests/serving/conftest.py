@@ -19,6 +19,7 @@ import pytest
 import uvicorn
 
 from spdtool import plugins
+from spdtool.export.bundle.manifest import seal
 from spdtool.export.bundle.write import write_bundle
 from spdtool.export.classifier import Classifier
 from spdtool.export.targets import Onnx
@@ -66,8 +67,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> Expo
         checkpoint = folder / "checkpoint"
         save_model(model, toys.tokenizer(), checkpoint)
         recipe = toys.recipe('export.optional=["onnx-fp16"]', task="served")
-        Onnx().export(checkpoint, folder / "export/student", recipe)
-        Onnx().export(checkpoint, folder / "export/onnx-fp16/student", recipe)
+        for student in (folder / "export/student", folder / "export/onnx-fp16/student"):
+            Onnx().export(checkpoint, student, recipe)
+            toys.seal(student)
         plain = ExportedModel.model_validate(FIGURES)
         rounded = ExportedModel.model_validate(FIGURES | {"largest_change": 0.01})
         targets = {"onnx": TargetExport(student=plain), "onnx-fp16": TargetExport(student=rounded)}
@@ -89,7 +91,7 @@ def _copy_with_text(bundle: Path, folder: Path, text: dict[str, list[str]]) -> P
     copy = shutil.copytree(bundle, folder)
     manifest = json.loads((copy / "manifest.json").read_text())
     del manifest["text"]
-    (copy / "manifest.json").write_text(json.dumps(manifest | text))
+    (copy / "manifest.json").write_text(json.dumps(seal(manifest | text)))
     return copy
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -74,6 +75,47 @@ def test_the_card_is_one_that_the_hub_reads(servable: Path) -> None:
     assert "| `onnx/model_fp16.onnx` | any | 1 | 50.00% | 0.7500 | +0.2500 | 3 of 12 |" in card.text
 
 
+def test_the_card_shows_what_is_right_for_the_kind_of_task(toys: ModuleType, toy_task: Any) -> None:
+    """A pipeline of transformers.js takes one text, and makes a probability of every number."""
+    variant = Variant(target="onnx", file="onnx/model.onnx", files=[], bytes=1, sparsity=0.5)
+    measured = variant.model_copy(
+        update={"dev": {"score": 0.5}, "checkpoint_dev": {"score": 0.5}, "rows": 9, "flipped": 1}
+    )
+    numbers = measured.model_copy(
+        update={"flipped": None, "largest_change": 0.5, "mean_change": 0.25, "rank_correlation": 0.75}
+    )
+    classes, number = {"id2label": {"0": "bad", "1": "good"}}, {"id2label": {"0": "score"}}
+    for pairs, labels, config in (
+        (False, ("bad", "good"), classes),
+        (True, ("bad", "good"), classes),
+        (True, (), number),
+    ):
+        toy_task(pairs=pairs, labels=labels)
+        card = render_card(toys.recipe(), {"onnx": measured if labels else numbers}, config)
+        single_class = bool(labels) and not pairs
+        assert ('pipeline("text-classification"' in card) == single_class
+        assert ("text_pair" in card) == pairs
+        assert ('classify("first text", "second text")' in card) == pairs
+        assert ("| 1 of 9 |" in card) == bool(labels)
+        assert ("largest change, mean change, rank correlation |" in card) == (not labels)
+        assert ("| 5.0e-01, 2.5e-01, 0.750000 |" in card) == (not labels)
+
+
+def python_snippets(card: str, folder: Path) -> list[str]:
+    """The Python code of a model card, for a folder."""
+    return [block.replace("FOLDER", str(folder)) for block in re.findall(r"```python\n(.*?)```", card, re.DOTALL)]
+
+
+def test_the_python_code_of_the_card_runs_and_agrees(servable: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    card = (servable / "README.md").read_text()
+    answers = []
+    for code in python_snippets(card, servable):
+        exec(compile(code, "README.md", "exec"), {})
+        answers.append(capsys.readouterr().out.strip())
+    assert len(answers) == 2
+    assert set(answers) == {spdtool.load(servable, variant="onnx")("first text", "second text")}
+
+
 def test_the_card_names_what_the_student_was_made_from(tmp_path: Path, toys: ModuleType, toy_task: Any) -> None:
     toy_task("plain", build=False)
     toy_task("built")
@@ -115,13 +157,13 @@ def test_without_the_portable_target_or_a_fast_tokenizer_there_is_none(exported:
 
 
 @pytest.fixture
-def strange(servable: Path, tmp_path: Path) -> Path:
+def strange(servable: Path, tmp_path: Path, toys: ModuleType) -> Path:
     """The bundle, as if its second variant needed a library and were preferred on a CPU."""
     copy = shutil.copytree(servable, tmp_path / "strange")
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["variants"]["onnx-fp16"]["library"] = {"file": "lib/x.so", "version": "1", "platform": "any"}
     manifest["prefer"]["cpu"] = ["onnx-fp16", "onnx"]
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    toys.seal(copy, variants=manifest["variants"], prefer=manifest["prefer"])
     return copy
 
 

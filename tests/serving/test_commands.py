@@ -159,13 +159,14 @@ def test_a_file_that_is_another_is_named(damage: Any, told: str, copied: Path, s
 
 def forge(folder: Path, **changed: Any) -> None:
     """Change manifest.json, with the true sums of every file."""
+    from spdtool.export.bundle.manifest import seal
     from spdtool.run.fingerprint import sha256
 
     manifest = json.loads((folder / "manifest.json").read_text())
     for name in manifest["files"]:
         file = folder / name
         manifest["files"][name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
-    (folder / "manifest.json").write_text(json.dumps(manifest | changed))
+    (folder / "manifest.json").write_text(json.dumps(seal(manifest | changed)))
 
 
 def test_a_model_that_was_exchanged_with_its_sum_fails_the_golden_examples(copied: Path, spdtool: Call) -> None:

@@ -16,6 +16,7 @@ from spdtool.data.dataset import Rows
 from spdtool.errors import DataError, ModelError, UnknownName
 from spdtool.models.load import label_names, load_model, load_tokenizer, save_model
 from spdtool.run.folder import Run
+from spdtool.stages.prune import prune
 from spdtool.stages.teacher import teacher
 from spdtool.tasks import Task
 
@@ -121,19 +122,35 @@ def test_a_teacher_from_a_run_on_other_rows_is_said_to_be(
     assert "48 train, 24 dev there, 40 train, 24 dev here; it may have been fine-tuned on dev rows of this run" in said
 
 
-@pytest.mark.parametrize("words", [(), ("smoke=true",)])
-def test_a_teacher_that_knows_nothing_is_said_to(
-    toy_run: Callable[..., Run], toy_task: Callable[..., Task], given: Callable[..., str], capsys: Any, words: Any
+def test_a_teacher_at_chance_is_refused_unless_it_is_accepted(
+    toy_run: Callable[..., Run], toy_task: Callable[..., Task], given: Callable[..., str], capsys: Any
 ) -> None:
     toy_task()
     folder = Path(given())
     model = load_model(folder)
     torch.nn.init.zeros_(model.classifier.weight)
     save_model(model, load_tokenizer(folder), folder)
-    teacher(toy_run(*words, given_teacher=str(folder)))
-    said = "dev score 0.5000 is no better than the 0.5000 of always giving the same answer" in capsys.readouterr().err
-    assert said != bool(words)
-    teacher(toy_run("teacher.learning_rate=1e-12", "teacher.epochs=1", folder="trained", smoke=bool(words)))
+    message = r"dev score 0\.5000 is no better than the 0\.5000 that chance gives on 24 rows"
+    refused(toy_run("teacher.accept=false", given_teacher=str(folder), folder="refused"), DataError, message)
+    accepted = {"accept": ("teacher.accept=true", "teacher.accept is set"), "smoke": ("smoke=true", "smoke run: ")}
+    for name, (setting, words) in accepted.items():
+        teacher(toy_run("teacher.accept=false", setting, given_teacher=str(folder), folder=name))
+        output = capsys.readouterr()
+        assert words in output.out + output.err, name
+
+
+def test_a_trained_teacher_at_chance_is_kept_and_stops_the_run(
+    toy_run: Callable[..., Run], toy_task: Callable[..., Task]
+) -> None:
+    toy_task(labels=())
+    untrained = ("teacher.learning_rate=1e-12", "teacher.epochs=1")
+    run = toy_run(*untrained, "teacher.accept=false")
+    for stage in (teacher, prune):
+        with pytest.raises(DataError, match="that chance gives on 24 rows"):
+            stage(run)
+        assert run.done("teacher")
+        assert not run.done("prune")
+    prune(Run.at(run.path, toy_run(*untrained, "teacher.accept=true", folder="other").recipe))
 
 
 def refused(run: Run, error: type[Exception], said: str) -> None:

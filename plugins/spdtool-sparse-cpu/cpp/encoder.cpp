@@ -62,6 +62,9 @@ Encoder::Encoder(const EncoderShape& shape, const Kernels& kernels, const Next& 
     throw PackedError(std::to_string(shape.heads) + " heads do not divide a hidden width of " + std::to_string(hidden_));
   if (shape.padding_id < -1 || shape.padding_id >= int64_t(positions_.rows))
     throw PackedError("a padding id of " + std::to_string(shape.padding_id) + " is outside the table of positions");
+  // A NaN would make every answer NaN; below zero, the root of a small variance is NaN.
+  if (!std::isfinite(shape.epsilon) || shape.epsilon < 0)
+    throw PackedError("an epsilon of " + std::to_string(shape.epsilon) + " is no small number above zero");
   if (shape.layers == 0) throw PackedError("an encoder without layers");
   head_size_ = hidden_ / shape.heads;
   const float scale = 1.0f / std::sqrt(float(head_size_));

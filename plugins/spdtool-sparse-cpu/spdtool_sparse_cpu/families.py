@@ -9,6 +9,7 @@ decoder, another activation, relative positions) is not described here, and keep
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -148,10 +149,12 @@ def describe_encoder(model: PreTrainedModel) -> Encoder | None:
     # The operator has one epsilon for all layer norms, and heads of equal width.
     if activation is None or len(epsilons) != 1 or config.hidden_size % heads:
         return None
+    if not math.isfinite(epsilon := epsilons.pop()) or epsilon < 0:  # the operator refuses such a number
+        return None
     return Encoder(
         heads=heads,
         depth=depth,
-        epsilon=epsilons.pop(),
+        epsilon=epsilon,
         activation=activation,
         padding_id=config.pad_token_id if names.counts_tokens else -1,
         token_types=bool(names.token_types),

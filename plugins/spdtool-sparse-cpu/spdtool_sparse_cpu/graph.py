@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from spdtool.errors import ModelError
 from spdtool.export.graph.protobuf import inputs_of, metadata_of, rename_inputs, replace_items, tensors_by_name
 from spdtool.export.graph.trace import INPUT_NAMES
-from spdtool.export.graph.weights import PARAMETERS, TRANSPOSED
+from spdtool.export.graph.weights import PARAMETERS, TRANSPOSED, StoredWeight
 from spdtool_sparse_cpu import packing
 from spdtool_sparse_cpu.families import Encoder, describe_encoder
 from spdtool_sparse_cpu.library import DOMAIN
@@ -291,10 +291,8 @@ def add_unread(proto: onnx.ModelProto, model: PreTrainedModel) -> None:
         proto.metadata_props.add(key=ZEROS, value=json.dumps(zero_shapes))
 
 
-def decode_weights(proto: onnx.ModelProto) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield `(parameter, float32 array)` of every parameter in the graph, one constant decoded at a time.
-
-    A parameter that is stored twice comes twice.
+def decode_weights(proto: onnx.ModelProto) -> Iterator[StoredWeight]:
+    """Yield every parameter in the graph, one constant decoded at a time; one that is stored twice comes twice.
 
     Raises:
         ModelError: a constant is damaged.
@@ -303,31 +301,35 @@ def decode_weights(proto: onnx.ModelProto) -> Iterator[tuple[str, np.ndarray]]:
     for tensor in proto.graph.initializer:
         parameters = parameters_of(tensor)
         if parameters:
-            array = _decode(tensor, constants)
+            array, storage = _decode(tensor, constants)
             for name in parameters:
-                yield name, array
+                yield StoredWeight(name, array, storage, scale_axis=0)  # int8 has one scale a row
     metadata = metadata_of(proto)
     if ZEROS in metadata:
-        yield from _decode_zeros(metadata[ZEROS])
+        for name, zeros in _decode_zeros(metadata[ZEROS]):
+            yield StoredWeight(name, zeros)
 
 
-def _decode(tensor: onnx.TensorProto, constants: Mapping[str, onnx.TensorProto]) -> np.ndarray:
-    """Decode the parameter that a constant stores to float32, in torch's shape."""
+def _decode(tensor: onnx.TensorProto, constants: Mapping[str, onnx.TensorProto]) -> tuple[np.ndarray, str]:
+    """Decode the parameter that a constant stores to float32, in torch's shape, and name its storage."""
     try:
         array = numpy_helper.to_array(tensor)
         if tensor.data_type == onnx.TensorProto.UINT8:
             shape = [int(size) for size in metadata_of(tensor)[SHAPE].split()]
-            return packing.unpack(array, tensor.name).reshape(shape)
+            storage = packing.read_header(array, tensor.name).values
+            return packing.unpack(array, tensor.name).reshape(shape), storage
         if tensor.data_type == onnx.TensorProto.INT8:
             scales = numpy_helper.to_array(constants[tensor.name + SCALE])
-            scaled: np.ndarray = array.astype(np.float32) * scales
-            return scaled
+            return np.asarray(array.astype(np.float32) * scales), "int8"
     except packing.PackingError:  # says more than the general error below
         raise
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{tensor.name}: the constant is damaged: {error}", "copy the file again") from None
+    storage = "fp16" if array.dtype == np.float16 else "fp32"
     widened: np.ndarray = array.astype(np.float32, copy=False)
-    return widened.T if tensor.name.endswith(TRANSPOSED) else widened
+    if tensor.name.endswith(TRANSPOSED):
+        widened = widened.T
+    return widened, storage
 
 
 def _decode_zeros(text: str) -> Iterator[tuple[str, np.ndarray]]:

@@ -3,9 +3,8 @@
     folder/config.json  tokenizer.json  tokenizer_config.json
            onnx/model.onnx                   the graph; pruned matrices packed, embeddings rounded
            lib/libspdtool_sparse_cpu.so      for users of plain onnxruntime; spdtool uses the installed one
-           manifest.json                     what is here: sizes, sha256, library, how the weights are stored
 
-A user of plain onnxruntime registers the library that the manifest names, and opens the model:
+A user of plain onnxruntime registers the library that manifest.json names, and opens the model:
 
     options = onnxruntime.SessionOptions()
     options.register_custom_ops_library("FOLDER/lib/libspdtool_sparse_cpu.so")
@@ -18,42 +17,39 @@ plugins.
 # ruff: noqa: ARG002  (a target need not use every argument of a method)
 from __future__ import annotations
 
-import json
 import shutil
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from spdtool.errors import DeviceError, ModelError
 from spdtool.export.target import MODEL_FILE, Target
-from spdtool.run.fingerprint import sha256
 from spdtool_sparse_cpu import library
 
 if TYPE_CHECKING:
+    from spdtool.export.graph.weights import StoredWeight
     from spdtool.models.predict import Forward
     from spdtool.recipe.fields import Recipe
 
 NAME = "sparse-cpu"
 LIBRARY_FOLDER = "lib"
-MANIFEST = "manifest.json"
-MANIFEST_FORMAT = 1
 
 
 class SparseCpu(Target):
     """ONNX with operators that skip the zeros, for onnxruntime on a CPU: smaller and faster the sparser the model."""
 
+    name = NAME
     roles = ("student",)
     providers = ("cpu",)
     exported_by_default = True
     rounds_weights = True
+    packs = True
     preferred_on = ("cpu",)
     timing_operator = (library.DOMAIN, "SparseProductTime")
 
     def export(self, checkpoint: Path, folder: Path, recipe: Recipe) -> list[Path]:
-        """Write the checkpoint with packed weights; the library and a manifest beside it.
+        """Write the checkpoint with packed weights, and the library beside it.
 
         Returns:
             The model file (and a second one, `model.onnx_data`, only if it is more than 2 GB).
@@ -65,11 +61,11 @@ class SparseCpu(Target):
             GateError: an axis of the exported graph is not free.
         """
         from spdtool.export.graph.trace import ATTENTION_OPSET, save_folder, trace_checkpoint
-        from spdtool.models.load import label_names, load_model
+        from spdtool.models.load import load_model
         from spdtool_sparse_cpu import graph
 
         compiled = library.path()  # first: without it, nothing is written
-        values, embeddings = recipe.export.values, recipe.export.embeddings
+        values, embeddings = self.storage_formats(recipe)
         opset = min(recipe.export.opset, ATTENTION_OPSET - 1)  # with attention written out, which `graph` recognizes
         model = load_model(checkpoint, eager=True)
         proto = trace_checkpoint(checkpoint, opset)
@@ -77,9 +73,16 @@ class SparseCpu(Target):
         files = save_folder(proto, checkpoint, folder)
         (folder / LIBRARY_FOLDER).mkdir(exist_ok=True)
         shutil.copyfile(compiled, folder / LIBRARY_FOLDER / compiled.name)
-        storage = {"values": values, "embeddings": embeddings, "labels": label_names(model)}
-        _write_manifest(folder, f"{LIBRARY_FOLDER}/{compiled.name}", storage)
         return files
+
+    def library_record(self, folder: Path) -> dict[str, str]:
+        """Name the copy of the library in the folder, and what was installed to build it."""
+        return {
+            "file": f"{LIBRARY_FOLDER}/{library.path().name}",
+            "distribution": library.DISTRIBUTION,
+            "version": library.version(),
+            "platform": sysconfig.get_platform(),
+        }
 
     def session(self, folder: Path, provider: str = "cpu", threads: int = 0) -> Forward:
         """Open the exported model; its operators run with the session's threads.
@@ -96,29 +99,22 @@ class SparseCpu(Target):
             )
         return super().session(folder, provider, threads)
 
-    def count_zeros(self, folder: Path) -> dict[str, tuple[int, int]]:
-        """Count `(zeros, size)` of every parameter that the file holds; one that is stored twice has the fewer zeros.
+    def stored_weights(self, folder: Path) -> Iterator[StoredWeight]:
+        """Yield every parameter as the file holds it, rounded as it is.
 
         Raises:
             ModelError: the file is damaged.
         """
-        counts: dict[str, tuple[int, int]] = {}
-        for name, array in _decode_weights(folder):
-            count = (int(array.size - np.count_nonzero(array)), int(array.size))
-            counts[name] = min(counts.get(name, count), count)
-        return counts
+        import onnx
 
-    def stored_weights(self, folder: Path) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield `(parameter, float32 array)` as the file holds them, rounded as they are; each once.
+        from spdtool_sparse_cpu import graph
 
-        Raises:
-            ModelError: the file is damaged.
-        """
-        names = set[str]()
-        for name, array in _decode_weights(folder):
-            if name not in names:
-                names.add(name)
-                yield name, array
+        file = folder / MODEL_FILE
+        try:
+            proto = onnx.load(file)
+        except Exception as error:  # protobuf and onnx raise many kinds
+            raise ModelError(f"{file} cannot be read: {error}", "copy the folder again") from None
+        yield from graph.decode_weights(proto)
 
     def libraries(self, folder: Path) -> list[Path]:
         """The installed library. The copy in the folder is never run: it may be a stranger's.
@@ -127,39 +123,3 @@ class SparseCpu(Target):
             DeviceError: it is missing or of another version.
         """
         return [library.path()]
-
-
-def _decode_weights(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
-    import onnx
-
-    from spdtool_sparse_cpu import graph
-
-    file = folder / MODEL_FILE
-    try:
-        proto = onnx.load(file)
-    except Exception as error:  # protobuf and onnx raise many kinds
-        raise ModelError(f"{file} cannot be read: {error}", "copy the folder again") from None
-    yield from graph.decode_weights(proto)
-
-
-def _write_manifest(folder: Path, library_file: str, storage: Mapping[str, object]) -> None:
-    files: dict[str, dict[str, int | str]] = {}
-    for file in sorted(folder.rglob("*")):
-        if file.is_file() and file != folder / MANIFEST:
-            name = file.relative_to(folder).as_posix()
-            files[name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
-    manifest = {
-        "format": MANIFEST_FORMAT,
-        "target": NAME,
-        "model": MODEL_FILE,
-        "library": {
-            "file": library_file,
-            "distribution": library.DISTRIBUTION,
-            "version": library.version(),
-            "sha256": files[library_file]["sha256"],
-            "platform": sysconfig.get_platform(),
-        },
-        "files": files,
-        **storage,
-    }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", "utf-8")

@@ -33,6 +33,8 @@ def _load(name: str, file: Path) -> ModuleType:
 
 
 _toys = sys.modules.get("toys") or _load("toys", HERE.parents[2] / "tests" / "toys.py")
+if "faults" not in sys.modules:
+    _load("faults", HERE.parents[2] / "tests" / "faults.py")
 _reference = _load("sparse_reference", HERE / "reference.py") if INSTALLED else None
 
 

@@ -137,7 +137,7 @@ def assert_same(reference, model, proto, inputs, tolerance=TOLERANCE):
 
 def with_weights(model, proto):
     """The model with the weights of the file, and what the file lacks."""
-    held = dict(decode_weights(proto))
+    held = {stored.name: stored.array for stored in decode_weights(proto)}
     missing = []
     with torch.no_grad():
         for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -199,7 +199,7 @@ def test_other_families_get_sparse_linear_layers(exported, reference, architectu
 def test_every_parameter_is_in_the_file_to_the_last_bit(exported, architecture):
     model, proto = exported(architecture)
     before = {name: value.detach().numpy() for name, value in model.named_parameters(remove_duplicate=False)}
-    held = dict(decode_weights(proto))
+    held = {stored.name: stored.array for stored in decode_weights(proto)}
     assert set(held) == set(before)
     for name, value in before.items():
         assert np.array_equal(held[name], value), name
@@ -378,7 +378,7 @@ def test_parameters_that_share_a_constant(toys, reference, architecture):
     """A fresh model has equal biases and norms, which the exporter stores once, under the name of one of them."""
     model = build(toys, architecture, noise=0)
     proto = export(toys, model, architecture, "fp16", "fp16")
-    held = dict(decode_weights(proto))
+    held = {stored.name: stored.array for stored in decode_weights(proto)}
     assert set(held) == {name for name, _ in model.named_parameters(remove_duplicate=False)}
     assert len({tensor.name for tensor in proto.graph.initializer}) == len(proto.graph.initializer)
     assert with_weights(model, proto) == []
@@ -495,7 +495,7 @@ def test_forms_of_a_linear_layer(reference, form):
     (after,) = ReferenceEvaluator(proto, new_ops=reference.OPERATORS).run(None, {"x": x})
     assert np.allclose(before, after, atol=1e-5)
     if expected:
-        assert np.array_equal(dict(decode_weights(proto))["layer.weight"], WEIGHT)
+        assert np.array_equal(next(decode_weights(proto)).array, WEIGHT)
         assert all(tensor.name != "w" for tensor in proto.graph.initializer)
 
 

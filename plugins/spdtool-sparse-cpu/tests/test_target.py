@@ -1,22 +1,28 @@
-"""The export target: the folder that it writes, its manifest, what it says of the weights, and its refusals.
+"""The export target: the folder that it writes, what it says of the weights, and its refusals.
 
 The compiled library is a stand-in file here, unless a test needs the real one and it is installed.
 """
 
-import hashlib
-import json
+import shutil
 
 import numpy as np
 import onnx
 import pytest
+from faults import FILE_FAULTS, WEIGHT_FAULTS
 from onnx.reference import ReferenceEvaluator
-from spdtool_sparse_cpu import library
+from spdtool_sparse_cpu import library, packing
+from spdtool_sparse_cpu.matching import parameters_of
 from spdtool_sparse_cpu.target import SparseCpu
 
-from spdtool.errors import DeviceError, ModelError
-from spdtool.export.gates.weights import check_zeros
-from spdtool.export.target import get_target
-from spdtool.models.layers import count_zeros, find_prunable_weights
+from spdtool import plugins
+from spdtool.errors import DeviceError, GateError, ModelError
+from spdtool.export.bundle.manifest import write_manifest
+from spdtool.export.gates import ExportAttempt
+from spdtool.export.gates.folder import check_folder
+from spdtool.export.gates.reference import Reference, prepare_dev_sets
+from spdtool.export.gates.weights import check_weight, check_weights
+from spdtool.export.target import MODEL_FILE, get_target
+from spdtool.models.layers import find_prunable_weights
 from spdtool.models.load import load_model, save_model
 from spdtool.models.predict import torch_forward
 
@@ -64,28 +70,15 @@ def test_folder_manifest_and_weights(toys, reference, checkpoints, tmp_path, arc
     assert files == [folder / "onnx/model.onnx"]
 
     written = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
-    expected = ["config.json", "manifest.json", "onnx/model.onnx", "tokenizer.json", "tokenizer_config.json"]
+    expected = ["config.json", "onnx/model.onnx", "tokenizer.json", "tokenizer_config.json"]
     assert written == sorted([*expected, f"lib/{library.FILE}"])
-    manifest = json.loads((folder / "manifest.json").read_text())
-    assert set(manifest["files"]) == set(written) - {"manifest.json"}
-    for name, facts in manifest["files"].items():
-        content = (folder / name).read_bytes()
-        assert facts == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    assert (manifest["format"], manifest["target"], manifest["model"]) == (1, "sparse-cpu", "onnx/model.onnx")
-    assert manifest["library"].pop("platform")
-    assert manifest["library"] == {
-        "file": f"lib/{library.FILE}",
-        "distribution": "spdtool-sparse-cpu",
-        "version": "1.2.3",
-        "sha256": hashlib.sha256(b"machine code").hexdigest(),
-    }
-    assert (manifest["values"], manifest["embeddings"], len(manifest["labels"])) == ("fp32", "fp32", 2)
-    assert str(tmp_path) not in (folder / "manifest.json").read_text()
+    record = SparseCpu().library_record(folder)
+    assert record.pop("platform")
+    assert record == {"file": f"lib/{library.FILE}", "distribution": "spdtool-sparse-cpu", "version": "1.2.3"}
+    assert (folder / f"lib/{library.FILE}").read_bytes() == b"machine code"
 
     model = load_model(checkpoint, eager=True)
-    check_zeros(SparseCpu().count_zeros(folder), count_zeros(checkpoint, list(find_prunable_weights(model))))
-    held = dict(SparseCpu().stored_weights(folder))
-    assert len(list(SparseCpu().stored_weights(folder))) == len(held)
+    held = {stored.name: stored.array for stored in SparseCpu().stored_weights(folder)}
     parameters = {name: value.detach().numpy() for name, value in model.named_parameters(remove_duplicate=False)}
     assert set(held) == set(parameters)
     assert all(np.array_equal(held[name], value) for name, value in parameters.items())
@@ -107,18 +100,22 @@ def test_zeros_survive_every_way_of_storing(toys, checkpoints, tmp_path, archite
     checkpoint = checkpoints(architecture)
     SparseCpu().export(checkpoint, tmp_path / "out", toys.recipe(*sets(values, embeddings)))
     model = load_model(checkpoint)
-    check_zeros(SparseCpu().count_zeros(tmp_path / "out"), count_zeros(checkpoint, list(find_prunable_weights(model))))
-    assert {name for name, _ in SparseCpu().stored_weights(tmp_path / "out")} == {
-        name for name, _ in model.named_parameters()
-    }
+    parameters = dict(model.named_parameters())
+    names = set()
+    for stored in SparseCpu().stored_weights(tmp_path / "out"):
+        weight = parameters[stored.name].detach().numpy()
+        check_weight(stored, weight)
+        assert np.array_equal(stored.array == 0, weight == 0), stored.name
+        names.add(stored.name)
+    assert names == set(parameters)
 
 
 @pytest.mark.usefixtures("stand_in")
 def test_two_exports_are_the_same(toys, checkpoints, tmp_path):
     for name in ("one", "two"):
         SparseCpu().export(checkpoints("bert"), tmp_path / name, toys.recipe())
-    for file in ("onnx/model.onnx", "manifest.json"):
-        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+    one, two = (tmp_path / name / "onnx/model.onnx" for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
 
 
 def test_without_the_library_nothing_is_written(toys, tmp_path, monkeypatch):
@@ -150,10 +147,10 @@ def test_a_file_that_is_no_model(tmp_path, content):
     if content is not None:
         (tmp_path / "onnx/model.onnx").write_bytes(content)
     if content == b"":  # protobuf reads it: a model without anything in it
-        assert SparseCpu().count_zeros(tmp_path) == {}
+        assert list(SparseCpu().stored_weights(tmp_path)) == []
         return
     with pytest.raises(ModelError, match=r"model\.onnx cannot be read"):
-        SparseCpu().count_zeros(tmp_path)
+        list(SparseCpu().stored_weights(tmp_path))
 
 
 def test_it_is_registered_for_the_student_on_the_cpu():
@@ -181,3 +178,73 @@ def test_the_real_library_computes_the_same(toys, checkpoints, tmp_path, archite
     taken = [name for name in batch if name != "token_type_ids" or toys.ARCHITECTURES[architecture][1]]
     expected = torch_forward(load_model(checkpoint, eager=True))({name: batch[name] for name in taken})
     assert np.abs(forward(batch) - expected).max() < 1e-4
+
+
+@pytest.mark.slow
+def test_every_planted_fault_is_found(toys, tmp_path):
+    """The faults of `tests/faults.py`; the stored weights are changed and packed again."""
+    try:
+        library.path()
+    except DeviceError as error:
+        pytest.skip(error.message)
+    toys.register(toys.dataset("planted", dev=12))
+    try:
+        checkpoint = tmp_path / "checkpoint"
+        names = {0: "bad", 1: "good"}
+        model = toys.bert(id2label=names, label2id={"bad": 0, "good": 1})
+        for weight in find_prunable_weights(model).values():
+            weight.data.view(-1)[np.arange(weight.numel()) % 4 > 1] = 0
+        save_model(model, toys.tokenizer(), checkpoint)
+        for storage in ("fp16", "int8"):
+            passed = plant_faults(toys, checkpoint, tmp_path / storage, sets(storage, storage))
+            assert passed == [], storage
+    finally:
+        plugins.datasets.unregister("planted")
+
+
+def plant_faults(toys, checkpoint, folder, storage):
+    """Return the faults that no gate found."""
+    recipe = toys.recipe("export.sentences=4", "export.budget=1", *storage, task="planted")
+    reference = Reference(checkpoint, prepare_dev_sets(checkpoint, recipe), recipe)
+    target = get_target("sparse-cpu")
+    sound = folder / "sound"
+    ExportAttempt(target, reference, sound, ["cpu"]).write()
+    pass_gates(target, reference, sound)
+    plants = dict(FILE_FAULTS)
+    for title, (parameter, change) in WEIGHT_FAULTS.items():
+        plants[title] = lambda copy, parameter=parameter, change=change: repack(copy, parameter, change)
+    passed = []
+    for title, plant in plants.items():
+        copy = shutil.copytree(sound, folder / "faulty")
+        plant(copy)
+        try:
+            pass_gates(target, reference, copy)
+            passed.append(title)
+        except GateError:
+            pass
+        shutil.rmtree(copy)
+    return passed
+
+
+def pass_gates(target, reference, folder):
+    """Seal the folder as the export does, and open it; the gate on logits would find nothing more here."""
+    write_manifest(folder, ExportAttempt(target, reference, folder, ["cpu"]).describe_folder(folder / MODEL_FILE))
+    check_weights(target, reference, folder)
+    check_folder(target, reference, folder, "cpu")
+
+
+def repack(folder, parameter, change):
+    """Change the numbers of a packed parameter."""
+    proto = onnx.load(folder / MODEL_FILE)
+    (tensor,) = [tensor for tensor in proto.graph.initializer if parameter in parameters_of(tensor)]
+    packed = np.frombuffer(tensor.raw_data, np.uint8)
+    header = packing.read_header(packed)
+    array = packing.unpack(packed)
+    if header.rows == 1:
+        array = array[0]
+    changed = change(array)
+    assert not np.array_equal(changed, array)
+    content = packing.pack(parameter, changed, header.values, table=header.gap_bits == 0)
+    tensor.raw_data = content.tobytes()
+    tensor.dims[0] = len(content)
+    onnx.save(proto, folder / MODEL_FILE)

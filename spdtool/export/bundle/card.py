@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import JsonValue
@@ -14,22 +14,56 @@ from spdtool.models.student import PRETRAINED
 from spdtool.recipe.fields import Recipe
 from spdtool.run.records import Variant
 
-USAGE = """
+PYTHON = """
 ## Use
 
 ```python
 import spdtool  # needs neither torch nor transformers
 
 classify = spdtool.load("FOLDER")
-classify({example})
+print(classify({arguments}))  # {answer}
 ```
 
-Or with plain onnxruntime and tokenizers (`selftest.py` is a worked example), or with transformers.js:
+`selftest.py` is a worked example with plain onnxruntime and tokenizers. With transformers and onnxruntime:
+
+```python
+import numpy as np
+import onnxruntime
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+session = onnxruntime.InferenceSession("FOLDER/{model}")
+encoding = tokenizer({arguments}, truncation=True, return_tensors="np")
+names = [value.name for value in session.get_inputs()]
+logits = session.run(None, {{name: encoding[name].astype(np.int64) for name in names}})[0]
+print({decision})
+```
+"""
+# The pipeline of transformers.js reads one text and drops a second one without a word.
+PIPELINE = """
+With transformers.js (`dtype` is one of {dtypes}):
 
 ```js
-const classify = await pipeline("text-classification", "FOLDER", {{ dtype: "fp32" }}); // {dtypes}
-```
+import {{ pipeline }} from "@huggingface/transformers";
 
+const classify = await pipeline("text-classification", "FOLDER", {{ dtype: "{dtype}" }});
+console.log(await classify({arguments}));
+```
+"""
+MODEL = """
+With transformers.js (`dtype` is one of {dtypes}); its pipeline for text classification {reason}:
+
+```js
+import {{ AutoTokenizer, AutoModelForSequenceClassification }} from "@huggingface/transformers";
+
+const tokenizer = await AutoTokenizer.from_pretrained("FOLDER");
+const model = await AutoModelForSequenceClassification.from_pretrained("FOLDER", {{ dtype: "{dtype}" }});
+const inputs = await tokenizer({arguments});
+const {{ logits }} = await model(inputs);
+console.log({decision});
+```
+"""
+SELFTEST_NOTE = """
 `python selftest.py` replays `golden.json`, sentences of the dev set with the logits of the checkpoint, on every file
 whose libraries are there, and checks every sha256 of `manifest.json`.
 """
@@ -57,12 +91,36 @@ def render_card(recipe: Recipe, variants: Mapping[str, Variant], config: Mapping
         "",
         *_measured_table(variants),
     ]
-    example = '"one text"'
-    if len(find_dataset(recipe).text) == 2:
-        example = '"first text", "second text"'
     files = [variant.file for variant in variants.values()]
-    dtypes = ", ".join(f'"{dtype}"' for file, dtype in DTYPES.items() if file in files)
-    return "\n".join(lines) + "\n" + USAGE.format(example=example, dtypes=dtypes)
+    return "\n".join(lines) + "\n" + _usage(len(find_dataset(recipe).text), list(labels.values()), files)
+
+
+def _usage(texts: int, labels: Sequence[JsonValue], files: Sequence[str]) -> str:
+    """Render the snippets that are right for this kind of task.
+
+    Args:
+        texts: of a row, one or two.
+        labels: names, in the order of the logits; a single one: the model predicts a number.
+        files: models, the portable one first.
+    """
+    pairs, number = texts == 2, len(labels) == 1
+    dtypes = [dtype for file, dtype in DTYPES.items() if file in files]
+    arguments, script_arguments = '"one text"', '"one text"'
+    if pairs:
+        arguments = '"first text", "second text"'
+        script_arguments = '"first text", { text_pair: "second text" }'
+    decision = f"{json.dumps(labels, ensure_ascii=False)}[logits[0].argmax()]"
+    script_decision = "model.config.id2label[logits.data.indexOf(Math.max(...logits.data))]"
+    if number:
+        decision, script_decision = "float(logits[0, 0])", "logits.data[0]"
+    answer = "a number" if number else f"one of {', '.join(map(str, labels))}"
+    usage = PYTHON.format(arguments=arguments, answer=answer.replace("\n", " "), model=files[0], decision=decision)
+    script = {"dtypes": ", ".join(f"`{dtype}`" for dtype in dtypes), "dtype": dtypes[0]}
+    if not pairs and not number:
+        return usage + PIPELINE.format(arguments=script_arguments, **script) + SELFTEST_NOTE
+    reason = "takes no second text" if pairs else "turns a number into a probability"
+    script |= {"arguments": script_arguments, "decision": script_decision, "reason": reason}
+    return usage + MODEL.format(**script) + SELFTEST_NOTE
 
 
 def _metadata(recipe: Recipe, title: str, variant: Variant) -> list[str]:
@@ -117,18 +175,26 @@ def _base_model(recipe: Recipe) -> str | None:
 
 def _measured_table(variants: Mapping[str, Variant]) -> list[str]:
     """One row for each file; the change is that against the checkpoint on the same dev set."""
-    lines = [
-        "| file | runs on | bytes | zeros | dev score | change | predictions flipped |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    first = next(iter(variants.values()))
+    change = "predictions flipped"
+    if first.rank_correlation is not None:
+        change = "largest change, mean change, rank correlation"
+    lines = [f"| file | runs on | bytes | zeros | dev score | change | {change} |", "|---|---|---|---|---|---|---|"]
     for variant in variants.values():
         scores = ["-", "-", "-"]
         if variant.dev is not None and variant.checkpoint_dev is not None:
             score, before = variant.dev["score"], variant.checkpoint_dev["score"]
-            scores = [f"{score:.4f}", f"{score - before:+.4f}", f"{variant.flipped} of {variant.rows}"]
+            scores = [f"{score:.4f}", f"{score - before:+.4f}", _prediction_change(variant)]
         runs_on = "any"
         if variant.library is not None:
             runs_on = f"{variant.hardware}, with {variant.library.distribution}"
         cells = [f"`{variant.file}`", runs_on, f"{variant.bytes:,}", f"{variant.sparsity:.2%}", *scores]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _prediction_change(variant: Variant) -> str:
+    if variant.rank_correlation is None:
+        return f"{variant.flipped} of {variant.rows}"
+    largest = max(variant.largest_change or 0.0, variant.largest_difference or 0.0)
+    return f"{largest:.1e}, {variant.mean_change:.1e}, {variant.rank_correlation:.6f}"

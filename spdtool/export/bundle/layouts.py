@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from spdtool.errors import ModelError, StageMissing, UnknownName
-from spdtool.export.bundle.read import MANIFEST, read_golden_examples, read_json_object, read_manifest
+from spdtool.export.bundle.manifest import MANIFEST, read_json_object, read_manifest
+from spdtool.export.bundle.read import read_golden_examples
 from spdtool.export.bundle.unpack import require_empty_folder
 from spdtool.export.bundle.write import BUNDLE_FOLDER, PORTABLE_TARGET
 from spdtool.run.folder import Run

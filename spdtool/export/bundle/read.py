@@ -1,20 +1,15 @@
 """Open an exported folder on a disk, without its target and without torch.
 
-    config.json  tokenizer.json  tokenizer_config.json  onnx/model.onnx        every target
-    manifest.json                                                              where a folder needs explaining
-    onnx/model_*.onnx  lib/  golden.json  selftest.py  README.md               the bundle of a run
+    config.json  tokenizer.json  tokenizer_config.json  onnx/model.onnx  manifest.json        every target
+    onnx/model_*.onnx  lib/  golden.json  selftest.py  README.md                             the bundle of a run
 
-A manifest of format 1 names the target of the folder, its model file and, where the model needs
-custom operators, their library. One of format 2 lists the variants of a bundle: see `write`. Their
-contents are `FolderManifest` and `BundleManifest` in `run.records`.
-
-A folder may come from a stranger. What its manifest says is checked, and nothing in the folder is
-ever run because of it.
+The manifest names the model file and, where the model needs custom operators, their library: see
+`manifest`. Every file that is read is held against its sha256 first. A folder may come from a
+stranger. What its manifest says is checked, and nothing in the folder is ever run because of it.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,22 +17,24 @@ from pathlib import Path
 from pydantic import JsonValue, ValidationError
 
 from spdtool.errors import ModelError, UnknownName
+from spdtool.export.bundle.manifest import COPY_AGAIN, MANIFEST, path_inside, read_json_object, read_manifest
 from spdtool.run.fingerprint import sha256
 from spdtool.run.records import (
     BundleManifest,
-    FileCheck,
     FileDigest,
     FolderManifest,
     GoldenExamples,
     LibraryRecord,
 )
 
-MANIFEST = "manifest.json"
 GOLDEN_FILE = "golden.json"
-FOLDER_FORMAT = 1
-BUNDLE_FORMAT = 2
 MODEL_FILE = "onnx/model.onnx"
 SHARED_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
+# Further files that transformers reads beside a tokenizer. One that is not listed was added later.
+TOKENIZER_FILES = (
+    "added_tokens.json", "merges.txt", "special_tokens_map.json", "spiece.model", "tokenizer.model",
+    "sentencepiece.bpe.model", "vocab.json", "vocab.txt",
+)  # fmt: skip
 STUDENT = "student"
 NO_LIMIT = 10**9  # a tokenizer without a limit writes a number above this as its model_max_length
 DEFAULT_LENGTH = 512  # where neither the tokenizer nor the model says how long an input may be
@@ -52,7 +49,6 @@ OFFSET_POSITIONS = {
     "roberta-prelayernorm",
     "xlm-roberta",
 }
-COPY_AGAIN = "copy the folder again"
 WHAT_TO_GIVE = "give what `spdtool export` wrote, such as RUN/export/student"
 
 
@@ -78,42 +74,47 @@ class Bundle:
     text: tuple[str, ...] | None = None
 
 
-def read_bundle(folder: Path) -> Bundle:
+def read_bundle(folder: Path, *, unverified: bool = False) -> Bundle:
     """Read the model in `folder`, or in its `student`; of several variants, the portable one.
 
+    Args:
+        unverified: open a folder without a manifest too, such as one that others exported.
+
     Raises:
-        ModelError: it is no exported folder; its manifest is damaged, or newer than this spdtool; a
-            file is missing, or is not the one that was exported.
+        ModelError: it is no exported folder; its manifest is missing, damaged, or newer than this
+            spdtool; a file is missing, or is not the one that was exported.
     """
     folder = _find_exported_folder(folder)
-    manifest = read_manifest(folder)
+    manifest = _read_manifest_of(folder, unverified=unverified)
     if isinstance(manifest, BundleManifest):
         return _read_variant(folder, manifest, _portable_variant(manifest))
-    model = _path_inside(folder, manifest.model)
+    model = path_inside(folder, manifest.model)
     _require_model(folder, model)
-    for name, expected in manifest.files.items():
-        file = _path_inside(folder, name)
-        if file.is_file():
-            _require_unchanged(file, expected)
-    return Bundle(folder, model, manifest.target or None, manifest.library)
+    if (folder / MANIFEST).is_file():  # else it is opened unverified
+        _require_listed(folder, {*manifest.files, *SHARED_FILES, manifest.model}, manifest.files, manifest.library)
+    text = tuple(manifest.text) if manifest.text else None
+    return Bundle(folder, model, manifest.target or None, manifest.library, text=text)
 
 
-def list_usable_variants(folder: Path, variant: str | None = None, provider: str = "cpu") -> Iterator[Bundle]:
+def list_usable_variants(
+    folder: Path, variant: str | None = None, provider: str = "cpu", *, unverified: bool = False
+) -> Iterator[Bundle]:
     """Yield what `folder` offers on a provider, the best first; each one's files are checked when it is reached.
 
     Args:
         variant: yield this one alone.
+        unverified: as in `read_bundle`.
 
     Raises:
         UnknownName: there is no such variant.
         ModelError: as `read_bundle`.
     """
     folder = _find_exported_folder(folder)
-    manifest = read_manifest(folder)
+    manifest = _read_manifest_of(folder, unverified=unverified)
     if isinstance(manifest, FolderManifest):
         if variant is not None:
             raise UnknownName("variant", variant, (), f"{folder} holds one model only: leave the variant out")
-        yield read_bundle(folder)
+        yield read_bundle(folder, unverified=unverified)
         return
     if variant is not None and variant not in manifest.variants:
         raise UnknownName("variant", variant, manifest.variants)
@@ -122,39 +123,6 @@ def list_usable_variants(folder: Path, variant: str | None = None, provider: str
         names = [variant]
     for name in names:
         yield _read_variant(folder, manifest, name)
-
-
-def read_manifest(folder: Path) -> FolderManifest | BundleManifest:
-    """Read manifest.json; a folder without one has a single model at the usual place.
-
-    Raises:
-        ModelError: it is damaged, or newer than this spdtool.
-    """
-    file = folder / MANIFEST
-    if not file.is_file():
-        return FolderManifest()
-    value = read_json_object(file)
-    if value.get("format") == BUNDLE_FORMAT:
-        try:  # strictly: a number in place of a text is damage, not a text
-            return BundleManifest.model_validate(value, strict=True)
-        except ValidationError:
-            message = f"{file} is damaged: files, variants and prefer do not fit together"
-            raise ModelError(message, COPY_AGAIN) from None
-    if value.get("format") != FOLDER_FORMAT:
-        hint = f"it is damaged: {COPY_AGAIN}"
-        if isinstance(value.get("format"), int):
-            hint = "install a newer spdtool"
-        raise ModelError(
-            f"{file} has the format {value.get('format')!r}; this spdtool reads {FOLDER_FORMAT} and {BUNDLE_FORMAT}",
-            hint,
-        )
-    if value.get("library") and not value.get("target"):
-        raise ModelError(f"{file} names a library and no target that needs it", "export it again")
-    try:
-        return FolderManifest.model_validate(value, strict=True)
-    except ValidationError as error:
-        wrong = ", ".join(dict.fromkeys(str(problem["loc"][0]) for problem in error.errors()))
-        raise ModelError(f"{file} is damaged: {wrong} is of the wrong type", "export it again") from None
 
 
 def read_golden_examples(folder: Path) -> GoldenExamples:
@@ -172,21 +140,6 @@ def read_golden_examples(folder: Path) -> GoldenExamples:
         raise ModelError(f"{file} is damaged: {where}: {problem['msg']}", COPY_AGAIN) from None
 
 
-def read_json_object(file: Path) -> dict[str, JsonValue]:
-    """Read the object in a JSON file.
-
-    Raises:
-        ModelError: the file cannot be read, or holds something else.
-    """
-    try:
-        value = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{file} cannot be read: {error}", COPY_AGAIN) from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{file} holds no JSON object", COPY_AGAIN)
-    return value
-
-
 def longest_input(config: Mapping[str, JsonValue], tokenizer_config: Mapping[str, JsonValue]) -> int:
     """Longest input in tokens that both the tokenizer and the position embeddings allow."""
     positions = config.get("max_position_embeddings")
@@ -197,7 +150,7 @@ def longest_input(config: Mapping[str, JsonValue], tokenizer_config: Mapping[str
             positions -= pad
     limits = []
     for limit in (positions, tokenizer_config.get("model_max_length")):
-        if isinstance(limit, int | float) and 0 < limit < NO_LIMIT:
+        if isinstance(limit, int | float) and not isinstance(limit, bool) and 0 < limit < NO_LIMIT:
             limits.append(int(limit))
     return min(limits, default=DEFAULT_LENGTH)
 
@@ -226,6 +179,13 @@ def _find_exported_folder(folder: Path) -> Path:
     return folder
 
 
+def _read_manifest_of(folder: Path, *, unverified: bool) -> FolderManifest | BundleManifest:
+    """Read the manifest; where there is no model at all, say that rather than that there is no manifest."""
+    if not (folder / MANIFEST).exists():
+        _require_model(folder, folder / MODEL_FILE)
+    return read_manifest(folder, unverified=unverified)
+
+
 def _portable_variant(manifest: BundleManifest) -> str:
     return next(name for name, variant in manifest.variants.items() if variant.file == manifest.model)
 
@@ -233,18 +193,9 @@ def _portable_variant(manifest: BundleManifest) -> str:
 def _read_variant(folder: Path, manifest: BundleManifest, name: str) -> Bundle:
     """Read one variant and check its files; those of the others are not looked at."""
     variant = manifest.variants[name]
-    model = _path_inside(folder, variant.file)
+    model = path_inside(folder, variant.file)
     _require_model(folder, model)
-    files = {*SHARED_FILES, *variant.files}
-    if variant.library is not None:
-        # The library in the folder is never run: see `export.classifier`.
-        files.discard(variant.library.file or "")
-    for file_name in files:
-        file = _path_inside(folder, file_name)
-        if file.is_file() != (file_name in manifest.files):
-            raise ModelError(f"{folder} lacks {file_name}, or its {MANIFEST} says nothing of it", COPY_AGAIN)
-        if file.is_file():
-            _require_unchanged(file, manifest.files[file_name])
+    _require_listed(folder, {*SHARED_FILES, *variant.files}, manifest.files, variant.library)
     text = tuple(manifest.text) if manifest.text else None
     return Bundle(folder, model, variant.target, variant.library, tuple(manifest.variants), text)
 
@@ -256,22 +207,29 @@ def _require_model(folder: Path, model: Path) -> None:
             raise ModelError(message, _exported_folder_hint(folder, model))
 
 
-def _require_unchanged(file: Path, expected: FileCheck | FileDigest) -> None:
+def _require_listed(
+    folder: Path, names: set[str], digests: Mapping[str, FileDigest], library: LibraryRecord | None
+) -> None:
+    """Raise ModelError unless each of these files is listed and unchanged, or neither listed nor there."""
+    if library is not None:
+        # The library in the folder is never run: see `export.classifier`.
+        names = names - {library.file}
+    for name in sorted(names.union(TOKENIZER_FILES)):
+        file = path_inside(folder, name)
+        if file.is_file() != (name in digests):
+            raise ModelError(f"{folder} lacks {name}, or its {MANIFEST} says nothing of it", COPY_AGAIN)
+        if name in digests:
+            _require_unchanged(file, digests[name])
+
+
+def _require_unchanged(file: Path, expected: FileDigest) -> None:
     """Raise ModelError if a file is not the one in the manifest: other numbers open just as well."""
     hint = "copy the folder again, or export it again"
     size = file.stat().st_size  # first: it costs nothing, and names the commonest damage
-    if expected.bytes is not None and size != expected.bytes:
+    if size != expected.bytes:
         raise ModelError(f"{file} has {size} bytes; {MANIFEST} says {expected.bytes}", hint)
-    if expected.sha256 is not None and sha256(file) != expected.sha256:
+    if sha256(file) != expected.sha256:
         raise ModelError(f"{file} is damaged or was changed: its sha256 is not the one in {MANIFEST}", hint)
-
-
-def _path_inside(folder: Path, name: str) -> Path:
-    file = folder / name
-    # Resolved, because a link inside the folder may lead out of it.
-    if not file.resolve().is_relative_to(folder.resolve()):
-        raise ModelError(f"{folder / MANIFEST} names a file outside its folder: {name}", "do not use this folder")
-    return file
 
 
 def _exported_folder_hint(folder: Path, model: Path) -> str:

@@ -136,6 +136,8 @@ def test_bundle(folder: Path, libraries: dict[str, str], *, only_named: bool) ->
     """
     manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
     failures = check_files(folder, manifest["files"])
+    if not has_own_digest(manifest):
+        failures.append({"file": "manifest.json", "what": "is damaged: its digest is not that of its fields"})
     # A damaged model is not run: a crash in native code would end the test.
     bad_files = {failure["file"] for failure in failures}
     report: Report = {"files": len(manifest["files"]), "failures": failures, "variants": {}}
@@ -156,6 +158,12 @@ def test_bundle(folder: Path, libraries: dict[str, str], *, only_named: bool) ->
         if outcome["state"] == "failed":
             failures.append({"file": variant["file"], "what": outcome["why"]})
     return report
+
+
+def has_own_digest(manifest: dict[str, object]) -> bool:
+    """Whether `digest` is the hash of all other fields."""
+    fields = {name: value for name, value in manifest.items() if name != "digest"}
+    return manifest.get("digest") == hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def check_files(folder: Path, digests: dict[str, FileDigest]) -> list[Failure]:

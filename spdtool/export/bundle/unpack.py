@@ -25,18 +25,16 @@ def unpack_checkpoint(folder: Path, out: Path) -> Path:
     """
     bundle = read_bundle(folder)
     require_empty_folder(out)
-    target = get_target(bundle.target or "onnx")  # the portable target writes no manifest
+    target = get_target(bundle.target or "onnx")
     if not target.rounds_weights:
-        origin = "has no manifest.json: a plain ONNX export"
-        if bundle.target:
-            origin = f"was written by the target {bundle.target!r}"
         raise ModelError(
-            f"{bundle.folder} {origin}, which cannot be unpacked",
-            "the checkpoint of a run is in RUN/finetune; of another target's export, manifest.json has to be there",
+            f"{bundle.folder} was written by the target {target.name!r}, which cannot be unpacked",
+            "the checkpoint of a run is in RUN/finetune",
         )
     model = build_empty_model(bundle.folder, finetuned=True, device="cpu", has_weights=False)
     # Weights that the file lacks would stay random: the checkpoint would open and answer nonsense.
-    missing = fill_weights(model, target.stored_weights(bundle.folder))
+    stored = target.stored_weights(bundle.folder)
+    missing = fill_weights(model, ((name, array) for name, array, *_ in stored))
     if missing:
         raise ModelError(
             f"{bundle.model} lacks {len(missing)} of the weights of the model that its config.json describes, "

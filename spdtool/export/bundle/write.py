@@ -9,13 +9,11 @@
       golden.json                 sentences of the dev set with the logits of the checkpoint in torch
       selftest.py  README.md      replays golden.json on every variant; a model card
 
-By the names of the files transformers.js finds a `dtype`. Files are hard links to those of the
-stage where the file system has them, else copies.
+By the names of the files transformers.js finds a `dtype`. Files are copies, so the bundle can be edited.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from importlib import metadata
@@ -27,24 +25,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spdtool.data.dataset import find_dataset
 from spdtool.errors import ModelError
 from spdtool.export.bundle.card import render_card
+from spdtool.export.bundle.manifest import CARD, digest_files, read_json_object, write_manifest
 from spdtool.export.bundle.read import (
     GOLDEN_FILE,
-    MANIFEST,
     SHARED_FILES,
     STUDENT,
     longest_input,
     read_bundle,
-    read_json_object,
 )
 from spdtool.export.target import get_target
 from spdtool.models.load import label_names, load_model, load_tokenizer
 from spdtool.recipe.fields import Recipe
-from spdtool.run.fingerprint import sha256
 from spdtool.run.records import (
     BundleManifest,
     ExportedModel,
     ExportResult,
-    FileDigest,
     GoldenExamples,
     GoldenRow,
     Padding,
@@ -55,7 +50,7 @@ from spdtool.tasks import find_task
 
 BUNDLE_FOLDER = "bundle"
 PORTABLE_TARGET = "onnx"
-SELFTEST, CARD = "selftest.py", "README.md"
+SELFTEST = "selftest.py"
 GOLDEN_ROWS = 20  # enough to see a fault, and tested in a second
 HARDWARE = ("cpu", "cuda", "web")  # for each of them the manifest says which variants to prefer
 TOLERANCE_FACTOR = 2.0  # times the largest change on the dev set: another machine rounds in another order
@@ -66,6 +61,8 @@ MEASURED_FIELDS = {
     "dev",
     "checkpoint_dev",
     "flipped",
+    "mean_change",
+    "rank_correlation",
     "rows",
     "largest_difference",
     "largest_change",
@@ -97,18 +94,17 @@ def write_bundle(export: Path, checkpoint: Path, recipe: Recipe, result: ExportR
         exported = result.targets[name].student
         # A model's second file is found by the name that the first one holds, so only one such model fits in a folder.
         if len(exported.files) == 1 or name == PORTABLE_TARGET:
-            variants[name] = _link_variant(folder, name, source, exported, recipe)
+            variants[name] = _copy_variant(folder, name, source, exported, recipe)
     for file_name in SHARED_FILES:
         if (portable / file_name).is_file():
-            _link(portable / file_name, folder / file_name)
+            _copy(portable / file_name, folder / file_name)
     golden = make_golden_examples(checkpoint, folder, recipe)
     write_json(folder / GOLDEN_FILE, golden.model_dump(mode="json", exclude_defaults=True))
     shutil.copyfile(Path(__file__).with_name(SELFTEST), folder / SELFTEST)
     card = render_card(recipe, variants, read_json_object(folder / "config.json"))
     (folder / CARD).write_text(card, "utf-8")
     # Last, because it holds the digests of all the others.
-    manifest = _make_manifest(folder, variants, recipe)
-    write_json(folder / MANIFEST, manifest.model_dump(mode="json", exclude_none=True))
+    write_manifest(folder, _make_manifest(folder, variants, recipe))
     return None
 
 
@@ -171,21 +167,23 @@ def _student_folders(export: Path, result: ExportResult) -> dict[str, Path]:
     return folders
 
 
-def _link_variant(folder: Path, name: str, source: Path, exported: ExportedModel, recipe: Recipe) -> Variant:
+def _copy_variant(folder: Path, name: str, source: Path, exported: ExportedModel, recipe: Recipe) -> Variant:
     """Put the files of one variant into the bundle, and describe it."""
     bundle = read_bundle(source)
-    stem = get_target(name).bundle_stem or f"model_{re.sub('[^a-z0-9]+', '_', name.lower())}"
-    model = f"onnx/{stem}.onnx"
-    _link(bundle.model, folder / model)
+    model = f"onnx/{get_target(name).bundle_stem}.onnx"
+    # A target that is derived from another one may have inherited its stem, and must not replace its file.
+    if not get_target(name).bundle_stem or (folder / model).exists():
+        model = f"onnx/model_{re.sub('[^a-z0-9]+', '_', name.lower())}.onnx"
+    _copy(bundle.model, folder / model)
     files = [model, *exported.files[1:]]
     for file_name in exported.files[1:]:
-        _link(source / file_name, folder / file_name)
+        _copy(source / file_name, folder / file_name)
     hardware = "any"
     if bundle.library is not None:
         assert bundle.library.file is not None, "a target names the library that it wrote"
         hardware = f"cpu, {bundle.library.platform}"
         files.append(bundle.library.file)
-        _link(source / bundle.library.file, folder / bundle.library.file)
+        _copy(source / bundle.library.file, folder / bundle.library.file)
     # Rounding is meant to move logits: the self-test must allow for it.
     largest_change = max(exported.largest_difference, exported.largest_change or 0.0)
     return Variant(
@@ -205,10 +203,6 @@ def _make_manifest(folder: Path, variants: dict[str, Variant], recipe: Recipe) -
         # The portable variant is the last resort everywhere.
         names = [name for name in variants if hardware in get_target(name).preferred_on]
         prefer[hardware] = [name for name in (*names, PORTABLE_TARGET) if _runs_on(variants[name], hardware)]
-    digests = {}
-    for file in sorted(folder.rglob("*")):
-        if file.is_file() and file.name != CARD:  # a card is there to be edited
-            digests[file.relative_to(folder).as_posix()] = FileDigest(bytes=file.stat().st_size, sha256=sha256(file))
     return BundleManifest(
         spdtool=metadata.version("spdtool"),
         task=recipe.task,
@@ -218,7 +212,7 @@ def _make_manifest(folder: Path, variants: dict[str, Variant], recipe: Recipe) -
         model=variants[PORTABLE_TARGET].file,
         prefer=prefer,
         variants=variants,
-        files=digests,
+        files=digest_files(folder),
     )
 
 
@@ -227,12 +221,9 @@ def _runs_on(variant: Variant, hardware: str) -> bool:
     return hardware != "cuda" or variant.target == PORTABLE_TARGET or "cuda" in variant.providers
 
 
-def _link(source: Path, destination: Path) -> None:
+def _copy(source: Path, destination: Path) -> None:
+    """Copy a file. Never a hard link: who edits the bundle would change what the stage recorded."""
     if not source.is_file():
         raise ModelError(f"{source} is missing", "export again")
     destination.parent.mkdir(parents=True, exist_ok=True)
-    destination.unlink(missing_ok=True)
-    try:
-        os.link(source, destination)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(source, destination)
+    shutil.copyfile(source, destination)

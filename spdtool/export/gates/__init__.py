@@ -1,10 +1,13 @@
 """Export a checkpoint, and let the files pass the gates in this order:
 
     operators   the file has only operators of the domains that its target names (here)
-    weights     every zero of the checkpoint's prunable matrices is a zero of the file (`weights`)
+    weights     every weight is the checkpoint's, position by position, up to its format's rounding (`weights`)
     logits      the file computes the checkpoint's logits on real rows, and on shapes from (1, 1) to
                 the longest input, padded on either side (`logits`)
-    score       the file has the checkpoint's dev score, within the budget (`score`)
+    folder      opened from disk as a stranger would, configuration, tokenizer, labels and padding are the
+                checkpoint's (`folder`)
+    score       read from texts through that folder, the file has the checkpoint's dev score, within the
+                budget (`score`)
 
 Each gate returns what it measured, or raises a GateError.
 
@@ -26,6 +29,8 @@ import onnx
 from spdtool import console
 from spdtool.data.tokens import Batch, Encoded
 from spdtool.errors import DeviceError, GateError, RecipeError
+from spdtool.export.bundle.manifest import digest_files, write_manifest
+from spdtool.export.gates.folder import check_folder
 from spdtool.export.gates.logits import check_logits
 from spdtool.export.gates.reference import Reference
 from spdtool.export.gates.score import (
@@ -37,11 +42,11 @@ from spdtool.export.gates.score import (
     metric_over_budget,
 )
 from spdtool.export.gates.search import SearchResult, search_float32_modules
-from spdtool.export.gates.weights import check_zeros
+from spdtool.export.gates.weights import check_weights
 from spdtool.export.graph.fuse import operator_domains
-from spdtool.export.target import Rounding, Target
+from spdtool.export.target import SMALLEST, Rounding, StorageFormats, Target
 from spdtool.models.predict import torch_forward
-from spdtool.run.records import ExportedModel
+from spdtool.run.records import ExportedModel, FolderManifest, LibraryRecord
 
 DAMAGE_ROWS = 64  # of the dev set: enough to rank layers by the damage of their rounding, and quick
 DAMAGE_BATCH = 16  # rows
@@ -59,14 +64,20 @@ def export_and_check(target: Target, reference: Reference, folder: Path, provide
 
     Raises:
         DeviceError: none of the providers runs the target's files.
-        GateError: operators, weights, logits or score differ from the checkpoint's.
+        GateError: operators, weights, logits, folder or score differ from the checkpoint's.
         RecipeError: the target is calibrated on rows of a task, and there is no task.
     """
     supported = [name for name in providers if name in target.providers]
     if not supported:
         there, here = ", ".join(target.providers), ", ".join(providers)
         raise DeviceError(f"the target runs on {there}; what works here is {here}")
-    attempt = ExportAttempt(target, reference, folder, supported)
+    *smaller, last = storage_choices(target, reference)
+    for formats in smaller:
+        try:
+            return ExportAttempt(target, reference.with_storage(formats), folder, supported).run()
+        except ScoreBudgetExceeded as error:
+            console.say(f"  {error.message}: stored less coarsely")
+    attempt = ExportAttempt(target, reference.with_storage(last), folder, supported)
     try:
         return attempt.run()
     except ScoreBudgetExceeded as error:
@@ -74,6 +85,23 @@ def export_and_check(target: Target, reference: Reference, folder: Path, provide
         if len(modules) < 2:  # all of a single one in float32 would be another target
             raise
         return _export_with_float32_modules(attempt, modules, error)
+
+
+def storage_choices(target: Target, reference: Reference) -> list[StorageFormats]:
+    """List the storage formats to try, the smallest first; one, where the recipe says which.
+
+    Without a dev set nothing tells what rounding costs, and the target's default is all.
+    """
+    section = reference.recipe.export
+    asked = StorageFormats(section.values, section.embeddings)
+    if not target.packs or reference.dev.task is None or SMALLEST not in asked:
+        return [asked]
+    choices = []
+    for smallest in (StorageFormats("int8", "int8"), StorageFormats("fp16", "int8"), StorageFormats("fp16", "fp16")):
+        matrices = smallest.matrices if asked.matrices == SMALLEST else asked.matrices
+        embeddings = smallest.embeddings if asked.embeddings == SMALLEST else asked.embeddings
+        choices.append(StorageFormats(matrices, embeddings))
+    return list(dict.fromkeys(choices))
 
 
 @dataclass(frozen=True)
@@ -86,13 +114,30 @@ class ExportAttempt:
     providers: list[str]
 
     def write(self, float32_modules: tuple[str, ...] = ()) -> list[Path]:
-        """Write the folder anew, and return the files that hold the model."""
+        """Write the folder anew, its manifest last, and return the files that hold the model."""
         shutil.rmtree(self.folder, ignore_errors=True)  # files of another try must not be left among them
         calibration_rows = self.reference.dev.calibration_rows
         if self.target.calibrates and calibration_rows is None:
             raise RecipeError("this target is calibrated on rows of a task, and none was given", "--task or --data")
         rounding = Rounding(float32_modules, calibration_rows)
-        return self.target.export_rounded(self.reference.checkpoint, self.folder, self.reference.recipe, rounding)
+        recipe = self.reference.recipe
+        files = self.target.export_rounded(self.reference.checkpoint, self.folder, recipe, rounding)
+        write_manifest(self.folder, self.describe_folder(files[0]))
+        return files
+
+    def describe_folder(self, model: Path) -> FolderManifest:
+        """Describe the finished folder, for its manifest."""
+        task, library = self.reference.dev.task, self.target.library_record(self.folder)
+        formats = self.target.storage_formats(self.reference.recipe)
+        return FolderManifest(
+            target=self.target.name,
+            model=model.relative_to(self.folder).as_posix(),
+            library=None if library is None else LibraryRecord.model_validate(library),
+            text=None if task is None else list(task.dataset.text),
+            values=formats.matrices,
+            embeddings=formats.embeddings,
+            files=digest_files(self.folder),
+        )
 
     def run(self, float32_modules: tuple[str, ...] = ()) -> ExportedModel:
         """Write the folder and pass it through the gates; raises as `export_and_check`."""
@@ -103,8 +148,9 @@ class ExportAttempt:
 
         # From cheap to dear: each gate may assume what the ones before it have shown.
         check_operators(target, files[0])
-        new_zeros = check_zeros(target.count_zeros(folder), zero_counts, allow_more=target.rounds_arithmetic)
+        new_zeros = check_weights(target, reference, folder)
         logits = check_logits(target, reference, folder, self.providers)
+        check_folder(target, reference, folder, self.providers[-1])
 
         zeros = sum(count.zeros for count in zero_counts.values())
         size = sum(count.size for count in zero_counts.values())
@@ -144,7 +190,11 @@ def check_operators(target: Target, file: Path) -> None:
 def record_scores(exported: ExportedModel, comparison: DevComparison) -> None:
     """Add what was measured on the dev sets."""
     exported.dev, exported.checkpoint_dev = comparison.file_scores, comparison.checkpoint_scores
-    exported.flipped, exported.worse = comparison.flipped, comparison.worsened
+    if comparison.number_change:
+        exported.mean_change = comparison.number_change["mean_change"]
+        exported.rank_correlation = comparison.number_change["rank_correlation"]
+    else:
+        exported.flipped, exported.worse = comparison.flipped, comparison.worsened
     exported.rows = comparison.rows
     if exported.rounds:  # that rounding moves logits is no fault of the file
         exported.largest_change = comparison.largest_change

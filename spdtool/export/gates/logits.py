@@ -153,7 +153,7 @@ def _deviation_batches(target: Target, reference: Reference) -> list[tuple[str, 
 
 def _fill_stored_weights(model: PreTrainedModel, target: Target, folder: Path) -> PreTrainedModel:
     try:
-        fill_weights(model, target.stored_weights(folder))
+        fill_weights(model, ((name, array) for name, array, *_ in target.stored_weights(folder)))
     except ModelError as error:  # the checkpoint is sound: the export is at fault
         raise GateError(f"the exported file holds other weights than its checkpoint: {error.message}") from None
     return model

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -10,15 +11,17 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from spdtool.data import tokens as data
+from spdtool.data.dataset import Rows
 from spdtool.data.tokens import Batch, Encoded
 from spdtool.export.gates.batches import longest_supported_input, make_comparison_batches
+from spdtool.export.target import StorageFormats
 from spdtool.models.config import check_problem_type
 from spdtool.models.layers import find_prunable_weights, max_positions
 from spdtool.models.load import label_names, load_model, load_tokenizer
 from spdtool.models.predict import Forward, predict, torch_forward
 from spdtool.recipe.fields import Recipe
 from spdtool.run.records import ZeroCount
-from spdtool.tasks import CheckRows, Task, prepare_data
+from spdtool.tasks import CheckRows, Task, prepare_rows
 
 DevLogits = dict[str, np.ndarray]
 """Name of a dev set to logits [rows, labels]."""
@@ -32,11 +35,13 @@ class DevSets:
         task: None where no task was given.
         splits: dev sets by name; without a task, one called `dev` that has no rows.
         calibration_rows: some training rows; None without a task.
+        texts: the rows of `splits` before they were tokenized.
     """
 
     task: Task | None
     splits: dict[str, Encoded]
     calibration_rows: Encoded | None = None
+    texts: dict[str, Rows] = field(default_factory=dict)
 
     def predict(self, forward: Forward) -> DevLogits:
         """Compute the logits of every dev set."""
@@ -47,20 +52,22 @@ def prepare_dev_sets(checkpoint: Path, recipe: Recipe, check_rows: CheckRows | N
     """Encode the dev sets of the recipe's task, and some training rows, for a checkpoint.
 
     Args:
-        check_rows: as in `tasks.prepare_data`.
+        check_rows: as in `tasks.prepare_rows`.
 
     Raises:
         DataError, ModelError: data, tokenizer and model do not fit together.
     """
     model = load_model(checkpoint)
-    task, splits = prepare_data(recipe, load_tokenizer(checkpoint), label_names(model), check_rows)
+    task, rows = prepare_rows(recipe, label_names(model), check_rows)
     check_problem_type(checkpoint, model.config, task.problem_type)
-    dev_splits = {name: rows for name, rows in splits.items() if name.startswith("dev")}
+    texts = {name: split for name, split in rows.items() if name.startswith("dev")}
+    splits = task.encode(load_tokenizer(checkpoint), rows, recipe.max_length)
+    dev_splits = {name: splits[name] for name in texts}
     # Here, because the exported graph checks nothing: a token beyond the table reads other memory.
     data.check_lengths(dev_splits, max_positions(model))
     data.check_vocabulary(dev_splits, model.config.vocab_size)
     calibration_rows = splits["train"].sample(recipe.export.calibration, recipe.seed)
-    return DevSets(task, dev_splits, calibration_rows)
+    return DevSets(task, dev_splits, calibration_rows, texts)
 
 
 class Reference:
@@ -77,11 +84,27 @@ class Reference:
         self._batch_logits: dict[str, dict[int, np.ndarray]] = {}
         self._dev_logits: dict[str, DevLogits] = {}
 
+    def with_storage(self, formats: StorageFormats) -> Reference:
+        """Return the same reference, whose recipe stores weights in these formats; what was computed is shared."""
+        section = self.recipe.export
+        if formats == (section.values, section.embeddings):
+            return self
+        _ = self.batches  # before it is copied: their logits are stored by the identity of a batch
+        export = section.model_copy(update={"values": formats.matrices, "embeddings": formats.embeddings})
+        other = copy.copy(self)
+        other.recipe = self.recipe.model_copy(update={"export": export})
+        return other
+
     def load_model(self, provider: str = "cpu", *, eager: bool = False) -> PreTrainedModel:
         """Load the model anew; the caller may change it."""
         model = load_model(self.checkpoint, eager=eager)
         model.to(provider)  # type: ignore[arg-type]
         return model
+
+    @cached_property
+    def label_names(self) -> list[str]:
+        """Labels in the order of the logits."""
+        return label_names(self.load_model())
 
     @cached_property
     def longest_input(self) -> int:

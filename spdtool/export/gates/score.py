@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from spdtool.data.tokens import Encoded
 from spdtool.errors import GateError
+from spdtool.export.gates.folder import open_classifier, opens_by_load, predict_from_texts
 from spdtool.export.gates.reference import DevLogits, Reference
 from spdtool.export.target import Target
 from spdtool.recipe.fields import Recipe
-from spdtool.run.records import Scores
+from spdtool.run.records import Scores, describe_prediction_change
 from spdtool.tasks import Task
 
 
@@ -25,6 +26,7 @@ class DevComparison:
         flipped: predictions that differ, among `rows`.
         largest_change: of a logit.
         worsened: predictions that were right and are wrong now; for regression, all that changed.
+        number_change: `mean_change` and `rank_correlation` of dev, for regression.
     """
 
     file_scores: Scores
@@ -33,6 +35,14 @@ class DevComparison:
     rows: int
     largest_change: float
     worsened: int = 0
+    number_change: dict[str, float] = field(default_factory=dict)
+
+    def describe(self) -> str:
+        """Say how predictions changed."""
+        if self.number_change:
+            change = describe_prediction_change(None, None, **self.number_change)
+            return f"largest change {self.largest_change:.2g}, {change}"
+        return f"{describe_prediction_change(self.flipped, self.rows, None, None)}, {self.worsened} for the worse"
 
 
 class ScoreBudgetExceeded(GateError):
@@ -64,16 +74,24 @@ def check_score(target: Target, reference: Reference, folder: Path, provider: st
     raise ScoreBudgetExceeded(
         f"the exported file has {metric} {comparison.file_scores[metric]:.4f} on the dev set; "
         f"its checkpoint has {comparison.checkpoint_scores[metric]:.4f} "
-        f"({comparison.flipped} of {comparison.rows} predictions flipped, {comparison.worsened} for the worse)",
+        f"({comparison.describe()})",
         hint,
     )
 
 
 def compare_on_dev_sets(target: Target, reference: Reference, folder: Path, provider: str) -> DevComparison:
-    """Predict the dev sets with the files in `folder`, and compare with the checkpoint."""
+    """Predict the dev sets with the files in `folder`, from texts by `spdtool.load`, and compare with the checkpoint.
+
+    Raises:
+        GateError: tokens or answers are others than those of the checkpoint.
+    """
     dev, tolerance = reference.dev, reference.recipe.export.tolerance
     assert dev.task is not None, "there is no score without a task"
-    file_logits = dev.predict(target.session(folder, provider))
+    if dev.texts and opens_by_load(target, reference):
+        classifier = open_classifier(folder, provider)
+        file_logits = predict_from_texts(classifier, dev, reference.recipe.max_length, reference.label_names)
+    else:
+        file_logits = dev.predict(target.session(folder, provider))
     return compare_predictions(dev.task, reference.dev_logits(provider), file_logits, dev.splits, tolerance)
 
 
@@ -103,6 +121,7 @@ def compare_predictions(
         rows=sum(len(rows) for rows in splits.values()),
         largest_change=largest_change,
         worsened=worsened,
+        number_change=task.measure_change(checkpoint_logits["dev"], file_logits["dev"]),
     )
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -27,8 +26,7 @@ TRANSPOSED = ".T"
 PARAMETERS = "parameters"
 SIDE_BY_SIDE = "packed"
 QUANTIZED = "_quantized"
-FP16_HALF_STEP = 2.0**-11  # as a share of a normal number
-LEAST_FP16 = 6e-8  # a weight that is not zero never becomes zero by rounding, but the least number there is
+INT8_LEVELS = 127  # int8 numbers on either side of zero
 SPARSE_BYTES = 12  # bytes of one weight in a sparse constant: eight for its index, four for its value
 
 Fingerprint = tuple[str, tuple[int, ...], bytes]
@@ -39,48 +37,29 @@ class StoredWeight(NamedTuple):
 
     Attributes:
         array: float32, in the parameter's orientation.
-        largest_error: what its storage format may round, for each weight or for all.
+        storage: type of the stored numbers: `fp32`, `fp16` or `int8`.
+        scale_axis: axis of the parameter along which the scales of int8 differ; None: one scale for all.
+        levels: int8 numbers on either side of zero.
     """
 
     name: str
     array: np.ndarray
-    largest_error: np.ndarray | float
+    storage: str = "fp32"
+    scale_axis: int | None = None
+    levels: int = INT8_LEVELS
 
 
-def read_weights(proto: onnx.ModelProto, *, parameters_only: bool = False) -> Iterator[StoredWeight]:
-    """Decode the constants of a file, one at a time; a parameter that is stored twice comes twice.
+def read_weights(proto: onnx.ModelProto) -> Iterator[StoredWeight]:
+    """Decode the parameters of a file, one constant at a time; a parameter that is stored twice comes twice.
 
-    Args:
-        parameters_only: skip constants that metadata does not say to be parameters.
+    Constants that metadata does not say to be parameters are skipped.
     """
     tensors = tensors_by_name(proto.graph)
     for tensor in proto.graph.initializer:
-        # `_decode` reads these together with the constant that they belong to.
-        is_scale = tensor.name.endswith(("_scale", "_zero_point"))
-        if not is_scale and (tensor.metadata_props or not parameters_only):
-            array, largest_error = _decode(tensor, tensors)
-            yield from _split_parameters(tensor, array, largest_error)
+        if tensor.metadata_props:  # scales have none: `_decode` reads them with their constant
+            yield from _split_parameters(tensor, _decode(tensor, tensors))
     for sparse in proto.graph.sparse_initializer:
-        yield from _split_parameters(sparse.values, densify(sparse), 0.0)
-
-
-def read_parameters(file: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield `(parameter, float32 array)` of every parameter in a file, each once."""
-    names = set[str]()
-    for name, array, _ in read_weights(onnx.load(file), parameters_only=True):
-        if name not in names:
-            names.add(name)
-            yield name, array
-
-
-def count_file_zeros(file: Path) -> dict[str, tuple[int, int]]:
-    """Count `(zeros, size)` of every parameter in an ONNX file; one that is stored twice has the fewer zeros."""
-    counts: dict[str, tuple[int, int]] = {}
-    for name, array, _ in read_weights(onnx.load(file)):
-        count = (int(array.size - np.count_nonzero(array)), int(array.size))
-        # The fewer zeros: one copy that lost its zeros is a fault, whatever the other one has.
-        counts[name] = min(counts.get(name, count), count)
-    return counts
+        yield from _split_parameters(sparse.values, StoredWeight(sparse.values.name, densify(sparse)))
 
 
 def fingerprint(array: np.ndarray) -> Fingerprint:
@@ -130,51 +109,49 @@ def use_sparse_constants(proto: onnx.ModelProto) -> int:
     return len(proto.graph.sparse_initializer)
 
 
-def _decode(tensor: TensorProto, tensors: dict[str, TensorProto]) -> tuple[np.ndarray, np.ndarray | float]:
-    """Decode a constant to float32, with the largest rounding error of each weight."""
+def _decode(tensor: TensorProto, tensors: dict[str, TensorProto]) -> StoredWeight:
+    """Decode a constant to float32; the axis is that of the constant."""
     array = numpy_helper.to_array(tensor)
     stem = tensor.name.removesuffix(QUANTIZED)
     if stem != tensor.name and f"{stem}_scale" in tensors:
         scale = numpy_helper.to_array(tensors[f"{stem}_scale"])
         zero_point = numpy_helper.to_array(tensors[f"{stem}_zero_point"])
         widened = (array.astype(np.float32) - zero_point.astype(np.float32)) * scale
-        # Half a step; there is one scale for each column of a matrix product.
-        return widened, np.broadcast_to(scale / 2, array.shape)
+        # The quantizer gives each column of a matrix product a scale of its own.
+        scale_axis = array.ndim - 1 if scale.ndim else None
+        return StoredWeight(tensor.name, widened, "int8", scale_axis)
     if array.dtype == np.float16:
-        widened = array.astype(np.float32)
-        return widened, np.abs(widened) * FP16_HALF_STEP + LEAST_FP16
-    return array, 0.0
+        return StoredWeight(tensor.name, array.astype(np.float32), "fp16")
+    return StoredWeight(tensor.name, array)
 
 
-def _split_parameters(
-    tensor: TensorProto, array: np.ndarray, largest_error: np.ndarray | float
-) -> Iterator[StoredWeight]:
+def _split_parameters(tensor: TensorProto, constant: StoredWeight) -> Iterator[StoredWeight]:
     """Yield the parameters that one constant stores."""
     metadata = metadata_of(tensor)
     if SIDE_BY_SIDE in metadata:
-        yield from _split_columns(metadata[SIDE_BY_SIDE], array, largest_error)
+        yield from _split_columns(metadata[SIDE_BY_SIDE], constant)
         return
     stem = tensor.name.removesuffix(QUANTIZED)
     name = stem.removesuffix(TRANSPOSED)
     for parameter in metadata.get(PARAMETERS, name).split():
-        yield _oriented(parameter, array, largest_error, transposed=name != stem)
+        yield _oriented(parameter, constant, transposed=name != stem)
 
 
-def _split_columns(layout: str, array: np.ndarray, largest_error: np.ndarray | float) -> Iterator[StoredWeight]:
+def _split_columns(layout: str, constant: StoredWeight) -> Iterator[StoredWeight]:
     """Yield the parameters that stand side by side in one constant; `layout` is `name=columns name=columns ...`."""
     start = 0
     for entry in layout.split():
-        constant, _, columns = entry.rpartition("=")
+        column_name, _, columns = entry.rpartition("=")
         end = start + int(columns)
-        name = constant.removesuffix(TRANSPOSED)
-        error = largest_error if isinstance(largest_error, float) else largest_error[..., start:end]
-        yield _oriented(name, array[..., start:end], error, transposed=name != constant)
+        name = column_name.removesuffix(TRANSPOSED)
+        selected = constant._replace(array=constant.array[..., start:end])
+        yield _oriented(name, selected, transposed=name != column_name)
         start = end
 
 
-def _oriented(name: str, array: np.ndarray, largest_error: np.ndarray | float, *, transposed: bool) -> StoredWeight:
+def _oriented(name: str, constant: StoredWeight, *, transposed: bool) -> StoredWeight:
+    """Name the constant after its parameter, in the parameter's orientation."""
     if not transposed:
-        return StoredWeight(name, array, largest_error)
-    if isinstance(largest_error, float):
-        return StoredWeight(name, array.T, largest_error)
-    return StoredWeight(name, array.T, largest_error.T)
+        return constant._replace(name=name)
+    scale_axis = None if constant.scale_axis is None else 1 - constant.scale_axis
+    return constant._replace(name=name, array=constant.array.T, scale_axis=scale_axis)

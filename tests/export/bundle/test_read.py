@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -11,13 +10,8 @@ from typing import Any
 import pytest
 
 from spdtool.errors import ModelError, UnknownName
-from spdtool.export.bundle.read import (
-    list_usable_variants,
-    longest_input,
-    read_bundle,
-    read_golden_examples,
-    read_manifest,
-)
+from spdtool.export.bundle.manifest import digest_files, read_manifest, seal
+from spdtool.export.bundle.read import list_usable_variants, longest_input, read_bundle, read_golden_examples
 from spdtool.run.records import LibraryRecord
 
 
@@ -38,9 +32,13 @@ def write_folder_manifest(folder: Path, **changes: Any) -> None:
         "target": "sparse-cpu",
         "model": "onnx/model.onnx",
         "library": {"version": "0.1.0"},
-        "files": {"onnx/model.onnx": {"bytes": 3}},
+        "files": listed_files(folder),
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest | changes))
+    (folder / "manifest.json").write_text(json.dumps(seal(manifest | changes)))
+
+
+def listed_files(folder: Path) -> dict[str, Any]:
+    return {name: digest.model_dump() for name, digest in digest_files(folder).items()}
 
 
 def test_a_folder_with_a_manifest_is_what_the_manifest_says(folder: Path) -> None:
@@ -49,9 +47,12 @@ def test_a_folder_with_a_manifest_is_what_the_manifest_says(folder: Path) -> Non
     assert (bundle.target, bundle.library) == ("sparse-cpu", LibraryRecord(version="0.1.0"))
 
 
-def test_a_folder_without_a_manifest_holds_the_usual_model(folder: Path) -> None:
+def test_a_folder_without_a_manifest_is_opened_only_if_asked_for(folder: Path) -> None:
     (folder / "manifest.json").unlink()
-    bundle = read_bundle(folder)
+    with pytest.raises(ModelError, match=r"has no manifest.json: nothing says whether") as caught:
+        read_bundle(folder)
+    assert "--unverified" in str(caught.value.hint)
+    bundle = read_bundle(folder, unverified=True)
     assert (bundle.model, bundle.target, bundle.library) == (folder / "onnx/model.onnx", None, None)
 
 
@@ -64,6 +65,11 @@ def test_a_manifest_that_cannot_be_used_is_refused(folder: Path) -> None:
         ({"format": 3}, "has the format 3; this spdtool reads 1 and 2"),
         ({"format": 2}, "files, variants and prefer do not fit together"),
         ({"format": None}, "has the format None"),
+        ({"format": True}, "has the format True"),
+        ({"format": 1.0}, "has the format 1.0"),
+        ({"model": "onnx/\0.onnx"}, "names a file outside its folder"),
+        ({"files": {}}, "lacks config.json, or its manifest.json says nothing of it"),
+        ({"text": []}, "text is of the wrong type"),
         ({"model": "../../../model.onnx"}, "names a file outside its folder"),
         ({"model": "/etc/passwd"}, "names a file outside its folder"),
         ({"model": "onnx/gone.onnx"}, "has no onnx/gone.onnx"),
@@ -72,8 +78,11 @@ def test_a_manifest_that_cannot_be_used_is_refused(folder: Path) -> None:
         ({"target": None}, "names a library and no target"),
         ({"library": "lib.so"}, "library is of the wrong type"),
         ({"files": {"onnx/model.onnx": 3}}, "files is of the wrong type"),
-        ({"files": {"onnx/model.onnx": {"bytes": 4}}}, "has 3 bytes; manifest.json says 4"),
-        ({"files": {"onnx/model.onnx": {"bytes": 3, "sha256": 64 * "0"}}}, "is damaged or was changed: its sha256"),
+        ({"files": listed_files(folder) | {"onnx/model.onnx": {"bytes": 4, "sha256": ""}}}, "has 3 bytes; manifest"),
+        (
+            {"files": listed_files(folder) | {"onnx/model.onnx": {"bytes": 3, "sha256": ""}}},
+            "or was changed: its sha256",
+        ),
     ]
     for changes, message in faults:
         write_folder_manifest(folder, **changes)
@@ -82,8 +91,30 @@ def test_a_manifest_that_cannot_be_used_is_refused(folder: Path) -> None:
         assert caught.value.hint, message
 
 
+def test_a_manifest_whose_digest_is_another_is_refused(folder: Path) -> None:
+    sound = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(sound))
+    assert read_bundle(folder).target == "sparse-cpu", "only the layout changed"
+    for changes in ({"target": "onnx"}, {"digest": "0"}, {"more": 1}):
+        (folder / "manifest.json").write_text(json.dumps(sound | changes))
+        with pytest.raises(ModelError, match="its digest is not that of its fields"):
+            read_bundle(folder)
+
+
+def test_a_file_that_transformers_would_read_may_not_be_added(folder: Path) -> None:
+    (folder / "notes.txt").write_text("harmless")
+    (folder / "README.md").write_text("edited")
+    assert read_bundle(folder).target == "sparse-cpu"
+    for name in ("tokenizer.json", "special_tokens_map.json"):
+        (folder / name).write_text("{}")
+        with pytest.raises(ModelError, match=f"lacks {name}, or its manifest.json says nothing of it"):
+            read_bundle(folder)
+        (folder / name).unlink()
+
+
 def test_a_manifest_that_is_no_json_object_is_refused(folder: Path) -> None:
-    for content in (b"{nope", b"[1]", b"\xff\xfe"):
+    twice = (folder / "manifest.json").read_bytes().rstrip()[:-1] + b', "format": 1}'
+    for content in (b"{nope", b"[1]", b"\xff\xfe", b"", b"[" * 100_000, twice, b'{"format": NaN}'):
         (folder / "manifest.json").write_bytes(content)
         with pytest.raises(ModelError, match="manifest.json (cannot be read|holds no JSON object)"):
             read_bundle(folder)
@@ -140,12 +171,6 @@ class TestVariants:
         return folder
 
     def write(self, folder: Path, **changes: Any) -> None:
-        digests = {}
-        for file in folder.rglob("*"):
-            if file.is_file() and file.name != "manifest.json":
-                content = file.read_bytes()
-                digest = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-                digests[file.relative_to(folder).as_posix()] = digest
         manifest = {
             "format": 2,
             "model": "onnx/model.onnx",
@@ -159,9 +184,9 @@ class TestVariants:
                     "library": {"file": "lib/x.so"},
                 },
             },
-            "files": digests,
+            "files": listed_files(folder),
         }
-        (folder / "manifest.json").write_text(json.dumps(manifest | changes))
+        (folder / "manifest.json").write_text(json.dumps(seal(manifest | changes)))
 
     def test_the_best_comes_first_and_reading_gives_the_portable_one(self, bundle_folder: Path) -> None:
         assert [bundle.target for bundle in list_usable_variants(bundle_folder)] == ["sparse", "onnx"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -44,6 +43,7 @@ def export(tmp_path: Path, toys: ModuleType, checkpoint: Path, rounded: Any) -> 
     def make(values: str = "fp32") -> Path:
         folder: Path = tmp_path / "export" / "student"
         rounded().export(checkpoint, folder, toys.recipe(f"export.values={values}"))
+        toys.seal(folder, target="rounded")
         return folder
 
     return make
@@ -85,21 +85,23 @@ def test_nothing_is_overwritten(export: Export, tmp_path: Path) -> None:
 
 def test_a_target_without_stored_weights_is_refused(checkpoint: Path, tmp_path: Path, toys: ModuleType) -> None:
     Onnx().export(checkpoint, tmp_path / "plain", toys.recipe())
-    with pytest.raises(ModelError, match="has no manifest.json: a plain ONNX export, which cannot be unpacked"):
+    with pytest.raises(ModelError, match=r"has no manifest.json"):
+        unpack_checkpoint(tmp_path / "plain", tmp_path / "out")
+    toys.seal(tmp_path / "plain")
+    with pytest.raises(ModelError, match="was written by the target 'onnx', which cannot be unpacked"):
         unpack_checkpoint(tmp_path / "plain", tmp_path / "out")
 
 
-def test_a_target_that_is_not_installed_is_named(export: Export, tmp_path: Path) -> None:
+def test_a_target_that_is_not_installed_is_named(export: Export, tmp_path: Path, toys: ModuleType) -> None:
     folder = export()
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"target": "nowhere"}))
+    toys.seal(folder, target="nowhere")
     with pytest.raises(UnknownName, match="'nowhere'"):
         unpack_checkpoint(folder, tmp_path / "out")
 
 
 def test_weights_that_do_not_fit_the_model_are_refused(export: Export, tmp_path: Path, rounded: Any) -> None:
     folder = export()
-    weights = dict(rounded().stored_weights(folder))
+    weights = {stored.name: stored.array for stored in rounded().stored_weights(folder)}
     missing = {name: array for name, array in weights.items() if name != BIAS}
     faults = {
         f"lacks 1 of the weights .* among them {BIAS}": missing,

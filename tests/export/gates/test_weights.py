@@ -1,65 +1,173 @@
-"""The gate on weights: zeros, and the weights that a file stores."""
+"""The gate on weights: every stored weight is the checkpoint's, up to the rounding of its format."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 
+from spdtool.data import tokens as data
 from spdtool.errors import GateError
-from spdtool.export.gates.weights import check_stored_weights, check_zeros
+from spdtool.export.gates.reference import DevSets, Reference
+from spdtool.export.gates.weights import check_weight, check_weights
 from spdtool.export.graph.weights import StoredWeight
-from spdtool.run.records import ZeroCount
+from spdtool.export.target import StorageFormats, Target
+from spdtool.models.load import load_model, save_model
+from spdtool.recipe.fields import Recipe
 
-EXPECTED = {"a": ZeroCount(5, 10), "b": ZeroCount(2, 4)}
 MATRIX = "bert.encoder.layer.0.output.dense.weight"
+TABLE = "bert.embeddings.word_embeddings.weight"
+BIAS = "bert.pooler.dense.bias"
+RANDOM = np.random.default_rng(0)
+WEIGHT = np.where(RANDOM.random((16, 24)) < 0.5, 0, RANDOM.normal(size=(16, 24))).astype(np.float32)
 
 
-def test_equal_zeros_pass_whatever_else_the_file_has() -> None:
-    assert check_zeros({"a": (5, 10), "b": (2, 4), "other": (0, 1)}, EXPECTED) == 0
+def rounded_rows(weight: np.ndarray, levels: int = 127, clip: float = 1.0) -> np.ndarray:
+    """Round to int8 with one scale a row; `clip` is the share of the largest weight that is kept."""
+    scale = clip * np.abs(weight).max(axis=1, keepdims=True) / levels
+    return np.asarray(np.clip(np.rint(weight / scale), -levels, levels) * scale, np.float32)
 
 
-def test_other_zeros_are_refused() -> None:
-    cases = {
-        "a: the exported file has 4 zeros among 10 weights; the checkpoint has 5 among 10": {"a": (4, 10), "b": (2, 4)},
-        "b: the exported file has 3 zeros among 4 weights; the checkpoint has 2 among 4": {"a": (5, 10), "b": (3, 4)},
-        "b: the exported file has 2 zeros among 5 weights; the checkpoint has 2 among 4": {"a": (5, 10), "b": (2, 5)},
-        "a (and 1 more): the exported file has no such matrix; the checkpoint has 5 among 10": {},
+def planted_faults(rounding: Callable[[np.ndarray], np.ndarray]) -> dict[str, np.ndarray]:
+    """Faults that no rounding explains, in a weight that was rounded otherwise."""
+    stored = rounding(WEIGHT)
+    noise = WEIGHT + (WEIGHT != 0) * 0.05 * np.abs(WEIGHT).mean() * RANDOM.normal(size=WEIGHT.shape)
+    signs, filled, lost, not_finite = stored.copy(), stored.copy(), stored.copy(), stored.copy()
+    signs[:2] *= -1
+    filled[tuple(np.argwhere(WEIGHT == 0)[0])] = 1e-12
+    lost[np.unravel_index(np.abs(WEIGHT).argmax(), WEIGHT.shape)] = 0
+    not_finite[tuple(np.argwhere(WEIGHT != 0)[0])] = np.nan
+    return {
+        "noise": rounding(noise.astype(np.float32)),
+        "scaled": stored * np.float32(1.01),
+        "two rows' signs": signs,
+        "permuted rows": stored[::-1],
+        "a filled zero": filled,
+        "a lost weight": lost,
+        "not finite": not_finite,
+        "another shape": stored[1:],
     }
-    for message, counts in cases.items():
-        with pytest.raises(GateError) as caught:
-            check_zeros(counts, EXPECTED)
-        assert caught.value.message == message
 
 
-def test_small_weights_may_become_zero_where_they_are_rounded_and_are_counted() -> None:
-    assert check_zeros({"a": (7, 10), "b": (3, 4)}, EXPECTED, allow_more=True) == 3
-    with pytest.raises(GateError, match="has 4 zeros"):
-        check_zeros({"a": (4, 10), "b": (2, 4)}, EXPECTED, allow_more=True)
-
-
-def test_stored_weights_may_differ_by_their_rounding_and_no_more(toys: ModuleType) -> None:
-    model = toys.bert()
-    weight = model.get_parameter(MATRIX)
-    weight.data[0] = 0.0
-    array = weight.detach().numpy().copy()
-
-    def check(changed: np.ndarray, largest_error: float = 1e-3) -> None:
-        check_stored_weights([StoredWeight(MATRIX, changed, largest_error), StoredWeight("other", array, 0.0)], model)
-
-    within = np.where(array == 0, 0, array + np.float32(9e-4))
-    check(within)
-    beyond, not_finite, filled = array.copy(), array.copy(), array.copy()
-    beyond[1, :2] += 2e-3
-    not_finite[1, 0] = np.nan
-    filled[0, :3] = 1e-30
-    faults = {
-        f"2 of {array.size} weights in the exported file are further from": beyond,
-        f"1 of {array.size} weights in the exported file are further from": not_finite,
-        "other numbers in place of 3 zeros": filled,
-        "holds shape": array[1:],
+def test_what_the_format_rounds_passes_and_every_planted_fault_is_refused() -> None:
+    formats: dict[str, tuple[Callable[[np.ndarray], np.ndarray], StoredWeight]] = {
+        "fp32": (np.copy, StoredWeight("w", WEIGHT)),
+        "fp16": (lambda weight: weight.astype(np.float16).astype(np.float32), StoredWeight("w", WEIGHT, "fp16")),
+        "int8": (rounded_rows, StoredWeight("w", WEIGHT, "int8", 0)),
+        "7 bits": (lambda weight: rounded_rows(weight, 64), StoredWeight("w", WEIGHT, "int8", 0, 64)),
     }
-    for message, changed in faults.items():
+    for name, (rounding, stored) in formats.items():
+        check_weight(stored._replace(array=rounding(WEIGHT)), WEIGHT)
+        for fault, array in planted_faults(rounding).items():
+            try:
+                check_weight(stored._replace(array=array), WEIGHT)
+            except GateError:
+                continue
+            pytest.fail(f"{name}: {fault} passed")
+
+
+def test_the_step_is_that_of_the_checkpoint_and_not_of_the_file() -> None:
+    """A scale that is ten times too coarse rounds to its own grid; the checkpoint's largest weight says otherwise."""
+    coarse = rounded_rows(WEIGHT, 12)
+    with pytest.raises(GateError, match="than int8 rounds"):
+        check_weight(StoredWeight("w", coarse, "int8", 0), WEIGHT)
+
+
+def test_a_small_weight_may_be_raised_to_one_step_but_not_more() -> None:
+    weight = np.array([[1.0, 1e-4, -1e-9, 0.5]], np.float32)
+    step = np.float32(1 / 127)
+    raised = np.array([[1.0, step, -step, 64 * step]], np.float32)
+    check_weight(StoredWeight("w", raised, "int8", 0), weight)
+    half = weight.astype(np.float16).astype(np.float32)
+    half[0, 2] = -(2.0**-24)
+    check_weight(StoredWeight("w", half, "fp16"), weight)
+    for fault in (raised * [[1, 2, 1, 1]], raised * [[1, -1, 1, 1]]):
+        with pytest.raises(GateError, match="1 of 4 weights"):
+            check_weight(StoredWeight("w", fault.astype(np.float32), "int8", 0), weight)
+
+
+def test_clipping_has_to_be_said_and_stays_bounded() -> None:
+    clipped = StoredWeight("w", rounded_rows(WEIGHT, clip=0.9), "int8", 0)
+    share = np.count_nonzero(np.abs(clipped.array - WEIGHT) > 0.01) / WEIGHT.size
+    assert 0 < share < 0.1
+    check_weight(clipped, WEIGHT, clipped_share=0.1)
+    with pytest.raises(GateError, match="further from"):
+        check_weight(clipped, WEIGHT)
+    with pytest.raises(GateError, match="further from"):
+        check_weight(clipped, WEIGHT, clipped_share=share / 2)
+    negated = np.where(np.abs(WEIGHT) > 1, -clipped.array, clipped.array)
+    with pytest.raises(GateError, match="further from"):
+        check_weight(clipped._replace(array=negated), WEIGHT, clipped_share=0.1)
+
+
+class Storing(Target):
+    """A target that stores the given weights."""
+
+    def __init__(self, weights: list[StoredWeight], formats: StorageFormats) -> None:
+        self.weights, self.formats = weights, formats
+        self.rounds_weights = self.rounds_arithmetic = formats.matrices != "fp32"
+
+    def stored_weights(self, folder: Path) -> list[StoredWeight]:
+        return self.weights
+
+    def storage_formats(self, recipe: Recipe) -> StorageFormats:
+        return self.formats
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> Reference:
+    folder, model = tmp_path_factory.mktemp("weights"), toys.bert()
+    model.bert.pooler.dense.bias.data += 1
+    save_model(model, toys.tokenizer(), folder)
+    rows = data.encode_splits(toys.tokenizer(), {"dev": toys.rows(4)}, 32)
+    return Reference(folder, DevSets(None, rows), Recipe())
+
+
+def test_every_parameter_has_to_be_there_in_every_copy_and_as_asked_for(reference: Reference, tmp_path: Path) -> None:
+    exact = StorageFormats("fp32", "fp32")
+    parameters = dict(load_model(reference.checkpoint).named_parameters())
+    arrays = {name: parameter.detach().numpy() for name, parameter in parameters.items()}
+    weights = {name: StoredWeight(name, array) for name, array in arrays.items()}
+
+    def check(changes: dict[str, StoredWeight | None], formats: StorageFormats = exact) -> int:
+        stored = [weight for weight in (weights | changes).values() if weight is not None]
+        return check_weights(Storing(stored, formats), reference, tmp_path)
+
+    assert check({}) == 0
+    assert check({"bert.encoder.layer.0.output.dense.bias": None}) == 0, "one of zeros, which exporters leave out"
+    half = arrays[MATRIX].astype(np.float16).astype(np.float32)
+    as_half, as_int8 = StoredWeight(MATRIX, half, "fp16"), StoredWeight(MATRIX, half, "int8", 0)
+    assert check({MATRIX: as_half}, StorageFormats("fp16", "int8")) == 0
+    last_word = arrays[TABLE].copy()
+    last_word[-1] += 1
+    faults: list[tuple[str, dict[str, StoredWeight | None], StorageFormats]] = [
+        (f"{BIAS}: the exported file does not store it", {BIAS: None}, exact),
+        ("no such weight", {"other": StoredWeight("other", half)}, exact),
+        ("weights in the exported file are further", {"copy": StoredWeight(BIAS, arrays[BIAS] + 1e-6)}, exact),
+        ("32 of 800 weights", {TABLE: StoredWeight(TABLE, last_word)}, exact),
+        (f"{MATRIX}: the exported file stores it as fp16; fp32 was asked for", {MATRIX: as_half}, exact),
+        ("stores it as int8; fp16 was asked for", {MATRIX: as_int8}, StorageFormats("fp16", "int8")),
+    ]
+    for message, changes, formats in faults:
         with pytest.raises(GateError, match=message):
-            check(changed)
+            check(changes, formats)
+
+
+def test_weights_that_become_zero_are_counted_where_that_is_allowed(reference: Reference, tmp_path: Path) -> None:
+    weights = []
+    for name, parameter in load_model(reference.checkpoint).named_parameters():
+        array = parameter.detach().numpy().copy()
+        if name == MATRIX:
+            step = np.abs(array).max() / 127
+            array[np.abs(array) < 0.4 * step] = 0
+            expected = int(np.count_nonzero(array == 0))
+        weights.append(StoredWeight(name, array, "int8" if name == MATRIX else "fp32"))
+    assert expected > 0
+    target = Storing(weights, StorageFormats("int8", "int8"))
+    assert check_weights(target, reference, tmp_path) == expected
+    target.rounds_arithmetic = False
+    with pytest.raises(GateError, match=f"{expected} weights are zero in the exported file"):
+        check_weights(target, reference, tmp_path)

@@ -69,7 +69,7 @@ struct Model {
     EncoderShape shape;
     shape.heads = config.heads;
     shape.layers = config.layers;
-    shape.epsilon = 1e-5f;
+    shape.epsilon = epsilon;
     shape.activation = config.activation;
     shape.padding_id = config.padding_id;
     shape.token_types = config.token_types;
@@ -87,6 +87,7 @@ struct Model {
   }
 
   Config config;
+  float epsilon = 1e-5f;
   std::vector<Matrix> plain;
   std::vector<Bytes> packed;
 };
@@ -445,6 +446,15 @@ void bad_input() {
   CHECK(untouched == 5);
 }
 
+void bad_attributes() {
+  const Model good({"attributes", 20, 4, 36, 2}, 91);
+  for (const float bad : {std::nanf(""), INFINITY, -INFINITY, -1e-12f}) {
+    Model model = good;
+    model.epsilon = bad;
+    CHECK_REFUSED(PackedError, model.encoder(false), "no small number above zero");
+  }
+}
+
 void bad_weights() {
   const Model good({"weights", 20, 4, 36, 2}, 90);
   for (size_t i = 0; i < good.packed.size(); i++) {  // one more column, wherever it is
@@ -491,6 +501,7 @@ int main(int count, char** arguments) {
                      {"same bits for all threads", same_bits_for_all_threads},
                      {"two callers at once", two_callers_at_once},
                      {"bad input", bad_input},
+                     {"bad attributes", bad_attributes},
                      {"bad weights", bad_weights}},
                     count, arguments);
 }

@@ -1,0 +1,128 @@
+"""Faults planted into what every built-in target writes: the gates find each one."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from faults import FILE_FAULTS, WEIGHT_FAULTS
+from onnx import numpy_helper
+
+from spdtool.errors import GateError
+from spdtool.export.bundle.manifest import digest_files, write_manifest
+from spdtool.export.gates import ExportAttempt
+from spdtool.export.gates.folder import check_classifier, check_folder, open_classifier, predict_from_texts
+from spdtool.export.gates.reference import Reference, prepare_dev_sets
+from spdtool.export.gates.score import check_score
+from spdtool.export.gates.weights import check_weights
+from spdtool.export.target import MODEL_FILE, Target, get_target
+from spdtool.models.layers import find_prunable_weights
+from spdtool.models.load import load_tokenizer, save_model
+
+TARGETS = ("onnx", "onnx-ort", "onnx-fp16", "onnx-int8", "onnx-int8-static")
+
+
+@pytest.fixture
+def reference(tmp_path: Path, toys: ModuleType, toy_task: Callable[..., Any]) -> Reference:
+    """A BERT with zeros and named labels, and dev rows as texts."""
+    toy_task(dev=12)
+    names = {0: "bad", 1: "good"}
+    model = toys.bert(id2label=names, label2id={"bad": 0, "good": 1})
+    for weight in find_prunable_weights(model).values():
+        weight.data.view(-1)[np.arange(weight.numel()) % 4 > 1] = 0
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:  # the exporter leaves out a bias of zeros, and equal ones share a constant
+            parameter.data += 0.1 * torch.rand(len(parameter), generator=generator)
+    save_model(model, toys.tokenizer(), tmp_path / "checkpoint")
+    recipe = toys.recipe("export.sentences=4", "export.budget=1", "export.calibration=8")
+    return Reference(tmp_path / "checkpoint", prepare_dev_sets(tmp_path / "checkpoint", recipe), recipe)
+
+
+def pass_gates(target: Target, reference: Reference, folder: Path) -> None:
+    """Seal the folder as the export does, and open it; the gate on logits would find nothing more here."""
+    write_manifest(folder, ExportAttempt(target, reference, folder, ["cpu"]).describe_folder(folder / MODEL_FILE))
+    check_weights(target, reference, folder)
+    check_folder(target, reference, folder, "cpu")
+    check_score(target, reference, folder, "cpu")
+
+
+def change_weight(folder: Path, parameter: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Change the stored numbers of a parameter, in whatever type and orientation they are."""
+    proto = onnx.load(folder / MODEL_FILE)
+    names = {parameter + suffix for suffix in ("", ".T", "_quantized", ".T_quantized")}
+    (tensor,) = [tensor for tensor in proto.graph.initializer if tensor.name in names]
+    array = numpy_helper.to_array(tensor)
+    changed = np.ascontiguousarray(change(array), array.dtype)
+    assert not np.array_equal(changed, array)
+    tensor.raw_data = changed.tobytes()
+    onnx.save(proto, folder / MODEL_FILE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_planted_fault_is_found(name: str, reference: Reference, tmp_path: Path) -> None:
+    target = get_target(name)
+    sound = tmp_path / "sound"
+    ExportAttempt(target, reference, sound, ["cpu"]).write()
+    pass_gates(target, reference, sound)
+    passed = []
+    for title, plant in FILE_FAULTS.items():
+        folder = shutil.copytree(sound, tmp_path / "faulty")
+        plant(folder)
+        if not is_refused(target, reference, folder):
+            passed.append(title)
+        shutil.rmtree(folder)
+    for title, (parameter, change) in WEIGHT_FAULTS.items():
+        folder = shutil.copytree(sound, tmp_path / "faulty")
+        change_weight(folder, parameter, change)
+        if not is_refused(target, reference, folder):
+            passed.append(title)
+        shutil.rmtree(folder)
+    assert passed == []
+
+
+def is_refused(target: Target, reference: Reference, folder: Path) -> bool:
+    """Whether a gate finds the fault; any other error than GateError ends the test."""
+    try:
+        pass_gates(target, reference, folder)
+    except GateError:
+        return True
+    return False
+
+
+def test_a_model_of_another_checkpoint_in_the_folder_is_found_by_what_load_answers(
+    reference: Reference, tmp_path: Path
+) -> None:
+    """The session of a target may read another file than the one that its manifest names."""
+    target = get_target("onnx")
+    attempt = ExportAttempt(target, reference, tmp_path / "out", ["cpu"])
+    attempt.write()
+    shutil.copy(tmp_path / "out" / MODEL_FILE, tmp_path / "out/onnx/other.onnx")
+    change_weight(tmp_path / "out", "classifier.bias", lambda array: array + np.float32(1))
+    shutil.move(tmp_path / "out" / MODEL_FILE, tmp_path / "out/onnx/wrong.onnx")
+    shutil.move(tmp_path / "out/onnx/other.onnx", tmp_path / "out" / MODEL_FILE)
+    manifest = attempt.describe_folder(tmp_path / "out/onnx/wrong.onnx")
+    write_manifest(tmp_path / "out", manifest.model_copy(update={"files": digest_files(tmp_path / "out")}))
+    with pytest.raises(GateError, match="spdtool.load gives logits that differ by 1"):
+        check_folder(target, reference, tmp_path / "out", "cpu")
+
+
+def test_answers_that_are_lists_are_refused_where_one_label_was_scored(reference: Reference, tmp_path: Path) -> None:
+    attempt = ExportAttempt(get_target("onnx"), reference, tmp_path / "out", ["cpu"])
+    attempt.write()
+    classifier = open_classifier(tmp_path / "out", "cpu")
+    tokenizer = load_tokenizer(reference.checkpoint)
+    check_classifier(classifier, reference, tokenizer)
+    classifier.multi_label = True
+    with pytest.raises(GateError, match="predictions would be lists of labels"):
+        check_classifier(classifier, reference, tokenizer)
+    with pytest.raises(GateError, match=r"answers \['"):
+        predict_from_texts(classifier, reference.dev, 32, reference.label_names)
