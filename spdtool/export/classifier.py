@@ -418,10 +418,11 @@ def ordered_labels(config: Config) -> list[str]:
         ModelError: they are not numbered from 0, or two have one name.
     """
     by_index = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # transformers does not write the default
-    names = []
+    names: list[str] = []
     if isinstance(by_index, Mapping):
-        names = [by_index.get(str(index)) for index in range(len(by_index))]
-    if not names or not all(isinstance(name, str) for name in names):
+        values = (by_index.get(str(index)) for index in range(len(by_index)))
+        names = [name for name in values if isinstance(name, str)]
+    if not names or len(names) < len(by_index):
         raise ModelError(f"id2label of config.json does not number the labels from 0: {str(by_index)[:200]}")
     if len(set(names)) < len(names):
         raise ModelError(f"id2label of config.json gives two labels one name: {names}")

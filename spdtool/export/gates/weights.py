@@ -99,7 +99,7 @@ def largest_rounding(stored: StoredWeight, weight: np.ndarray) -> np.ndarray | f
         with np.errstate(over="ignore"):  # what fp16 cannot hold becomes infinite
             nearest = weight.astype(np.float16).astype(np.float32)
         return np.asarray(np.nan_to_num(np.abs(nearest - weight), posinf=0.0))
-    return _int8_step(stored, weight) * np.float32(0.5 + INT8_SLACK)
+    return np.asarray(_int8_step(stored, weight) * np.float32(0.5 + INT8_SLACK))
 
 
 def _int8_step(stored: StoredWeight, weight: np.ndarray) -> np.ndarray:
