@@ -175,7 +175,9 @@ def fuzz(
             except SpdError:
                 outcomes["refused"] += 1
                 continue
-            except Exception as error:  # this is what is looked for
+            except BaseException as error:  # this is what is looked for, panics of Rust code too
+                if isinstance(error, KeyboardInterrupt):
+                    raise
                 outcomes["traceback"] += 1
                 failures.append(f"{number}: {what}: {type(error).__name__}: {error}")
                 continue

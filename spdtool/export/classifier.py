@@ -21,7 +21,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from spdtool import plugins
-from spdtool.errors import DataError, DeviceError, ModelError, PluginError
+from spdtool.errors import DataError, DeviceError, ModelError, PluginError, first_line
 from spdtool.export import runtime
 from spdtool.export.bundle.manifest import read_json_object
 from spdtool.export.bundle.read import Bundle, list_usable_variants, longest_input
@@ -218,12 +218,19 @@ class Classifier:
 
         Raises:
             DataError: a text is not valid Unicode.
+            ModelError: the tokenizer is damaged.
         """
         inputs: list[Any] = list(texts) if seconds is None else list(zip(texts, seconds, strict=True))
         try:
             encodings = self._tokenizer.encode_batch(inputs)
         except TypeError:  # a str that is not valid Unicode
             raise DataError("a text cannot be encoded as UTF-8: it holds a lone surrogate") from None
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException as error:  # a panic of its Rust code is no Exception
+            raise ModelError(
+                f"the tokenizer fails on a text: {first_line(error)}", "tokenizer.json is damaged"
+            ) from None
         return [token_row(encoding.ids, encoding.type_ids) for encoding in encodings]
 
     def compute(self, rows: Sequence[TokenRow]) -> np.ndarray:

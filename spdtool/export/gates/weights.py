@@ -111,7 +111,8 @@ def _int8_step(stored: StoredWeight, weight: np.ndarray) -> np.ndarray:
 def _raised_from_zero(stored: StoredWeight, weight: np.ndarray) -> np.ndarray:
     """Which weights would have rounded to zero, and became the least number of the same sign instead."""
     if stored.storage == "fp16":
-        return (np.abs(weight) < LEAST_FP16) & (np.abs(stored.array) <= LEAST_FP16) & (stored.array * weight >= 0)
+        is_tiny = np.maximum(np.abs(weight), np.abs(stored.array)) <= LEAST_FP16
+        return np.asarray(is_tiny & (stored.array * weight >= 0))
     step = _int8_step(stored, weight)
     is_small = np.abs(weight) <= step * np.float32(0.5 + INT8_SLACK)
     is_one_step = np.abs(stored.array) <= step * np.float32(1 + INT8_SLACK)
