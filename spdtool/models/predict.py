@@ -58,11 +58,18 @@ def evaluate(
     task: Task, forward: Forward, splits: Mapping[str, Encoded], *, across_ranks: bool = False
 ) -> dict[str, float]:
     """Predict every dev set, and let the task score them; `across_ranks` as in `predict`."""
-    dev_logits = {}
+    return task.score_splits(predict_dev_sets(forward, splits, across_ranks=across_ranks), splits)
+
+
+def predict_dev_sets(
+    forward: Forward, splits: Mapping[str, Encoded], *, across_ranks: bool = False
+) -> dict[str, np.ndarray]:
+    """Return the logits [rows, labels] of every dev set by its name; `across_ranks` as in `predict`."""
+    logits = {}
     for name, rows in splits.items():
         if name == "dev" or name.startswith("dev_"):
-            dev_logits[name] = predict(forward, rows, across_ranks=across_ranks)
-    return task.score_splits(dev_logits, splits)
+            logits[name] = predict(forward, rows, across_ranks=across_ranks)
+    return logits
 
 
 def evaluate_split(task: Task, forward: Forward, rows: Encoded, *, across_ranks: bool = False) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from spdtool import console
 from spdtool.recipe import PHASES, STAGES
@@ -12,6 +12,8 @@ from spdtool.recipe.fields import Distilled, Recipe
 from spdtool.report import curves
 from spdtool.report.commands import commands_of
 from spdtool.report.curves import Curves, PhaseCurves
+from spdtool.report.records import RunRecords, TextTable, format_optional, format_score, read_records, text_table
+from spdtool.report.subject import class_scores, describe_subject, serving_commands
 from spdtool.run.fingerprint import sha256
 from spdtool.run.folder import RECORD, Run
 from spdtool.run.records import (
@@ -20,9 +22,7 @@ from spdtool.run.records import (
     ExportResult,
     LatencyRecord,
     LedgerEntry,
-    StageRecord,
     StudentRow,
-    TrainingResult,
     difference,
 )
 from spdtool.sweep import summary
@@ -37,24 +37,6 @@ MATRIX_COLUMNS = (
 GAP_COLUMNS = ("stage", "train", "dev", "gap")
 
 
-@dataclass
-class RunRecords:
-    """Records of the finished stages of a run, and their results by type."""
-
-    stages: dict[str, StageRecord] = field(default_factory=dict)
-    training: dict[str, TrainingResult] = field(default_factory=dict)
-    export: ExportResult | None = None
-    bench: BenchResult | None = None
-
-    @property
-    def last_phase(self) -> str | None:
-        """The last of the student's phases that is done."""
-        for phase in reversed(PHASES):
-            if phase in self.training:
-                return phase
-        return None
-
-
 @dataclass(frozen=True)
 class Tile:
     """One figure of the headline, and what has to be said with it."""
@@ -62,16 +44,6 @@ class Tile:
     name: str
     figure: str
     note: str
-
-
-@dataclass(frozen=True)
-class TextTable:
-    """A table with its cells as text; `words` tells which columns are no numbers."""
-
-    title: str
-    columns: list[str]
-    rows: list[list[str]]
-    words: list[bool]
 
 
 @dataclass(frozen=True)
@@ -117,6 +89,9 @@ class RunContent:
     tiles: list[Tile]
     stages: list[StageLine]
     phases: list[str]
+    subject: list[tuple[str, str]]
+    classes: TextTable
+    serving: list[str]
     gaps: TextTable
     bench: BenchContent | None
     commands: list[str]
@@ -135,28 +110,6 @@ class Comparison:
     failed: list[str]
     unfinished: list[str]
     summaries: list[Summary]
-
-
-def read_records(run: Run) -> RunRecords:
-    """Read the records of all finished stages, in their order.
-
-    Raises:
-        Corrupt: a stage's record cannot be read.
-    """
-    records = RunRecords()
-    for stage in STAGES:
-        if not run.done(stage):
-            continue
-        record = run.record(stage)
-        records.stages[stage] = record
-        match record.result:
-            case TrainingResult():
-                records.training[stage] = record.result
-            case ExportResult():
-                records.export = record.result
-            case BenchResult():
-                records.bench = record.result
-    return records
 
 
 def content_of(run: Run) -> RunContent:
@@ -179,6 +132,9 @@ def content_of(run: Run) -> RunContent:
         tiles=headline_tiles(row, records),
         stages=[_stage_line(run, stage, records) for stage in STAGES],
         phases=[describe_phase(phase, run.recipe) for phase in student.phases],
+        subject=describe_subject(run, records),
+        classes=class_scores(records),
+        serving=serving_commands(run),
         gaps=train_gaps(run, records),
         bench=bench_content(records.bench),
         commands=commands_of(run),
@@ -205,21 +161,24 @@ def compare(rows: Sequence[StudentRow]) -> Comparison:
 
 
 def headline_tiles(row: StudentRow, records: RunRecords) -> list[Tile]:
-    """Return the headline of a run: scores, zeros, and speed and size where they were measured."""
-    tiles = [Tile("teacher, dev", _score(row.teacher), _further_metrics(records, "teacher"))]
+    """Return the headline of a run: speed and size where they were measured, then scores and zeros."""
+    tiles: list[Tile] = []
+    if records.bench is not None and records.export is not None:
+        tiles += _bench_tiles(row, records.bench, records.export)
+    teacher = Tile("teacher, dev", format_score(row.teacher), _further_metrics(records, "teacher"))
     phase = records.last_phase
     if phase is None:
-        return tiles
+        return [*tiles, teacher]
     note = _further_metrics(records, phase)
     if phase != PHASES[-1]:  # a score on the way must not pass for the final one
         note = f"after {phase}; {note}"
-    tiles.append(Tile("student, dev", _score(row.student), note))
-    tiles.append(Tile("kept", _optional(row.retention, ".1%"), "student over teacher"))
+    tiles.append(
+        Tile("kept", format_optional(row.retention, ".1%"), "dev score of the student over that of the teacher")
+    )
+    tiles += [Tile("student, dev", format_score(row.student), note), teacher]
     if row.nonzeros is not None and row.weights:
         remaining = f"{row.nonzeros:,} of {row.weights:,} weights are left in the encoder's matrices"
         tiles.append(Tile("zeros", f"{1 - row.nonzeros / row.weights:.2%}", remaining))
-    if records.bench is not None and records.export is not None:
-        tiles += _bench_tiles(row, records.bench, records.export)
     return tiles
 
 
@@ -248,7 +207,9 @@ def train_gaps(run: Run, records: RunRecords) -> TextTable:
         train = result.train_score
         if stage == "teacher":  # a given teacher was scored on its training rows by the run that trained it
             train = trained_teacher(run).train_score
-        rows.append([stage, _score(train), _score(result.score), _score(difference(train, result.score))])
+        rows.append(
+            [stage, format_score(train), format_score(result.score), format_score(difference(train, result.score))]
+        )
     return text_table("scores x 100", GAP_COLUMNS, rows)
 
 
@@ -329,13 +290,6 @@ def environment_lines(records: RunRecords) -> list[tuple[str, str]]:
     return list(lines.items())
 
 
-def text_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> TextTable:
-    """Return a table for the template, its cells as text."""
-    texts = [list(map(console.format_cell, row)) for row in rows]
-    words = [not console.is_numeric(column) for column in zip(*texts, strict=True)]
-    return TextTable(title, list(columns), texts, words)
-
-
 def _bench_tiles(row: StudentRow, bench: BenchResult, exported: ExportResult) -> list[Tile]:
     model = exported.student
     if bench.best != "student":
@@ -365,8 +319,12 @@ def _stage_line(run: Run, stage: str, records: RunRecords) -> StageLine:
     steps = dev = train = sparsity = "-"
     if stage in records.training:
         result = records.training[stage]
-        steps, dev, train = console.format_cell(result.steps), _score(result.score), _score(result.train_score)
-        sparsity = _optional(result.sparsity, ".2%")
+        steps, dev, train = (
+            console.format_cell(result.steps),
+            format_score(result.score),
+            format_score(result.train_score),
+        )
+        sparsity = format_optional(result.sparsity, ".2%")
         if result.given:
             inputs = f"given: {result.given}"
     digest = sha256(run.path / stage / RECORD)[:8]
@@ -414,12 +372,3 @@ def _bound(ledger: Sequence[LedgerEntry], timed: LatencyRecord) -> str:
 
 def _threads(count: int) -> str:
     return "1 thread" if count == 1 else f"{count} threads"
-
-
-def _score(value: float | None) -> str:
-    return _optional(None if value is None else 100 * value, ".2f")
-
-
-def _optional(value: float | None, spec: str) -> str:
-    """Format a figure, or return a dash for None."""
-    return "-" if value is None else format(value, spec)

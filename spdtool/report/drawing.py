@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec
 
+from spdtool.escaping import make_visible
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -84,8 +86,8 @@ def figure_with_axes(size: tuple[float, float], heights: Sequence[float] = (1.0,
 
 
 def escape_dollars(text: str) -> str:
-    """Return text in which a dollar sign begins no formula."""
-    return text.replace("$", r"\$")
+    """Return text in which a dollar sign begins no formula, and no control character does anything."""
+    return make_visible(text).replace("$", r"\$")
 
 
 def save_png(figure: Figure, file: Path) -> Path:

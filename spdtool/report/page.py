@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spdtool.errors import RunError
+from spdtool.escaping import make_visible
 from spdtool.report.content import Comparison, RunContent, compare, content_of
 from spdtool.report.drawing import save_png, to_svg
 from spdtool.report.figures import pareto_figures, sparsity_figure, training_figure
@@ -144,12 +145,19 @@ def render(
         loader=jinja2.PackageLoader("spdtool", "report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        finalize=show_controls,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     style = files("spdtool.report").joinpath("page.css").read_text("utf-8")
     template = environment.get_template("page.html")
     return template.render(runs=runs, comparison=comparison, others=others, smoke=smoke, style=style)
+
+
+def show_controls(value: object) -> object:
+    """Spell out the control characters of a text: a bidirectional one would reorder the page around it."""
+    # Markup is ours; what is no text has no such characters.
+    return make_visible(value, lines=True) if type(value) is str else value
 
 
 def _add_run(folder: Path, row: StudentRow, runs: list[Run]) -> StudentRow:

@@ -107,10 +107,20 @@ class FitResult(Record):
     examples_per_second: float
 
 
+class ClassScores(Record):
+    """Scores of one class on the dev set; `rows` of it are gold."""
+
+    precision: float
+    recall: float
+    f1: float
+    rows: int
+
+
 class TrainingResult(Record):
     """Result of teacher, prune, distill or finetune.
 
     Attributes:
+        classes: dev scores of each class, by its name; empty where there are none.
         dev: scores of the saved weights. train: the same on a sample of training rows, where it is scored.
         given: source of a teacher that was not trained here.
         fit: None where nothing was trained.
@@ -119,6 +129,7 @@ class TrainingResult(Record):
 
     dev: Scores
     train: Scores | None = None
+    classes: dict[str, ClassScores] = Field(default_factory=dict)
     given: str | None = None
     fit: FitResult | None = None
     sparsity: float | None = None

@@ -158,8 +158,10 @@ def train_phase(run: Run, stage: str, student: Student) -> TrainingResult:
             ):
                 fitted = fit(student, lesson, rows, section, student.length, recipe, work, on_event)
         pruner.finalize()  # a live weight may have landed on exactly 0
-        dev, train = student.score()
-        work.result = result = TrainingResult(dev=dev, train=train, fit=fitted, sparsity=student.masks.sparsity())
+        dev, train, classes = student.score_classes()
+        work.result = result = TrainingResult(
+            dev=dev, train=train, classes=classes, fit=fitted, sparsity=student.masks.sparsity()
+        )
         student.save(work.folder)
         if ranks.is_main():
             lesson.save_projections(work.folder)

@@ -67,9 +67,9 @@ def teacher(run: Run) -> TrainingResult:
             track_events(recipe, run.path, "teacher", show) as on_event,
         ):
             fitted = fit(learner, lesson, encoded["train"], section, length, recipe, work, on_event)
-        dev, train = learner.score()
+        dev, train, classes = learner.score_classes()
         learner.save(work.folder)
-        work.result = result = TrainingResult(dev=dev, train=train, fit=fitted)
+        work.result = result = TrainingResult(dev=dev, train=train, classes=classes, fit=fitted)
     collectives.barrier()
     # Last: the hours are not lost, if the user accepts it.
     check_teacher_score(task, learner.splits["dev"].labels, dev["score"], recipe)
@@ -104,12 +104,12 @@ def copy_teacher(run: Run, source: str) -> TrainingResult:
         accelerator=accelerator,
     )
     with console.busy(f"measuring the given teacher {source}"):
-        dev, train = learner.score()
+        dev, train, classes = learner.score_classes()
     console.say(f"given teacher: dev {console.format_scores(dev)}")
     check_teacher_score(task, learner.splits["dev"].labels, dev["score"], recipe)
     with run.stage("teacher") as work:
         learner.save(work.folder)
-        work.result = result = TrainingResult(dev=dev, train=train, given=source)
+        work.result = result = TrainingResult(dev=dev, train=train, classes=classes, given=source)
     collectives.barrier()
     return result
 

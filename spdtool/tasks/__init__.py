@@ -27,7 +27,7 @@ from spdtool.data.dataset import Dataset, Rows
 from spdtool.data.tokens import Encoded, encode_splits
 from spdtool.errors import DataError, UnknownName
 from spdtool.recipe.fields import Loss, Recipe
-from spdtool.run.records import DataRecord
+from spdtool.run.records import ClassScores, DataRecord
 from spdtool.tasks.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -168,6 +168,21 @@ class Task:
             for metric in self.dataset.metrics:
                 scores[metric + name.removeprefix("dev")] = further[metric]
         return scores
+
+    def score_classes(
+        self,
+        logits: np.ndarray,  # noqa: ARG002
+        labels: np.ndarray,  # noqa: ARG002
+        names: Sequence[str],  # noqa: ARG002
+    ) -> dict[str, ClassScores]:
+        """Score each class by itself; empty where there are no classes.
+
+        Args:
+            logits: [rows, labels].
+            labels: gold labels [rows].
+            names: of the model's labels, in the order of its logits.
+        """
+        return {}
 
     def baseline(self, labels: np.ndarray) -> dict[str, float]:
         """Score the best answer that is given without reading the text: the majority class, or the mean."""

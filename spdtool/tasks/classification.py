@@ -16,6 +16,7 @@ from spdtool.data.overview import list_names
 from spdtool.errors import LISTED, DataError, ModelError
 from spdtool.plugins import task_kinds
 from spdtool.recipe.fields import Loss
+from spdtool.run.records import ClassScores
 from spdtool.tasks import Task
 
 if TYPE_CHECKING:
@@ -144,6 +145,21 @@ class Classification(Task):
         """Return the class of the largest logit, int64 [rows]."""
         predicted: np.ndarray = logits.argmax(axis=1)
         return predicted
+
+    def score_classes(self, logits: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, ClassScores]:
+        """Score each class by itself: precision, recall and their harmonic mean."""
+        predicted = self.predictions(logits)
+        scores = {}
+        for index, name in enumerate(names):
+            right = int(((predicted == index) & (labels == index)).sum())
+            claimed, gold = int((predicted == index).sum()), int((labels == index).sum())
+            scores[name] = ClassScores(
+                precision=right / max(claimed, 1),
+                recall=right / max(gold, 1),
+                f1=2 * right / max(claimed + gold, 1),
+                rows=gold,
+            )
+        return scores
 
     def baseline(self, labels: np.ndarray) -> dict[str, float]:
         """Score the majority class of these labels."""

@@ -12,12 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spdtool import ranks
 from spdtool.data.tokens import Encoded
 from spdtool.models.layers import count_zeros
-from spdtool.models.load import save_on_rank_zero
-from spdtool.models.predict import Forward, evaluate, evaluate_split, torch_forward
+from spdtool.models.load import label_names, save_on_rank_zero
+from spdtool.models.predict import Forward, evaluate_split, predict_dev_sets, torch_forward
 from spdtool.models.student import drop_unread_columns
 from spdtool.pruning.masks import check_counts
 from spdtool.pruning.pruner import Pruner
-from spdtool.run.records import IntermediateStudent, Scores
+from spdtool.run.records import ClassScores, IntermediateStudent, Scores
 from spdtool.tasks import Task
 
 
@@ -47,10 +47,17 @@ class Learner:
 
     def score(self) -> tuple[Scores, Scores | None]:
         """Score the dev sets and the sample of training rows. Collective: call on every rank."""
-        dev = evaluate(self.task, self.forward, self.splits, across_ranks=True)
+        dev, train, _ = self.score_classes()
+        return dev, train
+
+    def score_classes(self) -> tuple[Scores, Scores | None, dict[str, ClassScores]]:
+        """As `score`, and each class of `dev` by itself. Collective: call on every rank."""
+        logits = predict_dev_sets(self.forward, self.splits, across_ranks=True)
+        dev = self.task.score_splits(logits, self.splits)
+        classes = self.task.score_classes(logits["dev"], self.splits["dev"].labels, label_names(self.model))
         if not len(self.scored_rows):
-            return dev, None
-        return dev, evaluate_split(self.task, self.forward, self.scored_rows, across_ranks=True)
+            return dev, None, classes
+        return dev, evaluate_split(self.task, self.forward, self.scored_rows, across_ranks=True), classes
 
     def save(self, folder: Path) -> None:
         """Save model and tokenizer as a Hugging Face checkpoint, from rank 0. Collective: call on every rank."""

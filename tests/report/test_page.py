@@ -18,7 +18,7 @@ from spdtool.report import content as gather
 from spdtool.run.folder import Run
 from spdtool.run.records import Ratio, StudentRow
 
-SECTIONS = {"lineage", "curves", "overfitting", "sparsity", "speed", "repeat"}
+SECTIONS = {"speed", "subject", "serve", "lineage", "curves", "overfitting", "sparsity", "repeat"}
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 LOADS = {"src", "srcset", "data", "action", "poster", "formaction"}
 
@@ -232,3 +232,39 @@ def test_the_commands_of_a_run_name_the_stages_that_it_has(toy_run):
     first, second = commands.commands_of(run)
     assert first.startswith("spdtool teacher --task toy")
     assert second == f"spdtool prune --run {run.path}"
+
+
+def test_the_page_begins_with_speed_size_and_score_and_says_how_to_use_the_model(whole, compressed):
+    reader, _ = whole
+    assert reader.sections[:3] == ["speed", "subject", "serve"]
+    tiles = gather.content_of(Run.open(compressed)).tiles
+    assert [tile.name for tile in tiles[:3]] == ["speed", "file, times smaller", "kept"]
+    text = " ".join(reader.words)
+    for words in (
+        f"spdtool predict {compressed}",
+        f"spdtool serve {compressed}",
+        "spdtool.load(",
+        "mean of accuracy and f1",
+    ):
+        assert words in text, words
+
+
+def test_the_page_scores_each_class(compressed):
+    content = gather.content_of(Run.open(compressed))
+    run = Run.open(compressed)
+    assert [row[0] for row in content.classes.rows] == ["bad", "good"]
+    for stage in ("teacher", "finetune"):
+        result = run.training_result(stage)
+        assert sum(scores.rows for scores in result.classes.values()) == run.record("teacher").data.rows["dev"]
+        right = sum(scores.recall * scores.rows for scores in result.classes.values())
+        assert right / run.record("teacher").data.rows["dev"] == pytest.approx(result.dev["accuracy"])
+
+
+def test_control_characters_of_labels_are_spelt_out_on_the_page(toy_run, toy_task):
+    labels = ("good\u202ebad", "\x1b[31m<b>red</b>")
+    toy_task("toy", labels=labels)
+    run = toy_run("teacher.epochs=1", until="teacher")
+    text = page.write_page([run.path]).file.read_text("utf-8")
+    assert not {"\u202e", "\x1b"} & set(text)
+    assert "good\\u202ebad" in text
+    assert "&lt;b&gt;red" in text
