@@ -188,7 +188,7 @@ MODELS: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
     ),
     "more layers than weights": (
         lambda source, target: copy(source, target, num_hidden_layers=3),
-        "and [48] by config.json",
+        "weights of its config.json",
     ),
     "no tokenizer": (without_tokenizer, "tokenizer"),
     "unsupported": (lambda source, target: copy(source, target, model_type="no-such-type"), "no-such-type"),
