@@ -16,6 +16,8 @@
     └── GateError            exit 3: the work was done, and what came out is refused
 
 The command line shows these without a traceback: what was asked, what was found, what to try.
+A signal during training is no error: a snapshot is saved, and the exit code is 130 (SIGINT), 143 (SIGTERM) or 129
+(SIGHUP).
 Anything else that is raised is a bug of ours, and keeps its traceback.
 """
 

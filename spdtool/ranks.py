@@ -29,17 +29,23 @@ _watches_parent = False
 
 def world_size() -> int:
     """Return the number of processes that train together; 1 when nobody launched several."""
-    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+    return max(1, _read_number("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 
 def rank() -> int:
     """Return this process's rank, from 0."""
-    return int(os.environ["RANK"]) if world_size() > 1 else 0
+    return _read_number("RANK", 0) if world_size() > 1 else 0
 
 
 def local_rank() -> int:
     """Return this process's number on its machine, which is the number of its device."""
-    return int(os.environ.get("LOCAL_RANK", 0)) if world_size() > 1 else 0
+    return _read_number("LOCAL_RANK", 0) if world_size() > 1 else 0
+
+
+def _read_number(name: str, default: int) -> int:
+    """Read a number from the environment; `default` where there is none, or something else was left over."""
+    value = os.environ.get(name, "").strip()
+    return int(value) if value.isdecimal() else default
 
 
 def is_main() -> bool:

@@ -2,27 +2,36 @@
 
 Logits alone are cached wherever a phase reads nothing else. Hidden states are large: they are
 cached for training on a CPU, where reading them is faster than a forward pass, if they fit
-`teacher_states_gb` and the disk, and if the student's phases read the rows at least twice.
-Attention maps are never cached.
+`teacher_states_gb`, and if the student's phases read the rows at least twice. Attention maps are
+never cached.
+
+A teacher that looks at each batch computes other last bits, since its batches are others. So the
+recipe and the rows alone decide what is cached, and never how full a disk is: without room on the
+disk the same numbers are computed in memory, and without that the run stops and says so.
 """
 
 from __future__ import annotations
 
 import hashlib
 import shutil
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from spdtool import ranks
+from spdtool import console, ranks
 from spdtool.data import cache
 from spdtool.data.batches import evaluation_batches
 from spdtool.data.tokens import Batch, Encoded
 from spdtool.distillation.outputs import ModelOutputs
-from spdtool.models import collectives, onednn
+from spdtool.errors import DeviceError
+from spdtool.models import collectives
+from spdtool.models.arithmetic import probe_arithmetic
 from spdtool.models.predict import BATCH_SIZE, predict, to_device
 from spdtool.recipe import PHASES
 from spdtool.recipe.fields import Distilled, Loss, Recipe
@@ -42,7 +51,7 @@ def needs_hidden_states(loss: Loss) -> bool:
 def is_worth_caching(
     recipe: Recipe, section: Distilled, rows: Encoded, teacher: PreTrainedModel, layers: Sequence[int]
 ) -> bool:
-    """Whether `cache_outputs` saves time in the phase of `section`, and fits the allowed disk space.
+    """Whether `cache_outputs` saves time in the phase of `section`, and fits the size that the recipe allows.
 
     Args:
         layers: the teacher's, from 0, the embeddings' output, whose hidden states the loss
@@ -63,9 +72,7 @@ def is_worth_caching(
         other = recipe.section(phase)
         if isinstance(other, Distilled) and needs_hidden_states(other.loss):
             visits += _count_visits(other, len(rows))
-    size = 4 * int(rows.lengths.sum(dtype=np.int64)) * len(layers) * teacher.config.hidden_size
-    # twice the size, so that the cache never fills the disk
-    return visits >= 2 * len(rows) and size <= recipe.teacher_states_gb * 1e9 and 2 * size <= free_disk_space()
+    return visits >= 2 * len(rows) and _count_bytes(rows, teacher, layers) <= recipe.teacher_states_gb * 1e9
 
 
 def cache_outputs(rows: Encoded, teacher: PreTrainedModel, forward: TeacherForward, layers: Sequence[int]) -> Encoded:
@@ -74,28 +81,27 @@ def cache_outputs(rows: Encoded, teacher: PreTrainedModel, forward: TeacherForwa
     They are float32: logits [rows, labels], and hidden states [tokens, layers, width] if there are
     `layers`. They are stored under a hash of the teacher's weights, the rows and the machine's
     arithmetic, so that a resumed stage reads the very same numbers. Of several processes the first
-    one computes them for all. If the disk is too full for the hidden states after all, the rows
-    come back without them.
+    one computes them for all. What the cache cannot hold is computed in memory.
 
     Args:
         layers: the teacher's, from 0, the embeddings' output, whose hidden states `forward`
             returns; empty: none.
+
+    Raises:
+        DeviceError: neither the disk nor the memory has room for the hidden states.
     """
     name = cache.cache_key(_hash_model(teacher), rows.digest, _describe_arithmetic(teacher.device), list(layers))
     if not ranks.is_main():
         collectives.barrier()  # rank 0 fills the cache, from which the others then read
     if layers:
-        arrays = cache.arrays_on_disk(
-            "teacher-states", name, lambda append: _compute_states(append, rows, teacher, forward)
-        )
+        size = _count_bytes(rows, teacher, layers)
+        arrays = _cache_states(name, size, lambda append: _compute_states(append, rows, teacher, forward))
     else:
         arrays = cache.cached_arrays(
             "teacher-logits", name, lambda append: _compute_logits(append, rows, teacher, forward)
         )
     if ranks.is_main():
         collectives.barrier()
-    if arrays is None:
-        return rows
     with_logits = replace(rows, per_row=rows.per_row | {LOGITS: arrays["logits"]})
     if not layers:
         return with_logits
@@ -113,12 +119,62 @@ def pop_cached_outputs(batch: dict[str, torch.Tensor]) -> ModelOutputs | None:
     return ModelOutputs(logits, None if states is None else states.unbind(2))
 
 
+def _cache_states(name: str, size: int, fill: cache.Fill) -> cache.Arrays:
+    """Read or compute hidden states of `size` bytes: from the cache, or in memory where the disk has no room for them.
+
+    Raises:
+        DeviceError: the memory has no room either.
+    """
+    arrays = cache.read_entry("teacher-states", name)
+    # twice the size, so that the cache never fills the disk
+    if arrays is None and 2 * size <= free_disk_space():
+        arrays = cache.arrays_on_disk("teacher-states", name, fill)
+    if arrays is not None:
+        return arrays
+    folder = cache.cache_folder()
+    # several processes on a machine keep a copy each
+    if 2 * size * ranks.world_size() > free_memory():
+        raise DeviceError(
+            f"the teacher's hidden states of all rows take {size / 1e9:.1f} GB, for which neither {folder} nor the "
+            f"memory has room ({free_disk_space() / 1e9:.1f} and {free_memory() / 1e9:.1f} GB are free, and half is "
+            "left to others)",
+            "free some space, or set XDG_CACHE_HOME to a folder on another disk; with --set teacher_states_gb=0 the "
+            "teacher looks at every batch instead: slower, and other last bits",
+        )
+    console.warn(f"the cache {folder} has no room for the teacher's hidden states: they are computed in memory")
+    return cache.arrays_in_memory(fill)
+
+
+def free_memory() -> int:
+    """Return the bytes of memory that this process may still take; as many as can be addressed if nothing says."""
+    free = sys.maxsize
+    with suppress(OSError, ValueError):
+        for line in Path("/proc/meminfo").read_text("ascii").splitlines():
+            name, _, value = line.partition(":")
+            if name == "MemAvailable":
+                free = int(value.split()[0]) * 1024
+    with suppress(OSError, ValueError):  # a container may have less than its machine; "max": it has not
+        group = Path("/sys/fs/cgroup")
+        limit, used = ((group / f"memory.{name}").read_text("ascii") for name in ("max", "current"))
+        free = min(free, int(limit) - int(used))
+    return free
+
+
+def _count_bytes(rows: Encoded, teacher: PreTrainedModel, layers: Sequence[int]) -> int:
+    """Count the bytes of the hidden states of all rows."""
+    width: int = teacher.config.hidden_size
+    return 4 * int(rows.lengths.sum(dtype=np.int64)) * len(layers) * width
+
+
 def free_disk_space() -> int:
     """Return the free bytes of the disk that holds, or would hold, the cache."""
     folder = cache.cache_folder()
     while not folder.exists():
         folder = folder.parent
-    return shutil.disk_usage(folder).free
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:  # it may not be entered
+        return 0
 
 
 def _count_visits(section: Distilled, rows: int) -> int:
@@ -178,9 +234,6 @@ def _hash_model(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def _describe_arithmetic(device: torch.device) -> list[str | bool | int]:
+def _describe_arithmetic(device: torch.device) -> list[str | int]:
     """List what changes the last bits of a forward pass."""
-    processor = torch.backends.cpu.get_cpu_capability()
-    if device.type == "cuda":
-        processor = torch.cuda.get_device_name(device)
-    return [torch.__version__, device.type, processor, onednn.is_faster(), torch.get_num_threads()]
+    return [torch.__version__, device.type, torch.get_num_threads(), probe_arithmetic(device)]

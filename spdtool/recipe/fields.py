@@ -26,12 +26,12 @@ from spdtool.recipe import PHASES, STAGES
 
 # Measured on widths 384 and 768 (docs/results.md); the best rate of Adam falls as one over the width.
 RATE_TIMES_WIDTH = 0.384
-# These may change between two calls on one run folder: they never change a weight.
-MAY_CHANGE = frozenset({"name", "save_minutes", "restarts", "shard", "device", "teacher_states_gb", "log"})
+# These may change between two calls on one run folder: they change no weight, or its last bits alone.
+MAY_CHANGE = frozenset({"name", "save_minutes", "restarts", "shard", "device", "threads", "log"})
 # These decide whether a run goes on, not what a finished stage holds.
 ACCEPTED_LATER = frozenset({"teacher.accept"})
 # Fields outside the sections that the teacher stage does not read.
-STUDENT_FIELDS = frozenset({"sparsity", "student"})
+STUDENT_FIELDS = frozenset({"sparsity", "student", "teacher_states_gb"})
 FIELDS_HINT = "(`spdtool recipes default` lists every field)"
 TargetNames = tuple[str, ...] | Literal["installed"]
 LIST_TYPES = (tuple[str, ...], TargetNames, tuple[int, ...], tuple[float, ...])
@@ -445,6 +445,8 @@ class Recipe(Section):
     """autocast of the training stages"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to train; `cuda` refuses to fall back"""
+    threads: int = Field(0, ge=0)
+    """threads of a training process, which change the last bits; 0: as many as the run began with"""
     shard: bool = False
     """shard student, teacher and AdamW's state over the processes (FSDP): for very large encoders"""
     gradient_checkpointing: bool = False

@@ -56,13 +56,16 @@ BEFORE_RUN_JSON = {LOCK, SMOKE_MARK, ".run.json.tmp"}  # files that a kill befor
 class Stage:
     """A stage in progress: the folder it writes to, and the result that its stage.json will hold.
 
-    `fingerprint` is a hash of all that decides the result, see `Run.fingerprint`.
+    `fingerprint` is a hash of all that decides the result, see `Run.fingerprint`. `training_threads` and `arithmetic`
+    say how this process computes, see `MachineRecord`.
     """
 
     name: str
     folder: Path
     fingerprint: str
     result: Result | None = None
+    training_threads: int | None = None
+    arithmetic: str | None = None
 
     @property
     def state(self) -> Path:
@@ -76,6 +79,7 @@ class Run:
     def __init__(self, path: Path | str, recipe: Recipe) -> None:
         self.path = Path(path)
         self.recipe = recipe
+        self.threads = _read_threads(self.path / "run.json")  # of training; None until it has begun
         self._inputs: dict[str, str] = {}
         self._data: DataRecord | None = None
 
@@ -257,7 +261,8 @@ class Run:
         with _explain_machine_errors(), lock_folder(self.path):
             if self.done(name):
                 raise RunError(f"{name} is already done in {self.path}", _redo_hint(name, self.path))
-            if not (self.path / "run.json").exists():
+            file = self.path / "run.json"
+            if not file.exists() or _read_threads(file) != self.threads:
                 self._save_recipe()
             stage = Stage(name, self.partial_folder(name), self.fingerprint(name))
             self._prepare_folder(stage.folder)
@@ -291,6 +296,9 @@ class Run:
                         remove_path(folder / RECORD)  # first, so that a kill in between leaves nothing that looks whole
                         shutil.rmtree(folder)
                         sync_folder(self.path)  # nor does a power cut bring back a stage without its input
+            if stage == STAGES[0] and (self.path / "run.json").exists():
+                self.threads = None  # all begins anew
+                self._save_recipe()
         return removed
 
     def fingerprint(self, stage: str) -> str:
@@ -332,6 +340,8 @@ class Run:
 
         section = self.recipe.section(stage.name).model_dump(mode="json")
         settle_folder(stage.folder)
+        machine = describe_machine()
+        machine.training_threads, machine.arithmetic = stage.training_threads, stage.arithmetic
         record = StageRecord(
             stage=stage.name,
             smoke=self.recipe.smoke,
@@ -341,7 +351,7 @@ class Run:
             inputs=self._inputs,
             data=self._data,
             recipe=self.recipe.shared_fields() | {stage.name: section},
-            machine=describe_machine(),
+            machine=machine,
             files=_list_files(stage),
             result=stage.result,
         )
@@ -365,8 +375,18 @@ class Run:
             spdtool=metadata.version("spdtool"),
             smoke=self.recipe.smoke,
             recipe=self.recipe.model_dump(mode="json"),
+            threads=self.threads,
         )
         write_json(self.path / "run.json", record)
+
+
+def _read_threads(file: Path) -> int | None:
+    """Read from a run.json how many threads its training began with; None where there is none, or it has not begun."""
+    try:
+        threads = json.loads(file.read_text("utf-8")).get("threads")
+    except (OSError, ValueError, AttributeError):  # `Run.open` says what is wrong with it
+        return None
+    return threads if isinstance(threads, int) and threads > 0 else None
 
 
 @contextmanager

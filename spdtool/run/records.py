@@ -55,12 +55,21 @@ class DataRecord(Record):
 
 
 class MachineRecord(Record):
-    """Where a stage ran; `versions` names the installed packages that influence results."""
+    """Where a stage ran.
+
+    Attributes:
+        cpus: that this process may use.
+        versions: of the installed packages that influence results.
+        training_threads, arithmetic: of a training stage: number of threads, and hash of the last bits of a fixed
+            calculation, see `models.arithmetic`.
+    """
 
     python: str
     system: str
-    cpus: int | None  # that this process may use
+    cpus: int | None
     versions: dict[str, str]
+    training_threads: int | None = None
+    arithmetic: str | None = None
 
     def lines(self) -> list[tuple[str, str]]:
         """Describe the machine as names and texts."""
@@ -486,11 +495,17 @@ class StageRecord(Record):
 
 
 class RunRecord(Record):
-    """Contents of run.json; `recipe` has every field of the recipe."""
+    """Contents of run.json.
+
+    Attributes:
+        recipe: every field.
+        threads: number of threads with which training began; None until then.
+    """
 
     spdtool: str
     smoke: bool
     recipe: dict[str, JsonValue]
+    threads: int | None = None
 
 
 class StageEstimate(Record):

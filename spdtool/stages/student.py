@@ -40,7 +40,7 @@ from spdtool.recipe.fields import Distilled, Recipe, TrainingLength
 from spdtool.run.folder import Run
 from spdtool.run.records import TrainingResult, ZeroCount
 from spdtool.tasks import check_teacher_score, find_task, prepare_data
-from spdtool.training.accelerator import create_accelerator
+from spdtool.training.accelerator import choose_threads, compare_arithmetic, create_accelerator
 from spdtool.training.learner import Learner
 from spdtool.training.loop import fit
 from spdtool.training.trackers import track_events
@@ -90,7 +90,9 @@ def load_phase(run: Run, stage: str, start: str) -> Student:
     """
     recipe, section = run.recipe, run.recipe.section(stage)
     assert isinstance(section, Distilled)
+    choose_threads(run)
     accelerator = create_accelerator(recipe)
+    compare_arithmetic(run, accelerator.device)
     # attention maps need the eager implementation; on a CPU, the fused one's backward pass is slow
     eager = section.loss.attention > 0 or accelerator.device.type == "cpu"
     folder = run.read(start)

@@ -23,7 +23,7 @@ from spdtool.models.load import label_names, load_model, load_tokenizer, move_to
 from spdtool.run.folder import RECORD, Run
 from spdtool.run.records import DataRecord, TrainingResult
 from spdtool.tasks import Task, check_teacher_score, find_task, prepare_data
-from spdtool.training.accelerator import create_accelerator
+from spdtool.training.accelerator import choose_threads, create_accelerator
 from spdtool.training.learner import Learner
 from spdtool.training.loop import fit
 from spdtool.training.trackers import track_events
@@ -39,6 +39,7 @@ def teacher(run: Run) -> TrainingResult:
     if run.recipe.given_teacher is not None:
         return copy_teacher(run, run.recipe.given_teacher)
     recipe, section = run.recipe, run.recipe.teacher
+    choose_threads(run)
     accelerator = create_accelerator(recipe)
     task = find_task(recipe)
     splits = task.read_rows(recipe)
@@ -83,6 +84,7 @@ def copy_teacher(run: Run, source: str) -> TrainingResult:
         ModelError: it is no classifier of this task.
     """
     recipe = run.recipe
+    choose_threads(run)
     accelerator = create_accelerator(recipe)
     torch.manual_seed(recipe.seed)  # a smoke run's model is random
     model, tokenizer = load_model(source, smoke=recipe.smoke), load_tokenizer(source)

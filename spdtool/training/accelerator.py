@@ -3,16 +3,57 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import GradientAccumulationPlugin
 
 from spdtool import console, ranks
 from spdtool.errors import DeviceError
 from spdtool.models import collectives
+from spdtool.models.arithmetic import probe_arithmetic
+from spdtool.recipe import TRAINING
 from spdtool.recipe.fields import Recipe
+from spdtool.run.folder import Run
+
+# accelerate reads these where it is not told otherwise, and changes results: the recipe alone decides
+ACCELERATE_SETTINGS = ("ACCELERATE_", "PARALLELISM_CONFIG_", "FSDP_")
+# left over from another job's launcher or from MPI, they would make accelerate wait for processes that are not there
+LEFT_BY_LAUNCHERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "PMI_", "OMPI_COMM_", "MV2_COMM_")
+
+
+def choose_threads(run: Run) -> None:
+    """Compute with the number of threads with which the run began: sums in another order have other last bits.
+
+    Of several processes each computes with the threads that its launcher gave it.
+    """
+    available = torch.get_num_threads()
+    threads = run.recipe.threads or available
+    if ranks.world_size() == 1:
+        threads = run.recipe.threads or run.threads or available
+        run.threads = threads
+    if threads != available and not run.recipe.threads:
+        console.say(
+            f"computing with {threads} threads, as this run began, so that the weights are the same to the last bit; "
+            f"--set threads={available} takes what this machine offers"
+        )
+    torch.set_num_threads(threads)  # even if it is the same: OMP and MKL have variables of their own
+
+
+def compare_arithmetic(run: Run, device: torch.device) -> None:
+    """Warn if this process computes other last bits than those before it that trained a stage of this run."""
+    done = [stage for stage in TRAINING if run.done(stage)]
+    machine = run.record(done[-1]).machine if done else None
+    if machine is None or machine.arithmetic in (None, probe_arithmetic(device)):
+        return
+    console.warn(
+        f"this process computes other last bits than the one that made {done[-1]} (with {machine.training_threads} "
+        f"threads on {machine.system}; {torch.get_num_threads()} here): another processor, another version of torch, "
+        "or a switch such as MKL_CBWR"
+    )
 
 
 def create_accelerator(recipe: Recipe) -> Accelerator:
@@ -27,16 +68,40 @@ def create_accelerator(recipe: Recipe) -> Accelerator:
     if recipe.shard and ranks.world_size() == 1:
         console.warn("shard is ignored: there is one process, which keeps everything")
     AcceleratorState._reset_state(reset_partial_state=True)  # one process may run stages of several recipes
+    GradientState._reset_state()  # a program around spdtool may accumulate in its own training
     ranks.die_with_parent()
     collectives.join_process_group("gloo" if on_cpu else "nccl")
     precision = "no" if recipe.precision == "fp32" else recipe.precision  # accelerate's word for it
-    # a plugin, because a number would give way to ACCELERATE_GRADIENT_ACCUMULATION_STEPS, and the recipe alone decides
-    whole_batches = GradientAccumulationPlugin(num_steps=1)
-    return Accelerator(cpu=on_cpu, mixed_precision=precision, gradient_accumulation_plugin=whole_batches)
+    with _without_settings():
+        return Accelerator(
+            cpu=on_cpu,
+            mixed_precision=precision,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # microbatches.py accumulates
+        )
+
+
+@contextmanager
+def _without_settings() -> Iterator[None]:
+    """Hide variables of the environment that accelerate would read."""
+    prefixes = ACCELERATE_SETTINGS
+    if ranks.world_size() == 1:
+        prefixes += LEFT_BY_LAUNCHERS
+    hidden = {name: value for name, value in os.environ.items() if name.startswith(prefixes)}
+    for name in hidden:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def _check_device(recipe: Recipe, on_cpu: bool) -> None:
     """Refuse devices and launchers that the training loop cannot use."""
+    if ranks.world_size() > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise DeviceError(
+            f"RANK and WORLD_SIZE are set, as in one of {ranks.world_size()} processes, and MASTER_ADDR is not",
+            "unset RANK and WORLD_SIZE if they are left over, or start the processes with --processes or torchrun",
+        )
     if recipe.device == "cuda" and not torch.cuda.is_available():
         raise DeviceError("CUDA was demanded and no CUDA device answers", "see `spdtool doctor`, or use --device cpu")
     if on_cpu and recipe.precision == "fp16":

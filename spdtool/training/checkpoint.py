@@ -284,6 +284,7 @@ class Checkpointer:
             return
         notes: dict[str, JsonValue] = {
             "fingerprint": self.fingerprint,
+            "arithmetic": self.stage.arithmetic,
             "log": self.log.state_dict().model_dump(mode="json"),
             "lesson": self.lesson.state_dict(),
         }
@@ -330,6 +331,11 @@ class Checkpointer:
             collectives.barrier()
             return read_newest_snapshot(folder, self.fingerprint)
         snapshot = read_newest_snapshot(folder, self.fingerprint, self._warn)
+        if snapshot is not None and snapshot.notes["arithmetic"] != self.stage.arithmetic:
+            self._warn(
+                "the snapshot was computed with other last bits than this process computes (another processor, another "
+                "number of threads, or a switch such as MKL_CBWR): the weights will differ in their last bits"
+            )
         self.log.cut(0 if snapshot is None else LogState.model_validate(snapshot.notes["log"]).bytes)
         collectives.barrier()
         return snapshot

@@ -27,6 +27,7 @@ from spdtool.data.tokens import Encoded
 from spdtool.distillation.lesson import Lesson
 from spdtool.distillation.losses import LossTerms
 from spdtool.models import collectives
+from spdtool.models.arithmetic import probe_arithmetic
 from spdtool.models.layers import select_trained_parameters
 from spdtool.models.predict import to_device
 from spdtool.recipe.fields import Prune, Recipe, Training, TrainingLength
@@ -156,7 +157,11 @@ def _create_job(
     trained = select_trained_parameters(learner.model, section.train) | lesson.parameters
     optimizer = create_adamw(trained.values(), section, learner.accelerator.device)
     log = TrainingLog(stage.folder / LOG, on_event)
-    fingerprint = f"{stage.fingerprint} {rows.digest}"
+    stage.training_threads = torch.get_num_threads()
+    stage.arithmetic = probe_arithmetic(learner.accelerator.device)
+    # what the teacher shows is computed in other batches where it is cached: the same up to rounding
+    cached = [*rows.per_row, *rows.per_token]
+    fingerprint = f"{stage.fingerprint} {rows.digest} {cached}"
     peak = section.peak(learner.model.config.hidden_size)
     events: list[int] = []
     saliency = None

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,9 +61,20 @@ def test_a_damaged_entry_is_computed_again(home: Path) -> None:
         "a file is missing": lambda: (entry / "pairs").unlink(),
         "contents.json is missing": lambda: (entry / "contents.json").unlink(),
         "contents.json is cut": lambda: (entry / "contents.json").write_text(contents[:-9]),
+        "contents.json is empty": lambda: (entry / "contents.json").write_text(""),
+        "contents.json has nothing": lambda: (entry / "contents.json").write_text("{}"),
+        "contents.json is a list": lambda: (entry / "contents.json").write_text("[1]"),
+        "contents.json names another type": lambda: (entry / "contents.json").write_text(
+            contents.replace("<i8", "<f8")
+        ),
+        "it is a file": lambda: (shutil.rmtree(entry), entry.write_text("x")),
+        "another entry was copied over it": lambda: (shutil.rmtree(entry), shutil.copytree(other, entry)),
     }
+    cache.cached_arrays("kind", "other", counting(calls))
+    other = home / "kind" / "other"
     for damage, apply in damages.items():
         apply()
+        cache._verified.clear()  # as in a new process
         calls.clear()
         for _ in range(2):
             check(cache.cached_arrays("kind", "name", counting(calls)))
@@ -101,23 +114,53 @@ def test_several_writers_at_once_leave_one_whole_entry(home: Path) -> None:
     assert made == []
 
 
-def test_a_file_that_is_as_it_was_written_is_not_read_again(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, read = list[int](), list[Path]()
-    hash_file = cache.hash_file
+def test_a_lost_bit_is_found_by_the_next_process_whatever_the_time_stamp_says(home: Path) -> None:
+    calls: list[int] = []
+    cache.cached_arrays("kind", "name", counting(calls))
+    numbers = home / "kind" / "name" / "numbers"
+    status, content = numbers.stat(), bytearray(numbers.read_bytes())
+    content[len(content) // 2] ^= 0x40
+    numbers.write_bytes(content)
+    os.utime(numbers, ns=(status.st_atime_ns, status.st_mtime_ns))
+    cache._verified.clear()
+    calls.clear()
+    check(cache.cached_arrays("kind", "name", counting(calls)))
+    assert len(calls) == 1
 
-    def recording_hash_file(file: Path) -> str:
+
+def test_each_file_is_read_once_in_a_process(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = list[Path]()
+    compute_crc32 = cache.compute_crc32
+
+    def recording(file: Path) -> int:
         read.append(file)
-        return hash_file(file)
+        return compute_crc32(file)
 
-    monkeypatch.setattr(cache, "hash_file", recording_hash_file)
-    for _ in range(2):
-        cache.cached_arrays("kind", "name", counting(made))
-    assert read == []
+    monkeypatch.setattr(cache, "compute_crc32", recording)
+    for _ in range(3):
+        cache.cached_arrays("kind", "name", counting([]))
+    assert sorted(file.name for file in read) == ["nothing", "numbers", "pairs"]
     numbers = home / "kind" / "name" / "numbers"
     os.utime(numbers)  # a copy of the folder, or somebody who wrote to it
-    check(cache.cached_arrays("kind", "name", counting(made)))
-    assert read == [numbers]
-    assert len(made) == 1
+    check(cache.cached_arrays("kind", "name", counting([])))
+    assert read[3:] == [numbers]
+
+
+def test_an_entry_is_flushed_before_it_gets_its_name(home: Path, tmp_path: Path, power: Any) -> None:
+    (home / "kind").mkdir(parents=True)
+    with power.recording(home) as cuts:
+        cache.cached_arrays("kind", "name", counting([]))
+    calls: list[int] = []
+    for number, state in enumerate(cuts.states.values()):
+        cut = tmp_path / str(number)
+        cut.mkdir()
+        power.write_state(state, cut / "spdtool")
+        os.environ["XDG_CACHE_HOME"] = str(cut)  # the fixture puts it back
+        is_there = (cut / "spdtool/kind/name").exists()
+        calls.clear()
+        check(cache.cached_arrays("kind", "name", counting(calls)))
+        assert len(calls) == (not is_there), "what has the name is whole"
+    assert is_there
 
 
 def test_hashes_are_those_of_the_arrays_wherever_they_are(home: Path) -> None:

@@ -17,9 +17,10 @@ from spdtool.data import cache
 from spdtool.data import tokens as data
 from spdtool.distillation import lesson, outputs
 from spdtool.distillation import teacher_cache as teacher_outputs
-from spdtool.errors import PeerLost
+from spdtool.errors import DeviceError, PeerLost, RunMismatch
 from spdtool.models import collectives
 from spdtool.recipe.fields import Recipe
+from spdtool.recipe.reading import override
 from spdtool.run.folder import Run
 from spdtool.stages.prune import prune
 from spdtool.training import checkpoint
@@ -115,13 +116,71 @@ def test_what_is_lost_on_the_way_is_computed_again(toy_run: Callable[..., Run], 
     assert all(torch.equal(weight, weights(first)[name]) for name, weight in weights(second).items())
 
 
-def test_hidden_states_for_which_there_is_no_room_are_not_kept_in_memory_either(
+def test_without_room_on_the_disk_the_states_are_computed_in_memory_to_the_same_bits(
+    toy_run: Callable[..., Run], looks: list[Any], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calm = toy_run(*CALM, until="teacher", folder="calm")
+    prune(calm)
+    shutil.rmtree(home)
+    states: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+        "full": lambda patch: patch.setattr(teacher_outputs, "free_disk_space", lambda: 1000),
+        "cannot be written": lambda patch: patch.setattr(cache, "arrays_on_disk", lambda *_: None),
+        "is a file": lambda patch: home.write_text("a file stands where the folder should be"),
+    }
+    for name, break_disk in states.items():
+        looks.clear()
+        with monkeypatch.context() as patch:
+            break_disk(patch)
+            run = toy_run(*CALM, until="teacher", folder=name)
+            prune(run)
+        assert looks[0] == "teacher", name
+        assert set(looks[1:]) == {"student"}, name
+        assert all(torch.equal(weight, weights(calm)[key]) for key, weight in weights(run).items()), name
+
+
+def test_without_room_in_memory_either_the_run_stops_and_says_what_to_do(
+    toy_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The teacher's look at every batch gives other bits, so it never takes over in silence."""
+    monkeypatch.setattr(teacher_outputs, "free_disk_space", lambda: 1000)
+    monkeypatch.setattr(teacher_outputs, "free_memory", lambda: 1000)
+    run = toy_run(*CALM, until="teacher")
+    with pytest.raises(DeviceError, match="hidden states of all rows take") as caught:
+        prune(run)
+    assert "teacher_states_gb=0" in (caught.value.hint or "")
+    prune(Run.at(run.path, override(run.recipe, ["teacher_states_gb=0"])))
+
+
+def test_an_entry_is_read_from_a_full_disk(
     toy_run: Callable[..., Run], looks: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache, "arrays_on_disk", lambda *_: None)
+    prune(toy_run(*CALM, until="teacher", folder="first"))
+    looks.clear()
+    monkeypatch.setattr(teacher_outputs, "free_disk_space", lambda: 0)
+    monkeypatch.setattr(teacher_outputs, "free_memory", lambda: 0)
+    prune(toy_run(*CALM, until="teacher", folder="second"))
+    assert set(looks) == {"student"}
+
+
+def test_a_stage_does_not_go_on_by_the_other_route(
+    toy_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half of it with cached states and half with the teacher's look would be the weights of neither."""
     run = toy_run(*CALM, until="teacher")
-    prune(run)
-    assert looks == ["teacher", "student"] * (len(looks) // 2)
+    write = checkpoint.write_snapshot
+
+    def killing(*args: Any) -> None:
+        write(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_snapshot", killing)
+        with pytest.raises(KeyboardInterrupt):
+            prune(run)
+    prune(Run.at(run.path, override(run.recipe, ["teacher_states_gb=0"])))
+    assert "the stage begins anew: its snapshot belongs to other settings" in capsys.readouterr().err
+    with pytest.raises(RunMismatch, match="teacher_states_gb"):
+        Run.at(run.path, run.recipe)
 
 
 @pytest.fixture
@@ -165,9 +224,14 @@ def test_what_depends_on_the_padding_is_not_kept(toys: Any) -> None:
     assert not teacher_outputs.is_worth_caching(recipe, recipe.prune, rows, toys.bert(), (0, 1, 2))
 
 
-def test_nothing_is_kept_on_a_full_disk(pays: Callable[..., bool], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(teacher_outputs, "free_disk_space", lambda: 1000)
-    assert not pays()
+def test_the_machine_has_no_say_in_what_is_kept(pays: Callable[..., bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teacher_outputs, "free_disk_space", lambda: 0)
+    monkeypatch.setattr(teacher_outputs, "free_memory", lambda: 0)
+    assert pays()
+
+
+def test_the_free_memory_is_that_of_the_machine() -> None:
+    assert 10**6 < teacher_outputs.free_memory() < 10**14
 
 
 def look(model: Any, made: list[int]) -> teacher_outputs.TeacherForward:

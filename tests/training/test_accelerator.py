@@ -1,0 +1,108 @@
+"""Device, threads and precision come from the recipe alone, whatever is in the environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from spdtool.errors import DeviceError
+from spdtool.models import arithmetic
+from spdtool.recipe.fields import Recipe
+from spdtool.recipe.reading import override
+from spdtool.run.folder import Run
+from spdtool.stages.prune import prune
+from spdtool.training.accelerator import choose_threads, compare_arithmetic, create_accelerator
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    yield
+    torch.set_num_threads(1)
+
+
+def test_accelerate_reads_nothing_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = {
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+        "ACCELERATE_MIXED_PRECISION": "bf16",
+        "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR",
+        "ACCELERATE_TORCH_DEVICE": "meta",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "2",
+        "OMPI_COMM_WORLD_SIZE": "4",
+        "PMI_SIZE": "4",
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    accelerator = create_accelerator(Recipe(device="cpu"))
+    assert accelerator.gradient_accumulation_steps == 1
+    assert accelerator.mixed_precision == "no"
+    assert accelerator.state.dynamo_plugin.backend.value == "NO"
+    assert accelerator.device == CPU
+    assert accelerator.num_processes == 1
+    assert {name: os.environ[name] for name in variables} == variables, "they are put back"
+
+
+def test_a_program_around_may_accumulate_in_its_own_training() -> None:
+    Accelerator(cpu=True, gradient_accumulation_steps=8)
+    assert create_accelerator(Recipe(device="cpu")).gradient_accumulation_steps == 1
+
+
+def test_left_over_variables_of_a_launcher_are_named_or_have_no_effect(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for rank, size in (("0", "1"), ("", "2"), ("x", ""), ("0", "-3")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", size)
+        if size == "2":
+            continue
+        assert create_accelerator(Recipe(device="cpu")).num_processes == 1, (rank, size)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(DeviceError, match="one of 2 processes, and MASTER_ADDR is not") as caught:
+        create_accelerator(Recipe(device="cpu"))
+    assert "unset RANK and WORLD_SIZE" in (caught.value.hint or "")
+
+
+def test_a_run_computes_with_the_threads_that_it_began_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.set_num_threads(2)
+    run = Run.at(tmp_path / "run", Recipe())
+    choose_threads(run)
+    with run.stage("teacher"):
+        pass
+    torch.set_num_threads(1)
+    again = Run.open(run.path)
+    assert again.threads == 2
+    capsys.readouterr()
+    choose_threads(again)
+    assert torch.get_num_threads() == 2
+    assert "computing with 2 threads, as this run began" in capsys.readouterr().out
+    other = Run.at(run.path, override(again.recipe, ["threads=3"]))
+    choose_threads(other)
+    assert (torch.get_num_threads(), other.threads) == (3, 3)
+    assert capsys.readouterr().out == ""
+    torch.set_num_threads(1)
+    again.discard("teacher")  # all begins anew
+    choose_threads(Run.open(run.path))
+    assert torch.get_num_threads() == 1
+
+
+@pytest.mark.slow
+def test_other_last_bits_than_before_are_said(
+    toy_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = toy_run("prune.epochs=1", until="teacher")
+    machine = run.record("teacher").machine
+    assert machine is not None
+    assert (machine.training_threads, machine.arithmetic) == (1, arithmetic.probe_arithmetic())
+    compare_arithmetic(run, CPU)
+    assert "other last bits" not in capsys.readouterr().err
+    monkeypatch.setattr(arithmetic, "_probe", lambda *_: "another")
+    prune(run)
+    assert "this process computes other last bits than the one that made teacher" in capsys.readouterr().err
