@@ -18,7 +18,7 @@ import pytest
 pytestmark = pytest.mark.slow  # each row starts a process that trains toy stages
 
 SCRIPT = Path(__file__).with_name("surrounded.py")
-STAGES = ("teacher", "prune", "finetune")
+STAGES = ("teacher", "prune", "distill")
 
 # What may not change a weight: many at once, since a row costs seconds.
 ACCELERATE = {
@@ -104,8 +104,13 @@ def test_what_may_not_change_a_weight(root: Path, calm: Outcome) -> None:
     rows: dict[str, dict[str, Any]] = {
         "accelerate and launchers": ACCELERATE | LEFT_BY_LAUNCHERS,
         "the system": SYSTEM | {"cwd": elsewhere, "TMPDIR": str(elsewhere), "XDG_CACHE_HOME": str(unwritable)},
-        "docstrings removed": {"PYTHONOPTIMIZE": "2", "RANK": "0", "WORLD_SIZE": "1"},
-        "threads of the recipe": {"TEST_SETS": "threads=1", "OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "3"},
+        "threads of the recipe": {
+            "TEST_SETS": "threads=1",
+            "OMP_NUM_THREADS": "2",
+            "MKL_NUM_THREADS": "3",
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+        },
     }
     for name, row in rows.items():
         outcome = train(root / name, **row)
@@ -113,8 +118,8 @@ def test_what_may_not_change_a_weight(root: Path, calm: Outcome) -> None:
 
 
 def test_a_run_goes_on_with_its_number_of_threads(root: Path, calm: Outcome) -> None:
-    outcome = train(continue_teacher(root, "threads"), "prune", "finetune", OMP_NUM_THREADS="2")
-    assert outcome.stages == {stage: calm.stages[stage] for stage in ("prune", "finetune")}
+    outcome = train(continue_teacher(root, "threads"), "prune", "distill", OMP_NUM_THREADS="2")
+    assert outcome.stages == {stage: calm.stages[stage] for stage in ("prune", "distill")}
     if len(os.sched_getaffinity(0)) > 1:  # torch takes no more threads than there are processors
         assert "computing with 1 threads, as this run began" in outcome.printed
 

@@ -57,6 +57,14 @@ def test_the_version_and_the_short_help(spdtool: Call) -> None:
     assert "--install-completion" in spdtool("-h").stdout
 
 
+def test_python_without_docstrings_is_refused() -> None:
+    words = [sys.executable, "-OO", "-m", "spdtool", "tasks"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "unset PYTHONOPTIMIZE" in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+
+
 def test_grafting_is_said_to_be_off_where_the_recipe_has_none(spdtool: Call) -> None:
     assert "grafting: off in this recipe" in spdtool("recipes", "default").stdout
     assert "grafting: on in prune and distill" in spdtool("recipes", "spd").stdout
