@@ -26,7 +26,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
 from spdtool import console
-from spdtool.bench import ledger, report
+from spdtool.bench import ledger, ledger_tables
 from spdtool.bench.engines import Engine, Shape
 from spdtool.bench.int8 import quantize_dynamic_int8
 from spdtool.bench.latency import TimingResult, time_engines
@@ -226,7 +226,7 @@ def _print_ledger(files: Files, packed: Engine | None, threads: list[int]) -> No
     for count, peak in machines.items():
         print(f"\n{count} threads: peak {peak}", end="")
     first_of_shape = {(entry.rows, entry.columns): entry for entry in reversed(entries)}
-    print("\n\n" + report.matrix_table(list(reversed(first_of_shape.values()))), flush=True)
+    print("\n\n" + ledger_tables.matrix_table(list(reversed(first_of_shape.values()))), flush=True)
 
 
 if __name__ == "__main__":

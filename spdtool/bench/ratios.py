@@ -76,6 +76,8 @@ class BenchData:
         files: by name of the engine, where it has a file of its own.
         sparse: engines that run a sparse form of the student.
         pairs: engine of the student to engine of the teacher in the same form (fused, fp16, int8).
+        dense_forms: engine of a sparse form to the engines of the dense teacher in that form: with weights stored as
+            the form does, then with float32 weights where that differs.
         ledger: every pruned matrix on its own.
         notes: what was not done as asked, or must be said beside the figures.
     """
@@ -85,6 +87,7 @@ class BenchData:
     environment: BenchEnvironment | None = None
     sparse: Sequence[str] = ()
     pairs: Mapping[str, str] = field(default_factory=dict)
+    dense_forms: Mapping[str, Sequence[str]] = field(default_factory=dict)
     ledger: Sequence[LedgerEntry] = ()
     notes: Sequence[str] = ()
 
@@ -139,11 +142,11 @@ class BenchData:
         dense = [self.fastest_dense(timing.engine.threads, shape) for shape in shapes]
         return paired_ratio(dense, timing, shapes)
 
-    def gain_from_zeros(self, timing: Timing, shapes: Sequence[Shape]) -> Ratio:
-        """How much faster the zeros make an engine.
+    def speed_of_student(self, timing: Timing, shapes: Sequence[Shape]) -> Ratio:
+        """How much faster an engine of the student is than the teacher.
 
-        A sparse form is compared with the fastest dense teacher. A plain file is compared with the teacher's plain file
-        in the same form, fused or not.
+        A sparse form is compared with the fastest dense teacher, and more than zeros differs: see `factors`. A plain
+        file is compared with the teacher's plain file in the same form, fused or not.
         """
         if timing.engine.name in self.sparse:
             return self.speedup(timing, shapes)

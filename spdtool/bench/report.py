@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from spdtool.bench.engines import Shape
+from spdtool.bench.factors import bound_of_zeros, factors_text, is_above, split_padded_speed, split_speed
 from spdtool.bench.latency import MIN_ROUNDS, Timing
+from spdtool.bench.ledger_tables import LEDGER_NOTE, markdown_table, matrix_table
 from spdtool.bench.ratios import (
     PERCENTILES,
     BenchData,
@@ -22,25 +24,27 @@ from spdtool.bench.ratios import (
     paired_ratio,
     ratio_caveat,
 )
-from spdtool.run.records import Cell, LedgerEntry, ProductTimes, Ratio
+from spdtool.bench.sizes import (
+    DENSE_INT8,
+    SAME_SIZE,
+    file_line,
+    int8_bytes_lines,
+    rival_line,
+    rounding_lines,
+    thread_count,
+)
+from spdtool.run.records import Cell, Ratio
 
 SAME_SPEED = 0.05  # a ratio this close to 1 is not worth calling faster, even if it is no noise
-SAME_SIZE = 0.01
 MOSTLY_REAL = 0.8  # above this share of real tokens there is too little padding to see whether it is computed
-DENSE_INT8 = ("int8", "onnx-int8 teacher")  # engines of the dense teacher in int8, the rivals of a sparse form
 MIB = 2**20
 NO_DIFFERENCE = "no difference beyond the noise."
 TIMING_NOTE = (
     "Speed is against the dense teacher in onnxruntime, fused or not, whichever is faster at that shape. A figure is "
     "of turns: the median of the batches that fit into ten milliseconds, or one that takes longer. `min` is the "
     "fastest single batch. Milliseconds of the first table are those with all its threads, the last number of them. A "
-    "mean over the grid leaves the padded shapes out."
-)
-LEDGER_NOTE = (
-    "One thread; one product at a time, repeated, so that its weights are in the cache: a dense one in onnxruntime, "
-    "less what a model takes that does nothing; a sparse one as it runs inside the encoder. Matrices of equal shape "
-    "whose densities agree to a percent share one timing. GFLOP/s of a sparse product count the weights there are. "
-    "The bound is the larger of these operations at the measured peak and the packed weights at the measured bandwidth."
+    "mean over the grid leaves the padded shapes out. `dense` behind the name of a form is the dense teacher, without "
+    "a zero, through the same operators, and `dense fp32` with unrounded weights."
 )
 
 
@@ -80,47 +84,14 @@ def file_cells(file: ModelFile | None) -> list[Cell]:
     return cells
 
 
-def ledger_table(entries: Sequence[LedgerEntry]) -> tuple[list[str], list[list[Cell]]]:
-    """Columns and rows of the ledger by layer, at its largest number of tokens: sums over the layer's matrices."""
-    tokens = max(entries[0].products)
-    columns = ["layer", "nonzeros", "density", "dense bytes", "sparse bytes"]
-    columns += [f"dense us ({tokens} tokens)", "sparse us", "speed", "bound us"]
-    layers: dict[str, list[LedgerEntry]] = {}
-    for entry in entries:
-        layers.setdefault(entry.layer, []).append(entry)
-    return columns, [layer_row(name, matrices, tokens) for name, matrices in layers.items()]
-
-
-def layer_row(name: str, matrices: Sequence[LedgerEntry], tokens: int) -> list[Cell]:
-    """One row of the ledger by layer."""
-    products = [matrix.products[tokens] for matrix in matrices]
-    nonzeros = sum(matrix.nonzeros for matrix in matrices)
-    density = nonzeros / sum(matrix.rows * matrix.columns for matrix in matrices)
-    dense_us = sum(product.dense_us for product in products)
-    row: list[Cell] = [name, nonzeros, f"{density:.2%}", sum(matrix.dense_bytes for matrix in matrices)]
-    row.append(sum_or_dash([matrix.sparse_bytes for matrix in matrices]))
-    sparse_us = sum_or_dash([product.sparse_us for product in products])
-    speed = "-" if isinstance(sparse_us, str) else f"{dense_us / sparse_us:.2f}x"
-    return [*row, dense_us, sparse_us, speed, sum(product.bound_us for product in products)]
-
-
-def sum_or_dash(values: Sequence[float | None]) -> float | str:
-    """Sum of the values, or a dash if one of them is missing."""
-    total: float = 0
-    for value in values:
-        if value is None:
-            return "-"
-        total += value
-    return total
-
-
 def describe_verdict(bench: BenchData) -> list[str]:
     """What the zeros bought, in sentences."""
     lines = other_model_lines(bench)
     for name in bench.sparse:
-        lines += [speed_line(bench, name, threads) for threads in bench.threads]
-        lines += padding_lines(bench, name)
-        lines += [file_line(bench, name), *rounding_lines(bench.files[name])]
+        for threads in bench.threads:
+            lines += [speed_line(bench, name, threads), *factor_lines(bench, name, threads)]
+        lines += [*bound_lines(bench, name), *padding_lines(bench, name)]
+        lines += [file_line(bench, name), *int8_bytes_lines(bench, name), *rounding_lines(bench.files[name])]
         for rival in DENSE_INT8:
             if rival in bench.engines:
                 lines.append(rival_line(bench, name, rival))
@@ -163,24 +134,20 @@ def with_each_thread_count(bench: BenchData, text: Callable[[int], str]) -> str:
     return ", ".join(f"{text(threads)} with {thread_count(threads)}" for threads in bench.threads)
 
 
-def thread_count(count: int) -> str:
-    """A number of threads in words."""
-    return "1 thread" if count == 1 else f"{count} threads"
-
-
 def gain_text(bench: BenchData, name: str, threads: int) -> str:
     """What the zeros give an engine, with its interval."""
-    return str(bench.gain_from_zeros(bench.timing(name, threads), bench.grid))
+    return str(bench.speed_of_student(bench.timing(name, threads), bench.grid))
 
 
 def speed_line(bench: BenchData, name: str, threads: int) -> str:
     """Speed of an engine over the grid, and what it means."""
     timing = bench.timing(name, threads)
-    speedup, rounds = bench.gain_from_zeros(timing, bench.grid), len(timing.rounds[bench.grid[0]])
+    speedup, rounds = bench.speed_of_student(timing, bench.grid), len(timing.rounds[bench.grid[0]])
     sparsity = bench.files[name].sparsity
     assert sparsity is not None, "exported students have a known sparsity"
     ideal = None
-    if not bench.resized:
+    # The whole of a sparse form is not the zeros' alone: what they give is in the line of its factors.
+    if not bench.resized and name not in bench.sparse:
         ideal = math.inf if sparsity == 1 else 1 / (1 - sparsity)
     return (
         f"Speed of {name}, {sparsity:.1%} zeros, {thread_count(threads)}: {speedup} that of the dense teacher on "
@@ -189,11 +156,59 @@ def speed_line(bench: BenchData, name: str, threads: int) -> str:
     )
 
 
+def factor_lines(bench: BenchData, name: str, threads: int) -> list[str]:
+    """Where the speed of a sparse form comes from; it is not known if the dense teacher was not timed in its form."""
+    factors = split_speed(bench, name, threads)
+    if factors is None:
+        return [
+            f"How much of it the zeros give is not known, {thread_count(threads)}: dense weights were not timed in the "
+            f"form {name}."
+        ]
+    shares = "their share"
+    if bench.resized:
+        shares = "the share of the zeros and of the other model"
+    sparsity = bench.files[name].sparsity
+    ideal = None if bench.resized or not sparsity or sparsity == 1 else 1 / (1 - sparsity)
+    rounds = len(bench.timing(name, threads).rounds[bench.grid[0]])
+    return [
+        f"Where it comes from, {thread_count(threads)}: {factors_text(factors)}. Zeros are measured against dense "
+        f"weights through the same operators, {shares} is {factors.zeros_ratio}: "
+        f"{meaning(factors.zeros_ratio, rounds, ideal)}"
+    ]
+
+
+def bound_lines(bench: BenchData, name: str) -> list[str]:
+    """Say where a ratio is above what zeros can give."""
+    if bench.resized:
+        return []
+    threads = bench.threads[0]
+    bound, whole = bound_of_zeros(bench, name), bench.speedup(bench.timing(name, threads), bench.grid)
+    reasons = [f"{bound.skipped:.1f}x if every zero were skipped"]
+    if bound.ledger is not None:
+        reasons.append(f"{bound.ledger:.2f}x by the ledger's bound")
+    if bound.measured is not None:
+        reasons.append(f"and {bound.measured:.2f}x is what the ledger's matrices gain one by one")
+    limits, count = ", ".join(reasons), thread_count(threads)
+    lines = []
+    if is_above(whole, bound.tightest):
+        lines.append(
+            f"Above the bound, {count}: {whole.median:.2f}x is more than zeros can give the matrix products "
+            f"({limits}); the rest is not sparsity."
+        )
+    factors = split_speed(bench, name, threads)
+    if factors is not None and is_above(factors.zeros_ratio, bound.tightest):
+        lines.append(
+            f"Above the bound, {count}: even the zeros' {factors.zeros_ratio.median:.2f}x is more than they can give "
+            f"({limits}): the form {name} computes dense weights badly, so part of it is not sparsity."
+        )
+    return lines
+
+
 def grid_range(bench: BenchData, timing: Timing) -> str:
     """The worst and the best shape of the grid."""
     if len(bench.grid) < 2:
         return ""
-    medians = {str(shape): bench.gain_from_zeros(timing, [shape]).median for shape in bench.grid}
+    medians = {str(shape): bench.speed_of_student(timing, [shape]).median for shape in bench.grid}
     speeds = sorted((median, shape) for shape, median in medians.items())
     (lowest, worst), (highest, best) = speeds[0], speeds[-1]
     return f", {lowest:.2f}x at {worst} to {highest:.2f}x at {best}"
@@ -234,6 +249,9 @@ def padding_lines(bench: BenchData, name: str) -> list[str]:
         speeds = with_each_thread_count(bench, speedup_text(bench, name, [shape]))
         real_share = sum(shape.real) / (shape.batch * shape.length)
         line = f"Padding: at {shape}, where {real_share:.0%} of the tokens are real, {name} has {speeds}"
+        factors = split_padded_speed(bench, name, bench.threads[0], shape)
+        if factors is not None:
+            line += f" ({factors_text(factors)}, {thread_count(bench.threads[0])})"
         full_shape, timing = Shape(shape.batch, shape.length), bench.timing(name, bench.threads[0])
         if full_shape in bench.grid and real_share < MOSTLY_REAL:
             ratios = np.asarray(timing.rounds[full_shape]) / np.asarray(timing.rounds[shape])
@@ -250,57 +268,6 @@ def padding_lines(bench: BenchData, name: str) -> list[str]:
 def speedup_text(bench: BenchData, name: str, shapes: Sequence[Shape]) -> Callable[[int], str]:
     """A function from a number of threads to the median speed-up at some shapes, as text."""
     return lambda threads: f"{bench.speedup(bench.timing(name, threads), shapes).median:.2f}x"
-
-
-def file_line(bench: BenchData, name: str) -> str:
-    """How much smaller a file is than the teacher's, and why."""
-    teacher_bytes, file_bytes = bench.files["teacher"].bytes, bench.files[name].bytes
-    ratio = teacher_bytes / file_bytes
-    line = f"File of {name}: {ratio:.2f}x smaller, {file_bytes:,} of {teacher_bytes:,} bytes"
-    if bench.resized:  # the bytes are those of another model, not of zeros left out
-        return f"{line}."
-    packed = [entry for entry in bench.ledger if entry.sparse_bytes is not None]
-    if name in bench.sparse and packed:
-        dense = sum(entry.dense_bytes for entry in packed)
-        sparse = sum(entry.sparse_bytes or 0 for entry in packed)
-        return (
-            f"{line}: the pruned matrices went from {dense:,} to {sparse:,} bytes (zeros left out, and fewer bits a "
-            f"weight), all the rest from {teacher_bytes - dense:,} to {file_bytes - sparse:,} (fewer bits only)."
-        )
-    if ratio < 1 + SAME_SIZE:
-        return f"{line}: it stores the zeros like any other number."
-    return f"{line}: it leaves zeros out."
-
-
-def rounding_lines(file: ModelFile) -> list[str]:
-    """What rounding the weights cost, where they were rounded and a dev set was given."""
-    if file.rounding is None or file.score is None or file.checkpoint_score is None:
-        return []
-    values, embeddings = file.rounding
-    line = f"Rounding (pruned matrices as {values}, embeddings as {embeddings}): dev score {file.score:.4f}, "
-    line += f"that of its checkpoint {file.checkpoint_score:.4f}"
-    if file.prediction_change:
-        line += f"; {file.prediction_change}"
-    return [line + "."]
-
-
-def rival_line(bench: BenchData, name: str, rival: str) -> str:
-    """Compare an engine with a rival at every point of the grid, with every number of threads."""
-    ratios: dict[str, float] = {}
-    for threads in bench.threads:
-        for shape in bench.grid:
-            ratio = paired_ratio([bench.timing(rival, threads)], bench.timing(name, threads), [shape])
-            ratios[f"{shape} with {thread_count(threads)}"] = ratio.median
-    slower_points = [f"{point} ({ratio:.2f}x)" for point, ratio in ratios.items() if ratio < 1]
-    result = "faster at every point of the grid"
-    if slower_points:
-        result = f"slower at {', '.join(slower_points)}"
-    rival_file = bench.files.get(rival)
-    score = "whose score is not measured"
-    if rival_file is not None and rival_file.score is not None:
-        score = f"dev score {rival_file.score:.4f}"
-    reach = f"{min(ratios.values()):.2f}x to {max(ratios.values()):.2f}x"
-    return f"Against the teacher in {rival.removesuffix(' teacher')} ({score}), {name} is {result}: {reach}."
 
 
 def same_form_line(bench: BenchData, name: str) -> str:
@@ -336,7 +303,7 @@ def other_model_lines(bench: BenchData) -> list[str]:
 
 def advice_lines(bench: BenchData) -> list[str]:
     """Say what would help where the best form of the student is no faster or no smaller."""
-    speeds = [bench.gain_from_zeros(bench.timing(bench.best, threads), bench.grid) for threads in bench.threads]
+    speeds = [bench.speed_of_student(bench.timing(bench.best, threads), bench.grid) for threads in bench.threads]
     advice = []
     if all(speed.median < 1 + SAME_SPEED or speed.low <= 1 for speed in speeds):
         advice.append("for speed, a runtime whose kernels skip zeros, or whole heads, neurons or layers taken out")
@@ -345,29 +312,6 @@ def advice_lines(bench: BenchData) -> list[str]:
     if not advice:
         return []
     return [f"What would help: {'; '.join(advice)}."]
-
-
-def matrix_table(entries: Sequence[LedgerEntry]) -> str:
-    """The whole ledger as a Markdown table: every matrix at every number of tokens."""
-    columns = ["matrix", "size", "nonzeros", "density", "dense bytes", "sparse bytes", "tokens"]
-    columns += ["dense us", "GFLOP/s", "sparse us", "GFLOP/s", "speed", "bound us", "of the bound"]
-    rows: list[list[Cell]] = []
-    for entry in entries:
-        matrix: list[Cell] = [entry.name, f"{entry.rows}x{entry.columns}", entry.nonzeros, f"{entry.density:.2%}"]
-        matrix += [entry.dense_bytes, "-" if entry.sparse_bytes is None else entry.sparse_bytes]
-        for tokens, product in entry.products.items():
-            dense: list[Cell] = [tokens, f"{product.dense_us:.1f}", f"{product.dense_flops / 1e9:.1f}"]
-            rows.append([*matrix, *dense, *sparse_cells(product)])
-    return markdown_table(columns, rows)
-
-
-def sparse_cells(product: ProductTimes) -> list[Cell]:
-    """Cells of a sparse product; dashes for a matrix without a sparse form."""
-    bound = f"{product.bound_us:.1f}"
-    if product.sparse_us is None or product.sparse_flops is None:
-        return ["-", "-", "-", bound, "-"]
-    cells: list[Cell] = [f"{product.sparse_us:.1f}", f"{product.sparse_flops / 1e9:.1f}", f"{product.ratio:.2f}x"]
-    return [*cells, bound, f"{product.bound_us / product.sparse_us:.0%}"]
 
 
 def percentile_table(bench: BenchData) -> str:
@@ -388,11 +332,3 @@ def nodes_text(timing: Timing) -> str:
     if timing.nodes is None:
         return timing.provider
     return ", ".join(f"{provider} {sum(counts.values())}" for provider, counts in timing.nodes.items())
-
-
-def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
-    """A Markdown table; floats have four digits."""
-    lines = [columns, ["---"] * len(columns)]
-    for row in rows:
-        lines.append([f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

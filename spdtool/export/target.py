@@ -107,6 +107,9 @@ class Target:
             `web`.
         opened_by_load: whether `spdtool.load` opens the folder, which holds for ONNX files. Else the dev
             set is read by token ids and `session`.
+        times_dense: whether the bench also exports the dense teacher in a form of the student alone, so
+            that what the form gives to any weights is not credited to zeros. Off where the form cannot
+            hold dense weights.
         timing_operator: domain and name of an operator (repeats int64 [1], packed matrix uint8) ->
             float32 seconds of one product with a packed matrix; None: the ledger cannot time its
             products.
@@ -126,6 +129,7 @@ class Target:
     bundle_stem: str = ""
     preferred_on: tuple[str, ...] = ()
     opened_by_load: bool = True
+    times_dense: bool = True
     timing_operator: tuple[str, str] | None = None
 
     def export(self, checkpoint: Path, folder: Path, recipe: Recipe) -> list[Path]:

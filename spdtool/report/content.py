@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from spdtool import console
+from spdtool.bench.factors import factors_text
 from spdtool.recipe import PHASES, STAGES
 from spdtool.recipe.fields import Distilled, Recipe
 from spdtool.report import curves
@@ -302,6 +303,8 @@ def _bench_tiles(row: StudentRow, bench: BenchResult, exported: ExportResult) ->
     note += rounded
     if bench.threads in bench.caveats:
         note += f"; {bench.caveats[bench.threads]}"
+    if bench.threads in bench.factors:
+        note += f"; {factors_text(bench.factors[bench.threads])}"
     note += "; see Speed and size for where it comes from"
     size = f"{row.bytes:,} of {row.teacher_bytes:,} bytes, {bench.best}{rounded}"
     return [

@@ -417,6 +417,28 @@ class BenchFile(Record):
     ledger: list[LedgerEntry]
 
 
+class SpeedFactors(Record):
+    """Where the speed of a sparse form comes from; the product of the factors is the whole ratio.
+
+    Attributes:
+        fusion: what the form's operators give to dense float32 weights.
+        padding: what leaving padding out adds; 1 over a grid without padding.
+        rounding: what the stored form of the weights adds.
+        zeros: what the zeros add. zeros_ratio: the same as a median of paired rounds, with its interval.
+    """
+
+    fusion: float
+    padding: float
+    rounding: float
+    zeros: float
+    zeros_ratio: Ratio
+
+    @property
+    def whole(self) -> float:
+        """The product of the factors."""
+        return self.fusion * self.padding * self.rounding * self.zeros
+
+
 class BenchResult(Record):
     """Result of the bench stage.
 
@@ -426,6 +448,7 @@ class BenchResult(Record):
         best: engine of the best form of the student. size: how many times smaller than the teacher its files are.
         speeds: number of threads to how many times faster than the teacher it is.
         caveats: number of threads to why that ratio says little.
+        factors: number of threads to where that speed comes from; empty for a plain file, which has only zeros.
         latency: every engine at every shape. ledger: every pruned matrix alone.
     """
 
@@ -435,6 +458,7 @@ class BenchResult(Record):
     verdict: list[str]
     speeds: dict[int, Ratio]
     caveats: dict[int, str]
+    factors: dict[int, SpeedFactors] = Field(default_factory=dict)
     size: float
     best: str
     provider: str

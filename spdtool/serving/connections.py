@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 SLICE = 4096  # bytes that are parsed at once: a head may be larger than allowed by this much
 CHUNKED_FACTOR = 6  # a body of chunks of one byte, "1\r\nX\r\n", is six times as long on the wire
@@ -99,6 +99,7 @@ class GuardedConnection(HttpToolsProtocol):
         self._in_head = True
         self._message_begun = False
         self._refused = False
+        self._cycles: list[RequestResponseCycle] = []  # requests that may not be answered yet
         self._deadline: asyncio.TimerHandle | None = None
         self._write_deadline: asyncio.TimerHandle | None = None
 
@@ -116,6 +117,11 @@ class GuardedConnection(HttpToolsProtocol):
         """Forget the connection."""
         self._stop_waiting()
         self._door.forget(self)
+        # uvicorn tells the latest request only; an earlier one would write to a transport that is closed.
+        for cycle in self._cycles:
+            if not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
         if self._write_deadline is not None:
             self._write_deadline.cancel()
         super().connection_lost(exc)
@@ -174,6 +180,7 @@ class GuardedConnection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Start the time of a body, and the application."""
         super().on_headers_complete()
+        self._cycles = [*(cycle for cycle in self._cycles if not cycle.response_complete), self.cycle]
         self._received, self._in_head = 0, False
         self._wait_for_client(self._limits.body_seconds)
 

@@ -4,8 +4,9 @@ Reads: `export`, and `teacher` for the rows in torch. Writes: `bench/bench.json`
 ledger, and the machine) and `bench/bench.md` (what they mean). The runtime is onnxruntime on CUDA if that really runs,
 otherwise on the CPU; the result says which.
 
-Rows: `teacher` and `student` as plain ONNX files; the files of every further target; the teacher again without fused
-operators, in dynamic int8 (made here and thrown away), in eager torch, and compiled by torch.
+Rows: `teacher` and `student` as plain ONNX files; the files of every further target, and beside a sparse form the dense
+teacher in that form (exported here and thrown away); the teacher again without fused operators, in dynamic int8 (made
+here and thrown away), in eager torch, and compiled by torch.
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ import numpy as np
 from spdtool import console
 from spdtool.bench import ledger, report
 from spdtool.bench.engines import Engine, Shape
+from spdtool.bench.factors import split_speed
 from spdtool.bench.int8 import quantize_dynamic_int8
 from spdtool.bench.latency import Timing, time_engines
+from spdtool.bench.ledger_tables import ledger_table
 from spdtool.bench.ratios import BenchData, ModelFile, latency_records, ratio_caveat
 from spdtool.data.tokens import tokenize
 from spdtool.errors import ModelError, RecipeError, SpdError
 from spdtool.export import runtime
-from spdtool.export.target import Target, get_target, optional_targets
+from spdtool.export.target import MODEL_FILE, Target, get_target, optional_targets
 from spdtool.models.load import load_tokenizer
 from spdtool.recipe.fields import Recipe
 from spdtool.run.fingerprint import describe_machine
@@ -49,6 +52,8 @@ from spdtool.tasks import find_task
 
 DYNAMIC_INT8 = "int8"  # engine of the teacher, unless the target below was exported: its score was measured
 INT8_TARGET = "onnx-int8"
+FLOAT32 = "fp32"
+DENSE = "dense"  # in the name of an engine: the teacher in the form of a sparse one
 SAMPLED_ROWS = 512  # rows of the dev set whose lengths padded batches imitate
 
 
@@ -58,6 +63,7 @@ class Lineup:
 
     Attributes:
         files: by name of the engine.
+        dense_forms: see `BenchData`.
         sparse: engines of targets that export the student only: sparse forms.
         pairs: engine of the student to engine of the teacher, of targets that export both.
         timing_operators: of sparse forms whose single products can be timed.
@@ -68,6 +74,7 @@ class Lineup:
     files: dict[str, ModelFile] = field(default_factory=dict)
     sparse: list[str] = field(default_factory=list)
     pairs: dict[str, str] = field(default_factory=dict)
+    dense_forms: dict[str, list[str]] = field(default_factory=dict)
     timing_operators: dict[str, tuple[str, str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -110,6 +117,8 @@ def bench(run: Run) -> BenchResult:
     positions = min(exported.teacher.positions, exported.student.positions)
     shapes = choose_shapes(recipe, positions, export_folder / "teacher", lineup.notes)
     with run.stage("bench") as work, tempfile.TemporaryDirectory() as scratch:
+        for name in lineup.sparse:
+            add_dense_forms(lineup, name, exported.targets[name].student, teacher_folder, Path(scratch), recipe)
         add_teacher_engines(lineup, teacher_folder, Path(scratch), provider, recipe)
         peaks: dict[int, MachinePeak] = {}
         entries: list[LedgerEntry] = []
@@ -132,6 +141,7 @@ def bench(run: Run) -> BenchResult:
             environment=environment,
             sparse=lineup.sparse,
             pairs=lineup.pairs,
+            dense_forms=lineup.dense_forms,
             ledger=entries,
             notes=[*lineup.notes, *(f"{reason}." for reason in result.missing.values())],
         )
@@ -161,6 +171,8 @@ def line_up_exports(folder: Path, exported: ExportResult, provider: str, recipe:
         reason = reason_not_to_time(target, provider, recipe, both_roles=files.teacher is not None)
         if reason is not None:
             lineup.notes.append(f"Not timed: {name}: {reason}.")
+            if name == INT8_TARGET and files.teacher is not None:  # its bytes are compared all the same
+                lineup.files[f"{name} teacher"] = ModelFile.of_export(files.teacher)
             continue
         for role, model in files.models().items():
             engine_name = name if role == "student" else f"{name} {role}"
@@ -176,6 +188,43 @@ def line_up_exports(folder: Path, exported: ExportResult, provider: str, recipe:
             lineup.pairs[name] = f"{name} teacher"
     lineup.notes += not_exported_notes(exported, recipe)
     return lineup
+
+
+def add_dense_forms(
+    lineup: Lineup, name: str, model: ExportedModel, checkpoint: Path, scratch: Path, recipe: Recipe
+) -> None:
+    """Export the dense teacher in the form of a sparse engine, and add it as engines behind that one.
+
+    Its weights are stored as the student's are; where that rounds them, also once more in float32.
+
+    Args:
+        model: the student in that form.
+        checkpoint: the teacher's.
+    """
+    target = get_target(name)
+    if not target.times_dense:
+        return
+    stored = (model.values or FLOAT32, model.embeddings or FLOAT32)
+    forms = {f"{name} {DENSE}": stored}
+    if stored != (FLOAT32, FLOAT32):
+        forms[f"{name} {DENSE} {FLOAT32}"] = (FLOAT32, FLOAT32)
+    lineup.dense_forms[name] = []
+    for engine_name, (values, embeddings) in forms.items():
+        folder = scratch / engine_name
+        export = recipe.export.model_copy(update={"values": values, "embeddings": embeddings})
+        try:
+            with console.busy(f"exporting the dense teacher for the row {engine_name}"):
+                files = target.export(checkpoint, folder, recipe.model_copy(update={"export": export}))
+        except SpdError as error:
+            lineup.notes.append(f"Not timed: {engine_name}: {error.message}.")
+            continue
+        size = sum(file.stat().st_size for file in files)
+        teacher = lineup.files["teacher"]
+        engine = replace(lineup.engine(name), name=engine_name, path=str(folder / MODEL_FILE), optional=True)
+        place = lineup.engines.index(lineup.engine(name)) + 1 + len(lineup.dense_forms[name])
+        lineup.engines.insert(place, engine)
+        lineup.files[engine_name] = ModelFile(size, size=teacher.size, sparsity=teacher.sparsity)
+        lineup.dense_forms[name].append(engine_name)
 
 
 def reason_not_to_time(target: Target, provider: str, recipe: Recipe, *, both_roles: bool) -> str | None:
@@ -295,16 +344,19 @@ def summarize(data: BenchData, environment: BenchEnvironment) -> BenchResult:
     """Make the record of stage.json; its speeds are those of the student's best form."""
     columns, rows = report.overview_table(data)
     rounds = len(data.timings[0].rounds[data.grid[0]])
-    speeds, caveats = {}, {}
+    speeds, caveats, factors = {}, {}, {}
     for threads in data.threads:
-        speeds[threads] = data.gain_from_zeros(data.timing(data.best, threads), data.grid)
+        speeds[threads] = data.speed_of_student(data.timing(data.best, threads), data.grid)
         caveat = ratio_caveat(speeds[threads], rounds)
         if caveat is not None:
             caveats[threads] = caveat
+        split = split_speed(data, data.best, threads)
+        if split is not None:
+            factors[threads] = split
     tables = []
     if data.ledger:
         title = "sparsity ledger, one thread (matrices of one shape and density share a timing)"
-        ledger_columns, ledger_rows = report.ledger_table(data.ledger)
+        ledger_columns, ledger_rows = ledger_table(data.ledger)
         tables.append(Table(title=title, columns=ledger_columns, rows=ledger_rows))
     return BenchResult(
         columns=columns,
@@ -313,6 +365,7 @@ def summarize(data: BenchData, environment: BenchEnvironment) -> BenchResult:
         verdict=report.describe_verdict(data),
         speeds=speeds,
         caveats=caveats,
+        factors=factors,
         size=data.files["teacher"].bytes / data.files[data.best].bytes,
         best=data.best,
         provider=data.timings[0].provider,

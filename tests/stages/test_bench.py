@@ -186,7 +186,10 @@ def test_a_further_target_is_a_row_with_its_libraries_and_the_headline(
     monkeypatch.setattr(stage, "time_engines", record_engines)
     made = run(*FEW, "bench.rounds=1", "bench.batches=[1]", further="twin")
     metrics = bench(made)
-    assert names(metrics) == ["teacher", "student", "twin"]
+    assert names(metrics) == ["teacher", "student", "twin", "twin dense"]
+    assert metrics.rows[3][1:3] == ["-", "0.00%"]
+    assert metrics.factors[1].whole == pytest.approx(metrics.speeds[1].median)  # of one round
+    assert "Where it comes from, 1 thread: fusion" in metrics.verdict[1]
     assert timed[2].libraries == (str(made.path / "export/twin/student/lib.so"),)
     assert metrics.best == "twin"
     assert metrics.verdict[0].startswith("Speed of twin, 50.0% zeros, 1 thread")
