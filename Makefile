@@ -29,7 +29,7 @@ PLUGINS := $(wildcard plugins/*/pyproject.toml)
 COMPILED := plugins/spdtool-sparse-cpu/
 PURE := $(filter-out $(COMPILED),$(dir $(PLUGINS)))
 
-.PHONY: help demo setup style check docs test quick test-oldest test-encoder test-ray test-clients fuzz teacher prune distill finetune export bench clean
+.PHONY: help demo setup style check docs test quick test-oldest test-encoder test-ray test-clients test-soak fuzz teacher prune distill finetune export bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -92,10 +92,23 @@ test-ray: setup
 test-clients: setup
 	SPDTOOL_TEST_CLIENTS=1 $(BIN)/pytest -m clients -s
 
-# Random alterations of every kind of exported folder: none may open with another answer.
-fuzz: setup
-	$(BIN)/spdtool compress --task demo --smoke --run runs/fuzz --set bench.rounds=1
+# Random alterations of every kind of exported folder, of which none may open with another answer; then altered requests
+# to the HTTP server, for SECONDS=3600 or as long as you like.
+fuzz: setup runs/fuzz/bench/stage.json
 	$(BIN)/python tests/fuzz_folders.py runs/fuzz --count $(or $(COUNT),500)
+	$(BIN)/python tests/fuzz_http.py runs/fuzz/export/bundle --seconds $(or $(SECONDS),60)
+
+# The HTTP server under 20,000 requests, and schemathesis, in an environment of its own, on its OpenAPI document.
+test-soak: setup .venv-soak/.ready runs/fuzz/bench/stage.json
+	$(BIN)/python tests/soak_http.py runs/fuzz/export/bundle --schemathesis .venv-soak/bin/schemathesis
+
+.venv-soak/.ready:
+	$(PYTHON) -m venv .venv-soak
+	PIP_CONSTRAINT= .venv-soak/bin/pip install --quiet schemathesis
+	@touch $@
+
+runs/fuzz/bench/stage.json: | setup
+	$(BIN)/spdtool compress --task demo --smoke --run runs/fuzz --set bench.rounds=1
 
 # Stage by stage: a stage is done when its stage.json exists, and its predecessors are made first.
 STAGES := teacher prune distill finetune export bench
@@ -116,4 +129,4 @@ $(RUN)/bench/stage.json: | $(RUN)/export/stage.json
 	$(BIN)/spdtool bench --run $(RUN)
 
 clean:
-	rm -rf $(VENV) .venv-oldest build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-oldest .venv-soak build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
