@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from spdtool import plugins
+from spdtool import console, plugins
 from spdtool.errors import Corrupt, GateError, ModelError, RecipeError, RunError, StageMissing, UnknownName
 from spdtool.models.layers import find_prunable_weights
 from spdtool.models.load import load_model, load_tokenizer, save_model
@@ -268,3 +268,21 @@ def test_given_and_fine_tuned_teachers_lead_to_the_same_student(toy_run: Callabl
     prune(other)
     files = [(run.path / "prune" / "model.safetensors").read_bytes() for run in (one, other)]
     assert files[0] == files[1]
+
+
+def test_a_prune_event_says_which_batch_and_which_matrix_it_is_at(
+    toy_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = toy_run("prune.calibration=2", until="teacher")
+    shown: list[dict[str, Any]] = []
+    with console.listen(lambda stage, steps, event: shown.append(event)):
+        prune(run)
+    works = [event["work"] for event in shown if event["event"] == "pruning"]
+    works = [work for work in works if work.startswith("event 2 of 3")]
+    matrices = len(run.training_result("prune").zeros)
+    expected = ["looking at rows"]
+    expected += [f"calibration batch {number} of 2" for number in (1, 2)]
+    expected += [f"scoring matrix {number} of {matrices}" for number in range(1, matrices + 1)]
+    expected += [f"solving matrix {number} of {matrices}" for number in range(1, matrices + 1)]
+    assert works == [f"event 2 of 3, {text}" for text in expected]
+    assert "pruning" not in (run.path / "prune/metrics.jsonl").read_text(), "for the display alone"
