@@ -133,6 +133,8 @@ def save_encoder(family: str, folder: Path, layers: int, hidden: int) -> None:
         "sep_token_id": 3,
     }
     fields = FAMILIES[family]
+    if "block_sizes" in fields:  # which say how many layers there are
+        del common["num_hidden_layers"]
     config = AutoConfig.for_model(family, **(common | fields))
     torch.manual_seed(0)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)

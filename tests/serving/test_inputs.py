@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import tracemalloc
@@ -16,7 +17,7 @@ from spdtool.data import files
 from spdtool.data.formats.arrow import iterate_tables
 from spdtool.errors import DataError
 from spdtool.serving import inputs
-from spdtool.serving.predict import InputLine
+from spdtool.serving.predict import InputLine, predict_lines
 
 Call = Callable[..., Any]
 TEXTS = ["good, film", 'a "bad" meal', "so cold it was", "very kind"]
@@ -189,3 +190,24 @@ def test_memory_does_not_grow_with_the_file(ending: str, single: Path, tmp_path:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2_000_000, "the texts have eight million letters"
+
+
+def test_standard_input_is_utf_8_whatever_the_locale_says(single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = io.BytesIO("\ufeffcaf\u00e9 na\u00efve\n\u4e2d\u6587\n".encode())
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(content, encoding="latin-1", errors="replace"))
+    with inputs.open_input("-", library.load(single), "text") as lines:
+        assert [line.text for line in lines] == ["caf\u00e9 na\u00efve", "\u4e2d\u6587"]
+
+
+def test_a_row_with_a_token_that_the_model_does_not_know_keeps_no_other_row_from_its_label(
+    single: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classify = library.load(single)
+    rows = classify.encode(TEXTS)
+    largest = [int(row.ids.max()) for row in rows]
+    limit = max(largest)
+    monkeypatch.setattr(classify, "_vocabulary_size", limit)  # as if the last token had been added later
+    lines = [InputLine(number, text) for number, text in enumerate(TEXTS, 1)]
+    answers = list(predict_lines(classify, lines))
+    assert [("error" in answer) for answer in answers] == [token == limit for token in largest]
+    assert any("label" in answer for answer in answers)
