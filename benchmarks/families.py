@@ -70,7 +70,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "ibert": {"type_vocab_size": 1},
     "jina_embeddings_v3": {},
     "layoutlm": {},
-    "longformer": {"attention_window": [8, 8]},
+    "longformer": {"attention_window": 8},
     "megatron-bert": {},
     "mobilebert": {"embedding_size": 16, "intra_bottleneck_size": 16, "true_hidden_size": 16},
     "modernbert": {"global_attn_every_n_layers": 2, "local_attention": 8},
