@@ -77,8 +77,8 @@ class Classifier:
         self._inputs = [value.name for value in session.get_inputs()]
         self.pads_left = tokenizer_config.get("padding_side") == "left"
         self.padding = padding_values(tokenizer, config, tokenizer_config)
-        self._vocabulary_size: int | None = config.get("vocab_size")
-        self._token_types: int | None = config.get("type_vocab_size")
+        self._vocabulary_size = read_count(config, "vocab_size")
+        self._token_types = read_count(config, "type_vocab_size")
         self._load_arguments: tuple[Any, ...] = ()
         self._truncation_side = tokenizer_config.get("truncation_side", "right")
         self.max_length = longest_input(config, tokenizer_config)
@@ -408,7 +408,10 @@ def padding_values(tokenizer: Tokenizer, config: Config, tokenizer_config: Confi
         pad_token = pad_token.get("content")
     pad_id = None
     if isinstance(pad_token, str):
-        pad_id = tokenizer.token_to_id(pad_token)
+        try:
+            pad_id = tokenizer.token_to_id(pad_token)
+        except UnicodeEncodeError:
+            raise ModelError(f"the padding token {pad_token!r} is not valid Unicode") from None
     if pad_id is None:  # the tokenizer names no padding token, or one that is not in its vocabulary
         pad_id = config.get("pad_token_id") or 0
     values = {"input_ids": pad_id, "token_type_ids": tokenizer_config.get("pad_token_type_id") or 0}
@@ -416,6 +419,18 @@ def padding_values(tokenizer: Tokenizer, config: Config, tokenizer_config: Confi
         if type(value) is not int or not 0 <= value < 2**31:
             raise ModelError(f"{name} cannot be padded with {value!r}: it is no token's number")
     return values
+
+
+def read_count(config: Config, name: str) -> int | None:
+    """Return a number of a configuration, or None where it has none.
+
+    Raises:
+        ModelError: it is no number above or equal to zero.
+    """
+    value = config.get(name)
+    if value is not None and (type(value) is not int or value < 0):
+        raise ModelError(f"{name} of config.json is {str(value)[:60]!r}: a number was expected")
+    return value
 
 
 def ordered_labels(config: Config) -> list[str]:

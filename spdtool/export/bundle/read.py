@@ -91,7 +91,10 @@ def read_bundle(folder: Path, *, unverified: bool = False) -> Bundle:
     model = path_inside(folder, manifest.model)
     _require_model(folder, model)
     if (folder / MANIFEST).is_file():  # else it is opened unverified
-        _require_listed(folder, {*manifest.files, *SHARED_FILES, manifest.model}, manifest.files, manifest.library)
+        # A second model: the manifest of one folder has come into another.
+        models = {file.relative_to(folder).as_posix() for file in folder.glob("onnx/*.onnx")}
+        names = {*manifest.files, *SHARED_FILES, manifest.model, *models}
+        _require_listed(folder, names, manifest.files, manifest.library)
     text = tuple(manifest.text) if manifest.text else None
     return Bundle(folder, model, manifest.target or None, manifest.library, text=text)
 
@@ -143,7 +146,7 @@ def read_golden_examples(folder: Path) -> GoldenExamples:
 def longest_input(config: Mapping[str, JsonValue], tokenizer_config: Mapping[str, JsonValue]) -> int:
     """Longest input in tokens that both the tokenizer and the position embeddings allow."""
     positions = config.get("max_position_embeddings")
-    if isinstance(positions, int) and config.get("model_type") in OFFSET_POSITIONS:
+    if isinstance(positions, int) and str(config.get("model_type")) in OFFSET_POSITIONS:
         pad = config.get("pad_token_id")
         positions -= 1
         if isinstance(pad, int):
