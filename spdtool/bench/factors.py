@@ -50,7 +50,7 @@ def split_speed(bench: BenchData, name: str, threads: int) -> SpeedFactors | Non
 
     The factors are ratios of medians, so that their product is exactly the ratio of the whole.
     """
-    return _split(bench, name, threads, bench.grid)
+    return _split_speed(bench, name, threads, bench.grid)
 
 
 def split_padded_speed(bench: BenchData, name: str, threads: int, shape: Shape) -> SpeedFactors | None:
@@ -58,13 +58,13 @@ def split_padded_speed(bench: BenchData, name: str, threads: int, shape: Shape) 
     full_shape = Shape(shape.batch, shape.length)
     if full_shape not in bench.grid:
         return None
-    padded, full = _split(bench, name, threads, [shape]), _split(bench, name, threads, [full_shape])
+    padded, full = _split_speed(bench, name, threads, [shape]), _split_speed(bench, name, threads, [full_shape])
     if padded is None or full is None:
         return None
     return padded.model_copy(update={"fusion": full.fusion, "padding": padded.fusion / full.fusion})
 
 
-def _split(bench: BenchData, name: str, threads: int, shapes: Sequence[Shape]) -> SpeedFactors | None:
+def _split_speed(bench: BenchData, name: str, threads: int, shapes: Sequence[Shape]) -> SpeedFactors | None:
     forms = _dense_timings(bench, name, threads)
     if forms is None:
         return None

@@ -24,7 +24,9 @@ def show_plan(plan: Plan, recipe: Recipe, *, everything: bool = False) -> None:
     """
     if recipe.smoke:
         console.say("[yellow]SMOKE RUN: a random two-layer model and a few steps; its numbers mean nothing[/]")
-    console.print_lines(f"{plan.run}: recipe {recipe.name}, {recipe.sparsity:.4g} sparsity", summarise(plan, recipe))
+    console.print_lines(
+        f"{plan.run}: recipe {recipe.name}, {recipe.sparsity:.4g} sparsity", summarise_plan(plan, recipe)
+    )
     if plan.changes:
         console.print_table("changed", CHANGE_COLUMNS, [tuple(map(_show_value, change)) for change in plan.changes])
     for note in plan.notes:
@@ -45,7 +47,7 @@ def show_recipe(recipe: Recipe) -> None:
     console.print_table(f"recipe {recipe.name}", ("field", "value"), list(recipe.values().items()))
 
 
-def summarise(plan: Plan, recipe: Recipe) -> list[tuple[str, str]]:
+def summarise_plan(plan: Plan, recipe: Recipe) -> list[tuple[str, str]]:
     """Return the lines of a plan as names and texts."""
     rows = ", ".join(f"{count:,} {name}" for name, count in plan.rows.items())
     about = [line.removeprefix("data: ") for line in plan.reading if line.startswith("data: ")]

@@ -81,7 +81,7 @@ def run_all(recipe: Recipe, path: Path, dry_run: bool, everything: bool, process
 
     def start(plan: Plan) -> None:
         show_plan(plan, recipe, everything=everything)
-        launch_ranks(processes, recipe, path)  # for the training stages; this process does the others
+        launch_training(processes, recipe, path)  # for the training stages; this process does the others
 
     result = stages.compress(recipe=recipe, run=path, on_plan=start)
     if not result.finished:  # a rank that only trains
@@ -170,7 +170,7 @@ def run_one(stage: str, path: Path, recipe: Recipe, again: bool, processes: int)
 
     redo = stage if again else None
     done = Run.at(path, recipe, redo=redo, dry=True).done(stage)
-    if (again or not done) and launch_ranks(processes, recipe, path, redo):
+    if (again or not done) and launch_training(processes, recipe, path, redo):
         return dump_result(Run.open(path).result(stage))
     if again:
         drop_stage(stage, path)
@@ -198,7 +198,7 @@ def drop_stage(stage: str, path: Path) -> None:
             console.say(f"dropped {', '.join(dropped)}")
 
 
-def launch_ranks(processes: int, recipe: Recipe, path: Path, redo: str | None = None) -> bool:
+def launch_training(processes: int, recipe: Recipe, path: Path, redo: str | None = None) -> bool:
     """Do this command in several processes, if that is asked for and this is none of them.
 
     Args:

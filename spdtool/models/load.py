@@ -32,7 +32,7 @@ from spdtool.models.checkpoint import Checkpoint, find_model_class, open_checkpo
 from spdtool.models.config import has_head, read_config, reading_hint, unreadable_model
 from spdtool.models.layers import find_layer_stack, select_trained_parameters
 from spdtool.models.tables import fit_tokenizer
-from spdtool.models.weight_files import read_weights
+from spdtool.models.weight_files import read_weight_files
 from spdtool.recipe.fields import Recipe
 from spdtool.tasks import ProblemType, Task
 
@@ -98,7 +98,7 @@ def _read_model(checkpoint: Checkpoint) -> PreTrainedModel:
     source: str | None = str(checkpoint.source)
     weights: dict[str, Tensor] | None = None
     if checkpoint.renamed:
-        source, weights = None, read_weights(checkpoint.files, checkpoint.renamed)
+        source, weights = None, read_weight_files(checkpoint.files, checkpoint.renamed)
     # another size is refused by the check, unless it is that of a head which is replaced
     model = find_model_class(checkpoint.config).from_pretrained(
         source,

@@ -105,7 +105,7 @@ def strip_wrappers(keys: Iterable[str], file: Path) -> dict[str, str]:
     return {key: name for key, name in plain.items() if key != name}
 
 
-def read_weights(files: Iterable[Path], renamed: Mapping[str, str]) -> dict[str, Tensor]:
+def read_weight_files(files: Iterable[Path], renamed: Mapping[str, str]) -> dict[str, Tensor]:
     """Read every weight; `renamed` maps a name in the files to another one."""
     tensors = {}
     for file in files:

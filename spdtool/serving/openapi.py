@@ -43,7 +43,10 @@ def describe_api(classify: Classifier, name: str, max_texts: int) -> Object:
         paths[path] = get("Describe the model", {"type": "object"})
         paths[f"{path}/ready"] = get("Say whether the model answers", ready)
         paths[f"{path}/infer"] = post(
-            "Infer, as KServe v2 has it", infer_request(classify), infer_response(classify), infer_example(classify)
+            "Infer, as KServe v2 has it",
+            infer_request(classify),
+            describe_infer_response(classify),
+            infer_example(classify),
         )
     return {
         "openapi": "3.1.0",
@@ -117,7 +120,7 @@ def infer_request(classify: Classifier) -> Object:
     return record({"id": STRING, "inputs": inputs, "outputs": list_of(output)}, ["inputs"])
 
 
-def infer_response(classify: Classifier) -> Object:
+def describe_infer_response(classify: Classifier) -> Object:
     """Schema of a response of infer."""
     outputs: list[Json] = [*protocol.response_outputs(classify)]
     tensor = record(

@@ -61,13 +61,13 @@ def parse_predict(body: bytes, max_texts: int) -> InferenceRequest:
 def parse_infer(body: bytes, available_outputs: tuple[str, ...], max_texts: int) -> InferenceRequest:
     """Parse the body of /v2/models/NAME/infer. Raises DataError."""
     request = parse_object(body)
-    tensors = tensors_by_name(request.get("inputs"), "inputs")
+    tensors = request_tensors(request.get("inputs"), "inputs")
     unknown = tensors.keys() - {TEXT, PAIR}
     if unknown or TEXT not in tensors:
         raise DataError(f"the inputs are {', '.join(tensors) or 'none'}", f"{TEXT}, and {PAIR} for a task of pairs")
     texts = tensor_texts(tensors[TEXT], TEXT)
     pairs = tensor_texts(tensors[PAIR], PAIR) if PAIR in tensors else None
-    outputs = tuple(tensors_by_name(request.get("outputs") or [], "outputs")) or available_outputs
+    outputs = tuple(request_tensors(request.get("outputs") or [], "outputs")) or available_outputs
     for name in outputs:
         if name not in available_outputs:
             raise DataError(f"there is no output {name!r}", f"known: {', '.join(available_outputs)}")
@@ -187,7 +187,7 @@ def is_unicode(value: Json) -> bool:
     return True
 
 
-def tensors_by_name(values: Json, field: str) -> dict[str, Mapping[str, Json]]:
+def request_tensors(values: Json, field: str) -> dict[str, Mapping[str, Json]]:
     """Index a list of tensors by their names. Raises DataError."""
     problem = DataError(f"{field} has to be a list of objects, each with a name")
     if not isinstance(values, list):

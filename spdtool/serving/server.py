@@ -249,7 +249,7 @@ def run_until_signal(app: Application, listener: socket.socket, shutdown: Shutdo
 
     from spdtool.serving.connections import Door
 
-    config = configure(app, Door(app.limits.connection, app.observed.count_refusal))
+    config = make_uvicorn_config(app, Door(app.limits.connection, app.observed.count_refusal))
     server = uvicorn.Server(config)
     shutdown.end_on_request(server)
     try:
@@ -265,7 +265,7 @@ def run_until_signal(app: Application, listener: socket.socket, shutdown: Shutdo
     console.say("ended: every request in flight was answered")
 
 
-def configure(app: Application, door: Door) -> uvicorn.Config:
+def make_uvicorn_config(app: Application, door: Door) -> uvicorn.Config:
     """Configure uvicorn to run an application behind a door."""
     import uvicorn
 

@@ -140,7 +140,7 @@ def compress(
     opened = Run.at(path, recipe)
     with console.forecast_run(forecast):
         refusal = run_missing(opened, wanted)
-    return _describe(opened, wanted, refusal)
+    return _describe_result(opened, wanted, refusal)
 
 
 def recorded_recipe(run: str | Path | None) -> Recipe | None:
@@ -241,7 +241,7 @@ def export_model(
     return ExportedCheckpoint(folder, name, export_checkpoint(source, name, folder, recipe, with_task=with_task))
 
 
-def _describe(run: Run, wanted: Iterable[str], refusal: GateError | None) -> CompressionResult:
+def _describe_result(run: Run, wanted: Iterable[str], refusal: GateError | None) -> CompressionResult:
     finished = all(run.done(stage) for stage in wanted)
     teacher = run.training_result("teacher").dev if run.done("teacher") else None
     student, sparsity = None, None

@@ -131,7 +131,7 @@ def _export_or_refuse(
     except GateError as error:
         if not chosen.prefix:  # without the first target there is nothing to compare with, nor to serve
             raise
-        reason = _describe(error)
+        reason = _describe_error(error)
         result.refused[chosen.name] = reason
         message = f"{chosen.name} is not shipped: {reason}"
         if chosen.optional:
@@ -181,10 +181,10 @@ def _raise_if_refused(result: ExportResult, run: Run) -> None:
 
 
 def _warn_left_out(name: str, error: SpdError) -> None:
-    console.warn(f"the export to {name} is left out: {_describe(error)}")
+    console.warn(f"the export to {name} is left out: {_describe_error(error)}")
 
 
-def _describe(error: SpdError) -> str:
+def _describe_error(error: SpdError) -> str:
     if error.hint:
         return f"{error.message} ({error.hint})"
     return error.message

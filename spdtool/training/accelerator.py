@@ -83,7 +83,7 @@ def create_accelerator(recipe: Recipe) -> Accelerator:
 @contextmanager
 def _without_settings() -> Iterator[None]:
     """Hide variables of the environment that accelerate would read."""
-    prefixes = ACCELERATE_SETTINGS
+    prefixes: tuple[str, ...] = ACCELERATE_SETTINGS
     if ranks.world_size() == 1:
         prefixes += LEFT_BY_LAUNCHERS
     hidden = {name: value for name, value in os.environ.items() if name.startswith(prefixes)}

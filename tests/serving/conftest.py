@@ -204,7 +204,7 @@ def serve() -> Iterator[Serve]:
             door = Door(app.limits.connection, app.observed.count_refusal)
             listener = server.open_listener("127.0.0.1", 0)
             port = listener.getsockname()[1]
-            config = server.configure(app, door)
+            config = server.make_uvicorn_config(app, door)
             running = uvicorn.Server(config)
             thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
 
