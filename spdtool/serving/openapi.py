@@ -117,7 +117,10 @@ def infer_request(classify: Classifier) -> Object:
     outputs: list[Json] = [*protocol.response_outputs(classify)]
     output = record({"name": {"type": "string", "enum": outputs}})
     inputs = list_of(tensor) | {"minItems": len(names) if takes_pair(classify) else 1, "maxItems": len(names)}
-    return record({"id": STRING, "inputs": inputs, "outputs": list_of(output)}, ["inputs"])
+    # Clients send null for what they leave out.
+    request_id: Object = {"type": ["string", "null"]}
+    wanted: Object = {"type": ["array", "null"], "items": output}
+    return record({"id": request_id, "inputs": inputs, "outputs": wanted}, ["inputs"])
 
 
 def describe_infer_response(classify: Classifier) -> Object:

@@ -67,7 +67,8 @@ def parse_infer(body: bytes, available_outputs: tuple[str, ...], max_texts: int)
         raise DataError(f"the inputs are {', '.join(tensors) or 'none'}", f"{TEXT}, and {PAIR} for a task of pairs")
     texts = tensor_texts(tensors[TEXT], TEXT)
     pairs = tensor_texts(tensors[PAIR], PAIR) if PAIR in tensors else None
-    outputs = tuple(request_tensors(request.get("outputs") or [], "outputs")) or available_outputs
+    wanted = request.get("outputs")  # null is as good as none, but {} and "" are mistakes
+    outputs = tuple(request_tensors([] if wanted is None else wanted, "outputs")) or available_outputs
     for name in outputs:
         if name not in available_outputs:
             raise DataError(f"there is no output {name!r}", f"known: {', '.join(available_outputs)}")

@@ -165,6 +165,12 @@ WRONG: dict[str, tuple[str, Any, int, str]] = {
         400,
         "[rows] or [rows, 1] was expected",
     ),
+    "outputs that are no list": (
+        f"/v2/models/{NAME}/infer",
+        tensors(["a"], outputs={}),
+        400,
+        "outputs has to be a list",
+    ),
     "another output": (
         f"/v2/models/{NAME}/infer",
         tensors(["a"], outputs=[{"name": "scores"}]),
