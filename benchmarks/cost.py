@@ -74,7 +74,7 @@ def measure(point: Point, options: argparse.Namespace) -> float:
         write_teacher(teacher, options.tokenizer, point)
     run = options.folder / "run"
     shutil.rmtree(run, ignore_errors=True)
-    sets = ["device=cpu", f"max_rows={point.rows}", f"max_length={LENGTH}", "prune.epochs=1"]
+    sets = ["device=cpu", "teacher.accept=true", f"max_rows={point.rows}", f"max_length={LENGTH}", "prune.epochs=1"]
     sets += ["prune.scored_train_rows=0"]
     words = ["teacher", "--task", options.task, "--data", options.data, "--teacher", str(teacher), "--run", str(run)]
     words += ["--recipe", point.recipe, "--sparsity", str(point.sparsity)]

@@ -95,6 +95,7 @@ def measure(row: str, options: argparse.Namespace) -> dict[str, Any]:
     stages = ("teacher", "prune", "distill", "finetune")
     limits = [f"{each}.max_steps=2" for each in stages if each != stage]
     limits += [f"{each}.scored_train_rows=0" for each in stages]
+    limits += ["teacher.accept=true"]  # two steps teach nothing, and only time is measured
     limits += [f"device={options.device}", f"{stage}.epochs={20 + steps}"]
     limits += [f"{each}.batch_size={options.batch}" for each in stages if options.batch]
     quick = QUICK if name != "reference" else ("prune.events=1", "prune.ramp=1e-9")

@@ -60,7 +60,21 @@ def main() -> None:
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
     begun = root / "begun"
-    finished(["teacher", "--task", "demo", "--device", "cpu", "--run", str(begun), "--set", "teacher.epochs=1"])
+    finished(
+        [
+            "teacher",
+            "--task",
+            "demo",
+            "--device",
+            "cpu",
+            "--run",
+            str(begun),
+            "--set",
+            "teacher.epochs=1",
+            "--set",
+            "teacher.accept=true",
+        ]
+    )
     calm = {count: copied(begun, root / f"calm-{count}") for count in (1, 2)}
     seconds = {count: timed(prune(run, count)) for count, run in calm.items()}
     tallies = {kind: Tally(processes > 1) for kind, processes in KINDS.items()}

@@ -26,6 +26,7 @@ from spdtool.sweep.on_ray import Cluster
 SETS = (
     *(f"{stage}.max_steps=6" for stage in ("teacher", "prune", "distill", "finetune")),
     *("max_rows=64", "max_length=16", "prune.events=2", "device=cpu"),
+    "teacher.accept=true",  # six steps teach nothing
 )
 Make = Callable[..., list[sweep.Trial]]
 
