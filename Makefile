@@ -3,7 +3,7 @@
 #   make demo                              the whole job on the embedded task
 #   make bench TASK=mrpc SPARSITY=0.9      every stage of a run that is missing, up to the bench
 #   make style | check | test | bench      the four words; `make quick` is `make test` without the slow tests
-#   make docs | test-oldest | test-encoder
+#   make docs | test-long | test-oldest | test-encoder
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -29,7 +29,7 @@ PLUGINS := $(wildcard plugins/*/pyproject.toml)
 COMPILED := plugins/spdtool-sparse-cpu/
 PURE := $(filter-out $(COMPILED),$(dir $(PLUGINS)))
 
-.PHONY: help demo setup style check docs test quick test-oldest test-encoder test-ray test-clients test-soak fuzz teacher prune distill finetune export bench clean
+.PHONY: help demo setup style check docs test test-long quick test-oldest test-encoder test-ray test-clients test-soak fuzz teacher prune distill finetune export bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -68,7 +68,11 @@ $(VENV)/.docs: $(VENV)/.ready
 
 # A worker per processor with one thread each: two threads that wait for each other are slower than two tests.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist worksteal $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist worksteal -m "not long" $(PYTEST_ARGS)
+
+# What takes minutes: sanitizers over the C++ engine, power cuts, and what surrounds a training.
+test-long: setup
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist worksteal -m long $(PYTEST_ARGS)
 
 # The loop of a developer: everything but the tests that take over five seconds.
 quick: setup

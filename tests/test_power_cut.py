@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.slow  # a training stage for each state that a cut may leave
+pytestmark = [pytest.mark.slow, pytest.mark.long]  # a training stage for each state that a cut may leave
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-pytestmark = pytest.mark.slow  # each row starts a process that trains toy stages
+pytestmark = [pytest.mark.slow, pytest.mark.long]  # each row starts a process that trains toy stages
 
 SCRIPT = Path(__file__).with_name("surrounded.py")
 STAGES = ("teacher", "prune", "distill")

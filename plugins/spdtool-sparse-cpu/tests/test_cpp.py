@@ -56,7 +56,14 @@ def configure(folder, *options):
     call("cmake", "-S", SOURCE, "-B", folder, *generator, *(f"-D{option}" for option in options))
 
 
-@pytest.mark.parametrize("sanitizers", ["", "address,undefined", "thread"], ids=["plain", "address", "thread"])
+@pytest.mark.parametrize(
+    "sanitizers",
+    [
+        pytest.param("", id="plain"),
+        pytest.param("address,undefined", id="address", marks=pytest.mark.long),
+        pytest.param("thread", id="thread", marks=pytest.mark.long),
+    ],
+)
 def test_its_own_tests(tools, tmp_path, sanitizers):
     if sanitizers:
         program = tmp_path / "nothing"
