@@ -41,9 +41,11 @@ def sparse_teacher(run: Run, sparsity: float) -> None:
     with torch.no_grad():
         for weight in find_prunable_weights(model).values():
             weight.view(-1)[: zeros_in(weight.numel(), sparsity)] = 0.0
+    result = run.training_result("teacher")
     run.discard("teacher")
     with run.stage("teacher") as work:
         save_model(model, tokenizer, work.folder)
+        work.result = result
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9, 0.999])

@@ -339,7 +339,7 @@ class TestPlantedFaults:
             array[row, column] *= -1
 
         made = altered(change)
-        with pytest.raises(GateError, match=r"layer.1.output.dense.weight: 1 of 1024 weights"):
+        with pytest.raises(GateError, match=r"layer.1.output.dense.weight: 1 of 2048 weights"):
             check_weights(made)
         model = load_model(made.checkpoint)
         probes = make_comparison_batches(model, made.rows, 4)
