@@ -105,9 +105,7 @@ def _describe_time(plan: Plan) -> str:
     if all(stage.done for stage in plan.stages):
         return "none: every stage is done"
     least, most = map(format_duration, plan.estimate.seconds)
-    text = (
-        _about(most) if least == most else f"{least.removesuffix(' min') if most.endswith(' min') else least} to {most}"
-    )
+    text = _about(most) if least == most else f"{least} to {most}"
     return f"{text} in one process, from a trial of the model's matrix products on this {plan.estimate.device}"
 
 
