@@ -57,7 +57,7 @@ def check_folder(target: Target, reference: Reference, folder: Path, provider: s
     Raises:
         GateError: the folder cannot be opened, or what differs.
     """
-    tokenizer = load_tokenizer(reference.checkpoint)
+    tokenizer = reference.tokenizer
     check_configuration(folder, reference.checkpoint)
     if tokenizer.is_fast:
         check_raw_tokenizer(folder, tokenizer)
@@ -72,7 +72,7 @@ def check_folder(target: Target, reference: Reference, folder: Path, provider: s
 def opens_by_load(target: Target, reference: Reference) -> bool:
     """Whether `spdtool.load` can open what the target writes for this checkpoint."""
     # Without tokenizer.json no client but transformers reads texts.
-    return target.opened_by_load and load_tokenizer(reference.checkpoint).is_fast
+    return target.opened_by_load and reference.tokenizer.is_fast
 
 
 def open_classifier(folder: Path, provider: str) -> Classifier:

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spdtool.data import tokens as data
 from spdtool.data.dataset import Rows
@@ -105,6 +105,11 @@ class Reference:
     def label_names(self) -> list[str]:
         """Labels in the order of the logits."""
         return label_names(self.load_model())
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The checkpoint's tokenizer."""
+        return load_tokenizer(self.checkpoint)
 
     @cached_property
     def longest_input(self) -> int:
