@@ -76,7 +76,7 @@ test-long: setup
 
 # The loop of a developer: everything but the tests that take over five seconds.
 quick: setup
-	$(MAKE) test PYTEST_ARGS="-m 'not slow' $(PYTEST_ARGS)"
+	$(MAKE) test PYTEST_ARGS="-m 'not slow and not long' $(PYTEST_ARGS)"
 
 # The oldest versions that pyproject.toml allows, in an environment of its own. Old packages warn of what new ones mended.
 test-oldest:
@@ -97,10 +97,10 @@ test-clients: setup
 	SPDTOOL_TEST_CLIENTS=1 $(BIN)/pytest -m clients -s
 
 # Random alterations of every kind of exported folder, of which none may open with another answer; then altered requests
-# to the HTTP server, for SECONDS=3600 or as long as you like.
+# to the HTTP server, for FUZZ_SECONDS=3600 or as long as you like.
 fuzz: setup runs/fuzz/bench/stage.json
 	$(BIN)/python tests/fuzz_folders.py runs/fuzz --count $(or $(COUNT),500)
-	$(BIN)/python tests/fuzz_http.py runs/fuzz/export/bundle --seconds $(or $(SECONDS),60)
+	$(BIN)/python tests/fuzz_http.py runs/fuzz/export/bundle --seconds $(or $(FUZZ_SECONDS),60)
 
 # The HTTP server under 20,000 requests, and schemathesis, in an environment of its own, on its OpenAPI document.
 test-soak: setup .venv-soak/.ready runs/fuzz/bench/stage.json
