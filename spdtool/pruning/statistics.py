@@ -331,7 +331,7 @@ class Observer:
         handles = []
         for name, layer in self.layers.items():
             if statistics := self._reading("input", name):
-                hook = _make_hook(statistics, attention_mask)
+                hook = make_input_hook(statistics, attention_mask)
                 handles.append(layer.register_forward_pre_hook(hook))
         try:
             yield
@@ -394,7 +394,7 @@ class Observer:
         return [each for each in self.statistics[name].values() if each.reads == source]
 
 
-def _make_hook(
+def make_input_hook(
     statistics: list[Statistic], attention_mask: Tensor | None
 ) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     """Make a forward hook that adds a layer's inputs to its statistics."""

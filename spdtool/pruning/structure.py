@@ -1,0 +1,200 @@
+"""Structured pruning: which heads and neurons of a layer go, what that costs, and how the others make up for it.
+
+The loss is the squared error of the layer's own output. With W the matrix whose columns read the structures and H the
+second moment of its inputs, removing the columns S costs 1/2 tr(W_S [H^-1]_SS^-1 W_S^T), and the best remaining columns
+are W_R - W_S [H^-1]_SS^-1 [H^-1]_SR (Hassibi & Stork 1992; of whole structures: Kurtic et al. 2023, ZipLM, arXiv
+2302.04089). Structures go one at a time, the cheapest first, each after the others have made up for those before it.
+The costs add up to the loss of the whole removal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spdtool.data.tokens import Batch
+from spdtool.models.structures import LayerStructures, Structures
+from spdtool.pruning.second_order import factorize
+from spdtool.pruning.statistics import InputGram, make_input_hook
+from spdtool.recipe.fields import Prune
+
+WIDTH_STEP = 32  # neurons; kernels of every runtime work in vectors that divide it
+MOST_DOWNDATES = 384  # of H^-1 for one layer; a wide layer loses several neurons at once
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Numbers of heads and neurons that a layer keeps."""
+
+    heads: int
+    neurons: int
+
+
+EncoderShape = tuple[LayerShape, ...]
+"""The shape of each layer, first to last."""
+
+
+@dataclass(frozen=True)
+class LayerLosses:
+    """Half the mean squared error of a layer's outputs for each number of structures that remain.
+
+    Attributes:
+        heads: index is the number of remaining heads, from 0 to all (0.0).
+        neurons: remaining neurons, a multiple of `WIDTH_STEP` or all (0.0), to the loss.
+    """
+
+    heads: list[float]
+    neurons: dict[int, float]
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Structures in the order in which they go.
+
+    Attributes:
+        order: indices of the removed structures, the cheapest first.
+        losses: losses[n] is the loss after the first n of `order` are gone.
+        weight: the output matrix afterwards; columns of removed structures are exact zeros.
+    """
+
+    order: list[int]
+    losses: list[float]
+    weight: Tensor
+
+
+def full_shape(layers: Sequence[LayerStructures]) -> EncoderShape:
+    """Return the shape of an encoder from which nothing was removed."""
+    return tuple(LayerShape(layer.heads.count, layer.neurons.count) for layer in layers)
+
+
+def possible_widths(neurons: int) -> list[int]:
+    """List the widths that a layer of `neurons` may keep, rising: 0, multiples of `WIDTH_STEP`, all."""
+    return [*range(0, neurons, WIDTH_STEP), neurons]
+
+
+def remove_structures(
+    weight: Tensor, gram: Tensor, size: int, count: int, alive: Tensor | None = None, group: int = 1
+) -> Removal:
+    """Remove structures from a matrix, the cheapest first, and update the remaining columns after each.
+
+    Args:
+        weight: [outputs, structures x size].
+        gram: second moment of the inputs, dampened: [inputs, inputs].
+        size: columns of one structure.
+        count: structures to remove.
+        alive: structures that are there; None: all. The others must have no weight.
+        group: structures that go at once, the cheapest by themselves; their joint cost counts, in equal shares.
+    """
+    structures = weight.shape[1] // size
+    left = torch.arange(structures, device=weight.device)
+    if alive is not None:
+        left = left[alive]
+    columns = _columns(left, size)
+    # float64: thousands of downdates would leave nothing of float32's digits
+    current = weight[:, columns].double()
+    inverse = torch.cholesky_inverse(factorize(gram[columns][:, columns].double()))
+    order: list[int] = []
+    losses = [0.0]
+    live = torch.ones(len(left), dtype=torch.bool, device=weight.device)
+    while len(order) < count:
+        batch = min(group, count - len(order))
+        costs = _costs(current, inverse, size).masked_fill(~live, torch.inf)
+        chosen = costs.topk(batch, largest=False).indices
+        gone = _columns(chosen, size)
+        factor = torch.linalg.cholesky(inverse[gone][:, gone])
+        removed = current[:, gone].T
+        solved = torch.cholesky_solve(removed, factor)
+        cost = float((removed * solved).sum()) / 2
+        losses.extend(losses[-1] + cost * share / batch for share in range(1, batch + 1))
+        current -= solved.T @ inverse[gone]
+        inverse = inverse - inverse[:, gone] @ torch.cholesky_solve(inverse[gone], factor)
+        order += left[chosen].tolist()
+        live[chosen] = False
+        if 2 * int(live.sum()) <= len(left):  # the dead half costs time, and nothing reads it again
+            kept_columns = _columns(live.nonzero().flatten(), size)
+            current, inverse = current[:, kept_columns], inverse[kept_columns][:, kept_columns]
+            left, live = left[live], live[live]
+        else:
+            # exact zeros in place of roundings, or a later update would spread them
+            current[:, gone] = 0
+            inverse[gone] = 0
+            inverse[:, gone] = 0
+            inverse[gone, gone] = 1
+    result = torch.zeros_like(weight)
+    result[:, _columns(left[live], size)] = current[:, _columns(live.nonzero().flatten(), size)].to(weight.dtype)
+    return Removal(order, losses, result)
+
+
+def removal_losses(layers: Sequence[LayerStructures], grams: Mapping[str, Tensor]) -> list[LayerLosses]:
+    """Compute what every number of remaining heads and every possible width costs each layer.
+
+    Args:
+        layers: see `find_structures`.
+        grams: name of each output layer to the dampened second moment of its inputs: see `observe_grams`.
+    """
+    result = []
+    for layer in layers:
+        heads = _removal(layer.heads, grams).losses[::-1]
+        neurons = _removal(layer.neurons, grams).losses[::-1]
+        widths = {width: neurons[width] for width in possible_widths(layer.neurons.count)}
+        result.append(LayerLosses(heads, widths))
+    return result
+
+
+@torch.no_grad()
+def observe_grams(
+    layers: Sequence[LayerStructures], forward: Callable[[Batch], object], batches: Iterable[Batch], section: Prune
+) -> dict[str, Tensor]:
+    """Compute the second moments of the inputs of every output layer, over the real tokens of some batches.
+
+    Args:
+        forward: computes a batch with the model that the layers belong to, in eval mode.
+        section: its dampening counts.
+
+    Returns:
+        Module name to the dampened mean outer product of the inputs: [inputs, inputs].
+    """
+    observed = {}
+    for layer in layers:
+        for structures in (layer.heads, layer.neurons):
+            observed[structures.output_name] = (structures.output, InputGram(structures.output.weight, section))
+    for batch in batches:
+        attention_mask = torch.as_tensor(batch["attention_mask"])
+        with ExitStack() as stack:
+            for linear, statistic in observed.values():
+                hook = make_input_hook([statistic], attention_mask.to(linear.weight.device))
+                stack.callback(linear.register_forward_pre_hook(hook).remove)
+            forward(batch)
+    return {name: statistic.read() for name, (_, statistic) in observed.items()}
+
+
+def group_size(count: int) -> int:
+    """Return how many of `count` structures go at once, so that a wide layer takes no minutes."""
+    return max(1, count // MOST_DOWNDATES)
+
+
+def _removal(structures: Structures, grams: Mapping[str, Tensor]) -> Removal:
+    weight = structures.output.weight.detach()
+    gram = grams[structures.output_name]
+    return remove_structures(weight, gram, structures.size, structures.count, group=group_size(structures.count))
+
+
+def _costs(weight: Tensor, inverse: Tensor, size: int) -> Tensor:
+    """Cost of each structure by itself: 1/2 tr(W_S [H^-1]_SS^-1 W_S^T)."""
+    if size == 1:
+        return weight.square().sum(0) / inverse.diagonal() / 2
+    structures = weight.shape[1] // size
+    blocks = inverse.reshape(structures, size, structures, size).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+    vectors = weight.reshape(-1, structures, size).permute(1, 2, 0)  # [structures, size, outputs]
+    solved = torch.cholesky_solve(vectors, torch.linalg.cholesky(blocks))
+    return (vectors * solved).sum((1, 2)) / 2
+
+
+def _columns(structures: Tensor, size: int) -> Tensor:
+    """Return the columns of structures, given by their indices."""
+    offsets = torch.arange(size, device=structures.device)
+    return (structures.unsqueeze(1) * size + offsets).flatten()
