@@ -58,7 +58,7 @@ def patch(patches: tuple[str, ...]) -> None:
     from spdtool.distillation import lesson
     from spdtool.models import onednn, padding
     from spdtool.pruning import masks
-    from spdtool.stages import student
+    from spdtool.stages import phase
     from spdtool.training import loop, prefetch
 
     if "torch products" in patches:
@@ -78,9 +78,9 @@ def patch(patches: tuple[str, ...]) -> None:
         keep = lambda *args, **options: compute_outputs(*args, **options | {"attention": "probabilities"})  # noqa: E731
         lesson.compute_outputs = keep  # type: ignore[assignment]
     if "sdpa" in patches:
-        load = student.load_model  # type: ignore[attr-defined]
+        load = phase.load_model  # type: ignore[attr-defined]
         fused = lambda *args, **options: load(*args, **options | {"eager": False})  # noqa: E731
-        student.load_model = fused  # type: ignore[attr-defined]
+        phase.load_model = fused  # type: ignore[attr-defined]
     if "sync" in patches:
         add = loop.LossWindow.add
 
@@ -93,4 +93,4 @@ def patch(patches: tuple[str, ...]) -> None:
     if "no prefetching" in patches:
         prefetch.prefetch_batches = lambda batches, _: nullcontext(batches)  # type: ignore[assignment]
     if "teacher looks" in patches:
-        student.is_worth_caching = lambda *_: False  # type: ignore[assignment]
+        phase.is_worth_caching = lambda *_: False  # type: ignore[assignment]

@@ -225,7 +225,7 @@ def _instrument(clock: Clock, counted: dict[str, float], stage: str, profiler: A
     from spdtool.distillation import lesson
     from spdtool.models.layers import find_prunable_weights
     from spdtool.pruning.masks import Masks
-    from spdtool.stages import student, teacher
+    from spdtool.stages import phase, teacher
     from spdtool.training import loop, prefetch
 
     ready, adamw, fit = prefetch.prefetch_batches, loop.create_adamw, loop.fit
@@ -276,7 +276,7 @@ def _instrument(clock: Clock, counted: dict[str, float], stage: str, profiler: A
         sizes["attention"] = learner.model.config.num_hidden_layers * learner.model.config.hidden_size
         return fit(learner, *args, **options)
 
-    student.fit = teacher.fit = fitting  # type: ignore[assignment]
+    phase.fit = teacher.fit = fitting  # type: ignore[assignment]
     prefetch.prefetch_batches = watched  # type: ignore[assignment]
     loop.create_adamw = optimiser
     compute_outputs = lesson.compute_outputs  # type: ignore[attr-defined]

@@ -102,7 +102,7 @@ def wrong_arrows(module: str, source: str) -> Iterator[str]:
             if (module, name) not in PENDING:
                 yield f"{module} imports {name}, a room of its own floor"
         elif room_of(module) == "stages" and room_of(name) == "stages" and name not in ("spdtool.stages", module):
-            is_shared = (module in PHASES and name == "spdtool.stages.student") or {module, name} <= PLANNING
+            is_shared = (module in PHASES and name == "spdtool.stages.phase") or {module, name} <= PLANNING
             if not is_shared and module != "spdtool.stages" and (module, name) not in PENDING:
                 yield f"{module} imports the stage {name}: stages meet in the run folder"
 
@@ -192,7 +192,7 @@ def test_a_wrong_arrow_is_reported() -> None:
         ("spdtool.distillation.losses", "from spdtool.pruning.masks import Masks", "its own floor"),
         ("spdtool.training.loop", "from spdtool.cli import main", "higher floor"),
         ("spdtool.stages.prune", "from spdtool.stages import teacher", "imports the stage"),
-        ("spdtool.stages.export", "from spdtool.stages import student", "imports the stage"),
+        ("spdtool.stages.export", "from spdtool.stages import phase", "imports the stage"),
         ("spdtool.utils", "", "no room"),
     ]
     for module, source, reason in examples:
@@ -213,9 +213,9 @@ def test_a_large_import_is_reported() -> None:
     assert print_lines("x = 1\nprint(x)") == [2]
 
 
-def test_the_shared_student_may_be_imported_by_its_three_phases() -> None:
-    for phase in PHASES:
-        assert list(wrong_arrows(phase, "from spdtool.stages import student")) == []
+def test_the_shared_phase_may_be_imported_by_its_three_phases() -> None:
+    for module in PHASES:
+        assert list(wrong_arrows(module, "from spdtool.stages import phase")) == []
 
 
 def test_the_front_door_imports_nothing_heavy() -> None:

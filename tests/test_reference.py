@@ -191,7 +191,7 @@ def test_every_step_of_every_phase_is_that_of_the_published_algorithm(
         name="reference", sparsity=SPARSITY, given_teacher=folder, seed=5, until="teacher",
     )  # fmt: skip
     monkeypatch.setattr("spdtool.stages.teacher.load_model", load)
-    monkeypatch.setattr("spdtool.stages.student.load_model", load)
+    monkeypatch.setattr("spdtool.stages.phase.load_model", load)
     monkeypatch.setattr(checkpoint, "write_snapshot", write)
     monkeypatch.setattr(loop, "create_adamw", unfused)
     teacher = load(run.path / "teacher")

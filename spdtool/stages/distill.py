@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from spdtool.run.folder import Run
 from spdtool.run.records import TrainingResult
-from spdtool.stages.student import load_phase, train_phase
+from spdtool.stages.phase import load_phase, train_phase
 
 
 def distill(run: Run) -> TrainingResult:
     """Graft the pruned student onto the teacher; raises as `load_phase` and `train_phase`."""
-    student = load_phase(run, "distill", start="prune")
-    student.keep_zeros(run.recipe)
-    return train_phase(run, "distill", student)
+    phase = load_phase(run, "distill", start="prune")
+    phase.keep_zeros(run.recipe)
+    return train_phase(run, "distill", phase)

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from spdtool.run.folder import Run
 from spdtool.run.records import TrainingResult
-from spdtool.stages.student import load_phase, train_phase
+from spdtool.stages.phase import load_phase, train_phase
 
 
 def finetune(run: Run) -> TrainingResult:
     """Train the student alone; raises as `load_phase` and `train_phase`."""
-    student = load_phase(run, "finetune", start="distill")
-    student.keep_zeros(run.recipe)
-    return train_phase(run, "finetune", student)
+    phase = load_phase(run, "finetune", start="distill")
+    phase.keep_zeros(run.recipe)
+    return train_phase(run, "finetune", phase)

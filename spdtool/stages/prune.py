@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from spdtool.run.folder import Run
 from spdtool.run.records import TrainingResult
-from spdtool.stages.student import load_phase, train_phase
+from spdtool.stages.phase import load_phase, train_phase
 from spdtool.training.saliency import check_saliency
 from spdtool.training.schedules import plan_prune_events
 
@@ -17,8 +17,8 @@ from spdtool.training.schedules import plan_prune_events
 def prune(run: Run) -> TrainingResult:
     """Prune a copy of the teacher, or the student that the recipe names; raises as `load_phase` and `train_phase`."""
     recipe = run.recipe
-    student = load_phase(run, "prune", start="teacher")
-    events = plan_prune_events(recipe, student.length.steps, initial=student.masks.sparsity())
+    phase = load_phase(run, "prune", start="teacher")
+    events = plan_prune_events(recipe, phase.length.steps, initial=phase.masks.sparsity())
     check_saliency(recipe.prune, events, copied=recipe.student is None)
-    student.prune_at(events, recipe)
-    return train_phase(run, "prune", student)
+    phase.prune_at(events, recipe)
+    return train_phase(run, "prune", phase)

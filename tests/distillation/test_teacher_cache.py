@@ -73,7 +73,7 @@ def test_a_phase_learns_the_same_without_looking_at_the_teacher(
     assert looks == ["teacher"] * looks.count("teacher") + ["student"] * steps
     looks.clear()
     plain = toy_run(*sets, until="teacher", folder="plain")
-    monkeypatch.setattr("spdtool.stages.student.is_worth_caching", lambda *_: False)
+    monkeypatch.setattr("spdtool.stages.phase.is_worth_caching", lambda *_: False)
     prune(plain)
     assert looks == ["teacher", "student"] * steps
     ours, theirs = weights(kept), weights(plain)

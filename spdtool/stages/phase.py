@@ -47,8 +47,8 @@ from spdtool.training.trackers import track_events
 
 
 @dataclass(kw_only=True)
-class Student(Learner):
-    """The student in one of its phases.
+class Phase(Learner):
+    """What one of the three phases trains: the student, with its masks, pruner and teacher.
 
     Attributes:
         masks: the zeros of the checkpoint that it starts from.
@@ -79,7 +79,7 @@ class Student(Learner):
         self.pruner = Pruner(self.masks, [], recipe.prune, recipe.sparsity)
 
 
-def load_phase(run: Run, stage: str, start: str) -> Student:
+def load_phase(run: Run, stage: str, start: str) -> Phase:
     """Load the student from the checkpoint of stage `start`, its teacher and the rows.
 
     Raises:
@@ -116,7 +116,7 @@ def load_phase(run: Run, stage: str, start: str) -> Student:
         check_lengths(splits, max_positions(model))
         check_vocabulary(splits, model.config.vocab_size)
     _configure_models(recipe, model, teacher.model)
-    return Student(
+    return Phase(
         model=model,
         tokenizer=tokenizer,
         task=task,
@@ -131,43 +131,43 @@ def load_phase(run: Run, stage: str, start: str) -> Student:
     )
 
 
-def train_phase(run: Run, stage: str, student: Student) -> TrainingResult:
+def train_phase(run: Run, stage: str, phase: Phase) -> TrainingResult:
     """Train the student on what its teacher shows, and write `stage`; return its result.
 
     Raises:
         GateError: the zeros are not the requested ones in the end.
     """
-    recipe, section, pruner = run.recipe, student.section, student.pruner
+    recipe, section, pruner = run.recipe, phase.section, phase.pruner
     assert pruner is not None
-    _install_sparse_products(recipe, student)
+    _install_sparse_products(recipe, phase)
     lesson = DistillationLesson(
         stage,
         section,
-        TokenizedModel(student.model, student.tokenizer),
-        student.teacher,
+        TokenizedModel(phase.model, phase.tokenizer),
+        phase.teacher,
         seed=recipe.seed,
-        logit_loss=student.task.logit_loss,
+        logit_loss=phase.task.logit_loss,
     )
-    lesson.load_projections(student.start)
-    rows = _cache_teacher_outputs(recipe, student, lesson)
+    lesson.load_projections(phase.start)
+    rows = _cache_teacher_outputs(recipe, phase, lesson)
     with run.stage(stage) as work:
         fitted = None
-        if student.length.steps > 0:  # a phase may be switched off with epochs=0
-            steps, events = student.length.steps, tuple(pruner.events)
+        if phase.length.steps > 0:  # a phase may be switched off with epochs=0
+            steps, events = phase.length.steps, tuple(pruner.events)
             with (
                 console.progress(stage, steps, grafting=lesson.has_grafting, prune_events=events) as show,
                 track_events(recipe, run.path, stage, show) as on_event,
             ):
-                fitted = fit(student, lesson, rows, section, student.length, recipe, work, on_event)
+                fitted = fit(phase, lesson, rows, section, phase.length, recipe, work, on_event)
         pruner.finalize()  # a live weight may have landed on exactly 0
-        dev, train, classes = student.score_classes()
+        dev, train, classes = phase.score_classes()
         work.result = result = TrainingResult(
-            dev=dev, train=train, classes=classes, fit=fitted, sparsity=student.masks.sparsity()
+            dev=dev, train=train, classes=classes, fit=fitted, sparsity=phase.masks.sparsity()
         )
-        student.save(work.folder)
+        phase.save(work.folder)
         if ranks.is_main():
             lesson.save_projections(work.folder)
-            zeros = student.count_saved_zeros(work.folder, recipe.sparsity)
+            zeros = phase.count_saved_zeros(work.folder, recipe.sparsity)
             result.zeros = {name: ZeroCount(*count) for name, count in zeros.items()}
     collectives.barrier()
     return result
@@ -195,20 +195,20 @@ def _configure_models(recipe: Recipe, student: PreTrainedModel, teacher: PreTrai
         configure_layers(model, checkpointing=checkpointing, compile_layers=recipe.compile)
 
 
-def _install_sparse_products(recipe: Recipe, student: Student) -> None:
+def _install_sparse_products(recipe: Recipe, phase: Phase) -> None:
     """Let plugins compute the student's linear layers without their zeros."""
     if not recipe.sparse_products or recipe.compile:
         return
-    assert student.pruner is not None
-    sampled = student.section.clip_over == "trained" and not student.pruner.reads_dead
+    assert phase.pruner is not None
+    sampled = phase.section.clip_over == "trained" and not phase.pruner.reads_dead
     for entry in plugins.products.entries():
-        entry.value(find_prunable_layers(student.model), student.masks, sampled=sampled)
+        entry.value(find_prunable_layers(phase.model), phase.masks, sampled=sampled)
 
 
-def _cache_teacher_outputs(recipe: Recipe, student: Student, lesson: DistillationLesson) -> Encoded:
+def _cache_teacher_outputs(recipe: Recipe, phase: Phase, lesson: DistillationLesson) -> Encoded:
     """Return the training rows, with the teacher's outputs beside them if that saves time."""
-    rows, layers = student.splits["train"], lesson.compared_layers
-    if not is_worth_caching(recipe, student.section, rows, student.teacher.model, layers):
+    rows, layers = phase.splits["train"], lesson.compared_layers
+    if not is_worth_caching(recipe, phase.section, rows, phase.teacher.model, layers):
         return rows
     with console.busy("reading or computing what the teacher shows"):
-        return cache_outputs(rows, student.teacher.model, lesson.compute_teacher_outputs, layers)
+        return cache_outputs(rows, phase.teacher.model, lesson.compute_teacher_outputs, layers)
