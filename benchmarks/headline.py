@@ -98,7 +98,7 @@ def openvino_logits(python: str, model: Path, rows: Any, scratch: Path) -> np.nd
 def measure(run_folder: Path, python: str | None, shapes: list[str], rounds: int, seconds: float) -> dict[str, Any]:
     """Time and score every engine; return what the JSON holds."""
     from spdtool.bench import engines, latency
-    from spdtool.export import runtime
+    from spdtool.export import onnx_session
     from spdtool.export.gates.reference import prepare_dev_sets
     from spdtool.export.target import get_target
     from spdtool.models import predict
@@ -126,7 +126,7 @@ def measure(run_folder: Path, python: str | None, shapes: list[str], rounds: int
         scratch = Path(folder)
         scores = {}
         for engine in racing:
-            session = runtime.open_session(Path(engine.path), "cpu", 0, engine.libraries, fused=engine.fused)
+            session = onnx_session.open_session(Path(engine.path), "cpu", 0, engine.libraries, fused=engine.fused)
             scores[engine.name] = predict.evaluate(dev.task, predict.onnx_forward(session), dev.sets)["score"]
         sizes = {engine.name: Path(engine.path).stat().st_size for engine in racing}
         if python is not None:

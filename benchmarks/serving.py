@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from spdtool.export import runtime
+from spdtool.export import onnx_session
 
 BATCHES = (1, 4, 8, 16, 32)
 SIZES = {
@@ -51,7 +51,7 @@ def main() -> None:
         return
     folder = options.bundle or _model(options.model, options.out)
     work = options.out / "load.npz"
-    threads, sentences = options.threads or runtime.usable_cores(), _sentences(options.requests * options.texts)
+    threads, sentences = options.threads or onnx_session.usable_cores(), _sentences(options.requests * options.texts)
     engines = {callers: _opened(folder, options, threads // callers) for callers in {1, threads}}
     classify, some = engines[1], sentences[: max(256, len(sentences) // 20)]
     expected = classify.logits(sentences)

@@ -205,7 +205,7 @@ def test_a_large_import_is_reported() -> None:
         ("spdtool.cli.main", "import numpy", "--help would wait"),
         ("spdtool.pruning.masks", "def f():\n    from transformers import BertModel", "torch only"),
         ("spdtool.serving.http", "import torch", "without it"),
-        ("spdtool.export.runtime", "from rich.table import Table", "draws"),
+        ("spdtool.export.onnx_session", "from rich.table import Table", "draws"),
     ]
     for module, source, reason in examples:
         assert any(reason in sentence for sentence in heavy_imports(module, source)), (module, source)

@@ -31,7 +31,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 
 from spdtool.errors import SpdError, first_line
-from spdtool.export import runtime
+from spdtool.export import onnx_session
 
 TIMEOUT = 300.0  # seconds for one answer, the loading of the model among them
 SMALLER_HINT = "use smaller bench.batches or bench.lengths"
@@ -244,7 +244,7 @@ def make_batch(shape: Shape, engine: Engine) -> Batch:
 
 def open_onnxruntime(engine: Engine) -> OpenEngine:
     """Open a model file in onnxruntime."""
-    session = runtime.open_session(
+    session = onnx_session.open_session(
         Path(engine.path), engine.provider, engine.threads, engine.libraries, fused=engine.fused
     )
     names = [value.name for value in session.get_inputs()]
@@ -252,7 +252,7 @@ def open_onnxruntime(engine: Engine) -> OpenEngine:
     def run(batch: Batch) -> object:
         return session.run(None, {name: batch[name] for name in names})
 
-    return OpenEngine(run, session.get_providers()[0], runtime.node_placement(session))
+    return OpenEngine(run, session.get_providers()[0], onnx_session.node_placement(session))
 
 
 def open_torch(engine: Engine) -> OpenEngine:
@@ -262,7 +262,7 @@ def open_torch(engine: Engine) -> OpenEngine:
     from spdtool.models.load import load_model
     from spdtool.models.predict import torch_forward
 
-    torch.set_num_threads(engine.threads or runtime.usable_cores())
+    torch.set_num_threads(engine.threads or onnx_session.usable_cores())
     model: Any = load_model(engine.path)
     model = model.to(engine.provider)
     if engine.compiled:

@@ -33,7 +33,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from spdtool.bench.engines import TIMEOUT, Answer, EngineProcess, answer_stdin, start_process, time_turn
 from spdtool.errors import SpdError
-from spdtool.export import runtime
+from spdtool.export import onnx_session
 from spdtool.run.records import LedgerEntry, MachinePeak, ProductTimes
 
 TOKENS = (32, 128)
@@ -268,7 +268,7 @@ def dense_turn(weight: np.ndarray, tokens: int) -> TakeTurn:
 def sparse_turn(packed: np.ndarray, tokens: int, sparse: SparseFile) -> TakeTurn:
     """Prepare a sparse product, which the operator repeats and times itself."""
     model = sparse_model(packed, tokens, sparse.operator)
-    session = runtime.open_session(model, threads=1, libraries=sparse.libraries)
+    session = onnx_session.open_session(model, threads=1, libraries=sparse.libraries)
 
     def product_seconds(repeats: int) -> float:
         return float(session.run(None, {"repeats": np.array([repeats])})[0][0])
@@ -280,7 +280,7 @@ def sparse_turn(packed: np.ndarray, tokens: int, sparse: SparseFile) -> TakeTurn
 
 def open_product(model: bytes, inputs: int, tokens: int, threads: int = 1) -> Callable[[], object]:
     """Open a model of one input x [tokens, inputs] as a function that runs it."""
-    session = runtime.open_session(model, threads=threads)
+    session = onnx_session.open_session(model, threads=threads)
     x = np.random.default_rng(0).standard_normal((tokens, inputs), dtype=np.float32)
     return lambda: session.run(None, {"x": x})
 

@@ -151,16 +151,16 @@ def _check_packages() -> Iterator[Check]:
 
 
 def _check_onnxruntime() -> Iterator[Check]:
-    from spdtool.export import runtime
+    from spdtool.export import onnx_session
 
     try:
-        module = runtime.require_onnxruntime()
+        module = onnx_session.require_onnxruntime()
     except DeviceError as error:
         yield Check("onnxruntime", "fail", error.message, error.hint or "")
         return
-    versions = [f"{name} {version}" for name, version in runtime.installed_distributions().items()]
+    versions = [f"{name} {version}" for name, version in onnx_session.installed_distributions().items()]
     yield Check("onnxruntime", "ok", " ".join(versions) or module.__version__)
-    for name, provider in runtime.PROVIDERS.items():
+    for name, provider in onnx_session.PROVIDERS.items():
         if provider not in module.get_available_providers():
             if name == "cpu":
                 yield Check(
@@ -170,7 +170,7 @@ def _check_onnxruntime() -> Iterator[Check]:
                     'pip install "spdtool[cpu]"',
                 )
             continue
-        trouble = runtime.provider_problem(name)
+        trouble = onnx_session.provider_problem(name)
         if trouble is None:
             yield Check(provider, "ok", "runs a small model")
         elif name == "cpu":
@@ -183,9 +183,9 @@ def _check_onnxruntime() -> Iterator[Check]:
 def _check_processors() -> Iterator[Check]:
     import torch
 
-    from spdtool.export import runtime
+    from spdtool.export import onnx_session
 
-    cores, threads = runtime.usable_cores(), torch.get_num_threads()
+    cores, threads = onnx_session.usable_cores(), torch.get_num_threads()
     text = f"{cores} usable of {os.cpu_count()}; torch uses {threads}"
     if threads > cores:
         advice = f"set OMP_NUM_THREADS={cores}: more threads than cores slow each other down"

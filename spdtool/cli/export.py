@@ -41,7 +41,7 @@ def export(
 ) -> object:
     """Write teacher and student of a run (or any checkpoint) for a runtime, each checked against its checkpoint."""
     from spdtool import stages
-    from spdtool.export import runtime
+    from spdtool.export import onnx_session
 
     of_checkpoint = {
         "--target": target,
@@ -59,7 +59,7 @@ def export(
     if layout is not None:
         return _write_layout(run, layout, to, again, sets)
     if run is not None:
-        runtime.require_onnxruntime()
+        onnx_session.require_onnxruntime()
         return run_phase("export", run, again, sets)
     assert checkpoint is not None
     # Without rows, the logits on random tokens are compared, and nothing reads a column.

@@ -135,10 +135,10 @@ def finetune(run: ExistingRun, again: Again = False, sets: Sets = None, processe
 @command
 def bench(run: ExistingRun, again: Again = False, sets: Sets = None) -> object:
     """Time the student against the dense teacher, side by side, and say what the zeros bought."""
-    from spdtool.export import runtime
+    from spdtool.export import onnx_session
     from spdtool.run.folder import Run
 
-    runtime.require_onnxruntime()  # before the stages' files are hashed
+    onnx_session.require_onnxruntime()  # before the stages' files are hashed
     run_phase("bench", run, again, sets)
     return show_bench(Run.open(run))
 

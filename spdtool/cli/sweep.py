@@ -62,9 +62,9 @@ def sweep(
 
     # Fail before hours are spent, not after.
     if bench:
-        from spdtool.export import runtime
+        from spdtool.export import onnx_session
 
-        runtime.require_onnxruntime()
+        onnx_session.require_onnxruntime()
     runner = _choose_runner(ray, cpus, gpus, behind)
     planned = trials.plan_trials(
         recipes=_require_words("--recipes", recipes),

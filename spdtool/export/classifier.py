@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 
 from spdtool import plugins
 from spdtool.errors import DataError, DeviceError, ModelError, PluginError, first_line
-from spdtool.export import runtime
+from spdtool.export import onnx_session
 from spdtool.export.bundle.manifest import read_json_object
 from spdtool.export.bundle.read import Bundle, list_usable_variants, longest_input
 from spdtool.export.token_rows import (
@@ -365,14 +365,14 @@ def open_bundle_session(bundle: Bundle, library: str | Path | None, provider: st
     if library is not None:
         if not Path(library).is_file():
             raise ModelError(f"there is no library {library}", "leave library= out to use that of the installed plugin")
-        return runtime.open_session(bundle.model, provider, threads, [Path(library).resolve()])
+        return onnx_session.open_session(bundle.model, provider, threads, [Path(library).resolve()])
     if not bundle.library:
-        return runtime.open_session(bundle.model, provider, threads)
-    if provider in runtime.PROVIDERS and provider != "cpu":
+        return onnx_session.open_session(bundle.model, provider, threads)
+    if provider in onnx_session.PROVIDERS and provider != "cpu":
         raise DeviceError(f"the operators of {bundle.target!r} run on the CPU only", 'leave out provider="cuda"')
     installed = plugins.find_library(str(bundle.target))
     try:
-        return runtime.open_session(bundle.model, provider, threads, [installed.module.path()])
+        return onnx_session.open_session(bundle.model, provider, threads, [installed.module.path()])
     except ModelError as error:
         written_by = bundle.library.version
         if written_by in (None, installed.version):

@@ -157,10 +157,10 @@ class Target:
             DeviceError: onnxruntime, the provider or a library is missing.
             ModelError: the file cannot be opened.
         """
-        from spdtool.export import runtime
+        from spdtool.export import onnx_session
         from spdtool.models.predict import onnx_forward
 
-        return onnx_forward(runtime.open_session(folder / MODEL_FILE, provider, threads, self.libraries(folder)))
+        return onnx_forward(onnx_session.open_session(folder / MODEL_FILE, provider, threads, self.libraries(folder)))
 
     def libraries(self, folder: Path) -> list[Path]:
         """List the libraries of custom operators that a session of `folder` must load."""

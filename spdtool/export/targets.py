@@ -20,7 +20,7 @@ import onnx
 
 from spdtool.data.batches import evaluation_batches
 from spdtool.data.tokens import Batch
-from spdtool.export import runtime
+from spdtool.export import onnx_session
 from spdtool.export.graph.float32 import float32_copy
 from spdtool.export.graph.fp16 import check_overflow, convert_to_fp16
 from spdtool.export.graph.fuse import FUSED_DOMAIN, count_operators, fuse_operators
@@ -101,7 +101,7 @@ class RoundedOnnx(Onnx):
     def float32_form(self, folder: Path) -> Forward:
         """Open the file's float32 copy on the CPU."""
         proto = float32_copy(onnx.load(folder / MODEL_FILE))
-        return onnx_forward(runtime.open_session(proto.SerializeToString()))
+        return onnx_forward(onnx_session.open_session(proto.SerializeToString()))
 
 
 @targets.register("onnx-fp16")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from spdtool import console
 from spdtool.errors import DeviceError, ModelError, RunError
-from spdtool.export import runtime
+from spdtool.export import onnx_session
 from spdtool.export.classifier import Classifier, load
 from spdtool.serving.protocol import is_unicode
 from spdtool.serving.watch import FolderWatch, stamp_files
@@ -165,7 +165,7 @@ def share_threads(workers: int, threads: int, provider: str) -> tuple[int, int]:
     Two batches of short texts with a thread each are done sooner than one after the other with two threads. So 0
     workers means one a thread, at most MAX_WORKERS; a GPU has one.
     """
-    all_threads = threads or runtime.usable_cores()
+    all_threads = threads or onnx_session.usable_cores()
     if workers == 0 and provider == "cuda":
         workers = 1
     elif workers == 0:

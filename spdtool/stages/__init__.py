@@ -130,9 +130,9 @@ def compress(
 
         plan = make_plan(Run.at(path, recipe, dry=True))
         if "export" in wanted:
-            from spdtool.export import runtime
+            from spdtool.export import onnx_session
 
-            runtime.require_onnxruntime()  # fail before hours are spent, not after
+            onnx_session.require_onnxruntime()  # fail before hours are spent, not after
         forecast = forecast_of(plan, wanted)
         if on_plan is not None:
             on_plan(plan)
@@ -227,10 +227,10 @@ def export_model(
     Raises:
         SpdError: the checkpoint cannot be read, or the exported file is not the checkpoint; nothing is left of it.
     """
-    from spdtool.export import runtime
+    from spdtool.export import onnx_session
     from spdtool.stages.export import export_checkpoint
 
-    runtime.require_onnxruntime()
+    onnx_session.require_onnxruntime()
     with_task = task is not None or data is not None
     if not with_task:
         task = "demo"  # only its recipe is used

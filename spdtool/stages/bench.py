@@ -29,7 +29,7 @@ from spdtool.bench.ledger_tables import ledger_table
 from spdtool.bench.ratios import BenchData, ModelFile, latency_records, ratio_caveat
 from spdtool.data.tokens import tokenize
 from spdtool.errors import ModelError, RecipeError, SpdError
-from spdtool.export import runtime
+from spdtool.export import onnx_session
 from spdtool.export.target import MODEL_FILE, Target, get_target, optional_targets
 from spdtool.models.load import load_tokenizer
 from spdtool.recipe.fields import Recipe
@@ -106,8 +106,8 @@ def bench(run: Run) -> BenchResult:
         SpdError: an engine died, or did not answer in time.
     """
     recipe, section = run.recipe, run.recipe.bench
-    provider = runtime.working_providers(recipe.device)[-1]
-    threads = list(dict.fromkeys(count or runtime.usable_cores() for count in section.threads))
+    provider = onnx_session.working_providers(recipe.device)[-1]
+    threads = list(dict.fromkeys(count or onnx_session.usable_cores() for count in section.threads))
     if provider == "cuda":
         threads = threads[-1:]  # threads of the CPU make no difference there
     export_folder, exported, teacher_folder = run.read("export"), run.export_result(), run.read("teacher")

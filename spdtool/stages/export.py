@@ -23,7 +23,7 @@ from pathlib import Path
 from spdtool import console
 from spdtool.data import tokens as data
 from spdtool.errors import DeviceError, GateError, ModelError, PluginError, SpdError
-from spdtool.export import runtime
+from spdtool.export import onnx_session
 from spdtool.export.bundle.unpack import require_empty_folder
 from spdtool.export.bundle.write import BUNDLE_FOLDER, write_bundle
 from spdtool.export.gates import export_and_check
@@ -52,7 +52,7 @@ def export(run: Run) -> ExportResult:
     recipe = run.recipe
     required = required_targets(recipe.export)
     optional, unusable = optional_targets(recipe.export)
-    providers = runtime.working_providers(recipe.device)
+    providers = onnx_session.working_providers(recipe.device)
     # Both stages are read before any rows: the rows must be those of either.
     checkpoints = {"teacher": run.read("teacher"), "student": run.read("finetune")}
     references = {}
@@ -96,7 +96,7 @@ def export_checkpoint(checkpoint: Path, name: str, folder: Path, recipe: Recipe,
     """
     target = get_target(name)
     require_empty_folder(folder)
-    providers = runtime.working_providers(recipe.device)
+    providers = onnx_session.working_providers(recipe.device)
     if not checkpoint.is_dir():
         raise ModelError(f"there is no folder {checkpoint}", "give a folder with config.json and model.safetensors")
     if with_task:

@@ -254,7 +254,7 @@ def test_without_fusions_the_answer_is_the_same(tmp_path: Path, toys: ModuleType
     (forward, *ran), (raw, *ran_raw) = (engines.open_onnxruntime(replace(fused, fused=yes)) for yes in (True, False))
     assert ran == ran_raw
     np.testing.assert_allclose(forward(given)[0], raw(given)[0], atol=1e-5)
-    session = engines.runtime.open_session(Path(fused.path), fused=False)
+    session = engines.onnx_session.open_session(Path(fused.path), fused=False)
     level = session.get_session_options().graph_optimization_level
     assert level == onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
 

@@ -15,7 +15,7 @@ from spdtool import plugins
 from spdtool.cli import doctor
 from spdtool.cli.doctor import Check, examine
 from spdtool.errors import DeviceError
-from spdtool.export import runtime
+from spdtool.export import onnx_session
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_this_machine_can_run_spdtool(look: Callable[[], dict[str, Check]]) -> N
 
 
 def test_both_runtimes_are_a_failure(look: Callable[[], dict[str, Check]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "installed_distributions", lambda: {"onnxruntime": "1", "onnxruntime-gpu": "1"})
+    monkeypatch.setattr(onnx_session, "installed_distributions", lambda: {"onnxruntime": "1", "onnxruntime-gpu": "1"})
     check = look()["onnxruntime"]
     assert check.status == "fail"
     assert "both installed" in check.found
@@ -44,9 +44,9 @@ def test_both_runtimes_are_a_failure(look: Callable[[], dict[str, Check]], monke
 def test_a_provider_that_is_listed_and_does_not_run_is_shown(
     look: Callable[[], dict[str, Check]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    claims = SimpleNamespace(get_available_providers=lambda: list(runtime.PROVIDERS.values()), __version__="9")
-    monkeypatch.setattr(runtime, "require_onnxruntime", lambda: claims)
-    monkeypatch.setattr(runtime, "provider_problem", {"cpu": None, "cuda": "libcublas is missing"}.get)
+    claims = SimpleNamespace(get_available_providers=lambda: list(onnx_session.PROVIDERS.values()), __version__="9")
+    monkeypatch.setattr(onnx_session, "require_onnxruntime", lambda: claims)
+    monkeypatch.setattr(onnx_session, "provider_problem", {"cpu": None, "cuda": "libcublas is missing"}.get)
     check = look()["CUDAExecutionProvider"]
     assert check.status == "warn"
     assert check.found == "listed, but does not run: libcublas is missing"
@@ -58,8 +58,8 @@ def test_a_cpu_provider_that_does_not_work_is_a_failure(
     listed: list[str], trouble: str | None, look: Callable[[], dict[str, Check]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     claims = SimpleNamespace(get_available_providers=lambda: listed, __version__="9")
-    monkeypatch.setattr(runtime, "require_onnxruntime", lambda: claims)
-    monkeypatch.setattr(runtime, "provider_problem", lambda _provider: trouble)
+    monkeypatch.setattr(onnx_session, "require_onnxruntime", lambda: claims)
+    monkeypatch.setattr(onnx_session, "provider_problem", lambda _provider: trouble)
     assert look()["CPUExecutionProvider"].status == "fail"
 
 
@@ -128,7 +128,7 @@ def test_an_idle_gpu_is_mentioned(look: Callable[[], dict[str, Check]], monkeypa
 def test_too_many_threads_and_a_full_disk(
     look: Callable[[], dict[str, Check]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtime, "usable_cores", lambda: 0)
+    monkeypatch.setattr(onnx_session, "usable_cores", lambda: 0)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _folder: SimpleNamespace(free=10**8))
     found = look()
     assert found["processors"].status == "warn"

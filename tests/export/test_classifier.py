@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 import spdtool
 from spdtool import plugins
 from spdtool.errors import DataError, DeviceError, ModelError, PluginError
-from spdtool.export import classifier, runtime
+from spdtool.export import classifier, onnx_session
 from spdtool.export.classifier import Classifier
 from spdtool.export.targets import Onnx
 from spdtool.models.layers import max_positions
@@ -303,13 +303,13 @@ class TestLibrary:
     def opened(self, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         """The libraries of each session that is opened; none is really loaded."""
         seen: list[list[str]] = []
-        real = runtime.open_session
+        real = onnx_session.open_session
 
         def opening(model: Path, provider: str = "cpu", threads: int = 0, libraries: Any = ()) -> Any:
             seen.append([str(path) for path in libraries])
             return real(model, provider, threads)
 
-        monkeypatch.setattr(classifier.runtime, "open_session", opening)
+        monkeypatch.setattr(classifier.onnx_session, "open_session", opening)
         return seen
 
     def install(self, monkeypatch: pytest.MonkeyPatch, path: Any, version: str = "0.3.0") -> None:

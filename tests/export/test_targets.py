@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from spdtool.data import tokens as data
 from spdtool.errors import GateError, RecipeError
-from spdtool.export import runtime
+from spdtool.export import onnx_session
 from spdtool.export.gates import export_and_check
 from spdtool.export.gates.reference import DevSets, Reference
 from spdtool.export.gates.score import DevComparison, compare_predictions
@@ -261,7 +261,7 @@ def test_positions_are_the_same_in_fp16(architecture: str, tmp_path: Path, toys:
     found = []
     for proto in (wide, narrow):
         proto.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.INT64, None) for name in places)
-        session = runtime.open_session(proto.SerializeToString())
+        session = onnx_session.open_session(proto.SerializeToString())
         ids = np.full((1, 500), 9)
         batch = {value.name: np.zeros_like(ids) + (value.name == "attention_mask") for value in session.get_inputs()}
         found.append(session.run(places, batch | {"input_ids": ids}))
@@ -363,7 +363,7 @@ def test_a_twin_rounds_no_activation(proto: onnx.ModelProto) -> None:
     left = {node.op_type for node in found.graph.node}
     assert not left & {"DynamicQuantizeLinear", "MatMulInteger", "QuantizeLinear"}
     rows = {name: np.ones((2, 5), np.int64) for name in trace.INPUT_NAMES}
-    assert onnx_forward(runtime.open_session(found.SerializeToString()))(rows).shape == (2, 2)
+    assert onnx_forward(onnx_session.open_session(found.SerializeToString()))(rows).shape == (2, 2)
 
 
 def test_masks_are_clamped_and_nothing_else() -> None:

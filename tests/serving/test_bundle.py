@@ -207,11 +207,11 @@ def test_where_the_library_is_not_to_be_had_the_portable_one_runs(
 
 
 def test_where_it_loads_the_preferred_one_runs(strange: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = classifier.runtime.open_session
+    real = classifier.onnx_session.open_session
     monkeypatch.setattr(
         plugins, "find_library", lambda _: plugins.Library("x", "1", SimpleNamespace(path=lambda: "x.so"))
     )
-    monkeypatch.setattr(classifier.runtime, "open_session", lambda *arguments: real(*arguments[:3]))
+    monkeypatch.setattr(classifier.onnx_session, "open_session", lambda *arguments: real(*arguments[:3]))
     assert opened_model(strange) == "model_fp16.onnx"
     assert opened_model(strange, variant="onnx") == "model.onnx"
 

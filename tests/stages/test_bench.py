@@ -149,7 +149,7 @@ def test_whatever_the_recipe_does_not_want_is_left_out(run: Callable[..., Run]) 
 
 
 def test_engines_are_compared_with_each_number_of_threads(run: Callable[..., Run], monkeypatch: Any) -> None:
-    monkeypatch.setattr(stage.runtime, "usable_cores", lambda: 2)
+    monkeypatch.setattr(stage.onnx_session, "usable_cores", lambda: 2)
     metrics = bench(run(*FEW, "bench.threads=[1, 0, 2]", "bench.rounds=1", "bench.batches=[1]"))
     assert [entry.threads for entry in metrics.latency] == [1, 1, 1, 1, 2, 2, 2, 2]
     assert metrics.columns[5:7] == ["speed 1t", "2t"]
@@ -159,7 +159,7 @@ def test_engines_are_compared_with_each_number_of_threads(run: Callable[..., Run
 
 
 def test_a_machine_of_one_core_has_one_number_of_threads(run: Callable[..., Run], monkeypatch: Any) -> None:
-    monkeypatch.setattr(stage.runtime, "usable_cores", lambda: 1)
+    monkeypatch.setattr(stage.onnx_session, "usable_cores", lambda: 1)
     metrics = bench(run(*FEW, "bench.threads=[1, 0]", "bench.rounds=1", "bench.batches=[1]"))
     assert set(metrics.speeds) == {1}
 

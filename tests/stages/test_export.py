@@ -27,7 +27,7 @@ from spdtool.errors import (
     StageMissing,
     UnknownName,
 )
-from spdtool.export import runtime
+from spdtool.export import onnx_session
 from spdtool.export.gates.score import DevComparison, compare_predictions
 from spdtool.export.graph.weights import StoredWeight
 from spdtool.export.targets import Onnx
@@ -134,7 +134,7 @@ def test_two_runtimes_side_by_side_leave_nothing_half_written(
     fabricate: Fabricate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = fabricate()
-    monkeypatch.setattr(runtime, "installed_distributions", lambda: {"onnxruntime": "1", "onnxruntime-gpu": "1"})
+    monkeypatch.setattr(onnx_session, "installed_distributions", lambda: {"onnxruntime": "1", "onnxruntime-gpu": "1"})
     run.recipe = run.recipe.model_copy(update={"device": "cuda"})
     with pytest.raises(DeviceError):
         export(run)

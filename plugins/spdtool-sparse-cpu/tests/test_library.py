@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from spdtool_sparse_cpu import library, packing
 
 from spdtool.errors import DeviceError, ModelError
-from spdtool.export import runtime
+from spdtool.export import onnx_session
 
 COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 SOURCE = """
@@ -123,10 +123,10 @@ def test_a_product_is_timed() -> None:
         library.path()
     except DeviceError as error:
         pytest.skip(error.message)
-    session = runtime.open_session(timing_model(32), threads=1, libraries=[library.path()])
+    session = onnx_session.open_session(timing_model(32), threads=1, libraries=[library.path()])
     (seconds,) = session.run(None, {"repeats": np.array([20])})
     assert 0 < seconds[0] < 1
     with pytest.raises(Exception, match="repeats = 0"):
         session.run(None, {"repeats": np.array([0])})
     with pytest.raises(ModelError, match="tokens = 2000"):
-        runtime.open_session(timing_model(2000), threads=1, libraries=[library.path()])
+        onnx_session.open_session(timing_model(2000), threads=1, libraries=[library.path()])

@@ -21,7 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from spdtool.data.tokens import Batch
 from spdtool.errors import GateError, ModelError, first_line
-from spdtool.export import runtime
+from spdtool.export import onnx_session
 from spdtool.export.graph.float32 import float32_copy
 from spdtool.export.graph.protobuf import inputs_of, inputs_of_all, keep_constants, rename_inputs, replace_items
 from spdtool.export.graph.weights import read_metadata, restore_metadata
@@ -146,7 +146,7 @@ def check_overflow(file: Path, batches: list[tuple[str, Batch]], provider: str) 
     names = [value.name for value in inferred if value.type.tensor_type.elem_type == TensorProto.FLOAT16]
     widened = float32_copy(proto)
     proto.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT16, None) for name in names)
-    session = runtime.open_session(proto.SerializeToString(), provider)
+    session = onnx_session.open_session(proto.SerializeToString(), provider)
     inputs = [value.name for value in session.get_inputs()]
     for description, batch in batches[:CHECKED_BATCHES]:
         feeds = {name: batch[name] for name in inputs}
@@ -161,7 +161,7 @@ def _run_to_node(proto: onnx.ModelProto, name: str, feeds: Batch) -> np.ndarray:
     extended = onnx.ModelProto()
     extended.CopyFrom(proto)
     extended.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
-    return np.asarray(runtime.open_session(extended.SerializeToString()).run([name], feeds)[0])
+    return np.asarray(onnx_session.open_session(extended.SerializeToString()).run([name], feeds)[0])
 
 
 def _refuse_overflow(name: str, is_finite: np.ndarray, expected: np.ndarray, description: str) -> None:

@@ -15,7 +15,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from spdtool.errors import DeviceError, ModelError
-from spdtool.export import runtime
+from spdtool.export import onnx_session
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
@@ -26,51 +26,51 @@ def pretend(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
             return "1.2.3"
         raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(runtime.metadata, "version", version)
+    monkeypatch.setattr(onnx_session.metadata, "version", version)
 
 
 def test_both_distributions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, "onnxruntime", "onnxruntime-gpu")
     with pytest.raises(DeviceError, match=r"onnxruntime 1.2.3 and onnxruntime-gpu 1.2.3 are both installed") as caught:
-        runtime.require_onnxruntime()
+        onnx_session.require_onnxruntime()
     assert "pip uninstall onnxruntime onnxruntime-gpu" in str(caught.value.hint)
 
 
-@pytest.mark.parametrize("name", runtime.DISTRIBUTIONS)
+@pytest.mark.parametrize("name", onnx_session.DISTRIBUTIONS)
 def test_either_distribution_alone_is_accepted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, name)
-    assert runtime.installed_distributions() == {name: "1.2.3"}
-    assert runtime.require_onnxruntime().InferenceSession
+    assert onnx_session.installed_distributions() == {name: "1.2.3"}
+    assert onnx_session.require_onnxruntime().InferenceSession
 
 
 def test_a_missing_runtime_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(DeviceError, match="cannot be imported") as caught:
-        runtime.require_onnxruntime()
+        onnx_session.require_onnxruntime()
     assert 'pip install "spdtool[cpu]"' in str(caught.value.hint)
 
 
 def test_a_gutted_runtime_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", ModuleType("onnxruntime"))
     with pytest.raises(DeviceError, match="files of it are missing"):
-        runtime.require_onnxruntime()
+        onnx_session.require_onnxruntime()
 
 
 def test_a_session_runs_on_the_cpu_and_says_so() -> None:
-    session = runtime.open_session(runtime.small_model(), threads=1)
-    assert runtime.node_placement(session) == {"CPUExecutionProvider": {"MatMul": 1}}
+    session = onnx_session.open_session(onnx_session.small_model(), threads=1)
+    assert onnx_session.node_placement(session) == {"CPUExecutionProvider": {"MatMul": 1}}
     identity = np.eye(2, dtype=np.float32)
     assert (session.run(None, {"x": identity})[0] == identity).all()
-    assert runtime.provider_problem("cpu") is None
+    assert onnx_session.provider_problem("cpu") is None
 
 
 def test_a_damaged_model_is_refused_in_silence(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "model.onnx").write_bytes(b"no model at all")
     for file in (tmp_path / "model.onnx", tmp_path / "none.onnx"):
         with pytest.raises(ModelError, match=f"onnxruntime cannot open .*{file.name}"):
-            runtime.open_session(file)
+            onnx_session.open_session(file)
     with pytest.raises(ModelError, match="onnxruntime cannot open the model"):
-        runtime.open_session(b"nor this")
+        onnx_session.open_session(b"nor this")
     assert capfd.readouterr() == ("", "")
 
 
@@ -104,9 +104,9 @@ class Claim:
         return SimpleNamespace(entries=entries, add_session_config_entry=entries.__setitem__)
 
     def open(self, _model: Any, options: Any, providers: Any, enable_fallback: int) -> Any:
-        self.opened.append({"strict": options.entries.get(runtime.NO_FALLBACK), "providers": providers})
+        self.opened.append({"strict": options.entries.get(onnx_session.NO_FALLBACK), "providers": providers})
         assert enable_fallback == 0
-        if self.refuses_strict and options.entries.get(runtime.NO_FALLBACK):
+        if self.refuses_strict and options.entries.get(onnx_session.NO_FALLBACK):
             raise RuntimeError("nodes are assigned to the CPU EP, but fallback to CPU EP has been disabled")
         session = SimpleNamespace(
             get_providers=lambda: [self.runs, "CPUExecutionProvider"],
@@ -129,7 +129,7 @@ def claim(monkeypatch: pytest.MonkeyPatch, **how: Any) -> Claim:
     """Put a `Claim` in place of onnxruntime."""
     made = Claim(**how)
     made.InferenceSession = made.open  # type: ignore[misc]
-    monkeypatch.setattr(runtime, "require_onnxruntime", lambda: made)
+    monkeypatch.setattr(onnx_session, "require_onnxruntime", lambda: made)
     return made
 
 
@@ -137,35 +137,35 @@ class TestCuda:
     def test_it_is_refused_where_it_is_not_listed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         claim(monkeypatch, lists=("CPUExecutionProvider",))
         with pytest.raises(DeviceError, match="this onnxruntime has no CUDAExecutionProvider") as caught:
-            runtime.open_session(b"", "cuda")
+            onnx_session.open_session(b"", "cuda")
         assert "spdtool[gpu]" in str(caught.value.hint)
 
     def test_it_is_accepted_where_it_runs(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         made = claim(monkeypatch)
-        runtime.open_session(b"", "cuda")
+        onnx_session.open_session(b"", "cuda")
         assert made.opened == [{"strict": "1", "providers": [("CUDAExecutionProvider", {"use_tf32": "0"})]}]
         assert made.preloaded == 1
         assert capsys.readouterr().out == ""
-        assert runtime.provider_problem("cuda") is None
-        assert runtime.working_providers("auto") == ["cpu", "cuda"]
+        assert onnx_session.provider_problem("cuda") is None
+        assert onnx_session.working_providers("auto") == ["cpu", "cuda"]
 
     def test_a_silent_fallback_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         claim(monkeypatch, runs="CPUExecutionProvider")
         with pytest.raises(DeviceError, match="ran CPUExecutionProvider when CUDAExecutionProvider was asked for"):
-            runtime.open_session(b"", "cuda")
-        assert "ran CPUExecutionProvider" in str(runtime.provider_problem("cuda"))
-        assert runtime.working_providers("auto") == ["cpu"]
+            onnx_session.open_session(b"", "cuda")
+        assert "ran CPUExecutionProvider" in str(onnx_session.provider_problem("cuda"))
+        assert onnx_session.working_providers("auto") == ["cpu"]
         with pytest.raises(DeviceError, match="CUDA was demanded"):
-            runtime.working_providers("cuda")
+            onnx_session.working_providers("cuda")
 
     def test_shape_computations_on_the_cpu_are_accepted(self, monkeypatch: pytest.MonkeyPatch) -> None:
         nodes = {"CUDAExecutionProvider": ["MatMul", "Softmax"], "CPUExecutionProvider": ["Gather", "Concat"]}
         made = claim(monkeypatch, nodes=nodes, refuses_strict=True)
-        session = runtime.open_session(b"", "cuda")
+        session = onnx_session.open_session(b"", "cuda")
         assert [entry["strict"] for entry in made.opened] == ["1", None]
-        assert runtime.node_placement(session) == {
+        assert onnx_session.node_placement(session) == {
             "CPUExecutionProvider": {"Concat": 1, "Gather": 1},
             "CUDAExecutionProvider": {"MatMul": 1, "Softmax": 1},
         }
@@ -186,7 +186,7 @@ class TestCuda:
     ) -> None:
         claim(monkeypatch, nodes=nodes, refuses_strict=True)
         with pytest.raises(DeviceError, match=what):
-            runtime.open_session(b"", "cuda")
+            onnx_session.open_session(b"", "cuda")
 
     def test_another_error_is_not_taken_for_a_fallback(self, monkeypatch: pytest.MonkeyPatch) -> None:
         made = claim(monkeypatch)
@@ -196,18 +196,18 @@ class TestCuda:
 
         made.InferenceSession = fail  # type: ignore[misc]
         with pytest.raises(ModelError, match=r"cannot open the model: out of memory$"):
-            runtime.open_session(b"", "cuda")
+            onnx_session.open_session(b"", "cuda")
 
 
 def test_the_cpu_needs_no_probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "provider_problem", lambda _provider: pytest.fail("CUDA was tried"))
-    assert runtime.working_providers("cpu") == ["cpu"]
+    monkeypatch.setattr(onnx_session, "provider_problem", lambda _provider: pytest.fail("CUDA was tried"))
+    assert onnx_session.working_providers("cpu") == ["cpu"]
 
 
 def test_a_provider_that_computes_nonsense_is_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
     session = SimpleNamespace(run=lambda _names, given: [given["x"]])
-    monkeypatch.setattr(runtime, "open_session", lambda *_given, **_named: session)
-    assert "wrong product" in str(runtime.provider_problem("cpu"))
+    monkeypatch.setattr(onnx_session, "open_session", lambda *_given, **_named: session)
+    assert "wrong product" in str(onnx_session.provider_problem("cpu"))
 
 
 # Libraries of custom operators ---------------------------------------------------------------------------------------
@@ -223,13 +223,13 @@ def custom(domain: str) -> bytes:
 
 def test_operators_of_ours_that_are_not_registered_name_the_plugin() -> None:
     with pytest.raises(ModelError, match=r"needs the operator SparseLinear of the domain 'spdtool'") as caught:
-        runtime.open_session(custom("spdtool"))
+        onnx_session.open_session(custom("spdtool"))
     assert "the plugin spdtool-sparse-cpu" in str(caught.value.hint)
 
 
 def test_operators_of_a_stranger_that_are_not_registered_ask_for_their_library() -> None:
     with pytest.raises(ModelError, match=r"of the domain 'their.ops', which is not registered") as caught:
-        runtime.open_session(custom("their.ops"))
+        onnx_session.open_session(custom("their.ops"))
     assert caught.value.hint == "give the library that holds it, or install the plugin whose target wrote the file"
 
 
@@ -240,7 +240,7 @@ def test_a_library_that_cannot_be_loaded_is_refused_in_silence(
     if content is not None:
         (tmp_path / "ops.so").write_bytes(content)
     with pytest.raises(ModelError, match=r"cannot load the operators in .*ops.so") as caught:
-        runtime.open_session(runtime.small_model(), libraries=[tmp_path / "ops.so"])
+        onnx_session.open_session(onnx_session.small_model(), libraries=[tmp_path / "ops.so"])
     assert "built for this machine" in str(caught.value.hint)
     assert capfd.readouterr() == ("", "")
 
@@ -249,22 +249,22 @@ def test_a_shared_library_without_operators_is_refused() -> None:
     import _ctypes  # any extension module of Python is a shared library
 
     with pytest.raises(ModelError, match="RegisterCustomOps"):
-        runtime.open_session(runtime.small_model(), libraries=[_ctypes.__file__])
+        onnx_session.open_session(onnx_session.small_model(), libraries=[_ctypes.__file__])
 
 
 def test_every_library_is_registered_before_the_model_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
-    real, seen = runtime.require_onnxruntime(), []
+    real, seen = onnx_session.require_onnxruntime(), []
 
     class Options(real.SessionOptions):
         def register_custom_ops_library(self, path: str) -> None:
             seen.append(path)
 
     told = {name: getattr(real, name) for name in ("InferenceSession", "get_available_providers")}
-    monkeypatch.setattr(runtime, "require_onnxruntime", lambda: SimpleNamespace(**told, SessionOptions=Options))
-    runtime.open_session(runtime.small_model(), threads=1, libraries=["a.so", Path("b.so")])
+    monkeypatch.setattr(onnx_session, "require_onnxruntime", lambda: SimpleNamespace(**told, SessionOptions=Options))
+    onnx_session.open_session(onnx_session.small_model(), threads=1, libraries=["a.so", Path("b.so")])
     assert seen == ["a.so", "b.so"]
 
 
 def test_an_unknown_provider_is_refused() -> None:
     with pytest.raises(DeviceError, match="there is no provider 'tpu'"):
-        runtime.open_session(runtime.small_model(), "tpu")
+        onnx_session.open_session(onnx_session.small_model(), "tpu")
