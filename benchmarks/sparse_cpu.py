@@ -27,8 +27,8 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 
 from spdtool import console
 from spdtool.bench import ledger, ledger_tables
+from spdtool.bench.dense_int8 import quantize_dynamic_int8
 from spdtool.bench.engines import Engine, Shape
-from spdtool.bench.int8 import quantize_dynamic_int8
 from spdtool.bench.latency import TimingResult, time_engines
 from spdtool.bench.ratios import BenchData, paired_ratio
 from spdtool.errors import SpdError

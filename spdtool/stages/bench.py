@@ -21,9 +21,9 @@ import numpy as np
 
 from spdtool import console
 from spdtool.bench import ledger, report
+from spdtool.bench.dense_int8 import quantize_dynamic_int8
 from spdtool.bench.engines import Engine, Shape
 from spdtool.bench.factors import split_speed
-from spdtool.bench.int8 import quantize_dynamic_int8
 from spdtool.bench.latency import Timing, time_engines
 from spdtool.bench.ledger_tables import ledger_table
 from spdtool.bench.ratios import BenchData, ModelFile, latency_records, ratio_caveat

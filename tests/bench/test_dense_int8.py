@@ -9,7 +9,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from spdtool.bench import int8
+from spdtool.bench import dense_int8
 from spdtool.bench.engines import Engine, Shape, make_batch, open_onnxruntime
 from spdtool.errors import ModelError
 from spdtool.export.targets import Onnx
@@ -25,7 +25,7 @@ def test_the_file_is_smaller_and_answers_nearly_the_same(
     before = model.read_bytes()
     caplog.clear()
     level = logging.getLogger().level
-    int8.quantize_dynamic_int8(model, file)
+    dense_int8.quantize_dynamic_int8(model, file)
     assert logging.getLogger().level == level
     assert not caplog.records
     assert model.read_bytes() == before
@@ -49,4 +49,4 @@ def test_what_cannot_be_quantised_is_a_clear_error(tmp_path: Path, monkeypatch: 
     save(helper.make_model(helper.make_graph([], "empty", [], [])), tmp_path / "model.onnx")
     monkeypatch.setattr(quantization, "quantize_dynamic", refuse)
     with pytest.raises(ModelError, match="cannot quantise model.onnx: no$"):
-        int8.quantize_dynamic_int8(tmp_path / "model.onnx", tmp_path / "int8.onnx")
+        dense_int8.quantize_dynamic_int8(tmp_path / "model.onnx", tmp_path / "int8.onnx")
