@@ -27,7 +27,7 @@ from spdtool.errors import Stopped
 from spdtool.models import load
 from spdtool.run import folder as runs
 from spdtool.run.folder import Run
-from spdtool.training import checkpoint
+from spdtool.training import snapshot
 
 STEPS = 12  # of every stage
 STAGES = ("teacher", "prune", "distill", "finetune")
@@ -113,9 +113,9 @@ def plan(moment: str, count: int) -> None:
     elif moment.startswith("SIG"):
         patch(step, "step", count, signalling(moment))
     elif moment == "snapshot half written":
-        patch(checkpoint, "save_file", count, half)
+        patch(snapshot, "save_file", count, half)
     elif moment == "snapshot written, not renamed":
-        patch(checkpoint, "write_snapshot_files", count, after)
+        patch(snapshot, "write_snapshot_files", count, after)
     elif moment == "older snapshot half removed":
         patch(
             Path, "glob", count + 1, remove_half

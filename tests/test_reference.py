@@ -24,7 +24,7 @@ from spdtool.data.batches import training_batches
 from spdtool.models.load import load_model, load_tokenizer, save_model
 from spdtool.run.folder import Run
 from spdtool.tasks import Task
-from spdtool.training import checkpoint, loop
+from spdtool.training import loop, snapshot
 
 pytestmark = pytest.mark.slow  # it trains whole stages
 
@@ -171,7 +171,7 @@ def test_every_step_of_every_phase_is_that_of_the_published_algorithm(
     def load(*args: Any, **options: Any) -> Any:
         return original_load(*args, **options).double()
 
-    def write(root: Any, state: checkpoint.Snapshot) -> None:
+    def write(root: Any, state: snapshot.Snapshot) -> None:
         kept[state.step] = {name: weight.clone() for name, weight in state.tensors["model"].items()}
         dead[state.step] = {n[5:]: d.clone() for n, d in state.tensors["pruner"].items() if n.startswith("dead.")}
 
@@ -192,7 +192,7 @@ def test_every_step_of_every_phase_is_that_of_the_published_algorithm(
     )  # fmt: skip
     monkeypatch.setattr("spdtool.stages.teacher.load_model", load)
     monkeypatch.setattr("spdtool.stages.phase.load_model", load)
-    monkeypatch.setattr(checkpoint, "write_snapshot", write)
+    monkeypatch.setattr(snapshot, "write_snapshot", write)
     monkeypatch.setattr(loop, "create_adamw", unfused)
     teacher = load(run.path / "teacher")
     plain = Plain(teacher.state_dict(), dropout, 5, regression)

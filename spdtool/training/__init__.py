@@ -1,1 +1,1 @@
-"""The training loop and what it needs: optimizer, checkpoint, log, schedules, ranks."""
+"""The training loop and what it needs: optimizer, snapshots, log, schedules, ranks."""

@@ -1,6 +1,6 @@
 """The one training loop: the teacher's fine-tuning and the student's three phases, with different lessons.
 
-Everything that it needs to continue after `kill -9` is in a snapshot (`checkpoint.py`), which is
+Everything that it needs to continue after `kill -9` is in a snapshot (`snapshot.py`), which is
 also saved when a signal asks the process to end (`signals.py`); learning
 rate, replacing rate and the order of the data are functions of the step, so they need no state.
 
@@ -34,7 +34,6 @@ from spdtool.recipe.fields import Prune, Recipe, Training, TrainingLength
 from spdtool.run.folder import LOG, STUDENTS, Stage
 from spdtool.run.records import Evaluation, FitResult
 from spdtool.training import prefetch
-from spdtool.training.checkpoint import Checkpointer
 from spdtool.training.learner import Learner
 from spdtool.training.log import TrainingLog
 from spdtool.training.microbatches import Microbatch, MicrobatchSplitter
@@ -42,6 +41,7 @@ from spdtool.training.optimizer import clip_gradients, create_adamw, create_lear
 from spdtool.training.saliency import Saliency, calibration_batches
 from spdtool.training.schedules import Schedule
 from spdtool.training.signals import watch_signals
+from spdtool.training.snapshot import Snapshotter
 
 LOG_LINES = 100  # of a stage: each costs one synchronisation with the device
 
@@ -63,7 +63,7 @@ class _Job:
     splitter: MicrobatchSplitter
     saliency: Saliency | None
     log: TrainingLog
-    checkpointer: Checkpointer
+    snapshotter: Snapshotter
 
 
 def fit(
@@ -88,7 +88,7 @@ def fit(
     """
     job = _create_job(learner, lesson, rows, section, length, recipe, stage, on_event)
     torch.manual_seed(recipe.seed)  # before the snapshot, which has a later state of the generator
-    start = job.checkpointer.restore()
+    start = job.snapshotter.restore()
     optimizer = _prepare(job)
     if start == 0:
         _prune_if_due(job, 0)
@@ -125,7 +125,7 @@ def fit(
                         window = LossWindow()
     _remove_autocast(learner.model)
     if section.keep_best:
-        job.checkpointer.restore_best_weights()
+        job.snapshotter.restore_best_weights()
     return job.log.summarise(job.steps, job.steps / length.steps_per_epoch, best=section.keep_best)
 
 
@@ -187,7 +187,7 @@ def _create_job(
         ),
         saliency=saliency,
         log=log,
-        checkpointer=Checkpointer(stage, fingerprint, trained, optimizer, lesson, pruner, log),
+        snapshotter=Snapshotter(stage, fingerprint, trained, optimizer, lesson, pruner, log),
     )
 
 
@@ -353,13 +353,13 @@ def _evaluate(job: _Job, done: int) -> None:
         Evaluation(step=done, metrics=dev, train=train), may_be_best=pruner is None or pruner.is_done(done)
     )
     if is_best and job.section.keep_best:
-        job.checkpointer.keep_weights()
+        job.snapshotter.keep_weights()
 
 
 def _is_snapshot_due(job: _Job, done: int, saved_at: float, interval: int) -> bool:
     """Whether the clock asks for a snapshot. Sharded weights: rank 0's clock, since all ranks take part in saving."""
     is_due = time.monotonic() - saved_at >= 60 * job.recipe.save_minutes
-    if not job.checkpointer.is_sharded:
+    if not job.snapshotter.is_sharded:
         return is_due
     # asking rank 0 costs a synchronisation
     return (done % interval == 0 or job.recipe.save_minutes == 0) and collectives.broadcast_flag(is_due)
@@ -369,7 +369,7 @@ def _save_snapshot(job: _Job, done: int) -> None:
     """Save a snapshot, unless a pruned weight has come alive (GateError)."""
     if job.learner.pruner is not None:
         job.learner.pruner.masks.check_dead()
-    job.checkpointer.save(done)
+    job.snapshotter.save(done)
 
 
 def derive_seed(*numbers: int) -> int:

@@ -23,7 +23,7 @@ from spdtool.recipe.fields import Recipe
 from spdtool.recipe.reading import override
 from spdtool.run.folder import Run
 from spdtool.stages.prune import prune
-from spdtool.training import checkpoint
+from spdtool.training import snapshot
 
 pytestmark = pytest.mark.slow  # it trains whole stages
 
@@ -89,16 +89,16 @@ def test_a_phase_that_is_killed_goes_on_with_what_is_kept(
     prune(calm)
     killed = toy_run(*CALM, until="teacher", folder="killed")
     looks.clear()
-    write = checkpoint.write_snapshot
+    write = snapshot.write_snapshot
 
     def killing(*args: Any) -> None:
         write(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "write_snapshot", killing)
+    monkeypatch.setattr(snapshot, "write_snapshot", killing)
     with pytest.raises(KeyboardInterrupt):
         prune(killed)
-    monkeypatch.setattr(checkpoint, "write_snapshot", write)
+    monkeypatch.setattr(snapshot, "write_snapshot", write)
     prune(Run.open(killed.path))
     assert set(looks) == {"student"}, "both were found in the cache"
     ours, theirs = weights(killed), weights(calm)
@@ -167,14 +167,14 @@ def test_a_stage_does_not_go_on_by_the_other_route(
 ) -> None:
     """Half of it with cached states and half with the teacher's look would be the weights of neither."""
     run = toy_run(*CALM, until="teacher")
-    write = checkpoint.write_snapshot
+    write = snapshot.write_snapshot
 
     def killing(*args: Any) -> None:
         write(*args)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_snapshot", killing)
+        patch.setattr(snapshot, "write_snapshot", killing)
         with pytest.raises(KeyboardInterrupt):
             prune(run)
     prune(Run.at(run.path, override(run.recipe, ["teacher_states_gb=0"])))

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from spdtool.training import checkpoint
-from spdtool.training.checkpoint import (
+from spdtool.training import snapshot
+from spdtool.training.snapshot import (
     Snapshot,
     collect_optimizer_state,
     collect_random_state,
@@ -163,7 +163,7 @@ def test_a_full_disk_leaves_the_older_one_and_nothing_half_written(
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(snapshot, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         write_snapshot(tmp_path, made(4))
     assert names(tmp_path) == before

@@ -221,7 +221,7 @@ class Stateful(Protocol):
         """Restore what `state_dict` returned."""
 
 
-class Checkpointer:
+class Snapshotter:
     """Saves and restores everything that decides how a training stage continues, and the best weights up to now.
 
     Args:
