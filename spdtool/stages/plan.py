@@ -39,8 +39,8 @@ from spdtool.stages.estimate import Estimator, Pair
 from spdtool.stages.trial import try_families
 from spdtool.tasks import Task, find_task
 from spdtool.training.accelerator import create_accelerator
-from spdtool.training.saliency import check_saliency
 from spdtool.training.schedules import plan_prune_events
+from spdtool.training.statistics_collector import check_statistics
 from spdtool.training.trackers import check_trackers
 
 Splits = dict[str, Rows]
@@ -119,7 +119,7 @@ def check_recipe(recipe: Recipe, rows: int) -> Accelerator:
     for phase in (recipe.prune, recipe.distill, recipe.finetune):
         replacing_rate(phase.grafting)
     events = plan_prune_events(recipe, recipe.prune.length(rows).steps)
-    check_saliency(recipe.prune, events, copied=recipe.student is None)
+    check_statistics(recipe.prune, events, copied=recipe.student is None)
     if recipe.prune.exchanges and not recipe.prune.regrowth:
         raise RecipeError(
             f"{recipe.prune.exchanges} exchanges change nothing: without regrowth the dead stay dead",

@@ -10,8 +10,8 @@ from __future__ import annotations
 from spdtool.run.folder import Run
 from spdtool.run.records import TrainingResult
 from spdtool.stages.phase import load_phase, train_phase
-from spdtool.training.saliency import check_saliency
 from spdtool.training.schedules import plan_prune_events
+from spdtool.training.statistics_collector import check_statistics
 
 
 def prune(run: Run) -> TrainingResult:
@@ -19,6 +19,6 @@ def prune(run: Run) -> TrainingResult:
     recipe = run.recipe
     phase = load_phase(run, "prune", start="teacher")
     events = plan_prune_events(recipe, phase.length.steps, initial=phase.masks.sparsity())
-    check_saliency(recipe.prune, events, copied=recipe.student is None)
+    check_statistics(recipe.prune, events, copied=recipe.student is None)
     phase.prune_at(events, recipe)
     return train_phase(run, "prune", phase)

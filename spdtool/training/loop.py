@@ -38,10 +38,10 @@ from spdtool.training.learner import Learner
 from spdtool.training.log import TrainingLog
 from spdtool.training.microbatches import Microbatch, MicrobatchSplitter
 from spdtool.training.optimizer import clip_gradients, create_adamw, create_learning_rate, set_learning_rate
-from spdtool.training.saliency import Saliency, calibration_batches
 from spdtool.training.schedules import Schedule
 from spdtool.training.signals import watch_signals
 from spdtool.training.snapshot import Snapshotter
+from spdtool.training.statistics_collector import StatisticsCollector, calibration_batches
 
 LOG_LINES = 100  # of a stage: each costs one synchronisation with the device
 
@@ -61,7 +61,7 @@ class _Job:
     optimizer: torch.optim.Optimizer
     learning_rate: Schedule
     splitter: MicrobatchSplitter
-    saliency: Saliency | None
+    collector: StatisticsCollector | None
     log: TrainingLog
     snapshotter: Snapshotter
 
@@ -164,9 +164,9 @@ def _create_job(
     fingerprint = f"{stage.fingerprint} {rows.digest} {cached}"
     peak = section.peak(learner.model.config.hidden_size)
     events: list[int] = []
-    saliency = None
+    collector = None
     if pruner is not None and pruner.events and isinstance(section, Prune):
-        events, saliency = list(pruner.events), Saliency(pruner, section)
+        events, collector = list(pruner.events), StatisticsCollector(pruner, section)
     return _Job(
         learner=learner,
         lesson=lesson,
@@ -185,7 +185,7 @@ def _create_job(
             rank=collectives.group_rank(),
             ranks=collectives.group_size(),
         ),
-        saliency=saliency,
+        collector=collector,
         log=log,
         snapshotter=Snapshotter(stage, fingerprint, trained, optimizer, lesson, pruner, log),
     )
@@ -228,22 +228,22 @@ def _train_step(
     """Take one optimiser step. Nothing here reads a number back from the device."""
     accelerator = job.learner.accelerator
     set_learning_rate(job.optimizer, job.learning_rate(step / job.steps))
-    saliency = job.saliency if job.saliency is not None and job.saliency.needs_step(step) else None
+    collector = job.collector if job.collector is not None and job.collector.needs_step(step) else None
     if collectives.group_size() > 1:
         # alone, the state of the generator is in the snapshot instead
         torch.manual_seed(derive_seed(job.recipe.seed, step, collectives.group_rank()))
     for microbatch in _repeat_draw(job.lesson, microbatches):
         terms = _compute_terms(job, microbatch, step)
-        if saliency is not None:
-            saliency.add_logit_gradients(terms)
+        if collector is not None:
+            collector.add_logit_gradients(terms)
         if terms["loss"].requires_grad:  # not when the draw has no layer that is trained
             accelerator.backward(terms["loss"])
         window.add(terms)
     window.steps += 1
     counted = [*job.trained.values(), *job.lesson.clipped_parameters]
     collectives.sum_over_ranks(collectives.gradients_to_sum(counted))
-    if saliency is not None:
-        saliency.observe_step(1.0 if accelerator.scaler is None else accelerator.scaler.get_scale())
+    if collector is not None:
+        collector.observe_step(1.0 if accelerator.scaler is None else accelerator.scaler.get_scale())
     if job.learner.pruner is not None and job.section.clip_over == "trained":
         job.learner.pruner.zero_gradients()  # before clipping: dead weights have no part in the norm
     if any(parameter.grad is not None for parameter in job.trained.values()):
@@ -279,7 +279,7 @@ def _repeat_draw(lesson: Lesson, microbatches: Iterable[Microbatch]) -> Iterator
 
 def _prune_if_due(job: _Job, step: int) -> None:
     """Prune if an event falls after optimiser step `step`, and save the student of the event before if requested."""
-    pruner, saliency = job.learner.pruner, job.saliency
+    pruner, collector = job.learner.pruner, job.collector
     if pruner is None or not pruner.is_due(step):
         return
     _save_student_if_requested(job, step)
@@ -291,10 +291,10 @@ def _prune_if_due(job: _Job, step: int) -> None:
         job.log.on_event({"event": "pruning", "step": step, "work": work})  # for the display alone, not in the log
 
     show_work("looking at rows")
-    if saliency is not None and saliency.needs_calibration(step):
-        batches = calibration_batches(job.rows, saliency.section, job.recipe, step)
+    if collector is not None and collector.needs_calibration(step):
+        batches = calibration_batches(job.rows, collector.section, job.recipe, step)
         microbatches = _split_calibration(job, batches, show_work)
-        saliency.calibrate(job.learner.model, lambda each: _compute_terms(job, each, step), microbatches)
+        collector.calibrate(job.learner.model, lambda each: _compute_terms(job, each, step), microbatches)
     sparsity = pruner.prune(step, show_work)
     event: dict[str, object] = {"step": step, "sparsity": sparsity}
     # what `prune.least` changed: zeros of a matrix before and after, and groups for which it had to give way

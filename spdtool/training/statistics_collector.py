@@ -1,4 +1,4 @@
-"""Show the criterion what it ranks by: gradients and layer inputs.
+"""Collect what the criterion ranks by: gradients and layer inputs.
 
 They are those of calibration batches at an event, or of the training steps before it.
 
@@ -31,8 +31,8 @@ CALIBRATION_EPOCH = 2**32  # of the order of the data: no training epoch has tha
 Terms = dict[str, Tensor]
 
 
-class Saliency:
-    """Show a pruner's criterion what it needs between two events.
+class StatisticsCollector:
+    """Collects the statistics that a pruner's criterion reads, between two events.
 
     Args:
         pruner: has events; its criterion says what it reads.
@@ -139,7 +139,7 @@ class Saliency:
         return terms["loss"] if self.section.saliency == "loss" else terms["logits"]
 
 
-def check_saliency(section: Prune, events: Sequence[tuple[int, float]], *, copied: bool = True) -> None:
+def check_statistics(section: Prune, events: Sequence[tuple[int, float]], *, copied: bool = True) -> None:
     """Refuse a recipe whose criterion would have observed nothing at an event.
 
     Args:

@@ -1,4 +1,4 @@
-"""Saliency: calibration batches that move nothing, and the logit term's gradients taken apart."""
+"""Statistics for the criterion: calibration batches that move nothing, and the logit term's gradients taken apart."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from spdtool.pruning.masks import Masks
 from spdtool.pruning.pruner import Pruner
 from spdtool.recipe.fields import Prune, Recipe
 from spdtool.training.microbatches import LossWeight, Microbatch
-from spdtool.training.saliency import Saliency, calibration_batches, check_saliency
+from spdtool.training.statistics_collector import StatisticsCollector, calibration_batches, check_statistics
 
 
 class Model(nn.Module):
@@ -69,11 +69,11 @@ def terms(model: Model) -> Callable[[Microbatch], dict[str, Tensor]]:
 def test_calibration_observes_the_mean_gradient_and_moves_nothing(observed: list[Tensor], of: str) -> None:
     model, batches = Model(), microbatches(3)
     pruner = make_pruner(model)
-    saliency = Saliency(pruner, Prune(calibration=3, saliency=of))
-    assert [step for step in range(6) if saliency.needs_calibration(step)] == [2, 4]
-    assert not any(saliency.needs_step(step) for step in range(6)), "training steps are not needed then"
+    collector = StatisticsCollector(pruner, Prune(calibration=3, saliency=of))
+    assert [step for step in range(6) if collector.needs_calibration(step)] == [2, 4]
+    assert not any(collector.needs_step(step) for step in range(6)), "training steps are not needed then"
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    saliency.calibrate(model, terms(model), ([batch] for batch in batches))
+    collector.calibrate(model, terms(model), ([batch] for batch in batches))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert model.linear.weight.grad is None
     assert model.training
@@ -87,11 +87,11 @@ def test_calibration_observes_the_mean_gradient_and_moves_nothing(observed: list
 def test_calibration_drops_what_was_observed_before(observed: list[Tensor]) -> None:
     model = Model()
     pruner = make_pruner(model)
-    saliency = Saliency(pruner, Prune(calibration=1))
+    collector = StatisticsCollector(pruner, Prune(calibration=1))
     (model.linear.weight.sum() * 1e6).backward()
     pruner.observe_gradients()
     model.zero_grad()
-    saliency.calibrate(model, terms(model), [microbatches(1)])
+    collector.calibrate(model, terms(model), [microbatches(1)])
     pruner.prune(2)
     assert float(observed[0].abs().max()) < 1e5
 
@@ -99,16 +99,16 @@ def test_calibration_drops_what_was_observed_before(observed: list[Tensor]) -> N
 def test_the_logit_term_is_observed_alone_while_the_whole_loss_is_learnt(observed: list[Tensor]) -> None:
     model = Model().eval()
     pruner = make_pruner(model)
-    saliency = Saliency(pruner, Prune(saliency="logits"))
-    assert [step for step in range(6) if saliency.needs_step(step)] == [0, 1, 2, 3], "until the last event"
+    collector = StatisticsCollector(pruner, Prune(saliency="logits"))
+    assert [step for step in range(6) if collector.needs_step(step)] == [0, 1, 2, 3], "until the last event"
     for microbatch in microbatches(2, weight=0.5):  # one step in two microbatches
         losses = terms(model)(microbatch)
-        saliency.add_logit_gradients(losses)
+        collector.add_logit_gradients(losses)
         losses["loss"].backward()
     whole = model.linear.weight.grad
     assert whole is not None
     learnt = whole.clone()
-    saliency.observe_step(scale=1024.0)  # the scale was never in what was taken apart
+    collector.observe_step(scale=1024.0)  # the scale was never in what was taken apart
     assert torch.equal(whole, learnt), "what is learnt stays as it was"
     pruner.prune(2)
     model.linear.weight.grad = None
@@ -131,13 +131,13 @@ def test_a_recipe_whose_criterion_would_observe_nothing_is_refused(
     criterion: str, events: Any, how: Any, match: str
 ) -> None:
     with pytest.raises(RecipeError, match=match):
-        check_saliency(Prune(criterion=criterion, **how), events)
+        check_statistics(Prune(criterion=criterion, **how), events)
     if "saliency" not in how:
-        check_saliency(Prune(criterion=criterion, calibration=2, loss={"hardness": 0.5}), events)
+        check_statistics(Prune(criterion=criterion, calibration=2, loss={"hardness": 0.5}), events)
 
 
 def test_another_student_than_the_teacher_has_gradients_before_the_first_step() -> None:
-    check_saliency(Prune(criterion="taylor", calibration=2), ((0, 0.25), (2, 0.5)), copied=False)
+    check_statistics(Prune(criterion="taylor", calibration=2), ((0, 0.25), (2, 0.5)), copied=False)
 
 
 def test_calibration_batches_are_others_at_each_event_and_the_same_when_asked_again(toys: Any) -> None:
