@@ -80,7 +80,7 @@ class Pruner:
         return self._observer.reads("input")
 
     @property
-    def reads_dead(self) -> bool:
+    def needs_dead_gradients(self) -> bool:
         """Whether the gradients of dead weights are needed."""
         return self.reads_gradients or self._dense_gradients or self.masks.can_regrow
 

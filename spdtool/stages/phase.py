@@ -200,9 +200,9 @@ def _install_sparse_products(recipe: Recipe, phase: Phase) -> None:
     if not recipe.sparse_products or recipe.compile:
         return
     assert phase.pruner is not None
-    sampled = phase.section.clip_over == "trained" and not phase.pruner.reads_dead
+    skip_dead_gradients = phase.section.clip_over == "trained" and not phase.pruner.needs_dead_gradients
     for entry in plugins.products.entries():
-        entry.value(find_prunable_layers(phase.model), phase.masks, sampled=sampled)
+        entry.value(find_prunable_layers(phase.model), phase.masks, skip_dead_gradients=skip_dead_gradients)
 
 
 def _cache_teacher_outputs(recipe: Recipe, phase: Phase, lesson: DistillationLesson) -> Encoded:

@@ -301,7 +301,7 @@ def test_the_recipes_train_on_what_they_say(toy_run: MakeRun, recipe: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("sets", "sampled"),
+    ("sets", "skip_dead_gradients"),
     [
         (("prune.criterion=magnitude", "prune.calibration=0"), True),
         (("prune.criterion=magnitude", "prune.calibration=0", "prune.regrowth=true"), False),
@@ -314,15 +314,15 @@ def test_the_recipes_train_on_what_they_say(toy_run: MakeRun, recipe: str) -> No
 )
 @pytest.mark.usefixtures("clean_plugins")
 def test_products_are_told_who_reads_the_gradients_of_the_dead(
-    toy_run: MakeRun, monkeypatch: pytest.MonkeyPatch, sets: tuple[str, ...], sampled: bool | None
+    toy_run: MakeRun, monkeypatch: pytest.MonkeyPatch, sets: tuple[str, ...], skip_dead_gradients: bool | None
 ) -> None:
     monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)  # it takes long
     asked = []
 
     @plugins.products.register("watching")
-    def watching(layers: dict[str, torch.nn.Linear], masks: Masks, *, sampled: bool) -> None:
+    def watching(layers: dict[str, torch.nn.Linear], masks: Masks, *, skip_dead_gradients: bool) -> None:
         assert {name: layer.weight for name, layer in layers.items()} == masks.parameters
-        asked.append(sampled)
+        asked.append(skip_dead_gradients)
 
     toy_run("prune.max_steps=2", "prune.events=1", "prune.ramp=0.01", "teacher.max_steps=1", *sets, until="prune")
-    assert asked == ([] if sampled is None else [sampled])
+    assert asked == ([] if skip_dead_gradients is None else [skip_dead_gradients])

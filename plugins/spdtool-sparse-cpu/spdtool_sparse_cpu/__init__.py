@@ -17,8 +17,8 @@ plugins.targets.register(NAME)(SparseCpu)
 
 
 @plugins.products.register(NAME)
-def skip_zeros(layers: Mapping[str, nn.Linear], masks: Masks, *, sampled: bool) -> None:
+def skip_zeros(layers: Mapping[str, nn.Linear], masks: Masks, *, skip_dead_gradients: bool) -> None:
     """Multiply only the nonzeros of the student's float32 layers on a CPU."""
     from spdtool_sparse_cpu.products import use_sparse_products  # waits for torch
 
-    use_sparse_products(layers, masks, sampled=sampled)
+    use_sparse_products(layers, masks, skip_dead_gradients=skip_dead_gradients)

@@ -49,14 +49,14 @@ SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
 }
 
 
-def use_sparse_products(layers: Mapping[str, nn.Linear], masks: Masks, *, sampled: bool) -> None:
+def use_sparse_products(layers: Mapping[str, nn.Linear], masks: Masks, *, skip_dead_gradients: bool) -> None:
     """Let `layers` skip the zeros of `masks` wherever that is faster.
 
     Names, state dicts and hooks stay as they are. Without a compiled library, so do the layers.
 
     Args:
         layers: by the names of their weights, as `masks` has them.
-        sampled: whether gradients of dead weights may be left at zero.
+        skip_dead_gradients: whether gradients of dead weights may be left at zero.
     """
     if not is_available():
         return
@@ -64,7 +64,7 @@ def use_sparse_products(layers: Mapping[str, nn.Linear], masks: Masks, *, sample
         if not isinstance(layer, SparseLinear):
             layer.__class__ = _sparse_class(type(layer))  # type: ignore[arg-type]  # a class is hashable
         assert isinstance(layer, SparseLinear)
-        layer.live_weights = LiveWeights(masks, name, sampled)
+        layer.live_weights = LiveWeights(masks, name, skip_dead_gradients)
 
 
 def is_available() -> bool:
@@ -162,11 +162,11 @@ class LiveWeights:
 
     Args:
         masks, name: the mask is `masks.dead[name]`.
-        sampled: whether the weight's gradient is computed only where it lives.
+        skip_dead_gradients: whether the weight's gradient is computed only where it lives.
     """
 
-    def __init__(self, masks: Masks, name: str, sampled: bool) -> None:
-        self.masks, self.name, self.sampled = masks, name, sampled
+    def __init__(self, masks: Masks, name: str, skip_dead_gradients: bool) -> None:
+        self.masks, self.name, self.skip_dead_gradients = masks, name, skip_dead_gradients
         self._indexed: tuple[Tensor, int] | None = None
         self._products: Products | None = None
 
@@ -182,7 +182,7 @@ class LiveWeights:
     def __deepcopy__(self, memo: dict[int, object]) -> LiveWeights:
         # The copy shares the masks, and indexes them itself: the handle of `Products` cannot be
         # copied.
-        return LiveWeights(self.masks, self.name, self.sampled)
+        return LiveWeights(self.masks, self.name, self.skip_dead_gradients)
 
 
 class SparseLinear(nn.Linear):
@@ -197,7 +197,7 @@ class SparseLinear(nn.Linear):
         products = self.live_weights.products()
         if products is None or products.shape != self.weight.shape:
             return super().forward(x)
-        y = _SparseProduct.apply(x, self.weight, self.bias, products, self.live_weights.sampled)  # type: ignore[no-untyped-call]
+        y = _SparseProduct.apply(x, self.weight, self.bias, products, self.live_weights.skip_dead_gradients)  # type: ignore[no-untyped-call]
         assert isinstance(y, Tensor)
         return y
 
@@ -222,13 +222,13 @@ class _SparseProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: _Context, x: Tensor, weight: Tensor, bias: Tensor | None, products: Products, sampled: bool
+        ctx: _Context, x: Tensor, weight: Tensor, bias: Tensor | None, products: Products, skip_dead_gradients: bool
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         weight_learns = ctx.needs_input_grad[1]
-        y, tiles = products.forward(weight, bias, rows, keep_tiles=weight_learns and sampled)
+        y, tiles = products.forward(weight, bias, rows, keep_tiles=weight_learns and skip_dead_gradients)
         ctx.products, ctx.shape = products, x.shape
-        dense_rows = rows if weight_learns and not sampled else None
+        dense_rows = rows if weight_learns and not skip_dead_gradients else None
         ctx.save_for_backward(weight, tiles, dense_rows)  # type: ignore[arg-type]
         # not a view, which autograd would not let a model change in place
         return y.resize_(*x.shape[:-1], y.shape[-1])

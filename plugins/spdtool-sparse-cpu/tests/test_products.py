@@ -79,7 +79,9 @@ def test_the_output_of_a_layer_may_be_changed_in_place() -> None:
     weight, dead = masked((40, 33), 0.9)
     layer = nn.Linear(33, 40)
     layer.weight.data.copy_(weight)
-    products.use_sparse_products({"weight": layer}, Masks.from_zeros({"weight": layer.weight}), sampled=True)
+    products.use_sparse_products(
+        {"weight": layer}, Masks.from_zeros({"weight": layer.weight}), skip_dead_gradients=True
+    )
     x = torch.randn(3, 20, 33)
     changed = layer(x).mul_(2.0)
     changed.sum().backward()
@@ -144,7 +146,7 @@ def test_a_forked_child_has_threads_of_its_own() -> None:
 
 
 def layer(
-    zeros: float = 0.9, *, inputs: int = 33, outputs: int = 40, sampled: bool = True, bias: bool = True
+    zeros: float = 0.9, *, inputs: int = 33, outputs: int = 40, skip_dead_gradients: bool = True, bias: bool = True
 ) -> tuple[nn.Linear, nn.Linear, Masks]:
     """Build a layer that skips its zeros, a dense one with the same weights, and the masks."""
     torch.manual_seed(1)
@@ -154,7 +156,7 @@ def layer(
         plain.weight.copy_(weight)
     ours = copy.deepcopy(plain)
     masks = Masks.from_zeros({"weight": ours.weight})
-    products.use_sparse_products({"weight": ours}, masks, sampled=sampled)
+    products.use_sparse_products({"weight": ours}, masks, skip_dead_gradients=skip_dead_gradients)
     return ours, plain, masks
 
 
@@ -193,15 +195,15 @@ INPUTS: dict[str, Callable[[], Tensor]] = {
 
 def test_a_layer_has_the_outputs_and_gradients_of_a_dense_one(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = used(monkeypatch)
-    for shape, sampled, bias in itertools.product(INPUTS, (True, False), (True, False)):
-        case = f"{shape}, sampled={sampled}, bias={bias}"
-        sparse, dense, masks = layer(sampled=sampled, bias=bias)
+    for shape, skip_dead_gradients, bias in itertools.product(INPUTS, (True, False), (True, False)):
+        case = f"{shape}, skip_dead_gradients={skip_dead_gradients}, bias={bias}"
+        sparse, dense, masks = layer(skip_dead_gradients=skip_dead_gradients, bias=bias)
         x = INPUTS[shape]()
         calls.clear()
         results = seen(sparse, x)
         assert calls == ["forward", "backward"], case
         expected = seen(dense, x)
-        if sampled:
+        if skip_dead_gradients:
             expected[2] = expected[2].masked_fill(masks.dead["weight"], 0)
             assert (results[2][masks.dead["weight"]] == 0).all(), case
         for result, other in zip(results, expected, strict=True):
@@ -224,7 +226,7 @@ def test_gradients_are_those_of_finite_differences() -> None:
 
 
 def test_a_gradient_with_gaps_and_what_needs_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, plain, _ = layer(sampled=False)
+    ours, plain, _ = layer(skip_dead_gradients=False)
     calls, x = used(monkeypatch), torch.randn(20, 33)
     for each in (ours, plain):
         each.zero_grad()
@@ -284,7 +286,7 @@ def test_names_hooks_and_the_class_before_stay(monkeypatch: pytest.MonkeyPatch) 
     plain.register_forward_hook(lambda *_: hooked.append(1))
     masks = Masks({"weight": plain.weight})
     for _ in range(2):
-        products.use_sparse_products({"weight": plain}, masks, sampled=True)
+        products.use_sparse_products({"weight": plain}, masks, skip_dead_gradients=True)
     assert isinstance(plain, SparseLinear)
     assert isinstance(plain, onednn.OneDNNLinear)
     assert [kind.__name__ for kind in type(plain).__mro__[:4]] == [
@@ -305,7 +307,7 @@ def test_without_a_compiled_library_everything_stays_dense(monkeypatch: pytest.M
 
     monkeypatch.setattr(products, "load_functions", missing)
     plain = nn.Linear(8, 8)
-    plugins.products.get("sparse-cpu")({"weight": plain}, Masks({"weight": plain.weight}), sampled=True)
+    plugins.products.get("sparse-cpu")({"weight": plain}, Masks({"weight": plain.weight}), skip_dead_gradients=True)
     assert type(plain) is nn.Linear
 
 
