@@ -73,8 +73,8 @@ class Masks:
         for name, weight in self.parameters.items():
             self.dead_values[name] = torch.zeros_like(local_rows(weight))
 
-    def full_weight(self, name: str) -> Tensor:
-        """The weight, with the values of the dead where they can regrow."""
+    def build_full_weight(self, name: str) -> Tensor:
+        """Return the local rows of a weight, with the values of the dead where they can regrow."""
         weight = local_rows(self.parameters[name])
         if not self.can_regrow:
             return weight
@@ -130,7 +130,7 @@ class Masks:
             weight, was_dead, is_dead = local_rows(parameter), self.dead[name], dead[name]
             if self.can_regrow:
                 # with the old masks, before they are replaced below
-                full = self.full_weight(name)
+                full = self.build_full_weight(name)
                 self.dead_values[name] = torch.where(is_dead, full, 0)
                 weight.copy_(full)
             if mended is not None:

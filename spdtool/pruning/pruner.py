@@ -196,7 +196,7 @@ class Pruner:
             RecipeError: they are of another shape than the weight, or not numbers.
             PluginError: the criterion of a plugin fails.
         """
-        weight = self.masks.full_weight(name)  # the dead are ranked with the value that they had
+        weight = self.masks.build_full_weight(name)  # the dead are ranked with the value that they had
         with plugins.wrap_errors(self._criterion):
             scores = self._call_criterion(weight, self._observer.stats(name))
         expected = f"criterion {self.section.criterion!r} must give a score for each weight of {name}"

@@ -321,7 +321,7 @@ class Observer:
                 if scale != 1.0:
                     gradient = gradient / scale
                 dead = None if self.masks.can_regrow else self.masks.dead[name]
-                sample = WeightGradient(gradient, self.masks.full_weight(name), dead)
+                sample = WeightGradient(gradient, self.masks.build_full_weight(name), dead)
                 for each in statistics:
                     each.add_gradient(sample)
 

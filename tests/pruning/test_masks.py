@@ -126,7 +126,9 @@ def test_the_dead_compete_with_the_value_that_they_had() -> None:
             for name, weight in weights.items():
                 ever_dead[name] |= masks.dead[name]
                 assert torch.equal(weight == 0, masks.dead[name]), scope
-                assert torch.equal(masks.full_weight(name), first[name]), "nothing trained: every value is still known"
+                assert torch.equal(masks.build_full_weight(name), first[name]), (
+                    "nothing trained: every value is still known"
+                )
                 assert not bool(masks.dead_values[name][~masks.dead[name]].any()), scope
         assert any(bool((ever_dead[name] & ~masks.dead[name]).any()) for name in weights), "nothing grew again"
 

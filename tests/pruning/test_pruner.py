@@ -230,7 +230,7 @@ def test_learned_scores_count_every_step_and_the_first_event_goes_by_magnitude()
     for step in range(1, 5):
         backward(weights, step)
         for name, weight in weights.items():
-            scores[name] -= pruner.masks.full_weight(name) * noise(weight, step)
+            scores[name] -= pruner.masks.build_full_weight(name) * noise(weight, step)
         pruner.observe_gradients()
         pruner.prune(step)
         if pruner.is_due(step):
