@@ -68,7 +68,7 @@ def trained(seed: int, sets: list[str]) -> tuple[float, float, int, dict[float, 
         started = time.perf_counter()
         metrics = teacher(run)
         seconds = time.perf_counter() - started
-        model, tokenizer = load_model(run.read("teacher")), load_tokenizer(run.read("teacher"))
+        model, tokenizer = load_model(run.use_input("teacher")), load_tokenizer(run.use_input("teacher"))
     task, encoded = prepare_data(chosen, tokenizer, label_names(model))
 
     def accuracy(sparsity: float) -> float:

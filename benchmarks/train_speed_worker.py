@@ -106,7 +106,7 @@ def measure(row: str, options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         model = random_model(options, Path(folder) / "model") if options.random_model else options.model
         flags = {"task": options.task, "data": options.data, "model": model}
-        made = run.Run.at(Path(folder) / "run", recipe.build_recipe(name, flags, [*limits, *quick, *sets]))
+        made = run.Run.for_recipe(Path(folder) / "run", recipe.build_recipe(name, flags, [*limits, *quick, *sets]))
         before = stages[: stages.index(stage)]
         for each in before:
             _stage(each, made)

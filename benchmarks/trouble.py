@@ -196,7 +196,7 @@ def whole(run: Path, tally: Tally) -> None:
     for stage in ("teacher", STAGE):
         if (run / stage).exists():
             try:
-                opened.read(stage)
+                opened.use_input(stage)
             except Exception as error:
                 tally.faults.append(f"{run.name}: {stage} is there and not whole: {error}")
 

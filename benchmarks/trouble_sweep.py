@@ -190,7 +190,7 @@ def whole(out: Path, tally: Tally) -> None:
         for stage in TRAINING:
             if run.done(stage):
                 try:
-                    run.read(stage)
+                    run.use_input(stage)
                 except Exception as error:
                     tally.faults.append(f"{out.name}: {stage} of {run.path.name} is there and not whole: {error}")
 

@@ -139,7 +139,7 @@ def toy_run(tmp_path: Path, toy_task: Callable[..., Task]) -> Callable[..., Run]
     def make(*sets: str, until: str | None = None, folder: str = "run", **flags: Any) -> Run:
         if plugins.datasets.find("toy") is None:
             toy_task()
-        run = Run.at(tmp_path / folder, _toys.recipe(*sets, **flags))
+        run = Run.for_recipe(tmp_path / folder, _toys.recipe(*sets, **flags))
         order = ("teacher", "prune", "distill", "finetune", "export")
         for stage in order[: order.index(until) + 1] if until else ():
             module = importlib.import_module(f"spdtool.stages.{stage}")

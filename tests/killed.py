@@ -157,7 +157,7 @@ def run_stage(run: Run, name: str) -> None:
 def stage(folder: Path, name: str, minutes: float, deaths: tuple[str, int] | None = None) -> int:
     def work() -> None:
         toys.register(toys.dataset(train=24, dev=16, dropout=0.2))
-        run = Run.at(folder, recipe(minutes))
+        run = Run.for_recipe(folder, recipe(minutes))
         if deaths is not None:
             plan_for(run, *deaths)
         run_stage(run, name)

@@ -36,7 +36,7 @@ UNREAD = ("writing", "spent", ".mode.tmp")
 
 def work(folder: Path) -> None:
     toys.register(toys.dataset(train=24, dev=16, dropout=0.2))
-    killed.run_stage(Run.at(folder, killed.recipe(SNAPSHOT_MINUTES)), STAGE)
+    killed.run_stage(Run.for_recipe(folder, killed.recipe(SNAPSHOT_MINUTES)), STAGE)
 
 
 def record_cuts(folder: Path, states: Path, *, flushing: bool) -> None:

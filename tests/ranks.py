@@ -65,7 +65,7 @@ def work(call: dict[str, Any]) -> None:
 
     console.configure()
     toys.register(toys.dataset(train=call.get("rows", 44), dev=20, pairs=True))
-    run = Run.at(call["folder"], recipe(call.get("recipe", "default"), call["sets"]))
+    run = Run.for_recipe(call["folder"], recipe(call.get("recipe", "default"), call["sets"]))
     written = []
     for owner, what in ((Path, "mkdir"), (Path, "rename"), (Path, "unlink"), (shutil, "rmtree")):
         spy(owner, what, written)

@@ -22,7 +22,7 @@ from spdtool.run.folder import Run
 def main(folder: Path, stages: list[str]) -> dict[str, list[str | int | None]]:
     os.umask(int(os.environ.get("TEST_UMASK", "022"), 8))
     toys.register(toys.dataset(train=24, dev=16, dropout=0.2))
-    run = Run.at(folder, toys.recipe(*os.environ.get("TEST_SETS", "").split(), sparsity=0.8))
+    run = Run.for_recipe(folder, toys.recipe(*os.environ.get("TEST_SETS", "").split(), sparsity=0.8))
     result: dict[str, list[str | int | None]] = {}
     for name in stages:
         getattr(importlib.import_module(f"spdtool.stages.{name}"), name)(run)

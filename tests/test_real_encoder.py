@@ -35,7 +35,7 @@ def test_a_pretrained_encoder_goes_all_the_way_to_a_sparse_onnx_file(tmp_path: P
     sets = [f"{stage}.max_steps=3" for stage in ("teacher", "prune", "distill", "finetune")]
     sets += ["prune.events=2", "prune.calibration=2", "max_length=32", "export.sentences=16", "export.optional=[]"]
     chosen = recipe.build_recipe("default", flags, sets)
-    run = Run.at(tmp_path / "run", chosen)
+    run = Run.for_recipe(tmp_path / "run", chosen)
     for stage in (teacher, prune, distill, finetune):
         stage(run)
     metrics = export(run).student

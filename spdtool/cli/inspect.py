@@ -54,7 +54,7 @@ def inspect_run(run: Run) -> Inspection:
             state = "in progress" if run.begun(stage) else "missing"
             inspection.stages.append(InspectedStage(stage=stage, state=state))
             continue
-        run.read(stage)  # compares every file with its sha256
+        run.use_input(stage)  # compares every file with its sha256
         record = run.record(stage)
         line = InspectedStage(
             stage=stage,

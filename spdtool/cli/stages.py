@@ -73,7 +73,7 @@ def run_all(recipe: Recipe, path: Path, dry_run: bool, everything: bool, process
     from spdtool.stages.plan import make_plan
 
     if dry_run:
-        plan = make_plan(Run.at(path, recipe, dry=True))
+        plan = make_plan(Run.for_recipe(path, recipe, dry=True))
         show_plan(plan, recipe, everything=everything)
         if not everything:
             console.say("[dim]--all shows every field of the recipe, and the reasons[/]")
@@ -108,7 +108,7 @@ def teacher(options: RecipeOptions, run: RunPath = None, again: Again = False, p
     path = run or default_path(recipe)
     redo = "teacher" if again else None
     # Only looked at: nothing is written before the plan is accepted.
-    planned = Run.at(path, recipe, redo=redo, dry=True)
+    planned = Run.for_recipe(path, recipe, redo=redo, dry=True)
     if (again or not planned.done("teacher")) and not ranks.has_launcher():
         show_plan(make_plan(planned, redo), recipe)
     return run_one("teacher", path, recipe, again, processes)
@@ -151,7 +151,7 @@ def run_phase(stage: str, path: Path, again: bool, sets: list[str] | None, proce
 
     recipe = override(Run.open(path).recipe, sets or ())
     if again and ranks.is_main():
-        planned = Run.at(path, recipe, redo=stage, dry=True)
+        planned = Run.for_recipe(path, recipe, redo=stage, dry=True)
         # Refuse before anything is dropped.
         if planned.done(stage):
             check_run(planned, stage)
@@ -169,12 +169,12 @@ def run_one(stage: str, path: Path, recipe: Recipe, again: bool, processes: int)
     from spdtool.run.folder import Run
 
     redo = stage if again else None
-    done = Run.at(path, recipe, redo=redo, dry=True).done(stage)
+    done = Run.for_recipe(path, recipe, redo=redo, dry=True).done(stage)
     if (again or not done) and launch_training(processes, recipe, path, redo):
         return dump_result(Run.open(path).result(stage))
     if again:
         drop_stage(stage, path)
-    run = Run.at(path, recipe)
+    run = Run.for_recipe(path, recipe)
     # The main process drops the stage, perhaps not yet: another rank must not take it for done.
     if run.done(stage) and (ranks.is_main() or not again):
         redo_command = f"spdtool {stage} --run {shlex.quote(str(run.path))} --again"

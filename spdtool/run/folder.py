@@ -101,7 +101,7 @@ class Run:
             raise RunError(f"{file} was written by another version: {error.message}", error.hint) from None
 
     @classmethod
-    def at(cls, path: Path | str, recipe: Recipe, *, redo: str | None = None, dry: bool = False) -> Run:
+    def for_recipe(cls, path: Path | str, recipe: Recipe, *, redo: str | None = None, dry: bool = False) -> Run:
         """Return the run at `path` for `recipe`; nothing is written until its first stage starts.
 
         A recipe that differs only in what no finished stage has used takes the place of the old one.
@@ -195,8 +195,8 @@ class Run:
         assert isinstance(result, BenchResult)
         return result
 
-    def read(self, stage: str) -> Path:
-        """Return the folder of a finished stage after checking its files by sha256; it becomes an input.
+    def use_input(self, stage: str) -> Path:
+        """Check the files of a finished stage by sha256, record it as an input of the next one, and return its folder.
 
         Raises:
             StageMissing: it is not finished.

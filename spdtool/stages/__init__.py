@@ -128,7 +128,7 @@ def compress(
         check_header(recipe)  # before torch is imported
         from spdtool.stages.plan import make_plan
 
-        plan = make_plan(Run.at(path, recipe, dry=True))
+        plan = make_plan(Run.for_recipe(path, recipe, dry=True))
         if "export" in wanted:
             from spdtool.export import onnx_session
 
@@ -137,7 +137,7 @@ def compress(
         if on_plan is not None:
             on_plan(plan)
     # Opened anew: ranks that a launcher has started may have made stages meanwhile.
-    opened = Run.at(path, recipe)
+    opened = Run.for_recipe(path, recipe)
     with console.forecast_run(forecast):
         refusal = run_missing(opened, wanted)
     return _describe_result(opened, wanted, refusal)

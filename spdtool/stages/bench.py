@@ -110,7 +110,7 @@ def bench(run: Run) -> BenchResult:
     threads = list(dict.fromkeys(count or onnx_session.usable_cores() for count in section.threads))
     if provider == "cuda":
         threads = threads[-1:]  # threads of the CPU make no difference there
-    export_folder, exported, teacher_folder = run.read("export"), run.export_result(), run.read("teacher")
+    export_folder, exported, teacher_folder = run.use_input("export"), run.export_result(), run.use_input("teacher")
 
     lineup = line_up_exports(export_folder, exported, provider, recipe)
     # Both are timed at the same shapes, so the shorter model decides.

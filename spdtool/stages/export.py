@@ -54,7 +54,7 @@ def export(run: Run) -> ExportResult:
     optional, unusable = optional_targets(recipe.export)
     providers = onnx_session.working_providers(recipe.device)
     # Both stages are read before any rows: the rows must be those of either.
-    checkpoints = {"teacher": run.read("teacher"), "student": run.read("finetune")}
+    checkpoints = {"teacher": run.use_input("teacher"), "student": run.use_input("finetune")}
     references = {}
     for role, checkpoint in checkpoints.items():
         dev = prepare_dev_sets(checkpoint, recipe, run.record_data)

@@ -95,8 +95,8 @@ def load_phase(run: Run, stage: str, start: str) -> Phase:
     compare_arithmetic(run, accelerator.device)
     # attention maps need the eager implementation; on a CPU, the fused one's backward pass is slow
     eager = section.loss.attention > 0 or accelerator.device.type == "cpu"
-    folder = run.read(start)
-    teacher_folder = folder if start == "teacher" else run.read("teacher")
+    folder = run.use_input(start)
+    teacher_folder = folder if start == "teacher" else run.use_input("teacher")
     teacher = TokenizedModel(load_model(teacher_folder, eager=eager), load_tokenizer(teacher_folder))
     teacher.model.requires_grad_(False)  # before it is sharded
     if stage == "prune" and recipe.student is not None:

@@ -49,7 +49,7 @@ def try_families(recipe: Recipe, task: Task, configs: Iterable[PretrainedConfig]
         try:
             with torch.random.fork_rng(devices=[]):
                 for stage in TRIED_STAGES:
-                    run_stage(Run.at(Path(folder) / "run", trial), stage)
+                    run_stage(Run.for_recipe(Path(folder) / "run", trial), stage)
         except (RecipeError, DataError, DeviceError):
             raise
         except Exception as error:  # the family's own code raises what it likes

@@ -193,7 +193,7 @@ def scale_epochs(recipe: Recipe, total: float) -> Recipe:
 
 def train_teacher(trial: Trial) -> Path:
     """Fine-tune the teacher that `trial` shares, unless that is done; return its checkpoint. Raises SpdError."""
-    run = Run.at(trial.teacher_folder, teacher_recipe(trial))
+    run = Run.for_recipe(trial.teacher_folder, teacher_recipe(trial))
     if not run.done("teacher"):
         stages.compress(recipe=run.recipe, run=run.path, until="teacher")
     return run.path / "teacher"
@@ -204,7 +204,7 @@ def run_trial(trial: Trial) -> StudentRow:
     recipe = trial_recipe(trial)
     try:
         train_teacher(trial)
-        run = Run.at(trial.folder, recipe)
+        run = Run.for_recipe(trial.folder, recipe)
         if not is_finished(trial):  # planning alone would read the data of every finished trial again
             compressed = stages.compress(recipe=recipe, run=trial.folder, until=trial.stages[-1])
             if compressed.refusal is not None:
@@ -276,8 +276,8 @@ def _check(trial: Trial) -> None:
     """Raise now what would stop the trial: a wrong setting, an unknown task, a folder of another recipe."""
     recipe = trial_recipe(trial)
     find_dataset(recipe)  # raises for an unknown task
-    Run.at(trial.teacher_folder, teacher_recipe(trial), dry=True)
-    Run.at(trial.folder, recipe, dry=True)
+    Run.for_recipe(trial.teacher_folder, teacher_recipe(trial), dry=True)
+    Run.for_recipe(trial.folder, recipe, dry=True)
 
 
 def _flags(trial: Trial) -> dict[str, str | int | None]:

@@ -62,7 +62,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     sets = [f"{stage}.max_steps=60" for stage in ("teacher", "prune", "distill", "finetune")]
     sets += ["export.skip=[]", "teacher.accept=true"]
     chosen = recipe.build_recipe("default", {"task": "demo", "device": "cpu"}, sets)
-    run = Run.at(tmp_path_factory.mktemp("clients") / "demo", chosen)
+    run = Run.for_recipe(tmp_path_factory.mktemp("clients") / "demo", chosen)
     for stage in (teacher, prune, distill, finetune):
         stage(run)
     with contextlib.suppress(GateError):  # a variant that was refused is not in the bundle, and that is all

@@ -57,7 +57,7 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
-    return load_file(run.read("prune") / "model.safetensors")
+    return load_file(run.use_input("prune") / "model.safetensors")
 
 
 @pytest.mark.parametrize("start", [1.0, 0.5])
@@ -148,7 +148,7 @@ def test_without_room_in_memory_either_the_run_stops_and_says_what_to_do(
     with pytest.raises(DeviceError, match="hidden states of all rows take") as caught:
         prune(run)
     assert "teacher_states_gb=0" in (caught.value.hint or "")
-    prune(Run.at(run.path, override(run.recipe, ["teacher_states_gb=0"])))
+    prune(Run.for_recipe(run.path, override(run.recipe, ["teacher_states_gb=0"])))
 
 
 def test_an_entry_is_read_from_a_full_disk(
@@ -177,10 +177,10 @@ def test_a_stage_does_not_go_on_by_the_other_route(
         patch.setattr(snapshot, "write_snapshot", killing)
         with pytest.raises(KeyboardInterrupt):
             prune(run)
-    prune(Run.at(run.path, override(run.recipe, ["teacher_states_gb=0"])))
+    prune(Run.for_recipe(run.path, override(run.recipe, ["teacher_states_gb=0"])))
     assert "the stage begins anew: its snapshot belongs to other settings" in capsys.readouterr().err
     with pytest.raises(RunMismatch, match="teacher_states_gb"):
-        Run.at(run.path, run.recipe)
+        Run.for_recipe(run.path, run.recipe)
 
 
 @pytest.fixture

@@ -27,12 +27,12 @@ from spdtool.run.storage import write_json
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    return Run.at(tmp_path / "run", Recipe(task="cola"))
+    return Run.for_recipe(tmp_path / "run", Recipe(task="cola"))
 
 
 def finish(run: Run, stage: str, text: str = "weights", reads: tuple[str, ...] = ()) -> Path:
     for name in reads:
-        run.read(name)
+        run.use_input(name)
     with run.stage(stage) as work:
         (work.folder / "model.safetensors").write_text(text)
         (work.folder / "onnx").mkdir()
@@ -68,7 +68,7 @@ def test_a_finished_stage_holds_its_files_and_a_record_of_them(run: Run) -> None
     assert record["recipe"]["task"] == "cola"
     assert record["recipe"]["teacher"] == run.recipe.teacher.model_dump(mode="json")
     assert run.done("teacher")
-    assert run.read("teacher") == folder
+    assert run.use_input("teacher") == folder
 
 
 def test_a_stage_records_the_hashes_of_what_it_read_and_no_more(run: Run) -> None:
@@ -162,7 +162,7 @@ def binary_record(folder: Path) -> None:
 def test_a_damaged_stage_is_refused_and_said_how_to_redo(run: Run, damage: Callable[[Path], None], said: str) -> None:
     damage(finish(run, "teacher"))
     with pytest.raises(Corrupt, match=said) as caught:
-        run.read("teacher")
+        run.use_input("teacher")
     assert "spdtool teacher" in str(caught.value.hint)
     assert "--again" in str(caught.value.hint)
 
@@ -173,30 +173,30 @@ def test_a_stage_whose_input_was_replaced_is_refused(run: Run) -> None:
     (run.path / "teacher" / "stage.json").unlink()
     finish(run, "teacher", "another")
     with pytest.raises(Corrupt, match="prune was made from a teacher stage that has since been replaced"):
-        run.read("prune")
+        run.use_input("prune")
 
 
 def test_a_stage_that_is_not_finished_is_missing(run: Run) -> None:
     with pytest.raises(StageMissing, match="no finished stage 'teacher'") as caught:
-        run.read("teacher")
+        run.use_input("teacher")
     assert "spdtool teacher" in str(caught.value.hint)
 
 
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(RunError, match="is not a run folder"):
-        Run.at(tmp_path, Recipe())
+        Run.for_recipe(tmp_path, Recipe())
     with pytest.raises(RunError, match="is not a run folder"):
         Run.open(tmp_path)
     with pytest.raises(RunError, match="is not a run folder"):
-        Run.at(tmp_path / "thesis.txt", Recipe())
+        Run.for_recipe(tmp_path / "thesis.txt", Recipe())
     assert names(tmp_path) == ["thesis.txt"]
 
 
 def test_a_folder_whose_first_call_was_killed_before_run_json_can_be_used(tmp_path: Path) -> None:
     (tmp_path / ".lock").touch()
     (tmp_path / ".run.json.tmp").write_text("{")
-    run = Run.at(tmp_path, Recipe(task="cola"))
+    run = Run.for_recipe(tmp_path, Recipe(task="cola"))
     finish(run, "teacher")
     assert Run.open(tmp_path).recipe == Recipe(task="cola")
 
@@ -228,12 +228,12 @@ def test_a_finished_stage_binds_the_recipe_that_made_it(run: Run, changed: str, 
     finish(run, "teacher")
     other = override(run.recipe, [changed])
     if allowed:
-        again = Run.at(run.path, other)
+        again = Run.for_recipe(run.path, other)
         assert again.recipe == other
         assert again.done("teacher")
     else:
         with pytest.raises(RunMismatch, match=changed.split("=")[0].replace(".", r"\.")):
-            Run.at(run.path, other)
+            Run.for_recipe(run.path, other)
         assert Run.open(run.path).recipe == run.recipe
 
 
@@ -241,9 +241,11 @@ def test_what_the_student_has_used_binds_it(run: Run) -> None:
     for stage in ("teacher", "prune"):
         finish(run, stage)
     with pytest.raises(RunMismatch, match="sparsity is") as refused:
-        Run.at(run.path, override(run.recipe, ["sparsity=0.5"]))
+        Run.for_recipe(run.path, override(run.recipe, ["sparsity=0.5"]))
     assert f"`spdtool prune --run {run.path} --again --set sparsity=0.5`" in (refused.value.hint or "")
-    assert Run.at(run.path, override(run.recipe, ["sparsity=0.5"]), redo="prune", dry=True).recipe.sparsity == 0.5
+    assert (
+        Run.for_recipe(run.path, override(run.recipe, ["sparsity=0.5"]), redo="prune", dry=True).recipe.sparsity == 0.5
+    )
 
 
 @pytest.mark.parametrize(
@@ -260,27 +262,27 @@ def test_a_mismatch_says_what_helps(run: Run, changed: str, way_out: str) -> Non
     for stage in ("teacher", "prune", "distill", "finetune"):
         finish(run, stage)
     with pytest.raises(RunMismatch) as refused:
-        Run.at(run.path, override(run.recipe, [changed]))
+        Run.for_recipe(run.path, override(run.recipe, [changed]))
     assert way_out.format(path=run.path) in (refused.value.hint or "")
 
 
 def test_a_place_where_nothing_can_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    run = Run.at(tmp_path / "file" / "run", Recipe())
+    run = Run.for_recipe(tmp_path / "file" / "run", Recipe())
     with pytest.raises(RunError, match="no run folder can be made at"), run.stage("teacher"):
         pass
 
 
 def test_what_no_finished_stage_has_used_replaces_the_old_recipe(run: Run) -> None:
     finish(run, "teacher")
-    Run.at(run.path, override(run.recipe, ["prune.epochs=1"]))
+    Run.for_recipe(run.path, override(run.recipe, ["prune.epochs=1"]))
     assert Run.open(run.path).recipe.prune.epochs == 1
 
 
 def test_a_run_without_finished_stages_takes_any_recipe(run: Run) -> None:
     with pytest.raises(ValueError, match="oh"), run.stage("teacher"):
         raise ValueError("oh")
-    Run.at(run.path, Recipe(task="rte", sparsity=0.5))
+    Run.for_recipe(run.path, Recipe(task="rte", sparsity=0.5))
     assert Run.open(run.path).recipe.task == "rte"
 
 
@@ -294,7 +296,7 @@ def test_discard_drops_a_stage_and_every_later_one(run: Run) -> None:
 
 
 def test_smoke_marks_the_folder(tmp_path: Path) -> None:
-    run = Run.at(tmp_path / "run", Recipe(smoke=True))
+    run = Run.for_recipe(tmp_path / "run", Recipe(smoke=True))
     finish(run, "teacher")
     assert (run.path / runs.SMOKE_MARK).is_file()
     assert run.record("teacher").smoke is True
@@ -321,7 +323,7 @@ def test_the_fingerprint_covers_what_decides_the_result_and_nothing_else(run: Ru
     assert len({of(), of("prune.epochs=1"), of("seed=1"), of("sparsity=0.5"), of(stage="distill")}) == 5
     finish(run, "teacher")
     reading = Run(run.path, run.recipe)
-    reading.read("teacher")
+    reading.use_input("teacher")
     assert reading.fingerprint("prune") != of()
 
 
@@ -352,14 +354,14 @@ def test_a_full_disk_at_the_very_start_leaves_a_folder_that_can_be_used_again(
         patch.setattr(os, "fsync", full)
         with pytest.raises(RunError, match="No space left"):
             finish(run, "teacher")
-    finish(Run.at(run.path, run.recipe), "teacher")
+    finish(Run.for_recipe(run.path, run.recipe), "teacher")
 
 
 HOLDER = """
     import sys, time
     from spdtool.recipe.fields import Recipe
     from spdtool.run.folder import Run
-    with Run.at(sys.argv[1], Recipe(task="cola")).stage("teacher") as work:
+    with Run.for_recipe(sys.argv[1], Recipe(task="cola")).stage("teacher") as work:
         (work.folder / "model.safetensors").write_text("half")
         sys.stdout.write("held\\n")
         sys.stdout.flush()
@@ -377,7 +379,7 @@ def test_a_second_process_is_refused_and_a_killed_owner_holds_nothing(run: Run) 
         with pytest.raises(RunLocked, match="another process"):
             finish(run, "teacher")
         with pytest.raises(RunLocked):
-            Run.at(run.path, override(run.recipe, ["prune.epochs=1"]))
+            Run.for_recipe(run.path, override(run.recipe, ["prune.epochs=1"]))
         with pytest.raises(RunLocked):
             run.discard("teacher")
         assert Run.open(run.path).recipe == run.recipe
@@ -406,7 +408,7 @@ KILLED = """
             return function(*args, **options)
         return call
 
-    run = runs.Run.at(sys.argv[1], Recipe(task="cola"))
+    run = runs.Run.for_recipe(sys.argv[1], Recipe(task="cola"))
     with run.stage("teacher") as work:
         (work.state / "step-1").mkdir(parents=True)
         (work.folder / "model.safetensors").write_text("whole")
@@ -420,11 +422,11 @@ KILLED = """
 def test_a_commit_that_is_killed_anywhere_leaves_all_or_nothing(run: Run, moment: str) -> None:
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(KILLED), str(run.path), moment], check=False)
     assert done.returncode == -signal.SIGKILL
-    again = Run.at(run.path, run.recipe)
+    again = Run.for_recipe(run.path, run.recipe)
     assert again.done("teacher") == (moment in ("rename", "before-rmtree", "rmtree"))
     if again.done("teacher"):
         assert again.record("teacher").files[0].path == "model.safetensors"
-        again.read("teacher")
+        again.use_input("teacher")
         finish(again, "prune")  # whose start removes the state that is left
     else:
         with again.stage("teacher") as work:
@@ -445,7 +447,7 @@ def test_the_rows_are_part_of_what_a_stage_has_read(run: Run) -> None:
     assert run.record("teacher").data == DATA
     run.record_data(DATA.model_copy(update={"digest": "other"}))  # nothing was read: a stage that begins a run
     assert run.fingerprint("teacher") != before
-    run.read("teacher")
+    run.use_input("teacher")
     run.record_data(DATA)
     finish(run, "prune")
     assert run.record("prune").data == DATA
@@ -461,7 +463,7 @@ def test_the_rows_are_part_of_what_a_stage_has_read(run: Run) -> None:
 def test_other_rows_than_those_of_the_stages_before_are_refused(run: Run, data: DataRecord, said: str) -> None:
     run.record_data(DATA)
     finish(run, "teacher")
-    run.read("teacher")
+    run.use_input("teacher")
     with pytest.raises(RunMismatch, match=f"the rows are not those of the stage 'teacher' in .*{said}") as caught:
         run.record_data(data)
     assert f"`spdtool teacher --run {run.path} --again`" in str(caught.value.hint)

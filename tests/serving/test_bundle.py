@@ -244,7 +244,7 @@ def test_probabilities(servable: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def run(exported: Any, tmp_path: Path) -> Run:
     """A run whose export holds the bundle."""
-    run = Run.at(tmp_path / "run", exported.recipe)
+    run = Run.for_recipe(tmp_path / "run", exported.recipe)
     with run.stage("export") as stage:
         shutil.copytree(exported.folder / "bundle", stage.folder / "bundle")
     return run
@@ -327,7 +327,7 @@ def test_a_layout_that_cannot_be_written(run: Run, tmp_path: Path, spdtool: Any)
     with pytest.raises(RunError, match="not an empty folder"):
         write_layout(run, "hub", run.path)
     with pytest.raises(StageMissing):
-        write_layout(Run.at(tmp_path / "none", run.recipe), "hub", tmp_path / "x")
+        write_layout(Run.for_recipe(tmp_path / "none", run.recipe), "hub", tmp_path / "x")
     for words in (("--layout", "hub", "--run", run.path), ("--layout", "hub", "--to", tmp_path / "x")):
         assert spdtool("export", *words).exit_code == 2
     called = spdtool("export", "--layout", "hub", "--run", run.path, "--to", tmp_path / "out", "--json")

@@ -63,7 +63,7 @@ def run(tmp_path: Path, toys: ModuleType, exported: Path, monkeypatch: Any) -> C
             "bench.compiled=false",
             "export.optional=[]",
         ]
-        made = Run.at(tmp_path / "run", toys.recipe(*quick, *sets))
+        made = Run.for_recipe(tmp_path / "run", toys.recipe(*quick, *sets))
         with made.stage("teacher") as work:
             shutil.copytree(exported / "teacher/checkpoint", work.folder, dirs_exist_ok=True)
         with made.stage("export") as work:
@@ -258,5 +258,5 @@ def test_it_needs_the_export(toy_run: Callable[..., Run]) -> None:
 
 def test_a_demanded_device_that_is_not_there_is_refused(toys: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(DeviceError, match="CUDA was demanded"):
-        bench(Run.at(tmp_path / "run", toys.recipe(device="cuda")))
+        bench(Run.for_recipe(tmp_path / "run", toys.recipe(device="cuda")))
     assert not (tmp_path / "run").exists()

@@ -27,7 +27,7 @@ def pruned_folder(toys: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from spdtool.stages.teacher import teacher
 
     toys.register(toys.dataset())
-    run = Run.at(tmp_path_factory.mktemp("pruned") / "run", toys.recipe("prune.epochs=1", sparsity=0.9))
+    run = Run.for_recipe(tmp_path_factory.mktemp("pruned") / "run", toys.recipe("prune.epochs=1", sparsity=0.9))
     teacher(run)
     prune(run)
     return run.path

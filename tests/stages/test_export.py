@@ -48,7 +48,7 @@ def fabricate(tmp_path: Path, toys: ModuleType, toy_task: Callable[..., Task]) -
 
     def make(*sets: str, **options: Any) -> Run:
         toy_task(**{"dev": 20} | options)
-        run = Run.at(tmp_path / "run", toys.recipe("export.sentences=8", *sets))
+        run = Run.for_recipe(tmp_path / "run", toys.recipe("export.sentences=8", *sets))
         names = {"id2label": {0: "good", 1: "bad"}, "label2id": {"good": 0, "bad": 1}}
         for stage, seed in (("teacher", 1), ("finetune", 2)):
             model = toys.bert(seed=seed, **names)

@@ -150,7 +150,7 @@ def test_a_trained_teacher_at_chance_is_kept_and_stops_the_run(
             stage(run)
         assert run.done("teacher")
         assert not run.done("prune")
-    prune(Run.at(run.path, toy_run(*untrained, "teacher.accept=true", folder="other").recipe))
+    prune(Run.for_recipe(run.path, toy_run(*untrained, "teacher.accept=true", folder="other").recipe))
 
 
 def refused(run: Run, error: type[Exception], said: str) -> None:

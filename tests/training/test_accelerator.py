@@ -72,7 +72,7 @@ def test_left_over_variables_of_a_launcher_are_named_or_have_no_effect(monkeypat
 
 def test_a_run_computes_with_the_threads_that_it_began_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.set_num_threads(2)
-    run = Run.at(tmp_path / "run", Recipe())
+    run = Run.for_recipe(tmp_path / "run", Recipe())
     choose_threads(run)
     with run.stage("teacher"):
         pass
@@ -83,7 +83,7 @@ def test_a_run_computes_with_the_threads_that_it_began_with(tmp_path: Path, caps
     choose_threads(again)
     assert torch.get_num_threads() == 2
     assert "computing with 2 threads, as this run began" in capsys.readouterr().out
-    other = Run.at(run.path, override(again.recipe, ["threads=3"]))
+    other = Run.for_recipe(run.path, override(again.recipe, ["threads=3"]))
     choose_threads(other)
     assert (torch.get_num_threads(), other.threads) == (3, 3)
     assert capsys.readouterr().out == ""

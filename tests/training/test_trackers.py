@@ -72,7 +72,7 @@ def test_the_log_changes_no_weight(toy_run: MakeRun, recorder: type[Recorder]) -
         teacher(run)
     weights = [(run.path / "teacher/model.safetensors").read_bytes() for run in (plain, logged)]
     assert weights[0] == weights[1]
-    Run.at(plain.path, logged.recipe)
+    Run.for_recipe(plain.path, logged.recipe)
 
 
 def test_what_cannot_log_is_refused_before_training(toy_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:

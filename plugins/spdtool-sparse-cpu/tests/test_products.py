@@ -335,7 +335,7 @@ def trained(toys: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     def train(*sets: str, folder: str = "run", until: str = "finetune") -> tuple[list[dict[str, Tensor]], list[str]]:
         with monkeypatch.context() as patch:
             calls = used(patch)
-            run = Run.at(tmp_path / folder, toys.recipe(*STEADY, *sets, sparsity=0.8))
+            run = Run.for_recipe(tmp_path / folder, toys.recipe(*STEADY, *sets, sparsity=0.8))
             made = []
             for stage in ("teacher", "prune", "distill", "finetune"):
                 getattr(importlib.import_module(f"spdtool.stages.{stage}"), stage)(run)

@@ -64,7 +64,7 @@ def write_layout(run: Run, layout: str, folder: Path) -> WrittenLayout:
     if layout not in LAYOUTS:
         raise UnknownName("layout", layout, LAYOUTS)
     require_empty_folder(folder)
-    bundle = run.read("export") / BUNDLE_FOLDER
+    bundle = run.use_input("export") / BUNDLE_FOLDER
     if not (bundle / MANIFEST).is_file():
         raise StageMissing(f"the export of {run.path} has no bundle", f"spdtool export --run {run.path} --again")
     with replacing(folder) as partial:  # a server may watch the folder: it appears whole
