@@ -88,7 +88,7 @@ def test_a_grafted_forward_always_returns_every_hidden_state(toys: Any, architec
     drawn = set()
     with torch.no_grad():
         for _ in range(64):
-            with grafting.draw(0.5) as draw:
+            with grafting.mix(0.5) as draw:
                 drawn.add(tuple(draw))
                 outputs = forward(student, batch, output_hidden_states=True, output_attentions=True)
             assert len(outputs.hidden_states) == DEPTH + 1
@@ -108,9 +108,9 @@ def test_at_rate_zero_the_student_is_the_teacher_and_at_rate_one_itself(toys: An
     grafting, batch = graft(student, teacher), toys.batch(architecture=architecture)
     alone = forward(student, batch).logits
     assert not torch.allclose(alone, forward(teacher, batch).logits)
-    with grafting.draw(0.0):
+    with grafting.mix(0.0):
         assert torch.equal(forward(student, batch).logits, forward(teacher, batch).logits)
-    with grafting.draw(1.0):
+    with grafting.mix(1.0):
         assert torch.equal(forward(student, batch).logits, alone)
 
 
@@ -151,7 +151,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(toys: Any, architecture
         for _ in range(2):
             with torch.no_grad():
                 taught = compute_outputs(teacher, batch, hidden_states=True, attention="scores")
-            with grafting.draw(0.6) as draw:
+            with grafting.mix(0.6) as draw:
                 learnt = compute_outputs(student, batch, hidden_states=True, attention="scores")
             assert learnt.attentions is not None
             assert len(learnt.attentions) == DEPTH
@@ -256,7 +256,7 @@ def test_compiling_layer_by_layer_gives_the_same_loss_and_gradients(toys: Any, a
         for _ in range(4):
             with torch.no_grad():
                 taught = compute_outputs(teacher, batch, hidden_states=True, attention=attention_kind)
-            with grafting.draw(0.5):
+            with grafting.mix(0.5):
                 learnt = compute_outputs(student, batch, hidden_states=True, attention=attention_kind)
             loss = distillation_loss(learnt, taught, batch, weights, logit_loss=Classification.logit_loss)["loss"]
             if loss.requires_grad:  # some layer of the draw is the student's
@@ -295,7 +295,7 @@ def test_no_form_of_a_compiled_layer_is_left_to_plain_python(toys: Any, monkeypa
             with torch.no_grad():
                 compute_outputs(teacher, batch, hidden_states=True)
             for _ in range(3):
-                with grafting.draw(0.5):
+                with grafting.mix(0.5):
                     compute_outputs(student, batch, hidden_states=True)
         student.eval()
         with torch.inference_mode():

@@ -47,8 +47,8 @@ class LayerDraw:
         self.drawn = [True] * len(student)
 
     @contextmanager
-    def draw(self, rate: float) -> Iterator[list[bool]]:
-        """Draw which layers are the student's; the teacher's stand in for the others inside the block.
+    def mix(self, rate: float) -> Iterator[list[bool]]:
+        """Draw which layers are the student's; inside the block the teacher's stand in for the others.
 
         Args:
             rate: the replacing rate p in [0, 1]; the same number of random draws is made whatever
@@ -106,7 +106,7 @@ class LayerBlend:
         self.drawn = [True] * len(student)
 
     @contextmanager
-    def draw(self, rate: float) -> Iterator[list[bool]]:
+    def mix(self, rate: float) -> Iterator[list[bool]]:
         """Mix the layers' outputs inside the block; at rate 1 the teacher's layers do not run.
 
         Args:
@@ -175,12 +175,6 @@ def create_mixing(
     if kind == "blend":
         return LayerBlend(student, teacher, stand_in_dropout=stand_in_dropout)
     return LayerDraw(student, teacher, seed=seed, stand_in_dropout=stand_in_dropout)
-
-
-def is_grafted(rate: Callable[[float], float]) -> bool:
-    """Whether a layer of the teacher ever stands in under this replacing rate."""
-    # a hundred points are enough: every schedule is constant or rises in straight lines
-    return min(rate(step / 100) for step in range(100)) < 1
 
 
 @contextmanager

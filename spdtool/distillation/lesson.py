@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spdtool import console
-from spdtool.distillation.grafting import LayerDraw, LayerMixing, create_mixing, is_grafted, replacing_rate
+from spdtool.distillation.grafting import LayerDraw, LayerMixing, create_mixing, replacing_rate
 from spdtool.distillation.layer_map import map_layers, select_layers
 from spdtool.distillation.losses import LogitLoss, LossTerms, LossWeight, distillation_loss
 from spdtool.distillation.outputs import ModelOutputs, compute_outputs
@@ -132,7 +132,7 @@ class DistillationLesson(Lesson):
     @property
     def has_grafting(self) -> bool:
         """Whether layers of the teacher stand in at all."""
-        return is_grafted(self._rate)
+        return self.section.grafting.enabled and same_architecture(self.student, self.teacher)
 
     @property
     def compared_layers(self) -> tuple[int, ...]:
@@ -143,7 +143,7 @@ class DistillationLesson(Lesson):
         """Compare the student's outputs with the teacher's, which may be cached; see `Lesson`."""
         # first, because it takes the cached columns out of the batch
         teacher_outputs = pop_cached_outputs(batch) or self.compute_teacher_outputs(batch)
-        with self._mixing.draw(self._rate(progress)):
+        with self._mixing.mix(self._rate(progress)):
             student_outputs = self._compute_outputs(self.student, batch, self._ignored_by_student)
         return distillation_loss(
             student_outputs,
@@ -220,7 +220,7 @@ def _choose_grafting(
             stand_in_dropout=section.grafting.stand_in_dropout,
         )
         return mixing, rate
-    if is_grafted(rate):
+    if section.grafting.enabled:
         console.warn(
             f"{stage}.grafting is ignored: the student ({_describe_shape(student)}) has another shape than the teacher "
             f"({_describe_shape(teacher)}), whose layers cannot stand in for its own"

@@ -142,10 +142,18 @@ class Grafting(Section):
 
     @property
     def enabled(self) -> bool:
-        """Whether a teacher layer can ever stand in: some replacing rate of the schedule is below 1."""
-        # Only this schedule reads `base` at a rate that `start` does not bound.
-        jumps = self.schedule == "constant-then-linear-with-gap"
-        return self.start < 1 or (jumps and self.base is not None and self.base < 1)
+        """Whether a teacher layer ever stands in: the replacing rate of the schedule is below 1 somewhere."""
+        base = self.start if self.base is None else self.base
+        is_held = self.start < 1 and self.hold > 0
+        if self.schedule == "constant-then-one":
+            return is_held
+        if self.schedule == "linear":
+            return self.start < 1 and self.rise > 0
+        if self.schedule == "constant-then-linear":
+            return is_held or (self.start < 1 and self.rise > 0)
+        if self.schedule == "constant-then-linear-with-gap":
+            return is_held or (base < 1 and self.rise > 0 and self.hold < 1)
+        return self.start < 1
 
 
 class Training(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from typing import Any
 
@@ -47,7 +48,7 @@ def graft(models: tuple[Any, Any], seed: int = 0, **how: Any) -> LayerDraw:
 def test_each_layer_gets_its_share_of_the_draws(rate: float) -> None:
     grafting, counts, draws = LayerDraw(*stacks(4), seed=0), [0] * 4, 4000
     for _ in range(draws):
-        with grafting.draw(rate) as own:
+        with grafting.mix(rate) as own:
             for index, mine in enumerate(own):
                 counts[index] += mine
     for count in counts:  # five standard deviations; 0 and 1 are exact
@@ -57,7 +58,7 @@ def test_each_layer_gets_its_share_of_the_draws(rate: float) -> None:
 def test_layers_are_drawn_independently() -> None:
     grafting, seen = LayerDraw(*stacks(3), seed=0), []
     for _ in range(2000):
-        with grafting.draw(0.5) as own:
+        with grafting.mix(0.5) as own:
             seen.append(tuple(own))
     assert len(set(seen)) == 8
     assert all(abs(seen.count(draw) - 250) < 5 * 15 for draw in set(seen))
@@ -68,7 +69,7 @@ def test_what_was_drawn_is_what_stands_in_the_list() -> None:
     mine, its = list(student), list(teacher)
     grafting = LayerDraw(student, teacher, seed=1)
     for _ in range(20):
-        with grafting.draw(0.5) as own:
+        with grafting.mix(0.5) as own:
             assert [layer is m for layer, m in zip(student, mine, strict=True)] == own
             assert [layer is t for layer, t in zip(student, its, strict=True)] == [not o for o in own]
             assert grafting.drawn == own
@@ -80,7 +81,7 @@ def test_the_list_is_restored_even_when_the_forward_raises() -> None:
     student, teacher = stacks()
     mine = list(student)
     grafting = LayerDraw(student, teacher, seed=0, stand_in_dropout=True)
-    with pytest.raises(RuntimeError, match="no memory"), grafting.draw(0.0):
+    with pytest.raises(RuntimeError, match="no memory"), grafting.mix(0.0):
         raise RuntimeError("no memory")
     assert list(student) == mine
     assert not any(layer.training for layer in teacher)
@@ -92,7 +93,7 @@ def test_the_draws_depend_on_the_seed_alone_and_not_on_the_rate() -> None:
         seen = []
         for rate in rates:
             torch.rand(3)  # a global generator that must not matter
-            with grafting.draw(rate) as own:
+            with grafting.mix(rate) as own:
                 seen.append(list(own))
         return seen
 
@@ -103,17 +104,17 @@ def test_the_draws_depend_on_the_seed_alone_and_not_on_the_rate() -> None:
 def test_the_state_goes_through_json_and_the_draws_go_on() -> None:
     grafting = LayerDraw(*stacks(), seed=0)
     for _ in range(5):
-        with grafting.draw(0.5):
+        with grafting.mix(0.5):
             pass
     kept = json.loads(json.dumps(grafting.state_dict()))
     after = []
     for _ in range(20):
-        with grafting.draw(0.5) as own:
+        with grafting.mix(0.5) as own:
             after.append(list(own))
     other = LayerDraw(*stacks(), seed=99)
     other.load_state_dict(kept)
     for expected in after:
-        with other.draw(0.5) as own:
+        with other.mix(0.5) as own:
             assert own == expected
 
 
@@ -129,7 +130,7 @@ def test_gradients_reach_exactly_the_drawn_layers_of_the_student(models: tuple[A
     seen = set()
     for _ in range(12):
         student.zero_grad()
-        with grafting.draw(0.5) as own:
+        with grafting.mix(0.5) as own:
             loss = student(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.sum()
         if True not in own:
             assert not loss.requires_grad
@@ -152,7 +153,7 @@ def test_state_dict_keys_and_weights_are_the_students_before_and_after_and_the_t
     taught = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     grafting, batch = graft(models), toys.batch()
     for _ in range(5):
-        with grafting.draw(0.3):
+        with grafting.mix(0.3):
             assert list(student.state_dict()) == list(before), "the keys do not change even inside a draw"
             student(input_ids=batch["input_ids"])
     for kept, model in ((before, student), (taught, teacher)):
@@ -168,7 +169,7 @@ def test_stand_ins_have_dropout_only_when_asked_and_are_calm_again_afterwards(dr
     teacher.eval()
     grafting = LayerDraw(student, teacher, seed=0, stand_in_dropout=dropout)
     for _ in range(10):
-        with grafting.draw(0.5) as own:
+        with grafting.mix(0.5) as own:
             for layer, mine in zip(student, own, strict=True):
                 assert layer.training == (mine or dropout)
         assert not any(layer.training for layer in teacher)
@@ -199,11 +200,11 @@ def test_a_blend_at_one_is_the_student_and_at_zero_the_teacher_to_the_bit(toys: 
     with torch.no_grad():
         alone, taught = student(**batch).logits, teacher(**batch).logits
         assert not torch.equal(alone, taught)
-        with blend.draw(1.0):
+        with blend.mix(1.0):
             assert torch.equal(student(**batch).logits, alone)
-        with blend.draw(0.0):
+        with blend.mix(0.0):
             assert torch.equal(student(**batch).logits, taught)
-        with blend.draw(0.5):
+        with blend.mix(0.5):
             between = student(**batch).logits
     assert not torch.equal(between, alone)
     assert not torch.equal(between, taught)
@@ -219,7 +220,7 @@ def test_every_layer_gives_the_mixture_of_what_both_make_of_its_input(toys: Any,
         given.append((args, options, out))
 
     hooks = [layer.register_forward_hook(note, with_kwargs=True) for layer in find_layer_stack(student)]
-    with torch.no_grad(), blend.draw(0.3):
+    with torch.no_grad(), blend.mix(0.3):
         outputs = student(**batch, output_hidden_states=True, output_attentions=True)
     for hook in hooks:
         hook.remove()
@@ -241,7 +242,7 @@ def test_the_observed_pass_of_a_blend_is_the_students_alone(toys: Any, architect
     student, teacher, blend, batch = blended(toys, architecture)
     depth = len(find_layer_stack(student))
     for attention in ("scores", "probabilities"):
-        with blend.draw(0.4):
+        with blend.mix(0.4):
             seen = compute_outputs(student, batch, hidden_states=True, attention=attention)
         assert seen.hidden_states is not None
         assert seen.attentions is not None
@@ -257,7 +258,7 @@ def test_the_observed_pass_of_a_blend_is_the_students_alone(toys: Any, architect
 @each
 def test_gradients_of_a_blend_pass_through_both_and_reach_the_student_alone(toys: Any, architecture: str) -> None:
     student, teacher, blend, batch = blended(toys, architecture)
-    with blend.draw(0.5):
+    with blend.mix(0.5):
         loss = student(**batch).logits.square().sum()
     loss.backward()
     through_both = {name: weight.grad.clone() for name, weight in find_prunable_weights(student).items()}
@@ -270,7 +271,7 @@ def test_gradients_of_a_blend_pass_through_both_and_reach_the_student_alone(toys
     for change in (step, -2 * step):  # the derivative that the loss really has
         with torch.no_grad():
             weight[row, column] += change
-            with blend.draw(0.5):
+            with blend.mix(0.5):
                 ends.append(float(student(**batch).logits.double().square().sum()))
     assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(float(through_both[name][row, column]), rel=0.05)
 
@@ -280,7 +281,7 @@ def test_a_blend_leaves_the_model_as_it_was(toys: Any, architecture: str) -> Non
     student, teacher, blend, batch = blended(toys, architecture)
     modules = {name: id(part) for name, part in student.named_modules()}
     keys = list(student.state_dict())
-    with pytest.raises(RuntimeError, match="no memory"), blend.draw(0.5):
+    with pytest.raises(RuntimeError, match="no memory"), blend.mix(0.5):
         assert {name: id(part) for name, part in student.named_modules()} == modules
         student(**batch)
         raise RuntimeError("no memory")
@@ -295,7 +296,7 @@ def test_a_blend_of_gradient_checkpoints_has_the_same_gradients(toys: Any) -> No
         student, _, blend, batch = blended(toys, "bert")
         configure_layers(student, checkpointing=checkpointing, compile_layers=False)
         student.train()
-        with blend.draw(0.6):
+        with blend.mix(0.6):
             loss = student(**batch).logits.square().sum()
         loss.backward()
         return {name: weight.grad for name, weight in student.named_parameters() if weight.grad is not None}
@@ -311,7 +312,7 @@ def test_the_teachers_half_of_a_blend_has_dropout_only_when_asked(dropout: bool)
     student, teacher = stacks()
     blend = create_mixing("blend", student, teacher, seed=0, stand_in_dropout=dropout)
     assert isinstance(blend, LayerBlend)
-    with blend.draw(0.5):
+    with blend.mix(0.5):
         assert {twin.training for twin in blend.teacher_layers} == {dropout}
     assert not any(twin.training for twin in blend.teacher_layers)
 
@@ -341,6 +342,16 @@ def test_replacing_rates_follow_the_published_schedules() -> None:
     for fields, expected in cases:
         rate = replacing_rate(Grafting(**fields))
         assert [rate(progress) for progress in (0, 0.25, 0.5, 0.75, 1)] == pytest.approx(expected), fields
+
+
+def test_grafting_is_enabled_where_some_replacing_rate_is_below_one() -> None:
+    schedules = ("constant", "constant-then-one", "linear", "constant-then-linear", "constant-then-linear-with-gap")
+    for schedule, start, hold, base, rise in itertools.product(
+        schedules, (0.5, 1.0), (0.0, 0.5, 1.0), (None, 0.5, 1.0), (0.0, 0.25)
+    ):
+        section = Grafting(schedule=schedule, start=start, hold=hold, base=base, rise=rise)
+        lowest = min(replacing_rate(section)(step / 100) for step in range(100))
+        assert section.enabled == (lowest < 1), section
 
 
 def test_an_unknown_replacing_rate_offers_near_matches() -> None:
