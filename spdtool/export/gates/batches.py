@@ -16,7 +16,6 @@ POWERS = range(2, 10)  # single rows have these powers of two as lengths
 ODD_LENGTHS = (1, 2, 3, 7)
 # Rows and tokens: an axis that was frozen when the graph was traced fits one of them at most.
 PADDED_SHAPES = ((2, 5), (3, 16), (4, 24), (5, 33), (8, 48), (2, 96))
-DEV_ROWS = "dev rows"
 
 
 def longest_supported_input(model: PreTrainedModel) -> int:
@@ -24,25 +23,34 @@ def longest_supported_input(model: PreTrainedModel) -> int:
     return max_positions(model) or int(getattr(model.config, "max_position_embeddings", None) or LONGEST_BATCH)
 
 
-def make_comparison_batches(model: PreTrainedModel, rows: Encoded, sentences: int) -> Iterator[tuple[str, Batch]]:
-    """Yield batches with a description of each.
-
-    First come real rows, if there are any, then single rows of random tokens without padding, then
-    padded batches of rows of different lengths. Everything with padding comes twice, padded on the
-    right and on the left. Where the model distinguishes token types, the padded batches and the
-    longest row are pairs.
+def make_dev_batches(rows: Encoded, sentences: int) -> dict[bool, tuple[str, Batch]]:
+    """Make a batch of real rows with its description, by whether it is padded on the left.
 
     Args:
-        rows: the dev set, perhaps empty.
-        sentences: number of real rows.
+        rows: the dev set; without rows, the result is empty.
+        sentences: number of real rows, spread evenly over the dev set.
+    """
+    batches: dict[bool, tuple[str, Batch]] = {}
+    if not len(rows):
+        return batches
+    chosen = np.unique(np.linspace(0, len(rows) - 1, sentences).round().astype(int))
+    for pad_left in (False, True):
+        description = f"{len(chosen)} dev rows, {_padding(pad_left)}"
+        batches[pad_left] = description, replace(rows, pad_left=pad_left).collate(chosen)
+    return batches
+
+
+def make_random_batches(model: PreTrainedModel, rows: Encoded) -> Iterator[tuple[str, Batch]]:
+    """Yield batches of random tokens with a description of each.
+
+    First come single rows without padding, then padded batches of rows of different lengths, each twice, padded on the
+    right and on the left. Where the model distinguishes token types, the padded batches and the longest row are pairs.
+
+    Args:
+        rows: the dev set, whose columns and padding they have; it may be empty.
     """
     longest = min(longest_supported_input(model), LONGEST_BATCH)
     has_pairs = "token_type_ids" in rows.columns and getattr(model.config, "type_vocab_size", 2) > 1
-    if len(rows):
-        chosen = np.unique(np.linspace(0, len(rows) - 1, sentences).round().astype(int))
-        for pad_left in (False, True):
-            batch = replace(rows, pad_left=pad_left).collate(chosen)
-            yield f"{len(chosen)} {DEV_ROWS}, {_padding(pad_left)}", batch
     for length in sorted({*ODD_LENGTHS, *(2**power for power in POWERS), longest}):
         if length <= longest:
             yield f"shape (1, {length})", _random_batch(model, rows, (1, length), pair=False)
@@ -54,11 +62,6 @@ def make_comparison_batches(model: PreTrainedModel, rows: Encoded, sentences: in
             yield f"shape {shape}, {kind}, {_padding(pad_left)}", batch
     if has_pairs:
         yield f"shape (1, {longest}), pair", _random_batch(model, rows, (1, longest), pair=True)
-
-
-def is_dev_batch(description: str, *, pad_left: bool) -> bool:
-    """Whether a batch is one of real rows, padded on this side."""
-    return description.endswith(f" {DEV_ROWS}, {_padding(pad_left)}")
 
 
 def _padding(pad_left: bool) -> str:

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from spdtool.data.tokens import Batch
 from spdtool.errors import GateError, ModelError
-from spdtool.export.gates.batches import is_dev_batch
 from spdtool.export.gates.reference import Reference
 from spdtool.export.target import Target
 from spdtool.models.load import fill_weights
@@ -144,11 +143,9 @@ def _deviation_batches(target: Target, reference: Reference) -> list[tuple[str, 
     The ranges of a calibrated target say nothing of random tokens, nor of padding on the other
     side: it is judged on real rows, where there are any.
     """
-    if not target.calibrates:
+    if not target.calibrates or not reference.dev_batches:
         return reference.batches
-    pad_left = reference.dev.splits["dev"].pad_left
-    dev_batches = [(name, batch) for name, batch in reference.batches if is_dev_batch(name, pad_left=pad_left)]
-    return dev_batches or reference.batches
+    return [reference.dev_batches[reference.dev.splits["dev"].pad_left]]
 
 
 def _fill_stored_weights(model: PreTrainedModel, target: Target, folder: Path) -> PreTrainedModel:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spdtool.data import tokens as data
 from spdtool.data.dataset import Rows
 from spdtool.data.tokens import Batch, Encoded
-from spdtool.export.gates.batches import longest_supported_input, make_comparison_batches
+from spdtool.export.gates.batches import longest_supported_input, make_dev_batches, make_random_batches
 from spdtool.export.target import StorageFormats
 from spdtool.models.config import check_problem_type
 from spdtool.models.layers import find_prunable_weights, max_positions
@@ -126,10 +126,14 @@ class Reference:
         return counts
 
     @cached_property
+    def dev_batches(self) -> dict[bool, tuple[str, Batch]]:
+        """Those of `batches` that are real rows, by whether they are padded on the left; empty without a task."""
+        return make_dev_batches(self.dev.splits["dev"], self.recipe.export.sentences)
+
+    @cached_property
     def batches(self) -> list[tuple[str, Batch]]:
-        """The batches on which logits are compared, each with a description."""
-        sentences = self.recipe.export.sentences
-        return list(make_comparison_batches(self.load_model(), self.dev.splits["dev"], sentences))
+        """The batches on which logits are compared, each with a description: real rows, then random tokens."""
+        return [*self.dev_batches.values(), *make_random_batches(self.load_model(), self.dev.splits["dev"])]
 
     def forward(self, provider: str) -> Forward:
         """Return a forward that knows the checkpoint's logits of `batches`, and of no other batch.

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
 from spdtool.data import tokens as data
-from spdtool.data.tokens import Encoded
-from spdtool.export.gates.batches import longest_supported_input, make_comparison_batches
+from spdtool.data.tokens import Batch, Encoded
+from spdtool.export.gates.batches import longest_supported_input, make_dev_batches, make_random_batches
+
+
+def comparison_batches(model: Any, rows: Encoded, sentences: int) -> list[tuple[str, Batch]]:
+    """The batches of the logits gate, each with its description."""
+    return [*make_dev_batches(rows, sentences).values(), *make_random_batches(model, rows)]
 
 
 @pytest.fixture
@@ -19,7 +25,7 @@ def rows(toys: ModuleType) -> Encoded:
 
 
 def test_batches_cover_lengths_sides_and_pairs(toys: ModuleType, rows: Encoded) -> None:
-    batches = dict(make_comparison_batches(toys.bert(), rows, 6))
+    batches = dict(comparison_batches(toys.bert(), rows, 6))
     assert list(batches)[:2] == ["6 dev rows, padding on the right", "6 dev rows, padding on the left"]
     for length in (1, 2, 7, 32, 64):
         batch = batches[f"shape (1, {length})"]
@@ -34,7 +40,7 @@ def test_batches_cover_lengths_sides_and_pairs(toys: ModuleType, rows: Encoded) 
 
 
 def test_the_same_rows_are_padded_on_either_side(toys: ModuleType, rows: Encoded) -> None:
-    batches = dict(make_comparison_batches(toys.bert(), rows, 6))
+    batches = dict(comparison_batches(toys.bert(), rows, 6))
     left, right = (batches[f"shape (4, 24), pairs, padding on the {side}"] for side in ("left", "right"))
     assert (left["attention_mask"].sum(axis=1) == right["attention_mask"].sum(axis=1)).all()
     assert left["attention_mask"][1:, -1].all()
@@ -43,7 +49,7 @@ def test_the_same_rows_are_padded_on_either_side(toys: ModuleType, rows: Encoded
 
 
 def test_padding_is_where_the_mask_says_and_nowhere_else(toys: ModuleType, rows: Encoded) -> None:
-    for description, batch in make_comparison_batches(toys.bert(), rows, 3):
+    for description, batch in comparison_batches(toys.bert(), rows, 3):
         is_pad = batch["input_ids"] == rows.pad_values["input_ids"]
         assert (is_pad == (batch["attention_mask"] == 0)).all(), description
         assert batch["input_ids"].max() < len(toys.WORDS), description
@@ -52,17 +58,17 @@ def test_padding_is_where_the_mask_says_and_nowhere_else(toys: ModuleType, rows:
 def test_there_are_no_pairs_without_token_types(toys: ModuleType, rows: Encoded) -> None:
     ids = {"input_ids": rows.columns["input_ids"]}
     single = Encoded(ids, rows.offsets, rows.labels, rows.pad_values, rows.pad_left)
-    assert not any("pair" in name for name, _ in make_comparison_batches(toys.bert(), single, 3))
+    assert not any("pair" in name for name, _ in comparison_batches(toys.bert(), single, 3))
 
 
 def test_more_sentences_than_rows_takes_all_rows(toys: ModuleType, rows: Encoded) -> None:
-    name, batch = next(make_comparison_batches(toys.bert(), rows, 64))
+    name, batch = make_dev_batches(rows, 64)[False]
     assert name.startswith("10 dev rows")
     assert len(batch["input_ids"]) == 10
 
 
 def test_without_rows_there_are_still_batches(toys: ModuleType) -> None:
-    names = [name for name, _ in make_comparison_batches(toys.bert(), data.empty_split(toys.tokenizer()), 6)]
+    names = [name for name, _ in comparison_batches(toys.bert(), data.empty_split(toys.tokenizer()), 6)]
     assert "shape (1, 64), pair" in names
     assert not [name for name in names if "dev" in name]
 

@@ -19,10 +19,10 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from spdtool import plugins
 from spdtool.data import tokens as data
-from spdtool.data.tokens import Encoded
+from spdtool.data.tokens import Batch, Encoded
 from spdtool.errors import GateError, ModelError
 from spdtool.export.gates import weights as weights_gate
-from spdtool.export.gates.batches import longest_supported_input, make_comparison_batches
+from spdtool.export.gates.batches import longest_supported_input, make_dev_batches, make_random_batches
 from spdtool.export.gates.logits import compare_logits
 from spdtool.export.gates.reference import DevSets, Reference
 from spdtool.export.graph import trace as export
@@ -82,6 +82,11 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], bool]] = {
         False,
     ),
 }
+
+
+def comparison_batches(model: Any, rows: Encoded, sentences: int) -> list[tuple[str, Batch]]:
+    """The batches of the logits gate, each with its description."""
+    return [*make_dev_batches(rows, sentences).values(), *make_random_batches(model, rows)]
 
 
 @dataclass(frozen=True)
@@ -153,7 +158,7 @@ class TestArchitectures:
     def test_logits_are_the_checkpoint_s(self, name: str, exported: Callable[[str], Exported]) -> None:
         made = exported(name)
         model = load_model(made.checkpoint, eager=True)
-        batches = list(make_comparison_batches(model, made.rows, 12))
+        batches = comparison_batches(model, made.rows, 12)
         largest, where = compare_logits(torch_forward(model), Onnx().session(made.folder, threads=1), batches, 1e-4)
         assert 0 < largest < 1e-4
         assert where
@@ -222,7 +227,7 @@ def test_another_opset_can_be_chosen(exported: Callable[[str], Exported], tmp_pa
     (file,) = Onnx().export(made.checkpoint, tmp_path, recipe)
     assert onnx.load(file).opset_import[0].version == 20
     model = load_model(made.checkpoint)
-    compare_logits(torch_forward(model), Onnx().session(tmp_path), make_comparison_batches(model, made.rows, 4), 1e-4)
+    compare_logits(torch_forward(model), Onnx().session(tmp_path), comparison_batches(model, made.rows, 4), 1e-4)
 
 
 def test_transposed_weights_are_called_so(exported: Callable[[str], Exported]) -> None:
@@ -342,7 +347,7 @@ class TestPlantedFaults:
         with pytest.raises(GateError, match=r"layer.1.output.dense.weight: 1 of 2048 weights"):
             check_weights(made)
         model = load_model(made.checkpoint)
-        probes = make_comparison_batches(model, made.rows, 4)
+        probes = comparison_batches(model, made.rows, 4)
         with pytest.raises(GateError, match="checkpoint and exported file differ by"):
             compare_logits(torch_forward(model), Onnx().session(made.folder), probes, 1e-4)
 
@@ -351,7 +356,7 @@ class TestPlantedFaults:
         model = load_model(made.checkpoint)
         with pytest.raises(GateError, match="exported file gives logits that are not finite"):
             compare_logits(
-                torch_forward(model), Onnx().session(made.folder), make_comparison_batches(model, made.rows, 4), 1e-4
+                torch_forward(model), Onnx().session(made.folder), comparison_batches(model, made.rows, 4), 1e-4
             )
 
 
