@@ -253,6 +253,9 @@ class Distilled(Training):
     """schedule of the replacing rate"""
 
 
+SparsityCurve = Literal["cubic", "linear"]
+
+
 class Prune(Distilled):
     """Phase 1: prune the student to the target sparsity while it is distilled."""
 
@@ -273,7 +276,7 @@ class Prune(Distilled):
     least: float = Field(0.01, ge=0, lt=1)
     """share of each matrix that stays alive when the scope is not `matrix`, whatever the scores say"""
     # Early, few weights matter; late, every event hurts (Zhu & Gupta 2017, arXiv 1710.01878).
-    schedule: Literal["cubic", "linear"] = "cubic"
+    schedule: SparsityCurve = "cubic"
     """path of the sparsity from event to event"""
     events: int = Field(12, ge=1)
     """number of prune events, exactly"""

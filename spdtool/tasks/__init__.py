@@ -45,15 +45,11 @@ class Task:
     """One kind of task on one data set. A subclass overrides what differs from a classifier of whole texts.
 
     Attributes:
-        auto_model: name of the class of transformers that opens a checkpoint for this kind.
         problem_type: value of that field in a checkpoint's config.json.
-        head_reads: hidden states that the head reads: those of the first token, of every token, or their mean.
         metric: the one that is the headline score; None: the mean of all.
     """
 
-    auto_model: str = "AutoModelForSequenceClassification"
     problem_type: ProblemType | None = None
-    head_reads: Literal["first token", "every token", "pooled mean"] = "first token"
     metric: str | None = None
 
     def __init__(self, dataset: Dataset) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Sequence
 
-from spdtool.errors import RecipeError, UnknownName
-from spdtool.recipe.fields import Recipe
+from spdtool.errors import RecipeError
+from spdtool.recipe.fields import Recipe, SparsityCurve
 
 Schedule = Callable[[float], float]
 Events = list[tuple[int, float]]
@@ -26,7 +26,7 @@ def cubic(start: float, end: float) -> Schedule:
     return lambda progress: end + (start - end) * (1.0 - _clamp(progress)) ** 3
 
 
-SHAPES: dict[str, Callable[[float, float], Schedule]] = {"cubic": cubic, "linear": linear}
+CURVES: dict[SparsityCurve, Callable[[float, float], Schedule]] = {"cubic": cubic, "linear": linear}
 
 
 def plan_prune_events(recipe: Recipe, steps: int, *, initial: float = 0.0) -> Events:
@@ -47,7 +47,7 @@ def plan_prune_events(recipe: Recipe, steps: int, *, initial: float = 0.0) -> Ev
         recipe.sparsity,
         initial=initial,
         first=_choose_first_jump(recipe, initial),
-        shape=section.schedule,
+        curve=section.schedule,
     )
     ramp_end, _ = events[-1]
     events += plan_exchanges(ramp_end, section.exchanges, recipe.sparsity, round(section.freeze * steps))
@@ -61,7 +61,7 @@ def prune_events(
     *,
     initial: float = 0.0,
     first: float | None = None,
-    shape: str = "cubic",
+    curve: SparsityCurve = "cubic",
 ) -> Events:
     """Compute the exact prune events of a stage, up to the first at `final`.
 
@@ -76,13 +76,11 @@ def prune_events(
         final: sparsity after the last event, in [0, 1).
         initial: sparsity before the first event.
         first: sparsity of the first event, at step 0.
-        shape: `cubic` or `linear`.
+        curve: of the sparsity from event to event.
 
     Raises:
         RecipeError: fewer steps than events, or a first jump that is not on the way.
     """
-    if shape not in SHAPES:
-        raise UnknownName("sparsity schedule", shape, SHAPES)
     if events < 1 or steps < events:
         raise RecipeError(
             f"{events} prune events do not fit in {steps} optimiser steps",
@@ -98,7 +96,7 @@ def prune_events(
             )
         climbing, base = events - 1, first
         planned.append((0, first))
-    sparsity_at = SHAPES[shape](base, final)
+    sparsity_at = CURVES[curve](base, final)
     for index in range(1, climbing):
         planned.append((round(index * steps / climbing), sparsity_at(index / climbing)))
     planned.append((steps, final))  # exactly: the formula would round

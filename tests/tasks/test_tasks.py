@@ -63,10 +63,8 @@ def test_the_rows_are_handed_out_before_they_are_tokenized(toys: ModuleType, toy
 def test_every_kind_says_which_checkpoints_it_opens() -> None:
     for entry in plugins.task_kinds.entries():
         assert issubclass(entry.value, Task), entry.name
-        assert hasattr(transformers, entry.value.auto_model), entry.name
         config = transformers.BertConfig(problem_type=entry.value.problem_type)  # refuses what it does not know
         assert config.problem_type == entry.value.problem_type
-        assert entry.value.head_reads in ("first token", "every token", "pooled mean"), entry.name
 
 
 def test_a_kind_that_is_not_supported_is_named(toys: ModuleType, toy_task: ToyTask) -> None:

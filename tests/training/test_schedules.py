@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 from types import ModuleType
+from typing import get_args
 
 import pytest
 
-from spdtool.errors import RecipeError, UnknownName
+from spdtool.errors import RecipeError
+from spdtool.recipe.fields import SparsityCurve
 from spdtool.training.schedules import (
+    CURVES,
     cubic,
     linear,
     pass_through,
@@ -29,11 +32,11 @@ def test_linear_and_cubic_follow_their_formulas_and_stay_at_their_ends() -> None
 
 def test_there_are_exactly_as_many_events_as_requested_and_the_last_is_at_the_target() -> None:
     grid = itertools.product((12, 13, 100, 367, 11_520), (1, 2, 11, 12), (None, 0.7), ("cubic", "linear"))
-    for steps, events, first, shape in grid:
+    for steps, events, first, curve in grid:
         if events == 1 and first is not None:
             continue  # a jump and the end need two
-        case = f"{events} events in {steps} steps, first {first}, {shape}"
-        planned = prune_events(steps, events, 0.9, first=first, shape=shape)
+        case = f"{events} events in {steps} steps, first {first}, {curve}"
+        planned = prune_events(steps, events, 0.9, first=first, curve=curve)
         event_steps = [step for step, _ in planned]
         sparsities = [sparsity for _, sparsity in planned]
         assert len(planned) == events, case
@@ -51,7 +54,7 @@ def test_the_cubic_events_follow_the_published_formula() -> None:
 
 
 def test_events_climb_from_a_checkpoint_that_is_sparse_already() -> None:
-    assert prune_events(10, 2, 0.8, initial=0.5, shape="linear") == [(5, pytest.approx(0.65)), (10, 0.8)]
+    assert prune_events(10, 2, 0.8, initial=0.5, curve="linear") == [(5, pytest.approx(0.65)), (10, 0.8)]
 
 
 def test_a_first_jump_that_is_not_on_the_way_is_refused() -> None:
@@ -70,10 +73,8 @@ def test_events_that_do_not_fit_are_refused() -> None:
             prune_events(steps, events, 0.9)
 
 
-def test_an_unknown_shape_offers_near_matches() -> None:
-    with pytest.raises(UnknownName) as caught:
-        prune_events(10, 2, 0.9, shape="cubik")
-    assert caught.value.near == ["cubic"]
+def test_the_recipe_offers_every_curve_of_the_sparsity() -> None:
+    assert CURVES.keys() == set(get_args(SparsityCurve))
 
 
 def test_exchanges_repeat_the_target_evenly_until_the_masks_freeze(toys: ModuleType) -> None:
