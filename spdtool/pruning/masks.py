@@ -22,7 +22,7 @@ class Masks:
     model with exact zeros, from which `from_zeros` recovers the masks at the next stage.
 
     Of sharded parameters (`models/fsdp.py`) every tensor here is this rank's rows, and so are
-    scores and mended weights; what counts or ranks weights is collective.
+    scores and updated weights; what counts or ranks weights is collective.
 
     Attributes:
         parameters: name to parameter.
@@ -119,11 +119,11 @@ class Masks:
         return dead, allocation
 
     @torch.no_grad()
-    def set(self, dead: Mapping[str, Tensor], mended: Mapping[str, Tensor] | None = None) -> None:
+    def set(self, dead: Mapping[str, Tensor], updated: Mapping[str, Tensor] | None = None) -> None:
         """Set the masks; where weights can regrow, store and restore their values.
 
         Args:
-            mended: parameter name to the weight with new values, taken where it was alive and
+            updated: parameter name to the weight with new values, taken where it was alive and
                 stays so.
         """
         for name, parameter in self.parameters.items():
@@ -133,8 +133,8 @@ class Masks:
                 full = self.build_full_weight(name)
                 self.dead_values[name] = torch.where(is_dead, full, 0)
                 weight.copy_(full)
-            if mended is not None:
-                weight.copy_(torch.where(was_dead | is_dead, weight, mended[name]))
+            if updated is not None:
+                weight.copy_(torch.where(was_dead | is_dead, weight, updated[name]))
             self.dead[name] = is_dead
         self.apply()
 

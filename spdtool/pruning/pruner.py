@@ -56,7 +56,7 @@ class Pruner:
         self.clamped: dict[str, tuple[int, int]] = {}
         self.lowered: dict[str, float] = {}
         self._criterion = plugins.criteria.entry(section.criterion)
-        self._mend = self._criterion.meta.get("update") if section.update else None
+        self._update = self._criterion.meta.get("update") if section.update else None
         self._dense_gradients = bool(self._criterion.meta.get("dense_gradients", False))
         # a statistic of a large encoder may take more memory than its weights
         needs: Sequence[str] = ()
@@ -153,12 +153,12 @@ class Pruner:
             scores[name] = self._score(name)
         dead, allocation = self.masks.choose(scores, sparsity, self.section.scope, self.section.least)
         self.clamped, self.lowered = allocation.clamped, allocation.lowered
-        mended = self._mend_survivors(dead, on_work)
+        updated = self._update_survivors(dead, on_work)
         # Replicas whose statistics differ in the last bit may rank two weights differently, so all take the choice of
         # rank 0. Sharded weights are ranked whole, and each rank has other rows.
         if not any(map(fsdp.is_sharded, self.masks.parameters.values())):
-            collectives.broadcast([*dead.values(), *(mended or {}).values()])
-        self.masks.set(dead, mended)
+            collectives.broadcast([*dead.values(), *(updated or {}).values()])
+        self.masks.set(dead, updated)
         self.reset_statistics()  # they were of the weights before
         return sparsity
 
@@ -220,17 +220,17 @@ class Pruner:
             return scores
         return pattern.to_weights(score_blocks(weight, stats, pattern.block))
 
-    def _mend_survivors(self, dead: Mapping[str, Tensor], on_work: OnWork) -> dict[str, Tensor] | None:
-        """Let the survivors make up for the dying; None if the criterion cannot, or must not."""
-        if self._mend is None:
+    def _update_survivors(self, dead: Mapping[str, Tensor], on_work: OnWork) -> dict[str, Tensor] | None:
+        """Update the survivors to make up for the dying; None if the criterion cannot, or must not."""
+        if self._update is None:
             return None
-        mended = {}
+        updated = {}
         for number, (name, weight) in enumerate(self.masks.parameters.items(), 1):
             on_work(f"solving matrix {number} of {len(self.masks.parameters)}")
             # regrown weights are no survivors: their old value has no part in the solution
             alive = ~(self.masks.dead[name] | dead[name])
-            mended[name] = self._mend(fsdp.local_rows(weight), alive, self._observer.stats(name))
-        return mended
+            updated[name] = self._update(fsdp.local_rows(weight), alive, self._observer.stats(name))
+        return updated
 
 
 def _check_needs(criterion: str, needs: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Second-order criteria: what a weight costs, and how the survivors make up for it.
+"""Second-order criteria: what a weight costs, and the update of the survivors that makes up for it.
 
 Both expand a loss to second order around the weights as they are, with curvature F, and solve for
 the whole set that goes: the survivors l move by F_ll^-1 F_ld w_d when the weights d are set to
@@ -23,15 +23,15 @@ from spdtool.pruning.statistics import Stats, split_into_blocks
 AT_ONCE = 2**25
 
 
-def mend_blocks(weight: Tensor, alive: Tensor, stats: Stats) -> Tensor:
-    """The weight after the survivors of each Fisher block made up for the dead, which are zero."""
+def update_blocks(weight: Tensor, alive: Tensor, stats: Stats) -> Tensor:
+    """Return the weight with the survivors of each Fisher block updated to make up for the dead, which are zero."""
     assert stats.fisher_blocks is not None
     size = stats.fisher_blocks.shape[-1]
     rows, live_rows = split_into_blocks(weight.float(), size), split_into_blocks(alive, size)
-    mended = []
+    updated = []
     for chunk in _chunks(size, stats.fisher_blocks, rows, live_rows):
-        mended.append(_mend_chunk(*chunk))
-    return torch.cat(mended).flatten()[: weight.numel()].view_as(weight).to(weight.dtype)
+        updated.append(_update_chunk(*chunk))
+    return torch.cat(updated).flatten()[: weight.numel()].view_as(weight).to(weight.dtype)
 
 
 def obert_of_blocks(weight: Tensor, stats: Stats, block: Block) -> Tensor:
@@ -60,7 +60,7 @@ def obert_of_blocks(weight: Tensor, stats: Stats, block: Block) -> Tensor:
     return sum_blocks(by_segment, (rows, 1))
 
 
-@criteria.register("obert", needs=("fisher_blocks",), update=mend_blocks, block_scores=obert_of_blocks)
+@criteria.register("obert", needs=("fisher_blocks",), update=update_blocks, block_scores=obert_of_blocks)
 def obert(weight: Tensor, stats: Stats) -> Tensor:
     """Weight^2 / (2 [F^-1]_qq), F the blockwise empirical Fisher matrix (Kurtic et al. 2022, arXiv 2203.07259)."""
     assert stats.fisher_blocks is not None
@@ -72,7 +72,7 @@ def obert(weight: Tensor, stats: Stats) -> Tensor:
     return weight.float().square() / (2 * inverse)
 
 
-def mend_rows(weight: Tensor, alive: Tensor, stats: Stats) -> Tensor:
+def update_rows(weight: Tensor, alive: Tensor, stats: Stats) -> Tensor:
     """The weight after least squares on each output row, which keep the layer's output best.
 
     The smaller of the live and the dead set is solved for; both give the same weights.
@@ -99,7 +99,7 @@ def layerwise_of_blocks(weight: Tensor, stats: Stats, block: Block) -> Tensor:
     return sum_blocks(by_segment, (rows, 1))
 
 
-@criteria.register("layerwise", needs=("input_gram",), update=mend_rows, block_scores=layerwise_of_blocks)
+@criteria.register("layerwise", needs=("input_gram",), update=update_rows, block_scores=layerwise_of_blocks)
 def layerwise(weight: Tensor, stats: Stats) -> Tensor:
     """Weight^2 / [H^-1]_qq, H the inputs' second moment: the layer's own squared error.
 
@@ -117,8 +117,8 @@ def _chunks(size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     yield from zip(*(torch.split(tensor, length) for tensor in tensors), strict=True)
 
 
-def _mend_chunk(blocks: Tensor, rows: Tensor, alive: Tensor) -> Tensor:
-    """Let the survivors of each block make up for the dead: [blocks, size]."""
+def _update_chunk(blocks: Tensor, rows: Tensor, alive: Tensor) -> Tensor:
+    """Update the survivors of each block, [blocks, size], to make up for the dead."""
     live = alive.float()
     wanted = live * torch.einsum("nij,nj->ni", blocks, rows * (1 - live))
     # the dead become rows and columns of the identity, so that every block has one shape

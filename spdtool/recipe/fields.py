@@ -309,7 +309,7 @@ class Prune(Distilled):
     score_rate: float = Field(0.01, gt=0)
     """learning rate of the scores of movement-soft, as in the paper's published settings"""
     update: bool = True
-    """let a second-order criterion correct the surviving weights at each event"""
+    """let a second-order criterion update the surviving weights at each event"""
     save_at: tuple[float, ...] = ()
     """intermediate sparsities at which to save an evaluated student"""
 

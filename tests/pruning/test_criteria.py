@@ -109,7 +109,7 @@ def layerwise(layer: Layer) -> list[float]:
     return [float(layer.weight[row, column]) ** 2 / float(inverse[column, column]) for row, column in positions()]
 
 
-# a new criterion is one row here, and one in UPDATES if it mends the survivors
+# a new criterion is one row here, and one in UPDATES if it updates the survivors
 PLAIN: dict[str, Callable[[Layer], list[float]]] = {
     "magnitude": each(lambda w, g: abs(w)),
     "taylor": each(lambda w, g: abs(w * sum(g) / len(g))),
@@ -226,12 +226,12 @@ def test_a_block_of_weights_must_fit_into_the_blocks_of_the_fisher_matrix() -> N
 
 UPDATES: dict[str, Callable[[Layer, Tensor], Tensor]] = {"obert": plain_blocks, "layerwise": plain_rows}
 BUILTIN = [part.name for part in plugins.criteria.entries() if part.source.startswith("spdtool.")]
-MENDING = [part.name for part in plugins.criteria.entries() if "update" in part.meta]
+UPDATING = [part.name for part in plugins.criteria.entries() if "update" in part.meta]
 
 
 def test_every_builtin_criterion_has_its_row() -> None:
     assert sorted(PLAIN) == sorted(BUILTIN)
-    assert sorted(UPDATES) == sorted(MENDING)
+    assert sorted(UPDATES) == sorted(UPDATING)
 
 
 def test_scores_are_those_of_slow_plain_code() -> None:
@@ -255,10 +255,10 @@ def test_the_survivors_are_those_of_slow_plain_code() -> None:
         stats = stats_of(layer, plugins.criteria.entry(name).meta["needs"])
         alive = torch.rand(OUT, IN, generator=torch.Generator().manual_seed(1)) >= sparsity
         before = layer.weight.clone()
-        mended = plugins.criteria.entry(name).meta["update"](layer.weight, alive, stats)
+        updated = plugins.criteria.entry(name).meta["update"](layer.weight, alive, stats)
         expected = plain(layer, alive).float()
-        torch.testing.assert_close(mended, expected, rtol=1e-3, atol=1e-4, msg=lambda m, c=case: f"{c}: {m}")
-        assert bool((mended[~alive] == 0).all()), case
+        torch.testing.assert_close(updated, expected, rtol=1e-3, atol=1e-4, msg=lambda m, c=case: f"{c}: {m}")
+        assert bool((updated[~alive] == 0).all()), case
         assert torch.equal(layer.weight, before), case
 
 

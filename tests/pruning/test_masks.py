@@ -155,7 +155,7 @@ def test_what_grows_again_has_its_value_and_no_moments() -> None:
     masks.check_dead()
 
 
-def test_mended_values_are_taken_by_survivors_alone() -> None:
+def test_updated_values_are_taken_by_survivors_alone() -> None:
     weights = {"w": nn.Parameter(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))}
     masks = Masks(weights)
     masks.allow_regrowth()

@@ -12,7 +12,7 @@ from spdtool.errors import RecipeError
 from spdtool.pruning import second_order
 from spdtool.pruning.masks import Masks
 from spdtool.pruning.pruner import Pruner
-from spdtool.pruning.second_order import mend_blocks, mend_rows, obert
+from spdtool.pruning.second_order import obert, update_blocks, update_rows
 from spdtool.pruning.statistics import Stats
 from spdtool.recipe.fields import Prune
 
@@ -76,8 +76,8 @@ def test_obert_lowers_the_true_loss_of_a_quadratic(block: int) -> None:
         moved = (layer.weight.detach() - weight).flatten()
         return float(moved @ curvature @ moved) / 2
 
-    mended, plain = loss(), loss(update=False)
-    assert mended < 0.7 * plain
+    updated, plain = loss(), loss(update=False)
+    assert updated < 0.7 * plain
 
 
 def test_chunks_do_not_change_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,9 +86,9 @@ def test_chunks_do_not_change_the_weights(monkeypatch: pytest.MonkeyPatch) -> No
     gradients, tokens = torch.randn(30, 18, 4), torch.randn(40, 10)
     fishers = torch.einsum("tbi,tbj->bij", gradients, gradients) / 30 + 0.01 * torch.eye(4)
     stats = Stats(fisher_blocks=fishers, input_gram=tokens.T @ tokens / 40 + 0.01 * torch.eye(10))
-    whole = [mend_blocks(weight, alive, stats), mend_rows(weight, alive, stats), obert(weight, stats)]
+    whole = [update_blocks(weight, alive, stats), update_rows(weight, alive, stats), obert(weight, stats)]
     monkeypatch.setattr(second_order, "AT_ONCE", 1)
-    chunked = [mend_blocks(weight, alive, stats), mend_rows(weight, alive, stats), obert(weight, stats)]
+    chunked = [update_blocks(weight, alive, stats), update_rows(weight, alive, stats), obert(weight, stats)]
     for one, other in zip(whole, chunked, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
@@ -100,9 +100,9 @@ def test_live_and_dead_sets_give_the_same_weights() -> None:
     tokens = torch.randn(40, 8)
     stats = Stats(input_gram=tokens.T @ tokens / 40 + 0.01 * torch.eye(8))
     alive[3] = False  # the longest dead set is the whole row: the live sets are solved for
-    by_live = mend_rows(weight, alive, stats)
+    by_live = update_rows(weight, alive, stats)
     alive[3] = True  # and now the dead sets are
-    by_dead = mend_rows(weight, alive, stats)
+    by_dead = update_rows(weight, alive, stats)
     torch.testing.assert_close(by_live[[0, 1, 2, 4]], by_dead[[0, 1, 2, 4]], rtol=1e-4, atol=1e-5)
     assert by_live[3].tolist() == [0.0] * 8
     torch.testing.assert_close(by_dead[3], weight[3])
@@ -126,7 +126,7 @@ def test_a_curvature_that_is_no_number_is_refused() -> None:
     assert "prune.dampening" in str(caught.value.hint)
 
 
-def test_a_layer_without_inputs_is_ranked_by_magnitude_and_not_mended() -> None:
+def test_a_layer_without_inputs_is_ranked_by_magnitude_and_not_updated() -> None:
     observed, unobserved = layer_with(torch.randn(2, 4)), layer_with(torch.tensor([[1.0, -4.0, 3.0, 2.0]]))
     masks = Masks({"a": observed.weight, "b": unobserved.weight})
     pruner = Pruner(masks, [(1, 0.5)], Prune(criterion="layerwise"), 0.5, {"a": observed, "b": unobserved})

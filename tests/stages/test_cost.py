@@ -43,10 +43,10 @@ def test_the_cost_of_a_stage_is_that_of_its_work(toys: Any) -> None:
 
 
 def test_the_solution_of_a_matrix_is_tried(toys: Any) -> None:
-    from spdtool.pruning.second_order import mend_blocks, mend_rows
+    from spdtool.pruning.second_order import update_blocks, update_rows
 
     cpu, section = torch.device("cpu"), toys.recipe().prune
-    for update, needs in ((mend_rows, ("input_gram",)), (mend_blocks, ("fisher_blocks",))):
+    for update, needs in ((update_rows, ("input_gram",)), (update_blocks, ("fisher_blocks",))):
         assert cost.time_update(update, needs, (32, 64), 0.5, section, cpu) > 0
 
     def fails(*_: Any) -> torch.Tensor:
