@@ -30,7 +30,7 @@ from spdtool.models.load import label_names, load_model, load_tokenizer
 from spdtool.recipe import reading as recipe
 from spdtool.run.folder import Run
 from spdtool.stages.teacher import teacher
-from spdtool.tasks import prepare_data
+from spdtool.tasks.prepare import prepare_data
 
 SETTINGS = (
     "teacher.epochs=12",

@@ -91,7 +91,7 @@ def measure(folder: Path, model: str, batches: int) -> dict[str, float]:
     from spdtool.data.batches import training_batches
     from spdtool.models.load import load_tokenizer
     from spdtool.recipe.reading import build_recipe
-    from spdtool.tasks import find_task
+    from spdtool.tasks.prepare import find_task
 
     recipe, start = build_recipe("default", {"task": "local", "data": str(folder)}), time.monotonic()
     anonymous, tokenizer = Anonymous(), load_tokenizer(model)

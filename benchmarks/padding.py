@@ -22,7 +22,7 @@ def main() -> None:
     from spdtool.data import tokens as data
     from spdtool.models.load import load_tokenizer
     from spdtool.recipe import reading as recipe
-    from spdtool.tasks import find_task
+    from spdtool.tasks.prepare import find_task
 
     tokenizer = load_tokenizer(options.model)
     for number, name in enumerate(options.tasks):

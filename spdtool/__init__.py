@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from spdtool.recipe.reading import build_recipe
     from spdtool.run.folder import Run
     from spdtool.stages import CompressionResult, ExportedCheckpoint, compress, export_model
-    from spdtool.tasks import Task
+    from spdtool.tasks.task import Task
 
     __version__ = version("spdtool")
 
@@ -75,7 +75,7 @@ HOMES = {
     "Recipe": "spdtool.recipe.fields",
     "Run": "spdtool.run.folder",
     "Target": "spdtool.export.target",
-    "Task": "spdtool.tasks",
+    "Task": "spdtool.tasks.task",
     "build_recipe": "spdtool.recipe.reading",
     "compress": "spdtool.stages",
     "export_model": "spdtool.stages",

@@ -23,7 +23,7 @@ from spdtool import plugins
 from spdtool.export.graph.trace import cached_traces
 from spdtool.recipe.fields import Recipe
 from spdtool.run.folder import Run
-from spdtool.tasks import Task
+from spdtool.tasks.task import Task
 
 CACHE = os.environ["XDG_CACHE_HOME"]  # a test may set another
 torch.set_num_threads(1)  # tiny models: threads cost more than they give

@@ -31,8 +31,8 @@ from spdtool.models.load import load_model, save_model
 from spdtool.pruning.allocation import zeros_in
 from spdtool.recipe.fields import Loss
 from spdtool.run.folder import Run
-from spdtool.tasks import Task
 from spdtool.tasks.classification import Classification
+from spdtool.tasks.task import Task
 
 DEPTH = 3
 each_family = pytest.mark.parametrize("architecture", list(ARCHITECTURES))

@@ -23,7 +23,7 @@ from spdtool.data import tokens as data
 from spdtool.data.batches import training_batches
 from spdtool.models.load import load_model, load_tokenizer, save_model
 from spdtool.run.folder import Run
-from spdtool.tasks import Task
+from spdtool.tasks.task import Task
 from spdtool.training import loop, snapshot
 
 pytestmark = pytest.mark.slow  # it trains whole stages

@@ -16,7 +16,8 @@ from spdtool import plugins
 from spdtool.data.dataset import Dataset, Rows
 from spdtool.recipe.fields import Recipe
 from spdtool.recipe.reading import build_recipe
-from spdtool.tasks import Task, task_of
+from spdtool.tasks.prepare import task_of
+from spdtool.tasks.task import Task
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 GOOD = ("good", "fine", "kind", "warm")

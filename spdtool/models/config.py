@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from spdtool import console
 from spdtool.data.kinds import SUPPORTED, kind_of_architectures
 from spdtool.errors import ModelError, SpdError, first_line
-from spdtool.tasks import ProblemType
+from spdtool.tasks.task import ProblemType
 
 RawConfig: TypeAlias = dict[str, Any]
 """The content of config.json."""

@@ -34,7 +34,7 @@ from spdtool.models.layers import find_layer_stack, select_trained_parameters
 from spdtool.models.tables import fit_tokenizer
 from spdtool.models.weight_files import read_weight_files
 from spdtool.recipe.fields import Recipe
-from spdtool.tasks import ProblemType, Task
+from spdtool.tasks.task import ProblemType, Task
 
 transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -12,7 +12,7 @@ from spdtool.data.batches import evaluation_batches
 from spdtool.data.tokens import Batch, Encoded
 from spdtool.models import collectives
 from spdtool.models.padding import PaddingMask
-from spdtool.tasks import Task
+from spdtool.tasks.task import Task
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession

@@ -22,7 +22,7 @@ from spdtool.models.load import (
 )
 from spdtool.models.predict import Forward
 from spdtool.recipe.fields import Recipe
-from spdtool.tasks import Task
+from spdtool.tasks.task import Task
 
 PRETRAINED = "pretrained"
 # case, accents, punctuation, digits: what tokenizers of one vocabulary may treat differently

@@ -48,7 +48,7 @@ from spdtool.run.records import (
     Table,
 )
 from spdtool.run.storage import write_json
-from spdtool.tasks import find_task
+from spdtool.tasks.prepare import find_task
 
 DYNAMIC_INT8 = "int8"  # engine of the teacher, unless the target below was exported: its score was measured
 INT8_TARGET = "onnx-int8"

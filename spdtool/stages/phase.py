@@ -39,7 +39,7 @@ from spdtool.pruning.pruner import Pruner
 from spdtool.recipe.fields import Distilled, Recipe, TrainingLength
 from spdtool.run.folder import Run
 from spdtool.run.records import TrainingResult, ZeroCount
-from spdtool.tasks import check_teacher_score, find_task, prepare_data
+from spdtool.tasks.prepare import check_teacher_score, find_task, prepare_data
 from spdtool.training.accelerator import choose_threads, compare_arithmetic, create_accelerator
 from spdtool.training.learner import Learner
 from spdtool.training.loop import fit

@@ -37,7 +37,8 @@ from spdtool.run.folder import Run
 from spdtool.run.records import Plan, StagePlan, WeightCounts
 from spdtool.stages.estimate import Estimator, Pair
 from spdtool.stages.trial import try_families
-from spdtool.tasks import Task, find_task
+from spdtool.tasks.prepare import find_task
+from spdtool.tasks.task import Task
 from spdtool.training.accelerator import create_accelerator
 from spdtool.training.schedules import plan_prune_events
 from spdtool.training.statistics_collector import check_statistics

@@ -22,7 +22,8 @@ from spdtool.models.layers import configure_layers, find_layer_stack, max_positi
 from spdtool.models.load import label_names, load_model, load_tokenizer, move_to_device
 from spdtool.run.folder import RECORD, Run
 from spdtool.run.records import DataRecord, TrainingResult
-from spdtool.tasks import Task, check_teacher_score, find_task, prepare_data
+from spdtool.tasks.prepare import check_teacher_score, find_task, prepare_data
+from spdtool.tasks.task import Task
 from spdtool.training.accelerator import choose_threads, create_accelerator
 from spdtool.training.learner import Learner
 from spdtool.training.loop import fit

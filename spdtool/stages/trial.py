@@ -17,7 +17,7 @@ from spdtool.recipe.fields import Recipe
 from spdtool.recipe.reading import make_smoke
 from spdtool.run.folder import Run
 from spdtool.stages import run_stage
-from spdtool.tasks import Task
+from spdtool.tasks.task import Task
 
 TRIED_STAGES = ("teacher", "prune", "distill", "finetune", "export")
 LONGEST_REASON = 300  # characters; some errors of libraries are essays

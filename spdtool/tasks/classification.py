@@ -17,7 +17,7 @@ from spdtool.errors import LISTED, DataError, ModelError
 from spdtool.plugins import task_kinds
 from spdtool.recipe.fields import Loss
 from spdtool.run.records import ClassScores
-from spdtool.tasks import Task
+from spdtool.tasks.task import Task
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,8 +11,8 @@ from spdtool.data.dataset import Splits
 from spdtool.errors import ModelError
 from spdtool.plugins import task_kinds
 from spdtool.recipe.fields import Loss
-from spdtool.tasks import Task
 from spdtool.tasks.metrics import METRICS
+from spdtool.tasks.task import Task
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -18,7 +18,7 @@ from spdtool.models.student import drop_unread_columns
 from spdtool.pruning.masks import check_counts
 from spdtool.pruning.pruner import Pruner
 from spdtool.run.records import ClassScores, IntermediateStudent, Scores
-from spdtool.tasks import Task
+from spdtool.tasks.task import Task
 
 
 @dataclass(kw_only=True)

@@ -42,7 +42,7 @@ from spdtool.stages.export import export
 from spdtool.stages.finetune import finetune
 from spdtool.stages.prune import prune
 from spdtool.stages.teacher import teacher
-from spdtool.tasks import find_task
+from spdtool.tasks.prepare import find_task
 
 pytestmark = [
     pytest.mark.clients,

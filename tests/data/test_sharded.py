@@ -17,7 +17,8 @@ from spdtool.data import sharded
 from spdtool.data.dataset import Rows, identify_rows
 from spdtool.errors import DataError
 from spdtool.recipe.reading import build_recipe
-from spdtool.tasks import Task, find_task
+from spdtool.tasks.prepare import find_task
+from spdtool.tasks.task import Task
 
 TEXTS = ["the film", "", "é là 日本", "a meal", "so good", "very bad", "it was", "fine then"]
 TEXTS[1] = "one"

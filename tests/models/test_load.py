@@ -31,7 +31,7 @@ from spdtool.models.load import (
     save_model,
 )
 from spdtool.recipe.fields import Recipe
-from spdtool.tasks import Task
+from spdtool.tasks.task import Task
 
 
 @pytest.fixture

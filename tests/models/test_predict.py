@@ -12,7 +12,7 @@ import torch
 
 from spdtool.data.tokens import Batch, tokenize
 from spdtool.models.predict import evaluate, evaluate_split, onnx_forward, predict, to_device, torch_forward
-from spdtool.tasks import Task
+from spdtool.tasks.task import Task
 
 
 def logits_of(batch: Batch) -> np.ndarray:

@@ -23,7 +23,7 @@ from spdtool.models.student import (
 from spdtool.pruning.allocation import zeros_in
 from spdtool.run.folder import Run
 from spdtool.stages import plan as planning
-from spdtool.tasks import find_task, task_of
+from spdtool.tasks.prepare import find_task, task_of
 
 MakeRun = Callable[..., Run]
 

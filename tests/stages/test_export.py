@@ -37,7 +37,7 @@ from spdtool.models.predict import Forward
 from spdtool.recipe.fields import Recipe
 from spdtool.run.folder import Run
 from spdtool.stages.export import export, export_checkpoint
-from spdtool.tasks import Task
+from spdtool.tasks.task import Task
 
 Fabricate = Callable[..., Run]
 

@@ -19,7 +19,7 @@ from spdtool.models.layers import find_prunable_weights
 from spdtool.pruning.allocation import zeros_in
 from spdtool.run.folder import Run
 from spdtool.stages.finetune import finetune
-from spdtool.tasks import Task
+from spdtool.tasks.task import Task
 
 
 @pytest.mark.parametrize("recipe", ["default", "reference"])

@@ -24,7 +24,7 @@ from spdtool.stages.distill import distill
 from spdtool.stages.finetune import finetune
 from spdtool.stages.prune import prune
 from spdtool.stages.teacher import teacher
-from spdtool.tasks import Task
+from spdtool.tasks.task import Task
 
 pytestmark = pytest.mark.slow  # it trains whole stages
 

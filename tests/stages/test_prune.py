@@ -20,7 +20,7 @@ from spdtool.pruning.allocation import zeros_in
 from spdtool.run.folder import Run
 from spdtool.stages.prune import prune
 from spdtool.stages.teacher import teacher
-from spdtool.tasks import Task
+from spdtool.tasks.task import Task
 
 
 def zeros(folder: Path) -> dict[str, tuple[int, int]]:

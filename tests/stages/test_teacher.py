@@ -18,7 +18,7 @@ from spdtool.models.load import label_names, load_model, load_tokenizer, save_mo
 from spdtool.run.folder import Run
 from spdtool.stages.prune import prune
 from spdtool.stages.teacher import teacher
-from spdtool.tasks import Task
+from spdtool.tasks.task import Task
 
 FILES = ["config.json", "model.safetensors", "stage.json", "tokenizer.json", "tokenizer_config.json"]
 

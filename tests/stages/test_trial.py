@@ -14,7 +14,7 @@ from spdtool.errors import ModelError
 from spdtool.models.layers import TESTED_FAMILIES
 from spdtool.models.load import save_model
 from spdtool.stages import trial
-from spdtool.tasks import task_of
+from spdtool.tasks.prepare import task_of
 
 
 @pytest.fixture(scope="module")

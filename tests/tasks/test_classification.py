@@ -10,7 +10,7 @@ import torch
 
 from spdtool.data.dataset import Rows
 from spdtool.errors import DataError, ModelError
-from spdtool.tasks import Task
+from spdtool.tasks.task import Task
 
 ToyTask = Callable[..., Task]
 

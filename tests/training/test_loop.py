@@ -26,7 +26,7 @@ from spdtool.pruning.pruner import Pruner
 from spdtool.recipe.fields import Prune, Recipe, Training, TrainingLength
 from spdtool.run.folder import Stage
 from spdtool.run.records import Evaluation, FitResult, Scores
-from spdtool.tasks import Task
+from spdtool.tasks.task import Task
 from spdtool.training.accelerator import create_accelerator
 from spdtool.training.learner import Learner
 from spdtool.training.loop import choose_evaluation_steps, fit

@@ -46,7 +46,7 @@ from spdtool.run.records import (
     Variant,
 )
 from spdtool.run.storage import write_json
-from spdtool.tasks import find_task
+from spdtool.tasks.prepare import find_task
 
 BUNDLE_FOLDER = "bundle"
 PORTABLE_TARGET = "onnx"

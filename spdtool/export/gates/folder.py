@@ -28,7 +28,7 @@ from spdtool.export.token_rows import TokenRow
 from spdtool.models.load import load_tokenizer
 from spdtool.models.predict import Forward
 from spdtool.run.records import BundleManifest
-from spdtool.tasks import Task
+from spdtool.tasks.task import Task
 
 # Where and by what a model was saved; no client computes anything else because of them.
 HARMLESS_FIELDS = {"_name_or_path", "dtype", "torch_dtype", "transformers_version"}

@@ -21,7 +21,8 @@ from spdtool.models.load import label_names, load_model, load_tokenizer
 from spdtool.models.predict import Forward, predict, torch_forward
 from spdtool.recipe.fields import Recipe
 from spdtool.run.records import ZeroCount
-from spdtool.tasks import CheckRows, Task, prepare_rows
+from spdtool.tasks.prepare import CheckRows, prepare_rows
+from spdtool.tasks.task import Task
 
 DevLogits = dict[str, np.ndarray]
 """Name of a dev set to logits [rows, labels]."""

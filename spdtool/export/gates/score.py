@@ -15,7 +15,7 @@ from spdtool.export.gates.reference import DevLogits, Reference
 from spdtool.export.target import Target
 from spdtool.recipe.fields import Recipe
 from spdtool.run.records import Scores, describe_prediction_change
-from spdtool.tasks import Task
+from spdtool.tasks.task import Task
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from spdtool.data import tokens as data
 from spdtool.export.gates.reference import DevLogits, DevSets
 from spdtool.export.gates.score import DevComparison, compare_predictions, metric_over_budget
 from spdtool.models.predict import Forward
-from spdtool.tasks import Task
+from spdtool.tasks.task import Task
 
 
 def test_flips_are_counted_in_every_dev_set(toys: ModuleType, toy_task: Callable[..., Task]) -> None:

@@ -1,0 +1,226 @@
+"""`Task`: the base class of every kind of task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from spdtool.data import dataset as datasets
+from spdtool.data import overview
+from spdtool.data.dataset import Dataset, Rows
+from spdtool.data.tokens import Encoded, encode_splits
+from spdtool.recipe.fields import Loss, Recipe
+from spdtool.run.records import ClassScores
+from spdtool.tasks.metrics import METRICS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
+"""Values of `problem_type` in config.json."""
+
+
+class Task:
+    """One kind of task on one data set. A subclass overrides what differs from a classifier of whole texts.
+
+    Attributes:
+        problem_type: value of that field in a checkpoint's config.json.
+        metric: the one that is the headline score; None: the mean of all.
+    """
+
+    problem_type: ProblemType | None = None
+    metric: str | None = None
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    @property
+    def name(self) -> str:
+        """Name of the data set, as in `--task NAME`."""
+        return self.dataset.name
+
+    @property
+    def head_labels(self) -> tuple[str, ...]:
+        """Names of a new head's outputs, one for each logit."""
+        return self.dataset.labels
+
+    # Rows and tokens
+
+    def read_rows(self, recipe: Recipe) -> dict[str, Rows]:
+        """Load the splits, check them and reduce them to `recipe.max_rows`.
+
+        Raises:
+            DataError: a split is missing or empty, or nothing can be learnt from the training rows.
+        """
+        splits = datasets.load_splits(self.dataset, recipe)
+        # Before rows are drawn: a small sample may miss a class by chance.
+        self.check_training_rows(splits["train"])
+        return datasets.sample_splits(splits, recipe)
+
+    def check_training_rows(self, rows: Rows) -> None:
+        """Raise DataError where nothing can be learnt from these rows."""
+
+    def encode(
+        self, tokenizer: PreTrainedTokenizerBase, splits: datasets.Splits, max_length: int
+    ) -> dict[str, Encoded]:
+        """Tokenize every split, with the labels that a batch holds.
+
+        Raises:
+            ModelError: the tokenizer cannot pad.
+        """
+        return encode_splits(tokenizer, splits, max_length)
+
+    # Labels of a model
+
+    def widen(self, names: Sequence[str]) -> Task:  # noqa: ARG002
+        """Return the task with the classes that only a model has, by its label names; itself where there are none."""
+        return self
+
+    def label_order(self, names: Sequence[str]) -> list[int]:
+        """Return, for each label of the data set, its index among a model's label names: always a permutation.
+
+        Raises:
+            ModelError: the model has another number of labels, or calls them otherwise.
+        """
+        raise NotImplementedError
+
+    def matches_by_position(self, names: Sequence[str]) -> bool:  # noqa: ARG002
+        """Tell whether only their order says which of a model's labels is which."""
+        return False
+
+    def align_labels(self, splits: dict[str, Rows], names: Sequence[str]) -> dict[str, Rows]:
+        """Return the rows with labels in the order of a model's label names; raises as `label_order` does."""
+        self.label_order(names)
+        return splits
+
+    # Losses
+
+    def gold_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss against the gold labels, averaged over rows.
+
+        Args:
+            logits: float32 [rows, labels].
+            labels: of a batch.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def logit_loss(student: Tensor, teacher: Tensor, labels: Tensor, loss: Loss) -> Tensor:
+        """Return the loss against the teacher's logits, mixed with that against the gold labels.
+
+        Args:
+            student, teacher: logits [rows, labels].
+            labels: of a batch; where a kind has outputs without a gold label, they are the mask.
+            loss: the recipe's section, which has the share of the gold labels.
+        """
+        raise NotImplementedError
+
+    # Predictions and scores
+
+    def predictions(self, logits: np.ndarray) -> np.ndarray:
+        """Turn logits [rows, labels] into predictions [rows], as the metrics take them."""
+        raise NotImplementedError
+
+    def score(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """Return every metric of the data set, and `score`, the headline: one of them, or their mean as in GLUE."""
+        predicted = self.predictions(logits)
+        values = {name: METRICS[name](labels, predicted) for name in self.dataset.metrics}
+        headline = float(np.mean(list(values.values()))) if self.metric is None else values[self.metric]
+        return {"score": headline} | values
+
+    def score_splits(self, logits: Mapping[str, np.ndarray], splits: Mapping[str, Encoded]) -> dict[str, float]:
+        """Score `dev`; metrics of a further dev set carry its suffix (`accuracy_mm`) and do not enter `score`.
+
+        Args:
+            logits: by name of the dev set, [rows, labels].
+        """
+        scores = self.score(logits["dev"], splits["dev"].labels)
+        # One headline: the number by which epochs and students are chosen.
+        for name in logits:
+            if name == "dev":
+                continue
+            further = self.score(logits[name], splits[name].labels)
+            for metric in self.dataset.metrics:
+                scores[metric + name.removeprefix("dev")] = further[metric]
+        return scores
+
+    def score_classes(
+        self,
+        logits: np.ndarray,  # noqa: ARG002
+        labels: np.ndarray,  # noqa: ARG002
+        names: Sequence[str],  # noqa: ARG002
+    ) -> dict[str, ClassScores]:
+        """Score each class by itself; empty where there are no classes.
+
+        Args:
+            logits: [rows, labels].
+            labels: gold labels [rows].
+            names: of the model's labels, in the order of its logits.
+        """
+        return {}
+
+    def baseline(self, labels: np.ndarray) -> dict[str, float]:
+        """Score the best answer that is given without reading the text: the majority class, or the mean."""
+        raise NotImplementedError
+
+    def chance_score(self, labels: np.ndarray) -> float:
+        """Return the highest dev score of a model that may have learned nothing."""
+        return self.baseline(labels)["score"]
+
+    def compare_predictions(
+        self, before: np.ndarray, after: np.ndarray, labels: np.ndarray, tolerance: float
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Compare the predictions of two models on the same rows.
+
+        Args:
+            before, after: logits [rows, labels].
+            labels: gold labels [rows].
+            tolerance: by how much a number may move and count as the same.
+
+        Returns:
+            Which predictions changed, bool [rows], and which of these changed for the worse, bool [rows].
+        """
+        raise NotImplementedError
+
+    def measure_change(self, before: np.ndarray, after: np.ndarray) -> dict[str, float]:  # noqa: ARG002
+        """Return figures on how numbers changed, from logits [rows, labels]: `mean_change` and `rank_correlation`.
+
+        Empty where predictions are classes: those that flipped are counted instead.
+        """
+        return {}
+
+    def answers(self, logits: np.ndarray, names: Sequence[str]) -> list[str | float]:
+        """Return what `spdtool.load` has to answer for logits [rows, labels]: the name of a label, or a number.
+
+        Args:
+            names: labels in the order of the logits.
+        """
+        predicted = self.predictions(logits)
+        if np.issubdtype(predicted.dtype, np.integer):
+            return [names[index] for index in predicted.tolist()]
+        numbers: list[str | float] = predicted.tolist()
+        return numbers
+
+    # What the plan prints
+
+    def describe_score(self) -> str:
+        """Say what the headline score is."""
+        metrics = self.dataset.metrics
+        if self.metric is not None:
+            return self.metric
+        return metrics[0] if len(metrics) == 1 else f"mean of {' and '.join(metrics)}"
+
+    def describe_labels(self, splits: datasets.Splits) -> str:
+        """Describe the labels of the training and dev rows in one line."""
+        raise NotImplementedError
+
+    def count_classes(self, splits: datasets.Splits) -> dict[str, dict[str, int]]:  # noqa: ARG002
+        """Count the rows of each class by split; empty where there are no classes."""
+        return {}
+
+    def data_warnings(self, splits: datasets.Splits) -> list[str]:
+        """Name what may be a mistake in the data, one line each."""
+        return overview.leaked_dev_rows(splits["train"], splits["dev"])
