@@ -29,7 +29,7 @@ from spdtool.errors import RunLocked
 from spdtool.recipe import TRAINING
 from spdtool.run.folder import Run
 from spdtool.run.lock import lock_folder
-from spdtool.sweep import RESULT
+from spdtool.sweep.run_sweep import RESULT
 
 KINDS = ("worker", "driver")
 STEPS = {"teacher": 60, "prune": 60, "distill": 40, "finetune": 40}

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from spdtool.recipe.fields import Recipe
     from spdtool.recipe.reading import build_recipe
     from spdtool.run.folder import Run
-    from spdtool.stages import CompressionResult, ExportedCheckpoint, compress, export_model
+    from spdtool.stages.api import CompressionResult, ExportedCheckpoint, compress, export_model
     from spdtool.tasks.task import Task
 
     __version__ = version("spdtool")
@@ -70,15 +70,15 @@ __all__ = [
 
 # The module of every name that spdtool.errors does not have.
 HOMES = {
-    "CompressionResult": "spdtool.stages",
-    "ExportedCheckpoint": "spdtool.stages",
+    "CompressionResult": "spdtool.stages.api",
+    "ExportedCheckpoint": "spdtool.stages.api",
     "Recipe": "spdtool.recipe.fields",
     "Run": "spdtool.run.folder",
     "Target": "spdtool.export.target",
     "Task": "spdtool.tasks.task",
     "build_recipe": "spdtool.recipe.reading",
-    "compress": "spdtool.stages",
-    "export_model": "spdtool.stages",
+    "compress": "spdtool.stages.api",
+    "export_model": "spdtool.stages.api",
     "load": "spdtool.export.classifier",
 }
 

@@ -40,8 +40,8 @@ def export(
     sets: Sets = None,
 ) -> object:
     """Write teacher and student of a run (or any checkpoint) for a runtime, each checked against its checkpoint."""
-    from spdtool import stages
     from spdtool.export import onnx_session
+    from spdtool.stages.api import export_model
 
     of_checkpoint = {
         "--target": target,
@@ -65,7 +65,7 @@ def export(
     # Without rows, the logits on random tokens are compared, and nothing reads a column.
     if task is None and data is None and (text or label):
         raise RecipeError("--text and --label name columns of --data, which was not given", "add --data FILE")
-    result = stages.export_model(
+    result = export_model(
         checkpoint,
         target,
         to,

@@ -42,7 +42,7 @@ def compress(
     With --run alone it goes on with the recipe that the run has recorded.
     """
     from spdtool.run.folder import default_path
-    from spdtool.stages import recorded_recipe
+    from spdtool.stages.api import recorded_recipe
 
     recipe = options.build(recorded_recipe(run))
     return run_all(recipe, run or default_path(recipe), dry_run, everything, processes)
@@ -65,9 +65,9 @@ def resume(
 
 def run_all(recipe: Recipe, path: Path, dry_run: bool, everything: bool, processes: int) -> object:
     """Run, or only plan, every stage that is missing at `path`; return the bench, or the plan, as JSON values."""
-    from spdtool import stages
     from spdtool.data.local import check_header
     from spdtool.run.folder import Run
+    from spdtool.stages.api import compress
 
     check_header(recipe)  # before torch is imported
     from spdtool.stages.plan import make_plan
@@ -83,7 +83,7 @@ def run_all(recipe: Recipe, path: Path, dry_run: bool, everything: bool, process
         show_plan(plan, recipe, everything=everything)
         launch_training(processes, recipe, path)  # for the training stages; this process does the others
 
-    result = stages.compress(recipe=recipe, run=path, on_plan=start)
+    result = compress(recipe=recipe, run=path, on_plan=start)
     if not result.finished:  # a rank that only trains
         return None
     shown = show_bench(Run.open(path))
@@ -99,7 +99,7 @@ def teacher(options: RecipeOptions, run: RunPath = None, again: Again = False, p
     """Start a run: fine-tune the dense model on the task, or measure a given one."""
     from spdtool.data.local import check_header
     from spdtool.run.folder import Run, default_path
-    from spdtool.stages import recorded_recipe
+    from spdtool.stages.api import recorded_recipe
 
     recipe = options.build(recorded_recipe(run))
     check_header(recipe)  # before torch is imported
@@ -165,8 +165,8 @@ def run_one(stage: str, path: Path, recipe: Recipe, again: bool, processes: int)
         again: drop the stage and every later one first.
         processes: number of ranks to launch for it.
     """
-    from spdtool import stages
     from spdtool.run.folder import Run
+    from spdtool.stages.run_stages import run_stage
 
     redo = stage if again else None
     done = Run.for_recipe(path, recipe, redo=redo, dry=True).done(stage)
@@ -180,7 +180,7 @@ def run_one(stage: str, path: Path, recipe: Recipe, again: bool, processes: int)
         redo_command = f"spdtool {stage} --run {shlex.quote(str(run.path))} --again"
         console.say(f"{stage} is done in {console.escape(run.path)}; to redo it: {console.escape(redo_command)}")
         return dump_result(run.result(stage))
-    return dump_result(stages.run_stage(run, stage))
+    return dump_result(run_stage(run, stage))
 
 
 def dump_result(result: Result) -> object:

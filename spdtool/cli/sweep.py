@@ -12,7 +12,7 @@ from spdtool.cli.options import Model, Sets, command, split_words
 from spdtool.errors import RecipeError
 
 if TYPE_CHECKING:
-    from spdtool.sweep import TrialRunner
+    from spdtool.sweep.run_sweep import TrialRunner
 
 Number = TypeVar("Number", int, float)
 
@@ -56,9 +56,10 @@ def sweep(
     ] = None,
 ) -> object:
     """Compare recipes x sparsities x seeds x tasks, all with the same teachers; tables and Pareto plots."""
-    from spdtool import sweep as trials
     from spdtool.report.figures import save_pareto_figures
     from spdtool.sweep import summary
+    from spdtool.sweep.run_sweep import run_sweep
+    from spdtool.sweep.trials import plan_trials
 
     # Fail before hours are spent, not after.
     if bench:
@@ -66,7 +67,7 @@ def sweep(
 
         onnx_session.require_onnxruntime()
     runner = _choose_runner(ray, cpus, gpus, behind)
-    planned = trials.plan_trials(
+    planned = plan_trials(
         recipes=_require_words("--recipes", recipes),
         sparsities=_parse_numbers("--sparsities", sparsities, float),
         seeds=_parse_numbers("--seeds", seeds, int),
@@ -78,7 +79,7 @@ def sweep(
         epochs=epochs,
         bench=bench,
     )
-    rows = trials.run_sweep(planned, out, lambda line: console.say(console.escape(line)), runner)
+    rows = run_sweep(planned, out, lambda line: console.say(console.escape(line)), runner)
     save_pareto_figures(rows, out)
     summaries = summary.summarise(rows)
     if summaries:
@@ -97,7 +98,7 @@ def sweep(
 
 def _choose_runner(ray: str | None, cpus: float, gpus: float, behind: float | None) -> TrialRunner:
     """Choose what runs the trials of a sweep: this process, one after the other, or Ray."""
-    from spdtool.sweep import run_in_turn
+    from spdtool.sweep.run_sweep import run_in_turn
 
     if ray is None:
         if behind is not None:

@@ -19,8 +19,8 @@ from spdtool.report.drawing import save_png, to_svg
 from spdtool.report.figures import pareto_figures, sparsity_figure, training_figure
 from spdtool.run.folder import Run
 from spdtool.run.records import StudentRow, SweepRecord
-from spdtool.sweep import RESULT
 from spdtool.sweep.rows import row_of_run
+from spdtool.sweep.run_sweep import RESULT
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

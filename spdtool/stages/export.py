@@ -26,7 +26,7 @@ from spdtool.errors import DeviceError, GateError, ModelError, PluginError, SpdE
 from spdtool.export import onnx_session
 from spdtool.export.bundle.unpack import require_empty_folder
 from spdtool.export.bundle.write import BUNDLE_FOLDER, write_bundle
-from spdtool.export.gates import export_and_check
+from spdtool.export.gates.checked_export import export_and_check
 from spdtool.export.gates.folder import check_bundle
 from spdtool.export.gates.reference import DevSets, Reference, prepare_dev_sets
 from spdtool.export.graph.trace import cached_traces

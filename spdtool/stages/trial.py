@@ -16,7 +16,7 @@ from spdtool.models.layers import TESTED_FAMILIES
 from spdtool.recipe.fields import Recipe
 from spdtool.recipe.reading import make_smoke
 from spdtool.run.folder import Run
-from spdtool.stages import run_stage
+from spdtool.stages.run_stages import run_stage
 from spdtool.tasks.task import Task
 
 TRIED_STAGES = ("teacher", "prune", "distill", "finetune", "export")

@@ -19,17 +19,9 @@ from spdtool.errors import DeviceError, RunLocked, SpdError, first_line
 from spdtool.recipe import PHASES
 from spdtool.run.folder import Run
 from spdtool.run.records import StudentRow, SweepRecord
-from spdtool.sweep import (
-    RESULT,
-    Trial,
-    failed_row,
-    is_finished,
-    run_trial,
-    train_teacher,
-    trial_recipe,
-    unmeasured_row,
-)
 from spdtool.sweep.early_stopping import MedianStopping
+from spdtool.sweep.run_sweep import RESULT, failed_row, run_trial, train_teacher, unmeasured_row
+from spdtool.sweep.trials import Trial, is_finished, trial_recipe
 
 if TYPE_CHECKING:
     from types import ModuleType

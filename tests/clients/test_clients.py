@@ -30,7 +30,7 @@ from spdtool.errors import GateError
 from spdtool.export.bundle.layouts import write_layout
 from spdtool.export.bundle.manifest import read_manifest
 from spdtool.export.bundle.write import write_bundle
-from spdtool.export.gates import export_and_check
+from spdtool.export.gates.checked_export import export_and_check
 from spdtool.export.gates.reference import Reference, prepare_dev_sets
 from spdtool.export.target import get_target
 from spdtool.models.load import save_model

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from spdtool.data import tokens as data
 from spdtool.errors import GateError, RecipeError
 from spdtool.export import onnx_session
-from spdtool.export.gates import export_and_check
+from spdtool.export.gates.checked_export import export_and_check
 from spdtool.export.gates.reference import DevSets, Reference
 from spdtool.export.gates.score import DevComparison, compare_predictions
 from spdtool.export.graph import fp16, trace

@@ -15,27 +15,29 @@ from typing import Any
 
 import pytest
 
-from spdtool import plugins, sweep
+from spdtool import plugins
 from spdtool.errors import DeviceError
 from spdtool.run.lock import lock_folder
 from spdtool.run.records import StudentRow
 from spdtool.sweep import on_ray as cluster
 from spdtool.sweep import summary
 from spdtool.sweep.on_ray import Cluster
+from spdtool.sweep.run_sweep import run_in_turn, run_sweep, run_trial
+from spdtool.sweep.trials import Trial, plan_trials
 
 SETS = (
     *(f"{stage}.max_steps=6" for stage in ("teacher", "prune", "distill", "finetune")),
     *("max_rows=64", "max_length=16", "prune.events=2", "device=cpu"),
     "teacher.accept=true",  # six steps teach nothing
 )
-Make = Callable[..., list[sweep.Trial]]
+Make = Callable[..., list[Trial]]
 
 
 @pytest.fixture
 def planned(tmp_path: Path) -> Make:
-    def make(folder: str = "sweep", **how: Any) -> list[sweep.Trial]:
+    def make(folder: str = "sweep", **how: Any) -> list[Trial]:
         known: dict[str, Any] = {"recipes": ["gmp", "no-distillation"], "sparsities": [0.5], "seeds": [0]}
-        return sweep.plan_trials(**known | {"tasks": ["demo"], "out": tmp_path / folder, "sets": SETS} | how)
+        return plan_trials(**known | {"tasks": ["demo"], "out": tmp_path / folder, "sets": SETS} | how)
 
     return make
 
@@ -80,8 +82,8 @@ def gather(tmp_path: Path) -> Callable[[int], str]:
     return gather
 
 
-def run(trials: list[sweep.Trial], cluster: Any) -> list[StudentRow]:
-    return sweep.run_sweep(trials, Path(trials[0].out), lambda line: None, cluster)
+def run(trials: list[Trial], cluster: Any) -> list[StudentRow]:
+    return run_sweep(trials, Path(trials[0].out), lambda line: None, cluster)
 
 
 def without_seconds(rows: list[StudentRow]) -> list[dict[str, Any]]:
@@ -92,7 +94,7 @@ def without_seconds(rows: list[StudentRow]) -> list[dict[str, Any]]:
 def test_the_rows_are_those_of_a_sweep_in_turn(planned: Make, ray: Any) -> None:
     rows = run(planned("on ray"), Cluster())
     assert [row.status for row in rows] == ["done", "done"]
-    assert without_seconds(rows) == without_seconds(run(planned("in turn"), sweep.run_in_turn))
+    assert without_seconds(rows) == without_seconds(run(planned("in turn"), run_in_turn))
 
 
 @pytest.mark.slow
@@ -106,11 +108,11 @@ def test_a_worker_that_dies_is_started_again(planned: Make, ray: Any, monkeypatc
     trials = planned(recipes=["gmp"])
     mark = Path(trials[0].out) / "died"
 
-    def work(trial: sweep.Trial, stopping: Any, teacher: Any) -> StudentRow:
+    def work(trial: Trial, stopping: Any, teacher: Any) -> StudentRow:
         if not mark.exists():
             mark.touch()
             os._exit(1)
-        return sweep.run_trial(trial)
+        return run_trial(trial)
 
     monkeypatch.setattr("spdtool.sweep.on_ray.run_trial_in_worker", work)
     (row,) = run(trials, Cluster())
@@ -122,9 +124,9 @@ def test_a_worker_that_dies_is_started_again(planned: Make, ray: Any, monkeypatc
 def test_trials_run_on_every_node_of_a_cluster(
     planned: Make, nodes: Any, gather: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def work(trial: sweep.Trial, stopping: Any, teacher: Any) -> StudentRow:
+    def work(trial: Trial, stopping: Any, teacher: Any) -> StudentRow:
         gather(2)
-        return sweep.run_trial(trial)
+        return run_trial(trial)
 
     monkeypatch.setattr("spdtool.sweep.on_ray.run_trial_in_worker", work)
     sys.modules["ray"].shutdown()  # so that the cluster is found by its address
@@ -140,7 +142,7 @@ def test_trials_of_a_node_that_dies_go_on_elsewhere(
 ) -> None:
     held, doomed = tmp_path / "held", nodes.add_node()
 
-    def work(trial: sweep.Trial, stopping: Any, teacher: Any) -> StudentRow:
+    def work(trial: Trial, stopping: Any, teacher: Any) -> StudentRow:
         if gather(3) == doomed_id:
             trial.folder.mkdir(parents=True)
             with lock_folder(trial.folder):  # as a stage in progress holds it, until Ray's worker has ended too
@@ -183,7 +185,7 @@ def test_claims_that_no_machine_meets_any_longer_end_the_sweep(
 ) -> None:
     large = nodes.add_node(num_cpus=2)
 
-    def work(trial: sweep.Trial, stopping: Any, teacher: Any) -> None:
+    def work(trial: Trial, stopping: Any, teacher: Any) -> None:
         time.sleep(600)
 
     monkeypatch.setattr("spdtool.sweep.on_ray.run_trial_in_worker", work)
@@ -199,10 +201,10 @@ def test_claims_that_no_machine_meets_any_longer_end_the_sweep(
 def test_a_bug_in_a_trial_keeps_its_traceback_and_spares_the_others(
     planned: Make, ray: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def work(trial: sweep.Trial, stopping: Any, teacher: Any) -> StudentRow:
+    def work(trial: Trial, stopping: Any, teacher: Any) -> StudentRow:
         if trial.recipe == "gmp":
             raise ZeroDivisionError("nothing to divide by")
-        return sweep.run_trial(trial)
+        return run_trial(trial)
 
     monkeypatch.setattr("spdtool.sweep.on_ray.run_trial_in_worker", work)
     bad, good = run(planned(), Cluster())
@@ -232,9 +234,7 @@ def test_a_hopeless_trial_is_stopped_and_stays_stopped(planned: Make, ray: Any) 
     assert run(more, cluster) == rows
     (seen,) = summary.summarise(rows)
     assert (seen.stopped, seen.student.count) == (1, 0), "the mean of the others would flatter the recipe"
-    assert [row.status for row in run(more, sweep.run_in_turn)] == ["done", "done", "done"], (
-        "without the rule it goes on"
-    )
+    assert [row.status for row in run(more, run_in_turn)] == ["done", "done", "done"], "without the rule it goes on"
 
 
 def test_without_ray_the_message_says_what_to_install(planned: Make, monkeypatch: pytest.MonkeyPatch) -> None:

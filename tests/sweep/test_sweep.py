@@ -9,11 +9,14 @@ import signal
 
 import pytest
 
-from spdtool import console, sweep
+from spdtool import console
 from spdtool.errors import RecipeError, RunMismatch, UnknownName
+from spdtool.recipe import PHASES
 from spdtool.recipe import reading as recipe
 from spdtool.run.folder import Run
 from spdtool.stages import distill
+from spdtool.sweep.run_sweep import run_sweep, run_trial
+from spdtool.sweep.trials import data_by_task, plan_trials, scale_epochs
 
 QUICK = (
     *(f"{stage}.batch_size=16" for stage in ("teacher", "prune", "distill", "finetune")),
@@ -29,14 +32,14 @@ def planned(tmp_path, toy_task):
 
     def make(**how):
         known = {"recipes": ["default"], "sparsities": [0.5], "seeds": [0], "tasks": ["toy"], "epochs": 3}
-        return sweep.plan_trials(**known | {"out": tmp_path / "sweep", "sets": QUICK} | how)
+        return plan_trials(**known | {"out": tmp_path / "sweep", "sets": QUICK} | how)
 
     return make
 
 
 def run_all(trials):
     lines = []
-    rows = sweep.run_sweep(trials, trials[0].folder.parent.parent, lines.append)
+    rows = run_sweep(trials, trials[0].folder.parent.parent, lines.append)
     return rows, lines
 
 
@@ -65,7 +68,7 @@ def test_every_trial_is_a_run_with_the_teacher_of_its_task_and_seed(planned, tmp
 def test_a_line_for_each_trial_is_shown_and_nothing_of_its_stages(planned, capsys):
     console.configure()
     trials = planned()
-    sweep.run_sweep(trials, trials[0].folder.parent.parent, lambda line: console.say(console.escape(line)))
+    run_sweep(trials, trials[0].folder.parent.parent, lambda line: console.say(console.escape(line)))
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["[1/1] toy default 0.5 seed 0"]
 
 
@@ -139,7 +142,7 @@ def test_a_trial_that_fails_stands_in_the_table_and_the_others_go_on(planned, to
 
 def test_a_trial_is_a_plain_value_that_another_process_can_run(planned):
     (trial,) = planned()
-    row = sweep.run_trial(pickle.loads(pickle.dumps(trial)))
+    row = run_trial(pickle.loads(pickle.dumps(trial)))
     assert pickle.loads(pickle.dumps(row)) == row
     assert row.status == "done"
 
@@ -152,16 +155,16 @@ def test_epochs_are_scaled_to_the_same_sum_in_the_proportions_of_the_recipe():
         ("default", ["prune.epochs=0"], (0.0, 2.0, 2.0)),
     ]
     for name, sets, expected in examples:
-        scaled = sweep.scale_epochs(recipe.build_recipe(name, {"task": "mrpc"}, sets), 4)
+        scaled = scale_epochs(recipe.build_recipe(name, {"task": "mrpc"}, sets), 4)
         epochs = (scaled.prune.epochs, scaled.distill.epochs, scaled.finetune.epochs)
         assert epochs == pytest.approx(expected), (name, sets)
         assert sum(epochs) == pytest.approx(4), (name, sets)
 
 
-@pytest.mark.parametrize("sets", [["prune.epochs=3"], [f"{phase}.epochs=0" for phase in sweep.PHASES]])
+@pytest.mark.parametrize("sets", [["prune.epochs=3"], [f"{phase}.epochs=0" for phase in PHASES]])
 def test_epochs_that_have_no_common_measure_are_refused(sets):
     with pytest.raises(RecipeError, match="--epochs cannot scale"):
-        sweep.scale_epochs(recipe.build_recipe("default", {"task": "mrpc"}, sets), 4)
+        scale_epochs(recipe.build_recipe("default", {"task": "mrpc"}, sets), 4)
 
 
 def test_data_is_one_folder_for_all_tasks_or_a_folder_for_each(tmp_path):
@@ -173,13 +176,13 @@ def test_data_is_one_folder_for_all_tasks_or_a_folder_for_each(tmp_path):
         (f"SST-2={folder},CoLA={folder}/x", {"cola": f"{folder}/x", "sst2": folder}),
     ]
     for text, expected in examples:
-        assert sweep.data_by_task(text, ["cola", "sst2"]) == expected, text
+        assert data_by_task(text, ["cola", "sst2"]) == expected, text
 
 
 def test_data_of_no_task_of_the_sweep_is_refused():
     for text in ("rte=x", "cola=", "cola=x,sst2"):
         with pytest.raises(RecipeError, match="none of the sweep's tasks"):
-            sweep.data_by_task(text, ["cola", "sst2"])
+            data_by_task(text, ["cola", "sst2"])
 
 
 @pytest.mark.parametrize(

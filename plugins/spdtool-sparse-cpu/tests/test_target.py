@@ -17,7 +17,7 @@ from spdtool_sparse_cpu.target import SparseCpu
 from spdtool import plugins
 from spdtool.errors import DeviceError, GateError, ModelError
 from spdtool.export.bundle.manifest import write_manifest
-from spdtool.export.gates import ExportAttempt
+from spdtool.export.gates.checked_export import ExportAttempt
 from spdtool.export.gates.folder import check_folder
 from spdtool.export.gates.reference import Reference, prepare_dev_sets
 from spdtool.export.gates.weights import check_weight, check_weights

@@ -17,7 +17,7 @@ from onnx import numpy_helper
 
 from spdtool.errors import GateError
 from spdtool.export.bundle.manifest import digest_files, write_manifest
-from spdtool.export.gates import ExportAttempt
+from spdtool.export.gates.checked_export import ExportAttempt
 from spdtool.export.gates.folder import check_classifier, check_folder, open_classifier, predict_from_texts
 from spdtool.export.gates.reference import Reference, prepare_dev_sets
 from spdtool.export.gates.score import check_score

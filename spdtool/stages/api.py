@@ -1,0 +1,211 @@
+"""What Python calls: `compress` a model in one run folder, and `export_model` for any checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from spdtool import console, ranks
+from spdtool.errors import GateError
+from spdtool.recipe import STAGES
+from spdtool.recipe.fields import Recipe
+from spdtool.recipe.reading import request_recipe
+from spdtool.run.folder import Run, default_path
+from spdtool.run.forecast import Forecast, StageCost
+from spdtool.run.records import ExportedModel, Plan, Scores
+from spdtool.stages.run_stages import run_missing
+
+BUNDLE = "export/bundle"
+
+
+@dataclass(frozen=True)
+class CompressionResult:
+    """Result of `compress`.
+
+    Attributes:
+        run: the run folder.
+        finished: whether every stage that was asked for is done.
+        teacher, student: dev scores of the dense and of the sparse model, as far as they are trained.
+        sparsity: fraction of zeros in the student's prunable matrices.
+        bundle: folder to load or serve, where one was exported.
+        files: exported files, relative to `run`.
+        refused: target to the reason why its files were not shipped.
+        refusal: error of this call's export stage, if a target that the recipe demands was refused.
+    """
+
+    run: Path
+    finished: bool
+    teacher: Scores | None = None
+    student: Scores | None = None
+    sparsity: float | None = None
+    bundle: Path | None = None
+    files: tuple[Path, ...] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
+    refusal: GateError | None = None
+
+
+@dataclass(frozen=True)
+class ExportedCheckpoint:
+    """Result of `export_model`: the written folder, the target's name, and the figures of the checks."""
+
+    folder: Path
+    target: str
+    model: ExportedModel
+
+
+def compress(
+    task: str | None = None,
+    *,
+    sparsity: float | None = None,
+    model: str | Path | None = None,
+    teacher: str | Path | None = None,
+    data: str | Path | None = None,
+    text: Iterable[str] = (),
+    label: str | None = None,
+    recipe: str | Recipe | None = None,
+    seed: int | None = None,
+    device: str | None = None,
+    metric: str | None = None,
+    run: str | Path | None = None,
+    sets: Iterable[str] = (),
+    smoke: bool = False,
+    until: str = STAGES[-1],
+    on_plan: Callable[[Plan], None] | None = None,
+) -> CompressionResult:
+    """Run every stage that is missing: fine-tune a teacher, prune and distil a student, export and time both.
+
+    A run that was stopped goes on where it was; stages that are done are skipped. `compress(run=FOLDER)` goes on with
+    the recipe that the run has recorded.
+
+    Args:
+        task, sparsity, model, teacher, data, text, label, seed, device, metric, sets, smoke: see
+            `recipe.reading.request_recipe`.
+        recipe: name, TOML file, or a recipe that is used as it is; None: `default`, or that of `run`.
+        run: run folder; None: `runs/<task>-<sparsity>`.
+        until: last stage to run.
+        on_plan: called with the plan before anything is spent.
+
+    Raises:
+        SpdError: see `spdtool.errors`; what can be refused early is refused before the first stage.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = request_recipe(
+            task,
+            recipe=recipe,
+            sparsity=sparsity,
+            model=model,
+            teacher=teacher,
+            data=data,
+            text=text,
+            label=label,
+            seed=seed,
+            device=device,
+            metric=metric,
+            sets=sets,
+            smoke=smoke,
+            recorded=recorded_recipe(run),
+        )
+    path = Path(run) if run is not None else default_path(recipe)
+    wanted = STAGES[: STAGES.index(until) + 1]
+    forecast = Forecast()
+    # A launcher has planned, and checked, for its ranks.
+    if not ranks.has_launcher():
+        from spdtool.data.local import check_header
+
+        check_header(recipe)  # before torch is imported
+        from spdtool.stages.plan import make_plan
+
+        plan = make_plan(Run.for_recipe(path, recipe, dry=True))
+        if "export" in wanted:
+            from spdtool.export import onnx_session
+
+            onnx_session.require_onnxruntime()  # fail before hours are spent, not after
+        forecast = forecast_of(plan, wanted)
+        if on_plan is not None:
+            on_plan(plan)
+    # Opened anew: ranks that a launcher has started may have made stages meanwhile.
+    opened = Run.for_recipe(path, recipe)
+    with console.forecast_run(forecast):
+        refusal = run_missing(opened, wanted)
+    return _describe_result(opened, wanted, refusal)
+
+
+def recorded_recipe(run: str | Path | None) -> Recipe | None:
+    """Return the recipe of a run that exists, else None; raises RunError where its run.json cannot be read."""
+    if run is None or not (Path(run) / "run.json").is_file():
+        return None
+    return Run.open(run).recipe
+
+
+def forecast_of(plan: Plan, wanted: Iterable[str]) -> Forecast:
+    """Return the forecast of the stages of `wanted` that are not done."""
+    costs = {}
+    for stage in plan.stages:
+        estimate = stage.estimate
+        if stage.stage in wanted and estimate is not None:
+            costs[stage.stage] = StageCost(
+                estimate.steps, estimate.step_seconds, tuple(estimate.events), estimate.other_seconds
+            )
+    return Forecast(costs)
+
+
+def export_model(
+    checkpoint: str | Path,
+    target: str | None = None,
+    to: str | Path | None = None,
+    *,
+    task: str | None = None,
+    data: str | Path | None = None,
+    text: Iterable[str] = (),
+    label: str | None = None,
+    device: str | None = None,
+    sets: Iterable[str] = (),
+) -> ExportedCheckpoint:
+    """Export any fine-tuned classifier for a runtime, and check the files against the checkpoint.
+
+    Args:
+        target: export target; None: the first of the recipe, `onnx`.
+        to: folder to write; None: `./<checkpoint's name>-<target>`.
+        task, data, text, label: rows on which to compare the dev score too; without them, random tokens are compared.
+        sets: `--set` assignments such as `export.values=fp32`.
+
+    Raises:
+        SpdError: the checkpoint cannot be read, or the exported file is not the checkpoint; nothing is left of it.
+    """
+    from spdtool.export import onnx_session
+    from spdtool.stages.export import export_checkpoint
+
+    onnx_session.require_onnxruntime()
+    with_task = task is not None or data is not None
+    if not with_task:
+        task = "demo"  # only its recipe is used
+    recipe = request_recipe(task, data=data, text=text, label=label, device=device, sets=sets)
+    name = target or recipe.export.targets[0]
+    source = Path(checkpoint)
+    folder = Path(to) if to is not None else Path(f"{source.resolve().name}-{name}")
+    return ExportedCheckpoint(folder, name, export_checkpoint(source, name, folder, recipe, with_task=with_task))
+
+
+def _describe_result(run: Run, wanted: Iterable[str], refusal: GateError | None) -> CompressionResult:
+    finished = all(run.done(stage) for stage in wanted)
+    teacher = run.training_result("teacher").dev if run.done("teacher") else None
+    student, sparsity = None, None
+    if run.done("finetune"):
+        final = run.training_result("finetune")
+        student, sparsity = final.dev, final.sparsity
+    if not run.done("export"):
+        return CompressionResult(run.path, finished, teacher, student, sparsity)
+    files = [Path("export") / file.path for file in run.record("export").files]
+    bundle = run.path / BUNDLE
+    return CompressionResult(
+        run.path,
+        finished,
+        teacher,
+        student,
+        sparsity,
+        bundle if bundle.is_dir() else None,
+        tuple(files),
+        run.export_result().refused,
+        refusal,
+    )

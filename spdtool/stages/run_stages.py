@@ -1,0 +1,55 @@
+"""Run one stage, or every stage that is missing."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable
+
+from spdtool import console, ranks
+from spdtool.errors import GateError
+from spdtool.recipe import STAGES
+from spdtool.recipe.fields import Distilled
+from spdtool.run.folder import Run
+from spdtool.run.records import Result, TrainingResult
+
+
+def run_missing(run: Run, wanted: Iterable[str] = STAGES) -> GateError | None:
+    """Run every stage of `wanted` that is not done, as far as this process works on it.
+
+    Returns:
+        The error of a finished export stage in which a demanded target was refused: nothing later needs it.
+    """
+    refusal = None
+    for stage in wanted:
+        # A rank other than the main one has no work after training.
+        if not ranks.works_on(stage):
+            break
+        if run.done(stage):
+            console.say(f"[dim]{stage}: done, skipped[/]")
+            continue
+        try:
+            run_stage(run, stage)
+        except GateError as error:
+            if not run.done(stage):
+                raise
+            refusal = error
+    return refusal
+
+
+def run_stage(run: Run, stage: str) -> Result:
+    """Run one stage, announce it, and return its result; raises as the stage does."""
+    title = console.phase_title(stage)
+    section = run.recipe.section(stage)
+    if isinstance(section, Distilled) and not section.grafting.enabled:
+        title += "; grafting: off in this recipe"
+    console.begin_stage(stage, title)
+    # By name: importing every stage would import torch for a run whose stages are all done.
+    function: Callable[[Run], Result] = getattr(importlib.import_module(f"spdtool.stages.{stage}"), stage)
+    result = function(run)
+    line = f"{stage}: done in {run.record(stage).seconds:,.0f} s"
+    if isinstance(result, TrainingResult):
+        line += f"; dev {console.format_scores(result.dev)}"
+        if result.sparsity is not None:
+            line += f"; sparsity {result.sparsity:.4f}"
+    console.say(line)
+    return result
