@@ -1,0 +1,95 @@
+"""Typed contents of the JSON files of a run: stage.json, run.json, the plan, manifest.json, bench.json, sweep.json.
+
+There is one module for each subject. Whoever writes such a file fills one of these models; whoever reads one goes by
+attribute. A field that this version does not know is ignored, one of a wrong type makes the file unreadable.
+"""
+
+from spdtool.run.records.base import (
+    Cell,
+    DataRecord,
+    FileDigest,
+    FileRecord,
+    LibraryRecord,
+    MachineRecord,
+    Record,
+    Role,
+    Scores,
+)
+from spdtool.run.records.bench import (
+    BenchEnvironment,
+    BenchFile,
+    BenchResult,
+    EngineRecord,
+    LatencyRecord,
+    LedgerEntry,
+    MachinePeak,
+    ProductTimes,
+    Ratio,
+    ShapeRounds,
+    SpeedFactors,
+    Table,
+)
+from spdtool.run.records.export import ExportedModel, ExportResult, TargetExport, describe_prediction_change
+from spdtool.run.records.manifest import BundleManifest, FolderManifest, GoldenExamples, GoldenRow, Padding, Variant
+from spdtool.run.records.plan import Plan, ResourceEstimate, StageEstimate, StagePlan, WeightCounts
+from spdtool.run.records.stage import Result, RunRecord, StageRecord
+from spdtool.run.records.sweep import StudentRow, SweepRecord, difference
+from spdtool.run.records.training import (
+    ClassScores,
+    Evaluation,
+    FitResult,
+    IntermediateStudent,
+    TrainingResult,
+    ZeroCount,
+)
+
+__all__ = [
+    "BenchEnvironment",
+    "BenchFile",
+    "BenchResult",
+    "BundleManifest",
+    "Cell",
+    "ClassScores",
+    "DataRecord",
+    "EngineRecord",
+    "Evaluation",
+    "ExportResult",
+    "ExportedModel",
+    "FileDigest",
+    "FileRecord",
+    "FitResult",
+    "FolderManifest",
+    "GoldenExamples",
+    "GoldenRow",
+    "IntermediateStudent",
+    "LatencyRecord",
+    "LedgerEntry",
+    "LibraryRecord",
+    "MachinePeak",
+    "MachineRecord",
+    "Padding",
+    "Plan",
+    "ProductTimes",
+    "Ratio",
+    "Record",
+    "ResourceEstimate",
+    "Result",
+    "Role",
+    "RunRecord",
+    "Scores",
+    "ShapeRounds",
+    "SpeedFactors",
+    "StageEstimate",
+    "StagePlan",
+    "StageRecord",
+    "StudentRow",
+    "SweepRecord",
+    "Table",
+    "TargetExport",
+    "TrainingResult",
+    "Variant",
+    "WeightCounts",
+    "ZeroCount",
+    "describe_prediction_change",
+    "difference",
+]

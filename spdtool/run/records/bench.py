@@ -1,0 +1,203 @@
+"""What the bench stage records, and the contents of bench.json."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from spdtool.run.records.base import Cell, MachineRecord, Record
+
+
+class Ratio(Record):
+    """How many times faster: the median over paired rounds, and its 95 % interval."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f}x ({self.low:.2f}x to {self.high:.2f}x)"
+
+
+class Table(Record):
+    """A table of the report or the terminal."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[Cell]]
+
+
+class LatencyRecord(Record):
+    """One engine at one shape with one number of threads: percentiles in milliseconds, throughput, ratio.
+
+    Attributes:
+        shape: as text. real: lengths without padding, empty where there is none.
+        min: fastest single batch. ratio: against the dense teacher, in the form `dense`.
+    """
+
+    engine: str
+    provider: str
+    threads: int
+    shape: str
+    batch: int
+    length: int
+    real: list[int]
+    p50: float
+    p90: float
+    p95: float
+    p99: float
+    rows_per_second: float
+    min: float
+    rounds: int
+    ratio: Ratio
+    dense: str
+
+
+class ProductTimes(Record):
+    """One matrix times a number of tokens: microseconds and operations a second, dense and sparse, and the bound.
+
+    `ratio`: how many times faster the sparse product is; None without a sparse form. `bound_by`: flops or bandwidth.
+    """
+
+    dense_us: float
+    dense_flops: float
+    sparse_us: float | None
+    sparse_flops: float | None
+    ratio: float | None
+    bound_us: float
+    bound_by: str
+
+
+class LedgerEntry(Record):
+    """One pruned matrix in the bench's ledger; `products` by number of tokens."""
+
+    name: str
+    layer: str
+    rows: int
+    columns: int
+    nonzeros: int
+    density: float
+    dense_bytes: int
+    sparse_bytes: int | None
+    products: dict[int, ProductTimes]
+
+
+class MachinePeak(Record):
+    """Highest measured operations a second and bytes a second."""
+
+    flops: float
+    bandwidth: float
+
+    def __str__(self) -> str:
+        return f"{self.flops / 1e9:.1f} GFLOP/s, {self.bandwidth / 1e9:.1f} GB/s"
+
+
+class BenchEnvironment(MachineRecord):
+    """Where a bench ran; `peaks` by number of threads, where the machine was measured."""
+
+    threads: list[int]
+    provider: str
+    peaks: dict[int, MachinePeak] = Field(default_factory=dict)  # empty on a GPU, and without a ledger
+
+    def lines(self) -> list[tuple[str, str]]:
+        """Describe the environment as names and texts."""
+        lines = super().lines()
+        lines += [("threads", " and ".join(map(str, self.threads))), ("provider", self.provider)]
+        lines += [(f"peak with {count} threads", str(peak)) for count, peak in self.peaks.items()]
+        return lines
+
+
+class ShapeRounds(Record):
+    """Milliseconds of every counted round at one shape; `least`: of the fastest single batch."""
+
+    batch: int
+    length: int
+    real: list[int] | tuple[int, ...]
+    ms: list[float]
+    least: float
+
+
+class EngineRecord(Record):
+    """One timed engine in bench.json; see `bench.latency.Engine` and `Timing`."""
+
+    name: str
+    kind: str
+    threads: int
+    vocabulary: int
+    pad: int
+    fused: bool
+    compiled: bool
+    baseline: bool
+    optional: bool
+    provider: str
+    nodes: dict[str, dict[str, int]] | None
+    resident_bytes: int
+    peak_bytes: int
+    rounds: list[ShapeRounds]
+
+
+class BenchFile(Record):
+    """Contents of bench.json: every round of every engine, the ledger and the machine."""
+
+    environment: BenchEnvironment
+    engines: list[EngineRecord]
+    ledger: list[LedgerEntry]
+
+
+class SpeedFactors(Record):
+    """Where the speed of a sparse form comes from; the product of the factors is the whole ratio.
+
+    Attributes:
+        fusion: what the form's operators give to dense float32 weights.
+        padding: what leaving padding out adds; 1 over a grid without padding.
+        rounding: what the stored form of the weights adds.
+        zeros: what the zeros add. zeros_ratio: the same as a median of paired rounds, with its interval.
+    """
+
+    fusion: float
+    padding: float
+    rounding: float
+    zeros: float
+    zeros_ratio: Ratio
+
+    @property
+    def whole(self) -> float:
+        """The product of the factors."""
+        return self.fusion * self.padding * self.rounding * self.zeros
+
+
+class BenchResult(Record):
+    """Result of the bench stage.
+
+    Attributes:
+        columns, rows: the table that a run ends with. tables: further ones.
+        verdict: what was measured, in sentences.
+        best: engine of the best form of the student. size: how many times smaller than the teacher its files are.
+        speeds: number of threads to how many times faster than the teacher it is.
+        caveats: number of threads to why that ratio says little.
+        factors: number of threads to where that speed comes from; empty for a plain file, which has only zeros.
+        latency: every engine at every shape. ledger: every pruned matrix alone.
+    """
+
+    columns: list[str]
+    rows: list[list[Cell]]
+    tables: list[Table]
+    verdict: list[str]
+    speeds: dict[int, Ratio]
+    caveats: dict[int, str]
+    factors: dict[int, SpeedFactors] = Field(default_factory=dict)
+    size: float
+    best: str
+    provider: str
+    latency: list[LatencyRecord]
+    ledger: list[LedgerEntry]
+    environment: BenchEnvironment
+
+    @property
+    def threads(self) -> int:
+        """Fewest threads that were timed: the headline is theirs."""
+        return min(self.speeds)
+
+    @property
+    def speed(self) -> Ratio:
+        """How many times faster the best form of the student is, with the fewest threads."""
+        return self.speeds[self.threads]
