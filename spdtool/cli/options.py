@@ -188,15 +188,19 @@ def command(function: Command) -> Command:
     """Register `function` as a command of its name.
 
     Its value is printed as JSON with `--json`; errors of the user lose their traceback. Every command also gets
-    --plugins-dir and --json; a parameter `options` becomes the options that make a recipe.
+    --plugins-dir and --json. A parameter whose type is a dataclass, such as `RecipeOptions`, becomes the options that
+    are its fields.
     """
     signature = inspect.signature(function, eval_str=True)
     # Typer reads the options from the signature: the wrapper gets one that lists them all.
-    makes_recipe = "options" in signature.parameters
-    parameters = dict(signature.parameters)
-    if makes_recipe:
-        del parameters["options"]
-        parameters = {**inspect.signature(RecipeOptions, eval_str=True).parameters, **parameters}
+    groups: dict[str, type[Any]] = {}
+    parameters: dict[str, inspect.Parameter] = {}
+    for name, parameter in signature.parameters.items():
+        if dataclasses.is_dataclass(parameter.annotation):
+            groups[name] = parameter.annotation
+            parameters |= inspect.signature(parameter.annotation, eval_str=True).parameters
+        else:
+            parameters[name] = parameter
     parameters |= inspect.signature(_shared_options, eval_str=True).parameters
 
     @functools.wraps(function)
@@ -204,9 +208,9 @@ def command(function: Command) -> Command:
         console.configure(as_json=as_json)  # first: errors are printed the same way
         with _exit_on_error():
             plugins.use_folder(plugins_dir)
-            if makes_recipe:
-                fields = [field.name for field in dataclasses.fields(RecipeOptions)]
-                options["options"] = RecipeOptions(**{field: options.pop(field) for field in fields})
+            for name, group in groups.items():
+                fields = [field.name for field in dataclasses.fields(group)]
+                options[name] = group(**{field: options.pop(field) for field in fields})
             value = function(**options)
             # None: the command has printed its rows one by one.
             if value is not None:

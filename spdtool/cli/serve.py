@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,21 +21,26 @@ if TYPE_CHECKING:
 LISTED_LINES = 20  # numbers of unlabelled lines in the closing warning
 
 BundleFolder = Annotated[Path, typer.Argument(help="A run, its bundle, or any exported folder.")]
-Variant = Annotated[
-    str | None, typer.Option(help="Variant of the model, such as onnx or onnx-int8.", show_default="best here")
-]
-Provider = Annotated[str, typer.Option(help="cpu or cuda.")]
 Threads = Annotated[int, typer.Option(help="Threads of one operator; 0: as many as there are cores.")]
-Unverified = Annotated[
-    bool, typer.Option("--unverified", help="Open a folder without manifest.json too, such as one of others.")
-]
 
 
-@command
-def predict(
-    bundle: BundleFolder,
-    text: Annotated[str | None, typer.Argument(help="Text to classify; or give --input.")] = None,
-    pair: Annotated[str | None, typer.Option(help="Its second text, for a task of pairs.")] = None,
+@dataclass(frozen=True)
+class OpenOptions:
+    """How a model is opened."""
+
+    variant: Annotated[
+        str | None, typer.Option(help="Variant of the model, such as onnx or onnx-int8.", show_default="best here")
+    ] = None
+    provider: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu"
+    unverified: Annotated[
+        bool, typer.Option("--unverified", help="Open a folder without manifest.json too, such as one of others.")
+    ] = False
+
+
+@dataclass(frozen=True)
+class InputOptions:
+    """Where texts are read from, and how."""
+
     source: Annotated[
         str | None,
         typer.Option(
@@ -42,11 +48,11 @@ def predict(
             help="A csv, tsv, jsonl or parquet file with named columns, or lines of a text, a pair (tab) or a JSON "
             "object; - is stdin.",
         ),
-    ] = None,
+    ] = None
     columns: Annotated[
         str | None,
         typer.Option("--text", help="Text columns of --input, one or two: a,b.", show_default="those of the training"),
-    ] = None,
+    ] = None
     line_format: Annotated[
         str | None,
         typer.Option(
@@ -54,18 +60,57 @@ def predict(
             help="Format of lines without a header: text, tsv or jsonl.",
             show_default="as the file ends or looks",
         ),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows that are computed at once.")] = 32,
-    variant: Variant = None,
-    provider: Provider = "cpu",
+    ] = None
+    batch_size: Annotated[int, typer.Option(help="Rows that are computed at once.")] = 32
+
+
+@dataclass(frozen=True)
+class ListenOptions:
+    """Where a server listens, to whom, and what it says of it."""
+
+    port: Annotated[int, typer.Option(help="Port to listen to; 0: any free one.")] = 8000
+    host: Annotated[str, typer.Option(help="Address to listen to; the default is this machine alone.")] = "127.0.0.1"
+    name: Annotated[str | None, typer.Option(help="Name of the model in paths.", show_default="its run's")] = None
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Name in the header Host to answer; may be given again, and * is any.",
+            show_default="this machine's own names, or any if other machines can reach --host",
+        ),
+    ] = None
+    access_log: Annotated[bool, typer.Option("--access-log", help="Print a line for every request.")] = False
+
+
+@dataclass(frozen=True)
+class LimitOptions:
+    """What clients of a server may cost."""
+
+    batch: Annotated[int, typer.Option("--max-batch", help="Most rows of a batch.", min=1)] = 16
+    wait: Annotated[float, typer.Option("--max-wait-ms", help="Longest wait of a row for others.", min=0)] = 2.0
+    queue: Annotated[int, typer.Option("--max-queue", help="Most rows that wait; more get a 503.", min=1)] = 4096
+    texts: Annotated[int, typer.Option("--max-texts", help="Most texts of one request.", min=1)] = 512
+    body: Annotated[int, typer.Option("--max-body", help="Most bytes of one request.", min=1)] = 2**20
+    connections: Annotated[
+        int,
+        typer.Option("--max-connections", help="Most connections at once; then the longest idle one gives way.", min=1),
+    ] = 512
+
+
+@command
+def predict(
+    bundle: BundleFolder,
+    reading: InputOptions,
+    opening: OpenOptions,
+    text: Annotated[str | None, typer.Argument(help="Text to classify; or give --input.")] = None,
+    pair: Annotated[str | None, typer.Option(help="Its second text, for a task of pairs.")] = None,
     threads: Threads = 0,
-    unverified: Unverified = False,
 ) -> Any:
     """Label texts with an exported model: label and probability, a line for each; JSON lines with --json."""
     from spdtool.export.classifier import load
     from spdtool.serving.inputs import open_input
     from spdtool.serving.predict import FORMATS, InputLine, predict_lines
 
+    source, line_format = reading.source, reading.line_format
     if text is None and source is None:
         raise RecipeError("neither a text nor --input was given", "give one of them; `--input -` reads standard input")
     if text is not None and source is not None:
@@ -74,16 +119,16 @@ def predict(
         raise RecipeError("--pair belongs to a text", "lines have their pair after a tab, or as JSON")
     if line_format is not None and line_format not in FORMATS:
         raise UnknownName("format", line_format, FORMATS)
-    if columns is not None and source is None:
+    if reading.columns is not None and source is None:
         raise RecipeError("--text names columns of --input", "leave it out")
-    column_names = tuple(name.strip() for name in (columns or "").split(",") if name.strip())
-    classify = load(bundle, variant=variant, provider=provider, threads=threads, unverified=unverified)
+    column_names = tuple(name.strip() for name in (reading.columns or "").split(",") if name.strip())
+    classify = load(bundle, threads=threads, **asdict(opening))
     opened: AbstractContextManager[Iterable[InputLine]] = nullcontext([InputLine(1, text or "", pair)])
     if source is not None:
         opened = open_input(source, classify, line_format, column_names)
     unlabelled = []
     with opened as lines:
-        for prediction in predict_lines(classify, lines, batch_size):
+        for prediction in predict_lines(classify, lines, reading.batch_size):
             if "error" in prediction:
                 unlabelled.append(prediction["line"])
                 console.warn(f"line {prediction['line']} {prediction['error']}")
@@ -114,50 +159,30 @@ def prediction_text(prediction: Mapping[str, Any]) -> str:
 @command
 def serve(
     bundle: BundleFolder,
-    port: Annotated[int, typer.Option(help="Port to listen to; 0: any free one.")] = 8000,
-    host: Annotated[str, typer.Option(help="Address to listen to; the default is this machine alone.")] = "127.0.0.1",
-    name: Annotated[str | None, typer.Option(help="Name of the model in paths.", show_default="its run's")] = None,
-    batch: Annotated[int, typer.Option("--max-batch", help="Most rows of a batch.", min=1)] = 16,
-    wait: Annotated[float, typer.Option("--max-wait-ms", help="Longest wait of a row for others.", min=0)] = 2.0,
-    queue: Annotated[int, typer.Option("--max-queue", help="Most rows that wait; more get a 503.", min=1)] = 4096,
-    texts: Annotated[int, typer.Option("--max-texts", help="Most texts of one request.", min=1)] = 512,
-    body: Annotated[int, typer.Option("--max-body", help="Most bytes of one request.", min=1)] = 2**20,
+    listening: ListenOptions,
+    limits: LimitOptions,
+    opening: OpenOptions,
     workers: Annotated[
         int, typer.Option(help="Batches that are computed at once.", min=0, show_default="one a thread, at most 4")
     ] = 0,
-    variant: Variant = None,
-    provider: Provider = "cpu",
     threads: Annotated[
         int, typer.Option(help="Threads of all workers together; 0: as many as there are cores.", min=0)
     ] = 0,
-    allow_host: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Name in the header Host to answer; may be given again, and * is any.",
-            show_default="this machine's own names, or any if other machines can reach --host",
-        ),
-    ] = None,
-    access_log: Annotated[bool, typer.Option("--access-log", help="Print a line for every request.")] = False,
-    unverified: Unverified = False,
 ) -> Any:
     """Serve a bundle over HTTP: KServe v2, a plain /predict, and /metrics; ends cleanly on SIGTERM."""
-    from dataclasses import asdict
-
     from spdtool.serving import server
 
     options = server.ServerOptions(
-        host,
-        port,
-        name,
-        limits={"batch": batch, "wait": wait / 1000, "queue": queue, "texts": texts},
-        connection_limits={"body": body},
+        listening.host,
+        listening.port,
+        listening.name,
+        limits={"batch": limits.batch, "wait": limits.wait / 1000, "queue": limits.queue, "texts": limits.texts},
+        connection_limits={"body": limits.body, "connections": limits.connections},
         workers=workers,
         threads=threads,
-        provider=provider,
-        variant=variant,
-        allowed_hosts=tuple(allow_host or ()),
-        access_log=access_log,
-        unverified=unverified,
+        allowed_hosts=tuple(listening.allow_host or ()),
+        access_log=listening.access_log,
+        **asdict(opening),
     )
     return asdict(server.serve_bundle(bundle, options))
 
