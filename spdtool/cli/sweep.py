@@ -59,7 +59,7 @@ def sweep(
     from spdtool.report.figures import save_pareto_figures
     from spdtool.sweep import summary
     from spdtool.sweep.run_sweep import run_sweep
-    from spdtool.sweep.trials import plan_trials
+    from spdtool.sweep.trials import Sweep, plan_trials
 
     # Fail before hours are spent, not after.
     if bench:
@@ -67,7 +67,7 @@ def sweep(
 
         onnx_session.require_onnxruntime()
     runner = _choose_runner(ray, cpus, gpus, behind)
-    planned = plan_trials(
+    request = Sweep(
         recipes=_require_words("--recipes", recipes),
         sparsities=_parse_numbers("--sparsities", sparsities, float),
         seeds=_parse_numbers("--seeds", seeds, int),
@@ -79,7 +79,7 @@ def sweep(
         epochs=epochs,
         bench=bench,
     )
-    rows = run_sweep(planned, out, lambda line: console.say(console.escape(line)), runner)
+    rows = run_sweep(plan_trials(request), out, lambda line: console.say(console.escape(line)), runner)
     save_pareto_figures(rows, out)
     summaries = summary.summarise(rows)
     if summaries:

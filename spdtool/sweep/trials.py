@@ -53,36 +53,42 @@ class Trial:
         return STAGES if self.bench else TRAINING
 
 
-def plan_trials(
-    *,
-    recipes: Iterable[str],
-    sparsities: Iterable[float],
-    seeds: Iterable[int],
-    tasks: Iterable[str],
-    out: Path,
-    data: str | None = None,
-    model: str | None = None,
-    sets: Sequence[str] = (),
-    epochs: float | None = None,
-    bench: bool = False,
-) -> list[Trial]:
-    """Return the trials of a sweep, those that share a teacher one after the other; nothing is written.
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """What a sweep compares: every recipe at every sparsity with every seed, on every task.
 
-    Args:
+    Attributes:
         data: a folder that holds a folder for each task, or `task=path,...`.
+        sets, epochs, bench: of every trial, see `Trial`.
+    """
+
+    recipes: Sequence[str]
+    sparsities: Sequence[float]
+    seeds: Sequence[int]
+    tasks: Sequence[str]
+    out: Path
+    data: str | None = None
+    model: str | None = None
+    sets: Sequence[str] = ()
+    epochs: float | None = None
+    bench: bool = False
+
+
+def plan_trials(sweep: Sweep) -> list[Trial]:
+    """Return the trials of a sweep, those that share a teacher one after the other; nothing is written.
 
     Raises:
         RecipeError: an unknown recipe, task or field, or one that the sweep decides itself.
         RunMismatch: a finished stage of a trial or of a teacher was made by another recipe.
     """
-    _refuse_decided(sets)
-    recipe_names = _find_recipes(recipes)
-    task_names = list(dict.fromkeys(name.lower() for name in tasks))
-    data_paths = data_by_task(data, task_names)
-    sparsities = tuple(dict.fromkeys(sparsities))
+    _refuse_decided(sweep.sets)
+    recipe_names = _find_recipes(sweep.recipes)
+    task_names = list(dict.fromkeys(name.lower() for name in sweep.tasks))
+    data_paths = data_by_task(sweep.data, task_names)
+    sparsities = tuple(dict.fromkeys(sweep.sparsities))
     trials = []
     for task in task_names:
-        for seed in dict.fromkeys(seeds):
+        for seed in dict.fromkeys(sweep.seeds):
             for recipe in recipe_names:  # inside a seed: trials that share a teacher follow it
                 for sparsity in sparsities:
                     trial = Trial(
@@ -90,12 +96,12 @@ def plan_trials(
                         recipe,
                         sparsity,
                         seed,
-                        out=os.path.abspath(out),
+                        out=os.path.abspath(sweep.out),
                         data=data_paths[task],
-                        model=model and _make_absolute(model),
-                        sets=tuple(sets),
-                        epochs=epochs,
-                        bench=bench,
+                        model=sweep.model and _make_absolute(sweep.model),
+                        sets=tuple(sweep.sets),
+                        epochs=sweep.epochs,
+                        bench=sweep.bench,
                     )
                     _check(trial)
                     trials.append(trial)

@@ -23,7 +23,7 @@ from spdtool.sweep import on_ray as cluster
 from spdtool.sweep import summary
 from spdtool.sweep.on_ray import Cluster
 from spdtool.sweep.run_sweep import run_in_turn, run_sweep, run_trial
-from spdtool.sweep.trials import Trial, plan_trials
+from spdtool.sweep.trials import Sweep, Trial, plan_trials
 
 SETS = (
     *(f"{stage}.max_steps=6" for stage in ("teacher", "prune", "distill", "finetune")),
@@ -37,7 +37,7 @@ Make = Callable[..., list[Trial]]
 def planned(tmp_path: Path) -> Make:
     def make(folder: str = "sweep", **how: Any) -> list[Trial]:
         known: dict[str, Any] = {"recipes": ["gmp", "no-distillation"], "sparsities": [0.5], "seeds": [0]}
-        return plan_trials(**known | {"tasks": ["demo"], "out": tmp_path / folder, "sets": SETS} | how)
+        return plan_trials(Sweep(**known | {"tasks": ["demo"], "out": tmp_path / folder, "sets": SETS} | how))
 
     return make
 

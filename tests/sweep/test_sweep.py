@@ -16,7 +16,7 @@ from spdtool.recipe import reading as recipe
 from spdtool.run.folder import Run
 from spdtool.stages import distill
 from spdtool.sweep.run_sweep import run_sweep, run_trial
-from spdtool.sweep.trials import data_by_task, plan_trials, scale_epochs
+from spdtool.sweep.trials import Sweep, data_by_task, plan_trials, scale_epochs
 
 QUICK = (
     *(f"{stage}.batch_size=16" for stage in ("teacher", "prune", "distill", "finetune")),
@@ -32,7 +32,7 @@ def planned(tmp_path, toy_task):
 
     def make(**how):
         known = {"recipes": ["default"], "sparsities": [0.5], "seeds": [0], "tasks": ["toy"], "epochs": 3}
-        return plan_trials(**known | {"out": tmp_path / "sweep", "sets": QUICK} | how)
+        return plan_trials(Sweep(**known | {"out": tmp_path / "sweep", "sets": QUICK} | how))
 
     return make
 
