@@ -21,8 +21,9 @@ from spdtool.data.tokens import Encoded
 from spdtool.errors import GateError, ModelError, first_line
 from spdtool.export.bundle.manifest import read_manifest
 from spdtool.export.bundle.read import longest_input, read_golden_examples
-from spdtool.export.classifier import Classifier, load, read_tokenizer
+from spdtool.export.classifier import Classifier, load
 from spdtool.export.gates.reference import DevLogits, DevSets, Reference
+from spdtool.export.model_files import read_tokenizer
 from spdtool.export.target import Target
 from spdtool.export.token_rows import TokenRow
 from spdtool.models.load import load_tokenizer
