@@ -40,11 +40,12 @@ MOSTLY_REAL = 0.8  # above this share of real tokens there is too little padding
 MIB = 2**20
 NO_DIFFERENCE = "no difference beyond the noise."
 TIMING_NOTE = (
-    "Speed is against the dense teacher in onnxruntime, fused or not, whichever is faster at that shape. A figure is "
-    "of turns: the median of the batches that fit into ten milliseconds, or one that takes longer. `min` is the "
-    "fastest single batch. Milliseconds of the first table are those with all its threads, the last number of them. A "
-    "mean over the grid leaves the padded shapes out. `dense` behind the name of a form is the dense teacher, without "
-    "a zero, through the same operators, and `dense fp32` with unrounded weights."
+    "`speed` is how many times as fast an engine is as the dense teacher in onnxruntime: fused or not, whichever is "
+    "faster at that shape. In each round the engines take turns. A turn repeats a batch for ten milliseconds, or runs "
+    "it once where that takes longer, and its median counts. `min` is the fastest single batch of all rounds. "
+    "Milliseconds in the first table are those with the most threads. Means over the grid leave padded shapes out. "
+    "An engine whose name ends in `dense` runs the dense teacher, which has no zeros, through the operators of that "
+    "form; in `dense fp32` its weights are not rounded."
 )
 
 
