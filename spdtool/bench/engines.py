@@ -30,6 +30,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
+from spdtool import plugins
 from spdtool.errors import SpdError, first_line
 from spdtool.export import onnx_session
 
@@ -59,9 +60,10 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Engine:
-    """A model file in onnxruntime, or a checkpoint in torch.
+    """A model file in onnxruntime, a checkpoint in torch, or an exported folder that only its target can open.
 
     Attributes:
+        path: the model file, or the folder.
         vocabulary: tokens are drawn from [0, vocabulary), without `pad`.
         provider: `cpu` or `cuda`; a process that cannot have it fails.
         threads: threads of one operator; 0: all cores.
@@ -70,11 +72,12 @@ class Engine:
         compiled: torch.compile; off: eager.
         baseline: the dense model that ratios refer to; of several, the fastest at each shape.
         optional: it may be missing on this machine; the report says so.
+        target: export target whose `session` opens the folder, of the kind `session`.
         command: program that runs the engine; empty: this module.
     """
 
     name: str
-    kind: Literal["onnxruntime", "torch"]
+    kind: Literal["onnxruntime", "torch", "session"]
     path: str
     vocabulary: int
     pad: int = 0
@@ -85,6 +88,7 @@ class Engine:
     compiled: bool = False
     baseline: bool = False
     optional: bool = False
+    target: str = ""
     command: tuple[str, ...] = ()
 
 
@@ -108,6 +112,7 @@ class EngineProcess:
             stdout=subprocess.PIPE,
             stderr=self.stderr,
             text=True,
+            env=_child_environment(),
         )
         # A thread reads the answers, because a blocking read of a pipe knows no timeout.
         self.answers: queue.Queue[str | None] = queue.Queue()
@@ -188,7 +193,7 @@ def run_engine(requests: Iterable[str], answer: Callable[[Answer], None]) -> Non
             if "open" in request:
                 opened = None  # free what the last number of threads held
                 engine = Engine(**request["open"])
-                opened = open_torch(engine) if engine.kind == "torch" else open_onnxruntime(engine)
+                opened = OPENERS[engine.kind](engine)
                 resident = memory_bytes("VmRSS")
                 answer({"provider": opened.provider, "nodes": opened.nodes, "resident": resident})
             elif "close" in request:
@@ -283,6 +288,29 @@ def open_torch(engine: Engine) -> OpenEngine:
     return OpenEngine(run, f"torch {engine.provider}", None)
 
 
+def open_target(engine: Engine) -> OpenEngine:
+    """Open an exported folder with its target's own method."""
+    from spdtool.export.target import get_target
+
+    forward = get_target(engine.target).session(Path(engine.path), engine.provider, engine.threads)
+    return OpenEngine(forward, f"{engine.target} {engine.provider}", None)
+
+
+OPENERS: dict[str, Callable[[Engine], OpenEngine]] = {
+    "onnxruntime": open_onnxruntime,
+    "torch": open_torch,
+    "session": open_target,
+}
+
+
+def _child_environment() -> dict[str, str]:
+    """The environment of an engine's process, which loads the same plugins as this one."""
+    folder = plugins.plugin_folder()
+    if folder is None:
+        return dict(os.environ)
+    return {**os.environ, "SPDTOOL_PLUGINS": str(folder)}
+
+
 def answer_stdin(work: Callable[[Iterable[str], Callable[[Answer], None]], None]) -> None:
     """Let `work` answer the lines of standard input.
 
@@ -299,4 +327,5 @@ def answer_stdin(work: Callable[[Iterable[str], Callable[[Answer], None]], None]
 
 
 if __name__ == "__main__":
+    plugins.use_folder(None)  # that of the environment
     answer_stdin(run_engine)

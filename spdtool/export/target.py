@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from spdtool import plugins
 from spdtool.errors import PluginError, RecipeError, SpdError, UnknownName
@@ -105,8 +105,10 @@ class Target:
             name.
         preferred_on: where a bundle prefers this target to the portable file, of `cpu`, `cuda` and
             `web`.
-        opened_by_load: whether `spdtool.load` opens the folder, which holds for ONNX files. Else the dev
-            set is read by token ids and `session`.
+        opened_by: what opens its files. `onnxruntime`: they are ONNX, so `spdtool.load` opens the folder,
+            the bundle holds them, and the bench times them in onnxruntime. `session`: this target's own
+            method alone. Then the dev set is read by token ids, the bundle goes without them, and the
+            bench calls `session` in the process that it times.
         times_dense: whether the bench also exports the dense teacher in a form of the student alone, so
             that what the form gives to any weights is not credited to zeros. Off where the form cannot
             hold dense weights.
@@ -128,7 +130,7 @@ class Target:
     calibrates: bool = False
     bundle_stem: str = ""
     preferred_on: tuple[str, ...] = ()
-    opened_by_load: bool = True
+    opened_by: Literal["onnxruntime", "session"] = "onnxruntime"
     times_dense: bool = True
     timing_operator: tuple[str, str] | None = None
 

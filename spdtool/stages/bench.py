@@ -78,16 +78,19 @@ class Lineup:
     timing_operators: dict[str, tuple[str, str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def add_export(self, name: str, folder: Path, model: ExportedModel, provider: str) -> None:
-        """Add the exported files in `folder` as an engine."""
+    def add_export(self, name: str, folder: Path, model: ExportedModel, target: Target, provider: str) -> None:
+        """Add the files that a target exported to `folder` as an engine."""
         config = json.loads((folder / "config.json").read_text("utf-8"))
+        is_onnx = target.opened_by == "onnxruntime"
         engine = Engine(
             name=name,
-            kind="onnxruntime",
-            path=str(folder / model.files[0]),
+            kind=target.opened_by,
+            path=str(folder / model.files[0] if is_onnx else folder),
             vocabulary=config["vocab_size"],
             pad=config.get("pad_token_id") or 0,
             provider=provider,
+            libraries=tuple(map(str, target.libraries(folder))) if is_onnx else (),
+            target=target.name,
         )
         self.engines.append(engine)
         self.files[name] = ModelFile.of_export(model)
@@ -122,7 +125,8 @@ def bench(run: Run) -> BenchResult:
         add_teacher_engines(lineup, teacher_folder, Path(scratch), provider, recipe)
         peaks: dict[int, MachinePeak] = {}
         entries: list[LedgerEntry] = []
-        if section.ledger and provider == "cpu":
+        # the matrices are read from the student's ONNX file
+        if section.ledger and provider == "cpu" and lineup.engine("student").kind == "onnxruntime":
             peaks, entries = measure_matrices(lineup, threads)
         counts = " and ".join(map(str, threads))
         with console.busy(f"timing {len(lineup.engines)} engines at {len(shapes)} shapes with {counts} threads"):
@@ -157,9 +161,10 @@ def bench(run: Run) -> BenchResult:
 def line_up_exports(folder: Path, exported: ExportResult, provider: str, recipe: Recipe) -> Lineup:
     """Collect the plain files of both roles, and the files of each further target that runs on `provider`."""
     lineup = Lineup()
-    lineup.add_export("teacher", folder / "teacher", exported.teacher, provider)
+    first = get_target(exported.first)
+    lineup.add_export("teacher", folder / "teacher", exported.teacher, first, provider)
     lineup.engines[0] = replace(lineup.engines[0], baseline=True)  # the 1x
-    lineup.add_export("student", folder / "student", exported.student, provider)
+    lineup.add_export("student", folder / "student", exported.student, first, provider)
     for name, refusal in exported.refused.items():
         lineup.notes.append(f"Not shipped, so not timed: {name}: {refusal}.")
     for name, files in exported.further().items():
@@ -176,10 +181,7 @@ def line_up_exports(folder: Path, exported: ExportResult, provider: str, recipe:
             continue
         for role, model in files.models().items():
             engine_name = name if role == "student" else f"{name} {role}"
-            role_folder = folder / name / role
-            lineup.add_export(engine_name, role_folder, model, provider)
-            libraries = tuple(map(str, target.libraries(role_folder)))
-            lineup.engines[-1] = replace(lineup.engines[-1], libraries=libraries)
+            lineup.add_export(engine_name, folder / name / role, model, target, provider)
         if files.teacher is None:
             lineup.sparse.append(name)
             if target.timing_operator is not None:
@@ -220,8 +222,10 @@ def add_dense_forms(
             continue
         size = sum(file.stat().st_size for file in files)
         teacher = lineup.files["teacher"]
-        engine = replace(lineup.engine(name), name=engine_name, path=str(folder / MODEL_FILE), optional=True)
-        place = lineup.engines.index(lineup.engine(name)) + 1 + len(lineup.dense_forms[name])
+        sparse = lineup.engine(name)
+        path = folder / MODEL_FILE if sparse.kind == "onnxruntime" else folder
+        engine = replace(sparse, name=engine_name, path=str(path), optional=True)
+        place = lineup.engines.index(sparse) + 1 + len(lineup.dense_forms[name])
         lineup.engines.insert(place, engine)
         lineup.files[engine_name] = ModelFile(size, size=teacher.size, sparsity=teacher.sparsity)
         lineup.dense_forms[name].append(engine_name)
@@ -258,10 +262,11 @@ def not_exported_notes(exported: ExportResult, recipe: Recipe) -> list[str]:
 def add_teacher_engines(lineup: Lineup, checkpoint: Path, scratch: Path, provider: str, recipe: Recipe) -> None:
     """Add the teacher's further rows that the recipe wants; on CUDA not those that exist on a CPU only."""
     section, plain = recipe.bench, lineup.engines[0]
-    if section.unfused and provider == "cpu":
+    plain_on_cpu = provider == "cpu" and plain.kind == "onnxruntime"
+    if section.unfused and plain_on_cpu:
         lineup.engines.append(replace(plain, name="unfused", fused=False))
         lineup.notes.append("1x is the dense teacher, fused or unfused, whichever is the faster at that shape.")
-    if section.int8 and provider == "cpu" and INT8_TARGET not in lineup.pairs:
+    if section.int8 and plain_on_cpu and INT8_TARGET not in lineup.pairs:
         file = scratch / "int8.onnx"
         try:
             with console.busy("quantising the teacher to int8, to compare with"):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 
 from spdtool import plugins
 from spdtool.errors import RecipeError
+from spdtool.pruning import statistics
 from spdtool.pruning.masks import Masks
 from spdtool.pruning.statistics import STATISTICS, Observer, Stats
 from spdtool.recipe.fields import Prune
@@ -276,3 +280,27 @@ def test_the_magnitude_of_zero_infinity_and_nan() -> None:
 def test_a_learned_score_is_the_magnitude_before_the_first_step() -> None:
     for name in ("movement", "movement-soft"):
         assert plugins.criteria.get(name)(torch.tensor([2.0, -3.0]), Stats()).tolist() == [2.0, 3.0], name
+
+
+def test_the_criteria_of_the_guide_rank_update_and_score_blocks(clean_plugins: None, monkeypatch: Any) -> None:
+    guide = Path(__file__).parents[2] / "docs/how-to/write-a-criterion.md"
+    monkeypatch.setattr(statistics, "STATISTICS", STATISTICS.copy())
+    names = {"statistic": statistics.statistic, "Statistic": statistics.Statistic}
+    for source in re.findall(r"^```python\n(.*?)^```", guide.read_text("utf-8"), re.DOTALL | re.MULTILINE):
+        exec(compile(source, str(guide), "exec"), names)
+    layer = make_layer()
+    stats = stats_of(layer, ("gradient_squared",))
+    root_mean_square = torch.stack(layer.gradients).square().mean(0).sqrt()
+    torch.testing.assert_close(
+        plugins.criteria.get("sensitivity")(layer.weight, stats), layer.weight.abs() * root_mean_square
+    )
+    alive = torch.rand(OUT, IN, generator=torch.Generator().manual_seed(1)) >= 0.5
+    updated = plugins.criteria.entry("updated").meta["update"](layer.weight, alive, stats)
+    assert bool((updated[~alive] == 0).all())
+    torch.testing.assert_close(updated.norm(), layer.weight.norm())
+    blocks = torch.tensor([[1.0, -2.0, 3.0, 0.0], [0.0, 1.0, -5.0, 4.0]])
+    assert plugins.criteria.entry("largest").meta["block_scores"](blocks, stats, (1, 2)).tolist() == [[2, 3], [1, 5]]
+    sign = statistics.STATISTICS["gradient_sign"](layer.weight, SECTION)
+    assert sign.is_learned
+    sign.add_gradient(statistics.WeightGradient(layer.gradients[0], layer.weight))
+    assert torch.equal(sign.sum(), layer.gradients[0].sign())

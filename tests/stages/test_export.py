@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -36,6 +38,7 @@ from spdtool.models.load import save_model
 from spdtool.models.predict import Forward
 from spdtool.recipe.fields import Recipe
 from spdtool.run.folder import Run
+from spdtool.stages.bench import bench
 from spdtool.stages.export import export, export_checkpoint
 from spdtool.tasks.task import Task
 
@@ -194,7 +197,7 @@ def test_a_changed_dev_score_is_refused(fabricate: Fabricate, clean_plugins: Non
     """It is the last gate: here the tolerance is so wide that all logits pass."""
 
     class Contrary(Onnx):
-        opened_by_load = False
+        opened_by = "session"
 
         def session(self, folder: Path, provider: str = "cpu", threads: int = 0) -> Forward:
             forward = super().session(folder, provider, threads)
@@ -215,6 +218,45 @@ def test_a_second_target_lies_under_its_name(fabricate: Fabricate, clean_plugins
     assert result.targets["other"].student.bytes == result.student.bytes
     assert (run.path / "export/other/student/onnx/model.onnx").is_file()
     assert (run.path / "export/teacher/onnx/model.onnx").is_file()
+
+
+DOCUMENTED_PLUGIN = re.compile(r"^```python\n# my-plugins/(\w+)\.py\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.slow  # it exports three targets, and times them
+def test_the_targets_of_the_guide_go_through_export_and_bench(
+    fabricate: Fabricate, tmp_path: Path, clean_plugins: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guide = Path(__file__).parents[2] / "docs/how-to/write-a-target.md"
+    sources = dict(DOCUMENTED_PLUGIN.findall(guide.read_text("utf-8")))
+    assert sources.keys() == {"annotated", "zipped", "rounded"}
+    folder = tmp_path / "my-plugins"
+    folder.mkdir()
+    for name, source in sources.items():
+        (folder / f"{name}.py").write_text(source, "utf-8")
+    plugins.use_folder(folder)
+    run = fabricate(
+        'export.optional=["annotated", "zipped", "rounded"]',
+        *("bench.torch=false", "bench.int8=false", "bench.unfused=false", "bench.ledger=false", "bench.padded=[]"),
+        *("bench.batches=[1]", "bench.lengths=[8]", "bench.rounds=1", "bench.warmup=0", "bench.threads=1"),
+    )
+    result = export(run)
+    assert result.refused == {}
+    assert set(result.targets) == {"onnx", "annotated", "zipped", "rounded"}
+    zipped, rounded = result.targets["zipped"].student, result.targets["rounded"].student
+    assert zipped.files == ["model.gz"]
+    assert zipped.dev == zipped.checkpoint_dev
+    assert zipped.bytes < result.student.bytes
+    assert (zipped.rounds, rounded.values, rounded.embeddings) == (False, "fp16", "fp16")
+    manifest = json.loads((run.path / "export/bundle/manifest.json").read_text("utf-8"))
+    assert set(manifest["variants"]) == {"onnx", "annotated", "rounded"}
+    assert "the bundle goes without zipped: spdtool.load does not open it" in capsys.readouterr().out
+    metrics = bench(run)
+    assert [row[0] for row in metrics.rows[:6]] == [
+        *("teacher", "student", "annotated teacher", "annotated", "zipped teacher", "zipped")
+    ]
+    assert {record.provider for record in metrics.latency if "zipped" in record.engine} == {"zipped cpu"}
+    assert any("rounded: a CPU computes it in float32" in line for line in metrics.verdict)
 
 
 def lacking_target(error: type[SpdError]) -> type[Onnx]:

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from spdtool import console
 from spdtool.data.dataset import find_dataset
 from spdtool.errors import ModelError
 from spdtool.export.bundle.card import render_card
@@ -91,6 +92,9 @@ def write_bundle(export: Path, checkpoint: Path, recipe: Recipe, result: ExportR
 
     variants = {}
     for name, source in folders.items():
+        if get_target(name).opened_by != "onnxruntime":
+            console.say(f"[dim]the bundle goes without {console.escape(name)}: spdtool.load does not open it[/]")
+            continue
         exported = result.targets[name].student
         # A model's second file is found by the name that the first one holds, so only one such model fits in a folder.
         if len(exported.files) == 1 or name == PORTABLE_TARGET:

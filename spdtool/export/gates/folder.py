@@ -73,7 +73,7 @@ def check_folder(target: Target, reference: Reference, folder: Path, provider: s
 def opens_by_load(target: Target, reference: Reference) -> bool:
     """Whether `spdtool.load` can open what the target writes for this checkpoint."""
     # Without tokenizer.json no client but transformers reads texts.
-    return target.opened_by_load and reference.tokenizer.is_fast
+    return target.opened_by == "onnxruntime" and reference.tokenizer.is_fast
 
 
 def open_classifier(folder: Path, provider: str) -> Classifier:
