@@ -213,7 +213,9 @@ patterns: Registry[Function] = Registry(
 )
 datasets: Registry[Any] = Registry("task", "spdtool.data.glue", "spdtool.data.demo")
 task_kinds: Registry[Any] = Registry("kind of task", "spdtool.tasks.classification", "spdtool.tasks.regression")
-targets: Registry[Any] = Registry("export target", "spdtool.export.targets", check="spdtool.export.target:check_target")
+targets: Registry[Any] = Registry(
+    "export target", "spdtool.export.targets", "spdtool.export.narrow", check="spdtool.export.target:check_target"
+)
 stacks: Registry[Function] = Registry("layer stack")
 products: Registry[Callable[..., None]] = Registry("sparse product")
 REGISTRIES: tuple[Registry[Any], ...] = (

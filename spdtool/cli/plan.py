@@ -24,9 +24,7 @@ def show_plan(plan: Plan, recipe: Recipe, *, everything: bool = False) -> None:
     """
     if recipe.smoke:
         console.say("[yellow]SMOKE RUN: a random two-layer model and a few steps; its numbers mean nothing[/]")
-    console.print_lines(
-        f"{plan.run}: recipe {recipe.name}, {recipe.sparsity:.4g} sparsity", summarise_plan(plan, recipe)
-    )
+    console.print_lines(f"{plan.run}: recipe {recipe.name}, {_describe_size(recipe)}", summarise_plan(plan, recipe))
     if plan.changes:
         console.print_table("changed", CHANGE_COLUMNS, [tuple(map(_show_value, change)) for change in plan.changes])
     for note in plan.notes:
@@ -40,6 +38,12 @@ def show_plan(plan: Plan, recipe: Recipe, *, everything: bool = False) -> None:
         console.print_table("stages", STAGE_COLUMNS, [_stage_row(stage) for stage in plan.stages])
         console.say(describe_grafting(recipe))
         show_recipe(recipe)
+
+
+def _describe_size(recipe: Recipe) -> str:
+    if recipe.prune.is_structured:
+        return recipe.size_label
+    return f"{recipe.sparsity:.4g} sparsity"
 
 
 def show_recipe(recipe: Recipe) -> None:

@@ -109,6 +109,7 @@ class Target:
             the bundle holds them, and the bench times them in onnxruntime. `session`: this target's own
             method alone. Then the dev set is read by token ids, the bundle goes without them, and the
             bench calls `session` in the process that it times.
+        changed_fields: fields of config.json that may differ from the checkpoint's.
         times_dense: whether the bench also exports the dense teacher in a form of the student alone, so
             that what the form gives to any weights is not credited to zeros. Off where the form cannot
             hold dense weights.
@@ -131,6 +132,7 @@ class Target:
     bundle_stem: str = ""
     preferred_on: tuple[str, ...] = ()
     opened_by: Literal["onnxruntime", "session"] = "onnxruntime"
+    changed_fields: tuple[str, ...] = ()
     times_dense: bool = True
     timing_operator: tuple[str, str] | None = None
 

@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 from spdtool.errors import ModelError
 from spdtool.models.layers import find_layer_stack
 
+WIDTH_STEP = 32  # neurons; the vectors of every runtime's kernels divide it
+
 
 @dataclass(frozen=True)
 class StructureNames:
@@ -102,6 +104,16 @@ class Structures:
     def count(self) -> int:
         """Number of structures of the layer as it is."""
         return self.output.in_features // self.size
+
+    def find_live(self) -> Tensor:
+        """Flag the structures that have any weight or bias that is not zero: [count]."""
+        live = (self.output.weight != 0).any(0).view(self.count, self.size).any(1)
+        for linear in self.inputs.values():
+            rows = (linear.weight != 0).any(1)
+            if linear.bias is not None:
+                rows = rows | (linear.bias != 0)
+            live = live | rows.view(-1, self.count, self.size).any(2).any(0)
+        return live
 
     def columns(self, flags: Tensor) -> Tensor:
         """Repeat a flag of each structure, [count], for the columns of `output`."""

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spdtool import console
 from spdtool.errors import ModelError, RecipeError
+from spdtool.models.depth import choose_layers, keep_layers
 from spdtool.models.layers import max_positions, model_shape
 from spdtool.models.load import (
     build_empty_model,
@@ -30,17 +31,29 @@ PROBE = ("The naïve CAFÉ-owner's 2nd dog, isn't it?", "It's 10,000 km away…"
 
 
 def build_empty_student(recipe: Recipe, task: Task, teacher: PreTrainedModel) -> PreTrainedModel:
-    """Build the student without its weights; `teacher` itself where it is copied.
+    """Build the student without its weights; `teacher` itself where all of it is copied.
 
     Raises:
         ModelError: its configuration cannot be read.
     """
     if recipe.student is None:
-        return teacher
+        return copy_teacher(recipe, teacher)
     if recipe.student == PRETRAINED and task.dataset.build is not None:
         model: PreTrainedModel = task.dataset.build(recipe.seed)[0]
         return model
     return build_empty_model(_student_source(recipe), smoke=recipe.smoke)
+
+
+def copy_teacher(recipe: Recipe, teacher: PreTrainedModel) -> PreTrainedModel:
+    """Return the teacher as the student, with the layers of `prune.layers` alone where the recipe names them.
+
+    Raises:
+        RecipeError: the teacher has no such layers.
+        ModelError: the family cannot be built with these layers.
+    """
+    if not recipe.prune.layers:
+        return teacher
+    return keep_layers(teacher, choose_layers(recipe.prune.layers, model_shape(teacher).layers))
 
 
 def check_positions(recipe: Recipe, student: PreTrainedModel, teacher: PreTrainedModel) -> None:

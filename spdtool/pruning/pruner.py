@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from spdtool import plugins
 from spdtool.errors import RecipeError
 from spdtool.models import collectives, fsdp
-from spdtool.pruning.masks import Masks
+from spdtool.pruning.masks import Masks, check_counts
 from spdtool.pruning.statistics import STATISTICS, Observer, Stats
 from spdtool.recipe.fields import Prune
 
@@ -142,11 +142,7 @@ class Pruner:
         sparsity = self.events.get(step)
         if sparsity is None:
             return None
-        if self._observer.is_empty():
-            raise RecipeError(
-                f"criterion {self.section.criterion!r} has observed nothing before the prune event at step {step}",
-                "set prune.calibration to a number of batches, leave prune.first out, or set compile to false",
-            )
+        self._check_observed(step)
         scores = {}
         for number, name in enumerate(self.masks.parameters, 1):
             on_work(f"scoring matrix {number} of {len(self.masks.parameters)}")
@@ -171,6 +167,17 @@ class Pruner:
         self.masks.finalize()
         self.masks.check_sparsity(self.target, self.section.scope)
 
+    def check_counts(self, counts: Mapping[str, tuple[int, int]], sparsity: float) -> None:
+        """Assert that a saved checkpoint has the zeros that `sparsity` asks for.
+
+        Args:
+            counts: matrix to `(zeros, size)`.
+
+        Raises:
+            GateError: names the first matrix that is off.
+        """
+        check_counts(counts, sparsity, self.section.scope, self.masks.pattern.block_size)
+
     def state_dict(self) -> dict[str, Tensor]:
         """Masks, values of the dead that can regrow, and statistics, as flat tensors. Collective."""
         state = {f"dead.{name}": dead for name, dead in self.masks.state_dict().items()}
@@ -188,6 +195,14 @@ class Pruner:
             weight = self.masks.parameters[name]
             self.masks.dead_values[name] = fsdp.take_local_rows(value, weight).to(weight.device)
         self._observer.load_state_dict(_under("statistics.", state))
+
+    def _check_observed(self, step: int) -> None:
+        """Raise RecipeError if nothing was observed of what the criterion ranks by."""
+        if self._observer.is_empty():
+            raise RecipeError(
+                f"criterion {self.section.criterion!r} has observed nothing before the prune event at step {step}",
+                "set prune.calibration to a number of batches, leave prune.first out, or set compile to false",
+            )
 
     def _score(self, name: str) -> Tensor:
         """Ask the criterion for the scores of one matrix.

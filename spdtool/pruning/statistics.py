@@ -282,6 +282,7 @@ class Observer:
     Args:
         section: settings of the statistics.
         layers: parameter name to the linear layer that it belongs to, to observe inputs.
+        names: the weights to observe; None: all.
     """
 
     def __init__(
@@ -290,10 +291,13 @@ class Observer:
         needs: Sequence[str],
         section: Prune,
         layers: Mapping[str, nn.Linear] | None = None,
+        names: Sequence[str] | None = None,
     ) -> None:
         self.masks, self.section, self.layers = masks, section, dict(layers or {})
         self.kinds = {need: STATISTICS[need] for need in needs}
-        self.statistics: dict[str, dict[str, Statistic]] = {name: {} for name in masks.parameters}
+        self.statistics: dict[str, dict[str, Statistic]] = {}
+        for name in masks.parameters if names is None else names:
+            self.statistics[name] = {}
         self._start_anew(self.kinds)
 
     def reads(self, source: str) -> bool:
@@ -312,8 +316,8 @@ class Observer:
         Args:
             scale: the loss scale that multiplied them.
         """
-        for name, weight in self.masks.parameters.items():
-            statistics = self._reading("gradient", name)
+        for name in self.statistics:
+            weight, statistics = self.masks.parameters[name], self._reading("gradient", name)
             for each in statistics:
                 each.count += 1
             if statistics and weight.grad is not None:  # None: a layer that the draw left out
@@ -330,7 +334,7 @@ class Observer:
         """Add the layers' inputs in forward passes inside the context; see `Pruner.observe_inputs`."""
         handles = []
         for name, layer in self.layers.items():
-            if statistics := self._reading("input", name):
+            if name in self.statistics and (statistics := self._reading("input", name)):
                 hook = make_input_hook(statistics, attention_mask)
                 handles.append(layer.register_forward_pre_hook(hook))
         try:
@@ -385,9 +389,9 @@ class Observer:
         return [need for need, kind in self.kinds.items() if not kind.is_learned]
 
     def _start_anew(self, needs: Iterable[str]) -> None:
-        for name, weight in self.masks.parameters.items():
+        for name, statistics in self.statistics.items():
             for need in needs:
-                self.statistics[name][need] = self.kinds[need](weight, self.section)
+                statistics[need] = self.kinds[need](self.masks.parameters[name], self.section)
 
     def _reading(self, source: str, name: str) -> list[Statistic]:
         """The statistics of one weight that read its gradient, or its layer's inputs."""

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from spdtool.data.tokens import Batch
-from spdtool.models.structures import LayerStructures, Structures
+from spdtool.errors import RecipeError
+from spdtool.models.structures import WIDTH_STEP, LayerStructures, Structures
 from spdtool.pruning.second_order import factorize
 from spdtool.pruning.statistics import InputGram, make_input_hook
 from spdtool.recipe.fields import Prune
 
-WIDTH_STEP = 32  # neurons; kernels of every runtime work in vectors that divide it
 MOST_DOWNDATES = 384  # of H^-1 for one layer; a wide layer loses several neurons at once
 
 
@@ -71,6 +71,65 @@ def full_shape(layers: Sequence[LayerStructures]) -> EncoderShape:
     return tuple(LayerShape(layer.heads.count, layer.neurons.count) for layer in layers)
 
 
+def choose_shape(section: Prune, full: EncoderShape) -> EncoderShape:
+    """Read the shape that a recipe asks for.
+
+    Args:
+        full: shape of the encoder before anything is removed.
+
+    Raises:
+        RecipeError: it is of another number of layers, or keeps more than there is.
+    """
+    if not section.shape:
+        heads = 1.0 if section.heads is None else section.heads
+        neurons = 1.0 if section.neurons is None else section.neurons
+        return tuple(
+            LayerShape(round(heads * layer.heads), round_width(neurons * layer.neurons, layer.neurons))
+            for layer in full
+        )
+    if len(section.shape) != len(full):
+        raise RecipeError(
+            f"prune.shape has {len(section.shape)} layers; the student has {len(full)}",
+            "give [heads, neurons] for each of its layers",
+        )
+    chosen = []
+    for number, ((heads_left, neurons_left), layer) in enumerate(zip(section.shape, full, strict=True), 1):
+        if not 0 <= heads_left <= layer.heads or not 0 <= neurons_left <= layer.neurons:
+            raise RecipeError(
+                f"layer {number} of prune.shape keeps {heads_left} heads and {neurons_left} neurons; "
+                f"there are {layer.heads} and {layer.neurons}"
+            )
+        chosen.append(LayerShape(heads_left, neurons_left))
+    return tuple(chosen)
+
+
+def round_width(width: float, neurons: int) -> int:
+    """Round a number of neurons to one of `possible_widths(neurons)`."""
+    return min(neurons, round(width / WIDTH_STEP) * WIDTH_STEP)
+
+
+def interpolate_shape(full: EncoderShape, target: EncoderShape, progress: float) -> EncoderShape:
+    """Return the shape at `progress`, from 0 (full) to 1 (target)."""
+    shapes = []
+    for start, end in zip(full, target, strict=True):
+        heads = start.heads - round(progress * (start.heads - end.heads))
+        neurons = start.neurons - round(progress * (start.neurons - end.neurons))
+        shapes.append(LayerShape(heads, neurons))
+    return tuple(shapes)
+
+
+def shape_sparsity(layers: Sequence[LayerStructures], shape: EncoderShape) -> float:
+    """Return the share of the matrices' weights that a shape leaves zero."""
+    zeros = size = 0
+    for layer, remaining in zip(layers, shape, strict=True):
+        for structures, count in ((layer.heads, remaining.heads), (layer.neurons, remaining.neurons)):
+            dead_share = (structures.count - count) / structures.count
+            for linear in (*structures.inputs.values(), structures.output):
+                size += linear.weight.numel()
+                zeros += round(dead_share * linear.weight.numel())
+    return zeros / size
+
+
 def possible_widths(neurons: int) -> list[int]:
     """List the widths that a layer of `neurons` may keep, rising: 0, multiples of `WIDTH_STEP`, all."""
     return [*range(0, neurons, WIDTH_STEP), neurons]
@@ -109,7 +168,8 @@ def remove_structures(
         removed = current[:, gone].T
         solved = torch.cholesky_solve(removed, factor)
         cost = float((removed * solved).sum()) / 2
-        losses.extend(losses[-1] + cost * share / batch for share in range(1, batch + 1))
+        before = losses[-1]
+        losses += [before + cost * share / batch for share in range(1, batch + 1)]
         current -= solved.T @ inverse[gone]
         inverse = inverse - inverse[:, gone] @ torch.cholesky_solve(inverse[gone], factor)
         order += left[chosen].tolist()

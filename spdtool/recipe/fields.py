@@ -281,7 +281,7 @@ class Prune(Distilled):
     events: int = Field(12, ge=1)
     """number of prune events, exactly"""
     first: float | None = Field(None, ge=0, lt=1)
-    """sparsity of the first event, before the first step, limited by `first_limit`; none: start gently"""
+    """sparsity of the first event, before the first step, limited by `first_limit`; none, or with a shape: gently"""
     first_limit: float = Field(0.8, gt=0, lt=1)
     """largest first event, as a fraction of the target sparsity: the remainder needs events too"""
     ramp: float = Field(0.7, gt=0, le=1)
@@ -312,6 +312,37 @@ class Prune(Distilled):
     """let a second-order criterion update the surviving weights at each event"""
     save_at: tuple[float, ...] = ()
     """intermediate sparsities at which to save an evaluated student"""
+    heads: float | None = Field(None, ge=0, le=1)
+    """smaller dense student: share of each layer's attention heads that stays; none: all, if `neurons` is set"""
+    neurons: float | None = Field(None, ge=0, le=1)
+    """the same of feed-forward neurons, rounded to a multiple of 32"""
+    shape: tuple[tuple[int, int], ...] = ()
+    """the same layer by layer, in place of `heads` and `neurons`: how many of each stay, [[heads, neurons], ...]"""
+    layers: tuple[int, ...] = ()
+    """teacher layers, from 1, that the student starts with; one number: so many, spread evenly; empty: all"""
+
+    @property
+    def is_structured(self) -> bool:
+        """Whether whole heads and neurons are removed, in place of single weights."""
+        return bool(self.shape) or self.heads is not None or self.neurons is not None
+
+    @model_validator(mode="after")
+    def _check_structured(self) -> Prune:
+        """Refuse settings of single weights that a shape leaves without a meaning."""
+        if not self.is_structured:
+            return self
+        if self.shape and (self.heads is not None or self.neurons is not None):
+            raise ValueError("prune.shape says what stays of each layer: leave prune.heads and prune.neurons out")
+        clashes = {
+            f"pattern={self.pattern}": self.pattern != "unstructured",
+            "regrowth=true": self.regrowth,
+            f"exchanges={self.exchanges}": self.exchanges > 0,
+            f"save_at={list(self.save_at)}": bool(self.save_at),
+        }
+        for setting, is_set in clashes.items():
+            if is_set:
+                raise ValueError(f"removed heads and neurons do not go with prune.{setting}")
+        return self
 
 
 class Distill(Distilled):
@@ -485,10 +516,14 @@ class Recipe(Section):
     bench: Bench = Bench()
 
     @model_validator(mode="after")
-    def _check_sharding(self) -> Recipe:
-        """Refuse, before anything runs, settings that sharded weights cannot have."""
+    def _check_combinations(self) -> Recipe:
+        """Refuse, before anything runs, settings that do not go together."""
+        if self.student is not None and self.prune.layers:
+            raise ValueError("prune.layers chooses layers of the teacher: leave it out, or `student`")
         if not self.shard:
             return self
+        if self.prune.is_structured:
+            raise ValueError("sharded weights do not go with prune.shape, prune.heads and prune.neurons")
         clashes = {"precision=fp16": self.precision == "fp16", "compile=true": self.compile}
         for phase, section in self.phases.items():
             clashes[f"{phase}.grafting.kind=blend"] = section.grafting.kind == "blend"
@@ -514,6 +549,13 @@ class Recipe(Section):
     def grafted_phases(self) -> tuple[str, ...]:
         """Phases in which teacher layers stand in for the student's."""
         return tuple(name for name, phase in self.phases.items() if phase.grafting.enabled)
+
+    @property
+    def size_label(self) -> str:
+        """How small the student is, for titles: the sparsity, unless it follows from a shape."""
+        if self.prune.is_structured:
+            return "fewer heads and neurons"
+        return f"{self.sparsity:.0%} zeros"
 
     @property
     def pool(self) -> int | None:

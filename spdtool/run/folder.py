@@ -419,11 +419,15 @@ def read_stage_record(folder: Path) -> StageRecord:
 
 
 def default_path(recipe: Recipe) -> Path:
-    """Return `runs/<task>-<sparsity>`, with recipe, seed and the smoke mark where they are not the default."""
+    """Return `runs/<task>-<sparsity>`, with recipe, seed and the smoke mark where they are not the default.
+
+    A student with a shape has `small` in place of the sparsity.
+    """
     task = recipe.task
     if task == "local" and recipe.data:
         task = Path(recipe.data).stem
-    name = f"{task}-{recipe.sparsity:g}"
+    size = "small" if recipe.prune.is_structured else f"{recipe.sparsity:g}"
+    name = f"{task}-{size}"
     if recipe.name != "default":
         name += f"-{recipe.name}"
     if recipe.seed:

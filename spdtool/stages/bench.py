@@ -150,7 +150,7 @@ def bench(run: Run) -> BenchResult:
             notes=[*lineup.notes, *(f"{reason}." for reason in result.missing.values())],
         )
         # A smoke run's figures mean nothing, and its title says so.
-        title = recipe.mark_smoke(f"{recipe.task} at {recipe.sparsity:.0%} zeros")
+        title = recipe.mark_smoke(f"{recipe.task} at {recipe.size_label}")
         (work.folder / "bench.md").write_text(report.render_markdown(title, data), "utf-8")
         engines = [engine_record(timing) for timing in data.timings]
         write_json(work.folder / "bench.json", BenchFile(environment=environment, engines=engines, ledger=entries))

@@ -13,5 +13,5 @@ from spdtool.stages.phase import load_phase, train_phase
 def distill(run: Run) -> TrainingResult:
     """Graft the pruned student onto the teacher; raises as `load_phase` and `train_phase`."""
     phase = load_phase(run, "distill", start="prune")
-    phase.keep_zeros(run.recipe)
+    phase.keep_zeros(run.recipe, run.training_result("prune"))
     return train_phase(run, "distill", phase)

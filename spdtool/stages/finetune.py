@@ -13,5 +13,5 @@ from spdtool.stages.phase import load_phase, train_phase
 def finetune(run: Run) -> TrainingResult:
     """Train the student alone; raises as `load_phase` and `train_phase`."""
     phase = load_phase(run, "finetune", start="distill")
-    phase.keep_zeros(run.recipe)
+    phase.keep_zeros(run.recipe, run.training_result("prune"))
     return train_phase(run, "finetune", phase)

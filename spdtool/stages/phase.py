@@ -26,16 +26,20 @@ from spdtool.models.layers import (
     model_shape,
 )
 from spdtool.models.load import label_names, load_model, load_tokenizer, move_to_device
+from spdtool.models.structures import find_structures
 from spdtool.models.student import (
     check_positions,
     check_tokenizers,
     choose_tokenizer,
+    copy_teacher,
     load_student,
     load_student_tokenizer,
 )
 from spdtool.pruning.masks import Masks
 from spdtool.pruning.patterns import find_pattern
 from spdtool.pruning.pruner import Pruner
+from spdtool.pruning.structure import EncoderShape, LayerShape, choose_shape, full_shape, shape_sparsity
+from spdtool.pruning.structured import StructuredMasks, StructuredPruner
 from spdtool.recipe.fields import Distilled, Recipe, TrainingLength
 from spdtool.run.folder import Run
 from spdtool.run.records import TrainingResult, ZeroCount
@@ -64,17 +68,48 @@ class Phase(Learner):
     length: TrainingLength
     start: Path
 
-    def prune_at(self, events: Sequence[tuple[int, float]], recipe: Recipe) -> None:
-        """Prune at `events`, `(optimiser step, sparsity)`; raises as `Pruner` does."""
-        layers = find_prunable_layers(self.model)
-        self.pruner = Pruner(self.masks, events, recipe.prune, recipe.sparsity, layers)
-
-    def keep_zeros(self, recipe: Recipe) -> None:
-        """Keep the zeros of the checkpoint, which must be those of the target.
+    def choose_shape(self, recipe: Recipe) -> EncoderShape | None:
+        """Return the shape that the recipe asks for; None for a student at full width, pruned weight by weight.
 
         Raises:
-            GateError: the checkpoint has another sparsity.
+            RecipeError: the shape does not fit the student.
         """
+        if not isinstance(self.masks, StructuredMasks):
+            return None
+        return choose_shape(recipe.prune, full_shape(self.masks.layers))
+
+    def shape_sparsity(self, shape: EncoderShape) -> float:
+        """Return the share of zeros of a shape."""
+        assert isinstance(self.masks, StructuredMasks)
+        return shape_sparsity(self.masks.layers, shape)
+
+    def prune_at(self, events: Sequence[tuple[int, float]], recipe: Recipe, shape: EncoderShape | None = None) -> None:
+        """Prune at `events`, `(optimiser step, sparsity)`; raises as `Pruner` does.
+
+        Args:
+            shape: that a structured student has in the end.
+        """
+        layers = find_prunable_layers(self.model)
+        if shape is None:
+            self.pruner = Pruner(self.masks, events, recipe.prune, recipe.sparsity, layers)
+        else:
+            assert isinstance(self.masks, StructuredMasks)
+            self.pruner = StructuredPruner(self.masks, events, recipe.prune, shape, layers)
+
+    def keep_zeros(self, recipe: Recipe, pruned: TrainingResult) -> None:
+        """Keep the zeros of the checkpoint, which must be those of the target.
+
+        Args:
+            pruned: result of the prune stage, whose shape a structured student has.
+
+        Raises:
+            GateError: the checkpoint has another sparsity or shape.
+        """
+        if isinstance(self.masks, StructuredMasks):
+            shape = tuple(LayerShape(*layer) for layer in pruned.shape or ())
+            self.masks.check_shape(shape)
+            self.pruner = StructuredPruner(self.masks, [], recipe.prune, shape)
+            return
         self.masks.check_sparsity(recipe.sparsity, recipe.prune.scope)
         self.pruner = Pruner(self.masks, [], recipe.prune, recipe.sparsity)
 
@@ -103,6 +138,8 @@ def load_phase(run: Run, stage: str, start: str) -> Phase:
         model, tokenizer = _load_other_student(recipe, teacher, eager=eager)
     else:
         model, tokenizer = load_model(folder, dropout=section.dropout, eager=eager), load_tokenizer(folder)
+        if stage == "prune":
+            model = copy_teacher(recipe, model)
     teacher = teacher._replace(model=move_to_device(teacher.model, recipe, accelerator.device))
     model = move_to_device(model, recipe, accelerator.device, section.train)
     check_phases(recipe, model_shape(model), model_shape(teacher.model))
@@ -123,7 +160,7 @@ def load_phase(run: Run, stage: str, start: str) -> Phase:
         splits=splits,
         scored_rows=splits["train"].sample(section.scored_train_rows, recipe.seed),
         accelerator=accelerator,
-        masks=Masks.from_zeros(find_prunable_weights(model), find_pattern(recipe.prune.pattern)),
+        masks=_read_masks(recipe, model),
         teacher=teacher,
         section=section,
         length=section.length(len(splits["train"])),
@@ -164,6 +201,8 @@ def train_phase(run: Run, stage: str, phase: Phase) -> TrainingResult:
         work.result = result = TrainingResult(
             dev=dev, train=train, classes=classes, fit=fitted, sparsity=phase.masks.sparsity()
         )
+        if isinstance(pruner, StructuredPruner):
+            result.shape = [(layer.heads, layer.neurons) for layer in pruner.shape]
         phase.save(work.folder)
         if ranks.is_main():
             lesson.save_projections(work.folder)
@@ -171,6 +210,14 @@ def train_phase(run: Run, stage: str, phase: Phase) -> TrainingResult:
             result.zeros = {name: ZeroCount(*count) for name, count in zeros.items()}
     collectives.barrier()
     return result
+
+
+def _read_masks(recipe: Recipe, model: PreTrainedModel) -> Masks:
+    """Read what is dead from the zeros of the model: heads and neurons, or weights in the recipe's pattern."""
+    weights = find_prunable_weights(model)
+    if recipe.prune.is_structured:
+        return StructuredMasks.from_structures(weights, find_structures(model))
+    return Masks.from_zeros(weights, find_pattern(recipe.prune.pattern))
 
 
 def _load_other_student(recipe: Recipe, teacher: TokenizedModel, *, eager: bool) -> TokenizedModel:

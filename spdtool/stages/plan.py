@@ -21,6 +21,7 @@ from spdtool.export.target import INSTALLED, required_targets
 from spdtool.models.config import check_problem_type
 from spdtool.models.layers import find_prunable_weights, model_shape
 from spdtool.models.load import build_empty_teacher, label_names, load_tokenizer
+from spdtool.models.structures import find_structures
 from spdtool.models.student import (
     build_empty_student,
     check_positions,
@@ -30,6 +31,7 @@ from spdtool.models.student import (
 )
 from spdtool.pruning.allocation import zeros_in
 from spdtool.pruning.patterns import find_pattern
+from spdtool.pruning.structure import choose_shape, full_shape, shape_sparsity
 from spdtool.recipe import STAGES
 from spdtool.recipe.fields import Prune, Recipe, Training
 from spdtool.recipe.spelling import list_changes
@@ -115,12 +117,13 @@ def check_recipe(recipe: Recipe, rows: int) -> Accelerator:
         DeviceError: the device is not there.
     """
     plugins.criteria.get(recipe.prune.criterion)
-    find_pattern(recipe.prune.pattern).check_sparsity(recipe.sparsity, recipe.prune.scope)
+    if not recipe.prune.is_structured:  # whose sparsity follows from the shape
+        find_pattern(recipe.prune.pattern).check_sparsity(recipe.sparsity, recipe.prune.scope)
     required_targets(recipe.export)
     for phase in (recipe.prune, recipe.distill, recipe.finetune):
         replacing_rate(phase.grafting)
     events = plan_prune_events(recipe, recipe.prune.length(rows).steps)
-    check_statistics(recipe.prune, events, copied=recipe.student is None)
+    check_statistics(recipe.prune, events, copied=recipe.student is None and not recipe.prune.layers)
     if recipe.prune.exchanges and not recipe.prune.regrowth:
         raise RecipeError(
             f"{recipe.prune.exchanges} exchanges change nothing: without regrowth the dead stay dead",
@@ -207,6 +210,12 @@ def _describe_model(recipe: Recipe, student: PreTrainedModel) -> str:
 
 def _count_weights(recipe: Recipe, student: PreTrainedModel) -> WeightCounts:
     counts = WeightCounts(all=student.num_parameters(), prunable=0, zeros=0, emptied=0)
+    if recipe.prune.is_structured:
+        layers = find_structures(student)
+        sparsity = shape_sparsity(layers, choose_shape(recipe.prune, full_shape(layers)))
+        counts.prunable = sum(weight.numel() for weight in find_prunable_weights(student).values())
+        counts.zeros = round(sparsity * counts.prunable)
+        return counts
     pattern = find_pattern(recipe.prune.pattern)
     for name, weight in find_prunable_weights(student).items():
         pattern.check_shape(name, tuple(weight.shape))

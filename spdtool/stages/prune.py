@@ -18,7 +18,9 @@ def prune(run: Run) -> TrainingResult:
     """Prune a copy of the teacher, or the student that the recipe names; raises as `load_phase` and `train_phase`."""
     recipe = run.recipe
     phase = load_phase(run, "prune", start="teacher")
-    events = plan_prune_events(recipe, phase.length.steps, initial=phase.masks.sparsity())
-    check_statistics(recipe.prune, events, copied=recipe.student is None)
-    phase.prune_at(events, recipe)
+    shape = phase.choose_shape(recipe)
+    final = None if shape is None else phase.shape_sparsity(shape)
+    events = plan_prune_events(recipe, phase.length.steps, initial=phase.masks.sparsity(), final=final)
+    check_statistics(recipe.prune, events, copied=recipe.student is None and not recipe.prune.layers)
+    phase.prune_at(events, recipe, shape)
     return train_phase(run, "prune", phase)

@@ -15,7 +15,6 @@ from spdtool.models.layers import count_zeros
 from spdtool.models.load import label_names, save_on_rank_zero
 from spdtool.models.predict import Forward, evaluate_split, predict_dev_sets, torch_forward
 from spdtool.models.student import drop_unread_columns
-from spdtool.pruning.masks import check_counts
 from spdtool.pruning.pruner import Pruner
 from spdtool.run.records import ClassScores, IntermediateStudent, Scores
 from spdtool.tasks.task import Task
@@ -71,7 +70,7 @@ class Learner:
         """
         assert self.pruner is not None
         counts = count_zeros(folder, list(self.pruner.masks.parameters))
-        check_counts(counts, sparsity, self.pruner.section.scope, self.pruner.masks.pattern.block_size)
+        self.pruner.check_counts(counts, sparsity)
         return counts
 
     def save_intermediate(self, folder: Path, sparsity: float, step: int) -> IntermediateStudent:

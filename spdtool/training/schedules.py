@@ -29,28 +29,30 @@ def cubic(start: float, end: float) -> Schedule:
 CURVES: dict[SparsityCurve, Callable[[float, float], Schedule]] = {"cubic": cubic, "linear": linear}
 
 
-def plan_prune_events(recipe: Recipe, steps: int, *, initial: float = 0.0) -> Events:
+def plan_prune_events(recipe: Recipe, steps: int, *, initial: float = 0.0, final: float | None = None) -> Events:
     """Plan the prune events of the prune stage, with the exchanges at the target.
 
     Args:
         steps: optimiser steps of the stage.
         initial: sparsity before the first event.
+        final: sparsity of the shape of a structured student; None: that of the recipe.
 
     Raises:
         RecipeError: they do not fit into the stage, or miss a sparsity at which a student is to be
             saved.
     """
     section = recipe.prune
+    target = recipe.sparsity if final is None else final
     events = prune_events(
         max(1, round(section.ramp * steps)),  # the rest of the stage is recovery
         section.events,
-        recipe.sparsity,
+        target,
         initial=initial,
         first=_choose_first_jump(recipe, initial),
         curve=section.schedule,
     )
     ramp_end, _ = events[-1]
-    events += plan_exchanges(ramp_end, section.exchanges, recipe.sparsity, round(section.freeze * steps))
+    events += plan_exchanges(ramp_end, section.exchanges, target, round(section.freeze * steps))
     return pass_through(events, section.save_at)
 
 
@@ -122,7 +124,8 @@ def plan_exchanges(start: int, exchanges: int, final: float, end: int) -> Events
 def _choose_first_jump(recipe: Recipe, initial: float) -> float | None:
     """Return the sparsity of the first event, or None if the weights are as sparse already or it is the only event."""
     section = recipe.prune
-    if section.first is None or section.events == 1:
+    # removed structures are not regained, and each event removes the cheapest: no jump
+    if section.first is None or section.events == 1 or section.is_structured:
         return None
     # it may not pass by a sparsity at which a student is to be saved
     first = min(section.first, section.first_limit * recipe.sparsity, *section.save_at)

@@ -68,7 +68,7 @@ class SparseCpu(Target):
         values, embeddings = self.storage_formats(recipe)
         opset = min(recipe.export.opset, ATTENTION_OPSET - 1)  # with attention written out, which `graph` recognizes
         model = load_model(checkpoint, eager=True)
-        proto = trace_checkpoint(checkpoint, opset)
+        proto = trace_checkpoint(checkpoint, opset, shrinks=False)  # `graph` packs matrices of the full shapes
         graph.sparsify(proto, model, values, embeddings)
         files = save_folder(proto, checkpoint, folder)
         (folder / LIBRARY_FOLDER).mkdir(exist_ok=True)

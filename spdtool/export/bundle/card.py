@@ -81,12 +81,13 @@ def render_card(recipe: Recipe, variants: Mapping[str, Variant], config: Mapping
     # A configuration without names stands for two classes.
     labels = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
     assert isinstance(labels, dict), "transformers wrote it"
-    title = f"{config.get('model_type', 'encoder')} for {recipe.task}, {recipe.sparsity:.0%} zeros"
+    title = f"{config.get('model_type', 'encoder')} for {recipe.task}, {recipe.size_label}"
     lines = ["---", *_metadata(recipe, title, next(iter(variants.values()))), "---", "", f"# {title}", ""]
     if recipe.smoke:
         lines += ["**Smoke run: a few steps on a random model. Its numbers mean nothing.**", ""]
+    kind = "smaller" if recipe.prune.is_structured else "sparse"
     lines += [
-        f"A sparse encoder, pruned and distilled with spdtool (recipe `{recipe.name}`, seed {recipe.seed}). "
+        f"A {kind} encoder, pruned and distilled with spdtool (recipe `{recipe.name}`, seed {recipe.seed}). "
         f"Labels: {', '.join(map(str, labels.values()))}.",
         "",
         *_measured_table(variants),

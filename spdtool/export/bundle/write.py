@@ -211,7 +211,7 @@ def _make_manifest(folder: Path, variants: dict[str, Variant], recipe: Recipe) -
         spdtool=metadata.version("spdtool"),
         task=recipe.task,
         text=list(find_dataset(recipe).text),
-        sparsity=recipe.sparsity,
+        sparsity=variants[PORTABLE_TARGET].sparsity if recipe.prune.is_structured else recipe.sparsity,
         smoke=recipe.smoke,
         model=variants[PORTABLE_TARGET].file,
         prefer=prefer,

@@ -59,7 +59,7 @@ def check_folder(target: Target, reference: Reference, folder: Path, provider: s
         GateError: the folder cannot be opened, or what differs.
     """
     tokenizer = reference.tokenizer
-    check_configuration(folder, reference.checkpoint)
+    check_configuration(folder, reference.checkpoint, target.changed_fields)
     if tokenizer.is_fast:
         check_raw_tokenizer(folder, tokenizer)
     check_tokenizer(_load_exported_tokenizer(folder), tokenizer)
@@ -88,15 +88,20 @@ def open_classifier(folder: Path, provider: str) -> Classifier:
         raise GateError(f"spdtool.load does not open the folder: {error.message}") from None
 
 
-def check_configuration(folder: Path, checkpoint: Path) -> None:
-    """Refuse a config.json that says something else than the checkpoint's, but where and by what it was saved."""
+def check_configuration(folder: Path, checkpoint: Path, changed_fields: Sequence[str] = ()) -> None:
+    """Refuse a config.json that says something else than the checkpoint's, but where and by what it was saved.
+
+    Args:
+        changed_fields: that the target may change.
+    """
     expected = AutoConfig.from_pretrained(checkpoint).to_dict()
     try:
         exported = AutoConfig.from_pretrained(folder).to_dict()
     except Exception as error:  # transformers raises many kinds
         raise GateError(f"transformers does not open the exported config.json: {first_line(error)}") from None
     for name in sorted(expected.keys() | exported.keys()):
-        if name not in HARMLESS_FIELDS and expected.get(name) != exported.get(name):
+        is_free = name in HARMLESS_FIELDS or name in changed_fields
+        if not is_free and expected.get(name) != exported.get(name):
             raise GateError(
                 f"config.json: {name} is {exported.get(name)!r} in the exported folder; "
                 f"the checkpoint has {expected.get(name)!r}"

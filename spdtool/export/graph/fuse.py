@@ -8,6 +8,7 @@ runtime that does not, and for a GPU, where attention is one kernel.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -19,6 +20,7 @@ from onnx import helper, numpy_helper
 from spdtool.errors import ModelError, first_line
 from spdtool.export.graph.protobuf import inputs_of_all, keep_constants, tensors_by_name
 from spdtool.export.graph.weights import (
+    POSITIONS,
     SIDE_BY_SIDE,
     Fingerprint,
     fingerprint,
@@ -50,7 +52,7 @@ def fuse_operators(proto: onnx.ModelProto) -> onnx.ModelProto:
     fused: onnx.ModelProto = onnx_ir.serde.serialize_model(model)
     restore_metadata(fused, metadata)
     join_concatenated(fused)
-    label_joined(fused, parameters)
+    label_joined(fused, parameters, metadata)
     del fused.graph.value_info[:]  # shapes of tensors that fused operators no longer produce
     return fused
 
@@ -70,8 +72,15 @@ def join_concatenated(proto: onnx.ModelProto) -> None:
     keep_constants(proto.graph, inputs_of_all(proto.graph.node))
 
 
-def label_joined(proto: onnx.ModelProto, parameters: Mapping[Fingerprint, str]) -> None:
-    """Note in each constant without metadata which parameters stand side by side in it, recognized by content."""
+def label_joined(
+    proto: onnx.ModelProto, parameters: Mapping[Fingerprint, str], metadata: Mapping[str, Mapping[str, str]]
+) -> None:
+    """Note in each constant without metadata which parameters stand side by side in it, recognized by content.
+
+    Args:
+        parameters: content to the name of the constant that had it.
+        metadata: of these constants, by name.
+    """
     # The widest first: a narrow parameter may equal the first columns of a wide one.
     widths = sorted({shape[-1] for _, shape, _ in parameters}, reverse=True)
     for tensor in proto.graph.initializer:
@@ -81,6 +90,17 @@ def label_joined(proto: onnx.ModelProto, parameters: Mapping[Fingerprint, str]) 
         layout = _column_layout(array, parameters, widths)
         if layout:
             tensor.metadata_props.add(key=SIDE_BY_SIDE, value=layout)
+            _join_positions(tensor, layout, metadata)
+
+
+def _join_positions(tensor: onnx.TensorProto, layout: str, metadata: Mapping[str, Mapping[str, str]]) -> None:
+    """Note the positions of every parameter of a joined constant."""
+    joined: dict[str, object] = {}
+    for entry in layout.split():
+        name, _, _ = entry.rpartition("=")
+        joined |= json.loads(metadata[name].get(POSITIONS, "{}"))
+    if joined:
+        tensor.metadata_props.add(key=POSITIONS, value=json.dumps(joined))
 
 
 def _column_layout(array: np.ndarray, parameters: Mapping[Fingerprint, str], widths: Sequence[int]) -> str:

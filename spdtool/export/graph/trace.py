@@ -25,10 +25,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spdtool.errors import GateError, ModelError, first_line
 from spdtool.export.graph.protobuf import keep_constants, rename_inputs, tensors_by_name
-from spdtool.export.graph.weights import PARAMETERS, TRANSPOSED, Fingerprint, fingerprint
+from spdtool.export.graph.weights import PARAMETERS, TRANSPOSED, Fingerprint, fingerprint, note_positions
 from spdtool.export.target import MODEL_FILE
 from spdtool.models.layers import TESTED_FAMILIES
 from spdtool.models.load import load_model, load_tokenizer, save_tokenizer
+from spdtool.models.shrink import find_live_positions, shrink
 from spdtool.run.fingerprint import sha256
 from spdtool.run.folder import RECORD
 
@@ -62,11 +63,16 @@ def cached_traces(*, start_empty: bool = False) -> Iterator[None]:
         _traces = before
 
 
-def trace_checkpoint(checkpoint: Path, opset: int) -> onnx.ModelProto:
+def trace_checkpoint(checkpoint: Path, opset: int, *, shrinks: bool = True) -> onnx.ModelProto:
     """Trace a checkpoint to a clean float32 graph of ONNX operators, with weights by name.
+
+    Heads and neurons that are zero as a whole are left out: the graph is smaller, and computes the same.
 
     Below operator set 23, attention is written out: fewer nodes than torch's own attention gives,
     and every architecture has it. From 23 on it is the operator Attention.
+
+    Args:
+        shrinks: False to trace dead heads and neurons like any others, for a target that looks for the full shapes.
 
     Raises:
         ModelError: the checkpoint cannot be read, or its architecture cannot be exported.
@@ -74,13 +80,18 @@ def trace_checkpoint(checkpoint: Path, opset: int) -> onnx.ModelProto:
     """
     key: tuple[object, ...] = ()
     if _traces is not None:
-        key = (opset, *_content_hashes(checkpoint))
+        key = (opset, shrinks, *_content_hashes(checkpoint))
         if key in _traces:
             return onnx.load_from_string(_traces[key])
     model = load_model(checkpoint, eager=opset < ATTENTION_OPSET)
-    proto = trace_model(model, input_names(model, load_tokenizer(checkpoint)), opset)
+    names, positions = input_names(model, load_tokenizer(checkpoint)), {}
+    if shrinks:
+        positions = find_live_positions(model)
+        model = shrink(model)
+    proto = trace_model(model, names, opset)
     remove_exporter_notes(proto)
     name_weights(proto, model)
+    note_positions(proto, positions)
     # A larger graph cannot be serialized in one piece, so it is traced again for each target.
     if _traces is not None and _byte_count(proto.graph.initializer) < LARGEST_FILE:
         _traces[key] = proto.SerializeToString()

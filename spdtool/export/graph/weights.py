@@ -5,6 +5,7 @@ says more:
 
     parameters    the parameters that it stores, separated by spaces, where several share one constant
     packed        name=columns ..., where several matrices stand side by side in one constant (fused attention)
+    positions     parameter to the rows and columns that the constant has of it; all others are zero (JSON)
 
 `NAME_quantized`, `NAME_scale` and `NAME_zero_point` are one constant in int8, as onnxruntime's
 quantizer names them. A constant may be dense, or one of the graph's `sparse_initializer`.
@@ -13,18 +14,24 @@ quantizer names them. A constant may be dense, or one of the graph's `sparse_ini
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from spdtool.errors import ModelError
 from spdtool.export.graph.protobuf import keep_constants, metadata_of, tensors_by_name
+
+if TYPE_CHECKING:
+    from spdtool.models.shrink import Positions
 
 TRANSPOSED = ".T"
 PARAMETERS = "parameters"
 SIDE_BY_SIDE = "packed"
+POSITIONS = "positions"
 QUANTIZED = "_quantized"
 INT8_LEVELS = 127  # int8 numbers on either side of zero
 SPARSE_BYTES = 12  # bytes of one weight in a sparse constant: eight for its index, four for its value
@@ -60,6 +67,42 @@ def read_weights(proto: onnx.ModelProto) -> Iterator[StoredWeight]:
             yield from _split_parameters(tensor, _decode(tensor, tensors))
     for sparse in proto.graph.sparse_initializer:
         yield from _split_parameters(sparse.values, StoredWeight(sparse.values.name, densify(sparse)))
+
+
+def note_positions(proto: onnx.ModelProto, positions: Mapping[str, Positions]) -> None:
+    """Note in each constant which rows and columns of its parameters it has, where they are not all."""
+    for tensor in proto.graph.initializer:
+        noted = {}
+        for name in metadata_of(tensor).get(PARAMETERS, "").split():
+            if name in positions:
+                noted[name] = describe_positions(positions[name])
+        if noted:
+            tensor.metadata_props.add(key=POSITIONS, value=json.dumps(noted))
+
+
+def describe_positions(axes: Positions) -> list[list[object]]:
+    """Write positions as JSON has them: size of each axis, and ranges [start, end) along it."""
+    return [[axis.size, _to_ranges(axis.live)] for axis in axes]
+
+
+def expand_weight(stored: StoredWeight, axes: Sequence[tuple[int, Sequence[tuple[int, int]]]]) -> StoredWeight:
+    """Put the numbers of a shrunk parameter where they are in the full one, and zeros elsewhere.
+
+    Args:
+        axes: as `describe_positions` writes them.
+
+    Raises:
+        ModelError: the positions do not fit the constant.
+    """
+    full = np.zeros([size for size, _ in axes], np.float32)
+    indices = []
+    for _, ranges in axes:
+        indices.append(np.concatenate([np.arange(0), *(np.arange(start, end) for start, end in ranges)]))
+    if tuple(map(len, indices)) != stored.array.shape:
+        expected = " x ".join(str(len(index)) for index in indices)
+        raise ModelError(f"{stored.name} has the shape {stored.array.shape}; its positions are those of {expected}")
+    full[np.ix_(*indices)] = stored.array
+    return stored._replace(array=full)
 
 
 def fingerprint(array: np.ndarray) -> Fingerprint:
@@ -128,13 +171,28 @@ def _decode(tensor: TensorProto, tensors: dict[str, TensorProto]) -> StoredWeigh
 def _split_parameters(tensor: TensorProto, constant: StoredWeight) -> Iterator[StoredWeight]:
     """Yield the parameters that one constant stores."""
     metadata = metadata_of(tensor)
+    positions = json.loads(metadata.get(POSITIONS, "{}"))
     if SIDE_BY_SIDE in metadata:
-        yield from _split_columns(metadata[SIDE_BY_SIDE], constant)
-        return
-    stem = tensor.name.removesuffix(QUANTIZED)
-    name = stem.removesuffix(TRANSPOSED)
-    for parameter in metadata.get(PARAMETERS, name).split():
-        yield _oriented(parameter, constant, transposed=name != stem)
+        stored = list(_split_columns(metadata[SIDE_BY_SIDE], constant))
+    else:
+        stem = tensor.name.removesuffix(QUANTIZED)
+        name = stem.removesuffix(TRANSPOSED)
+        stored = []
+        for parameter in metadata.get(PARAMETERS, name).split():
+            stored.append(_oriented(parameter, constant, transposed=name != stem))
+    for weight in stored:
+        yield expand_weight(weight, positions[weight.name]) if weight.name in positions else weight
+
+
+def _to_ranges(numbers: Sequence[int]) -> list[list[int]]:
+    """Write rising numbers as ranges [start, end)."""
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and ranges[-1][1] == number:
+            ranges[-1][1] = number + 1
+        else:
+            ranges.append([number, number + 1])
+    return ranges
 
 
 def _split_columns(layout: str, constant: StoredWeight) -> Iterator[StoredWeight]:

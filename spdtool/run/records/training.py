@@ -73,6 +73,7 @@ class TrainingResult(Record):
         given: source of a teacher that was not trained here.
         fit: None where nothing was trained.
         sparsity: share of zeros over all prunable matrices; zeros: by name of the weight. Of students only.
+        shape: heads and neurons that each layer keeps, where they are removed as a whole.
     """
 
     dev: Scores
@@ -82,6 +83,7 @@ class TrainingResult(Record):
     fit: FitResult | None = None
     sparsity: float | None = None
     zeros: dict[str, ZeroCount] = Field(default_factory=dict)
+    shape: list[tuple[int, int]] | None = None
 
     @property
     def score(self) -> float | None:

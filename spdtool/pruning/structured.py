@@ -1,0 +1,263 @@
+"""Gradual removal of heads and neurons: masks of coupled rows and columns, and the pruner that shrinks a shape.
+
+The student stays as wide as its teacher; what is removed is exactly zero. `models/shrink.py` leaves it out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from spdtool.errors import GateError, ModelError, RecipeError
+from spdtool.models import collectives
+from spdtool.models.structures import LayerStructures, Structures
+from spdtool.pruning.masks import Masks, clear_dead
+from spdtool.pruning.pruner import OnWork, Pruner
+from spdtool.pruning.statistics import Observer
+from spdtool.pruning.structure import (
+    EncoderShape,
+    LayerShape,
+    group_size,
+    interpolate_shape,
+    remove_structures,
+    shape_sparsity,
+)
+from spdtool.recipe.fields import Prune
+
+
+class StructuredMasks(Masks):
+    """Masks in which whole heads and neurons are dead: their rows with the biases, and their columns.
+
+    Attributes:
+        layers: the structures of each layer.
+        biases: name of a weight whose rows belong to structures, to its bias.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], layers: Sequence[LayerStructures]) -> None:
+        """Begin with nothing dead."""
+        super().__init__(parameters)
+        self.layers = list(layers)
+        self.biases: dict[str, nn.Parameter] = {}
+        for structures in self.each():
+            for name, linear in structures.inputs.items():
+                if linear.bias is not None:
+                    self.biases[f"{name}.weight"] = linear.bias
+
+    @classmethod
+    def from_structures(
+        cls, parameters: Mapping[str, nn.Parameter], layers: Sequence[LayerStructures]
+    ) -> StructuredMasks:
+        """Read the masks from the weights: dead is a structure whose rows, biases and columns are all zero."""
+        masks = cls(parameters, layers)
+        for structures in masks.each():
+            masks.dead |= masks.mask_structures(structures, ~structures.find_live())
+        return masks
+
+    def each(self) -> list[Structures]:
+        """List the heads and the neurons of every layer."""
+        return [structures for layer in self.layers for structures in (layer.heads, layer.neurons)]
+
+    def mask_structures(self, structures: Structures, gone: Tensor) -> dict[str, Tensor]:
+        """Mask the weights of some structures of a layer.
+
+        Args:
+            gone: flag of each structure, [count].
+
+        Returns:
+            Parameter name to bool tensor, True where the weight is dead.
+        """
+        masks = {}
+        for name, linear in structures.inputs.items():
+            masks[f"{name}.weight"] = structures.rows(gone, linear).unsqueeze(1).expand_as(linear.weight).clone()
+        columns = structures.columns(gone)
+        masks[f"{structures.output_name}.weight"] = columns.expand_as(structures.output.weight).clone()
+        return masks
+
+    def live(self, structures: Structures) -> Tensor:
+        """Flag the structures of a layer that live: [count]."""
+        columns = self.dead[f"{structures.output_name}.weight"].all(0)
+        return ~columns.view(structures.count, structures.size).all(1)
+
+    def shape(self) -> EncoderShape:
+        """Count what lives in each layer."""
+        shapes = []
+        for layer in self.layers:
+            shapes.append(LayerShape(int(self.live(layer.heads).sum()), int(self.live(layer.neurons).sum())))
+        return tuple(shapes)
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Set every dead weight and bias to zero, and the moments that an attached optimiser has for it."""
+        super().apply()
+        for name, bias in self.biases.items():
+            for tensor in (bias, *self._moments(bias)):
+                clear_dead(tensor, self._dead_rows(name))
+
+    @torch.no_grad()
+    def zero_gradients(self) -> None:
+        """Set the gradients of dead weights and biases to zero."""
+        super().zero_gradients()
+        for name, bias in self.biases.items():
+            if bias.grad is not None:
+                clear_dead(bias.grad, self._dead_rows(name))
+
+    def check_dead(self) -> None:
+        """As of weights, also of biases; raises GateError."""
+        super().check_dead()
+        for name, bias in self.biases.items():
+            for tensor in (bias, bias.grad, *self._moments(bias)):
+                if tensor is not None and bool((tensor[self._dead_rows(name)] != 0).any()):
+                    raise GateError(f"{name}: the bias of a removed head or neuron is not zero")
+
+    def check_reachable(self, sparsity: float, scope: str = "matrix") -> None:
+        """Do nothing: the pruner compares shapes, layer by layer."""
+
+    def check_shape(self, shape: EncoderShape) -> None:
+        """Assert that the zeros in the weights are exactly those of a shape.
+
+        Raises:
+            GateError: names the layer or the matrix that is off.
+        """
+        actual = self.shape()
+        if actual != shape:
+            raise GateError(
+                f"the student has the shape {describe_shape(actual)}; asked for was {describe_shape(shape)}"
+            )
+        for name, weight in self.parameters.items():
+            if not torch.equal(weight == 0, self.dead[name]):
+                raise GateError(f"{name}: not all of its zeros are those of removed heads and neurons")
+
+    def _dead_rows(self, name: str) -> Tensor:
+        return self.dead[name].all(1)
+
+
+class StructuredPruner(Pruner):
+    """Prune events that remove heads and neurons until the encoder has its shape.
+
+    Args:
+        events: `(optimiser step, sparsity)`, rising to the sparsity of the shape.
+        shape: the target.
+
+    Raises:
+        RecipeError: the criterion cannot rank structures.
+        ModelError: more is removed already than the target asks for.
+    """
+
+    masks: StructuredMasks
+    needs: ClassVar[dict[str, tuple[str, ...]]] = {
+        "layerwise": ("input_gram",),
+        "magnitude": (),
+        "taylor": ("gradient",),
+    }
+
+    def __init__(
+        self,
+        masks: StructuredMasks,
+        events: Sequence[tuple[int, float]],
+        section: Prune,
+        shape: EncoderShape,
+        layers: Mapping[str, nn.Linear] | None = None,
+    ) -> None:
+        super().__init__(masks, (), section, shape_sparsity(masks.layers, shape))
+        self.shape = shape
+        self.events = dict(events)
+        self.last_event = max(self.events, default=0)
+        needs = self.needs.get(section.criterion)
+        if needs is None:
+            raise RecipeError(
+                f"criterion {section.criterion!r} ranks single weights, not heads and neurons",
+                f"--set prune.criterion=layerwise, or {' or '.join(list(self.needs)[1:])}",
+            )
+        outputs = [f"{structures.output_name}.weight" for structures in masks.each()]
+        names = outputs if section.criterion == "layerwise" else None
+        self._observer = Observer(masks, needs if events else (), section, layers, names)
+        self._start = masks.shape()
+        for number, (start, end) in enumerate(zip(self._start, shape, strict=True), 1):
+            if start.heads < end.heads or start.neurons < end.neurons:
+                raise ModelError(
+                    f"layer {number} has {start.heads} heads and {start.neurons} neurons; "
+                    f"{end.heads} and {end.neurons} were asked for, and what is removed does not grow again",
+                    "start from a dense checkpoint, or ask for a smaller shape",
+                )
+
+    @torch.no_grad()
+    def prune(self, step: int, on_work: OnWork = lambda _: None) -> float | None:
+        """Remove what is due after optimiser step `step`; return the sparsity now, or None."""
+        sparsity = self.events.get(step)
+        if sparsity is None:
+            return None
+        self._check_observed(step)
+        progress = sparsity / self.target if self.target else 1.0
+        shape = interpolate_shape(self._start, self.shape, progress)
+        dead = dict(self.masks.dead)
+        mended = {name: weight.detach() for name, weight in self.masks.parameters.items()}
+        for number, (layer, remaining) in enumerate(zip(self.masks.layers, shape, strict=True), 1):
+            on_work(f"removing heads and neurons of layer {number} of {len(shape)}")
+            self._remove(layer.heads, remaining.heads, dead, mended)
+            self._remove(layer.neurons, remaining.neurons, dead, mended)
+        # replicas whose statistics differ in the last bit may rank two structures differently
+        collectives.broadcast([*dead.values(), *mended.values()])
+        self.masks.set(dead, mended)
+        self.reset_statistics()
+        return self.masks.sparsity()
+
+    def finalize(self) -> None:
+        """Make the zeros say what the masks say, before the weights are saved; raises GateError."""
+        self.masks.finalize()
+        self.masks.check_shape(self.shape)
+
+    def check_counts(self, counts: Mapping[str, tuple[int, int]], sparsity: float) -> None:  # noqa: ARG002
+        """Assert that a saved checkpoint has the zeros of the shape; raises GateError."""
+        expected = self.masks.counts()
+        for name, count in counts.items():
+            if count != expected[name]:
+                raise GateError(f"{name} has {count[0]} zeros of {count[1]}; the shape asks for {expected[name][0]}")
+
+    def _remove(
+        self, structures: Structures, remaining: int, dead: dict[str, Tensor], mended: dict[str, Tensor]
+    ) -> None:
+        """Remove all but `remaining` structures of a layer; update both dicts."""
+        live = self.masks.live(structures)
+        count = int(live.sum()) - remaining
+        if count <= 0:
+            return
+        name = f"{structures.output_name}.weight"
+        if self.section.criterion == "layerwise":
+            gram = self._observer.stats(name).input_gram
+            assert gram is not None
+            group = group_size(structures.count)
+            removal = remove_structures(structures.output.weight, gram, structures.size, count, live, group)
+            gone = torch.tensor(removal.order, device=live.device)
+            if self.section.update:
+                mended[name] = removal.weight
+        else:
+            scores = self._score_structures(structures).masked_fill(~live, torch.inf)
+            gone = scores.topk(count, largest=False).indices
+        live[gone] = False
+        dead.update(self.masks.mask_structures(structures, ~live))
+
+    def _score_structures(self, structures: Structures) -> Tensor:
+        """Score each structure over all its weights: their norm, or the first-order change of the loss."""
+        total = torch.zeros(structures.count, device=structures.output.weight.device)
+        for name, linear in structures.inputs.items():
+            by_row = self._contributions(name, linear).sum(1)
+            total += by_row.view(-1, structures.count, structures.size).sum((0, 2))
+        by_column = self._contributions(structures.output_name, structures.output).sum(0)
+        total += by_column.view(structures.count, structures.size).sum(1)
+        return total.abs()
+
+    def _contributions(self, name: str, linear: nn.Linear) -> Tensor:
+        weight = linear.weight.detach().float()
+        if self.section.criterion == "magnitude":
+            return weight.square()
+        gradient = self._observer.stats(f"{name}.weight").gradient
+        assert gradient is not None
+        return weight * gradient
+
+
+def describe_shape(shape: EncoderShape) -> str:
+    """Spell out a shape: heads x neurons of each layer."""
+    return " ".join(f"{layer.heads}x{layer.neurons}" for layer in shape)

@@ -1,0 +1,84 @@
+"""A model without its dead heads and neurons computes what it computed with them, in every family."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from spdtool.models.shrink import find_live_positions, shrink
+from spdtool.models.structures import FAMILIES, find_structures
+from tests import toys
+
+# Of each layer: the heads and the number of neurons that die. The second has neither heads nor neurons left, the
+# third has 5 dead neurons, which fill up the width.
+DEAD = (((1,), 32), ((0, 1), 64), ((), 5))
+
+
+@torch.no_grad()
+def kill(model: Any, dead: Sequence[tuple[Sequence[int], int]]) -> Any:
+    """Set heads and neurons of a model to zero, and give every bias a value; neurons die at odd positions first."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.copy_(torch.linspace(-0.3, 0.4, parameter.numel()))
+    for layer, (heads, count) in zip(find_structures(model), dead, strict=True):
+        order = torch.cat([torch.arange(1, layer.neurons.count, 2), torch.arange(0, layer.neurons.count, 2)])
+        for structures, indices in ((layer.heads, heads), (layer.neurons, order[:count])):
+            flags = torch.zeros(structures.count, dtype=torch.bool)
+            flags[torch.as_tensor(indices, dtype=torch.long)] = True
+            for linear in structures.inputs.values():
+                linear.weight[structures.rows(flags, linear)] = 0
+                if linear.bias is not None:
+                    linear.bias[structures.rows(flags, linear)] = 0
+            structures.output.weight[:, structures.columns(flags)] = 0
+    return model
+
+
+def test_outputs_stay_the_same_in_every_family_with_and_without_padding() -> None:
+    for family in FAMILIES:
+        for eager in (True, False):
+            model = kill(toys.classifier(family, eager=eager), DEAD)
+            small = shrink(model)
+            for rows in (1, 5):  # the first row has no padding
+                batch = toys.batch(rows, architecture=family)
+                del batch["labels"]
+                with torch.no_grad():
+                    expected, actual = model(**batch).logits, small(**batch).logits
+                message = f"{family}, eager {eager}, {rows} rows"
+                torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5, msg=message)
+            parameters = dict(small.named_parameters())
+            assert small.num_parameters() < model.num_parameters(), family
+            assert set(parameters) <= set(dict(model.named_parameters())), family
+
+
+def test_shrunk_parameters_are_the_full_ones_at_their_live_positions() -> None:
+    for family in FAMILIES:
+        model = kill(toys.classifier(family), DEAD)
+        full, small = dict(model.named_parameters()), dict(shrink(model).named_parameters())
+        positions = find_live_positions(model)
+        assert positions, family
+        for name, weight in full.items():
+            if name not in small:  # a layer without heads or neurons
+                assert not weight.any(), f"{family}: {name}"
+                continue
+            if name in positions:
+                for index, axis in enumerate(positions[name]):
+                    assert axis.size == weight.shape[index], f"{family}: {name}"
+                    weight = weight.index_select(index, torch.tensor(axis.live, dtype=torch.long))
+            assert torch.equal(weight, small[name]), f"{family}: {name}"
+
+
+def test_a_dense_model_and_one_of_another_family_are_returned_as_they_are() -> None:
+    model = toys.classifier("bert")
+    assert shrink(model) is model
+    assert find_live_positions(model) == {}
+    model = kill(model, DEAD)
+    model.config.model_type = "a-new-family"
+    assert shrink(model) is model
+    assert find_live_positions(model) == {}
+
+
+def test_few_dead_neurons_leave_the_width_as_it_is() -> None:
+    model = kill(toys.classifier("bert"), (((), 5), ((), 0), ((), 31)))
+    assert shrink(model) is model

@@ -1,0 +1,173 @@
+"""A student with fewer heads, neurons and layers, through the three phases and every export."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+
+from spdtool.errors import GateError, RecipeError
+from spdtool.export.classifier import load
+from spdtool.export.gates import export_and_check
+from spdtool.export.gates.reference import Reference, prepare_dev_sets
+from spdtool.export.gates.weights import check_weights
+from spdtool.export.graph.weights import POSITIONS
+from spdtool.export.target import MODEL_FILE, get_target
+from spdtool.models.load import load_model
+from spdtool.models.structures import find_structures
+from spdtool.run.folder import Run
+from spdtool.stages.plan import make_plan
+from spdtool.stages.prune import prune
+from spdtool.training import loop
+
+MakeRun = Callable[..., Run]
+SHAPE = [[1, 32], [2, 0]]
+SETS = ("prune.shape=[[1, 32], [2, 0]]", "prune.calibration=2", "prune.criterion=layerwise")
+
+
+def shape_of(folder: Path) -> list[list[int]]:
+    """Heads and neurons that live in a checkpoint."""
+    layers = find_structures(load_model(folder))
+    return [[int(layer.heads.find_live().sum()), int(layer.neurons.find_live().sum())] for layer in layers]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> Any:
+    """A run whose student has lost heads and neurons in all three phases; read only."""
+    from importlib import import_module
+
+    toys.register(toys.dataset("toy"))
+    sets = [f"{stage}.epochs=1" for stage in ("teacher", "prune", "distill", "finetune")]
+    run = Run.at(tmp_path_factory.mktemp("structured") / "run", toys.recipe(*sets, *SETS, "export.sentences=4"))
+    for stage in ("teacher", "prune", "distill", "finetune"):
+        getattr(import_module(f"spdtool.stages.{stage}"), stage)(run)
+    return run
+
+
+@pytest.fixture
+def reference(finished: Run, toy_task: Callable[..., Any]) -> Reference:
+    """Its student."""
+    toy_task()
+    checkpoint = finished.path / "finetune"
+    return Reference(checkpoint, prepare_dev_sets(checkpoint, finished.recipe), finished.recipe)
+
+
+def test_every_phase_hands_over_a_full_width_checkpoint_of_the_shape(finished: Run) -> None:
+    for stage in ("prune", "distill", "finetune"):
+        folder = finished.path / stage
+        assert shape_of(folder) == SHAPE, stage
+        result = finished.training_result(stage)
+        assert [list(layer) for layer in result.shape or ()] == SHAPE, stage
+        # attention and feed-forward have equally many weights here: a half, a half, nothing, all
+        assert result.sparsity == 0.5, stage
+        model = AutoModelForSequenceClassification.from_pretrained(folder)
+        assert model.config.intermediate_size == 64, stage
+    events = [json.loads(line) for line in (finished.path / "prune" / "metrics.jsonl").read_text("utf-8").splitlines()]
+    climbed = [event["sparsity"] for event in events if event["event"] == "prune"]
+    assert len(climbed) == 3
+    assert climbed == sorted(climbed)
+    assert climbed[-1] == pytest.approx(finished.training_result("finetune").sparsity)
+
+
+def test_every_target_leaves_the_dead_out_and_passes_all_gates(reference: Reference, tmp_path: Path) -> None:
+    parameters = dict(reference.load_model().named_parameters())
+    for name in ("onnx", "onnx-ort", "onnx-fp16", "onnx-int8", "transformers"):
+        export_and_check(get_target(name), reference, tmp_path / name, ["cpu"])
+        for stored in get_target(name).stored_weights(tmp_path / name):
+            assert stored.array.shape == tuple(parameters[stored.name].shape), f"{name}: {stored.name}"
+    stored_size = {}
+    for tensor in onnx.load(tmp_path / "onnx" / MODEL_FILE).graph.initializer:
+        stored_size[tensor.name.removesuffix(".T")] = numpy_helper.to_array(tensor).size
+    layer = "bert.encoder.layer."
+    assert stored_size[f"{layer}0.attention.self.query.weight"] == 16 * 32
+    assert stored_size[f"{layer}0.intermediate.dense.weight"] == 32 * 32
+    assert f"{layer}1.output.dense.weight" not in stored_size
+    answers = [load(tmp_path / name)(["a good film"]) for name in ("onnx", "onnx-ort")]
+    assert answers[0] == answers[1]
+
+
+def test_stock_transformers_opens_the_narrow_checkpoint(reference: Reference, tmp_path: Path, toys: ModuleType) -> None:
+    get_target("transformers").export(reference.checkpoint, tmp_path / "narrow", reference.recipe)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "narrow")
+    assert model.config.intermediate_size == 32
+    batch = toys.batch()
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).logits, reference.load_model()(**batch).logits, rtol=0, atol=1e-5)
+
+
+def test_a_swapped_head_column_is_caught_by_the_gate_on_weights(reference: Reference, tmp_path: Path) -> None:
+    target = get_target("onnx")
+    target.export(reference.checkpoint, tmp_path, reference.recipe)
+    check_weights(target, reference, tmp_path)
+    proto = onnx.load(tmp_path / MODEL_FILE)
+    name = "bert.encoder.layer.0.attention.output.dense.weight"
+    (tensor,) = [tensor for tensor in proto.graph.initializer if tensor.name in (name, f"{name}.T")]
+    sound = numpy_helper.to_array(tensor)
+    assert sound.shape == (16, 32)
+    swapped = sound.copy()
+    swapped[[0, 1]] = sound[[1, 0]]
+    tensor.raw_data = swapped.tobytes()
+    onnx.save(proto, tmp_path / MODEL_FILE)
+    with pytest.raises(GateError, match=r"attention\.output\.dense\.weight"):
+        check_weights(target, reference, tmp_path)
+    # the other head named as the one that lives
+    tensor.raw_data = sound.tobytes()
+    for entry in tensor.metadata_props:
+        if entry.key == POSITIONS:
+            ((size, ((start, _),)),) = json.loads(entry.value)[name][1:]
+            other = [[0, 16]] if start else [[16, 32]]
+            entry.value = json.dumps({name: [[32, [[0, 32]]], [size, other]]})
+    onnx.save(proto, tmp_path / MODEL_FILE)
+    with pytest.raises(GateError, match="in place of"):
+        check_weights(target, reference, tmp_path)
+
+
+def test_a_killed_prune_stage_resumes_to_the_same_weights(
+    finished: Run, tmp_path: Path, toy_task: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy_task()
+    run = Run.at(tmp_path / "run", finished.recipe.model_copy(update={"save_minutes": 0.0}))
+    shutil.copytree(finished.path / "teacher", tmp_path / "run" / "teacher", dirs_exist_ok=True)
+    train_step, steps = loop._train_step, iter(range(1000))
+
+    def die(*arguments: Any) -> None:
+        if next(steps) == 3:  # after the first of three events
+            raise KeyboardInterrupt
+        train_step(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "_train_step", die)
+        with pytest.raises(KeyboardInterrupt):
+            prune(run)
+    prune(run)
+    resumed, calm = (
+        load_file(tmp_path / "run/prune/model.safetensors"),
+        load_file(finished.path / "prune/model.safetensors"),
+    )
+    assert all(torch.equal(weight, calm[name]) for name, weight in resumed.items())
+
+
+def test_a_plan_counts_the_zeros_of_the_shape_and_refuses_one_that_does_not_fit(toy_run: MakeRun) -> None:
+    plan = make_plan(toy_run(*SETS))
+    assert 2 * plan.parameters.zeros == plan.parameters.prunable
+    for shape, message in (("[[1, 32]]", "has 1 layers"), ("[[3, 32], [2, 64]]", "keeps 3 heads")):
+        with pytest.raises(RecipeError, match=message):
+            make_plan(toy_run(f"prune.shape={shape}", "prune.calibration=2"))
+
+
+def test_a_student_of_fewer_layers_and_half_the_heads(toy_run: MakeRun, toy_task: Callable[..., Any]) -> None:
+    toy_task(layers=3)
+    sets = ("prune.layers=[1, 3]", "prune.heads=0.5", "prune.neurons=0.5", "prune.criterion=magnitude")
+    run = toy_run(*sets, "teacher.epochs=1", "prune.epochs=1", until="prune")
+    assert shape_of(run.path / "prune") == [[1, 32], [1, 32]]
+    assert load_model(run.path / "prune").config.num_hidden_layers == 2
