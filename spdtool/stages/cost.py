@@ -126,7 +126,8 @@ class CostModel:
         elif needs:
             seconds += tokens * self.student_forward * BACKWARD * OVERHEAD
         update = entry.meta.get("update")
-        if update is not None and section.update:
+        # heads and neurons are solved for in the time of an inverse, which is counted
+        if update is not None and section.update and not section.is_structured:
             for shape, count in self._student_shapes.items():
                 seconds += count * time_update(update, needs, shape, sparsity, section, self.device)
         return seconds

@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification
 
 from spdtool.errors import GateError, RecipeError
 from spdtool.export.classifier import load
-from spdtool.export.gates import export_and_check
+from spdtool.export.gates.checked_export import export_and_check
 from spdtool.export.gates.reference import Reference, prepare_dev_sets
 from spdtool.export.gates.weights import check_weights
 from spdtool.export.graph.weights import POSITIONS
