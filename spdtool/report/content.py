@@ -173,9 +173,10 @@ def headline_tiles(row: StudentRow, records: RunRecords) -> list[Tile]:
     note = _further_metrics(records, phase)
     if phase != PHASES[-1]:  # a score on the way must not pass for the final one
         note = f"after {phase}; {note}"
-    tiles.append(
-        Tile("kept", format_optional(row.retention, ".1%"), "dev score of the student over that of the teacher")
-    )
+    kept_note = "dev score of the student over that of the teacher"
+    if not row.has_learned_teacher:
+        kept_note = "the teacher's dev score is no better than chance: there is nothing to keep"
+    tiles.append(Tile("kept", format_optional(row.retention, ".1%"), kept_note))
     tiles += [Tile("student, dev", format_score(row.student), note), teacher]
     if row.nonzeros is not None and row.weights:
         remaining = f"{row.nonzeros:,} of {row.weights:,} weights are left in the encoder's matrices"

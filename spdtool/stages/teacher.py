@@ -71,7 +71,9 @@ def teacher(run: Run) -> TrainingResult:
             fitted = fit(learner, lesson, encoded["train"], section, length, recipe, work, on_event)
         dev, train, classes = learner.score_classes()
         learner.save(work.folder)
-        work.result = result = TrainingResult(dev=dev, train=train, classes=classes, fit=fitted)
+        work.result = result = TrainingResult(
+            dev=dev, train=train, classes=classes, fit=fitted, chance=learner.chance_score
+        )
     collectives.barrier()
     # Last: the hours are not lost, if the user accepts it.
     check_teacher_score(task, learner.splits["dev"].labels, dev["score"], recipe)
@@ -112,7 +114,9 @@ def copy_teacher(run: Run, source: str) -> TrainingResult:
     check_teacher_score(task, learner.splits["dev"].labels, dev["score"], recipe)
     with run.stage("teacher") as work:
         learner.save(work.folder)
-        work.result = result = TrainingResult(dev=dev, train=train, classes=classes, given=source)
+        work.result = result = TrainingResult(
+            dev=dev, train=train, classes=classes, given=source, chance=learner.chance_score
+        )
     collectives.barrier()
     return result
 

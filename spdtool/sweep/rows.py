@@ -38,7 +38,8 @@ def row_of_run(run: Run) -> StudentRow:
     row = row_of_recipe(run.recipe, run.path)
     if not run.done("teacher"):
         return row
-    row.teacher = run.training_result("teacher").score  # on this run's dev rows, also of a given teacher
+    teacher = run.training_result("teacher")  # on this run's dev rows, also of a given teacher
+    row.teacher, row.chance = teacher.score, teacher.chance
     row.teacher_train = trained_teacher(run).train_score
     finished = [phase for phase in PHASES if run.done(phase)]
     if not finished:
@@ -71,6 +72,7 @@ def intermediate_rows(row: StudentRow, students: Iterable[IntermediateStudent]) 
             status="done",
             smoke=row.smoke,
             teacher=row.teacher,
+            chance=row.chance,
             teacher_train=row.teacher_train,
             student=student.dev.get("score"),
             student_train=(student.train or {}).get("score"),

@@ -19,7 +19,8 @@ AVERAGE_COLUMNS = ("recipe", "sparsity", "kept on average", "tasks")
 LEGEND = (
     "Scores are dev scores times 100: mean ± sample deviation over seeds. Kept: student over teacher, a mean of the "
     "seeds' own ratios. Gap: score on rows that were trained on, minus the dev score; the larger, the more a model "
-    "overfits. A dash: not measured, or no deviation with one seed."
+    "overfits. A dash: not measured, no deviation with one seed, or nothing to keep of a teacher that is no better "
+    "than chance."
 )
 
 
@@ -146,6 +147,8 @@ def describe_row(row: StudentRow) -> str:
         return f"{row_name(row)}: {row.status}: {row.error}"
     scores = f"teacher {_hundredfold(row.teacher)}, student {_hundredfold(row.student)}"
     relative = f"{_percent(row.retention)} kept"
+    if row.teacher is not None and not row.has_learned_teacher:
+        relative = "nothing to keep: the teacher is no better than chance"
     if row.student_gap is not None:
         relative += f", gap {_hundredfold(row.student_gap)}"
     line = f"{row_name(row)}: {scores} ({relative})"

@@ -17,6 +17,7 @@ from spdtool.errors import LISTED, DataError, ModelError
 from spdtool.plugins import task_kinds
 from spdtool.recipe.fields import Loss
 from spdtool.run.records import ClassScores
+from spdtool.tasks.metrics import METRICS
 from spdtool.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -91,7 +92,10 @@ class Classification(Task):
             metrics = self.dataset.metrics
             if len(names) > 2:  # that of two classes knows one that is positive
                 metrics = tuple("f1_macro" if metric == "f1" else metric for metric in metrics)
-            return type(self)(replace(self.dataset, labels=(*labels, *added), metrics=metrics))
+            widened = type(self)(replace(self.dataset, labels=(*labels, *added), metrics=metrics))
+            if self.metric is not None:
+                widened.metric = metrics[self.dataset.metrics.index(self.metric)]
+            return widened
         return self
 
     def matches_by_position(self, names: Sequence[str]) -> bool:
@@ -103,8 +107,10 @@ class Classification(Task):
         return any(list(side) in (numbers, placeholders) for side in (names, self.dataset.labels))
 
     def align_labels(self, splits: dict[str, Rows], names: Sequence[str]) -> dict[str, Rows]:
-        """Return the rows with class indices in the order of a model's label names."""
+        """Return the rows with class indices in the order of a model's label names, by which scores then go too."""
         order = self.label_order(names)
+        if len(order) == 2:  # the positive class is the data set's second, wherever the model has it
+            self.positive = order[1]
         if order == list(range(len(order))):
             return splits  # untouched: labels in shards stay on the disk
         index = np.array(order)
@@ -145,6 +151,13 @@ class Classification(Task):
         """Return the class of the largest logit, int64 [rows]."""
         predicted: np.ndarray = logits.argmax(axis=1)
         return predicted
+
+    def measure(self, metric: str, gold: np.ndarray, predicted: np.ndarray) -> float:
+        """Return one metric of class indices; `f1` is of the class that is positive in the data set."""
+        if metric == "f1":
+            is_positive = (gold == self.positive).astype(int)
+            return METRICS[metric](is_positive, (predicted == self.positive).astype(int))
+        return super().measure(metric, gold, predicted)
 
     def score_classes(self, logits: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, ClassScores]:
         """Score each class by itself: precision, recall and their harmonic mean."""

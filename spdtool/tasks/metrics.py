@@ -16,7 +16,7 @@ def accuracy(gold: np.ndarray, predicted: np.ndarray) -> float:
 
 
 def f1(gold: np.ndarray, predicted: np.ndarray) -> float:
-    """Return the F1 of class 1, the positive one of two classes."""
+    """Return the F1 of class 1 among classes 0 and 1; `Classification.measure` puts the positive one there."""
     from sklearn.metrics import f1_score  # imported here: most of a second, and accuracy does without
 
     return float(f1_score(gold, predicted, zero_division=0.0))

@@ -29,10 +29,12 @@ class Task:
     Attributes:
         problem_type: value of that field in a checkpoint's config.json.
         metric: the one that is the headline score; None: the mean of all.
+        positive: index of the class that metrics of two classes call positive, in the order of the labels.
     """
 
     problem_type: ProblemType | None = None
     metric: str | None = None
+    positive: int = 1
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
@@ -127,9 +129,13 @@ class Task:
     def score(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """Return every metric of the data set, and `score`, the headline: one of them, or their mean as in GLUE."""
         predicted = self.predictions(logits)
-        values = {name: METRICS[name](labels, predicted) for name in self.dataset.metrics}
+        values = {name: self.measure(name, labels, predicted) for name in self.dataset.metrics}
         headline = float(np.mean(list(values.values()))) if self.metric is None else values[self.metric]
         return {"score": headline} | values
+
+    def measure(self, metric: str, gold: np.ndarray, predicted: np.ndarray) -> float:
+        """Return one metric of gold labels and predictions, both [rows]."""
+        return METRICS[metric](gold, predicted)
 
     def score_splits(self, logits: Mapping[str, np.ndarray], splits: Mapping[str, Encoded]) -> dict[str, float]:
         """Score `dev`; metrics of a further dev set carry its suffix (`accuracy_mm`) and do not enter `score`.

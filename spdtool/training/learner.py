@@ -44,6 +44,11 @@ class Learner:
         """The model's logits for a batch, which may have columns that this model does not read."""
         return drop_unread_columns(torch_forward(self.model, self.accelerator.device), self.tokenizer)
 
+    @property
+    def chance_score(self) -> float:
+        """Highest dev score of a model that may have learned nothing."""
+        return self.task.chance_score(self.splits["dev"].labels)
+
     def score(self) -> tuple[Scores, Scores | None]:
         """Score the dev sets and the sample of training rows. Collective: call on every rank."""
         dev, train, _ = self.score_classes()

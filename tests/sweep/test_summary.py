@@ -31,6 +31,8 @@ def test_retention_and_gaps_follow_from_the_scores_of_a_row():
         ({}, (0.75, None, None)),
         ({"teacher": 0.0}, (None, None, None)),
         ({"teacher": -0.1}, (None, None, None)),
+        ({"chance": 0.8}, (None, None, None)),
+        ({"chance": 0.79}, (0.75, None, None)),
         ({"teacher_train": 0.9, "student_train": 0.55}, (0.75, 0.1, -0.05)),
     ]
     for fields, expected in examples:
@@ -59,6 +61,16 @@ def test_means_are_over_seeds_of_one_task_recipe_and_sparsity():
 def test_what_is_kept_is_a_mean_of_the_seeds_own_ratios():
     made = [row(teacher=1.0, student=0.5), row(seed=1, teacher=0.5, student=0.5)]
     assert summary.summarise(made)[0].retention.mean == pytest.approx(0.75)
+
+
+def test_nothing_is_kept_of_a_teacher_that_is_no_better_than_chance():
+    hopeless = row(teacher=0.5, student=0.5, chance=0.5)
+    assert "nothing to keep: the teacher is no better than chance" in summary.describe_row(hopeless)
+    columns, (cells,) = summary.table(summary.summarise([hopeless]))
+    assert cells[columns.index("kept")] == "-"
+    assert summary.averages_table(summary.summarise([hopeless]))[1] == [["default", "0.5", "-", "0"]]
+    both = [hopeless, row(seed=1, chance=0.5)]
+    assert summary.summarise(both)[0].retention.mean == 0.75, "a seed whose teacher has learned something counts"
 
 
 def test_what_failed_or_is_not_finished_is_no_part_of_a_mean():

@@ -31,6 +31,16 @@ def test_labels_follow_the_order_of_the_models_names(toy_task: ToyTask) -> None:
         assert task.align_labels(splits, names)["train"].labels == [0, 1, 1]
 
 
+def test_the_positive_class_is_the_data_sets_wherever_the_model_has_it(toy_task: ToyTask) -> None:
+    gold, predicted = [1, 1, 1, 0, 0], [1, 0, 1, 0, 1]  # 1 is entailment
+    for names in (["not_entailment", "entailment"], ["entailment", "not_entailment"]):
+        task = toy_task(labels=("not_entailment", "entailment"), metrics=("f1",))
+        order = task.label_order(names)
+        aligned = task.align_labels(splits_of(gold, gold), names)["dev"]
+        logits = np.eye(2)[[order[label] for label in predicted]]
+        assert task.score(logits, np.asarray(aligned.labels))["f1"] == pytest.approx(2 / 3), names
+
+
 def test_labels_map_one_to_one_exact_names_first(toy_task: ToyTask) -> None:
     cases = [
         (("A", "a"), ["A", "a"], [0, 1]),
@@ -58,6 +68,10 @@ def test_a_model_may_have_classes_that_no_row_has(toy_task: ToyTask) -> None:
         assert task.dataset.labels == widened
         assert task.label_order(names) == order
         assert task.dataset.metrics == ("accuracy", "f1_macro")
+        for chosen, metric in (("accuracy", "accuracy"), ("f1", "f1_macro")):
+            narrow = toy_task(labels=labels, metrics=("accuracy", "f1"))
+            narrow.metric = chosen
+            assert narrow.widen(names).metric == metric
         rows = splits_of([0, 1, 0], [1, 0])
         aligned = task.align_labels(rows, names)["dev"]
         assert 0 < task.baseline(np.asarray(aligned.labels))["score"] < 1

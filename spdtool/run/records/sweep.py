@@ -16,6 +16,7 @@ class StudentRow(Record):
         run: folder of the run, or of an intermediate student.
         target_sparsity: of the run, for an intermediate student; None for a final one.
         teacher, student: dev scores. teacher_train, student_train: on training rows.
+        chance: dev score that the teacher has to be above.
         nonzeros, weights: over all prunable matrices.
         seconds: of the student's phases.
         bytes, speed: of its best exported form. teacher_bytes: of the dense teacher. Only where there is a bench.
@@ -33,6 +34,7 @@ class StudentRow(Record):
     smoke: bool = False
     teacher: float | None = None
     student: float | None = None
+    chance: float | None = None
     teacher_train: float | None = None
     student_train: float | None = None
     nonzeros: int | None = None
@@ -51,11 +53,17 @@ class StudentRow(Record):
             return self.recipe
         return f"{self.recipe}, on the way to {self.target_sparsity:g}"
 
+    @property
+    def has_learned_teacher(self) -> bool:
+        """Whether the teacher is better than chance, as far as its record says what that is."""
+        # correlations may be negative; a record of an older version does not name chance
+        return self.teacher is not None and self.teacher > max(self.chance or 0.0, 0.0)
+
     @computed_field  # type: ignore[prop-decorator]
     @property
     def retention(self) -> float | None:
-        """Dev score of the student over that of the teacher; None where the teacher has learnt nothing."""
-        if self.student is None or self.teacher is None or self.teacher <= 0:  # correlations may be negative
+        """Dev score of the student over that of the teacher; None where the teacher has learned nothing to keep."""
+        if self.student is None or self.teacher is None or not self.has_learned_teacher:
             return None
         return self.student / self.teacher
 

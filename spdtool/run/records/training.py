@@ -71,6 +71,7 @@ class TrainingResult(Record):
         classes: dev scores of each class, by its name; empty where there are none.
         dev: scores of the saved weights. train: the same on a sample of training rows, where it is scored.
         given: source of a teacher that was not trained here.
+        chance: highest dev score that a teacher may have without having learned anything.
         fit: None where nothing was trained.
         sparsity: share of zeros over all prunable matrices; zeros: by name of the weight. Of students only.
         shape: heads and neurons that each layer keeps, where they are removed as a whole.
@@ -80,6 +81,7 @@ class TrainingResult(Record):
     train: Scores | None = None
     classes: dict[str, ClassScores] = Field(default_factory=dict)
     given: str | None = None
+    chance: float | None = None
     fit: FitResult | None = None
     sparsity: float | None = None
     zeros: dict[str, ZeroCount] = Field(default_factory=dict)
