@@ -110,7 +110,11 @@ def _describe_time(plan: Plan) -> str:
         return "none: every stage is done"
     least, most = map(format_duration, plan.estimate.seconds)
     text = _about(most) if least == most else f"{least} to {most}"
-    return f"{text} in one process, from a trial of the model's matrix products on this {plan.estimate.device}"
+    processes = "one process"
+    if plan.estimate.processes > 1:
+        sharing = "with a GPU each" if plan.estimate.device == "cuda" else "that share the cores"
+        processes = f"{plan.estimate.processes} processes {sharing}"
+    return f"{text} in {processes}, from a trial of the model's matrix products on this {plan.estimate.device}"
 
 
 def _describe_sizes(plan: Plan) -> list[tuple[str, str]]:
@@ -121,6 +125,8 @@ def _describe_sizes(plan: Plan) -> list[tuple[str, str]]:
         disk += f", up to {console.format_bytes(estimate.cache_bytes)} of cache"
     files = [f"{name} {console.format_bytes(size)}" for name, size in estimate.files.items()]
     memory = f"about {console.format_bytes(estimate.memory_bytes)} of memory in training"
+    if estimate.processes > 1:
+        memory += " for each process"
     return [("disk", f"about {disk}; {memory}"), ("result", f"about {', '.join(files)}, from the number of parameters")]
 
 

@@ -70,17 +70,18 @@ def run_all(recipe: Recipe, path: Path, dry_run: bool, everything: bool, process
     from spdtool.stages.api import compress
 
     check_header(recipe)  # before torch is imported
+    from spdtool.stages.estimate import plan_for_processes
     from spdtool.stages.plan import make_plan
 
     if dry_run:
-        plan = make_plan(Run.for_recipe(path, recipe, dry=True))
+        plan = plan_for_processes(make_plan(Run.for_recipe(path, recipe, dry=True)), processes, sharded=recipe.shard)
         show_plan(plan, recipe, everything=everything)
         if not everything:
             console.say("[dim]--all shows every field of the recipe, and the reasons[/]")
         return plan.model_dump(mode="json", exclude={"recipe"}) | {"recipe": recipe.model_dump(mode="json")}
 
     def start(plan: Plan) -> None:
-        show_plan(plan, recipe, everything=everything)
+        show_plan(plan_for_processes(plan, processes, sharded=recipe.shard), recipe, everything=everything)
         launch_training(processes, recipe, path)  # for the training stages; this process does the others
 
     result = compress(recipe=recipe, run=path, on_plan=start)
@@ -103,6 +104,7 @@ def teacher(options: RecipeOptions, run: RunPath = None, again: Again = False, p
 
     recipe = options.build(recorded_recipe(run))
     check_header(recipe)  # before torch is imported
+    from spdtool.stages.estimate import plan_for_processes
     from spdtool.stages.plan import make_plan
 
     path = run or default_path(recipe)
@@ -110,7 +112,7 @@ def teacher(options: RecipeOptions, run: RunPath = None, again: Again = False, p
     # Only looked at: nothing is written before the plan is accepted.
     planned = Run.for_recipe(path, recipe, redo=redo, dry=True)
     if (again or not planned.done("teacher")) and not ranks.has_launcher():
-        show_plan(make_plan(planned, redo), recipe)
+        show_plan(plan_for_processes(make_plan(planned, redo), processes, sharded=recipe.shard), recipe)
     return run_one("teacher", path, recipe, again, processes)
 
 

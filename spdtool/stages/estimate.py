@@ -16,11 +16,11 @@ from spdtool.data.dataset import Rows
 from spdtool.data.tokens import tokenize
 from spdtool.export.sizes import estimate_files
 from spdtool.export.target import ChosenTarget, optional_targets, required_targets
-from spdtool.recipe import PHASES
+from spdtool.recipe import PHASES, TRAINING
 from spdtool.recipe.fields import Distilled, Recipe, Training
 from spdtool.run.folder import Run
 from spdtool.run.forecast import StageCost
-from spdtool.run.records import ResourceEstimate, StageEstimate, WeightCounts
+from spdtool.run.records import Plan, ResourceEstimate, StageEstimate, WeightCounts
 from spdtool.stages.cost import LEAST, MOST, CostModel, Workload
 
 FLOAT = 4  # bytes
@@ -130,6 +130,35 @@ class Estimator:
         tokens = self.workload.rows * self.workload.tokens / PADDED
         size = round(FLOAT * tokens * (config.num_hidden_layers + 1) * config.hidden_size)
         return size if size <= self.recipe.teacher_states_gb * 1e9 else 0
+
+
+def plan_for_processes(plan: Plan, processes: int, *, sharded: bool) -> Plan:
+    """Return the plan of a run whose training stages run in several processes.
+
+    Each has a GPU of its own, or they share the cores that one process would use. Unless the weights are sharded, every
+    process solves every matrix of a prune event.
+    """
+    if processes == 1:
+        return plan
+    speedup = 1
+    if plan.estimate.device == "cuda":
+        speedup = min(processes, torch.cuda.device_count())
+    event_factor = processes / speedup  # on a CPU a process has fewer cores for it
+    if sharded:
+        event_factor /= processes
+    plan = plan.model_copy(deep=True)
+    for stage in plan.stages:
+        if stage.stage not in TRAINING or stage.estimate is None:
+            continue
+        estimate = stage.estimate
+        estimate.step_seconds /= speedup
+        estimate.other_seconds /= speedup
+        estimate.events = [(step, event_factor * seconds) for step, seconds in estimate.events]
+        cost = StageCost(estimate.steps, estimate.step_seconds, tuple(estimate.events), estimate.other_seconds)
+        estimate.seconds = cost.seconds
+    seconds = sum(stage.estimate.seconds for stage in plan.stages if stage.estimate is not None)
+    plan.estimate.seconds, plan.estimate.processes = (LEAST * seconds, MOST * seconds), processes
+    return plan
 
 
 def count_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> float:

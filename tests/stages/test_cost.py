@@ -11,6 +11,7 @@ import torch
 from spdtool.run.folder import Run
 from spdtool.stages import cost
 from spdtool.stages.cost import CostModel, Workload
+from spdtool.stages.estimate import plan_for_processes
 from spdtool.stages.plan import make_plan
 
 MakeRun = Callable[..., Run]
@@ -63,5 +64,12 @@ def test_the_plan_estimates_what_is_to_do(toy_run: MakeRun) -> None:
     assert least < sum(seconds.values()) < most
     assert plan.estimate.disk_bytes < plan.estimate.peak_bytes
     assert plan.estimate.files["onnx"] >= 4 * plan.parameters.all
+    two = plan_for_processes(plan, 2, sharded=False)
+    events = {kind.stages[1].estimate.events[-1][1] for kind in (plan_for_processes(plan, 2, sharded=True), plan)}
+    assert len(events) == 1, "sharded, each of two processes has half of the cores and half of the rows"
+    assert two.stages[1].estimate.events[-1][1] == 2 * plan.stages[1].estimate.events[-1][1]
+    assert two.stages[1].estimate.step_seconds == plan.stages[1].estimate.step_seconds, "they share the cores"
+    assert two.stages[-1].estimate == plan.stages[-1].estimate, "one process exports and times"
+    assert (two.estimate.processes, two.estimate.memory_bytes) == (2, plan.estimate.memory_bytes)
     done = make_plan(toy_run(until="prune"))
     assert [stage.estimate is None for stage in done.stages] == [True, True, False, False, False, False]

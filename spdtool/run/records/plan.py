@@ -55,7 +55,8 @@ class ResourceEstimate(Record):
         device: where that was tried.
         disk_bytes: of the run folder in the end. peak_bytes: of its largest state on the way, with snapshots.
         cache_bytes: of the teacher's outputs in the user's cache folder.
-        memory_bytes: peak of the training stages, right to about a factor of 1.5.
+        memory_bytes: peak of the training stages in each process, right to about a factor of 1.5.
+        processes: in which the training stages run.
         files: target to bytes of the student in that form.
     """
 
@@ -65,6 +66,7 @@ class ResourceEstimate(Record):
     peak_bytes: int
     cache_bytes: int
     memory_bytes: int
+    processes: int = 1
     files: dict[str, int]
 
 
