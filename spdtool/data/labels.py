@@ -118,7 +118,7 @@ def sort_classes(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def read_labels(table: Table, column: str, *, as_numbers: bool = False) -> list[str]:
-    """Return the labels in a column, as names; those that the file's schema gives to class numbers, if it does.
+    """Return the labels in a column, as names; those that a schema or a README gives to class numbers, if one does.
 
     Args:
         as_numbers: the labels are numbers to predict, whatever the schema calls them.
@@ -131,18 +131,32 @@ def read_labels(table: Table, column: str, *, as_numbers: bool = False) -> list[
         return [normalize_label(table, row, cell) for row, cell in enumerate(cells)]
     labels = []
     for row, cell in enumerate(cells):
-        if isinstance(cell, int) and 0 <= cell < len(names):
-            labels.append(names[cell])
-        elif cell in (None, -1):  # what data sets have for a label that is kept secret
+        number = _class_number(cell)
+        if number is not None and 0 <= number < len(names):
+            labels.append(names[number])
+        elif number is None and isinstance(cell, str) and cell.strip():  # a text file may hold the names themselves
+            labels.append(normalize_label(table, row, cell))
+        elif cell is None or number == -1:  # what data sets have for a label that is kept secret
             table.refuse(row, f"no label: {cell!r}", "leave such rows out")
         else:
-            table.refuse(row, f"the label is {cell!r}, and the schema of the file names {len(names)} classes")
+            source = "the schema of the file or the README"
+            table.refuse(row, f"the label is {cell!r}, and {source} names {len(names)} classes")
     return labels
+
+
+def _class_number(cell: object) -> int | None:
+    """Return the class number in a cell, which is text in files without types; None where it is something else."""
+    if isinstance(cell, str) and re.fullmatch(r"-?\d+", cell.strip(), re.ASCII):
+        return int(cell)
+    return cell if isinstance(cell, int) else None
 
 
 def order_by_schema(classes: tuple[str, ...], names: Sequence[str] | None) -> tuple[str, ...]:
     """Return the classes in the order in which a file's schema names them; as they are where it names none."""
-    return classes if names is None else tuple(sorted(classes, key=list(names).index))
+    if names is None:
+        return classes
+    order = {name: number for number, name in enumerate(names)}
+    return tuple(sorted(classes, key=lambda name: order.get(name, len(order))))
 
 
 def normalize_label(table: Table, row: int, cell: object) -> str:

@@ -17,6 +17,7 @@ from spdtool.data.dataset import Dataset, Rows
 from spdtool.data.files import READERS, read_file, read_header
 from spdtool.data.formats.table import Table
 from spdtool.data.labels import LabelSummary, order_by_schema, read_labels
+from spdtool.data.readme import name_classes, read_class_names
 from spdtool.data.splits import TRAIN_NAMES, draw_dev_rows, find_split_files, readable_files
 from spdtool.errors import DataError
 from spdtool.recipe.fields import Recipe
@@ -128,9 +129,10 @@ def read_tables(path: Path) -> dict[str, Table]:
         files = find_split_files(path)
         if not files["train"]:
             raise _no_training_rows(path)
-        tables = {"train": read_file(files["train"][0])}
+        names = read_class_names(path)
+        tables = {"train": name_classes(read_file(files["train"][0]), names)}
         if files["dev"]:
-            tables["dev"] = read_file(files["dev"][0])
+            tables["dev"] = name_classes(read_file(files["dev"][0]), names)
         return tables
     if not path.exists():
         raise DataError(f"{path} does not exist", "--data takes a file or a folder")

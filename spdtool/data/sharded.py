@@ -25,6 +25,7 @@ from spdtool.data.formats.arrow import iterate_tables
 from spdtool.data.formats.table import Table
 from spdtool.data.labels import LabelSummary, order_by_schema, read_labels
 from spdtool.data.local import describe_unused, kind_of_labels, metrics_of_labels
+from spdtool.data.readme import ClassNames, name_classes, read_class_names
 from spdtool.data.splits import DEV_NAMES, find_split_files
 from spdtool.errors import DataError
 from spdtool.recipe.fields import Recipe
@@ -100,10 +101,13 @@ def sharded_dataset(recipe: Recipe, files: dict[str, list[Path]]) -> Dataset:
     Raises:
         DataError: a file cannot be read or lacks values; the columns are unclear; too many classes.
     """
-    first_table = next(_iterate_tables(files["train"][0]))
+    names = read_class_names(Path(recipe.data or ""))
+    first_table = name_classes(next(_iterate_tables(files["train"][0])), names)
     columns = choose_columns(first_table, recipe.text, recipe.label)
     as_numbers = recipe.regression is True
-    arrays = {split: _cache_split(paths, columns, as_numbers=as_numbers) for split, paths in files.items()}
+    arrays = {}
+    for split, paths in files.items():
+        arrays[split] = _cache_split(paths, columns, names, as_numbers=as_numbers)
     classes = _label_summary(arrays["train"]).classes(str(recipe.data), recipe.regression)
     if classes:
         classes = order_by_schema(classes, first_table.class_names.get(columns.label))
@@ -131,7 +135,7 @@ def _iterate_tables(path: Path) -> Iterator[Table]:
         yield read_file(path)
 
 
-def _cache_split(paths: list[Path], columns: Columns, *, as_numbers: bool) -> cache.Arrays:
+def _cache_split(paths: list[Path], columns: Columns, names: ClassNames, *, as_numbers: bool) -> cache.Arrays:
     """Return the columns of a split as flat arrays, from the cache or by reading every file once.
 
     The arrays `0 texts` and `0 offsets` hold the first text of each row, `1 ...` the second. `labels` is a
@@ -139,6 +143,7 @@ def _cache_split(paths: list[Path], columns: Columns, *, as_numbers: bool) -> ca
     `numbers` is the value of each row's label, unless one is no number.
 
     Args:
+        names: that a README gives to classes.
         as_numbers: as in `read_labels`.
     """
     summary = LabelSummary()
@@ -153,7 +158,7 @@ def _cache_split(paths: list[Path], columns: Columns, *, as_numbers: bool) -> ca
                     require_column(table, name)
                 for index, name in enumerate(columns.text):
                     ends[index] += _append_texts(append, index, read_texts(table, name), ends[index])
-                labels = read_labels(table, columns.label, as_numbers=as_numbers)
+                labels = read_labels(name_classes(table, names), columns.label, as_numbers=as_numbers)
                 summary.add(table, labels)
                 # One that stops being possible is not used later: it may stay incomplete.
                 if not summary.too_many:
@@ -164,7 +169,7 @@ def _cache_split(paths: list[Path], columns: Columns, *, as_numbers: bool) -> ca
 
     # A file that was changed in any usual way has another size or time: none is read to find that out.
     identity = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    key = cache.cache_key(FORMAT, identity, columns.text, columns.label, as_numbers)
+    key = cache.cache_key(FORMAT, identity, columns.text, columns.label, as_numbers, names.get(columns.label))
     return cache.cached_arrays("rows", key, fill)
 
 

@@ -127,7 +127,7 @@ def test_saved_data_sets_and_clones_are_read_with_the_names_of_their_classes(tmp
 
 
 def test_a_label_outside_the_schema_is_refused(tmp_path: Path) -> None:
-    for label, message in ((-1, "no label"), (2, "the schema of the file names 2 classes")):
+    for label, message in ((-1, "no label"), (2, "or the README names 2 classes")):
         parquet.write_table(named_table([0, 1, label], ("a", "b")), tmp_path / "rows.parquet")
         with pytest.raises(DataError, match=message):
             local(tmp_path / "rows.parquet")
