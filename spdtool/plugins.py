@@ -179,14 +179,10 @@ class Registry(Generic[T]):
         """Return the object called `name`; raises as `entry` does."""
         return self.entry(name).value
 
-    def find_entry(self, name: str) -> Entry[T] | None:
-        """Return the entry called `name`, or None."""
-        self.load()
-        return self._entries.get(name)
-
     def find(self, name: str) -> T | None:
         """Return the object called `name`, or None."""
-        entry = self.find_entry(name)
+        self.load()
+        entry = self._entries.get(name)
         return None if entry is None else entry.value
 
     def entries(self) -> list[Entry[T]]:

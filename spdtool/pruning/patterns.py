@@ -118,13 +118,12 @@ def find_pattern(name: str) -> Pattern:
         UnknownName: nothing provides it.
         RecipeError: N:M with N not below M.
     """
-    entry = plugins.patterns.find_entry(name)
-    if entry is None:
+    if plugins.patterns.find(name) is None:
         if shape := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", name):
             return Pattern(name, unstructured, block=(int(shape[1]), int(shape[2])))
         if ratio := re.fullmatch(r"([1-9]\d*):([1-9]\d*)", name):
             return _make_n_of_m(name, int(ratio[1]), int(ratio[2]))
-        entry = plugins.patterns.entry(name)  # raises, with near names
+    entry = plugins.patterns.entry(name)  # raises for an unknown one, with near names
     return Pattern(name, entry.value, **entry.meta)
 
 

@@ -90,11 +90,17 @@ class Reference:
         section = self.recipe.export
         if formats == (section.values, section.embeddings):
             return self
-        _ = self.batches  # before it is copied: their logits are stored by the identity of a batch
+        # Before it is copied: the model is large, and logits are stored by the identity of a batch.
+        _ = self.model, self.batches
         export = section.model_copy(update={"values": formats.matrices, "embeddings": formats.embeddings})
         other = copy.copy(self)
         other.recipe = self.recipe.model_copy(update={"export": export})
         return other
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The model, loaded once for everything that only looks at it; `load_model` gives one that may be changed."""
+        return load_model(self.checkpoint, eager=True)
 
     def load_model(self, provider: str = "cpu", *, eager: bool = False) -> PreTrainedModel:
         """Load the model anew; the caller may change it."""
@@ -105,7 +111,7 @@ class Reference:
     @cached_property
     def label_names(self) -> list[str]:
         """Labels in the order of the logits."""
-        return label_names(self.load_model())
+        return label_names(self.model)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -115,12 +121,12 @@ class Reference:
     @cached_property
     def longest_input(self) -> int:
         """Longest input, in tokens, that is worth trying."""
-        return longest_supported_input(self.load_model())
+        return longest_supported_input(self.model)
 
     @cached_property
     def zero_counts(self) -> dict[str, ZeroCount]:
         """Zeros and size of each prunable matrix, by parameter."""
-        weights = find_prunable_weights(self.load_model())
+        weights = find_prunable_weights(self.model)
         counts = {}
         for name, weight in weights.items():
             counts[name] = ZeroCount(int((weight == 0).sum()), weight.numel())
@@ -134,7 +140,7 @@ class Reference:
     @cached_property
     def batches(self) -> list[tuple[str, Batch]]:
         """The batches on which logits are compared, each with a description: real rows, then random tokens."""
-        return [*self.dev_batches.values(), *make_random_batches(self.load_model(), self.dev.splits["dev"])]
+        return [*self.dev_batches.values(), *make_random_batches(self.model, self.dev.splits["dev"])]
 
     def forward(self, provider: str) -> Forward:
         """Return a forward that knows the checkpoint's logits of `batches`, and of no other batch.
@@ -144,7 +150,8 @@ class Reference:
         The dev sets use the attention with which a client loads the checkpoint.
         """
         if provider not in self._batch_logits:
-            forward = torch_forward(self.load_model(provider, eager=True), provider)
+            model = self.model if provider == "cpu" else self.load_model(provider, eager=True)
+            forward = torch_forward(model, provider)
             # By identity: the batches live as long as this object, and hashing arrays takes time.
             self._batch_logits[provider] = {id(batch): forward(batch) for _, batch in self.batches}
         logits = self._batch_logits[provider]

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from transformers import PreTrainedModel
 
 from spdtool.errors import GateError, ModelError
 from spdtool.export.gates.reference import Reference
@@ -40,8 +39,7 @@ def check_weights(target: Target, reference: Reference, folder: Path) -> int:
         GateError: names the parameter that is missing, of another shape, stored more coarsely than the
             target says, or further from the checkpoint's than its format rounds.
     """
-    model = reference.load_model(eager=True)  # eager: as it is traced
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(reference.model.named_parameters(remove_duplicate=False))
     formats = target.storage_formats(reference.recipe)
     new_zeros: dict[str, int] = {}
     stored_ids = set[int]()
@@ -60,7 +58,7 @@ def check_weights(target: Target, reference: Reference, folder: Path) -> int:
             new_zeros[name] = max(vanished, new_zeros.get(name, 0))
         stored_ids.add(id(parameters[name]))  # tied weights are one parameter with two names
     missing = [name for name, parameter in parameters.items() if id(parameter) not in stored_ids]
-    _require_unused(missing, model, reference)
+    _require_unused(missing, reference)
     return sum(new_zeros.values())
 
 
@@ -144,11 +142,12 @@ def _check_format(stored: StoredWeight, formats: StorageFormats, *, prunable: bo
         raise GateError(f"{stored.name}: the exported file stores it as {stored.storage}; {coarsest} was asked for")
 
 
-def _require_unused(missing: list[str], model: PreTrainedModel, reference: Reference) -> None:
+def _require_unused(missing: list[str], reference: Reference) -> None:
     """Raise GateError unless every parameter that the file lacks is zero, or no logit depends on it."""
-    nonzero = [name for name in missing if model.get_parameter(name).detach().any()]
+    nonzero = [name for name in missing if reference.model.get_parameter(name).detach().any()]
     if not nonzero:
         return
+    model = reference.load_model(eager=True)  # it is changed below
     _, batch = reference.batches[0]
     forward = torch_forward(model, "cpu")
     before = forward(batch)
