@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from torch.distributed import HashStore
 
 from spdtool.models import collectives
+from spdtool.training.snapshot import find_damage
 
 pytestmark = pytest.mark.slow  # each test starts processes, or reads what they have made
 HERE = Path(__file__).parent
@@ -224,6 +226,49 @@ def test_the_command_says_which_process_was_killed(tmp_path: Path) -> None:
     snapshots = sorted(path.name for path in (tmp_path / "run/.teacher.partial/state").iterdir())
     assert snapshots[-1] == "step-000000004"
     assert set(snapshots) <= {"step-000000003", "step-000000004"}
+
+
+WAITING = """
+import os, signal, sys, time, torch
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import toys
+toys.register(toys.dataset(train=44, dev=20))
+original, calls, begun = torch.optim.AdamW.step, 0, Path({begun!r})
+def step(*args, **options):
+    global calls
+    calls += 1
+    if calls == 3 and os.environ.get("RANK") == "1":
+        begun.touch()
+    while calls == 3 and callable(signal.getsignal(signal.SIGTERM)):  # until the first signal is remembered
+        time.sleep(0.05)
+    return original(*args, **options)
+torch.optim.AdamW.step = step
+"""
+
+
+def test_a_launcher_that_is_told_to_end_lets_its_processes_save_one_step(tmp_path: Path) -> None:
+    plugins, begun = tmp_path / "plugins", tmp_path / "begun"
+    plugins.mkdir()
+    (plugins / "toy.py").write_text(WAITING.format(tests=str(HERE), begun=str(begun)))
+    words = f"teacher --task toy --device cpu --run {tmp_path / 'run'} --plugins-dir {plugins} --processes 2"
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "spdtool", *words.split(), "--set", "teacher.batch_size=8", "--set", "max_length=32"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not begun.exists():
+        assert launcher.poll() is None, launcher.communicate()[1]
+        time.sleep(0.05)
+    launcher.send_signal(signal.SIGTERM)
+    _, said = launcher.communicate(timeout=60)
+    assert launcher.returncode == 128 + signal.SIGTERM, said
+    assert "teacher was stopped by SIGTERM and saved step 3 of " in said
+    assert "Traceback" not in said
+    (saved,) = (tmp_path / "run/.teacher.partial/state").iterdir()
+    assert saved.name == "step-000000003"
+    assert find_damage(saved) is None
 
 
 def test_the_command_starts_its_processes_again(tmp_path: Path) -> None:

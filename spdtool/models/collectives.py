@@ -158,6 +158,20 @@ def gradients_to_sum(parameters: Iterable[torch.nn.Parameter]) -> list[Tensor]:
     return gradients
 
 
+def max_over_ranks(number: int) -> int:
+    """Return the largest of a number that every rank has.
+
+    Raises:
+        PeerLost: a rank has ended.
+    """
+    if group_size() == 1:
+        return number
+    with _blame_peers():
+        tensor = torch.tensor(number, device=_device())
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return int(tensor)
+
+
 def broadcast_flag(flag: bool) -> bool:
     """Give every rank the flag of rank 0."""
     broadcast([tensor := torch.tensor(flag, device=_device())])

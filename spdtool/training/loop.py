@@ -98,8 +98,7 @@ def fit(
     learner.model.train()  # calibration and evaluation put it back
     batches = _iterate_batches(job, length.steps_per_epoch, start)
     with (
-        # several ranks could not agree on the step after which to stop; their launcher ends them
-        watch_signals(enabled=collectives.group_size() == 1) as stop,
+        watch_signals() as stop,
         prefetch.prefetch_batches(batches, learner.accelerator.device) as step_batches,
     ):
         for step, size, microbatches in step_batches:
@@ -107,7 +106,8 @@ def fit(
             done = step + 1
             _prune_if_due(job, done)
             job.log.examples += size
-            if done % log_interval == 0 or done == job.steps:
+            is_logged = done % log_interval == 0 or done == job.steps
+            if is_logged:
                 _log_step(job, length, done, window)  # reads numbers back from the device
                 window = LossWindow()
             with job.log.stopwatch.paused():
@@ -115,10 +115,13 @@ def fit(
                 if is_evaluated:
                     _evaluate(job, done)
                 is_due = is_evaluated or _is_snapshot_due(job, done, saved_at, log_interval)
-                if stop.signal is not None or (done < job.steps and is_due):
+                # on a GPU several ranks agree where they log: in between no step waits for the device
+                is_waiting = collectives.group_size() == 1 or learner.accelerator.device.type == "cpu"
+                is_stopped = (is_logged or is_waiting) and stop.agree()
+                if is_stopped or (done < job.steps and is_due):
                     _save_snapshot(job, done)
                     saved_at = time.monotonic()
-                    if stop.signal is not None:
+                    if is_stopped:
                         stop.raise_stopped(stage.name, done, job.steps)
                     # a resumed run begins a window here; several ranks agree on the evaluations, not on the clock
                     if is_evaluated or collectives.group_size() == 1:

@@ -10,15 +10,23 @@ from types import FrameType
 
 from spdtool import console
 from spdtool.errors import Stopped
+from spdtool.models import collectives
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # by name: Windows has no SIGHUP
 
 
 class StopRequest:
-    """The first signal that asked this process to end, if one did."""
+    """The first signal that asked this process, or another rank, to end, if one did."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+
+    def agree(self) -> bool:
+        """Return whether a signal asked any rank to end. Collective: call on every rank, after the same step."""
+        number = collectives.max_over_ranks(self.signal or 0)
+        if number:
+            self.signal = signal.Signals(number)
+        return number > 0
 
     def raise_stopped(self, stage: str, step: int, steps: int) -> None:
         """Raise Stopped, which says where a stage that has saved step `step` of `steps` goes on."""
@@ -31,15 +39,11 @@ class StopRequest:
 
 
 @contextmanager
-def watch_signals(*, enabled: bool = True) -> Iterator[StopRequest]:
-    """Let the first signal inside the block only be remembered; afterwards signals do what they did before.
-
-    Args:
-        enabled: False to change nothing.
-    """
+def watch_signals() -> Iterator[StopRequest]:
+    """Let the first signal inside the block only be remembered; afterwards signals do what they did before."""
     request = StopRequest()
     # Python delivers signals to the main thread alone, and lets no other one ask for them
-    if not enabled or threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
         yield request
         return
     before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}

@@ -50,7 +50,7 @@ def test_what_is_ignored_stays_ignored() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_another_thread_and_several_ranks_leave_the_signals_alone() -> None:
+def test_another_thread_leaves_the_signals_alone() -> None:
     handlers: list[object] = []
 
     def watch() -> None:
@@ -61,6 +61,12 @@ def test_another_thread_and_several_ranks_leave_the_signals_alone() -> None:
     thread = threading.Thread(target=watch)
     thread.start()
     thread.join()
-    with watch_signals(enabled=False):
-        handlers.append(signal.getsignal(signal.SIGTERM))
-    assert handlers == [signal.getsignal(signal.SIGTERM)] * 2
+    assert handlers == [signal.getsignal(signal.SIGTERM)]
+
+
+def test_one_process_agrees_with_itself() -> None:
+    with watch_signals() as stop:
+        assert not stop.agree()
+        send(signal.SIGTERM)
+        assert stop.agree()
+        assert stop.signal == signal.SIGTERM
