@@ -106,7 +106,7 @@ def describe_verdict(bench: BenchData) -> list[str]:
         lines.append(f"The same zeros in plain onnxruntime: {student_speeds}.")
     else:
         lines += [speed_line(bench, "student", threads) for threads in bench.threads]
-        lines.append(file_line(bench, "student"))
+        lines += [file_line(bench, "student"), *int8_bytes_lines(bench, "student")]
     return [*lines, *advice_lines(bench), *bench.notes]
 
 

@@ -23,7 +23,7 @@ from spdtool.export.bundle.card import render_card
 from spdtool.export.bundle.layouts import write_layout, write_triton_layout
 from spdtool.export.bundle.write import write_bundle
 from spdtool.run.folder import Run
-from spdtool.run.records import ExportResult, Variant
+from spdtool.run.records import ExportResult, LibraryRecord, Variant
 
 TEXT_INPUT = "data_type: TYPE_STRING dims: [1]"
 
@@ -99,6 +99,9 @@ def test_the_card_shows_what_is_right_for_the_kind_of_task(toys: ModuleType, toy
         assert ("| 1 of 9 |" in card) == bool(labels)
         assert ("largest change, mean change, rank correlation |" in card) == (not labels)
         assert ("| 5.0e-01, 2.5e-01, 0.750000 |" in card) == (not labels)
+        assert "not that of the zeros alone" not in card
+    native = measured.model_copy(update={"library": LibraryRecord(file="lib/ops.so", distribution="ops")})
+    assert "not that of the zeros alone" in render_card(toys.recipe(), {"onnx": measured, "native": native}, classes)
 
 
 def python_snippets(card: str, folder: Path) -> list[str]:

@@ -67,6 +67,10 @@ SELFTEST_NOTE = """
 `python selftest.py` replays `golden.json`, sentences of the dev set with the logits of the checkpoint, on every file
 whose libraries are there, and checks every sha256 of `manifest.json`.
 """
+SPEED_NOTE = (
+    "The speed of a file with a library is not that of the zeros alone. `spdtool bench` times the dense model in the "
+    "same form too, and says what fused operators, padding, rounding and zeros each give."
+)
 TAGS = ("onnx", "sparse", "pruned", "distilled", "spdtool")
 DTYPES = {"onnx/model.onnx": "fp32", "onnx/model_fp16.onnx": "fp16", "onnx/model_quantized.onnx": "q8"}
 
@@ -92,6 +96,8 @@ def render_card(recipe: Recipe, variants: Mapping[str, Variant], config: Mapping
         "",
         *_measured_table(variants),
     ]
+    if any(variant.library is not None for variant in variants.values()):
+        lines += ["", SPEED_NOTE]
     files = [variant.file for variant in variants.values()]
     return "\n".join(lines) + "\n" + _usage(len(find_dataset(recipe).text), list(labels.values()), files)
 
