@@ -400,3 +400,22 @@ def test_another_address_deserves_a_warning_and_a_taken_one_an_error(either: Pat
     assert all(map(server.is_loopback, ("127.0.0.1", "::1", "localhost")))
     with server.open_listener("127.0.0.1", 0) as taken, pytest.raises(RunError, match="cannot be listened to"):
         server.open_listener("127.0.0.1", taken.getsockname()[1])
+
+
+def test_every_option_of_the_command_reaches_the_server(
+    spdtool: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    opened: list[server.ServerOptions] = []
+
+    def serve_bundle(_bundle: Path, options: server.ServerOptions) -> server.Served:
+        opened.append(options)
+        return server.Served("toy", "onnx/model.onnx", "http://127.0.0.1:8000", 1, 1)
+
+    monkeypatch.setattr(server, "serve_bundle", serve_bundle)
+    limits = ("--max-batch", 4, "--max-wait-ms", 3, "--max-queue", 5, "--max-texts", 6, "--max-body", 7)
+    called = spdtool("serve", tmp_path, *limits, "--max-connections", 8, "--allow-host", "a", "--variant", "onnx")
+    assert called.exit_code == 0, called.output
+    (options,) = opened
+    assert options.limits == {"batch": 4, "wait": 0.003, "queue": 5, "texts": 6}
+    assert options.connection_limits == {"body": 7, "connections": 8}
+    assert (options.allowed_hosts, options.variant, options.provider, options.port) == (("a",), "onnx", "cpu", 8000)
