@@ -262,10 +262,10 @@ def test_a_launcher_that_is_told_to_end_lets_its_processes_save_one_step(tmp_pat
         assert launcher.poll() is None, launcher.communicate()[1]
         time.sleep(0.05)
     launcher.send_signal(signal.SIGTERM)
-    _, said = launcher.communicate(timeout=60)
-    assert launcher.returncode == 128 + signal.SIGTERM, said
-    assert "teacher was stopped by SIGTERM and saved step 3 of " in said
-    assert "Traceback" not in said
+    _, errors = launcher.communicate(timeout=60)
+    assert launcher.returncode == 128 + signal.SIGTERM, errors
+    assert "teacher was stopped by SIGTERM and saved step 3 of " in errors
+    assert "Traceback" not in errors
     (saved,) = (tmp_path / "run/.teacher.partial/state").iterdir()
     assert saved.name == "step-000000003"
     assert find_damage(saved) is None

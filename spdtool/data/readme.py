@@ -27,14 +27,14 @@ def read_class_names(folder: Path) -> ClassNames:
     except Exception:  # the README of a stranger is no reason to refuse the rows; its YAML may be anything
         return {}
     described = metadata.get("dataset_info")
-    found: dict[str, set[tuple[str, ...]]] = {}
+    by_column: dict[str, set[tuple[str, ...]]] = {}
     for configuration in described if isinstance(described, list) else [described]:
         features = configuration.get("features") if isinstance(configuration, dict) else None
         for feature in features if isinstance(features, list) else []:
             names = _names_of_feature(feature)
             if names:
-                found.setdefault(compose(str(feature["name"])), set()).add(names)
-    return {column: names.pop() for column, names in found.items() if len(names) == 1}
+                by_column.setdefault(compose(str(feature["name"])), set()).add(names)
+    return {column: names.pop() for column, names in by_column.items() if len(names) == 1}
 
 
 def name_classes(table: Table, names: ClassNames) -> Table:
