@@ -70,7 +70,9 @@ def test_nothing_is_kept_of_a_teacher_that_is_no_better_than_chance():
     assert cells[columns.index("kept")] == "-"
     assert summary.averages_table(summary.summarise([hopeless]))[1] == [["default", "0.5", "-", "0"]]
     both = [hopeless, row(seed=1, chance=0.5)]
-    assert summary.summarise(both)[0].retention.mean == pytest.approx(0.75), "a seed whose teacher has learned something counts"
+    assert summary.summarise(both)[0].retention.mean == pytest.approx(0.75), (
+        "a seed whose teacher has learned something counts"
+    )
 
 
 def test_what_failed_or_is_not_finished_is_no_part_of_a_mean():
