@@ -33,6 +33,7 @@ class Stats:
         fisher_blocks: empirical Fisher matrix of every `block` consecutive weights, dampened:
             [blocks, block, block].
         input_norm: root mean square of each input of the layer over the tokens: [inputs].
+        input_mean: mean of each input of the layer over the tokens: [inputs].
         input_gram: mean outer product of the layer's inputs over the tokens, dampened: [inputs,
             inputs].
     """
@@ -43,6 +44,7 @@ class Stats:
     movement_soft: Tensor | None = None
     fisher_blocks: Tensor | None = None
     input_norm: Tensor | None = None
+    input_mean: Tensor | None = None
     input_gram: Tensor | None = None
 
 
@@ -256,6 +258,14 @@ class InputNorm(InputStatistic):
 
     def read(self) -> Tensor:
         return self.mean().sqrt()
+
+
+@statistic("input_mean")
+class InputMean(InputStatistic):
+    """The mean of each input of a layer, over rows and tokens."""
+
+    def add_inputs(self, tokens: Tensor) -> None:
+        self.sum().add_(tokens.sum(0))
 
 
 @statistic("input_gram")

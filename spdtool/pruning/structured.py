@@ -20,6 +20,7 @@ from spdtool.pruning.statistics import Observer
 from spdtool.pruning.structure import (
     EncoderShape,
     LayerShape,
+    center_gram,
     group_size,
     interpolate_shape,
     remove_structures,
@@ -148,7 +149,7 @@ class StructuredPruner(Pruner):
 
     masks: StructuredMasks
     needs: ClassVar[dict[str, tuple[str, ...]]] = {
-        "layerwise": ("input_gram",),
+        "layerwise": ("input_gram", "input_mean"),
         "magnitude": (),
         "taylor": ("gradient",),
     }
@@ -201,6 +202,9 @@ class StructuredPruner(Pruner):
         # replicas whose statistics differ in the last bit may rank two structures differently
         collectives.broadcast([*dead.values(), *mended.values()])
         self.masks.set(dead, mended)
+        for structures in self.masks.each():
+            if (bias := mended.get(f"{structures.output_name}.bias")) is not None:
+                structures.output.bias.copy_(bias)
         self.reset_statistics()
         return self.masks.sparsity()
 
@@ -219,20 +223,26 @@ class StructuredPruner(Pruner):
     def _remove(
         self, structures: Structures, remaining: int, dead: dict[str, Tensor], mended: dict[str, Tensor]
     ) -> None:
-        """Remove all but `remaining` structures of a layer; update both dicts."""
+        """Remove all but `remaining` structures of a layer; update both dicts, of parameters by name."""
         live = self.masks.live(structures)
         count = int(live.sum()) - remaining
         if count <= 0:
             return
         name = f"{structures.output_name}.weight"
         if self.section.criterion == "layerwise":
-            gram = self._observer.stats(name).input_gram
+            stats = self._observer.stats(name)
+            gram, mean, bias = stats.input_gram, stats.input_mean, structures.output.bias
             assert gram is not None
-            group = group_size(structures.count)
-            removal = remove_structures(structures.output.weight, gram, structures.size, count, live, group)
+            assert mean is not None
+            if bias is not None:
+                gram = center_gram(gram, mean)
+            weight, group = structures.output.weight.detach(), group_size(structures.count)
+            removal = remove_structures(weight, gram, structures.size, count, live, group)
             gone = torch.tensor(removal.order, device=live.device)
             if self.section.update:
                 mended[name] = removal.weight
+                if bias is not None:
+                    mended[f"{structures.output_name}.bias"] = bias + (weight - removal.weight) @ mean
         else:
             scores = self._score_structures(structures).masked_fill(~live, torch.inf)
             gone = scores.topk(count, largest=False).indices

@@ -8,6 +8,7 @@ from torch import Tensor
 from spdtool.models.predict import torch_forward
 from spdtool.models.structures import FAMILIES, find_structures
 from spdtool.pruning.structure import (
+    center_gram,
     full_shape,
     observe_grams,
     possible_widths,
@@ -67,6 +68,24 @@ def test_greedy_removal_equals_least_squares_solved_anew_for_every_choice() -> N
         dead = torch.zeros(12 // size, dtype=torch.bool)
         dead[order] = True
         assert torch.equal((removal.weight == 0).all(0), dead.repeat_interleave(size)), message
+
+
+def test_a_bias_takes_over_the_mean_of_what_is_removed() -> None:
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.randn(5, 12, generator=generator, dtype=torch.float64)
+    inputs = torch.randn(40, 12, generator=generator, dtype=torch.float64) + torch.linspace(-2, 3, 12)
+    gram, mean = inputs.T @ inputs / 40, inputs.mean(0)
+    removal = remove_structures(weight, center_gram(gram, mean), 1, 7)
+    bias = (weight - removal.weight) @ mean
+    alive = torch.ones(13, dtype=torch.bool)
+    alive[removal.order] = False
+    # least squares on the inputs and a column of ones
+    extended = torch.cat([inputs, torch.ones(40, 1, dtype=torch.float64)], 1)
+    solution = torch.linalg.lstsq(extended[:, alive], inputs @ weight.T).solution.T
+    torch.testing.assert_close(removal.weight[:, alive[:12]], solution[:, :-1], rtol=0, atol=1e-6)
+    torch.testing.assert_close(bias, solution[:, -1], rtol=0, atol=1e-6)
+    error = inputs @ weight.T - inputs @ removal.weight.T - bias
+    assert abs(removal.losses[-1] - float(error.square().sum()) / 40 / 2) < 1e-6
 
 
 def test_groups_end_at_the_least_squares_of_what_remains() -> None:
