@@ -31,7 +31,7 @@ from spdtool.models.structures import (
 
 HEAD_COUNTS = ("num_attention_heads", "num_heads", "n_heads")  # attributes of attention modules
 HEAD_WIDTHS = ("all_head_size", "dim")
-WIDTH_FIELDS = ("intermediate_size", "hidden_dim")  # of a configuration; DistilBERT has the second
+WIDTH_FIELDS = ("hidden_dim", "intermediate_size")  # of a configuration; DistilBERT has the first
 POSITION_BIAS = "position_bias"  # argument of an attention
 
 
@@ -223,17 +223,17 @@ def _select_position_bias(
 class OutputBias(nn.Module):
     """Stand in for an output layer without columns: its result is its bias, whatever comes in."""
 
+    bias: nn.Parameter | None
+    zeros: Tensor
+
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        if linear.bias is None:
-            self.register_buffer("zeros", torch.zeros(linear.out_features), persistent=False)
-            self.bias = None
-        else:
-            self.bias = linear.bias
+        self.register_parameter("bias", linear.bias)
+        self.register_buffer("zeros", torch.zeros(linear.out_features), persistent=False)
 
     def forward(self, *_: object, **__: object) -> Tensor:
         """Return the bias, [outputs], which the residual connection adds to every token."""
-        return self.zeros if self.bias is None else self.bias  # type: ignore[return-value]
+        return self.zeros if self.bias is None else self.bias
 
 
 class SkippedAttention(nn.Module):

@@ -107,8 +107,8 @@ def choose_shape(section: Prune, full: EncoderShape) -> EncoderShape:
 
 
 def round_width(width: float, neurons: int) -> int:
-    """Round a number of neurons to one of `possible_widths(neurons)`."""
-    return min(neurons, round(width / WIDTH_STEP) * WIDTH_STEP)
+    """Round a number of neurons to the nearest of `possible_widths(neurons)`."""
+    return min(possible_widths(neurons), key=lambda possible: abs(possible - width))
 
 
 def interpolate_shape(full: EncoderShape, target: EncoderShape, progress: float) -> EncoderShape:

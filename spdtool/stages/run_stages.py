@@ -51,5 +51,8 @@ def run_stage(run: Run, stage: str) -> Result:
         line += f"; dev {console.format_scores(result.dev)}"
         if result.sparsity is not None:
             line += f"; sparsity {result.sparsity:.4f}"
+        if result.shape is not None:
+            heads, neurons = (sum(column) for column in zip(*result.shape, strict=True))
+            line += f"; {heads} heads and {neurons:,} neurons are left in {len(result.shape)} layers"
     console.say(line)
     return result

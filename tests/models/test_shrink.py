@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from spdtool.models.shrink import find_live_positions, shrink
+from spdtool.models.shrink import find_live_positions, narrow, shrink
 from spdtool.models.structures import FAMILIES, find_structures
 from tests import toys
 
@@ -18,10 +18,10 @@ DEAD = (((1,), 32), ((0, 1), 64), ((), 5))
 
 @torch.no_grad()
 def kill(model: Any, dead: Sequence[tuple[Sequence[int], int]]) -> Any:
-    """Set heads and neurons of a model to zero, and give every bias a value; neurons die at odd positions first."""
-    for name, parameter in model.named_parameters():
+    """Set heads and neurons of a model to zero, and give every bias values; neurons die at odd positions first."""
+    for number, (name, parameter) in enumerate(model.named_parameters()):
         if name.endswith("bias"):
-            parameter.copy_(torch.linspace(-0.3, 0.4, parameter.numel()))
+            parameter.copy_(torch.linspace(-0.3, 0.4, parameter.numel()).roll(number))
     for layer, (heads, count) in zip(find_structures(model), dead, strict=True):
         order = torch.cat([torch.arange(1, layer.neurons.count, 2), torch.arange(0, layer.neurons.count, 2)])
         for structures, indices in ((layer.heads, heads), (layer.neurons, order[:count])):
@@ -67,6 +67,22 @@ def test_shrunk_parameters_are_the_full_ones_at_their_live_positions() -> None:
                     assert axis.size == weight.shape[index], f"{family}: {name}"
                     weight = weight.index_select(index, torch.tensor(axis.live, dtype=torch.long))
             assert torch.equal(weight, small[name]), f"{family}: {name}"
+
+
+def test_a_narrow_model_of_a_stock_class_computes_the_same_in_every_family() -> None:
+    for family in FAMILIES:
+        model = kill(toys.classifier(family), (((1,), 32), ((0, 1), 64), ((), 40)))
+        small, positions = narrow(model)
+        assert type(small) is type(model), family
+        widths = [layer.neurons.count for layer in find_structures(small)]
+        assert widths == [32, 32, 32], family  # 24 neurons live in the third
+        biases = 0 if family == "modernbert" else 3
+        assert len(positions) == 6 + biases, family
+        batch = toys.batch(architecture=family)
+        del batch["labels"]
+        with torch.no_grad():
+            torch.testing.assert_close(small(**batch).logits, model(**batch).logits, rtol=0, atol=1e-5, msg=family)
+        assert narrow(kill(toys.classifier(family), DEAD))[1] == {}, family  # one layer needs its full width
 
 
 def test_a_dense_model_and_one_of_another_family_are_returned_as_they_are() -> None:

@@ -37,7 +37,7 @@ def test_every_statistic_has_its_field() -> None:
 def test_each_statistic_reads_gradients_or_inputs() -> None:
     for need in NEEDS:
         observer, _ = make_observer((need,))
-        assert observer.reads("input") == (need in ("input_norm", "input_gram")), need
+        assert observer.reads("input") == (need in ("input_norm", "input_mean", "input_gram")), need
         assert observer.reads("gradient") != observer.reads("input"), need
         assert observer.learns == (need in ("movement", "movement_soft")), need
     nothing, _ = make_observer(())

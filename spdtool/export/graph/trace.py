@@ -205,7 +205,13 @@ def name_weights(proto: onnx.ModelProto, model: PreTrainedModel) -> None:
                 continue
             renamed[tensor.name] = name
             used_names.add(name)
-        tensor.metadata_props.add(key=PARAMETERS, value=" ".join(dict.fromkeys(candidates.values())))
+        is_transposed = renamed.get(tensor.name, tensor.name).endswith(TRANSPOSED)
+        parameters = []
+        for name, parameter in candidates.items():
+            # of two matrices of zeros, one may equal the transpose of the other: a constant has one orientation
+            if name.endswith(TRANSPOSED) == is_transposed:
+                parameters.append(parameter)
+        tensor.metadata_props.add(key=PARAMETERS, value=" ".join(dict.fromkeys(parameters)))
     keep_constants(proto.graph, tensors_by_name(proto.graph).keys() - duplicates.keys())
     _rename(proto.graph, renamed | duplicates)
 
