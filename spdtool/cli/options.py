@@ -196,9 +196,10 @@ def command(function: Command) -> Command:
     groups: dict[str, type[Any]] = {}
     parameters: dict[str, inspect.Parameter] = {}
     for name, parameter in signature.parameters.items():
-        if dataclasses.is_dataclass(parameter.annotation):
-            groups[name] = parameter.annotation
-            parameters |= inspect.signature(parameter.annotation, eval_str=True).parameters
+        kind = parameter.annotation
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            groups[name] = kind
+            parameters |= inspect.signature(kind, eval_str=True).parameters
         else:
             parameters[name] = parameter
     parameters |= inspect.signature(_shared_options, eval_str=True).parameters
