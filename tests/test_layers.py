@@ -28,6 +28,7 @@ FLOORS = (
     {"training"},
     {"export"},
     {"bench", "serving"},
+    {"goals"},
     {"stages"},
     {"sweep"},
     {"report"},

@@ -60,7 +60,7 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Engine:
-    """A model file in onnxruntime, a checkpoint in torch, or an exported folder that only its target can open.
+    """A model file in onnxruntime or OpenVINO, a checkpoint in torch, or a folder that only its target can open.
 
     Attributes:
         path: the model file, or the folder.
@@ -77,7 +77,7 @@ class Engine:
     """
 
     name: str
-    kind: Literal["onnxruntime", "torch", "session"]
+    kind: Literal["onnxruntime", "openvino", "torch", "session"]
     path: str
     vocabulary: int
     pad: int = 0
@@ -288,6 +288,21 @@ def open_torch(engine: Engine) -> OpenEngine:
     return OpenEngine(run, f"torch {engine.provider}", None)
 
 
+def open_openvino(engine: Engine) -> OpenEngine:
+    """Open a model file in OpenVINO on the processor."""
+    import openvino
+
+    threads = engine.threads or onnx_session.usable_cores()
+    options = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+    request = openvino.Core().compile_model(engine.path, "CPU", options).create_infer_request()
+    names = [value.any_name for value in request.model_inputs]
+
+    def run(batch: Batch) -> object:
+        return request.infer({name: batch[name] for name in names}, share_inputs=True)
+
+    return OpenEngine(run, "openvino cpu", None)
+
+
 def open_target(engine: Engine) -> OpenEngine:
     """Open an exported folder with its target's own method."""
     from spdtool.export.target import get_target
@@ -298,6 +313,7 @@ def open_target(engine: Engine) -> OpenEngine:
 
 OPENERS: dict[str, Callable[[Engine], OpenEngine]] = {
     "onnxruntime": open_onnxruntime,
+    "openvino": open_openvino,
     "torch": open_torch,
     "session": open_target,
 }

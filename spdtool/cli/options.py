@@ -123,6 +123,7 @@ PluginsDir = Annotated[
     Path | None,
     typer.Option(help="Also load the *.py files of this folder.", envvar="SPDTOOL_PLUGINS"),
 ]
+GOAL = "A goal in place of --sparsity"
 NO_RUN = _Panel(rich_help_panel="A checkpoint that belongs to no run")
 
 
@@ -137,6 +138,32 @@ class RecipeOptions:
     model: Model = None
     teacher: Annotated[str | None, typer.Option("--teacher", help="Fine-tuned model to use as it is.")] = None
     sparsity: Annotated[float | None, typer.Option(help="Share of the encoder's weights to set to zero.")] = None
+    speedup: Annotated[
+        float | None,
+        typer.Option(help="Goal: so many times faster than the dense teacher.", rich_help_panel=GOAL),
+    ] = None
+    max_mb: Annotated[float | None, typer.Option(help="Goal: a file of at most so many MB.", rich_help_panel=GOAL)] = (
+        None
+    )
+    max_drop: Annotated[
+        float | None, typer.Option(help="Goal: at most so many points of dev score lost.", rich_help_panel=GOAL)
+    ] = None
+    kind: Annotated[
+        str | None,
+        typer.Option(help="Student for a goal: small, sparse or auto.", rich_help_panel=GOAL, show_default="auto"),
+    ] = None
+    on: Annotated[
+        str | None,
+        typer.Option(
+            help="Runtime of --speedup: onnxruntime, openvino, cuda or web.",
+            rich_help_panel=GOAL,
+            show_default="onnxruntime",
+        ),
+    ] = None
+    profile: Annotated[
+        Path | None,
+        typer.Option(help="Times of a layer, from `spdtool bench --profile`.", rich_help_panel=GOAL),
+    ] = None
     name: Annotated[
         str | None,
         typer.Option(
@@ -171,6 +198,14 @@ class RecipeOptions:
             model=self.model,
             teacher=self.teacher,
             sparsity=self.sparsity,
+            goal={
+                "speedup": self.speedup,
+                "max_mb": self.max_mb,
+                "max_drop": self.max_drop,
+                "kind": self.kind,
+                "runtime": self.on,
+                "profile": self.profile,
+            },
             recipe=self.name,
             seed=self.seed,
             device=self.device,

@@ -62,6 +62,8 @@ def summarise_plan(plan: Plan, recipe: Recipe) -> list[tuple[str, str]]:
         ("dev score", f"{plan.score}{further}; without reading a text: {plan.baseline:.4f}"),
         ("model", f"{plan.model}; {weights.zeros:,} of {weights.all:,} parameters become zero"),
     ]
+    if plan.goal:
+        lines.append(("goal", "; ".join(plan.goal)))
     lines += [(stage.stage, _describe_stage(stage, recipe)) for stage in plan.stages if stage.stage in TRAINING]
     lines.append(("export, bench", "; ".join(_describe_stage(stage, recipe) for stage in plan.stages[-2:])))
     return [*lines, ("time", _describe_time(plan)), *_describe_sizes(plan)]

@@ -22,6 +22,7 @@ from spdtool.cli.options import (
     command,
 )
 from spdtool.cli.plan import show_plan
+from spdtool.errors import GateError, RecipeError
 
 if TYPE_CHECKING:
     from spdtool.recipe.fields import Recipe
@@ -67,14 +68,14 @@ def run_all(recipe: Recipe, path: Path, dry_run: bool, everything: bool, process
     """Run, or only plan, every stage that is missing at `path`; return the bench, or the plan, as JSON values."""
     from spdtool.data.local import check_header
     from spdtool.run.folder import Run
-    from spdtool.stages.api import compress
+    from spdtool.stages.api import adopt_choice, compress, plan_run
 
     check_header(recipe)  # before torch is imported
     from spdtool.stages.estimate import plan_for_processes
-    from spdtool.stages.plan import make_plan
 
     if dry_run:
-        plan = plan_for_processes(make_plan(Run.for_recipe(path, recipe, dry=True)), processes, sharded=recipe.shard)
+        plan = plan_run(adopt_choice(recipe, path), path, measure=False)
+        plan = plan_for_processes(plan, processes, sharded=recipe.shard)
         show_plan(plan, recipe, everything=everything)
         if not everything:
             console.say("[dim]--all shows every field of the recipe, and the reasons[/]")
@@ -100,19 +101,18 @@ def teacher(options: RecipeOptions, run: RunPath = None, again: Again = False, p
     """Start a run: fine-tune the dense model on the task, or measure a given one."""
     from spdtool.data.local import check_header
     from spdtool.run.folder import Run, default_path
-    from spdtool.stages.api import recorded_recipe
+    from spdtool.stages.api import plan_run, recorded_recipe
 
     recipe = options.build(recorded_recipe(run))
     check_header(recipe)  # before torch is imported
     from spdtool.stages.estimate import plan_for_processes
-    from spdtool.stages.plan import make_plan
 
     path = run or default_path(recipe)
     redo = "teacher" if again else None
     # Only looked at: nothing is written before the plan is accepted.
     planned = Run.for_recipe(path, recipe, redo=redo, dry=True)
     if (again or not planned.done("teacher")) and not ranks.has_launcher():
-        show_plan(plan_for_processes(make_plan(planned, redo), processes, sharded=recipe.shard), recipe)
+        show_plan(plan_for_processes(plan_run(recipe, path, redo), processes, sharded=recipe.shard), recipe)
     return run_one("teacher", path, recipe, again, processes)
 
 
@@ -135,14 +135,58 @@ def finetune(run: ExistingRun, again: Again = False, sets: Sets = None, processe
 
 
 @command
-def bench(run: ExistingRun, again: Again = False, sets: Sets = None) -> object:
+def bench(
+    run: RunPath = None,
+    again: Again = False,
+    sets: Sets = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="Only time a layer at every shape, and write the table to this file.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Encoder of --profile: folder or hub name.")] = None,
+    on: Annotated[
+        str | None,
+        typer.Option(help="Runtime of --profile: onnxruntime or openvino.", show_default="onnxruntime"),
+    ] = None,
+) -> object:
     """Time the student against the dense teacher, side by side, and say what the zeros bought."""
     from spdtool.export import onnx_session
     from spdtool.run.folder import Run
 
     onnx_session.require_onnxruntime()  # before the stages' files are hashed
-    run_phase("bench", run, again, sets)
+    if profile is not None:
+        return profile_layers(profile, run, model, on, sets)
+    if run is None or model is not None or on is not None:
+        raise RecipeError(
+            "a bench needs the folder of a run" if run is None else "--model and --on are of --profile only",
+            "spdtool bench --run FOLDER, or spdtool bench --profile FILE --model FOLDER",
+        )
+    try:
+        run_phase("bench", run, again, sets)
+    except GateError as error:
+        console.print_result(show_bench(Run.open(run)))
+        raise error from None
     return show_bench(Run.open(run))
+
+
+def profile_layers(file: Path, run: Path | None, model: str | None, on: str | None, sets: list[str] | None) -> object:
+    """Time a layer of an encoder at every shape and write the table to `file`; return it as JSON values."""
+    from spdtool.recipe.reading import build_recipe, override
+    from spdtool.run.folder import Run
+
+    if (run is None) == (model is None):
+        raise RecipeError(
+            "a profile is of one encoder", "give --model FOLDER, or --run with a run whose teacher is there"
+        )
+    flags = {"goal.runtime": on}
+    if run is not None:
+        recipe, source = override(Run.open(run).recipe, sets or (), flags), str(Run.open(run).use_input("teacher"))
+    else:
+        recipe, source = build_recipe("default", flags, sets or ()), str(model)
+    from spdtool.goals.shape import write_profile
+
+    profile = write_profile(recipe, source, file)
+    console.print_table(f"{file}: milliseconds of a layer", *profile.table())
+    return profile.model_dump(mode="json")
 
 
 def run_phase(stage: str, path: Path, again: bool, sets: list[str] | None, processes: int = 1) -> object:

@@ -82,7 +82,7 @@ def load_model(
         _set_dropout(config, dropout)
     try:
         if smoke:
-            return _build_shallow(config)
+            return build_shallow(config)
         model = _read_model(checkpoint)
     # transformers, safetensors and the hub's client each raise what they like
     except Exception as error:
@@ -135,7 +135,7 @@ def build_empty_model(
     config = open_checkpoint(source, finetuned=finetuned, new_head=not finetuned, has_weights=has_weights).config
     try:
         with torch.device(device):
-            return _build_shallow(config) if smoke else _build(config)
+            return build_shallow(config) if smoke else _build(config)
     except Exception as error:
         raise unreadable_model(source, error) from None
 
@@ -292,14 +292,14 @@ def _build(config: PretrainedConfig) -> PreTrainedModel:
     return model
 
 
-def _build_shallow(config: PretrainedConfig) -> PreTrainedModel:
-    """Build a classifier of two layers with random weights; of all layers where the family cannot be shortened."""
+def build_shallow(config: PretrainedConfig, layers: int = SMOKE_LAYERS) -> PreTrainedModel:
+    """Build a classifier of few layers with random weights; of all layers where the family cannot be shortened."""
     depth, shallow = getattr(config, "num_hidden_layers", None), copy.deepcopy(config)
     try:
         for name, value in config.to_dict().items():
             if isinstance(value, list) and len(value) == depth:  # one entry for each layer
-                setattr(shallow, name, value[:SMOKE_LAYERS])
-        shallow.num_hidden_layers = SMOKE_LAYERS
+                setattr(shallow, name, value[:layers])
+        shallow.num_hidden_layers = layers
         return _build(shallow)
     except Exception:  # with all layers it may be built; if not, that error tells more
         return _build(config)

@@ -32,6 +32,8 @@ MAY_CHANGE = frozenset({"name", "save_minutes", "restarts", "shard", "device", "
 ACCEPTED_LATER = frozenset({"teacher.accept"})
 # Fields outside the sections that the teacher stage does not read.
 STUDENT_FIELDS = frozenset({"sparsity", "student", "teacher_states_gb"})
+# What is asked of the student and only measured in the end; the other fields of `goal` decide its shape.
+MEASURED_GOALS = frozenset({"goal.max_drop", "goal.tolerance"})
 FIELDS_HINT = "(`spdtool recipes default` lists every field)"
 TargetNames = tuple[str, ...] | Literal["installed"]
 LIST_TYPES = (tuple[str, ...], TargetNames, tuple[int, ...], tuple[float, ...])
@@ -445,6 +447,71 @@ class Bench(Section):
     """measure the machine's peak and bandwidth, and each pruned matrix alone against them"""
 
 
+class Goal(Section):
+    """What the student must reach; sparsity or shape are then derived, and the bench measures the promise."""
+
+    speedup: float | None = Field(None, gt=1)
+    """how many times faster than the dense teacher the student must be, in `goal.runtime`; none: no such goal"""
+    max_mb: float | None = Field(None, gt=0)
+    """largest size of the student's file in MB (1 MB: 1,000,000 bytes); none: no such goal"""
+    max_drop: float | None = Field(None, ge=0, le=100)
+    """largest loss of dev score in points (1.0: from 0.90 to 0.89); none: no such goal"""
+    kind: Literal["auto", "sparse", "small"] = "auto"
+    """student that is made: `small` has fewer heads and neurons, `sparse` has zeros and needs a plugin to be faster"""
+    runtime: Literal["onnxruntime", "openvino", "cuda", "web"] = "onnxruntime"
+    """runtime in which the speed-up is asked for; `cuda` and `web` need a `goal.profile`"""
+    profile: str | None = None
+    """file with the times of a layer at every shape, from `spdtool bench --profile`; none: measured in the run"""
+    batch: int = Field(1, ge=1)
+    """batch size at which the speed-up is asked for"""
+    length: int | None = Field(None, ge=4)
+    """tokens of a row at which the speed-up is asked for; none: `max_length`, or the model's positions"""
+    threads: int = Field(1, ge=0)
+    """threads with which the speed-up is asked for; 0: all cores"""
+    calibration: int = Field(512, ge=1)
+    """training rows from whose hidden states the loss of every removal is computed, before a shape is chosen"""
+    table: str | None = None
+    """sha256 of the table of times or bytes by which `prune.shape` was chosen; a run fills in both"""
+    # Two processes of one machine differ by as much.
+    tolerance: float = Field(0.05, ge=0, lt=1)
+    """fraction by which the measured speed-up may fall short beyond its interval before the promise is broken"""
+
+    @property
+    def is_set(self) -> bool:
+        """Whether anything is asked for."""
+        return self.speedup is not None or self.max_mb is not None or self.max_drop is not None
+
+    @model_validator(mode="after")
+    def _check_wishes(self) -> Goal:
+        """Refuse wishes that contradict each other."""
+        if self.profile is not None and self.speedup is None and self.max_drop is None:
+            raise ValueError("goal.profile has times, and no speed-up is asked for: add goal.speedup, or leave it out")
+        elsewhere = self.runtime in ("cuda", "web")
+        if elsewhere and self.speedup is not None and self.profile is None:
+            raise ValueError(
+                f"goal.runtime = {self.runtime!r} needs goal.profile, a table of times that was measured there"
+            )
+        if self.kind == "sparse":
+            if self.runtime != "onnxruntime":
+                raise ValueError(f"goal.kind = 'sparse' is not faster in {self.runtime}, which skips no zeros")
+            if self.profile is not None:
+                raise ValueError(
+                    "goal.profile has the times of layers with fewer heads and neurons: a sparse student has all"
+                )
+        return self
+
+    def describe(self) -> str:
+        """Say what is asked for, such as `3x in onnxruntime, at most 20 MB`."""
+        wishes = []
+        if self.speedup is not None:
+            wishes.append(f"{self.speedup:g}x in {self.runtime}")
+        if self.max_mb is not None:
+            wishes.append(f"at most {self.max_mb:g} MB")
+        if self.max_drop is not None:
+            wishes.append(f"at most {self.max_drop:g} points of dev score lost")
+        return ", ".join(wishes)
+
+
 class Recipe(Section):
     """Everything that decides a run."""
 
@@ -514,6 +581,7 @@ class Recipe(Section):
     finetune: Finetune = Finetune()
     export: Export = Export()
     bench: Bench = Bench()
+    goal: Goal = Goal()
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Recipe:
@@ -589,6 +657,10 @@ def first_stage_using(field: str) -> str:
     section = field.split(".")[0]
     if section in STAGES:
         return section
+    if field in MEASURED_GOALS:
+        return STAGES[-1]
+    if section == "goal":
+        return PHASES[0]
     return PHASES[0] if field in STUDENT_FIELDS else STAGES[0]
 
 

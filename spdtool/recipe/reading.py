@@ -68,6 +68,7 @@ def request_recipe(
     *,
     recipe: str | None = None,
     sparsity: float | None = None,
+    goal: Mapping[str, object] | None = None,
     model: str | Path | None = None,
     teacher: str | Path | None = None,
     data: str | Path | None = None,
@@ -85,6 +86,7 @@ def request_recipe(
     Args:
         task: name of a task; None: the rows of `data`.
         recipe: a packaged recipe, or the path of a TOML file; None: `default`.
+        goal: fields of the section `goal`, such as `speedup`; None values are ignored.
         teacher: fine-tuned model to use as it is.
         data: file or folder to read instead of the hub.
         text, label: columns of `data`; empty, None: guessed.
@@ -106,6 +108,10 @@ def request_recipe(
         "metric": metric,
         "smoke": smoke or None,
     }
+    goal = {name: value for name, value in (goal or {}).items() if value is not None}
+    if sparsity is not None and goal.keys() & {"speedup", "max_mb", "max_drop"}:
+        raise RecipeError("a sparsity and a goal were given: a goal chooses what is removed", "leave one of them out")
+    flags |= {f"goal.{name}": _absolute(str(value)) if name == "profile" else value for name, value in goal.items()}
     if task is None and data is None:
         if recorded is None:
             raise RecipeError("neither a task nor data was given", "name a task, such as demo, or a file of rows")

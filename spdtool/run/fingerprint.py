@@ -47,3 +47,13 @@ def describe_machine() -> MachineRecord:
         cpus=cpus,
         versions=versions,
     )
+
+
+def describe_processor() -> str:
+    """Name the processor, as far as the system tells."""
+    file = Path("/proc/cpuinfo")
+    if file.exists():
+        for line in file.read_text("utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -278,6 +278,16 @@ class Run:
             finally:
                 self._reset_inputs()
 
+    def change_recipe(self, recipe: Recipe) -> None:
+        """Record another recipe, which differs only in what no finished stage has used.
+
+        Raises:
+            RunLocked: another process works in this run folder.
+        """
+        with lock_folder(self.path):
+            self.recipe = recipe
+            self._save_recipe()
+
     def discard(self, stage: str) -> list[str]:
         """Remove `stage` and every later one; return the names of those that were there.
 

@@ -31,7 +31,8 @@ class CompressionResult:
         bundle: folder to load or serve, where one was exported.
         files: exported files, relative to `run`.
         refused: target to the reason why its files were not shipped.
-        refusal: error of this call's export stage, if a target that the recipe demands was refused.
+        refusal: error of this call's export stage, if a target that the recipe demands was refused, or of its bench, if
+            the goal was missed.
     """
 
     run: Path
@@ -58,6 +59,10 @@ def compress(
     task: str | None = None,
     *,
     sparsity: float | None = None,
+    speedup: float | None = None,
+    max_mb: float | None = None,
+    max_drop: float | None = None,
+    kind: str | None = None,
     model: str | Path | None = None,
     teacher: str | Path | None = None,
     data: str | Path | None = None,
@@ -79,8 +84,8 @@ def compress(
     the recipe that the run has recorded.
 
     Args:
-        task, sparsity, model, teacher, data, text, label, seed, device, metric, sets, smoke: see
-            `recipe.reading.request_recipe`.
+        task, sparsity, speedup, max_mb, max_drop, kind, model, teacher, data, text, label, seed, device, metric, sets,
+            smoke: see `recipe.reading.request_recipe`.
         recipe: name, TOML file, or a recipe that is used as it is; None: `default`, or that of `run`.
         run: run folder; None: `runs/<task>-<sparsity>`.
         until: last stage to run.
@@ -94,6 +99,7 @@ def compress(
             task,
             recipe=recipe,
             sparsity=sparsity,
+            goal={"speedup": speedup, "max_mb": max_mb, "max_drop": max_drop, "kind": kind},
             model=model,
             teacher=teacher,
             data=data,
@@ -107,6 +113,7 @@ def compress(
             recorded=recorded_recipe(run),
         )
     path = Path(run) if run is not None else default_path(recipe)
+    recipe = adopt_choice(recipe, path)
     wanted = STAGES[: STAGES.index(until) + 1]
     forecast = Forecast()
     # A launcher has planned, and checked, for its ranks.
@@ -114,9 +121,7 @@ def compress(
         from spdtool.data.local import check_header
 
         check_header(recipe)  # before torch is imported
-        from spdtool.stages.plan import make_plan
-
-        plan = make_plan(Run.for_recipe(path, recipe, dry=True))
+        plan = plan_run(recipe, path)
         if "export" in wanted:
             from spdtool.export import onnx_session
 
@@ -129,6 +134,34 @@ def compress(
     with console.forecast_run(forecast):
         refusal = run_missing(opened, wanted)
     return _describe_result(opened, wanted, refusal)
+
+
+def adopt_choice(recipe: Recipe, path: Path) -> Recipe:
+    """Return the recipe with the shape that the run at `path` has chosen for the same goal, if it has."""
+    if not recipe.goal.is_set:
+        return recipe
+    from spdtool.goals.settle import adopt_recorded
+
+    return adopt_recorded(recipe, recorded_recipe(path))
+
+
+def plan_run(recipe: Recipe, path: Path, redo: str | None = None, *, measure: bool = True) -> Plan:
+    """Plan the run at `path`; raises as `stages.plan.make_plan`, and where its goal cannot be reached.
+
+    Args:
+        redo: this stage and every later one are about to be discarded.
+        measure: time the layers of the encoder now, where a goal needs it; without, the shape is a guess.
+    """
+    from spdtool.stages.plan import make_plan
+
+    lines: list[str] = []
+    if recipe.goal.is_set:
+        from spdtool.goals.settle import foresee_recipe
+
+        recipe, lines = foresee_recipe(recipe, path, measure=measure)
+    plan = make_plan(Run.for_recipe(path, recipe, redo=redo, dry=True), redo)
+    plan.goal = lines
+    return plan
 
 
 def recorded_recipe(run: str | Path | None) -> Recipe | None:

@@ -31,6 +31,7 @@ from spdtool.data.tokens import tokenize
 from spdtool.errors import ModelError, RecipeError, SpdError
 from spdtool.export import onnx_session
 from spdtool.export.target import MODEL_FILE, Target, get_target, optional_targets
+from spdtool.goals.promise import measure_promise, refuse_broken, timed_shape
 from spdtool.models.load import load_tokenizer
 from spdtool.recipe.fields import Recipe
 from spdtool.run.fingerprint import describe_machine
@@ -107,10 +108,12 @@ def bench(run: Run) -> BenchResult:
         StageMissing, Corrupt: the run does not hold what is needed.
         DeviceError: onnxruntime, or a device that the recipe demands, is not there.
         SpdError: an engine died, or did not answer in time.
+        GateError: the stage is done, and the goal of the recipe was missed.
     """
     recipe, section = run.recipe, run.recipe.bench
     provider = onnx_session.working_providers(recipe.device)[-1]
-    threads = list(dict.fromkeys(count or onnx_session.usable_cores() for count in section.threads))
+    counts = [*section.threads, *([recipe.goal.threads] if recipe.goal.speedup else [])]
+    threads = list(dict.fromkeys(count or onnx_session.usable_cores() for count in counts))
     if provider == "cuda":
         threads = threads[-1:]  # threads of the CPU make no difference there
     export_folder, exported, teacher_folder = run.use_input("export"), run.export_result(), run.use_input("teacher")
@@ -119,6 +122,9 @@ def bench(run: Run) -> BenchResult:
     # Both are timed at the same shapes, so the shorter model decides.
     positions = min(exported.teacher.positions, exported.student.positions)
     shapes = choose_shapes(recipe, positions, export_folder / "teacher", lineup.notes)
+    promised = timed_shape(recipe.goal, recipe.max_length, positions)
+    if recipe.goal.speedup and promised not in shapes:
+        shapes.append(promised)
     with run.stage("bench") as work, tempfile.TemporaryDirectory() as scratch:
         for name in lineup.sparse:
             add_dense_forms(lineup, name, exported.targets[name].student, teacher_folder, Path(scratch), recipe)
@@ -155,6 +161,9 @@ def bench(run: Run) -> BenchResult:
         engines = [engine_record(timing) for timing in data.timings]
         write_json(work.folder / "bench.json", BenchFile(environment=environment, engines=engines, ledger=entries))
         work.result = summary = summarize(data, environment)
+        scores = [run.training_result(stage).dev for stage in ("teacher", "finetune")]
+        summary.promise = measure_promise(recipe, data, promised, *scores)
+    refuse_broken(summary.promise, recipe)
     return summary
 
 

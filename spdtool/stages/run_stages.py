@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 from spdtool import console, ranks
 from spdtool.errors import GateError
-from spdtool.recipe import STAGES
+from spdtool.recipe import PHASES, STAGES
 from spdtool.recipe.fields import Distilled
 from spdtool.run.folder import Run
 from spdtool.run.records import Result, TrainingResult
@@ -17,7 +17,8 @@ def run_missing(run: Run, wanted: Iterable[str] = STAGES) -> GateError | None:
     """Run every stage of `wanted` that is not done, as far as this process works on it.
 
     Returns:
-        The error of a finished export stage in which a demanded target was refused: nothing later needs it.
+        The error of a finished export stage in which a demanded target was refused, which nothing later needs, or of a
+        finished bench that missed the goal.
     """
     refusal = None
     for stage in wanted:
@@ -38,6 +39,10 @@ def run_missing(run: Run, wanted: Iterable[str] = STAGES) -> GateError | None:
 
 def run_stage(run: Run, stage: str) -> Result:
     """Run one stage, announce it, and return its result; raises as the stage does."""
+    if stage == PHASES[0] and run.recipe.goal.is_set:
+        from spdtool.goals.settle import settle_goal
+
+        settle_goal(run)
     title = console.phase_title(stage)
     section = run.recipe.section(stage)
     if isinstance(section, Distilled) and not section.grafting.enabled:

@@ -24,12 +24,14 @@ from spdtool.run.records.bench import (
     LedgerEntry,
     MachinePeak,
     ProductTimes,
+    Promise,
     Ratio,
     ShapeRounds,
     SpeedFactors,
     Table,
 )
 from spdtool.run.records.export import ExportedModel, ExportResult, TargetExport, describe_prediction_change
+from spdtool.run.records.goal import LayerCosts, ShapeChoice, ShapeProfile
 from spdtool.run.records.manifest import BundleManifest, FolderManifest, GoldenExamples, GoldenRow, Padding, Variant
 from spdtool.run.records.plan import Plan, ResourceEstimate, StageEstimate, StagePlan, WeightCounts
 from spdtool.run.records.stage import Result, RunRecord, StageRecord
@@ -63,6 +65,7 @@ __all__ = [
     "GoldenRow",
     "IntermediateStudent",
     "LatencyRecord",
+    "LayerCosts",
     "LedgerEntry",
     "LibraryRecord",
     "MachinePeak",
@@ -70,6 +73,7 @@ __all__ = [
     "Padding",
     "Plan",
     "ProductTimes",
+    "Promise",
     "Ratio",
     "Record",
     "ResourceEstimate",
@@ -77,6 +81,8 @@ __all__ = [
     "Role",
     "RunRecord",
     "Scores",
+    "ShapeChoice",
+    "ShapeProfile",
     "ShapeRounds",
     "SpeedFactors",
     "StageEstimate",

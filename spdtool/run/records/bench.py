@@ -165,6 +165,22 @@ class SpeedFactors(Record):
         return self.fusion * self.padding * self.rounding * self.zeros
 
 
+class Promise(Record):
+    """What a goal asked for, and what was measured.
+
+    Attributes:
+        lines: one for each wish, in words.
+        broken: those that were missed by more than the noise.
+        speedup: as measured at the goal's batch, length and threads.
+    """
+
+    lines: list[str] = Field(default_factory=list)
+    broken: list[str] = Field(default_factory=list)
+    speedup: Ratio | None = None
+    megabytes: float | None = None
+    drop: float | None = None
+
+
 class BenchResult(Record):
     """Result of the bench stage.
 
@@ -176,6 +192,7 @@ class BenchResult(Record):
         caveats: number of threads to why that ratio says little.
         factors: number of threads to where that speed comes from; empty for a plain file, which has only zeros.
         latency: every engine at every shape. ledger: every pruned matrix alone.
+        promise: of a goal; None where nothing was asked for.
     """
 
     columns: list[str]
@@ -191,6 +208,7 @@ class BenchResult(Record):
     latency: list[LatencyRecord]
     ledger: list[LedgerEntry]
     environment: BenchEnvironment
+    promise: Promise | None = None
 
     @property
     def threads(self) -> int:

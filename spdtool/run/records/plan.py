@@ -78,6 +78,7 @@ class Plan(Record):
         classes: split to rows by class. baseline: dev score of the commonest label (regression: of the mean).
         score: what the dev score is. model: of the student.
         changes: fields whose value is not that of the named recipe, as `(name, value, value there)`.
+        goal: what is asked of the student, and what shape is expected.
         recipe: every field, where the whole plan was asked for.
     """
 
@@ -94,4 +95,5 @@ class Plan(Record):
     parameters: WeightCounts
     estimate: ResourceEstimate
     changes: list[tuple[str, JsonValue, JsonValue]]
+    goal: list[str] = Field(default_factory=list)
     recipe: dict[str, JsonValue] | None = None

@@ -1,0 +1,407 @@
+"""Time one encoder layer at every shape: every number of heads, and a grid of feed-forward widths.
+
+Encoders of two layers with random weights are timed in interleaved rounds (`latency.py`). Both layers have the same
+shape, and only heads or only neurons are removed. Differences of the medians give the time of a layer's parts; a model
+of one layer tells what an encoder spends outside of its layers. Six of the encoders are exported as any checkpoint is;
+the graphs of the others are derived from these (`shape_graphs.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+import inspect
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from spdtool import console
+from spdtool.bench.engines import Engine, Shape
+from spdtool.bench.latency import Timing, time_engines
+from spdtool.bench.ratios import median_ms, paired_ratio
+from spdtool.errors import DeviceError, ModelError, RecipeError, first_line
+from spdtool.export import onnx_session
+from spdtool.run.fingerprint import describe_processor
+from spdtool.run.records import LayerCosts, Ratio, ShapeProfile
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from spdtool.models.structures import Structures
+    from spdtool.pruning.structure import LayerShape
+
+ONNXRUNTIME = "onnxruntime"
+OPENVINO = "openvino"
+# Runtimes that can be timed here, and the kind of engine that does it.
+TIMED_RUNTIMES: dict[str, Literal["onnxruntime", "openvino"]] = {ONNXRUNTIME: "onnxruntime", OPENVINO: "openvino"}
+OPSET = 18
+INPUTS = ("input_ids", "attention_mask")
+TIMED_LAYERS = 2
+TIMED_WIDTHS = 12  # between them times are interpolated
+WIDTH_STEP = 32
+# Random tokens out of these: a larger embedding costs memory in every timed process, and no time.
+VOCABULARY = 1000
+DEVIATION = 0.02  # of random weights
+ROUNDS, WARMUP = 12, 2
+SECONDS = 60.0  # for all rounds of a profile
+
+
+@dataclass(frozen=True)
+class TimedPoint:
+    """A random encoder that is timed: `layers` layers of one shape."""
+
+    layers: int
+    heads: int
+    neurons: int
+
+    @property
+    def name(self) -> str:
+        """Name of its engine and its file."""
+        return f"{self.layers} layers, {self.heads} heads, {self.neurons} neurons"
+
+
+@dataclass(frozen=True)
+class TimedInput:
+    """What every encoder of a table is timed with.
+
+    Attributes:
+        batch, length: rows and tokens, without padding.
+        threads: of one operator; 0: all cores.
+        runtime: one of `TIMED_RUNTIMES`.
+    """
+
+    batch: int
+    length: int
+    threads: int = 1
+    runtime: str = ONNXRUNTIME
+
+    @property
+    def shape(self) -> Shape:
+        """Batch and length."""
+        return Shape(self.batch, self.length)
+
+
+def measure_layer_times(
+    config: PretrainedConfig, timed: TimedInput, *, rounds: int = ROUNDS, seconds: float = SECONDS
+) -> ShapeProfile:
+    """Time an encoder layer of every shape on this machine's processor.
+
+    Args:
+        config: of the dense encoder; its depth does not matter.
+        rounds: most interleaved rounds.
+        seconds: for all of them; at least six are made.
+
+    Raises:
+        DeviceError: the runtime cannot be timed here.
+        ModelError: the architecture cannot be exported, or its heads and neurons cannot be removed.
+        SpdError: a timed process died, or did not answer in time.
+    """
+    require_runtime(timed.runtime)
+    heads, neurons = layer_sizes(build_random_encoder(config, 1))
+    with tempfile.TemporaryDirectory() as folder:
+        with console.busy("exporting random encoders of several shapes"):
+            by_point = export_points(config, heads, neurons, Path(folder))
+        kind = TIMED_RUNTIMES[timed.runtime]
+        points, engines = list(by_point), [replace(engine, kind=kind) for engine in by_point.values()]
+        with console.busy(
+            f"timing an encoder layer at {len(points)} shapes, batch {timed.batch}, length {timed.length}"
+        ):
+            result = time_engines(
+                engines, [timed.shape], threads=(timed.threads,), rounds=rounds, warmup=WARMUP, seconds=seconds
+            )
+    times = {point: median_of(timing) for point, timing in zip(points, result.timings, strict=True)}
+    return ShapeProfile(
+        spdtool=metadata.version("spdtool"),
+        runtime=timed.runtime,
+        version=runtime_version(timed.runtime),
+        processor=describe_processor(),
+        threads=timed.threads,
+        batch=timed.batch,
+        length=timed.length,
+        family=config.model_type,
+        width=config.hidden_size,
+        heads=heads,
+        neurons=neurons,
+        rounds=count_rounds(result.timings),
+        costs=solve_costs(times, heads, neurons),
+    )
+
+
+def measure_speedup(
+    config: PretrainedConfig,
+    shape: Sequence[LayerShape],
+    timed: TimedInput,
+    *,
+    rounds: int = ROUNDS,
+    seconds: float = SECONDS,
+) -> Ratio:
+    """Time a whole random encoder of a shape against the dense one, side by side in onnxruntime.
+
+    Its layers differ and do not fit into the caches together: the sum of a table's times knows neither. Arguments and
+    errors are those of `measure_layer_times`.
+    """
+    full = layer_sizes(build_random_encoder(config, 1))
+    with tempfile.TemporaryDirectory() as folder:
+        dense = export_engine(config, [full] * len(shape), Path(folder), "dense")
+        sizes = [(layer.heads, layer.neurons) for layer in shape]
+        small = export_engine(config, sizes, Path(folder), "small")
+        result = time_engines(
+            [dense, small], [timed.shape], threads=(timed.threads,), rounds=rounds, warmup=WARMUP, seconds=seconds
+        )
+    return paired_ratio([result.timings[0]], result.timings[1], [timed.shape])
+
+
+def export_points(config: PretrainedConfig, heads: int, neurons: int, folder: Path) -> dict[TimedPoint, Engine]:
+    """Write the graphs of all encoders to time.
+
+    Args:
+        heads, neurons: of a dense layer.
+
+    Returns:
+        One dense layer, two dense ones, and two with fewer heads or fewer neurons, to the engine of each. Where graphs
+        cannot be derived, only three sizes of either.
+    """
+    import onnx
+
+    from spdtool.bench.shape_graphs import GraphFamily
+    from spdtool.export.graph.trace import write_model
+
+    dense, half = TimedPoint(TIMED_LAYERS, heads, neurons), (heads // 2, round_width(neurons / 2))
+    corners = [TimedPoint(1, heads, neurons), dense]
+    corners += [TimedPoint(TIMED_LAYERS, count, neurons) for count in {0, half[0]}]
+    corners += [TimedPoint(TIMED_LAYERS, heads, width) for width in {0, half[1]} - {neurons}]
+    engines = {}
+    for point in corners:
+        engines[point] = export_engine(config, [(point.heads, point.neurons)] * point.layers, folder, point.name)
+    others: dict[str, list[TimedPoint]] = {"heads": [], "neurons": []}
+    others["heads"] = [TimedPoint(TIMED_LAYERS, count, neurons) for count in range(1, heads)]
+    others["neurons"] = [TimedPoint(TIMED_LAYERS, heads, width) for width in timed_widths(neurons)]
+    for size, points in others.items():
+        derived = [point for point in points if point not in engines]
+        if not derived:
+            continue
+        small = (
+            TimedPoint(TIMED_LAYERS, half[0], neurons) if size == "heads" else TimedPoint(TIMED_LAYERS, heads, half[1])
+        )
+        with contextlib.suppress(ModelError):
+            family = GraphFamily(
+                onnx.load(engines[dense].path),
+                onnx.load(engines[small].path),
+                (getattr(dense, size), getattr(small, size)),
+            )
+            for point in derived:
+                file = folder / f"{point.name}.onnx"
+                write_model(family.graph_at(getattr(point, size)), file)
+                engines[point] = replace(engines[dense], name=point.name, path=str(file))
+    return engines
+
+
+def timed_widths(neurons: int) -> list[int]:
+    """List the widths to time, rising: none, the narrowest, and even steps up to all."""
+    widths = {round_width(width) for width in np.linspace(0, neurons, TIMED_WIDTHS - 1).tolist()}
+    narrow = {width for width in widths | {WIDTH_STEP, round_width(neurons / 2)} if width < neurons}
+    return [*sorted(narrow), neurons]
+
+
+def round_width(width: float) -> int:
+    """Round to a multiple of 32, which the vectors of every kernel divide."""
+    return WIDTH_STEP * round(width / WIDTH_STEP)
+
+
+def solve_costs(times: Mapping[TimedPoint, float], heads: int, neurons: int) -> LayerCosts:
+    """Split the times of encoders into those of a layer's attention and feed-forward and of all outside of layers.
+
+    Args:
+        times: milliseconds of one dense layer, of two, and of two with fewer heads or fewer neurons.
+        heads, neurons: of a dense layer.
+    """
+    dense = times[TimedPoint(TIMED_LAYERS, heads, neurons)]
+    layer = max(0.0, (dense - times[TimedPoint(1, heads, neurons)]) / (TIMED_LAYERS - 1))
+    by_heads: dict[int, float] = {}
+    by_width: dict[int, float] = {}
+    for point, milliseconds in times.items():
+        if point.layers != TIMED_LAYERS:
+            continue
+        saved = (dense - milliseconds) / TIMED_LAYERS
+        if point.neurons == neurons:
+            by_heads[point.heads] = saved
+        if point.heads == heads:
+            by_width[point.neurons] = saved
+    head_savings, width_savings = make_falling(by_heads), make_falling(by_width)
+    # What remains of a layer without heads and neurons: two normalisations, one for either half.
+    remainder = max(0.0, layer - head_savings[0] - width_savings[0]) / 2
+    return LayerCosts(
+        unit="ms",
+        heads=[head_savings[0] - saved + remainder for saved in interpolate(head_savings, heads)],
+        neurons={width: width_savings[0] - saved + remainder for width, saved in width_savings.items()},
+        outside=max(0.0, dense - TIMED_LAYERS * layer),
+    )
+
+
+def interpolate(values: Mapping[int, float], most: int) -> list[float]:
+    """Return a value for every whole number from 0 to `most`, of which at least these two have one."""
+    keys = sorted(values)
+    return np.interp(range(most + 1), keys, [values[key] for key in keys]).tolist()
+
+
+def make_falling(values: Mapping[int, float]) -> dict[int, float]:
+    """Smooth noise out of values that cannot rise with their key: the mean of the nearest bounds, least changed."""
+    keys = sorted(values)
+    ordered = np.asarray([values[key] for key in keys])
+    above = np.maximum.accumulate(ordered[::-1])[::-1]
+    below = np.minimum.accumulate(ordered)
+    return dict(zip(keys, ((above + below) / 2).tolist(), strict=True))
+
+
+def build_random_encoder(config: PretrainedConfig, layers: int) -> PreTrainedModel:
+    """Build a classifier of that architecture with random weights, a small vocabulary and `layers` layers."""
+    import torch
+
+    from spdtool.models.load import build_shallow
+
+    small = copy.deepcopy(config)
+    small.vocab_size = min(VOCABULARY, config.vocab_size)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"):
+        token = getattr(small, name, None)
+        if isinstance(token, int) and token >= small.vocab_size:
+            setattr(small, name, 0)
+    model = build_shallow(small, layers)
+    model.set_attn_implementation("eager")  # as `trace_checkpoint` does for this operator set
+    with torch.no_grad():
+        for parameter in model.parameters():  # equal biases would become one constant of the graph
+            parameter.add_(torch.randn_like(parameter), alpha=DEVIATION)
+    return model
+
+
+def export_engine(config: PretrainedConfig, shape: Sequence[tuple[int, int]], folder: Path, name: str) -> Engine:
+    """Export a random encoder whose layers have those numbers of heads and neurons; return the engine that runs it."""
+    from spdtool.export.graph.trace import trace_model, write_model
+    from spdtool.models.shrink import shrink
+    from spdtool.models.structures import find_structures
+
+    model = build_random_encoder(config, len(shape))
+    for layer, (heads, neurons) in zip(find_structures(model), shape, strict=True):
+        clear_structures(layer.heads, heads)
+        clear_structures(layer.neurons, neurons)
+    names = [name for name in INPUTS if name in inspect.signature(model.forward).parameters]
+    file = folder / f"{name}.onnx"
+    write_model(trace_model(shrink(model), names, OPSET), file)
+    pad = getattr(model.config, "pad_token_id", None) or 0
+    return Engine(name=name, kind="onnxruntime", path=str(file), vocabulary=model.config.vocab_size, pad=pad)
+
+
+def clear_structures(structures: Structures, live: int) -> None:
+    """Set all structures of a layer but the first `live` to zero, so that they can be left out."""
+    import torch
+
+    dead = torch.arange(structures.count) >= live
+    with torch.no_grad():
+        for linear in structures.inputs.values():
+            for parameter in linear.parameters():
+                parameter[structures.rows(dead, linear)] = 0
+        structures.output.weight[:, structures.columns(dead)] = 0
+
+
+def median_of(timing: Timing) -> float:
+    """Median milliseconds of an engine that was timed at one shape."""
+    (rounds,) = timing.rounds.values()
+    return median_ms(rounds)
+
+
+def count_rounds(timings: Sequence[Timing]) -> int:
+    """Number of rounds that were made."""
+    (rounds,) = timings[0].rounds.values()
+    return len(rounds)
+
+
+def require_runtime(name: str) -> None:
+    """Refuse a runtime that cannot be timed here.
+
+    Raises:
+        DeviceError: it is not installed, or runs elsewhere.
+    """
+    if name not in TIMED_RUNTIMES:
+        raise DeviceError(
+            f"{name} is not timed here: layers are timed in {' or '.join(TIMED_RUNTIMES)}",
+            "give a file of its times, in the form of `spdtool bench --profile`: --profile FILE",
+        )
+    if name == OPENVINO and importlib.util.find_spec(OPENVINO) is None:
+        raise DeviceError("openvino is not installed", "pip install openvino")
+    if name == ONNXRUNTIME:
+        onnx_session.require_onnxruntime()
+
+
+def runtime_version(name: str) -> str:
+    """Version of a runtime that is installed here."""
+    if name == OPENVINO:
+        return metadata.version(OPENVINO)
+    return str(onnx_session.require_onnxruntime().__version__)
+
+
+def layer_sizes(model: PreTrainedModel) -> tuple[int, int]:
+    """Numbers of heads and neurons of a dense layer."""
+    from spdtool.models.structures import find_structures
+
+    first = find_structures(model)[0]
+    return first.heads.count, first.neurons.count
+
+
+def expected_fields(model: PreTrainedModel, timed: TimedInput) -> dict[str, str | int]:
+    """Return what a profile must have to fit a model and an input; of this machine, where its runtime is here.
+
+    Args:
+        model: the dense one, with or without weights.
+    """
+    heads, neurons = layer_sizes(model)
+    fields: dict[str, str | int] = {
+        "runtime": timed.runtime,
+        "threads": timed.threads,
+        "batch": timed.batch,
+        "length": timed.length,
+        "family": model.config.model_type,
+        "width": model.config.hidden_size,
+        "heads": heads,
+        "neurons": neurons,
+    }
+    if timed.runtime in TIMED_RUNTIMES:
+        require_runtime(timed.runtime)
+        fields |= {"version": runtime_version(timed.runtime), "processor": describe_processor()}
+    return fields
+
+
+def read_profile(file: Path) -> ShapeProfile:
+    """Read the file that `spdtool bench --profile` wrote.
+
+    Raises:
+        RecipeError: it is not there, or holds no profile.
+    """
+    hint = "write one with `spdtool bench --profile FILE --model FOLDER`"
+    try:
+        return ShapeProfile.model_validate(json.loads(file.read_text("utf-8")))
+    except OSError as error:
+        raise RecipeError(f"the profile {file} cannot be read: {error.strerror}", hint) from None
+    except ValueError as error:  # json's, pydantic's and UTF-8's
+        raise RecipeError(f"{file} is no profile: {first_line(error)}", hint) from None
+
+
+def check_profile(profile: ShapeProfile, expected: Mapping[str, str | int], source: str) -> None:
+    """Refuse a profile of another runtime, machine, model or input than `expected`, which has fields of a profile.
+
+    Raises:
+        RecipeError: names every field that differs.
+    """
+    recorded = profile.model_dump()
+    different = [name for name, value in expected.items() if recorded[name] != value]
+    if different:
+        lines = "; ".join(f"{name} {recorded[name]} there, {expected[name]} here" for name in different)
+        raise RecipeError(
+            f"the profile {source} does not fit: {lines}",
+            "measure one here with `spdtool bench --profile FILE --model FOLDER`",
+        )

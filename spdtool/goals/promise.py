@@ -1,0 +1,96 @@
+"""Hold what was measured against the goal of a recipe: speed-up, megabytes and dev score."""
+
+from __future__ import annotations
+
+from spdtool.bench.engines import Shape
+from spdtool.bench.layer_times import ONNXRUNTIME
+from spdtool.bench.ratios import BenchData
+from spdtool.errors import GateError
+from spdtool.export.onnx_session import usable_cores
+from spdtool.recipe.fields import Goal, Recipe
+from spdtool.run.records import Promise, Scores
+
+MEGABYTE = 1_000_000
+POINTS = 100  # of a score of 1
+ROUNDING = 1e-9  # of a difference of two scores
+
+
+def timed_shape(goal: Goal, max_length: int, positions: int) -> Shape:
+    """Return the batch and length at which a speed-up is promised.
+
+    Args:
+        positions: longest input of the models in tokens.
+    """
+    return Shape(goal.batch, min(goal.length or max_length, positions))
+
+
+def timed_threads(goal: Goal) -> int:
+    """Return the number of threads with which a speed-up is promised."""
+    return goal.threads or usable_cores()
+
+
+def measure_promise(recipe: Recipe, data: BenchData, shape: Shape, teacher: Scores, student: Scores) -> Promise | None:
+    """Compare the figures of a bench with the goal of its recipe; None where there is no goal.
+
+    Args:
+        shape: that a speed-up is promised at.
+        teacher, student: dev scores.
+    """
+    goal = recipe.goal
+    if not goal.is_set:
+        return None
+    promise = Promise()
+    engine = data.best if goal.kind == "sparse" else "student"
+    if goal.speedup is not None:
+        _add_speedup(promise, goal, data, engine, shape)
+    if goal.max_mb is not None:
+        promise.megabytes = data.files[engine].bytes / MEGABYTE
+        _add_line(
+            promise,
+            f"at most {goal.max_mb:g} MB were asked for: {promise.megabytes:.1f} MB",
+            broken=promise.megabytes > goal.max_mb,
+        )
+    if goal.max_drop is not None:
+        promise.drop = POINTS * (teacher["score"] - student["score"])
+        _add_line(
+            promise,
+            f"at most {goal.max_drop:g} points of dev score were to be lost: {promise.drop:.2f} were "
+            f"({teacher['score']:.4f} to {student['score']:.4f})",
+            broken=promise.drop > goal.max_drop + ROUNDING,
+        )
+    return promise
+
+
+def refuse_broken(promise: Promise | None, recipe: Recipe) -> None:
+    """Refuse a student that misses its goal; a smoke run's numbers mean nothing.
+
+    Raises:
+        GateError: says what was missed, and by how much.
+    """
+    if promise is None or not promise.broken or recipe.smoke:
+        return
+    hint = "ask for a little more than you need, or train it longer: --set prune.epochs=... --set finetune.epochs=..."
+    if promise.drop is None or recipe.goal.max_drop is None or promise.drop <= recipe.goal.max_drop:
+        hint = "repeat the bench on a machine that does nothing else: `spdtool bench --again`; or ask for a little more"
+    raise GateError(f"the goal was missed: {'; '.join(promise.broken)}", hint)
+
+
+def _add_speedup(promise: Promise, goal: Goal, data: BenchData, engine: str, shape: Shape) -> None:
+    assert goal.speedup is not None
+    threads = timed_threads(goal)
+    ratio = data.speed_of_student(data.timing(engine, threads), [shape])
+    where = f"batch {shape.batch}, length {shape.length}, {threads} thread{'s' if threads > 1 else ''}"
+    if goal.runtime != ONNXRUNTIME:
+        asked = f"{goal.speedup:g}x was asked for in {goal.runtime}, which is not timed here"
+        _add_line(promise, f"{asked}; onnxruntime: {ratio} ({where})", broken=False)
+        return
+    promise.speedup = ratio
+    line = f"{goal.speedup:g}x was asked for: {ratio} ({where})"
+    # The interval is of this process; another one differs by the tolerance.
+    _add_line(promise, line, broken=ratio.high < goal.speedup * (1 - goal.tolerance))
+
+
+def _add_line(promise: Promise, line: str, *, broken: bool) -> None:
+    promise.lines.append(line)
+    if broken:
+        promise.broken.append(line)

@@ -1,0 +1,93 @@
+"""Derive what a recipe leaves to its goal, and put it into the recipe of the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from spdtool import console, ranks
+from spdtool.goals.shape import CHOICE, choose_goal_shape, foresee_shape, goal_key, read_choice
+from spdtool.models import collectives
+from spdtool.models.load import build_empty_teacher
+from spdtool.recipe.fields import Recipe
+from spdtool.recipe.reading import override
+from spdtool.run.folder import Run
+from spdtool.run.storage import write_json
+from spdtool.tasks.prepare import find_task
+
+GUESS = "guess"  # in place of the digest of a table: a plan's recipe, which is never saved
+
+
+def needs_shape(recipe: Recipe, folder: Path) -> bool:
+    """Tell whether the shape of a goal has yet to be chosen.
+
+    Args:
+        folder: of the run.
+    """
+    if not recipe.goal.is_set or recipe.goal.kind == "sparse":
+        return False
+    choice = read_choice(folder)
+    if choice is not None and choice.key != goal_key(recipe):  # of another goal
+        return True
+    return not recipe.prune.shape
+
+
+def settle_goal(run: Run) -> None:
+    """Choose the shape of the student after the teacher was trained, unless that is done. Collective.
+
+    The shape becomes `prune.shape` of the run's recipe. Raises as `choose_goal_shape`.
+    """
+    if not needs_shape(run.recipe, run.path):
+        return
+    if ranks.is_main():
+        choice = choose_goal_shape(run.recipe, run.use_input("teacher"))
+        write_json(run.path / CHOICE, choice)
+        run.change_recipe(put_shape(run.recipe, choice.shape, choice.table))
+        expected = "" if choice.trial is None else f"; timed with random weights: {choice.trial}"
+        console.say(f"goal: {choice.goal}: {choice.describe()}{expected}")
+    collectives.barrier()
+    run.recipe = Run.open(run.path).recipe
+
+
+def put_shape(recipe: Recipe, shape: list[tuple[int, int]], table: str | None) -> Recipe:
+    """Return the recipe with a shape, and the digest of the table by which it was chosen."""
+    return override(recipe, (), {"prune.shape": shape, "goal.table": table})
+
+
+def adopt_recorded(recipe: Recipe, recorded: Recipe | None) -> Recipe:
+    """Return the recipe with what a run has chosen for the same goal: the same command goes on with it.
+
+    Args:
+        recorded: recipe of the run; None: there is none yet.
+    """
+    if recorded is None or not recipe.goal.is_set or recorded.goal.table is None or recipe.goal.table is not None:
+        return recipe
+    if goal_key(recorded) != goal_key(recipe):
+        return recipe
+    return put_shape(recipe, list(recorded.prune.shape), recorded.goal.table)
+
+
+def foresee_recipe(recipe: Recipe, folder: Path, *, measure: bool) -> tuple[Recipe, list[str]]:
+    """Return the recipe to plan with, whose shape is a guess where it is yet to be chosen, and lines for the plan.
+
+    Args:
+        folder: of the run.
+        measure: time the layers now, where no table exists.
+
+    Raises:
+        RecipeError: no shape reaches the goal, or its profile does not fit.
+        ModelError: the model cannot be read, or heads and neurons of its family cannot be removed.
+    """
+    goal = recipe.goal
+    lines = [goal.describe()]
+    if goal.kind == "sparse":
+        return recipe, [*lines, f"a sparse student of {recipe.sparsity:.0%} zeros"]
+    if not needs_shape(recipe, folder):
+        choice = read_choice(folder)
+        return recipe, lines if choice is None else [*lines, choice.describe()]
+    if goal.kind == "auto":
+        lines.append("a small student: it is faster in every runtime")
+    model = build_empty_teacher(recipe, find_task(recipe))
+    foreseen = foresee_shape(recipe, model, measure=measure)
+    times = "as its table of times says" if foreseen.profile else "guessed from the number of weights"
+    lines.append(f"about {foreseen.describe()}, {times}; chosen when the teacher is there")
+    return put_shape(recipe, foreseen.shape, GUESS), lines

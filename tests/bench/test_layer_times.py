@@ -1,0 +1,127 @@
+"""The time of a layer at every shape: how it is taken apart, and one measurement of a tiny encoder for real."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import toys
+
+from spdtool.bench.layer_times import (
+    TIMED_LAYERS,
+    TimedInput,
+    TimedPoint,
+    build_random_encoder,
+    check_profile,
+    clear_structures,
+    expected_fields,
+    make_falling,
+    measure_layer_times,
+    read_profile,
+    require_runtime,
+    solve_costs,
+    timed_widths,
+)
+from spdtool.errors import DeviceError, RecipeError
+from spdtool.models.structures import find_structures
+from spdtool.run.records import LayerCosts, ShapeProfile
+from spdtool.run.storage import write_json
+
+OUTSIDE, HEAD, NEURON, REMAINDER = 2.0, 0.5, 0.01, 0.3
+
+
+def fake_profile(**fields: object) -> ShapeProfile:
+    """A table in which every head and neuron takes its time."""
+    costs = LayerCosts(unit="ms", heads=[0.1, 0.6, 1.1], neurons={0: 0.1, 64: 1.1}, outside=0.2)
+    values = {
+        **{"spdtool": "1", "runtime": "onnxruntime", "version": "1.2", "processor": "a", "threads": 1, "batch": 1},
+        **{"length": 16, "family": "bert", "width": 32, "heads": 2, "neurons": 64, "rounds": 6, "costs": costs},
+    }
+    return ShapeProfile.model_validate(values | fields)
+
+
+def fake_time(point: TimedPoint) -> float:
+    """Milliseconds of an encoder whose layers take a time of their own, and one for each head and neuron."""
+    return OUTSIDE + point.layers * (REMAINDER + HEAD * point.heads + NEURON * point.neurons)
+
+
+def test_times_are_split_into_layers_their_halves_and_what_is_outside() -> None:
+    heads, neurons = 4, 256
+    widths = timed_widths(neurons)
+    points = [TimedPoint(1, heads, neurons), TimedPoint(TIMED_LAYERS, heads, neurons)]
+    points += [TimedPoint(TIMED_LAYERS, count, neurons) for count in (0, 1, 2)]  # 3 is interpolated
+    points += [TimedPoint(TIMED_LAYERS, heads, width) for width in widths]
+    times = {point: fake_time(point) for point in points}
+    costs = solve_costs(times, heads, neurons)
+    assert costs.outside == pytest.approx(OUTSIDE)
+    for count in range(heads + 1):
+        assert costs.heads[count] == pytest.approx(HEAD * count + REMAINDER / 2)
+    for width in (0, 32, 100, 256):
+        assert costs.of_width(width) == pytest.approx(NEURON * width + REMAINDER / 2)
+    assert costs.of_dense(12) == pytest.approx(fake_time(TimedPoint(12, heads, neurons)))
+
+
+def test_widths_are_multiples_of_32_from_none_to_all() -> None:
+    for neurons in (32, 64, 100, 1536, 3072):
+        widths = timed_widths(neurons)
+        assert (widths[0], widths[-1]) == (0, neurons)
+        assert widths == sorted(set(widths))
+        assert all(width % 32 == 0 for width in widths[:-1]), neurons
+        assert len(widths) <= 13, neurons
+
+
+def test_noise_does_not_make_a_larger_shape_cheaper() -> None:
+    assert make_falling({0: 3.0, 1: 2.0, 2: 2.5, 3: 0.0}) == {0: 3.0, 1: 2.25, 2: 2.25, 3: 0.0}
+
+
+def test_a_cleared_structure_has_no_weight() -> None:
+    model = build_random_encoder(toys.bert().config, 1)
+    (layer,) = find_structures(model)
+    clear_structures(layer.heads, 1)
+    clear_structures(layer.neurons, 32)
+    assert layer.heads.find_live().tolist() == [True, False]
+    assert int(layer.neurons.find_live().sum()) == 32
+
+
+def test_a_tiny_encoder_is_timed_and_its_table_read_back(tmp_path: Path) -> None:
+    config = toys.bert(num_attention_heads=1, intermediate_size=32).config
+    timed = TimedInput(batch=1, length=8)
+    profile = measure_layer_times(config, timed, rounds=1, seconds=0)
+    assert (profile.heads, profile.neurons, profile.runtime) == (1, 32, "onnxruntime")
+    assert len(profile.costs.heads) == 2
+    assert set(profile.costs.neurons) == {0, 32}
+    write_json(tmp_path / "table.json", profile)
+    again = read_profile(tmp_path / "table.json")
+    assert again.digest == profile.digest
+    check_profile(again, expected_fields(toys.bert(num_attention_heads=1, intermediate_size=32), timed), "table.json")
+
+
+def test_a_table_of_another_model_machine_or_input_is_refused_with_what_differs() -> None:
+    profile = fake_profile()
+    model = toys.bert()
+    fitting = fake_profile(**expected_fields(model, TimedInput(1, 16)))
+    check_profile(fitting, expected_fields(model, TimedInput(1, 16)), "x")
+    with pytest.raises(RecipeError, match="processor a there"):
+        check_profile(profile, expected_fields(model, TimedInput(1, 16)), "x")
+    with pytest.raises(RecipeError, match="does not fit: length 16 there, 32 here"):
+        check_profile(fitting, expected_fields(model, TimedInput(1, 32)), "x")
+    # Of a runtime that runs elsewhere no machine is known here.
+    browser = fake_profile(runtime="web")
+    check_profile(browser, expected_fields(model, TimedInput(1, 16, runtime="web")), "x")
+    with pytest.raises(RecipeError, match="runtime web there, onnxruntime here"):
+        check_profile(browser, expected_fields(model, TimedInput(1, 16)), "x")
+
+
+def test_a_file_that_holds_no_table_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="cannot be read"):
+        read_profile(tmp_path / "missing.json")
+    for content in ("not json", json.dumps({"format": 1})):
+        (tmp_path / "file.json").write_text(content)
+        with pytest.raises(RecipeError, match="is no profile"):
+            read_profile(tmp_path / "file.json")
+
+
+def test_a_runtime_that_is_not_here_is_refused() -> None:
+    with pytest.raises(DeviceError, match="web is not timed here"):
+        require_runtime("web")
