@@ -1,0 +1,164 @@
+"""The choice of a shape by a goal: from a table of fake times, and without a stopwatch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import toys
+
+from spdtool.bench.layer_times import TimedInput
+from spdtool.errors import RecipeError
+from spdtool.goals import shape as goal_shape
+from spdtool.goals.shape import (
+    MEGABYTE,
+    GoalTables,
+    check_reachable,
+    even_losses,
+    foresee_shape,
+    make_tables,
+    search_shape,
+)
+from spdtool.goals.sizes import count_bytes
+from spdtool.models.structures import find_structures
+from spdtool.pruning.search import cost_of_shape
+from spdtool.pruning.structure import EncoderShape, LayerShape, full_shape
+from spdtool.recipe.fields import Recipe
+from spdtool.recipe.reading import build_recipe
+from spdtool.run.records import LayerCosts, Ratio, ShapeProfile
+from spdtool.run.storage import write_json
+
+HEADS, NEURONS, LAYERS = 2, 256, 3
+COSTS = LayerCosts(
+    unit="ms", heads=[0.1, 1.1, 2.1], neurons={width: 0.1 + width / 64 for width in range(0, 257, 32)}, outside=0.5
+)
+MODEL = toys.bert(LAYERS, intermediate_size=NEURONS)
+
+
+def recipe_of(**goal: object) -> Recipe:
+    """A recipe with that goal."""
+    return build_recipe("default", {"task": "demo", **{f"goal.{name}": value for name, value in goal.items()}})
+
+
+def profile_of(model: object = MODEL, **fields: object) -> ShapeProfile:
+    """A table with the fake times."""
+    values = {
+        **{"spdtool": "1", "runtime": "onnxruntime", "version": "1", "processor": "a", "threads": 1, "batch": 1},
+        **{"length": 64, "family": "bert", "width": 32, "heads": HEADS, "neurons": NEURONS, "rounds": 6},
+    }
+    return ShapeProfile.model_validate(values | {"costs": COSTS} | fields)
+
+
+def tables_of() -> GoalTables:
+    """The tables of a goal, with the fake times."""
+    return GoalTables(full_shape(find_structures(MODEL)), profile_of(), count_bytes(MODEL), TimedInput(1, 64))
+
+
+def table_speed(shape: Sequence[LayerShape], slower: float = 1.0) -> float:
+    """Speed-up of a shape by the table, whose layers are timed `slower` times too slow."""
+    return COSTS.of_dense(LAYERS) / (slower * cost_of_shape(shape, COSTS))
+
+
+def fake_trial(monkeypatch: pytest.MonkeyPatch, slower: float) -> list[EncoderShape]:
+    """Let whole encoders be `slower` than the sum of their layers; return the list of those that are timed."""
+    timed: list[EncoderShape] = []
+
+    def measure(config: object, shape: EncoderShape, *_: object, **__: object) -> Ratio:
+        timed.append(shape)
+        speed = table_speed(shape, slower)
+        return Ratio(median=speed, low=speed, high=speed)
+
+    monkeypatch.setattr(goal_shape, "measure_speedup", measure)
+    return timed
+
+
+def test_a_speedup_is_reached_whatever_the_sum_of_the_layers_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    for slower in (0.9, 1.0, 1.1):
+        timed = fake_trial(monkeypatch, slower)
+        recipe, tables = recipe_of(speedup=2), tables_of()
+        choice = search_shape(recipe, MODEL, tables, even_losses(tables.dense))
+        shape = tuple(LayerShape(*sizes) for sizes in choice.shape)
+        assert table_speed(shape, slower) >= 2, slower
+        assert choice.trial is not None and choice.trial.median >= 2, slower
+        assert choice.expected == pytest.approx(table_speed(shape)), slower
+        assert 1 <= len(timed) <= goal_shape.TRIALS, slower
+        assert choice.table == profile_of().digest
+
+
+def test_a_speedup_beyond_the_smallest_shape_is_refused_with_the_largest() -> None:
+    largest = COSTS.of_dense(LAYERS) / (COSTS.outside + LAYERS * 0.2)
+    with pytest.raises(RecipeError, match=f"a speed-up of 40 was asked for.* is {largest:.2f} times as fast"):
+        check_reachable(recipe_of(speedup=40), tables_of())
+    check_reachable(recipe_of(speedup=largest * 0.99), tables_of())
+
+
+def test_a_whole_encoder_that_stays_too_slow_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_trial(monkeypatch, 2.0)
+    largest = table_speed([LayerShape(0, 0)] * LAYERS)
+    with pytest.raises(RecipeError, match="was asked for"):
+        search_shape(recipe_of(speedup=0.9 * largest), MODEL, tables_of(), even_losses(tables_of().dense))
+
+
+def test_megabytes_are_bytes_of_the_file_and_too_few_are_refused() -> None:
+    tables = tables_of()
+    whole = tables.bytes.of_dense(LAYERS) / MEGABYTE
+    recipe = recipe_of(max_mb=0.8 * whole)
+    choice = search_shape(recipe, MODEL, tables, even_losses(tables.dense))
+    assert choice.trial is None
+    assert 0.7 * whole < choice.bytes / MEGABYTE <= 0.8 * whole
+    with pytest.raises(RecipeError, match="the smallest shape of this encoder has"):
+        check_reachable(recipe_of(max_mb=0.01), tables)
+
+
+def test_bytes_are_counted_as_they_are_in_a_model() -> None:
+    costs = count_bytes(MODEL)
+    layer = MODEL.bert.encoder.layer[0]
+    attention = [layer.attention.self.query, layer.attention.self.key, layer.attention.self.value]
+    of_heads = sum(parameter.numel() for linear in attention for parameter in linear.parameters())
+    assert costs.heads[HEADS] == 4 * (of_heads + layer.attention.output.dense.weight.numel())
+    assert costs.neurons[NEURONS] == 4 * NEURONS * (32 + 1 + 32)
+    assert costs.of_dense(LAYERS) == pytest.approx(4 * MODEL.num_parameters(), abs=200_000)
+
+
+def test_two_wishes_are_both_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_trial(monkeypatch, 1.0)
+    tables = tables_of()
+    most = 0.85 * tables.bytes.of_dense(LAYERS) / MEGABYTE
+    choice = search_shape(recipe_of(speedup=1.5, max_mb=most), MODEL, tables, even_losses(tables.dense))
+    assert choice.expected is not None and choice.expected >= 1.5 - 1e-9
+    assert choice.bytes / MEGABYTE <= most
+
+
+def test_a_table_of_another_runtime_is_read_and_nothing_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed = fake_trial(monkeypatch, 1.0)
+    write_json(tmp_path / "web.json", profile_of(runtime="web", length=64))
+    recipe = recipe_of(speedup=2, runtime="web", profile=str(tmp_path / "web.json"))
+    tables = make_tables(recipe, MODEL)
+    choice = search_shape(recipe, MODEL, tables, even_losses(tables.dense))
+    assert timed == []
+    assert choice.expected is not None and choice.expected >= 2
+    with pytest.raises(RecipeError, match="does not fit: runtime web there, cuda here"):
+        make_tables(recipe_of(speedup=2, runtime="cuda", profile=str(tmp_path / "web.json")), MODEL)
+
+
+def test_without_a_table_the_plan_guesses_by_the_number_of_weights() -> None:
+    foreseen = foresee_shape(recipe_of(speedup=2), MODEL, measure=False)
+    assert foreseen.profile is None
+    assert 0 < sum(neurons for _, neurons in foreseen.shape) < LAYERS * NEURONS
+    assert "heads and" in foreseen.describe()
+
+
+def test_wishes_that_contradict_each_other_are_told_apart() -> None:
+    cases: list[tuple[dict[str, object], str]] = [
+        ({"speedup": 2, "runtime": "web"}, "needs goal.profile"),
+        ({"speedup": 2, "runtime": "openvino", "kind": "sparse"}, "not faster in openvino"),
+        ({"speedup": 2, "kind": "sparse", "profile": "x.json"}, "a sparse student has all"),
+        ({"max_mb": 20, "profile": "x.json"}, "no speed-up is asked for"),
+        ({"speedup": 1.0}, "greater than 1"),
+    ]
+    for goal, reason in cases:
+        with pytest.raises(RecipeError, match=reason):
+            recipe_of(**goal)
