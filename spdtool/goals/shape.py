@@ -257,17 +257,17 @@ def search_shape(
         if goal.speedup is None or goal.runtime != ONNXRUNTIME:
             break
         with console.busy("timing a random encoder of the shape that was found"):
-            trial = measure_speedup(
+            ratio = measure_speedup(
                 model.config,
                 shape,
                 tables.timed,
                 rounds=recipe.bench.rounds,
                 seconds=recipe.bench.seconds,
             )
-        tried[shape] = trial
-        if goal.speedup <= trial.median <= goal.speedup * (1 + SURPLUS):
+        tried[shape] = ratio
+        if goal.speedup <= ratio.median <= goal.speedup * (1 + SURPLUS):
             break
-        factor *= goal.speedup * MARGIN / trial.median
+        factor *= goal.speedup * MARGIN / ratio.median
     shape, trial = pick_trial(tried, losses, goal.speedup)
     missed = trial is not None and goal.speedup is not None and trial.high < goal.speedup * (1 - goal.tolerance)
     if missed and trial is not None and not recipe.smoke:

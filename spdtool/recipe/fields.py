@@ -500,6 +500,18 @@ class Goal(Section):
                 )
         return self
 
+    @property
+    def label(self) -> str:
+        """What is asked for, for names of folders: such as `3x` or `20MB`."""
+        wishes = []
+        if self.speedup is not None:
+            wishes.append(f"{self.speedup:g}x")
+        if self.max_mb is not None:
+            wishes.append(f"{self.max_mb:g}MB")
+        if self.max_drop is not None:
+            wishes.append(f"drop{self.max_drop:g}")
+        return "-".join(wishes)
+
     def describe(self) -> str:
         """Say what is asked for, such as `3x in onnxruntime, at most 20 MB`."""
         wishes = []

@@ -95,7 +95,7 @@ def request_recipe(
     Raises:
         RecipeError: neither a task nor data was given, or as `build_recipe` does.
     """
-    flags = {
+    flags: dict[str, object] = {
         "task": None if task is None else task.lower(),
         "data": _absolute(data),
         "text": tuple(text) or None,
@@ -111,7 +111,9 @@ def request_recipe(
     goal = {name: value for name, value in (goal or {}).items() if value is not None}
     if sparsity is not None and goal.keys() & {"speedup", "max_mb", "max_drop"}:
         raise RecipeError("a sparsity and a goal were given: a goal chooses what is removed", "leave one of them out")
-    flags |= {f"goal.{name}": _absolute(str(value)) if name == "profile" else value for name, value in goal.items()}
+    if "profile" in goal:
+        goal["profile"] = _absolute(str(goal["profile"]))
+    flags |= {f"goal.{name}": value for name, value in goal.items()}
     if task is None and data is None:
         if recorded is None:
             raise RecipeError("neither a task nor data was given", "name a task, such as demo, or a file of rows")

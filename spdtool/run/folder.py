@@ -431,13 +431,13 @@ def read_stage_record(folder: Path) -> StageRecord:
 def default_path(recipe: Recipe) -> Path:
     """Return `runs/<task>-<sparsity>`, with recipe, seed and the smoke mark where they are not the default.
 
-    A student with a shape has `small` in place of the sparsity.
+    A student with a shape has `small` in place of the sparsity, one with a goal has what is asked for.
     """
     task = recipe.task
     if task == "local" and recipe.data:
         task = Path(recipe.data).stem
     size = "small" if recipe.prune.is_structured else f"{recipe.sparsity:g}"
-    name = f"{task}-{size}"
+    name = f"{task}-{recipe.goal.label or size}"
     if recipe.name != "default":
         name += f"-{recipe.name}"
     if recipe.seed:

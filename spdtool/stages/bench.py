@@ -112,8 +112,8 @@ def bench(run: Run) -> BenchResult:
     """
     recipe, section = run.recipe, run.recipe.bench
     provider = onnx_session.working_providers(recipe.device)[-1]
-    counts = [*section.threads, *([recipe.goal.threads] if recipe.goal.speedup else [])]
-    threads = list(dict.fromkeys(count or onnx_session.usable_cores() for count in counts))
+    wanted = [*section.threads, *([recipe.goal.threads] if recipe.goal.speedup else [])]
+    threads = list(dict.fromkeys(count or onnx_session.usable_cores() for count in wanted))
     if provider == "cuda":
         threads = threads[-1:]  # threads of the CPU make no difference there
     export_folder, exported, teacher_folder = run.use_input("export"), run.export_result(), run.use_input("teacher")

@@ -84,6 +84,7 @@ def test_a_cleared_structure_has_no_weight() -> None:
     assert int(layer.neurons.find_live().sum()) == 32
 
 
+@pytest.mark.slow  # four exports
 def test_a_tiny_encoder_is_timed_and_its_table_read_back(tmp_path: Path) -> None:
     config = toys.bert(num_attention_heads=1, intermediate_size=32).config
     timed = TimedInput(batch=1, length=8)
