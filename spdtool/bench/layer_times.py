@@ -134,28 +134,52 @@ def measure_layer_times(
     )
 
 
-def measure_speedup(
-    config: PretrainedConfig,
-    shape: Sequence[LayerShape],
-    timed: TimedInput,
-    *,
-    rounds: int = ROUNDS,
-    seconds: float = SECONDS,
-) -> Ratio:
-    """Time a whole random encoder of a shape against the dense one, side by side in onnxruntime.
+class SpeedTrial:
+    """Times whole random encoders of several shapes against the dense one, side by side in onnxruntime.
 
-    Its layers differ and do not fit into the caches together: the sum of a table's times knows neither. Arguments and
-    errors are those of `measure_layer_times`.
+    The layers of a whole encoder do not fit into the caches together: the sum of a table's times does not know it. The
+    dense one is exported once. Use it as a context: it holds a temporary folder.
+
+    Args:
+        config: of the dense encoder.
+        layers: of it.
+        timed: the input.
+        rounds, seconds: as of `measure_layer_times`, of each trial.
     """
-    full = layer_sizes(build_random_encoder(config, 1))
-    with tempfile.TemporaryDirectory() as folder:
-        dense = export_engine(config, [full] * len(shape), Path(folder), "dense")
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        layers: int,
+        timed: TimedInput,
+        *,
+        rounds: int = ROUNDS,
+        seconds: float = SECONDS,
+    ) -> None:
+        self.config, self.layers, self.timed, self.rounds, self.seconds = config, layers, timed, rounds, seconds
+
+    def __enter__(self) -> SpeedTrial:
+        self.folder = tempfile.TemporaryDirectory()
+        full = layer_sizes(build_random_encoder(self.config, 1))
+        self.dense = export_engine(self.config, [full] * self.layers, Path(self.folder.name), "dense")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.folder.cleanup()
+
+    def measure(self, shape: Sequence[LayerShape]) -> Ratio:
+        """Return how many times faster an encoder of that shape is; raises as `measure_layer_times`."""
         sizes = [(layer.heads, layer.neurons) for layer in shape]
-        small = export_engine(config, sizes, Path(folder), "small")
+        small = export_engine(self.config, sizes, Path(self.folder.name), "small")
         result = time_engines(
-            [dense, small], [timed.shape], threads=(timed.threads,), rounds=rounds, warmup=WARMUP, seconds=seconds
+            [self.dense, small],
+            [self.timed.shape],
+            threads=(self.timed.threads,),
+            rounds=self.rounds,
+            warmup=WARMUP,
+            seconds=self.seconds,
         )
-    return paired_ratio([result.timings[0]], result.timings[1], [timed.shape])
+        return paired_ratio([result.timings[0]], result.timings[1], [self.timed.shape])
 
 
 def export_points(config: PretrainedConfig, heads: int, neurons: int, folder: Path) -> dict[TimedPoint, Engine]:

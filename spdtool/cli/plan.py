@@ -41,6 +41,8 @@ def show_plan(plan: Plan, recipe: Recipe, *, everything: bool = False) -> None:
 
 
 def _describe_size(recipe: Recipe) -> str:
+    if recipe.goal.is_set:
+        return recipe.goal.describe()
     if recipe.prune.is_structured:
         return recipe.size_label
     return f"{recipe.sparsity:.4g} sparsity"

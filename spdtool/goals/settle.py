@@ -14,8 +14,6 @@ from spdtool.run.folder import Run
 from spdtool.run.storage import write_json
 from spdtool.tasks.prepare import find_task
 
-GUESS = "guess"  # in place of the digest of a table: a plan's recipe, which is never saved
-
 
 def needs_shape(recipe: Recipe, folder: Path) -> bool:
     """Tell whether the shape of a goal has yet to be chosen.
@@ -66,11 +64,12 @@ def adopt_recorded(recipe: Recipe, recorded: Recipe | None) -> Recipe:
     return put_shape(recipe, list(recorded.prune.shape), recorded.goal.table)
 
 
-def foresee_recipe(recipe: Recipe, folder: Path, *, measure: bool) -> tuple[Recipe, list[str]]:
+def foresee_recipe(recipe: Recipe, folder: Path, guess: str, *, measure: bool) -> tuple[Recipe, list[str]]:
     """Return the recipe to plan with, whose shape is a guess where it is yet to be chosen, and lines for the plan.
 
     Args:
         folder: of the run.
+        guess: to put in place of the digest of a table.
         measure: time the layers now, where no table exists.
 
     Raises:
@@ -78,7 +77,7 @@ def foresee_recipe(recipe: Recipe, folder: Path, *, measure: bool) -> tuple[Reci
         ModelError: the model cannot be read, or heads and neurons of its family cannot be removed.
     """
     goal = recipe.goal
-    lines = [goal.describe()]
+    lines: list[str] = []
     if goal.kind == "sparse":
         return recipe, [*lines, f"a sparse student of {recipe.sparsity:.0%} zeros"]
     if not needs_shape(recipe, folder):
@@ -90,4 +89,4 @@ def foresee_recipe(recipe: Recipe, folder: Path, *, measure: bool) -> tuple[Reci
     foreseen = foresee_shape(recipe, model, measure=measure)
     times = "as its table of times says" if foreseen.profile else "guessed from the number of weights"
     lines.append(f"about {foreseen.describe()}, {times}; chosen when the teacher is there")
-    return put_shape(recipe, foreseen.shape, GUESS), lines
+    return put_shape(recipe, foreseen.shape, guess), lines

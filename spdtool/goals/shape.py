@@ -22,11 +22,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spdtool import console
 from spdtool.bench.layer_times import (
     ONNXRUNTIME,
+    SpeedTrial,
     TimedInput,
     check_profile,
     expected_fields,
     measure_layer_times,
-    measure_speedup,
     read_profile,
 )
 from spdtool.data.batches import evaluation_batches
@@ -246,33 +246,35 @@ def search_shape(
     Raises:
         RecipeError: no shape reaches the goal.
     """
-    goal, factor = recipe.goal, 1.0
-    tried: dict[EncoderShape, Ratio | None] = {}
-    for _ in range(TRIALS):
-        budgets = cap_budgets(list_budgets(recipe, tables, factor=factor), losses)
-        shape = find_shape_within(losses, [each.costs for each in budgets], [each.most for each in budgets])
-        if shape in tried:
-            break
-        tried[shape] = None
-        if goal.speedup is None or goal.runtime != ONNXRUNTIME:
-            break
-        with console.busy("timing a random encoder of the shape that was found"):
-            ratio = measure_speedup(
-                model.config,
-                shape,
-                tables.timed,
-                rounds=recipe.bench.rounds,
-                seconds=recipe.bench.seconds,
-            )
-        tried[shape] = ratio
-        if goal.speedup <= ratio.median <= goal.speedup * (1 + SURPLUS):
-            break
-        factor *= goal.speedup * MARGIN / ratio.median
-    shape, trial = pick_trial(tried, losses, goal.speedup)
-    missed = trial is not None and goal.speedup is not None and trial.high < goal.speedup * (1 - goal.tolerance)
-    if missed and trial is not None and not recipe.smoke:
-        raise too_fast(recipe, tables, trial.median)
-    return record_choice(recipe, tables, shape, trial)
+    goal = recipe.goal
+    if goal.speedup is None or goal.runtime != ONNXRUNTIME:
+        return record_choice(recipe, tables, find_by_tables(recipe, tables, losses), None)
+    tried: dict[EncoderShape, Ratio] = {}
+    factor, rounds, seconds = 1.0, recipe.bench.rounds, recipe.bench.seconds
+    with (
+        console.busy("timing random encoders of the shapes that were found"),
+        SpeedTrial(model.config, len(tables.dense), tables.timed, rounds=rounds, seconds=seconds) as trial,
+    ):
+        for _ in range(TRIALS):
+            shape = find_by_tables(recipe, tables, losses, factor=factor)
+            if shape in tried:
+                break
+            tried[shape] = ratio = trial.measure(shape)
+            if goal.speedup <= ratio.median <= goal.speedup * (1 + SURPLUS):
+                break
+            factor *= goal.speedup * MARGIN / ratio.median
+    best = pick_trial(tried, losses, goal.speedup)
+    if tried[best].high < goal.speedup * (1 - goal.tolerance) and not recipe.smoke:
+        raise too_fast(recipe, tables, tried[best].median)
+    return record_choice(recipe, tables, best, tried[best])
+
+
+def find_by_tables(
+    recipe: Recipe, tables: GoalTables, losses: Sequence[LayerLosses], *, factor: float = 1.0
+) -> EncoderShape:
+    """Find the shape of least loss within the budgets of a goal; `factor` as of `list_budgets`."""
+    budgets = cap_budgets(list_budgets(recipe, tables, factor=factor), losses)
+    return find_shape_within(losses, [each.costs for each in budgets], [each.most for each in budgets])
 
 
 def cap_budgets(budgets: Sequence[Budget], losses: Sequence[LayerLosses]) -> list[Budget]:
@@ -280,19 +282,12 @@ def cap_budgets(budgets: Sequence[Budget], losses: Sequence[LayerLosses]) -> lis
     return [budget._replace(most=max(budget.most, smallest_cost(losses, budget.costs))) for budget in budgets]
 
 
-def pick_trial(
-    tried: dict[EncoderShape, Ratio | None], losses: Sequence[LayerLosses], speedup: float | None
-) -> tuple[EncoderShape, Ratio | None]:
+def pick_trial(tried: dict[EncoderShape, Ratio], losses: Sequence[LayerLosses], speedup: float) -> EncoderShape:
     """Pick the shape that loses the least of those that were fast enough, else the fastest."""
-    timed = {shape: trial for shape, trial in tried.items() if trial is not None}
-    if speedup is None or not timed:
-        return next(iter(tried.items()))
-    fast = [shape for shape, trial in timed.items() if trial.median >= speedup]
+    fast = [shape for shape, ratio in tried.items() if ratio.median >= speedup]
     if fast:
-        shape = min(fast, key=lambda shape: loss_of_shape(shape, losses))
-    else:
-        shape = max(timed, key=lambda shape: timed[shape].median)
-    return shape, timed[shape]
+        return min(fast, key=lambda shape: loss_of_shape(shape, losses))
+    return max(tried, key=lambda shape: tried[shape].median)
 
 
 def record_choice(recipe: Recipe, tables: GoalTables, shape: EncoderShape, trial: Ratio | None) -> ShapeChoice:

@@ -17,6 +17,7 @@ from spdtool.run.records import ExportedModel, Plan, Scores
 from spdtool.stages.run_stages import run_missing
 
 BUNDLE = "export/bundle"
+GUESS = "guess"  # in place of a digest in `goal.table`: the shape of a plan, which no run has chosen
 
 
 @dataclass(frozen=True)
@@ -158,9 +159,11 @@ def plan_run(recipe: Recipe, path: Path, redo: str | None = None, *, measure: bo
     if recipe.goal.is_set:
         from spdtool.goals.settle import foresee_recipe
 
-        recipe, lines = foresee_recipe(recipe, path, measure=measure)
+        recipe, lines = foresee_recipe(recipe, path, GUESS, measure=measure)
     plan = make_plan(Run.for_recipe(path, recipe, redo=redo, dry=True), redo)
     plan.goal = lines
+    if recipe.goal.table == GUESS:  # what nobody has set
+        plan.changes = [change for change in plan.changes if change[0] not in ("prune.shape", "goal.table")]
     return plan
 
 

@@ -163,6 +163,8 @@ def bench(run: Run) -> BenchResult:
         work.result = summary = summarize(data, environment)
         scores = [run.training_result(stage).dev for stage in ("teacher", "finetune")]
         summary.promise = measure_promise(recipe, data, promised, *scores)
+        if summary.promise is not None:
+            summary.verdict = [*(f"Goal: {line}." for line in summary.promise.lines), *summary.verdict]
     refuse_broken(summary.promise, recipe)
     return summary
 

@@ -64,12 +64,22 @@ def fake_trial(monkeypatch: pytest.MonkeyPatch, slower: float) -> list[EncoderSh
     """Let whole encoders be `slower` than the sum of their layers; return the list of those that are timed."""
     timed: list[EncoderShape] = []
 
-    def measure(config: object, shape: EncoderShape, *_: object, **__: object) -> Ratio:
-        timed.append(shape)
-        speed = table_speed(shape, slower)
-        return Ratio(median=speed, low=speed, high=speed)
+    class FakeTrial:
+        def __init__(self, *_: object, **__: object) -> None:
+            pass
 
-    monkeypatch.setattr(goal_shape, "measure_speedup", measure)
+        def __enter__(self) -> FakeTrial:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def measure(self, shape: EncoderShape) -> Ratio:
+            timed.append(shape)
+            speed = table_speed(shape, slower)
+            return Ratio(median=speed, low=speed, high=speed)
+
+    monkeypatch.setattr(goal_shape, "SpeedTrial", FakeTrial)
     return timed
 
 
@@ -80,7 +90,8 @@ def test_a_speedup_is_reached_whatever_the_sum_of_the_layers_leaves_out(monkeypa
         choice = search_shape(recipe, MODEL, tables, even_losses(tables.dense))
         shape = tuple(LayerShape(*sizes) for sizes in choice.shape)
         assert table_speed(shape, slower) >= 2, slower
-        assert choice.trial is not None and choice.trial.median >= 2, slower
+        assert choice.trial is not None, slower
+        assert choice.trial.median >= 2, slower
         assert choice.expected == pytest.approx(table_speed(shape)), slower
         assert 1 <= len(timed) <= goal_shape.TRIALS, slower
         assert choice.table == profile_of().digest
@@ -126,7 +137,8 @@ def test_two_wishes_are_both_met(monkeypatch: pytest.MonkeyPatch) -> None:
     tables = tables_of()
     most = 0.85 * tables.bytes.of_dense(LAYERS) / MEGABYTE
     choice = search_shape(recipe_of(speedup=1.5, max_mb=most), MODEL, tables, even_losses(tables.dense))
-    assert choice.expected is not None and choice.expected >= 1.5 - 1e-9
+    assert choice.expected is not None
+    assert choice.expected >= 1.5 - 1e-9
     assert choice.bytes / MEGABYTE <= most
 
 
@@ -139,7 +151,8 @@ def test_a_table_of_another_runtime_is_read_and_nothing_is_timed(
     tables = make_tables(recipe, MODEL)
     choice = search_shape(recipe, MODEL, tables, even_losses(tables.dense))
     assert timed == []
-    assert choice.expected is not None and choice.expected >= 2
+    assert choice.expected is not None
+    assert choice.expected >= 2
     with pytest.raises(RecipeError, match="does not fit: runtime web there, cuda here"):
         make_tables(recipe_of(speedup=2, runtime="cuda", profile=str(tmp_path / "web.json")), MODEL)
 
