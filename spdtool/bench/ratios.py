@@ -79,6 +79,7 @@ class BenchData:
         dense_forms: engine of a sparse form to the engines of the dense teacher in that form: with weights stored as
             the form does, then with float32 weights where that differs.
         ledger: every pruned matrix on its own.
+        leaves_out: whether the plain file of the student leaves out its removed heads and neurons.
         notes: what was not done as asked, or must be said beside the figures.
     """
 
@@ -90,6 +91,7 @@ class BenchData:
     dense_forms: Mapping[str, Sequence[str]] = field(default_factory=dict)
     ledger: Sequence[LedgerEntry] = ()
     notes: Sequence[str] = ()
+    leaves_out: bool = False
 
     @property
     def threads(self) -> list[int]:
@@ -119,7 +121,7 @@ class BenchData:
     @property
     def resized(self) -> bool:
         """Whether student and teacher have matrices of different sizes, so that more than zeros differs."""
-        return self.files["teacher"].size != self.files["student"].size
+        return self.leaves_out or self.files["teacher"].size != self.files["student"].size
 
     def timing(self, name: str, threads: int) -> Timing:
         """The timing of an engine with a number of threads."""

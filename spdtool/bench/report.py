@@ -103,7 +103,8 @@ def describe_verdict(bench: BenchData) -> list[str]:
         lines.append(f"The student has no more zeros than the teacher; against it, it runs at {student_speeds}.")
         return [*lines, *bench.notes]
     if bench.sparse:
-        lines.append(f"The same zeros in plain onnxruntime: {student_speeds}.")
+        subject = "The smaller student" if bench.leaves_out else "The same zeros"
+        lines.append(f"{subject} in plain onnxruntime: {student_speeds}.")
     else:
         lines += [speed_line(bench, "student", threads) for threads in bench.threads]
         lines += [file_line(bench, "student"), *int8_bytes_lines(bench, "student")]
@@ -146,12 +147,15 @@ def speed_line(bench: BenchData, name: str, threads: int) -> str:
     speedup, rounds = bench.speed_of_student(timing, bench.grid), len(timing.rounds[bench.grid[0]])
     sparsity = bench.files[name].sparsity
     assert sparsity is not None, "exported students have a known sparsity"
+    share = "zeros"
+    if bench.leaves_out and name not in bench.sparse:
+        share = "of its matrices left out"
     ideal = None
     # The whole of a sparse form is not the zeros' alone: what they give is in the line of its factors.
     if not bench.resized and name not in bench.sparse:
         ideal = math.inf if sparsity == 1 else 1 / (1 - sparsity)
     return (
-        f"Speed of {name}, {sparsity:.1%} zeros, {thread_count(threads)}: {speedup} that of the dense teacher on "
+        f"Speed of {name}, {sparsity:.1%} {share}, {thread_count(threads)}: {speedup} that of the dense teacher on "
         f"{timing.provider}, over {rounds} paired rounds{grid_range(bench, timing)}: "
         f"{meaning(speedup, rounds, ideal)}"
     )
@@ -283,10 +287,11 @@ def same_form_line(bench: BenchData, name: str) -> str:
         return str(paired_ratio(timings, bench.timing(name, threads), bench.grid))
 
     dense_bytes, teacher_bytes = bench.files["teacher"].bytes, bench.files[teacher].bytes
+    source = "The smaller shape adds" if bench.leaves_out else "The zeros add"
     return (
         f"Treatment {name}, which is not sparsity: it gives the dense teacher "
-        f"{with_each_thread_count(bench, form_gain)}, and {dense_bytes / teacher_bytes:.2f}x fewer bytes. The zeros "
-        f"add to it, student against teacher in the same form: {with_each_thread_count(bench, zeros_gain)}; "
+        f"{with_each_thread_count(bench, form_gain)}, and {dense_bytes / teacher_bytes:.2f}x fewer bytes. "
+        f"{source} to it, student against teacher in the same form: {with_each_thread_count(bench, zeros_gain)}; "
         f"{teacher_bytes / bench.files[name].bytes:.2f}x fewer bytes."
     )
 
@@ -295,6 +300,12 @@ def other_model_lines(bench: BenchData) -> list[str]:
     """Say that student and teacher are different models, where they are."""
     if not bench.resized:
         return []
+    if bench.leaves_out:
+        share = bench.files["student"].sparsity or 0.0
+        return [
+            f"The student is a smaller dense model: {share:.1%} of its matrices were removed with whole heads and "
+            "neurons, and no file of plain ONNX holds them. Its speed is not that of zeros."
+        ]
     student, teacher = bench.files["student"].size, bench.files["teacher"].size
     return [
         f"The student is another model than the teacher: its matrices hold {student:,} weights, zeros among them, the "

@@ -6,7 +6,6 @@ The student stays as wide as its teacher; what is removed is exactly zero. `mode
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +26,13 @@ from spdtool.pruning.structure import (
     shape_sparsity,
 )
 from spdtool.recipe.fields import Prune
+
+NEEDS: Mapping[str, tuple[str, ...]] = {
+    "layerwise": ("input_gram", "input_mean"),
+    "magnitude": (),
+    "taylor": ("gradient",),
+}
+"""Statistics of each criterion that can rank structures."""
 
 
 class StructuredMasks(Masks):
@@ -148,11 +154,6 @@ class StructuredPruner(Pruner):
     """
 
     masks: StructuredMasks
-    needs: ClassVar[dict[str, tuple[str, ...]]] = {
-        "layerwise": ("input_gram", "input_mean"),
-        "magnitude": (),
-        "taylor": ("gradient",),
-    }
 
     def __init__(
         self,
@@ -166,12 +167,7 @@ class StructuredPruner(Pruner):
         self.shape = shape
         self.events = dict(events)
         self.last_event = max(self.events, default=0)
-        needs = self.needs.get(section.criterion)
-        if needs is None:
-            raise RecipeError(
-                f"criterion {section.criterion!r} ranks single weights, not heads and neurons",
-                f"--set prune.criterion=layerwise, or {' or '.join(list(self.needs)[1:])}",
-            )
+        needs = find_needs(section)
         outputs = [f"{structures.output_name}.weight" for structures in masks.each()]
         names = outputs if section.criterion == "layerwise" else None
         self._observer = Observer(masks, needs if events else (), section, layers, names)
@@ -266,6 +262,21 @@ class StructuredPruner(Pruner):
         gradient = self._observer.stats(f"{name}.weight").gradient
         assert gradient is not None
         return weight * gradient
+
+
+def find_needs(section: Prune) -> tuple[str, ...]:
+    """Return the statistics that the recipe's criterion ranks heads and neurons by.
+
+    Raises:
+        RecipeError: it ranks single weights only.
+    """
+    needs = NEEDS.get(section.criterion)
+    if needs is None:
+        raise RecipeError(
+            f"criterion {section.criterion!r} ranks single weights, not heads and neurons",
+            f"--set prune.criterion=layerwise, or {' or '.join(list(NEEDS)[1:])}",
+        )
+    return needs
 
 
 def describe_shape(shape: EncoderShape) -> str:

@@ -154,9 +154,11 @@ def bench(run: Run) -> BenchResult:
             dense_forms=lineup.dense_forms,
             ledger=entries,
             notes=[*lineup.notes, *(f"{reason}." for reason in result.missing.values())],
+            leaves_out=recipe.prune.is_structured,
         )
         # A smoke run's figures mean nothing, and its title says so.
-        title = recipe.mark_smoke(f"{recipe.task} at {recipe.size_label}")
+        preposition = "with" if recipe.prune.is_structured else "at"
+        title = recipe.mark_smoke(f"{recipe.task} {preposition} {recipe.size_label}")
         (work.folder / "bench.md").write_text(report.render_markdown(title, data), "utf-8")
         engines = [engine_record(timing) for timing in data.timings]
         write_json(work.folder / "bench.json", BenchFile(environment=environment, engines=engines, ledger=entries))

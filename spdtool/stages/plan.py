@@ -32,6 +32,7 @@ from spdtool.models.student import (
 from spdtool.pruning.allocation import zeros_in
 from spdtool.pruning.patterns import find_pattern
 from spdtool.pruning.structure import choose_shape, full_shape, shape_sparsity
+from spdtool.pruning.structured import find_needs
 from spdtool.recipe import STAGES
 from spdtool.recipe.fields import Prune, Recipe, Training
 from spdtool.recipe.spelling import list_changes
@@ -117,7 +118,9 @@ def check_recipe(recipe: Recipe, rows: int) -> Accelerator:
         DeviceError: the device is not there.
     """
     plugins.criteria.get(recipe.prune.criterion)
-    if not recipe.prune.is_structured:  # whose sparsity follows from the shape
+    if recipe.prune.is_structured:  # the sparsity follows from the shape
+        find_needs(recipe.prune)
+    else:
         find_pattern(recipe.prune.pattern).check_sparsity(recipe.sparsity, recipe.prune.scope)
     required_targets(recipe.export)
     for phase in (recipe.prune, recipe.distill, recipe.finetune):

@@ -453,3 +453,18 @@ def test_what_a_treatment_gives_is_not_told_as_the_zeros_doing() -> None:
     assert "4.00x fewer bytes. The zeros add to it" in line
     assert "student against teacher in the same form: 1.00x (1.00x to 1.00x)" in line
     assert line.endswith("1.00x fewer bytes.")
+
+
+def test_a_smaller_dense_student_owes_no_speed_to_zeros() -> None:
+    timings = [noisy("teacher", 1.0), noisy("student", 0.5, 1), noisy("int8 teacher", 0.6, 2), noisy("int8", 0.3, 3)]
+    files = {"teacher": file_of(1000), "student": file_of(600, 0.5), "int8": file_of(200, 0.5)}
+    files["int8 teacher"] = file_of(300)
+    bench = bench_of(timings, files, pairs={"int8": "int8 teacher"}, leaves_out=True)
+    text = "\n".join(report.describe_verdict(bench))
+    for line in (
+        "Speed of student, 50.0% of its matrices left out, 1 thread",
+        "The student is a smaller dense model: 50.0% of its matrices were removed",
+        "The smaller shape adds to it",
+    ):
+        assert line in text, line
+    assert "if every zero were skipped" not in text

@@ -199,7 +199,9 @@ def name_weights(proto: onnx.ModelProto, model: PreTrainedModel) -> None:
         if not candidates:
             continue
         if tensor.name not in candidates:  # the exporter has named some weights rightly
-            name = next((name for name in candidates if name not in used_names), None)
+            # A matrix of zeros has several candidates. The transposed first: it is the operand of a product.
+            by_likelihood = sorted(candidates, key=lambda name: not name.endswith(TRANSPOSED))
+            name = next((name for name in by_likelihood if name not in used_names), None)
             if name is None:
                 duplicates[tensor.name] = next(iter(candidates))
                 continue
