@@ -114,6 +114,7 @@ def test_stock_transformers_opens_the_narrow_checkpoint(reference: Reference, tm
         torch.testing.assert_close(model(**batch).logits, reference.load_model()(**batch).logits, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow  # it traces
 def test_a_swapped_head_column_is_caught_by_the_gate_on_weights(reference: Reference, tmp_path: Path) -> None:
     target = get_target("onnx")
     target.export(reference.checkpoint, tmp_path, reference.recipe)
