@@ -12,7 +12,7 @@ namespace {
 // Reads parameters in order, and checks that their shapes agree.
 class Reader {
  public:
-  Reader(const Encoder::Next& next, const Kernels& kernels) : next_(next), kernels_(kernels) {}
+  Reader(const Encoder::Next& next, const Machine& machine) : next_(next), machine_(machine) {}
 
   Packed table(const std::string& name, size_t columns = 0) const {
     Packed packed = next_(name);
@@ -28,7 +28,7 @@ class Reader {
   }
 
   // `rows` 0: as many as there are.
-  BlockedMatrix linear(const std::string& name, size_t rows, size_t columns, float scale = 1.0f) const {
+  LinearWeights linear(const std::string& name, size_t rows, size_t columns, float scale = 1.0f) const {
     const Packed packed = next_(name + " weight");
     if (packed.columns != columns || (rows && packed.rows != rows))
       throw PackedError(packed.name + ": " + std::to_string(packed.rows) + " x " + std::to_string(packed.columns) +
@@ -36,19 +36,19 @@ class Reader {
                         " is needed");
     // The bias first: rows without a value take no bytes, so a damaged header could ask for memory for any number of them.
     const std::vector<float> bias = read_vector(next_(name + " bias"), packed.rows);
-    return BlockedMatrix(read_rows(packed), bias, kernels_.dense_above, scale);
+    return LinearWeights(packed, bias, machine_, scale);
   }
 
  private:
   const Encoder::Next& next_;
-  const Kernels& kernels_;
+  const Machine& machine_;
 };
 
 }  // namespace
 
-Encoder::Encoder(const EncoderShape& shape, const Kernels& kernels, const Next& next)
-    : shape_(shape), kernels_(kernels), threads_(most_threads()) {
-  const Reader read(next, kernels);
+Encoder::Encoder(const EncoderShape& shape, const Machine& machine, const Next& next)
+    : shape_(shape), machine_(machine), threads_(most_threads()) {
+  const Reader read(next, machine);
   words_ = read.table("word embeddings");
   embedding_ = hidden_ = words_.columns;
   positions_ = read.table("position embeddings", embedding_);
@@ -85,12 +85,12 @@ Encoder::Encoder(const EncoderShape& shape, const Kernels& kernels, const Next& 
 
   const auto each = [&](auto&& visit) {
     for (EncoderLayer& l : layers_)
-      for (BlockedMatrix* matrix : {&l.query, &l.key, &l.value, &l.output, &l.up, &l.down}) visit(*matrix);
+      for (LinearWeights* matrix : {&l.query, &l.key, &l.value, &l.output, &l.up, &l.down}) visit(*matrix);
   };
   size_t bytes = 0;
-  each([&](BlockedMatrix& matrix) { bytes += matrix.bytes(); });
+  each([&](LinearWeights& matrix) { bytes += matrix.bytes(); });
   uint8_t* place = weights_.grow(bytes);
-  each([&](BlockedMatrix& matrix) { place = matrix.move_to(place); });
+  each([&](LinearWeights& matrix) { place = matrix.move_to(place); });
 }
 
 Encoder::~Encoder() = default;

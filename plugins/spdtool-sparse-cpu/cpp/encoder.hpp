@@ -9,8 +9,8 @@
 #include <string>
 #include <vector>
 
-#include "blocked.hpp"
 #include "buffer.hpp"
+#include "linear_weights.hpp"
 #include "team.hpp"
 
 namespace sparse_cpu {
@@ -40,8 +40,10 @@ struct LayerNorm {
 
 // One layer. The scale of the scores, 1 / sqrt(head size), is multiplied into the query's weights.
 struct EncoderLayer {
-  BlockedMatrix query, key, value, output, up, down;
+  LinearWeights query, key, value, output, up, down;
   LayerNorm attention_norm, output_norm;
+
+  bool rounds_input() const { return query.rounds() || key.rounds() || value.rounds(); }
 };
 
 struct EncoderWorkspace;
@@ -53,7 +55,7 @@ class Encoder {
 
   // Reads every parameter. The embedding tables are not copied, and must outlive the encoder.
   // Throws PackedError: a parameter is damaged, or its shape does not fit the others.
-  Encoder(const EncoderShape& shape, const Kernels& kernels, const Next& next);
+  Encoder(const EncoderShape& shape, const Machine& machine, const Next& next);
   ~Encoder();
 
   size_t hidden() const { return hidden_; }
@@ -69,11 +71,11 @@ class Encoder {
   void check(const Tokens& tokens) const;
 
   EncoderShape shape_;
-  const Kernels& kernels_;
+  const Machine machine_;
   size_t embedding_ = 0, hidden_ = 0, head_size_ = 0, inner_ = 0;
   Packed words_{}, positions_{}, types_{};
   LayerNorm embedding_norm_;
-  BlockedMatrix projection_;
+  LinearWeights projection_;
   std::vector<EncoderLayer> layers_;
   Buffer<uint8_t> weights_;  // of all layers
 

@@ -12,11 +12,15 @@
 namespace sparse_cpu {
 
 constexpr size_t kRowBlocksOfChunk = 2;  // of the inner width of a feed-forward network, computed and used at a time
+constexpr uint32_t kRowBlocksOfInt8Chunk = kInputsOfChunk / kRowsOfBlock;  // the same where they are rounded
+static_assert(kInputsOfChunk % kRowsOfBlock == 0, "a chunk is made of row blocks of `up`");
+static_assert(2 * kInputsOfChunk <= kTilesOfGroup * kRowBlocksOfChunk * kRowsOfBlock, "both forms of a chunk fit into the scratch");
 
 // Buffers that outlive a batch, so that the next one allocates nothing.
 struct EncoderWorkspace {
   Buffer<float> x, query, key, value, context, product, inner;
   Buffer<float> first_x, first_query, first_context, first_product, first_inner;
+  Buffer<int32_t> rounded, rounded_inner, first_rounded, first_rounded_inner;
   Buffer<float> zeros;
   std::vector<Buffer<float>> scratch;  // of each thread
 };
@@ -45,11 +49,14 @@ inline void extend(std::vector<Stretch>& stretches, size_t begin, const Tiles& t
 class EncoderPass {
  public:
   EncoderPass(const Encoder& encoder, const Tokens& tokens, float* out, EncoderWorkspace& work, size_t threads)
-      : e_(encoder), k_(encoder.kernels_), tokens_(tokens), out_(out), work_(work), threads_(threads) {
+      : e_(encoder), k_(encoder.machine_.floats), k8_(encoder.machine_.integers), tokens_(tokens), out_(out), work_(work),
+        threads_(threads) {
     lay_out();
     all_ = {&tiles_, work.x.grow(size(tiles_, e_.hidden_)), work.query.grow(size(tiles_, e_.hidden_)),
             work.context.grow(size(tiles_, e_.hidden_)), work.product.grow(size(tiles_, e_.hidden_)),
-            work.inner.grow(tiles_.splits() ? size(tiles_, e_.inner_) : 1)};
+            work.inner.grow(tiles_.splits() ? size(tiles_, e_.inner_) : 1),
+            work.rounded.grow(rounded_size(tiles_, e_.hidden_)),
+            work.rounded_inner.grow(tiles_.splits() ? rounded_size(tiles_, e_.inner_) : 1)};
     key_ = work.key.grow(size(tiles_, e_.hidden_));
     value_ = work.value.grow(size(tiles_, e_.hidden_));
     if (e_.first_only()) {
@@ -58,7 +65,9 @@ class EncoderPass {
                 work.first_query.grow(size(first_tiles_, e_.hidden_)),
                 work.first_context.grow(size(first_tiles_, e_.hidden_)),
                 work.first_product.grow(size(first_tiles_, e_.hidden_)),
-                work.first_inner.grow(first_tiles_.splits() ? size(first_tiles_, e_.inner_) : 1)};
+                work.first_inner.grow(first_tiles_.splits() ? size(first_tiles_, e_.inner_) : 1),
+                work.first_rounded.grow(rounded_size(first_tiles_, e_.hidden_)),
+                work.first_rounded_inner.grow(first_tiles_.splits() ? rounded_size(first_tiles_, e_.inner_) : 1)};
     }
     zeros_ = work.zeros.grow(e_.head_size_ * widest());
     work.scratch.resize(most_threads());
@@ -75,9 +84,10 @@ class EncoderPass {
       const bool narrow = e_.first_only() && &layer == &e_.layers_.back();
       State& state = narrow ? first_ : all_;
       if (narrow) list.push_back({first_tiles_.count(), [this](size_t t, size_t) { take_first(t); }});
-      if (narrow) add_products(list, {{&layer.query, first_.x, first_.query}}, first_tiles_);
-      std::vector<Product> products = {{&layer.key, all_.x, key_}, {&layer.value, all_.x, value_}};
-      if (!narrow) products.push_back({&layer.query, all_.x, all_.query});
+      if (narrow) add_products(list, {{&layer.query, first_.x, first_.rounded, first_.query}}, first_tiles_);
+      std::vector<Product> products = {{&layer.key, all_.x, all_.rounded, key_},
+                                       {&layer.value, all_.x, all_.rounded, value_}};
+      if (!narrow) products.push_back({&layer.query, all_.x, all_.rounded, all_.query});
       add_products(list, products, tiles_);
       add_attention(list, state, narrow ? first_stretches_ : stretches_, narrow ? first_rows_ : rows_);
       state.tiles->splits() ? add_split_rest(list, layer, state) : add_rest(list, layer, state);
@@ -92,11 +102,36 @@ class EncoderPass {
   struct State {
     const Tiles* tiles = nullptr;
     float *x = nullptr, *query = nullptr, *context = nullptr, *product = nullptr, *inner = nullptr;
+    int32_t* rounded = nullptr;        // `x`, or `context` once it is computed, where a layer rounds it
+    int32_t* rounded_inner = nullptr;  // `inner`
   };
 
   size_t widest() const { return kWidestTile * size_t(k_.lanes); }
   size_t chunk_size() const { return kRowBlocksOfChunk * kRowsOfBlock * widest(); }
   static size_t size(const Tiles& tiles, size_t rows) { return tiles.columns() * rows + 64; }
+  size_t rounded_size(const Tiles& tiles, size_t rows) const { return tiles.columns() * rounded_words(rows, k8_.words); }
+
+  // Tile t of rounded columns with `rows` rows.
+  RoundedTile rounded_at(const Tiles& tiles, size_t t, int32_t* data, size_t rows) const {
+    return rounded_tile(data + tiles.offset(t, rounded_words(rows, k8_.words)), rows, tiles[t].width);
+  }
+
+  LayerIn input(const Tiles& tiles, size_t t, const float* x, int32_t* rounded, size_t rows) const {
+    return {x + tiles.offset(t, rows), rounded_at(tiles, t, rounded, rows)};
+  }
+
+  // Rounds tile t of `from`, which is `x` or `context`, where `wanted`.
+  void round(bool wanted, const State& state, size_t t, float* from) const {
+    const Tiles& tiles = *state.tiles;
+    if (wanted)
+      k8_.round(Activation::kNone, from + tiles.offset(t, e_.hidden_), e_.hidden_, tiles[t].vectors,
+                rounded_at(tiles, t, state.rounded, e_.hidden_));
+  }
+
+  // Whether the layer after this one rounds what it reads.
+  bool next_rounds(const EncoderLayer& layer) const {
+    return &layer != &e_.layers_.back() && (&layer + 1)->rounds_input();
+  }
 
   // ---- layout
 
@@ -184,7 +219,15 @@ class EncoderPass {
     k_.into_tile(rows, tile.width, size, embedded);
     k_.add_layer_norm(embedded, nullptr, size, tile.vectors, e_.embedding_norm_.gain.data(),
                       e_.embedding_norm_.bias.data(), e_.shape_.epsilon);
-    if (e_.shape_.projection) multiply(e_.projection_, 0, e_.projection_.row_blocks(), {embedded, 0}, {x, 0}, tile);
+    if (e_.shape_.projection) {
+      LayerIn in{embedded, {}};
+      if (e_.projection_.rounds()) {  // in place of the sums, which are larger
+        in.rounded = rounded_tile(reinterpret_cast<int32_t*>(sums), size, tile.width);
+        k8_.round(Activation::kNone, embedded, size, tile.vectors, in.rounded);
+      }
+      multiply_tile(e_.projection_, 0, e_.projection_.row_blocks(), in, {x, 0}, tile.vectors, e_.machine_);
+    }
+    round(e_.layers_.front().rounds_input(), all_, t, all_.x);
   }
 
   // Copies token 0 of every row out of the columns of the batch.
@@ -197,34 +240,30 @@ class EncoderPass {
       const float* from = all_.x + tiles_.offset(from_tile, e_.hidden_) + (column - source.column);
       for (size_t r = 0; r < e_.hidden_; r++) to[r * tile.width + c] = from[r * source.width];
     }
-  }
-
-  void multiply(const BlockedMatrix& matrix, uint32_t begin, uint32_t end, TileIn x, TileOut y,
-                const Tiles::Tile& tile) const {
-    k_.multiply(matrix.view(), matrix.block(begin), matrix.block(end), x, y, tile.vectors);
-  }
-
-  // Multiplies some row blocks of `matrix` with every tile of a group.
-  void multiply(const BlockedMatrix& matrix, uint32_t begin, uint32_t end, const Tiles& tiles, Tiles::Group group,
-                const float* x, float* y) const {
-    for (uint32_t block = begin; block < end; block++)
-      for (size_t t = group.begin; t < group.end; t++)
-        multiply(matrix, block, block + 1, {x + tiles.offset(t, matrix.columns()), 0},
-                 {y + tiles.offset(t, matrix.rows()), 0}, tiles[t]);
+    round(e_.layers_.back().query.rounds(), first_, t, first_.x);
   }
 
   struct Product {
-    const BlockedMatrix* matrix;
+    const LinearWeights* matrix;
     const float* x;
+    int32_t* rounded;  // x, where the matrix wants it so
     float* y;
   };
+
+  // Multiplies some row blocks of a matrix with every tile of a group.
+  void multiply(const Product& p, uint32_t begin, uint32_t end, const Tiles& tiles, Tiles::Group group) const {
+    for (uint32_t block = begin; block < end; block++)
+      for (size_t t = group.begin; t < group.end; t++)
+        multiply_tile(*p.matrix, block, block + 1, input(tiles, t, p.x, p.rounded, p.matrix->columns()),
+                      {p.y + tiles.offset(t, p.matrix->rows()), 0}, tiles[t].vectors, e_.machine_);
+  }
 
   // Multiplies every column with matrices of one shape; a work item is a group of tiles, or a row block of one tile.
   void add_products(std::vector<Phase>& list, const std::vector<Product>& products, const Tiles& tiles) {
     if (!tiles.splits()) {
       list.push_back({tiles.groups().size(), [this, products, &tiles](size_t g, size_t) {
                         for (const Product& p : products)
-                          multiply(*p.matrix, 0, p.matrix->row_blocks(), tiles, tiles.groups()[g], p.x, p.y);
+                          multiply(p, 0, p.matrix->row_blocks(), tiles, tiles.groups()[g]);
                       }});
       return;
     }
@@ -233,7 +272,7 @@ class EncoderPass {
                       const size_t t = item / parts;
                       const uint32_t block = uint32_t(item % parts % blocks);
                       const Product& p = products[item % parts / blocks];
-                      multiply(*p.matrix, block, block + 1, tiles, {t, t + 1}, p.x, p.y);
+                      multiply(p, block, block + 1, tiles, {t, t + 1});
                     }});
   }
 
@@ -278,11 +317,21 @@ class EncoderPass {
   void add_rest(std::vector<Phase>& list, const EncoderLayer& layer, State& state) {
     list.push_back({state.tiles->groups().size(), [this, &layer, &state](size_t g, size_t worker) {
                       const Tiles::Group group = state.tiles->groups()[g];
-                      multiply(layer.output, 0, layer.output.row_blocks(), *state.tiles, group, state.context,
-                               state.product);
-                      for (size_t t = group.begin; t < group.end; t++) normalise(state, t, layer.attention_norm);
-                      feed_forward(layer, state, group, work_.scratch[worker].data());
-                      for (size_t t = group.begin; t < group.end; t++) normalise(state, t, layer.output_norm);
+                      for (size_t t = group.begin; t < group.end; t++)
+                        round(layer.output.rounds(), state, t, state.context);
+                      multiply({&layer.output, state.context, state.rounded, state.product}, 0,
+                               layer.output.row_blocks(), *state.tiles, group);
+                      for (size_t t = group.begin; t < group.end; t++) {
+                        normalise(state, t, layer.attention_norm);
+                        round(layer.up.rounds(), state, t, state.x);
+                      }
+                      float* const scratch = work_.scratch[worker].data();
+                      layer.down.rounds() ? rounded_feed_forward(layer, state, group, scratch)
+                                          : feed_forward(layer, state, group, scratch);
+                      for (size_t t = group.begin; t < group.end; t++) {
+                        normalise(state, t, layer.output_norm);
+                        round(next_rounds(layer), state, t, state.x);
+                      }
                     }});
   }
 
@@ -296,32 +345,73 @@ class EncoderPass {
       const auto inner = [&](size_t t) { return scratch + (t - group.begin) * chunk_size(); };
       for (uint32_t block = begin; block < end; block++)
         for (size_t t = group.begin; t < group.end; t++)
-          multiply(layer.up, block, block + 1, {state.x + tiles.offset(t, e_.hidden_), 0}, {inner(t), row}, tiles[t]);
+          multiply_tile(layer.up, block, block + 1, input(tiles, t, state.x, state.rounded, e_.hidden_), {inner(t), row},
+                        tiles[t].vectors, e_.machine_);
       for (size_t t = group.begin; t < group.end; t++)
         k_.activate(e_.shape_.activation, inner(t), (layer.up.first_row(end) - row) * tiles[t].width);
       for (uint32_t block = 0; block < layer.down.row_blocks(); block++)
         for (size_t t = group.begin; t < group.end; t++)
-          k_.multiply(layer.down.view(), layer.down.block(block) + begin, layer.down.block(block) + end,
-                      {inner(t), row}, {state.product + tiles.offset(t, e_.hidden_), 0}, tiles[t].vectors);
+          k_.multiply(layer.down.single().view(), layer.down.single().block(block) + begin,
+                      layer.down.single().block(block) + end, {inner(t), row},
+                      {state.product + tiles.offset(t, e_.hidden_), 0}, tiles[t].vectors);
+    }
+  }
+
+  // The same where `down` rounds its inputs: a chunk is one whose columns share a scale. Its weights are few enough to stay
+  // in the cache, so tiles come one after the other, and the inner activations of one tile at a time.
+  void rounded_feed_forward(const EncoderLayer& layer, State& state, Tiles::Group group, float* inner) const {
+    const Tiles& tiles = *state.tiles;
+    const uint32_t blocks = layer.up.row_blocks();
+    const Int8Matrix& down = layer.down.blocks();
+    for (uint32_t begin = 0; begin < blocks; begin += kRowBlocksOfInt8Chunk) {
+      const uint32_t end = std::min(blocks, begin + kRowBlocksOfInt8Chunk), row = layer.up.first_row(begin);
+      const size_t rows = layer.up.first_row(end) - row;
+      for (size_t t = group.begin; t < group.end; t++) {
+        const auto& tile = tiles[t];
+        const RoundedTile rounded =
+            rounded_tile(reinterpret_cast<int32_t*>(inner + kInputsOfChunk * widest()), rows, tile.width);
+        multiply_tile(layer.up, begin, end, input(tiles, t, state.x, state.rounded, e_.hidden_), {inner, row}, tile.vectors,
+                      e_.machine_);
+        k8_.round(e_.shape_.activation, inner, rows, tile.vectors, rounded);
+        for (uint32_t block = 0; block < down.row_blocks(); block++) {
+          const size_t first = down.block(block) + begin / kRowBlocksOfInt8Chunk;
+          k8_.multiply(down.view(), first, first + 1, rounded, row, {state.product + tiles.offset(t, e_.hidden_), 0},
+                       tile.vectors);
+        }
+      }
     }
   }
 
   // The same with row blocks as work items, for a batch of fewer tiles than threads.
   void add_split_rest(std::vector<Phase>& list, const EncoderLayer& layer, State& state) {
     const Tiles& tiles = *state.tiles;
-    add_products(list, {{&layer.output, state.context, state.product}}, tiles);
-    list.push_back({tiles.count(), [this, &layer, &state](size_t t, size_t) { normalise(state, t, layer.attention_norm); }});
+    if (layer.output.rounds())
+      list.push_back({tiles.count(), [this, &state](size_t t, size_t) { round(true, state, t, state.context); }});
+    add_products(list, {{&layer.output, state.context, state.rounded, state.product}}, tiles);
+    list.push_back({tiles.count(), [this, &layer, &state](size_t t, size_t) {
+                      normalise(state, t, layer.attention_norm);
+                      round(layer.up.rounds(), state, t, state.x);
+                    }});
     const size_t parts = layer.up.row_blocks();
     list.push_back({tiles.count() * parts, [this, &layer, &state, &tiles, parts](size_t item, size_t) {
                       const size_t t = item / parts;
                       const uint32_t block = uint32_t(item % parts), row = layer.up.first_row(block);
                       float* inner = state.inner + tiles.offset(t, e_.inner_) + row * tiles[t].width;
-                      multiply(layer.up, block, block + 1, {state.x + tiles.offset(t, e_.hidden_), 0}, {inner, row},
-                               tiles[t]);
-                      k_.activate(e_.shape_.activation, inner, (layer.up.first_row(block + 1) - row) * tiles[t].width);
+                      multiply_tile(layer.up, block, block + 1, input(tiles, t, state.x, state.rounded, e_.hidden_),
+                                    {inner, row}, tiles[t].vectors, e_.machine_);
+                      if (!layer.down.rounds())
+                        k_.activate(e_.shape_.activation, inner, (layer.up.first_row(block + 1) - row) * tiles[t].width);
                     }});
-    add_products(list, {{&layer.down, state.inner, state.product}}, tiles);
-    list.push_back({tiles.count(), [this, &layer, &state](size_t t, size_t) { normalise(state, t, layer.output_norm); }});
+    if (layer.down.rounds())
+      list.push_back({tiles.count(), [this, &state, &tiles](size_t t, size_t) {
+                        k8_.round(e_.shape_.activation, state.inner + tiles.offset(t, e_.inner_), e_.inner_,
+                                  tiles[t].vectors, rounded_at(tiles, t, state.rounded_inner, e_.inner_));
+                      }});
+    add_products(list, {{&layer.down, state.inner, state.rounded_inner, state.product}}, tiles);
+    list.push_back({tiles.count(), [this, &layer, &state](size_t t, size_t) {
+                      normalise(state, t, layer.output_norm);
+                      round(next_rounds(layer), state, t, state.x);
+                    }});
   }
 
   void write(size_t t, const State& state) {
@@ -338,6 +428,7 @@ class EncoderPass {
 
   const Encoder& e_;
   const Kernels& k_;
+  const Int8Kernels& k8_;
   const Tokens& tokens_;
   float* const out_;
   EncoderWorkspace& work_;

@@ -110,7 +110,7 @@ struct Kernels {
   void (*out_of_tile)(const float* tile, size_t width, size_t size, float* const* rows);
 };
 
-// The best of this machine. SPDTOOL_SPARSE_CPU_ISA=avx2 or =baseline takes a lesser one, for tests.
+// The best of this machine. SPDTOOL_SPARSE_CPU_ISA=avx2 or =baseline, for example, takes a lesser one, for tests.
 const Kernels& best_kernels();
 
 }  // namespace sparse_cpu

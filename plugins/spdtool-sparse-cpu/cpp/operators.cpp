@@ -83,8 +83,7 @@ struct SparseLinear {
     const ort::Value* given = constant(info, 2, ort::kFloat, "SparseLinear bias");
     if (elements(api.shape(given)) != packed.rows) throw PackedError("SparseLinear bias: not one number for each row");
     const float* bias = api.data<const float>(given);
-    weights = BlockedMatrix(read_rows(packed), std::vector<float>(bias, bias + packed.rows),
-                            best_kernels().dense_above);
+    weights = LinearWeights(packed, std::vector<float>(bias, bias + packed.rows), machine);
   }
 
   void compute(ort::KernelContext* context) const {
@@ -95,11 +94,12 @@ struct SparseLinear {
     const size_t rows = elements(shape) / weights.columns();
     shape.back() = weights.rows();
     ort::Value* y = api.output(context, 0, shape);
-    linear(weights, activation, api.data<const float>(x), rows, api.data<float>(y), best_kernels(), threads_of(context));
+    linear(weights, activation, api.data<const float>(x), rows, api.data<float>(y), machine, threads_of(context));
   }
 
   Activation activation;
-  BlockedMatrix weights;
+  const Machine machine = best_machine();
+  LinearWeights weights;
 };
 
 // SparseProductTime(repeats int64, weight uint8 packed) -> float[1]: `product_seconds`, for the ledger of `spdtool bench`.
@@ -113,7 +113,7 @@ struct SparseProductTime {
     const Packed packed = packed_constant(info, 1, "SparseProductTime weight");
     if (tokens < 1 || tokens > 1024) throw PackedError("SparseProductTime: tokens = " + std::to_string(tokens));
     if (packed.rows > 65536) throw PackedError("SparseProductTime: more than 65,536 rows");
-    weights = BlockedMatrix(read_rows(packed), std::vector<float>(packed.rows), best_kernels().dense_above);
+    weights = LinearWeights(packed, std::vector<float>(packed.rows), machine);
   }
 
   void compute(ort::KernelContext* context) const {
@@ -122,11 +122,12 @@ struct SparseProductTime {
     const int64_t repeats = *api.data<const int64_t>(given);
     if (repeats < 1) throw InputError("SparseProductTime: repeats = " + std::to_string(repeats));
     *api.data<float>(api.output(context, 0, {1})) =
-        float(product_seconds(weights, size_t(tokens), size_t(repeats), best_kernels()));
+        float(product_seconds(weights, size_t(tokens), size_t(repeats), machine));
   }
 
   int64_t tokens;
-  BlockedMatrix weights;
+  const Machine machine = best_machine();
+  LinearWeights weights;
 };
 
 struct SparseEncoder {
@@ -153,7 +154,7 @@ struct SparseEncoder {
     if (output != "first" && output != "all") throw PackedError("unknown output " + output);
     shape.first_only = output == "first";
     size_t index = 3;
-    encoder = std::make_unique<Encoder>(shape, best_kernels(), [&](const std::string& name) {
+    encoder = std::make_unique<Encoder>(shape, best_machine(), [&](const std::string& name) {
       return packed_constant(info, index++, name);
     });
     if (api.constant(info, index)) throw PackedError("SparseEncoder: more weights than its attributes ask for");
@@ -234,3 +235,5 @@ SPARSE_EXPORT sparse_cpu::ort::Status* RegisterCustomOps(sparse_cpu::ort::Sessio
 SPARSE_EXPORT const char* spdtool_sparse_cpu_version() { return SPDTOOL_SPARSE_CPU_VERSION; }
 
 SPARSE_EXPORT const char* spdtool_sparse_cpu_isa() { return sparse_cpu::best_kernels().name; }
+
+SPARSE_EXPORT const char* spdtool_sparse_cpu_int8_isa() { return sparse_cpu::best_int8_kernels().name; }

@@ -11,6 +11,7 @@ namespace {
 constexpr size_t kHeaderBytes = 64;
 constexpr size_t kChecksumAt = 32;
 constexpr size_t kUnusedFrom = 36;  // to the end of the header
+constexpr int kBlockBits = 2;
 constexpr uint8_t kVersion = 1;
 constexpr uint64_t kMostWeights = uint64_t(1) << 30;
 
@@ -94,6 +95,40 @@ void check_scales(const Packed& packed) {
   }
 }
 
+// Whether all weights of the stored block number `block` are zero.
+bool is_zero_block(const Packed& packed, uint64_t block) {
+  for (uint64_t i = block << packed.block_bits, end = (block + 1) << packed.block_bits; i < end; i++)
+    if (!is_zero(packed, i)) return false;
+  return true;
+}
+
+// Calls `visit(number of the block, row, first column)` for each stored block, or weight, in order, and sets `start` to where
+// each row begins in `visited`, to which it appends.
+template <class Item, class Visit>
+void each_block(const Packed& packed, std::vector<uint32_t>& start, const std::vector<Item>& visited, Visit visit) {
+  if (packed.columns > 65536) refuse(packed.name, "more than 65,536 columns");
+  check_scales(packed);
+  start.assign(size_t(packed.rows) + 1, 0);
+  Fields fields(packed.positions, packed.position_bytes, packed.gap_bits);
+  const uint32_t most = packed.gap_bits ? (1u << packed.gap_bits) - 1 : 0;  // this field: skip so many, and go on
+  const uint64_t row_blocks = packed.columns >> packed.block_bits;
+  uint64_t row_end = row_blocks;
+  uint32_t row = 0;
+  uint64_t place = 0;
+  for (uint64_t block = 0; block < packed.stored >> packed.block_bits; block++, place++) {
+    for (uint32_t field = most; packed.gap_bits && field == most;) {
+      if (!fields.next(field)) refuse(packed.name, "positions end too early");
+      place += field;
+      if (place >= row_blocks * packed.rows) refuse(packed.name, "a position outside the matrix");
+    }
+    for (; place >= row_end; row_end += row_blocks) start[++row] = uint32_t(visited.size());
+    if (packed.gap_bits && is_zero_block(packed, block)) refuse(packed.name, "a stored value is zero");
+    visit(block, row, uint32_t(place - (row_end - row_blocks)) << packed.block_bits);
+  }
+  while (row < packed.rows) start[++row] = uint32_t(visited.size());
+  if (packed.gap_bits && !fields.at_end()) refuse(packed.name, "more positions than values");
+}
+
 }  // namespace
 
 uint32_t crc32(const uint8_t* bytes, size_t size, uint32_t before) {
@@ -131,7 +166,9 @@ Packed open(const void* data, size_t size, const std::string& name) {
                       std::to_string(kVersion));
   if (bytes[5] > 2) refuse(name, "unknown type of values " + std::to_string(bytes[5]));
   if (bytes[6] > 8) refuse(name, "gaps of " + std::to_string(bytes[6]) + " bits");
-  bool unused = bytes[7] == 0;
+  if (bytes[7] != 0 && (bytes[7] != kBlockBits || Values(bytes[5]) != Values::kInt8))
+    refuse(name, "blocks of 2^" + std::to_string(bytes[7]) + " inputs");
+  bool unused = true;
   for (size_t i = kUnusedFrom; i < kHeaderBytes; i++) unused = unused && bytes[i] == 0;
   if (!unused) refuse(name, "a reserved byte of the header is not zero");
 
@@ -139,6 +176,7 @@ Packed open(const void* data, size_t size, const std::string& name) {
   packed.name = name;
   packed.type = Values(bytes[5]);
   packed.gap_bits = bytes[6];
+  packed.block_bits = bytes[7];
   packed.rows = at<uint32_t>(bytes + 8);
   packed.columns = at<uint32_t>(bytes + 12);
   packed.stored = at<uint64_t>(bytes + 16);
@@ -147,6 +185,8 @@ Packed open(const void* data, size_t size, const std::string& name) {
   if (weights == 0 || weights > kMostWeights) refuse(name, std::to_string(weights) + " weights");
   if (packed.stored > weights || (packed.gap_bits == 0 && packed.stored != weights))
     refuse(name, std::to_string(packed.stored) + " values stored of " + std::to_string(weights) + " weights");
+  if (packed.columns % (1u << packed.block_bits) != 0 || packed.stored % (1u << packed.block_bits) != 0)
+    refuse(name, std::to_string(packed.columns) + " columns and " + std::to_string(packed.stored) + " values, in blocks of four");
   if (packed.gap_bits == 0 && packed.position_bytes != 0) refuse(name, "positions where every value is stored");
   if (packed.gap_bits != 0 && (packed.position_bytes == 0) != (packed.stored == 0))
     refuse(name, std::to_string(packed.position_bytes) + " bytes of positions of " + std::to_string(packed.stored) + " values");
@@ -169,37 +209,44 @@ Packed open(const void* data, size_t size, const std::string& name) {
 }
 
 SparseRows read_rows(const Packed& packed) {
-  if (packed.columns > 65536) refuse(packed.name, "more than 65,536 columns");
-  check_scales(packed);
   SparseRows result;
   result.rows = packed.rows;
   result.columns = packed.columns;
-  result.start.assign(size_t(packed.rows) + 1, 0);
   result.column.reserve(packed.stored);
   result.value.reserve(packed.stored);
-
-  Fields fields(packed.positions, packed.position_bytes, packed.gap_bits);
-  const uint32_t most = packed.gap_bits ? (1u << packed.gap_bits) - 1 : 0;  // this field: skip so many, and go on
-  uint64_t row_end = packed.columns;
-  uint32_t row = 0;
-  uint64_t place = 0;
-  for (uint64_t index = 0; index < packed.stored; index++, place++) {
-    for (uint32_t field = most; packed.gap_bits && field == most;) {
-      if (!fields.next(field)) refuse(packed.name, "positions end too early");
-      place += field;
-      if (place >= uint64_t(packed.rows) * packed.columns) refuse(packed.name, "a position outside the matrix");
-    }
-    for (; place >= row_end; row_end += packed.columns) result.start[++row] = uint32_t(result.value.size());
-    const float value = value_at(packed, index, row);
-    if (!std::isfinite(value)) refuse(packed.name, "a value that is not finite");
-    if (packed.gap_bits && is_zero(packed, index)) refuse(packed.name, "a stored value is zero");
-    if (value != 0.0f) {
-      result.column.push_back(uint16_t(place - (row_end - packed.columns)));
+  const uint32_t size = 1u << packed.block_bits;
+  each_block(packed, result.start, result.value, [&](uint64_t block, uint32_t row, uint32_t column) {
+    for (uint32_t i = 0; i < size; i++) {
+      const float value = value_at(packed, block * size + i, row);
+      if (!std::isfinite(value)) refuse(packed.name, "a value that is not finite");
+      if (value == 0.0f) continue;
+      result.column.push_back(uint16_t(column + i));
       result.value.push_back(value);
     }
-  }
-  while (row < packed.rows) result.start[++row] = uint32_t(result.value.size());
-  if (packed.gap_bits && !fields.at_end()) refuse(packed.name, "more positions than values");
+  });
+  return result;
+}
+
+GroupRows read_groups(const Packed& packed) {
+  if (packed.block_bits == 0) refuse(packed.name, "single weights where blocks of four are needed");
+  GroupRows result;
+  result.rows = packed.rows;
+  result.columns = packed.columns;
+  result.group.reserve(packed.stored >> kBlockBits);
+  result.value.reserve(packed.stored);
+  each_block(packed, result.start, result.group, [&](uint64_t block, uint32_t row, uint32_t column) {
+    bool zero = true;
+    for (int i = 0; i < 1 << kBlockBits; i++) {
+      const uint64_t index = (block << kBlockBits) + i;
+      if (!std::isfinite(value_at(packed, index, row))) refuse(packed.name, "a value that is not finite");
+      zero = zero && is_zero(packed, index);
+    }
+    if (zero) return;  // one of a matrix that stores every value
+    const uint8_t* values = packed.values + (block << kBlockBits);
+    result.group.push_back(uint16_t(column >> kBlockBits));
+    result.value.insert(result.value.end(), values, values + (1 << kBlockBits));
+  });
+  for (uint32_t row = 0; row < packed.rows; row++) result.scale.push_back(at<float>(packed.scales + 4 * size_t(row)));
   return result;
 }
 

@@ -21,7 +21,8 @@ enum class Values : uint8_t { kFloat32 = 0, kFloat16 = 1, kInt8 = 2 };
 // The header, and pointers to scales, values and positions. Does not own the bytes.
 struct Packed {
   Values type;
-  int gap_bits;  // 0: every value is stored
+  int gap_bits;    // 0: every value is stored
+  int block_bits;  // a block is 2^block_bits consecutive inputs of a row, stored whole: 0, or 2 (int8 alone)
   uint32_t rows, columns;
   uint64_t stored;
   const uint8_t* scales;     // float32[rows], only of int8
@@ -41,11 +42,23 @@ struct SparseRows {
   double density() const { return rows == 0 ? 0.0 : double(value.size()) / (double(rows) * columns); }
 };
 
+// The blocks of four inputs of a matrix row by row, as SparseRows.
+struct GroupRows {
+  uint32_t rows = 0, columns = 0;
+  std::vector<uint32_t> start;
+  std::vector<uint16_t> group;  // the first input of a block, divided by four
+  std::vector<int8_t> value;    // four of each block
+  std::vector<float> scale;     // of each row
+};
+
 // Checks header, sizes and checksum. Throws PackedError.
 Packed open(const void* bytes, size_t size, const std::string& name);
 
 // Reads the nonzero values without expanding the dense matrix. Throws PackedError: damaged, not finite, or over 65,536 columns.
 SparseRows read_rows(const Packed& packed);
+
+// Reads a matrix whose zeros are in blocks. Throws PackedError as `read_rows`.
+GroupRows read_groups(const Packed& packed);
 
 // Reads a vector (one row, every value stored) of `size` numbers. Throws PackedError.
 std::vector<float> read_vector(const Packed& packed, size_t size);

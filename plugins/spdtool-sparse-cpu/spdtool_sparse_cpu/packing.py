@@ -11,7 +11,8 @@ between them:
      5  u8       type of the values: 0 float32, 1 float16, 2 int8 (times the scale of the row)
      6  u8       gap bits k. 0: every value is stored, and there are no positions;
                              1 to 8: only values that are not zero are stored
-     7  u8       0
+     7  u8       block bits b. 0: single weights; 2, for int8 alone: weights come in blocks of four
+                             consecutive inputs of a row, which are stored whole
      8  u32      rows        12  u32  columns; a vector is one row
     16  u64      stored values
     24  u64      bytes of positions
@@ -20,14 +21,19 @@ between them:
 
     scales     float32 [rows], for int8 only
     values     in row-major order
-    positions  for each stored value the number of zeros skipped since the one before it, over the
-               flattened matrix, in fields of k bits, least significant bit first. With m = 2^k - 1,
+    positions  for each stored value (block) the number of zeros (blocks of zeros) skipped since the
+               one before it, over the flattened matrix, in fields of k bits, least significant bit
+               first. Positions only rise, so no two blocks can overlap. With m = 2^k - 1,
                a gap g is g // m fields of m ("skip m zeros and go on"), then one field of g % m.
                Zeros after the last stored value are not written.
 
 k = 1 is a bitmask, with a 1 for each zero. k is the one that gives the fewest bytes. A weight that
 is not zero never becomes zero by rounding: it takes the least float16, or 1 as int8. Vectors are
 always float32, every value stored.
+
+A matrix in blocks is rounded as `spdtool.models.int8` says, and `SparseEncoder` and `SparseLinear`
+multiply it in 8 bits, with their inputs rounded too. Its columns are a multiple of four. A weight
+in a block may be zero, and a small one may become zero; a block of zeros is not stored.
 
 Nothing here needs more than numpy: the processes that `spdtool bench` times read packed matrices.
 """
@@ -49,6 +55,12 @@ HEADER = struct.Struct("<4sBBBBIIQQI28s")
 CRC_OFFSET = 32
 TYPES: dict[str, np.dtype[Any]] = {"fp32": np.dtype("<f4"), "fp16": np.dtype("<f2"), "int8": np.dtype("i1")}
 LARGEST_GAP_BITS = 8
+INT8_BLOCKS = "int8-blocks"  # of `pack`: int8 in blocks, for a matrix whose zeros are in blocks
+BLOCK_BITS = 2
+BLOCK_SIZE = 2**BLOCK_BITS
+# Share of the weights in live blocks that is not zero. A pattern of blocks leaves none of them zero,
+# but by chance; the live blocks of 80 % single zeros are half zeros.
+LEAST_FILLED = 0.9
 MOST_WEIGHTS = 2**30  # of one matrix: a damaged header must not make a reader ask for terabytes
 INT8_LIMIT = 127
 LEAST_FP16 = np.float16(2.0**-24)
@@ -72,6 +84,7 @@ class Header:
     columns: int
     values: str
     gap_bits: int
+    block_bits: int
     stored: int
     position_bytes: int
     crc: int
@@ -105,7 +118,7 @@ def pack(name: str, array: np.ndarray, values: str, *, table: bool = False) -> n
     Args:
         name: the parameter's name, for errors.
         values: `fp32` (without loss), `fp16` or `int8` (one scale a row); a vector is always stored
-            as `fp32`.
+            as `fp32`. `int8-blocks` stores a matrix `in_blocks` in blocks, and any other as `int8`.
         table: store every value, zeros too: rows of an embedding table are looked up in the packed
             form as it is.
 
@@ -118,19 +131,25 @@ def pack(name: str, array: np.ndarray, values: str, *, table: bool = False) -> n
     matrix = np.ascontiguousarray(np.atleast_2d(array), dtype=np.float32)
     if array.ndim == 1:
         values = "fp32"
+    block_bits = 0
+    if values == INT8_BLOCKS and not table and in_blocks(matrix):
+        block_bits = BLOCK_BITS
+    elif values == INT8_BLOCKS:
+        values = "int8"
     rounded, scales = round_weights(name, matrix, values)
-    flat = rounded.reshape(-1)
+    blocks = rounded.reshape(-1, 2**block_bits)
+    live = (blocks != 0).any(axis=1)
     gap_bits, positions = 0, b""
     if array.ndim == 2 and not table:
-        gap_bits, positions = _encode_positions(flat)
-    stored = flat
+        gap_bits, positions = _encode_positions(live, blocks.itemsize << block_bits)
+    stored = blocks
     if gap_bits:
-        stored = flat[flat != 0]
+        stored = blocks[live]
     payload = stored.tobytes() + positions
     if scales is not None:
         payload = scales.astype("<f4").tobytes() + payload
     type_code = list(TYPES.values()).index(rounded.dtype)  # the order of TYPES is part of the format
-    fields = (MAGIC, VERSION, type_code, gap_bits, 0, *matrix.shape, stored.size, len(positions))
+    fields = (MAGIC, VERSION, type_code, gap_bits, block_bits, *matrix.shape, stored.size, len(positions))
     crc = zlib.crc32(payload, zlib.crc32(HEADER.pack(*fields, 0, b"")))
     return np.frombuffer(HEADER.pack(*fields, crc, b"") + payload, dtype=np.uint8)
 
@@ -146,16 +165,17 @@ def read_header(data: Packed, name: str = "packed matrix") -> Header:
     if len(view) < HEADER.size:
         raise PackingError(f"{name}: {len(view)} bytes are less than a header of {HEADER.size}")
     fields = HEADER.unpack_from(view)
-    magic, version, type_code, gap_bits, reserved, rows, columns, stored, position_bytes, crc, padding = fields
+    magic, version, type_code, gap_bits, block_bits, rows, columns, stored, position_bytes, crc, padding = fields
     if magic != MAGIC:
         raise PackingError(f"{name}: not a packed matrix; it starts with {magic!r} instead of {MAGIC!r}")
     if version != VERSION:
         raise PackingError(
             f"{name}: packed form {version}; this spdtool-sparse-cpu reads form {VERSION}", "export the model again"
         )
-    if type_code >= len(TYPES) or gap_bits > LARGEST_GAP_BITS or reserved or any(padding):
+    if type_code >= len(TYPES) or gap_bits > LARGEST_GAP_BITS or any(padding):
         raise PackingError(f"{name}: the header is damaged")
-    header = Header(rows, columns, list(TYPES)[type_code], gap_bits, stored, position_bytes, crc)
+    header = Header(rows, columns, list(TYPES)[type_code], gap_bits, block_bits, stored, position_bytes, crc)
+    _check_blocks(header, name)
     if not 0 < header.size <= MOST_WEIGHTS:
         raise PackingError(f"{name}: {rows} x {columns} weights cannot be")
     if gap_bits:
@@ -184,19 +204,20 @@ def unpack(data: Packed, name: str = "packed matrix") -> np.ndarray:
     scales_end = HEADER.size + header.scale_bytes
     values_end = scales_end + header.value_bytes
     values = np.frombuffer(view[scales_end:values_end], TYPES[header.values])
+    blocks = values.reshape(-1, 2**header.block_bits)
     if header.gap_bits == 0:
         matrix = values.astype(np.float32)
     else:
-        # One matrix has one packed form: a zero is never stored among positions.
-        if np.count_nonzero(values) != values.size:
+        # One matrix has one packed form: zeros are never stored among positions.
+        if not (blocks != 0).any(axis=1).all():
             raise PackingError(f"{name}: a stored value is zero")
-        matrix = np.zeros(header.size, np.float32)
-        matrix[_decode_positions(header, view[values_end:], name)] = values
+        matrix = np.zeros((header.size >> header.block_bits, 2**header.block_bits), np.float32)
+        matrix[_decode_positions(header, view[values_end:], name)] = blocks
     matrix = matrix.reshape(header.rows, header.columns)
     if header.values == "int8":
         scales = np.frombuffer(view[HEADER.size : scales_end], "<f4")
-        if not (scales > 0).all():
-            raise PackingError(f"{name}: a scale is not above zero")
+        if not ((scales > 0) & np.isfinite(scales)).all():
+            raise PackingError(f"{name}: a scale is not finite and above zero")
         with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused below
             matrix *= scales[:, None]
     if not np.isfinite(matrix).all():
@@ -204,10 +225,18 @@ def unpack(data: Packed, name: str = "packed matrix") -> np.ndarray:
     return matrix
 
 
+def in_blocks(matrix: np.ndarray) -> bool:
+    """Whether the zeros of a matrix [out, in] are in blocks of four inputs: where one of a block lives, nearly all do."""
+    if matrix.shape[1] % BLOCK_SIZE:
+        return False
+    live_blocks = int(np.count_nonzero((matrix.reshape(-1, BLOCK_SIZE) != 0).any(axis=1)))
+    return bool(int(np.count_nonzero(matrix)) >= LEAST_FILLED * live_blocks * BLOCK_SIZE)
+
+
 def round_weights(name: str, matrix: np.ndarray, values: str) -> tuple[np.ndarray, np.ndarray | None]:
     """Round a float32 matrix to the type `values`; return it with the scale of each row, which only int8 has.
 
-    A zero stays zero, and nothing else becomes zero.
+    A zero stays zero. Nothing else becomes zero, but small weights of `int8-blocks`, whose mask is that of its blocks.
 
     Raises:
         PackingError: a weight is not finite, or too large for the type.
@@ -222,8 +251,9 @@ def round_weights(name: str, matrix: np.ndarray, values: str) -> tuple[np.ndarra
     scales = np.clip(largest / np.float32(INT8_LIMIT), LEAST_FP32, LARGEST_SCALE)
     scales[largest == 0] = 1  # a row of zeros; any scale does, and it must be above zero
     rounded = np.clip(np.rint(matrix / scales[:, None]), -INT8_LIMIT, INT8_LIMIT).astype(np.int8)
-    underflowed = (rounded == 0) & (matrix != 0)
-    rounded[underflowed] = np.sign(matrix[underflowed])
+    if values == "int8":
+        underflowed = (rounded == 0) & (matrix != 0)
+        rounded[underflowed] = np.sign(matrix[underflowed])
     return rounded, scales
 
 
@@ -240,14 +270,29 @@ def _round_to_fp16(name: str, matrix: np.ndarray) -> np.ndarray:
     return rounded
 
 
-def _encode_positions(flat: np.ndarray) -> tuple[int, bytes]:
+def _check_blocks(header: Header, name: str) -> None:
+    """Raise PackingError unless rows and stored values are whole blocks."""
+    if header.block_bits == 0:
+        return
+    if header.block_bits != BLOCK_BITS or header.values != "int8":
+        raise PackingError(f"{name}: the header is damaged: {header.values} in blocks of 2^{header.block_bits}")
+    if header.columns % BLOCK_SIZE or header.stored % BLOCK_SIZE:
+        raise PackingError(
+            f"{name}: {header.columns} columns and {header.stored} values are no whole blocks of {BLOCK_SIZE}"
+        )
+
+
+def _encode_positions(live: np.ndarray, itemsize: int) -> tuple[int, bytes]:
     """Choose the gap bits with the fewest bytes; return them with the positions.
 
     Returns `(0, b"")` where storing every value is smaller.
+
+    Args:
+        live: bool, for each value or block.
+        itemsize: bytes of one.
     """
-    live = flat != 0
     live_count = int(np.count_nonzero(live))
-    saved_bytes = (flat.size - live_count) * flat.itemsize
+    saved_bytes = (live.size - live_count) * itemsize
     if -(-live_count // 8) >= saved_bytes:  # a bit for each value already costs as much as it saves
         return 0, b""
     gaps = np.diff(np.flatnonzero(live), prepend=-1) - 1
@@ -277,16 +322,17 @@ def _encode_gaps(gaps: np.ndarray, bits: int) -> bytes:
 
 
 def _decode_positions(header: Header, positions: memoryview, name: str) -> np.ndarray:
-    """Read the index of each stored value in the flattened matrix, int64 [stored], ascending."""
+    """Read the index of each stored value (block) in the flattened matrix, int64, ascending."""
     bits, top = header.gap_bits, 2**header.gap_bits - 1
+    stored = header.stored >> header.block_bits
     stream = np.unpackbits(np.frombuffer(positions, np.uint8), bitorder="little")
     count = stream.size // bits
     fields = np.zeros(count, np.uint8)
     for bit in range(bits):
         fields |= stream[bit : count * bits : bits] << np.uint8(bit)
-    ends = np.flatnonzero(fields != top)[: header.stored]
-    if ends.size < header.stored:
-        raise PackingError(f"{name}: the positions end after {ends.size} of {header.stored} values")
+    ends = np.flatnonzero(fields != top)[:stored]
+    if ends.size < stored:
+        raise PackingError(f"{name}: the positions end after {ends.size} of {stored} values")
     used_bits = 0
     if ends.size:
         used_bits = (int(ends[-1]) + 1) * bits
@@ -294,8 +340,8 @@ def _decode_positions(header: Header, positions: memoryview, name: str) -> np.nd
     # same matrix.
     if -(-used_bits // 8) != len(positions) or stream[used_bits:].any():
         raise PackingError(f"{name}: there are more positions than values")
-    indices = (np.cumsum(fields, dtype=np.int64)[ends] + np.arange(header.stored)).astype(np.int64, copy=False)
-    if indices.size and indices[-1] >= header.size:
+    indices = (np.cumsum(fields, dtype=np.int64)[ends] + np.arange(stored)).astype(np.int64, copy=False)
+    if indices.size and indices[-1] >= header.size >> header.block_bits:
         raise PackingError(f"{name}: the positions run out of the matrix")
     return indices
 

@@ -12,7 +12,7 @@ import math
 import numpy as np
 from onnx import helper
 from onnx.reference.op_run import OpRun
-from spdtool_sparse_cpu.packing import unpack
+from spdtool_sparse_cpu.packing import HEADER, read_header, unpack
 
 _erf = np.vectorize(math.erf, otypes=[np.float64])
 
@@ -24,9 +24,60 @@ ACTIVATIONS = {
 }
 
 
+INPUT_CHUNK = 768
+
+
+def round_rows(weight):
+    """float32 [out, in] -> int8 and float32 scales [out], as `spdtool.models.int8.round_weight_rows`."""
+    largest = np.abs(weight).max(axis=1)
+    scales = np.where(largest == 0, np.float32(1), largest / np.float32(127))
+    return np.clip(np.rint(weight / scales[:, None]), -127, 127).astype(np.int8), scales
+
+
+def round_tokens(x):
+    """float32 [..., in] -> uint8, scale and zero point [..., 1], as `spdtool.models.int8.round_tokens`."""
+    least, most = np.minimum(x.min(-1, keepdims=True), 0), np.maximum(x.max(-1, keepdims=True), 0)
+    spread = most - least
+    scale = np.where(spread > np.float32(1e-30), spread / np.float32(255), np.float32(1))
+    reciprocal = np.float32(1) / scale
+    zero_point = np.rint(-least * reciprocal).astype(np.int32)
+    values = np.rint(x * reciprocal).astype(np.int32) + zero_point
+    return np.clip(values, 0, 255).astype(np.uint8), scale, zero_point
+
+
+def multiply_rounded(x, values, scales, bias):
+    """float32 [..., in] times int8 [out, in] -> float32 [..., out], as `spdtool.models.int8.multiply_rounded`."""
+    y = np.broadcast_to(bias.astype(np.float32), (*x.shape[:-1], len(scales)))
+    for start in range(0, x.shape[-1], INPUT_CHUNK):
+        chunk = slice(start, start + INPUT_CHUNK)
+        tokens, scale, zero_point = round_tokens(x[..., chunk])
+        shifted = tokens.astype(np.int64) - zero_point
+        sums = (shifted @ values[:, chunk].T.astype(np.int64)).astype(np.float32)
+        y = y + sums * scales * scale
+    return y
+
+
+class Int8Blocks:
+    """A packed matrix in blocks, whose products are those of integers."""
+
+    def __init__(self, blob):
+        header, weight = read_header(blob), unpack(blob)
+        self.scales = np.frombuffer(blob.tobytes()[HEADER.size : HEADER.size + header.scale_bytes], "<f4")
+        self.values = np.rint(weight / self.scales[:, None]).astype(np.int8)
+
+
+def read_weight(blob):
+    """A packed matrix as float64, or as int8 where it is stored in blocks."""
+    return Int8Blocks(blob) if read_header(blob).block_bits else unpack(blob).astype(np.float64)
+
+
 def linear(x, weight, bias, activation="none"):
     """x [..., in], weight [out, in], bias [out] -> [..., out]."""
-    return ACTIVATIONS[activation](x @ weight.T + bias)
+    if isinstance(weight, Int8Blocks):
+        product = multiply_rounded(x.astype(np.float32), weight.values, weight.scales, bias).astype(np.float64)
+    else:
+        product = x @ weight.T + bias
+    return ACTIVATIONS[activation](product)
 
 
 def layer_norm(x, weight, bias, epsilon):
@@ -113,7 +164,7 @@ class SparseLinear(OpRun):
 
     def _run(self, x, weight, bias, activation=None):
         activation = activation or self.activation
-        made = linear(x.astype(np.float64), unpack(weight).astype(np.float64), bias.astype(np.float64), activation)
+        made = linear(x.astype(np.float64), read_weight(weight), bias.astype(np.float64), activation)
         return (made.astype(np.float32),)
 
 
@@ -131,7 +182,7 @@ class SparseEncoder(OpRun):
     def _run(self, ids, mask, token_types, *packed):
         settings = dict(self.settings)
         has_types, output = bool(settings.pop("token_types")), settings.pop("output")
-        weights = [unpack(blob).astype(np.float64) for blob in packed]
+        weights = [read_weight(blob) for blob in packed]
         made = encode(ids, mask, token_types, weights, has_types=has_types, **settings)
         assert output in ("first", "all")
         return ((made[:, 0] if output == "first" else made).astype(np.float32),)

@@ -30,10 +30,10 @@ SparseRows random_rows(uint32_t rows, uint32_t columns, double density) {
 }
 
 // Best seconds of many products, so many at a time that a turn takes about a millisecond.
-double best_seconds(const BlockedMatrix& matrix, size_t tokens) {
-  const size_t repeats = 1 + size_t(1e-3 / product_seconds(matrix, tokens, 3, best_kernels()));
+double best_seconds(const LinearWeights& matrix, size_t tokens) {
+  const size_t repeats = 1 + size_t(1e-3 / product_seconds(matrix, tokens, 3, best_machine()));
   double best = 1e9;
-  for (int turn = 0; turn < 60; turn++) best = std::min(best, product_seconds(matrix, tokens, repeats, best_kernels()));
+  for (int turn = 0; turn < 60; turn++) best = std::min(best, product_seconds(matrix, tokens, repeats, best_machine()));
   return best;
 }
 
@@ -47,8 +47,8 @@ int main() {
     for (const size_t tokens : {size_t(32), size_t(128)}) {
       const std::vector<float> bias(shape[0]);
       const auto row = [&](double density, double dense_above, double dense_seconds) {
-        const BlockedMatrix matrix(random_rows(shape[0], shape[1], density), bias, dense_above);
-        const double seconds = best_seconds(matrix, tokens), real = 2e-9 * double(matrix.nonzeros() * tokens) / seconds;
+        const LinearWeights matrix(BlockedMatrix(random_rows(shape[0], shape[1], density), bias, dense_above));
+        const double seconds = best_seconds(matrix, tokens), real = 2e-9 * double(matrix.single().nonzeros() * tokens) / seconds;
         std::printf("| %u x %u | %zu | %.0f %% | %.1f | %.1f | %.2f |\n", shape[0], shape[1], tokens,
                     100 * (1 - density), seconds * 1e6, real, dense_seconds / seconds);
         return seconds;

@@ -13,7 +13,6 @@ using check::Chance;
 
 namespace {
 
-const Kernels& kernels = best_kernels();
 
 // A test case: the widths of an encoder, and how its weights are stored.
 struct Config {
@@ -80,7 +79,7 @@ struct Model {
 
   std::unique_ptr<Encoder> encoder(bool first_only) const {
     size_t index = 0;
-    return std::make_unique<Encoder>(shape(first_only), kernels, [&](const std::string& name) {
+    return std::make_unique<Encoder>(shape(first_only), best_machine(), [&](const std::string& name) {
       const Bytes& bytes = packed.at(index++);
       return open(bytes.data(), bytes.size(), name);
     });

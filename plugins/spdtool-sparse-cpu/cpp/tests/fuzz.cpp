@@ -5,6 +5,7 @@
 //
 // With clang, -DSPARSE_CPU_LIBFUZZER -fsanitize=fuzzer makes it a libFuzzer target instead.
 #include "blocked.hpp"
+#include "int8_matrix.hpp"
 #include "plain.hpp"
 
 using namespace sparse_cpu;
@@ -39,6 +40,24 @@ void check_rows(const Packed& packed) {
   must(matrix.nonzeros() == rows.value.size(), "blocks");
 }
 
+void check_groups(const Packed& packed) {
+  if (packed.rows > 1u << 16) return;
+  const GroupRows groups = read_groups(packed);
+  must(groups.start.size() == size_t(packed.rows) + 1 && groups.start[0] == 0, "where rows of groups start");
+  must(groups.start.back() == groups.group.size() && groups.value.size() == 4 * groups.group.size(), "how many groups");
+  must(groups.scale.size() == packed.rows, "how many scales");
+  for (size_t r = 0; r < packed.rows; r++) {
+    must(groups.start[r] <= groups.start[r + 1], "order of rows of groups");
+    must(groups.scale[r] > 0 && std::isfinite(groups.scale[r]), "scales");
+    for (size_t i = groups.start[r]; i < groups.start[r + 1]; i++)
+      must(4 * groups.group[i] + 3u < packed.columns && (i == groups.start[r] || groups.group[i - 1] < groups.group[i]),
+           "groups");
+  }
+  if (uint64_t(packed.rows) * packed.columns > 1u << 16) return;
+  const Int8Matrix matrix(groups, std::vector<float>(packed.rows, 0.0f), best_int8_kernels());
+  must(matrix.rows() == packed.rows && matrix.columns() == packed.columns, "blocks of groups");
+}
+
 template <class Work>
 bool attempt(Work&& work) {
   try {
@@ -58,6 +77,7 @@ void read(const uint8_t* data, size_t size) {
     return;
   }
   const bool rows = attempt([&] { check_rows(packed); });
+  if (packed.block_bits) must(attempt([&] { check_groups(packed); }) == rows, "both readers agree");
   attempt([&] { read_vector(packed, packed.columns); });
   const bool table = attempt([&] { check_table(packed, packed.columns); });
   rows || table ? accepted++ : refused++;
@@ -72,6 +92,10 @@ std::vector<Bytes> seeds() {
       for (int bits = 0; bits <= 8; bits++)
         for (const double density : {0.0, 0.1, 1.0})
           all.push_back(pack(random_matrix(chance, rows, columns, type, density), bits));
+  for (const auto& [rows, columns] : {std::pair<uint32_t, uint32_t>{1, 4}, {5, 12}, {3, 300}, {20, 40}, {2, 1600}})
+    for (int bits = 0; bits <= 8; bits++)
+      for (const double density : {0.0, 0.1, 1.0})
+        all.push_back(pack(random_blocks(chance, rows, columns, density), bits, 4));
   return all;
 }
 

@@ -10,7 +10,8 @@ using check::Chance;
 
 namespace {
 
-const Kernels& kernels = best_kernels();
+const Machine engine = best_machine();
+const Kernels& kernels = engine.floats;
 constexpr Activation kActivations[] = {Activation::kNone, Activation::kRelu, Activation::kGelu, Activation::kGeluTanh};
 
 double activated(Activation activation, double x) {
@@ -37,24 +38,24 @@ std::vector<double> product(const Matrix& w, const std::vector<float>& bias, con
   return y;
 }
 
-BlockedMatrix blocked(const Matrix& m, const std::vector<float>& bias) {
+LinearWeights blocked(const Matrix& m, const std::vector<float>& bias) {
   const Bytes bytes = pack(m, 2);
-  return BlockedMatrix(read_rows(open(bytes.data(), bytes.size(), "weight")), bias, kernels.dense_above);
+  return LinearWeights(open(bytes.data(), bytes.size(), "weight"), bias, engine);
 }
 
 // Weights that end where their memory ends, so that the address sanitizer sees each read beyond.
 struct Tight {
-  explicit Tight(BlockedMatrix& matrix) : place(std::aligned_alloc(kAlignment, matrix.bytes())) {
+  explicit Tight(LinearWeights& matrix) : place(std::aligned_alloc(kAlignment, matrix.bytes())) {
     matrix.move_to(static_cast<uint8_t*>(place));
   }
   ~Tight() { std::free(place); }
   void* place;
 };
 
-std::vector<float> multiplied(const BlockedMatrix& matrix, Activation activation, const std::vector<float>& x, size_t n,
+std::vector<float> multiplied(const LinearWeights& matrix, Activation activation, const std::vector<float>& x, size_t n,
                               Lender lender) {
   std::vector<float> y(n * matrix.rows(), -77.0f);
-  linear(matrix, activation, x.data(), n, y.data(), kernels, lender);
+  linear(matrix, activation, x.data(), n, y.data(), engine, lender);
   return y;
 }
 
@@ -62,9 +63,9 @@ void held_against_double(Chance& chance, uint32_t rows, uint32_t columns, double
                          const std::vector<size_t>& sizes) {
   const Matrix m = random_matrix(chance, rows, columns, Values::kFloat32, density, 1 / std::sqrt(float(columns) + 1));
   const std::vector<float> bias = random_vector(chance, rows);
-  BlockedMatrix matrix = blocked(m, bias);
+  LinearWeights matrix = blocked(m, bias);
   const auto zeros = double(std::count(m.raw.begin(), m.raw.end(), 0.0f));
-  CHECK(matrix.dense() == (1 - zeros / double(m.raw.size()) > kernels.dense_above));
+  CHECK(matrix.single().dense() == (1 - zeros / double(m.raw.size()) > kernels.dense_above));
   const Tight tight(matrix);
   for (const size_t n : sizes) {
     const std::vector<float> x = random_vector(chance, n * columns);
@@ -111,7 +112,7 @@ void empty_rows_and_blocks() {
       if (r == 399) x = 0.05f;
     }
   const std::vector<float> bias = random_vector(chance, 400);
-  const BlockedMatrix matrix = blocked(m, bias);
+  const LinearWeights matrix = blocked(m, bias);
   Threads one;
   for (const size_t n : {1, 17, 65}) {
     const std::vector<float> x = random_vector(chance, n * 400);
@@ -120,10 +121,10 @@ void empty_rows_and_blocks() {
 }
 
 void nothing_at_all() {
-  const BlockedMatrix matrix = blocked({2, 2, Values::kFloat32, {1, 0, 0, 1}, {}}, {0, 0});
+  const LinearWeights matrix = blocked({2, 2, Values::kFloat32, {1, 0, 0, 1}, {}}, {0, 0});
   Threads one;
   float untouched = 5;
-  linear(matrix, Activation::kNone, nullptr, 0, &untouched, kernels, one);
+  linear(matrix, Activation::kNone, nullptr, 0, &untouched, engine, one);
   CHECK(untouched == 5);
 }
 
@@ -132,7 +133,7 @@ void same_bits_for_all_threads() {
   Chance chance(4);
   for (const double density : {0.15, 1.0}) {
     const Matrix m = random_matrix(chance, 400, 300, Values::kFloat32, density, 0.1f);
-    const BlockedMatrix matrix = blocked(m, random_vector(chance, 400));
+    const LinearWeights matrix = blocked(m, random_vector(chance, 400));
     for (const size_t n : {1, 17, 64, 65, 300}) {
       const std::vector<float> x = random_vector(chance, n * 300);
       machine::cores = 1;
@@ -151,7 +152,7 @@ void same_bits_for_all_threads() {
 void two_callers_at_once() {
   Chance chance(5);
   machine::cores = 4;
-  const BlockedMatrix matrix =
+  const LinearWeights matrix =
       blocked(random_matrix(chance, 250, 210, Values::kFloat32, 0.2, 0.1f), random_vector(chance, 250));
   std::vector<std::vector<float>> x, expected, found(2);
   Threads one;

@@ -171,7 +171,8 @@ void damaged_header() {
   refused(with<uint8_t>(sparse, 5, 3), "unknown type of values 3");
   refused(with<uint8_t>(sparse, 6, 9), "gaps of 9 bits");
   refused(with<uint8_t>(sparse, 6, 255), "gaps of 255 bits");
-  refused(with<uint8_t>(sparse, 7, 1), "reserved");
+  refused(with<uint8_t>(sparse, 7, 1), "blocks of 2^1 inputs");
+  refused(with<uint8_t>(sparse, 7, 2), "blocks of 2^2 inputs");  // of float32
   for (size_t at = 36; at < 64; at++) refused(with<uint8_t>(sparse, at, 0x80), "reserved");
   refused(with<uint32_t>(sparse, 8, 0), "0 weights");
   refused(with<uint32_t>(sparse, 12, 0), "0 weights");

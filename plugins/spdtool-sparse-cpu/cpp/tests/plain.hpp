@@ -72,6 +72,14 @@ inline std::vector<float> random_vector(check::Chance& chance, size_t size, floa
   return numbers;
 }
 
+// As `random_matrix` of int8, with zeros in blocks of four inputs; `columns` is a multiple of four.
+inline Matrix random_blocks(check::Chance& chance, uint32_t rows, uint32_t columns, double density, float spread = 1.0f) {
+  Matrix m = random_matrix(chance, rows, columns, Values::kInt8, 0.9, spread);
+  for (size_t i = 0; i < m.raw.size(); i += 4)
+    if (chance.uniform() >= density) std::fill_n(m.raw.begin() + long(i), 4, 0.0f);
+  return m;
+}
+
 // ---- the packed form
 
 inline uint32_t slow_crc(const uint8_t* bytes, size_t size) {
@@ -117,31 +125,36 @@ class Bits {
   size_t count_ = 0;
 };
 
-inline Bytes pack(const Matrix& m, int gap_bits) {
+// `size`: weights of a block, 4 or 1.
+inline Bytes pack(const Matrix& m, int gap_bits, size_t size = 1) {
   Bytes scales, values;
   Bits positions;
   uint64_t stored = 0;
   uint32_t gap = 0;
   const uint32_t most = (1u << gap_bits) - 1;
   for (const float scale : m.scales) append(scales, scale);
-  for (const float x : m.raw) {
-    if (gap_bits && x == 0.0f) {
+  for (size_t i = 0; i < m.raw.size(); i += size) {
+    const auto begin = m.raw.begin() + long(i), end = begin + long(size);
+    if (gap_bits && std::count(begin, end, 0.0f) == long(size)) {
       gap++;
       continue;
     }
     for (; gap_bits && gap >= most; gap -= most) positions.field(most, gap_bits);
     if (gap_bits) positions.field(gap, gap_bits);
     gap = 0;
-    stored++;
-    if (m.type == Values::kFloat32) append(values, x);
-    if (m.type == Values::kFloat16) append(values, half_bits(x));
-    if (m.type == Values::kInt8) append(values, int8_t(x));
+    stored += size;
+    for (auto x = begin; x < end; x++) {
+      if (m.type == Values::kFloat32) append(values, *x);
+      if (m.type == Values::kFloat16) append(values, half_bits(*x));
+      if (m.type == Values::kInt8) append(values, int8_t(*x));
+    }
   }
   Bytes bytes(64, 0);
   std::memcpy(bytes.data(), "SPDM", 4);
   bytes[4] = 1;
   bytes[5] = uint8_t(m.type);
   bytes[6] = uint8_t(gap_bits);
+  bytes[7] = size == 4 ? 2 : 0;
   put<uint32_t>(bytes, 8, m.rows);
   put<uint32_t>(bytes, 12, m.columns);
   put<uint64_t>(bytes, 16, stored);
