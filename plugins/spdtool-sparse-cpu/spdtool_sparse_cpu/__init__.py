@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from spdtool import plugins
-from spdtool_sparse_cpu.target import NAME, SparseCpu
+from spdtool_sparse_cpu.target import INT8_NAME, NAME, SparseCpu, SparseCpuInt8
 
 if TYPE_CHECKING:
     from torch import nn
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from spdtool.pruning.masks import Masks
 
 plugins.targets.register(NAME)(SparseCpu)
+plugins.targets.register(INT8_NAME)(SparseCpuInt8)
 
 
 @plugins.products.register(NAME)

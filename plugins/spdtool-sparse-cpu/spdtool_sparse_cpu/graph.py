@@ -57,7 +57,7 @@ def sparsify(proto: onnx.ModelProto, model: PreTrainedModel, values: str, embedd
 
     Args:
         proto: as `spdtool.export.graph.trace` traces and names it.
-        values: how pruned matrices are stored: `fp32`, `fp16` or `int8`.
+        values: how pruned matrices are stored: `fp32`, `fp16`, `int8` or `int8-blocks`; see `packing.pack`.
         embeddings: how the embeddings are stored.
 
     Raises:

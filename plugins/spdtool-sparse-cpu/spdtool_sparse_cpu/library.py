@@ -62,6 +62,15 @@ def isa() -> str:
     return _call(path(), "spdtool_sparse_cpu_isa")
 
 
+def int8_isa() -> str:
+    """Name the instruction set of products in 8 bits: `avx512_vnni`, `avx_vnni`, or one of `isa`.
+
+    Raises:
+        DeviceError: as `path` does.
+    """
+    return _call(path(), "spdtool_sparse_cpu_int8_isa")
+
+
 def load_library() -> ctypes.CDLL:
     """Load the library, for calls through ctypes.
 

@@ -1,7 +1,8 @@
-"""The export target `sparse-cpu`: an ONNX file with operators that skip the zeros, and the library that has them.
+"""The export targets `sparse-cpu` and `sparse-cpu-int8`: an ONNX file with operators that skip the zeros, and their library.
 
     folder/config.json  tokenizer.json  tokenizer_config.json
            onnx/model.onnx                   the graph; pruned matrices packed, embeddings rounded
+                                             (`sparse-cpu-int8`: int8 in blocks, multiplied in 8 bits)
            lib/libspdtool_sparse_cpu.so      for users of plain onnxruntime; spdtool uses the installed one
 
 A user of plain onnxruntime registers the library that manifest.json names, and opens the model:
@@ -23,16 +24,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spdtool import console
 from spdtool.errors import DeviceError, ModelError
-from spdtool.export.target import MODEL_FILE, Target
+from spdtool.export.target import MODEL_FILE, StorageFormats, Target
 from spdtool_sparse_cpu import library
 
 if TYPE_CHECKING:
+    from spdtool.data.tokens import Batch
     from spdtool.export.graph.weights import StoredWeight
     from spdtool.models.predict import Forward
     from spdtool.recipe.fields import Recipe
 
 NAME = "sparse-cpu"
+INT8_NAME = "sparse-cpu-int8"
+LISTED = 3  # names in a message
 LIBRARY_FOLDER = "lib"
 
 
@@ -45,7 +50,7 @@ class SparseCpu(Target):
     exported_by_default = True
     rounds_weights = True
     packs = True
-    preferred_on = ("cpu",)
+    preferred_on: tuple[str, ...] = ("cpu",)
     timing_operator = (library.DOMAIN, "SparseProductTime")
 
     def export(self, checkpoint: Path, folder: Path, recipe: Recipe) -> list[Path]:
@@ -60,16 +65,19 @@ class SparseCpu(Target):
                 says.
             GateError: an axis of the exported graph is not free.
         """
+        return self._write(checkpoint, folder, recipe, self.storage_formats(recipe))
+
+    def _write(self, checkpoint: Path, folder: Path, recipe: Recipe, formats: StorageFormats) -> list[Path]:
+        """Export with matrices in a format of `packing.pack`, and embeddings in one of the recipe's; see `export`."""
         from spdtool.export.graph.trace import ATTENTION_OPSET, save_folder, trace_checkpoint
         from spdtool.models.load import load_model
         from spdtool_sparse_cpu import graph
 
         compiled = library.path()  # first: without it, nothing is written
-        values, embeddings = self.storage_formats(recipe)
         opset = min(recipe.export.opset, ATTENTION_OPSET - 1)  # with attention written out, which `graph` recognizes
         model = load_model(checkpoint, eager=True)
         proto = trace_checkpoint(checkpoint, opset, shrinks=False)  # `graph` packs matrices of the full shapes
-        graph.sparsify(proto, model, values, embeddings)
+        graph.sparsify(proto, model, formats.matrices, formats.embeddings)
         files = save_folder(proto, checkpoint, folder)
         (folder / LIBRARY_FOLDER).mkdir(exist_ok=True)
         shutil.copyfile(compiled, folder / LIBRARY_FOLDER / compiled.name)
@@ -123,3 +131,56 @@ class SparseCpu(Target):
             DeviceError: it is missing or of another version.
         """
         return [library.path()]
+
+
+class SparseCpuInt8(SparseCpu):
+    """As sparse-cpu, for zeros in blocks of 1x4: int8 weights, and products in 8 bits, fastest where the CPU has VNNI."""
+
+    name = INT8_NAME
+    exported_by_default = False
+    rounds_arithmetic = True
+    packs = False
+    preferred_on = ()
+
+    def export(self, checkpoint: Path, folder: Path, recipe: Recipe) -> list[Path]:
+        """Write the checkpoint with matrices in int8 blocks, and say which have none; raises as `SparseCpu.export`."""
+        from spdtool.models.layers import find_prunable_weights
+        from spdtool.models.load import load_model
+        from spdtool_sparse_cpu import packing
+
+        weights = find_prunable_weights(load_model(checkpoint))
+        single = [name for name, weight in weights.items() if not packing.in_blocks(weight.detach().numpy())]
+        if single:
+            listed = ", ".join(single[:LISTED]) + (", ..." if len(single) > LISTED else "")
+            console.say(
+                f"  {len(single)} of {len(weights)} matrices have no zeros in blocks of 1x4 ({console.escape(listed)}): "
+                "stored as single weights, multiplied in float32; prune.pattern=1x4 makes blocks"
+            )
+        formats = StorageFormats(packing.INT8_BLOCKS, self.storage_formats(recipe).embeddings)
+        return self._write(checkpoint, folder, recipe, formats)
+
+    def storage_formats(self, recipe: Recipe) -> StorageFormats:
+        """int8 throughout, whatever `export.values` says; biases and layer normalization stay in float32."""
+        return StorageFormats("int8", "int8")
+
+    def float32_form(self, folder: Path) -> Forward:
+        """Open the file with its blocks as single weights, which the operators multiply in float32."""
+        import onnx
+
+        from spdtool.export.onnx_session import open_session
+        from spdtool.models.predict import onnx_forward
+        from spdtool_sparse_cpu.int8_form import use_single_weights
+
+        proto = onnx.load(folder / MODEL_FILE)
+        use_single_weights(proto)
+        return onnx_forward(open_session(proto.SerializeToString(), libraries=self.libraries(folder)))
+
+    def verify(self, folder: Path, checkpoint: Path, batches: list[tuple[str, Batch]], provider: str) -> None:
+        """Compare with the definition of int8 products; raises GateError."""
+        from spdtool.models.load import fill_weights, load_model
+        from spdtool_sparse_cpu.int8_form import check_model, check_products
+
+        check_products(folder / MODEL_FILE, self.libraries(folder))
+        model = load_model(checkpoint, eager=True)
+        fill_weights(model, ((stored.name, stored.array) for stored in self.stored_weights(folder)))
+        check_model(folder / MODEL_FILE, model, self.session(folder, provider), batches)
