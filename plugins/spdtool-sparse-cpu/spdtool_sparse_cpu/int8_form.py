@@ -110,7 +110,8 @@ def check_model(file: Path, model: PreTrainedModel, session: Forward, batches: I
     deviation = measure_deviation(reference, session, short_batches).relative
     if not deviation <= LARGEST_NOISE * noise + LEAST_NOISE:
         raise GateError(
-            f"int8 logits differ from their definition by {deviation:.2%} of their size; rounding itself changes {noise:.2%}"
+            f"int8 logits differ from their definition by {deviation:.2%} of their size; "
+            f"rounding itself changes {noise:.2%}"
         )
 
 

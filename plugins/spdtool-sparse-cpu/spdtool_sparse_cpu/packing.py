@@ -226,7 +226,7 @@ def unpack(data: Packed, name: str = "packed matrix") -> np.ndarray:
 
 
 def in_blocks(matrix: np.ndarray) -> bool:
-    """Whether the zeros of a matrix [out, in] are in blocks of four inputs: where one of a block lives, nearly all do."""
+    """Whether the zeros of a matrix [out, in] are in blocks of four inputs. Nearly all of a live block live."""
     if matrix.shape[1] % BLOCK_SIZE:
         return False
     live_blocks = int(np.count_nonzero((matrix.reshape(-1, BLOCK_SIZE) != 0).any(axis=1)))

@@ -1,4 +1,4 @@
-"""The export targets `sparse-cpu` and `sparse-cpu-int8`: an ONNX file with operators that skip the zeros, and their library.
+"""The export targets `sparse-cpu` and `sparse-cpu-int8`: ONNX with operators that skip the zeros, and a library.
 
     folder/config.json  tokenizer.json  tokenizer_config.json
            onnx/model.onnx                   the graph; pruned matrices packed, embeddings rounded
@@ -134,7 +134,7 @@ class SparseCpu(Target):
 
 
 class SparseCpuInt8(SparseCpu):
-    """As sparse-cpu, for zeros in blocks of 1x4: int8 weights, and products in 8 bits, fastest where the CPU has VNNI."""
+    """As sparse-cpu, for zeros in blocks of 1x4: int8 weights and products, fastest where the CPU has VNNI."""
 
     name = INT8_NAME
     exported_by_default = False
@@ -151,9 +151,9 @@ class SparseCpuInt8(SparseCpu):
         weights = find_prunable_weights(load_model(checkpoint))
         single = [name for name, weight in weights.items() if not packing.in_blocks(weight.detach().numpy())]
         if single:
-            listed = ", ".join(single[:LISTED]) + (", ..." if len(single) > LISTED else "")
+            listed = console.escape(", ".join(single[:LISTED]) + (", ..." if len(single) > LISTED else ""))
             console.say(
-                f"  {len(single)} of {len(weights)} matrices have no zeros in blocks of 1x4 ({console.escape(listed)}): "
+                f"  {len(single)} of {len(weights)} matrices have no zeros in blocks of 1x4 ({listed}): "
                 "stored as single weights, multiplied in float32; prune.pattern=1x4 makes blocks"
             )
         formats = StorageFormats(packing.INT8_BLOCKS, self.storage_formats(recipe).embeddings)
