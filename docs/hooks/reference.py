@@ -459,9 +459,9 @@ def packed_format() -> str:
     return "\n\n".join(
         [
             "# Packed format",
-            "The targets `sparse-cpu` and `sparse-cpu-int8` store each parameter of the encoder as one constant in this form. It keeps the "
-            "values that are not zero, and the gaps between them. `spdtool unpack` turns a folder back into a "
-            "Hugging Face checkpoint, without loss where every value is fp32.",
+            "The targets `sparse-cpu` and `sparse-cpu-int8` store each parameter of the encoder as one constant in "
+            "this form. It keeps the values that are not zero, and the gaps between them. `spdtool unpack` turns "
+            "a folder back into a Hugging Face checkpoint, without loss where every value is fp32.",
             paragraphs(docstring(PACKING)),  # its indented lines become code blocks
         ]
     )
