@@ -239,7 +239,7 @@ def test_funnel_is_refused_with_the_reason(toys: Any) -> None:
         find_layer_stack(FunnelForSequenceClassification(config))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler about itself
 @pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "g++", "clang"))), reason="torch.compile needs a compiler")
 @pytest.mark.parametrize("attention", [0.0, 1.0], ids=["without attention", "with attention scores"])
@@ -272,7 +272,7 @@ def test_compiling_layer_by_layer_gives_the_same_loss_and_gradients(toys: Any, a
         torch.testing.assert_close(compiled[1][name], gradient, rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler about itself
 def test_no_form_of_a_compiled_layer_is_left_to_plain_python(toys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     compiling = torch.nn.Module.compile

@@ -105,6 +105,7 @@ def log(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "prune" / "metrics.jsonl").read_text("utf-8").splitlines()]
 
 
+@pytest.mark.long
 def test_a_teacher_of_two_processes_is_that_of_one(results: tuple[Path, Any]) -> None:
     root, made = results
     assert made["teacher of 2"]["ends"] == [0, 0], made["teacher of 2"]["said"]
@@ -117,6 +118,7 @@ CUT = [*(f"{case} of 2" for case in CASES), "attention of 3", "layerwise in piec
 CUT += [*(f"{case} of 2, sharded" for case in SHARDED), "layerwise of 3, sharded"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", CUT)
 def test_a_student_is_the_same_however_its_batches_are_cut(results: tuple[Path, Any], name: str) -> None:
     root, made = results
@@ -133,6 +135,7 @@ def test_a_student_is_the_same_however_its_batches_are_cut(results: tuple[Path, 
         assert losses[0] == pytest.approx(losses[1], rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.long
 def test_the_comparison_was_not_too_easy(results: tuple[Path, Any]) -> None:
     root, _ = results
     teacher, student = weights(root / "teacher", "teacher"), weights(root / "layerwise")
@@ -143,6 +146,7 @@ def test_the_comparison_was_not_too_easy(results: tuple[Path, Any]) -> None:
     assert len(drawn) > 2
 
 
+@pytest.mark.long
 def test_only_the_main_process_writes(results: tuple[Path, Any]) -> None:
     root, made = results  # ranks.py fails a rank that makes, renames or removes a file
     assert made["layerwise of 2"]["said"][1] == ""
@@ -152,6 +156,7 @@ def test_only_the_main_process_writes(results: tuple[Path, Any]) -> None:
     assert not [p for p in (root / "layerwise of 2").iterdir() if p.name.startswith(".prune")]
 
 
+@pytest.mark.long
 def test_a_killed_process_ends_the_job_and_one_process_goes_on(results: tuple[Path, Any]) -> None:
     root, made = results
     assert made["killed"]["ends"] == [2, -9]
@@ -161,6 +166,7 @@ def test_a_killed_process_ends_the_job_and_one_process_goes_on(results: tuple[Pa
     assert_alike(weights(root / "killed"), weights(root / "layerwise"))
 
 
+@pytest.mark.long
 def test_a_sharded_job_that_was_killed_goes_on(results: tuple[Path, Any]) -> None:
     root, made = results
     assert made["killed, sharded"]["ends"][1] == -9
@@ -170,6 +176,7 @@ def test_a_sharded_job_that_was_killed_goes_on(results: tuple[Path, Any]) -> Non
     assert all(torch.equal(calm[name], again[name]) for name in calm)
 
 
+@pytest.mark.long
 def test_the_same_number_of_processes_goes_on_to_the_last_bit(results: tuple[Path, Any]) -> None:
     root, made = results
     assert made["main killed with dropout"]["ends"] == [-9, 2]
@@ -271,6 +278,7 @@ def test_a_launcher_that_is_told_to_end_lets_its_processes_save_one_step(tmp_pat
     assert find_damage(saved) is None
 
 
+@pytest.mark.long
 def test_the_command_starts_its_processes_again(tmp_path: Path) -> None:
     done = teacher_of_two(tmp_path, "--set", "restarts=1", once=True)
     assert done.returncode == 0, done.stderr
@@ -314,6 +322,7 @@ torch.optim.AdamW.step = step
 """
 
 
+@pytest.mark.long
 def test_two_launchers_are_two_nodes_and_go_on_when_one_has_died(results: tuple[Path, Any], tmp_path: Path) -> None:
     root, _ = results
     run, died, plugins = tmp_path / "run", tmp_path / "died", tmp_path / "plugins"

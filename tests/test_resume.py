@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import random
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,12 @@ ENDS = {name: 128 + getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIG
 FREE = ("examples_per_second",)  # all that may differ in a log line
 
 
-def scenarios() -> list[dict[str, Any]]:
+def list_scenarios(stage: str) -> list[dict[str, Any]]:
+    """List the moments at which a stage is killed."""
+    return [scenario for scenario in draw_scenarios() if scenario["stage"] == stage]
+
+
+def draw_scenarios() -> list[dict[str, Any]]:
     """Every moment in every stage, at seeded steps."""
     draw, made = random.Random(2), []
     for stage in STAGES:
@@ -63,18 +70,27 @@ def name_of(scenario: dict[str, Any]) -> str:
     return f"{scenario['stage']}: {deaths}" + (", saved at evaluations only" if scenario["minutes"] else "")
 
 
+Results = tuple[Path, list[dict[str, Any]]]
+
+
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    root = tmp_path_factory.mktemp("killed")
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("killed.py")), str(root)],
-        input=json.dumps(scenarios()),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return root / "calm", json.loads(done.stdout)
+def run_scenarios(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Results]:
+    """`run_scenarios("prune")`: the folder of the undisturbed run, and what became of every disturbed one."""
+
+    @functools.cache
+    def run(stage: str) -> Results:
+        root = tmp_path_factory.mktemp(f"killed-{stage}")
+        done = subprocess.run(
+            [sys.executable, str(Path(__file__).with_name("killed.py")), str(root)],
+            input=json.dumps(list_scenarios(stage)),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return root / "calm", json.loads(done.stdout)
+
+    return run
 
 
 def log(folder: Path) -> list[dict[str, Any]]:
@@ -82,32 +98,40 @@ def log(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in json.loads(line).items() if k not in FREE} for line in lines]
 
 
-@pytest.mark.parametrize("number", range(len(scenarios())), ids=[name_of(scenario) for scenario in scenarios()])
-def test_a_killed_stage_ends_with_the_same_bits(results: tuple[Path, list[dict[str, Any]]], number: int) -> None:
-    calm, scenario, result = results[0], scenarios()[number], results[1][number]
+# The phase with masks, events and grafting stays in `make test`.
+@pytest.mark.parametrize("stage", [pytest.param(s, marks=() if s == "prune" else pytest.mark.long) for s in STAGES])
+def test_a_killed_stage_ends_with_the_same_bits(run_scenarios: Callable[[str], Results], stage: str) -> None:
+    calm, results = run_scenarios(stage)
+    for scenario, result in zip(list_scenarios(stage), results, strict=True):
+        check_scenario(calm, scenario, result)
+
+
+def check_scenario(calm: Path, scenario: dict[str, Any], result: dict[str, Any]) -> None:
+    """Hold a disturbed stage against the undisturbed one."""
+    name = name_of(scenario)
     ends = [ENDS.get(moment, -signal.SIGKILL) for moment, _ in scenario["deaths"]]
-    assert result["ends"] == ends, "each death was met"
-    assert result["last"] == 0
+    assert result["ends"] == ends, f"{name}: a death was not met"
+    assert result["last"] == 0, name
     is_committed = scenario["deaths"][0][0] in ("committed", "state put away")
-    assert result["done"] == is_committed, "one rename commits"
+    assert result["done"] == is_committed, f"{name}: one rename commits"
     stage, folder = scenario["stage"], Path(result["folder"])
     leftovers = {"state"} if scenario["deaths"] == [("committed", 1)] else set()  # the next stage removes it
     assert {p.name for p in (folder / stage).iterdir()} - leftovers == {p.name for p in (calm / stage).iterdir()}
     for file in ("model.safetensors", "config.json", "tokenizer.json"):
-        assert (folder / stage / file).read_bytes() == (calm / stage / file).read_bytes(), file
-    assert log(folder / stage) == log(calm / stage)
+        assert (folder / stage / file).read_bytes() == (calm / stage / file).read_bytes(), f"{name}: {file}"
+    assert log(folder / stage) == log(calm / stage), name
     steps = [event["step"] for event in log(folder / stage) if event["event"] == "step"]
-    assert steps == list(range(1, STEPS + 1))
+    assert steps == list(range(1, STEPS + 1)), name
     result, expected = (Run.open(path).training_result(stage) for path in (folder, calm))
     expected.fit.examples_per_second = result.fit.examples_per_second
-    assert result == expected
+    assert result == expected, name
     leftovers = {path.name for path in folder.iterdir()} - {*STAGES, "run.json", ".lock", f".{stage}.spent"}
-    assert leftovers == set()
+    assert leftovers == set(), name
 
 
-def test_the_undisturbed_run_had_something_to_lose(results: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_the_undisturbed_run_had_something_to_lose(run_scenarios: Callable[[str], Results]) -> None:
     """Draws that differ, weights that move, a best that is not the last: else the comparison would be too easy."""
-    calm = results[0]
+    calm = run_scenarios("prune")[0]
     for earlier, stage in itertools.pairwise(STAGES):
         before, after = (load_file(calm / name / "model.safetensors") for name in (earlier, stage))
         assert any(not before[name].equal(after[name]) for name in before)

@@ -122,7 +122,7 @@ def check_grafts(architecture: str, number: int) -> None:
             full.grad = shard.grad = None
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_rows_and_gathered_tensors_of_three_processes(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -59,7 +59,7 @@ def configure(folder, *options):
 @pytest.mark.parametrize(
     "sanitizers",
     [
-        pytest.param("", id="plain"),
+        pytest.param("", id="plain", marks=pytest.mark.long),
         pytest.param("address,undefined", id="address", marks=pytest.mark.long),
         pytest.param("thread", id="thread", marks=pytest.mark.long),
     ],
@@ -84,19 +84,10 @@ def test_its_own_tests(tools, tmp_path, sanitizers):
     assert all(f" {name}" in told for name in programs), told
 
 
-@pytest.fixture(scope="module")
-def built(tools, tmp_path_factory):  # noqa: ARG001 - it skips
-    """The library as these sources make it, whatever is installed."""
-    folder = tmp_path_factory.mktemp("library")
-    configure(folder)
-    call("cmake", "--build", folder, "--target", "spdtool_sparse_cpu", "-j2")
-    return folder / library.FILE
-
-
 @pytest.mark.parametrize("operator", ["SparseLinear", "SparseEncoder"])
-def test_damaged_model_files_are_errors_of_onnxruntime(built, operator):
+def test_damaged_model_files_are_errors_of_onnxruntime(operator):
     """In a process of their own: what one of them did to it would be seen here."""
-    told = call(sys.executable, __file__, built, operator)
+    told = call(sys.executable, __file__, library.path(), operator)
     refused, read = (int(line.split()[-1]) for line in told.splitlines()[-2:])
     assert refused + read == DAMAGED
     assert refused > DAMAGED / 4

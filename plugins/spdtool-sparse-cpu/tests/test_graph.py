@@ -21,7 +21,7 @@ from spdtool_sparse_cpu.matching import parameters_of
 from transformers.activations import ACT2FN
 
 from spdtool.errors import ModelError
-from spdtool.export.graph.trace import INPUT_NAMES, name_weights, quiet_exporter, remove_exporter_notes, trace_model
+from spdtool.export.graph.trace import INPUT_NAMES, name_weights, quiet_exporter, remove_exporter_notes, trace_named
 from spdtool.export.graph.weights import PARAMETERS
 from spdtool.models.layers import find_prunable_weights
 
@@ -49,10 +49,7 @@ def inputs_of(toys, architecture):
 
 def standard(model, names, opset=18):
     """The graph in standard operators."""
-    proto = trace_model(model, names, opset)
-    remove_exporter_notes(proto)
-    name_weights(proto, model)
-    return proto
+    return trace_named(model, names, opset)
 
 
 def export(toys, model, architecture, values="fp32", embeddings="fp32", opset=18, inputs=None):

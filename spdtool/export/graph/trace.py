@@ -9,29 +9,32 @@ listed in the constant's metadata.
 from __future__ import annotations
 
 import contextlib
+import copy
+import hashlib
 import inspect
 import io
+import json
 import logging
+import math
 import textwrap
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 
+import numpy as np
 import onnx
 import torch
 from google.protobuf.message import Message
-from onnx import numpy_helper
+from onnx import TensorProto, numpy_helper
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spdtool.errors import GateError, ModelError, first_line
-from spdtool.export.graph.protobuf import keep_constants, rename_inputs, tensors_by_name
+from spdtool.export.graph.protobuf import keep_constants, metadata_of, rename_inputs, tensors_by_name
 from spdtool.export.graph.weights import PARAMETERS, TRANSPOSED, Fingerprint, fingerprint, note_positions
 from spdtool.export.target import MODEL_FILE
 from spdtool.models.layers import TESTED_FAMILIES
 from spdtool.models.load import load_model, load_tokenizer, save_tokenizer
 from spdtool.models.shrink import find_live_positions, shrink
-from spdtool.run.fingerprint import sha256
-from spdtool.run.folder import RECORD
 
 LARGEST_FILE = 2**31 - 2**20  # bytes; protobuf cannot write more: beyond, the weights go to model.onnx_data
 INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids")
@@ -43,24 +46,28 @@ LONGEST_REASON = 200  # characters of an exporter's error; some first lines are 
 EXPORTER_LOGGERS = ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")
 
 
-_traces: dict[tuple[object, ...], bytes] | None = None  # None: nothing is cached
+UNUSABLE = b""  # in place of a template
+# Graphs without their weights, by what they depend on; None: nothing is cached.
+_templates: MutableMapping[str, bytes] | None = None
 
 
 @contextlib.contextmanager
-def cached_traces(*, start_empty: bool = False) -> Iterator[None]:
-    """Trace each checkpoint once until the outermost such block ends, however many targets use it.
+def cached_traces(templates: MutableMapping[str, bytes] | None = None) -> Iterator[None]:
+    """Trace models of one configuration once until the outermost such block ends, whatever their weights are.
 
     Args:
-        start_empty: do not use what an outer block has cached.
+        templates: where the graphs are cached; default: where an outer block does, or in memory.
     """
-    global _traces
-    before = _traces
-    if _traces is None or start_empty:
-        _traces = {}
+    global _templates
+    before = _templates
+    if templates is not None:
+        _templates = templates
+    elif _templates is None:
+        _templates = {}
     try:
         yield
     finally:
-        _traces = before
+        _templates = before
 
 
 def trace_checkpoint(checkpoint: Path, opset: int, *, shrinks: bool = True) -> onnx.ModelProto:
@@ -78,24 +85,95 @@ def trace_checkpoint(checkpoint: Path, opset: int, *, shrinks: bool = True) -> o
         ModelError: the checkpoint cannot be read, or its architecture cannot be exported.
         GateError: an axis of the exported graph is not free.
     """
-    key: tuple[object, ...] = ()
-    if _traces is not None:
-        key = (opset, shrinks, *_content_hashes(checkpoint))
-        if key in _traces:
-            return onnx.load_from_string(_traces[key])
     model = load_model(checkpoint, eager=opset < ATTENTION_OPSET)
     names, positions = input_names(model, load_tokenizer(checkpoint)), {}
     if shrinks:
         positions = find_live_positions(model)
         model = shrink(model)
+    proto = trace_named(model, names, opset)
+    note_positions(proto, positions)
+    return proto
+
+
+def trace_named(model: PreTrainedModel, names: list[str], opset: int) -> onnx.ModelProto:
+    """Trace a model to a graph without the exporter's notes, whose weights have their state-dict names.
+
+    The graph is traced with random weights, and the model's are put into it. So it depends on the
+    configuration alone: weights that are equal by chance do not share a constant, and a bias of
+    zeros is not folded away.
+
+    Args:
+        names: inputs, as in `trace_model`.
+
+    Raises:
+        ModelError, GateError: as `trace_model`.
+    """
+    key = hashlib.sha256(repr((opset, *names, *_describe_structure(model))).encode()).hexdigest()
+    template = None if _templates is None else _templates.get(key)
+    if template is None:
+        template = _trace_template(model, names, opset)
+        if _templates is not None:
+            _templates[key] = template
+    if template == UNUSABLE:
+        return _trace_cleanly(model, names, opset)
+    proto = onnx.load_from_string(template)
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    for tensor in proto.graph.initializer:
+        if parameters := _parameters_of(tensor):
+            array = weights[parameters[0]].detach().numpy()
+            stored = array.T if tensor.name.endswith(TRANSPOSED) else array
+            tensor.raw_data = np.ascontiguousarray(stored).tobytes()
+    return proto
+
+
+def _trace_template(model: PreTrainedModel, names: list[str], opset: int) -> bytes:
+    """Trace a model to a graph that lacks the values of its parameters, or UNUSABLE."""
+    proto = _trace_cleanly(_randomize(model), names, opset)
+    buffers = {fingerprint(values.numpy()) for values in model.buffers()}
+    for tensor in proto.graph.initializer:
+        if _parameters_of(tensor):
+            tensor.ClearField("raw_data")
+            continue
+        is_float = tensor.data_type in (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
+        # What is no buffer either was computed from weights, and is right for these alone.
+        if is_float and math.prod(tensor.dims) > 1 and fingerprint(numpy_helper.to_array(tensor)) not in buffers:
+            return UNUSABLE
+    return proto.SerializeToString()
+
+
+def _trace_cleanly(model: PreTrainedModel, names: list[str], opset: int) -> onnx.ModelProto:
     proto = trace_model(model, names, opset)
     remove_exporter_notes(proto)
     name_weights(proto, model)
-    note_positions(proto, positions)
-    # A larger graph cannot be serialized in one piece, so it is traced again for each target.
-    if _traces is not None and _byte_count(proto.graph.initializer) < LARGEST_FILE:
-        _traces[key] = proto.SerializeToString()
     return proto
+
+
+def _describe_structure(model: PreTrainedModel) -> tuple[object, ...]:
+    """List what a graph depends on besides the values of parameters: code, configuration, shapes, shared weights."""
+    first_names: dict[int, str] = {}
+    parameters = []
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        shared_with = first_names.setdefault(id(weight), name)
+        parameters.append((name, tuple(weight.shape), str(weight.dtype), shared_with))
+    buffers = [(name, fingerprint(values.numpy())) for name, values in model.named_buffers()]
+    # the names of labels and the folder that it was read from do not change a graph
+    config = model.config.to_dict() | {"id2label": len(model.config.id2label), "label2id": None, "_name_or_path": None}
+    settings = json.dumps(config, sort_keys=True, default=str)
+    return type(model), str(model), settings, model.config._attn_implementation, *parameters, *buffers
+
+
+def _randomize(model: PreTrainedModel) -> PreTrainedModel:
+    """Copy a model and draw all its parameters anew, so that no two are alike."""
+    random = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in random.parameters():
+            weight.normal_(std=0.02, generator=generator)
+    return random
+
+
+def _parameters_of(tensor: TensorProto) -> list[str]:
+    return metadata_of(tensor).get(PARAMETERS, "").split()
 
 
 def save_folder(proto: onnx.ModelProto, checkpoint: Path, folder: Path) -> list[Path]:
@@ -246,15 +324,6 @@ def write_model(proto: onnx.ModelProto, file: Path) -> list[Path]:
     data.unlink(missing_ok=True)  # onnx would append to it
     onnx.save_model(proto, file, save_as_external_data=True, all_tensors_to_one_file=True, location=data.name)
     return [file, data]
-
-
-def _content_hashes(checkpoint: Path) -> list[str]:
-    """Hash the files that a graph depends on: weights, configuration and tokenizer."""
-    hashes = []
-    for file in sorted(checkpoint.glob("*")):
-        if file.suffix in (".json", ".safetensors") and file.name != RECORD:
-            hashes.append(f"{file.name} {sha256(file)}")
-    return hashes
 
 
 def _byte_count(tensors: Iterable[onnx.TensorProto]) -> int:

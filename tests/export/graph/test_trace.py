@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
@@ -206,7 +206,7 @@ def test_two_exports_are_byte_identical_and_silent(
 ) -> None:
     made = exported("bert")
     capfd.readouterr()
-    with export.cached_traces(start_empty=True):
+    with export.cached_traces({}):
         again = Onnx().export(made.checkpoint, tmp_path / "elsewhere", Recipe())
     Onnx().session(tmp_path / "elsewhere")
     assert capfd.readouterr() == ("", "")
@@ -277,26 +277,58 @@ def test_a_missing_checkpoint_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_checkpoint_is_traced_again_once_it_has_changed(
-    exported: Callable[[str], Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_configuration_is_traced_once_and_filled_with_the_weights_of_each_model(
+    monkeypatch: pytest.MonkeyPatch, toys: ModuleType
 ) -> None:
-    """One that lies elsewhere is the same; one with another weight is not."""
-    made, traced = exported("bert"), []
-    monkeypatch.setattr(export, "trace_model", lambda *given: traced.append(given) or onnx.load(made.files[0]))
-    shutil.copytree(made.checkpoint, tmp_path / "same")
-    shutil.copytree(made.checkpoint, tmp_path / "other")
-    model = load_model(made.checkpoint)
-    model.classifier.bias.data += 1
-    save_model(model, load_tokenizer(made.checkpoint), tmp_path / "other")
-    with export.cached_traces(start_empty=True):
-        for folder in (made.checkpoint, tmp_path / "same", tmp_path / "other", tmp_path / "same"):
-            export.trace_checkpoint(folder, 18)
+    original, traced = export.trace_model, []
+
+    def trace_model(model: Any, names: list[str], opset: int) -> onnx.ModelProto:
+        traced.append(opset)
+        return original(model, names, opset)
+
+    monkeypatch.setattr(export, "trace_model", trace_model)
+    names = list(export.INPUT_NAMES)
+    first, second = toys.bert(layers=1), toys.bert(layers=1, seed=1)
+    with export.cached_traces({}):
+        export.trace_named(first, names, 18)
         with export.cached_traces():
-            export.trace_checkpoint(tmp_path / "other", 18)
-    assert len(traced) == 2
-    with export.cached_traces(start_empty=True):
-        export.trace_checkpoint(made.checkpoint, 18)
+            filled = export.trace_named(second, names, 18)
+        assert traced == [18]
+        stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in filled.graph.initializer}
+        query = "bert.encoder.layer.0.attention.self.query.weight"
+        np.testing.assert_array_equal(stored[f"{query}.T"], second.get_parameter(query).detach().numpy().T)
+        np.testing.assert_array_equal(stored["classifier.bias"], second.classifier.bias.detach().numpy())
+        export.trace_named(second, names[:2], 18)
+        assert len(traced) == 2, "other inputs are another graph"
+    with export.cached_traces({}):
+        export.trace_named(first, names[:2], 18)
     assert len(traced) == 3, "the cache ended with its block"
+
+
+class SummedHead(torch.nn.Module):
+    """A head whose weight is the sum of two parameters."""
+
+    def __init__(self, head: torch.nn.Linear) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Parameter(head.weight / 4), torch.nn.Parameter(head.weight * 0.75)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(states, self.first + self.second)
+
+
+def test_a_constant_that_is_computed_from_weights_is_that_of_the_model(toys: ModuleType, tmp_path: Path) -> None:
+    """Folded by the exporter or left to the runtime: the logits are the model's."""
+    names, batch = ["input_ids", "attention_mask"], toys.batch()
+    with export.cached_traces({}):
+        for seed in (0, 1):
+            model = toys.bert(layers=1, seed=seed)
+            model.classifier = SummedHead(model.classifier)
+            export.write_model(export.trace_named(model, names, 18), tmp_path / MODEL_FILE)
+            session = onnxruntime.InferenceSession(tmp_path / MODEL_FILE)
+            (logits,) = session.run(None, {name: batch[name].numpy() for name in names})
+            with torch.no_grad():
+                expected = model(**{name: batch[name] for name in names}).logits.numpy()
+            np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
 def test_a_frozen_axis_is_refused(monkeypatch: pytest.MonkeyPatch, toys: ModuleType) -> None:
