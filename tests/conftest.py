@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,7 +20,6 @@ import pytest
 import torch
 
 from spdtool import plugins
-from spdtool.export.graph.trace import cached_traces
 from spdtool.recipe.fields import Recipe
 from spdtool.run.folder import Run
 from spdtool.tasks.task import Task
@@ -68,40 +67,7 @@ def power() -> ModuleType:
     return _load("power")
 
 
-class SharedTraces(MutableMapping[str, bytes]):
-    """A folder of traced graphs that all workers of a session share."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir(exist_ok=True)
-
-    def __getitem__(self, key: str) -> bytes:
-        try:
-            return (self.folder / key).read_bytes()
-        except FileNotFoundError:
-            raise KeyError(key) from None
-
-    def __setitem__(self, key: str, graph: bytes) -> None:
-        partial = self.folder / f"{key}.{os.getpid()}"
-        partial.write_bytes(graph)
-        partial.rename(self.folder / key)
-
-    def __delitem__(self, key: str) -> None:
-        (self.folder / key).unlink()
-
-    def __iter__(self) -> Iterator[str]:
-        return (file.name for file in self.folder.iterdir())
-
-    def __len__(self) -> int:
-        return len(list(self.folder.iterdir()))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Trace models of one configuration once a session: seconds, where the rest of an export takes tenths."""
-    base = tmp_path_factory.getbasetemp()
-    with cached_traces(SharedTraces((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "traces")):
-        yield
+traced_once = _load("shared_traces").traced_once
 
 
 @pytest.fixture

@@ -35,6 +35,9 @@ def _load(name: str, file: Path) -> ModuleType:
 _toys = sys.modules.get("toys") or _load("toys", HERE.parents[2] / "tests" / "toys.py")
 if "faults" not in sys.modules:
     _load("faults", HERE.parents[2] / "tests" / "faults.py")
+if "shared_traces" not in sys.modules:
+    _load("shared_traces", HERE.parents[2] / "tests" / "shared_traces.py")
+traced_once = sys.modules["shared_traces"].traced_once
 _reference = _load("sparse_reference", HERE / "reference.py") if INSTALLED else None
 
 

@@ -1,0 +1,48 @@
+"""Traced graphs that all workers of a session share: a trace takes seconds, the rest of an export tenths."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, MutableMapping
+from pathlib import Path
+
+import pytest
+
+from spdtool.export.graph.trace import cached_traces
+
+
+class SharedTraces(MutableMapping[str, bytes]):
+    """A folder of traced graphs, a file each."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(exist_ok=True)
+
+    def __getitem__(self, key: str) -> bytes:
+        try:
+            return (self.folder / key).read_bytes()
+        except FileNotFoundError:
+            raise KeyError(key) from None
+
+    def __setitem__(self, key: str, graph: bytes) -> None:
+        partial = self.folder / f"{key}.{os.getpid()}"  # another worker may be reading
+        partial.write_bytes(graph)
+        partial.rename(self.folder / key)
+
+    def __delitem__(self, key: str) -> None:
+        (self.folder / key).unlink()
+
+    def __iter__(self) -> Iterator[str]:
+        return (file.name for file in self.folder.iterdir())
+
+    def __len__(self) -> int:
+        return len(list(self.folder.iterdir()))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Trace models of one configuration once for the whole session."""
+    base = tmp_path_factory.getbasetemp()
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ
+    with cached_traces(SharedTraces((base.parent if is_worker else base) / "traces")):
+        yield
