@@ -138,6 +138,7 @@ def test_every_row_of_the_training_benchmark_resolves_and_is_asked_for_somewhere
         recipe.build_recipe(name, {"task": "demo"}, [*benchmark.QUICK, *sets])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("row", ["bf16, no prefetching", "bf16, 128 tokens"])
 def test_a_row_runs_with_a_model_of_random_weights(row: str) -> None:
     words = [row, "--task=demo", "--device=cpu", "--threads=1", "--steps=2", "--warm=1", "--batch=4"]

@@ -60,7 +60,7 @@ def weights(run: Run) -> dict[str, torch.Tensor]:
     return load_file(run.use_input("prune") / "model.safetensors")
 
 
-@pytest.mark.parametrize("start", [1.0, 0.5])
+@pytest.mark.parametrize("start", [pytest.param(1.0, marks=pytest.mark.long), 0.5])
 @pytest.mark.parametrize("lesson", LESSONS)
 def test_a_phase_learns_the_same_without_looking_at_the_teacher(
     toy_run: Callable[..., Run], looks: list[Any], monkeypatch: pytest.MonkeyPatch, lesson: str, start: float

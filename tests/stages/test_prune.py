@@ -148,7 +148,7 @@ def test_regression_is_pruned_like_the_rest(toy_run: Callable[..., Run], toy_tas
     assert all(count == zeros_in(size, 0.9) for count, size in zeros(run.path / "prune").values())
 
 
-@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("dropout", [pytest.param(False, marks=pytest.mark.long), True])
 def test_gradient_checkpointing_changes_no_weight(
     toy_run: Callable[..., Run], toy_task: Callable[..., Task], dropout: bool
 ) -> None:

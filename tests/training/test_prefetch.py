@@ -134,7 +134,7 @@ def test_pieces_are_the_same_as_tensors(toys: Any, toy_task: Callable[..., Any])
 CRITERION = ("prune.criterion=movement", "prune.calibration=0", "prune.first=none")
 
 
-@pytest.mark.parametrize("how", [(), ("prune.accumulate=3",), CRITERION])
+@pytest.mark.parametrize("how", [pytest.param((), marks=pytest.mark.long), ("prune.accumulate=3",), CRITERION])
 def test_a_stage_ends_with_the_same_weights(
     toy_run: Callable[..., Run], always: list[int], monkeypatch: pytest.MonkeyPatch, how: tuple[str, ...]
 ) -> None:

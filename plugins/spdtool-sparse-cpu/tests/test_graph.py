@@ -31,9 +31,9 @@ TOLERANCE = 2e-5
 VOCABULARY = 160  # times 32: a table that is worth rounding
 
 
-def build(toys, architecture, *, zeros=0.8, noise=0.1, **config):
+def build(toys, architecture, *, layers=2, zeros=0.8, noise=0.1, **config):
     """A tiny random classifier with that share of zeros in each matrix of its layers, and no two parameters equal."""
-    model = toys.classifier(architecture, layers=2, labels=3, vocab_size=VOCABULARY, **config)
+    model = toys.classifier(architecture, layers=layers, labels=3, vocab_size=VOCABULARY, **config)
     random = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -278,7 +278,7 @@ def test_activations_are_recognised_by_what_they_compute(reference, opset):
 
 @pytest.mark.parametrize("spelling", ["gelu_new", "relu"])
 def test_activations_of_the_encoder(toys, reference, spelling):
-    model = build(toys, "bert", hidden_act=spelling)
+    model = build(toys, "bert", layers=1, hidden_act=spelling)
     proto = export(toys, model, "bert")
     assert operators(proto) == ["SparseEncoder"]
     assert_same(reference, model, proto, {"pairs": batches(INPUT_NAMES)["pairs"]})
@@ -290,7 +290,7 @@ def test_activations_of_the_encoder(toys, reference, spelling):
     ids=["another activation", "a decoder"],
 )
 def test_an_unusual_bert_keeps_its_graph(toys, reference, config):
-    model = build(toys, "bert", **config)
+    model = build(toys, "bert", layers=1, **config)
     assert describe_encoder(model) is None
     proto = export(toys, model, "bert")
     assert set(operators(proto)) == {"SparseLinear"}
@@ -315,13 +315,13 @@ def test_inputs_that_the_tokenizer_does_not_give(toys, reference):
 
 
 def test_roberta_with_token_types(toys, reference):
-    model = build(toys, "roberta", type_vocab_size=2)
+    model = build(toys, "roberta", layers=1, type_vocab_size=2)
     proto = export(toys, model, "roberta", inputs=list(INPUT_NAMES))
     assert_same(reference, model, proto, batches(list(INPUT_NAMES)))
 
 
 def test_roberta_with_another_padding_token(toys, reference):
-    model = build(toys, "roberta", pad_token_id=4)
+    model = build(toys, "roberta", layers=1, pad_token_id=4)
     proto = export(toys, model, "roberta")
     assert_same(reference, model, proto, batches(["input_ids", "attention_mask"], pad=4))
 
@@ -342,7 +342,7 @@ def test_embedding_tables_are_stored_whole_however_many_zeros_they_have(toys):
 
 @pytest.mark.parametrize("electra", [{}, {"embedding_size": 32}], ids=["projected", "not projected"])
 def test_electra_of_both_sizes(toys, reference, electra):
-    model = build(toys, "electra", **electra)
+    model = build(toys, "electra", layers=1, **electra)
     proto = export(toys, model, "electra")
     attributes = {item.name: helper.get_attribute_value(item) for item in proto.graph.node[0].attribute}
     assert attributes["projection"] == (not electra)

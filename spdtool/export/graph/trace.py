@@ -99,8 +99,7 @@ def trace_named(model: PreTrainedModel, names: list[str], opset: int) -> onnx.Mo
     """Trace a model to a graph without the exporter's notes, whose weights have their state-dict names.
 
     The graph is traced with random weights, and the model's are put into it. So it depends on the
-    configuration alone: weights that are equal by chance do not share a constant, and a bias of
-    zeros is not folded away.
+    configuration alone, and a bias of zeros is not folded away.
 
     Args:
         names: inputs, as in `trace_model`.
@@ -123,7 +122,25 @@ def trace_named(model: PreTrainedModel, names: list[str], opset: int) -> onnx.Mo
             array = weights[parameters[0]].detach().numpy()
             stored = array.T if tensor.name.endswith(TRANSPOSED) else array
             tensor.raw_data = np.ascontiguousarray(stored).tobytes()
+    merge_equal_weights(proto)
     return proto
+
+
+def merge_equal_weights(proto: onnx.ModelProto) -> None:
+    """Store equal parameters once, with all their names; later passes would drop all names but one."""
+    first: dict[tuple[object, ...], TensorProto] = {}
+    replaced: dict[str, str] = {}
+    for tensor in proto.graph.initializer:
+        if names := _parameters_of(tensor):
+            content = (tensor.data_type, *tensor.dims, hashlib.sha256(tensor.raw_data).digest())
+            stored_first = first.setdefault(content, tensor)
+            if stored_first is not tensor:
+                joined = " ".join([*_parameters_of(stored_first), *names])
+                del stored_first.metadata_props[:]
+                stored_first.metadata_props.add(key=PARAMETERS, value=joined)
+                replaced[tensor.name] = stored_first.name
+    keep_constants(proto.graph, tensors_by_name(proto.graph).keys() - replaced.keys())
+    _rename(proto.graph, replaced)
 
 
 def _trace_template(model: PreTrainedModel, names: list[str], opset: int) -> bytes:
