@@ -37,7 +37,7 @@ FLOORS = (
 HEAVY = {"torch", "transformers", "numpy", "datasets", "accelerate", "sklearn", "scipy", "onnx", "onnxruntime"}
 HEAVY |= {"matplotlib", "jinja2"}
 PLANNING = {"spdtool.stages.plan", "spdtool.stages.estimate", "spdtool.stages.cost", "spdtool.stages.trial"}
-STARTERS = {"spdtool.stages.api", "spdtool.stages.run_stages", "spdtool.stages.trial"}  # they start stages
+STARTERS = {f"spdtool.stages.{name}" for name in ("api", "run_stages", "search", "trial")}  # they start stages
 PHASES = {"spdtool.stages.prune", "spdtool.stages.distill", "spdtool.stages.finetune"}
 
 # Arrows that still point upwards. An entry that is no longer needed fails the test, so the list only shrinks.

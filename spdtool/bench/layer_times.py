@@ -10,24 +10,28 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib.util
 import inspect
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from spdtool import console
-from spdtool.bench.engines import Engine, Shape
+from spdtool.bench.engines import Engine
 from spdtool.bench.latency import Timing, time_engines
+from spdtool.bench.profiles import (
+    TIMED_RUNTIMES,
+    TimedInput,
+    layer_sizes,
+    require_runtime,
+    runtime_version,
+)
 from spdtool.bench.ratios import median_ms, paired_ratio
-from spdtool.errors import DeviceError, ModelError, RecipeError, first_line
-from spdtool.export import onnx_session
+from spdtool.errors import ModelError
 from spdtool.run.fingerprint import describe_processor
 from spdtool.run.records import LayerCosts, Ratio, ShapeProfile
 
@@ -37,10 +41,6 @@ if TYPE_CHECKING:
     from spdtool.models.structures import Structures
     from spdtool.pruning.structure import LayerShape
 
-ONNXRUNTIME = "onnxruntime"
-OPENVINO = "openvino"
-# Runtimes that can be timed here, and the kind of engine that does it.
-TIMED_RUNTIMES: dict[str, Literal["onnxruntime", "openvino"]] = {ONNXRUNTIME: "onnxruntime", OPENVINO: "openvino"}
 OPSET = 18
 INPUTS = ("input_ids", "attention_mask")
 TIMED_LAYERS = 2
@@ -65,27 +65,6 @@ class TimedPoint:
     def name(self) -> str:
         """Name of its engine and its file."""
         return f"{self.layers} layers, {self.heads} heads, {self.neurons} neurons"
-
-
-@dataclass(frozen=True)
-class TimedInput:
-    """What every encoder of a table is timed with.
-
-    Attributes:
-        batch, length: rows and tokens, without padding.
-        threads: of one operator; 0: all cores.
-        runtime: one of `TIMED_RUNTIMES`.
-    """
-
-    batch: int
-    length: int
-    threads: int = 1
-    runtime: str = ONNXRUNTIME
-
-    @property
-    def shape(self) -> Shape:
-        """Batch and length."""
-        return Shape(self.batch, self.length)
 
 
 def measure_layer_times(
@@ -343,89 +322,3 @@ def count_rounds(timings: Sequence[Timing]) -> int:
     """Number of rounds that were made."""
     (rounds,) = timings[0].rounds.values()
     return len(rounds)
-
-
-def require_runtime(name: str) -> None:
-    """Refuse a runtime that cannot be timed here.
-
-    Raises:
-        DeviceError: it is not installed, or runs elsewhere.
-    """
-    if name not in TIMED_RUNTIMES:
-        raise DeviceError(
-            f"{name} is not timed here: layers are timed in {' or '.join(TIMED_RUNTIMES)}",
-            "give a file of its times, in the form of `spdtool bench --profile`: --profile FILE",
-        )
-    if name == OPENVINO and importlib.util.find_spec(OPENVINO) is None:
-        raise DeviceError("openvino is not installed", "pip install openvino")
-    if name == ONNXRUNTIME:
-        onnx_session.require_onnxruntime()
-
-
-def runtime_version(name: str) -> str:
-    """Version of a runtime that is installed here."""
-    if name == OPENVINO:
-        return metadata.version(OPENVINO)
-    return str(onnx_session.require_onnxruntime().__version__)
-
-
-def layer_sizes(model: PreTrainedModel) -> tuple[int, int]:
-    """Numbers of heads and neurons of a dense layer."""
-    from spdtool.models.structures import find_structures
-
-    first = find_structures(model)[0]
-    return first.heads.count, first.neurons.count
-
-
-def expected_fields(model: PreTrainedModel, timed: TimedInput) -> dict[str, str | int]:
-    """Return what a profile must have to fit a model and an input; of this machine, where its runtime is here.
-
-    Args:
-        model: the dense one, with or without weights.
-    """
-    heads, neurons = layer_sizes(model)
-    fields: dict[str, str | int] = {
-        "runtime": timed.runtime,
-        "threads": timed.threads,
-        "batch": timed.batch,
-        "length": timed.length,
-        "family": model.config.model_type,
-        "width": model.config.hidden_size,
-        "heads": heads,
-        "neurons": neurons,
-    }
-    if timed.runtime in TIMED_RUNTIMES:
-        require_runtime(timed.runtime)
-        fields |= {"version": runtime_version(timed.runtime), "processor": describe_processor()}
-    return fields
-
-
-def read_profile(file: Path) -> ShapeProfile:
-    """Read the file that `spdtool bench --profile` wrote.
-
-    Raises:
-        RecipeError: it is not there, or holds no profile.
-    """
-    hint = "write one with `spdtool bench --profile FILE --model FOLDER`"
-    try:
-        return ShapeProfile.model_validate(json.loads(file.read_text("utf-8")))
-    except OSError as error:
-        raise RecipeError(f"the profile {file} cannot be read: {error.strerror}", hint) from None
-    except ValueError as error:  # json's, pydantic's and UTF-8's
-        raise RecipeError(f"{file} is no profile: {first_line(error)}", hint) from None
-
-
-def check_profile(profile: ShapeProfile, expected: Mapping[str, str | int], source: str) -> None:
-    """Refuse a profile of another runtime, machine, model or input than `expected`, which has fields of a profile.
-
-    Raises:
-        RecipeError: names every field that differs.
-    """
-    recorded = profile.model_dump()
-    different = [name for name, value in expected.items() if recorded[name] != value]
-    if different:
-        lines = "; ".join(f"{name} {recorded[name]} there, {expected[name]} here" for name in different)
-        raise RecipeError(
-            f"the profile {source} does not fit: {lines}",
-            "measure one here with `spdtool bench --profile FILE --model FOLDER`",
-        )

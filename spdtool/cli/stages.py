@@ -70,6 +70,11 @@ def run_all(recipe: Recipe, path: Path, dry_run: bool, everything: bool, process
     from spdtool.run.folder import Run
     from spdtool.stages.api import adopt_choice, compress, plan_run
 
+    if recipe.goal.searches and processes > 1:
+        raise RecipeError(
+            "--max-drop without --speedup trains several students, and --processes is of one",
+            "leave --processes out, or name the --speedup",
+        )
     check_header(recipe)  # before torch is imported
     from spdtool.stages.estimate import plan_for_processes
 
@@ -88,7 +93,7 @@ def run_all(recipe: Recipe, path: Path, dry_run: bool, everything: bool, process
     result = compress(recipe=recipe, run=path, on_plan=start)
     if not result.finished:  # a rank that only trains
         return None
-    shown = show_bench(Run.open(path))
+    shown = show_bench(Run.open(result.run))
     # Last, so that it is not scrolled away; exit code 3, though all other files are there.
     if result.refusal is not None:
         console.print_result(shown)

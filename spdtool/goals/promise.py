@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from spdtool.bench.engines import Shape
-from spdtool.bench.layer_times import ONNXRUNTIME
+from spdtool.bench.profiles import ONNXRUNTIME
 from spdtool.bench.ratios import BenchData
 from spdtool.errors import GateError
 from spdtool.export.onnx_session import usable_cores

@@ -5,14 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from spdtool import console, ranks
+from spdtool.errors import RecipeError
 from spdtool.goals.shape import CHOICE, choose_goal_shape, foresee_shape, goal_key, read_choice
+from spdtool.goals.zeros import choose_sparsity
 from spdtool.models import collectives
 from spdtool.models.load import build_empty_teacher
 from spdtool.recipe.fields import Recipe
 from spdtool.recipe.reading import override
+from spdtool.run.fingerprint import hash_json
 from spdtool.run.folder import Run
-from spdtool.run.storage import write_json
+from spdtool.run.storage import create_folder, write_json
 from spdtool.tasks.prepare import find_task
+from spdtool.training.accelerator import create_accelerator
 
 
 def needs_shape(recipe: Recipe, folder: Path) -> bool:
@@ -21,7 +25,7 @@ def needs_shape(recipe: Recipe, folder: Path) -> bool:
     Args:
         folder: of the run.
     """
-    if not recipe.goal.is_set or recipe.goal.kind == "sparse":
+    if not recipe.goal.is_set or recipe.goal.kind == "sparse" or recipe.goal.searches:
         return False
     choice = read_choice(folder)
     if choice is not None and choice.key != goal_key(recipe):  # of another goal
@@ -34,8 +38,14 @@ def settle_goal(run: Run) -> None:
 
     The shape becomes `prune.shape` of the run's recipe. Raises as `choose_goal_shape`.
     """
+    if run.recipe.goal.searches:
+        raise RecipeError(
+            f"{run.path} has the teacher of a search by --max-drop; its students lie in {run.path}/goals",
+            f"go on with `spdtool compress --run {run.path}`",
+        )
     if not needs_shape(run.recipe, run.path):
         return
+    create_accelerator(run.recipe)  # of several ranks the others wait
     if ranks.is_main():
         choice = choose_goal_shape(run.recipe, run.use_input("teacher"))
         write_json(run.path / CHOICE, choice)
@@ -61,7 +71,31 @@ def adopt_recorded(recipe: Recipe, recorded: Recipe | None) -> Recipe:
         return recipe
     if goal_key(recorded) != goal_key(recipe):
         return recipe
+    if recipe.goal.kind == "sparse":
+        return override(recipe, (), {"sparsity": recorded.sparsity, "goal.table": recorded.goal.table})
     return put_shape(recipe, list(recorded.prune.shape), recorded.goal.table)
+
+
+def settle_sparsity(recipe: Recipe, folder: Path) -> Recipe:
+    """Choose the sparsity of a sparse student that a speed-up asks for, and record it in the run.
+
+    Args:
+        folder: of the run.
+
+    Raises:
+        SpdError: as `choose_sparsity`.
+    """
+    goal = recipe.goal
+    if goal.kind != "sparse" or goal.speedup is None or goal.table is not None:
+        return recipe
+    sparsity, ratio = choose_sparsity(recipe)
+    console.say(f"goal: {goal.describe()}: {sparsity:.0%} zeros; timed with random weights: {ratio}")
+    digest = hash_json([sparsity, ratio.model_dump(mode="json")])
+    settled = override(recipe, (), {"sparsity": sparsity, "goal.table": digest})
+    # Now, so that every rank and a later call go on with it.
+    create_folder(folder)
+    Run.for_recipe(folder, settled).change_recipe(settled)
+    return settled
 
 
 def foresee_recipe(recipe: Recipe, folder: Path, guess: str, *, measure: bool) -> tuple[Recipe, list[str]]:
@@ -78,8 +112,13 @@ def foresee_recipe(recipe: Recipe, folder: Path, guess: str, *, measure: bool) -
     """
     goal = recipe.goal
     lines: list[str] = []
+    if goal.searches:
+        return recipe, ["students of several sizes are tried, by bisection, each with this teacher"]
     if goal.kind == "sparse":
-        return recipe, [*lines, f"a sparse student of {recipe.sparsity:.0%} zeros"]
+        chosen = f"a sparse student of {recipe.sparsity:.0%} zeros"
+        return recipe, [
+            chosen if goal.table else "a sparse student, whose sparsity is chosen by timing random encoders"
+        ]
     if not needs_shape(recipe, folder):
         choice = read_choice(folder)
         return recipe, lines if choice is None else [*lines, choice.describe()]

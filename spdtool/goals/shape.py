@@ -20,21 +20,14 @@ from typing import NamedTuple
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spdtool import console
-from spdtool.bench.layer_times import (
-    ONNXRUNTIME,
-    SpeedTrial,
-    TimedInput,
-    check_profile,
-    expected_fields,
-    measure_layer_times,
-    read_profile,
-)
+from spdtool.bench.layer_times import SpeedTrial, measure_layer_times
+from spdtool.bench.profiles import ONNXRUNTIME, TimedInput, check_profile, expected_fields, read_profile
 from spdtool.data.batches import evaluation_batches
 from spdtool.data.cache import cache_folder
 from spdtool.errors import RecipeError
 from spdtool.goals.sizes import count_bytes
 from spdtool.models.layers import max_positions
-from spdtool.models.load import build_empty_model, label_names, load_model, load_tokenizer
+from spdtool.models.load import build_empty_model, build_empty_teacher, label_names, load_model, load_tokenizer
 from spdtool.models.predict import torch_forward
 from spdtool.models.structures import find_structures
 from spdtool.pruning.search import cost_of_shape, find_shape_within, loss_of_shape, smallest_cost
@@ -50,7 +43,7 @@ from spdtool.recipe.fields import Recipe
 from spdtool.run.fingerprint import hash_json
 from spdtool.run.records import LayerCosts, Ratio, ShapeChoice, ShapeProfile
 from spdtool.run.storage import create_folder, write_json
-from spdtool.tasks.prepare import prepare_rows
+from spdtool.tasks.prepare import find_task, prepare_rows
 
 BATCH_SIZE = 32  # calibration rows of one forward pass
 CHOICE = "goal.json"  # in the run folder
@@ -225,6 +218,15 @@ def check_reachable(recipe: Recipe, tables: GoalTables) -> None:
                 f"ask for --max-mb {smallest / MEGABYTE + 0.05:.1f} or more, or start from a smaller --model",
             )
         raise too_fast(recipe, tables, costs.of_dense(len(tables.dense)) / smallest)
+
+
+def largest_speedup(recipe: Recipe) -> float:
+    """Return the largest speed-up in the table of the recipe's encoder; its goal asks for any speed-up."""
+    model = build_empty_teacher(recipe, find_task(recipe))
+    tables = make_tables(recipe, model)
+    assert tables.profile is not None
+    costs = tables.profile.costs
+    return costs.of_dense(len(tables.dense)) / smallest_cost(even_losses(tables.dense), costs)
 
 
 def too_fast(recipe: Recipe, tables: GoalTables, largest: float) -> RecipeError:

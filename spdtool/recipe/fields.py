@@ -501,6 +501,11 @@ class Goal(Section):
         return self
 
     @property
+    def searches(self) -> bool:
+        """Whether several students are tried: how small the student may be depends on its score."""
+        return self.max_drop is not None and self.speedup is None and self.table is None
+
+    @property
     def label(self) -> str:
         """What is asked for, for names of folders: such as `3x` or `20MB`."""
         wishes = []
@@ -600,6 +605,14 @@ class Recipe(Section):
         """Refuse, before anything runs, settings that do not go together."""
         if self.student is not None and self.prune.layers:
             raise ValueError("prune.layers chooses layers of the teacher: leave it out, or `student`")
+        if self.goal.is_set and self.goal.table is None and self.prune.is_structured:
+            raise ValueError(
+                "a goal chooses the shape: leave prune.shape, prune.heads and prune.neurons out, or the goal"
+            )
+        if self.goal.is_set and self.goal.kind != "sparse" and self.prune.pattern != "unstructured":
+            raise ValueError(
+                f"prune.pattern = {self.prune.pattern!r} is of zeros: leave it out, or ask for goal.kind=sparse"
+            )
         if not self.shard:
             return self
         if self.prune.is_structured:

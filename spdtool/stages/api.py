@@ -114,6 +114,19 @@ def compress(
             recorded=recorded_recipe(run),
         )
     path = Path(run) if run is not None else default_path(recipe)
+    if recipe.goal.searches and until != STAGES[0]:
+        from spdtool.stages.search import compress_fastest
+
+        def compress_one(one: Recipe, folder: Path, last: str) -> CompressionResult:
+            # One plan is enough: the students differ in their sizes.
+            return _compress_one(one, folder, last, on_plan if folder == path else None)
+
+        return compress_fastest(recipe, path, until, compress_one)
+    return _compress_one(recipe, path, until, on_plan)
+
+
+def _compress_one(recipe: Recipe, path: Path, until: str, on_plan: Callable[[Plan], None] | None) -> CompressionResult:
+    """Run the stages up to `until` that are missing in one folder; arguments and errors are those of `compress`."""
     recipe = adopt_choice(recipe, path)
     wanted = STAGES[: STAGES.index(until) + 1]
     forecast = Forecast()
@@ -122,6 +135,10 @@ def compress(
         from spdtool.data.local import check_header
 
         check_header(recipe)  # before torch is imported
+        if recipe.goal.is_set:
+            from spdtool.goals.settle import settle_sparsity
+
+            recipe = settle_sparsity(recipe, path)
         plan = plan_run(recipe, path)
         if "export" in wanted:
             from spdtool.export import onnx_session

@@ -10,19 +10,15 @@ import toys
 
 from spdtool.bench.layer_times import (
     TIMED_LAYERS,
-    TimedInput,
     TimedPoint,
     build_random_encoder,
-    check_profile,
     clear_structures,
-    expected_fields,
     make_falling,
     measure_layer_times,
-    read_profile,
-    require_runtime,
     solve_costs,
     timed_widths,
 )
+from spdtool.bench.profiles import TimedInput, check_profile, expected_fields, read_profile, require_runtime
 from spdtool.errors import DeviceError, RecipeError
 from spdtool.models.structures import find_structures
 from spdtool.run.records import LayerCosts, ShapeProfile

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import toys
 
-from spdtool.bench.layer_times import TimedInput
+from spdtool.bench.profiles import TimedInput
 from spdtool.errors import RecipeError
 from spdtool.goals import shape as goal_shape
 from spdtool.goals.shape import (

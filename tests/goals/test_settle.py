@@ -1,0 +1,104 @@
+"""What a run has chosen for its goal: kept by the same command, chosen anew for another goal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from spdtool.errors import RecipeError
+from spdtool.goals import settle
+from spdtool.goals.settle import adopt_recorded, needs_shape, put_shape, settle_goal, settle_sparsity
+from spdtool.goals.shape import CHOICE, goal_key
+from spdtool.goals.zeros import bisect_first
+from spdtool.recipe.fields import Recipe, first_stage_using
+from spdtool.recipe.reading import build_recipe, request_recipe
+from spdtool.run.folder import Run, default_path
+from spdtool.run.records import Ratio, ShapeChoice
+from spdtool.run.storage import write_json
+
+SHAPE = [(1, 32), (2, 64)]
+
+
+def recipe_of(**goal: object) -> Recipe:
+    """A recipe with that goal."""
+    return build_recipe("default", {"task": "demo", **{f"goal.{name}": value for name, value in goal.items()}})
+
+
+def choice_of(recipe: Recipe) -> ShapeChoice:
+    """What is chosen for the goal of a recipe."""
+    return ShapeChoice(key=goal_key(recipe), goal="2x", shape=SHAPE, dense=(2, 64), table="abc", bytes=1)
+
+
+def test_the_same_command_goes_on_with_the_shape_and_another_goal_does_not() -> None:
+    recipe = recipe_of(speedup=2)
+    recorded = put_shape(recipe, SHAPE, "abc")
+    adopted = adopt_recorded(recipe, recorded)
+    assert adopted == recorded
+    assert adopted.prune.shape == tuple(SHAPE)
+    for other in (recipe_of(speedup=3), recipe_of(), recipe_of(speedup=2, batch=8)):
+        assert adopt_recorded(other, recorded) == other
+    # What is only measured in the end does not change the shape.
+    assert adopt_recorded(recipe_of(speedup=2, max_drop=1), recorded).prune.shape == tuple(SHAPE)
+
+
+def test_a_shape_is_chosen_once_and_anew_for_another_goal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_of(speedup=2)
+    asked: list[float | None] = []
+
+    def choose(recipe: Recipe, teacher: Path) -> ShapeChoice:
+        asked.append(recipe.goal.speedup)
+        return choice_of(recipe)
+
+    monkeypatch.setattr(settle, "choose_goal_shape", choose)
+    run = Run(tmp_path, recipe)
+    monkeypatch.setattr(run, "use_input", lambda _: tmp_path)
+    settle_goal(run)
+    settle_goal(run)
+    assert asked == [2]
+    assert run.recipe.prune.shape == tuple(SHAPE)
+    assert Run.open(tmp_path).recipe == run.recipe
+    assert Run.open(tmp_path).recipe.goal.table == "abc"
+    assert needs_shape(put_shape(recipe_of(speedup=3), SHAPE, "abc"), tmp_path)
+
+
+def test_a_choice_that_cannot_be_read_leaves_the_recipe_its_shape(tmp_path: Path) -> None:
+    recipe = put_shape(recipe_of(speedup=2), SHAPE, "abc")
+    (tmp_path / CHOICE).write_text("{")
+    assert not needs_shape(recipe, tmp_path)
+    write_json(tmp_path / CHOICE, choice_of(recipe))
+    assert not needs_shape(recipe, tmp_path)
+
+
+def test_the_sparsity_of_a_goal_is_recorded_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ratio = Ratio(median=2.1, low=2, high=2.2)
+    monkeypatch.setattr(settle, "choose_sparsity", lambda recipe: (0.8, ratio))
+    recipe = recipe_of(speedup=2, kind="sparse")
+    settled = settle_sparsity(recipe, tmp_path / "run")
+    assert settled.sparsity == 0.8
+    assert Run.open(tmp_path / "run").recipe == settled
+    assert adopt_recorded(recipe, settled) == settled
+    small = recipe_of(speedup=2)
+    assert settle_sparsity(small, tmp_path / "other") == small
+
+
+def test_bisection_finds_the_first_that_holds() -> None:
+    candidates = (0.5, 0.6, 0.7, 0.8, 0.9)
+    for least in (0.1, 0.5, 0.65, 0.9, 0.95):
+        expected = next((each for each in candidates if each >= least), None)
+        assert bisect_first(candidates, lambda each, least=least: each >= least) == expected, least
+
+
+def test_a_dial_and_a_goal_are_not_both_taken() -> None:
+    with pytest.raises(RecipeError, match="a sparsity and a goal were given"):
+        request_recipe("demo", sparsity=0.9, goal={"speedup": 2})
+    with pytest.raises(RecipeError, match="prune.shape"):
+        build_recipe("default", {"task": "demo", "goal.speedup": 2, "prune.heads": 0.5})
+
+
+def test_a_run_with_a_goal_is_named_after_it_and_its_teacher_does_not_depend_on_it() -> None:
+    assert default_path(recipe_of(speedup=3, max_mb=20)).name == "demo-3x-20MB"
+    assert first_stage_using("goal.speedup") == "prune"
+    assert first_stage_using("goal.max_drop") == "bench"
