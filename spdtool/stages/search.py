@@ -94,7 +94,7 @@ def list_candidates(recipe: Recipe) -> list[float]:
     candidates = [speedup for speedup in SPEEDUPS if speedup <= largest]
     if not candidates:
         raise RecipeError(
-            f"without any head and neuron this encoder is {largest:.2f} times as fast; the least tried is {SPEEDUPS[0]:g}",
+            f"without any head and neuron this encoder is {largest:.2f} times as fast; {SPEEDUPS[0]:g} is the least",
             "give a larger --model",
         )
     return candidates
