@@ -46,6 +46,7 @@ def recipe(minutes: float) -> Any:
         "prune.grafting.start=0.6",
         "distill.grafting={schedule='linear', start=0.3}",
         "finetune.grafting.start=0.9",
+        "finetune.quantize=int8",
         f"save_minutes={minutes}",
         sparsity=0.8,
     )

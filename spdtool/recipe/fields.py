@@ -362,6 +362,11 @@ class Finetune(Distilled):
 
     stage_defaults: ClassVar[Mapping[str, float]] = {"warmup": 0.0, "initial_learning_rate": 0.25}
 
+    quantize: Literal["none", "int8"] = "none"
+    """int8: train with weights and activations rounded as int8 products are; the scores include the rounding"""
+    quantize_start: float = Field(0.5, ge=0, lt=1)
+    """share of the phase's steps after which they are rounded"""
+
 
 Storage = Literal["smallest", "fp32", "fp16", "int8"]
 # Allowed change of the dev metric, by the coarsest storage of the exported file.
@@ -622,6 +627,7 @@ class Recipe(Section):
             clashes[f"{phase}.grafting.kind=blend"] = section.grafting.kind == "blend"
             clashes[f"{phase}.clip_over=all"] = section.clip_over == "all"
         clashes["prune.saliency=logits"] = self.prune.saliency == "logits"
+        clashes["finetune.quantize=int8"] = self.finetune.quantize == "int8"
         for setting, is_set in clashes.items():
             if is_set:
                 raise ValueError(f"sharded weights do not go with {setting}")

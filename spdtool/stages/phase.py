@@ -40,13 +40,14 @@ from spdtool.pruning.patterns import find_pattern
 from spdtool.pruning.pruner import Pruner
 from spdtool.pruning.structure import EncoderShape, LayerShape, choose_shape, full_shape, shape_sparsity
 from spdtool.pruning.structured import StructuredMasks, StructuredPruner
-from spdtool.recipe.fields import Distilled, Recipe, TrainingLength
+from spdtool.recipe.fields import Distilled, Finetune, Recipe, TrainingLength
 from spdtool.run.folder import Run
 from spdtool.run.records import TrainingResult, ZeroCount
 from spdtool.tasks.prepare import check_teacher_score, find_task, prepare_data
 from spdtool.training.accelerator import choose_threads, compare_arithmetic, create_accelerator
 from spdtool.training.learner import Learner
 from spdtool.training.loop import fit
+from spdtool.training.quantize import RoundedProducts
 from spdtool.training.trackers import track_events
 
 
@@ -177,6 +178,9 @@ def train_phase(run: Run, stage: str, phase: Phase) -> TrainingResult:
     recipe, section, pruner = run.recipe, phase.section, phase.pruner
     assert pruner is not None
     _install_sparse_products(recipe, phase)
+    if isinstance(section, Finetune) and section.quantize == "int8":
+        layers = find_prunable_layers(phase.model).values()
+        phase.rounding = RoundedProducts(layers, section.quantize_start, phase.length.steps)
     lesson = DistillationLesson(
         stage,
         section,
@@ -197,6 +201,8 @@ def train_phase(run: Run, stage: str, phase: Phase) -> TrainingResult:
             ):
                 fitted = fit(phase, lesson, rows, section, phase.length, recipe, work, on_event)
         pruner.finalize()  # a live weight may have landed on exactly 0
+        if phase.rounding is not None:
+            phase.rounding.is_on = True  # a stage that was killed after its last step has trained none since
         dev, train, classes = phase.score_classes()
         work.result = result = TrainingResult(
             dev=dev, train=train, classes=classes, fit=fitted, sparsity=phase.masks.sparsity()

@@ -18,6 +18,7 @@ from spdtool.models.student import drop_unread_columns
 from spdtool.pruning.pruner import Pruner
 from spdtool.run.records import ClassScores, IntermediateStudent, Scores
 from spdtool.tasks.task import Task
+from spdtool.training.quantize import RoundedProducts
 
 
 @dataclass(kw_only=True)
@@ -29,6 +30,7 @@ class Learner:
         scored_rows: sample of training rows that is scored beside the dev set; empty: none.
         accelerator: device and precision of its training.
         pruner: prunes at its events and keeps the zeros; None for a dense model.
+        rounding: layers that learn to be rounded; None: nothing is.
     """
 
     model: PreTrainedModel
@@ -38,6 +40,7 @@ class Learner:
     scored_rows: Encoded
     accelerator: Accelerator
     pruner: Pruner | None = None
+    rounding: RoundedProducts | None = None
 
     @property
     def forward(self) -> Forward:

@@ -102,6 +102,8 @@ def fit(
         prefetch.prefetch_batches(batches, learner.accelerator.device) as step_batches,
     ):
         for step, size, microbatches in step_batches:
+            if learner.rounding is not None:
+                learner.rounding.switch(step)
             _train_step(job, optimizer, step, microbatches, window)
             done = step + 1
             _prune_if_due(job, done)
@@ -351,10 +353,10 @@ def _log_step(job: _Job, length: TrainingLength, done: int, window: LossWindow) 
 def _evaluate(job: _Job, done: int) -> None:
     """Score the model; keep its weights if they are the best up to now and may be handed over."""
     dev, train = job.learner.score()
-    pruner = job.learner.pruner
-    is_best = job.log.write_evaluation(
-        Evaluation(step=done, metrics=dev, train=train), may_be_best=pruner is None or pruner.is_done(done)
-    )
+    pruner, rounding = job.learner.pruner, job.learner.rounding
+    # A score before the last event, or before weights are rounded, is that of another student than the final one.
+    may_be_best = (pruner is None or pruner.is_done(done)) and (rounding is None or rounding.was_on(done))
+    is_best = job.log.write_evaluation(Evaluation(step=done, metrics=dev, train=train), may_be_best=may_be_best)
     if is_best and job.section.keep_best:
         job.snapshotter.keep_weights()
 
