@@ -69,7 +69,7 @@ def imitate_token_rounding(x: Tensor) -> Tensor:
     """Round activations [..., inputs] as `round_tokens` does, chunk by chunk; the gradient passes unchanged."""
     with torch.no_grad():
         rounded = []
-        for chunk in x.float().split(INPUT_CHUNK, dim=-1):
+        for chunk in torch.split(x.float(), INPUT_CHUNK, dim=-1):
             tokens = round_tokens(chunk)
             rounded.append((tokens.values.to(chunk.dtype) - tokens.zero_point) * tokens.scale)
         change = torch.cat(rounded, dim=-1) - x
