@@ -125,7 +125,7 @@ class EncoderPass {
     const Tiles& tiles = *state.tiles;
     if (wanted)
       k8_.round(Activation::kNone, from + tiles.offset(t, e_.hidden_), e_.hidden_, tiles[t].vectors,
-                rounded_at(tiles, t, state.rounded, e_.hidden_));
+                rounded_at(tiles, t, state.rounded, e_.hidden_), nullptr);
   }
 
   // Whether the layer after this one rounds what it reads.
@@ -218,12 +218,12 @@ class EncoderPass {
     float* embedded = e_.shape_.projection ? sums + size * widest() : x;
     k_.into_tile(rows, tile.width, size, embedded);
     k_.add_layer_norm(embedded, nullptr, size, tile.vectors, e_.embedding_norm_.gain.data(),
-                      e_.embedding_norm_.bias.data(), e_.shape_.epsilon);
+                      e_.embedding_norm_.bias.data(), e_.shape_.epsilon, nullptr);
     if (e_.shape_.projection) {
       LayerIn in{embedded, {}};
       if (e_.projection_.rounds()) {  // in place of the sums, which are larger
         in.rounded = rounded_tile(reinterpret_cast<int32_t*>(sums), size, tile.width);
-        k8_.round(Activation::kNone, embedded, size, tile.vectors, in.rounded);
+        k8_.round(Activation::kNone, embedded, size, tile.vectors, in.rounded, nullptr);
       }
       multiply_tile(e_.projection_, 0, e_.projection_.row_blocks(), in, {x, 0}, tile.vectors, e_.machine_);
     }
@@ -307,10 +307,15 @@ class EncoderPass {
     k_.attend(task);
   }
 
-  void normalise(const State& state, size_t t, const LayerNorm& norm) const {
+  // Adds `product` to x and normalises it; rounds it where `rounds`.
+  void normalise(const State& state, size_t t, const LayerNorm& norm, bool rounds) const {
     const size_t offset = state.tiles->offset(t, e_.hidden_);
-    k_.add_layer_norm(state.x + offset, state.product + offset, e_.hidden_, (*state.tiles)[t].vectors,
-                      norm.gain.data(), norm.bias.data(), e_.shape_.epsilon);
+    const int vectors = (*state.tiles)[t].vectors;
+    const RoundedTile out = rounded_at(*state.tiles, t, state.rounded, e_.hidden_);
+    float* const range = rounds && e_.hidden_ <= kInputsOfChunk ? out.scale : nullptr;  // scale and zero follow one another
+    k_.add_layer_norm(state.x + offset, state.product + offset, e_.hidden_, vectors, norm.gain.data(), norm.bias.data(),
+                      e_.shape_.epsilon, range);
+    if (rounds) k8_.round(Activation::kNone, state.x + offset, e_.hidden_, vectors, out, range);
   }
 
   // Computes everything after the attention, one group of tiles after the other.
@@ -322,15 +327,13 @@ class EncoderPass {
                       multiply({&layer.output, state.context, state.rounded, state.product}, 0,
                                layer.output.row_blocks(), *state.tiles, group);
                       for (size_t t = group.begin; t < group.end; t++) {
-                        normalise(state, t, layer.attention_norm);
-                        round(layer.up.rounds(), state, t, state.x);
+                        normalise(state, t, layer.attention_norm, layer.up.rounds());
                       }
                       float* const scratch = work_.scratch[worker].data();
                       layer.down.rounds() ? rounded_feed_forward(layer, state, group, scratch)
                                           : feed_forward(layer, state, group, scratch);
                       for (size_t t = group.begin; t < group.end; t++) {
-                        normalise(state, t, layer.output_norm);
-                        round(next_rounds(layer), state, t, state.x);
+                        normalise(state, t, layer.output_norm, next_rounds(layer));
                       }
                     }});
   }
@@ -372,7 +375,7 @@ class EncoderPass {
             rounded_tile(reinterpret_cast<int32_t*>(inner + kInputsOfChunk * widest()), rows, tile.width);
         multiply_tile(layer.up, begin, end, input(tiles, t, state.x, state.rounded, e_.hidden_), {inner, row}, tile.vectors,
                       e_.machine_);
-        k8_.round(e_.shape_.activation, inner, rows, tile.vectors, rounded);
+        k8_.round(e_.shape_.activation, inner, rows, tile.vectors, rounded, nullptr);
         for (uint32_t block = 0; block < down.row_blocks(); block++) {
           const size_t first = down.block(block) + begin / kRowBlocksOfInt8Chunk;
           k8_.multiply(down.view(), first, first + 1, rounded, row, {state.product + tiles.offset(t, e_.hidden_), 0},
@@ -389,8 +392,7 @@ class EncoderPass {
       list.push_back({tiles.count(), [this, &state](size_t t, size_t) { round(true, state, t, state.context); }});
     add_products(list, {{&layer.output, state.context, state.rounded, state.product}}, tiles);
     list.push_back({tiles.count(), [this, &layer, &state](size_t t, size_t) {
-                      normalise(state, t, layer.attention_norm);
-                      round(layer.up.rounds(), state, t, state.x);
+                      normalise(state, t, layer.attention_norm, layer.up.rounds());
                     }});
     const size_t parts = layer.up.row_blocks();
     list.push_back({tiles.count() * parts, [this, &layer, &state, &tiles, parts](size_t item, size_t) {
@@ -405,12 +407,11 @@ class EncoderPass {
     if (layer.down.rounds())
       list.push_back({tiles.count(), [this, &state, &tiles](size_t t, size_t) {
                         k8_.round(e_.shape_.activation, state.inner + tiles.offset(t, e_.inner_), e_.inner_,
-                                  tiles[t].vectors, rounded_at(tiles, t, state.rounded_inner, e_.inner_));
+                                  tiles[t].vectors, rounded_at(tiles, t, state.rounded_inner, e_.inner_), nullptr);
                       }});
     add_products(list, {{&layer.down, state.inner, state.rounded_inner, state.product}}, tiles);
     list.push_back({tiles.count(), [this, &layer, &state](size_t t, size_t) {
-                      normalise(state, t, layer.output_norm);
-                      round(next_rounds(layer), state, t, state.x);
+                      normalise(state, t, layer.output_norm, next_rounds(layer));
                     }});
   }
 

@@ -52,8 +52,9 @@ struct Int8Kernels {
   // 32-bit words of a group, in a tile and among weights: 1, or 2 where numbers take 16 bits.
   int words;
 
-  // x = activation(x) for a tile of `rows` rows, which are a multiple of four, and x rounded.
-  void (*round)(Activation, float* x, size_t rows, int vectors, RoundedTile out);
+  // x = activation(x) for a tile of `rows` rows, which are a multiple of four, and x rounded. `range`: what add_layer_norm
+  // wrote of x, which is one chunk then and has no activation; may be null, and may lie where `out` has its scales.
+  void (*round)(Activation, float* x, size_t rows, int vectors, RoundedTile out, const float* range);
 
   // y (+)= W x over blocks [begin, end), as Kernels::multiply. `origin`: the input that the tile begins with, the first of
   // its chunk.

@@ -217,11 +217,17 @@ void multiply(const Int8View& matrix, size_t begin, size_t end, const RoundedTil
 // `round_tokens` of spdtool/models/int8.py for the columns of one chunk. The activation is applied in the pass that looks
 // for the range.
 template <int V, class Function>
-SPARSE_INLINE void round_chunk(float* x, size_t rows, bool changes, Function function, RoundedTile out) {
+SPARSE_INLINE void round_chunk(float* x, size_t rows, bool changes, Function function, RoundedTile out,
+                               const float* range = nullptr) {
   constexpr size_t kWidth = V * kLanes;
   Vector least[V] = {}, most[V] = {}, reciprocal[V];
   Integers zero[V];
-  for (size_t r = 0; r < rows; r++)
+  if (range)
+    for (int v = 0; v < V; v++) {
+      least[v] = load(range + v * kLanes);
+      most[v] = load(range + kWidth + v * kLanes);
+    }
+  for (size_t r = 0; r < (range ? 0 : rows); r++)
 #pragma GCC unroll 4
     for (int v = 0; v < V; v++) {
       float* at = x + r * kWidth + v * kLanes;
@@ -254,12 +260,12 @@ SPARSE_INLINE void round_chunk(float* x, size_t rows, bool changes, Function fun
 }
 
 template <int V>
-void round_tile(Activation activation, float* x, size_t rows, RoundedTile out) {
+void round_tile(Activation activation, float* x, size_t rows, RoundedTile out, const float* range) {
   constexpr size_t kWidth = V * kLanes;
   for (size_t row = 0; row < rows; row += kInputsOfChunk) {
     const size_t count = rows - row < kInputsOfChunk ? rows - row : kInputsOfChunk;
     switch (activation) {
-      case Activation::kNone: round_chunk<V>(x, count, false, [](Vector v) { return v; }, out); break;
+      case Activation::kNone: round_chunk<V>(x, count, false, [](Vector v) { return v; }, out, range); break;
       case Activation::kRelu: round_chunk<V>(x, count, true, [](Vector v) { return greater(v, Vector{}); }, out); break;
       case Activation::kGelu: round_chunk<V>(x, count, true, [](Vector v) { return gelu(v); }, out); break;
       case Activation::kGeluTanh: round_chunk<V>(x, count, true, [](Vector v) { return gelu_tanh(v); }, out); break;
@@ -271,12 +277,12 @@ void round_tile(Activation activation, float* x, size_t rows, RoundedTile out) {
   }
 }
 
-void round(Activation activation, float* x, size_t rows, int vectors, RoundedTile out) {
+void round(Activation activation, float* x, size_t rows, int vectors, RoundedTile out, const float* range) {
   switch (vectors) {
-    case 1: return round_tile<1>(activation, x, rows, out);
-    case 2: return round_tile<2>(activation, x, rows, out);
-    case 3: return round_tile<3>(activation, x, rows, out);
-    default: return round_tile<4>(activation, x, rows, out);
+    case 1: return round_tile<1>(activation, x, rows, out, range);
+    case 2: return round_tile<2>(activation, x, rows, out, range);
+    case 3: return round_tile<3>(activation, x, rows, out, range);
+    default: return round_tile<4>(activation, x, rows, out, range);
   }
 }
 

@@ -281,7 +281,8 @@ void activate(Activation activation, float* x, size_t size) {
 // ---- layer norm
 
 template <int V>
-void add_layer_norm_of(float* x, const float* y, size_t rows, const float* gain, const float* bias, float epsilon) {
+void add_layer_norm_of(float* x, const float* y, size_t rows, const float* gain, const float* bias, float epsilon,
+                       float* range) {
   constexpr size_t kWidth = V * kLanes;
   const Vector inverse_rows = splat(1.0f / float(rows));
   Vector mean[V] = {}, scale[V] = {};
@@ -307,23 +308,32 @@ void add_layer_norm_of(float* x, const float* y, size_t rows, const float* gain,
     const Vector variance = scale[v] * inverse_rows + splat(epsilon);
     for (int lane = 0; lane < kLanes; lane++) scale[v][lane] = 1.0f / __builtin_sqrtf(variance[lane]);
   }
+  Vector least[V] = {}, most[V] = {};
   for (size_t r = 0; r < rows; r++) {
     const Vector g = splat(gain[r]), b = splat(bias[r]);
 #pragma GCC unroll 8
     for (int v = 0; v < V; v++) {
       float* at = x + r * kWidth + v * kLanes;
-      store(at, (load(at) - mean[v]) * (scale[v] * g) + b);
+      const Vector value = (load(at) - mean[v]) * (scale[v] * g) + b;
+      store(at, value);
+      least[v] = lesser(least[v], value);
+      most[v] = greater(most[v], value);
     }
+  }
+  if (range == nullptr) return;
+  for (int v = 0; v < V; v++) {
+    store(range + v * kLanes, least[v]);
+    store(range + kWidth + v * kLanes, most[v]);
   }
 }
 
 void add_layer_norm(float* x, const float* y, size_t rows, int vectors, const float* gain, const float* bias,
-                    float epsilon) {
+                    float epsilon, float* range) {
   switch (vectors) {
-    case 1: return add_layer_norm_of<1>(x, y, rows, gain, bias, epsilon);
-    case 2: return add_layer_norm_of<2>(x, y, rows, gain, bias, epsilon);
-    case 3: return add_layer_norm_of<3>(x, y, rows, gain, bias, epsilon);
-    default: return add_layer_norm_of<4>(x, y, rows, gain, bias, epsilon);
+    case 1: return add_layer_norm_of<1>(x, y, rows, gain, bias, epsilon, range);
+    case 2: return add_layer_norm_of<2>(x, y, rows, gain, bias, epsilon, range);
+    case 3: return add_layer_norm_of<3>(x, y, rows, gain, bias, epsilon, range);
+    default: return add_layer_norm_of<4>(x, y, rows, gain, bias, epsilon, range);
   }
 }
 

@@ -94,9 +94,10 @@ struct Kernels {
 
   void (*activate)(Activation, float* x, size_t size);
 
-  // x = layer_norm(x + y) over `rows`, column by column; `y` may be null.
+  // x = layer_norm(x + y) over `rows`, column by column; `y` may be null. Writes to `range`, which may be null too, the least
+  // number of each column, or 0 where that is less, and then the largest, or 0.
   void (*add_layer_norm)(float* x, const float* y, size_t rows, int vectors, const float* gain, const float* bias,
-                         float epsilon);
+                         float epsilon, float* range);
 
   void (*attend)(const AttentionTask&);
 

@@ -41,7 +41,8 @@ void linear(const LinearWeights& weights, Activation activation, const float* x,
                        column_rows(tiles[t], x, n, columns, 0, from);
                        kernels.into_tile(from, tiles[t].width, columns, tile);
                        if (weights.rounds())
-                         machine.integers.round(Activation::kNone, tile, columns, tiles[t].vectors, input(t).rounded);
+                         machine.integers.round(Activation::kNone, tile, columns, tiles[t].vectors, input(t).rounded,
+                                                nullptr);
                      }};
   const Phase multiply{
       tiles.count() * parts, [&](size_t item, size_t) {
@@ -70,7 +71,7 @@ double product_seconds(const LinearWeights& weights, size_t tokens, size_t repea
     float* const tile = x.data() + tiles.offset(t, weights.columns());
     inputs.push_back({tile, rounded_tile(rounded.data() + tiles.offset(t, words), weights.columns(), tiles[t].width)});
     if (weights.rounds())
-      machine.integers.round(Activation::kNone, tile, weights.columns(), tiles[t].vectors, inputs[t].rounded);
+      machine.integers.round(Activation::kNone, tile, weights.columns(), tiles[t].vectors, inputs[t].rounded, nullptr);
   }
   const auto start = Clock::now();
   for (size_t repeat = 0; repeat < repeats; repeat++)

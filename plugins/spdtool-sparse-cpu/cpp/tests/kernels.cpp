@@ -111,6 +111,7 @@ void layer_norms() {
         const size_t width = size_t(vectors * kernels.lanes);
         std::vector<float> x = random_vector(chance, rows * width, 0.3f), y = random_vector(chance, rows * width);
         const std::vector<float> gain = random_vector(chance, rows, 1.0f), bias = random_vector(chance, rows);
+        std::vector<float> range(2 * width, 77.0f);
         std::vector<double> expected(rows * width);
         for (size_t c = 0; c < width; c++) {
           double mean = 0, square = 0;
@@ -120,8 +121,15 @@ void layer_norms() {
           for (size_t r = 0; r < rows; r++)
             expected[r * width + c] = (at(r) - mean) / std::sqrt(square + 1e-5) * gain[r] + bias[r];
         }
-        kernels.add_layer_norm(x.data(), add ? y.data() : nullptr, rows, vectors, gain.data(), bias.data(), 1e-5f);
+        kernels.add_layer_norm(x.data(), add ? y.data() : nullptr, rows, vectors, gain.data(), bias.data(), 1e-5f,
+                               range.data());
         CHECK_CLOSE(x, expected, 1e-5);
+        for (size_t c = 0; c < width; c++) {
+          float least = 0, most = 0;
+          for (size_t r = 0; r < rows; r++)
+            least = std::min(least, x[r * width + c]), most = std::max(most, x[r * width + c]);
+          CHECK(range[c] == least && range[width + c] == most);
+        }
       }
 }
 
@@ -133,7 +141,8 @@ void asked_for() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (wanted == "baseline") CHECK(std::string(kernels.name) == "baseline");
   if (wanted == "avx2") CHECK(std::string(kernels.name) == (avx2 ? "avx2" : "baseline"));
-  if (wanted == "avx512" && __builtin_cpu_supports("avx512f")) CHECK(std::string(kernels.name) == "avx512");
+  if (wanted == "avx512" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw"))
+    CHECK(std::string(kernels.name) == "avx512");
 #endif
 }
 
