@@ -93,7 +93,7 @@ def multiply_rounded(x: Tensor, rows: RoundedRows, bias: Tensor | None = None) -
     Returns:
         float32 [..., outputs].
     """
-    y = torch.zeros(*x.shape[:-1], len(rows.scales))
+    y = torch.zeros(*x.shape[:-1], len(rows.scales), device=x.device)
     if bias is not None:
         y = y + bias
     for start in range(0, x.shape[-1], INPUT_CHUNK):

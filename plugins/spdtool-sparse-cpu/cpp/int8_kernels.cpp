@@ -253,7 +253,7 @@ SPARSE_INLINE void round_chunk(float* x, size_t rows, bool changes, Function fun
       for (size_t i = 0; i < kInputsOfGroup; i++) {
         // Never below 0: the least of a column rounds to minus the zero point.
         const Integers value = nearest(load(x + i * kWidth + v * kLanes) * reciprocal[v]) + zero[v];
-        input[i] = value < 255 ? value : splat_integer(255);
+        input[i] = value < splat_integer(255) ? value : splat_integer(255);
       }
       Form::store_group(input, out.data + v * kLanes, kWidth);
     }
