@@ -70,15 +70,14 @@ def shrink(model: PreTrainedModel) -> PreTrainedModel:
 
     A model without any, or of a family whose heads and neurons are not described, is returned as it is.
     """
-    structures = _describe(model)
-    live = [_choose_live(layer) for layer in structures]
+    live = [_choose_live(layer) for layer in _describe(model)]
     if all(layer.is_full for layer in live):
         return model
     small = copy.deepcopy(model)
     names = structure_names(small)
-    for layer, parts, flags in zip(find_layer_stack(small), find_structures(small), live, strict=True):
-        _shrink_heads(layer, parts.heads, flags.heads, names)
-        _shrink_neurons(layer, parts.neurons, flags.neurons, names)
+    for layer, structures, flags in zip(find_layer_stack(small), find_structures(small), live, strict=True):
+        _shrink_heads(layer, structures.heads, flags.heads, names)
+        _shrink_neurons(layer, structures.neurons, flags.neurons, names)
     return small
 
 

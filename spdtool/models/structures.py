@@ -139,15 +139,17 @@ def find_structures(model: PreTrainedModel) -> list[LayerStructures]:
         ModelError: the family is not among `FAMILIES`, or a layer is not built as its family's layers are.
     """
     names = structure_names(model)
-    found = {id(module): name for name, module in model.named_modules()}
+    module_names = {id(module): name for name, module in model.named_modules()}
     heads = model.config.num_attention_heads
     layers = []
     for layer in find_layer_stack(model):
         width = _linear(layer, names.head_output, model).in_features
         layers.append(
             LayerStructures(
-                _structures(model, layer, found[id(layer)], names.head_inputs, names.head_output, width // heads),
-                _structures(model, layer, found[id(layer)], names.neuron_inputs, names.neuron_output, 1),
+                _structures(
+                    model, layer, module_names[id(layer)], names.head_inputs, names.head_output, width // heads
+                ),
+                _structures(model, layer, module_names[id(layer)], names.neuron_inputs, names.neuron_output, 1),
             )
         )
     return layers

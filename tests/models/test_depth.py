@@ -17,9 +17,9 @@ def test_the_kept_layers_compute_what_they_computed_in_every_family() -> None:
         shallow = keep_layers(model, [1, 3])
         assert shallow.config.num_hidden_layers == len(find_layer_stack(shallow)) == 2, family
         stack = find_layer_stack(model)
-        for kept, original in zip(find_layer_stack(shallow), (stack[0], stack[2]), strict=True):
+        for copied, original in zip(find_layer_stack(shallow), (stack[0], stack[2]), strict=True):
             for name, weight in original.state_dict().items():
-                assert torch.equal(kept.state_dict()[name], weight), f"{family}: {name}"
+                assert torch.equal(copied.state_dict()[name], weight), f"{family}: {name}"
         del stack[1]
         batch = toys.batch(architecture=family)
         with torch.no_grad():

@@ -67,9 +67,9 @@ def test_the_cheapest_head_goes_and_the_others_make_up_for_it() -> None:
         shape = (LayerShape(1, 64), LayerShape(2, 64))
         target = shape_sparsity(masks.layers, shape)
         pruner = StructuredPruner(masks, [(0, target)], section, shape, find_prunable_layers(model))
-        seen: dict[str, torch.Tensor] = {}
+        captured: dict[str, torch.Tensor] = {}
         output = model.bert.encoder.layer[0].attention.output.dense
-        handle = output.register_forward_hook(lambda _, inputs, outputs: seen.update(x=inputs[0], y=outputs))  # noqa: B023
+        handle = output.register_forward_hook(lambda _, inputs, outputs: captured.update(x=inputs[0], y=outputs))  # noqa: B023
         batch = toys.batch()
         with pruner.observe_inputs(batch["attention_mask"]), torch.no_grad():
             model(**batch)
@@ -77,7 +77,7 @@ def test_the_cheapest_head_goes_and_the_others_make_up_for_it() -> None:
         pruner.prune(0)
         real = batch["attention_mask"].bool()
         with torch.no_grad():
-            errors[update] = float((output(seen["x"])[real] - seen["y"][real]).square().mean())
+            errors[update] = float((output(captured["x"])[real] - captured["y"][real]).square().mean())
     assert errors[True] < errors[False]
 
 

@@ -135,8 +135,8 @@ def test_a_swapped_head_column_is_caught_by_the_gate_on_weights(reference: Refer
     for entry in tensor.metadata_props:
         if entry.key == POSITIONS:
             ((size, ((start, _),)),) = json.loads(entry.value)[name][1:]
-            other = [[0, 16]] if start else [[16, 32]]
-            entry.value = json.dumps({name: [[32, [[0, 32]]], [size, other]]})
+            wrong_range = [[0, 16]] if start else [[16, 32]]
+            entry.value = json.dumps({name: [[32, [[0, 32]]], [size, wrong_range]]})
     onnx.save(proto, tmp_path / MODEL_FILE)
     with pytest.raises(GateError, match="in place of"):
         check_weights(target, reference, tmp_path)
