@@ -138,8 +138,8 @@ def parse_recipe(tree: Settings) -> Recipe:
         problem = error.errors()[0]
         dotted = ".".join(map(str, problem["loc"]))
         value, kind = problem["input"], problem["type"]
-        # No field: a validator of the whole recipe has refused a combination.
-        if not problem["loc"]:
+        # No field: a validator of the whole recipe, or of a section, has refused a combination.
+        if kind == "value_error" and isinstance(value, dict | Recipe):
             raise RecipeError(str(problem["ctx"]["error"]), FIELDS_HINT) from None
         if kind == "extra_forbidden":
             raise _unknown_field(dotted) from None

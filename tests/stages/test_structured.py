@@ -173,6 +173,8 @@ def test_a_plan_counts_the_zeros_of_the_shape_and_refuses_one_that_does_not_fit(
     for shape, message in (("[[1, 32]]", "has 1 layers"), ("[[3, 32], [2, 64]]", "keeps 3 heads")):
         with pytest.raises(RecipeError, match=message):
             make_plan(toy_run(f"prune.shape={shape}", "prune.calibration=2"))
+    with pytest.raises(RecipeError, match=r"^removed heads and neurons do not go with prune.pattern=4x4$"):
+        toy_run("prune.heads=0.5", "prune.pattern=4x4")
     with pytest.raises(RecipeError, match="'wanda' ranks single weights"):
         make_plan(toy_run("prune.heads=0.5", "prune.criterion=wanda", "prune.calibration=2"))
 
