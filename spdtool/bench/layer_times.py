@@ -1,7 +1,7 @@
 """Time one encoder layer at every shape: every number of heads, and a grid of feed-forward widths.
 
 Encoders of two layers with random weights are timed in interleaved rounds (`latency.py`). Both layers have the same
-shape, and only heads or only neurons are removed. Differences of the medians give the time of a layer's parts; a model
+shape, and only heads or only neurons are removed. Differences of the times give those of a layer's parts; a model
 of one layer tells what an encoder spends outside of its layers. Six of the encoders are exported as any checkpoint is;
 the graphs of the others are derived from these (`shape_graphs.py`).
 """
@@ -30,7 +30,7 @@ from spdtool.bench.profiles import (
     require_runtime,
     runtime_version,
 )
-from spdtool.bench.ratios import median_ms, paired_ratio
+from spdtool.bench.ratios import paired_ratio
 from spdtool.errors import ModelError
 from spdtool.run.fingerprint import describe_processor
 from spdtool.run.records import LayerCosts, Ratio, ShapeProfile
@@ -95,7 +95,8 @@ def measure_layer_times(
             result = time_engines(
                 engines, [timed.shape], threads=(timed.threads,), rounds=rounds, warmup=WARMUP, seconds=seconds
             )
-    times = {point: median_of(timing) for point, timing in zip(points, result.timings, strict=True)}
+    dense = points.index(TimedPoint(TIMED_LAYERS, heads, neurons))
+    times = dict(zip(points, paired_medians(result.timings, dense), strict=True))
     return ShapeProfile(
         spdtool=metadata.version("spdtool"),
         runtime=timed.runtime,
@@ -312,10 +313,15 @@ def clear_structures(structures: Structures, live: int) -> None:
         structures.output.weight[:, structures.columns(dead)] = 0
 
 
-def median_of(timing: Timing) -> float:
-    """Median milliseconds of an engine that was timed at one shape."""
-    (rounds,) = timing.rounds.values()
-    return median_ms(rounds)
+def paired_medians(timings: Sequence[Timing], reference: int) -> list[float]:
+    """Return milliseconds of engines that were timed at one shape.
+
+    The ratio to a reference is taken within each round, which sees one state of the machine, and the median of the
+    ratios is put in the unit of the reference's median.
+    """
+    rounds = np.asarray([next(iter(timing.rounds.values())) for timing in timings])
+    ratios = np.median(rounds / rounds[reference], axis=1)
+    return (ratios * np.median(rounds[reference])).tolist()
 
 
 def count_rounds(timings: Sequence[Timing]) -> int:

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import toys
 
+from spdtool.bench.engines import Engine, Shape
+from spdtool.bench.latency import Timing
 from spdtool.bench.layer_times import (
     TIMED_LAYERS,
     TimedPoint,
@@ -15,6 +17,7 @@ from spdtool.bench.layer_times import (
     clear_structures,
     make_falling,
     measure_layer_times,
+    paired_medians,
     solve_costs,
     timed_widths,
 )
@@ -78,6 +81,18 @@ def test_a_cleared_structure_has_no_weight() -> None:
     clear_structures(layer.neurons, 32)
     assert layer.heads.find_live().tolist() == [True, False]
     assert int(layer.neurons.find_live().sum()) == 32
+
+
+def test_a_machine_that_is_slow_for_a_round_is_slow_for_every_engine_of_it() -> None:
+    engine, shape = Engine(name="x", kind="onnxruntime", path="", vocabulary=9), Shape(1, 8)
+    load = [1.0, 3.0, 1.0, 2.0, 1.0]
+    timings = []
+    for milliseconds in (4.0, 2.0):
+        rounds = [milliseconds * factor for factor in load]
+        timings.append(Timing(engine, "cpu", None, 0, 0, {shape: rounds}, {shape: min(rounds)}))
+    assert paired_medians(timings, 0) == [4.0, 2.0]
+    timings[1].rounds[shape][1] = 50.0  # interrupted once
+    assert paired_medians(timings, 0) == [4.0, 2.0]
 
 
 @pytest.mark.slow  # four exports
