@@ -252,7 +252,7 @@ def solve_costs(times: Mapping[TimedPoint, float], heads: int, neurons: int) -> 
 def interpolate(values: Mapping[int, float], most: int) -> list[float]:
     """Return a value for every whole number from 0 to `most`, of which at least these two have one."""
     keys = sorted(values)
-    return np.interp(range(most + 1), keys, [values[key] for key in keys]).tolist()
+    return [float(value) for value in np.interp(range(most + 1), keys, [values[key] for key in keys])]
 
 
 def make_falling(values: Mapping[int, float]) -> dict[int, float]:
@@ -321,7 +321,7 @@ def paired_medians(timings: Sequence[Timing], reference: int) -> list[float]:
     """
     rounds = np.asarray([next(iter(timing.rounds.values())) for timing in timings])
     ratios = np.median(rounds / rounds[reference], axis=1)
-    return (ratios * np.median(rounds[reference])).tolist()
+    return [float(ratio) for ratio in ratios * np.median(rounds[reference])]
 
 
 def count_rounds(timings: Sequence[Timing]) -> int:
