@@ -49,7 +49,7 @@ SPARSE_INLINE Integers multiply_pairs(Integers a, Integers b) {
 
 // Where the machine multiplies bytes: a group of a token is one word.
 struct Bytes {
-  static constexpr int kWords = 1;
+  [[maybe_unused]] static constexpr int kWords = 1;
 
   SPARSE_INLINE static Integers add_products(Integers sum, Integers x, Integers weight) {
 #if defined(__AVX512VNNI__)
@@ -72,7 +72,7 @@ struct Bytes {
 
 // Elsewhere 16-bit numbers are multiplied, without any loss. (The instruction for bytes before VNNI saturates.)
 struct Pairs {
-  static constexpr int kWords = 2;
+  [[maybe_unused]] static constexpr int kWords = 2;
 
   SPARSE_INLINE static Integers add_products(Integers sum, Integers x, Integers weight) {
     return sum + multiply_pairs(x, weight);

@@ -148,6 +148,9 @@ class SparseCpuInt8(SparseCpu):
         from spdtool.models.load import load_model
         from spdtool_sparse_cpu import packing
 
+        formats = self.storage_formats(recipe)
+        if formats.matrices == "fp32":
+            return self._write(checkpoint, folder, recipe, formats)
         weights = find_prunable_weights(load_model(checkpoint))
         single = [name for name, weight in weights.items() if not packing.in_blocks(weight.detach().numpy())]
         if single:
@@ -156,11 +159,15 @@ class SparseCpuInt8(SparseCpu):
                 f"  {len(single)} of {len(weights)} matrices have no zeros in blocks of 1x4 ({listed}): "
                 "stored as single weights, multiplied in float32; prune.pattern=1x4 makes blocks"
             )
-        formats = StorageFormats(packing.INT8_BLOCKS, self.storage_formats(recipe).embeddings)
-        return self._write(checkpoint, folder, recipe, formats)
+        return self._write(checkpoint, folder, recipe, formats._replace(matrices=packing.INT8_BLOCKS))
 
     def storage_formats(self, recipe: Recipe) -> StorageFormats:
-        """int8 throughout, whatever `export.values` says; biases and layer normalization stay in float32."""
+        """int8 throughout; biases and layer normalization stay in float32.
+
+        Only `export.values=fp32` is followed, as by `sparse-cpu`: the bench tells by it what int8 brings.
+        """
+        if recipe.export.values == "fp32":
+            return super().storage_formats(recipe)
         return StorageFormats("int8", "int8")
 
     def float32_form(self, folder: Path) -> Forward:

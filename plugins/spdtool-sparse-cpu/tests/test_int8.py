@@ -271,7 +271,10 @@ def test_another_arithmetic_is_refused(prepared, folder, compiled, monkeypatch):
         check_products(folder / MODEL_FILE, [compiled])
 
 
-def test_it_is_exported_only_when_asked_for():
+def test_it_is_exported_only_when_asked_for(toys):
     target = get_target("sparse-cpu-int8")
+    for values in ("smallest", "fp16", "int8"):
+        assert target.storage_formats(toys.recipe(f"export.values={values}")) == ("int8", "int8")
+    assert target.storage_formats(toys.recipe("export.values=fp32", "export.embeddings=fp32")) == ("fp32", "fp32")
     assert not target.exported_by_default
     assert target.roles == ("student",)
