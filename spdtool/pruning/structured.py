@@ -190,16 +190,16 @@ class StructuredPruner(Pruner):
         progress = sparsity / self.target if self.target else 1.0
         shape = interpolate_shape(self._start, self.shape, progress)
         dead = dict(self.masks.dead)
-        mended = {name: weight.detach() for name, weight in self.masks.parameters.items()}
+        updated = {name: weight.detach() for name, weight in self.masks.parameters.items()}
         for number, (layer, remaining) in enumerate(zip(self.masks.layers, shape, strict=True), 1):
             on_work(f"removing heads and neurons of layer {number} of {len(shape)}")
-            self._remove(layer.heads, remaining.heads, dead, mended)
-            self._remove(layer.neurons, remaining.neurons, dead, mended)
+            self._remove(layer.heads, remaining.heads, dead, updated)
+            self._remove(layer.neurons, remaining.neurons, dead, updated)
         # replicas whose statistics differ in the last bit may rank two structures differently
-        collectives.broadcast([*dead.values(), *mended.values()])
-        self.masks.set(dead, mended)
+        collectives.broadcast([*dead.values(), *updated.values()])
+        self.masks.set(dead, updated)
         for structures in self.masks.each():
-            if (bias := mended.get(f"{structures.output_name}.bias")) is not None:
+            if (bias := updated.get(f"{structures.output_name}.bias")) is not None:
                 structures.output.bias.copy_(bias)
         self.reset_statistics()
         return self.masks.sparsity()
@@ -217,7 +217,7 @@ class StructuredPruner(Pruner):
                 raise GateError(f"{name} has {count[0]} zeros of {count[1]}; the shape asks for {expected[name][0]}")
 
     def _remove(
-        self, structures: Structures, remaining: int, dead: dict[str, Tensor], mended: dict[str, Tensor]
+        self, structures: Structures, remaining: int, dead: dict[str, Tensor], updated: dict[str, Tensor]
     ) -> None:
         """Remove all but `remaining` structures of a layer; update both dicts, of parameters by name."""
         live = self.masks.live(structures)
@@ -236,9 +236,9 @@ class StructuredPruner(Pruner):
             removal = remove_structures(weight, gram, structures.size, count, live, group)
             gone = torch.tensor(removal.order, device=live.device)
             if self.section.update:
-                mended[name] = removal.weight
+                updated[name] = removal.weight
                 if bias is not None:
-                    mended[f"{structures.output_name}.bias"] = bias + (weight - removal.weight) @ mean
+                    updated[f"{structures.output_name}.bias"] = bias + (weight - removal.weight) @ mean
         else:
             scores = self._score_structures(structures).masked_fill(~live, torch.inf)
             gone = scores.topk(count, largest=False).indices
