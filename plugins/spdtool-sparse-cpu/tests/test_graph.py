@@ -346,7 +346,7 @@ def test_electra_of_both_sizes(toys, reference, electra):
     proto = export(toys, model, "electra")
     attributes = {item.name: helper.get_attribute_value(item) for item in proto.graph.node[0].attribute}
     assert attributes["projection"] == (not electra)
-    assert len(proto.graph.node[0].input) == 3 + 5 + 2 * attributes["projection"] + 2 * 16
+    assert len(proto.graph.node[0].input) == 3 + 5 + 2 * attributes["projection"] + 16
     assert_same(reference, model, proto, {"pairs": batches(list(INPUT_NAMES))["pairs"]})
 
 
