@@ -26,6 +26,7 @@ from spdtool.export.gates.reference import DevLogits, DevSets, Reference
 from spdtool.export.model_files import read_tokenizer
 from spdtool.export.target import Target
 from spdtool.export.token_rows import TokenRow
+from spdtool.models.config import read_config
 from spdtool.models.load import load_tokenizer
 from spdtool.models.predict import Forward
 from spdtool.run.records import BundleManifest
@@ -94,7 +95,8 @@ def check_configuration(folder: Path, checkpoint: Path, changed_fields: Sequence
     Args:
         changed_fields: that the target may change.
     """
-    expected = AutoConfig.from_pretrained(checkpoint).to_dict()
+    # As the model was loaded: without the switches that a checkpoint may bring, such as output_attentions.
+    expected = read_config(checkpoint).to_dict()
     try:
         exported = AutoConfig.from_pretrained(folder).to_dict()
     except Exception as error:  # transformers raises many kinds
