@@ -155,7 +155,8 @@ def _trace_template(model: PreTrainedModel, names: list[str], opset: int) -> byt
         # What is no buffer either was computed from weights, and is right for these alone.
         if is_float and math.prod(tensor.dims) > 1 and fingerprint(numpy_helper.to_array(tensor)) not in buffers:
             return UNUSABLE
-    return proto.SerializeToString()
+    template: bytes = proto.SerializeToString()
+    return template
 
 
 def _trace_cleanly(model: PreTrainedModel, names: list[str], opset: int) -> onnx.ModelProto:
@@ -174,7 +175,8 @@ def _describe_structure(model: PreTrainedModel) -> tuple[object, ...]:
         parameters.append((name, tuple(weight.shape), str(weight.dtype), shared_with))
     buffers = [(name, fingerprint(values.numpy())) for name, values in model.named_buffers()]
     # the names of labels and the folder that it was read from do not change a graph
-    config = model.config.to_dict() | {"id2label": len(model.config.id2label), "label2id": None, "_name_or_path": None}
+    labels = len(model.config.id2label or ())
+    config = model.config.to_dict() | {"id2label": labels, "label2id": None, "_name_or_path": None}
     settings = json.dumps(config, sort_keys=True, default=str)
     return type(model), str(model), settings, model.config._attn_implementation, *parameters, *buffers
 
