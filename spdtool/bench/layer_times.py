@@ -227,6 +227,7 @@ def solve_costs(times: Mapping[TimedPoint, float], heads: int, neurons: int) -> 
         heads, neurons: of a dense layer.
     """
     dense = times[TimedPoint(TIMED_LAYERS, heads, neurons)]
+    # What noise makes negative costs nothing.
     layer = max(0.0, (dense - times[TimedPoint(1, heads, neurons)]) / (TIMED_LAYERS - 1))
     by_heads: dict[int, float] = {}
     by_width: dict[int, float] = {}
@@ -259,6 +260,7 @@ def make_falling(values: Mapping[int, float]) -> dict[int, float]:
     """Smooth noise out of values that cannot rise with their key: the mean of the nearest bounds, least changed."""
     keys = sorted(values)
     ordered = np.asarray([values[key] for key in keys])
+    # The least falling curve above all values, and the largest one below them.
     above = np.maximum.accumulate(ordered[::-1])[::-1]
     below = np.minimum.accumulate(ordered)
     return dict(zip(keys, ((above + below) / 2).tolist(), strict=True))

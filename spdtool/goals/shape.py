@@ -259,7 +259,7 @@ def search_shape(
     ):
         for _ in range(TRIALS):
             shape = find_by_tables(recipe, tables, losses, factor=factor)
-            if shape in tried:
+            if shape in tried:  # widths come in steps: a slightly smaller budget may give the same shape
                 break
             tried[shape] = ratio = trial.measure(shape)
             if goal.speedup <= ratio.median <= goal.speedup * (1 + SURPLUS):

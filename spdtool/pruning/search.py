@@ -68,6 +68,7 @@ def find_shape_within(
         return find_shape(losses, costs[0], budgets[0])
     assert len(costs) == len(budgets) == 2
     low, high = 0.0, 1.0  # weight of the second budget
+    # Either budget alone first: mostly one of them decides.
     for weight in (low, high):
         shape = find_shape(losses, mix_costs(costs, budgets, weight), 1.0)
         if _is_within(shape, costs, budgets):
@@ -77,6 +78,7 @@ def find_shape_within(
         shape = find_shape(losses, mix_costs(costs, budgets, weight), 1.0)
         if _is_within(shape, costs, budgets):
             return shape
+        # The more the second budget weighs, the less of it is spent.
         if cost_of_shape(shape, costs[1]) > budgets[1]:
             low = weight
         else:

@@ -26,7 +26,7 @@ class RoundedProducts:
     """
 
     def __init__(self, layers: Iterable[nn.Linear], start: float, steps: int) -> None:
-        self.first_step = math.ceil(start * steps)
+        self.first_step = math.ceil(start * steps)  # a function of the step alone: a resumed phase needs no state
         self.is_on = False
         for layer in layers:
             layer.__class__ = _rounded_class(type(layer))  # type: ignore[arg-type]  # a class is hashable
@@ -60,7 +60,7 @@ def imitate_row_rounding(weight: Tensor) -> Tensor:
     Zeros stay zero.
     """
     with torch.no_grad():
-        rows = round_weight_rows(weight.float())
+        rows = round_weight_rows(weight.float())  # the definition is of float32, also under autocast
         change = rows.values * rows.scales[:, None] - weight
     return weight + change
 
@@ -69,6 +69,7 @@ def imitate_token_rounding(x: Tensor) -> Tensor:
     """Round activations [..., inputs] as `round_tokens` does, chunk by chunk; the gradient passes unchanged."""
     with torch.no_grad():
         rounded = []
+        # the engine rounds each chunk with a scale of its own, so that a chunk never leaves its cache
         for chunk in torch.split(x.float(), INPUT_CHUNK, dim=-1):
             tokens = round_tokens(chunk)
             rounded.append((tokens.values.to(chunk.dtype) - tokens.zero_point) * tokens.scale)

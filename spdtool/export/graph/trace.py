@@ -132,6 +132,7 @@ def merge_equal_weights(proto: onnx.ModelProto) -> None:
     replaced: dict[str, str] = {}
     for tensor in proto.graph.initializer:
         if names := _parameters_of(tensor):
+            # A square matrix may equal the transpose of another: then either orientation names the same bytes.
             content = (tensor.data_type, *tensor.dims, hashlib.sha256(tensor.raw_data).digest())
             stored_first = first.setdefault(content, tensor)
             if stored_first is not tensor:
@@ -168,11 +169,13 @@ def _trace_cleanly(model: PreTrainedModel, names: list[str], opset: int) -> onnx
 
 def _describe_structure(model: PreTrainedModel) -> tuple[object, ...]:
     """List what a graph depends on besides the values of parameters: code, configuration, shapes, shared weights."""
+    # By identity: two parameters of equal values may differ in the next checkpoint, shared ones cannot.
     first_names: dict[int, str] = {}
     parameters = []
     for name, weight in model.named_parameters(remove_duplicate=False):
         shared_with = first_names.setdefault(id(weight), name)
         parameters.append((name, tuple(weight.shape), str(weight.dtype), shared_with))
+    # Buffers become constants of the graph, and nothing replaces them.
     buffers = [(name, fingerprint(values.numpy())) for name, values in model.named_buffers()]
     # the names of labels and the folder that it was read from do not change a graph
     labels = len(model.config.id2label or ())
@@ -187,7 +190,7 @@ def _randomize(model: PreTrainedModel) -> PreTrainedModel:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in random.parameters():
-            weight.normal_(std=0.02, generator=generator)
+            weight.normal_(std=0.02, generator=generator)  # small, as encoders are initialised: nothing overflows
     return random
 
 
@@ -229,6 +232,7 @@ def trace_model(model: PreTrainedModel, names: list[str], opset: int) -> onnx.Mo
         ModelError: the exporter cannot do it.
         GateError: an input's axis is frozen in the graph.
     """
+    # Ones in the attention mask: a model may leave out what an all-zero mask hides.
     example = {name: torch.ones(EXAMPLE_SHAPE, dtype=torch.long) for name in names}
     example["input_ids"] *= 2
     try:
