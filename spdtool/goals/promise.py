@@ -29,17 +29,14 @@ def timed_threads(goal: Goal) -> int:
     return goal.threads or usable_cores()
 
 
-def measure_promise(recipe: Recipe, data: BenchData, shape: Shape, teacher: Scores, student: Scores) -> Promise | None:
-    """Compare the figures of a bench with the goal of its recipe; None where there is no goal.
+def measure_promise(recipe: Recipe, data: BenchData, shape: Shape, teacher: Scores, student: Scores) -> Promise:
+    """Compare the figures of a bench with the goal of its recipe.
 
     Args:
         shape: that a speed-up is promised at.
         teacher, student: dev scores.
     """
-    goal = recipe.goal
-    if not goal.is_set:
-        return None
-    promise = Promise()
+    goal, promise = recipe.goal, Promise()
     engine = data.best if goal.kind == "sparse" else "student"
     if goal.speedup is not None:
         _add_speedup(promise, goal, data, engine, shape)

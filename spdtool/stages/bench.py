@@ -163,9 +163,9 @@ def bench(run: Run) -> BenchResult:
         engines = [engine_record(timing) for timing in data.timings]
         write_json(work.folder / "bench.json", BenchFile(environment=environment, engines=engines, ledger=entries))
         work.result = summary = summarize(data, environment)
-        scores = [run.training_result(stage).dev for stage in ("teacher", "finetune")]
-        summary.promise = measure_promise(recipe, data, promised, *scores)
-        if summary.promise is not None:
+        if recipe.goal.is_set:
+            teacher, student = (run.training_result(stage).dev for stage in ("teacher", "finetune"))
+            summary.promise = measure_promise(recipe, data, promised, teacher, student)
             summary.verdict = [*(f"Goal: {line}." for line in summary.promise.lines), *summary.verdict]
     refuse_broken(summary.promise, recipe)
     return summary

@@ -95,7 +95,7 @@ def test_a_machine_that_is_slow_for_a_round_is_slow_for_every_engine_of_it() -> 
     assert paired_medians(timings, 0) == [4.0, 2.0]
 
 
-@pytest.mark.slow  # four exports
+@pytest.mark.long  # four exports
 def test_a_tiny_encoder_is_timed_and_its_table_read_back(tmp_path: Path) -> None:
     config = toys.bert(num_attention_heads=1, intermediate_size=32).config
     timed = TimedInput(batch=1, length=8)

@@ -123,7 +123,7 @@ def test_no_step_without_an_event_reads_a_number_back(
 ) -> None:
     load = load_model
     if not eager:
-        for stage in ("teacher", "student"):
+        for stage in ("teacher", "phase"):
             monkeypatch.setattr(
                 f"spdtool.stages.{stage}.load_model", lambda *args, **options: load(*args, **options | {"eager": False})
             )
