@@ -24,14 +24,18 @@ from spdtool.recipe.fields import Recipe
 from spdtool.run.folder import Run
 from spdtool.tasks.task import Task
 
+WHOLE_RUNS = {"compressed", "toy_run"}  # fixtures that train
+# Nearly every test of these traces a model, which takes seconds.
+EXPORTING_MODULES = {"test_classifier.py", "test_graph.py", "test_target.py", "test_targets.py", "test_trace.py"}
 CACHE = os.environ["XDG_CACHE_HOME"]  # a test may set another
 torch.set_num_threads(1)  # tiny models: threads cost more than they give
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test slow that needs a whole run."""
+    """Mark every test slow that needs a run, or is in a module that exports."""
     for item in items:
-        if "compressed" in getattr(item, "fixturenames", ()):
+        needs_run = WHOLE_RUNS & set(getattr(item, "fixturenames", ()))
+        if needs_run or item.path.name in EXPORTING_MODULES:
             item.add_marker(pytest.mark.slow)
 
 
