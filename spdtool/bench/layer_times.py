@@ -31,6 +31,7 @@ from spdtool.bench.profiles import (
     runtime_version,
 )
 from spdtool.bench.ratios import paired_ratio
+from spdtool.bench.shape_graphs import DEVIATION, GraphFamily
 from spdtool.errors import ModelError
 from spdtool.run.fingerprint import describe_processor
 from spdtool.run.records import LayerCosts, Ratio, ShapeProfile
@@ -48,7 +49,6 @@ TIMED_WIDTHS = 12  # between them times are interpolated
 WIDTH_STEP = 32
 # Random tokens out of these: a larger embedding costs memory in every timed process, and no time.
 VOCABULARY = 1000
-DEVIATION = 0.02  # of random weights
 ROUNDS, WARMUP = 12, 2
 SECONDS = 60.0  # for all rounds of a profile
 
@@ -174,7 +174,6 @@ def export_points(config: PretrainedConfig, heads: int, neurons: int, folder: Pa
     """
     import onnx
 
-    from spdtool.bench.shape_graphs import GraphFamily
     from spdtool.export.graph.trace import write_model
 
     dense, half = TimedPoint(TIMED_LAYERS, heads, neurons), (heads // 2, round_width(neurons / 2))

@@ -7,10 +7,10 @@ from spdtool.bench.profiles import ONNXRUNTIME
 from spdtool.bench.ratios import BenchData
 from spdtool.errors import GateError
 from spdtool.export.onnx_session import usable_cores
+from spdtool.goals.sizes import MEGABYTE
 from spdtool.recipe.fields import Goal, Recipe
 from spdtool.run.records import Promise, Scores
 
-MEGABYTE = 1_000_000
 POINTS = 100  # of a score of 1
 ROUNDING = 1e-9  # of a difference of two scores
 
@@ -27,6 +27,11 @@ def timed_shape(goal: Goal, max_length: int, positions: int) -> Shape:
 def timed_threads(goal: Goal) -> int:
     """Return the number of threads with which a speed-up is promised."""
     return goal.threads or usable_cores()
+
+
+def count_points_lost(teacher: Scores, student: Scores) -> float:
+    """Return by how many points, hundredths of a score of 1, the student's dev score is lower."""
+    return POINTS * (teacher["score"] - student["score"])
 
 
 def measure_promise(recipe: Recipe, data: BenchData, shape: Shape, teacher: Scores, student: Scores) -> Promise:
@@ -48,7 +53,7 @@ def measure_promise(recipe: Recipe, data: BenchData, shape: Shape, teacher: Scor
             broken=promise.megabytes > goal.max_mb,
         )
     if goal.max_drop is not None:
-        promise.drop = POINTS * (teacher["score"] - student["score"])
+        promise.drop = count_points_lost(teacher, student)
         _add_line(
             promise,
             f"at most {goal.max_drop:g} points of dev score were to be lost: {promise.drop:.2f} were "

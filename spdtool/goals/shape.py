@@ -25,7 +25,7 @@ from spdtool.bench.profiles import ONNXRUNTIME, TimedInput, check_profile, expec
 from spdtool.data.batches import evaluation_batches
 from spdtool.data.cache import cache_folder
 from spdtool.errors import RecipeError
-from spdtool.goals.sizes import count_bytes
+from spdtool.goals.sizes import MEGABYTE, count_bytes
 from spdtool.models.layers import max_positions
 from spdtool.models.load import build_empty_model, build_empty_teacher, label_names, load_model, load_tokenizer
 from spdtool.models.predict import torch_forward
@@ -47,7 +47,6 @@ from spdtool.tasks.prepare import find_task, prepare_rows
 
 BATCH_SIZE = 32  # calibration rows of one forward pass
 CHOICE = "goal.json"  # in the run folder
-MEGABYTE = 1_000_000
 TRIALS = 4  # whole encoders that are timed until one is as fast as asked for
 # A trial that is faster by more than this has lost more than it had to.
 SURPLUS = 0.03

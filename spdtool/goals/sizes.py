@@ -8,6 +8,7 @@ from spdtool.models.structures import Structures, find_structures
 from spdtool.pruning.structure import possible_widths
 from spdtool.run.records import LayerCosts
 
+MEGABYTE = 1_000_000  # bytes
 FLOAT = 4  # bytes
 GRAPH_BYTES = 100_000  # nodes and names of an exported file, which do not depend on the shape
 

@@ -20,7 +20,9 @@ from spdtool.bench.engines import Engine
 from spdtool.bench.latency import time_engines
 from spdtool.bench.layer_times import WARMUP
 from spdtool.bench.ratios import paired_ratio
+from spdtool.bench.shape_graphs import DEVIATION
 from spdtool.errors import PluginError, RecipeError
+from spdtool.export.graph.trace import cached_traces
 from spdtool.export.target import MODEL_FILE, Target, optional_targets, required_targets
 from spdtool.goals.shape import timed_input
 from spdtool.models.config import read_config
@@ -50,7 +52,11 @@ def choose_sparsity(recipe: Recipe) -> tuple[float, Ratio]:
     model, tokenizer = build_random_model(recipe)
     timed = timed_input(recipe, model)
     ratios: dict[float, Ratio] = {}
-    with tempfile.TemporaryDirectory() as scratch, console.busy("timing random encoders of several sparsities"):
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        console.busy("timing random encoders of several sparsities"),
+        cached_traces(),  # of all sparsities the graph is one
+    ):
         dense = export_random(recipe, required_targets(recipe.export)[0].target, model, tokenizer, Path(scratch) / "0")
 
         def is_fast(sparsity: float) -> bool:
@@ -123,7 +129,7 @@ def clear_weights(model: PreTrainedModel, pattern_name: str, sparsity: float) ->
         blocks = torch.rand(weight.shape[0] // rows, weight.shape[1] // columns)
         zeros = zeros_in(weight.numel(), sparsity, pattern.block_size) // pattern.block_size
         alive = pattern.choose(blocks, zeros).repeat_interleave(rows, 0).repeat_interleave(columns, 1)
-        weight.copy_(torch.randn(weight.shape) * 0.02 * alive)
+        weight.copy_(torch.randn(weight.shape) * DEVIATION * alive)
 
 
 def export_random(

@@ -199,7 +199,6 @@ def _cut(structures: Structures, live: Tensor) -> None:
         linear.weight = nn.Parameter(linear.weight[rows].contiguous())
         if linear.bias is not None:
             linear.bias = nn.Parameter(linear.bias[rows].contiguous())
-    for linear in structures.inputs.values():
         linear.out_features = len(linear.weight)
     output = structures.output
     output.weight = nn.Parameter(output.weight[:, structures.columns(live)].contiguous())

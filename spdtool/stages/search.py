@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from spdtool import console
 from spdtool.errors import GateError, RecipeError
+from spdtool.goals.promise import ROUNDING, count_points_lost
 from spdtool.recipe.fields import Recipe
 from spdtool.recipe.reading import override
 from spdtool.run.fingerprint import hash_json
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
 FOLDER = "goals"
 SPEEDUPS = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 15.0, 20.0)
-POINTS = 100  # of a score of 1
-ROUNDING = 1e-9  # of a difference of two scores
 
 CompressOne = Callable[[Recipe, Path, str], "CompressionResult"]
 """Runs a recipe in a folder until a stage."""
@@ -79,7 +78,7 @@ def measure_drop(recipe: Recipe, path: Path, candidate: float, compress_one: Com
         return None
     assert result.teacher is not None
     assert result.student is not None
-    return POINTS * (result.teacher["score"] - result.student["score"])
+    return count_points_lost(result.teacher, result.student)
 
 
 def list_candidates(recipe: Recipe) -> list[float]:

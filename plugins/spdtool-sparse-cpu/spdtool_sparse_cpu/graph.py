@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from spdtool.errors import ModelError
 from spdtool.export.graph.protobuf import inputs_of, metadata_of, rename_inputs, replace_items, tensors_by_name
 from spdtool.export.graph.trace import INPUT_NAMES
-from spdtool.export.graph.weights import PARAMETERS, TRANSPOSED, StoredWeight
+from spdtool.export.graph.weights import PARAMETERS, TRANSPOSED, StoredWeight, parameters_of
 from spdtool_sparse_cpu import packing
 from spdtool_sparse_cpu.families import Encoder, describe_encoder
 from spdtool_sparse_cpu.library import DOMAIN
@@ -38,7 +38,6 @@ from spdtool_sparse_cpu.matching import (
     LinearLayer,
     attribute_of,
     match_linear,
-    parameters_of,
 )
 
 OPERATORS_VERSION = 1

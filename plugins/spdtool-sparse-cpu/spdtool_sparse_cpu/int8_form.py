@@ -20,12 +20,12 @@ from transformers import PreTrainedModel
 from spdtool.data.tokens import Batch
 from spdtool.errors import GateError
 from spdtool.export.gates.logits import measure_deviation
+from spdtool.export.graph.weights import parameters_of
 from spdtool.export.onnx_session import open_session
 from spdtool.models.int8 import RoundedRows, multiply_rounded, use_int8_products
 from spdtool.models.predict import Forward, torch_forward
 from spdtool_sparse_cpu import packing
 from spdtool_sparse_cpu.library import DOMAIN
-from spdtool_sparse_cpu.matching import parameters_of
 
 PRODUCT_TOKENS = 37  # one tile and a part of the next, whatever the width of the vectors
 PRODUCT_TOLERANCE = 1e-5  # of a product's largest value: few sums of float32

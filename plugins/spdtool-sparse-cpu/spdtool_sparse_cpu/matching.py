@@ -12,8 +12,8 @@ import onnx
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from spdtool.export.graph.protobuf import inputs_of, metadata_of, tensors_by_name
-from spdtool.export.graph.weights import PARAMETERS
+from spdtool.export.graph.protobuf import inputs_of, tensors_by_name
+from spdtool.export.graph.weights import parameters_of
 
 GRAPH_OUTPUT = -1  # stands for a node among the readers of a tensor
 LONGEST_ACTIVATION = 12  # nodes; every known spelling of GELU is shorter
@@ -102,11 +102,6 @@ class LinearLayer:
     bias: str
     activation: str
     nodes: list[int]
-
-
-def parameters_of(tensor: onnx.TensorProto) -> list[str]:
-    """List the parameters that a constant stores."""
-    return metadata_of(tensor).get(PARAMETERS, "").split()
 
 
 def attribute_of(node: onnx.NodeProto, name: str, default: Value) -> Value:

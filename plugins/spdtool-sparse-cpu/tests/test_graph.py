@@ -17,12 +17,11 @@ from spdtool_sparse_cpu import graph as sparse_graph
 from spdtool_sparse_cpu import packing
 from spdtool_sparse_cpu.families import describe_encoder
 from spdtool_sparse_cpu.graph import SMALL_TABLE, decode_weights, sparsify
-from spdtool_sparse_cpu.matching import parameters_of
 from transformers.activations import ACT2FN
 
 from spdtool.errors import ModelError
 from spdtool.export.graph.trace import INPUT_NAMES, name_weights, quiet_exporter, remove_exporter_notes, trace_named
-from spdtool.export.graph.weights import PARAMETERS
+from spdtool.export.graph.weights import PARAMETERS, parameters_of
 from spdtool.models.layers import find_prunable_weights
 
 FUSED = ["bert", "roberta", "distilbert", "electra", "xlm-roberta"]

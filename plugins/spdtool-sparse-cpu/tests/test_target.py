@@ -11,7 +11,6 @@ import pytest
 from faults import FILE_FAULTS, WEIGHT_FAULTS
 from onnx.reference import ReferenceEvaluator
 from spdtool_sparse_cpu import library, packing
-from spdtool_sparse_cpu.matching import parameters_of
 from spdtool_sparse_cpu.target import SparseCpu
 
 from spdtool import plugins
@@ -21,6 +20,7 @@ from spdtool.export.gates.checked_export import ExportAttempt
 from spdtool.export.gates.folder import check_folder
 from spdtool.export.gates.reference import Reference, prepare_dev_sets
 from spdtool.export.gates.weights import check_weight, check_weights
+from spdtool.export.graph.weights import parameters_of
 from spdtool.export.target import MODEL_FILE, get_target
 from spdtool.models.layers import find_prunable_weights
 from spdtool.models.load import load_model, save_model

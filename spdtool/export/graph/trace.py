@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import inspect
 import io
 import json
@@ -29,12 +28,13 @@ from onnx import TensorProto, numpy_helper
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spdtool.errors import GateError, ModelError, first_line
-from spdtool.export.graph.protobuf import keep_constants, metadata_of, rename_inputs, tensors_by_name
-from spdtool.export.graph.weights import PARAMETERS, TRANSPOSED, Fingerprint, fingerprint, note_positions
+from spdtool.export.graph.protobuf import keep_constants, rename_inputs, tensors_by_name
+from spdtool.export.graph.weights import PARAMETERS, TRANSPOSED, Fingerprint, fingerprint, note_positions, parameters_of
 from spdtool.export.target import MODEL_FILE
 from spdtool.models.layers import TESTED_FAMILIES
 from spdtool.models.load import load_model, load_tokenizer, save_tokenizer
 from spdtool.models.shrink import find_live_positions, shrink
+from spdtool.run.fingerprint import hash_json
 
 LARGEST_FILE = 2**31 - 2**20  # bytes; protobuf cannot write more: beyond, the weights go to model.onnx_data
 INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids")
@@ -107,7 +107,7 @@ def trace_named(model: PreTrainedModel, names: list[str], opset: int) -> onnx.Mo
     Raises:
         ModelError, GateError: as `trace_model`.
     """
-    key = hashlib.sha256(repr((opset, *names, *_describe_structure(model))).encode()).hexdigest()
+    key = hash_json(repr((opset, *names, *_describe_structure(model))))
     template = None if _templates is None else _templates.get(key)
     if template is None:
         template = _trace_template(model, names, opset)
@@ -118,7 +118,7 @@ def trace_named(model: PreTrainedModel, names: list[str], opset: int) -> onnx.Mo
     proto = onnx.load_from_string(template)
     weights = dict(model.named_parameters(remove_duplicate=False))
     for tensor in proto.graph.initializer:
-        if parameters := _parameters_of(tensor):
+        if parameters := parameters_of(tensor):
             array = weights[parameters[0]].detach().numpy()
             stored = array.T if tensor.name.endswith(TRANSPOSED) else array
             tensor.raw_data = np.ascontiguousarray(stored).tobytes()
@@ -128,15 +128,17 @@ def trace_named(model: PreTrainedModel, names: list[str], opset: int) -> onnx.Mo
 
 def merge_equal_weights(proto: onnx.ModelProto) -> None:
     """Store equal parameters once, with all their names; later passes would drop all names but one."""
-    first: dict[tuple[object, ...], TensorProto] = {}
+    first: dict[tuple[Fingerprint, Fingerprint], TensorProto] = {}
     replaced: dict[str, str] = {}
     for tensor in proto.graph.initializer:
-        if names := _parameters_of(tensor):
-            # A square matrix may equal the transpose of another: then either orientation names the same bytes.
-            content = (tensor.data_type, *tensor.dims, hashlib.sha256(tensor.raw_data).digest())
+        if names := parameters_of(tensor):
+            # A name says its orientation for all: a constant that is one matrix and another's transpose is none.
+            stored = numpy_helper.to_array(tensor)
+            parameter = stored.T if tensor.name.endswith(TRANSPOSED) else stored
+            content = (fingerprint(stored), fingerprint(parameter))
             stored_first = first.setdefault(content, tensor)
             if stored_first is not tensor:
-                joined = " ".join([*_parameters_of(stored_first), *names])
+                joined = " ".join([*parameters_of(stored_first), *names])
                 del stored_first.metadata_props[:]
                 stored_first.metadata_props.add(key=PARAMETERS, value=joined)
                 replaced[tensor.name] = stored_first.name
@@ -149,7 +151,7 @@ def _trace_template(model: PreTrainedModel, names: list[str], opset: int) -> byt
     proto = _trace_cleanly(_randomize(model), names, opset)
     buffers = {fingerprint(values.numpy()) for values in model.buffers()}
     for tensor in proto.graph.initializer:
-        if _parameters_of(tensor):
+        if parameters_of(tensor):
             tensor.ClearField("raw_data")
             continue
         is_float = tensor.data_type in (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
@@ -194,10 +196,6 @@ def _randomize(model: PreTrainedModel) -> PreTrainedModel:
     return random
 
 
-def _parameters_of(tensor: TensorProto) -> list[str]:
-    return metadata_of(tensor).get(PARAMETERS, "").split()
-
-
 def save_folder(proto: onnx.ModelProto, checkpoint: Path, folder: Path) -> list[Path]:
     """Write the graph, with configuration and tokenizer of its checkpoint beside it; return what `write_model` does."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -232,7 +230,6 @@ def trace_model(model: PreTrainedModel, names: list[str], opset: int) -> onnx.Mo
         ModelError: the exporter cannot do it.
         GateError: an input's axis is frozen in the graph.
     """
-    # Ones in the attention mask: a model may leave out what an all-zero mask hides.
     example = {name: torch.ones(EXAMPLE_SHAPE, dtype=torch.long) for name in names}
     example["input_ids"] *= 2
     try:

@@ -73,7 +73,7 @@ def note_positions(proto: onnx.ModelProto, positions: Mapping[str, Positions]) -
     """Note in each constant which rows and columns of its parameters it has, where they are not all."""
     for tensor in proto.graph.initializer:
         noted = {}
-        for name in metadata_of(tensor).get(PARAMETERS, "").split():
+        for name in parameters_of(tensor):
             if name in positions:
                 noted[name] = describe_positions(positions[name])
         if noted:
@@ -103,6 +103,11 @@ def expand_weight(stored: StoredWeight, axes: Sequence[tuple[int, Sequence[tuple
         raise ModelError(f"{stored.name} has the shape {stored.array.shape}; its positions are those of {expected}")
     full[np.ix_(*indices)] = stored.array
     return stored._replace(array=full)
+
+
+def parameters_of(tensor: TensorProto) -> list[str]:
+    """List the parameters that a constant stores."""
+    return metadata_of(tensor).get(PARAMETERS, "").split()
 
 
 def fingerprint(array: np.ndarray) -> Fingerprint:

@@ -26,6 +26,7 @@ from spdtool.export.gates.batches import longest_supported_input, make_dev_batch
 from spdtool.export.gates.logits import compare_logits
 from spdtool.export.gates.reference import DevSets, Reference
 from spdtool.export.graph import trace as export
+from spdtool.export.graph.weights import read_weights
 from spdtool.export.target import MODEL_FILE
 from spdtool.export.targets import Onnx
 from spdtool.models.layers import count_zeros, find_prunable_weights
@@ -305,6 +306,21 @@ def test_a_configuration_is_traced_once_and_filled_with_the_weights_of_each_mode
     with export.cached_traces({}):
         export.trace_named(first, names[:2], 18)
     assert len(traced) == 3, "the cache ended with its block"
+
+
+def test_a_matrix_and_the_transpose_of_another_are_not_one_constant() -> None:
+    square = np.arange(4, dtype=np.float32).reshape(2, 2)
+    constants = [numpy_helper.from_array(square, name) for name in ("a.T", "b", "c")]
+    for tensor in constants:
+        tensor.metadata_props.add(key="parameters", value=tensor.name.removesuffix(".T"))
+    nodes = [helper.make_node("MatMul", ["x", tensor.name], [f"y{tensor.name}"]) for tensor in constants]
+    proto = helper.make_model(helper.make_graph(nodes, "g", [], [], constants))
+    export.merge_equal_weights(proto)
+    stored = {weight.name: weight.array for weight in read_weights(proto)}
+    assert [tensor.name for tensor in proto.graph.initializer] == ["a.T", "b"]
+    np.testing.assert_array_equal(stored["a"], square.T)
+    for name in ("b", "c"):
+        np.testing.assert_array_equal(stored[name], square)
 
 
 class SummedHead(torch.nn.Module):
