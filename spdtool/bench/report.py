@@ -303,8 +303,8 @@ def other_model_lines(bench: BenchData) -> list[str]:
     if bench.leaves_out:
         share = bench.files["student"].sparsity or 0.0
         return [
-            f"The student is a smaller dense model: {share:.1%} of its matrices were removed with whole heads and "
-            "neurons, and no file of plain ONNX holds them. Its speed is not that of zeros."
+            f"The student is a smaller dense model: {share:.1%} of the weights in its matrices were removed, "
+            "as whole heads and neurons. Its plain ONNX file does not hold them. Its speed is not that of zeros."
         ]
     student, teacher = bench.files["student"].size, bench.files["teacher"].size
     return [

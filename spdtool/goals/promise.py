@@ -42,6 +42,7 @@ def measure_promise(recipe: Recipe, data: BenchData, shape: Shape, teacher: Scor
         teacher, student: dev scores.
     """
     goal, promise = recipe.goal, Promise()
+    # A sparse student is fast only where zeros are skipped, a small one in the plain file.
     engine = data.best if goal.kind == "sparse" else "student"
     if goal.speedup is not None:
         _add_speedup(promise, goal, data, engine, shape)

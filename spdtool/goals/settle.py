@@ -53,7 +53,7 @@ def settle_goal(run: Run) -> None:
         expected = "" if choice.trial is None else f"; timed with random weights: {choice.trial}"
         console.say(f"goal: {choice.goal}: {choice.describe()}{expected}")
     collectives.barrier()
-    run.recipe = Run.open(run.path).recipe
+    run.recipe = Run.open(run.path).recipe  # all ranks read what the main one has written
 
 
 def put_shape(recipe: Recipe, shape: list[tuple[int, int]], table: str | None) -> Recipe:

@@ -264,6 +264,7 @@ def search_shape(
             if goal.speedup <= ratio.median <= goal.speedup * (1 + SURPLUS):
                 break
             factor *= goal.speedup * MARGIN / ratio.median
+    # The last trial need not be the best: the search stops where a shape comes again.
     best = pick_trial(tried, losses, goal.speedup)
     if tried[best].high < goal.speedup * (1 - goal.tolerance) and not recipe.smoke:
         raise too_fast(recipe, tables, tried[best].median)

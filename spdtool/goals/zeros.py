@@ -63,7 +63,7 @@ def choose_sparsity(recipe: Recipe) -> tuple[float, Ratio]:
             clear_weights(model, recipe.prune.pattern, sparsity)
             engine = export_random(recipe, target, model, tokenizer, Path(scratch) / f"{sparsity:g}")
             result = time_engines(
-                [replace(dense, baseline=True), engine],
+                [replace(dense, baseline=True), engine],  # in the same rounds: the machine's state is that of both
                 [timed.shape],
                 threads=(timed.threads,),
                 rounds=recipe.bench.rounds,

@@ -114,6 +114,7 @@ def narrow(model: PreTrainedModel) -> tuple[PreTrainedModel, dict[str, Positions
         small = type(model)(config)
     weights, positions = model.state_dict(), {}
     for layer, flags in zip(layers, live, strict=True):
+        # dead neurons fill the layer up to the common width
         flags[(~flags).nonzero().flatten()[: width - int(flags.sum())]] = True
         for name, axes in _cut_positions(layer.neurons, flags).items():
             positions[name] = axes

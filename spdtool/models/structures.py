@@ -143,6 +143,7 @@ def find_structures(model: PreTrainedModel) -> list[LayerStructures]:
     heads = model.config.num_attention_heads
     layers = []
     for layer in find_layer_stack(model):
+        # of the projection, not of the configuration: heads need not add up to the hidden width
         width = _linear(layer, names.head_output, model).in_features
         layers.append(
             LayerStructures(
@@ -172,6 +173,7 @@ def _structures(
     linears = {}
     present = dict(layer.named_modules())
     for name in inputs:
+        # a DeBERTa that shares its keys has no projections of positions
         if name in present:
             linears[f"{prefix}.{name}"] = _linear(layer, name, model)
     return Structures(linears, f"{prefix}.{output}", _linear(layer, output, model), size)

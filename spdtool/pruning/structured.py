@@ -253,7 +253,7 @@ class StructuredPruner(Pruner):
             total += by_row.view(-1, structures.count, structures.size).sum((0, 2))
         by_column = self._contributions(structures.output_name, structures.output).sum(0)
         total += by_column.view(structures.count, structures.size).sum(1)
-        return total.abs()
+        return total.abs()  # of the sum: changes of the loss by single weights may cancel
 
     def _contributions(self, name: str, linear: nn.Linear) -> Tensor:
         weight = linear.weight.detach().float()
