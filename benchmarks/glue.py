@@ -42,8 +42,8 @@ Row = dict[str, Any]  # as it stands in a file of JSON lines
 
 SPLIT_SEED = 2026
 STAGES = ("teacher", "prune", "distill", "finetune")
-RATES = (1e-4, 2e-4, 4e-4)  # of the teacher; around the 3e-4 that suited three layers of the same encoder
-EPOCHS = (4, 8)  # all rates are tried with the first, the best one also with the second
+RATES = "1e-4,2e-4,4e-4"  # of the teacher; around the 3e-4 that suited three layers of the same encoder
+EPOCHS = "4,8"  # all rates are tried with the first, the best one also with the others
 EVERYWHERE = ("precision=fp32", "save_minutes=5")
 MAX_LENGTH = 128  # tokens, as in the recipes
 
@@ -125,12 +125,17 @@ class CommandFailed(Exception):
 
 @dataclass(frozen=True)
 class Runner:
-    """The measured tool and the folders, and the commands that run in them until `deadline` (of time.monotonic)."""
+    """The measured tool, the folders, the search for a teacher, and the commands that run until `deadline`.
+
+    The deadline is one of time.monotonic.
+    """
 
     spdtool: Path
     model: Path
     work: Path
     deadline: float
+    rates: tuple[float, ...]
+    epochs: tuple[int, ...]
 
     def run_stage(self, stage: str, folder: str, options: Sequence[str] = ()) -> None:
         """Run one stage of the run folder WORK/`folder` unless it is done, and note its CPU seconds beside it."""
@@ -310,8 +315,8 @@ def best_teacher(runner: Runner, task: str, seed: int) -> tuple[str, dict[str, f
         folder = make_teacher(runner, task, *setting, seed=0)
         return float(read_record(runner.work / folder, "teacher")["result"]["dev"]["score"])
 
-    best_rate = max(((rate, EPOCHS[0]) for rate in RATES), key=pick_score)[0]
-    rate, epochs = max(((best_rate, epochs) for epochs in EPOCHS), key=pick_score)
+    best_rate = max(((rate, runner.epochs[0]) for rate in runner.rates), key=pick_score)[0]
+    rate, epochs = max(((best_rate, epochs) for epochs in runner.epochs), key=pick_score)
     return make_teacher(runner, task, rate, epochs, seed), {"learning_rate": rate, "epochs": epochs}
 
 
@@ -489,6 +494,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--variant", default="", help="name of what --set changes, for its rows and folders")
     parser.add_argument("--seeds", default="0,1,2", help="with the options above (default: 0,1,2)")
     parser.add_argument("--set", action="append", default=[], help="any recipe field, for the students")
+    parser.add_argument("--teacher-rates", default=RATES, help=f"learning rates to try (default: {RATES})")
+    parser.add_argument("--teacher-epochs", default=EPOCHS, help=f"epochs to try (default: {EPOCHS})")
     options = parser.parse_args(arguments)
     if options.table is None and None in (options.spdtool, options.data, options.model, options.work):
         parser.error("give --spdtool, --data, --model and --work, or --table ROWS")
@@ -533,7 +540,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
         split_dev(options.data, work)
         deadline = time.monotonic() + 60 * options.minutes
-        runner = Runner(options.spdtool.absolute(), options.model.absolute(), work, deadline)
+        rates = tuple(float(word) for word in words(options.teacher_rates))
+        epochs = tuple(int(word) for word in words(options.teacher_epochs))
+        runner = Runner(options.spdtool.absolute(), options.model.absolute(), work, deadline, rates, epochs)
         return run_trials(runner, plan(options), options.out or work / "glue.jsonl")
 
 
