@@ -366,6 +366,10 @@ class Finetune(Distilled):
     """int8: train with weights and activations rounded as int8 products are; the scores include the rounding"""
     quantize_start: float = Field(0.5, ge=0, lt=1)
     """share of the phase's steps after which they are rounded"""
+    vocabulary: Literal["all", "data"] = "all"
+    """data: the student keeps the tokens that training rows, `vocabulary_texts` and unseen words of their characters need"""
+    vocabulary_texts: str | None = None
+    """UTF-8 file with a text a line, whose tokens are kept too"""
 
 
 Storage = Literal["smallest", "fp32", "fp16", "int8"]
@@ -628,6 +632,7 @@ class Recipe(Section):
             clashes[f"{phase}.clip_over=all"] = section.clip_over == "all"
         clashes["prune.saliency=logits"] = self.prune.saliency == "logits"
         clashes["finetune.quantize=int8"] = self.finetune.quantize == "int8"
+        clashes["finetune.vocabulary=data"] = self.finetune.vocabulary == "data"
         for setting, is_set in clashes.items():
             if is_set:
                 raise ValueError(f"sharded weights do not go with {setting}")

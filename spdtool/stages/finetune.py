@@ -8,10 +8,12 @@ from __future__ import annotations
 from spdtool.run.folder import Run
 from spdtool.run.records import TrainingResult
 from spdtool.stages.phase import load_phase, train_phase
+from spdtool.stages.vocabulary import trim_vocabulary
 
 
 def finetune(run: Run) -> TrainingResult:
     """Train the student alone; raises as `load_phase` and `train_phase`."""
     phase = load_phase(run, "finetune", start="distill")
     phase.keep_zeros(run.recipe, run.training_result("prune"))
-    return train_phase(run, "finetune", phase)
+    trims = run.recipe.finetune.vocabulary == "data"
+    return train_phase(run, "finetune", phase, trim_vocabulary if trims else None)

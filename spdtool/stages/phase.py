@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,13 +42,17 @@ from spdtool.pruning.structure import EncoderShape, LayerShape, choose_shape, fu
 from spdtool.pruning.structured import StructuredMasks, StructuredPruner
 from spdtool.recipe.fields import Distilled, Finetune, Recipe, TrainingLength
 from spdtool.run.folder import Run
-from spdtool.run.records import TrainingResult, ZeroCount
+from spdtool.run.records import TrainingResult, TrimmedVocabulary, ZeroCount
 from spdtool.tasks.prepare import check_teacher_score, find_task, prepare_data
 from spdtool.training.accelerator import choose_threads, compare_arithmetic, create_accelerator
 from spdtool.training.learner import Learner
 from spdtool.training.loop import fit
 from spdtool.training.quantize import RoundedProducts
 from spdtool.training.trackers import track_events
+
+
+Trim = Callable[["Run", "Phase"], TrimmedVocabulary]
+"""Makes the vocabulary of a phase's student smaller."""
 
 
 @dataclass(kw_only=True)
@@ -169,8 +173,11 @@ def load_phase(run: Run, stage: str, start: str) -> Phase:
     )
 
 
-def train_phase(run: Run, stage: str, phase: Phase) -> TrainingResult:
+def train_phase(run: Run, stage: str, phase: Phase, trim: Trim | None = None) -> TrainingResult:
     """Train the student on what its teacher shows, and write `stage`; return its result.
+
+    Args:
+        trim: makes the vocabulary smaller after the training.
 
     Raises:
         GateError: the zeros are not the requested ones in the end.
@@ -203,9 +210,15 @@ def train_phase(run: Run, stage: str, phase: Phase) -> TrainingResult:
         pruner.finalize()  # a live weight may have landed on exactly 0
         if phase.rounding is not None:
             phase.rounding.is_on = True  # a stage that was killed after its last step has trained none since
+        vocabulary = trim(run, phase) if trim is not None else None
         dev, train, classes = phase.score_classes()
         work.result = result = TrainingResult(
-            dev=dev, train=train, classes=classes, fit=fitted, sparsity=phase.masks.sparsity()
+            dev=dev,
+            train=train,
+            classes=classes,
+            fit=fitted,
+            sparsity=phase.masks.sparsity(),
+            vocabulary=vocabulary,
         )
         if isinstance(pruner, StructuredPruner):
             result.shape = [(layer.heads, layer.neurons) for layer in pruner.shape]

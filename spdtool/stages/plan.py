@@ -40,6 +40,7 @@ from spdtool.run.folder import Run
 from spdtool.run.records import Plan, StagePlan, WeightCounts
 from spdtool.stages.estimate import Estimator, Pair
 from spdtool.stages.trial import try_families
+from spdtool.stages.vocabulary import read_extra_texts
 from spdtool.tasks.prepare import find_task
 from spdtool.tasks.task import Task
 from spdtool.training.accelerator import create_accelerator
@@ -133,6 +134,7 @@ def check_recipe(recipe: Recipe, rows: int) -> Accelerator:
             "add --set prune.regrowth=true, or leave prune.exchanges out",
         )
     check_trackers(recipe)
+    read_extra_texts(recipe)
     return create_accelerator(recipe)  # raises where the device is not there
 
 

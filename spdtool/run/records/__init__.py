@@ -42,6 +42,7 @@ from spdtool.run.records.training import (
     FitResult,
     IntermediateStudent,
     TrainingResult,
+    TrimmedVocabulary,
     ZeroCount,
 )
 
@@ -93,6 +94,7 @@ __all__ = [
     "Table",
     "TargetExport",
     "TrainingResult",
+    "TrimmedVocabulary",
     "Variant",
     "WeightCounts",
     "ZeroCount",

@@ -64,6 +64,24 @@ class ClassScores(Record):
     rows: int
 
 
+class TrimmedVocabulary(Record):
+    """A vocabulary of which only the tokens were kept that the data needs.
+
+    Attributes:
+        tokens: number of tokens; tokens_before: of the teacher's.
+        dev_tokens: tokens of all dev rows in the whole vocabulary.
+        dev_unknown: unknown tokens among the dev rows; dev_unknown_before: the same in the whole vocabulary.
+        dev_rows_changed: dev rows that are cut into other pieces.
+    """
+
+    tokens: int
+    tokens_before: int
+    dev_tokens: int
+    dev_unknown: int
+    dev_unknown_before: int
+    dev_rows_changed: int
+
+
 class TrainingResult(Record):
     """Result of teacher, prune, distill or finetune.
 
@@ -75,6 +93,7 @@ class TrainingResult(Record):
         fit: None where nothing was trained.
         sparsity: share of zeros over all prunable matrices; zeros: by name of the weight. Of students only.
         shape: heads and neurons that each layer keeps, where they are removed as a whole.
+        vocabulary: what of it was kept, where it was trimmed.
     """
 
     dev: Scores
@@ -86,6 +105,7 @@ class TrainingResult(Record):
     sparsity: float | None = None
     zeros: dict[str, ZeroCount] = Field(default_factory=dict)
     shape: list[tuple[int, int]] | None = None
+    vocabulary: TrimmedVocabulary | None = None
 
     @property
     def score(self) -> float | None:
