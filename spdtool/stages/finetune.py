@@ -8,7 +8,7 @@ from __future__ import annotations
 from spdtool.run.folder import Run
 from spdtool.run.records import TrainingResult
 from spdtool.stages.phase import load_phase, train_phase
-from spdtool.stages.vocabulary import trim_vocabulary
+from spdtool.stages.trim import trim_vocabulary
 
 
 def finetune(run: Run) -> TrainingResult:

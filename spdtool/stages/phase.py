@@ -50,7 +50,6 @@ from spdtool.training.loop import fit
 from spdtool.training.quantize import RoundedProducts
 from spdtool.training.trackers import track_events
 
-
 Trim = Callable[["Run", "Phase"], TrimmedVocabulary]
 """Makes the vocabulary of a phase's student smaller."""
 

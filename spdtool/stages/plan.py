@@ -40,7 +40,7 @@ from spdtool.run.folder import Run
 from spdtool.run.records import Plan, StagePlan, WeightCounts
 from spdtool.stages.estimate import Estimator, Pair
 from spdtool.stages.trial import try_families
-from spdtool.stages.vocabulary import read_extra_texts
+from spdtool.stages.trim import read_extra_texts
 from spdtool.tasks.prepare import find_task
 from spdtool.tasks.task import Task
 from spdtool.training.accelerator import create_accelerator
