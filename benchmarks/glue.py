@@ -136,6 +136,7 @@ class Runner:
     deadline: float
     rates: tuple[float, ...]
     epochs: tuple[int, ...]
+    settings: tuple[str, ...] = EVERYWHERE
 
     def run_stage(self, stage: str, folder: str, options: Sequence[str] = ()) -> None:
         """Run one stage of the run folder WORK/`folder` unless it is done, and note its CPU seconds beside it."""
@@ -298,7 +299,7 @@ def make_teacher(runner: Runner, task: str, rate: float, epochs: int, seed: int)
         "--model",
         str(runner.model),
     ]
-    sets = [*EVERYWHERE, f"teacher.learning_rate={rate}", f"teacher.epochs={epochs}"]
+    sets = [*runner.settings, f"teacher.learning_rate={rate}", f"teacher.epochs={epochs}"]
     options += ["--seed", str(seed), *(f"--set={assignment}" for assignment in sets)]
     runner.run_stage("teacher", folder, options)
     return folder
@@ -326,7 +327,7 @@ def run_trial(runner: Runner, trial: Trial) -> Row:
     options = ["--task", trial.task.removesuffix("-sample"), "--data", str(runner.work / "data")]
     options += ["--teacher", str(runner.work / teacher / "teacher"), "--recipe", trial.recipe]
     options += ["--sparsity", f"{trial.sparsity:g}", "--seed", str(trial.seed)]
-    options += [f"--set={assignment}" for assignment in (*EVERYWHERE, *trial.sets)]
+    options += [f"--set={assignment}" for assignment in (*runner.settings, *trial.sets)]
     for stage in STAGES:
         runner.run_stage(stage, trial.folder, options if stage == "teacher" else ())
     row = row_of(runner, trial, teacher, setting)
@@ -358,7 +359,7 @@ def row_of(runner: Runner, trial: Trial, teacher: str, setting: dict[str, float]
         "task": trial.task,
         "recipe": Path(trial.recipe).stem,
         "variant": trial.variant,
-        "sets": list(trial.sets),
+        "sets": [*runner.settings, *trial.sets],
         "sparsity": trial.sparsity,
         "seed": trial.seed,
         "split_seed": SPLIT_SEED,
@@ -494,6 +495,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--variant", default="", help="name of what --set changes, for its rows and folders")
     parser.add_argument("--seeds", default="0,1,2", help="with the options above (default: 0,1,2)")
     parser.add_argument("--set", action="append", default=[], help="any recipe field, for the students")
+    parser.add_argument("--max-rows", type=int, help="training rows, of teachers and students (default: all)")
     parser.add_argument("--teacher-rates", default=RATES, help=f"learning rates to try (default: {RATES})")
     parser.add_argument("--teacher-epochs", default=EPOCHS, help=f"epochs to try (default: {EPOCHS})")
     options = parser.parse_args(arguments)
@@ -542,7 +544,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         deadline = time.monotonic() + 60 * options.minutes
         rates = tuple(float(word) for word in words(options.teacher_rates))
         epochs = tuple(int(word) for word in words(options.teacher_epochs))
-        runner = Runner(options.spdtool.absolute(), options.model.absolute(), work, deadline, rates, epochs)
+        settings = EVERYWHERE if options.max_rows is None else (*EVERYWHERE, f"max_rows={options.max_rows}")
+        runner = Runner(options.spdtool.absolute(), options.model.absolute(), work, deadline, rates, epochs, settings)
         return run_trials(runner, plan(options), options.out or work / "glue.jsonl")
 
 
