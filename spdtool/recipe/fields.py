@@ -367,7 +367,7 @@ class Finetune(Distilled):
     quantize_start: float = Field(0.5, ge=0, lt=1)
     """share of the phase's steps after which they are rounded"""
     vocabulary: Literal["all", "data"] = "all"
-    """data: the student keeps the tokens of training rows and `vocabulary_texts`, and what words of their characters need"""
+    """data: the student keeps the tokens that training rows, `vocabulary_texts` and words of their characters need"""
     vocabulary_texts: str | None = None
     """UTF-8 file with a text a line, whose tokens are kept too"""
 
