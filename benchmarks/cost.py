@@ -87,9 +87,9 @@ def measure(point: Point, options: argparse.Namespace) -> float:
 def spdtool(words: list[str], folder: Path) -> None:
     """Run a command in one thread, with a cache of its own; it must end well."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str((folder / "cache").resolve())}
-    ended = subprocess.run([sys.executable, "-m", "spdtool", *words], env=environment, capture_output=True, text=True)
-    if ended.returncode != 0:
-        raise SystemExit(f"spdtool {' '.join(words)}:\n{ended.stderr[-3000:]}")
+    process = subprocess.run([sys.executable, "-m", "spdtool", *words], env=environment, capture_output=True, text=True)
+    if process.returncode != 0:
+        raise SystemExit(f"spdtool {' '.join(words)}:\n{process.stderr[-3000:]}")
 
 
 def spent() -> float:

@@ -403,8 +403,8 @@ def cpu_model() -> str:
 def commit_of(program: Path) -> str | None:
     """The commit of the checkout in which the measured program is installed, if it is one."""
     command = ["git", "-C", str(program.parent), "rev-parse", "--short", "HEAD"]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    return ended.stdout.strip() or None
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    return process.stdout.strip() or None
 
 
 def append(file: Path, row: Row) -> None:

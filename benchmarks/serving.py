@@ -185,8 +185,8 @@ def _served(folder: Path, options: argparse.Namespace) -> tuple[subprocess.Popen
 def _loaded(port: int, load: Path, options: argparse.Namespace) -> dict[str, Any]:
     words = [sys.executable, __file__, "--client", "--port", str(port), "--load", str(load)]
     words += ["--texts", str(options.texts), "--connections", str(options.connections)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS + 60, check=True)
-    told: dict[str, Any] = json.loads(done.stdout)
+    process = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS + 60, check=True)
+    told: dict[str, Any] = json.loads(process.stdout)
     return told
 
 

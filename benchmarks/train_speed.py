@@ -128,10 +128,10 @@ def _child(options: argparse.Namespace, row: str, *more: str) -> dict[str, Any]:
     words += [f"--random-model={options.random_model}"] * bool(options.random_model)
     words += [f"--device={options.device}", f"--warm={options.warm}"]
     environment = os.environ | {"OMP_NUM_THREADS": str(options.threads), "XDG_CACHE_HOME": options.cache}
-    ended = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
-    if ended.returncode != 0:
-        raise SystemExit(f"{row}:\n{ended.stderr}")
-    result: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+    process = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
+    if process.returncode != 0:
+        raise SystemExit(f"{row}:\n{process.stderr}")
+    result: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
     return result
 
 

@@ -218,6 +218,6 @@ def compressed(tmp_path_factory: pytest.TempPathFactory, quick_words: tuple[str,
     from spdtool.cli.main import app
 
     folder = tmp_path_factory.mktemp("runs") / "done"
-    called = CliRunner().invoke(app, ["compress", *quick_words, "--run", str(folder)])
-    assert called.exit_code == 0, called.output
+    result = CliRunner().invoke(app, ["compress", *quick_words, "--run", str(folder)])
+    assert result.exit_code == 0, result.output
     return folder

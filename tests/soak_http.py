@@ -212,8 +212,8 @@ def check_schema(bundle: Path, schemathesis: Path, examples: int) -> None:
     with serving(bundle) as server:
         command = [str(schemathesis), "run", f"http://127.0.0.1:{server.port}/openapi.json", "--checks", "all"]
         command += ["--exclude-checks", UNEXPRESSED, "--max-examples", str(examples), "--seed", "0"]
-        done = subprocess.run(command, env=os.environ | {"NO_COLOR": "1"}, check=False)
-        assert done.returncode == 0, f"schemathesis ended with the code {done.returncode}"
+        process = subprocess.run(command, env=os.environ | {"NO_COLOR": "1"}, check=False)
+        assert process.returncode == 0, f"schemathesis ended with the code {process.returncode}"
 
 
 def main() -> None:

@@ -98,5 +98,5 @@ def test_export_model_writes_any_checkpoint(
     exported = export_model(encoder_folder, sets=["device=cpu"])
     assert (exported.folder, exported.target) == (Path(f"{encoder_folder.name}-onnx"), "onnx")
     assert exported.model.bytes == sum((exported.folder / file).stat().st_size for file in exported.model.files)
-    called = spdtool("export", "--from", encoder_folder, "--to", "again", "--set", "device=cpu", "--json")
-    assert json.loads(called.stdout)["sparsity"] == exported.model.sparsity
+    result = spdtool("export", "--from", encoder_folder, "--to", "again", "--set", "device=cpu", "--json")
+    assert json.loads(result.stdout)["sparsity"] == exported.model.sparsity

@@ -226,9 +226,9 @@ def test_an_unsupported_family_is_refused_with_the_reason(
     toys: Any, architecture: str, config: dict[str, Any], message: str
 ) -> None:
     model = toys.classifier(architecture, layers=DEPTH, **config)
-    with pytest.raises(ModelError, match=message) as caught:
+    with pytest.raises(ModelError, match=message) as error:
         find_prunable_weights(model)
-    assert architecture in caught.value.message
+    assert architecture in error.value.message
 
 
 def test_funnel_is_refused_with_the_reason(toys: Any) -> None:

@@ -46,10 +46,10 @@ def test_the_zeros_are_in_the_checkpoint_and_in_the_exported_file(compressed: Pa
 
 def test_a_second_call_does_nothing_and_shows_the_result(run: Path, quick_words: Any, spdtool: Call) -> None:
     before = snapshot(run)
-    called = spdtool("compress", *quick_words, "--run", run)
-    assert called.exit_code == 0, called.output
-    assert called.stdout.count("done, skipped") == 6
-    assert "student" in called.stdout
+    result = spdtool("compress", *quick_words, "--run", run)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("done, skipped") == 6
+    assert "student" in result.stdout
     assert snapshot(run) == before
 
 
@@ -58,8 +58,8 @@ def test_what_is_missing_is_made_and_nothing_else(run: Path, quick_words: Any, s
     shutil.rmtree(run / "finetune")
     shutil.rmtree(run / "export")
     shutil.rmtree(run / "bench")
-    called = spdtool("finetune", "--run", run)
-    assert called.exit_code == 0, called.output
+    result = spdtool("finetune", "--run", run)
+    assert result.exit_code == 0, result.output
     after = snapshot(run)
     assert after["finetune/model.safetensors"] == before["finetune/model.safetensors"]
     assert {name: data for name, data in after.items() if name.split("/")[0] in ("teacher", "prune", "distill")} == {
@@ -71,9 +71,9 @@ def test_stage_by_stage_gives_the_same_bytes(compressed: Path, tmp_path: Path, q
     folder = tmp_path / "by hand"
     for stage in STAGES[:-1]:
         words = quick_words if stage == "teacher" else ()
-        called = spdtool(stage, *words, "--run", folder)
-        assert called.exit_code == 0, called.output
-        assert f"{stage}: done in" in called.stdout
+        result = spdtool(stage, *words, "--run", folder)
+        assert result.exit_code == 0, result.output
+        assert f"{stage}: done in" in result.stdout
     files = [file for file in snapshot(compressed) if file.endswith((".safetensors", ".onnx"))]
     assert {file.split("/")[0] for file in files} == {"teacher", "prune", "distill", "finetune", "export"}
     for file in files:
@@ -81,9 +81,9 @@ def test_stage_by_stage_gives_the_same_bytes(compressed: Path, tmp_path: Path, q
 
 
 def test_redoing_a_stage_drops_the_later_ones(run: Path, spdtool: Call) -> None:
-    called = spdtool("distill", "--run", run, "--again", "--set", "distill.learning_rate=1e-3")
-    assert called.exit_code == 0, called.output
-    assert "dropped distill, finetune, export, bench" in called.stdout
+    result = spdtool("distill", "--run", run, "--again", "--set", "distill.learning_rate=1e-3")
+    assert result.exit_code == 0, result.output
+    assert "dropped distill, finetune, export, bench" in result.stdout
     assert [stage for stage in STAGES if (run / stage).exists()] == ["teacher", "prune", "distill"]
 
 
@@ -98,9 +98,9 @@ def test_redoing_a_stage_drops_the_later_ones(run: Path, spdtool: Call) -> None:
 )
 def test_redoing_refuses_before_it_drops(run: Path, spdtool: Call, words: tuple[str, ...], message: str) -> None:
     before = snapshot(run)
-    called = spdtool("prune", "--run", run, "--again", *words)
-    assert called.exit_code == 2
-    assert message in called.stderr
+    result = spdtool("prune", "--run", run, "--again", *words)
+    assert result.exit_code == 2
+    assert message in result.stderr
     assert snapshot(run) == before
 
 
@@ -108,9 +108,9 @@ def test_a_redone_teacher_that_cannot_be_made_leaves_the_old_one(
     run: Path, quick_words: Any, spdtool: Call, tmp_path: Path
 ) -> None:
     before = snapshot(run)
-    called = spdtool("teacher", *quick_words, "--model", tmp_path / "gone", "--run", run, "--again")
-    assert called.exit_code == 2
-    assert "does not exist" in called.stderr
+    result = spdtool("teacher", *quick_words, "--model", tmp_path / "gone", "--run", run, "--again")
+    assert result.exit_code == 2
+    assert "does not exist" in result.stderr
     assert snapshot(run) == before
 
 
@@ -120,8 +120,8 @@ def test_a_setting_may_change_until_its_stage_is_done(run: Path, quick_words: An
     dry = spdtool(*words, "--dry-run")
     assert dry.exit_code == 0, dry.output
     assert json.loads((run / "run.json").read_text())["recipe"]["bench"]["rounds"] == 1, "a dry run wrote"
-    called = spdtool(*words)
-    assert called.exit_code == 0, called.output
+    result = spdtool(*words)
+    assert result.exit_code == 0, result.output
     assert json.loads((run / "run.json").read_text())["recipe"]["bench"]["rounds"] == 2
     late = spdtool(*words, "--set", "bench.rounds=3")
     assert late.exit_code == 2
@@ -129,9 +129,9 @@ def test_a_setting_may_change_until_its_stage_is_done(run: Path, quick_words: An
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path, quick_words: Any, spdtool: Call) -> None:
-    called = spdtool("compress", *quick_words, "--run", tmp_path / "run", "--dry-run", "--json")
-    assert called.exit_code == 0, called.output
-    plan = json.loads(called.stdout)
+    result = spdtool("compress", *quick_words, "--run", tmp_path / "run", "--dry-run", "--json")
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.stdout)
     assert [stage["stage"] for stage in plan["stages"]] == list(STAGES)
     assert plan["rows"]["train"] + plan["rows"]["dev"] == 60
     assert 3 <= plan["rows"]["dev"] <= 12
@@ -141,10 +141,10 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, quick_words: Any, spdtool: Cal
 
 
 def test_a_smoke_run_says_so_everywhere(tmp_path: Path, quick_words: Any, spdtool: Call) -> None:
-    called = spdtool("compress", *quick_words, "--run", tmp_path / "run", "--smoke", "--json")
-    assert called.exit_code == 0, called.output
-    assert [row[0] for row in json.loads(called.stdout)["rows"]] == ["teacher", "student"]
-    assert "SMOKE RUN" in called.stderr
+    result = spdtool("compress", *quick_words, "--run", tmp_path / "run", "--smoke", "--json")
+    assert result.exit_code == 0, result.output
+    assert [row[0] for row in json.loads(result.stdout)["rows"]] == ["teacher", "student"]
+    assert "SMOKE RUN" in result.stderr
     assert (tmp_path / "run/SMOKE-RUN-NOT-A-RESULT.txt").exists()
     assert json.loads((tmp_path / "run/prune/stage.json").read_text())["smoke"] is True
     shown = spdtool("inspect", tmp_path / "run")
@@ -161,16 +161,16 @@ def test_a_run_goes_on_from_another_folder(
     words = [*quick_words, "--data", "rows.csv", "--model", "mödel/", "--run", home / "run"]
     assert spdtool("teacher", *words).exit_code == 0
     monkeypatch.chdir(tmp_path)
-    called = spdtool("prune", "--run", home / "run")
-    assert called.exit_code == 0, called.output
+    result = spdtool("prune", "--run", home / "run")
+    assert result.exit_code == 0, result.output
 
 
 def test_a_given_teacher_is_measured_and_used(
     compressed: Path, quick_words: Any, tmp_path: Path, spdtool: Call
 ) -> None:
-    called = spdtool("teacher", *quick_words, "--teacher", compressed / "teacher", "--run", tmp_path / "run")
-    assert called.exit_code == 0, called.output
-    assert "given teacher: dev score" in called.stdout
+    result = spdtool("teacher", *quick_words, "--teacher", compressed / "teacher", "--run", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert "given teacher: dev score" in result.stdout
     ours, theirs = tmp_path / "run/teacher/model.safetensors", compressed / "teacher/model.safetensors"
     assert ours.read_bytes() == theirs.read_bytes()
 
@@ -186,9 +186,9 @@ def test_a_run_goes_on_with_the_recipe_that_it_has_recorded(tmp_path: Path, quic
         ("resume", str(run), "--set", "sparsity=0.6"): {"sparsity": 0.6},
     }
     for words, changed in ways.items():
-        called = spdtool(*words, "--dry-run", "--json")
-        assert called.exit_code == 0, called.output
-        plan = json.loads(called.stdout)
+        result = spdtool(*words, "--dry-run", "--json")
+        assert result.exit_code == 0, result.output
+        plan = json.loads(result.stdout)
         assert plan["recipe"] == recorded | changed, words
         assert [stage["done"] for stage in plan["stages"]] == [True, *[False] * 5]
     for words, message in (
@@ -197,9 +197,9 @@ def test_a_run_goes_on_with_the_recipe_that_it_has_recorded(tmp_path: Path, quic
         (("resume", tmp_path / "none"), "has no run.json"),
         (("compress", "--run", run, "--seed", "1"), "seed is 0 there and 1 here"),
     ):
-        called = spdtool(*words)
-        assert called.exit_code == 2, words
-        assert message in " ".join(called.stderr.split()), words
+        result = spdtool(*words)
+        assert result.exit_code == 2, words
+        assert message in " ".join(result.stderr.split()), words
     redone = spdtool("teacher", "--run", run, "--again", "--set", "teacher.epochs=2")
     assert redone.exit_code == 0, redone.output
     assert json.loads((run / "run.json").read_text())["recipe"]["teacher"]["epochs"] == 2
@@ -227,8 +227,8 @@ def test_a_finished_run_is_loaded_by_its_own_folder(compressed: Path, tmp_path: 
 def test_the_dev_score_is_the_metric_that_was_chosen(tmp_path: Path, quick_words: Any, spdtool: Any) -> None:
     for metric in ("accuracy", "f1"):
         run = tmp_path / metric
-        called = spdtool("teacher", *quick_words, "--run", run, "--metric", metric)
-        assert called.exit_code == 0, called.output
+        result = spdtool("teacher", *quick_words, "--run", run, "--metric", metric)
+        assert result.exit_code == 0, result.output
         dev = json.loads((run / "teacher/stage.json").read_text())["result"]["dev"]
         assert dev["score"] == dev[metric]
         assert dev.keys() == {"score", "accuracy", "f1"}

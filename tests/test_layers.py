@@ -223,8 +223,8 @@ def test_the_shared_phase_may_be_imported_by_its_three_phases() -> None:
 
 def test_the_front_door_imports_nothing_heavy() -> None:
     code = f"import sys, spdtool.cli.main; print(sorted(set({sorted(HEAVY)}) & sys.modules.keys()))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == "[]"
 
 
 HELP = """

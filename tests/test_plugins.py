@@ -55,9 +55,9 @@ def test_a_registered_part_keeps_what_it_declared() -> None:
 
 
 def test_an_unknown_name_offers_near_matches() -> None:
-    with pytest.raises(UnknownName, match="no criterion 'magnitud'") as caught:
+    with pytest.raises(UnknownName, match="no criterion 'magnitud'") as error:
         plugins.criteria.get("magnitud")
-    assert caught.value.near == ["magnitude"]
+    assert error.value.near == ["magnitude"]
 
 
 def test_a_name_belongs_to_the_source_that_registered_it() -> None:
@@ -71,9 +71,9 @@ def test_a_name_belongs_to_the_source_that_registered_it() -> None:
 
 
 def test_an_option_that_means_nothing_is_refused() -> None:
-    with pytest.raises(PluginError, match="criterion 'a' has the unknown option need") as caught:
+    with pytest.raises(PluginError, match="criterion 'a' has the unknown option need") as error:
         plugins.criteria.register("a", need=("gradient",))
-    assert caught.value.hint == "options: needs, update, block_scores, dense_gradients"
+    assert error.value.hint == "options: needs, update, block_scores, dense_gradients"
     with pytest.raises(PluginError, match="unknown option speed"):
         plugins.targets.register("a", speed=1)
 
@@ -201,10 +201,10 @@ for plugin in sorted(plugins.loaded_plugins(), key=lambda p: p.name):
         print(plugin.name, plugin.where, plugin.error)
 """
     environment = os.environ | {"PYTHONPATH": str(site)}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, cwd=tmp_path
     )
-    assert done.stdout.splitlines() == [
+    assert process.stdout.splitlines() == [
         "spdtool-kind:kind",
         "spdtool-kind:kind spdtool_kind None",
         "spdtool-kind:rude spdtool_rude OSError: no licence",
@@ -242,7 +242,7 @@ class TestLibrary:
 
     def test_one_that_is_not_installed_is_an_error_that_says_how(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(plugins, "entry_points", lambda **_: [])
-        with pytest.raises(PluginError, match="'theirs'") as caught:
+        with pytest.raises(PluginError, match="'theirs'") as error:
             plugins.find_library("theirs")
-        assert "pip install spdtool-theirs" in str(caught.value.hint)
+        assert "pip install spdtool-theirs" in str(error.value.hint)
         assert plugins.library_targets() == []

@@ -19,10 +19,10 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What `power_cuts.py` reports of the prune stage."""
     root = tmp_path_factory.mktemp("cuts")
     script = Path(__file__).with_name("power_cuts.py")
-    done = subprocess.run([sys.executable, str(script), str(root)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    process = subprocess.run([sys.executable, str(script), str(root)], capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr[-3000:]
     shutil.rmtree(root)
-    report: dict[str, Any] = json.loads(done.stdout)
+    report: dict[str, Any] = json.loads(process.stdout)
     return report
 
 

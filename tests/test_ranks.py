@@ -79,15 +79,15 @@ def calls(root: Path) -> dict[str, dict[str, Any]]:
 def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     root = tmp_path_factory.mktemp("ranks")
     made = calls(root)
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, str(HERE / "ranks.py"), str(root)],
         input=json.dumps(list(made.values())),
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return root, dict(zip(made, json.loads(done.stdout), strict=True))
+    assert process.returncode == 0, process.stderr[-3000:]
+    return root, dict(zip(made, json.loads(process.stdout), strict=True))
 
 
 def weights(folder: Path, stage: str = "prune") -> dict[str, torch.Tensor]:

@@ -128,12 +128,12 @@ def test_a_bad_setting_is_refused_by_name() -> None:
 
 
 def test_near_matches_are_offered() -> None:
-    with pytest.raises(UnknownName) as caught:
+    with pytest.raises(UnknownName) as error:
         build_recipe("default", {}, ["prune.epoch=3"])
-    assert "prune.epochs" in caught.value.near
-    with pytest.raises(UnknownName) as caught:
+    assert "prune.epochs" in error.value.near
+    with pytest.raises(UnknownName) as error:
         build_recipe("referense")
-    assert caught.value.near == ["reference"]
+    assert error.value.near == ["reference"]
 
 
 def test_a_file_that_is_no_toml_is_refused(tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ def test_a_field_of_several_takes_one_or_words_between_commas() -> None:
 
 def test_a_list_of_the_wrong_kind_is_shown_a_right_one() -> None:
     for assignment in ("bench.padded=8", "bench.padded=[8, 128]", "bench.batches=a"):
-        with pytest.raises(RecipeError) as caught:
+        with pytest.raises(RecipeError) as error:
             build_recipe("default", sets=[assignment])
-        assert "for example --set bench." in str(caught.value.hint), assignment
-        assert "'[" in str(caught.value.hint), assignment
+        assert "for example --set bench." in str(error.value.hint), assignment
+        assert "'[" in str(error.value.hint), assignment

@@ -80,15 +80,15 @@ def run_scenarios(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], R
     @functools.cache
     def run(stage: str) -> Results:
         root = tmp_path_factory.mktemp(f"killed-{stage}")
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, str(Path(__file__).with_name("killed.py")), str(root)],
             input=json.dumps(list_scenarios(stage)),
             capture_output=True,
             text=True,
             check=False,
         )
-        assert done.returncode == 0, done.stderr[-3000:]
-        return root / "calm", json.loads(done.stdout)
+        assert process.returncode == 0, process.stderr[-3000:]
+        return root / "calm", json.loads(process.stdout)
 
     return run
 

@@ -73,9 +73,9 @@ def train(folder: Path, *stages: str, cwd: Path | None = None, cpus: str = "", *
     words = [sys.executable, str(SCRIPT), str(folder), *(stages or STAGES)]
     if cpus:
         words = ["taskset", "-c", cpus, *words]
-    done = subprocess.run(words, env=environment, cwd=cwd, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return Outcome(json.loads(done.stdout), done.stderr)
+    process = subprocess.run(words, env=environment, cwd=cwd, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr[-3000:]
+    return Outcome(json.loads(process.stdout), process.stderr)
 
 
 @pytest.fixture(scope="module")

@@ -48,10 +48,10 @@ def test_scores_and_sparsity(run: Run) -> None:
 
 
 def test_the_layers_are_those_of_the_latest_sparse_stage(run: Run) -> None:
-    shown = inspect_run(run)
-    assert shown.sparsest == "distill"
-    assert len(shown.layers) == 12
-    for matrix in shown.layers:
+    inspection = inspect_run(run)
+    assert inspection.sparsest == "distill"
+    assert len(inspection.layers) == 12
+    for matrix in inspection.layers:
         assert matrix.weight.startswith("bert.encoder.layer.")
         assert matrix.zeros == round(0.25 * matrix.size)
         assert matrix.sparsity == matrix.zeros / matrix.size

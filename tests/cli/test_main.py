@@ -36,10 +36,10 @@ COMMANDS = (*WORKFLOW, "doctor", "tasks", "recipes", "plugins")
 
 
 def test_help_lists_every_command(spdtool: Call) -> None:
-    called = spdtool("--help")
-    assert called.exit_code == 0
+    result = spdtool("--help")
+    assert result.exit_code == 0
     for name in COMMANDS:
-        assert name in called.stdout
+        assert name in result.stdout
 
 
 def test_the_command_line_stays_small() -> None:
@@ -59,10 +59,10 @@ def test_the_version_and_the_short_help(spdtool: Call) -> None:
 
 def test_python_without_docstrings_is_refused() -> None:
     words = [sys.executable, "-OO", "-m", "spdtool", "tasks"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "unset PYTHONOPTIMIZE" in " ".join(done.stderr.split())
-    assert "Traceback" not in done.stderr
+    process = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert process.returncode == 2
+    assert "unset PYTHONOPTIMIZE" in " ".join(process.stderr.split())
+    assert "Traceback" not in process.stderr
 
 
 def test_grafting_is_said_to_be_off_where_the_recipe_has_none(spdtool: Call) -> None:
@@ -79,17 +79,17 @@ def test_json_is_all_of_standard_output(spdtool: Call) -> None:
         ("doctor",): "onnxruntime",
     }
     for words, content in contents.items():
-        called = spdtool(*words, "--json")
-        assert called.exit_code in (0, 2), called.output
-        assert content in json.dumps(json.loads(called.stdout)), words
-        assert content in called.stderr, words
+        result = spdtool(*words, "--json")
+        assert result.exit_code in (0, 2), result.output
+        assert content in json.dumps(json.loads(result.stdout)), words
+        assert content in result.stderr, words
         assert content in spdtool(*words).stdout, words
 
 
 def test_json_of_every_stage_and_of_inspect(spdtool: Call, compressed: Path) -> None:
     for stage in ("prune", "distill", "finetune", "export"):
-        said = json.loads(spdtool(stage, "--run", compressed, "--json").stdout)
-        assert said == json.loads((compressed / stage / "stage.json").read_text())["result"]
+        output = json.loads(spdtool(stage, "--run", compressed, "--json").stdout)
+        assert output == json.loads((compressed / stage / "stage.json").read_text())["result"]
     assert json.loads(spdtool("bench", "--run", compressed, "--json").stdout)["rows"][1][0] == "student"
     assert len(json.loads(spdtool("inspect", compressed, "--json").stdout)["stages"]) == 6
 
@@ -105,12 +105,12 @@ def test_json_of_an_error(spdtool: Call) -> None:
         ("prnue",),
     ]
     for words in calls:
-        called = spdtool(*words, "--json")
-        assert called.exit_code == 2, words
-        error = json.loads(called.stdout)
+        result = spdtool(*words, "--json")
+        assert result.exit_code == 2, words
+        error = json.loads(result.stdout)
         assert error["error"], words
         assert error["message"], words
-        assert called.stderr == "", words
+        assert result.stderr == "", words
 
 
 def test_doctor_fails_when_a_check_does(spdtool: Call, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,13 +119,13 @@ def test_doctor_fails_when_a_check_does(spdtool: Call, monkeypatch: pytest.Monke
         doctor.Check("onnxruntime", "warn", "old", "pip install spdtool[cpu]"),
     ]
     monkeypatch.setattr(doctor, "examine", lambda: checks)
-    called = spdtool("doctor")
-    assert called.exit_code == 0
-    assert "spdtool[cpu]" in called.stdout, "brackets were taken for markup"
+    result = spdtool("doctor")
+    assert result.exit_code == 0
+    assert "spdtool[cpu]" in result.stdout, "brackets were taken for markup"
     checks.append(doctor.Check("disk", "fail", "full"))
-    called = spdtool("doctor", "--json")
-    assert called.exit_code == 2
-    assert json.loads(called.stdout)[2] == {"name": "disk", "status": "fail", "found": "full", "advice": ""}
+    result = spdtool("doctor", "--json")
+    assert result.exit_code == 2
+    assert json.loads(result.stdout)[2] == {"name": "disk", "status": "fail", "found": "full", "advice": ""}
 
 
 @pytest.mark.usefixtures("clean_plugins")
@@ -136,9 +136,9 @@ def test_a_plugins_folder_adds_parts_and_lists_what_failed(spdtool: Call, tmp_pa
         "def mine(weight, stats):\n    'The sign.'\n    return weight\n"
     )
     (tmp_path / "broken.py").write_text("import no_such_module_anywhere\n")
-    said = json.loads(spdtool("plugins", "--plugins-dir", tmp_path, "--json").stdout)
-    assert {"kind": "criterion", "name": "mine", "source": "mine", "about": "The sign."} in said["parts"]
-    states = {plugin["name"]: plugin["state"] for plugin in said["plugins"]}
+    output = json.loads(spdtool("plugins", "--plugins-dir", tmp_path, "--json").stdout)
+    assert {"kind": "criterion", "name": "mine", "source": "mine", "about": "The sign."} in output["parts"]
+    states = {plugin["name"]: plugin["state"] for plugin in output["plugins"]}
     assert states["mine"] == "loaded"
     assert "no_such_module_anywhere" in states["broken"]
 
@@ -267,10 +267,10 @@ SETTINGS: dict[str, tuple[tuple[str, ...], str]] = {
 
 def test_bad_settings(spdtool: Call, quick_words: tuple[str, ...], tmp_path: Path) -> None:
     for case, (words, message) in SETTINGS.items():
-        called = spdtool("compress", *quick_words, *words, "--run", tmp_path / "run")
-        refused(called, message)
+        result = spdtool("compress", *quick_words, *words, "--run", tmp_path / "run")
+        refused(result, message)
         assert not (tmp_path / "run").exists(), case
-        assert len(called.stderr) < 2500, f"{case}: nobody reads that much"
+        assert len(result.stderr) < 2500, f"{case}: nobody reads that much"
 
 
 def test_cuda_where_there_is_none(
@@ -286,16 +286,16 @@ def test_a_teacher_with_another_number_of_labels(
 ) -> None:
     toys.bert(labels=3).save_pretrained(tmp_path / "three")
     toys.tokenizer().save_pretrained(tmp_path / "three")
-    called = spdtool("compress", *quick_words, "--teacher", tmp_path / "three", "--run", tmp_path / "run")
-    refused(called, "the model has 3 labels", "fine-tuned on this task")
+    result = spdtool("compress", *quick_words, "--teacher", tmp_path / "three", "--run", tmp_path / "run")
+    refused(result, "the model has 3 labels", "fine-tuned on this task")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_tokenizer_of_another_model(spdtool: Call, toys: Any, quick_words: tuple[str, ...], tmp_path: Path) -> None:
     toys.bert(vocab_size=9).save_pretrained(tmp_path / "small")
     toys.tokenizer().save_pretrained(tmp_path / "small")
-    called = spdtool("teacher", *quick_words, "--model", tmp_path / "small", "--run", tmp_path / "run")
-    refused(called, "the model has 9 word embeddings")
+    result = spdtool("teacher", *quick_words, "--model", tmp_path / "small", "--run", tmp_path / "run")
+    refused(result, "the model has 9 word embeddings")
     assert not (tmp_path / "run").exists()
 
 
@@ -313,8 +313,8 @@ def test_folders_that_are_no_runs(spdtool: Call, quick_words: tuple[str, ...], t
 
 
 def test_the_run_of_another_recipe(spdtool: Call, quick_words: tuple[str, ...], compressed: Path) -> None:
-    called = spdtool("compress", *quick_words, "--sparsity", "0.7", "--run", compressed)
-    refused(called, "sparsity is 0.5 there and 0.7 here", "another --run")
+    result = spdtool("compress", *quick_words, "--sparsity", "0.7", "--run", compressed)
+    refused(result, "sparsity is 0.5 there and 0.7 here", "another --run")
 
 
 def test_a_stage_before_its_predecessor(spdtool: Call, compressed: Path, tmp_path: Path) -> None:
@@ -399,11 +399,11 @@ def test_the_plan_tells_how_the_rows_were_read(spdtool: Call, quick_words: tuple
     rows = [f"row {i % 33},{('pos', 'neg', 'NA')[i % 3]}" for i in range(66)]
     (tmp_path / "mine.csv").write_text("\n".join(["text,label", *rows]) + "\n", "utf-8")
     words = ("compress", "--data", tmp_path / "mine.csv", *quick_words[2:], "--run", tmp_path / "run", "--dry-run")
-    called = spdtool(*words)
-    assert called.exit_code == 0, called.output
-    assert f"text of {tmp_path}/mine.csv, by label; a tenth of its rows is the dev set" in called.stdout
-    assert "3 classes: NA " in called.stdout
-    assert "the label 'NA' is taken for a class" in called.stderr
+    result = spdtool(*words)
+    assert result.exit_code == 0, result.output
+    assert f"text of {tmp_path}/mine.csv, by label; a tenth of its rows is the dev set" in result.stdout
+    assert "3 classes: NA " in result.stdout
+    assert "the label 'NA' is taken for a class" in result.stderr
     planned = json.loads(spdtool(*words, "--json").stdout)
     assert sum(sum(counts.values()) for counts in planned["classes"].values()) == 66
     assert "regression, 0 to 4" in spdtool(*words[:2], numbers(tmp_path), *words[3:], "--set", "regression=true").stdout
@@ -413,14 +413,14 @@ def test_the_plan_is_short_and_all_of_it_is_there_on_request(
     spdtool: Call, quick_words: tuple[str, ...], tmp_path: Path
 ) -> None:
     words = ("compress", *quick_words, "--run", tmp_path / "run", "--dry-run")
-    called = spdtool(*words)
-    assert called.exit_code == 0, called.output
-    _, title, *lines = called.stdout.splitlines()
+    result = spdtool(*words)
+    assert result.exit_code == 0, result.output
+    _, title, *lines = result.stdout.splitlines()
     assert title == f"{tmp_path}/run: recipe default, 0.5 sparsity"
     names = ("data", "labels", "dev score", "model", "teacher", "prune", "distill", "finetune", "export, bench", "time")
     for name, line in zip((*names, "disk", "result", ""), lines, strict=False):
         assert line.startswith(name), line
-    changed = called.stdout.split("changed field")[1]
+    changed = result.stdout.split("changed field")[1]
     assert "export.optional" in changed
     assert "learning_rate" not in changed, "only what differs from the recipe"
     assert "prune.learning_rate" in spdtool(*words, "--all").stdout
@@ -439,8 +439,8 @@ def test_a_run_says_that_zeros_save_nothing_where_no_operators_are_installed(
     for optional in ("installed", "[]"):
         for installed in ([], ["some-target"]):
             monkeypatch.setattr("spdtool.plugins.library_targets", lambda installed=installed: installed)
-            called = spdtool(*words, "--set", f"export.optional={optional}")
-            shown = "zeros save neither time nor bytes" in called.stderr and "pip install" in called.stderr
+            result = spdtool(*words, "--set", f"export.optional={optional}")
+            shown = "zeros save neither time nor bytes" in result.stderr and "pip install" in result.stderr
             assert shown == (optional == "installed" and not installed), (optional, installed)
 
 
@@ -485,19 +485,19 @@ def test_export_and_unpack_of_any_checkpoint(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     words = ("export", "--from", theirs, "--target", "rounded", "--set", "export.values=fp32")
-    called = spdtool(*words, "--json")
-    assert called.exit_code == 0, called.output
-    said = json.loads(called.stdout)
-    assert (said["folder"], said["target"], said["sparsity"], said["values"]) == (
+    result = spdtool(*words, "--json")
+    assert result.exit_code == 0, result.output
+    output = json.loads(result.stdout)
+    assert (output["folder"], output["target"], output["sparsity"], output["values"]) == (
         "theirs-rounded",
         "rounded",
         0.5,
         "fp32",
     )
-    assert "50.00% zeros as in its checkpoint" in called.stderr
+    assert "50.00% zeros as in its checkpoint" in result.stderr
     refused(spdtool(*words), "theirs-rounded exists and is not an empty folder")
-    called = spdtool("unpack", "theirs-rounded", "plain", "--json")
-    assert json.loads(called.stdout) == {"folder": "theirs-rounded", "checkpoint": "plain"}
+    result = spdtool("unpack", "theirs-rounded", "plain", "--json")
+    assert json.loads(result.stdout) == {"folder": "theirs-rounded", "checkpoint": "plain"}
     assert load_file("plain/model.safetensors").keys() == load_file(theirs / "model.safetensors").keys()
     refused(spdtool("unpack", "theirs-rounded", "plain"), "plain exists and is not an empty folder")
     refused(spdtool("unpack", theirs, "other"), "has no onnx/model.onnx", "spdtool export --from")
@@ -505,9 +505,9 @@ def test_export_and_unpack_of_any_checkpoint(
 
 def test_export_of_any_checkpoint_on_data(spdtool: Call, theirs: Path, rows_file: Path, tmp_path: Path) -> None:
     words = ("--data", rows_file, "--text", "sentence", "--label", "label", "--set", "device=cpu")
-    called = spdtool("export", "--from", theirs, "--to", tmp_path / "out", *words)
-    assert called.exit_code == 0, called.output
-    assert "predictions flipped" in called.stdout
+    result = spdtool("export", "--from", theirs, "--to", tmp_path / "out", *words)
+    assert result.exit_code == 0, result.output
+    assert "predictions flipped" in result.stdout
     assert (tmp_path / "out/onnx/model.onnx").is_file()
 
 
@@ -566,10 +566,10 @@ def test_what_stops_a_stage_is_told_without_a_traceback(
         raise error
 
     monkeypatch.setattr("spdtool.models.load.save_model", stop)
-    called = spdtool("teacher", *quick_words, "--run", tmp_path / "run")
-    assert called.exit_code == code
-    assert message in called.stderr
-    assert "Traceback" not in called.output
+    result = spdtool("teacher", *quick_words, "--run", tmp_path / "run")
+    assert result.exit_code == code
+    assert message in result.stderr
+    assert "Traceback" not in result.output
     assert not (tmp_path / "run/teacher").exists()
     monkeypatch.undo()
     assert spdtool("teacher", *quick_words, "--run", tmp_path / "run").exit_code == 0
@@ -610,9 +610,9 @@ def test_the_script_help_imports_no_torch() -> None:
         "heavy = {'torch', 'transformers', 'numpy', 'onnxruntime', 'datasets'} & sys.modules.keys()\n"
         "sys.exit(', '.join(heavy) or 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "compress" in done.stdout
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    assert "compress" in process.stdout
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
@@ -625,10 +625,10 @@ def test_make_bench_runs_each_missing_stage_in_its_order(tmp_path: Path) -> None
     clean = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME")}  # no flags of an outer make
 
     def planned(*words: str) -> list[str]:
-        done = subprocess.run(
+        process = subprocess.run(
             ["make", "-n", "bench", *words], cwd=ROOT, capture_output=True, text=True, check=True, env=clean
         )
-        calls = [line.split() for line in done.stdout.splitlines() if "/spdtool " in line]
+        calls = [line.split() for line in process.stdout.splitlines() if "/spdtool " in line]
         return [words[1] for words in calls]
 
     assert planned("TASK=mrpc", f"RUN={run}") == ["distill", "finetune", "export", "bench"]

@@ -107,10 +107,10 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Make:
         if not interpreter.exists():
             subprocess.run([sys.executable, "-m", "venv", str(environments / name)], check=True)
             words = [str(interpreter), "-m", "pip", "install", "--quiet", *distributions]
-            done = subprocess.run(words, capture_output=True, text=True, env=clean, check=False)
-            if done.returncode:
+            process = subprocess.run(words, capture_output=True, text=True, env=clean, check=False)
+            if process.returncode:
                 shutil.rmtree(environments / name)
-                pytest.skip(f"{' '.join(distributions)} cannot be installed: {done.stderr.strip()[-300:]}")
+                pytest.skip(f"{' '.join(distributions)} cannot be installed: {process.stderr.strip()[-300:]}")
         return interpreter
 
     return make
@@ -127,18 +127,18 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "package.json").write_text("{}")
         words = ["npm", "install", "@huggingface/transformers", "onnxruntime-web"]
         environment = os.environ | {"ONNXRUNTIME_NODE_INSTALL_CUDA": "skip"}
-        done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode:
-            pytest.skip(f"npm install failed: {done.stderr.strip()[-300:]}")
+        process = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        if process.returncode:
+            pytest.skip(f"npm install failed: {process.stderr.strip()[-300:]}")
     return folder
 
 
 def run_client(words: list[Any], request: Any, folder: Path | None = None) -> dict[str, Any]:
     """Run a client that reads and writes JSON, and return its answer."""
     words = [str(word) for word in words]
-    done = subprocess.run(words, input=json.dumps(request), capture_output=True, text=True, cwd=folder, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    answer: dict[str, Any] = json.loads(done.stdout)
+    process = subprocess.run(words, input=json.dumps(request), capture_output=True, text=True, cwd=folder, check=False)
+    assert process.returncode == 0, process.stderr[-2000:]
+    answer: dict[str, Any] = json.loads(process.stdout)
     return answer
 
 
@@ -186,8 +186,8 @@ def test_plain_onnxruntime_replays_the_golden_examples(servable: Path, python: M
     interpreter = python("bare", "onnxruntime", "tokenizers", "numpy")
     absent = "import importlib.util as u, sys; sys.exit(any(map(u.find_spec, ('torch', 'spdtool', 'transformers'))))"
     subprocess.run([interpreter, "-I", "-c", absent], check=True)
-    done = subprocess.run([interpreter, "-I", servable / "selftest.py"], capture_output=True, text=True, check=False)
-    assert (done.returncode, "failed" in done.stdout) == (0, False), done.stdout
+    process = subprocess.run([interpreter, "-I", servable / "selftest.py"], capture_output=True, text=True, check=False)
+    assert (process.returncode, "failed" in process.stdout) == (0, False), process.stdout
 
 
 def test_plain_onnxruntime_gives_the_student_s_predictions(servable: Path, rows: dict[str, Any]) -> None:
@@ -279,9 +279,9 @@ def test_every_snippet_of_the_card_gives_the_answer_of_the_model(
             file = node / f"card-{kind}.mjs"
             file.write_text(LOCAL.format(parent=json.dumps(f"{bundle.parent}/")) + code.replace("FOLDER", bundle.name))
             words = ["node", str(file)]
-        done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr[-2000:]
+        process = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path)
+        assert process.returncode == 0, process.stderr[-2000:]
         if KINDS[kind][1]:
-            assert str(answer) in done.stdout, code
+            assert str(answer) in process.stdout, code
         else:
-            assert float(done.stdout) == pytest.approx(answer, abs=1e-4), code
+            assert float(process.stdout) == pytest.approx(answer, abs=1e-4), code

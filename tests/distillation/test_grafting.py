@@ -355,6 +355,6 @@ def test_grafting_is_enabled_where_some_replacing_rate_is_below_one() -> None:
 
 
 def test_an_unknown_replacing_rate_offers_near_matches() -> None:
-    with pytest.raises(UnknownName, match="replacing-rate schedule 'liner'") as caught:
+    with pytest.raises(UnknownName, match="replacing-rate schedule 'liner'") as error:
         replacing_rate(Grafting(schedule="liner"))
-    assert "linear" in caught.value.near
+    assert "linear" in error.value.near

@@ -53,9 +53,9 @@ def test_a_list_that_does_not_fit_is_refused_with_one_that_does() -> None:
         (): r"needs 3 numbers from 1 to 4",
     }
     for layer_map, message in cases.items():
-        with pytest.raises(RecipeError, match=message) as caught:
+        with pytest.raises(RecipeError, match=message) as error:
             map_layers(layer_map, 3, 4)
-        assert "layer_map = [1, 3, 4]" in str(caught.value.hint), layer_map
+        assert "layer_map = [1, 3, 4]" in str(error.value.hint), layer_map
 
 
 def test_last_needs_a_teacher_that_is_as_deep() -> None:
@@ -73,14 +73,14 @@ def test_the_embeddings_output_goes_with_the_embeddings_output() -> None:
 def test_pieces_that_divide_no_width_are_refused_with_those_that_divide_both() -> None:
     check_relation_heads(Loss(relation=1, relation_heads=4), 32, 16)
     check_relation_heads(Loss(relation=0, relation_heads=5), 32, 16)
-    with pytest.raises(RecipeError, match=r"relation_heads = 12 .* student \(312\) and teacher \(256\)") as caught:
+    with pytest.raises(RecipeError, match=r"relation_heads = 12 .* student \(312\) and teacher \(256\)") as error:
         check_relation_heads(Loss(relation=1, relation_heads=12), 312, 256)
-    assert str(caught.value.hint).endswith(": 1, 2, 4, 8")
+    assert str(error.value.hint).endswith(": 1, 2, 4, 8")
 
 
 def test_maps_of_other_heads_are_refused_and_the_way_out_is_named() -> None:
     check_attention_heads(Loss(attention=1), 4, 4)
     check_attention_heads(Loss(attention=0), 4, 2)
-    with pytest.raises(RecipeError, match="student has 4 and the teacher 2") as caught:
+    with pytest.raises(RecipeError, match="student has 4 and the teacher 2") as error:
         check_attention_heads(Loss(attention=1), 4, 2)
-    assert "relation" in str(caught.value.hint)
+    assert "relation" in str(error.value.hint)

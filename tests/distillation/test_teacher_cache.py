@@ -145,9 +145,9 @@ def test_without_room_in_memory_either_the_run_stops_and_says_what_to_do(
     monkeypatch.setattr(teacher_outputs, "free_disk_space", lambda: 1000)
     monkeypatch.setattr(teacher_outputs, "free_memory", lambda: 1000)
     run = toy_run(*CALM, until="teacher")
-    with pytest.raises(DeviceError, match="hidden states of all rows take") as caught:
+    with pytest.raises(DeviceError, match="hidden states of all rows take") as error:
         prune(run)
-    assert "teacher_states_gb=0" in (caught.value.hint or "")
+    assert "teacher_states_gb=0" in (error.value.hint or "")
     prune(Run.for_recipe(run.path, override(run.recipe, ["teacher_states_gb=0"])))
 
 

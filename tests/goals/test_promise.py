@@ -62,9 +62,9 @@ def test_megabytes_and_points_are_held_to_the_letter() -> None:
 def test_a_broken_promise_ends_with_exit_code_3_except_in_a_smoke_run() -> None:
     recipe = recipe_of(speedup=2)
     promise = promise_of(recipe, bench_data(1.5))
-    with pytest.raises(GateError, match="the goal was missed: 2x was asked for: 1.50x") as refused:
+    with pytest.raises(GateError, match="the goal was missed: 2x was asked for: 1.50x") as error:
         refuse_broken(promise, recipe)
-    assert refused.value.exit_code == 3
+    assert error.value.exit_code == 3
     refuse_broken(promise, recipe_of(speedup=2, smoke=True))
     refuse_broken(promise_of(recipe, bench_data(2.2)), recipe)
     refuse_broken(None, recipe)

@@ -145,11 +145,11 @@ def test_what_is_no_whole_model_is_refused_by_name_whether_it_is_planned_or_load
         folder = shutil.copytree(checkpoint, tmp_path / str(number))
         change(folder)
         for open_it in (lambda: build_empty_model(folder, finetuned=True), lambda: load_model(folder)):  # noqa: B023
-            with pytest.raises(ModelError) as caught:
+            with pytest.raises(ModelError) as error:
                 open_it()
             for words in (*message, str(folder)):
-                assert words in caught.value.message, (case, caught.value.message)
-            assert hint in str(caught.value.hint), (case, caught.value.hint)
+                assert words in error.value.message, (case, error.value.message)
+            assert hint in str(error.value.hint), (case, error.value.hint)
 
 
 def wrap(prefix: str, at: str = "") -> Callable[[Path], None]:

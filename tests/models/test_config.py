@@ -65,10 +65,10 @@ def test_labels_that_contradict_themselves_are_refused(checkpoint: Path, tmp_pat
     ]
     for number, (fields, message) in enumerate(cases):
         folder = configure(checkpoint, tmp_path / str(number), **fields)
-        with pytest.raises(ModelError) as caught:
+        with pytest.raises(ModelError) as error:
             load_model(folder)
-        assert message in caught.value.message, fields
-        assert '"id2label": {"0": ' in str(caught.value.hint)
+        assert message in error.value.message, fields
+        assert '"id2label": {"0": ' in str(error.value.hint)
         assert load_model(folder, labels=("x", "y")).config.id2label == {0: "x", 1: "y"}
 
 
@@ -89,10 +89,10 @@ def test_the_kind_of_labels_must_be_the_tasks(checkpoint: Path, tmp_path: Path) 
         ("single_label_classification", "regression"),
     ):
         folder = configure(checkpoint, tmp_path / f"{stored} {expected}", problem_type=stored)
-        with pytest.raises(ModelError) as caught:
+        with pytest.raises(ModelError) as error:
             check_problem_type(folder, read_config(folder), expected)  # type: ignore[arg-type]
-        assert repr(stored) in caught.value.message
-        assert repr(expected) in caught.value.message
+        assert repr(stored) in error.value.message
+        assert repr(expected) in error.value.message
         check_problem_type(folder, read_config(folder), stored)  # type: ignore[arg-type]
     one = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "problem_type": "single_label_classification"}
     config = read_config(configure(checkpoint, tmp_path / "one", **one))
@@ -107,6 +107,6 @@ def test_a_model_of_another_kind_is_called_by_it(checkpoint: Path, tmp_path: Pat
         ("BertLMHeadModel", "text generation"),
     ):
         folder = configure(checkpoint, tmp_path / architecture, architectures=[architecture])
-        with pytest.raises(ModelError, match=kind) as caught:
+        with pytest.raises(ModelError, match=kind) as error:
             require_head(folder, read_config(folder))
-        assert "--model" not in str(caught.value.hint)
+        assert "--model" not in str(error.value.hint)

@@ -160,16 +160,16 @@ def test_what_sharded_weights_cannot_do_is_refused_at_once() -> None:
 
 
 def test_the_refusal_is_told_as_one_line() -> None:
-    with pytest.raises(RecipeError) as refused:
+    with pytest.raises(RecipeError) as error:
         build_recipe("default", {"task": "demo"}, ["shard=true", "compile=true"])
-    assert refused.value.message == "sharded weights do not go with compile=true"
+    assert error.value.message == "sharded weights do not go with compile=true"
 
 
 def test_accelerate_does_not_shard_behind_our_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(DeviceError, match="accelerate was told to use FSDP") as refused:
+    with pytest.raises(DeviceError, match="accelerate was told to use FSDP") as error:
         create_accelerator(Recipe(device="cpu"))
-    assert "--set shard=true" in (refused.value.hint or "")
+    assert "--set shard=true" in (error.value.hint or "")
 
 
 def test_one_process_says_that_it_keeps_everything(capsys: pytest.CaptureFixture[str]) -> None:

@@ -87,9 +87,9 @@ def test_a_new_head_may_replace_one_of_another_size(checkpoint: Path) -> None:
 
 
 def test_a_pretrained_encoder_is_no_teacher(headless: Path) -> None:
-    with pytest.raises(ModelError, match="no fine-tuned classifier: its config names BertForMaskedLM") as caught:
+    with pytest.raises(ModelError, match="no fine-tuned classifier: its config names BertForMaskedLM") as error:
         load_model(headless)
-    assert "--model" in str(caught.value.hint)
+    assert "--model" in str(error.value.hint)
 
 
 def remove_weights(folder: Path) -> None:
@@ -139,10 +139,10 @@ def test_a_checkpoint_that_cannot_be_read_is_refused(
         folder = shutil.copytree(checkpoint, tmp_path / damage.__name__)
         monkeypatch.chdir(folder)
         damage(folder)
-        with pytest.raises(ModelError) as caught:
+        with pytest.raises(ModelError) as error:
             load_model(folder)
-        assert str(folder) in caught.value.message, damage.__name__
-        assert hint in str(caught.value.hint), damage.__name__
+        assert str(folder) in error.value.message, damage.__name__
+        assert hint in str(error.value.hint), damage.__name__
         assert not (folder / "ran.txt").exists(), damage.__name__
 
 

@@ -15,9 +15,9 @@ def test_tokens_without_an_embedding_are_refused_by_name(tmp_path: Path, toys: M
     tokenizer = toys.tokenizer()
     tokenizer.add_tokens(["wow", "meh"])
     save_model(toys.bert(), tokenizer, tmp_path / "added")
-    with pytest.raises(ModelError, match="token 'meh' with the number 26, and the model has 25 word") as caught:
+    with pytest.raises(ModelError, match="token 'meh' with the number 26, and the model has 25 word") as error:
         load_tokenizer(tmp_path / "added")
-    assert "resize_token_embeddings(27)" in str(caught.value.hint)
+    assert "resize_token_embeddings(27)" in str(error.value.hint)
     tokenizer = toys.tokenizer()
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     save_model(toys.bert(), tokenizer, tmp_path / "padded")

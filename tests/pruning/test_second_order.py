@@ -121,9 +121,9 @@ def test_a_matrix_that_float32_cannot_factor_is_factored_in_float64() -> None:
 
 def test_a_curvature_that_is_no_number_is_refused() -> None:
     stats = Stats(fisher_blocks=torch.full((1, 4, 4), torch.nan))
-    with pytest.raises(RecipeError, match="cannot be inverted") as caught:
+    with pytest.raises(RecipeError, match="cannot be inverted") as error:
         obert(torch.ones(2, 2), stats)
-    assert "prune.dampening" in str(caught.value.hint)
+    assert "prune.dampening" in str(error.value.hint)
 
 
 def test_a_layer_without_inputs_is_ranked_by_magnitude_and_not_updated() -> None:

@@ -108,17 +108,17 @@ def test_the_command_says_what_goes_and_asks(run: Run, spdtool: Any, monkeypatch
         (("clean", "--cache", "--keep", "bundle"), "--keep belongs to a run"),
         (words, "add --yes"),
     ):
-        called = spdtool(*wrong)
-        assert called.exit_code == 2, wrong
-        assert message in " ".join(called.stderr.split()), wrong
+        result = spdtool(*wrong)
+        assert result.exit_code == 2, wrong
+        assert message in " ".join(result.stderr.split()), wrong
     assert "prune" in spdtool(*words, "--dry-run").stdout
     monkeypatch.setattr("spdtool.console.can_ask", lambda: True)
     monkeypatch.setattr("typer.confirm", lambda *_, **__: False)
     assert spdtool(*words).exit_code == 0
     assert files_below(run.path) == before
-    called = spdtool(*words, "--yes")
-    assert called.exit_code == 0, called.output
-    assert "removed" in called.stdout
+    result = spdtool(*words, "--yes")
+    assert result.exit_code == 0, result.output
+    assert "removed" in result.stdout
     assert files_below(run.path) == {"run.json", "export/bundle/manifest.json"}
     assert "nothing to remove" in spdtool(*words).stdout
 

@@ -113,9 +113,9 @@ def test_a_folder_without_a_record_is_not_trusted(run: Run) -> None:
 
 def test_a_finished_stage_is_not_written_again(run: Run) -> None:
     finish(run, "teacher")
-    with pytest.raises(RunError, match="already done") as caught, run.stage("teacher"):
+    with pytest.raises(RunError, match="already done") as error, run.stage("teacher"):
         pytest.fail("it was opened")
-    assert "--again" in str(caught.value.hint)
+    assert "--again" in str(error.value.hint)
 
 
 def alter(folder: Path) -> None:
@@ -161,10 +161,10 @@ def binary_record(folder: Path) -> None:
 )
 def test_a_damaged_stage_is_refused_and_said_how_to_redo(run: Run, damage: Callable[[Path], None], said: str) -> None:
     damage(finish(run, "teacher"))
-    with pytest.raises(Corrupt, match=said) as caught:
+    with pytest.raises(Corrupt, match=said) as error:
         run.use_input("teacher")
-    assert "spdtool teacher" in str(caught.value.hint)
-    assert "--again" in str(caught.value.hint)
+    assert "spdtool teacher" in str(error.value.hint)
+    assert "--again" in str(error.value.hint)
 
 
 def test_a_stage_whose_input_was_replaced_is_refused(run: Run) -> None:
@@ -177,9 +177,9 @@ def test_a_stage_whose_input_was_replaced_is_refused(run: Run) -> None:
 
 
 def test_a_stage_that_is_not_finished_is_missing(run: Run) -> None:
-    with pytest.raises(StageMissing, match="no finished stage 'teacher'") as caught:
+    with pytest.raises(StageMissing, match="no finished stage 'teacher'") as error:
         run.use_input("teacher")
-    assert "spdtool teacher" in str(caught.value.hint)
+    assert "spdtool teacher" in str(error.value.hint)
 
 
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
@@ -240,9 +240,9 @@ def test_a_finished_stage_binds_the_recipe_that_made_it(run: Run, changed: str, 
 def test_what_the_student_has_used_binds_it(run: Run) -> None:
     for stage in ("teacher", "prune"):
         finish(run, stage)
-    with pytest.raises(RunMismatch, match="sparsity is") as refused:
+    with pytest.raises(RunMismatch, match="sparsity is") as error:
         Run.for_recipe(run.path, override(run.recipe, ["sparsity=0.5"]))
-    assert f"`spdtool prune --run {run.path} --again --set sparsity=0.5`" in (refused.value.hint or "")
+    assert f"`spdtool prune --run {run.path} --again --set sparsity=0.5`" in (error.value.hint or "")
     assert (
         Run.for_recipe(run.path, override(run.recipe, ["sparsity=0.5"]), redo="prune", dry=True).recipe.sparsity == 0.5
     )
@@ -261,9 +261,9 @@ def test_what_the_student_has_used_binds_it(run: Run) -> None:
 def test_a_mismatch_says_what_helps(run: Run, changed: str, way_out: str) -> None:
     for stage in ("teacher", "prune", "distill", "finetune"):
         finish(run, stage)
-    with pytest.raises(RunMismatch) as refused:
+    with pytest.raises(RunMismatch) as error:
         Run.for_recipe(run.path, override(run.recipe, [changed]))
-    assert way_out.format(path=run.path) in (refused.value.hint or "")
+    assert way_out.format(path=run.path) in (error.value.hint or "")
 
 
 def test_a_place_where_nothing_can_be_made_is_refused(tmp_path: Path) -> None:
@@ -420,8 +420,8 @@ KILLED = """
 
 @pytest.mark.parametrize("moment", ["before-record", "record", "before-rename", "rename", "before-rmtree", "rmtree"])
 def test_a_commit_that_is_killed_anywhere_leaves_all_or_nothing(run: Run, moment: str) -> None:
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(KILLED), str(run.path), moment], check=False)
-    assert done.returncode == -signal.SIGKILL
+    process = subprocess.run([sys.executable, "-c", textwrap.dedent(KILLED), str(run.path), moment], check=False)
+    assert process.returncode == -signal.SIGKILL
     again = Run.for_recipe(run.path, run.recipe)
     assert again.done("teacher") == (moment in ("rename", "before-rmtree", "rmtree"))
     if again.done("teacher"):
@@ -464,9 +464,9 @@ def test_other_rows_than_those_of_the_stages_before_are_refused(run: Run, data: 
     run.record_data(DATA)
     finish(run, "teacher")
     run.use_input("teacher")
-    with pytest.raises(RunMismatch, match=f"the rows are not those of the stage 'teacher' in .*{said}") as caught:
+    with pytest.raises(RunMismatch, match=f"the rows are not those of the stage 'teacher' in .*{said}") as error:
         run.record_data(data)
-    assert f"`spdtool teacher --run {run.path} --again`" in str(caught.value.hint)
+    assert f"`spdtool teacher --run {run.path} --again`" in str(error.value.hint)
 
 
 def test_a_stage_that_does_not_say_which_rows_it_saw_is_let_pass(run: Run) -> None:

@@ -58,9 +58,9 @@ def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def require_locked(folder: Path) -> RunLocked:
-    with pytest.raises(RunLocked) as caught, lock_folder(folder):
+    with pytest.raises(RunLocked) as error, lock_folder(folder):
         pytest.fail("two hold it")
-    return caught.value
+    return error.value
 
 
 def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path: Path) -> None:

@@ -26,11 +26,11 @@ def piped(*words: Any, given: str = "") -> subprocess.CompletedProcess[str]:
 
 def test_one_text_and_one_pair(spdtool: Call, either: Path) -> None:
     classify = library.load(either)
-    called = spdtool("predict", either, "good film", "--pair", "bad")
-    assert (called.exit_code, called.stdout.split("\t")[0]) == (0, classify("good film", "bad"))
-    told = json.loads(spdtool("predict", either, "good film", "--json").stdout)
-    assert (told["line"], told["label"]) == (1, classify("good film"))
-    assert told["logits"] == pytest.approx(classify.logits("good film")[0].tolist(), abs=1e-5)
+    result = spdtool("predict", either, "good film", "--pair", "bad")
+    assert (result.exit_code, result.stdout.split("\t")[0]) == (0, classify("good film", "bad"))
+    output = json.loads(spdtool("predict", either, "good film", "--json").stdout)
+    assert (output["line"], output["label"]) == (1, classify("good film"))
+    assert output["logits"] == pytest.approx(classify.logits("good film")[0].tolist(), abs=1e-5)
 
 
 LINES = {
@@ -78,10 +78,10 @@ def test_from_a_pipe_and_a_file(either: Path, tmp_path: Path, spdtool: Call) -> 
     assert "line 2 is empty" in done.stderr
     file = tmp_path / "lines.tsv"
     file.write_text("good film\tbad\nbad\tgood\n")
-    called = spdtool("predict", either, "--input", file, "--format", "tsv")
-    assert called.exit_code == 0
+    result = spdtool("predict", either, "--input", file, "--format", "tsv")
+    assert result.exit_code == 0
     labels = library.load(either)(["good film", "bad"], ["bad", "good"])
-    assert [line.split("\t")[0] for line in called.stdout.splitlines()] == labels
+    assert [line.split("\t")[0] for line in result.stdout.splitlines()] == labels
     file.write_bytes(b"\xff\xfe")
     for words, told in (
         (("--input", tmp_path / "none"), "there is no file"),
@@ -95,8 +95,8 @@ def test_from_a_pipe_and_a_file(either: Path, tmp_path: Path, spdtool: Call) -> 
         (("--input", "-", "--format", "csv"), "there is no format 'csv'"),
         (("x", "--variant", "onnx-fp61"), "did you mean 'onnx-fp16'"),
     ):
-        called = spdtool("predict", either, *words)
-        assert (called.exit_code, told in called.stderr) == (2, True), called.stderr
+        result = spdtool("predict", either, *words)
+        assert (result.exit_code, told in result.stderr) == (2, True), result.stderr
 
 
 def test_none_of_them_imports_torch(either: Path) -> None:
@@ -107,8 +107,8 @@ def test_none_of_them_imports_torch(either: Path) -> None:
         "import spdtool.serving.verify, spdtool.serving.predict, spdtool.serving.batching, spdtool.serving.server\n"
         "sys.exit(', '.join({'torch', 'transformers', 'onnx', 'datasets'} & sys.modules.keys()) or 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (process.returncode, process.stderr) == (0, "")
 
 
 # The check ----------------------------------------------------------------------------------------------------------
@@ -120,11 +120,11 @@ def copied(servable: Path, tmp_path: Path) -> Path:
 
 
 def test_a_sound_bundle_passes(spdtool: Call, servable: Path) -> None:
-    called = spdtool("serve-check", servable, "--json")
-    assert called.exit_code == 0
-    told = json.loads(called.stdout)
-    assert {name: found["state"] for name, found in told["variants"].items()} == {"onnx": "ok", "onnx-fp16": "ok"}
-    assert all(found["rows"] == 20 and found["difference"] < 1e-4 for found in told["variants"].values())
+    result = spdtool("serve-check", servable, "--json")
+    assert result.exit_code == 0
+    output = json.loads(result.stdout)
+    assert {name: found["state"] for name, found in output["variants"].items()} == {"onnx": "ok", "onnx-fp16": "ok"}
+    assert all(found["rows"] == 20 and found["difference"] < 1e-4 for found in output["variants"].values())
 
 
 def swap(folder: Path, one: str, other: str) -> None:
@@ -153,8 +153,8 @@ def flip(folder: Path, name: str) -> None:
 )
 def test_a_file_that_is_another_is_named(damage: Any, told: str, copied: Path, spdtool: Call) -> None:
     damage(copied)
-    called = spdtool("serve-check", copied)
-    assert (called.exit_code, told in called.stderr) == (3, True), called.stderr
+    result = spdtool("serve-check", copied)
+    assert (result.exit_code, told in result.stderr) == (3, True), result.stderr
 
 
 def forge(folder: Path, **changed: Any) -> None:
@@ -179,9 +179,9 @@ def test_a_model_that_was_exchanged_with_its_sum_fails_the_golden_examples(copie
     (copied / "onnx/model.onnx").unlink()
     onnx.save(model, copied / "onnx/model.onnx")
     forge(copied)
-    called = spdtool("serve-check", copied)
-    assert called.exit_code == 3
-    assert "onnx/model.onnx differs from the checkpoint by" in called.stderr
+    result = spdtool("serve-check", copied)
+    assert result.exit_code == 3
+    assert "onnx/model.onnx differs from the checkpoint by" in result.stderr
 
 
 def test_other_tokens_are_seen_though_their_sum_is_right(copied: Path, spdtool: Call) -> None:
@@ -189,8 +189,8 @@ def test_other_tokens_are_seen_though_their_sum_is_right(copied: Path, spdtool: 
     (copied / "tokenizer.json").unlink()
     (copied / "tokenizer.json").write_text(text.replace('"film"', '"flim"'))
     forge(copied)
-    called = spdtool("serve-check", copied)
-    assert (called.exit_code, "of golden.json has other token ids" in called.stderr) == (3, True)
+    result = spdtool("serve-check", copied)
+    assert (result.exit_code, "of golden.json has other token ids" in result.stderr) == (3, True)
 
 
 def test_nothing_of_the_folder_is_run(copied: Path, spdtool: Call, tmp_path: Path) -> None:
@@ -208,17 +208,17 @@ def test_nothing_of_the_folder_is_run(copied: Path, spdtool: Call, tmp_path: Pat
     fp16["files"] = [*fp16["files"], "lib/ops.so"]
     (copied / "manifest.json").write_text(json.dumps(manifest))
     forge(copied, variants=manifest["variants"] | {"onnx-fp16": fp16})
-    called = spdtool("serve-check", copied, "--json")
-    assert called.exit_code == 0, called.output
-    assert json.loads(called.stdout)["variants"]["onnx-fp16"]["state"] == "skipped"
+    result = spdtool("serve-check", copied, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["variants"]["onnx-fp16"]["state"] == "skipped"
     assert not mark.exists()
 
 
 def test_what_is_no_bundle_is_refused(spdtool: Call, exported: Any, copied: Path) -> None:
-    called = spdtool("serve-check", exported.folder / "student")
-    assert (called.exit_code, "is no bundle" in called.stderr) == (2, True)
-    called = spdtool("serve-check", exported.folder / "nosuch")
-    assert (called.exit_code, "there is no folder" in called.stderr) == (2, True)
+    result = spdtool("serve-check", exported.folder / "student")
+    assert (result.exit_code, "is no bundle" in result.stderr) == (2, True)
+    result = spdtool("serve-check", exported.folder / "nosuch")
+    assert (result.exit_code, "there is no folder" in result.stderr) == (2, True)
     forge(copied, files={"../../../../etc/passwd": {"bytes": 1, "sha256": "x"}}, prefer={})
     assert spdtool("serve-check", copied).exit_code == 2
 

@@ -146,8 +146,8 @@ def test_every_command_of_the_page_works(serve: Callable) -> None:
     assert len(commands) == len(document["paths"]) == 14
     for command in commands:
         words = shlex.split(http.pages.html.unescape(command).replace("localhost:8000", f"127.0.0.1:{running.port}"))
-        done = subprocess.run([*words, "-s", "-f"], capture_output=True, text=True, check=False)
-        assert (done.returncode, bool(done.stdout)) == (0, True), command
+        process = subprocess.run([*words, "-s", "-f"], capture_output=True, text=True, check=False)
+        assert (process.returncode, bool(process.stdout)) == (0, True), command
 
 
 def test_the_document_describes_each_kind_of_model(stand_in: Callable) -> None:

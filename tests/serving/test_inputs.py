@@ -71,10 +71,10 @@ def test_a_file_of_the_training_is_read_by_its_columns(
 
 def test_columns_of_other_names_are_named(single: Path, either: Path, tmp_path: Path, spdtool: Call) -> None:
     file = write(tmp_path, ".csv", {"review": TEXTS, "stars": ["1"] * 4})
-    refused = spdtool("predict", single, "--input", file)
-    assert refused.exit_code == 2
-    assert "has the columns 'review', 'stars', and not 'sentence'" in " ".join(refused.stderr.split())
-    assert "--text" in refused.stderr
+    result = spdtool("predict", single, "--input", file)
+    assert result.exit_code == 2
+    assert "has the columns 'review', 'stars', and not 'sentence'" in " ".join(result.stderr.split())
+    assert "--text" in result.stderr
     for bundle in (single, either):
         called = spdtool("predict", bundle, "--input", file, "--text", "review", "--json")
         assert labels(called) == library.load(single)(TEXTS)
@@ -144,10 +144,10 @@ def test_plain_lines(kind: str, request: pytest.FixtureRequest, tmp_path: Path) 
     file = tmp_path / f"lines{ending}"
     file.write_text(content)
     if isinstance(expected, str):
-        with pytest.raises(DataError) as caught, inputs.open_input(str(file), classify):
+        with pytest.raises(DataError) as error, inputs.open_input(str(file), classify):
             pass
-        assert expected in caught.value.message
-        assert "--format" in str(caught.value.hint)
+        assert expected in error.value.message
+        assert "--format" in str(error.value.hint)
         return
     with inputs.open_input(str(file), classify) as found:
         for line, wanted in zip(found, expected, strict=True):
@@ -173,8 +173,8 @@ def test_one_text_of_the_command_line_too(single: Path, servable: Path, spdtool:
         (servable, ("good",), "the model takes two texts"),
         (single, ("",), "is empty"),
     ):
-        called = spdtool("predict", bundle, *words)
-        assert (called.exit_code, told in called.stderr) == (2, True), called.output
+        result = spdtool("predict", bundle, *words)
+        assert (result.exit_code, told in result.stderr) == (2, True), result.output
 
 
 @pytest.mark.parametrize("ending", [".csv", ".tsv", ".jsonl", ".parquet", ".txt"])

@@ -413,8 +413,8 @@ def test_every_option_of_the_command_reaches_the_server(
 
     monkeypatch.setattr(server, "serve_bundle", serve_bundle)
     limits = ("--max-batch", 4, "--max-wait-ms", 3, "--max-queue", 5, "--max-texts", 6, "--max-body", 7)
-    called = spdtool("serve", tmp_path, *limits, "--max-connections", 8, "--allow-host", "a", "--variant", "onnx")
-    assert called.exit_code == 0, called.output
+    result = spdtool("serve", tmp_path, *limits, "--max-connections", 8, "--allow-host", "a", "--variant", "onnx")
+    assert result.exit_code == 0, result.output
     (options,) = opened
     assert options.limits == {"batch": 4, "wait": 0.003, "queue": 5, "texts": 6}
     assert options.connection_limits == {"body": 7, "connections": 8}

@@ -187,9 +187,9 @@ def test_a_file_that_differs_from_its_checkpoint_is_refused(
     teacher.rename(aside)
     student.rename(teacher)
     aside.rename(student)
-    with pytest.raises(GateError, match=message) as caught:
+    with pytest.raises(GateError, match=message) as error:
         export(run)
-    assert caught.value.exit_code == 3
+    assert error.value.exit_code == 3
     assert nothing_half_written(run)
 
 
@@ -205,9 +205,9 @@ def test_a_changed_dev_score_is_refused(fabricate: Fabricate, clean_plugins: Non
 
     plugins.targets.register("contrary")(Contrary)
     run = fabricate('export.targets=["contrary"]', "export.tolerance=1000")
-    with pytest.raises(GateError, match=r"the exported file has .* on the dev set; its checkpoint has") as caught:
+    with pytest.raises(GateError, match=r"the exported file has .* on the dev set; its checkpoint has") as error:
         export(run)
-    assert caught.value.hint == "export.budget is 0.001"
+    assert error.value.hint == "export.budget is 0.001"
     assert nothing_half_written(run)
 
 
@@ -325,9 +325,9 @@ class TestOptional:
             run = fabricate(*sets, 'export.targets=["onnx", "faulty"]')
             with pytest.raises(
                 GateError, match="not shipped: faulty: .* weights in the exported file are further"
-            ) as caught:
+            ) as error:
                 export(run)
-            assert caught.value.exit_code == 3
+            assert error.value.exit_code == 3
         else:
             run = fabricate(*sets)
             export(run)
@@ -415,9 +415,9 @@ class TestRounding:
 
         monkeypatch.setattr("spdtool.export.gates.score.compare_predictions", worsen)
         run = fabricate('export.targets=["onnx", "rounded"]', f"export.values={values}")
-        with pytest.raises(GateError, match="of 20 predictions flipped") as caught:
+        with pytest.raises(GateError, match="of 20 predictions flipped") as error:
             export(run)
-        assert f"export.budget is {budget}; export.values={values}" in caught.value.message
+        assert f"export.budget is {budget}; export.values={values}" in error.value.message
 
 
 class TestOfNoRun:

@@ -72,6 +72,6 @@ def test_a_speedup_that_no_shape_reaches_does_not_hold(tmp_path: Path) -> None:
 
 
 def test_where_no_student_keeps_its_score_each_that_was_tried_is_named(tmp_path: Path) -> None:
-    with pytest.raises(GateError, match=r"1\.25x loses 0\.25") as refused:
+    with pytest.raises(GateError, match=r"1\.25x loses 0\.25") as error:
         compress_fastest(recipe_of(0.1), tmp_path, "bench", FakeRuns().compress)
-    assert refused.value.exit_code == 3
+    assert error.value.exit_code == 3

@@ -35,15 +35,15 @@ def test_one_that_cannot_be_exported_is_refused_at_once(
     xlnet: Path, rows_file: Path, tmp_path: Path, spdtool: Callable[..., Any]
 ) -> None:
     words = ["--data", rows_file, "--model", xlnet, "--run", tmp_path / "run", "--device", "cpu"]
-    called = spdtool("compress", *words)
-    assert (called.exit_code, called.exception.__class__) == (2, SystemExit), called.output
-    message = " ".join(called.stderr.split())
+    result = spdtool("compress", *words)
+    assert (result.exit_code, result.exception.__class__) == (2, SystemExit), result.output
+    message = " ".join(result.stderr.split())
     assert "'xlnet' does not go through export, tried with two random layers: torch.onnx cannot" in message
     assert "families that are tested: bert, " in message
     assert not list(tmp_path.glob("*/*.json"))
-    called = spdtool("export", "--from", xlnet, "--to", tmp_path / "out")
-    assert called.exit_code == 2
-    assert "torch.onnx cannot export 'xlnet': " in " ".join(called.stderr.split())
+    result = spdtool("export", "--from", xlnet, "--to", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "torch.onnx cannot export 'xlnet': " in " ".join(result.stderr.split())
 
 
 def test_one_without_linear_layers_is_told_so_and_what_to_try(
@@ -51,10 +51,10 @@ def test_one_without_linear_layers_is_told_so_and_what_to_try(
 ) -> None:
     model = toys.classifier("gpt2", n_embd=32, n_layer=2, n_head=2)
     save_model(model, toys.tokenizer(), tmp_path / "gpt2")
-    called = spdtool("export", "--from", tmp_path / "gpt2", "--to", tmp_path / "out")
-    assert called.exit_code == 2
-    assert "'gpt2' has no linear layer to prune" in called.stderr
-    assert "families that are tested" in called.stderr
+    result = spdtool("export", "--from", tmp_path / "gpt2", "--to", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "'gpt2' has no linear layer to prune" in result.stderr
+    assert "families that are tested" in result.stderr
 
 
 def test_only_another_family_is_tried_and_whatever_it_raises_is_an_error_for_the_user(

@@ -239,9 +239,9 @@ def test_a_hopeless_trial_is_stopped_and_stays_stopped(planned: Make, ray: Any) 
 
 def test_without_ray_the_message_says_what_to_install(planned: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(DeviceError, match="not there") as caught:
+    with pytest.raises(DeviceError, match="not there") as error:
         run(planned(), Cluster())
-    assert "spdtool[ray]" in (caught.value.hint or "")
+    assert "spdtool[ray]" in (error.value.hint or "")
 
 
 def test_ray_is_imported_only_where_a_sweep_runs_on_it() -> None:

@@ -223,11 +223,11 @@ def test_the_command_shows_a_table_and_says_what_failed_by_its_exit_code(planned
     toy_task("empty", train=0)
     words = ["--epochs", 3, "--sparsities", 0.5, "--seeds", 0, "--out", tmp_path / "s"]
     words += [word for assignment in QUICK for word in ("--set", assignment)]
-    called = spdtool("sweep", "--tasks", "toy", *words)
-    assert called.exit_code == 0, called.output
-    assert "kept on average" in called.output
+    result = spdtool("sweep", "--tasks", "toy", *words)
+    assert result.exit_code == 0, result.output
+    assert "kept on average" in result.output
     assert (tmp_path / "s" / "pareto-toy-nonzeros.png").is_file()
-    assert "prune 3/" not in called.output  # the lines of the stages are kept back
+    assert "prune 3/" not in result.output  # the lines of the stages are kept back
     failing = spdtool("sweep", "--tasks", "toy,empty", *words, "--json")
     assert failing.exit_code == 3
     assert [row["status"] for row in json.loads(failing.stdout)] == ["done", "failed"]
@@ -246,12 +246,12 @@ def test_the_command_shows_a_table_and_says_what_failed_by_its_exit_code(planned
     ],
 )
 def test_the_command_refuses_lists_that_are_none(spdtool, words, named):
-    called = spdtool("sweep", *words)
-    assert called.exit_code == 2
-    assert named in called.stderr
+    result = spdtool("sweep", *words)
+    assert result.exit_code == 2
+    assert named in result.stderr
 
 
 def test_report_refuses_a_folder_that_is_no_run(spdtool, tmp_path):
-    called = spdtool("report", tmp_path)
-    assert called.exit_code == 2
-    assert "is not a run folder" in called.stderr
+    result = spdtool("report", tmp_path)
+    assert result.exit_code == 2
+    assert "is not a run folder" in result.stderr

@@ -38,9 +38,9 @@ def compiled(folder, text):
 
 
 def test_a_missing_library_says_where_it_was_looked_for(package):
-    with pytest.raises(DeviceError, match=f"{library.FILE} is not in .*source or {package}") as caught:
+    with pytest.raises(DeviceError, match=f"{library.FILE} is not in .*source or {package}") as error:
         library.path()
-    assert "pip install" in caught.value.hint
+    assert "pip install" in error.value.hint
 
 
 def test_it_is_found_in_any_folder_of_the_package(package):

@@ -179,9 +179,9 @@ def test_what_is_not_finite_is_refused_by_name():
     for values, value in itertools.product(TYPES, (np.nan, np.inf, -np.inf)):
         array = matrix((4, 4), 0.5)
         array[1, 2] = value
-        with pytest.raises(PackingError, match=r"layer\.w: a weight is not finite") as caught:
+        with pytest.raises(PackingError, match=r"layer\.w: a weight is not finite") as error:
             pack("layer.w", array, values)
-        assert isinstance(caught.value, ModelError)
+        assert isinstance(error.value, ModelError)
         with pytest.raises(PackingError):
             pack("layer.b", array[1], values)
 
@@ -307,5 +307,5 @@ def test_packing_needs_no_torch():
         "import spdtool_sparse_cpu, spdtool_sparse_cpu.packing, spdtool_sparse_cpu.library, spdtool_sparse_cpu.target\n"
         "import sys; print([name for name in ('torch', 'transformers', 'onnx', 'onnxruntime') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == "[]"
