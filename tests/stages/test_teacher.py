@@ -119,7 +119,9 @@ def test_a_teacher_from_a_run_on_other_rows_is_said_to_be(
     toy_task(train=40)
     teacher(toy_run(folder="other", given_teacher=source))
     output = capsys.readouterr().err
-    assert "48 train, 24 dev there, 40 train, 24 dev here; it may have been fine-tuned on dev rows of this run" in output
+    assert (
+        "48 train, 24 dev there, 40 train, 24 dev here; it may have been fine-tuned on dev rows of this run" in output
+    )
 
 
 def test_a_teacher_at_chance_is_refused_unless_it_is_accepted(
