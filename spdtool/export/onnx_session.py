@@ -16,7 +16,7 @@ import io
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,6 +91,7 @@ def open_session(
     libraries: Sequence[str | Path] = (),
     *,
     fused: bool = True,
+    provider_options: Mapping[str, str] | None = None,
 ) -> InferenceSession:
     """Open an onnxruntime session that really runs on `provider`.
 
@@ -101,6 +102,7 @@ def open_session(
         libraries: shared libraries of custom operators that the model needs. They are native code
             and are run.
         fused: with every optimization of the graph; else only with those that fuse nothing.
+        provider_options: further options of the provider, such as `enable_cuda_graph`.
 
     Raises:
         DeviceError: onnxruntime or the provider is not there, or the provider does not run the
@@ -122,19 +124,19 @@ def open_session(
         )
     if provider == "cpu":
         options = _session_options(onnxruntime, threads, libraries, fused=fused)
-        return _create_session(onnxruntime, model, provider, options)
+        return _create_session(onnxruntime, model, provider, options, provider_options)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
         onnxruntime.preload_dlls()
     options = _session_options(onnxruntime, threads, libraries, fused=fused)
     options.add_session_config_entry(NO_FALLBACK, "1")
     try:
-        session = _create_session(onnxruntime, model, provider, options)
+        session = _create_session(onnxruntime, model, provider, options, provider_options)
     except ModelError as error:
         if "fallback to CPU EP" not in error.message:
             raise
         # Shapes and masks may stay on the CPU; `_refuse_fallback` looks at what else does.
         options = _session_options(onnxruntime, threads, libraries, fused=fused)
-        session = _create_session(onnxruntime, model, provider, options)
+        session = _create_session(onnxruntime, model, provider, options, provider_options)
     _refuse_fallback(session, full_name)
     return session
 
@@ -213,14 +215,21 @@ def _session_options(onnxruntime: Any, threads: int, libraries: Sequence[str | P
     return options
 
 
-def _create_session(onnxruntime: Any, model: Path | bytes, provider: str, options: Any) -> InferenceSession:
+def _create_session(
+    onnxruntime: Any,
+    model: Path | bytes,
+    provider: str,
+    options: Any,
+    provider_options: Mapping[str, str] | None,
+) -> InferenceSession:
     source: str | bytes = str(model)
     description = str(model)
     if isinstance(model, bytes):
         source, description = model, "the model"
+    chosen = {**PROVIDER_OPTIONS[provider], **(provider_options or {})}
     try:
         session: InferenceSession = onnxruntime.InferenceSession(
-            source, options, providers=[(PROVIDERS[provider], PROVIDER_OPTIONS[provider])], enable_fallback=0
+            source, options, providers=[(PROVIDERS[provider], chosen)], enable_fallback=0
         )
     except Exception as error:  # onnxruntime's errors share no base of their own
         raise _explain_failure(description, first_line(error)) from None

@@ -105,6 +105,7 @@ class Target:
             name.
         preferred_on: where a bundle prefers this target to the portable file, of `cpu`, `cuda` and
             `web`.
+        preference: where several targets are preferred, the highest comes first.
         opened_by: what opens its files. `onnxruntime`: they are ONNX, so `spdtool.load` opens the folder,
             the bundle holds them, and the bench times them in onnxruntime. `session`: this target's own
             method alone. Then the dev set is read by token ids, the bundle goes without them, and the
@@ -131,6 +132,7 @@ class Target:
     calibrates: bool = False
     bundle_stem: str = ""
     preferred_on: tuple[str, ...] = ()
+    preference: int = 0
     opened_by: Literal["onnxruntime", "session"] = "onnxruntime"
     changed_fields: tuple[str, ...] = ()
     times_dense: bool = True
@@ -212,6 +214,13 @@ class Target:
         Raises:
             GateError: the files are faulty.
         """
+
+    def takes_left_padding(self, folder: Path) -> bool:
+        """Whether the files compute rows that are padded on the left, or with gaps in the mask; else on the right only.
+
+        Where they do not, a tokenizer that pads on the left is refused, and the gates compare the other batches.
+        """
+        return True
 
     def library_record(self, folder: Path) -> dict[str, str] | None:
         """Describe the library of custom operators that the files need, for manifest.json; None: they need none.

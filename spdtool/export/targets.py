@@ -3,6 +3,7 @@
     onnx                ONNX operators only, float32
     onnx-ort            fused operators of the domain com.microsoft, float32
     onnx-fp16           fp16 weights and arithmetic, ONNX operators only
+    onnx-ort-fp16       fused operators in fp16, for onnxruntime on a GPU
     onnx-int8           int8 weights, activations rounded as they come, ONNX operators only
     onnx-int8-static    int8 weights, activations rounded by ranges seen on training rows, ONNX operators only
 
@@ -26,6 +27,7 @@ from spdtool.export.graph.fp16 import check_overflow, convert_to_fp16
 from spdtool.export.graph.fuse import FUSED_DOMAIN, count_operators, fuse_operators
 from spdtool.export.graph.int8 import quantizable_modules, quantize_dynamically, quantize_statically, saturates
 from spdtool.export.graph.protobuf import metadata_of
+from spdtool.export.graph.row_lengths import remove_dead_nodes, use_row_lengths
 from spdtool.export.graph.trace import ATTENTION_OPSET, graph_properties, save_folder, trace_checkpoint
 from spdtool.export.graph.weights import INT8_LEVELS, StoredWeight, use_sparse_constants
 from spdtool.export.target import MODEL_FILE, Rounding, StorageFormats, Target
@@ -35,6 +37,7 @@ from spdtool.recipe.fields import Recipe
 
 FLOAT32_MODULES = "kept_fp32"  # metadata of the model: the modules that int8 left alone
 REDUCE_RANGE = "reduce_range"  # metadata of the model: whether weights have 7 bits
+RIGHT_PADDED = "right_padded"  # metadata of the model: whether it takes row lengths, and so right padding only
 REDUCED_LEVELS = 64  # int8 numbers on either side of zero where weights have 7 bits
 CALIBRATION_BATCH = 8  # rows; the quantizer keeps every activation of a batch in memory
 
@@ -129,6 +132,44 @@ class OnnxFp16(RoundedOnnx):
     def verify(self, folder: Path, checkpoint: Path, batches: list[tuple[str, Batch]], provider: str) -> None:
         """Refuse nodes whose result fp16 cannot hold; raises GateError."""
         check_overflow(folder / MODEL_FILE, batches, provider)
+
+
+@targets.register("onnx-ort-fp16")
+class OnnxOrtFp16(OnnxFp16):
+    """Fused operators in fp16, for onnxruntime on a GPU: the fewest kernels; for input padded on the right."""
+
+    operator_domains = ("", FUSED_DOMAIN)
+    bundle_stem = "model_ort_fp16"
+    preference = 1
+
+    def export(self, checkpoint: Path, folder: Path, recipe: Recipe) -> list[Path]:
+        """Write the fused graph in fp16; its attention takes row lengths where the mask hides padding and nothing else.
+
+        Raises:
+            ModelError: as `OnnxOrt.export` and `OnnxFp16.export`.
+            GateError: as `Onnx.export`.
+        """
+        opset = min(recipe.export.opset, ATTENTION_OPSET - 1)  # the rules know attention that is written out
+        fused = fuse_operators(trace_checkpoint(checkpoint, opset))
+        right_padded = use_row_lengths(fused)
+        remove_dead_nodes(fused.graph)
+        proto = convert_to_fp16(fused)
+        onnx.helper.set_model_props(proto, {RIGHT_PADDED: str(right_padded).lower()})
+        return save_folder(proto, checkpoint, folder)
+
+    def takes_left_padding(self, folder: Path) -> bool:
+        """Whether attention still has a mask of its own in this file."""
+        return not self._is_right_padded(onnx.load(folder / MODEL_FILE, load_external_data=False))
+
+    def properties(self, folder: Path) -> dict[str, object]:
+        """Count each fused operator too, and tell whether only right padding is computed rightly."""
+        proto = onnx.load(folder / MODEL_FILE, load_external_data=False)
+        fused = {"fused": count_operators(proto), RIGHT_PADDED: self._is_right_padded(proto)}
+        return graph_properties(proto) | fused
+
+    @staticmethod
+    def _is_right_padded(proto: onnx.ModelProto) -> bool:
+        return metadata_of(proto).get(RIGHT_PADDED) == "true"
 
 
 @targets.register("onnx-int8")

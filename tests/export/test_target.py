@@ -107,7 +107,7 @@ def test_optional_targets_are_looked_up_once_each_and_missing_ones_explained() -
 def test_installed_means_every_target_that_is_exported_by_default_and_plugins_come_first() -> None:
     plugins.targets.register("student-only")(StudentOnly)
     names = optional_names(Export())
-    assert names[-3:] == ["onnx-fp16", "onnx-int8", "onnx-ort"]
+    assert names[-4:] == ["onnx-fp16", "onnx-int8", "onnx-ort", "onnx-ort-fp16"]
     assert "student-only" in names[:-3]
     assert "onnx-int8-static" not in names
     chosen, errors = optional_targets(Export(skip=("student-only", "onnx-ort")))

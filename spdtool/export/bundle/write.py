@@ -206,6 +206,7 @@ def _make_manifest(folder: Path, variants: dict[str, Variant], recipe: Recipe) -
     for hardware in HARDWARE:
         # The portable variant is the last resort everywhere.
         names = [name for name in variants if hardware in get_target(name).preferred_on]
+        names.sort(key=lambda name: -get_target(name).preference)
         prefer[hardware] = [name for name in (*names, PORTABLE_TARGET) if _runs_on(variants[name], hardware)]
     return BundleManifest(
         spdtool=metadata.version("spdtool"),

@@ -3,7 +3,7 @@
     operators   the file has only operators of the domains that its target names (`operators`)
     weights     every weight is the checkpoint's, position by position, up to its format's rounding (`weights`)
     logits      the file computes the checkpoint's logits on real rows, and on shapes from (1, 1) to
-                the longest input, padded on either side (`logits`)
+                the longest input, padded on either side, or on the right where the file takes row lengths (`logits`)
     folder      opened from disk as a stranger would, configuration, tokenizer, labels and padding are the
                 checkpoint's (`folder`)
     score       read from texts through that folder, the file has the checkpoint's dev score, within the

@@ -64,6 +64,11 @@ def make_random_batches(model: PreTrainedModel, rows: Encoded) -> Iterator[tuple
         yield f"shape (1, {longest}), pair", _random_batch(model, rows, (1, longest), pair=True)
 
 
+def is_right_padded(batch: Batch) -> bool:
+    """Whether the tokens of every row come before its padding."""
+    return bool((np.diff(batch["attention_mask"], axis=1) <= 0).all())
+
+
 def _padding(pad_left: bool) -> str:
     if pad_left:
         return "padding on the left"

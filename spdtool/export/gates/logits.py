@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from spdtool.data.tokens import Batch
 from spdtool.errors import GateError, ModelError
+from spdtool.export.gates.batches import is_right_padded
 from spdtool.export.gates.reference import Reference
 from spdtool.export.target import Target
 from spdtool.models.load import fill_weights
@@ -51,16 +52,33 @@ def check_logits(target: Target, reference: Reference, folder: Path, providers: 
         GateError: a stored weight does not fit the model, a logit is not finite, or logits differ
             by too much.
     """
+    batches = choose_batches(target, reference, folder)
     if target.rounds_weights:
-        return _check_rounded_logits(target, reference, folder, providers)
+        return _check_rounded_logits(target, reference, folder, providers, batches)
     tolerance = reference.recipe.export.tolerance
     differences = []
     for provider in providers:
         # First, because what a target finds in its own files says more than a difference of logits.
-        target.verify(folder, reference.checkpoint, reference.batches, provider)
+        target.verify(folder, reference.checkpoint, batches, provider)
         session = target.session(folder, provider)
-        differences.append(compare_logits(reference.forward(provider), session, reference.batches, tolerance))
+        differences.append(compare_logits(reference.forward(provider), session, batches, tolerance))
     return LogitFigures(*max(differences))
+
+
+def choose_batches(target: Target, reference: Reference, folder: Path) -> list[tuple[str, Batch]]:
+    """Choose the batches that the files must compute: all, or those that are padded on the right.
+
+    Raises:
+        GateError: the tokenizer pads on the left, and the files compute right padding only.
+    """
+    if target.takes_left_padding(folder):
+        return reference.batches
+    if reference.tokenizer.padding_side == "left":
+        raise GateError(
+            "this tokenizer pads on the left, and the file takes row lengths: it computes right padding only",
+            "use another target, such as onnx-fp16, or set padding_side=right in tokenizer_config.json",
+        )
+    return [(description, batch) for description, batch in reference.batches if is_right_padded(batch)]
 
 
 def compare_logits(
@@ -109,7 +127,9 @@ def measure_deviation(expected: Forward, exported: Forward, batches: Iterable[tu
     return LogitDeviation(float(np.sqrt(squared_change / squared_logits)), largest)
 
 
-def _check_rounded_logits(target: Target, reference: Reference, folder: Path, providers: list[str]) -> LogitFigures:
+def _check_rounded_logits(
+    target: Target, reference: Reference, folder: Path, providers: list[str], batches: list[tuple[str, Batch]]
+) -> LogitFigures:
     """Compare with the checkpoint after it was filled with the stored weights; measure what rounding moves."""
     section = reference.recipe.export
     tolerance, largest_deviation = section.tolerance, float("inf")
@@ -120,14 +140,14 @@ def _check_rounded_logits(target: Target, reference: Reference, folder: Path, pr
     rounded_model = _fill_stored_weights(reference.load_model(eager=True), target, folder)
     differences = []
     for provider in providers:
-        target.verify(folder, reference.checkpoint, reference.batches, provider)
+        target.verify(folder, reference.checkpoint, batches, provider)
         session = target.session(folder, provider)
         rounded_model.to(provider)  # type: ignore[arg-type]
         expected = torch_forward(rounded_model, provider)
-        differences.append(compare_logits(expected, float32_form or session, reference.batches, tolerance))
+        differences.append(compare_logits(expected, float32_form or session, batches, tolerance))
         # Against the checkpoint as it is: this is what rounding costs, weights and arithmetic together.
-        batches = _deviation_batches(target, reference)
-        deviation = measure_deviation(reference.forward(provider), session, batches)
+        judged = _deviation_batches(target, reference, batches)
+        deviation = measure_deviation(reference.forward(provider), session, judged)
         if deviation.relative > largest_deviation:
             raise GateError(
                 f"fp16 or int8 arithmetic moves the logits by {deviation.relative:.0%} of their size; "
@@ -137,14 +157,16 @@ def _check_rounded_logits(target: Target, reference: Reference, folder: Path, pr
     return LogitFigures(*max(differences), deviation.largest, deviation.relative)
 
 
-def _deviation_batches(target: Target, reference: Reference) -> list[tuple[str, Batch]]:
+def _deviation_batches(
+    target: Target, reference: Reference, batches: list[tuple[str, Batch]]
+) -> list[tuple[str, Batch]]:
     """Choose the batches on which rounded arithmetic is judged.
 
     The ranges of a calibrated target say nothing of random tokens, nor of padding on the other
     side: it is judged on real rows, where there are any.
     """
     if not target.calibrates or not reference.dev_batches:
-        return reference.batches
+        return batches
     return [reference.dev_batches[reference.dev.splits["dev"].pad_left]]
 
 

@@ -20,8 +20,11 @@ from onnx import helper, numpy_helper
 from spdtool.errors import ModelError, first_line
 from spdtool.export.graph.protobuf import inputs_of_all, keep_constants, tensors_by_name
 from spdtool.export.graph.weights import (
+    NAME_SEPARATOR,
+    PARAMETERS,
     POSITIONS,
     SIDE_BY_SIDE,
+    TRANSPOSED,
     Fingerprint,
     fingerprint,
     read_metadata,
@@ -52,7 +55,7 @@ def fuse_operators(proto: onnx.ModelProto) -> onnx.ModelProto:
     fused: onnx.ModelProto = onnx_ir.serde.serialize_model(model)
     restore_metadata(fused, metadata)
     join_concatenated(fused)
-    label_joined(fused, parameters, metadata)
+    label_joined(fused, name_columns(fused, parameters, metadata), metadata)
     del fused.graph.value_info[:]  # shapes of tensors that fused operators no longer produce
     return fused
 
@@ -70,6 +73,24 @@ def join_concatenated(proto: onnx.ModelProto) -> None:
             proto.graph.initializer.append(joined)
             proto.graph.node.remove(node)
     keep_constants(proto.graph, inputs_of_all(proto.graph.node))
+
+
+def name_columns(
+    proto: onnx.ModelProto, parameters: Mapping[Fingerprint, str], metadata: Mapping[str, Mapping[str, str]]
+) -> dict[Fingerprint, str]:
+    """Name what a joined constant may hold: after its constant; after all its parameters where that one is gone.
+
+    Equal parameters share one constant. Once it only stands side by side with others, the layout must name each.
+    """
+    remaining = tensors_by_name(proto.graph)
+    names = {}
+    for content, name in parameters.items():
+        names[content] = name
+        if name not in remaining:
+            suffix = TRANSPOSED if name.endswith(TRANSPOSED) else ""
+            sharing = metadata[name].get(PARAMETERS, "").split()
+            names[content] = NAME_SEPARATOR.join(parameter + suffix for parameter in sharing) or name
+    return names
 
 
 def label_joined(
@@ -97,8 +118,9 @@ def _join_positions(tensor: onnx.TensorProto, layout: str, metadata: Mapping[str
     """Note the positions of every parameter of a joined constant."""
     joined: dict[str, object] = {}
     for entry in layout.split():
-        name, _, _ = entry.rpartition("=")
-        joined |= json.loads(metadata[name].get(POSITIONS, "{}"))
+        names, _, _ = entry.rpartition("=")
+        for name in names.split(NAME_SEPARATOR):
+            joined |= json.loads(metadata.get(name, {}).get(POSITIONS, "{}"))
     if joined:
         tensor.metadata_props.add(key=POSITIONS, value=json.dumps(joined))
 

@@ -4,7 +4,8 @@ A constant is called after its parameter, with `.T` where it is transposed. Meta
 says more:
 
     parameters    the parameters that it stores, separated by spaces, where several share one constant
-    packed        name=columns ..., where several matrices stand side by side in one constant (fused attention)
+    packed        name=columns ..., where several matrices stand side by side in one constant (fused attention);
+                  name,name=columns where equal parameters share the columns
     positions     parameter to the rows and columns that the constant has of it; all others are zero (JSON)
 
 `NAME_quantized`, `NAME_scale` and `NAME_zero_point` are one constant in int8, as onnxruntime's
@@ -32,6 +33,7 @@ TRANSPOSED = ".T"
 PARAMETERS = "parameters"
 SIDE_BY_SIDE = "packed"
 POSITIONS = "positions"
+NAME_SEPARATOR = ","
 QUANTIZED = "_quantized"
 INT8_LEVELS = 127  # int8 numbers on either side of zero
 SPARSE_BYTES = 12  # bytes of one weight in a sparse constant: eight for its index, four for its value
@@ -204,11 +206,12 @@ def _split_columns(layout: str, constant: StoredWeight) -> Iterator[StoredWeight
     """Yield the parameters that stand side by side in one constant; `layout` is `name=columns name=columns ...`."""
     start = 0
     for entry in layout.split():
-        column_name, _, columns = entry.rpartition("=")
+        column_names, _, columns = entry.rpartition("=")
         end = start + int(columns)
-        name = column_name.removesuffix(TRANSPOSED)
         selected = constant._replace(array=constant.array[..., start:end])
-        yield _oriented(name, selected, transposed=name != column_name)
+        for column_name in column_names.split(NAME_SEPARATOR):
+            name = column_name.removesuffix(TRANSPOSED)
+            yield _oriented(name, selected, transposed=name != column_name)
         start = end
 
 
