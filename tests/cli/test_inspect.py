@@ -23,8 +23,8 @@ def run(toy_run: MakeRun) -> Run:
 def test_every_stage_has_a_row_with_its_state(run: Run) -> None:
     (run.path / ".finetune.partial").mkdir()
     states = {line.stage: line.state.split()[0] for line in inspect_run(run).stages}
-    done = dict.fromkeys(("teacher", "prune", "distill"), "done")
-    assert states == done | {"finetune": "in", "export": "missing", "bench": "missing"}
+    finished = dict.fromkeys(("teacher", "prune", "distill"), "done")
+    assert states == finished | {"finetune": "in", "export": "missing", "bench": "missing"}
 
 
 def test_the_lineage_is_that_of_the_records(run: Run) -> None:

@@ -52,8 +52,8 @@ def test_the_command_line_stays_small() -> None:
 
 def test_the_version_and_the_short_help(spdtool: Call) -> None:
     assert spdtool("--version").stdout == f"spdtool {metadata.version('spdtool')}\n"
-    for words in ((), ("compress",), ("doctor",)):
-        assert spdtool(*words, "-h").stdout == spdtool(*words, "--help").stdout != "", words
+    for arguments in ((), ("compress",), ("doctor",)):
+        assert spdtool(*arguments, "-h").stdout == spdtool(*arguments, "--help").stdout != "", arguments
     assert "--install-completion" in spdtool("-h").stdout
 
 
@@ -78,12 +78,12 @@ def test_json_is_all_of_standard_output(spdtool: Call) -> None:
         ("plugins",): "magnitude",
         ("doctor",): "onnxruntime",
     }
-    for words, content in contents.items():
-        result = spdtool(*words, "--json")
+    for arguments, content in contents.items():
+        result = spdtool(*arguments, "--json")
         assert result.exit_code in (0, 2), result.output
-        assert content in json.dumps(json.loads(result.stdout)), words
-        assert content in result.stderr, words
-        assert content in spdtool(*words).stdout, words
+        assert content in json.dumps(json.loads(result.stdout)), arguments
+        assert content in result.stderr, arguments
+        assert content in spdtool(*arguments).stdout, arguments
 
 
 def test_json_of_every_stage_and_of_inspect(spdtool: Call, compressed: Path) -> None:
@@ -104,13 +104,13 @@ def test_json_of_an_error(spdtool: Call) -> None:
         ("prune",),
         ("prnue",),
     ]
-    for words in calls:
-        result = spdtool(*words, "--json")
-        assert result.exit_code == 2, words
+    for arguments in calls:
+        result = spdtool(*arguments, "--json")
+        assert result.exit_code == 2, arguments
         error = json.loads(result.stdout)
-        assert error["error"], words
-        assert error["message"], words
-        assert result.stderr == "", words
+        assert error["error"], arguments
+        assert error["message"], arguments
+        assert result.stderr == "", arguments
 
 
 def test_doctor_fails_when_a_check_does(spdtool: Call, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,11 +146,11 @@ def test_a_plugins_folder_adds_parts_and_lists_what_failed(spdtool: Call, tmp_pa
 # Bad input: exit code 2, what was asked and found and what to try, nothing half-written -------------------------------
 
 
-def copy(source: Path, target: Path, **changed: Any) -> Path:
+def copy(source: Path, target: Path, **fields: Any) -> Path:
     """A copy of a model folder whose config.json has `changed` in it."""
     shutil.copytree(source, target)
     config = json.loads((target / "config.json").read_text())
-    (target / "config.json").write_text(json.dumps(config | changed))
+    (target / "config.json").write_text(json.dumps(config | fields))
     return target
 
 
@@ -206,7 +206,7 @@ MODELS: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
 def test_a_bad_model(spdtool: Call, encoder_folder: Path, quick_words: tuple[str, ...], tmp_path: Path) -> None:
     for case, (make, message) in MODELS.items():
         model = make(encoder_folder, tmp_path / case)
-        refused(spdtool("teacher", *quick_words, "--model", model, "--run", tmp_path / "run"), message)
+        assert_refused(spdtool("teacher", *quick_words, "--model", model, "--run", tmp_path / "run"), message)
         assert not (tmp_path / "run").exists(), case
 
 
@@ -222,17 +222,19 @@ DATA: dict[str, tuple[bytes, str]] = {
 
 
 def test_bad_data(spdtool: Call, quick_words: tuple[str, ...], tmp_path: Path) -> None:
-    words = (*quick_words, "--data", tmp_path / "bad.csv", "--text", "sentence", "--label", "label")
+    arguments = (*quick_words, "--data", tmp_path / "bad.csv", "--text", "sentence", "--label", "label")
     for case, (content, message) in DATA.items():
         (tmp_path / "bad.csv").write_bytes(content)
-        refused(spdtool("compress", *words, "--run", tmp_path / "run"), message)
+        assert_refused(spdtool("compress", *arguments, "--run", tmp_path / "run"), message)
         assert not (tmp_path / "run").exists(), case
 
 
 def test_a_label_that_only_dev_has(spdtool: Call, quick_words: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("sentence,label\na,x\nb,y\nc,x\nd,y\n")
     (tmp_path / "dev.csv").write_text("sentence,label\na,x\nb,z\n")
-    refused(spdtool("compress", *quick_words, "--data", tmp_path, "--run", tmp_path / "run"), "'z'", "dev.csv, line 3")
+    assert_refused(
+        spdtool("compress", *quick_words, "--data", tmp_path, "--run", tmp_path / "run"), "'z'", "dev.csv, line 3"
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -266,9 +268,9 @@ SETTINGS: dict[str, tuple[tuple[str, ...], str]] = {
 
 
 def test_bad_settings(spdtool: Call, quick_words: tuple[str, ...], tmp_path: Path) -> None:
-    for case, (words, message) in SETTINGS.items():
-        result = spdtool("compress", *quick_words, *words, "--run", tmp_path / "run")
-        refused(result, message)
+    for case, (arguments, message) in SETTINGS.items():
+        result = spdtool("compress", *quick_words, *arguments, "--run", tmp_path / "run")
+        assert_refused(result, message)
         assert not (tmp_path / "run").exists(), case
         assert len(result.stderr) < 2500, f"{case}: nobody reads that much"
 
@@ -277,7 +279,9 @@ def test_cuda_where_there_is_none(
     spdtool: Call, quick_words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    refused(spdtool("compress", *quick_words, "--device", "cuda", "--run", tmp_path / "run"), "CUDA was demanded")
+    assert_refused(
+        spdtool("compress", *quick_words, "--device", "cuda", "--run", tmp_path / "run"), "CUDA was demanded"
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -287,7 +291,7 @@ def test_a_teacher_with_another_number_of_labels(
     toys.bert(labels=3).save_pretrained(tmp_path / "three")
     toys.tokenizer().save_pretrained(tmp_path / "three")
     result = spdtool("compress", *quick_words, "--teacher", tmp_path / "three", "--run", tmp_path / "run")
-    refused(result, "the model has 3 labels", "fine-tuned on this task")
+    assert_refused(result, "the model has 3 labels", "fine-tuned on this task")
     assert not (tmp_path / "run").exists()
 
 
@@ -295,7 +299,7 @@ def test_a_tokenizer_of_another_model(spdtool: Call, toys: Any, quick_words: tup
     toys.bert(vocab_size=9).save_pretrained(tmp_path / "small")
     toys.tokenizer().save_pretrained(tmp_path / "small")
     result = spdtool("teacher", *quick_words, "--model", tmp_path / "small", "--run", tmp_path / "run")
-    refused(result, "the model has 9 word embeddings")
+    assert_refused(result, "the model has 9 word embeddings")
     assert not (tmp_path / "run").exists()
 
 
@@ -303,18 +307,18 @@ def test_folders_that_are_no_runs(spdtool: Call, quick_words: tuple[str, ...], t
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign/thesis.tex").write_text("years of work")
     (tmp_path / "file").write_text("a file")
-    refused(spdtool("compress", *quick_words, "--run", tmp_path / "foreign"), "is not a run folder")
-    refused(spdtool("compress", *quick_words, "--run", tmp_path / "file"), "is not a run folder")
-    refused(spdtool("compress", *quick_words, "--run", tmp_path / "file/run"), "Not a directory")
-    refused(spdtool("teacher", *quick_words, "--run", tmp_path / "foreign", "--again"), "is not a run folder")
-    refused(spdtool("prune", "--run", tmp_path / "nowhere"), "has no run.json", "spdtool compress")
-    refused(spdtool("inspect", tmp_path / "file"), "has no run.json")
+    assert_refused(spdtool("compress", *quick_words, "--run", tmp_path / "foreign"), "is not a run folder")
+    assert_refused(spdtool("compress", *quick_words, "--run", tmp_path / "file"), "is not a run folder")
+    assert_refused(spdtool("compress", *quick_words, "--run", tmp_path / "file/run"), "Not a directory")
+    assert_refused(spdtool("teacher", *quick_words, "--run", tmp_path / "foreign", "--again"), "is not a run folder")
+    assert_refused(spdtool("prune", "--run", tmp_path / "nowhere"), "has no run.json", "spdtool compress")
+    assert_refused(spdtool("inspect", tmp_path / "file"), "has no run.json")
     assert [path.name for path in (tmp_path / "foreign").iterdir()] == ["thesis.tex"]
 
 
 def test_the_run_of_another_recipe(spdtool: Call, quick_words: tuple[str, ...], compressed: Path) -> None:
     result = spdtool("compress", *quick_words, "--sparsity", "0.7", "--run", compressed)
-    refused(result, "sparsity is 0.5 there and 0.7 here", "another --run")
+    assert_refused(result, "sparsity is 0.5 there and 0.7 here", "another --run")
 
 
 def test_a_stage_before_its_predecessor(spdtool: Call, compressed: Path, tmp_path: Path) -> None:
@@ -322,7 +326,7 @@ def test_a_stage_before_its_predecessor(spdtool: Call, compressed: Path, tmp_pat
     run.mkdir()
     shutil.copy(compressed / "run.json", run)
     for stage, missing in (("prune", "teacher"), ("distill", "prune"), ("finetune", "distill"), ("bench", "export")):
-        refused(spdtool(stage, "--run", run), f"no finished stage '{missing}'", f"spdtool {missing} --run")
+        assert_refused(spdtool(stage, "--run", run), f"no finished stage '{missing}'", f"spdtool {missing} --run")
     assert [path.name for path in run.iterdir()] == ["run.json"]
 
 
@@ -340,8 +344,8 @@ def test_a_damaged_checkpoint(spdtool: Call, compressed: Path, tmp_path: Path, d
     else:
         weights.unlink()
     message = {"cut short": "holds 10000 bytes", "altered": "was altered", "gone": "is missing"}[damage]
-    for words in (("finetune", "--run", run), ("inspect", run)):
-        refused(spdtool(*words), message, f"spdtool distill --run {run} --again")
+    for arguments in (("finetune", "--run", run), ("inspect", run)):
+        assert_refused(spdtool(*arguments), message, f"spdtool distill --run {run} --again")
     assert not (run / "finetune").exists()
 
 
@@ -351,69 +355,72 @@ def test_a_folder_in_which_another_process_works(
     run = shutil.copytree(compressed, tmp_path / "run")
     shutil.rmtree(run / "finetune")
     with lock_folder(run):
-        refused(spdtool("finetune", "--run", run), "another process is working")
+        assert_refused(spdtool("finetune", "--run", run), "another process is working")
     assert not (run / "finetune").exists()
 
 
 def test_a_signal_during_training_saves_and_says_how_to_go_on(
     spdtool: Call, quick_words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ("teacher", *quick_words, "--run", tmp_path / "run")
+    arguments = ("teacher", *quick_words, "--run", tmp_path / "run")
     step = torch.optim.AdamW.step
     for name, code in (("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)):
 
-        def step_and_signal(self: Any, *rest: Any, name: str = name, **extra: Any) -> Any:
-            result = step(self, *rest, **extra)
+        def step_and_signal(self: Any, *args: Any, name: str = name, **options: Any) -> Any:
+            result = step(self, *args, **options)
             os.kill(os.getpid(), getattr(signal, name))
             return result
 
         monkeypatch.setattr(torch.optim.AdamW, "step", step_and_signal)
-        called = spdtool(*words)
+        called = spdtool(*arguments)
         assert called.exit_code == code, called.output
         said = " ".join(called.stderr.split())
         assert f"teacher was stopped by {name} and saved step" in said
         assert "the same command goes on from there" in said
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    assert spdtool(*words).exit_code == 0
+    assert spdtool(*arguments).exit_code == 0
 
 
 def test_no_permission(spdtool: Call, quick_words: tuple[str, ...], tmp_path: Path, monkeypatch: Any) -> None:
-    def refuse(self: Path, *rest: Any, **extra: Any) -> None:
+    def deny(self: Path, *args: Any, **options: Any) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(self))
 
-    monkeypatch.setattr(Path, "mkdir", refuse)
-    refused(spdtool("teacher", *quick_words, "--run", tmp_path / "run"), "Permission denied", "another --run")
+    monkeypatch.setattr(Path, "mkdir", deny)
+    assert_refused(spdtool("teacher", *quick_words, "--run", tmp_path / "run"), "Permission denied", "another --run")
 
 
-def refused(called: Any, *messages: str) -> None:
+def assert_refused(result: Any, *messages: str) -> None:
     """The call ended with exit code 2, and said each of `messages` without a traceback."""
-    assert called.exit_code == 2, called.output
-    assert called.exception is None or isinstance(called.exception, SystemExit)
-    said = " ".join(called.stderr.replace("│", " ").split())
+    assert result.exit_code == 2, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    said = " ".join(result.stderr.replace("│", " ").split())
     for message in messages:
         assert message in said, said
-    assert "Traceback" not in called.output
+    assert "Traceback" not in result.output
 
 
 def test_the_plan_tells_how_the_rows_were_read(spdtool: Call, quick_words: tuple[str, ...], tmp_path: Path) -> None:
     rows = [f"row {i % 33},{('pos', 'neg', 'NA')[i % 3]}" for i in range(66)]
     (tmp_path / "mine.csv").write_text("\n".join(["text,label", *rows]) + "\n", "utf-8")
-    words = ("compress", "--data", tmp_path / "mine.csv", *quick_words[2:], "--run", tmp_path / "run", "--dry-run")
-    result = spdtool(*words)
+    arguments = ("compress", "--data", tmp_path / "mine.csv", *quick_words[2:], "--run", tmp_path / "run", "--dry-run")
+    result = spdtool(*arguments)
     assert result.exit_code == 0, result.output
     assert f"text of {tmp_path}/mine.csv, by label; a tenth of its rows is the dev set" in result.stdout
     assert "3 classes: NA " in result.stdout
     assert "the label 'NA' is taken for a class" in result.stderr
-    planned = json.loads(spdtool(*words, "--json").stdout)
+    planned = json.loads(spdtool(*arguments, "--json").stdout)
     assert sum(sum(counts.values()) for counts in planned["classes"].values()) == 66
-    assert "regression, 0 to 4" in spdtool(*words[:2], numbers(tmp_path), *words[3:], "--set", "regression=true").stdout
+    assert (
+        "regression, 0 to 4"
+        in spdtool(*arguments[:2], numbers(tmp_path), *arguments[3:], "--set", "regression=true").stdout
+    )
 
 
 def test_the_plan_is_short_and_all_of_it_is_there_on_request(
     spdtool: Call, quick_words: tuple[str, ...], tmp_path: Path
 ) -> None:
-    words = ("compress", *quick_words, "--run", tmp_path / "run", "--dry-run")
-    result = spdtool(*words)
+    arguments = ("compress", *quick_words, "--run", tmp_path / "run", "--dry-run")
+    result = spdtool(*arguments)
     assert result.exit_code == 0, result.output
     _, title, *lines = result.stdout.splitlines()
     assert title == f"{tmp_path}/run: recipe default, 0.5 sparsity"
@@ -423,25 +430,25 @@ def test_the_plan_is_short_and_all_of_it_is_there_on_request(
     changed = result.stdout.split("changed field")[1]
     assert "export.optional" in changed
     assert "learning_rate" not in changed, "only what differs from the recipe"
-    assert "prune.learning_rate" in spdtool(*words, "--all").stdout
-    plan = json.loads(spdtool(*words, "--json").stdout)
-    least, most = plan["estimate"]["seconds"]
-    assert 0 < least < most
+    assert "prune.learning_rate" in spdtool(*arguments, "--all").stdout
+    plan = json.loads(spdtool(*arguments, "--json").stdout)
+    shortest, longest = plan["estimate"]["seconds"]
+    assert 0 < shortest < longest
     assert plan["score"] == "mean of accuracy and f1"
-    assert json.loads(spdtool(*words, "--metric", "f1", "--json").stdout)["score"] == "f1"
-    refused(spdtool(*words, "--metric", "f2"), "no metric of task 'local' 'f2'", "did you mean 'f1'")
+    assert json.loads(spdtool(*arguments, "--metric", "f1", "--json").stdout)["score"] == "f1"
+    assert_refused(spdtool(*arguments, "--metric", "f2"), "no metric of task 'local' 'f2'", "did you mean 'f1'")
 
 
 def test_a_run_says_that_zeros_save_nothing_where_no_operators_are_installed(
     spdtool: Call, quick_words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ("compress", *quick_words, "--run", tmp_path / "run", "--dry-run")
+    arguments = ("compress", *quick_words, "--run", tmp_path / "run", "--dry-run")
     for optional in ("installed", "[]"):
         for installed in ([], ["some-target"]):
             monkeypatch.setattr("spdtool.plugins.library_targets", lambda installed=installed: installed)
-            result = spdtool(*words, "--set", f"export.optional={optional}")
-            shown = "zeros save neither time nor bytes" in result.stderr and "pip install" in result.stderr
-            assert shown == (optional == "installed" and not installed), (optional, installed)
+            result = spdtool(*arguments, "--set", f"export.optional={optional}")
+            warned = "zeros save neither time nor bytes" in result.stderr and "pip install" in result.stderr
+            assert warned == (optional == "installed" and not installed), (optional, installed)
 
 
 def numbers(folder: Path) -> Path:
@@ -454,18 +461,18 @@ def numbers(folder: Path) -> Path:
 def test_rows_that_change_between_stages_are_refused_until_all_is_redone(
     spdtool: Call, quick_words: tuple[str, ...], rows_file: Path, tmp_path: Path
 ) -> None:
-    mine, run = tmp_path / "mine.csv", tmp_path / "run"
-    shutil.copy(rows_file, mine)
-    words = ("--data", mine, *quick_words[2:], "--run", run)
-    assert spdtool("teacher", *words).exit_code == 0
-    lines = mine.read_text("utf-8").splitlines()
-    mine.write_text("\n".join([lines[0], "the film was new,good", *lines[1:]]) + "\n", "utf-8")
-    for call in (("prune", "--run", run), ("compress", *words), ("compress", *words, "--dry-run")):
-        refused(spdtool(*call), "the rows are not those of the stage 'teacher'", f"teacher --run {run} --again")
-    assert spdtool("teacher", *words, "--again").exit_code == 0
+    data_file, run = tmp_path / "mine.csv", tmp_path / "run"
+    shutil.copy(rows_file, data_file)
+    arguments = ("--data", data_file, *quick_words[2:], "--run", run)
+    assert spdtool("teacher", *arguments).exit_code == 0
+    lines = data_file.read_text("utf-8").splitlines()
+    data_file.write_text("\n".join([lines[0], "the film was new,good", *lines[1:]]) + "\n", "utf-8")
+    for call in (("prune", "--run", run), ("compress", *arguments), ("compress", *arguments, "--dry-run")):
+        assert_refused(spdtool(*call), "the rows are not those of the stage 'teacher'", f"teacher --run {run} --again")
+    assert spdtool("teacher", *arguments, "--again").exit_code == 0
     assert spdtool("prune", "--run", run).exit_code == 0
-    shutil.copy(rows_file, mine)
-    refused(spdtool("prune", "--run", run, "--again"), "the rows are not those of the stage 'teacher'")
+    shutil.copy(rows_file, data_file)
+    assert_refused(spdtool("prune", "--run", run, "--again"), "the rows are not those of the stage 'teacher'")
     assert (run / "prune" / "stage.json").exists(), "nothing was dropped"
 
 
@@ -473,7 +480,7 @@ def test_rows_that_change_between_stages_are_refused_until_all_is_redone(
 
 
 @pytest.fixture
-def theirs(compressed: Path, tmp_path: Path) -> Path:
+def foreign_checkpoint(compressed: Path, tmp_path: Path) -> Path:
     """A sparse checkpoint that comes from somewhere else."""
     folder = shutil.copytree(compressed / "finetune", tmp_path / "theirs")
     (folder / "stage.json").unlink()
@@ -481,11 +488,11 @@ def theirs(compressed: Path, tmp_path: Path) -> Path:
 
 
 def test_export_and_unpack_of_any_checkpoint(
-    spdtool: Call, theirs: Path, rounded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    spdtool: Call, foreign_checkpoint: Path, rounded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = ("export", "--from", theirs, "--target", "rounded", "--set", "export.values=fp32")
-    result = spdtool(*words, "--json")
+    arguments = ("export", "--from", foreign_checkpoint, "--target", "rounded", "--set", "export.values=fp32")
+    result = spdtool(*arguments, "--json")
     assert result.exit_code == 0, result.output
     output = json.loads(result.stdout)
     assert (output["folder"], output["target"], output["sparsity"], output["values"]) == (
@@ -495,17 +502,19 @@ def test_export_and_unpack_of_any_checkpoint(
         "fp32",
     )
     assert "50.00% zeros as in its checkpoint" in result.stderr
-    refused(spdtool(*words), "theirs-rounded exists and is not an empty folder")
+    assert_refused(spdtool(*arguments), "theirs-rounded exists and is not an empty folder")
     result = spdtool("unpack", "theirs-rounded", "plain", "--json")
     assert json.loads(result.stdout) == {"folder": "theirs-rounded", "checkpoint": "plain"}
-    assert load_file("plain/model.safetensors").keys() == load_file(theirs / "model.safetensors").keys()
-    refused(spdtool("unpack", "theirs-rounded", "plain"), "plain exists and is not an empty folder")
-    refused(spdtool("unpack", theirs, "other"), "has no onnx/model.onnx", "spdtool export --from")
+    assert load_file("plain/model.safetensors").keys() == load_file(foreign_checkpoint / "model.safetensors").keys()
+    assert_refused(spdtool("unpack", "theirs-rounded", "plain"), "plain exists and is not an empty folder")
+    assert_refused(spdtool("unpack", foreign_checkpoint, "other"), "has no onnx/model.onnx", "spdtool export --from")
 
 
-def test_export_of_any_checkpoint_on_data(spdtool: Call, theirs: Path, rows_file: Path, tmp_path: Path) -> None:
-    words = ("--data", rows_file, "--text", "sentence", "--label", "label", "--set", "device=cpu")
-    result = spdtool("export", "--from", theirs, "--to", tmp_path / "out", *words)
+def test_export_of_any_checkpoint_on_data(
+    spdtool: Call, foreign_checkpoint: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    arguments = ("--data", rows_file, "--text", "sentence", "--label", "label", "--set", "device=cpu")
+    result = spdtool("export", "--from", foreign_checkpoint, "--to", tmp_path / "out", *arguments)
     assert result.exit_code == 0, result.output
     assert "predictions flipped" in result.stdout
     assert (tmp_path / "out/onnx/model.onnx").is_file()
@@ -523,9 +532,9 @@ def test_an_export_that_was_asked_for_wrongly(spdtool: Call, tmp_path: Path, mon
         ("--from", "y", "--label", "z"): ("which was not given", "--data FILE"),
         ("--from", "y", "--set", "export.values=int3"): ("export.values = 'int3'",),
     }
-    for words, messages in calls.items():
-        refused(spdtool("export", *words), *messages)
-        assert list(tmp_path.iterdir()) == [], words
+    for arguments, messages in calls.items():
+        assert_refused(spdtool("export", *arguments), *messages)
+        assert list(tmp_path.iterdir()) == [], arguments
 
 
 # What the machine refuses ---------------------------------------------------------------------------------------------

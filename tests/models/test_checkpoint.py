@@ -152,25 +152,32 @@ def test_what_is_no_whole_model_is_refused_by_name_whether_it_is_planned_or_load
             assert hint in str(error.value.hint), (case, error.value.hint)
 
 
-def wrap(prefix: str, at: str = "") -> Callable[[Path], None]:
+def wrap(prefix: str, segment: str = "") -> Callable[[Path], None]:
     """Put a wrapper's name in front of every name, or before the segment `at`."""
 
     def change(weights: Weights) -> Weights:
-        return {name.replace(at, f"{prefix}{at}") if at else prefix + name: weights[name] for name in weights}
+        return {
+            name.replace(segment, f"{prefix}{segment}") if segment else prefix + name: weights[name] for name in weights
+        }
 
     return lambda folder: rewrite(folder, change)
 
 
 def test_the_names_of_a_wrapped_model_lose_the_wrapper_and_no_bit(checkpoint: Path, tmp_path: Path) -> None:
-    whole = load_model(checkpoint).state_dict()
-    wrappers = [wrap("_orig_mod."), wrap("module."), wrap("module._orig_mod."), wrap("_orig_mod.", at="attention.")]
-    wrappers += [wrap("_fsdp_wrapped_module._checkpoint_wrapped_module.", at="output."), wrap("_orig_mod.module.")]
+    expected = load_model(checkpoint).state_dict()
+    wrappers = [
+        wrap("_orig_mod."),
+        wrap("module."),
+        wrap("module._orig_mod."),
+        wrap("_orig_mod.", segment="attention."),
+    ]
+    wrappers += [wrap("_fsdp_wrapped_module._checkpoint_wrapped_module.", segment="output."), wrap("_orig_mod.module.")]
     for number, change in enumerate(wrappers):
         folder = shutil.copytree(checkpoint, tmp_path / str(number))
         change(folder)
-        model = load_model(folder).state_dict()
-        assert model.keys() == whole.keys()
-        assert all(torch.equal(model[name], whole[name]) for name in whole), number
+        state = load_model(folder).state_dict()
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[name], expected[name]) for name in expected), number
         assert next(iter(build_empty_model(folder).parameters())).device.type == "meta"
 
 

@@ -94,8 +94,12 @@ def test_the_kind_of_labels_must_be_the_tasks(checkpoint: Path, tmp_path: Path) 
         assert repr(stored) in error.value.message
         assert repr(expected) in error.value.message
         check_problem_type(folder, read_config(folder), stored)  # type: ignore[arg-type]
-    one = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "problem_type": "single_label_classification"}
-    config = read_config(configure(checkpoint, tmp_path / "one", **one))
+    single_label = {
+        "id2label": {"0": "LABEL_0"},
+        "label2id": {"LABEL_0": 0},
+        "problem_type": "single_label_classification",
+    }
+    config = read_config(configure(checkpoint, tmp_path / "one", **single_label))
     check_problem_type(tmp_path / "one", config, "regression")  # of one output there is nothing to choose
 
 

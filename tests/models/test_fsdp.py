@@ -93,28 +93,28 @@ def check_grafts(architecture: str, number: int) -> None:
             install_capture_hooks(models[-1])
         return models
 
-    def passed(student: Any, teacher: Any, tokens: torch.Tensor, away: tuple[int, ...]) -> torch.Tensor:
+    def run_backward(student: Any, teacher: Any, tokens: torch.Tensor, grafted: tuple[int, ...]) -> torch.Tensor:
         inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "output_hidden_states": True}
         layers = list(stack := find_layer_stack(student))
-        for index in away:
+        for index in grafted:
             stack[index] = find_layer_stack(teacher)[index]
         outputs = student(**inputs)
-        for index in away:
+        for index in grafted:
             stack[index] = layers[index]
         with torch.no_grad():
             targets = teacher(**inputs)
         pairs = [*zip(outputs.hidden_states, targets.hidden_states, strict=True), (outputs.logits, targets.logits)]
-        sum((one - other).square().sum() for one, other in pairs).backward()
+        sum((student_state - teacher_state).square().sum() for student_state, teacher_state in pairs).backward()
         return outputs.logits.detach()
 
     plain, sharded = pair(False), pair(True)
     tokens = torch.arange(RANKS * 5).view(RANKS, 5) % 7 + 5
-    for away in ((), (0, 2), (1,)):
-        expected = passed(*plain, tokens, away)
-        logits = passed(*sharded, tokens[number : number + 1], away)
-        assert torch.allclose(logits, expected[number : number + 1], atol=1e-5), (architecture, away)
+    for grafted in ((), (0, 2), (1,)):
+        expected = run_backward(*plain, tokens, grafted)
+        logits = run_backward(*sharded, tokens[number : number + 1], grafted)
+        assert torch.allclose(logits, expected[number : number + 1], atol=1e-5), (architecture, grafted)
         for (name, full), shard in zip(plain[0].named_parameters(), sharded[0].parameters(), strict=True):
-            case = (architecture, away, name)
+            case = (architecture, grafted, name)
             assert (full.grad is None) == (shard.grad is None), case
             if full.grad is not None and shard.grad is not None:
                 gradient, size = fsdp.gather_rows(fsdp.local_rows(shard.grad), shard), float(full.grad.abs().max())

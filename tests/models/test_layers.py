@@ -30,12 +30,12 @@ def test_a_plugin_may_name_the_stack(tiny_bert: Callable[..., Any], clean_plugin
 
 def test_the_trained_parameters_and_the_frozen_others(tiny_bert: Callable[..., Any]) -> None:
     model = tiny_bert(2)
-    for which, prefixes in {
+    for train, prefixes in {
         "layers": ("bert.encoder.layer.",),
         "layers+head": ("bert.encoder.layer.", "bert.pooler.", "classifier."),
         "all": ("",),
     }.items():
-        trained = select_trained_parameters(model, which)
+        trained = select_trained_parameters(model, train)
         assert set(trained) == {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
         for name, parameter in model.named_parameters():
             assert parameter.requires_grad == (name in trained)

@@ -48,17 +48,17 @@ def headless(tmp_path: Path, tiny_bert: Callable[..., Any], tiny_tokenizer: Any)
     return tmp_path / "headless"
 
 
-def same(one: nn.Module, other: nn.Module) -> bool:
-    weights, others = one.state_dict(), other.state_dict()
-    return weights.keys() == others.keys() and all(torch.equal(weights[name], others[name]) for name in weights)
+def have_same_weights(model: nn.Module, reference: nn.Module) -> bool:
+    weights, expected = model.state_dict(), reference.state_dict()
+    return weights.keys() == expected.keys() and all(torch.equal(weights[name], expected[name]) for name in weights)
 
 
 def test_what_was_saved_is_loaded_and_stock_transformers_reads_the_same(
     checkpoint: Path, tiny_bert: Callable[..., Any]
 ) -> None:
     model = load_model(checkpoint)
-    assert same(model, tiny_bert(3))
-    assert same(model, AutoModelForSequenceClassification.from_pretrained(checkpoint))
+    assert have_same_weights(model, tiny_bert(3))
+    assert have_same_weights(model, AutoModelForSequenceClassification.from_pretrained(checkpoint))
     assert not model.training
     assert sorted(path.name for path in checkpoint.iterdir()) == [
         "config.json",

@@ -22,10 +22,10 @@ def onednn_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 def make_pair(bias: bool = True) -> tuple[nn.Linear, nn.Linear]:
     torch.manual_seed(0)
     plain = nn.Linear(24, 40, bias=bias)
-    ours = copy.deepcopy(plain)
-    onednn.use_onednn(ours)
-    assert isinstance(ours, onednn.OneDNNLinear)
-    return plain, ours
+    converted = copy.deepcopy(plain)
+    onednn.use_onednn(converted)
+    assert isinstance(converted, onednn.OneDNNLinear)
+    return plain, converted
 
 
 def test_outputs_and_gradients_are_torchs() -> None:
@@ -49,33 +49,33 @@ def test_outputs_and_gradients_are_torchs() -> None:
 
 
 def test_only_what_needs_a_gradient_gets_one() -> None:
-    _, ours = make_pair()
-    ours.requires_grad_(False)
+    _, converted = make_pair()
+    converted.requires_grad_(False)
     x = torch.randn(16, 24, requires_grad=True)
-    ours(x).sum().backward()
+    converted(x).sum().backward()
     assert x.grad is not None
-    assert ours.weight.grad is None
-    ours.requires_grad_(True)
-    ours(x.detach()).sum().backward()
-    assert ours.weight.grad is not None
+    assert converted.weight.grad is None
+    converted.requires_grad_(True)
+    converted(x.detach()).sum().backward()
+    assert converted.weight.grad is not None
 
 
 def test_under_autocast_and_in_other_types_torch_computes() -> None:
-    plain, ours = make_pair()
+    plain, converted = make_pair()
     x = torch.randn(16, 24)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(plain(x), ours(x))
-    assert torch.equal(plain.double()(x.double()), ours.double()(x.double()))
+        assert torch.equal(plain(x), converted(x))
+    assert torch.equal(plain.double()(x.double()), converted.double()(x.double()))
 
 
 def test_names_copies_and_hooks_stay() -> None:
-    plain, ours = make_pair()
-    assert list(plain.state_dict()) == list(ours.state_dict())
+    plain, converted = make_pair()
+    assert list(plain.state_dict()) == list(converted.state_dict())
     calls: list[int] = []
-    ours.register_forward_hook(lambda *_: calls.append(1))
-    copied = copy.deepcopy(ours)
+    converted.register_forward_hook(lambda *_: calls.append(1))
+    copied = copy.deepcopy(converted)
     x = torch.randn(16, 24)
-    assert torch.equal(copied(x), ours(x))
+    assert torch.equal(copied(x), converted(x))
     assert calls == [1, 1]
 
 

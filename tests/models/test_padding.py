@@ -21,19 +21,25 @@ def mask(*lengths: int) -> np.ndarray:
 
 @pytest.mark.parametrize(("lengths", "unpadded"), [((3, 3), True), ((3, 2), False)])
 def test_it_is_asked_what_was_known_and_stays_itself_in_another_type(lengths: Any, unpadded: bool) -> None:
-    moved = evaluation.to_device({"attention_mask": mask(*lengths), "labels": np.zeros(2)}, "cpu")
-    for form in (moved["attention_mask"], moved["attention_mask"].to(torch.bool), moved["attention_mask"].bool()):
+    batch = evaluation.to_device({"attention_mask": mask(*lengths), "labels": np.zeros(2)}, "cpu")
+    for form in (batch["attention_mask"], batch["attention_mask"].to(torch.bool), batch["attention_mask"].bool()):
         assert bool(form.all()) is bool(torch.all(form)) is unpadded
         assert isinstance(form, PaddingMask)
-    assert torch.equal(moved["attention_mask"], torch.from_numpy(mask(*lengths)))
-    assert type(moved["labels"]) is torch.Tensor
+    assert torch.equal(batch["attention_mask"], torch.from_numpy(mask(*lengths)))
+    assert type(batch["labels"]) is torch.Tensor
 
 
 def test_what_is_computed_from_it_is_an_ordinary_tensor() -> None:
-    known = PaddingMask.of(torch.from_numpy(mask(3, 2)), unpadded=False)
-    for made in (known == 1, known[:, None], known.sum(), torch.stack([known, known]), known * torch.ones(2, 3)):
-        assert type(made) is torch.Tensor
-    assert known.all(dim=1).tolist() == [True, False], "another question, answered by the numbers"
+    padding_mask = PaddingMask.of(torch.from_numpy(mask(3, 2)), unpadded=False)
+    for result in (
+        padding_mask == 1,
+        padding_mask[:, None],
+        padding_mask.sum(),
+        torch.stack([padding_mask, padding_mask]),
+        padding_mask * torch.ones(2, 3),
+    ):
+        assert type(result) is torch.Tensor
+    assert padding_mask.all(dim=1).tolist() == [True, False], "another question, answered by the numbers"
 
 
 @pytest.mark.parametrize("eager", [True, False])
@@ -46,10 +52,15 @@ def test_every_family_computes_the_same_with_it(toys: Any, architecture: str, ea
         plain = toys.batch(3, 7, architecture=architecture)
         plain = {name: column[:, :length] if column.dim() == 2 else column for name, column in plain.items()}
         plain.pop("labels")
-        known = evaluation.to_device({name: column.numpy() for name, column in plain.items()}, "cpu")
-        assert bool(known["attention_mask"].all()) == (length == 1)
+        with_padding_mask = evaluation.to_device({name: column.numpy() for name, column in plain.items()}, "cpu")
+        assert bool(with_padding_mask["attention_mask"].all()) == (length == 1)
         with torch.no_grad():
-            ours, theirs = (model(**batch, output_hidden_states=True) for batch in (known, plain))
-        assert type(ours.logits) is torch.Tensor
-        assert torch.equal(ours.logits, theirs.logits)
-        assert all(torch.equal(mine, its) for mine, its in zip(ours.hidden_states, theirs.hidden_states, strict=True))
+            masked_outputs, plain_outputs = (
+                model(**batch, output_hidden_states=True) for batch in (with_padding_mask, plain)
+            )
+        assert type(masked_outputs.logits) is torch.Tensor
+        assert torch.equal(masked_outputs.logits, plain_outputs.logits)
+        assert all(
+            torch.equal(actual, expected)
+            for actual, expected in zip(masked_outputs.hidden_states, plain_outputs.hidden_states, strict=True)
+        )

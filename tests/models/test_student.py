@@ -42,12 +42,12 @@ def small(toys: Any, tmp_path: Path) -> Callable[..., str]:
 
 def test_the_plan_counts_the_students_weights(toy_run: MakeRun, small: Any) -> None:
     folder = small()
-    counted = planning.make_plan(toy_run(student=folder, sparsity=0.3)).parameters
+    parameters = planning.make_plan(toy_run(student=folder, sparsity=0.3)).parameters
     model = load_model(folder)
     sizes = [weight.numel() for weight in find_prunable_weights(model).values()]
-    assert counted.all == sum(parameter.numel() for parameter in model.parameters())
-    assert counted.prunable == sum(sizes) < planning.make_plan(toy_run()).parameters.prunable
-    assert counted.zeros == sum(zeros_in(size, 0.3) for size in sizes)
+    assert parameters.all == sum(parameter.numel() for parameter in model.parameters())
+    assert parameters.prunable == sum(sizes) < planning.make_plan(toy_run()).parameters.prunable
+    assert parameters.zeros == sum(zeros_in(size, 0.3) for size in sizes)
 
 
 def test_a_smaller_student_needs_less_memory_and_relations_and_blends_more(toy_run: MakeRun, small: Any) -> None:

@@ -96,16 +96,16 @@ def obert(layer: Layer) -> list[float]:
 def fishers(layer: Layer) -> list[Tensor]:
     """The Fisher matrix of all weights in float64, cut into blocks of 4; the last one is shorter."""
     flats = [g.double().flatten() for g in layer.gradients]
-    whole = sum((torch.outer(f, f) for f in flats), torch.zeros(OUT * IN, OUT * IN, dtype=torch.float64)) / len(flats)
-    damp = SECTION.dampening * whole.diagonal().mean()
-    blocks = [whole[i : i + 4, i : i + 4] for i in range(0, OUT * IN, 4)]
+    fisher = sum((torch.outer(f, f) for f in flats), torch.zeros(OUT * IN, OUT * IN, dtype=torch.float64)) / len(flats)
+    damp = SECTION.dampening * fisher.diagonal().mean()
+    blocks = [fisher[i : i + 4, i : i + 4] for i in range(0, OUT * IN, 4)]
     return [b + damp * torch.eye(len(b), dtype=torch.float64) for b in blocks]
 
 
 def gram(layer: Layer) -> Tensor:
-    whole = sum((torch.outer(t, t) for t in layer.tokens.double()), torch.zeros(IN, IN, dtype=torch.float64))
-    whole = whole / len(layer.tokens)
-    return whole + SECTION.dampening * whole.diagonal().mean() * torch.eye(IN, dtype=torch.float64)
+    second_moment = sum((torch.outer(t, t) for t in layer.tokens.double()), torch.zeros(IN, IN, dtype=torch.float64))
+    second_moment = second_moment / len(layer.tokens)
+    return second_moment + SECTION.dampening * second_moment.diagonal().mean() * torch.eye(IN, dtype=torch.float64)
 
 
 def layerwise(layer: Layer) -> list[float]:

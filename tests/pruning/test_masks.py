@@ -224,15 +224,15 @@ def test_the_living_move_as_if_the_dead_had_never_been() -> None:
         prune(masks, 0.5)
         (weight,) = weights.values()
         alive = ~masks.dead["w0"]
-        alone = nn.Parameter(weight.detach()[alive].clone())
-        ours, theirs = make_optimizer([weight]), make_optimizer([alone])
-        masks.attach(ours)
+        living_weights = nn.Parameter(weight.detach()[alive].clone())
+        masked_optimizer, reference_optimizer = make_optimizer([weight]), make_optimizer([living_weights])
+        masks.attach(masked_optimizer)
         for step in range(5):
             weight.grad = torch.randn(8, 8, generator=torch.Generator().manual_seed(step))
-            alone.grad = weight.grad[alive].clone()
-            ours.step()
-            theirs.step()
-        torch.testing.assert_close(weight[alive], alone, rtol=1e-6, atol=1e-7, msg=kind)
+            living_weights.grad = weight.grad[alive].clone()
+            masked_optimizer.step()
+            reference_optimizer.step()
+        torch.testing.assert_close(weight[alive], living_weights, rtol=1e-6, atol=1e-7, msg=kind)
 
 
 def test_gradients_of_the_dead_are_zeroed_and_no_others() -> None:
@@ -279,7 +279,7 @@ def test_the_least_number_survives_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_something_alive_among_the_dead_is_named() -> None:
-    for place_of_fault in ("weight", "gradient", "moment"):
+    for fault in ("weight", "gradient", "moment"):
         weights = make_weights((4, 4))
         optimizer = torch.optim.AdamW(weights.values(), lr=0.1)
         masks = Masks(weights)
@@ -293,7 +293,7 @@ def test_something_alive_among_the_dead_is_named() -> None:
         first = tuple(masks.dead["w0"].nonzero()[0].tolist())
         assert weight.grad is not None
         tensors = {"weight": weight.detach(), "gradient": weight.grad, "moment": optimizer.state[weight]["exp_avg"]}
-        tensors[place_of_fault][first] = math.nan
+        tensors[fault][first] = math.nan
         with pytest.raises(GateError, match="w0: a pruned weight, its gradient or one of its moments"):
             masks.check_dead()
 
@@ -324,20 +324,20 @@ def test_masks_come_back_from_their_state() -> None:
     weights = make_weights()
     masks = Masks(weights)
     prune(masks, 0.5)
-    other = Masks(weights)
-    other.load_state_dict({name: dead.clone() for name, dead in masks.state_dict().items()})
-    assert all(torch.equal(other.dead[name], masks.dead[name]) for name in weights)
+    restored = Masks(weights)
+    restored.load_state_dict({name: dead.clone() for name, dead in masks.state_dict().items()})
+    assert all(torch.equal(restored.dead[name], masks.dead[name]) for name in weights)
 
 
 def test_after_steps_with_zero_gradients_nothing_is_left_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit the same as masks applied after every step; and they are applied where gradients were not zero."""
     weights, other_weights = make_weights((8, 8)), make_weights((8, 8))
-    ours = torch.optim.AdamW(weights.values(), lr=0.1, weight_decay=0.1)
-    theirs = torch.optim.AdamW(other_weights.values(), lr=0.1, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(weights.values(), lr=0.1, weight_decay=0.1)
+    reference_optimizer = torch.optim.AdamW(other_weights.values(), lr=0.1, weight_decay=0.1)
     masks, always_applied = Masks(weights), Masks(other_weights)
-    for each, optimizer in ((masks, ours), (always_applied, theirs)):
-        prune(each, 0.5)
-        each.attach(optimizer)
+    for each_masks, each_optimizer in ((masks, optimizer), (always_applied, reference_optimizer)):
+        prune(each_masks, 0.5)
+        each_masks.attach(each_optimizer)
     calls: list[int] = []
     apply = masks.apply
     monkeypatch.setattr(masks, "apply", lambda: (calls.append(1), apply()))
@@ -348,14 +348,16 @@ def test_after_steps_with_zero_gradients_nothing_is_left_to_do(monkeypatch: pyte
         if not keeps_gradients:
             masks.zero_gradients()
         before = len(calls)
-        ours.step()
-        theirs.step()
+        optimizer.step()
+        reference_optimizer.step()
         always_applied.apply()
         assert len(calls) - before == (step == 0 or keeps_gradients)
         assert torch.equal(weights["w0"], other_weights["w0"])
         assert bool((weights["w0"][masks.dead["w0"]] == 0).all())
-        for moment, other in zip(moments(ours, weights["w0"]), moments(theirs, other_weights["w0"]), strict=True):
-            assert torch.equal(moment, other)
+        for moment, reference_moment in zip(
+            moments(optimizer, weights["w0"]), moments(reference_optimizer, other_weights["w0"]), strict=True
+        ):
+            assert torch.equal(moment, reference_moment)
 
 
 def test_the_dead_are_cleared_to_plain_zeros_whatever_they_were() -> None:
@@ -386,9 +388,9 @@ def test_blocks_live_and_die_whole_in_every_scope() -> None:
             assert total == sum(zeros_in(size, sparsity, pattern.block_size) for size in (128, 192)), case
         masks.check_sparsity(sparsity, scope)
         masks.finalize()
-        again = Masks.from_zeros(weights, pattern)
+        reread = Masks.from_zeros(weights, pattern)
         for name, dead in masks.dead.items():
-            assert torch.equal(again.dead[name], dead), case
+            assert torch.equal(reread.dead[name], dead), case
 
 
 def test_a_zero_outside_of_a_block_lives_and_is_no_count() -> None:

@@ -65,7 +65,7 @@ def score_tables() -> dict[str, Tensor]:
 
 
 def test_every_builtin_pattern_has_its_row() -> None:
-    builtin = [part.name for part in plugins.patterns.entries() if part.source.startswith("spdtool.")]
+    builtin = [entry.name for entry in plugins.patterns.entries() if entry.source.startswith("spdtool.")]
     assert sorted(PLAIN) == sorted(builtin)
 
 

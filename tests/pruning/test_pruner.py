@@ -164,10 +164,10 @@ def test_a_resumed_pruner_goes_on_as_if_nothing_had_happened() -> None:
         return {name: weight.detach().clone() for name, weight in weights.items()}
 
     for criterion, regrowth in itertools.product(("saliency", "movement", "movement-soft", "obert"), (False, True)):
-        undisturbed = run(None, criterion=criterion, regrowth=regrowth)
+        expected = run(None, criterion=criterion, regrowth=regrowth)
         for stop in (1, 2, 3, 4, 5):
             for name, weight in run(stop, criterion=criterion, regrowth=regrowth).items():
-                assert torch.equal(weight, undisturbed[name]), (criterion, regrowth, stop, name)
+                assert torch.equal(weight, expected[name]), (criterion, regrowth, stop, name)
 
 
 def test_unknown_names_and_needs_are_refused() -> None:
@@ -242,20 +242,22 @@ def test_learned_scores_count_every_step_and_the_first_event_goes_by_magnitude()
 
 def test_with_regrowth_the_last_event_is_as_if_no_other_had_been() -> None:
     """Nothing is trained in between, so that only the stored values of the dead can tell."""
-    one, two = make_weights(), make_weights()
+    single_event_weights, repeated_event_weights = make_weights(), make_weights()
     signs = iter((-1, -1, -1, -1, 1, 1))  # of both weights at three events
 
     @plugins.criteria.register("turning")
-    def turning(weight: Tensor, stats: Stats) -> Tensor:
+    def alternating_sign(weight: Tensor, stats: Stats) -> Tensor:
         return next(signs) * weight.abs()
 
-    straight = make_pruner(one, [(3, 0.5)])
-    winding = make_pruner(two, [(1, 0.5), (2, 0.5), (3, 0.5)], criterion="turning", regrowth=True)
-    straight.prune(3)
+    single_event_pruner = make_pruner(single_event_weights, [(3, 0.5)])
+    repeated_event_pruner = make_pruner(
+        repeated_event_weights, [(1, 0.5), (2, 0.5), (3, 0.5)], criterion="turning", regrowth=True
+    )
+    single_event_pruner.prune(3)
     for step in (1, 2, 3):
-        winding.prune(step)
-    winding.finalize()
-    assert all(torch.equal(one[name], two[name]) for name in one)
+        repeated_event_pruner.prune(step)
+    repeated_event_pruner.finalize()
+    assert all(torch.equal(single_event_weights[name], repeated_event_weights[name]) for name in single_event_weights)
 
 
 def test_what_a_floor_displaced_is_told() -> None:

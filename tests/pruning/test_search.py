@@ -58,8 +58,8 @@ def test_no_other_shape_within_the_budget_loses_less() -> None:
     generator = random.Random(0)
     for case in range(40):
         losses, costs = random_losses(generator), random_costs(generator)
-        least, most = smallest_cost(losses, costs), costs.of_dense(len(losses))
-        budget = generator.randint(round(least), round(most))
+        smallest, largest = smallest_cost(losses, costs), costs.of_dense(len(losses))
+        budget = generator.randint(round(smallest), round(largest))
         shape = find_shape(losses, costs, budget)
         assert cost_of_shape(shape, costs) <= budget, case
         assert loss_of_shape(shape, losses) == pytest.approx(try_every_shape(losses, [costs], [budget])), case
@@ -72,10 +72,10 @@ def test_nothing_is_removed_where_the_budget_allows_all() -> None:
 
 def test_a_budget_below_the_smallest_shape_is_refused_with_what_that_costs() -> None:
     losses, costs = random_losses(random.Random(2)), random_costs(random.Random(2))
-    least = smallest_cost(losses, costs)
-    assert cost_of_shape(find_shape(losses, costs, least), costs) == least
-    with pytest.raises(RecipeError, match=f"the smallest costs {least:g} ms"):
-        find_shape(losses, costs, least - 1)
+    smallest = smallest_cost(losses, costs)
+    assert cost_of_shape(find_shape(losses, costs, smallest), costs) == smallest
+    with pytest.raises(RecipeError, match=f"the smallest costs {smallest:g} ms"):
+        find_shape(losses, costs, smallest - 1)
 
 
 def test_a_shape_within_two_budgets_is_within_both() -> None:

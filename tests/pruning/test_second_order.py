@@ -32,25 +32,25 @@ def layer_with(weight: Tensor) -> nn.Linear:
     return layer
 
 
-def make_pruner(layer: nn.Linear, criterion: str, sparsity: float, **how: Any) -> Pruner:
+def make_pruner(layer: nn.Linear, criterion: str, sparsity: float, **settings: Any) -> Pruner:
     masks = Masks({"w": layer.weight})
-    return Pruner(masks, [(1, sparsity)], Prune(criterion=criterion, **how), sparsity, {"w": layer})
+    return Pruner(masks, [(1, sparsity)], Prune(criterion=criterion, **settings), sparsity, {"w": layer})
 
 
 def test_layerwise_lowers_the_true_error_of_the_output() -> None:
     weight, tokens = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(1)), correlated_rows(50, IN)
 
-    def error(sparsity: float, **how: Any) -> float:
+    def error(sparsity: float, **settings: Any) -> float:
         layer = layer_with(weight)
-        pruner = make_pruner(layer, "layerwise", sparsity, dampening=1e-4, **how)
+        pruner = make_pruner(layer, "layerwise", sparsity, dampening=1e-4, **settings)
         with pruner.observe_inputs(), torch.no_grad():
             layer(tokens.view(5, 10, IN))
         pruner.prune(1)
         pruner.finalize()
         return float((layer(tokens).detach() - tokens @ weight.T).square().mean())
 
-    for sparsity, most in ((0.3, 0.7), (0.6, 0.7), (0.9, 0.9)):
-        assert error(sparsity) < most * error(sparsity, update=False), sparsity
+    for sparsity, largest_ratio in ((0.3, 0.7), (0.6, 0.7), (0.9, 0.9)):
+        assert error(sparsity) < largest_ratio * error(sparsity, update=False), sparsity
 
 
 @pytest.mark.parametrize("block", [72, 12])
@@ -65,16 +65,16 @@ def test_obert_lowers_the_true_loss_of_a_quadratic(block: int) -> None:
     )
     curvature = gradients.T @ gradients / len(gradients)
 
-    def loss(**how: Any) -> float:
+    def loss(**settings: Any) -> float:
         layer = layer_with(weight)
-        pruner = make_pruner(layer, "obert", 0.5, fisher_block=block, dampening=1e-4, **how)
+        pruner = make_pruner(layer, "obert", 0.5, fisher_block=block, dampening=1e-4, **settings)
         for gradient in gradients:
             layer.weight.grad = gradient.view(OUT, IN)
             pruner.observe_gradients()
         pruner.prune(1)
         pruner.finalize()
-        moved = (layer.weight.detach() - weight).flatten()
-        return float(moved @ curvature @ moved) / 2
+        change = (layer.weight.detach() - weight).flatten()
+        return float(change @ curvature @ change) / 2
 
     updated, plain = loss(), loss(update=False)
     assert updated < 0.7 * plain
@@ -86,11 +86,11 @@ def test_chunks_do_not_change_the_weights(monkeypatch: pytest.MonkeyPatch) -> No
     gradients, tokens = torch.randn(30, 18, 4), torch.randn(40, 10)
     fishers = torch.einsum("tbi,tbj->bij", gradients, gradients) / 30 + 0.01 * torch.eye(4)
     stats = Stats(fisher_blocks=fishers, input_gram=tokens.T @ tokens / 40 + 0.01 * torch.eye(10))
-    whole = [update_blocks(weight, alive, stats), update_rows(weight, alive, stats), obert(weight, stats)]
+    expected = [update_blocks(weight, alive, stats), update_rows(weight, alive, stats), obert(weight, stats)]
     monkeypatch.setattr(second_order, "AT_ONCE", 1)
     chunked = [update_blocks(weight, alive, stats), update_rows(weight, alive, stats), obert(weight, stats)]
-    for one, other in zip(whole, chunked, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    for expected_weights, chunked_weights in zip(expected, chunked, strict=True):
+        torch.testing.assert_close(expected_weights, chunked_weights, rtol=1e-5, atol=1e-6)
 
 
 def test_live_and_dead_sets_give_the_same_weights() -> None:
@@ -111,12 +111,14 @@ def test_live_and_dead_sets_give_the_same_weights() -> None:
 def test_a_matrix_that_float32_cannot_factor_is_factored_in_float64() -> None:
     torch.manual_seed(0)
     basis = torch.linalg.qr(torch.randn(40, 40, dtype=torch.float64)).Q
-    hard = basis @ torch.diag(torch.logspace(0, -9, 40, dtype=torch.float64)) @ basis.T
-    hard = (hard + hard.T).div(2).float()  # rounding made its least eigenvalues negative, by about 1e-8
-    assert bool(torch.linalg.cholesky_ex(hard).info.any())
-    hard += 1e-7 * torch.eye(40)
-    factor = second_order.factorize(hard[None])[0]
-    torch.testing.assert_close(factor @ factor.T, hard, rtol=1e-4, atol=1e-5)
+    ill_conditioned = basis @ torch.diag(torch.logspace(0, -9, 40, dtype=torch.float64)) @ basis.T
+    ill_conditioned = (
+        (ill_conditioned + ill_conditioned.T).div(2).float()
+    )  # rounding made its least eigenvalues negative, by about 1e-8
+    assert bool(torch.linalg.cholesky_ex(ill_conditioned).info.any())
+    ill_conditioned += 1e-7 * torch.eye(40)
+    factor = second_order.factorize(ill_conditioned[None])[0]
+    torch.testing.assert_close(factor @ factor.T, ill_conditioned, rtol=1e-4, atol=1e-5)
 
 
 def test_a_curvature_that_is_no_number_is_refused() -> None:

@@ -40,17 +40,17 @@ def test_each_statistic_reads_gradients_or_inputs() -> None:
         assert observer.reads("input") == (need in ("input_norm", "input_mean", "input_gram")), need
         assert observer.reads("gradient") != observer.reads("input"), need
         assert observer.learns == (need in ("movement", "movement_soft")), need
-    nothing, _ = make_observer(())
-    assert not nothing.reads("gradient")
-    assert not nothing.reads("input")
-    assert not nothing.is_empty()
+    empty_observer, _ = make_observer(())
+    assert not empty_observer.reads("gradient")
+    assert not empty_observer.reads("input")
+    assert not empty_observer.is_empty()
 
 
 def test_a_loss_scale_is_taken_out_of_the_gradients() -> None:
-    (plain, layers), (scaled, others) = make_observer(FROM_GRADIENTS), make_observer(FROM_GRADIENTS)
+    (plain, layers), (scaled, scaled_layers) = make_observer(FROM_GRADIENTS), make_observer(FROM_GRADIENTS)
     set_gradients(layers, 1)
-    set_gradients(others, 1)
-    for layer in others.values():
+    set_gradients(scaled_layers, 1)
+    for layer in scaled_layers.values():
         assert layer.weight.grad is not None
         layer.weight.grad *= 8.0
     plain.add_gradients()
@@ -191,6 +191,9 @@ def test_an_interrupted_observer_goes_on_to_the_last_bit() -> None:
                 observer.load_state_dict(state)
         return [getattr(observer.stats(name), need) for name in layers for need in NEEDS]
 
-    undisturbed = run(None)
+    expected = run(None)
     for stop in range(3):
-        assert all(torch.equal(one, other) for one, other in zip(run(stop), undisturbed, strict=True)), stop
+        assert all(
+            torch.equal(actual, expected_statistic)
+            for actual, expected_statistic in zip(run(stop), expected, strict=True)
+        ), stop

@@ -44,9 +44,9 @@ def remove_slowly(weight: Tensor, gram: Tensor, size: int, count: int) -> tuple[
     for _ in range(count):
         trials = {}
         for structure in set(range(structures)) - set(order):
-            gone = torch.zeros(structures, dtype=torch.bool)
-            gone[[*order, structure]] = True
-            trials[structure] = solve_directly(weight, gram, ~gone.repeat_interleave(size))
+            removed = torch.zeros(structures, dtype=torch.bool)
+            removed[[*order, structure]] = True
+            trials[structure] = solve_directly(weight, gram, ~removed.repeat_interleave(size))
         cheapest = min(trials, key=lambda structure: trials[structure][1])
         order.append(cheapest)
         best, loss = trials[cheapest]
@@ -101,13 +101,13 @@ def test_groups_end_at_the_least_squares_of_what_remains() -> None:
 
 def test_a_removal_in_two_events_goes_on_from_what_is_left() -> None:
     weight, gram = problem()
-    at_once = remove_structures(weight, gram, 3, 3)
+    single_removal = remove_structures(weight, gram, 3, 3)
     first = remove_structures(weight, gram, 3, 1)
     alive = torch.ones(4, dtype=torch.bool)
     alive[first.order] = False
     second = remove_structures(first.weight, gram, 3, 2, alive)
-    assert first.order + second.order == at_once.order
-    torch.testing.assert_close(second.weight, at_once.weight, rtol=0, atol=1e-6)
+    assert first.order + second.order == single_removal.order
+    torch.testing.assert_close(second.weight, single_removal.weight, rtol=0, atol=1e-6)
 
 
 def test_every_family_has_losses_for_each_number_of_heads_and_each_width() -> None:

@@ -75,9 +75,9 @@ def test_the_cheapest_head_goes_and_the_others_make_up_for_it() -> None:
             model(**batch)
         handle.remove()
         pruner.prune(0)
-        real = batch["attention_mask"].bool()
+        is_token = batch["attention_mask"].bool()
         with torch.no_grad():
-            errors[update] = float((output(captured["x"])[real] - captured["y"][real]).square().mean())
+            errors[update] = float((output(captured["x"])[is_token] - captured["y"][is_token]).square().mean())
     assert errors[True] < errors[False]
 
 
@@ -116,9 +116,9 @@ def test_another_shape_and_stray_zeros_are_refused() -> None:
         masks.check_shape((LayerShape(2, 32), LayerShape(2, 0)))
     with pytest.raises(ModelError, match="does not grow again"):
         StructuredPruner(masks, [], Prune(criterion="magnitude"), full_shape(masks.layers))
-    alive = masks.parameters["bert.encoder.layer.0.attention.self.query.weight"]
+    query_weight = masks.parameters["bert.encoder.layer.0.attention.self.query.weight"]
     with torch.no_grad():
-        alive[(~masks.dead["bert.encoder.layer.0.attention.self.query.weight"]).nonzero()[0].tolist()] = 0
+        query_weight[(~masks.dead["bert.encoder.layer.0.attention.self.query.weight"]).nonzero()[0].tolist()] = 0
     with pytest.raises(GateError, match=r"query\.weight: not all of its zeros"):
         masks.check_shape(SHAPE)
 

@@ -23,11 +23,11 @@ def files_below(folder: Path) -> set[str]:
 @pytest.fixture
 def run(toy_run: MakeRun) -> Run:
     """A run with a teacher and a pruned student, and a bundle as an export leaves it."""
-    made = toy_run(until="prune")
-    bundle = made.path / "export/bundle"
+    finished_run = toy_run(until="prune")
+    bundle = finished_run.path / "export/bundle"
     bundle.mkdir(parents=True)
     (bundle / "manifest.json").write_text("{}")
-    return made
+    return finished_run
 
 
 def test_all_goes_but_what_is_to_be_kept(run: Run) -> None:
@@ -48,8 +48,8 @@ def test_all_goes_but_what_is_to_be_kept(run: Run) -> None:
 def test_what_spdtool_has_not_written_stays(run: Run, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/weights").write_text("of another")
-    strangers = ["notes.txt", "prune/notes.txt", "prune/more/notes.txt", "thesis/chapter.tex"]
-    for name in strangers:
+    foreign_names = ["notes.txt", "prune/notes.txt", "prune/more/notes.txt", "thesis/chapter.tex"]
+    for name in foreign_names:
         (run.path / name).parent.mkdir(exist_ok=True)
         (run.path / name).write_text("years of work")
     (run.path / "teacher/link").symlink_to(tmp_path / "elsewhere")
@@ -60,7 +60,7 @@ def test_what_spdtool_has_not_written_stays(run: Run, tmp_path: Path) -> None:
     unknown = {str(path.relative_to(run.path)) for path in cleaning.unknown}
     assert unknown == {"prune/notes.txt", "prune/more/notes.txt", "teacher/link", "prune/model.safetensors"}
     clean_run(run, cleaning)
-    for name in strangers:
+    for name in foreign_names:
         assert (run.path / name).read_text() == "years of work", name
     assert (tmp_path / "elsewhere/weights").is_file()
     assert (tmp_path / "elsewhere/model").is_file()
@@ -101,26 +101,26 @@ def test_what_cannot_be_kept_is_refused(run: Run) -> None:
 
 def test_the_command_says_what_goes_and_asks(run: Run, spdtool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     before = files_below(run.path)
-    words = ("clean", run.path, "--keep", "bundle")
-    for wrong, message in (
+    arguments = ("clean", run.path, "--keep", "bundle")
+    for bad_arguments, message in (
         (("clean",), "give a run folder or --cache"),
         (("clean", run.path), "--keep is missing"),
         (("clean", "--cache", "--keep", "bundle"), "--keep belongs to a run"),
-        (words, "add --yes"),
+        (arguments, "add --yes"),
     ):
-        result = spdtool(*wrong)
-        assert result.exit_code == 2, wrong
-        assert message in " ".join(result.stderr.split()), wrong
-    assert "prune" in spdtool(*words, "--dry-run").stdout
+        result = spdtool(*bad_arguments)
+        assert result.exit_code == 2, bad_arguments
+        assert message in " ".join(result.stderr.split()), bad_arguments
+    assert "prune" in spdtool(*arguments, "--dry-run").stdout
     monkeypatch.setattr("spdtool.console.can_ask", lambda: True)
     monkeypatch.setattr("typer.confirm", lambda *_, **__: False)
-    assert spdtool(*words).exit_code == 0
+    assert spdtool(*arguments).exit_code == 0
     assert files_below(run.path) == before
-    result = spdtool(*words, "--yes")
+    result = spdtool(*arguments, "--yes")
     assert result.exit_code == 0, result.output
     assert "removed" in result.stdout
     assert files_below(run.path) == {"run.json", "export/bundle/manifest.json"}
-    assert "nothing to remove" in spdtool(*words).stdout
+    assert "nothing to remove" in spdtool(*arguments).stdout
 
 
 def test_the_cache_is_measured_and_emptied(spdtool: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,7 +148,7 @@ def binary_record(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (alter, "was altered"),
         (cut, "holds 5 bytes; the stage wrote 7"),
@@ -159,9 +159,11 @@ def binary_record(folder: Path) -> None:
         (binary_record, "cannot be read"),
     ],
 )
-def test_a_damaged_stage_is_refused_and_said_how_to_redo(run: Run, damage: Callable[[Path], None], said: str) -> None:
+def test_a_damaged_stage_is_refused_and_said_how_to_redo(
+    run: Run, damage: Callable[[Path], None], message: str
+) -> None:
     damage(finish(run, "teacher"))
-    with pytest.raises(Corrupt, match=said) as error:
+    with pytest.raises(Corrupt, match=message) as error:
         run.use_input("teacher")
     assert "spdtool teacher" in str(error.value.hint)
     assert "--again" in str(error.value.hint)
@@ -214,7 +216,7 @@ def test_the_recipe_comes_back(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "allowed"),
+    ("assignment", "allowed"),
     [
         ("sparsity=0.5", True),  # of which the teacher knows nothing
         ("seed=1", False),
@@ -224,16 +226,16 @@ def test_the_recipe_comes_back(run: Run) -> None:
         ("device=cpu", True),
     ],
 )
-def test_a_finished_stage_binds_the_recipe_that_made_it(run: Run, changed: str, allowed: bool) -> None:
+def test_a_finished_stage_binds_the_recipe_that_made_it(run: Run, assignment: str, allowed: bool) -> None:
     finish(run, "teacher")
-    other = override(run.recipe, [changed])
+    recipe = override(run.recipe, [assignment])
     if allowed:
-        again = Run.for_recipe(run.path, other)
-        assert again.recipe == other
-        assert again.done("teacher")
+        reopened = Run.for_recipe(run.path, recipe)
+        assert reopened.recipe == recipe
+        assert reopened.done("teacher")
     else:
-        with pytest.raises(RunMismatch, match=changed.split("=")[0].replace(".", r"\.")):
-            Run.for_recipe(run.path, other)
+        with pytest.raises(RunMismatch, match=assignment.split("=")[0].replace(".", r"\.")):
+            Run.for_recipe(run.path, recipe)
         assert Run.open(run.path).recipe == run.recipe
 
 
@@ -249,7 +251,7 @@ def test_what_the_student_has_used_binds_it(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "way_out"),
+    ("assignment", "remedy"),
     [
         ("seed=1", "--teacher {path}/teacher"),
         ("teacher.epochs=1", "`spdtool teacher --run {path} --again --set teacher.epochs=1.0`"),
@@ -258,12 +260,12 @@ def test_what_the_student_has_used_binds_it(run: Run) -> None:
         ("finetune.max_steps=5", "`spdtool finetune --run {path} --again --set finetune.max_steps=5`"),
     ],
 )
-def test_a_mismatch_says_what_helps(run: Run, changed: str, way_out: str) -> None:
+def test_a_mismatch_says_what_helps(run: Run, assignment: str, remedy: str) -> None:
     for stage in ("teacher", "prune", "distill", "finetune"):
         finish(run, stage)
     with pytest.raises(RunMismatch) as error:
-        Run.for_recipe(run.path, override(run.recipe, [changed]))
-    assert way_out.format(path=run.path) in (error.value.hint or "")
+        Run.for_recipe(run.path, override(run.recipe, [assignment]))
+    assert remedy.format(path=run.path) in (error.value.hint or "")
 
 
 def test_a_place_where_nothing_can_be_made_is_refused(tmp_path: Path) -> None:
@@ -316,18 +318,29 @@ def test_default_paths(recipe: Recipe, expected: str) -> None:
 
 
 def test_the_fingerprint_covers_what_decides_the_result_and_nothing_else(run: Run) -> None:
-    def of(*sets: str, stage: str = "prune") -> str:
-        return Run(run.path, override(run.recipe, sets)).fingerprint(stage)
+    def fingerprint(*assignments: str, stage: str = "prune") -> str:
+        return Run(run.path, override(run.recipe, assignments)).fingerprint(stage)
 
-    assert of() == of("save_minutes=1") == of("finetune.epochs=1") == of("name=x")
-    assert len({of(), of("prune.epochs=1"), of("seed=1"), of("sparsity=0.5"), of(stage="distill")}) == 5
+    assert fingerprint() == fingerprint("save_minutes=1") == fingerprint("finetune.epochs=1") == fingerprint("name=x")
+    assert (
+        len(
+            {
+                fingerprint(),
+                fingerprint("prune.epochs=1"),
+                fingerprint("seed=1"),
+                fingerprint("sparsity=0.5"),
+                fingerprint(stage="distill"),
+            }
+        )
+        == 5
+    )
     finish(run, "teacher")
     reading = Run(run.path, run.recipe)
     reading.use_input("teacher")
-    assert reading.fingerprint("prune") != of()
+    assert reading.fingerprint("prune") != fingerprint()
 
 
-def full(*_: Any) -> None:
+def raise_disk_full(*_: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -338,7 +351,7 @@ def test_a_full_disk_at_the_record_leaves_no_stage_and_keeps_the_state(
     with monkeypatch.context() as patch, pytest.raises(RunError, match="the disk is full"), run.stage("prune") as work:
         (work.state / "step-1").mkdir(parents=True)
         (work.folder / "model.safetensors").write_text("whole")
-        patch.setattr(os, "fsync", full)
+        patch.setattr(os, "fsync", raise_disk_full)
     assert not run.done("prune")
     assert not (run.path / "prune").exists()
     assert (run.path / ".prune.partial" / "state" / "step-1").is_dir(), "hours of training are not thrown away"
@@ -351,7 +364,7 @@ def test_a_full_disk_at_the_very_start_leaves_a_folder_that_can_be_used_again(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
+        patch.setattr(os, "fsync", raise_disk_full)
         with pytest.raises(RunError, match="No space left"):
             finish(run, "teacher")
     finish(Run.for_recipe(run.path, run.recipe), "teacher")
@@ -422,19 +435,19 @@ KILLED = """
 def test_a_commit_that_is_killed_anywhere_leaves_all_or_nothing(run: Run, moment: str) -> None:
     process = subprocess.run([sys.executable, "-c", textwrap.dedent(KILLED), str(run.path), moment], check=False)
     assert process.returncode == -signal.SIGKILL
-    again = Run.for_recipe(run.path, run.recipe)
-    assert again.done("teacher") == (moment in ("rename", "before-rmtree", "rmtree"))
-    if again.done("teacher"):
-        assert again.record("teacher").files[0].path == "model.safetensors"
-        again.use_input("teacher")
-        finish(again, "prune")  # whose start removes the state that is left
+    reopened = Run.for_recipe(run.path, run.recipe)
+    assert reopened.done("teacher") == (moment in ("rename", "before-rmtree", "rmtree"))
+    if reopened.done("teacher"):
+        assert reopened.record("teacher").files[0].path == "model.safetensors"
+        reopened.use_input("teacher")
+        finish(reopened, "prune")  # whose start removes the state that is left
     else:
-        with again.stage("teacher") as work:
+        with reopened.stage("teacher") as work:
             assert (work.state / "step-1").is_dir(), "nothing was lost"
             (work.folder / "model.safetensors").write_text("whole")
-    assert not list(again.path.glob("*/state"))
-    assert not list(again.path.glob(".*.spent"))
-    assert names(again.path / "teacher") == ["model.safetensors", "stage.json"]
+    assert not list(reopened.path.glob("*/state"))
+    assert not list(reopened.path.glob(".*.spent"))
+    assert names(reopened.path / "teacher") == ["model.safetensors", "stage.json"]
 
 
 DATA = DataRecord(rows={"train": 9, "dev": 3}, digest="0123456789")
@@ -454,17 +467,17 @@ def test_the_rows_are_part_of_what_a_stage_has_read(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [
         (DataRecord(rows={"train": 10, "dev": 3}, digest="x"), "9 train, 3 dev there, 10 train, 3 dev here"),
         (DATA.model_copy(update={"digest": "abcdefghij"}), r"as many .* \(digest 01234567, now abcdefgh\)"),
     ],
 )
-def test_other_rows_than_those_of_the_stages_before_are_refused(run: Run, data: DataRecord, said: str) -> None:
+def test_other_rows_than_those_of_the_stages_before_are_refused(run: Run, data: DataRecord, message: str) -> None:
     run.record_data(DATA)
     finish(run, "teacher")
     run.use_input("teacher")
-    with pytest.raises(RunMismatch, match=f"the rows are not those of the stage 'teacher' in .*{said}") as error:
+    with pytest.raises(RunMismatch, match=f"the rows are not those of the stage 'teacher' in .*{message}") as error:
         run.record_data(data)
     assert f"`spdtool teacher --run {run.path} --again`" in str(error.value.hint)
 

@@ -35,7 +35,7 @@ with lock_folder(Path(sys.argv[1])):
 
 
 @contextmanager
-def holding(folder: Path, number: int = 0) -> Iterator[subprocess.Popen[str]]:
+def lock_in_another_process(folder: Path, number: int = 0) -> Iterator[subprocess.Popen[str]]:
     """Let another process lock `folder`; with an error `number`, on a file system that answers flock with it."""
     words = [sys.executable, "-c", HOLDER, str(folder), str(number)]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -64,7 +64,7 @@ def require_locked(folder: Path) -> RunLocked:
 
 
 def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path: Path) -> None:
-    with holding(tmp_path):
+    with lock_in_another_process(tmp_path):
         assert "another process is working in" in require_locked(tmp_path).message
         for file in tmp_path.iterdir():  # whatever is removed by hand, the lock stays
             file.unlink()
@@ -94,7 +94,7 @@ def test_a_folder_that_was_replaced_while_it_was_locked_is_refused(
 def test_without_locks_a_file_keeps_others_out_and_dies_with_its_process(
     tmp_path: Path, without_locks: None, capsys: pytest.CaptureFixture[str], number: int
 ) -> None:
-    with holding(tmp_path, number) as process:
+    with lock_in_another_process(tmp_path, number) as process:
         assert json.loads((tmp_path / LOCK).read_text())["process"] == process.pid
         require_locked(tmp_path)
     assert (tmp_path / LOCK).exists(), "it was killed"
@@ -115,18 +115,18 @@ def test_another_error_of_the_lock_is_raised(tmp_path: Path, monkeypatch: pytest
 
 
 def test_whose_lock_file_is_dead(tmp_path: Path, without_locks: None) -> None:
-    own = lock._describe_process(os.getpid())
-    alive = {"this process": own}
-    dead = {
-        "before the last boot": own | {"boot": "another"},
-        "a number that was used before": own | {"started": "1"},
-        "no process": own | {"process": 2**22 + 1},
-        "not a number": own | {"process": "x"},
-        "nothing": {"host": own["host"]},
+    this_process = lock._describe_process(os.getpid())
+    live_owners = {"this process": this_process}
+    dead_owners = {
+        "before the last boot": this_process | {"boot": "another"},
+        "a number that was used before": this_process | {"started": "1"},
+        "no process": this_process | {"process": 2**22 + 1},
+        "not a number": this_process | {"process": "x"},
+        "nothing": {"host": this_process["host"]},
     }
-    for name, owner in (alive | dead).items():
+    for name, owner in (live_owners | dead_owners).items():
         (tmp_path / LOCK).write_text(json.dumps(owner))
-        if name in alive:
+        if name in live_owners:
             require_locked(tmp_path)
         else:
             with lock_folder(tmp_path):

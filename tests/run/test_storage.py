@@ -93,11 +93,11 @@ def folder_without_flushing(root: Path) -> None:
     (root / "partial").rename(root / "final")
 
 
-def judge(root: Path, power: Any, work: Callable[[Path], None]) -> list[str]:
+def find_torn_writes(root: Path, power: Any, write_final: Callable[[Path], None]) -> list[str]:
     """Return the moments at which a power cut leaves a final folder that is not whole."""
     root.mkdir()
     with power.recording(root) as cuts:
-        work(root)
+        write_final(root)
     faults = []
     for number, (moment, state) in enumerate(cuts.states.items()):
         power.write_state(state, root.parent / f"{root.name}-{number}")
@@ -111,5 +111,5 @@ def judge(root: Path, power: Any, work: Callable[[Path], None]) -> list[str]:
 
 
 def test_a_power_cut_anywhere_leaves_all_or_nothing(tmp_path: Path, power: Any) -> None:
-    assert judge(tmp_path / "flushed", power, folder_by_storage) == []
-    assert judge(tmp_path / "not", power, folder_without_flushing), "the layer finds what is not flushed"
+    assert find_torn_writes(tmp_path / "flushed", power, folder_by_storage) == []
+    assert find_torn_writes(tmp_path / "not", power, folder_without_flushing), "the layer finds what is not flushed"

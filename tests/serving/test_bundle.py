@@ -331,7 +331,7 @@ def test_a_layout_that_cannot_be_written(run: Run, tmp_path: Path, spdtool: Any)
         write_layout(run, "hub", run.path)
     with pytest.raises(StageMissing):
         write_layout(Run.for_recipe(tmp_path / "none", run.recipe), "hub", tmp_path / "x")
-    for words in (("--layout", "hub", "--run", run.path), ("--layout", "hub", "--to", tmp_path / "x")):
-        assert spdtool("export", *words).exit_code == 2
+    for arguments in (("--layout", "hub", "--run", run.path), ("--layout", "hub", "--to", tmp_path / "x")):
+        assert spdtool("export", *arguments).exit_code == 2
     result = spdtool("export", "--layout", "hub", "--run", run.path, "--to", tmp_path / "out", "--json")
     assert (result.exit_code, json.loads(result.stdout)["layout"]) == (0, "hub")

@@ -83,7 +83,7 @@ def test_from_a_pipe_and_a_file(either: Path, tmp_path: Path, spdtool: Call) -> 
     labels = library.load(either)(["good film", "bad"], ["bad", "good"])
     assert [line.split("\t")[0] for line in result.stdout.splitlines()] == labels
     file.write_bytes(b"\xff\xfe")
-    for words, told in (
+    for arguments, told in (
         (("--input", tmp_path / "none"), "there is no file"),
         (("--input", file), "is no text in UTF-8"),
         ((), "neither a text nor --input was given"),
@@ -95,7 +95,7 @@ def test_from_a_pipe_and_a_file(either: Path, tmp_path: Path, spdtool: Call) -> 
         (("--input", "-", "--format", "csv"), "there is no format 'csv'"),
         (("x", "--variant", "onnx-fp61"), "did you mean 'onnx-fp16'"),
     ):
-        result = spdtool("predict", either, *words)
+        result = spdtool("predict", either, *arguments)
         assert (result.exit_code, told in result.stderr) == (2, True), result.stderr
 
 

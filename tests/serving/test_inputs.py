@@ -168,12 +168,12 @@ def test_lines_of_the_other_kind_are_refused_one_by_one(single: Path, servable: 
 
 
 def test_one_text_of_the_command_line_too(single: Path, servable: Path, spdtool: Call) -> None:
-    for bundle, words, told in (
+    for bundle, arguments, told in (
         (single, ("good", "--pair", "bad"), "the model takes one text"),
         (servable, ("good",), "the model takes two texts"),
         (single, ("",), "is empty"),
     ):
-        result = spdtool("predict", bundle, *words)
+        result = spdtool("predict", bundle, *arguments)
         assert (result.exit_code, told in result.stderr) == (2, True), result.output
 
 

@@ -342,8 +342,8 @@ def test_a_folder_that_changes_while_it_is_opened_is_refused(
     server.open_unchanging(folder, 1, options)[1].check()
     load = server.load
 
-    def load_and_change(*words: Any, **options: Any) -> Any:
-        classify = load(*words, **options)
+    def load_and_change(*arguments: Any, **options: Any) -> Any:
+        classify = load(*arguments, **options)
         (folder / "golden.json").touch()
         return classify
 

@@ -63,24 +63,24 @@ def run(tmp_path: Path, toys: ModuleType, exported: Path, monkeypatch: Any) -> C
             "bench.compiled=false",
             "export.optional=[]",
         ]
-        made = Run.for_recipe(tmp_path / "run", toys.recipe(*quick, *sets))
-        with made.stage("teacher") as work:
+        bench_run = Run.for_recipe(tmp_path / "run", toys.recipe(*quick, *sets))
+        with bench_run.stage("teacher") as work:
             shutil.copytree(exported / "teacher/checkpoint", work.folder, dirs_exist_ok=True)
-        with made.stage("export") as work:
+        with bench_run.stage("export") as work:
             models = {
-                role: place(exported / role / "onnx", work.folder / role, sparsity)
+                role: copy_export(exported / role / "onnx", work.folder / role, sparsity)
                 for role, sparsity in (("teacher", 0.0), ("student", 0.5))
             }
             work.result = ExportResult(first="onnx", targets={"onnx": TargetExport(**models)})
             if further:
-                copied = place(exported / "student/onnx", work.folder / further / "student", 0.5)
+                copied = copy_export(exported / "student/onnx", work.folder / further / "student", 0.5)
                 work.result.targets[further] = TargetExport(student=copied)
-        return made
+        return bench_run
 
     return make
 
 
-def place(source: Path, folder: Path, sparsity: float) -> ExportedModel:
+def copy_export(source: Path, folder: Path, sparsity: float) -> ExportedModel:
     """Copy an export to its place, and say of it what the export stage would."""
     shutil.copytree(source, folder)
     file = folder / "onnx/model.onnx"
@@ -102,15 +102,15 @@ def names(metrics: BenchResult) -> list[str]:
 def test_every_engine_is_measured_and_the_figures_are_kept(
     run: Callable[..., Run], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = run("bench.padded=[[3, 60]]")
-    metrics = bench(made)
-    folder = made.path / "bench"
+    bench_run = run("bench.padded=[[3, 60]]")
+    metrics = bench(bench_run)
+    folder = bench_run.path / "bench"
     assert sorted(path.name for path in folder.iterdir()) == ["bench.json", "bench.md", "stage.json"]
-    assert made.bench_result() == metrics
-    assert set(made.record("bench").inputs) == {"teacher", "export"}
+    assert bench_run.bench_result() == metrics
+    assert set(bench_run.record("bench").inputs) == {"teacher", "export"}
     assert metrics.columns[-3:] == ["speed", "ms 1x8", "ms 3x64"]
     assert names(metrics) == ["teacher", "student", "unfused", "int8", "torch"]
-    assert metrics.rows[1][1:4] == [0.75, "50.00%", (made.path / "export/student/onnx/model.onnx").stat().st_size]
+    assert metrics.rows[1][1:4] == [0.75, "50.00%", (bench_run.path / "export/student/onnx/model.onnx").stat().st_size]
     assert metrics.rows[3][1:3] == ["-", "-"]
     assert metrics.rows[3][3] < metrics.rows[0][3]
     assert metrics.provider == "CPUExecutionProvider"
@@ -132,7 +132,7 @@ def test_every_engine_is_measured_and_the_figures_are_kept(
     onnx, torch = raw["engines"][1], raw["engines"][-1]
     assert onnx["nodes"]["CPUExecutionProvider"]["MatMul"] > 8
     assert onnx["peak_bytes"] < torch["peak_bytes"]
-    assert str(made.path) not in (folder / "bench.json").read_text()
+    assert str(bench_run.path) not in (folder / "bench.json").read_text()
     assert metrics.verdict[0] in (folder / "bench.md").read_text()
     assert "the model has 64 positions: length 500 is timed at 64" in capsys.readouterr().err
     assert len(raw["ledger"]) == 12
@@ -176,32 +176,32 @@ def test_a_further_target_is_a_row_with_its_libraries_and_the_headline(
             return [folder / "lib.so"]
 
     plugins.targets.register("twin")(Twin)
-    timed: list[Engine] = []
+    timed_engines: list[Engine] = []
     time_engines = stage.time_engines
 
-    def record_engines(engines: Any, *shapes: Any, **how: Any) -> TimingResult:
-        timed.extend(engines)
-        return time_engines([replace(engine, libraries=()) for engine in engines], *shapes, **how)
+    def record_engines(engines: Any, *shapes: Any, **options: Any) -> TimingResult:
+        timed_engines.extend(engines)
+        return time_engines([replace(engine, libraries=()) for engine in engines], *shapes, **options)
 
     monkeypatch.setattr(stage, "time_engines", record_engines)
-    made = run(*FEW, "bench.rounds=1", "bench.batches=[1]", further="twin")
-    metrics = bench(made)
+    bench_run = run(*FEW, "bench.rounds=1", "bench.batches=[1]", further="twin")
+    metrics = bench(bench_run)
     assert names(metrics) == ["teacher", "student", "twin", "twin dense"]
     assert metrics.rows[3][1:3] == ["-", "0.00%"]
     assert metrics.factors[1].whole == pytest.approx(metrics.speeds[1].median)  # of one round
     assert "Where it comes from, 1 thread: fusion" in metrics.verdict[1]
-    assert timed[2].libraries == (str(made.path / "export/twin/student/lib.so"),)
+    assert timed_engines[2].libraries == (str(bench_run.path / "export/twin/student/lib.so"),)
     assert metrics.best == "twin"
     assert metrics.verdict[0].startswith("Speed of twin, 50.0% zeros, 1 thread")
-    assert str(made.path) not in (made.path / "bench/bench.json").read_text()
+    assert str(bench_run.path) not in (bench_run.path / "bench/bench.json").read_text()
 
 
 def test_a_target_that_is_gone_or_never_came_is_said(run: Callable[..., Run], clean_plugins: None) -> None:
     metrics = bench(run(*FEW, "export.optional=['vanished']", "bench.rounds=1", "bench.batches=[1]", further="twin"))
     assert names(metrics) == ["teacher", "student"]
-    said = " ".join(metrics.verdict)
-    assert "Not timed: twin: there is no export target 'twin'" in said
-    assert "Not exported, so not timed: vanished: there is no export target 'vanished'" in said
+    verdict = " ".join(metrics.verdict)
+    assert "Not timed: twin: there is no export target 'twin'" in verdict
+    assert "Not exported, so not timed: vanished: there is no export target 'vanished'" in verdict
 
 
 def test_what_cannot_be_made_or_compiled_here_is_said(run: Callable[..., Run], monkeypatch: Any) -> None:
@@ -209,20 +209,20 @@ def test_what_cannot_be_made_or_compiled_here_is_said(run: Callable[..., Run], m
         raise ModelError("onnxruntime cannot quantise model.onnx: no")
 
     monkeypatch.setattr(stage, "quantize_dynamic_int8", refuse)
-    ask = EngineProcess.ask
+    original_ask = EngineProcess.ask
 
     def without_a_compiler(self: Any, request: dict[str, Any]) -> dict[str, Any]:
         if request.get("open", {}).get("compiled"):
             raise SpdError("compiled cannot be timed: torch.compile does not work here: no g++")
-        return ask(self, request)
+        return original_ask(self, request)
 
     monkeypatch.setattr(EngineProcess, "ask", without_a_compiler)
-    wanted = [part for part in FEW if not part.startswith(("bench.torch", "bench.int8"))]
-    metrics = bench(run(*wanted, "bench.compiled=true", "bench.rounds=1", "bench.batches=[1]"))
+    assignments = [assignment for assignment in FEW if not assignment.startswith(("bench.torch", "bench.int8"))]
+    metrics = bench(run(*assignments, "bench.compiled=true", "bench.rounds=1", "bench.batches=[1]"))
     assert names(metrics) == ["teacher", "student", "torch"]
-    said = " ".join(metrics.verdict)
-    assert "Not timed: int8: onnxruntime cannot quantise model.onnx: no." in said
-    assert "compiled cannot be timed: torch.compile does not work here: no g++." in said
+    verdict = " ".join(metrics.verdict)
+    assert "Not timed: int8: onnxruntime cannot quantise model.onnx: no." in verdict
+    assert "compiled cannot be timed: torch.compile does not work here: no g++." in verdict
 
 
 def test_real_lengths_follow_the_dev_set(toy_task: Callable[..., Any], toys: ModuleType, exported: Path) -> None:
@@ -237,10 +237,12 @@ def test_real_lengths_follow_the_dev_set(toy_task: Callable[..., Any], toys: Mod
 
 
 def test_real_lengths_are_quantiles_scaled_to_the_longest_and_the_same_every_time() -> None:
-    seen = np.array([10, 20, 30, 40, 50, 60, 70, 80])
-    drawn = stage.spread_lengths(4, 100, seen)
-    assert sorted(drawn) == sorted(np.rint(np.quantile(seen, [0.125, 0.375, 0.625, 0.875]) / 71.25 * 100).astype(int))
-    assert drawn == stage.spread_lengths(4, 100, seen)
+    dev_lengths = np.array([10, 20, 30, 40, 50, 60, 70, 80])
+    lengths = stage.spread_lengths(4, 100, dev_lengths)
+    assert sorted(lengths) == sorted(
+        np.rint(np.quantile(dev_lengths, [0.125, 0.375, 0.625, 0.875]) / 71.25 * 100).astype(int)
+    )
+    assert lengths == stage.spread_lengths(4, 100, dev_lengths)
     assert sorted(stage.spread_lengths(5, 9, None)) == [1, 3, 5, 7, 9]
     assert stage.spread_lengths(1, 9, np.array([3])) == (9,)
     assert min(stage.spread_lengths(2, 3, np.array([1, 1000]))) == 1

@@ -33,12 +33,14 @@ def test_the_cost_of_a_stage_is_that_of_its_work(toys: Any) -> None:
         model_of_costs = CostModel(recipe, model, model, Workload(rows, 48, 10.0), cpu)
         return model_of_costs.estimate_stage("prune", recipe.prune).seconds
 
-    plain = seconds("prune.criterion=magnitude", "prune.calibration=0", "prune.first=none")
-    for more in ("prune.epochs=4", "prune.evaluations=4", "prune.loss.attention=1.0"):
-        assert seconds("prune.criterion=magnitude", "prune.calibration=0", "prune.first=none", more) > plain, more
+    cheapest = seconds("prune.criterion=magnitude", "prune.calibration=0", "prune.first=none")
+    for assignment in ("prune.epochs=4", "prune.evaluations=4", "prune.loss.attention=1.0"):
+        assert seconds("prune.criterion=magnitude", "prune.calibration=0", "prune.first=none", assignment) > cheapest, (
+            assignment
+        )
     matrices = sum(cost.count_shapes(model).values())
     layerwise = seconds()
-    assert layerwise - plain >= 3 * 2.0 * matrices, "three events, each of which solves every matrix"
+    assert layerwise - cheapest >= 3 * 2.0 * matrices, "three events, each of which solves every matrix"
     assert seconds("prune.update=false") < layerwise
     assert seconds("teacher_states_gb=0") > layerwise, "the teacher computes each batch anew"
 
@@ -60,16 +62,18 @@ def test_the_plan_estimates_what_is_to_do(toy_run: MakeRun) -> None:
     plan = make_plan(toy_run())
     seconds = {stage.stage: stage.estimate.seconds for stage in plan.stages if stage.estimate is not None}
     assert all(value > 0 for value in seconds.values())
-    least, most = plan.estimate.seconds
-    assert least < sum(seconds.values()) < most
+    shortest, longest = plan.estimate.seconds
+    assert shortest < sum(seconds.values()) < longest
     assert plan.estimate.disk_bytes < plan.estimate.peak_bytes
     assert plan.estimate.files["onnx"] >= 4 * plan.parameters.all
-    two = plan_for_processes(plan, 2, sharded=False)
-    events = {kind.stages[1].estimate.events[-1][1] for kind in (plan_for_processes(plan, 2, sharded=True), plan)}
+    plan_of_two = plan_for_processes(plan, 2, sharded=False)
+    events = {
+        each_plan.stages[1].estimate.events[-1][1] for each_plan in (plan_for_processes(plan, 2, sharded=True), plan)
+    }
     assert len(events) == 1, "sharded, each of two processes has half of the cores and half of the rows"
-    assert two.stages[1].estimate.events[-1][1] == 2 * plan.stages[1].estimate.events[-1][1]
-    assert two.stages[1].estimate.step_seconds == plan.stages[1].estimate.step_seconds, "they share the cores"
-    assert two.stages[-1].estimate == plan.stages[-1].estimate, "one process exports and times"
-    assert (two.estimate.processes, two.estimate.memory_bytes) == (2, plan.estimate.memory_bytes)
-    done = make_plan(toy_run(until="prune"))
-    assert [stage.estimate is None for stage in done.stages] == [True, True, False, False, False, False]
+    assert plan_of_two.stages[1].estimate.events[-1][1] == 2 * plan.stages[1].estimate.events[-1][1]
+    assert plan_of_two.stages[1].estimate.step_seconds == plan.stages[1].estimate.step_seconds, "they share the cores"
+    assert plan_of_two.stages[-1].estimate == plan.stages[-1].estimate, "one process exports and times"
+    assert (plan_of_two.estimate.processes, plan_of_two.estimate.memory_bytes) == (2, plan.estimate.memory_bytes)
+    partial_plan = make_plan(toy_run(until="prune"))
+    assert [stage.estimate is None for stage in partial_plan.stages] == [True, True, False, False, False, False]

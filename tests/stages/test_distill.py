@@ -86,9 +86,9 @@ def test_the_replacing_rate_rises_and_shows_in_the_draws(pruned: Callable[..., R
     steps = log(run, "distill", "step")
     rates = [step["replacing_rate"] for step in steps]
     assert rates == [pytest.approx(min(1.0, index / 30)) for index in range(60)]
-    assert all(own is False for step in steps[:1] for own in step["drawn"])
-    assert all(own is True for step in steps[30:] for own in step["drawn"])
-    assert {own for step in steps[:30] for own in step["drawn"]} == {True, False}
+    assert all(is_student is False for step in steps[:1] for is_student in step["drawn"])
+    assert all(is_student is True for step in steps[30:] for is_student in step["drawn"])
+    assert {is_student for step in steps[:30] for is_student in step["drawn"]} == {True, False}
     assert log(run, "distill", "prune") == []
 
 
@@ -111,16 +111,16 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(toy_run: Callable[..
         assert step["losses"]["attention"] == pytest.approx(0, abs=1e-9)
 
 
-def refused(run: Run, stage: Callable[[Run], Any], error: type[Exception], said: str) -> None:
+def assert_refused(run: Run, stage: Callable[[Run], Any], error: type[Exception], message: str) -> None:
     name = stage.__name__
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         stage(run)
     assert not run.done(name)
     assert not (run.path / f".{name}.partial").exists()
 
 
 def test_it_is_refused_before_prune(toy_run: Callable[..., Run]) -> None:
-    refused(toy_run(until="teacher"), distill, StageMissing, "no finished stage 'prune'")
+    assert_refused(toy_run(until="teacher"), distill, StageMissing, "no finished stage 'prune'")
 
 
 @pytest.mark.parametrize("sparser", [False, True])
@@ -128,14 +128,14 @@ def test_a_poisoned_checkpoint_is_refused_though_its_record_is_fresh(pruned: Cal
     run = pruned()
     poison(run, "prune", sparser)
     count = 1844 if sparser else 1842
-    refused(run, distill, GateError, f"layer.1.output.dense.weight has {count} zeros of 2048; .* asks for 1843")
+    assert_refused(run, distill, GateError, f"layer.1.output.dense.weight has {count} zeros of 2048; .* asks for 1843")
 
 
 def test_a_poisoned_checkpoint_is_refused_by_finetune_too(pruned: Callable[..., Run]) -> None:
     run = pruned("distill.epochs=1")
     distill(run)
     poison(run, "distill")
-    refused(run, finetune, GateError, "has 1842 zeros of 2048")
+    assert_refused(run, finetune, GateError, "has 1842 zeros of 2048")
 
 
 def test_a_stage_whose_input_was_forged_is_refused(pruned: Callable[..., Run]) -> None:
@@ -143,13 +143,13 @@ def test_a_stage_whose_input_was_forged_is_refused(pruned: Callable[..., Run]) -
     run = pruned("distill.epochs=1")
     distill(run)
     poison(run, "prune")
-    refused(run, finetune, Corrupt, "distill was made from a prune stage that has since been replaced")
+    assert_refused(run, finetune, Corrupt, "distill was made from a prune stage that has since been replaced")
 
 
 def test_a_teacher_that_was_replaced_is_noticed(pruned: Callable[..., Run]) -> None:
     run = pruned()
     poison(run, "teacher", sparser=True)
-    refused(run, distill, Corrupt, "prune was made from a teacher stage that has since been replaced")
+    assert_refused(run, distill, Corrupt, "prune was made from a teacher stage that has since been replaced")
 
 
 def test_without_epochs_the_checkpoint_is_handed_on_as_it_is(pruned: Callable[..., Run]) -> None:

@@ -58,8 +58,8 @@ def fabricate(tmp_path: Path, toys: ModuleType, toy_task: Callable[..., Task]) -
             if stage == "finetune":
                 for weight in find_prunable_weights(model).values():
                     weight.data.view(-1)[np.arange(weight.numel()) % 4 > 0] = 0
-            with run.stage(stage) as opened:
-                save_model(model, toys.tokenizer(), opened.folder)
+            with run.stage(stage) as work:
+                save_model(model, toys.tokenizer(), work.folder)
         return run
 
     return make
@@ -183,10 +183,10 @@ def test_a_file_that_differs_from_its_checkpoint_is_refused(
     run = fabricate('export.targets=["faulty"]')
     plugins.targets.register("faulty")(faulty_target(change))
     # The teacher is exported first: give it the zeros, so that its export shows the fault.
-    teacher, student, aside = run.path / "teacher", run.path / "finetune", run.path / "aside"
-    teacher.rename(aside)
+    teacher, student, spare = run.path / "teacher", run.path / "finetune", run.path / "aside"
+    teacher.rename(spare)
     student.rename(teacher)
-    aside.rename(student)
+    spare.rename(student)
     with pytest.raises(GateError, match=message) as error:
         export(run)
     assert error.value.exit_code == 3

@@ -36,9 +36,9 @@ NAMES = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
 def small(toys: Any, tmp_path: Path) -> Callable[..., str]:
     """`small(layers=1, hidden=16)`: the folder of another classifier with the toys' tokenizer."""
 
-    def make(name: str = "small", architecture: str = "bert", **how: Any) -> str:
+    def make(name: str = "small", architecture: str = "bert", **fields: Any) -> str:
         folder = tmp_path / name
-        options: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "layers": 1, "seed": 7} | how
+        options: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "layers": 1, "seed": 7} | fields
         model = toys.classifier(architecture, eager=False, **{**NAMES, **options})
         save_model(model, toys.tokenizer(token_types=architecture != "distilbert"), folder)
         return str(folder)
@@ -47,11 +47,11 @@ def small(toys: Any, tmp_path: Path) -> Callable[..., str]:
 
 
 @pytest.fixture
-def warned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was warned of."""
-    said: list[str] = []
-    monkeypatch.setattr(console, "warn", said.append)
-    return said
+    messages: list[str] = []
+    monkeypatch.setattr(console, "warn", messages.append)
+    return messages
 
 
 def weights(run: Run, stage: str, file: str = "model.safetensors") -> dict[str, torch.Tensor]:
@@ -63,22 +63,22 @@ def steps(run: Run, stage: str) -> list[dict[str, Any]]:
     return [event for event in map(json.loads, lines) if event["event"] == "step"]
 
 
-def alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+def almost_equal(weight: torch.Tensor, expected: torch.Tensor) -> bool:
     """Equal but for what a learning rate of next to nothing makes of a zero."""
-    return torch.allclose(one, other, rtol=0, atol=1e-20)
+    return torch.allclose(weight, expected, rtol=0, atol=1e-20)
 
 
 def encoder_only(folder: str) -> str:
     """The same folder without its head."""
     model = AutoModelForSequenceClassification.from_pretrained(folder)
-    bare = f"{folder}-bare"
-    shutil.copytree(folder, bare)
-    model.base_model.save_pretrained(bare)
-    return bare
+    encoder_folder = f"{folder}-bare"
+    shutil.copytree(folder, encoder_folder)
+    model.base_model.save_pretrained(encoder_folder)
+    return encoder_folder
 
 
 def test_a_smaller_student_goes_through_every_phase_with_its_projections(
-    toy_run: MakeRun, small: Any, warned: list[str], stage_files: list[str]
+    toy_run: MakeRun, small: Any, warnings: list[str], stage_files: list[str]
 ) -> None:
     run = toy_run("prune.grafting.start=0.5", student=small(), sparsity=0.7, until="finetune")
     before: dict[str, torch.Tensor] = {}
@@ -90,23 +90,25 @@ def test_a_smaller_student_goes_through_every_phase_with_its_projections(
         assert not [name for name in model.state_dict() if "projection" in name]
         for weight in find_prunable_weights(model).values():
             assert int((weight == 0).sum()) == zeros_in(weight.numel(), 0.7)
-        left = weights(run, stage, "projections.safetensors")
-        assert {name: tuple(weight.shape) for name, weight in left.items()} == {
+        projections = weights(run, stage, "projections.safetensors")
+        assert {name: tuple(weight.shape) for name, weight in projections.items()} == {
             "projection.0": (32, 16), "projection.1": (32, 16),
         }  # fmt: skip
-        assert not any(torch.equal(left[name], before.get(name, torch.zeros(1))) for name in left), "they learn"
-        before = left
+        assert not any(torch.equal(projections[name], before.get(name, torch.zeros(1))) for name in projections), (
+            "they learn"
+        )
+        before = projections
         assert {step["replacing_rate"] for step in steps(run, stage)} == {1.0}
-    ignored = [line for line in warned if "grafting is ignored" in line]
+    ignored = [line for line in warnings if "grafting is ignored" in line]
     assert [line.split(".")[0] for line in ignored] == ["prune", "distill"][: len(ignored)]
     assert ignored
-    assert any("bert, 1 layers of width 16" in line and "bert, 2 layers of width 32" in line for line in warned)
+    assert any("bert, 1 layers of width 16" in line and "bert, 2 layers of width 32" in line for line in warnings)
 
 
 def test_the_next_phase_goes_on_with_the_projections_of_the_one_before(toy_run: MakeRun, small: Any) -> None:
     run = toy_run("distill.epochs=0", student=small(), until="distill")
-    left, taken = (weights(run, stage, "projections.safetensors") for stage in ("prune", "distill"))
-    assert all(torch.equal(left[name], taken[name]) for name in left)
+    pruned, distilled = (weights(run, stage, "projections.safetensors") for stage in ("prune", "distill"))
+    assert all(torch.equal(pruned[name], distilled[name]) for name in pruned)
 
 
 def test_projections_are_there_only_where_hidden_states_are_compared(toy_run: MakeRun, small: Any) -> None:
@@ -118,65 +120,77 @@ def test_projections_are_there_only_where_hidden_states_are_compared(toy_run: Ma
     assert not (same_width.path / "prune" / "projections.safetensors").exists()
 
 
-@pytest.mark.parametrize("how", ["uniform", "last", "[2, 1]"])
-def test_the_map_decides_what_is_learnt(toy_run: MakeRun, toy_task: Callable[..., Task], small: Any, how: str) -> None:
+@pytest.mark.parametrize("layer_map", ["uniform", "last", "[2, 1]"])
+def test_the_map_decides_what_is_learnt(
+    toy_run: MakeRun, toy_task: Callable[..., Task], small: Any, layer_map: str
+) -> None:
     toy_task(layers=4, train=16, dev=8)
-    sets = ["prune.epochs=1", f"prune.loss.layer_map={how}", "prune.loss.attention=1", "prune.events=1"]
+    sets = ["prune.epochs=1", f"prune.loss.layer_map={layer_map}", "prune.loss.attention=1", "prune.events=1"]
     student = small(hidden_size=32, layers=2)
     run = toy_run(*sets, "teacher.epochs=1", student=student, sparsity=0.3, until="prune")
     assert all(step["losses"][name] > 0 for step in steps(run, "prune") for name in ("hidden", "attention"))
-    found = toy_run("prune.loss.layer_map=[4, 4]", *sets[:1], *sets[2:], "teacher.epochs=1", student=student,
+    other_run = toy_run("prune.loss.layer_map=[4, 4]", *sets[:1], *sets[2:], "teacher.epochs=1", student=student,
                     sparsity=0.3, folder="other", until="prune")  # fmt: skip
-    assert steps(run, "prune")[0]["losses"]["hidden"] != steps(found, "prune")[0]["losses"]["hidden"]
+    assert steps(run, "prune")[0]["losses"]["hidden"] != steps(other_run, "prune")[0]["losses"]["hidden"]
 
 
 @pytest.mark.parametrize("kind", ["bernoulli", "blend"])
-def test_a_student_of_the_teachers_shape_is_grafted(toy_run: MakeRun, small: Any, warned: list[str], kind: str) -> None:
+def test_a_student_of_the_teachers_shape_is_grafted(
+    toy_run: MakeRun, small: Any, warnings: list[str], kind: str
+) -> None:
     sets = [f"prune.grafting={{kind='{kind}', start=0.4}}", "prune.loss.relation=1", "prune.loss.relation_heads=8"]
     student = small(hidden_size=32, intermediate_size=64, layers=2)
     run = toy_run(*sets, student=student, until="prune")
-    seen = steps(run, "prune")
-    assert {step["replacing_rate"] for step in seen} == {0.4}
-    assert {own for step in seen for own in step["drawn"]} == ({True} if kind == "blend" else {True, False})
-    assert not [line for line in warned if "grafting" in line]
+    log_steps = steps(run, "prune")
+    assert {step["replacing_rate"] for step in log_steps} == {0.4}
+    assert {is_student for step in log_steps for is_student in step["drawn"]} == (
+        {True} if kind == "blend" else {True, False}
+    )
+    assert not [line for line in warnings if "grafting" in line]
 
 
 def test_a_blend_rises_to_the_student_alone(toy_run: MakeRun) -> None:
     sets = ["prune.grafting={kind='blend', start=0.2}", "distill.grafting={kind='blend', schedule='linear', start=0.2}"]
     run = toy_run(*sets, sparsity=0.8, until="finetune")
     assert [step["replacing_rate"] for step in steps(run, "distill")][:2] == [0.2, pytest.approx(0.2 + 0.8 / 12)]
-    again = toy_run(*sets, sparsity=0.8, folder="again", until="distill")
-    files = [(made.path / "distill" / "model.safetensors").read_bytes() for made in (run, again)]
+    repeated = toy_run(*sets, sparsity=0.8, folder="again", until="distill")
+    files = [(each_run.path / "distill" / "model.safetensors").read_bytes() for each_run in (run, repeated)]
     assert files[0] == files[1]
 
 
 def test_pretrained_starts_from_the_model_with_a_new_head(toy_run: MakeRun, toy_task: Any, small: Any) -> None:
     toy_task(build=False)
-    bare = encoder_only(small(hidden_size=32, layers=2))
-    nothing = ["prune.learning_rate=1e-30", "prune.epochs=1", "prune.events=1", "prune.weight_decay=0"]
-    run = toy_run(*nothing, model=bare, student="pretrained", sparsity=0.0, until="prune")
-    start, made, taught = load_file(f"{bare}/model.safetensors"), weights(run, "prune"), weights(run, "teacher")
-    assert all(alike(made[f"bert.{name}"], weight) for name, weight in start.items() if "pooler" not in name)
-    assert not torch.equal(made["classifier.weight"], taught["classifier.weight"])
-    again = toy_run(*nothing, model=bare, student="pretrained", sparsity=0.0, folder="again", until="prune")
-    assert torch.equal(weights(again, "prune")["classifier.weight"], made["classifier.weight"]), "seeded"
-    other = toy_run(*nothing, model=bare, student="pretrained", sparsity=0.0, seed=1, folder="other", until="prune")
-    assert not torch.equal(weights(other, "prune")["classifier.weight"], made["classifier.weight"])
+    encoder = encoder_only(small(hidden_size=32, layers=2))
+    no_training = ["prune.learning_rate=1e-30", "prune.epochs=1", "prune.events=1", "prune.weight_decay=0"]
+    run = toy_run(*no_training, model=encoder, student="pretrained", sparsity=0.0, until="prune")
+    start, student, teacher_weights = (
+        load_file(f"{encoder}/model.safetensors"),
+        weights(run, "prune"),
+        weights(run, "teacher"),
+    )
+    assert all(almost_equal(student[f"bert.{name}"], weight) for name, weight in start.items() if "pooler" not in name)
+    assert not torch.equal(student["classifier.weight"], teacher_weights["classifier.weight"])
+    repeated = toy_run(*no_training, model=encoder, student="pretrained", sparsity=0.0, folder="again", until="prune")
+    assert torch.equal(weights(repeated, "prune")["classifier.weight"], student["classifier.weight"]), "seeded"
+    other_seed = toy_run(
+        *no_training, model=encoder, student="pretrained", sparsity=0.0, seed=1, folder="other", until="prune"
+    )
+    assert not torch.equal(weights(other_seed, "prune")["classifier.weight"], student["classifier.weight"])
 
 
 def test_pretrained_of_a_task_with_a_model_of_its_own_is_that_model(toy_run: MakeRun, toys: Any) -> None:
     run = toy_run("prune.learning_rate=1e-30", "prune.epochs=1", student="pretrained", sparsity=0.0, until="prune")
     start = toys.bert().state_dict()
-    made = weights(run, "prune")
-    assert all(alike(made[name], start[name]) for name in made)
+    student = weights(run, "prune")
+    assert all(almost_equal(student[name], start[name]) for name in student)
 
 
 def test_the_labels_are_the_teachers_in_its_order(toy_run: MakeRun, small: Any, toys: Any) -> None:
     """A classifier whose labels stand the other way round: its head is turned, and says the same as before."""
-    turned = small(id2label={0: "good", 1: "bad"}, label2id={"good": 0, "bad": 1})
-    nothing = ["prune.learning_rate=1e-30", "prune.epochs=1", "prune.events=1", "prune.weight_decay=0"]
-    run = toy_run(*nothing, student=turned, sparsity=0.0, until="prune")
-    before, after = load_model(turned), load_model(run.path / "prune")
+    reversed_labels = small(id2label={0: "good", 1: "bad"}, label2id={"good": 0, "bad": 1})
+    no_training = ["prune.learning_rate=1e-30", "prune.epochs=1", "prune.events=1", "prune.weight_decay=0"]
+    run = toy_run(*no_training, student=reversed_labels, sparsity=0.0, until="prune")
+    before, after = load_model(reversed_labels), load_model(run.path / "prune")
     assert label_names(after) == label_names(load_model(run.path / "teacher")) == ["bad", "good"]
     batch = {name: column for name, column in toys.batch().items() if name != "labels"}
     with torch.no_grad():
@@ -185,14 +199,14 @@ def test_the_labels_are_the_teachers_in_its_order(toy_run: MakeRun, small: Any, 
 
 @pytest.mark.parametrize("labels", [3, 0])
 def test_an_encoder_or_a_classifier_of_another_task_gets_a_new_head(
-    toy_run: MakeRun, small: Any, warned: list[str], labels: int
+    toy_run: MakeRun, small: Any, warnings: list[str], labels: int
 ) -> None:
-    three = {"labels": 3, "id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
-    folder = small(**three) if labels else encoder_only(small())
+    three_labels = {"labels": 3, "id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
+    folder = small(**three_labels) if labels else encoder_only(small())
     run = toy_run("prune.epochs=1", student=folder, until="prune")
     model = load_model(run.path / "prune")
     assert label_names(model) == ["bad", "good"]
-    assert any("gets a new head: the model has 3 labels (a, b, c)" in line for line in warned) == bool(labels)
+    assert any("gets a new head: the model has 3 labels (a, b, c)" in line for line in warnings) == bool(labels)
 
 
 def test_a_regression_student(toy_run: MakeRun, toy_task: Any, small: Any) -> None:
@@ -202,7 +216,7 @@ def test_a_regression_student(toy_run: MakeRun, toy_task: Any, small: Any) -> No
 
 
 def test_a_student_of_another_family_reads_only_what_it_knows(
-    toy_run: MakeRun, toy_task: Any, small: Any, warned: list[str]
+    toy_run: MakeRun, toy_task: Any, small: Any, warnings: list[str]
 ) -> None:
     """A DistilBERT beneath a BERT that reads token types; and the other way round."""
     toy_task(pairs=True)
@@ -211,21 +225,21 @@ def test_a_student_of_another_family_reads_only_what_it_knows(
     assert load_model(run.path / "distill").config.model_type == "distilbert"
     assert "token_type_ids" not in load_tokenizer(run.path / "distill").model_input_names
     toy_task(pairs=True, architecture="distilbert")
-    other = toy_run("prune.loss.relation=1", "prune.loss.relation_heads=4", student=small("back"), folder="other",
+    other_run = toy_run("prune.loss.relation=1", "prune.loss.relation_heads=4", student=small("back"), folder="other",
                     until="prune")  # fmt: skip
-    assert load_model(other.path / "prune").config.model_type == "bert"
+    assert load_model(other_run.path / "prune").config.model_type == "bert"
 
 
-def refused(run: Run, error: type[Exception], said: str) -> None:
+def assert_refused(run: Run, error: type[Exception], message: str) -> None:
     teacher(run)
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         prune(run)
     assert not run.done("prune")
     assert not (run.path / ".prune.partial").exists()
 
 
 @pytest.mark.parametrize(
-    ("setting", "how", "error", "said"),
+    ("setting", "fields", "error", "message"),
     [
         ("prune.loss.layer_map=[1, 2]", {}, RecipeError, r"prune.loss: layer_map = \[1, 2\]: a student of 1 layers"),
         ("finetune.loss.layer_map=[3]", {}, RecipeError, r"finetune.loss: layer_map = \[3\]"),
@@ -236,35 +250,39 @@ def refused(run: Run, error: type[Exception], said: str) -> None:
     ],
 )
 def test_a_student_that_does_not_fit_is_refused_before_the_work(
-    toy_run: MakeRun, small: Any, setting: str, how: dict[str, Any], error: type[Exception], said: str
+    toy_run: MakeRun, small: Any, setting: str, fields: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    refused(toy_run(setting, "teacher.epochs=1", student=small(**how)), error, said)
+    assert_refused(toy_run(setting, "teacher.epochs=1", student=small(**fields)), error, message)
 
 
 def test_a_new_head_that_would_stay_random_is_refused(toy_run: MakeRun, small: Any) -> None:
     run = toy_run("prune.train=layers", "teacher.epochs=1", student=encoder_only(small()))
-    refused(run, RecipeError, "gets a new head, and prune.train = 'layers' would leave it random")
+    assert_refused(run, RecipeError, "gets a new head, and prune.train = 'layers' would leave it random")
 
 
 def test_another_vocabulary_is_refused(toy_run: MakeRun, small: Any) -> None:
     folder = Path(small())
     file = folder / "tokenizer.json"
     file.write_text(file.read_text("utf-8").replace('"warm"', '"tepid"'), "utf-8")
-    refused(toy_run("teacher.epochs=1", student=str(folder)), ModelError, "'tepid' is number 8 here and unknown there")
+    assert_refused(
+        toy_run("teacher.epochs=1", student=str(folder)), ModelError, "'tepid' is number 8 here and unknown there"
+    )
 
 
 def test_a_tokenizer_that_cuts_otherwise_is_refused(toy_run: MakeRun, small: Any) -> None:
     folder = Path(small())
     file = folder / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | {"do_lower_case": False}), "utf-8")
-    refused(toy_run("teacher.epochs=1", student=str(folder)), ModelError, "cuts text otherwise than the teacher's")
+    assert_refused(
+        toy_run("teacher.epochs=1", student=str(folder)), ModelError, "cuts text otherwise than the teacher's"
+    )
 
 
 def test_an_interruption_leaves_no_trace_in_the_projections(
     toy_run: MakeRun, small: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sets = ["save_minutes=0", "prune.loss.relation=0.5", "prune.loss.relation_heads=4", "prune.weight_decay=0.1"]
-    calm = toy_run(*sets, student=small(), until="finetune")
+    uninterrupted = toy_run(*sets, student=small(), until="finetune")
     run, original = toy_run(*sets, student=small(), folder="stopped", until="teacher"), torch.optim.AdamW.step
     for stage, stop in ((prune, 3), (prune, 4), (distill, 5), (finetune, 11)):
         calls = 0
@@ -284,8 +302,8 @@ def test_an_interruption_leaves_no_trace_in_the_projections(
             stage(run)
     for stage_name in ("prune", "distill", "finetune"):
         for file in ("model.safetensors", "projections.safetensors"):
-            one, other = (made.path / stage_name / file for made in (calm, run))
-            assert one.read_bytes() == other.read_bytes(), (stage_name, file)
+            expected, actual = (each_run.path / stage_name / file for each_run in (uninterrupted, run))
+            assert expected.read_bytes() == actual.read_bytes(), (stage_name, file)
 
 
 @pytest.mark.parametrize("recipe", ["theseus", "gmp"])
@@ -317,12 +335,12 @@ def test_products_are_told_who_reads_the_gradients_of_the_dead(
     toy_run: MakeRun, monkeypatch: pytest.MonkeyPatch, sets: tuple[str, ...], skip_dead_gradients: bool | None
 ) -> None:
     monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)  # it takes long
-    asked = []
+    received = []
 
     @plugins.products.register("watching")
-    def watching(layers: dict[str, torch.nn.Linear], masks: Masks, *, skip_dead_gradients: bool) -> None:
+    def record_products(layers: dict[str, torch.nn.Linear], masks: Masks, *, skip_dead_gradients: bool) -> None:
         assert {name: layer.weight for name, layer in layers.items()} == masks.parameters
-        asked.append(skip_dead_gradients)
+        received.append(skip_dead_gradients)
 
     toy_run("prune.max_steps=2", "prune.events=1", "prune.ramp=0.01", "teacher.max_steps=1", *sets, until="prune")
-    assert asked == ([] if skip_dead_gradients is None else [skip_dead_gradients])
+    assert received == ([] if skip_dead_gradients is None else [skip_dead_gradients])

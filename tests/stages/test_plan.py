@@ -62,13 +62,13 @@ def test_a_derived_learning_rate_is_shown(toy_run: MakeRun, toys: Any) -> None:
 
 
 def test_the_weights_are_those_of_the_model(toy_run: MakeRun, toys: Any) -> None:
-    counted = planning.make_plan(toy_run(sparsity=0.3)).parameters
+    parameters = planning.make_plan(toy_run(sparsity=0.3)).parameters
     model = toys.bert()
     sizes = [weight.numel() for weight in find_prunable_weights(model).values()]
-    assert counted.all == sum(parameter.numel() for parameter in model.parameters())
-    assert counted.prunable == sum(sizes)
-    assert counted.zeros == sum(round(0.3 * size) for size in sizes)
-    assert counted.emptied == 0
+    assert parameters.all == sum(parameter.numel() for parameter in model.parameters())
+    assert parameters.prunable == sum(sizes)
+    assert parameters.zeros == sum(round(0.3 * size) for size in sizes)
+    assert parameters.emptied == 0
 
 
 def test_a_sparsity_that_empties_matrices_is_counted(toy_run: MakeRun) -> None:
@@ -108,8 +108,8 @@ def test_a_given_teacher_of_another_task_is_refused_by_the_plan(
 ) -> None:
     toy_task(labels=labels)
     architectures = model.pop("architectures", None)
-    made = toys.bert(**model)
-    made.save_pretrained(tmp_path / "given")
+    teacher = toys.bert(**model)
+    teacher.save_pretrained(tmp_path / "given")
     if architectures:
         file = tmp_path / "given" / "config.json"
         file.write_text(file.read_text("utf-8").replace("BertForSequenceClassification", *architectures), "utf-8")
@@ -151,8 +151,8 @@ def test_memory_grows_with_what_costs_memory(toy_run: MakeRun, toys: Any) -> Non
     def bytes_of(*sets: str) -> int:
         return estimate.estimate_memory(toy_run(*sets).recipe, model, model)
 
-    least = 4 * 5 * sum(parameter.numel() for parameter in model.parameters())
-    assert bytes_of() > least
+    optimizer_bytes = 4 * 5 * sum(parameter.numel() for parameter in model.parameters())
+    assert bytes_of() > optimizer_bytes
     assert bytes_of("prune.batch_size=16") > bytes_of() > bytes_of("prune.accumulate=4")
     assert bytes_of("prune.loss.attention=1") > bytes_of()
 

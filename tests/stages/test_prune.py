@@ -55,12 +55,12 @@ def test_every_matrix_has_exactly_the_zeros_that_were_asked_for(
     run = toy_run(sparsity=sparsity, until="teacher")
     metrics = prune(run)
     assert sorted(path.name for path in (run.path / "prune").iterdir()) == stage_files
-    found = zeros(run.path / "prune")
-    assert len(found) == 12
-    assert found == {name: (zeros_in(size, sparsity), size) for name, (_, size) in found.items()}
-    assert metrics.zeros == found
-    total = sum(size for _, size in found.values())
-    assert metrics.sparsity == pytest.approx(sum(count for count, _ in found.values()) / total)
+    counts = zeros(run.path / "prune")
+    assert len(counts) == 12
+    assert counts == {name: (zeros_in(size, sparsity), size) for name, (_, size) in counts.items()}
+    assert metrics.zeros == counts
+    total = sum(size for _, size in counts.values())
+    assert metrics.sparsity == pytest.approx(sum(count for count, _ in counts.values()) / total)
     assert run.training_result("prune") == metrics
     assert list(run.record("prune").inputs) == ["teacher"]
     assert not (run.path / ".prune.partial").exists()
@@ -94,10 +94,10 @@ def test_the_first_jump_comes_before_the_first_step(toy_run: Callable[..., Run])
 
 def test_the_global_scope_has_the_exact_total(toy_run: Callable[..., Run]) -> None:
     run = toy_run("prune.scope=global", sparsity=0.77, until="prune")
-    found = zeros(run.path / "prune")
-    size = sum(size for _, size in found.values())
-    assert sum(count for count, _ in found.values()) == zeros_in(size, 0.77)
-    assert len({count / size for count, size in found.values()}) > 3, "the matrices share unevenly"
+    counts = zeros(run.path / "prune")
+    size = sum(size for _, size in counts.values())
+    assert sum(count for count, _ in counts.values()) == zeros_in(size, 0.77)
+    assert len({count / size for count, size in counts.values()}) > 3, "the matrices share unevenly"
 
 
 @pytest.mark.slow
@@ -113,14 +113,14 @@ def test_blocks_go_whole_by_every_criterion_of_second_order(toy_run: Callable[..
                 assert int(dead_weights.sum()) == zeros_in(weight.numel(), 0.8, 4), (criterion, stage, name)
 
 
-@pytest.mark.parametrize("which", ["layers", "layers+head", "all"])
-def test_only_the_chosen_part_is_trained(toy_run: Callable[..., Run], which: str) -> None:
-    run = toy_run(f"prune.train={which}", "prune.learning_rate=0.01", until="prune")
+@pytest.mark.parametrize("train", ["layers", "layers+head", "all"])
+def test_only_the_chosen_part_is_trained(toy_run: Callable[..., Run], train: str) -> None:
+    run = toy_run(f"prune.train={train}", "prune.learning_rate=0.01", until="prune")
     before, after = (load_file(run.path / stage / "model.safetensors") for stage in ("teacher", "prune"))
-    moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert any(name.startswith("bert.encoder.layer.") for name in moved)
-    assert ("classifier.weight" in moved) == (which != "layers")
-    assert any("embeddings" in name for name in moved) == (which == "all")
+    trained = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any(name.startswith("bert.encoder.layer.") for name in trained)
+    assert ("classifier.weight" in trained) == (train != "layers")
+    assert any("embeddings" in name for name in trained) == (train == "all")
 
 
 @pytest.mark.parametrize(
@@ -165,46 +165,46 @@ def test_gradient_checkpointing_changes_no_weight(
 
 
 def test_the_same_recipe_gives_the_same_bytes_and_another_seed_others(toy_run: Callable[..., Run]) -> None:
-    one, again = (toy_run(folder=folder, until="prune") for folder in ("one", "again"))
-    other = toy_run(folder="other", seed=1, until="prune")
-    files = [(run.path / "prune" / "model.safetensors").read_bytes() for run in (one, again, other)]
+    first, repeated = (toy_run(folder=folder, until="prune") for folder in ("one", "again"))
+    other_seed = toy_run(folder="other", seed=1, until="prune")
+    files = [(run.path / "prune" / "model.safetensors").read_bytes() for run in (first, repeated, other_seed)]
     assert files[0] == files[1] != files[2]
 
 
 def test_a_criterion_of_a_strangers_is_used(toy_run: Callable[..., Run], clean_plugins: None) -> None:
-    seen = []
+    has_gradient = []
 
     @plugins.criteria.register("taylor-of-the-test", needs=("gradient",))
     def taylor(weight: torch.Tensor, stats: Any) -> torch.Tensor:
-        seen.append(bool((stats.gradient != 0).any()))
+        has_gradient.append(bool((stats.gradient != 0).any()))
         return (weight * stats.gradient).abs()
 
     run = toy_run("prune.criterion=taylor-of-the-test", "prune.loss.hardness=0.5", until="prune")
-    assert len(seen) == 3 * 12
-    assert all(seen)
+    assert len(has_gradient) == 3 * 12
+    assert all(has_gradient)
     assert all(count == zeros_in(size, 0.5) for count, size in zeros(run.path / "prune").values())
 
 
 def test_it_starts_from_a_sparse_checkpoint_that_someone_else_made(toy_run: Callable[..., Run]) -> None:
     run = toy_run(sparsity=0.8, until="teacher")
     sparse_teacher(run, 0.4)
-    held = {n: w == 0 for n, w in load_file(run.path / "teacher" / "model.safetensors").items()}
+    zero_masks = {n: w == 0 for n, w in load_file(run.path / "teacher" / "model.safetensors").items()}
     prune(run)
     after = load_file(run.path / "prune" / "model.safetensors")
     for name, (count, size) in zeros(run.path / "prune").items():
         assert count == zeros_in(size, 0.8)
-        assert bool((after[name][held[name]] == 0).all()), "what was dead stays dead"
+        assert bool((after[name][zero_masks[name]] == 0).all()), "what was dead stays dead"
     assert events(run, "prune")[0]["sparsity"] > 0.4, "the ramp starts where it is"
 
 
 def test_a_start_that_is_too_sparse_is_refused_before_the_work(toy_run: Callable[..., Run]) -> None:
     run = toy_run(sparsity=0.5, until="teacher")
     sparse_teacher(run, 0.6)
-    refused(run, ModelError, "zeros of 1024 already; sparsity 0.5")
+    assert_refused(run, ModelError, "zeros of 1024 already; sparsity 0.5")
 
 
-def refused(run: Run, error: type[Exception], said: str) -> None:
-    with pytest.raises(error, match=said):
+def assert_refused(run: Run, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
         prune(run)
     assert not run.done("prune")
     assert not (run.path / ".prune.partial").exists()
@@ -212,7 +212,7 @@ def refused(run: Run, error: type[Exception], said: str) -> None:
 
 def test_it_is_refused_before_the_teacher(toy_run: Callable[..., Run]) -> None:
     run = toy_run()
-    refused(run, StageMissing, "no finished stage 'teacher'")
+    assert_refused(run, StageMissing, "no finished stage 'teacher'")
     assert not run.path.exists()
 
 
@@ -221,7 +221,7 @@ def test_it_is_refused_on_an_altered_teacher(toy_run: Callable[..., Run]) -> Non
     with (run.path / "teacher" / "model.safetensors").open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x7f")
-    refused(run, Corrupt, "was altered")
+    assert_refused(run, Corrupt, "was altered")
 
 
 def test_it_is_done_once(toy_run: Callable[..., Run]) -> None:
@@ -232,7 +232,7 @@ def test_it_is_done_once(toy_run: Callable[..., Run]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "error", "said"),
+    ("setting", "error", "message"),
     [
         ("prune.criterion=magnitud", UnknownName, "no criterion"),
         ("prune.pattern=blocky", UnknownName, "no pattern"),
@@ -242,21 +242,21 @@ def test_it_is_done_once(toy_run: Callable[..., Run]) -> None:
     ],
 )
 def test_a_recipe_that_cannot_work_is_refused_before_the_work(
-    toy_run: Callable[..., Run], setting: str, error: type[Exception], said: str
+    toy_run: Callable[..., Run], setting: str, error: type[Exception], message: str
 ) -> None:
-    refused(toy_run(setting, until="teacher"), error, said)
+    assert_refused(toy_run(setting, until="teacher"), error, message)
 
 
 def test_a_count_that_is_off_is_not_handed_over(toy_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
     run = toy_run(until="teacher")
 
-    def wrong(model: Any, tokenizer: Any, folder: Path, *weights: Any) -> None:
+    def save_other_weights(model: Any, tokenizer: Any, folder: Path, *weights: Any) -> None:
         with torch.no_grad():
             next(iter(find_prunable_weights(model).values())).add_(1.0)
         original(model, tokenizer, folder)
 
     original = save_model
-    monkeypatch.setattr("spdtool.models.load.save_model", wrong)
+    monkeypatch.setattr("spdtool.models.load.save_model", save_other_weights)
     with pytest.raises(GateError, match=r"has 0 zeros of 1024; sparsity 0\.5 asks for 512"):
         prune(run)
     assert not run.done("prune")
@@ -264,11 +264,11 @@ def test_a_count_that_is_off_is_not_handed_over(toy_run: Callable[..., Run], mon
 
 
 def test_given_and_fine_tuned_teachers_lead_to_the_same_student(toy_run: Callable[..., Run]) -> None:
-    one = toy_run(folder="one", until="prune")
-    other = toy_run(folder="other", given_teacher=str(one.path / "teacher"))
-    teacher(other)
-    prune(other)
-    files = [(run.path / "prune" / "model.safetensors").read_bytes() for run in (one, other)]
+    trained = toy_run(folder="one", until="prune")
+    with_given_teacher = toy_run(folder="other", given_teacher=str(trained.path / "teacher"))
+    teacher(with_given_teacher)
+    prune(with_given_teacher)
+    files = [(run.path / "prune" / "model.safetensors").read_bytes() for run in (trained, with_given_teacher)]
     assert files[0] == files[1]
 
 
@@ -276,10 +276,10 @@ def test_a_prune_event_says_which_batch_and_which_matrix_it_is_at(
     toy_run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = toy_run("prune.calibration=2", until="teacher")
-    shown: list[dict[str, Any]] = []
-    with console.listen(lambda stage, steps, event: shown.append(event)):
+    events_shown: list[dict[str, Any]] = []
+    with console.listen(lambda stage, steps, event: events_shown.append(event)):
         prune(run)
-    works = [event["work"] for event in shown if event["event"] == "pruning"]
+    works = [event["work"] for event in events_shown if event["event"] == "pruning"]
     works = [work for work in works if work.startswith("event 2 of 3")]
     matrices = len(run.training_result("prune").zeros)
     expected = ["looking at rows"]

@@ -56,8 +56,10 @@ class Reads(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         packet = func.overloadpacket
-        picked = packet in INDEXED and any(each is not None and each.dtype == torch.bool for each in args[1])
-        if packet in READS or picked:
+        is_masked_index = packet in INDEXED and any(
+            argument is not None and argument.dtype == torch.bool for argument in args[1]
+        )
+        if packet in READS or is_masked_index:
             self.note(str(func))
         return func(*args, **(kwargs or {}))
 
@@ -78,22 +80,24 @@ class Copies(TorchFunctionMode):
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
     """Watches every step of the training loop, in which only the last one has a log line."""
-    watching, plain = Reads(), prefetch.prefetch_batches
+    counter, original = Reads(), prefetch.prefetch_batches
 
     @contextmanager
-    def ready(batches: Iterator[prefetch.StepBatch], device: torch.device) -> Iterator[Iterator[prefetch.StepBatch]]:
-        def watched(made: Iterator[prefetch.StepBatch]) -> Iterator[prefetch.StepBatch]:
-            for batch in made:
-                watching.step = batch[0]
-                with watching, Copies(watching):
+    def prefetch_watched(
+        batches: Iterator[prefetch.StepBatch], device: torch.device
+    ) -> Iterator[Iterator[prefetch.StepBatch]]:
+        def watch_steps(batches: Iterator[prefetch.StepBatch]) -> Iterator[prefetch.StepBatch]:
+            for batch in batches:
+                counter.step = batch[0]
+                with counter, Copies(counter):
                     yield batch
 
-        with plain(batches, device) as made:
-            yield watched(made)
+        with original(batches, device) as batches:
+            yield watch_steps(batches)
 
-    monkeypatch.setattr(prefetch, "prefetch_batches", ready)
+    monkeypatch.setattr(prefetch, "prefetch_batches", prefetch_watched)
     monkeypatch.setattr(loop, "LOG_LINES", 1)
-    return watching
+    return counter
 
 
 def quiet(run: Run, stage: str) -> set[int]:
@@ -163,7 +167,7 @@ def test_nothing_crosses_between_processor_and_device_within_a_step(toys: Any, a
         install_capture_hooks(model)
         model.to("meta")  # a device whose tensors have no numbers: a number that is asked for is an error
     weights = Loss(hidden=1.0, attention=attention, hardness=0.5)
-    seen = {"hidden_states": True, "attention": "scores" if attention else None}
+    captured = {"hidden_states": True, "attention": "scores" if attention else None}
     optimizer = create_adamw(student.parameters(), Prune(), torch.device("meta"))
     masks = Masks(find_prunable_weights(student))
     masks.attach(optimizer)
@@ -171,9 +175,11 @@ def test_nothing_crosses_between_processor_and_device_within_a_step(toys: Any, a
     with Crossings() as crossings:
         for _ in range(2):
             with torch.no_grad():
-                taught = compute_outputs(teacher, batch, **seen)
-            learnt = compute_outputs(student, batch, **seen)
-            distillation_loss(learnt, taught, batch, weights, logit_loss=Classification.logit_loss)["loss"].backward()
+                teacher_outputs = compute_outputs(teacher, batch, **captured)
+            student_outputs = compute_outputs(student, batch, **captured)
+            distillation_loss(student_outputs, teacher_outputs, batch, weights, logit_loss=Classification.logit_loss)[
+                "loss"
+            ].backward()
             masks.zero_gradients()
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
             optimizer.step()

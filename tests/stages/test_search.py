@@ -57,8 +57,8 @@ def test_the_fastest_student_that_holds_is_finished_and_few_are_tried(tmp_path: 
         assert result.run == tmp_path / "goals" / f"{best:g}x", max_drop
         assert runs.calls[0] == (tmp_path.name, "teacher")
         assert runs.calls[-1] == (f"{best:g}x", "bench"), max_drop
-        tried = [call for call in runs.calls if call[1] == "finetune"]
-        assert len(tried) <= 4, max_drop
+        trials = [call for call in runs.calls if call[1] == "finetune"]
+        assert len(trials) <= 4, max_drop
 
 
 def test_a_sparse_student_is_searched_among_sparsities(tmp_path: Path) -> None:

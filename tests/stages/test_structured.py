@@ -122,16 +122,16 @@ def test_a_swapped_head_column_is_caught_by_the_gate_on_weights(reference: Refer
     proto = onnx.load(tmp_path / MODEL_FILE)
     name = "bert.encoder.layer.0.attention.output.dense.weight"
     (tensor,) = [tensor for tensor in proto.graph.initializer if tensor.name in (name, f"{name}.T")]
-    sound = numpy_helper.to_array(tensor)
-    assert sound.shape == (16, 32)
-    swapped = sound.copy()
-    swapped[[0, 1]] = sound[[1, 0]]
+    expected = numpy_helper.to_array(tensor)
+    assert expected.shape == (16, 32)
+    swapped = expected.copy()
+    swapped[[0, 1]] = expected[[1, 0]]
     tensor.raw_data = swapped.tobytes()
     onnx.save(proto, tmp_path / MODEL_FILE)
     with pytest.raises(GateError, match=r"attention\.output\.dense\.weight"):
         check_weights(target, reference, tmp_path)
     # the other head named as the one that lives
-    tensor.raw_data = sound.tobytes()
+    tensor.raw_data = expected.tobytes()
     for entry in tensor.metadata_props:
         if entry.key == POSITIONS:
             ((size, ((start, _),)),) = json.loads(entry.value)[name][1:]
@@ -160,11 +160,11 @@ def test_a_killed_prune_stage_resumes_to_the_same_weights(
         with pytest.raises(KeyboardInterrupt):
             prune(run)
     prune(run)
-    resumed, calm = (
+    resumed, expected = (
         load_file(tmp_path / "run/prune/model.safetensors"),
         load_file(finished.path / "prune/model.safetensors"),
     )
-    assert all(torch.equal(weight, calm[name]) for name, weight in resumed.items())
+    assert all(torch.equal(weight, expected[name]) for name, weight in resumed.items())
 
 
 def test_a_plan_counts_the_zeros_of_the_shape_and_refuses_one_that_does_not_fit(toy_run: MakeRun) -> None:

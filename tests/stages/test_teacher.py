@@ -28,7 +28,7 @@ def names(folder: Path) -> list[str]:
 
 
 @pytest.fixture
-def given(tmp_path: Path, toys: Any) -> Callable[..., str]:
+def make_teacher(tmp_path: Path, toys: Any) -> Callable[..., str]:
     """`given(labels=2, **config)` writes a fine-tuned model to give as the teacher."""
 
     def make(labels: int = 2, **config: Any) -> str:
@@ -72,10 +72,10 @@ def test_a_regression_teacher(toy_run: Callable[..., Run], toy_task: Callable[..
 
 
 def test_a_pretrained_encoder_is_fine_tuned_with_the_tasks_labels(
-    toy_run: Callable[..., Run], toy_task: Callable[..., Task], given: Callable[..., str]
+    toy_run: Callable[..., Run], toy_task: Callable[..., Task], make_teacher: Callable[..., str]
 ) -> None:
     toy_task(build=False, labels=("no", "maybe", "yes"))
-    run = toy_run("teacher.dropout=0.3", model=given(hidden_dropout_prob=0.1))
+    run = toy_run("teacher.dropout=0.3", model=make_teacher(hidden_dropout_prob=0.1))
     teacher(run)
     config = json.loads((run.path / "teacher" / "config.json").read_text("utf-8"))
     assert config["id2label"] == {"0": "no", "1": "maybe", "2": "yes"}
@@ -83,10 +83,10 @@ def test_a_pretrained_encoder_is_fine_tuned_with_the_tasks_labels(
 
 
 def test_a_given_teacher_is_measured_and_copied_bit_by_bit(
-    toy_run: Callable[..., Run], toy_task: Callable[..., Task], given: Callable[..., str], capsys: Any
+    toy_run: Callable[..., Run], toy_task: Callable[..., Task], make_teacher: Callable[..., str], capsys: Any
 ) -> None:
     toy_task()
-    source = given()
+    source = make_teacher()
     run = toy_run(given_teacher=source)
     metrics = teacher(run)
     assert names(run.path / "teacher") == FILES
@@ -100,12 +100,12 @@ def test_a_given_teacher_is_measured_and_copied_bit_by_bit(
 
 
 def test_a_given_teachers_own_order_of_labels_is_respected(
-    toy_run: Callable[..., Run], toy_task: Callable[..., Task], given: Callable[..., str]
+    toy_run: Callable[..., Run], toy_task: Callable[..., Task], make_teacher: Callable[..., str]
 ) -> None:
     toy_task()
-    straight = teacher(toy_run(folder="straight", given_teacher=given(id2label={0: "bad", 1: "good"})))
-    turned = teacher(toy_run(folder="turned", given_teacher=given(id2label={0: "good", 1: "bad"})))
-    assert turned.dev["accuracy"] == pytest.approx(1 - straight.dev["accuracy"])
+    in_order = teacher(toy_run(folder="straight", given_teacher=make_teacher(id2label={0: "bad", 1: "good"})))
+    reversed_labels = teacher(toy_run(folder="turned", given_teacher=make_teacher(id2label={0: "good", 1: "bad"})))
+    assert reversed_labels.dev["accuracy"] == pytest.approx(1 - in_order.dev["accuracy"])
 
 
 def test_a_teacher_from_a_run_on_other_rows_is_said_to_be(
@@ -125,15 +125,15 @@ def test_a_teacher_from_a_run_on_other_rows_is_said_to_be(
 
 
 def test_a_teacher_at_chance_is_refused_unless_it_is_accepted(
-    toy_run: Callable[..., Run], toy_task: Callable[..., Task], given: Callable[..., str], capsys: Any
+    toy_run: Callable[..., Run], toy_task: Callable[..., Task], make_teacher: Callable[..., str], capsys: Any
 ) -> None:
     toy_task()
-    folder = Path(given())
+    folder = Path(make_teacher())
     model = load_model(folder)
     torch.nn.init.zeros_(model.classifier.weight)
     save_model(model, load_tokenizer(folder), folder)
     message = r"dev score 0\.5000 is no better than the 0\.5000 that chance gives on 24 rows"
-    refused(toy_run("teacher.accept=false", given_teacher=str(folder), folder="refused"), DataError, message)
+    assert_refused(toy_run("teacher.accept=false", given_teacher=str(folder), folder="refused"), DataError, message)
     accepted = {"accept": ("teacher.accept=true", "teacher.accept is set"), "smoke": ("smoke=true", "smoke run: ")}
     for name, (setting, words) in accepted.items():
         teacher(toy_run("teacher.accept=false", setting, given_teacher=str(folder), folder=name))
@@ -155,34 +155,36 @@ def test_a_trained_teacher_at_chance_is_kept_and_stops_the_run(
     prune(Run.for_recipe(run.path, toy_run(*untrained, "teacher.accept=true", folder="other").recipe))
 
 
-def refused(run: Run, error: type[Exception], said: str) -> None:
-    with pytest.raises(error, match=said):
+def assert_refused(run: Run, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
         teacher(run)
     assert not run.done("teacher")
     assert not (run.path / "teacher").exists()
     assert not (run.path / ".teacher.partial").exists()
 
 
-@pytest.mark.parametrize(("labels", "own"), [(("bad", "good"), 3), (("bad", "good"), 1), ((), 2)])
+@pytest.mark.parametrize(("labels", "model_labels"), [(("bad", "good"), 3), (("bad", "good"), 1), ((), 2)])
 def test_a_teacher_with_another_number_of_labels_is_refused(
-    toy_run: Callable[..., Run], toy_task: Callable[..., Task], given: Callable[..., str],
-    labels: tuple[str, ...], own: int,
+    toy_run: Callable[..., Run], toy_task: Callable[..., Task], make_teacher: Callable[..., str],
+    labels: tuple[str, ...], model_labels: int,
 ) -> None:  # fmt: skip
     toy_task(labels=labels)
-    refused(toy_run(given_teacher=given(own)), ModelError, f"the model has {own} labels")
+    assert_refused(
+        toy_run(given_teacher=make_teacher(model_labels)), ModelError, f"the model has {model_labels} labels"
+    )
 
 
 def test_a_teacher_that_is_not_there_is_refused(toy_run: Callable[..., Run], tmp_path: Path) -> None:
-    refused(toy_run(given_teacher=str(tmp_path / "gone")), ModelError, "cannot load the model")
+    assert_refused(toy_run(given_teacher=str(tmp_path / "gone")), ModelError, "cannot load the model")
 
 
 def test_rows_longer_than_the_model_allows_are_refused(
-    toy_run: Callable[..., Run], toy_task: Callable[..., Task], given: Callable[..., str]
+    toy_run: Callable[..., Run], toy_task: Callable[..., Task], make_teacher: Callable[..., str]
 ) -> None:
     toy_task(build=False)
-    source = given(max_position_embeddings=5)
-    refused(toy_run(model=source), DataError, "the model has 5 positions")
-    refused(toy_run(given_teacher=source, folder="other"), DataError, "the model has 5 positions")
+    source = make_teacher(max_position_embeddings=5)
+    assert_refused(toy_run(model=source), DataError, "the model has 5 positions")
+    assert_refused(toy_run(given_teacher=source, folder="other"), DataError, "the model has 5 positions")
 
 
 @pytest.mark.parametrize("empty", ["train", "dev"])
@@ -194,7 +196,7 @@ def test_an_empty_split_is_refused(
     task = toy_task()
     splits = {"train": toys.rows(8), "dev": toys.rows(8)} | {empty: Rows([], None, [])}
     toys.register(replace(task.dataset, load=lambda _data, _seed: splits))
-    refused(toy_run(), DataError, f"no rows in its {empty} split")
+    assert_refused(toy_run(), DataError, f"no rows in its {empty} split")
 
 
 def test_one_class_only_is_refused(toy_run: Callable[..., Run], toy_task: Callable[..., Task], toys: Any) -> None:
@@ -202,7 +204,7 @@ def test_one_class_only_is_refused(toy_run: Callable[..., Run], toy_task: Callab
 
     splits = {"train": Rows(["a", "the"], None, [1, 1]), "dev": toys.rows(8)}
     toys.register(replace(toy_task().dataset, load=lambda _data, _seed: splits))
-    refused(toy_run(), DataError, "every training row of 'toy' has the label 'good'")
+    assert_refused(toy_run(), DataError, "every training row of 'toy' has the label 'good'")
 
 
 def test_an_unsupported_architecture_is_refused_before_it_is_trained(
@@ -214,8 +216,8 @@ def test_an_unsupported_architecture_is_refused_before_it_is_trained(
         return toys.classifier("albert", embedding_size=16), toys.tokenizer()
 
     toys.register(replace(toy_task().dataset, build=build))
-    refused(toy_run(), ModelError, "'albert' is not supported")
+    assert_refused(toy_run(), ModelError, "'albert' is not supported")
 
 
 def test_an_unknown_task_is_refused(toy_run: Callable[..., Run]) -> None:
-    refused(toy_run(task="toyy"), UnknownName, "no task 'toyy'")
+    assert_refused(toy_run(task="toyy"), UnknownName, "no task 'toyy'")

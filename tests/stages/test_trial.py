@@ -34,8 +34,8 @@ def test_the_tested_families_are_those_of_the_tests(toys: ModuleType) -> None:
 def test_one_that_cannot_be_exported_is_refused_at_once(
     xlnet: Path, rows_file: Path, tmp_path: Path, spdtool: Callable[..., Any]
 ) -> None:
-    words = ["--data", rows_file, "--model", xlnet, "--run", tmp_path / "run", "--device", "cpu"]
-    result = spdtool("compress", *words)
+    arguments = ["--data", rows_file, "--model", xlnet, "--run", tmp_path / "run", "--device", "cpu"]
+    result = spdtool("compress", *arguments)
     assert (result.exit_code, result.exception.__class__) == (2, SystemExit), result.output
     message = " ".join(result.stderr.split())
     assert "'xlnet' does not go through export, tried with two random layers: torch.onnx cannot" in message
@@ -60,21 +60,21 @@ def test_one_without_linear_layers_is_told_so_and_what_to_try(
 def test_only_another_family_is_tried_and_whatever_it_raises_is_an_error_for_the_user(
     toys: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tried: list[tuple[str, bool, tuple[str, ...]]] = []
+    calls: list[tuple[str, bool, tuple[str, ...]]] = []
 
     def run_stage(run: Any, stage: str) -> None:
-        tried.append((stage, run.recipe.smoke, run.recipe.export.targets))
+        calls.append((stage, run.recipe.smoke, run.recipe.export.targets))
         if stage == "distill":
             raise KeyError("a head that is not there")
 
     monkeypatch.setattr(trial, "run_stage", run_stage)
     task = task_of(toys.dataset(build=False))
-    strange, known = toys.classifier("roformer").config, toys.classifier("bert").config
+    untested_config, tested_config = toys.classifier("roformer").config, toys.classifier("bert").config
     recipe = toys.recipe('export.targets=["onnx", "onnx-int8"]')
-    trial.try_families(recipe, task, (known, known))
-    assert tried == []
+    trial.try_families(recipe, task, (tested_config, tested_config))
+    assert calls == []
     with pytest.raises(ModelError, match="'roformer' does not go through distill, .* 'a head that is not there'"):
-        trial.try_families(recipe, task, (known, strange))
-    assert tried == [(stage, True, ("onnx",)) for stage in ("teacher", "prune", "distill")]
-    trial.try_families(recipe.model_copy(update={"smoke": True}), task, (strange,))
-    assert len(tried) == 3, "a smoke run is a trial itself"
+        trial.try_families(recipe, task, (tested_config, untested_config))
+    assert calls == [(stage, True, ("onnx",)) for stage in ("teacher", "prune", "distill")]
+    trial.try_families(recipe.model_copy(update={"smoke": True}), task, (untested_config,))
+    assert len(calls) == 3, "a smoke run is a trial itself"

@@ -22,12 +22,12 @@ EPOCHS = ("prune.events=1", *(f"{stage}.epochs=2" for stage in ("teacher", "prun
 @pytest.mark.slow
 def test_a_trimmed_student_answers_kept_texts_as_the_whole_one(toy_run: Callable[..., Run]) -> None:
     run = toy_run(*EPOCHS, "max_rows=3", "finetune.vocabulary=data", until="export")
-    whole = toy_run(*EPOCHS, "max_rows=3", until="finetune", folder="whole")
+    full_run = toy_run(*EPOCHS, "max_rows=3", until="finetune", folder="whole")
     record = run.training_result("finetune").vocabulary
     assert record is not None
-    assert whole.training_result("finetune").vocabulary is None
-    models = [load_model(each.path / "finetune") for each in (run, whole)]
-    tokenizers = [load_tokenizer(each.path / "finetune") for each in (run, whole)]
+    assert full_run.training_result("finetune").vocabulary is None
+    models = [load_model(each_run.path / "finetune") for each_run in (run, full_run)]
+    tokenizers = [load_tokenizer(each_run.path / "finetune") for each_run in (run, full_run)]
     assert models[0].config.vocab_size == record.tokens == len(tokenizers[0])
     assert record.tokens < record.tokens_before == models[1].config.vocab_size
     texts = list(find_task(run.recipe).read_rows(run.recipe)["train"].first)

@@ -221,14 +221,14 @@ def test_intermediate_students_are_rows_of_the_table(planned, tmp_path):
 @pytest.mark.slow
 def test_the_command_shows_a_table_and_says_what_failed_by_its_exit_code(planned, toy_task, spdtool, tmp_path):
     toy_task("empty", train=0)
-    words = ["--epochs", 3, "--sparsities", 0.5, "--seeds", 0, "--out", tmp_path / "s"]
-    words += [word for assignment in QUICK for word in ("--set", assignment)]
-    result = spdtool("sweep", "--tasks", "toy", *words)
+    arguments = ["--epochs", 3, "--sparsities", 0.5, "--seeds", 0, "--out", tmp_path / "s"]
+    arguments += [word for assignment in QUICK for word in ("--set", assignment)]
+    result = spdtool("sweep", "--tasks", "toy", *arguments)
     assert result.exit_code == 0, result.output
     assert "kept on average" in result.output
     assert (tmp_path / "s" / "pareto-toy-nonzeros.png").is_file()
     assert "prune 3/" not in result.output  # the lines of the stages are kept back
-    failing = spdtool("sweep", "--tasks", "toy,empty", *words, "--json")
+    failing = spdtool("sweep", "--tasks", "toy,empty", *arguments, "--json")
     assert failing.exit_code == 3
     assert [row["status"] for row in json.loads(failing.stdout)] == ["done", "failed"]
     shown = spdtool("report", tmp_path / "s", "--json")
@@ -238,15 +238,15 @@ def test_the_command_shows_a_table_and_says_what_failed_by_its_exit_code(planned
 
 
 @pytest.mark.parametrize(
-    ("words", "named"),
+    ("arguments", "named"),
     [
         (["--tasks", "toy", "--seeds", "0,x"], "--seeds '0,x' is no list of whole numbers"),
         (["--tasks", ","], "--tasks is empty"),
         (["--tasks", "toy", "--sparsities", "many"], "no list of numbers"),
     ],
 )
-def test_the_command_refuses_lists_that_are_none(spdtool, words, named):
-    result = spdtool("sweep", *words)
+def test_the_command_refuses_lists_that_are_none(spdtool, arguments, named):
+    result = spdtool("sweep", *arguments)
     assert result.exit_code == 2
     assert named in result.stderr
 
