@@ -1,4 +1,4 @@
-"""The doctor: honest about what works, and not to be killed by what does not."""
+"""`spdtool doctor` reports what works on this machine, and survives every broken component."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from spdtool.export import onnx_session
 
 @pytest.fixture
 def checks_by_name(clean_plugins: None) -> Callable[[], dict[str, Check]]:
-    """`look()`: every check by its name."""
+    """Return a function that runs every check of the doctor and maps names to results."""
     return lambda: {check.name: check for check in examine()}
 
 
@@ -167,7 +167,7 @@ def test_an_old_python_is_a_failure(
 
 
 class TestSparseCpu:
-    """The plugin that makes zeros pay, or what is missing of it."""
+    """The operator library sparse-cpu: installed, missing, or not compiled."""
 
     def install(self, monkeypatch: pytest.MonkeyPatch, **module: Any) -> None:
         library = plugins.Library("spdtool-sparse-cpu", "0.1.0", SimpleNamespace(**module))

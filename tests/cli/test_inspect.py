@@ -1,4 +1,4 @@
-"""What a run folder says of itself: lineage by hash, sparsity by layer, and damage."""
+"""`spdtool inspect`: lineage by hash, sparsity by layer, and damaged files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_every_stage_has_a_row_with_its_state(run: Run) -> None:
     assert states == finished | {"finetune": "in", "export": "missing", "bench": "missing"}
 
 
-def test_the_lineage_is_that_of_the_records(run: Run) -> None:
+def test_the_lineage_follows_the_records(run: Run) -> None:
     digest = {stage: sha256(run.path / stage / "stage.json")[:8] for stage in ("teacher", "prune", "distill")}
     rows = {line.stage: line for line in inspect_run(run).stages}
     assert rows["prune"].state == f"done {digest['prune']}"

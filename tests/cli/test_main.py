@@ -1,4 +1,4 @@
-"""The command line as a user meets it: JSON on every command, bad input, and what the machine refuses."""
+"""The command line: JSON of every command, bad input, and errors of the machine."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_python_without_docstrings_is_refused() -> None:
     assert "Traceback" not in process.stderr
 
 
-def test_grafting_is_said_to_be_off_where_the_recipe_has_none(spdtool: Call) -> None:
+def test_a_recipe_without_grafting_reports_it_as_off(spdtool: Call) -> None:
     assert "grafting: off in this recipe" in spdtool("recipes", "default").stdout
     assert "grafting: on in prune and distill" in spdtool("recipes", "spd").stdout
 
@@ -129,7 +129,7 @@ def test_doctor_fails_when_a_check_does(spdtool: Call, monkeypatch: pytest.Monke
 
 
 @pytest.mark.usefixtures("clean_plugins")
-def test_a_plugins_folder_adds_parts_and_lists_what_failed(spdtool: Call, tmp_path: Path) -> None:
+def test_a_plugins_folder_adds_its_plugins_and_lists_failures(spdtool: Call, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "from spdtool.plugins import criteria\n"
         "@criteria.register('mine')\n"
@@ -147,7 +147,7 @@ def test_a_plugins_folder_adds_parts_and_lists_what_failed(spdtool: Call, tmp_pa
 
 
 def copy(source: Path, target: Path, **fields: Any) -> Path:
-    """A copy of a model folder whose config.json has `changed` in it."""
+    """Copy a model folder and set `fields` in its config.json."""
     shutil.copytree(source, target)
     config = json.loads((target / "config.json").read_text())
     (target / "config.json").write_text(json.dumps(config | fields))
@@ -359,7 +359,7 @@ def test_a_folder_in_which_another_process_works(
     assert not (run / "finetune").exists()
 
 
-def test_a_signal_during_training_saves_and_says_how_to_go_on(
+def test_a_signal_during_training_saves_and_names_the_command_to_resume(
     spdtool: Call, quick_words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ("teacher", *quick_words, "--run", tmp_path / "run")
@@ -390,7 +390,7 @@ def test_no_permission(spdtool: Call, quick_words: tuple[str, ...], tmp_path: Pa
 
 
 def assert_refused(result: Any, *messages: str) -> None:
-    """The call ended with exit code 2, and said each of `messages` without a traceback."""
+    """Require exit code 2 and each of `messages` on stderr, without a traceback."""
     assert result.exit_code == 2, result.output
     assert result.exception is None or isinstance(result.exception, SystemExit)
     said = " ".join(result.stderr.replace("│", " ").split())
@@ -399,7 +399,7 @@ def assert_refused(result: Any, *messages: str) -> None:
     assert "Traceback" not in result.output
 
 
-def test_the_plan_tells_how_the_rows_were_read(spdtool: Call, quick_words: tuple[str, ...], tmp_path: Path) -> None:
+def test_the_plan_reports_how_the_rows_were_read(spdtool: Call, quick_words: tuple[str, ...], tmp_path: Path) -> None:
     rows = [f"row {i % 33},{('pos', 'neg', 'NA')[i % 3]}" for i in range(66)]
     (tmp_path / "mine.csv").write_text("\n".join(["text,label", *rows]) + "\n", "utf-8")
     arguments = ("compress", "--data", tmp_path / "mine.csv", *quick_words[2:], "--run", tmp_path / "run", "--dry-run")
@@ -416,7 +416,7 @@ def test_the_plan_tells_how_the_rows_were_read(spdtool: Call, quick_words: tuple
     )
 
 
-def test_the_plan_is_short_and_all_of_it_is_there_on_request(
+def test_the_plan_is_short_unless_all_of_it_is_requested(
     spdtool: Call, quick_words: tuple[str, ...], tmp_path: Path
 ) -> None:
     arguments = ("compress", *quick_words, "--run", tmp_path / "run", "--dry-run")
@@ -452,7 +452,7 @@ def test_a_run_says_that_zeros_save_nothing_where_no_operators_are_installed(
 
 
 def numbers(folder: Path) -> Path:
-    """A file of whole numbers as labels."""
+    """Write a data file whose labels are whole numbers."""
     (folder / "stars.csv").write_text("text,label\n" + "".join(f"row {i},{i % 5}\n" for i in range(60)), "utf-8")
     return folder / "stars.csv"
 
@@ -481,7 +481,7 @@ def test_rows_that_change_between_stages_are_refused_until_all_is_redone(
 
 @pytest.fixture
 def foreign_checkpoint(compressed: Path, tmp_path: Path) -> Path:
-    """A sparse checkpoint that comes from somewhere else."""
+    """A sparse checkpoint without the record of a stage, as from another tool."""
     folder = shutil.copytree(compressed / "finetune", tmp_path / "theirs")
     (folder / "stage.json").unlink()
     return folder
@@ -520,7 +520,7 @@ def test_export_of_any_checkpoint_on_data(
     assert (tmp_path / "out/onnx/model.onnx").is_file()
 
 
-def test_an_export_that_was_asked_for_wrongly(spdtool: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export_refuses_bad_arguments(spdtool: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     calls: dict[tuple[str, ...], tuple[str, ...]] = {
         (): ("neither --run nor --from was given", "--from CHECKPOINT"),
@@ -562,7 +562,7 @@ class OutOfMemoryError(RuntimeError):
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
 )
-def test_what_stops_a_stage_is_told_without_a_traceback(
+def test_errors_that_stop_a_stage_are_reported_without_a_traceback(
     spdtool: Call,
     quick_words: tuple[str, ...],
     tmp_path: Path,
@@ -584,7 +584,7 @@ def test_what_stops_a_stage_is_told_without_a_traceback(
     assert spdtool("teacher", *quick_words, "--run", tmp_path / "run").exit_code == 0
 
 
-def test_a_bug_of_ours_keeps_its_traceback(spdtool: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_exception_keeps_its_traceback(spdtool: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise ZeroDivisionError("ours")
 
@@ -602,7 +602,7 @@ def test_a_refused_result_has_an_exit_code_of_its_own(spdtool: Call, monkeypatch
     assert spdtool("doctor").exit_code == 3
 
 
-def test_every_error_of_the_tree_exits_with_two_or_three() -> None:
+def test_every_error_class_exits_with_two_or_three() -> None:
     def tree(kind: type[SpdError]) -> list[type[SpdError]]:
         return [kind, *(inner for child in kind.__subclasses__() for inner in tree(child))]
 

@@ -1,4 +1,4 @@
-"""The probe of this process's arithmetic: the same for the same, another for another, and without a trace."""
+"""The probe of the arithmetic: reproducible, sensitive to one bit, and without side effects."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def probe_anew() -> str:
     return probe_arithmetic()
 
 
-def test_it_repeats_and_leaves_the_generators_alone() -> None:
+def test_the_probe_repeats_and_does_not_advance_the_random_generators() -> None:
     state = torch.get_rng_state()
     first = probe_anew()
     assert torch.equal(torch.get_rng_state(), state)
@@ -22,7 +22,7 @@ def test_it_repeats_and_leaves_the_generators_alone() -> None:
         assert probe_anew() == first
 
 
-def test_one_bit_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_change_of_one_bit_changes_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     first = probe_anew()
     numbers = arithmetic._numbers
     with monkeypatch.context() as patch:

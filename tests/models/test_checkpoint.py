@@ -1,4 +1,4 @@
-"""A checkpoint is opened only if its files are those of one whole, finite, float model of its config.json."""
+"""Opening a checkpoint requires complete, finite, floating-point weights that match its config.json."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> Pa
 
 
 def rewrite(folder: Path, change: Callable[[Weights], Weights | None]) -> None:
-    """Save the weights of a folder again after `change`, which alters them in place or returns others."""
+    """Apply `change` to the weights of a folder and save them; it edits in place or returns new ones."""
     file = folder / "model.safetensors"
     weights = {name: weight.clone() for name, weight in load_file(file).items()}
     save_file(change(weights) or weights, file, metadata={"format": "pt"})
@@ -138,9 +138,7 @@ REFUSED: list[tuple[str, Callable[[Path], None], tuple[str, ...], str]] = [
 ]
 
 
-def test_what_is_no_whole_model_is_refused_by_name_whether_it_is_planned_or_loaded(
-    checkpoint: Path, tmp_path: Path
-) -> None:
+def test_incomplete_models_are_refused_when_planned_and_when_loaded(checkpoint: Path, tmp_path: Path) -> None:
     for number, (case, change, message, hint) in enumerate(REFUSED):
         folder = shutil.copytree(checkpoint, tmp_path / str(number))
         change(folder)
@@ -153,7 +151,7 @@ def test_what_is_no_whole_model_is_refused_by_name_whether_it_is_planned_or_load
 
 
 def wrap(prefix: str, segment: str = "") -> Callable[[Path], None]:
-    """Put a wrapper's name in front of every name, or before the segment `at`."""
+    """Prefix every weight name, or insert the prefix before `segment`."""
 
     def change(weights: Weights) -> Weights:
         return {
@@ -163,7 +161,7 @@ def wrap(prefix: str, segment: str = "") -> Callable[[Path], None]:
     return lambda folder: rewrite(folder, change)
 
 
-def test_the_names_of_a_wrapped_model_lose_the_wrapper_and_no_bit(checkpoint: Path, tmp_path: Path) -> None:
+def test_wrapper_prefixes_are_removed_and_the_weights_stay_the_same(checkpoint: Path, tmp_path: Path) -> None:
     expected = load_model(checkpoint).state_dict()
     wrappers = [
         wrap("_orig_mod."),
@@ -190,7 +188,7 @@ HARMLESS: dict[str, tuple[int, ...]] = {
 }
 
 
-def test_what_older_versions_and_pretraining_left_is_not_refused(checkpoint: Path, tmp_path: Path) -> None:
+def test_leftover_weights_of_older_versions_and_pretraining_are_accepted(checkpoint: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(checkpoint, tmp_path / "old")
     rewrite(folder, lambda weights: weights | {name: torch.ones(shape) for name, shape in HARMLESS.items()})
     assert open_checkpoint(folder, finetuned=True).files

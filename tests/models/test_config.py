@@ -1,4 +1,4 @@
-"""config.json: labels that contradict themselves are refused, and switches of `forward` are set back."""
+"""config.json: contradictory labels are refused, and switches of `forward` are reset."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def configure(source: Path, folder: Path, **fields: Any) -> Path:
     return folder
 
 
-def test_labels_are_read_from_whichever_side_names_them(checkpoint: Path, tmp_path: Path) -> None:
+def test_labels_are_read_from_id2label_or_label2id(checkpoint: Path, tmp_path: Path) -> None:
     cases: list[tuple[Any, Any, list[str]]] = [
         (AB, {"a": 0, "b": 1}, ["a", "b"]),
         (AB, None, ["a", "b"]),
@@ -82,7 +82,7 @@ def test_switches_of_the_forward_pass_are_set_back(checkpoint: Path, tmp_path: P
     assert config._attn_implementation == "sdpa"
 
 
-def test_the_kind_of_labels_must_be_the_tasks(checkpoint: Path, tmp_path: Path) -> None:
+def test_the_problem_type_must_match_the_task(checkpoint: Path, tmp_path: Path) -> None:
     for stored, expected in (
         ("multi_label_classification", "single_label_classification"),
         ("regression", "single_label_classification"),
@@ -103,7 +103,7 @@ def test_the_kind_of_labels_must_be_the_tasks(checkpoint: Path, tmp_path: Path) 
     check_problem_type(tmp_path / "one", config, "regression")  # of one output there is nothing to choose
 
 
-def test_a_model_of_another_kind_is_called_by_it(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_model_for_another_task_is_refused_by_its_task(checkpoint: Path, tmp_path: Path) -> None:
     for architecture, kind in (
         ("BertForTokenClassification", "token classification"),
         ("BertForQuestionAnswering", "question answering"),

@@ -32,7 +32,7 @@ def test_a_layer_that_cannot_come_first_is_refused() -> None:
     assert "keep the first layer" in str(error.value.hint)
 
 
-def test_one_number_spreads_that_many_layers_evenly() -> None:
+def test_a_single_number_selects_that_many_evenly_spread_layers() -> None:
     assert choose_layers([3], 6) == [2, 4, 6]
     assert choose_layers([4], 12) == [3, 6, 9, 12]
     assert choose_layers([1, 4], 6) == [1, 4]

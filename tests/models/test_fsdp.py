@@ -1,4 +1,4 @@
-"""Sharded parameters: each rank keeps its rows, and gathers the others; unsharded ones are untouched."""
+"""Sharded parameters: each rank stores its rows and gathers the others."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ RANKS = 3
 
 
 def model() -> nn.Sequential:
-    """A first layer of 7 rows, which three processes do not share evenly, and a head of two, of which one has none."""
+    """Build a model whose rows do not divide by three ranks: 7 rows, then 2, so that one rank gets none."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 2))
 
 
 def run_rank(number: int, port: int, folder: Path) -> None:
-    """Run the checks on one rank; an error goes into a file, for the parent process to read."""
+    """Run the checks on one rank; write an error to a file for the parent process."""
     warnings.simplefilter("ignore")
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
@@ -79,7 +79,7 @@ def check_rows(number: int) -> None:
 
 
 def check_grafts(architecture: str, number: int) -> None:
-    """A student onto which some layers of its teacher are grafted: gradients and logits as without sharding."""
+    """Compare gradients and logits of a grafted student with and without sharding."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
     import toys
 
@@ -135,7 +135,7 @@ def test_rows_and_gathered_tensors_of_three_processes(tmp_path: Path) -> None:
     assert [(tmp_path / str(number)).read_text() for number in range(RANKS)] == ["well"] * RANKS
 
 
-def test_what_is_not_sharded_is_whole() -> None:
+def test_an_unsharded_parameter_is_returned_whole() -> None:
     weight = nn.Parameter(torch.tensor([[1.0, 0.0], [3.0, 4.0]]))
     assert fsdp.local_rows(weight).data_ptr() == weight.data_ptr()
     assert not fsdp.local_rows(weight).requires_grad
@@ -146,7 +146,7 @@ def test_what_is_not_sharded_is_whole() -> None:
     assert fsdp.gather_state_dict(nn.Linear(2, 2), keep=True) is None
 
 
-def test_what_sharded_weights_cannot_do_is_refused_at_once() -> None:
+def test_settings_incompatible_with_sharding_are_refused_at_once() -> None:
     for setting in (
         {"compile": True},
         {"precision": "fp16"},
@@ -159,7 +159,7 @@ def test_what_sharded_weights_cannot_do_is_refused_at_once() -> None:
             Recipe.model_validate(setting | {"shard": True})
 
 
-def test_the_refusal_is_told_as_one_line() -> None:
+def test_the_refusal_is_one_line() -> None:
     with pytest.raises(RecipeError) as error:
         build_recipe("default", {"task": "demo"}, ["shard=true", "compile=true"])
     assert error.value.message == "sharded weights do not go with compile=true"
@@ -172,6 +172,6 @@ def test_accelerate_does_not_shard_behind_our_back(monkeypatch: pytest.MonkeyPat
     assert "--set shard=true" in (error.value.hint or "")
 
 
-def test_one_process_says_that_it_keeps_everything(capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_process_ignores_sharding_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     create_accelerator(Recipe(device="cpu", shard=True))
     assert "shard is ignored" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The int8 arithmetic: written out number by number once, and held to its bounds."""
+"""The int8 arithmetic, against plain code for single numbers and against its error bounds."""
 
 from __future__ import annotations
 

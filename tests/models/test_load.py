@@ -42,7 +42,7 @@ def checkpoint(tmp_path: Path, tiny_bert: Callable[..., Any], tiny_tokenizer: An
 
 @pytest.fixture
 def headless(tmp_path: Path, tiny_bert: Callable[..., Any], tiny_tokenizer: Any) -> Path:
-    """A pretrained encoder: its head is for another job."""
+    """A pretrained encoder with the head of masked language modelling."""
     BertForMaskedLM(tiny_bert(3).config).save_pretrained(tmp_path / "headless")
     tiny_tokenizer.save_pretrained(tmp_path / "headless")
     return tmp_path / "headless"
@@ -53,7 +53,7 @@ def have_same_weights(model: nn.Module, reference: nn.Module) -> bool:
     return weights.keys() == expected.keys() and all(torch.equal(weights[name], expected[name]) for name in weights)
 
 
-def test_what_was_saved_is_loaded_and_stock_transformers_reads_the_same(
+def test_a_saved_model_loads_equally_here_and_in_stock_transformers(
     checkpoint: Path, tiny_bert: Callable[..., Any]
 ) -> None:
     model = load_model(checkpoint)
@@ -86,7 +86,7 @@ def test_a_new_head_may_replace_one_of_another_size(checkpoint: Path) -> None:
     assert load_model(checkpoint, labels=("a", "b", "c")).classifier.out_features == 3
 
 
-def test_a_pretrained_encoder_is_no_teacher(headless: Path) -> None:
+def test_a_pretrained_encoder_is_refused_as_a_teacher(headless: Path) -> None:
     with pytest.raises(ModelError, match="no fine-tuned classifier: its config names BertForMaskedLM") as error:
         load_model(headless)
     assert "--model" in str(error.value.hint)
@@ -159,7 +159,7 @@ def test_a_damaged_tokenizer_is_refused(checkpoint: Path) -> None:
         load_tokenizer(checkpoint)
 
 
-def test_dropout_is_replaced_while_training_and_put_back_in_what_is_saved(
+def test_dropout_is_replaced_while_training_and_restored_in_the_checkpoint(
     checkpoint: Path, tmp_path: Path, tiny_tokenizer: Any
 ) -> None:
     model = load_model(checkpoint, dropout=0.4)
@@ -191,7 +191,7 @@ def test_an_empty_teacher_has_the_shapes_and_no_weights(checkpoint: Path, toy_ta
 
 
 class TestFill:
-    """Arrays into the parameters of their names."""
+    """`fill_weights` copies named arrays into the parameters of a model."""
 
     def test_every_weight_comes_back(self, tmp_path: Path, toys: ModuleType) -> None:
         model = toys.bert(seed=1)

@@ -1,4 +1,4 @@
-"""Linear layers through oneDNN: the same outputs and gradients as torch's, up to rounding, and the same names."""
+"""Linear layers on oneDNN: outputs and gradients equal torch's up to rounding; names do not change."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_outputs_and_gradients_are_torchs() -> None:
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4, msg=lambda m, c=case: f"{c}: {m}")
 
 
-def test_only_what_needs_a_gradient_gets_one() -> None:
+def test_only_inputs_and_weights_that_require_gradients_get_them() -> None:
     _, converted = make_pair()
     converted.requires_grad_(False)
     x = torch.randn(16, 24, requires_grad=True)
@@ -79,7 +79,7 @@ def test_names_copies_and_hooks_stay() -> None:
     assert calls == [1, 1]
 
 
-def test_where_it_is_not_faster_layers_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_are_not_converted_where_onednn_is_not_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onednn, "is_faster", lambda: False)
     layer = nn.Linear(24, 40)
     onednn.use_onednn(layer)

@@ -1,4 +1,4 @@
-"""A mask that knows whether there is padding: every family computes with it what it computes with a plain one."""
+"""PaddingMask stores whether a batch is padded; every family computes the same with it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def mask(*lengths: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("lengths", "unpadded"), [((3, 3), True), ((3, 2), False)])
-def test_it_is_asked_what_was_known_and_stays_itself_in_another_type(lengths: Any, unpadded: bool) -> None:
+def test_all_answers_from_the_known_padding_and_the_class_survives_a_cast(lengths: Any, unpadded: bool) -> None:
     batch = evaluation.to_device({"attention_mask": mask(*lengths), "labels": np.zeros(2)}, "cpu")
     for form in (batch["attention_mask"], batch["attention_mask"].to(torch.bool), batch["attention_mask"].bool()):
         assert bool(form.all()) is bool(torch.all(form)) is unpadded
@@ -29,7 +29,7 @@ def test_it_is_asked_what_was_known_and_stays_itself_in_another_type(lengths: An
     assert type(batch["labels"]) is torch.Tensor
 
 
-def test_what_is_computed_from_it_is_an_ordinary_tensor() -> None:
+def test_results_computed_from_the_mask_are_ordinary_tensors() -> None:
     padding_mask = PaddingMask.of(torch.from_numpy(mask(3, 2)), unpadded=False)
     for result in (
         padding_mask == 1,
@@ -44,7 +44,7 @@ def test_what_is_computed_from_it_is_an_ordinary_tensor() -> None:
 
 @pytest.mark.parametrize("eager", [True, False])
 @pytest.mark.parametrize("architecture", FAMILIES)
-def test_every_family_computes_the_same_with_it(toys: Any, architecture: str, eager: bool) -> None:
+def test_every_family_computes_the_same_with_a_padding_mask(toys: Any, architecture: str, eager: bool) -> None:
     model = toys.classifier(architecture, eager=eager)
     install_capture_hooks(model)
     assert set(toys.ARCHITECTURES) == set(FAMILIES)

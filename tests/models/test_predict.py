@@ -1,4 +1,4 @@
-"""Predictions: in the order of the rows, from a torch model and an ONNX session alike."""
+"""Predictions of torch models and ONNX sessions, in the order of the rows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from spdtool.tasks.task import Task
 
 
 def logits_of(batch: Batch) -> np.ndarray:
-    """Stand for a model whose logits tell which row it saw."""
+    """Return logits that identify the row, in place of a model."""
     total = (batch["input_ids"] * batch["attention_mask"]).sum(1)
     return np.stack([total, -total], axis=1).astype(np.float32)
 

@@ -1,4 +1,4 @@
-"""A model without its dead heads and neurons computes what it computed with them, in every family."""
+"""Removing dead heads and neurons leaves the outputs of every family unchanged."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DEAD = (((1,), 32), ((0, 1), 64), ((), 5))
 
 @torch.no_grad()
 def kill(model: Any, dead: Sequence[tuple[Sequence[int], int]]) -> Any:
-    """Set heads and neurons of a model to zero, and give every bias values; neurons die at odd positions first."""
+    """Zero the given heads and numbers of neurons (odd positions first); give every bias nonzero values."""
     for number, (name, parameter) in enumerate(model.named_parameters()):
         if name.endswith("bias"):
             parameter.copy_(torch.linspace(-0.3, 0.4, parameter.numel()).roll(number))

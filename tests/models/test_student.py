@@ -1,4 +1,4 @@
-"""The student beside its teacher: what the plan counts and refuses before anything is spent."""
+"""A student of another shape than its teacher: what the plan counts and what it refuses."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ MakeRun = Callable[..., Run]
 
 
 @pytest.fixture
-def small(toys: Any, tmp_path: Path) -> Callable[..., str]:
-    """`small(layers=1, hidden_size=16)`: the folder of a smaller BERT classifier with the toys' tokenizer."""
+def make_student(toys: Any, tmp_path: Path) -> Callable[..., str]:
+    """Return `make_student(layers=1, hidden_size=16)`, which saves a smaller BERT classifier and returns its folder."""
 
     def make(**config: Any) -> str:
         model = toys.classifier("bert", **{"hidden_size": 16, "intermediate_size": 24, "layers": 1} | config)
@@ -40,8 +40,8 @@ def small(toys: Any, tmp_path: Path) -> Callable[..., str]:
     return make
 
 
-def test_the_plan_counts_the_students_weights(toy_run: MakeRun, small: Any) -> None:
-    folder = small()
+def test_the_plan_counts_the_students_weights(toy_run: MakeRun, make_student: Any) -> None:
+    folder = make_student()
     parameters = planning.make_plan(toy_run(student=folder, sparsity=0.3)).parameters
     model = load_model(folder)
     sizes = [weight.numel() for weight in find_prunable_weights(model).values()]
@@ -50,17 +50,19 @@ def test_the_plan_counts_the_students_weights(toy_run: MakeRun, small: Any) -> N
     assert parameters.zeros == sum(zeros_in(size, 0.3) for size in sizes)
 
 
-def test_a_smaller_student_needs_less_memory_and_relations_and_blends_more(toy_run: MakeRun, small: Any) -> None:
+def test_memory_falls_with_a_smaller_student_and_grows_with_relations_and_blends(
+    toy_run: MakeRun, make_student: Any
+) -> None:
     def bytes_of(*sets: str, **flags: Any) -> int:
         return int(planning.make_plan(toy_run(*sets, **flags)).estimate.memory_bytes)
 
     copy = bytes_of()
-    assert bytes_of(student=small()) < copy
+    assert bytes_of(student=make_student()) < copy
     assert bytes_of("prune.loss.relation=1", "prune.loss.relation_heads=8") > copy
     assert bytes_of("prune.grafting.kind=blend") > copy
 
 
-def test_a_copy_is_the_empty_teacher(toy_run: MakeRun) -> None:
+def test_a_student_that_copies_the_teacher_is_planned_as_the_teacher(toy_run: MakeRun) -> None:
     recipe = toy_run().recipe
     task = find_task(recipe)
     teacher = build_empty_teacher(recipe, task)
@@ -84,10 +86,10 @@ def test_a_copy_is_the_empty_teacher(toy_run: MakeRun) -> None:
         ("max_length=64", {"max_position_embeddings": 20}, ModelError, "20 positions, and rows may have 64 tokens"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_the_plan(
-    toy_run: MakeRun, small: Any, setting: str, config: dict[str, Any], error: type[Exception], message: str
+def test_settings_that_do_not_fit_the_student_are_refused_by_the_plan(
+    toy_run: MakeRun, make_student: Any, setting: str, config: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    run = toy_run(setting, student=small(**config))
+    run = toy_run(setting, student=make_student(**config))
     with pytest.raises(error, match=message):
         planning.make_plan(run)
     with pytest.raises(error, match=message):
@@ -95,8 +97,8 @@ def test_what_does_not_fit_is_refused_by_the_plan(
     assert not run.path.exists()
 
 
-def test_another_vocabulary_is_refused_by_the_plan(toy_run: MakeRun, small: Any) -> None:
-    folder = Path(small())
+def test_another_vocabulary_is_refused_by_the_plan(toy_run: MakeRun, make_student: Any) -> None:
+    folder = Path(make_student())
     file = folder / "tokenizer.json"
     file.write_text(file.read_text("utf-8").replace('"quite"', '"rather"'), "utf-8")
     with pytest.raises(
@@ -105,9 +107,9 @@ def test_another_vocabulary_is_refused_by_the_plan(toy_run: MakeRun, small: Any)
         planning.make_plan(toy_run(student=str(folder)))
 
 
-def test_a_new_head_that_would_stay_random_is_refused_by_the_plan(toy_run: MakeRun, small: Any) -> None:
-    planning.make_plan(toy_run("prune.train=layers", student=small()))
-    for student in ("pretrained", small(num_labels=3), small(id2label={0: "cat", 1: "dog"})):
+def test_a_new_head_that_would_stay_random_is_refused_by_the_plan(toy_run: MakeRun, make_student: Any) -> None:
+    planning.make_plan(toy_run("prune.train=layers", student=make_student()))
+    for student in ("pretrained", make_student(num_labels=3), make_student(id2label={0: "cat", 1: "dog"})):
         with pytest.raises(RecipeError, match="gets a new head, and prune.train = 'layers' would leave it random"):
             planning.make_plan(toy_run("prune.train=layers", student=student))
 
@@ -124,7 +126,7 @@ def test_a_list_of_layers_for_the_real_depth_is_no_obstacle_to_a_smoke_run(toy_r
 
 
 def test_the_order_of_the_logits(toys: Any) -> None:
-    """A model whose labels have no names of their own is taken to follow the task's order: bad, good."""
+    """Labels without names (LABEL_0, LABEL_1) follow the order of the task: bad, good."""
     task = task_of(toys.dataset())
     for student, teacher, order in (
         (["good", "bad"], ["bad", "good"], [1, 0]),
@@ -144,7 +146,7 @@ def test_layers_stand_in_only_for_layers_of_their_kind(toys: Any) -> None:
     assert not same_architecture(bert, toys.classifier("electra"))
 
 
-def test_columns_are_those_that_both_need(toys: Any) -> None:
+def test_the_tokenizer_with_more_columns_is_chosen(toys: Any) -> None:
     rich, plain = toys.tokenizer(), toys.tokenizer(token_types=False)
     assert (unread_columns(rich), unread_columns(plain)) == (set(), {"token_type_ids"})
     assert choose_tokenizer(plain, rich) is rich

@@ -1,4 +1,4 @@
-"""A tokenizer gives only numbers that lie in the tables of the model beside it."""
+"""Token ids and token types must lie inside the embedding tables of the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A smaller vocabulary: what is kept, and that kept texts are cut and answered as before."""
+"""Trimming the vocabulary: which tokens stay; texts made of them keep their tokens and logits."""
 
 from __future__ import annotations
 

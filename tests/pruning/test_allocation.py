@@ -1,4 +1,4 @@
-"""Allocation: exact totals in every scope, floors, and what they displace, against slow plain code."""
+"""Allocation of zeros: exact totals and floors in every scope, against slow plain code."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from spdtool.pruning.allocation import ALL, allocate, group_by_scope, matrix_typ
 
 
 def random_scores(*sizes: int, seed: int = 0) -> dict[str, Tensor]:
-    """Matrices of these sizes, the later ones with larger scores."""
+    """Draw scores for matrices of these sizes; later matrices get larger scores."""
     draw = torch.Generator().manual_seed(seed)
     return {f"layer.{i}.q": torch.rand(size, generator=draw) * (1 + i) for i, size in enumerate(sizes)}
 
 
 def plain_allocation(scores: dict[str, Tensor], total: int, floors: dict[str, int]) -> dict[str, int]:
-    """Weight by weight, the lowest score first, from matrices that are above their floor."""
+    """Allocate one zero at a time to the lowest score whose matrix is above its floor."""
     counts = dict.fromkeys(scores, 0)
     for _, name in sorted((float(x), name) for name, score in scores.items() for x in score):
         if sum(counts.values()) < total and counts[name] < scores[name].numel() - floors[name]:
@@ -27,7 +27,7 @@ def plain_allocation(scores: dict[str, Tensor], total: int, floors: dict[str, in
     return counts
 
 
-def test_the_count_is_the_nearest_one() -> None:
+def test_the_number_of_zeros_is_rounded_to_the_nearest() -> None:
     sizes, sparsities = (1, 2, 3, 7, 10, 100, 589_824), (0.0, 0.001, 0.3, 0.5, 0.8995, 0.9, 0.999)
     for size, sparsity in itertools.product(sizes, sparsities):
         assert abs(zeros_in(size, sparsity) - size * sparsity) <= 0.5, (size, sparsity)
@@ -48,7 +48,7 @@ def test_a_floor_displaces_zeros_to_the_next_lowest_scores() -> None:
         assert allocation.lowered == {}, case
 
 
-def test_some_matrix_is_clamped_in_those_cases() -> None:
+def test_the_floor_clamps_some_matrix_in_the_tested_cases() -> None:
     assert allocate(random_scores(60, 100, 40, 80), 0.8, "global", 0.05).clamped == {
         "layer.0.q": (60, 57),
         "layer.1.q": (98, 95),
@@ -62,7 +62,7 @@ def test_a_displaced_matrix_can_reach_its_floor_in_turn() -> None:
     assert allocation.clamped == {"a": (10, 7), "b": (10, 7)}
 
 
-def test_a_floor_that_leaves_no_room_is_lowered_and_it_says_so() -> None:
+def test_a_floor_too_high_for_the_target_is_lowered_and_reported() -> None:
     for least in (0.2, 0.5, 0.9):
         allocation = allocate(random_scores(100, 100), 0.9, "global", least)
         assert sum(allocation.zeros.values()) == 180, least
@@ -70,7 +70,7 @@ def test_a_floor_that_leaves_no_room_is_lowered_and_it_says_so() -> None:
         assert allocation.zeros == {"layer.0.q": 90, "layer.1.q": 90}, least
 
 
-def test_the_target_comes_before_one_weight_in_every_matrix() -> None:
+def test_the_target_takes_precedence_over_one_weight_in_every_matrix() -> None:
     allocation = allocate({f"m{i}": torch.rand(3) for i in range(10)}, 0.95, "global", 0.1)
     assert sum(allocation.zeros.values()) == zeros_in(30, 0.95) == 28
     assert set(allocation.lowered) == {ALL}
@@ -113,13 +113,13 @@ def test_ties_go_in_the_order_of_the_matrices_on_every_run() -> None:
     assert allocation.clamped == {"a": (10, 9)}
 
 
-def test_the_dead_count_wherever_they_are_even_below_the_floor() -> None:
+def test_already_dead_weights_count_even_below_the_floor() -> None:
     scores = random_scores(20, 20)
     scores["layer.1.q"][:20] = -math.inf
     assert allocate(scores, 0.6, "global", 0.3).zeros == {"layer.0.q": 4, "layer.1.q": 20}
     assert allocate(scores, 0.25, "global").zeros == {"layer.0.q": 0, "layer.1.q": 20}
 
 
-def test_scores_that_are_no_number_go_last() -> None:
+def test_nan_scores_are_pruned_last() -> None:
     scores = {"a": torch.tensor([math.nan, 3.0, math.nan, 4.0]), "b": torch.tensor([1.0, 2.0, 5.0, 6.0])}
     assert allocate(scores, 0.5, "global").zeros == {"a": 2, "b": 2}

@@ -1,4 +1,4 @@
-"""Criteria: one row each, checked against slow plain code and for what every criterion must give."""
+"""Pruning criteria, one row each, against slow plain code and the contract of every criterion."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OUT, IN = 3, 5
 
 @dataclass
 class Layer:
-    """A layer's weight, [OUT, IN], its gradient at each step, and the tokens that went into it."""
+    """A weight [OUT, IN], its gradients [OUT, IN] of each step, and its input tokens [tokens, IN]."""
 
     weight: Tensor
     gradients: list[Tensor]
@@ -35,7 +35,7 @@ class Layer:
 
 
 def make_layer(dtype: torch.dtype = torch.float32) -> Layer:
-    """Real gradients, by autograd, of a least-squares loss on five batches of random tokens."""
+    """Compute the gradients of a least-squares loss on five batches of random tokens."""
     draw = torch.Generator().manual_seed(0)
     weight = torch.randn(OUT, IN, generator=draw).to(dtype)
     gradients, tokens = [], []
@@ -48,7 +48,7 @@ def make_layer(dtype: torch.dtype = torch.float32) -> Layer:
 
 
 def stats_of(layer: Layer, needs: tuple[str, ...]) -> Stats:
-    """The statistics as they are gathered in a run."""
+    """Gather the statistics of a layer with the observer that a run uses."""
     linear = nn.Linear(IN, OUT, bias=False).to(layer.weight.dtype)
     with torch.no_grad():
         linear.weight.copy_(layer.weight)
@@ -66,7 +66,7 @@ def positions() -> list[tuple[int, int]]:
 
 
 def each(score: Callable[[float, list[float]], float]) -> Callable[[Layer], list[float]]:
-    """A score of each weight alone, from its value and its gradients."""
+    """Score each weight by a function of its value and its gradients."""
     return lambda layer: [score(float(layer.weight[p]), [float(g[p]) for g in layer.gradients]) for p in positions()]
 
 
@@ -94,7 +94,7 @@ def obert(layer: Layer) -> list[float]:
 
 
 def fishers(layer: Layer) -> list[Tensor]:
-    """The Fisher matrix of all weights in float64, cut into blocks of 4; the last one is shorter."""
+    """Return the 4 x 4 diagonal blocks of the Fisher matrix in float64; the last one is shorter."""
     flats = [g.double().flatten() for g in layer.gradients]
     fisher = sum((torch.outer(f, f) for f in flats), torch.zeros(OUT * IN, OUT * IN, dtype=torch.float64)) / len(flats)
     damp = SECTION.dampening * fisher.diagonal().mean()
@@ -127,7 +127,7 @@ PLAIN: dict[str, Callable[[Layer], list[float]]] = {
 
 
 def plain_blocks(layer: Layer, alive: Tensor) -> Tensor:
-    """Each Fisher block by itself: the survivors move by F_ll^-1 F_ld w_d."""
+    """Update each Fisher block on its own: the survivors move by F_ll^-1 F_ld w_d."""
     flat, live = layer.weight.double().flatten(), alive.flatten()
     for number, block in enumerate(fishers(layer)):
         members = range(4 * number, 4 * number + len(block))
@@ -136,7 +136,7 @@ def plain_blocks(layer: Layer, alive: Tensor) -> Tensor:
 
 
 def plain_rows(layer: Layer, alive: Tensor) -> Tensor:
-    """Each row by itself."""
+    """Update each row on its own, with the second moment of the inputs as curvature."""
     rows = []
     for row, live in zip(layer.weight.double(), alive, strict=True):
         split = [[i for i in range(IN) if bool(live[i]) == side] for side in (True, False)]
@@ -152,7 +152,7 @@ def move(weight: Tensor, curvature: Tensor, live: list[int], dead: list[int], st
 
 
 def make_wide_layer() -> Layer:
-    """A layer of 4 x 8, which divides into blocks of 1x4, 2x4 and 4x4."""
+    """Make a layer of 4 x 8, which divides into blocks of 1x4, 2x4 and 4x4."""
     draw = torch.Generator().manual_seed(3)
     tokens = torch.randn(40, 8, generator=draw)
     gradients = [torch.randn(4, 8, generator=draw) for _ in range(12)]
@@ -160,7 +160,7 @@ def make_wide_layer() -> Layer:
 
 
 def cost_of_removal(weight: Tensor, curvature: Tensor, dead: list[int]) -> float:
-    """The least d^T C d / 2 of all changes d that set the dead weights to zero, by the survivors' normal equations."""
+    """Minimise d^T C d / 2 over the changes d that zero the dead weights, by the normal equations."""
     live = [index for index in range(len(weight)) if index not in dead]
     change = torch.zeros_like(weight)
     change[dead] = -weight[dead]
@@ -169,7 +169,7 @@ def cost_of_removal(weight: Tensor, curvature: Tensor, dead: list[int]) -> float
 
 
 def plain_block_cost(name: str, layer: Layer, rows: list[int], columns: list[int]) -> float:
-    """Cost of removing a block: the sum over its outputs, which no curvature joins."""
+    """Sum the cost of removing a block over its outputs, which have independent curvatures."""
     values, norms = layer.weight.double(), layer.tokens.double().square().mean(0).sqrt()
     block = values[rows][:, columns]
     mean_gradient = torch.stack(layer.gradients).double().mean(0)[rows][:, columns]
@@ -197,7 +197,7 @@ def gram_of(layer: Layer) -> Tensor:
     return gram + SECTION.dampening * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
 
 
-def test_a_block_costs_what_removing_all_of_it_costs() -> None:
+def test_the_score_of_a_block_is_the_cost_of_removing_all_of_it() -> None:
     layer = make_wide_layer()
     section = Prune(fisher_block=8, dampening=SECTION.dampening)
     linear = nn.Linear(8, 4, bias=False)
@@ -238,7 +238,7 @@ def test_every_builtin_criterion_has_its_row() -> None:
     assert sorted(UPDATES) == sorted(UPDATING)
 
 
-def test_scores_are_those_of_slow_plain_code() -> None:
+def test_scores_equal_those_of_slow_plain_code() -> None:
     for (name, plain), dtype in itertools.product(PLAIN.items(), (torch.float32, torch.bfloat16)):
         case = f"{name} of {dtype}"
         layer = make_layer(dtype)
@@ -252,7 +252,7 @@ def test_scores_are_those_of_slow_plain_code() -> None:
         assert torch.equal(layer.weight, before), f"{case}: a criterion looks and does not touch"
 
 
-def test_the_survivors_are_those_of_slow_plain_code() -> None:
+def test_updated_survivors_equal_those_of_slow_plain_code() -> None:
     for (name, plain), sparsity in itertools.product(UPDATES.items(), (0.0, 0.2, 0.5, 0.8, 1.0)):
         case = f"{name} at {sparsity}"
         layer = make_layer()
@@ -266,7 +266,7 @@ def test_the_survivors_are_those_of_slow_plain_code() -> None:
         assert torch.equal(layer.weight, before), case
 
 
-def test_a_criterion_needs_only_what_is_observed() -> None:
+def test_every_need_of_a_criterion_is_an_observed_statistic() -> None:
     for name in BUILTIN:
         assert set(plugins.criteria.entry(name).meta.get("needs", ())) <= set(STATISTICS), name
 

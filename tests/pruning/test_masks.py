@@ -1,4 +1,4 @@
-"""Masks: exact counts in every scope, nothing grows back, and nothing that the optimiser stores survives."""
+"""Masks: exact counts in every scope; pruned weights and their optimiser moments stay zero."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_the_type_scope_has_the_exact_total_of_each_type() -> None:
         masks.check_sparsity(0.5, "type")
 
 
-def test_the_dead_stay_dead_whatever_their_scores_say() -> None:
+def test_dead_weights_stay_dead_whatever_their_scores() -> None:
     for scope in SCOPES:
         weights = make_weights((8, 8), (4, 4))
         masks = Masks(weights)
@@ -112,7 +112,7 @@ def test_the_dead_stay_dead_whatever_their_scores_say() -> None:
         masks.check_sparsity(0.9, scope)
 
 
-def test_the_dead_compete_with_the_value_that_they_had() -> None:
+def test_with_regrowth_dead_weights_compete_by_their_last_value() -> None:
     for scope in SCOPES:
         weights = make_weights((8, 8), (4, 4))
         first = {name: weight.detach().clone() for name, weight in weights.items()}
@@ -133,7 +133,7 @@ def test_the_dead_compete_with_the_value_that_they_had() -> None:
         assert any(bool((ever_dead[name] & ~masks.dead[name]).any()) for name in weights), "nothing grew again"
 
 
-def test_what_grows_again_has_its_value_and_no_moments() -> None:
+def test_a_regrown_weight_has_its_old_value_and_zero_moments() -> None:
     weights = make_weights((4, 4))
     (weight,) = weights.values()
     optimizer = torch.optim.AdamW([weight], lr=0.1)
@@ -155,7 +155,7 @@ def test_what_grows_again_has_its_value_and_no_moments() -> None:
     masks.check_dead()
 
 
-def test_updated_values_are_taken_by_survivors_alone() -> None:
+def test_only_survivors_take_updated_values() -> None:
     weights = {"w": nn.Parameter(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))}
     masks = Masks(weights)
     masks.allow_regrowth()
@@ -216,8 +216,8 @@ def test_weights_and_moments_of_the_dead_are_zero_after_every_step() -> None:
         assert int(dead.sum()) == zeros_in(64, 0.6), kind
 
 
-def test_the_living_move_as_if_the_dead_had_never_been() -> None:
-    """The same steps by an optimiser that has only the living weights."""
+def test_live_weights_train_as_if_the_dead_did_not_exist() -> None:
+    """The reference optimiser gets the live weights only, and the same gradients."""
     for kind, make_optimizer in OPTIMIZERS.items():
         weights = make_weights((8, 8))
         masks = Masks(weights)
@@ -245,7 +245,7 @@ def test_gradients_of_the_dead_are_zeroed_and_no_others() -> None:
     assert weights["w1"].grad is None
 
 
-def test_an_attached_optimizer_can_be_let_go() -> None:
+def test_masks_can_be_detached_from_an_optimizer() -> None:
     weights = make_weights((4, 4))
     optimizer = torch.optim.SGD(weights.values(), lr=0.1)
     masks = Masks(weights)
@@ -256,7 +256,7 @@ def test_an_attached_optimizer_can_be_let_go() -> None:
     assert zeros(weights) == {"w0": 0}
 
 
-def test_a_living_weight_that_lands_on_zero_stays_alive_in_the_end() -> None:
+def test_a_live_weight_that_becomes_zero_stays_alive_after_finalizing() -> None:
     weights = make_weights((4, 4))
     masks = Masks(weights)
     prune(masks, 0.5)
@@ -273,12 +273,12 @@ def test_a_living_weight_that_lands_on_zero_stays_alive_in_the_end() -> None:
     assert torch.equal(Masks.from_zeros(weights).dead["w0"], masks.dead["w0"])
 
 
-def test_the_least_number_survives_a_checkpoint(tmp_path: Path) -> None:
+def test_the_smallest_normal_number_survives_a_checkpoint(tmp_path: Path) -> None:
     save_file({"w": torch.tensor([TINY, 0.0])}, tmp_path / "w.safetensors")
     assert (load_file(tmp_path / "w.safetensors")["w"] == 0).tolist() == [False, True]
 
 
-def test_something_alive_among_the_dead_is_named() -> None:
+def test_a_nonzero_among_the_dead_is_reported_by_name() -> None:
     for fault in ("weight", "gradient", "moment"):
         weights = make_weights((4, 4))
         optimizer = torch.optim.AdamW(weights.values(), lr=0.1)
@@ -311,7 +311,7 @@ def test_too_many_zeros_are_refused_before_the_work() -> None:
     masks.check_reachable(0.5)
 
 
-def test_counts_are_checked_in_either_scope() -> None:
+def test_counts_are_checked_in_every_scope() -> None:
     check_counts({"a": (5, 10), "b": (10, 20)}, 0.5)
     check_counts({"a": (0, 10), "b": (15, 20)}, 0.5, "global")
     with pytest.raises(GateError, match="a has 0 zeros of 10"):
@@ -320,7 +320,7 @@ def test_counts_are_checked_in_either_scope() -> None:
         check_counts({"a": (4, 10), "b": (10, 20)}, 0.5, "global")
 
 
-def test_masks_come_back_from_their_state() -> None:
+def test_masks_are_restored_from_their_state() -> None:
     weights = make_weights()
     masks = Masks(weights)
     prune(masks, 0.5)
@@ -329,8 +329,8 @@ def test_masks_come_back_from_their_state() -> None:
     assert all(torch.equal(restored.dead[name], masks.dead[name]) for name in weights)
 
 
-def test_after_steps_with_zero_gradients_nothing_is_left_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bit for bit the same as masks applied after every step; and they are applied where gradients were not zero."""
+def test_masks_are_not_reapplied_after_steps_with_zero_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights equal, to the bit, those of masks applied after every step."""
     weights, other_weights = make_weights((8, 8)), make_weights((8, 8))
     optimizer = torch.optim.AdamW(weights.values(), lr=0.1, weight_decay=0.1)
     reference_optimizer = torch.optim.AdamW(other_weights.values(), lr=0.1, weight_decay=0.1)
@@ -360,7 +360,7 @@ def test_after_steps_with_zero_gradients_nothing_is_left_to_do(monkeypatch: pyte
             assert torch.equal(moment, reference_moment)
 
 
-def test_the_dead_are_cleared_to_plain_zeros_whatever_they_were() -> None:
+def test_dead_weights_become_positive_zeros_whatever_their_value() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         tensor = torch.tensor([math.nan, -math.inf, -3.0, 2.0, -0.0, math.nan], dtype=dtype)
         clear_dead(tensor, torch.tensor([True, True, True, False, False, False]))
@@ -371,7 +371,7 @@ def test_the_dead_are_cleared_to_plain_zeros_whatever_they_were() -> None:
         assert bool(tensor[5].isnan()), dtype
 
 
-def test_blocks_live_and_die_whole_in_every_scope() -> None:
+def test_blocks_are_pruned_whole_in_every_scope() -> None:
     for name, scope, sparsity in itertools.product(("1x4", "4x4", "2x8", "8x1"), SCOPES, (0.0, 0.3, 0.5, 0.9)):
         case = f"{name}, {scope}, {sparsity}"
         pattern = find_pattern(name)
@@ -393,7 +393,7 @@ def test_blocks_live_and_die_whole_in_every_scope() -> None:
             assert torch.equal(reread.dead[name], dead), case
 
 
-def test_a_zero_outside_of_a_block_lives_and_is_no_count() -> None:
+def test_a_single_zero_in_a_live_block_is_not_counted() -> None:
     weights = make_weights((4, 8))
     with torch.no_grad():
         weights["w0"][0, 0] = 0

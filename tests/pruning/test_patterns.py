@@ -1,4 +1,4 @@
-"""Patterns: exactly as many zeros as asked for, on the lowest scores, whatever the ties."""
+"""Sparsity patterns: exact counts of zeros on the lowest scores, with ties."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ COUNTS = (0, 1, 115, 192, 345, 346, 383, 384)
 
 
 def plain_unstructured(scores: list[float], zeros: int) -> list[bool]:
-    """Sort the positions by score, the earlier first among equals; the first `zeros` die."""
+    """Zero the first `zeros` positions in a stable sort by score."""
     dead = set(sorted(range(len(scores)), key=lambda i: scores[i])[:zeros])
     return [i not in dead for i in range(len(scores))]
 
 
 def plain_two_of_four(scores: list[float], zeros: int) -> list[bool]:
-    """Only the two lowest of every four may die; of those the lowest do, the earlier first among equals."""
+    """Zero the lowest candidates, where only the two lowest of every four positions are candidates."""
     candidates: list[int] = []
     for start in range(0, len(scores), 4):
         candidates += sorted(range(start, start + 4), key=lambda i: scores[i])[:2]
@@ -43,7 +43,7 @@ PLAIN: dict[str, Callable[[list[float], int], list[bool]]] = {
 
 
 def score_tables() -> dict[str, Tensor]:
-    """Scores of 384 weights, with the difficulties that real ones have."""
+    """Scores of 384 weights with the difficulties of real ones: ties, zeros, infinities."""
     torch.manual_seed(0)
     draw = random.Random(0)
     half_dead = torch.randn(24, 16).abs()
@@ -69,7 +69,7 @@ def test_every_builtin_pattern_has_its_row() -> None:
     assert sorted(PLAIN) == sorted(builtin)
 
 
-def test_masks_are_those_of_slow_plain_code() -> None:
+def test_masks_equal_those_of_slow_plain_code() -> None:
     for (name, plain), (table, scores), zeros in itertools.product(PLAIN.items(), score_tables().items(), COUNTS):
         case = f"{name}, {table}, {zeros} zeros"
         if zeros > find_pattern(name).largest_sparsity * scores.numel():
@@ -88,13 +88,13 @@ def test_a_nan_score_counts_as_the_highest() -> None:
     assert unstructured(scores, 3).tolist() == [True, True, False, False, True, False]
 
 
-def test_more_zeros_keep_a_subset() -> None:
+def test_survivors_at_more_zeros_are_a_subset() -> None:
     masks = [unstructured(score_tables()["ties"], zeros) for zeros in COUNTS]
     for larger, smaller in itertools.pairwise(masks):
         assert bool((larger | ~smaller).all())
 
 
-def test_a_pattern_is_known_by_its_shape() -> None:
+def test_a_pattern_is_named_by_its_shape() -> None:
     for name, block in {"unstructured": (1, 1), "1x4": (1, 4), "16x1": (16, 1), "2:4": (1, 1)}.items():
         assert find_pattern(name).block == block, name
     assert find_pattern("1:4").largest_sparsity == 0.75
@@ -114,7 +114,7 @@ def test_more_zeros_than_a_pattern_can_have_are_refused() -> None:
         find_pattern("2:4").check_sparsity(0.5, "global")
 
 
-def test_blocks_and_weights_are_turned_into_each_other() -> None:
+def test_weights_are_cut_into_blocks_and_reassembled() -> None:
     pattern = find_pattern("2x4")
     blocks = torch.arange(6.0).view(3, 2)
     weights = pattern.to_weights(blocks)

@@ -1,4 +1,4 @@
-"""The pruner: events at their steps, and what a criterion observed in between."""
+"""The pruner: events happen at their steps, with statistics of the steps in between."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_weights_that_became_nan_are_refused_at_the_event() -> None:
         pruner.finalize()
 
 
-def test_scores_that_are_none_are_refused() -> None:
+def test_scores_of_the_wrong_shape_or_type_are_refused() -> None:
     for score, message in (
         (lambda weight, stats: weight.abs()[:1], r"shape \(6, 5\), and gives shape \(1, 5\)"),
         (lambda weight, stats: weight.abs().flatten(), r"gives shape \(30,\)"),
@@ -145,7 +145,7 @@ def test_gradients_of_the_dead_stay_only_if_the_criterion_says_so(dense: bool) -
         assert bool((weight.grad[~pruner.masks.dead[name]] == 1).all())
 
 
-def test_a_resumed_pruner_goes_on_as_if_nothing_had_happened() -> None:
+def test_a_resumed_pruner_gives_the_same_weights() -> None:
     register_saliency(("gradient", "gradient_squared"))
 
     def run(stop: int | None, **settings: Any) -> dict[str, Tensor]:
@@ -240,8 +240,8 @@ def test_learned_scores_count_every_step_and_the_first_event_goes_by_magnitude()
                 assert (weight == 0).flatten().nonzero().flatten().tolist() == expected
 
 
-def test_with_regrowth_the_last_event_is_as_if_no_other_had_been() -> None:
-    """Nothing is trained in between, so that only the stored values of the dead can tell."""
+def test_with_regrowth_the_last_event_alone_decides_the_mask() -> None:
+    """Without training in between, the pruner can only use the stored values of dead weights."""
     single_event_weights, repeated_event_weights = make_weights(), make_weights()
     signs = iter((-1, -1, -1, -1, 1, 1))  # of both weights at three events
 
@@ -260,7 +260,7 @@ def test_with_regrowth_the_last_event_is_as_if_no_other_had_been() -> None:
     assert all(torch.equal(single_event_weights[name], repeated_event_weights[name]) for name in single_event_weights)
 
 
-def test_what_a_floor_displaced_is_told() -> None:
+def test_zeros_displaced_by_a_floor_are_reported() -> None:
     weights = make_weights()
     with torch.no_grad():
         weights["b"].mul_(1e-3)

@@ -1,4 +1,4 @@
-"""The search for a shape: exact against trying every shape, within one budget and within two."""
+"""The search for a shape, against brute force, with one budget and with two."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HEADS, WIDTHS = 2, (0, 32, 64)
 
 
 def random_losses(generator: random.Random, layers: int = 2) -> list[LayerLosses]:
-    """Losses that fall with every head and every neuron that remains, to 0 where nothing is removed."""
+    """Draw losses that fall with every remaining head and neuron, to 0 for the full layer."""
     losses = []
     for _ in range(layers):
         heads = sorted((generator.random() for _ in range(HEADS)), reverse=True)
@@ -33,7 +33,7 @@ def random_losses(generator: random.Random, layers: int = 2) -> list[LayerLosses
 
 
 def random_costs(generator: random.Random, unit: str = "ms") -> LayerCosts:
-    """Whole costs that rise with every head and every neuron."""
+    """Draw integer costs that rise with every head and every neuron."""
     heads = sorted(generator.randint(1, 20) for _ in range(HEADS + 1))
     neurons = sorted(generator.randint(1, 30) for _ in WIDTHS)
     return LayerCosts(unit=unit, heads=heads, neurons=dict(zip(WIDTHS, neurons, strict=True)), outside=3)
@@ -54,7 +54,7 @@ def try_every_shape(losses: Sequence[LayerLosses], costs: Sequence[LayerCosts], 
     return min(within)
 
 
-def test_no_other_shape_within_the_budget_loses_less() -> None:
+def test_the_shape_found_has_the_least_loss_within_the_budget() -> None:
     generator = random.Random(0)
     for case in range(40):
         losses, costs = random_losses(generator), random_costs(generator)
@@ -70,7 +70,7 @@ def test_nothing_is_removed_where_the_budget_allows_all() -> None:
     assert find_shape(losses, costs, costs.of_dense(2)) == (LayerShape(HEADS, WIDTHS[-1]),) * 2
 
 
-def test_a_budget_below_the_smallest_shape_is_refused_with_what_that_costs() -> None:
+def test_a_budget_below_the_smallest_shape_is_refused_with_its_cost() -> None:
     losses, costs = random_losses(random.Random(2)), random_costs(random.Random(2))
     smallest = smallest_cost(losses, costs)
     assert cost_of_shape(find_shape(losses, costs, smallest), costs) == smallest

@@ -1,4 +1,4 @@
-"""Second-order criteria: what the update is worth, and that neither chunks nor hard matrices change the answer."""
+"""Second-order criteria: the update lowers the error; chunks and ill-conditioned matrices change nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OUT, IN = 6, 12
 
 
 def correlated_rows(rows: int, size: int, seed: int = 0) -> Tensor:
-    """Random rows whose entries depend on each other, so that the survivors can make up for the dead."""
+    """Draw rows with correlated entries, so that survivors can compensate for dead weights."""
     draw = torch.Generator().manual_seed(seed)
     return torch.randn(rows, size, generator=draw) @ torch.randn(size, size, generator=draw) / size**0.5
 
@@ -55,7 +55,7 @@ def test_layerwise_lowers_the_true_error_of_the_output() -> None:
 
 @pytest.mark.parametrize("block", [72, 12])
 def test_obert_lowers_the_true_loss_of_a_quadratic(block: int) -> None:
-    """Loss (w - w0)' F (w - w0) / 2 with F the mean outer product of what are its gradients near the minimum."""
+    """The loss is (w - w0)' F (w - w0) / 2, with F the mean outer product of the gradients."""
     weight = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(1))
     gradients = correlated_rows(400, block).view(-1, block).repeat(1, OUT * IN // block)
     gradients *= (
@@ -93,8 +93,8 @@ def test_chunks_do_not_change_the_weights(monkeypatch: pytest.MonkeyPatch) -> No
         torch.testing.assert_close(expected_weights, chunked_weights, rtol=1e-5, atol=1e-6)
 
 
-def test_live_and_dead_sets_give_the_same_weights() -> None:
-    """The direct solution, with the sides changed by rows that are all dead or all alive."""
+def test_solving_for_live_and_for_dead_sets_gives_the_same_weights() -> None:
+    """A row that is all dead or all alive decides for which of the two sets the code solves."""
     torch.manual_seed(0)
     weight, alive = torch.randn(5, 8), torch.rand(5, 8) > 0.5
     tokens = torch.randn(40, 8)
@@ -121,7 +121,7 @@ def test_a_matrix_that_float32_cannot_factor_is_factored_in_float64() -> None:
     torch.testing.assert_close(factor @ factor.T, ill_conditioned, rtol=1e-4, atol=1e-5)
 
 
-def test_a_curvature_that_is_no_number_is_refused() -> None:
+def test_a_nan_curvature_is_refused() -> None:
     stats = Stats(fisher_blocks=torch.full((1, 4, 4), torch.nan))
     with pytest.raises(RecipeError, match="cannot be inverted") as error:
         obert(torch.ones(2, 2), stats)

@@ -1,4 +1,4 @@
-"""Statistics: what is gathered from gradients and inputs, what is left out, and that it survives an interruption."""
+"""Statistics of gradients and inputs: sums, exclusions, and resuming from a saved state."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def make_observer(needs: tuple[str, ...] = NEEDS, seed: int = 0) -> tuple[Observ
 
 
 def set_gradients(layers: dict[str, nn.Linear], seed: int, *names: str) -> None:
-    """Give the layers random gradients; None to those that are not named."""
+    """Set random gradients on the named layers (default: all) and None on the others."""
     draw = torch.Generator().manual_seed(seed)
     for name, layer in layers.items():
         gradient = torch.randn(layer.weight.shape, generator=draw)
@@ -101,7 +101,7 @@ def test_movement_counts_the_dead_with_their_last_value_only_if_they_may_grow_ag
         assert float(observer.stats("a").movement[0, 0]) == pytest.approx(expected)
 
 
-def test_the_fisher_sum_is_made_once_and_grows_in_place() -> None:
+def test_the_fisher_sum_is_allocated_once_and_updated_in_place() -> None:
     observer, layers = make_observer(("fisher_blocks",))
     set_gradients(layers, 1)
     observer.add_gradients()
@@ -150,7 +150,7 @@ def test_hooks_are_removed_when_a_forward_pass_fails() -> None:
     assert not layers["a"]._forward_pre_hooks
 
 
-def test_what_is_learned_is_not_dropped() -> None:
+def test_learned_statistics_are_not_reset_by_an_event() -> None:
     observer, layers = make_observer(("gradient", "movement"))
     assert observer.is_empty()
     assert observer.stats("a").movement is None
@@ -164,7 +164,7 @@ def test_what_is_learned_is_not_dropped() -> None:
     assert not bool(observer.stats("a").gradient.any())
 
 
-def test_a_nearly_settled_score_is_drawn_down_less() -> None:
+def test_the_penalty_pulls_less_on_a_decided_score() -> None:
     """The penalty's slope is steepest at 0, so that undecided scores fall behind decided ones."""
     weight = nn.Parameter(torch.tensor([[1.0, 1.0]]))
     observer = Observer(Masks({"w": weight}), ("movement_soft",), Prune(penalty=1.0))
@@ -177,7 +177,7 @@ def test_a_nearly_settled_score_is_drawn_down_less() -> None:
     assert abs(undecided) > 5 * abs(settled - 4.0) > 0
 
 
-def test_an_interrupted_observer_goes_on_to_the_last_bit() -> None:
+def test_a_resumed_observer_gives_the_same_statistics_to_the_last_bit() -> None:
     def run(stop: int | None) -> list[Tensor]:
         observer, layers = make_observer()
         for step in range(4):

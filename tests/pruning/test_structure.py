@@ -1,4 +1,4 @@
-"""Removal of heads and neurons, against least squares that are solved directly."""
+"""Removal of heads and neurons, against directly solved least squares."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def problem(outputs: int = 5, inputs: int = 12, seed: int = 0) -> tuple[Tensor, 
 
 
 def solve_directly(weight: Tensor, gram: Tensor, alive: Tensor) -> tuple[Tensor, float]:
-    """The best weights on the columns `alive`, by the normal equations, and half the squared error."""
+    """Solve the normal equations for the columns `alive`; return the weights and half the squared error."""
     best = torch.zeros_like(weight)
     best[:, alive] = torch.linalg.solve(gram[alive][:, alive], (weight @ gram)[:, alive].T).T
     error = weight - best
@@ -36,7 +36,7 @@ def solve_directly(weight: Tensor, gram: Tensor, alive: Tensor) -> tuple[Tensor,
 
 
 def remove_slowly(weight: Tensor, gram: Tensor, size: int, count: int) -> tuple[list[int], list[float], Tensor]:
-    """The same greedy removal as plain code: try each structure, solve anew, take the cheapest."""
+    """Greedy removal as plain code: try each structure, solve, remove the cheapest."""
     structures = weight.shape[1] // size
     order: list[int] = []
     losses = [0.0]
@@ -88,7 +88,7 @@ def test_a_bias_takes_over_the_mean_of_what_is_removed() -> None:
     assert abs(removal.losses[-1] - float(error.square().sum()) / 40 / 2) < 1e-6
 
 
-def test_groups_end_at_the_least_squares_of_what_remains() -> None:
+def test_removal_in_groups_ends_at_the_least_squares_solution() -> None:
     weight, gram = problem()
     removal = remove_structures(weight, gram, 1, 7, group=3)
     alive = torch.ones(12, dtype=torch.bool)
@@ -99,7 +99,7 @@ def test_groups_end_at_the_least_squares_of_what_remains() -> None:
     assert abs(removal.losses[-1] - loss) < 1e-6
 
 
-def test_a_removal_in_two_events_goes_on_from_what_is_left() -> None:
+def test_removal_in_two_events_equals_removal_in_one() -> None:
     weight, gram = problem()
     single_removal = remove_structures(weight, gram, 3, 3)
     first = remove_structures(weight, gram, 3, 1)

@@ -1,4 +1,4 @@
-"""Masks of heads and neurons, and the events that remove them, without a training."""
+"""Masks of heads and neurons and their prune events, without training."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def masks_of(model: Any) -> StructuredMasks:
 
 
 def prune(model: Any, criterion: str, shape: Any = SHAPE) -> StructuredMasks:
-    """Remove everything in two events, of which the second goes all the way."""
+    """Prune to `shape` in two events."""
     masks = masks_of(model)
     target = shape_sparsity(masks.layers, shape)
     section = Prune(criterion=criterion)
@@ -59,7 +59,7 @@ def test_every_criterion_removes_the_shape_in_every_family() -> None:
             assert all(torch.equal(read.dead[name], dead) for name, dead in masks.dead.items()), message
 
 
-def test_the_cheapest_head_goes_and_the_others_make_up_for_it() -> None:
+def test_the_update_of_the_survivors_lowers_the_output_error() -> None:
     errors = {}
     for update in (True, False):
         model = toys.classifier("bert", layers=2, seed=3)

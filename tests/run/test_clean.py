@@ -1,4 +1,4 @@
-"""Cleaning a run: what goes and what stays, and that nothing goes which spdtool has not written."""
+"""Cleaning a run removes the named stages and no file that spdtool did not write."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def run(toy_run: MakeRun) -> Run:
     return finished_run
 
 
-def test_all_goes_but_what_is_to_be_kept(run: Run) -> None:
+def test_cleaning_removes_everything_except_the_named_exceptions(run: Run) -> None:
     before = files_below(run.path)
     cleaning = plan_cleaning(run, ["teacher", "bundle"])
     assert files_below(run.path) == before, "planning removes nothing"
@@ -45,7 +45,7 @@ def test_all_goes_but_what_is_to_be_kept(run: Run) -> None:
     assert files_below(run.path) == {"run.json", "export/bundle/manifest.json"}
 
 
-def test_what_spdtool_has_not_written_stays(run: Run, tmp_path: Path) -> None:
+def test_files_not_written_by_spdtool_stay(run: Run, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/weights").write_text("of another")
     foreign_names = ["notes.txt", "prune/notes.txt", "prune/more/notes.txt", "thesis/chapter.tex"]
@@ -85,7 +85,7 @@ def test_nothing_is_removed_under_another_process(run: Run) -> None:
     assert files_below(run.path) == before
 
 
-def test_what_cannot_be_kept_is_refused(run: Run) -> None:
+def test_unknown_names_to_keep_are_refused(run: Run) -> None:
     with pytest.raises(UnknownName, match="bundel"):
         plan_cleaning(run, ["bundel"])
     with pytest.raises(RunError, match="nothing is to be kept"):
@@ -99,7 +99,7 @@ def test_what_cannot_be_kept_is_refused(run: Run) -> None:
         plan_cleaning(run, ["teacher"])
 
 
-def test_the_command_says_what_goes_and_asks(run: Run, spdtool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_lists_the_removals_and_asks_first(run: Run, spdtool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     before = files_below(run.path)
     arguments = ("clean", run.path, "--keep", "bundle")
     for bad_arguments, message in (

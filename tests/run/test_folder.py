@@ -1,4 +1,4 @@
-"""A run is a folder: commits are atomic, what was read is checked, and two processes never share it."""
+"""The run folder: commits are atomic, inputs are verified, two processes never write at once."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_finished_stage_holds_its_files_and_a_record_of_them(run: Run) -> None
     assert run.use_input("teacher") == folder
 
 
-def test_a_stage_records_the_hashes_of_what_it_read_and_no_more(run: Run) -> None:
+def test_a_stage_records_the_hashes_of_its_inputs_only(run: Run) -> None:
     finish(run, "teacher")
     finish(run, "prune", reads=("teacher",))
     finish(run, "distill", reads=("teacher", "prune"))
@@ -159,7 +159,7 @@ def binary_record(folder: Path) -> None:
         (binary_record, "cannot be read"),
     ],
 )
-def test_a_damaged_stage_is_refused_and_said_how_to_redo(
+def test_a_damaged_stage_is_refused_with_the_command_that_redoes_it(
     run: Run, damage: Callable[[Path], None], message: str
 ) -> None:
     damage(finish(run, "teacher"))
@@ -184,7 +184,7 @@ def test_a_stage_that_is_not_finished_is_missing(run: Run) -> None:
     assert "spdtool teacher" in str(error.value.hint)
 
 
-def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_run_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(RunError, match="is not a run folder"):
         Run.for_recipe(tmp_path, Recipe())
@@ -210,7 +210,7 @@ def test_a_run_json_that_cannot_be_read_is_refused(tmp_path: Path, text: str) ->
         Run.open(tmp_path)
 
 
-def test_the_recipe_comes_back(run: Run) -> None:
+def test_the_recipe_is_read_back_unchanged(run: Run) -> None:
     finish(run, "teacher")
     assert Run.open(run.path).recipe == run.recipe
 
@@ -239,7 +239,7 @@ def test_a_finished_stage_binds_the_recipe_that_made_it(run: Run, assignment: st
         assert Run.open(run.path).recipe == run.recipe
 
 
-def test_what_the_student_has_used_binds_it(run: Run) -> None:
+def test_a_setting_used_by_a_finished_student_cannot_change(run: Run) -> None:
     for stage in ("teacher", "prune"):
         finish(run, stage)
     with pytest.raises(RunMismatch, match="sparsity is") as error:
@@ -260,7 +260,7 @@ def test_what_the_student_has_used_binds_it(run: Run) -> None:
         ("finetune.max_steps=5", "`spdtool finetune --run {path} --again --set finetune.max_steps=5`"),
     ],
 )
-def test_a_mismatch_says_what_helps(run: Run, assignment: str, remedy: str) -> None:
+def test_a_mismatch_names_the_command_that_helps(run: Run, assignment: str, remedy: str) -> None:
     for stage in ("teacher", "prune", "distill", "finetune"):
         finish(run, stage)
     with pytest.raises(RunMismatch) as error:
@@ -268,20 +268,20 @@ def test_a_mismatch_says_what_helps(run: Run, assignment: str, remedy: str) -> N
     assert remedy.format(path=run.path) in (error.value.hint or "")
 
 
-def test_a_place_where_nothing_can_be_made_is_refused(tmp_path: Path) -> None:
+def test_a_path_where_no_folder_can_be_created_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     run = Run.for_recipe(tmp_path / "file" / "run", Recipe())
     with pytest.raises(RunError, match="no run folder can be made at"), run.stage("teacher"):
         pass
 
 
-def test_what_no_finished_stage_has_used_replaces_the_old_recipe(run: Run) -> None:
+def test_a_setting_no_finished_stage_used_may_change(run: Run) -> None:
     finish(run, "teacher")
     Run.for_recipe(run.path, override(run.recipe, ["prune.epochs=1"]))
     assert Run.open(run.path).recipe.prune.epochs == 1
 
 
-def test_a_run_without_finished_stages_takes_any_recipe(run: Run) -> None:
+def test_a_run_without_finished_stages_accepts_any_recipe(run: Run) -> None:
     with pytest.raises(ValueError, match="oh"), run.stage("teacher"):
         raise ValueError("oh")
     Run.for_recipe(run.path, Recipe(task="rte", sparsity=0.5))
@@ -317,7 +317,7 @@ def test_default_paths(recipe: Recipe, expected: str) -> None:
     assert str(runs.default_path(recipe)) == expected
 
 
-def test_the_fingerprint_covers_what_decides_the_result_and_nothing_else(run: Run) -> None:
+def test_the_fingerprint_covers_only_settings_that_decide_the_result(run: Run) -> None:
     def fingerprint(*assignments: str, stage: str = "prune") -> str:
         return Run(run.path, override(run.recipe, assignments)).fingerprint(stage)
 
@@ -382,7 +382,7 @@ HOLDER = """
 """
 
 
-def test_a_second_process_is_refused_and_a_killed_owner_holds_nothing(run: Run) -> None:
+def test_a_second_process_is_refused_and_a_killed_process_releases_the_lock(run: Run) -> None:
     holder = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(HOLDER), str(run.path)], stdout=subprocess.PIPE, text=True
     )
@@ -432,7 +432,7 @@ KILLED = """
 
 
 @pytest.mark.parametrize("moment", ["before-record", "record", "before-rename", "rename", "before-rmtree", "rmtree"])
-def test_a_commit_that_is_killed_anywhere_leaves_all_or_nothing(run: Run, moment: str) -> None:
+def test_a_commit_killed_at_any_moment_is_complete_or_absent(run: Run, moment: str) -> None:
     process = subprocess.run([sys.executable, "-c", textwrap.dedent(KILLED), str(run.path), moment], check=False)
     assert process.returncode == -signal.SIGKILL
     reopened = Run.for_recipe(run.path, run.recipe)
@@ -453,7 +453,7 @@ def test_a_commit_that_is_killed_anywhere_leaves_all_or_nothing(run: Run, moment
 DATA = DataRecord(rows={"train": 9, "dev": 3}, digest="0123456789")
 
 
-def test_the_rows_are_part_of_what_a_stage_has_read(run: Run) -> None:
+def test_a_stage_records_the_rows_it_read(run: Run) -> None:
     run.record_data(DATA)
     before = run.fingerprint("teacher")
     finish(run, "teacher")
@@ -473,7 +473,7 @@ def test_the_rows_are_part_of_what_a_stage_has_read(run: Run) -> None:
         (DATA.model_copy(update={"digest": "abcdefghij"}), r"as many .* \(digest 01234567, now abcdefgh\)"),
     ],
 )
-def test_other_rows_than_those_of_the_stages_before_are_refused(run: Run, data: DataRecord, message: str) -> None:
+def test_rows_that_differ_from_those_of_earlier_stages_are_refused(run: Run, data: DataRecord, message: str) -> None:
     run.record_data(DATA)
     finish(run, "teacher")
     run.use_input("teacher")
@@ -482,6 +482,6 @@ def test_other_rows_than_those_of_the_stages_before_are_refused(run: Run, data: 
     assert f"`spdtool teacher --run {run.path} --again`" in str(error.value.hint)
 
 
-def test_a_stage_that_does_not_say_which_rows_it_saw_is_let_pass(run: Run) -> None:
+def test_a_stage_without_a_record_of_its_rows_is_accepted(run: Run) -> None:
     finish(run, "teacher")
     run.require_same_data(DATA, ["teacher"])

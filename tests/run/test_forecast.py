@@ -1,4 +1,4 @@
-"""The time that remains: estimates of the plan, corrected by what is measured; prune events count by themselves."""
+"""The forecast of the remaining time: plan estimates, corrected by measured speed; prune events apart."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Clock:
         return self.now
 
 
-def test_before_anything_is_measured_the_estimates_count() -> None:
+def test_the_forecast_uses_the_estimates_before_any_measurement() -> None:
     clock = Clock()
     costs = {"prune": StageCost(100, 2.0, ((50, 30.0), (100, 30.0)), 10.0), "bench": StageCost(other_seconds=90.0)}
     assert costs["prune"].seconds == 270
@@ -62,7 +62,7 @@ def test_a_prune_event_does_not_slow_the_steps() -> None:
     assert forecast.seconds_left() == 90 + 1000 / 5, "the second one is estimated to take a fifth of the first"
 
 
-def test_later_stages_are_corrected_by_what_was_measured() -> None:
+def test_measured_speed_corrects_the_forecast_of_later_stages() -> None:
     clock = Clock()
     costs = {
         "prune": StageCost(100, 1.0),
@@ -76,7 +76,7 @@ def test_later_stages_are_corrected_by_what_was_measured() -> None:
     assert forecast.seconds_left() == pytest.approx(90 * 3 + 3 * 250 + 60)
 
 
-def test_what_an_earlier_session_did_is_not_repeated() -> None:
+def test_steps_of_an_earlier_session_are_not_forecast_again() -> None:
     clock = Clock()
     forecast = Forecast({"prune": StageCost(100, 1.0, ((0, 10.0), (40, 10.0), (80, 10.0)))}, clock)
     forecast.begin("prune", 100, [0, 40, 80])
@@ -84,7 +84,7 @@ def test_what_an_earlier_session_did_is_not_repeated() -> None:
     assert forecast.seconds_left() == 50 + 10
 
 
-def test_durations_are_no_more_exact_than_forecasts() -> None:
+def test_durations_are_printed_no_more_exactly_than_they_are_known() -> None:
     texts = {20: "under 1 min", 90: "2 min", 89 * 60: "89 min", 7500: "2 h 5 min", 3 * 86400: "3 days"}
     for seconds, text in texts.items():
         assert format_duration(seconds) == text

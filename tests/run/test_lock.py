@@ -1,4 +1,4 @@
-"""The lock of a run folder: one process at a time, whatever happens to its files, on file systems without locks too."""
+"""The lock of a run folder lets one process in at a time, on file systems without locks too."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ with lock_folder(Path(sys.argv[1])):
 
 @contextmanager
 def lock_in_another_process(folder: Path, number: int = 0) -> Iterator[subprocess.Popen[str]]:
-    """Let another process lock `folder`; with an error `number`, on a file system that answers flock with it."""
+    """Lock `folder` in another process; flock fails there with the errno `number` unless that is 0."""
     words = [sys.executable, "-c", HOLDER, str(folder), str(number)]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
@@ -114,7 +114,7 @@ def test_another_error_of_the_lock_is_raised(tmp_path: Path, monkeypatch: pytest
         pass
 
 
-def test_whose_lock_file_is_dead(tmp_path: Path, without_locks: None) -> None:
+def test_a_lock_file_of_a_process_that_has_ended_is_ignored(tmp_path: Path, without_locks: None) -> None:
     this_process = lock._describe_process(os.getpid())
     live_owners = {"this process": this_process}
     dead_owners = {
@@ -134,7 +134,7 @@ def test_whose_lock_file_is_dead(tmp_path: Path, without_locks: None) -> None:
             assert list(tmp_path.iterdir()) == [], name
 
 
-def test_a_process_of_another_machine_cannot_be_asked(tmp_path: Path, without_locks: None) -> None:
+def test_a_lock_file_of_another_machine_is_respected(tmp_path: Path, without_locks: None) -> None:
     (tmp_path / LOCK).write_text(json.dumps(lock._describe_process(1) | {"host": "elsewhere"}))
     error = require_locked(tmp_path)
     assert "a process on elsewhere is working" in error.message

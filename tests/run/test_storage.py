@@ -1,4 +1,4 @@
-"""Files that survive a power cut, and folders that are replaced whole or not at all."""
+"""Atomic writes: files and folders are complete or absent after a power cut."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def names(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
-def test_write_json_is_whole_or_not_there(tmp_path: Path) -> None:
+def test_write_json_writes_the_whole_file_or_none(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"ä": 1})
     with pytest.raises(TypeError):
         write_json(tmp_path / "a.json", {"x": object()})
@@ -43,7 +43,7 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [path.name for path in out.parent.rglob("*")] == ["out", "file"]
 
 
-def test_a_settled_folder_may_be_read_as_the_umask_says_and_scripts_stay_scripts(tmp_path: Path) -> None:
+def test_a_settled_folder_follows_the_umask_and_keeps_executable_bits(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     for name, mode in (("deep/secret", 0o600), ("script", 0o755), ("link", None)):
         if mode is None:
@@ -61,7 +61,7 @@ def test_a_settled_folder_may_be_read_as_the_umask_says_and_scripts_stay_scripts
     assert names(tmp_path) == ["deep", "deep/secret", "link", "script"]
 
 
-def test_a_folder_that_cannot_be_flushed_is_let_be_and_a_fault_is_not(
+def test_an_unsupported_flush_is_ignored_and_an_io_error_is_raised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing(number: int) -> Callable[[int], None]:
@@ -110,6 +110,6 @@ def find_torn_writes(root: Path, power: Any, write_final: Callable[[Path], None]
     return faults
 
 
-def test_a_power_cut_anywhere_leaves_all_or_nothing(tmp_path: Path, power: Any) -> None:
+def test_a_power_cut_at_any_moment_leaves_a_whole_folder_or_none(tmp_path: Path, power: Any) -> None:
     assert find_torn_writes(tmp_path / "flushed", power, folder_by_storage) == []
     assert find_torn_writes(tmp_path / "not", power, folder_without_flushing), "the layer finds what is not flushed"

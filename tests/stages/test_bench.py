@@ -1,4 +1,4 @@
-"""Bench on a fabricated run: real processes, what is written, what is said. No assertion on a duration."""
+"""The bench stage on a fabricated run, with real engine processes. Nothing is asserted about durations."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> Path
 
 @pytest.fixture
 def run(tmp_path: Path, toys: ModuleType, exported: Path, monkeypatch: Any) -> Callable[..., Run]:
-    """`run("bench.rounds=3")`: a run whose teacher and export stages are done.
+    """Return `run("bench.rounds=3")`, which makes a run with finished teacher and export stages.
 
-    With `further="twin"`, its export has the student for a target of that name too.
+    With `further="twin"` the student is also exported for a target of that name.
     """
     monkeypatch.setattr(ledger, "PEAK_SECONDS", 0)
 
@@ -81,7 +81,7 @@ def run(tmp_path: Path, toys: ModuleType, exported: Path, monkeypatch: Any) -> C
 
 
 def copy_export(source: Path, folder: Path, sparsity: float) -> ExportedModel:
-    """Copy an export to its place, and say of it what the export stage would."""
+    """Copy an exported model into `folder` and return the record that the export stage would write."""
     shutil.copytree(source, folder)
     file = folder / "onnx/model.onnx"
     return ExportedModel(
@@ -99,7 +99,7 @@ def names(metrics: BenchResult) -> list[str]:
     return [row[0] for row in metrics.rows]
 
 
-def test_every_engine_is_measured_and_the_figures_are_kept(
+def test_every_engine_is_measured_and_its_figures_are_written(
     run: Callable[..., Run], capsys: pytest.CaptureFixture[str]
 ) -> None:
     bench_run = run("bench.padded=[[3, 60]]")
@@ -141,7 +141,7 @@ def test_every_engine_is_measured_and_the_figures_are_kept(
     assert [row[0] for row in metrics.tables[0].rows] == ["bert.encoder.layer.0", "bert.encoder.layer.1"]
 
 
-def test_whatever_the_recipe_does_not_want_is_left_out(run: Callable[..., Run]) -> None:
+def test_engines_switched_off_in_the_recipe_are_left_out(run: Callable[..., Run]) -> None:
     metrics = bench(run(*FEW, "bench.rounds=1", "bench.batches=[1]"))
     assert names(metrics) == ["teacher", "student"]
     assert metrics.tables == metrics.ledger == []
@@ -168,7 +168,7 @@ def test_a_further_target_is_a_row_with_its_libraries_and_the_headline(
     run: Callable[..., Run], clean_plugins: None, monkeypatch: Any
 ) -> None:
     class Twin(Onnx):
-        """The plain file under another name."""
+        """The target `onnx` under another name, with the student only."""
 
         roles = ("student",)
 
@@ -196,7 +196,7 @@ def test_a_further_target_is_a_row_with_its_libraries_and_the_headline(
     assert str(bench_run.path) not in (bench_run.path / "bench/bench.json").read_text()
 
 
-def test_a_target_that_is_gone_or_never_came_is_said(run: Callable[..., Run], clean_plugins: None) -> None:
+def test_a_missing_target_is_named_in_the_verdict(run: Callable[..., Run], clean_plugins: None) -> None:
     metrics = bench(run(*FEW, "export.optional=['vanished']", "bench.rounds=1", "bench.batches=[1]", further="twin"))
     assert names(metrics) == ["teacher", "student"]
     verdict = " ".join(metrics.verdict)
@@ -204,7 +204,7 @@ def test_a_target_that_is_gone_or_never_came_is_said(run: Callable[..., Run], cl
     assert "Not exported, so not timed: vanished: there is no export target 'vanished'" in verdict
 
 
-def test_what_cannot_be_made_or_compiled_here_is_said(run: Callable[..., Run], monkeypatch: Any) -> None:
+def test_engines_that_cannot_be_built_here_are_named_in_the_verdict(run: Callable[..., Run], monkeypatch: Any) -> None:
     def refuse(*_: Any) -> None:
         raise ModelError("onnxruntime cannot quantise model.onnx: no")
 

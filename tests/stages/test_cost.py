@@ -1,4 +1,4 @@
-"""Estimated costs: what makes a stage longer, and that a second-order criterion is counted."""
+"""Cost estimates of the stages: epochs, losses, evaluations, and second-order prune events."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ MakeRun = Callable[..., Run]
 
 @pytest.fixture
 def fixed_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products and solutions that take a time of their size, not of this machine."""
+    """Make the time of a product or a solve depend on its size only, not on this machine."""
     monkeypatch.setattr(cost, "time_product", lambda shape, _: 1e-9 * shape[0] * shape[1])
     monkeypatch.setattr(cost, "time_update", lambda *_: 2.0)
 
 
 @pytest.mark.usefixtures("fixed_products")
-def test_the_cost_of_a_stage_is_that_of_its_work(toys: Any) -> None:
+def test_the_cost_of_a_stage_grows_with_its_work(toys: Any) -> None:
     model, cpu = toys.bert(), torch.device("cpu")
 
     def seconds(*sets: str, rows: int = 480, **flags: Any) -> float:
@@ -45,7 +45,7 @@ def test_the_cost_of_a_stage_is_that_of_its_work(toys: Any) -> None:
     assert seconds("teacher_states_gb=0") > layerwise, "the teacher computes each batch anew"
 
 
-def test_the_solution_of_a_matrix_is_tried(toys: Any) -> None:
+def test_solving_a_matrix_is_timed_and_a_failure_costs_nothing(toys: Any) -> None:
     from spdtool.pruning.second_order import update_blocks, update_rows
 
     cpu, section = torch.device("cpu"), toys.recipe().prune
@@ -58,7 +58,7 @@ def test_the_solution_of_a_matrix_is_tried(toys: Any) -> None:
     assert cost.time_update(fails, (), (32, 64), 0.5, section, cpu) == 0
 
 
-def test_the_plan_estimates_what_is_to_do(toy_run: MakeRun) -> None:
+def test_the_plan_estimates_the_stages_still_to_do(toy_run: MakeRun) -> None:
     plan = make_plan(toy_run())
     seconds = {stage.stage: stage.estimate.seconds for stage in plan.stages if stage.estimate is not None}
     assert all(value > 0 for value in seconds.values())

@@ -22,7 +22,7 @@ from spdtool.stages.finetune import finetune
 
 @pytest.fixture(scope="module")
 def pruned_folder(toys: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that is done up to `prune`, made once."""
+    """A run that is finished up to `prune`; read only."""
     from spdtool.stages.prune import prune
     from spdtool.stages.teacher import teacher
 
@@ -45,7 +45,7 @@ def pruned(pruned_folder: Path, tmp_path: Path, toy_run: Callable[..., Run]) -> 
 
 
 def poison(run: Run, stage: str, sparser: bool = False) -> None:
-    """Change one weight of `stage` and forge its record."""
+    """Change one weight in the checkpoint of `stage` and rewrite its record to match."""
     folder = run.path / stage
     weights = load_file(folder / "model.safetensors")
     weight = weights["bert.encoder.layer.1.output.dense.weight"].view(-1)
@@ -65,7 +65,9 @@ def log(run: Run, stage: str, kind: str) -> list[dict[str, Any]]:
     return [event for event in map(json.loads, lines) if event["event"] == kind]
 
 
-def test_the_zeros_of_prune_are_held_and_the_rest_learns(pruned: Callable[..., Run], stage_files: list[str]) -> None:
+def test_distill_keeps_the_zeros_of_prune_and_trains_the_other_weights(
+    pruned: Callable[..., Run], stage_files: list[str]
+) -> None:
     run = pruned("distill.keep_best=false")
     metrics = distill(run)
     assert sorted(path.name for path in (run.path / "distill").iterdir()) == stage_files
@@ -80,7 +82,7 @@ def test_the_zeros_of_prune_are_held_and_the_rest_learns(pruned: Callable[..., R
     assert set(run.record("distill").inputs) == {"teacher", "prune"}
 
 
-def test_the_replacing_rate_rises_and_shows_in_the_draws(pruned: Callable[..., Run]) -> None:
+def test_the_replacing_rate_rises_and_decides_the_draws(pruned: Callable[..., Run]) -> None:
     run = pruned("distill.grafting={schedule='linear', start=0.0, rise=0.5}", "distill.epochs=10")
     distill(run)
     steps = log(run, "distill", "step")
@@ -93,7 +95,7 @@ def test_the_replacing_rate_rises_and_shows_in_the_draws(pruned: Callable[..., R
 
 
 def test_a_step_without_any_layer_of_the_students_is_no_failure(pruned: Callable[..., Run]) -> None:
-    """At rate 0 nothing of the student's layers is in the forward pass; with frozen embeddings nothing at all is."""
+    """At replacing rate 0 with frozen embeddings no trained parameter is in the forward pass."""
     grafting = "distill.grafting={schedule='constant', start=0}"
     run = pruned(grafting, "distill.train=layers", "distill.epochs=1", "distill.keep_best=false")
     distill(run)
@@ -139,7 +141,7 @@ def test_a_poisoned_checkpoint_is_refused_by_finetune_too(pruned: Callable[..., 
 
 
 def test_a_stage_whose_input_was_forged_is_refused(pruned: Callable[..., Run]) -> None:
-    """The record of prune is another one than distill has read."""
+    """The record of prune is replaced after distill has read it."""
     run = pruned("distill.epochs=1")
     distill(run)
     poison(run, "prune")
@@ -152,7 +154,7 @@ def test_a_teacher_that_was_replaced_is_noticed(pruned: Callable[..., Run]) -> N
     assert_refused(run, distill, Corrupt, "prune was made from a teacher stage that has since been replaced")
 
 
-def test_without_epochs_the_checkpoint_is_handed_on_as_it_is(pruned: Callable[..., Run]) -> None:
+def test_without_epochs_the_checkpoint_is_copied_unchanged(pruned: Callable[..., Run]) -> None:
     run = pruned("distill.epochs=0")
     metrics = distill(run)
     before, after = (load_file(run.path / stage / "model.safetensors") for stage in ("prune", "distill"))

@@ -1,4 +1,4 @@
-"""Export on a fabricated run: what is written, what is measured, what is refused."""
+"""The export stage on a fabricated run: files, measurements, gates."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ Fabricate = Callable[..., Run]
 
 @pytest.fixture
 def fabricate(tmp_path: Path, toys: ModuleType, toy_task: Callable[..., Task]) -> Fabricate:
-    """`fabricate("export.opset=20")`: a run of the task `toy` with a dense teacher and a student of 75 % zeros."""
+    """Return `fabricate("export.opset=20")`, which makes a run with a dense teacher and a student of 75 % zeros."""
 
     def make(*sets: str, **options: Any) -> Run:
         toy_task(**{"dev": 20} | options)
@@ -69,7 +69,7 @@ def files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def test_both_are_written_measured_and_equal_to_their_checkpoints(
+def test_teacher_and_student_exports_equal_their_checkpoints(
     fabricate: Fabricate, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = fabricate(pairs=True)
@@ -106,7 +106,7 @@ def test_it_needs_its_predecessors(toy_run: Callable[..., Run]) -> None:
 
 
 def nothing_half_written(run: Run) -> bool:
-    """Whether the run folder holds the stages that were fabricated, and nothing else."""
+    """Tell whether the run folder contains only the fabricated stages."""
     expected = ["run.json"]
     for stage in ("teacher", "finetune"):
         for name in ("config.json", "model.safetensors", "stage.json", "tokenizer.json", "tokenizer_config.json"):
@@ -153,7 +153,7 @@ def scale(array: np.ndarray) -> None:
 
 
 def faulty_target(change: Callable[[np.ndarray], None]) -> type[Onnx]:
-    """A target whose file is written first, and then one of its matrices is changed."""
+    """Make a target that applies `change` to one matrix of the file it has written."""
 
     class Faulty(Onnx):
         def export(self, checkpoint: Path, folder: Path, recipe: Recipe) -> list[Path]:
@@ -194,7 +194,7 @@ def test_a_file_that_differs_from_its_checkpoint_is_refused(
 
 
 def test_a_changed_dev_score_is_refused(fabricate: Fabricate, clean_plugins: None) -> None:
-    """It is the last gate: here the tolerance is so wide that all logits pass."""
+    """The dev score is the last gate; here the tolerance lets all logits pass."""
 
     class Contrary(Onnx):
         opened_by = "session"
@@ -211,7 +211,7 @@ def test_a_changed_dev_score_is_refused(fabricate: Fabricate, clean_plugins: Non
     assert nothing_half_written(run)
 
 
-def test_a_second_target_lies_under_its_name(fabricate: Fabricate, clean_plugins: None) -> None:
+def test_a_second_target_is_written_into_a_folder_of_its_name(fabricate: Fabricate, clean_plugins: None) -> None:
     plugins.targets.register("other")(type("Other", (Onnx,), {}))
     run = fabricate('export.targets=["onnx", "other"]')
     result = export(run)
@@ -259,7 +259,7 @@ def test_the_targets_of_the_guide_go_through_export_and_bench(
 
 
 def lacking_target(error: type[SpdError]) -> type[Onnx]:
-    """A target that finds out too late that it cannot work here."""
+    """Make a target that raises `error` when it exports."""
 
     class Lacking(Onnx):
         def export(self, checkpoint: Path, folder: Path, recipe: Recipe) -> list[Path]:
@@ -270,7 +270,7 @@ def lacking_target(error: type[SpdError]) -> type[Onnx]:
 
 
 class TestOptional:
-    """A target that is exported where it can be, with a warning where it cannot."""
+    """`export.optional`: a target that cannot work here gives a warning, not an error."""
 
     def test_it_lies_under_its_name_with_the_roles_that_it_has(
         self, fabricate: Fabricate, rounded: Any, capsys: pytest.CaptureFixture[str]
@@ -350,7 +350,7 @@ class TestOptional:
 
 
 class TestRounding:
-    """A target that rounds the weights: its arithmetic is proven, and the cost of the rounding measured."""
+    """A target that rounds the weights: the gates prove its arithmetic and measure the cost of rounding."""
 
     def test_the_cost_is_measured_against_the_checkpoint_and_the_arithmetic_is_not(
         self, fabricate: Fabricate, rounded: Any, capsys: pytest.CaptureFixture[str]
@@ -405,7 +405,7 @@ class TestRounding:
         calls: list[DevComparison] = []
 
         def worsen(*arguments: Any) -> DevComparison:
-            """The third comparison is that of the rounded student: teacher and student come first, unrounded."""
+            """Lower the score of the third comparison, the rounded student's; teacher and student come first."""
             comparison = compare_predictions(*arguments)
             calls.append(comparison)
             if len(calls) < 3:
@@ -421,7 +421,7 @@ class TestRounding:
 
 
 class TestOfNoRun:
-    """`export_checkpoint`: a checkpoint that nobody trained here."""
+    """`export_checkpoint`: a checkpoint that does not belong to a run."""
 
     @pytest.fixture
     def checkpoint(self, fabricate: Fabricate, tmp_path: Path) -> Path:

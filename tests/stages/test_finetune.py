@@ -44,7 +44,7 @@ def test_a_whole_run_ends_in_an_ordinary_sparse_checkpoint(
     assert config == teacher, "no trace of attention implementation or dropout"
 
 
-def test_the_student_is_alone(toy_run: Callable[..., Run]) -> None:
+def test_finetune_draws_only_student_layers_and_keeps_the_zeros(toy_run: Callable[..., Run]) -> None:
     run = toy_run(until="finetune")
     steps = [json.loads(line) for line in (run.path / "finetune" / "metrics.jsonl").read_text("utf-8").splitlines()]
     steps = [event for event in steps if event["event"] == "step"]
@@ -63,8 +63,8 @@ def test_it_is_refused_before_distill(toy_run: Callable[..., Run], tmp_path: Pat
     assert not (run.path / ".finetune.partial").exists()
 
 
-def test_a_run_learns_with_its_zeros(toy_run: Callable[..., Run], toy_task: Callable[..., Task]) -> None:
-    """A task that four words decide: at 80 % the student must know it still."""
+def test_a_sparse_run_learns_a_task_of_four_words(toy_run: Callable[..., Run], toy_task: Callable[..., Task]) -> None:
+    """Four words decide the labels; at 80 % zeros the student must still have learnt them."""
     toy_task(train=256, dev=64)
     rates = {"teacher": 5e-3, "prune": 2e-3, "distill": 1e-3, "finetune": 1e-3}
     sets = [f"{stage}.learning_rate={rate}" for stage, rate in rates.items()]

@@ -1,4 +1,4 @@
-"""A student of another shape, layer maps, relations, projections and blends, through the three phases."""
+"""The three phases with students of other shapes, layer maps, relations, projections and blends."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ NAMES = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
 
 
 @pytest.fixture
-def small(toys: Any, tmp_path: Path) -> Callable[..., str]:
-    """`small(layers=1, hidden=16)`: the folder of another classifier with the toys' tokenizer."""
+def make_student(toys: Any, tmp_path: Path) -> Callable[..., str]:
+    """Return `make_student(layers=1, hidden_size=16)`, which saves another classifier and returns its folder."""
 
     def make(name: str = "small", architecture: str = "bert", **fields: Any) -> str:
         folder = tmp_path / name
@@ -48,7 +48,7 @@ def small(toys: Any, tmp_path: Path) -> Callable[..., str]:
 
 @pytest.fixture
 def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What was warned of."""
+    """Collect the warnings of the console."""
     messages: list[str] = []
     monkeypatch.setattr(console, "warn", messages.append)
     return messages
@@ -64,12 +64,12 @@ def steps(run: Run, stage: str) -> list[dict[str, Any]]:
 
 
 def almost_equal(weight: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Equal but for what a learning rate of next to nothing makes of a zero."""
+    """Compare up to the tiny steps that a learning rate of 1e-30 takes away from zero."""
     return torch.allclose(weight, expected, rtol=0, atol=1e-20)
 
 
 def encoder_only(folder: str) -> str:
-    """The same folder without its head."""
+    """Copy a model folder without its classification head."""
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     encoder_folder = f"{folder}-bare"
     shutil.copytree(folder, encoder_folder)
@@ -78,9 +78,9 @@ def encoder_only(folder: str) -> str:
 
 
 def test_a_smaller_student_goes_through_every_phase_with_its_projections(
-    toy_run: MakeRun, small: Any, warnings: list[str], stage_files: list[str]
+    toy_run: MakeRun, make_student: Any, warnings: list[str], stage_files: list[str]
 ) -> None:
-    run = toy_run("prune.grafting.start=0.5", student=small(), sparsity=0.7, until="finetune")
+    run = toy_run("prune.grafting.start=0.5", student=make_student(), sparsity=0.7, until="finetune")
     before: dict[str, torch.Tensor] = {}
     for stage in ("prune", "distill", "finetune"):
         folder = run.path / stage
@@ -105,28 +105,28 @@ def test_a_smaller_student_goes_through_every_phase_with_its_projections(
     assert any("bert, 1 layers of width 16" in line and "bert, 2 layers of width 32" in line for line in warnings)
 
 
-def test_the_next_phase_goes_on_with_the_projections_of_the_one_before(toy_run: MakeRun, small: Any) -> None:
-    run = toy_run("distill.epochs=0", student=small(), until="distill")
+def test_the_next_phase_goes_on_with_the_projections_of_the_one_before(toy_run: MakeRun, make_student: Any) -> None:
+    run = toy_run("distill.epochs=0", student=make_student(), until="distill")
     pruned, distilled = (weights(run, stage, "projections.safetensors") for stage in ("prune", "distill"))
     assert all(torch.equal(pruned[name], distilled[name]) for name in pruned)
 
 
-def test_projections_are_there_only_where_hidden_states_are_compared(toy_run: MakeRun, small: Any) -> None:
+def test_projections_are_there_only_where_hidden_states_are_compared(toy_run: MakeRun, make_student: Any) -> None:
     relation = ["prune.loss={hidden=0, relation=1, relation_heads=4, layer_map='last'}", "prune.epochs=1"]
-    run = toy_run(*relation, student=small(), until="prune")
+    run = toy_run(*relation, student=make_student(), until="prune")
     assert not (run.path / "prune" / "projections.safetensors").exists()
     assert all(step["losses"]["relation"] > 0 for step in steps(run, "prune"))
-    same_width = toy_run("prune.epochs=1", student=small("wide", hidden_size=32), folder="equal", until="prune")
+    same_width = toy_run("prune.epochs=1", student=make_student("wide", hidden_size=32), folder="equal", until="prune")
     assert not (same_width.path / "prune" / "projections.safetensors").exists()
 
 
 @pytest.mark.parametrize("layer_map", ["uniform", "last", "[2, 1]"])
-def test_the_map_decides_what_is_learnt(
-    toy_run: MakeRun, toy_task: Callable[..., Task], small: Any, layer_map: str
+def test_the_layer_map_changes_the_hidden_state_loss(
+    toy_run: MakeRun, toy_task: Callable[..., Task], make_student: Any, layer_map: str
 ) -> None:
     toy_task(layers=4, train=16, dev=8)
     sets = ["prune.epochs=1", f"prune.loss.layer_map={layer_map}", "prune.loss.attention=1", "prune.events=1"]
-    student = small(hidden_size=32, layers=2)
+    student = make_student(hidden_size=32, layers=2)
     run = toy_run(*sets, "teacher.epochs=1", student=student, sparsity=0.3, until="prune")
     assert all(step["losses"][name] > 0 for step in steps(run, "prune") for name in ("hidden", "attention"))
     other_run = toy_run("prune.loss.layer_map=[4, 4]", *sets[:1], *sets[2:], "teacher.epochs=1", student=student,
@@ -136,10 +136,10 @@ def test_the_map_decides_what_is_learnt(
 
 @pytest.mark.parametrize("kind", ["bernoulli", "blend"])
 def test_a_student_of_the_teachers_shape_is_grafted(
-    toy_run: MakeRun, small: Any, warnings: list[str], kind: str
+    toy_run: MakeRun, make_student: Any, warnings: list[str], kind: str
 ) -> None:
     sets = [f"prune.grafting={{kind='{kind}', start=0.4}}", "prune.loss.relation=1", "prune.loss.relation_heads=8"]
-    student = small(hidden_size=32, intermediate_size=64, layers=2)
+    student = make_student(hidden_size=32, intermediate_size=64, layers=2)
     run = toy_run(*sets, student=student, until="prune")
     log_steps = steps(run, "prune")
     assert {step["replacing_rate"] for step in log_steps} == {0.4}
@@ -158,9 +158,9 @@ def test_a_blend_rises_to_the_student_alone(toy_run: MakeRun) -> None:
     assert files[0] == files[1]
 
 
-def test_pretrained_starts_from_the_model_with_a_new_head(toy_run: MakeRun, toy_task: Any, small: Any) -> None:
+def test_pretrained_starts_from_the_model_with_a_new_head(toy_run: MakeRun, toy_task: Any, make_student: Any) -> None:
     toy_task(build=False)
-    encoder = encoder_only(small(hidden_size=32, layers=2))
+    encoder = encoder_only(make_student(hidden_size=32, layers=2))
     no_training = ["prune.learning_rate=1e-30", "prune.epochs=1", "prune.events=1", "prune.weight_decay=0"]
     run = toy_run(*no_training, model=encoder, student="pretrained", sparsity=0.0, until="prune")
     start, student, teacher_weights = (
@@ -185,9 +185,9 @@ def test_pretrained_of_a_task_with_a_model_of_its_own_is_that_model(toy_run: Mak
     assert all(almost_equal(student[name], start[name]) for name in student)
 
 
-def test_the_labels_are_the_teachers_in_its_order(toy_run: MakeRun, small: Any, toys: Any) -> None:
-    """A classifier whose labels stand the other way round: its head is turned, and says the same as before."""
-    reversed_labels = small(id2label={0: "good", 1: "bad"}, label2id={"good": 0, "bad": 1})
+def test_the_labels_are_the_teachers_in_its_order(toy_run: MakeRun, make_student: Any, toys: Any) -> None:
+    """A student with the labels in reverse order gets its head reordered and keeps its predictions."""
+    reversed_labels = make_student(id2label={0: "good", 1: "bad"}, label2id={"good": 0, "bad": 1})
     no_training = ["prune.learning_rate=1e-30", "prune.epochs=1", "prune.events=1", "prune.weight_decay=0"]
     run = toy_run(*no_training, student=reversed_labels, sparsity=0.0, until="prune")
     before, after = load_model(reversed_labels), load_model(run.path / "prune")
@@ -199,33 +199,33 @@ def test_the_labels_are_the_teachers_in_its_order(toy_run: MakeRun, small: Any, 
 
 @pytest.mark.parametrize("labels", [3, 0])
 def test_an_encoder_or_a_classifier_of_another_task_gets_a_new_head(
-    toy_run: MakeRun, small: Any, warnings: list[str], labels: int
+    toy_run: MakeRun, make_student: Any, warnings: list[str], labels: int
 ) -> None:
     three_labels = {"labels": 3, "id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
-    folder = small(**three_labels) if labels else encoder_only(small())
+    folder = make_student(**three_labels) if labels else encoder_only(make_student())
     run = toy_run("prune.epochs=1", student=folder, until="prune")
     model = load_model(run.path / "prune")
     assert label_names(model) == ["bad", "good"]
     assert any("gets a new head: the model has 3 labels (a, b, c)" in line for line in warnings) == bool(labels)
 
 
-def test_a_regression_student(toy_run: MakeRun, toy_task: Any, small: Any) -> None:
+def test_a_regression_student(toy_run: MakeRun, toy_task: Any, make_student: Any) -> None:
     toy_task(labels=())
-    run = toy_run("prune.epochs=1", student=encoder_only(small()), until="prune")
+    run = toy_run("prune.epochs=1", student=encoder_only(make_student()), until="prune")
     assert label_names(load_model(run.path / "prune")) == ["score"]
 
 
 def test_a_student_of_another_family_reads_only_what_it_knows(
-    toy_run: MakeRun, toy_task: Any, small: Any, warnings: list[str]
+    toy_run: MakeRun, toy_task: Any, make_student: Any, warnings: list[str]
 ) -> None:
-    """A DistilBERT beneath a BERT that reads token types; and the other way round."""
+    """A DistilBERT student of a BERT teacher, which reads token types, and the reverse."""
     toy_task(pairs=True)
-    folder = small(architecture="distilbert", dim=16, hidden_dim=24, n_heads=2)
+    folder = make_student(architecture="distilbert", dim=16, hidden_dim=24, n_heads=2)
     run = toy_run("prune.loss.attention=1", student=folder, until="distill")
     assert load_model(run.path / "distill").config.model_type == "distilbert"
     assert "token_type_ids" not in load_tokenizer(run.path / "distill").model_input_names
     toy_task(pairs=True, architecture="distilbert")
-    other_run = toy_run("prune.loss.relation=1", "prune.loss.relation_heads=4", student=small("back"), folder="other",
+    other_run = toy_run("prune.loss.relation=1", "prune.loss.relation_heads=4", student=make_student("back"), folder="other",
                     until="prune")  # fmt: skip
     assert load_model(other_run.path / "prune").config.model_type == "bert"
 
@@ -250,18 +250,18 @@ def assert_refused(run: Run, error: type[Exception], message: str) -> None:
     ],
 )
 def test_a_student_that_does_not_fit_is_refused_before_the_work(
-    toy_run: MakeRun, small: Any, setting: str, fields: dict[str, Any], error: type[Exception], message: str
+    toy_run: MakeRun, make_student: Any, setting: str, fields: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    assert_refused(toy_run(setting, "teacher.epochs=1", student=small(**fields)), error, message)
+    assert_refused(toy_run(setting, "teacher.epochs=1", student=make_student(**fields)), error, message)
 
 
-def test_a_new_head_that_would_stay_random_is_refused(toy_run: MakeRun, small: Any) -> None:
-    run = toy_run("prune.train=layers", "teacher.epochs=1", student=encoder_only(small()))
+def test_a_new_head_that_would_stay_random_is_refused(toy_run: MakeRun, make_student: Any) -> None:
+    run = toy_run("prune.train=layers", "teacher.epochs=1", student=encoder_only(make_student()))
     assert_refused(run, RecipeError, "gets a new head, and prune.train = 'layers' would leave it random")
 
 
-def test_another_vocabulary_is_refused(toy_run: MakeRun, small: Any) -> None:
-    folder = Path(small())
+def test_another_vocabulary_is_refused(toy_run: MakeRun, make_student: Any) -> None:
+    folder = Path(make_student())
     file = folder / "tokenizer.json"
     file.write_text(file.read_text("utf-8").replace('"warm"', '"tepid"'), "utf-8")
     assert_refused(
@@ -269,8 +269,8 @@ def test_another_vocabulary_is_refused(toy_run: MakeRun, small: Any) -> None:
     )
 
 
-def test_a_tokenizer_that_cuts_otherwise_is_refused(toy_run: MakeRun, small: Any) -> None:
-    folder = Path(small())
+def test_a_tokenizer_that_cuts_otherwise_is_refused(toy_run: MakeRun, make_student: Any) -> None:
+    folder = Path(make_student())
     file = folder / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | {"do_lower_case": False}), "utf-8")
     assert_refused(
@@ -279,11 +279,11 @@ def test_a_tokenizer_that_cuts_otherwise_is_refused(toy_run: MakeRun, small: Any
 
 
 def test_an_interruption_leaves_no_trace_in_the_projections(
-    toy_run: MakeRun, small: Any, monkeypatch: pytest.MonkeyPatch
+    toy_run: MakeRun, make_student: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sets = ["save_minutes=0", "prune.loss.relation=0.5", "prune.loss.relation_heads=4", "prune.weight_decay=0.1"]
-    uninterrupted = toy_run(*sets, student=small(), until="finetune")
-    run, original = toy_run(*sets, student=small(), folder="stopped", until="teacher"), torch.optim.AdamW.step
+    uninterrupted = toy_run(*sets, student=make_student(), until="finetune")
+    run, original = toy_run(*sets, student=make_student(), folder="stopped", until="teacher"), torch.optim.AdamW.step
     for stage, stop in ((prune, 3), (prune, 4), (distill, 5), (finetune, 11)):
         calls = 0
 
@@ -331,7 +331,7 @@ def test_the_recipes_train_on_what_they_say(toy_run: MakeRun, recipe: str) -> No
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
 @pytest.mark.usefixtures("clean_plugins")
-def test_products_are_told_who_reads_the_gradients_of_the_dead(
+def test_sparse_products_learn_whether_dead_gradients_are_read(
     toy_run: MakeRun, monkeypatch: pytest.MonkeyPatch, sets: tuple[str, ...], skip_dead_gradients: bool | None
 ) -> None:
     monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)  # it takes long

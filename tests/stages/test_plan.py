@@ -1,4 +1,4 @@
-"""The plan: steps, weights, memory, and what it refuses before anything is spent."""
+"""The plan: steps, weights, memory, and settings that it refuses before any work."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_a_given_teacher_of_another_task_is_refused_by_the_plan(
         ("precision=fp16", DeviceError, "fp16"),
     ],
 )
-def test_what_a_later_stage_would_refuse_is_refused_now(
+def test_settings_that_a_later_stage_would_refuse_are_refused_by_the_plan(
     toy_run: MakeRun, assignment: str, error: type[Exception], message: str
 ) -> None:
     run = toy_run(assignment)
@@ -141,11 +141,11 @@ def test_what_a_later_stage_would_refuse_is_refused_now(
         planning.check_run(run)
 
 
-def test_events_that_just_fit_are_let_pass(toy_run: MakeRun) -> None:
+def test_events_that_just_fit_are_accepted(toy_run: MakeRun) -> None:
     planning.check_run(toy_run("prune.events=8"))
 
 
-def test_memory_grows_with_what_costs_memory(toy_run: MakeRun, toys: Any) -> None:
+def test_the_memory_estimate_grows_with_batch_size_and_attention_loss(toy_run: MakeRun, toys: Any) -> None:
     model = toys.bert()
 
     def bytes_of(*sets: str) -> int:

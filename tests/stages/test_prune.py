@@ -1,4 +1,4 @@
-"""`spdtool prune`: exact zeros in every matrix, whatever the recipe and the start."""
+"""`spdtool prune`: exact counts of zeros in every matrix, for any recipe and starting checkpoint."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from spdtool.tasks.task import Task
 
 
 def zeros(folder: Path) -> dict[str, tuple[int, int]]:
-    """`(zeros, size)` of every prunable matrix, by stock transformers."""
+    """Return `(zeros, size)` of every prunable matrix, read with stock transformers."""
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     return {n: (int((w == 0).sum()), w.numel()) for n, w in find_prunable_weights(model).items()}
 
@@ -35,7 +35,7 @@ def events(run: Run, kind: str) -> list[dict[str, Any]]:
 
 
 def sparse_teacher(run: Run, sparsity: float) -> None:
-    """Put a checkpoint that somebody else made sparse where the teacher lies, with a fresh record."""
+    """Replace the teacher by a checkpoint that is already sparse, with a fresh record."""
     folder = run.path / "teacher"
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     with torch.no_grad():
@@ -101,7 +101,7 @@ def test_the_global_scope_has_the_exact_total(toy_run: Callable[..., Run]) -> No
 
 
 @pytest.mark.slow
-def test_blocks_go_whole_by_every_criterion_of_second_order(toy_run: Callable[..., Run]) -> None:
+def test_second_order_criteria_prune_whole_blocks(toy_run: Callable[..., Run]) -> None:
     for criterion in ("obert", "layerwise"):
         sets = ("prune.pattern=1x4", f"prune.criterion={criterion}", "prune.calibration=2", "prune.first=none")
         run = toy_run(*sets, sparsity=0.8, until="finetune", folder=criterion)
@@ -152,7 +152,7 @@ def test_regression_is_pruned_like_the_rest(toy_run: Callable[..., Run], toy_tas
 def test_gradient_checkpointing_changes_no_weight(
     toy_run: Callable[..., Run], toy_task: Callable[..., Task], dropout: bool
 ) -> None:
-    """With real dropout in the student, and in the stand-ins too: the recomputed masks are the same ones."""
+    """Recomputation draws the same dropout masks, in the student and in the grafted teacher layers."""
     toy_task(dropout=0.2)
     sets = ["teacher.epochs=1", "prune.loss.attention=1", f"prune.grafting.stand_in_dropout={str(dropout).lower()}",
             "prune.grafting.start=0.6"]  # fmt: skip
@@ -171,7 +171,7 @@ def test_the_same_recipe_gives_the_same_bytes_and_another_seed_others(toy_run: C
     assert files[0] == files[1] != files[2]
 
 
-def test_a_criterion_of_a_strangers_is_used(toy_run: Callable[..., Run], clean_plugins: None) -> None:
+def test_a_criterion_of_a_plugin_is_used(toy_run: Callable[..., Run], clean_plugins: None) -> None:
     has_gradient = []
 
     @plugins.criteria.register("taylor-of-the-test", needs=("gradient",))
@@ -224,7 +224,7 @@ def test_it_is_refused_on_an_altered_teacher(toy_run: Callable[..., Run]) -> Non
     assert_refused(run, Corrupt, "was altered")
 
 
-def test_it_is_done_once(toy_run: Callable[..., Run]) -> None:
+def test_prune_refuses_to_run_twice(toy_run: Callable[..., Run]) -> None:
     run = toy_run(until="prune")
     with pytest.raises(RunError, match="already done"):
         prune(run)
@@ -247,7 +247,9 @@ def test_a_recipe_that_cannot_work_is_refused_before_the_work(
     assert_refused(toy_run(setting, until="teacher"), error, message)
 
 
-def test_a_count_that_is_off_is_not_handed_over(toy_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_with_a_wrong_count_of_zeros_is_refused(
+    toy_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = toy_run(until="teacher")
 
     def save_other_weights(model: Any, tokenizer: Any, folder: Path, *weights: Any) -> None:

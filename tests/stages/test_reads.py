@@ -1,4 +1,4 @@
-"""A training step reads no number back from the device: on a GPU each such read would wait for all that is queued."""
+"""A training step copies no number from the device; on a GPU each copy would wait for all queued work."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ pytestmark = [
 
 
 class Reads(TorchDispatchMode):
-    """Keeps how often each reading operation ran, by the step in which it did."""
+    """Counts the operations that copy numbers from the device, by training step."""
 
     def __init__(self) -> None:
         super().__init__()
         self.step: int | None = None
-        self.found: dict[int | None, Counter[str]] = {}
+        self.counts: dict[int | None, Counter[str]] = {}
 
     def note(self, name: str) -> None:
-        self.found.setdefault(self.step, Counter())[name] += 1
+        self.counts.setdefault(self.step, Counter())[name] += 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         packet = func.overloadpacket
@@ -65,7 +65,7 @@ class Reads(TorchDispatchMode):
 
 
 class Copies(TorchFunctionMode):
-    """Notes copies to the processor that leave no trace on a CPU."""
+    """Counts copies to the processor that torch does not dispatch when the tensor is on the CPU."""
 
     def __init__(self, reads: Reads) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Copies(TorchFunctionMode):
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
-    """Watches every step of the training loop, in which only the last one has a log line."""
+    """Count reads in every step of the training loop, where only the last step writes a log line."""
     counter, original = Reads(), prefetch.prefetch_batches
 
     @contextmanager
@@ -100,8 +100,8 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
     return counter
 
 
-def quiet(run: Run, stage: str) -> set[int]:
-    """The steps of the stage, of its 12, after which nothing is told, saved or pruned."""
+def silent_steps(run: Run, stage: str) -> set[int]:
+    """Return the steps, of 12, that log, save and prune nothing."""
     lines = (run.path / stage / "metrics.jsonl").read_text("utf-8").splitlines()
     return set(range(12)) - {event["step"] - 1 for event in map(json.loads, lines)}
 
@@ -136,26 +136,26 @@ def test_no_step_without_an_event_reads_a_number_back(
     run = toy_run(*shared, *sets, until="teacher")
     for stage in ("teacher", "prune", "distill"):
         if stage != "teacher":
-            reads.found.clear()
+            reads.counts.clear()
             getattr(__import__(f"spdtool.stages.{stage}", fromlist=[stage]), stage)(run)
-        silent = quiet(run, stage)
+        silent = silent_steps(run, stage)
         assert len(silent) >= 6
-        assert not {step: reads.found[step] for step in silent & reads.found.keys()}, stage
-        assert reads.found[11], "the watch sees what the log line reads"
+        assert not {step: reads.counts[step] for step in silent & reads.counts.keys()}, stage
+        assert reads.counts[11], "the watch sees what the log line reads"
 
 
 class Crossings(TorchDispatchMode):
-    """Keeps which operations had tensors of the processor and of the device, but for numbers on the processor."""
+    """Collects operations that mix tensors of the CPU and of the device; scalars on the CPU are allowed."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.operations: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if torch.is_tensor(leaf)]
         if len({tensor.device for tensor in tensors if tensor.device.type == "meta" or tensor.dim()}) > 1:
-            self.found.append(str(func))
+            self.operations.append(str(func))
         return result
 
 
@@ -184,6 +184,6 @@ def test_nothing_crosses_between_processor_and_device_within_a_step(toys: Any, a
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-        assert not crossings.found
+        assert not crossings.operations
         torch.ones(2).to("meta")
-        assert crossings.found, "a copy is seen"
+        assert crossings.operations, "a copy is seen"

@@ -1,4 +1,4 @@
-"""The search for the fastest student that keeps its score: how few are tried, and which one is finished."""
+"""The search for the fastest student within a drop of the score: which students it tries and finishes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from spdtool.stages.search import SPEEDUPS, compress_fastest
 
 
 class FakeRuns:
-    """Runs that take no time: a student loses a point for each time that it is faster than once.
+    """Fake runs in which an n-fold speedup costs n - 1 points of the score.
 
     Args:
-        fastest: beyond which no shape is there.
+        fastest: largest speedup that any shape reaches.
     """
 
     def __init__(self, fastest: float = 100.0) -> None:
@@ -40,16 +40,16 @@ class FakeRuns:
 
 @pytest.fixture(autouse=True)
 def table(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A table in which the smallest shape is 11 times faster."""
+    """Install a table of layer times in which the smallest shape is 11 times faster."""
     monkeypatch.setattr(goal_shape, "largest_speedup", lambda recipe: 11.0)
 
 
 def recipe_of(max_drop: float, kind: str = "auto") -> Recipe:
-    """A recipe that asks for nothing but a score."""
+    """Build a recipe whose only goal is the largest drop of the score."""
     return build_recipe("default", {"task": "demo", "goal.max_drop": max_drop, "goal.kind": kind})
 
 
-def test_the_fastest_student_that_holds_is_finished_and_few_are_tried(tmp_path: Path) -> None:
+def test_the_fastest_student_within_the_drop_is_finished_after_few_trials(tmp_path: Path) -> None:
     for max_drop in (0.3, 1.0, 2.2, 5.0, 50.0):
         runs = FakeRuns()
         result = compress_fastest(recipe_of(max_drop), tmp_path, "bench", runs.compress)
@@ -66,12 +66,12 @@ def test_a_sparse_student_is_searched_among_sparsities(tmp_path: Path) -> None:
     assert result.run.name == "0.85"  # 10 times the sparsity, less 1, is at most 7.6
 
 
-def test_a_speedup_that_no_shape_reaches_does_not_hold(tmp_path: Path) -> None:
+def test_a_speedup_that_no_shape_reaches_is_passed_over(tmp_path: Path) -> None:
     result = compress_fastest(recipe_of(50), tmp_path, "bench", FakeRuns(fastest=3).compress)
     assert result.run.name == "3x"
 
 
-def test_where_no_student_keeps_its_score_each_that_was_tried_is_named(tmp_path: Path) -> None:
+def test_every_student_tried_is_named_if_none_keeps_its_score(tmp_path: Path) -> None:
     with pytest.raises(GateError, match=r"1\.25x loses 0\.25") as error:
         compress_fastest(recipe_of(0.1), tmp_path, "bench", FakeRuns().compress)
     assert error.value.exit_code == 3

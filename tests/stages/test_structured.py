@@ -36,14 +36,14 @@ SETS = ("prune.shape=[[1, 32], [2, 0]]", "prune.calibration=2", "prune.criterion
 
 
 def shape_of(folder: Path) -> list[list[int]]:
-    """Heads and neurons that live in a checkpoint."""
+    """Count the live heads and neurons of each layer of a checkpoint."""
     layers = find_structures(load_model(folder))
     return [[int(layer.heads.find_live().sum()), int(layer.neurons.find_live().sum())] for layer in layers]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> Any:
-    """A run whose student has lost heads and neurons in all three phases; read only."""
+    """A run whose student was pruned to `SHAPE` and went through all phases; read only."""
     from importlib import import_module
 
     toys.register(toys.dataset("toy"))
@@ -56,7 +56,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> Any:
 
 @pytest.fixture
 def reference(finished: Run, toy_task: Callable[..., Any]) -> Reference:
-    """Its student."""
+    """The finished student, as the reference of an export."""
     toy_task()
     checkpoint = finished.path / "finetune"
     return Reference(checkpoint, prepare_dev_sets(checkpoint, finished.recipe), finished.recipe)
@@ -80,7 +80,7 @@ def test_every_phase_hands_over_a_full_width_checkpoint_of_the_shape(finished: R
 
 
 @pytest.mark.slow  # it traces and quantizes
-def test_every_target_leaves_the_dead_out_and_passes_the_gates(reference: Reference, tmp_path: Path) -> None:
+def test_every_target_drops_dead_heads_and_neurons_and_passes_the_gates(reference: Reference, tmp_path: Path) -> None:
     parameters = dict(reference.load_model().named_parameters())
     for name in ("onnx", "onnx-ort", "onnx-fp16", "onnx-int8", "transformers"):
         target = get_target(name)

@@ -1,4 +1,4 @@
-"""`spdtool teacher`: fine-tuned here, or given and measured first; bad ones refused with nothing written."""
+"""`spdtool teacher`: fine-tuning, given teachers, and teachers that are refused without writing a file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def names(folder: Path) -> list[str]:
 
 @pytest.fixture
 def make_teacher(tmp_path: Path, toys: Any) -> Callable[..., str]:
-    """`given(labels=2, **config)` writes a fine-tuned model to give as the teacher."""
+    """Return `make_teacher(labels=2, **config)`, which saves a fine-tuned model and returns its folder."""
 
     def make(labels: int = 2, **config: Any) -> str:
         folder = tmp_path / "given"
@@ -108,7 +108,7 @@ def test_a_given_teachers_own_order_of_labels_is_respected(
     assert reversed_labels.dev["accuracy"] == pytest.approx(1 - in_order.dev["accuracy"])
 
 
-def test_a_teacher_from_a_run_on_other_rows_is_said_to_be(
+def test_a_teacher_trained_on_other_rows_is_reported(
     toy_run: Callable[..., Run], toy_task: Callable[..., Task], capsys: Any
 ) -> None:
     first = toy_run(folder="first", until="teacher")

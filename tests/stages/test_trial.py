@@ -1,4 +1,4 @@
-"""A family that nobody has tried goes through a whole run with two random layers before anything is spent on it."""
+"""A model family without tests goes through a trial run of two random layers before real work."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from spdtool.tasks.prepare import task_of
 
 @pytest.fixture(scope="module")
 def xlnet(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> Path:
-    """A tiny XLNet, whose layers are found and pruned like any other's, and which torch.onnx cannot export."""
+    """A tiny XLNet: spdtool can prune it, and torch.onnx cannot export it."""
     config = XLNetConfig(vocab_size=25, d_model=32, n_head=2, d_inner=64, n_layer=3, pad_token_id=0)
     folder = tmp_path_factory.mktemp("xlnet") / "xlnet"
     save_model(XLNetForSequenceClassification(config).eval(), toys.tokenizer(), folder)
     return folder
 
 
-def test_the_tested_families_are_those_of_the_tests(toys: ModuleType) -> None:
+def test_the_list_of_tested_families_matches_the_toys(toys: ModuleType) -> None:
     assert set(TESTED_FAMILIES) == set(toys.ARCHITECTURES)
 
 
 @pytest.mark.slow
-def test_one_that_cannot_be_exported_is_refused_at_once(
+def test_a_family_that_cannot_be_exported_is_refused_at_once(
     xlnet: Path, rows_file: Path, tmp_path: Path, spdtool: Callable[..., Any]
 ) -> None:
     arguments = ["--data", rows_file, "--model", xlnet, "--run", tmp_path / "run", "--device", "cpu"]
@@ -46,7 +46,7 @@ def test_one_that_cannot_be_exported_is_refused_at_once(
     assert "torch.onnx cannot export 'xlnet': " in " ".join(result.stderr.split())
 
 
-def test_one_without_linear_layers_is_told_so_and_what_to_try(
+def test_a_family_without_linear_layers_is_refused_with_advice(
     tmp_path: Path, toys: ModuleType, spdtool: Callable[..., Any]
 ) -> None:
     model = toys.classifier("gpt2", n_embd=32, n_layer=2, n_head=2)
@@ -57,7 +57,7 @@ def test_one_without_linear_layers_is_told_so_and_what_to_try(
     assert "families that are tested" in result.stderr
 
 
-def test_only_another_family_is_tried_and_whatever_it_raises_is_an_error_for_the_user(
+def test_only_untested_families_are_tried_and_their_failures_are_user_errors(
     toys: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[tuple[str, bool, tuple[str, ...]]] = []

@@ -1,4 +1,4 @@
-"""The student with a smaller vocabulary: its checkpoint, its scores and what is refused."""
+"""A student with a trimmed vocabulary: its checkpoint, its scores and refused settings."""
 
 from __future__ import annotations
 
