@@ -225,8 +225,13 @@ def test_a_student_of_another_family_reads_only_what_it_knows(
     assert load_model(run.path / "distill").config.model_type == "distilbert"
     assert "token_type_ids" not in load_tokenizer(run.path / "distill").model_input_names
     toy_task(pairs=True, architecture="distilbert")
-    other_run = toy_run("prune.loss.relation=1", "prune.loss.relation_heads=4", student=make_student("back"), folder="other",
-                    until="prune")  # fmt: skip
+    other_run = toy_run(
+        "prune.loss.relation=1",
+        "prune.loss.relation_heads=4",
+        student=make_student("back"),
+        folder="other",
+        until="prune",
+    )
     assert load_model(other_run.path / "prune").config.model_type == "bert"
 
 
