@@ -190,6 +190,12 @@ class Registry(Generic[T]):
         self.load()
         return [self._entries[name] for name in sorted(self._entries)]
 
+    def builtin_entries(self) -> list[Entry[T]]:
+        """List the built-in entries by name, without importing a plugin."""
+        for module in self._builtins:
+            importlib.import_module(module)
+        return [self._entries[name] for name in sorted(self._entries) if self._entries[name].source.startswith(BUILTIN)]
+
     def load(self) -> None:
         """Import the built-in modules of this kind, then every plugin."""
         for module in self._builtins:

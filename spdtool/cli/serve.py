@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +13,6 @@ import typer
 from spdtool import console
 from spdtool.cli.options import command
 from spdtool.errors import DataError, RecipeError, UnknownName
-from spdtool.escaping import make_visible
 
 if TYPE_CHECKING:
     from spdtool.serving.predict import InputLine
@@ -132,28 +131,13 @@ def predict(
             if "error" in prediction:
                 unlabelled.append(prediction["line"])
                 console.warn(f"line {prediction['line']} {prediction['error']}")
-            console.print_row(prediction, prediction_text(prediction))
+            text_line = classify.decision.unanswered if "error" in prediction else classify.decision.line(prediction)
+            console.print_row(prediction, text_line)
     if unlabelled:
         numbers = ", ".join(map(str, unlabelled[:LISTED_LINES]))
         console.warn(f"{len(unlabelled)} lines were not labelled: {numbers}")
         raise typer.Exit(DataError.exit_code)
     return None
-
-
-def prediction_text(prediction: Mapping[str, Any]) -> str:
-    """Label and probability, separated by a tab; an unlabelled line still takes up a line of the output.
-
-    Control characters of a label are spelled out: the label may be a stranger's.
-    """
-    if "error" in prediction:
-        return "-\t-"
-    label, probability = prediction["label"], prediction["probability"]
-    if isinstance(label, list):
-        probabilities = ",".join(f"{probability[name]:.4f}" for name in label)
-        return f"{','.join(map(make_visible, label))}\t{probabilities}"
-    if probability is None:
-        return f"{label:.6g}"
-    return f"{make_visible(label)}\t{probability:.4f}"
 
 
 @command

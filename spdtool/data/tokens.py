@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -19,9 +19,17 @@ if TYPE_CHECKING:
 
 Batch = dict[str, np.ndarray]
 
+IGNORED = -100  # label of a token that counts in no loss; the number that torch's cross-entropy ignores
 TOKENIZED_ROWS = 10_000  # at a time
 FORMAT = 1  # of the tokens in the cache: another layout, another number
 CACHED_ROWS = 1_000  # fewer are tokenized faster than they are looked up
+
+
+class Details(Protocol):
+    """What a kind of task has to know of its rows beside tokens and labels: words, windows, gold answers."""
+
+    def select(self, rows: np.ndarray) -> Details:
+        """Return those of these rows alone, in this order."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +39,13 @@ class Encoded:
     Attributes:
         columns: `input_ids`, and `token_type_ids` where the tokenizer has them; each of `offsets[-1]` integers.
         offsets: row i is `columns[...][offsets[i]:offsets[i + 1]]`.
-        labels: int64 class indices, or float32 for regression; one per row.
+        labels: int64 class indices, or float32 for regression, [rows, ...]; with `labels_per_token`, [tokens] of int64.
         pad_values: value that pads each column.
         pad_left: whether padding goes on the left.
         per_row: further arrays with one entry per row; a batch gets the entries of its rows.
         per_token: the same with one entry per token, [tokens, ...], which a batch pads with zeros.
+        labels_per_token: whether each token has a label; a batch pads them with IGNORED, which counts in no loss.
+        details: what a kind of task has to know of the rows beside their tokens; it enters no batch.
         stored_lengths: tokens of each row, where they are stored; None: computed from the offsets.
         hashes: of the columns and offsets, where they are stored (`cache.hash_array`).
     """
@@ -47,11 +57,22 @@ class Encoded:
     pad_left: bool
     per_row: dict[str, np.ndarray] = field(default_factory=dict)
     per_token: dict[str, np.ndarray] = field(default_factory=dict)
+    labels_per_token: bool = False
+    details: Details | None = None
     stored_lengths: np.ndarray | None = None
     hashes: dict[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.offsets) - 1
+
+    @property
+    def label_counts(self) -> np.ndarray:
+        """For each row, how many labels count in a loss: one, or those of its tokens that are not IGNORED."""
+        if not self.labels_per_token:
+            return np.ones(len(self), np.int64)
+        counted = np.concatenate([[0], np.cumsum(self.labels != IGNORED)])
+        counts: np.ndarray = counted[self.offsets[1:]] - counted[self.offsets[:-1]]
+        return counts
 
     @property
     def lengths(self) -> np.ndarray:
@@ -75,7 +96,8 @@ class Encoded:
             self,
             columns={name: flat[tokens] for name, flat in self.columns.items()},
             offsets=np.concatenate([[0], np.cumsum(self.lengths[rows])]),
-            labels=self.labels[rows],
+            labels=self.labels[tokens if self.labels_per_token else rows],
+            details=None if self.details is None else self.details.select(rows),
             per_row={name: values[rows] for name, values in self.per_row.items()},
             per_token={name: values[tokens] for name, values in self.per_token.items()},
             stored_lengths=None if self.stored_lengths is None else self.stored_lengths[rows],
@@ -107,12 +129,36 @@ class Encoded:
             batch[name] = np.full(mask.shape, self.pad_values[name], dtype=np.int64)
             batch[name][mask] = flat[source]
         batch["attention_mask"] = mask.astype(np.int64)
-        batch["labels"] = self.labels[rows]
+        if self.labels_per_token:
+            batch["labels"] = np.full(mask.shape, IGNORED, np.int64)
+            batch["labels"][mask] = self.labels[source]
+        else:
+            batch["labels"] = self.labels[rows]
         for name, flat in self.per_token.items():
             batch[name] = self._pad_with_zeros(flat, rows, first_positions=-position[:, 0], width=width)
         for name, values in self.per_row.items():
             batch[name] = values[rows]
         return batch
+
+    def make_outputs(self, outputs: np.ndarray) -> np.ndarray:
+        """Make room for the outputs of all rows: zeros [rows, ...], or [all tokens, ...] if they are per token.
+
+        Args:
+            outputs: of a batch, [rows, labels] or [rows, tokens, labels].
+        """
+        count = len(self) if outputs.ndim == 2 else int(self.offsets[-1])
+        return np.zeros((count, outputs.shape[-1]), np.float32)
+
+    def store_outputs(self, target: np.ndarray, rows: Sequence[int] | np.ndarray, outputs: np.ndarray) -> None:
+        """Write the outputs of a batch of these rows, without those of padding, into what `make_outputs` returned."""
+        if outputs.ndim == 2:
+            target[rows] = outputs
+            return
+        width = outputs.shape[1]
+        for row, row_outputs in zip(rows, outputs, strict=True):
+            start, stop = self.offsets[row], self.offsets[row + 1]
+            first = (width - (stop - start)) if self.pad_left else 0
+            target[start:stop] = row_outputs[first : first + stop - start]
 
     def _pad_with_zeros(
         self, flat: np.ndarray, rows: np.ndarray, *, first_positions: np.ndarray, width: int

@@ -22,6 +22,7 @@ from spdtool.errors import ModelError
 from spdtool.models.layers import find_layer_stack, model_shape, select_trained_parameters
 from spdtool.models.student import same_architecture, unread_columns
 from spdtool.recipe.fields import Distilled
+from spdtool.tasks.head import head_of_model
 
 
 class TokenizedModel(NamedTuple):
@@ -51,7 +52,7 @@ class Lesson:
         """Compute the loss terms of some rows.
 
         Args:
-            batch: columns [rows, tokens] and `labels` [rows], on the device.
+            batch: columns [rows, tokens] and `labels`, on the device.
             progress: of the stage, in [0, 1).
             weight: fraction of the global batch that these rows hold.
         """
@@ -73,18 +74,18 @@ class GoldLabelLesson(Lesson):
     """The labels of the training rows.
 
     Args:
-        gold_loss: mean loss of logits [rows, labels] against labels [rows], see `Task.gold_loss`.
+        gold_loss: mean loss of the logits against the labels of a batch, see `Task.gold_loss`.
     """
 
     def __init__(self, model: PreTrainedModel, gold_loss: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
-        self.model, self.gold_loss = model, gold_loss
+        self.model, self.gold_loss, self._head = model, gold_loss, head_of_model(model)
 
     def loss(self, batch: dict[str, Tensor], progress: float, weight: LossWeight) -> LossTerms:  # noqa: ARG002
         """Compute the loss of the model's logits; see `Lesson`."""
         labels = batch.pop("labels")
-        logits = self.model(**batch).logits.float()  # autocast gives bf16, whose loss is too coarse
-        return {"loss": weight.rows * self.gold_loss(logits, labels)}
+        logits = self._head.collect(self.model(**batch), batch).float()  # autocast gives bf16, whose loss is too coarse
+        return {"loss": weight.labels * self.gold_loss(logits, labels)}
 
 
 class DistillationLesson(Lesson):

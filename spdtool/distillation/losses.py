@@ -28,7 +28,7 @@ LossTerms = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class LossWeight:
-    """Fraction of a global batch in some rows: of its rows, real tokens, and pairs of tokens in a row.
+    """Fraction of a global batch in some rows: of its rows, real tokens, pairs of tokens in a row, and labels.
 
     A term that is a mean over tokens is multiplied by `tokens`, so that the terms of all
     micro-batches add up to that of the batch.
@@ -37,10 +37,11 @@ class LossWeight:
     rows: float = 1.0
     tokens: float = 1.0
     pairs: float = 1.0
+    labels: float = 1.0
 
 
 WHOLE_BATCH = LossWeight()
-NO_WEIGHT = LossWeight(0.0, 0.0, 0.0)
+NO_WEIGHT = LossWeight(0.0, 0.0, 0.0, 0.0)
 
 
 def distillation_loss(
@@ -59,7 +60,7 @@ def distillation_loss(
     layers with a local window, whose masked pairs are weighted as if they were compared.
 
     Args:
-        batch: `attention_mask` [rows, tokens] and `labels` [rows].
+        batch: `attention_mask` [rows, tokens] and `labels`.
         loss: the weights of the terms.
         logit_loss: compares the logits, see `Task.logit_loss`.
         projections: matrices from the student's width to the teacher's; None: the widths are equal.
@@ -68,7 +69,7 @@ def distillation_loss(
     mask = batch["attention_mask"] if loss.mask_padding else None
     terms: LossTerms = {}
     if loss.logits > 0:
-        terms["logits"] = weight.rows * logit_loss(student.logits, teacher.logits, batch["labels"], loss)
+        terms["logits"] = weight.labels * logit_loss(student.logits, teacher.logits, batch["labels"], loss)
     if loss.hidden > 0 or loss.relation > 0:
         assert student.hidden_states is not None
         assert teacher.hidden_states is not None

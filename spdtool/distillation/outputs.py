@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from spdtool.tasks.head import head_of_model
+
 # whichever of them a family calls in eager attention
 SOFTMAXES = (nn.functional.softmax, torch.softmax, Tensor.softmax)
 AttentionKind = Literal["scores", "probabilities"]
@@ -20,7 +22,7 @@ class ModelOutputs:
     """Outputs of one forward pass.
 
     Attributes:
-        logits: [rows, labels].
+        logits: [rows, labels], or [rows, tokens, labels] with zeros where there is padding.
         hidden_states: per layer [rows, tokens, width], the embeddings' output first; None if not
             requested.
         attentions: per layer [rows, heads, tokens, tokens]; None if not requested.
@@ -50,7 +52,8 @@ def compute_outputs(
         with_attentions = attention == "probabilities"
         outputs = model(**inputs, output_hidden_states=hidden_states, output_attentions=with_attentions)
         attentions = outputs.attentions if with_attentions else None
-    return ModelOutputs(outputs.logits, outputs.hidden_states if hidden_states else None, attentions)
+    logits = head_of_model(model).collect(outputs, inputs)
+    return ModelOutputs(logits, outputs.hidden_states if hidden_states else None, attentions)
 
 
 class SoftmaxInputs(TorchFunctionMode):

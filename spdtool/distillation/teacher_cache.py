@@ -35,6 +35,7 @@ from spdtool.models.arithmetic import probe_arithmetic
 from spdtool.models.predict import BATCH_SIZE, predict, to_device
 from spdtool.recipe import PHASES
 from spdtool.recipe.fields import Distilled, Loss, Recipe
+from spdtool.tasks.head import head_of_model
 
 TeacherForward = Callable[[dict[str, torch.Tensor]], ModelOutputs]
 """Computes the teacher's outputs for a batch, in the order of the student's layers."""
@@ -78,7 +79,7 @@ def is_worth_caching(
 def cache_outputs(rows: Encoded, teacher: PreTrainedModel, forward: TeacherForward, layers: Sequence[int]) -> Encoded:
     """Return `rows` with the teacher's outputs as further columns, computed by one pass if need be.
 
-    They are float32: logits [rows, labels], and hidden states [tokens, layers, width] if there are
+    They are float32: logits as `predict` returns them, and hidden states [tokens, layers, width] if there are
     `layers`. They are stored under a hash of the teacher's weights, the rows and the machine's
     arithmetic, so that a resumed stage reads the very same numbers. Of several processes the first
     one computes them for all. What the cache cannot hold is computed in memory.
@@ -102,10 +103,13 @@ def cache_outputs(rows: Encoded, teacher: PreTrainedModel, forward: TeacherForwa
         )
     if ranks.is_main():
         collectives.barrier()
-    with_logits = replace(rows, per_row=rows.per_row | {LOGITS: arrays["logits"]})
+    if head_of_model(teacher).per_token:
+        with_logits = replace(rows, per_token=rows.per_token | {LOGITS: arrays["logits"]})
+    else:
+        with_logits = replace(rows, per_row=rows.per_row | {LOGITS: arrays["logits"]})
     if not layers:
         return with_logits
-    return replace(with_logits, per_token=rows.per_token | {STATES: arrays["states"]})
+    return replace(with_logits, per_token=with_logits.per_token | {STATES: arrays["states"]})
 
 
 def pop_cached_outputs(batch: dict[str, torch.Tensor]) -> ModelOutputs | None:
@@ -205,10 +209,8 @@ def _compute_states(append: cache.Append, rows: Encoded, teacher: PreTrainedMode
 
 @torch.inference_mode()
 def _compute_chunk(rows: Encoded, teacher: PreTrainedModel, forward: TeacherForward) -> tuple[np.ndarray, np.ndarray]:
-    """Compute logits [rows, labels] and the hidden states of real tokens [tokens, layers, width]."""
-    labels = teacher.config.num_labels
-    assert labels is not None
-    logits, states = np.empty((len(rows), labels), np.float32), np.empty(0, np.float32)
+    """Compute the logits, and the hidden states of real tokens [tokens, layers, width]."""
+    logits, states = np.empty(0, np.float32), np.empty(0, np.float32)
     for numbers in evaluation_batches(rows, BATCH_SIZE):
         batch = rows.collate(numbers)
         outputs, mask = forward(to_device(batch, teacher.device)), batch["attention_mask"].astype(bool)
@@ -216,7 +218,8 @@ def _compute_chunk(rows: Encoded, teacher: PreTrainedModel, forward: TeacherForw
         if not len(states):
             depth, width = len(outputs.hidden_states), outputs.hidden_states[0].shape[-1]
             states = np.empty((rows.offsets[-1], depth, width), np.float32)
-        logits[numbers] = outputs.logits.numpy()
+            logits = rows.make_outputs(outputs.logits.numpy())
+        rows.store_outputs(logits, numbers, outputs.logits.numpy())
         for layer, hidden_state in enumerate(outputs.hidden_states):
             for row, number in enumerate(numbers):
                 tokens = slice(rows.offsets[number], rows.offsets[number + 1])

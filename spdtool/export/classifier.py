@@ -14,6 +14,7 @@ It needs onnxruntime, tokenizers and numpy; neither torch nor transformers is im
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -34,6 +35,7 @@ from spdtool.export.token_rows import (
     token_row,
     token_rows_of_columns,
 )
+from spdtool.tasks.decision import Answer, Json, find_decision
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -41,10 +43,18 @@ if TYPE_CHECKING:
 Inputs: TypeAlias = str | Sequence[Any] | np.ndarray | Mapping[str, Any]
 """A text, texts, token ids of one row or of several (lists or an array), or the model's inputs by name."""
 
-Answer: TypeAlias = str | float | list[str]
-"""The label of a row; a regression's value; the labels of a row that may have several."""
-
 BATCH_SIZE = 32
+
+
+@dataclass(frozen=True)
+class KindSettings:
+    """What a manifest says of the kind of task: its registered name, and settings of its decision.
+
+    Without a name config.json decides.
+    """
+
+    name: str | None = None
+    settings: Mapping[str, Json] = field(default_factory=dict)
 
 
 class Classifier:
@@ -54,8 +64,7 @@ class Classifier:
         names: labels in the order of the logits.
         max_length: longest input in tokens; longer texts are cut.
         pads_left: whether shorter rows of a batch are padded on the left. padding: with what, by input.
-        regression: the single logit is the answer.
-        multi_label: a row may have several labels or none, so its answer is a list.
+        decision: turns outputs into answers, as the kind of task has it.
         bundle: the opened folder and the model in it that runs; None for a classifier that was not opened from one.
         text: names of the one or two text columns of the training data; None if the folder does not name them, and a
             row may then be a single text or a pair.
@@ -70,6 +79,7 @@ class Classifier:
         tokenizer: Tokenizer,
         config: Config,
         tokenizer_config: Config,
+        kind: KindSettings | None = None,
     ) -> None:
         self._session, self._tokenizer = session, tokenizer
         self._inputs = [value.name for value in session.get_inputs()]
@@ -82,8 +92,8 @@ class Classifier:
         self.max_length = longest_input(config, tokenizer_config)
         self.names = ordered_labels(config)
         check_output_count(session, self.names)
-        self.multi_label = config.get("problem_type") == "multi_label_classification"
-        self.regression = len(self.names) == 1 and not self.multi_label
+        kind = kind or KindSettings()
+        self.decision = find_decision(config, kind.name)(self.names, kind.settings)
         tokenizer.no_padding()
         self.limit_length(self.max_length)
 
@@ -126,30 +136,14 @@ class Classifier:
         """Turn logits [rows, labels] into answers.
 
         Returns:
-            for each row the label with the largest logit; for a regression the value; with several labels a row, the
-            list of those with a probability above one half.
+            what the kind of task answers: for each row the label with the largest logit; for a regression the value;
+            with several labels a row, their list.
         """
-        if self.regression:
-            return [float(value) for value in logits[:, 0]]
-        if not self.multi_label:
-            return [self.names[index] for index in logits.argmax(axis=1)]
-        answers: list[Answer] = []
-        for row in logits:
-            answers.append([self.names[index] for index in np.flatnonzero(row > 0)])  # sigmoid(0) is one half
-        return answers
+        return self.decision.decide(logits)
 
     def probabilities(self, logits: np.ndarray) -> np.ndarray | None:
-        """Probabilities, float32 [rows, labels]: a softmax, or a sigmoid if a row may have several labels.
-
-        Returns None for a regression.
-        """
-        if self.regression:
-            return None
-        if self.multi_label:
-            clipped = np.clip(logits, -80, 80)  # exp overflows beyond
-            return np.asarray(1 / (1 + np.exp(-clipped)), np.float32)
-        powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-        return np.asarray(powers / powers.sum(axis=1, keepdims=True), np.float32)
+        """Probabilities, float32 [rows, labels], as the kind of task has them; None where it has none."""
+        return self.decision.probabilities(logits)
 
     def logits(
         self, inputs: Inputs, pairs: str | Sequence[str] | None = None, *, batch_size: int = BATCH_SIZE
@@ -327,7 +321,8 @@ def load(
     config = read_json_object(bundle.folder / "config.json")
     tokenizer_file = bundle.folder / "tokenizer_config.json"
     tokenizer_config = read_json_object(tokenizer_file) if tokenizer_file.is_file() else {}
-    classifier = Classifier(session, read_tokenizer(bundle.folder), config, tokenizer_config)
+    kind = KindSettings(bundle.kind, bundle.settings)
+    classifier = Classifier(session, read_tokenizer(bundle.folder), config, tokenizer_config, kind)
     classifier.bundle, classifier.text = bundle, bundle.text
     classifier._load_arguments = (str(bundle.folder.absolute()), library, threads, provider, variant, unverified)
     return classifier

@@ -154,7 +154,7 @@ class Target:
         return self.export(checkpoint, folder, recipe)
 
     def session(self, folder: Path, provider: str = "cpu", threads: int = 0) -> Forward:
-        """Open the exported files as a function from a batch to float32 logits [rows, labels].
+        """Open the exported files as a function from a batch to float32 logits, see `models.predict.Forward`.
 
         Args:
             threads: threads of one operator; 0: one for each core.
@@ -165,8 +165,10 @@ class Target:
         """
         from spdtool.export import onnx_session
         from spdtool.models.predict import onnx_forward
+        from spdtool.tasks.head import read_head
 
-        return onnx_forward(onnx_session.open_session(folder / MODEL_FILE, provider, threads, self.libraries(folder)))
+        session = onnx_session.open_session(folder / MODEL_FILE, provider, threads, self.libraries(folder))
+        return onnx_forward(session, read_head(folder))
 
     def libraries(self, folder: Path) -> list[Path]:
         """List the libraries of custom operators that a session of `folder` must load."""

@@ -34,6 +34,7 @@ from spdtool.export.target import MODEL_FILE, Rounding, StorageFormats, Target
 from spdtool.models.predict import Forward, onnx_forward
 from spdtool.plugins import targets
 from spdtool.recipe.fields import Recipe
+from spdtool.tasks.head import read_head
 
 FLOAT32_MODULES = "kept_fp32"  # metadata of the model: the modules that int8 left alone
 REDUCE_RANGE = "reduce_range"  # metadata of the model: whether weights have 7 bits
@@ -104,7 +105,7 @@ class RoundedOnnx(Onnx):
     def float32_form(self, folder: Path) -> Forward:
         """Open the file's float32 copy on the CPU."""
         proto = float32_copy(onnx.load(folder / MODEL_FILE))
-        return onnx_forward(onnx_session.open_session(proto.SerializeToString()))
+        return onnx_forward(onnx_session.open_session(proto.SerializeToString()), read_head(folder))
 
 
 @targets.register("onnx-fp16")

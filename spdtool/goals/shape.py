@@ -101,7 +101,7 @@ def calibrate_losses(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrain
     """Compute what every number of heads and every width loses in each layer of the teacher, on training rows."""
     task, splits = prepare_rows(recipe, label_names(model))
     sample = splits["train"].sample(recipe.goal.calibration, recipe.seed)
-    rows = task.encode(tokenizer, {"train": sample}, recipe.max_length)["train"]
+    rows = task.encode(tokenizer, {"train": sample}, recipe)["train"]
     batches = (rows.collate(batch) for batch in evaluation_batches(rows, BATCH_SIZE))
     layers = find_structures(model)
     return removal_losses(layers, observe_grams(layers, torch_forward(model), batches, recipe.prune))

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, PretrainedConfig, PreTrainedModel
+import transformers
+from transformers import PretrainedConfig, PreTrainedModel
 
 from spdtool.errors import ModelError
 from spdtool.models.config import announce_once, read_config, require_head, unreadable_model
@@ -31,6 +32,7 @@ from spdtool.models.weight_files import (
     refuse_not_finite,
     strip_wrappers,
 )
+from spdtool.tasks.head import Head, head_of_config
 
 # Parts of the names that PEFT gives to the weights that it adds, and to those that it wraps.
 ADAPTER_MARKS = (".lora_", "lora_embedding_", ".base_layer.", ".modules_to_save.", ".ia3_", ".prompt_embeddings.")
@@ -67,7 +69,7 @@ def open_checkpoint(
     source: str | Path,
     *,
     finetuned: bool = False,
-    new_head: bool = False,
+    new_head: Head | None = None,
     has_weights: bool = True,
     fields: Mapping[str, object] | None = None,
 ) -> Checkpoint:
@@ -75,8 +77,8 @@ def open_checkpoint(
 
     Args:
         source: a folder or a hub name. The weights of a hub name are checked if they were downloaded.
-        finetuned: refuse a configuration that names no classifier.
-        new_head: the head is not used: an encoder that was only pretrained will do.
+        finetuned: refuse a configuration that names no head of a kind of task.
+        new_head: the head to give to an encoder, whose own is not used; None: that of its configuration.
         has_weights: False for an exported folder, whose weights are in another file.
         fields: of the configuration to set, by name.
 
@@ -85,9 +87,11 @@ def open_checkpoint(
     """
     if Path(source).is_dir():
         _refuse_adapter(Path(source))
-    config = read_config(source, new_head=new_head, fields=fields)
+    config = read_config(source, new_head=new_head is not None, fields=fields)
     if finetuned:
         require_head(source, config)
+    if new_head is not None:  # whatever builds this model reads its class from here
+        config.architectures = [find_model_class(config, new_head).__name__]
     if not has_weights:
         return Checkpoint(source, config, (), {})
     files = find_weight_files(source)
@@ -97,7 +101,7 @@ def open_checkpoint(
     key = (new_head, config.to_json_string(use_diff=False), *identity)
     if key not in _passed:
         try:
-            _passed[key] = _check_weights(source, files, config, new_head=new_head)
+            _passed[key] = _check_weights(source, files, config, new_head=new_head is not None)
         except Exception as error:  # building the model of a config.json raises what it likes
             raise unreadable_model(source, error) from None
     return Checkpoint(source, config, files, _passed[key])
@@ -283,19 +287,24 @@ def _match_names(config: PretrainedConfig, headers: Mapping[str, Header]) -> tup
     return model, report
 
 
-def find_model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """Find the sequence classifier of a family.
+def find_model_class(config: PretrainedConfig, head: Head | None = None) -> type[PreTrainedModel]:
+    """Find the class of a family that has a head.
+
+    Args:
+        head: None: that which the configuration names.
 
     Raises:
         ModelError: transformers has none.
     """
+    head = head or head_of_config(config)
+    auto_class: Any = getattr(transformers, head.auto_class)
     try:
-        model_class: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+        model_class: Any = auto_class._model_mapping[type(config)]
     except KeyError:
-        problem = f"{config.model_type!r} has no sequence classifier in transformers"
+        problem = f"transformers has no {head.auto_class} for {config.model_type!r}: it cannot be {head.about}"
         raise ModelError(problem, "give an encoder of another family") from None
-    classifier: type[PreTrainedModel] = model_class
-    return classifier
+    found: type[PreTrainedModel] = model_class
+    return found
 
 
 def _refuse_adapter(folder: Path) -> None:

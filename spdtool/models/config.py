@@ -16,7 +16,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from spdtool import console
 from spdtool.data.kinds import SUPPORTED, kind_of_architectures
 from spdtool.errors import ModelError, SpdError, first_line
-from spdtool.tasks.task import ProblemType
+from spdtool.tasks.head import Head, find_head
+from spdtool.tasks.task import Task
 
 RawConfig: TypeAlias = dict[str, Any]
 """The content of config.json."""
@@ -72,17 +73,16 @@ def read_config(
     return config
 
 
-def has_head(config: PretrainedConfig) -> bool:
-    """Tell whether the configuration is that of a sequence classifier."""
-    architectures = getattr(config, "architectures", None) or []
-    return any("SequenceClassification" in name for name in architectures)
+def has_head(config: PretrainedConfig, head: Head) -> bool:
+    """Tell whether the configuration names a class with this head."""
+    return find_head(getattr(config, "architectures", None)) == head
 
 
 def require_head(source: str | Path, config: PretrainedConfig) -> None:
-    """Raise ModelError unless the configuration is that of a sequence classifier."""
-    if has_head(config):
-        return
+    """Raise ModelError unless the configuration names a class with the head of some kind of task."""
     architectures = getattr(config, "architectures", None) or []
+    if find_head(architectures) is not None:
+        return
     kind = kind_of_architectures(architectures)
     if kind is not None:
         raise ModelError(f"{str(source)!r} is a model for {kind}, which is not supported", SUPPORTED)
@@ -92,16 +92,20 @@ def require_head(source: str | Path, config: PretrainedConfig) -> None:
     )
 
 
-def check_problem_type(source: str | Path, config: PretrainedConfig, expected: ProblemType | None) -> None:
-    """Refuse a classifier that was trained for another kind of labels than the task's.
-
-    Args:
-        expected: see `Task.problem_type`.
+def check_kind(source: str | Path, config: PretrainedConfig, task: Task) -> None:
+    """Refuse a fine-tuned model with another head than the task's, or for another kind of labels.
 
     Raises:
-        ModelError: names both values.
+        ModelError: names both heads, or both values of `problem_type`.
     """
-    stored = getattr(config, "problem_type", None)
+    head = find_head(getattr(config, "architectures", None))
+    if head is not None and head != task.head:
+        raise ModelError(
+            f"{str(source)!r} is {head.about} ({', '.join(config.architectures or ())}); "
+            f"the task {task.name!r} needs {task.head.about} (...{task.head.ending})",
+            "give a teacher of this task, or the encoder alone as --model",
+        )
+    stored, expected = getattr(config, "problem_type", None), task.problem_type
     if stored in (None, expected) or expected is None:
         return
     kinds = "a row may have several labels" if stored == MULTI_LABEL else f"it was trained as {stored}"

@@ -15,9 +15,9 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -34,6 +34,7 @@ from spdtool.models.layers import find_layer_stack, select_trained_parameters
 from spdtool.models.tables import fit_tokenizer
 from spdtool.models.weight_files import read_weight_files
 from spdtool.recipe.fields import Recipe
+from spdtool.tasks.head import SEQUENCE_CLASSIFIER, Head, head_of_config
 from spdtool.tasks.task import ProblemType, Task
 
 transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -48,15 +49,17 @@ def load_model(
     source: str | Path,
     *,
     labels: Sequence[str] | None = None,
+    head: Head = SEQUENCE_CLASSIFIER,
     problem_type: ProblemType | None = "single_label_classification",
     dropout: float | None = None,
     eager: bool = False,
     smoke: bool = False,
 ) -> PreTrainedModel:
-    """Load a sequence classifier in float32 and eval mode; reads safetensors only.
+    """Load a model with its head in float32 and eval mode; reads safetensors only.
 
     Args:
         labels: label names for a new head. None: the checkpoint's head, which must exist.
+        head: the new one, see `Task.head`.
         problem_type: of the new head, see `Task.problem_type`.
         dropout: replaces every dropout probability; None leaves the configuration's.
         eager: use the attention implementation whose softmax can be observed (for the attention
@@ -75,8 +78,8 @@ def load_model(
         fields["id2label"] = dict(enumerate(labels))
         fields["label2id"] = {name: index for index, name in enumerate(labels)}
         fields["problem_type"] = problem_type
-    new_head = labels is not None
-    checkpoint = open_checkpoint(source, finetuned=not new_head, new_head=new_head, fields=fields)
+    new_head = None if labels is None else head
+    checkpoint = open_checkpoint(source, finetuned=new_head is None, new_head=new_head, fields=fields)
     config = checkpoint.config
     if dropout is not None:
         _set_dropout(config, dropout)
@@ -88,7 +91,7 @@ def load_model(
     except Exception as error:
         raise unreadable_model(source, error) from None
     if not checkpoint.files:  # a hub name whose weights were downloaded just now
-        open_checkpoint(source, finetuned=not new_head, new_head=new_head, fields=fields)
+        open_checkpoint(source, finetuned=new_head is None, new_head=new_head, fields=fields)
     model.eval()  # type: ignore[no-untyped-call]
     return model
 
@@ -116,23 +119,26 @@ def build_empty_model(
     source: str | Path,
     *,
     finetuned: bool = False,
+    head: Head = SEQUENCE_CLASSIFIER,
     smoke: bool = False,
     device: str = "meta",
     has_weights: bool = True,
 ) -> PreTrainedModel:
-    """Build the classifier of a checkpoint, in float32 and without its weights, which are checked all the same.
+    """Build the model of a checkpoint, in float32 and without its weights, which are checked all the same.
 
     Args:
-        finetuned: refuse a configuration that names no classifier.
+        finetuned: with the head of its configuration, which must be that of a kind of task.
+        head: otherwise the new one.
         smoke: with two layers, as `load_model` has it.
         device: `meta` allocates nothing; `cpu` makes room for weights from elsewhere
             (`fill_weights`).
         has_weights: False for an exported folder, whose weights are in another file.
 
     Raises:
-        ModelError: the checkpoint cannot be used, or is no classifier.
+        ModelError: the checkpoint cannot be used, or has no head.
     """
-    config = open_checkpoint(source, finetuned=finetuned, new_head=not finetuned, has_weights=has_weights).config
+    new_head = None if finetuned else head
+    config = open_checkpoint(source, finetuned=finetuned, new_head=new_head, has_weights=has_weights).config
     try:
         with torch.device(device):
             return build_shallow(config) if smoke else _build(config)
@@ -147,7 +153,7 @@ def build_empty_teacher(recipe: Recipe, task: Task) -> PreTrainedModel:
     if task.dataset.build is not None:
         model: PreTrainedModel = task.dataset.build(recipe.seed)[0]
         return model
-    return build_empty_model(recipe.model, smoke=recipe.smoke)
+    return build_empty_model(recipe.model, head=task.head, smoke=recipe.smoke)
 
 
 def fill_weights(model: PreTrainedModel, weights: Iterable[tuple[str, np.ndarray]]) -> list[str]:
@@ -249,10 +255,10 @@ def label_names(model: PreTrainedModel) -> list[str]:
     return _ordered_labels(model.config)
 
 
-def read_head_labels(source: str | Path) -> list[str] | None:
-    """Read the label names of a classifier; None for an encoder alone. Raises as `load_model`."""
+def read_head_labels(source: str | Path, head: Head) -> list[str] | None:
+    """Read the label names of a model with this head; None for one with another or none. Raises as `load_model`."""
     config = read_config(source)
-    return _ordered_labels(config) if has_head(config) else None
+    return _ordered_labels(config) if has_head(config, head) else None
 
 
 @torch.no_grad()
@@ -284,16 +290,15 @@ def relabel(model: PreTrainedModel, names: Sequence[str], order: Sequence[int] |
 
 
 def _build(config: PretrainedConfig) -> PreTrainedModel:
-    """Build a classifier with random weights, in float32 and eval mode."""
-    make = AutoModelForSequenceClassification.from_config
-    model = make(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+    """Build the model of a configuration with random weights, in float32 and eval mode."""
+    model = getattr(transformers, head_of_config(config).auto_class).from_config(config, dtype=torch.float32)
     assert isinstance(model, PreTrainedModel)
     model.eval()  # type: ignore[no-untyped-call]
     return model
 
 
 def build_shallow(config: PretrainedConfig, layers: int = SMOKE_LAYERS) -> PreTrainedModel:
-    """Build a classifier of few layers with random weights; of all layers where the family cannot be shortened."""
+    """Build a model of few layers with random weights; of all layers where the family cannot be shortened."""
     depth, shallow = getattr(config, "num_hidden_layers", None), copy.deepcopy(config)
     try:
         for name, value in config.to_dict().items():

@@ -12,6 +12,7 @@ from spdtool.data.batches import evaluation_batches
 from spdtool.data.tokens import Batch, Encoded
 from spdtool.models import collectives
 from spdtool.models.padding import PaddingMask
+from spdtool.tasks.head import SEQUENCE_CLASSIFIER, Head, head_of_model
 from spdtool.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -24,11 +25,16 @@ class Forward(Protocol):
     """What computes the logits of a batch."""
 
     def __call__(self, batch: Batch, /) -> np.ndarray:
-        """Return float logits [rows, labels] of a batch of int64 arrays [rows, tokens]."""
+        """Return float logits of a batch of int64 arrays [rows, tokens].
+
+        They are [rows, labels], or [rows, tokens, labels] with zeros where there is padding: see `tasks.head`.
+        """
 
 
 def predict(forward: Forward, rows: Encoded, batch_size: int = BATCH_SIZE, *, across_ranks: bool = False) -> np.ndarray:
-    """Return the logits [rows, labels] in the order of the rows, computed in batches of like length.
+    """Return the logits in the order of the rows, computed in batches of like length.
+
+    They are [rows, labels], or [all tokens, labels] for a head with an output for each token.
 
     Args:
         forward: a model.
@@ -48,8 +54,8 @@ def predict(forward: Forward, rows: Encoded, batch_size: int = BATCH_SIZE, *, ac
     for batch in my_batches:
         batch_logits = forward(rows.collate(batch))
         if logits is None:
-            logits = np.zeros((len(rows), batch_logits.shape[1]), dtype=np.float32)
-        logits[batch] = batch_logits
+            logits = rows.make_outputs(batch_logits)
+        rows.store_outputs(logits, batch, batch_logits)
     assert logits is not None, "an empty split"
     return collectives.sum_array_over_ranks(logits) if rank_count > 1 else logits
 
@@ -64,7 +70,7 @@ def evaluate(
 def predict_dev_sets(
     forward: Forward, splits: Mapping[str, Encoded], *, across_ranks: bool = False
 ) -> dict[str, np.ndarray]:
-    """Return the logits [rows, labels] of every dev set by its name; `across_ranks` as in `predict`."""
+    """Return the logits of every dev set by its name; `across_ranks` as in `predict`."""
     logits = {}
     for name, rows in splits.items():
         if name == "dev" or name.startswith("dev_"):
@@ -74,7 +80,7 @@ def predict_dev_sets(
 
 def evaluate_split(task: Task, forward: Forward, rows: Encoded, *, across_ranks: bool = False) -> dict[str, float]:
     """Predict and score one split, such as a sample of the training rows; `across_ranks` as in `predict`."""
-    return task.score(predict(forward, rows, across_ranks=across_ranks), rows.labels)
+    return task.score(predict(forward, rows, across_ranks=across_ranks), rows)
 
 
 def to_device(batch: Batch | dict[str, torch.Tensor], device: torch.device | str) -> dict[str, torch.Tensor]:
@@ -89,13 +95,14 @@ def to_device(batch: Batch | dict[str, torch.Tensor], device: torch.device | str
 
 def torch_forward(model: torch.nn.Module, device: torch.device | str = "cpu") -> Forward:
     """Wrap a torch model as a `Forward`; each call puts it into eval mode, and back into its mode."""
+    head = head_of_model(model)
 
     def forward(batch: Batch) -> np.ndarray:
         inputs = to_device({name: column for name, column in batch.items() if name != "labels"}, device)
         training = model.training
         model.eval()
         with torch.no_grad():
-            logits: torch.Tensor = model(**inputs).logits
+            logits = head.collect(model(**inputs), inputs)
         model.train(training)
         array: np.ndarray = logits.float().cpu().numpy()
         return array
@@ -103,12 +110,11 @@ def torch_forward(model: torch.nn.Module, device: torch.device | str = "cpu") ->
     return forward
 
 
-def onnx_forward(session: InferenceSession) -> Forward:
-    """Wrap an onnxruntime session, whose first output is the logits, as a `Forward`."""
+def onnx_forward(session: InferenceSession, head: Head = SEQUENCE_CLASSIFIER) -> Forward:
+    """Wrap an onnxruntime session, whose outputs are those of a head, as a `Forward`."""
     input_names = [node.name for node in session.get_inputs()]
 
     def forward(batch: Batch) -> np.ndarray:
-        logits: np.ndarray = session.run(None, {name: batch[name] for name in input_names})[0]
-        return logits
+        return head.collect_arrays(session.run(None, {name: batch[name] for name in input_names}), batch)
 
     return forward

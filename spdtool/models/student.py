@@ -41,7 +41,7 @@ def build_empty_student(recipe: Recipe, task: Task, teacher: PreTrainedModel) ->
     if recipe.student == PRETRAINED and task.dataset.build is not None:
         model: PreTrainedModel = task.dataset.build(recipe.seed)[0]
         return model
-    return build_empty_model(_student_source(recipe), smoke=recipe.smoke)
+    return build_empty_model(_student_source(recipe), head=task.head, smoke=recipe.smoke)
 
 
 def copy_teacher(recipe: Recipe, teacher: PreTrainedModel) -> PreTrainedModel:
@@ -148,6 +148,7 @@ def load_student(recipe: Recipe, task: Task, names: list[str], *, eager: bool) -
     model = load_model(
         _student_source(recipe),
         labels=new_labels,
+        head=task.head,
         problem_type=task.problem_type,
         dropout=dropout,
         eager=eager,
@@ -165,7 +166,7 @@ def read_student_labels(recipe: Recipe, task: Task) -> list[str] | None:
         ModelError: its configuration cannot be read.
         RecipeError: its head is new, and `prune.train` would leave it as it is.
     """
-    labels = None if recipe.student == PRETRAINED else read_head_labels(_student_source(recipe))
+    labels = None if recipe.student == PRETRAINED else read_head_labels(_student_source(recipe), task.head)
     if labels is not None:
         try:
             task.label_order(labels)

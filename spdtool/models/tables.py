@@ -6,10 +6,12 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, PretrainedConfig, PreTrainedTokenizerBase
+import transformers
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from spdtool.errors import ModelError
 from spdtool.models.config import announce_once
+from spdtool.tasks.head import head_of_config
 
 TYPES = "token_type_ids"
 # Families that count positions from the padding token on: another number shifts every position.
@@ -83,8 +85,9 @@ def _refuse_other_padding(source: str | Path, tokenizer: PreTrainedTokenizerBase
 
 
 def _takes(config: PretrainedConfig, name: str) -> bool:
-    """Tell whether the classifier of this configuration takes an input; of an unknown family: yes."""
-    model_class: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
+    """Tell whether the model of this configuration takes an input; of an unknown family: yes."""
+    auto_class: Any = getattr(transformers, head_of_config(config).auto_class)
+    model_class: Any = auto_class._model_mapping.get(type(config), None)
     return model_class is None or name in inspect.signature(model_class.forward).parameters
 
 

@@ -189,7 +189,7 @@ class Application:
     async def _predict(self, request: Request) -> Response:
         body = await read_body(request, self.limits.connection.body)
         logits = await self._compute(protocol.parse_predict(body, self.limits.texts))
-        return json_response({"model": self.name, "predictions": [*protocol.predictions(self.classify, logits)]})
+        return json_response({"model": self.name, "predictions": [*self.classify.decision.predictions(logits)]})
 
     async def _compute(self, inference: InferenceRequest) -> np.ndarray:
         assert self.batcher is not None

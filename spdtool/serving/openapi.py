@@ -91,14 +91,7 @@ def predict_request(classify: Classifier, max_texts: int) -> Object:
 
 def predict_response(classify: Classifier) -> Object:
     """Schema of a response of /predict."""
-    number: Object = {"type": "number"}
-    probability: Object = number
-    label: Object = {"type": "string", "enum": [*classify.names]}
-    if classify.regression:
-        label, probability = number, {"type": "null"}
-    elif classify.multi_label:
-        label, probability = list_of(label), {"type": "object", "additionalProperties": number}
-    row = record({"label": label, "probability": probability, "logits": list_of(number)})
+    row = classify.decision.prediction_schema()
     return record({"model": STRING, "predictions": list_of(row)})
 
 

@@ -22,11 +22,10 @@ STYLE = (
 
 def front_page(classify: Classifier, name: str) -> str:
     """Say what is served and how to ask for it, as plain text for a browser and for a terminal."""
-    labels = "a value" if classify.regression else ", ".join(map(make_visible, classify.names))
     lines = (
         f"spdtool serves the model {make_visible(name)}",
         f"takes    {', '.join(protocol.request_inputs(classify))}",
-        f"answers  {labels}",
+        f"answers  {classify.decision.describe()}",
         "",
         f"  {predict_curl(classify)}",
         "",

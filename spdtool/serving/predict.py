@@ -17,7 +17,7 @@ import numpy as np
 
 from spdtool.errors import DataError
 from spdtool.export.classifier import Classifier
-from spdtool.serving import protocol
+from spdtool.tasks.decision import Object
 
 READ_AHEAD = 8  # batches that are read before the first is computed, so that rows of similar length meet in one
 FORMATS = ("text", "tsv", "jsonl")
@@ -71,9 +71,7 @@ def recognise_format(line: str) -> str:
     return "tsv" if "\t" in line else "text"
 
 
-def predict_lines(
-    classify: Classifier, lines: Iterable[InputLine], batch_size: int = 32
-) -> Iterator[dict[str, protocol.Json]]:
+def predict_lines(classify: Classifier, lines: Iterable[InputLine], batch_size: int = 32) -> Iterator[Object]:
     """Label every line, in order.
 
     Yields:
@@ -83,7 +81,7 @@ def predict_lines(
     while chunk := list(islice(source, READ_AHEAD * batch_size)):
         results = compute_lines(classify, chunk, batch_size)
         computed = [result for result in results if isinstance(result, np.ndarray)]
-        predictions = iter(protocol.predictions(classify, np.array(computed)) if computed else ())
+        predictions = iter(classify.decision.predictions(np.array(computed)) if computed else ())
         for line, result in zip(chunk, results, strict=True):
             if isinstance(result, str):
                 yield {"line": line.number, "error": result}

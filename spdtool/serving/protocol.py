@@ -12,19 +12,15 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeAlias, cast
 
 import numpy as np
 
 from spdtool.errors import DataError
 from spdtool.export.classifier import Classifier
-
-Json: TypeAlias = "str | int | float | bool | list[Json] | dict[str, Json] | None"
-Object: TypeAlias = dict[str, Json]
+from spdtool.tasks.decision import Json, Object
 
 MODEL_VERSION = "1"
 TEXT, PAIR = "text", "pair"
-LOGITS, PROBABILITIES, LABEL = "logits", "probabilities", "label"
 
 
 @dataclass(frozen=True)
@@ -86,7 +82,8 @@ def model_metadata(classify: Classifier, name: str) -> Object:
         inputs.append({"name": tensor, "datatype": "BYTES", "shape": [-1]})
     outputs: list[Json] = []
     for tensor in response_outputs(classify):
-        outputs.append({"name": tensor, "datatype": datatype(tensor), "shape": output_shape(tensor, -1, classify)})
+        shape: list[Json] = [*classify.decision.tensor_shape(tensor, -1)]
+        outputs.append({"name": tensor, "datatype": classify.decision.tensor_type(tensor), "shape": shape})
     return {
         "name": name,
         "versions": [MODEL_VERSION],
@@ -104,64 +101,21 @@ def request_inputs(classify: Classifier) -> tuple[str, ...]:
 
 
 def response_outputs(classify: Classifier) -> tuple[str, ...]:
-    """Outputs of a model; the logit of a regression is its value, and the only output."""
-    if classify.regression:
-        return (LOGITS,)
-    return (LOGITS, PROBABILITIES, LABEL)
+    """Outputs of a model, as its kind of task has them."""
+    return classify.decision.output_names
 
 
 def infer_response(classify: Classifier, name: str, request: InferenceRequest, logits: np.ndarray) -> Object:
-    """The response to an inference request; several labels of a row are joined by commas."""
+    """The response to an inference request."""
     outputs: list[Json] = []
     for tensor in request.outputs:
-        data: list[Json] = []
-        if tensor == LABEL:
-            for answer in classify.decide(logits):
-                labels = answer if isinstance(answer, list) else [str(answer)]
-                data.append(",".join(labels))
-        elif tensor == LOGITS:
-            data += logits.ravel().tolist()
-        else:
-            probabilities = classify.probabilities(logits)
-            assert probabilities is not None, "a regression does not offer this output"
-            data += probabilities.ravel().tolist()
-        shape = output_shape(tensor, len(logits), classify)
-        outputs.append({"name": tensor, "datatype": datatype(tensor), "shape": shape, "data": data})
+        datatype, data = classify.decision.tensor_type(tensor), classify.decision.tensor(tensor, logits)
+        shape: list[Json] = [*classify.decision.tensor_shape(tensor, len(logits))]
+        outputs.append({"name": tensor, "datatype": datatype, "shape": shape, "data": data})
     response: Object = {"model_name": name, "model_version": MODEL_VERSION, "outputs": outputs}
     if request.id is not None:
         response["id"] = request.id
     return response
-
-
-def predictions(classify: Classifier, logits: np.ndarray) -> list[Object]:
-    """One object a row: `label`, its `probability` (None for a regression), and `logits`.
-
-    With several labels a row, `label` is their list and `probability` maps each of them to its own.
-    """
-    answers, probabilities = classify.decide(logits), classify.probabilities(logits)
-    rows: list[Object] = []
-    for index, (answer, row_logits) in enumerate(zip(answers, logits.tolist(), strict=True)):
-        probability: Json = None
-        if probabilities is not None:
-            by_label = dict(zip(classify.names, probabilities[index].tolist(), strict=True))
-            if isinstance(answer, list):
-                probability = {name: by_label[name] for name in answer}
-            else:
-                probability = by_label[str(answer)]
-        rows.append({"label": cast(Json, answer), "probability": probability, "logits": row_logits})
-    return rows
-
-
-def datatype(output: str) -> str:
-    """Datatype of an output, in the protocol's words."""
-    return "BYTES" if output == LABEL else "FP32"
-
-
-def output_shape(output: str, rows: int, classify: Classifier) -> list[Json]:
-    """Shape of an output with that many rows; -1 where their number is open."""
-    if output == LABEL:
-        return [rows]
-    return [rows, len(classify.names)]
 
 
 def parse_object(body: bytes) -> Object:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,7 +17,7 @@ from spdtool.distillation.grafting import replacing_rate
 from spdtool.distillation.layer_map import check_phases
 from spdtool.errors import RecipeError
 from spdtool.export.target import INSTALLED, required_targets
-from spdtool.models.config import check_problem_type
+from spdtool.models.config import check_kind
 from spdtool.models.layers import find_prunable_weights, model_shape
 from spdtool.models.load import build_empty_teacher, label_names, load_tokenizer
 from spdtool.models.structures import find_structures
@@ -95,7 +94,7 @@ def make_plan(run: Run, redo: str | None = None) -> Plan:
         rows=rows,
         reading=lines,
         classes=task.count_classes(splits),
-        baseline=task.baseline(np.asarray(splits["dev"].labels))["score"],
+        baseline=task.baseline(splits["dev"])["score"],
         score=task.describe_score(),
         model=_describe_model(recipe, student),
         notes=[*task.data_warnings(splits), *_label_notes(recipe, task, teacher), *_export_notes(run, recipe)],
@@ -163,7 +162,7 @@ def load_pair(recipe: Recipe, task: Task) -> tuple[PreTrainedModel, PreTrainedMo
     """
     teacher = build_empty_teacher(recipe, task)
     if recipe.given_teacher is not None:
-        check_problem_type(recipe.given_teacher, teacher.config, task.problem_type)
+        check_kind(recipe.given_teacher, teacher.config, task)
         task = task.widen(label_names(teacher))
         task.label_order(label_names(teacher))
     student = build_empty_student(recipe, task, teacher)

@@ -17,7 +17,7 @@ from spdtool.data.tokens import Encoded, check_lengths, check_vocabulary
 from spdtool.distillation.lesson import GoldLabelLesson, TokenizedModel
 from spdtool.errors import RunError, RunMismatch
 from spdtool.models import collectives
-from spdtool.models.config import check_problem_type
+from spdtool.models.config import check_kind
 from spdtool.models.layers import configure_layers, find_layer_stack, max_positions
 from spdtool.models.load import label_names, load_model, load_tokenizer, move_to_device
 from spdtool.run.folder import RECORD, Run
@@ -50,7 +50,7 @@ def teacher(run: Run) -> TrainingResult:
     find_layer_stack(model)  # refuse an unsupported architecture before hours are spent on it
     model = move_to_device(model, recipe, accelerator.device, section.train)
     # the head of a new model has the task's own order of labels, so nothing has to be aligned
-    encoded = task.encode(tokenizer, splits, recipe.max_length)
+    encoded = task.encode(tokenizer, splits, recipe)
     _check_rows_fit(model, encoded)
     configure_layers(model, checkpointing=recipe.gradient_checkpointing, compile_layers=recipe.compile)
     learner = Learner(
@@ -76,7 +76,7 @@ def teacher(run: Run) -> TrainingResult:
         )
     collectives.barrier()
     # Last: the hours are not lost, if the user accepts it.
-    check_teacher_score(task, learner.splits["dev"].labels, dev["score"], recipe)
+    check_teacher_score(task, learner.splits["dev"], dev["score"], recipe)
     return result
 
 
@@ -92,7 +92,7 @@ def copy_teacher(run: Run, source: str) -> TrainingResult:
     torch.manual_seed(recipe.seed)  # a smoke run's model is random
     model, tokenizer = load_model(source, smoke=recipe.smoke), load_tokenizer(source)
     find_layer_stack(model)
-    check_problem_type(source, model.config, find_task(recipe).problem_type)
+    check_kind(source, model.config, find_task(recipe))
 
     def record_data(record: DataRecord) -> None:
         run.record_data(record)
@@ -111,7 +111,7 @@ def copy_teacher(run: Run, source: str) -> TrainingResult:
     with console.busy(f"measuring the given teacher {source}"):
         dev, train, classes = learner.score_classes()
     console.say(f"given teacher: dev {console.format_scores(dev)}")
-    check_teacher_score(task, learner.splits["dev"].labels, dev["score"], recipe)
+    check_teacher_score(task, learner.splits["dev"], dev["score"], recipe)
     with run.stage("teacher") as work:
         learner.save(work.folder)
         work.result = result = TrainingResult(
@@ -129,6 +129,7 @@ def _load_dense_model(run: Run, task: Task) -> TokenizedModel:
         model = load_model(
             recipe.model,
             labels=task.head_labels,
+            head=task.head,
             problem_type=task.problem_type,
             dropout=dropout,
             smoke=recipe.smoke,

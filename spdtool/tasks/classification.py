@@ -13,6 +13,7 @@ import numpy as np
 from spdtool.data.dataset import Rows, Splits
 from spdtool.data.labels import parse_number
 from spdtool.data.overview import list_names
+from spdtool.data.tokens import Encoded
 from spdtool.errors import LISTED, DataError, ModelError
 from spdtool.plugins import task_kinds
 from spdtool.recipe.fields import Loss
@@ -159,9 +160,9 @@ class Classification(Task):
             return METRICS[metric](is_positive, (predicted == self.positive).astype(int))
         return super().measure(metric, gold, predicted)
 
-    def score_classes(self, logits: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, ClassScores]:
+    def score_classes(self, outputs: np.ndarray, rows: Encoded, names: Sequence[str]) -> dict[str, ClassScores]:
         """Score each class by itself: precision, recall and their harmonic mean."""
-        predicted = self.predictions(logits)
+        predicted, labels = self.predictions(outputs), rows.labels
         scores = {}
         for index, name in enumerate(names):
             right = int(((predicted == index) & (labels == index)).sum())
@@ -174,30 +175,37 @@ class Classification(Task):
             )
         return scores
 
-    def baseline(self, labels: np.ndarray) -> dict[str, float]:
-        """Score the majority class of these labels."""
+    def baseline(self, rows: Rows | Encoded) -> dict[str, float]:
+        """Score the majority class of the rows."""
+        labels = np.asarray(rows.labels)
         logits = np.zeros((len(labels), len(self.dataset.labels)))
         logits[:, np.bincount(labels).argmax()] = 1
-        return self.score(logits, labels)
+        return self.score_labels(logits, labels)
 
     def compare_predictions(
         self,
         before: np.ndarray,
         after: np.ndarray,
-        labels: np.ndarray,
+        rows: Encoded,
         tolerance: float,  # noqa: ARG002
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return which classes changed, and which of these were right before."""
         was = self.predictions(before)
         changed = was != self.predictions(after)
-        return changed, changed & (was == labels)
+        return changed, changed & (was == rows.labels)
+
+    def probabilities(self, outputs: np.ndarray) -> np.ndarray | None:
+        """Return the softmax of the logits."""
+        powers = np.exp(outputs.astype(np.float64) - outputs.max(axis=1, keepdims=True))
+        softmax: np.ndarray = powers / powers.sum(axis=1, keepdims=True)
+        return softmax
 
     def describe_labels(self, splits: Splits) -> str:
         """Count the rows of each class, and score the majority class of the dev rows."""
         lists = {}
         for split, counts in self.count_classes(splits).items():
             lists[split] = list_names([f"{name} {count:,}" for name, count in counts.items()])
-        baseline = self.baseline(np.asarray(splits["dev"].labels))["score"]
+        baseline = self.baseline(splits["dev"])["score"]
         classes = f"{len(self.dataset.labels)} classes: {lists['train']}; dev: {lists['dev']}"
         return f"{classes}; always the commonest: dev score {baseline:.4f}"
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from spdtool import console, plugins
 from spdtool.data import dataset as datasets
 from spdtool.data.dataset import Dataset, Rows
@@ -44,20 +42,17 @@ def task_of(dataset: Dataset) -> Task:
     return task
 
 
-def check_teacher_score(task: Task, labels: np.ndarray, score: float, recipe: Recipe) -> None:
+def check_teacher_score(task: Task, dev: Encoded, score: float, recipe: Recipe) -> None:
     """Refuse a teacher whose dev score is that of chance: a student would keep 100 % of nothing.
-
-    Args:
-        labels: of the dev rows.
 
     Raises:
         DataError: the teacher scores no better, and the recipe does not accept that. A smoke run does.
     """
-    chance = task.chance_score(labels)
+    chance = task.chance_score(dev)
     if score > chance:  # a NaN is none either
         return
     message = (
-        f"the teacher's dev score {score:.4f} is no better than the {chance:.4f} that chance gives on {len(labels)} "
+        f"the teacher's dev score {score:.4f} is no better than the {chance:.4f} that chance gives on {len(dev)} "
         "rows: there is nothing in it for a student to learn"
     )
     if recipe.smoke:
@@ -76,7 +71,7 @@ def prepare_data(
 ) -> tuple[Task, dict[str, Encoded]]:
     """Return the recipe's task and its tokenized splits; arguments and errors are those of `prepare_rows`."""
     task, splits = prepare_rows(recipe, label_names, check_rows)
-    return task, task.encode(tokenizer, splits, recipe.max_length)
+    return task, task.encode(tokenizer, splits, recipe)
 
 
 def prepare_rows(

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spdtool.data.dataset import Splits
+from spdtool.data.dataset import Rows, Splits
+from spdtool.data.tokens import Encoded
 from spdtool.errors import ModelError
 from spdtool.plugins import task_kinds
 from spdtool.recipe.fields import Loss
+from spdtool.tasks.decision import OneNumber
 from spdtool.tasks.metrics import METRICS
 from spdtool.tasks.task import Task
 
@@ -23,6 +25,7 @@ class Regression(Task):
     """A number for each text or pair of texts."""
 
     problem_type = "regression"
+    decision = OneNumber
 
     @property
     def head_labels(self) -> tuple[str, ...]:
@@ -65,19 +68,20 @@ class Regression(Task):
         """Return the values, float [rows]."""
         return logits[:, 0]
 
-    def baseline(self, labels: np.ndarray) -> dict[str, float]:
-        """Score the mean of these labels."""
-        return self.score(np.full((len(labels), 1), np.mean(labels)), labels)
+    def baseline(self, rows: Rows | Encoded) -> dict[str, float]:
+        """Score the mean of the labels."""
+        labels = np.asarray(rows.labels)
+        return self.score_labels(np.full((len(labels), 1), np.mean(labels)), labels)
 
-    def chance_score(self, labels: np.ndarray) -> float:
+    def chance_score(self, rows: Rows | Encoded) -> float:
         """Return twice the standard deviation of a correlation of numbers that have nothing to do with each other."""
-        return 2 / float(np.sqrt(max(len(labels), 1)))
+        return 2 / float(np.sqrt(max(len(rows), 1)))
 
     def compare_predictions(
         self,
         before: np.ndarray,
         after: np.ndarray,
-        labels: np.ndarray,  # noqa: ARG002
+        rows: Encoded,  # noqa: ARG002
         tolerance: float,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return twice which values moved by more than the tolerance: any such move counts as one for the worse."""

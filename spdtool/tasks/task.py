@@ -13,6 +13,8 @@ from spdtool.data.dataset import Dataset, Rows
 from spdtool.data.tokens import Encoded, encode_splits
 from spdtool.recipe.fields import Loss, Recipe
 from spdtool.run.records import ClassScores
+from spdtool.tasks.decision import Answer, Decision, Json, OneLabel
+from spdtool.tasks.head import SEQUENCE_CLASSIFIER, Head
 from spdtool.tasks.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -26,12 +28,19 @@ ProblemType = Literal["regression", "single_label_classification", "multi_label_
 class Task:
     """One kind of task on one data set. A subclass overrides what differs from a classifier of whole texts.
 
+    The outputs of a split are one array: logits [rows, labels], or [all tokens, labels] for a head with an output for
+    each token, laid out as `Encoded.columns` are.
+
     Attributes:
+        head: which class of Hugging Face it needs, what that reads, and the form of its outputs.
+        decision: class that answers for an exported model of this kind.
         problem_type: value of that field in a checkpoint's config.json.
         metric: the one that is the headline score; None: the mean of all.
         positive: index of the class that metrics of two classes call positive, in the order of the labels.
     """
 
+    head: Head = SEQUENCE_CLASSIFIER
+    decision: type[Decision] = OneLabel
     problem_type: ProblemType | None = None
     metric: str | None = None
     positive: int = 1
@@ -65,15 +74,13 @@ class Task:
     def check_training_rows(self, rows: Rows) -> None:
         """Raise DataError where nothing can be learnt from these rows."""
 
-    def encode(
-        self, tokenizer: PreTrainedTokenizerBase, splits: datasets.Splits, max_length: int
-    ) -> dict[str, Encoded]:
+    def encode(self, tokenizer: PreTrainedTokenizerBase, splits: datasets.Splits, recipe: Recipe) -> dict[str, Encoded]:
         """Tokenize every split, with the labels that a batch holds.
 
         Raises:
             ModelError: the tokenizer cannot pad.
         """
-        return encode_splits(tokenizer, splits, max_length)
+        return encode_splits(tokenizer, splits, recipe.max_length)
 
     # Labels of a model
 
@@ -101,10 +108,10 @@ class Task:
     # Losses
 
     def gold_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the loss against the gold labels, averaged over rows.
+        """Return the loss against the gold labels, averaged over what `Encoded.label_counts` counts: rows, or tokens.
 
         Args:
-            logits: float32 [rows, labels].
+            logits: float32 [rows, labels], or [rows, tokens, labels].
             labels: of a batch.
         """
         raise NotImplementedError
@@ -114,7 +121,7 @@ class Task:
         """Return the loss against the teacher's logits, mixed with that against the gold labels.
 
         Args:
-            student, teacher: logits [rows, labels].
+            student, teacher: logits [rows, labels], or [rows, tokens, labels].
             labels: of a batch; where a kind has outputs without a gold label, they are the mask.
             loss: the recipe's section, which has the share of the gold labels.
         """
@@ -126,10 +133,22 @@ class Task:
         """Turn logits [rows, labels] into predictions [rows], as the metrics take them."""
         raise NotImplementedError
 
-    def score(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """Return every metric of the data set, and `score`, the headline: one of them, or their mean as in GLUE."""
+    def score(self, outputs: np.ndarray, rows: Encoded) -> dict[str, float]:
+        """Return every metric of the data set, and `score`, the headline: one of them, or their mean as in GLUE.
+
+        Args:
+            outputs: of the split, see the class.
+            rows: the split, with its labels and whatever `encode` put into `details`.
+        """
+        return self.score_labels(outputs, rows.labels)
+
+    def score_labels(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """Score logits [rows, labels] by labels that each belong to one row."""
         predicted = self.predictions(logits)
-        values = {name: self.measure(name, labels, predicted) for name in self.dataset.metrics}
+        return self.summarize({name: self.measure(name, labels, predicted) for name in self.dataset.metrics})
+
+    def summarize(self, values: dict[str, float]) -> dict[str, float]:
+        """Put `score`, the headline, in front of the values of the metrics."""
         headline = float(np.mean(list(values.values()))) if self.metric is None else values[self.metric]
         return {"score": headline} | values
 
@@ -143,72 +162,87 @@ class Task:
         Args:
             logits: by name of the dev set, [rows, labels].
         """
-        scores = self.score(logits["dev"], splits["dev"].labels)
+        scores = self.score(logits["dev"], splits["dev"])
         # One headline: the number by which epochs and students are chosen.
         for name in logits:
             if name == "dev":
                 continue
-            further = self.score(logits[name], splits[name].labels)
+            further = self.score(logits[name], splits[name])
             for metric in self.dataset.metrics:
                 scores[metric + name.removeprefix("dev")] = further[metric]
         return scores
 
     def score_classes(
         self,
-        logits: np.ndarray,  # noqa: ARG002
-        labels: np.ndarray,  # noqa: ARG002
+        outputs: np.ndarray,  # noqa: ARG002
+        rows: Encoded,  # noqa: ARG002
         names: Sequence[str],  # noqa: ARG002
     ) -> dict[str, ClassScores]:
         """Score each class by itself; empty where there are no classes.
 
         Args:
-            logits: [rows, labels].
-            labels: gold labels [rows].
+            outputs, rows: as in `score`.
             names: of the model's labels, in the order of its logits.
         """
         return {}
 
-    def baseline(self, labels: np.ndarray) -> dict[str, float]:
+    def baseline(self, rows: Rows | Encoded) -> dict[str, float]:
         """Score the best answer that is given without reading the text: the majority class, or the mean."""
         raise NotImplementedError
 
-    def chance_score(self, labels: np.ndarray) -> float:
+    def chance_score(self, rows: Rows | Encoded) -> float:
         """Return the highest dev score of a model that may have learned nothing."""
-        return self.baseline(labels)["score"]
+        return self.baseline(rows)["score"]
 
     def compare_predictions(
-        self, before: np.ndarray, after: np.ndarray, labels: np.ndarray, tolerance: float
+        self, before: np.ndarray, after: np.ndarray, rows: Encoded, tolerance: float
     ) -> tuple[np.ndarray, np.ndarray]:
         """Compare the predictions of two models on the same rows.
 
         Args:
-            before, after: logits [rows, labels].
-            labels: gold labels [rows].
+            before, after: outputs of the split.
+            rows: the split.
             tolerance: by how much a number may move and count as the same.
 
         Returns:
-            Which predictions changed, bool [rows], and which of these changed for the worse, bool [rows].
+            Which predictions changed, bool, and which of these changed for the worse, bool: an entry for each
+            prediction that counts as one, such as a row or a word.
         """
         raise NotImplementedError
 
     def measure_change(self, before: np.ndarray, after: np.ndarray) -> dict[str, float]:  # noqa: ARG002
-        """Return figures on how numbers changed, from logits [rows, labels]: `mean_change` and `rank_correlation`.
+        """Return figures on how numbers changed, from the outputs of a split: `mean_change` and `rank_correlation`.
 
         Empty where predictions are classes: those that flipped are counted instead.
         """
         return {}
 
-    def answers(self, logits: np.ndarray, names: Sequence[str]) -> list[str | float]:
-        """Return what `spdtool.load` has to answer for logits [rows, labels]: the name of a label, or a number.
+    # What an exported folder has to answer: the gates compare it with what `decision` answers
+
+    def answers(self, outputs: np.ndarray, rows: Encoded, names: Sequence[str]) -> list[Answer]:  # noqa: ARG002
+        """Return what `spdtool.load` has to answer: the name of a label, or a number.
 
         Args:
+            outputs, rows: as in `score`.
             names: labels in the order of the logits.
         """
-        predicted = self.predictions(logits)
+        predicted = self.predictions(outputs)
         if np.issubdtype(predicted.dtype, np.integer):
             return [names[index] for index in predicted.tolist()]
-        numbers: list[str | float] = predicted.tolist()
+        numbers: list[Answer] = predicted.tolist()
         return numbers
+
+    def probabilities(self, outputs: np.ndarray) -> np.ndarray | None:  # noqa: ARG002
+        """Return the probabilities that belong to these outputs, float64; None where there are none."""
+        return None
+
+    def settings(self, outputs: np.ndarray, rows: Encoded) -> dict[str, Json]:  # noqa: ARG002
+        """Return what `decision` has to know beside the labels, such as a threshold; it is stored in manifest.json.
+
+        Args:
+            outputs, rows: of the checkpoint on the dev rows.
+        """
+        return {}
 
     # What the plan prints
 

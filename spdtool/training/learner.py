@@ -50,7 +50,7 @@ class Learner:
     @property
     def chance_score(self) -> float:
         """Highest dev score of a model that may have learned nothing."""
-        return self.task.chance_score(self.splits["dev"].labels)
+        return self.task.chance_score(self.splits["dev"])
 
     def score(self) -> tuple[Scores, Scores | None]:
         """Score the dev sets and the sample of training rows. Collective: call on every rank."""
@@ -61,7 +61,7 @@ class Learner:
         """As `score`, and each class of `dev` by itself. Collective: call on every rank."""
         logits = predict_dev_sets(self.forward, self.splits, across_ranks=True)
         dev = self.task.score_splits(logits, self.splits)
-        classes = self.task.score_classes(logits["dev"], self.splits["dev"].labels, label_names(self.model))
+        classes = self.task.score_classes(logits["dev"], self.splits["dev"], label_names(self.model))
         if not len(self.scored_rows):
             return dev, None, classes
         return dev, evaluate_split(self.task, self.forward, self.scored_rows, across_ranks=True), classes

@@ -61,19 +61,23 @@ class MicrobatchSplitter:
         size = math.ceil(len(rank_rows) / self.accumulate)
         for start in range(0, len(rank_rows), size):
             numbers = rank_rows[start : start + size]
-            weight = self._compute_weight(rows.lengths[numbers], rows.lengths[batch])
+            weight = self._compute_weight(rows, numbers, batch)
             yield Microbatch(rows.collate(numbers, pad_to), weight)
 
-    def _compute_weight(self, lengths: np.ndarray, batch_lengths: np.ndarray) -> LossWeight:
+    def _compute_weight(self, rows: Encoded, numbers: np.ndarray, batch: np.ndarray) -> LossWeight:
+        lengths, batch_lengths = rows.lengths[numbers], rows.lengths[batch]
         if len(lengths) == len(batch_lengths):
             return WHOLE_BATCH  # exactly 1: a product with it changes no bit
         row_fraction = len(lengths) / len(batch_lengths)
+        label_fraction = row_fraction
+        if rows.labels_per_token:
+            label_fraction = float(rows.label_counts[numbers].sum() / max(rows.label_counts[batch].sum(), 1))
         if self.pad_alike:  # every row has as many positions, and all of them count
-            return LossWeight(row_fraction, row_fraction, row_fraction)
+            return LossWeight(row_fraction, row_fraction, row_fraction, label_fraction)
         # attention maps are compared over pairs of tokens in a row: its length squared
         pairs = float(np.square(lengths, dtype=np.float64).sum())
         batch_pairs = float(np.square(batch_lengths, dtype=np.float64).sum())
-        return LossWeight(row_fraction, float(lengths.sum() / batch_lengths.sum()), pairs / batch_pairs)
+        return LossWeight(row_fraction, float(lengths.sum() / batch_lengths.sum()), pairs / batch_pairs, label_fraction)
 
 
 def deal_rows(batch: np.ndarray, lengths: np.ndarray, ranks: int) -> list[np.ndarray]:

@@ -24,6 +24,7 @@ from spdtool.export.classifier import Classifier
 from spdtool.export.targets import Onnx
 from spdtool.models.layers import max_positions
 from spdtool.models.load import save_model
+from spdtool.tasks.decision import SeveralLabels
 
 TEXTS = ["the film was very good", "bad", "a meal and a book , so cold it was", ".", "good bad good"]
 LONG = " ".join(["good film"] * 80)
@@ -201,7 +202,7 @@ def test_it_can_be_sent_to_another_process(loaded: Classifier) -> None:
 
 
 def test_several_labels_a_row_are_those_above_one_half(loaded: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loaded, "multi_label", True)
+    monkeypatch.setattr(loaded, "decision", SeveralLabels(loaded.names))
     logits = np.full((2, len(loaded.names)), -1.0)
     logits[1] = 1.0
     monkeypatch.setattr(loaded, "logits", lambda *_: logits)

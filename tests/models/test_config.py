@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 
+from spdtool.data.dataset import Dataset
 from spdtool.errors import ModelError
-from spdtool.models.config import check_problem_type, read_config, require_head
+from spdtool.models.config import check_kind, read_config, require_head
 from spdtool.models.load import label_names, load_model, save_model
+from spdtool.tasks.head import Head
+from spdtool.tasks.task import Task
 
 AB = {"0": "a", "1": "b"}
 
@@ -82,6 +85,20 @@ def test_switches_of_the_forward_pass_are_set_back(checkpoint: Path, tmp_path: P
     assert config._attn_implementation == "sdpa"
 
 
+def task_with(problem_type: Any) -> Task:
+    """A task whose checkpoints have this `problem_type`."""
+    task = Task(Dataset("toy", "classification", ("text",), ("a", "b"), ("accuracy",), lambda *_: {}))
+    task.problem_type = problem_type
+    return task
+
+
+def test_another_head_than_the_tasks_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    task = task_with(None)
+    task.head = Head("AutoModelForTokenClassification", "ForTokenClassification", "a tagger", per_token=True)
+    with pytest.raises(ModelError, match="is a classifier of whole texts .*; the task 'toy' needs a tagger"):
+        check_kind(checkpoint, read_config(checkpoint), task)
+
+
 def test_the_problem_type_must_match_the_task(checkpoint: Path, tmp_path: Path) -> None:
     for stored, expected in (
         ("multi_label_classification", "single_label_classification"),
@@ -90,17 +107,13 @@ def test_the_problem_type_must_match_the_task(checkpoint: Path, tmp_path: Path) 
     ):
         folder = configure(checkpoint, tmp_path / f"{stored} {expected}", problem_type=stored)
         with pytest.raises(ModelError) as error:
-            check_problem_type(folder, read_config(folder), expected)  # type: ignore[arg-type]
+            check_kind(folder, read_config(folder), task_with(expected))
         assert repr(stored) in error.value.message
         assert repr(expected) in error.value.message
-        check_problem_type(folder, read_config(folder), stored)  # type: ignore[arg-type]
-    single_label = {
-        "id2label": {"0": "LABEL_0"},
-        "label2id": {"LABEL_0": 0},
-        "problem_type": "single_label_classification",
-    }
+        check_kind(folder, read_config(folder), task_with(stored))
+    single_label = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "problem_type": "single_label_classification"}
     config = read_config(configure(checkpoint, tmp_path / "one", **single_label))
-    check_problem_type(tmp_path / "one", config, "regression")  # of one output there is nothing to choose
+    check_kind(tmp_path / "one", config, task_with("regression"))  # of one output there is nothing to choose
 
 
 def test_a_model_for_another_task_is_refused_by_its_task(checkpoint: Path, tmp_path: Path) -> None:

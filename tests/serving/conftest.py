@@ -30,6 +30,7 @@ from spdtool.run.records import ExportedModel, ExportResult, TargetExport
 from spdtool.serving import server
 from spdtool.serving.connections import ConnectionLimits, Door
 from spdtool.serving.http import Application, AppOptions, Limits
+from spdtool.tasks.decision import OneLabel
 
 FIGURES = {
     "files": ["onnx/model.onnx"],
@@ -117,7 +118,7 @@ class StandIn(Classifier):
 
     def __init__(self, names: tuple[str, ...] = ("long", "short")) -> None:
         self.names, self.text = list(names), ("text",)
-        self.multi_label, self.regression = False, False
+        self.decision = OneLabel(names)
         self.gate, self.computed = threading.Event(), 0
         self.gate.set()
 

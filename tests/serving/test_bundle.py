@@ -24,6 +24,7 @@ from spdtool.export.bundle.layouts import write_layout, write_triton_layout
 from spdtool.export.bundle.write import write_bundle
 from spdtool.run.folder import Run
 from spdtool.run.records import ExportResult, LibraryRecord, Variant
+from spdtool.tasks.decision import OneNumber, SeveralLabels
 
 TEXT_INPUT = "data_type: TYPE_STRING dims: [1]"
 
@@ -230,14 +231,13 @@ def test_one_that_was_named_is_the_same_in_another_process(servable: Path) -> No
     assert again.bundle.model.name == "model_fp16.onnx"
 
 
-def test_probabilities(servable: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probabilities(servable: Path) -> None:
     loaded = spdtool.load(servable)
     logits = np.array([[0.0, 0.0, 0.0], [1000.0, 0.0, -1000.0]], np.float32)
     np.testing.assert_allclose(loaded.probabilities(logits), [[1 / 3] * 3, [1, 0, 0]], atol=1e-6)
-    monkeypatch.setattr(loaded, "multi_label", True)
+    loaded.decision = SeveralLabels(loaded.names)
     np.testing.assert_allclose(loaded.probabilities(logits), [[0.5] * 3, [1, 0.5, 0]], atol=1e-6)
-    monkeypatch.setattr(loaded, "multi_label", False)
-    monkeypatch.setattr(loaded, "regression", True)
+    loaded.decision = OneNumber(loaded.names)
     assert loaded.probabilities(logits) is None
 
 

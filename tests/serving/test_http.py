@@ -19,6 +19,7 @@ pytest.importorskip("starlette", reason='pip install "spdtool[serve]"')
 from spdtool.serving import http
 from spdtool.serving.metrics import ObserveRequests, ServerMetrics
 from spdtool.serving.watch import BundleChanged, FolderWatch, stamp_files
+from spdtool.tasks.decision import OneLabel, OneNumber, SeveralLabels
 
 EVIL = '<script>alert("x")</script>\x1b[31m'
 
@@ -158,8 +159,8 @@ def test_the_document_describes_each_kind_of_model(stand_in: Callable) -> None:
         schema = document["paths"]["/predict"]["post"]["requestBody"]["content"]["application/json"]
         assert schema["schema"]["required"] == required
         assert sorted(schema["example"]) == sorted(required)
-    for regression, multi_label, kind in ((True, False, "number"), (False, True, "array"), (False, False, "string")):
-        classify.regression, classify.multi_label = regression, multi_label
+    for decision, kind in ((OneNumber, "number"), (SeveralLabels, "array"), (OneLabel, "string")):
+        classify.decision = decision(classify.names)
         response = http.openapi.predict_response(classify)
         label = response["properties"]["predictions"]["items"]["properties"]["label"]
         assert label["type"] == kind

@@ -38,7 +38,7 @@ def test_the_positive_class_is_the_data_sets_wherever_the_model_has_it(toy_task:
         order = task.label_order(names)
         aligned = task.align_labels(splits_of(gold, gold), names)["dev"]
         logits = np.eye(2)[[order[label] for label in predicted]]
-        assert task.score(logits, np.asarray(aligned.labels))["f1"] == pytest.approx(2 / 3), names
+        assert task.score_labels(logits, np.asarray(aligned.labels))["f1"] == pytest.approx(2 / 3), names
 
 
 def test_labels_map_one_to_one_exact_names_first(toy_task: ToyTask) -> None:
@@ -74,7 +74,7 @@ def test_a_model_may_have_classes_that_no_row_has(toy_task: ToyTask) -> None:
             assert narrow.widen(names).metric == metric
         rows = splits_of([0, 1, 0], [1, 0])
         aligned = task.align_labels(rows, names)["dev"]
-        assert 0 < task.baseline(np.asarray(aligned.labels))["score"] < 1
+        assert 0 < task.baseline(aligned)["score"] < 1
         assert any("no row of train has the label" in line for line in task.data_warnings(rows))
     for labels, names in ((("a", "b"), ["b", "a"]), (("a", "b"), ["x", "y", "z"]), (("a", "b", "c"), ["a", "b"])):
         task = toy_task(labels=labels)
@@ -142,15 +142,15 @@ def test_the_gold_loss_is_the_cross_entropy(toy_task: ToyTask) -> None:
 
 
 def test_the_baseline_is_the_majority_class(toy_task: ToyTask) -> None:
-    labels = np.array([2, 1, 1, 0, 1])
+    rows = Rows(list("abcde"), None, np.array([2, 1, 1, 0, 1]))
     task = toy_task(labels=("a", "b", "c"), metrics=("accuracy", "f1_macro"))
-    assert task.baseline(labels) == task.score(np.eye(3)[np.full(5, 1)], labels)
-    assert task.baseline(labels)["accuracy"] == 0.6
+    assert task.baseline(rows) == task.score_labels(np.eye(3)[np.full(5, 1)], rows.labels)
+    assert task.baseline(rows)["accuracy"] == 0.6
 
 
 def test_a_changed_class_is_worse_only_where_it_was_right(toy_task: ToyTask) -> None:
     before, after, gold = np.eye(2)[[0, 0, 1, 1]], np.eye(2)[[1, 1, 1, 1]], np.array([0, 1, 1, 0])
-    changed, worsened = toy_task().compare_predictions(before, after, gold, 0.1)
+    changed, worsened = toy_task().compare_predictions(before, after, Rows(list("abcd"), None, gold), 0.1)
     assert changed.tolist() == [True, True, False, False]
     assert worsened.tolist() == [True, False, False, False]
 

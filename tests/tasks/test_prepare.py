@@ -26,7 +26,7 @@ ToyTask = Callable[..., Task]
 
 def test_score_is_the_mean_of_the_metrics_of_the_data_set(toy_task: ToyTask) -> None:
     gold, predicted = np.array([1, 1, 0, 1, 0]), np.array([1, 0, 0, 1, 1])
-    scores = toy_task(metrics=("accuracy", "f1")).score(np.eye(2)[predicted], gold)
+    scores = toy_task(metrics=("accuracy", "f1")).score_labels(np.eye(2)[predicted], gold)
     assert scores["accuracy"] == METRICS["accuracy"](gold, predicted)
     assert scores["f1"] == METRICS["f1"](gold, predicted)
     assert scores["score"] == pytest.approx((scores["accuracy"] + scores["f1"]) / 2)
@@ -90,5 +90,5 @@ def test_a_plugin_adds_a_kind_by_the_same_door(toys: ModuleType, toy_task: ToyTa
     toys.register(replace(toy_task().dataset, kind="shifted"))
     task = find_task(Recipe(task="toy"))
     assert type(task) is Shifted
-    assert task.score(np.eye(2), np.array([1, 2]))["accuracy"] == 1.0
+    assert task.score_labels(np.eye(2), np.array([1, 2]))["accuracy"] == 1.0
     assert [entry.name for entry in plugins.task_kinds.entries()] == ["classification", "regression", "shifted"]

@@ -18,11 +18,11 @@ ToyTask = Callable[..., Task]
 def test_the_prediction_is_the_value_itself(toy_task: ToyTask) -> None:
     gold = np.array([0.5, 2, 3.5], dtype=np.float32)
     task = toy_task(labels=(), metrics=("pearson", "spearman"))
-    assert task.score((gold * 2 + 1)[:, None], gold)["score"] == pytest.approx(1)
+    assert task.score_labels((gold * 2 + 1)[:, None], gold)["score"] == pytest.approx(1)
 
 
 def test_the_baseline_is_the_mean(toy_task: ToyTask) -> None:
-    assert toy_task(labels=()).baseline(np.array([0.5, 1.5, 4.0]))["score"] == 0
+    assert toy_task(labels=()).baseline(Rows(["a", "b", "c"], None, [0.5, 1.5, 4.0]))["score"] == 0
 
 
 def test_the_gold_loss_is_the_mean_squared_error(toy_task: ToyTask) -> None:
@@ -40,7 +40,7 @@ def test_a_model_with_more_than_one_output_is_refused(toy_task: ToyTask) -> None
 
 def test_a_value_changes_beyond_the_tolerance(toy_task: ToyTask) -> None:
     before, after = np.array([[1.0], [2.0]]), np.array([[1.05], [2.2]])
-    changed, worsened = toy_task(labels=()).compare_predictions(before, after, np.zeros(2), 0.1)
+    changed, worsened = toy_task(labels=()).compare_predictions(before, after, Rows(["a", "b"], None, np.zeros(2)), 0.1)
     assert changed.tolist() == worsened.tolist() == [False, True]
 
 

@@ -176,11 +176,13 @@ class SparseCpuInt8(SparseCpu):
 
         from spdtool.export.onnx_session import open_session
         from spdtool.models.predict import onnx_forward
+        from spdtool.tasks.head import read_head
         from spdtool_sparse_cpu.int8_form import use_single_weights
 
         proto = onnx.load(folder / MODEL_FILE)
         use_single_weights(proto)
-        return onnx_forward(open_session(proto.SerializeToString(), libraries=self.libraries(folder)))
+        session = open_session(proto.SerializeToString(), libraries=self.libraries(folder))
+        return onnx_forward(session, read_head(folder))
 
     def verify(self, folder: Path, checkpoint: Path, batches: list[tuple[str, Batch]], provider: str) -> None:
         """Compare with the definition of int8 products; raises GateError."""

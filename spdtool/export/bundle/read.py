@@ -11,7 +11,7 @@ stranger. What its manifest says is checked, and nothing in the folder is ever r
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import JsonValue, ValidationError
@@ -64,6 +64,8 @@ class Bundle:
         variants: names of all variants of the model in the folder; empty in a folder of one model.
         text: names of the one or two text columns that it was trained on; None: the folder does not
             say.
+        kind: registered name of its kind of task; None: the folder does not say.
+        settings: of what answers for this kind.
     """
 
     folder: Path
@@ -72,6 +74,8 @@ class Bundle:
     library: LibraryRecord | None = None
     variants: tuple[str, ...] = ()
     text: tuple[str, ...] | None = None
+    kind: str | None = None
+    settings: Mapping[str, JsonValue] = field(default_factory=dict)
 
 
 def read_bundle(folder: Path, *, unverified: bool = False) -> Bundle:
@@ -96,7 +100,15 @@ def read_bundle(folder: Path, *, unverified: bool = False) -> Bundle:
         names = {*manifest.files, *SHARED_FILES, manifest.model, *models}
         _require_listed(folder, names, manifest.files, manifest.library)
     text = tuple(manifest.text) if manifest.text else None
-    return Bundle(folder, model, manifest.target or None, manifest.library, text=text)
+    return Bundle(
+        folder,
+        model,
+        manifest.target or None,
+        manifest.library,
+        text=text,
+        kind=manifest.kind,
+        settings=manifest.settings or {},
+    )
 
 
 def list_usable_variants(
@@ -200,7 +212,16 @@ def _read_variant(folder: Path, manifest: BundleManifest, name: str) -> Bundle:
     _require_model(folder, model)
     _require_listed(folder, {*SHARED_FILES, *variant.files}, manifest.files, variant.library)
     text = tuple(manifest.text) if manifest.text else None
-    return Bundle(folder, model, variant.target, variant.library, tuple(manifest.variants), text)
+    return Bundle(
+        folder,
+        model,
+        variant.target,
+        variant.library,
+        tuple(manifest.variants),
+        text,
+        manifest.kind,
+        manifest.settings or {},
+    )
 
 
 def _require_model(folder: Path, model: Path) -> None:

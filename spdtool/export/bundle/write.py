@@ -31,6 +31,7 @@ from spdtool.export.bundle.read import (
     GOLDEN_FILE,
     SHARED_FILES,
     STUDENT,
+    Bundle,
     longest_input,
     read_bundle,
 )
@@ -108,7 +109,7 @@ def write_bundle(export: Path, checkpoint: Path, recipe: Recipe, result: ExportR
     card = render_card(recipe, variants, read_json_object(folder / "config.json"))
     (folder / CARD).write_text(card, "utf-8")
     # Last, because it holds the digests of all the others.
-    write_manifest(folder, _make_manifest(folder, variants, recipe))
+    write_manifest(folder, _make_manifest(folder, variants, recipe, read_bundle(portable)))
     return None
 
 
@@ -201,7 +202,7 @@ def _copy_variant(folder: Path, name: str, source: Path, exported: ExportedModel
     )
 
 
-def _make_manifest(folder: Path, variants: dict[str, Variant], recipe: Recipe) -> BundleManifest:
+def _make_manifest(folder: Path, variants: dict[str, Variant], recipe: Recipe, portable: Bundle) -> BundleManifest:
     prefer = {}
     for hardware in HARDWARE:
         # The portable variant is the last resort everywhere.
@@ -212,6 +213,8 @@ def _make_manifest(folder: Path, variants: dict[str, Variant], recipe: Recipe) -
         spdtool=metadata.version("spdtool"),
         task=recipe.task,
         text=list(find_dataset(recipe).text),
+        kind=portable.kind,
+        settings=dict(portable.settings) or None,
         sparsity=variants[PORTABLE_TARGET].sparsity if recipe.prune.is_structured else recipe.sparsity,
         smoke=recipe.smoke,
         model=variants[PORTABLE_TARGET].file,

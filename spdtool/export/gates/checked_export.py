@@ -116,6 +116,8 @@ class ExportAttempt:
             model=model.relative_to(self.folder).as_posix(),
             library=None if library is None else LibraryRecord.model_validate(library),
             text=None if task is None else list(task.dataset.text),
+            kind=None if task is None else task.dataset.kind,
+            settings=self.reference.kind_settings(self.providers[-1]) or None,
             values=formats.matrices,
             embeddings=formats.embeddings,
             files=digest_files(self.folder),

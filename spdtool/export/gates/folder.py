@@ -39,7 +39,6 @@ TOKENIZER_FIELDS = (
     "padding_side", "truncation_side", "model_max_length", "model_input_names", "pad_token_id", "pad_token_type_id",
     "all_special_ids", "special_tokens_map",
 )  # fmt: skip
-MULTI_LABEL = "multi_label_classification"
 GOLDEN_TEXTS = (
     "The quick brown fox jumps over the lazy dog.",
     "a very good film, and then a bad book",
@@ -167,11 +166,11 @@ def check_classifier(classifier: Classifier, reference: Reference, tokenizer: Pr
         if value != expected:
             raise GateError(f"spdtool.load gives the {name} {value!r}; the checkpoint has {expected!r}")
     task = reference.dev.task
-    if task is not None and classifier.multi_label and task.problem_type != MULTI_LABEL:
+    if task is not None and type(classifier.decision) is not task.decision:
         raise GateError(
-            f"config.json says problem_type {MULTI_LABEL!r}: predictions would be lists of labels, "
-            f"and the task {task.name!r} was scored with one label a row",
-            "remove problem_type from the checkpoint's config.json",
+            f"spdtool.load takes the folder for another kind of task than {task.name!r}, which was scored: "
+            f"{type(classifier.decision).__name__} instead of {task.decision.__name__}",
+            "look at architectures and problem_type in the checkpoint's config.json",
         )
 
 
@@ -201,26 +200,26 @@ def predict_from_texts(classifier: Classifier, dev: DevSets, max_length: int, na
         tokens = classifier.tokenize(rows.first, rows.second)
         _require_same_tokens(tokens, dev.splits[split], rows)
         logits[split] = classifier.logits_of_tokens(tokens)
-        check_decisions(classifier, logits[split], dev.task, names)
+        check_decisions(classifier, logits[split], dev.task, dev.splits[split], names)
     return logits
 
 
-def check_decisions(classifier: Classifier, logits: np.ndarray, task: Task, names: Sequence[str]) -> None:
+def check_decisions(
+    classifier: Classifier, logits: np.ndarray, task: Task, rows: Encoded, names: Sequence[str]
+) -> None:
     """Refuse answers or probabilities that are not those which the task scores; raises GateError."""
-    expected, answers = task.answers(logits, names), classifier.decide(logits)
-    for row, (answer, name) in enumerate(zip(answers, expected, strict=True)):
+    expected, answers = task.answers(logits, rows, names), classifier.decide(logits)
+    for number, (answer, name) in enumerate(zip(answers, expected, strict=True)):
         if answer != name:
             raise GateError(
-                f"spdtool.load answers {answer!r} on dev row {row}; what is scored there is {name!r}",
+                f"spdtool.load answers {answer!r} on dev row {number}; what is scored there is {name!r}",
                 "look at id2label and problem_type in the checkpoint's config.json",
             )
-    probabilities = classifier.probabilities(logits)
-    if probabilities is None or classifier.multi_label:
+    probabilities, expected_probabilities = classifier.probabilities(logits), task.probabilities(logits)
+    if probabilities is None or expected_probabilities is None:
         return
-    powers = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
-    softmax = powers / powers.sum(axis=1, keepdims=True)
-    if not np.abs(probabilities - softmax).max(initial=0) <= PROBABILITY_TOLERANCE:
-        raise GateError("spdtool.load gives other probabilities than the softmax of the logits")
+    if not np.abs(probabilities - expected_probabilities).max(initial=0) <= PROBABILITY_TOLERANCE:
+        raise GateError("spdtool.load gives other probabilities than those that belong to the logits")
 
 
 def check_bundle(folder: Path) -> None:

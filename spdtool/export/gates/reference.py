@@ -15,17 +15,18 @@ from spdtool.data.dataset import Rows
 from spdtool.data.tokens import Batch, Encoded
 from spdtool.export.gates.batches import longest_supported_input, make_dev_batches, make_random_batches
 from spdtool.export.target import StorageFormats
-from spdtool.models.config import check_problem_type
+from spdtool.models.config import check_kind
 from spdtool.models.layers import find_prunable_weights, max_positions
 from spdtool.models.load import label_names, load_model, load_tokenizer
 from spdtool.models.predict import Forward, predict, torch_forward
 from spdtool.recipe.fields import Recipe
 from spdtool.run.records import ZeroCount
+from spdtool.tasks.decision import Json
 from spdtool.tasks.prepare import CheckRows, prepare_rows
 from spdtool.tasks.task import Task
 
 DevLogits = dict[str, np.ndarray]
-"""Name of a dev set to logits [rows, labels]."""
+"""Name of a dev set to its logits, as `predict` returns them."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,9 @@ def prepare_dev_sets(checkpoint: Path, recipe: Recipe, check_rows: CheckRows | N
     """
     model = load_model(checkpoint)
     task, rows = prepare_rows(recipe, label_names(model), check_rows)
-    check_problem_type(checkpoint, model.config, task.problem_type)
+    check_kind(checkpoint, model.config, task)
     texts = {name: split for name, split in rows.items() if name.startswith("dev")}
-    splits = task.encode(load_tokenizer(checkpoint), rows, recipe.max_length)
+    splits = task.encode(load_tokenizer(checkpoint), rows, recipe)
     dev_splits = {name: splits[name] for name in texts}
     # Here, because the exported graph checks nothing: a token beyond the table reads other memory.
     data.check_lengths(dev_splits, max_positions(model))
@@ -156,6 +157,13 @@ class Reference:
             self._batch_logits[provider] = {id(batch): forward(batch) for _, batch in self.batches}
         logits = self._batch_logits[provider]
         return lambda batch: logits[id(batch)]
+
+    def kind_settings(self, provider: str) -> dict[str, Json]:
+        """Return what the kind of task stores for those who answer from the exported files; see `Task.settings`."""
+        task = self.dev.task
+        if task is None or type(task).settings is Task.settings:  # most kinds need no logits for it
+            return {}
+        return task.settings(self.dev_logits(provider)["dev"], self.dev.splits["dev"])
 
     def dev_logits(self, provider: str) -> DevLogits:
         """Compute the checkpoint's logits on the dev sets."""

@@ -107,10 +107,11 @@ def compare_predictions(
     Args:
         tolerance: a regression's prediction counts as another one beyond this difference.
     """
-    flipped, worsened, largest_change = 0, 0, 0.0
+    compared, flipped, worsened, largest_change = 0, 0, 0, 0.0
     for name, rows in splits.items():
         before, after = checkpoint_logits[name], file_logits[name]
-        is_flipped, is_worse = task.compare_predictions(before, after, rows.labels, tolerance)
+        is_flipped, is_worse = task.compare_predictions(before, after, rows, tolerance)
+        compared += len(is_flipped)
         flipped += int(is_flipped.sum())
         worsened += int(is_worse.sum())
         largest_change = max(largest_change, float(np.abs(after - before).max()))
@@ -118,7 +119,7 @@ def compare_predictions(
         file_scores=task.score_splits(file_logits, splits),
         checkpoint_scores=task.score_splits(checkpoint_logits, splits),
         flipped=flipped,
-        rows=sum(len(rows) for rows in splits.values()),
+        rows=compared,
         largest_change=largest_change,
         worsened=worsened,
         number_change=task.measure_change(checkpoint_logits["dev"], file_logits["dev"]),

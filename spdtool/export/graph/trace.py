@@ -35,6 +35,7 @@ from spdtool.models.layers import TESTED_FAMILIES
 from spdtool.models.load import load_model, load_tokenizer, save_tokenizer
 from spdtool.models.shrink import find_live_positions, shrink
 from spdtool.run.fingerprint import hash_json
+from spdtool.tasks.head import head_of_model
 
 LARGEST_FILE = 2**31 - 2**20  # bytes; protobuf cannot write more: beyond, the weights go to model.onnx_data
 INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids")
@@ -223,8 +224,7 @@ def trace_model(model: PreTrainedModel, names: list[str], opset: int) -> onnx.Mo
     """Export a model with torch.onnx (dynamo), with free axes `batch` and `sequence`.
 
     Args:
-        names: inputs, each int64 [batch, sequence]; the output is `logits`, float32 [batch,
-            labels].
+        names: inputs, each int64 [batch, sequence]; the outputs are those of the model's head.
 
     Raises:
         ModelError: the exporter cannot do it.
@@ -241,7 +241,7 @@ def trace_model(model: PreTrainedModel, names: list[str], opset: int) -> onnx.Mo
                 dynamo=True,
                 opset_version=opset,
                 input_names=names,
-                output_names=["logits"],
+                output_names=list(head_of_model(model).outputs),
                 dynamic_shapes={name: dict(AXES) for name in names},
                 verbose=False,
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from spdtool.run.records.base import FileDigest, LibraryRecord, Record, Scores
 
@@ -42,6 +42,7 @@ class FolderManifest(Record):
         model: ONNX file, relative to the folder.
         library: of custom operators; None where the model needs none.
         text: names of the one or two text columns; None: the model was exported without a task.
+        kind: registered name of its kind of task; None: config.json tells. settings: of its decision.
         values, embeddings: storage of the weights.
         files: by path, all but the model card and the manifest itself.
     """
@@ -51,6 +52,8 @@ class FolderManifest(Record):
     model: str = "onnx/model.onnx"
     library: LibraryRecord | None = None
     text: list[str] | None = None
+    kind: str | None = None
+    settings: dict[str, JsonValue] | None = None
     values: str | None = None
     embeddings: str | None = None
     files: dict[str, FileDigest] = Field(default_factory=dict)
@@ -68,6 +71,7 @@ class BundleManifest(Record):
 
     Attributes:
         text: names of the one or two text columns; None: an older bundle does not say.
+        kind, settings: see `FolderManifest`.
         model: file of the portable variant. prefer: hardware to names of variants, the best first.
         files: by path, all of them.
     """
@@ -76,6 +80,8 @@ class BundleManifest(Record):
     spdtool: str = ""
     task: str = ""
     text: list[str] | None = None
+    kind: str | None = None
+    settings: dict[str, JsonValue] | None = None
     sparsity: float = 0.0
     smoke: bool = False
     model: str

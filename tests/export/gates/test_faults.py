@@ -25,6 +25,7 @@ from spdtool.export.gates.weights import check_weights
 from spdtool.export.target import MODEL_FILE, Target, get_target
 from spdtool.models.layers import find_prunable_weights
 from spdtool.models.load import load_tokenizer, save_model
+from spdtool.tasks.decision import SeveralLabels
 
 TARGETS = ("onnx", "onnx-ort", "onnx-fp16", "onnx-int8", "onnx-int8-static")
 
@@ -121,8 +122,8 @@ def test_answers_that_are_lists_are_refused_where_one_label_was_scored(reference
     classifier = open_classifier(tmp_path / "out", "cpu")
     tokenizer = load_tokenizer(reference.checkpoint)
     check_classifier(classifier, reference, tokenizer)
-    classifier.multi_label = True
-    with pytest.raises(GateError, match="predictions would be lists of labels"):
+    classifier.decision = SeveralLabels(classifier.names)
+    with pytest.raises(GateError, match="SeveralLabels instead of OneLabel"):
         check_classifier(classifier, reference, tokenizer)
     with pytest.raises(GateError, match=r"answers \['"):
         predict_from_texts(classifier, reference.dev, 32, reference.label_names)

@@ -1,0 +1,236 @@
+"""Decisions: what an exported model answers, from its outputs to labels, numbers or spans.
+
+`spdtool.load`, `spdtool predict` and the server ask the decision of the folder's kind of task for everything that
+depends on it. A kind names its class of decision in `Task.decision`. Neither torch nor transformers is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, TypeAlias
+
+import numpy as np
+
+from spdtool import plugins
+from spdtool.escaping import make_visible
+from spdtool.tasks.head import head_of_config
+
+Json: TypeAlias = "str | int | float | bool | list[Json] | dict[str, Json] | None"
+Object: TypeAlias = dict[str, Json]
+Answer: TypeAlias = Any
+"""What a row is answered with: the label; a number; a list of labels; whatever a kind of task has."""
+
+LOGITS, PROBABILITIES, LABEL = "logits", "probabilities", "label"
+NUMBER: Object = {"type": "number"}
+LARGEST_LOGIT = 80  # exp overflows in float32 beyond 88
+
+
+class Decision:
+    """How the outputs of one model become answers. A subclass overrides what its kind of task has otherwise.
+
+    Attributes:
+        names: labels in the order of the logits.
+        settings: what the export stored for this kind in manifest.json, such as a threshold for each label.
+        output_names: outputs that the server offers in the protocol of KServe, the default answer first.
+    """
+
+    output_names: ClassVar[tuple[str, ...]] = (LOGITS, PROBABILITIES, LABEL)
+
+    def __init__(self, names: Sequence[str], settings: Mapping[str, Json] | None = None) -> None:
+        self.names, self.settings = list(names), dict(settings or {})
+
+    @classmethod
+    def fits(cls, config: Mapping[str, Any]) -> bool:
+        """Tell whether a folder with this config.json is answered so, where its manifest names no kind of task."""
+        raise NotImplementedError
+
+    # In Python
+
+    def decide(self, outputs: np.ndarray, rows: Sequence[Any] = ()) -> list[Answer]:
+        """Turn outputs into answers.
+
+        Args:
+            outputs: logits [rows, labels]; for a head with an output per token, a list of arrays [tokens, labels].
+            rows: the tokenized rows (`TokenRow`) of these outputs; kinds that answer from logits alone ignore them.
+        """
+        raise NotImplementedError
+
+    def probabilities(self, outputs: np.ndarray) -> np.ndarray | None:  # noqa: ARG002
+        """Return probabilities, float32 of the shape of the logits; None where the answers have none."""
+        return None
+
+    # In JSON
+
+    def predictions(self, outputs: np.ndarray, rows: Sequence[Any] = ()) -> list[Object]:
+        """Return one JSON object for each answer: by default `label`, its `probability` or None, and `logits`."""
+        probabilities, found = self.probabilities(outputs), []
+        for index, answer in enumerate(self.decide(outputs, rows)):
+            probability: Json = None
+            if probabilities is not None:
+                probability = self.describe_probability(answer, probabilities[index])
+            found.append({"label": answer, "probability": probability, "logits": outputs[index].tolist()})
+        return found
+
+    def describe_probability(self, answer: Answer, probabilities: np.ndarray) -> Json:
+        """Return the probability of an answer, from those of its row's labels."""
+        return float(probabilities[self.names.index(str(answer))])
+
+    def tensor(self, name: str, outputs: np.ndarray, rows: Sequence[Any] = ()) -> list[Json]:
+        """Return one of `output_names`, flat, as the protocol of KServe has it."""
+        if name == LABEL:
+            return [str(answer) for answer in self.decide(outputs, rows)]
+        values = outputs if name == LOGITS else self.probabilities(outputs)
+        assert values is not None, f"{name} is not offered"
+        flat: list[Json] = values.ravel().tolist()
+        return flat
+
+    def tensor_type(self, name: str) -> str:
+        """Return the data type of an output in the protocol's words."""
+        return "BYTES" if name == LABEL else "FP32"
+
+    def tensor_shape(self, name: str, rows: int) -> list[int]:
+        """Return the shape of an output for that many rows; -1 where their number is open."""
+        return [rows] if name == LABEL else [rows, len(self.names)]
+
+    def prediction_schema(self) -> Object:
+        """Return the JSON schema of one object of `predictions`."""
+        return self.describe_object({"type": "string", "enum": [*self.names]}, NUMBER)
+
+    @staticmethod
+    def describe_object(label: Object, probability: Object) -> Object:
+        """Return the schema of an object with `label`, `probability` and `logits`."""
+        properties: Object = {
+            "label": label,
+            "probability": probability,
+            "logits": {"type": "array", "items": NUMBER},
+        }
+        return {"type": "object", "properties": properties, "required": [*properties]}
+
+    # In text
+
+    def describe(self) -> str:
+        """Say in one line what is answered."""
+        return ", ".join(map(make_visible, self.names))
+
+    def line(self, prediction: Mapping[str, Any]) -> str:
+        """Return a prediction as a line of `spdtool predict`; control characters are spelled out."""
+        return f"{make_visible(prediction['label'])}\t{prediction['probability']:.4f}"
+
+    @property
+    def unanswered(self) -> str:
+        """The line of `spdtool predict` for a text without an answer, with as many columns."""
+        return "-\t-"
+
+
+class OneLabel(Decision):
+    """Each row has exactly one of the labels: that with the largest logit."""
+
+    @classmethod
+    def fits(cls, config: Mapping[str, Any]) -> bool:  # noqa: ARG003
+        """Tell whether this is a classifier of one label a row, which it is where nothing else fits."""
+        return True
+
+    def decide(self, outputs: np.ndarray, rows: Sequence[Any] = ()) -> list[Answer]:  # noqa: ARG002
+        """Return the label with the largest logit of each row."""
+        return [self.names[index] for index in outputs.argmax(axis=1)]
+
+    def probabilities(self, outputs: np.ndarray) -> np.ndarray | None:
+        """Return the softmax of the logits."""
+        powers = np.exp(outputs - outputs.max(axis=1, keepdims=True))
+        return np.asarray(powers / powers.sum(axis=1, keepdims=True), np.float32)
+
+
+class SeveralLabels(Decision):
+    """A row may have several labels or none: those with a probability above one half."""
+
+    @classmethod
+    def fits(cls, config: Mapping[str, Any]) -> bool:
+        """Tell whether config.json says so."""
+        return config.get("problem_type") == "multi_label_classification"
+
+    def decide(self, outputs: np.ndarray, rows: Sequence[Any] = ()) -> list[Answer]:  # noqa: ARG002
+        """Return the list of labels of each row."""
+        answers: list[Answer] = []
+        for row in outputs:
+            answers.append([self.names[index] for index in np.flatnonzero(row > 0)])  # sigmoid(0) is one half
+        return answers
+
+    def probabilities(self, outputs: np.ndarray) -> np.ndarray | None:
+        """Return the sigmoid of each logit."""
+        clipped = np.clip(outputs, -LARGEST_LOGIT, LARGEST_LOGIT)
+        return np.asarray(1 / (1 + np.exp(-clipped)), np.float32)
+
+    def describe_probability(self, answer: Answer, probabilities: np.ndarray) -> Json:
+        """Return the probability of each label of the answer by its name."""
+        by_label = dict(zip(self.names, probabilities.tolist(), strict=True))
+        return {name: by_label[name] for name in answer}
+
+    def tensor(self, name: str, outputs: np.ndarray, rows: Sequence[Any] = ()) -> list[Json]:
+        """Return an output; the labels of a row are joined by commas."""
+        if name == LABEL:
+            return [",".join(labels) for labels in self.decide(outputs, rows)]
+        return super().tensor(name, outputs, rows)
+
+    def prediction_schema(self) -> Object:
+        """Return the schema of an object with a list of labels, and their probabilities by name."""
+        labels: Object = {"type": "array", "items": {"type": "string", "enum": [*self.names]}}
+        return self.describe_object(labels, {"type": "object", "additionalProperties": NUMBER})
+
+    def line(self, prediction: Mapping[str, Any]) -> str:
+        """Return labels and probabilities, each joined by commas."""
+        labels, probability = prediction["label"], prediction["probability"]
+        probabilities = ",".join(f"{probability[name]:.4f}" for name in labels)
+        return f"{','.join(map(make_visible, labels))}\t{probabilities}"
+
+
+class OneNumber(Decision):
+    """Each row has a number: the only logit."""
+
+    output_names = (LOGITS,)
+
+    @classmethod
+    def fits(cls, config: Mapping[str, Any]) -> bool:
+        """Tell whether there is one output, and its rows do not have several labels."""
+        labels = config.get("id2label")
+        is_single = isinstance(labels, Mapping) and len(labels) == 1
+        return is_single and not SeveralLabels.fits(config)
+
+    def decide(self, outputs: np.ndarray, rows: Sequence[Any] = ()) -> list[Answer]:  # noqa: ARG002
+        """Return the value of each row."""
+        return [float(value) for value in outputs[:, 0]]
+
+    def prediction_schema(self) -> Object:
+        """Return the schema of an object with a number."""
+        return self.describe_object(NUMBER, {"type": "null"})
+
+    def describe(self) -> str:
+        """Say that it is a number."""
+        return "a value"
+
+    def line(self, prediction: Mapping[str, Any]) -> str:
+        """Return the number."""
+        return f"{prediction['label']:.6g}"
+
+
+def find_decision(config: Mapping[str, Any], kind: str | None = None) -> type[Decision]:
+    """Return the class that answers for an exported folder.
+
+    Args:
+        config: content of its config.json.
+        kind: registered name of its kind of task, from its manifest; None: config.json decides.
+
+    Raises:
+        UnknownName: the manifest names a kind of task that no installed plugin has.
+    """
+    # built-in kinds first: a server imports a plugin only for a folder that needs it
+    if kind is not None:
+        by_name = {entry.name: entry.value for entry in plugins.task_kinds.builtin_entries()}
+        named: type[Decision] = (by_name.get(kind) or plugins.task_kinds.get(kind)).decision
+        return named
+    head = head_of_config(config)
+    for entries in (plugins.task_kinds.builtin_entries, plugins.task_kinds.entries):
+        decisions = [entry.value.decision for entry in entries() if entry.value.head == head]
+        for decision in dict.fromkeys([*decisions, SeveralLabels]):
+            if decision is not OneLabel and decision.fits(config):
+                return decision
+    return OneLabel

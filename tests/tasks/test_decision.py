@@ -1,0 +1,75 @@
+"""Decisions: an exported folder is answered for by its kind of task."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+
+from spdtool import plugins
+from spdtool.errors import UnknownName
+from spdtool.tasks.decision import Decision, OneLabel, OneNumber, SeveralLabels, find_decision
+from spdtool.tasks.task import Task
+
+MULTI: dict[str, Any] = {"problem_type": "multi_label_classification"}
+ONE: dict[str, Any] = {"id2label": {"0": "score"}}
+
+
+def test_config_json_decides_where_the_manifest_names_no_kind() -> None:
+    for config, expected in (
+        ({}, OneLabel),
+        ({"problem_type": "single_label_classification"}, OneLabel),
+        (ONE, OneNumber),
+        (ONE | {"problem_type": "regression"}, OneNumber),
+        (MULTI, SeveralLabels),
+        (ONE | MULTI, SeveralLabels),
+    ):
+        assert find_decision(config) is expected, config
+
+
+def test_the_manifest_names_a_kind_of_a_plugin(clean_plugins: None) -> None:
+    class Loudest(OneLabel):
+        """A label in capitals."""
+
+        def decide(self, outputs: np.ndarray, rows: Any = ()) -> list[str]:
+            return [name.upper() + self.settings["mark"] for name in super().decide(outputs, rows)]
+
+    @plugins.task_kinds.register("loud")
+    class Loud(Task):
+        decision = Loudest
+
+    assert find_decision(MULTI, "loud") is Loudest
+    assert Loudest(["a", "b"], {"mark": "!"}).decide(np.eye(2)) == ["A!", "B!"]
+    with pytest.raises(UnknownName, match="kind of task 'quiet'"):
+        find_decision({}, "quiet")
+
+
+def test_each_decision_gives_objects_tensors_and_lines_that_agree() -> None:
+    logits = np.array([[2.0, -1.0], [0.5, 3.0]], np.float32)
+    cases: tuple[tuple[Decision, np.ndarray, list[Any], list[str]], ...] = (
+        (OneLabel(["a\x1b", "b"]), logits, ["a\x1b", "b"], ["a\\x1b\t0.9526", "b\t0.9241"]),
+        (SeveralLabels(["a", "b"]), logits, [["a"], ["a", "b"]], ["a\t0.8808", "a,b\t0.6225,0.9526"]),
+        (OneNumber(["score"]), logits[:, :1], [2.0, 0.5], ["2", "0.5"]),
+    )
+    for decision, outputs, answers, lines in cases:
+        assert decision.decide(outputs) == answers
+        predictions = decision.predictions(outputs)
+        assert [prediction["label"] for prediction in predictions] == answers
+        assert [decision.line(prediction) for prediction in predictions] == lines
+        schema = decision.prediction_schema()
+        assert all(prediction.keys() == set(schema["required"]) for prediction in predictions)  # type: ignore[arg-type]
+        for name in decision.output_names:
+            shape, values = decision.tensor_shape(name, 2), decision.tensor(name, outputs)
+            assert np.prod(shape) == len(values), (decision, name)
+
+
+def test_a_decision_waits_for_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys; from spdtool.tasks.decision import find_decision; find_decision({}); "
+        "find_decision({}, 'regression'); print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
