@@ -36,8 +36,9 @@ from spdtool.serving import openapi, pages, protocol
 from spdtool.serving.batching import Batcher, EngineDied, QueueFull, ServerClosing
 from spdtool.serving.connections import REFUSED_STATUS, ConnectionLimits
 from spdtool.serving.metrics import ObserveRequests, ServerMetrics, WriteLine
-from spdtool.serving.protocol import InferenceRequest, Json
+from spdtool.serving.protocol import InferenceRequest
 from spdtool.serving.watch import BundleChanged, FolderWatch
+from spdtool.tasks.decision import Json
 
 Handler = Callable[[Request], Awaitable[Response]]
 

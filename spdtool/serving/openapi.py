@@ -6,7 +6,7 @@ from importlib import metadata
 
 from spdtool.export.classifier import Classifier
 from spdtool.serving import protocol
-from spdtool.serving.protocol import Json, Object
+from spdtool.tasks.decision import Json, Object
 
 EXAMPLE_TEXT, EXAMPLE_PAIR = "She sold the car.", "The car was sold."
 STRING: Object = {"type": "string"}

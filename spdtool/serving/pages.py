@@ -10,7 +10,7 @@ from urllib.parse import quote
 from spdtool.escaping import make_visible
 from spdtool.export.classifier import Classifier
 from spdtool.serving import openapi, protocol
-from spdtool.serving.protocol import Json, Object
+from spdtool.tasks.decision import Json, Object
 
 ADDRESS = "http://localhost:8000"  # in examples
 STYLE = (

@@ -110,7 +110,7 @@ def infer_response(classify: Classifier, name: str, request: InferenceRequest, l
     outputs: list[Json] = []
     for tensor in request.outputs:
         datatype, data = classify.decision.tensor_type(tensor), classify.decision.tensor(tensor, logits)
-        shape: list[Json] = [*classify.decision.tensor_shape(tensor, len(logits))]
+        shape: list[Json] = [*classify.decision.tensor_shape(tensor, len(request.texts))]
         outputs.append({"name": tensor, "datatype": datatype, "shape": shape, "data": data})
     response: Object = {"model_name": name, "model_version": MODEL_VERSION, "outputs": outputs}
     if request.id is not None:

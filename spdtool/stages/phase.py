@@ -152,7 +152,7 @@ def load_phase(run: Run, stage: str, start: str) -> Phase:
     task, splits = prepare_data(recipe, shared_tokenizer, label_names(model), run.record_data)
     if stage == "prune":  # the teacher of a run may have been finished and refused
         score = run.training_result("teacher").dev["score"]
-        check_teacher_score(task, splits["dev"].labels, score, recipe)
+        check_teacher_score(task, splits["dev"], score, recipe)
     if recipe.student is not None:  # the teacher stage has checked only the teacher
         check_lengths(splits, max_positions(model))
         check_vocabulary(splits, model.config.vocab_size)

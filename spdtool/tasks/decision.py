@@ -7,7 +7,8 @@ depends on it. A kind names its class of decision in `Task.decision`. Neither to
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypeAlias
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -25,16 +26,45 @@ NUMBER: Object = {"type": "number"}
 LARGEST_LOGIT = 80  # exp overflows in float32 beyond 88
 
 
+@dataclass(frozen=True)
+class TextWindow:
+    """One window of a text, as a model reads it.
+
+    Attributes:
+        example: number of the text among those that were given.
+        text: that its tokens are of.
+        tokens: as the vocabulary spells them, with special ones.
+        spans: begin and end of each in the text, [tokens, 2].
+        sources: 0 or 1 for tokens of the first or second text, -1 for special ones.
+    """
+
+    example: int
+    text: str
+    tokens: Sequence[str]
+    spans: np.ndarray
+    sources: np.ndarray
+
+
+class WindowOutput(NamedTuple):
+    """A window, and the model's outputs for its tokens, [tokens, labels]."""
+
+    window: TextWindow
+    values: np.ndarray
+
+
 class Decision:
     """How the outputs of one model become answers. A subclass overrides what its kind of task has otherwise.
 
     Attributes:
         names: labels in the order of the logits.
         settings: what the export stored for this kind in manifest.json, such as a threshold for each label.
+        windows: which text of a row is cut into overlapping windows, where it is too long: 0 the first, 1 the second;
+            None: a row that is too long is cut off. Settings may have the `stride`, tokens that windows share.
         output_names: outputs that the server offers in the protocol of KServe, the default answer first.
     """
 
     output_names: ClassVar[tuple[str, ...]] = (LOGITS, PROBABILITIES, LABEL)
+    windows: ClassVar[int | None] = None
 
     def __init__(self, names: Sequence[str], settings: Mapping[str, Json] | None = None) -> None:
         self.names, self.settings = list(names), dict(settings or {})
@@ -46,12 +76,11 @@ class Decision:
 
     # In Python
 
-    def decide(self, outputs: np.ndarray, rows: Sequence[Any] = ()) -> list[Answer]:
+    def decide(self, outputs: np.ndarray) -> list[Answer]:
         """Turn outputs into answers.
 
         Args:
-            outputs: logits [rows, labels]; for a head with an output per token, a list of arrays [tokens, labels].
-            rows: the tokenized rows (`TokenRow`) of these outputs; kinds that answer from logits alone ignore them.
+            outputs: logits [rows, labels]; for a kind that reads `windows`, for each text a list of `WindowOutput`.
         """
         raise NotImplementedError
 
@@ -61,10 +90,10 @@ class Decision:
 
     # In JSON
 
-    def predictions(self, outputs: np.ndarray, rows: Sequence[Any] = ()) -> list[Object]:
+    def predictions(self, outputs: np.ndarray) -> list[Object]:
         """Return one JSON object for each answer: by default `label`, its `probability` or None, and `logits`."""
         probabilities, found = self.probabilities(outputs), []
-        for index, answer in enumerate(self.decide(outputs, rows)):
+        for index, answer in enumerate(self.decide(outputs)):
             probability: Json = None
             if probabilities is not None:
                 probability = self.describe_probability(answer, probabilities[index])
@@ -75,10 +104,10 @@ class Decision:
         """Return the probability of an answer, from those of its row's labels."""
         return float(probabilities[self.names.index(str(answer))])
 
-    def tensor(self, name: str, outputs: np.ndarray, rows: Sequence[Any] = ()) -> list[Json]:
+    def tensor(self, name: str, outputs: np.ndarray) -> list[Json]:
         """Return one of `output_names`, flat, as the protocol of KServe has it."""
         if name == LABEL:
-            return [str(answer) for answer in self.decide(outputs, rows)]
+            return [str(answer) for answer in self.decide(outputs)]
         values = outputs if name == LOGITS else self.probabilities(outputs)
         assert values is not None, f"{name} is not offered"
         flat: list[Json] = values.ravel().tolist()
@@ -130,7 +159,7 @@ class OneLabel(Decision):
         """Tell whether this is a classifier of one label a row, which it is where nothing else fits."""
         return True
 
-    def decide(self, outputs: np.ndarray, rows: Sequence[Any] = ()) -> list[Answer]:  # noqa: ARG002
+    def decide(self, outputs: np.ndarray) -> list[Answer]:
         """Return the label with the largest logit of each row."""
         return [self.names[index] for index in outputs.argmax(axis=1)]
 
@@ -148,7 +177,7 @@ class SeveralLabels(Decision):
         """Tell whether config.json says so."""
         return config.get("problem_type") == "multi_label_classification"
 
-    def decide(self, outputs: np.ndarray, rows: Sequence[Any] = ()) -> list[Answer]:  # noqa: ARG002
+    def decide(self, outputs: np.ndarray) -> list[Answer]:
         """Return the list of labels of each row."""
         answers: list[Answer] = []
         for row in outputs:
@@ -165,11 +194,11 @@ class SeveralLabels(Decision):
         by_label = dict(zip(self.names, probabilities.tolist(), strict=True))
         return {name: by_label[name] for name in answer}
 
-    def tensor(self, name: str, outputs: np.ndarray, rows: Sequence[Any] = ()) -> list[Json]:
+    def tensor(self, name: str, outputs: np.ndarray) -> list[Json]:
         """Return an output; the labels of a row are joined by commas."""
         if name == LABEL:
-            return [",".join(labels) for labels in self.decide(outputs, rows)]
-        return super().tensor(name, outputs, rows)
+            return [",".join(labels) for labels in self.decide(outputs)]
+        return super().tensor(name, outputs)
 
     def prediction_schema(self) -> Object:
         """Return the schema of an object with a list of labels, and their probabilities by name."""
@@ -195,7 +224,7 @@ class OneNumber(Decision):
         is_single = isinstance(labels, Mapping) and len(labels) == 1
         return is_single and not SeveralLabels.fits(config)
 
-    def decide(self, outputs: np.ndarray, rows: Sequence[Any] = ()) -> list[Answer]:  # noqa: ARG002
+    def decide(self, outputs: np.ndarray) -> list[Answer]:
         """Return the value of each row."""
         return [float(value) for value in outputs[:, 0]]
 
@@ -230,7 +259,8 @@ def find_decision(config: Mapping[str, Any], kind: str | None = None) -> type[De
     head = head_of_config(config)
     for entries in (plugins.task_kinds.builtin_entries, plugins.task_kinds.entries):
         decisions = [entry.value.decision for entry in entries() if entry.value.head == head]
-        for decision in dict.fromkeys([*decisions, SeveralLabels]):
-            if decision is not OneLabel and decision.fits(config):
-                return decision
+        found: type[Decision]
+        for found in dict.fromkeys([*decisions, SeveralLabels]):
+            if found is not OneLabel and found.fits(config):
+                return found
     return OneLabel

@@ -34,8 +34,8 @@ def test_the_manifest_names_a_kind_of_a_plugin(clean_plugins: None) -> None:
     class Loudest(OneLabel):
         """A label in capitals."""
 
-        def decide(self, outputs: np.ndarray, rows: Any = ()) -> list[str]:
-            return [name.upper() + self.settings["mark"] for name in super().decide(outputs, rows)]
+        def decide(self, outputs: np.ndarray) -> list[str]:
+            return [name.upper() + self.settings["mark"] for name in super().decide(outputs)]
 
     @plugins.task_kinds.register("loud")
     class Loud(Task):
