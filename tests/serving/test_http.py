@@ -92,7 +92,7 @@ def test_an_error_that_nobody_foresaw_is_json_and_is_counted(
     def fail(*_arguments: object) -> None:
         raise KeyError("a bug of ours")
 
-    monkeypatch.setattr(http.protocol, "predictions", fail)
+    monkeypatch.setattr(OneLabel, "predictions", fail)
     status, _, answer = running.call("POST", "/predict", {"texts": ["a"]})
     assert (status, answer) == (500, {"error": "the server failed: KeyError"})
     assert running.statuses() == {"predict 500": 1}
