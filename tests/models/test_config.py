@@ -111,7 +111,11 @@ def test_the_problem_type_must_match_the_task(checkpoint: Path, tmp_path: Path) 
         assert repr(stored) in error.value.message
         assert repr(expected) in error.value.message
         check_kind(folder, read_config(folder), task_with(stored))
-    single_label = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "problem_type": "single_label_classification"}
+    single_label = {
+        "id2label": {"0": "LABEL_0"},
+        "label2id": {"LABEL_0": 0},
+        "problem_type": "single_label_classification",
+    }
     config = read_config(configure(checkpoint, tmp_path / "one", **single_label))
     check_kind(tmp_path / "one", config, task_with("regression"))  # of one output there is nothing to choose
 
