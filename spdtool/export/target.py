@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 MODEL_FILE = "onnx/model.onnx"
 ROLES = ("teacher", "student")
 SMALLEST = "smallest"  # value of `export.values` and `export.embeddings`
-INSTALLED = "installed"  # value of `export.optional`: every installed target with `exported_by_default`
+INSTALLED = "installed"  # value of `export.optional`: every installed target that suits the recipe
 
 
 class StorageFormats(NamedTuple):
@@ -148,6 +148,10 @@ class Target:
             ModelError: the checkpoint cannot be read or converted.
         """
         raise NotImplementedError(f"{type(self).__name__} has no `export`")
+
+    def suits(self, recipe: Recipe) -> bool:  # noqa: ARG002
+        """Tell whether `export.optional = "installed"` includes the target for this recipe."""
+        return self.exported_by_default
 
     def export_rounded(self, checkpoint: Path, folder: Path, recipe: Recipe, rounding: Rounding) -> list[Path]:
         """Export with the choices that only a rounding target needs; others ignore them."""
@@ -304,16 +308,17 @@ def required_targets(section: Export) -> list[ChosenTarget]:
     return chosen
 
 
-def optional_targets(section: Export) -> tuple[list[ChosenTarget], dict[str, SpdError]]:
+def optional_targets(recipe: Recipe) -> tuple[list[ChosenTarget], dict[str, SpdError]]:
     """Look up `export.optional`.
 
     Returns:
         The installed ones, without those of `export.targets` and `export.skip`; and by name, why
         another one that the recipe names cannot be used.
     """
+    section = recipe.export
     chosen: list[ChosenTarget] = []
     errors: dict[str, SpdError] = {}
-    for name in dict.fromkeys(optional_names(section)):
+    for name in dict.fromkeys(optional_names(recipe)):
         if name in section.targets or name in section.skip:  # a required one is exported already
             continue
         try:
@@ -323,11 +328,11 @@ def optional_targets(section: Export) -> tuple[list[ChosenTarget], dict[str, Spd
     return chosen, errors
 
 
-def optional_names(section: Export) -> list[str]:
+def optional_names(recipe: Recipe) -> list[str]:
     """List the names that `export.optional` stands for."""
-    if section.optional != INSTALLED:
-        return list(section.optional)
-    entries = [entry for entry in plugins.targets.entries() if entry.value.exported_by_default]
+    if recipe.export.optional != INSTALLED:
+        return list(recipe.export.optional)
+    entries = [entry for entry in plugins.targets.entries() if entry.value.suits(recipe)]
     # A target from a plugin was installed on purpose: it comes before the built-in ones in every
     # table.
     entries.sort(key=lambda entry: entry.source.startswith(plugins.BUILTIN))

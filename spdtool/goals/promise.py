@@ -43,7 +43,7 @@ def measure_promise(recipe: Recipe, data: BenchData, shape: Shape, teacher: Scor
     """
     goal, promise = recipe.goal, Promise()
     # A sparse student is fast only where zeros are skipped, a small one in the plain file.
-    engine = data.best if goal.kind == "sparse" else "student"
+    engine = data.best if goal.has_full_width else "student"
     if goal.speedup is not None:
         _add_speedup(promise, goal, data, engine, shape)
     if goal.max_mb is not None:

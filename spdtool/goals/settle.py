@@ -25,7 +25,7 @@ def needs_shape(recipe: Recipe, folder: Path) -> bool:
     Args:
         folder: of the run.
     """
-    if not recipe.goal.is_set or recipe.goal.kind == "sparse" or recipe.goal.searches:
+    if not recipe.goal.is_set or recipe.goal.has_full_width or recipe.goal.searches:
         return False
     choice = read_choice(folder)
     if choice is not None and choice.key != goal_key(recipe):  # of another goal
@@ -71,7 +71,7 @@ def adopt_recorded(recipe: Recipe, recorded: Recipe | None) -> Recipe:
         return recipe
     if goal_key(recorded) != goal_key(recipe):
         return recipe
-    if recipe.goal.kind == "sparse":
+    if recipe.goal.has_full_width:
         return override(recipe, (), {"sparsity": recorded.sparsity, "goal.table": recorded.goal.table})
     return put_shape(recipe, list(recorded.prune.shape), recorded.goal.table)
 
@@ -86,10 +86,12 @@ def settle_sparsity(recipe: Recipe, folder: Path) -> Recipe:
         SpdError: as `choose_sparsity`.
     """
     goal = recipe.goal
-    if goal.kind != "sparse" or goal.speedup is None or goal.table is not None:
+    if not goal.has_full_width or goal.speedup is None or goal.table is not None:
         return recipe
     sparsity, ratio = choose_sparsity(recipe)
-    console.say(f"goal: {goal.describe()}: {sparsity:.0%} zeros; timed with random weights: {ratio}")
+    console.say(
+        f"goal: {goal.describe()}: {sparsity:.0%} zeros in pattern {recipe.prune.pattern}; timed with random weights: {ratio}"
+    )
     digest = hash_json([sparsity, ratio.model_dump(mode="json")])
     settled = override(recipe, (), {"sparsity": sparsity, "goal.table": digest})
     # Now, so that every rank and a later call go on with it.
@@ -114,8 +116,9 @@ def foresee_recipe(recipe: Recipe, folder: Path, guess: str, *, measure: bool) -
     lines: list[str] = []
     if goal.searches:
         return recipe, ["students of several sizes are tried, by bisection, each with this teacher"]
-    if goal.kind == "sparse":
-        chosen = f"a sparse student of {recipe.sparsity:.0%} zeros"
+    if goal.has_full_width:
+        pattern = "" if recipe.prune.pattern == "unstructured" else f" in blocks of {recipe.prune.pattern}"
+        chosen = f"a sparse student of {recipe.sparsity:.0%} zeros{pattern}"
         return recipe, [
             chosen if goal.table else "a sparse student, whose sparsity is chosen by timing random encoders"
         ]

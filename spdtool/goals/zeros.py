@@ -97,10 +97,14 @@ def bisect_first(candidates: Sequence[float], holds: Callable[[float], bool]) ->
 
 
 def find_skipping_target(recipe: Recipe) -> Target:
-    """Return the first installed target whose operators skip zeros; raises PluginError where there is none."""
+    """Return the installed target whose operators skip zeros, in float32 or, for blocks, in int8.
+
+    Raises:
+        PluginError: there is none.
+    """
     skipping = library_targets()
-    for choice in (*required_targets(recipe.export), *optional_targets(recipe.export)[0]):
-        if choice.name in skipping:
+    for choice in (*required_targets(recipe.export), *optional_targets(recipe)[0]):
+        if choice.name in skipping and choice.target.rounds_arithmetic == (recipe.goal.kind == "blocks"):
             return choice.target
     raise PluginError(
         "a sparse student is faster only in operators that skip zeros, and no plugin with such a target is installed",

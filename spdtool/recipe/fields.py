@@ -465,7 +465,7 @@ class Goal(Section):
     """largest size of the student's file in MB (1 MB: 1,000,000 bytes); none: no such goal"""
     max_drop: float | None = Field(None, ge=0, le=100)
     """largest loss of dev score in points (1.0: from 0.90 to 0.89); none: no such goal"""
-    kind: Literal["auto", "sparse", "small"] = "auto"
+    kind: Literal["auto", "sparse", "blocks", "small"] = "auto"
     """student that is made: `small` has fewer heads and neurons, `sparse` has zeros and needs a plugin to be faster"""
     runtime: Literal["onnxruntime", "openvino", "cuda", "web"] = "onnxruntime"
     """runtime in which the speed-up is asked for; `cuda` and `web` need a `goal.profile`"""
@@ -500,14 +500,19 @@ class Goal(Section):
             raise ValueError(
                 f"goal.runtime = {self.runtime!r} needs goal.profile, a table of times that was measured there"
             )
-        if self.kind == "sparse":
+        if self.has_full_width:
             if self.runtime != "onnxruntime":
-                raise ValueError(f"goal.kind = 'sparse' is not faster in {self.runtime}, which skips no zeros")
+                raise ValueError(f"goal.kind = {self.kind!r} is not faster in {self.runtime}, which skips no zeros")
             if self.profile is not None:
                 raise ValueError(
                     "goal.profile has the times of layers with fewer heads and neurons: a sparse student has all"
                 )
         return self
+
+    @property
+    def has_full_width(self) -> bool:
+        """Whether the student keeps every head and neuron, and is fast by its zeros."""
+        return self.kind in ("sparse", "blocks")
 
     @property
     def searches(self) -> bool:
@@ -618,10 +623,12 @@ class Recipe(Section):
             raise ValueError(
                 "a goal chooses the shape: leave prune.shape, prune.heads and prune.neurons out, or the goal"
             )
-        if self.goal.is_set and self.goal.kind != "sparse" and self.prune.pattern != "unstructured":
+        if self.goal.is_set and not self.goal.has_full_width and self.prune.pattern != "unstructured":
             raise ValueError(
                 f"prune.pattern = {self.prune.pattern!r} is of zeros: leave it out, or ask for goal.kind=sparse"
             )
+        if self.goal.is_set and self.goal.kind == "blocks" and self.prune.pattern == "unstructured":
+            raise ValueError("goal.kind = 'blocks' needs a pattern of blocks: leave prune.pattern out for 1x4")
         if not self.shard:
             return self
         if self.prune.is_structured:

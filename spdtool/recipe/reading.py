@@ -59,8 +59,19 @@ def build_recipe(name: str = "default", flags: Mapping[str, object] | None = Non
             _assign(tree, dotted, value)
     for assignment in sets:
         _assign(tree, *_split(assignment))
+    _add_block_defaults(tree)
     recipe = parse_recipe(tree)
     return make_smoke(recipe) if recipe.smoke else recipe
+
+
+def _add_block_defaults(tree: Settings) -> None:
+    """Ask for zeros in blocks and int8 training where a student of blocks is asked for, and nothing else was said."""
+    goal = tree.get("goal")
+    if isinstance(goal, dict) and goal.get("kind") == "blocks":
+        for section, field, value in (("prune", "pattern", "1x4"), ("finetune", "quantize", "int8")):
+            settings = tree.setdefault(section, {})
+            if isinstance(settings, dict):
+                settings.setdefault(field, value)
 
 
 def request_recipe(

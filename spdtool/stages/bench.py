@@ -258,7 +258,7 @@ def reason_not_to_time(target: Target, provider: str, recipe: Recipe, *, both_ro
 
 def not_exported_notes(exported: ExportResult, recipe: Recipe) -> list[str]:
     """Name the optional targets that the export stage left out, with the reason where it is known."""
-    available, errors = optional_targets(recipe.export)
+    available, errors = optional_targets(recipe)
     notes = []
     for name in [*errors, *(choice.name for choice in available)]:
         if name in exported.targets or name in exported.refused:

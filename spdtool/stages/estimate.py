@@ -63,7 +63,7 @@ class Estimator:
         tokens = count_tokens(self.recipe, pair.tokenizer, splits["train"])
         self.workload = Workload(len(splits["train"]), dev_rows, tokens)
         self.cost_model = CostModel(self.recipe, pair.student, pair.teacher, self.workload, device)
-        self.chosen = [*required_targets(self.recipe.export), *optional_targets(self.recipe.export)[0]]
+        self.chosen = [*required_targets(self.recipe.export), *optional_targets(self.recipe)[0]]
 
     def estimate_stage(self, stage: str) -> StageEstimate:
         """Estimate the time of a stage."""

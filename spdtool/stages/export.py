@@ -51,7 +51,7 @@ def export(run: Run) -> ExportResult:
     """
     recipe = run.recipe
     required = required_targets(recipe.export)
-    optional, unusable = optional_targets(recipe.export)
+    optional, unusable = optional_targets(recipe)
     providers = onnx_session.working_providers(recipe.device)
     # Both stages are read before any rows: the rows must be those of either.
     checkpoints = {"teacher": run.use_input("teacher"), "student": run.use_input("finetune")}

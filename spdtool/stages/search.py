@@ -83,7 +83,7 @@ def measure_drop(recipe: Recipe, path: Path, candidate: float, compress_one: Com
 
 def list_candidates(recipe: Recipe) -> list[float]:
     """List what is tried, the slowest first: speed-ups up to the largest that there is, or sparsities."""
-    if recipe.goal.kind == "sparse":
+    if recipe.goal.has_full_width:
         from spdtool.goals.zeros import SPARSITIES
 
         return list(SPARSITIES)
@@ -102,7 +102,7 @@ def list_candidates(recipe: Recipe) -> list[float]:
 def candidate_recipe(recipe: Recipe, path: Path, candidate: float) -> Recipe:
     """Return the recipe of one candidate, with the teacher of the search."""
     flags: dict[str, object] = {"given_teacher": str((path / "teacher").absolute())}
-    if recipe.goal.kind == "sparse":
+    if recipe.goal.has_full_width:
         # A digest in place of a table's says that the sparsity is chosen.
         flags |= {"sparsity": candidate, "goal.table": hash_json("searched")}
     else:
@@ -112,10 +112,10 @@ def candidate_recipe(recipe: Recipe, path: Path, candidate: float) -> Recipe:
 
 def candidate_folder(recipe: Recipe, path: Path, candidate: float) -> Path:
     """Return the run folder of one candidate."""
-    name = f"{candidate:g}" if recipe.goal.kind == "sparse" else f"{candidate:g}x"
+    name = f"{candidate:g}" if recipe.goal.has_full_width else f"{candidate:g}x"
     return path / FOLDER / name
 
 
 def describe_candidate(recipe: Recipe, candidate: float) -> str:
     """Name a candidate."""
-    return f"{candidate:.0%} zeros" if recipe.goal.kind == "sparse" else f"{candidate:g}x"
+    return f"{candidate:.0%} zeros" if recipe.goal.has_full_width else f"{candidate:g}x"

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from spdtool.errors import RecipeError
-from spdtool.goals import settle
+from spdtool import plugins
+from spdtool.errors import PluginError, RecipeError
+from spdtool.export.target import Target
+from spdtool.goals import settle, zeros
 from spdtool.goals.settle import adopt_recorded, needs_shape, put_shape, settle_goal, settle_sparsity
 from spdtool.goals.shape import CHOICE, goal_key
-from spdtool.goals.zeros import bisect_first
+from spdtool.goals.zeros import bisect_first, find_skipping_target
 from spdtool.recipe.fields import Recipe, first_stage_using
 from spdtool.recipe.reading import build_recipe, request_recipe
 from spdtool.run.folder import Run, default_path
@@ -82,6 +84,32 @@ def test_the_sparsity_of_a_goal_is_recorded_before_anything_is_trained(
     assert adopt_recorded(recipe, settled) == settled
     small = recipe_of(speedup=2)
     assert settle_sparsity(small, tmp_path / "other") == small
+
+
+def test_a_student_of_blocks_is_pruned_and_trained_for_int8_products() -> None:
+    recipe = recipe_of(speedup=2, kind="blocks")
+    assert (recipe.prune.pattern, recipe.finetune.quantize) == ("1x4", "int8")
+    flags = {"task": "demo", "goal.speedup": 2, "goal.kind": "blocks", "prune.pattern": "4x4"}
+    recipe = build_recipe("default", flags, ["finetune.quantize=none"])
+    assert (recipe.prune.pattern, recipe.finetune.quantize) == ("4x4", "none")
+    with pytest.raises(RecipeError, match="needs a pattern of blocks"):
+        build_recipe("default", flags | {"prune.pattern": "unstructured"})
+    with pytest.raises(RecipeError, match=r"goal.kind = 'blocks' is not faster in cuda"):
+        build_recipe("default", flags | {"goal.runtime": "cuda", "goal.profile": "table.json"})
+
+
+def test_a_sparse_student_and_one_of_blocks_are_timed_by_different_targets(
+    clean_plugins: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, rounds in (("skips-float", False), ("skips-int8", True)):
+        target = type("Skipping", (Target,), {"exported_by_default": True, "rounds_arithmetic": rounds})
+        plugins.targets.register(name)(target)
+    monkeypatch.setattr(zeros, "library_targets", lambda: ["skips-float", "skips-int8"])
+    for kind, name in (("sparse", "skips-float"), ("blocks", "skips-int8")):
+        assert find_skipping_target(recipe_of(speedup=2, kind=kind)).name == name, kind
+    plugins.targets.unregister("skips-int8")
+    with pytest.raises(PluginError, match="skips zeros|skip zeros"):
+        find_skipping_target(recipe_of(speedup=2, kind="blocks"))
 
 
 def test_bisection_finds_the_first_that_holds() -> None:

@@ -142,6 +142,10 @@ class SparseCpuInt8(SparseCpu):
     packs = False
     preferred_on = ()
 
+    def suits(self, recipe: Recipe) -> bool:
+        """Tell whether the student was trained for int8 products."""
+        return recipe.finetune.quantize == "int8"
+
     def export(self, checkpoint: Path, folder: Path, recipe: Recipe) -> list[Path]:
         """Write the checkpoint with matrices in int8 blocks, and say which have none; raises as `SparseCpu.export`."""
         from spdtool.models.layers import find_prunable_weights

@@ -271,10 +271,11 @@ def test_another_arithmetic_is_refused(prepared, folder, compiled, monkeypatch):
         check_products(folder / MODEL_FILE, [compiled])
 
 
-def test_it_is_exported_only_when_asked_for(toys):
+def test_it_is_exported_where_it_is_named_or_the_student_was_trained_for_it(toys):
     target = get_target("sparse-cpu-int8")
     for values in ("smallest", "fp16", "int8"):
         assert target.storage_formats(toys.recipe(f"export.values={values}")) == ("int8", "int8")
     assert target.storage_formats(toys.recipe("export.values=fp32", "export.embeddings=fp32")) == ("fp32", "fp32")
-    assert not target.exported_by_default
+    assert not target.suits(toys.recipe())
+    assert target.suits(toys.recipe("finetune.quantize=int8"))
     assert target.roles == ("student",)
