@@ -274,3 +274,15 @@ def test_a_list_of_the_wrong_kind_is_shown_a_right_one() -> None:
             build_recipe("default", sets=[assignment])
         assert "for example --set bench." in str(error.value.hint), assignment
         assert "'[" in str(error.value.hint), assignment
+
+
+def test_every_value_that_a_field_lists_can_be_given_as_an_assignment() -> None:
+    """`none` is no such value: an assignment reads it as nothing."""
+    sections = {"Recipe": Recipe.model_json_schema(), **Recipe.model_json_schema()["$defs"]}
+    listed = 0
+    for section, schema in sections.items():
+        for name, field in schema["properties"].items():
+            for value in field.get("enum", ()):
+                assert parse_value(value) == value, f"{section}.{name} cannot be set to {value}"
+                listed += 1
+    assert listed > 40

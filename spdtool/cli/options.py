@@ -150,9 +150,7 @@ class RecipeOptions:
     ] = None
     kind: Annotated[
         str | None,
-        typer.Option(
-            help="Student for a goal: small, sparse, blocks (int8) or auto.", rich_help_panel=GOAL, show_default="auto"
-        ),
+        typer.Option(help="Kind of student: small, sparse, blocks or auto.", rich_help_panel=GOAL, show_default="auto"),
     ] = None
     on: Annotated[
         str | None,

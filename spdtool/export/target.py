@@ -149,7 +149,7 @@ class Target:
         """
         raise NotImplementedError(f"{type(self).__name__} has no `export`")
 
-    def suits(self, recipe: Recipe) -> bool:  # noqa: ARG002
+    def suits(self, recipe: Recipe) -> bool:
         """Tell whether `export.optional = "installed"` includes the target for this recipe."""
         return self.exported_by_default
 

@@ -89,9 +89,8 @@ def settle_sparsity(recipe: Recipe, folder: Path) -> Recipe:
     if not goal.has_full_width or goal.speedup is None or goal.table is not None:
         return recipe
     sparsity, ratio = choose_sparsity(recipe)
-    console.say(
-        f"goal: {goal.describe()}: {sparsity:.0%} zeros in pattern {recipe.prune.pattern}; timed with random weights: {ratio}"
-    )
+    chosen = f"{sparsity:.0%} zeros in pattern {recipe.prune.pattern}"
+    console.say(f"goal: {goal.describe()}: {chosen}; timed with random weights: {ratio}")
     digest = hash_json([sparsity, ratio.model_dump(mode="json")])
     settled = override(recipe, (), {"sparsity": sparsity, "goal.table": digest})
     # Now, so that every rank and a later call go on with it.

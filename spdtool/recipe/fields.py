@@ -362,7 +362,7 @@ class Finetune(Distilled):
 
     stage_defaults: ClassVar[Mapping[str, float]] = {"warmup": 0.0, "initial_learning_rate": 0.25}
 
-    quantize: Literal["none", "int8"] = "none"
+    quantize: Literal["off", "int8"] = "off"
     """int8: train with weights and activations rounded as int8 products are; the scores include the rounding"""
     quantize_start: float = Field(0.5, ge=0, lt=1)
     """share of the phase's steps after which they are rounded"""

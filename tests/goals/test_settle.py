@@ -90,8 +90,8 @@ def test_a_student_of_blocks_is_pruned_and_trained_for_int8_products() -> None:
     recipe = recipe_of(speedup=2, kind="blocks")
     assert (recipe.prune.pattern, recipe.finetune.quantize) == ("1x4", "int8")
     flags = {"task": "demo", "goal.speedup": 2, "goal.kind": "blocks", "prune.pattern": "4x4"}
-    recipe = build_recipe("default", flags, ["finetune.quantize=none"])
-    assert (recipe.prune.pattern, recipe.finetune.quantize) == ("4x4", "none")
+    recipe = build_recipe("default", flags, ["finetune.quantize=off"])
+    assert (recipe.prune.pattern, recipe.finetune.quantize) == ("4x4", "off")
     with pytest.raises(RecipeError, match="needs a pattern of blocks"):
         build_recipe("default", flags | {"prune.pattern": "unstructured"})
     with pytest.raises(RecipeError, match=r"goal.kind = 'blocks' is not faster in cuda"):
