@@ -61,8 +61,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         return Run.open(os.environ["SPDTOOL_RUN"])
     sets = [f"{stage}.max_steps=60" for stage in ("teacher", "prune", "distill", "finetune")]
     sets += ["export.skip=[]", "teacher.accept=true"]
-    chosen = recipe.build_recipe("default", {"task": "demo", "device": "cpu"}, sets)
-    run = Run.for_recipe(tmp_path_factory.mktemp("clients") / "demo", chosen)
+    settings = recipe.build_recipe("default", {"task": "demo", "device": "cpu"}, sets)
+    run = Run.for_recipe(tmp_path_factory.mktemp("clients") / "demo", settings)
     for stage in (teacher, prune, distill, finetune):
         stage(run)
     with contextlib.suppress(GateError):  # a variant that was refused is not in the bundle, and that is all
@@ -73,16 +73,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture(scope="module")
 def rows(run: Run) -> dict[str, Any]:
     """Dev sentences, their token ids, and what the checkpoint makes of them in torch."""
-    picked = find_task(run.recipe).read_rows(run.recipe)["dev"].select(range(ROWS))
+    dev_rows = find_task(run.recipe).read_rows(run.recipe)["dev"].select(range(ROWS))
     tokenizer = AutoTokenizer.from_pretrained(run.path / "finetune")
     model = AutoModelForSequenceClassification.from_pretrained(run.path / "finetune").eval()
-    pairs = picked.second or [None] * ROWS
-    encoded = [tokenizer(*texts, truncation=True) for texts in zip(picked.first, pairs, strict=True)]
+    pairs = dev_rows.second or [None] * ROWS
+    encoded = [tokenizer(*texts, truncation=True) for texts in zip(dev_rows.first, pairs, strict=True)]
     with torch.inference_mode():
         logits = [model(**{name: torch.tensor([ids]) for name, ids in row.items()}).logits[0] for row in encoded]
     return {
-        "texts": picked.first,
-        "pairs": picked.second,
+        "texts": dev_rows.first,
+        "pairs": dev_rows.second,
         "encoded": [dict(row) for row in encoded],
         "logits": torch.stack(logits).numpy(),
     }
@@ -216,8 +216,8 @@ def test_the_onnx_checker(servable: Path) -> None:
 @pytest.mark.parametrize(("device", "kind"), [("cpu", "KIND_CPU"), ("cuda", "KIND_GPU")])
 def test_triton_reads_its_repository(device: str, kind: str, run: Run, python: Make, tmp_path: Path) -> None:
     interpreter = python("triton", "tritonclient[grpc]")
-    chosen = Run(run.path, run.recipe.model_copy(update={"device": device}))
-    write_layout(chosen, "triton", tmp_path / "my.model")
+    device_run = Run(run.path, run.recipe.model_copy(update={"device": device}))
+    write_layout(device_run, "triton", tmp_path / "my.model")
     models = run_client([interpreter, HERE / "triton_config.py", tmp_path / "my.model"], None)["models"]
     assert set(models) == {"my_model", "my_model_tokenizer", "my_model_model"}
     assert models["my_model_model"]["backend"] == "onnxruntime"
@@ -252,11 +252,11 @@ def bundles(tmp_path_factory: pytest.TempPathFactory, toys: Any) -> dict[str, Pa
             labels=len(names), id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)}
         )
         save_model(model, toys.tokenizer(), folder / "checkpoint")
-        chosen = toys.recipe(task=kind)
-        reference = Reference(folder / "checkpoint", prepare_dev_sets(folder / "checkpoint", chosen), chosen)
+        settings = toys.recipe(task=kind)
+        reference = Reference(folder / "checkpoint", prepare_dev_sets(folder / "checkpoint", settings), settings)
         exported = export_and_check(get_target("onnx"), reference, folder / "export/student", ["cpu"])
         result = ExportResult(first="onnx", targets={"onnx": TargetExport(student=exported)})
-        assert write_bundle(folder / "export", folder / "checkpoint", chosen, result) is None
+        assert write_bundle(folder / "export", folder / "checkpoint", settings, result) is None
         folders[kind] = folder / "export/bundle"
         plugins.datasets.unregister(kind)
     return folders

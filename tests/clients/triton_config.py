@@ -8,9 +8,9 @@ from pathlib import Path
 from google.protobuf import json_format, text_format
 from tritonclient.grpc import model_config_pb2
 
-found = {}
+configs = {}
 for file in sorted(Path(sys.argv[1]).glob("*/config.pbtxt")):
     parsed = text_format.Parse(file.read_text("utf-8"), model_config_pb2.ModelConfig())
     assert parsed.name == file.parent.name
-    found[parsed.name] = json_format.MessageToDict(parsed, preserving_proto_field_name=True)
-json.dump({"version": metadata.version("tritonclient"), "models": found}, sys.stdout)
+    configs[parsed.name] = json_format.MessageToDict(parsed, preserving_proto_field_name=True)
+json.dump({"version": metadata.version("tritonclient"), "models": configs}, sys.stdout)

@@ -39,63 +39,63 @@ def models(tiny_bert: Any) -> tuple[Any, Any]:
     return student, teacher
 
 
-def graft(models: tuple[Any, Any], seed: int = 0, **how: Any) -> LayerDraw:
+def graft(models: tuple[Any, Any], seed: int = 0, **options: Any) -> LayerDraw:
     student, teacher = models
-    return LayerDraw(find_layer_stack(student), find_layer_stack(teacher), seed=seed, **how)
+    return LayerDraw(find_layer_stack(student), find_layer_stack(teacher), seed=seed, **options)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.2, 0.8, 1.0])
 def test_each_layer_gets_its_share_of_the_draws(rate: float) -> None:
     grafting, counts, draws = LayerDraw(*stacks(4), seed=0), [0] * 4, 4000
     for _ in range(draws):
-        with grafting.mix(rate) as own:
-            for index, mine in enumerate(own):
-                counts[index] += mine
+        with grafting.mix(rate) as drawn:
+            for index, is_student in enumerate(drawn):
+                counts[index] += is_student
     for count in counts:  # five standard deviations; 0 and 1 are exact
         assert abs(count - rate * draws) <= 5 * (rate * (1 - rate) * draws) ** 0.5
 
 
 def test_layers_are_drawn_independently() -> None:
-    grafting, seen = LayerDraw(*stacks(3), seed=0), []
+    grafting, samples = LayerDraw(*stacks(3), seed=0), []
     for _ in range(2000):
-        with grafting.mix(0.5) as own:
-            seen.append(tuple(own))
-    assert len(set(seen)) == 8
-    assert all(abs(seen.count(draw) - 250) < 5 * 15 for draw in set(seen))
+        with grafting.mix(0.5) as drawn:
+            samples.append(tuple(drawn))
+    assert len(set(samples)) == 8
+    assert all(abs(samples.count(draw) - 250) < 5 * 15 for draw in set(samples))
 
 
 def test_what_was_drawn_is_what_stands_in_the_list() -> None:
     student, teacher = stacks()
-    mine, its = list(student), list(teacher)
+    student_layers, teacher_layers = list(student), list(teacher)
     grafting = LayerDraw(student, teacher, seed=1)
     for _ in range(20):
-        with grafting.mix(0.5) as own:
-            assert [layer is m for layer, m in zip(student, mine, strict=True)] == own
-            assert [layer is t for layer, t in zip(student, its, strict=True)] == [not o for o in own]
-            assert grafting.drawn == own
-        assert list(student) == mine
-        assert list(teacher) == its
+        with grafting.mix(0.5) as drawn:
+            assert [layer is m for layer, m in zip(student, student_layers, strict=True)] == drawn
+            assert [layer is t for layer, t in zip(student, teacher_layers, strict=True)] == [not o for o in drawn]
+            assert grafting.drawn == drawn
+        assert list(student) == student_layers
+        assert list(teacher) == teacher_layers
 
 
 def test_the_list_is_restored_even_when_the_forward_raises() -> None:
     student, teacher = stacks()
-    mine = list(student)
+    student_layers = list(student)
     grafting = LayerDraw(student, teacher, seed=0, stand_in_dropout=True)
     with pytest.raises(RuntimeError, match="no memory"), grafting.mix(0.0):
         raise RuntimeError("no memory")
-    assert list(student) == mine
+    assert list(student) == student_layers
     assert not any(layer.training for layer in teacher)
 
 
 def test_the_draws_depend_on_the_seed_alone_and_not_on_the_rate() -> None:
     def draws(seed: int, rates: tuple[float, ...]) -> list[list[bool]]:
         grafting = LayerDraw(*stacks(), seed=seed)
-        seen = []
+        samples = []
         for rate in rates:
             torch.rand(3)  # a global generator that must not matter
-            with grafting.mix(rate) as own:
-                seen.append(list(own))
-        return seen
+            with grafting.mix(rate) as drawn:
+                samples.append(list(drawn))
+        return samples
 
     assert draws(0, (0.5,) * 9) == draws(0, (0.5,) * 9) != draws(1, (0.5,) * 9)
     assert draws(0, (0.0, 1.0, 0.3, 0.5))[3] == draws(0, (0.5,) * 4)[3], "as many random numbers at every rate"
@@ -106,16 +106,16 @@ def test_the_state_goes_through_json_and_the_draws_go_on() -> None:
     for _ in range(5):
         with grafting.mix(0.5):
             pass
-    kept = json.loads(json.dumps(grafting.state_dict()))
+    state = json.loads(json.dumps(grafting.state_dict()))
     after = []
     for _ in range(20):
-        with grafting.mix(0.5) as own:
-            after.append(list(own))
-    other = LayerDraw(*stacks(), seed=99)
-    other.load_state_dict(kept)
+        with grafting.mix(0.5) as drawn:
+            after.append(list(drawn))
+    restored = LayerDraw(*stacks(), seed=99)
+    restored.load_state_dict(state)
     for expected in after:
-        with other.mix(0.5) as own:
-            assert own == expected
+        with restored.mix(0.5) as drawn:
+            assert drawn == expected
 
 
 def test_stacks_of_different_depth_are_refused() -> None:
@@ -127,22 +127,22 @@ def test_gradients_reach_exactly_the_drawn_layers_of_the_student(models: tuple[A
     student, teacher = models
     grafting, batch = graft(models), toys.batch()
     layers = list(find_layer_stack(student))
-    seen = set()
+    samples = set()
     for _ in range(12):
         student.zero_grad()
-        with grafting.mix(0.5) as own:
+        with grafting.mix(0.5) as drawn:
             loss = student(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.sum()
-        if True not in own:
+        if True not in drawn:
             assert not loss.requires_grad
             continue
         loss.backward()
-        seen.add(tuple(own))
-        for layer, mine in zip(layers, own, strict=True):
+        samples.add(tuple(drawn))
+        for layer, is_student in zip(layers, drawn, strict=True):
             for name, parameter in layer.named_parameters():
-                assert (parameter.grad is not None) == mine, name
-        rest = [p for n, p in student.named_parameters() if not n.startswith("bert.encoder.layer.")]
-        assert all(parameter.grad is None for parameter in (*teacher.parameters(), *rest))
-    assert len(seen) > 5
+                assert (parameter.grad is not None) == is_student, name
+        other_parameters = [p for n, p in student.named_parameters() if not n.startswith("bert.encoder.layer.")]
+        assert all(parameter.grad is None for parameter in (*teacher.parameters(), *other_parameters))
+    assert len(samples) > 5
 
 
 def test_state_dict_keys_and_weights_are_the_students_before_and_after_and_the_teacher_never_changes(
@@ -150,16 +150,16 @@ def test_state_dict_keys_and_weights_are_the_students_before_and_after_and_the_t
 ) -> None:
     student, teacher = models
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    taught = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    teacher_before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     grafting, batch = graft(models), toys.batch()
     for _ in range(5):
         with grafting.mix(0.3):
             assert list(student.state_dict()) == list(before), "the keys do not change even inside a draw"
             student(input_ids=batch["input_ids"])
-    for kept, model in ((before, student), (taught, teacher)):
-        now = model.state_dict()
-        assert list(now) == list(kept)
-        assert all(torch.equal(now[name], kept[name]) for name in kept)
+    for expected, model in ((before, student), (teacher_before, teacher)):
+        actual = model.state_dict()
+        assert list(actual) == list(expected)
+        assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("dropout", [False, True])
@@ -169,14 +169,14 @@ def test_stand_ins_have_dropout_only_when_asked_and_are_calm_again_afterwards(dr
     teacher.eval()
     grafting = LayerDraw(student, teacher, seed=0, stand_in_dropout=dropout)
     for _ in range(10):
-        with grafting.mix(0.5) as own:
-            for layer, mine in zip(student, own, strict=True):
-                assert layer.training == (mine or dropout)
+        with grafting.mix(0.5) as drawn:
+            for layer, is_student in zip(student, drawn, strict=True):
+                assert layer.training == (is_student or dropout)
         assert not any(layer.training for layer in teacher)
         assert all(layer.training for layer in student)
 
 
-each = pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+each_architecture = pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 
 
 def blended(toys: Any, architecture: str, seed: int = 1) -> tuple[Any, Any, LayerBlend, dict[str, Any]]:
@@ -194,68 +194,72 @@ def blended(toys: Any, architecture: str, seed: int = 1) -> tuple[Any, Any, Laye
     return student, teacher, blend, {name: column for name, column in batch.items() if name != "labels"}
 
 
-@each
+@each_architecture
 def test_a_blend_at_one_is_the_student_and_at_zero_the_teacher_to_the_bit(toys: Any, architecture: str) -> None:
     student, teacher, blend, batch = blended(toys, architecture)
     with torch.no_grad():
-        alone, taught = student(**batch).logits, teacher(**batch).logits
-        assert not torch.equal(alone, taught)
+        student_logits, teacher_logits = student(**batch).logits, teacher(**batch).logits
+        assert not torch.equal(student_logits, teacher_logits)
         with blend.mix(1.0):
-            assert torch.equal(student(**batch).logits, alone)
+            assert torch.equal(student(**batch).logits, student_logits)
         with blend.mix(0.0):
-            assert torch.equal(student(**batch).logits, taught)
+            assert torch.equal(student(**batch).logits, teacher_logits)
         with blend.mix(0.5):
-            between = student(**batch).logits
-    assert not torch.equal(between, alone)
-    assert not torch.equal(between, taught)
+            blended_logits = student(**batch).logits
+    assert not torch.equal(blended_logits, student_logits)
+    assert not torch.equal(blended_logits, teacher_logits)
 
 
-@each
+@each_architecture
 def test_every_layer_gives_the_mixture_of_what_both_make_of_its_input(toys: Any, architecture: str) -> None:
     """Layer by layer, from what each layer was really given; seen in the captured hidden states as well."""
     student, teacher, blend, batch = blended(toys, architecture)
-    given: list[Any] = []
+    layer_calls: list[Any] = []
 
     def note(_: Any, args: Any, options: Any, out: Any) -> None:
-        given.append((args, options, out))
+        layer_calls.append((args, options, out))
 
     hooks = [layer.register_forward_hook(note, with_kwargs=True) for layer in find_layer_stack(student)]
     with torch.no_grad(), blend.mix(0.3):
         outputs = student(**batch, output_hidden_states=True, output_attentions=True)
     for hook in hooks:
         hook.remove()
-    depth = len(given)
+    depth = len(layer_calls)
     assert (len(outputs.hidden_states), len(outputs.attentions)) == (depth + 1, depth)
-    alike = 0
-    for index, (args, options, out) in enumerate(given):
+    equal_states = 0
+    for index, (args, options, out) in enumerate(layer_calls):
         with torch.no_grad():
-            mine, its = (find_layer_stack(m)[index](*args, **options) for m in (student, teacher))
-        mine, its, out = (made[0] if isinstance(made, tuple) else made for made in (mine, its, out))
-        torch.testing.assert_close(out, 0.3 * mine + 0.7 * its)
-        assert not torch.equal(mine, its)
-        alike += torch.equal(outputs.hidden_states[index + 1], out)
-    assert alike >= depth - 1, "the last one may have been normalised"
+            student_output, teacher_output = (find_layer_stack(m)[index](*args, **options) for m in (student, teacher))
+        student_output, teacher_output, out = (
+            result[0] if isinstance(result, tuple) else result for result in (student_output, teacher_output, out)
+        )
+        torch.testing.assert_close(out, 0.3 * student_output + 0.7 * teacher_output)
+        assert not torch.equal(student_output, teacher_output)
+        equal_states += torch.equal(outputs.hidden_states[index + 1], out)
+    assert equal_states >= depth - 1, "the last one may have been normalised"
 
 
-@each
+@each_architecture
 def test_the_observed_pass_of_a_blend_is_the_students_alone(toys: Any, architecture: str) -> None:
     student, teacher, blend, batch = blended(toys, architecture)
     depth = len(find_layer_stack(student))
     for attention in ("scores", "probabilities"):
         with blend.mix(0.4):
-            seen = compute_outputs(student, batch, hidden_states=True, attention=attention)
-        assert seen.hidden_states is not None
-        assert seen.attentions is not None
-        assert (len(seen.hidden_states), len(seen.attentions)) == (depth + 1, depth)
-        assert all(shown.requires_grad for shown in seen.attentions), "those of the layers that are trained"
+            blend_outputs = compute_outputs(student, batch, hidden_states=True, attention=attention)
+        assert blend_outputs.hidden_states is not None
+        assert blend_outputs.attentions is not None
+        assert (len(blend_outputs.hidden_states), len(blend_outputs.attentions)) == (depth + 1, depth)
+        assert all(attention_map.requires_grad for attention_map in blend_outputs.attentions), (
+            "those of the layers that are trained"
+        )
     with torch.no_grad():
         assert len(teacher(**batch, output_hidden_states=True).hidden_states) == depth + 1
-        alone = compute_outputs(student, batch, hidden_states=True, attention="scores")
-        assert alone.attentions is not None
-        assert len(alone.attentions) == depth
+        student_outputs = compute_outputs(student, batch, hidden_states=True, attention="scores")
+        assert student_outputs.attentions is not None
+        assert len(student_outputs.attentions) == depth
 
 
-@each
+@each_architecture
 def test_gradients_of_a_blend_pass_through_both_and_reach_the_student_alone(toys: Any, architecture: str) -> None:
     student, teacher, blend, batch = blended(toys, architecture)
     with blend.mix(0.5):
@@ -276,19 +280,21 @@ def test_gradients_of_a_blend_pass_through_both_and_reach_the_student_alone(toys
     assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(float(through_both[name][row, column]), rel=0.05)
 
 
-@each
+@each_architecture
 def test_a_blend_leaves_the_model_as_it_was(toys: Any, architecture: str) -> None:
     student, teacher, blend, batch = blended(toys, architecture)
-    modules = {name: id(part) for name, part in student.named_modules()}
+    modules = {name: id(module) for name, module in student.named_modules()}
     keys = list(student.state_dict())
     with pytest.raises(RuntimeError, match="no memory"), blend.mix(0.5):
-        assert {name: id(part) for name, part in student.named_modules()} == modules
+        assert {name: id(module) for name, module in student.named_modules()} == modules
         student(**batch)
         raise RuntimeError("no memory")
     assert list(student.state_dict()) == keys
     assert all("forward" not in vars(layer) for layer in find_layer_stack(student))
     shared = {id(parameter) for parameter in teacher.parameters()}
-    assert all(id(parameter) in shared for twin in blend.teacher_layers for parameter in twin.parameters()), "no copy"
+    assert all(
+        id(parameter) in shared for teacher_layer in blend.teacher_layers for parameter in teacher_layer.parameters()
+    ), "no copy"
 
 
 def test_a_blend_of_gradient_checkpoints_has_the_same_gradients(toys: Any) -> None:
@@ -301,10 +307,10 @@ def test_a_blend_of_gradient_checkpoints_has_the_same_gradients(toys: Any) -> No
         loss.backward()
         return {name: weight.grad for name, weight in student.named_parameters() if weight.grad is not None}
 
-    plain, saving = gradients(False), gradients(True)
-    assert plain.keys() == saving.keys()
+    plain, checkpointed = gradients(False), gradients(True)
+    assert plain.keys() == checkpointed.keys()
     for name, gradient in plain.items():
-        torch.testing.assert_close(saving[name], gradient, msg=name)
+        torch.testing.assert_close(checkpointed[name], gradient, msg=name)
 
 
 @pytest.mark.parametrize("dropout", [False, True])
@@ -313,8 +319,8 @@ def test_the_teachers_half_of_a_blend_has_dropout_only_when_asked(dropout: bool)
     blend = create_mixing("blend", student, teacher, seed=0, stand_in_dropout=dropout)
     assert isinstance(blend, LayerBlend)
     with blend.mix(0.5):
-        assert {twin.training for twin in blend.teacher_layers} == {dropout}
-    assert not any(twin.training for twin in blend.teacher_layers)
+        assert {layer.training for layer in blend.teacher_layers} == {dropout}
+    assert not any(layer.training for layer in blend.teacher_layers)
 
 
 def test_the_kind_decides_and_a_blend_needs_no_state() -> None:
@@ -326,7 +332,7 @@ def test_the_kind_decides_and_a_blend_needs_no_state() -> None:
 
 
 def test_replacing_rates_follow_the_published_schedules() -> None:
-    gap = {"schedule": "constant-then-linear-with-gap", "hold": 0.5, "rise": 0.5}
+    with_gap = {"schedule": "constant-then-linear-with-gap", "hold": 0.5, "rise": 0.5}
     cases: list[tuple[dict[str, Any], list[float]]] = [  # rates at progress 0, 0.25, 0.5, 0.75 and 1
         ({"schedule": "constant", "start": 0.8}, [0.8, 0.8, 0.8, 0.8, 0.8]),
         ({"schedule": "constant-then-one", "start": 0.8, "hold": 0.5}, [0.8, 0.8, 1, 1, 1]),
@@ -336,8 +342,8 @@ def test_replacing_rates_follow_the_published_schedules() -> None:
         ({"schedule": "linear", "start": 0.6, "rise": 0.0}, [1, 1, 1, 1, 1]),
         ({"schedule": "constant-then-linear", "start": 0.6, "hold": 0.5, "rise": 0.5}, [0.6, 0.6, 0.6, 0.8, 1]),
         ({"schedule": "constant-then-linear", "start": 0.6, "hold": 0.5, "rise": 0.0}, [0.6, 0.6, 1, 1, 1]),
-        (gap | {"start": 0.8, "base": 0.4}, [0.8, 0.8, 0.4, 0.7, 1]),
-        (gap | {"start": 0.6}, [0.6, 0.6, 0.6, 0.8, 1]),
+        (with_gap | {"start": 0.8, "base": 0.4}, [0.8, 0.8, 0.4, 0.7, 1]),
+        (with_gap | {"start": 0.6}, [0.6, 0.6, 0.6, 0.8, 1]),
     ]
     for fields, expected in cases:
         rate = replacing_rate(Grafting(**fields))

@@ -64,10 +64,10 @@ def test_last_needs_a_teacher_that_is_as_deep() -> None:
 
 
 def test_the_embeddings_output_goes_with_the_embeddings_output() -> None:
-    embedded, one, two, three = states = tuple(torch.full((1, 1, 1), float(number)) for number in range(4))
-    shown = select_layers(ModelOutputs(torch.zeros(1, 2), states, (one, two, three)), (3, 1))
-    assert shown.hidden_states == (embedded, three, one)
-    assert shown.attentions == (three, one)
+    embedded, first, second, third = states = tuple(torch.full((1, 1, 1), float(number)) for number in range(4))
+    selected = select_layers(ModelOutputs(torch.zeros(1, 2), states, (first, second, third)), (3, 1))
+    assert selected.hidden_states == (embedded, third, first)
+    assert selected.attentions == (third, first)
 
 
 def test_pieces_that_divide_no_width_are_refused_with_those_that_divide_both() -> None:

@@ -27,8 +27,8 @@ from spdtool.tasks.regression import Regression
 
 
 def softmax(row: list[float]) -> list[float]:
-    top = [math.exp(x - max(row)) for x in row]
-    return [x / sum(top) for x in top]
+    exponentials = [math.exp(x - max(row)) for x in row]
+    return [x / sum(exponentials) for x in exponentials]
 
 
 def logits(rows: int = 4, labels: int = 3, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,10 +43,10 @@ def test_the_logit_loss_is_the_divergence_times_t_squared_mixed_with_the_gold_la
 ) -> None:
     student, teacher, labels = logits()
     soft = hard = 0.0
-    for mine, its, label in zip(student.tolist(), teacher.tolist(), labels.tolist(), strict=True):
-        p, q = softmax([x / temperature for x in its]), softmax([x / temperature for x in mine])
+    for student_row, teacher_row, label in zip(student.tolist(), teacher.tolist(), labels.tolist(), strict=True):
+        p, q = softmax([x / temperature for x in teacher_row]), softmax([x / temperature for x in student_row])
         soft += sum(a * (math.log(a) - math.log(b)) for a, b in zip(p, q, strict=True)) * temperature**2 / 4
-        hard += -math.log(softmax(mine)[label]) / 4
+        hard += -math.log(softmax(student_row)[label]) / 4
     weights = Loss(temperature=temperature, hardness=hardness)
     expected = hardness * soft + (1 - hardness) * hard
     assert float(Classification.logit_loss(student, teacher, labels, weights)) == pytest.approx(expected, rel=1e-5)
@@ -66,8 +66,8 @@ def test_t_squared_keeps_the_gradient_in_place() -> None:
 def test_the_published_form_is_a_mean_over_labels_without_t_squared() -> None:
     student, teacher, labels = logits()
     total = 0.0
-    for mine, its in zip(student.tolist(), teacher.tolist(), strict=True):
-        p, q = softmax([x / 2 for x in its]), softmax([x / 2 for x in mine])
+    for student_row, teacher_row in zip(student.tolist(), teacher.tolist(), strict=True):
+        p, q = softmax([x / 2 for x in teacher_row]), softmax([x / 2 for x in student_row])
         total += sum(-a * math.log(b) for a, b in zip(p, q, strict=True))
     weights = Loss(per_label=True, temperature=2.0)
     assert float(Classification.logit_loss(student, teacher, labels, weights)) == pytest.approx(total / 12, rel=1e-5)
@@ -79,15 +79,15 @@ def test_a_student_that_agrees_has_no_loss() -> None:
     assert float(Regression.logit_loss(student[:, :1], student[:, :1].clone(), torch.zeros(4), Loss())) == 0
 
 
-@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
-def test_regression_is_squared_error_to_teacher_and_gold(share: float) -> None:
+@pytest.mark.parametrize("hardness", [0.0, 0.25, 1.0])
+def test_regression_is_squared_error_to_teacher_and_gold(hardness: float) -> None:
     student, teacher, _ = logits(labels=1)
     gold = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    mine, its = student[:, 0].tolist(), teacher[:, 0].tolist()
-    soft = sum((a - b) ** 2 for a, b in zip(mine, its, strict=True)) / 4
-    hard = sum((a - b) ** 2 for a, b in zip(mine, gold.tolist(), strict=True)) / 4
-    value = float(Regression.logit_loss(student, teacher, gold, Loss(regression_hardness=share)))
-    assert value == pytest.approx(share * soft + (1 - share) * hard, rel=1e-5)
+    student_scores, teacher_scores = student[:, 0].tolist(), teacher[:, 0].tolist()
+    soft = sum((a - b) ** 2 for a, b in zip(student_scores, teacher_scores, strict=True)) / 4
+    hard = sum((a - b) ** 2 for a, b in zip(student_scores, gold.tolist(), strict=True)) / 4
+    value = float(Regression.logit_loss(student, teacher, gold, Loss(regression_hardness=hardness)))
+    assert value == pytest.approx(hardness * soft + (1 - hardness) * hard, rel=1e-5)
 
 
 def states(seed: int, layers: int = 3, rows: int = 3, tokens: int = 5, width: int = 4) -> list[Tensor]:
@@ -100,29 +100,31 @@ MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0]])
 
 def test_the_hidden_loss_is_a_mean_over_real_tokens_summed_over_layers() -> None:
     student, teacher = states(0), states(1)
-    expected = everything = 0.0
-    for mine, its in zip(student, teacher, strict=True):
-        errors = [[float(((mine[r, t] - its[r, t]) ** 2).mean()) for t in range(5)] for r in range(3)]
-        real = [errors[r][t] for r in range(3) for t in range(5) if MASK[r, t]]
-        expected += sum(real) / len(real)
-        everything += sum(map(sum, errors)) / 15
+    expected = expected_unmasked = 0.0
+    for student_state, teacher_state in zip(student, teacher, strict=True):
+        errors = [
+            [float(((student_state[r, t] - teacher_state[r, t]) ** 2).mean()) for t in range(5)] for r in range(3)
+        ]
+        token_errors = [errors[r][t] for r in range(3) for t in range(5) if MASK[r, t]]
+        expected += sum(token_errors) / len(token_errors)
+        expected_unmasked += sum(map(sum, errors)) / 15
     assert float(hidden_loss(student, teacher, MASK)) == pytest.approx(expected, rel=1e-5)
-    assert float(hidden_loss(student, teacher, None)) == pytest.approx(everything, rel=1e-5)
+    assert float(hidden_loss(student, teacher, None)) == pytest.approx(expected_unmasked, rel=1e-5)
 
 
 def maps(seed: int, layers: int = 2, masked: float = torch.finfo(torch.float32).min) -> list[Tensor]:
     torch.manual_seed(seed)
-    made = [torch.randn(3, 2, 5, 5) for _ in range(layers)]
-    return [scores.masked_fill(MASK[:, None, None, :] == 0, masked) for scores in made]
+    attention_scores = [torch.randn(3, 2, 5, 5) for _ in range(layers)]
+    return [scores.masked_fill(MASK[:, None, None, :] == 0, masked) for scores in attention_scores]
 
 
 @pytest.mark.parametrize("masked", [torch.finfo(torch.float32).min, -math.inf, -65504.0, -1e9])
 def test_the_attention_loss_is_a_mean_over_pairs_of_real_tokens_and_heads(masked: float) -> None:
     student, teacher = maps(0, masked=masked), maps(1, masked=masked)
     expected = 0.0
-    for mine, its in zip(student, teacher, strict=True):
+    for student_map, teacher_map in zip(student, teacher, strict=True):
         errors = [
-            float((mine[r, h, i, j] - its[r, h, i, j]) ** 2)
+            float((student_map[r, h, i, j] - teacher_map[r, h, i, j]) ** 2)
             for r in range(3)
             for h in range(2)
             for i in range(5)
@@ -146,8 +148,12 @@ def test_pairs_that_the_model_itself_hides_do_not_count() -> None:
 def test_with_padding_counted_a_hidden_pair_is_no_error() -> None:
     student, teacher = maps(0), maps(1)
     expected = sum(
-        float((mine.masked_fill(mine < -1e4, 0) - its.masked_fill(its < -1e4, 0)).square().mean())
-        for mine, its in zip(student, teacher, strict=True)
+        float(
+            (student_map.masked_fill(student_map < -1e4, 0) - teacher_map.masked_fill(teacher_map < -1e4, 0))
+            .square()
+            .mean()
+        )
+        for student_map, teacher_map in zip(student, teacher, strict=True)
     )
     assert float(attention_loss(student, teacher, None)) == pytest.approx(expected, rel=1e-5)
 
@@ -161,36 +167,39 @@ def test_hidden_pairs_leave_no_nan_in_the_gradient() -> None:
         assert bool((scores.grad[torch.isinf(scores.detach())] == 0).all())
 
 
-def relation(one: Tensor, pieces: int, row: int, piece: int, tokens: list[int]) -> list[list[float]]:
+def relation(states: Tensor, heads: int, row: int, head: int, tokens: list[int]) -> list[list[float]]:
     """Softmax of dot products between the tokens of a row, for one piece of the width; in plain loops."""
-    width = one.shape[-1] // pieces
-    cut = one[row, :, piece * width : (piece + 1) * width].tolist()
+    width = states.shape[-1] // heads
+    slices = states[row, :, head * width : (head + 1) * width].tolist()
     scores = [
-        [sum(a * b for a, b in zip(cut[i], cut[j], strict=True)) / math.sqrt(width) for j in tokens] for i in tokens
+        [sum(a * b for a, b in zip(slices[i], slices[j], strict=True)) / math.sqrt(width) for j in tokens]
+        for i in tokens
     ]
     return [softmax(line) for line in scores]
 
 
 def test_the_relation_loss_is_a_divergence_per_real_query_summed_over_layers() -> None:
     student, teacher = states(0, width=8), states(1, width=4)  # widths that differ
-    for masked, pieces in itertools.product((True, False), (1, 2, 4)):
-        expected = relation_loss_in_loops(student, teacher, masked, pieces)
-        value = float(relation_loss(student, teacher, MASK if masked else None, pieces))
-        assert value == pytest.approx(expected, rel=1e-5), (masked, pieces)
+    for masked, heads in itertools.product((True, False), (1, 2, 4)):
+        expected = relation_loss_in_loops(student, teacher, masked, heads)
+        value = float(relation_loss(student, teacher, MASK if masked else None, heads))
+        assert value == pytest.approx(expected, rel=1e-5), (masked, heads)
         assert value > 0
 
 
-def relation_loss_in_loops(student: list[Tensor], teacher: list[Tensor], masked: bool, pieces: int) -> float:
+def relation_loss_in_loops(student: list[Tensor], teacher: list[Tensor], masked: bool, heads: int) -> float:
     expected = 0.0
-    for mine, its in zip(student, teacher, strict=True):
+    for student_state, teacher_state in zip(student, teacher, strict=True):
         queries = []
         for row in range(3):
             tokens = [token for token in range(5) if MASK[row, token] or not masked]
-            for piece in range(pieces):
-                taught, learnt = (relation(one, pieces, row, piece, tokens) for one in (its, mine))
+            for head in range(heads):
+                teacher_rows, student_rows = (
+                    relation(state, heads, row, head, tokens) for state in (teacher_state, student_state)
+                )
                 queries += [
                     sum(p * (math.log(p) - math.log(q)) for p, q in zip(a, b, strict=True))
-                    for a, b in zip(taught, learnt, strict=True)
+                    for a, b in zip(teacher_rows, student_rows, strict=True)
                 ]
         expected += sum(queries) / len(queries)
     return expected
@@ -199,8 +208,8 @@ def relation_loss_in_loops(student: list[Tensor], teacher: list[Tensor], masked:
 def test_garbage_in_padding_changes_no_relation_and_gets_no_gradient() -> None:
     student, teacher = states(0), states(1)
     expected = relation_loss(student, teacher, MASK, 2)
-    dirty = [[s.masked_fill(MASK[..., None] == 0, 1e3 * (1 + i)).requires_grad_() for s in side]
-             for i, side in enumerate((student, teacher))]  # fmt: skip
+    dirty = [[s.masked_fill(MASK[..., None] == 0, 1e3 * (1 + i)).requires_grad_() for s in model_states]
+             for i, model_states in enumerate((student, teacher))]  # fmt: skip
     value = relation_loss(dirty[0], dirty[1], MASK, 2)
     torch.testing.assert_close(value, expected)
     value.backward()
@@ -212,9 +221,9 @@ def test_garbage_in_padding_changes_no_relation_and_gets_no_gradient() -> None:
 
 
 def test_states_that_relate_alike_have_no_relation_loss() -> None:
-    turned = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0)))[0]
+    rotation = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0)))[0]
     states_of = states(0)
-    assert float(relation_loss([s @ turned for s in states_of], states_of, MASK, 1)) == pytest.approx(0, abs=1e-5)
+    assert float(relation_loss([s @ rotation for s in states_of], states_of, MASK, 1)) == pytest.approx(0, abs=1e-5)
 
 
 def test_relations_are_taken_in_float32_whatever_the_autocast() -> None:
@@ -226,7 +235,7 @@ def test_relations_are_taken_in_float32_whatever_the_autocast() -> None:
 
 def test_a_map_and_projections_decide_what_is_compared_with_what() -> None:
     """A student of one layer of width 2 beside a teacher of two layers of width 4."""
-    made = projections.create_projections(1, 2, 4, seed=0)
+    matrices = projections.create_projections(1, 2, 4, seed=0)
     student = ModelOutputs(logits()[0][:3], tuple(states(0, layers=2, width=2)), tuple(maps(0, layers=1)))
     teacher = ModelOutputs(logits()[1][:3], tuple(states(1, layers=3)), tuple(maps(1, layers=2)))
     batch = {"attention_mask": MASK, "labels": torch.tensor([0, 1, 2])}
@@ -236,18 +245,18 @@ def test_a_map_and_projections_decide_what_is_compared_with_what() -> None:
     assert student.attentions is not None
     assert teacher.attentions is not None
     for layer in (1, 2):
-        shown = select_layers(teacher, (layer,))
+        selected = select_layers(teacher, (layer,))
         terms = distillation_loss(
-            student, shown, batch, weights, logit_loss=Classification.logit_loss, projections=made
+            student, selected, batch, weights, logit_loss=Classification.logit_loss, projections=matrices
         )
-        taught = [teacher.hidden_states[0], teacher.hidden_states[layer]]
-        brought = [student.hidden_states[i] @ made[f"projection.{i}"].T for i in range(2)]
-        torch.testing.assert_close(terms["hidden"], hidden_loss(brought, taught, MASK))
-        torch.testing.assert_close(terms["relation"], relation_loss(student.hidden_states, taught, MASK, 2))
-        maps_shown = [teacher.attentions[layer - 1]]
-        torch.testing.assert_close(terms["attention"], attention_loss(student.attentions, maps_shown, MASK))
+        teacher_states = [teacher.hidden_states[0], teacher.hidden_states[layer]]
+        projected = [student.hidden_states[i] @ matrices[f"projection.{i}"].T for i in range(2)]
+        torch.testing.assert_close(terms["hidden"], hidden_loss(projected, teacher_states, MASK))
+        torch.testing.assert_close(terms["relation"], relation_loss(student.hidden_states, teacher_states, MASK, 2))
+        teacher_maps = [teacher.attentions[layer - 1]]
+        torch.testing.assert_close(terms["attention"], attention_loss(student.attentions, teacher_maps, MASK))
     terms["loss"].backward()
-    assert all(weight.grad is not None and bool((weight.grad != 0).any()) for weight in made.values())
+    assert all(weight.grad is not None and bool((weight.grad != 0).any()) for weight in matrices.values())
 
 
 def observation(seed: int) -> ModelOutputs:
@@ -276,33 +285,35 @@ def test_the_total_is_the_weighted_sum_of_the_terms_that_count(weights: Loss) ->
 
 def test_regression_takes_its_own_logit_loss_and_the_padding_switch_reaches_both_maps() -> None:
     batch = {"attention_mask": MASK, "labels": torch.tensor([0.5, 1.5, 2.5])}
-    one, other = observation(0), observation(1)
-    student, teacher = (ModelOutputs(o.logits[:, :1], o.hidden_states, o.attentions) for o in (one, other))
+    student_outputs, teacher_outputs = observation(0), observation(1)
+    student, teacher = (
+        ModelOutputs(o.logits[:, :1], o.hidden_states, o.attentions) for o in (student_outputs, teacher_outputs)
+    )
     terms = distillation_loss(student, teacher, batch, Loss(attention=1), logit_loss=Regression.logit_loss)
     assert torch.equal(terms["logits"], F.mse_loss(student.logits[:, 0], teacher.logits[:, 0]))
-    counted = distillation_loss(
+    unmasked = distillation_loss(
         student, teacher, batch, Loss(attention=1, mask_padding=False), logit_loss=Regression.logit_loss
     )
     assert student.hidden_states is not None
     assert teacher.hidden_states is not None
-    assert torch.equal(counted["hidden"], hidden_loss(student.hidden_states, teacher.hidden_states, None))
-    assert float(counted["attention"]) < float(terms["attention"]), "diluted by padding"
+    assert torch.equal(unmasked["hidden"], hidden_loss(student.hidden_states, teacher.hidden_states, None))
+    assert float(unmasked["attention"]) < float(terms["attention"]), "diluted by padding"
 
 
-def padded(batch: dict[str, Tensor], extra: int, left: bool) -> dict[str, Tensor]:
+def padded(batch: dict[str, Tensor], extra: int, on_left: bool) -> dict[str, Tensor]:
     """The same rows with `extra` more padding, all of it on one side."""
-    wide: dict[str, Tensor] = {"labels": batch["labels"]}
+    longer: dict[str, Tensor] = {"labels": batch["labels"]}
     rows, length = batch["input_ids"].shape
     for name in ("input_ids", "attention_mask", "token_type_ids"):
-        wide[name] = torch.zeros(rows, length + extra, dtype=torch.long)
-        for row, real in enumerate(batch["attention_mask"].sum(1).tolist()):
-            start = length + extra - real if left else 0
-            wide[name][row, start : start + real] = batch[name][row, :real]
-    return wide
+        longer[name] = torch.zeros(rows, length + extra, dtype=torch.long)
+        for row, length_of_row in enumerate(batch["attention_mask"].sum(1).tolist()):
+            start = length + extra - length_of_row if on_left else 0
+            longer[name][row, start : start + length_of_row] = batch[name][row, :length_of_row]
+    return longer
 
 
-@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
-def test_padding_on_either_side_changes_no_loss(toys: Any, left: bool) -> None:
+@pytest.mark.parametrize("on_left", [False, True], ids=["right", "left"])
+def test_padding_on_either_side_changes_no_loss(toys: Any, on_left: bool) -> None:
     """With a model that knows no absolute positions, so that left padding changes nothing but the padding."""
     student, teacher = (toys.classifier("bert", seed=seed) for seed in (0, 1))
     for model in (student, teacher):
@@ -310,20 +321,23 @@ def test_padding_on_either_side_changes_no_loss(toys: Any, left: bool) -> None:
         with torch.no_grad():
             model.bert.embeddings.position_embeddings.weight.zero_()
             model.bert.pooler.dense.weight.zero_()  # it reads the first position, which left padding moves
-    weights, seen = Loss(attention=1.0, relation=1.0, relation_heads=4), {"hidden_states": True, "attention": "scores"}
+    weights, captured = (
+        Loss(attention=1.0, relation=1.0, relation_heads=4),
+        {"hidden_states": True, "attention": "scores"},
+    )
 
     def terms(batch: dict[str, Tensor]) -> dict[str, float]:
         with torch.no_grad():
-            made = distillation_loss(
-                compute_outputs(student, batch, **seen),
-                compute_outputs(teacher, batch, **seen),
+            losses = distillation_loss(
+                compute_outputs(student, batch, **captured),
+                compute_outputs(teacher, batch, **captured),
                 batch,
                 weights,
                 logit_loss=Classification.logit_loss,
             )
-        return {name: float(value) for name, value in made.items()}
+        return {name: float(value) for name, value in losses.items()}
 
     plain = toys.batch()
     expected = terms(plain)
     assert min(expected["hidden"], expected["attention"], expected["relation"]) > 0
-    assert terms(padded(plain, 7, left)) == pytest.approx(expected, rel=1e-5)
+    assert terms(padded(plain, 7, on_left)) == pytest.approx(expected, rel=1e-5)

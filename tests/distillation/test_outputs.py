@@ -16,9 +16,9 @@ from spdtool.models.layers import install_capture_hooks
 
 @pytest.fixture
 def model(toys: Any) -> Any:
-    made = toys.classifier("bert")
-    install_capture_hooks(made)
-    return made
+    classifier = toys.classifier("bert")
+    install_capture_hooks(classifier)
+    return classifier
 
 
 def inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -62,9 +62,9 @@ def test_scores_are_before_dropout_and_probabilities_after(toys: Any) -> None:
 
 
 def test_gradients_flow_through_what_was_seen(model: Any, toys: Any) -> None:
-    seen = compute_outputs(model, toys.batch(), hidden_states=True, attention="scores")
-    assert seen.attentions is not None
-    seen.attentions[-1][0].square().sum().backward()
+    outputs = compute_outputs(model, toys.batch(), hidden_states=True, attention="scores")
+    assert outputs.attentions is not None
+    outputs.attentions[-1][0].square().sum().backward()
     query = model.bert.encoder.layer[-1].attention.self.query.weight
     assert query.grad is not None
     assert bool((query.grad != 0).any())
@@ -83,8 +83,8 @@ def test_only_softmaxes_over_pairs_of_tokens_are_kept_and_each_once() -> None:
         F.softmax(torch.randn(2, 3, 4, 5), dim=-1)
         F.log_softmax(square, dim=-1)
     assert len(mode.scores) == 4
-    for offset, (seen, result) in enumerate(zip(mode.scores, results, strict=True)):
-        torch.testing.assert_close(seen, square + offset)
+    for offset, (scores, result) in enumerate(zip(mode.scores, results, strict=True)):
+        torch.testing.assert_close(scores, square + offset)
         torch.testing.assert_close(result, (square + offset).softmax(-1))
     F.softmax(square, dim=-1)
     assert len(mode.scores) == 4, "nothing is watched outside the block"

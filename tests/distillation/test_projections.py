@@ -13,31 +13,37 @@ from spdtool.distillation.projections import project
 
 def test_they_depend_on_the_seed_alone_and_keep_the_size_of_what_they_project() -> None:
     torch.manual_seed(5)
-    one = projections.create_projections(2, 48, 96, seed=1)
+    matrices = projections.create_projections(2, 48, 96, seed=1)
     torch.manual_seed(6)
-    same, other = projections.create_projections(2, 48, 96, seed=1), projections.create_projections(2, 48, 96, seed=2)
-    assert list(one) == ["projection.0", "projection.1", "projection.2"]
-    assert all(weight.shape == (96, 48) and weight.requires_grad for weight in one.values())
-    assert all(torch.equal(one[name], same[name]) and not torch.equal(one[name], other[name]) for name in one)
+    same_seed, other_seed = (
+        projections.create_projections(2, 48, 96, seed=1),
+        projections.create_projections(2, 48, 96, seed=2),
+    )
+    assert list(matrices) == ["projection.0", "projection.1", "projection.2"]
+    assert all(weight.shape == (96, 48) and weight.requires_grad for weight in matrices.values())
+    assert all(
+        torch.equal(matrices[name], same_seed[name]) and not torch.equal(matrices[name], other_seed[name])
+        for name in matrices
+    )
     hidden = [torch.randn(4, 6, 48) for _ in range(3)]
-    assert float(torch.stack(list(project(hidden, one))).detach().std()) == pytest.approx(1.0, rel=0.1)
+    assert float(torch.stack(list(project(hidden, matrices))).detach().std()) == pytest.approx(1.0, rel=0.1)
 
 
 def test_each_layer_has_its_own(tmp_path: Path) -> None:
-    made = projections.create_projections(1, 3, 5, seed=0)
+    matrices = projections.create_projections(1, 3, 5, seed=0)
     hidden = [torch.randn(2, 4, 3), torch.randn(2, 4, 3)]
-    for index, state in enumerate(project(hidden, made)):
+    for index, state in enumerate(project(hidden, matrices)):
         assert state.shape == (2, 4, 5)
-        torch.testing.assert_close(state, hidden[index] @ made[f"projection.{index}"].T)
+        torch.testing.assert_close(state, hidden[index] @ matrices[f"projection.{index}"].T)
     assert project(hidden, {}) is hidden
 
 
 def test_what_a_phase_leaves_the_next_takes_over(tmp_path: Path) -> None:
-    left = projections.create_projections(2, 3, 5, seed=0)
-    projections.save_projections(left, tmp_path)
-    next_ones = projections.create_projections(2, 3, 5, seed=9)
-    assert projections.load_projections(next_ones, tmp_path)
-    assert all(torch.equal(left[name], next_ones[name]) for name in left)
+    saved = projections.create_projections(2, 3, 5, seed=0)
+    projections.save_projections(saved, tmp_path)
+    loaded = projections.create_projections(2, 3, 5, seed=9)
+    assert projections.load_projections(loaded, tmp_path)
+    assert all(torch.equal(saved[name], loaded[name]) for name in saved)
 
 
 def test_saved_projections_of_another_shape_are_ignored(tmp_path: Path) -> None:

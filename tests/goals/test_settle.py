@@ -38,18 +38,18 @@ def test_the_same_command_goes_on_with_the_shape_and_another_goal_does_not() -> 
     adopted = adopt_recorded(recipe, recorded)
     assert adopted == recorded
     assert adopted.prune.shape == tuple(SHAPE)
-    for other in (recipe_of(speedup=3), recipe_of(), recipe_of(speedup=2, batch=8)):
-        assert adopt_recorded(other, recorded) == other
+    for other_recipe in (recipe_of(speedup=3), recipe_of(), recipe_of(speedup=2, batch=8)):
+        assert adopt_recorded(other_recipe, recorded) == other_recipe
     # What is only measured in the end does not change the shape.
     assert adopt_recorded(recipe_of(speedup=2, max_drop=1), recorded).prune.shape == tuple(SHAPE)
 
 
 def test_a_shape_is_chosen_once_and_anew_for_another_goal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipe_of(speedup=2)
-    asked: list[float | None] = []
+    speedups: list[float | None] = []
 
     def choose(recipe: Recipe, teacher: Path) -> ShapeChoice:
-        asked.append(recipe.goal.speedup)
+        speedups.append(recipe.goal.speedup)
         return choice_of(recipe)
 
     monkeypatch.setattr(settle, "choose_goal_shape", choose)
@@ -57,7 +57,7 @@ def test_a_shape_is_chosen_once_and_anew_for_another_goal(tmp_path: Path, monkey
     monkeypatch.setattr(run, "use_input", lambda _: tmp_path)
     settle_goal(run)
     settle_goal(run)
-    assert asked == [2]
+    assert speedups == [2]
     assert run.recipe.prune.shape == tuple(SHAPE)
     assert Run.open(tmp_path).recipe == run.recipe
     assert Run.open(tmp_path).recipe.goal.table == "abc"
@@ -115,8 +115,8 @@ def test_a_sparse_student_and_one_of_blocks_are_timed_by_different_targets(
 def test_bisection_finds_the_first_that_holds() -> None:
     candidates = (0.5, 0.6, 0.7, 0.8, 0.9)
     for least in (0.1, 0.5, 0.65, 0.9, 0.95):
-        expected = next((each for each in candidates if each >= least), None)
-        assert bisect_first(candidates, lambda each, least=least: each >= least) == expected, least
+        expected = next((candidate for candidate in candidates if candidate >= least), None)
+        assert bisect_first(candidates, lambda candidate, least=least: candidate >= least) == expected, least
 
 
 def test_a_dial_and_a_goal_are_not_both_taken() -> None:

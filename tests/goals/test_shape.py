@@ -62,7 +62,7 @@ def table_speed(shape: Sequence[LayerShape], slower: float = 1.0) -> float:
 
 def fake_trial(monkeypatch: pytest.MonkeyPatch, slower: float) -> list[EncoderShape]:
     """Let whole encoders be `slower` than the sum of their layers; return the list of those that are timed."""
-    timed: list[EncoderShape] = []
+    timed_shapes: list[EncoderShape] = []
 
     class FakeTrial:
         def __init__(self, *_: object, **__: object) -> None:
@@ -75,17 +75,17 @@ def fake_trial(monkeypatch: pytest.MonkeyPatch, slower: float) -> list[EncoderSh
             pass
 
         def measure(self, shape: EncoderShape) -> Ratio:
-            timed.append(shape)
+            timed_shapes.append(shape)
             speed = table_speed(shape, slower)
             return Ratio(median=speed, low=speed, high=speed)
 
     monkeypatch.setattr(goal_shape, "SpeedTrial", FakeTrial)
-    return timed
+    return timed_shapes
 
 
 def test_a_speedup_is_reached_whatever_the_sum_of_the_layers_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:
     for slower in (0.9, 1.0, 1.1):
-        timed = fake_trial(monkeypatch, slower)
+        timed_shapes = fake_trial(monkeypatch, slower)
         recipe, tables = recipe_of(speedup=2), tables_of()
         choice = search_shape(recipe, MODEL, tables, even_losses(tables.dense))
         shape = tuple(LayerShape(*sizes) for sizes in choice.shape)
@@ -93,7 +93,7 @@ def test_a_speedup_is_reached_whatever_the_sum_of_the_layers_leaves_out(monkeypa
         assert choice.trial is not None, slower
         assert choice.trial.median >= 2, slower
         assert choice.expected == pytest.approx(table_speed(shape)), slower
-        assert 1 <= len(timed) <= goal_shape.TRIALS, slower
+        assert 1 <= len(timed_shapes) <= goal_shape.TRIALS, slower
         assert choice.table == profile_of().digest
 
 
@@ -113,11 +113,11 @@ def test_a_whole_encoder_that_stays_too_slow_is_refused(monkeypatch: pytest.Monk
 
 def test_megabytes_are_bytes_of_the_file_and_too_few_are_refused() -> None:
     tables = tables_of()
-    whole = tables.bytes.of_dense(LAYERS) / MEGABYTE
-    recipe = recipe_of(max_mb=0.8 * whole)
+    dense_megabytes = tables.bytes.of_dense(LAYERS) / MEGABYTE
+    recipe = recipe_of(max_mb=0.8 * dense_megabytes)
     choice = search_shape(recipe, MODEL, tables, even_losses(tables.dense))
     assert choice.trial is None
-    assert 0.7 * whole < choice.bytes / MEGABYTE <= 0.8 * whole
+    assert 0.7 * dense_megabytes < choice.bytes / MEGABYTE <= 0.8 * dense_megabytes
     with pytest.raises(RecipeError, match="the smallest shape of this encoder has"):
         check_reachable(recipe_of(max_mb=0.01), tables)
 
@@ -135,22 +135,22 @@ def test_bytes_are_counted_as_they_are_in_a_model() -> None:
 def test_two_wishes_are_both_met(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_trial(monkeypatch, 1.0)
     tables = tables_of()
-    most = 0.85 * tables.bytes.of_dense(LAYERS) / MEGABYTE
-    choice = search_shape(recipe_of(speedup=1.5, max_mb=most), MODEL, tables, even_losses(tables.dense))
+    megabytes = 0.85 * tables.bytes.of_dense(LAYERS) / MEGABYTE
+    choice = search_shape(recipe_of(speedup=1.5, max_mb=megabytes), MODEL, tables, even_losses(tables.dense))
     assert choice.expected is not None
     assert choice.expected >= 1.5 - 1e-9
-    assert choice.bytes / MEGABYTE <= most
+    assert choice.bytes / MEGABYTE <= megabytes
 
 
 def test_a_table_of_another_runtime_is_read_and_nothing_is_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    timed = fake_trial(monkeypatch, 1.0)
+    timed_shapes = fake_trial(monkeypatch, 1.0)
     write_json(tmp_path / "web.json", profile_of(runtime="web", length=64))
     recipe = recipe_of(speedup=2, runtime="web", profile=str(tmp_path / "web.json"))
     tables = make_tables(recipe, MODEL)
     choice = search_shape(recipe, MODEL, tables, even_losses(tables.dense))
-    assert timed == []
+    assert timed_shapes == []
     assert choice.expected is not None
     assert choice.expected >= 2
     with pytest.raises(RecipeError, match="does not fit: runtime web there, cuda here"):
@@ -158,10 +158,10 @@ def test_a_table_of_another_runtime_is_read_and_nothing_is_timed(
 
 
 def test_without_a_table_the_plan_guesses_by_the_number_of_weights() -> None:
-    foreseen = foresee_shape(recipe_of(speedup=2), MODEL, measure=False)
-    assert foreseen.profile is None
-    assert 0 < sum(neurons for _, neurons in foreseen.shape) < LAYERS * NEURONS
-    assert "heads and" in foreseen.describe()
+    forecast = foresee_shape(recipe_of(speedup=2), MODEL, measure=False)
+    assert forecast.profile is None
+    assert 0 < sum(neurons for _, neurons in forecast.shape) < LAYERS * NEURONS
+    assert "heads and" in forecast.describe()
 
 
 def test_wishes_that_contradict_each_other_are_told_apart() -> None:

@@ -14,13 +14,13 @@ from spdtool.run.records import StudentRow
 from spdtool.sweep import summary
 
 
-def student_row(task, recipe, sparsity, seed, **given):
-    return StudentRow(task=task, recipe=recipe, sparsity=sparsity, seed=seed, run="r", status="done", **given)
+def student_row(task, recipe, sparsity, seed, **fields):
+    return StudentRow(task=task, recipe=recipe, sparsity=sparsity, seed=seed, run="r", status="done", **fields)
 
 
-def summaries(**given):
+def summaries(**fields):
     rows = [
-        student_row("toy", recipe, sparsity, seed, teacher=0.9, student=score + 0.01 * seed, nonzeros=count, **given)
+        student_row("toy", recipe, sparsity, seed, teacher=0.9, student=score + 0.01 * seed, nonzeros=count, **fields)
         for recipe, sparsity, score, count in (("a", 0.5, 0.8, 500), ("a", 0.9, 0.7, 100), ("b", 0.9, 0.6, 100))
         for seed in (0, 1)
     ]
@@ -47,18 +47,20 @@ def test_a_pareto_plot_has_a_colour_for_each_recipe_the_front_and_the_teacher():
 
 
 @pytest.mark.parametrize(
-    ("given", "measures"),
+    ("fields", "measures"),
     [({}, ["nonzeros"]), ({"speed": 2.0, "bytes": 10}, ["nonzeros", "latency", "bytes"])],
 )
-def test_there_is_a_plot_for_each_measure_that_was_taken(given, measures):
-    assert [name for name, _ in plots.pareto_figures(summaries(**given))] == [f"pareto-toy-{each}" for each in measures]
+def test_there_is_a_plot_for_each_measure_that_was_taken(fields, measures):
+    assert [name for name, _ in plots.pareto_figures(summaries(**fields))] == [
+        f"pareto-toy-{measure}" for measure in measures
+    ]
 
 
 def test_time_is_told_in_plain_numbers_and_bytes_in_thousands():
-    for measure, shown in (("latency", "0.5"), ("bytes", "40k")):
+    for measure, tick in (("latency", "0.5"), ("bytes", "40k")):
         figure = plots.pareto_figure("toy", measure, summaries(speed=2.0, bytes=40_000))
         figure.draw_without_rendering()
-        assert any(label.get_text().startswith(shown) for label in figure.axes[0].get_xticklabels())
+        assert any(label.get_text().startswith(tick) for label in figure.axes[0].get_xticklabels())
 
 
 def test_a_course_shows_scores_loss_shares_and_learning_rate_on_one_axis_of_steps():
@@ -109,7 +111,7 @@ def test_every_colour_of_a_figure_is_a_variable_of_the_page_by_day_and_by_night(
 
 def test_png_files_are_images(tmp_path):
     values = {("l.0", "query"): 0.5, ("l.0", "key"): 0.9, ("l.1", "query"): 0.7}
-    drawn = plots.sparsity_figure(["l.0", "l.1"], ["query", "key"], values)
-    assert {text.get_text() for text in drawn.axes[0].texts} == {"50", "90", "70"}
-    file = drawing.save_png(drawn, tmp_path / "deep" / "map.png")
+    figure = plots.sparsity_figure(["l.0", "l.1"], ["query", "key"], values)
+    assert {text.get_text() for text in figure.axes[0].texts} == {"50", "90", "70"}
+    file = drawing.save_png(figure, tmp_path / "deep" / "map.png")
     assert file.read_bytes().startswith(b"\x89PNG")

@@ -69,22 +69,22 @@ def read(file):
 
 
 @pytest.fixture(scope="module")
-def whole(compressed, tmp_path_factory):
+def finished_page(compressed, tmp_path_factory):
     """The page of a finished run, and what `write` returned."""
     written = page.write_page([compressed], tmp_path_factory.mktemp("page") / "report.html")
     return read(written.file), written
 
 
-def test_the_page_of_a_finished_run_is_well_formed_and_has_every_section(whole):
-    reader, written = whole
+def test_the_page_of_a_finished_run_is_well_formed_and_has_every_section(finished_page):
+    reader, written = finished_page
     assert set(reader.sections) == SECTIONS
     names = {image.name for image in written.images}
     assert names == {"report-student.png", "report-teacher.png", "report-sparsity.png"}
     assert all(image.is_file() and image.parent == written.file.parent for image in written.images)
 
 
-def test_the_page_says_what_the_stages_have_recorded(whole, compressed):
-    text = " ".join(whole[0].words)
+def test_the_page_says_what_the_stages_have_recorded(finished_page, compressed):
+    text = " ".join(finished_page[0].words)
     run = Run.open(compressed)
     result = run.training_result("finetune")
     assert f"{100 * result.score:.2f}" in text
@@ -97,14 +97,14 @@ def test_the_page_says_what_the_stages_have_recorded(whole, compressed):
 
 
 @pytest.mark.parametrize(
-    ("until", "missing", "told"),
+    ("until", "missing", "messages"),
     [
         (None, "teacher, prune, distill, finetune, export, bench", ["Nothing is pruned yet", "Nothing is scored yet"]),
         ("teacher", "prune, distill, finetune, export, bench", ["Nothing is pruned yet", "Not timed yet"]),
         ("prune", "distill, finetune, export, bench", ["after prune", "Not timed yet"]),
     ],
 )
-def test_a_run_that_is_not_finished_has_a_page_that_says_so(toy_run, until, missing, told):
+def test_a_run_that_is_not_finished_has_a_page_that_says_so(toy_run, until, missing, messages):
     run = toy_run(until=until)
     if until is None:
         with pytest.raises(KeyboardInterrupt), run.stage("teacher"):  # leaves run.json alone
@@ -113,7 +113,7 @@ def test_a_run_that_is_not_finished_has_a_page_that_says_so(toy_run, until, miss
     text = " ".join(reader.words)
     assert set(reader.sections) == SECTIONS
     assert missing in text
-    assert all(line in text for line in told)
+    assert all(line in text for line in messages)
 
 
 def test_a_phase_that_was_killed_is_shown_as_far_as_it_came(toy_run):
@@ -216,15 +216,15 @@ def test_the_command_of_a_recipe_makes_that_recipe(sets, flags, monkeypatch):
     from spdtool.cli.options import RecipeOptions
 
     name = flags.pop("name", "default")
-    made = recipes.build_recipe(name, {"task": "demo", "sparsity": 0.75} | flags, sets)
-    words = spelling.recipe_options(made)
-    given = {"sets": [words[at + 1] for at, word in enumerate(words) if word == "--set"]}
-    options = {"--task": "task", "--data": "data", "--text": "text", "--label": "label", "--model": "model",
+    recipe = recipes.build_recipe(name, {"task": "demo", "sparsity": 0.75} | flags, sets)
+    arguments = spelling.recipe_options(recipe)
+    options = {"sets": [arguments[index + 1] for index, word in enumerate(arguments) if word == "--set"]}
+    names = {"--task": "task", "--data": "data", "--text": "text", "--label": "label", "--model": "model",
                "--teacher": "teacher", "--sparsity": "sparsity", "--seed": "seed", "--recipe": "name"}  # fmt: skip
-    given |= {options[word]: words[at + 1] for at, word in enumerate(words) if word in options}
-    given |= {"sparsity": float(given["sparsity"]), "seed": int(given["seed"]), "smoke": "--smoke" in words}
-    again = RecipeOptions(**given).build()
-    assert [change for change in made.diff(again) if change[0] not in MAY_CHANGE] == []
+    options |= {names[word]: arguments[index + 1] for index, word in enumerate(arguments) if word in names}
+    options |= {"sparsity": float(options["sparsity"]), "seed": int(options["seed"]), "smoke": "--smoke" in arguments}
+    reread = RecipeOptions(**options).build()
+    assert [change for change in recipe.diff(reread) if change[0] not in MAY_CHANGE] == []
 
 
 def test_the_commands_of_a_run_name_the_stages_that_it_has(toy_run):
@@ -234,8 +234,8 @@ def test_the_commands_of_a_run_name_the_stages_that_it_has(toy_run):
     assert second == f"spdtool prune --run {run.path}"
 
 
-def test_the_page_begins_with_speed_size_and_score_and_says_how_to_use_the_model(whole, compressed):
-    reader, _ = whole
+def test_the_page_begins_with_speed_size_and_score_and_says_how_to_use_the_model(finished_page, compressed):
+    reader, _ = finished_page
     assert reader.sections[:3] == ["speed", "subject", "serve"]
     tiles = gather.content_of(Run.open(compressed)).tiles
     assert [tile.name for tile in tiles[:3]] == ["speed", "file, times smaller", "kept"]
@@ -256,8 +256,8 @@ def test_the_page_scores_each_class(compressed):
     for stage in ("teacher", "finetune"):
         result = run.training_result(stage)
         assert sum(scores.rows for scores in result.classes.values()) == run.record("teacher").data.rows["dev"]
-        right = sum(scores.recall * scores.rows for scores in result.classes.values())
-        assert right / run.record("teacher").data.rows["dev"] == pytest.approx(result.dev["accuracy"])
+        correct = sum(scores.recall * scores.rows for scores in result.classes.values())
+        assert correct / run.record("teacher").data.rows["dev"] == pytest.approx(result.dev["accuracy"])
 
 
 def test_control_characters_of_labels_are_spelt_out_on_the_page(toy_run, toy_task):

@@ -71,9 +71,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> Expo
         for student in (folder / "export/student", folder / "export/onnx-fp16/student"):
             Onnx().export(checkpoint, student, recipe)
             toys.seal(student)
-        plain = ExportedModel.model_validate(FIGURES)
+        unchanged = ExportedModel.model_validate(FIGURES)
         rounded = ExportedModel.model_validate(FIGURES | {"largest_change": 0.01})
-        targets = {"onnx": TargetExport(student=plain), "onnx-fp16": TargetExport(student=rounded)}
+        targets = {"onnx": TargetExport(student=unchanged), "onnx-fp16": TargetExport(student=rounded)}
         result = ExportResult(first="onnx", targets=targets)
         assert write_bundle(folder / "export", checkpoint, recipe, result) is None
     finally:
@@ -97,9 +97,9 @@ def _copy_with_text(bundle: Path, folder: Path, text: dict[str, list[str]]) -> P
 
 
 @pytest.fixture(scope="session")
-def either(servable: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def older_bundle(servable: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle as an older spdtool wrote it: a row may have a pair or none; read only."""
-    return _copy_with_text(servable, tmp_path_factory.mktemp("either") / "bundle", {})
+    return _copy_with_text(servable, tmp_path_factory.mktemp("older") / "bundle", {})
 
 
 @pytest.fixture(scope="session")

@@ -46,7 +46,7 @@ class Engine:
             raise Panic("the tokenizer panicked")
         if "777" in texts:
             return []
-        numbers = [int(text) + (int(pairs[place]) if pairs else 0) for place, text in enumerate(texts)]
+        numbers = [int(text) + (int(pairs[index]) if pairs else 0) for index, text in enumerate(texts)]
         return [TokenRow(np.full(count, count), np.zeros(count), np.ones(count)) for count in numbers]
 
     def compute(self, rows: list[TokenRow]) -> np.ndarray:
@@ -75,84 +75,89 @@ Make = Callable[..., Batcher]
 
 
 @pytest.fixture
-def batcher(engine: Engine) -> Iterator[Make]:
+def make_batcher(engine: Engine) -> Iterator[Make]:
     """`batcher(max_batch=4)`: one over the stand-in, closed at the end."""
-    made: list[Batcher] = []
+    batchers: list[Batcher] = []
 
-    def make(**how: Any) -> Batcher:
-        made.append(Batcher(engine, **{"max_wait": 0.0} | how))  # type: ignore[arg-type]
-        return made[-1]
+    def make(**options: Any) -> Batcher:
+        batchers.append(Batcher(engine, **{"max_wait": 0.0} | options))  # type: ignore[arg-type]
+        return batchers[-1]
 
     yield make
     engine.gate.set()
-    for each in made:
-        each.close()
+    for batcher in batchers:
+        batcher.close()
 
 
 @pytest.mark.parametrize("workers", [1, 4])
-def test_each_request_gets_its_own_rows(batcher: Make, workers: int) -> None:
-    one = batcher(max_batch=3, workers=workers)
-    sent = [[str(1 + (7 * request + row) % 12) for row in range(request % 5)] for request in range(200)]
-    futures = [one.submit(texts) for texts in sent]
-    for texts, future in zip(sent, futures, strict=True):
+def test_each_request_gets_its_own_rows(make_batcher: Make, workers: int) -> None:
+    batcher = make_batcher(max_batch=3, workers=workers)
+    requests = [[str(1 + (7 * request + row) % 12) for row in range(request % 5)] for request in range(200)]
+    futures = [batcher.submit(texts) for texts in requests]
+    for texts, future in zip(requests, futures, strict=True):
         assert future.result(10)[:, 0].tolist() == [int(text) for text in texts]
         assert future.result()[:, 1].tolist() == [2 * int(text) for text in texts]
-    assert one.rows == 0
+    assert batcher.rows == 0
 
 
-def test_pairs_and_single_texts_do_not_mix(batcher: Make) -> None:
-    one = batcher()
-    futures = [one.submit(["1"], ["4"]), one.submit(["2"]), one.submit([], []), one.submit(["3"], ["5"])]
+def test_pairs_and_single_texts_do_not_mix(make_batcher: Make) -> None:
+    batcher = make_batcher()
+    futures = [
+        batcher.submit(["1"], ["4"]),
+        batcher.submit(["2"]),
+        batcher.submit([], []),
+        batcher.submit(["3"], ["5"]),
+    ]
     assert [future.result(10)[:, 0].tolist() for future in futures] == [[5], [2], [], [8]]
 
 
-def test_a_batch_holds_the_oldest_row_and_its_neighbours_in_length(batcher: Make, engine: Engine) -> None:
+def test_a_batch_holds_the_oldest_row_and_its_neighbours_in_length(make_batcher: Make, engine: Engine) -> None:
     engine.gate.clear()
-    one = batcher(max_batch=3)
-    first = one.submit(["1"])
-    while one.untokenized:  # it is being computed, and waits at the gate
+    batcher = make_batcher(max_batch=3)
+    first = batcher.submit(["1"])
+    while batcher.untokenized:  # it is being computed, and waits at the gate
         time.sleep(0.001)
-    rest = one.submit(["50", "20", "49", "10", "51", "49", "20", "26"])
+    remaining = batcher.submit(["50", "20", "49", "10", "51", "49", "20", "26"])
     engine.gate.set()
     assert first.result(10).shape == (1, 2)
-    assert rest.result(10)[:, 0].tolist() == [50, 20, 49, 10, 51, 49, 20, 26]
+    assert remaining.result(10)[:, 0].tolist() == [50, 20, 49, 10, 51, 49, 20, 26]
     assert engine.batches == [[1], [50, 49, 51], [20, 20], [10, 26], [49]]
 
 
-def test_rows_wait_for_company_no_longer_than_they_should(batcher: Make, engine: Engine) -> None:
-    one = batcher(max_batch=4, max_wait=0.2)
-    started = time.monotonic()
-    futures = [one.submit(["40"]), one.submit(["41"])]
+def test_rows_wait_for_company_no_longer_than_they_should(make_batcher: Make, engine: Engine) -> None:
+    batcher = make_batcher(max_batch=4, max_wait=0.2)
+    start = time.monotonic()
+    futures = [batcher.submit(["40"]), batcher.submit(["41"])]
     assert [future.result(10)[0, 0] for future in futures] == [40, 41]
-    assert 0.15 < time.monotonic() - started < 5
+    assert 0.15 < time.monotonic() - start < 5
     assert engine.batches == [[40, 41]]
-    full = one.submit(["40", "41", "40", "41"])  # nothing to wait for
-    started = time.monotonic()
+    full = batcher.submit(["40", "41", "40", "41"])  # nothing to wait for
+    start = time.monotonic()
     full.result(10)
-    assert time.monotonic() - started < 0.15
+    assert time.monotonic() - start < 0.15
 
 
-def test_a_text_that_cannot_be_encoded_fails_alone(batcher: Make, engine: Engine) -> None:
+def test_a_text_that_cannot_be_encoded_fails_alone(make_batcher: Make, engine: Engine) -> None:
     engine.gate.clear()
-    one = batcher()
-    good, bad, other = one.submit(["1"]), one.submit(["2", "bad"]), one.submit(["3"])
+    batcher = make_batcher()
+    first, bad, third = batcher.submit(["1"]), batcher.submit(["2", "bad"]), batcher.submit(["3"])
     engine.gate.set()
-    assert (good.result(10)[0, 0], other.result(10)[0, 0]) == (1, 3)
+    assert (first.result(10)[0, 0], third.result(10)[0, 0]) == (1, 3)
     with pytest.raises(DataError, match="a text is bad"):
         bad.result(10)
-    assert one.rows == 0
+    assert batcher.rows == 0
 
 
-def test_an_engine_that_breaks_tells_those_it_concerns_and_goes_on(batcher: Make) -> None:
-    one = batcher(max_batch=1)
-    broken, fine = one.submit(["13", "1", "1"]), one.submit(["5"])
+def test_an_engine_that_breaks_tells_those_it_concerns_and_goes_on(make_batcher: Make) -> None:
+    batcher = make_batcher(max_batch=1)
+    broken, fine = batcher.submit(["13", "1", "1"]), batcher.submit(["5"])
     with pytest.raises(EngineError, match="the engine broke"):
         broken.result(10)
     assert fine.result(10)[0, 0] == 5
-    assert one.rows == 0
+    assert batcher.rows == 0
 
 
-def test_any_failure_answers_its_own_request_and_no_other(batcher: Make, engine: Engine) -> None:
+def test_any_failure_answers_its_own_request_and_no_other(make_batcher: Make, engine: Engine) -> None:
     for text, message in (
         ("bad", "a text is bad"),
         ("666", "the tokenizer panicked"),
@@ -163,135 +168,135 @@ def test_any_failure_answers_its_own_request_and_no_other(batcher: Make, engine:
         ("16", "no finite numbers"),
     ):
         engine.gate.clear()
-        one = batcher(max_batch=8)
-        first = one.submit(["1"])
-        while one.untokenized:
+        batcher = make_batcher(max_batch=8)
+        first = batcher.submit(["1"])
+        while batcher.untokenized:
             time.sleep(0.001)
         # All of these are tokenized in one call and computed in one batch.
-        failing, others = one.submit([text]), [one.submit(["4", "5"]), one.submit(["6"])]
+        failing, others = batcher.submit([text]), [batcher.submit(["4", "5"]), batcher.submit(["6"])]
         engine.gate.set()
         with pytest.raises(SpdError, match=message):
             failing.result(10)
         assert [future.result(10)[:, 0].tolist() for future in (first, *others)] == [[1], [4, 5], [6]], text
-        assert one.submit(["7"]).result(10)[0, 0] == 7, text
-        assert (one.rows, one.death, one.running_workers) == (0, None, 1), text
+        assert batcher.submit(["7"]).result(10)[0, 0] == 7, text
+        assert (batcher.rows, batcher.death, batcher.running_workers) == (0, None, 1), text
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_a_dying_worker_answers_everybody_and_says_so_once(batcher: Make, engine: Engine, workers: int) -> None:
+def test_a_dying_worker_answers_everybody_and_says_so_once(make_batcher: Make, engine: Engine, workers: int) -> None:
     deaths: list[str] = []
 
     def fail(_rows: int) -> None:
         raise Panic("a bug of ours")
 
     engine.gate.clear()
-    one = batcher(workers=workers, max_batch=1, observe=fail, on_death=lambda: deaths.append("died"))
-    futures = [one.submit([str(number)]) for number in range(1, 10)]
+    batcher = make_batcher(workers=workers, max_batch=1, observe=fail, on_death=lambda: deaths.append("died"))
+    futures = [batcher.submit([str(number)]) for number in range(1, 10)]
     engine.gate.set()
     for future in futures:
         with pytest.raises(EngineDied, match="a bug of ours"):
             future.result(10)
     with pytest.raises(EngineDied, match="a bug of ours"):
-        one.submit(["1"])
-    one.close()
-    assert (deaths, one.running_workers) == (["died"], 0)
+        batcher.submit(["1"])
+    batcher.close()
+    assert (deaths, batcher.running_workers) == (["died"], 0)
 
 
-def test_an_answer_is_checked_after_it_was_computed(batcher: Make) -> None:
-    changed: list[DataError] = []
+def test_an_answer_is_checked_after_it_was_computed(make_batcher: Make) -> None:
+    errors: list[DataError] = []
 
     def check() -> None:
-        if changed:
-            raise changed[0]
+        if errors:
+            raise errors[0]
 
-    one = batcher(check=check)
-    assert one.submit(["1"]).result(10)[0, 0] == 1
-    changed.append(DataError("the folder has changed"))
+    batcher = make_batcher(check=check)
+    assert batcher.submit(["1"]).result(10)[0, 0] == 1
+    errors.append(DataError("the folder has changed"))
     with pytest.raises(DataError, match="the folder has changed"):
-        one.submit(["1"]).result(10)
-    changed.clear()
-    assert one.submit(["2"]).result(10)[0, 0] == 2
+        batcher.submit(["1"]).result(10)
+    errors.clear()
+    assert batcher.submit(["2"]).result(10)[0, 0] == 2
 
 
-def test_a_full_queue_refuses_and_is_free_again(batcher: Make, engine: Engine) -> None:
+def test_a_full_queue_refuses_and_is_free_again(make_batcher: Make, engine: Engine) -> None:
     engine.gate.clear()
-    one = batcher(max_rows=3)
-    taken = one.submit(["1", "2"])
+    batcher = make_batcher(max_rows=3)
+    accepted = batcher.submit(["1", "2"])
     with pytest.raises(QueueFull, match="2 rows wait already; 3 may"):
-        one.submit(["1", "2"])
+        batcher.submit(["1", "2"])
     engine.gate.set()
-    taken.result(10)
-    assert one.submit(["1", "2", "3"]).result(10).shape == (3, 2)
+    accepted.result(10)
+    assert batcher.submit(["1", "2", "3"]).result(10).shape == (3, 2)
 
 
-def test_who_gave_up_is_left_out(batcher: Make, engine: Engine) -> None:
+def test_who_gave_up_is_left_out(make_batcher: Make, engine: Engine) -> None:
     engine.gate.clear()
-    one = batcher(max_batch=1)
-    first = one.submit(["1"])
-    while one.untokenized:
+    batcher = make_batcher(max_batch=1)
+    first = batcher.submit(["1"])
+    while batcher.untokenized:
         time.sleep(0.001)
-    gone = one.submit(["2", "3"])
-    assert gone.cancel()
+    cancelled = batcher.submit(["2", "3"])
+    assert cancelled.cancel()
     engine.gate.set()
     first.result(10)
-    assert one.submit(["4"]).result(10)[0, 0] == 4
+    assert batcher.submit(["4"]).result(10)[0, 0] == 4
     assert [1] in engine.batches
     assert [2] not in engine.batches
-    assert one.rows == 0
+    assert batcher.rows == 0
 
 
-def test_workers_compute_at_the_same_time(batcher: Make, engine: Engine) -> None:
+def test_workers_compute_at_the_same_time(make_batcher: Make, engine: Engine) -> None:
     engine.meeting = threading.Barrier(3)
-    one = batcher(workers=3, max_batch=1)
-    assert one.submit(["1", "2", "3", "4", "5", "6"]).result(20)[:, 0].tolist() == [1, 2, 3, 4, 5, 6]
+    batcher = make_batcher(workers=3, max_batch=1)
+    assert batcher.submit(["1", "2", "3", "4", "5", "6"]).result(20)[:, 0].tolist() == [1, 2, 3, 4, 5, 6]
     assert sorted(engine.batches) == [[1], [2], [3], [4], [5], [6]]
 
 
-def test_a_batch_that_breaks_fails_its_own_request_and_no_other_worker(batcher: Make, engine: Engine) -> None:
+def test_a_batch_that_breaks_fails_its_own_request_and_no_other_worker(make_batcher: Make, engine: Engine) -> None:
     engine.meeting = threading.Barrier(3)
-    one = batcher(workers=3, max_batch=1)
-    broken, fine = one.submit(["13", "13", "2"]), one.submit(["5", "6", "7"])  # each trio is computed at once
+    batcher = make_batcher(workers=3, max_batch=1)
+    broken, fine = batcher.submit(["13", "13", "2"]), batcher.submit(["5", "6", "7"])  # each trio is computed at once
     with pytest.raises(EngineError, match="the engine broke"):
         broken.result(20)
     assert fine.result(20)[:, 0].tolist() == [5, 6, 7]
-    assert one.submit(["8", "9", "10"]).result(20)[:, 0].tolist() == [8, 9, 10]  # all three are still there
-    assert one.rows == 0
+    assert batcher.submit(["8", "9", "10"]).result(20)[:, 0].tolist() == [8, 9, 10]  # all three are still there
+    assert batcher.rows == 0
 
 
-def test_many_clients_of_several_workers_get_their_own_answers(batcher: Make) -> None:
-    one = batcher(workers=3, max_batch=5, max_wait=0.001)
+def test_many_clients_of_several_workers_get_their_own_answers(make_batcher: Make) -> None:
+    batcher = make_batcher(workers=3, max_batch=5, max_wait=0.001)
 
     def client(number: int) -> int:
-        wrong = 0
-        for turn in range(40):
-            texts = [str(20 + (7 * number + 5 * turn + row) % 40) for row in range(1 + turn % 4)]
-            wrong += one.submit(texts).result(20)[:, 0].tolist() != [int(text) for text in texts]
-        return wrong
+        mismatches = 0
+        for request in range(40):
+            texts = [str(20 + (7 * number + 5 * request + row) % 40) for row in range(1 + request % 4)]
+            mismatches += batcher.submit(texts).result(20)[:, 0].tolist() != [int(text) for text in texts]
+        return mismatches
 
     with ThreadPoolExecutor(16) as pool:
         assert sum(pool.map(client, range(16))) == 0
-    assert one.rows == 0
+    assert batcher.rows == 0
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_closing_answers_what_waits_and_takes_nothing_more(batcher: Make, engine: Engine, workers: int) -> None:
+def test_closing_answers_what_waits_and_takes_nothing_more(make_batcher: Make, engine: Engine, workers: int) -> None:
     engine.gate.clear()
-    one = batcher(workers=workers, max_batch=2, max_wait=30.0)
-    futures = [one.submit([str(number)]) for number in range(1, 6)]
+    batcher = make_batcher(workers=workers, max_batch=2, max_wait=30.0)
+    futures = [batcher.submit([str(number)]) for number in range(1, 6)]
     threading.Timer(0.05, engine.gate.set).start()
-    one.close()
+    batcher.close()
     assert [future.result(0)[0, 0] for future in futures] == [1, 2, 3, 4, 5]
-    assert one.running_workers == 0
+    assert batcher.running_workers == 0
     with pytest.raises(ServerClosing):
-        one.submit(["1"])
+        batcher.submit(["1"])
 
 
-def test_a_classifier_may_be_asked_by_several_threads_at_once(either: Path) -> None:
-    classify = spdtool.load(either, variant="onnx", threads=1)
-    texts = [" ".join(("good", "bad", "film", "very")[: 1 + place % 4]) for place in range(48)]
-    parts = [texts[start : start + 4] for start in range(0, len(texts), 3)]
-    expected = [classify.compute(classify.encode(part)) for part in parts]
+def test_a_classifier_may_be_asked_by_several_threads_at_once(older_bundle: Path) -> None:
+    classify = spdtool.load(older_bundle, variant="onnx", threads=1)
+    texts = [" ".join(("good", "bad", "film", "very")[: 1 + index % 4]) for index in range(48)]
+    batches = [texts[start : start + 4] for start in range(0, len(texts), 3)]
+    expected = [classify.compute(classify.encode(batch)) for batch in batches]
     with ThreadPoolExecutor(6) as pool:
         for _ in range(5):
-            found = list(pool.map(lambda part: classify.compute(classify.encode(part)), parts))
-            assert all(map(np.array_equal, found, expected))
+            actual = list(pool.map(lambda batch: classify.compute(classify.encode(batch)), batches))
+            assert all(map(np.array_equal, actual, expected))

@@ -153,15 +153,15 @@ def test_without_the_portable_target_or_a_fast_tokenizer_there_is_none(exported:
     copy = shutil.copytree(exported.folder, tmp_path / "export")
     (copy / "student/tokenizer.json").unlink()
     assert "no tokenizer.json" in str(write_bundle(copy, exported.checkpoint, exported.recipe, exported.result))
-    other = ExportResult(first="onnx-fp16", targets={"onnx-fp16": exported.result.targets["onnx-fp16"]})
-    assert "'onnx' was not exported" in str(write_bundle(copy, exported.checkpoint, exported.recipe, other))
+    fp16_only = ExportResult(first="onnx-fp16", targets={"onnx-fp16": exported.result.targets["onnx-fp16"]})
+    assert "'onnx' was not exported" in str(write_bundle(copy, exported.checkpoint, exported.recipe, fp16_only))
 
 
 # Opening it ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def strange(servable: Path, tmp_path: Path, toys: ModuleType) -> Path:
+def library_bundle(servable: Path, tmp_path: Path, toys: ModuleType) -> Path:
     """The bundle, as if its second variant needed a library and were preferred on a CPU."""
     copy = shutil.copytree(servable, tmp_path / "strange")
     manifest = json.loads((copy / "manifest.json").read_text())
@@ -171,16 +171,16 @@ def strange(servable: Path, tmp_path: Path, toys: ModuleType) -> Path:
     return copy
 
 
-def test_one_text_or_two_is_what_the_task_had(servable: Path, single: Path, either: Path) -> None:
-    two, one, old = map(spdtool.load, (servable, single, either))
-    assert (two.text, one.text, old.text) == (("first", "second"), ("sentence",), None)
-    assert two("bad", "good") == old("bad", "good")
-    assert one(["bad"]) == old(["bad"])
+def test_one_text_or_two_is_what_the_task_had(servable: Path, single: Path, older_bundle: Path) -> None:
+    of_pairs, of_texts, of_either = map(spdtool.load, (servable, single, older_bundle))
+    assert (of_pairs.text, of_texts.text, of_either.text) == (("first", "second"), ("sentence",), None)
+    assert of_pairs("bad", "good") == of_either("bad", "good")
+    assert of_texts(["bad"]) == of_either(["bad"])
     with pytest.raises(DataError, match=r"the model takes one text \(sentence\), and two were given"):
-        one("bad", "good")
+        of_texts("bad", "good")
     with pytest.raises(DataError, match=r"the model takes two texts \(first, second\), and one was given"):
-        pickle.loads(pickle.dumps(two))(["bad"])
-    assert two.logits([[2, 5, 3]]).shape == (1, 3)
+        pickle.loads(pickle.dumps(of_pairs))(["bad"])
+    assert of_pairs.logits([[2, 5, 3]]).shape == (1, 3)
 
 
 def opened_model(folder: Path, variant: str | None = None) -> str:
@@ -189,46 +189,46 @@ def opened_model(folder: Path, variant: str | None = None) -> str:
     return bundle.model.name
 
 
-@pytest.mark.parametrize("trouble", ["no plugin", "not compiled", "does not load"])
+@pytest.mark.parametrize("problem", ["no plugin", "not compiled", "does not load"])
 def test_where_the_library_is_not_to_be_had_the_portable_one_runs(
-    trouble: str, strange: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    problem: str, library_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def path() -> Path:
-        if trouble == "not compiled":
+        if problem == "not compiled":
             raise DeviceError("not compiled")
         (tmp_path / "x.so").write_bytes(b"no library")
         return tmp_path / "x.so"
 
     def library(target: str) -> plugins.Library:
-        if trouble == "no plugin":
+        if problem == "no plugin":
             raise PluginError("none")
         return plugins.Library("x", "1", SimpleNamespace(path=path))
 
     monkeypatch.setattr(plugins, "find_library", library)
-    assert opened_model(strange) == "model.onnx"
+    assert opened_model(library_bundle) == "model.onnx"
     with pytest.raises((PluginError, DeviceError, ModelError)):
-        spdtool.load(strange, variant="onnx-fp16")
+        spdtool.load(library_bundle, variant="onnx-fp16")
 
 
-def test_where_it_loads_the_preferred_one_runs(strange: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = classifier.onnx_session.open_session
+def test_where_it_loads_the_preferred_one_runs(library_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_session = classifier.onnx_session.open_session
     monkeypatch.setattr(
         plugins, "find_library", lambda _: plugins.Library("x", "1", SimpleNamespace(path=lambda: "x.so"))
     )
-    monkeypatch.setattr(classifier.onnx_session, "open_session", lambda *arguments: real(*arguments[:3]))
-    assert opened_model(strange) == "model_fp16.onnx"
-    assert opened_model(strange, variant="onnx") == "model.onnx"
+    monkeypatch.setattr(classifier.onnx_session, "open_session", lambda *arguments: open_session(*arguments[:3]))
+    assert opened_model(library_bundle) == "model_fp16.onnx"
+    assert opened_model(library_bundle, variant="onnx") == "model.onnx"
 
 
-def test_a_damaged_file_is_refused_and_not_passed_over(strange: Path) -> None:
-    (strange / "onnx/model_fp16.onnx").write_bytes(b"")
+def test_a_damaged_file_is_refused_and_not_passed_over(library_bundle: Path) -> None:
+    (library_bundle / "onnx/model_fp16.onnx").write_bytes(b"")
     with pytest.raises(ModelError, match="model_fp16.onnx has 0 bytes"):
-        spdtool.load(strange)
+        spdtool.load(library_bundle)
 
 
 def test_one_that_was_named_is_the_same_in_another_process(servable: Path) -> None:
-    again = pickle.loads(pickle.dumps(spdtool.load(servable, variant="onnx-fp16")))
-    assert again.bundle.model.name == "model_fp16.onnx"
+    unpickled = pickle.loads(pickle.dumps(spdtool.load(servable, variant="onnx-fp16")))
+    assert unpickled.bundle.model.name == "model_fp16.onnx"
 
 
 def test_probabilities(servable: Path) -> None:
@@ -296,31 +296,33 @@ def test_the_tokenizer_step_gives_what_the_library_gives(
         request[name] = Tensor(name, np.array([[text.encode()] for text in column], object))
     not_utf8 = Tensor("TEXT", np.array([b"\xff"]))
     blank = Tensor("PAIR", np.array([b"", b"x"]))
-    whole, alone, wrong, empty = step.execute(
+    pair_response, missing_pair, bad_encoding, empty_pair = step.execute(
         [request, {"TEXT": request["TEXT"]}, {"TEXT": not_utf8}, request | {"PAIR": blank}]
     )
     classify = spdtool.load(servable)
-    columns = {tensor.name: tensor.array for tensor in whole.tensors}
+    columns = {tensor.name: tensor.array for tensor in pair_response.tensors}
     assert columns["input_ids"].shape[1] in (4, 8, 16)
     np.testing.assert_allclose(classify.logits(columns), classify.logits(texts, pairs), atol=1e-5)
-    assert "PAIR is missing" in alone.error
-    assert "cannot be read" in wrong.error
-    assert "PAIR has an empty text" in empty.error
+    assert "PAIR is missing" in missing_pair.error
+    assert "cannot be read" in bad_encoding.error
+    assert "PAIR has an empty text" in empty_pair.error
 
 
-def test_the_layout_of_triton_has_the_texts_of_the_task(run: Run, either: Path, single: Path) -> None:
+def test_the_layout_of_triton_has_the_texts_of_the_task(run: Run, older_bundle: Path, single: Path) -> None:
     def text_inputs(bundle: Path, folder: Path) -> str:
         """The inputs of the tokenizer, which are those of the ensemble."""
         folder.mkdir()
         write_triton_layout(bundle, folder, "cpu", "m")
         ensemble, tokenizer = ((folder / name / "config.pbtxt").read_text() for name in ("m", "m_tokenizer"))
-        inputs, same = (config[config.index("input [") :].split("]\n")[0] for config in (ensemble, tokenizer))
-        assert inputs == same
+        inputs, tokenizer_inputs = (
+            config[config.index("input [") :].split("]\n")[0] for config in (ensemble, tokenizer)
+        )
+        assert inputs == tokenizer_inputs
         assert ('key: "PAIR"' in ensemble) == ("PAIR" in inputs)
         return inputs
 
     assert "PAIR" not in text_inputs(single, run.path / "single")
-    assert f'name: "PAIR" {TEXT_INPUT} optional: true' in text_inputs(either, run.path / "either")
+    assert f'name: "PAIR" {TEXT_INPUT} optional: true' in text_inputs(older_bundle, run.path / "either")
     assert f'name: "PAIR" {TEXT_INPUT} }}' in text_inputs(run.path / "export/bundle", run.path / "pairs")
 
 

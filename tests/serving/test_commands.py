@@ -19,16 +19,16 @@ from spdtool.serving import predict as lines
 Call = Callable[..., Any]
 
 
-def piped(*words: Any, given: str = "") -> subprocess.CompletedProcess[str]:
+def piped(*words: Any, text: str = "") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "spdtool", *map(str, words)]
-    return subprocess.run(command, input=given, capture_output=True, text=True, check=False)
+    return subprocess.run(command, input=text, capture_output=True, text=True, check=False)
 
 
-def test_one_text_and_one_pair(spdtool: Call, either: Path) -> None:
-    classify = library.load(either)
-    result = spdtool("predict", either, "good film", "--pair", "bad")
+def test_one_text_and_one_pair(spdtool: Call, older_bundle: Path) -> None:
+    classify = library.load(older_bundle)
+    result = spdtool("predict", older_bundle, "good film", "--pair", "bad")
     assert (result.exit_code, result.stdout.split("\t")[0]) == (0, classify("good film", "bad"))
-    output = json.loads(spdtool("predict", either, "good film", "--json").stdout)
+    output = json.loads(spdtool("predict", older_bundle, "good film", "--json").stdout)
     assert (output["line"], output["label"]) == (1, classify("good film"))
     assert output["logits"] == pytest.approx(classify.logits("good film")[0].tolist(), abs=1e-5)
 
@@ -51,39 +51,39 @@ LINES = {
 
 
 @pytest.mark.parametrize("form", LINES)
-def test_lines_keep_their_order_and_wrong_ones_are_named(form: str, either: Path) -> None:
-    given, wrong, texts, pairs = LINES[form]
-    classify = library.load(either)
-    told = list(lines.predict_lines(classify, lines.parse_lines(given), batch_size=2))
-    assert [row["line"] for row in told] == list(range(1, len(given) + 1))
-    found = {row["line"]: row["error"] for row in told if "error" in row}
-    assert found.keys() == wrong.keys()
-    assert all(words in found[number] for number, words in wrong.items())
-    assert [row["label"] for row in told if "error" not in row] == classify(texts, pairs)
+def test_lines_keep_their_order_and_wrong_ones_are_named(form: str, older_bundle: Path) -> None:
+    raw_lines, expected_errors, texts, pairs = LINES[form]
+    classify = library.load(older_bundle)
+    results = list(lines.predict_lines(classify, lines.parse_lines(raw_lines), batch_size=2))
+    assert [row["line"] for row in results] == list(range(1, len(raw_lines) + 1))
+    errors = {row["line"]: row["error"] for row in results if "error" in row}
+    assert errors.keys() == expected_errors.keys()
+    assert all(words in errors[number] for number, words in expected_errors.items())
+    assert [row["label"] for row in results if "error" not in row] == classify(texts, pairs)
 
 
-def test_many_lines_with_and_without_a_pair(either: Path) -> None:
-    classify = library.load(either)
-    given = [{"text": f"{'good ' * (n % 9)}film"} | ({"pair": "bad"} if n % 3 else {}) for n in range(70)]
-    told = list(lines.predict_lines(classify, lines.parse_lines(map(json.dumps, given)), batch_size=4))
-    for row, sent in zip(told, given, strict=True):
-        expected = classify.logits(sent["text"], sent.get("pair"))[0].tolist()
+def test_many_lines_with_and_without_a_pair(older_bundle: Path) -> None:
+    classify = library.load(older_bundle)
+    records = [{"text": f"{'good ' * (n % 9)}film"} | ({"pair": "bad"} if n % 3 else {}) for n in range(70)]
+    results = list(lines.predict_lines(classify, lines.parse_lines(map(json.dumps, records)), batch_size=4))
+    for row, record in zip(results, records, strict=True):
+        expected = classify.logits(record["text"], record.get("pair"))[0].tolist()
         assert row["logits"] == pytest.approx(expected, abs=1e-5)
 
 
-def test_from_a_pipe_and_a_file(either: Path, tmp_path: Path, spdtool: Call) -> None:
-    done = piped("predict", either, "--input", "-", "--json", given="good film\n\nbad\n")
-    assert done.returncode == 2
-    assert [json.loads(line).get("error") for line in done.stdout.splitlines()] == [None, "is empty", None]
-    assert "line 2 is empty" in done.stderr
+def test_from_a_pipe_and_a_file(older_bundle: Path, tmp_path: Path, spdtool: Call) -> None:
+    process = piped("predict", older_bundle, "--input", "-", "--json", text="good film\n\nbad\n")
+    assert process.returncode == 2
+    assert [json.loads(line).get("error") for line in process.stdout.splitlines()] == [None, "is empty", None]
+    assert "line 2 is empty" in process.stderr
     file = tmp_path / "lines.tsv"
     file.write_text("good film\tbad\nbad\tgood\n")
-    result = spdtool("predict", either, "--input", file, "--format", "tsv")
+    result = spdtool("predict", older_bundle, "--input", file, "--format", "tsv")
     assert result.exit_code == 0
-    labels = library.load(either)(["good film", "bad"], ["bad", "good"])
+    labels = library.load(older_bundle)(["good film", "bad"], ["bad", "good"])
     assert [line.split("\t")[0] for line in result.stdout.splitlines()] == labels
     file.write_bytes(b"\xff\xfe")
-    for arguments, told in (
+    for arguments, message in (
         (("--input", tmp_path / "none"), "there is no file"),
         (("--input", file), "is no text in UTF-8"),
         ((), "neither a text nor --input was given"),
@@ -95,15 +95,15 @@ def test_from_a_pipe_and_a_file(either: Path, tmp_path: Path, spdtool: Call) -> 
         (("--input", "-", "--format", "csv"), "there is no format 'csv'"),
         (("x", "--variant", "onnx-fp61"), "did you mean 'onnx-fp16'"),
     ):
-        result = spdtool("predict", either, *arguments)
-        assert (result.exit_code, told in result.stderr) == (2, True), result.stderr
+        result = spdtool("predict", older_bundle, *arguments)
+        assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
 
 
-def test_none_of_them_imports_torch(either: Path) -> None:
-    words = ["predict", str(either), "good film"]
+def test_none_of_them_imports_torch(older_bundle: Path) -> None:
+    arguments = ["predict", str(older_bundle), "good film"]
     code = (
         "import sys\nfrom spdtool.cli.main import app\n"
-        f"try:\n    app({words!r})\nexcept SystemExit as end:\n    assert not end.code\n"
+        f"try:\n    app({arguments!r})\nexcept SystemExit as end:\n    assert not end.code\n"
         "import spdtool.serving.verify, spdtool.serving.predict, spdtool.serving.batching, spdtool.serving.server\n"
         "sys.exit(', '.join({'torch', 'transformers', 'onnx', 'datasets'} & sys.modules.keys()) or 0)"
     )
@@ -123,14 +123,14 @@ def test_a_sound_bundle_passes(spdtool: Call, servable: Path) -> None:
     result = spdtool("serve-check", servable, "--json")
     assert result.exit_code == 0
     output = json.loads(result.stdout)
-    assert {name: found["state"] for name, found in output["variants"].items()} == {"onnx": "ok", "onnx-fp16": "ok"}
-    assert all(found["rows"] == 20 and found["difference"] < 1e-4 for found in output["variants"].values())
+    assert {name: check["state"] for name, check in output["variants"].items()} == {"onnx": "ok", "onnx-fp16": "ok"}
+    assert all(check["rows"] == 20 and check["difference"] < 1e-4 for check in output["variants"].values())
 
 
-def swap(folder: Path, one: str, other: str) -> None:
-    first, second = (folder / one).read_bytes(), (folder / other).read_bytes()
-    (folder / one).write_bytes(second)
-    (folder / other).write_bytes(first)
+def swap(folder: Path, first_name: str, second_name: str) -> None:
+    first, second = (folder / first_name).read_bytes(), (folder / second_name).read_bytes()
+    (folder / first_name).write_bytes(second)
+    (folder / second_name).write_bytes(first)
 
 
 def flip(folder: Path, name: str) -> None:
@@ -140,7 +140,7 @@ def flip(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "message"),
     [
         (lambda folder: flip(folder, "onnx/model.onnx"), "onnx/model.onnx is damaged"),
         (lambda folder: flip(folder, "tokenizer.json"), "tokenizer.json is damaged"),
@@ -151,13 +151,13 @@ def flip(folder: Path, name: str) -> None:
         (lambda folder: (folder / "onnx/model.onnx").write_bytes(b""), "onnx/model.onnx has 0 bytes"),
     ],
 )
-def test_a_file_that_is_another_is_named(damage: Any, told: str, copied: Path, spdtool: Call) -> None:
+def test_a_file_that_is_another_is_named(damage: Any, message: str, copied: Path, spdtool: Call) -> None:
     damage(copied)
     result = spdtool("serve-check", copied)
-    assert (result.exit_code, told in result.stderr) == (3, True), result.stderr
+    assert (result.exit_code, message in result.stderr) == (3, True), result.stderr
 
 
-def forge(folder: Path, **changed: Any) -> None:
+def forge(folder: Path, **fields: Any) -> None:
     """Change manifest.json, with the true sums of every file."""
     from spdtool.export.bundle.manifest import seal
     from spdtool.run.fingerprint import sha256
@@ -166,7 +166,7 @@ def forge(folder: Path, **changed: Any) -> None:
     for name in manifest["files"]:
         file = folder / name
         manifest["files"][name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
-    (folder / "manifest.json").write_text(json.dumps(seal(manifest | changed)))
+    (folder / "manifest.json").write_text(json.dumps(seal(manifest | fields)))
 
 
 def test_a_model_that_was_exchanged_with_its_sum_fails_the_golden_examples(copied: Path, spdtool: Call) -> None:
@@ -225,13 +225,13 @@ def test_what_is_no_bundle_is_refused(spdtool: Call, exported: Any, copied: Path
 
 def test_the_self_test_for_those_who_trust_the_folder(servable: Path, copied: Path) -> None:
     def run(folder: Path) -> subprocess.CompletedProcess[str]:
-        words = [sys.executable, str(folder / "selftest.py")]
-        return subprocess.run(words, capture_output=True, text=True, check=False, env=dict(os.environ))
+        command = [sys.executable, str(folder / "selftest.py")]
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ))
 
-    done = run(servable)
-    assert (done.returncode, "ok: " in done.stdout, done.stderr) == (0, True, "")
+    process = run(servable)
+    assert (process.returncode, "ok: " in process.stdout, process.stderr) == (0, True, "")
     flip(copied, "onnx/model_fp16.onnx")
-    done = run(copied)
-    assert (done.returncode, "FAILED  onnx/model_fp16.onnx is damaged" in done.stdout) == (1, True)
+    process = run(copied)
+    assert (process.returncode, "FAILED  onnx/model_fp16.onnx is damaged" in process.stdout) == (1, True)
     (copied / "manifest.json").write_text("{")
     assert run(copied).returncode == 1

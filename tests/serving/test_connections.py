@@ -61,8 +61,8 @@ def test_what_is_no_request_is_refused_as_json(serve: Callable) -> None:
     # Every one of them was counted.
     counts = running.statuses()
     for status in (400, 413, 431):
-        counted = sum(count for label, count in counts.items() if label.endswith(str(status)))
-        assert counted == sum(expected_status == status for _, expected_status in expected.values()), status
+        refused = sum(count for label, count in counts.items() if label.endswith(str(status)))
+        assert refused == sum(expected_status == status for _, expected_status in expected.values()), status
 
 
 def test_a_client_may_take_its_time_but_not_for_ever(serve: Callable) -> None:
@@ -70,14 +70,14 @@ def test_a_client_may_take_its_time_but_not_for_ever(serve: Callable) -> None:
     # A silent connection, and one that waits after an answer, are closed without a word.
     assert running.send() == b""
     assert running.send(GET).count(b"HTTP/1.1") == 1
-    for kind, sent, what in (
+    for kind, request, late_part in (
         ("half a head", GET[:30], "the head"),
         ("half a head after a request", GET + GET[:30], "the head"),
         ("half a body", POST[:-5], "the body"),
     ):
-        answer = running.send(sent)
+        answer = running.send(request)
         assert b"HTTP/1.1 408 " in answer, kind
-        assert what in answer.decode(), kind
+        assert late_part in answer.decode(), kind
     while "predict 408" not in running.statuses():  # counted when the application notices
         time.sleep(0.01)
     assert running.statuses() == {"live 200": 2, "refused 408": 2, "predict 408": 1}
@@ -118,8 +118,8 @@ def test_half_closed_clients_get_their_answers(serve: Callable) -> None:
     answer = running.send(POST, half_close=True)
     assert (answer.count(b"HTTP/1.1 200"), b"predictions" in answer) == (1, True)
     assert running.send(POST + POST + GET, half_close=True).count(b"HTTP/1.1 200") == 3
-    for sent in (POST[:-5], GET[:30]):
-        assert status_and_error(running.send(sent, half_close=True)) == (400, "the request has no end")
+    for request in (POST[:-5], GET[:30]):
+        assert status_and_error(running.send(request, half_close=True)) == (400, "the request has no end")
     assert running.send(half_close=True) == b""
     while running.door.admitted:
         time.sleep(0.01)

@@ -128,10 +128,10 @@ def test_only_hosts_on_the_list_are_answered(serve: Callable) -> None:
 
 def test_the_pages_need_nothing_else_and_escape_every_label(serve: Callable, stand_in: Callable) -> None:
     running = serve(stand_in(names=(EVIL, "good")))
-    status, headers, front = running.call("GET", "/")
+    status, headers, front_page = running.call("GET", "/")
     assert (status, headers["content-type"].startswith("text/plain")) == (200, True)
-    assert "\x1b" not in front
-    assert ("good" in front, "curl" in front) == (True, True)
+    assert "\x1b" not in front_page
+    assert ("good" in front_page, "curl" in front_page) == (True, True)
     status, headers, docs = running.call("GET", "/docs")
     assert (status, headers["content-type"].startswith("text/html")) == (200, True)
     assert re.findall(r"<script|src=|url\(|@import|https?://(?!localhost)", docs) == []
@@ -184,11 +184,11 @@ def test_a_folder_that_changes_is_no_longer_answered_from(serve: Callable, tmp_p
 
 def test_a_watch_notices_every_way_to_change_a_file(tmp_path: Path) -> None:
     file = tmp_path / "a"
-    other = tmp_path.parent / "b"
+    replacement = tmp_path.parent / "b"
 
     def replace() -> None:
-        other.write_text("one")
-        other.replace(file)
+        replacement.write_text("one")
+        replacement.replace(file)
 
     for change in (lambda: file.write_text("two"), lambda: file.write_text("more"), file.unlink, replace):
         file.write_text("one")
@@ -218,13 +218,13 @@ def test_the_access_log_has_a_line_for_every_answer(serve: Callable) -> None:
 
 
 def test_a_request_that_the_end_cut_off_is_told_and_counted() -> None:
-    metrics, sent = ServerMetrics(), []
+    metrics, messages = ServerMetrics(), []
 
     async def never(scope: object, receive: object, send: object) -> None:
         await asyncio.sleep(100)
 
     async def send(message: dict) -> None:
-        sent.append(message)
+        messages.append(message)
 
     async def cut() -> None:
         observed = ObserveRequests(never, metrics, {})
@@ -235,7 +235,7 @@ def test_a_request_that_the_end_cut_off_is_told_and_counted() -> None:
         await task
 
     asyncio.run(cut())
-    assert (metrics.cut, sent[0]["status"]) == (1, 503)
+    assert (metrics.cut, messages[0]["status"]) == (1, 503)
 
 
 def test_metrics_are_true_under_load(serve: Callable) -> None:

@@ -48,9 +48,9 @@ def write(folder: Path, ending: str, columns: dict[str, list[str]]) -> Path:
     return file
 
 
-def labels(called: Any) -> list[str]:
-    assert called.exit_code == 0, called.output
-    return [json.loads(line)["label"] for line in called.stdout.splitlines()]
+def labels(result: Any) -> list[str]:
+    assert result.exit_code == 0, result.output
+    return [json.loads(line)["label"] for line in result.stdout.splitlines()]
 
 
 @pytest.mark.parametrize("ending", files.READERS)
@@ -63,33 +63,33 @@ def test_a_file_of_the_training_is_read_by_its_columns(
     pairs = write(tmp_path, ending, {"label": gold, "second": SECONDS, "id": gold, "first": TEXTS})
     assert labels(spdtool("predict", servable, "--input", pairs, "--json")) == library.load(servable)(TEXTS, SECONDS)
     read = files.read_file(pairs)
-    with inputs.open_input(str(pairs), library.load(servable)) as found:
-        assert [(line.number, line.text, line.pair) for line in found] == [
+    with inputs.open_input(str(pairs), library.load(servable)) as lines:
+        assert [(line.number, line.text, line.pair) for line in lines] == [
             *zip(read.lines, read.column("first"), read.column("second"), strict=True)
         ]
 
 
-def test_columns_of_other_names_are_named(single: Path, either: Path, tmp_path: Path, spdtool: Call) -> None:
+def test_columns_of_other_names_are_named(single: Path, older_bundle: Path, tmp_path: Path, spdtool: Call) -> None:
     file = write(tmp_path, ".csv", {"review": TEXTS, "stars": ["1"] * 4})
     result = spdtool("predict", single, "--input", file)
     assert result.exit_code == 2
     assert "has the columns 'review', 'stars', and not 'sentence'" in " ".join(result.stderr.split())
     assert "--text" in result.stderr
-    for bundle in (single, either):
-        called = spdtool("predict", bundle, "--input", file, "--text", "review", "--json")
-        assert labels(called) == library.load(single)(TEXTS)
+    for bundle in (single, older_bundle):
+        labelled = spdtool("predict", bundle, "--input", file, "--text", "review", "--json")
+        assert labels(labelled) == library.load(single)(TEXTS)
     assert "--text names 2 columns; the model takes" in spdtool(
         "predict", single, "--input", file, "--text", "review,stars"
     ).stderr.replace("\n", " ")
-    assert spdtool("predict", either, "--input", file).exit_code == 2, "an older bundle does not know them"
+    assert spdtool("predict", older_bundle, "--input", file).exit_code == 2, "an older bundle does not know them"
 
 
 def test_what_csv_files_of_the_world_hold(single: Path, tmp_path: Path) -> None:
     file = tmp_path / "rows.csv"
     file.write_bytes(b'\xef\xbb\xbfsentence,label\r\n"two\r\nlines, ""quoted""",1\r\n\r\nshort\r\n ,2\r\nlast,3')
     classify = library.load(single)
-    with inputs.open_input(str(file), classify) as found:
-        assert list(found) == [
+    with inputs.open_input(str(file), classify) as lines:
+        assert list(lines) == [
             InputLine(2, 'two\r\nlines, "quoted"'),
             InputLine(5, error="has 1 fields where 2 were expected (sentence, label)"),
             InputLine(6, error="has no text in the column 'sentence'"),
@@ -98,9 +98,9 @@ def test_what_csv_files_of_the_world_hold(single: Path, tmp_path: Path) -> None:
     file.write_text('sentence\ngood\n"open\n')
     with (
         pytest.raises(DataError, match="the row that begins in line 3"),
-        inputs.open_input(str(file), classify) as found,
+        inputs.open_input(str(file), classify) as lines,
     ):
-        list(found)
+        list(lines)
     file.write_text("")
     with pytest.raises(DataError, match="is empty"), inputs.open_input(str(file), classify):
         pass
@@ -109,18 +109,18 @@ def test_what_csv_files_of_the_world_hold(single: Path, tmp_path: Path) -> None:
 def test_blank_lines_at_the_end_of_a_tsv_are_no_rows(single: Path, tmp_path: Path) -> None:
     file = tmp_path / "rows.tsv"
     file.write_text("sentence\ngood\n\nbad\n\n\n")
-    with inputs.open_input(str(file), library.load(single)) as found:
-        numbers = [(line.number, line.error) for line in found]
+    with inputs.open_input(str(file), library.load(single)) as lines:
+        numbers = [(line.number, line.error) for line in lines]
     assert numbers == [(2, None), (3, "has no text in the column 'sentence'"), (4, None)]
 
 
 def test_a_parquet_file_with_a_number_for_a_text(single: Path, tmp_path: Path) -> None:
     file = write(tmp_path, ".parquet", {"sentence": [1, 2]})  # type: ignore[list-item]
-    with inputs.open_input(str(file), library.load(single)) as found:
-        assert [line.error for line in found] == ["has a int in the column 'sentence', not text"] * 2
-    for name, told in (("none.parquet", "there is no file"), ("bad.parquet", "is not a readable parquet file")):
+    with inputs.open_input(str(file), library.load(single)) as lines:
+        assert [line.error for line in lines] == ["has a int in the column 'sentence', not text"] * 2
+    for name, message in (("none.parquet", "there is no file"), ("bad.parquet", "is not a readable parquet file")):
         (tmp_path / "bad.parquet").write_text("x")
-        with pytest.raises(DataError, match=told), inputs.open_input(str(tmp_path / name), library.load(single)):
+        with pytest.raises(DataError, match=message), inputs.open_input(str(tmp_path / name), library.load(single)):
             pass
 
 
@@ -149,8 +149,8 @@ def test_plain_lines(kind: str, request: pytest.FixtureRequest, tmp_path: Path) 
         assert expected in error.value.message
         assert "--format" in str(error.value.hint)
         return
-    with inputs.open_input(str(file), classify) as found:
-        for line, wanted in zip(found, expected, strict=True):
+    with inputs.open_input(str(file), classify) as lines:
+        for line, wanted in zip(lines, expected, strict=True):
             if line.error:
                 assert wanted in line.error
             else:
@@ -160,21 +160,21 @@ def test_plain_lines(kind: str, request: pytest.FixtureRequest, tmp_path: Path) 
 def test_lines_of_the_other_kind_are_refused_one_by_one(single: Path, servable: Path, tmp_path: Path) -> None:
     from spdtool.serving import predict as lines
 
-    given = [InputLine(1, "good"), InputLine(2, "good", "bad"), InputLine(3, " "), InputLine(4, "good", "")]
-    for bundle, wrong in ((single, {2, 3, 4}), (servable, {1, 3, 4})):
-        told = list(lines.predict_lines(library.load(bundle), given))
-        assert {row["line"] for row in told if "error" in row} == wrong
-        assert any("the model takes" in row.get("error", "") for row in told)
+    input_lines = [InputLine(1, "good"), InputLine(2, "good", "bad"), InputLine(3, " "), InputLine(4, "good", "")]
+    for bundle, refused_numbers in ((single, {2, 3, 4}), (servable, {1, 3, 4})):
+        results = list(lines.predict_lines(library.load(bundle), input_lines))
+        assert {row["line"] for row in results if "error" in row} == refused_numbers
+        assert any("the model takes" in row.get("error", "") for row in results)
 
 
 def test_one_text_of_the_command_line_too(single: Path, servable: Path, spdtool: Call) -> None:
-    for bundle, arguments, told in (
+    for bundle, arguments, message in (
         (single, ("good", "--pair", "bad"), "the model takes one text"),
         (servable, ("good",), "the model takes two texts"),
         (single, ("",), "is empty"),
     ):
         result = spdtool("predict", bundle, *arguments)
-        assert (result.exit_code, told in result.stderr) == (2, True), result.output
+        assert (result.exit_code, message in result.stderr) == (2, True), result.output
 
 
 @pytest.mark.parametrize("ending", [".csv", ".tsv", ".jsonl", ".parquet", ".txt"])
@@ -185,8 +185,8 @@ def test_memory_does_not_grow_with_the_file(ending: str, single: Path, tmp_path:
     classify = library.load(single)
     next(iter(iterate_tables(file, 10))) if ending == ".parquet" else None  # imports pyarrow
     tracemalloc.start()
-    with inputs.open_input(str(file), classify) as found:
-        assert sum(1 for _ in itertools.islice(found, 50_000)) >= 40_000
+    with inputs.open_input(str(file), classify) as lines:
+        assert sum(1 for _ in itertools.islice(lines, 50_000)) >= 40_000
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2_000_000, "the texts have eight million letters"

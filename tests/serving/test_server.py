@@ -60,8 +60,8 @@ def end(process: subprocess.Popen[str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def port(either: Path) -> Iterator[int]:
-    server, number = start(either, *LIMITS)
+def port(older_bundle: Path) -> Iterator[int]:
+    server, number = start(older_bundle, *LIMITS)
     yield number
     server.send_signal(signal.SIGTERM)
     end(server)
@@ -78,10 +78,10 @@ def call(port: int, method: str, path: str, body: Any = None, **headers: str) ->
     return response.status, json.loads(text) if response.headers["content-type"] == "application/json" else text
 
 
-def tensors(texts: list[str], pairs: list[str] | None = None, **more: Any) -> dict[str, Any]:
-    named = [("text", texts)] + ([("pair", pairs)] if pairs is not None else [])
-    inputs = [{"name": name, "shape": [len(data)], "datatype": "BYTES", "data": data} for name, data in named]
-    return {"inputs": inputs} | more
+def tensors(texts: list[str], pairs: list[str] | None = None, **fields: Any) -> dict[str, Any]:
+    columns = [("text", texts)] + ([("pair", pairs)] if pairs is not None else [])
+    inputs = [{"name": name, "shape": [len(data)], "datatype": "BYTES", "data": data} for name, data in columns]
+    return {"inputs": inputs} | fields
 
 
 def test_it_says_what_it_serves(port: int) -> None:
@@ -90,39 +90,39 @@ def test_it_says_what_it_serves(port: int) -> None:
     assert call(port, "GET", "/v2/health/ready") == (200, {"ready": True})
     for path in (f"/v2/models/{NAME}/ready", f"/v2/models/{NAME}/versions/1/ready"):
         assert call(port, "GET", path) == (200, {"name": NAME, "ready": True})
-    told = call(port, "GET", f"/v2/models/{NAME}")[1]
-    assert [tensor["name"] for tensor in told["inputs"]] == ["text", "pair"]
-    assert {tensor["name"]: tensor["shape"] for tensor in told["outputs"]} == {
+    metadata = call(port, "GET", f"/v2/models/{NAME}")[1]
+    assert [tensor["name"] for tensor in metadata["inputs"]] == ["text", "pair"]
+    assert {tensor["name"]: tensor["shape"] for tensor in metadata["outputs"]} == {
         "logits": [-1, 3],
         "probabilities": [-1, 3],
         "label": [-1],
     }
 
 
-def test_an_inference_is_what_the_library_says(port: int, either: Path) -> None:
-    classify = spdtool.load(either, threads=1)
+def test_an_inference_is_what_the_library_says(port: int, older_bundle: Path) -> None:
+    classify = spdtool.load(older_bundle, threads=1)
     texts, pairs = ["good film", "a meal", "ünïcødé 日本 \u0000"], ["bad", "so cold it was", "🙂"]
     logits = classify.logits(texts, pairs)
-    status, told = call(port, "POST", f"/v2/models/{NAME}/infer", tensors(texts, pairs, id="x7"))
-    assert (status, told["id"], told["model_name"], told["model_version"]) == (200, "x7", NAME, "1")
-    found = {output["name"]: output for output in told["outputs"]}
-    np.testing.assert_allclose(np.reshape(found["logits"]["data"], found["logits"]["shape"]), logits, atol=1e-5)
-    likely = np.reshape(found["probabilities"]["data"], found["probabilities"]["shape"])
-    np.testing.assert_allclose(likely.sum(axis=1), 1, atol=1e-5)
-    assert found["label"]["data"] == classify(texts, pairs)
+    status, answer = call(port, "POST", f"/v2/models/{NAME}/infer", tensors(texts, pairs, id="x7"))
+    assert (status, answer["id"], answer["model_name"], answer["model_version"]) == (200, "x7", NAME, "1")
+    outputs = {output["name"]: output for output in answer["outputs"]}
+    np.testing.assert_allclose(np.reshape(outputs["logits"]["data"], outputs["logits"]["shape"]), logits, atol=1e-5)
+    probabilities = np.reshape(outputs["probabilities"]["data"], outputs["probabilities"]["shape"])
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-5)
+    assert outputs["label"]["data"] == classify(texts, pairs)
     nested = tensors(texts)
     nested["inputs"][0] |= {"shape": [3, 1], "data": [[text] for text in texts]}
-    told = call(port, "POST", f"/v2/models/{NAME}/infer", nested | {"outputs": [{"name": "label"}]})[1]
-    assert [output["name"] for output in told["outputs"]] == ["label"]
-    assert told["outputs"][0]["data"] == classify(texts)
+    answer = call(port, "POST", f"/v2/models/{NAME}/infer", nested | {"outputs": [{"name": "label"}]})[1]
+    assert [output["name"] for output in answer["outputs"]] == ["label"]
+    assert answer["outputs"][0]["data"] == classify(texts)
 
 
-def test_the_plain_form(port: int, either: Path) -> None:
-    classify = spdtool.load(either, threads=1)
-    status, told = call(port, "POST", "/predict", {"texts": ["good film", "bad"], "pairs": ["x", "y"]})
-    assert (status, told["model"]) == (200, NAME)
-    assert [row["label"] for row in told["predictions"]] == classify(["good film", "bad"], ["x", "y"])
-    assert all(1 / 3 <= row["probability"] <= 1 and len(row["logits"]) == 3 for row in told["predictions"])
+def test_the_plain_form(port: int, older_bundle: Path) -> None:
+    classify = spdtool.load(older_bundle, threads=1)
+    status, answer = call(port, "POST", "/predict", {"texts": ["good film", "bad"], "pairs": ["x", "y"]})
+    assert (status, answer["model"]) == (200, NAME)
+    assert [row["label"] for row in answer["predictions"]] == classify(["good film", "bad"], ["x", "y"])
+    assert all(1 / 3 <= row["probability"] <= 1 and len(row["logits"]) == 3 for row in answer["predictions"])
     assert call(port, "POST", "/predict", {"texts": []}) == (200, {"model": NAME, "predictions": []})
     empty = call(port, "POST", f"/v2/models/{NAME}/infer", tensors([]))[1]
     assert [output["shape"] for output in empty["outputs"]] == [[0, 3], [0, 3], [0]]
@@ -183,26 +183,30 @@ WRONG: dict[str, tuple[str, Any, int, str]] = {
 @pytest.mark.parametrize("kind", WRONG)
 def test_what_is_no_request_is_refused_in_words(kind: str, port: int) -> None:
     path, body, expected, words = WRONG[kind]
-    status, told = call(port, "POST", path, body)
+    status, answer = call(port, "POST", path, body)
     assert status == expected
-    assert words in told["error"]
+    assert words in answer["error"]
 
 
 @pytest.mark.parametrize("kind", ["single", "servable"])
 def test_one_text_or_two_is_what_the_task_had(kind: str, request: pytest.FixtureRequest) -> None:
-    taken = ["text"] if kind == "single" else ["text", "pair"]
+    names = ["text"] if kind == "single" else ["text", "pair"]
     server, port = start(request.getfixturevalue(kind))
-    told = call(port, "GET", f"/v2/models/{NAME}")[1]
-    assert [tensor["name"] for tensor in told["inputs"]] == taken
+    answer = call(port, "GET", f"/v2/models/{NAME}")[1]
+    assert [tensor["name"] for tensor in answer["inputs"]] == names
     for texts in (["good film"], []):
-        for paired in (False, True):
-            right = paired == (len(taken) == 2)
-            pairs = texts if paired else None
-            sent = {"texts": texts} | ({"pairs": pairs} if paired else {})
-            status, told = call(port, "POST", "/predict", sent)
-            assert (status, "the model takes" in told.get("error", "")) == ((200, False) if right else (422, True))
-            status, told = call(port, "POST", f"/v2/models/{NAME}/infer", tensors(texts, pairs))
-            assert (status, "the model takes" in told.get("error", "")) == ((200, False) if right else (400, True))
+        for with_pairs in (False, True):
+            is_accepted = with_pairs == (len(names) == 2)
+            pairs = texts if with_pairs else None
+            request_body = {"texts": texts} | ({"pairs": pairs} if with_pairs else {})
+            status, answer = call(port, "POST", "/predict", request_body)
+            assert (status, "the model takes" in answer.get("error", "")) == (
+                (200, False) if is_accepted else (422, True)
+            )
+            status, answer = call(port, "POST", f"/v2/models/{NAME}/infer", tensors(texts, pairs))
+            assert (status, "the model takes" in answer.get("error", "")) == (
+                (200, False) if is_accepted else (400, True)
+            )
     server.send_signal(signal.SIGTERM)
     end(server)
 
@@ -216,15 +220,15 @@ def test_a_body_without_a_length_is_cut_too(port: int) -> None:
 
 def test_the_binary_extension_is_refused(port: int) -> None:
     headers = {"Inference-Header-Content-Length": "10"}
-    status, told = call(port, "POST", f"/v2/models/{NAME}/infer", tensors(["a"]), **headers)
-    assert (status, "binary extension" in told["error"]) == (400, True)
+    status, answer = call(port, "POST", f"/v2/models/{NAME}/infer", tensors(["a"]), **headers)
+    assert (status, "binary extension" in answer["error"]) == (400, True)
 
 
-def test_no_answer_is_lost_or_mixed_up_among_64_clients(port: int, either: Path) -> None:
+def test_no_answer_is_lost_or_mixed_up_among_64_clients(port: int, older_bundle: Path) -> None:
     words = ("good", "bad", "film", "book", "meal", "very", "cold", "warm")
     draw = random.Random(0)
-    texts = [" ".join(draw.choices(words, k=1 + place % 23)) for place in range(640)]
-    expected = spdtool.load(either, threads=1).logits(texts)
+    texts = [" ".join(draw.choices(words, k=1 + index % 23)) for index in range(640)]
+    expected = spdtool.load(older_bundle, threads=1).logits(texts)
     assert len({tuple(row) for row in expected.round(4).tolist()}) > 500  # a mix-up would be seen
 
     def client(number: int) -> float:
@@ -232,9 +236,9 @@ def test_no_answer_is_lost_or_mixed_up_among_64_clients(port: int, either: Path)
         worst = 0.0
         for start in range(number * 10, number * 10 + 10, 2):
             connection.request("POST", "/predict", json.dumps({"texts": texts[start : start + 2]}))
-            told = json.loads(connection.getresponse().read())["predictions"]
-            found = np.array([row["logits"] for row in told])
-            worst = max(worst, float(np.abs(found - expected[start : start + 2]).max()))
+            predictions = json.loads(connection.getresponse().read())["predictions"]
+            logits = np.array([row["logits"] for row in predictions])
+            worst = max(worst, float(np.abs(logits - expected[start : start + 2]).max()))
         connection.close()
         return worst
 
@@ -245,10 +249,10 @@ def test_no_answer_is_lost_or_mixed_up_among_64_clients(port: int, either: Path)
 def test_clients_that_leave_in_the_middle_harm_nobody(port: int) -> None:
     body = json.dumps({"texts": ["good film"] * 40}).encode()
     head = f"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-    for sent in (head + body, head + body[:20], head[:30]):
+    for request in (head + body, head + body[:20], head[:30]):
         for _ in range(5):
             with socket.create_connection(("127.0.0.1", port), 10) as plug:
-                plug.sendall(sent)
+                plug.sendall(request)
     assert call(port, "POST", "/predict", {"texts": ["bad"]})[0] == 200
 
 
@@ -257,27 +261,27 @@ def test_metrics_count_what_happened(port: int) -> None:
     call(port, "POST", "/predict", b"{")
     status, text = call(port, "GET", "/metrics")
     assert status == 200
-    found = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
-    assert float(found['spdtool_requests_total{route="predict",status="200"}']) >= 1
-    assert float(found['spdtool_requests_total{route="predict",status="422"}']) >= 1
-    assert float(found["spdtool_rows_total"]) >= 2
-    assert float(found["spdtool_batch_rows_count"]) >= 1
-    assert float(found['spdtool_batch_rows_bucket{le="4.0"}']) == float(found["spdtool_batch_rows_count"])
-    assert float(found["spdtool_request_seconds_count"]) >= 2
-    assert float(found["spdtool_queue_rows"]) == 0
+    metrics = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert float(metrics['spdtool_requests_total{route="predict",status="200"}']) >= 1
+    assert float(metrics['spdtool_requests_total{route="predict",status="422"}']) >= 1
+    assert float(metrics["spdtool_rows_total"]) >= 2
+    assert float(metrics["spdtool_batch_rows_count"]) >= 1
+    assert float(metrics['spdtool_batch_rows_bucket{le="4.0"}']) == float(metrics["spdtool_batch_rows_count"])
+    assert float(metrics["spdtool_request_seconds_count"]) >= 2
+    assert float(metrics["spdtool_queue_rows"]) == 0
 
 
-def test_sigterm_answers_what_is_in_flight_and_a_full_queue_is_told(either: Path) -> None:
-    server, port = start(either, "--max-queue", "3", "--max-batch", "64", "--max-wait-ms", "1500")
+def test_sigterm_answers_what_is_in_flight_and_a_full_queue_is_told(older_bundle: Path) -> None:
+    server, port = start(older_bundle, "--max-queue", "3", "--max-batch", "64", "--max-wait-ms", "1500")
     with ThreadPoolExecutor(3) as pool:
         waiting = pool.submit(call, port, "POST", "/predict", {"texts": ["good film", "bad"]})
         while "spdtool_queue_rows 2.0" not in call(port, "GET", "/metrics")[1]:
             assert not waiting.done()
-        status, told = call(port, "POST", "/predict", {"texts": ["a", "b"]})
-        assert (status, "2 rows wait already; 3 may" in told["error"]) == (503, True)
+        status, answer = call(port, "POST", "/predict", {"texts": ["a", "b"]})
+        assert (status, "2 rows wait already; 3 may" in answer["error"]) == (503, True)
         server.send_signal(signal.SIGTERM)
-        status, told = waiting.result(30)
-        assert (status, len(told["predictions"])) == (200, 2)
+        status, answer = waiting.result(30)
+        assert (status, len(answer["predictions"])) == (200, 2)
     end(server)
     with pytest.raises(ConnectionRefusedError):
         call(port, "GET", "/v2")
@@ -335,9 +339,9 @@ def test_a_signal_ends_a_server_that_has_only_begun(stand_in: Any) -> None:
 
 
 def test_a_folder_that_changes_while_it_is_opened_is_refused(
-    either: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    older_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = shutil.copytree(either, tmp_path / "bundle")
+    folder = shutil.copytree(older_bundle, tmp_path / "bundle")
     options = server.ServerOptions(variant="onnx")
     server.open_unchanging(folder, 1, options)[1].check()
     load = server.load
@@ -353,13 +357,13 @@ def test_a_folder_that_changes_while_it_is_opened_is_refused(
 
 
 def test_hosts_are_this_machine_alone_unless_others_can_reach_it() -> None:
-    own = {"localhost", "127.0.0.1", "[::1]"}
+    loopback_names = {"localhost", "127.0.0.1", "[::1]"}
     for host, allowed, expected in (
-        ("127.0.0.1", (), own),
-        ("localhost", (), own),
-        ("::1", (), own),
-        ("127.0.0.2", (), own | {"127.0.0.2"}),
-        ("127.0.0.1", ("Model.example",), own | {"model.example"}),
+        ("127.0.0.1", (), loopback_names),
+        ("localhost", (), loopback_names),
+        ("::1", (), loopback_names),
+        ("127.0.0.2", (), loopback_names | {"127.0.0.2"}),
+        ("127.0.0.1", ("Model.example",), loopback_names | {"model.example"}),
         ("127.0.0.1", ("*",), set()),
         ("0.0.0.0", (), set()),
         ("0.0.0.0", ("model.example",), {"0.0.0.0", "model.example"}),
@@ -368,19 +372,19 @@ def test_hosts_are_this_machine_alone_unless_others_can_reach_it() -> None:
 
 
 def test_as_many_files_may_be_open_as_there_are_connections() -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft_limit, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (300, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (300, hard_limit))
         server.allow_open_files(512)
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 512 + server.OTHER_FILES
-        with pytest.raises(RunError, match=f"this process may have {hard}"):
-            server.allow_open_files(hard)
+        with pytest.raises(RunError, match=f"this process may have {hard_limit}"):
+            server.allow_open_files(hard_limit)
     finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft_limit, hard_limit))
 
 
-def test_the_access_log_is_a_switch(either: Path) -> None:
-    process, port = start(either, "--access-log", "--allow-host", "model.example")
+def test_the_access_log_is_a_switch(older_bundle: Path) -> None:
+    process, port = start(older_bundle, "--access-log", "--allow-host", "model.example")
     assert call(port, "GET", "/v2", Host="model.example")[0] == 200
     assert call(port, "GET", "/v2/%1b[31m", Host="evil.example")[0] == 421
     process.send_signal(signal.SIGTERM)
@@ -395,27 +399,27 @@ def test_threads_are_shared_among_the_workers() -> None:
     assert server.share_threads(0, 8, "cuda") == (1, 8)
 
 
-def test_another_address_deserves_a_warning_and_a_taken_one_an_error(either: Path) -> None:
+def test_another_address_deserves_a_warning_and_a_taken_one_an_error(older_bundle: Path) -> None:
     assert not server.is_loopback("0.0.0.0")
     assert all(map(server.is_loopback, ("127.0.0.1", "::1", "localhost")))
-    with server.open_listener("127.0.0.1", 0) as taken, pytest.raises(RunError, match="cannot be listened to"):
-        server.open_listener("127.0.0.1", taken.getsockname()[1])
+    with server.open_listener("127.0.0.1", 0) as listener, pytest.raises(RunError, match="cannot be listened to"):
+        server.open_listener("127.0.0.1", listener.getsockname()[1])
 
 
 def test_every_option_of_the_command_reaches_the_server(
     spdtool: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    opened: list[server.ServerOptions] = []
+    served_options: list[server.ServerOptions] = []
 
     def serve_bundle(_bundle: Path, options: server.ServerOptions) -> server.Served:
-        opened.append(options)
+        served_options.append(options)
         return server.Served("toy", "onnx/model.onnx", "http://127.0.0.1:8000", 1, 1)
 
     monkeypatch.setattr(server, "serve_bundle", serve_bundle)
     limits = ("--max-batch", 4, "--max-wait-ms", 3, "--max-queue", 5, "--max-texts", 6, "--max-body", 7)
     result = spdtool("serve", tmp_path, *limits, "--max-connections", 8, "--allow-host", "a", "--variant", "onnx")
     assert result.exit_code == 0, result.output
-    (options,) = opened
+    (options,) = served_options
     assert options.limits == {"batch": 4, "wait": 0.003, "queue": 5, "texts": 6}
     assert options.connection_limits == {"body": 7, "connections": 8}
     assert (options.allowed_hosts, options.variant, options.provider, options.port) == (("a",), "onnx", "cpu", 8000)

@@ -35,9 +35,9 @@ Make = Callable[..., list[Trial]]
 
 @pytest.fixture
 def planned(tmp_path: Path) -> Make:
-    def make(folder: str = "sweep", **how: Any) -> list[Trial]:
-        known: dict[str, Any] = {"recipes": ["gmp", "no-distillation"], "sparsities": [0.5], "seeds": [0]}
-        return plan_trials(Sweep(**known | {"tasks": ["demo"], "out": tmp_path / folder, "sets": SETS} | how))
+    def make(folder: str = "sweep", **changes: Any) -> list[Trial]:
+        defaults: dict[str, Any] = {"recipes": ["gmp", "no-distillation"], "sparsities": [0.5], "seeds": [0]}
+        return plan_trials(Sweep(**defaults | {"tasks": ["demo"], "out": tmp_path / folder, "sets": SETS} | changes))
 
     return make
 
@@ -68,14 +68,14 @@ def ray(nodes: Any) -> Any:
 @pytest.fixture
 def gather(tmp_path: Path) -> Callable[[int], str]:
     """`gather(2)`, called in trials, returns the id of a trial's node once two of them have come as far."""
-    here = tmp_path / "here"
-    here.mkdir()
+    arrived = tmp_path / "here"
+    arrived.mkdir()
 
     def gather(count: int) -> str:
         node: str = sys.modules["ray"].get_runtime_context().get_node_id()
-        (here / f"{node}-{os.getpid()}").touch()
-        until = time.monotonic() + 120
-        while len(list(here.iterdir())) < count and time.monotonic() < until:
+        (arrived / f"{node}-{os.getpid()}").touch()
+        deadline = time.monotonic() + 120
+        while len(list(arrived.iterdir())) < count and time.monotonic() < deadline:
             time.sleep(0.1)
         return node
 
@@ -140,42 +140,40 @@ def test_trials_run_on_every_node_of_a_cluster(
 def test_trials_of_a_node_that_dies_go_on_elsewhere(
     planned: Make, nodes: Any, ray: Any, gather: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held, doomed = tmp_path / "held", nodes.add_node()
+    locked, dying_node = tmp_path / "held", nodes.add_node()
 
     def work(trial: Trial, stopping: Any, teacher: Any) -> StudentRow:
-        if gather(3) == doomed_id:
+        if gather(3) == dying_id:
             trial.folder.mkdir(parents=True)
             with lock_folder(trial.folder):  # as a stage in progress holds it, until Ray's worker has ended too
-                held.touch()
+                locked.touch()
                 time.sleep(600)
         return unlocked(trial)
 
     def kill() -> None:
-        while not held.exists():
+        while not locked.exists():
             time.sleep(0.1)
-        nodes.remove_node(doomed, allow_graceful=False)
+        nodes.remove_node(dying_node, allow_graceful=False)
 
-    doomed_id, unlocked = doomed.node_id, cluster.run_unlocked_trial
+    dying_id, unlocked = dying_node.node_id, cluster.run_unlocked_trial
     monkeypatch.setattr("spdtool.sweep.on_ray.run_trial_in_worker", work)
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
     rows = run(planned(recipes=["gmp"], sparsities=[0.4, 0.5, 0.6]), Cluster())
     killer.join(30)
-    assert held.exists()
+    assert locked.exists()
     assert [row.status for row in rows] == ["done", "done", "done"]
 
 
 def test_a_trial_waits_for_an_orphan_that_holds_its_folder(planned: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     (trial,) = planned(recipes=["gmp"])
     trial.folder.mkdir(parents=True)
-    orphan = contextlib.ExitStack()
-    orphan.enter_context(lock_folder(trial.folder))
+    lock = contextlib.ExitStack()
+    lock.enter_context(lock_folder(trial.folder))
     monkeypatch.setattr(cluster, "ORPHAN_SECONDS", 0.0)
     assert "RunLocked: another process is working in" in (cluster.run_unlocked_trial(trial).error or "")
     monkeypatch.setattr(cluster, "ORPHAN_SECONDS", 300.0)
-    monkeypatch.setattr(
-        cluster, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: orphan.close())
-    )
+    monkeypatch.setattr(cluster, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: lock.close()))
     assert cluster.run_unlocked_trial(trial).status == "done"
 
 
@@ -215,8 +213,8 @@ def test_a_bug_in_a_trial_keeps_its_traceback_and_spares_the_others(
 
 @pytest.mark.slow
 def test_plugins_are_loaded_where_a_trial_runs(planned: Make, ray: Any, clean_plugins: None, tmp_path: Path) -> None:
-    found = f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nimport toys\n"
-    (tmp_path / "plugin.py").write_text(f"{found}toys.register(toys.dataset('mine'))\n")
+    preamble = f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nimport toys\n"
+    (tmp_path / "plugin.py").write_text(f"{preamble}toys.register(toys.dataset('mine'))\n")
     plugins.use_folder(tmp_path)
     assert [row.status for row in run(planned(tasks=["mine"], recipes=["gmp"]), Cluster())] == ["done"]
 
@@ -225,16 +223,18 @@ def test_plugins_are_loaded_where_a_trial_runs(planned: Make, ray: Any, clean_pl
 def test_a_hopeless_trial_is_stopped_and_stays_stopped(planned: Make, ray: Any) -> None:
     trials = planned(recipes=["gmp"], seeds=[0, 1])
     run(trials, Cluster())
-    more = planned(recipes=["gmp"], seeds=[0, 1, 2])
+    more_trials = planned(recipes=["gmp"], seeds=[0, 1, 2])
     cluster = Cluster(margin=-200)  # every score is two below any median
-    rows = run(more, cluster)
+    rows = run(more_trials, cluster)
     assert [row.status for row in rows] == ["done", "done", "stopped"]
     assert "median of 2 other trials" in (rows[2].error or "")
-    assert not (more[2].folder / "finetune").exists()
-    assert run(more, cluster) == rows
-    (seen,) = summary.summarise(rows)
-    assert (seen.stopped, seen.student.count) == (1, 0), "the mean of the others would flatter the recipe"
-    assert [row.status for row in run(more, run_in_turn)] == ["done", "done", "done"], "without the rule it goes on"
+    assert not (more_trials[2].folder / "finetune").exists()
+    assert run(more_trials, cluster) == rows
+    (summarised,) = summary.summarise(rows)
+    assert (summarised.stopped, summarised.student.count) == (1, 0), "the mean of the others would flatter the recipe"
+    assert [row.status for row in run(more_trials, run_in_turn)] == ["done", "done", "done"], (
+        "without the rule it goes on"
+    )
 
 
 def test_without_ray_the_message_says_what_to_install(planned: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,9 @@ from spdtool.run.records import IntermediateStudent, StudentRow
 from spdtool.sweep import rows, summary
 
 
-def row(**given):
-    known = {"task": "toy", "recipe": "default", "sparsity": 0.5, "seed": 0, "run": "r", "status": "done"}
-    return StudentRow(**known | {"teacher": 0.8, "student": 0.6} | given)
+def row(**fields):
+    defaults = {"task": "toy", "recipe": "default", "sparsity": 0.5, "seed": 0, "run": "r", "status": "done"}
+    return StudentRow(**defaults | {"teacher": 0.8, "student": 0.6} | fields)
 
 
 def test_a_spread_has_the_sample_deviation_and_none_for_one_value():
@@ -42,66 +42,78 @@ def test_retention_and_gaps_follow_from_the_scores_of_a_row():
 
 
 def test_a_row_survives_json_and_what_another_version_has_added():
-    made = row(students=[row(sparsity=0.3, target_sparsity=0.5)], bytes=7)
-    record = json.loads(json.dumps(made.model_dump(mode="json") | {"added_later": 1}))
-    assert StudentRow.model_validate(record) == made
+    original = row(students=[row(sparsity=0.3, target_sparsity=0.5)], bytes=7)
+    record = json.loads(json.dumps(original.model_dump(mode="json") | {"added_later": 1}))
+    assert StudentRow.model_validate(record) == original
 
 
 def test_means_are_over_seeds_of_one_task_recipe_and_sparsity():
-    made = [row(seed=seed, student=score, teacher=1.0) for seed, score in enumerate((0.5, 0.7))]
-    made += [row(recipe="other"), row(sparsity=0.9), row(task="second")]
-    found = summary.summarise(made)
-    assert [(each.task, each.recipe, each.sparsity) for each in found] == [
+    student_rows = [row(seed=seed, student=score, teacher=1.0) for seed, score in enumerate((0.5, 0.7))]
+    student_rows += [row(recipe="other"), row(sparsity=0.9), row(task="second")]
+    summaries = summary.summarise(student_rows)
+    assert [(summary_row.task, summary_row.recipe, summary_row.sparsity) for summary_row in summaries] == [
         ("toy", "default", 0.5), ("toy", "default", 0.9), ("toy", "other", 0.5), ("second", "default", 0.5)
     ]  # fmt: skip
-    assert str(found[0].student) == "60.0 ± 14.1"
-    assert found[0].retention.mean == pytest.approx(0.6)
+    assert str(summaries[0].student) == "60.0 ± 14.1"
+    assert summaries[0].retention.mean == pytest.approx(0.6)
 
 
 def test_what_is_kept_is_a_mean_of_the_seeds_own_ratios():
-    made = [row(teacher=1.0, student=0.5), row(seed=1, teacher=0.5, student=0.5)]
-    assert summary.summarise(made)[0].retention.mean == pytest.approx(0.75)
+    student_rows = [row(teacher=1.0, student=0.5), row(seed=1, teacher=0.5, student=0.5)]
+    assert summary.summarise(student_rows)[0].retention.mean == pytest.approx(0.75)
 
 
 def test_nothing_is_kept_of_a_teacher_that_is_no_better_than_chance():
-    hopeless = row(teacher=0.5, student=0.5, chance=0.5)
-    assert "nothing to keep: the teacher is no better than chance" in summary.describe_row(hopeless)
-    columns, (cells,) = summary.table(summary.summarise([hopeless]))
+    chance_row = row(teacher=0.5, student=0.5, chance=0.5)
+    assert "nothing to keep: the teacher is no better than chance" in summary.describe_row(chance_row)
+    columns, (cells,) = summary.table(summary.summarise([chance_row]))
     assert cells[columns.index("kept")] == "-"
-    assert summary.averages_table(summary.summarise([hopeless]))[1] == [["default", "0.5", "-", "0"]]
-    both = [hopeless, row(seed=1, chance=0.5)]
-    assert summary.summarise(both)[0].retention.mean == pytest.approx(0.75), (
+    assert summary.averages_table(summary.summarise([chance_row]))[1] == [["default", "0.5", "-", "0"]]
+    two_rows = [chance_row, row(seed=1, chance=0.5)]
+    assert summary.summarise(two_rows)[0].retention.mean == pytest.approx(0.75), (
         "a seed whose teacher has learned something counts"
     )
 
 
 def test_what_failed_or_is_not_finished_is_no_part_of_a_mean():
-    made = [
+    student_rows = [
         row(),
         row(seed=1, status="failed", student=None, error="DataError: no rows"),
         row(seed=2, status="unfinished"),
     ]
-    (found,) = summary.summarise(made)
-    assert found.student.count == 1
-    assert summary.table([found])[1][0][-1] == "1 (1 failed)"
-    assert summary.failures(made) == ["toy default 0.5 seed 1: failed: DataError: no rows"]
-    assert "DataError: no rows" in summary.markdown("Sweep", made)
+    (summarised,) = summary.summarise(student_rows)
+    assert summarised.student.count == 1
+    assert summary.table([summarised])[1][0][-1] == "1 (1 failed)"
+    assert summary.failures(student_rows) == ["toy default 0.5 seed 1: failed: DataError: no rows"]
+    assert "DataError: no rows" in summary.markdown("Sweep", student_rows)
 
 
 def test_the_average_over_tasks_weighs_every_task_alike():
-    made = [row(seed=seed, teacher=1.0, student=1.0) for seed in range(3)] + [row(task="b", teacher=1.0, student=0.5)]
-    assert summary.averages(summary.summarise(made)) == [summary.Average("default", 0.5, pytest.approx(0.75), 2)]
+    student_rows = [row(seed=seed, teacher=1.0, student=1.0) for seed in range(3)] + [
+        row(task="b", teacher=1.0, student=0.5)
+    ]
+    assert summary.averages(summary.summarise(student_rows)) == [
+        summary.Average("default", 0.5, pytest.approx(0.75), 2)
+    ]
 
 
 def test_intermediate_students_are_rows_of_their_own():
-    made = row(sparsity=0.95, weights=1000, nonzeros=50, seconds=9.0, bytes=5, speed=2.0)
+    final_row = row(sparsity=0.95, weights=1000, nonzeros=50, seconds=9.0, bytes=5, speed=2.0)
     saved = IntermediateStudent(sparsity=0.7, step=4, folder="students/0.7", dev={"score": 0.75}, train={"score": 0.8})
-    (on_the_way,) = rows.intermediate_rows(made, [saved])
-    assert on_the_way.label == "default, on the way to 0.95"
-    assert on_the_way.run == "r/prune/students/0.7"
-    assert (on_the_way.student, on_the_way.nonzeros, on_the_way.bytes, on_the_way.speed) == (0.75, 300, None, None)
-    assert on_the_way.student_gap == pytest.approx(0.05)
-    assert [each.recipe for each in summary.summarise([row(students=[on_the_way])])] == ["default", on_the_way.label]
+    (intermediate,) = rows.intermediate_rows(final_row, [saved])
+    assert intermediate.label == "default, on the way to 0.95"
+    assert intermediate.run == "r/prune/students/0.7"
+    assert (intermediate.student, intermediate.nonzeros, intermediate.bytes, intermediate.speed) == (
+        0.75,
+        300,
+        None,
+        None,
+    )
+    assert intermediate.student_gap == pytest.approx(0.05)
+    assert [summary_row.recipe for summary_row in summary.summarise([row(students=[intermediate])])] == [
+        "default",
+        intermediate.label,
+    ]
 
 
 def test_the_pareto_front_holds_what_nothing_cheaper_matches():

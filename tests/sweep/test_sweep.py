@@ -30,9 +30,9 @@ def planned(tmp_path, toy_task):
     """`planned(recipes=..., ...)`: the trials of a quick sweep of the task `toy` in tmp_path/sweep."""
     toy_task()
 
-    def make(**how):
-        known = {"recipes": ["default"], "sparsities": [0.5], "seeds": [0], "tasks": ["toy"], "epochs": 3}
-        return plan_trials(Sweep(**known | {"out": tmp_path / "sweep", "sets": QUICK} | how))
+    def make(**changes):
+        defaults = {"recipes": ["default"], "sparsities": [0.5], "seeds": [0], "tasks": ["toy"], "epochs": 3}
+        return plan_trials(Sweep(**defaults | {"out": tmp_path / "sweep", "sets": QUICK} | changes))
 
     return make
 
@@ -57,9 +57,12 @@ def test_every_trial_is_a_run_with_the_teacher_of_its_task_and_seed(planned, tmp
     assert sorted(path.name for path in folder.iterdir()) == sorted([*names, "teacher-seed0", "teacher-seed1"])
     for name in names:
         run = Run.open(folder / name)
-        given = folder / f"teacher-seed{name[-1]}" / "teacher"
-        assert run.recipe.given_teacher == str(given)
-        weights = [(place / "model.safetensors").read_bytes() for place in (given, run.path / "teacher")]
+        shared_teacher = folder / f"teacher-seed{name[-1]}" / "teacher"
+        assert run.recipe.given_teacher == str(shared_teacher)
+        weights = [
+            (folder_of_model / "model.safetensors").read_bytes()
+            for folder_of_model in (shared_teacher, run.path / "teacher")
+        ]
         assert weights[0] == weights[1]
     assert [line.split("]")[0] for line in lines] == ["[1/4", "[2/4", "[3/4", "[4/4"]
     assert "3 left, about" in lines[0]
@@ -88,12 +91,12 @@ def test_the_results_are_written_as_json_and_markdown(planned, tmp_path):
 @pytest.mark.slow
 def test_a_finished_sweep_does_nothing_again(planned, tmp_path):
     before, _ = run_all(planned())
-    found = stamps(tmp_path)
+    stamps_before = stamps(tmp_path)
     after, _ = run_all(planned())
-    assert (stamps(tmp_path), after) == (found, before)
+    assert (stamps(tmp_path), after) == (stamps_before, before)
     wider, _ = run_all(planned(sparsities=[0.5, 0.8]))
     assert wider[0] == before[0]
-    assert found.items() < stamps(tmp_path).items()
+    assert stamps_before.items() < stamps(tmp_path).items()
 
 
 @pytest.mark.slow
@@ -101,34 +104,34 @@ def test_a_sweep_that_was_killed_goes_on(planned, tmp_path, monkeypatch):
     trials = planned(seeds=[0, 1])
     child = os.fork()
     if child == 0:  # dies in the second phase of the second trial
-        made = []
+        runs = []
         phase = distill.distill
 
         def die(run):
-            made.append(run)
-            return os.kill(os.getpid(), signal.SIGKILL) if len(made) == 2 else phase(run)
+            runs.append(run)
+            return os.kill(os.getpid(), signal.SIGKILL) if len(runs) == 2 else phase(run)
 
         distill.distill = die
         run_all(trials)
         os._exit(0)
     assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
-    found = stamps(tmp_path)
-    assert "sweep/toy/default-0.5-seed1/prune/stage.json" in found
-    assert "sweep/toy/default-0.5-seed1/distill/stage.json" not in found
+    stamps_before = stamps(tmp_path)
+    assert "sweep/toy/default-0.5-seed1/prune/stage.json" in stamps_before
+    assert "sweep/toy/default-0.5-seed1/distill/stage.json" not in stamps_before
     assert len(json.loads((tmp_path / "sweep" / "sweep.json").read_text("utf-8"))["rows"]) == 2
     rows, _ = run_all(planned(seeds=[0, 1]))
     assert [row.status for row in rows] == ["done"] * 2
-    assert found.items() < stamps(tmp_path).items()
+    assert stamps_before.items() < stamps(tmp_path).items()
 
 
 @pytest.mark.slow
 def test_a_changed_recipe_of_a_finished_trial_is_refused_before_anything_runs(planned, tmp_path):
     run_all(planned())
-    found = stamps(tmp_path)
+    stamps_before = stamps(tmp_path)
     for change in ({"epochs": 6}, {"sets": (*QUICK, "finetune.learning_rate=0.1")}, {"sets": (*QUICK, "max_rows=20")}):
         with pytest.raises(RunMismatch):
             planned(seeds=[5, 0], **change)
-    assert stamps(tmp_path) == found
+    assert stamps(tmp_path) == stamps_before
 
 
 def test_a_trial_that_fails_stands_in_the_table_and_the_others_go_on(planned, toy_task):
@@ -186,7 +189,7 @@ def test_data_of_no_task_of_the_sweep_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("how", "error", "named"),
+    ("changes", "error", "message"),
     [
         ({"recipes": ["defualt"]}, UnknownName, "default"),
         ({"tasks": ["toi"]}, UnknownName, "toy"),
@@ -195,10 +198,10 @@ def test_data_of_no_task_of_the_sweep_is_refused():
         ({"sets": ["prune.epoch=1"]}, UnknownName, "prune.epochs"),
     ],
 )
-def test_a_wrong_wish_is_refused_before_anything_runs(planned, tmp_path, how, error, named):
+def test_a_wrong_wish_is_refused_before_anything_runs(planned, tmp_path, changes, error, message):
     with pytest.raises(error) as caught:
-        planned(**how)
-    assert named in f"{caught.value.message} {caught.value.hint}"
+        planned(**changes)
+    assert message in f"{caught.value.message} {caught.value.hint}"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -231,9 +234,9 @@ def test_the_command_shows_a_table_and_says_what_failed_by_its_exit_code(planned
     failing = spdtool("sweep", "--tasks", "toy,empty", *arguments, "--json")
     assert failing.exit_code == 3
     assert [row["status"] for row in json.loads(failing.stdout)] == ["done", "failed"]
-    shown = spdtool("report", tmp_path / "s", "--json")
-    assert shown.exit_code == 0
-    assert json.loads(shown.stdout)["page"] == str(tmp_path / "s" / "report" / "report.html")
+    report = spdtool("report", tmp_path / "s", "--json")
+    assert report.exit_code == 0
+    assert json.loads(report.stdout)["page"] == str(tmp_path / "s" / "report" / "report.html")
     assert "DataError" in (tmp_path / "s" / "report" / "report.html").read_text("utf-8")
 
 
