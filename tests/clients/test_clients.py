@@ -1,7 +1,7 @@
-"""Real clients of a bundle, each in an environment of its own: the predictions of the student in torch.
+"""Real clients of a bundle give the predictions of the student in torch; each client has its own environment.
 
-They need the network (PyPI, npm), so they are run by `make test-clients` and never by `make test`.
-SPDTOOL_CLIENTS names a folder in which the environments are kept between runs; SPDTOOL_RUN a finished run to take
+They need the network (PyPI, npm): `make test-clients` runs them, `make test` never does.
+SPDTOOL_CLIENTS names a folder that keeps the environments between runs. SPDTOOL_RUN names a finished run to use
 instead of a small one of the demo task.
 """
 
@@ -72,7 +72,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def rows(run: Run) -> dict[str, Any]:
-    """Dev sentences, their token ids, and what the checkpoint makes of them in torch."""
+    """Dev sentences, their token ids, and their logits by the checkpoint in torch."""
     dev_rows = find_task(run.recipe).read_rows(run.recipe)["dev"].select(range(ROWS))
     tokenizer = AutoTokenizer.from_pretrained(run.path / "finetune")
     model = AutoModelForSequenceClassification.from_pretrained(run.path / "finetune").eval()
@@ -98,7 +98,7 @@ Make = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """`python("ov", "openvino", ...)`: the interpreter of an environment with these distributions and no others."""
+    """Return `python("ov", "openvino", ...)`, which creates an environment with only these distributions."""
     environments = Path(os.environ.get("SPDTOOL_CLIENTS") or tmp_path_factory.mktemp("environments"))
     clean = {name: value for name, value in os.environ.items() if name != "PIP_CONSTRAINT"}
 
@@ -118,7 +118,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Make:
 
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which transformers.js and onnxruntime-web are installed."""
+    """A folder with transformers.js and onnxruntime-web installed."""
     if shutil.which("node") is None or shutil.which("npm") is None:
         pytest.skip("there is no node")
     folder = Path(os.environ.get("SPDTOOL_CLIENTS") or tmp_path_factory.mktemp("environments")) / "js"
@@ -134,7 +134,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_client(words: list[Any], request: Any, folder: Path | None = None) -> dict[str, Any]:
-    """Run a client that reads and writes JSON, and return its answer."""
+    """Run a client that reads a JSON request from stdin, and return its JSON answer."""
     words = [str(word) for word in words]
     process = subprocess.run(words, input=json.dumps(request), capture_output=True, text=True, cwd=folder, check=False)
     assert process.returncode == 0, process.stderr[-2000:]
@@ -243,7 +243,7 @@ env.localModelPath = {parent};
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory, toys: Any) -> dict[str, Path]:
-    """A bundle of a toy for each kind of task."""
+    """Toy bundles, by kind of task."""
     folders = {}
     for kind, (pairs, labels) in KINDS.items():
         toys.register(toys.dataset(kind, pairs=pairs, labels=labels))

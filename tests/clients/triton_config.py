@@ -1,4 +1,4 @@
-"""Parse every config.pbtxt of a Triton model repository with tritonclient: python triton_config.py FOLDER > found"""
+"""Parse every config.pbtxt of a Triton model repository with tritonclient: python triton_config.py FOLDER > json"""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Grafting: fair draws that can be repeated, layers always put back, gradients only where they belong."""
+"""Grafting: reproducible draws at the given rate, restored layer stacks, gradients of the student only."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def graft(models: tuple[Any, Any], seed: int = 0, **options: Any) -> LayerDraw:
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.2, 0.8, 1.0])
-def test_each_layer_gets_its_share_of_the_draws(rate: float) -> None:
+def test_each_layer_is_drawn_at_the_replacing_rate(rate: float) -> None:
     grafting, counts, draws = LayerDraw(*stacks(4), seed=0), [0] * 4, 4000
     for _ in range(draws):
         with grafting.mix(rate) as drawn:
@@ -64,7 +64,7 @@ def test_layers_are_drawn_independently() -> None:
     assert all(abs(samples.count(draw) - 250) < 5 * 15 for draw in set(samples))
 
 
-def test_what_was_drawn_is_what_stands_in_the_list() -> None:
+def test_the_drawn_layers_stand_in_the_layer_stack() -> None:
     student, teacher = stacks()
     student_layers, teacher_layers = list(student), list(teacher)
     grafting = LayerDraw(student, teacher, seed=1)
@@ -101,7 +101,7 @@ def test_the_draws_depend_on_the_seed_alone_and_not_on_the_rate() -> None:
     assert draws(0, (0.0, 1.0, 0.3, 0.5))[3] == draws(0, (0.5,) * 4)[3], "as many random numbers at every rate"
 
 
-def test_the_state_goes_through_json_and_the_draws_go_on() -> None:
+def test_draws_resume_from_a_state_saved_as_json() -> None:
     grafting = LayerDraw(*stacks(), seed=0)
     for _ in range(5):
         with grafting.mix(0.5):
@@ -145,9 +145,7 @@ def test_gradients_reach_exactly_the_drawn_layers_of_the_student(models: tuple[A
     assert len(samples) > 5
 
 
-def test_state_dict_keys_and_weights_are_the_students_before_and_after_and_the_teacher_never_changes(
-    models: tuple[Any, Any], toys: Any
-) -> None:
+def test_mixing_changes_neither_state_dict_of_student_nor_teacher(models: tuple[Any, Any], toys: Any) -> None:
     student, teacher = models
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     teacher_before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
@@ -163,7 +161,7 @@ def test_state_dict_keys_and_weights_are_the_students_before_and_after_and_the_t
 
 
 @pytest.mark.parametrize("dropout", [False, True])
-def test_stand_ins_have_dropout_only_when_asked_and_are_calm_again_afterwards(dropout: bool) -> None:
+def test_teacher_layers_have_dropout_only_if_requested_and_only_inside_a_draw(dropout: bool) -> None:
     student, teacher = stacks()
     student.train()
     teacher.eval()
@@ -180,7 +178,7 @@ each_architecture = pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 
 
 def blended(toys: Any, architecture: str, seed: int = 1) -> tuple[Any, Any, LayerBlend, dict[str, Any]]:
-    """A student and a teacher that differ in their layers only, primed, and what blends them."""
+    """Return a student, a teacher that differs only in its layers, their blend, and a batch."""
     teacher = toys.classifier(architecture).requires_grad_(False)
     student = copy.deepcopy(teacher)
     with torch.no_grad():
@@ -211,8 +209,8 @@ def test_a_blend_at_one_is_the_student_and_at_zero_the_teacher_to_the_bit(toys: 
 
 
 @each_architecture
-def test_every_layer_gives_the_mixture_of_what_both_make_of_its_input(toys: Any, architecture: str) -> None:
-    """Layer by layer, from what each layer was really given; seen in the captured hidden states as well."""
+def test_every_blended_layer_outputs_the_mixture_of_both_layers(toys: Any, architecture: str) -> None:
+    """Check each layer on its real inputs, and against the captured hidden states."""
     student, teacher, blend, batch = blended(toys, architecture)
     layer_calls: list[Any] = []
 
@@ -240,7 +238,7 @@ def test_every_layer_gives_the_mixture_of_what_both_make_of_its_input(toys: Any,
 
 
 @each_architecture
-def test_the_observed_pass_of_a_blend_is_the_students_alone(toys: Any, architecture: str) -> None:
+def test_a_blend_captures_the_states_and_maps_of_the_student_only(toys: Any, architecture: str) -> None:
     student, teacher, blend, batch = blended(toys, architecture)
     depth = len(find_layer_stack(student))
     for attention in ("scores", "probabilities"):
@@ -260,7 +258,7 @@ def test_the_observed_pass_of_a_blend_is_the_students_alone(toys: Any, architect
 
 
 @each_architecture
-def test_gradients_of_a_blend_pass_through_both_and_reach_the_student_alone(toys: Any, architecture: str) -> None:
+def test_gradients_of_a_blend_reach_only_the_student(toys: Any, architecture: str) -> None:
     student, teacher, blend, batch = blended(toys, architecture)
     with blend.mix(0.5):
         loss = student(**batch).logits.square().sum()
@@ -314,7 +312,7 @@ def test_a_blend_of_gradient_checkpoints_has_the_same_gradients(toys: Any) -> No
 
 
 @pytest.mark.parametrize("dropout", [False, True])
-def test_the_teachers_half_of_a_blend_has_dropout_only_when_asked(dropout: bool) -> None:
+def test_the_teacher_layers_of_a_blend_have_dropout_only_if_requested(dropout: bool) -> None:
     student, teacher = stacks()
     blend = create_mixing("blend", student, teacher, seed=0, stand_in_dropout=dropout)
     assert isinstance(blend, LayerBlend)
@@ -323,7 +321,7 @@ def test_the_teachers_half_of_a_blend_has_dropout_only_when_asked(dropout: bool)
     assert not any(layer.training for layer in blend.teacher_layers)
 
 
-def test_the_kind_decides_and_a_blend_needs_no_state() -> None:
+def test_create_mixing_follows_the_kind_and_a_blend_has_an_empty_state() -> None:
     assert isinstance(create_mixing("bernoulli", *stacks(), seed=0, stand_in_dropout=False), LayerDraw)
     blend = create_mixing("blend", *stacks(), seed=0, stand_in_dropout=False)
     blend.load_state_dict(json.loads(json.dumps(blend.state_dict())))

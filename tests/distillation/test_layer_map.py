@@ -1,4 +1,4 @@
-"""Layer maps: every layer of the student has one of the teacher's to learn from, and what does not fit is refused."""
+"""Layer maps pair each student layer with a teacher layer; maps that do not fit are refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from spdtool.errors import RecipeError
 from spdtool.recipe.fields import Loss
 
 
-def test_a_map_is_spread_evenly_or_taken_from_the_top_or_listed() -> None:
+def test_layer_maps_are_uniform_last_or_listed() -> None:
     cases = [
         ("uniform", 4, 12, (3, 6, 9, 12)),
         ("uniform", 6, 12, (2, 4, 6, 8, 10, 12)),
@@ -34,7 +34,7 @@ def test_equal_depths_are_paired_one_to_one() -> None:
             assert map_layers(layer_map, depth, depth) == tuple(range(1, depth + 1)), (layer_map, depth)
 
 
-def test_uniform_rises_and_ends_at_the_last() -> None:
+def test_a_uniform_map_rises_and_ends_at_the_last_layer() -> None:
     for student, teacher in itertools.product(range(1, 14), range(1, 14)):
         case = f"{student} layers learn from {teacher}"
         layers = map_layers("uniform", student, teacher)
@@ -45,7 +45,7 @@ def test_uniform_rises_and_ends_at_the_last() -> None:
             assert len(set(layers)) == student, case
 
 
-def test_a_list_that_does_not_fit_is_refused_with_one_that_does() -> None:
+def test_a_list_that_does_not_fit_is_refused_with_an_example() -> None:
     cases = {
         (1, 2): r"layer_map = \[1, 2\]: a student of 3 layers needs 3 numbers from 1 to 4",
         (1, 2, 5): r"needs 3 numbers from 1 to 4",
@@ -58,19 +58,19 @@ def test_a_list_that_does_not_fit_is_refused_with_one_that_does() -> None:
         assert "layer_map = [1, 3, 4]" in str(error.value.hint), layer_map
 
 
-def test_last_needs_a_teacher_that_is_as_deep() -> None:
+def test_the_map_last_needs_a_teacher_at_least_as_deep() -> None:
     with pytest.raises(RecipeError, match="student has 5 layers and the teacher only 4"):
         map_layers("last", 5, 4)
 
 
-def test_the_embeddings_output_goes_with_the_embeddings_output() -> None:
+def test_the_embedding_output_is_always_selected_first() -> None:
     embedded, first, second, third = states = tuple(torch.full((1, 1, 1), float(number)) for number in range(4))
     selected = select_layers(ModelOutputs(torch.zeros(1, 2), states, (first, second, third)), (3, 1))
     assert selected.hidden_states == (embedded, third, first)
     assert selected.attentions == (third, first)
 
 
-def test_pieces_that_divide_no_width_are_refused_with_those_that_divide_both() -> None:
+def test_relation_heads_must_divide_both_widths() -> None:
     check_relation_heads(Loss(relation=1, relation_heads=4), 32, 16)
     check_relation_heads(Loss(relation=0, relation_heads=5), 32, 16)
     with pytest.raises(RecipeError, match=r"relation_heads = 12 .* student \(312\) and teacher \(256\)") as error:
@@ -78,7 +78,7 @@ def test_pieces_that_divide_no_width_are_refused_with_those_that_divide_both() -
     assert str(error.value.hint).endswith(": 1, 2, 4, 8")
 
 
-def test_maps_of_other_heads_are_refused_and_the_way_out_is_named() -> None:
+def test_a_different_number_of_heads_is_refused_with_advice() -> None:
     check_attention_heads(Loss(attention=1), 4, 4)
     check_attention_heads(Loss(attention=0), 4, 2)
     with pytest.raises(RecipeError, match="student has 4 and the teacher 2") as error:

@@ -1,4 +1,4 @@
-"""The losses against their formulas written out in plain loops, and blind to padding wherever it stands."""
+"""The distillation losses, against plain loops over their formulas; padding on either side changes nothing."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_the_logit_loss_is_the_divergence_times_t_squared_mixed_with_the_gold_la
     assert float(Classification.logit_loss(student, teacher, labels, weights)) == pytest.approx(expected, rel=1e-5)
 
 
-def test_t_squared_keeps_the_gradient_in_place() -> None:
+def test_the_factor_t_squared_keeps_the_size_of_the_gradient() -> None:
     def gradient(temperature: float) -> float:
         student, teacher, labels = logits()
         student = (student / 100).requires_grad_()
@@ -73,7 +73,7 @@ def test_the_published_form_is_a_mean_over_labels_without_t_squared() -> None:
     assert float(Classification.logit_loss(student, teacher, labels, weights)) == pytest.approx(total / 12, rel=1e-5)
 
 
-def test_a_student_that_agrees_has_no_loss() -> None:
+def test_a_student_equal_to_its_teacher_has_no_loss() -> None:
     student, _, labels = logits()
     assert float(Classification.logit_loss(student, student.clone(), labels, Loss())) == pytest.approx(0, abs=1e-6)
     assert float(Regression.logit_loss(student[:, :1], student[:, :1].clone(), torch.zeros(4), Loss())) == 0
@@ -135,8 +135,8 @@ def test_the_attention_loss_is_a_mean_over_pairs_of_real_tokens_and_heads(masked
     assert float(attention_loss(student, teacher, MASK)) == pytest.approx(expected, rel=1e-5)
 
 
-def test_pairs_that_the_model_itself_hides_do_not_count() -> None:
-    """A local attention window: real tokens that do not see each other."""
+def test_pairs_masked_by_the_model_do_not_count() -> None:
+    """In a local attention window some pairs of real tokens are masked."""
     student, teacher = maps(0, layers=1), maps(1, layers=1)
     window = (torch.arange(5)[:, None] - torch.arange(5)[None]).abs() <= 1
     near = [scores.masked_fill(~window, -math.inf) for scores in (*student, *teacher)]
@@ -145,7 +145,7 @@ def test_pairs_that_the_model_itself_hides_do_not_count() -> None:
     assert float(attention_loss(near[:1], near[1:], MASK)) == pytest.approx(float(errors.mean()), rel=1e-5)
 
 
-def test_with_padding_counted_a_hidden_pair_is_no_error() -> None:
+def test_masked_pairs_count_as_zero_error_if_padding_counts() -> None:
     student, teacher = maps(0), maps(1)
     expected = sum(
         float(
@@ -158,7 +158,7 @@ def test_with_padding_counted_a_hidden_pair_is_no_error() -> None:
     assert float(attention_loss(student, teacher, None)) == pytest.approx(expected, rel=1e-5)
 
 
-def test_hidden_pairs_leave_no_nan_in_the_gradient() -> None:
+def test_masked_pairs_give_no_nan_in_the_gradient() -> None:
     student = [scores.clone().requires_grad_() for scores in maps(0, masked=-math.inf)]
     attention_loss(student, maps(1, masked=-math.inf), MASK).backward()
     for scores in student:
@@ -168,7 +168,7 @@ def test_hidden_pairs_leave_no_nan_in_the_gradient() -> None:
 
 
 def relation(states: Tensor, heads: int, row: int, head: int, tokens: list[int]) -> list[list[float]]:
-    """Softmax of dot products between the tokens of a row, for one piece of the width; in plain loops."""
+    """Softmax of scaled dot products between the tokens of a row, for one head of the width, in plain loops."""
     width = states.shape[-1] // heads
     slices = states[row, :, head * width : (head + 1) * width].tolist()
     scores = [
@@ -205,7 +205,7 @@ def relation_loss_in_loops(student: list[Tensor], teacher: list[Tensor], masked:
     return expected
 
 
-def test_garbage_in_padding_changes_no_relation_and_gets_no_gradient() -> None:
+def test_padding_changes_no_relation_loss_and_gets_no_gradient() -> None:
     student, teacher = states(0), states(1)
     expected = relation_loss(student, teacher, MASK, 2)
     dirty = [[s.masked_fill(MASK[..., None] == 0, 1e3 * (1 + i)).requires_grad_() for s in model_states]
@@ -220,20 +220,20 @@ def test_garbage_in_padding_changes_no_relation_and_gets_no_gradient() -> None:
         assert bool(torch.isfinite(state.grad).all())
 
 
-def test_states_that_relate_alike_have_no_relation_loss() -> None:
+def test_rotated_states_have_no_relation_loss() -> None:
     rotation = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0)))[0]
     states_of = states(0)
     assert float(relation_loss([s @ rotation for s in states_of], states_of, MASK, 1)) == pytest.approx(0, abs=1e-5)
 
 
-def test_relations_are_taken_in_float32_whatever_the_autocast() -> None:
+def test_relations_are_computed_in_float32_under_autocast() -> None:
     student, teacher = states(0), states(1)
     expected = relation_loss(student, teacher, MASK, 2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(relation_loss(student, teacher, MASK, 2), expected)
 
 
-def test_a_map_and_projections_decide_what_is_compared_with_what() -> None:
+def test_the_losses_compare_mapped_layers_through_projections() -> None:
     """A student of one layer of width 2 beside a teacher of two layers of width 4."""
     matrices = projections.create_projections(1, 2, 4, seed=0)
     student = ModelOutputs(logits()[0][:3], tuple(states(0, layers=2, width=2)), tuple(maps(0, layers=1)))
@@ -274,7 +274,7 @@ def observation(seed: int) -> ModelOutputs:
         Loss(relation=3.0, relation_heads=4),
     ],
 )
-def test_the_total_is_the_weighted_sum_of_the_terms_that_count(weights: Loss) -> None:
+def test_the_loss_is_the_weighted_sum_of_its_nonzero_terms(weights: Loss) -> None:
     batch = {"attention_mask": MASK, "labels": torch.tensor([0, 1, 2])}
     terms = distillation_loss(observation(0), observation(1), batch, weights, logit_loss=Classification.logit_loss)
     names = {name for name in ("logits", "hidden", "attention", "relation") if getattr(weights, name) > 0}
@@ -283,7 +283,7 @@ def test_the_total_is_the_weighted_sum_of_the_terms_that_count(weights: Loss) ->
     assert float(terms["loss"]) == pytest.approx(expected)
 
 
-def test_regression_takes_its_own_logit_loss_and_the_padding_switch_reaches_both_maps() -> None:
+def test_regression_uses_its_logit_loss_and_mask_padding_affects_both_terms() -> None:
     batch = {"attention_mask": MASK, "labels": torch.tensor([0.5, 1.5, 2.5])}
     student_outputs, teacher_outputs = observation(0), observation(1)
     student, teacher = (
@@ -301,7 +301,7 @@ def test_regression_takes_its_own_logit_loss_and_the_padding_switch_reaches_both
 
 
 def padded(batch: dict[str, Tensor], extra: int, on_left: bool) -> dict[str, Tensor]:
-    """The same rows with `extra` more padding, all of it on one side."""
+    """Return the same rows with `extra` more padding positions, all on one side."""
     longer: dict[str, Tensor] = {"labels": batch["labels"]}
     rows, length = batch["input_ids"].shape
     for name in ("input_ids", "attention_mask", "token_type_ids"):
@@ -314,7 +314,7 @@ def padded(batch: dict[str, Tensor], extra: int, on_left: bool) -> dict[str, Ten
 
 @pytest.mark.parametrize("on_left", [False, True], ids=["right", "left"])
 def test_padding_on_either_side_changes_no_loss(toys: Any, on_left: bool) -> None:
-    """With a model that knows no absolute positions, so that left padding changes nothing but the padding."""
+    """Position embeddings are zero, so that left padding moves tokens without changing their states."""
     student, teacher = (toys.classifier("bert", seed=seed) for seed in (0, 1))
     for model in (student, teacher):
         install_capture_hooks(model)

@@ -1,4 +1,4 @@
-"""Observation: what the losses see of one forward pass; over all families in `test_architectures.py`."""
+"""Captured outputs of one forward pass; `test_architectures.py` covers all families."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_scores_are_before_dropout_and_probabilities_after(toys: Any) -> None:
         torch.testing.assert_close(dropped[0][~zero], 2 * raw[0].softmax(-1)[~zero])
 
 
-def test_gradients_flow_through_what_was_seen(model: Any, toys: Any) -> None:
+def test_gradients_flow_through_captured_outputs(model: Any, toys: Any) -> None:
     outputs = compute_outputs(model, toys.batch(), hidden_states=True, attention="scores")
     assert outputs.attentions is not None
     outputs.attentions[-1][0].square().sum().backward()
@@ -70,7 +70,7 @@ def test_gradients_flow_through_what_was_seen(model: Any, toys: Any) -> None:
     assert bool((query.grad != 0).any())
 
 
-def test_only_softmaxes_over_pairs_of_tokens_are_kept_and_each_once() -> None:
+def test_only_softmaxes_over_token_pairs_are_captured_once_each() -> None:
     square = torch.randn(2, 3, 4, 4)
     with SoftmaxInputs() as mode:
         results = [

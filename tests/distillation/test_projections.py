@@ -1,4 +1,4 @@
-"""Projections: seeded, left for the next phase, and taken over only where they fit."""
+"""Projections: seeded, saved for the next phase, loaded only if the shapes fit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from spdtool.distillation import projections
 from spdtool.distillation.projections import project
 
 
-def test_they_depend_on_the_seed_alone_and_keep_the_size_of_what_they_project() -> None:
+def test_projections_depend_only_on_the_seed_and_keep_the_scale() -> None:
     torch.manual_seed(5)
     matrices = projections.create_projections(2, 48, 96, seed=1)
     torch.manual_seed(6)
@@ -29,7 +29,7 @@ def test_they_depend_on_the_seed_alone_and_keep_the_size_of_what_they_project() 
     assert float(torch.stack(list(project(hidden, matrices))).detach().std()) == pytest.approx(1.0, rel=0.1)
 
 
-def test_each_layer_has_its_own(tmp_path: Path) -> None:
+def test_each_layer_has_its_own_projection(tmp_path: Path) -> None:
     matrices = projections.create_projections(1, 3, 5, seed=0)
     hidden = [torch.randn(2, 4, 3), torch.randn(2, 4, 3)]
     for index, state in enumerate(project(hidden, matrices)):
@@ -38,7 +38,7 @@ def test_each_layer_has_its_own(tmp_path: Path) -> None:
     assert project(hidden, {}) is hidden
 
 
-def test_what_a_phase_leaves_the_next_takes_over(tmp_path: Path) -> None:
+def test_saved_projections_are_loaded_by_the_next_phase(tmp_path: Path) -> None:
     saved = projections.create_projections(2, 3, 5, seed=0)
     projections.save_projections(saved, tmp_path)
     loaded = projections.create_projections(2, 3, 5, seed=9)
@@ -55,7 +55,7 @@ def test_saved_projections_of_another_shape_are_ignored(tmp_path: Path) -> None:
         assert all(torch.equal(before[name], fresh[name]) for name in fresh), shape
 
 
-def test_none_leave_no_file(tmp_path: Path) -> None:
+def test_without_projections_no_file_is_written(tmp_path: Path) -> None:
     projections.save_projections({}, tmp_path)
     assert list(tmp_path.iterdir()) == []
     assert not projections.load_projections(projections.create_projections(1, 2, 3, seed=0), tmp_path)

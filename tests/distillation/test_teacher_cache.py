@@ -1,4 +1,4 @@
-"""The teacher's outputs are computed once, and teach the same as the teacher that looks at every batch."""
+"""Cached teacher outputs: computed once, with the same training result as a teacher pass for every batch."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def forward_passes(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Every model that looks at a batch."""
+    """Record "student" or "teacher" for each forward pass of training."""
     passes: list[Any] = []
 
     def compute_outputs(model: Any, *args: Any, **options: Any) -> outputs.ModelOutputs:
@@ -62,7 +62,7 @@ def weights(run: Run) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("start", [pytest.param(1.0, marks=pytest.mark.long), 0.5])
 @pytest.mark.parametrize("terms", TERMS)
-def test_a_phase_learns_the_same_without_looking_at_the_teacher(
+def test_a_phase_with_cached_outputs_trains_the_same_weights(
     toy_run: Callable[..., Run], forward_passes: list[Any], monkeypatch: pytest.MonkeyPatch, terms: str, start: float
 ) -> None:
     sets = (*STEADY, *TERMS[terms], f"prune.grafting.start={start}")
@@ -81,10 +81,10 @@ def test_a_phase_learns_the_same_without_looking_at_the_teacher(
         torch.testing.assert_close(cached_weights[name], weight, rtol=0, atol=1e-4)
 
 
-def test_a_phase_that_is_killed_goes_on_with_what_is_kept(
+def test_a_killed_phase_resumes_with_the_cached_outputs(
     toy_run: Callable[..., Run], forward_passes: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed at its first snapshot, with the bits of a run that nobody disturbed in the end."""
+    """The phase is killed at its first snapshot; the result equals an uninterrupted run to the bit."""
     uninterrupted = toy_run(*STEADY, until="teacher", folder="calm")
     prune(uninterrupted)
     interrupted = toy_run(*STEADY, until="teacher", folder="killed")
@@ -105,7 +105,7 @@ def test_a_phase_that_is_killed_goes_on_with_what_is_kept(
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
-def test_what_is_lost_on_the_way_is_computed_again(
+def test_a_deleted_cache_is_computed_again(
     toy_run: Callable[..., Run], forward_passes: list[Any], cache_folder: Path
 ) -> None:
     first = toy_run(*STEADY, until="teacher", folder="first")
@@ -118,7 +118,7 @@ def test_what_is_lost_on_the_way_is_computed_again(
     assert all(torch.equal(weight, weights(first)[name]) for name, weight in weights(second).items())
 
 
-def test_without_room_on_the_disk_the_states_are_computed_in_memory_to_the_same_bits(
+def test_on_a_full_disk_the_states_are_cached_in_memory_with_the_same_bits(
     toy_run: Callable[..., Run], forward_passes: list[Any], cache_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected_run = toy_run(*STEADY, until="teacher", folder="calm")
@@ -140,10 +140,10 @@ def test_without_room_on_the_disk_the_states_are_computed_in_memory_to_the_same_
         assert all(torch.equal(weight, weights(expected_run)[key]) for key, weight in weights(run).items()), name
 
 
-def test_without_room_in_memory_either_the_run_stops_and_says_what_to_do(
+def test_without_disk_and_memory_the_run_stops_with_advice(
     toy_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The teacher's look at every batch gives other bits, so it never takes over in silence."""
+    """Running the teacher on every batch gives other bits, so the run never falls back to it silently."""
     monkeypatch.setattr(teacher_outputs, "free_disk_space", lambda: 1000)
     monkeypatch.setattr(teacher_outputs, "free_memory", lambda: 1000)
     run = toy_run(*STEADY, until="teacher")
@@ -164,10 +164,10 @@ def test_an_entry_is_read_from_a_full_disk(
     assert set(forward_passes) == {"student"}
 
 
-def test_a_stage_does_not_go_on_by_the_other_route(
+def test_a_stage_does_not_resume_with_caching_switched_off(
     toy_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Half of it with cached states and half with the teacher's look would be the weights of neither."""
+    """A stage half with cached states and half without would equal neither result."""
     run = toy_run(*STEADY, until="teacher")
     write = snapshot.write_snapshot
 
@@ -187,7 +187,7 @@ def test_a_stage_does_not_go_on_by_the_other_route(
 
 @pytest.fixture
 def is_worth_caching(toys: Any) -> Callable[..., bool]:
-    """`pays("field=value", ..., rows=100)`: whether the teacher's outputs are worth keeping in the prune phase."""
+    """Return a function of assignments that tells whether the prune phase would cache teacher outputs."""
 
     def ask(*sets: str, rows: int = 100) -> bool:
         recipe: Recipe = toys.recipe("prune.epochs=2", "prune.batch_size=8", *sets)
@@ -197,7 +197,7 @@ def is_worth_caching(toys: Any) -> Callable[..., bool]:
     return ask
 
 
-def test_hidden_states_are_kept_where_they_are_read_twice(is_worth_caching: Callable[..., bool]) -> None:
+def test_hidden_states_are_cached_if_they_are_read_twice(is_worth_caching: Callable[..., bool]) -> None:
     without_hidden = [f"{phase}.loss.hidden=0.0" for phase in ("distill", "finetune")]
     assert is_worth_caching()
     assert is_worth_caching(*without_hidden)
@@ -205,7 +205,7 @@ def test_hidden_states_are_kept_where_they_are_read_twice(is_worth_caching: Call
     assert is_worth_caching("prune.epochs=1", "distill.epochs=1"), "the phases share them"
 
 
-def test_logits_alone_are_kept_for_one_epoch(is_worth_caching: Callable[..., bool]) -> None:
+def test_logits_alone_are_cached_even_for_one_epoch(is_worth_caching: Callable[..., bool]) -> None:
     assert is_worth_caching("prune.loss.hidden=0.0", "prune.epochs=1")
     assert not is_worth_caching("prune.loss.hidden=0.0", "prune.max_steps=2"), "one run over all rows costs more"
 
@@ -214,11 +214,13 @@ def test_logits_alone_are_kept_for_one_epoch(is_worth_caching: Callable[..., boo
     "assignment",
     ["prune.loss.attention=1.0", "prune.loss.mask_padding=false", "teacher_states_gb=0", "teacher_states_gb=1e-6"],
 )
-def test_what_cannot_be_kept_is_not(is_worth_caching: Callable[..., bool], assignment: str) -> None:
+def test_outputs_that_do_not_fit_or_need_attention_are_not_cached(
+    is_worth_caching: Callable[..., bool], assignment: str
+) -> None:
     assert not is_worth_caching(assignment)
 
 
-def test_what_depends_on_the_padding_is_not_kept(toys: Any) -> None:
+def test_left_padding_prevents_caching(toys: Any) -> None:
     """Padding on the left moves the tokens to other positions."""
     tokenizer = toys.tokenizer()
     tokenizer.padding_side = "left"
@@ -226,7 +228,7 @@ def test_what_depends_on_the_padding_is_not_kept(toys: Any) -> None:
     assert not teacher_outputs.is_worth_caching(recipe, recipe.prune, rows, toys.bert(), (0, 1, 2))
 
 
-def test_the_machine_has_no_say_in_what_is_kept(
+def test_free_space_does_not_decide_whether_to_cache(
     is_worth_caching: Callable[..., bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(teacher_outputs, "free_disk_space", lambda: 0)
@@ -234,7 +236,7 @@ def test_the_machine_has_no_say_in_what_is_kept(
     assert is_worth_caching()
 
 
-def test_the_free_memory_is_that_of_the_machine() -> None:
+def test_the_free_memory_has_a_plausible_size() -> None:
     assert 10**6 < teacher_outputs.free_memory() < 10**14
 
 
@@ -247,7 +249,7 @@ def count_passes(model: Any, batch_sizes: list[int]) -> teacher_outputs.TeacherF
     return compute
 
 
-def test_they_belong_to_the_teacher_and_the_rows(toys: Any) -> None:
+def test_a_cache_entry_belongs_to_one_teacher_and_its_rows(toys: Any) -> None:
     batch_sizes: list[int] = []
 
     def cache_toy_outputs(model: Any, rows: Any) -> Any:
@@ -279,10 +281,8 @@ def test_a_batch_gets_the_states_of_its_own_tokens(toys: Any, monkeypatch: pytes
         assert not cached_state[~is_token].any()
 
 
-def test_the_others_do_not_wait_for_ever_for_a_first_rank_that_fails(
-    toys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The first one raises before it reaches the place where they meet; the others are told that it has gone."""
+def test_other_ranks_do_not_wait_forever_if_rank_0_fails(toys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 raises before the barrier; the barrier of the other ranks then raises PeerLost."""
     rows, model = data.tokenize(toys.tokenizer(), toys.rows(20), 32), toys.bert()
 
     def fail(_: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What is promised at the end of a run: kept, kept within the noise, or broken with exit code 3."""
+"""The promise of a goal at the end of a run: kept, kept within the noise, or broken with exit code 3."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ SHAPE = Shape(1, 64)
 
 
 def recipe_of(*, smoke: bool = False, **goal: object) -> Recipe:
-    """A recipe with that goal."""
+    """Build a recipe with the goal."""
     flags = {"task": "demo", "smoke": smoke or None, **{f"goal.{name}": value for name, value in goal.items()}}
     return build_recipe("default", flags)
 
 
 def bench_data(speedup: float, scatter: float = 0.0, megabytes: float = 10.0) -> BenchData:
-    """Figures of a student that is so many times faster, in rounds that scatter."""
+    """Make bench figures of a student with the speedup; `scatter` is the spread of the rounds."""
     timings = []
     for name, milliseconds in (("teacher", 10.0), ("student", 10.0 / speedup)):
         engine = Engine(name=name, kind="onnxruntime", path="", vocabulary=9, threads=1, baseline=name == "teacher")
@@ -35,7 +35,7 @@ def bench_data(speedup: float, scatter: float = 0.0, megabytes: float = 10.0) ->
 
 
 def promise_of(recipe: Recipe, data: BenchData, student: float = 0.9) -> Promise:
-    """The promise of a student whose teacher scores 0.9."""
+    """Judge a student with score `student` against a teacher with 0.9."""
     promise = measure_promise(recipe, data, SHAPE, {"score": 0.9}, {"score": student})
     assert promise is not None
     return promise
@@ -50,7 +50,7 @@ def test_a_speedup_is_missed_only_by_more_than_the_noise() -> None:
         assert promise.speedup.median == pytest.approx(measured, rel=0.2)
 
 
-def test_megabytes_and_points_are_held_to_the_letter() -> None:
+def test_goals_for_size_and_score_have_no_tolerance() -> None:
     recipe = recipe_of(max_mb=10, max_drop=1)
     assert promise_of(recipe, bench_data(2), student=0.89).broken == []
     assert len(promise_of(recipe, bench_data(2, megabytes=10.1), student=0.88).broken) == 2
@@ -70,7 +70,7 @@ def test_a_broken_promise_ends_with_exit_code_3_except_in_a_smoke_run() -> None:
     refuse_broken(None, recipe)
 
 
-def test_a_runtime_that_is_elsewhere_is_named_and_not_judged() -> None:
+def test_a_goal_for_a_runtime_elsewhere_is_not_judged() -> None:
     promise = promise_of(recipe_of(speedup=2, runtime="web", profile="x.json"), bench_data(1.2))
     assert promise.broken == []
     assert "web, which is not timed here" in promise.lines[0]

@@ -1,4 +1,4 @@
-"""What a run has chosen for its goal: kept by the same command, chosen anew for another goal."""
+"""The choice of a shape for a goal is recorded: the same command reuses it, another goal chooses anew."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ SHAPE = [(1, 32), (2, 64)]
 
 
 def recipe_of(**goal: object) -> Recipe:
-    """A recipe with that goal."""
+    """Build a recipe with the goal."""
     return build_recipe("default", {"task": "demo", **{f"goal.{name}": value for name, value in goal.items()}})
 
 
 def choice_of(recipe: Recipe) -> ShapeChoice:
-    """What is chosen for the goal of a recipe."""
+    """Make the record of a choice for the goal of a recipe."""
     return ShapeChoice(key=goal_key(recipe), goal="2x", shape=SHAPE, dense=(2, 64), table="abc", bytes=1)
 
 
-def test_the_same_command_goes_on_with_the_shape_and_another_goal_does_not() -> None:
+def test_the_recorded_shape_is_adopted_only_for_the_same_goal() -> None:
     recipe = recipe_of(speedup=2)
     recorded = put_shape(recipe, SHAPE, "abc")
     adopted = adopt_recorded(recipe, recorded)
@@ -44,7 +44,7 @@ def test_the_same_command_goes_on_with_the_shape_and_another_goal_does_not() -> 
     assert adopt_recorded(recipe_of(speedup=2, max_drop=1), recorded).prune.shape == tuple(SHAPE)
 
 
-def test_a_shape_is_chosen_once_and_anew_for_another_goal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shape_is_chosen_once_for_each_goal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipe_of(speedup=2)
     speedups: list[float | None] = []
 
@@ -64,7 +64,7 @@ def test_a_shape_is_chosen_once_and_anew_for_another_goal(tmp_path: Path, monkey
     assert needs_shape(put_shape(recipe_of(speedup=3), SHAPE, "abc"), tmp_path)
 
 
-def test_a_choice_that_cannot_be_read_leaves_the_recipe_its_shape(tmp_path: Path) -> None:
+def test_an_unreadable_choice_leaves_the_shape_of_the_recipe(tmp_path: Path) -> None:
     recipe = put_shape(recipe_of(speedup=2), SHAPE, "abc")
     (tmp_path / CHOICE).write_text("{")
     assert not needs_shape(recipe, tmp_path)
@@ -112,14 +112,14 @@ def test_a_sparse_student_and_one_of_blocks_are_timed_by_different_targets(
         find_skipping_target(recipe_of(speedup=2, kind="blocks"))
 
 
-def test_bisection_finds_the_first_that_holds() -> None:
+def test_bisection_finds_the_first_candidate_that_holds() -> None:
     candidates = (0.5, 0.6, 0.7, 0.8, 0.9)
     for least in (0.1, 0.5, 0.65, 0.9, 0.95):
         expected = next((candidate for candidate in candidates if candidate >= least), None)
         assert bisect_first(candidates, lambda candidate, least=least: candidate >= least) == expected, least
 
 
-def test_a_dial_and_a_goal_are_not_both_taken() -> None:
+def test_sparsity_and_a_goal_exclude_each_other() -> None:
     with pytest.raises(RecipeError, match="a sparsity and a goal were given"):
         request_recipe("demo", sparsity=0.9, goal={"speedup": 2})
     with pytest.raises(RecipeError, match="prune.shape"):

@@ -1,4 +1,4 @@
-"""The choice of a shape by a goal: from a table of fake times, and without a stopwatch."""
+"""The choice of a shape for a goal, from tables of fake times; nothing is timed."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ MODEL = toys.bert(LAYERS, intermediate_size=NEURONS)
 
 
 def recipe_of(**goal: object) -> Recipe:
-    """A recipe with that goal."""
+    """Build a recipe with the goal."""
     return build_recipe("default", {"task": "demo", **{f"goal.{name}": value for name, value in goal.items()}})
 
 
 def profile_of(model: object = MODEL, **fields: object) -> ShapeProfile:
-    """A table with the fake times."""
+    """Make a profile with the fake times."""
     values = {
         **{"spdtool": "1", "runtime": "onnxruntime", "version": "1", "processor": "a", "threads": 1, "batch": 1},
         **{"length": 64, "family": "bert", "width": 32, "heads": HEADS, "neurons": NEURONS, "rounds": 6},
@@ -51,17 +51,17 @@ def profile_of(model: object = MODEL, **fields: object) -> ShapeProfile:
 
 
 def tables_of() -> GoalTables:
-    """The tables of a goal, with the fake times."""
+    """Make the cost tables of a goal with the fake times."""
     return GoalTables(full_shape(find_structures(MODEL)), profile_of(), count_bytes(MODEL), TimedInput(1, 64))
 
 
 def table_speed(shape: Sequence[LayerShape], slower: float = 1.0) -> float:
-    """Speed-up of a shape by the table, whose layers are timed `slower` times too slow."""
+    """Compute the speedup of a shape by the table, with its layers `slower` times slower."""
     return COSTS.of_dense(LAYERS) / (slower * cost_of_shape(shape, COSTS))
 
 
 def fake_trial(monkeypatch: pytest.MonkeyPatch, slower: float) -> list[EncoderShape]:
-    """Let whole encoders be `slower` than the sum of their layers; return the list of those that are timed."""
+    """Make whole encoders `slower` times slower than the sum of their layers; return the list of timed shapes."""
     timed_shapes: list[EncoderShape] = []
 
     class FakeTrial:
@@ -83,7 +83,7 @@ def fake_trial(monkeypatch: pytest.MonkeyPatch, slower: float) -> list[EncoderSh
     return timed_shapes
 
 
-def test_a_speedup_is_reached_whatever_the_sum_of_the_layers_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_speedup_is_reached_even_if_layer_times_do_not_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     for slower in (0.9, 1.0, 1.1):
         timed_shapes = fake_trial(monkeypatch, slower)
         recipe, tables = recipe_of(speedup=2), tables_of()
@@ -111,7 +111,7 @@ def test_a_whole_encoder_that_stays_too_slow_is_refused(monkeypatch: pytest.Monk
         search_shape(recipe_of(speedup=0.9 * largest), MODEL, tables_of(), even_losses(tables_of().dense))
 
 
-def test_megabytes_are_bytes_of_the_file_and_too_few_are_refused() -> None:
+def test_a_goal_in_megabytes_limits_the_file_and_must_be_reachable() -> None:
     tables = tables_of()
     dense_megabytes = tables.bytes.of_dense(LAYERS) / MEGABYTE
     recipe = recipe_of(max_mb=0.8 * dense_megabytes)
@@ -122,7 +122,7 @@ def test_megabytes_are_bytes_of_the_file_and_too_few_are_refused() -> None:
         check_reachable(recipe_of(max_mb=0.01), tables)
 
 
-def test_bytes_are_counted_as_they_are_in_a_model() -> None:
+def test_counted_bytes_equal_those_of_the_model() -> None:
     costs = count_bytes(MODEL)
     layer = MODEL.bert.encoder.layer[0]
     attention = [layer.attention.self.query, layer.attention.self.key, layer.attention.self.value]
@@ -132,7 +132,7 @@ def test_bytes_are_counted_as_they_are_in_a_model() -> None:
     assert costs.of_dense(LAYERS) == pytest.approx(4 * MODEL.num_parameters(), abs=200_000)
 
 
-def test_two_wishes_are_both_met(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_goals_are_both_met(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_trial(monkeypatch, 1.0)
     tables = tables_of()
     megabytes = 0.85 * tables.bytes.of_dense(LAYERS) / MEGABYTE
@@ -164,7 +164,7 @@ def test_without_a_table_the_plan_guesses_by_the_number_of_weights() -> None:
     assert "heads and" in forecast.describe()
 
 
-def test_wishes_that_contradict_each_other_are_told_apart() -> None:
+def test_contradictory_goals_are_refused_with_the_reason() -> None:
     cases: list[tuple[dict[str, object], str]] = [
         ({"speedup": 2, "runtime": "web"}, "needs goal.profile"),
         ({"speedup": 2, "runtime": "openvino", "kind": "sparse"}, "not faster in openvino"),

@@ -1,4 +1,4 @@
-"""Figures: what is drawn where, PNG files, and SVG that stands in a page without colours or addresses of its own."""
+"""Figures: their contents, PNG files, and inline SVG that uses the colours of the page and no external address."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def test_a_pareto_plot_has_a_colour_for_each_recipe_the_front_and_the_teacher():
     ("fields", "measures"),
     [({}, ["nonzeros"]), ({"speed": 2.0, "bytes": 10}, ["nonzeros", "latency", "bytes"])],
 )
-def test_there_is_a_plot_for_each_measure_that_was_taken(fields, measures):
+def test_there_is_a_plot_for_each_measure_in_the_rows(fields, measures):
     assert [name for name, _ in plots.pareto_figures(summaries(**fields))] == [
         f"pareto-toy-{measure}" for measure in measures
     ]
 
 
-def test_time_is_told_in_plain_numbers_and_bytes_in_thousands():
+def test_times_have_plain_tick_labels_and_bytes_thousands():
     for measure, tick in (("latency", "0.5"), ("bytes", "40k")):
         figure = plots.pareto_figure("toy", measure, summaries(speed=2.0, bytes=40_000))
         figure.draw_without_rendering()

@@ -1,4 +1,4 @@
-"""The page of a run, of several and of a sweep: whole, without network, and what strangers have named is only text."""
+"""Report pages of runs and sweeps: well-formed, without network, with user-supplied names escaped."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LOADS = {"src", "srcset", "data", "action", "poster", "formaction"}
 
 
 class Reader(HTMLParser):
-    """Keeps elements, sections and text, and the faults: tags that do not pair, addresses, scripts."""
+    """Collects sections and text of a page, and its faults: unpaired tags, external addresses, scripts."""
 
     def __init__(self):
         super().__init__()
@@ -70,7 +70,7 @@ def read(file):
 
 @pytest.fixture(scope="module")
 def finished_page(compressed, tmp_path_factory):
-    """The page of a finished run, and what `write` returned."""
+    """The parsed page of a finished run, and the result of `write_page`."""
     written = page.write_page([compressed], tmp_path_factory.mktemp("page") / "report.html")
     return read(written.file), written
 
@@ -83,7 +83,7 @@ def test_the_page_of_a_finished_run_is_well_formed_and_has_every_section(finishe
     assert all(image.is_file() and image.parent == written.file.parent for image in written.images)
 
 
-def test_the_page_says_what_the_stages_have_recorded(finished_page, compressed):
+def test_the_page_shows_the_records_of_the_stages(finished_page, compressed):
     text = " ".join(finished_page[0].words)
     run = Run.open(compressed)
     result = run.training_result("finetune")
@@ -104,7 +104,7 @@ def test_the_page_says_what_the_stages_have_recorded(finished_page, compressed):
         ("prune", "distill, finetune, export, bench", ["after prune", "Not timed yet"]),
     ],
 )
-def test_a_run_that_is_not_finished_has_a_page_that_says_so(toy_run, until, missing, messages):
+def test_the_page_of_an_unfinished_run_names_the_missing_stages(toy_run, until, missing, messages):
     run = toy_run(until=until)
     if until is None:
         with pytest.raises(KeyboardInterrupt), run.stage("teacher"):  # leaves run.json alone
@@ -116,7 +116,7 @@ def test_a_run_that_is_not_finished_has_a_page_that_says_so(toy_run, until, miss
     assert all(line in text for line in messages)
 
 
-def test_a_phase_that_was_killed_is_shown_as_far_as_it_came(toy_run):
+def test_the_page_shows_a_killed_phase_up_to_its_last_step(toy_run):
     run = toy_run(until="teacher")
     log = run.path / ".prune.partial" / "metrics.jsonl"
     log.parent.mkdir()
@@ -127,7 +127,7 @@ def test_a_phase_that_was_killed_is_shown_as_far_as_it_came(toy_run):
     assert "prune (unfinished)" in " ".join(read(page.write_page([run.path]).file).words)
 
 
-def test_older_runs_without_train_scores_have_gaps_that_are_empty(compressed, tmp_path):
+def test_older_runs_without_train_scores_have_empty_gaps(compressed, tmp_path):
     folder = tmp_path / "old"
     shutil.copytree(compressed, folder)
     for stage in ("teacher", "prune", "distill", "finetune"):
@@ -154,7 +154,7 @@ def test_names_that_are_markup_are_shown_as_text(toy_task, toy_run):
 
 
 @pytest.mark.parametrize("caveats", [{}, {1: "2 rounds are too few to tell it from noise"}])
-def test_the_headline_is_of_one_thread_and_has_its_caveat(compressed, caveats):
+def test_the_headline_is_for_one_thread_and_has_a_caveat(compressed, caveats):
     run = Run.open(compressed)
     records = gather.read_records(run)
     bench = records.bench
@@ -212,7 +212,7 @@ def test_a_record_that_cannot_be_read_is_refused(toy_run):
         ([], {"name": "reference", "given_teacher": "/somewhere/teacher"}),
     ],
 )
-def test_the_command_of_a_recipe_makes_that_recipe(sets, flags, monkeypatch):
+def test_the_printed_command_rebuilds_the_recipe(sets, flags, monkeypatch):
     from spdtool.cli.options import RecipeOptions
 
     name = flags.pop("name", "default")
@@ -227,7 +227,7 @@ def test_the_command_of_a_recipe_makes_that_recipe(sets, flags, monkeypatch):
     assert [change for change in recipe.diff(reread) if change[0] not in MAY_CHANGE] == []
 
 
-def test_the_commands_of_a_run_name_the_stages_that_it_has(toy_run):
+def test_the_printed_commands_name_the_finished_stages(toy_run):
     run = toy_run(until="prune")
     first, second = commands.commands_of(run)
     assert first.startswith("spdtool teacher --task toy")

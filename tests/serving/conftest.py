@@ -1,4 +1,4 @@
-"""A servable folder, made once: a toy student, its variants and what stands beside them."""
+"""Fixtures for serving: bundles of a toy student, a stub classifier, and a server in a thread."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ FIGURES = {
 
 
 class ExportedRun(NamedTuple):
-    """What the export stage has when it writes the bundle."""
+    """Everything that the export stage passes to `write_bundle`."""
 
     folder: Path
     checkpoint: Path
@@ -59,7 +59,7 @@ class ExportedRun(NamedTuple):
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> ExportedRun:
-    """A student of three labels on pairs, exported by two targets, and its bundle."""
+    """A student with three labels for text pairs, exported by two targets, and its bundle."""
     folder = tmp_path_factory.mktemp("served")
     toys.register(toys.dataset("served", pairs=True, dev=24))
     try:
@@ -88,7 +88,7 @@ def servable(exported: ExportedRun) -> Path:
 
 
 def _copy_with_text(bundle: Path, folder: Path, text: dict[str, list[str]]) -> Path:
-    """Copy the bundle, and let its manifest name other text columns, or none."""
+    """Copy the bundle and set the text columns in its manifest."""
     copy = shutil.copytree(bundle, folder)
     manifest = json.loads((copy / "manifest.json").read_text())
     del manifest["text"]
@@ -98,22 +98,22 @@ def _copy_with_text(bundle: Path, folder: Path, text: dict[str, list[str]]) -> P
 
 @pytest.fixture(scope="session")
 def older_bundle(servable: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundle as an older spdtool wrote it: a row may have a pair or none; read only."""
+    """The bundle as an older spdtool wrote it: a row may have one text or two; read only."""
     return _copy_with_text(servable, tmp_path_factory.mktemp("older") / "bundle", {})
 
 
 @pytest.fixture(scope="session")
 def single(servable: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundle, as if its task had one text in the column `sentence`; read only."""
+    """The bundle with one text column, `sentence`; read only."""
     return _copy_with_text(servable, tmp_path_factory.mktemp("single") / "bundle", {"text": ["sentence"]})
 
 
 class StandIn(Classifier):
-    """Answers without a model: the logits of a row are its number of characters, and nothing.
+    """Stub classifier: the first logit of a row is its number of characters, the others are 0.
 
     Attributes:
-        gate: nothing is computed before it is set.
-        computed: rows that were computed.
+        gate: event that every computation waits for.
+        computed: number of computed rows.
     """
 
     def __init__(self, names: tuple[str, ...] = ("long", "short")) -> None:
@@ -137,7 +137,7 @@ class StandIn(Classifier):
 
 
 class Panic(BaseException):
-    """Stands in for pyo3's PanicException, which is no Exception either."""
+    """Imitates pyo3's PanicException, which does not derive from Exception."""
 
 
 class RunningServer(NamedTuple):
@@ -151,7 +151,7 @@ class RunningServer(NamedTuple):
     def call(
         self, method: str, path: str, body: Any = None, host: str = "localhost", **headers: str
     ) -> tuple[int, dict[str, str], Any]:
-        """Status, headers and JSON (or text) of one request; bytes are sent as they are."""
+        """Send one request and return its status, headers and JSON (or text); bytes are sent unchanged."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         connection.request(method, path, data, {"Host": host} | headers)
@@ -162,7 +162,7 @@ class RunningServer(NamedTuple):
         return response.status, dict(response.headers), json.loads(text) if is_json and text else text
 
     def send(self, *chunks: bytes, half_close: bool = False) -> bytes:
-        """Everything that the server answers to these bytes until it closes the connection."""
+        """Send raw bytes and return all that the server answers until it closes the connection."""
         with socket.create_connection(("127.0.0.1", self.port), 20) as plug:
             answer = b""
             try:
@@ -177,7 +177,7 @@ class RunningServer(NamedTuple):
         return answer
 
     def statuses(self) -> dict[str, float]:
-        """Answers so far: `route status` to their number."""
+        """Count the answers so far by `route status`."""
         counts = {}
         for metric in self.app.metrics.requests.collect():
             for sample in metric.samples:
@@ -191,7 +191,7 @@ Serve = Callable[..., RunningServer]
 
 @pytest.fixture
 def serve() -> Iterator[Serve]:
-    """`serve(classify, **of ConnectionLimits)`: a server of the model `toy` in a thread, until the test ends."""
+    """Return `serve(classify, **connection_limits)`, which runs a server of the model `toy` in a thread."""
     with ExitStack() as stack:
 
         def start(
@@ -225,5 +225,5 @@ def serve() -> Iterator[Serve]:
 
 @pytest.fixture
 def stand_in() -> type[StandIn]:
-    """The stand-in for a classifier."""
+    """The class of the stub classifier."""
     return StandIn

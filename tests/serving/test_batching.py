@@ -1,4 +1,4 @@
-"""Dynamic batching: every request gets its own answer, in batches of like length, and nobody waits for ever."""
+"""Dynamic batching: each request gets its own results, batches have similar lengths, no request waits forever."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from spdtool.serving.batching import Batcher, EngineDied, EngineError, QueueFull
 
 
 class Panic(BaseException):
-    """Stands in for pyo3's PanicException, which is no Exception either."""
+    """Imitates pyo3's PanicException, which does not derive from Exception."""
 
 
 class Engine:
-    """Stands in for a classifier: a text is as many tokens as it says, its logits are that number and its double.
+    """Stub classifier: the text "7" has 7 tokens and the logits 7 and 14.
 
     Attributes:
         batches: lengths of the rows of each batch.
-        gate: nothing is computed before it is set.
-        meeting: where set, so many batches are computed at the same time, or none.
+        gate: event that every computation waits for.
+        meeting: barrier of concurrent computations, if set.
     """
 
     names = ("a", "b")
@@ -76,7 +76,7 @@ Make = Callable[..., Batcher]
 
 @pytest.fixture
 def make_batcher(engine: Engine) -> Iterator[Make]:
-    """`batcher(max_batch=4)`: one over the stand-in, closed at the end."""
+    """Return `make_batcher(max_batch=4)`, which makes a batcher of the stub; all are closed at the end."""
     batchers: list[Batcher] = []
 
     def make(**options: Any) -> Batcher:
@@ -90,7 +90,7 @@ def make_batcher(engine: Engine) -> Iterator[Make]:
 
 
 @pytest.mark.parametrize("workers", [1, 4])
-def test_each_request_gets_its_own_rows(make_batcher: Make, workers: int) -> None:
+def test_each_request_gets_the_results_of_its_rows(make_batcher: Make, workers: int) -> None:
     batcher = make_batcher(max_batch=3, workers=workers)
     requests = [[str(1 + (7 * request + row) % 12) for row in range(request % 5)] for request in range(200)]
     futures = [batcher.submit(texts) for texts in requests]
@@ -124,7 +124,7 @@ def test_a_batch_holds_the_oldest_row_and_its_neighbours_in_length(make_batcher:
     assert engine.batches == [[1], [50, 49, 51], [20, 20], [10, 26], [49]]
 
 
-def test_rows_wait_for_company_no_longer_than_they_should(make_batcher: Make, engine: Engine) -> None:
+def test_a_partial_batch_waits_no_longer_than_max_wait(make_batcher: Make, engine: Engine) -> None:
     batcher = make_batcher(max_batch=4, max_wait=0.2)
     start = time.monotonic()
     futures = [batcher.submit(["40"]), batcher.submit(["41"])]
@@ -148,7 +148,7 @@ def test_a_text_that_cannot_be_encoded_fails_alone(make_batcher: Make, engine: E
     assert batcher.rows == 0
 
 
-def test_an_engine_that_breaks_tells_those_it_concerns_and_goes_on(make_batcher: Make) -> None:
+def test_an_engine_error_fails_only_the_request_that_caused_it(make_batcher: Make) -> None:
     batcher = make_batcher(max_batch=1)
     broken, fine = batcher.submit(["13", "1", "1"]), batcher.submit(["5"])
     with pytest.raises(EngineError, match="the engine broke"):
@@ -157,7 +157,7 @@ def test_an_engine_that_breaks_tells_those_it_concerns_and_goes_on(make_batcher:
     assert batcher.rows == 0
 
 
-def test_any_failure_answers_its_own_request_and_no_other(make_batcher: Make, engine: Engine) -> None:
+def test_every_kind_of_failure_fails_only_its_own_request(make_batcher: Make, engine: Engine) -> None:
     for text, message in (
         ("bad", "a text is bad"),
         ("666", "the tokenizer panicked"),
@@ -183,7 +183,7 @@ def test_any_failure_answers_its_own_request_and_no_other(make_batcher: Make, en
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_a_dying_worker_answers_everybody_and_says_so_once(make_batcher: Make, engine: Engine, workers: int) -> None:
+def test_a_dying_worker_fails_all_requests_and_reports_once(make_batcher: Make, engine: Engine, workers: int) -> None:
     deaths: list[str] = []
 
     def fail(_rows: int) -> None:
@@ -202,7 +202,7 @@ def test_a_dying_worker_answers_everybody_and_says_so_once(make_batcher: Make, e
     assert (deaths, batcher.running_workers) == (["died"], 0)
 
 
-def test_an_answer_is_checked_after_it_was_computed(make_batcher: Make) -> None:
+def test_the_check_runs_before_each_result_is_returned(make_batcher: Make) -> None:
     errors: list[DataError] = []
 
     def check() -> None:
@@ -218,7 +218,7 @@ def test_an_answer_is_checked_after_it_was_computed(make_batcher: Make) -> None:
     assert batcher.submit(["2"]).result(10)[0, 0] == 2
 
 
-def test_a_full_queue_refuses_and_is_free_again(make_batcher: Make, engine: Engine) -> None:
+def test_a_full_queue_refuses_requests_until_it_has_room(make_batcher: Make, engine: Engine) -> None:
     engine.gate.clear()
     batcher = make_batcher(max_rows=3)
     accepted = batcher.submit(["1", "2"])
@@ -229,7 +229,7 @@ def test_a_full_queue_refuses_and_is_free_again(make_batcher: Make, engine: Engi
     assert batcher.submit(["1", "2", "3"]).result(10).shape == (3, 2)
 
 
-def test_who_gave_up_is_left_out(make_batcher: Make, engine: Engine) -> None:
+def test_a_cancelled_request_is_not_computed(make_batcher: Make, engine: Engine) -> None:
     engine.gate.clear()
     batcher = make_batcher(max_batch=1)
     first = batcher.submit(["1"])
@@ -279,7 +279,9 @@ def test_many_clients_of_several_workers_get_their_own_answers(make_batcher: Mak
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_closing_answers_what_waits_and_takes_nothing_more(make_batcher: Make, engine: Engine, workers: int) -> None:
+def test_closing_finishes_waiting_requests_and_refuses_new_ones(
+    make_batcher: Make, engine: Engine, workers: int
+) -> None:
     engine.gate.clear()
     batcher = make_batcher(workers=workers, max_batch=2, max_wait=30.0)
     futures = [batcher.submit([str(number)]) for number in range(1, 6)]
@@ -291,7 +293,7 @@ def test_closing_answers_what_waits_and_takes_nothing_more(make_batcher: Make, e
         batcher.submit(["1"])
 
 
-def test_a_classifier_may_be_asked_by_several_threads_at_once(older_bundle: Path) -> None:
+def test_several_threads_can_use_one_classifier(older_bundle: Path) -> None:
     classify = spdtool.load(older_bundle, variant="onnx", threads=1)
     texts = [" ".join(("good", "bad", "film", "very")[: 1 + index % 4]) for index in range(48)]
     batches = [texts[start : start + 4] for start in range(0, len(texts), 3)]

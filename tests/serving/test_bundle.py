@@ -1,4 +1,4 @@
-"""The bundle of a run: what it holds, how it is opened, and the layouts that are made of it."""
+"""The bundle of a run: its files, how it is opened, and layouts for other servers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from spdtool.tasks.decision import OneNumber, SeveralLabels
 TEXT_INPUT = "data_type: TYPE_STRING dims: [1]"
 
 
-def test_it_holds_the_variants_and_what_a_server_needs(servable: Path) -> None:
+def test_the_bundle_contains_the_variants_and_the_serving_files(servable: Path) -> None:
     files = sorted(file.relative_to(servable).as_posix() for file in servable.rglob("*") if file.is_file())
     assert files == [
         "README.md",
@@ -52,7 +52,7 @@ def test_it_holds_the_variants_and_what_a_server_needs(servable: Path) -> None:
     assert exact["tolerance"] < 2e-4 < 0.02 < rounded["tolerance"] < 0.03
 
 
-def test_golden_logits_are_those_of_the_checkpoint(servable: Path, exported: Any) -> None:
+def test_golden_logits_equal_those_of_the_checkpoint(servable: Path, exported: Any) -> None:
     golden = json.loads((servable / "golden.json").read_text())
     assert list(golden) == ["format", "max_length", "padding", "labels", "rows"]
     model = AutoModelForSequenceClassification.from_pretrained(exported.checkpoint).eval()
@@ -67,7 +67,7 @@ def test_golden_logits_are_those_of_the_checkpoint(servable: Path, exported: Any
     np.testing.assert_allclose(logits, [row["logits"] for row in golden["rows"]], atol=1e-5)
 
 
-def test_the_card_is_one_that_the_hub_reads(servable: Path) -> None:
+def test_the_model_card_is_valid_for_the_hub(servable: Path) -> None:
     from huggingface_hub import ModelCard
 
     card = ModelCard.load(servable / "README.md", ignore_metadata_errors=False)
@@ -76,8 +76,8 @@ def test_the_card_is_one_that_the_hub_reads(servable: Path) -> None:
     assert "| `onnx/model_fp16.onnx` | any | 1 | 50.00% | 0.7500 | +0.2500 | 3 of 12 |" in card.text
 
 
-def test_the_card_shows_what_is_right_for_the_kind_of_task(toys: ModuleType, toy_task: Any) -> None:
-    """A pipeline of transformers.js takes one text, and makes a probability of every number."""
+def test_the_model_card_fits_the_kind_of_task(toys: ModuleType, toy_task: Any) -> None:
+    """A transformers.js pipeline takes one text and turns logits into probabilities, so not every task fits."""
     variant = Variant(target="onnx", file="onnx/model.onnx", files=[], bytes=1, sparsity=0.5)
     measured = variant.model_copy(
         update={"dev": {"score": 0.5}, "checkpoint_dev": {"score": 0.5}, "rows": 9, "flipped": 1}
@@ -106,7 +106,7 @@ def test_the_card_shows_what_is_right_for_the_kind_of_task(toys: ModuleType, toy
 
 
 def python_snippets(card: str, folder: Path) -> list[str]:
-    """The Python code of a model card, for a folder."""
+    """Return the Python snippets of a model card, with `folder` in place of its placeholder."""
     return [block.replace("FOLDER", str(folder)) for block in re.findall(r"```python\n(.*?)```", card, re.DOTALL)]
 
 
@@ -120,7 +120,7 @@ def test_the_python_code_of_the_card_runs_and_agrees(servable: Path, capsys: pyt
     assert set(answers) == {spdtool.load(servable, variant="onnx")("first text", "second text")}
 
 
-def test_the_card_names_what_the_student_was_made_from(tmp_path: Path, toys: ModuleType, toy_task: Any) -> None:
+def test_the_card_names_the_base_model_only_if_it_is_public(tmp_path: Path, toys: ModuleType, toy_task: Any) -> None:
     toy_task("plain", build=False)
     toy_task("built")
     folder = str(tmp_path)
@@ -149,7 +149,7 @@ def test_the_card_names_what_the_student_was_made_from(tmp_path: Path, toys: Mod
         assert folder not in card, fields
 
 
-def test_without_the_portable_target_or_a_fast_tokenizer_there_is_none(exported: Any, tmp_path: Path) -> None:
+def test_no_bundle_is_written_without_the_portable_target_or_a_fast_tokenizer(exported: Any, tmp_path: Path) -> None:
     copy = shutil.copytree(exported.folder, tmp_path / "export")
     (copy / "student/tokenizer.json").unlink()
     assert "no tokenizer.json" in str(write_bundle(copy, exported.checkpoint, exported.recipe, exported.result))
@@ -162,7 +162,7 @@ def test_without_the_portable_target_or_a_fast_tokenizer_there_is_none(exported:
 
 @pytest.fixture
 def library_bundle(servable: Path, tmp_path: Path, toys: ModuleType) -> Path:
-    """The bundle, as if its second variant needed a library and were preferred on a CPU."""
+    """The bundle with a second variant that needs an operator library and is preferred on a CPU."""
     copy = shutil.copytree(servable, tmp_path / "strange")
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["variants"]["onnx-fp16"]["library"] = {"file": "lib/x.so", "version": "1", "platform": "any"}
@@ -190,7 +190,7 @@ def opened_model(folder: Path, variant: str | None = None) -> str:
 
 
 @pytest.mark.parametrize("problem", ["no plugin", "not compiled", "does not load"])
-def test_where_the_library_is_not_to_be_had_the_portable_one_runs(
+def test_the_portable_variant_runs_if_the_library_cannot_be_loaded(
     problem: str, library_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def path() -> Path:
@@ -210,7 +210,7 @@ def test_where_the_library_is_not_to_be_had_the_portable_one_runs(
         spdtool.load(library_bundle, variant="onnx-fp16")
 
 
-def test_where_it_loads_the_preferred_one_runs(library_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_preferred_variant_runs_if_its_library_loads(library_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     open_session = classifier.onnx_session.open_session
     monkeypatch.setattr(
         plugins, "find_library", lambda _: plugins.Library("x", "1", SimpleNamespace(path=lambda: "x.so"))
@@ -220,13 +220,13 @@ def test_where_it_loads_the_preferred_one_runs(library_bundle: Path, monkeypatch
     assert opened_model(library_bundle, variant="onnx") == "model.onnx"
 
 
-def test_a_damaged_file_is_refused_and_not_passed_over(library_bundle: Path) -> None:
+def test_a_damaged_file_is_refused_and_not_skipped(library_bundle: Path) -> None:
     (library_bundle / "onnx/model_fp16.onnx").write_bytes(b"")
     with pytest.raises(ModelError, match="model_fp16.onnx has 0 bytes"):
         spdtool.load(library_bundle)
 
 
-def test_one_that_was_named_is_the_same_in_another_process(servable: Path) -> None:
+def test_a_named_variant_survives_pickling(servable: Path) -> None:
     unpickled = pickle.loads(pickle.dumps(spdtool.load(servable, variant="onnx-fp16")))
     assert unpickled.bundle.model.name == "model_fp16.onnx"
 
@@ -246,7 +246,7 @@ def test_probabilities(servable: Path) -> None:
 
 @pytest.fixture
 def run(exported: Any, tmp_path: Path) -> Run:
-    """A run whose export holds the bundle."""
+    """A run whose export stage contains the bundle."""
     run = Run.for_recipe(tmp_path / "run", exported.recipe)
     with run.stage("export") as stage:
         shutil.copytree(exported.folder / "bundle", stage.folder / "bundle")
@@ -269,7 +269,7 @@ def test_the_layout_of_triton(run: Run, tmp_path: Path) -> None:
     assert "dims: [3]" in config
 
 
-def test_the_tokenizer_step_gives_what_the_library_gives(
+def test_the_tokenizer_step_of_triton_equals_the_library(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, servable: Path
 ) -> None:
     class Tensor:
@@ -308,9 +308,9 @@ def test_the_tokenizer_step_gives_what_the_library_gives(
     assert "PAIR has an empty text" in empty_pair.error
 
 
-def test_the_layout_of_triton_has_the_texts_of_the_task(run: Run, older_bundle: Path, single: Path) -> None:
+def test_the_layout_of_triton_has_the_text_inputs_of_the_task(run: Run, older_bundle: Path, single: Path) -> None:
     def text_inputs(bundle: Path, folder: Path) -> str:
-        """The inputs of the tokenizer, which are those of the ensemble."""
+        """Write the Triton layout and return the inputs of its tokenizer, equal to those of the ensemble."""
         folder.mkdir()
         write_triton_layout(bundle, folder, "cpu", "m")
         ensemble, tokenizer = ((folder / name / "config.pbtxt").read_text() for name in ("m", "m_tokenizer"))
@@ -326,7 +326,7 @@ def test_the_layout_of_triton_has_the_texts_of_the_task(run: Run, older_bundle: 
     assert f'name: "PAIR" {TEXT_INPUT} }}' in text_inputs(run.path / "export/bundle", run.path / "pairs")
 
 
-def test_a_layout_that_cannot_be_written(run: Run, tmp_path: Path, spdtool: Any) -> None:
+def test_impossible_layouts_are_refused(run: Run, tmp_path: Path, spdtool: Any) -> None:
     with pytest.raises(UnknownName, match="no layout 'tritn'"):
         write_layout(run, "tritn", tmp_path / "x")
     with pytest.raises(RunError, match="not an empty folder"):

@@ -1,4 +1,4 @@
-"""The commands: predictions of texts and of lines, and the check of a bundle, without torch."""
+"""`spdtool predict` and `serve-check`: texts, lines, damaged bundles; without torch."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ LINES = {
 
 
 @pytest.mark.parametrize("form", LINES)
-def test_lines_keep_their_order_and_wrong_ones_are_named(form: str, older_bundle: Path) -> None:
+def test_lines_keep_their_order_and_invalid_lines_are_named(form: str, older_bundle: Path) -> None:
     raw_lines, expected_errors, texts, pairs = LINES[form]
     classify = library.load(older_bundle)
     results = list(lines.predict_lines(classify, lines.parse_lines(raw_lines), batch_size=2))
@@ -71,7 +71,7 @@ def test_many_lines_with_and_without_a_pair(older_bundle: Path) -> None:
         assert row["logits"] == pytest.approx(expected, abs=1e-5)
 
 
-def test_from_a_pipe_and_a_file(older_bundle: Path, tmp_path: Path, spdtool: Call) -> None:
+def test_predict_reads_a_pipe_and_a_file(older_bundle: Path, tmp_path: Path, spdtool: Call) -> None:
     process = piped("predict", older_bundle, "--input", "-", "--json", text="good film\n\nbad\n")
     assert process.returncode == 2
     assert [json.loads(line).get("error") for line in process.stdout.splitlines()] == [None, "is empty", None]
@@ -99,7 +99,7 @@ def test_from_a_pipe_and_a_file(older_bundle: Path, tmp_path: Path, spdtool: Cal
         assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
 
 
-def test_none_of_them_imports_torch(older_bundle: Path) -> None:
+def test_the_serving_commands_do_not_import_torch(older_bundle: Path) -> None:
     arguments = ["predict", str(older_bundle), "good film"]
     code = (
         "import sys\nfrom spdtool.cli.main import app\n"
@@ -119,7 +119,7 @@ def copied(servable: Path, tmp_path: Path) -> Path:
     return shutil.copytree(servable, tmp_path / "bundle")
 
 
-def test_a_sound_bundle_passes(spdtool: Call, servable: Path) -> None:
+def test_serve_check_accepts_an_intact_bundle(spdtool: Call, servable: Path) -> None:
     result = spdtool("serve-check", servable, "--json")
     assert result.exit_code == 0
     output = json.loads(result.stdout)
@@ -151,14 +151,14 @@ def flip(folder: Path, name: str) -> None:
         (lambda folder: (folder / "onnx/model.onnx").write_bytes(b""), "onnx/model.onnx has 0 bytes"),
     ],
 )
-def test_a_file_that_is_another_is_named(damage: Any, message: str, copied: Path, spdtool: Call) -> None:
+def test_serve_check_names_a_changed_file(damage: Any, message: str, copied: Path, spdtool: Call) -> None:
     damage(copied)
     result = spdtool("serve-check", copied)
     assert (result.exit_code, message in result.stderr) == (3, True), result.stderr
 
 
 def forge(folder: Path, **fields: Any) -> None:
-    """Change manifest.json, with the true sums of every file."""
+    """Rewrite manifest.json with the current checksums of all files and with other `fields`."""
     from spdtool.export.bundle.manifest import seal
     from spdtool.run.fingerprint import sha256
 
@@ -169,7 +169,7 @@ def forge(folder: Path, **fields: Any) -> None:
     (folder / "manifest.json").write_text(json.dumps(seal(manifest | fields)))
 
 
-def test_a_model_that_was_exchanged_with_its_sum_fails_the_golden_examples(copied: Path, spdtool: Call) -> None:
+def test_a_replaced_model_with_a_forged_checksum_fails_the_golden_examples(copied: Path, spdtool: Call) -> None:
     import onnx
     from onnx import numpy_helper
 
@@ -184,7 +184,7 @@ def test_a_model_that_was_exchanged_with_its_sum_fails_the_golden_examples(copie
     assert "onnx/model.onnx differs from the checkpoint by" in result.stderr
 
 
-def test_other_tokens_are_seen_though_their_sum_is_right(copied: Path, spdtool: Call) -> None:
+def test_a_replaced_tokenizer_with_a_forged_checksum_is_detected(copied: Path, spdtool: Call) -> None:
     text = (copied / "tokenizer.json").read_text()
     (copied / "tokenizer.json").unlink()
     (copied / "tokenizer.json").write_text(text.replace('"film"', '"flim"'))
@@ -193,7 +193,7 @@ def test_other_tokens_are_seen_though_their_sum_is_right(copied: Path, spdtool: 
     assert (result.exit_code, "of golden.json has other token ids" in result.stderr) == (3, True)
 
 
-def test_nothing_of_the_folder_is_run(copied: Path, spdtool: Call, tmp_path: Path) -> None:
+def test_serve_check_executes_no_code_of_the_folder(copied: Path, spdtool: Call, tmp_path: Path) -> None:
     mark = tmp_path / "it ran"
     (copied / "selftest.py").unlink()
     (copied / "selftest.py").write_text(f"open({str(mark)!r}, 'w')")
@@ -214,7 +214,7 @@ def test_nothing_of_the_folder_is_run(copied: Path, spdtool: Call, tmp_path: Pat
     assert not mark.exists()
 
 
-def test_what_is_no_bundle_is_refused(spdtool: Call, exported: Any, copied: Path) -> None:
+def test_folders_that_are_not_bundles_are_refused(spdtool: Call, exported: Any, copied: Path) -> None:
     result = spdtool("serve-check", exported.folder / "student")
     assert (result.exit_code, "is no bundle" in result.stderr) == (2, True)
     result = spdtool("serve-check", exported.folder / "nosuch")
@@ -223,7 +223,7 @@ def test_what_is_no_bundle_is_refused(spdtool: Call, exported: Any, copied: Path
     assert spdtool("serve-check", copied).exit_code == 2
 
 
-def test_the_self_test_for_those_who_trust_the_folder(servable: Path, copied: Path) -> None:
+def test_the_self_test_of_a_bundle_passes_and_detects_damage(servable: Path, copied: Path) -> None:
     def run(folder: Path) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(folder / "selftest.py")]
         return subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ))

@@ -1,4 +1,4 @@
-"""Connections: what a client may send, how long it may take, how many there are, and answers to half-closed ones."""
+"""Connections of the server: malformed requests, timeouts, limits, half-closed sockets."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ SHORT = {"head_seconds": 0.3, "body_seconds": 0.3, "idle_seconds": 0.3}
 
 
 def status_and_error(answer: bytes) -> tuple[int, str]:
-    """The status and the error of one answer, which says that it is JSON."""
+    """Parse one JSON error response into its status and message."""
     head, _, body = answer.partition(b"\r\n\r\n")
     assert b"content-type: application/json" in head.lower(), answer
     return int(head.split()[1]), json.loads(body)["error"]
 
 
-def test_what_is_no_request_is_refused_as_json(serve: Callable) -> None:
+def test_malformed_requests_are_refused_with_a_json_error(serve: Callable) -> None:
     running = serve(body=1000)
     chunked = b"POST /predict HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: chunked\r\n\r\n"
     expected = {
@@ -65,7 +65,7 @@ def test_what_is_no_request_is_refused_as_json(serve: Callable) -> None:
         assert refused == sum(expected_status == status for _, expected_status in expected.values()), status
 
 
-def test_a_client_may_take_its_time_but_not_for_ever(serve: Callable) -> None:
+def test_slow_clients_time_out(serve: Callable) -> None:
     running = serve(**SHORT)
     # A silent connection, and one that waits after an answer, are closed without a word.
     assert running.send() == b""
@@ -83,7 +83,7 @@ def test_a_client_may_take_its_time_but_not_for_ever(serve: Callable) -> None:
     assert running.statuses() == {"live 200": 2, "refused 408": 2, "predict 408": 1}
 
 
-def test_bytes_that_drip_do_not_prolong_the_time(serve: Callable) -> None:
+def test_a_slow_drip_of_bytes_does_not_extend_the_timeout(serve: Callable) -> None:
     running = serve(**SHORT)
     # A body that nobody waits for, empty lines between requests, and a head: a byte at a time.
     for start in (b"POST /nowhere HTTP/1.1\r\n" + HOST + b"Content-Length: 1000\r\n\r\n", GET, GET[:20]):
@@ -138,14 +138,14 @@ def test_a_half_closed_client_waits_for_the_model(serve: Callable, stand_in: Cal
         assert plug.recv(100).startswith(b"HTTP/1.1 200 OK")
 
 
-def test_a_request_behind_another_that_is_no_http_spoils_neither_answer(serve: Callable) -> None:
+def test_garbage_after_a_pipelined_request_does_not_spoil_its_answer(serve: Callable) -> None:
     running = serve()
     answer = running.send(POST + b"GARBAGE\r\n\r\n")
     assert (answer.count(b"HTTP/1.1"), b"HTTP/1.1 200 OK" in answer) == (1, True)
     assert running.call("POST", "/predict", {"texts": ["a"]})[0] == 200
 
 
-def test_connections_that_only_wait_give_way_to_new_ones(serve: Callable) -> None:
+def test_idle_connections_are_closed_for_new_ones(serve: Callable) -> None:
     running = serve(connections=20)
     plugs = []
     for number in range(100):
@@ -158,7 +158,7 @@ def test_connections_that_only_wait_give_way_to_new_ones(serve: Callable) -> Non
         plug.close()
 
 
-def test_more_connections_than_allowed_are_told_when_all_are_at_work(serve: Callable, stand_in: Callable) -> None:
+def test_extra_connections_get_503_if_all_others_are_busy(serve: Callable, stand_in: Callable) -> None:
     classify = stand_in()
     running = serve(classify, connections=3)
     classify.gate.clear()

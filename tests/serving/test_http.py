@@ -1,4 +1,4 @@
-"""The application: its pages, its errors, whom it answers, and what it counts."""
+"""The HTTP application: pages, errors, allowed hosts, metrics."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_every_error_is_json_and_is_counted(serve: Callable) -> None:
     assert sum(running.statuses().values()) == 6
 
 
-def test_an_error_that_nobody_foresaw_is_json_and_is_counted(
+def test_an_unexpected_exception_is_a_json_error_and_is_counted(
     serve: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     running = serve()
@@ -126,7 +126,7 @@ def test_only_hosts_on_the_list_are_answered(serve: Callable) -> None:
     assert serve().call("GET", "/v2", host="evil.example")[0] == 200  # without a list
 
 
-def test_the_pages_need_nothing_else_and_escape_every_label(serve: Callable, stand_in: Callable) -> None:
+def test_the_pages_load_nothing_external_and_escape_labels(serve: Callable, stand_in: Callable) -> None:
     running = serve(stand_in(names=(EVIL, "good")))
     status, headers, front_page = running.call("GET", "/")
     assert (status, headers["content-type"].startswith("text/plain")) == (200, True)
@@ -166,7 +166,7 @@ def test_the_document_describes_each_kind_of_model(stand_in: Callable) -> None:
         assert label["type"] == kind
 
 
-def test_a_folder_that_changes_is_no_longer_answered_from(serve: Callable, tmp_path: Path) -> None:
+def test_a_changed_bundle_folder_makes_requests_fail(serve: Callable, tmp_path: Path) -> None:
     (tmp_path / "onnx").mkdir()
     model, config = tmp_path / "onnx/model.onnx", tmp_path / "config.json"
     for file in (model, config):
@@ -217,7 +217,7 @@ def test_the_access_log_has_a_line_for_every_answer(serve: Callable) -> None:
         assert re.fullmatch(pattern, line), line
 
 
-def test_a_request_that_the_end_cut_off_is_told_and_counted() -> None:
+def test_a_request_cut_off_by_shutdown_gets_503_and_is_counted() -> None:
     metrics, messages = ServerMetrics(), []
 
     async def never(scope: object, receive: object, send: object) -> None:

@@ -1,4 +1,4 @@
-"""What `spdtool predict --input` takes: the files that `--data` takes, plain lines, and nothing that is in doubt."""
+"""`spdtool predict --input`: data files, plain lines, and ambiguous input, which is refused."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SECONDS = ["bad", "it was, then", "a\\tb", "quite"]
 
 
 def write(folder: Path, ending: str, columns: dict[str, list[str]]) -> Path:
-    """A file of these columns as `--data` would read it."""
+    """Write the columns as a data file in the format of `ending`."""
     import csv
 
     import pyarrow
@@ -54,7 +54,7 @@ def labels(result: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("ending", files.READERS)
-def test_a_file_of_the_training_is_read_by_its_columns(
+def test_a_data_file_is_read_by_the_columns_of_the_task(
     ending: str, single: Path, servable: Path, tmp_path: Path, spdtool: Call
 ) -> None:
     gold = ["yes", "no", "no", "yes"]
@@ -69,7 +69,9 @@ def test_a_file_of_the_training_is_read_by_its_columns(
         ]
 
 
-def test_columns_of_other_names_are_named(single: Path, older_bundle: Path, tmp_path: Path, spdtool: Call) -> None:
+def test_missing_columns_are_reported_and_can_be_named(
+    single: Path, older_bundle: Path, tmp_path: Path, spdtool: Call
+) -> None:
     file = write(tmp_path, ".csv", {"review": TEXTS, "stars": ["1"] * 4})
     result = spdtool("predict", single, "--input", file)
     assert result.exit_code == 2
@@ -84,7 +86,7 @@ def test_columns_of_other_names_are_named(single: Path, older_bundle: Path, tmp_
     assert spdtool("predict", older_bundle, "--input", file).exit_code == 2, "an older bundle does not know them"
 
 
-def test_what_csv_files_of_the_world_hold(single: Path, tmp_path: Path) -> None:
+def test_csv_files_with_quotes_blank_lines_and_short_rows(single: Path, tmp_path: Path) -> None:
     file = tmp_path / "rows.csv"
     file.write_bytes(b'\xef\xbb\xbfsentence,label\r\n"two\r\nlines, ""quoted""",1\r\n\r\nshort\r\n ,2\r\nlast,3')
     classify = library.load(single)
@@ -167,7 +169,7 @@ def test_lines_of_the_other_kind_are_refused_one_by_one(single: Path, servable: 
         assert any("the model takes" in row.get("error", "") for row in results)
 
 
-def test_one_text_of_the_command_line_too(single: Path, servable: Path, spdtool: Call) -> None:
+def test_one_text_on_the_command_line_must_fit_the_model(single: Path, servable: Path, spdtool: Call) -> None:
     for bundle, arguments, message in (
         (single, ("good", "--pair", "bad"), "the model takes one text"),
         (servable, ("good",), "the model takes two texts"),
@@ -192,14 +194,14 @@ def test_memory_does_not_grow_with_the_file(ending: str, single: Path, tmp_path:
     assert peak < 2_000_000, "the texts have eight million letters"
 
 
-def test_standard_input_is_utf_8_whatever_the_locale_says(single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_standard_input_is_read_as_utf_8_in_any_locale(single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = io.BytesIO("\ufeffcaf\u00e9 na\u00efve\n\u4e2d\u6587\n".encode())
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(content, encoding="latin-1", errors="replace"))
     with inputs.open_input("-", library.load(single), "text") as lines:
         assert [line.text for line in lines] == ["caf\u00e9 na\u00efve", "\u4e2d\u6587"]
 
 
-def test_a_row_with_a_token_that_the_model_does_not_know_keeps_no_other_row_from_its_label(
+def test_a_row_with_an_unknown_token_id_does_not_fail_the_other_rows(
     single: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     classify = library.load(single)

@@ -1,4 +1,4 @@
-"""The server as a process of its own: the protocol, what it refuses, many at once, and its end."""
+"""The server in its own process: protocol, refusals, concurrency, shutdown."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ LIMITS = ("--max-texts", "40", "--max-body", "9000", "--max-batch", "4", "--work
 
 
 def start(bundle: Path, *words: str) -> tuple[subprocess.Popen[str], int]:
-    """A server process, and its port."""
+    """Start a server process and return it with its port."""
     command = [sys.executable, "-m", "spdtool", "serve", str(bundle), "--port", "0", "--name", NAME, "--threads", "1"]
     server = subprocess.Popen(
         [*command, *words],
@@ -53,7 +53,7 @@ def start(bundle: Path, *words: str) -> tuple[subprocess.Popen[str], int]:
 
 
 def end(process: subprocess.Popen[str]) -> None:
-    """Wait for a server that was told to end: its exit code is 0, and it had nothing to complain of."""
+    """Wait for a server after its signal; require exit code 0 and no errors."""
     out, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (0, "")
     assert "every request in flight was answered" in out
@@ -68,7 +68,7 @@ def port(older_bundle: Path) -> Iterator[int]:
 
 
 def call(port: int, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
-    """Status and JSON (or text) of one request; bytes are sent as they are."""
+    """Send one request and return its status and JSON (or text); bytes are sent unchanged."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
     connection.request(method, path, data, headers)
@@ -84,7 +84,7 @@ def tensors(texts: list[str], pairs: list[str] | None = None, **fields: Any) -> 
     return {"inputs": inputs} | fields
 
 
-def test_it_says_what_it_serves(port: int) -> None:
+def test_the_server_describes_its_model(port: int) -> None:
     assert call(port, "GET", "/v2")[1]["name"] == "spdtool"
     assert call(port, "GET", "/v2/health/live") == (200, {"live": True})
     assert call(port, "GET", "/v2/health/ready") == (200, {"ready": True})
@@ -99,7 +99,7 @@ def test_it_says_what_it_serves(port: int) -> None:
     }
 
 
-def test_an_inference_is_what_the_library_says(port: int, older_bundle: Path) -> None:
+def test_v2_inference_equals_the_library(port: int, older_bundle: Path) -> None:
     classify = spdtool.load(older_bundle, threads=1)
     texts, pairs = ["good film", "a meal", "ünïcødé 日本 \u0000"], ["bad", "so cold it was", "🙂"]
     logits = classify.logits(texts, pairs)
@@ -117,7 +117,7 @@ def test_an_inference_is_what_the_library_says(port: int, older_bundle: Path) ->
     assert answer["outputs"][0]["data"] == classify(texts)
 
 
-def test_the_plain_form(port: int, older_bundle: Path) -> None:
+def test_the_predict_route_equals_the_library(port: int, older_bundle: Path) -> None:
     classify = spdtool.load(older_bundle, threads=1)
     status, answer = call(port, "POST", "/predict", {"texts": ["good film", "bad"], "pairs": ["x", "y"]})
     assert (status, answer["model"]) == (200, NAME)
@@ -181,7 +181,7 @@ WRONG: dict[str, tuple[str, Any, int, str]] = {
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_what_is_no_request_is_refused_in_words(kind: str, port: int) -> None:
+def test_invalid_requests_are_refused_with_a_reason(kind: str, port: int) -> None:
     path, body, expected, words = WRONG[kind]
     status, answer = call(port, "POST", path, body)
     assert status == expected
@@ -211,7 +211,7 @@ def test_one_text_or_two_is_what_the_task_had(kind: str, request: pytest.Fixture
     end(server)
 
 
-def test_a_body_without_a_length_is_cut_too(port: int) -> None:
+def test_a_chunked_body_over_the_limit_is_refused(port: int) -> None:
     with socket.create_connection(("127.0.0.1", port), 10) as plug:
         plug.sendall(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
         plug.sendall(b"".join(b"1000\r\n" + b" " * 4096 + b"\r\n" for _ in range(4)))
@@ -224,7 +224,7 @@ def test_the_binary_extension_is_refused(port: int) -> None:
     assert (status, "binary extension" in answer["error"]) == (400, True)
 
 
-def test_no_answer_is_lost_or_mixed_up_among_64_clients(port: int, older_bundle: Path) -> None:
+def test_64_clients_get_their_own_answers(port: int, older_bundle: Path) -> None:
     words = ("good", "bad", "film", "book", "meal", "very", "cold", "warm")
     draw = random.Random(0)
     texts = [" ".join(draw.choices(words, k=1 + index % 23)) for index in range(640)]
@@ -246,7 +246,7 @@ def test_no_answer_is_lost_or_mixed_up_among_64_clients(port: int, older_bundle:
         assert max(pool.map(client, range(64))) < 1e-4
 
 
-def test_clients_that_leave_in_the_middle_harm_nobody(port: int) -> None:
+def test_clients_that_disconnect_do_not_affect_others(port: int) -> None:
     body = json.dumps({"texts": ["good film"] * 40}).encode()
     head = f"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     for request in (head + body, head + body[:20], head[:30]):
@@ -256,7 +256,7 @@ def test_clients_that_leave_in_the_middle_harm_nobody(port: int) -> None:
     assert call(port, "POST", "/predict", {"texts": ["bad"]})[0] == 200
 
 
-def test_metrics_count_what_happened(port: int) -> None:
+def test_metrics_count_requests_and_rows(port: int) -> None:
     call(port, "POST", "/predict", {"texts": ["a", "b"]})
     call(port, "POST", "/predict", b"{")
     status, text = call(port, "GET", "/metrics")
@@ -271,7 +271,7 @@ def test_metrics_count_what_happened(port: int) -> None:
     assert float(metrics["spdtool_queue_rows"]) == 0
 
 
-def test_sigterm_answers_what_is_in_flight_and_a_full_queue_is_told(older_bundle: Path) -> None:
+def test_a_full_queue_gets_503_and_sigterm_finishes_requests_in_flight(older_bundle: Path) -> None:
     server, port = start(older_bundle, "--max-queue", "3", "--max-batch", "64", "--max-wait-ms", "1500")
     with ThreadPoolExecutor(3) as pool:
         waiting = pool.submit(call, port, "POST", "/predict", {"texts": ["good film", "bad"]})
@@ -306,7 +306,7 @@ def test_the_process_ends_with_an_error_when_a_worker_has_died(monkeypatch: pyte
         assert answer.result(10)[0] == 503
 
 
-def test_the_server_says_when_requests_were_not_answered(monkeypatch: pytest.MonkeyPatch, stand_in: Any) -> None:
+def test_the_server_reports_requests_unanswered_at_shutdown(monkeypatch: pytest.MonkeyPatch, stand_in: Any) -> None:
     monkeypatch.setattr(server, "SHUTDOWN_SECONDS", 1)
     monkeypatch.setattr(http_app, "CLOSE_SECONDS", 0.1)
     classify, shutdown = stand_in(), server.Shutdown()
@@ -330,7 +330,7 @@ def test_the_server_says_when_requests_were_not_answered(monkeypatch: pytest.Mon
     classify.gate.set()
 
 
-def test_a_signal_ends_a_server_that_has_only_begun(stand_in: Any) -> None:
+def test_a_signal_during_startup_stops_the_server(stand_in: Any) -> None:
     shutdown = server.Shutdown()
     with shutdown.signals():
         signal.raise_signal(signal.SIGTERM)
@@ -356,7 +356,7 @@ def test_a_folder_that_changes_while_it_is_opened_is_refused(
         server.open_unchanging(folder, 1, options)
 
 
-def test_hosts_are_this_machine_alone_unless_others_can_reach_it() -> None:
+def test_only_loopback_hosts_are_allowed_unless_the_address_is_public() -> None:
     loopback_names = {"localhost", "127.0.0.1", "[::1]"}
     for host, allowed, expected in (
         ("127.0.0.1", (), loopback_names),
@@ -371,7 +371,7 @@ def test_hosts_are_this_machine_alone_unless_others_can_reach_it() -> None:
         assert server.hosts_to_allow(host, allowed) == expected, (host, allowed)
 
 
-def test_as_many_files_may_be_open_as_there_are_connections() -> None:
+def test_the_limit_of_open_files_is_raised_for_the_connections() -> None:
     soft_limit, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (300, hard_limit))
@@ -383,7 +383,7 @@ def test_as_many_files_may_be_open_as_there_are_connections() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft_limit, hard_limit))
 
 
-def test_the_access_log_is_a_switch(older_bundle: Path) -> None:
+def test_the_access_log_can_be_switched_on(older_bundle: Path) -> None:
     process, port = start(older_bundle, "--access-log", "--allow-host", "model.example")
     assert call(port, "GET", "/v2", Host="model.example")[0] == 200
     assert call(port, "GET", "/v2/%1b[31m", Host="evil.example")[0] == 421
@@ -399,7 +399,7 @@ def test_threads_are_shared_among_the_workers() -> None:
     assert server.share_threads(0, 8, "cuda") == (1, 8)
 
 
-def test_another_address_deserves_a_warning_and_a_taken_one_an_error(older_bundle: Path) -> None:
+def test_a_public_address_is_recognised_and_a_used_port_is_an_error(older_bundle: Path) -> None:
     assert not server.is_loopback("0.0.0.0")
     assert all(map(server.is_loopback, ("127.0.0.1", "::1", "localhost")))
     with server.open_listener("127.0.0.1", 0) as listener, pytest.raises(RunError, match="cannot be listened to"):

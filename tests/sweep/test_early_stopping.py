@@ -1,4 +1,4 @@
-"""Which trials are hopeless: far behind the median at the same progress, and never before there is one."""
+"""Early stopping of trials: far behind the median of the others at the same progress."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from spdtool.sweep.early_stopping import MedianStopping
 GROUP = ("sst2", 0.9)
 
 
-def test_a_trial_far_behind_the_median_is_hopeless_and_says_why() -> None:
+def test_a_trial_far_behind_the_median_is_stopped_with_a_reason() -> None:
     stopping = MedianStopping(margin=10)
     for trial, score in (("a", 0.80), ("b", 0.90)):
         assert stopping.report(GROUP, trial, 1.0, score) is None
@@ -25,7 +25,7 @@ def test_a_trial_within_the_margin_goes_on() -> None:
         assert stopping.report(GROUP, "c", 1.0, score) is None, score
 
 
-def test_nothing_is_said_without_two_others_that_came_as_far() -> None:
+def test_no_trial_is_stopped_before_two_others_came_as_far() -> None:
     stopping = MedianStopping(margin=10)
     for trial, progress in (("a", 1.0), ("a", 2.0), ("b", 1.0)):
         stopping.report(GROUP, trial, progress, 0.9)

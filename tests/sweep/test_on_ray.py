@@ -1,4 +1,4 @@
-"""Sweeps on Ray: the rows are those without it, workers and nodes die, claims are refused, the hopeless are stopped."""
+"""Sweeps on Ray: equal rows, dying workers and nodes, refused resources, early stopping."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def planned(tmp_path: Path) -> Make:
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Any]:
-    """A Ray cluster of two nodes on this machine, with a processor each, kept for the tests of this file."""
+    """A Ray cluster of two nodes on this machine, with one CPU each."""
     cluster_utils = pytest.importorskip("ray.cluster_utils", reason="Ray is not installed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_worker_niceness", "0")  # else workers starve where tests run side by side
@@ -57,7 +57,7 @@ def nodes() -> Iterator[Any]:
 
 @pytest.fixture
 def ray(nodes: Any) -> Any:
-    """Ray, with this process as a driver of that cluster, whose workers the next test finds warm."""
+    """Ray with this process as a driver of the cluster; its workers stay warm for the next test."""
     import ray
 
     if not ray.is_initialized():
@@ -67,7 +67,7 @@ def ray(nodes: Any) -> Any:
 
 @pytest.fixture
 def gather(tmp_path: Path) -> Callable[[int], str]:
-    """`gather(2)`, called in trials, returns the id of a trial's node once two of them have come as far."""
+    """Return `gather(count)`, a barrier for trials: it waits for `count` of them and returns the node's id."""
     arrived = tmp_path / "here"
     arrived.mkdir()
 
@@ -91,14 +91,14 @@ def without_seconds(rows: list[StudentRow]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_the_rows_are_those_of_a_sweep_in_turn(planned: Make, ray: Any) -> None:
+def test_rows_on_ray_equal_those_of_a_sweep_in_turn(planned: Make, ray: Any) -> None:
     rows = run(planned("on ray"), Cluster())
     assert [row.status for row in rows] == ["done", "done"]
     assert without_seconds(rows) == without_seconds(run(planned("in turn"), run_in_turn))
 
 
 @pytest.mark.slow
-def test_a_claim_that_no_machine_meets_is_refused(planned: Make, ray: Any) -> None:
+def test_resources_that_no_machine_has_are_refused(planned: Make, ray: Any) -> None:
     with pytest.raises(DeviceError, match="claims 3 GPUs, and the largest machine of the Ray cluster has 0"):
         run(planned(), Cluster(gpus=3))
 
@@ -178,7 +178,7 @@ def test_a_trial_waits_for_an_orphan_that_holds_its_folder(planned: Make, monkey
 
 
 @pytest.mark.slow
-def test_claims_that_no_machine_meets_any_longer_end_the_sweep(
+def test_the_sweep_ends_if_no_machine_has_the_resources_any_longer(
     planned: Make, nodes: Any, ray: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     large = nodes.add_node(num_cpus=2)
@@ -220,7 +220,7 @@ def test_plugins_are_loaded_where_a_trial_runs(planned: Make, ray: Any, clean_pl
 
 
 @pytest.mark.slow
-def test_a_hopeless_trial_is_stopped_and_stays_stopped(planned: Make, ray: Any) -> None:
+def test_a_trial_far_behind_is_stopped_and_stays_stopped(planned: Make, ray: Any) -> None:
     trials = planned(recipes=["gmp"], seeds=[0, 1])
     run(trials, Cluster())
     more_trials = planned(recipes=["gmp"], seeds=[0, 1, 2])

@@ -1,4 +1,4 @@
-"""Rows and their averages: sample deviations, gaps, what is kept, the Pareto front, students left on the way."""
+"""Rows of a sweep and their summaries: means, deviations, gaps, retention, Pareto front, intermediate students."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_retention_and_gaps_follow_from_the_scores_of_a_row():
         assert figures == pytest.approx(expected), fields
 
 
-def test_a_row_survives_json_and_what_another_version_has_added():
+def test_a_row_is_read_from_json_with_fields_of_another_version():
     original = row(students=[row(sparsity=0.3, target_sparsity=0.5)], bytes=7)
     record = json.loads(json.dumps(original.model_dump(mode="json") | {"added_later": 1}))
     assert StudentRow.model_validate(record) == original
@@ -58,12 +58,12 @@ def test_means_are_over_seeds_of_one_task_recipe_and_sparsity():
     assert summaries[0].retention.mean == pytest.approx(0.6)
 
 
-def test_what_is_kept_is_a_mean_of_the_seeds_own_ratios():
+def test_retention_is_the_mean_of_the_ratios_of_each_seed():
     student_rows = [row(teacher=1.0, student=0.5), row(seed=1, teacher=0.5, student=0.5)]
     assert summary.summarise(student_rows)[0].retention.mean == pytest.approx(0.75)
 
 
-def test_nothing_is_kept_of_a_teacher_that_is_no_better_than_chance():
+def test_a_teacher_at_chance_has_no_retention():
     chance_row = row(teacher=0.5, student=0.5, chance=0.5)
     assert "nothing to keep: the teacher is no better than chance" in summary.describe_row(chance_row)
     columns, (cells,) = summary.table(summary.summarise([chance_row]))
@@ -75,7 +75,7 @@ def test_nothing_is_kept_of_a_teacher_that_is_no_better_than_chance():
     )
 
 
-def test_what_failed_or_is_not_finished_is_no_part_of_a_mean():
+def test_failed_and_unfinished_trials_are_left_out_of_means():
     student_rows = [
         row(),
         row(seed=1, status="failed", student=None, error="DataError: no rows"),
@@ -116,7 +116,7 @@ def test_intermediate_students_are_rows_of_their_own():
     ]
 
 
-def test_the_pareto_front_holds_what_nothing_cheaper_matches():
+def test_the_pareto_front_contains_only_undominated_students():
     examples = [
         ([(1, 5), (2, 4), (3, 6)], [(1, 5), (3, 6)]),
         ([(2, 5), (1, 5)], [(1, 5)]),
@@ -127,7 +127,7 @@ def test_the_pareto_front_holds_what_nothing_cheaper_matches():
         assert summary.pareto_front(points) == expected, points
 
 
-def test_bytes_and_speed_are_columns_only_where_something_was_benched():
+def test_bytes_and_speed_are_columns_only_after_a_bench():
     assert "speed" not in summary.table(summary.summarise([row()]))[0]
     columns, cells = summary.table(summary.summarise([row(speed=2.0, bytes=12345), row(task="b")]))
     assert columns[-2:] == ["bytes", "speed"]

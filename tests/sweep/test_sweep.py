@@ -1,4 +1,4 @@
-"""Sweeps: shared teachers, resuming, failures that stand in the table, equal epochs, and the files that come out."""
+"""Sweeps: shared teachers, resuming, failed trials, equal epochs, output files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ QUICK = (
 
 @pytest.fixture
 def planned(tmp_path, toy_task):
-    """`planned(recipes=..., ...)`: the trials of a quick sweep of the task `toy` in tmp_path/sweep."""
+    """Return `planned(recipes=..., ...)`, which plans a quick sweep of the task `toy` in tmp_path/sweep."""
     toy_task()
 
     def make(**changes):
@@ -68,7 +68,7 @@ def test_every_trial_is_a_run_with_the_teacher_of_its_task_and_seed(planned, tmp
     assert "3 left, about" in lines[0]
 
 
-def test_a_line_for_each_trial_is_shown_and_nothing_of_its_stages(planned, capsys):
+def test_a_sweep_prints_one_line_for_each_trial(planned, capsys):
     console.configure()
     trials = planned()
     run_sweep(trials, trials[0].folder.parent.parent, lambda line: console.say(console.escape(line)))
@@ -89,7 +89,7 @@ def test_the_results_are_written_as_json_and_markdown(planned, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_finished_sweep_does_nothing_again(planned, tmp_path):
+def test_a_finished_sweep_repeats_no_work(planned, tmp_path):
     before, _ = run_all(planned())
     stamps_before = stamps(tmp_path)
     after, _ = run_all(planned())
@@ -100,7 +100,7 @@ def test_a_finished_sweep_does_nothing_again(planned, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sweep_that_was_killed_goes_on(planned, tmp_path, monkeypatch):
+def test_a_killed_sweep_resumes(planned, tmp_path, monkeypatch):
     trials = planned(seeds=[0, 1])
     child = os.fork()
     if child == 0:  # dies in the second phase of the second trial
@@ -134,7 +134,7 @@ def test_a_changed_recipe_of_a_finished_trial_is_refused_before_anything_runs(pl
     assert stamps(tmp_path) == stamps_before
 
 
-def test_a_trial_that_fails_stands_in_the_table_and_the_others_go_on(planned, toy_task):
+def test_a_failed_trial_is_a_row_and_the_others_run(planned, toy_task):
     toy_task("empty", train=0)
     rows, lines = run_all(planned(tasks=["empty", "toy"]))
     assert [row.status for row in rows] == ["failed", "done"]
@@ -165,7 +165,7 @@ def test_epochs_are_scaled_to_the_same_sum_in_the_proportions_of_the_recipe():
 
 
 @pytest.mark.parametrize("sets", [["prune.epochs=3"], [f"{phase}.epochs=0" for phase in PHASES]])
-def test_epochs_that_have_no_common_measure_are_refused(sets):
+def test_epochs_that_cannot_be_scaled_to_the_sum_are_refused(sets):
     with pytest.raises(RecipeError, match="--epochs cannot scale"):
         scale_epochs(recipe.build_recipe("default", {"task": "mrpc"}, sets), 4)
 
@@ -182,7 +182,7 @@ def test_data_is_one_folder_for_all_tasks_or_a_folder_for_each(tmp_path):
         assert data_by_task(text, ["cola", "sst2"]) == expected, text
 
 
-def test_data_of_no_task_of_the_sweep_is_refused():
+def test_data_for_a_task_outside_the_sweep_is_refused():
     for text in ("rte=x", "cola=", "cola=x,sst2"):
         with pytest.raises(RecipeError, match="none of the sweep's tasks"):
             data_by_task(text, ["cola", "sst2"])
@@ -198,7 +198,7 @@ def test_data_of_no_task_of_the_sweep_is_refused():
         ({"sets": ["prune.epoch=1"]}, UnknownName, "prune.epochs"),
     ],
 )
-def test_a_wrong_wish_is_refused_before_anything_runs(planned, tmp_path, changes, error, message):
+def test_a_wrong_setting_is_refused_before_any_trial(planned, tmp_path, changes, error, message):
     with pytest.raises(error) as caught:
         planned(**changes)
     assert message in f"{caught.value.message} {caught.value.hint}"
@@ -222,7 +222,7 @@ def test_intermediate_students_are_rows_of_the_table(planned, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_shows_a_table_and_says_what_failed_by_its_exit_code(planned, toy_task, spdtool, tmp_path):
+def test_the_sweep_command_prints_a_table_and_fails_with_its_trials(planned, toy_task, spdtool, tmp_path):
     toy_task("empty", train=0)
     arguments = ["--epochs", 3, "--sparsities", 0.5, "--seeds", 0, "--out", tmp_path / "s"]
     arguments += [word for assignment in QUICK for word in ("--set", assignment)]
@@ -248,7 +248,7 @@ def test_the_command_shows_a_table_and_says_what_failed_by_its_exit_code(planned
         (["--tasks", "toy", "--sparsities", "many"], "no list of numbers"),
     ],
 )
-def test_the_command_refuses_lists_that_are_none(spdtool, arguments, named):
+def test_the_sweep_command_refuses_malformed_lists(spdtool, arguments, named):
     result = spdtool("sweep", *arguments)
     assert result.exit_code == 2
     assert named in result.stderr
