@@ -214,7 +214,13 @@ patterns: Registry[Function] = Registry(
     "pattern", "spdtool.pruning.patterns", options=("block", "group", "largest_sparsity")
 )
 datasets: Registry[Any] = Registry("task", "spdtool.data.glue", "spdtool.data.demo")
-task_kinds: Registry[Any] = Registry("kind of task", "spdtool.tasks.classification", "spdtool.tasks.regression")
+task_kinds: Registry[Any] = Registry(
+    "kind of task",
+    "spdtool.tasks.classification",
+    "spdtool.tasks.regression",
+    "spdtool.tasks.ranking",
+    "spdtool.tasks.embedding",
+)
 targets: Registry[Any] = Registry(
     "export target", "spdtool.export.targets", "spdtool.export.narrow", check="spdtool.export.target:check_target"
 )

@@ -151,6 +151,44 @@ def bert(
         return BertForSequenceClassification(BertConfig(**options | config)).eval()
 
 
+def sentence_encoder(
+    folder: Path,
+    *,
+    pooling: str = "mean",
+    normalize: bool = True,
+    prompts: dict[str, str] | None = None,
+    default_prompt: str | None = None,
+    max_length: int = 24,
+    layers: int = 2,
+    seed: int = 0,
+) -> Path:
+    """Write a tiny random BERT as sentence-transformers saves one, in the form of its version 2."""
+    from transformers import BertModel
+
+    bert_model = bert(layers, seed=seed).bert
+    assert isinstance(bert_model, BertModel)
+    bert_model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    kinds = ["Transformer", "Pooling", *(["Normalize"] if normalize else [])]
+    paths = ["", "1_Pooling", "2_Normalize"]
+    modules = [
+        {"idx": index, "name": str(index), "path": paths[index], "type": f"sentence_transformers.models.{kind}"}
+        for index, kind in enumerate(kinds)
+    ]
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    modes = {"mean": "mean_tokens", "cls": "cls_token", "lasttoken": "lasttoken", "max": "max_tokens"}
+    pooling_config = {f"pooling_mode_{name}": mode == pooling for mode, name in modes.items()}
+    files = {
+        "modules.json": modules,
+        "1_Pooling/config.json": {"word_embedding_dimension": 32} | pooling_config,
+        "sentence_bert_config.json": {"max_seq_length": max_length, "do_lower_case": False},
+        "config_sentence_transformers.json": {"prompts": prompts or {}, "default_prompt_name": default_prompt},
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2), "utf-8")
+    return folder
+
+
 def rows(
     count: int, seed: int = 0, *, labels: int = 2, pairs: bool = False, shortest: int = 1, longest: int = 9
 ) -> Rows:

@@ -14,9 +14,12 @@ from pathlib import Path
 
 from spdtool.data.columns import choose_columns, refuse_unsupported_kind, table_to_rows
 from spdtool.data.dataset import Dataset, Rows
+from spdtool.data.embedding import embedding_dataset, find_text_files, is_sentence_encoder
 from spdtool.data.files import READERS, read_file, read_header
 from spdtool.data.formats.table import Table
 from spdtool.data.labels import LabelSummary, order_by_schema, read_labels
+from spdtool.data.qrels import find_qrels
+from spdtool.data.ranking import find_ranking_columns, ranking_dataset, read_ranking_tables
 from spdtool.data.readme import name_classes, read_class_names
 from spdtool.data.splits import TRAIN_NAMES, draw_dev_rows, find_split_files, readable_files
 from spdtool.errors import DataError
@@ -33,12 +36,19 @@ def local_dataset(recipe: Recipe) -> Dataset:
     """
     if recipe.data is None:
         raise DataError("the task local needs rows", "give --data FILE or --data FOLDER")
+    if recipe.given_teacher is not None and is_sentence_encoder(recipe.given_teacher):
+        return embedding_dataset(recipe)
+    judged = read_ranking_tables(Path(recipe.data), recipe.negatives, recipe.seed)
+    if judged is not None:
+        return ranking_dataset(recipe, judged)
     from spdtool.data.sharded import find_shards, sharded_dataset  # it imports this module
 
     shards = find_shards(Path(recipe.data))
     if shards is not None:
         return sharded_dataset(recipe, shards)
     tables = read_tables(Path(recipe.data))
+    if find_ranking_columns(tables["train"].columns) is not None:
+        return ranking_dataset(recipe, tables)
     columns = choose_columns(tables["train"], recipe.text, recipe.label)
     summary = LabelSummary()
     as_numbers = recipe.regression is True
@@ -73,6 +83,11 @@ def check_header(recipe: Recipe) -> None:
     if recipe.task != "local" or recipe.data is None:
         return
     path = Path(recipe.data)
+    if recipe.given_teacher is not None and is_sentence_encoder(recipe.given_teacher):
+        find_text_files(path)
+        return
+    if find_qrels(path) is not None:
+        return
     if path.is_dir():
         files = find_split_files(path)["train"]
         if not files:
@@ -81,6 +96,8 @@ def check_header(recipe: Recipe) -> None:
     elif not path.exists():
         raise DataError(f"{path} does not exist", "--data takes a file or a folder")
     table = read_header(path)
+    if find_ranking_columns(table.columns) is not None:
+        return
     if path.suffix.lower() == ".jsonl":  # a later line may have further columns
         refuse_unsupported_kind(table)
     else:

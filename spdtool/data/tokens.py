@@ -48,6 +48,7 @@ class Encoded:
         details: what a kind of task has to know of the rows beside their tokens; it enters no batch.
         stored_lengths: tokens of each row, where they are stored; None: computed from the offsets.
         hashes: of the columns and offsets, where they are stored (`cache.hash_array`).
+        groups: number of each row's group, [rows]: training batches hold whole groups; None: any row goes with any.
     """
 
     columns: dict[str, np.ndarray]
@@ -61,6 +62,7 @@ class Encoded:
     details: Details | None = None
     stored_lengths: np.ndarray | None = None
     hashes: dict[str, str] = field(default_factory=dict)
+    groups: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -102,13 +104,24 @@ class Encoded:
             per_token={name: values[tokens] for name, values in self.per_token.items()},
             stored_lengths=None if self.stored_lengths is None else self.stored_lengths[rows],
             hashes={},
+            groups=None if self.groups is None else self.groups[rows],
         )
 
     def sample(self, size: int, seed: int) -> Encoded:
-        """Draw `size` rows and keep their order; all of them where there are no more."""
+        """Draw `size` rows, or whole groups of about as many, and keep their order; all where there are no more."""
         if size >= len(self):
             return self
+        if self.groups is not None:
+            return self._sample_groups(size, seed)
         return self.select(np.sort(np.random.default_rng(seed).choice(len(self), size, replace=False)))
+
+    def _sample_groups(self, size: int, seed: int) -> Encoded:
+        """Draw whole groups that have at most `size` rows together."""
+        assert self.groups is not None
+        names, sizes = np.unique(self.groups, return_counts=True)
+        order = np.random.default_rng(seed).permutation(len(names))
+        drawn = names[order[np.cumsum(sizes[order]) <= size]]
+        return self.select(np.flatnonzero(np.isin(self.groups, drawn)))
 
     def collate(self, rows: Sequence[int] | np.ndarray, length: int | None = None) -> Batch:
         """Pad rows to int64 arrays [rows, tokens], with `attention_mask` and `labels`.

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from spdtool.distillation.outputs import ModelOutputs
 from spdtool.errors import DeviceError
 from spdtool.models import collectives
 from spdtool.models.arithmetic import probe_arithmetic
-from spdtool.models.predict import BATCH_SIZE, predict, to_device
+from spdtool.models.predict import BATCH_SIZE, Forward, predict, predict_dev_sets, to_device
 from spdtool.recipe import PHASES
 from spdtool.recipe.fields import Distilled, Loss, Recipe
 from spdtool.tasks.head import head_of_model
@@ -110,6 +110,22 @@ def cache_outputs(rows: Encoded, teacher: PreTrainedModel, forward: TeacherForwa
     if not layers:
         return with_logits
     return replace(with_logits, per_token=with_logits.per_token | {STATES: arrays["states"]})
+
+
+def cache_dev_outputs(splits: Mapping[str, Encoded], teacher: PreTrainedModel, forward: Forward) -> cache.Arrays:
+    """Compute the teacher's outputs of every dev set once for all phases, and store them as training rows' are.
+
+    Args:
+        forward: the teacher's.
+    """
+    digests = {name: rows.digest for name, rows in splits.items()}
+    name = cache.cache_key(_hash_model(teacher), digests, _describe_arithmetic(teacher.device))
+
+    def fill(append: cache.Append) -> None:
+        for split, outputs in predict_dev_sets(forward, splits).items():
+            append(split, outputs)
+
+    return cache.cached_arrays("teacher-dev", name, fill)
 
 
 def pop_cached_outputs(batch: dict[str, torch.Tensor]) -> ModelOutputs | None:

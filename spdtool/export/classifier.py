@@ -36,6 +36,8 @@ from spdtool.export.token_rows import (
     token_rows_of_columns,
 )
 from spdtool.tasks.decision import Answer, Json, find_decision
+from spdtool.tasks.head import head_of_config
+from spdtool.tasks.sentence_settings import read_prompt
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -66,11 +68,13 @@ class Classifier:
         pads_left: whether shorter rows of a batch are padded on the left. padding: with what, by input.
         decision: turns outputs into answers, as the kind of task has it.
         bundle: the opened folder and the model in it that runs; None for a classifier that was not opened from one.
+        prompt: is put before every text; empty for all but sentence encoders that have one.
         text: names of the one or two text columns of the training data; None if the folder does not name them, and a
             row may then be a single text or a pair.
     """
 
     bundle: Bundle | None = None
+    prompt: str = ""
     text: tuple[str, ...] | None = None
 
     def __init__(
@@ -90,10 +94,11 @@ class Classifier:
         self._load_arguments: tuple[Any, ...] = ()
         self._truncation_side = tokenizer_config.get("truncation_side", "right")
         self.max_length = longest_input(config, tokenizer_config)
-        self.names = ordered_labels(config)
+        self.names = head_of_config(config).name_outputs(config) or ordered_labels(config)
         check_output_count(session, self.names)
         kind = kind or KindSettings()
-        self.decision = find_decision(config, kind.name)(self.names, kind.settings)
+        decision = find_decision(config, kind.name)
+        self.decision = decision(self.names, decision.settings_of(config) | dict(kind.settings))
         tokenizer.no_padding()
         self.limit_length(self.max_length)
 
@@ -197,7 +202,7 @@ class Classifier:
                         f"row {number} has an empty text",
                         "leave it out, as training rows of a file without text have to be",
                     )
-        rows = self.tokenize(texts, seconds)
+        rows = self.tokenize([self.prompt + text for text in texts], seconds)
         for number, row in enumerate(rows):
             if len(row.ids) == 0:
                 raise DataError(f"row {number} has no token")
@@ -324,6 +329,7 @@ def load(
     kind = KindSettings(bundle.kind, bundle.settings)
     classifier = Classifier(session, read_tokenizer(bundle.folder), config, tokenizer_config, kind)
     classifier.bundle, classifier.text = bundle, bundle.text
+    classifier.prompt = read_prompt(bundle.folder)
     classifier._load_arguments = (str(bundle.folder.absolute()), library, threads, provider, variant, unverified)
     return classifier
 

@@ -22,6 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from spdtool.errors import ModelError
 from spdtool.models.config import announce_once, read_config, require_head, unreadable_model
+from spdtool.models.foreign import refuse_foreign_weights
 from spdtool.models.weight_files import (
     FLOATS,
     INDEX_FILE,
@@ -120,6 +121,7 @@ def _check_weights(
     """
     headers = read_headers(files)
     _refuse_adapter_keys(source, headers)
+    refuse_foreign_weights(source, headers)
     renamed = strip_wrappers(headers, files[0])
     if renamed:
         key, name = next(iter(renamed.items()))

@@ -16,6 +16,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from spdtool import console
 from spdtool.data.kinds import SUPPORTED, kind_of_architectures
 from spdtool.errors import ModelError, SpdError, first_line
+from spdtool.models.foreign import refuse_foreign_config
 from spdtool.tasks.head import Head, find_head
 from spdtool.tasks.task import Task
 
@@ -54,6 +55,8 @@ def read_config(
         raise ModelError(f"config.json of {str(source)!r} is no JSON object", reading_hint(source))
     for name in SWITCHES:
         raw.pop(name, None)
+    _read_activation(source, raw)
+    refuse_foreign_config(source, raw)
     _refuse_quantized(source, raw)
     _refuse_decoder(source, raw)
     if new_head:
@@ -73,6 +76,19 @@ def read_config(
     return config
 
 
+def _read_activation(source: str | Path, raw: RawConfig) -> None:
+    """Put into the configuration what a cross-encoder applies to its output, which newer versions store beside it."""
+    file = Path(source) / "config_sentence_transformers.json"
+    if not file.is_file():
+        return
+    try:
+        stored = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError):
+        return  # a file of another library: who needs it says what is wrong with it
+    if isinstance(stored, dict) and isinstance(stored.get("activation_fn"), str):
+        raw.setdefault("sentence_transformers", {})["activation_fn"] = stored["activation_fn"]
+
+
 def has_head(config: PretrainedConfig, head: Head) -> bool:
     """Tell whether the configuration names a class with this head."""
     return find_head(getattr(config, "architectures", None)) == head
@@ -81,7 +97,8 @@ def has_head(config: PretrainedConfig, head: Head) -> bool:
 def require_head(source: str | Path, config: PretrainedConfig) -> None:
     """Raise ModelError unless the configuration names a class with the head of some kind of task."""
     architectures = getattr(config, "architectures", None) or []
-    if find_head(architectures) is not None:
+    head = find_head(architectures)
+    if head is not None and head.opens(source):
         return
     kind = kind_of_architectures(architectures)
     if kind is not None:

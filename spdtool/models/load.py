@@ -26,15 +26,18 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from spdtool import ranks
+from spdtool.data.embedding import is_sentence_encoder
 from spdtool.errors import ModelError, first_line
 from spdtool.models import fsdp
 from spdtool.models.checkpoint import Checkpoint, find_model_class, open_checkpoint
 from spdtool.models.config import has_head, read_config, reading_hint, unreadable_model
 from spdtool.models.layers import find_layer_stack, select_trained_parameters
+from spdtool.models.sentence import add_pooling, sentence_settings
 from spdtool.models.tables import fit_tokenizer
 from spdtool.models.weight_files import read_weight_files
 from spdtool.recipe.fields import Recipe
-from spdtool.tasks.head import SEQUENCE_CLASSIFIER, Head, head_of_config
+from spdtool.tasks.head import SEQUENCE_CLASSIFIER, Head, head_of_config, head_of_model
+from spdtool.tasks.sentence_settings import read_sentence_settings
 from spdtool.tasks.task import ProblemType, Task
 
 transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -85,7 +88,7 @@ def load_model(
         _set_dropout(config, dropout)
     try:
         if smoke:
-            return build_shallow(config)
+            return _add_pooling(build_shallow(config), source)
         model = _read_model(checkpoint)
     # transformers, safetensors and the hub's client each raise what they like
     except Exception as error:
@@ -93,7 +96,12 @@ def load_model(
     if not checkpoint.files:  # a hub name whose weights were downloaded just now
         open_checkpoint(source, finetuned=new_head is None, new_head=new_head, fields=fields)
     model.eval()  # type: ignore[no-untyped-call]
-    return model
+    return _add_pooling(model, source)
+
+
+def _add_pooling(model: PreTrainedModel, source: str | Path) -> PreTrainedModel:
+    """Add the pooling of its folder to an encoder alone; return any other model as it is."""
+    return add_pooling(model, source) if head_of_model(model).pools else model
 
 
 def _read_model(checkpoint: Checkpoint) -> PreTrainedModel:
@@ -141,7 +149,8 @@ def build_empty_model(
     config = open_checkpoint(source, finetuned=finetuned, new_head=new_head, has_weights=has_weights).config
     try:
         with torch.device(device):
-            return build_shallow(config) if smoke else _build(config)
+            model = build_shallow(config) if smoke else _build(config)
+            return _add_pooling(model, source)
     except Exception as error:
         raise unreadable_model(source, error) from None
 
@@ -191,7 +200,24 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         raise ModelError(f"the tokenizer of {str(source)!r} has no vocabulary", reading_hint(source))
     if not Path(source).is_dir() or (Path(source) / "config.json").is_file():
         fit_tokenizer(source, tokenizer, read_config(source, new_head=True))
+    if is_sentence_encoder(source):
+        _fit_sentence_tokenizer(source, tokenizer)
     return tokenizer
+
+
+def _fit_sentence_tokenizer(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a tokenizer the longest input and the prompts of its folder of sentence-transformers, as the library does.
+
+    A folder that is used as an encoder alone may pool in a way that is not supported: its tokenizer stays as it is.
+    """
+    try:
+        settings = read_sentence_settings(source)
+    except ModelError:
+        return
+    if settings.max_length is not None:
+        tokenizer.model_max_length = min(settings.max_length, tokenizer.model_max_length)
+    tokenizer.sentence_prompt = settings.prompt
+    tokenizer.sentence_prompts = tuple(text for _, text in settings.prompts if text)
 
 
 def move_to_device(
@@ -232,6 +258,9 @@ def save_model(
         # transformers 5 would save some families under older names, and the masks go by the model's own
         options["save_original_format"] = False
     model.save_pretrained(folder, state_dict=weights, **options)
+    settings = sentence_settings(model)
+    if settings is not None:
+        settings.write(folder)
     save_tokenizer(tokenizer, folder)
 
 
@@ -311,7 +340,10 @@ def build_shallow(config: PretrainedConfig, layers: int = SMOKE_LAYERS) -> PreTr
 
 
 def _ordered_labels(config: PretrainedConfig) -> list[str]:
-    """Label names in the order of the logits."""
+    """Label names in the order of the logits; where the head has none, names of its outputs."""
+    named = head_of_config(config).name_outputs(config.to_dict())
+    if named:
+        return named
     # transformers turns the keys of config.json into numbers, and declares them as strings
     names = cast("dict[int, str]", config.id2label)
     return [str(names[index]) for index in range(len(names))]

@@ -116,6 +116,17 @@ class Loss(Section):
     """weight of the teacher in the logit loss; the gold labels have the remainder (1: teacher only)"""
     regression_hardness: float = Field(1.0, ge=0, le=1)
     """the same for a regression task, where both are squared errors"""
+    ranking: Literal["pointwise", "pairwise", "listwise"] = "pairwise"
+    """of a reranker: compare scores alone, or also their differences, or their distribution over a query's passages"""
+    cosine: float = Field(1.0, ge=0)
+    """of embeddings, inside `logits`: weight of one minus the cosine to the teacher's vector"""
+    distance: float = Field(0.0, ge=0)
+    """of embeddings: weight of the squared distance to the teacher's vector, relative to the squared length of those"""
+    similarity: float = Field(1.0, ge=0)
+    """of embeddings: weight of the divergence between similarities to the other texts of the batch"""
+    # The temperature with which sentence encoders are usually trained: a scale of 20.
+    similarity_temperature: float = Field(0.05, gt=0)
+    """divides the cosines to the other texts of the batch before their softmax"""
     attention_on: Literal["scores", "probabilities"] = "scores"
     """compare attention before the softmax, or after softmax and dropout, as the published code does"""
     mask_padding: bool = True
@@ -576,6 +587,12 @@ class Recipe(Section):
     """use only that many rows of each split, for trials; none: all"""
     dev_share: float = Field(0.1, gt=0, lt=1)
     """fraction of a local file's rows that becomes the dev set where there is none"""
+    pairs: str | None = None
+    """of embeddings: file or folder of rated pairs of texts, on which the dev score is measured"""
+    neighbour_texts: int = Field(2000, ge=2)
+    """of embeddings: most texts that are not trained on, whose nearest neighbours are compared with the teacher's"""
+    negatives: int = Field(8, ge=1)
+    """of a reranker with qrels: passages to draw at random for a query that has relevant ones only"""
     bucketing: bool = True
     """batch rows of similar length, padded to the longest of the batch; off: pad every batch to `max_length`"""
     # Larger pools pad less and shuffle less.

@@ -2,7 +2,7 @@
 
     GET  /  /docs  /openapi.json
     GET  /v2  /v2/health/live  /v2/health/ready  /v2/models/NAME  /v2/models/NAME/ready
-    POST /v2/models/NAME/infer  /predict
+    POST /v2/models/NAME/infer  /predict  and a route of `compatible`, where the kind of task has one
     GET  /metrics
 
 Every error is `{"error": "..."}`: 400 no valid inference request, 404 no such model or path, 405 another method, 408
@@ -34,6 +34,7 @@ from spdtool.errors import DataError, SpdError
 from spdtool.export.classifier import Classifier
 from spdtool.serving import openapi, pages, protocol
 from spdtool.serving.batching import Batcher, EngineDied, QueueFull, ServerClosing
+from spdtool.serving.compatible import find_route
 from spdtool.serving.connections import REFUSED_STATUS, ConnectionLimits
 from spdtool.serving.metrics import ObserveRequests, ServerMetrics, WriteLine
 from spdtool.serving.protocol import InferenceRequest
@@ -106,6 +107,7 @@ class Application:
 
     Attributes:
         metrics: the figures behind /metrics.
+        compatible: route of another server's API that the kind of task has; None: it has none.
         batcher: computes the answers; None before the application has started.
         observed: the application as a server runs it.
     """
@@ -116,6 +118,7 @@ class Application:
         self.classify, self.name = classify, name
         self.limits, self.options = limits or Limits(), options or AppOptions()
         self.metrics = ServerMetrics()
+        self.compatible = find_route(classify)
         self.batcher: Batcher | None = None
         routes = self._routes()
         app = Starlette(
@@ -168,6 +171,9 @@ class Application:
             Route("/metrics", self._show_metrics, name="metrics"),
             Route(PREDICT_PATH, self._predict, methods=["POST"], name="predict"),
         ]
+        if self.compatible is not None:
+            for path in self.compatible.paths:
+                routes.append(Route(path, self._answer_compatible, methods=["POST"], name=path.rsplit("/", 1)[-1]))
         for path in MODEL_PATHS:
             for suffix, handler, method in (
                 ("", self._describe_model, "GET"),
@@ -191,6 +197,13 @@ class Application:
         body = await read_body(request, self.limits.connection.body)
         logits = await self._compute(protocol.parse_predict(body, self.limits.texts))
         return json_response({"model": self.name, "predictions": [*self.classify.decision.predictions(logits)]})
+
+    async def _answer_compatible(self, request: Request) -> Response:
+        assert self.compatible is not None
+        body = await read_body(request, self.limits.connection.body)
+        parsed = self.compatible.parse(body, self.limits.texts)
+        logits = await self._compute(parsed.inference)
+        return json_response(self.compatible.answer(self.classify, self.name, parsed, logits))
 
     async def _compute(self, inference: InferenceRequest) -> np.ndarray:
         assert self.batcher is not None

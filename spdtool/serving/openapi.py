@@ -6,6 +6,7 @@ from importlib import metadata
 
 from spdtool.export.classifier import Classifier
 from spdtool.serving import protocol
+from spdtool.serving.compatible import find_route
 from spdtool.tasks.decision import Json, Object
 
 EXAMPLE_TEXT, EXAMPLE_PAIR = "She sold the car.", "The car was sold."
@@ -39,6 +40,10 @@ def describe_api(classify: Classifier, name: str, max_texts: int) -> Object:
         "/v2/health/live": get("Say that the server lives", record({"live": {"type": "boolean"}})),
         "/v2/health/ready": get("Say whether requests are answered", record({"ready": {"type": "boolean"}})),
     }
+    compatible = find_route(classify)
+    for path in () if compatible is None else compatible.paths:
+        assert compatible is not None
+        paths[path] = post(compatible.summary, {"type": "object"}, {"type": "object"}, compatible.example)
     for path in (model, version):
         paths[path] = get("Describe the model", {"type": "object"})
         paths[f"{path}/ready"] = get("Say whether the model answers", ready)

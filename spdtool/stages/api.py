@@ -226,6 +226,7 @@ def export_model(
     Raises:
         SpdError: the checkpoint cannot be read, or the exported file is not the checkpoint; nothing is left of it.
     """
+    from spdtool.data.embedding import is_sentence_encoder
     from spdtool.export import onnx_session
     from spdtool.stages.export import export_checkpoint
 
@@ -233,7 +234,9 @@ def export_model(
     with_task = task is not None or data is not None
     if not with_task:
         task = "demo"  # only its recipe is used
-    recipe = request_recipe(task, data=data, text=text, label=label, device=device, sets=sets)
+    # Rows of a sentence encoder have no label: the checkpoint tells what they are.
+    teacher = checkpoint if is_sentence_encoder(checkpoint) else None
+    recipe = request_recipe(task, data=data, text=text, label=label, teacher=teacher, device=device, sets=sets)
     name = target or recipe.export.targets[0]
     source = Path(checkpoint)
     folder = Path(to) if to is not None else Path(f"{source.resolve().name}-{name}")

@@ -31,7 +31,9 @@ from spdtool.export.gates.folder import check_bundle
 from spdtool.export.gates.reference import DevSets, Reference, prepare_dev_sets
 from spdtool.export.graph.trace import cached_traces
 from spdtool.export.target import ChosenTarget, get_target, optional_targets, required_targets
+from spdtool.models.layers import find_prunable_weights
 from spdtool.models.load import load_tokenizer
+from spdtool.pruning.recognise import recognise_zeros
 from spdtool.recipe.fields import Recipe
 from spdtool.run.folder import Run
 from spdtool.run.records import ExportedModel, ExportResult, TargetExport, describe_prediction_change
@@ -57,7 +59,7 @@ def export(run: Run) -> ExportResult:
     checkpoints = {"teacher": run.use_input("teacher"), "student": run.use_input("finetune")}
     references = {}
     for role, checkpoint in checkpoints.items():
-        dev = prepare_dev_sets(checkpoint, recipe, run.record_data)
+        dev = prepare_dev_sets(checkpoint, recipe, run.record_data, checkpoints["teacher"])
         references[role] = Reference(checkpoint, dev, recipe)
     for name, error in unusable.items():
         _warn_left_out(name, error)
@@ -106,9 +108,13 @@ def export_checkpoint(checkpoint: Path, name: str, folder: Path, recipe: Recipe,
         dev = DevSets(None, {"dev": data.empty_split(load_tokenizer(checkpoint))})
 
     status = f"exporting {checkpoint} ({name}) and holding it against its checkpoint"
+    reference = Reference(checkpoint, dev, recipe)
     with replacing(folder) as partial, console.busy(status), cached_traces():
-        exported = export_and_check(target, Reference(checkpoint, dev, recipe), partial, providers)
+        exported = export_and_check(target, reference, partial, providers)
     _print_exported(str(folder), exported)
+    zeros = recognise_zeros(find_prunable_weights(reference.model).values())
+    if zeros is not None:
+        console.say(f"  zeros of the checkpoint: {zeros}")
     return exported
 
 

@@ -15,7 +15,7 @@ from spdtool import console, plugins, ranks
 from spdtool.data.tokens import Encoded, check_lengths, check_vocabulary
 from spdtool.distillation.layer_map import check_phases
 from spdtool.distillation.lesson import DistillationLesson, TokenizedModel
-from spdtool.distillation.teacher_cache import cache_outputs, is_worth_caching
+from spdtool.distillation.teacher_cache import cache_dev_outputs, cache_outputs, is_worth_caching
 from spdtool.models import collectives
 from spdtool.models.layers import (
     configure_layers,
@@ -26,12 +26,14 @@ from spdtool.models.layers import (
     model_shape,
 )
 from spdtool.models.load import label_names, load_model, load_tokenizer, move_to_device
+from spdtool.models.predict import torch_forward
 from spdtool.models.structures import find_structures
 from spdtool.models.student import (
     check_positions,
     check_tokenizers,
     choose_tokenizer,
     copy_teacher,
+    drop_unread_columns,
     load_student,
     load_student_tokenizer,
 )
@@ -157,12 +159,14 @@ def load_phase(run: Run, stage: str, start: str) -> Phase:
         check_lengths(splits, max_positions(model))
         check_vocabulary(splits, model.config.vocab_size)
     _configure_models(recipe, model, teacher.model)
+    forward = drop_unread_columns(torch_forward(teacher.model, accelerator.device), teacher.tokenizer)
+    splits = task.compare_with(splits, lambda: cache_dev_outputs(splits, teacher.model, forward))
     return Phase(
         model=model,
         tokenizer=tokenizer,
         task=task,
         splits=splits,
-        scored_rows=splits["train"].sample(section.scored_train_rows, recipe.seed),
+        scored_rows=task.sample_scored_rows(splits["train"], section.scored_train_rows, recipe.seed),
         accelerator=accelerator,
         masks=_read_masks(recipe, model),
         teacher=teacher,

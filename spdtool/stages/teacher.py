@@ -58,7 +58,7 @@ def teacher(run: Run) -> TrainingResult:
         tokenizer=tokenizer,
         task=task,
         splits=encoded,
-        scored_rows=encoded["train"].sample(section.scored_train_rows, recipe.seed),
+        scored_rows=task.sample_scored_rows(encoded["train"], section.scored_train_rows, recipe.seed),
         accelerator=accelerator,
     )
     lesson = GoldLabelLesson(model, task.gold_loss)
@@ -105,7 +105,7 @@ def copy_teacher(run: Run, source: str) -> TrainingResult:
         tokenizer=tokenizer,
         task=task,
         splits=encoded,
-        scored_rows=encoded["train"].sample(recipe.teacher.scored_train_rows, recipe.seed),
+        scored_rows=task.sample_scored_rows(encoded["train"], recipe.teacher.scored_train_rows, recipe.seed),
         accelerator=accelerator,
     )
     with console.busy(f"measuring the given teacher {source}"):

@@ -61,10 +61,12 @@ class Decision:
         windows: which text of a row is cut into overlapping windows, where it is too long: 0 the first, 1 the second;
             None: a row that is too long is cut off. Settings may have the `stride`, tokens that windows share.
         output_names: outputs that the server offers in the protocol of KServe, the default answer first.
+        route: name of a further route of the server for this kind, see `serving.compatible`; None: there is none.
     """
 
     output_names: ClassVar[tuple[str, ...]] = (LOGITS, PROBABILITIES, LABEL)
     windows: ClassVar[int | None] = None
+    route: ClassVar[str | None] = None
 
     def __init__(self, names: Sequence[str], settings: Mapping[str, Json] | None = None) -> None:
         self.names, self.settings = list(names), dict(settings or {})
@@ -73,6 +75,11 @@ class Decision:
     def fits(cls, config: Mapping[str, Any]) -> bool:
         """Tell whether a folder with this config.json is answered so, where its manifest names no kind of task."""
         raise NotImplementedError
+
+    @classmethod
+    def settings_of(cls, config: Mapping[str, Any]) -> dict[str, Json]:  # noqa: ARG003
+        """Return the settings that config.json decides; those of the manifest come on top."""
+        return {}
 
     # In Python
 
@@ -83,6 +90,10 @@ class Decision:
             outputs: logits [rows, labels]; for a kind that reads `windows`, for each text a list of `WindowOutput`.
         """
         raise NotImplementedError
+
+    def scored_answers(self, outputs: np.ndarray) -> list[Answer]:
+        """Return the answers in the form that is scored, which `Task.answers` returns too."""
+        return self.decide(outputs)
 
     def probabilities(self, outputs: np.ndarray) -> np.ndarray | None:  # noqa: ARG002
         """Return probabilities, float32 of the shape of the logits; None where the answers have none."""

@@ -35,6 +35,7 @@ class Head:
         reads: which tokens of the last layer the head reads; an export target may leave out what is not read.
         per_token: whether there is an output for each token, [rows, tokens, labels], instead of [rows, labels].
         pipeline: name of the pipeline of transformers that opens it.
+        pools: whether it is an encoder alone, to which the pooling that its folder describes is added.
     """
 
     auto_class: str
@@ -44,6 +45,19 @@ class Head:
     reads: Reads = "first token"
     per_token: bool = False
     pipeline: str = "text-classification"
+    pools: bool = False
+
+    def matches(self, name: str) -> bool:
+        """Tell whether a class name of config.json is that of a model with this head."""
+        return name.endswith(self.ending)
+
+    def opens(self, source: str | Path) -> bool:  # noqa: ARG002
+        """Tell whether a folder with such a class name has all that the head needs."""
+        return True
+
+    def name_outputs(self, config: Mapping[str, Any]) -> list[str]:  # noqa: ARG002
+        """Name the outputs of a model with this config.json; empty: they are its labels."""
+        return []
 
     def collect(self, outputs: Any, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return the outputs of a torch model as one tensor, [rows, labels] or [rows, tokens, labels].
@@ -81,7 +95,7 @@ def find_head(architectures: Iterable[str] | None) -> Head | None:
     for entries in (plugins.task_kinds.builtin_entries, plugins.task_kinds.entries):
         for entry in entries():
             head: Head = entry.value.head
-            if any(name.endswith(head.ending) for name in names):
+            if any(map(head.matches, names)):
                 return head
     return None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -37,6 +37,7 @@ class Task:
         problem_type: value of that field in a checkpoint's config.json.
         metric: the one that is the headline score; None: the mean of all.
         positive: index of the class that metrics of two classes call positive, in the order of the labels.
+        scores_training_rows: whether training rows can be scored, as those with labels can.
     """
 
     head: Head = SEQUENCE_CLASSIFIER
@@ -44,6 +45,7 @@ class Task:
     problem_type: ProblemType | None = None
     metric: str | None = None
     positive: int = 1
+    scores_training_rows: bool = True
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
@@ -81,6 +83,22 @@ class Task:
             ModelError: the tokenizer cannot pad.
         """
         return encode_splits(tokenizer, splits, recipe.max_length)
+
+    def compare_with(
+        self,
+        splits: Mapping[str, Encoded],
+        predict_teacher: Callable[[], Mapping[str, np.ndarray]],  # noqa: ARG002
+    ) -> dict[str, Encoded]:
+        """Return the splits with what scores need of the teacher beside their rows; most kinds need nothing.
+
+        Args:
+            predict_teacher: computes the teacher's outputs of every dev set.
+        """
+        return dict(splits)
+
+    def sample_scored_rows(self, rows: Encoded, count: int, seed: int) -> Encoded:
+        """Draw the training rows that are scored beside the dev set; none where they have nothing to be scored by."""
+        return rows.sample(count if self.scores_training_rows else 0, seed)
 
     # Labels of a model
 

@@ -91,4 +91,5 @@ def test_a_plugin_adds_a_kind_by_the_same_door(toys: ModuleType, toy_task: ToyTa
     task = find_task(Recipe(task="toy"))
     assert type(task) is Shifted
     assert task.score_labels(np.eye(2), np.array([1, 2]))["accuracy"] == 1.0
-    assert [entry.name for entry in plugins.task_kinds.entries()] == ["classification", "regression", "shifted"]
+    names = [entry.name for entry in plugins.task_kinds.entries()]
+    assert {"classification", "regression", "shifted"} < set(names)

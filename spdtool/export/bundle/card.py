@@ -13,6 +13,7 @@ from spdtool.models.config import HUB_NAME
 from spdtool.models.student import PRETRAINED
 from spdtool.recipe.fields import Recipe
 from spdtool.run.records import Variant
+from spdtool.tasks.head import head_of_config
 
 PYTHON = """
 ## Use
@@ -63,6 +64,34 @@ const {{ logits }} = await model(inputs);
 console.log({decision});
 ```
 """
+SENTENCES = """
+## Use
+
+```python
+import spdtool  # needs neither torch nor transformers
+
+embed = spdtool.load("FOLDER")
+print(embed("one text"))  # the vector, float32
+```
+
+With sentence-transformers:
+
+```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("FOLDER", backend="onnx")
+print(model.encode(["one text"]))
+```
+
+With transformers.js (`dtype` is one of {dtypes}), whose pooling has to be that of *1_Pooling/config.json*:
+
+```js
+import {{ pipeline }} from "@huggingface/transformers";
+
+const embed = await pipeline("feature-extraction", "FOLDER", {{ dtype: "{dtype}" }});
+console.log(await embed("one text", {{ pooling: "mean", normalize: true }}));
+```
+"""
 SELFTEST_NOTE = """
 `python selftest.py` replays `golden.json`, sentences of the dev set with the logits of the checkpoint, on every file
 whose libraries are there, and checks every sha256 of `manifest.json`.
@@ -86,19 +115,34 @@ def render_card(recipe: Recipe, variants: Mapping[str, Variant], config: Mapping
     labels = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
     assert isinstance(labels, dict), "transformers wrote it"
     title = f"{config.get('model_type', 'encoder')} for {recipe.task}, {recipe.size_label}"
-    lines = ["---", *_metadata(recipe, title, next(iter(variants.values()))), "---", "", f"# {title}", ""]
+    lines = [
+        "---",
+        *_metadata(recipe, title, next(iter(variants.values())), head_of_config(config).pipeline),
+        "---",
+        "",
+        f"# {title}",
+        "",
+    ]
     if recipe.smoke:
         lines += ["**Smoke run: a few steps on a random model. Its numbers mean nothing.**", ""]
     kind = "smaller" if recipe.prune.is_structured else "sparse"
+    head = head_of_config(config)
+    outputs = head.name_outputs(config)
+    content = f"Labels: {', '.join(map(str, labels.values()))}."
+    if head.pools:
+        content = f"It gives a vector of {len(outputs)} numbers for a text."
     lines += [
-        f"A {kind} encoder, pruned and distilled with spdtool (recipe `{recipe.name}`, seed {recipe.seed}). "
-        f"Labels: {', '.join(map(str, labels.values()))}.",
+        f"A {kind} encoder, pruned and distilled with spdtool (recipe `{recipe.name}`, seed {recipe.seed}). {content}",
         "",
         *_measured_table(variants),
     ]
     if any(variant.library is not None for variant in variants.values()):
         lines += ["", SPEED_NOTE]
     files = [variant.file for variant in variants.values()]
+    if head.pools:
+        dtypes = [dtype for file, dtype in DTYPES.items() if file in files]
+        usage = SENTENCES.format(dtypes=", ".join(f"`{dtype}`" for dtype in dtypes), dtype=dtypes[0])
+        return "\n".join(lines) + "\n" + usage + SELFTEST_NOTE
     return "\n".join(lines) + "\n" + _usage(len(find_dataset(recipe).text), list(labels.values()), files)
 
 
@@ -130,9 +174,9 @@ def _usage(texts: int, labels: Sequence[JsonValue], files: Sequence[str]) -> str
     return usage + MODEL.format(**script) + SELFTEST_NOTE
 
 
-def _metadata(recipe: Recipe, title: str, variant: Variant) -> list[str]:
+def _metadata(recipe: Recipe, title: str, variant: Variant, pipeline: str) -> list[str]:
     """Lines of YAML that the hub reads; texts are written as JSON, which is YAML too."""
-    lines = ["pipeline_tag: text-classification", "library_name: transformers.js", "tags:"]
+    lines = [f"pipeline_tag: {pipeline}", "library_name: transformers.js", "tags:"]
     lines += [f"- {tag}" for tag in TAGS]
     base_model = _base_model(recipe)
     if base_model is not None:
@@ -147,7 +191,7 @@ def _metadata(recipe: Recipe, title: str, variant: Variant) -> list[str]:
         f"- name: {json.dumps(title)}",
         "  results:",
         "  - task:",
-        "      type: text-classification",
+        f"      type: {pipeline}",
         "    dataset:",
         f"      name: {task}",
         f"      type: {task}",

@@ -34,6 +34,8 @@ SHARED_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 TOKENIZER_FILES = (
     "added_tokens.json", "merges.txt", "special_tokens_map.json", "spiece.model", "tokenizer.model",
     "sentencepiece.bpe.model", "vocab.json", "vocab.txt",
+    # of sentence-transformers: what pools and prompts otherwise gives other vectors
+    "modules.json", "1_Pooling/config.json", "sentence_bert_config.json", "config_sentence_transformers.json",
 )  # fmt: skip
 STUDENT = "student"
 NO_LIMIT = 10**9  # a tokenizer without a limit writes a number above this as its model_max_length

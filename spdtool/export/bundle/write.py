@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spdtool import console
 from spdtool.data.dataset import find_dataset
+from spdtool.data.embedding import is_sentence_encoder
 from spdtool.errors import ModelError
 from spdtool.export.bundle.card import render_card
 from spdtool.export.bundle.manifest import CARD, digest_files, read_json_object, write_manifest
@@ -48,7 +49,9 @@ from spdtool.run.records import (
     Variant,
 )
 from spdtool.run.storage import write_json
+from spdtool.tasks.head import head_of_model
 from spdtool.tasks.prepare import find_task
+from spdtool.tasks.sentence_settings import read_sentence_settings
 
 BUNDLE_FOLDER = "bundle"
 PORTABLE_TARGET = "onnx"
@@ -103,6 +106,8 @@ def write_bundle(export: Path, checkpoint: Path, recipe: Recipe, result: ExportR
     for file_name in SHARED_FILES:
         if (portable / file_name).is_file():
             _copy(portable / file_name, folder / file_name)
+    if is_sentence_encoder(portable):
+        read_sentence_settings(portable).write(folder)
     golden = make_golden_examples(checkpoint, folder, recipe)
     write_json(folder / GOLDEN_FILE, golden.model_dump(mode="json", exclude_defaults=True))
     shutil.copyfile(Path(__file__).with_name(SELFTEST), folder / SELFTEST)
@@ -151,7 +156,7 @@ def _make_golden_row(
 ) -> GoldenRow:
     encoded = tokenizer(text, pair, truncation=True, max_length=max_length, return_tensors="pt")
     with torch.inference_mode():
-        logits = model(**encoded).logits[0].float()
+        logits = head_of_model(model).collect(model(**encoded), encoded)[0].float()
     token_type_ids = None
     if "token_type_ids" in encoded:
         token_type_ids = encoded["token_type_ids"][0].tolist()

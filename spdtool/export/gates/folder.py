@@ -23,6 +23,7 @@ from spdtool.export.bundle.manifest import read_manifest
 from spdtool.export.bundle.read import longest_input, read_golden_examples
 from spdtool.export.classifier import Classifier, load
 from spdtool.export.gates.reference import DevLogits, DevSets, Reference
+from spdtool.export.gates.sentence import check_sentence_files, check_token_vectors
 from spdtool.export.model_files import read_tokenizer
 from spdtool.export.target import Target
 from spdtool.export.token_rows import TokenRow
@@ -68,6 +69,8 @@ def check_folder(target: Target, reference: Reference, folder: Path, provider: s
         check_classifier(classifier, reference, tokenizer)
         check_tokens(classifier, tokenizer)
         _check_same_model(classifier, target.session(folder, provider), reference, tokenizer)
+    check_sentence_files(folder, reference)
+    check_token_vectors(target, reference, folder, provider)
 
 
 def opens_by_load(target: Target, reference: Reference) -> bool:
@@ -152,8 +155,7 @@ def check_classifier(classifier: Classifier, reference: Reference, tokenizer: Pr
     Raises:
         GateError: names what differs.
     """
-    config = AutoConfig.from_pretrained(reference.checkpoint)
-    names = [config.id2label[index] for index in range(config.num_labels)]
+    config, names = AutoConfig.from_pretrained(reference.checkpoint), reference.label_names
     limit = longest_input(config.to_dict(), {"model_max_length": tokenizer.model_max_length})
     padding = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
     comparisons = {
@@ -197,7 +199,7 @@ def predict_from_texts(classifier: Classifier, dev: DevSets, max_length: int, na
     classifier.limit_length(max_length)
     logits = {}
     for split, rows in dev.texts.items():
-        tokens = classifier.tokenize(rows.first, rows.second)
+        tokens = classifier.tokenize([classifier.prompt + text for text in rows.first], rows.second)
         _require_same_tokens(tokens, dev.splits[split], rows)
         logits[split] = classifier.logits_of_tokens(tokens)
         check_decisions(classifier, logits[split], dev.task, dev.splits[split], names)
@@ -208,7 +210,7 @@ def check_decisions(
     classifier: Classifier, logits: np.ndarray, task: Task, rows: Encoded, names: Sequence[str]
 ) -> None:
     """Refuse answers or probabilities that are not those which the task scores; raises GateError."""
-    expected, answers = task.answers(logits, rows, names), classifier.decide(logits)
+    expected, answers = task.answers(logits, rows, names), classifier.decision.scored_answers(logits)
     for number, (answer, name) in enumerate(zip(answers, expected, strict=True)):
         if answer != name:
             raise GateError(

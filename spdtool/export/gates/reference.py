@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -50,11 +51,14 @@ class DevSets:
         return {name: predict(forward, rows) for name, rows in self.splits.items()}
 
 
-def prepare_dev_sets(checkpoint: Path, recipe: Recipe, check_rows: CheckRows | None = None) -> DevSets:
+def prepare_dev_sets(
+    checkpoint: Path, recipe: Recipe, check_rows: CheckRows | None = None, teacher: Path | None = None
+) -> DevSets:
     """Encode the dev sets of the recipe's task, and some training rows, for a checkpoint.
 
     Args:
         check_rows: as in `tasks.prepare_rows`.
+        teacher: checkpoint of the teacher, for kinds whose score compares with it; None: `checkpoint` itself.
 
     Raises:
         DataError, ModelError: data, tokenizer and model do not fit together.
@@ -68,8 +72,15 @@ def prepare_dev_sets(checkpoint: Path, recipe: Recipe, check_rows: CheckRows | N
     # Here, because the exported graph checks nothing: a token beyond the table reads other memory.
     data.check_lengths(dev_splits, max_positions(model))
     data.check_vocabulary(dev_splits, model.config.vocab_size)
+    dev_splits = task.compare_with(dev_splits, lambda: _predict_teacher(teacher or checkpoint, dev_splits))
     calibration_rows = splits["train"].sample(recipe.export.calibration, recipe.seed)
     return DevSets(task, dev_splits, calibration_rows, texts)
+
+
+def _predict_teacher(teacher: Path, splits: Mapping[str, Encoded]) -> DevLogits:
+    """Compute the teacher's outputs of every dev set."""
+    model = load_model(teacher)
+    return {name: predict(torch_forward(model), rows) for name, rows in splits.items()}
 
 
 class Reference:

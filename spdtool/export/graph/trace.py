@@ -33,6 +33,7 @@ from spdtool.export.graph.weights import PARAMETERS, TRANSPOSED, Fingerprint, fi
 from spdtool.export.target import MODEL_FILE
 from spdtool.models.layers import TESTED_FAMILIES
 from spdtool.models.load import load_model, load_tokenizer, save_tokenizer
+from spdtool.models.sentence import sentence_settings
 from spdtool.models.shrink import find_live_positions, shrink
 from spdtool.run.fingerprint import hash_json
 from spdtool.tasks.head import head_of_model
@@ -184,7 +185,15 @@ def _describe_structure(model: PreTrainedModel) -> tuple[object, ...]:
     labels = len(model.config.id2label or ())
     config = model.config.to_dict() | {"id2label": labels, "label2id": None, "_name_or_path": None}
     settings = json.dumps(config, sort_keys=True, default=str)
-    return type(model), str(model), settings, model.config._attn_implementation, *parameters, *buffers
+    return (
+        type(model),
+        str(model),
+        sentence_settings(model),
+        settings,
+        model.config._attn_implementation,
+        *parameters,
+        *buffers,
+    )
 
 
 def _randomize(model: PreTrainedModel) -> PreTrainedModel:
@@ -200,7 +209,11 @@ def _randomize(model: PreTrainedModel) -> PreTrainedModel:
 def save_folder(proto: onnx.ModelProto, checkpoint: Path, folder: Path) -> list[Path]:
     """Write the graph, with configuration and tokenizer of its checkpoint beside it; return what `write_model` does."""
     folder.mkdir(parents=True, exist_ok=True)
-    load_model(checkpoint).config.save_pretrained(folder)
+    model = load_model(checkpoint)
+    model.config.save_pretrained(folder)
+    settings = sentence_settings(model)
+    if settings is not None:
+        settings.write(folder)
     save_tokenizer(load_tokenizer(checkpoint), folder)
     return write_model(proto, folder / MODEL_FILE)
 

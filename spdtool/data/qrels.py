@@ -1,0 +1,158 @@
+"""Queries, passages and judgements in files of their own, joined by ids: the layouts of BEIR, MS MARCO and TREC."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from spdtool.data.files import read_jsonl
+from spdtool.data.formats.separated import read_tsv
+from spdtool.data.formats.table import Table, read_text
+from spdtool.data.splits import DEV_NAMES, TRAIN_NAMES
+from spdtool.errors import DataError
+
+QUERY_FILES = ("queries.jsonl", "queries.tsv")
+PASSAGE_FILES = ("corpus.jsonl", "collection.jsonl", "collection.tsv", "corpus.tsv")
+COLUMNS = ("query_id", "query", "passage", "relevant")
+ID_KEYS = ("_id", "id")
+
+
+@dataclass(frozen=True)
+class QrelsFiles:
+    """Files of one folder: `judgements` by split, of which `train` is always there."""
+
+    queries: Path
+    passages: Path
+    judgements: dict[str, Path]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """One line of a qrels file."""
+
+    line: int
+    query: str
+    passage: str
+    relevance: str
+
+
+def find_qrels(folder: Path) -> QrelsFiles | None:
+    """Find queries, passages and judgements in a folder; None where it has not all three.
+
+    Raises:
+        DataError: there are judgements, and none of the training queries.
+    """
+    if not folder.is_dir():
+        return None
+    queries = [folder / name for name in QUERY_FILES if (folder / name).is_file()]
+    passages = [folder / name for name in PASSAGE_FILES if (folder / name).is_file()]
+    judgements = sorted([*folder.glob("qrels*.tsv"), *folder.glob("qrels*.txt"), *folder.glob("qrels/*.tsv")])
+    if not (queries and passages and judgements):
+        return None
+    by_split: dict[str, Path] = {}
+    for split, names in (("train", TRAIN_NAMES), ("dev", DEV_NAMES)):
+        for path in judgements:
+            words = path.stem.replace("-", ".").replace("_", ".").split(".")
+            if set(words) & set(names):
+                by_split.setdefault(split, path)
+    if "train" not in by_split and len(judgements) == 1:
+        by_split = {"train": judgements[0]}
+    if "train" not in by_split:
+        listed = ", ".join(path.name for path in judgements)
+        raise DataError(f"{folder} has no judgements of training queries: {listed}", "name one of them qrels.train.tsv")
+    return QrelsFiles(queries[0], passages[0], by_split)
+
+
+def read_judged_tables(files: QrelsFiles, negatives: int, seed: int) -> dict[str, Table]:
+    """Join queries, passages and judgements into a table for each split.
+
+    Args:
+        negatives: passages to draw at random for a query whose judged passages are all relevant.
+        seed: of the draws, with the query's id.
+
+    Raises:
+        DataError: a file is not what it says, or a judgement names an unknown id.
+    """
+    queries, passages = read_texts_by_id(files.queries), read_texts_by_id(files.passages)
+    passage_ids = list(passages)
+    tables = {}
+    for split, path in files.judgements.items():
+        rows: list[list[object]] = []
+        lines = []
+        by_query: dict[str, list[Judgement]] = {}
+        for judgement in read_judgements(path):
+            by_query.setdefault(judgement.query, []).append(judgement)
+        for query_id, judged in by_query.items():
+            for judgement in judged:
+                _require_id(path, judgement, query_id in queries, "query", query_id)
+                _require_id(path, judgement, judgement.passage in passages, "passage", judgement.passage)
+                rows.append([query_id, queries[query_id], passages[judgement.passage], judgement.relevance])
+                lines.append(judgement.line)
+            if all(judgement.relevance != "0" for judgement in judged):
+                used = {judgement.passage for judgement in judged}
+                for passage_id in draw_negatives(passage_ids, used, negatives, f"{seed} {query_id}"):
+                    rows.append([query_id, queries[query_id], passages[passage_id], "0"])
+                    lines.append(judged[0].line)
+        tables[split] = Table(path, COLUMNS, rows, lines)
+    return tables
+
+
+def draw_negatives(passage_ids: Sequence[str], used: set[str], count: int, key: str) -> list[str]:
+    """Draw `count` passages that a query has no judgement of; fewer where there are no more."""
+    seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest())
+    drawn = random.Random(seed).sample(passage_ids, min(len(passage_ids), count + len(used)))
+    return [passage_id for passage_id in drawn if passage_id not in used][:count]
+
+
+def read_texts_by_id(path: Path) -> dict[str, str]:
+    """Read a file of ids and texts: jsonl with `_id`, `text` and perhaps `title`, or two columns without a header.
+
+    Raises:
+        DataError: an id or a text is missing.
+    """
+    if path.suffix == ".jsonl":
+        table = read_jsonl(path)
+        key = next((name for name in ID_KEYS if name in table.columns), None)
+        if key is None or "text" not in table.columns:
+            raise DataError(f"{path} has the columns {', '.join(table.columns)}", "_id and text were expected")
+        ids, texts = table.column(key), table.column("text")
+        titles = table.column("title") if "title" in table.columns else [None] * len(ids)
+    else:
+        table = read_tsv(path, ("id", "text"))
+        ids, texts, titles = table.column("id"), table.column("text"), [None] * len(table.rows)
+    by_id = {}
+    for row, (text_id, title, text) in enumerate(zip(ids, titles, texts, strict=True)):
+        # As BEIR joins them: many passages are hard to understand without their title.
+        joined = f"{title or ''} {text or ''}".strip()
+        if text_id is None or not joined:
+            table.refuse(row, "an id or a text is missing", "leave such rows out")
+        by_id[str(text_id)] = joined
+    return by_id
+
+
+def read_judgements(path: Path) -> list[Judgement]:
+    """Read a qrels file: query, passage and relevance with a header (BEIR), or four columns (TREC).
+
+    Raises:
+        DataError: a line has another number of columns.
+    """
+    judgements = []
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        cells = line.split()
+        if not cells or (number == 1 and cells[0] in ("query-id", "query_id", "qid")):
+            continue
+        if len(cells) not in (3, 4):
+            raise DataError(
+                f"{path}, line {number}: {len(cells)} columns",
+                "query, passage, relevance; or query, 0, passage, relevance",
+            )
+        judgements.append(Judgement(number, cells[0], cells[-2], cells[-1]))
+    return judgements
+
+
+def _require_id(path: Path, judgement: Judgement, exists: bool, kind: str, name: str) -> None:
+    if not exists:
+        raise DataError(f"{path}, line {judgement.line}: there is no {kind} {name!r}", f"each {kind} needs its text")

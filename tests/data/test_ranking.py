@@ -1,0 +1,84 @@
+"""Rows of a reranker: columns, relevance, whole queries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spdtool.data.dataset import Rows, find_dataset
+from spdtool.data.ranking import draw_dev_queries, find_ranking_columns, sample_queries
+from spdtool.errors import DataError
+from spdtool.recipe.reading import request_recipe
+
+HEADER = "query_id\tquery\tpassage\trelevant\n"
+
+
+def load(path: Path, *sets: str) -> dict[str, Rows]:
+    recipe = request_recipe(data=path, sets=sets)
+    dataset = find_dataset(recipe)
+    assert dataset.kind == "ranking"
+    return dataset.load(recipe.data, recipe.seed)
+
+
+def write_rows(path: Path, queries: int = 8) -> Path:
+    lines = []
+    for passage in range(3):  # the passages of a query are not next to each other
+        for query in range(queries):
+            lines.append(f"q{query}\twhat is {query}\tpassage {passage} of {query}\t{int(passage == 1)}\n")
+    path.write_text(HEADER + "".join(lines), "utf-8")
+    return path
+
+
+def test_columns_of_query_passage_and_relevance_are_a_ranking() -> None:
+    assert find_ranking_columns(("query_id", "query", "passage", "relevant")) is not None
+    assert find_ranking_columns(("question", "document", "label")) is not None
+    for others in (("question", "sentence", "label"), ("query", "passage"), ("query", "positive"), ("text", "label")):
+        assert find_ranking_columns(others) is None, others
+
+
+def test_passages_of_a_query_come_together_and_dev_has_whole_queries(tmp_path: Path) -> None:
+    splits = load(write_rows(tmp_path / "rows.tsv"), "dev_share=0.3")
+    assert set(splits["train"].first).isdisjoint(splits["dev"].first)
+    for rows in splits.values():
+        labels = np.asarray(rows.labels)
+        assert len(rows) % 3 == 0
+        assert np.all(np.diff(labels[:, 0]) >= 0)
+        assert labels[:, 1].reshape(-1, 3).tolist() == [[0, 1, 0]] * (len(rows) // 3)
+    assert sum(map(len, splits.values())) == 24
+
+
+def test_dev_queries_do_not_depend_on_the_other_rows() -> None:
+    rows = Rows([f"query {index // 2}" for index in range(40)], [f"passage {index}" for index in range(40)],
+                np.array([[index // 2, index % 2] for index in range(40)]))  # fmt: skip
+    fewer = Rows(rows.first[:30], rows.second[:30] if rows.second else None, np.asarray(rows.labels)[:30])
+    drawn, again = draw_dev_queries(rows, 1, 0.3), draw_dev_queries(fewer, 1, 0.3)
+    assert set(again["dev"].first) == set(drawn["dev"].first) & set(fewer.first)
+    with pytest.raises(DataError, match="all rows are of one query"):
+        draw_dev_queries(Rows(["a", "a"], ["b", "c"], np.array([[0, 0], [0, 1]])), 1, 0.3)
+
+
+def test_a_sample_has_whole_queries() -> None:
+    rows = Rows(["a", "a", "a", "b", "b"], list("12345"), np.array([[0, 1], [0, 0], [0, 0], [1, 1], [1, 0]]))
+    for count, sizes in ((None, {5}), (9, {5}), (3, {2, 3}), (1, {2, 3})):
+        assert len(sample_queries(rows, count, 0)) in sizes, count
+
+
+def test_a_relevance_that_is_no_whole_number_is_refused_by_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "rows.tsv"
+    for cell, message in (
+        ("yes", "relevance 'yes' is no whole number"),
+        ("0.5", "no whole number"),
+        ("-1", "no whole number"),
+        ("", "no label"),
+    ):
+        file.write_text(HEADER + f"q1\tone\ttext\t1\nq1\tone\tother\t{cell}\n", "utf-8")
+        with pytest.raises(DataError, match=f"line 3.*{message}"):
+            load(file)
+
+
+def test_one_id_cannot_have_two_texts(tmp_path: Path) -> None:
+    (tmp_path / "rows.tsv").write_text(HEADER + "q1\tone\ttext\t1\nq1\ttwo\tother\t0\n", "utf-8")
+    with pytest.raises(DataError, match="'q1' has two texts: 'one' and 'two'"):
+        load(tmp_path / "rows.tsv")
