@@ -61,7 +61,7 @@ UNSUPPORTED_KINDS = (
         architectures=("ForConditionalGeneration", "ForCausalLM", "LMHeadModel"),
     ),
     UnsupportedKind(
-        "sentence embeddings (texts that are near to or far from each other)",
+        "sentence embeddings (texts that are near to or far from each other) without a sentence encoder as --teacher",
         (("anchor", "positive"), ("query", "positive"), ("query", "pos"), ("query", "positive_passages")),
     ),
 )

@@ -17,7 +17,7 @@ from spdtool.data.dataset import Dataset, Rows
 from spdtool.data.overview import leaked_dev_rows
 from spdtool.data.ranking import sample_queries
 from spdtool.data.tokens import Encoded
-from spdtool.errors import DataError, ModelError
+from spdtool.errors import DataError, ModelError, RecipeError
 from spdtool.plugins import task_kinds
 from spdtool.recipe.fields import Loss, Recipe
 from spdtool.tasks.decision import LARGEST_LOGIT, LOGITS, NUMBER, Answer, Decision, Json, Object
@@ -140,7 +140,19 @@ class Ranking(Task):
     # Rows
 
     def read_rows(self, recipe: Recipe) -> dict[str, Rows]:
-        """Load the splits and check them; `recipe.max_rows` draws whole queries."""
+        """Load the splits and check them; `recipe.max_rows` draws whole queries.
+
+        Raises:
+            DataError: a split is missing or empty, or no passage is relevant.
+            RecipeError: batches are cut, and the loss compares the passages of a query.
+        """
+        for phase, section in recipe.phases.items():
+            if section.accumulate > 1 and section.loss.ranking != "pointwise":
+                raise RecipeError(
+                    f"{phase}.accumulate = {section.accumulate} cuts batches, and {phase}.loss.ranking = "
+                    f"{section.loss.ranking!r} compares all passages of a query",
+                    f"set {phase}.accumulate=1, or {phase}.loss.ranking=pointwise",
+                )
         splits = datasets.load_splits(self.dataset, recipe)
         self.check_training_rows(splits["train"])
         return {name: sample_queries(rows, recipe.max_rows, recipe.seed) for name, rows in splits.items()}
