@@ -19,6 +19,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from spdtool.errors import ModelError
+from spdtool.models.tables import POSITIONS_FROM_PADDING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -101,19 +102,17 @@ def trim_embeddings(model: PreTrainedModel, tokens: np.ndarray) -> None:
     new_ids = {int(old): new for new, old in enumerate(tokens)}
     embeddings = model.get_input_embeddings()
     assert isinstance(embeddings, nn.Embedding)
-    old_padding = model.config.pad_token_id
-    for module in model.modules():
-        # RoBERTa and its kin number the first position after the padding token.
-        counts_from_padding = isinstance(module, nn.Embedding) and module is not embeddings and module.padding_idx
-        if counts_from_padding and new_ids.get(old_padding, old_padding) != old_padding:
-            raise ModelError(
-                f"the model counts positions from its padding token {old_padding}, whose number would change",
-                "leave out finetune.vocabulary",
-            )
+    padding = model.config.pad_token_id
+    if model.config.model_type in POSITIONS_FROM_PADDING and new_ids.get(padding, padding) != padding:
+        raise ModelError(
+            f"the model counts positions from its padding token {padding}, whose number would change",
+            "leave out finetune.vocabulary",
+        )
     with torch.no_grad():
         weight = embeddings.weight[torch.as_tensor(tokens, device=embeddings.weight.device)].clone()
-    padding = new_ids.get(embeddings.padding_idx) if embeddings.padding_idx is not None else None
-    trimmed = nn.Embedding(len(tokens), weight.shape[1], padding_idx=padding, _weight=weight)
+    old_index = embeddings.padding_idx
+    new_index = None if old_index is None else new_ids.get(old_index)
+    trimmed = nn.Embedding(len(tokens), weight.shape[1], padding_idx=new_index, _weight=weight)
     trimmed.weight.requires_grad_(embeddings.weight.requires_grad)
     model.set_input_embeddings(trimmed)
     model.config.vocab_size = len(tokens)
