@@ -67,7 +67,7 @@ def toys() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def power() -> ModuleType:
-    """The module `power.py`: what a power cut would leave."""
+    """The module `power.py`, which simulates power cuts."""
     return _load("power")
 
 
@@ -84,7 +84,7 @@ def rounded(clean_plugins: None) -> Any:
 
 @pytest.fixture
 def stage_files() -> list[str]:
-    """All that a finished training stage leaves in its folder, in order."""
+    """The names of the files in the folder of a finished training stage, sorted."""
     return [
         "config.json",
         "metrics.jsonl",
@@ -103,7 +103,7 @@ def tiny_tokenizer() -> Any:
 
 @pytest.fixture
 def tiny_bert() -> Callable[..., Any]:
-    """`tiny_bert(layers=2, hidden=32, dropout=0.0, labels=2, seed=0, **config)` gives a random BERT classifier."""
+    """Return `tiny_bert(layers=2, hidden=32, dropout=0.0, labels=2, seed=0, **config)`: a random BERT classifier."""
     return _toys.bert
 
 
@@ -124,7 +124,7 @@ def toy_task() -> Iterator[Callable[..., Task]]:
 
 @pytest.fixture
 def toy_recipe() -> Callable[..., Recipe]:
-    """`toy_recipe("prune.epochs=1", sparsity=0.5, **flags)` gives a quick recipe for the task `toy` on the CPU."""
+    """Return `toy_recipe("prune.epochs=1", sparsity=0.5, **flags)`: a quick recipe for the task `toy` on the CPU."""
     return _toys.recipe
 
 
@@ -150,7 +150,7 @@ def toy_run(tmp_path: Path, toy_task: Callable[..., Task]) -> Callable[..., Run]
 
 @pytest.fixture
 def clean_plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Registries and discovery as they are now, put back afterwards; no plugin folder."""
+    """Restore the plugin registries after the test; no plugin folder is set."""
     monkeypatch.delenv("SPDTOOL_PLUGINS", raising=False)
     with plugins.isolated():
         yield

@@ -1,6 +1,6 @@
-"""Faults that are planted into exported folders: files that say something else, and stored weights that differ.
+"""Faults to plant into exported folders: changed metadata files and changed stored weights.
 
-`test_faults.py` runs them over every built-in target, and plugins over their own.
+`test_faults.py` runs them over every built-in target; plugins run them over their targets.
 """
 
 from __future__ import annotations
@@ -71,10 +71,10 @@ def scaled(array: np.ndarray) -> np.ndarray:
     """Multiply by 1.01; int8: move every fourth number by one step."""
     if array.dtype != np.int8:
         return np.asarray(array * array.dtype.type(1.01))
-    changed = array.copy()
-    live = np.flatnonzero(array)[::4]
-    changed.flat[live] -= np.sign(changed.flat[live])
-    return changed
+    faulty = array.copy()
+    nonzero = np.flatnonzero(array)[::4]
+    faulty.flat[nonzero] -= np.sign(faulty.flat[nonzero])
+    return faulty
 
 
 def two_rows_negated(array: np.ndarray) -> np.ndarray:
@@ -88,17 +88,17 @@ def rows_reversed(array: np.ndarray) -> np.ndarray:
 
 
 def one_zero_filled(array: np.ndarray) -> np.ndarray:
-    """Put the least number in place of one zero; int8: of all, because small weights are zero as well."""
-    changed = array.copy()
+    """Replace one zero by a tiny number; int8: every zero, because small weights are zero as well."""
+    faulty = array.copy()
     if array.dtype == np.int8:
-        changed[array == 0] = 1
+        faulty[array == 0] = 1
     else:
-        changed.flat[np.flatnonzero(array == 0)[0]] = 1e-6
-    return changed
+        faulty.flat[np.flatnonzero(array == 0)[0]] = 1e-6
+    return faulty
 
 
 def last_row_changed(array: np.ndarray) -> np.ndarray:
-    """Give the last row the numbers of the one before."""
+    """Overwrite the last row with the row before it."""
     return np.concatenate([array[:-1], array[-2:-1]])
 
 

@@ -1,10 +1,9 @@
-"""Alter copies of exported folders at random, and open them: refused or harmless, never another answer or a traceback.
+"""Fuzz exported folders: a randomly altered copy must be refused or give the same answer, never a traceback.
 
     python tests/fuzz_folders.py RUN [--count 500] [--seed 0]
 
-Every kind of folder in RUN/export is altered `count` times as it is (verified by its manifest), and a quarter as often
-with its manifest removed, where only `SpdError` or an answer may follow, whatever it is. Exit code 1: something was
-opened with another answer, or ended in a traceback.
+Every kind of folder in RUN/export is altered `count` times with its manifest, which verifies it, and `count` / 4 times
+without a manifest, where any answer is allowed. Exit code 1: another answer (with a manifest) or a traceback.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ NAMES = ("special_tokens_map.json", "added_tokens.json", "vocab.txt", "notes.txt
 
 
 class Answers(NamedTuple):
-    """What a folder answers."""
+    """Predictions of the model in a folder."""
 
     labels: list[Any]
     logits: np.ndarray
@@ -50,61 +49,61 @@ def answer(folder: Path, *, unverified: bool = False) -> Answers:
     return Answers(classify.decide(logits), logits)
 
 
-def alter(folder: Path, others: list[Path], chance: random.Random, *, only_json: bool = False) -> str:
+def alter(folder: Path, other_folders: list[Path], draw: random.Random, *, only_json: bool = False) -> str:
     """Change one thing in a folder; return a description."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
-    file = chance.choice(files)
-    changes: list[Callable[[], str]] = [lambda: edit_json(folder, chance)]
+    file = draw.choice(files)
+    changes: list[Callable[[], str]] = [lambda: edit_json(folder, draw)]
     if not only_json:
         changes += [
-            lambda: flip_bit(file, chance),
-            lambda: cut(file, chance),
-            lambda: insert(file, chance),
-            lambda: rename(file, folder, chance),
-            lambda: swap(file, folder, chance.choice(others)),
+            lambda: flip_bit(file, draw),
+            lambda: cut(file, draw),
+            lambda: insert(file, draw),
+            lambda: rename(file, folder, draw),
+            lambda: swap(file, folder, draw.choice(other_folders)),
             lambda: remove(file),
-            lambda: add(folder, chance),
-            lambda: repeat_key(folder, chance),
+            lambda: add(folder, draw),
+            lambda: repeat_key(folder, draw),
         ]
-    return chance.choice(changes)()
+    return draw.choice(changes)()
 
 
-def flip_bit(file: Path, chance: random.Random) -> str:
+def flip_bit(file: Path, draw: random.Random) -> str:
     """Flip one bit."""
     content = bytearray(file.read_bytes() or b"\0")
-    place = chance.randrange(len(content))
-    content[place] ^= 1 << chance.randrange(8)
+    position = draw.randrange(len(content))
+    content[position] ^= 1 << draw.randrange(8)
     file.write_bytes(content)
-    return f"a bit of {file.name} at {place}"
+    return f"a bit of {file.name} at {position}"
 
 
-def cut(file: Path, chance: random.Random) -> str:
+def cut(file: Path, draw: random.Random) -> str:
     """Cut the end off."""
     content = file.read_bytes()
-    file.write_bytes(content[: chance.randrange(len(content) + 1)])
+    file.write_bytes(content[: draw.randrange(len(content) + 1)])
     return f"{file.name} cut"
 
 
-def insert(file: Path, chance: random.Random) -> str:
+def insert(file: Path, draw: random.Random) -> str:
     """Insert random bytes."""
     content = file.read_bytes()
-    place = chance.randrange(len(content) + 1)
-    file.write_bytes(content[:place] + chance.randbytes(chance.randrange(1, 9)) + content[place:])
-    return f"bytes inserted into {file.name} at {place}"
+    position = draw.randrange(len(content) + 1)
+    file.write_bytes(content[:position] + draw.randbytes(draw.randrange(1, 9)) + content[position:])
+    return f"bytes inserted into {file.name} at {position}"
 
 
-def rename(file: Path, folder: Path, chance: random.Random) -> str:
+def rename(file: Path, folder: Path, draw: random.Random) -> str:
     """Give a file the name of another one, or a new one."""
-    names = [*NAMES, *(other.relative_to(folder).as_posix() for other in folder.rglob("*") if other.is_file())]
-    target = folder / chance.choice(names)
+    names = [*NAMES, *(existing.relative_to(folder).as_posix() for existing in folder.rglob("*") if existing.is_file())]
+    target = folder / draw.choice(names)
     target.parent.mkdir(exist_ok=True)
     file.rename(target)
     return f"{file.name} renamed to {target.name}"
 
 
-def swap(file: Path, folder: Path, other: Path) -> str:
+def swap(file: Path, folder: Path, other_folder: Path) -> str:
     """Take the file of the same name from another folder."""
-    source = other / file.relative_to(folder)
+    source = other_folder / file.relative_to(folder)
     if source.is_file():
         shutil.copyfile(source, file)
     return f"{file.name} of another folder"
@@ -116,50 +115,50 @@ def remove(file: Path) -> str:
     return f"{file.name} removed"
 
 
-def add(folder: Path, chance: random.Random) -> str:
+def add(folder: Path, draw: random.Random) -> str:
     """Add a file that was not exported."""
-    name = chance.choice(NAMES)
-    (folder / name).write_text(chance.choice(["", "{}", '{"pad_token": "good"}', "good\nbad\n"]))
+    name = draw.choice(NAMES)
+    (folder / name).write_text(draw.choice(["", "{}", '{"pad_token": "good"}', "good\nbad\n"]))
     return f"{name} added"
 
 
-def edit_json(folder: Path, chance: random.Random) -> str:
+def edit_json(folder: Path, draw: random.Random) -> str:
     """Put another value at a random path of a JSON file, or remove what is there."""
-    file = folder / chance.choice([name for name in JSON_FILES if (folder / name).is_file()])
+    file = folder / draw.choice([name for name in JSON_FILES if (folder / name).is_file()])
     content: Any = json.loads(file.read_text("utf-8"))
     node, path = content, []
     while True:
         keys = list(node) if isinstance(node, dict) else list(range(len(node)))
         if not keys:
             break
-        key = chance.choice(keys)
+        key = draw.choice(keys)
         path.append(str(key))
-        if isinstance(node[key], dict | list) and chance.random() < 0.7:
+        if isinstance(node[key], dict | list) and draw.random() < 0.7:
             node = node[key]
             continue
-        if chance.random() < 0.2:
+        if draw.random() < 0.2:
             del node[key]
         else:
-            node[key] = chance.choice(VALUES)
+            node[key] = draw.choice(VALUES)
         break
     file.write_text(json.dumps(content), "utf-8")
     return f"{file.name} at {'.'.join(path)}"
 
 
-def repeat_key(folder: Path, chance: random.Random) -> str:
-    """Say one thing twice, and differently."""
-    file = folder / chance.choice([name for name in JSON_FILES if (folder / name).is_file()])
+def repeat_key(folder: Path, draw: random.Random) -> str:
+    """Repeat a key of a JSON file with another value."""
+    file = folder / draw.choice([name for name in JSON_FILES if (folder / name).is_file()])
     text = file.read_text("utf-8").rstrip()
-    key = chance.choice(list(json.loads(text)))
-    file.write_text(f"{text[:-1]}, {json.dumps(key)}: {json.dumps(chance.choice(VALUES))}}}", "utf-8")
+    key = draw.choice(list(json.loads(text)))
+    file.write_text(f"{text[:-1]}, {json.dumps(key)}: {json.dumps(draw.choice(VALUES))}}}", "utf-8")
     return f"{file.name} says {key} twice"
 
 
 def fuzz(
-    folder: Path, others: list[Path], count: int, seed: int, *, unverified: bool = False
+    folder: Path, other_folders: list[Path], count: int, seed: int, *, unverified: bool = False
 ) -> tuple[Counter[str], list[str]]:
-    """Alter copies of `folder`; return how many ended how, and what must not have happened."""
-    expected, chance = answer(folder), random.Random(seed)
+    """Alter copies of `folder`; return the counts of the outcomes, and descriptions of the failures."""
+    expected, draw = answer(folder), random.Random(seed)
     outcomes: Counter[str] = Counter()
     failures = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -169,7 +168,7 @@ def fuzz(
             shutil.copytree(folder, copy)
             if unverified:
                 (copy / "manifest.json").unlink()
-            what = alter(copy, others, chance, only_json=unverified)
+            description = alter(copy, other_folders, draw, only_json=unverified)
             try:
                 answers = answer(copy, unverified=unverified)
             except SpdError:
@@ -179,12 +178,12 @@ def fuzz(
                 if isinstance(error, KeyboardInterrupt):
                     raise
                 outcomes["traceback"] += 1
-                failures.append(f"{number}: {what}: {type(error).__name__}: {error}")
+                failures.append(f"{number}: {description}: {type(error).__name__}: {error}")
                 continue
-            same = answers.labels == expected.labels and np.allclose(answers.logits, expected.logits, atol=1e-4)
-            outcomes["same answer" if same else "another answer"] += 1
-            if not same and not unverified:
-                failures.append(f"{number}: {what}: another answer")
+            is_same = answers.labels == expected.labels and np.allclose(answers.logits, expected.logits, atol=1e-4)
+            outcomes["same answer" if is_same else "another answer"] += 1
+            if not is_same and not unverified:
+                failures.append(f"{number}: {description}: another answer")
     return outcomes, failures
 
 
@@ -199,9 +198,9 @@ def main() -> int:
     folders = [folder for folder in folders if folder.is_dir()]
     failed = False
     for folder in folders:
-        others = [other for other in folders if other != folder]
+        other_folders = [other_folder for other_folder in folders if other_folder != folder]
         for unverified, count in ((False, options.count), (True, options.count // 4)):
-            outcomes, failures = fuzz(folder, others, count, options.seed, unverified=unverified)
+            outcomes, failures = fuzz(folder, other_folders, count, options.seed, unverified=unverified)
             kind = f"{folder.relative_to(options.run)}{' without manifest' if unverified else ''}"
             sys.stdout.write(f"{kind}: {dict(outcomes)}\n" + "".join(f"  {line}\n" for line in failures))
             sys.stdout.flush()

@@ -1,11 +1,11 @@
-"""A fuzzer of `spdtool serve`: altered requests from many clients at once, for as long as you like.
+"""Fuzz `spdtool serve` with altered requests from concurrent clients, for a given time.
 
     make fuzz
     python tests/fuzz_http.py RUN/export/bundle --seconds 3600
 
-Bytes of valid requests are flipped, cut, doubled and joined, values in their JSON are replaced, and they are sent in
-pieces, behind one another, or by clients that leave. Every answer has to be HTTP with a known status, an error has to
-be JSON, 500 is never one, and a sane request among them is answered as before. `--seed` repeats a run's requests.
+Bytes of valid requests are flipped, cut, doubled and joined, and values in their JSON are replaced. Requests are sent
+in chunks, pipelined, or by clients that disconnect. Every answer must be HTTP with an expected status (never 500),
+every error must be JSON, and valid requests in between must get the same answer as before. `--seed` repeats a run.
 """
 
 from __future__ import annotations
@@ -61,15 +61,15 @@ class Fuzzer:
         self._draw, self._valid = random.Random(seed), valid_requests(name)
 
     def connection(self) -> tuple[list[bytes], bool]:
-        """Draw what one client sends, in pieces, and whether it closes its sending side after it."""
+        """Draw the chunks that one client sends, and whether it half-closes the connection afterwards."""
         data = b"".join(self._request() for _ in range(self._draw.choice((1, 1, 1, 2, 4))))
         if self._draw.random() < 0.2:
             data = data[: self._draw.randrange(len(data) + 1)]
-        pieces = [data]
+        chunks = [data]
         if self._draw.random() < 0.3:
             cuts = sorted(self._draw.randrange(len(data) + 1) for _ in range(self._draw.randrange(1, 6)))
-            pieces = [data[start:end] for start, end in zip([0, *cuts], [*cuts, len(data)], strict=True)]
-        return pieces, self._draw.random() < 0.7
+            chunks = [data[start:end] for start, end in zip([0, *cuts], [*cuts, len(data)], strict=True)]
+        return chunks, self._draw.random() < 0.7
 
     def _request(self) -> bytes:
         method, path, value = self._draw.choice(self._valid)
@@ -112,28 +112,28 @@ class Fuzzer:
         """Flip, drop, repeat or insert bytes."""
         altered = bytearray(data)
         for _ in range(self._draw.choice((1, 1, 2, 5))):
-            place, span = self._draw.randrange(len(altered) + 1), self._draw.randrange(1, 20)
+            position, length = self._draw.randrange(len(altered) + 1), self._draw.randrange(1, 20)
             alteration = self._draw.randrange(4)
             if alteration == 0 and altered:
-                altered[place % len(altered)] = self._draw.randrange(256)
+                altered[position % len(altered)] = self._draw.randrange(256)
             elif alteration == 1:
-                del altered[place : place + span]
+                del altered[position : position + length]
             elif alteration == 2:
-                altered[place:place] = altered[place : place + span] * self._draw.choice((1, 3, 2000))
+                altered[position:position] = altered[position : position + length] * self._draw.choice((1, 3, 2000))
             else:
-                altered[place:place] = self._draw.choice(ODD_BYTES)
+                altered[position:position] = self._draw.choice(ODD_BYTES)
         return bytes(altered)
 
 
-def send(port: int, pieces: list[bytes], half_close: bool) -> bytes:
-    """Send the pieces, and return what was answered; a client that does not wait for the end returns nothing."""
+def send(port: int, chunks: list[bytes], half_close: bool) -> bytes:
+    """Send the chunks and return the answer; a client that does not half-close disconnects and returns b""."""
     answer = b""
     with socket.create_connection(("127.0.0.1", port), 60) as plug:
         plug.settimeout(60)
         try:
-            for piece in pieces:
-                plug.sendall(piece)
-                if len(pieces) > 1:
+            for chunk in chunks:
+                plug.sendall(chunk)
+                if len(chunks) > 1:
                     time.sleep(0.001)  # so that the server reads them one by one
             if not half_close:
                 return b""
@@ -148,15 +148,15 @@ def send(port: int, pieces: list[bytes], half_close: bool) -> bytes:
 
 
 def check_answers(answer: bytes, count: Callable[[int], None]) -> str | None:
-    """Parse the answers of one connection; return what is wrong with them."""
+    """Parse the answers of one connection; return a description of the first problem, or None."""
     while answer:
-        head, separator, rest = answer.partition(b"\r\n\r\n")
+        head, separator, remaining = answer.partition(b"\r\n\r\n")
         words = head.split(b" ", 2)
         if not separator or not head.startswith(b"HTTP/1.1 ") or not words[1].isdigit():
             return "no HTTP"
         status = int(words[1])
         if status == 100:
-            answer = rest
+            answer = remaining
             continue
         count(status)
         if status not in STATUSES:
@@ -165,27 +165,27 @@ def check_answers(answer: bytes, count: Callable[[int], None]) -> str | None:
         for line in head.split(b"\r\n")[1:]:
             name, _, value = line.partition(b": ")
             headers[name.lower()] = value
-        body = rest[: int(headers.get(b"content-length", b"0"))]
+        body = remaining[: int(headers.get(b"content-length", b"0"))]
         # An answer to HEAD has the length of a body that is not sent.
         if status >= 400 and body and not body.startswith(b"HTTP/1.1 ") and "error" not in json.loads(body):
             return "an error that is no JSON"
         if body.startswith(b"HTTP/1.1 ") or not body:
             body = b""
-        answer = rest[len(body) :]
+        answer = remaining[len(body) :]
     return None
 
 
-def fuzz(server: ServerProcess, seed: int, until: float, counts: Counter[str], problems: list[str]) -> None:
-    """Fuzz from one client until it is time, or a problem was met."""
+def fuzz(server: ServerProcess, seed: int, deadline: float, counts: Counter[str], problems: list[str]) -> None:
+    """Fuzz from one client until the deadline or the first problem of any client."""
     fuzzer = Fuzzer(seed, server.name)
     method, path, value = valid_requests(server.name)[0]
     first: Any = None
-    while time.monotonic() < until and not problems:
-        pieces, half_close = fuzzer.connection()
+    while time.monotonic() < deadline and not problems:
+        chunks, half_close = fuzzer.connection()
         try:
-            problem = check_answers(send(server.port, pieces, half_close), lambda s: counts.update([str(s)]))
+            problem = check_answers(send(server.port, chunks, half_close), lambda s: counts.update([str(s)]))
         except (OSError, ValueError) as error:
-            problem = f"{type(error).__name__}: {error} ({time.monotonic() - until:.0f} s before the end)"
+            problem = f"{type(error).__name__}: {error} ({time.monotonic() - deadline:.0f} s before the end)"
         counts["connections"] += 1
         if problem is None and counts["connections"] % 50 == 0:
             connection = server.connect()
@@ -197,7 +197,7 @@ def fuzz(server: ServerProcess, seed: int, until: float, counts: Counter[str], p
             if labels != first or server.get("/v2/health/ready")[0] != 200:
                 problem = f"a sane request was answered {answer}"
         if problem is not None:
-            problems.append(f"{problem}, after {pieces!r}, seed {seed}")
+            problems.append(f"{problem}, after {chunks!r}, seed {seed}")
 
 
 def main() -> None:
@@ -210,10 +210,10 @@ def main() -> None:
     counts: Counter[str] = Counter()
     problems: list[str] = []
     with serving(options.bundle) as server:
-        until = time.monotonic() + options.seconds
+        deadline = time.monotonic() + options.seconds
         threads = []
         for number in range(CLIENTS):
-            arguments = (server, options.seed * CLIENTS + number, until, counts, problems)
+            arguments = (server, options.seed * CLIENTS + number, deadline, counts, problems)
             threads.append(threading.Thread(target=fuzz, args=arguments))
             threads[-1].start()
         time.sleep(min(10.0, options.seconds / 10))

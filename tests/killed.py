@@ -1,8 +1,8 @@
-"""Run by `test_resume.py` as a process of its own: kill toy stages with SIGKILL at chosen moments, and run them again.
+"""Script of `test_resume.py`: kill toy stages with SIGKILL at chosen moments, and run them again.
 
     python tests/killed.py FOLDER < scenarios.json > results.json
 
-This process imports everything and computes nothing; each stage runs in a fork of it, which may die.
+This process imports everything and computes nothing; each stage runs in a fork, which may die.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ torch.set_num_threads(1)
 
 
 def recipe(minutes: float) -> Any:
-    """Dropout, grafting, every loss, two evaluations an epoch, the best weights kept: all that a state must hold."""
+    """Build a recipe that needs all of a training state: dropout, grafting, every loss, the best weights."""
     students = [f"{s}.loss.attention=0.5" for s in STAGES[1:]] + [f"{s}.weight_decay=0.1" for s in STAGES[1:]]
     return toys.recipe(
         *[f"{stage}.batch_size=4" for stage in STAGES],
@@ -57,7 +57,7 @@ def die() -> None:
 
 
 def patch(owner: Any, name: str, count: int, instead: Callable[..., None]) -> None:
-    """At call number `count` of `owner.name`, do `instead(original, *args)`; it is meant to be the last act."""
+    """Replace call number `count` of `owner.name` by `instead(original, *args)`, which ends the process."""
     original, calls = getattr(owner, name), 0
 
     def call(*args: Any, **options: Any) -> Any:
@@ -78,7 +78,7 @@ def after(original: Any, *args: Any, **options: Any) -> None:
 
 
 def signalling(name: str) -> Callable[..., None]:
-    """Return an act that lets a step be done and then sends this process the signal `name`."""
+    """Return a replacement that runs the original step and then sends this process the signal `name`."""
 
     def act(original: Any, *args: Any, **options: Any) -> None:
         original(*args, **options)
@@ -87,7 +87,7 @@ def signalling(name: str) -> Callable[..., None]:
     return act
 
 
-def half(original: Any, tensors: Any, path: Path) -> None:
+def write_half(original: Any, tensors: Any, path: Path) -> None:
     original(tensors, path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     die()
@@ -105,7 +105,7 @@ def remove_half(original: Any, root: Path, pattern: str) -> None:
 
 
 def plan(moment: str, count: int) -> None:
-    """Arrange for this process to die at `moment`, the `count`-th time that it comes."""
+    """Make this process die the `count`-th time that `moment` comes."""
     step = torch.optim.AdamW
     if moment == "before the optimiser's step":
         patch(step, "step", count, before)
@@ -114,7 +114,7 @@ def plan(moment: str, count: int) -> None:
     elif moment.startswith("SIG"):
         patch(step, "step", count, signalling(moment))
     elif moment == "snapshot half written":
-        patch(snapshot, "save_file", count, half)
+        patch(snapshot, "save_file", count, write_half)
     elif moment == "snapshot written, not renamed":
         patch(snapshot, "write_snapshot_files", count, after)
     elif moment == "older snapshot half removed":
@@ -133,15 +133,15 @@ def plan(moment: str, count: int) -> None:
         raise ValueError(moment)
 
 
-def in_a_fork(work: Callable[[], None]) -> int:
-    """Do `work` in a fork; return how it ended, as `subprocess` counts: minus the signal, or the exit code."""
+def run_in_fork(function: Callable[[], None]) -> int:
+    """Call `function` in a fork; return its exit code, or minus the signal that killed it."""
     child = os.fork()
     if child == 0:
         os.dup2(2, 1)
         try:
-            work()
-        except Stopped as stopped:
-            os._exit(stopped.exit_code)
+            function()
+        except Stopped as error:
+            os._exit(error.exit_code)
         except BaseException:
             import traceback
 
@@ -156,7 +156,7 @@ def run_stage(run: Run, name: str) -> None:
 
 
 def stage(folder: Path, name: str, minutes: float, deaths: tuple[str, int] | None = None) -> int:
-    def work() -> None:
+    def train() -> None:
         toys.register(toys.dataset(train=24, dev=16, dropout=0.2))
         run = Run.for_recipe(folder, recipe(minutes))
         if deaths is not None:
@@ -175,26 +175,26 @@ def stage(folder: Path, name: str, minutes: float, deaths: tuple[str, int] | Non
         else:
             plan(moment, count)
 
-    return in_a_fork(work)
+    return run_in_fork(train)
 
 
 def main(root: Path, scenarios: list[dict[str, Any]]) -> list[dict[str, Any]]:
     results = []
-    calm = root / "calm"
+    uninterrupted = root / "uninterrupted"
     for name in STAGES:
-        ended = stage(calm, name, 0)
-        if ended != 0:
-            raise SystemExit(f"the undisturbed {name} ended with {ended}")
+        exit_code = stage(uninterrupted, name, 0)
+        if exit_code != 0:
+            raise SystemExit(f"the uninterrupted {name} ended with {exit_code}")
     for number, scenario in enumerate(scenarios):
         folder, name = root / str(number), scenario["stage"]
         folder.mkdir()
-        shutil.copy(calm / "run.json", folder)
+        shutil.copy(uninterrupted / "run.json", folder)
         for earlier in STAGES[: STAGES.index(name)]:
-            shutil.copytree(calm / earlier, folder / earlier)
+            shutil.copytree(uninterrupted / earlier, folder / earlier)
         ends = [stage(folder, name, scenario["minutes"], tuple(death)) for death in scenario["deaths"]]
-        done = (folder / name / "stage.json").exists()
-        last = 0 if done else stage(folder, name, scenario["minutes"])
-        results.append({"folder": str(folder), "ends": ends, "done": done, "last": last})
+        is_done = (folder / name / "stage.json").exists()
+        last = 0 if is_done else stage(folder, name, scenario["minutes"])
+        results.append({"folder": str(folder), "ends": ends, "done": is_done, "last": last})
     return results
 
 

@@ -1,9 +1,8 @@
-"""A power cut at any moment: which files would be there afterwards, at the worst that a file system may do.
+"""Simulate power cuts: record the worst states that a file system may leave at any moment.
 
-`recording(root)` watches a process through `os`. Before and after every call that creates, renames, removes or flushes,
-it notes the worst legal states of `root`, each once. What was written and not flushed (`os.fsync`) is lost. For names
-there are two extremes: every change since its folder was flushed is lost as well, or none is, and the files that it
-shows are empty.
+`recording(root)` wraps functions of `os`. Before and after every call that creates, renames, removes or flushes, it
+records the worst legal states of `root`, without repetition. Bytes that were not flushed (`os.fsync`) are lost. Names
+have two extremes: all changes since the last flush of their folder are lost, or all are there with empty files.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ class PowerCuts:
     """The states of `root` that power cuts could have left.
 
     Attributes:
-        states: each as a text that `write_state` turns into files, in order, without repetition.
+        states: by moment, in order, without repetition; `write_state` turns one into files.
     """
 
     def __init__(self, root: Path) -> None:
@@ -40,15 +39,15 @@ class PowerCuts:
         self._settle(root)
 
     def on_fsync(self, descriptor: int) -> None:
-        """Note that what is behind a descriptor has reached the disk."""
+        """Record that the file or folder of a descriptor has reached the disk."""
         status = os.fstat(descriptor)
         if stat.S_ISDIR(status.st_mode):
             self._names[status.st_ino] = self._read_names(f"/proc/self/fd/{descriptor}")
         else:
             self._contents[status.st_ino] = Path(f"/proc/self/fd/{descriptor}").read_bytes()
 
-    def look(self, moment: str) -> None:
-        """Note the worst states of this moment."""
+    def note_states(self, moment: str) -> None:
+        """Record the worst states at this moment."""
         self._read_names(self.root)  # pins new files before they can be removed
         for kind, state in (
             ("names lost", self._flushed(self._inode(self.root))),
@@ -65,10 +64,10 @@ class PowerCuts:
         return os.stat(path).st_ino
 
     def _pin(self, path: str) -> int:
-        """Keep an inode, so that its number stays its own."""
+        """Hold an inode open, so that its number is not used again."""
         status = os.stat(path)
-        known = status.st_ino in self._contents or status.st_ino in self._folders
-        if not known:
+        is_pinned = status.st_ino in self._contents or status.st_ino in self._folders
+        if not is_pinned:
             self._alive.append(os.open(path, os.O_RDONLY))
             if stat.S_ISDIR(status.st_mode):
                 self._folders.add(status.st_ino)
@@ -85,7 +84,7 @@ class PowerCuts:
         return names
 
     def _settle(self, folder: Path) -> None:
-        """Take what is there at the start as flushed."""
+        """Treat all files at the start as flushed."""
         self._folders.add(self._inode(folder))
         self._names[self._inode(folder)] = self._read_names(folder)
         for path in folder.iterdir():
@@ -115,11 +114,11 @@ def recording(root: Path) -> Iterator[PowerCuts]:
     def watch(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
             moment = f"{name} {Path(str(arguments[0])).name}"
-            cuts.look(f"before {moment}")
+            cuts.note_states(f"before {moment}")
             result = original(*arguments, **options)
             if name == "fsync":
                 cuts.on_fsync(arguments[0])
-            cuts.look(f"after {moment}")
+            cuts.note_states(f"after {moment}")
             return result
 
         return call

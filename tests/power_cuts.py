@@ -1,4 +1,4 @@
-"""Run by `test_power_cut.py` as a process of its own: cut the power at every moment of a stage, and run it again.
+"""Script of `test_power_cut.py`: simulate a power cut at every moment of a stage, and run it again.
 
 python tests/power_cuts.py FOLDER > result.json
 """
@@ -34,19 +34,19 @@ SNAPSHOT_MINUTES = 1e9  # at evaluations only: four in a stage
 UNREAD = ("writing", "spent", ".mode.tmp")
 
 
-def work(folder: Path) -> None:
+def train(folder: Path) -> None:
     toys.register(toys.dataset(train=24, dev=16, dropout=0.2))
     killed.run_stage(Run.for_recipe(folder, killed.recipe(SNAPSHOT_MINUTES)), STAGE)
 
 
 def record_cuts(folder: Path, states: Path, *, flushing: bool) -> None:
-    """Run the stage in a fork, and write the states that a power cut could leave into a folder each."""
+    """Run the stage in a fork, and write each state that a power cut could leave into its own folder."""
 
-    def recorded() -> None:
+    def record() -> None:
         with power.recording(folder) as cuts:
             if not flushing:
                 vars(os)["fsync"] = lambda _: None  # of the fork alone
-            work(folder)
+            train(folder)
         states.mkdir()
         written: list[power.Node] = []
         for number, (moment, state) in enumerate(cuts.states.items()):
@@ -57,36 +57,36 @@ def record_cuts(folder: Path, states: Path, *, flushing: bool) -> None:
             power.write_state(state, states / f"{number:03d}")
             (states / f"{number:03d}.txt").write_text(moment)
 
-    ended = killed.in_a_fork(recorded)
-    if ended != 0:
-        raise SystemExit(f"the recorded stage ended with {ended}")
+    exit_code = killed.run_in_fork(record)
+    if exit_code != 0:
+        raise SystemExit(f"the recorded stage ended with {exit_code}")
 
 
 def try_state(folder: Path) -> dict[str, Any]:
-    """Run the stage again in a fork; report how it ended, at which step it resumed and what it said."""
+    """Run the stage again in a fork; report its exit code, the step it resumed at, and its notes."""
     report = folder.with_suffix(".json")
 
-    def resumed() -> None:
+    def resume_stage() -> None:
         output = io.StringIO()
         with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
             console.configure()
             error = None
             if not (folder / STAGE / "stage.json").exists():
                 try:
-                    work(folder)
-                except SpdError as caught:
-                    error = caught
+                    train(folder)
+                except SpdError as exception:
+                    error = exception
         report.write_text(json.dumps({"output": f"{output.getvalue()}{error or ''}"}))
         if error is not None:
             os._exit(error.exit_code)
 
-    ended = killed.in_a_fork(resumed)
+    exit_code = killed.run_in_fork(resume_stage)
     output = json.loads(report.read_text())["output"] if report.exists() else "it crashed"
     resume = re.search(rf"{STAGE} (\d+)/12  resumed", output)
     step = int(resume[1]) if resume else 0
     is_committed = "pruned" not in output and step == 0  # it had nothing to do
     return {
-        "ended": ended,
+        "ended": exit_code,
         "weights": digest(folder),
         "resumed": killed.STEPS if is_committed else step,
         "notes": " ".join(line for line in output.splitlines() if line.startswith("note:")),
@@ -99,20 +99,20 @@ def digest(folder: Path) -> str:
 
 
 def main(root: Path) -> dict[str, Any]:
-    calm = root / "calm"
+    uninterrupted = root / "uninterrupted"
     for stage in ("teacher", STAGE):
-        if killed.stage(calm, stage, SNAPSHOT_MINUTES) != 0:
-            raise SystemExit(f"the undisturbed {stage} failed")
-    results: dict[str, Any] = {"calm": digest(calm)}
+        if killed.stage(uninterrupted, stage, SNAPSHOT_MINUTES) != 0:
+            raise SystemExit(f"the uninterrupted {stage} failed")
+    results: dict[str, Any] = {"uninterrupted": digest(uninterrupted)}
     for name, flushing in (("states", True), ("unflushed", False)):
         folder, states = root / name / "run", root / name / "cuts"
-        shutil.copytree(calm, folder)
+        shutil.copytree(uninterrupted, folder)
         shutil.rmtree(folder / STAGE)
         record_cuts(folder, states, flushing=flushing)
         numbers = sorted(path for path in states.iterdir() if path.is_dir())
         # without flushing a sample is enough to show that the layer finds what is lost
-        tried = numbers if flushing else numbers[:: max(1, len(numbers) // 8)]
-        results[name] = {path.with_suffix(".txt").read_text(): try_state(path) for path in tried}
+        sampled = numbers if flushing else numbers[:: max(1, len(numbers) // 8)]
+        results[name] = {path.with_suffix(".txt").read_text(): try_state(path) for path in sampled}
     return results
 
 

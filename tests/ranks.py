@@ -1,9 +1,9 @@
-"""Run by `test_processes.py` as a process of its own: toy stages on several ranks, which are forks of it.
+"""Script of `test_ranks.py`: run toy stages on several ranks, each in a fork.
 
     python tests/ranks.py FOLDER < calls.json > results.json
 
 This process imports everything and computes nothing. A call names a run folder, a stage, the number of ranks and
-settings of the recipe; it may have ranks killed after some optimiser step.
+settings of the recipe, and optionally a rank to kill after an optimiser step.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def port() -> int:
 
 
 def recipe(name: str, settings: list[str]) -> Any:
-    """No dropout, and an epsilon under which gradients that are nothing but rounding stay small."""
-    exact = [f"{stage}.{what}" for stage in STAGES for what in ("epsilon=1e-4", "keep_best=false")]
+    """Build a recipe without dropout, with an epsilon that keeps steps from rounding noise small."""
+    exact = [f"{stage}.{assignment}" for stage in STAGES for assignment in ("epsilon=1e-4", "keep_best=false")]
     return toys.recipe(*exact, *settings, name=name, sparsity=0.8)
 
 
@@ -51,24 +51,24 @@ def die_after(step: int) -> None:
     def call(*args: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
-        made = original(*args, **options)
+        result = original(*args, **options)
         if calls == step:
             os.kill(os.getpid(), signal.SIGKILL)
-        return made
+        return result
 
     torch.optim.AdamW.step = call  # type: ignore[method-assign]
 
 
-def work(call: dict[str, Any]) -> None:
-    """One rank's part in a stage."""
+def run_rank(call: dict[str, Any]) -> None:
+    """Run a stage as one rank; fail if a rank other than 0 touched a file."""
     from spdtool.errors import SpdError
 
     console.configure()
     toys.register(toys.dataset(train=call.get("rows", 44), dev=20, pairs=True))
     run = Run.for_recipe(call["folder"], recipe(call.get("recipe", "default"), call["sets"]))
     written = []
-    for owner, what in ((Path, "mkdir"), (Path, "rename"), (Path, "unlink"), (shutil, "rmtree")):
-        spy(owner, what, written)
+    for owner, method in ((Path, "mkdir"), (Path, "rename"), (Path, "unlink"), (shutil, "rmtree")):
+        spy(owner, method, written)
     stage = importlib.import_module(f"spdtool.stages.{call['stage']}")
     try:
         getattr(stage, call["stage"])(run)
@@ -79,23 +79,23 @@ def work(call: dict[str, Any]) -> None:
         assert written == [], f"rank {os.environ['RANK']} has touched {written}"
 
 
-def spy(owner: Any, what: str, seen: list[Any]) -> None:
-    original = getattr(owner, what)
+def spy(owner: Any, method: str, calls: list[Any]) -> None:
+    original = getattr(owner, method)
 
     def call(*args: Any, **options: Any) -> Any:
-        seen.append((what, str(args[0])))
+        calls.append((method, str(args[0])))
         return original(*args, **options)
 
-    setattr(owner, what, call)
+    setattr(owner, method, call)
 
 
 def start(call: dict[str, Any], rank: int, address: int, log: Path) -> int:
     child = os.fork()
     if child:
         return child
-    said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(said, 1)
-    os.dup2(said, 2)
+    log_file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log_file, 1)
+    os.dup2(log_file, 2)
     try:
         if call["ranks"] > 1:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(call["ranks"])}
@@ -103,7 +103,7 @@ def start(call: dict[str, Any], rank: int, address: int, log: Path) -> int:
             os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(address)}
         if call.get("dies") == rank:
             die_after(call["after"])
-        work(call)
+        run_rank(call)
     except BaseException:
         import traceback
 
@@ -121,7 +121,7 @@ def main(root: Path, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
             shutil.copytree(call["copy"], call["folder"])
         ranks = [start(call, rank, address, log) for rank, log in enumerate(logs)]
         ends = [os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks]
-        results.append({"ends": ends, "said": [log.read_text("utf-8") for log in logs]})
+        results.append({"ends": ends, "output": [log.read_text("utf-8") for log in logs]})
     return results
 
 

@@ -1,4 +1,4 @@
-"""An export target that rounds the weights, as a stranger would write it: `Onnx` of a checkpoint that is rounded."""
+"""An export target that rounds the weights, written like a plugin: `Onnx` of a rounded checkpoint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from spdtool.recipe.fields import Recipe
 
 
 class Rounded(Onnx):
-    """Weights rounded as `export.values` says; only the student."""
+    """Export the student with weights rounded to the format of `export.values`."""
 
     roles = ("student",)
     providers = ("cpu",)
@@ -38,17 +38,17 @@ class Rounded(Onnx):
         return files
 
     def library_record(self, folder: Path) -> dict[str, str] | None:
-        """Name a library that nobody needs, if a test says so."""
+        """Return the library record that a test has set, or None."""
         return self.library
 
     def stored_weights(self, folder: Path) -> Iterator[StoredWeight]:
-        """Say how the numbers are rounded, which their type in the file does not."""
+        """Yield the weights with their storage format, which their type in the file does not show."""
         for stored in super().stored_weights(folder):
             yield stored._replace(storage=self.values)
 
 
 def rounded_to(storage: str, weight: torch.Tensor) -> torch.Tensor:
-    """Round a weight as `storage` does; what is not zero does not become zero."""
+    """Round a weight to the format `storage`; nonzero numbers stay nonzero."""
     if storage == "fp32":
         return weight
     if storage == "fp16":

@@ -1,4 +1,4 @@
-"""Traced graphs that all workers of a session share: a trace takes seconds, the rest of an export tenths."""
+"""A cache of traced graphs shared by all workers of a session; tracing is the slow step of an export."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from spdtool.export.graph.trace import cached_traces
 
 
 class SharedTraces(MutableMapping[str, bytes]):
-    """A folder of traced graphs, a file each."""
+    """A mapping of traced graphs, stored as one file each in a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -41,7 +41,7 @@ class SharedTraces(MutableMapping[str, bytes]):
 
 @pytest.fixture(scope="session", autouse=True)
 def traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Trace models of one configuration once for the whole session."""
+    """Trace each configuration once for the whole session."""
     base = tmp_path_factory.getbasetemp()
     is_worker = "PYTEST_XDIST_WORKER" in os.environ
     with cached_traces(SharedTraces((base.parent if is_worker else base) / "traces")):

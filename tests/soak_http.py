@@ -1,10 +1,10 @@
-"""A soak of `spdtool serve`: many requests at once, right and wrong ones, and schemathesis on its OpenAPI document.
+"""Soak test of `spdtool serve`: concurrent valid and invalid requests, and schemathesis on its OpenAPI document.
 
     make test-soak
     python tests/soak_http.py RUN/export/bundle --requests 20000 --schemathesis .venv-soak/bin/schemathesis
 
-Every answer is compared with what the library computes, /metrics has to have counted each of them, memory may not
-grow, and SIGTERM has to end the server with the exit code 0 and nothing on standard error.
+Every answer must equal the library's, /metrics must count each one, memory must not grow, and SIGTERM must end the
+server with exit code 0 and an empty standard error.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ class ServerProcess:
     name: str = "toy"
 
     def connect(self) -> http.client.HTTPConnection:
-        """Open a connection of its own."""
+        """Open a new connection."""
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
 
     def get(self, path: str) -> tuple[int, str]:
-        """Status and text of a GET."""
+        """Send a GET request; return its status and text."""
         connection = self.connect()
         connection.request("GET", path)
         response = connection.getresponse()
@@ -68,7 +68,7 @@ class ServerProcess:
         raise AssertionError("the server has no resident memory")
 
     def counted(self) -> Counter[str]:
-        """Answers by status, as /metrics has counted them."""
+        """Read the counts of answers by status from /metrics."""
         counts: Counter[str] = Counter()
         for line in self.get("/metrics")[1].splitlines():
             if line.startswith("spdtool_requests_total{"):
@@ -79,7 +79,7 @@ class ServerProcess:
 
 @contextmanager
 def serving(bundle: Path, *options: str) -> Iterator[ServerProcess]:
-    """Run a server in the block; it has to live until the end, and to end cleanly."""
+    """Run a server during the block; require that it survives the block and ends cleanly."""
     command = [sys.executable, "-m", "spdtool", "serve", str(bundle), "--port", "0", "--name", "toy", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -97,11 +97,11 @@ def serving(bundle: Path, *options: str) -> Iterator[ServerProcess]:
 
 
 class Client:
-    """One client of the soak: a connection, and what it has seen.
+    """One client of the soak test, with its connection and counts.
 
     Attributes:
-        answered: answers by status.
-        left: requests whose client left before the answer.
+        answered: number of answers by status.
+        left: number of requests that the client abandoned before the answer.
     """
 
     def __init__(self, server: ServerProcess, seed: int, rows: list[tuple[str, str]], logits: np.ndarray) -> None:
@@ -132,8 +132,8 @@ class Client:
         return response.status, answer
 
     def _ask_rightly(self) -> None:
-        chosen = self._draw.choices(range(len(self._rows)), k=self._draw.choice((0, 1, 1, 1, 2, 5, 20)))
-        texts, pairs = [self._rows[index][0] for index in chosen], [self._rows[index][1] for index in chosen]
+        indices = self._draw.choices(range(len(self._rows)), k=self._draw.choice((0, 1, 1, 1, 2, 5, 20)))
+        texts, pairs = [self._rows[index][0] for index in indices], [self._rows[index][1] for index in indices]
         if self._draw.random() < 0.5:
             status, answer = self._send("/predict", {"texts": texts, "pairs": pairs})
             assert status == 200, answer
@@ -146,8 +146,8 @@ class Client:
             assert status == 200, answer
             outputs = {output["name"]: output for output in answer["outputs"]}
             logits = np.reshape(outputs["logits"]["data"], outputs["logits"]["shape"]).tolist()
-        if chosen:
-            assert np.abs(np.array(logits) - self._logits[chosen]).max() <= TOLERANCE, (texts, pairs)
+        if indices:
+            assert np.abs(np.array(logits) - self._logits[indices]).max() <= TOLERANCE, (texts, pairs)
 
     def _ask_wrongly(self) -> None:
         path, body, expected = self._draw.choice(
@@ -183,9 +183,9 @@ def soak(bundle: Path, requests: int) -> dict[str, Any]:
         rows.append((first, second))
     logits = spdtool.load(bundle, threads=1).logits([first for first, _ in rows], [second for _, second in rows])
     with serving(bundle) as server:
-        started, before = time.monotonic(), 0
+        start, before = time.monotonic(), 0
         answered: Counter[str] = Counter()
-        left = 0
+        disconnected = 0
         for share in (0.1, 0.9):
             clients = [Client(server, round(10 * share) + 100 * seed, rows, logits) for seed in range(CLIENTS)]
             with ThreadPoolExecutor(CLIENTS) as pool:
@@ -193,18 +193,21 @@ def soak(bundle: Path, requests: int) -> dict[str, Any]:
                     lambda client, share=share: client.run(round(share * requests / CLIENTS)), clients
                 ):
                     answered.update({str(status): count for status, count in client.answered.items()})
-                    left += client.left
+                    disconnected += client.left
             before = before or server.megabytes()
-        seconds, growth = time.monotonic() - started, server.megabytes() - before
-        counted = server.counted()
+        seconds, growth = time.monotonic() - start, server.megabytes() - before
+        counts = server.counted()
         # Those who left may have been answered too, or were refused because their request had no end.
-        surplus = counted - answered
-        assert answered - counted == Counter(), (answered, counted)
+        surplus = counts - answered
+        assert answered - counts == Counter(), (answered, counts)
         assert set(surplus) <= {"200", "400", "499"}, surplus
-        assert sum(surplus.values()) <= left + 2, (surplus, left)  # and /metrics itself, after each share
+        assert sum(surplus.values()) <= disconnected + 2, (
+            surplus,
+            disconnected,
+        )  # and /metrics itself, after each share
         assert growth < MOST_GROWTH, f"resident memory grew by {growth} MB"
         assert server.get("/v2/health/ready")[0] == 200
-    return {"answered": dict(answered), "left": left, "seconds": round(seconds, 1), "growth_mb": growth}
+    return {"answered": dict(answered), "left": disconnected, "seconds": round(seconds, 1), "growth_mb": growth}
 
 
 def check_schema(bundle: Path, schemathesis: Path, examples: int) -> None:
@@ -217,7 +220,7 @@ def check_schema(bundle: Path, schemathesis: Path, examples: int) -> None:
 
 
 def main() -> None:
-    """Run both, and print what was measured."""
+    """Run the soak test and schemathesis, and print the measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--requests", type=int, default=20000)

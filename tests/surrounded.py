@@ -1,4 +1,4 @@
-"""Run by `test_same_weights.py` in many environments: train toy stages, print hashes of their weights as JSON.
+"""Script of `test_same_weights.py`: train toy stages in its environment, print hashes of their weights as JSON.
 
 python tests/surrounded.py FOLDER STAGE...
 """

@@ -1,4 +1,4 @@
-"""The Python API: every public name is there, imported when it is used, and does what the commands do."""
+"""The Python API: every public name exists, is imported lazily, and equals the command of its name."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_every_public_name_is_listed_and_can_be_used() -> None:
         spdtool.nothing  # noqa: B018
 
 
-def test_every_error_of_the_tree_is_public() -> None:
+def test_every_error_class_is_public() -> None:
     def tree(kind: type[Exception]) -> set[str]:
         names = {kind.__name__}
         for child in kind.__subclasses__():
@@ -44,14 +44,14 @@ def test_every_error_of_the_tree_is_public() -> None:
     assert tree(spdtool.SpdError) <= set(spdtool.__all__)
 
 
-def test_the_import_alone_loads_nothing() -> None:
+def test_importing_spdtool_loads_no_submodule() -> None:
     code = "import sys, spdtool; dir(spdtool); print(*(name for name in sys.modules if name.startswith('spdtool')))"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.split() == ["spdtool"]
 
 
 @pytest.mark.slow
-def test_compress_runs_what_is_missing_and_returns_what_came_out(toys: Any, toy_task: Any, tmp_path: Path) -> None:
+def test_compress_runs_the_missing_stages_and_returns_the_result(toys: Any, toy_task: Any, tmp_path: Path) -> None:
     toy_task()
     recipe = toys.recipe(*QUICK_BENCH)
     plans: list[Any] = []
@@ -59,31 +59,31 @@ def test_compress_runs_what_is_missing_and_returns_what_came_out(toys: Any, toy_
     assert [stage.stage for stage in plans[0].stages] == list(STAGES)
     assert sorted(path.name for path in trained.run.iterdir() if path.is_dir()) == sorted(TRAINING)
     assert (trained.finished, trained.bundle, trained.files, trained.sparsity) == (True, None, (), 0.5)
-    done = spdtool.compress(recipe=recipe, run=tmp_path / "run")
-    assert all((done.run / stage / "stage.json").is_file() for stage in STAGES)
-    assert (done.teacher, done.student) == (trained.teacher, trained.student)
-    assert done.teacher is not None
-    assert "score" in done.teacher
-    assert all((done.run / file).is_file() for file in done.files)
-    assert Path("export/student/model.onnx") in done.files or any(file.suffix == ".onnx" for file in done.files)
-    assert done.refused == {}
-    assert done.bundle is not None
-    assert spdtool.load(done.bundle)("a good film") is not None
+    result = spdtool.compress(recipe=recipe, run=tmp_path / "run")
+    assert all((result.run / stage / "stage.json").is_file() for stage in STAGES)
+    assert (result.teacher, result.student) == (trained.teacher, trained.student)
+    assert result.teacher is not None
+    assert "score" in result.teacher
+    assert all((result.run / file).is_file() for file in result.files)
+    assert Path("export/student/model.onnx") in result.files or any(file.suffix == ".onnx" for file in result.files)
+    assert result.refused == {}
+    assert result.bundle is not None
+    assert spdtool.load(result.bundle)("a good film") is not None
     with pytest.raises(dataclasses.FrozenInstanceError):
-        done.run = tmp_path  # type: ignore[misc]
+        result.run = tmp_path  # type: ignore[misc]
 
 
 @pytest.mark.slow
-def test_compress_takes_what_the_command_takes(
+def test_compress_accepts_the_options_of_the_command(
     encoder_folder: Path, rows_file: Path, quick_words: tuple[str, ...], tmp_path: Path
 ) -> None:
     sets = [word for option, word in zip(quick_words, quick_words[1:], strict=False) if option == "--set"]
-    done = spdtool.compress(
+    result = spdtool.compress(
         data=rows_file, model=encoder_folder, device="cpu", sparsity=0.5, sets=sets, run=tmp_path, until="teacher"
     )
     recipe = json.loads((tmp_path / "run.json").read_text("utf-8"))["recipe"]
     assert (recipe["task"], recipe["data"], recipe["sparsity"]) == ("local", str(rows_file), 0.5)
-    assert (done.finished, done.student) == (True, None)
+    assert (result.finished, result.student) == (True, None)
     with pytest.raises(RecipeError, match="neither a task nor data"):
         spdtool.compress(sparsity=0.5)
 

@@ -1,4 +1,4 @@
-"""Every supported family, as tiny random models: one row of `toys.ARCHITECTURES` each."""
+"""Every supported family, as tiny random models from the rows of `toys.ARCHITECTURES`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SCORES = Loss(attention=1.0)
 
 
 def pair(toys: Any, architecture: str, layers: int = DEPTH) -> tuple[Any, Any]:
-    """A student and a teacher that differ in their layers only, primed."""
+    """Return a student and a teacher that differ only in their layers, with capture hooks."""
     teacher = toys.classifier(architecture, layers=layers).requires_grad_(False)
     student = copy.deepcopy(teacher)
     with torch.no_grad():
@@ -85,37 +85,37 @@ def test_a_grafted_forward_always_returns_every_hidden_state(toys: Any, architec
     grafting, batch = graft(student, teacher), toys.batch(architecture=architecture)
     modules = {name: id(module) for name, module in student.named_modules()}
     of_teacher = forward(teacher, batch, output_hidden_states=True, output_attentions=True)
-    drawn = set()
+    draws = set()
     with torch.no_grad():
         for _ in range(64):
             with grafting.mix(0.5) as draw:
-                drawn.add(tuple(draw))
+                draws.add(tuple(draw))
                 outputs = forward(student, batch, output_hidden_states=True, output_attentions=True)
             assert len(outputs.hidden_states) == DEPTH + 1
             assert len(outputs.attentions) == DEPTH
             first = draw.index(True) if True in draw else DEPTH
             for index in range(DEPTH):  # up to the student's first layer, the network is the teacher
-                alike = torch.equal(outputs.hidden_states[index], of_teacher.hidden_states[index])
-                assert alike == (index <= first), (draw, index)
+                is_equal = torch.equal(outputs.hidden_states[index], of_teacher.hidden_states[index])
+                assert is_equal == (index <= first), (draw, index)
             assert len(forward(teacher, batch, output_hidden_states=True).hidden_states) == DEPTH + 1
-    assert len(drawn) == 2**DEPTH, "every draw was tried"
+    assert len(draws) == 2**DEPTH, "every draw was tried"
     assert {name: id(module) for name, module in student.named_modules()} == modules
 
 
 @each_family
-def test_at_rate_zero_the_student_is_the_teacher_and_at_rate_one_itself(toys: Any, architecture: str) -> None:
+def test_at_rate_0_the_student_computes_as_the_teacher_and_at_rate_1_as_itself(toys: Any, architecture: str) -> None:
     student, teacher = pair(toys, architecture)
     grafting, batch = graft(student, teacher), toys.batch(architecture=architecture)
-    alone = forward(student, batch).logits
-    assert not torch.allclose(alone, forward(teacher, batch).logits)
+    student_logits = forward(student, batch).logits
+    assert not torch.allclose(student_logits, forward(teacher, batch).logits)
     with grafting.mix(0.0):
         assert torch.equal(forward(student, batch).logits, forward(teacher, batch).logits)
     with grafting.mix(1.0):
-        assert torch.equal(forward(student, batch).logits, alone)
+        assert torch.equal(forward(student, batch).logits, student_logits)
 
 
 @each_family
-def test_the_softmax_of_scores_is_the_attention_of_the_model(toys: Any, architecture: str) -> None:
+def test_the_softmax_of_captured_scores_equals_the_attention(toys: Any, architecture: str) -> None:
     model, batch = toys.classifier(architecture, layers=DEPTH), toys.batch(architecture=architecture)
     install_capture_hooks(model)
     with torch.no_grad():
@@ -125,12 +125,12 @@ def test_the_softmax_of_scores_is_the_attention_of_the_model(toys: Any, architec
     assert observed.attentions is not None
     assert probabilities.attentions is not None
     assert len(observed.attentions) == len(outputs.attentions) == DEPTH
-    real = batch["attention_mask"].bool()
+    is_token = batch["attention_mask"].bool()
     for scores, attention, probability in zip(
         observed.attentions, outputs.attentions, probabilities.attentions, strict=True
     ):
-        torch.testing.assert_close(scores.softmax(-1)[real[:, None].expand(-1, 2, -1)],
-                                   attention[real[:, None].expand(-1, 2, -1)])  # fmt: skip
+        torch.testing.assert_close(scores.softmax(-1)[is_token[:, None].expand(-1, 2, -1)],
+                                   attention[is_token[:, None].expand(-1, 2, -1)])  # fmt: skip
         assert torch.equal(probability, attention)
     assert torch.equal(observed.logits, outputs.logits)
 
@@ -150,20 +150,22 @@ def test_gradient_checkpointing_gives_the_same_gradients(toys: Any, architecture
         grafting = graft(student, teacher, seed=3)
         for _ in range(2):
             with torch.no_grad():
-                taught = compute_outputs(teacher, batch, hidden_states=True, attention="scores")
+                teacher_outputs = compute_outputs(teacher, batch, hidden_states=True, attention="scores")
             with grafting.mix(0.6) as draw:
-                learnt = compute_outputs(student, batch, hidden_states=True, attention="scores")
-            assert learnt.attentions is not None
-            assert len(learnt.attentions) == DEPTH
-            distillation_loss(learnt, taught, batch, SCORES, logit_loss=Classification.logit_loss)["loss"].backward()
+                student_outputs = compute_outputs(student, batch, hidden_states=True, attention="scores")
+            assert student_outputs.attentions is not None
+            assert len(student_outputs.attentions) == DEPTH
+            distillation_loss(student_outputs, teacher_outputs, batch, SCORES, logit_loss=Classification.logit_loss)[
+                "loss"
+            ].backward()
         assert any(draw)
         return {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
 
-    plain, saving = gradients(False), gradients(True)
-    assert plain.keys() == saving.keys()
+    plain, checkpointed = gradients(False), gradients(True)
+    assert plain.keys() == checkpointed.keys()
     assert len(plain) >= len(find_prunable_weights(toys.classifier(architecture))) // DEPTH
     for name, gradient in plain.items():
-        torch.testing.assert_close(saving[name], gradient, rtol=1e-6, atol=1e-6, msg=name)
+        torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-6, atol=1e-6, msg=name)
 
 
 @pytest.mark.slow
@@ -255,10 +257,12 @@ def test_compiling_layer_by_layer_gives_the_same_loss_and_gradients(toys: Any, a
         grafting, losses = graft(student, teacher, seed=1), []
         for _ in range(4):
             with torch.no_grad():
-                taught = compute_outputs(teacher, batch, hidden_states=True, attention=attention_kind)
+                teacher_outputs = compute_outputs(teacher, batch, hidden_states=True, attention=attention_kind)
             with grafting.mix(0.5):
-                learnt = compute_outputs(student, batch, hidden_states=True, attention=attention_kind)
-            loss = distillation_loss(learnt, taught, batch, weights, logit_loss=Classification.logit_loss)["loss"]
+                student_outputs = compute_outputs(student, batch, hidden_states=True, attention=attention_kind)
+            loss = distillation_loss(
+                student_outputs, teacher_outputs, batch, weights, logit_loss=Classification.logit_loss
+            )["loss"]
             if loss.requires_grad:  # some layer of the draw is the student's
                 loss.backward()
             losses.append(float(loss.detach()))
@@ -274,9 +278,9 @@ def test_compiling_layer_by_layer_gives_the_same_loss_and_gradients(toys: Any, a
 
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler about itself
-def test_no_form_of_a_compiled_layer_is_left_to_plain_python(toys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_variant_of_a_compiled_layer_falls_back_to_plain_python(toys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     compiling = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compiling(self, backend="eager", **how))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiling(self, backend="eager", **options))
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

@@ -1,4 +1,4 @@
-"""`spdtool compress` from end to end: what it leaves behind, what a second call does, and the same stage by stage."""
+"""`spdtool compress` from end to end: its files, repeated calls, and the same run stage by stage."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ pytestmark = pytest.mark.slow  # whole runs
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    """Every file below `folder` with its bytes."""
+    """Read every file below `folder`."""
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 @pytest.fixture
 def run(compressed: Path, tmp_path: Path) -> Path:
-    """A finished run of one's own."""
+    """A copy of a finished run, which the test may change."""
     return shutil.copytree(compressed, tmp_path / "run")
 
 
@@ -53,7 +53,7 @@ def test_a_second_call_does_nothing_and_shows_the_result(run: Path, quick_words:
     assert snapshot(run) == before
 
 
-def test_what_is_missing_is_made_and_nothing_else(run: Path, quick_words: Any, spdtool: Call) -> None:
+def test_compress_runs_only_the_missing_stages(run: Path, quick_words: Any, spdtool: Call) -> None:
     before = snapshot(run)
     shutil.rmtree(run / "finetune")
     shutil.rmtree(run / "export")
@@ -70,8 +70,8 @@ def test_what_is_missing_is_made_and_nothing_else(run: Path, quick_words: Any, s
 def test_stage_by_stage_gives_the_same_bytes(compressed: Path, tmp_path: Path, quick_words: Any, spdtool: Call) -> None:
     folder = tmp_path / "by hand"
     for stage in STAGES[:-1]:
-        words = quick_words if stage == "teacher" else ()
-        result = spdtool(stage, *words, "--run", folder)
+        arguments = quick_words if stage == "teacher" else ()
+        result = spdtool(stage, *arguments, "--run", folder)
         assert result.exit_code == 0, result.output
         assert f"{stage}: done in" in result.stdout
     files = [file for file in snapshot(compressed) if file.endswith((".safetensors", ".onnx"))]
@@ -88,7 +88,7 @@ def test_redoing_a_stage_drops_the_later_ones(run: Path, spdtool: Call) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (("--set", "prune.epochs=x"), "should be a valid number"),
         (("--set", "prune.events=1000"), "do not fit"),
@@ -96,15 +96,17 @@ def test_redoing_a_stage_drops_the_later_ones(run: Path, spdtool: Call) -> None:
         (("--set", "seed=1"), "belongs to another recipe"),
     ],
 )
-def test_redoing_refuses_before_it_drops(run: Path, spdtool: Call, words: tuple[str, ...], message: str) -> None:
+def test_bad_arguments_are_refused_before_a_redo_drops_stages(
+    run: Path, spdtool: Call, arguments: tuple[str, ...], message: str
+) -> None:
     before = snapshot(run)
-    result = spdtool("prune", "--run", run, "--again", *words)
+    result = spdtool("prune", "--run", run, "--again", *arguments)
     assert result.exit_code == 2
     assert message in result.stderr
     assert snapshot(run) == before
 
 
-def test_a_redone_teacher_that_cannot_be_made_leaves_the_old_one(
+def test_a_failed_redo_of_the_teacher_keeps_the_old_one(
     run: Path, quick_words: Any, spdtool: Call, tmp_path: Path
 ) -> None:
     before = snapshot(run)
@@ -116,14 +118,14 @@ def test_a_redone_teacher_that_cannot_be_made_leaves_the_old_one(
 
 def test_a_setting_may_change_until_its_stage_is_done(run: Path, quick_words: Any, spdtool: Call) -> None:
     shutil.rmtree(run / "bench")
-    words = ("compress", *quick_words, "--run", run, "--set", "bench.rounds=2")
-    dry = spdtool(*words, "--dry-run")
+    arguments = ("compress", *quick_words, "--run", run, "--set", "bench.rounds=2")
+    dry = spdtool(*arguments, "--dry-run")
     assert dry.exit_code == 0, dry.output
     assert json.loads((run / "run.json").read_text())["recipe"]["bench"]["rounds"] == 1, "a dry run wrote"
-    result = spdtool(*words)
+    result = spdtool(*arguments)
     assert result.exit_code == 0, result.output
     assert json.loads((run / "run.json").read_text())["recipe"]["bench"]["rounds"] == 2
-    late = spdtool(*words, "--set", "bench.rounds=3")
+    late = spdtool(*arguments, "--set", "bench.rounds=3")
     assert late.exit_code == 2
     assert "bench.rounds is 2 there and 3 here" in late.stderr
 
@@ -140,28 +142,28 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, quick_words: Any, spdtool: Cal
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_smoke_run_says_so_everywhere(tmp_path: Path, quick_words: Any, spdtool: Call) -> None:
+def test_a_smoke_run_is_marked_everywhere(tmp_path: Path, quick_words: Any, spdtool: Call) -> None:
     result = spdtool("compress", *quick_words, "--run", tmp_path / "run", "--smoke", "--json")
     assert result.exit_code == 0, result.output
     assert [row[0] for row in json.loads(result.stdout)["rows"]] == ["teacher", "student"]
     assert "SMOKE RUN" in result.stderr
     assert (tmp_path / "run/SMOKE-RUN-NOT-A-RESULT.txt").exists()
     assert json.loads((tmp_path / "run/prune/stage.json").read_text())["smoke"] is True
-    shown = spdtool("inspect", tmp_path / "run")
-    assert "SMOKE RUN, NO RESULT" in shown.stdout
+    inspection = spdtool("inspect", tmp_path / "run")
+    assert "SMOKE RUN, NO RESULT" in inspection.stdout
 
 
-def test_a_run_goes_on_from_another_folder(
+def test_a_run_continues_from_another_working_directory(
     tmp_path: Path, encoder_folder: Path, rows_file: Path, quick_words: Any, spdtool: Call, monkeypatch: Any
 ) -> None:
-    home = tmp_path / "hör zu"
-    shutil.copytree(encoder_folder, home / "mödel")
-    shutil.copy(rows_file, home / "rows.csv")
-    monkeypatch.chdir(home)
-    words = [*quick_words, "--data", "rows.csv", "--model", "mödel/", "--run", home / "run"]
-    assert spdtool("teacher", *words).exit_code == 0
+    project = tmp_path / "hör zu"
+    shutil.copytree(encoder_folder, project / "mödel")
+    shutil.copy(rows_file, project / "rows.csv")
+    monkeypatch.chdir(project)
+    arguments = [*quick_words, "--data", "rows.csv", "--model", "mödel/", "--run", project / "run"]
+    assert spdtool("teacher", *arguments).exit_code == 0
     monkeypatch.chdir(tmp_path)
-    result = spdtool("prune", "--run", home / "run")
+    result = spdtool("prune", "--run", project / "run")
     assert result.exit_code == 0, result.output
 
 
@@ -171,41 +173,41 @@ def test_a_given_teacher_is_measured_and_used(
     result = spdtool("teacher", *quick_words, "--teacher", compressed / "teacher", "--run", tmp_path / "run")
     assert result.exit_code == 0, result.output
     assert "given teacher: dev score" in result.stdout
-    ours, theirs = tmp_path / "run/teacher/model.safetensors", compressed / "teacher/model.safetensors"
-    assert ours.read_bytes() == theirs.read_bytes()
+    copied, given = tmp_path / "run/teacher/model.safetensors", compressed / "teacher/model.safetensors"
+    assert copied.read_bytes() == given.read_bytes()
 
 
-def test_a_run_goes_on_with_the_recipe_that_it_has_recorded(tmp_path: Path, quick_words: Any, spdtool: Any) -> None:
+def test_a_run_continues_with_its_recorded_recipe(tmp_path: Path, quick_words: Any, spdtool: Any) -> None:
     run = tmp_path / "run"
     assert spdtool("teacher", *quick_words, "--run", run).exit_code == 0
     recorded = json.loads((run / "run.json").read_text())["recipe"]
-    ways: dict[tuple[str, ...], dict[str, object]] = {
+    calls: dict[tuple[str, ...], dict[str, object]] = {
         ("compress", "--run", str(run)): {},
         ("resume", str(run)): {},
         ("compress", "--run", str(run), "--sparsity", "0.6"): {"sparsity": 0.6},
         ("resume", str(run), "--set", "sparsity=0.6"): {"sparsity": 0.6},
     }
-    for words, changed in ways.items():
-        result = spdtool(*words, "--dry-run", "--json")
+    for arguments, changes in calls.items():
+        result = spdtool(*arguments, "--dry-run", "--json")
         assert result.exit_code == 0, result.output
         plan = json.loads(result.stdout)
-        assert plan["recipe"] == recorded | changed, words
+        assert plan["recipe"] == recorded | changes, arguments
         assert [stage["done"] for stage in plan["stages"]] == [True, *[False] * 5]
-    for words, message in (
+    for arguments, message in (
         (("compress", "--run", run, "--recipe", "spd"), "--recipe spd names another"),
         (("compress", "--run", tmp_path / "none"), "neither --task nor --data was given"),
         (("resume", tmp_path / "none"), "has no run.json"),
         (("compress", "--run", run, "--seed", "1"), "seed is 0 there and 1 here"),
     ):
-        result = spdtool(*words)
-        assert result.exit_code == 2, words
-        assert message in " ".join(result.stderr.split()), words
+        result = spdtool(*arguments)
+        assert result.exit_code == 2, arguments
+        assert message in " ".join(result.stderr.split()), arguments
     redone = spdtool("teacher", "--run", run, "--again", "--set", "teacher.epochs=2")
     assert redone.exit_code == 0, redone.output
     assert json.loads((run / "run.json").read_text())["recipe"]["teacher"]["epochs"] == 2
 
 
-def test_python_goes_on_with_a_recorded_recipe_too(tmp_path: Path, toy_run: Any) -> None:
+def test_the_api_continues_with_the_recorded_recipe(tmp_path: Path, toy_run: Any) -> None:
     run = toy_run(until="prune")
     result = compress(run=run.path, until="distill")
     assert result.finished
@@ -214,7 +216,7 @@ def test_python_goes_on_with_a_recorded_recipe_too(tmp_path: Path, toy_run: Any)
         compress(run=tmp_path / "none")
 
 
-def test_a_finished_run_is_loaded_by_its_own_folder(compressed: Path, tmp_path: Path) -> None:
+def test_a_finished_run_is_loaded_by_its_folder(compressed: Path, tmp_path: Path) -> None:
     classify = load(compressed)
     assert classify.bundle.folder == compressed / "export/bundle"
     assert classify("the film was good") in ("bad", "good")
@@ -224,7 +226,7 @@ def test_a_finished_run_is_loaded_by_its_own_folder(compressed: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_the_dev_score_is_the_metric_that_was_chosen(tmp_path: Path, quick_words: Any, spdtool: Any) -> None:
+def test_the_dev_score_is_the_chosen_metric(tmp_path: Path, quick_words: Any, spdtool: Any) -> None:
     for metric in ("accuracy", "f1"):
         run = tmp_path / metric
         result = spdtool("teacher", *quick_words, "--run", run, "--metric", metric)

@@ -1,4 +1,4 @@
-"""What is drawn: tables that a pipe does not fold, numbers, progress in lines and live, errors, JSON."""
+"""The console: tables, numbers, progress in lines and live, errors, JSON, untrusted text."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ LONG = "a path that is much longer than eighty columns/" * 5
 
 
 @pytest.fixture
-def plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Output that goes to no terminal."""
+def no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Standard output is not a terminal."""
     for name in ("COLUMNS", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
     console.configure()
@@ -29,17 +29,17 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
-    """A terminal of 80 columns in the place of both streams."""
+    """Both streams write to a terminal of 80 columns, whose text is returned."""
     screen = io.StringIO()
-    drawn = Console(file=screen, force_terminal=True, width=80, height=24, highlight=False, color_system=None)
-    monkeypatch.setattr(console, "_out", drawn)
-    monkeypatch.setattr(console, "_err", drawn)
+    display = Console(file=screen, force_terminal=True, width=80, height=24, highlight=False, color_system=None)
+    monkeypatch.setattr(console, "_out", display)
+    monkeypatch.setattr(console, "_err", display)
     monkeypatch.setattr(console, "_json", False)
     return screen
 
 
 @pytest.mark.usefixtures("plain")
-def test_nothing_is_folded_for_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_are_not_wrapped_for_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
     console.say(LONG)
     console.print_table(f"title {LONG}", ("name", "value"), [("row", LONG)])
     lines = capsys.readouterr().out.splitlines()
@@ -49,16 +49,14 @@ def test_nothing_is_folded_for_a_pipe(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.usefixtures("plain")
-def test_a_width_that_was_asked_for_is_kept(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_requested_width_is_respected(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("COLUMNS", "60")
     console.configure()
     console.print_table("title", ("name", "value"), [("row", LONG)])
     assert max(map(len, capsys.readouterr().out.splitlines())) == 60
 
 
-def test_a_terminal_folds_at_words(terminal: io.StringIO) -> None:
+def test_lines_are_wrapped_at_words_on_a_terminal(terminal: io.StringIO) -> None:
     console.say("some words " * 20)
     lines = terminal.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
@@ -76,7 +74,7 @@ def test_columns_of_numbers_stand_on_the_right(capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.usefixtures("plain")
-def test_brackets_in_cells_titles_and_warnings_stay(capsys: pytest.CaptureFixture[str]) -> None:
+def test_brackets_in_cells_titles_and_warnings_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     console.print_table("runs/[red]x", ("name",), [("spdtool[cpu]",)])
     console.warn("pip install spdtool[cpu]")
     console.say(console.escape("spdtool[gpu]"))
@@ -98,7 +96,7 @@ def test_a_cell_as_text(cell: Any, text: str) -> None:
     assert console.format_cell(cell) == text
 
 
-def test_json_has_standard_output_to_itself(capsys: pytest.CaptureFixture[str]) -> None:
+def test_with_json_standard_output_contains_only_json(capsys: pytest.CaptureFixture[str]) -> None:
     console.configure(as_json=True)
     console.say("a line")
     console.print_table("a title", ("a",), [("cell",)])
@@ -116,7 +114,7 @@ def test_without_json_a_result_is_not_written(capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.usefixtures("plain")
-def test_an_error_says_what_to_try(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_is_printed_with_its_hint(capsys: pytest.CaptureFixture[str]) -> None:
     console.print_error(SpdError("no [x] here", "give [y]"))
     assert capsys.readouterr() == ("", "SpdError: no [x] here\ntry: give [y]\n")
 
@@ -173,7 +171,7 @@ def test_progress_live(terminal: io.StringIO) -> None:
     with console.progress("prune", 10) as watch:
         for event in EVENTS:
             watch(event)
-    shown = terminal.getvalue()
+    output = terminal.getvalue()
     for text in (
         "phase 1 of 3: prune",
         "10/10",
@@ -182,11 +180,11 @@ def test_progress_live(terminal: io.StringIO) -> None:
         "score 0.7500  best so far",
         "■ □ ■ student",
     ):
-        assert text in shown
-    assert max(len(line) for line in shown.splitlines() if "│" in line and "\x1b" not in line) <= 80
+        assert text in output
+    assert max(len(line) for line in output.splitlines() if "│" in line and "\x1b" not in line) <= 80
 
 
-def test_busy_is_a_line_or_a_spinner(terminal: io.StringIO, capsys: pytest.CaptureFixture[str]) -> None:
+def test_busy_prints_a_line_or_a_spinner(terminal: io.StringIO, capsys: pytest.CaptureFixture[str]) -> None:
     with console.busy("timing [x]"):
         pass
     assert "timing [x]" in terminal.getvalue()
@@ -224,7 +222,7 @@ SPOKEN = {"[/]", "[red]", "[link=http://example.org]x[/link]", ":warning:", "<b>
 
 
 def is_safe(text: str) -> bool:
-    """Whether nothing in a printed text is a control but its line feeds and tabs."""
+    """Tell whether a printed text has no control characters except line feeds and tabs."""
     return not any(
         unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
         for character in text
@@ -233,7 +231,7 @@ def is_safe(text: str) -> bool:
 
 
 @pytest.mark.usefixtures("plain")
-def test_text_of_others_is_printed_and_not_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_markup_and_control_characters_in_text_are_printed_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     for text in HOSTILE:
         console.say(f"[bold]{console.escape(text)}[/] after")
         console.print_table(text, (text,), [(text,)])
@@ -251,7 +249,7 @@ def test_text_of_others_is_printed_and_not_obeyed(capsys: pytest.CaptureFixture[
         assert out.splitlines()[-2].endswith("\t0.9"), "a row takes one line"
 
 
-def test_a_terminal_is_not_driven_by_text_of_others(terminal: io.StringIO) -> None:
+def test_control_characters_do_not_reach_a_terminal(terminal: io.StringIO) -> None:
     for text in HOSTILE:
         console.say(f"[bold]{console.escape(text)}[/]")
         console.print_table(text, (text,), [(text,)])
@@ -264,12 +262,12 @@ def test_a_terminal_is_not_driven_by_text_of_others(terminal: io.StringIO) -> No
         assert is_safe(terminal.getvalue().split("\x1b")[0]), text
 
 
-def test_a_second_line_of_an_error_passes_for_no_other(plain: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_line_of_an_error_is_indented(no_terminal: None, capsys: pytest.CaptureFixture[str]) -> None:
     console.print_error(SpdError("label 'a\nnote: all is well'"))
     assert capsys.readouterr().err == "SpdError: label 'a\n  note: all is well'\n"
 
 
-def test_json_escapes_what_a_terminal_would_obey_and_reads_as_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_escapes_control_characters_and_parses_to_the_same_text(capsys: pytest.CaptureFixture[str]) -> None:
     console.configure(as_json=True)
     for text in HOSTILE:
         console.print_result({"label": text})
@@ -282,7 +280,7 @@ def test_json_escapes_what_a_terminal_would_obey_and_reads_as_the_same(capsys: p
 
 
 @pytest.mark.usefixtures("plain")
-def test_a_stage_says_what_remains_of_all_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stage_shows_the_remaining_time_of_all_stages(capsys: pytest.CaptureFixture[str]) -> None:
     costs = {"prune": StageCost(steps=10, step_seconds=60.0), "export": StageCost(other_seconds=600.0)}
     with console.forecast_run(Forecast(costs)):
         console.begin_stage("prune", "prune")
@@ -310,12 +308,12 @@ def test_the_work_of_a_prune_event_is_a_line(
 @pytest.mark.parametrize("width", [40, 80, 120])
 def test_the_live_display_keeps_its_times_at_any_width(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
     screen = io.StringIO()
-    drawn = Console(file=screen, force_terminal=True, width=width, height=30, highlight=False, color_system=None)
-    monkeypatch.setattr(console, "_out", drawn)
+    display = Console(file=screen, force_terminal=True, width=width, height=30, highlight=False, color_system=None)
+    monkeypatch.setattr(console, "_out", display)
     with console.forecast_run(Forecast({"prune": StageCost(10, 7200.0)})), console.progress("prune", 10) as watch:
         for event in EVENTS:
             watch(event)
         watch({"event": "pruning", "step": 10, "work": "event 2 of 2, solving matrix 7 of 36"})
-    shown = re.sub(r"[│\s]+", " ", screen.getvalue())
+    output = re.sub(r"[│\s]+", " ", screen.getvalue())
     for text in ("10/10", "elapsed 0:00:00", "left under 1 min", "solving matrix 7 of 36"):
-        assert text in shown, (width, text)
+        assert text in output, (width, text)

@@ -1,4 +1,4 @@
-"""The documents are run: commands parse, targets and links exist, snippets compile, the reference misses nothing."""
+"""The documents: commands parse, targets and links exist, snippets compile, the reference is complete."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PLACEHOLDER = re.compile(r"\b[A-Z]+\b")  # RUN, FOLDER, HOST: for the reader to 
 
 @pytest.fixture(scope="module")
 def reference() -> ModuleType:
-    """The hook that writes the generated pages."""
+    """The module that writes the generated pages."""
     spec = importlib.util.spec_from_file_location("reference_hook", ROOT / "docs/hooks/reference.py")
     assert spec is not None
     assert spec.loader is not None
@@ -41,7 +41,7 @@ def reference() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def pages(reference: ModuleType) -> dict[str, str]:
-    """Every generated page by its name."""
+    """Generate every page of the reference; return them by name."""
     return {name: write() for name, write in reference.PAGES.items()}
 
 
@@ -88,8 +88,8 @@ def test_every_recipe_field_with_a_value_in_backticks_exists() -> None:
     for document in DOCUMENTS:
         for path in re.findall(r"`([a-z]+(?:\.[a-z_]+)+)(?:=[^`]*)?`", read(document)):
             if path.split(".")[0] in sections and not path.endswith((".json", ".md", ".py")):
-                known = [field for field in dict(reading.list_fields()) if f"{field}.".startswith(f"{path}.")]
-                assert known, f"{name_of(document)}: the recipe has no {path}"
+                fields = [field for field in dict(reading.list_fields()) if f"{field}.".startswith(f"{path}.")]
+                assert fields, f"{name_of(document)}: the recipe has no {path}"
 
 
 def test_every_make_target_in_the_documents_exists() -> None:
@@ -167,11 +167,11 @@ def test_the_reference_has_every_recipe_and_each_resolves(pages: dict[str, str])
 def test_the_reference_has_everything_that_is_built_in(pages: dict[str, str]) -> None:
     registries = {"tasks": plugins.datasets, "targets": plugins.targets, "criteria": plugins.criteria}
     for page, registry in registries.items():
-        for part in registry.entries():
-            if part.source.startswith("spdtool."):
-                assert f"`{part.name}`" in pages[page], f"{page}: {part.name}"
-    for part in plugins.patterns.entries():
-        assert f"`{part.name}`" in pages["criteria"], part.name
+        for entry in registry.entries():
+            if entry.source.startswith("spdtool."):
+                assert f"`{entry.name}`" in pages[page], f"{page}: {entry.name}"
+    for entry in plugins.patterns.entries():
+        assert f"`{entry.name}`" in pages["criteria"], entry.name
 
 
 def test_the_reference_has_every_field_of_the_recorded_files(pages: dict[str, str], reference: ModuleType) -> None:
@@ -188,7 +188,7 @@ def test_the_reference_has_every_field_of_the_recorded_files(pages: dict[str, st
                     assert f"| `{field}` |" in section, f"{page}: {record.__name__}.{field}"
 
 
-def test_what_a_record_says_of_its_fields_is_split_by_their_names(reference: ModuleType) -> None:
+def test_the_attributes_of_a_record_are_split_by_field(reference: ModuleType) -> None:
     meanings = reference.attribute_meanings(records.TrainingResult)
     assert meanings["dev"] == "scores of the saved weights"
     assert meanings["sparsity"].startswith("share of zeros")

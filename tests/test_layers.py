@@ -1,4 +1,4 @@
-"""The house keeps its plan: which room may import which, read from the source, and a light front door."""
+"""The architecture: which package may import which, read from the source, and light imports of the command line."""
 
 from __future__ import annotations
 
@@ -45,17 +45,17 @@ PENDING: set[tuple[str, str]] = set()
 
 
 def module_name(file: Path) -> str:
-    parts = file.relative_to(ROOT.parent).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    segments = file.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(segments[:-1] if segments[-1] == "__init__" else segments)
 
 
 def room_of(module: str) -> str:
-    """The folder or file of spdtool that `module` belongs to."""
+    """Return the subpackage or top-level module of spdtool that contains `module`."""
     return module.split(".")[1] if "." in module else module
 
 
 def floor_of(module: str) -> int | None:
-    """Number of the module's floor, counted from 0; None if the plan does not know its room."""
+    """Return the module's layer, counted from 0; None if `FLOORS` does not list its package."""
     for number, rooms in enumerate(FLOORS):
         if room_of(module) in rooms:
             return number
@@ -63,10 +63,10 @@ def floor_of(module: str) -> int | None:
 
 
 def imported_names(source: str, *, top_only: bool = False) -> Iterator[str]:
-    """Full names of everything imported in `source`.
+    """Yield the full names of all imports in `source`.
 
     Args:
-        top_only: leave out what is imported inside functions and under `if TYPE_CHECKING`.
+        top_only: leave out imports inside functions and under `if TYPE_CHECKING`.
     """
     tree = ast.parse(source)
     nodes = tree.body if top_only else ast.walk(tree)
@@ -85,7 +85,7 @@ def imported_names(source: str, *, top_only: bool = False) -> Iterator[str]:
 
 
 def wrong_arrows(module: str, source: str) -> Iterator[str]:
-    """Yield the name of every imported module that the plan forbids to `module`, with the reason."""
+    """Yield every import that `FLOORS` forbids to `module`, with the reason."""
     floor = floor_of(module)
     if floor is None:
         yield f"{module} is in no room of the plan: add it to FLOORS"
@@ -111,7 +111,7 @@ def wrong_arrows(module: str, source: str) -> Iterator[str]:
 
 
 def heavy_imports(module: str, source: str) -> Iterator[str]:
-    """Yield the imports of large libraries that `module` must not have."""
+    """Yield the imports of large libraries that are forbidden to `module`."""
     room, floor = room_of(module), floor_of(module)
     everywhere = {name.split(".")[0] for name in imported_names(source)}
     at_the_top = {name.split(".")[0] for name in imported_names(source, top_only=True)}
@@ -133,13 +133,13 @@ def joins_pruning_and_distillation(source: str) -> bool:
 
 
 def print_lines(source: str) -> list[int]:
-    """Lines on which `print` is called."""
+    """List the lines on which `print` is called."""
     calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     return [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
 
 
 def plugin_names() -> set[str]:
-    """Names by which a plugin of this repository can be meant: distribution, module, and target with a library."""
+    """Collect the names of the plugins of this repository: distributions, modules, and targets with a library."""
     names = set()
     for file in ROOT.parent.glob("plugins/*/pyproject.toml"):
         project = tomllib.loads(file.read_text("utf-8"))["project"]
@@ -158,23 +158,23 @@ def test_nothing_names_a_plugin() -> None:
 
 
 def test_imports_point_downwards() -> None:
-    wrong = []
+    violations = []
     for file in FILES:
-        wrong += wrong_arrows(module_name(file), file.read_text("utf-8"))
-    assert wrong == [], "\n".join(wrong)
+        violations += wrong_arrows(module_name(file), file.read_text("utf-8"))
+    assert violations == [], "\n".join(violations)
 
 
-def test_no_pending_arrow_is_spent() -> None:
+def test_every_pending_exception_is_still_needed() -> None:
     imports = {module_name(file): set(imported_names(file.read_text("utf-8"))) for file in FILES}
     spent = [(module, name) for module, name in PENDING if name not in imports.get(module, ())]
     assert spent == [], "take these out of PENDING"
 
 
-def test_large_libraries_stay_where_the_plan_has_them() -> None:
-    wrong = []
+def test_large_libraries_are_imported_only_where_allowed() -> None:
+    violations = []
     for file in FILES:
-        wrong += heavy_imports(module_name(file), file.read_text("utf-8"))
-    assert wrong == [], "\n".join(wrong)
+        violations += heavy_imports(module_name(file), file.read_text("utf-8"))
+    assert violations == [], "\n".join(violations)
 
 
 def test_only_stages_join_pruning_and_distillation() -> None:
@@ -188,7 +188,7 @@ def test_only_the_console_draws() -> None:
         assert print_lines(file.read_text("utf-8")) == [], module_name(file)
 
 
-def test_a_wrong_arrow_is_reported() -> None:
+def test_a_forbidden_import_is_reported() -> None:
     examples = [
         ("spdtool.run.folder", "from spdtool.training import loop", "higher floor"),
         ("spdtool.pruning.masks", "from spdtool.training.loop import fit", "higher floor"),
@@ -221,7 +221,7 @@ def test_the_shared_phase_may_be_imported_by_its_three_phases() -> None:
         assert list(wrong_arrows(module, "from spdtool.stages import phase")) == []
 
 
-def test_the_front_door_imports_nothing_heavy() -> None:
+def test_the_command_line_imports_no_large_library() -> None:
     code = f"import sys, spdtool.cli.main; print(sorted(set({sorted(HEAVY)}) & sys.modules.keys()))"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert process.stdout.strip() == "[]"
@@ -245,16 +245,16 @@ OWN_MODULES, LIBRARY_MODULES = 20, 45
 
 
 def modules_after(code: str) -> set[str]:
-    """Return the names of the modules that a fresh interpreter holds after `code`, which prints them."""
+    """Run `code`, which prints the names of loaded modules, in a fresh interpreter; return the names."""
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr
     return set(printed.split())
 
 
 def test_help_loads_no_pydantic_and_little_more_than_a_bare_typer_app() -> None:
-    ours = modules_after("import sys\nfrom spdtool.cli.main import app" + HELP)
+    loaded = modules_after("import sys\nfrom spdtool.cli.main import app" + HELP)
     commands = len(get_command(app).commands)
-    extra = ours - modules_after(BARE.format(commands=commands) + HELP)
-    own = {name for name in extra if room_of(name) in ("spdtool", "cli") or name.startswith("spdtool.")}
-    assert "pydantic" not in ours
-    assert len(own) <= OWN_MODULES, sorted(own)
-    assert len(extra - own) <= LIBRARY_MODULES, sorted(extra - own)
+    extra = loaded - modules_after(BARE.format(commands=commands) + HELP)
+    spdtool_modules = {name for name in extra if room_of(name) in ("spdtool", "cli") or name.startswith("spdtool.")}
+    assert "pydantic" not in loaded
+    assert len(spdtool_modules) <= OWN_MODULES, sorted(spdtool_modules)
+    assert len(extra - spdtool_modules) <= LIBRARY_MODULES, sorted(extra - spdtool_modules)

@@ -1,4 +1,4 @@
-"""The plugin door: one decorator for ours and theirs, failures listed, nothing run that was not named."""
+"""Plugins: one decorator for built-ins and plugins, listed failures, and no code runs that was not named."""
 
 from __future__ import annotations
 
@@ -36,22 +36,22 @@ def write(folder: Path, **modules: str) -> Path:
     return folder
 
 
-def test_builtin_parts_came_through_the_same_door() -> None:
-    part = plugins.criteria.entry("magnitude")
-    assert part.source == "spdtool.pruning.criteria"
-    assert "absolute value" in part.summary
-    assert "unstructured" in [part.name for part in plugins.patterns.entries()]
-    assert "demo" in [part.name for part in plugins.datasets.entries()]
+def test_builtins_are_registered_like_plugins() -> None:
+    entry = plugins.criteria.entry("magnitude")
+    assert entry.source == "spdtool.pruning.criteria"
+    assert "absolute value" in entry.summary
+    assert "unstructured" in [entry.name for entry in plugins.patterns.entries()]
+    assert "demo" in [entry.name for entry in plugins.datasets.entries()]
 
 
-def test_a_registered_part_keeps_what_it_declared() -> None:
+def test_an_entry_keeps_the_options_of_its_registration() -> None:
     kind: Registry[object] = Registry("thing", options=("needs",))
     value = kind.register("a", needs=("x",))(lambda: 1)
     assert kind.get("a") is value
     assert kind.find("a") is value
     assert kind.find("b") is None
     assert kind.entry("a").meta == {"needs": ("x",)}
-    assert [part.name for part in kind.entries()] == ["a"]
+    assert [entry.name for entry in kind.entries()] == ["a"]
 
 
 def test_an_unknown_name_offers_near_matches() -> None:
@@ -88,7 +88,7 @@ def test_an_unregistered_name_is_free_again() -> None:
     assert kind.entry("a").source == "stranger"
 
 
-def test_what_happens_in_isolation_is_undone(tmp_path: Path) -> None:
+def test_changes_inside_isolated_are_undone(tmp_path: Path) -> None:
     folder = write(tmp_path / "mine", good=GOOD)
     with plugins.isolated():
         plugins.use_folder(folder)
@@ -102,8 +102,8 @@ def test_what_happens_in_isolation_is_undone(tmp_path: Path) -> None:
 
 def test_the_files_of_a_named_folder_are_loaded(tmp_path: Path) -> None:
     plugins.use_folder(write(tmp_path / "mine", good=GOOD))
-    part = plugins.criteria.entry("upside-down")
-    assert (part.source, part.meta, part.summary) == ("good", {"needs": ("gradient",)}, "The largest go first.")
+    entry = plugins.criteria.entry("upside-down")
+    assert (entry.source, entry.meta, entry.summary) == ("good", {"needs": ("gradient",)}, "The largest go first.")
     assert [(p.name, p.error) for p in plugins.loaded_plugins() if p.name == "good"] == [("good", None)]
 
 
@@ -128,7 +128,7 @@ def test_a_folder_that_does_not_exist_is_refused(tmp_path: Path) -> None:
         ("from spdtool.plugins import criteria\ncriteria.register('magnitude')(lambda w, s: w)", "already provided"),
     ],
 )
-def test_a_plugin_that_fails_is_listed_and_fatal_only_when_its_name_is_asked_for(
+def test_a_failing_plugin_is_listed_and_mentioned_only_for_unknown_names(
     tmp_path: Path, source: str, error: str
 ) -> None:
     plugins.use_folder(write(tmp_path / "mine", broken=source, good=GOOD))
@@ -136,15 +136,13 @@ def test_a_plugin_that_fails_is_listed_and_fatal_only_when_its_name_is_asked_for
     assert plugins.criteria.get("upside-down") is not None, "the others load all the same"
     (broken,) = (p for p in plugins.loaded_plugins() if p.name == "broken")
     assert error in str(broken.error)
-    with pytest.raises(UnknownName, match="no criterion 'unheard-of'") as caught:
+    with pytest.raises(UnknownName, match="no criterion 'unheard-of'") as raised:
         plugins.criteria.get("unheard-of")
-    assert "broken" in str(caught.value.hint)
-    assert error in str(caught.value.hint)
+    assert "broken" in str(raised.value.hint)
+    assert error in str(raised.value.hint)
 
 
-def test_a_plugin_that_takes_a_name_before_its_builtin_is_loaded_harms_only_itself(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_plugin_that_takes_the_name_of_a_builtin_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = "from spdtool.plugins import patterns\npatterns.register('unstructured')(lambda s, p: 'stolen')"
     for entry in plugins.patterns.entries():
         plugins.patterns.unregister(entry.name)
@@ -156,7 +154,7 @@ def test_a_plugin_that_takes_a_name_before_its_builtin_is_loaded_harms_only_itse
     assert "already provided" in str(thief.error)
 
 
-def test_a_plugin_may_ask_a_registry_while_it_is_imported(tmp_path: Path) -> None:
+def test_a_plugin_may_use_a_registry_while_it_is_imported(tmp_path: Path) -> None:
     source = "from spdtool.plugins import criteria\ncriteria.register('twin')(criteria.get('magnitude'))"
     plugins.use_folder(write(tmp_path / "mine", asking=source))
     assert plugins.criteria.get("twin") is plugins.criteria.get("magnitude")
@@ -176,14 +174,14 @@ def test_each_plugin_is_run_once(tmp_path: Path) -> None:
     assert ran.read_text() == "x"
 
 
-def test_a_file_that_merely_lies_in_the_current_folder_is_never_run(tmp_path: Path) -> None:
-    here = write(tmp_path / "here", evil="open('ran.txt', 'w').write('x')", spdtool_plugin="open('ran.txt', 'w')")
-    write(here / "spdtool_plugins", evil="open('ran.txt', 'w').write('x')")
-    write(here / "plugins", evil="open('ran.txt', 'w').write('x')")
+def test_files_in_the_working_directory_are_never_run(tmp_path: Path) -> None:
+    folder = write(tmp_path / "here", evil="open('ran.txt', 'w').write('x')", spdtool_plugin="open('ran.txt', 'w')")
+    write(folder / "spdtool_plugins", evil="open('ran.txt', 'w').write('x')")
+    write(folder / "plugins", evil="open('ran.txt', 'w').write('x')")
     environment = {name: value for name, value in os.environ.items() if name != "SPDTOOL_PLUGINS"}
     code = "import os; os.chdir('.'); from spdtool import plugins; plugins.use_folder(None); plugins.criteria.entries()"
-    subprocess.run([sys.executable, "-P", "-c", code], cwd=here, env=environment, check=True)
-    assert not (here / "ran.txt").exists()
+    subprocess.run([sys.executable, "-P", "-c", code], cwd=folder, env=environment, check=True)
+    assert not (folder / "ran.txt").exists()
 
 
 def test_installed_distributions_are_found_by_their_entry_points(tmp_path: Path) -> None:
@@ -212,19 +210,19 @@ for plugin in sorted(plugins.loaded_plugins(), key=lambda p: p.name):
 
 
 class TestLibrary:
-    """What an installed plugin says of the custom operators of its target, found without importing the target."""
+    """The library of custom operators of an installed plugin, found without importing its target."""
 
     @pytest.fixture
     def install(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-        """`install(source)`: a distribution `their-plugin` 1.2 whose module for the target `theirs` has this source."""
+        """Return `install(source)`, which installs `their-plugin` 1.2 for the target `theirs`."""
         monkeypatch.syspath_prepend(tmp_path)
 
         def make(source: str) -> None:
             (tmp_path / "their_plugin.py").write_text(source)
-            facts = tmp_path / "their_plugin-1.2.dist-info"
-            facts.mkdir()
-            (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: their-plugin\nVersion: 1.2\n")
-            (facts / "entry_points.txt").write_text("[spdtool.libraries]\ntheirs = their_plugin\n")
+            dist_info = tmp_path / "their_plugin-1.2.dist-info"
+            dist_info.mkdir()
+            (dist_info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-plugin\nVersion: 1.2\n")
+            (dist_info / "entry_points.txt").write_text("[spdtool.libraries]\ntheirs = their_plugin\n")
             importlib.invalidate_caches()
 
         yield make
@@ -232,8 +230,12 @@ class TestLibrary:
 
     def test_the_module_and_its_distribution(self, install: Callable[[str], None]) -> None:
         install("def path():\n    return '/there/ops.so'\n")
-        found = plugins.find_library("theirs")
-        assert (found.distribution, found.version, found.module.path()) == ("their-plugin", "1.2", "/there/ops.so")
+        library = plugins.find_library("theirs")
+        assert (library.distribution, library.version, library.module.path()) == (
+            "their-plugin",
+            "1.2",
+            "/there/ops.so",
+        )
 
     def test_one_that_does_not_load_is_an_error_of_the_plugin(self, install: Callable[[str], None]) -> None:
         install("import no_such_module_anywhere\n")

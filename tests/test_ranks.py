@@ -1,4 +1,4 @@
-"""Several processes train as one does: the same weights up to rounding, one writer, and a job that can go on."""
+"""Several processes train the same weights as one, up to rounding; only rank 0 writes; killed jobs resume."""
 
 from __future__ import annotations
 
@@ -45,21 +45,21 @@ DROPOUT = "prune.dropout=0.2"
 
 
 def calls(root: Path) -> dict[str, dict[str, Any]]:
-    """41 rows in batches of 8: the last batch of an epoch has a single row, and all but one process have none."""
-    made: dict[str, dict[str, Any]] = {}
+    """Plan the calls of `ranks.py`; of 41 rows in batches of 8 the last batch has one row, for one rank only."""
+    planned: dict[str, dict[str, Any]] = {}
 
-    def add(name: str, case: str, ranks: int, *sets: str, folder: str | None = None, **more: Any) -> None:
-        recipe, own = CASES[case]
+    def add(name: str, case: str, ranks: int, *sets: str, folder: str | None = None, **fields: Any) -> None:
+        recipe, settings = CASES[case]
         call = {"folder": str(root / (folder or name)), "stage": "prune", "ranks": ranks, "rows": 41, "recipe": recipe}
-        made[name] = call | {"sets": [*own, *sets], "copy": str(root / "teacher")} | more
+        planned[name] = call | {"sets": [*settings, *sets], "copy": str(root / "teacher")} | fields
 
     for name, ranks in (("teacher", 1), ("teacher of 2", 2)):
-        made[name] = {"folder": str(root / name), "stage": "teacher", "ranks": ranks, "rows": 41, "sets": []}
+        planned[name] = {"folder": str(root / name), "stage": "teacher", "ranks": ranks, "rows": 41, "sets": []}
     for case in CASES:
         add(case, case, 1)
         add(f"{case} of 2", case, 2)
     sharded = {"folder": str(root / "teacher of 2, sharded"), "sets": [SHARD]}
-    made["teacher of 2, sharded"] = made["teacher of 2"] | sharded
+    planned["teacher of 2, sharded"] = planned["teacher of 2"] | sharded
     add("attention of 3", "attention", 3)
     for case in SHARDED:
         add(f"{case} of 2, sharded", case, 2, SHARD)
@@ -69,36 +69,36 @@ def calls(root: Path) -> dict[str, dict[str, Any]]:
     add("killed, alone", "layerwise", 1, OFTEN, folder="killed")
     add("killed, sharded", "layerwise", 2, OFTEN, SHARD, dies=1, after=7)
     add("killed, sharded, again", "layerwise", 2, OFTEN, SHARD, folder="killed, sharded")
-    add("calm with dropout", "layerwise", 2, OFTEN, DROPOUT)
+    add("uninterrupted with dropout", "layerwise", 2, OFTEN, DROPOUT)
     add("main killed with dropout", "layerwise", 2, OFTEN, DROPOUT, dies=0, after=6)
     add("with dropout again", "layerwise", 2, OFTEN, DROPOUT, folder="main killed with dropout")
-    return made
+    return planned
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     root = tmp_path_factory.mktemp("ranks")
-    made = calls(root)
+    planned = calls(root)
     process = subprocess.run(
         [sys.executable, str(HERE / "ranks.py"), str(root)],
-        input=json.dumps(list(made.values())),
+        input=json.dumps(list(planned.values())),
         capture_output=True,
         text=True,
         check=False,
     )
     assert process.returncode == 0, process.stderr[-3000:]
-    return root, dict(zip(made, json.loads(process.stdout), strict=True))
+    return root, dict(zip(planned, json.loads(process.stdout), strict=True))
 
 
 def weights(folder: Path, stage: str = "prune") -> dict[str, torch.Tensor]:
     return load_file(folder / stage / "model.safetensors")
 
 
-def assert_alike(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert torch.equal(tensor == 0, other[name] == 0), name
-        assert float((tensor - other[name]).abs().max()) < 1e-5, name
+def assert_equal_up_to_rounding(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in actual.items():
+        assert torch.equal(tensor == 0, expected[name] == 0), name
+        assert float((tensor - expected[name]).abs().max()) < 1e-5, name
 
 
 def log(folder: Path) -> list[dict[str, Any]]:
@@ -106,12 +106,14 @@ def log(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.long
-def test_a_teacher_of_two_processes_is_that_of_one(results: tuple[Path, Any]) -> None:
-    root, made = results
-    assert made["teacher of 2"]["ends"] == [0, 0], made["teacher of 2"]["said"]
-    assert_alike(weights(root / "teacher", "teacher"), weights(root / "teacher of 2", "teacher"))
-    assert made["teacher of 2, sharded"]["ends"] == [0, 0], made["teacher of 2, sharded"]["said"]
-    assert_alike(weights(root / "teacher", "teacher"), weights(root / "teacher of 2, sharded", "teacher"))
+def test_a_teacher_of_two_processes_equals_that_of_one(results: tuple[Path, Any]) -> None:
+    root, reports = results
+    assert reports["teacher of 2"]["ends"] == [0, 0], reports["teacher of 2"]["output"]
+    assert_equal_up_to_rounding(weights(root / "teacher", "teacher"), weights(root / "teacher of 2", "teacher"))
+    assert reports["teacher of 2, sharded"]["ends"] == [0, 0], reports["teacher of 2, sharded"]["output"]
+    assert_equal_up_to_rounding(
+        weights(root / "teacher", "teacher"), weights(root / "teacher of 2, sharded", "teacher")
+    )
 
 
 CUT = [*(f"{case} of 2" for case in CASES), "attention of 3", "layerwise in pieces"]
@@ -120,70 +122,70 @@ CUT += [*(f"{case} of 2, sharded" for case in SHARDED), "layerwise of 3, sharded
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", CUT)
-def test_a_student_is_the_same_however_its_batches_are_cut(results: tuple[Path, Any], name: str) -> None:
-    root, made = results
-    alone = name.split()[0]
-    assert set(made[name]["ends"] + made[alone]["ends"]) == {0}, made[name]["said"]
-    assert_alike(weights(root / name), weights(root / alone))
+def test_a_student_is_the_same_on_any_number_of_ranks_and_micro_batches(results: tuple[Path, Any], name: str) -> None:
+    root, reports = results
+    single = name.split()[0]
+    assert set(reports[name]["ends"] + reports[single]["ends"]) == {0}, reports[name]["output"]
+    assert_equal_up_to_rounding(weights(root / name), weights(root / single))
     events = [
         [{k: v for k, v in event.items() if k != "examples_per_second"} for event in log(root / folder)]
-        for folder in (name, alone)
+        for folder in (name, single)
     ]
-    for cut, whole in zip(*events, strict=True):
-        losses = cut.pop("losses", {}), whole.pop("losses", {})
-        assert cut == whole
+    for event_of_name, single_event in zip(*events, strict=True):
+        losses = event_of_name.pop("losses", {}), single_event.pop("losses", {})
+        assert event_of_name == single_event
         assert losses[0] == pytest.approx(losses[1], rel=1e-3, abs=1e-5)
 
 
 @pytest.mark.long
-def test_the_comparison_was_not_too_easy(results: tuple[Path, Any]) -> None:
+def test_training_moves_weights_and_varies_the_draws(results: tuple[Path, Any]) -> None:
     root, _ = results
     teacher, student = weights(root / "teacher", "teacher"), weights(root / "layerwise")
-    moved = {name: float((teacher[name] - weight)[weight != 0].abs().max()) for name, weight in student.items()}
-    still = [name for name, distance in moved.items() if distance < 1e-3]
-    assert all(name.endswith("key.bias") for name in still), "the softmax hides it; all else moved by far more"
-    drawn = {tuple(event["drawn"]) for event in log(root / "layerwise") if event["event"] == "step"}
-    assert len(drawn) > 2
+    distances = {name: float((teacher[name] - weight)[weight != 0].abs().max()) for name, weight in student.items()}
+    unmoved = [name for name, distance in distances.items() if distance < 1e-3]
+    assert all(name.endswith("key.bias") for name in unmoved), "the softmax hides it; all else moved by far more"
+    draws = {tuple(event["drawn"]) for event in log(root / "layerwise") if event["event"] == "step"}
+    assert len(draws) > 2
 
 
 @pytest.mark.long
 def test_only_the_main_process_writes(results: tuple[Path, Any]) -> None:
-    root, made = results  # ranks.py fails a rank that makes, renames or removes a file
-    assert made["layerwise of 2"]["said"][1] == ""
-    assert "prune 6/12" in made["layerwise of 2"]["said"][0]
+    root, reports = results  # ranks.py fails a rank that makes, renames or removes a file
+    assert reports["layerwise of 2"]["output"][1] == ""
+    assert "prune 6/12" in reports["layerwise of 2"]["output"][0]
     names = [sorted(p.name for p in (root / folder / "prune").iterdir()) for folder in ("layerwise", "layerwise of 2")]
     assert names[0] == names[1]
     assert not [p for p in (root / "layerwise of 2").iterdir() if p.name.startswith(".prune")]
 
 
 @pytest.mark.long
-def test_a_killed_process_ends_the_job_and_one_process_goes_on(results: tuple[Path, Any]) -> None:
-    root, made = results
-    assert made["killed"]["ends"] == [2, -9]
-    assert "PeerLost: another of the 2 processes has ended" in made["killed"]["said"][0]
-    assert "Traceback" not in made["killed"]["said"][0]
-    assert "resumed" in made["killed, alone"]["said"][0]
-    assert_alike(weights(root / "killed"), weights(root / "layerwise"))
+def test_a_killed_rank_ends_the_job_and_one_process_can_resume_it(results: tuple[Path, Any]) -> None:
+    root, reports = results
+    assert reports["killed"]["ends"] == [2, -9]
+    assert "PeerLost: another of the 2 processes has ended" in reports["killed"]["output"][0]
+    assert "Traceback" not in reports["killed"]["output"][0]
+    assert "resumed" in reports["killed, alone"]["output"][0]
+    assert_equal_up_to_rounding(weights(root / "killed"), weights(root / "layerwise"))
 
 
 @pytest.mark.long
-def test_a_sharded_job_that_was_killed_goes_on(results: tuple[Path, Any]) -> None:
-    root, made = results
-    assert made["killed, sharded"]["ends"][1] == -9
-    assert "PeerLost: another of the 2 processes has ended" in made["killed, sharded"]["said"][0]
-    assert "prune 6/12  resumed" in made["killed, sharded, again"]["said"][0]
-    calm, again = weights(root / "layerwise of 2, sharded"), weights(root / "killed, sharded")
-    assert all(torch.equal(calm[name], again[name]) for name in calm)
+def test_a_killed_sharded_job_resumes(results: tuple[Path, Any]) -> None:
+    root, reports = results
+    assert reports["killed, sharded"]["ends"][1] == -9
+    assert "PeerLost: another of the 2 processes has ended" in reports["killed, sharded"]["output"][0]
+    assert "prune 6/12  resumed" in reports["killed, sharded, again"]["output"][0]
+    expected, resumed = weights(root / "layerwise of 2, sharded"), weights(root / "killed, sharded")
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
 
 
 @pytest.mark.long
-def test_the_same_number_of_processes_goes_on_to_the_last_bit(results: tuple[Path, Any]) -> None:
-    root, made = results
-    assert made["main killed with dropout"]["ends"] == [-9, 2]
-    assert "prune 5/12  resumed" in made["with dropout again"]["said"][0]
-    calm, again = weights(root / "calm with dropout"), weights(root / "main killed with dropout")
-    assert all(torch.equal(calm[name], again[name]) for name in calm)
-    assert any(not torch.equal(calm[name], weight) for name, weight in weights(root / "layerwise").items())
+def test_the_same_number_of_processes_resumes_to_the_last_bit(results: tuple[Path, Any]) -> None:
+    root, reports = results
+    assert reports["main killed with dropout"]["ends"] == [-9, 2]
+    assert "prune 5/12  resumed" in reports["with dropout again"]["output"][0]
+    expected, resumed = weights(root / "uninterrupted with dropout"), weights(root / "main killed with dropout")
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+    assert any(not torch.equal(expected[name], weight) for name, weight in weights(root / "layerwise").items())
 
 
 PLUGIN = """
@@ -205,15 +207,15 @@ torch.optim.AdamW.step = step
 """
 
 
-def teacher_of_two(root: Path, *more: str, once: bool) -> subprocess.CompletedProcess[str]:
-    """`spdtool teacher --processes 2`, of which one is killed after four steps: always, or the first time."""
+def teacher_of_two(root: Path, *extra: str, once: bool) -> subprocess.CompletedProcess[str]:
+    """Run `spdtool teacher --processes 2`, where one rank is killed after four steps: always, or once."""
     plugins = root / "plugins"
     plugins.mkdir()
     (plugins / "toy.py").write_text(PLUGIN.format(tests=str(HERE), died=str(root / "died"), once=once))
-    words = f"teacher --task toy --device cpu --run {root / 'run'} --plugins-dir {plugins} --json --processes 2"
+    arguments = f"teacher --task toy --device cpu --run {root / 'run'} --plugins-dir {plugins} --json --processes 2"
     settings = ["--set", "teacher.batch_size=8", "--set", OFTEN, "--set", "max_length=32"]
     return subprocess.run(
-        [sys.executable, "-m", "spdtool", *words.split(), *settings, *more],
+        [sys.executable, "-m", "spdtool", *arguments.split(), *settings, *extra],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -221,14 +223,14 @@ def teacher_of_two(root: Path, *more: str, once: bool) -> subprocess.CompletedPr
     )
 
 
-def test_the_command_says_which_process_was_killed(tmp_path: Path) -> None:
-    done = teacher_of_two(tmp_path, once=False)
-    assert done.returncode == 2, done.stderr
-    told = json.loads(done.stdout)
-    assert told["error"] == "PeerLost"
-    assert told["message"].startswith("rank 1 of 2 was killed by SIGKILL")
-    assert told["hint"] == "the same command goes on from the last snapshot"
-    assert "Traceback" not in done.stderr
+def test_the_command_reports_which_process_was_killed(tmp_path: Path) -> None:
+    process = teacher_of_two(tmp_path, once=False)
+    assert process.returncode == 2, process.stderr
+    error = json.loads(process.stdout)
+    assert error["error"] == "PeerLost"
+    assert error["message"].startswith("rank 1 of 2 was killed by SIGKILL")
+    assert error["hint"] == "the same command goes on from the last snapshot"
+    assert "Traceback" not in process.stderr
     # The kill may come before the first process has removed the older snapshot.
     snapshots = sorted(path.name for path in (tmp_path / "run/.teacher.partial/state").iterdir())
     assert snapshots[-1] == "step-000000004"
@@ -254,18 +256,27 @@ torch.optim.AdamW.step = step
 """
 
 
-def test_a_launcher_that_is_told_to_end_lets_its_processes_save_one_step(tmp_path: Path) -> None:
-    plugins, begun = tmp_path / "plugins", tmp_path / "begun"
+def test_a_launcher_lets_its_processes_save_a_step_on_sigterm(tmp_path: Path) -> None:
+    plugins, started = tmp_path / "plugins", tmp_path / "begun"
     plugins.mkdir()
-    (plugins / "toy.py").write_text(WAITING.format(tests=str(HERE), begun=str(begun)))
-    words = f"teacher --task toy --device cpu --run {tmp_path / 'run'} --plugins-dir {plugins} --processes 2"
+    (plugins / "toy.py").write_text(WAITING.format(tests=str(HERE), begun=str(started)))
+    arguments = f"teacher --task toy --device cpu --run {tmp_path / 'run'} --plugins-dir {plugins} --processes 2"
     launcher = subprocess.Popen(
-        [sys.executable, "-m", "spdtool", *words.split(), "--set", "teacher.batch_size=8", "--set", "max_length=32"],
+        [
+            sys.executable,
+            "-m",
+            "spdtool",
+            *arguments.split(),
+            "--set",
+            "teacher.batch_size=8",
+            "--set",
+            "max_length=32",
+        ],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         text=True,
     )
-    while not begun.exists():
+    while not started.exists():
         assert launcher.poll() is None, launcher.communicate()[1]
         time.sleep(0.05)
     launcher.send_signal(signal.SIGTERM)
@@ -279,26 +290,26 @@ def test_a_launcher_that_is_told_to_end_lets_its_processes_save_one_step(tmp_pat
 
 
 @pytest.mark.long
-def test_the_command_starts_its_processes_again(tmp_path: Path) -> None:
-    done = teacher_of_two(tmp_path, "--set", "restarts=1", once=True)
-    assert done.returncode == 0, done.stderr
-    assert "rank 1 of 2 was killed by SIGKILL" in done.stderr
-    assert "all are started again" in done.stderr
-    assert "resumed" in done.stderr
+def test_the_command_restarts_its_processes(tmp_path: Path) -> None:
+    process = teacher_of_two(tmp_path, "--set", "restarts=1", once=True)
+    assert process.returncode == 0, process.stderr
+    assert "rank 1 of 2 was killed by SIGKILL" in process.stderr
+    assert "all are started again" in process.stderr
+    assert "resumed" in process.stderr
     assert (tmp_path / "run/teacher/stage.json").exists()
 
 
-def test_ranks_meet_where_the_dead_have_left_what_they_said() -> None:
+def test_ranks_agree_on_a_new_prefix_in_a_used_store() -> None:
     store = HashStore()
 
-    def meet(rank: int) -> str:
+    def agree(rank: int) -> str:
         return collectives.agree_on_prefix(store, rank, 3)
 
     with ThreadPoolExecutor(3) as pool:
-        first = set(pool.map(meet, range(3)))
-        early = [pool.submit(meet, rank) for rank in (1, 2)]  # they find a meeting that is over
+        first = set(pool.map(agree, range(3)))
+        early = [pool.submit(agree, rank) for rank in (1, 2)]  # they find a meeting that is over
         time.sleep(0.2)
-        second = {meet(0), *(one.result(timeout=20) for one in early)}
+        second = {agree(0), *(future.result(timeout=20) for future in early)}
     assert len(first) == len(second) == 1
     assert first != second
 
@@ -323,40 +334,49 @@ torch.optim.AdamW.step = step
 
 
 @pytest.mark.long
-def test_two_launchers_are_two_nodes_and_go_on_when_one_has_died(results: tuple[Path, Any], tmp_path: Path) -> None:
+def test_two_nodes_resume_after_one_has_died(results: tuple[Path, Any], tmp_path: Path) -> None:
     root, _ = results
     run, died, plugins = tmp_path / "run", tmp_path / "died", tmp_path / "plugins"
     shutil.copytree(root / "teacher", run)
     plugins.mkdir()
     (plugins / "toy.py").write_text(NODE_DIES.format(tests=str(HERE), died=str(died)))
-    words = ["-m", "--", "spdtool", "prune", "--run", str(run), "--plugins-dir", str(plugins)]
-    words += [word for setting in (*GRAFTED, OFTEN) for word in ("--set", setting)]
+    arguments = ["-m", "--", "spdtool", "prune", "--run", str(run), "--plugins-dir", str(plugins)]
+    arguments += [word for setting in (*GRAFTED, OFTEN) for word in ("--set", setting)]
 
-    def launched() -> list[tuple[int, str]]:
-        """How `torchrun` ended on each of two nodes, and what it said."""
+    def launch_nodes() -> list[tuple[int, str]]:
+        """Run `torchrun` on two nodes; return the exit code and the standard error of each."""
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        where = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "localhost", "--master-port", str(port)]
+        rendezvous = [
+            "--nnodes",
+            "2",
+            "--nproc-per-node",
+            "1",
+            "--master-addr",
+            "localhost",
+            "--master-port",
+            str(port),
+        ]
         nodes = [
             subprocess.Popen(
-                [sys.executable, "-m", "torch.distributed.run", *where, "--node-rank", str(node), *words],
+                [sys.executable, "-m", "torch.distributed.run", *rendezvous, "--node-rank", str(node), *arguments],
                 env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)},  # where torch leaves its folders
                 stderr=subprocess.PIPE,
                 text=True,
             )
             for node in range(2)
         ]
-        said = [node.communicate(timeout=300)[1] for node in nodes]
-        return [(node.returncode, each) for node, each in zip(nodes, said, strict=True)]
+        errors = [node.communicate(timeout=300)[1] for node in nodes]
+        return [(node.returncode, error) for node, error in zip(nodes, errors, strict=True)]
 
-    (left, said), (killed, _) = launched()
+    (survivor_code, output), (killed_code, _) = launch_nodes()
     assert died.exists()
-    assert (left, killed) == (1, -9)
-    assert "PeerLost: another of the 2 processes has ended" in said
-    assert "the same command goes on from the last snapshot" in said
+    assert (survivor_code, killed_code) == (1, -9)
+    assert "PeerLost: another of the 2 processes has ended" in output
+    assert "the same command goes on from the last snapshot" in output
     assert not (run / "prune").exists()
-    (code, said), (other, _) = launched()
-    assert (code, other) == (0, 0), said
-    assert_alike(weights(run), weights(root / "layerwise"))
+    (code, output), (other_code, _) = launch_nodes()
+    assert (code, other_code) == (0, 0), output
+    assert_equal_up_to_rounding(weights(run), weights(root / "layerwise"))
     assert [event["step"] for event in log(run) if event["event"] == "step"] == list(range(1, 13))

@@ -28,14 +28,14 @@ pytestmark = [
 ]
 
 
-def test_a_pretrained_encoder_goes_all_the_way_to_a_sparse_onnx_file(tmp_path: Path) -> None:
+def test_a_pretrained_encoder_is_compressed_to_a_sparse_onnx_file(tmp_path: Path) -> None:
     assert PACKAGE is not None
     assert PACKAGE.origin is not None
     flags = {"task": "cola", "data": str(COLA), "model": str(Path(PACKAGE.origin).parent / "model"), "max_rows": 64}
     sets = [f"{stage}.max_steps=3" for stage in ("teacher", "prune", "distill", "finetune")]
     sets += ["prune.events=2", "prune.calibration=2", "max_length=32", "export.sentences=16", "export.optional=[]"]
-    chosen = recipe.build_recipe("default", flags, sets)
-    run = Run.for_recipe(tmp_path / "run", chosen)
+    settings = recipe.build_recipe("default", flags, sets)
+    run = Run.for_recipe(tmp_path / "run", settings)
     for stage in (teacher, prune, distill, finetune):
         stage(run)
     metrics = export(run).student

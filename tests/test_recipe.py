@@ -1,4 +1,4 @@
-"""The recipe: read, overridden, refused, saved, told apart."""
+"""The recipe: reading, overriding, refusing, saving, comparing."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from spdtool.recipe.reading import (
 )
 
 
-def test_the_default_recipe_is_the_defaults_and_what_its_file_names() -> None:
-    made = build_recipe("default", {"task": "cola"})
-    named = flatten(read_settings("default"))
-    assert {name: mine for name, mine, _ in made.diff(Recipe(task="cola"))}.items() <= named.items()
+def test_the_default_recipe_changes_only_the_fields_of_its_file() -> None:
+    recipe = build_recipe("default", {"task": "cola"})
+    file_settings = flatten(read_settings("default"))
+    assert {name: value for name, value, _ in recipe.diff(Recipe(task="cola"))}.items() <= file_settings.items()
 
 
 def test_the_default_recipe_has_none_of_the_known_defects() -> None:
-    made = build_recipe("default", {"task": "cola"})
-    for section in (made.prune, made.distill, made.finetune):
+    recipe = build_recipe("default", {"task": "cola"})
+    for section in (recipe.prune, recipe.distill, recipe.finetune):
         assert section.loss.attention_on == "scores"
         assert section.loss.mask_padding
         assert not section.loss.per_label
         assert section.loss.regression_hardness == 1
         assert not section.grafting.stand_in_dropout
         assert section.clip_over == "trained"
-    assert made.finetune.grafting.start == 1, "the student is trained alone in the end"
+    assert recipe.finetune.grafting.start == 1, "the student is trained alone in the end"
 
 
 def test_every_field_has_a_help_text() -> None:
@@ -54,35 +54,39 @@ def test_every_packaged_recipe_resolves_and_says_what_it_is() -> None:
         assert len(recipes.describe_recipe(name)) > 10, name
 
 
-def test_reference_holds_the_numbers_of_the_published_code() -> None:
-    made = build_recipe("reference")
-    assert (made.prune.epochs, made.distill.epochs, made.finetune.epochs) == (30, 10, 20)
-    assert (made.prune.events, made.prune.schedule, made.prune.scope) == (12, "cubic", "matrix")
-    assert made.prune.learning_rate == made.distill.learning_rate == 6.4e-4
-    assert made.distill.learning_rate * made.distill.final_learning_rate == pytest.approx(made.finetune.learning_rate)
-    assert made.teacher.learning_rate == 3e-5
-    for section in (made.prune, made.distill, made.finetune):
+def test_the_reference_recipe_has_the_numbers_of_the_published_code() -> None:
+    recipe = build_recipe("reference")
+    assert (recipe.prune.epochs, recipe.distill.epochs, recipe.finetune.epochs) == (30, 10, 20)
+    assert (recipe.prune.events, recipe.prune.schedule, recipe.prune.scope) == (12, "cubic", "matrix")
+    assert recipe.prune.learning_rate == recipe.distill.learning_rate == 6.4e-4
+    assert recipe.distill.learning_rate * recipe.distill.final_learning_rate == pytest.approx(
+        recipe.finetune.learning_rate
+    )
+    assert recipe.teacher.learning_rate == 3e-5
+    for section in (recipe.prune, recipe.distill, recipe.finetune):
         assert (section.weight_decay, section.warmup, section.clip, section.clip_over) == (0, 0, 1, "all")
         assert (section.loss.logits, section.loss.hidden, section.loss.attention) == (1, 1, 1)
         assert section.train == "layers"
-    assert (made.prune.grafting.start, made.distill.grafting.start, made.finetune.grafting.start) == (0.8, 0.8, 1)
+    assert (recipe.prune.grafting.start, recipe.distill.grafting.start, recipe.finetune.grafting.start) == (0.8, 0.8, 1)
 
 
-def test_the_later_word_counts_flags_over_file_and_sets_over_flags(tmp_path: Path) -> None:
+def test_flags_override_the_file_and_assignments_override_flags(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text("seed = 3\nsparsity = 0.5\n[prune]\nepochs = 7\nloss = { hidden = 0.5 }\n")
-    made = build_recipe(str(file), {"task": "cola", "seed": 4, "data": None}, ["prune.epochs=9", "sparsity=0.6"])
-    assert (made.name, made.seed, made.sparsity, made.prune.epochs) == ("mine", 4, 0.6, 9)
-    assert made.prune.loss.hidden == 0.5
-    assert made.data is None, "a flag that was not given must not overwrite anything"
+    recipe = build_recipe(str(file), {"task": "cola", "seed": 4, "data": None}, ["prune.epochs=9", "sparsity=0.6"])
+    assert (recipe.name, recipe.seed, recipe.sparsity, recipe.prune.epochs) == ("mine", 4, 0.6, 9)
+    assert recipe.prune.loss.hidden == 0.5
+    assert recipe.data is None, "a flag that was not given must not overwrite anything"
 
 
-def test_what_a_task_says_lies_under_the_recipe() -> None:
-    own = flatten(read_task_settings("demo"))
-    assert own, "the embedded task has a file of its own"
+def test_task_settings_are_overridden_by_the_recipe() -> None:
+    task_settings = flatten(read_task_settings("demo"))
+    assert task_settings, "the embedded task has a file of its own"
     values = build_recipe("default", {"task": "demo"}).values()
-    above = flatten(read_settings("default"))
-    assert {name: values[name] for name in own} == own | {name: above[name] for name in own.keys() & above.keys()}
+    recipe_settings = flatten(read_settings("default"))
+    assert {name: values[name] for name in task_settings} == task_settings | {
+        name: recipe_settings[name] for name in task_settings.keys() & recipe_settings.keys()
+    }
     assert build_recipe("reference", {"task": "demo"}).prune.epochs == build_recipe("reference").prune.epochs
     assert build_recipe("default", {"task": "demo"}, ["teacher.learning_rate=1e-9"]).teacher.learning_rate == 1e-9
     assert build_recipe("default", {"task": "cola"}).teacher == Recipe().teacher
@@ -122,12 +126,12 @@ def test_a_bad_setting_is_refused_by_name() -> None:
         ("prune.epochs=inf", RecipeError, "prune.epochs"),
     ]
     for assignment, error, field in settings:
-        with pytest.raises(error) as caught:
+        with pytest.raises(error) as raised:
             build_recipe("default", {"task": "cola"}, [assignment])
-        assert field in caught.value.message + str(caught.value.hint), assignment
+        assert field in raised.value.message + str(raised.value.hint), assignment
 
 
-def test_near_matches_are_offered() -> None:
+def test_unknown_names_offer_near_matches() -> None:
     with pytest.raises(UnknownName) as error:
         build_recipe("default", {}, ["prune.epoch=3"])
     assert "prune.epochs" in error.value.near
@@ -136,7 +140,7 @@ def test_near_matches_are_offered() -> None:
     assert error.value.near == ["reference"]
 
 
-def test_a_file_that_is_no_toml_is_refused(tmp_path: Path) -> None:
+def test_an_invalid_toml_file_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "bad.toml"
     file.write_bytes(b"sparsity = [")
     with pytest.raises(RecipeError, match="not valid TOML"):
@@ -152,14 +156,14 @@ def test_a_recipe_is_frozen() -> None:
 
 
 def test_a_recipe_survives_json(tmp_path: Path) -> None:
-    made = build_recipe("reference", {"task": "local", "text": ("a", "b"), "seed": 3})
+    recipe = build_recipe("reference", {"task": "local", "text": ("a", "b"), "seed": 3})
     file = tmp_path / "run.json"
-    file.write_text(json.dumps({"recipe": made.model_dump(mode="json")}))
-    assert recipes.load_recipe(file) == made
-    assert parse_recipe(made.model_dump()) == made
+    file.write_text(json.dumps({"recipe": recipe.model_dump(mode="json")}))
+    assert recipes.load_recipe(file) == recipe
+    assert parse_recipe(recipe.model_dump()) == recipe
 
 
-def test_amend_changes_only_what_it_is_told() -> None:
+def test_amend_changes_only_the_given_fields() -> None:
     before = build_recipe("default", {"task": "cola"})
     after = override(before, ["finetune.epochs=3"])
     assert [name for name, _, _ in after.diff(before)] == ["finetune.epochs"]
@@ -168,14 +172,14 @@ def test_amend_changes_only_what_it_is_told() -> None:
         override(before, ["finetune.epoch=3"])
 
 
-def test_smoke_is_short_and_says_so() -> None:
-    made = build_recipe("default", {"task": "cola", "smoke": True})
-    assert made.smoke
-    assert all(made.section(s).length(10_000).steps <= 4 for s in STAGES[:4])  # type: ignore[attr-defined]
-    assert override(made, ["smoke=true"]).smoke
+def test_a_smoke_recipe_has_few_steps() -> None:
+    recipe = build_recipe("default", {"task": "cola", "smoke": True})
+    assert recipe.smoke
+    assert all(recipe.section(s).length(10_000).steps <= 4 for s in STAGES[:4])  # type: ignore[attr-defined]
+    assert override(recipe, ["smoke=true"]).smoke
 
 
-def test_epochs_scale_with_the_data_and_say_why() -> None:
+def test_epochs_scale_with_the_data_and_report_the_reason() -> None:
     cases = [
         (Training(epochs=3, batch_size=8), 20, 3, 9, "recipe"),
         (Training(epochs=0.5, batch_size=8), 32, 0.5, 2, "recipe"),
@@ -193,7 +197,7 @@ def test_epochs_scale_with_the_data_and_say_why() -> None:
         assert reason in length.reason, case
 
 
-def test_a_limit_on_steps_is_said() -> None:
+def test_a_limit_on_steps_is_reported() -> None:
     length = Training(epochs=3, max_steps=5, batch_size=8).length(20)
     assert length.reason == "as the recipe says; at most 5 steps"
 
@@ -210,7 +214,7 @@ def test_a_stage_starts_from_defaults_of_its_own_and_shares_the_descriptions() -
             assert text == described[f"teacher.{field}"], name
 
 
-def test_a_recipe_knows_in_which_phases_it_grafts() -> None:
+def test_a_recipe_lists_the_phases_with_grafting() -> None:
     grafted = {"default": (), "spd": ("prune", "distill"), "theseus": ("prune", "distill"), "gmp": ()}
     for name, phases in grafted.items():
         assert build_recipe(name).grafted_phases == phases, name
@@ -226,14 +230,14 @@ def test_a_request_makes_existing_paths_absolute(tmp_path: Path, monkeypatch: py
     assert recipe.given_teacher == "hub/name"
 
 
-def test_what_does_not_change_a_result_is_no_part_of_what_is_shared() -> None:
-    one, other = Recipe(save_minutes=0, name="x"), Recipe(save_minutes=5, name="y", device="cpu")
-    assert one.shared_fields() == other.shared_fields()
+def test_shared_fields_leave_out_settings_without_effect_on_the_result() -> None:
+    first, second = Recipe(save_minutes=0, name="x"), Recipe(save_minutes=5, name="y", device="cpu")
+    assert first.shared_fields() == second.shared_fields()
     assert Recipe(seed=1).shared_fields() != Recipe(seed=2).shared_fields()
     assert Recipe(sparsity=0.5).shared_fields() != Recipe(sparsity=0.6).shared_fields()
 
 
-def test_the_budget_goes_by_the_coarsest_storage_unless_it_is_given() -> None:
+def test_the_default_budget_follows_the_coarsest_storage() -> None:
     budgets = {("fp16", "fp16"): 0.002, ("fp32", "fp32"): 0.001, ("fp32", "int8"): 0.005, ("int8", "fp16"): 0.005}
     for (values, embeddings), rounded in budgets.items():
         sets = [f"export.values={values}", f"export.embeddings={embeddings}"]
@@ -244,12 +248,12 @@ def test_the_budget_goes_by_the_coarsest_storage_unless_it_is_given() -> None:
         assert section.allowed_change(rounds=True, storage=(values, embeddings)) == 0.5, sets
 
 
-def test_a_storage_that_nobody_knows_is_refused() -> None:
+def test_an_unknown_storage_is_refused() -> None:
     with pytest.raises(RecipeError, match="export.values = 'int4'"):
         build_recipe("default", {}, ["export.values=int4"])
 
 
-def test_a_field_of_several_takes_one_or_words_between_commas() -> None:
+def test_a_list_field_accepts_one_value_or_comma_separated_values() -> None:
     values: dict[str, tuple[object, ...]] = {
         "export.optional=nosuch": ("nosuch",),
         "export.optional=a, b": ("a", "b"),
@@ -268,7 +272,7 @@ def test_a_field_of_several_takes_one_or_words_between_commas() -> None:
         assert getattr(recipe.section(section) if section else recipe, field) == value, assignment
 
 
-def test_a_list_of_the_wrong_kind_is_shown_a_right_one() -> None:
+def test_a_list_of_the_wrong_type_is_refused_with_an_example() -> None:
     for assignment in ("bench.padded=8", "bench.padded=[8, 128]", "bench.batches=a"):
         with pytest.raises(RecipeError) as error:
             build_recipe("default", sets=[assignment])
@@ -277,7 +281,7 @@ def test_a_list_of_the_wrong_kind_is_shown_a_right_one() -> None:
 
 
 def test_every_value_that_a_field_lists_can_be_given_as_an_assignment() -> None:
-    """`none` is no such value: an assignment reads it as nothing."""
+    """Except `none`, which an assignment reads as None."""
     sections = {"Recipe": Recipe.model_json_schema(), **Recipe.model_json_schema()["$defs"]}
     listed = 0
     for section, schema in sections.items():

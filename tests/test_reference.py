@@ -1,9 +1,9 @@
-"""`recipes/reference.toml` against the published algorithm, written out here slowly and plainly, step by step.
+"""`recipes/reference.toml` against the published algorithm, written here as slow plain code, step by step.
 
-Huang et al., ACL 2022, arXiv 2110.08190, as its published code does it: the encoder too is written out, from tensors
-named as in a checkpoint, so that nothing of spdtool or transformers is in the plain side but the order of the rows.
-Where `reference.toml` departs from the published code on purpose, so does this: the 12 events end at the target, each
-phase starts AdamW's moments and the generators anew (from the seed), and regression learns from the gold values.
+Huang et al., ACL 2022, arXiv 2110.08190, follows its published code. The encoder is written out too, from tensors
+named as in a checkpoint, so that the plain code uses nothing of spdtool or transformers but the order of the rows.
+Deliberate differences of `reference.toml` from the published code are the same here: the 12 events end at the target,
+each phase resets AdamW's moments and the random generators, and regression learns from the gold values.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class Plain:
         self.student = {name: weight.clone().requires_grad_() for name, weight in teacher.items()}
         self.dropout, self.seed, self.regression = dropout, seed, regression
         self.trained = [name for name in teacher if ".encoder.layer." in name]
-        self.pruned = [f"bert.encoder.layer.{i}.{part}.weight" for i in range(LAYERS) for part in SIX]
+        self.pruned = [f"bert.encoder.layer.{i}.{linear}.weight" for i in range(LAYERS) for linear in SIX]
         self.masks = {name: torch.ones_like(teacher[name], dtype=torch.bool) for name in self.pruned}
 
     def start_phase(self) -> None:
-        """A phase hands over a float32 checkpoint and nothing else."""
+        """Start from the float32 checkpoint of the phase before, with new moments and generators."""
         self.student = {n: w.detach().float().to(w.dtype).requires_grad_() for n, w in self.student.items()}
         self.first = {name: torch.zeros_like(self.student[name]) for name in self.trained}
         self.second = {name: torch.zeros_like(self.student[name]) for name in self.trained}
@@ -57,10 +57,12 @@ class Plain:
         self.draws = random.Random(self.seed)
         torch.manual_seed(self.seed)
 
-    def forward(self, own: list[bool] | None, batch: dict[str, Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Logits, hidden states and attention probabilities; `own` None is the teacher, without dropout."""
-        outer = self.teacher if own is None else self.student
-        rate = 0.0 if own is None else self.dropout
+    def forward(
+        self, is_student: list[bool] | None, batch: dict[str, Tensor]
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Compute logits, hidden states and attention probabilities; None runs the teacher without dropout."""
+        outer = self.teacher if is_student is None else self.student
+        rate = 0.0 if is_student is None else self.dropout
 
         def drop(x: Tensor) -> Tensor:
             return F.dropout(x, rate, training=True) if rate > 0 else x
@@ -82,11 +84,11 @@ class Plain:
         x = drop(norm(x, outer, f"{e}.LayerNorm"))
         hidden, attentions = [x], []
         for index in range(LAYERS):
-            weights = self.teacher if own is None or not own[index] else self.student
+            weights = self.teacher if is_student is None or not is_student[index] else self.student
             layer = f"bert.encoder.layer.{index}"
             query, key, value = (
-                linear(x, weights, f"{layer}.attention.self.{part}").view(rows, length, HEADS, -1).transpose(1, 2)
-                for part in ("query", "key", "value")
+                linear(x, weights, f"{layer}.attention.self.{projection}").view(rows, length, HEADS, -1).transpose(1, 2)
+                for projection in ("query", "key", "value")
             )
             scores = query @ key.transpose(-1, -2) / math.sqrt(WIDTH / HEADS)
             scores = scores.masked_fill(batch["attention_mask"][:, None, None, :] == 0, -math.inf)
@@ -103,22 +105,24 @@ class Plain:
         return linear(pooled, outer, "classifier"), hidden, attentions
 
     def step(self, batch: dict[str, Tensor], rate: float, learning_rate: float) -> dict[str, Any]:
-        """One optimiser step; the loss terms and the draw."""
+        """Do one optimiser step; return the loss terms and the draw."""
         with torch.no_grad():
-            taught = self.forward(None, batch)
-        own = [self.draws.random() < rate for _ in range(LAYERS)]
-        learnt = self.forward(own, batch)
+            teacher_outputs = self.forward(None, batch)
+        is_student = [self.draws.random() < rate for _ in range(LAYERS)]
+        student_outputs = self.forward(is_student, batch)
         terms = {
-            "logits": self.logit_term(learnt[0], taught[0], batch["labels"]),
-            "hidden": sum((a - b).square().mean() for a, b in zip(learnt[1], taught[1], strict=True)),
-            "attention": sum((a - b).float().square().mean() for a, b in zip(learnt[2], taught[2], strict=True)),
+            "logits": self.logit_term(student_outputs[0], teacher_outputs[0], batch["labels"]),
+            "hidden": sum((a - b).square().mean() for a, b in zip(student_outputs[1], teacher_outputs[1], strict=True)),
+            "attention": sum(
+                (a - b).float().square().mean() for a, b in zip(student_outputs[2], teacher_outputs[2], strict=True)
+            ),
         }
         total = terms["logits"] + terms["hidden"] + terms["attention"]
-        everything = [*self.student.values(), *self.teacher.values()]
-        for weight in everything:
+        all_weights = [*self.student.values(), *self.teacher.values()]
+        for weight in all_weights:
             weight.grad = None
         total.backward()
-        norm = math.sqrt(sum(float(w.grad.square().sum()) for w in everything if w.grad is not None))
+        norm = math.sqrt(sum(float(w.grad.square().sum()) for w in all_weights if w.grad is not None))
         factor = min(1.0, CLIP / (norm + 1e-6))
         with torch.no_grad():
             for name in self.trained:
@@ -126,17 +130,19 @@ class Plain:
                     self.update(name, self.student[name].grad * factor, learning_rate)
             for name, mask in self.masks.items():
                 self.student[name].mul_(mask)
-        return {"own": own, "loss": float(total.detach())} | {n: float(term.detach()) for n, term in terms.items()}
+        return {"drawn": is_student, "loss": float(total.detach())} | {
+            n: float(term.detach()) for n, term in terms.items()
+        }
 
-    def logit_term(self, learnt: Tensor, taught: Tensor, labels: Tensor) -> Tensor:
-        """In float32, whatever the rest is in, since that is where the loss is computed."""
-        mine, its = learnt.float(), taught.float()
+    def logit_term(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
+        """Compute the logit loss in float32, as spdtool does, although the model here is in float64."""
+        student, teacher = student_logits.float(), teacher_logits.float()
         if self.regression:
-            return (mine[:, 0] - labels).square().mean()
-        return -(its.softmax(-1) * mine.log_softmax(-1)).mean()
+            return (student[:, 0] - labels).square().mean()
+        return -(teacher.softmax(-1) * student.log_softmax(-1)).mean()
 
     def update(self, name: str, gradient: Tensor, learning_rate: float) -> None:
-        """AdamW without decay. The moments of pruned weights go on, as published: nothing living depends on them."""
+        """Update by AdamW without decay; moments of pruned weights continue, which affects no live weight."""
         self.updates[name] += 1
         count, (slow, slower) = self.updates[name], BETAS
         self.first[name].mul_(slow).add_(gradient, alpha=1 - slow)
@@ -145,9 +151,9 @@ class Plain:
         square = self.second[name] / (1 - slower**count)
         self.student[name].sub_(learning_rate * mean / (square.sqrt() + EPSILON))
 
-    def prune(self, event: int, of: int) -> None:
-        """Event `event` of `of`: in each matrix the smallest so many die, and what is dead is among them."""
-        target = SPARSITY + (0 - SPARSITY) * (1 - event / of) ** 3
+    def prune(self, event: int, events: int) -> None:
+        """Prune the smallest weights of each matrix, dead ones included, at event `event` of `events`."""
+        target = SPARSITY + (0 - SPARSITY) * (1 - event / events) ** 3
         with torch.no_grad():
             for name in self.pruned:
                 flat = self.student[name].view(-1)
@@ -159,20 +165,20 @@ class Plain:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("regression", [False, True], ids=["classes", "regression"])
-def test_every_step_of_every_phase_is_that_of_the_published_algorithm(
+def test_every_step_equals_that_of_the_published_algorithm(
     dropout: float, regression: bool, toys: Any, toy_task: Callable[..., Task], toy_run: Callable[..., Run],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """In float64, so that AdamW does not blow up the rounding of a gradient that is almost zero.
+    """Train in float64, because AdamW would amplify the rounding of almost-zero gradients in float32.
 
-    The fused AdamW of the CPU corrects its bias in float32 even so; here it is the unfused one of the same class.
+    The fused AdamW of the CPU corrects its bias in float32 anyway, so the unfused one runs here.
     """
 
     def load(*args: Any, **options: Any) -> Any:
         return original_load(*args, **options).double()
 
     def write(root: Any, state: snapshot.Snapshot) -> None:
-        kept[state.step] = {name: weight.clone() for name, weight in state.tensors["model"].items()}
+        snapshots[state.step] = {name: weight.clone() for name, weight in state.tensors["model"].items()}
         dead[state.step] = {n[5:]: d.clone() for n, d in state.tensors["pruner"].items() if n.startswith("dead.")}
 
     def unfused(*args: Any) -> torch.optim.AdamW:
@@ -203,40 +209,44 @@ def test_every_step_of_every_phase_is_that_of_the_published_algorithm(
     assert len(events) == 12
 
     for stage in EPOCHS:
-        kept: dict[int, Weights] = {}
+        snapshots: dict[int, Weights] = {}
         dead: dict[int, Weights] = {}
         getattr(__import__(f"spdtool.stages.{stage}", fromlist=[stage]), stage)(run)
         log = [json.loads(line) for line in (run.path / stage / "metrics.jsonl").read_text("utf-8").splitlines()]
-        told = {event["step"]: event for event in log if event["event"] == "step"}
+        logged = {event["step"]: event for event in log if event["event"] == "step"}
         pruned = {event["step"]: event["sparsity"] for event in log if event["event"] == "prune"}
-        assert sorted(told) == list(range(1, steps[stage] + 1))
+        assert sorted(logged) == list(range(1, steps[stage] + 1))
         assert sorted(pruned) == (sorted(events) if stage == "prune" else [])
         final = {name: weight.detach() for name, weight in load(run.path / stage).named_parameters()}
 
         plain.start_phase()
-        for done in range(1, steps[stage] + 1):
-            epoch, place = divmod(done - 1, per_epoch)
-            batch = training_batches(rows, BATCH, 5, epoch, pool=None)[place]
+        for step in range(1, steps[stage] + 1):
+            epoch, index = divmod(step - 1, per_epoch)
+            batch = training_batches(rows, BATCH, 5, epoch, pool=None)[index]
             inputs = {name: torch.from_numpy(column) for name, column in rows.collate(batch, LENGTH).items()}
-            rate, learning_rate = schedules(stage, done - 1, steps)
+            rate, learning_rate = schedules(stage, step - 1, steps)
             expected = plain.step(inputs, rate, learning_rate)
-            if stage == "prune" and done in events:
-                plain.prune(events[done], 12)
-                assert pruned[done] == pytest.approx(SPARSITY - SPARSITY * (1 - events[done] / 12) ** 3, abs=1e-9)
-            seen = told[done]
-            assert seen["drawn"] == expected["own"], (stage, done)
-            assert seen["replacing_rate"] == pytest.approx(rate, abs=1e-9)
-            assert seen["learning_rate"] == pytest.approx(learning_rate, rel=1e-9)
+            if stage == "prune" and step in events:
+                plain.prune(events[step], 12)
+                assert pruned[step] == pytest.approx(SPARSITY - SPARSITY * (1 - events[step] / 12) ** 3, abs=1e-9)
+            logged_step = logged[step]
+            assert logged_step["drawn"] == expected["drawn"], (stage, step)
+            assert logged_step["replacing_rate"] == pytest.approx(rate, abs=1e-9)
+            assert logged_step["learning_rate"] == pytest.approx(learning_rate, rel=1e-9)
             for term in ("loss", "logits", "hidden", "attention"):
-                assert seen["losses"][term] == pytest.approx(expected[term], rel=1e-5, abs=1e-7), (stage, done, term)
-            for name, weight in kept.get(done, final).items():
+                assert logged_step["losses"][term] == pytest.approx(expected[term], rel=1e-5, abs=1e-7), (
+                    stage,
+                    step,
+                    term,
+                )
+            for name, weight in snapshots.get(step, final).items():
                 if not name.endswith("key.bias"):  # has no effect, so its gradient is nothing but rounding
                     error = float((weight - plain.student[name].detach()).abs().max())
-                    assert error < 1e-6, (stage, done, name, error)
+                    assert error < 1e-6, (stage, step, name, error)
             for name, mask in plain.masks.items():
-                assert torch.equal(kept.get(done, final)[name] != 0, mask), (stage, done, name)
-                if done in dead:
-                    assert torch.equal(dead[done][name], ~mask), (stage, done, name)
+                assert torch.equal(snapshots.get(step, final)[name] != 0, mask), (stage, step, name)
+                if step in dead:
+                    assert torch.equal(dead[step][name], ~mask), (stage, step, name)
     for name in plain.pruned:
         size = plain.masks[name].numel()
         assert int((~plain.masks[name]).sum()) == round(size * SPARSITY)
@@ -253,7 +263,7 @@ def schedules(stage: str, step: int, steps: dict[str, int]) -> tuple[float, floa
 
 
 def encoders_folder(toys: Any, toy_run: Any, dropout: float, labels: int) -> str:
-    """A random model to give as the fine-tuned teacher."""
+    """Save a random model and return its folder, to use as the fine-tuned teacher."""
     from spdtool import plugins
 
     names = {0: "score"} if labels == 1 else dict(enumerate(plugins.datasets.get("toy").labels))

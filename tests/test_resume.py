@@ -1,4 +1,4 @@
-"""`kill -9` at any moment, then the same call again: the same weights to the last bit, in every training stage."""
+"""Every training stage killed by SIGKILL at any moment resumes and ends with the same weights to the last bit."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def list_scenarios(stage: str) -> list[dict[str, Any]]:
 
 def draw_scenarios() -> list[dict[str, Any]]:
     """Every moment in every stage, at seeded steps."""
-    draw, made = random.Random(2), []
+    draw, scenarios = random.Random(2), []
     for stage in STAGES:
-        once: list[tuple[str, int]] = [
+        single_deaths: list[tuple[str, int]] = [
             ("before the optimiser's step", draw.randint(2, STEPS)),
             ("after the optimiser's step", draw.randint(1, STEPS)),
             ("snapshot half written", draw.randint(1, STEPS - 1)),
@@ -47,22 +47,22 @@ def draw_scenarios() -> list[dict[str, Any]]:
             ("state put away", 2),
             ("committed", 1),
         ]
-        made += [{"stage": stage, "minutes": 0, "deaths": [death]} for death in once]
+        scenarios += [{"stage": stage, "minutes": 0, "deaths": [death]} for death in single_deaths]
         several = [
             ("after the optimiser's step", draw.randint(2, 5)),
             ("snapshot half written", draw.randint(1, 3)),
             ("before the optimiser's step", draw.randint(1, 3)),
             ("checkpoint written", 1),
         ]
-        made.append({"stage": stage, "minutes": 0, "deaths": several})
-        made.append(
+        scenarios.append({"stage": stage, "minutes": 0, "deaths": several})
+        scenarios.append(
             {"stage": stage, "minutes": 1e9, "deaths": [("after the optimiser's step", draw.randint(7, STEPS))]}
         )
         # long before the clock asks for a snapshot; the third comes after the last step, counted from where it resumed
         signals: list[tuple[str, int]] = [("SIGTERM", 2), ("SIGINT", 1), ("SIGHUP", STEPS - 3)]
         if stage in ("teacher", "prune"):  # one without masks and one with them
-            made.append({"stage": stage, "minutes": 1e9, "deaths": signals})
-    return made
+            scenarios.append({"stage": stage, "minutes": 1e9, "deaths": signals})
+    return scenarios
 
 
 def name_of(scenario: dict[str, Any]) -> str:
@@ -75,7 +75,7 @@ Results = tuple[Path, list[dict[str, Any]]]
 
 @pytest.fixture(scope="module")
 def run_scenarios(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Results]:
-    """`run_scenarios("prune")`: the folder of the undisturbed run, and what became of every disturbed one."""
+    """Return `run_scenarios("prune")`: the folder of the uninterrupted run, and the results of every scenario."""
 
     @functools.cache
     def run(stage: str) -> Results:
@@ -88,7 +88,7 @@ def run_scenarios(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], R
             check=False,
         )
         assert process.returncode == 0, process.stderr[-3000:]
-        return root / "calm", json.loads(process.stdout)
+        return root / "uninterrupted", json.loads(process.stdout)
 
     return run
 
@@ -101,13 +101,13 @@ def log(folder: Path) -> list[dict[str, Any]]:
 # The phase with masks, events and grafting stays in `make test`.
 @pytest.mark.parametrize("stage", [pytest.param(s, marks=() if s == "prune" else pytest.mark.long) for s in STAGES])
 def test_a_killed_stage_ends_with_the_same_bits(run_scenarios: Callable[[str], Results], stage: str) -> None:
-    calm, results = run_scenarios(stage)
+    uninterrupted, results = run_scenarios(stage)
     for scenario, result in zip(list_scenarios(stage), results, strict=True):
-        check_scenario(calm, scenario, result)
+        check_scenario(uninterrupted, scenario, result)
 
 
-def check_scenario(calm: Path, scenario: dict[str, Any], result: dict[str, Any]) -> None:
-    """Hold a disturbed stage against the undisturbed one."""
+def check_scenario(uninterrupted: Path, scenario: dict[str, Any], result: dict[str, Any]) -> None:
+    """Compare a killed stage with the uninterrupted one."""
     name = name_of(scenario)
     ends = [ENDS.get(moment, -signal.SIGKILL) for moment, _ in scenario["deaths"]]
     assert result["ends"] == ends, f"{name}: a death was not met"
@@ -116,24 +116,26 @@ def check_scenario(calm: Path, scenario: dict[str, Any], result: dict[str, Any])
     assert result["done"] == is_committed, f"{name}: one rename commits"
     stage, folder = scenario["stage"], Path(result["folder"])
     leftovers = {"state"} if scenario["deaths"] == [("committed", 1)] else set()  # the next stage removes it
-    assert {p.name for p in (folder / stage).iterdir()} - leftovers == {p.name for p in (calm / stage).iterdir()}
+    assert {p.name for p in (folder / stage).iterdir()} - leftovers == {
+        p.name for p in (uninterrupted / stage).iterdir()
+    }
     for file in ("model.safetensors", "config.json", "tokenizer.json"):
-        assert (folder / stage / file).read_bytes() == (calm / stage / file).read_bytes(), f"{name}: {file}"
-    assert log(folder / stage) == log(calm / stage), name
+        assert (folder / stage / file).read_bytes() == (uninterrupted / stage / file).read_bytes(), f"{name}: {file}"
+    assert log(folder / stage) == log(uninterrupted / stage), name
     steps = [event["step"] for event in log(folder / stage) if event["event"] == "step"]
     assert steps == list(range(1, STEPS + 1)), name
-    result, expected = (Run.open(path).training_result(stage) for path in (folder, calm))
+    result, expected = (Run.open(path).training_result(stage) for path in (folder, uninterrupted))
     expected.fit.examples_per_second = result.fit.examples_per_second
     assert result == expected, name
     leftovers = {path.name for path in folder.iterdir()} - {*STAGES, "run.json", ".lock", f".{stage}.spent"}
     assert leftovers == set(), name
 
 
-def test_the_undisturbed_run_had_something_to_lose(run_scenarios: Callable[[str], Results]) -> None:
-    """Draws that differ, weights that move, a best that is not the last: else the comparison would be too easy."""
-    calm = run_scenarios("prune")[0]
+def test_the_uninterrupted_run_varies_draws_and_weights(run_scenarios: Callable[[str], Results]) -> None:
+    """Check that draws differ and weights move; otherwise the comparison would prove nothing."""
+    uninterrupted = run_scenarios("prune")[0]
     for earlier, stage in itertools.pairwise(STAGES):
-        before, after = (load_file(calm / name / "model.safetensors") for name in (earlier, stage))
+        before, after = (load_file(uninterrupted / name / "model.safetensors") for name in (earlier, stage))
         assert any(not before[name].equal(after[name]) for name in before)
-    draws = {tuple(event["drawn"]) for event in log(calm / "prune") if event["event"] == "step"}
+    draws = {tuple(event["drawn"]) for event in log(uninterrupted / "prune") if event["event"] == "step"}
     assert len(draws) > 2

@@ -1,4 +1,4 @@
-"""The same recipe gives the same weights whatever surrounds the process, or it is said and recorded.
+"""The same recipe gives the same weights in any environment, or the difference is reported and recorded.
 
 `docs/reference/same-weights.md` has the table.
 """
@@ -61,7 +61,7 @@ SWITCHES = {
 
 
 class Outcome(NamedTuple):
-    """Stage to hash of its weights, threads and arithmetic; and what was printed."""
+    """Weight hash, threads and arithmetic of each stage, and the printed output."""
 
     stages: dict[str, Any]
     printed: str
@@ -84,19 +84,19 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def calm(root: Path) -> Outcome:
+def baseline(root: Path) -> Outcome:
     return train(root / "calm")
 
 
 def continue_teacher(root: Path, name: str) -> Path:
-    """Copy the calm run up to its teacher."""
+    """Copy the baseline run up to its teacher."""
     (root / name).mkdir()
     shutil.copy(root / "calm" / "run.json", root / name)
     shutil.copytree(root / "calm" / "teacher", root / name / "teacher")
     return root / name
 
 
-def test_what_may_not_change_a_weight(root: Path, calm: Outcome) -> None:
+def test_the_environment_does_not_change_the_weights(root: Path, baseline: Outcome) -> None:
     elsewhere = root / "elsewhere"
     elsewhere.mkdir()
     unwritable = root / "a file where the cache should be"
@@ -114,28 +114,28 @@ def test_what_may_not_change_a_weight(root: Path, calm: Outcome) -> None:
     }
     for name, row in rows.items():
         outcome = train(root / name, **row)
-        assert outcome.stages == calm.stages, name
+        assert outcome.stages == baseline.stages, name
 
 
-def test_a_run_goes_on_with_its_number_of_threads(root: Path, calm: Outcome) -> None:
+def test_a_run_continues_with_its_number_of_threads(root: Path, baseline: Outcome) -> None:
     outcome = train(continue_teacher(root, "threads"), "prune", "distill", OMP_NUM_THREADS="2")
-    assert outcome.stages == {stage: calm.stages[stage] for stage in ("prune", "distill")}
+    assert outcome.stages == {stage: baseline.stages[stage] for stage in ("prune", "distill")}
     if len(os.sched_getaffinity(0)) > 1:  # torch takes no more threads than there are processors
         assert "computing with 1 threads, as this run began" in outcome.printed
 
 
-def test_the_number_of_processors_is_none_of_the_recipes_business(root: Path, calm: Outcome) -> None:
+def test_the_number_of_processors_does_not_change_the_weights(root: Path, baseline: Outcome) -> None:
     if shutil.which("taskset") is None:
         pytest.skip("needs taskset")
     cpu = min(os.sched_getaffinity(0))
     outcome = train(continue_teacher(root, "cpus"), "prune", cpus=str(cpu), OMP_NUM_THREADS="")
-    assert outcome.stages["prune"] == calm.stages["prune"]
+    assert outcome.stages["prune"] == baseline.stages["prune"]
 
 
-def test_what_changes_the_arithmetic_is_recorded_and_said(root: Path, calm: Outcome) -> None:
+def test_switches_that_change_the_arithmetic_are_recorded_and_reported(root: Path, baseline: Outcome) -> None:
     outcome = train(continue_teacher(root, "switches"), "prune", **SWITCHES)
     weights, _, arithmetic = outcome.stages["prune"]
-    calm_weights, _, calm_arithmetic = calm.stages["prune"]
-    is_said = "this process computes other last bits than the one that made teacher" in outcome.printed
-    assert (arithmetic != calm_arithmetic) == is_said
-    assert weights == calm_weights or is_said
+    baseline_weights, _, baseline_arithmetic = baseline.stages["prune"]
+    is_reported = "this process computes other last bits than the one that made teacher" in outcome.printed
+    assert (arithmetic != baseline_arithmetic) == is_reported
+    assert weights == baseline_weights or is_reported
