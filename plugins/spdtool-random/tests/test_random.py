@@ -1,4 +1,4 @@
-"""The plugin is found through its entry point, scores what it says, and prunes a layer."""
+"""The plugin is found through its entry point, gives reproducible random scores, and prunes a layer."""
 
 import pytest
 import torch
@@ -10,19 +10,19 @@ from spdtool.pruning.statistics import Stats
 from spdtool.recipe.fields import Prune
 
 
-def test_it_is_found_through_the_entry_point():
-    part = plugins.criteria.entry("random")
-    assert part.source == "spdtool-random:random"
-    assert part.meta == {}
+def test_the_criterion_is_found_through_the_entry_point():
+    entry = plugins.criteria.entry("random")
+    assert entry.source == "spdtool-random:random"
+    assert entry.meta == {}
 
 
-def test_scores_are_the_same_each_time_and_know_nothing_of_the_weights():
+def test_scores_are_reproducible_and_do_not_depend_on_the_weights():
     score = plugins.criteria.get("random")
-    one, other = score(torch.randn(30, 40), Stats()), score(torch.zeros(30, 40), Stats())
-    assert torch.equal(one, other)
-    assert float(one.mean()) == pytest.approx(0.5, abs=0.05)
-    assert len(one.unique()) > 1100
-    assert not torch.equal(one, score(torch.zeros(40, 30), Stats()).T), "another shape has other scores"
+    scores, scores_of_zeros = score(torch.randn(30, 40), Stats()), score(torch.zeros(30, 40), Stats())
+    assert torch.equal(scores, scores_of_zeros)
+    assert float(scores.mean()) == pytest.approx(0.5, abs=0.05)
+    assert len(scores.unique()) > 1100
+    assert not torch.equal(scores, score(torch.zeros(40, 30), Stats()).T), "another shape has other scores"
 
 
 def test_the_global_random_state_is_left_alone():
@@ -31,14 +31,14 @@ def test_the_global_random_state_is_left_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_large_weights_go_as_readily_as_small_ones():
+def test_large_and_small_weights_are_pruned_equally_often():
     weight = torch.nn.Parameter(torch.linspace(-1, 1, 2000).view(40, 50))
     magnitude = weight.detach().abs()
     pruner = Pruner(Masks({"w": weight}), [(1, 0.3), (2, 0.5)], Prune(criterion="random"), 0.5)
     pruner.prune(1)
-    first = weight.detach() == 0
+    dead_before = weight.detach() == 0
     pruner.prune(2)
     pruner.finalize()
-    gone = weight.detach() == 0
-    assert bool(gone[first].all())
-    assert float(magnitude[gone].mean()) == pytest.approx(0.5, abs=0.05)
+    dead = weight.detach() == 0
+    assert bool(dead[dead_before].all())
+    assert float(magnitude[dead].mean()) == pytest.approx(0.5, abs=0.05)

@@ -1,4 +1,4 @@
-"""Fixtures: the toy encoders of the core's tests, and the two operators as plain numpy."""
+"""Fixtures: the toy encoders of the core's tests, and the two operators in plain numpy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The two operators as plain numpy in float64, slow and readable: what any faster form is held against.
+"""The two operators in plain numpy and float64: slow, readable references for the compiled code.
 
     ReferenceEvaluator(proto, new_ops=[SparseLinear, SparseEncoder]).run(None, inputs)
 
@@ -36,11 +36,11 @@ def round_rows(weight):
 
 def round_tokens(x):
     """float32 [..., in] -> uint8, scale and zero point [..., 1], as `spdtool.models.int8.round_tokens`."""
-    least, most = np.minimum(x.min(-1, keepdims=True), 0), np.maximum(x.max(-1, keepdims=True), 0)
-    spread = most - least
+    low, high = np.minimum(x.min(-1, keepdims=True), 0), np.maximum(x.max(-1, keepdims=True), 0)
+    spread = high - low
     scale = np.where(spread > np.float32(1e-30), spread / np.float32(255), np.float32(1))
     reciprocal = np.float32(1) / scale
-    zero_point = np.rint(-least * reciprocal).astype(np.int32)
+    zero_point = np.rint(-low * reciprocal).astype(np.int32)
     values = np.rint(x * reciprocal).astype(np.int32) + zero_point
     return np.clip(values, 0, 255).astype(np.uint8), scale, zero_point
 
@@ -58,7 +58,7 @@ def multiply_rounded(x, values, scales, bias):
 
 
 class Int8Blocks:
-    """A packed matrix in blocks, whose products are those of integers."""
+    """A matrix packed in int8 blocks, whose products are computed in integers."""
 
     def __init__(self, blob):
         header, weight = read_header(blob), unpack(blob)
@@ -87,22 +87,22 @@ def layer_norm(x, weight, bias, epsilon):
 
 
 def positions(ids, padding_id):
-    """Position of each token, [rows, tokens]: its index; or counted over what is not padding, as RoBERTa does."""
+    """Return the position of each token, [rows, tokens]: its index, or its count without padding, as in RoBERTa."""
     if padding_id < 0:
         return np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
-    real = ids != padding_id
-    return padding_id + np.cumsum(real, axis=1) * real
+    is_token = ids != padding_id
+    return padding_id + np.cumsum(is_token, axis=1) * is_token
 
 
 def softmax_over_real(scores, mask):
-    """scores [rows, heads, queries, keys], mask [rows, keys]: padding gets no weight.
+    """Softmax of scores [rows, heads, queries, keys] under mask [rows, keys]; padding gets weight 0.
 
-    A row without any real key attends to every key alike: eager attention adds the least float32 to each of its scores,
-    beside which they vanish.
+    A row without real keys attends to all keys equally: eager attention adds the lowest float32 to each of its scores,
+    which makes them equal.
     """
-    real = mask[:, None, None, :] != 0
-    hidden = np.where(real, scores, -np.inf)
-    hidden = np.where(real.any(axis=-1, keepdims=True), hidden, 0.0)
+    is_token = mask[:, None, None, :] != 0
+    hidden = np.where(is_token, scores, -np.inf)
+    hidden = np.where(is_token.any(axis=-1, keepdims=True), hidden, 0.0)
     weights = np.exp(hidden - hidden.max(axis=-1, keepdims=True))
     return weights / weights.sum(axis=-1, keepdims=True)
 
@@ -114,16 +114,16 @@ def attention(x, mask, heads, query, key, value, output):
     def split(y):  # [rows, tokens, hidden] -> [rows, heads, tokens, size of a head]
         return y.reshape(rows, tokens, heads, hidden // heads).transpose(0, 2, 1, 3)
 
-    q, k, v = (split(linear(x, *part)) for part in (query, key, value))
+    q, k, v = (split(linear(x, *layer)) for layer in (query, key, value))
     scores = q @ k.transpose(0, 1, 3, 2) / np.sqrt(hidden // heads)
     mixed = softmax_over_real(scores, mask) @ v
     return linear(mixed.transpose(0, 2, 1, 3).reshape(rows, tokens, hidden), *output)
 
 
-def look_up(table, indices, what):
-    """Rows of an embedding table; an index outside it is an error, negative ones as well."""
+def look_up(table, indices, name):
+    """Return rows of an embedding table; an index outside it, even a negative one, is an error."""
     if indices.size and not (indices.min() >= 0 and indices.max() < len(table)):
-        raise ValueError(f"a {what} is not in 0..{len(table) - 1}")
+        raise ValueError(f"a {name} is not in 0..{len(table) - 1}")
     return table[indices]
 
 
@@ -133,18 +133,18 @@ def encode(ids, mask, token_types, weights, *, heads, layers, epsilon, activatio
     Args:
         weights: float64 arrays, in the order of the operator's inputs.
     """
-    rest = iter(weights)
+    remaining = iter(weights)
 
     def pair():
-        return next(rest), next(rest)[0]  # a bias is stored as one row
+        return next(remaining), next(remaining)[0]  # a bias is stored as one row
 
     def norm(y):
-        weight, bias = next(rest)[0], next(rest)[0]
+        weight, bias = next(remaining)[0], next(remaining)[0]
         return layer_norm(y, weight, bias, epsilon)
 
-    x = look_up(next(rest), ids, "token id") + look_up(next(rest), positions(ids, padding_id), "position")
+    x = look_up(next(remaining), ids, "token id") + look_up(next(remaining), positions(ids, padding_id), "position")
     if has_types:
-        x = x + look_up(next(rest), np.zeros_like(ids) if token_types is None else token_types, "token type")
+        x = x + look_up(next(remaining), np.zeros_like(ids) if token_types is None else token_types, "token type")
     x = norm(x)
     if projection:
         x = linear(x, *pair())
@@ -153,7 +153,7 @@ def encode(ids, mask, token_types, weights, *, heads, layers, epsilon, activatio
         x = norm(attended + x)
         inner = linear(x, *pair(), activation)
         x = norm(linear(inner, *pair()) + x)
-    assert next(rest, None) is None, "weights are left over"
+    assert next(remaining, None) is None, "weights are left over"
     return x
 
 
@@ -164,8 +164,8 @@ class SparseLinear(OpRun):
 
     def _run(self, x, weight, bias, activation=None):
         activation = activation or self.activation
-        made = linear(x.astype(np.float64), read_weight(weight), bias.astype(np.float64), activation)
-        return (made.astype(np.float32),)
+        result = linear(x.astype(np.float64), read_weight(weight), bias.astype(np.float64), activation)
+        return (result.astype(np.float32),)
 
 
 class SparseEncoder(OpRun):
@@ -183,9 +183,9 @@ class SparseEncoder(OpRun):
         settings = dict(self.settings)
         has_types, output = bool(settings.pop("token_types")), settings.pop("output")
         weights = [read_weight(blob) for blob in packed]
-        made = encode(ids, mask, token_types, weights, has_types=has_types, **settings)
+        hidden = encode(ids, mask, token_types, weights, has_types=has_types, **settings)
         assert output in ("first", "all")
-        return ((made[:, 0] if output == "first" else made).astype(np.float32),)
+        return ((hidden[:, 0] if output == "first" else hidden).astype(np.float32),)
 
 
 OPERATORS = [SparseLinear, SparseEncoder]

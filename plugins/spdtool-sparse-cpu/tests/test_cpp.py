@@ -1,7 +1,7 @@
-"""The compiled library: its own tests, plain and under sanitizers, and model files whose weights are damaged.
+"""The compiled library: its C++ tests, plain and under sanitizers, and model files with damaged weights.
 
-Both are built here with the CMake and the C++ compiler of this machine, into a folder that goes away; without them
-everything is skipped. `-m "not cpp"` leaves this file out: it takes one to two minutes.
+CMake and the C++ compiler of this machine build both into a temporary folder; without them all tests are skipped.
+`-m "not cpp"` leaves this file out: it takes one to two minutes.
 """
 
 import os
@@ -27,9 +27,9 @@ pytestmark = [pytest.mark.cpp, pytest.mark.slow]
 
 
 def call(*command, timeout=300, **environment):
-    """Run a command to its end; its output, both kinds together, is the error where it fails."""
+    """Run a command and return stdout and stderr together; fail with that output if the command fails."""
     run = subprocess.run(
-        [str(part) for part in command],
+        [str(argument) for argument in command],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -74,21 +74,21 @@ def test_its_own_tests(tools, tmp_path, sanitizers):
     build = tmp_path / "build"
     configure(build, "SPARSE_CPU_TESTS=ON", f"SPARSE_CPU_SANITIZE={sanitizers}")
     call("cmake", "--build", build, "--target", "cpp_tests", "-j2")
-    told = call("ctest", "--test-dir", build, "-j2", "--output-on-failure", "--no-tests=error")
-    assert "100% tests passed" in told
+    output = call("ctest", "--test-dir", build, "-j2", "--output-on-failure", "--no-tests=error")
+    assert "100% tests passed" in output
     programs = (
         ["team", "linear", "training", "int8", "encoder"]
         if sanitizers == "thread"
         else ["packed", "kernels", "linear", "training", "int8", "encoder", "fuzz"]
     )
-    assert all(f" {name}" in told for name in programs), told
+    assert all(f" {name}" in output for name in programs), output
 
 
 @pytest.mark.parametrize("operator", ["SparseLinear", "SparseEncoder"])
 def test_damaged_model_files_are_errors_of_onnxruntime(operator):
-    """In a process of their own: what one of them did to it would be seen here."""
-    told = call(sys.executable, __file__, library.path(), operator)
-    refused, read = (int(line.split()[-1]) for line in told.splitlines()[-2:])
+    """Open the files in another process, because a crash of the library must not end this one."""
+    output = call(sys.executable, __file__, library.path(), operator)
+    refused, read = (int(line.split()[-1]) for line in output.splitlines()[-2:])
     assert refused + read == DAMAGED
     assert refused > DAMAGED / 4
     assert read > 0
@@ -97,62 +97,62 @@ def test_damaged_model_files_are_errors_of_onnxruntime(operator):
 # ---- the process of its own
 
 
-def damaged(blob, chance):
-    """A packed matrix with one or two faults. Its checksum is mostly made to fit, so that later checks are reached."""
+def damaged(blob, random):
+    """Damage a packed matrix in one or two places; usually fix its checksum, so that later checks are reached."""
     blob = bytearray(blob)
-    for _ in range(chance.integers(1, 3)):
-        match chance.integers(8):
+    for _ in range(random.integers(1, 3)):
+        match random.integers(8):
             case 0:
-                blob[chance.integers(len(blob))] ^= 1 << int(chance.integers(8))
+                blob[random.integers(len(blob))] ^= 1 << int(random.integers(8))
             case 1:
-                blob[chance.integers(min(64, len(blob)))] = int(chance.integers(256))
+                blob[random.integers(min(64, len(blob)))] = int(random.integers(256))
             case 2:  # one of the four counts
-                at, width = [(8, 4), (12, 4), (16, 8), (24, 8)][chance.integers(4)]
-                near = int.from_bytes(blob[at : at + width], "little") + int(chance.integers(-2, 3))
-                count = [near, 0, 1, 2**30, 2**31, 2 ** (8 * width) - 1][chance.integers(6)]
-                blob[at : at + width] = (count % 2 ** (8 * width)).to_bytes(width, "little")
+                offset, width = [(8, 4), (12, 4), (16, 8), (24, 8)][random.integers(4)]
+                changed_count = int.from_bytes(blob[offset : offset + width], "little") + int(random.integers(-2, 3))
+                count = [changed_count, 0, 1, 2**30, 2**31, 2 ** (8 * width) - 1][random.integers(6)]
+                blob[offset : offset + width] = (count % 2 ** (8 * width)).to_bytes(width, "little")
             case 3:
-                del blob[int(chance.integers(1, len(blob) + 1)) :]
+                del blob[int(random.integers(1, len(blob) + 1)) :]
             case 4:
-                blob += chance.bytes(int(chance.integers(1, 9)))
+                blob += random.bytes(int(random.integers(1, 9)))
             case 5:
-                blob[-int(chance.integers(1, len(blob) + 1))] = 255
+                blob[-int(random.integers(1, len(blob) + 1))] = 255
             case 6 | 7 if len(blob) > 64:  # in the payload, where much of it gives another matrix
-                blob[chance.integers(64, len(blob))] ^= 1 << int(chance.integers(8))
+                blob[random.integers(64, len(blob))] ^= 1 << int(random.integers(8))
         if len(blob) < 64:
             return bytes(blob)
-    if chance.integers(16):
+    if random.integers(16):
         blob[32:36] = bytes(4)
         blob[32:36] = zlib.crc32(blob).to_bytes(4, "little")
     return bytes(blob)
 
 
-def random_weight(chance, shape, zeros, kind):
-    """A matrix whose zeros are in blocks of four where its kind of storage wants that."""
-    weight = chance.normal(size=shape).astype(np.float32)
+def random_weight(random, shape, zeros, kind):
+    """Draw a matrix with zeros; for storage in blocks the zeros are in blocks of four."""
+    weight = random.normal(size=shape).astype(np.float32)
     size = 4 if kind == INT8_BLOCKS else 1
-    weight.reshape(-1, size)[chance.random(weight.size // size) < zeros] = 0
+    weight.reshape(-1, size)[random.random(weight.size // size) < zeros] = 0
     return weight
 
 
-def linear_model(chance):
-    values = ["fp32", "fp16", "int8", INT8_BLOCKS][chance.integers(4)]
-    weight = random_weight(chance, (12, 32), 0.7, values)
-    bias = chance.normal(size=12).astype(np.float32)
+def linear_model(random):
+    values = ["fp32", "fp16", "int8", INT8_BLOCKS][random.integers(4)]
+    weight = random_weight(random, (12, 32), 0.7, values)
+    bias = random.normal(size=12).astype(np.float32)
     node = helper.make_node("SparseLinear", ["x", "weight", "bias"], ["y"], domain="spdtool", activation="relu")
-    inputs = {"x": chance.normal(size=(5, 32)).astype(np.float32)}
+    inputs = {"x": random.normal(size=(5, 32)).astype(np.float32)}
     return node, {"weight": pack("weight", weight, values), "bias": bias}, "weight", inputs
 
 
-def encoder_model(chance):
+def encoder_model(random):
     """One layer, hidden 8, inner 12."""
-    layers_kind = ["fp16", INT8_BLOCKS][chance.integers(2)]
+    layers_kind = ["fp16", INT8_BLOCKS][random.integers(2)]
 
     def matrix(rows, columns, kind=layers_kind, **options):
-        return pack("matrix", random_weight(chance, (rows, columns), 0.4, kind), kind, **options)
+        return pack("matrix", random_weight(random, (rows, columns), 0.4, kind), kind, **options)
 
     def numbers(size):
-        return pack("numbers", chance.random(size).astype(np.float32), "fp32")
+        return pack("numbers", random.random(size).astype(np.float32), "fp32")
 
     shapes = [(8, 8)] * 4 + [None] + [(12, 8), (8, 12)] + [None]
     blobs = [matrix(20, 8, "fp16", table=True), matrix(10, 8, "int8", table=True), numbers(8), numbers(8)]
@@ -171,10 +171,10 @@ def encoder_model(chance):
         padding_id=-1,
         token_types=0,
         projection=0,
-        output=["first", "all"][chance.integers(2)],
+        output=["first", "all"][random.integers(2)],
     )
-    inputs = {"ids": chance.integers(0, 20, (3, 5)), "mask": chance.integers(0, 2, (3, 5))}
-    return node, dict(zip(names, blobs, strict=True)), names[chance.integers(len(names))], inputs
+    inputs = {"ids": random.integers(0, 20, (3, 5)), "mask": random.integers(0, 2, (3, 5))}
+    return node, dict(zip(names, blobs, strict=True)), names[random.integers(len(names))], inputs
 
 
 def session(file, node, constants, inputs):
@@ -195,15 +195,15 @@ def session(file, node, constants, inputs):
     return ort.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
 
 
-def meet(file, operator):
-    """Open damaged models. What `unpack` refuses, the library refuses; what it takes, in the right shape, is read."""
+def open_damaged_models(file, operator):
+    """Open damaged models: the library must refuse exactly those that `unpack` refuses or of another shape."""
     refused = read = 0
     for seed in range(DAMAGED):
-        chance = np.random.default_rng(seed)
-        node, constants, name, inputs = (linear_model if operator == "SparseLinear" else encoder_model)(chance)
+        random = np.random.default_rng(seed)
+        node, constants, name, inputs = (linear_model if operator == "SparseLinear" else encoder_model)(random)
         session(file, node, constants, inputs).run(None, inputs)
-        whole = unpack(constants[name]).shape
-        blob = damaged(constants[name].tobytes(), chance)
+        shape = unpack(constants[name]).shape
+        blob = damaged(constants[name].tobytes(), random)
         try:
             weight = unpack(blob)
         except PackingError:
@@ -212,22 +212,22 @@ def meet(file, operator):
         try:
             (y,) = session(file, node, constants, inputs).run(None, inputs)
         except RUNTIME_ERRORS as error:
-            if weight is not None and weight.shape == whole:
+            if weight is not None and weight.shape == shape:
                 raise AssertionError(f"seed {seed}: packing.py reads it") from error
             refused += 1
             continue
         assert weight is not None, f"seed {seed}: read by the library, refused by packing.py"
-        assert weight.shape == whole or operator == "SparseEncoder"
+        assert weight.shape == shape or operator == "SparseEncoder"
         if operator == "SparseLinear":
             with np.errstate(over="ignore"):
                 expected = np.maximum(inputs["x"].astype(np.float64) @ weight.T + constants["bias"], 0)
             scale = np.abs(inputs["x"]).astype(np.float64) @ np.abs(weight.T) + 1
-            usual = scale < 1e30
+            is_representable = scale < 1e30
             tolerance = 0.05 if read_header(blob).block_bits else 1e-5  # blocks are multiplied in 8 bits
-            assert (np.abs(y - expected) <= tolerance * scale)[usual].all(), f"seed {seed}"
+            assert (np.abs(y - expected) <= tolerance * scale)[is_representable].all(), f"seed {seed}"
         read += 1
     print(f"refused {refused}\nread {read}")  # noqa: T201
 
 
 if __name__ == "__main__":
-    meet(*sys.argv[1:])
+    open_damaged_models(*sys.argv[1:])

@@ -1,6 +1,6 @@
-"""The graph with the operators computes what torch computes; and what it stores is what the checkpoint holds.
+"""The graph with the operators computes the same as torch, and stores the weights of the checkpoint.
 
-The operators are those of `reference.py`: plain numpy, evaluated with the rest of the graph by `onnx.reference`.
+The operators of `reference.py`, in plain numpy, are evaluated with the rest of the graph by `onnx.reference`.
 """
 
 import copy
@@ -31,7 +31,7 @@ VOCABULARY = 160  # times 32: a table that is worth rounding
 
 
 def build(toys, architecture, *, layers=2, zeros=0.8, noise=0.1, **config):
-    """A tiny random classifier with that share of zeros in each matrix of its layers, and no two parameters equal."""
+    """Build a tiny random classifier with a share of zeros in each prunable matrix and no two equal parameters."""
     model = toys.classifier(architecture, layers=layers, labels=3, vocab_size=VOCABULARY, **config)
     random = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -47,12 +47,12 @@ def inputs_of(toys, architecture):
 
 
 def standard(model, names, opset=18):
-    """The graph in standard operators."""
+    """Export the graph in standard operators."""
     return trace_named(model, names, opset)
 
 
 def export(toys, model, architecture, values="fp32", embeddings="fp32", opset=18, inputs=None):
-    """The graph with the operators."""
+    """Export the graph with the sparse operators."""
     proto = standard(model, inputs or inputs_of(toys, architecture), opset)
     sparsify(proto, model, values, embeddings)
     onnx.checker.check_model(proto)
@@ -61,14 +61,14 @@ def export(toys, model, architecture, values="fp32", embeddings="fp32", opset=18
 
 @pytest.fixture(scope="module")
 def exported(toys):
-    """`exported(architecture, values, embeddings)`: a model, and its graph with the operators; traced once for all."""
-    kept = {}
+    """Return `exported(architecture, values, embeddings)`: a model and its sparse graph, traced once a session."""
+    traced = {}
 
     def make(architecture, values="fp32", embeddings="fp32"):
-        if architecture not in kept:
+        if architecture not in traced:
             model = build(toys, architecture)
-            kept[architecture] = model, standard(model, inputs_of(toys, architecture)).SerializeToString()
-        model, proto = copy.deepcopy(kept[architecture][0]), onnx.ModelProto.FromString(kept[architecture][1])
+            traced[architecture] = model, standard(model, inputs_of(toys, architecture)).SerializeToString()
+        model, proto = copy.deepcopy(traced[architecture][0]), onnx.ModelProto.FromString(traced[architecture][1])
         sparsify(proto, model, values, embeddings)
         onnx.checker.check_model(proto)
         return model, proto
@@ -77,36 +77,36 @@ def exported(toys):
 
 
 def batches(names, *, pad=0, empty_row=True):
-    """Name to inputs: the shapes and paddings that go wrong first."""
+    """Make inputs by name, with the shapes and paddings that most often go wrong."""
     random = np.random.default_rng(0)
 
     def batch(mask, pair=False):
         mask = np.asarray(mask, np.int64)
-        made = {
+        columns = {
             "input_ids": np.where(mask, random.integers(5, VOCABULARY, mask.shape), pad),
             "attention_mask": mask,
             "token_type_ids": mask * (np.arange(mask.shape[1]) >= mask.shape[1] // 2) * pair,
         }
-        return {name: made[name].astype(np.int64) for name in names}
+        return {name: columns[name].astype(np.int64) for name in names}
 
-    right = np.arange(9)[None, :] < np.array([9, 4, 1, 6])[:, None]
-    found = {
+    right_padded = np.arange(9)[None, :] < np.array([9, 4, 1, 6])[:, None]
+    cases = {
         "one row": batch(np.ones((1, 7))),
         "one token": batch(np.ones((1, 1))),
         "one token each": batch(np.ones((3, 1))),
-        "padding on the right": batch(right),
-        "padding on the left": batch(right[:, ::-1]),
-        "pairs": batch(right, pair=True),
-        "pairs, padding on the left": batch(right[:, ::-1], pair=True),
-        "holes": batch(right & (np.arange(9) % 3 != 1)),
+        "padding on the right": batch(right_padded),
+        "padding on the left": batch(right_padded[:, ::-1]),
+        "pairs": batch(right_padded, pair=True),
+        "pairs, padding on the left": batch(right_padded[:, ::-1], pair=True),
+        "holes": batch(right_padded & (np.arange(9) % 3 != 1)),
         "long": batch(np.ones((2, 40))),
     }
-    found["hidden tokens"] = batch(np.ones((2, 6)))
+    cases["hidden tokens"] = batch(np.ones((2, 6)))
     if "attention_mask" in names:  # hidden, though they are no padding: positions count them
-        found["hidden tokens"]["attention_mask"][0, 2:5] = 0
+        cases["hidden tokens"]["attention_mask"][0, 2:5] = 0
     if empty_row:
-        found["a row without any real token"] = batch(right * np.array([[1], [0], [1], [1]]))
-    return found
+        cases["a row without any real token"] = batch(right_padded * np.array([[1], [0], [1], [1]]))
+    return cases
 
 
 def logits(model, inputs):
@@ -115,32 +115,37 @@ def logits(model, inputs):
 
 
 class GatherElements(OpRun):
-    """The standard operator; that of onnx.reference wants indices as many as the data along the other axes."""
+    """The standard operator; onnx.reference requires as many indices as data along the other axes."""
 
     def _run(self, data, indices, axis=0):
-        data = data[tuple(slice(None) if at == axis % data.ndim else slice(n) for at, n in enumerate(indices.shape))]
+        data = data[
+            tuple(
+                slice(None) if axis_index == axis % data.ndim else slice(length)
+                for axis_index, length in enumerate(indices.shape)
+            )
+        ]
         return (np.take_along_axis(data, indices, axis),)
 
 
 def assert_same(reference, model, proto, inputs, tolerance=TOLERANCE):
     evaluator = ReferenceEvaluator(proto, new_ops=[*reference.OPERATORS, GatherElements])
-    for what, batch in inputs.items():
+    for case, batch in inputs.items():
         with np.errstate(divide="ignore", invalid="ignore"):  # buckets of relative positions: the logarithm of 0
-            (found,) = evaluator.run(None, batch)
-        assert found.dtype == np.float32
-        assert np.abs(found - logits(model, batch)).max() <= tolerance, what
+            (actual,) = evaluator.run(None, batch)
+        assert actual.dtype == np.float32
+        assert np.abs(actual - logits(model, batch)).max() <= tolerance, case
 
 
 def with_weights(model, proto):
-    """The model with the weights of the file, and what the file lacks."""
-    held = {stored.name: stored.array for stored in decode_weights(proto)}
+    """Fill the model with the weights of the file; return the names that the file lacks."""
+    stored_arrays = {stored.name: stored.array for stored in decode_weights(proto)}
     missing = []
     with torch.no_grad():
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            if name in held:
-                assert held[name].shape == tuple(parameter.shape)
-                assert held[name].dtype == np.float32
-                parameter.copy_(torch.from_numpy(np.array(held[name])))
+            if name in stored_arrays:
+                assert stored_arrays[name].shape == tuple(parameter.shape)
+                assert stored_arrays[name].dtype == np.float32
+                parameter.copy_(torch.from_numpy(np.array(stored_arrays[name])))
             else:
                 missing.append(name)
     return missing
@@ -150,8 +155,8 @@ def operators(proto):
     return [node.op_type for node in proto.graph.node if node.domain == "spdtool"]
 
 
-def bare(proto):
-    """The names of the float32 constants that hold a parameter."""
+def plain_parameters(proto):
+    """Return the names of the float32 constants that store a parameter unpacked."""
     return {
         tensor.name
         for tensor in proto.graph.initializer
@@ -175,7 +180,7 @@ def test_bert_family_becomes_one_operator(exported, reference, architecture):
     }
     node = proto.graph.node[0]
     assert {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}["output"] == b"first"
-    assert not any(".layer." in name or "embeddings" in name for name in bare(proto))
+    assert not any(".layer." in name or "embeddings" in name for name in plain_parameters(proto))
     assert len(proto.graph.value_info) < 18
     assert_same(reference, model, proto, batches([value.name for value in proto.graph.input]))
 
@@ -186,7 +191,9 @@ def test_other_families_get_sparse_linear_layers(exported, reference, architectu
     products = {"deberta-v2": 2 * 2}.get(architecture, 0)  # query and key of each layer, of the relative positions too
     expected = len(find_prunable_weights(model)) + products
     assert operators(proto) == ["SparseLinear"] * expected
-    assert not bare(proto).intersection({f"{name}{end}" for name in find_prunable_weights(model) for end in ("", ".T")})
+    assert not plain_parameters(proto).intersection(
+        {f"{name}{end}" for name in find_prunable_weights(model) for end in ("", ".T")}
+    )
     # A row without a real token: eager attention of ModernBERT and DeBERTa is not what the others do, nor of use.
     assert_same(reference, model, proto, batches([value.name for value in proto.graph.input]))
 
@@ -195,16 +202,16 @@ def test_other_families_get_sparse_linear_layers(exported, reference, architectu
 def test_every_parameter_is_in_the_file_to_the_last_bit(exported, architecture):
     model, proto = exported(architecture)
     before = {name: value.detach().numpy() for name, value in model.named_parameters(remove_duplicate=False)}
-    held = {stored.name: stored.array for stored in decode_weights(proto)}
-    assert set(held) == set(before)
+    stored_arrays = {stored.name: stored.array for stored in decode_weights(proto)}
+    assert set(stored_arrays) == set(before)
     for name, value in before.items():
-        assert np.array_equal(held[name], value), name
+        assert np.array_equal(stored_arrays[name], value), name
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", [*FUSED, *OTHERS])
-def test_rounded_weights_are_those_of_the_file(exported, reference, architecture):
-    """With the file's own weights in it, torch's model gives the same logits: the arithmetic is right."""
+def test_the_file_computes_with_its_rounded_weights(exported, reference, architecture):
+    """With the weights of the file, torch gives the same logits, so only the weights are rounded."""
     for values, embeddings in itertools.product(("fp16", "int8"), repeat=2):
         check_rounded(*exported(architecture, values, embeddings), reference, values, embeddings)
 
@@ -223,8 +230,8 @@ def check_rounded(model, proto, reference, values, embeddings):
         storage = embeddings if "embeddings" in name else values
         bound = 0.0005 if storage == "fp16" else 0.008  # int8: from below half a step to one
         assert (model.get_parameter(name) - before[name]).abs().max() <= bound * before[name].abs().max(), name
-    some = batches([value.name for value in proto.graph.input])
-    assert_same(reference, model, proto, {name: some[name] for name in ("one token", "padding on the left")})
+    inputs = batches([value.name for value in proto.graph.input])
+    assert_same(reference, model, proto, {name: inputs[name] for name in ("one token", "padding on the left")})
 
 
 SPELLINGS = {
@@ -242,34 +249,34 @@ SPELLINGS = {
 
 
 class Activated(torch.nn.Module):
-    """Linear layers side by side, each with another activation, as transformers spells it."""
+    """Linear layers side by side, each with another activation of transformers."""
 
     def __init__(self):
         super().__init__()
         self.parts = torch.nn.ModuleDict({name: torch.nn.Linear(4, 6) for name in SPELLINGS})
 
     def forward(self, x):
-        return torch.stack([ACT2FN[name](part(x)) for name, part in self.parts.items()])
+        return torch.stack([ACT2FN[name](layer(x)) for name, layer in self.parts.items()])
 
 
 @pytest.mark.parametrize("opset", [18, 20])
-def test_activations_are_recognised_by_what_they_compute(reference, opset):
+def test_activations_are_recognised_by_their_function(reference, opset):
     model, x = Activated().eval(), torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        for part in model.parts.values():
-            part.weight.mul_((torch.arange(24) % 3 == 1).reshape(6, 4))
+        for layer in model.parts.values():
+            layer.weight.mul_((torch.arange(24) % 3 == 1).reshape(6, 4))
     with quiet_exporter():
         proto = torch.onnx.export(model, (x,), dynamo=True, opset_version=opset, verbose=False).model_proto
     remove_exporter_notes(proto)
     name_weights(proto, model)
     sparse_graph.pack_linears(proto, "fp32")
     proto.opset_import.add(domain="spdtool", version=1)
-    found = {
+    activations = {
         node.input[1].split(".")[1]: helper.get_attribute_value(node.attribute[0]).decode()
         for node in proto.graph.node
         if node.op_type == "SparseLinear"
     }
-    assert found == SPELLINGS
+    assert activations == SPELLINGS
     assert not {"Erf", "Gelu", "Relu", "Pow"}.intersection(node.op_type for node in proto.graph.node)
     (after,) = ReferenceEvaluator(proto, new_ops=reference.OPERATORS).run(None, {proto.graph.input[0].name: x.numpy()})
     assert np.allclose(after, model(x).detach().numpy(), atol=1e-6)
@@ -336,7 +343,7 @@ def test_embedding_tables_are_stored_whole_however_many_zeros_they_have(toys):
         for tensor in proto.graph.initializer
         if "_embeddings" in tensor.name
     ]
-    assert [found.gap_bits for found in tables] == [0] * 3
+    assert [header.gap_bits for header in tables] == [0] * 3
 
 
 @pytest.mark.parametrize("electra", [{}, {"embedding_size": 32}], ids=["projected", "not projected"])
@@ -371,11 +378,11 @@ def test_a_head_that_reads_every_token(toys, reference):
 
 @pytest.mark.parametrize("architecture", ["bert", "modernbert"])
 def test_parameters_that_share_a_constant(toys, reference, architecture):
-    """A fresh model has equal biases and norms, which the exporter stores once, under the name of one of them."""
+    """A fresh model has equal biases and norms, which the exporter stores once under one name."""
     model = build(toys, architecture, noise=0)
     proto = export(toys, model, architecture, "fp16", "fp16")
-    held = {stored.name: stored.array for stored in decode_weights(proto)}
-    assert set(held) == {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    stored_arrays = {stored.name: stored.array for stored in decode_weights(proto)}
+    assert set(stored_arrays) == {name for name, _ in model.named_parameters(remove_duplicate=False)}
     assert len({tensor.name for tensor in proto.graph.initializer}) == len(proto.graph.initializer)
     assert with_weights(model, proto) == []
     assert_same(reference, model, proto, {"one row": batches([value.name for value in proto.graph.input])["one row"]})
@@ -401,7 +408,7 @@ def test_a_dense_matrix_stays_a_dense_product(toys, reference):
         weight.add_(1.0)
     proto = export(toys, model, "mpnet")
     assert operators(proto) == ["SparseLinear"] * 11
-    assert f"{name}.T" in bare(proto)
+    assert f"{name}.T" in plain_parameters(proto)
     assert_same(reference, model, proto, {"one row": batches(INPUT_NAMES[:2])["one row"]})
 
 
@@ -414,7 +421,7 @@ def test_a_model_without_zeros_has_no_operator_in_another_family(toys):
     ]
 
 
-def test_tables_that_are_small_or_read_otherwise_stay(toys):
+def test_tables_that_are_small_or_used_otherwise_are_not_packed(toys):
     model = build(toys, "deberta-v2")
     proto = export(toys, model, "deberta-v2", "fp16", "int8")
     kinds = {tensor.name: tensor.data_type for tensor in proto.graph.initializer}
@@ -430,15 +437,15 @@ def test_tables_that_are_small_or_read_otherwise_stay(toys):
 
 
 def linear_graph(nodes, weight, **constants):
-    """A graph of a few nodes from `x` [n, in] to `y`, whose weight `w` holds the parameter `layer.weight`."""
+    """Make a graph from `x` [n, in] to `y` whose constant `w` stores the parameter `layer.weight`."""
     tensor = numpy_helper.from_array(weight, "w")
     tensor.metadata_props.add(key=PARAMETERS, value="layer.weight")
-    more = [numpy_helper.from_array(np.asarray(value, np.float32), name) for name, value in constants.items()]
+    initializers = [numpy_helper.from_array(np.asarray(value, np.float32), name) for name, value in constants.items()]
     ends = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", None]) for name in ("x", "y")]
-    made = helper.make_graph(
-        [helper.make_node(*node[:3], **node[3]) for node in nodes], "g", ends[:1], ends[1:], [tensor, *more]
+    graph = helper.make_graph(
+        [helper.make_node(*node[:3], **node[3]) for node in nodes], "g", ends[:1], ends[1:], [tensor, *initializers]
     )
-    return helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
 
 
 WEIGHT = np.where(np.arange(24) % 3 == 1, np.arange(24) - 9.5, 0).astype(np.float32).reshape(6, 4)
@@ -486,8 +493,8 @@ def test_forms_of_a_linear_layer(reference, form):
     sparse_graph.pack_linears(proto, "fp32")
     proto.opset_import.add(domain="spdtool", version=1)
     assert operators(proto) == expected
-    found = [helper.get_attribute_value(node.attribute[0]).decode() for node in proto.graph.node if node.domain]
-    assert found == [activation] * len(expected)
+    activations = [helper.get_attribute_value(node.attribute[0]).decode() for node in proto.graph.node if node.domain]
+    assert activations == [activation] * len(expected)
     (after,) = ReferenceEvaluator(proto, new_ops=reference.OPERATORS).run(None, {"x": x})
     assert np.allclose(before, after, atol=1e-5)
     if expected:
@@ -495,7 +502,7 @@ def test_forms_of_a_linear_layer(reference, form):
         assert all(tensor.name != "w" for tensor in proto.graph.initializer)
 
 
-def test_a_matrix_that_something_else_reads_too_is_there_twice(reference):
+def test_a_matrix_with_another_consumer_is_stored_twice(reference):
     nodes = [
         *[("MatMul", ["x", "w"], ["p"], {}), ("ReduceSum", ["w"], ["s"], {"keepdims": 0})],
         ("Add", ["p", "s"], ["y"], {}),
@@ -512,22 +519,22 @@ def test_a_matrix_that_something_else_reads_too_is_there_twice(reference):
 
 def test_two_exports_are_the_same_to_the_last_byte(toys):
     for architecture in ("electra", "modernbert"):
-        one, two = (export(toys, build(toys, architecture), architecture, "int8", "int8") for _ in range(2))
-        assert one.SerializeToString(deterministic=True) == two.SerializeToString(deterministic=True)
+        first, second = (export(toys, build(toys, architecture), architecture, "int8", "int8") for _ in range(2))
+        assert first.SerializeToString(deterministic=True) == second.SerializeToString(deterministic=True)
 
 
-def test_a_damaged_constant_is_an_error_that_names_it(toys):
+def test_a_damaged_constant_is_refused_by_name(toys):
     proto = export(toys, build(toys, "bert"), "bert", "fp16", "fp16")
     tensor = next(tensor for tensor in proto.graph.initializer if "query.weight" in tensor.name)
-    whole = tensor.raw_data
-    for damaged in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1]), b"", bytes(len(whole))):
+    intact = tensor.raw_data
+    for damaged in (intact[:-1], intact[:-1] + bytes([intact[-1] ^ 1]), b"", bytes(len(intact))):
         tensor.raw_data = damaged
         with pytest.raises(ModelError, match=tensor.name):
             list(decode_weights(proto))
-    tensor.raw_data = whole
+    tensor.raw_data = intact
     shape = next(entry for entry in tensor.metadata_props if entry.key == "shape")
-    for wrong in ("32", "32 33", "x", "-1 32 0"):
-        shape.value = wrong
+    for bad_shape in ("32", "32 33", "x", "-1 32 0"):
+        shape.value = bad_shape
         with pytest.raises(ModelError, match=tensor.name):
             list(decode_weights(proto))
     tensor.metadata_props.remove(shape)

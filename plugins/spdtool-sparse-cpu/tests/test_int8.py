@@ -1,4 +1,4 @@
-"""Int8 in blocks of 1x4: the packed form, the engine against its numpy twin, and the target with its gates."""
+"""Int8 in blocks of 1x4: the packed format, the compiled products against numpy, and the target with its gates."""
 
 import struct
 import zlib
@@ -26,7 +26,7 @@ SHAPES = [(1, 4), (3, 8), (17, 36), (64, 48), (40, 772)]
 
 
 def matrix(shape, zeros, seed=0):
-    """Draw a matrix with about that share of zeros, in blocks of four."""
+    """Draw a matrix with about the share `zeros` of zeros, in blocks of four."""
     random = np.random.default_rng([seed, *shape])
     array = random.normal(0, 0.05, shape).astype(np.float32)
     array.reshape(-1, 4)[random.random(array.size // 4) < zeros] = 0
@@ -35,10 +35,10 @@ def matrix(shape, zeros, seed=0):
     return array
 
 
-def with_checksum(blob, at, content):
-    """Put bytes into a packed matrix, with the checksum that belongs to it."""
+def with_checksum(blob, offset, content):
+    """Overwrite bytes of a packed matrix and update its checksum."""
     blob = bytearray(blob)
-    blob[at : at + len(content)] = content
+    blob[offset : offset + len(content)] = content
     blob[32:36] = bytes(4)
     blob[32:36] = struct.pack("<I", zlib.crc32(blob))
     return bytes(blob)
@@ -47,7 +47,7 @@ def with_checksum(blob, at, content):
 # ---- the packed form
 
 
-def test_unpacking_gives_back_exactly_what_was_rounded(reference):
+def test_unpacking_returns_the_rounded_weights_exactly(reference):
     for shape in SHAPES:
         for zeros in (0.0, 0.5, 0.8, 0.95, 1.0):
             array = matrix(shape, zeros)
@@ -99,9 +99,9 @@ def test_damage_is_named():
     ]
     for scale in (0.0, -1.0, np.inf, np.nan):
         damages.append((64, struct.pack("<f", scale), "a scale is not finite and above zero"))
-    for at, content, message in damages:
+    for offset, content, message in damages:
         with pytest.raises(PackingError, match=message):
-            unpack(with_checksum(blob, at, content), "w")
+            unpack(with_checksum(blob, offset, content), "w")
 
 
 def test_flipped_bytes_under_a_checksum_that_fits_never_crash():
@@ -132,8 +132,8 @@ def test_torch_numpy_and_packing_round_alike(reference):
         assert np.array_equal(rows.scales.numpy(), scales)
         assert np.array_equal(packed_scales, scales)
         x = np.random.default_rng(1).normal(0.3, 1, (7, shape[1])).astype(np.float32)
-        for ours, numpys in zip(int8.round_tokens(torch.from_numpy(x)), reference.round_tokens(x), strict=True):
-            assert np.array_equal(ours.numpy(), numpys)
+        for in_torch, in_numpy in zip(int8.round_tokens(torch.from_numpy(x)), reference.round_tokens(x), strict=True):
+            assert np.array_equal(in_torch.numpy(), in_numpy)
         bias = np.linspace(-1, 1, shape[0], dtype=np.float32)
         product = int8.multiply_rounded(torch.from_numpy(x), rows, torch.from_numpy(bias)).numpy()
         assert np.array_equal(product, reference.multiply_rounded(x, values, scales, bias))
@@ -168,8 +168,8 @@ def run_linear(file, blob, bias, x):
     return ort.InferenceSession(content, options, ["CPUExecutionProvider"]).run(None, {"x": x})[0]
 
 
-def test_the_engine_has_the_integers_of_its_numpy_twin(compiled, reference, monkeypatch):
-    """Row scales of 1 and no bias leave one multiplication by the token's scale: equal to the last bit."""
+def test_compiled_integer_products_equal_numpy(compiled, reference, monkeypatch):
+    """With row scales of 1 and no bias only the token's scale is multiplied, so results are equal to the bit."""
     random = np.random.default_rng(0)
     for isa in ("", "avx512", "avx2", "baseline"):
         monkeypatch.setenv("SPDTOOL_SPARSE_CPU_ISA", isa)
@@ -186,7 +186,7 @@ def test_the_engine_has_the_integers_of_its_numpy_twin(compiled, reference, monk
             assert np.array_equal(y, reference.multiply_rounded(x, values, scales, bias)), (isa, shape)
 
 
-def test_the_engine_is_near_its_numpy_twin_with_scales_and_chunks(compiled, reference):
+def test_compiled_products_with_scales_and_chunks_are_near_numpy(compiled, reference):
     random = np.random.default_rng(1)
     array, bias = matrix((50, 1604), 0.8), random.normal(size=50).astype(np.float32)
     x = random.normal(0.5, 2, (33, 1604)).astype(np.float32)
@@ -200,7 +200,7 @@ def test_the_engine_is_near_its_numpy_twin_with_scales_and_chunks(compiled, refe
 
 @pytest.fixture(scope="module")
 def checkpoint(toys, tmp_path_factory):
-    """A BERT of two layers with 80 % zeros in blocks, but for one matrix whose zeros are single."""
+    """A BERT of two layers with 80 % zeros in blocks, except one matrix with single zeros."""
     folder = tmp_path_factory.mktemp("int8") / "checkpoint"
     names = {0: "bad", 1: "good"}
     model = toys.bert(id2label=names, label2id={"bad": 0, "good": 1})
@@ -224,14 +224,14 @@ def prepared(toys, checkpoint):
 
 @pytest.fixture(scope="module")
 def folder(prepared, tmp_path_factory, compiled):  # noqa: ARG001 - it skips
-    """An export that has not passed its gates yet."""
+    """An export before its gates."""
     path = tmp_path_factory.mktemp("exported") / "student"
     ExportAttempt(get_target("sparse-cpu-int8"), prepared, path, ["cpu"]).write()
     return path
 
 
 @pytest.mark.slow
-def test_the_target_passes_its_gates_and_says_what_is_not_in_blocks(prepared, compiled, tmp_path, capsys):  # noqa: ARG001
+def test_the_target_passes_its_gates_and_reports_matrices_without_blocks(prepared, compiled, tmp_path, capsys):  # noqa: ARG001
     target, path = get_target("sparse-cpu-int8"), tmp_path / "out"
     exported = ExportAttempt(target, prepared, path, ["cpu"]).run()
     assert (exported.values, exported.embeddings) == ("int8", "int8")
@@ -271,7 +271,7 @@ def test_another_arithmetic_is_refused(prepared, folder, compiled, monkeypatch):
         check_products(folder / MODEL_FILE, [compiled])
 
 
-def test_it_is_exported_where_it_is_named_or_the_student_was_trained_for_it(toys):
+def test_the_target_is_exported_if_named_or_if_the_student_was_trained_for_it(toys):
     target = get_target("sparse-cpu-int8")
     for values in ("smallest", "fp16", "int8"):
         assert target.storage_formats(toys.recipe(f"export.values={values}")) == ("int8", "int8")

@@ -1,4 +1,4 @@
-"""The compiled library: found, or missed with a clear error; small stand-ins are compiled where a compiler is there."""
+"""Finding the compiled library, with clear errors; tests compile small substitutes if there is a compiler."""
 
 import ctypes
 import shutil
@@ -23,7 +23,7 @@ const char* spdtool_sparse_cpu_isa(void) {{ return "avx2"; }}
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """The package as if it were installed in a folder of its own, version 1.2.3, without a library yet."""
+    """The package installed in a temporary folder as version 1.2.3, still without a library."""
     monkeypatch.setattr(spdtool_sparse_cpu, "__path__", [str(tmp_path / "source"), str(tmp_path)])
     monkeypatch.setattr(metadata, "version", lambda name: {"spdtool-sparse-cpu": "1.2.3"}[name])
     monkeypatch.setattr(metadata, "files", lambda _: None)
@@ -37,20 +37,20 @@ def compiled(folder, text):
     subprocess.run([COMPILER, "-shared", "-fPIC", "-o", folder / library.FILE, folder / "made.c"], check=True)
 
 
-def test_a_missing_library_says_where_it_was_looked_for(package):
+def test_the_error_for_a_missing_library_names_the_searched_folders(package):
     with pytest.raises(DeviceError, match=f"{library.FILE} is not in .*source or {package}") as error:
         library.path()
     assert "pip install" in error.value.hint
 
 
-def test_it_is_found_in_any_folder_of_the_package(package):
+def test_the_library_is_found_in_any_folder_of_the_package(package):
     compiled(package, SOURCE.format("1.2.3"))
     assert library.path() == (package / library.FILE).resolve()
     assert (library.version(), library.isa()) == ("1.2.3", "avx2")
 
 
 @pytest.mark.usefixtures("package")
-def test_it_is_found_where_the_installer_says(tmp_path_factory, monkeypatch):
+def test_the_library_is_found_through_the_installed_files(tmp_path_factory, monkeypatch):
     elsewhere = tmp_path_factory.mktemp("site")
     compiled(elsewhere, SOURCE.format("1.2.3"))
 
@@ -78,7 +78,7 @@ def test_another_library_is_refused(package):
         library.path()
 
 
-def test_what_is_no_library_is_refused(package):
+def test_a_file_that_is_not_a_library_is_refused(package):
     (package / library.FILE).write_bytes(b"not a library")
     with pytest.raises(DeviceError, match="cannot be loaded"):
         library.path()
@@ -95,7 +95,7 @@ def test_a_distribution_that_is_not_installed(package, monkeypatch):
         library.path()
 
 
-def test_the_installed_library_is_the_one_that_belongs_here():
+def test_the_installed_library_has_the_version_of_the_package():
     try:
         file = library.path()
     except DeviceError as error:

@@ -1,4 +1,4 @@
-"""The packed form: written byte by byte here once, lossless where it promises that, and never fooled by damage."""
+"""The packed format: against slow plain code, lossless where promised, and damage is always detected."""
 
 import itertools
 import struct
@@ -17,7 +17,7 @@ SHARES = [0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0]
 
 
 def matrix(shape, zeros, seed=0):
-    """Draw a matrix with about that share of zeros; one row in five is empty, where there are that many."""
+    """Draw a matrix with about the share `zeros` of zeros; every fifth row is empty."""
     random = np.random.default_rng([seed, *shape])
     array = random.normal(0, 0.05, shape).astype(np.float32)
     array[random.random(shape) < zeros] = 0
@@ -27,7 +27,7 @@ def matrix(shape, zeros, seed=0):
 
 
 def slow_pack(array, values):
-    """The packed form as its description reads: one weight after another, every number of gap bits tried in full."""
+    """Pack by the description of the format: one weight after another, trying every number of gap bits."""
     rows, columns = array.shape
     scales = b""
     if values == "int8":
@@ -40,57 +40,60 @@ def slow_pack(array, values):
             if values == "fp32":
                 stored.append(struct.pack("<f", value))
             elif values == "fp16":
-                half = np.float16(value)
-                stored.append((np.copysign(np.float16(6e-8), value) if value and not half else half).tobytes())
+                as_half = np.float16(value)
+                stored.append((np.copysign(np.float16(6e-8), value) if value and not as_half else as_half).tobytes())
             else:
-                whole = int(np.rint(value / steps[row]))
-                stored.append(struct.pack("b", int(np.sign(value)) if value and not whole else whole))
-    live = [position for position, value in enumerate(array.reshape(-1)) if value]
+                rounded = int(np.rint(value / steps[row]))
+                stored.append(struct.pack("b", int(np.sign(value)) if value and not rounded else rounded))
+    live_positions = [position for position, value in enumerate(array.reshape(-1)) if value]
     best = (0, b"".join(stored), b"")
     for bits in range(8, 0, -1):
-        top, stream, last = 2**bits - 1, [], -1
-        for position in live:
+        largest_gap, stream, last = 2**bits - 1, [], -1
+        for position in live_positions:
             gap = position - last - 1
-            for field in [top] * (gap // top) + [gap % top]:
+            for field in [largest_gap] * (gap // largest_gap) + [gap % largest_gap]:
                 stream += [(field >> bit) & 1 for bit in range(bits)]
             last = position
         stream += [0] * (-len(stream) % 8)
         positions = bytes(
-            sum(bit << place for place, bit in enumerate(stream[at : at + 8])) for at in range(0, len(stream), 8)
+            sum(bit << shift for shift, bit in enumerate(stream[start : start + 8]))
+            for start in range(0, len(stream), 8)
         )
-        found = (bits, b"".join(stored[position] for position in live), positions)
-        smaller = len(found[1]) + len(positions) - len(best[1]) - len(best[2])
+        candidate = (bits, b"".join(stored[position] for position in live_positions), positions)
+        smaller = len(candidate[1]) + len(positions) - len(best[1]) - len(best[2])
         if smaller < 0 or (smaller == 0 and best[0]):
-            best = found
-    bits, kept, positions = best
+            best = candidate
+    bits, values_stored, positions = best
     size = {"fp32": 4, "fp16": 2, "int8": 1}[values]
     code = ["fp32", "fp16", "int8"].index(values)
-    head = b"SPDM" + struct.pack("<BBBBIIQQ", 1, code, bits, 0, rows, columns, len(kept) // size, len(positions))
-    payload = scales + kept + positions
+    head = b"SPDM" + struct.pack(
+        "<BBBBIIQQ", 1, code, bits, 0, rows, columns, len(values_stored) // size, len(positions)
+    )
+    payload = scales + values_stored + positions
     return head + struct.pack("<I", zlib.crc32(head + bytes(32) + payload)) + bytes(28) + payload
 
 
 def with_checksum(blob, offset, content):
-    """Change bytes of the blob, and let its checksum fit again: damage that only the counts can show."""
-    changed = bytearray(blob)
-    changed[offset : offset + len(content)] = content
-    changed[32:36] = bytes(4)
-    changed[32:36] = struct.pack("<I", zlib.crc32(changed))
-    return bytes(changed)
+    """Overwrite bytes of the blob and update its checksum: damage that only other checks can find."""
+    damaged = bytearray(blob)
+    damaged[offset : offset + len(content)] = content
+    damaged[32:36] = bytes(4)
+    damaged[32:36] = struct.pack("<I", zlib.crc32(damaged))
+    return bytes(damaged)
 
 
 def test_bytes_are_those_of_the_description():
     for shape, zeros, values in itertools.product(SHAPES[:-1], SHARES, TYPES):
         array = matrix(shape, zeros)
-        same = bytes(pack("w", array, values)) == slow_pack(array, values)
-        assert same, f"{shape} with {zeros:.0%} zeros as {values}"
+        is_equal = bytes(pack("w", array, values)) == slow_pack(array, values)
+        assert is_equal, f"{shape} with {zeros:.0%} zeros as {values}"
 
 
-def test_fp32_comes_back_to_the_last_bit():
+def test_fp32_is_unpacked_to_the_last_bit():
     for shape, zeros in itertools.product(SHAPES, SHARES):
         array = matrix(shape, zeros)
-        same = unpack(pack("w", array, "fp32")).tobytes() == array.tobytes()
-        assert same, f"{shape} with {zeros:.0%} zeros"
+        is_equal = unpack(pack("w", array, "fp32")).tobytes() == array.tobytes()
+        assert is_equal, f"{shape} with {zeros:.0%} zeros"
 
 
 def test_fp16_rounds_by_half_a_step_and_keeps_the_zeros():
@@ -117,19 +120,19 @@ def test_int8_rounds_by_half_a_step_and_keeps_the_zeros():
 @pytest.mark.parametrize("values", ["fp16", "int8"])
 def test_a_live_weight_never_becomes_zero(values):
     array = np.array([[1.0, 1e-30, -1e-30, 0.0], [0.0, 0.0, 1e-44, -1e-45]], np.float32)
-    found = unpack(pack("w", array, values))
-    assert (np.sign(found) == np.sign(array)).all()
+    unpacked = unpack(pack("w", array, values))
+    assert (np.sign(unpacked) == np.sign(array)).all()
 
 
 def test_one_gap_bit_is_a_bitmask_of_the_zeros():
     array = matrix((16, 24), 0.5)
     array[2::5] = matrix((4, 24), 0.5, seed=1)[:3]  # no empty rows: gaps stay short
     blob = bytes(pack("w", array, "fp32"))
-    found = read_header(blob)
-    assert found.gap_bits == 1
+    header = read_header(blob)
+    assert header.gap_bits == 1
     last = np.flatnonzero(array)[-1]
     mask = np.packbits(array.reshape(-1)[: last + 1] == 0, bitorder="little").tobytes()
-    assert blob[-found.position_bytes :] == mask
+    assert blob[-header.position_bytes :] == mask
 
 
 def test_gap_bits_follow_the_share_of_zeros():
@@ -157,8 +160,8 @@ def test_a_table_stores_every_value():
 @pytest.mark.parametrize("values", TYPES)
 def test_a_vector_is_one_row_of_float32(values):
     vector = np.array([0.0, 0.1, 0.0, 0.0, 1e30], np.float32)
-    found = read_header(pack("b", vector, values))
-    assert (found.rows, found.columns, found.values, found.gap_bits, found.stored) == (1, 5, "fp32", 0, 5)
+    header = read_header(pack("b", vector, values))
+    assert (header.rows, header.columns, header.values, header.gap_bits, header.stored) == (1, 5, "fp32", 0, 5)
     assert unpack(pack("b", vector, values)).tolist() == [vector.tolist()]
 
 
@@ -170,12 +173,12 @@ def test_very_large_and_very_small_rows(values):
         with pytest.raises(PackingError, match=r"layer\.w: the weight 3\.40282e\+38 is too large for float16"):
             pack("layer.w", array, values)
     else:
-        found = unpack(pack("w", array, values))
-        assert np.allclose(found[0], array[0], rtol=0.005)
-        assert (np.abs(found[1] - array[1]) <= 2**-143).all()
+        unpacked = unpack(pack("w", array, values))
+        assert np.allclose(unpacked[0], array[0], rtol=0.005)
+        assert (np.abs(unpacked[1] - array[1]) <= 2**-143).all()
 
 
-def test_what_is_not_finite_is_refused_by_name():
+def test_weights_that_are_not_finite_are_refused_by_name():
     for values, value in itertools.product(TYPES, (np.nan, np.inf, -np.inf)):
         array = matrix((4, 4), 0.5)
         array[1, 2] = value
@@ -222,38 +225,40 @@ def test_damage_under_a_checksum_that_fits():
     blob = bytes(pack("w", matrix((12, 20), 0.9), "fp16"))
     assert read_header(blob).gap_bits not in (0, 8)
     for damage, (offset, content) in DAMAGE.items():
-        refused = ""
+        message = ""
         try:
             unpack(with_checksum(blob, offset, content), "layer.w")
         except PackingError as error:
-            refused = error.message
-        assert refused.startswith("layer.w: "), damage
+            message = error.message
+        assert message.startswith("layer.w: "), damage
 
 
-def test_positions_that_run_out():
+def test_wrong_counts_of_positions_are_refused():
     array = matrix((12, 20), 0.9)
     array[-1, -1] = 1
     blob = bytes(pack("w", array, "fp16"))
-    found = read_header(blob)
-    start = len(blob) - found.position_bytes
+    header = read_header(blob)
+    start = len(blob) - header.position_bytes
     with pytest.raises(PackingError, match="the positions end after 0"):  # "go on" for ever
-        unpack(with_checksum(blob, start, b"\xff" * found.position_bytes))
+        unpack(with_checksum(blob, start, b"\xff" * header.position_bytes))
     with pytest.raises(PackingError, match="run out of the matrix"):  # the first value one place later
         unpack(with_checksum(blob, start, bytes([blob[start] + 1])))
     with pytest.raises(PackingError, match="more positions than values"):  # no gaps at all: fewer fields than there are
-        unpack(with_checksum(blob, start, bytes(found.position_bytes)))
+        unpack(with_checksum(blob, start, bytes(header.position_bytes)))
     with pytest.raises(PackingError, match="more positions than values"):
-        unpack(with_checksum(blob[:24] + struct.pack("<Q", found.position_bytes + 1) + blob[32:] + b"\x00", 0, b"SPDM"))
+        unpack(
+            with_checksum(blob[:24] + struct.pack("<Q", header.position_bytes + 1) + blob[32:] + b"\x00", 0, b"SPDM")
+        )
 
 
 @pytest.mark.parametrize("scale", [np.nan, np.inf, -1.0, 0.0])
-def test_scales_that_are_no_scales(scale):
+def test_invalid_scales_are_refused(scale):
     blob = bytes(pack("w", matrix((12, 20), 0.9), "int8"))
     with pytest.raises(PackingError, match=r"w: a (scale|weight) is not"):
         unpack(with_checksum(blob, 64, struct.pack("<f", scale)), "w")
 
 
-def test_every_truncation_and_any_flipped_byte_is_noticed():
+def test_every_truncation_and_every_flipped_byte_is_detected():
     for values, zeros in itertools.product(TYPES, (0.0, 0.5, 0.9, 1.0)):
         blob = bytes(pack("w", matrix((9, 11), zeros), values))
         damaged_blobs = [blob[:length] for length in range(len(blob))] + [blob + b"\x00"]
@@ -271,7 +276,7 @@ def test_every_truncation_and_any_flipped_byte_is_noticed():
 
 @pytest.mark.parametrize("values", TYPES)
 def test_flipped_bytes_under_a_checksum_that_fits_never_crash(values):
-    """Whoever forges the checksum as well gets a matrix of finite weights or a PackingError, and nothing else."""
+    """With a forged checksum, unpacking gives a matrix of finite weights or a PackingError, nothing else."""
     blob = bytes(pack("w", matrix((9, 11), 0.8), values))
     random, refused = np.random.default_rng(0), 0
     places = [
@@ -283,22 +288,22 @@ def test_flipped_bytes_under_a_checksum_that_fits_never_crash(values):
         *range(36, len(blob)),
     ]  # not those that ask for gigabytes
     for _ in range(3000):
-        at, value = int(random.choice(places)), bytes([random.integers(0, 256)])
+        offset, value = int(random.choice(places)), bytes([random.integers(0, 256)])
         try:
-            found = unpack(with_checksum(blob, at, value))
+            array = unpack(with_checksum(blob, offset, value))
         except PackingError:
             refused += 1
         else:
-            assert np.isfinite(found).all()
-            assert 0 < found.size <= MOST_WEIGHTS
+            assert np.isfinite(array).all()
+            assert 0 < array.size <= MOST_WEIGHTS
     assert 500 < refused < 3000
 
 
 def test_no_other_kind_of_array_is_read():
     blob = pack("w", matrix((4, 4), 0.5), "fp32")
-    for wrong in (blob.astype(np.int8), blob.reshape(1, -1), np.zeros((), np.uint8)):
+    for other_array in (blob.astype(np.int8), blob.reshape(1, -1), np.zeros((), np.uint8)):
         with pytest.raises(PackingError, match="vector of bytes"):
-            unpack(wrong)
+            unpack(other_array)
     assert (unpack(memoryview(blob)) == unpack(bytearray(blob))).all()
 
 

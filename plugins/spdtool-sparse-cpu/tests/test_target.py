@@ -1,6 +1,6 @@
-"""The export target: the folder that it writes, what it says of the weights, and its refusals.
+"""The export target: the files that it writes, the stored weights, and its refusals.
 
-The compiled library is a stand-in file here, unless a test needs the real one and it is installed.
+The compiled library is a dummy file here, unless a test needs the real one and it is installed.
 """
 
 import shutil
@@ -28,8 +28,8 @@ from spdtool.models.predict import torch_forward
 
 
 @pytest.fixture
-def stand_in(tmp_path, monkeypatch):
-    """A file in place of the compiled library."""
+def library_file(tmp_path, monkeypatch):
+    """A dummy file in place of the compiled library."""
     file = tmp_path / "installed" / library.FILE
     file.parent.mkdir()
     file.write_bytes(b"machine code")
@@ -40,32 +40,32 @@ def stand_in(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def checkpoints(toys, tmp_path_factory):
-    """`checkpoints(architecture)`: a checkpoint folder with zeros in its layers, and a tokenizer."""
-    kept = {}
+    """Return `checkpoints(architecture)`, which saves a sparse model with a tokenizer once and returns its folder."""
+    folders = {}
 
     def make(architecture):
-        if architecture not in kept:
+        if architecture not in folders:
             model = toys.classifier(architecture, layers=2, vocab_size=160)
             for number, weight in enumerate(find_prunable_weights(model).values()):
                 weight.data[:, number % 3 :: 3] = 0
                 weight.data[:, (number + 1) % 3 :: 3] = 0
-            kept[architecture] = tmp_path_factory.mktemp(architecture) / "checkpoint"
+            folders[architecture] = tmp_path_factory.mktemp(architecture) / "checkpoint"
             tokenizer = toys.tokenizer(token_types=toys.ARCHITECTURES[architecture][1])
-            save_model(model, tokenizer, kept[architecture])
-        return kept[architecture]
+            save_model(model, tokenizer, folders[architecture])
+        return folders[architecture]
 
     return make
 
 
-def sets(values, embeddings):
+def storage_settings(values, embeddings):
     return f"export.values={values}", f"export.embeddings={embeddings}"
 
 
-@pytest.mark.usefixtures("stand_in")
+@pytest.mark.usefixtures("library_file")
 @pytest.mark.parametrize("architecture", ["bert", "modernbert"])
 def test_folder_manifest_and_weights(toys, reference, checkpoints, tmp_path, architecture):
     checkpoint, folder = checkpoints(architecture), tmp_path / "export" / "student"
-    recipe = toys.recipe(*sets("fp32", "fp32"))
+    recipe = toys.recipe(*storage_settings("fp32", "fp32"))
     files = SparseCpu().export(checkpoint, folder, recipe)
     assert files == [folder / "onnx/model.onnx"]
 
@@ -78,10 +78,10 @@ def test_folder_manifest_and_weights(toys, reference, checkpoints, tmp_path, arc
     assert (folder / f"lib/{library.FILE}").read_bytes() == b"machine code"
 
     model = load_model(checkpoint, eager=True)
-    held = {stored.name: stored.array for stored in SparseCpu().stored_weights(folder)}
+    stored_arrays = {stored.name: stored.array for stored in SparseCpu().stored_weights(folder)}
     parameters = {name: value.detach().numpy() for name, value in model.named_parameters(remove_duplicate=False)}
-    assert set(held) == set(parameters)
-    assert all(np.array_equal(held[name], value) for name, value in parameters.items())
+    assert set(stored_arrays) == set(parameters)
+    assert all(np.array_equal(stored_arrays[name], value) for name, value in parameters.items())
 
     batch = {
         "input_ids": np.array([[2, 7, 9, 3], [2, 8, 3, 0]]),
@@ -89,16 +89,16 @@ def test_folder_manifest_and_weights(toys, reference, checkpoints, tmp_path, arc
     }
     if toys.ARCHITECTURES[architecture][1]:
         batch["token_type_ids"] = np.zeros((2, 4), np.int64)
-    found = ReferenceEvaluator(onnx.load(files[0]), new_ops=reference.OPERATORS).run(None, batch)[0]
-    assert np.abs(found - torch_forward(model)(batch)).max() < 2e-5
+    logits = ReferenceEvaluator(onnx.load(files[0]), new_ops=reference.OPERATORS).run(None, batch)[0]
+    assert np.abs(logits - torch_forward(model)(batch)).max() < 2e-5
 
 
-@pytest.mark.usefixtures("stand_in")
+@pytest.mark.usefixtures("library_file")
 @pytest.mark.parametrize("architecture", ["bert", "mpnet"])
 @pytest.mark.parametrize(("values", "embeddings"), [("fp16", "fp16"), ("int8", "int8")])
-def test_zeros_survive_every_way_of_storing(toys, checkpoints, tmp_path, architecture, values, embeddings):
+def test_zeros_survive_every_storage_format(toys, checkpoints, tmp_path, architecture, values, embeddings):
     checkpoint = checkpoints(architecture)
-    SparseCpu().export(checkpoint, tmp_path / "out", toys.recipe(*sets(values, embeddings)))
+    SparseCpu().export(checkpoint, tmp_path / "out", toys.recipe(*storage_settings(values, embeddings)))
     model = load_model(checkpoint)
     parameters = dict(model.named_parameters())
     names = set()
@@ -110,12 +110,12 @@ def test_zeros_survive_every_way_of_storing(toys, checkpoints, tmp_path, archite
     assert names == set(parameters)
 
 
-@pytest.mark.usefixtures("stand_in")
+@pytest.mark.usefixtures("library_file")
 def test_two_exports_are_the_same(toys, checkpoints, tmp_path):
     for name in ("one", "two"):
         SparseCpu().export(checkpoints("bert"), tmp_path / name, toys.recipe())
-    one, two = (tmp_path / name / "onnx/model.onnx" for name in ("one", "two"))
-    assert one.read_bytes() == two.read_bytes()
+    first, second = (tmp_path / name / "onnx/model.onnx" for name in ("one", "two"))
+    assert first.read_bytes() == second.read_bytes()
 
 
 def test_without_the_library_nothing_is_written(toys, tmp_path, monkeypatch):
@@ -135,14 +135,14 @@ def test_another_provider_is_refused(tmp_path):
         SparseCpu().session(tmp_path, "cuda")
 
 
-def test_the_library_in_the_folder_is_never_run(stand_in, tmp_path):
+def test_the_library_in_an_exported_folder_is_never_loaded(library_file, tmp_path):
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib" / library.FILE).write_bytes(b"a stranger's")
-    assert SparseCpu().libraries(tmp_path) == [stand_in]
+    assert SparseCpu().libraries(tmp_path) == [library_file]
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not a model", b"\x08\x0a\xff\xff\xff\xff"])
-def test_a_file_that_is_no_model(tmp_path, content):
+def test_a_file_that_is_not_a_model_is_refused(tmp_path, content):
     (tmp_path / "onnx").mkdir()
     if content is not None:
         (tmp_path / "onnx/model.onnx").write_bytes(content)
@@ -168,21 +168,21 @@ def test_the_real_library_computes_the_same(toys, checkpoints, tmp_path, archite
     except DeviceError as error:
         pytest.skip(error.message)
     checkpoint = checkpoints(architecture)
-    SparseCpu().export(checkpoint, tmp_path / "out", toys.recipe(*sets("fp32", "fp32")))
+    SparseCpu().export(checkpoint, tmp_path / "out", toys.recipe(*storage_settings("fp32", "fp32")))
     forward = SparseCpu().session(tmp_path / "out", threads=1)
     batch = {
         "input_ids": np.array([[2, 7, 9, 3], [2, 8, 3, 0]]),
         "attention_mask": np.array([[1, 1, 1, 1], [1, 1, 1, 0]]),
     }
     batch["token_type_ids"] = np.zeros((2, 4), np.int64)
-    taken = [name for name in batch if name != "token_type_ids" or toys.ARCHITECTURES[architecture][1]]
-    expected = torch_forward(load_model(checkpoint, eager=True))({name: batch[name] for name in taken})
+    names = [name for name in batch if name != "token_type_ids" or toys.ARCHITECTURES[architecture][1]]
+    expected = torch_forward(load_model(checkpoint, eager=True))({name: batch[name] for name in names})
     assert np.abs(forward(batch) - expected).max() < 1e-4
 
 
 @pytest.mark.slow
-def test_every_planted_fault_is_found(toys, tmp_path):
-    """The faults of `tests/faults.py`; the stored weights are changed and packed again."""
+def test_every_planted_fault_is_detected(toys, tmp_path):
+    """Plant the faults of `tests/faults.py`; changed weights are packed again."""
     try:
         library.path()
     except DeviceError as error:
@@ -196,7 +196,7 @@ def test_every_planted_fault_is_found(toys, tmp_path):
             weight.data.view(-1)[np.arange(weight.numel()) % 4 > 1] = 0
         save_model(model, toys.tokenizer(), checkpoint)
         for storage in ("fp16", "int8"):
-            passed = plant_faults(toys, checkpoint, tmp_path / storage, sets(storage, storage))
+            passed = plant_faults(toys, checkpoint, tmp_path / storage, storage_settings(storage, storage))
             assert passed == [], storage
     finally:
         plugins.datasets.unregister("planted")
@@ -207,15 +207,15 @@ def plant_faults(toys, checkpoint, folder, storage):
     recipe = toys.recipe("export.sentences=4", "export.budget=1", *storage, task="planted")
     reference = Reference(checkpoint, prepare_dev_sets(checkpoint, recipe), recipe)
     target = get_target("sparse-cpu")
-    sound = folder / "sound"
-    ExportAttempt(target, reference, sound, ["cpu"]).write()
-    pass_gates(target, reference, sound)
+    intact = folder / "sound"
+    ExportAttempt(target, reference, intact, ["cpu"]).write()
+    pass_gates(target, reference, intact)
     plants = dict(FILE_FAULTS)
     for title, (parameter, change) in WEIGHT_FAULTS.items():
         plants[title] = lambda copy, parameter=parameter, change=change: repack(copy, parameter, change)
     passed = []
     for title, plant in plants.items():
-        copy = shutil.copytree(sound, folder / "faulty")
+        copy = shutil.copytree(intact, folder / "faulty")
         plant(copy)
         try:
             pass_gates(target, reference, copy)
@@ -227,7 +227,7 @@ def plant_faults(toys, checkpoint, folder, storage):
 
 
 def pass_gates(target, reference, folder):
-    """Seal the folder as the export does, and open it; the gate on logits would find nothing more here."""
+    """Seal the folder as the export does, and open it; the gate on logits would find no more faults here."""
     write_manifest(folder, ExportAttempt(target, reference, folder, ["cpu"]).describe_folder(folder / MODEL_FILE))
     check_weights(target, reference, folder)
     check_folder(target, reference, folder, "cpu")

@@ -63,7 +63,7 @@ def test_weights_that_are_stored_exactly_come_back_to_the_last_bit(
     assert dict(before("good film", "bad")) == dict(after("good film", "bad"))
 
 
-def test_rounded_weights_are_those_of_the_file(export: Export, checkpoint: Path, tmp_path: Path) -> None:
+def test_the_file_computes_with_its_rounded_weights(export: Export, checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()  # an empty folder is as good as none
     unpack_checkpoint(export("fp16"), tmp_path / "out")
     before, after = load_file(checkpoint / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")

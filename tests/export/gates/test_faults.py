@@ -69,7 +69,7 @@ def change_weight(folder: Path, parameter: str, change: Callable[[np.ndarray], n
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
-def test_every_planted_fault_is_found(name: str, reference: Reference, tmp_path: Path) -> None:
+def test_every_planted_fault_is_detected(name: str, reference: Reference, tmp_path: Path) -> None:
     target = get_target(name)
     sound = tmp_path / "sound"
     ExportAttempt(target, reference, sound, ["cpu"]).write()
