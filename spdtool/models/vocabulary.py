@@ -18,13 +18,31 @@ from pydantic import JsonValue
 from torch import nn
 from transformers import AutoTokenizer
 
-from spdtool.errors import ModelError
+from spdtool.errors import ModelError, RecipeError
 from spdtool.models.tables import POSITIONS_FROM_PADDING
+from spdtool.recipe.fields import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 JsonObject = dict[str, JsonValue]
+
+
+def read_extra_texts(recipe: Recipe) -> list[str]:
+    """Read the lines of `finetune.vocabulary_texts`; none without it.
+
+    Raises:
+        RecipeError: the file cannot be read as UTF-8.
+    """
+    if recipe.finetune.vocabulary_texts is None:
+        return []
+    file = Path(recipe.finetune.vocabulary_texts)
+    try:
+        return file.read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(
+            f"finetune.vocabulary_texts: {file} cannot be read: {error}", "give a UTF-8 file with a text a line"
+        ) from None
 
 
 def choose_tokens(tokenizer: PreTrainedTokenizerBase, used: Iterable[int]) -> np.ndarray:

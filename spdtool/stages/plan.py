@@ -28,6 +28,7 @@ from spdtool.models.student import (
     load_student_tokenizer,
     read_student_labels,
 )
+from spdtool.models.vocabulary import read_extra_texts
 from spdtool.pruning.allocation import zeros_in
 from spdtool.pruning.patterns import find_pattern
 from spdtool.pruning.structure import choose_shape, full_shape, shape_sparsity
@@ -39,7 +40,6 @@ from spdtool.run.folder import Run
 from spdtool.run.records import Plan, StagePlan, WeightCounts
 from spdtool.stages.estimate import Estimator, Pair
 from spdtool.stages.trial import try_families
-from spdtool.stages.trim import read_extra_texts
 from spdtool.tasks.prepare import find_task
 from spdtool.tasks.task import Task
 from spdtool.training.accelerator import create_accelerator

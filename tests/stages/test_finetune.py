@@ -7,18 +7,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+import spdtool
 from spdtool.data import tokens as data
-from spdtool.errors import StageMissing
+from spdtool.errors import RecipeError, StageMissing
 from spdtool.models import predict as evaluation
 from spdtool.models.layers import find_prunable_weights
+from spdtool.models.load import load_model, load_tokenizer
 from spdtool.pruning.allocation import zeros_in
 from spdtool.run.folder import Run
+from spdtool.stages import plan
 from spdtool.stages.finetune import finetune
+from spdtool.tasks.prepare import find_task
 from spdtool.tasks.task import Task
 
 
@@ -71,3 +76,43 @@ def test_a_sparse_run_learns_a_task_of_four_words(toy_run: Callable[..., Run], t
     run = toy_run("teacher.epochs=6", *sets, sparsity=0.8, until="finetune")
     assert run.training_result("teacher").dev["accuracy"] > 0.9
     assert run.training_result("finetune").dev["accuracy"] > 0.85
+
+
+TWO_ROWS = ("prune.events=1", *(f"{stage}.epochs=2" for stage in ("teacher", "prune", "distill", "finetune")))
+
+
+@pytest.mark.slow
+def test_a_trimmed_student_answers_kept_texts_as_the_whole_one(toy_run: Callable[..., Run]) -> None:
+    run = toy_run(*TWO_ROWS, "max_rows=3", "finetune.vocabulary=data", until="export")
+    full_run = toy_run(*TWO_ROWS, "max_rows=3", until="finetune", folder="whole")
+    record = run.training_result("finetune").vocabulary
+    assert record is not None
+    assert full_run.training_result("finetune").vocabulary is None
+    models = [load_model(each_run.path / "finetune") for each_run in (run, full_run)]
+    tokenizers = [load_tokenizer(each_run.path / "finetune") for each_run in (run, full_run)]
+    assert models[0].config.vocab_size == record.tokens == len(tokenizers[0])
+    assert record.tokens < record.tokens_before == models[1].config.vocab_size
+    texts = list(find_task(run.recipe).read_rows(run.recipe)["train"].first)
+    with torch.no_grad():
+        inputs = [tokenizer(texts, padding=True, return_tensors="pt") for tokenizer in tokenizers]
+        logits = [model(**batch).logits for model, batch in zip(models, inputs, strict=True)]
+    assert torch.equal(*logits)
+    exported = spdtool.load(run.path / "export" / "bundle")
+    assert isinstance(texts[0], str)
+    np.testing.assert_allclose(exported.logits(texts), logits[0].numpy(), atol=1e-4)
+
+
+def test_tokens_of_further_texts_are_kept(toy_run: Callable[..., Run], tmp_path: Path) -> None:
+    file = tmp_path / "texts.txt"
+    file.write_text("cold rude\nquite\n", "utf-8")
+    run = toy_run(
+        *TWO_ROWS, "max_rows=2", "finetune.vocabulary=data", f"finetune.vocabulary_texts={file}", until="distill"
+    )
+    finetune(run)
+    assert {"cold", "rude", "quite"} <= load_tokenizer(run.path / "finetune").get_vocab().keys()
+
+
+def test_a_file_of_texts_that_cannot_be_read_is_refused_in_the_plan(toy_run: Callable[..., Run]) -> None:
+    run = toy_run("finetune.vocabulary=data", "finetune.vocabulary_texts=/no/such/file.txt")
+    with pytest.raises(RecipeError, match="vocabulary_texts"):
+        plan.make_plan(run)
