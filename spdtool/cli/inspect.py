@@ -5,7 +5,7 @@ from __future__ import annotations
 from spdtool.recipe import STAGES
 from spdtool.run.fingerprint import sha256
 from spdtool.run.folder import RECORD, Run
-from spdtool.run.records import Record, StageRecord, TrainingResult
+from spdtool.run.records import ExportResult, FinalScores, Record, StageRecord, TrainingResult
 
 
 class InspectedStage(Record):
@@ -30,7 +30,12 @@ class InspectedMatrix(Record):
 
 
 class Inspection(Record):
-    """Contents of a run folder; `layers` are those of `sparsest`, the last stage that counted zeros."""
+    """Contents of a run folder.
+
+    Attributes:
+        sparsest, layers: the last stage that counted zeros, and the zeros.
+        test: of teacher and student; None before the export, or without test rows.
+    """
 
     run: str
     smoke: bool
@@ -38,6 +43,7 @@ class Inspection(Record):
     stages: list[InspectedStage]
     sparsest: str | None
     layers: list[InspectedMatrix]
+    test: FinalScores | None = None
 
 
 def inspect_run(run: Run) -> Inspection:
@@ -68,6 +74,8 @@ def inspect_run(run: Run) -> Inspection:
             if result.zeros:
                 inspection.sparsest = stage
                 inspection.layers = _list_matrices(result)
+        if isinstance(result, ExportResult):
+            inspection.test = result.quality.final
         inspection.stages.append(line)
     return inspection
 

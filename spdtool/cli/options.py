@@ -137,6 +137,12 @@ class RecipeOptions:
     label: Annotated[str | None, typer.Option(help="Label column of --data.")] = None
     model: Model = None
     teacher: Annotated[str | None, typer.Option("--teacher", help="Fine-tuned model to use as it is.")] = None
+    test_share: Annotated[
+        float | None, typer.Option(help="Share of the training rows to score once, at the end, where no file is.")
+    ] = None
+    unlabeled: Annotated[
+        Path | None, typer.Option(help="Texts without labels, which the teacher labels for the student.")
+    ] = None
     sparsity: Annotated[float | None, typer.Option(help="Share of the encoder's weights to set to zero.")] = None
     speedup: Annotated[
         float | None,
@@ -195,6 +201,8 @@ class RecipeOptions:
             data=self.data,
             text=split_words(self.text),
             label=self.label,
+            test_share=self.test_share,
+            unlabeled=self.unlabeled,
             model=self.model,
             teacher=self.teacher,
             sparsity=self.sparsity,

@@ -17,6 +17,7 @@ from spdtool.errors import DataError, RecipeError, UnknownName
 if TYPE_CHECKING:
     from spdtool.serving.predict import InputLine
 
+GLUE_FORMAT = "glue"
 LISTED_LINES = 20  # numbers of unlabelled lines in the closing warning
 
 BundleFolder = Annotated[Path, typer.Argument(help="A run, its bundle, or any exported folder.")]
@@ -56,7 +57,7 @@ class InputOptions:
         str | None,
         typer.Option(
             "--format",
-            help="Format of lines without a header: text, tsv or jsonl.",
+            help="Format of lines without a header: text, tsv, jsonl; or glue: submit answers to a test.tsv.",
             show_default="as the file ends or looks",
         ),
     ] = None
@@ -116,12 +117,20 @@ def predict(
         raise RecipeError("a text and --input exclude each other", "give one of them; `--input -` reads standard input")
     if pair is not None and text is None:
         raise RecipeError("--pair belongs to a text", "lines have their pair after a tab, or as JSON")
-    if line_format is not None and line_format not in FORMATS:
-        raise UnknownName("format", line_format, FORMATS)
+    if line_format is not None and line_format not in (*FORMATS, GLUE_FORMAT):
+        raise UnknownName("format", line_format, (*FORMATS, GLUE_FORMAT))
+    if line_format == GLUE_FORMAT and source is None:
+        raise RecipeError("--format glue answers a test.tsv", "give it: --input GLUE/RTE/test.tsv")
     if reading.columns is not None and source is None:
         raise RecipeError("--text names columns of --input", "leave it out")
     column_names = tuple(name.strip() for name in (reading.columns or "").split(",") if name.strip())
     classify = load(bundle, threads=threads, **asdict(opening))
+    if line_format == GLUE_FORMAT:
+        from spdtool.serving.glue import submission_lines
+
+        for line in submission_lines(classify, Path(source or ""), reading.batch_size):
+            console.print_row({"line": line}, line)
+        return None
     opened: AbstractContextManager[Iterable[InputLine]] = nullcontext([InputLine(1, text or "", pair)])
     if source is not None:
         opened = open_input(source, classify, line_format, column_names)

@@ -32,6 +32,8 @@ def inspect(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> object:
         inputs = (stage.made_from or "").replace(", ", "\n")
         rows.append(tuple((stage.model_dump() | {"made_from": inputs}).values()))
     console.print_table(opened.recipe.mark_smoke(inspection.run), STAGE_COLUMNS, rows)
+    if inspection.test is not None:
+        console.print_lines("test score", inspection.test.lines())
     if inspection.layers:
         columns = ("weight", "zeros", "size", "sparsity")
         matrices = [tuple(matrix.model_dump().values()) for matrix in inspection.layers]

@@ -286,4 +286,8 @@ def show_bench(run: Run) -> object:
     console.say("")
     for line in result.verdict:
         console.say(console.escape(line))
-    return result.model_dump(mode="json")
+    quality = run.export_result().quality
+    for name, text in quality.lines():
+        console.say(console.escape(f"{name}: {text}"))
+    final = None if quality.final is None else quality.final.model_dump(mode="json")
+    return result.model_dump(mode="json") | {"test": final}

@@ -22,8 +22,9 @@ def training_batches(
 ) -> Sequence[np.ndarray]:
     """Return the row numbers of every batch of one epoch: each row once, batches of like length, in random order.
 
-    The number of batches is always `ceil(rows / batch_size)`. From `SHUFFLED_ROWS` rows on, it is blocks of rows that
-    are put into random order, and rows within groups of blocks: an order of all rows would not fit beside them.
+    The number of batches is always `ceil(rows / batch_size)`, of the rows of an epoch. From `SHUFFLED_ROWS` rows on, it
+    is blocks of rows that are put into random order, and rows within groups of blocks: an order of all rows would not
+    fit beside them.
 
     Args:
         pool: batches of a pool inside which rows are sorted by length, so that lengths are near-equal and still random;
@@ -31,6 +32,10 @@ def training_batches(
     """
     if rows.groups is not None:
         return group_batches(rows, batch_size, np.random.default_rng([seed, epoch]), pool)
+    if rows.mixture is not None:
+        generator = np.random.default_rng([seed, epoch])
+        order = generator.permutation(rows.mixture.rows_of_epoch(seed, epoch))
+        return _cut_into_batches(rows.lengths, order, batch_size, generator, pool)
     if len(rows) >= SHUFFLED_ROWS:
         return BlockedBatches(rows, batch_size, (seed, epoch), pool)
     generator = np.random.default_rng([seed, epoch])

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from spdtool.data.dataset import Rows
 from spdtool.data.formats.table import Table, compose
-from spdtool.data.kinds import MULTI_LABEL, SUPPORTED, WORD_LABELS, kind_of_columns
+from spdtool.data.kinds import SUPPORTED, WORD_LABELS, kind_of_columns
 from spdtool.data.labels import normalize_label, parse_number, read_labels
 from spdtool.errors import DataError
 
@@ -31,39 +31,62 @@ LEAST_SWITCHES = 3  # columns of zeros and ones that look like one for each labe
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns that hold the one or two texts and the label."""
+    """Names of the columns that hold the one or two texts and the label.
+
+    Attributes:
+        label: the column, or its columns joined by commas.
+        switches: columns of zeros and ones, one for each label, where a row may have several; else empty.
+    """
 
     text: tuple[str, ...]
     label: str
+    switches: tuple[str, ...] = ()
 
 
-def choose_columns(table: Table, text: Sequence[str], label: str | None) -> Columns:
+def choose_columns(table: Table, text: Sequence[str], label: str | None, multilabel: bool | None = None) -> Columns:
     """Return the requested columns; others are guessed from their names if only one reading is possible.
 
     Args:
         table: the training rows.
         text: names of the text columns; empty: guess.
-        label: name of the label column; None: guess.
+        label: name of the label column, or several columns of zeros and ones, joined by commas; None: guess.
+        multilabel: whether a row may have several labels; then columns of zeros and ones are labels.
 
     Raises:
         DataError: a column does not exist, is named twice, or cannot be guessed.
     """
     text, label = [compose(name) for name in text], compose(label) if label is not None else None
-    refuse_unsupported_kind(table, [*text, label] if text and label is not None else ())
+    switches = _choose_switches(table, label, multilabel)
+    refuse_unsupported_kind(table, [*text, *(switches or [label])] if switches or (text and label is not None) else ())
     text = _rejoin_at_comma(table, text)
     if len(text) > 2:
         raise DataError(f"--text names {len(text)} columns: {', '.join(text)}", "one sentence, or a pair of them")
     for name in text:
         require_column(table, name)
-    if label is not None:
+    if label is not None and not switches:
         require_column(table, label)
     if len(set(text)) < len(text):
         raise DataError(f"--text names the column {text[0]!r} twice", "a pair needs two columns")
+    if switches:
+        others = [name for name in table.columns if name not in switches]
+        return Columns(tuple(text) or _guess_text(table, others), ",".join(switches), switches)
     if label is None:
         label = _guess_label(table, text)
     if label in text:
         raise DataError(f"the column {label!r} is named as text and as label", "the model would read the answer")
-    return Columns(tuple(text) or _guess_text(table, label), label)
+    others = [name for name in table.columns if name != label]
+    return Columns(tuple(text) or _guess_text(table, others), label)
+
+
+def _choose_switches(table: Table, label: str | None, multilabel: bool | None) -> tuple[str, ...]:
+    """Return the columns of zeros and ones that are the labels: those that are named, or all if the recipe says so."""
+    if label is not None:
+        named = tuple(compose(name.strip()) for name in label.split(","))
+        is_column = label in table.columns or len(named) == 1
+        return () if is_column or not set(named) <= set(table.columns) else named
+    if not multilabel or set(LABEL_NAMES) & set(table.columns):
+        return ()
+    return tuple(name for name in table.columns if _holds_switches(table.column(name)))
 
 
 def refuse_unsupported_kind(table: Table, chosen: Sequence[str] = ()) -> None:
@@ -76,7 +99,11 @@ def refuse_unsupported_kind(table: Table, chosen: Sequence[str] = ()) -> None:
     kind = kind_of_columns(chosen or table.columns)
     if kind is None and not chosen and not set(LABEL_NAMES) & set(table.columns):
         switches = [name for name in table.columns if _holds_switches(table.column(name))]
-        kind = MULTI_LABEL if len(switches) >= LEAST_SWITCHES else None
+        if len(switches) >= LEAST_SWITCHES:
+            raise DataError(
+                f"{table.path} has no label column, and zeros and ones in {_quote(switches)}",
+                f"if each of them is a label: --set multilabel=true, or name some: --label {','.join(switches[:2])}",
+            )
     if kind is not None:
         columns = _quote(table.columns)
         raise DataError(f"{table.path} has the rows of {kind}, which is not supported: {columns}", SUPPORTED)
@@ -180,8 +207,8 @@ def _guess_label(table: Table, text: Sequence[str]) -> str:
     return candidates[0]
 
 
-def _guess_text(table: Table, label: str) -> tuple[str, ...]:
-    others = [name for name in table.columns if name != label]
+def _guess_text(table: Table, others: Sequence[str]) -> tuple[str, ...]:
+    """Return the text columns among `others`, the columns that are no label."""
     if len(others) == 1:
         return (others[0],)
     candidates = [names for names in TEXT_NAMES if set(names) <= set(others)]

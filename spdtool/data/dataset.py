@@ -23,6 +23,7 @@ from spdtool.run.records import DataRecord
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+UNLABELED = "unlabeled"  # name of the split of texts without labels
 HASHED_ROWS = 10_000  # texts joined before they are hashed: one copy of a chunk, not of the whole column
 
 Column = Sequence[str]
@@ -36,7 +37,8 @@ class Rows:
     Attributes:
         first: the first text of each row, or its only one.
         second: the second text of each row; None for single texts.
-        labels: class indices (int) or, for regression, floats.
+        labels: class indices (int) or, for regression, floats; where a row may have several labels, 0 or 1 for each,
+            an array [rows, labels].
     """
 
     first: Column
@@ -49,7 +51,9 @@ class Rows:
     def select(self, rows: Sequence[int]) -> Rows:
         """Return the rows with these numbers, in this order."""
         first = [self.first[row] for row in rows]
-        labels = [self.labels[row] for row in rows]
+        labels: Labels = [self.labels[row] for row in rows]
+        if isinstance(self.labels, np.ndarray) and self.labels.ndim == 2:
+            labels = self.labels[rows]
         if self.second is None:
             return Rows(first, None, labels)
         return Rows(first, [self.second[row] for row in rows], labels)
@@ -76,8 +80,9 @@ class Dataset:
         labels: label names in the order of their indices; empty where labels are numbers.
         metrics: names in `spdtool.tasks.metrics.METRICS`; the headline score is the recipe's `metric`, else their mean,
             as GLUE reports it.
-        load: `load(data, seed)` returns the splits: `train` and `dev`, and any further dev sets under names that start
-            with `dev_`. `data` is a path, or None for the data set's usual source (the hub).
+        load: `load(data, seed)` returns the splits: `train` and `dev`, perhaps `test`, which is scored once at the end,
+            and any further dev sets under names that start with `dev_`. `data` is a path, or None for the data set's
+            usual source (the hub).
         build: for a data set with a small model to go with it: `build(seed)` returns `(model, tokenizer)`, untrained.
         about: one line for listings.
     """
@@ -104,10 +109,10 @@ def find_dataset(recipe: Recipe) -> Dataset:
         from spdtool.data.local import local_dataset  # it imports this module
 
         return local_dataset(recipe)
-    if recipe.text or recipe.label or recipe.regression is not None:
+    if recipe.text or recipe.label or recipe.regression is not None or recipe.multilabel is not None:
         raise RecipeError(
             f"task {recipe.task!r} knows its own columns and labels",
-            "leave out --text, --label and regression, or leave out --task",
+            "leave out --text, --label, regression and multilabel, or leave out --task",
         )
     dataset = plugins.datasets.get(_registered_name(recipe.task))
     assert isinstance(dataset, Dataset), f"{recipe.task}: register a spdtool.data.dataset.Dataset"
@@ -137,6 +142,12 @@ def load_splits(dataset: Dataset, recipe: Recipe) -> dict[str, Rows]:
         DataError: a split is missing or empty, or cannot be read.
     """
     splits = dataset.load(recipe.data, recipe.seed)
+    if recipe.test_share and recipe.task != "local":  # rows of the user's files: before their dev set was drawn
+        from spdtool.data.splits import draw_test_rows  # it imports this module
+
+        if "test" in splits:
+            raise DataError(f"task {dataset.name!r} has test rows", "leave --test-share out")
+        splits = splits | draw_test_rows(splits["train"], recipe.seed, recipe.test_share)
     for name in ("train", "dev"):
         if not splits.get(name):
             raise DataError(
@@ -159,7 +170,12 @@ def identify_rows(dataset: Dataset, splits: Splits) -> DataRecord:
     for name, rows in splits.items():
         counts[name] = len(rows)
         hashes[name] = [hash_texts(rows), hash_array(np.asarray(rows.labels))]
-    return DataRecord(rows=counts, digest=cache_key(dataset.labels, hashes))
+    unlabeled = hashes.pop(UNLABELED, None)
+    return DataRecord(
+        rows=counts,
+        digest=cache_key(dataset.labels, hashes),
+        unlabeled=None if unlabeled is None else unlabeled[0],
+    )
 
 
 def hash_texts(rows: Rows) -> str:

@@ -65,7 +65,6 @@ UNSUPPORTED_KINDS = (
         (("anchor", "positive"), ("query", "positive"), ("query", "pos"), ("query", "positive_passages")),
     ),
 )
-MULTI_LABEL = "multi-label classification (a row may have several labels)"
 WORD_LABELS = UNSUPPORTED_KINDS[0].name
 
 

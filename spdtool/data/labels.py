@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from spdtool.data.formats.table import Table
-from spdtool.data.kinds import MULTI_LABEL, SUPPORTED
 from spdtool.errors import DataError
 
 MOST_CLASSES = 10_000  # beyond, a column of ids is more likely; and every different label is kept in memory
@@ -164,7 +163,7 @@ def normalize_label(table: Table, row: int, cell: object) -> str:
     if cell is None or not str(cell).strip() or (isinstance(cell, float) and not math.isfinite(cell)):
         table.refuse(row, f"no label: {cell!r}", "leave such rows out")
     if isinstance(cell, list | tuple):
-        table.refuse(row, f"the label is a list: {MULTI_LABEL} is not supported", SUPPORTED)
+        table.refuse(row, "the label is a list, and those of the first training rows are none", "one form for all rows")
     if not isinstance(cell, str | int | float):
         table.refuse(row, f"the label is a {type(cell).__name__}", "a label is text or a number")
     # Formats and libraries write the same class as 1 or 1.0; by text, because an int may be too long for a float.

@@ -1,27 +1,29 @@
-"""A data set of the user: a csv, tsv, jsonl, parquet or arrow file, or a folder with one for train and one for dev.
+"""A data set of the user: a csv, tsv, jsonl, parquet or arrow file, or a folder with one for train, dev and test.
 
     spdtool compress --data reviews.csv --text review --label stars
     spdtool compress --data my-folder        # train.jsonl and dev.jsonl; columns named sentence1, sentence2 and label
 
-A file alone gives up `dev_share` of its rows as the dev set, drawn by the recipe's seed and the texts. Labels that are
-text or whole numbers are classes, in sorted order; other numbers make it a regression (`regression` decides).
+A file alone gives up `dev_share` of its rows as the dev set, drawn by the recipe's seed and the texts; before that,
+`test_share` of them as the test set, if the recipe asks for one. Labels that are text or whole numbers are classes, in
+sorted order; other numbers make it a regression (`regression` decides).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from spdtool.data.columns import choose_columns, refuse_unsupported_kind, table_to_rows
+from spdtool.data.columns import Columns, choose_columns, refuse_unsupported_kind, table_to_rows
 from spdtool.data.dataset import Dataset, Rows
 from spdtool.data.embedding import embedding_dataset, find_text_files, is_sentence_encoder
 from spdtool.data.files import READERS, read_file, read_header
 from spdtool.data.formats.table import Table
+from spdtool.data.label_sets import LabelSets, find_label_sets
 from spdtool.data.labels import LabelSummary, order_by_schema, read_labels
 from spdtool.data.qrels import find_qrels
 from spdtool.data.ranking import find_ranking_columns, ranking_dataset, read_ranking_tables
 from spdtool.data.readme import name_classes, read_class_names
-from spdtool.data.splits import TRAIN_NAMES, draw_dev_rows, find_split_files, readable_files
+from spdtool.data.splits import TRAIN_NAMES, draw_dev_rows, draw_test_rows, find_split_files, readable_files
 from spdtool.errors import DataError
 from spdtool.recipe.fields import Recipe
 
@@ -49,7 +51,13 @@ def local_dataset(recipe: Recipe) -> Dataset:
     tables = read_tables(Path(recipe.data))
     if find_ranking_columns(tables["train"].columns) is not None:
         return ranking_dataset(recipe, tables)
-    columns = choose_columns(tables["train"], recipe.text, recipe.label)
+    columns = choose_columns(tables["train"], recipe.text, recipe.label, recipe.multilabel)
+    unlabeled_test = drop_unlabeled_test(tables, columns)
+    if recipe.test_share and "test" in tables:
+        raise two_test_sets(tables["test"].path)
+    several = find_label_sets(tables["train"], columns, _folder_of(recipe), recipe.multilabel)
+    if several is not None:
+        return _several_labels_dataset(recipe, tables, several, unlabeled_test)
     summary = LabelSummary()
     as_numbers = recipe.regression is True
     summary.add(tables["train"], read_labels(tables["train"], columns.label, as_numbers=as_numbers))
@@ -57,11 +65,8 @@ def local_dataset(recipe: Recipe) -> Dataset:
     if classes:
         classes = order_by_schema(classes, tables["train"].class_names.get(columns.label))
 
-    def load(data: str | None, seed: int) -> dict[str, Rows]:
-        """Convert the tables that are read already, unless the rows of another place are asked for."""
-        current = tables if data in (None, recipe.data) else read_tables(Path(data or ""))
-        splits = {name: table_to_rows(table, columns, classes) for name, table in current.items()}
-        return splits if "dev" in splits else draw_dev_rows(splits["train"], seed, recipe.dev_share)
+    def convert(table: Table) -> Rows:
+        return table_to_rows(table, columns, classes)
 
     return Dataset(
         name="local",
@@ -69,9 +74,52 @@ def local_dataset(recipe: Recipe) -> Dataset:
         text=columns.text,
         labels=classes,
         metrics=metrics_of_labels(classes),
-        load=load,
-        about=f"{' and '.join(columns.text)} of {recipe.data}, by {columns.label}" + _describe_files(recipe, tables),
+        load=_loader(recipe, tables, columns, convert),
+        about=f"{' and '.join(columns.text)} of {recipe.data}, by {columns.label}"
+        + _describe_files(recipe, tables, unlabeled_test),
     )
+
+
+def _several_labels_dataset(
+    recipe: Recipe, tables: dict[str, Table], several: LabelSets, unlabeled_test: Path | None
+) -> Dataset:
+    """Describe rows that may have several labels."""
+    if recipe.regression:
+        raise DataError("regression=true: numbers to predict, and rows with several labels", "leave one of them out")
+    columns = several.columns
+    return Dataset(
+        name="local",
+        kind="multilabel",
+        text=columns.text,
+        labels=several.names,
+        metrics=("f1_micro", "f1_macro", "map"),
+        load=_loader(recipe, tables, columns, several.table_to_rows),
+        about=f"{' and '.join(columns.text)} of {recipe.data}; a row may have several labels: {several.reason}"
+        + _describe_files(recipe, tables, unlabeled_test),
+    )
+
+
+def _loader(
+    recipe: Recipe, tables: dict[str, Table], columns: Columns, convert: Callable[[Table], Rows]
+) -> Callable[[str | None, int], dict[str, Rows]]:
+    """Return `Dataset.load`, which converts the tables that are read already, unless others are asked for."""
+
+    def load(data: str | None, seed: int) -> dict[str, Rows]:
+        current = tables
+        if data not in (None, recipe.data):
+            current = read_tables(Path(data or ""))
+            drop_unlabeled_test(current, columns)
+        splits = {name: convert(table) for name, table in current.items()}
+        if recipe.test_share:  # before the dev rows are drawn: nothing may have chosen among the rows
+            splits |= draw_test_rows(splits["train"], seed, recipe.test_share)
+        return splits if "dev" in splits else splits | draw_dev_rows(splits["train"], seed, recipe.dev_share)
+
+    return load
+
+
+def _folder_of(recipe: Recipe) -> Path:
+    path = Path(recipe.data or "")
+    return path if path.is_dir() else path.parent
 
 
 def check_header(recipe: Recipe) -> None:
@@ -101,15 +149,44 @@ def check_header(recipe: Recipe) -> None:
     if path.suffix.lower() == ".jsonl":  # a later line may have further columns
         refuse_unsupported_kind(table)
     else:
-        choose_columns(table, recipe.text, recipe.label)
+        choose_columns(table, recipe.text, recipe.label, recipe.multilabel)
 
 
-def _describe_files(recipe: Recipe, tables: dict[str, Table]) -> str:
-    """Say where the dev set comes from if the data bring none, how files were read, and which were left alone."""
+def drop_unlabeled_test(tables: dict[str, Table], columns: Columns) -> Path | None:
+    """Remove the table `test` if no row of it has a label, as in the files of competitions; return its file then."""
+    table = tables.get("test")
+    if table is None or has_labels(table, columns):
+        return None
+    del tables["test"]
+    return table.path
+
+
+def has_labels(table: Table, columns: Columns) -> bool:
+    """Tell whether a row of a table has a label: neither nothing, nor the -1 of labels that are kept secret."""
+    for name in columns.switches or (columns.label,):
+        cells = table.column(name) if name in table.columns else []
+        if any(cell is not None and str(cell).strip() not in ("", "-1") for cell in cells):
+            return True
+    return False
+
+
+def two_test_sets(file: Path) -> DataError:
+    """Return the error of a test share beside a test set."""
+    return DataError(f"a test share was asked for, and the data have the test rows {file}", "leave --test-share out")
+
+
+def _describe_files(recipe: Recipe, tables: dict[str, Table], unlabeled_test: Path | None) -> str:
+    """Say where dev and test sets come from, how files were read, and which were left alone."""
     sentence = ""
+    if "test" in tables:
+        sentence = f"; {tables['test'].path.name} is scored once, at the end"
+    elif recipe.test_share:
+        sentence = f"; {recipe.test_share:.0%} of its rows is the test set, scored once, at the end"
+    elif unlabeled_test is not None:
+        sentence = f"; {unlabeled_test.name} has no labels: `spdtool predict` gives it some"
     if "dev" not in tables:
         share = "a tenth" if recipe.dev_share == 0.1 else f"{recipe.dev_share:.0%}"
-        sentence = f"; {share} of its rows is the dev set"
+        sentence += f"; {share} of its rows is the dev set"
     sentence += describe_unused(Path(recipe.data or ""), [table.path for table in tables.values()])
     note = tables["train"].note
     return f"{sentence}; {note}" if note else sentence
@@ -137,7 +214,7 @@ def metrics_of_labels(classes: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def read_tables(path: Path) -> dict[str, Table]:
-    """Read the table `train` of a file; of a folder also `dev`, if it has one.
+    """Read the table `train` of a file; of a folder also `dev` and `test`, if it has them.
 
     Raises:
         DataError: there is no such file, none of the training rows, two for a split, or it cannot be read.
@@ -148,8 +225,9 @@ def read_tables(path: Path) -> dict[str, Table]:
             raise _no_training_rows(path)
         names = read_class_names(path)
         tables = {"train": name_classes(read_file(files["train"][0]), names)}
-        if files["dev"]:
-            tables["dev"] = name_classes(read_file(files["dev"][0]), names)
+        for split in ("dev", "test"):
+            if files[split]:
+                tables[split] = name_classes(read_file(files[split][0]), names)
         return tables
     if not path.exists():
         raise DataError(f"{path} does not exist", "--data takes a file or a folder")

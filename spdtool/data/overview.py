@@ -10,22 +10,22 @@ from spdtool.data.dataset import Rows
 LISTED_NAMES = 8  # names that fit into a line of the plan
 
 
-def leaked_dev_rows(train: Rows, dev: Rows) -> list[str]:
-    """Say how many dev rows have a text that is in train too; nothing where none has.
+def leaked_rows(train: Rows, rows: Rows, split: str, source: str = "train") -> list[str]:
+    """Say how many rows of a dev or test set have a text that is in train too; nothing where none has.
 
     Texts in shards are passed over: all of them would have to be read.
     """
     if not isinstance(train.first, list):
         return []
-    dev_texts = Counter(_texts_of(dev))
+    texts = Counter(_texts_of(rows))
     shared = set()
     for text in _texts_of(train):
-        if text in dev_texts:  # so the set stays small, however many training texts there are
+        if text in texts:  # so the set stays small, however many training texts there are
             shared.add(text)
-    count = sum(dev_texts[text] for text in shared)
+    count = sum(texts[text] for text in shared)
     if not count:
         return []
-    return [f"{count:,} of {len(dev):,} dev rows have a text that is in train too: their score is flattered"]
+    return [f"{count:,} of {len(rows):,} {split} rows have a text that is in {source} too: their score is flattered"]
 
 
 def list_names(names: Sequence[str]) -> str:

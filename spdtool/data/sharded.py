@@ -23,8 +23,15 @@ from spdtool.data.dataset import Dataset, Rows
 from spdtool.data.files import read_file
 from spdtool.data.formats.arrow import iterate_tables
 from spdtool.data.formats.table import Table
+from spdtool.data.label_sets import find_label_sets
 from spdtool.data.labels import LabelSummary, order_by_schema, read_labels
-from spdtool.data.local import describe_unused, kind_of_labels, metrics_of_labels
+from spdtool.data.local import (
+    describe_unused,
+    has_labels,
+    kind_of_labels,
+    metrics_of_labels,
+    two_test_sets,
+)
 from spdtool.data.readme import ClassNames, name_classes, read_class_names
 from spdtool.data.splits import DEV_NAMES, find_split_files
 from spdtool.errors import DataError
@@ -75,7 +82,7 @@ class MappedTexts(Sequence[str]):
 
 
 def find_shards(folder: Path) -> dict[str, list[Path]] | None:
-    """Return the files of `train` and `dev`, sorted by name, if one of them has more than one; else None.
+    """Return the files of `train`, `dev` and, if there are any, `test`, if a split has more than one; else None.
 
     Raises:
         DataError: the training rows are in shards, and there is no dev set; or see `splits.find_files`.
@@ -84,7 +91,7 @@ def find_shards(folder: Path) -> dict[str, list[Path]] | None:
         return None
     files = find_split_files(folder)
     train, dev = files["train"], files["dev"]
-    if not train or max(len(train), len(dev)) < 2:
+    if not train or max(map(len, files.values())) < 2:
         return None
     if not dev:
         # None is drawn: that would read and copy all rows once more.
@@ -92,7 +99,7 @@ def find_shards(folder: Path) -> dict[str, list[Path]] | None:
             f"{folder} has {len(train)} files of training rows and no dev set",
             f"add a file or a folder called {' or '.join(DEV_NAMES)}",
         )
-    return files
+    return {split: paths for split, paths in files.items() if paths}
 
 
 def sharded_dataset(recipe: Recipe, files: dict[str, list[Path]]) -> Dataset:
@@ -103,7 +110,14 @@ def sharded_dataset(recipe: Recipe, files: dict[str, list[Path]]) -> Dataset:
     """
     names = read_class_names(Path(recipe.data or ""))
     first_table = name_classes(next(_iterate_tables(files["train"][0])), names)
-    columns = choose_columns(first_table, recipe.text, recipe.label)
+    columns = choose_columns(first_table, recipe.text, recipe.label, recipe.multilabel)
+    several = find_label_sets(first_table, columns, Path(recipe.data or ""), recipe.multilabel)
+    if several is not None:
+        raise DataError(
+            f"rows with several labels ({several.reason}) are not read from several files",
+            f"{recipe.data} has {len(files['train'])} of training rows: join them into one",
+        )
+    files, test_note = _choose_test_files(files, columns, recipe)
     as_numbers = recipe.regression is True
     arrays = {}
     for split, paths in files.items():
@@ -123,8 +137,32 @@ def sharded_dataset(recipe: Recipe, files: dict[str, list[Path]]) -> Dataset:
         metrics=metrics_of_labels(classes),
         load=load,
         about=f"{' and '.join(columns.text)} of {len(files['train'])} files in {recipe.data}, by {columns.label}"
+        + test_note
         + describe_unused(Path(recipe.data or ""), [path for paths in files.values() for path in paths]),
     )
+
+
+def _choose_test_files(
+    files: dict[str, list[Path]], columns: Columns, recipe: Recipe
+) -> tuple[dict[str, list[Path]], str]:
+    """Leave out test files without labels; return the files, and a phrase on the test set for the plan.
+
+    Raises:
+        DataError: a share of the rows is to be the test set, which would copy all of them.
+    """
+    if recipe.test_share and "test" in files:
+        raise two_test_sets(files["test"][0])
+    if recipe.test_share:
+        raise DataError(
+            f"--test-share is not for rows in several files: {recipe.data} has {len(files['train'])}",
+            "add a file or a folder called test",
+        )
+    if "test" not in files:
+        return files, ""
+    if has_labels(next(_iterate_tables(files["test"][0])), columns):
+        return files, "; test is scored once, at the end"
+    others = {split: paths for split, paths in files.items() if split != "test"}
+    return others, "; test has no labels: `spdtool predict` gives it some"
 
 
 def _iterate_tables(path: Path) -> Iterator[Table]:

@@ -1,4 +1,4 @@
-"""The splits of a user's data: files of a folder, or a dev set drawn from the training rows."""
+"""The splits of a user's data: files of a folder, or dev and test sets drawn from the training rows."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
+
 from spdtool.data.dataset import Rows
 from spdtool.data.files import READERS
 from spdtool.errors import DataError
@@ -14,6 +16,7 @@ from spdtool.errors import DataError
 TRAIN_NAMES = ("train",)
 DEV_NAMES = ("dev", "validation", "valid", "val")
 FALLBACK_DEV_NAMES = ("eval",)  # a dev set where there is no other; beside one it is somebody's test set
+TEST_NAMES = ("test",)
 # What follows a split's name in the name of a shard: a number, that of all shards, and perhaps a hash.
 SHARD_SUFFIX = re.compile(r"[-_.](\d+)(?:-of-(\d+))?(?:-[0-9a-f]{8,})?", re.ASCII)
 CLONE_FOLDER = "data"  # of a data set's repository on the hub
@@ -22,7 +25,7 @@ LEAST_DEV_SHARE = 0.07  # of the texts of each class: chance gives a small class
 
 
 def find_split_files(folder: Path) -> dict[str, list[Path]]:
-    """Return the files of `train` and `dev` in a folder.
+    """Return the files of `train`, `dev` and `test` in a folder, sorted by name; empty where there are none.
 
     A folder of `datasets.save_to_disk` and a clone of a repository of the hub are such folders too.
 
@@ -30,7 +33,7 @@ def find_split_files(folder: Path) -> dict[str, list[Path]]:
         DataError: as `find_files` raises; or the training rows lie deeper, in one of several folders.
     """
     if (folder / SAVED_STATE).is_file() and any(folder.glob("data-*.arrow")):  # one split, saved alone
-        return {"train": readable_files(folder), "dev": []}
+        return {"train": readable_files(folder), "dev": [], "test": []}
     train = find_files(folder, TRAIN_NAMES)
     clone = folder / CLONE_FOLDER
     if not train and clone.is_dir():
@@ -42,7 +45,7 @@ def find_split_files(folder: Path) -> dict[str, list[Path]]:
             problem = f"{folder} has no training rows of its own; its folders {listed} have"
             raise DataError(problem, f"give one of them: --data {configurations[0]}")
     dev = find_files(folder, DEV_NAMES) or find_files(folder, FALLBACK_DEV_NAMES)
-    return {"train": train, "dev": dev}
+    return {"train": train, "dev": dev, "test": find_files(folder, TEST_NAMES)}
 
 
 def find_files(folder: Path, names: tuple[str, ...]) -> list[Path]:
@@ -115,8 +118,7 @@ def draw_dev_rows(rows: Rows, seed: int, dev_share: float) -> dict[str, Rows]:
     draws = _draw_by_text(rows, seed)
     dev_draws = {draw for draw in draws if draw < dev_share}
     draws_by_class: dict[int | None, set[float]] = {}
-    for draw, label in zip(draws, rows.labels, strict=True):
-        class_index = label if isinstance(label, int) else None  # numbers to predict are one class
+    for draw, class_index in zip(draws, _classes_of(rows), strict=True):
         draws_by_class.setdefault(class_index, set()).add(draw)
     for class_draws in draws_by_class.values():
         dev_draws.update(sorted(class_draws)[: max(1, round(LEAST_DEV_SHARE * len(class_draws)))])
@@ -134,14 +136,56 @@ def draw_dev_rows(rows: Rows, seed: int, dev_share: float) -> dict[str, Rows]:
     return {"train": rows.select(train_rows), "dev": rows.select(dev_rows)}
 
 
-def _draw_by_text(rows: Rows, seed: int) -> list[float]:
-    """Draw a number in [0, 1) for each row by a hash of its text: equal texts draw equal numbers."""
+def draw_test_rows(rows: Rows, seed: int, test_share: float) -> dict[str, Rows]:
+    """Take `test_share` of the texts of each class as `test`, by `seed` and the text alone; `train` gets the others.
+
+    Rows keep their order, and equal texts stay together. Numbers to predict are one class. A row of several labels
+    counts for the rarest of them.
+
+    Raises:
+        DataError: too few rows to take a test set from.
+    """
+    draws = _draw_by_text(rows, seed, purpose=b"test")
+    draws_by_class: dict[int | None, set[float]] = {}
+    for draw, class_index in zip(draws, _classes_of(rows), strict=True):
+        draws_by_class.setdefault(class_index, set()).add(draw)
+    test_draws: set[float] = set()
+    for class_draws in draws_by_class.values():
+        test_draws.update(sorted(class_draws)[: round(test_share * len(class_draws))])
+    test_rows = [row for row, draw in enumerate(draws) if draw in test_draws]
+    train_rows = [row for row, draw in enumerate(draws) if draw not in test_draws]
+    if not test_rows or not train_rows:
+        raise DataError(
+            f"{len(rows)} rows are too few to take {test_share:.0%} of them as a test set",
+            "give more rows, or another --test-share",
+        )
+    return {"train": rows.select(train_rows), "test": rows.select(test_rows)}
+
+
+def _classes_of(rows: Rows) -> list[int | None]:
+    """Return the class of each row; None for numbers to predict, and of several labels the rarest."""
+    labels = np.asarray(rows.labels)
+    if labels.ndim == 1:
+        return [int(label) if np.issubdtype(labels.dtype, np.integer) else None for label in labels]
+    rarest_first = np.argsort(labels.sum(axis=0), kind="stable")
+    classes: list[int | None] = []
+    for row in labels[:, rarest_first]:
+        classes.append(int(rarest_first[row.argmax()]) if row.any() else None)
+    return classes
+
+
+def _draw_by_text(rows: Rows, seed: int, purpose: bytes = b"") -> list[float]:
+    """Draw a number in [0, 1) for each row by a hash of its text: equal texts draw equal numbers.
+
+    Args:
+        purpose: of the draw, at most 16 bytes; draws for two purposes have nothing to do with each other.
+    """
     salt = seed.to_bytes(8, "little")
     columns = [rows.first]
     if rows.second is not None:
         columns.append(rows.second)
     draws = []
     for texts in zip(*columns, strict=True):
-        digest = hashlib.blake2b("\0".join(texts).encode(), digest_size=8, salt=salt).digest()
+        digest = hashlib.blake2b("\0".join(texts).encode(), digest_size=8, salt=salt, person=purpose).digest()
         draws.append(int.from_bytes(digest) / 2**64)
     return draws

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 Batch = dict[str, np.ndarray]
 
 IGNORED = -100  # label of a token that counts in no loss; the number that torch's cross-entropy ignores
+LABELED = "labeled"  # column of a batch: which rows have a label
 TOKENIZED_ROWS = 10_000  # at a time
 FORMAT = 1  # of the tokens in the cache: another layout, another number
 CACHED_ROWS = 1_000  # fewer are tokenized faster than they are looked up
@@ -30,6 +31,32 @@ class Details(Protocol):
 
     def select(self, rows: np.ndarray) -> Details:
         """Return those of these rows alone, in this order."""
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Training rows of which the last ones have no label, and come into an epoch in turn.
+
+    Attributes:
+        labeled, unlabeled: number of rows of each.
+        per_epoch: rows without labels in an epoch, at most all of them.
+    """
+
+    labeled: int
+    unlabeled: int
+    per_epoch: int
+
+    def rows_of_epoch(self, seed: int, epoch: int) -> np.ndarray:
+        """Return the numbers of the rows of an epoch: every labelled one, and the next of an endless shuffle."""
+        numbers, start, missing = [np.arange(self.labeled)], epoch * self.per_epoch, self.per_epoch
+        while missing:
+            round_number, position = divmod(start, self.unlabeled)
+            # one random order a round, so that each text comes once before any comes again
+            order = np.random.default_rng([seed, round_number, self.unlabeled]).permutation(self.unlabeled)
+            chosen = order[position : position + missing]
+            numbers.append(self.labeled + chosen)
+            start, missing = start + len(chosen), missing - len(chosen)
+        return np.concatenate(numbers)
 
 
 @dataclass(frozen=True)
@@ -46,6 +73,7 @@ class Encoded:
         per_token: the same with one entry per token, [tokens, ...], which a batch pads with zeros.
         labels_per_token: whether each token has a label; a batch pads them with IGNORED, which counts in no loss.
         details: what a kind of task has to know of the rows beside their tokens; it enters no batch.
+        mixture: which of the rows have a label, in training rows with texts that have none; None: all have.
         stored_lengths: tokens of each row, where they are stored; None: computed from the offsets.
         hashes: of the columns and offsets, where they are stored (`cache.hash_array`).
         groups: number of each row's group, [rows]: training batches hold whole groups; None: any row goes with any.
@@ -60,6 +88,7 @@ class Encoded:
     per_token: dict[str, np.ndarray] = field(default_factory=dict)
     labels_per_token: bool = False
     details: Details | None = None
+    mixture: Mixture | None = None
     stored_lengths: np.ndarray | None = None
     hashes: dict[str, str] = field(default_factory=dict)
     groups: np.ndarray | None = None
@@ -82,6 +111,11 @@ class Encoded:
         return np.diff(self.offsets) if self.stored_lengths is None else self.stored_lengths
 
     @property
+    def epoch_rows(self) -> int:
+        """Rows of one epoch of training."""
+        return len(self) if self.mixture is None else self.mixture.labeled + self.mixture.per_epoch
+
+    @property
     def digest(self) -> str:
         """Hash of the tokens and labels: other data, other digest."""
         # Not of `per_row` and `per_token`: the teacher's outputs are stored under this digest.
@@ -102,18 +136,23 @@ class Encoded:
             details=None if self.details is None else self.details.select(rows),
             per_row={name: values[rows] for name, values in self.per_row.items()},
             per_token={name: values[tokens] for name, values in self.per_token.items()},
+            mixture=None,
             stored_lengths=None if self.stored_lengths is None else self.stored_lengths[rows],
             hashes={},
             groups=None if self.groups is None else self.groups[rows],
         )
 
     def sample(self, size: int, seed: int) -> Encoded:
-        """Draw `size` rows, or whole groups of about as many, and keep their order; all where there are no more."""
-        if size >= len(self):
-            return self
+        """Draw `size` rows that have a label, or whole groups of about as many, and keep their order.
+
+        All of them where there are no more.
+        """
+        count = len(self) if self.mixture is None else self.mixture.labeled
+        if size >= count:
+            return self if self.mixture is None else self.select(np.arange(count))
         if self.groups is not None:
             return self._sample_groups(size, seed)
-        return self.select(np.sort(np.random.default_rng(seed).choice(len(self), size, replace=False)))
+        return self.select(np.sort(np.random.default_rng(seed).choice(count, size, replace=False)))
 
     def _sample_groups(self, size: int, seed: int) -> Encoded:
         """Draw whole groups that have at most `size` rows together."""
@@ -183,6 +222,26 @@ class Encoded:
             tokens = flat[self.offsets[row] : self.offsets[row + 1]]
             target[first : first + len(tokens)] = tokens
         return padded
+
+
+def mix_rows(labeled: Encoded, unlabeled: Encoded, per_epoch: int) -> Encoded:
+    """Join training rows with rows whose labels mean nothing, of which `per_epoch` come into an epoch.
+
+    A batch says in `labeled` which of its rows have a label.
+    """
+    columns = {}
+    for name, flat in labeled.columns.items():
+        columns[name] = np.concatenate([flat, unlabeled.columns[name]])
+    return replace(
+        labeled,
+        columns=columns,
+        offsets=np.concatenate([labeled.offsets, labeled.offsets[-1] + unlabeled.offsets[1:]]),
+        labels=np.concatenate([labeled.labels, unlabeled.labels]),
+        per_row=labeled.per_row | {LABELED: np.repeat([True, False], [len(labeled), len(unlabeled)])},
+        mixture=Mixture(len(labeled), len(unlabeled), per_epoch),
+        stored_lengths=np.concatenate([labeled.lengths, unlabeled.lengths]).astype(np.int32),
+        hashes={},
+    )
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: int) -> Encoded:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spdtool import console
+from spdtool.data.tokens import LABELED
 from spdtool.distillation.grafting import LayerDraw, LayerMixing, create_mixing, replacing_rate
 from spdtool.distillation.layer_map import map_layers, select_layers
 from spdtool.distillation.losses import LogitLoss, LossTerms, LossWeight, distillation_loss
@@ -143,9 +144,13 @@ class DistillationLesson(Lesson):
     def loss(self, batch: dict[str, Tensor], progress: float, weight: LossWeight) -> LossTerms:
         """Compare the student's outputs with the teacher's, which may be cached; see `Lesson`."""
         # first, because it takes the cached columns out of the batch
-        teacher_outputs = pop_cached_outputs(batch) or self.compute_teacher_outputs(batch)
+        cached = pop_cached_outputs(batch)
+        is_labeled = batch.pop(LABELED, None)  # no model reads it
+        teacher_outputs = cached or self.compute_teacher_outputs(batch)
         with self._mixing.mix(self._rate(progress)):
             student_outputs = self._compute_outputs(self.student, batch, self._ignored_by_student)
+        if is_labeled is not None:
+            batch[LABELED] = is_labeled
         return distillation_loss(
             student_outputs,
             teacher_outputs,

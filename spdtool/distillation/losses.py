@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from spdtool.data.tokens import LABELED
 from spdtool.distillation.outputs import ModelOutputs
 from spdtool.distillation.projections import Projections, project
 from spdtool.recipe.fields import Loss
@@ -69,7 +70,7 @@ def distillation_loss(
     mask = batch["attention_mask"] if loss.mask_padding else None
     terms: LossTerms = {}
     if loss.logits > 0:
-        terms["logits"] = weight.labels * logit_loss(student.logits, teacher.logits, batch["labels"], loss)
+        terms["logits"] = weight.labels * _compare_logits(student.logits, teacher.logits, batch, loss, logit_loss)
     if loss.hidden > 0 or loss.relation > 0:
         assert student.hidden_states is not None
         assert teacher.hidden_states is not None
@@ -87,6 +88,22 @@ def distillation_loss(
     for name, term in terms.items():
         total = total + getattr(loss, name) * term
     return {"loss": total} | terms
+
+
+def _compare_logits(
+    student: Tensor, teacher: Tensor, batch: dict[str, Tensor], loss: Loss, logit_loss: LogitLoss
+) -> Tensor:
+    """Compute the logit loss; rows without a label, where a batch has such, learn from the teacher alone."""
+    labels, is_labeled = batch["labels"], batch.get(LABELED)
+    if is_labeled is None:
+        return logit_loss(student, teacher, labels, loss)
+    teacher_only = loss.model_copy(update={"hardness": 1.0, "regression_hardness": 1.0})
+    total = torch.zeros((), device=student.device)
+    for rows, section in ((is_labeled, loss), (~is_labeled, teacher_only)):
+        share = rows.float().mean()
+        if rows.any():  # a mean over no row is no number
+            total = total + share * logit_loss(student[rows], teacher[rows], labels[rows], section)
+    return total
 
 
 def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor | None) -> Tensor:

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from spdtool import console, ranks
 from spdtool.data import cache
 from spdtool.data.batches import evaluation_batches
-from spdtool.data.tokens import Batch, Encoded
+from spdtool.data.tokens import LABELED, Batch, Encoded
 from spdtool.distillation.outputs import ModelOutputs
 from spdtool.errors import DeviceError
 from spdtool.models import collectives
@@ -64,7 +64,7 @@ def is_worth_caching(
         return False
     if not needs_hidden_states(section.loss):
         # a pass over all rows costs as much as one epoch of looking at each batch
-        return _count_visits(section, len(rows)) >= len(rows)
+        return _count_visits(section, rows.epoch_rows) >= len(rows)
     # without a mask the loss reads the states of padding too, which are not stored
     if teacher.device.type != "cpu" or not section.loss.mask_padding:
         return False
@@ -72,7 +72,7 @@ def is_worth_caching(
     for phase in PHASES:
         other = recipe.section(phase)
         if isinstance(other, Distilled) and needs_hidden_states(other.loss):
-            visits += _count_visits(other, len(rows))
+            visits += _count_visits(other, rows.epoch_rows)
     return visits >= 2 * len(rows) and _count_bytes(rows, teacher, layers) <= recipe.teacher_states_gb * 1e9
 
 
@@ -198,13 +198,14 @@ def free_disk_space() -> int:
 
 
 def _count_visits(section: Distilled, rows: int) -> int:
-    """Count how many rows the phase of `section` reads, each as often as it is read."""
+    """Count how many rows the phase of `section` reads, each as often as it is read; `rows` are those of an epoch."""
     return section.length(rows).steps * section.batch_size
 
 
 @torch.inference_mode()
 def _compute_logits(append: cache.Append, rows: Encoded, teacher: PreTrainedModel, forward: TeacherForward) -> None:
     def compute_batch(batch: Batch) -> np.ndarray:
+        batch = {name: column for name, column in batch.items() if name != LABELED}
         logits: np.ndarray = forward(to_device(batch, teacher.device)).logits.float().cpu().numpy()
         return logits
 
@@ -229,6 +230,7 @@ def _compute_chunk(rows: Encoded, teacher: PreTrainedModel, forward: TeacherForw
     logits, states = np.empty(0, np.float32), np.empty(0, np.float32)
     for numbers in evaluation_batches(rows, BATCH_SIZE):
         batch = rows.collate(numbers)
+        batch.pop(LABELED, None)
         outputs, mask = forward(to_device(batch, teacher.device)), batch["attention_mask"].astype(bool)
         assert outputs.hidden_states is not None
         if not len(states):

@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from spdtool.export.graph.weights import StoredWeight
     from spdtool.models.predict import Forward
     from spdtool.recipe.fields import Export, Recipe
+from spdtool.run.records import Role
 
 MODEL_FILE = "onnx/model.onnx"
-ROLES = ("teacher", "student")
+ROLES: tuple[Role, ...] = ("teacher", "student")
 SMALLEST = "smallest"  # value of `export.values` and `export.embeddings`
 INSTALLED = "installed"  # value of `export.optional`: every installed target that suits the recipe
 
@@ -120,7 +121,7 @@ class Target:
     """
 
     name: str = ""
-    roles: tuple[str, ...] = ROLES
+    roles: tuple[Role, ...] = ROLES
     providers: tuple[str, ...] = ("cpu", "cuda")
     exported_by_default: bool = False
     operator_domains: tuple[str, ...] | None = None

@@ -31,7 +31,9 @@ MAY_CHANGE = frozenset({"name", "save_minutes", "restarts", "shard", "device", "
 # These decide whether a run goes on, not what a finished stage holds.
 ACCEPTED_LATER = frozenset({"teacher.accept"})
 # Fields outside the sections that the teacher stage does not read.
-STUDENT_FIELDS = frozenset({"sparsity", "student", "teacher_states_gb"})
+STUDENT_FIELDS = frozenset(
+    {"sparsity", "student", "teacher_states_gb", "unlabeled", "unlabeled_text", "unlabeled_share"}
+)
 # What is asked of the student and only measured in the end; the other fields of `goal` decide its shape.
 MEASURED_GOALS = frozenset({"goal.max_drop", "goal.tolerance"})
 FIELDS_HINT = "(`spdtool recipes default` lists every field)"
@@ -421,6 +423,11 @@ class Export(Section):
     """largest change of the dev metric, beyond one prediction; none: 0.001, fp16 0.002, int8 0.005"""
     sentences: int = Field(64, ge=1)
     """real dev sentences on which the logits are compared"""
+    # Percentile intervals of fewer wobble in their second digit.
+    resamples: int = Field(1000, ge=100)
+    """resamples of the test rows from which the intervals of the test scores come, drawn by `seed`"""
+    confidence: float = Field(0.95, gt=0, lt=1)
+    """confidence of these intervals"""
 
     def allowed_change(self, *, rounds: bool, storage: tuple[str, ...] = ()) -> float:
         """Return the largest change of the dev metric that passes.
@@ -569,6 +576,8 @@ class Recipe(Section):
     """label column of a local file"""
     regression: bool | None = None
     """whether its labels are numbers to predict, not classes; none: if all are numbers and not all are whole"""
+    multilabel: bool | None = None
+    """whether a row may have several labels; none: if the rows hold lists, or several labels of a labels.txt"""
     model: str = "google-bert/bert-base-uncased"
     """encoder to fine-tune: a folder or a hub name"""
     student: str | None = None
@@ -593,6 +602,15 @@ class Recipe(Section):
     """of embeddings: most texts that are not trained on, whose nearest neighbours are compared with the teacher's"""
     negatives: int = Field(8, ge=1)
     """of a reranker with qrels: passages to draw at random for a query that has relevant ones only"""
+    test_share: float = Field(0.0, ge=0, lt=1)
+    """fraction of the training rows of each class that becomes the test set where there is none; 0: no test set"""
+    unlabeled: str | None = None
+    """file of texts without labels, which the teacher labels and the student learns from too"""
+    unlabeled_text: tuple[str, ...] = ()
+    """text columns of that file; none: those of the training rows"""
+    # Half and half: the gold rows are still seen as often as without.
+    unlabeled_share: float = Field(0.5, gt=0, lt=1)
+    """share of the rows of an epoch that have no label, taken in turn from the file; at most all of them"""
     bucketing: bool = True
     """batch rows of similar length, padded to the longest of the batch; off: pad every batch to `max_length`"""
     # Larger pools pad less and shuffle less.
@@ -689,6 +707,15 @@ class Recipe(Section):
     def pool(self) -> int | None:
         """Batches of a pool of rows that are sorted by length; None without bucketing."""
         return self.pool_batches if self.bucketing else None
+
+    def without_unlabeled(self) -> Recipe:
+        """Return the recipe of a stage that reads no texts without labels."""
+        return self if self.unlabeled is None else self.model_copy(update={"unlabeled": None})
+
+    def unlabeled_per_epoch(self, labeled: int, unlabeled: int) -> int:
+        """Return how many rows without labels an epoch of the student has beside the labelled ones."""
+        share = self.unlabeled_share
+        return min(unlabeled, max(1, round(labeled * share / (1 - share)))) if unlabeled else 0
 
     def shared_fields(self) -> dict[str, JsonValue]:
         """Return the fields outside the sections that decide the result on one machine."""

@@ -85,6 +85,8 @@ def request_recipe(
     data: str | Path | None = None,
     text: Iterable[str] = (),
     label: str | None = None,
+    test_share: float | None = None,
+    unlabeled: str | Path | None = None,
     seed: int | None = None,
     device: str | None = None,
     metric: str | None = None,
@@ -101,6 +103,8 @@ def request_recipe(
         teacher: fine-tuned model to use as it is.
         data: file or folder to read instead of the hub.
         text, label: columns of `data`; empty, None: guessed.
+        test_share: of the training rows, to be scored once at the end.
+        unlabeled: file of texts that the teacher labels for the student.
         recorded: recipe of a run that exists; without task and data, what else is given changes it.
 
     Raises:
@@ -111,6 +115,8 @@ def request_recipe(
         "data": _absolute(data),
         "text": tuple(text) or None,
         "label": label,
+        "test_share": test_share,
+        "unlabeled": _absolute(unlabeled),
         "model": _absolute(model),
         "given_teacher": _absolute(teacher),
         "sparsity": sparsity,

@@ -15,6 +15,8 @@ FLAGS = {
     "data": "--data",
     "text": "--text",
     "label": "--label",
+    "test_share": "--test-share",
+    "unlabeled": "--unlabeled",
     "model": "--model",
     "given_teacher": "--teacher",
     "sparsity": "--sparsity",

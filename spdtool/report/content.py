@@ -92,6 +92,7 @@ class RunContent:
     phases: list[str]
     subject: list[tuple[str, str]]
     classes: TextTable
+    quality: list[tuple[str, str]]
     serving: list[str]
     gaps: TextTable
     bench: BenchContent | None
@@ -135,6 +136,7 @@ def content_of(run: Run) -> RunContent:
         phases=[describe_phase(phase, run.recipe) for phase in student.phases],
         subject=describe_subject(run, records),
         classes=class_scores(records),
+        quality=[] if records.export is None else records.export.quality.lines(),
         serving=serving_commands(run),
         gaps=train_gaps(run, records),
         bench=bench_content(records.bench),

@@ -19,7 +19,7 @@ from spdtool.report.drawing import (
     save_png,
     styled,
 )
-from spdtool.run.records import StudentRow
+from spdtool.run.records import CalibrationPair, Role, StudentRow
 from spdtool.sweep.summary import Spread, Summary, pareto_front, summarise
 
 if TYPE_CHECKING:
@@ -134,6 +134,31 @@ def sparsity_figure(layers: Sequence[str], matrices: Sequence[str], values: Mapp
     axes.set_xlabel("layer")
     axes.grid(visible=False)  # the cells are one
     axes.tick_params(length=0)
+    return figure
+
+
+@styled
+def reliability_figure(pairs: Mapping[Role, CalibrationPair]) -> Figure:
+    """Draw how often answers are right by how sure a model is; on the diagonal probabilities are frequencies.
+
+    The line is after the temperature, the pale one before it; larger points are more answers.
+    """
+    figure, (axes,) = figure_with_axes(SIZE)
+    axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.8, linestyle=":")
+    for index, (role, pair) in enumerate(pairs.items()):
+        for calibration, alpha, label in ((pair.raw, 0.35, f"{role}, raw"), (pair.calibrated, 1.0, role)):
+            confidence = [entry.confidence for entry in calibration.bins]
+            accuracy = [entry.accuracy for entry in calibration.bins]
+            areas = [6 + 120 * entry.count / calibration.answers for entry in calibration.bins]
+            axes.plot(
+                confidence, accuracy, color=SERIES[index], alpha=alpha, label=f"{label}: ECE {calibration.ece:.3f}"
+            )
+            axes.scatter(confidence, accuracy, areas, color=SERIES[index], alpha=alpha, marker=MARKERS[index])
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1)
+    axes.set_xlabel("probability")
+    axes.set_ylabel("share that is right")
+    _add_legend(axes)
     return figure
 
 

@@ -233,7 +233,7 @@ class Run:
         """Raise RunMismatch unless the finished `stages` read the same rows; older records do not say."""
         for stage in stages:
             recorded = self.record(stage).data
-            if recorded is not None and recorded != data:  # a stage of an older version has none
+            if recorded is not None and not recorded.agrees(data):  # a stage of an older version has none
                 raise RunMismatch(
                     f"the rows are not those of the stage {stage!r} in {self.path}: {_data_change(recorded, data)}",
                     "put the data back, give another --run, or begin anew: "

@@ -13,7 +13,7 @@ from spdtool.recipe.fields import Recipe
 from spdtool.recipe.reading import request_recipe
 from spdtool.run.folder import Run, default_path
 from spdtool.run.forecast import Forecast, StageCost
-from spdtool.run.records import ExportedModel, Plan, Scores
+from spdtool.run.records import ExportedModel, FinalScores, Plan, Scores
 from spdtool.stages.run_stages import run_missing
 
 BUNDLE = "export/bundle"
@@ -28,6 +28,7 @@ class CompressionResult:
         run: the run folder.
         finished: whether every stage that was asked for is done.
         teacher, student: dev scores of the dense and of the sparse model, as far as they are trained.
+        test: both on test rows, where there are any.
         sparsity: fraction of zeros in the student's prunable matrices.
         bundle: folder to load or serve, where one was exported.
         files: exported files, relative to `run`.
@@ -45,6 +46,7 @@ class CompressionResult:
     files: tuple[Path, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
     refusal: GateError | None = None
+    test: FinalScores | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ def compress(
     data: str | Path | None = None,
     text: Iterable[str] = (),
     label: str | None = None,
+    test_share: float | None = None,
+    unlabeled: str | Path | None = None,
     recipe: str | Recipe | None = None,
     seed: int | None = None,
     device: str | None = None,
@@ -85,8 +89,8 @@ def compress(
     the recipe that the run has recorded.
 
     Args:
-        task, sparsity, speedup, max_mb, max_drop, kind, model, teacher, data, text, label, seed, device, metric, sets,
-            smoke: see `recipe.reading.request_recipe`.
+        task, sparsity, speedup, max_mb, max_drop, kind, model, teacher, data, text, label, test_share, unlabeled, seed,
+            device, metric, sets, smoke: see `recipe.reading.request_recipe`.
         recipe: name, TOML file, or a recipe that is used as it is; None: `default`, or that of `run`.
         run: run folder; None: `runs/<task>-<sparsity>`.
         until: last stage to run.
@@ -106,6 +110,8 @@ def compress(
             data=data,
             text=text,
             label=label,
+            test_share=test_share,
+            unlabeled=unlabeled,
             seed=seed,
             device=device,
             metric=metric,
@@ -264,4 +270,5 @@ def _describe_result(run: Run, wanted: Iterable[str], refusal: GateError | None)
         tuple(files),
         run.export_result().refused,
         refusal,
+        run.export_result().quality.final,
     )

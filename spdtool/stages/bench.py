@@ -339,7 +339,7 @@ def spread_lengths(batch: int, longest: int, observed: np.ndarray | None) -> tup
 def sample_dev_lengths(recipe: Recipe, tokenizer_folder: Path) -> np.ndarray | None:
     """Number of tokens of the first rows of the dev set; None if it cannot be read any more."""
     try:
-        rows = find_task(recipe).read_rows(recipe)["dev"]
+        rows = find_task(recipe).read_rows(recipe.without_unlabeled())["dev"]
         sample = rows.select(range(min(SAMPLED_ROWS, len(rows))))
         return tokenize(load_tokenizer(tokenizer_folder), sample, recipe.max_length).lengths
     except SpdError:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spdtool.data.dataset import Rows
+from spdtool.data.dataset import UNLABELED, Rows
 from spdtool.data.tokens import tokenize
 from spdtool.export.sizes import estimate_files
 from spdtool.export.target import ChosenTarget, optional_targets, required_targets
@@ -61,7 +61,8 @@ class Estimator:
         self.run, self.recipe, self.pair, self.counts, self.device = run, run.recipe, pair, counts, device
         dev_rows = sum(len(rows) for name, rows in splits.items() if name.startswith("dev"))
         tokens = count_tokens(self.recipe, pair.tokenizer, splits["train"])
-        self.workload = Workload(len(splits["train"]), dev_rows, tokens)
+        rows, unlabeled = len(splits["train"]), len(splits.get(UNLABELED, ()))
+        self.workload = Workload(rows + self.recipe.unlabeled_per_epoch(rows, unlabeled), dev_rows, tokens)
         self.cost_model = CostModel(self.recipe, pair.student, pair.teacher, self.workload, device)
         self.chosen = [*required_targets(self.recipe.export), *optional_targets(self.recipe)[0]]
 

@@ -3,7 +3,7 @@
 Reads: `teacher` and `finetune`. Writes: `export/teacher` and `export/student`, each a folder that
 Hugging Face clients open; the same under `export/NAME` for every further target; and
 `export/bundle`, the servable folder. Every file passes the gates on weights, logits and score: see
-`export.gates`.
+`export.gates`. Test rows are scored here, once.
 
 A further target whose files a gate refuses is not shipped. The others are, the stage counts as
 done, and stage.json keeps the reason under `refused`. If the target was required
@@ -30,13 +30,14 @@ from spdtool.export.gates.checked_export import export_and_check
 from spdtool.export.gates.folder import check_bundle
 from spdtool.export.gates.reference import DevSets, Reference, prepare_dev_sets
 from spdtool.export.graph.trace import cached_traces
+from spdtool.export.quality import measure_quality
 from spdtool.export.target import ChosenTarget, get_target, optional_targets, required_targets
 from spdtool.models.layers import find_prunable_weights
 from spdtool.models.load import load_tokenizer
 from spdtool.pruning.recognise import recognise_zeros
 from spdtool.recipe.fields import Recipe
 from spdtool.run.folder import Run
-from spdtool.run.records import ExportedModel, ExportResult, TargetExport, describe_prediction_change
+from spdtool.run.records import ExportedModel, ExportResult, Role, TargetExport, describe_prediction_change
 from spdtool.run.storage import replacing
 
 
@@ -56,8 +57,8 @@ def export(run: Run) -> ExportResult:
     optional, unusable = optional_targets(recipe)
     providers = onnx_session.working_providers(recipe.device)
     # Both stages are read before any rows: the rows must be those of either.
-    checkpoints = {"teacher": run.use_input("teacher"), "student": run.use_input("finetune")}
-    references = {}
+    checkpoints: dict[Role, Path] = {"teacher": run.use_input("teacher"), "student": run.use_input("finetune")}
+    references: dict[Role, Reference] = {}
     for role, checkpoint in checkpoints.items():
         dev = prepare_dev_sets(checkpoint, recipe, run.record_data, checkpoints["teacher"])
         references[role] = Reference(checkpoint, dev, recipe)
@@ -71,6 +72,8 @@ def export(run: Run) -> ExportResult:
         for chosen in (*required, *optional):
             _export_or_refuse(chosen, references, stage.folder, providers, result)
         _compare_bytes(result)
+        with console.busy("scoring the test rows"):
+            result.quality = measure_quality(references, recipe, providers[-1])
         obstacle = write_bundle(stage.folder, checkpoints["student"], recipe, result)
         if obstacle:
             console.warn(f"there is no bundle to serve: {obstacle}")
@@ -120,7 +123,7 @@ def export_checkpoint(checkpoint: Path, name: str, folder: Path, recipe: Recipe,
 
 def _export_or_refuse(
     chosen: ChosenTarget,
-    references: Mapping[str, Reference],
+    references: Mapping[Role, Reference],
     stage_folder: Path,
     providers: list[str],
     result: ExportResult,
@@ -149,7 +152,7 @@ def _export_or_refuse(
 
 
 def _export_roles(
-    chosen: ChosenTarget, references: Mapping[str, Reference], folder: Path, providers: list[str]
+    chosen: ChosenTarget, references: Mapping[Role, Reference], folder: Path, providers: list[str]
 ) -> TargetExport:
     models = {}
     for role in chosen.target.roles:

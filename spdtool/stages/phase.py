@@ -171,7 +171,7 @@ def load_phase(run: Run, stage: str, start: str) -> Phase:
         masks=_read_masks(recipe, model),
         teacher=teacher,
         section=section,
-        length=section.length(len(splits["train"])),
+        length=section.length(splits["train"].epoch_rows),
         start=folder,
     )
 

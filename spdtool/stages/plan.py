@@ -5,13 +5,13 @@ It refuses at once what a later stage would refuse after hours.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spdtool import plugins
-from spdtool.data.dataset import Rows, identify_rows
+from spdtool.data.dataset import UNLABELED, Rows, identify_rows
 from spdtool.data.overview import LISTED_NAMES
 from spdtool.distillation.grafting import replacing_rate
 from spdtool.distillation.layer_map import check_phases
@@ -65,7 +65,8 @@ def make_plan(run: Run, redo: str | None = None) -> Plan:
     task = find_task(recipe)
     splits = task.read_rows(recipe)
     rows = {name: len(split) for name, split in splits.items()}
-    accelerator = check_recipe(recipe, rows["train"])
+    epoch_rows = count_epoch_rows(recipe, rows)
+    accelerator = check_recipe(recipe, epoch_rows)
     check_rows(run, task, splits, redo)
     student, teacher = load_pair(recipe, task)
     if recipe.given_teacher is not None:
@@ -78,7 +79,8 @@ def make_plan(run: Run, redo: str | None = None) -> Plan:
     stages = []
     for stage in STAGES:
         model = teacher if stage == "teacher" else student
-        planned = _plan_stage(run, stage, rows["train"], model.config.hidden_size)
+        stage_rows = rows["train"] if stage == "teacher" else epoch_rows
+        planned = _plan_stage(run, stage, stage_rows, model.config.hidden_size)
         if stage == "export":
             planned.targets = [choice.name for choice in estimator.chosen]
         if not planned.done:
@@ -105,11 +107,16 @@ def make_plan(run: Run, redo: str | None = None) -> Plan:
     )
 
 
+def count_epoch_rows(recipe: Recipe, rows: Mapping[str, int]) -> int:
+    """Return how many rows an epoch of the student has, with those without labels."""
+    return rows["train"] + recipe.unlabeled_per_epoch(rows["train"], rows.get(UNLABELED, 0))
+
+
 def check_recipe(recipe: Recipe, rows: int) -> Accelerator:
     """Return the device of a recipe; refuse what a later stage would: unknown names, prune events that do not fit.
 
     Args:
-        rows: of the training set.
+        rows: of an epoch of the student.
 
     Raises:
         UnknownName: no such criterion, pattern, target or schedule.
@@ -141,7 +148,7 @@ def check_run(run: Run, redo: str | None = None) -> None:
     """Check a run that has its teacher, before the stage `redo` is done again; raises as `make_plan` does."""
     task = find_task(run.recipe)
     splits = task.read_rows(run.recipe)
-    check_recipe(run.recipe, len(splits["train"]))
+    check_recipe(run.recipe, count_epoch_rows(run.recipe, {name: len(split) for name, split in splits.items()}))
     check_rows(run, task, splits, redo)
     load_pair(run.recipe, task)
 

@@ -43,8 +43,9 @@ def teacher(run: Run) -> TrainingResult:
     choose_threads(run)
     accelerator = create_accelerator(recipe)
     task = find_task(recipe)
-    splits = task.read_rows(recipe)
+    splits = task.read_rows(recipe.without_unlabeled())  # the teacher learns from gold labels alone
     run.record_data(identify_rows(task.dataset, splits))
+    splits.pop("test", None)  # no stage that trains or chooses has it in its hands
     torch.manual_seed(recipe.seed)  # the new head is random
     model, tokenizer = _load_dense_model(run, task)
     find_layer_stack(model)  # refuse an unsupported architecture before hours are spent on it
@@ -98,7 +99,7 @@ def copy_teacher(run: Run, source: str) -> TrainingResult:
         run.record_data(record)
         _warn_if_trained_on_other_rows(Path(source), run, record)
 
-    task, encoded = prepare_data(recipe, tokenizer, label_names(model), record_data)
+    task, encoded = prepare_data(recipe.without_unlabeled(), tokenizer, label_names(model), record_data)
     _check_rows_fit(model, encoded)
     learner = Learner(
         model=move_to_device(model, recipe, accelerator.device),

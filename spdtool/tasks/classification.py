@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spdtool.data.dataset import Rows, Splits
+from spdtool.data.dataset import UNLABELED, Rows, Splits
 from spdtool.data.labels import parse_number
 from spdtool.data.overview import list_names
 from spdtool.data.tokens import Encoded
@@ -32,6 +32,7 @@ class Classification(Task):
     """One of several classes for each text or pair of texts."""
 
     problem_type = "single_label_classification"
+    takes_unlabeled = True
 
     def check_training_rows(self, rows: Rows) -> None:
         """Raise DataError if all rows have one class."""
@@ -182,6 +183,11 @@ class Classification(Task):
         logits[:, np.bincount(labels).argmax()] = 1
         return self.score_labels(logits, labels)
 
+    def right_rows(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray | None:
+        """Tell which rows have the right class."""
+        right: np.ndarray = self.predictions(logits) == labels
+        return right
+
     def compare_predictions(
         self,
         before: np.ndarray,
@@ -213,6 +219,8 @@ class Classification(Task):
         """Count the rows of each class by split."""
         labels, by_split = self.dataset.labels, {}
         for split, rows in splits.items():
+            if split == UNLABELED:
+                continue
             counts = np.bincount(np.asarray(rows.labels, np.int64), minlength=len(labels)).tolist()
             by_split[split] = dict(zip(labels, counts, strict=True))
         return by_split
@@ -222,7 +230,7 @@ class Classification(Task):
         lines = super().data_warnings(splits)
         for split, counts in self.count_classes(splits).items():
             absent = [repr(name) for name, count in counts.items() if not count]
-            if absent and split in ("train", "dev"):
+            if absent and split in ("train", "dev", "test"):
                 lines.append(f"no row of {split} has the label {list_names(absent)}")
         return lines + self._label_name_warnings()
 

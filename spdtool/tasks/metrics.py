@@ -50,6 +50,43 @@ def spearman(gold: np.ndarray, predicted: np.ndarray) -> float:
     return float(spearmanr(gold, predicted)[0]) if _varies(gold, predicted) else 0.0
 
 
+def f1_of_labels(gold: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """Return the F1 of each label, [labels]; 0 for one that is neither gold nor predicted.
+
+    Args:
+        gold, predicted: bool [rows, labels].
+    """
+    right = (gold & predicted).sum(axis=0)
+    claimed_and_gold = gold.sum(axis=0) + predicted.sum(axis=0)
+    f1_scores: np.ndarray = 2 * right / np.maximum(claimed_and_gold, 1)
+    return f1_scores
+
+
+def f1_of_label_sets(gold: np.ndarray, predicted: np.ndarray) -> float:
+    """Return the F1 over all labels of all rows together, bool [rows, labels]."""
+    return 2 * float((gold & predicted).sum()) / max(int(gold.sum() + predicted.sum()), 1)
+
+
+def mean_average_precision(gold: np.ndarray, scores: np.ndarray) -> float:
+    """Return the mean over labels of the average precision of its rows, ordered by score.
+
+    Rows of equal scores count together, as in scikit-learn. Labels that no row has are left out: none can be found.
+
+    Args:
+        gold: bool [rows, labels].
+        scores: of any scale, [rows, labels].
+    """
+    precisions = []
+    for index in np.flatnonzero(gold.any(axis=0)):
+        order = np.argsort(-scores[:, index], kind="stable")
+        highest_first, is_gold = scores[order, index], gold[order, index]
+        is_last = np.append(highest_first[:-1] != highest_first[1:], True)  # of rows with the same score
+        hits = np.cumsum(is_gold)[is_last]
+        recalls = np.diff(hits, prepend=0) / hits[-1]
+        precisions.append(float((recalls * hits / (np.flatnonzero(is_last) + 1)).sum()))
+    return float(np.mean(precisions)) if precisions else 0.0
+
+
 def _varies(gold: np.ndarray, predicted: np.ndarray) -> bool:
     """Tell whether a correlation is defined; a model with one answer for every row knows nothing."""
     return bool(np.ptp(gold) != 0 and np.ptp(predicted) != 0 and np.isfinite(predicted).all())

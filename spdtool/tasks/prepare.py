@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from spdtool import console, plugins
 from spdtool.data import dataset as datasets
 from spdtool.data.dataset import Dataset, Rows
-from spdtool.data.tokens import Encoded
+from spdtool.data.tokens import Encoded, mix_rows
 from spdtool.errors import DataError, UnknownName
 from spdtool.recipe.fields import Recipe
 from spdtool.run.records import DataRecord
@@ -69,9 +69,18 @@ def prepare_data(
     label_names: Sequence[str],
     check_rows: CheckRows | None = None,
 ) -> tuple[Task, dict[str, Encoded]]:
-    """Return the recipe's task and its tokenized splits; arguments and errors are those of `prepare_rows`."""
+    """Return the recipe's task and the tokenized splits of a training stage, all but `test`.
+
+    Texts without labels are among the training rows. Arguments and errors are those of `prepare_rows`.
+    """
     task, splits = prepare_rows(recipe, label_names, check_rows)
-    return task, task.encode(tokenizer, splits, recipe)
+    splits.pop("test", None)  # no stage that trains or chooses has it in its hands
+    encoded = task.encode(tokenizer, splits, recipe)
+    unlabeled = encoded.pop(datasets.UNLABELED, None)
+    if unlabeled is not None:
+        per_epoch = recipe.unlabeled_per_epoch(len(encoded["train"]), len(unlabeled))
+        encoded["train"] = mix_rows(encoded["train"], unlabeled, per_epoch)
+    return task, encoded
 
 
 def prepare_rows(

@@ -26,6 +26,7 @@ class Regression(Task):
 
     problem_type = "regression"
     decision = OneNumber
+    takes_unlabeled = True
 
     @property
     def head_labels(self) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -11,6 +12,8 @@ from spdtool.data import dataset as datasets
 from spdtool.data import overview
 from spdtool.data.dataset import Dataset, Rows
 from spdtool.data.tokens import Encoded, encode_splits
+from spdtool.data.unlabeled import read_unlabeled
+from spdtool.errors import DataError
 from spdtool.recipe.fields import Loss, Recipe
 from spdtool.run.records import ClassScores
 from spdtool.tasks.decision import Answer, Decision, Json, OneLabel
@@ -36,6 +39,7 @@ class Task:
         decision: class that answers for an exported model of this kind.
         problem_type: value of that field in a checkpoint's config.json.
         metric: the one that is the headline score; None: the mean of all.
+        takes_unlabeled: whether the student can learn from texts without labels.
         positive: index of the class that metrics of two classes call positive, in the order of the labels.
         scores_training_rows: whether training rows can be scored, as those with labels can.
     """
@@ -44,6 +48,7 @@ class Task:
     decision: type[Decision] = OneLabel
     problem_type: ProblemType | None = None
     metric: str | None = None
+    takes_unlabeled: bool = False
     positive: int = 1
     scores_training_rows: bool = True
 
@@ -63,7 +68,7 @@ class Task:
     # Rows and tokens
 
     def read_rows(self, recipe: Recipe) -> dict[str, Rows]:
-        """Load the splits, check them and reduce them to `recipe.max_rows`.
+        """Load the splits, check them and reduce them to `recipe.max_rows`; texts without labels are one more split.
 
         Raises:
             DataError: a split is missing or empty, or nothing can be learnt from the training rows.
@@ -71,6 +76,13 @@ class Task:
         splits = datasets.load_splits(self.dataset, recipe)
         # Before rows are drawn: a small sample may miss a class by chance.
         self.check_training_rows(splits["train"])
+        if recipe.unlabeled is not None:
+            if not self.takes_unlabeled:
+                raise DataError(
+                    f"a task of the kind {self.dataset.kind!r} learns from no unlabelled texts", "leave them out"
+                )
+            file, labels = Path(recipe.unlabeled), np.asarray(splits["train"].labels)
+            splits[datasets.UNLABELED] = read_unlabeled(file, recipe.unlabeled_text, self.dataset, labels)
         return datasets.sample_splits(splits, recipe)
 
     def check_training_rows(self, rows: Rows) -> None:
@@ -212,6 +224,15 @@ class Task:
         """Return the highest dev score of a model that may have learned nothing."""
         return self.baseline(rows)["score"]
 
+    def right_rows(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray | None:  # noqa: ARG002
+        """Tell which rows have the right answer, bool [rows]; None where answers are more or less right.
+
+        Args:
+            logits: [rows, labels].
+            labels: gold labels [rows].
+        """
+        return None
+
     def compare_predictions(
         self, before: np.ndarray, after: np.ndarray, rows: Encoded, tolerance: float
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -281,4 +302,10 @@ class Task:
 
     def data_warnings(self, splits: datasets.Splits) -> list[str]:
         """Name what may be a mistake in the data, one line each."""
-        return overview.leaked_dev_rows(splits["train"], splits["dev"])
+        lines = overview.leaked_rows(splits["train"], splits["dev"], "dev")
+        if "test" in splits:
+            lines += overview.leaked_rows(splits["train"], splits["test"], "test")
+        for split in ("dev", "test"):
+            if split in splits and datasets.UNLABELED in splits:
+                lines += overview.leaked_rows(splits[datasets.UNLABELED], splits[split], split, "the unlabelled texts")
+        return lines

@@ -64,18 +64,59 @@ def test_every_format_gives_the_same_rows(ending: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", FORMATS)
-def test_a_folder_keeps_its_own_dev_set_and_the_test_set_is_left_alone(ending: str, tmp_path: Path) -> None:
+def test_a_folder_keeps_its_own_dev_and_test_sets(ending: str, tmp_path: Path) -> None:
     pair = [{"first": "a", "second": "b", "score": 0.5}, {"first": "c", "second": "d", "score": 2.0}]
     make(tmp_path / f"train.{ending}", pair)
     make(tmp_path / f"validation.{ending}", pair[1:])
-    (tmp_path / f"test.{ending}").write_bytes(b"\xff not read")
+    make(tmp_path / f"test.{ending}", pair[:1])
     task = local(tmp_path, text=("second", "first"), label="score")
     assert task.kind == "regression"
     assert task.metrics == ("pearson", "spearman")
     assert task.load(str(tmp_path), 7) == {
         "train": Rows(["b", "d"], ["a", "c"], [0.5, 2.0]),
         "dev": Rows(["d"], ["c"], [2.0]),
+        "test": Rows(["b"], ["a"], [0.5]),
     }
+    assert f"test.{ending} is scored once, at the end" in task.about
+
+
+def test_a_test_file_without_labels_is_left_alone_and_the_plan_says_so(tmp_path: Path) -> None:
+    make(tmp_path / "train.jsonl", PLAIN)
+    for unlabeled in ({"text": "a"}, {"text": "a", "label": -1}, {"text": "a", "label": None}):
+        make(tmp_path / "test.jsonl", [unlabeled])
+        task = local(tmp_path)
+        assert set(task.load(None, 0)) == {"train", "dev"}, unlabeled
+        assert "test.jsonl has no labels: `spdtool predict` gives it some" in task.about, unlabeled
+    make(tmp_path / "test.jsonl", [{"text": "a", "label": "yes"}, {"text": "b", "label": None}])
+    with pytest.raises(DataError, match=r"test\.jsonl, line 2: no label"):
+        rows(tmp_path)
+
+
+def test_a_test_share_is_taken_of_each_class_before_the_dev_rows_are_drawn(tmp_path: Path) -> None:
+    records = [{"text": f"row {i % 280}", "label": "ab"[i % 280 > 200]} for i in range(300)]
+    data = make(tmp_path / "mine.jsonl", records)
+    recipe = Recipe(task="local", data=str(data), test_share=0.25)
+    splits = find_task(recipe).read_rows(recipe)
+    parts = {name: set(split.first) for name, split in splits.items()}
+    assert parts.keys() == {"train", "dev", "test"}
+    assert not parts["test"] & (parts["train"] | parts["dev"])
+    assert sum(map(len, splits.values())) == 300
+    texts_by_class = {
+        label: len({t for t, k in zip(splits["test"].first, splits["test"].labels, strict=True) if k == label})
+        for label in (0, 1)
+    }
+    assert texts_by_class == {0: 50, 1: 20}
+    assert find_task(recipe).read_rows(recipe) == splits
+    assert len(splits["dev"]) > 10, "the draws of test and dev have nothing to do with each other"
+    other = recipe.model_copy(update={"seed": 1})
+    assert find_task(other).read_rows(other)["test"] != splits["test"]
+
+
+def test_a_test_share_beside_a_test_file_is_refused(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        make(tmp_path / f"{name}.csv", PLAIN)
+    with pytest.raises(DataError, match="the data have the test rows"):
+        find_dataset(Recipe(task="local", data=str(tmp_path), test_share=0.1))
 
 
 def test_a_folder_without_a_dev_set_is_split_like_a_file(tmp_path: Path) -> None:
@@ -254,7 +295,7 @@ BAD: dict[str, tuple[str, bytes, str]] = {
     "absent label": ("jsonl", b'{"text": "a", "label": 1}\n{"text": "b"}\n', "line 2: no label"),
     "nan label": ("jsonl", b'{"text": "a", "label": 0.5}\n{"text": "b", "label": NaN}\n', "line 2: no label: nan"),
     "infinite label": ("jsonl", b'{"text": "a", "label": 0.5}\n{"text": "b", "label": Infinity}\n', "line 2: no label"),
-    "list as label": ("jsonl", b'{"text": "a", "label": [1]}\n', "line 1: the label is a list"),
+    "list as label": ("jsonl", b'{"text": "a", "label": [1]}\n', "has 1 label"),
     "number as text": (
         "jsonl",
         b'{"text": 7, "label": 1}\n{"text": 8, "label": 0}\n',

@@ -8,18 +8,20 @@ import numpy as np
 import pytest
 
 from spdtool.data.dataset import Rows
-from spdtool.data.overview import leaked_dev_rows, list_names
+from spdtool.data.overview import leaked_rows, list_names
 
 
 def test_dev_rows_whose_text_is_in_train_are_counted() -> None:
     train, dev = Rows(["x", "y", "y"], None, [0, 1, 0]), Rows(["y", "z", "y"], None, [0, 1, 0])
-    assert leaked_dev_rows(train, dev) == ["2 of 3 dev rows have a text that is in train too: their score is flattered"]
-    assert leaked_dev_rows(train, Rows(["z"], None, [0])) == []
+    assert leaked_rows(train, dev, "dev") == [
+        "2 of 3 dev rows have a text that is in train too: their score is flattered"
+    ]
+    assert leaked_rows(train, Rows(["z"], None, [0]), "dev") == []
 
 
 def test_pairs_are_alike_in_both_texts_only() -> None:
     train, dev = Rows(["a", "b"], ["x", "y"], [0, 1]), Rows(["a", "b"], ["y", "y"], [0, 1])
-    assert leaked_dev_rows(train, dev)[0].startswith("1 of 2 dev rows")
+    assert leaked_rows(train, dev, "dev")[0].startswith("1 of 2 dev rows")
 
 
 def test_texts_in_shards_are_not_read() -> None:
@@ -27,7 +29,7 @@ def test_texts_in_shards_are_not_read() -> None:
         def __iter__(self) -> Any:
             pytest.fail("read")
 
-    assert leaked_dev_rows(Rows(tuple("ab"), None, np.array([0, 1])), Rows(Unreadable("ab"), None, [0, 1])) == []
+    assert leaked_rows(Rows(tuple("ab"), None, np.array([0, 1])), Rows(Unreadable("ab"), None, [0, 1]), "dev") == []
 
 
 def test_of_many_names_the_first_are_listed() -> None:

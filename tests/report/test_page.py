@@ -18,7 +18,7 @@ from spdtool.report import content as gather
 from spdtool.run.folder import Run
 from spdtool.run.records import Ratio, StudentRow
 
-SECTIONS = {"speed", "subject", "serve", "lineage", "curves", "overfitting", "sparsity", "repeat"}
+SECTIONS = {"speed", "subject", "quality", "serve", "lineage", "curves", "overfitting", "sparsity", "repeat"}
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 LOADS = {"src", "srcset", "data", "action", "poster", "formaction"}
 

@@ -23,7 +23,7 @@ from spdtool.export.bundle.card import render_card
 from spdtool.export.bundle.layouts import write_layout, write_triton_layout
 from spdtool.export.bundle.write import write_bundle
 from spdtool.run.folder import Run
-from spdtool.run.records import ExportResult, LibraryRecord, Variant
+from spdtool.run.records import ExportResult, LibraryRecord, Quality, Variant
 from spdtool.tasks.decision import OneNumber, SeveralLabels
 
 TEXT_INPUT = "data_type: TYPE_STRING dims: [1]"
@@ -92,7 +92,7 @@ def test_the_model_card_fits_the_kind_of_task(toys: ModuleType, toy_task: Any) -
         (True, (), number),
     ):
         toy_task(pairs=pairs, labels=labels)
-        card = render_card(toys.recipe(), {"onnx": measured if labels else numbers}, config)
+        card = render_card(toys.recipe(), {"onnx": measured if labels else numbers}, config, Quality())
         single_class = bool(labels) and not pairs
         assert ('pipeline("text-classification"' in card) == single_class
         assert ("text_pair" in card) == pairs
@@ -101,8 +101,11 @@ def test_the_model_card_fits_the_kind_of_task(toys: ModuleType, toy_task: Any) -
         assert ("largest change, mean change, rank correlation |" in card) == (not labels)
         assert ("| 5.0e-01, 2.5e-01, 0.750000 |" in card) == (not labels)
         assert "not that of the zeros alone" not in card
+        assert "the dev rows both picked the checkpoint and report its score" in card
     native = measured.model_copy(update={"library": LibraryRecord(file="lib/ops.so", distribution="ops")})
-    assert "not that of the zeros alone" in render_card(toys.recipe(), {"onnx": measured, "native": native}, classes)
+    assert "not that of the zeros alone" in render_card(
+        toys.recipe(), {"onnx": measured, "native": native}, classes, Quality()
+    )
 
 
 def python_snippets(card: str, folder: Path) -> list[str]:
@@ -142,7 +145,7 @@ def test_the_card_names_the_base_model_only_if_it_is_public(tmp_path: Path, toys
     for fields, base_model in cases:
         task = fields.get("task", "plain")
         recipe = toys.recipe(task=task).model_copy(update=fields)
-        card = render_card(recipe, {"onnx": variant}, {})
+        card = render_card(recipe, {"onnx": variant}, {}, Quality())
         lines = [line for line in card.splitlines() if line.startswith("base_model:")]
         expected = [] if base_model is None else [f'base_model: "{base_model}"']
         assert lines == expected, fields

@@ -72,8 +72,16 @@ def files(folder: Path) -> list[str]:
 def test_teacher_and_student_exports_equal_their_checkpoints(
     fabricate: Fabricate, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = fabricate(pairs=True)
+    run = fabricate("test_share=0.25", pairs=True)
     result = export(run)
+    final = result.quality.final
+    assert final is not None
+    assert (final.rows, final.drawn, final.test.method) == (12, True, "mcnemar")
+    for scores, interval in ((final.teacher, final.teacher_score), (final.student, final.student_score)):
+        assert set(scores) == {"score", "accuracy"}
+        assert interval.low <= interval.value == scores["score"] <= interval.high
+    assert final.difference.value == pytest.approx(final.student["score"] - final.teacher["score"])
+    assert "- test rows: 12, taken from the training rows" in (run.path / "export/bundle/README.md").read_text("utf-8")
     expected = ["stage.json"]
     for role in ("student", "teacher"):
         for name in ("config.json", "manifest.json", "onnx/model.onnx", "tokenizer.json", "tokenizer_config.json"):

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from spdtool.tasks.metrics import METRICS
+from spdtool.tasks.metrics import METRICS, f1_of_label_sets, f1_of_labels, mean_average_precision
 
 GOLD = np.array([1, 1, 0, 1, 0, 0, 1, 0, 1, 1])
 GUESS = np.array([1, 0, 0, 1, 1, 0, 1, 0, 0, 1])
@@ -42,3 +42,25 @@ def test_a_model_with_one_answer_has_a_score_and_no_warning() -> None:
     for name in ("accuracy", "f1", "f1_macro", "matthews"):
         for constant in (0, 1):
             assert 0 <= METRICS[name](GOLD, np.full(10, constant)) < 0.8, (name, constant)
+
+
+def test_metrics_of_label_sets_agree_with_scikit_learn() -> None:
+    from sklearn.metrics import average_precision_score, f1_score
+
+    generator = np.random.default_rng(0)
+    for trial in range(20):
+        gold = generator.random((40, 5)) < (0.05, 0.2, 0.5, 0.8, 0.3)
+        gold[0] = True  # scikit-learn warns of a label that no row has
+        scores = generator.normal(0, 1, (40, 5)).round(trial % 3)  # with ties, and without
+        predicted = scores > 0.4
+        assert f1_of_label_sets(gold, predicted) == pytest.approx(f1_score(gold, predicted, average="micro"))
+        each = f1_score(gold, predicted, average=None, zero_division=0.0)
+        np.testing.assert_allclose(f1_of_labels(gold, predicted), each)
+        assert mean_average_precision(gold, scores) == pytest.approx(average_precision_score(gold, scores))
+
+
+def test_a_label_that_no_row_has_counts_as_0_in_f1_and_not_at_all_in_average_precision() -> None:
+    gold = np.array([[True, False], [False, False]])
+    assert f1_of_labels(gold, gold).tolist() == [1.0, 0.0]
+    assert mean_average_precision(gold, np.array([[2.0, 1.0], [1.0, 2.0]])) == 1.0
+    assert mean_average_precision(gold[1:], np.zeros((1, 2))) == 0.0

@@ -12,7 +12,7 @@ from spdtool.data.dataset import find_dataset
 from spdtool.models.config import HUB_NAME
 from spdtool.models.student import PRETRAINED
 from spdtool.recipe.fields import Recipe
-from spdtool.run.records import Variant
+from spdtool.run.records import Quality, Variant
 from spdtool.tasks.head import head_of_config
 
 PYTHON = """
@@ -104,12 +104,15 @@ TAGS = ("onnx", "sparse", "pruned", "distilled", "spdtool")
 DTYPES = {"onnx/model.onnx": "fp32", "onnx/model_fp16.onnx": "fp16", "onnx/model_quantized.onnx": "q8"}
 
 
-def render_card(recipe: Recipe, variants: Mapping[str, Variant], config: Mapping[str, JsonValue]) -> str:
+def render_card(
+    recipe: Recipe, variants: Mapping[str, Variant], config: Mapping[str, JsonValue], quality: Quality
+) -> str:
     """Render README.md.
 
     Args:
         variants: by target, the portable one first.
         config: the model's config.json.
+        quality: what was measured of teacher and student.
     """
     # A configuration without names stands for two classes.
     labels = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
@@ -135,6 +138,8 @@ def render_card(recipe: Recipe, variants: Mapping[str, Variant], config: Mapping
         f"A {kind} encoder, pruned and distilled with spdtool (recipe `{recipe.name}`, seed {recipe.seed}). {content}",
         "",
         *_measured_table(variants),
+        "",
+        *(f"- {name}: {text}" for name, text in quality.lines()),
     ]
     if any(variant.library is not None for variant in variants.values()):
         lines += ["", SPEED_NOTE]

@@ -111,7 +111,7 @@ def write_bundle(export: Path, checkpoint: Path, recipe: Recipe, result: ExportR
     golden = make_golden_examples(checkpoint, folder, recipe)
     write_json(folder / GOLDEN_FILE, golden.model_dump(mode="json", exclude_defaults=True))
     shutil.copyfile(Path(__file__).with_name(SELFTEST), folder / SELFTEST)
-    card = render_card(recipe, variants, read_json_object(folder / "config.json"))
+    card = render_card(recipe, variants, read_json_object(folder / "config.json"), result.quality)
     (folder / CARD).write_text(card, "utf-8")
     # Last, because it holds the digests of all the others.
     write_manifest(folder, _make_manifest(folder, variants, recipe, read_bundle(portable)))
@@ -124,7 +124,7 @@ def make_golden_examples(checkpoint: Path, folder: Path, recipe: Recipe) -> Gold
     Args:
         folder: the bundle, its config.json and tokenizer_config.json written.
     """
-    rows = find_task(recipe).read_rows(recipe)["dev"]
+    rows = find_task(recipe).read_rows(recipe.without_unlabeled())["dev"]
     chosen = rows.select(range(0, len(rows), max(1, len(rows) // GOLDEN_ROWS))[:GOLDEN_ROWS])
     # Eager attention is what the files were exported with.
     tokenizer, model = load_tokenizer(checkpoint), load_model(checkpoint, eager=True)

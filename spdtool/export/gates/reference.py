@@ -39,12 +39,14 @@ class DevSets:
         splits: dev sets by name; without a task, one called `dev` that has no rows.
         calibration_rows: some training rows; None without a task.
         texts: the rows of `splits` before they were tokenized.
+        test: the test rows, which no gate reads; None where there are none.
     """
 
     task: Task | None
     splits: dict[str, Encoded]
     calibration_rows: Encoded | None = None
     texts: dict[str, Rows] = field(default_factory=dict)
+    test: Encoded | None = None
 
     def predict(self, forward: Forward) -> DevLogits:
         """Compute the logits of every dev set."""
@@ -64,17 +66,18 @@ def prepare_dev_sets(
         DataError, ModelError: data, tokenizer and model do not fit together.
     """
     model = load_model(checkpoint)
-    task, rows = prepare_rows(recipe, label_names(model), check_rows)
+    task, rows = prepare_rows(recipe.without_unlabeled(), label_names(model), check_rows)
     check_kind(checkpoint, model.config, task)
     texts = {name: split for name, split in rows.items() if name.startswith("dev")}
     splits = task.encode(load_tokenizer(checkpoint), rows, recipe)
     dev_splits = {name: splits[name] for name in texts}
     # Here, because the exported graph checks nothing: a token beyond the table reads other memory.
-    data.check_lengths(dev_splits, max_positions(model))
-    data.check_vocabulary(dev_splits, model.config.vocab_size)
+    checked = {name: encoded for name, encoded in splits.items() if name in texts or name == "test"}
+    data.check_lengths(checked, max_positions(model))
+    data.check_vocabulary(checked, model.config.vocab_size)
     dev_splits = task.compare_with(dev_splits, lambda: _predict_teacher(teacher or checkpoint, dev_splits))
     calibration_rows = splits["train"].sample(recipe.export.calibration, recipe.seed)
-    return DevSets(task, dev_splits, calibration_rows, texts)
+    return DevSets(task, dev_splits, calibration_rows, texts, splits.get("test"))
 
 
 def _predict_teacher(teacher: Path, splits: Mapping[str, Encoded]) -> DevLogits:

@@ -34,6 +34,16 @@ from spdtool.run.records.export import ExportedModel, ExportResult, TargetExport
 from spdtool.run.records.goal import LayerCosts, ShapeChoice, ShapeProfile
 from spdtool.run.records.manifest import BundleManifest, FolderManifest, GoldenExamples, GoldenRow, Padding, Variant
 from spdtool.run.records.plan import Plan, ResourceEstimate, StageEstimate, StagePlan, WeightCounts
+from spdtool.run.records.quality import (
+    Calibration,
+    CalibrationPair,
+    DifferingRow,
+    FinalScores,
+    Interval,
+    PairedTest,
+    Quality,
+    ReliabilityBin,
+)
 from spdtool.run.records.stage import Result, RunRecord, StageRecord
 from spdtool.run.records.sweep import StudentRow, SweepRecord, difference
 from spdtool.run.records.training import (
@@ -51,20 +61,25 @@ __all__ = [
     "BenchFile",
     "BenchResult",
     "BundleManifest",
+    "Calibration",
+    "CalibrationPair",
     "Cell",
     "ClassScores",
     "DataRecord",
+    "DifferingRow",
     "EngineRecord",
     "Evaluation",
     "ExportResult",
     "ExportedModel",
     "FileDigest",
     "FileRecord",
+    "FinalScores",
     "FitResult",
     "FolderManifest",
     "GoldenExamples",
     "GoldenRow",
     "IntermediateStudent",
+    "Interval",
     "LatencyRecord",
     "LayerCosts",
     "LedgerEntry",
@@ -72,11 +87,14 @@ __all__ = [
     "MachinePeak",
     "MachineRecord",
     "Padding",
+    "PairedTest",
     "Plan",
     "ProductTimes",
     "Promise",
+    "Quality",
     "Ratio",
     "Record",
+    "ReliabilityBin",
     "ResourceEstimate",
     "Result",
     "Role",

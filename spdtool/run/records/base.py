@@ -28,10 +28,23 @@ class FileRecord(Record):
 
 
 class DataRecord(Record):
-    """The rows that a stage worked on: number of rows by split, and one digest of texts, labels and order."""
+    """The rows that a stage worked on.
+
+    Attributes:
+        rows: number of rows by split.
+        digest: of texts, labels and order of all rows with labels.
+        unlabeled: of the texts without labels; None where the stage read none.
+    """
 
     rows: dict[str, int]
     digest: str
+    unlabeled: str | None = None
+
+    def agrees(self, other: DataRecord) -> bool:
+        """Tell whether another stage read the same rows; one of them may have had nothing to do with the unlabelled."""
+        if None in (self.unlabeled, other.unlabeled):
+            return self.digest == other.digest
+        return (self.digest, self.unlabeled) == (other.digest, other.unlabeled)
 
 
 class MachineRecord(Record):

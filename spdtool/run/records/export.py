@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import ConfigDict, Field
 
 from spdtool.run.records.base import Record, Role, Scores
+from spdtool.run.records.quality import Quality
 
 
 class ExportedModel(Record):
@@ -100,11 +101,13 @@ class ExportResult(Record):
         first: name of the first target, the plain one: its folders have no prefix.
         targets: by name, every target that passed its gates.
         refused: target to the reason why its files were not shipped.
+        quality: what was measured of both checkpoints, once.
     """
 
     first: str
     targets: dict[str, TargetExport] = Field(default_factory=dict)
     refused: dict[str, str] = Field(default_factory=dict)
+    quality: Quality = Field(default_factory=Quality)
 
     @property
     def student(self) -> ExportedModel:

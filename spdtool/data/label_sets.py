@@ -1,0 +1,196 @@
+"""Rows with several labels: lists, names or numbers with commas, or a column of zeros and ones for each label.
+
+Whether rows are such is never guessed: they hold lists, or `labels.txt` explains what stands between commas, or the
+recipe says so (`multilabel`, or several columns as the label).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from spdtool.data.columns import Columns, read_texts, require_column
+from spdtool.data.dataset import Rows
+from spdtool.data.formats.table import Table, read_text
+from spdtool.data.labels import normalize_label, sort_classes
+from spdtool.errors import DataError
+
+NAMES_FILE = "labels.txt"  # a name a line, whose number from 0 the rows may have in its place
+SEPARATOR = ","
+MOST_LABELS = 1000  # each row has a number for each of them
+SWITCHES = {"0": False, "1": True, "False": False, "True": True}
+
+
+@dataclass(frozen=True)
+class LabelSets:
+    """How the rows of a data set name their labels.
+
+    Attributes:
+        columns: where the labels are.
+        names: of all labels, in order.
+        named_by_number: whether a number in the rows is the place of a label among the names.
+        reason: a phrase that says how it was recognised, for the plan.
+    """
+
+    columns: Columns
+    names: tuple[str, ...]
+    named_by_number: bool
+    reason: str
+
+    def table_to_rows(self, table: Table) -> Rows:
+        """Return the rows of a table, with labels uint8 [rows, labels], 1 where the row has the label.
+
+        Raises:
+            DataError: a column is missing, a text or all labels of a row are missing, or a label is unknown.
+        """
+        columns = self.columns
+        for name in (*columns.text, *(columns.switches or (columns.label,))):
+            require_column(table, name)
+        first, second = read_texts(table, columns.text[0]), None
+        if len(columns.text) == 2:
+            second = read_texts(table, columns.text[1])
+        if columns.switches:
+            return Rows(first, second, _read_switches(table, columns.switches))
+        index = {name: number for number, name in enumerate(self.names)}
+        labels = np.zeros((len(table.rows), len(self.names)), np.uint8)
+        for row, names in enumerate(
+            read_label_sets(table, columns.label, self.names if self.named_by_number else None)
+        ):
+            for name in names:
+                if name not in index:
+                    table.refuse(
+                        row, f"the label {name!r} is in no training row", f"known: {', '.join(self.names[:20])}"
+                    )
+                labels[row, index[name]] = 1
+        return Rows(first, second, labels)
+
+
+def find_label_sets(table: Table, columns: Columns, folder: Path, multilabel: bool | None) -> LabelSets | None:
+    """Return how the training rows name several labels; None where each row has one.
+
+    Args:
+        folder: where `labels.txt` may lie.
+        multilabel: the recipe's field.
+
+    Raises:
+        DataError: rows have lists, and the recipe says that they have one label each; there are too few or too many
+            labels; or a row names one that `labels.txt` has not.
+    """
+    if columns.switches:
+        reason = f"the {len(columns.switches)} columns {', '.join(columns.switches[:8])} say which labels a row has"
+        return LabelSets(columns, _check_names(table, columns.switches), named_by_number=False, reason=reason)
+    cells = table.column(columns.label)
+    lists = next((row for row, cell in enumerate(cells) if isinstance(cell, list | tuple)), None)
+    if multilabel is False:
+        if lists is not None:
+            table.refuse(lists, "the label is a list, and the recipe says multilabel=false", "leave that out")
+        return None
+    names, source = read_names(folder), NAMES_FILE
+    if names is None and columns.label in table.class_names:
+        names, source = table.class_names[columns.label], "the schema"
+    if lists is not None:
+        reason = f"{columns.label!r} holds lists"
+    elif multilabel:
+        reason = "as the recipe says"
+    elif names is not None and source == NAMES_FILE and _has_several(cells, names):
+        reason = f"rows of {columns.label!r} have several numbers or names of {NAMES_FILE}"
+    else:
+        return None
+    way_out = "" if lists is not None or multilabel else "; if a field is one label: --set multilabel=false"
+    if names is None:
+        every = {name for row_names in read_label_sets(table, columns.label, None) for name in row_names}
+        return LabelSets(
+            columns, _check_names(table, sort_classes(every)), named_by_number=False, reason=reason + way_out
+        )
+    reason += f", named by {source}"
+    return LabelSets(columns, _check_names(table, names), named_by_number=True, reason=reason + way_out)
+
+
+def read_names(folder: Path) -> tuple[str, ...] | None:
+    """Return the lines of `labels.txt` in a folder; None where there is none.
+
+    Raises:
+        DataError: it cannot be read, or names a label twice.
+    """
+    file = folder / NAMES_FILE
+    if not file.is_file():
+        return None
+    names = [line.strip() for line in read_text(file).rstrip().split("\n")]
+    for number, name in enumerate(names, 1):
+        if not name:
+            raise DataError(f"{file}, line {number}: no name", "a name a line, in the order of the numbers")
+        if names.index(name) != number - 1:
+            raise DataError(f"{file}, line {number}: {name!r} is there already", "each label has one name")
+    return tuple(names)
+
+
+def read_label_sets(table: Table, column: str, names: Sequence[str] | None) -> list[list[str]]:
+    """Return the names of the labels of each row, which may be none where the row has an empty list.
+
+    Args:
+        names: that the rows may have, or their numbers from 0; None: a row may have any.
+
+    Raises:
+        DataError: a cell is empty, or holds what is no label.
+    """
+    known = None if names is None else set(names)
+    sets = []
+    for row, cell in enumerate(table.column(column)):
+        if cell is None or (isinstance(cell, str) and not cell.strip()):
+            table.refuse(
+                row, f"no label: {cell!r}", "leave such rows out; a row that has none of the labels is [] in jsonl"
+            )
+        items: Sequence[object] = cell if isinstance(cell, list | tuple) else str(cell).split(SEPARATOR)
+        labels = []
+        for item in items:
+            label = normalize_label(table, row, item.strip() if isinstance(item, str) else item)
+            if known is not None and names is not None and label not in known:
+                label = _name_of_number(table, row, label, names)
+            labels.append(label)
+        sets.append(labels)
+    return sets
+
+
+def _name_of_number(table: Table, row: int, label: str, names: Sequence[str]) -> str:
+    if not label.isdecimal() or int(label) >= len(names):
+        table.refuse(
+            row, f"the label {label!r} is neither one of the {len(names)} names nor a number below {len(names)}"
+        )
+    return names[int(label)]
+
+
+def _has_several(cells: Sequence[object], names: Sequence[str]) -> bool:
+    """Tell whether a cell has several names or numbers of names, parted by commas, and is no name itself."""
+    for cell in cells:
+        words = [word.strip() for word in str(cell).split(SEPARATOR)]
+        if len(words) > 1 and cell not in names and all(_is_label(word, names) for word in words):
+            return True
+    return False
+
+
+def _is_label(word: str, names: Sequence[str]) -> bool:
+    return word in names or (word.isdecimal() and int(word) < len(names))
+
+
+def _read_switches(table: Table, columns: Sequence[str]) -> np.ndarray:
+    labels = np.zeros((len(table.rows), len(columns)), np.uint8)
+    for index, name in enumerate(columns):
+        for row, cell in enumerate(table.column(name)):
+            switch = SWITCHES.get(str(cell).strip().removesuffix(".0"))
+            if switch is None:
+                table.refuse(row, f"the column {name!r} holds {cell!r}", "0 or 1, for a row without or with the label")
+            labels[row, index] = switch
+    return labels
+
+
+def _check_names(table: Table, names: Sequence[str]) -> tuple[str, ...]:
+    if len(names) < 2:
+        raise DataError(f"{table.path} has {len(names)} label", "two different labels are the least")
+    if len(names) > MOST_LABELS:
+        raise DataError(
+            f"{table.path} has {len(names):,} labels", f"several labels a row: {MOST_LABELS:,} are the most"
+        )
+    return tuple(names)

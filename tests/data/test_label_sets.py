@@ -1,0 +1,163 @@
+"""Rows with several labels: every way of writing them gives the same rows, and what is no label is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from spdtool.data.dataset import Dataset, find_dataset
+from spdtool.data.local import check_header
+from spdtool.data.splits import draw_dev_rows
+from spdtool.errors import DataError, RecipeError
+from spdtool.recipe.fields import Recipe
+
+NAMES = ("anger", "joy", "fear")
+SETS = [["joy"], ["anger", "fear"], ["fear"], ["joy", "anger"], ["anger"], ["joy", "fear"]] * 5
+EXPECTED = np.array([[name in names for name in NAMES] for names in SETS], np.uint8)
+
+
+def recipe(data: Path, **fields: Any) -> Recipe:
+    return Recipe(task="local", data=str(data), **fields)
+
+
+def described(data: Path, **fields: Any) -> Dataset:
+    check_header(recipe(data, **fields))
+    return find_dataset(recipe(data, **fields))
+
+
+def labels(dataset: Dataset) -> np.ndarray:
+    """Labels of all rows, in the order of their texts."""
+    splits = dataset.load(None, 0)
+    numbered = []
+    for split in splits.values():
+        for text, row in zip(split.first, np.asarray(split.labels), strict=True):
+            numbered.append((int(text.split()[1]), row))
+    return np.array([row for _, row in sorted(numbered, key=lambda entry: entry[0])])
+
+
+def write_jsonl(file: Path, cells: list[Any]) -> Path:
+    file.write_text("".join(json.dumps({"text": f"row {i}", "label": cell}) + "\n" for i, cell in enumerate(cells)))
+    return file
+
+
+def write_tsv(file: Path, columns: dict[str, list[Any]]) -> Path:
+    rows = [["text", *columns], *([f"row {i}", *cells] for i, cells in enumerate(zip(*columns.values(), strict=True)))]
+    file.write_text("".join("\t".join(map(str, row)) + "\n" for row in rows))
+    return file
+
+
+def test_every_way_of_writing_several_labels_gives_the_same_rows(tmp_path: Path) -> None:
+    numbers = [[NAMES.index(name) for name in names] for names in SETS]
+    alone = tmp_path / "named"
+    alone.mkdir()
+    (alone / "labels.txt").write_text("\n".join(NAMES) + "\n")
+    switches = {name: EXPECTED[:, index].tolist() for index, name in enumerate(NAMES)}
+    features = {"label": {"feature": {"names": list(NAMES), "_type": "ClassLabel"}, "_type": "Sequence"}}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    table = pa.table({"text": [f"row {i}" for i in range(len(SETS))], "label": numbers})
+    parquet.write_table(table.replace_schema_metadata(metadata), tmp_path / "mine.parquet")
+    cases: dict[str, tuple[Path, dict[str, Any], bool]] = {
+        "lists of names": (write_jsonl(tmp_path / "mine.jsonl", SETS), {}, False),
+        "lists of numbers": (write_jsonl(alone / "lists.jsonl", numbers), {}, True),
+        "lists of numbers with a schema": (tmp_path / "mine.parquet", {}, True),
+        "commas": (write_tsv(alone / "mine.tsv", {"label": [",".join(map(str, row)) for row in numbers]}), {}, True),
+        "names with commas": (
+            write_tsv(tmp_path / "mine.tsv", {"label": [", ".join(names) for names in SETS]}),
+            {"multilabel": True},
+            False,
+        ),
+        "switches": (write_tsv(tmp_path / "switches.tsv", switches), {"multilabel": True}, True),
+        "named switches": (tmp_path / "switches.tsv", {"label": ",".join(NAMES)}, True),
+    }
+    for case, (data, fields, is_ordered) in cases.items():
+        dataset = described(data, **fields)
+        assert (dataset.kind, dataset.metrics) == ("multilabel", ("f1_micro", "f1_macro", "map")), case
+        assert dataset.labels == (NAMES if is_ordered else tuple(sorted(NAMES))), case
+        order = [NAMES.index(name) for name in dataset.labels]
+        assert np.array_equal(labels(dataset), EXPECTED[:, order]), case
+        assert "a row may have several labels" in dataset.about, case
+
+
+def test_rows_are_never_taken_for_such_by_a_guess(tmp_path: Path) -> None:
+    commas = write_tsv(tmp_path / "mine.tsv", {"label": ["a,b", "c"] * 15})
+    assert described(commas).labels == ("a,b", "c")
+    (tmp_path / "labels.txt").write_text("a\nb\nc\n")
+    assert described(commas).kind == "multilabel"
+    assert "--set multilabel=false" in described(commas).about
+    assert described(commas, multilabel=False).labels == ("a,b", "c")
+    (tmp_path / "labels.txt").write_text("a,b\nc\n")
+    assert described(commas).labels == ("a,b", "c"), "a name may hold a comma"
+    switches = write_tsv(tmp_path / "switches.tsv", {name: [0, 1] * 15 for name in "xyz"})
+    with pytest.raises(DataError, match="zeros and ones in 'x', 'y', 'z'") as caught:
+        described(switches)
+    assert "--set multilabel=true" in str(caught.value.hint)
+
+
+def test_rows_without_any_label_are_written_as_empty_lists(tmp_path: Path) -> None:
+    dataset = described(write_jsonl(tmp_path / "mine.jsonl", [[], *SETS]))
+    assert labels(dataset)[0].tolist() == [0, 0, 0]
+
+
+def test_what_is_no_label_is_named_by_its_line(tmp_path: Path) -> None:
+    (tmp_path / "labels.txt").write_text("a\nb\n")
+    cases: dict[str, tuple[list[Any], str]] = {
+        "number": ([[0], [1, 2]], "line 2: the label '2' is neither one of the 2 names nor a number below 2"),
+        "name": ([["a"], ["c"]], "line 2: the label 'c' is neither"),
+        "nothing": ([["a"], None], "line 2: no label: None"),
+        "empty": ([["a"], [""]], "line 2: no label: ''"),
+        "nested": ([["a"], [["b"]]], "line 2: the label is a list"),
+        "object": ([["a"], [{"b": 1}]], "line 2: the label is a dict"),
+    }
+    for case, (cells, problem) in cases.items():
+        data = write_jsonl(tmp_path / "mine.jsonl", cells * 10)
+        with pytest.raises(DataError) as caught:
+            labels(described(data))
+        assert problem in caught.value.message, case
+    for content, problem in (("a\n\nb\n", "line 2: no name"), ("a\na\n", "line 2: 'a' is there already")):
+        (tmp_path / "labels.txt").write_text(content)
+        with pytest.raises(DataError, match=problem):
+            described(write_jsonl(tmp_path / "mine.jsonl", SETS))
+    switches = write_tsv(tmp_path / "switches.tsv", {"x": [0, 1] * 15, "y": [0, 2] * 15})
+    with pytest.raises(DataError, match="line 3: the column 'y' holds '2'"):
+        labels(described(switches, label="x,y"))
+
+
+def test_settings_that_contradict_the_rows_are_refused(tmp_path: Path) -> None:
+    lists = write_jsonl(tmp_path / "mine.jsonl", SETS)
+    with pytest.raises(DataError, match="line 1: the label is a list, and the recipe says multilabel=false"):
+        described(lists, multilabel=False)
+    with pytest.raises(DataError, match="regression=true"):
+        described(lists, regression=True)
+    with pytest.raises(RecipeError, match="knows its own columns"):
+        find_dataset(Recipe(task="demo", multilabel=True))
+
+
+def test_a_dev_label_that_no_training_row_has_is_refused_unless_a_file_names_it(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train.jsonl", SETS)
+    write_jsonl(tmp_path / "dev.jsonl", [["joy"], ["awe"]])
+    with pytest.raises(DataError, match="line 2: the label 'awe' is in no training row"):
+        described(tmp_path).load(None, 0)
+    (tmp_path / "labels.txt").write_text("\n".join([*NAMES, "awe"]))
+    assert described(tmp_path).load(None, 0)["dev"].labels[1].tolist() == [0, 0, 0, 1]  # type: ignore[index,union-attr]
+
+
+def test_a_rare_label_is_on_both_sides_of_the_drawn_dev_set(tmp_path: Path) -> None:
+    sets = [["common"] + (["rare"] if i % 50 == 0 else []) for i in range(200)] + [["other"]] * 20
+    rows = described(write_jsonl(tmp_path / "mine.jsonl", sets)).load(None, 0)
+    for split in ("train", "dev"):
+        assert (np.asarray(rows[split].labels).sum(axis=0) > 0).all(), split
+    assert draw_dev_rows(rows["train"], 0, 0.1)["dev"].first
+
+
+def test_rows_of_several_labels_in_several_files_are_refused(tmp_path: Path) -> None:
+    for number in range(2):
+        write_jsonl(tmp_path / f"train-{number}.jsonl", SETS)
+    write_jsonl(tmp_path / "dev.jsonl", SETS)
+    with pytest.raises(DataError, match="are not read from several files"):
+        find_dataset(recipe(tmp_path))
