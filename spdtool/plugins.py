@@ -217,6 +217,7 @@ datasets: Registry[Any] = Registry("task", "spdtool.data.glue", "spdtool.data.de
 task_kinds: Registry[Any] = Registry(
     "kind of task",
     "spdtool.tasks.classification",
+    "spdtool.tasks.multilabel",
     "spdtool.tasks.regression",
     "spdtool.tasks.ranking",
     "spdtool.tasks.embedding",

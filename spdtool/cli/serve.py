@@ -35,6 +35,9 @@ class OpenOptions:
     unverified: Annotated[
         bool, typer.Option("--unverified", help="Open a folder without manifest.json too, such as one of others.")
     ] = False
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Probabilities without the temperature that the export fitted.")
+    ] = False
 
 
 @dataclass(frozen=True)

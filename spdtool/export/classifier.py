@@ -292,6 +292,7 @@ def load(
     provider: str = "cpu",
     variant: str | None = None,
     unverified: bool = False,
+    raw: bool = False,
 ) -> Classifier:
     """Open an exported folder, whatever target wrote it, after its files were held against their sha256.
 
@@ -308,6 +309,7 @@ def load(
         variant: open this variant of a bundle and no other.
         unverified: open a folder without manifest.json too, such as one that others exported. Nothing then tells
             whether its files belong together.
+        raw: give probabilities without the temperature that the export fitted; labels are the same.
 
     Raises:
         ModelError: it is no exported folder, cannot be read, or a file is not the one that was exported.
@@ -330,15 +332,26 @@ def load(
     classifier = Classifier(session, read_tokenizer(bundle.folder), config, tokenizer_config, kind)
     classifier.bundle, classifier.text = bundle, bundle.text
     classifier.prompt = read_prompt(bundle.folder)
-    classifier._load_arguments = (str(bundle.folder.absolute()), library, threads, provider, variant, unverified)
+    if raw:
+        classifier.decision.temperature = 1.0
+    arguments = (str(bundle.folder.absolute()), library, threads, provider, variant, unverified, raw)
+    classifier._load_arguments = arguments
     return classifier
 
 
 def _load_again(
-    folder: str, library: str | Path | None, threads: int, provider: str, variant: str | None, unverified: bool
+    folder: str,
+    library: str | Path | None,
+    threads: int,
+    provider: str,
+    variant: str | None,
+    unverified: bool,
+    raw: bool,
 ) -> Classifier:
     """Call `load` with positional arguments, as pickle does."""
-    return load(folder, library=library, threads=threads, provider=provider, variant=variant, unverified=unverified)
+    return load(
+        folder, library=library, threads=threads, provider=provider, variant=variant, unverified=unverified, raw=raw
+    )
 
 
 def open_first_usable(

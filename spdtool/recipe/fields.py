@@ -428,6 +428,12 @@ class Export(Section):
     """resamples of the test rows from which the intervals of the test scores come, drawn by `seed`"""
     confidence: float = Field(0.95, gt=0, lt=1)
     """confidence of these intervals"""
+    calibrate: bool = True
+    """fit a temperature on the dev rows, by which logits are divided before they become probabilities"""
+    bins: int = Field(15, ge=2)
+    """intervals of the probability in which it is compared with the share of right answers"""
+    differing_rows: int = Field(20, ge=0)
+    """most dev rows to show on which student and teacher differ"""
 
     def allowed_change(self, *, rounds: bool, storage: tuple[str, ...] = ()) -> float:
         """Return the largest change of the dev metric that passes.

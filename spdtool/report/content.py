@@ -13,6 +13,7 @@ from spdtool.recipe.fields import Distilled, Recipe
 from spdtool.report import curves
 from spdtool.report.commands import commands_of
 from spdtool.report.curves import Curves, PhaseCurves
+from spdtool.report.quality import QualityContent, quality_content
 from spdtool.report.records import RunRecords, TextTable, format_optional, format_score, read_records, text_table
 from spdtool.report.subject import class_scores, describe_subject, serving_commands
 from spdtool.run.fingerprint import sha256
@@ -92,7 +93,7 @@ class RunContent:
     phases: list[str]
     subject: list[tuple[str, str]]
     classes: TextTable
-    quality: list[tuple[str, str]]
+    quality: QualityContent
     serving: list[str]
     gaps: TextTable
     bench: BenchContent | None
@@ -136,7 +137,7 @@ def content_of(run: Run) -> RunContent:
         phases=[describe_phase(phase, run.recipe) for phase in student.phases],
         subject=describe_subject(run, records),
         classes=class_scores(records),
-        quality=[] if records.export is None else records.export.quality.lines(),
+        quality=quality_content(None if records.export is None else records.export.quality),
         serving=serving_commands(run),
         gaps=train_gaps(run, records),
         bench=bench_content(records.bench),

@@ -16,9 +16,9 @@ from spdtool.errors import RunError
 from spdtool.escaping import make_visible
 from spdtool.report.content import Comparison, RunContent, compare, content_of
 from spdtool.report.drawing import save_png, to_svg
-from spdtool.report.figures import pareto_figures, sparsity_figure, training_figure
+from spdtool.report.figures import pareto_figures, reliability_figure, sparsity_figure, training_figure
 from spdtool.run.folder import Run
-from spdtool.run.records import StudentRow, SweepRecord
+from spdtool.run.records import Quality, StudentRow, SweepRecord
 from spdtool.sweep.rows import row_of_run
 from spdtool.sweep.run_sweep import RESULT
 
@@ -50,6 +50,7 @@ class RunSection:
     content: RunContent
     training: list[PageFigure]
     zeros: list[PageFigure]
+    reliability: list[PageFigure]
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ def _show_run(page: Page, run: Run, prefix: str) -> RunSection:
         prefix: of the names of its figures.
     """
     content = content_of(run)
-    section = RunSection(content, [], [])
+    section = RunSection(content, [], [], [])
     if content.student.phases:
         caption = "the student: dev and train score, loss, sparsity, learning rate; green lines: prune events"
         if content.student.grafted:
@@ -200,6 +201,11 @@ def _show_run(page: Page, run: Run, prefix: str) -> RunSection:
     if content.teacher.phases:
         caption = "the teacher: dev and train score, loss, learning rate"
         section.training.append(page.add_figure(training_figure(content.teacher, None), f"{prefix}teacher", caption))
+    quality = run.export_result().quality if run.done("export") else Quality()
+    for split, pairs in quality.calibration.items():
+        caption = f"how often answers on {split} rows are right, by how sure the models are; pale: without temperature"
+        figure = reliability_figure(pairs)
+        section.reliability.append(page.add_figure(figure, f"{prefix}reliability-{split}", caption))
     zeros = content.zeros
     if zeros.values:
         caption = f"zeros in each matrix after {zeros.phase}, by layer"

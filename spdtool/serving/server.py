@@ -50,7 +50,7 @@ class ServerOptions:
         connection_limits: fields of `connections.ConnectionLimits`.
         workers: batches that are computed at the same time; 0: see `share_threads`.
         threads: threads of all workers together; 0: as many as there are cores.
-        provider, variant, unverified: see `spdtool.load`.
+        provider, variant, unverified, raw: see `spdtool.load`.
         allowed_hosts: names in the header Host that are answered; empty: see `hosts_to_allow`.
         access_log: print a line for every request.
     """
@@ -67,6 +67,7 @@ class ServerOptions:
     allowed_hosts: tuple[str, ...] = ()
     access_log: bool = False
     unverified: bool = False
+    raw: bool = False
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,7 @@ def open_unchanging(bundle: Path, threads: int, options: ServerOptions) -> tuple
         provider=options.provider,
         variant=options.variant,
         unverified=options.unverified,
+        raw=options.raw,
     )
     classify.logits([[0]])  # any token: a model that cannot run must fail before the port is open
     assert classify.bundle is not None

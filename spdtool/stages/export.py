@@ -72,8 +72,11 @@ def export(run: Run) -> ExportResult:
         for chosen in (*required, *optional):
             _export_or_refuse(chosen, references, stage.folder, providers, result)
         _compare_bytes(result)
-        with console.busy("scoring the test rows"):
+        with console.busy("measuring probabilities and, where there are any, test rows"):
             result.quality = measure_quality(references, recipe, providers[-1])
+        if result.quality.final is not None:
+            for name, text in result.quality.final.lines():
+                console.say(console.escape(f"{name}: {text}"))
         obstacle = write_bundle(stage.folder, checkpoints["student"], recipe, result)
         if obstacle:
             console.warn(f"there is no bundle to serve: {obstacle}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,8 @@ from spdtool.errors import LISTED, DataError, ModelError
 from spdtool.plugins import task_kinds
 from spdtool.recipe.fields import Loss
 from spdtool.run.records import ClassScores
+from spdtool.tasks.calibration import Confidences, class_confidences, fit_temperature, softmax
+from spdtool.tasks.decision import Answer, Json
 from spdtool.tasks.metrics import METRICS
 from spdtool.tasks.task import Task
 
@@ -29,10 +31,15 @@ MISSING = {"", "?", "na", "n/a", "nan", "none", "null", "nil", "-"}  # what tabl
 
 @task_kinds.register("classification")
 class Classification(Task):
-    """One of several classes for each text or pair of texts."""
+    """One of several classes for each text or pair of texts.
+
+    Attributes:
+        temperature: by which logits are divided before they become probabilities.
+    """
 
     problem_type = "single_label_classification"
     takes_unlabeled = True
+    temperature = 1.0
 
     def check_training_rows(self, rows: Rows) -> None:
         """Raise DataError if all rows have one class."""
@@ -183,10 +190,41 @@ class Classification(Task):
         logits[:, np.bincount(labels).argmax()] = 1
         return self.score_labels(logits, labels)
 
-    def right_rows(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray | None:
+    def right_rows(self, outputs: np.ndarray, rows: Encoded) -> np.ndarray | None:
         """Tell which rows have the right class."""
-        right: np.ndarray = self.predictions(logits) == labels
+        right: np.ndarray = self.predictions(outputs) == rows.labels
         return right
+
+    def confusion(self, outputs: np.ndarray, rows: Encoded, names: Sequence[str]) -> list[tuple[str, str, int]]:
+        """Count rows by gold and predicted class, the right ones too."""
+        counts = np.zeros((len(names), len(names)), np.int64)
+        np.add.at(counts, (rows.labels, self.predictions(outputs)), 1)
+        cells = []
+        for gold, predicted in zip(*np.nonzero(counts), strict=True):
+            cells.append((names[gold], names[predicted], int(counts[gold, predicted])))
+        return cells
+
+    def confidences(self, outputs: np.ndarray, rows: Encoded, temperature: float) -> Confidences | None:
+        """Return the probability of each row's class."""
+        return class_confidences(outputs, rows.labels, temperature)
+
+    def gold_answers(self, rows: Encoded, names: Sequence[str]) -> list[Answer]:
+        """Return the name of each row's class."""
+        return [names[index] for index in rows.labels.tolist()]
+
+    def settings(self, outputs: np.ndarray, rows: Encoded) -> dict[str, Json]:
+        """Return the temperature under which these rows are the likeliest."""
+
+        def nll(temperature: float) -> float:
+            confidences = self.confidences(outputs, rows, temperature)
+            assert confidences is not None
+            return confidences.nll
+
+        return {"temperature": fit_temperature(nll)}
+
+    def adopt_settings(self, settings: Mapping[str, Json]) -> None:
+        """Give probabilities at this temperature from now on."""
+        self.temperature = float(str(settings.get("temperature", 1.0)))
 
     def compare_predictions(
         self,
@@ -201,10 +239,8 @@ class Classification(Task):
         return changed, changed & (was == rows.labels)
 
     def probabilities(self, outputs: np.ndarray) -> np.ndarray | None:
-        """Return the softmax of the logits."""
-        powers = np.exp(outputs.astype(np.float64) - outputs.max(axis=1, keepdims=True))
-        softmax: np.ndarray = powers / powers.sum(axis=1, keepdims=True)
-        return softmax
+        """Return the softmax of the logits, at the temperature of the settings."""
+        return softmax(outputs, self.temperature)
 
     def describe_labels(self, splits: Splits) -> str:
         """Count the rows of each class, and score the majority class of the dev rows."""

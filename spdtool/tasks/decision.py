@@ -6,6 +6,7 @@ depends on it. A kind names its class of decision in `Task.decision`. Neither to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeAlias
@@ -13,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 import numpy as np
 
 from spdtool import plugins
+from spdtool.errors import ModelError
 from spdtool.escaping import make_visible
 from spdtool.tasks.head import head_of_config
 
@@ -57,6 +59,7 @@ class Decision:
 
     Attributes:
         names: labels in the order of the logits.
+        temperature: by which logits are divided before they become probabilities; 1: raw ones.
         settings: what the export stored for this kind in manifest.json, such as a threshold for each label.
         windows: which text of a row is cut into overlapping windows, where it is too long: 0 the first, 1 the second;
             None: a row that is too long is cut off. Settings may have the `stride`, tokens that windows share.
@@ -70,6 +73,7 @@ class Decision:
 
     def __init__(self, names: Sequence[str], settings: Mapping[str, Json] | None = None) -> None:
         self.names, self.settings = list(names), dict(settings or {})
+        self.temperature = read_temperature(self.settings)
 
     @classmethod
     def fits(cls, config: Mapping[str, Any]) -> bool:
@@ -175,13 +179,21 @@ class OneLabel(Decision):
         return [self.names[index] for index in outputs.argmax(axis=1)]
 
     def probabilities(self, outputs: np.ndarray) -> np.ndarray | None:
-        """Return the softmax of the logits."""
-        powers = np.exp(outputs - outputs.max(axis=1, keepdims=True))
+        """Return the softmax of the logits, divided by the temperature."""
+        scaled = outputs if self.temperature == 1.0 else outputs / self.temperature
+        powers = np.exp(scaled - scaled.max(axis=1, keepdims=True))
         return np.asarray(powers / powers.sum(axis=1, keepdims=True), np.float32)
 
 
 class SeveralLabels(Decision):
-    """A row may have several labels or none: those with a probability above one half."""
+    """A row may have several labels or none: those whose logit is above the threshold that the export chose.
+
+    Without thresholds it is 0, a probability of one half.
+    """
+
+    def __init__(self, names: Sequence[str], settings: Mapping[str, Json] | None = None) -> None:
+        super().__init__(names, settings)
+        self.thresholds = read_thresholds(self.settings, len(self.names))
 
     @classmethod
     def fits(cls, config: Mapping[str, Any]) -> bool:
@@ -192,12 +204,13 @@ class SeveralLabels(Decision):
         """Return the list of labels of each row."""
         answers: list[Answer] = []
         for row in outputs:
-            answers.append([self.names[index] for index in np.flatnonzero(row > 0)])  # sigmoid(0) is one half
+            answers.append([self.names[index] for index in np.flatnonzero(row > self.thresholds)])
         return answers
 
     def probabilities(self, outputs: np.ndarray) -> np.ndarray | None:
-        """Return the sigmoid of each logit."""
-        clipped = np.clip(outputs, -LARGEST_LOGIT, LARGEST_LOGIT)
+        """Return the sigmoid of each logit, divided by the temperature."""
+        scaled = outputs if self.temperature == 1.0 else outputs / self.temperature
+        clipped = np.clip(scaled, -LARGEST_LOGIT, LARGEST_LOGIT)
         return np.asarray(1 / (1 + np.exp(-clipped)), np.float32)
 
     def describe_probability(self, answer: Answer, probabilities: np.ndarray) -> Json:
@@ -250,6 +263,41 @@ class OneNumber(Decision):
     def line(self, prediction: Mapping[str, Any]) -> str:
         """Return the number."""
         return f"{prediction['label']:.6g}"
+
+
+def read_temperature(settings: Mapping[str, Json]) -> float:
+    """Return the temperature of some settings, 1 without one; a stranger may have written them.
+
+    Raises:
+        ModelError: it is no number above 0.
+    """
+    temperature = settings.get("temperature", 1.0)
+    if not _is_number(temperature) or float(temperature) <= 0:  # type: ignore[arg-type]
+        raise ModelError(
+            f"manifest.json has the temperature {str(temperature)[:40]!r}", "a number above 0 was expected"
+        )
+    return float(temperature)  # type: ignore[arg-type]
+
+
+def read_thresholds(settings: Mapping[str, Json], count: int) -> np.ndarray:
+    """Return the thresholds of some settings, [labels]; zeros without any.
+
+    Raises:
+        ModelError: they are not one number for each label.
+    """
+    thresholds = settings.get("thresholds")
+    if thresholds is None:
+        return np.zeros(count)
+    if not isinstance(thresholds, list) or len(thresholds) != count or not all(map(_is_number, thresholds)):
+        raise ModelError(
+            f"manifest.json has the thresholds {str(thresholds)[:60]}",
+            f"a number for each of {count} labels was expected",
+        )
+    return np.array(thresholds, np.float64)
+
+
+def _is_number(value: Json) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def find_decision(config: Mapping[str, Any], kind: str | None = None) -> type[Decision]:

@@ -34,12 +34,13 @@ class Multilabel(Classification):
     """Any number of labels for each text or pair of texts; labels are 0 or 1, [rows, labels].
 
     Attributes:
-        thresholds: logits above which a row has a label, in the order of the model's labels; 0 is a probability of 1/2.
+        thresholds: logits above which a row has a label, in the order of the model's labels; None: rows are scored by
+            the best ones for these rows, which is what the export will choose on the dev rows.
     """
 
     problem_type = "multi_label_classification"
     decision = SeveralLabels
-    thresholds: Sequence[float] | float = 0.0
+    thresholds: np.ndarray | None = None
 
     def check_training_rows(self, rows: Rows) -> None:
         """Raise DataError if all rows have the same labels."""
@@ -98,11 +99,20 @@ class Multilabel(Classification):
 
     def predictions(self, logits: np.ndarray) -> np.ndarray:
         """Return which labels each row has, bool [rows, labels]."""
-        return np.asarray(logits > np.asarray(self.thresholds, np.float64))
+        return np.asarray(logits > (0.0 if self.thresholds is None else self.thresholds))
+
+    def _answer(self, logits: np.ndarray, is_gold: np.ndarray) -> np.ndarray:
+        """Return which labels each row has, by the thresholds or, without any, by the best ones for these rows."""
+        if self.thresholds is not None:
+            return self.predictions(logits)
+        return np.asarray(logits > np.array(best_thresholds(logits, is_gold)))
 
     def score_labels(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """Score logits [rows, labels]: micro and macro F1 of the answers, mean average precision of the ranking."""
-        predicted, is_gold = self.predictions(logits), labels > 0.5
+        is_gold = labels > 0.5
+        return self._score_answers(self._answer(logits, is_gold), logits, is_gold)
+
+    def _score_answers(self, predicted: np.ndarray, logits: np.ndarray, is_gold: np.ndarray) -> dict[str, float]:
         values = {
             "f1_micro": f1_of_label_sets(is_gold, predicted),
             "f1_macro": float(f1_of_labels(is_gold, predicted).mean()),
@@ -116,7 +126,8 @@ class Multilabel(Classification):
 
     def score_classes(self, outputs: np.ndarray, rows: Encoded, names: Sequence[str]) -> dict[str, ClassScores]:
         """Score each label by itself: precision, recall and their harmonic mean."""
-        predicted, is_gold = self.predictions(outputs), rows.labels > 0.5
+        is_gold = rows.labels > 0.5
+        predicted = self._answer(outputs, is_gold)
         right, claimed, gold = (predicted & is_gold).sum(0), predicted.sum(0), is_gold.sum(0)
         scores = {}
         for index, name in enumerate(names):
@@ -134,14 +145,13 @@ class Multilabel(Classification):
 
     def baseline(self, rows: Rows | Encoded) -> dict[str, float]:
         """Score the same labels for every row: as many of the commonest as have the highest score."""
-        labels = np.asarray(rows.labels, np.float64)
-        shares, thresholds = labels.mean(axis=0), np.asarray(self.thresholds, np.float64)
+        is_gold = np.asarray(rows.labels) > 0.5
+        commonest_first = np.argsort(-is_gold.sum(axis=0), kind="stable")
         scores = []
-        for count in range(1, min(labels.shape[1], MOST_COMMON) + 1):
-            is_answer = np.zeros(labels.shape[1], bool)
-            is_answer[np.argsort(-shares, kind="stable")[:count]] = True
-            logits = np.where(is_answer, 1.0, -1.0) + thresholds
-            scores.append(self.score_labels(np.broadcast_to(logits, labels.shape), labels))
+        for count in (*range(1, min(len(commonest_first), MOST_COMMON) + 1), len(commonest_first)):
+            answer = np.zeros(is_gold.shape, bool)
+            answer[:, commonest_first[:count]] = True
+            scores.append(self._score_answers(answer, answer.astype(float), is_gold))
         return max(scores, key=lambda score: score["score"])
 
     def compare_predictions(
@@ -170,6 +180,10 @@ class Multilabel(Classification):
         """Return the probability of every label of every row."""
         return label_confidences(outputs, rows.labels, temperature)
 
+    def gold_answers(self, rows: Encoded, names: Sequence[str]) -> list[Answer]:
+        """Return the list of gold labels of each row."""
+        return [[names[index] for index in np.flatnonzero(row > 0.5)] for row in rows.labels]
+
     def settings(self, outputs: np.ndarray, rows: Encoded) -> dict[str, Json]:
         """Return the temperature, and for each label the logit above which its F1 on these rows is the highest."""
         thresholds: list[Json] = [*best_thresholds(outputs, rows.labels)]
@@ -178,8 +192,8 @@ class Multilabel(Classification):
     def adopt_settings(self, settings: Mapping[str, Json]) -> None:
         """Answer by these thresholds from now on."""
         super().adopt_settings(settings)
-        thresholds = settings.get("thresholds", 0.0)
-        self.thresholds = [float(str(value)) for value in thresholds] if isinstance(thresholds, list) else 0.0
+        thresholds = settings.get("thresholds")
+        self.thresholds = np.array(thresholds, np.float64) if isinstance(thresholds, list) else None
 
     # What the plan prints
 

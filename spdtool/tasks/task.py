@@ -16,6 +16,7 @@ from spdtool.data.unlabeled import read_unlabeled
 from spdtool.errors import DataError
 from spdtool.recipe.fields import Loss, Recipe
 from spdtool.run.records import ClassScores
+from spdtool.tasks.calibration import Confidences
 from spdtool.tasks.decision import Answer, Decision, Json, OneLabel
 from spdtool.tasks.head import SEQUENCE_CLASSIFIER, Head
 from spdtool.tasks.metrics import METRICS
@@ -224,13 +225,16 @@ class Task:
         """Return the highest dev score of a model that may have learned nothing."""
         return self.baseline(rows)["score"]
 
-    def right_rows(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray | None:  # noqa: ARG002
-        """Tell which rows have the right answer, bool [rows]; None where answers are more or less right.
+    def right_rows(self, outputs: np.ndarray, rows: Encoded) -> np.ndarray | None:  # noqa: ARG002
+        """Tell which rows have the right answer, bool [rows]; None where answers are more or less right."""
+        return None
 
-        Args:
-            logits: [rows, labels].
-            labels: gold labels [rows].
-        """
+    def confusion(self, outputs: np.ndarray, rows: Encoded, names: Sequence[str]) -> list[tuple[str, str, int]]:  # noqa: ARG002
+        """Count rows by gold and predicted class; empty where a row has not exactly one class."""
+        return []
+
+    def confidences(self, outputs: np.ndarray, rows: Encoded, temperature: float) -> Confidences | None:  # noqa: ARG002
+        """Return the probabilities of a split, logits divided by a temperature; None for a kind without any."""
         return None
 
     def compare_predictions(
@@ -274,6 +278,13 @@ class Task:
     def probabilities(self, outputs: np.ndarray) -> np.ndarray | None:  # noqa: ARG002
         """Return the probabilities that belong to these outputs, float64; None where there are none."""
         return None
+
+    def gold_answers(self, rows: Encoded, names: Sequence[str]) -> list[Answer]:  # noqa: ARG002
+        """Return the gold labels of the rows as `answers` spells them; empty where they are no labels."""
+        return []
+
+    def adopt_settings(self, settings: Mapping[str, Json]) -> None:
+        """Answer from now on as `decision` does with these settings."""
 
     def settings(self, outputs: np.ndarray, rows: Encoded) -> dict[str, Json]:  # noqa: ARG002
         """Return what `decision` has to know beside the labels, such as a threshold; it is stored in manifest.json.

@@ -79,7 +79,7 @@ def test_the_page_of_a_finished_run_is_well_formed_and_has_every_section(finishe
     reader, written = finished_page
     assert set(reader.sections) == SECTIONS
     names = {image.name for image in written.images}
-    assert names == {"report-student.png", "report-teacher.png", "report-sparsity.png"}
+    assert names == {"report-student.png", "report-teacher.png", "report-sparsity.png", "report-reliability-dev.png"}
     assert all(image.is_file() and image.parent == written.file.parent for image in written.images)
 
 

@@ -24,9 +24,7 @@ NAMES = ("anger", "joy", "fear")
 
 
 def task(**fields: Any) -> Multilabel:
-    dataset = Dataset(
-        "mine", "multilabel", ("text",), NAMES, ("f1_micro", "f1_macro", "map"), lambda _data, _seed: {}
-    )
+    dataset = Dataset("mine", "multilabel", ("text",), NAMES, ("f1_micro", "f1_macro", "map"), lambda _data, _seed: {})
     made = task_of(replace(dataset, **fields))
     assert isinstance(made, Multilabel)
     return made
@@ -34,7 +32,9 @@ def task(**fields: Any) -> Multilabel:
 
 def encoded(labels: np.ndarray) -> Encoded:
     count = len(labels)
-    return Encoded({"input_ids": np.ones(count, np.int64)}, np.arange(count + 1), labels, {"input_ids": 0}, pad_left=False)
+    return Encoded(
+        {"input_ids": np.ones(count, np.int64)}, np.arange(count + 1), labels, {"input_ids": 0}, pad_left=False
+    )
 
 
 LOGITS = np.array([[2.0, -1.0, 0.5], [-3.0, 1.0, -0.5], [0.2, -0.2, 3.0], [-1.0, -2.0, -3.0]], np.float32)
@@ -66,6 +66,8 @@ def test_the_logit_loss_is_the_divergence_of_each_label_mixed_with_the_gold_labe
 
 def test_scores_are_of_the_answers_above_the_thresholds() -> None:
     mine = task()
+    assert mine.score(LOGITS, encoded(GOLD))["f1_micro"] == 1.0, "without thresholds by the best ones for the rows"
+    mine.adopt_settings({"thresholds": [0.0, 0.0, 0.0]})
     scores = mine.score(LOGITS, encoded(GOLD))
     assert scores["f1_micro"] == pytest.approx(2 * 4 / (5 + 5))
     assert scores["score"] == pytest.approx((scores["f1_micro"] + scores["f1_macro"] + scores["map"]) / 3)

@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from spdtool.data.dataset import find_dataset
-from spdtool.models.config import HUB_NAME
+from spdtool.models.config import HUB_NAME, MULTI_LABEL
 from spdtool.models.student import PRETRAINED
 from spdtool.recipe.fields import Recipe
 from spdtool.run.records import Quality, Variant
@@ -48,7 +48,7 @@ With transformers.js (`dtype` is one of {dtypes}):
 import {{ pipeline }} from "@huggingface/transformers";
 
 const classify = await pipeline("text-classification", "FOLDER", {{ dtype: "{dtype}" }});
-console.log(await classify({arguments}));
+console.log(await classify({arguments}{options}));
 ```
 """
 MODEL = """
@@ -91,6 +91,10 @@ import {{ pipeline }} from "@huggingface/transformers";
 const embed = await pipeline("feature-extraction", "FOLDER", {{ dtype: "{dtype}" }});
 console.log(await embed("one text", {{ pooling: "mean", normalize: true }}));
 ```
+"""
+THRESHOLDS_NOTE = """
+`spdtool.load` answers a label where its logit is above a threshold that was chosen on the dev rows: `settings` in
+`manifest.json` has one for each label. Others answer above 0, a probability of one half.
 """
 SELFTEST_NOTE = """
 `python selftest.py` replays `golden.json`, sentences of the dev set with the logits of the checkpoint, on every file
@@ -148,18 +152,21 @@ def render_card(
         dtypes = [dtype for file, dtype in DTYPES.items() if file in files]
         usage = SENTENCES.format(dtypes=", ".join(f"`{dtype}`" for dtype in dtypes), dtype=dtypes[0])
         return "\n".join(lines) + "\n" + usage + SELFTEST_NOTE
-    return "\n".join(lines) + "\n" + _usage(len(find_dataset(recipe).text), list(labels.values()), files)
+    several = config.get("problem_type") == MULTI_LABEL
+    usage = _usage(len(find_dataset(recipe).text), list(labels.values()), files, several=several)
+    return "\n".join(lines) + "\n" + usage
 
 
-def _usage(texts: int, labels: Sequence[JsonValue], files: Sequence[str]) -> str:
+def _usage(texts: int, labels: Sequence[JsonValue], files: Sequence[str], *, several: bool) -> str:
     """Render the snippets that are right for this kind of task.
 
     Args:
         texts: of a row, one or two.
         labels: names, in the order of the logits; a single one: the model predicts a number.
         files: models, the portable one first.
+        several: whether a row may have several labels.
     """
-    pairs, number = texts == 2, len(labels) == 1
+    pairs, number = texts == 2, len(labels) == 1 and not several
     dtypes = [dtype for file, dtype in DTYPES.items() if file in files]
     arguments, script_arguments = '"one text"', '"one text"'
     if pairs:
@@ -169,11 +176,18 @@ def _usage(texts: int, labels: Sequence[JsonValue], files: Sequence[str]) -> str
     script_decision = "model.config.id2label[logits.data.indexOf(Math.max(...logits.data))]"
     if number:
         decision, script_decision = "float(logits[0, 0])", "logits.data[0]"
-    answer = "a number" if number else f"one of {', '.join(map(str, labels))}"
+    if several:
+        names = json.dumps(labels, ensure_ascii=False)
+        decision = f"[name for name, logit in zip({names}, logits[0]) if logit > 0]"
+        script_decision = "logits.data"
+    count = "some" if several else "one"
+    answer = "a number" if number else f"{count} of {', '.join(map(str, labels))}"
     usage = PYTHON.format(arguments=arguments, answer=answer.replace("\n", " "), model=files[0], decision=decision)
     script = {"dtypes": ", ".join(f"`{dtype}`" for dtype in dtypes), "dtype": dtypes[0]}
     if not pairs and not number:
-        return usage + PIPELINE.format(arguments=script_arguments, **script) + SELFTEST_NOTE
+        options = ", { top_k: null }" if several else ""
+        note = THRESHOLDS_NOTE if several else ""
+        return usage + note + PIPELINE.format(arguments=script_arguments, options=options, **script) + SELFTEST_NOTE
     reason = "takes no second text" if pairs else "turns a number into a probability"
     script |= {"arguments": script_arguments, "decision": script_decision, "reason": reason}
     return usage + MODEL.format(**script) + SELFTEST_NOTE

@@ -99,6 +99,7 @@ class Reference:
         self.recipe = recipe
         self._batch_logits: dict[str, dict[int, np.ndarray]] = {}
         self._dev_logits: dict[str, DevLogits] = {}
+        self._kind_settings: dict[str, dict[str, Json]] = {}
 
     def with_storage(self, formats: StorageFormats) -> Reference:
         """Return the same reference, whose recipe stores weights in these formats; what was computed is shared."""
@@ -174,10 +175,17 @@ class Reference:
 
     def kind_settings(self, provider: str) -> dict[str, Json]:
         """Return what the kind of task stores for those who answer from the exported files; see `Task.settings`."""
-        task = self.dev.task
+        task, section = self.dev.task, self.recipe.export
         if task is None or type(task).settings is Task.settings:  # most kinds need no logits for it
             return {}
-        return task.settings(self.dev_logits(provider)["dev"], self.dev.splits["dev"])
+        if provider not in self._kind_settings:
+            settings = task.settings(self.dev_logits(provider)["dev"], self.dev.splits["dev"])
+            if not section.calibrate:
+                settings.pop("temperature", None)
+            # the checkpoint is scored as the files answer
+            task.adopt_settings(settings)
+            self._kind_settings[provider] = settings
+        return self._kind_settings[provider]
 
     def dev_logits(self, provider: str) -> DevLogits:
         """Compute the checkpoint's logits on the dev sets."""

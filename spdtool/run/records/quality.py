@@ -50,7 +50,7 @@ class FinalScores(Record):
     Attributes:
         rows: number of them. drawn: whether they were taken from the training rows, for want of a file.
         teacher, student: every metric, and `score`.
-        teacher_score, student_score: the headline, with its interval.
+        teacher_score, student_score: the headline, with its interval; None where rows cannot be resampled one by one.
         difference: of the headline, student minus teacher, over the same resamples.
         resamples, confidence: of the intervals.
     """
@@ -59,24 +59,25 @@ class FinalScores(Record):
     drawn: bool
     teacher: Scores
     student: Scores
-    teacher_score: Interval
-    student_score: Interval
-    difference: Interval
-    test: PairedTest
+    teacher_score: Interval | None = None
+    student_score: Interval | None = None
+    difference: Interval | None = None
+    test: PairedTest | None = None
     resamples: int
     confidence: float
 
     def lines(self) -> list[tuple[str, str]]:
         """Describe the scores as names and texts."""
         source = "taken from the training rows before anything else" if self.drawn else "from a file of their own"
-        interval = f"{self.confidence:.0%} interval of {self.resamples:,} resamples"
-        return [
+        lines = [
             ("test rows", f"{self.rows:,}, {source}; scored once, at the end"),
-            ("teacher, test", str(self.teacher_score)),
-            ("student, test", str(self.student_score)),
-            ("difference", f"{self.difference}; {interval}"),
-            ("is it chance", self.test.describe()),
+            ("teacher, test", str(self.teacher_score or f"{self.teacher['score']:.4f}")),
+            ("student, test", str(self.student_score or f"{self.student['score']:.4f}")),
         ]
+        if self.difference is not None and self.test is not None:
+            interval = f"{self.confidence:.0%} interval of {self.resamples:,} resamples"
+            lines += [("difference", f"{self.difference}; {interval}"), ("is it chance", self.test.describe())]
+        return lines
 
 
 class ReliabilityBin(NamedTuple):

@@ -12,9 +12,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from faults import FILE_FAULTS, WEIGHT_FAULTS
+from faults import FILE_FAULTS, WEIGHT_FAULTS, edit_json
 from onnx import numpy_helper
 
+from spdtool.data.dataset import Dataset, Rows
 from spdtool.errors import GateError
 from spdtool.export.bundle.manifest import digest_files, write_manifest
 from spdtool.export.gates.checked_export import ExportAttempt
@@ -127,3 +128,52 @@ def test_answers_that_are_lists_are_refused_where_one_label_was_scored(reference
         check_classifier(classifier, reference, tokenizer)
     with pytest.raises(GateError, match=r"answers \['"):
         predict_from_texts(classifier, reference.dev, 32, reference.label_names)
+
+
+@pytest.mark.usefixtures("clean_plugins")
+def test_faults_in_what_decides_several_labels_are_found(tmp_path: Path, toys: ModuleType) -> None:
+    words, names = (set(toys.GOOD), set(toys.BAD), {"very"}), ("kind", "unkind", "loud")
+
+    def load(_data: str | None, _seed: int) -> dict[str, Rows]:
+        splits = {}
+        for split, seed in (("train", 1), ("dev", 2)):
+            texts = list(toys.rows(24, seed).first)
+            labels = np.array([[bool(each & set(text.split())) for each in words] for text in texts], np.uint8)
+            splits[split] = Rows(texts, None, labels)
+        return splits
+
+    toys.register(Dataset("several", "multilabel", ("text",), names, ("f1_micro", "f1_macro", "map"), load))
+    model = toys.bert(labels=3, id2label=dict(enumerate(names)), problem_type="multi_label_classification")
+    save_model(model, toys.tokenizer(), tmp_path / "checkpoint")
+    recipe = toys.recipe("export.sentences=4", task="several")
+    several = Reference(tmp_path / "checkpoint", prepare_dev_sets(tmp_path / "checkpoint", recipe), recipe)
+    target, sound = get_target("onnx"), tmp_path / "sound"
+    attempt = ExportAttempt(target, several, sound, ["cpu"])
+    attempt.write()
+    pass_gates(target, several, sound)
+    settings = attempt.describe_folder(sound / MODEL_FILE).settings
+    assert settings is not None
+    thresholds = settings["thresholds"]
+    assert isinstance(thresholds, list)
+    moved = [float(str(thresholds[0])) + 1.0, *thresholds[1:]]
+    faults: dict[str, dict[str, Any]] = {
+        "thresholds lost": {"temperature": settings["temperature"]},
+        "all settings lost": {},
+        "a threshold moved": settings | {"thresholds": moved},
+        "thresholds of other labels": settings | {"thresholds": thresholds[::-1]},
+        "another temperature": settings | {"temperature": 1.5 * float(str(settings["temperature"]))},
+    }
+    for title, changed in faults.items():
+        manifest = attempt.describe_folder(sound / MODEL_FILE).model_copy(update={"settings": changed})
+        write_manifest(sound, manifest)
+        with pytest.raises(GateError, match=r"spdtool\.load (answers|gives other probabilities)"):
+            check_score(target, several, sound, "cpu")
+        assert title
+    for title in ("labels swapped", "a label renamed"):
+        folder = shutil.copytree(sound, tmp_path / "faulty")
+        FILE_FAULTS[title](folder)
+        assert is_refused(target, several, folder), title
+        shutil.rmtree(folder)
+    folder = shutil.copytree(sound, tmp_path / "faulty")
+    edit_json("config.json", lambda config: config.update(problem_type="single_label_classification"))(folder)
+    assert is_refused(target, several, folder)
