@@ -149,7 +149,9 @@ def _measure_calibration(model: ScoredSplit, temperature: float, bins: int) -> C
 def _compare_answers(quality: Quality, models: Pair, texts: Rows, recipe: Recipe) -> None:
     """Record the dev rows on which student and teacher answer differently, the surest of the student first."""
     teacher, student = models["teacher"], models["student"]
-    if student.task.probabilities(student.outputs) is None or teacher.names != student.names:
+    if student.score_rows() is None or student.task.confidences(student.outputs, student.rows, 1.0) is None:
+        return  # a row is no answer of its own, or answers are numbers
+    if teacher.names != student.names:
         return
     answers = {}
     probabilities = {}
