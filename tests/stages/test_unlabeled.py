@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,26 +12,31 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from spdtool import plugins
 from spdtool.run.folder import Run
 from spdtool.stages.phase import load_phase
 from spdtool.stages.prune import prune
 from spdtool.stages.teacher import teacher
 from spdtool.training import loop
 
-
-@pytest.fixture
-def texts(tmp_path: Path, toys: ModuleType, toy_task: Callable[..., Any]) -> Path:
-    toy_task(train=24, dev=8)
-    file = tmp_path / "more.txt"
-    file.write_text("".join(f"{text}\n" for text in toys.rows(40, seed=9).first))
-    return file
+SETS = ("prune.epochs=2", "prune.loss.hardness=0.5")
 
 
-def begun(folder: Path, toys: ModuleType, texts: Path | None, *sets: str) -> Run:
-    recipe = toys.recipe("prune.epochs=2", *sets, unlabeled=None if texts is None else str(texts))
-    run = Run.for_recipe(folder, recipe)
-    teacher(run)
-    return run
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> Iterator[Path]:
+    """A run that has its teacher, and beside it a file of texts without labels."""
+    folder = tmp_path_factory.mktemp("unlabeled")
+    (folder / "more.txt").write_text("".join(f"{text}\n" for text in toys.rows(40, seed=9).first))
+    with plugins.isolated():
+        toys.register(toys.dataset(train=24, dev=8))
+        teacher(Run.for_recipe(folder / "run", toys.recipe(*SETS, unlabeled=str(folder / "more.txt"))))
+        yield folder
+
+
+def copied(base: Path, to: Path, toys: ModuleType, *sets: str) -> Run:
+    """A copy of the run, with further settings."""
+    shutil.copytree(base / "run", to)
+    return Run.for_recipe(to, toys.recipe(*SETS, f"unlabeled={base / 'more.txt'}", *sets))
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
@@ -42,19 +48,20 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 def test_a_killed_phase_goes_on_with_the_same_bits_and_the_texts_change_the_student(
-    texts: Path, tmp_path: Path, toys: ModuleType, monkeypatch: pytest.MonkeyPatch
+    base: Path, tmp_path: Path, toys: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = begun(tmp_path / "whole", toys, texts, "prune.loss.hardness=0.5")
+    run = copied(base, tmp_path / "whole", toys)
     phase = load_phase(run, "prune", start="teacher")
     rows = phase.splits["train"]
     assert (len(rows), rows.epoch_rows, phase.length.steps_per_epoch) == (64, 48, 6)
     assert (len(phase.scored_rows), phase.scored_rows.mixture) == (24, None)
     prune(run)
-    assert run.record("prune").data is not None
-    assert run.record("teacher").data.unlabeled is None  # type: ignore[union-attr]
-    assert run.record("prune").data.rows["unlabeled"] == 40  # type: ignore[union-attr]
+    recorded, of_teacher = run.record("prune").data, run.record("teacher").data
+    assert recorded is not None
+    assert of_teacher is not None
+    assert (recorded.rows["unlabeled"], of_teacher.unlabeled) == (40, None)
 
-    killed = begun(tmp_path / "killed", toys, texts, "prune.loss.hardness=0.5", "save_minutes=0")
+    killed = copied(base, tmp_path / "killed", toys, "save_minutes=0")
     steps: list[int] = []
     step = loop._train_step
 
@@ -71,13 +78,14 @@ def test_a_killed_phase_goes_on_with_the_same_bits_and_the_texts_change_the_stud
     assert steps == [*range(9), *range(8, 12)]
     assert equal(weights(run), weights(killed))
 
-    without = begun(tmp_path / "without", toys, None, "prune.loss.hardness=0.5")
+    without = copied(base, tmp_path / "without", toys, "unlabeled=none")
     prune(without)
     assert not equal(weights(run), weights(without))
 
 
-def test_other_texts_need_no_new_teacher(texts: Path, tmp_path: Path, toys: ModuleType) -> None:
-    run = begun(tmp_path / "run", toys, texts)
-    texts.write_text("a very good film\n" * 3)
-    rows = load_phase(Run.open(run.path), "prune", start="teacher").splits["train"]
-    assert len(rows) == 27
+def test_other_texts_need_no_new_teacher(base: Path, tmp_path: Path, toys: ModuleType) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("a very good film\n" * 3)
+    run = copied(base, tmp_path / "run", toys, f"unlabeled={other}")
+    rows = load_phase(run, "prune", start="teacher").splits["train"]
+    assert (len(rows), rows.epoch_rows) == (27, 27)
