@@ -149,7 +149,7 @@ def reliability_figure(pairs: Mapping[Role, CalibrationPair]) -> Figure:
         for calibration, alpha, label in ((pair.raw, 0.35, f"{role}, raw"), (pair.calibrated, 1.0, role)):
             confidence = [entry.confidence for entry in calibration.bins]
             accuracy = [entry.accuracy for entry in calibration.bins]
-            areas = [6 + 120 * entry.count / calibration.answers for entry in calibration.bins]
+            areas = [6 + 120 * entry.answers / calibration.answers for entry in calibration.bins]
             axes.plot(
                 confidence, accuracy, color=SERIES[index], alpha=alpha, label=f"{label}: ECE {calibration.ece:.3f}"
             )

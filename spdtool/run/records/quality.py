@@ -83,7 +83,7 @@ class FinalScores(Record):
 class ReliabilityBin(NamedTuple):
     """Answers whose probability is in one interval: their number, mean probability, and share that is right."""
 
-    count: int
+    answers: int
     confidence: float
     accuracy: float
 
