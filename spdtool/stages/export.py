@@ -162,7 +162,7 @@ def _export_roles(
         status = f"exporting the {role} ({chosen.name}) and holding it against its checkpoint"
         with console.busy(status):
             models[role] = export_and_check(chosen.target, references[role], folder / role, providers)
-        title = role
+        title: str = role
         if chosen.prefix:
             title = f"{role} ({chosen.name})"
         _print_exported(title, models[role])

@@ -21,7 +21,7 @@ from spdtool.run.records import ClassScores
 from spdtool.tasks.calibration import Confidences, class_confidences, fit_temperature, softmax
 from spdtool.tasks.decision import Answer, Json
 from spdtool.tasks.metrics import METRICS
-from spdtool.tasks.task import Task
+from spdtool.tasks.task import ProblemType, Task
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +37,7 @@ class Classification(Task):
         temperature: by which logits are divided before they become probabilities.
     """
 
-    problem_type = "single_label_classification"
+    problem_type: ProblemType | None = "single_label_classification"
     takes_unlabeled = True
     temperature = 1.0
 

@@ -170,7 +170,7 @@ class Multilabel(Classification):
 
     def answers(self, outputs: np.ndarray, rows: Encoded, names: Sequence[str]) -> list[Answer]:  # noqa: ARG002
         """Return the list of labels of each row."""
-        return [[names[index] for index in np.flatnonzero(row)] for row in self.predictions(outputs)]
+        return [[names[index] for index in np.flatnonzero(row).tolist()] for row in self.predictions(outputs)]
 
     def probabilities(self, outputs: np.ndarray) -> np.ndarray | None:
         """Return the probability of each label."""
@@ -182,7 +182,7 @@ class Multilabel(Classification):
 
     def gold_answers(self, rows: Encoded, names: Sequence[str]) -> list[Answer]:
         """Return the list of gold labels of each row."""
-        return [[names[index] for index in np.flatnonzero(row > 0.5)] for row in rows.labels]
+        return [[names[index] for index in np.flatnonzero(row > 0.5).tolist()] for row in rows.labels]
 
     def settings(self, outputs: np.ndarray, rows: Encoded) -> dict[str, Json]:
         """Return the temperature, and for each label the logit above which its F1 on these rows is the highest."""
