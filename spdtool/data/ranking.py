@@ -67,16 +67,18 @@ def ranking_dataset(recipe: Recipe, tables: Mapping[str, Table]) -> Dataset:
     """Describe queries with their passages.
 
     Args:
-        tables: `train`, and `dev` where the data have one.
+        tables: `train`, and `dev` and `test` where the data have them.
 
     Raises:
         DataError: a column or a text is missing, or a relevance is no whole number.
     """
+    if recipe.test_share:
+        raise DataError("--test-share would part the passages of a query", "add a file called test")
     columns = choose_ranking_columns(tables["train"], recipe)
     splits = {name: _table_to_rows(table, columns) for name, table in tables.items()}
 
     def load(_data: str | None, seed: int) -> dict[str, Rows]:
-        return splits if "dev" in splits else draw_dev_queries(splits["train"], seed, recipe.dev_share)
+        return splits if "dev" in splits else splits | draw_dev_queries(splits["train"], seed, recipe.dev_share)
 
     share = "" if "dev" in splits else f"; {recipe.dev_share:.0%} of its queries are the dev set"
     return Dataset(

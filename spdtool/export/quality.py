@@ -42,7 +42,7 @@ class ScoredSplit:
 
     def score_rows(self) -> ScoreRows | None:
         """Return the function that scores resampled rows; None where a row is no answer of its own."""
-        if self.rows.labels_per_token or self.rows.details is not None:
+        if self.rows.labels_per_token or self.rows.groups is not None or self.rows.details is not None:
             return None
         return lambda rows: self.task.score_labels(self.outputs[rows], self.rows.labels[rows])["score"]
 

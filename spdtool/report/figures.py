@@ -158,7 +158,7 @@ def reliability_figure(pairs: Mapping[Role, CalibrationPair]) -> Figure:
     axes.set_ylim(0, 1)
     axes.set_xlabel("probability")
     axes.set_ylabel("share that is right")
-    _add_legend(axes)
+    axes.legend(loc="upper left", handlelength=1.6)
     return figure
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from spdtool.data import dataset as datasets
 from spdtool.data.dataset import Dataset, Rows
-from spdtool.data.overview import leaked_dev_rows
+from spdtool.data.overview import leaked_rows
 from spdtool.data.ranking import sample_queries
 from spdtool.data.tokens import Encoded
 from spdtool.errors import DataError, ModelError, RecipeError
@@ -286,7 +286,7 @@ class Ranking(Task):
 
     def data_warnings(self, splits: datasets.Splits) -> list[str]:
         """Name queries that cannot be scored, and dev queries that were trained on."""
-        lines = leaked_dev_rows(splits["train"], splits["dev"])
+        lines = leaked_rows(splits["train"], splits["dev"], "dev")
         lines += leaked_queries(splits)
         for split, rows in splits.items():
             count = count_unanswered(np.asarray(rows.labels))

@@ -13,7 +13,6 @@ from spdtool.data import overview
 from spdtool.data.dataset import Dataset, Rows
 from spdtool.data.tokens import Encoded, encode_splits
 from spdtool.data.unlabeled import read_unlabeled
-from spdtool.errors import DataError
 from spdtool.recipe.fields import Loss, Recipe
 from spdtool.run.records import ClassScores
 from spdtool.tasks.calibration import Confidences
@@ -78,10 +77,6 @@ class Task:
         # Before rows are drawn: a small sample may miss a class by chance.
         self.check_training_rows(splits["train"])
         if recipe.unlabeled is not None:
-            if not self.takes_unlabeled:
-                raise DataError(
-                    f"a task of the kind {self.dataset.kind!r} learns from no unlabelled texts", "leave them out"
-                )
             file, labels = Path(recipe.unlabeled), np.asarray(splits["train"].labels)
             splits[datasets.UNLABELED] = read_unlabeled(file, recipe.unlabeled_text, self.dataset, labels)
         return datasets.sample_splits(splits, recipe)
