@@ -1,11 +1,11 @@
-"""What does a prune stage cost as rows, layers, width and sparsity grow? CPU seconds of whole commands, one thread.
+"""Measure how the cost of a prune stage grows with rows, layers, width and sparsity: CPU seconds on one thread.
 
     python benchmarks/cost.py FOLDER --task sst2 --data GLUE --tokenizer all-MiniLM-L6-v2
 
-Each point is one epoch of `spdtool prune` with a teacher of random weights, whose scores mean nothing and whose cost is
-that of a trained one. Everything is varied alone, from a base of 2,000 rows, three layers of width 384 and 90 % zeros;
-the rows get a line by least squares. Recipe `gmp` ranks by magnitude; the width is also varied with `default`, whose
-prune events are of second order.
+Each point is one epoch of `spdtool prune` with a teacher of random weights, which costs as much as a trained one. One
+quantity varies at a time, from a base of 2,000 rows, three layers of width 384 and 90 % zeros. A least-squares line is
+fitted over the rows. Recipe `gmp` ranks by magnitude; width also varies with `default`, which prunes by second-order
+scores. Needs the GLUE files and a tokenizer folder.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LENGTH = 32
 
 @dataclass(frozen=True)
 class Point:
-    """What one measured command works on."""
+    """The settings of one measured command."""
 
     rows: int = 2000
     layers: int = 3
@@ -63,12 +63,12 @@ def main() -> None:
             figures = [point.recipe, point.rows, point.layers, point.width, point.sparsity, f"{seconds[point]:.1f}"]
             print("|", getattr(point, varied), "|", " | ".join(map(str, figures)), "|", flush=True)
         if varied == "rows":
-            start, slope = line([(point.rows, seconds[point]) for point in GRID[varied]])
+            start, slope = fit_line([(point.rows, seconds[point]) for point in GRID[varied]])
             print(f"\n{start:.1f} s and {1000 * slope:.2f} ms a row")
 
 
 def measure(point: Point, options: argparse.Namespace) -> float:
-    """CPU seconds, user and system, of the prune stage with everything that its command loads."""
+    """Measure the CPU seconds, user and system, of the whole `spdtool prune` command."""
     teacher = options.folder / f"teacher-{point.layers}x{point.width}"
     if not teacher.exists():
         write_teacher(teacher, options.tokenizer, point)
@@ -76,30 +76,40 @@ def measure(point: Point, options: argparse.Namespace) -> float:
     shutil.rmtree(run, ignore_errors=True)
     sets = ["device=cpu", "teacher.accept=true", f"max_rows={point.rows}", f"max_length={LENGTH}", "prune.epochs=1"]
     sets += ["prune.scored_train_rows=0"]
-    words = ["teacher", "--task", options.task, "--data", options.data, "--teacher", str(teacher), "--run", str(run)]
-    words += ["--recipe", point.recipe, "--sparsity", str(point.sparsity)]
-    spdtool([*words, *(word for each in sets for word in ("--set", each))], options.folder)
-    before = spent()
+    arguments = [
+        "teacher",
+        "--task",
+        options.task,
+        "--data",
+        options.data,
+        "--teacher",
+        str(teacher),
+        "--run",
+        str(run),
+    ]
+    arguments += ["--recipe", point.recipe, "--sparsity", str(point.sparsity)]
+    spdtool([*arguments, *(word for assignment in sets for word in ("--set", assignment))], options.folder)
+    before = children_seconds()
     spdtool(["prune", "--run", str(run)], options.folder)
-    return spent() - before
+    return children_seconds() - before
 
 
 def spdtool(words: list[str], folder: Path) -> None:
-    """Run a command in one thread, with a cache of its own; it must end well."""
+    """Run a command on one thread with its cache in `folder`; fail if it fails."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str((folder / "cache").resolve())}
     process = subprocess.run([sys.executable, "-m", "spdtool", *words], env=environment, capture_output=True, text=True)
     if process.returncode != 0:
         raise SystemExit(f"spdtool {' '.join(words)}:\n{process.stderr[-3000:]}")
 
 
-def spent() -> float:
-    """CPU seconds of all commands so far."""
+def children_seconds() -> float:
+    """Return the CPU seconds of all commands so far."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def write_teacher(folder: Path, tokenizer: str, point: Point) -> None:
-    """A BERT classifier of random weights, with two labels, and the tokenizer beside it."""
+    """Save a BERT classifier of random weights with two labels, and its tokenizer."""
     from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
     shape: dict[str, Any] = {"num_hidden_layers": point.layers, "hidden_size": point.width, "num_labels": 2}
@@ -108,8 +118,8 @@ def write_teacher(folder: Path, tokenizer: str, point: Point) -> None:
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
 
 
-def line(points: list[tuple[int, float]]) -> tuple[float, float]:
-    """The line of least squares: where it begins, and how steep it is."""
+def fit_line(points: list[tuple[int, float]]) -> tuple[float, float]:
+    """Fit a line by least squares; return its intercept and slope."""
     mean_x, mean_y = (sum(values) / len(points) for values in zip(*points, strict=True))
     spread = sum((x - mean_x) ** 2 for x, _ in points)
     slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / spread

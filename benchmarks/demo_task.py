@@ -1,8 +1,10 @@
-"""Is the task `demo` what it says: learnable in seconds, closed to word counts, hurt by one-shot pruning?
+"""Check the task `demo`: learnable in seconds, not solvable by word counts, hurt by one-shot pruning.
 
-Reads nothing, writes nothing but temporary folders. Run: python benchmarks/demo_task.py [--seeds 5]
-For every seed: dev accuracy of the teacher that the recipe trains, its time, its dev accuracy with 50-90 % of the
-encoder's matrices cut by magnitude and no training after it, and what classifiers of word counts reach.
+    python benchmarks/demo_task.py [--seeds 5]
+
+Prints for every seed the dev accuracy and training time of the teacher, its dev accuracy with 50-90 % of the encoder's
+matrices pruned by magnitude without training, and the accuracy of classifiers of word counts. Needs scikit-learn;
+reads no files and writes only temporary ones.
 """
 
 from __future__ import annotations
@@ -43,13 +45,13 @@ SPARSITIES = (0.5, 0.7, 0.8, 0.9)
 
 
 def word_counts(seed: int) -> dict[str, float]:
-    """Dev accuracy of classifiers that see the word counts of premise and hypothesis, side by side."""
+    """Return the dev accuracy of classifiers of the word counts of premise and hypothesis."""
     splits = find_dataset(recipe.Recipe()).load(None, seed)
     counters = [CountVectorizer().fit(splits["train"].first + splits["train"].second) for _ in range(2)]
 
     def features(rows: Rows) -> np.ndarray:
-        sides = zip(counters, (rows.first, rows.second), strict=True)
-        return hstack([counter.transform(side) for counter, side in sides]).toarray().astype(float)
+        columns = zip(counters, (rows.first, rows.second), strict=True)
+        return hstack([counter.transform(column) for counter, column in columns]).toarray().astype(float)
 
     models = {
         "logistic regression": LogisticRegression(max_iter=1000),
@@ -60,16 +62,16 @@ def word_counts(seed: int) -> dict[str, float]:
     return {name: float(model.fit(x, y).score(dev_x, dev_y)) for name, model in models.items()}
 
 
-def trained(seed: int, sets: list[str]) -> tuple[float, float, int, dict[float, float]]:
-    """Dev accuracy, seconds and steps of the teacher, and its accuracy after one-shot pruning to each sparsity."""
-    chosen = recipe.build_recipe(flags={"task": "demo", "seed": seed, "device": "cpu"}, sets=[*SETTINGS, *sets])
+def train_and_prune(seed: int, sets: list[str]) -> tuple[float, float, int, dict[float, float]]:
+    """Train a teacher; return its dev accuracy, seconds, steps, and accuracy after one-shot pruning by sparsity."""
+    settings = recipe.build_recipe(flags={"task": "demo", "seed": seed, "device": "cpu"}, sets=[*SETTINGS, *sets])
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(Path(folder) / "run", chosen)
-        started = time.perf_counter()
+        run = Run(Path(folder) / "run", settings)
+        start = time.perf_counter()
         metrics = teacher(run)
-        seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - start
         model, tokenizer = load_model(run.use_input("teacher")), load_tokenizer(run.use_input("teacher"))
-    task, encoded = prepare_data(chosen, tokenizer, label_names(model))
+    task, encoded = prepare_data(settings, tokenizer, label_names(model))
 
     def accuracy(sparsity: float) -> float:
         pruned = copy.deepcopy(model).eval()
@@ -95,7 +97,7 @@ def main() -> None:
         print(f"seed {seed}: word counts: {counts}", flush=True)
     scores = []
     for seed in options.seeds:
-        score, seconds, steps, pruned = trained(seed, options.set)
+        score, seconds, steps, pruned = train_and_prune(seed, options.set)
         scores.append(score)
         cuts = ", ".join(f"{100 * value:.1f} % at {sparsity:.0%}" for sparsity, value in pruned.items())
         print(

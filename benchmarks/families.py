@@ -4,9 +4,9 @@
     python benchmarks/families.py --layers 6 --hidden 384       # with the speed of the student; on a machine of its own
     python benchmarks/families.py --only camembert,nomic_bert   # measure these anew
 
-The weights are random, so no score means anything: what counts is that every stage is reached, and that what is refused
-is refused by the plan. Results are kept in docs/results/families.json; a family that is there is not run again unless
-`--only` names it.
+The weights are random, so scores mean nothing. The table shows whether a family reaches every stage, and whether an
+unsupported one is refused by the plan. Results are stored in docs/results/families.json; a stored family runs again
+only if `--only` names it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 GOOD, BAD = ("good", "fine", "nice", "great"), ("bad", "poor", "dull", "sad")
 FILLER = ("the", "a", "film", "song", "meal", "book", "was", "is", "very", "quite", "not", "and")
 WORDS = (*GOOD, *BAD, *FILLER)
-POSITIONS = 66
+POSITIONS = 66  # 64 tokens, and 2 because RoBERTa counts positions from its padding token
 STAGES = ("teacher", "prune", "distill", "finetune")
 # Further fields of a family's configuration, where the common ones do not make a tiny model.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -92,7 +92,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def write_rows(file: Path) -> Path:
-    """Write rows of two classes that a word decides."""
+    """Write rows of two classes; one word decides the class."""
     generator = random.Random(0)
     with file.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
@@ -105,7 +105,7 @@ def write_rows(file: Path) -> Path:
 
 
 def build_tokenizer() -> BertTokenizerFast:
-    """Build a tokenizer of these words and digits."""
+    """Build a tokenizer of `WORDS` and digits."""
     vocabulary = [*SPECIAL, *WORDS, *"0123456789", *("##" + digit for digit in "0123456789")]
     core = Tokenizer(models.WordPiece({word: number for number, word in enumerate(vocabulary)}, unk_token="[UNK]"))
     core.normalizer = normalizers.BertNormalizer()
@@ -142,8 +142,8 @@ def save_encoder(family: str, folder: Path, layers: int, hidden: int) -> None:
 
 
 def run_family(family: str, folder: Path, layers: int, hidden: int, *, with_bench: bool) -> dict[str, Any]:
-    """Run a family, and describe what came of it."""
-    started = time.monotonic()
+    """Run a family through all stages; return its row of the table."""
+    start = time.monotonic()
     result: dict[str, Any] = {"layers": layers, "hidden": hidden, "speed": None}
     try:
         save_encoder(family, folder / "model", layers, hidden)
@@ -169,7 +169,7 @@ def run_family(family: str, folder: Path, layers: int, hidden: int, *, with_benc
         result["outcome"], result["reason"] = "fails late" if late else "refused", error.message
     except Exception as error:  # what must not be: the table shows it
         result["outcome"], result["reason"] = "traceback", f"{type(error).__name__}: {error}".split("\n")[0][:200]
-    return result | {"seconds": round(time.monotonic() - started)}
+    return result | {"seconds": round(time.monotonic() - start)}
 
 
 def write_page(results: dict[str, dict[str, Any]]) -> None:
@@ -198,7 +198,7 @@ def write_page(results: dict[str, dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Run the families that are not done, and write results and page after each."""
+    """Run the families without a result, and write results and page after each."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--only", default="", help="families to run anew, separated by commas")
     parser.add_argument("--layers", type=int, default=3)
@@ -208,8 +208,8 @@ def main() -> None:
     results: dict[str, dict[str, Any]] = {}
     if RESULTS.exists():
         results = json.loads(RESULTS.read_text("utf-8"))
-    chosen = options.only.split(",") if options.only else [family for family in FAMILIES if family not in results]
-    for family in chosen:
+    families = options.only.split(",") if options.only else [family for family in FAMILIES if family not in results]
+    for family in families:
         with tempfile.TemporaryDirectory(prefix="families-") as folder:
             result = run_family(family, Path(folder), options.layers, options.hidden, with_bench=not options.no_bench)
         results[family] = result

@@ -20,16 +20,18 @@ def main() -> None:
     parser.add_argument("model", help="folder or hub name")
     parser.add_argument("layers", type=int)
     parser.add_argument("to", type=Path)
-    chosen = parser.parse_args()
-    model = AutoModel.from_pretrained(chosen.model, use_safetensors=True)
-    whole = model.config.num_hidden_layers
-    if not 0 < chosen.layers <= whole:
-        parser.error(f"{chosen.model} has {whole} layers")
-    stack = next(part for part in model.modules() if part.__class__.__name__ == "ModuleList" and len(part) == whole)
-    del stack[chosen.layers :]
-    model.config.num_hidden_layers = chosen.layers
-    save_model(model, AutoTokenizer.from_pretrained(chosen.model), chosen.to)
-    print(f"{chosen.to}: the first {chosen.layers} of {whole} layers of {chosen.model}")
+    options = parser.parse_args()
+    model = AutoModel.from_pretrained(options.model, use_safetensors=True)
+    depth = model.config.num_hidden_layers
+    if not 0 < options.layers <= depth:
+        parser.error(f"{options.model} has {depth} layers")
+    stack = next(
+        module for module in model.modules() if module.__class__.__name__ == "ModuleList" and len(module) == depth
+    )
+    del stack[options.layers :]
+    model.config.num_hidden_layers = options.layers
+    save_model(model, AutoTokenizer.from_pretrained(options.model), options.to)
+    print(f"{options.to}: the first {options.layers} of {depth} layers of {options.model}")
 
 
 if __name__ == "__main__":

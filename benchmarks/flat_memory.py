@@ -1,10 +1,10 @@
-"""Does memory stay flat when the data grow? Ten million rows in Parquet files against a hundred thousand.
+"""Measure whether memory stays flat as the data grow: ten million rows in Parquet files against a hundred thousand.
 
     python benchmarks/flat_memory.py FOLDER --rows 100000 10000000 --model all-MiniLM-L6-v2
 
-Writes the files and the cache under FOLDER (about 100 bytes a row). For each number of rows, in a process of its own:
-the largest anonymous memory (RssAnon, looked at every 10 ms) while the files are read, tokenised and iterated in
-batches of 32. Pages of mapped files are not counted: the system takes them back when it needs them.
+Writes the files and the cache under FOLDER (about 100 bytes a row). For each number of rows a separate process measures
+the largest anonymous memory (RssAnon, sampled every 10 ms) while it reads, tokenises and iterates the files in batches
+of 32. Pages of mapped files are not counted, because the system can reclaim them. Needs pyarrow and a tokenizer folder.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ def main() -> None:
     print("| rows | reading MB | tokenising MB | iterating MB | seconds | again, seconds |\n|---|---|---|---|---|---|")
     for rows in options.rows:
         write(options.folder / str(rows), rows)
-        words = [sys.executable, __file__, str(options.folder), "--model", options.model, "--child", str(rows)]
-        words += ["--batches", str(options.batches)]
+        command = [sys.executable, __file__, str(options.folder), "--model", options.model, "--child", str(rows)]
+        command += ["--batches", str(options.batches)]
         environment = os.environ | {"XDG_CACHE_HOME": str((options.folder / "cache").resolve())}
-        first, again = (
-            json.loads(subprocess.run(words, check=True, capture_output=True, text=True, env=environment).stdout)
+        first, cached = (
+            json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
             for _ in range(2)
         )
-        figures = [f"{first[part]:.0f}" for part in ("reading", "tokenising", "iterating")]
-        print("|", rows, "|", " | ".join(figures), f"| {first['seconds']:.1f} | {again['seconds']:.1f} |", flush=True)
+        figures = [f"{first[step]:.0f}" for step in ("reading", "tokenising", "iterating")]
+        print("|", rows, "|", " | ".join(figures), f"| {first['seconds']:.1f} | {cached['seconds']:.1f} |", flush=True)
 
 
 def write(folder: Path, rows: int) -> None:
-    """`train/*.parquet` of `FILE_ROWS` rows each, and a small dev file; left as they are if they are there."""
+    """Write `train/*.parquet` of `FILE_ROWS` rows each and a small dev file, unless they exist."""
     import pyarrow
     from pyarrow import parquet
 
@@ -64,7 +64,7 @@ def write(folder: Path, rows: int) -> None:
 
 
 class Anonymous:
-    """Keeps the largest anonymous memory since it was last asked, in MB."""
+    """Samples the anonymous memory of this process; `take` returns the largest since the last call, in MB."""
 
     def __init__(self) -> None:
         self._most = 0.0
@@ -72,8 +72,8 @@ class Anonymous:
 
     def take(self) -> float:
         self._look()
-        most, self._most = self._most, 0.0
-        return most
+        largest, self._most = self._most, 0.0
+        return largest
 
     def _look(self) -> None:
         status = Path("/proc/self/status").read_text("utf-8")
@@ -86,7 +86,7 @@ class Anonymous:
 
 
 def measure(folder: Path, model: str, batches: int) -> dict[str, float]:
-    """The largest anonymous memory of each part, and the seconds until the first batch."""
+    """Return the largest anonymous memory of each step in MB, and the seconds until the first batch."""
     from spdtool.data import tokens as data
     from spdtool.data.batches import training_batches
     from spdtool.models.load import load_tokenizer
@@ -96,15 +96,15 @@ def measure(folder: Path, model: str, batches: int) -> dict[str, float]:
     recipe, start = build_recipe("default", {"task": "local", "data": str(folder)}), time.monotonic()
     anonymous, tokenizer = Anonymous(), load_tokenizer(model)
     splits = find_task(recipe).read_rows(recipe)
-    found = {"reading": anonymous.take()}
+    results = {"reading": anonymous.take()}
     rows = data.encode_splits(tokenizer, splits, recipe.max_length)["train"]
-    found["tokenising"] = anonymous.take()
+    results["tokenising"] = anonymous.take()
     epoch = training_batches(rows, 32, recipe.seed, 0, pool=recipe.pool)
     rows.collate(epoch[0])
-    found["seconds"] = time.monotonic() - start
+    results["seconds"] = time.monotonic() - start
     for index in range(min(len(epoch), batches)):
         rows.collate(epoch[index])
-    return found | {"iterating": anonymous.take()}
+    return results | {"iterating": anonymous.take()}
 
 
 if __name__ == "__main__":

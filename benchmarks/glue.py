@@ -40,7 +40,7 @@ from typing import Any
 
 Row = dict[str, Any]  # as it stands in a file of JSON lines
 
-SPLIT_SEED = 2026
+SPLIT_SEED = 2026  # arbitrary, and never changed, so that all results use the same halves
 STAGES = ("teacher", "prune", "distill", "finetune")
 RATES = "1e-4,2e-4,4e-4"  # of the teacher; around the 3e-4 that suited three layers of the same encoder
 EPOCHS = "4,8"  # all rates are tried with the first, the best one also with the others
@@ -105,12 +105,12 @@ class Trial:
 
     @property
     def key(self) -> tuple[str, str, float, int, str]:
-        """What tells it from the other rows of a file."""
+        """The fields that identify its row in a file."""
         return (self.task, Path(self.recipe).stem, self.sparsity, self.seed, self.variant)
 
     @property
     def folder(self) -> str:
-        """Its run folder, seen from WORK."""
+        """Its run folder, relative to WORK."""
         name = "-".join(filter(None, [Path(self.recipe).stem, self.variant]))
         return f"trials/{self.task}/{name}-{self.sparsity:g}-seed{self.seed}"
 
@@ -125,10 +125,7 @@ class CommandFailed(Exception):
 
 @dataclass(frozen=True)
 class Runner:
-    """The measured tool, the folders, the search for a teacher, and the commands that run until `deadline`.
-
-    The deadline is one of time.monotonic.
-    """
+    """Runs commands of the measured tool until `deadline`, a time of time.monotonic."""
 
     spdtool: Path
     model: Path
@@ -139,7 +136,7 @@ class Runner:
     settings: tuple[str, ...] = EVERYWHERE
 
     def run_stage(self, stage: str, folder: str, options: Sequence[str] = ()) -> None:
-        """Run one stage of the run folder WORK/`folder` unless it is done, and note its CPU seconds beside it."""
+        """Run one stage of the run folder WORK/`folder` unless it is done, and record its CPU seconds beside it."""
         run = self.work / folder
         if (run / stage / "stage.json").is_file():
             return
@@ -163,7 +160,7 @@ class Runner:
             TimeUp: the deadline has passed; the command was ended.
             CommandFailed: it ended with an error.
         """
-        pause, stopped = self.work / "pause", False
+        pause, is_stopped = self.work / "pause", False
         self.wait_while_paused()
         with log.open("ab") as stream:
             process = subprocess.Popen(command, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL)
@@ -171,9 +168,9 @@ class Runner:
                 while process.poll() is None:
                     if time.monotonic() > self.deadline:
                         raise TimeUp
-                    if pause.exists() != stopped:
-                        stopped = not stopped
-                        process.send_signal(signal.SIGSTOP if stopped else signal.SIGCONT)
+                    if pause.exists() != is_stopped:
+                        is_stopped = not is_stopped
+                        process.send_signal(signal.SIGSTOP if is_stopped else signal.SIGCONT)
                     time.sleep(0.5)
             finally:
                 if process.poll() is None:
@@ -192,7 +189,7 @@ class Runner:
             time.sleep(0.5)
 
     def anonymous(self, command: Sequence[str]) -> list[str]:
-        """`command` with names in place of this machine's folders."""
+        """Replace this machine's folders in `command` by names."""
         names = {self.spdtool: "spdtool", self.model: "MODEL", self.work: "WORK"}
         for folder, name in names.items():
             command = [argument.replace(str(folder), name) for argument in command]
@@ -216,21 +213,21 @@ def split_dev(data: Path, work: Path) -> None:
 
 
 def halve(content: bytes, *, header: bool) -> tuple[bytes, bytes]:
-    """The picking and the reporting half of a file's rows, each in the file's order and under its header."""
+    """Split a file's rows into the picking and the reporting half, each in the file's order with its header."""
     lines = content.rstrip(b"\r\n").split(b"\n")
-    top = [lines.pop(0)] if header else []
+    header_lines = [lines.pop(0)] if header else []
     order = list(range(len(lines)))
     random.Random(SPLIT_SEED).shuffle(order)
     middle = (len(order) + 1) // 2
     halves = []
     for numbers in (order[:middle], order[middle:]):
         rows = [lines[number] for number in sorted(numbers)]
-        halves.append(b"\n".join([*top, *rows]) + b"\n")
+        halves.append(b"\n".join([*header_lines, *rows]) + b"\n")
     return halves[0], halves[1]
 
 
 def read_rows(task: Task, file: Path) -> tuple[list[list[str]], list[int]]:
-    """The text columns, each a list over the rows, and the label of each row as its index."""
+    """Read a file; return its text columns, each a list over the rows, and the label index of each row."""
     lines = file.read_text("utf-8-sig").rstrip("\r\n").split("\n")  # not splitlines: some rows hold other line ends
     rows = [line.removesuffix("\r").split("\t") for line in lines[int(task.header) :]]
     columns = [[row[column] for row in rows] for column in task.text]
@@ -238,7 +235,7 @@ def read_rows(task: Task, file: Path) -> tuple[list[list[str]], list[int]]:
 
 
 def predict(checkpoint: Path, columns: Sequence[Sequence[str]]) -> list[int]:
-    """The label that the classifier at `checkpoint` gives each row, as its index."""
+    """Predict the label index of each row with the classifier at `checkpoint`."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -258,7 +255,7 @@ def predict(checkpoint: Path, columns: Sequence[Sequence[str]]) -> list[int]:
 
 
 def score(task: Task, gold: Sequence[int], predictions: Sequence[int]) -> dict[str, float]:
-    """Every metric of the task, and their mean as `score`."""
+    """Compute every metric of the task, and their mean as `score`."""
     from sklearn import metrics
 
     functions = {
@@ -271,10 +268,10 @@ def score(task: Task, gold: Sequence[int], predictions: Sequence[int]) -> dict[s
 
 
 def score_both_halves(runner: Runner, task_name: str, checkpoint: Path, metrics: Row) -> Row:
-    """Scores of a checkpoint on the picking half, the reporting half and training rows.
+    """Score a checkpoint on the picking half, the reporting half and training rows.
 
     Args:
-        metrics: what the tool noted of the checkpoint; its score on the picking half must be the one computed here.
+        metrics: the tool's own scores of the checkpoint; that on the picking half must equal the one computed here.
     """
     runner.wait_while_paused()
     task = TASKS[task_name]
@@ -289,7 +286,7 @@ def score_both_halves(runner: Runner, task_name: str, checkpoint: Path, metrics:
 
 
 def make_teacher(runner: Runner, task: str, rate: float, epochs: int, seed: int) -> str:
-    """Fine-tune one teacher unless that is done; return its run folder, seen from WORK."""
+    """Fine-tune one teacher unless that is done; return its run folder, relative to WORK."""
     folder = f"teachers/{task}/{rate:g}x{epochs}-seed{seed}"
     options = [
         "--task",
@@ -306,10 +303,10 @@ def make_teacher(runner: Runner, task: str, rate: float, epochs: int, seed: int)
 
 
 def best_teacher(runner: Runner, task: str, seed: int) -> tuple[str, dict[str, float]]:
-    """The teacher of `task` for `seed`, in the setting that did best on the picking half with seed 0.
+    """Make the teacher of `task` for `seed`, with the setting that was best on the picking half with seed 0.
 
     Returns:
-        its run folder, seen from WORK, and the setting.
+        its run folder, relative to WORK, and the setting.
     """
 
     def pick_score(setting: tuple[float, int]) -> float:
@@ -322,7 +319,7 @@ def best_teacher(runner: Runner, task: str, seed: int) -> tuple[str, dict[str, f
 
 
 def run_trial(runner: Runner, trial: Trial) -> Row:
-    """Do what `trial` still lacks, its teacher included; return its row."""
+    """Run the missing stages of `trial`, its teacher included; return its row."""
     teacher, setting = best_teacher(runner, trial.task, trial.seed)
     options = ["--task", trial.task.removesuffix("-sample"), "--data", str(runner.work / "data")]
     options += ["--teacher", str(runner.work / teacher / "teacher"), "--recipe", trial.recipe]
@@ -338,11 +335,11 @@ def run_trial(runner: Runner, trial: Trial) -> Row:
 
 
 def row_of(runner: Runner, trial: Trial, teacher: str, setting: dict[str, float]) -> Row:
-    """The row of a trial whose stages are all done."""
+    """Make the row of a finished trial."""
     run = runner.work / trial.folder
     records = {stage: read_record(run, stage) for stage in STAGES}
-    nothing = {"steps": 0, "epochs": 0}  # of a given teacher, or of a phase of no epochs
-    fits = {stage: record["result"]["fit"] or nothing for stage, record in records.items()}
+    no_fit = {"steps": 0, "epochs": 0}  # of a given teacher, or of a phase of no epochs
+    fits = {stage: record["result"]["fit"] or no_fit for stage, record in records.items()}
     scores = {
         "teacher": score_both_halves(
             runner, trial.task, runner.work / teacher / "teacher", records["teacher"]["result"]
@@ -382,33 +379,33 @@ def row_of(runner: Runner, trial: Trial, teacher: str, setting: dict[str, float]
 
 
 def read_record(run: Path, stage: str) -> Row:
-    """The stage.json of a finished stage."""
+    """Read the stage.json of a finished stage."""
     record: Row = json.loads((run / stage / "stage.json").read_text("utf-8"))
     return record
 
 
 def children_cpu_seconds() -> float:
-    """CPU time of all ended child processes: unlike the clock's it says the same on a busy core."""
+    """Return the CPU time of all ended child processes, which a busy core does not change as it does wall time."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 
 
 def cpu_model() -> str:
-    """The processor's name, family and model number."""
+    """Return the processor's name, family and model number."""
     lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     values = dict(line.replace("\t", "").split(":", 1) for line in lines if ":" in line)
     return f"{values.get('model name', '').strip()}, family{values.get('cpu family')}, model{values.get('model')}"
 
 
 def commit_of(program: Path) -> str | None:
-    """The commit of the checkout in which the measured program is installed, if it is one."""
+    """Return the commit of the checkout that contains the measured program, or None."""
     command = ["git", "-C", str(program.parent), "rev-parse", "--short", "HEAD"]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     return process.stdout.strip() or None
 
 
 def append(file: Path, row: Row) -> None:
-    """Append one JSON line, on disk when this returns."""
+    """Append one JSON line and flush it to disk."""
     with file.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(row, ensure_ascii=False) + "\n")
         stream.flush()
@@ -416,21 +413,21 @@ def append(file: Path, row: Row) -> None:
 
 
 def read_rows_of(file: Path) -> list[Row]:
-    """The rows of a file of JSON lines; none if it does not exist."""
+    """Read a file of JSON lines; return [] if it does not exist."""
     if not file.exists():
         return []
     return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
 
 
 def finished_keys(file: Path) -> set[tuple[Any, ...]]:
-    """The keys of the trials that have a row in `file`."""
+    """Return the keys of the trials that have a row in `file`."""
     return {
         tuple(row[name] for name in ("task", "recipe", "sparsity", "seed", "variant")) for row in read_rows_of(file)
     }
 
 
 def plan(options: argparse.Namespace) -> list[Trial]:
-    """The trials in their order: those of BLOCKS, or of one block of what the command line names."""
+    """List the trials in order: those of BLOCKS, or of the one block that the command line describes."""
     blocks: Iterable[Block] = BLOCKS
     if options.recipes or options.tasks or options.sparsities or options.variant:
         chosen_sparsities = [float(word) for word in words(options.sparsities)] or [0.9]
@@ -445,12 +442,12 @@ def plan(options: argparse.Namespace) -> list[Trial]:
 
 
 def words(text: str | None) -> list[str]:
-    """The words between the commas."""
+    """Split a text at its commas."""
     return [word.strip() for word in (text or "").split(",") if word.strip()]
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Mean and sample deviation over the seeds of every task, recipe and sparsity, as Markdown."""
+    """Format mean and sample deviation over the seeds of every task, recipe and sparsity as Markdown."""
     groups: dict[tuple[float, int, str], list[Row]] = defaultdict(list)
     for row in rows:
         name = "-".join(filter(None, [row["recipe"], row["variant"]]))
@@ -472,13 +469,13 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def mean_and_deviation(values: Sequence[float]) -> str:
-    """`81.0 ± 0.8`; of a single value no deviation."""
+    """Format values as `81.0 ± 0.8`; a single value has no deviation."""
     mean = f"{statistics.fmean(values):.1f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options of the command line."""
+    """Parse the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", type=Path, metavar="ROWS", help="only print the table of a file of rows")
     parser.add_argument("--spdtool", type=Path, help="the program to measure")
@@ -526,7 +523,7 @@ def run_trials(runner: Runner, trials: Sequence[Trial], out: Path) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table, or run what is left; return the exit code."""
+    """Print the table, or run the missing trials; return the exit code."""
     options = parse_options(arguments)
     if options.table is not None:
         print(table(read_rows_of(options.table)))

@@ -1,4 +1,4 @@
-"""The picture of the README: speed, size and score of a student beside its dense teacher in three forms.
+"""Measure and draw the picture of the README: speed, size and score of a student and of its dense teacher.
 
     python benchmarks/headline.py measure RUN --openvino-python PATH    write docs/results/headline.json, then draw
     python benchmarks/headline.py draw                                  draw docs/images/headline.svg and .png from it
@@ -52,14 +52,14 @@ DARK = {INK: "#e6edf3", MUTED: "#9198a1", PAPER: "#0d1117", GREY: "#4d5661", TEA
 
 
 def processor() -> str:
-    """Return the name of the CPU, and the instruction sets that decide the speed of int8 and float32 products."""
+    """Return the name of the CPU and its instruction sets for int8 and float32 products."""
     file = Path("/proc/cpuinfo")
     text = file.read_text() if file.exists() else ""
     name = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
     flags = re.search(r"^flags\s*: (.*)$", text, re.MULTILINE)
-    known = set(flags.group(1).split()) if flags else set()
+    cpu_flags = set(flags.group(1).split()) if flags else set()
     notable = {"AVX2": "avx2", "AVX-512": "avx512f", "VNNI": "avx512_vnni", "AVX-VNNI": "avx_vnni", "AMX": "amx_int8"}
-    sets = [label for label, flag in notable.items() if flag in known]
+    sets = [label for label, flag in notable.items() if flag in cpu_flags]
     return f"{name.group(1) if name else platform.processor()} ({', '.join(sets)})"
 
 
@@ -96,7 +96,7 @@ def openvino_logits(python: str, model: Path, rows: Any, scratch: Path) -> np.nd
 
 
 def measure(run_folder: Path, python: str | None, shapes: list[str], rounds: int, seconds: float) -> dict[str, Any]:
-    """Time and score every engine; return what the JSON holds."""
+    """Time and score every engine; return the content of the JSON file."""
     from spdtool.bench import engines, latency
     from spdtool.export import onnx_session
     from spdtool.export.gates.reference import prepare_dev_sets
@@ -118,17 +118,17 @@ def measure(run_folder: Path, python: str | None, shapes: list[str], rounds: int
         vocabulary=config["vocab_size"],
         pad=config.get("pad_token_id") or 0,
     )
-    racing = [dense, replace(dense, name=UNFUSED, fused=False)]
-    racing.append(replace(dense, name=INT8, path=str(onnx_file(exported / "onnx-int8/teacher"))))
-    racing.append(replace(dense, name=STUDENT, path=str(onnx_file(sparse)), libraries=libraries))
+    timed_engines = [dense, replace(dense, name=UNFUSED, fused=False)]
+    timed_engines.append(replace(dense, name=INT8, path=str(onnx_file(exported / "onnx-int8/teacher"))))
+    timed_engines.append(replace(dense, name=STUDENT, path=str(onnx_file(sparse)), libraries=libraries))
 
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         scores = {}
-        for engine in racing:
+        for engine in timed_engines:
             session = onnx_session.open_session(Path(engine.path), "cpu", 0, engine.libraries, fused=engine.fused)
             scores[engine.name] = predict.evaluate(dev.task, predict.onnx_forward(session), dev.sets)["score"]
-        sizes = {engine.name: Path(engine.path).stat().st_size for engine in racing}
+        sizes = {engine.name: Path(engine.path).stat().st_size for engine in timed_engines}
         if python is not None:
             model = scratch / "int8.xml"
             save_rows(dev.train, scratch / "train.npz")
@@ -136,22 +136,24 @@ def measure(run_folder: Path, python: str | None, shapes: list[str], rounds: int
             logits = {name: openvino_logits(python, model, rows, scratch) for name, rows in dev.sets.items()}
             scores[OPENVINO] = dev.task.score_splits(logits, dev.sets)["score"]
             sizes[OPENVINO] = sum(file.stat().st_size for file in scratch.glob("int8.*"))
-            racing.insert(3, replace(dense, name=OPENVINO, path=str(model), command=(python, str(WORKER))))
-        wanted = [engines.Shape(*map(int, shape.split("x"))) for shape in shapes]
-        race = latency.time_engines(racing, wanted, threads=(1,), rounds=rounds, warmup=1, seconds=seconds)
+            timed_engines.insert(3, replace(dense, name=OPENVINO, path=str(model), command=(python, str(WORKER))))
+        timed_shapes = [engines.Shape(*map(int, shape.split("x"))) for shape in shapes]
+        timing_result = latency.time_engines(
+            timed_engines, timed_shapes, threads=(1,), rounds=rounds, warmup=1, seconds=seconds
+        )
 
-    times = {timing.engine.name: timing.rounds for timing in race.timings}
+    times = {timing.engine.name: timing.rounds for timing in timing_result.timings}
     engines = []
     for name in [DENSE, INT8, OPENVINO, STUDENT]:
         if name not in times:
             continue
         speeds = {}
-        for shape in wanted:
+        for shape in timed_shapes:
             fastest = min((DENSE, UNFUSED), key=lambda form: np.median(times[form][shape]))
-            own = np.array(times[fastest if name == DENSE else name][shape])
-            ratios = np.array(times[fastest][shape]) / own
+            engine_times = np.array(times[fastest if name == DENSE else name][shape])
+            ratios = np.array(times[fastest][shape]) / engine_times
             speeds[str(shape)] = {
-                "ms": round(float(np.median(own)), 4),
+                "ms": round(float(np.median(engine_times)), 4),
                 "speed": median_and_interval(ratios),
             }
         over = name in (INT8, OPENVINO) and abs(scores[name] - scores[DENSE]) > INT8_BUDGET
@@ -180,7 +182,7 @@ def measure(run_folder: Path, python: str | None, shapes: list[str], rounds: int
 
 @dataclass(frozen=True)
 class Column:
-    """One panel: for each engine value, least and largest (None: not measured), and the text at its bar."""
+    """One panel: for each engine (value, smallest, largest), None if not measured, and the text at its bar."""
 
     title: str
     bars: list[tuple[float, float, float] | None]
@@ -203,28 +205,28 @@ def bars(axes: Any, column: Column, colours: list[str]) -> None:
     """Draw a horizontal bar for each engine, first one on top, with its interval and its text at the end."""
     ends = [0.0 if bar is None else max(bar) for bar in column.bars]
     reach = max(ends)
-    for place, (bar, end, text, colour) in enumerate(zip(column.bars, ends, column.texts, colours, strict=True)):
+    for row, (bar, end, text, colour) in enumerate(zip(column.bars, ends, column.texts, colours, strict=True)):
         if bar is None:
-            axes.text(0.02 * reach, place, "not measured", va="center", color=MUTED, fontsize=8.5)
+            axes.text(0.02 * reach, row, "not measured", va="center", color=MUTED, fontsize=8.5)
             continue
-        value, least, largest = bar
-        axes.barh(place, value, height=0.62, color=colour)
-        axes.plot([least, largest], [place, place], color=INK, linewidth=1.2, solid_capstyle="butt")
+        value, smallest, largest = bar
+        axes.barh(row, value, height=0.62, color=colour)
+        axes.plot([smallest, largest], [row, row], color=INK, linewidth=1.2, solid_capstyle="butt")
         weight = "bold" if colour == TEAL else "normal"
-        axes.text(end + 0.03 * reach, place, text, va="center", color=INK, fontsize=9, fontweight=weight)
+        axes.text(end + 0.03 * reach, row, text, va="center", color=INK, fontsize=9, fontweight=weight)
     axes.set_title(column.title, loc="left", color=INK, fontsize=9.5, fontweight="bold")
     axes.set_xlim(0, 1.5 * reach)
     axes.set_ylim(len(ends) - 0.4, -0.6)
     axes.set_facecolor("none")
     axes.set_xticks([])
     axes.tick_params(length=0)
-    for side in ("top", "right", "bottom"):
-        axes.spines[side].set_visible(False)
+    for spine in ("top", "right", "bottom"):
+        axes.spines[spine].set_visible(False)
     axes.spines["left"].set_color(GREY)
 
 
 def columns_of(measured: dict[str, Any], shape: str) -> list[Column]:
-    """Return the panels in which something was measured: speed, size and score."""
+    """Return the panels with measurements: speed, size and score."""
     engines = measured["engines"]
     speeds = [tuple(engine["speeds"][shape]["speed"]) for engine in engines]
     columns = [Column(f"Speed, {shape}", list(speeds), [f"{speed[0]:.1f}x" for speed in speeds])]
@@ -241,7 +243,7 @@ def columns_of(measured: dict[str, Any], shape: str) -> list[Column]:
 
 
 def notes_of(measured: dict[str, Any]) -> str:
-    """Return what has to stand below the picture: model, zeros, task, machine, and what the marks mean."""
+    """Return the notes below the picture: model, zeros, task, machine, and the meaning of the marks."""
     threads = "one thread" if measured["threads"] == 1 else f"{measured['threads']} threads"
     first = f"{measured['model']}; {measured['pattern']}; "
     first += f"{measured['task'].upper()}, recipe {measured['recipe']}" if measured["task"] else "random weights"
@@ -276,10 +278,10 @@ def figure_of(measured: dict[str, Any], shape: str) -> Any:
 
 def adapt_to_dark(svg: str) -> str:
     """Return an SVG whose colours follow the reader's light or dark setting."""
-    rules = "".join(f"--c{place}:{colour};" for place, colour in enumerate(DARK))
-    dark = "".join(f"--c{place}:{colour};" for place, colour in enumerate(DARK.values()))
-    for place, colour in enumerate(DARK):
-        svg = svg.replace(colour, f"var(--c{place})")
+    rules = "".join(f"--c{number}:{colour};" for number, colour in enumerate(DARK))
+    dark = "".join(f"--c{number}:{colour};" for number, colour in enumerate(DARK.values()))
+    for number, colour in enumerate(DARK):
+        svg = svg.replace(colour, f"var(--c{number})")
     style = f"<style>:root{{{rules}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}</style>"
     start = svg.index(">", svg.index("<svg")) + 1
     return svg[:start] + style + svg[start:]
@@ -307,14 +309,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=300.0, help="for all rounds")
     parser.add_argument("--data", type=Path, default=DATA, help="file that the figures are written to, or read from")
     parser.add_argument("--images", type=Path, default=IMAGES, help="folder of headline.svg and headline.png")
-    chosen = parser.parse_args()
-    if chosen.what == "measure":
-        if chosen.run is None:
+    options = parser.parse_args()
+    if options.what == "measure":
+        if options.run is None:
             parser.error("measure needs a run folder")
-        measured = measure(chosen.run, chosen.openvino_python, list(chosen.shapes), chosen.rounds, chosen.seconds)
-        chosen.data.parent.mkdir(parents=True, exist_ok=True)
-        chosen.data.write_text(json.dumps(measured, indent=2) + "\n", "utf-8")
-    for file in draw(json.loads(chosen.data.read_text("utf-8")), chosen.shape, chosen.images):
+        measured = measure(options.run, options.openvino_python, list(options.shapes), options.rounds, options.seconds)
+        options.data.parent.mkdir(parents=True, exist_ok=True)
+        options.data.write_text(json.dumps(measured, indent=2) + "\n", "utf-8")
+    for file in draw(json.loads(options.data.read_text("utf-8")), options.shape, options.images):
         print(file)
 
 

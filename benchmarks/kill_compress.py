@@ -1,11 +1,11 @@
-"""Kill `spdtool compress` and `spdtool report` with SIGKILL at random moments, and see whether anything is lost.
+"""Kill `spdtool compress` and `spdtool report` with SIGKILL at random moments, and check that nothing is lost.
 
     python benchmarks/kill_compress.py /tmp/kills --kills 50
 
-The embedded task is compressed once without disturbance. Then it is compressed again and again: each call is killed
-after a random time, and the next call goes on with the same folder. After each kill every stage that has a stage.json
-must be whole. A run that has come to its end must hold the same weights and exported models as the undisturbed one, to
-the last bit. The page of a report must be the older one or the newer one, never a part.
+The embedded task is compressed once without kills. Then it is compressed repeatedly: each call is killed after a random
+time, and the next call resumes in the same folder. After each kill every stage with a stage.json must be complete. A
+finished run must have the same weights and exported models as the uninterrupted one, to the last bit. The page of a
+report must be the old or the new one, never a part. Needs only spdtool.
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ from spdtool.run.folder import Run
 STAGES = ("teacher", "prune", "distill", "finetune", "export", "bench")
 KILLS_A_RUN = 6  # then it is left alone, so that its weights are compared
 SETTINGS = ("--set", "bench.rounds=1", "--set", "save_minutes=0")  # a snapshot at every step: most to go wrong
+# files that do not depend on times, so two runs of one recipe must have the same bytes
 COMPARED = ("*.safetensors", "*.onnx", "tokenizer.json", "golden.json")
 
 
 @dataclass
 class Tally:
-    """What the kills did.
+    """Counts of kills, and the faults that they caused.
 
     Attributes:
-        during: number of kills by what was running, a stage or `report`.
-        faults: one line for each thing that was lost.
+        during: number of kills by the stage that was running, or `report`.
+        faults: one line for each loss.
     """
 
     during: Counter[str] = field(default_factory=Counter)
@@ -50,7 +51,7 @@ class Tally:
 
 
 def main() -> int:
-    """Kill as often as the command line says; return the exit code."""
+    """Run the kills and print the faults; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="folder to work in; it is emptied")
     parser.add_argument("--kills", type=int, default=50)
@@ -60,11 +61,11 @@ def main() -> int:
     options.folder.mkdir(parents=True)
     draw, tally = random.Random(options.seed), Tally()
 
-    undisturbed = options.folder / "undisturbed"
-    started = time.monotonic()
-    finish(compress(undisturbed))
-    seconds = time.monotonic() - started
-    expected = digests(undisturbed)
+    uninterrupted = options.folder / "undisturbed"
+    start_time = time.monotonic()
+    finish(compress(uninterrupted))
+    seconds = time.monotonic() - start_time
+    expected = digests(uninterrupted)
 
     number = 0
     while tally.kills < options.kills:
@@ -85,14 +86,14 @@ def main() -> int:
 
 
 def compress(run: Path) -> list[str]:
-    """The words of the compression; the same for the first call and for those that go on."""
+    """Return the arguments of the compression; the first call and the resuming ones use the same."""
     return ["compress", "--task", "demo", "--smoke", "--run", str(run), *SETTINGS]
 
 
-def start(words: list[str]) -> subprocess.Popen[str]:
-    """Start a command in a session of its own, so that its children can be killed with it."""
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    """Start a command in a new session, so that its children can be killed with it."""
     return subprocess.Popen(
-        [sys.executable, "-m", "spdtool", *words],
+        [sys.executable, "-m", "spdtool", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -100,17 +101,17 @@ def start(words: list[str]) -> subprocess.Popen[str]:
     )
 
 
-def finish(words: list[str]) -> None:
-    """Run a command that must end well."""
-    process = start(words)
+def finish(arguments: list[str]) -> None:
+    """Run a command; fail if it fails."""
+    process = start(arguments)
     output, _ = process.communicate()
     if process.returncode != 0:
-        raise SystemExit(f"spdtool {' '.join(words)} ended with {process.returncode}:\n{output[-3000:]}")
+        raise SystemExit(f"spdtool {' '.join(arguments)} ended with {process.returncode}:\n{output[-3000:]}")
 
 
-def kill_after(words: list[str], seconds: float) -> bool:
-    """Kill a command and its children after so long; return False if it had ended by then."""
-    process = start(words)
+def kill_after(arguments: list[str], seconds: float) -> bool:
+    """Kill a command and its children after `seconds`; return False if it had already ended."""
+    process = start(arguments)
     try:
         process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -121,7 +122,7 @@ def kill_after(words: list[str], seconds: float) -> bool:
 
 
 def kill_compressions(run: Path, draw: random.Random, seconds: float, kills: int, tally: Tally) -> None:
-    """Kill the compression up to `kills` times, at moments anywhere in the time that an undisturbed one takes."""
+    """Kill the compression up to `kills` times, each after a random share of the time of a whole run."""
     for _ in range(kills):
         if not kill_after(compress(run), draw.uniform(0.5, seconds)):
             return
@@ -131,11 +132,11 @@ def kill_compressions(run: Path, draw: random.Random, seconds: float, kills: int
 
 
 def kill_report(run: Path, draw: random.Random, tally: Tally) -> None:
-    """Write a page, kill the writing of it again, and compare."""
+    """Write a page, kill a second writing of it, and check the page."""
     page = run / "page.html"
-    started = time.monotonic()
+    start_time = time.monotonic()
     finish(["report", str(run), "--to", str(page)])
-    seconds, before = time.monotonic() - started, page.read_bytes()
+    seconds, before = time.monotonic() - start_time, page.read_bytes()
     if kill_after(["report", str(run), "--to", str(page)], draw.uniform(0.5, 1) * seconds):
         tally.during["report"] += 1
         after = page.read_bytes() if page.exists() else b""
@@ -144,21 +145,21 @@ def kill_report(run: Path, draw: random.Random, tally: Tally) -> None:
 
 
 def check_stages(run: Path, tally: Tally) -> None:
-    """Note every stage that says it is finished and is not whole."""
+    """Record a fault for every finished stage whose files do not verify."""
     if not (run / "run.json").exists():
         return
-    opened = Run.open(run)
+    opened_run = Run.open(run)
     for stage in STAGES:
         if not (run / stage).exists():
             continue
         try:
-            opened.use_input(stage)
+            opened_run.use_input(stage)
         except Exception as error:  # whatever it is, something was lost
             tally.faults.append(f"{run.name}: {stage} is there and not whole: {error}")
 
 
 def digests(run: Path) -> dict[str, str]:
-    """The sha256 of every file that must be the same in two runs of one recipe, by its path in the run."""
+    """Return the sha256 of every file that must be equal in two runs of one recipe, by path."""
     sums = {}
     for pattern in COMPARED:
         for file in run.rglob(pattern):

@@ -1,4 +1,4 @@
-"""OpenVINO as an engine of `spdtool.bench.engines`, run by an interpreter that has openvino and nncf, not spdtool.
+"""Run OpenVINO as an engine of `spdtool.bench.engines`; needs an interpreter with openvino and nncf, not spdtool.
 
     python benchmarks/openvino_worker.py                                  answer requests of spdtool.bench.engines
     python benchmarks/openvino_worker.py quantize MODEL ROWS.npz OUT.xml  static int8 by NNCF, calibrated on rows
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from deepsparse_worker import batch, memory, turn
+from deepsparse_worker import batch, process_memory, time_call
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32"}  # what is not int8 stays float32, and is not rounded to bfloat16
 
@@ -25,8 +25,8 @@ EXACT = {"INFERENCE_PRECISION_HINT": "f32"}  # what is not int8 stays float32, a
 def feed(columns: dict[str, np.ndarray], names: list[str]) -> dict[str, np.ndarray]:
     """Return the inputs that a model names, [rows, tokens]; real tokens have mask 1 and type 0 unless given."""
     ids = columns["input_ids"]
-    usual = {"attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
-    return {name: (usual | columns)[name] for name in names}
+    defaults = {"attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    return {name: (defaults | columns)[name] for name in names}
 
 
 def rows_of(file: str, names: list[str]) -> Iterator[dict[str, np.ndarray]]:
@@ -43,7 +43,7 @@ def input_names(model: Any) -> list[str]:
 
 
 def quantize(model_file: str, rows_file: str, out: str) -> None:
-    """Write a model with int8 weights and activations, whose ranges come from the rows."""
+    """Quantise a model to int8 weights and activations, with ranges calibrated on the rows."""
     import nncf
     import openvino
 
@@ -66,7 +66,7 @@ def logits(model_file: str, rows_file: str, out: str) -> None:
 
 
 class Session:
-    """An opened model, compiled once for each shape: fixed shapes are what OpenVINO is fastest at."""
+    """An opened model, compiled for each shape, because OpenVINO is fastest with fixed shapes."""
 
     def __init__(self, engine: dict[str, Any]) -> None:
         import openvino
@@ -88,7 +88,7 @@ class Session:
             self.requests[shape] = self.core.compile_model(fixed, "CPU", self.settings).create_infer_request()
         ids, mask, types = batch(shape, real, self.engine["vocabulary"], self.engine["pad"])
         inputs = feed({"input_ids": ids, "attention_mask": mask, "token_type_ids": types}, names)
-        return turn(lambda: self.requests[shape].infer(inputs), seconds)
+        return time_call(lambda: self.requests[shape].infer(inputs), seconds)
 
 
 def serve() -> None:
@@ -104,10 +104,10 @@ def serve() -> None:
                 answer: dict[str, Any] = {
                     "provider": session.provider,
                     "nodes": None,
-                    "resident": memory("VmRSS"),
+                    "resident": process_memory("VmRSS"),
                 }
             elif "close" in request:
-                answer = {"peak": memory("VmHWM")}
+                answer = {"peak": process_memory("VmHWM")}
             else:
                 answer = session.time((request["batch"], request["length"]), request["real"], request["turn"])
         except Exception as error:  # the parent shows whatever OpenVINO raises

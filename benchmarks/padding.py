@@ -1,9 +1,9 @@
-"""How much of what is computed is padding, by how batches are made?
+"""Measure which share of the computed positions is padding, for several ways to make batches.
 
     python benchmarks/padding.py cola mrpc rte sst2 qnli --data GLUE --model all-MiniLM-L6-v2
 
-Counts the positions of training batches over three epochs. Rows without any padding, packed end to end, could gain no
-more than what the first column leaves.
+Counts the positions of training batches over three epochs. Packing rows without padding could save no more than the
+share that the first column shows. Needs the GLUE files and a tokenizer folder.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def main() -> None:
 
     tokenizer = load_tokenizer(options.model)
     for number, name in enumerate(options.tasks):
-        chosen = recipe.build_recipe("default", {"task": name, "data": options.data})
-        rows = data.tokenize(tokenizer, find_task(chosen).read_rows(chosen)["train"], chosen.max_length)
-        shares = padding_shares(rows.lengths, options.batch, chosen.max_length)
+        settings = recipe.build_recipe("default", {"task": name, "data": options.data})
+        rows = data.tokenize(tokenizer, find_task(settings).read_rows(settings)["train"], settings.max_length)
+        shares = padding_shares(rows.lengths, options.batch, settings.max_length)
         if number == 0:
             print("| task | rows | tokens a row |", " | ".join(shares), "|\n|" + "---|" * (3 + len(shares)))
         cells = [name, f"{len(rows):,}", f"{rows.lengths.mean():.1f}", *(f"{share:.1%}" for share in shares.values())]
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def padding_shares(lengths: Any, batch_size: int, max_length: int, epochs: int = 3) -> dict[str, float]:
-    """What share of all positions is padding, by how batches are made.
+    """Return the share of padding among all positions, by the way to make batches.
 
     Args:
         lengths: tokens of each row.

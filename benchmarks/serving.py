@@ -1,4 +1,4 @@
-"""What the HTTP server costs: rows a second under load, against the bare engine on the same sentences.
+"""Measure the cost of the HTTP server: rows a second under load, against the bare engine on the same sentences.
 
     python benchmarks/serving.py                             a random model of six layers of 384; some minutes
     python benchmarks/serving.py --bundle RUN/export/bundle --texts 4 --requests 10000
@@ -32,6 +32,7 @@ import numpy as np
 
 from spdtool.export import onnx_session
 
+# rows at once; the bare engine is measured at the best of these
 BATCHES = (1, 4, 8, 16, 32)
 SIZES = {
     "small": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256},
@@ -50,41 +51,41 @@ def main() -> None:
         _client(options)
         return
     folder = options.bundle or _model(options.model, options.out)
-    work = options.out / "load.npz"
+    load_file = options.out / "load.npz"
     threads, sentences = options.threads or onnx_session.usable_cores(), _sentences(options.requests * options.texts)
     engines = {callers: _opened(folder, options, threads // callers) for callers in {1, threads}}
-    classify, some = engines[1], sentences[: max(256, len(sentences) // 20)]
+    classify, sample = engines[1], sentences[: max(256, len(sentences) // 20)]
     expected = classify.logits(sentences)
-    ways = [(callers, size) for callers in engines for size in BATCHES]
-    rates = {way: _bare(engines[way[0]], some, *way) for way in ways}
+    settings = [(callers, size) for callers in engines for size in BATCHES]
+    rates = {setting: _bare(engines[setting[0]], sample, *setting) for setting in settings}
     print(", ".join(f"{callers} x {size}: {rate:.0f}" for (callers, size), rate in rates.items()), "rows/s")
-    best = max(ways, key=lambda way: rates[way])
+    best = max(settings, key=lambda setting: rates[setting])
     print(
         f"{len(sentences)} sentences, of {_tokens(classify, sentences)} tokens; "
         f"bare engine: {best[0]} callers, {best[1]} rows at once"
     )
-    np.savez(work, logits=expected, sentences=np.array(sentences))
+    np.savez(load_file, logits=expected, sentences=np.array(sentences))
     server, port = _served(folder, options)
     rounds = []
     try:
         for number in range(options.rounds):
             before = time.process_time()
             bare = _bare(engines[best[0]], sentences, *best)
-            alone, before = time.process_time() - before, _processor(server.pid)
-            told = _loaded(port, work, options)
-            told["processor_share"] = alone / (_processor(server.pid) - before)
-            served = told["rows_per_second"]
-            rounds.append(told | {"bare": bare, "share": served / bare})
+            engine_seconds, before = time.process_time() - before, _processor(server.pid)
+            result = _loaded(port, load_file, options)
+            result["processor_share"] = engine_seconds / (_processor(server.pid) - before)
+            served = result["rows_per_second"]
+            rounds.append(result | {"bare": bare, "share": served / bare})
             print(f"round {number}: bare {bare:.1f}, served {served:.1f} rows/s: {served / bare:.1%}")
             print(
-                f"         by processor time {told['processor_share']:.1%}; "
-                f"an answer took {told['median_ms']:.1f} ms, 95 % at most {told['p95_ms']:.1f} ms"
+                f"         by processor time {result['processor_share']:.1%}; "
+                f"an answer took {result['median_ms']:.1f} ms, 95 % at most {result['p95_ms']:.1f} ms"
             )
     finally:
         server.send_signal(signal.SIGTERM)
         code = server.wait(60)
-    share = float(np.median([found["share"] for found in rounds]))
-    wrong, lost = (sum(found[name] for found in rounds) for name in ("wrong", "lost"))
+    share = float(np.median([round_result["share"] for round_result in rounds]))
+    wrong, lost = (sum(round_result[name] for round_result in rounds) for name in ("wrong", "lost"))
     summary = {"share": share, "wrong": wrong, "lost": lost, "exit": code, "bare": best, "rounds": rounds}
     print(
         json.dumps(summary | {"requests": options.requests, "texts": options.texts, "connections": options.connections})
@@ -111,7 +112,7 @@ def _options() -> argparse.Namespace:
 
 
 def _model(size: str, out: Path) -> Path:
-    """A random classifier of this size, exported once."""
+    """Export a random classifier of a size unless it exists; return its folder."""
     folder = out / size
     if not (folder / "exported/onnx/model.onnx").is_file():
         import torch
@@ -141,7 +142,7 @@ def _opened(folder: Path, options: argparse.Namespace, threads: int) -> Any:
 
 
 def _sentences(count: int) -> list[str]:
-    """Sentences of 3 to 60 words of the demo's grammar, mostly short ones."""
+    """Make sentences of 3 to 60 words of the demo's grammar, mostly short ones."""
     from spdtool.data import demo
 
     draw = random.Random(0)
@@ -155,18 +156,18 @@ def _tokens(classify: Any, sentences: list[str]) -> str:
 
 
 def _bare(classify: Any, sentences: list[str], callers: int, batch: int) -> float:
-    """Rows a second of the engine alone."""
-    started = time.perf_counter()
+    """Measure the rows a second of the engine without a server."""
+    start_time = time.perf_counter()
     rows = sorted(classify.encode(sentences), key=lambda row: -len(row.ids))
     batches = [rows[start : start + batch] for start in range(0, len(rows), batch)]
     with ThreadPoolExecutor(callers) as pool:
         for _ in pool.map(classify.compute, batches):
             pass
-    return len(sentences) / (time.perf_counter() - started)
+    return len(sentences) / (time.perf_counter() - start_time)
 
 
 def _processor(pid: int) -> float:
-    """Processor seconds that a process has used; what else runs on the machine does not change them much."""
+    """Return the processor seconds of a process, which other load on the machine hardly changes."""
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -183,15 +184,15 @@ def _served(folder: Path, options: argparse.Namespace) -> tuple[subprocess.Popen
 
 
 def _loaded(port: int, load: Path, options: argparse.Namespace) -> dict[str, Any]:
-    words = [sys.executable, __file__, "--client", "--port", str(port), "--load", str(load)]
-    words += ["--texts", str(options.texts), "--connections", str(options.connections)]
-    process = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS + 60, check=True)
-    told: dict[str, Any] = json.loads(process.stdout)
-    return told
+    command = [sys.executable, __file__, "--client", "--port", str(port), "--load", str(load)]
+    command += ["--texts", str(options.texts), "--connections", str(options.connections)]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS + 60, check=True)
+    result: dict[str, Any] = json.loads(process.stdout)
+    return result
 
 
 def _client(options: argparse.Namespace) -> None:
-    """Send the load; print what came back as JSON."""
+    """Send the load from this process; print the measurements as JSON."""
     load = np.load(options.load)
     sentences, logits = load["sentences"].tolist(), load["logits"]
     requests = []
@@ -205,16 +206,16 @@ def _client(options: argparse.Namespace) -> None:
         ).encode()
         head = f"POST /v2/models/{NAME}/infer HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
         requests.append((head.encode() + body, logits[start : start + options.texts].ravel()))
-    started = time.perf_counter()
+    start_time = time.perf_counter()
     wrong, waits = asyncio.run(_send(requests, options.port, options.connections))
-    seconds = time.perf_counter() - started
-    told = {"rows_per_second": len(sentences) / seconds, "wrong": wrong, "lost": len(requests) - len(waits)}
-    median, most = np.quantile(waits, (0.5, 0.95)) * 1000
-    print(json.dumps(told | {"seconds": seconds, "median_ms": median, "p95_ms": most}))
+    seconds = time.perf_counter() - start_time
+    result = {"rows_per_second": len(sentences) / seconds, "wrong": wrong, "lost": len(requests) - len(waits)}
+    median, p95 = np.quantile(waits, (0.5, 0.95)) * 1000
+    print(json.dumps(result | {"seconds": seconds, "median_ms": median, "p95_ms": p95}))
 
 
 async def _send(requests: list[tuple[bytes, np.ndarray]], port: int, connections: int) -> tuple[int, list[float]]:
-    """How many answers were wrong, and the seconds that each took."""
+    """Send all requests; return the number of wrong answers and the seconds of each answer."""
     waiting, waits = iter(requests), list[float]()
     speaking = asyncio.gather(*(_speak(waiting, port, waits) for _ in range(connections)))
     return sum(await asyncio.wait_for(speaking, SECONDS)), waits
@@ -224,14 +225,14 @@ async def _speak(waiting: Any, port: int, waits: list[float]) -> int:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     wrong = 0
     for request, expected in waiting:
-        started = time.perf_counter()
+        start_time = time.perf_counter()
         writer.write(request)
         head = await reader.readuntil(b"\r\n\r\n")
         length = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
         body = await reader.readexactly(length)
-        waits.append(time.perf_counter() - started)
-        found = json.loads(body)["outputs"][0]["data"] if b" 200 " in head[:20] else []
-        wrong += len(found) != len(expected) or not float(np.abs(np.array(found) - expected).max()) <= TOLERANCE
+        waits.append(time.perf_counter() - start_time)
+        actual = json.loads(body)["outputs"][0]["data"] if b" 200 " in head[:20] else []
+        wrong += len(actual) != len(expected) or not float(np.abs(np.array(actual) - expected).max()) <= TOLERANCE
     writer.close()
     return wrong
 

@@ -1,11 +1,11 @@
-"""How much memory does each of several processes take with `shard=true`, and what does it cost in time? On CPUs.
+"""Measure memory per process and time per step with `shard=true`, on CPUs.
 
     python benchmarks/sharded.py FOLDER --data GLUE --tokenizer all-MiniLM-L6-v2 --width 768 --layers 12
 
-Each row is a prune stage of a few steps (SST-2, batch 8, recipe `gmp`, a teacher of random weights), with AdamW's
-state. Memory is the resident one of the largest process, after an optimiser step and once the C library has given back
-what it holds in reserve (a third of it, after loading), and at its peak, when models are loaded. Seconds are those of a
-step of the slowest process.
+Each row is a prune stage of a few steps (SST-2, batch 8, recipe `gmp`, a teacher of random weights). Memory is the
+resident memory of the largest process: after an optimiser step, once the C library has returned its free memory to the
+system (a third of the total, after loading), and at the peak, while models are loaded. Seconds are those of a step of
+the slowest process. Needs the GLUE files and a tokenizer folder.
 """
 
 from __future__ import annotations
@@ -61,28 +61,40 @@ def main() -> None:
     write_teacher(root / "given", options.tokenizer, Point(layers=options.layers, width=options.width))
     sets = ["device=cpu", "max_rows=64", "max_length=32", f"prune.max_steps={STEPS}", "prune.batch_size=8"]
     sets += ["prune.scored_train_rows=0", "prune.events=1", "save_minutes=1000"]
-    words = ["teacher", "--task", "sst2", "--data", options.data, "--teacher", str(root / "given"), "--recipe", "gmp"]
-    words += ["--run", str(root / "teacher"), *(word for each in sets for word in ("--set", each))]
-    spdtool(words, root)
+    arguments = [
+        "teacher",
+        "--task",
+        "sst2",
+        "--data",
+        options.data,
+        "--teacher",
+        str(root / "given"),
+        "--recipe",
+        "gmp",
+    ]
+    arguments += ["--run", str(root / "teacher"), *(word for assignment in sets for word in ("--set", assignment))]
+    spdtool(arguments, root)
     print("| processes | sharded | MB in a step | MB peak | seconds a step |\n|---|---|---|---|---|")
     for count, sharded in ((1, False), (2, False), (2, True)):
-        most, longest = measured(root, count, sharded)
-        print(f"| {count} | {sharded} | {most['in a step']} | {most['peak']} | {longest:.2f} |", flush=True)
+        memory, longest = measure_run(root, count, sharded)
+        print(f"| {count} | {sharded} | {memory['in a step']} | {memory['peak']} | {longest:.2f} |", flush=True)
 
 
-def measured(root: Path, count: int, sharded: bool) -> tuple[dict[str, int], float]:
-    """The memory of the largest process, and the seconds of the slowest."""
-    said, plugins = root / f"said-{count}-{sharded}", root / "plugins"
-    said.mkdir()
+def measure_run(root: Path, count: int, sharded: bool) -> tuple[dict[str, int], float]:
+    """Run a prune stage; return the memory of the largest process in MB and the seconds of the slowest."""
+    reports_folder, plugins = root / f"said-{count}-{sharded}", root / "plugins"
+    reports_folder.mkdir()
     plugins.mkdir(exist_ok=True)
-    (plugins / "look.py").write_text(PLUGIN.format(folder=str(said), last=STEPS))
+    (plugins / "look.py").write_text(PLUGIN.format(folder=str(reports_folder), last=STEPS))
     run = root / f"run-{count}-{sharded}"
     shutil.copytree(root / "teacher", run)
-    words = ["prune", "--run", str(run), "--plugins-dir", str(plugins), "--processes", str(count)]
-    spdtool([*words, "--set", f"shard={str(sharded).lower()}"], root)
-    told = [json.loads(file.read_text("utf-8")) for file in said.iterdir()]
-    assert len(told) == count, f"{len(told)} of {count} processes told what they took"
-    return {name: max(each[name] for each in told) for name in ("in a step", "peak")}, max(t["seconds"] for t in told)
+    arguments = ["prune", "--run", str(run), "--plugins-dir", str(plugins), "--processes", str(count)]
+    spdtool([*arguments, "--set", f"shard={str(sharded).lower()}"], root)
+    reports = [json.loads(file.read_text("utf-8")) for file in reports_folder.iterdir()]
+    assert len(reports) == count, f"{len(reports)} of {count} processes told what they took"
+    return {name: max(report[name] for report in reports) for name in ("in a step", "peak")}, max(
+        report["seconds"] for report in reports
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How fast exact zeros run on this CPU: encoders with random weights and random zeros, engine by engine, side by side.
+"""Measure how fast engines run exact zeros on this CPU: encoders with random weights and random zeros.
 
     python benchmarks/sparse_cpu.py                               the whole table; about a quarter of an hour
     python benchmarks/sparse_cpu.py --models minilm-90 --threads 1 --shapes 1x32 1x128
@@ -39,7 +39,8 @@ from spdtool.models.load import load_model, save_model
 from spdtool.recipe.fields import Recipe
 from spdtool.recipe.reading import build_recipe
 
-VOCABULARY = 30522
+VOCABULARY = 30522  # of BERT's uncased tokenizer
+# batch x length; `p`: rows padded to that length
 SHAPES = ("1x32", "1x128", "8x128", "32x128", "8x128p", "32x128p")
 WORKER = Path(__file__).with_name("deepsparse_worker.py")
 IR_VERSION = 8  # the newest that DeepSparse 1.8 reads is 9
@@ -51,7 +52,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Files:
-    """What a model was made into. `sparse` is the folder of the target sparse-cpu; None where it is not installed."""
+    """The files of one model; `sparse` is the folder of the target sparse-cpu, None if it is not installed."""
 
     dense: Path
     int8: Path
@@ -59,8 +60,8 @@ class Files:
     sparse: Path | None
 
 
-def made(name: str, out: Path, values: str) -> Files:
-    """The files of a model such as `minilm-90`, making those that are missing."""
+def make_files(name: str, out: Path, values: str) -> Files:
+    """Make the missing files of a model such as `minilm-90`; return all of them."""
     size, sparsity = name.split("-")
     folder = out / name
     if not (folder / "checkpoint/config.json").exists():
@@ -100,7 +101,7 @@ def _tokenizer(folder: Path) -> Any:
 
 
 def _sparse(checkpoint: Path, folder: Path, recipe: Recipe) -> Path | None:
-    """The checkpoint as sparse-cpu, made anew: the plug-in may have changed since the last call."""
+    """Export the checkpoint for sparse-cpu, every time, because the plugin may have changed since the last call."""
     try:
         get_target("sparse-cpu").export(checkpoint, folder, recipe)
     except SpdError as error:
@@ -110,7 +111,7 @@ def _sparse(checkpoint: Path, folder: Path, recipe: Recipe) -> Path | None:
 
 
 def _classic(checkpoint: Path, file: Path) -> None:
-    """The same weights by the older exporter, whose attention DeepSparse knows."""
+    """Export the same weights with torch's older exporter, whose attention DeepSparse recognises."""
     model = load_model(checkpoint, eager=True)
 
     class Logits(torch.nn.Module):
@@ -140,22 +141,24 @@ def _classic(checkpoint: Path, file: Path) -> None:
 
 
 def engines(files: Files, deepsparse: str | None) -> list[Engine]:
-    """Everything that can be timed here."""
+    """List the engines that can be timed here."""
     dense = Engine("onnxruntime", "onnxruntime", str(files.dense), VOCABULARY, baseline=True)
-    found = [dense, replace(dense, name="onnxruntime basic", fused=False)]
-    found.append(replace(dense, name="int8", path=str(files.int8), baseline=False))
+    timed_engines = [dense, replace(dense, name="onnxruntime basic", fused=False)]
+    timed_engines.append(replace(dense, name="int8", path=str(files.int8), baseline=False))
     if files.sparse is not None:
         file = files.sparse / json.loads((files.sparse / "manifest.json").read_text("utf-8"))["model"]
         libraries = tuple(map(str, get_target("sparse-cpu").libraries(files.sparse)))
-        found.append(replace(dense, name="sparse-cpu", path=str(file), baseline=False, libraries=libraries))
+        timed_engines.append(replace(dense, name="sparse-cpu", path=str(file), baseline=False, libraries=libraries))
     if deepsparse:
         command = (deepsparse, str(WORKER))
-        found.append(replace(dense, name="deepsparse", path=str(files.classic), baseline=False, command=command))
-    return found
+        timed_engines.append(
+            replace(dense, name="deepsparse", path=str(files.classic), baseline=False, command=command)
+        )
+    return timed_engines
 
 
 def shape_of(text: str) -> Shape:
-    """`8x128`, or `8x128p`: padded, with real lengths evenly from 1 to 128, in an order of their own."""
+    """Parse `8x128`, or `8x128p` for padded rows with shuffled real lengths spread evenly from 1 to 128."""
     batch, length = map(int, text.removesuffix("p").split("x"))
     if not text.endswith("p"):
         return Shape(batch, length)
@@ -164,18 +167,26 @@ def shape_of(text: str) -> Shape:
 
 
 def table(result: TimingResult) -> str:
-    """Markdown: a row for each number of threads and shape, milliseconds of the faster dense one, then ratios to it."""
+    """Format a Markdown table with a row per thread count and shape: dense milliseconds, then ratios to the faster."""
     bench = BenchData(result.timings, {})
-    others = [name for name in bench.engines if not name.startswith("onnxruntime")]
-    rivals = [name for name in ("int8", "deepsparse") if "sparse-cpu" in others and name in others]
-    head = ["threads", "shape", "rounds", "fused ms", "basic ms", *others, *(f"sparse-cpu / {name}" for name in rivals)]
+    other_engines = [name for name in bench.engines if not name.startswith("onnxruntime")]
+    rival_engines = [name for name in ("int8", "deepsparse") if "sparse-cpu" in other_engines and name in other_engines]
+    head = [
+        "threads",
+        "shape",
+        "rounds",
+        "fused ms",
+        "basic ms",
+        *other_engines,
+        *(f"sparse-cpu / {name}" for name in rival_engines),
+    ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for threads in bench.threads:
         for shape in bench.timings[0].rounds:
             dense = [bench.timing(name, threads).rounds[shape] for name in ("onnxruntime", "onnxruntime basic")]
             cells = [str(threads), str(shape), str(len(dense[0])), *(f"{np.median(times):.2f}" for times in dense)]
-            cells += [str(bench.speedup(bench.timing(name, threads), [shape])) for name in others]
-            for name in rivals:
+            cells += [str(bench.speedup(bench.timing(name, threads), [shape])) for name in other_engines]
+            for name in rival_engines:
                 cells.append(
                     str(paired_ratio([bench.timing(name, threads)], bench.timing("sparse-cpu", threads), [shape]))
                 )
@@ -184,7 +195,7 @@ def table(result: TimingResult) -> str:
 
 
 def main() -> None:
-    """Make the files, time them, print."""
+    """Make the models, time every engine, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", default=["minilm-80", "minilm-90", "minilm-95", "bert-90"])
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="batch x length; a p at the end: padded")
@@ -195,25 +206,25 @@ def main() -> None:
     parser.add_argument("--deepsparse-python", help="an interpreter that has deepsparse 1.8")
     parser.add_argument("--ledger", action="store_true", help="also every pruned matrix alone")
     parser.add_argument("--out", type=Path, default=Path("runs/sparse-cpu"))
-    chosen = parser.parse_args()
+    options = parser.parse_args()
     console.configure(as_json=True)  # keep standard output for the tables
-    for name in chosen.models:
-        files = made(name, chosen.out, chosen.values)
-        racing = engines(files, chosen.deepsparse_python)
-        sizes = {engine.name: Path(engine.path).stat().st_size for engine in racing}
+    for name in options.models:
+        files = make_files(name, options.out, options.values)
+        timed_engines = engines(files, options.deepsparse_python)
+        sizes = {engine.name: Path(engine.path).stat().st_size for engine in timed_engines}
         print(f"\n## {name}\n\nBytes: " + ", ".join(f"{key} {size:,}" for key, size in sizes.items()) + "\n")
         result = time_engines(
-            racing,
-            [shape_of(text) for text in chosen.shapes],
-            threads=chosen.threads,
-            rounds=chosen.rounds,
+            timed_engines,
+            [shape_of(text) for text in options.shapes],
+            threads=options.threads,
+            rounds=options.rounds,
             warmup=1,
-            seconds=chosen.seconds,
+            seconds=options.seconds,
         )
         print(table(result), flush=True)
-        if chosen.ledger:
-            packed = next((engine for engine in racing if engine.name == "sparse-cpu"), None)
-            _print_ledger(files, packed, chosen.threads)
+        if options.ledger:
+            packed = next((engine for engine in timed_engines if engine.name == "sparse-cpu"), None)
+            _print_ledger(files, packed, options.threads)
 
 
 def _print_ledger(files: Files, packed: Engine | None, threads: list[int]) -> None:

@@ -1,4 +1,4 @@
-"""What the three products of a linear layer take in training when zeros are skipped, against dense ones.
+"""Time the three products of a linear layer in training with skipped zeros, against dense products.
 
     python benchmarks/sparse_training.py --zeros 0.5 0.7 0.9 --tokens 350 1700
     SPDTOOL_SPARSE_CPU_ISA=avx2 python benchmarks/sparse_training.py
@@ -21,6 +21,7 @@ from spdtool_sparse_cpu.products import Products
 from torch import Tensor
 from torch.nn import functional as F
 
+# [outputs x inputs] of the layers of MiniLM (width 384) and BERT base (width 768)
 SHAPES = ("384x384", "1536x384", "384x1536", "768x768", "3072x768", "768x3072")
 Work = Callable[[], object]
 
@@ -50,61 +51,61 @@ def compare(outputs: int, inputs: int, tokens: int, zeros: float, rounds: int) -
     weight, bias = torch.randn(outputs, inputs).masked_fill(dead, 0), torch.randn(outputs)
     x, gradient = torch.randn(tokens, inputs), torch.randn(tokens, outputs)
     indexing = seconds(lambda: Products(dead), 1)
-    made = Products(dead)
-    _, tiles = made.forward(weight, bias, x, keep_tiles=True)
+    products = Products(dead)
+    _, tiles = products.forward(weight, bias, x, keep_tiles=True)
     sparse: list[Work] = [
-        lambda: made.forward(weight, bias, x, keep_tiles=True),
-        lambda: made.backward(weight, gradient, None, needs_x=True),
-        lambda: made.backward(weight, gradient, tiles, needs_x=False),
-        lambda: made.backward(weight, gradient, tiles, needs_x=True),
+        lambda: products.forward(weight, bias, x, keep_tiles=True),
+        lambda: products.backward(weight, gradient, None, needs_x=True),
+        lambda: products.backward(weight, gradient, tiles, needs_x=False),
+        lambda: products.backward(weight, gradient, tiles, needs_x=True),
     ]
     dense = [
-        *ways(x, weight, bias),
-        *ways(gradient, weight.t(), None),
-        *ways(gradient.t(), x.t(), None),
+        *dense_products(x, weight, bias),
+        *dense_products(gradient, weight.t(), None),
+        *dense_products(gradient.t(), x.t(), None),
     ]
     repeats = max(1, int(2e-2 / seconds(dense[0], 1)))
-    found = [[seconds(work, repeats) for work in (*sparse, *dense)] for _ in range(rounds)]
-    of, both, slow = zip(*(parts(each) for each in found), strict=True)
-    shares = " ".join(f"{statistics.median(share):.2f}" for share in zip(*of, strict=True))
-    total = statistics.median(whole(each) for each in found)
-    speed = 6e-9 * outputs * inputs * tokens / total
+    rounds_of_times = [[seconds(call, repeats) for call in (*sparse, *dense)] for _ in range(rounds)]
+    product_shares, all_sparse, dense_last = zip(*(compare_products(times) for times in rounds_of_times), strict=True)
+    shares = " ".join(f"{statistics.median(share):.2f}" for share in zip(*product_shares, strict=True))
+    total = statistics.median(dense_seconds(times) for times in rounds_of_times)
+    speed = 6e-9 * outputs * inputs * tokens / total  # GFLOP/s: three products of two operations for each weight
+    sparse_seconds = statistics.median(times[0] + times[3] for times in rounds_of_times)
     print(
         f"| {outputs} x {inputs} | {tokens} | {zeros:.0%} | {1e3 * total:.2f}, {speed:.0f} | {shares} | "
-        f"{1e3 * statistics.median(each[0] + each[3] for each in found):.2f} | {spread(both)} | {spread(slow)} | "
-        f"{1e3 * indexing:.1f} |",
+        f"{1e3 * sparse_seconds:.2f} | {spread(all_sparse)} | {spread(dense_last)} | {1e3 * indexing:.1f} |",
         flush=True,
     )
 
 
-def ways(x: Tensor, weight: Tensor, bias: Tensor | None) -> list[Work]:
-    """Both libraries' product."""
+def dense_products(x: Tensor, weight: Tensor, bias: Tensor | None) -> list[Work]:
+    """Return the product in torch and in oneDNN."""
     times = torch.ops.mkldnn._linear_pointwise
     return [lambda: F.linear(x, weight, bias), lambda: times(x, weight, bias, "none", [], "")]
 
 
-def whole(times: list[float]) -> float:
-    """Seconds of the three dense products."""
-    return sum(min(times[at], times[at + 1]) for at in (4, 6, 8))
+def dense_seconds(times: list[float]) -> float:
+    """Sum the seconds of the faster dense form of each product."""
+    return sum(min(times[index], times[index + 1]) for index in (4, 6, 8))
 
 
-def parts(times: list[float]) -> tuple[list[float], float, float]:
-    """Each product's share of the dense one; how many times as fast all three are, and so with a dense third one."""
-    best = [min(times[at], times[at + 1]) for at in (4, 6, 8)]
-    shares = [mine / its for mine, its in zip(times[:3], best, strict=True)]
+def compare_products(times: list[float]) -> tuple[list[float], float, float]:
+    """Return each product's share of the dense time, the speedup of all three, and with a dense weight gradient."""
+    best = [min(times[index], times[index + 1]) for index in (4, 6, 8)]
+    shares = [sparse_time / dense_time for sparse_time, dense_time in zip(times[:3], best, strict=True)]
     return shares, sum(best) / (times[0] + times[3]), sum(best) / (times[0] + times[1] + best[2])
 
 
 def spread(ratios: tuple[float, ...]) -> str:
-    """The median with the least and the largest."""
+    """Format the median with the smallest and the largest ratio."""
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
 
 
-def seconds(work: Work, repeats: int) -> float:
-    """CPU seconds of one call."""
+def seconds(call: Work, repeats: int) -> float:
+    """Measure the CPU seconds of one call."""
     start = time.process_time()
     for _ in range(repeats):
-        work()
+        call()
     return (time.process_time() - start) / repeats
 
 

@@ -1,4 +1,4 @@
-"""How fast is a training step, what does each of its parts cost, and what does each feature of the loop buy?
+"""Measure the speed of a training step, the cost of each of its parts, and the gain of each feature of the loop.
 
     python benchmarks/train_speed.py --task mrpc --data GLUE --model all-MiniLM-L6-v2 --out build/train-mrpc.json
     python benchmarks/train_speed.py                        # the embedded task and its small model
@@ -10,14 +10,14 @@ to `max_length`, attention maps of all layers, stand-in layers with dropout, Ada
 after every step, torch's own products. With one thread, time is the process's CPU time, so that a busy machine may be
 used. Evaluations, prune events, loading and the first steps do not count.
 
-The utilisation is that of matrix products by their shapes: per padded token 2 multiply-adds of every weight of the
-layers, zeros too, and attention; once for the teacher, three times for the student. `inside` is the speed within the
-products, by their share of a profile. What the teacher shows is computed before the steps that count, once for all
-rounds; a row without that tells what it saves.
+The utilisation counts matrix products by their shapes: per padded token 2 operations for every weight of the layers,
+zeros included, and attention; once for the teacher, three times for the student. `inside` is the speed within the
+products, by their share of a profile. Teacher outputs are cached before the measured steps, once for all rounds; a row
+without the cache shows what it saves.
 
-On a GPU a timed round waits for the device before the first step that counts and after the last one, and nowhere else;
-what the parts of a step take is measured in a round of its own, which waits around each. Memory is the most that torch
-had allocated in the steps that count.
+On a GPU a timed round waits for the device only before the first and after the last measured step. The parts of a step
+are measured in a separate round, which waits around each part. Memory is the peak that torch allocated in the measured
+steps.
 """
 
 from __future__ import annotations
@@ -67,21 +67,22 @@ def compare(options: argparse.Namespace) -> None:
     """Measure the rows in turn, round after round, and print the table."""
     peaks = _child(options, "peak")
     print(f"peak, GFLOP/s: {', '.join(f'{name} {value:.0f}' for name, value in peaks.items())}", flush=True)
-    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    rounds_by_row: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for _ in range(options.rounds):
         for row in options.rows:
-            found[row].append(_child(options, row))
+            rounds_by_row[row].append(_child(options, row))
             print(".", end="", file=sys.stderr, flush=True)
-    looked_into = options.rows if options.device == "cuda" else [row for row in options.rows if row in PROFILED]
-    profiles = {row: _child(options, row, "--profile") for row in looked_into}
+    profiled_rows = options.rows if options.device == "cuda" else [row for row in options.rows if row in PROFILED]
+    profiles = {row: _child(options, row, "--profile") for row in profiled_rows}
     report = {
-        row: summary(row, rounds, found.get(options.against), peaks, profiles.get(row)) for row, rounds in found.items()
+        row: summary(row, rounds, rounds_by_row.get(options.against), peaks, profiles.get(row))
+        for row, rounds in rounds_by_row.items()
     }
     _draw(report)
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        about = {"task": options.task, "threads": options.threads, "machine": _machine(options.device), "peaks": peaks}
-        options.out.write_text(json.dumps(about | {"rows": report, "rounds": found}, indent=1), "utf-8")
+        header = {"task": options.task, "threads": options.threads, "machine": _machine(options.device), "peaks": peaks}
+        options.out.write_text(json.dumps(header | {"rows": report, "rounds": rounds_by_row}, indent=1), "utf-8")
 
 
 def summary(
@@ -90,20 +91,27 @@ def summary(
     """Medians over the rounds, and ratios to the row `base` within each round.
 
     Args:
-        profile: a round that was looked into; the parts of a step are its own where the timed rounds have none.
+        profile: a profiled round; it provides the parts of a step if the timed rounds have none.
     """
-    median = {name: statistics.median(each[name] for each in rounds) for name in rounds[0] if name != "parts"}
-    parts = {name: statistics.median(each["parts"].get(name, 0.0) for each in rounds) for name in rounds[0]["parts"]}
+    median = {
+        name: statistics.median(round_result[name] for round_result in rounds) for name in rounds[0] if name != "parts"
+    }
+    part_seconds = {
+        name: statistics.median(round_result["parts"].get(name, 0.0) for round_result in rounds)
+        for name in rounds[0]["parts"]
+    }
     peak = peaks["bf16" if row.startswith("bf16") else "fp32"]
     of_peak = median["gflops"] / median["step_seconds"] / peak
-    result = median | {"parts": parts, "of_peak": of_peak}
+    result = median | {"parts": part_seconds, "of_peak": of_peak}
     if base is not None:
         pairs = zip(rounds, base, strict=True)
-        ratios = sorted(mine["examples_per_second"] / its["examples_per_second"] for mine, its in pairs)
+        ratios = sorted(
+            row_result["examples_per_second"] / base_result["examples_per_second"] for row_result, base_result in pairs
+        )
         result["ratio"] = [statistics.median(ratios), ratios[0], ratios[-1]]
     if profile is not None and "inside" in profile:
         result["inside"] = median["gflops"] / (profile["inside"] * median["step_seconds"]) / peak
-    if profile is not None and parts.keys() == {"rest"}:
+    if profile is not None and part_seconds.keys() == {"rest"}:
         result["parts"] = profile["parts"]
     return result
 
@@ -112,23 +120,26 @@ def _draw(report: dict[str, dict[str, Any]]) -> None:
     names = ("data", "teacher", "student", "loss", "backward", "clip", "optimiser", "masks", "rest")
     print("\n| row | examples/s | tokens/s | ratio | of peak | inside | MB |", " | ".join(names), "|")
     print("|" + "---|" * (7 + len(names)))
-    for row, found in report.items():
-        middle, low, high = found.get("ratio", (float("nan"),) * 3)
-        figures = [f"{found['examples_per_second']:.1f}", f"{found['tokens_per_second']:.0f}"]
-        figures += [f"{middle:.2f} ({low:.2f}-{high:.2f})", f"{found['of_peak']:.0%}"]
-        figures += [f"{found['inside']:.0%}" if "inside" in found else "", f"{found['peak_megabytes']:.0f}"]
-        figures += [f"{1000 * found['parts'].get(name, 0.0):.1f}" for name in names]
+    for row, row_report in report.items():
+        middle, low, high = row_report.get("ratio", (float("nan"),) * 3)
+        figures = [f"{row_report['examples_per_second']:.1f}", f"{row_report['tokens_per_second']:.0f}"]
+        figures += [f"{middle:.2f} ({low:.2f}-{high:.2f})", f"{row_report['of_peak']:.0%}"]
+        figures += [
+            f"{row_report['inside']:.0%}" if "inside" in row_report else "",
+            f"{row_report['peak_megabytes']:.0f}",
+        ]
+        figures += [f"{1000 * row_report['parts'].get(name, 0.0):.1f}" for name in names]
         print("|", " | ".join([row, *figures]), "|")
 
 
-def _child(options: argparse.Namespace, row: str, *more: str) -> dict[str, Any]:
-    words = [sys.executable, str(WORKER), row, "--task", options.task, "--steps", str(options.steps), *more]
-    words += [f"--threads={options.threads}"] + [f"--data={options.data}"] * bool(options.data)
-    words += [f"--model={options.model}"] * bool(options.model) + [f"--batch={options.batch}"] * bool(options.batch)
-    words += [f"--random-model={options.random_model}"] * bool(options.random_model)
-    words += [f"--device={options.device}", f"--warm={options.warm}"]
+def _child(options: argparse.Namespace, row: str, *extra: str) -> dict[str, Any]:
+    command = [sys.executable, str(WORKER), row, "--task", options.task, "--steps", str(options.steps), *extra]
+    command += [f"--threads={options.threads}"] + [f"--data={options.data}"] * bool(options.data)
+    command += [f"--model={options.model}"] * bool(options.model) + [f"--batch={options.batch}"] * bool(options.batch)
+    command += [f"--random-model={options.random_model}"] * bool(options.random_model)
+    command += [f"--device={options.device}", f"--warm={options.warm}"]
     environment = os.environ | {"OMP_NUM_THREADS": str(options.threads), "XDG_CACHE_HOME": options.cache}
-    process = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if process.returncode != 0:
         raise SystemExit(f"{row}:\n{process.stderr}")
     result: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])

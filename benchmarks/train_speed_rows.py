@@ -1,4 +1,4 @@
-"""The settings that `train_speed.py` holds side by side, and what is taken away from the loop in some of them."""
+"""The rows of `train_speed.py`: recipe settings, and features of the loop that a row switches off."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ ON_CPU = tuple(row for row in ROWS if row not in GPU_ALONE)
 
 
 def patch(patches: tuple[str, ...]) -> None:
-    """Take a feature of the loop away."""
+    """Switch off features of the training loop."""
     import torch
 
     from spdtool.distillation import lesson

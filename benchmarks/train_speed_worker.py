@@ -1,4 +1,4 @@
-"""Measures one row of `train_speed.py` in a process of its own; prints one line of JSON."""
+"""Script of `train_speed.py`: measure one row in this process; print one line of JSON."""
 
 from __future__ import annotations
 
@@ -29,34 +29,35 @@ def main() -> None:
 
 
 class Clock:
-    """Keeps the seconds of each part of a step, and those of whole steps.
+    """Measures the seconds of each part of a step, and of whole steps.
 
     Args:
-        warm, steps: how many do not count, and how many do.
-        settle: waits until the device has done what it was given; None: there is none to wait for.
-        parts: whether to time parts, and so to wait around each.
+        warm: number of warm-up steps before the measured ones.
+        steps: number of measured steps.
+        settle: waits until the device is idle; None on a CPU.
+        with_parts: whether to time parts, which waits for the device around each.
     """
 
     def __init__(
-        self, threads: int, warm: int, steps: int, settle: Callable[[], None] | None = None, *, parts: bool = True
+        self, threads: int, warm: int, steps: int, settle: Callable[[], None] | None = None, *, with_parts: bool = True
     ) -> None:
         self.now = time.process_time if threads == 1 and settle is None else time.perf_counter
-        self.warm, self.steps, self.with_parts = warm, steps, parts
+        self.warm, self.steps, self.with_parts = warm, steps, with_parts
         self.settle = settle or (lambda: None)
         self.parts: dict[str, float] = defaultdict(float)
         self.ticks: list[float] = []
 
     @property
-    def counts(self) -> bool:
-        """Whether the present step is one of those that count."""
+    def is_measuring(self) -> bool:
+        """Whether the present step is measured."""
         return len(self.ticks) > self.warm
 
     @property
-    def enough(self) -> bool:
-        """Whether all of them are done."""
+    def is_finished(self) -> bool:
+        """Whether all measured steps are done."""
         return len(self.ticks) > self.warm + self.steps
 
-    def timed(self, name: str | Callable[..., str], function: Callable[..., Any]) -> Callable[..., Any]:
+    def time_calls(self, name: str | Callable[..., str], function: Callable[..., Any]) -> Callable[..., Any]:
         if not self.with_parts:
             return function
 
@@ -79,7 +80,7 @@ class Clock:
 
 
 def measure(row: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Run the row's stage with its parts timed."""
+    """Run the stage of a row and return its measurements."""
     import torch
 
     torch.set_num_threads(options.threads)
@@ -93,42 +94,45 @@ def measure(row: str, options: argparse.Namespace) -> dict[str, Any]:
     name, stage, sets, patches = ROWS[row]
     steps = options.warm + options.steps + 1
     stages = ("teacher", "prune", "distill", "finetune")
-    limits = [f"{each}.max_steps=2" for each in stages if each != stage]
-    limits += [f"{each}.scored_train_rows=0" for each in stages]
+    limits = [f"{other_stage}.max_steps=2" for other_stage in stages if other_stage != stage]
+    limits += [f"{other_stage}.scored_train_rows=0" for other_stage in stages]
     limits += ["teacher.accept=true"]  # two steps teach nothing, and only time is measured
     limits += [f"device={options.device}", f"{stage}.epochs={20 + steps}"]
-    limits += [f"{each}.batch_size={options.batch}" for each in stages if options.batch]
+    limits += [f"{other_stage}.batch_size={options.batch}" for other_stage in stages if options.batch]
     quick = QUICK if name != "reference" else ("prune.events=1", "prune.ramp=1e-9")
     evaluation.evaluate = lambda *_, **__: {"score": 0.0}  # type: ignore[assignment]
     settle = torch.cuda.synchronize if on_gpu else None
-    clock = Clock(options.threads, options.warm, options.steps, settle, parts=options.profile or not on_gpu)
-    counted: dict[str, float] = defaultdict(float)
+    clock = Clock(options.threads, options.warm, options.steps, settle, with_parts=options.profile or not on_gpu)
+    totals: dict[str, float] = defaultdict(float)
     with tempfile.TemporaryDirectory() as folder:
         model = random_model(options, Path(folder) / "model") if options.random_model else options.model
         flags = {"task": options.task, "data": options.data, "model": model}
-        made = run.Run.for_recipe(Path(folder) / "run", recipe.build_recipe(name, flags, [*limits, *quick, *sets]))
+        speed_run = run.Run.for_recipe(Path(folder) / "run", recipe.build_recipe(name, flags, [*limits, *quick, *sets]))
         before = stages[: stages.index(stage)]
-        for each in before:
-            _stage(each, made)
+        for other_stage in before:
+            _stage(other_stage, speed_run)
         patch(patches)
         profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
-        _instrument(clock, counted, stage, profiler if options.profile and not on_gpu else None)
+        _instrument(clock, totals, stage, profiler if options.profile and not on_gpu else None)
         with suppress(_Enough):
-            _stage(stage, made)
+            _stage(stage, speed_run)
     seconds = clock.ticks[-1] - clock.ticks[options.warm]
     count = len(clock.ticks) - 1 - options.warm
-    parts = {part: spent / count for part, spent in clock.parts.items()}
-    if "optimiser" in parts:  # the hold on the masks works inside the optimiser's step
-        after = parts.pop("after step", 0.0)
-        parts["optimiser"], parts["masks"] = parts["optimiser"] - after, parts.get("masks", 0.0) + after
-    parts["rest"] = seconds / count - sum(parts.values())
+    part_seconds = {part_name: spent / count for part_name, spent in clock.parts.items()}
+    if "optimiser" in part_seconds:  # the hold on the masks works inside the optimiser's step
+        after = part_seconds.pop("after step", 0.0)
+        part_seconds["optimiser"], part_seconds["masks"] = (
+            part_seconds["optimiser"] - after,
+            part_seconds.get("masks", 0.0) + after,
+        )
+    part_seconds["rest"] = seconds / count - sum(part_seconds.values())
     result = {
-        "examples_per_second": counted["rows"] / seconds,
-        "tokens_per_second": counted["tokens"] / seconds,
+        "examples_per_second": totals["rows"] / seconds,
+        "tokens_per_second": totals["tokens"] / seconds,
         "step_seconds": seconds / count,
-        "gflops": counted["flops"] / count / 1e9,
+        "gflops": totals["flops"] / count / 1e9,
         "peak_megabytes": torch.cuda.max_memory_allocated() / 2**20 if on_gpu else _high_water(),
-        "parts": parts,
+        "parts": part_seconds,
     }
     if options.profile and not on_gpu:
         result["inside"] = _share_of_products(profiler)
@@ -136,20 +140,20 @@ def measure(row: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def peak_speeds() -> dict[str, float]:
-    """GFLOP/s of the best of a few large square products, by torch and by oneDNN."""
+    """Return the best GFLOP/s of large square products, by torch and by oneDNN."""
     import torch
 
     best: dict[str, float] = {"fp32": 0.0, "bf16": 0.0, "fp32, torch alone": 0.0}
     for size in (512, 1024, 2048):
         for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-            left, right = (torch.randn(size, size).to(kind) for _ in range(2))
-            ways = {"torch": lambda left=left, right=right: left @ right}
+            first, second = (torch.randn(size, size).to(kind) for _ in range(2))
+            products = {"torch": lambda first=first, second=second: first @ second}
             if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
                 product = torch.ops.mkldnn._linear_pointwise
-                ways["onednn"] = lambda left=left, right=right, product=product: product(
-                    left, right, None, "none", [], ""
+                products["onednn"] = lambda first=first, second=second, product=product: product(
+                    first, second, None, "none", [], ""
                 )
-            for way, multiply in ways.items():
+            for library, multiply in products.items():
                 multiply()
                 for _ in range(8):
                     start = time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
@@ -157,24 +161,24 @@ def peak_speeds() -> dict[str, float]:
                     end = time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
                     speed = 2 * size**3 / (end - start) / 1e9
                     best[name] = max(best[name], speed)
-                    if (name, way) == ("fp32", "torch"):
+                    if (name, library) == ("fp32", "torch"):
                         best["fp32, torch alone"] = max(best["fp32, torch alone"], speed)
     return best
 
 
 def gpu_peaks() -> dict[str, float]:
-    """GFLOP/s of the best of a few large square products, in the precision that the product leaves torch at."""
+    """Return the best GFLOP/s of large square products, in the precision that spdtool leaves torch at."""
     import torch
 
     best = {"fp32": 0.0, "bf16": 0.0}
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for size in (4096, 8192):
         for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-            left, right = (torch.randn(size, size, device="cuda", dtype=kind) for _ in range(2))
+            first, second = (torch.randn(size, size, device="cuda", dtype=kind) for _ in range(2))
             for _ in range(6):  # the first one warms up
                 start.record()
                 for _ in range(5):
-                    left @ right
+                    first @ second
                 end.record()
                 end.synchronize()
                 best[name] = max(best[name], 5 * 2 * size**3 / start.elapsed_time(end) / 1e6)
@@ -182,7 +186,7 @@ def gpu_peaks() -> dict[str, float]:
 
 
 def random_model(options: argparse.Namespace, folder: Path) -> str:
-    """A folder with a BERT of random weights and the tokenizer of `--model`, without it that of the embedded task."""
+    """Save a BERT of random weights with the tokenizer of `--model`, or of the embedded task; return its folder."""
     from transformers import BertConfig, BertModel
 
     from spdtool import plugins
@@ -208,17 +212,17 @@ def random_model(options: argparse.Namespace, folder: Path) -> str:
 
 
 class _Enough(Exception):
-    """The steps that count are done."""
+    """Raised when all measured steps are done."""
 
 
-def _stage(name: str, made: Any) -> None:
+def _stage(name: str, run: Any) -> None:
     import importlib
 
-    getattr(importlib.import_module(f"spdtool.stages.{name}"), name)(made)
+    getattr(importlib.import_module(f"spdtool.stages.{name}"), name)(run)
 
 
-def _instrument(clock: Clock, counted: dict[str, float], stage: str, profiler: Any) -> None:
-    """Time the parts of a step where the loop calls them, and stop when enough steps are done."""
+def _instrument(clock: Clock, totals: dict[str, float], stage: str, profiler: Any) -> None:
+    """Patch the loop to time the parts of a step, and to stop after the measured steps."""
     import torch
     from accelerate import Accelerator
 
@@ -228,65 +232,64 @@ def _instrument(clock: Clock, counted: dict[str, float], stage: str, profiler: A
     from spdtool.stages import phase, teacher
     from spdtool.training import loop, prefetch
 
-    ready, adamw, fit = prefetch.prefetch_batches, loop.create_adamw, loop.fit
-    take = clock.timed("data", next)
+    original_prefetch, adamw, fit = prefetch.prefetch_batches, loop.create_adamw, loop.fit
+    take = clock.time_calls("data", next)
     sizes: dict[str, int] = {}
 
     @contextmanager
-    def watched(batches: Any, device: Any) -> Iterator[Iterator[Any]]:
-        with ready(batches, device) as made:
-            yield stepping(made)
+    def prefetch_watched(batches: Any, device: Any) -> Iterator[Iterator[Any]]:
+        with original_prefetch(batches, device) as prepared:
+            yield time_steps(prepared)
 
-    def stepping(made: Iterator[Any]) -> Iterator[Any]:
+    def time_steps(prepared: Iterator[Any]) -> Iterator[Any]:
         while True:
             clock.tick()
-            if clock.counts and len(clock.ticks) == clock.warm + 1:
+            if clock.is_measuring and len(clock.ticks) == clock.warm + 1:
                 if torch.cuda.is_available():
                     torch.cuda.reset_peak_memory_stats()
                 if profiler is not None:
                     profiler.start()
-            if clock.enough:
+            if clock.is_finished:
                 if profiler is not None:
                     profiler.stop()
                 raise _Enough
-            step, size, pieces = take(made)
-            yield step, size, counting(iter(pieces))
+            step, size, micro_batches = take(prepared)
+            yield step, size, count_each(iter(micro_batches))
 
-    def counting(pieces: Iterator[Any]) -> Iterator[Any]:
-        while (piece := take(pieces, None)) is not None:
-            if clock.counts:
-                count(piece.batch)
-            yield piece
+    def count_each(micro_batches: Iterator[Any]) -> Iterator[Any]:
+        while (micro_batch := take(micro_batches, None)) is not None:
+            if clock.is_measuring:
+                count(micro_batch.batch)
+            yield micro_batch
 
     def count(batch: Any) -> None:
         rows, length = batch["input_ids"].shape
         passes = 3 + (stage != "teacher" and "teacher_logits" not in batch)
-        counted["rows"] += rows
-        counted["tokens"] += int(batch["attention_mask"].sum())
-        counted["flops"] += passes * rows * length * (2 * sizes["weights"] + 4 * length * sizes["attention"])
+        totals["rows"] += rows
+        totals["tokens"] += int(batch["attention_mask"].sum())
+        totals["flops"] += passes * rows * length * (2 * sizes["weights"] + 4 * length * sizes["attention"])
 
-    def optimiser(trained: Any, *args: Any) -> Any:
-        made = adamw(trained, *args)
-        step = made.step
-        made.step = clock.timed("optimiser", step)
-        return made
+    def create_timed_adamw(trained: Any, *args: Any) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer = adamw(trained, *args)
+        optimizer.step = clock.time_calls("optimiser", optimizer.step)  # type: ignore[method-assign]
+        return optimizer
 
-    def fitting(learner: Any, *args: Any, **options: Any) -> Any:
+    def fit_with_sizes(learner: Any, *args: Any, **options: Any) -> Any:
         sizes["weights"] = sum(weight.numel() for weight in find_prunable_weights(learner.model).values())
         sizes["attention"] = learner.model.config.num_hidden_layers * learner.model.config.hidden_size
         return fit(learner, *args, **options)
 
-    phase.fit = teacher.fit = fitting  # type: ignore[assignment]
-    prefetch.prefetch_batches = watched  # type: ignore[assignment]
-    loop.create_adamw = optimiser
+    phase.fit = teacher.fit = fit_with_sizes  # type: ignore[assignment]
+    prefetch.prefetch_batches = prefetch_watched  # type: ignore[assignment]
+    loop.create_adamw = create_timed_adamw
     compute_outputs = lesson.compute_outputs  # type: ignore[attr-defined]
-    who = lambda model, *_: "student" if model.training else "teacher"  # noqa: E731
-    lesson.compute_outputs = clock.timed(who, compute_outputs)  # type: ignore[attr-defined]
-    lesson.distillation_loss = clock.timed("loss", lesson.distillation_loss)  # type: ignore[attr-defined]
-    Accelerator.backward = clock.timed("backward", Accelerator.backward)  # type: ignore[method-assign]
-    Accelerator.clip_grad_norm_ = clock.timed("clip", Accelerator.clip_grad_norm_)  # type: ignore[method-assign]
-    Masks.zero_gradients = clock.timed("masks", Masks.zero_gradients)  # type: ignore[method-assign]
-    Masks._after_step = clock.timed("after step", Masks._after_step)  # type: ignore[method-assign]
+    role_of = lambda model, *_: "student" if model.training else "teacher"  # noqa: E731
+    lesson.compute_outputs = clock.time_calls(role_of, compute_outputs)  # type: ignore[attr-defined]
+    lesson.distillation_loss = clock.time_calls("loss", lesson.distillation_loss)  # type: ignore[attr-defined]
+    Accelerator.backward = clock.time_calls("backward", Accelerator.backward)  # type: ignore[method-assign]
+    Accelerator.clip_grad_norm_ = clock.time_calls("clip", Accelerator.clip_grad_norm_)  # type: ignore[method-assign]
+    Masks.zero_gradients = clock.time_calls("masks", Masks.zero_gradients)  # type: ignore[method-assign]
+    Masks._after_step = clock.time_calls("after step", Masks._after_step)  # type: ignore[method-assign]
 
 
 def _high_water() -> float:
