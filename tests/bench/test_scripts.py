@@ -99,12 +99,13 @@ def test_the_table_has_ratios_to_the_faster_dense_form_and_between_rivals() -> N
 def test_a_round_that_waits_for_the_device_only_at_its_ends() -> None:
     waits: list[int] = []
     clocks = [
-        script("train_speed_worker").Clock(1, 2, 3, lambda: waits.append(1), parts=parts) for parts in (False, True)
+        script("train_speed_worker").Clock(1, 2, 3, lambda: waits.append(1), with_parts=with_parts)
+        for with_parts in (False, True)
     ]  # fmt: skip
     for clock, expected in zip(clocks, (2, 6 + 2 * 5), strict=True):
         waits.clear()
-        work = clock.timed("work", lambda: None)
-        while not clock.enough:
+        work = clock.time_calls("work", lambda: None)
+        while not clock.is_finished:
             clock.tick()
             work()
         assert len(clock.ticks) == 1 + 2 + 3
