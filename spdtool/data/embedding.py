@@ -10,6 +10,7 @@ SemEval has them, they stand in this order and are separated by tabs. Pairs with
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -51,12 +52,16 @@ def find_file(source: str | Path, name: str) -> Path | None:
     """Return a file of a folder, or of a repository of the hub; None where it has none."""
     if Path(source).is_dir():
         return Path(source) / name if (Path(source) / name).is_file() else None
-    if Path(source).exists():
-        return None
+    return None if Path(source).exists() else _download(str(source), name)
+
+
+@functools.cache
+def _download(source: str, name: str) -> Path | None:
+    """Return a file of a repository of the hub; asked once in a process, because a silent hub answers slowly."""
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(str(source), name))
+        return Path(hf_hub_download(source, name))
     except Exception:  # absent, offline, no such name: whoever reads the model says which
         return None
 

@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
-from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, PretrainedConfig
 
 from spdtool import console
+from spdtool.data.embedding import is_sentence_encoder
 from spdtool.data.kinds import SUPPORTED, kind_of_architectures
 from spdtool.errors import ModelError, SpdError, first_line
 from spdtool.models.foreign import refuse_foreign_config
@@ -66,6 +67,8 @@ def read_config(
         _mend_labels(source, raw)
     try:
         if raw.get("model_type") in CONFIG_MAPPING:
+            if not new_head:
+                _name_encoder(source, raw)
             config_class = CONFIG_MAPPING[raw["model_type"]]
             return config_class.from_dict(raw, name_or_path=str(source), **(fields or {}))
         # without a known type transformers says best what is wrong
@@ -74,6 +77,15 @@ def read_config(
         raise unreadable_model(source, error) from None
     assert isinstance(config, PretrainedConfig)
     return config
+
+
+def _name_encoder(source: str | Path, raw: RawConfig) -> None:
+    """Name the class of the encoder alone, where the folder says how its tokens are pooled.
+
+    Some name the class of their pretraining, with a head that nothing reads.
+    """
+    if is_sentence_encoder(source):
+        raw["architectures"] = [MODEL_MAPPING[CONFIG_MAPPING[raw["model_type"]]].__name__]
 
 
 def _read_activation(source: str | Path, raw: RawConfig) -> None:

@@ -131,7 +131,8 @@ def select_trained_parameters(model: PreTrainedModel, which: str) -> dict[str, n
         which: `layers`, `layers+head` (all but the embeddings) or `all`.
     """
     in_layers = {id(parameter) for parameter in find_layer_stack(model).parameters()}
-    prefix = model.base_model_prefix + "."
+    # An encoder without a head has no prefix.
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
     trained = {}
     for name, parameter in model.named_parameters():
         is_embedding = name.startswith(prefix) and "embeddings" in name

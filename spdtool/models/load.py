@@ -111,15 +111,20 @@ def _read_model(checkpoint: Checkpoint) -> PreTrainedModel:
     if checkpoint.renamed:
         source, weights = None, read_weight_files(checkpoint.files, checkpoint.renamed)
     # another size is refused by the check, unless it is that of a head which is replaced
-    model = find_model_class(checkpoint.config).from_pretrained(
+    result: Any = find_model_class(checkpoint.config).from_pretrained(
         source,
         config=checkpoint.config,
         state_dict=weights,
         dtype=torch.float32,
         use_safetensors=True,
         ignore_mismatched_sizes=True,
+        output_loading_info=True,
     )
+    model, report = result
     assert isinstance(model, PreTrainedModel)
+    if head_of_model(model).pools:
+        for name in report["missing_keys"]:  # a pooler that nothing reads: random numbers would differ between runs
+            torch.nn.init.zeros_(model.get_parameter(name))
     return model
 
 

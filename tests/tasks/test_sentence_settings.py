@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import toys
+from safetensors.torch import load_file, save_file
 
 from spdtool.errors import ModelError
 from spdtool.models.load import load_model, load_tokenizer, save_model
@@ -54,6 +55,21 @@ def test_what_is_saved_is_the_same_folder_again(tmp_path: Path) -> None:
         assert torch.equal(weight, again.state_dict()[name]), name
     assert load_tokenizer(tmp_path / "copy").model_max_length == 24
     assert tokenizer.sentence_prompts == ("the ", "a ")
+
+
+def test_a_folder_that_names_the_class_of_its_pretraining_is_an_encoder(tmp_path: Path) -> None:
+    folder = toys.sentence_encoder(tmp_path)
+    before = load_model(folder)
+    weights = load_file(folder / "model.safetensors")
+    weights = {f"bert.{name}": weight for name, weight in weights.items() if "pooler" not in name}
+    save_file(weights | {"cls.predictions.bias": torch.zeros(25)}, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["BertForMaskedLM"]}), "utf-8")
+    model = load_model(folder)
+    assert model.config.architectures == ["BertModel"]
+    tokens = torch.tensor([[2, 7, 9, 3]])
+    assert torch.equal(model(tokens).sentence_embedding, before(tokens).sentence_embedding)
+    assert not model.pooler.dense.weight.any()
 
 
 def test_matryoshka_dimensions_come_from_the_card(tmp_path: Path) -> None:
