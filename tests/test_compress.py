@@ -173,8 +173,8 @@ def test_a_given_teacher_is_measured_and_used(
     result = spdtool("teacher", *quick_words, "--teacher", compressed / "teacher", "--run", tmp_path / "run")
     assert result.exit_code == 0, result.output
     assert "given teacher: dev score" in result.stdout
-    copied, given = tmp_path / "run/teacher/model.safetensors", compressed / "teacher/model.safetensors"
-    assert copied.read_bytes() == given.read_bytes()
+    copied, given_file = tmp_path / "run/teacher/model.safetensors", compressed / "teacher/model.safetensors"
+    assert copied.read_bytes() == given_file.read_bytes()
 
 
 def test_a_run_continues_with_its_recorded_recipe(tmp_path: Path, quick_words: Any, spdtool: Any) -> None:

@@ -374,9 +374,9 @@ def test_a_signal_during_training_saves_and_names_the_command_to_resume(
         monkeypatch.setattr(torch.optim.AdamW, "step", step_and_signal)
         called = spdtool(*arguments)
         assert called.exit_code == code, called.output
-        said = " ".join(called.stderr.split())
-        assert f"teacher was stopped by {name} and saved step" in said
-        assert "the same command goes on from there" in said
+        output = " ".join(called.stderr.split())
+        assert f"teacher was stopped by {name} and saved step" in output
+        assert "the same command goes on from there" in output
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     assert spdtool(*arguments).exit_code == 0
 
@@ -393,9 +393,9 @@ def assert_refused(result: Any, *messages: str) -> None:
     """Require exit code 2 and each of `messages` on stderr, without a traceback."""
     assert result.exit_code == 2, result.output
     assert result.exception is None or isinstance(result.exception, SystemExit)
-    said = " ".join(result.stderr.replace("│", " ").split())
+    output = " ".join(result.stderr.replace("│", " ").split())
     for message in messages:
-        assert message in said, said
+        assert message in output, output
     assert "Traceback" not in result.output
 
 

@@ -10,14 +10,14 @@ from importlib import metadata
 from sentence_transformers import CrossEncoder, SentenceTransformer
 
 folder, backend = sys.argv[1:]
-asked = json.load(sys.stdin)
+request = json.load(sys.stdin)
 options = {"backend": backend, "device": "cpu"}
 if backend == "onnx":
     options["model_kwargs"] = {"file_name": "onnx/model.onnx", "provider": "CPUExecutionProvider"}
-if asked["pairs"]:
+if request["pairs"]:
     model = CrossEncoder(folder, **options)
-    answers = model.predict(list(zip(asked["texts"], asked["pairs"], strict=True)))
+    answers = model.predict(list(zip(request["texts"], request["pairs"], strict=True)))
 else:
     model = SentenceTransformer(folder, **options)
-    answers = model.encode(asked["texts"])
+    answers = model.encode(request["texts"])
 json.dump({"version": metadata.version("sentence-transformers"), "answers": answers.tolist()}, sys.stdout)

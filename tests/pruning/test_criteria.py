@@ -229,8 +229,8 @@ def test_a_block_of_weights_must_fit_into_the_blocks_of_the_fisher_matrix() -> N
 
 
 UPDATES: dict[str, Callable[[Layer, Tensor], Tensor]] = {"obert": plain_blocks, "layerwise": plain_rows}
-BUILTIN = [part.name for part in plugins.criteria.entries() if part.source.startswith("spdtool.")]
-UPDATING = [part.name for part in plugins.criteria.entries() if "update" in part.meta]
+BUILTIN = [entry.name for entry in plugins.criteria.entries() if entry.source.startswith("spdtool.")]
+UPDATING = [entry.name for entry in plugins.criteria.entries() if "update" in entry.meta]
 
 
 def test_every_builtin_criterion_has_its_row() -> None:

@@ -43,8 +43,8 @@ def weights(run: Run) -> dict[str, torch.Tensor]:
     return load_file(run.path / "prune" / "model.safetensors")
 
 
-def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return all(torch.equal(one[name], other[name]) for name in one)
+def equal(one: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(one[name], reference[name]) for name in one)
 
 
 def test_a_killed_phase_goes_on_with_the_same_bits_and_the_texts_change_the_student(
@@ -84,8 +84,8 @@ def test_a_killed_phase_goes_on_with_the_same_bits_and_the_texts_change_the_stud
 
 
 def test_other_texts_need_no_new_teacher(base: Path, tmp_path: Path, toys: ModuleType) -> None:
-    other = tmp_path / "other.txt"
-    other.write_text("a very good film\n" * 3)
-    run = copied(base, tmp_path / "run", toys, f"unlabeled={other}")
+    other_run = tmp_path / "other.txt"
+    other_run.write_text("a very good film\n" * 3)
+    run = copied(base, tmp_path / "run", toys, f"unlabeled={other_run}")
     rows = load_phase(run, "prune", start="teacher").splits["train"]
     assert (len(rows), rows.epoch_rows) == (27, 27)
