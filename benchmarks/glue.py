@@ -50,7 +50,7 @@ MAX_LENGTH = 128  # tokens, as in the recipes
 
 @dataclass(frozen=True)
 class Task:
-    """One GLUE task: its folder of official files, and where its columns stand in them."""
+    """One GLUE task: its folder of official files, and the numbers of its columns."""
 
     folder: str
     text: tuple[int, ...]
@@ -182,7 +182,7 @@ class Runner:
             raise CommandFailed("\n".join([f"{' '.join(self.anonymous(command))} failed:", *last_lines]))
 
     def wait_while_paused(self) -> None:
-        """Return once there is no pause file. Raises TimeUp."""
+        """Wait until there is no pause file. Raises TimeUp."""
         while (self.work / "pause").exists():
             if time.monotonic() > self.deadline:
                 raise TimeUp
@@ -197,7 +197,7 @@ class Runner:
 
 
 def split_dev(data: Path, work: Path) -> None:
-    """Write WORK/data/TASK for every task whose official files `data` holds, unless it is there already."""
+    """Write WORK/data/TASK for every task with official files in `data`, unless it exists."""
     for task in TASKS.values():
         source, target = data / task.folder, work / "data" / task.folder
         if target.exists() or not source.is_dir():

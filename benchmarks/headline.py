@@ -298,7 +298,7 @@ def draw(measured: dict[str, Any], shape: str, folder: Path) -> list[Path]:
 
 
 def main() -> None:
-    """Measure and draw, or draw what was measured."""
+    """Measure and draw, or draw stored measurements."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=("measure", "draw"))
     parser.add_argument("run", nargs="?", type=Path, help="run folder, for `measure`")

@@ -123,7 +123,7 @@ def add(folder: Path, draw: random.Random) -> str:
 
 
 def edit_json(folder: Path, draw: random.Random) -> str:
-    """Put another value at a random path of a JSON file, or remove what is there."""
+    """Replace or remove the value at a random path of a JSON file."""
     file = folder / draw.choice([name for name in JSON_FILES if (folder / name).is_file()])
     content: Any = json.loads(file.read_text("utf-8"))
     node, path = content, []

@@ -201,7 +201,7 @@ def fuzz(server: ServerProcess, seed: int, deadline: float, counts: Counter[str]
 
 
 def main() -> None:
-    """Fuzz, and print how many answers of each kind there were."""
+    """Fuzz, and print the number of answers by status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--seconds", type=float, default=60)

@@ -175,7 +175,7 @@ class Client:
 
 
 def soak(bundle: Path, requests: int) -> dict[str, Any]:
-    """Send the requests from many clients at once; return what was measured."""
+    """Send the requests from concurrent clients; return the measurements."""
     draw = random.Random(0)
     rows = []
     for _ in range(400):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -51,7 +52,9 @@ def test_importing_spdtool_loads_no_submodule() -> None:
 
 
 @pytest.mark.slow
-def test_compress_runs_the_missing_stages_and_returns_the_result(toys: Any, toy_task: Any, tmp_path: Path) -> None:
+def test_compress_runs_the_missing_stages_and_returns_the_result(
+    toys: ModuleType, toy_task: Any, tmp_path: Path
+) -> None:
     toy_task()
     recipe = toys.recipe(*QUICK_BENCH)
     plans: list[Any] = []

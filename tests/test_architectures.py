@@ -6,6 +6,7 @@ import copy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ each_family = pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 SCORES = Loss(attention=1.0)
 
 
-def pair(toys: Any, architecture: str, layers: int = DEPTH) -> tuple[Any, Any]:
+def pair(toys: ModuleType, architecture: str, layers: int = DEPTH) -> tuple[Any, Any]:
     """Return a student and a teacher that differ only in their layers, with capture hooks."""
     teacher = toys.classifier(architecture, layers=layers).requires_grad_(False)
     student = copy.deepcopy(teacher)
@@ -61,7 +62,7 @@ def forward(model: Any, batch: dict[str, torch.Tensor], **outputs: bool) -> Any:
 
 
 @each_family
-def test_the_stack_and_its_linears_are_found(toys: Any, architecture: str) -> None:
+def test_the_stack_and_its_linears_are_found(toys: ModuleType, architecture: str) -> None:
     model = toys.classifier(architecture, layers=DEPTH)
     stack = find_layer_stack(model)
     assert len(stack) == DEPTH
@@ -80,7 +81,7 @@ def test_the_stack_and_its_linears_are_found(toys: Any, architecture: str) -> No
 
 
 @each_family
-def test_a_grafted_forward_always_returns_every_hidden_state(toys: Any, architecture: str) -> None:
+def test_a_grafted_forward_always_returns_every_hidden_state(toys: ModuleType, architecture: str) -> None:
     student, teacher = pair(toys, architecture)
     grafting, batch = graft(student, teacher), toys.batch(architecture=architecture)
     modules = {name: id(module) for name, module in student.named_modules()}
@@ -103,7 +104,9 @@ def test_a_grafted_forward_always_returns_every_hidden_state(toys: Any, architec
 
 
 @each_family
-def test_at_rate_0_the_student_computes_as_the_teacher_and_at_rate_1_as_itself(toys: Any, architecture: str) -> None:
+def test_at_rate_0_the_student_computes_as_the_teacher_and_at_rate_1_as_itself(
+    toys: ModuleType, architecture: str
+) -> None:
     student, teacher = pair(toys, architecture)
     grafting, batch = graft(student, teacher), toys.batch(architecture=architecture)
     student_logits = forward(student, batch).logits
@@ -115,7 +118,7 @@ def test_at_rate_0_the_student_computes_as_the_teacher_and_at_rate_1_as_itself(t
 
 
 @each_family
-def test_the_softmax_of_captured_scores_equals_the_attention(toys: Any, architecture: str) -> None:
+def test_the_softmax_of_captured_scores_equals_the_attention(toys: ModuleType, architecture: str) -> None:
     model, batch = toys.classifier(architecture, layers=DEPTH), toys.batch(architecture=architecture)
     install_capture_hooks(model)
     with torch.no_grad():
@@ -136,7 +139,7 @@ def test_the_softmax_of_captured_scores_equals_the_attention(toys: Any, architec
 
 
 @each_family
-def test_gradient_checkpointing_gives_the_same_gradients(toys: Any, architecture: str) -> None:
+def test_gradient_checkpointing_gives_the_same_gradients(toys: ModuleType, architecture: str) -> None:
     if not toys.classifier(architecture).supports_gradient_checkpointing:
         with pytest.raises(ModelError, match="does not support gradient checkpointing"):
             configure_layers(toys.classifier(architecture), checkpointing=True, compile_layers=False)
@@ -171,7 +174,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(toys: Any, architecture
 @pytest.mark.slow
 @each_family
 def test_a_prune_stage_writes_exact_zeros_that_stock_transformers_reads(
-    toys: Any, architecture: str, toy_task: Callable[..., Task], toy_run: Callable[..., Run],
+    toys: ModuleType, architecture: str, toy_task: Callable[..., Task], toy_run: Callable[..., Run],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     toy_task(architecture=architecture, layers=2, train=16, dev=8)
@@ -198,7 +201,7 @@ def test_a_prune_stage_writes_exact_zeros_that_stock_transformers_reads(
 
 @each_family
 def test_every_key_survives_saving_and_loading(
-    toys: Any, architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    toys: ModuleType, architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = toys.classifier(architecture, layers=DEPTH)
     save_model(model, toys.tokenizer(), tmp_path)
@@ -225,7 +228,7 @@ def test_every_key_survives_saving_and_loading(
     ],
 )
 def test_an_unsupported_family_is_refused_with_the_reason(
-    toys: Any, architecture: str, config: dict[str, Any], message: str
+    toys: ModuleType, architecture: str, config: dict[str, Any], message: str
 ) -> None:
     model = toys.classifier(architecture, layers=DEPTH, **config)
     with pytest.raises(ModelError, match=message) as error:
@@ -233,7 +236,7 @@ def test_an_unsupported_family_is_refused_with_the_reason(
     assert architecture in error.value.message
 
 
-def test_funnel_is_refused_with_the_reason(toys: Any) -> None:
+def test_funnel_is_refused_with_the_reason(toys: ModuleType) -> None:
     from transformers import FunnelConfig, FunnelForSequenceClassification
 
     config = FunnelConfig(vocab_size=24, block_sizes=[2, 2], d_model=32, n_head=2, d_head=16, d_inner=64)
@@ -245,7 +248,7 @@ def test_funnel_is_refused_with_the_reason(toys: Any) -> None:
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler about itself
 @pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "g++", "clang"))), reason="torch.compile needs a compiler")
 @pytest.mark.parametrize("attention", [0.0, 1.0], ids=["without attention", "with attention scores"])
-def test_compiling_layer_by_layer_gives_the_same_loss_and_gradients(toys: Any, attention: float) -> None:
+def test_compiling_layer_by_layer_gives_the_same_loss_and_gradients(toys: ModuleType, attention: float) -> None:
     batch, weights = toys.batch(), Loss(attention=attention)
     attention_kind = "scores" if attention else None
 
@@ -278,7 +281,9 @@ def test_compiling_layer_by_layer_gives_the_same_loss_and_gradients(toys: Any, a
 
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler about itself
-def test_no_variant_of_a_compiled_layer_falls_back_to_plain_python(toys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_variant_of_a_compiled_layer_falls_back_to_plain_python(
+    toys: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     compiling = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiling(self, backend="eager", **options))
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)

@@ -44,7 +44,9 @@ def test_the_zeros_are_in_the_checkpoint_and_in_the_exported_file(compressed: Pa
     assert exported["targets"]["onnx"]["teacher"]["zeros"] == 0
 
 
-def test_a_second_call_does_nothing_and_shows_the_result(run: Path, quick_words: Any, spdtool: Call) -> None:
+def test_a_second_call_does_nothing_and_shows_the_result(
+    run: Path, quick_words: tuple[str, ...], spdtool: Call
+) -> None:
     before = snapshot(run)
     result = spdtool("compress", *quick_words, "--run", run)
     assert result.exit_code == 0, result.output
@@ -53,7 +55,7 @@ def test_a_second_call_does_nothing_and_shows_the_result(run: Path, quick_words:
     assert snapshot(run) == before
 
 
-def test_compress_runs_only_the_missing_stages(run: Path, quick_words: Any, spdtool: Call) -> None:
+def test_compress_runs_only_the_missing_stages(run: Path, quick_words: tuple[str, ...], spdtool: Call) -> None:
     before = snapshot(run)
     shutil.rmtree(run / "finetune")
     shutil.rmtree(run / "export")
@@ -67,7 +69,9 @@ def test_compress_runs_only_the_missing_stages(run: Path, quick_words: Any, spdt
     }
 
 
-def test_stage_by_stage_gives_the_same_bytes(compressed: Path, tmp_path: Path, quick_words: Any, spdtool: Call) -> None:
+def test_stage_by_stage_gives_the_same_bytes(
+    compressed: Path, tmp_path: Path, quick_words: tuple[str, ...], spdtool: Call
+) -> None:
     folder = tmp_path / "by hand"
     for stage in STAGES[:-1]:
         arguments = quick_words if stage == "teacher" else ()
@@ -107,7 +111,7 @@ def test_bad_arguments_are_refused_before_a_redo_drops_stages(
 
 
 def test_a_failed_redo_of_the_teacher_keeps_the_old_one(
-    run: Path, quick_words: Any, spdtool: Call, tmp_path: Path
+    run: Path, quick_words: tuple[str, ...], spdtool: Call, tmp_path: Path
 ) -> None:
     before = snapshot(run)
     result = spdtool("teacher", *quick_words, "--model", tmp_path / "gone", "--run", run, "--again")
@@ -116,7 +120,7 @@ def test_a_failed_redo_of_the_teacher_keeps_the_old_one(
     assert snapshot(run) == before
 
 
-def test_a_setting_may_change_until_its_stage_is_done(run: Path, quick_words: Any, spdtool: Call) -> None:
+def test_a_setting_may_change_until_its_stage_is_done(run: Path, quick_words: tuple[str, ...], spdtool: Call) -> None:
     shutil.rmtree(run / "bench")
     arguments = ("compress", *quick_words, "--run", run, "--set", "bench.rounds=2")
     dry = spdtool(*arguments, "--dry-run")
@@ -130,7 +134,7 @@ def test_a_setting_may_change_until_its_stage_is_done(run: Path, quick_words: An
     assert "bench.rounds is 2 there and 3 here" in late.stderr
 
 
-def test_a_dry_run_writes_nothing(tmp_path: Path, quick_words: Any, spdtool: Call) -> None:
+def test_a_dry_run_writes_nothing(tmp_path: Path, quick_words: tuple[str, ...], spdtool: Call) -> None:
     result = spdtool("compress", *quick_words, "--run", tmp_path / "run", "--dry-run", "--json")
     assert result.exit_code == 0, result.output
     plan = json.loads(result.stdout)
@@ -142,7 +146,7 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, quick_words: Any, spdtool: Cal
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_smoke_run_is_marked_everywhere(tmp_path: Path, quick_words: Any, spdtool: Call) -> None:
+def test_a_smoke_run_is_marked_everywhere(tmp_path: Path, quick_words: tuple[str, ...], spdtool: Call) -> None:
     result = spdtool("compress", *quick_words, "--run", tmp_path / "run", "--smoke", "--json")
     assert result.exit_code == 0, result.output
     assert [row[0] for row in json.loads(result.stdout)["rows"]] == ["teacher", "student"]
@@ -154,7 +158,12 @@ def test_a_smoke_run_is_marked_everywhere(tmp_path: Path, quick_words: Any, spdt
 
 
 def test_a_run_continues_from_another_working_directory(
-    tmp_path: Path, encoder_folder: Path, rows_file: Path, quick_words: Any, spdtool: Call, monkeypatch: Any
+    tmp_path: Path,
+    encoder_folder: Path,
+    rows_file: Path,
+    quick_words: tuple[str, ...],
+    spdtool: Call,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     project = tmp_path / "hör zu"
     shutil.copytree(encoder_folder, project / "mödel")
@@ -168,7 +177,7 @@ def test_a_run_continues_from_another_working_directory(
 
 
 def test_a_given_teacher_is_measured_and_used(
-    compressed: Path, quick_words: Any, tmp_path: Path, spdtool: Call
+    compressed: Path, quick_words: tuple[str, ...], tmp_path: Path, spdtool: Call
 ) -> None:
     result = spdtool("teacher", *quick_words, "--teacher", compressed / "teacher", "--run", tmp_path / "run")
     assert result.exit_code == 0, result.output
@@ -177,7 +186,7 @@ def test_a_given_teacher_is_measured_and_used(
     assert copied.read_bytes() == given_file.read_bytes()
 
 
-def test_a_run_continues_with_its_recorded_recipe(tmp_path: Path, quick_words: Any, spdtool: Any) -> None:
+def test_a_run_continues_with_its_recorded_recipe(tmp_path: Path, quick_words: tuple[str, ...], spdtool: Any) -> None:
     run = tmp_path / "run"
     assert spdtool("teacher", *quick_words, "--run", run).exit_code == 0
     recorded = json.loads((run / "run.json").read_text())["recipe"]
@@ -226,7 +235,7 @@ def test_a_finished_run_is_loaded_by_its_folder(compressed: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_the_dev_score_is_the_chosen_metric(tmp_path: Path, quick_words: Any, spdtool: Any) -> None:
+def test_the_dev_score_is_the_chosen_metric(tmp_path: Path, quick_words: tuple[str, ...], spdtool: Any) -> None:
     for metric in ("accuracy", "f1"):
         run = tmp_path / metric
         result = spdtool("teacher", *quick_words, "--run", run, "--metric", metric)

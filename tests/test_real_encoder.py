@@ -1,4 +1,4 @@
-"""The whole pipeline on a real pretrained encoder and real CoLA rows; skipped where one of them is absent."""
+"""The whole pipeline on a real pretrained encoder and real CoLA rows; skipped if one of them is missing."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ import json
 import math
 import random
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -166,7 +167,7 @@ class Plain:
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("regression", [False, True], ids=["classes", "regression"])
 def test_every_step_equals_that_of_the_published_algorithm(
-    dropout: float, regression: bool, toys: Any, toy_task: Callable[..., Task], toy_run: Callable[..., Run],
+    dropout: float, regression: bool, toys: ModuleType, toy_task: Callable[..., Task], toy_run: Callable[..., Run],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Train in float64, because AdamW would amplify the rounding of almost-zero gradients in float32.
@@ -262,7 +263,7 @@ def schedules(stage: str, step: int, steps: dict[str, int]) -> tuple[float, floa
     return 1.0, PEAK * (1 - (steps["distill"] + step) / after)
 
 
-def encoders_folder(toys: Any, toy_run: Any, dropout: float, labels: int) -> str:
+def encoders_folder(toys: ModuleType, toy_run: Any, dropout: float, labels: int) -> str:
     """Save a random model and return its folder, to use as the fine-tuned teacher."""
     from spdtool import plugins
 

@@ -32,7 +32,7 @@ def list_scenarios(stage: str) -> list[dict[str, Any]]:
 
 
 def draw_scenarios() -> list[dict[str, Any]]:
-    """Every moment in every stage, at seeded steps."""
+    """Draw scenarios for every moment in every stage, at seeded steps."""
     draw, scenarios = random.Random(2), []
     for stage in STAGES:
         single_deaths: list[tuple[str, int]] = [

@@ -55,7 +55,7 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], bool, int]] = {
 def classifier(
     architecture: str, *, layers: int = 3, labels: int = 2, seed: int = 0, eager: bool = True, **config: Any
 ) -> Any:
-    """A tiny random classifier of a supported family, in eval mode, without dropout unless `config` has it."""
+    """Build a tiny random classifier of a supported family, in eval mode, without dropout unless `config` has it."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     options: dict[str, Any] = {
@@ -104,7 +104,7 @@ def batch(rows: int = 5, length: int = 11, *, seed: int = 0, architecture: str =
 
 
 def tokenizer(padding_side: str = "right", *, token_types: bool = True) -> Any:
-    """A fast tokenizer with one token per word of `WORDS`, laid out as BERT's."""
+    """Build a fast tokenizer with one token per word of `WORDS`, laid out as BERT's."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import BertTokenizerFast
 
@@ -126,7 +126,7 @@ def tokenizer(padding_side: str = "right", *, token_types: bool = True) -> Any:
 def bert(
     layers: int = 2, *, hidden: int = 32, dropout: float = 0.0, labels: int = 2, seed: int = 0, **config: Any
 ) -> Any:
-    """A tiny random BERT classifier in eval mode; the global random state is left as it was.
+    """Build a tiny random BERT classifier in eval mode, without changing the global random state.
 
     Args:
         labels: number of labels (1: regression).
@@ -218,7 +218,7 @@ def dataset(
     build: bool = True,
     architecture: str | None = None,
 ) -> Dataset:
-    """A data set of in-memory rows with a tiny model to go with it: a BERT, or another `architecture`.
+    """Make a data set of in-memory rows and a tiny model for it: a BERT, or another `architecture`.
 
     Args:
         build: False to leave the model to the recipe.
@@ -273,7 +273,7 @@ def seal(folder: Path, **fields: Any) -> None:
 
 
 def recipe(*sets: str, name: str = "default", task: str = "toy", sparsity: float = 0.5, **flags: Any) -> Recipe:
-    """A recipe for a toy task on the CPU: two epochs a stage, three prune events. `sets` are `--set` assignments."""
+    """Build a recipe for a toy task on the CPU: two epochs a stage, three prune events, and `--set` assignments."""
     quick = [f"{stage}.epochs=2" for stage in ("teacher", "prune", "distill", "finetune")]
     quick += [f"{stage}.batch_size=8" for stage in ("teacher", "prune", "distill", "finetune")]
     quick += ["teacher.accept=true"]  # a toy may learn nothing in two epochs

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -286,7 +287,7 @@ def test_cuda_where_there_is_none(
 
 
 def test_a_teacher_with_another_number_of_labels(
-    spdtool: Call, toys: Any, quick_words: tuple[str, ...], tmp_path: Path
+    spdtool: Call, toys: ModuleType, quick_words: tuple[str, ...], tmp_path: Path
 ) -> None:
     toys.bert(labels=3).save_pretrained(tmp_path / "three")
     toys.tokenizer().save_pretrained(tmp_path / "three")
@@ -295,7 +296,9 @@ def test_a_teacher_with_another_number_of_labels(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_tokenizer_of_another_model(spdtool: Call, toys: Any, quick_words: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_tokenizer_of_another_model(
+    spdtool: Call, toys: ModuleType, quick_words: tuple[str, ...], tmp_path: Path
+) -> None:
     toys.bert(vocab_size=9).save_pretrained(tmp_path / "small")
     toys.tokenizer().save_pretrained(tmp_path / "small")
     result = spdtool("teacher", *quick_words, "--model", tmp_path / "small", "--run", tmp_path / "run")
@@ -381,7 +384,9 @@ def test_a_signal_during_training_saves_and_names_the_command_to_resume(
     assert spdtool(*arguments).exit_code == 0
 
 
-def test_no_permission(spdtool: Call, quick_words: tuple[str, ...], tmp_path: Path, monkeypatch: Any) -> None:
+def test_no_permission(
+    spdtool: Call, quick_words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def deny(self: Path, *args: Any, **options: Any) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(self))
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -242,7 +243,7 @@ env.localModelPath = {parent};
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory, toys: Any) -> dict[str, Path]:
+def bundles(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> dict[str, Path]:
     """Toy bundles, by kind of task."""
     folders = {}
     for kind, (pairs, labels) in KINDS.items():

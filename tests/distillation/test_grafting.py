@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -123,7 +124,7 @@ def test_stacks_of_different_depth_are_refused() -> None:
         LayerDraw(stacks(3)[0], stacks(2)[0], seed=0)
 
 
-def test_gradients_reach_exactly_the_drawn_layers_of_the_student(models: tuple[Any, Any], toys: Any) -> None:
+def test_gradients_reach_exactly_the_drawn_layers_of_the_student(models: tuple[Any, Any], toys: ModuleType) -> None:
     student, teacher = models
     grafting, batch = graft(models), toys.batch()
     layers = list(find_layer_stack(student))
@@ -145,7 +146,7 @@ def test_gradients_reach_exactly_the_drawn_layers_of_the_student(models: tuple[A
     assert len(samples) > 5
 
 
-def test_mixing_changes_neither_state_dict_of_student_nor_teacher(models: tuple[Any, Any], toys: Any) -> None:
+def test_mixing_changes_neither_state_dict_of_student_nor_teacher(models: tuple[Any, Any], toys: ModuleType) -> None:
     student, teacher = models
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     teacher_before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
@@ -177,7 +178,7 @@ def test_teacher_layers_have_dropout_only_if_requested_and_only_inside_a_draw(dr
 each_architecture = pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 
 
-def blended(toys: Any, architecture: str, seed: int = 1) -> tuple[Any, Any, LayerBlend, dict[str, Any]]:
+def blended(toys: ModuleType, architecture: str, seed: int = 1) -> tuple[Any, Any, LayerBlend, dict[str, Any]]:
     """Return a student, a teacher that differs only in its layers, their blend, and a batch."""
     teacher = toys.classifier(architecture).requires_grad_(False)
     student = copy.deepcopy(teacher)
@@ -193,7 +194,7 @@ def blended(toys: Any, architecture: str, seed: int = 1) -> tuple[Any, Any, Laye
 
 
 @each_architecture
-def test_a_blend_at_one_is_the_student_and_at_zero_the_teacher_to_the_bit(toys: Any, architecture: str) -> None:
+def test_a_blend_at_one_is_the_student_and_at_zero_the_teacher_to_the_bit(toys: ModuleType, architecture: str) -> None:
     student, teacher, blend, batch = blended(toys, architecture)
     with torch.no_grad():
         student_logits, teacher_logits = student(**batch).logits, teacher(**batch).logits
@@ -209,7 +210,7 @@ def test_a_blend_at_one_is_the_student_and_at_zero_the_teacher_to_the_bit(toys: 
 
 
 @each_architecture
-def test_every_blended_layer_outputs_the_mixture_of_both_layers(toys: Any, architecture: str) -> None:
+def test_every_blended_layer_outputs_the_mixture_of_both_layers(toys: ModuleType, architecture: str) -> None:
     """Check each layer on its real inputs, and against the captured hidden states."""
     student, teacher, blend, batch = blended(toys, architecture)
     layer_calls: list[Any] = []
@@ -238,7 +239,7 @@ def test_every_blended_layer_outputs_the_mixture_of_both_layers(toys: Any, archi
 
 
 @each_architecture
-def test_a_blend_captures_the_states_and_maps_of_the_student_only(toys: Any, architecture: str) -> None:
+def test_a_blend_captures_the_states_and_maps_of_the_student_only(toys: ModuleType, architecture: str) -> None:
     student, teacher, blend, batch = blended(toys, architecture)
     depth = len(find_layer_stack(student))
     for attention in ("scores", "probabilities"):
@@ -258,7 +259,7 @@ def test_a_blend_captures_the_states_and_maps_of_the_student_only(toys: Any, arc
 
 
 @each_architecture
-def test_gradients_of_a_blend_reach_only_the_student(toys: Any, architecture: str) -> None:
+def test_gradients_of_a_blend_reach_only_the_student(toys: ModuleType, architecture: str) -> None:
     student, teacher, blend, batch = blended(toys, architecture)
     with blend.mix(0.5):
         loss = student(**batch).logits.square().sum()
@@ -279,7 +280,7 @@ def test_gradients_of_a_blend_reach_only_the_student(toys: Any, architecture: st
 
 
 @each_architecture
-def test_a_blend_leaves_the_model_as_it_was(toys: Any, architecture: str) -> None:
+def test_a_blend_leaves_the_model_as_it_was(toys: ModuleType, architecture: str) -> None:
     student, teacher, blend, batch = blended(toys, architecture)
     modules = {name: id(module) for name, module in student.named_modules()}
     keys = list(student.state_dict())
@@ -295,7 +296,7 @@ def test_a_blend_leaves_the_model_as_it_was(toys: Any, architecture: str) -> Non
     ), "no copy"
 
 
-def test_a_blend_of_gradient_checkpoints_has_the_same_gradients(toys: Any) -> None:
+def test_a_blend_of_gradient_checkpoints_has_the_same_gradients(toys: ModuleType) -> None:
     def gradients(checkpointing: bool) -> dict[str, torch.Tensor]:
         student, _, blend, batch = blended(toys, "bert")
         configure_layers(student, checkpointing=checkpointing, compile_layers=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
+from types import ModuleType
 
 import pytest
 import torch
@@ -313,7 +313,7 @@ def padded(batch: dict[str, Tensor], extra: int, on_left: bool) -> dict[str, Ten
 
 
 @pytest.mark.parametrize("on_left", [False, True], ids=["right", "left"])
-def test_padding_on_either_side_changes_no_loss(toys: Any, on_left: bool) -> None:
+def test_padding_on_either_side_changes_no_loss(toys: ModuleType, on_left: bool) -> None:
     """Position embeddings are zero, so that left padding moves tokens without changing their states."""
     student, teacher = (toys.classifier("bert", seed=seed) for seed in (0, 1))
     for model in (student, teacher):

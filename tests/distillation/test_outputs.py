@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from spdtool.models.layers import install_capture_hooks
 
 
 @pytest.fixture
-def model(toys: Any) -> Any:
+def model(toys: ModuleType) -> Any:
     classifier = toys.classifier("bert")
     install_capture_hooks(classifier)
     return classifier
@@ -25,7 +26,7 @@ def inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: column for name, column in batch.items() if name != "labels"}
 
 
-def test_only_the_requested_outputs_are_returned(model: Any, toys: Any) -> None:
+def test_only_the_requested_outputs_are_returned(model: Any, toys: ModuleType) -> None:
     for hidden_states, attention in itertools.product((False, True), (None, "scores", "probabilities")):
         case = (hidden_states, attention)
         outputs = compute_outputs(model, toys.batch(), hidden_states=hidden_states, attention=attention)
@@ -39,13 +40,13 @@ def test_only_the_requested_outputs_are_returned(model: Any, toys: Any) -> None:
             assert [tuple(scores.shape) for scores in outputs.attentions] == [(5, 2, 11, 11)] * 3, case
 
 
-def test_the_labels_do_not_reach_the_model(model: Any, toys: Any) -> None:
+def test_the_labels_do_not_reach_the_model(model: Any, toys: ModuleType) -> None:
     batch = toys.batch()
     batch["labels"] = torch.full((5,), 99)  # the model's own loss would fail on it
     assert compute_outputs(model, batch).logits.shape == (5, 2)
 
 
-def test_scores_are_before_dropout_and_probabilities_after(toys: Any) -> None:
+def test_scores_are_before_dropout_and_probabilities_after(toys: ModuleType) -> None:
     model = toys.classifier("bert", attention_probs_dropout_prob=0.5)
     install_capture_hooks(model)
     model.train()
@@ -61,7 +62,7 @@ def test_scores_are_before_dropout_and_probabilities_after(toys: Any) -> None:
         torch.testing.assert_close(dropped[0][~zero], 2 * raw[0].softmax(-1)[~zero])
 
 
-def test_gradients_flow_through_captured_outputs(model: Any, toys: Any) -> None:
+def test_gradients_flow_through_captured_outputs(model: Any, toys: ModuleType) -> None:
     outputs = compute_outputs(model, toys.batch(), hidden_states=True, attention="scores")
     assert outputs.attentions is not None
     outputs.attentions[-1][0].square().sum().backward()

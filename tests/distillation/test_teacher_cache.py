@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -186,7 +187,7 @@ def test_a_stage_does_not_resume_with_caching_switched_off(
 
 
 @pytest.fixture
-def is_worth_caching(toys: Any) -> Callable[..., bool]:
+def is_worth_caching(toys: ModuleType) -> Callable[..., bool]:
     """Return a function of assignments that tells whether the prune phase would cache teacher outputs."""
 
     def ask(*sets: str, rows: int = 100) -> bool:
@@ -220,7 +221,7 @@ def test_outputs_that_do_not_fit_or_need_attention_are_not_cached(
     assert not is_worth_caching(assignment)
 
 
-def test_left_padding_prevents_caching(toys: Any) -> None:
+def test_left_padding_prevents_caching(toys: ModuleType) -> None:
     """Padding on the left moves the tokens to other positions."""
     tokenizer = toys.tokenizer()
     tokenizer.padding_side = "left"
@@ -249,7 +250,7 @@ def count_passes(model: Any, batch_sizes: list[int]) -> teacher_outputs.TeacherF
     return compute
 
 
-def test_a_cache_entry_belongs_to_one_teacher_and_its_rows(toys: Any) -> None:
+def test_a_cache_entry_belongs_to_one_teacher_and_its_rows(toys: ModuleType) -> None:
     batch_sizes: list[int] = []
 
     def cache_toy_outputs(model: Any, rows: Any) -> Any:
@@ -264,7 +265,7 @@ def test_a_cache_entry_belongs_to_one_teacher_and_its_rows(toys: Any) -> None:
     assert batch_sizes == [20, 20, 20]
 
 
-def test_a_batch_gets_the_states_of_its_own_tokens(toys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_gets_the_states_of_its_own_tokens(toys: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(teacher_outputs, "CHUNK_BYTES", 20_000)  # several, so that rows and pieces must fit together
     rows, model = data.tokenize(toys.tokenizer(), toys.rows(30), 32), toys.bert()
     batch_sizes: list[int] = []
@@ -281,7 +282,7 @@ def test_a_batch_gets_the_states_of_its_own_tokens(toys: Any, monkeypatch: pytes
         assert not cached_state[~is_token].any()
 
 
-def test_other_ranks_do_not_wait_forever_if_rank_0_fails(toys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_ranks_do_not_wait_forever_if_rank_0_fails(toys: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 0 raises before the barrier; the barrier of the other ranks then raises PeerLost."""
     rows, model = data.tokenize(toys.tokenizer(), toys.rows(20), 32), toys.bert()
 

@@ -1,4 +1,4 @@
-"""The encoder's layers: the stack, what is prunable and trained in it, and the zeros of a checkpoint."""
+"""The encoder's layers: finding the stack, prunable weights, trained parameters, and zeros of a checkpoint."""
 
 from __future__ import annotations
 

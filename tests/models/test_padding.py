@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ def test_results_computed_from_the_mask_are_ordinary_tensors() -> None:
 
 @pytest.mark.parametrize("eager", [True, False])
 @pytest.mark.parametrize("architecture", FAMILIES)
-def test_every_family_computes_the_same_with_a_padding_mask(toys: Any, architecture: str, eager: bool) -> None:
+def test_every_family_computes_the_same_with_a_padding_mask(toys: ModuleType, architecture: str, eager: bool) -> None:
     model = toys.classifier(architecture, eager=eager)
     install_capture_hooks(model)
     assert set(toys.ARCHITECTURES) == set(FAMILIES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -32,7 +33,7 @@ MakeRun = Callable[..., Run]
 
 
 @pytest.fixture
-def make_student(toys: Any, tmp_path: Path) -> Callable[..., str]:
+def make_student(toys: ModuleType, tmp_path: Path) -> Callable[..., str]:
     """Return `make_student(layers=1, hidden_size=16)`, which saves a smaller BERT classifier and returns its folder."""
 
     def make(**config: Any) -> str:
@@ -128,7 +129,7 @@ def test_a_list_of_layers_for_the_real_depth_is_no_obstacle_to_a_smoke_run(toy_r
     assert recipe.prune.loss.layer_map == "uniform"
 
 
-def test_the_order_of_the_logits(toys: Any) -> None:
+def test_the_order_of_the_logits(toys: ModuleType) -> None:
     """Labels without names (LABEL_0, LABEL_1) follow the order of the task: bad, good."""
     task = task_of(toys.dataset())
     for student, teacher, order in (
@@ -141,7 +142,7 @@ def test_the_order_of_the_logits(toys: Any) -> None:
         assert match_labels(student, teacher, task) == order, (student, teacher)
 
 
-def test_layers_stand_in_only_for_layers_of_their_kind(toys: Any) -> None:
+def test_layers_stand_in_only_for_layers_of_their_kind(toys: ModuleType) -> None:
     bert = toys.classifier("bert")
     assert same_architecture(bert, toys.classifier("bert", intermediate_size=16))
     assert not same_architecture(bert, toys.classifier("bert", layers=2))
@@ -149,7 +150,7 @@ def test_layers_stand_in_only_for_layers_of_their_kind(toys: Any) -> None:
     assert not same_architecture(bert, toys.classifier("electra"))
 
 
-def test_the_tokenizer_with_more_columns_is_chosen(toys: Any) -> None:
+def test_the_tokenizer_with_more_columns_is_chosen(toys: ModuleType) -> None:
     rich, plain = toys.tokenizer(), toys.tokenizer(token_types=False)
     assert (unread_columns(rich), unread_columns(plain)) == (set(), {"token_type_ids"})
     assert choose_tokenizer(plain, rich) is rich
@@ -157,7 +158,7 @@ def test_the_tokenizer_with_more_columns_is_chosen(toys: Any) -> None:
     assert choose_tokenizer(plain, toys.tokenizer(token_types=False)) is plain
 
 
-def test_the_kept_layers_compute_what_they_computed_in_every_family(toys: Any) -> None:
+def test_the_kept_layers_compute_what_they_computed_in_every_family(toys: ModuleType) -> None:
     for family in toys.ARCHITECTURES:
         model = toys.classifier(family)
         shallow = keep_layers(model, [1, 3])
@@ -172,7 +173,7 @@ def test_the_kept_layers_compute_what_they_computed_in_every_family(toys: Any) -
             assert torch.equal(shallow(**batch).logits, model(**batch).logits), family
 
 
-def test_a_layer_that_cannot_come_first_is_refused(toys: Any) -> None:
+def test_a_layer_that_cannot_come_first_is_refused(toys: ModuleType) -> None:
     with pytest.raises(ModelError, match="attn_norm") as error:
         keep_layers(toys.classifier("modernbert"), [2, 3])
     assert "keep the first layer" in str(error.value.hint)

@@ -24,7 +24,7 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 
 
 def train_tokenizer(kind: str) -> Any:
-    """A fast tokenizer of one kind, trained on TEXTS; its special tokens come last, as ModernBERT's do."""
+    """Train a fast tokenizer of one kind on TEXTS; its special tokens come last, as in ModernBERT."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     core: Any

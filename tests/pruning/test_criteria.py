@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -282,7 +281,9 @@ def test_a_learned_score_is_the_magnitude_before_the_first_step() -> None:
         assert plugins.criteria.get(name)(torch.tensor([2.0, -3.0]), Stats()).tolist() == [2.0, 3.0], name
 
 
-def test_the_criteria_of_the_guide_rank_update_and_score_blocks(clean_plugins: None, monkeypatch: Any) -> None:
+def test_the_criteria_of_the_guide_rank_update_and_score_blocks(
+    clean_plugins: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     guide = Path(__file__).parents[2] / "docs/how-to/write-a-criterion.md"
     monkeypatch.setattr(statistics, "STATISTICS", STATISTICS.copy())
     names = {"statistic": statistics.statistic, "Statistic": statistics.Statistic}

@@ -20,7 +20,7 @@ from tests import toys
 
 
 def problem(outputs: int = 5, inputs: int = 12, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """A weight [outputs, inputs] and the second moment of its inputs, in float64."""
+    """Draw a weight [outputs, inputs] and the second moment of its inputs [inputs, inputs], in float64."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(40, inputs, generator=generator, dtype=torch.float64)
     rows @= torch.randn(inputs, inputs, generator=generator, dtype=torch.float64)

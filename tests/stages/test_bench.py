@@ -46,7 +46,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> Path
 
 
 @pytest.fixture
-def run(tmp_path: Path, toys: ModuleType, exported: Path, monkeypatch: Any) -> Callable[..., Run]:
+def run(tmp_path: Path, toys: ModuleType, exported: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
     """Return `run("bench.rounds=3")`, which makes a run with finished teacher and export stages.
 
     With `further="twin"` the student is also exported for a target of that name.
@@ -148,7 +148,9 @@ def test_engines_switched_off_in_the_recipe_are_left_out(run: Callable[..., Run]
     assert "real lengths" not in str(metrics.verdict)
 
 
-def test_engines_are_compared_with_each_number_of_threads(run: Callable[..., Run], monkeypatch: Any) -> None:
+def test_engines_are_compared_with_each_number_of_threads(
+    run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(stage.onnx_session, "usable_cores", lambda: 2)
     metrics = bench(run(*FEW, "bench.threads=[1, 0, 2]", "bench.rounds=1", "bench.batches=[1]"))
     assert [entry.threads for entry in metrics.latency] == [1, 1, 1, 1, 2, 2, 2, 2]
@@ -158,14 +160,16 @@ def test_engines_are_compared_with_each_number_of_threads(run: Callable[..., Run
     assert set(metrics.caveats.values()) == {"1 rounds are too few to tell it from noise"}
 
 
-def test_a_machine_of_one_core_has_one_number_of_threads(run: Callable[..., Run], monkeypatch: Any) -> None:
+def test_a_machine_of_one_core_has_one_number_of_threads(
+    run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(stage.onnx_session, "usable_cores", lambda: 1)
     metrics = bench(run(*FEW, "bench.threads=[1, 0]", "bench.rounds=1", "bench.batches=[1]"))
     assert set(metrics.speeds) == {1}
 
 
 def test_a_further_target_is_a_row_with_its_libraries_and_the_headline(
-    run: Callable[..., Run], clean_plugins: None, monkeypatch: Any
+    run: Callable[..., Run], clean_plugins: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Twin(Onnx):
         """The target `onnx` under another name, with the student only."""
@@ -204,7 +208,9 @@ def test_a_missing_target_is_named_in_the_verdict(run: Callable[..., Run], clean
     assert "Not exported, so not timed: vanished: there is no export target 'vanished'" in verdict
 
 
-def test_engines_that_cannot_be_built_here_are_named_in_the_verdict(run: Callable[..., Run], monkeypatch: Any) -> None:
+def test_engines_that_cannot_be_built_here_are_named_in_the_verdict(
+    run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: Any) -> None:
         raise ModelError("onnxruntime cannot quantise model.onnx: no")
 

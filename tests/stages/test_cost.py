@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ def fixed_products(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("fixed_products")
-def test_the_cost_of_a_stage_grows_with_its_work(toys: Any) -> None:
+def test_the_cost_of_a_stage_grows_with_its_work(toys: ModuleType) -> None:
     model, cpu = toys.bert(), torch.device("cpu")
 
     def seconds(*sets: str, rows: int = 480, **flags: Any) -> float:
@@ -45,7 +46,7 @@ def test_the_cost_of_a_stage_grows_with_its_work(toys: Any) -> None:
     assert seconds("teacher_states_gb=0") > layerwise, "the teacher computes each batch anew"
 
 
-def test_solving_a_matrix_is_timed_and_a_failure_costs_nothing(toys: Any) -> None:
+def test_solving_a_matrix_is_timed_and_a_failure_costs_nothing(toys: ModuleType) -> None:
     from spdtool.pruning.second_order import update_blocks, update_rows
 
     cpu, section = torch.device("cpu"), toys.recipe().prune

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from spdtool.stages.finetune import finetune
 
 
 @pytest.fixture(scope="module")
-def pruned_folder(toys: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pruned_folder(toys: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that is finished up to `prune`; read only."""
     from spdtool.stages.prune import prune
     from spdtool.stages.teacher import teacher

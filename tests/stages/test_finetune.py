@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ from spdtool.tasks.task import Task
 
 @pytest.mark.parametrize("recipe", ["default", "reference"])
 def test_a_whole_run_ends_in_an_ordinary_sparse_checkpoint(
-    toy_run: Callable[..., Run], toy_task: Callable[..., Task], toys: Any, recipe: str, stage_files: list[str]
+    toy_run: Callable[..., Run], toy_task: Callable[..., Task], toys: ModuleType, recipe: str, stage_files: list[str]
 ) -> None:
     task = toy_task(dropout=0.1, pairs=True)
     run = toy_run(name=recipe, sparsity=0.9, until="finetune")

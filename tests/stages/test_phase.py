@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -33,7 +34,7 @@ NAMES = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
 
 
 @pytest.fixture
-def make_student(toys: Any, tmp_path: Path) -> Callable[..., str]:
+def make_student(toys: ModuleType, tmp_path: Path) -> Callable[..., str]:
     """Return `make_student(layers=1, hidden_size=16)`, which saves another classifier and returns its folder."""
 
     def make(name: str = "small", architecture: str = "bert", **fields: Any) -> str:
@@ -178,14 +179,14 @@ def test_pretrained_starts_from_the_model_with_a_new_head(toy_run: MakeRun, toy_
     assert not torch.equal(weights(other_seed, "prune")["classifier.weight"], student["classifier.weight"])
 
 
-def test_pretrained_of_a_task_with_a_model_of_its_own_is_that_model(toy_run: MakeRun, toys: Any) -> None:
+def test_pretrained_of_a_task_with_a_model_of_its_own_is_that_model(toy_run: MakeRun, toys: ModuleType) -> None:
     run = toy_run("prune.learning_rate=1e-30", "prune.epochs=1", student="pretrained", sparsity=0.0, until="prune")
     start = toys.bert().state_dict()
     student = weights(run, "prune")
     assert all(almost_equal(student[name], start[name]) for name in student)
 
 
-def test_the_labels_are_the_teachers_in_its_order(toy_run: MakeRun, make_student: Any, toys: Any) -> None:
+def test_the_labels_are_the_teachers_in_its_order(toy_run: MakeRun, make_student: Any, toys: ModuleType) -> None:
     """A student with the labels in reverse order gets its head reordered and keeps its predictions."""
     reversed_labels = make_student(id2label={0: "good", 1: "bad"}, label2id={"good": 0, "bad": 1})
     no_training = ["prune.learning_rate=1e-30", "prune.epochs=1", "prune.events=1", "prune.weight_decay=0"]

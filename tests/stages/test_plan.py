@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -45,7 +46,9 @@ def test_the_plan_says_how_the_rows_were_read(toy_run: MakeRun, toy_task: Callab
     assert planned.baseline == 0
 
 
-def test_the_plan_says_that_a_given_teachers_labels_have_no_names(toy_run: MakeRun, toys: Any, tmp_path: Path) -> None:
+def test_the_plan_says_that_a_given_teachers_labels_have_no_names(
+    toy_run: MakeRun, toys: ModuleType, tmp_path: Path
+) -> None:
     save_model(toys.bert(), toys.tokenizer(), tmp_path / "given")
     notes = planning.make_plan(toy_run(given_teacher=str(tmp_path / "given"))).notes
     assert "the given teacher's labels are taken in their order: LABEL_0 is bad, LABEL_1 is good" in notes
@@ -53,7 +56,7 @@ def test_the_plan_says_that_a_given_teachers_labels_have_no_names(toy_run: MakeR
     assert not any("order" in note for note in planning.make_plan(toy_run(given_teacher=str(tmp_path / "given"))).notes)
 
 
-def test_a_derived_learning_rate_is_shown(toy_run: MakeRun, toys: Any) -> None:
+def test_a_derived_learning_rate_is_shown(toy_run: MakeRun, toys: ModuleType) -> None:
     stages = planning.make_plan(toy_run("prune.learning_rate=none", "distill.learning_rate=2e-3")).stages
     rates = {stage.stage: stage.learning_rate for stage in stages}
     assert rates["prune"] == pytest.approx(0.384 / toys.bert().config.hidden_size)
@@ -61,7 +64,7 @@ def test_a_derived_learning_rate_is_shown(toy_run: MakeRun, toys: Any) -> None:
     assert rates["export"] is None
 
 
-def test_the_weights_are_those_of_the_model(toy_run: MakeRun, toys: Any) -> None:
+def test_the_weights_are_those_of_the_model(toy_run: MakeRun, toys: ModuleType) -> None:
     parameters = planning.make_plan(toy_run(sparsity=0.3)).parameters
     model = toys.bert()
     sizes = [weight.numel() for weight in find_prunable_weights(model).values()]
@@ -82,7 +85,7 @@ def test_planning_writes_nothing_and_sees_what_is_done(toy_run: MakeRun, tmp_pat
     assert [stage.done for stage in planning.make_plan(run).stages] == [True, True, False, False, False, False]
 
 
-def test_a_given_teacher_is_not_trained(toy_run: MakeRun, toys: Any, tmp_path: Path) -> None:
+def test_a_given_teacher_is_not_trained(toy_run: MakeRun, toys: ModuleType, tmp_path: Path) -> None:
     save_model(toys.bert(), toys.tokenizer(), tmp_path / "given")
     first = planning.make_plan(toy_run(given_teacher=str(tmp_path / "given"))).stages[0]
     assert (first.steps, first.why) == (None, f"given: {tmp_path / 'given'}")
@@ -100,7 +103,7 @@ def test_a_given_teacher_is_not_trained(toy_run: MakeRun, toys: Any, tmp_path: P
 def test_a_given_teacher_of_another_task_is_refused_by_the_plan(
     toy_run: MakeRun,
     toy_task: Callable[..., Any],
-    toys: Any,
+    toys: ModuleType,
     tmp_path: Path,
     labels: tuple[str, ...],
     model: dict[str, Any],
@@ -145,7 +148,7 @@ def test_events_that_just_fit_are_accepted(toy_run: MakeRun) -> None:
     planning.check_run(toy_run("prune.events=8"))
 
 
-def test_the_memory_estimate_grows_with_batch_size_and_attention_loss(toy_run: MakeRun, toys: Any) -> None:
+def test_the_memory_estimate_grows_with_batch_size_and_attention_loss(toy_run: MakeRun, toys: ModuleType) -> None:
     model = toys.bert()
 
     def bytes_of(*sets: str) -> int:
@@ -162,7 +165,7 @@ def test_the_memory_estimate_grows_with_batch_size_and_attention_loss(toy_run: M
     [(0.9, 0.0, 0.7), (0.95, 0.0, 0.7), (0.5, 0.0, 0.4), (0.9, 0.5, 0.7), (0.9, 0.8, None), (0.0, 0.0, None)],
 )
 def test_the_first_jump_stays_below_the_target_and_above_what_is_zero_already(
-    toys: Any, sparsity: float, initial: float, first: float | None
+    toys: ModuleType, sparsity: float, initial: float, first: float | None
 ) -> None:
     events = schedules.plan_prune_events(toys.recipe("prune.first=0.7", sparsity=sparsity), 100, initial=initial)
     assert events[-1][1] == sparsity
@@ -173,7 +176,7 @@ def test_the_first_jump_stays_below_the_target_and_above_what_is_zero_already(
         assert events[0] == (0, pytest.approx(first))
 
 
-def test_the_first_jump_does_not_pass_by_a_student_that_is_to_be_left(toys: Any) -> None:
+def test_the_first_jump_does_not_pass_by_a_student_that_is_to_be_left(toys: ModuleType) -> None:
     leave = (0.5, 0.7, 0.8, 0.9)
     events = schedules.plan_prune_events(
         toys.recipe("prune.first=0.7", f"prune.save_at={[*leave]}", sparsity=0.95), 100
@@ -183,7 +186,7 @@ def test_the_first_jump_does_not_pass_by_a_student_that_is_to_be_left(toys: Any)
     assert [step for step, _ in events] == sorted({step for step, _ in events})
 
 
-def test_exchanges_without_regrowth_are_refused(toys: Any) -> None:
+def test_exchanges_without_regrowth_are_refused(toys: ModuleType) -> None:
     recipe = toys.recipe("prune.exchanges=2", "prune.freeze=0.9")
     with pytest.raises(RecipeError, match="change nothing"):
         planning.check_recipe(recipe, 48)

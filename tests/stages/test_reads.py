@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -160,7 +161,7 @@ class Crossings(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("attention", [0.0, 1.0])
-def test_nothing_crosses_between_processor_and_device_within_a_step(toys: Any, attention: float) -> None:
+def test_nothing_crosses_between_processor_and_device_within_a_step(toys: ModuleType, attention: float) -> None:
     implementation = {"attn_implementation": "eager" if attention else "sdpa"}
     student, teacher = toys.bert(2, dropout=0.1, **implementation).train(), toys.bert(2, **implementation)
     for model in (student, teacher):

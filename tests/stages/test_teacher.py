@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ def names(folder: Path) -> list[str]:
 
 
 @pytest.fixture
-def make_teacher(tmp_path: Path, toys: Any) -> Callable[..., str]:
+def make_teacher(tmp_path: Path, toys: ModuleType) -> Callable[..., str]:
     """Return `make_teacher(labels=2, **config)`, which saves a fine-tuned model and returns its folder."""
 
     def make(labels: int = 2, **config: Any) -> str:
@@ -39,7 +40,7 @@ def make_teacher(tmp_path: Path, toys: Any) -> Callable[..., str]:
     return make
 
 
-def test_it_writes_a_checkpoint_that_stock_transformers_opens(toy_run: Callable[..., Run], toys: Any) -> None:
+def test_it_writes_a_checkpoint_that_stock_transformers_opens(toy_run: Callable[..., Run], toys: ModuleType) -> None:
     run = toy_run()
     metrics = teacher(run)
     assert names(run.path / "teacher") == sorted([*FILES, "metrics.jsonl"])
@@ -189,7 +190,7 @@ def test_rows_longer_than_the_model_allows_are_refused(
 
 @pytest.mark.parametrize("empty", ["train", "dev"])
 def test_an_empty_split_is_refused(
-    toy_run: Callable[..., Run], toy_task: Callable[..., Task], toys: Any, empty: str
+    toy_run: Callable[..., Run], toy_task: Callable[..., Task], toys: ModuleType, empty: str
 ) -> None:
     from dataclasses import replace
 
@@ -199,7 +200,9 @@ def test_an_empty_split_is_refused(
     assert_refused(toy_run(), DataError, f"no rows in its {empty} split")
 
 
-def test_one_class_only_is_refused(toy_run: Callable[..., Run], toy_task: Callable[..., Task], toys: Any) -> None:
+def test_one_class_only_is_refused(
+    toy_run: Callable[..., Run], toy_task: Callable[..., Task], toys: ModuleType
+) -> None:
     from dataclasses import replace
 
     splits = {"train": Rows(["a", "the"], None, [1, 1]), "dev": toys.rows(8)}
@@ -208,7 +211,7 @@ def test_one_class_only_is_refused(toy_run: Callable[..., Run], toy_task: Callab
 
 
 def test_an_unsupported_architecture_is_refused_before_it_is_trained(
-    toy_run: Callable[..., Run], toy_task: Callable[..., Task], toys: Any
+    toy_run: Callable[..., Run], toy_task: Callable[..., Task], toys: ModuleType
 ) -> None:
     from dataclasses import replace
 

@@ -49,5 +49,5 @@ def toys() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def reference() -> ModuleType:
-    """The operators as plain numpy: `reference.py` beside this file."""
+    """The operators in plain numpy: the module `reference.py` of this folder."""
     return _reference

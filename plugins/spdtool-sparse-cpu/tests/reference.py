@@ -67,7 +67,7 @@ class Int8Blocks:
 
 
 def read_weight(blob):
-    """A packed matrix as float64, or as int8 where it is stored in blocks."""
+    """Unpack a matrix to float64, or to int8 if it is stored in blocks."""
     return Int8Blocks(blob) if read_header(blob).block_bits else unpack(blob).astype(np.float64)
 
 
@@ -128,7 +128,7 @@ def look_up(table, indices, name):
 
 
 def encode(ids, mask, token_types, weights, *, heads, layers, epsilon, activation, padding_id, has_types, projection):
-    """The whole encoder: int64 [rows, tokens] each, token_types or None -> float64 [rows, tokens, hidden].
+    """Run the encoder on int64 [rows, tokens] inputs; return float64 [rows, tokens, hidden].
 
     Args:
         weights: float64 arrays, in the order of the operator's inputs.
