@@ -6,7 +6,7 @@
 
 The weights are random, so scores mean nothing. The table shows whether a family reaches every stage, and whether an
 unsupported one is refused by the plan. Results are stored in docs/results/families.json; a stored family runs again
-only if `--only` names it.
+only if `--only` names it. Needs only spdtool.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
     python benchmarks/first_layers.py ./all-MiniLM-L6-v2 3 ./minilm-3
 
-The folder that is written is an ordinary pretrained encoder: `spdtool teacher --model ./minilm-3` fine-tunes it.
+Writes an ordinary pretrained encoder, which `spdtool teacher --model ./minilm-3` fine-tunes. Needs the model's folder,
+or the network for a name of the hub.
 """
 
 from __future__ import annotations

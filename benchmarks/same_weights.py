@@ -5,7 +5,7 @@
     python benchmarks/same_weights.py .venv/bin/spdtool --against before.json
 
 Each run goes through teacher, prune, distill, finetune and export, on one thread. Compared by sha256: the weights of
-every stage and every exported model. Exits with 1 if one differs.
+every stage and every exported model. Exits with 1 if one differs. Needs only the installs.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ Every answer is checked against the logits of its own sentence. Rounds are inter
 
 `share` compares by the clock, the client's own work included, which takes processors from a small machine's engine.
 `processor_share` is the processor time of the bare engine over that of the server for the same sentences (Linux).
+Needs the extra `spdtool[serve]`.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@
 
 One thread, CPU time, medians of interleaved rounds. Dense is the faster of torch's own product and oneDNN's, for each.
 `of dense`: forward, input gradient, weight gradient; then all three (dense / sparse, with the spread over the rounds),
-and forward and input gradient sparse beside a dense weight gradient, as where a criterion reads gradients of the dead.
+and forward and input gradient sparse with a dense weight gradient, as for a criterion that reads gradients of dead
+weights. Needs the plugin spdtool-sparse-cpu with its compiled library.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ WHOLE_RUNS = {"compressed", "toy_run"}  # fixtures that train
 # Nearly every test of these traces a model, which takes seconds.
 EXPORTING_MODULES = {"test_classifier.py", "test_graph.py", "test_target.py", "test_targets.py", "test_trace.py"}
 CACHE = os.environ["XDG_CACHE_HOME"]  # a test may set another
-torch.set_num_threads(1)  # tiny models: threads cost more than they give
+torch.set_num_threads(1)  # threads cost more than they gain on tiny models
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

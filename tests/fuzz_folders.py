@@ -174,7 +174,7 @@ def fuzz(
             except SpdError:
                 outcomes["refused"] += 1
                 continue
-            except BaseException as error:  # this is what is looked for, panics of Rust code too
+            except BaseException as error:  # the faults to find, panics of Rust code included
                 if isinstance(error, KeyboardInterrupt):
                     raise
                 outcomes["traceback"] += 1

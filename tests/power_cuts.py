@@ -30,7 +30,7 @@ STAGE = "prune"
 SNAPSHOT_MINUTES = 1e9  # at evaluations only: four in a stage
 
 
-# a resumed stage removes these and reads none: states that differ in them alone are tried once
+# a resumed stage removes these unread, so states that differ only in them are tried once
 UNREAD = ("writing", "spent", ".mode.tmp")
 
 
@@ -45,7 +45,7 @@ def record_cuts(folder: Path, states: Path, *, flushing: bool) -> None:
     def record() -> None:
         with power.recording(folder) as cuts:
             if not flushing:
-                vars(os)["fsync"] = lambda _: None  # of the fork alone
+                vars(os)["fsync"] = lambda _: None  # only in the fork
             train(folder)
         states.mkdir()
         written: list[power.Node] = []
@@ -110,7 +110,7 @@ def main(root: Path) -> dict[str, Any]:
         shutil.rmtree(folder / STAGE)
         record_cuts(folder, states, flushing=flushing)
         numbers = sorted(path for path in states.iterdir() if path.is_dir())
-        # without flushing a sample is enough to show that the layer finds what is lost
+        # without flushing a sample of the states is enough to show that losses are detected
         sampled = numbers if flushing else numbers[:: max(1, len(numbers) // 8)]
         results[name] = {path.with_suffix(".txt").read_text(): try_state(path) for path in sampled}
     return results

@@ -21,7 +21,7 @@ class Rounded(Onnx):
     roles = ("student",)
     providers = ("cpu",)
     rounds_weights = True
-    library: dict[str, str] | None = None  # what its manifest says of a library
+    library: dict[str, str] | None = None  # record of the library in its manifest
     values = "fp32"  # of the last export
 
     def export(self, checkpoint: Path, folder: Path, recipe: Recipe) -> list[Path]:

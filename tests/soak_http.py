@@ -35,7 +35,7 @@ CLIENTS = 16
 TOLERANCE = 1e-3  # logits depend a little on the batch that a row is computed in
 MOST_GROWTH = 200  # MB of resident memory after the first tenth of the requests
 WORDS = ("the", "a", "cat", "dog", "film", "meal", "good", "bad", "very", "cold", "saw", "was", "by", "日本", "ünïcødé")
-# Schemathesis cannot know that there have to be as many pairs as texts, or as many texts as the shape says.
+# The schema cannot express that pairs, texts and the shape must have equal lengths.
 UNEXPRESSED = "positive_data_acceptance"
 
 
@@ -197,7 +197,7 @@ def soak(bundle: Path, requests: int) -> dict[str, Any]:
             before = before or server.megabytes()
         seconds, growth = time.monotonic() - start, server.megabytes() - before
         counts = server.counted()
-        # Those who left may have been answered too, or were refused because their request had no end.
+        # Abandoned requests may have been answered, or refused because they were incomplete.
         surplus = counts - answered
         assert answered - counts == Counter(), (answered, counts)
         assert set(surplus) <= {"200", "400", "499"}, surplus

@@ -194,7 +194,7 @@ def test_busy_prints_a_line_or_a_spinner(terminal: io.StringIO, capsys: pytest.C
     assert capsys.readouterr().out == "timing [x]\n"
 
 
-# What others have written --------------------------------------------------------------------------------------------
+# Untrusted text ------------------------------------------------------------------------------------------------------
 
 HOSTILE = (
     "[/]",

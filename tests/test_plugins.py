@@ -148,7 +148,7 @@ def test_a_plugin_that_takes_the_name_of_a_builtin_fails_alone(tmp_path: Path, m
         plugins.patterns.unregister(entry.name)
     plugins.use_folder(write(tmp_path / "mine", thief=source))
     monkeypatch.delitem(sys.modules, "spdtool.pruning.patterns", raising=False)
-    plugins.criteria.load()  # runs every plugin; nobody has asked for a pattern yet
+    plugins.criteria.load()  # runs every plugin before any pattern is looked up
     assert plugins.patterns.entry("unstructured").source == "spdtool.pruning.patterns"
     (thief,) = (p for p in plugins.loaded_plugins() if p.name == "thief")
     assert "already provided" in str(thief.error)

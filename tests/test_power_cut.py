@@ -38,7 +38,7 @@ def test_a_written_snapshot_is_not_lost(result: dict[str, Any]) -> None:
     states = list(result["states"].values())
     steps = [state["resumed"] for state in states]
     first = next(index for index, step in enumerate(steps) if step > 0)
-    # a moment may have two states, with the names lost and with the names there
+    # a moment may have two states, with recent names lost or present
     for index in range(first + 2, len(states)):
         assert steps[index] > 0, states[index]
         assert "damaged" not in states[index]["notes"], states[index]

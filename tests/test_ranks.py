@@ -150,7 +150,7 @@ def test_training_moves_weights_and_varies_the_draws(results: tuple[Path, Any]) 
 
 @pytest.mark.long
 def test_only_the_main_process_writes(results: tuple[Path, Any]) -> None:
-    root, reports = results  # ranks.py fails a rank that makes, renames or removes a file
+    root, reports = results  # ranks.py fails if another rank creates, renames or removes a file
     assert reports["layerwise of 2"]["output"][1] == ""
     assert "prune 6/12" in reports["layerwise of 2"]["output"][0]
     names = [sorted(p.name for p in (root / folder / "prune").iterdir()) for folder in ("layerwise", "layerwise of 2")]
@@ -249,7 +249,7 @@ def step(*args, **options):
     calls += 1
     if calls == 3 and os.environ.get("RANK") == "1":
         begun.touch()
-    while calls == 3 and callable(signal.getsignal(signal.SIGTERM)):  # until the first signal is remembered
+    while calls == 3 and callable(signal.getsignal(signal.SIGTERM)):  # until the first signal has been recorded
         time.sleep(0.05)
     return original(*args, **options)
 torch.optim.AdamW.step = step
@@ -307,7 +307,7 @@ def test_ranks_agree_on_a_new_prefix_in_a_used_store() -> None:
 
     with ThreadPoolExecutor(3) as pool:
         first = set(pool.map(agree, range(3)))
-        early = [pool.submit(agree, rank) for rank in (1, 2)]  # they find a meeting that is over
+        early = [pool.submit(agree, rank) for rank in (1, 2)]  # they find the keys of the first agreement
         time.sleep(0.2)
         second = {agree(0), *(future.result(timeout=20) for future in early)}
     assert len(first) == len(second) == 1

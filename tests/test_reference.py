@@ -30,7 +30,11 @@ from spdtool.training import loop, snapshot
 pytestmark = pytest.mark.slow  # it trains whole stages
 
 LAYERS, HEADS, WIDTH, LENGTH = 3, 2, 16, 16
-EPOCHS = {"prune": 6, "distill": 2, "finetune": 4}  # 12 events fit; 1 : 2 as in the recipe, so that its rates meet
+EPOCHS = {
+    "prune": 6,
+    "distill": 2,
+    "finetune": 4,
+}  # room for 12 events; distill : finetune is 1 : 2 as in the recipe, so that the learning rates join
 BATCH, SPARSITY = 4, 0.9
 PEAK, EPSILON, BETAS, CLIP = 6.4e-4, 1e-8, (0.9, 0.999), 1.0
 SIX = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
@@ -241,7 +245,7 @@ def test_every_step_equals_that_of_the_published_algorithm(
                     term,
                 )
             for name, weight in snapshots.get(step, final).items():
-                if not name.endswith("key.bias"):  # has no effect, so its gradient is nothing but rounding
+                if not name.endswith("key.bias"):  # a key bias has no effect, so its gradient is only rounding
                     error = float((weight - plain.student[name].detach()).abs().max())
                     assert error < 1e-6, (stage, step, name, error)
             for name, mask in plain.masks.items():
@@ -257,7 +261,7 @@ def schedules(stage: str, step: int, steps: dict[str, int]) -> tuple[float, floa
     """Replacing rate and learning rate of a step, counted from 0."""
     if stage == "prune":
         return 0.8, PEAK * (1 - step / steps["prune"])
-    after = steps["distill"] + steps["finetune"]  # the learning rate starts anew and falls once over both
+    after = steps["distill"] + steps["finetune"]  # the learning rate restarts, and falls once over both phases
     if stage == "distill":
         return 0.8 + 0.2 * step / steps["distill"], PEAK * (1 - step / after)
     return 1.0, PEAK * (1 - (steps["distill"] + step) / after)

@@ -58,7 +58,7 @@ def draw_scenarios() -> list[dict[str, Any]]:
         scenarios.append(
             {"stage": stage, "minutes": 1e9, "deaths": [("after the optimiser's step", draw.randint(7, STEPS))]}
         )
-        # long before the clock asks for a snapshot; the third comes after the last step, counted from where it resumed
+        # signals before any timed snapshot is due; steps count from the resumed one, so the third comes after the last
         signals: list[tuple[str, int]] = [("SIGTERM", 2), ("SIGINT", 1), ("SIGHUP", STEPS - 3)]
         if stage in ("teacher", "prune"):  # one without masks and one with them
             scenarios.append({"stage": stage, "minutes": 1e9, "deaths": signals})

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.long]  # each row starts a process t
 SCRIPT = Path(__file__).with_name("surrounded.py")
 STAGES = ("teacher", "prune", "distill")
 
-# What may not change a weight: many at once, since a row costs seconds.
+# Variables that must not change a weight; many at once, because each process costs seconds.
 ACCELERATE = {
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
     "ACCELERATE_MIXED_PRECISION": "bf16",

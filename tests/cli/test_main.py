@@ -144,7 +144,7 @@ def test_a_plugins_folder_adds_its_plugins_and_lists_failures(spdtool: Call, tmp
     assert "no_such_module_anywhere" in states["broken"]
 
 
-# Bad input: exit code 2, what was asked and found and what to try, nothing half-written -------------------------------
+# Bad input: exit code 2, a message with advice, and no half-written files ---------------------------------------------
 
 
 def copy(source: Path, target: Path, **fields: Any) -> Path:
@@ -481,7 +481,7 @@ def test_rows_that_change_between_stages_are_refused_until_all_is_redone(
     assert (run / "prune" / "stage.json").exists(), "nothing was dropped"
 
 
-# Checkpoints of no run ------------------------------------------------------------------------------------------------
+# Checkpoints outside of runs ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -542,7 +542,7 @@ def test_export_refuses_bad_arguments(spdtool: Call, tmp_path: Path, monkeypatch
         assert list(tmp_path.iterdir()) == [], arguments
 
 
-# What the machine refuses ---------------------------------------------------------------------------------------------
+# Errors of the machine ------------------------------------------------------------------------------------------------
 
 
 class SafetensorError(Exception):

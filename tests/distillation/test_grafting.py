@@ -93,7 +93,7 @@ def test_the_draws_depend_on_the_seed_alone_and_not_on_the_rate() -> None:
         grafting = LayerDraw(*stacks(), seed=seed)
         samples = []
         for rate in rates:
-            torch.rand(3)  # a global generator that must not matter
+            torch.rand(3)  # advances the global generator, which must not matter
             with grafting.mix(rate) as drawn:
                 samples.append(list(drawn))
         return samples
@@ -271,7 +271,7 @@ def test_gradients_of_a_blend_reach_only_the_student(toys: ModuleType, architect
     weight, step = find_prunable_weights(student)[name], 1e-3
     row, column = divmod(int(through_both[name].abs().argmax()), weight.shape[1])
     ends = []
-    for change in (step, -2 * step):  # the derivative that the loss really has
+    for change in (step, -2 * step):  # the derivative by finite differences
         with torch.no_grad():
             weight[row, column] += change
             with blend.mix(0.5):

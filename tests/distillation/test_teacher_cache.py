@@ -28,7 +28,7 @@ from spdtool.training import snapshot
 
 pytestmark = pytest.mark.slow  # it trains whole stages
 
-# epsilon: where a gradient is nothing but rounding, AdamW would step by rounding alone
+# a large epsilon, because AdamW would amplify gradients that are only rounding
 STEADY = ("prune.epochs=2", "prune.dropout=0.0", "prune.epsilon=1e-4")
 TERMS = {
     "logits": ("prune.loss.hidden=0.0",),
@@ -266,7 +266,7 @@ def test_a_cache_entry_belongs_to_one_teacher_and_its_rows(toys: ModuleType) -> 
 
 
 def test_a_batch_gets_the_states_of_its_own_tokens(toys: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(teacher_outputs, "CHUNK_BYTES", 20_000)  # several, so that rows and pieces must fit together
+    monkeypatch.setattr(teacher_outputs, "CHUNK_BYTES", 20_000)  # several chunks, so that their boundaries are tested
     rows, model = data.tokenize(toys.tokenizer(), toys.rows(30), 32), toys.bert()
     batch_sizes: list[int] = []
     cached = teacher_outputs.cache_outputs(rows, model, count_passes(model, batch_sizes), (0, 1, 2))

@@ -40,7 +40,7 @@ def test_the_recorded_shape_is_adopted_only_for_the_same_goal() -> None:
     assert adopted.prune.shape == tuple(SHAPE)
     for other_recipe in (recipe_of(speedup=3), recipe_of(), recipe_of(speedup=2, batch=8)):
         assert adopt_recorded(other_recipe, recorded) == other_recipe
-    # What is only measured in the end does not change the shape.
+    # A goal that is only measured at the end does not change the shape.
     assert adopt_recorded(recipe_of(speedup=2, max_drop=1), recorded).prune.shape == tuple(SHAPE)
 
 

@@ -194,7 +194,7 @@ def test_leftover_weights_of_older_versions_and_pretraining_are_accepted(checkpo
     assert open_checkpoint(folder, finetuned=True).files
     spoiled = {name: torch.full(shape, float("nan")) for name, shape in HARMLESS.items()}
     rewrite(folder, lambda weights: weights | spoiled)
-    load_model(folder)  # nothing of these is used
+    load_model(folder)  # these weights are not used
 
 
 def test_a_pretrained_encoder_may_lack_head_and_pooler_and_no_layer(tmp_path: Path, toys: ModuleType) -> None:

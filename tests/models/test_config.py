@@ -117,7 +117,7 @@ def test_the_problem_type_must_match_the_task(checkpoint: Path, tmp_path: Path) 
         "problem_type": "single_label_classification",
     }
     config = read_config(configure(checkpoint, tmp_path / "one", **single_label))
-    check_kind(tmp_path / "one", config, task_with("regression"))  # of one output there is nothing to choose
+    check_kind(tmp_path / "one", config, task_with("regression"))  # with one output the types are equivalent
 
 
 def test_a_model_for_another_task_is_refused_by_its_task(checkpoint: Path, tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from spdtool.models.shrink import find_live_positions, narrow, shrink
 from spdtool.models.structures import FAMILIES, find_structures
 from tests import toys
 
-# Of each layer: the heads and the number of neurons that die. The second has neither heads nor neurons left, the
-# third has 5 dead neurons, which fill up the width.
+# For each layer the dead heads and the number of dead neurons. The second layer loses all of both; the third has 5
+# dead neurons, too few to reduce the width.
 DEAD = (((1,), 32), ((0, 1), 64), ((), 5))
 
 

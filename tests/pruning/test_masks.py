@@ -107,7 +107,7 @@ def test_dead_weights_stay_dead_whatever_their_scores() -> None:
                 assert bool((masks.dead[name] | ~dead[name]).all()), f"{scope}: a mask grew back"
                 assert torch.equal(weight == 0, masks.dead[name]), scope
             dead = {name: mask.clone() for name, mask in masks.dead.items()}
-            if sparsity != 0.3:  # less than is dead already changes nothing
+            if sparsity != 0.3:  # a lower sparsity than the present one changes nothing
                 masks.check_sparsity(sparsity, scope)
         masks.check_sparsity(0.9, scope)
 

@@ -33,7 +33,7 @@ def plain_two_of_four(scores: list[float], zeros: int) -> list[bool]:
     return [i not in dead for i in range(len(scores))]
 
 
-# a new pattern is one row; those of blocks choose among blocks as if they were weights
+# a new pattern is one row; block patterns rank blocks as the plain code ranks weights
 PLAIN: dict[str, Callable[[list[float], int], list[bool]]] = {
     "unstructured": plain_unstructured,
     "1x4": plain_unstructured,

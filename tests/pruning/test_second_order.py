@@ -99,9 +99,9 @@ def test_solving_for_live_and_for_dead_sets_gives_the_same_weights() -> None:
     weight, alive = torch.randn(5, 8), torch.rand(5, 8) > 0.5
     tokens = torch.randn(40, 8)
     stats = Stats(input_gram=tokens.T @ tokens / 40 + 0.01 * torch.eye(8))
-    alive[3] = False  # the longest dead set is the whole row: the live sets are solved for
+    alive[3] = False  # the longest dead set is the whole row, so the code solves for the live sets
     by_live = update_rows(weight, alive, stats)
-    alive[3] = True  # and now the dead sets are
+    alive[3] = True  # now it solves for the dead sets
     by_dead = update_rows(weight, alive, stats)
     torch.testing.assert_close(by_live[[0, 1, 2, 4]], by_dead[[0, 1, 2, 4]], rtol=1e-4, atol=1e-5)
     assert by_live[3].tolist() == [0.0] * 8

@@ -88,7 +88,7 @@ def test_dead_biases_and_their_moments_stay_zero_through_steps_of_the_optimiser(
             torch.nn.init.constant_(parameter, 0.5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     model(**toys.batch()).loss.backward()
-    optimizer.step()  # moments that would go on moving a bias
+    optimizer.step()  # moments that would continue to move a bias
     optimizer.zero_grad()
     masks = masks_of(model)
     masks.attach(optimizer)

@@ -218,7 +218,7 @@ def test_the_recipe_is_read_back_unchanged(run: Run) -> None:
 @pytest.mark.parametrize(
     ("assignment", "allowed"),
     [
-        ("sparsity=0.5", True),  # of which the teacher knows nothing
+        ("sparsity=0.5", True),  # the teacher does not use it
         ("seed=1", False),
         ("teacher.epochs=1", False),
         ("prune.epochs=1", True),  # not done yet
@@ -440,7 +440,7 @@ def test_a_commit_killed_at_any_moment_is_complete_or_absent(run: Run, moment: s
     if reopened.done("teacher"):
         assert reopened.record("teacher").files[0].path == "model.safetensors"
         reopened.use_input("teacher")
-        finish(reopened, "prune")  # whose start removes the state that is left
+        finish(reopened, "prune")  # starting a stage removes leftover states
     else:
         with reopened.stage("teacher") as work:
             assert (work.state / "step-1").is_dir(), "nothing was lost"
@@ -458,7 +458,7 @@ def test_a_stage_records_the_rows_it_read(run: Run) -> None:
     before = run.fingerprint("teacher")
     finish(run, "teacher")
     assert run.record("teacher").data == DATA
-    run.record_data(DATA.model_copy(update={"digest": "other"}))  # nothing was read: a stage that begins a run
+    run.record_data(DATA.model_copy(update={"digest": "other"}))  # no input was read, as in the first stage of a run
     assert run.fingerprint("teacher") != before
     run.use_input("teacher")
     run.record_data(DATA)

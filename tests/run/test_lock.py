@@ -66,7 +66,7 @@ def require_locked(folder: Path) -> RunLocked:
 def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path: Path) -> None:
     with lock_in_another_process(tmp_path):
         assert "another process is working in" in require_locked(tmp_path).message
-        for file in tmp_path.iterdir():  # whatever is removed by hand, the lock stays
+        for file in tmp_path.iterdir():  # removing files by hand does not release the lock
             file.unlink()
         require_locked(tmp_path)
     with lock_folder(tmp_path):

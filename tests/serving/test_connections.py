@@ -67,7 +67,7 @@ def test_malformed_requests_are_refused_with_a_json_error(serve: Callable) -> No
 
 def test_slow_clients_time_out(serve: Callable) -> None:
     running = serve(**SHORT)
-    # A silent connection, and one that waits after an answer, are closed without a word.
+    # A silent connection, and one idle after an answer, are closed without a response.
     assert running.send() == b""
     assert running.send(GET).count(b"HTTP/1.1") == 1
     for kind, request, late_part in (
@@ -85,7 +85,7 @@ def test_slow_clients_time_out(serve: Callable) -> None:
 
 def test_a_slow_drip_of_bytes_does_not_extend_the_timeout(serve: Callable) -> None:
     running = serve(**SHORT)
-    # A body that nobody waits for, empty lines between requests, and a head: a byte at a time.
+    # A body after its refusal, empty lines between requests, and a head, each sent byte by byte.
     for start in (b"POST /nowhere HTTP/1.1\r\n" + HOST + b"Content-Length: 1000\r\n\r\n", GET, GET[:20]):
         drip = b"\r\n" if start == GET else b"a"
         with socket.create_connection(("127.0.0.1", running.port), 10) as plug:

@@ -62,7 +62,7 @@ def test_a_lone_surrogate_anywhere_is_refused(serve: Callable) -> None:
         assert (status, "lone surrogate" in answer["error"]) == (400 if path == infer else 422, True), body
     for body in (b'{"texts": ["\xed\xa0\x80"]}', '{"texts": ["a"]}'.encode("utf-16")):
         assert running.call("POST", predict, body)[0] == 422
-    # A pair of surrogates is one sign, and a mark at the beginning is no part of the text.
+    # A surrogate pair is one character, and a leading byte order mark is not part of the text.
     for body in (b'{"texts": ["\\ud83d\\ude00"]}', '\ufeff{"texts": ["a"]}'.encode()):
         assert running.call("POST", predict, body)[0] == 200
 

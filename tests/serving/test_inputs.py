@@ -208,7 +208,7 @@ def test_a_row_with_an_unknown_token_id_does_not_fail_the_other_rows(
     rows = classify.encode(TEXTS)
     largest = [int(row.ids.max()) for row in rows]
     limit = max(largest)
-    monkeypatch.setattr(classify, "_vocabulary_size", limit)  # as if the last token had been added later
+    monkeypatch.setattr(classify, "_vocabulary_size", limit)  # the tokenizer has one token more than the model
     lines = [InputLine(number, text) for number, text in enumerate(TEXTS, 1)]
     answers = list(predict_lines(classify, lines))
     assert [("error" in answer) for answer in answers] == [token == limit for token in largest]

@@ -237,7 +237,7 @@ def test_the_targets_of_the_guide_go_through_export_and_bench(
 ) -> None:
     guide = Path(__file__).parents[2] / "docs/how-to/write-a-target.md"
     sources = dict(DOCUMENTED_PLUGIN.findall(guide.read_text("utf-8")))
-    del sources["annotated"]  # it is the plain target with a line of metadata
+    del sources["annotated"]  # the plain target with one more line of metadata
     assert sources.keys() == {"zipped", "rounded"}
     folder = tmp_path / "my-plugins"
     folder.mkdir()

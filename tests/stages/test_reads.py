@@ -29,12 +29,12 @@ from spdtool.training import loop, prefetch
 from spdtool.training.optimizer import create_adamw
 
 ATEN = torch.ops.aten
-READS = {  # what gives a number to Python, or a tensor whose size depends on numbers
+READS = {  # operations that return a number to Python, or a tensor whose size depends on the data
     ATEN._local_scalar_dense, ATEN.nonzero, ATEN.masked_select, ATEN.equal, ATEN._unique2, ATEN.unique_dim,
     ATEN.unique_consecutive, ATEN.bincount, ATEN.repeat_interleave,
 }  # fmt: skip
 INDEXED = {ATEN.index, ATEN.index_put, ATEN.index_put_, ATEN._index_put_impl_}
-COPIES = {torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.tolist}  # which on the CPU are no operation at all
+COPIES = {torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.tolist}  # not dispatched for tensors on the CPU
 
 pytestmark = [
     pytest.mark.slow,
@@ -132,7 +132,7 @@ def test_no_step_without_an_event_reads_a_number_back(
             monkeypatch.setattr(
                 f"spdtool.stages.{stage}.load_model", lambda *args, **options: load(*args, **options | {"eager": False})
             )
-    # products that skip zeros are a CPU's, which may read
+    # products that skip zeros run on the CPU only, where reads are free
     shared = ("sparse_products=false", "prune.grafting.start=0.5", "prune.dropout=0.1", "teacher_states_gb=0.0")
     run = toy_run(*shared, *sets, until="teacher")
     for stage in ("teacher", "prune", "distill"):
@@ -166,7 +166,7 @@ def test_nothing_crosses_between_processor_and_device_within_a_step(toys: Module
     student, teacher = toys.bert(2, dropout=0.1, **implementation).train(), toys.bert(2, **implementation)
     for model in (student, teacher):
         install_capture_hooks(model)
-        model.to("meta")  # a device whose tensors have no numbers: a number that is asked for is an error
+        model.to("meta")  # tensors of this device have no data, so reading a number is an error
     weights = Loss(hidden=1.0, attention=attention, hardness=0.5)
     captured = {"hidden_states": True, "attention": "scores" if attention else None}
     optimizer = create_adamw(student.parameters(), Prune(), torch.device("meta"))

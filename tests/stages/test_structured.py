@@ -68,7 +68,7 @@ def test_every_phase_hands_over_a_full_width_checkpoint_of_the_shape(finished: R
         assert shape_of(folder) == SHAPE, stage
         result = finished.training_result(stage)
         assert [list(layer) for layer in result.shape or ()] == SHAPE, stage
-        # attention and feed-forward have equally many weights here: a half, a half, nothing, all
+        # attention and feed-forward have equally many weights here, and lose a half, a half, none and all
         assert result.sparsity == 0.5, stage
         model = AutoModelForSequenceClassification.from_pretrained(folder)
         assert model.config.intermediate_size == 64, stage
@@ -86,7 +86,7 @@ def test_every_target_drops_dead_heads_and_neurons_and_passes_the_gates(referenc
         target = get_target(name)
         if name in ("onnx", "onnx-int8"):
             export_and_check(target, reference, tmp_path / name, ["cpu"])
-        else:  # what the gate on weights reads is all that a shape changes
+        else:  # a shape changes only the weights, so their gate is enough
             target.export(reference.checkpoint, tmp_path / name, reference.recipe)
             check_weights(target, reference, tmp_path / name)
         for stored in get_target(name).stored_weights(tmp_path / name):
@@ -130,7 +130,7 @@ def test_a_swapped_head_column_is_caught_by_the_gate_on_weights(reference: Refer
     onnx.save(proto, tmp_path / MODEL_FILE)
     with pytest.raises(GateError, match=r"attention\.output\.dense\.weight"):
         check_weights(target, reference, tmp_path)
-    # the other head named as the one that lives
+    # name the other head as the live one
     tensor.raw_data = expected.tobytes()
     for entry in tensor.metadata_props:
         if entry.key == POSITIONS:

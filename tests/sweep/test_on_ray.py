@@ -47,7 +47,7 @@ def nodes() -> Iterator[Any]:
     """A Ray cluster of two nodes on this machine, with one CPU each."""
     cluster_utils = pytest.importorskip("ray.cluster_utils", reason="Ray is not installed")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_worker_niceness", "0")  # else workers starve where tests run side by side
+        patch.setenv("RAY_worker_niceness", "0")  # otherwise workers starve when tests run in parallel
         cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"include_dashboard": False})
         cluster.add_node()
         yield cluster
@@ -145,7 +145,7 @@ def test_trials_of_a_node_that_dies_go_on_elsewhere(
     def work(trial: Trial, stopping: Any, teacher: Any) -> StudentRow:
         if gather(3) == dying_id:
             trial.folder.mkdir(parents=True)
-            with lock_folder(trial.folder):  # as a stage in progress holds it, until Ray's worker has ended too
+            with lock_folder(trial.folder):  # a stage in progress holds this lock until Ray's worker has ended
                 locked.touch()
                 time.sleep(600)
         return unlocked(trial)

@@ -230,7 +230,7 @@ def test_the_sweep_command_prints_a_table_and_fails_with_its_trials(planned, toy
     assert result.exit_code == 0, result.output
     assert "kept on average" in result.output
     assert (tmp_path / "s" / "pareto-toy-nonzeros.png").is_file()
-    assert "prune 3/" not in result.output  # the lines of the stages are kept back
+    assert "prune 3/" not in result.output  # the lines of the stages are not printed
     failing = spdtool("sweep", "--tasks", "toy,empty", *arguments, "--json")
     assert failing.exit_code == 3
     assert [row["status"] for row in json.loads(failing.stdout)] == ["done", "failed"]

@@ -27,7 +27,7 @@ from spdtool.models.layers import find_prunable_weights
 FUSED = ["bert", "roberta", "distilbert", "electra", "xlm-roberta"]
 OTHERS = ["mpnet", "deberta-v2", "modernbert"]
 TOLERANCE = 2e-5
-VOCABULARY = 160  # times 32: a table that is worth rounding
+VOCABULARY = 160  # times 32 columns: large enough to be rounded
 
 
 def build(toys, architecture, *, layers=2, zeros=0.8, noise=0.1, **config):
@@ -102,7 +102,7 @@ def batches(names, *, pad=0, empty_row=True):
         "long": batch(np.ones((2, 40))),
     }
     cases["hidden tokens"] = batch(np.ones((2, 6)))
-    if "attention_mask" in names:  # hidden, though they are no padding: positions count them
+    if "attention_mask" in names:  # masked, but not padding: they count in the positions
         cases["hidden tokens"]["attention_mask"][0, 2:5] = 0
     if empty_row:
         cases["a row without any real token"] = batch(right_padded * np.array([[1], [0], [1], [1]]))
@@ -194,7 +194,7 @@ def test_other_families_get_sparse_linear_layers(exported, reference, architectu
     assert not plain_parameters(proto).intersection(
         {f"{name}{end}" for name in find_prunable_weights(model) for end in ("", ".T")}
     )
-    # A row without a real token: eager attention of ModernBERT and DeBERTa is not what the others do, nor of use.
+    # Rows without a real token are left out: eager attention of ModernBERT and DeBERTa treats them differently.
     assert_same(reference, model, proto, batches([value.name for value in proto.graph.input]))
 
 
@@ -315,7 +315,7 @@ def test_inputs_that_the_tokenizer_does_not_give(toys, reference):
     assert operators(proto) == ["SparseEncoder"]
     assert proto.graph.node[0].input[2] == ""
     assert_same(reference, model, proto, batches(["input_ids", "attention_mask"]))
-    proto = export(toys, model, "bert", inputs=["input_ids"])  # no mask: nothing to skip, and no such encoder
+    proto = export(toys, model, "bert", inputs=["input_ids"])  # without a mask the encoder is not recognised
     assert set(operators(proto)) == {"SparseLinear"}
     assert_same(reference, model, proto, {"one row": batches(["input_ids"])["one row"]})
 
@@ -450,7 +450,7 @@ def linear_graph(nodes, weight, **constants):
 
 WEIGHT = np.where(np.arange(24) % 3 == 1, np.arange(24) - 9.5, 0).astype(np.float32).reshape(6, 4)
 BIAS = np.arange(6)
-FORMS = {  # nodes, the weight as it lies in the graph, operators and activation that come of it
+FORMS = {  # nodes, weight as stored in the graph, expected operators and activation
     "product": ([("MatMul", ["x", "w"], ["y"], {})], WEIGHT.T, ["SparseLinear"], "none"),
     "transposed": (
         [("Transpose", ["w"], ["t"], {"perm": [1, 0]}), ("MatMul", ["x", "t"], ["y"], {})],

@@ -266,7 +266,7 @@ def test_another_arithmetic_is_refused(prepared, folder, compiled, monkeypatch):
     with pytest.raises(GateError, match="int8 logits differ from their definition"):
         check(lambda batch: session(batch) + 0.1 * np.abs(session(batch)).max())
     check_products(folder / MODEL_FILE, [compiled])
-    monkeypatch.setattr(int8, "TOKEN_LIMIT", 254)  # as if the engine had another step than the definition
+    monkeypatch.setattr(int8, "TOKEN_LIMIT", 254)  # simulate an engine with another rounding step
     with pytest.raises(GateError, match="its int8 product differs from the definition"):
         check_products(folder / MODEL_FILE, [compiled])
 

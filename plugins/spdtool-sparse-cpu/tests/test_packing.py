@@ -102,7 +102,7 @@ def test_fp16_rounds_by_half_a_step_and_keeps_the_zeros():
         unpacked = unpack(pack("w", array, "fp16"))
         case = f"{shape} with {zeros:.0%} zeros"
         assert ((unpacked != 0) == (array != 0)).all(), case
-        # 2^-24: below the normal range fp16 has fewer digits.
+        # 2^-24 is the smallest step of fp16, which has fewer digits below its normal range.
         assert (np.abs(unpacked - array) <= 2**-11 * np.abs(array) + 2**-24).all(), case
 
 
@@ -286,7 +286,7 @@ def test_flipped_bytes_under_a_checksum_that_fits_never_crash(values):
         *range(16, 18),
         *range(24, 26),
         *range(36, len(blob)),
-    ]  # not those that ask for gigabytes
+    ]  # bytes of the sizes are left out, because they would request gigabytes
     for _ in range(3000):
         offset, value = int(random.choice(places)), bytes([random.integers(0, 256)])
         try:
