@@ -1,4 +1,4 @@
-"""benchmarks/glue.py with tiny files and a stand-in for the tool: splits, resuming, pausing, rows and the table."""
+"""benchmarks/glue.py with tiny files and a stub of spdtool: splits, resuming, pausing, rows and the table."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ record = {{"result": result, "machine": {{}}, "spdtool": "1", "finished": "today
 
 @pytest.fixture
 def glue(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script as a module; its classifiers give the rows the two labels in turn."""
+    """The script as a module, with classifiers that predict the two labels in turn."""
     spec = importlib.util.spec_from_file_location("glue", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
@@ -51,7 +51,7 @@ def glue(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture
 def arguments(tmp_path: Path) -> list[str]:
-    """A command line for the stand-in and 16 rows of RTE that are all entailed."""
+    """A command line for the stub, with 16 rows of RTE that are all entailed."""
     (tmp_path / "tool").write_text(TOOL.format(python=sys.executable))
     (tmp_path / "tool").chmod(0o755)
     (tmp_path / "data" / "RTE").mkdir(parents=True)
@@ -64,7 +64,7 @@ def arguments(tmp_path: Path) -> list[str]:
     return [f"--{option}={tmp_path / name}" for option, name in folders.items()]
 
 
-def test_the_halves_share_no_row_and_stay_the_same(glue: ModuleType) -> None:
+def test_the_halves_share_no_row_and_are_reproducible(glue: ModuleType) -> None:
     content = b"\xef\xbb\xbflabel\ttext\n" + b"".join(b"%d\tline \x85 %d\r\n" % (row % 2, row) for row in range(9))
     picking, reporting = glue.halve(content, header=True)
     lines = [half.decode("utf-8", "replace").split("\n") for half in (picking, reporting)]
@@ -88,7 +88,7 @@ def test_scores_are_the_official_metrics_and_their_mean(glue: ModuleType) -> Non
     assert glue.score(glue.TASKS["cola"], [0, 1, 1, 0], [1, 0, 0, 1]) == pytest.approx({"score": -1, "matthews": -1})
 
 
-def test_the_usual_order_starts_small_and_names_no_trial_twice(glue: ModuleType) -> None:
+def test_the_default_plan_starts_small_and_repeats_no_trial(glue: ModuleType) -> None:
     trials = glue.plan(glue.parse_options(["--table=x"]))
     assert [trial.folder for trial in trials[:4]] == [
         "trials/rte/default-0.9-seed0",
@@ -101,7 +101,7 @@ def test_the_usual_order_starts_small_and_names_no_trial_twice(glue: ModuleType)
     assert set(of_each_task.values()) == {8 * 3 + 2 * 3}, of_each_task
 
 
-def test_each_trial_gets_one_row_and_a_second_call_goes_on(
+def test_each_trial_gets_one_row_and_a_second_call_resumes(
     glue: ModuleType, arguments: list[str], tmp_path: Path
 ) -> None:
     one_trial = [*arguments, "--recipes=default", "--tasks=rte", "--seeds=1"]
@@ -122,11 +122,11 @@ def test_each_trial_gets_one_row_and_a_second_call_goes_on(
     assert [path.parent.name for path in trial.rglob("*.safetensors")] == ["finetune"]
 
 
-def test_a_trial_that_fails_leaves_the_others_alone(
+def test_a_failing_trial_does_not_stop_the_others(
     glue: ModuleType, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    chosen = ["--recipes=default", "--tasks=rte", "--seeds=0,1", "--variant=wrong", "--set=fail=true"]
-    assert glue.main([*arguments, *chosen]) == 1
+    extra_arguments = ["--recipes=default", "--tasks=rte", "--seeds=0,1", "--variant=wrong", "--set=fail=true"]
+    assert glue.main([*arguments, *extra_arguments]) == 1
     output = capsys.readouterr().out
     assert "no such setting" in output
     assert "2 trials failed" in output
@@ -150,7 +150,7 @@ def test_nothing_starts_while_the_pause_file_exists(glue: ModuleType, arguments:
     assert not (tmp_path / "work" / "teachers").exists() or not list((tmp_path / "work").rglob("stage.json"))
 
 
-def test_a_running_command_is_stopped_and_goes_on(glue: ModuleType, tmp_path: Path) -> None:
+def test_a_running_command_is_paused_and_resumed(glue: ModuleType, tmp_path: Path) -> None:
     clock = tmp_path / "clock"
     program = f"import time, pathlib\nwhile True: pathlib.Path({str(clock)!r}).write_text('x'); time.sleep(0.01)"
     runner = glue.Runner(tmp_path / "tool", tmp_path / "model", tmp_path, time.monotonic() + 60)
@@ -189,7 +189,7 @@ def test_the_table_has_means_over_seeds(glue: ModuleType) -> None:
 
 
 def ticks(clock: Path) -> bool:
-    """Whether the file is still being written."""
+    """Tell whether the file is still being written."""
     before = clock.stat().st_mtime_ns
     time.sleep(0.3)
     return clock.stat().st_mtime_ns != before

@@ -1,4 +1,4 @@
-"""The picture of the README: what is drawn of measured figures, and the worker that times OpenVINO."""
+"""The picture of the README, drawn from measured figures, and the OpenVINO worker."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Core:
 
 
 def script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A script as a module, with its neighbours in reach."""
+    """Import a script of benchmarks/ with its folder on the path."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
     spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
     assert spec is not None
@@ -85,7 +85,7 @@ def script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture
 def openvino(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a stand-in for OpenVINO, first on every path."""
+    """A folder with a stub of OpenVINO, first on every path."""
     (tmp_path / "openvino.py").write_text(STAND_IN)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")])))
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -94,7 +94,7 @@ def openvino(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def figures() -> dict[str, Any]:
-    """Figures as `measure` writes them, with a rival over budget and one thing not measured."""
+    """Make figures as `measure` returns them, with one rival over budget and one missing value."""
     rows = [
         ("dense fp32", 80e6, 0.9, (1.0, 1.0, 1.0)),
         ("onnxruntime int8", 20e6, 0.899, (2.0, 1.9, 2.1)),
@@ -106,8 +106,8 @@ def figures() -> dict[str, Any]:
         over = score == 0.8
         speeds = {"1x128": {"ms": 1.0, "speed": list(speed)}}
         engines.append({"name": name, "bytes": size, "score": score, "over_budget": over, "speeds": speeds})
-    facts = {"cpu": "a CPU", "task": "sst2", "model": "6 layers, width 384", "pattern": "unstructured, 90% zeros"}
-    return facts | {"recipe": "default", "threads": 1, "rounds": 20, "engines": engines}
+    fields = {"cpu": "a CPU", "task": "sst2", "model": "6 layers, width 384", "pattern": "unstructured, 90% zeros"}
+    return fields | {"recipe": "default", "threads": 1, "rounds": 20, "engines": engines}
 
 
 def test_the_picture_shows_every_figure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_the_committed_picture_is_drawn_from_the_committed_figures(
 
 
 def text_groups(svg: ElementTree.Element) -> list[str]:
-    """List the groups that hold a text: another figure, another number of them."""
+    """List the groups of the SVG that contain text; their number depends on the figures."""
     return [group.get("id", "") for group in svg.iter() if group.get("id", "").startswith("text_")]
 
 

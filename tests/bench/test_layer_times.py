@@ -1,4 +1,4 @@
-"""The time of a layer at every shape: how it is taken apart, and one measurement of a tiny encoder for real."""
+"""Layer times by shape: splitting measured times into layers, and one real measurement of a tiny encoder."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OUTSIDE, HEAD, NEURON, REMAINDER = 2.0, 0.5, 0.01, 0.3
 
 
 def fake_profile(**fields: object) -> ShapeProfile:
-    """A table in which every head and neuron takes its time."""
+    """Make a profile in which every head and neuron takes the same time."""
     costs = LayerCosts(unit="ms", heads=[0.1, 0.6, 1.1], neurons={0: 0.1, 64: 1.1}, outside=0.2)
     values = {
         **{"spdtool": "1", "runtime": "onnxruntime", "version": "1.2", "processor": "a", "threads": 1, "batch": 1},
@@ -41,7 +41,7 @@ def fake_profile(**fields: object) -> ShapeProfile:
 
 
 def fake_time(point: TimedPoint) -> float:
-    """Milliseconds of an encoder whose layers take a time of their own, and one for each head and neuron."""
+    """Return the milliseconds of an encoder with fixed times per layer, head and neuron."""
     return OUTSIDE + point.layers * (REMAINDER + HEAD * point.heads + NEURON * point.neurons)
 
 
@@ -98,31 +98,33 @@ def test_a_machine_that_is_slow_for_a_round_is_slow_for_every_engine_of_it() -> 
 @pytest.mark.long  # four exports
 def test_a_tiny_encoder_is_timed_and_its_table_read_back(tmp_path: Path) -> None:
     config = toys.bert(num_attention_heads=1, intermediate_size=32).config
-    timed = TimedInput(batch=1, length=8)
-    profile = measure_layer_times(config, timed, rounds=1, seconds=0)
+    timed_input = TimedInput(batch=1, length=8)
+    profile = measure_layer_times(config, timed_input, rounds=1, seconds=0)
     assert (profile.heads, profile.neurons, profile.runtime) == (1, 32, "onnxruntime")
     assert len(profile.costs.heads) == 2
     assert set(profile.costs.neurons) == {0, 32}
     write_json(tmp_path / "table.json", profile)
-    again = read_profile(tmp_path / "table.json")
-    assert again.digest == profile.digest
-    check_profile(again, expected_fields(toys.bert(num_attention_heads=1, intermediate_size=32), timed), "table.json")
+    reread = read_profile(tmp_path / "table.json")
+    assert reread.digest == profile.digest
+    check_profile(
+        reread, expected_fields(toys.bert(num_attention_heads=1, intermediate_size=32), timed_input), "table.json"
+    )
 
 
 def test_a_table_of_another_model_machine_or_input_is_refused_with_what_differs() -> None:
     profile = fake_profile()
     model = toys.bert()
-    fitting = fake_profile(**expected_fields(model, TimedInput(1, 16)))
-    check_profile(fitting, expected_fields(model, TimedInput(1, 16)), "x")
+    matching = fake_profile(**expected_fields(model, TimedInput(1, 16)))
+    check_profile(matching, expected_fields(model, TimedInput(1, 16)), "x")
     with pytest.raises(RecipeError, match="processor a there"):
         check_profile(profile, expected_fields(model, TimedInput(1, 16)), "x")
     with pytest.raises(RecipeError, match="does not fit: length 16 there, 32 here"):
-        check_profile(fitting, expected_fields(model, TimedInput(1, 32)), "x")
+        check_profile(matching, expected_fields(model, TimedInput(1, 32)), "x")
     # Of a runtime that runs elsewhere no machine is known here.
-    browser = fake_profile(runtime="web")
-    check_profile(browser, expected_fields(model, TimedInput(1, 16, runtime="web")), "x")
+    web_profile = fake_profile(runtime="web")
+    check_profile(web_profile, expected_fields(model, TimedInput(1, 16, runtime="web")), "x")
     with pytest.raises(RecipeError, match="runtime web there, onnxruntime here"):
-        check_profile(browser, expected_fields(model, TimedInput(1, 16)), "x")
+        check_profile(web_profile, expected_fields(model, TimedInput(1, 16)), "x")
 
 
 def test_a_file_that_holds_no_table_is_refused(tmp_path: Path) -> None:

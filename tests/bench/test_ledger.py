@@ -1,4 +1,4 @@
-"""The ledger: what real files hold, what is asked of the process, what is worked out. Nothing about durations."""
+"""The ledger: matrices of real files, requests to the process, derived values. No durations asserted."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> Path:
-    """The plain file of a student with 75 % zeros: exactly, in every matrix."""
+    """The plain ONNX file of a student with exactly 75 % zeros in every matrix."""
     folder = tmp_path_factory.mktemp("student")
     model = toys.bert()
     with torch.no_grad():
@@ -46,7 +46,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> Path:
 
 @pytest.fixture
 def sparse(tmp_path: Path) -> Path:
-    """A file that holds one matrix packed (100 bytes), and another one as it is."""
+    """An ONNX file with one packed matrix (100 bytes) and one plain matrix."""
     packed = numpy_helper.from_array(np.zeros(100, np.uint8), PREFIX + "0.intermediate.dense.weight")
     plain = numpy_helper.from_array(np.zeros((32, 32), np.float32), PREFIX + "0.attention.self.key.weight")
     y = helper.make_tensor_value_info("y", TensorProto.UINT8, [100])
@@ -56,33 +56,33 @@ def sparse(tmp_path: Path) -> Path:
 
 
 def test_the_pruned_matrices_of_a_file_are_found_with_their_counts(dense: Path) -> None:
-    found = {matrix.name: matrix for matrix in ledger.read_pruned_matrices(dense, None)}
-    assert set(found) == {f"{PREFIX}{layer}.{kind}.weight" for layer in (0, 1) for kind in KINDS}
+    matrices = {matrix.name: matrix for matrix in ledger.read_pruned_matrices(dense, None)}
+    assert set(matrices) == {f"{PREFIX}{layer}.{kind}.weight" for layer in (0, 1) for kind in KINDS}
     for layer in (0, 1):
         for kind, (rows, columns) in KINDS.items():
-            matrix = found[f"{PREFIX}{layer}.{kind}.weight"]
+            matrix = matrices[f"{PREFIX}{layer}.{kind}.weight"]
             expected = PrunedMatrix(matrix.name, rows, columns, rows * columns // 4, 4 * rows * columns, None)
             assert matrix == expected
             assert (matrix.density, matrix.layer) == (0.25, f"{PREFIX}{layer}")
 
 
-def test_a_matrix_that_is_used_twice_is_held_once_and_has_its_name(tmp_path: Path, toys: ModuleType) -> None:
-    """DeBERTa projects its relative positions with the matrices of the tokens; the exporter folds large ones twice."""
+def test_a_matrix_that_is_used_twice_is_listed_once_by_name(tmp_path: Path, toys: ModuleType) -> None:
+    """DeBERTa uses its query and key matrices twice, and the exporter folds large ones into two constants."""
     model = toys.classifier("deberta-v2", layers=1, hidden_size=64, intermediate_size=128, position_buckets=16)
     for weight in find_prunable_weights(model).values():
         weight.data.view(-1)[::2] = 0
     save_model(model, toys.tokenizer(), tmp_path / "checkpoint")
     Onnx().export(tmp_path / "checkpoint", tmp_path, toys.recipe())
-    found = [matrix.name for matrix in ledger.read_pruned_matrices(tmp_path / "onnx/model.onnx", None)]
-    assert sorted(found) == sorted(find_prunable_weights(model))
+    names = [matrix.name for matrix in ledger.read_pruned_matrices(tmp_path / "onnx/model.onnx", None)]
+    assert sorted(names) == sorted(find_prunable_weights(model))
     shapes = [tuple(tensor.dims) for tensor in onnx.load(tmp_path / "onnx/model.onnx").graph.initializer]
     assert shapes.count((64, 64)) == 5, "query, key, value, output and the pooler"
 
 
-def test_the_bytes_of_the_packed_form_are_those_of_the_file(dense: Path, sparse: Path) -> None:
-    found = {matrix.name: matrix.sparse_bytes for matrix in ledger.read_pruned_matrices(dense, sparse)}
-    assert found.pop(PREFIX + "0.intermediate.dense.weight") == 100
-    assert set(found.values()) == {None}
+def test_the_packed_bytes_equal_those_of_the_file(dense: Path, sparse: Path) -> None:
+    packed_bytes = {matrix.name: matrix.sparse_bytes for matrix in ledger.read_pruned_matrices(dense, sparse)}
+    assert packed_bytes.pop(PREFIX + "0.intermediate.dense.weight") == 100
+    assert set(packed_bytes.values()) == {None}
     assert ledger.has_packed_weights(sparse)
     assert not ledger.has_packed_weights(dense)
 
@@ -113,12 +113,12 @@ def test_a_sparse_product_is_timed_by_one_node_of_the_operator() -> None:
 def test_the_fixed_cost_of_the_runtime_is_taken_off_a_dense_product(monkeypatch: pytest.MonkeyPatch) -> None:
     turns = iter([{"ms": 0.5}, {"ms": 0.125}, {"ms": 0.1}, {"ms": 0.2}])
     monkeypatch.setattr(ledger, "time_turn", lambda call, seconds: next(turns))
-    timed = ledger.dense_turn(np.ones((4, 3), dtype=np.float32), 32)
-    assert timed() == 0.375
-    assert timed() == ledger.MIN_MS
+    time_product = ledger.dense_turn(np.ones((4, 3), dtype=np.float32), 32)
+    assert time_product() == 0.375
+    assert time_product() == ledger.MIN_MS
 
 
-def test_an_entry_works_out_operations_ratio_and_bound() -> None:
+def test_an_entry_derives_operations_ratio_and_bound() -> None:
     matrix = PrunedMatrix("a.layer.3.x.weight", 100, 200, 2000, 80_000, 6000)
     times = {10: {"dense": [2.0, 1.0, 4.0], "sparse": [1.0, 0.5, 0.5]}}
     entry = ledger.ledger_entry(matrix, times, MachinePeak(flops=1e9, bandwidth=1e9))
@@ -142,22 +142,20 @@ def test_an_entry_works_out_operations_ratio_and_bound() -> None:
     assert plain.products[10].sparse_us is plain.products[10].ratio is None
 
 
-def test_it_is_measured_in_a_process_of_its_own_and_like_matrices_share_it(
-    dense: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[dict[str, Any]] = []
+def test_the_ledger_is_measured_in_a_process_once_for_each_shape(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests: list[dict[str, Any]] = []
     ask = engines.EngineProcess.ask
 
     def listen(self: Any, request: dict[str, Any]) -> dict[str, Any]:
-        asked.append(request)
+        requests.append(request)
         return {"flops": 1e9, "bandwidth": 1e9} if "machine" in request else ask(self, request)
 
     monkeypatch.setattr(engines.EngineProcess, "ask", listen)
     machines, entries = ledger.measure_ledger(dense, None, [2])
     peak = MachinePeak(flops=1e9, bandwidth=1e9)
     assert machines == {2: peak, 1: peak}
-    assert [request["machine"] for request in asked[:2]] == [2, 1]
-    assert [(request["matrix"], request["tokens"]) for request in asked[3:]] == [
+    assert [request["machine"] for request in requests[:2]] == [2, 1]
+    assert [(request["matrix"], request["tokens"]) for request in requests[3:]] == [
         (f"{PREFIX}0.{kind}.weight", tokens)
         for kind in ("attention.self.query", "intermediate.dense", "output.dense")
         for tokens in (32, 128)
@@ -168,32 +166,34 @@ def test_it_is_measured_in_a_process_of_its_own_and_like_matrices_share_it(
     assert query.products[32].dense_us > 0
 
 
-def test_both_forms_are_timed_in_turns(dense: Path, sparse: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here without the operator: stand-ins for both forms, and a record of what is run when."""
-    ran: list[str] = []
-    opened: list[Any] = []
+def test_dense_and_sparse_products_are_timed_in_turns(
+    dense: Path, sparse: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stubs replace both products and record the order of the calls; the operator is not needed."""
+    calls: list[str] = []
+    products: list[Any] = []
 
-    def form(name: str, weight: np.ndarray, tokens: int, file: SparseFile | None = None) -> Any:
-        opened.append((name, weight.size, tokens, () if file is None else tuple(file.libraries)))
-        return lambda: ran.append(name) or float(len(ran))
+    def record_product(name: str, weight: np.ndarray, tokens: int, file: SparseFile | None = None) -> Any:
+        products.append((name, weight.size, tokens, () if file is None else tuple(file.libraries)))
+        return lambda: calls.append(name) or float(len(calls))
 
-    monkeypatch.setattr(ledger, "dense_turn", functools.partial(form, "dense"))
-    monkeypatch.setattr(ledger, "sparse_turn", functools.partial(form, "sparse"))
-    given: list[dict[str, Any]] = []
+    monkeypatch.setattr(ledger, "dense_turn", functools.partial(record_product, "dense"))
+    monkeypatch.setattr(ledger, "sparse_turn", functools.partial(record_product, "sparse"))
+    responses: list[dict[str, Any]] = []
     requests = [
         {"dense": str(dense), "sparse": {"path": str(sparse), "libraries": ["lib.so"], "operator": OPERATOR}},
         {"matrix": PREFIX + "0.intermediate.dense.weight", "tokens": 32, "rounds": 3},
         {"matrix": PREFIX + "0.attention.self.key.weight", "tokens": 32, "rounds": 2},
     ]
-    ledger.run_ledger(map(json.dumps, requests), given.append)
-    assert [(name, tokens, libraries) for name, _, tokens, libraries in opened] == [
+    ledger.run_ledger(map(json.dumps, requests), responses.append)
+    assert [(name, tokens, libraries) for name, _, tokens, libraries in products] == [
         ("dense", 32, ()),
         ("sparse", 32, ("lib.so",)),
         ("dense", 32, ()),
     ]
-    assert opened[1][1] == 100  # the packed bytes
-    assert ran == ["dense", "sparse"] * 4 + ["dense"] * 3
-    assert given == [{}, {"dense": [3, 5, 7], "sparse": [4, 6, 8]}, {"dense": [10, 11], "sparse": None}]
+    assert products[1][1] == 100  # the packed bytes
+    assert calls == ["dense", "sparse"] * 4 + ["dense"] * 3
+    assert responses == [{}, {"dense": [3, 5, 7], "sparse": [4, 6, 8]}, {"dense": [10, 11], "sparse": None}]
 
 
 def test_an_operator_that_is_not_there_is_a_clear_error(dense: Path, sparse: Path) -> None:

@@ -1,4 +1,4 @@
-"""The verdict follows the figures."""
+"""The bench report: verdict, factors, tables and Markdown follow the figures."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from spdtool.run.records import BenchEnvironment, LedgerEntry, MachinePeak, Rati
 SMALL, LARGE, PADDED = Shape(1, 16), Shape(8, 64), Shape(8, 64, (64, 40, 30, 30, 30, 20, 10, 32))
 
 
-def timing(name: str, rounds: dict[Shape, Sequence[float]], threads: int = 1, **how: Any) -> Timing:
+def timing(name: str, rounds: dict[Shape, Sequence[float]], threads: int = 1, **fields_changed: Any) -> Timing:
     engine = Engine(name, "onnxruntime", "somewhere", 9, threads=threads, baseline=name in ("teacher", "unfused"))
     fields: dict[str, Any] = {"provider": "CPU", "nodes": {"CPU": {"MatMul": 3, "Add": 2}}, "resident": 2**20}
     fields |= {"least": {shape: min(ms) / 2 for shape, ms in rounds.items()}, "peak": 3 * 2**20}
-    return Timing(engine, rounds={shape: list(ms) for shape, ms in rounds.items()}, **fields | how)
+    return Timing(engine, rounds={shape: list(ms) for shape, ms in rounds.items()}, **fields | fields_changed)
 
 
 def noisy(name: str, factor: float, seed: int = 0, *, count: int = 20, noise: float = 0.02, threads: int = 1) -> Timing:
-    drawn = np.exp(noise * np.random.default_rng(seed).standard_normal((2, count)))
-    return timing(name, {SMALL: factor * drawn[0], LARGE: 10 * factor * drawn[1]}, threads)
+    noise_factors = np.exp(noise * np.random.default_rng(seed).standard_normal((2, count)))
+    return timing(name, {SMALL: factor * noise_factors[0], LARGE: 10 * factor * noise_factors[1]}, threads)
 
 
 def file_of(size_in_bytes: int, sparsity: float = 0.0, **fields: Any) -> ModelFile:
@@ -76,14 +76,14 @@ def test_interval_of_the_median_is_that_of_the_sign_test() -> None:
 
 def test_ratio_is_paired_round_by_round() -> None:
     drift = np.linspace(1, 3, 20)  # the machine slows down threefold; pairs do not notice
-    found = against(timing("t", {SMALL: 2 * drift}), timing("s", {SMALL: drift}), [SMALL])
-    assert (found.median, found.low, found.high) == pytest.approx((2, 2, 2))
+    ratio = against(timing("t", {SMALL: 2 * drift}), timing("s", {SMALL: drift}), [SMALL])
+    assert (ratio.median, ratio.low, ratio.high) == pytest.approx((2, 2, 2))
 
 
 def test_ratio_over_shapes_is_their_geometric_mean() -> None:
     dense = timing("t", {SMALL: [4.0] * 8, LARGE: [9.0] * 8})
-    found = against(dense, timing("s", {SMALL: [1.0] * 8, LARGE: [9.0] * 8}), [SMALL, LARGE])
-    assert found.median == pytest.approx(2)
+    ratio = against(dense, timing("s", {SMALL: [1.0] * 8, LARGE: [9.0] * 8}), [SMALL, LARGE])
+    assert ratio.median == pytest.approx(2)
 
 
 def test_the_dense_model_is_the_faster_of_its_two_forms_at_each_shape_and_number_of_threads() -> None:
@@ -105,15 +105,15 @@ def test_the_dense_model_is_the_faster_of_its_two_forms_at_each_shape_and_number
     assert [bench.fastest_dense(1, shape).engine.name for shape in bench.grid] == ["unfused", "teacher"]
 
 
-def two(student: Timing, student_file: ModelFile, teacher: Timing | None = None, **fields: Any) -> str:
-    """The verdict on a student against a teacher of 1000 bytes."""
+def verdict_text(student: Timing, student_file: ModelFile, teacher: Timing | None = None, **fields: Any) -> str:
+    """Return the verdict on a student against a teacher of 1000 bytes."""
     files = {"teacher": file_of(1000), "student": student_file}
     return " ".join(report.describe_verdict(bench_of([teacher or noisy("teacher", 1), student], files, **fields)))
 
 
 class TestPlainStudent:
-    def test_zeros_that_buy_nothing(self) -> None:
-        text = two(noisy("student", 1, 1), file_of(1000, 0.9))
+    def test_zeros_without_gain(self) -> None:
+        text = verdict_text(noisy("student", 1, 1), file_of(1000, 0.9))
         speed = against(noisy("teacher", 1), noisy("student", 1, 1), [SMALL, LARGE])
         assert (
             f"Speed of student, 90.0% zeros, 1 thread: {speed} that of the dense teacher on CPU, over 20 paired" in text
@@ -123,50 +123,50 @@ class TestPlainStudent:
         assert "What would help: for speed, " in text
         assert "; for size, " in text
 
-    def test_zeros_that_buy_speed_and_size(self) -> None:
-        text = two(noisy("student", 1, 1), file_of(200, 0.9), noisy("teacher", 3))
+    def test_zeros_with_gain_in_speed_and_size(self) -> None:
+        text = verdict_text(noisy("student", 1, 1), file_of(200, 0.9), noisy("teacher", 3))
         assert "faster, beyond the noise (skipping every zero would make the matrix products 10.0x as fast)" in text
         assert "5.00x smaller, 200 of 1,000 bytes: it leaves zeros out" in text
         assert "What would help" not in text
 
-    def test_zeros_that_cost(self) -> None:
-        assert "slower, beyond the noise" in two(noisy("student", 2, 1), file_of(1000, 0.9))
+    def test_zeros_that_slow_down(self) -> None:
+        assert "slower, beyond the noise" in verdict_text(noisy("student", 2, 1), file_of(1000, 0.9))
 
-    def test_noise_is_called_noise(self) -> None:
-        text = two(noisy("student", 1, 1, noise=0.4), file_of(1000, 0.9), noisy("teacher", 1, noise=0.4))
+    def test_differences_within_the_noise_are_called_noise(self) -> None:
+        text = verdict_text(noisy("student", 1, 1, noise=0.4), file_of(1000, 0.9), noisy("teacher", 1, noise=0.4))
         assert "the rounds scatter too much to tell" in text
         assert "it multiplies" not in text
 
-    def test_a_difference_that_is_real_and_worthless(self) -> None:
-        text = two(noisy("student", 1, 1, noise=0.001), file_of(500, 0.9), noisy("teacher", 1.02, noise=0.001))
+    def test_a_significant_but_tiny_difference(self) -> None:
+        text = verdict_text(noisy("student", 1, 1, noise=0.001), file_of(500, 0.9), noisy("teacher", 1.02, noise=0.001))
         assert "next to nothing" in text
         assert "for size" not in text
 
-    def test_few_rounds_say_nothing(self) -> None:
-        text = two(noisy("student", 1, 1, count=5), file_of(1000, 0.9), noisy("teacher", 2, count=5))
+    def test_few_rounds_allow_no_verdict(self) -> None:
+        text = verdict_text(noisy("student", 1, 1, count=5), file_of(1000, 0.9), noisy("teacher", 2, count=5))
         assert "5 rounds are too few to tell it from noise" in text
         assert "faster" not in text
 
-    def test_no_zeros_promise_nothing(self) -> None:
-        text = two(noisy("student", 1), file_of(1000))
+    def test_a_student_without_zeros(self) -> None:
+        text = verdict_text(noisy("student", 1), file_of(1000))
         assert text == (
             "The student has no more zeros than the teacher; against it, it runs at 1.00x (1.00x to 1.00x) with "
             "1 thread."
         )
 
-    def test_it_is_held_against_the_teacher_in_its_own_form(self) -> None:
-        """The unfused teacher is faster here: that is no fault of the zeros."""
+    def test_the_student_is_compared_with_the_teacher_of_the_same_form(self) -> None:
+        """The unfused teacher is faster here, which must not count against the zeros."""
         timings = [noisy("teacher", 1), noisy("unfused", 0.5), noisy("student", 1, 1)]
         bench = bench_of(timings, {"teacher": file_of(1000), "student": file_of(1000, 0.9)})
         assert "no difference beyond the noise" in report.describe_verdict(bench)[0]
         assert report.overview_table(bench)[1][2][5] == "0.50x"
 
     def test_notes_come_last(self) -> None:
-        assert two(noisy("student", 1), file_of(1000, 0.9), notes=["Not timed: x."]).endswith("Not timed: x.")
+        assert verdict_text(noisy("student", 1), file_of(1000, 0.9), notes=["Not timed: x."]).endswith("Not timed: x.")
 
 
-def sparse(factor: float = 0.25, padding: float = 0.125, int8: float = 0.5, **more: Any) -> BenchData:
-    """A bench with a sparse engine, in which `factor` is its share of the teacher's time."""
+def sparse(factor: float = 0.25, padding: float = 0.125, int8: float = 0.5, **fields: Any) -> BenchData:
+    """Make bench data with a sparse engine that takes `factor` of the teacher's time."""
     timings = []
     for threads in (1, 2):
         base = {SMALL: 8.0 / threads, LARGE: 80.0 / threads, PADDED: 80.0 / threads}
@@ -177,14 +177,14 @@ def sparse(factor: float = 0.25, padding: float = 0.125, int8: float = 0.5, **mo
                 {SMALL: share / 2, LARGE: share, PADDED: padded} if name == "sparse-cpu" else dict.fromkeys(base, share)
             )
             timings.append(timing(name, {shape: [ms * shares[shape]] * 6 for shape, ms in base.items()}, threads))
-    known = {"teacher": file_of(1000), "student": file_of(1000, 0.9), "int8": ModelFile(260)}
+    files = {"teacher": file_of(1000), "student": file_of(1000, 0.9), "int8": ModelFile(260)}
     rounded = {
         "rounding": ("fp16", "int8"),
         "checkpoint_score": 0.9012,
         "prediction_change": "3 of 400 predictions flipped",
     }
-    known["sparse-cpu"] = file_of(180, 0.9, **rounded)
-    return bench_of(timings, known, sparse=["sparse-cpu"], **more)
+    files["sparse-cpu"] = file_of(180, 0.9, **rounded)
+    return bench_of(timings, files, sparse=["sparse-cpu"], **fields)
 
 
 class TestSparseEngine:
@@ -203,7 +203,7 @@ class TestSparseEngine:
         )
         assert not any("What would help" in line for line in lines)
 
-    def test_padding_that_is_left_out_is_not_credited_to_the_zeros(self) -> None:
+    def test_skipped_padding_is_not_credited_to_the_zeros(self) -> None:
         text = " ".join(report.describe_verdict(sparse()))
         assert "Padding: at 8x64 padded, where 50% of the tokens are real, sparse-cpu has 8.00x with 1 thread" in text
         assert "it computes such a batch 2.00x as fast as a full one: that part is padding left out, not zeros." in text
@@ -215,8 +215,8 @@ class TestSparseEngine:
 
     def test_a_little_padding_is_not_explained(self) -> None:
         bench, nearly = sparse(padding=0.25), Shape(8, 64, (64,) * 7 + (50,))
-        for part in bench.timings:
-            part.rounds[nearly] = part.rounds.pop(PADDED)
+        for bench_timing in bench.timings:
+            bench_timing.rounds[nearly] = bench_timing.rounds.pop(PADDED)
         (line,) = [line for line in report.describe_verdict(bench) if line.startswith("Padding")]
         assert line == (
             "Padding: at 8x64 padded, where 97% of the tokens are real, sparse-cpu has 4.00x with 1 thread, "
@@ -225,12 +225,12 @@ class TestSparseEngine:
 
     def test_padding_without_its_full_twin_is_not_explained(self) -> None:
         bench = sparse()
-        for part in bench.timings:
-            del part.rounds[LARGE]
+        for bench_timing in bench.timings:
+            del bench_timing.rounds[LARGE]
         (line,) = [line for line in report.describe_verdict(bench) if line.startswith("Padding")]
         assert line.endswith("8.00x with 2 threads.")
 
-    def test_rounding_is_told_where_weights_are_rounded(self) -> None:
+    def test_rounding_is_reported_for_rounded_weights(self) -> None:
         text = " ".join(report.describe_verdict(sparse()))
         assert (
             "Rounding (pruned matrices as fp16, embeddings as int8): dev score 0.9000, that of its checkpoint 0.9012; "
@@ -240,7 +240,7 @@ class TestSparseEngine:
         exact = bench.files | {"sparse-cpu": file_of(180, 0.9)}  # type: ignore[operator]
         assert "Rounding" not in " ".join(report.describe_verdict(replace(bench, files=exact)))
 
-    def test_the_file_is_taken_apart_where_the_ledger_knows(self) -> None:
+    def test_the_ledger_splits_the_size_of_the_file(self) -> None:
         assert "File of sparse-cpu: 5.56x smaller, 180 of 1,000 bytes: it leaves zeros out." in report.describe_verdict(
             sparse()
         )
@@ -248,7 +248,7 @@ class TestSparseEngine:
         assert "the pruned matrices went from 600 to 90 bytes" in text
         assert "all the rest from 400 to 90 (fewer bits only)" in text
 
-    def test_int8_is_faced_at_every_point(self) -> None:
+    def test_int8_is_compared_at_every_shape(self) -> None:
         text = " ".join(report.describe_verdict(sparse()))
         assert (
             "int8 (whose score is not measured), sparse-cpu is faster at every point of the grid: 2.00x to 4.00x"
@@ -259,10 +259,10 @@ class TestSparseEngine:
 
 
 def with_dense(
-    fusion: float = 2.0, rounding: float = 1.25, padding: float = 1.6, *, exact: bool = True, **more: Any
+    fusion: float = 2.0, rounding: float = 1.25, padding: float = 1.6, *, exact: bool = True, **fields: Any
 ) -> BenchData:
-    """The bench above with dense weights in the same form, which are so many times faster than the teacher."""
-    bench = sparse(**more)
+    """Add dense weights in the form of the sparse engine, `fusion` x `rounding` times faster than the teacher."""
+    bench = sparse(**fields)
     names = ["sparse-cpu dense", "sparse-cpu dense fp32"] if exact else ["sparse-cpu dense"]
     timings = list(bench.timings)
     for threads in (1, 2):
@@ -273,14 +273,14 @@ def with_dense(
 
 
 class TestFactors:
-    def test_their_product_is_the_whole(self) -> None:
+    def test_the_factors_multiply_to_the_total_speedup(self) -> None:
         for exact in (True, False):
             bench = with_dense(exact=exact)
-            whole = bench.speedup(bench.timing("sparse-cpu", 1), bench.grid).median
+            total_speed = bench.speedup(bench.timing("sparse-cpu", 1), bench.grid).median
             split = factors.split_speed(bench, "sparse-cpu", 1)
             assert split is not None
-            assert split.whole == pytest.approx(whole) == pytest.approx(4 * 2**0.5)
-            assert split.zeros == pytest.approx(whole / 2.5) == pytest.approx(split.zeros_ratio.median)
+            assert split.whole == pytest.approx(total_speed) == pytest.approx(4 * 2**0.5)
+            assert split.zeros == pytest.approx(total_speed / 2.5) == pytest.approx(split.zeros_ratio.median)
             expected = (2.0, 1.25) if exact else (2.5, 1.0)
             assert (split.fusion, split.rounding, split.padding) == pytest.approx((*expected, 1.0)), exact
             padded = factors.split_padded_speed(bench, "sparse-cpu", 1, PADDED)
@@ -288,7 +288,7 @@ class TestFactors:
             assert (padded.padding, padded.whole) == pytest.approx((1.6, 8.0))
             assert padded.fusion == pytest.approx(split.fusion)
 
-    def test_they_follow_the_faster_teacher_and_the_noise_of_each_round(self) -> None:
+    def test_factors_use_the_faster_teacher_and_paired_rounds(self) -> None:
         slow = timing("teacher", {SMALL: [4.0] * 6, LARGE: [40.0] * 6})
         unfused = timing("unfused", {SMALL: [3.0] * 6, LARGE: [50.0] * 6})
         dense = timing("x dense", {SMALL: [2.0, 1.9, 2.1] * 2, LARGE: [20.0] * 6})
@@ -299,7 +299,7 @@ class TestFactors:
         assert (split.fusion, split.zeros) == pytest.approx(((3 / 2 * 40 / 20) ** 0.5, 2.0))
         assert split.zeros_ratio.low < 2 < split.zeros_ratio.high
 
-    def test_the_headline_credits_the_zeros_with_their_share_alone(self) -> None:
+    def test_the_headline_credits_the_zeros_only_with_their_factor(self) -> None:
         lines = report.describe_verdict(with_dense())
         assert lines[1] == (
             "Where it comes from, 1 thread: fusion 2.00x, rounding 1.25x, zeros 2.26x; together 5.66x. Zeros are "
@@ -308,11 +308,11 @@ class TestFactors:
         )
         text = " ".join(lines)
         assert "8.00x with 1 thread, 8.00x with 2 threads (fusion 2.00x, padding left out 1.60x, rounding" in text
-        nothing = " ".join(report.describe_verdict(with_dense(fusion=5.65685, rounding=1.0)))
-        assert "zeros 1.00x; together 5.66x" in nothing
-        assert "it multiplies the zeros like any other number" in nothing
+        without_zeros = " ".join(report.describe_verdict(with_dense(fusion=5.65685, rounding=1.0)))
+        assert "zeros 1.00x; together 5.66x" in without_zeros
+        assert "it multiplies the zeros like any other number" in without_zeros
 
-    def test_a_ratio_above_the_bound_is_said(self) -> None:
+    def test_a_ratio_above_the_bound_is_reported(self) -> None:
         sums = {entry.name: entry for entry in ledger()}
         assert len(sums) == 3  # 4.00x by measurement, 4 / 2.56 by the bound
         bench = with_dense(ledger=ledger())
@@ -342,7 +342,7 @@ class TestFactors:
 
 
 def ledger(packed: bool = True) -> list[LedgerEntry]:
-    """Three matrices in two layers, each of 200 dense bytes."""
+    """Make entries of three matrices in two layers, each of 200 dense bytes."""
     names = ("e.layer.0.query.weight", "e.layer.0.key.weight", "e.layer.1.query.weight")
     times = {tokens: {"dense": [0.004] * 3, "sparse": [0.001] * 3 if packed else None} for tokens in (32, 128)}
     matrices = [PrunedMatrix(name, 5, 10, 10, 200, 30 if packed else None) for name in names]
@@ -362,21 +362,21 @@ def test_the_ledger_is_shown_by_layer() -> None:
     ]
 
 
-def three() -> list[Timing]:
+def three_timings() -> list[Timing]:
     shapes = {SMALL: [2.0] * 6, LARGE: [20.0] * 6}
-    half = {shape: [value / 2 for value in values] for shape, values in shapes.items()}
+    faster = {shape: [value / 2 for value in values] for shape, values in shapes.items()}
     return [
         timing("teacher", shapes),
-        timing("student", half),
+        timing("student", faster),
         timing("torch", shapes, nodes=None, provider="torch"),
     ]
 
 
-KNOWN = {"teacher": file_of(1000), "student": file_of(900, 0.9)}
+TWO_FILES = {"teacher": file_of(1000), "student": file_of(900, 0.9)}
 
 
 def test_overview_has_a_row_for_each_engine() -> None:
-    columns, rows = report.overview_table(bench_of(three(), KNOWN))
+    columns, rows = report.overview_table(bench_of(three_timings(), TWO_FILES))
     assert columns == ["engine", "score", "zeros", "bytes", "RAM", "speed", "ms 1x16", "ms 8x64"]
     assert rows == [
         ["teacher", 0.9, "0.00%", 1000, "3M", "1.00x", 2.0, 20.0],
@@ -393,7 +393,7 @@ def test_overview_has_a_speed_for_each_number_of_threads_and_nothing_of_padding(
 
 
 def test_details_have_every_engine_at_every_shape_with_every_number_of_threads() -> None:
-    entries = ratios.latency_records(bench_of(three(), KNOWN))
+    entries = ratios.latency_records(bench_of(three_timings(), TWO_FILES))
     assert [(entry.engine, entry.batch, entry.length) for entry in entries] == [
         (name, shape.batch, shape.length) for shape in (SMALL, LARGE) for name in ("teacher", "student", "torch")
     ]
@@ -405,7 +405,7 @@ def test_details_have_every_engine_at_every_shape_with_every_number_of_threads()
 
 
 def test_markdown_shows_verdict_percentiles_ledger_nodes_and_machine() -> None:
-    text = report.render_markdown("toy", bench_of(three(), KNOWN, ledger=ledger()))
+    text = report.render_markdown("toy", bench_of(three_timings(), TWO_FILES, ledger=ledger()))
     assert text.startswith("# toy\n\n- Speed of student, 90.0% zeros")
     assert (
         "| student | CPU | 1 | 8x64 | 5.000 | 10.000 | 10.000 | 10.000 | 10.000 | 800.0 | 2.00x (2.00x to 2.00x) |"
@@ -424,23 +424,23 @@ def test_markdown_shows_verdict_percentiles_ledger_nodes_and_machine() -> None:
 
 
 def test_a_report_without_a_ledger_has_none() -> None:
-    assert "Ledger" not in report.render_markdown("toy", replace(bench_of(three(), KNOWN), ledger=()))
+    assert "Ledger" not in report.render_markdown("toy", replace(bench_of(three_timings(), TWO_FILES), ledger=()))
 
 
-def test_a_student_of_another_size_is_said_to_be_one_and_zeros_get_no_credit_for_it() -> None:
+def test_a_smaller_student_is_reported_and_not_credited_to_zeros() -> None:
     def lines(size: int) -> list[str]:
-        known = {"teacher": file_of(1000, size=400), "student": file_of(250, 0.9, size=size)}
-        return report.describe_verdict(bench_of([noisy("teacher", 3.0), noisy("student", 1.0, 1)], known))
+        files = {"teacher": file_of(1000, size=400), "student": file_of(250, 0.9, size=size)}
+        return report.describe_verdict(bench_of([noisy("teacher", 3.0), noisy("student", 1.0, 1)], files))
 
-    said = lines(100)
-    assert said[0].startswith("The student is another model than the teacher: its matrices hold 100 weights")
-    assert any(line.endswith("faster, beyond the noise.") for line in said)
-    assert "File of student: 4.00x smaller, 250 of 1,000 bytes." in said
+    verdict = lines(100)
+    assert verdict[0].startswith("The student is another model than the teacher: its matrices hold 100 weights")
+    assert any(line.endswith("faster, beyond the noise.") for line in verdict)
+    assert "File of student: 4.00x smaller, 250 of 1,000 bytes." in verdict
     assert not any("another model" in line for line in lines(400))
     assert any("skipping every zero" in line for line in lines(400))
 
 
-def test_what_a_treatment_gives_is_not_told_as_the_zeros_doing() -> None:
+def test_gains_of_other_treatments_are_not_credited_to_zeros() -> None:
     engines = {"teacher": 4.0, "student": 4.0, "onnx-int8": 2.0, "onnx-int8 teacher": 2.0}
     bench = bench_of(
         [timing(name, {SMALL: [ms] * 8, LARGE: [ms] * 8}) for name, ms in engines.items()],
@@ -455,7 +455,7 @@ def test_what_a_treatment_gives_is_not_told_as_the_zeros_doing() -> None:
     assert line.endswith("1.00x fewer bytes.")
 
 
-def test_a_smaller_dense_student_owes_no_speed_to_zeros() -> None:
+def test_the_speed_of_a_smaller_dense_student_is_not_credited_to_zeros() -> None:
     timings = [noisy("teacher", 1.0), noisy("student", 0.5, 1), noisy("int8 teacher", 0.6, 2), noisy("int8", 0.3, 3)]
     files = {"teacher": file_of(1000), "student": file_of(600, 0.5), "int8": file_of(200, 0.5)}
     files["int8 teacher"] = file_of(300)

@@ -1,4 +1,4 @@
-"""The scripts under benchmarks/ that measure engines: what can be tested of them without those engines."""
+"""Scripts under benchmarks/ that measure other engines, tested with stubs of those engines."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def compile_model(path, batch, threads, input_shapes):
 
 
 def script(name: str) -> ModuleType:
-    """A script as a module."""
+    """Import a script of benchmarks/ as a module."""
     spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -51,7 +51,7 @@ def script(name: str) -> ModuleType:
 
 @pytest.fixture
 def deepsparse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
-    """An engine whose worker finds a stand-in for DeepSparse."""
+    """An engine whose worker imports a stub of DeepSparse."""
     (tmp_path / "deepsparse.py").write_text(STAND_IN)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")])))
     return Engine("deepsparse", "onnxruntime", "m", 50, command=(sys.executable, str(SCRIPTS / "deepsparse_worker.py")))
@@ -66,17 +66,17 @@ def test_the_worker_speaks_the_protocol(deepsparse: Engine) -> None:
         assert 0 < timing.resident <= timing.peak
 
 
-def test_what_goes_wrong_in_the_worker_is_told(deepsparse: Engine) -> None:
+def test_errors_in_the_worker_are_reported(deepsparse: Engine) -> None:
     with pytest.raises(SpdError, match="deepsparse cannot be timed: RuntimeError: no such file"):
         time_engines([replace(deepsparse, path="broken")], [Shape(1, 4)], rounds=1, warmup=0)
 
 
-def test_the_worker_gives_the_batch_that_the_others_are_given(deepsparse: Engine) -> None:
+def test_the_worker_makes_the_same_batch_as_the_other_engines(deepsparse: Engine) -> None:
     shape = Shape(3, 7, (7, 1, 4))
-    own = make_batch(shape, Engine("x", "onnxruntime", "", 50, pad=2))
-    theirs = script("deepsparse_worker").batch((3, 7), list(shape.real), 50, 2)
-    for name, array in zip(own, theirs, strict=True):
-        np.testing.assert_array_equal(own[name], array)
+    expected = make_batch(shape, Engine("x", "onnxruntime", "", 50, pad=2))
+    actual = script("deepsparse_worker").batch((3, 7), list(shape.real), 50, 2)
+    for name, array in zip(expected, actual, strict=True):
+        np.testing.assert_array_equal(expected[name], array)
 
 
 def test_the_table_has_ratios_to_the_faster_dense_form_and_between_rivals() -> None:
@@ -86,7 +86,14 @@ def test_the_table_has_ratios_to_the_faster_dense_form_and_between_rivals() -> N
     assert benchmark.shape_of("1x32") == Shape(1, 32)
     times = {"onnxruntime": 8.0, "onnxruntime basic": 6.0, "int8": 3.0, "sparse-cpu": 1.0, "deepsparse": 2.0}
     timings = [
-        Timing(Engine(name, "onnxruntime", "", 9, threads=2, baseline="onnx" in name), "p", None, 1, 2, *at(shape, ms))
+        Timing(
+            Engine(name, "onnxruntime", "", 9, threads=2, baseline="onnx" in name),
+            "p",
+            None,
+            1,
+            2,
+            *same_rounds(shape, ms),
+        )
         for name, ms in times.items()
     ]
     head, _, row = benchmark.table(TimingResult(timings)).splitlines()
@@ -96,7 +103,7 @@ def test_the_table_has_ratios_to_the_faster_dense_form_and_between_rivals() -> N
     assert [cell.split()[0] for cell in cells[5:]] == ["2.00x", "6.00x", "3.00x", "3.00x", "2.00x"]
 
 
-def test_a_round_that_waits_for_the_device_only_at_its_ends() -> None:
+def test_a_round_waits_for_the_device_only_at_its_ends() -> None:
     waits: list[int] = []
     clocks = [
         script("train_speed_worker").Clock(1, 2, 3, lambda: waits.append(1), with_parts=with_parts)
@@ -104,33 +111,35 @@ def test_a_round_that_waits_for_the_device_only_at_its_ends() -> None:
     ]  # fmt: skip
     for clock, expected in zip(clocks, (2, 6 + 2 * 5), strict=True):
         waits.clear()
-        work = clock.time_calls("work", lambda: None)
+        timed_call = clock.time_calls("work", lambda: None)
         while not clock.is_finished:
             clock.tick()
-            work()
+            timed_call()
         assert len(clock.ticks) == 1 + 2 + 3
         assert len(waits) == expected + 2 * clock.with_parts, "around each tick and each part, or at two ticks"
         assert ("work" in clock.parts) == clock.with_parts
 
 
-def test_parts_of_a_step_are_those_of_a_round_that_was_looked_into_where_the_timed_ones_have_none() -> None:
-    timed = {"examples_per_second": 8.0, "step_seconds": 0.5, "gflops": 50.0, "parts": {"rest": 0.5}}
-    looked = {"parts": {"data": 0.1, "rest": 0.6}}
-    found = script("train_speed").summary(
-        "bf16", [timed], [timed | {"examples_per_second": 2.0}], {"bf16": 200}, looked
+def test_parts_of_a_step_come_from_the_profiled_round_if_timed_rounds_have_none() -> None:
+    timed_round = {"examples_per_second": 8.0, "step_seconds": 0.5, "gflops": 50.0, "parts": {"rest": 0.5}}
+    profiled_round = {"parts": {"data": 0.1, "rest": 0.6}}
+    summary = script("train_speed").summary(
+        "bf16", [timed_round], [timed_round | {"examples_per_second": 2.0}], {"bf16": 200}, profiled_round
     )
-    assert (found["parts"], found["of_peak"], found["ratio"]) == (looked["parts"], 0.5, [4.0, 4.0, 4.0])
-    own = timed | {"parts": {"data": 0.2, "rest": 0.3}}
-    found = script("train_speed").summary("fp32", [own], None, {"fp32": 100}, {"parts": {}, "inside": 0.5})
-    assert (found["parts"], found["inside"]) == (own["parts"], 2.0)
+    assert (summary["parts"], summary["of_peak"], summary["ratio"]) == (profiled_round["parts"], 0.5, [4.0, 4.0, 4.0])
+    round_with_parts = timed_round | {"parts": {"data": 0.2, "rest": 0.3}}
+    summary = script("train_speed").summary(
+        "fp32", [round_with_parts], None, {"fp32": 100}, {"parts": {}, "inside": 0.5}
+    )
+    assert (summary["parts"], summary["inside"]) == (round_with_parts["parts"], 2.0)
 
 
-def test_what_share_of_a_batch_is_padding() -> None:
-    found = script("padding").padding_shares(np.array([2, 4] * 8), 8, 16)
-    assert list(found.values()) == [0.0, pytest.approx(0.25), pytest.approx(1 - 3 / 16)]
+def test_the_share_of_padding_in_a_batch() -> None:
+    shares = script("padding").padding_shares(np.array([2, 4] * 8), 8, 16)
+    assert list(shares.values()) == [0.0, pytest.approx(0.25), pytest.approx(1 - 3 / 16)]
 
 
-def test_every_row_of_the_training_benchmark_resolves_and_is_asked_for_somewhere() -> None:
+def test_every_row_of_the_training_benchmark_resolves_and_is_used() -> None:
     from spdtool.recipe import reading as recipe
 
     benchmark = script("train_speed_rows")
@@ -142,17 +151,17 @@ def test_every_row_of_the_training_benchmark_resolves_and_is_asked_for_somewhere
 @pytest.mark.long
 @pytest.mark.parametrize("row", ["bf16, no prefetching", "bf16, 128 tokens"])
 def test_a_row_runs_with_a_model_of_random_weights(row: str) -> None:
-    words = [row, "--task=demo", "--device=cpu", "--threads=1", "--steps=2", "--warm=1", "--batch=4"]
-    words += ["--random-model=16x1"]
+    arguments = [row, "--task=demo", "--device=cpu", "--threads=1", "--steps=2", "--warm=1", "--batch=4"]
+    arguments += ["--random-model=16x1"]
     script_file = str(SCRIPTS / "train_speed_worker.py")
-    ended = subprocess.run([sys.executable, script_file, *words], capture_output=True, text=True, check=True)
-    found = json.loads(ended.stdout.splitlines()[-1])
-    assert found["examples_per_second"] * found["step_seconds"] == pytest.approx(4)
-    assert 20 < found["tokens_per_second"] * found["step_seconds"] < 4 * 32
+    process = subprocess.run([sys.executable, script_file, *arguments], capture_output=True, text=True, check=True)
+    result = json.loads(process.stdout.splitlines()[-1])
+    assert result["examples_per_second"] * result["step_seconds"] == pytest.approx(4)
+    assert 20 < result["tokens_per_second"] * result["step_seconds"] < 4 * 32
     weights, length = 4 * 16 * 16 + 2 * 16 * 64, 128  # the teacher's states are kept: three passes, all the student's
     padded = 3 * 4 * length * (2 * weights + 4 * length * 16) / 1e9
-    assert found["gflops"] == pytest.approx(padded) if row.endswith("128 tokens") else found["gflops"] < padded / 4
+    assert result["gflops"] == pytest.approx(padded) if row.endswith("128 tokens") else result["gflops"] < padded / 4
 
 
-def at(shape: Shape, ms: float) -> tuple[dict[Shape, list[float]], dict[Shape, float]]:
+def same_rounds(shape: Shape, ms: float) -> tuple[dict[Shape, list[float]], dict[Shape, float]]:
     return {shape: [ms] * 6}, {shape: ms}

@@ -76,10 +76,10 @@ def test_data_too_large_to_be_shuffled_at_once_still_gives_every_row_once(monkey
             assert len(epoch) == len(list(epoch)) == -(-count // 4), case
             assert sorted(np.concatenate(list(epoch))) == list(range(count)), case
             assert sorted(len(batch) for batch in epoch)[1:] == [4] * (len(epoch) - 1), case
-            again = training_batches(rows, 4, 5, 0, pool=pool)
+            repeated = training_batches(rows, 4, 5, 0, pool=pool)
             # A stage that resumes asks for a batch in the middle first.
             for number in (len(epoch) - 1, 0, len(epoch) // 2):
-                assert (again[number] == epoch[number]).all(), case
+                assert (repeated[number] == epoch[number]).all(), case
             other_epoch = training_batches(rows, 4, 5, 1, pool=pool)
             assert [list(batch) for batch in other_epoch] != [list(batch) for batch in epoch], case
             assert [list(batch) for batch in epoch[:2]] == [list(epoch[0]), list(epoch[1])], case

@@ -1,4 +1,4 @@
-"""The cache: made once, mapped afterwards, made again when damaged, and safe between processes."""
+"""The array cache: entries are computed once, mapped, recomputed if damaged, and safe between processes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from spdtool.data import cache
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return tmp_path / "spdtool"
 
 
-def counting(made: list[int]) -> Callable[[cache.Append], None]:
+def fill_and_count(calls: list[int]) -> Callable[[cache.Append], None]:
     def fill(append: cache.Append) -> None:
-        made.append(1)
+        calls.append(1)
         for start in (0, 3):
             append("numbers", np.arange(start, start + 3))
             append("pairs", np.full((1, 2), start, np.float32))
@@ -33,27 +33,27 @@ def counting(made: list[int]) -> Callable[[cache.Append], None]:
     return fill
 
 
-def check(found: cache.Arrays) -> None:
-    assert found["numbers"].tolist() == [0, 1, 2, 3, 4, 5]
-    assert found["pairs"].tolist() == [[0, 0], [3, 3]]
-    assert found["nothing"].shape == (0, 4)
+def check_arrays(arrays: cache.Arrays) -> None:
+    assert arrays["numbers"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert arrays["pairs"].tolist() == [[0, 0], [3, 3]]
+    assert arrays["nothing"].shape == (0, 4)
 
 
-def test_an_entry_is_made_once_and_then_mapped(home: Path) -> None:
-    made: list[int] = []
-    for _ in range(3):
-        found = cache.cached_arrays("kind", "name", counting(made))
-        check(found)
-        assert isinstance(found["numbers"], np.memmap)
-        assert not found["numbers"].flags.writeable
-    assert len(made) == 1
-    assert [path.name for path in (home / "kind").iterdir()] == ["name"], "nothing is left beside it"
-
-
-def test_a_damaged_entry_is_computed_again(home: Path) -> None:
+def test_an_entry_is_made_once_and_then_mapped(cache_folder: Path) -> None:
     calls: list[int] = []
-    cache.cached_arrays("kind", "name", counting(calls))
-    entry = home / "kind" / "name"
+    for _ in range(3):
+        arrays = cache.cached_arrays("kind", "name", fill_and_count(calls))
+        check_arrays(arrays)
+        assert isinstance(arrays["numbers"], np.memmap)
+        assert not arrays["numbers"].flags.writeable
+    assert len(calls) == 1
+    assert [path.name for path in (cache_folder / "kind").iterdir()] == ["name"], "nothing is left beside it"
+
+
+def test_a_damaged_entry_is_computed_again(cache_folder: Path) -> None:
+    calls: list[int] = []
+    cache.cached_arrays("kind", "name", fill_and_count(calls))
+    entry = cache_folder / "kind" / "name"
     numbers, contents = (entry / "numbers").read_bytes(), (entry / "contents.json").read_text()
     damages: dict[str, Callable[[], object]] = {
         "a file is cut": lambda: (entry / "numbers").write_bytes(numbers[:-1]),
@@ -70,65 +70,65 @@ def test_a_damaged_entry_is_computed_again(home: Path) -> None:
         "it is a file": lambda: (shutil.rmtree(entry), entry.write_text("x")),
         "another entry was copied over it": lambda: (shutil.rmtree(entry), shutil.copytree(other, entry)),
     }
-    cache.cached_arrays("kind", "other", counting(calls))
-    other = home / "kind" / "other"
+    cache.cached_arrays("kind", "other", fill_and_count(calls))
+    other = cache_folder / "kind" / "other"
     for damage, apply in damages.items():
         apply()
         cache._verified.clear()  # as in a new process
         calls.clear()
         for _ in range(2):
-            check(cache.cached_arrays("kind", "name", counting(calls)))
+            check_arrays(cache.cached_arrays("kind", "name", fill_and_count(calls)))
         assert len(calls) == 1, damage
 
 
-def test_what_fails_half_way_leaves_nothing(home: Path) -> None:
+def test_a_failing_computation_leaves_no_entry(cache_folder: Path) -> None:
     def fill(append: cache.Append) -> None:
         append("numbers", np.arange(3))
         raise ValueError("stop")
 
     with pytest.raises(ValueError, match="stop"):
         cache.cached_arrays("kind", "name", fill)
-    assert list((home / "kind").iterdir()) == []
+    assert list((cache_folder / "kind").iterdir()) == []
 
 
-def test_without_a_place_to_write_the_arrays_stay_in_memory(home: Path) -> None:
-    home.write_text("a file stands where the folder should be")
-    made: list[int] = []
+def test_without_a_place_to_write_the_arrays_stay_in_memory(cache_folder: Path) -> None:
+    cache_folder.write_text("a file stands where the folder should be")
+    calls: list[int] = []
     for _ in range(2):
-        check(cache.cached_arrays("kind", "name", counting(made)))
-    assert len(made) == 2
+        check_arrays(cache.cached_arrays("kind", "name", fill_and_count(calls)))
+    assert len(calls) == 2
 
 
 def in_a_process(_: int) -> int:
-    made: list[int] = []
-    check(cache.cached_arrays("kind", "name", counting(made)))
-    return len(made)
+    calls: list[int] = []
+    check_arrays(cache.cached_arrays("kind", "name", fill_and_count(calls)))
+    return len(calls)
 
 
-def test_several_writers_at_once_leave_one_whole_entry(home: Path) -> None:
+def test_several_writers_at_once_leave_one_whole_entry(cache_folder: Path) -> None:
     with multiprocessing.get_context("fork").Pool(4) as pool:
         assert sum(pool.map(in_a_process, range(16), chunksize=1)) >= 1
-    assert [path.name for path in (home / "kind").iterdir()] == ["name"]
-    made: list[int] = []
-    check(cache.cached_arrays("kind", "name", counting(made)))
-    assert made == []
-
-
-def test_a_lost_bit_is_found_by_the_next_process_whatever_the_time_stamp_says(home: Path) -> None:
+    assert [path.name for path in (cache_folder / "kind").iterdir()] == ["name"]
     calls: list[int] = []
-    cache.cached_arrays("kind", "name", counting(calls))
-    numbers = home / "kind" / "name" / "numbers"
+    check_arrays(cache.cached_arrays("kind", "name", fill_and_count(calls)))
+    assert calls == []
+
+
+def test_a_flipped_bit_is_found_by_the_next_process(cache_folder: Path) -> None:
+    calls: list[int] = []
+    cache.cached_arrays("kind", "name", fill_and_count(calls))
+    numbers = cache_folder / "kind" / "name" / "numbers"
     status, content = numbers.stat(), bytearray(numbers.read_bytes())
     content[len(content) // 2] ^= 0x40
     numbers.write_bytes(content)
     os.utime(numbers, ns=(status.st_atime_ns, status.st_mtime_ns))
     cache._verified.clear()
     calls.clear()
-    check(cache.cached_arrays("kind", "name", counting(calls)))
+    check_arrays(cache.cached_arrays("kind", "name", fill_and_count(calls)))
     assert len(calls) == 1
 
 
-def test_each_file_is_read_once_in_a_process(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_file_is_read_once_in_a_process(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = list[Path]()
     compute_crc32 = cache.compute_crc32
 
@@ -138,18 +138,18 @@ def test_each_file_is_read_once_in_a_process(home: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(cache, "compute_crc32", recording)
     for _ in range(3):
-        cache.cached_arrays("kind", "name", counting([]))
+        cache.cached_arrays("kind", "name", fill_and_count([]))
     assert sorted(file.name for file in read) == ["nothing", "numbers", "pairs"]
-    numbers = home / "kind" / "name" / "numbers"
+    numbers = cache_folder / "kind" / "name" / "numbers"
     os.utime(numbers)  # a copy of the folder, or somebody who wrote to it
-    check(cache.cached_arrays("kind", "name", counting([])))
+    check_arrays(cache.cached_arrays("kind", "name", fill_and_count([])))
     assert read[3:] == [numbers]
 
 
-def test_an_entry_is_flushed_before_it_gets_its_name(home: Path, tmp_path: Path, power: Any) -> None:
-    (home / "kind").mkdir(parents=True)
-    with power.recording(home) as cuts:
-        cache.cached_arrays("kind", "name", counting([]))
+def test_an_entry_is_flushed_before_it_gets_its_name(cache_folder: Path, tmp_path: Path, power: Any) -> None:
+    (cache_folder / "kind").mkdir(parents=True)
+    with power.recording(cache_folder) as cuts:
+        cache.cached_arrays("kind", "name", fill_and_count([]))
     calls: list[int] = []
     for number, state in enumerate(cuts.states.values()):
         cut = tmp_path / str(number)
@@ -158,51 +158,54 @@ def test_an_entry_is_flushed_before_it_gets_its_name(home: Path, tmp_path: Path,
         os.environ["XDG_CACHE_HOME"] = str(cut)  # the fixture puts it back
         is_there = (cut / "spdtool/kind/name").exists()
         calls.clear()
-        check(cache.cached_arrays("kind", "name", counting(calls)))
+        check_arrays(cache.cached_arrays("kind", "name", fill_and_count(calls)))
         assert len(calls) == (not is_there), "what has the name is whole"
     assert is_there
 
 
-def test_hashes_are_those_of_the_arrays_wherever_they_are(home: Path) -> None:
-    kept, held = cache.cached_arrays("kind", "name", counting([])), cache.arrays_in_memory(counting([]))
-    assert kept.hashes == held.hashes == {name: cache.hash_array(array) for name, array in held.items()}
+def test_hashes_are_equal_on_disk_and_in_memory(cache_folder: Path) -> None:
+    on_disk, in_memory = (
+        cache.cached_arrays("kind", "name", fill_and_count([])),
+        cache.arrays_in_memory(fill_and_count([])),
+    )
+    assert on_disk.hashes == in_memory.hashes == {name: cache.hash_array(array) for name, array in in_memory.items()}
 
 
 def zeros(count: int) -> Callable[[cache.Append], None]:
     return lambda append: append("zeros", np.zeros(count, np.uint8))
 
 
-def test_what_was_not_used_for_longest_gives_way(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_least_recently_used_entry_is_evicted(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPDTOOL_CACHE_GB", "5e-6")
     for age, name in enumerate(["new", "used", "old"]):
         cache.cached_arrays("kind", name, zeros(1500))
-        os.utime(home / "kind" / name / cache.CONTENTS, (0, 1000 - age))
+        os.utime(cache_folder / "kind" / name / cache.CONTENTS, (0, 1000 - age))
     cache.cached_arrays("kind", "used", zeros(1500))
     mapped = cache.cached_arrays("kind", "old", zeros(1500))
-    os.utime(home / "kind" / "old" / cache.CONTENTS, (0, 0))
+    os.utime(cache_folder / "kind" / "old" / cache.CONTENTS, (0, 0))
     cache.cached_arrays("other", "newest", zeros(2000))
-    assert sorted(path.name for path in home.glob("*/*")) == ["newest", "used"]
+    assert sorted(path.name for path in cache_folder.glob("*/*")) == ["newest", "used"]
     assert not mapped["zeros"].any(), "who has mapped it keeps it"
 
 
-def test_an_entry_larger_than_all_may_be_is_kept_alone(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_entry_above_the_limit_evicts_all_others(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPDTOOL_CACHE_GB", "1e-6")
     cache.cached_arrays("kind", "small", zeros(100))
     assert len(cache.cached_arrays("kind", "large", zeros(5000))["zeros"]) == 5000
-    assert [path.name for path in home.glob("*/*")] == ["large"]
+    assert [path.name for path in cache_folder.glob("*/*")] == ["large"]
 
 
-def test_what_a_killed_writer_left_goes_after_a_day(home: Path) -> None:
+def test_files_of_a_killed_writer_are_removed_after_a_day(cache_folder: Path) -> None:
     for name, age in (("young", 0), ("stale", 2 * cache.DAY)):
-        left = home / "kind" / f".{name}-x"
-        left.mkdir(parents=True)
-        os.utime(left, (time.time() - age,) * 2)
-    cache.cached_arrays("kind", "name", counting([]))
-    assert sorted(path.name for path in (home / "kind").iterdir()) == [".young-x", "name"]
+        partial = cache_folder / "kind" / f".{name}-x"
+        partial.mkdir(parents=True)
+        os.utime(partial, (time.time() - age,) * 2)
+    cache.cached_arrays("kind", "name", fill_and_count([]))
+    assert sorted(path.name for path in (cache_folder / "kind").iterdir()) == [".young-x", "name"]
 
 
-def test_without_room_the_large_are_not_kept_in_memory(home: Path) -> None:
-    home.write_text("a file stands where the folder should be")
-    made: list[int] = []
-    assert cache.arrays_on_disk("kind", "name", counting(made)) is None
-    assert made == []
+def test_arrays_on_disk_returns_none_if_it_cannot_write(cache_folder: Path) -> None:
+    cache_folder.write_text("a file stands where the folder should be")
+    calls: list[int] = []
+    assert cache.arrays_on_disk("kind", "name", fill_and_count(calls)) is None
+    assert calls == []

@@ -1,4 +1,4 @@
-"""The demo's rows are what its docstring promises, and its model and tokenizer are ordinary ones."""
+"""The demo task: rows with the promised properties, and a standard model and tokenizer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SEEDS = (0, 1, 7)
 
 
 def event_of(sentence: str) -> demo.Event:
-    """The event that a sentence tells: the grammar read backwards, independently of `Event.sentence`."""
+    """Parse the event of a sentence, independently of `Event.sentence`."""
     words = sentence.split()
     if "were" in words:
         assert words[2] == "were"
@@ -65,18 +65,18 @@ def test_every_bag_of_words_has_both_labels_equally_often(splits: dict[str, Rows
 
 
 def test_no_premise_of_dev_is_told_in_train_in_either_voice(splits: dict[str, Rows]) -> None:
-    told = {name: {event_of(premise) for premise in rows.first} for name, rows in splits.items()}
-    assert not told["train"] & told["dev"]
-    assert len(told["train"] | told["dev"]) == 2880
+    events = {name: {event_of(premise) for premise in rows.first} for name, rows in splits.items()}
+    assert not events["train"] & events["dev"]
+    assert len(events["train"] | events["dev"]) == 2880
 
 
 def test_all_three_exchanges_and_both_voices_occur(splits: dict[str, Rows]) -> None:
     kinds, voices = Counter(), Counter()
     for premise, hypothesis, label in triples(splits["dev"]):
-        true, told = event_of(premise), event_of(hypothesis)
+        premise_event, event = event_of(premise), event_of(hypothesis)
         voices["were" in hypothesis, label] += 1
         if not label:
-            kinds[true.doer[0] == told.doer[0], true.doer[1] == told.doer[1]] += 1
+            kinds[premise_event.doer[0] == event.doer[0], premise_event.doer[1] == event.doer[1]] += 1
     assert set(kinds) == {(False, False), (True, False), (False, True)}
     assert min(kinds.values()) > 100
     assert len(voices) == 4
@@ -96,19 +96,23 @@ def test_data_is_refused() -> None:
 def test_the_tokenizer_is_berts_and_survives_a_folder(tmp_path: Path) -> None:
     tokens = demo.demo_tokenizer()
     tokens.save_pretrained(tmp_path)
-    again = AutoTokenizer.from_pretrained(tmp_path)
+    reloaded = AutoTokenizer.from_pretrained(tmp_path)
     assert (tmp_path / "tokenizer.json").is_file()
-    assert again.is_fast
-    for each in (tokens, again):
-        encoded = each("old foxes chased red cats", "Red CATS were chased by old zebras")
-        words = each.convert_ids_to_tokens(encoded["input_ids"])
+    assert reloaded.is_fast
+    for tokenizer in (tokens, reloaded):
+        encoded = tokenizer("old foxes chased red cats", "Red CATS were chased by old zebras")
+        words = tokenizer.convert_ids_to_tokens(encoded["input_ids"])
         assert words == [
             *("[CLS]", "old", "foxes", "chased", "red", "cats", "[SEP]"),
             *("red", "cats", "were", "chased", "by", "old", "[UNK]", "[SEP]"),
         ]
         assert encoded["token_type_ids"] == [0] * 7 + [1] * 8
-        assert (each.pad_token_id, each.mask_token, each.model_max_length) == (0, "[MASK]", demo.POSITIONS)
-        assert each("old foxes")["token_type_ids"] == [0, 0, 0, 0]
+        assert (tokenizer.pad_token_id, tokenizer.mask_token, tokenizer.model_max_length) == (
+            0,
+            "[MASK]",
+            demo.POSITIONS,
+        )
+        assert tokenizer("old foxes")["token_type_ids"] == [0, 0, 0, 0]
 
 
 def test_the_vocabulary_knows_every_word_and_every_row_fits(splits: dict[str, Rows]) -> None:
@@ -123,9 +127,9 @@ def test_the_model_is_fresh_seeded_and_reloads_with_stock_classes(tmp_path: Path
     state = torch.get_rng_state()
     model, _ = demo.build_demo_model(5)
     assert torch.equal(torch.get_rng_state(), state)
-    twin, other = demo.build_demo_model(5)[0].state_dict(), demo.build_demo_model(6)[0].state_dict()
-    assert all(torch.equal(weight, twin[name]) for name, weight in model.state_dict().items())
-    assert any(not torch.equal(weight, other[name]) for name, weight in model.state_dict().items())
+    same_seed, other_seed = demo.build_demo_model(5)[0].state_dict(), demo.build_demo_model(6)[0].state_dict()
+    assert all(torch.equal(weight, same_seed[name]) for name, weight in model.state_dict().items())
+    assert any(not torch.equal(weight, other_seed[name]) for name, weight in model.state_dict().items())
     assert len(find_layer_stack(model)) == 4
     assert len(find_prunable_weights(model)) == 24
     assert model.config.id2label == {0: "not_entailment", 1: "entailment"}
@@ -133,9 +137,9 @@ def test_the_model_is_fresh_seeded_and_reloads_with_stock_classes(tmp_path: Path
     eager = AutoModelForSequenceClassification.from_pretrained(tmp_path, attn_implementation="eager").eval()
     batch = demo.demo_tokenizer()(["old foxes chased red cats"], ["red cats chased old foxes"], return_tensors="pt")
     with torch.no_grad():
-        seen = eager(**batch, output_attentions=True)
-        torch.testing.assert_close(seen.logits, model.eval()(**batch).logits)
-    assert len(seen.attentions) == 4
+        outputs = eager(**batch, output_attentions=True)
+        torch.testing.assert_close(outputs.logits, model.eval()(**batch).logits)
+    assert len(outputs.attentions) == 4
 
 
 @pytest.mark.slow

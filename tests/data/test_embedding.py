@@ -55,10 +55,10 @@ def test_the_texts_of_a_pair_follow_each_other(tmp_path: Path) -> None:
 
 def test_drawn_texts_are_not_trained_on_and_depend_on_the_text_alone() -> None:
     texts = [f"text {number}" for number in range(100)]
-    train, drawn = draw_texts(texts, 20, 0.5, 0)
-    assert (len(train), len(drawn)) == (80, 20)
-    assert not set(train) & set(drawn)
+    train, dev = draw_texts(texts, 20, 0.5, 0)
+    assert (len(train), len(dev)) == (80, 20)
+    assert not set(train) & set(dev)
     assert set(draw_texts(texts[:60], 60, 0.2, 0)[1]) <= set(draw_texts(texts, 100, 0.9, 0)[1])
-    assert draw_texts(texts, 20, 0.5, 1)[1] != drawn
+    assert draw_texts(texts, 20, 0.5, 1)[1] != dev
     with pytest.raises(DataError, match="too few"):
         draw_texts(["one"], 1, 0.5, 0)

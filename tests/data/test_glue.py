@@ -1,4 +1,4 @@
-"""The GLUE table against the official layout, against broken files, and against the real files where they are."""
+"""GLUE files: the official layout, broken files, and the real files if they are available."""
 
 from __future__ import annotations
 
@@ -44,24 +44,24 @@ METRICS = {
 
 
 def file_of(name: str, labels: list[str] | None = None) -> str:
-    """The text of an official file of `name` with one row per label."""
-    header, row, known = LAYOUT[name]
-    rows = ["\t".join(row).format(label) for label in (known if labels is None else labels)]
+    """Return the text of an official file of `name` with one row per label."""
+    header, row, default_labels = LAYOUT[name]
+    rows = ["\t".join(row).format(label) for label in (default_labels if labels is None else labels)]
     return "\n".join([*(["\t".join(header)] if header else []), *rows]) + "\n"
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Callable[..., Path]:
-    """`folder(name, **files)` writes official files of a task; `train` and the dev files default to sound ones."""
+    """Return `folder(name, **files)`, which writes official files of a task; train and dev default to valid ones."""
 
     def write(name: str, **files: str | bytes | None) -> Path:
-        made = tmp_path / GLUE[name].folder
-        made.mkdir(exist_ok=True)
+        task_folder = tmp_path / GLUE[name].folder
+        task_folder.mkdir(exist_ok=True)
         for stem in ("train", *(file.removesuffix(".tsv") for _, file, _ in GLUE[name].dev)):
             content = files.get(stem, file_of(name))
             if content is not None:
-                (made / f"{stem}.tsv").write_bytes(content if isinstance(content, bytes) else content.encode())
-        return made
+                (task_folder / f"{stem}.tsv").write_bytes(content if isinstance(content, bytes) else content.encode())
+        return task_folder
 
     return write
 
@@ -96,29 +96,29 @@ def test_the_papers_spellings_are_understood() -> None:
 
 
 def test_an_unknown_task_names_the_near_ones_and_columns_are_refused() -> None:
-    with pytest.raises(UnknownName, match="no task 'qnlu'") as caught:
+    with pytest.raises(UnknownName, match="no task 'qnlu'") as error:
         find_dataset(Recipe(task="qnlu"))
-    assert "'qnli'" in str(caught.value.hint)
+    assert "'qnli'" in str(error.value.hint)
     with pytest.raises(RecipeError, match="knows its own columns"):
         find_dataset(Recipe(task="rte", label="label"))
 
 
-def test_the_parent_folder_will_do_in_any_spelling(folder: Callable[..., Path], tmp_path: Path) -> None:
-    own = folder("sst2")
-    expected = load_glue("sst2", str(own))
+def test_the_parent_folder_is_accepted_in_any_spelling(folder: Callable[..., Path], tmp_path: Path) -> None:
+    task_folder = folder("sst2")
+    expected = load_glue("sst2", str(task_folder))
     assert load_glue("sst2", str(tmp_path)) == expected
-    own.rename(tmp_path / "sst2")
+    task_folder.rename(tmp_path / "sst2")
     assert load_glue("sst2", str(tmp_path)) == expected
 
 
 def test_rows_end_at_newlines_and_fields_at_tabs_only(folder: Callable[..., Path]) -> None:
-    odd = 'He said "\x0b one\x1c \u2028 two \x85 "" three'
-    text = f'\ufeffindex\tquestion\tsentence\tlabel\r\n0\t"{odd}\t{odd}\tentailment\r\n1\t"a\t\'b\tnot_entailment\r\n'
+    strange = 'He said "\x0b one\x1c \u2028 two \x85 "" three'
+    text = f'\ufeffindex\tquestion\tsentence\tlabel\r\n0\t"{strange}\t{strange}\tentailment\r\n1\t"a\t\'b\tnot_entailment\r\n'
     rows = load_glue("qnli", str(folder("qnli", train=text)))["train"]
-    assert rows == Rows(['"' + odd, '"a'], [odd, "'b"], [0, 1])
+    assert rows == Rows(['"' + strange, '"a'], [strange, "'b"], [0, 1])
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_name(folder: Callable[..., Path]) -> None:
+def test_a_byte_order_mark_is_not_part_of_the_first_column(folder: Callable[..., Path]) -> None:
     assert load_glue("sst2", str(folder("sst2", train="\ufeff" + file_of("sst2"))))["train"] == Rows(
         ["a"] * 2, None, [0, 1]
     )
@@ -130,12 +130,12 @@ def test_only_one_carriage_return_is_taken_off_the_end(folder: Callable[..., Pat
 
 
 def test_qqp_leaves_out_its_few_short_rows(folder: Callable[..., Path]) -> None:
-    sound = file_of("qqp", ["0", "1"] * 1000)
-    own = folder("qqp", dev=sound + "9\t8\t7\tcut short\n", train=sound)
-    assert load_glue("qqp", str(own))["dev"] == load_glue("qqp", str(own))["train"]
-    (own / "dev.tsv").write_text(sound + "9\t8\t7\tcut short\n" * 3)
+    intact = file_of("qqp", ["0", "1"] * 1000)
+    task_folder = folder("qqp", dev=intact + "9\t8\t7\tcut short\n", train=intact)
+    assert load_glue("qqp", str(task_folder))["dev"] == load_glue("qqp", str(task_folder))["train"]
+    (task_folder / "dev.tsv").write_text(intact + "9\t8\t7\tcut short\n" * 3)
     with pytest.raises(DataError, match=r"dev\.tsv, line 2002: 4 fields where 6 were expected"):
-        load_glue("qqp", str(own))
+        load_glue("qqp", str(task_folder))
 
 
 BAD = {
@@ -167,27 +167,27 @@ def test_a_broken_file_is_refused_by_name_and_line(folder: Callable[..., Path]) 
     for case, (name, content, problem) in BAD.items():
         for stem in ("train", "dev_mismatched" if name == "mnli" else "dev"):
             task_folder = folder(name, **{stem: content})
-            with pytest.raises(DataError) as caught:
+            with pytest.raises(DataError) as error:
                 load_glue(name, str(task_folder))
-            assert str(task_folder / f"{stem}.tsv") in caught.value.message, case
-            assert problem in caught.value.message, case
-            assert caught.value.hint, case
+            assert str(task_folder / f"{stem}.tsv") in error.value.message, case
+            assert problem in error.value.message, case
+            assert error.value.hint, case
 
 
 def test_missing_files_and_folders_say_what_was_looked_for(folder: Callable[..., Path], tmp_path: Path) -> None:
-    own = folder("mnli", dev_mismatched=None)
+    task_folder = folder("mnli", dev_mismatched=None)
     with pytest.raises(DataError, match=r"dev_mismatched\.tsv is missing"):
-        load_glue("mnli", str(own))
+        load_glue("mnli", str(task_folder))
     with pytest.raises(DataError, match=r"no train\.tsv; looked for train\.tsv and RTE/train\.tsv"):
         load_glue("rte", str(tmp_path))
     with pytest.raises(DataError, match="does not exist"):
         load_glue("rte", str(tmp_path / "none"))
     with pytest.raises(DataError, match="is a file"):
-        load_glue("mnli", str(own / "train.tsv"))
+        load_glue("mnli", str(task_folder / "train.tsv"))
 
 
 def hub(monkeypatch: pytest.MonkeyPatch, answer: Callable[[str, str], object]) -> None:
-    """Put something in the place of the hub's client."""
+    """Replace the client of the hub by `answer`."""
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=answer))  # type: ignore[arg-type]
 
 
@@ -214,9 +214,9 @@ def test_a_hub_that_does_not_answer_points_to_data(monkeypatch: pytest.MonkeyPat
         raise ConnectionError("no route to host\nand a long story")
 
     hub(monkeypatch, answer)
-    with pytest.raises(DataError, match=r"nyu-mll/glue \(rte\) .*ConnectionError: no route to host$") as caught:
+    with pytest.raises(DataError, match=r"nyu-mll/glue \(rte\) .*ConnectionError: no route to host$") as error:
         load_glue("rte", None)
-    assert "--data FOLDER" in str(caught.value.hint)
+    assert "--data FOLDER" in str(error.value.hint)
 
 
 def test_a_hub_label_that_is_not_known_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Rows with several labels: every way of writing them gives the same rows, and what is no label is named."""
+"""Rows with several labels: every file format gives the same rows, and invalid labels are named."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def described(data: Path, **fields: Any) -> Dataset:
 
 
 def labels(dataset: Dataset) -> np.ndarray:
-    """Labels of all rows, in the order of their texts."""
+    """Return the labels of all rows, in the order of their texts."""
     splits = dataset.load(None, 0)
     numbered = []
     for split in splits.values():
@@ -54,9 +54,9 @@ def write_tsv(file: Path, columns: dict[str, list[Any]]) -> Path:
 
 def test_every_way_of_writing_several_labels_gives_the_same_rows(tmp_path: Path) -> None:
     numbers = [[NAMES.index(name) for name in names] for names in SETS]
-    alone = tmp_path / "named"
-    alone.mkdir()
-    (alone / "labels.txt").write_text("\n".join(NAMES) + "\n")
+    named_folder = tmp_path / "named"
+    named_folder.mkdir()
+    (named_folder / "labels.txt").write_text("\n".join(NAMES) + "\n")
     switches = {name: EXPECTED[:, index].tolist() for index, name in enumerate(NAMES)}
     features = {"label": {"feature": {"names": list(NAMES), "_type": "ClassLabel"}, "_type": "Sequence"}}
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
@@ -64,9 +64,13 @@ def test_every_way_of_writing_several_labels_gives_the_same_rows(tmp_path: Path)
     parquet.write_table(table.replace_schema_metadata(metadata), tmp_path / "mine.parquet")
     cases: dict[str, tuple[Path, dict[str, Any], bool]] = {
         "lists of names": (write_jsonl(tmp_path / "mine.jsonl", SETS), {}, False),
-        "lists of numbers": (write_jsonl(alone / "lists.jsonl", numbers), {}, True),
+        "lists of numbers": (write_jsonl(named_folder / "lists.jsonl", numbers), {}, True),
         "lists of numbers with a schema": (tmp_path / "mine.parquet", {}, True),
-        "commas": (write_tsv(alone / "mine.tsv", {"label": [",".join(map(str, row)) for row in numbers]}), {}, True),
+        "commas": (
+            write_tsv(named_folder / "mine.tsv", {"label": [",".join(map(str, row)) for row in numbers]}),
+            {},
+            True,
+        ),
         "names with commas": (
             write_tsv(tmp_path / "mine.tsv", {"label": [", ".join(names) for names in SETS]}),
             {"multilabel": True},
@@ -84,7 +88,7 @@ def test_every_way_of_writing_several_labels_gives_the_same_rows(tmp_path: Path)
         assert "a row may have several labels" in dataset.about, case
 
 
-def test_rows_are_never_taken_for_such_by_a_guess(tmp_path: Path) -> None:
+def test_several_labels_a_row_are_never_guessed(tmp_path: Path) -> None:
     commas = write_tsv(tmp_path / "mine.tsv", {"label": ["a,b", "c"] * 15})
     assert described(commas).labels == ("a,b", "c")
     (tmp_path / "labels.txt").write_text("a\nb\nc\n")
@@ -94,9 +98,9 @@ def test_rows_are_never_taken_for_such_by_a_guess(tmp_path: Path) -> None:
     (tmp_path / "labels.txt").write_text("a,b\nc\n")
     assert described(commas).labels == ("a,b", "c"), "a name may hold a comma"
     switches = write_tsv(tmp_path / "switches.tsv", {name: [0, 1] * 15 for name in "xyz"})
-    with pytest.raises(DataError, match="zeros and ones in 'x', 'y', 'z'") as caught:
+    with pytest.raises(DataError, match="zeros and ones in 'x', 'y', 'z'") as error:
         described(switches)
-    assert "--set multilabel=true" in str(caught.value.hint)
+    assert "--set multilabel=true" in str(error.value.hint)
 
 
 def test_rows_without_any_label_are_written_as_empty_lists(tmp_path: Path) -> None:
@@ -104,7 +108,7 @@ def test_rows_without_any_label_are_written_as_empty_lists(tmp_path: Path) -> No
     assert labels(dataset)[0].tolist() == [0, 0, 0]
 
 
-def test_what_is_no_label_is_named_by_its_line(tmp_path: Path) -> None:
+def test_invalid_labels_are_named_by_line(tmp_path: Path) -> None:
     (tmp_path / "labels.txt").write_text("a\nb\n")
     cases: dict[str, tuple[list[Any], str]] = {
         "number": ([[0], [1, 2]], "line 2: the label '2' is neither one of the 2 names nor a number below 2"),
@@ -116,9 +120,9 @@ def test_what_is_no_label_is_named_by_its_line(tmp_path: Path) -> None:
     }
     for case, (cells, problem) in cases.items():
         data = write_jsonl(tmp_path / "mine.jsonl", cells * 10)
-        with pytest.raises(DataError) as caught:
+        with pytest.raises(DataError) as error:
             labels(described(data))
-        assert problem in caught.value.message, case
+        assert problem in error.value.message, case
     for content, problem in (("a\n\nb\n", "line 2: no name"), ("a\na\n", "line 2: 'a' is there already")):
         (tmp_path / "labels.txt").write_text(content)
         with pytest.raises(DataError, match=problem):

@@ -1,4 +1,4 @@
-"""Short sentences about rows: dev texts that are in train too, and long lists of names."""
+"""Notes about rows: dev texts that are also in train, and long lists of names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_dev_rows_whose_text_is_in_train_are_counted() -> None:
     assert leaked_rows(train, Rows(["z"], None, [0]), "dev") == []
 
 
-def test_pairs_are_alike_in_both_texts_only() -> None:
+def test_pairs_are_equal_only_if_both_texts_are() -> None:
     train, dev = Rows(["a", "b"], ["x", "y"], [0, 1]), Rows(["a", "b"], ["y", "y"], [0, 1])
     assert leaked_rows(train, dev, "dev")[0].startswith("1 of 2 dev rows")
 

@@ -1,4 +1,4 @@
-"""Queries, passages and judgements in files of their own."""
+"""Queries, passages and judgements in separate files."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def test_texts_are_joined_by_their_ids_and_passages_are_drawn_where_all_are_rele
     assert [relevance for _, relevance in rows["query 1"]] == [1, 0, 0, 0]
     assert rows["query 1"][0][0] == "Title passage 1"
     assert len({passage for passage, _ in rows["query 1"]}) == 4
-    again = load(folder, "negatives=3")
-    assert all(again[name].second == split.second for name, split in splits.items())
+    repeated = load(folder, "negatives=3")
+    assert all(repeated[name].second == split.second for name, split in splits.items())
 
 
 def test_the_files_of_trec_have_no_header(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_the_files_of_trec_have_no_header(tmp_path: Path) -> None:
     assert np.asarray(splits["dev"].labels)[:, 1].tolist() == [1, 0, 2, 0]
 
 
-def test_what_is_wrong_with_judgements_is_named(tmp_path: Path) -> None:
+def test_faults_in_judgements_are_named(tmp_path: Path) -> None:
     for judgements, message in (
         ("q1\tp99\t1\n", "line 2: there is no passage 'p99'"),
         ("q9\tp1\t1\n", "line 2: there is no query 'q9'"),

@@ -34,8 +34,8 @@ def write_rows(path: Path, queries: int = 8) -> Path:
 def test_columns_of_query_passage_and_relevance_are_a_ranking() -> None:
     assert find_ranking_columns(("query_id", "query", "passage", "relevant")) is not None
     assert find_ranking_columns(("question", "document", "label")) is not None
-    for others in (("question", "sentence", "label"), ("query", "passage"), ("query", "positive"), ("text", "label")):
-        assert find_ranking_columns(others) is None, others
+    for columns in (("question", "sentence", "label"), ("query", "passage"), ("query", "positive"), ("text", "label")):
+        assert find_ranking_columns(columns) is None, columns
 
 
 def test_passages_of_a_query_come_together_and_dev_has_whole_queries(tmp_path: Path) -> None:
@@ -53,8 +53,8 @@ def test_dev_queries_do_not_depend_on_the_other_rows() -> None:
     rows = Rows([f"query {index // 2}" for index in range(40)], [f"passage {index}" for index in range(40)],
                 np.array([[index // 2, index % 2] for index in range(40)]))  # fmt: skip
     fewer = Rows(rows.first[:30], rows.second[:30] if rows.second else None, np.asarray(rows.labels)[:30])
-    drawn, again = draw_dev_queries(rows, 1, 0.3), draw_dev_queries(fewer, 1, 0.3)
-    assert set(again["dev"].first) == set(drawn["dev"].first) & set(fewer.first)
+    splits, fewer_splits = draw_dev_queries(rows, 1, 0.3), draw_dev_queries(fewer, 1, 0.3)
+    assert set(fewer_splits["dev"].first) == set(splits["dev"].first) & set(fewer.first)
     with pytest.raises(DataError, match="all rows are of one query"):
         draw_dev_queries(Rows(["a", "a"], ["b", "c"], np.array([[0, 0], [0, 1]])), 1, 0.3)
 
@@ -65,7 +65,7 @@ def test_a_sample_has_whole_queries() -> None:
         assert len(sample_queries(rows, count, 0)) in sizes, count
 
 
-def test_a_relevance_that_is_no_whole_number_is_refused_by_its_line(tmp_path: Path) -> None:
+def test_a_relevance_that_is_not_an_integer_is_refused_by_its_line(tmp_path: Path) -> None:
     file = tmp_path / "rows.tsv"
     for cell, message in (
         ("yes", "relevance 'yes' is no whole number"),

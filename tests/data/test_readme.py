@@ -1,4 +1,4 @@
-"""Names of classes in the README of a clone: for numbers in files without a schema, whole or in shards."""
+"""Class names in the README of a cloned data set, for numeric labels in files without a schema."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def test_numbers_get_the_names_of_the_readme_in_its_order(tmp_path: Path, monkey
         assert list(data.load(None, 0)["train"].labels)[:4] == [0, 1, 0, 1], name
 
 
-def test_a_readme_that_says_nothing_of_classes_is_passed_over(tmp_path: Path) -> None:
+def test_a_readme_without_class_names_is_ignored(tmp_path: Path) -> None:
     assert read_class_names(tmp_path) == {}
-    other = README.replace("pos", "good")
+    other_readme = README.replace("pos", "good")
     texts = {
         "# no front matter": {},
         "---\n- a list\n---\n": {},
@@ -54,7 +54,7 @@ def test_a_readme_that_says_nothing_of_classes_is_passed_over(tmp_path: Path) ->
         README: {"label": ("pos", "neg")},
         f"---\ndataset_info:\n- features:{FEATURES}- features:{FEATURES}---\n": {"label": ("pos", "neg")},
         f"---\ndataset_info:\n- features:{FEATURES}- features:{FEATURES.replace('pos', 'good')}---\n": {},
-        other: {"label": ("good", "neg")},
+        other_readme: {"label": ("good", "neg")},
     }
     for text, names in texts.items():
         (tmp_path / "README.md").write_text(text, "utf-8")

@@ -1,4 +1,4 @@
-"""From rows to tokens: tokenized once, padded on either side, looked up in the cache under all that decides them."""
+"""From rows to tokens: tokenizing once, padding on either side, and the cache key."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ LONG = "the film was very very good and so it was quite fine then"
 
 
 def rows_of(lengths: list[int], *, pad_left: bool = False) -> Encoded:
-    """Rows of these lengths whose token ids count upwards from 1."""
+    """Make rows of these lengths whose token ids count upwards from 1."""
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     ids = np.arange(1, offsets[-1] + 1, dtype=np.int32)
     return Encoded({"input_ids": ids}, offsets, np.arange(len(lengths)), {"input_ids": 0}, pad_left)
 
 
-def test_batches_are_what_the_tokenizer_itself_would_pad(toys: ModuleType) -> None:
+def test_batches_equal_those_padded_by_the_tokenizer(toys: ModuleType) -> None:
     numbers = [4, 0, 7]
     for side in ("right", "left"):
         for pairs in (False, True):
             tokenizer, rows = toys.tokenizer(side), toys.rows(9, pairs=pairs)
             batch = tokenize(tokenizer, rows, 32).collate(numbers)
-            chosen = rows.select(numbers)
-            expected = tokenizer(chosen.first, chosen.second, padding=True, return_tensors="np")
+            selected = rows.select(numbers)
+            expected = tokenizer(selected.first, selected.second, padding=True, return_tensors="np")
             for name in ("input_ids", "token_type_ids", "attention_mask"):
                 assert batch[name].dtype == np.int64
                 np.testing.assert_array_equal(batch[name], expected[name], err_msg=f"{name}, {side}, pairs={pairs}")
-            assert batch["labels"].tolist() == chosen.labels
+            assert batch["labels"].tolist() == selected.labels
 
 
 def test_padding_to_a_given_length() -> None:
@@ -53,19 +53,19 @@ def test_long_rows_are_cut_a_pair_in_its_longer_text(tiny_tokenizer: Any) -> Non
     assert words == ["[CLS]", *LONG.split()[:6], "[SEP]", "very", "[SEP]"]
 
 
-def test_a_tokenizer_with_a_shorter_limit_has_the_last_word(tiny_tokenizer: Any) -> None:
+def test_a_shorter_limit_of_the_tokenizer_wins(tiny_tokenizer: Any) -> None:
     tiny_tokenizer.model_max_length = 6
     assert tokenize(tiny_tokenizer, Rows([LONG], None, [0]), 128).lengths.tolist() == [6]
 
 
 def test_tokenizing_in_chunks_changes_nothing(toys: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, tokenizer = toys.rows(25, pairs=True), toys.tokenizer()
-    at_once = tokenize(tokenizer, rows, 16)
+    expected = tokenize(tokenizer, rows, 16)
     monkeypatch.setattr(tokens, "TOKENIZED_ROWS", 7)
-    in_chunks = tokenize(tokenizer, rows, 16)
-    np.testing.assert_array_equal(at_once.offsets, in_chunks.offsets)
-    for name, column in at_once.columns.items():
-        np.testing.assert_array_equal(column, in_chunks.columns[name])
+    chunked = tokenize(tokenizer, rows, 16)
+    np.testing.assert_array_equal(expected.offsets, chunked.offsets)
+    for name, column in expected.columns.items():
+        np.testing.assert_array_equal(column, chunked.columns[name])
 
 
 def test_labels_are_integers_for_classes_and_floats_for_regression(toys: ModuleType) -> None:
@@ -113,15 +113,15 @@ def test_tokens_are_computed_once_for_each_text_tokenizer_and_length(
         return call(self, *args, **options)
 
     monkeypatch.setattr(type(tokenizer), "__call__", counting_call)
-    again = tokenize(toys.tokenizer(), rows, 12)
+    cached = tokenize(toys.tokenizer(), rows, 12)
     assert not calls, "tokenized again"
-    assert again.digest == first.digest
-    assert isinstance(again.columns["input_ids"], np.memmap)
+    assert cached.digest == first.digest
+    assert isinstance(cached.columns["input_ids"], np.memmap)
 
-    changed = Rows([*rows.first[:-1], "the meal"], rows.second, rows.labels)
+    changed_rows = Rows([*rows.first[:-1], "the meal"], rows.second, rows.labels)
     cuts_left = toys.tokenizer()
     cuts_left.truncation_side = "left"
-    for other_tokenizer, texts, length in ((tokenizer, changed, 12), (tokenizer, rows, 11), (cuts_left, rows, 12)):
+    for other_tokenizer, texts, length in ((tokenizer, changed_rows, 12), (tokenizer, rows, 11), (cuts_left, rows, 12)):
         calls.clear()
         tokenize(other_tokenizer, texts, length)
         assert len(calls) == 1
@@ -132,7 +132,7 @@ def test_tokens_are_computed_once_for_each_text_tokenizer_and_length(
     assert len(calls) == 2, "few rows are not cached"
 
 
-def test_the_digest_is_that_of_the_content_whether_hashes_are_stored_or_not(toys: ModuleType) -> None:
+def test_the_digest_does_not_depend_on_stored_hashes(toys: ModuleType) -> None:
     rows = tokenize(toys.tokenizer(), toys.rows(9), 32)
     assert rows.hashes
     assert replace(rows, hashes={}).digest == rows.digest
@@ -158,5 +158,5 @@ def test_arrays_with_one_entry_per_token_are_padded_as_the_tokens_are() -> None:
 
 
 def test_no_row_can_be_selected() -> None:
-    nothing = rows_of([2, 3]).select(np.array([], np.int64))
-    assert (len(nothing), nothing.columns["input_ids"].size, nothing.offsets.tolist()) == (0, 0, [0])
+    selected = rows_of([2, 3]).select(np.array([], np.int64))
+    assert (len(selected), selected.columns["input_ids"].size, selected.offsets.tolist()) == (0, 0, [0])

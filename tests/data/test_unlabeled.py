@@ -1,4 +1,4 @@
-"""Texts without labels: how they are read, and in which order they come into the epochs."""
+"""Texts without labels: reading them, and their order in the epochs."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
             read_unlabeled(tmp_path / name, columns, described, np.zeros(1, np.int64))
 
 
-def test_every_text_comes_once_before_any_comes_again_and_epochs_need_no_state() -> None:
+def test_every_text_is_used_once_before_any_is_repeated() -> None:
     mixture = Mixture(labeled=5, unlabeled=7, per_epoch=3)
     epochs = [mixture.rows_of_epoch(0, epoch) for epoch in range(7)]
     for rows in epochs:
         assert rows[:5].tolist() == [0, 1, 2, 3, 4]
-    drawn = np.concatenate([rows[5:] for rows in epochs])
+    unlabeled_rows = np.concatenate([rows[5:] for rows in epochs])
     for start in (0, 7, 14):
-        assert sorted(drawn[start : start + 7].tolist()) == [5, 6, 7, 8, 9, 10, 11], start
+        assert sorted(unlabeled_rows[start : start + 7].tolist()) == [5, 6, 7, 8, 9, 10, 11], start
     assert np.array_equal(mixture.rows_of_epoch(0, 4), epochs[4])
     assert not np.array_equal(mixture.rows_of_epoch(1, 4), epochs[4])
 

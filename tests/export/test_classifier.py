@@ -1,4 +1,4 @@
-"""`spdtool.load`: the same answers as the checkpoint gives in transformers, for text and ids, without torch."""
+"""`spdtool.load`: the answers of the checkpoint in transformers, for texts and token ids, without torch."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ LONG = " ".join(["good film"] * 80)
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> Path:
-    """`checkpoint` and `export/student`, a BERT with three labels; not to be altered."""
+def model_folders(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> Path:
+    """A folder with `checkpoint` and `export/student` of a BERT with three labels; read only."""
     folder = tmp_path_factory.mktemp("load")
     names = {0: "no", 1: "maybe", 2: "yes"}
     model = toys.bert(labels=3, id2label=names, label2id={name: index for index, name in names.items()})
@@ -43,14 +43,14 @@ def place(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> Path:
 
 
 @pytest.fixture(scope="module")
-def loaded(place: Path) -> Classifier:
-    return spdtool.load(place / "export/student", threads=1)
+def loaded(model_folders: Path) -> Classifier:
+    return spdtool.load(model_folders / "export/student", threads=1)
 
 
-def expected(place: Path, *columns: list[str]) -> np.ndarray:
-    """Logits of the checkpoint in transformers, row by row."""
-    tokenizer = AutoTokenizer.from_pretrained(place / "checkpoint")
-    model = AutoModelForSequenceClassification.from_pretrained(place / "checkpoint").eval()
+def expected(model_folders: Path, *columns: list[str]) -> np.ndarray:
+    """Compute the logits of the checkpoint in transformers, row by row."""
+    tokenizer = AutoTokenizer.from_pretrained(model_folders / "checkpoint")
+    model = AutoModelForSequenceClassification.from_pretrained(model_folders / "checkpoint").eval()
     with torch.inference_mode():
         rows = [
             model(**tokenizer(*row, truncation=True, return_tensors="pt")).logits for row in zip(*columns, strict=True)
@@ -62,21 +62,23 @@ def expected(place: Path, *columns: list[str]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 32])
-def test_logits_of_texts_are_the_checkpoint_s_in_their_order(loaded: Classifier, place: Path, batch_size: int) -> None:
+def test_logits_of_texts_equal_those_of_the_checkpoint(
+    loaded: Classifier, model_folders: Path, batch_size: int
+) -> None:
     logits = loaded.logits([*TEXTS, LONG], batch_size=batch_size)
     assert (logits.dtype, logits.shape) == (np.float32, (6, 3))
-    np.testing.assert_allclose(logits, expected(place, [*TEXTS, LONG]), atol=1e-5)
+    np.testing.assert_allclose(logits, expected(model_folders, [*TEXTS, LONG]), atol=1e-5)
 
 
-def test_pairs_too_and_long_ones_lose_tokens_as_in_transformers(loaded: Classifier, place: Path) -> None:
+def test_long_pairs_are_truncated_as_in_transformers(loaded: Classifier, model_folders: Path) -> None:
     first, second = ["good film", LONG, "bad", LONG], ["a book", "bad", LONG, LONG]
-    np.testing.assert_allclose(loaded.logits(first, second), expected(place, first, second), atol=1e-5)
+    np.testing.assert_allclose(loaded.logits(first, second), expected(model_folders, first, second), atol=1e-5)
     assert loaded(first[0], second[0]) == loaded(first, second)[0]
     assert np.abs(loaded.logits(first, second) - loaded.logits(first)).max() > 1e-3
 
 
-def test_one_text_gives_a_label_and_several_a_list(loaded: Classifier, place: Path) -> None:
-    named = [("no", "maybe", "yes")[index] for index in expected(place, TEXTS).argmax(axis=1)]
+def test_one_text_gives_a_label_and_several_a_list(loaded: Classifier, model_folders: Path) -> None:
+    named = [("no", "maybe", "yes")[index] for index in expected(model_folders, TEXTS).argmax(axis=1)]
     assert loaded(TEXTS) == loaded(tuple(TEXTS)) == loaded(np.array(TEXTS)) == loaded.labels(TEXTS) == named
     assert loaded(TEXTS[0]) == named[0]
     assert loaded.labels(TEXTS[0]) == named[:1]
@@ -109,9 +111,9 @@ def test_other_families_and_padding_on_the_left(architecture: str, side: str, tm
     Onnx().export(tmp_path / "checkpoint", tmp_path / "out", toys.recipe())
     classify = spdtool.load(tmp_path / "out", unverified=True)
     assert classify.max_length == max_positions(model) or architecture == "deberta-v2"
-    loaded = AutoTokenizer.from_pretrained(tmp_path / "checkpoint")
+    stock_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "checkpoint")
     with torch.inference_mode():  # one batch: a classifier that reads token 0 sees the padding on the left
-        logits = model(**loaded(TEXTS, padding=True, return_tensors="pt")).logits.numpy()
+        logits = model(**stock_tokenizer(TEXTS, padding=True, return_tensors="pt")).logits.numpy()
     np.testing.assert_allclose(classify.logits(TEXTS), logits, atol=1e-5)
     assert classify.logits([LONG]).shape == (1, 2)
 
@@ -119,32 +121,32 @@ def test_other_families_and_padding_on_the_left(architecture: str, side: str, tm
 # Token ids ----------------------------------------------------------------------------------------------------------
 
 
-def test_token_ids_give_the_same_as_their_text(loaded: Classifier, place: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(place / "checkpoint")
+def test_token_ids_give_the_same_as_their_text(loaded: Classifier, model_folders: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model_folders / "checkpoint")
     ids, logits = [tokenizer(text)["input_ids"] for text in TEXTS], loaded.logits(TEXTS)
     batch = tokenizer(TEXTS, padding=True, return_tensors="np")
     tensors = tokenizer(TEXTS, padding=True, return_tensors="pt")
-    for given in (ids, {"input_ids": ids}, [np.array(row) for row in ids], dict(batch), batch, tensors):
-        np.testing.assert_allclose(loaded.logits(given), logits, atol=1e-5)
-    for given in (ids[0], np.array(ids[0]), {"input_ids": ids[0]}, {"input_ids": np.array([ids[0]])}):
-        np.testing.assert_allclose(loaded.logits(given), logits[:1], atol=1e-5)
+    for inputs in (ids, {"input_ids": ids}, [np.array(row) for row in ids], dict(batch), batch, tensors):
+        np.testing.assert_allclose(loaded.logits(inputs), logits, atol=1e-5)
+    for inputs in (ids[0], np.array(ids[0]), {"input_ids": ids[0]}, {"input_ids": np.array([ids[0]])}):
+        np.testing.assert_allclose(loaded.logits(inputs), logits[:1], atol=1e-5)
     assert loaded(ids) == loaded(TEXTS)
 
 
-def test_token_types_and_holes_in_the_mask_count(loaded: Classifier, place: Path) -> None:
-    given = {
+def test_token_types_and_holes_in_the_mask_count(loaded: Classifier, model_folders: Path) -> None:
+    inputs = {
         "input_ids": np.array([[2, 6, 8, 3], [2, 7, 9, 3]]),
         "token_type_ids": np.array([[0, 0, 1, 1], [0, 0, 0, 0]]),
         "attention_mask": np.array([[1, 0, 1, 1], [0, 1, 1, 1]]),
     }
-    model = AutoModelForSequenceClassification.from_pretrained(place / "checkpoint").eval()
+    model = AutoModelForSequenceClassification.from_pretrained(model_folders / "checkpoint").eval()
     with torch.inference_mode():
-        logits = model(**{name: torch.from_numpy(column) for name, column in given.items()}).logits.numpy()
-    np.testing.assert_allclose(loaded.logits(given), logits, atol=1e-5)
+        logits = model(**{name: torch.from_numpy(column) for name, column in inputs.items()}).logits.numpy()
+    np.testing.assert_allclose(loaded.logits(inputs), logits, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("inputs", "message"),
     [
         (None, "texts .* or rows of whole numbers were expected, found NoneType"),
         (7, "found int"),
@@ -169,9 +171,9 @@ def test_token_types_and_holes_in_the_mask_count(loaded: Classifier, place: Path
         ({"input_ids": "text"}, "input_ids: texts .* or rows of whole numbers were expected, found str"),
     ],
 )
-def test_what_is_no_input_is_refused(loaded: Classifier, given: Any, message: str) -> None:
+def test_invalid_inputs_are_refused(loaded: Classifier, inputs: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        loaded.logits(given)
+        loaded.logits(inputs)
 
 
 @pytest.mark.parametrize("pairs", ["one", ["one"], [1, 2], ["one", None], 3])
@@ -196,9 +198,9 @@ def test_a_token_type_that_the_model_lacks_is_refused(loaded: Classifier) -> Non
         loaded.logits({"input_ids": [[2, 3]], "token_type_ids": [[0, 7]]})
 
 
-def test_it_can_be_sent_to_another_process(loaded: Classifier) -> None:
-    again = pickle.loads(pickle.dumps(loaded))
-    np.testing.assert_array_equal(again.logits([[2, 3]]), loaded.logits([[2, 3]]))
+def test_a_classifier_can_be_pickled(loaded: Classifier) -> None:
+    unpickled = pickle.loads(pickle.dumps(loaded))
+    np.testing.assert_array_equal(unpickled.logits([[2, 3]]), loaded.logits([[2, 3]]))
 
 
 def test_several_labels_a_row_are_those_above_one_half(loaded: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,9 +212,9 @@ def test_several_labels_a_row_are_those_above_one_half(loaded: Classifier, monke
 
 
 @pytest.mark.parametrize("threads", ["2", 1.5, -1, True, None])
-def test_a_number_of_threads_that_is_none_is_refused(place: Path, threads: Any) -> None:
+def test_an_invalid_number_of_threads_is_refused(model_folders: Path, threads: Any) -> None:
     with pytest.raises(DeviceError, match="threads ="):
-        spdtool.load(place / "export/student", threads=threads)
+        spdtool.load(model_folders / "export/student", threads=threads)
 
 
 def test_pairs_with_ids_and_a_batch_of_nothing_are_refused(loaded: Classifier) -> None:
@@ -225,14 +227,14 @@ def test_pairs_with_ids_and_a_batch_of_nothing_are_refused(loaded: Classifier) -
 # Folders and libraries ----------------------------------------------------------------------------------------------
 
 
-def test_of_a_folder_of_roles_the_student_is_taken(place: Path, loaded: Classifier) -> None:
-    again = spdtool.load(str(place / "export"))
-    assert (again.names, again.max_length) == (["no", "maybe", "yes"], 64)
-    np.testing.assert_array_equal(again.logits(TEXTS), loaded.logits(TEXTS))
+def test_a_folder_of_roles_opens_its_student(model_folders: Path, loaded: Classifier) -> None:
+    from_roles = spdtool.load(str(model_folders / "export"))
+    assert (from_roles.names, from_roles.max_length) == (["no", "maybe", "yes"], 64)
+    np.testing.assert_array_equal(from_roles.logits(TEXTS), loaded.logits(TEXTS))
 
 
 def labels_of(labels: Any) -> Any:
-    """A fault that puts other labels into config.json."""
+    """Return a fault that writes other labels into config.json."""
 
     def damage(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
@@ -265,8 +267,8 @@ WRONG_LABELS: list[tuple[Any, str]] = [
         (lambda folder: (folder / "onnx/model.onnx").unlink(), "has no onnx/model.onnx"),
     ],
 )
-def test_a_damaged_folder_is_refused(damage: Any, message: str, place: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(place / "export/student", tmp_path / "damaged")
+def test_a_damaged_folder_is_refused(damage: Any, message: str, model_folders: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model_folders / "export/student", tmp_path / "damaged")
     damage(folder)
     with pytest.raises(ModelError, match=r"is damaged or was changed|lacks|bytes; manifest|has no onnx/model.onnx"):
         spdtool.load(folder)
@@ -277,23 +279,23 @@ def test_a_damaged_folder_is_refused(damage: Any, message: str, place: Path, tmp
         spdtool.load(folder, unverified=True)
 
 
-def test_what_is_no_folder_is_refused(place: Path) -> None:
+def test_a_path_that_is_not_a_folder_is_refused(model_folders: Path) -> None:
     with pytest.raises(ModelError, match="is no folder"):
-        spdtool.load(place / "nowhere")
+        spdtool.load(model_folders / "nowhere")
     with pytest.raises(ModelError, match="a folder was expected, found a NoneType"):
         spdtool.load(None)  # type: ignore[arg-type]
     with pytest.raises(DeviceError, match="there is no provider 'tpu'"):
-        spdtool.load(place / "export", provider="tpu")
+        spdtool.load(model_folders / "export", provider="tpu")
     with pytest.raises(ModelError, match="has no onnx/model.onnx"):
-        spdtool.load(place / "checkpoint")
+        spdtool.load(model_folders / "checkpoint")
 
 
 class TestLibrary:
     """A folder whose model needs custom operators."""
 
     @pytest.fixture
-    def folder(self, place: Path, tmp_path: Path, toys: ModuleType) -> Path:
-        copied = shutil.copytree(place / "export/student", tmp_path / "sparse")
+    def folder(self, model_folders: Path, tmp_path: Path, toys: ModuleType) -> Path:
+        copied = shutil.copytree(model_folders / "export/student", tmp_path / "sparse")
         library = {"file": "lib/ops.so", "distribution": "spdtool-sparse-cpu", "version": "0.3.0"}
         toys.seal(copied, target="sparse-cpu", library=library)
         (copied / "lib").mkdir()
@@ -301,46 +303,46 @@ class TestLibrary:
         return copied
 
     @pytest.fixture
-    def opened(self, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-        """The libraries of each session that is opened; none is really loaded."""
-        seen: list[list[str]] = []
-        real = onnx_session.open_session
+    def opened_libraries(self, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+        """Record the libraries of each opened session; none is loaded."""
+        libraries_seen: list[list[str]] = []
+        open_session = onnx_session.open_session
 
-        def opening(model: Path, provider: str = "cpu", threads: int = 0, libraries: Any = ()) -> Any:
-            seen.append([str(path) for path in libraries])
-            return real(model, provider, threads)
+        def record_session(model: Path, provider: str = "cpu", threads: int = 0, libraries: Any = ()) -> Any:
+            libraries_seen.append([str(path) for path in libraries])
+            return open_session(model, provider, threads)
 
-        monkeypatch.setattr(classifier.onnx_session, "open_session", opening)
-        return seen
+        monkeypatch.setattr(classifier.onnx_session, "open_session", record_session)
+        return libraries_seen
 
     def install(self, monkeypatch: pytest.MonkeyPatch, path: Any, version: str = "0.3.0") -> None:
-        """Let a plugin be installed whose library lies where `path()` says."""
-        made = plugins.Library("spdtool-sparse-cpu", version, SimpleNamespace(path=path))
-        monkeypatch.setattr(plugins, "find_library", {"sparse-cpu": made}.__getitem__)
+        """Install a plugin whose library is at `path()`."""
+        library = plugins.Library("spdtool-sparse-cpu", version, SimpleNamespace(path=path))
+        monkeypatch.setattr(plugins, "find_library", {"sparse-cpu": library}.__getitem__)
 
-    def test_that_of_the_installed_plugin_is_used_and_never_the_folder_s(
-        self, folder: Path, opened: list[list[str]], monkeypatch: pytest.MonkeyPatch
+    def test_the_library_of_the_installed_plugin_is_used_not_the_folders(
+        self, folder: Path, opened_libraries: list[list[str]], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         self.install(monkeypatch, lambda: Path("/installed/ops.so"))
         assert spdtool.load(folder)("bad") in ("no", "maybe", "yes")
-        assert opened == [["/installed/ops.so"]]
+        assert opened_libraries == [["/installed/ops.so"]]
 
-    def test_another_one_is_used_where_it_is_named(self, folder: Path, opened: list[list[str]]) -> None:
+    def test_a_named_library_is_used(self, folder: Path, opened_libraries: list[list[str]]) -> None:
         spdtool.load(folder, library=folder / "lib/ops.so")
-        assert opened == [[str(folder / "lib/ops.so")]]
+        assert opened_libraries == [[str(folder / "lib/ops.so")]]
         with pytest.raises(ModelError, match="there is no library"):
             spdtool.load(folder, library=folder / "lib/none.so")
 
     def test_a_library_that_does_not_load_is_refused(self, folder: Path) -> None:
-        with pytest.raises(ModelError, match=r"onnxruntime cannot load the operators in .*ops.so") as caught:
+        with pytest.raises(ModelError, match=r"onnxruntime cannot load the operators in .*ops.so") as error:
             spdtool.load(folder, library=folder / "lib/ops.so")
-        assert caught.value.hint
+        assert error.value.hint
 
-    def test_without_the_plugin_it_is_named(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_missing_plugin_is_named(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(plugins, "entry_points", lambda **_: [])
-        with pytest.raises(PluginError, match="'sparse-cpu'") as caught:
+        with pytest.raises(PluginError, match="'sparse-cpu'") as error:
             spdtool.load(folder)
-        assert "pip install spdtool-sparse-cpu" in str(caught.value.hint)
+        assert "pip install spdtool-sparse-cpu" in str(error.value.hint)
 
     def test_a_plugin_without_its_compiled_library_says_so(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def path() -> Path:
@@ -350,33 +352,33 @@ class TestLibrary:
         with pytest.raises(DeviceError, match="was not compiled"):
             spdtool.load(folder)
 
-    @pytest.mark.parametrize(("version", "told"), [("0.1.0", True), ("0.3.0", False)])
-    def test_a_library_of_another_version_that_does_not_fit_is_told(
-        self, folder: Path, monkeypatch: pytest.MonkeyPatch, version: str, told: bool
+    @pytest.mark.parametrize(("version", "is_told"), [("0.1.0", True), ("0.3.0", False)])
+    def test_a_library_of_another_version_is_reported_if_it_does_not_load(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, version: str, is_told: bool
     ) -> None:
         self.install(monkeypatch, lambda: folder / "lib/ops.so", version)
-        with pytest.raises(ModelError, match="onnxruntime cannot load the operators") as caught:
+        with pytest.raises(ModelError, match="onnxruntime cannot load the operators") as error:
             spdtool.load(folder)
-        assert ("was written by spdtool-sparse-cpu 0.3.0; 0.1.0 is installed" in caught.value.message) == told
-        assert (caught.value.hint == "pip install spdtool-sparse-cpu==0.3.0") == told
+        assert ("was written by spdtool-sparse-cpu 0.3.0; 0.1.0 is installed" in error.value.message) == is_told
+        assert (error.value.hint == "pip install spdtool-sparse-cpu==0.3.0") == is_told
 
-    def test_its_operators_run_on_the_cpu_only(self, folder: Path) -> None:
+    def test_custom_operators_run_on_the_cpu_only(self, folder: Path) -> None:
         with pytest.raises(DeviceError, match="run on the CPU only"):
             spdtool.load(folder, provider="cuda")
 
 
-def test_neither_torch_nor_transformers_is_imported(place: Path) -> None:
+def test_neither_torch_nor_transformers_is_imported(model_folders: Path) -> None:
     code = (
         "import sys, spdtool\n"
         "assert 'numpy' not in sys.modules, 'import spdtool is not light'\n"
-        f"print(spdtool.load({str(place / 'export')!r})('good film'))\n"
+        f"print(spdtool.load({str(model_folders / 'export')!r})('good film'))\n"
         "sys.exit(', '.join({'torch', 'transformers', 'onnx', 'datasets'} & sys.modules.keys()) or 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.strip() in ("no", "maybe", "yes")
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (process.returncode, process.stderr) == (0, "")
+    assert process.stdout.strip() in ("no", "maybe", "yes")
 
 
-def test_the_package_has_nothing_else() -> None:
+def test_an_unknown_public_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'laod'"):
         spdtool.laod  # type: ignore[attr-defined]  # noqa: B018

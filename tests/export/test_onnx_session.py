@@ -1,4 +1,4 @@
-"""onnxruntime: there or not, telling the truth or not."""
+"""onnxruntime sessions: missing or broken installations, and providers that claim more than they run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from spdtool.export import onnx_session
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    """Let the distributions `names` be the installed ones."""
+    """Pretend that exactly the distributions `names` are installed."""
 
     def version(name: str) -> str:
         if name in names:
@@ -31,9 +31,9 @@ def pretend(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 
 def test_both_distributions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, "onnxruntime", "onnxruntime-gpu")
-    with pytest.raises(DeviceError, match=r"onnxruntime 1.2.3 and onnxruntime-gpu 1.2.3 are both installed") as caught:
+    with pytest.raises(DeviceError, match=r"onnxruntime 1.2.3 and onnxruntime-gpu 1.2.3 are both installed") as error:
         onnx_session.require_onnxruntime()
-    assert "pip uninstall onnxruntime onnxruntime-gpu" in str(caught.value.hint)
+    assert "pip uninstall onnxruntime onnxruntime-gpu" in str(error.value.hint)
 
 
 @pytest.mark.parametrize("name", onnx_session.DISTRIBUTIONS)
@@ -45,18 +45,18 @@ def test_either_distribution_alone_is_accepted(name: str, monkeypatch: pytest.Mo
 
 def test_a_missing_runtime_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(DeviceError, match="cannot be imported") as caught:
+    with pytest.raises(DeviceError, match="cannot be imported") as error:
         onnx_session.require_onnxruntime()
-    assert 'pip install "spdtool[cpu]"' in str(caught.value.hint)
+    assert 'pip install "spdtool[cpu]"' in str(error.value.hint)
 
 
-def test_a_gutted_runtime_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_runtime_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", ModuleType("onnxruntime"))
     with pytest.raises(DeviceError, match="files of it are missing"):
         onnx_session.require_onnxruntime()
 
 
-def test_a_session_runs_on_the_cpu_and_says_so() -> None:
+def test_a_session_runs_on_the_cpu_and_reports_it() -> None:
     session = onnx_session.open_session(onnx_session.small_model(), threads=1)
     assert onnx_session.node_placement(session) == {"CPUExecutionProvider": {"MatMul": 1}}
     identity = np.eye(2, dtype=np.float32)
@@ -74,14 +74,14 @@ def test_a_damaged_model_is_refused_in_silence(tmp_path: Path, capfd: pytest.Cap
     assert capfd.readouterr() == ("", "")
 
 
-def test_importing_it_brings_no_torch() -> None:
+def test_importing_onnx_session_does_not_import_torch() -> None:
     code = "import sys, spdtool.bench.engines; print(sorted({'torch', 'onnxruntime', 'onnx'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
 @dataclass
 class Claim:
-    """An onnxruntime that claims CUDA: what it lists, what it really runs, where it puts nodes."""
+    """A fake onnxruntime that lists CUDA, with the provider that it runs and the placement of nodes."""
 
     lists: tuple[str, ...] = ("CUDAExecutionProvider", "CPUExecutionProvider")
     runs: str = "CUDAExecutionProvider"
@@ -111,42 +111,42 @@ class Claim:
         session = SimpleNamespace(
             get_providers=lambda: [self.runs, "CPUExecutionProvider"],
             disable_fallback=lambda: None,
-            run=lambda _names, given: [given["x"] @ given["x"]],
+            run=lambda _names, inputs: [inputs["x"] @ inputs["x"]],
         )
         if self.nodes is not None:
-            parts = [
+            subgraphs = [
                 SimpleNamespace(
                     ep_name=name,
                     get_nodes=lambda ops=ops: [SimpleNamespace(op_type=op) for op in ops],  # type: ignore[misc]
                 )
                 for name, ops in self.nodes.items()
             ]
-            session.get_provider_graph_assignment_info = lambda: parts
+            session.get_provider_graph_assignment_info = lambda: subgraphs
         return session
 
 
-def claim(monkeypatch: pytest.MonkeyPatch, **how: Any) -> Claim:
+def claim(monkeypatch: pytest.MonkeyPatch, **fields: Any) -> Claim:
     """Put a `Claim` in place of onnxruntime."""
-    made = Claim(**how)
-    made.InferenceSession = made.open  # type: ignore[misc]
-    monkeypatch.setattr(onnx_session, "require_onnxruntime", lambda: made)
-    return made
+    fake = Claim(**fields)
+    fake.InferenceSession = fake.open  # type: ignore[misc]
+    monkeypatch.setattr(onnx_session, "require_onnxruntime", lambda: fake)
+    return fake
 
 
 class TestCuda:
-    def test_it_is_refused_where_it_is_not_listed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_cuda_is_refused_if_it_is_not_listed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         claim(monkeypatch, lists=("CPUExecutionProvider",))
-        with pytest.raises(DeviceError, match="this onnxruntime has no CUDAExecutionProvider") as caught:
+        with pytest.raises(DeviceError, match="this onnxruntime has no CUDAExecutionProvider") as error:
             onnx_session.open_session(b"", "cuda")
-        assert "spdtool[gpu]" in str(caught.value.hint)
+        assert "spdtool[gpu]" in str(error.value.hint)
 
-    def test_it_is_accepted_where_it_runs(
+    def test_cuda_is_accepted_if_it_runs(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        made = claim(monkeypatch)
+        fake = claim(monkeypatch)
         onnx_session.open_session(b"", "cuda")
-        assert made.opened == [{"strict": "1", "providers": [("CUDAExecutionProvider", {"use_tf32": "0"})]}]
-        assert made.preloaded == 1
+        assert fake.opened == [{"strict": "1", "providers": [("CUDAExecutionProvider", {"use_tf32": "0"})]}]
+        assert fake.preloaded == 1
         assert capsys.readouterr().out == ""
         assert onnx_session.provider_problem("cuda") is None
         assert onnx_session.working_providers("auto") == ["cpu", "cuda"]
@@ -162,16 +162,16 @@ class TestCuda:
 
     def test_shape_computations_on_the_cpu_are_accepted(self, monkeypatch: pytest.MonkeyPatch) -> None:
         nodes = {"CUDAExecutionProvider": ["MatMul", "Softmax"], "CPUExecutionProvider": ["Gather", "Concat"]}
-        made = claim(monkeypatch, nodes=nodes, refuses_strict=True)
+        fake = claim(monkeypatch, nodes=nodes, refuses_strict=True)
         session = onnx_session.open_session(b"", "cuda")
-        assert [entry["strict"] for entry in made.opened] == ["1", None]
+        assert [entry["strict"] for entry in fake.opened] == ["1", None]
         assert onnx_session.node_placement(session) == {
             "CPUExecutionProvider": {"Concat": 1, "Gather": 1},
             "CUDAExecutionProvider": {"MatMul": 1, "Softmax": 1},
         }
 
     @pytest.mark.parametrize(
-        ("nodes", "what"),
+        ("nodes", "message"),
         [
             (
                 {"CUDAExecutionProvider": ["Add"], "CPUExecutionProvider": ["MatMul", "Gather"]},
@@ -182,19 +182,19 @@ class TestCuda:
         ],
     )
     def test_arithmetic_on_the_cpu_is_refused(
-        self, nodes: dict[str, list[str]] | None, what: str, monkeypatch: pytest.MonkeyPatch
+        self, nodes: dict[str, list[str]] | None, message: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         claim(monkeypatch, nodes=nodes, refuses_strict=True)
-        with pytest.raises(DeviceError, match=what):
+        with pytest.raises(DeviceError, match=message):
             onnx_session.open_session(b"", "cuda")
 
-    def test_another_error_is_not_taken_for_a_fallback(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        made = claim(monkeypatch)
+    def test_another_error_is_not_mistaken_for_a_fallback(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        fake = claim(monkeypatch)
 
-        def fail(*given: Any, **named: Any) -> Any:
+        def fail(*args: Any, **options: Any) -> Any:
             raise RuntimeError("out of memory\nand more")
 
-        made.InferenceSession = fail  # type: ignore[misc]
+        fake.InferenceSession = fail  # type: ignore[misc]
         with pytest.raises(ModelError, match=r"cannot open the model: out of memory$"):
             onnx_session.open_session(b"", "cuda")
 
@@ -204,8 +204,8 @@ def test_the_cpu_needs_no_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     assert onnx_session.working_providers("cpu") == ["cpu"]
 
 
-def test_a_provider_that_computes_nonsense_is_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
-    session = SimpleNamespace(run=lambda _names, given: [given["x"]])
+def test_a_provider_with_wrong_results_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = SimpleNamespace(run=lambda _names, inputs: [inputs["x"]])
     monkeypatch.setattr(onnx_session, "open_session", lambda *_given, **_named: session)
     assert "wrong product" in str(onnx_session.provider_problem("cpu"))
 
@@ -214,23 +214,23 @@ def test_a_provider_that_computes_nonsense_is_trouble(monkeypatch: pytest.Monkey
 
 
 def custom(domain: str) -> bytes:
-    """A model of one operator that onnxruntime does not know."""
+    """Make a model of one operator that onnxruntime does not know."""
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in "xy")
     graph = helper.make_graph([helper.make_node("SparseLinear", ["x"], ["y"], domain=domain)], "custom", [x], [y])
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid(domain, 1)]
     return bytes(helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString())
 
 
-def test_operators_of_ours_that_are_not_registered_name_the_plugin() -> None:
-    with pytest.raises(ModelError, match=r"needs the operator SparseLinear of the domain 'spdtool'") as caught:
+def test_unregistered_spdtool_operators_name_the_plugin() -> None:
+    with pytest.raises(ModelError, match=r"needs the operator SparseLinear of the domain 'spdtool'") as error:
         onnx_session.open_session(custom("spdtool"))
-    assert "the plugin spdtool-sparse-cpu" in str(caught.value.hint)
+    assert "the plugin spdtool-sparse-cpu" in str(error.value.hint)
 
 
-def test_operators_of_a_stranger_that_are_not_registered_ask_for_their_library() -> None:
-    with pytest.raises(ModelError, match=r"of the domain 'their.ops', which is not registered") as caught:
+def test_other_unregistered_operators_ask_for_their_library() -> None:
+    with pytest.raises(ModelError, match=r"of the domain 'their.ops', which is not registered") as error:
         onnx_session.open_session(custom("their.ops"))
-    assert caught.value.hint == "give the library that holds it, or install the plugin whose target wrote the file"
+    assert error.value.hint == "give the library that holds it, or install the plugin whose target wrote the file"
 
 
 @pytest.mark.parametrize("content", [None, b"no library", Path(np.__file__).read_bytes()])
@@ -239,9 +239,9 @@ def test_a_library_that_cannot_be_loaded_is_refused_in_silence(
 ) -> None:
     if content is not None:
         (tmp_path / "ops.so").write_bytes(content)
-    with pytest.raises(ModelError, match=r"cannot load the operators in .*ops.so") as caught:
+    with pytest.raises(ModelError, match=r"cannot load the operators in .*ops.so") as error:
         onnx_session.open_session(onnx_session.small_model(), libraries=[tmp_path / "ops.so"])
-    assert "built for this machine" in str(caught.value.hint)
+    assert "built for this machine" in str(error.value.hint)
     assert capfd.readouterr() == ("", "")
 
 
@@ -253,16 +253,18 @@ def test_a_shared_library_without_operators_is_refused() -> None:
 
 
 def test_every_library_is_registered_before_the_model_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
-    real, seen = onnx_session.require_onnxruntime(), []
+    onnxruntime_module, registered = onnx_session.require_onnxruntime(), []
 
-    class Options(real.SessionOptions):
+    class Options(onnxruntime_module.SessionOptions):
         def register_custom_ops_library(self, path: str) -> None:
-            seen.append(path)
+            registered.append(path)
 
-    told = {name: getattr(real, name) for name in ("InferenceSession", "get_available_providers")}
-    monkeypatch.setattr(onnx_session, "require_onnxruntime", lambda: SimpleNamespace(**told, SessionOptions=Options))
+    attributes = {name: getattr(onnxruntime_module, name) for name in ("InferenceSession", "get_available_providers")}
+    monkeypatch.setattr(
+        onnx_session, "require_onnxruntime", lambda: SimpleNamespace(**attributes, SessionOptions=Options)
+    )
     onnx_session.open_session(onnx_session.small_model(), threads=1, libraries=["a.so", Path("b.so")])
-    assert seen == ["a.so", "b.so"]
+    assert registered == ["a.so", "b.so"]
 
 
 def test_an_unknown_provider_is_refused() -> None:

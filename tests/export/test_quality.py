@@ -1,4 +1,4 @@
-"""What is measured of teacher and student at the end, on fabricated logits: no model is loaded."""
+"""The final quality report of teacher and student, on fabricated logits; no model is loaded."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def encoded(labels: np.ndarray) -> Encoded:
 
 
 class FakeReference(Reference):
-    """A checkpoint whose logits are given."""
+    """A reference with given logits in place of a checkpoint."""
 
     def __init__(self, kind: str, dev: np.ndarray, test: np.ndarray, labels: np.ndarray, recipe: Recipe) -> None:
         dataset = Dataset("mine", kind, ("text",), NAMES, METRICS[kind], lambda _data, _seed: {})
@@ -47,7 +47,7 @@ METRICS = {"classification": ("accuracy",), "multilabel": ("f1_micro", "f1_macro
 
 
 def measured(monkeypatch: pytest.MonkeyPatch, kind: str, labels: np.ndarray, noise: float) -> Any:
-    """The quality of a sure teacher, and of a student with noise in its logits."""
+    """Measure the quality of a confident teacher and of a student with noisy logits."""
     monkeypatch.setattr(quality, "torch_forward", lambda model, _provider: model)
     monkeypatch.setattr(quality, "predict", lambda logits, _rows: logits)
     generator, recipe = np.random.default_rng(0), Recipe()
@@ -61,7 +61,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, kind: str, labels: np.ndarray, noi
     return quality.measure_quality(references, recipe, "cpu")  # type: ignore[arg-type]
 
 
-def test_a_classifier_has_scores_intervals_calibration_confusion_and_rows_that_differ(
+def test_the_quality_of_a_classifier_has_all_parts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     labels = np.arange(200) % 2
@@ -76,8 +76,8 @@ def test_a_classifier_has_scores_intervals_calibration_confusion_and_rows_that_d
         assert pair.calibrated.nll <= pair.raw.nll
     assert result.temperatures["student"] > result.temperatures["teacher"]
     assert sum(count for _, _, count in result.confusion) == 200
-    right = sum(count for gold, predicted, count in result.confusion if gold == predicted)
-    assert right / 200 == pytest.approx(final.student["accuracy"])
+    correct = sum(count for gold, predicted, count in result.confusion if gold == predicted)
+    assert correct / 200 == pytest.approx(final.student["accuracy"])
     assert (result.dev_rows, len(result.differing)) == (200, 20)
     probabilities = [row.student_probability for row in result.differing]
     assert probabilities == sorted(probabilities, reverse=True)
@@ -100,7 +100,7 @@ def test_several_labels_are_scored_by_their_thresholds_and_tested_by_a_bootstrap
     assert {"no", "yes", "none", "no, yes"} >= {row.student for row in result.differing}
 
 
-def test_without_test_rows_the_dev_rows_both_pick_and_report() -> None:
+def test_without_test_rows_the_dev_rows_select_and_report() -> None:
     assert quality_content(None).lines == []
     assert quality_content(Quality()).lines == [
         ("test rows", "none: the dev rows both picked the checkpoint and report its score")

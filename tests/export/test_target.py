@@ -1,4 +1,4 @@
-"""The base class of targets, what may be registered, and which targets a recipe asks for."""
+"""The base class of targets, their registration, and the targets that a recipe requests."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_defaults_fit_an_unrounded_onnx_file() -> None:
     assert StudentOnly().storage_formats(Recipe()) == StorageFormats("fp16", "fp16")
 
 
-def test_export_has_to_be_written() -> None:
+def test_missing_methods_of_a_target_raise_a_clear_error() -> None:
     with pytest.raises(NotImplementedError, match="StudentOnly has no `export`"):
         StudentOnly().export(Path("checkpoint"), Path("folder"), Recipe())
     with pytest.raises(NotImplementedError, match="StudentOnly rounds its arithmetic and has no `float32_form`"):
@@ -53,14 +53,14 @@ def test_export_has_to_be_written() -> None:
 
 def test_only_a_subclass_of_target_can_be_registered() -> None:
     class Foreign:
-        """It has the methods of a target, and is none."""
+        """A class with the methods of a target that is no subclass of Target."""
 
         export = Target.export
 
     for value in (Foreign, Foreign(), Target(), "onnx"):
-        with pytest.raises(PluginError, match=r"'foreign' is no subclass of spdtool\.Target") as caught:
+        with pytest.raises(PluginError, match=r"'foreign' is no subclass of spdtool\.Target") as error:
             plugins.targets.register("foreign")(value)
-        assert "class Foreign(spdtool.Target)" in str(caught.value.hint)
+        assert "class Foreign(spdtool.Target)" in str(error.value.hint)
     assert plugins.targets.find("foreign") is None
 
 
@@ -72,8 +72,8 @@ def test_a_registered_class_is_returned_unchanged_and_looked_up_as_an_instance()
 
 def test_the_first_target_has_no_prefix_and_the_others_their_names() -> None:
     plugins.targets.register("student-only")(StudentOnly)
-    chosen = required_targets(Export(targets=("onnx", "student-only", "onnx")))
-    assert [(choice.name, choice.prefix, choice.optional) for choice in chosen] == [
+    choices = required_targets(Export(targets=("onnx", "student-only", "onnx")))
+    assert [(choice.name, choice.prefix, choice.optional) for choice in choices] == [
         ("onnx", "", False),
         ("student-only", "student-only", False),
     ]
@@ -81,41 +81,41 @@ def test_the_first_target_has_no_prefix_and_the_others_their_names() -> None:
 
 def test_the_first_target_must_export_the_teacher_too() -> None:
     plugins.targets.register("student-only")(StudentOnly)
-    with pytest.raises(RecipeError, match="'student-only' does not export the teacher") as caught:
+    with pytest.raises(RecipeError, match="'student-only' does not export the teacher") as error:
         required_targets(Export(targets=("student-only",)))
-    assert caught.value.hint == 'export.targets=["onnx", "student-only"]'
+    assert error.value.hint == 'export.targets=["onnx", "student-only"]'
     with pytest.raises(RecipeError, match="export.targets is empty"):
         required_targets(Export(targets=()))
 
 
 def test_a_required_target_that_nothing_provides_is_an_error() -> None:
-    with pytest.raises(UnknownName, match="'onnx-int9'") as caught:
+    with pytest.raises(UnknownName, match="'onnx-int9'") as error:
         required_targets(Export(targets=("onnx", "onnx-int9")))
-    assert "did you mean 'onnx-int8'" in str(caught.value.hint)
+    assert "did you mean 'onnx-int8'" in str(error.value.hint)
 
 
 def test_optional_targets_are_looked_up_once_each_and_missing_ones_explained() -> None:
     plugins.targets.register("student-only")(StudentOnly)
     names = ("onnx", "student-only", "student-only", "onnx-fp16", "absent")
-    chosen, errors = optional_targets(Recipe(export=Export(optional=names, skip=("onnx-fp16",))))
-    assert [(choice.name, choice.prefix, choice.optional) for choice in chosen] == [
+    choices, errors = optional_targets(Recipe(export=Export(optional=names, skip=("onnx-fp16",))))
+    assert [(choice.name, choice.prefix, choice.optional) for choice in choices] == [
         ("student-only", "student-only", True)
     ]
     assert list(errors) == ["absent"]
 
 
-def test_installed_means_every_target_that_is_exported_by_default_and_plugins_come_first() -> None:
+def test_installed_selects_all_default_targets_with_plugins_first() -> None:
     plugins.targets.register("student-only")(StudentOnly)
     names = optional_names(Recipe())
     assert names[-4:] == ["onnx-fp16", "onnx-int8", "onnx-ort", "onnx-ort-fp16"]
     assert "student-only" in names[:-4]
     assert "onnx-int8-static" not in names
-    chosen, errors = optional_targets(Recipe(export=Export(skip=("student-only", "onnx-ort"))))
-    assert not {"student-only", "onnx-ort"} & {choice.name for choice in chosen}
+    choices, errors = optional_targets(Recipe(export=Export(skip=("student-only", "onnx-ort"))))
+    assert not {"student-only", "onnx-ort"} & {choice.name for choice in choices}
     assert errors == {}
 
 
-def test_importing_the_base_class_brings_nothing_heavy() -> None:
+def test_importing_the_base_class_imports_no_large_library() -> None:
     code = "import sys, spdtool.export.target; print(sorted({'torch', 'onnx', 'numpy'} & sys.modules.keys()))"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "[]"

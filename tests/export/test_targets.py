@@ -1,4 +1,4 @@
-"""The variants of the portable graph: what their files hold, and the faults that the gates find in them."""
+"""The variants of the portable graph: the content of their files, and the faults that the gates detect."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> Pa
 
 @pytest.fixture(scope="module")
 def proto(checkpoint: Path) -> onnx.ModelProto:
-    """Its portable graph."""
+    """The portable graph of the checkpoint."""
     return trace.trace_checkpoint(checkpoint, 18)
 
 
 @pytest.fixture
 def dev(checkpoint: Path, toys: ModuleType, toy_task: Callable[..., Any]) -> DevSets:
-    """A task whose gold labels are what the model says."""
+    """A task whose gold labels are the predictions of the model."""
     task = toy_task()
     rows = data.encode_splits(toys.tokenizer(), {"dev": toys.rows(40), "train": toys.rows(32, 5)}, 32)
     return DevSets(task, {"dev": rows["dev"]}, rows["train"])
@@ -64,18 +64,18 @@ Export = Callable[..., tuple[dict[str, Any], Path]]
 
 @pytest.fixture
 def export(checkpoint: Path, tmp_path: Path, dev: DevSets, toys: ModuleType) -> Export:
-    """`export("onnx-int8", "export.budget=1")`: a target's metrics and folder, once its files passed the gates."""
+    """Return `export("onnx-int8", "export.budget=1")`: metrics and folder of a target that passed the gates."""
 
     def make(name: str, *sets: str, source: Path = checkpoint, target: Any = None) -> tuple[dict[str, Any], Path]:
         recipe = toys.recipe("export.sentences=6", *sets)
-        found = target or get_target(name)
-        return export_and_check(found, Reference(source, dev, recipe), tmp_path / name, ["cpu"]), tmp_path / name
+        resolved = target or get_target(name)
+        return export_and_check(resolved, Reference(source, dev, recipe), tmp_path / name, ["cpu"]), tmp_path / name
 
     return make
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_every_variant_passes_the_gates_and_says_what_it_is(name: str, export: Export, checkpoint: Path) -> None:
+def test_every_variant_passes_the_gates_and_describes_itself(name: str, export: Export, checkpoint: Path) -> None:
     metrics, folder = export(name, "export.budget=1")
     stored = {weight.name: weight.array for weight in get_target(name).stored_weights(folder)}
     for parameter, weight in find_prunable_weights(load_model(checkpoint)).items():
@@ -103,7 +103,7 @@ def test_fused_operators_are_counted(export: Export) -> None:
         for entry in tensor.metadata_props
         if entry.key == SIDE_BY_SIDE and "layer.1." in entry.value
     }
-    assert [part.split(".")[-3] for part in packed.split()] == ["query", "key", "value"]
+    assert [weight_name.split(".")[-3] for weight_name in packed.split()] == ["query", "key", "value"]
 
 
 def test_the_fused_fp16_graph_has_nine_nodes_a_layer_at_most(
@@ -120,7 +120,7 @@ def test_the_fused_fp16_graph_has_nine_nodes_a_layer_at_most(
     assert [len(nodes[index].output) for index in sums] == 4 * [1]
 
 
-def test_a_tokenizer_that_pads_on_the_left_is_refused_where_attention_takes_row_lengths(
+def test_left_padding_is_refused_if_attention_takes_row_lengths(
     export: Export, tmp_path: Path, toys: ModuleType
 ) -> None:
     save_model(toys.bert(seed=2), toys.tokenizer("left"), tmp_path / "left")
@@ -128,15 +128,15 @@ def test_a_tokenizer_that_pads_on_the_left_is_refused_where_attention_takes_row_
         export("onnx-ort-fp16", "export.budget=1", source=tmp_path / "left")
 
 
-def test_a_bias_that_hides_more_than_padding_stays(proto: onnx.ModelProto) -> None:
-    """A window of local attention, or positions: row lengths say nothing of them."""
+def test_a_bias_that_masks_more_than_padding_is_not_replaced(proto: onnx.ModelProto) -> None:
+    """A bias of local attention or of positions cannot be replaced by row lengths."""
     fused = fuse_operators(onnx.ModelProto.FromString(proto.SerializeToString()))
     (bias,) = {node.input[5] for node in fused.graph.node if node.op_type == "Attention"}
-    where = next(node for node in fused.graph.node if bias in node.output)
-    where.output[0] = "padding"
+    mask_node = next(node for node in fused.graph.node if bias in node.output)
+    mask_node.output[0] = "padding"
     fused.graph.initializer.append(numpy_helper.from_array(np.full((1, 1, 1, 1), 0.5, np.float32), "half"))
-    place = list(fused.graph.node).index(where) + 1
-    fused.graph.node.insert(place, helper.make_node("Add", ["padding", "half"], [bias]))
+    position = list(fused.graph.node).index(mask_node) + 1
+    fused.graph.node.insert(position, helper.make_node("Add", ["padding", "half"], [bias]))
     before = fused.SerializeToString()
     assert not row_lengths.use_row_lengths(fused)
     assert fused.SerializeToString() == before
@@ -168,7 +168,7 @@ def test_every_matrix_takes_fewer_bytes(name: str, stored_as: int, export: Expor
     assert {tensor.data_type for tensor in embeddings} <= {stored_as, TensorProto.UINT8}
 
 
-def test_static_int8_rounds_what_goes_into_a_product_with_a_weight_and_nothing_else(export: Export) -> None:
+def test_static_int8_rounds_only_inputs_of_products_with_weights(export: Export) -> None:
     _, folder = export("onnx-int8-static", "export.budget=1")
     graph = onnx.load(folder / MODEL_FILE).graph
     made_by = {name: node for node in graph.node for name in node.output}
@@ -190,13 +190,13 @@ def test_static_int8_rounds_what_goes_into_a_product_with_a_weight_and_nothing_e
 @pytest.mark.parametrize("name", TARGETS)
 def test_two_exports_are_byte_identical(name: str, checkpoint: Path, tmp_path: Path, dev: DevSets, toys: Any) -> None:
     target = get_target(name)
-    for place in ("a", "b"):
-        target.export_rounded(checkpoint, tmp_path / place, toys.recipe(), Rounding((), dev.calibration_rows))
+    for folder in ("a", "b"):
+        target.export_rounded(checkpoint, tmp_path / folder, toys.recipe(), Rounding((), dev.calibration_rows))
     assert (tmp_path / "a" / MODEL_FILE).read_bytes() == (tmp_path / "b" / MODEL_FILE).read_bytes()
 
 
 def damaged(name: str, damage: Callable[[Any], None]) -> Target:
-    """The target `name`, whose file `damage(proto)` changes once it is written."""
+    """Make the target `name` apply `damage(proto)` to the file it has written."""
     target = get_target(name)
 
     class Damaged(type(target)):  # type: ignore[misc]
@@ -220,11 +220,11 @@ def perturb(array: np.ndarray) -> None:
 
 @pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize(
-    ("change", "what"),
+    ("change", "message"),
     [(fill_zeros, "zeros"), (perturb, "zeros|further from the checkpoint's|differ by|in place of")],
     ids=["lost mask", "perturbed matrix"],
 )
-def test_planted_faults_of_a_matrix_are_found(name: str, change: Any, what: str, export: Export) -> None:
+def test_planted_faults_of_a_matrix_are_found(name: str, change: Any, message: str, export: Export) -> None:
     def damage(proto: Any) -> None:
         tensor = next(
             tensor
@@ -235,7 +235,7 @@ def test_planted_faults_of_a_matrix_are_found(name: str, change: Any, what: str,
         change(array)
         tensor.raw_data = array.tobytes()
 
-    with pytest.raises(GateError, match=what):
+    with pytest.raises(GateError, match=message):
         export(name, "export.budget=1", target=damaged(name, damage))
 
 
@@ -256,7 +256,7 @@ def test_an_attention_mask_that_is_not_applied_is_found(name: str, export: Expor
 
 @pytest.fixture
 def scaled(tmp_path: Path, toys: ModuleType) -> Callable[[float], Path]:
-    """`scaled(1e4)`: a checkpoint whose layer 0 multiplies one feature, and divides by it again."""
+    """Return `scaled(factor)`: a checkpoint whose layer 0 multiplies one feature and later divides by it."""
 
     def make(factor: float) -> Path:
         model = toys.bert(seed=2)
@@ -270,14 +270,14 @@ def scaled(tmp_path: Path, toys: ModuleType) -> Callable[[float], Path]:
     return make
 
 
-def test_what_fp16_cannot_hold_is_found_node_by_node(export: Export, scaled: Callable[[float], Path]) -> None:
-    """On a CPU the result may be fine: float32 is kept between two nodes."""
-    with pytest.raises(GateError, match="is not finite on") as caught:
+def test_overflow_in_fp16_is_found_node_by_node(export: Export, scaled: Callable[[float], Path]) -> None:
+    """On a CPU the result may be finite, because values between nodes may stay in float32."""
+    with pytest.raises(GateError, match="is not finite on") as error:
         export("onnx-fp16", "export.budget=1", source=scaled(1e5))
-    assert "65504" in caught.value.message
+    assert "65504" in error.value.message
 
 
-def test_what_is_not_finite_in_float32_either_is_no_fault_of_fp16(tmp_path: Path) -> None:
+def test_values_not_finite_in_float32_are_not_blamed_on_fp16(tmp_path: Path) -> None:
     def scan(largest: float) -> None:
         tensors = [numpy_helper.from_array(np.array([[0.0], [largest]], np.float16), "weight")]
         nodes = [
@@ -289,8 +289,8 @@ def test_what_is_not_finite_in_float32_either_is_no_fault_of_fp16(tmp_path: Path
         ends = [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "sequence"])]
         ends.append(helper.make_tensor_value_info("logits", TensorProto.FLOAT, None))
         graph = helper.make_graph(nodes, "toy", ends[:1], ends[1:], tensors)
-        made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-        onnx.save(made, tmp_path / "model.onnx")
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+        onnx.save(model, tmp_path / "model.onnx")
         fp16.check_overflow(tmp_path / "model.onnx", [("a batch", {"input_ids": np.array([[0, 1]])})], "cpu")
 
     scan(100.0)  # the logarithm of 0 is minus infinity in any arithmetic
@@ -300,7 +300,7 @@ def test_what_is_not_finite_in_float32_either_is_no_fault_of_fp16(tmp_path: Path
 
 @pytest.mark.parametrize("architecture", ["deberta-v2", "mpnet"])
 def test_positions_are_the_same_in_fp16(architecture: str, tmp_path: Path, toys: ModuleType) -> None:
-    """A distance that is rounded before it is put into a bucket may fall into the next one."""
+    """A relative position that is rounded before bucketing may fall into the next bucket."""
     config = {"position_buckets": 64} if architecture == "deberta-v2" else {}
     model = toys.classifier(architecture, layers=1, max_position_embeddings=514, **config)
     tokenizer = toys.tokenizer(token_types=toys.ARCHITECTURES[architecture][1])
@@ -308,23 +308,21 @@ def test_positions_are_the_same_in_fp16(architecture: str, tmp_path: Path, toys:
     save_model(model, tokenizer, tmp_path / "checkpoint")
     wide = trace.trace_checkpoint(tmp_path / "checkpoint", 18)
     narrow = fp16.convert_to_fp16(trace.trace_checkpoint(tmp_path / "checkpoint", 18))
-    places = [node.output[0] for node in wide.graph.node if node.op_type == "Cast" and node.attribute[0].i == 7]
-    found = []
+    output_names = [node.output[0] for node in wide.graph.node if node.op_type == "Cast" and node.attribute[0].i == 7]
+    outputs = []
     for proto in (wide, narrow):
-        proto.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.INT64, None) for name in places)
+        proto.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.INT64, None) for name in output_names)
         session = onnx_session.open_session(proto.SerializeToString())
         ids = np.full((1, 500), 9)
         batch = {value.name: np.zeros_like(ids) + (value.name == "attention_mask") for value in session.get_inputs()}
-        found.append(session.run(places, batch | {"input_ids": ids}))
-    assert found[0]
-    for one, other in zip(*found, strict=True):
-        np.testing.assert_array_equal(one, other)
+        outputs.append(session.run(output_names, batch | {"input_ids": ids}))
+    assert outputs[0]
+    for in_float32, in_float16 in zip(*outputs, strict=True):
+        np.testing.assert_array_equal(in_float32, in_float16)
 
 
 @pytest.mark.parametrize("architecture", ["bert", "deberta-v2", "mpnet", "modernbert"])
-def test_an_fp16_graph_is_in_order_and_as_lean_as_the_other(
-    architecture: str, tmp_path: Path, toys: ModuleType
-) -> None:
+def test_an_fp16_graph_is_sorted_and_has_no_extra_nodes(architecture: str, tmp_path: Path, toys: ModuleType) -> None:
     model = toys.classifier(architecture, layers=2)
     save_model(model, toys.tokenizer(token_types=toys.ARCHITECTURES[architecture][1]), tmp_path / "checkpoint")
     wide = trace.trace_checkpoint(tmp_path / "checkpoint", 18)
@@ -336,9 +334,9 @@ def test_an_fp16_graph_is_in_order_and_as_lean_as_the_other(
 
 @pytest.mark.parametrize("name", ["onnx-int8", "onnx-int8-static"])
 def test_an_outlier_that_ruins_int8_is_found(name: str, export: Export, scaled: Callable[[float], Path]) -> None:
-    """All other features of its activation fall below one step of the common scale; without it, all is well."""
-    sound, _ = export(name, "export.budget=1", source=scaled(1))
-    assert sound.deviation < 0.15
+    """One outlier makes all other features of the activation smaller than one step of the common scale."""
+    intact, _ = export(name, "export.budget=1", source=scaled(1))
+    assert intact.deviation < 0.15
     with pytest.raises(GateError, match="moves the logits by .* the tolerance is 25%"):
         export(name, "export.budget=1", source=scaled(1e3))
 
@@ -361,16 +359,16 @@ def test_static_int8_needs_rows(checkpoint: Path, tmp_path: Path, dev: DevSets, 
 def test_layers_that_break_the_budget_stay_in_float32(
     export: Export, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The budget is met once layer 0 is left alone: by decree, for a toy's predictions seldom flip."""
-    real = compare_predictions
+    """A stub meets the budget once layer 0 stays in float32, because a toy's predictions seldom flip."""
+    original_compare = compare_predictions
 
-    def compare(task: Any, reference: Any, found: Any, rows: Any, tolerance: float) -> DevComparison:
-        change = real(task, reference, found, rows, tolerance)
-        held = {tensor.name for tensor in current().graph.initializer}
-        spared = any("layer.0" in name and name.endswith("intermediate.dense.weight.T") for name in held)
-        metrics = {name: value - (0 if spared else 0.5) for name, value in change.checkpoint_scores.items()}
+    def compare(task: Any, reference: Any, file_logits: Any, rows: Any, tolerance: float) -> DevComparison:
+        change = original_compare(task, reference, file_logits, rows, tolerance)
+        names_in_file = {tensor.name for tensor in current().graph.initializer}
+        is_float32 = any("layer.0" in name and name.endswith("intermediate.dense.weight.T") for name in names_in_file)
+        metrics = {name: value - (0 if is_float32 else 0.5) for name, value in change.checkpoint_scores.items()}
         return DevComparison(
-            metrics, change.checkpoint_scores, 9, change.rows, change.largest_change, 0 if spared else 9
+            metrics, change.checkpoint_scores, 9, change.rows, change.largest_change, 0 if is_float32 else 9
         )
 
     def current() -> onnx.ModelProto:
@@ -391,7 +389,7 @@ def test_layers_that_break_the_budget_stay_in_float32(
 write = trace.write_model
 
 
-def test_sparse_constants_say_the_same_and_take_fewer_bytes(export: Export) -> None:
+def test_sparse_constants_compute_the_same_and_take_fewer_bytes(export: Export) -> None:
     dense, _ = export("onnx")
     sparse, folder = export("onnx", "export.sparse_initializers=true")
     proto = onnx.load(folder / MODEL_FILE)
@@ -407,14 +405,14 @@ def test_the_attention_operator_of_operator_set_23(export: Export) -> None:
     assert (metrics.opset, operators["Attention"]) == (23, 2)
 
 
-def test_a_twin_rounds_no_activation(proto: onnx.ModelProto) -> None:
+def test_the_float32_copy_rounds_no_activation(proto: onnx.ModelProto) -> None:
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
-    found = float32_copy(quantize_dynamically(copy))
-    left = {node.op_type for node in found.graph.node}
-    assert not left & {"DynamicQuantizeLinear", "MatMulInteger", "QuantizeLinear"}
+    unrounded = float32_copy(quantize_dynamically(copy))
+    operators = {node.op_type for node in unrounded.graph.node}
+    assert not operators & {"DynamicQuantizeLinear", "MatMulInteger", "QuantizeLinear"}
     rows = {name: np.ones((2, 5), np.int64) for name in trace.INPUT_NAMES}
-    assert onnx_forward(onnx_session.open_session(found.SerializeToString()))(rows).shape == (2, 2)
+    assert onnx_forward(onnx_session.open_session(unrounded.SerializeToString()))(rows).shape == (2, 2)
 
 
 def test_masks_are_clamped_and_nothing_else() -> None:
@@ -422,6 +420,6 @@ def test_masks_are_clamped_and_nothing_else() -> None:
     tensors = [numpy_helper.from_array(np.asarray(value), name) for name, value in values.items()]
     proto = helper.make_model(helper.make_graph([], "g", [], [], tensors))
     fp16.clamp_masks(proto)
-    found = {tensor.name: numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
-    assert found["mask"] == fp16.MASK_VALUE
-    assert (found["weight"] == values["weight"]).all()
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
+    assert arrays["mask"] == fp16.MASK_VALUE
+    assert (arrays["weight"] == values["weight"]).all()

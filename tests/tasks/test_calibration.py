@@ -1,4 +1,4 @@
-"""Calibration: known values, a temperature that is found again, and thresholds that no other one beats."""
+"""Calibration: known values, a recovered temperature, and optimal thresholds."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from spdtool.tasks.metrics import f1_of_labels
 
 
 def drawn_classes(logits: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Labels drawn by the softmax of `logits`: these are calibrated by construction."""
+    """Draw labels by the softmax of `logits`, which makes the logits calibrated."""
     generator = np.random.default_rng(seed)
     return (softmax(logits).cumsum(axis=1) < generator.random((len(logits), 1))).sum(axis=1)
 
 
-def test_a_temperature_is_found_again_and_lowers_the_error() -> None:
+def test_the_temperature_of_scaled_logits_is_recovered() -> None:
     logits = np.random.default_rng(0).normal(0, 2, (4000, 5))
     labels = drawn_classes(logits)
     for scale in (0.3, 1.0, 3.0):
@@ -46,7 +46,7 @@ def test_labels_are_calibrated_one_by_one() -> None:
     assert summarize_confidences(label_confidences(2 * logits, labels, temperature), 10).ece < 0.02
 
 
-def test_rows_that_do_not_say_how_sure_a_model_may_be_leave_the_temperature_at_1() -> None:
+def test_rows_without_information_leave_the_temperature_at_1() -> None:
     logits = np.array([[2.0, -2.0], [-1.0, 1.0]])
     for labels in (np.array([0, 1]), np.array([1, 0])):
         assert fit_temperature(lambda value, labels=labels: class_confidences(logits, labels, value).nll) == 1.0
@@ -75,10 +75,10 @@ def test_no_other_threshold_has_a_higher_f1() -> None:
     for trial in range(20):
         logits = generator.normal(0, 1, (30, 4)).round(1).astype(np.float32)  # with ties
         gold = generator.random((30, 4)) < (0.1, 0.3, 0.5, 0.9)
-        chosen = best_thresholds(logits, gold)
-        best = f1_of_labels(gold, logits > np.array(chosen))
-        for other in np.arange(-4, 4, 0.05):
-            assert (f1_of_labels(gold, logits > other) <= best + 1e-12).all(), (trial, other)
+        thresholds = best_thresholds(logits, gold)
+        best = f1_of_labels(gold, logits > np.array(thresholds))
+        for threshold in np.arange(-4, 4, 0.05):
+            assert (f1_of_labels(gold, logits > threshold) <= best + 1e-12).all(), (trial, threshold)
 
 
 def test_a_label_that_no_row_has_keeps_one_half_and_of_equal_thresholds_the_nearest_to_it_is_taken() -> None:

@@ -1,4 +1,4 @@
-"""Single-label classification: labels of a model, losses, predictions, and what the plan says about classes."""
+"""Single-label classification: label order of a model, losses, predictions, and class counts in the plan."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ToyTask = Callable[..., Task]
 
 
 def splits_of(train: Sequence[int], dev: Sequence[int]) -> dict[str, Rows]:
-    """Splits with these labels, whose texts are all different."""
+    """Make splits with these labels and distinct texts."""
     first = [f"train {row}" for row in range(len(train))], [f"dev {row}" for row in range(len(dev))]
     return {"train": Rows(first[0], None, train), "dev": Rows(first[1], None, dev)}
 
@@ -24,8 +24,8 @@ def splits_of(train: Sequence[int], dev: Sequence[int]) -> dict[str, Rows]:
 def test_labels_follow_the_order_of_the_models_names(toy_task: ToyTask) -> None:
     task = toy_task(labels=("not_entailment", "entailment"))
     splits = {"train": Rows(["a", "b", "c"], None, [0, 1, 1])}
-    turned = task.align_labels(splits, ["ENTAILMENT", "not entailment"])
-    assert list(turned["train"].labels) == [1, 0, 0]
+    aligned = task.align_labels(splits, ["ENTAILMENT", "not entailment"])
+    assert list(aligned["train"].labels) == [1, 0, 0]
     assert splits["train"].labels == [0, 1, 1], "the rows that came in are as they were"
     for names in (["not-entailment", "entailment"], ["LABEL_0", "LABEL_1"]):
         assert task.align_labels(splits, names)["train"].labels == [0, 1, 1]
@@ -68,9 +68,9 @@ def test_a_model_may_have_classes_that_no_row_has(toy_task: ToyTask) -> None:
         assert task.dataset.labels == widened
         assert task.label_order(names) == order
         assert task.dataset.metrics == ("accuracy", "f1_macro")
-        for chosen, metric in (("accuracy", "accuracy"), ("f1", "f1_macro")):
+        for metric_name, metric in (("accuracy", "accuracy"), ("f1", "f1_macro")):
             narrow = toy_task(labels=labels, metrics=("accuracy", "f1"))
-            narrow.metric = chosen
+            narrow.metric = metric_name
             assert narrow.widen(names).metric == metric
         rows = splits_of([0, 1, 0], [1, 0])
         aligned = task.align_labels(rows, names)["dev"]
@@ -89,15 +89,15 @@ def test_the_reason_for_another_number_of_labels_is_named(toy_task: ToyTask) -> 
         (("a", "b"), ["a"], "fine-tuned on this task"),
     ]
     for labels, names, hint in cases:
-        with pytest.raises(ModelError) as caught:
+        with pytest.raises(ModelError) as error:
             toy_task(labels=labels).label_order(names)
-        assert hint in str(caught.value.hint), labels
-    with pytest.raises(ModelError) as caught:
+        assert hint in str(error.value.hint), labels
+    with pytest.raises(ModelError) as error:
         toy_task(labels=()).label_order(["a", "b"])
-    assert "regression=false" in str(caught.value.hint)
+    assert "regression=false" in str(error.value.hint)
 
 
-def test_labels_that_cannot_be_told_apart_or_have_other_names_are_refused_with_both_lists(toy_task: ToyTask) -> None:
+def test_ambiguous_or_unknown_labels_are_refused_with_both_lists(toy_task: ToyTask) -> None:
     cases = [
         (("A", "a"), ["a", "b"]),
         (("a", "b"), ["A", "a"]),
@@ -108,11 +108,11 @@ def test_labels_that_cannot_be_told_apart_or_have_other_names_are_refused_with_b
         (("neg", "pos"), ["LABEL_1", "LABEL_0"]),
     ]
     for labels, names in cases:
-        with pytest.raises(ModelError) as caught:
+        with pytest.raises(ModelError) as error:
             toy_task(labels=labels).align_labels({"train": Rows(["a"], None, [0])}, names)
-        assert ", ".join(labels) in caught.value.message
-        assert ", ".join(names) in caught.value.message
-        assert "id2label" in str(caught.value.hint)
+        assert ", ".join(labels) in error.value.message
+        assert ", ".join(names) in error.value.message
+        assert "id2label" in str(error.value.hint)
 
 
 def test_a_model_with_another_number_of_labels_is_refused(toy_task: ToyTask) -> None:
@@ -168,7 +168,7 @@ def test_of_many_classes_the_first_are_listed(toy_task: ToyTask) -> None:
     assert "c07 1 and 22 more; always" in line
 
 
-def test_what_may_be_a_mistake_in_the_data_is_named(toy_task: ToyTask) -> None:
+def test_likely_mistakes_in_the_data_are_reported(toy_task: ToyTask) -> None:
     cases: list[tuple[tuple[str, ...], dict[str, Rows], list[str]]] = [
         (("a", "b"), splits_of([0, 1], [0, 1]), []),
         (("a", "b"), splits_of([0, 1], [0, 0]), ["no row of dev has the label 'b'"]),

@@ -48,10 +48,10 @@ def test_a_given_sentence_encoder_makes_the_task(tmp_path: Path, task: Embedding
         task.read_rows(recipe.model_copy(update={"given_teacher": None}))
 
 
-def test_losses_vanish_for_the_teacher_and_each_sees_what_it_should() -> None:
+def test_vector_losses_vanish_for_the_teacher_and_differ_in_what_they_measure() -> None:
     generator = torch.Generator().manual_seed(0)
     teacher = torch.randn(6, 8, generator=generator)
-    turned = teacher @ torch.linalg.qr(torch.randn(8, 8, generator=generator))[0]
+    rotated_vectors = teacher @ torch.linalg.qr(torch.randn(8, 8, generator=generator))[0]
     for weights, longer, rotated in (
         ({"cosine": 1, "distance": 0, "similarity": 0}, 0.0, None),
         ({"cosine": 0, "distance": 1, "similarity": 0}, 1.0, None),
@@ -61,9 +61,9 @@ def test_losses_vanish_for_the_teacher_and_each_sees_what_it_should() -> None:
         assert float(vector_loss(teacher, teacher, loss)) == pytest.approx(0, abs=1e-5), weights
         assert float(vector_loss(2 * teacher, teacher, loss)) == pytest.approx(longer, abs=1e-5), weights
         if rotated is None:
-            assert float(vector_loss(turned, teacher, loss)) > 0.5, weights
+            assert float(vector_loss(rotated_vectors, teacher, loss)) > 0.5, weights
         else:  # a rotation changes no similarity
-            assert float(vector_loss(turned, teacher, loss)) == pytest.approx(rotated, abs=1e-4)
+            assert float(vector_loss(rotated_vectors, teacher, loss)) == pytest.approx(rotated, abs=1e-4)
 
 
 def test_similarities_agree_with_a_loop() -> None:
@@ -71,10 +71,10 @@ def test_similarities_agree_with_a_loop() -> None:
     student, teacher = torch.randn(5, 4, generator=generator), torch.randn(5, 4, generator=generator)
     losses = []
     for row in range(5):
-        others = [other for other in range(5) if other != row]
+        other_rows = [other_row for other_row in range(5) if other_row != row]
         shares = []
         for vectors in (student, teacher):
-            similarity = torch.cosine_similarity(vectors[row : row + 1], vectors[others])
+            similarity = torch.cosine_similarity(vectors[row : row + 1], vectors[other_rows])
             shares.append(torch.log_softmax(similarity / 0.05, dim=0))
         losses.append((shares[1].exp() * (shares[1] - shares[0])).sum())
     loss = Loss(cosine=0, similarity=1)
@@ -87,10 +87,10 @@ def test_matryoshka_dimensions_have_losses_and_scores_of_their_own(task: Embeddi
     student = teacher.clone()
     student[:, :4] *= -1
     loss = Loss(similarity=0)
-    plain = float(task.logit_loss(student, teacher, torch.zeros(6), loss))
+    full_loss = float(task.logit_loss(student, teacher, torch.zeros(6), loss))
     task.settings_of_teacher = replace(task.settings_of_teacher, dimensions=(4,))
-    both = float(task.logit_loss(student, teacher, torch.zeros(6), loss))
-    assert both == pytest.approx((plain + 2.0) / 2, abs=1e-5)  # the leading four point the other way
+    mean_loss = float(task.logit_loss(student, teacher, torch.zeros(6), loss))
+    assert mean_loss == pytest.approx((full_loss + 2.0) / 2, abs=1e-5)  # the leading four point the other way
     with pytest.raises(ModelError, match="have 4 numbers"):
         task.logit_loss(student[:, :4], teacher, torch.zeros(6), loss)
 
@@ -107,8 +107,8 @@ def test_scores_are_those_of_pairs_and_of_the_teachers_neighbours(task: Embeddin
     assert scores == pytest.approx({"score": 1.0, "spearman": 1.0, "neighbours": 1.0})
     compared = task.compare_with({"dev": encoded}, lambda: {"dev": generator.standard_normal(vectors.shape)})["dev"]
     assert task.score(vectors, compared)["neighbours"] < 0.7
-    again = task.compare_with({"dev": compared}, lambda: pytest.fail("the teacher is there already"))
-    assert again["dev"] is compared
+    compared_again = task.compare_with({"dev": compared}, lambda: pytest.fail("the teacher is there already"))
+    assert compared_again["dev"] is compared
 
 
 def test_texts_get_their_prompts(tmp_path: Path, task: Embedding) -> None:
@@ -122,9 +122,9 @@ def test_texts_get_their_prompts(tmp_path: Path, task: Embedding) -> None:
 def test_a_sample_has_whole_pairs() -> None:
     rows = make_rows(["x", "y", "z"], PAIRS)
     assert sample_texts(rows, None, 0) is rows
-    drawn = sample_texts(rows, 1, 0)
-    assert len(drawn) == 3
-    assert np.asarray(drawn.labels)[:2, 0].tolist() in ([0, 0], [1, 1])
+    sample = sample_texts(rows, 1, 0)
+    assert len(sample) == 3
+    assert np.asarray(sample.labels)[:2, 0].tolist() in ([0, 0], [1, 1])
 
 
 def test_a_vector_is_answered_in_every_form() -> None:

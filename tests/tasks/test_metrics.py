@@ -25,17 +25,17 @@ def test_accuracy_f1_and_matthews_by_their_definitions() -> None:
 
 
 def test_correlations_by_their_definitions() -> None:
-    gold, guess = np.array([0.0, 1, 2, 3, 5]), np.array([0.1, 0.9, 3.5, 2.9, 9])
-    a, b = gold - gold.mean(), guess - guess.mean()
-    assert METRICS["pearson"](gold, guess) == pytest.approx((a * b).sum() / math.sqrt((a**2).sum() * (b**2).sum()))
+    gold, predicted = np.array([0.0, 1, 2, 3, 5]), np.array([0.1, 0.9, 3.5, 2.9, 9])
+    a, b = gold - gold.mean(), predicted - predicted.mean()
+    assert METRICS["pearson"](gold, predicted) == pytest.approx((a * b).sum() / math.sqrt((a**2).sum() * (b**2).sum()))
     ranks = np.array([0, 1, 3, 2, 4])
-    assert METRICS["spearman"](gold, guess) == pytest.approx(METRICS["pearson"](np.arange(5.0), ranks))
+    assert METRICS["spearman"](gold, predicted) == pytest.approx(METRICS["pearson"](np.arange(5.0), ranks))
 
 
 def test_a_correlation_that_is_undefined_is_zero() -> None:
     for name in ("pearson", "spearman"):
-        for guess in ([2, 2, 2], [1, np.nan, 2], [1, np.inf, 2]):
-            assert METRICS[name](np.array([1.0, 2, 3]), np.array(guess)) == 0.0, (name, guess)
+        for predicted in ([2, 2, 2], [1, np.nan, 2], [1, np.inf, 2]):
+            assert METRICS[name](np.array([1.0, 2, 3]), np.array(predicted)) == 0.0, (name, predicted)
 
 
 def test_a_model_with_one_answer_has_a_score_and_no_warning() -> None:
@@ -54,8 +54,8 @@ def test_metrics_of_label_sets_agree_with_scikit_learn() -> None:
         scores = generator.normal(0, 1, (40, 5)).round(trial % 3)  # with ties, and without
         predicted = scores > 0.4
         assert f1_of_label_sets(gold, predicted) == pytest.approx(f1_score(gold, predicted, average="micro"))
-        each = f1_score(gold, predicted, average=None, zero_division=0.0)
-        np.testing.assert_allclose(f1_of_labels(gold, predicted), each)
+        f1_by_label = f1_score(gold, predicted, average=None, zero_division=0.0)
+        np.testing.assert_allclose(f1_of_labels(gold, predicted), f1_by_label)
         assert mean_average_precision(gold, scores) == pytest.approx(average_precision_score(gold, scores))
 
 

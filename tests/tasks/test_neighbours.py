@@ -25,6 +25,6 @@ def test_agreement_counts_shared_neighbours() -> None:
     generator = np.random.default_rng(1)
     vectors = generator.standard_normal((40, 8))
     assert neighbour_agreement(vectors, 3 * vectors) == 1.0  # lengths do not count
-    other = neighbour_agreement(generator.standard_normal((40, 8)), vectors)
-    assert 0.1 < other < 0.45  # by chance 10 of 39
+    agreement = neighbour_agreement(generator.standard_normal((40, 8)), vectors)
+    assert 0.1 < agreement < 0.45  # by chance 10 of 39
     assert neighbour_agreement(vectors[:1], vectors[:1]) == 0.0

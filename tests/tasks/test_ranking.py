@@ -54,10 +54,10 @@ def test_losses_vanish_for_the_teacher_itself_and_see_no_other_query(task: Ranki
         assert float(task.logit_loss(teacher + 1, teacher, LABELS, loss)) == pytest.approx(1), (
             ranking
         )  # pointwise alone
-    moved = teacher[:, 0].clone()
-    moved[:2] += 5  # a whole query higher: no margin within a query changes
-    assert float(margin_loss(moved, teacher[:, 0], LABELS[:, 0])) == 0
-    assert float(listwise_loss(moved, teacher[:, 0], LABELS[:, 0], 2.0)) == pytest.approx(0, abs=1e-6)
+    shifted = teacher[:, 0].clone()
+    shifted[:2] += 5  # a whole query higher: no margin within a query changes
+    assert float(margin_loss(shifted, teacher[:, 0], LABELS[:, 0])) == 0
+    assert float(listwise_loss(shifted, teacher[:, 0], LABELS[:, 0], 2.0)) == pytest.approx(0, abs=1e-6)
 
 
 def test_losses_agree_with_loops_over_queries() -> None:
@@ -65,10 +65,10 @@ def test_losses_agree_with_loops_over_queries() -> None:
     score, target = torch.randn(5, generator=generator), torch.randn(5, generator=generator)
     errors, divergences = [], []
     for rows in ([0, 1], [2, 3, 4]):
-        for one in rows:
-            for other in rows:
-                if one != other:
-                    errors.append(((score[one] - score[other]) - (target[one] - target[other])) ** 2)
+        for row in rows:
+            for other_row in rows:
+                if row != other_row:
+                    errors.append(((score[row] - score[other_row]) - (target[row] - target[other_row])) ** 2)
         softened, soft_target = (torch.log_softmax(values[rows] / 2.0, dim=0) for values in (score, target))
         divergences.append((soft_target.exp() * (soft_target - softened)).sum() * 4)
     assert float(margin_loss(score, target, LABELS[:, 0])) == pytest.approx(float(torch.stack(errors).mean()))
@@ -79,8 +79,8 @@ def test_losses_agree_with_loops_over_queries() -> None:
 def test_gold_labels_have_their_share(task: Ranking) -> None:
     logits = torch.tensor([[5.0], [-5.0], [-5.0], [5.0], [-5.0]])
     assert float(task.gold_loss(logits, LABELS)) < 0.01
-    half = task.logit_loss(logits, logits, LABELS, Loss(hardness=0.5))
-    assert float(half) == pytest.approx(0.5 * float(task.gold_loss(logits, LABELS)), abs=1e-6)
+    mixed_loss = task.logit_loss(logits, logits, LABELS, Loss(hardness=0.5))
+    assert float(mixed_loss) == pytest.approx(0.5 * float(task.gold_loss(logits, LABELS)), abs=1e-6)
 
 
 def test_batches_hold_whole_queries(task: Ranking) -> None:
@@ -117,7 +117,7 @@ def test_chance_is_what_random_orders_score_and_a_perfect_ranking_is_above_it(ta
     assert task.score_labels(perfect, labels)["score"] == 1.0
 
 
-def test_places_that_rounding_changes_are_no_change(task: Ranking) -> None:
+def test_rank_changes_within_the_tolerance_are_no_change(task: Ranking) -> None:
     before = np.array([[1.0], [0.99], [0.0], [3.0], [1.0]])
     encoded = replace(empty_split(toys.tokenizer()), labels=LABELS.numpy())
     after = before.copy()
@@ -129,7 +129,7 @@ def test_places_that_rounding_changes_are_no_change(task: Ranking) -> None:
     assert changed.tolist() == worsened.tolist() == [False, True, False, False, False]
 
 
-def test_rows_that_cannot_teach_or_be_scored_are_refused_or_named(task: Ranking) -> None:
+def test_rows_without_relevance_information_are_refused_or_reported(task: Ranking) -> None:
     rows = make_rows()
     for relevance, amount in ((0, "no"), (1, "every")):
         labels = np.asarray(rows.labels).copy()
@@ -146,14 +146,19 @@ def test_rows_that_cannot_teach_or_be_scored_are_refused_or_named(task: Ranking)
 
 
 def test_a_score_is_that_of_a_cross_encoder() -> None:
-    one, two = np.array([[0.0], [2.0]], np.float32), np.array([[0.0, 1.0], [3.0, 0.0]], np.float32)
+    one_output, two_outputs = np.array([[0.0], [2.0]], np.float32), np.array([[0.0, 1.0], [3.0, 0.0]], np.float32)
     identity = {"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"}}
     for config, outputs, names, expected in (
-        ({}, one, ["score"], [0.5, 1 / (1 + np.exp(-2))]),
-        (identity, one, ["score"], [0.0, 2.0]),
-        ({"sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity"}, one, ["score"], [0.0, 2.0]),
-        ({}, two, ["no", "yes"], [1 / (1 + np.exp(-1)), 1 / (1 + np.exp(3))]),
-        ({}, two, ["relevant", "not_relevant"], [1 / (1 + np.exp(1)), 1 / (1 + np.exp(-3))]),
+        ({}, one_output, ["score"], [0.5, 1 / (1 + np.exp(-2))]),
+        (identity, one_output, ["score"], [0.0, 2.0]),
+        (
+            {"sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity"},
+            one_output,
+            ["score"],
+            [0.0, 2.0],
+        ),
+        ({}, two_outputs, ["no", "yes"], [1 / (1 + np.exp(-1)), 1 / (1 + np.exp(3))]),
+        ({}, two_outputs, ["relevant", "not_relevant"], [1 / (1 + np.exp(1)), 1 / (1 + np.exp(-3))]),
     ):
         decision = Relevance(names, Relevance.settings_of(config))
         assert decision.decide(outputs) == pytest.approx(expected, abs=1e-6), (config, names)
@@ -161,4 +166,4 @@ def test_a_score_is_that_of_a_cross_encoder() -> None:
         prediction = decision.predictions(outputs)[1]
         assert prediction["logits"] == outputs[1].tolist()
         assert decision.line(prediction) == f"{decision.decide(outputs)[1]:.6g}"
-    assert Relevance(["score"]).scored_answers(one) == [0.0, 2.0]
+    assert Relevance(["score"]).scored_answers(one_output) == [0.0, 2.0]

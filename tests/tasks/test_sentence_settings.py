@@ -45,14 +45,14 @@ def test_both_forms_of_a_pooling_are_read() -> None:
             read_pooling_mode(config, "x")
 
 
-def test_what_is_saved_is_the_same_folder_again(tmp_path: Path) -> None:
+def test_a_saved_sentence_encoder_equals_its_source(tmp_path: Path) -> None:
     source = toys.sentence_encoder(tmp_path / "source", prompts={"query": "the ", "passage": "a "})
     model, tokenizer = load_model(source), load_tokenizer(source)
     save_model(model, tokenizer, tmp_path / "copy")
     assert read_sentence_settings(tmp_path / "copy") == read_sentence_settings(source) == sentence_settings(model)
-    again = load_model(tmp_path / "copy")
+    reloaded = load_model(tmp_path / "copy")
     for name, weight in model.state_dict().items():
-        assert torch.equal(weight, again.state_dict()[name]), name
+        assert torch.equal(weight, reloaded.state_dict()[name]), name
     assert load_tokenizer(tmp_path / "copy").model_max_length == 24
     assert tokenizer.sentence_prompts == ("the ", "a ")
 

@@ -1,4 +1,4 @@
-"""Bootstrap intervals and paired tests: known values, and cases whose answer is plain."""
+"""Bootstrap intervals and paired tests: known values and clear cases."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import pytest
 from spdtool.tasks.significance import bootstrap_interval, bootstrap_scores, mcnemar, paired_bootstrap
 
 
-def right(both: int, teacher_only: int, student_only: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
-    counts = (both, teacher_only, student_only, neither)
+def right_rows(both_right: int, teacher_only: int, student_only: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
+    counts = (both_right, teacher_only, student_only, neither)
     return np.repeat([True, True, False, False], counts), np.repeat([True, False, True, False], counts)
 
 
 def test_mcnemar_is_the_exact_binomial_test_of_the_rows_that_one_model_alone_has_right() -> None:
     # by hand: 2 * (C(10,0) + C(10,1) + C(10,2)) / 2^10
-    test = mcnemar(*right(50, 8, 2, 5))
+    test = mcnemar(*right_rows(50, 8, 2, 5))
     assert test.p_value == pytest.approx(2 * (1 + 10 + 45) / 1024)
     assert (test.teacher_only, test.student_only) == (8, 2)
-    assert mcnemar(*right(10, 0, 0, 3)).p_value == 1.0
-    assert mcnemar(*right(0, 4, 4, 0)).p_value == 1.0
+    assert mcnemar(*right_rows(10, 0, 0, 3)).p_value == 1.0
+    assert mcnemar(*right_rows(0, 4, 4, 0)).p_value == 1.0
     assert "8 rows only the teacher has right, 2 only the student" in test.describe()
 
 
@@ -30,10 +30,10 @@ def test_the_interval_of_an_accuracy_is_near_the_normal_one_and_repeats_by_its_s
     half_width = 1.96 * (0.8 * 0.2 / 400) ** 0.5
     assert interval.low == pytest.approx(0.8 - half_width, abs=0.006)
     assert interval.high == pytest.approx(0.8 + half_width, abs=0.006)
-    (again,) = bootstrap_scores((lambda rows: float(is_right[rows].mean()),), 400, resamples=2000, seed=3)
-    assert np.array_equal(scores, again)
-    (other,) = bootstrap_scores((lambda rows: float(is_right[rows].mean()),), 400, resamples=2000, seed=4)
-    assert not np.array_equal(scores, other)
+    (same_seed,) = bootstrap_scores((lambda rows: float(is_right[rows].mean()),), 400, resamples=2000, seed=3)
+    assert np.array_equal(scores, same_seed)
+    (other_seed,) = bootstrap_scores((lambda rows: float(is_right[rows].mean()),), 400, resamples=2000, seed=4)
+    assert not np.array_equal(scores, other_seed)
 
 
 def test_models_are_scored_on_the_same_resamples() -> None:

@@ -1,4 +1,4 @@
-"""A student of MNLI opens as a zero-shot classifier: the names of its labels say which logit is entailment."""
+"""A student of MNLI works as a zero-shot classifier: its label names mark the logit of entailment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Why a job of several processes ended: the cause is told, not what it did to the others."""
+"""Failures of multi-process jobs: the launcher reports the cause, not its consequences in other ranks."""
 
 from __future__ import annotations
 
@@ -35,34 +35,34 @@ def failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return make
 
 
-def test_a_killed_rank_is_named_whatever_its_peers_say_of_it(failed: Any) -> None:
-    found = launch.explain_failures({0: failed(0, 2, LOST), 1: failed(1, -signal.SIGKILL)}, 2)
-    assert type(found) is PeerLost
-    assert "rank 1 of 2 was killed by SIGKILL" in found.message
-    assert found.hint == "the same command goes on from the last snapshot"
+def test_a_killed_rank_is_named_as_the_cause(failed: Any) -> None:
+    error = launch.explain_failures({0: failed(0, 2, LOST), 1: failed(1, -signal.SIGKILL)}, 2)
+    assert type(error) is PeerLost
+    assert "rank 1 of 2 was killed by SIGKILL" in error.message
+    assert error.hint == "the same command goes on from the last snapshot"
 
 
 @pytest.mark.parametrize(
     "error",
     [RunLocked("another process is working in x", "wait"), GateError("no parity"), UnknownName("recipe", "x", "y")],
 )
-def test_what_a_rank_said_is_told_as_it_said_it(failed: Any, error: SpdError) -> None:
-    found = launch.explain_failures({0: failed(0, error.exit_code, error), 1: failed(1, -signal.SIGTERM)}, 2)
-    assert (type(found), found.message, found.hint) == (type(error), error.message, error.hint)
-    assert found.exit_code == error.exit_code
+def test_the_error_of_a_rank_is_reported_unchanged(failed: Any, error: SpdError) -> None:
+    explained = launch.explain_failures({0: failed(0, error.exit_code, error), 1: failed(1, -signal.SIGTERM)}, 2)
+    assert (type(explained), explained.message, explained.hint) == (type(error), error.message, error.hint)
+    assert explained.exit_code == error.exit_code
 
 
-def test_another_rank_says_which_it_is(failed: Any) -> None:
-    found = launch.explain_failures({0: failed(0, 2, LOST), 1: failed(1, 2, RunError("the disk is full"))}, 2)
-    assert found.message == "the disk is full (rank 1)"
+def test_the_error_of_another_rank_names_the_rank(failed: Any) -> None:
+    error = launch.explain_failures({0: failed(0, 2, LOST), 1: failed(1, 2, RunError("the disk is full"))}, 2)
+    assert error.message == "the disk is full (rank 1)"
 
 
-def test_a_bug_is_not_hidden_by_the_complaints_of_the_peers(failed: Any) -> None:
-    found = launch.explain_failures({0: failed(0, 2, LOST), 1: failed(1, 1)}, 2)
-    assert "rank 1 of 2 failed with exit code 1" in found.message
+def test_an_exception_is_not_hidden_by_errors_of_other_ranks(failed: Any) -> None:
+    error = launch.explain_failures({0: failed(0, 2, LOST), 1: failed(1, 1)}, 2)
+    assert "rank 1 of 2 failed with exit code 1" in error.message
 
 
-def test_ranks_are_started_again_as_often_as_asked_if_one_was_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lost_ranks_are_restarted_up_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     ends: list[SpdError | None] = [PeerLost("rank 1 was killed"), PeerLost("rank 0 was killed"), None]
 
     def run(count: int, words: Any) -> None:
@@ -78,7 +78,7 @@ def test_ranks_are_started_again_as_often_as_asked_if_one_was_lost(monkeypatch: 
     assert ends == [None]
 
 
-def test_what_a_rank_complains_of_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_errors_of_a_rank_cause_no_restart(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     def run(count: int, words: Any) -> None:
@@ -91,7 +91,7 @@ def test_what_a_rank_complains_of_is_not_tried_again(monkeypatch: pytest.MonkeyP
     assert len(calls) == 1
 
 
-def test_words_are_left_only_where_someone_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_write_error_files_only_for_a_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv(processes.ERROR_FILE, str(tmp_path / "error.json"))
     processes.report_failure(LOST)
@@ -112,20 +112,20 @@ def test_the_ranks_find_their_launcher_and_share_the_cores(tmp_path: Path, monke
     assert dict(os.environ) == before
 
 
-def test_a_rank_without_its_launcher_ends_and_removes_what_that_has_left(tmp_path: Path) -> None:
-    left = tmp_path / "spdtool-ranks-x"
-    left.mkdir()
+def test_a_rank_ends_with_its_launcher_and_removes_its_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "spdtool-ranks-x"
+    folder.mkdir()
     script = "import time; from spdtool import ranks as processes; processes.die_with_parent(); time.sleep(60)"
-    launched = {processes.LAUNCHER: "0", processes.FOLDER: str(left), "RANK": "0", "WORLD_SIZE": "2"}
-    done = subprocess.run([sys.executable, "-c", script], env=os.environ | launched, check=False, timeout=30)
-    assert done.returncode == PeerLost.exit_code
-    assert not left.exists()
+    variables = {processes.LAUNCHER: "0", processes.FOLDER: str(folder), "RANK": "0", "WORLD_SIZE": "2"}
+    process = subprocess.run([sys.executable, "-c", script], env=os.environ | variables, check=False, timeout=30)
+    assert process.returncode == PeerLost.exit_code
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize("code", [0, 3])
-def test_a_rank_leaves_with_its_code_and_what_is_registered_is_done(tmp_path: Path, code: int) -> None:
-    done = tmp_path / "done"
+def test_exit_rank_runs_exit_handlers_and_returns_the_code(tmp_path: Path, code: int) -> None:
+    exit_mark = tmp_path / "done"
     script = "import atexit, pathlib; from spdtool import ranks as processes; print('said', end='')\n"
-    script += f"atexit.register(pathlib.Path({str(done)!r}).touch); processes.exit_rank({code})"
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=30)
-    assert (ended.returncode, ended.stdout, done.exists()) == (code, "said", True)
+    script += f"atexit.register(pathlib.Path({str(exit_mark)!r}).touch); processes.exit_rank({code})"
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=30)
+    assert (process.returncode, process.stdout, exit_mark.exists()) == (code, "said", True)

@@ -1,4 +1,4 @@
-"""What a run of the prune stage notes on the way: train beside dev scores, students left behind, rewound rates."""
+"""The log of the prune stage: train and dev scores, intermediate students, rewound learning rates."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def events(folder: Path, kind: str) -> list[dict[str, Any]]:
     return [event for event in map(json.loads, lines) if event["event"] == kind]
 
 
-def test_train_scores_stand_beside_dev_scores(toy_run: Callable[..., Run]) -> None:
+def test_train_scores_are_logged_with_dev_scores(toy_run: Callable[..., Run]) -> None:
     run = toy_run("prune.scored_train_rows=10", until="teacher")
     metrics = prune(run)
     assert all(0 <= entry.train["score"] <= 1 for entry in metrics.fit.evaluations)
@@ -39,32 +39,32 @@ def test_train_scores_stand_beside_dev_scores(toy_run: Callable[..., Run]) -> No
     assert metrics.train.keys() == metrics.dev.keys()
 
 
-def test_nothing_is_scored_where_no_training_rows_are_asked_for(toy_run: Callable[..., Run]) -> None:
+def test_without_scored_training_rows_there_are_no_train_scores(toy_run: Callable[..., Run]) -> None:
     metrics = prune(toy_run("prune.scored_train_rows=0", until="teacher"))
     assert metrics.train is None
     assert all(entry.train is None for entry in metrics.fit.evaluations)
 
 
-def test_the_train_score_is_that_of_a_sample_of_the_training_rows(toy_task: Any, toys: Any) -> None:
+def test_the_train_score_uses_a_sample_of_the_training_rows(toy_task: Any, toys: Any) -> None:
     task, rows = toy_task(), toys.rows(40)
     encoded = data.tokenize(toys.tokenizer(), rows, 32)
     sample = encoded.sample(7, seed=3)
     assert len(sample) == 7
     assert encoded.sample(40, seed=3) is encoded
-    kept = [i for i in range(40) if any(rows.labels[i] == label for label in sample.labels)]
-    assert len(kept) >= 7
+    matching_rows = [i for i in range(40) if any(rows.labels[i] == label for label in sample.labels)]
+    assert len(matching_rows) >= 7
     lists = {tuple(encoded.collate([i])["input_ids"][0]) for i in range(40)}
     assert {tuple(sample.collate([i])["input_ids"][0]) for i in range(7)} <= lists
     forward = evaluation.torch_forward(toys.bert(2))
     assert evaluation.evaluate_split(task, forward, sample)["score"] in {hits / 7 for hits in range(8)}
 
 
-def test_students_are_left_on_the_way_with_exactly_their_zeros(toy_run: Callable[..., Run]) -> None:
+def test_intermediate_students_have_exactly_their_zeros(toy_run: Callable[..., Run]) -> None:
     run = toy_run(*LEAVE, until="teacher")
-    left = prune(run).students
-    assert [entry.sparsity for entry in left] == [0.25, 0.375]
+    students = prune(run).students
+    assert [entry.sparsity for entry in students] == [0.25, 0.375]
     pruned = {event["sparsity"]: event["step"] for event in events(run.path / "prune", "prune")}
-    for entry in left:
+    for entry in students:
         folder = run.path / "prune" / entry.folder
         model = load_model(folder)
         for name, weight in find_prunable_weights(model).items():
@@ -74,9 +74,11 @@ def test_students_are_left_on_the_way_with_exactly_their_zeros(toy_run: Callable
     assert {file.path for file in run.record("prune").files} >= {"students/0.25/model.safetensors"}
 
 
-def test_a_resumed_stage_leaves_the_same_students(toy_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = toy_run(*LEAVE, until="teacher", folder="whole")
-    expected = prune(whole)
+def test_a_resumed_stage_saves_the_same_intermediate_students(
+    toy_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uninterrupted = toy_run(*LEAVE, until="teacher", folder="whole")
+    expected = prune(uninterrupted)
     for stop in (5, 9):
         run = toy_run(*LEAVE, until="teacher", folder=f"stopped-{stop}", save_minutes=0.0)
         with monkeypatch.context() as patched:
@@ -86,8 +88,8 @@ def test_a_resumed_stage_leaves_the_same_students(toy_run: Callable[..., Run], m
         assert prune(run).students == expected.students
         for entry in expected.students:
             file = Path("prune") / entry.folder / "model.safetensors"
-            one, other = load_file(run.path / file), load_file(whole.path / file)
-            assert all(torch.equal(one[name], other[name]) for name in one)
+            actual, expected_weights = load_file(run.path / file), load_file(uninterrupted.path / file)
+            assert all(torch.equal(actual[name], expected_weights[name]) for name in actual)
 
 
 def test_the_learning_rate_is_rewound_at_each_event(toy_run: Callable[..., Run]) -> None:
@@ -105,9 +107,9 @@ def test_the_learning_rate_is_rewound_at_each_event(toy_run: Callable[..., Run])
 def _stop_after(patched: pytest.MonkeyPatch, step: int) -> None:
     write_step = TrainingLog.write_step
 
-    def write_and_stop(log: TrainingLog, done: int, values: Any) -> None:
-        write_step(log, done, values)
-        if done == step:
+    def write_and_stop(log: TrainingLog, current_step: int, values: Any) -> None:
+        write_step(log, current_step, values)
+        if current_step == step:
             raise KeyboardInterrupt
 
     patched.setattr(TrainingLog, "write_step", write_and_stop)

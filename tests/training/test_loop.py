@@ -1,4 +1,4 @@
-"""The training loop: its schedule, its clipping, what it hands over, and that an interruption leaves no trace."""
+"""The training loop: schedules, clipping, the returned weights, and exact resuming."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from spdtool.training.optimizer import create_adamw
 
 @dataclass(kw_only=True)
 class ScriptedLearner(Learner):
-    """A learner whose dev scores are given, one for each evaluation; without any, they are measured."""
+    """A learner with given dev scores, one for each evaluation; None measures them."""
 
     script: Iterator[float] | None = None
 
@@ -44,7 +44,7 @@ class ScriptedLearner(Learner):
 
 
 class Bench:
-    """Makes a tiny model, rows and everything else that `fit` takes, anew for every call."""
+    """Makes a tiny model, rows and all other arguments of `fit`, anew for every call."""
 
     def __init__(self, folder: Path, toys: Any, task: Task) -> None:
         self.folder, self.toys, self.task = folder, toys, task
@@ -93,10 +93,10 @@ class Bench:
             pruner=pruner,
             script=iter(scores) if scores else None,
         )
-        lesson = GoldLabelLesson(model, self.task.gold_loss)
-        lesson.clipped_parameters = clipped(model)
+        gold_lesson = GoldLabelLesson(model, self.task.gold_loss)
+        gold_lesson.clipped_parameters = clipped(model)
         rows = splits["train"]
-        return fit(learner, lesson, rows, section, section.length(len(rows)), recipe, stage, on_event)
+        return fit(learner, gold_lesson, rows, section, section.length(len(rows)), recipe, stage, on_event)
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
@@ -110,12 +110,14 @@ def bench(tmp_path: Path, toys: Any, toy_task: Callable[..., Task]) -> Bench:
     return Bench(tmp_path, toys, toy_task(train=32, dev=16))
 
 
-def section(**how: Any) -> Training:
-    return Training(**{"epochs": 2, "batch_size": 8, "learning_rate": 1e-3, "warmup": 0.0, "keep_best": False} | how)
+def section(**settings: Any) -> Training:
+    return Training(
+        **{"epochs": 2, "batch_size": 8, "learning_rate": 1e-3, "warmup": 0.0, "keep_best": False} | settings
+    )
 
 
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+def have_equal_weights(weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return weights.keys() == expected.keys() and all(torch.equal(weights[name], expected[name]) for name in weights)
 
 
 def test_the_dev_set_is_scored_evenly_and_after_the_last_step() -> None:
@@ -162,7 +164,7 @@ def test_every_step_has_the_scheduled_learning_rate_and_one_batch_of_its_epoch(b
     assert bench.log() == [event for event in bench.events if event["event"] != "resume"]
 
 
-def test_it_is_plain_adamw_on_plain_batches(bench: Bench, toys: Any) -> None:
+def test_training_equals_plain_adamw_on_plain_batches(bench: Bench, toys: Any) -> None:
     bench.fit(section(weight_decay=0.05, epsilon=1e-3))
     model = toys.bert(2).train()
     rows = data.encode_splits(toys.tokenizer(), bench.task.dataset.load(None, 0), 32)["train"]
@@ -187,34 +189,36 @@ def test_it_is_plain_adamw_on_plain_batches(bench: Bench, toys: Any) -> None:
         torch.testing.assert_close(bench.model.state_dict()[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("pieces", [2, 3, 8, 20])
-def test_a_batch_in_pieces_gives_the_same_weights_up_to_rounding(bench: Bench, pieces: int) -> None:
+@pytest.mark.parametrize("accumulate", [2, 3, 8, 20])
+def test_micro_batches_give_the_same_weights_up_to_rounding(bench: Bench, accumulate: int) -> None:
     plan = {"epsilon": 1e-3}  # large, so that gradients that are only rounding stay small
     bench.fit(section(**plan), name="whole")
-    whole = bench.weights()
-    bench.fit(section(accumulate=pieces, **plan), name="pieces")
+    expected = bench.weights()
+    bench.fit(section(accumulate=accumulate, **plan), name="pieces")
     for name, tensor in bench.weights().items():
-        torch.testing.assert_close(tensor, whole[name], rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5, msg=name)
     losses = [[e["losses"]["loss"] for e in bench.log(n) if e["event"] == "step"] for n in ("whole", "pieces")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_what_is_frozen_does_not_move(bench: Bench, toys: Any) -> None:
+def test_frozen_parameters_do_not_change(bench: Bench, toys: Any) -> None:
     bench.fit(section(train="layers", weight_decay=0.1))
     before, after = toys.bert(2).state_dict(), bench.weights()
     for name in before:
-        moved = not torch.equal(before[name], after[name])
-        assert moved == name.startswith("bert.encoder.layer."), name
+        has_changed = not torch.equal(before[name], after[name])
+        assert has_changed == name.startswith("bert.encoder.layer."), name
 
 
 @pytest.mark.parametrize("over", ["trained", "all"])
-def test_the_clipped_norm_counts_what_the_recipe_says(bench: Bench, monkeypatch: pytest.MonkeyPatch, over: str) -> None:
-    seen: list[tuple[float, set[int]]] = []
+def test_the_clipped_norm_covers_the_parameters_of_the_recipe(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, over: str
+) -> None:
+    clipped_norms: list[tuple[float, set[int]]] = []
 
     def step(optimizer: Any, *args: Any, **options: Any) -> Any:
         parameters = [p for p in bench.model.parameters() if p.grad is not None]
-        counted = {id(p) for p in parameters}
-        seen.append((math.sqrt(sum(float(p.grad.square().sum()) for p in parameters)), counted))
+        parameter_ids = {id(p) for p in parameters}
+        clipped_norms.append((math.sqrt(sum(float(p.grad.square().sum()) for p in parameters)), parameter_ids))
         return original(optimizer, *args, **options)
 
     original = torch.optim.AdamW.step
@@ -224,43 +228,43 @@ def test_the_clipped_norm_counts_what_the_recipe_says(bench: Bench, monkeypatch:
         return [p for name, p in model.named_parameters() if not name.startswith("bert.encoder.layer.")]
 
     bench.fit(section(train="layers", clip=1e-3, clip_over=over), clipped=frozen if over == "all" else lambda _: [])
-    for norm, counted in seen:
+    for norm, parameter_ids in clipped_norms:
         assert norm == pytest.approx(1e-3, rel=1e-2)  # exactly the norm of all that was counted
-        assert ({id(p) for p in frozen(bench.model)} <= counted) == (over == "all")
+        assert ({id(p) for p in frozen(bench.model)} <= parameter_ids) == (over == "all")
     before = bench.toys.bert(2).state_dict()
     assert torch.equal(before["classifier.weight"], bench.weights()["classifier.weight"])
 
 
 @pytest.mark.parametrize("over", ["trained", "all"])
-def test_gradients_of_pruned_weights_count_only_when_everything_does(
+def test_gradients_of_pruned_weights_are_clipped_only_with_clip_over_all(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, over: str
 ) -> None:
-    alive: list[bool] = []
+    has_dead_gradients: list[bool] = []
 
     def clip(accelerator: Any, parameters: Any, max_norm: float) -> Any:
         for weight in find_prunable_weights(bench.model).values():
             assert weight.grad is not None
-            alive.append(bool((weight.grad[weight == 0] != 0).any()))
+            has_dead_gradients.append(bool((weight.grad[weight == 0] != 0).any()))
         return original(accelerator, parameters, max_norm)
 
     original = Accelerator.clip_grad_norm_
     monkeypatch.setattr(Accelerator, "clip_grad_norm_", clip)
     bench.fit(section(epochs=3, clip_over=over), pruning=True)
-    assert any(alive) == (over == "all")
+    assert any(has_dead_gradients) == (over == "all")
     zeros = {int((w == 0).sum()) for w in find_prunable_weights(bench.model).values()}
     assert zeros == {round(32 * 32 * 0.6), round(32 * 64 * 0.6)}, "and stay dead either way"
 
 
 @pytest.mark.parametrize(("keep", "step", "score"), [(True, 4, 0.9), (False, 12, 0.7)])
-def test_the_best_or_the_last_weights_are_handed_over(bench: Bench, keep: bool, step: int, score: float) -> None:
+def test_the_best_or_the_last_weights_are_returned(bench: Bench, keep: bool, step: int, score: float) -> None:
     weights_after: dict[int, dict[str, torch.Tensor]] = {}
 
-    def copy_weights(done: int, _model: Any) -> None:
-        weights_after[done] = bench.weights()
+    def copy_weights(current_step: int, _model: Any) -> None:
+        weights_after[current_step] = bench.weights()
 
     summary = bench.fit(section(epochs=3, keep_best=keep), scores=[0.9, 0.8, 0.7], on_step=copy_weights)
     assert summary.best == Evaluation(step=step, metrics={"score": score})
-    assert same(bench.weights(), weights_after[step])
+    assert have_equal_weights(bench.weights(), weights_after[step])
 
 
 def test_of_equal_scores_the_earlier_is_the_best(bench: Bench) -> None:
@@ -278,30 +282,30 @@ def test_nothing_counts_as_best_before_the_target_sparsity(bench: Bench) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("pruning", [False, True])
 @pytest.mark.parametrize("minutes", [0.0, 1e9], ids=["every step", "every epoch"])
-def test_an_interruption_leaves_no_trace(bench: Bench, pruning: bool, minutes: float) -> None:
-    how: dict[str, Any] = {
+def test_a_resumed_training_equals_an_uninterrupted_one(bench: Bench, pruning: bool, minutes: float) -> None:
+    options: dict[str, Any] = {
         "recipe": Recipe(device="cpu", save_minutes=minutes, bucketing=True), "pruning": pruning, "dropout": 0.2,
     }  # fmt: skip
     plan = section(epochs=3, keep_best=True, weight_decay=0.1)
-    summary = bench.fit(plan, name="undisturbed", **how)
+    summary = bench.fit(plan, name="undisturbed", **options)
     expected, log = bench.weights(), bench.log("undisturbed")
     for stop in (1, 3, 4, 5, 8, 11, 12):
         name = f"stopped-{stop}"
         with pytest.raises(KeyboardInterrupt):
-            bench.fit(plan, name=name, stop=stop, **how)
+            bench.fit(plan, name=name, stop=stop, **options)
         bench.events.clear()
-        again = bench.fit(plan, name=name, **how)
-        resumed = [event["step"] for event in bench.events if event["event"] == "resume"]
-        assert resumed == ([stop - 1] if minutes == 0 and stop > 1 else [(stop - 1) // 4 * 4] if stop > 4 else [])
-        assert same(bench.weights(), expected), stop
+        resumed_result = bench.fit(plan, name=name, **options)
+        resumed_steps = [event["step"] for event in bench.events if event["event"] == "resume"]
+        assert resumed_steps == ([stop - 1] if minutes == 0 and stop > 1 else [(stop - 1) // 4 * 4] if stop > 4 else [])
+        assert have_equal_weights(bench.weights(), expected), stop
         for key in ("steps", "epochs", "best", "evaluations"):
-            assert getattr(again, key) == getattr(summary, key)
+            assert getattr(resumed_result, key) == getattr(summary, key)
         drop = ("examples_per_second",)
-        kept = [{k: v for k, v in event.items() if k not in drop} for event in bench.log(name)]
-        assert kept == [{k: v for k, v in event.items() if k not in drop} for event in log]
+        events = [{k: v for k, v in event.items() if k not in drop} for event in bench.log(name)]
+        assert events == [{k: v for k, v in event.items() if k not in drop} for event in log]
 
 
-def test_a_state_of_something_else_is_not_taken_over(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_snapshot_of_another_recipe_is_ignored(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = Recipe(device="cpu", save_minutes=0)
     bench.fit(section(), name="fresh", recipe=recipe)
     expected = bench.weights()
@@ -311,21 +315,21 @@ def test_a_state_of_something_else_is_not_taken_over(bench: Bench, capsys: pytes
     bench.fit(section(), name="stopped", recipe=recipe)
     assert "begins anew: its snapshot belongs to other settings or other rows" in capsys.readouterr().err
     assert not [event for event in bench.events if event["event"] == "resume"]
-    assert same(bench.weights(), expected)
+    assert have_equal_weights(bench.weights(), expected)
     assert [event["step"] for event in bench.log("stopped") if event["event"] == "step"] == list(range(1, 9))
 
 
-def test_the_seed_decides(bench: Bench) -> None:
+def test_the_seed_decides_the_weights(bench: Bench) -> None:
     def weights(seed: int, name: str) -> dict[str, torch.Tensor]:
         bench.fit(section(), recipe=Recipe(device="cpu", seed=seed), name=name, dropout=0.3)
         return bench.weights()
 
     first = weights(0, "a")
-    assert same(first, weights(0, "b"))
-    assert not same(first, weights(1, "c"))
+    assert have_equal_weights(first, weights(0, "b"))
+    assert not have_equal_weights(first, weights(1, "c"))
 
 
-def test_a_pruned_weight_that_came_alive_is_not_saved(bench: Bench) -> None:
+def test_a_pruned_weight_that_became_nonzero_is_not_saved(bench: Bench) -> None:
     def revive(step: int, model: Any) -> None:
         if step == 5:
             with torch.no_grad():
@@ -338,13 +342,13 @@ def test_a_pruned_weight_that_came_alive_is_not_saved(bench: Bench) -> None:
 
 def test_bf16_trains_and_leaves_float32_weights_and_a_plain_model(bench: Bench) -> None:
     bench.fit(section(), recipe=Recipe(device="cpu", precision="bf16"), name="bf16")
-    half = bench.weights()
-    assert {tensor.dtype for tensor in half.values()} == {torch.float32}
+    bf16_weights = bench.weights()
+    assert {tensor.dtype for tensor in bf16_weights.values()} == {torch.float32}
     assert bench.model.forward.__func__ is type(bench.model).forward, "no autocast is left, and nothing else is gone"
     bench.fit(section(), name="fp32")
-    assert not same(half, bench.weights())
+    assert not have_equal_weights(bf16_weights, bench.weights())
     for name, tensor in bench.weights().items():
-        assert float((half[name] - tensor).abs().max()) < 0.05, name
+        assert float((bf16_weights[name] - tensor).abs().max()) < 0.05, name
 
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Quantization-aware training: the forward pass is the engine's, the gradient that of the numbers themselves."""
+"""Quantization-aware training: the forward pass of the engine, the gradient of unrounded numbers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def make_layer(inputs: int, outputs: int = 8) -> nn.Linear:
 
 
 @pytest.mark.parametrize("inputs", [12, INPUT_CHUNK + 4], ids=["one chunk", "two chunks"])
-def test_a_layer_rounds_as_the_engine_and_only_from_its_step_on(inputs: int) -> None:
+def test_a_layer_rounds_like_the_engine_from_its_starting_step(inputs: int) -> None:
     layer = make_layer(inputs)
     x = torch.randn(3, 5, inputs, generator=torch.Generator().manual_seed(0))
     plain = layer(x)
@@ -65,6 +65,6 @@ def test_a_finetuned_student_is_scored_as_the_engine_computes(toy_run: Callable[
         assert result.dev[name] == pytest.approx(score, abs=1e-6), name
 
 
-def test_rounding_does_not_go_with_sharded_weights(toy_recipe: Callable[..., object]) -> None:
+def test_quantization_of_sharded_weights_is_refused(toy_recipe: Callable[..., object]) -> None:
     with pytest.raises(RecipeError, match=r"sharded weights do not go with finetune\.quantize"):
         toy_recipe("finetune.quantize=int8", "shard=true")

@@ -1,4 +1,4 @@
-"""The training log in accelerate's trackers: what they get, and a missing package before anything is trained."""
+"""The training log in accelerate's trackers: the logged values, and a missing package is refused early."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MakeRun = Callable[..., Run]
 
 
 class Recorder(GeneralTracker):
-    """A tracker that keeps what it gets."""
+    """A tracker that records the logged values."""
 
     name = "recorder"
     requires_logging_directory = True
@@ -75,10 +75,12 @@ def test_the_log_changes_no_weight(toy_run: MakeRun, recorder: type[Recorder]) -
     Run.for_recipe(plain.path, logged.recipe)
 
 
-def test_what_cannot_log_is_refused_before_training(toy_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trackers_that_cannot_log_are_refused_before_training(
+    toy_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(trackers, "get_available_trackers", list)
-    with pytest.raises(RecipeError, match="log=tensorboard: the package") as refused:
+    with pytest.raises(RecipeError, match="log=tensorboard: the package") as error:
         check_run(toy_run("log=tensorboard"))
-    assert "pip install tensorboard" in str(refused.value.hint)
+    assert "pip install tensorboard" in str(error.value.hint)
     with pytest.raises(UnknownName, match="tensorbord"):
         check_run(toy_run("log=tensorbord"))

@@ -1,4 +1,4 @@
-"""A few random alterations of exported folders; `make fuzz` does hundreds of every kind of folder."""
+"""A few random alterations of exported folders; `make fuzz` tries hundreds for every kind of folder."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def folders(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> list[
     return exported
 
 
-def test_no_alteration_opens_with_another_answer_or_ends_in_a_traceback(folders: list[Path]) -> None:
-    one, other = folders
-    outcomes, failures = fuzz(one, [other], count=80, seed=1)
+def test_altered_folders_give_the_same_answer_or_are_refused(folders: list[Path]) -> None:
+    folder, other_folder = folders
+    outcomes, failures = fuzz(folder, [other_folder], count=80, seed=1)
     assert failures == []
     assert outcomes["refused"] > 20
     assert outcomes["same answer"] > 0, "what nobody reads may change"
 
 
-def test_without_a_manifest_nothing_ends_in_a_traceback(folders: list[Path]) -> None:
-    one, other = folders
-    outcomes, failures = fuzz(one, [other], count=60, seed=2, unverified=True)
+def test_altered_folders_without_a_manifest_raise_no_traceback(folders: list[Path]) -> None:
+    folder, other_folder = folders
+    outcomes, failures = fuzz(folder, [other_folder], count=60, seed=2, unverified=True)
     assert failures == []
     assert outcomes["refused"] > 5

@@ -1,4 +1,4 @@
-"""Exported folders are opened, refused, and never trusted."""
+"""Opening exported folders: valid ones, damaged ones, and ones without a manifest."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from spdtool.run.records import LibraryRecord
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """An exported folder with a manifest; its model is no model, but nobody opens it here."""
+    """An exported folder with a manifest and a dummy model file, which no test opens."""
     folder = tmp_path / "export/sparse-cpu/student"
     (folder / "onnx").mkdir(parents=True)
     (folder / "config.json").write_text("{}")
@@ -41,17 +41,17 @@ def listed_files(folder: Path) -> dict[str, Any]:
     return {name: digest.model_dump() for name, digest in digest_files(folder).items()}
 
 
-def test_a_folder_with_a_manifest_is_what_the_manifest_says(folder: Path) -> None:
+def test_a_folder_with_a_manifest_is_read_by_it(folder: Path) -> None:
     bundle = read_bundle(folder)
     assert (bundle.folder, bundle.model) == (folder, folder / "onnx/model.onnx")
     assert (bundle.target, bundle.library) == ("sparse-cpu", LibraryRecord(version="0.1.0"))
 
 
-def test_a_folder_without_a_manifest_is_opened_only_if_asked_for(folder: Path) -> None:
+def test_a_folder_without_a_manifest_is_opened_only_on_request(folder: Path) -> None:
     (folder / "manifest.json").unlink()
-    with pytest.raises(ModelError, match=r"has no manifest.json: nothing says whether") as caught:
+    with pytest.raises(ModelError, match=r"has no manifest.json: nothing says whether") as error:
         read_bundle(folder)
-    assert "--unverified" in str(caught.value.hint)
+    assert "--unverified" in str(error.value.hint)
     bundle = read_bundle(folder, unverified=True)
     assert (bundle.model, bundle.target, bundle.library) == (folder / "onnx/model.onnx", None, None)
 
@@ -86,17 +86,17 @@ def test_a_manifest_that_cannot_be_used_is_refused(folder: Path) -> None:
     ]
     for changes, message in faults:
         write_folder_manifest(folder, **changes)
-        with pytest.raises(ModelError, match=message) as caught:
+        with pytest.raises(ModelError, match=message) as error:
             read_bundle(folder)
-        assert caught.value.hint, message
+        assert error.value.hint, message
 
 
-def test_a_manifest_whose_digest_is_another_is_refused(folder: Path) -> None:
-    sound = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps(sound))
+def test_a_manifest_with_a_wrong_digest_is_refused(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     assert read_bundle(folder).target == "sparse-cpu", "only the layout changed"
     for changes in ({"target": "onnx"}, {"digest": "0"}, {"more": 1}):
-        (folder / "manifest.json").write_text(json.dumps(sound | changes))
+        (folder / "manifest.json").write_text(json.dumps(manifest | changes))
         with pytest.raises(ModelError, match="its digest is not that of its fields"):
             read_bundle(folder)
 
@@ -120,22 +120,22 @@ def test_a_manifest_that_is_no_json_object_is_refused(folder: Path) -> None:
             read_bundle(folder)
 
 
-def test_a_folder_that_is_no_exported_one_is_refused_with_what_to_give(folder: Path, tmp_path: Path) -> None:
-    for nothing in (tmp_path / "none", folder / "config.json"):
+def test_a_folder_that_was_not_exported_is_refused_with_advice(folder: Path, tmp_path: Path) -> None:
+    for path in (tmp_path / "none", folder / "config.json"):
         with pytest.raises(ModelError, match="is no folder"):
-            read_bundle(nothing)
-    with pytest.raises(ModelError, match="has no config.json") as caught:
+            read_bundle(path)
+    with pytest.raises(ModelError, match="has no config.json") as error:
         read_bundle(tmp_path / "export")
-    assert str(folder) in str(caught.value.hint)
+    assert str(folder) in str(error.value.hint)
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
     (checkpoint / "config.json").write_text("{}")
-    with pytest.raises(ModelError, match="has no onnx/model.onnx") as caught:
+    with pytest.raises(ModelError, match="has no onnx/model.onnx") as error:
         read_bundle(checkpoint)
-    assert f"spdtool export --from '{checkpoint}'" in str(caught.value.hint)
+    assert f"spdtool export --from '{checkpoint}'" in str(error.value.hint)
 
 
-def test_damaged_golden_examples_are_refused_and_the_place_is_named(tmp_path: Path) -> None:
+def test_damaged_golden_examples_are_refused_by_position(tmp_path: Path) -> None:
     row = {"text": "a", "pair": None, "input_ids": [2, 3], "logits": [0.5]}
     padding = {"side": "right", "input_ids": 0, "token_type_ids": 0}
     golden = {"format": 1, "max_length": 8, "padding": padding, "labels": ["x"], "rows": [row]}
@@ -146,7 +146,7 @@ def test_damaged_golden_examples_are_refused_and_the_place_is_named(tmp_path: Pa
         read_golden_examples(tmp_path)
 
 
-def test_the_longest_input_is_what_tokenizer_and_positions_allow() -> None:
+def test_the_longest_input_follows_tokenizer_and_positions() -> None:
     cases: list[tuple[dict[str, Any], dict[str, Any], int]] = [
         ({}, {}, 512),
         ({"max_position_embeddings": 64}, {}, 64),
@@ -161,7 +161,7 @@ def test_the_longest_input_is_what_tokenizer_and_positions_allow() -> None:
 
 
 class TestVariants:
-    """A folder that holds several variants of one model."""
+    """A folder with several variants of one model."""
 
     @pytest.fixture
     def bundle_folder(self, folder: Path) -> Path:
@@ -188,7 +188,9 @@ class TestVariants:
         }
         (folder / "manifest.json").write_text(json.dumps(seal(manifest | changes)))
 
-    def test_the_best_comes_first_and_reading_gives_the_portable_one(self, bundle_folder: Path) -> None:
+    def test_the_preferred_variant_comes_first_and_read_bundle_gives_the_portable_one(
+        self, bundle_folder: Path
+    ) -> None:
         assert [bundle.target for bundle in list_usable_variants(bundle_folder)] == ["sparse", "onnx"]
         for provider in ("cuda", "web"):
             assert [bundle.target for bundle in list_usable_variants(bundle_folder, provider=provider)] == ["onnx"]
@@ -239,7 +241,7 @@ class TestVariants:
             with pytest.raises(ModelError, match="do not fit together"):
                 read_bundle(bundle_folder)
 
-    def test_a_moved_folder_is_the_same(self, bundle_folder: Path, tmp_path: Path) -> None:
+    def test_a_folder_can_be_moved(self, bundle_folder: Path, tmp_path: Path) -> None:
         moved = Path(shutil.move(bundle_folder, tmp_path / "moved"))
         assert read_manifest(moved).model == "onnx/model.onnx"
         assert read_bundle(moved).text is None, "an older bundle does not say"

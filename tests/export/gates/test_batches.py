@@ -14,7 +14,7 @@ from spdtool.export.gates.batches import longest_supported_input, make_dev_batch
 
 
 def comparison_batches(model: Any, rows: Encoded, sentences: int) -> list[tuple[str, Batch]]:
-    """The batches of the logits gate, each with its description."""
+    """List the batches of the logits gate with their descriptions."""
     return [*make_dev_batches(rows, sentences).values(), *make_random_batches(model, rows)]
 
 
@@ -41,14 +41,14 @@ def test_batches_cover_lengths_sides_and_pairs(toys: ModuleType, rows: Encoded) 
 
 def test_the_same_rows_are_padded_on_either_side(toys: ModuleType, rows: Encoded) -> None:
     batches = dict(comparison_batches(toys.bert(), rows, 6))
-    left, right = (batches[f"shape (4, 24), pairs, padding on the {side}"] for side in ("left", "right"))
-    assert (left["attention_mask"].sum(axis=1) == right["attention_mask"].sum(axis=1)).all()
-    assert left["attention_mask"][1:, -1].all()
-    assert not left["attention_mask"][1:, 0].any()
-    assert right["attention_mask"][1:, 0].all()
+    padded_left, padded_right = (batches[f"shape (4, 24), pairs, padding on the {side}"] for side in ("left", "right"))
+    assert (padded_left["attention_mask"].sum(axis=1) == padded_right["attention_mask"].sum(axis=1)).all()
+    assert padded_left["attention_mask"][1:, -1].all()
+    assert not padded_left["attention_mask"][1:, 0].any()
+    assert padded_right["attention_mask"][1:, 0].all()
 
 
-def test_padding_is_where_the_mask_says_and_nowhere_else(toys: ModuleType, rows: Encoded) -> None:
+def test_padding_is_exactly_where_the_mask_is_zero(toys: ModuleType, rows: Encoded) -> None:
     for description, batch in comparison_batches(toys.bert(), rows, 3):
         is_pad = batch["input_ids"] == rows.pad_values["input_ids"]
         assert (is_pad == (batch["attention_mask"] == 0)).all(), description
@@ -73,7 +73,7 @@ def test_without_rows_there_are_still_batches(toys: ModuleType) -> None:
     assert not [name for name in names if "dev" in name]
 
 
-def test_positions_are_counted_after_the_one_of_the_padding(toys: ModuleType) -> None:
+def test_positions_are_counted_after_the_padding_position(toys: ModuleType) -> None:
     for padding, expected in ((None, 20), (0, 19), (1, 18)):
         model = toys.bert()
         model.bert.embeddings.position_embeddings = torch.nn.Embedding(20, 32, padding_idx=padding)

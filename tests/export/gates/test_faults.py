@@ -1,4 +1,4 @@
-"""Faults planted into what every built-in target writes: the gates find each one."""
+"""Faults planted into the files of every built-in target: the gates detect each one."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def reference(tmp_path: Path, toys: ModuleType, toy_task: Callable[..., Any]) ->
 
 
 def pass_gates(target: Target, reference: Reference, folder: Path) -> None:
-    """Seal the folder as the export does, and open it; the gate on logits would find nothing more here."""
+    """Seal the folder as the export does, and open it; the gate on logits would find no more faults here."""
     write_manifest(folder, ExportAttempt(target, reference, folder, ["cpu"]).describe_folder(folder / MODEL_FILE))
     check_weights(target, reference, folder)
     check_folder(target, reference, folder, "cpu")
@@ -57,14 +57,14 @@ def pass_gates(target: Target, reference: Reference, folder: Path) -> None:
 
 
 def change_weight(folder: Path, parameter: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
-    """Change the stored numbers of a parameter, in whatever type and orientation they are."""
+    """Change the stored numbers of a parameter, in any type and orientation."""
     proto = onnx.load(folder / MODEL_FILE)
     names = {parameter + suffix for suffix in ("", ".T", "_quantized", ".T_quantized")}
     (tensor,) = [tensor for tensor in proto.graph.initializer if tensor.name in names]
     array = numpy_helper.to_array(tensor)
-    changed = np.ascontiguousarray(change(array), array.dtype)
-    assert not np.array_equal(changed, array)
-    tensor.raw_data = changed.tobytes()
+    faulty = np.ascontiguousarray(change(array), array.dtype)
+    assert not np.array_equal(faulty, array)
+    tensor.raw_data = faulty.tobytes()
     onnx.save(proto, folder / MODEL_FILE)
 
 
@@ -72,18 +72,18 @@ def change_weight(folder: Path, parameter: str, change: Callable[[np.ndarray], n
 @pytest.mark.parametrize("name", TARGETS)
 def test_every_planted_fault_is_detected(name: str, reference: Reference, tmp_path: Path) -> None:
     target = get_target(name)
-    sound = tmp_path / "sound"
-    ExportAttempt(target, reference, sound, ["cpu"]).write()
-    pass_gates(target, reference, sound)
+    intact = tmp_path / "sound"
+    ExportAttempt(target, reference, intact, ["cpu"]).write()
+    pass_gates(target, reference, intact)
     passed = []
     for title, plant in FILE_FAULTS.items():
-        folder = shutil.copytree(sound, tmp_path / "faulty")
+        folder = shutil.copytree(intact, tmp_path / "faulty")
         plant(folder)
         if not is_refused(target, reference, folder):
             passed.append(title)
         shutil.rmtree(folder)
     for title, (parameter, change) in WEIGHT_FAULTS.items():
-        folder = shutil.copytree(sound, tmp_path / "faulty")
+        folder = shutil.copytree(intact, tmp_path / "faulty")
         change_weight(folder, parameter, change)
         if not is_refused(target, reference, folder):
             passed.append(title)
@@ -92,7 +92,7 @@ def test_every_planted_fault_is_detected(name: str, reference: Reference, tmp_pa
 
 
 def is_refused(target: Target, reference: Reference, folder: Path) -> bool:
-    """Whether a gate finds the fault; any other error than GateError ends the test."""
+    """Tell whether a gate finds the fault; errors other than GateError propagate."""
     try:
         pass_gates(target, reference, folder)
     except GateError:
@@ -100,10 +100,8 @@ def is_refused(target: Target, reference: Reference, folder: Path) -> bool:
     return False
 
 
-def test_a_model_of_another_checkpoint_in_the_folder_is_found_by_what_load_answers(
-    reference: Reference, tmp_path: Path
-) -> None:
-    """The session of a target may read another file than the one that its manifest names."""
+def test_a_foreign_model_in_the_folder_is_detected_by_its_answers(reference: Reference, tmp_path: Path) -> None:
+    """The session of a target might open a file that its manifest does not name."""
     target = get_target("onnx")
     attempt = ExportAttempt(target, reference, tmp_path / "out", ["cpu"])
     attempt.write()
@@ -117,7 +115,7 @@ def test_a_model_of_another_checkpoint_in_the_folder_is_found_by_what_load_answe
         check_folder(target, reference, tmp_path / "out", "cpu")
 
 
-def test_answers_that_are_lists_are_refused_where_one_label_was_scored(reference: Reference, tmp_path: Path) -> None:
+def test_list_answers_are_refused_for_single_label_tasks(reference: Reference, tmp_path: Path) -> None:
     attempt = ExportAttempt(get_target("onnx"), reference, tmp_path / "out", ["cpu"])
     attempt.write()
     classifier = open_classifier(tmp_path / "out", "cpu")
@@ -131,14 +129,16 @@ def test_answers_that_are_lists_are_refused_where_one_label_was_scored(reference
 
 
 @pytest.mark.usefixtures("clean_plugins")
-def test_faults_in_what_decides_several_labels_are_found(tmp_path: Path, toys: ModuleType) -> None:
-    words, names = (set(toys.GOOD), set(toys.BAD), {"very"}), ("kind", "unkind", "loud")
+def test_faults_in_multi_label_settings_are_detected(tmp_path: Path, toys: ModuleType) -> None:
+    words_by_label, names = (set(toys.GOOD), set(toys.BAD), {"very"}), ("kind", "unkind", "loud")
 
     def load(_data: str | None, _seed: int) -> dict[str, Rows]:
         splits = {}
         for split, seed in (("train", 1), ("dev", 2)):
             texts = list(toys.rows(24, seed).first)
-            labels = np.array([[bool(each & set(text.split())) for each in words] for text in texts], np.uint8)
+            labels = np.array(
+                [[bool(label_words & set(text.split())) for label_words in words_by_label] for text in texts], np.uint8
+            )
             splits[split] = Rows(texts, None, labels)
         return splits
 
@@ -147,33 +147,33 @@ def test_faults_in_what_decides_several_labels_are_found(tmp_path: Path, toys: M
     save_model(model, toys.tokenizer(), tmp_path / "checkpoint")
     recipe = toys.recipe("export.sentences=4", task="several")
     several = Reference(tmp_path / "checkpoint", prepare_dev_sets(tmp_path / "checkpoint", recipe), recipe)
-    target, sound = get_target("onnx"), tmp_path / "sound"
-    attempt = ExportAttempt(target, several, sound, ["cpu"])
+    target, intact = get_target("onnx"), tmp_path / "sound"
+    attempt = ExportAttempt(target, several, intact, ["cpu"])
     attempt.write()
-    pass_gates(target, several, sound)
-    settings = attempt.describe_folder(sound / MODEL_FILE).settings
+    pass_gates(target, several, intact)
+    settings = attempt.describe_folder(intact / MODEL_FILE).settings
     assert settings is not None
     thresholds = settings["thresholds"]
     assert isinstance(thresholds, list)
-    moved = [float(str(thresholds[0])) + 1.0, *thresholds[1:]]
+    shifted = [float(str(thresholds[0])) + 1.0, *thresholds[1:]]
     faults: dict[str, dict[str, Any]] = {
         "thresholds lost": {"temperature": settings["temperature"]},
         "all settings lost": {},
-        "a threshold moved": settings | {"thresholds": moved},
+        "a threshold moved": settings | {"thresholds": shifted},
         "thresholds of other labels": settings | {"thresholds": thresholds[::-1]},
         "another temperature": settings | {"temperature": 1.5 * float(str(settings["temperature"]))},
     }
-    for title, changed in faults.items():
-        manifest = attempt.describe_folder(sound / MODEL_FILE).model_copy(update={"settings": changed})
-        write_manifest(sound, manifest)
+    for title, faulty_settings in faults.items():
+        manifest = attempt.describe_folder(intact / MODEL_FILE).model_copy(update={"settings": faulty_settings})
+        write_manifest(intact, manifest)
         with pytest.raises(GateError, match=r"spdtool\.load (answers|gives other probabilities)"):
-            check_score(target, several, sound, "cpu")
+            check_score(target, several, intact, "cpu")
         assert title
     for title in ("labels swapped", "a label renamed"):
-        folder = shutil.copytree(sound, tmp_path / "faulty")
+        folder = shutil.copytree(intact, tmp_path / "faulty")
         FILE_FAULTS[title](folder)
         assert is_refused(target, several, folder), title
         shutil.rmtree(folder)
-    folder = shutil.copytree(sound, tmp_path / "faulty")
+    folder = shutil.copytree(intact, tmp_path / "faulty")
     edit_json("config.json", lambda config: config.update(problem_type="single_label_classification"))(folder)
     assert is_refused(target, several, folder)

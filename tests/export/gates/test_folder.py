@@ -1,4 +1,4 @@
-"""The gate on an exported folder: its config.json says what the loaded checkpoint says."""
+"""The gate on an exported folder: its config.json must equal that of the checkpoint."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def edit_config(folder: Path, **fields: object) -> None:
 
 @pytest.fixture
 def folders(encoder_folder: Path, tmp_path: Path, tiny_tokenizer: object) -> tuple[Path, Path]:
-    """A checkpoint, and what an export writes beside its file."""
+    """A checkpoint folder, and an export folder without its model file."""
     for name in ("checkpoint", "exported"):
         save_model(load_model(encoder_folder), tiny_tokenizer, tmp_path / name)
     return tmp_path / "checkpoint", tmp_path / "exported"

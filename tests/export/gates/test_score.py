@@ -1,4 +1,4 @@
-"""The gate on the dev score: what changed, and what is too much."""
+"""The gate on the dev score: flipped predictions and the budget."""
 
 from __future__ import annotations
 

@@ -27,12 +27,12 @@ def test_the_fewest_of_the_worst_modules_stay_in_float32() -> None:
     assert result.tries == len(calls)
 
 
-def test_all_modules_in_float32_are_no_answer() -> None:
+def test_the_search_fails_if_no_selection_meets_the_budget() -> None:
     result = search_float32_modules(MODULES, lambda _: 1.0, lambda _: False, tries=24)
     assert result.float32_modules is None
 
 
-def test_neighbours_are_tried_together_where_there_are_few_tries() -> None:
+def test_neighbouring_modules_are_tried_together_if_tries_are_few() -> None:
     result = search_float32_modules(MODULES, lambda modules: float("a" not in modules), lambda _: True, tries=4)
     assert result.damage == {"a b": 1.0, "c d": 0.0}
     assert result.float32_modules == ("a", "b")

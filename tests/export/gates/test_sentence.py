@@ -76,7 +76,7 @@ def test_planted_faults_of_a_folder_are_caught(exported: tuple[Path, Reference])
     check_folder(get_target("onnx"), reference, folder, "cpu")
 
 
-def test_vectors_that_a_client_would_pool_otherwise_are_caught(exported: tuple[Path, Reference]) -> None:
+def test_pooling_that_differs_from_a_clients_is_detected(exported: tuple[Path, Reference]) -> None:
     _, reference = exported
     settings = sentence_settings(reference.model)
     assert settings is not None

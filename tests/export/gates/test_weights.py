@@ -1,4 +1,4 @@
-"""The gate on weights: every stored weight is the checkpoint's, up to the rounding of its format."""
+"""The gate on weights: every stored weight must equal the checkpoint's, up to the rounding of its format."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ WEIGHT = np.where(RANDOM.random((16, 24)) < 0.5, 0, RANDOM.normal(size=(16, 24))
 
 
 def rounded_rows(weight: np.ndarray, levels: int = 127, clip: float = 1.0) -> np.ndarray:
-    """Round to int8 with one scale a row; `clip` is the share of the largest weight that is kept."""
+    """Round to int8 with one scale a row; values are clipped at `clip` times the largest weight."""
     scale = clip * np.abs(weight).max(axis=1, keepdims=True) / levels
     return np.asarray(np.clip(np.rint(weight / scale), -levels, levels) * scale, np.float32)
 
 
 def planted_faults(rounding: Callable[[np.ndarray], np.ndarray]) -> dict[str, np.ndarray]:
-    """Faults that no rounding explains, in a weight that was rounded otherwise."""
+    """Make rounded weights with faults that rounding does not explain."""
     stored = rounding(WEIGHT)
     noise = WEIGHT + (WEIGHT != 0) * 0.05 * np.abs(WEIGHT).mean() * RANDOM.normal(size=WEIGHT.shape)
-    signs, filled, lost, not_finite = stored.copy(), stored.copy(), stored.copy(), stored.copy()
+    signs, filled, lost_weight, not_finite = stored.copy(), stored.copy(), stored.copy(), stored.copy()
     signs[:2] *= -1
     filled[tuple(np.argwhere(WEIGHT == 0)[0])] = 1e-12
-    lost[np.unravel_index(np.abs(WEIGHT).argmax(), WEIGHT.shape)] = 0
+    lost_weight[np.unravel_index(np.abs(WEIGHT).argmax(), WEIGHT.shape)] = 0
     not_finite[tuple(np.argwhere(WEIGHT != 0)[0])] = np.nan
     return {
         "noise": rounding(noise.astype(np.float32)),
@@ -46,13 +46,13 @@ def planted_faults(rounding: Callable[[np.ndarray], np.ndarray]) -> dict[str, np
         "two rows' signs": signs,
         "permuted rows": stored[::-1],
         "a filled zero": filled,
-        "a lost weight": lost,
+        "a lost weight": lost_weight,
         "not finite": not_finite,
         "another shape": stored[1:],
     }
 
 
-def test_what_the_format_rounds_passes_and_every_planted_fault_is_refused() -> None:
+def test_rounding_of_the_format_passes_and_planted_faults_are_refused() -> None:
     formats: dict[str, tuple[Callable[[np.ndarray], np.ndarray], StoredWeight]] = {
         "fp32": (np.copy, StoredWeight("w", WEIGHT)),
         "fp16": (lambda weight: weight.astype(np.float16).astype(np.float32), StoredWeight("w", WEIGHT, "fp16")),
@@ -69,8 +69,8 @@ def test_what_the_format_rounds_passes_and_every_planted_fault_is_refused() -> N
             pytest.fail(f"{name}: {fault} passed")
 
 
-def test_the_step_is_that_of_the_checkpoint_and_not_of_the_file() -> None:
-    """A scale that is ten times too coarse rounds to its own grid; the checkpoint's largest weight says otherwise."""
+def test_the_rounding_step_is_that_of_the_checkpoint() -> None:
+    """A scale ten times too coarse is consistent in itself; the checkpoint's largest weight shows the fault."""
     coarse = rounded_rows(WEIGHT, 12)
     with pytest.raises(GateError, match="than int8 rounds"):
         check_weight(StoredWeight("w", coarse, "int8", 0), WEIGHT)
@@ -81,15 +81,15 @@ def test_a_small_weight_may_be_raised_to_one_step_but_not_more() -> None:
     step = np.float32(1 / 127)
     raised = np.array([[1.0, step, -step, 64 * step]], np.float32)
     check_weight(StoredWeight("w", raised, "int8", 0), weight)
-    half = weight.astype(np.float16).astype(np.float32)
-    half[0, 2] = -(2.0**-24)
-    check_weight(StoredWeight("w", half, "fp16"), weight)
+    fp16_weight = weight.astype(np.float16).astype(np.float32)
+    fp16_weight[0, 2] = -(2.0**-24)
+    check_weight(StoredWeight("w", fp16_weight, "fp16"), weight)
     for fault in (raised * [[1, 2, 1, 1]], raised * [[1, -1, 1, 1]]):
         with pytest.raises(GateError, match="1 of 4 weights"):
             check_weight(StoredWeight("w", fault.astype(np.float32), "int8", 0), weight)
 
 
-def test_clipping_has_to_be_said_and_stays_bounded() -> None:
+def test_clipping_must_be_declared_and_is_bounded() -> None:
     clipped = StoredWeight("w", rounded_rows(WEIGHT, clip=0.9), "int8", 0)
     share = np.count_nonzero(np.abs(clipped.array - WEIGHT) > 0.01) / WEIGHT.size
     assert 0 < share < 0.1
@@ -126,7 +126,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> Ref
     return Reference(folder, DevSets(None, rows), Recipe())
 
 
-def test_every_parameter_has_to_be_there_in_every_copy_and_as_asked_for(reference: Reference, tmp_path: Path) -> None:
+def test_every_parameter_must_be_stored_in_the_requested_format(reference: Reference, tmp_path: Path) -> None:
     exact = StorageFormats("fp32", "fp32")
     parameters = dict(load_model(reference.checkpoint).named_parameters())
     arrays = {name: parameter.detach().numpy() for name, parameter in parameters.items()}
@@ -138,14 +138,14 @@ def test_every_parameter_has_to_be_there_in_every_copy_and_as_asked_for(referenc
 
     assert check({}) == 0
     assert check({"bert.encoder.layer.0.output.dense.bias": None}) == 0, "one of zeros, which exporters leave out"
-    half = arrays[MATRIX].astype(np.float16).astype(np.float32)
-    as_half, as_int8 = StoredWeight(MATRIX, half, "fp16"), StoredWeight(MATRIX, half, "int8", 0)
+    fp16_weight = arrays[MATRIX].astype(np.float16).astype(np.float32)
+    as_half, as_int8 = StoredWeight(MATRIX, fp16_weight, "fp16"), StoredWeight(MATRIX, fp16_weight, "int8", 0)
     assert check({MATRIX: as_half}, StorageFormats("fp16", "int8")) == 0
     last_word = arrays[TABLE].copy()
     last_word[-1] += 1
     faults: list[tuple[str, dict[str, StoredWeight | None], StorageFormats]] = [
         (f"{BIAS}: the exported file does not store it", {BIAS: None}, exact),
-        ("no such weight", {"other": StoredWeight("other", half)}, exact),
+        ("no such weight", {"other": StoredWeight("other", fp16_weight)}, exact),
         ("weights in the exported file are further", {"copy": StoredWeight(BIAS, arrays[BIAS] + 1e-6)}, exact),
         ("32 of 800 weights", {TABLE: StoredWeight(TABLE, last_word)}, exact),
         (f"{MATRIX}: the exported file stores it as fp16; fp32 was asked for", {MATRIX: as_half}, exact),
@@ -156,7 +156,7 @@ def test_every_parameter_has_to_be_there_in_every_copy_and_as_asked_for(referenc
             check(changes, formats)
 
 
-def test_weights_that_become_zero_are_counted_where_that_is_allowed(reference: Reference, tmp_path: Path) -> None:
+def test_weights_that_become_zero_are_counted_if_allowed(reference: Reference, tmp_path: Path) -> None:
     weights = []
     for name, parameter in load_model(reference.checkpoint).named_parameters():
         array = parameter.detach().numpy().copy()

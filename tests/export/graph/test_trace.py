@@ -1,4 +1,4 @@
-"""The ONNX file: its axes, its names, its zeros, its logits; over every architecture of the table."""
+"""The ONNX file of every architecture: axes, names, zeros and logits."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], bool]] = {
 
 
 def comparison_batches(model: Any, rows: Encoded, sentences: int) -> list[tuple[str, Batch]]:
-    """The batches of the logits gate, each with its description."""
+    """List the batches of the logits gate with their descriptions."""
     return [*make_dev_batches(rows, sentences).values(), *make_random_batches(model, rows)]
 
 
@@ -104,10 +104,10 @@ class Exported:
         return count_zeros(self.checkpoint, list(find_prunable_weights(load_model(self.checkpoint))))
 
 
-def check_weights(made: Exported) -> None:
-    """Hold every stored weight against the checkpoint's."""
-    reference = Reference(made.checkpoint, DevSets(None, {"dev": made.rows}), Recipe())
-    assert weights_gate.check_weights(Onnx(), reference, made.folder) == 0
+def check_weights(exported_model: Exported) -> None:
+    """Compare every stored weight with the checkpoint's."""
+    reference = Reference(exported_model.checkpoint, DevSets(None, {"dev": exported_model.rows}), Recipe())
+    assert weights_gate.check_weights(Onnx(), reference, exported_model.folder) == 0
 
 
 def checkpoint(name: str, folder: Path, toys: ModuleType) -> Any:
@@ -121,11 +121,11 @@ def checkpoint(name: str, folder: Path, toys: ModuleType) -> Any:
         model = AutoModelForSequenceClassification.from_config(config).eval()
         for weight in find_prunable_weights(model).values():
             weight.data[torch.rand_like(weight) < 0.7] = 0
-    given = ["input_ids", "attention_mask", *(["token_type_ids"] if typed else [])]
+    input_names = ["input_ids", "attention_mask", *(["token_type_ids"] if typed else [])]
     core = toys.tokenizer()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core.backend_tokenizer,
-        model_input_names=given,
+        model_input_names=input_names,
         model_max_length=32,
         pad_token="[PAD]",
         unk_token="[UNK]",
@@ -139,37 +139,43 @@ def checkpoint(name: str, folder: Path, toys: ModuleType) -> Any:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> Callable[[str], Exported]:
-    """`exported("bert")`: exported once for the whole module; not to be altered."""
-    made: dict[str, Exported] = {}
+    """Return `exported("bert")`, which exports each architecture once for the module; read only."""
+    exported_by_name: dict[str, Exported] = {}
 
     def make(name: str) -> Exported:
-        if name not in made:
-            place = tmp_path_factory.mktemp(name)
-            tokenizer = checkpoint(name, place / "checkpoint", toys)
+        if name not in exported_by_name:
+            folder = tmp_path_factory.mktemp(name)
+            tokenizer = checkpoint(name, folder / "checkpoint", toys)
             splits = data.encode_splits(tokenizer, {"dev": toys.rows(12, pairs=True)}, 32)
-            files = Onnx().export(place / "checkpoint", place / "out", Recipe())
-            made[name] = Exported(place / "checkpoint", place / "out", files, splits["dev"])
-        return made[name]
+            files = Onnx().export(folder / "checkpoint", folder / "out", Recipe())
+            exported_by_name[name] = Exported(folder / "checkpoint", folder / "out", files, splits["dev"])
+        return exported_by_name[name]
 
     return make
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 class TestArchitectures:
-    def test_logits_are_the_checkpoint_s(self, name: str, exported: Callable[[str], Exported]) -> None:
-        made = exported(name)
-        model = load_model(made.checkpoint, eager=True)
-        batches = comparison_batches(model, made.rows, 12)
-        largest, where = compare_logits(torch_forward(model), Onnx().session(made.folder, threads=1), batches, 1e-4)
+    def test_logits_equal_those_of_the_checkpoint(self, name: str, exported: Callable[[str], Exported]) -> None:
+        exported_model = exported(name)
+        model = load_model(exported_model.checkpoint, eager=True)
+        batches = comparison_batches(model, exported_model.rows, 12)
+        largest, largest_at = compare_logits(
+            torch_forward(model), Onnx().session(exported_model.folder, threads=1), batches, 1e-4
+        )
         assert 0 < largest < 1e-4
-        assert where
+        assert largest_at
         assert any(batch["input_ids"].shape == (1, 1) for _, batch in batches)
         assert any(batch["input_ids"].shape == (1, longest_supported_input(model)) for _, batch in batches)
 
-    def test_every_weight_is_the_checkpoint_s(self, name: str, exported: Callable[[str], Exported]) -> None:
-        made = exported(name)
-        check_weights(made)
-        assert 0.6 < sum(z for z, _ in made.zeros.values()) / sum(s for _, s in made.zeros.values()) < 0.8
+    def test_every_weight_equals_that_of_the_checkpoint(self, name: str, exported: Callable[[str], Exported]) -> None:
+        exported_model = exported(name)
+        check_weights(exported_model)
+        assert (
+            0.6
+            < sum(z for z, _ in exported_model.zeros.values()) / sum(s for _, s in exported_model.zeros.values())
+            < 0.8
+        )
 
     def test_axes_inputs_and_output(self, name: str, exported: Callable[[str], Exported]) -> None:
         graph = onnx.load(exported(name).files[0]).graph
@@ -181,22 +187,28 @@ class TestArchitectures:
         assert [axis.dim_param for axis in graph.output[0].type.tensor_type.shape.dim] == ["batch", ""]
 
 
-def test_layout_is_that_of_hugging_face_clients(exported: Callable[[str], Exported]) -> None:
-    made = exported("bert")
-    found = sorted(str(path.relative_to(made.folder)) for path in made.folder.rglob("*") if path.is_file())
-    assert found == ["config.json", "onnx/model.onnx", "tokenizer.json", "tokenizer_config.json"]
-    assert made.files == [made.folder / "onnx/model.onnx"]
-    config = json.loads((made.folder / "config.json").read_text())
+def test_the_layout_follows_hugging_face(exported: Callable[[str], Exported]) -> None:
+    exported_model = exported("bert")
+    files = sorted(
+        str(path.relative_to(exported_model.folder)) for path in exported_model.folder.rglob("*") if path.is_file()
+    )
+    assert files == ["config.json", "onnx/model.onnx", "tokenizer.json", "tokenizer_config.json"]
+    assert exported_model.files == [exported_model.folder / "onnx/model.onnx"]
+    config = json.loads((exported_model.folder / "config.json").read_text())
     assert config["id2label"] == {"0": "no", "1": "maybe", "2": "yes"}
-    assert load_tokenizer(made.folder)("good film")["input_ids"]
+    assert load_tokenizer(exported_model.folder)("good film")["input_ids"]
 
 
 def test_no_path_of_this_machine_is_in_any_file(exported: Callable[[str], Exported]) -> None:
-    made = exported("bert")
-    here = [str(Path(torch.__file__).parents[1]), str(Path(__file__).parents[2]), str(made.checkpoint)]
-    for file in made.folder.rglob("*"):
+    exported_model = exported("bert")
+    machine_paths = [
+        str(Path(torch.__file__).parents[1]),
+        str(Path(__file__).parents[2]),
+        str(exported_model.checkpoint),
+    ]
+    for file in exported_model.folder.rglob("*"):
         content = file.read_bytes() if file.is_file() else b""
-        for trace in (*here, "site-packages", ".py", "stack_trace"):
+        for trace in (*machine_paths, "site-packages", ".py", "stack_trace"):
             assert trace.encode() not in content, f"{trace} in {file}"
 
 
@@ -205,15 +217,15 @@ def test_two_exports_are_byte_identical_and_silent(
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    made = exported("bert")
+    exported_model = exported("bert")
     capfd.readouterr()
     with export.cached_traces({}):
-        again = Onnx().export(made.checkpoint, tmp_path / "elsewhere", Recipe())
+        repeated = Onnx().export(exported_model.checkpoint, tmp_path / "elsewhere", Recipe())
     Onnx().session(tmp_path / "elsewhere")
     assert capfd.readouterr() == ("", "")
-    assert again[0].read_bytes() == made.files[0].read_bytes()
+    assert repeated[0].read_bytes() == exported_model.files[0].read_bytes()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        assert (tmp_path / "elsewhere" / name).read_bytes() == (made.folder / name).read_bytes()
+        assert (tmp_path / "elsewhere" / name).read_bytes() == (exported_model.folder / name).read_bytes()
 
 
 def test_the_file_is_valid_and_keeps_the_opset(exported: Callable[[str], Exported]) -> None:
@@ -223,21 +235,25 @@ def test_the_file_is_valid_and_keeps_the_opset(exported: Callable[[str], Exporte
 
 
 def test_another_opset_can_be_chosen(exported: Callable[[str], Exported], tmp_path: Path) -> None:
-    made = exported("bert")
+    exported_model = exported("bert")
     recipe = Recipe.model_validate({"export": {"opset": 20}})
-    (file,) = Onnx().export(made.checkpoint, tmp_path, recipe)
+    (file,) = Onnx().export(exported_model.checkpoint, tmp_path, recipe)
     assert onnx.load(file).opset_import[0].version == 20
-    model = load_model(made.checkpoint)
-    compare_logits(torch_forward(model), Onnx().session(tmp_path), comparison_batches(model, made.rows, 4), 1e-4)
+    model = load_model(exported_model.checkpoint)
+    compare_logits(
+        torch_forward(model), Onnx().session(tmp_path), comparison_batches(model, exported_model.rows, 4), 1e-4
+    )
 
 
-def test_transposed_weights_are_called_so(exported: Callable[[str], Exported]) -> None:
-    made = exported("bert")
-    weights = dict(load_model(made.checkpoint).named_parameters())
-    found = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(made.files[0]).graph.initializer}
+def test_transposed_weights_are_marked_in_their_names(exported: Callable[[str], Exported]) -> None:
+    exported_model = exported("bert")
+    weights = dict(load_model(exported_model.checkpoint).named_parameters())
+    stored = {
+        tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(exported_model.files[0]).graph.initializer
+    }
     name = "bert.encoder.layer.1.attention.self.key.weight"
-    np.testing.assert_array_equal(found[f"{name}.T"], weights[name].detach().numpy().T)
-    np.testing.assert_array_equal(found["classifier.weight"], weights["classifier.weight"].detach().numpy())
+    np.testing.assert_array_equal(stored[f"{name}.T"], weights[name].detach().numpy().T)
+    np.testing.assert_array_equal(stored["classifier.weight"], weights["classifier.weight"].detach().numpy())
 
 
 def test_equal_weights_share_a_constant_and_are_all_audited(tmp_path: Path, toys: ModuleType) -> None:
@@ -261,15 +277,15 @@ def test_equal_weights_share_a_constant_and_are_all_audited(tmp_path: Path, toys
 def test_beyond_the_limit_weights_go_to_a_second_file(
     exported: Callable[[str], Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = exported("bert")
+    exported_model = exported("bert")
     monkeypatch.setattr(export, "LARGEST_FILE", 1000)
     for _ in range(2):  # a second export does not append to the first
-        files = export.write_model(onnx.load(made.files[0]), tmp_path / MODEL_FILE)
+        files = export.write_model(onnx.load(exported_model.files[0]), tmp_path / MODEL_FILE)
     assert [file.name for file in files] == ["model.onnx", "model.onnx_data"]
-    assert files[0].stat().st_size < files[1].stat().st_size < made.files[0].stat().st_size
-    check_weights(replace(made, folder=tmp_path))
-    batch = made.rows.collate([0, 1])
-    assert (Onnx().session(tmp_path)(batch) == Onnx().session(made.folder)(batch)).all()
+    assert files[0].stat().st_size < files[1].stat().st_size < exported_model.files[0].stat().st_size
+    check_weights(replace(exported_model, folder=tmp_path))
+    batch = exported_model.rows.collate([0, 1])
+    assert (Onnx().session(tmp_path)(batch) == Onnx().session(exported_model.folder)(batch)).all()
 
 
 def test_a_missing_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -334,8 +350,8 @@ class SummedHead(torch.nn.Module):
         return torch.nn.functional.linear(states, self.first + self.second)
 
 
-def test_a_constant_that_is_computed_from_weights_is_that_of_the_model(toys: ModuleType, tmp_path: Path) -> None:
-    """Folded by the exporter or left to the runtime: the logits are the model's."""
+def test_a_constant_computed_from_weights_follows_the_model(toys: ModuleType, tmp_path: Path) -> None:
+    """The exporter may fold the sum or leave it to the runtime; the logits must be those of the model."""
     names, batch = ["input_ids", "attention_mask"], toys.batch()
     with export.cached_traces({}):
         for seed in (0, 1):
@@ -363,11 +379,11 @@ def test_a_frozen_axis_is_refused(monkeypatch: pytest.MonkeyPatch, toys: ModuleT
 class TestPlantedFaults:
     @pytest.fixture
     def altered(self, exported: Callable[[str], Exported], tmp_path: Path) -> Callable[..., Exported]:
-        """A copy of the exported BERT, one of whose matrices `change` has altered."""
+        """Return a function that copies the exported BERT and applies `change` to one of its matrices."""
 
         def make(change: Callable[[np.ndarray], Any]) -> Exported:
-            made = exported("bert")
-            proto = onnx.load(made.files[0])
+            exported_model = exported("bert")
+            proto = onnx.load(exported_model.files[0])
             name = "bert.encoder.layer.1.output.dense.weight.T"
             tensor = next(tensor for tensor in proto.graph.initializer if tensor.name == name)
             array = numpy_helper.to_array(tensor).copy()
@@ -375,42 +391,45 @@ class TestPlantedFaults:
             tensor.raw_data = array.tobytes()
             (tmp_path / "onnx").mkdir()
             onnx.save(proto, tmp_path / "onnx/model.onnx")
-            return Exported(made.checkpoint, tmp_path, [tmp_path / "onnx/model.onnx"], made.rows)
+            return Exported(exported_model.checkpoint, tmp_path, [tmp_path / "onnx/model.onnx"], exported_model.rows)
 
         return make
 
-    def test_a_zero_that_was_lost_is_caught(self, altered: Callable[..., Exported]) -> None:
+    def test_a_lost_zero_is_detected(self, altered: Callable[..., Exported]) -> None:
         def lose(array: np.ndarray) -> None:
             row, column = np.argwhere(array == 0)[0]
             array[row, column] = 1e-12
 
-        made = altered(lose)
+        exported_model = altered(lose)
         with pytest.raises(GateError, match=r"layer.1.output.dense.weight: .* in place of 1 zeros"):
-            check_weights(made)
+            check_weights(exported_model)
 
     def test_a_changed_weight_is_caught(self, altered: Callable[..., Exported]) -> None:
         def change(array: np.ndarray) -> None:
             row, column = np.argwhere(array != 0)[0]
             array[row, column] *= -1
 
-        made = altered(change)
+        exported_model = altered(change)
         with pytest.raises(GateError, match=r"layer.1.output.dense.weight: 1 of 2048 weights"):
-            check_weights(made)
-        model = load_model(made.checkpoint)
-        probes = comparison_batches(model, made.rows, 4)
+            check_weights(exported_model)
+        model = load_model(exported_model.checkpoint)
+        probes = comparison_batches(model, exported_model.rows, 4)
         with pytest.raises(GateError, match="checkpoint and exported file differ by"):
-            compare_logits(torch_forward(model), Onnx().session(made.folder), probes, 1e-4)
+            compare_logits(torch_forward(model), Onnx().session(exported_model.folder), probes, 1e-4)
 
-    def test_a_weight_that_is_no_number_is_caught(self, altered: Callable[..., Exported]) -> None:
-        made = altered(lambda array: array.fill(np.nan))
-        model = load_model(made.checkpoint)
+    def test_a_nan_weight_is_detected(self, altered: Callable[..., Exported]) -> None:
+        exported_model = altered(lambda array: array.fill(np.nan))
+        model = load_model(exported_model.checkpoint)
         with pytest.raises(GateError, match="exported file gives logits that are not finite"):
             compare_logits(
-                torch_forward(model), Onnx().session(made.folder), comparison_batches(model, made.rows, 4), 1e-4
+                torch_forward(model),
+                Onnx().session(exported_model.folder),
+                comparison_batches(model, exported_model.rows, 4),
+                1e-4,
             )
 
 
 def test_the_target_is_registered() -> None:
-    part = plugins.targets.entry("onnx")
-    assert isinstance(part.value, Onnx)
-    assert "portable" in part.summary
+    entry = plugins.targets.entry("onnx")
+    assert isinstance(entry.value, Onnx)
+    assert "portable" in entry.summary
