@@ -113,7 +113,9 @@ def test_the_parent_folder_is_accepted_in_any_spelling(folder: Callable[..., Pat
 
 def test_rows_end_at_newlines_and_fields_at_tabs_only(folder: Callable[..., Path]) -> None:
     field = 'He said "\x0b one\x1c \u2028 two \x85 "" three'
-    text = f'\ufeffindex\tquestion\tsentence\tlabel\r\n0\t"{field}\t{field}\tentailment\r\n1\t"a\t\'b\tnot_entailment\r\n'
+    text = (
+        f'\ufeffindex\tquestion\tsentence\tlabel\r\n0\t"{field}\t{field}\tentailment\r\n1\t"a\t\'b\tnot_entailment\r\n'
+    )
     rows = load_glue("qnli", str(folder("qnli", train=text)))["train"]
     assert rows == Rows(['"' + field, '"a'], [field, "'b"], [0, 1])
 
