@@ -188,7 +188,9 @@ def test_static_int8_rounds_only_inputs_of_products_with_weights(export: Export)
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_two_exports_are_byte_identical(name: str, checkpoint: Path, tmp_path: Path, dev: DevSets, toys: Any) -> None:
+def test_two_exports_are_byte_identical(
+    name: str, checkpoint: Path, tmp_path: Path, dev: DevSets, toys: ModuleType
+) -> None:
     target = get_target(name)
     for folder in ("a", "b"):
         target.export_rounded(checkpoint, tmp_path / folder, toys.recipe(), Rounding((), dev.calibration_rows))

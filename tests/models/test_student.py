@@ -44,7 +44,7 @@ def make_student(toys: ModuleType, tmp_path: Path) -> Callable[..., str]:
     return make
 
 
-def test_the_plan_counts_the_students_weights(toy_run: MakeRun, make_student: Any) -> None:
+def test_the_plan_counts_the_students_weights(toy_run: MakeRun, make_student: Callable[..., str]) -> None:
     folder = make_student()
     parameters = planning.make_plan(toy_run(student=folder, sparsity=0.3)).parameters
     model = load_model(folder)
@@ -55,7 +55,7 @@ def test_the_plan_counts_the_students_weights(toy_run: MakeRun, make_student: An
 
 
 def test_memory_falls_with_a_smaller_student_and_grows_with_relations_and_blends(
-    toy_run: MakeRun, make_student: Any
+    toy_run: MakeRun, make_student: Callable[..., str]
 ) -> None:
     def bytes_of(*sets: str, **flags: Any) -> int:
         return int(planning.make_plan(toy_run(*sets, **flags)).estimate.memory_bytes)
@@ -91,7 +91,12 @@ def test_a_student_that_copies_the_teacher_is_planned_as_the_teacher(toy_run: Ma
     ],
 )
 def test_settings_that_do_not_fit_the_student_are_refused_by_the_plan(
-    toy_run: MakeRun, make_student: Any, setting: str, config: dict[str, Any], error: type[Exception], message: str
+    toy_run: MakeRun,
+    make_student: Callable[..., str],
+    setting: str,
+    config: dict[str, Any],
+    error: type[Exception],
+    message: str,
 ) -> None:
     run = toy_run(setting, student=make_student(**config))
     with pytest.raises(error, match=message):
@@ -101,7 +106,7 @@ def test_settings_that_do_not_fit_the_student_are_refused_by_the_plan(
     assert not run.path.exists()
 
 
-def test_another_vocabulary_is_refused_by_the_plan(toy_run: MakeRun, make_student: Any) -> None:
+def test_another_vocabulary_is_refused_by_the_plan(toy_run: MakeRun, make_student: Callable[..., str]) -> None:
     folder = Path(make_student())
     file = folder / "tokenizer.json"
     file.write_text(file.read_text("utf-8").replace('"quite"', '"rather"'), "utf-8")
@@ -111,7 +116,9 @@ def test_another_vocabulary_is_refused_by_the_plan(toy_run: MakeRun, make_studen
         planning.make_plan(toy_run(student=str(folder)))
 
 
-def test_a_new_head_that_would_stay_random_is_refused_by_the_plan(toy_run: MakeRun, make_student: Any) -> None:
+def test_a_new_head_that_would_stay_random_is_refused_by_the_plan(
+    toy_run: MakeRun, make_student: Callable[..., str]
+) -> None:
     planning.make_plan(toy_run("prune.train=layers", student=make_student()))
     for student in ("pretrained", make_student(num_labels=3), make_student(id2label={0: "cat", 1: "dog"})):
         with pytest.raises(RecipeError, match="gets a new head, and prune.train = 'layers' would leave it random"):

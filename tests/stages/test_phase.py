@@ -79,7 +79,7 @@ def encoder_only(folder: str) -> str:
 
 
 def test_a_smaller_student_goes_through_every_phase_with_its_projections(
-    toy_run: MakeRun, make_student: Any, warnings: list[str], stage_files: list[str]
+    toy_run: MakeRun, make_student: Callable[..., str], warnings: list[str], stage_files: list[str]
 ) -> None:
     run = toy_run("prune.grafting.start=0.5", student=make_student(), sparsity=0.7, until="finetune")
     before: dict[str, torch.Tensor] = {}
@@ -106,13 +106,17 @@ def test_a_smaller_student_goes_through_every_phase_with_its_projections(
     assert any("bert, 1 layers of width 16" in line and "bert, 2 layers of width 32" in line for line in warnings)
 
 
-def test_the_next_phase_goes_on_with_the_projections_of_the_one_before(toy_run: MakeRun, make_student: Any) -> None:
+def test_the_next_phase_goes_on_with_the_projections_of_the_one_before(
+    toy_run: MakeRun, make_student: Callable[..., str]
+) -> None:
     run = toy_run("distill.epochs=0", student=make_student(), until="distill")
     pruned, distilled = (weights(run, stage, "projections.safetensors") for stage in ("prune", "distill"))
     assert all(torch.equal(pruned[name], distilled[name]) for name in pruned)
 
 
-def test_projections_are_there_only_where_hidden_states_are_compared(toy_run: MakeRun, make_student: Any) -> None:
+def test_projections_are_there_only_where_hidden_states_are_compared(
+    toy_run: MakeRun, make_student: Callable[..., str]
+) -> None:
     relation = ["prune.loss={hidden=0, relation=1, relation_heads=4, layer_map='last'}", "prune.epochs=1"]
     run = toy_run(*relation, student=make_student(), until="prune")
     assert not (run.path / "prune" / "projections.safetensors").exists()
@@ -123,7 +127,7 @@ def test_projections_are_there_only_where_hidden_states_are_compared(toy_run: Ma
 
 @pytest.mark.parametrize("layer_map", ["uniform", "last", "[2, 1]"])
 def test_the_layer_map_changes_the_hidden_state_loss(
-    toy_run: MakeRun, toy_task: Callable[..., Task], make_student: Any, layer_map: str
+    toy_run: MakeRun, toy_task: Callable[..., Task], make_student: Callable[..., str], layer_map: str
 ) -> None:
     toy_task(layers=4, train=16, dev=8)
     sets = ["prune.epochs=1", f"prune.loss.layer_map={layer_map}", "prune.loss.attention=1", "prune.events=1"]
@@ -137,7 +141,7 @@ def test_the_layer_map_changes_the_hidden_state_loss(
 
 @pytest.mark.parametrize("kind", ["bernoulli", "blend"])
 def test_a_student_of_the_teachers_shape_is_grafted(
-    toy_run: MakeRun, make_student: Any, warnings: list[str], kind: str
+    toy_run: MakeRun, make_student: Callable[..., str], warnings: list[str], kind: str
 ) -> None:
     sets = [f"prune.grafting={{kind='{kind}', start=0.4}}", "prune.loss.relation=1", "prune.loss.relation_heads=8"]
     student = make_student(hidden_size=32, intermediate_size=64, layers=2)
@@ -159,7 +163,9 @@ def test_a_blend_rises_to_the_student_alone(toy_run: MakeRun) -> None:
     assert files[0] == files[1]
 
 
-def test_pretrained_starts_from_the_model_with_a_new_head(toy_run: MakeRun, toy_task: Any, make_student: Any) -> None:
+def test_pretrained_starts_from_the_model_with_a_new_head(
+    toy_run: MakeRun, toy_task: Any, make_student: Callable[..., str]
+) -> None:
     toy_task(build=False)
     encoder = encoder_only(make_student(hidden_size=32, layers=2))
     no_training = ["prune.learning_rate=1e-30", "prune.epochs=1", "prune.events=1", "prune.weight_decay=0"]
@@ -186,7 +192,9 @@ def test_pretrained_of_a_task_with_a_model_of_its_own_is_that_model(toy_run: Mak
     assert all(almost_equal(student[name], start[name]) for name in student)
 
 
-def test_the_labels_are_the_teachers_in_its_order(toy_run: MakeRun, make_student: Any, toys: ModuleType) -> None:
+def test_the_labels_are_the_teachers_in_its_order(
+    toy_run: MakeRun, make_student: Callable[..., str], toys: ModuleType
+) -> None:
     """A student with the labels in reverse order gets its head reordered and keeps its predictions."""
     reversed_labels = make_student(id2label={0: "good", 1: "bad"}, label2id={"good": 0, "bad": 1})
     no_training = ["prune.learning_rate=1e-30", "prune.epochs=1", "prune.events=1", "prune.weight_decay=0"]
@@ -200,7 +208,7 @@ def test_the_labels_are_the_teachers_in_its_order(toy_run: MakeRun, make_student
 
 @pytest.mark.parametrize("labels", [3, 0])
 def test_an_encoder_or_a_classifier_of_another_task_gets_a_new_head(
-    toy_run: MakeRun, make_student: Any, warnings: list[str], labels: int
+    toy_run: MakeRun, make_student: Callable[..., str], warnings: list[str], labels: int
 ) -> None:
     three_labels = {"labels": 3, "id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
     folder = make_student(**three_labels) if labels else encoder_only(make_student())
@@ -210,14 +218,14 @@ def test_an_encoder_or_a_classifier_of_another_task_gets_a_new_head(
     assert any("gets a new head: the model has 3 labels (a, b, c)" in line for line in warnings) == bool(labels)
 
 
-def test_a_regression_student(toy_run: MakeRun, toy_task: Any, make_student: Any) -> None:
+def test_a_regression_student(toy_run: MakeRun, toy_task: Any, make_student: Callable[..., str]) -> None:
     toy_task(labels=())
     run = toy_run("prune.epochs=1", student=encoder_only(make_student()), until="prune")
     assert label_names(load_model(run.path / "prune")) == ["score"]
 
 
 def test_a_student_of_another_family_reads_only_what_it_knows(
-    toy_run: MakeRun, toy_task: Any, make_student: Any, warnings: list[str]
+    toy_run: MakeRun, toy_task: Any, make_student: Callable[..., str], warnings: list[str]
 ) -> None:
     """A DistilBERT student of a BERT teacher, which reads token types, and the reverse."""
     toy_task(pairs=True)
@@ -256,17 +264,22 @@ def assert_refused(run: Run, error: type[Exception], message: str) -> None:
     ],
 )
 def test_a_student_that_does_not_fit_is_refused_before_the_work(
-    toy_run: MakeRun, make_student: Any, setting: str, fields: dict[str, Any], error: type[Exception], message: str
+    toy_run: MakeRun,
+    make_student: Callable[..., str],
+    setting: str,
+    fields: dict[str, Any],
+    error: type[Exception],
+    message: str,
 ) -> None:
     assert_refused(toy_run(setting, "teacher.epochs=1", student=make_student(**fields)), error, message)
 
 
-def test_a_new_head_that_would_stay_random_is_refused(toy_run: MakeRun, make_student: Any) -> None:
+def test_a_new_head_that_would_stay_random_is_refused(toy_run: MakeRun, make_student: Callable[..., str]) -> None:
     run = toy_run("prune.train=layers", "teacher.epochs=1", student=encoder_only(make_student()))
     assert_refused(run, RecipeError, "gets a new head, and prune.train = 'layers' would leave it random")
 
 
-def test_another_vocabulary_is_refused(toy_run: MakeRun, make_student: Any) -> None:
+def test_another_vocabulary_is_refused(toy_run: MakeRun, make_student: Callable[..., str]) -> None:
     folder = Path(make_student())
     file = folder / "tokenizer.json"
     file.write_text(file.read_text("utf-8").replace('"warm"', '"tepid"'), "utf-8")
@@ -275,7 +288,7 @@ def test_another_vocabulary_is_refused(toy_run: MakeRun, make_student: Any) -> N
     )
 
 
-def test_a_tokenizer_that_cuts_otherwise_is_refused(toy_run: MakeRun, make_student: Any) -> None:
+def test_a_tokenizer_that_cuts_otherwise_is_refused(toy_run: MakeRun, make_student: Callable[..., str]) -> None:
     folder = Path(make_student())
     file = folder / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | {"do_lower_case": False}), "utf-8")
@@ -285,7 +298,7 @@ def test_a_tokenizer_that_cuts_otherwise_is_refused(toy_run: MakeRun, make_stude
 
 
 def test_an_interruption_leaves_no_trace_in_the_projections(
-    toy_run: MakeRun, make_student: Any, monkeypatch: pytest.MonkeyPatch
+    toy_run: MakeRun, make_student: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sets = ["save_minutes=0", "prune.loss.relation=0.5", "prune.loss.relation_heads=4", "prune.weight_decay=0.1"]
     uninterrupted = toy_run(*sets, student=make_student(), until="finetune")

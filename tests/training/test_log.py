@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -45,7 +46,7 @@ def test_without_scored_training_rows_there_are_no_train_scores(toy_run: Callabl
     assert all(entry.train is None for entry in metrics.fit.evaluations)
 
 
-def test_the_train_score_uses_a_sample_of_the_training_rows(toy_task: Any, toys: Any) -> None:
+def test_the_train_score_uses_a_sample_of_the_training_rows(toy_task: Any, toys: ModuleType) -> None:
     task, rows = toy_task(), toys.rows(40)
     encoded = data.tokenize(toys.tokenizer(), rows, 32)
     sample = encoded.sample(7, seed=3)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -46,7 +47,7 @@ class ScriptedLearner(Learner):
 class Bench:
     """Makes a tiny model, rows and all other arguments of `fit`, anew for every call."""
 
-    def __init__(self, folder: Path, toys: Any, task: Task) -> None:
+    def __init__(self, folder: Path, toys: ModuleType, task: Task) -> None:
         self.folder, self.toys, self.task = folder, toys, task
         self.events: list[dict[str, Any]] = []
         self.model: Any = None
@@ -106,7 +107,7 @@ class Bench:
 
 
 @pytest.fixture
-def bench(tmp_path: Path, toys: Any, toy_task: Callable[..., Task]) -> Bench:
+def bench(tmp_path: Path, toys: ModuleType, toy_task: Callable[..., Task]) -> Bench:
     return Bench(tmp_path, toys, toy_task(train=32, dev=16))
 
 
@@ -136,7 +137,7 @@ def test_the_dev_set_is_scored_evenly_and_after_the_last_step() -> None:
         assert choose_evaluation_steps(length, evaluations) == expected, case
 
 
-def test_biases_and_normalisation_do_not_decay(toys: Any) -> None:
+def test_biases_and_normalisation_do_not_decay(toys: ModuleType) -> None:
     model = toys.bert(2)
     optimizer = create_adamw(model.parameters(), section(weight_decay=0.1, epsilon=1e-6), torch.device("cpu"))
     decayed = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
@@ -164,7 +165,7 @@ def test_every_step_has_the_scheduled_learning_rate_and_one_batch_of_its_epoch(b
     assert bench.log() == [event for event in bench.events if event["event"] != "resume"]
 
 
-def test_training_equals_plain_adamw_on_plain_batches(bench: Bench, toys: Any) -> None:
+def test_training_equals_plain_adamw_on_plain_batches(bench: Bench, toys: ModuleType) -> None:
     bench.fit(section(weight_decay=0.05, epsilon=1e-3))
     model = toys.bert(2).train()
     rows = data.encode_splits(toys.tokenizer(), bench.task.dataset.load(None, 0), 32)["train"]
@@ -201,7 +202,7 @@ def test_micro_batches_give_the_same_weights_up_to_rounding(bench: Bench, accumu
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_frozen_parameters_do_not_change(bench: Bench, toys: Any) -> None:
+def test_frozen_parameters_do_not_change(bench: Bench, toys: ModuleType) -> None:
     bench.fit(section(train="layers", weight_decay=0.1))
     before, after = toys.bert(2).state_dict(), bench.weights()
     for name in before:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -57,7 +58,7 @@ def test_a_rank_without_rows_gets_a_row_of_weight_zero(rows: data.Encoded) -> No
 @pytest.mark.parametrize("mask_padding", [True, False])
 @pytest.mark.parametrize(("processes", "accumulate"), [(1, 3), (2, 1), (3, 2), (12, 1)])
 def test_the_losses_of_micro_batches_add_up_to_those_of_the_batch(
-    rows: data.Encoded, toys: Any, processes: int, accumulate: int, mask_padding: bool
+    rows: data.Encoded, toys: ModuleType, processes: int, accumulate: int, mask_padding: bool
 ) -> None:
     weights = Loss(attention=1, relation=1, relation_heads=2, hardness=0.4, mask_padding=mask_padding)
     student, teacher = (toys.bert(2, seed=seed, attn_implementation="eager") for seed in (0, 1))

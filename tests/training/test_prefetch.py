@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -119,7 +120,7 @@ def test_on_a_cpu_there_is_no_thread_and_batches_are_made_when_asked_for() -> No
         assert not prefetch_threads()
 
 
-def test_pinned_micro_batches_equal_the_unpinned_ones(toys: Any, toy_task: Callable[..., Any]) -> None:
+def test_pinned_micro_batches_equal_the_unpinned_ones(toys: ModuleType, toy_task: Callable[..., Any]) -> None:
     rows = data.encode_splits(toys.tokenizer(), toy_task(train=10).dataset.load(None, 0), 32)["train"]
     splitter, batch = MicrobatchSplitter(accumulate=3), np.arange(10)
     step, size, micro_batches = prefetch.pin_batch((7, 10, splitter.split(rows, batch)))
