@@ -1,11 +1,12 @@
 """Engines that are timed, each in a process of its own.
 
-A process holds nothing but its engine (numpy and onnxruntime; torch only if torch is what is timed), so its peak memory
-is the engine's. It reads requests and writes answers as lines of JSON. Any program that does so can take its place
-(`Engine.command`):
+A process holds nothing but its engine (numpy and onnxruntime; torch only if torch is what is timed, or a GPU), so its
+peak memory is the engine's: bytes of the GPU where it runs on one. It reads requests and writes answers as lines of
+JSON. Any program that does so can take its place (`Engine.command`):
 
     {"open": {...engine...}}                                ->  {"provider": ..., "nodes": {...}, "resident": bytes}
-    {"batch": 8, "length": 128, "real": [], "turn": 0.01}   ->  {"ms": 12.3, "least": 12.1, "batches": 1}
+    {"batch": 8, "length": 128, "real": [], "turn": 0.01}   ->  {"ms": 12.3, "least": 12.1, "batches": 1,
+                                                                 "device_ms": 11.8 or null}
     {"close": true}                                         ->  {"peak": bytes}
     any failure                                             ->  {"error": ..., "hint": ...}
 
@@ -31,7 +32,10 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 
 from spdtool import plugins
-from spdtool.errors import SpdError, first_line
+from spdtool.bench.gpu.facts import GpuMemory
+from spdtool.bench.gpu.onnx_forms import open_bound
+from spdtool.bench.gpu.torch_forms import open_torch
+from spdtool.errors import SpdError
 from spdtool.export import onnx_session
 
 TIMEOUT = 300.0  # seconds for one answer, the loading of the model among them
@@ -70,6 +74,11 @@ class Engine:
         libraries: custom operators that the file needs.
         fused: onnxruntime rewrites the graph into fused operators; off: it only folds constants and the like.
         compiled: torch.compile; off: eager.
+        precision: of torch: fp32, tf32, bf16 or fp16.
+        graph: as a CUDA graph for each shape.
+        bound: inputs and outputs of onnxruntime have buffers on the device.
+        shrinks: torch leaves out heads and neurons that are zero as a whole.
+        semi_structured: torch with two of four weights, in the format of sparse tensor cores.
         baseline: the dense model that ratios refer to; of several, the fastest at each shape.
         optional: it may be missing on this machine; the report says so.
         target: export target whose `session` opens the folder, of the kind `session`.
@@ -86,6 +95,11 @@ class Engine:
     libraries: tuple[str, ...] = ()
     fused: bool = True
     compiled: bool = False
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    graph: bool = False
+    bound: bool = False
+    shrinks: bool = False
+    semi_structured: bool = False
     baseline: bool = False
     optional: bool = False
     target: str = ""
@@ -93,11 +107,19 @@ class Engine:
 
 
 class OpenEngine(NamedTuple):
-    """An engine that is ready to run, the provider that really runs it, and its graph nodes if the runtime tells."""
+    """An engine that is ready to run.
+
+    Attributes:
+        run: computes a batch as a client sees it, with the copies to the device and back.
+        provider: the one that really runs it.
+        nodes: graph nodes, if the runtime tells.
+        measure_device: milliseconds of a batch on the device alone; None on a CPU, and where it has no clock.
+    """
 
     run: RunBatch
     provider: str
     nodes: Nodes | None
+    measure_device: Callable[[Batch], float] | None = None
 
 
 class EngineProcess:
@@ -187,26 +209,39 @@ def run_engine(requests: Iterable[str], answer: Callable[[Answer], None]) -> Non
     """Answer requests in the process of an engine: open it, then run it for one turn at each request."""
     opened: OpenEngine | None = None
     batches: dict[Shape, Batch] = {}
+    memory: GpuMemory | None = None
     for line in requests:
         request: Request = json.loads(line)
         try:
             if "open" in request:
                 opened = None  # free what the last number of threads held
                 engine = Engine(**request["open"])
+                memory = GpuMemory() if engine.provider == "cuda" else None
                 opened = OPENERS[engine.kind](engine)
-                resident = memory_bytes("VmRSS")
+                resident = memory.add() if memory is not None and memory.is_known else memory_bytes("VmRSS")
                 answer({"provider": opened.provider, "nodes": opened.nodes, "resident": resident})
             elif "close" in request:
-                answer({"peak": memory_bytes("VmHWM")})
+                is_on_gpu = memory is not None and memory.is_known
+                answer({"peak": memory.grown if memory is not None and is_on_gpu else memory_bytes("VmHWM")})
             else:
                 assert opened is not None
                 shape = Shape(request["batch"], request["length"], tuple(request["real"]))
                 if shape not in batches:  # made outside the timed turn
                     batches[shape] = make_batch(shape, engine)
-                run, batch = opened.run, batches[shape]
-                answer(time_turn(lambda: run(batch), request["turn"]))  # noqa: B023 (called at once)
+                    if memory is not None:
+                        memory.mark()
+                        opened.run(batches[shape])  # allocates what this shape needs
+                        memory.add()
+                answer(time_batch(opened, batches[shape], request["turn"]))
         except SpdError as error:
             answer({"error": error.message, "hint": error.hint})
+
+
+def time_batch(opened: OpenEngine, batch: Batch, seconds: float) -> Answer:
+    """Time a batch for one turn as a client sees it, then on the device where that can be told."""
+    answer: Answer = {**time_turn(lambda: opened.run(batch), seconds)}
+    answer["device_ms"] = None if opened.measure_device is None else opened.measure_device(batch)
+    return answer
 
 
 def time_turn(call: Callable[[], object], seconds: float) -> dict[str, float]:
@@ -249,6 +284,8 @@ def make_batch(shape: Shape, engine: Engine) -> Batch:
 
 def open_onnxruntime(engine: Engine) -> OpenEngine:
     """Open a model file in onnxruntime."""
+    if engine.bound or engine.graph:
+        return open_bound(engine)
     session = onnx_session.open_session(
         Path(engine.path), engine.provider, engine.threads, engine.libraries, fused=engine.fused
     )
@@ -258,34 +295,6 @@ def open_onnxruntime(engine: Engine) -> OpenEngine:
         return session.run(None, {name: batch[name] for name in names})
 
     return OpenEngine(run, session.get_providers()[0], onnx_session.node_placement(session))
-
-
-def open_torch(engine: Engine) -> OpenEngine:
-    """Open a checkpoint in torch, eager or compiled."""
-    import torch
-
-    from spdtool.models.load import load_model
-    from spdtool.models.predict import torch_forward
-
-    torch.set_num_threads(engine.threads or onnx_session.usable_cores())
-    model: Any = load_model(engine.path)
-    model = model.to(engine.provider)
-    if engine.compiled:
-        model = torch.compile(model, dynamic=True)
-    forward = torch_forward(model, engine.provider)
-
-    def run(batch: Batch) -> object:
-        # Without token types the model takes zeros, which is what the batch holds.
-        return forward({name: batch[name] for name in ("input_ids", "attention_mask")})
-
-    if engine.compiled:
-        try:  # compiling starts with the first batch, and may be impossible here
-            run(make_batch(Shape(2, 9), engine))
-        except Exception as error:  # the compiler's front and back ends raise many kinds
-            raise SpdError(
-                f"torch.compile does not work here: {first_line(error)}", "it needs a C++ compiler"
-            ) from None
-    return OpenEngine(run, f"torch {engine.provider}", None)
 
 
 def open_openvino(engine: Engine) -> OpenEngine:

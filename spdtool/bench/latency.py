@@ -32,6 +32,7 @@ class Timing:
         peak: most bytes at any time, with any number of threads.
         rounds: milliseconds of a batch for each counted round, by shape.
         least: milliseconds of the fastest single batch, by shape.
+        device: as `rounds`, on the device alone; without the shapes where it has no clock.
     """
 
     engine: Engine
@@ -41,6 +42,7 @@ class Timing:
     peak: int
     rounds: dict[Shape, list[float]]
     least: dict[Shape, float]
+    device: dict[Shape, list[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class RunningEngine:
     opened: Answer
     rounds: dict[Shape, list[float]]
     least: dict[Shape, float]
+    device: dict[Shape, list[float]] = field(default_factory=dict)
 
     def take_turn(self, shape: Shape, *, counted: bool) -> None:
         """Run the engine at `shape` for one turn."""
@@ -67,6 +70,8 @@ class RunningEngine:
         if counted:
             self.rounds[shape].append(answer["ms"])
             self.least[shape] = min(self.least[shape], answer["least"])
+            if answer.get("device_ms") is not None:
+                self.device.setdefault(shape, []).append(answer["device_ms"])
 
 
 def time_engines(
@@ -78,6 +83,7 @@ def time_engines(
     warmup: int,
     seconds: float = float("inf"),
     timeout: float = TIMEOUT,
+    together: int | None = None,
 ) -> TimingResult:
     """Time every engine at every shape with every number of threads, in interleaved rounds.
 
@@ -86,10 +92,55 @@ def time_engines(
     Args:
         threads: used instead of the engines' own; engines are compared at one number of threads at a time.
         rounds: the most; fewer are made if they would take longer than `seconds`, but at least MIN_ROUNDS of them.
+        together: the most engines that are open at once; the first one is open with every group, so that each group has
+            it in its rounds, and counts for the first group. None: all.
 
     Raises:
         SpdError: a process died, did not answer in time, or could not run its engine; no process is left behind.
     """
+    groups = group_engines(engines, together)
+    if len(groups) == 1:
+        return _time_together(engines, shapes, threads, rounds, warmup, seconds, timeout)
+    timings: list[Timing] = []
+    missing: dict[str, str] = {}
+    for index, group in enumerate(groups):
+        share = seconds / len(groups)
+        result = _time_together(group, shapes, threads, rounds, warmup, share, timeout)
+        timings += [timing for timing in result.timings if index == 0 or timing.engine.name != engines[0].name]
+        missing |= result.missing
+    return TimingResult(equal_rounds(timings), missing)
+
+
+def group_engines(engines: Sequence[Engine], together: int | None) -> list[Sequence[Engine]]:
+    """Split the engines into groups that are open at once; the first engine is in every group."""
+    if together is None or len(engines) <= max(together, 2):
+        return [engines]
+    first, others = engines[0], list(engines[1:])
+    size = max(together, 2) - 1
+    return [[first, *others[start : start + size]] for start in range(0, len(others), size)]
+
+
+def equal_rounds(timings: Sequence[Timing]) -> list[Timing]:
+    """Cut all timings to the rounds that the slowest group made, so that they can be paired."""
+    count = min(len(milliseconds) for timing in timings for milliseconds in timing.rounds.values())
+    cut = []
+    for timing in timings:
+        rounds = {shape: milliseconds[:count] for shape, milliseconds in timing.rounds.items()}
+        device = {shape: milliseconds[:count] for shape, milliseconds in timing.device.items()}
+        cut.append(replace(timing, rounds=rounds, device=device))
+    return cut
+
+
+def _time_together(
+    engines: Sequence[Engine],
+    shapes: Sequence[Shape],
+    threads: Sequence[int],
+    rounds: int,
+    warmup: int,
+    seconds: float,
+    timeout: float,
+) -> TimingResult:
+    """Time engines that are all open at once."""
     missing: dict[str, str] = {}
     finished: list[RunningEngine] = []
     peaks: dict[str, int] = {}
@@ -113,7 +164,8 @@ def time_engines(
         name, opened = run.engine.name, run.opened
         if name in peaks:  # an engine that opens with one number of threads only is no row of the table
             memory = (opened["resident"], peaks[name])
-            timings.append(Timing(run.engine, opened["provider"], opened["nodes"], *memory, run.rounds, run.least))
+            figures = (run.rounds, run.least, run.device)
+            timings.append(Timing(run.engine, opened["provider"], opened["nodes"], *memory, *figures))
     return TimingResult(timings, missing)
 
 

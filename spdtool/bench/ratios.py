@@ -1,7 +1,10 @@
 """Ratios between timings, with their noise.
 
-Ratios refer to the dense teacher in onnxruntime. It is timed twice, with fused graph nodes and without, because neither
-is always faster: at each shape and with each number of threads the faster of the two is the 1x.
+On a CPU ratios refer to the dense teacher in onnxruntime, in float32. It is timed twice, with fused graph nodes and
+without, because neither is always faster: at each shape and with each number of threads the faster of the two is the
+1x. A further ratio names the fastest dense rival, in any runtime and precision whose dev score passes.
+
+On a GPU that rival is the 1x: half precision and CUDA graphs are what people run there.
 """
 
 from __future__ import annotations
@@ -79,6 +82,10 @@ class BenchData:
         dense_forms: engine of a sparse form to the engines of the dense teacher in that form: with weights stored as
             the form does, then with float32 weights where that differs.
         ledger: every pruned matrix on its own.
+        dense: engines of the dense teacher, in any runtime and precision, whose dev score is that of the checkpoint or
+            passes the budget of an export.
+        students: engines of the student in the form of such a row; on a GPU the fastest of them is the headline.
+        on_gpu: whether the engines ran on a GPU.
         leaves_out: whether the plain file of the student leaves out its removed heads and neurons.
         notes: what was not done as asked, or must be said beside the figures.
     """
@@ -92,6 +99,9 @@ class BenchData:
     ledger: Sequence[LedgerEntry] = ()
     notes: Sequence[str] = ()
     leaves_out: bool = False
+    dense: Sequence[str] = ()
+    students: Sequence[str] = ()
+    on_gpu: bool = False
 
     @property
     def threads(self) -> list[int]:
@@ -115,7 +125,10 @@ class BenchData:
 
     @property
     def best(self) -> str:
-        """Engine of the student's best form: its first sparse one, or the plain file."""
+        """Engine of the student's best form: its first sparse one, or the plain file; on a GPU the fastest."""
+        if self.on_gpu:
+            rows = [name for name in ("student", *self.students) if name in self.engines]
+            return min(rows, key=lambda name: self.mean_ms(self.timing(name, self.threads[0])))
         return self.sparse[0] if self.sparse else "student"
 
     @property
@@ -129,6 +142,21 @@ class BenchData:
             if (timing.engine.name, timing.engine.threads) == (name, threads):
                 return timing
         raise KeyError((name, threads))
+
+    def mean_ms(self, timing: Timing) -> float:
+        """Geometric mean over the grid of the median milliseconds."""
+        return math.exp(sum(math.log(median_ms(timing.rounds[shape])) for shape in self.grid) / len(self.grid))
+
+    def fastest_rival(self, threads: int, shape: Shape) -> Timing | None:
+        """The fastest dense row whose score passes, at a shape; None without any."""
+        rows = [self.timing(name, threads) for name in self.dense if name in self.engines]
+        return min(rows, key=lambda timing: median_ms(timing.rounds[shape])) if rows else None
+
+    def speed_over_rivals(self, timing: Timing) -> Ratio | None:
+        """How many times faster an engine is than the fastest dense row at each shape of the grid."""
+        rivals = [self.fastest_rival(timing.engine.threads, shape) for shape in self.grid]
+        known = [rival for rival in rivals if rival is not None]
+        return paired_ratio(known, timing, self.grid) if len(known) == len(rivals) else None
 
     def fastest_dense(self, threads: int, shape: Shape) -> Timing:
         """The dense teacher's faster timing at a shape: the 1x."""
@@ -148,9 +176,10 @@ class BenchData:
         """How much faster an engine of the student is than the teacher.
 
         A sparse form is compared with the fastest dense teacher, and more than zeros differs: see `factors`. A plain
-        file is compared with the teacher's plain file in the same form, fused or not.
+        file is compared with the teacher's plain file in the same form, fused or not; on a GPU, with the fastest
+        dense teacher.
         """
-        if timing.engine.name in self.sparse:
+        if timing.engine.name in self.sparse or self.on_gpu:
             return self.speedup(timing, shapes)
         teacher = self.timing(self.timings[0].engine.name, timing.engine.threads)
         return paired_ratio([teacher] * len(shapes), timing, shapes)
@@ -225,6 +254,7 @@ def latency_record(bench: BenchData, timing: Timing, shape: Shape) -> LatencyRec
     """Percentiles, throughput and ratio of an engine at one shape."""
     milliseconds = np.asarray(timing.rounds[shape])
     threads = timing.engine.threads
+    device = timing.device.get(shape)
     percentiles = {f"p{rank}": float(np.percentile(milliseconds, rank)) for rank in PERCENTILES}
     return LatencyRecord(
         engine=timing.engine.name,
@@ -238,6 +268,7 @@ def latency_record(bench: BenchData, timing: Timing, shape: Shape) -> LatencyRec
         rows_per_second=1000 * shape.batch * len(milliseconds) / float(milliseconds.sum()),
         min=timing.least[shape],
         rounds=len(milliseconds),
+        device_p50=None if device is None else median_ms(device),
         ratio=bench.speedup(timing, [shape]),
         dense=bench.fastest_dense(threads, shape).engine.name,
     )

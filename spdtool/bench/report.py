@@ -30,6 +30,7 @@ from spdtool.bench.sizes import (
     file_line,
     int8_bytes_lines,
     rival_line,
+    rival_lines,
     rounding_lines,
     thread_count,
 )
@@ -49,6 +50,14 @@ TIMING_NOTE = (
 )
 
 
+GPU_NOTE = (
+    "`speed` is how many times as fast an engine is as the fastest dense teacher at that shape, in whatever runtime "
+    "and precision its dev score passes. `ms` is what a client sees: copies to the GPU and back are in it. `device` is "
+    "the time between two events of the GPU, with the inputs in its memory. In each round the engines take turns. "
+    "`VRAM` is what the used memory of the card grew by while an engine was opened and ran."
+)
+
+
 def overview_table(bench: BenchData) -> tuple[list[str], list[list[Cell]]]:
     """Columns and rows of the table that a run ends with: score, zeros, bytes on disk, peak MiB, speed, latency.
 
@@ -56,12 +65,14 @@ def overview_table(bench: BenchData) -> tuple[list[str], list[list[Cell]]]:
     table fits a terminal.
     """
     shapes = list(dict.fromkeys((bench.grid[0], bench.grid[-1])))
-    columns = ["engine", "score", "zeros", "bytes", "RAM"]
+    columns = ["engine", "score", "zeros", "bytes", "VRAM" if bench.on_gpu else "RAM"]
     if len(bench.threads) == 1:
         columns.append("speed")
     else:
         columns += [f"speed {bench.threads[0]}t", *(f"{threads}t" for threads in bench.threads[1:])]
     columns += [f"ms {shape}" for shape in shapes]
+    if bench.on_gpu:
+        columns += [f"device {shape}" for shape in shapes]
     rows: list[list[Cell]] = []
     for name in bench.engines:
         timing = bench.timing(name, bench.threads[-1])
@@ -69,6 +80,8 @@ def overview_table(bench: BenchData) -> tuple[list[str], list[list[Cell]]]:
         for threads in bench.threads:
             row.append(f"{bench.speedup(bench.timing(name, threads), bench.grid).median:.2f}x")
         row += [median_ms(timing.rounds[shape]) for shape in shapes]
+        if bench.on_gpu:
+            row += [median_ms(timing.device[shape]) if shape in timing.device else None for shape in shapes]
         rows.append(row)
     return columns, rows
 
@@ -87,7 +100,7 @@ def file_cells(file: ModelFile | None) -> list[Cell]:
 
 def describe_verdict(bench: BenchData) -> list[str]:
     """What the zeros bought, in sentences."""
-    lines = other_model_lines(bench)
+    lines = [*other_model_lines(bench), *rival_lines(bench)]
     for name in bench.sparse:
         for threads in bench.threads:
             lines += [speed_line(bench, name, threads), *factor_lines(bench, name, threads)]
@@ -114,7 +127,8 @@ def describe_verdict(bench: BenchData) -> list[str]:
 def render_markdown(title: str, bench: BenchData) -> str:
     """The report as Markdown: verdict, every percentile, the ledger, where the nodes ran, and the machine."""
     lines = "\n".join(f"- {line}" for line in describe_verdict(bench))
-    sections = [f"# {title}", lines, markdown_table(*overview_table(bench)), TIMING_NOTE, percentile_table(bench)]
+    note = GPU_NOTE if bench.on_gpu else TIMING_NOTE
+    sections = [f"# {title}", lines, markdown_table(*overview_table(bench)), note, percentile_table(bench)]
     if bench.ledger:
         sections += ["## Ledger", LEDGER_NOTE, matrix_table(bench.ledger)]
     engine_rows: list[list[Cell]] = []
@@ -280,6 +294,9 @@ def same_form_line(bench: BenchData, name: str) -> str:
     teacher = bench.pairs[name]
 
     def form_gain(threads: int) -> str:
+        if bench.on_gpu:  # there the form itself may be the 1x
+            plain = bench.timing(bench.timings[0].engine.name, threads)
+            return str(paired_ratio([plain] * len(bench.grid), bench.timing(teacher, threads), bench.grid))
         return str(bench.speedup(bench.timing(teacher, threads), bench.grid))
 
     def zeros_gain(threads: int) -> str:
@@ -329,12 +346,16 @@ def advice_lines(bench: BenchData) -> list[str]:
 def percentile_table(bench: BenchData) -> str:
     """Every percentile of every engine as a Markdown table."""
     columns = ["engine", "provider", "threads", "shape", "min ms", *(f"p{rank} ms" for rank in PERCENTILES)]
+    if bench.on_gpu:
+        columns.append("device ms")
     rows: list[list[Cell]] = []
     for record in latency_records(bench):
         percentiles = (record.p50, record.p90, record.p95, record.p99)
         speed = "1x" if record.engine == record.dense else str(record.ratio)
         row: list[Cell] = [record.engine, record.provider, record.threads, record.shape, f"{record.min:.3f}"]
         row += [f"{value:.3f}" for value in percentiles]
+        if bench.on_gpu:
+            row.append("-" if record.device_p50 is None else f"{record.device_p50:.3f}")
         rows.append([*row, f"{record.rows_per_second:.1f}", speed])
     return markdown_table([*columns, "rows/s", "speed"], rows)
 

@@ -59,6 +59,26 @@ def rival_line(bench: BenchData, name: str, rival: str) -> str:
     return f"Against the teacher in {rival.removesuffix(' teacher')} ({score}), {name} is {result}: {reach}."
 
 
+def rival_lines(bench: BenchData) -> list[str]:
+    """Compare the student's best form with the fastest dense rows whose score passes; on a GPU they are the 1x."""
+    lines = []
+    for threads in bench.threads:
+        ratio = bench.speed_over_rivals(bench.timing(bench.best, threads))
+        if ratio is None:
+            continue
+        fastest: dict[str, list[str]] = {}
+        for shape in bench.grid:
+            rival = bench.fastest_rival(threads, shape)
+            assert rival is not None, "the ratio is of the same rows"
+            fastest.setdefault(rival.engine.name, []).append(str(shape))
+        names = "; ".join(f"{name} at {', '.join(shapes)}" for name, shapes in fastest.items())
+        subject = "1x is the fastest dense row" if bench.on_gpu else "Fastest dense row"
+        lines.append(
+            f"{subject} whose score passes, {thread_count(threads)}: {names}. Against it {bench.best} runs at {ratio}."
+        )
+    return lines
+
+
 def thread_count(count: int) -> str:
     """A number of threads in words."""
     return "1 thread" if count == 1 else f"{count} threads"

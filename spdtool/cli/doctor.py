@@ -6,6 +6,7 @@ provider of onnxruntime.
 
 from __future__ import annotations
 
+import ctypes.util
 import os
 import platform
 import shutil
@@ -69,6 +70,7 @@ def examine(folder: Path | None = None) -> list[Check]:
         "torch": _check_torch,
         "packages": _check_packages,
         "onnxruntime": _check_onnxruntime,
+        "CUDA": _check_cuda,
         "processors": _check_processors,
         "free disk": lambda: _check_disk(folder or Path.cwd()),
         "cache": _check_cache,
@@ -178,6 +180,68 @@ def _check_onnxruntime() -> Iterator[Check]:
         else:
             advice = 'pip install "spdtool[gpu]" brings CUDA and cuDNN; exports run on the CPU meanwhile'
             yield Check(provider, "warn", f"listed, but does not run: {trouble}", advice)
+
+
+def _check_cuda() -> Iterator[Check]:
+    """Say where a GPU, torch and onnxruntime do not fit together; nothing where there is no GPU and no CUDA."""
+    import torch
+
+    from spdtool.export import onnx_session
+    from spdtool.export.cuda_libraries import built_with_cuda
+
+    try:
+        module = onnx_session.require_onnxruntime()
+    except DeviceError:  # the check before has said so
+        return
+    has_provider = onnx_session.PROVIDERS["cuda"] in module.get_available_providers()
+    if not has_provider:
+        if shutil.which("nvidia-smi") or (torch.version.cuda and torch.cuda.is_available()):
+            found = "there is a GPU, and this onnxruntime computes on the CPU only: exports are checked and timed there"
+            extra = _gpu_extra(torch.version.cuda)
+            yield Check("onnxruntime on the GPU", "warn", found, f'pip uninstall onnxruntime; pip install "{extra}"')
+        return
+    major = built_with_cuda(module)
+    if major is None:
+        return
+    torch_major = int((torch.version.cuda or "0").partition(".")[0])
+    if torch_major and torch_major != major:
+        found = f"torch is built with CUDA {torch.version.cuda}, onnxruntime with CUDA {module.cuda_version}"
+        extra = _gpu_extra(torch.version.cuda)
+        advice = f'pip install "{extra}" for torch\'s CUDA, or install a torch that is built with CUDA {major}'
+        yield Check("CUDA versions", "warn", found, advice)
+    elif torch_major:
+        yield Check("CUDA versions", "ok", f"torch and onnxruntime are both built with CUDA {major}")
+    yield _check_nvidia_libraries(major)
+
+
+def _check_nvidia_libraries(cuda_major: int) -> Check:
+    """Say which of NVIDIA's libraries a Python package or the system holds, and where."""
+    from spdtool.export.cuda_libraries import find_libraries, required_libraries
+
+    files = find_libraries(cuda_major)
+    missing = []
+    for name in required_libraries(cuda_major):
+        stem = name.removeprefix("lib").partition(".so")[0]
+        if name not in files and ctypes.util.find_library(stem) is None:
+            missing.append(name)
+    folders = sorted({str(file.parents[2].parent) for file in files.values()})
+    found = f"{len(files)} in {', '.join(folders)}" if files else "none in a Python package"
+    if missing:
+        return Check(
+            "NVIDIA libraries",
+            "warn",
+            f"{found}; nowhere: {', '.join(missing)}",
+            f'pip install "{_gpu_extra(str(cuda_major))}" brings them',
+        )
+    if len(files) < len(required_libraries(cuda_major)):
+        found += "; the others are the system's"
+    return Check("NVIDIA libraries", "ok", found)
+
+
+def _gpu_extra(cuda: str | None) -> str:
+    """The extra of spdtool whose onnxruntime is built with this CUDA."""
+    major = (cuda or "").partition(".")[0]
+    return "spdtool[gpu-cu12]" if major == "12" else "spdtool[gpu]"
 
 
 def _check_processors() -> Iterator[Check]:

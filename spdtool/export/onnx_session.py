@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import io
 import os
 import re
 from collections import Counter
@@ -25,6 +24,7 @@ import numpy as np
 
 from spdtool import plugins
 from spdtool.errors import DeviceError, ModelError, SpdError, first_line
+from spdtool.export.cuda_libraries import preload_libraries
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -37,7 +37,7 @@ NO_FALLBACK = "session.disable_cpu_ep_fallback"
 # CPU, mostly on purpose.
 ARITHMETIC = {
     "Attention", "BiasGelu", "Erf", "FusedGemm", "FusedMatMul", "Gelu", "Gemm", "LayerNormalization", "MatMul",
-    "MultiHeadAttention", "SkipLayerNormalization", "Softmax", "Tanh",
+    "MultiHeadAttention", "PackedAttention", "SkipLayerNormalization", "Softmax", "Tanh",
 }  # fmt: skip
 STANDARD_DOMAINS = ("", "ai.onnx", "com.microsoft")
 UNREGISTERED = re.compile(r"(?P<domain>[\w.]*):(?P<name>\w+)\(-?\d+\) is not a registered function/op")
@@ -125,8 +125,7 @@ def open_session(
     if provider == "cpu":
         options = _session_options(onnxruntime, threads, libraries, fused=fused)
         return _create_session(onnxruntime, model, provider, options, provider_options)
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
-        onnxruntime.preload_dlls()
+    preload_libraries(onnxruntime)
     options = _session_options(onnxruntime, threads, libraries, fused=fused)
     options.add_session_config_entry(NO_FALLBACK, "1")
     try:

@@ -1,48 +1,46 @@
 """`spdtool bench`: time the exported student against the exported dense teacher, side by side.
 
 Reads: `export`, and `teacher` for the rows in torch. Writes: `bench/bench.json` (every round of every engine, the
-ledger, and the machine) and `bench/bench.md` (what they mean). The runtime is onnxruntime on CUDA if that really runs,
+ledger, and the machine) and `bench/bench.md` (what they mean). It runs on CUDA if onnxruntime or torch really does,
 otherwise on the CPU; the result says which.
 
 Rows: `teacher` and `student` as plain ONNX files; the files of every further target, and beside a sparse form the dense
-teacher in that form (exported here and thrown away); the teacher again without fused operators, in dynamic int8 (made
-here and thrown away), in eager torch, and compiled by torch.
+teacher in that form (exported here and thrown away); on a CPU the teacher again without fused operators, in dynamic
+int8 (made here and thrown away), in eager torch, and compiled by torch; on a GPU those of `bench.gpu.rows`.
 """
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 from spdtool import console
 from spdtool.bench import ledger, report
-from spdtool.bench.dense_int8 import quantize_dynamic_int8
-from spdtool.bench.engines import Engine, Shape
+from spdtool.bench.engines import Shape
 from spdtool.bench.factors import split_speed
+from spdtool.bench.gpu.facts import describe_gpu
+from spdtool.bench.gpu.rows import add_gpu_rows, engines_at_once, use_torch_only
 from spdtool.bench.latency import Timing, time_engines
 from spdtool.bench.ledger_tables import ledger_table
-from spdtool.bench.ratios import BenchData, ModelFile, latency_records, ratio_caveat
+from spdtool.bench.lineup import Lineup, add_dense_forms, add_teacher_engines, line_up_exports
+from spdtool.bench.ratios import BenchData, latency_records, ratio_caveat
 from spdtool.data.tokens import tokenize
-from spdtool.errors import ModelError, RecipeError, SpdError
+from spdtool.errors import DeviceError, SpdError
 from spdtool.export import onnx_session
-from spdtool.export.target import MODEL_FILE, Target, get_target, optional_targets
 from spdtool.goals.promise import measure_promise, refuse_broken, timed_shape
 from spdtool.models.load import load_tokenizer
 from spdtool.recipe.fields import Recipe
-from spdtool.run.fingerprint import describe_machine
+from spdtool.run.fingerprint import describe_machine, describe_processor
 from spdtool.run.folder import Run
 from spdtool.run.records import (
     BenchEnvironment,
     BenchFile,
     BenchResult,
     EngineRecord,
-    ExportedModel,
-    ExportResult,
     LedgerEntry,
     MachinePeak,
     ShapeRounds,
@@ -51,54 +49,7 @@ from spdtool.run.records import (
 from spdtool.run.storage import write_json
 from spdtool.tasks.prepare import find_task
 
-DYNAMIC_INT8 = "int8"  # engine of the teacher, unless the target below was exported: its score was measured
-INT8_TARGET = "onnx-int8"
-FLOAT32 = "fp32"
-DENSE = "dense"  # in the name of an engine: the teacher in the form of a sparse one
 SAMPLED_ROWS = 512  # rows of the dev set whose lengths padded batches imitate
-
-
-@dataclass
-class Lineup:
-    """The engines to time, and what is known of them.
-
-    Attributes:
-        files: by name of the engine.
-        dense_forms: see `BenchData`.
-        sparse: engines of targets that export the student only: sparse forms.
-        pairs: engine of the student to engine of the teacher, of targets that export both.
-        timing_operators: of sparse forms whose single products can be timed.
-        notes: what has to be said beside the figures.
-    """
-
-    engines: list[Engine] = field(default_factory=list)
-    files: dict[str, ModelFile] = field(default_factory=dict)
-    sparse: list[str] = field(default_factory=list)
-    pairs: dict[str, str] = field(default_factory=dict)
-    dense_forms: dict[str, list[str]] = field(default_factory=dict)
-    timing_operators: dict[str, tuple[str, str]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    def add_export(self, name: str, folder: Path, model: ExportedModel, target: Target, provider: str) -> None:
-        """Add the files that a target exported to `folder` as an engine."""
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-        is_onnx = target.opened_by == "onnxruntime"
-        engine = Engine(
-            name=name,
-            kind=target.opened_by,
-            path=str(folder / model.files[0] if is_onnx else folder),
-            vocabulary=config["vocab_size"],
-            pad=config.get("pad_token_id") or 0,
-            provider=provider,
-            libraries=tuple(map(str, target.libraries(folder))) if is_onnx else (),
-            target=target.name,
-        )
-        self.engines.append(engine)
-        self.files[name] = ModelFile.of_export(model)
-
-    def engine(self, name: str) -> Engine:
-        """The engine of that name."""
-        return next(engine for engine in self.engines if engine.name == name)
 
 
 def bench(run: Run) -> BenchResult:
@@ -111,7 +62,7 @@ def bench(run: Run) -> BenchResult:
         GateError: the stage is done, and the goal of the recipe was missed.
     """
     recipe, section = run.recipe, run.recipe.bench
-    provider = onnx_session.working_providers(recipe.device)[-1]
+    provider, onnx_problem = choose_device(recipe.device)
     wanted = [*section.threads, *([recipe.goal.threads] if recipe.goal.speedup else [])]
     threads = list(dict.fromkeys(count or onnx_session.usable_cores() for count in wanted))
     if provider == "cuda":
@@ -119,6 +70,11 @@ def bench(run: Run) -> BenchResult:
     export_folder, exported, teacher_folder = run.use_input("export"), run.export_result(), run.use_input("teacher")
 
     lineup = line_up_exports(export_folder, exported, provider, recipe)
+    checkpoints = {"teacher": teacher_folder}
+    if provider == "cuda":
+        checkpoints["student"] = run.use_input("finetune")
+    if onnx_problem is not None:
+        use_torch_only(lineup, checkpoints, onnx_problem)
     # Both are timed at the same shapes, so the shorter model decides.
     positions = min(exported.teacher.positions, exported.student.positions)
     shapes = choose_shapes(recipe, positions, export_folder / "teacher", lineup.notes)
@@ -128,7 +84,11 @@ def bench(run: Run) -> BenchResult:
     with run.stage("bench") as work, tempfile.TemporaryDirectory() as scratch:
         for name in lineup.sparse:
             add_dense_forms(lineup, name, exported.targets[name].student, teacher_folder, Path(scratch), recipe)
-        add_teacher_engines(lineup, teacher_folder, Path(scratch), provider, recipe)
+        if provider == "cuda":
+            with console.busy("scoring teacher and student in the precisions of a GPU"):
+                add_gpu_rows(lineup, checkpoints, Path(scratch), recipe)
+        else:
+            add_teacher_engines(lineup, teacher_folder, Path(scratch), recipe)
         peaks: dict[int, MachinePeak] = {}
         entries: list[LedgerEntry] = []
         # the matrices are read from the student's ONNX file
@@ -143,8 +103,9 @@ def bench(run: Run) -> BenchResult:
                 rounds=section.rounds,
                 warmup=section.warmup,
                 seconds=section.seconds,
+                together=engines_at_once(teacher_folder) if provider == "cuda" else None,
             )
-        environment = describe_environment(result.timings, threads, peaks)
+        environment = describe_environment(result.timings, threads, peaks, on_gpu=provider == "cuda")
         data = BenchData(
             timings=result.timings,
             files=lineup.files,
@@ -155,6 +116,9 @@ def bench(run: Run) -> BenchResult:
             ledger=entries,
             notes=[*lineup.notes, *(f"{reason}." for reason in result.missing.values())],
             leaves_out=recipe.prune.is_structured,
+            dense=lineup.dense,
+            students=lineup.students,
+            on_gpu=provider == "cuda",
         )
         # A smoke run's figures mean nothing, and its title says so.
         preposition = "with" if recipe.prune.is_structured else "at"
@@ -171,131 +135,28 @@ def bench(run: Run) -> BenchResult:
     return summary
 
 
-def line_up_exports(folder: Path, exported: ExportResult, provider: str, recipe: Recipe) -> Lineup:
-    """Collect the plain files of both roles, and the files of each further target that runs on `provider`."""
-    lineup = Lineup()
-    first = get_target(exported.first)
-    lineup.add_export("teacher", folder / "teacher", exported.teacher, first, provider)
-    lineup.engines[0] = replace(lineup.engines[0], baseline=True)  # the 1x
-    lineup.add_export("student", folder / "student", exported.student, first, provider)
-    for name, refusal in exported.refused.items():
-        lineup.notes.append(f"Not shipped, so not timed: {name}: {refusal}.")
-    for name, files in exported.further().items():
-        try:
-            target = get_target(name)
-        except RecipeError as error:  # its plugin is not installed any more
-            lineup.notes.append(f"Not timed: {name}: {error.message}.")
-            continue
-        reason = reason_not_to_time(target, provider, recipe, both_roles=files.teacher is not None)
-        if reason is not None:
-            lineup.notes.append(f"Not timed: {name}: {reason}.")
-            if name == INT8_TARGET and files.teacher is not None:  # its bytes are compared all the same
-                lineup.files[f"{name} teacher"] = ModelFile.of_export(files.teacher)
-            continue
-        for role, model in files.models().items():
-            engine_name = name if role == "student" else f"{name} {role}"
-            lineup.add_export(engine_name, folder / name / role, model, target, provider)
-        if files.teacher is None:
-            lineup.sparse.append(name)
-            if target.timing_operator is not None:
-                lineup.timing_operators[name] = target.timing_operator
-        else:
-            lineup.pairs[name] = f"{name} teacher"
-    lineup.notes += not_exported_notes(exported, recipe)
-    return lineup
+def choose_device(device: str) -> tuple[str, str | None]:
+    """Choose where to time, and why onnxruntime is not timed there: a GPU is used if torch alone runs on it.
 
-
-def add_dense_forms(
-    lineup: Lineup, name: str, model: ExportedModel, checkpoint: Path, scratch: Path, recipe: Recipe
-) -> None:
-    """Export the dense teacher in the form of a sparse engine, and add it as engines behind that one.
-
-    Its weights are stored as the student's are; where that rounds them, also once more in float32.
-
-    Args:
-        model: the student in that form.
-        checkpoint: the teacher's.
+    Raises:
+        DeviceError: `cuda` is demanded, and neither runs on it.
     """
-    target = get_target(name)
-    if not target.times_dense:
-        return
-    stored = (model.values or FLOAT32, model.embeddings or FLOAT32)
-    forms = {f"{name} {DENSE}": stored}
-    if stored != (FLOAT32, FLOAT32):
-        forms[f"{name} {DENSE} {FLOAT32}"] = (FLOAT32, FLOAT32)
-    lineup.dense_forms[name] = []
-    for engine_name, (values, embeddings) in forms.items():
-        folder = scratch / engine_name
-        export = recipe.export.model_copy(update={"values": values, "embeddings": embeddings})
-        try:
-            with console.busy(f"exporting the dense teacher for the row {engine_name}"):
-                files = target.export(checkpoint, folder, recipe.model_copy(update={"export": export}))
-        except SpdError as error:
-            lineup.notes.append(f"Not timed: {engine_name}: {error.message}.")
-            continue
-        size = sum(file.stat().st_size for file in files)
-        teacher = lineup.files["teacher"]
-        sparse = lineup.engine(name)
-        path = folder / MODEL_FILE if sparse.kind == "onnxruntime" else folder
-        engine = replace(sparse, name=engine_name, path=str(path), optional=True)
-        place = lineup.engines.index(sparse) + 1 + len(lineup.dense_forms[name])
-        lineup.engines.insert(place, engine)
-        lineup.files[engine_name] = ModelFile(size, size=teacher.size, sparsity=teacher.sparsity)
-        lineup.dense_forms[name].append(engine_name)
+    try:
+        provider = onnx_session.working_providers(device)[-1]
+    except DeviceError:
+        if not torch_runs_on_cuda():
+            raise
+        provider = "cpu"
+    if provider == "cpu" and device != "cpu" and torch_runs_on_cuda():
+        return "cuda", f"onnxruntime does not run on CUDA ({onnx_session.provider_problem('cuda')})"
+    return provider, None
 
 
-def reason_not_to_time(target: Target, provider: str, recipe: Recipe, *, both_roles: bool) -> str | None:
-    """Why a target's files are not timed here, or None."""
-    runs_here = provider in target.providers
-    if not both_roles:
-        return None if runs_here else f"it does not run on {provider}; compare it with --set device=cpu"
-    if not recipe.bench.variants:
-        return "bench.variants is off"
-    if provider == "cpu" and target.storage_formats(recipe).matrices == "fp16":
-        return "a CPU computes it in float32, with conversions between; it is for a GPU, and onnxruntime has none here"
-    return None if runs_here else f"it does not run on {provider}"
+def torch_runs_on_cuda() -> bool:
+    """Whether torch has a CUDA device that answers."""
+    import torch
 
-
-def not_exported_notes(exported: ExportResult, recipe: Recipe) -> list[str]:
-    """Name the optional targets that the export stage left out, with the reason where it is known."""
-    available, errors = optional_targets(recipe)
-    notes = []
-    for name in [*errors, *(choice.name for choice in available)]:
-        if name in exported.targets or name in exported.refused:
-            continue
-        note, error = f"Not exported, so not timed: {name}", errors.get(name)
-        if error is not None:
-            note += f": {error.message}"
-            if error.hint:
-                note += f"; {error.hint}"
-        notes.append(f"{note}.")
-    return notes
-
-
-def add_teacher_engines(lineup: Lineup, checkpoint: Path, scratch: Path, provider: str, recipe: Recipe) -> None:
-    """Add the teacher's further rows that the recipe wants; on CUDA not those that exist on a CPU only."""
-    section, plain = recipe.bench, lineup.engines[0]
-    plain_on_cpu = provider == "cpu" and plain.kind == "onnxruntime"
-    if section.unfused and plain_on_cpu:
-        lineup.engines.append(replace(plain, name="unfused", fused=False))
-        lineup.notes.append("1x is the dense teacher, fused or unfused, whichever is the faster at that shape.")
-    if section.int8 and plain_on_cpu and INT8_TARGET not in lineup.pairs:
-        file = scratch / "int8.onnx"
-        try:
-            with console.busy("quantising the teacher to int8, to compare with"):
-                quantize_dynamic_int8(Path(plain.path), file)
-        except ModelError as error:
-            lineup.notes.append(f"Not timed: {DYNAMIC_INT8}: {error.message}.")
-        else:
-            # Optional: a runtime that quantizes a model need not be able to run it.
-            engine = replace(plain, name=DYNAMIC_INT8, path=str(file), baseline=False, optional=True)
-            lineup.engines.append(engine)
-            lineup.files[DYNAMIC_INT8] = ModelFile(file.stat().st_size)
-    if section.torch:
-        eager = replace(plain, name="torch", kind="torch", path=str(checkpoint), baseline=False)
-        lineup.engines.append(eager)
-        if section.compiled:
-            lineup.engines.append(replace(eager, name="compiled", compiled=True, optional=True))
+    return torch.cuda.is_available()
 
 
 def choose_shapes(recipe: Recipe, positions: int, tokenizer_folder: Path, notes: list[str]) -> list[Shape]:
@@ -362,8 +223,11 @@ def summarize(data: BenchData, environment: BenchEnvironment) -> BenchResult:
     """Make the record of stage.json; its speeds are those of the student's best form."""
     columns, rows = report.overview_table(data)
     rounds = len(data.timings[0].rounds[data.grid[0]])
-    speeds, caveats, factors = {}, {}, {}
+    speeds, caveats, factors, rivals = {}, {}, {}, {}
     for threads in data.threads:
+        rival = data.speed_over_rivals(data.timing(data.best, threads))
+        if rival is not None:
+            rivals[threads] = rival
         speeds[threads] = data.speed_of_student(data.timing(data.best, threads), data.grid)
         caveat = ratio_caveat(speeds[threads], rounds)
         if caveat is not None:
@@ -384,6 +248,7 @@ def summarize(data: BenchData, environment: BenchEnvironment) -> BenchResult:
         speeds=speeds,
         caveats=caveats,
         factors=factors,
+        rivals=rivals,
         size=data.files["teacher"].bytes / data.files[data.best].bytes,
         best=data.best,
         provider=data.timings[0].provider,
@@ -394,11 +259,17 @@ def summarize(data: BenchData, environment: BenchEnvironment) -> BenchResult:
 
 
 def describe_environment(
-    timings: Sequence[Timing], threads: Sequence[int], peaks: Mapping[int, MachinePeak]
+    timings: Sequence[Timing], threads: Sequence[int], peaks: Mapping[int, MachinePeak], *, on_gpu: bool
 ) -> BenchEnvironment:
-    """Describe the machine, the provider that ran, and the measured peaks."""
-    machine = describe_machine().model_dump()
-    return BenchEnvironment(**machine, threads=list(threads), provider=timings[0].provider, peaks=dict(peaks))
+    """Describe the machine, its processor and GPU, the provider that ran, and the measured peaks."""
+    return BenchEnvironment(
+        **describe_machine().model_dump(),
+        threads=list(threads),
+        provider=timings[0].provider,
+        processor=describe_processor(),
+        gpu=describe_gpu() if on_gpu else None,
+        peaks=dict(peaks),
+    )
 
 
 def engine_record(timing: Timing) -> EngineRecord:
@@ -406,6 +277,7 @@ def engine_record(timing: Timing) -> EngineRecord:
     rounds = []
     for shape, milliseconds in timing.rounds.items():
         fields = shape._asdict()
-        rounds.append(ShapeRounds(**fields, ms=milliseconds, least=timing.least[shape]))
+        device = timing.device.get(shape)
+        rounds.append(ShapeRounds(**fields, ms=milliseconds, least=timing.least[shape], device_ms=device))
     engine = asdict(timing.engine) | {"provider": timing.provider, "nodes": timing.nodes, "rounds": rounds}
     return EngineRecord.model_validate(engine | {"resident_bytes": timing.resident, "peak_bytes": timing.peak})

@@ -33,7 +33,7 @@ def test_the_file_is_smaller_and_answers_nearly_the_same(
     dense = Engine("x", "onnxruntime", str(model), vocabulary=len(toys.WORDS), threads=1)
     given = make_batch(Shape(8, 9), dense)
     right = open_onnxruntime(dense)[0](given)[0]
-    forward, _, nodes = open_onnxruntime(Engine("y", "onnxruntime", str(file), len(toys.WORDS), threads=1))
+    forward, _, nodes, _ = open_onnxruntime(Engine("y", "onnxruntime", str(file), len(toys.WORDS), threads=1))
     found = forward(given)[0]
     assert "MatMulInteger" in str(nodes)
     assert 0 < np.abs(found - right).max() < 0.2 * np.abs(right).max()

@@ -281,3 +281,40 @@ def test_a_padded_batch_has_the_same_tokens_up_to_each_real_length() -> None:
 def test_memory_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines.Path, "exists", lambda _path: False)
     assert engines.memory_bytes("VmHWM") > 2**20
+
+
+def test_engines_that_do_not_fit_together_are_timed_in_groups_with_the_first_one(
+    engine: Callable[..., Engine], fake: type[Fake]
+) -> None:
+    names = "abcde"
+    groups = latency.group_engines([engine(name) for name in names], 3)
+    assert ["".join(member.name for member in group) for group in groups] == ["abc", "ade"]
+    assert len(latency.group_engines([engine(name) for name in names], 5)) == 1
+    result = latency.time_engines([engine(name) for name in names], [Shape(1, 2)], rounds=2, warmup=0, together=3)
+    assert [timing.engine.name for timing in result.timings] == list(names)
+    assert fake.asked == [*"abc", *"bca", *3 * ["end"], *"ade", *"dea", *3 * ["end"]]
+
+
+def test_rounds_of_groups_are_cut_to_those_that_all_have() -> None:
+    shape = Shape(1, 2)
+    timings = []
+    for name, count in (("a", 3), ("b", 2)):
+        engine = Engine(name, "torch", "somewhere", vocabulary=9)
+        rounds = {shape: [float(value) for value in range(count)]}
+        timings.append(latency.Timing(engine, "p", None, 1, 2, rounds, {shape: 0.0}, device=dict(rounds)))
+    assert [timing.rounds[shape] for timing in latency.equal_rounds(timings)] == 2 * [[0.0, 1.0]]
+    assert latency.equal_rounds(timings)[0].device[shape] == [0.0, 1.0]
+
+
+def test_a_gpu_tells_its_own_time_and_memory(engine: Callable[..., Engine], monkeypatch: Any) -> None:
+    used = iter([100, 130, 130, 170])  # bytes before and after opening, before and after the first batch
+
+    def open_on_gpu(opened: Engine) -> engines.OpenEngine:
+        return engines.OpenEngine(lambda batch: None, "CUDA", None, lambda batch: 5.0)
+
+    monkeypatch.setattr("spdtool.bench.gpu.facts.used_gpu_memory", lambda: next(used))
+    monkeypatch.setitem(engines.OPENERS, "onnxruntime", open_on_gpu)
+    requests = [{"open": engine(provider="cuda").__dict__}, TIMED, TIMED, {"close": True}]
+    opened, first, second, closed = answers(*requests)
+    assert (opened["resident"], closed["peak"]) == (30, 70)
+    assert first["device_ms"] == second["device_ms"] == 5.0

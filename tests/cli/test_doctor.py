@@ -15,7 +15,7 @@ from spdtool import plugins
 from spdtool.cli import doctor
 from spdtool.cli.doctor import Check, examine
 from spdtool.errors import DeviceError
-from spdtool.export import onnx_session
+from spdtool.export import cuda_libraries, onnx_session
 
 
 @pytest.fixture
@@ -139,6 +139,64 @@ def test_an_idle_gpu_is_mentioned(
     checks = checks_by_name()
     assert checks["training device"].status == "warn"
     assert (checks["C++ compiler"].status, checks["C++ compiler"].found) == ("warn", "none")
+
+
+def runtime_of(cuda: str) -> SimpleNamespace:
+    """A double of onnxruntime; `cuda`: the version that it was built with, or nothing."""
+    providers = ["CUDAExecutionProvider"] * bool(cuda) + ["CPUExecutionProvider"]
+    return SimpleNamespace(get_available_providers=lambda: providers, cuda_version=cuda, __version__="9")
+
+
+def test_a_gpu_beside_an_onnxruntime_for_the_cpu_is_mentioned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_session, "require_onnxruntime", lambda: runtime_of(""))
+    monkeypatch.setattr(doctor.shutil, "which", lambda _: None)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    for has_gpu in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
+        checks = list(doctor._check_cuda())
+        assert bool(checks) == has_gpu
+    assert checks[0].status == "warn"
+    assert "computes on the CPU only" in checks[0].found
+    assert "spdtool[gpu-cu12]" in checks[0].advice
+
+
+def test_torch_and_onnxruntime_of_different_cuda_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    for torch_cuda, onnx_cuda, status, extra in (
+        ("12.8", "13.0", "warn", "spdtool[gpu-cu12]"),
+        ("13.0", "12.9", "warn", "spdtool[gpu]"),
+        ("13.2", "13.0", "ok", ""),
+    ):
+        monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+        monkeypatch.setattr(onnx_session, "require_onnxruntime", lambda onnx_cuda=onnx_cuda: runtime_of(onnx_cuda))
+        check = {check.name: check for check in doctor._check_cuda()}["CUDA versions"]
+        assert check.status == status, check
+        assert extra in check.advice
+
+
+def test_nvidia_libraries_are_looked_for_in_every_site_packages(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(onnx_session, "require_onnxruntime", lambda: runtime_of("13.0"))
+    monkeypatch.setattr(doctor.ctypes.util, "find_library", lambda _: None)
+    monkeypatch.setattr("sys.path", [*doctor.sys.path, str(tmp_path / "own"), str(tmp_path / "shared")])
+    places = {"own/nvidia/cu13/lib": cuda_libraries.required_libraries(13)[:-1]}
+    places["shared/nvidia/cudnn/lib"] = ("libcudnn.so.9", "libcublas.so.12")  # that of another CUDA is none
+    for place, names in places.items():
+        (tmp_path / place).mkdir(parents=True)
+        for name in names:
+            (tmp_path / place / name).touch()
+    check = {check.name: check for check in doctor._check_cuda()}["NVIDIA libraries"]
+    assert (check.status, check.found) == ("ok", f"7 in {tmp_path / 'own'}, {tmp_path / 'shared'}")
+    loaded: list[str] = []
+    monkeypatch.setattr(cuda_libraries.ctypes, "CDLL", loaded.append)
+    runtime = runtime_of("13.0")
+    runtime.preload_dlls = lambda: loaded.append("onnxruntime")
+    cuda_libraries.preload_libraries(runtime)
+    assert [Path(file).name for file in loaded] == [*cuda_libraries.required_libraries(13), "onnxruntime"]
+    (tmp_path / "shared/nvidia/cudnn/lib/libcudnn.so.9").unlink()
+    check = {check.name: check for check in doctor._check_cuda()}["NVIDIA libraries"]
+    assert check.status == "warn"
+    assert "nowhere: libcudnn.so.9" in check.found
 
 
 def test_too_many_threads_and_a_full_disk(

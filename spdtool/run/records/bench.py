@@ -31,7 +31,9 @@ class LatencyRecord(Record):
 
     Attributes:
         shape: as text. real: lengths without padding, empty where there is none.
+        p50 and further percentiles: as a client sees it, copies to a device and back among it.
         min: fastest single batch. ratio: against the dense teacher, in the form `dense`.
+        device_p50: median on the GPU alone, by its own clock; None where it was not measured.
     """
 
     engine: str
@@ -50,6 +52,7 @@ class LatencyRecord(Record):
     rounds: int
     ratio: Ratio
     dense: str
+    device_p50: float | None = None
 
 
 class ProductTimes(Record):
@@ -91,29 +94,67 @@ class MachinePeak(Record):
         return f"{self.flops / 1e9:.1f} GFLOP/s, {self.bandwidth / 1e9:.1f} GB/s"
 
 
+class GpuRecord(Record):
+    """A GPU, as far as its driver tells: MHz of its clock when the bench began and at most, watts, and MIG.
+
+    Attributes:
+        cuda: version that torch was built with. memory_bytes: of the card, or of its MIG slice.
+        mig: `enabled` or `disabled`.
+    """
+
+    name: str
+    driver: str
+    cuda: str | None = None
+    memory_bytes: int | None = None
+    clock_mhz: float | None = None
+    max_clock_mhz: float | None = None
+    power_limit_w: float | None = None
+    mig: str | None = None
+
+    def lines(self) -> list[tuple[str, str]]:
+        """Describe it as names and texts; what is unknown is left out."""
+        texts = {
+            "GPU": self.name,
+            "driver": self.driver,
+            "CUDA of torch": self.cuda,
+            "GPU memory": self.memory_bytes and f"{self.memory_bytes / 2**30:.1f} GiB",
+            "GPU clock": self.clock_mhz and f"{self.clock_mhz:.0f} MHz of {self.max_clock_mhz or 0:.0f}",
+            "power limit": self.power_limit_w and f"{self.power_limit_w:.0f} W",
+            "MIG": self.mig,
+        }
+        return [(name, text) for name, text in texts.items() if text]
+
+
 class BenchEnvironment(MachineRecord):
-    """Where a bench ran; `peaks` by number of threads, where the machine was measured."""
+    """Where a bench ran; `peaks` by number of threads, where the machine was measured; `processor`: the CPU's model."""
 
     threads: list[int]
     provider: str
+    processor: str = ""
+    gpu: GpuRecord | None = None  # None on a CPU, and where no driver answers
     peaks: dict[int, MachinePeak] = Field(default_factory=dict)  # empty on a GPU, and without a ledger
 
     def lines(self) -> list[tuple[str, str]]:
         """Describe the environment as names and texts."""
         lines = super().lines()
+        if self.processor:
+            lines.append(("processor", self.processor))
+        if self.gpu is not None:
+            lines += self.gpu.lines()
         lines += [("threads", " and ".join(map(str, self.threads))), ("provider", self.provider)]
         lines += [(f"peak with {count} threads", str(peak)) for count, peak in self.peaks.items()]
         return lines
 
 
 class ShapeRounds(Record):
-    """Milliseconds of every counted round at one shape; `least`: of the fastest single batch."""
+    """Milliseconds of every counted round at one shape; `least`: of the fastest single batch; `device_ms`: on a GPU."""
 
     batch: int
     length: int
     real: list[int] | tuple[int, ...]
     ms: list[float]
     least: float
+    device_ms: list[float] | None = None
 
 
 class EngineRecord(Record):
@@ -126,6 +167,11 @@ class EngineRecord(Record):
     pad: int
     fused: bool
     compiled: bool
+    precision: str = "fp32"
+    graph: bool = False
+    bound: bool = False
+    shrinks: bool = False
+    semi_structured: bool = False
     baseline: bool
     optional: bool
     provider: str
@@ -189,6 +235,7 @@ class BenchResult(Record):
         verdict: what was measured, in sentences.
         best: engine of the best form of the student. size: how many times smaller than the teacher its files are.
         speeds: number of threads to how many times faster than the teacher it is.
+        rivals: number of threads to how many times faster it is than the fastest dense row whose score passes.
         caveats: number of threads to why that ratio says little.
         factors: number of threads to where that speed comes from; empty for a plain file, which has only zeros.
         latency: every engine at every shape. ledger: every pruned matrix alone.
@@ -202,6 +249,7 @@ class BenchResult(Record):
     speeds: dict[int, Ratio]
     caveats: dict[int, str]
     factors: dict[int, SpeedFactors] = Field(default_factory=dict)
+    rivals: dict[int, Ratio] = Field(default_factory=dict)
     size: float
     best: str
     provider: str
