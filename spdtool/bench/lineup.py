@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from spdtool import console
+from spdtool.bench import openvino_int8
 from spdtool.bench.dense_int8 import quantize_dynamic_int8
 from spdtool.bench.engines import Engine
 from spdtool.bench.ratios import ModelFile
@@ -15,6 +16,7 @@ from spdtool.export.target import MODEL_FILE, Target, get_target, optional_targe
 from spdtool.recipe.fields import Recipe
 from spdtool.run.records import ExportedModel, ExportResult
 
+OPENVINO_INT8 = "openvino int8"
 DYNAMIC_INT8 = "int8"  # engine of the teacher, unless the target below was exported: its score was measured
 INT8_TARGET = "onnx-int8"
 FLOAT32 = "fp32"
@@ -141,6 +143,27 @@ def add_dense_forms(
         lineup.dense_forms[name].append(engine_name)
 
 
+def add_openvino_int8(lineup: Lineup, checkpoint: Path, scratch: Path, recipe: Recipe) -> None:
+    """Add the teacher in OpenVINO's static int8; it is a dense rival only if its dev score passes."""
+    plain, file = lineup.engines[0], scratch / "openvino_int8.xml"
+    try:
+        with console.busy("quantizing the teacher with OpenVINO, to compare with"):
+            quantized, passes = openvino_int8.quantize_static_int8(Path(plain.path), checkpoint, file, recipe)
+    except SpdError as error:
+        lineup.notes.append(f"Not timed: {OPENVINO_INT8}: {error.message}.")
+        return
+    engine = replace(plain, name=OPENVINO_INT8, kind="openvino", path=str(file), baseline=False, optional=True)
+    lineup.engines.append(engine)
+    lineup.files[OPENVINO_INT8] = quantized
+    if passes:
+        lineup.dense.append(OPENVINO_INT8)
+    else:
+        lineup.notes.append(
+            f"{OPENVINO_INT8} is no rival: its dev score is {quantized.score or 0:.4f}, that of its checkpoint "
+            f"{quantized.checkpoint_score or 0:.4f}."
+        )
+
+
 def reason_not_to_time(target: Target, provider: str, recipe: Recipe, *, both_roles: bool) -> str | None:
     """Why a target's files are not timed here, or None."""
     runs_here = provider in target.providers
@@ -191,6 +214,8 @@ def add_teacher_engines(lineup: Lineup, checkpoint: Path, scratch: Path, recipe:
             engine = replace(plain, name=DYNAMIC_INT8, path=str(file), baseline=False, optional=True)
             lineup.engines.append(engine)
             lineup.files[DYNAMIC_INT8] = ModelFile(file.stat().st_size)
+    if section.openvino and plain_on_cpu and openvino_int8.is_installed():
+        add_openvino_int8(lineup, checkpoint, scratch, recipe)
     if section.torch:
         eager = replace(plain, name="torch", kind="torch", path=str(checkpoint), baseline=False)
         lineup.engines.append(eager)

@@ -5,7 +5,11 @@ from __future__ import annotations
 from spdtool.bench.ratios import BenchData, ModelFile, paired_ratio
 
 SAME_SIZE = 0.01
-DENSE_INT8 = ("int8", "onnx-int8 teacher")  # engines of the dense teacher in int8, the rivals of a sparse form
+DENSE_INT8 = (
+    "int8",
+    "onnx-int8 teacher",
+    "openvino int8",
+)  # engines of the dense teacher in int8, the rivals of a sparse form
 
 
 def file_line(bench: BenchData, name: str) -> str:

@@ -470,6 +470,8 @@ class Bench(Section):
     """also time the dense teacher without onnxruntime's fused operators; the faster of the two is the 1x"""
     int8: bool = True
     """also time the dense teacher in onnxruntime's dynamic int8, unless onnx-int8 was exported"""
+    openvino: bool = True
+    """also time the dense teacher in OpenVINO's static int8, where openvino and nncf are installed"""
     variants: bool = True
     """also time the further forms that were exported of both (fused, fp16, int8), side by side"""
     torch: bool = True

@@ -15,7 +15,6 @@ a warning.
 
 from __future__ import annotations
 
-import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,6 +30,7 @@ from spdtool.export.gates.folder import check_bundle
 from spdtool.export.gates.reference import DevSets, Reference, prepare_dev_sets
 from spdtool.export.graph.trace import cached_traces
 from spdtool.export.quality import measure_quality
+from spdtool.export.refusals import raise_if_refused
 from spdtool.export.target import ChosenTarget, get_target, optional_targets, required_targets
 from spdtool.models.layers import find_prunable_weights
 from spdtool.models.load import load_tokenizer
@@ -83,7 +83,7 @@ def export(run: Run) -> ExportResult:
         else:
             check_bundle(stage.folder / BUNDLE_FOLDER)
     # After the stage was committed: what passed the gates is there, whatever was refused.
-    _raise_if_refused(result, run)
+    raise_if_refused(result, run)
     return result
 
 
@@ -176,20 +176,6 @@ def _compare_bytes(result: ExportResult) -> None:
         smallest_first = sorted(sizes, key=lambda name: sizes[name])
         listed = ", ".join(f"{console.escape(name)} {sizes[name]:,}" for name in smallest_first)
         console.say(f"bytes of the student, the smallest first: {listed}")
-
-
-def _raise_if_refused(result: ExportResult, run: Run) -> None:
-    """Raise GateError if a required target of the finished stage was refused, with every reason."""
-    refused = []
-    for name, reason in result.refused.items():
-        if name in run.recipe.export.targets:
-            refused.append(f"{name}: {reason}")
-    if refused:
-        raise GateError(
-            f"not shipped: {'; '.join(refused)}",
-            "everything else was exported, and the stage is done; to try anew with a wider budget: "
-            f"`spdtool export --run {shlex.quote(str(run.path))} --again --set export.budget=0.01`",
-        )
 
 
 def _warn_left_out(name: str, error: SpdError) -> None:

@@ -18,7 +18,7 @@ def run_missing(run: Run, wanted: Iterable[str] = STAGES) -> GateError | None:
 
     Returns:
         The error of a finished export stage in which a demanded target was refused, which nothing later needs, or of a
-        finished bench that missed the goal.
+        finished bench that missed the goal; also where the stage was finished by an earlier call.
     """
     refusal = None
     for stage in wanted:
@@ -27,6 +27,7 @@ def run_missing(run: Run, wanted: Iterable[str] = STAGES) -> GateError | None:
             break
         if run.done(stage):
             console.say(f"[dim]{stage}: done, skipped[/]")
+            refusal = recorded_refusal(run, stage) or refusal
             continue
         try:
             run_stage(run, stage)
@@ -35,6 +36,22 @@ def run_missing(run: Run, wanted: Iterable[str] = STAGES) -> GateError | None:
                 raise
             refusal = error
     return refusal
+
+
+def recorded_refusal(run: Run, stage: str) -> GateError | None:
+    """Return the error with which a finished export or bench ended, or None: it holds for this call too."""
+    try:
+        if stage == "export":
+            from spdtool.export.refusals import raise_if_refused
+
+            raise_if_refused(run.export_result(), run)
+        if stage == "bench" and run.recipe.goal.is_set:
+            from spdtool.goals.promise import refuse_broken
+
+            refuse_broken(run.bench_result().promise, run.recipe)
+    except GateError as error:
+        return error
+    return None
 
 
 def run_stage(run: Run, stage: str) -> Result:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+
+from transformers import PreTrainedModel
 
 from spdtool.errors import ModelError, RunError
 from spdtool.export.bundle.read import read_bundle
 from spdtool.export.target import get_target
+from spdtool.models.layers import find_prunable_weights
 from spdtool.models.load import build_empty_model, fill_weights, load_tokenizer, save_model
 from spdtool.run.storage import replacing
 
@@ -36,6 +40,7 @@ def unpack_checkpoint(folder: Path, out: Path) -> Path:
     stored = target.stored_weights(bundle.folder)
     missing = fill_weights(model, ((name, array) for name, array, *_ in stored))
     if missing:
+        refuse_emptied_layers(model, missing, bundle.model)
         raise ModelError(
             f"{bundle.model} lacks {len(missing)} of the weights of the model that its config.json describes, "
             f"among them {missing[0]}",
@@ -44,6 +49,21 @@ def unpack_checkpoint(folder: Path, out: Path) -> Path:
     with replacing(out) as partial:
         save_model(model, load_tokenizer(bundle.folder), partial)
     return bundle.folder
+
+
+def refuse_emptied_layers(model: PreTrainedModel, missing: Sequence[str], file: str) -> None:
+    """Raise ModelError if all that a file lacks are matrices of layers, whose heads or neurons were all removed.
+
+    Such a layer leaves no constant in the graph on which its zeros could be noted.
+    """
+    pruned = {name.rpartition(".")[0] for name in find_prunable_weights(model)}
+    lacking = {name.rpartition(".")[0] for name in missing}
+    if lacking <= pruned:
+        raise ModelError(
+            f"{file} was written of a student with emptied layers: it stores nothing of {len(lacking)} matrices, such "
+            f"as {sorted(lacking)[0]}, and does not say whether they were zero",
+            "the checkpoint of a run is in RUN/finetune",
+        )
 
 
 def require_empty_folder(out: Path) -> None:

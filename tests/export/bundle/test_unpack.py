@@ -113,3 +113,15 @@ def test_weights_that_do_not_fit_the_model_are_refused(export: Export, tmp_path:
         with pytest.raises(ModelError, match=message):
             unpack_checkpoint(folder, tmp_path / "out")
         assert not (tmp_path / "out").exists(), message
+
+
+def test_a_student_with_an_emptied_layer_is_refused_in_words(export: Export, tmp_path: Path, rounded: Any) -> None:
+    """What a graph has no constant for cannot be told from what a damaged file lacks."""
+    folder = export()
+    emptied = "bert.encoder.layer.1.attention."
+    stored = [weight for weight in rounded().stored_weights(folder) if not weight.name.startswith(emptied)]
+    stored += [weight for weight in rounded().stored_weights(folder) if "attention.output.LayerNorm" in weight.name]
+    rounded.stored_weights = staticmethod(lambda _: iter(stored))
+    with pytest.raises(ModelError, match=r"a student with emptied layers: it stores nothing of 4 matrices") as caught:
+        unpack_checkpoint(folder, tmp_path / "out")
+    assert caught.value.hint == "the checkpoint of a run is in RUN/finetune"

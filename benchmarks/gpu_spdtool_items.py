@@ -1,0 +1,340 @@
+"""Items of `gpu.py` that train with spdtool itself, or run its bench."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gpu import Context, Item, NotAvailableError
+
+STAGES = ("teacher", "prune", "distill", "finetune")
+SHORT_STEPS = 4  # of a stage whose result is compared, or that only prepares another one
+WARM, STEPS = 6, 20  # steps of a timed stage: before the clock starts, and within it
+TINY_WARM, TINY_STEPS = 1, 2
+SYNC_FREE_STEPS = 20
+
+
+class EnoughStepsError(Exception):
+    """The steps that count are done."""
+
+
+def build_run(folder: Path, device: str, *sets: str, model: str | None = None) -> Any:
+    """A run of the embedded task with short stages.
+
+    Raises:
+        NotAvailableError: a setting is no field of this spdtool.
+    """
+    from spdtool.errors import RecipeError
+    from spdtool.recipe.reading import build_recipe
+    from spdtool.run.folder import Run
+
+    short = [f"{stage}.max_steps={SHORT_STEPS}" for stage in STAGES]
+    short += [f"{stage}.scored_train_rows=0" for stage in STAGES]
+    short += [f"{stage}.batch_size=8" for stage in STAGES]
+    short += ["teacher.accept=true", "prune.events=1", "prune.calibration=8", f"device={device}"]
+    flags = {"task": "demo", **({"model": model} if model else {})}
+    try:
+        recipe = build_recipe("default", flags, [*short, *sets])
+    except RecipeError as error:
+        raise NotAvailableError(f"this recipe is not known here: {error.message}") from None
+    return Run.for_recipe(folder, recipe)
+
+
+def run_stage(name: str, run: Any) -> None:
+    """Run one stage of a run."""
+    getattr(importlib.import_module(f"spdtool.stages.{name}"), name)(run)
+
+
+def read_weights(folder: Path) -> dict[str, Any]:
+    """The weights of a checkpoint by name."""
+    from safetensors.torch import load_file
+
+    weights: dict[str, Any] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        weights |= load_file(file)
+    return weights
+
+
+def largest_difference(before: Path, after: Path) -> float:
+    """Largest difference of a weight between two checkpoints of one model."""
+    expected, found = read_weights(before), read_weights(after)
+    return max(float((found[name].float() - weight.float()).abs().max()) for name, weight in expected.items())
+
+
+def measure_phases(context: Context) -> dict[str, Any]:
+    """Largest difference of a weight after each stage, between the CPU in float32 and the device in each precision."""
+    from spdtool.errors import SpdError
+
+    reference = build_run(context.folder / "phases-cpu", "cpu", "precision=fp32")
+    for stage in STAGES:
+        run_stage(stage, reference)
+    figures: dict[str, Any] = {}
+    for precision in ("fp32",) if context.tiny else ("fp32", "bf16", "fp16"):
+        run = build_run(context.folder / f"phases-{precision}", context.device, f"precision={precision}")
+        try:
+            for stage in STAGES:
+                run_stage(stage, run)
+                difference = largest_difference(reference.use_input(stage), run.use_input(stage))
+                figures[f"{precision} {stage}"] = difference
+        except SpdError as error:
+            figures[precision] = f"refused: {error.message}"
+    return figures
+
+
+@contextlib.contextmanager
+def watched_steps(on_step: Any) -> Iterator[None]:
+    """Call `on_step(number)` before each step of a training stage, and let its EnoughStepsError end the stage."""
+    from spdtool.training import prefetch
+
+    original = prefetch.prefetch_batches
+
+    @contextlib.contextmanager
+    def watched(*arguments: Any, **options: Any) -> Iterator[Iterator[Any]]:
+        with original(*arguments, **options) as batches:
+            yield counted(batches)
+
+    def counted(batches: Iterator[Any]) -> Iterator[Any]:
+        for number, batch in enumerate(batches):
+            on_step(number)
+            yield batch
+
+    prefetch.prefetch_batches = watched
+    try:
+        with contextlib.suppress(EnoughStepsError):
+            yield
+    finally:
+        prefetch.prefetch_batches = original
+
+
+def measure_sync_free(context: Context) -> dict[str, Any]:
+    """Run steps in which any wait of the host for the device is an error."""
+    import torch
+
+    first, count = (1, 2) if context.tiny else (SHORT_STEPS, SYNC_FREE_STEPS)
+    run = build_run(context.folder / "sync", context.device, f"distill.max_steps={first + count + 2}")
+    for stage in ("teacher", "prune"):
+        run_stage(stage, run)
+    on_gpu = context.device == "cuda"
+
+    def on_step(number: int) -> None:
+        if number == first and on_gpu:
+            torch.cuda.set_sync_debug_mode("error")
+        if number == first + count:
+            raise EnoughStepsError
+
+    try:
+        with watched_steps(on_step):
+            run_stage("distill", run)
+    finally:
+        if on_gpu:
+            torch.cuda.set_sync_debug_mode("default")
+    return {"steps without a wait": count}
+
+
+def measure_resume(context: Context) -> dict[str, Any]:
+    """Stop a stage behind its first snapshot as a kill would, go on, and compare with a run that was not stopped."""
+    from spdtool.training import snapshot
+
+    whole = build_run(context.folder / "whole", context.device, "save_minutes=0")
+    stopped = build_run(context.folder / "stopped", context.device, "save_minutes=0")
+    for run in (whole, stopped):
+        run_stage("teacher", run)
+    run_stage("prune", whole)
+    original = snapshot.Snapshotter.save
+
+    def save_and_die(self: Any, *arguments: Any, **options: Any) -> None:
+        original(self, *arguments, **options)
+        raise EnoughStepsError
+
+    snapshot.Snapshotter.save = save_and_die  # type: ignore[method-assign]
+    try:
+        with contextlib.suppress(EnoughStepsError):
+            run_stage("prune", stopped)
+    finally:
+        snapshot.Snapshotter.save = original  # type: ignore[method-assign]
+    run_stage("prune", stopped)
+    return {"largest difference of a weight": largest_difference(whole.use_input("prune"), stopped.use_input("prune"))}
+
+
+# model (width x layers), rows, further settings
+TRAINING_ROWS: dict[str, tuple[str, int, tuple[str, ...]]] = {
+    "BERT-base 32 fp32": ("768x12", 32, ("precision=fp32",)),
+    "BERT-base 32 tf32": ("768x12", 32, ("precision=fp32", "tf32=true")),
+    "BERT-base 32 bf16": ("768x12", 32, ("precision=bf16", "cuda_graph=off")),
+    "BERT-base 32 bf16 graph": ("768x12", 32, ("precision=bf16", "cuda_graph=auto")),
+    "BERT-base 128 bf16": ("768x12", 128, ("precision=bf16", "cuda_graph=off")),
+    "BERT-base 128 bf16 graph": ("768x12", 128, ("precision=bf16", "cuda_graph=auto")),
+    "MiniLM 32 bf16": ("384x6", 32, ("precision=bf16", "cuda_graph=off")),
+    "MiniLM 32 bf16 graph": ("384x6", 32, ("precision=bf16", "cuda_graph=auto")),
+    "BERT-base 32 bf16 compiled": ("768x12", 32, ("precision=bf16", "compile=true")),
+}
+
+
+def measure_training(context: Context) -> dict[str, Any]:
+    """Milliseconds of a pruning step with a teacher, and operations a second, of each row."""
+    figures: dict[str, Any] = {}
+    peak = context.measured.get("ceilings", {}).get("bf16 TFLOP/s")
+    for name, (model, rows, sets) in TRAINING_ROWS.items():
+        if context.tiny and name != "MiniLM 32 bf16":
+            continue
+        try:
+            milliseconds, flops = time_steps(context, name, model, rows, *sets)
+        except NotAvailableError as reason:
+            figures[name] = f"not available: {reason}"
+            continue
+        teraflops = flops / milliseconds / 1e9
+        figures[name] = {"ms": milliseconds, "TFLOP/s": teraflops}
+        if peak:
+            figures[name]["share of the bf16 peak"] = teraflops / peak
+    return figures
+
+
+def time_steps(context: Context, name: str, model: str, rows: int, *sets: str) -> tuple[float, float]:
+    """Milliseconds and floating-point operations of a step of the prune stage behind its only event."""
+    import torch
+
+    width, layers = (32, 2) if context.tiny else map(int, model.split("x"))
+    tokens, rows = (16, 2) if context.tiny else (128, rows)
+    warm, steps = (TINY_WARM, TINY_STEPS) if context.tiny else (WARM, STEPS)
+    folder = context.folder / name.replace(" ", "-")
+    further = [f"prune.batch_size={rows}", f"prune.max_steps={warm + steps + 2}", f"max_length={tokens}"]
+    further += ["bucketing=false", "prune.criterion=magnitude", "prune.ramp=1e-9", "prune.epochs=50"]
+    checkpoint = random_model(folder / "model", width, layers)
+    run = build_run(folder / "run", context.device, *further, *sets, model=checkpoint)
+    run_stage("teacher", run)
+    wait = torch.cuda.synchronize if context.device == "cuda" else lambda: None
+    ticks: list[float] = []
+
+    def on_step(number: int) -> None:
+        if number in (warm, warm + steps):
+            wait()
+            ticks.append(time.perf_counter())
+        if number == warm + steps:
+            raise EnoughStepsError
+
+    with watched_steps(on_step):
+        run_stage("prune", run)
+    weights = layers * 12 * width * width
+    # two passes forward, of teacher and student, and the student's backward, which costs twice a forward
+    flops = 4 * rows * tokens * (2 * weights + 4 * tokens * width * layers)
+    return (ticks[1] - ticks[0]) / steps * 1000, float(flops)
+
+
+def random_model(folder: Path, width: int, layers: int) -> str:
+    """Write a BERT of random weights, with the tokenizer of the embedded task, whose own model it replaces."""
+    from dataclasses import replace
+
+    from transformers import BertConfig, BertModel
+
+    from spdtool import plugins
+    from spdtool.data import demo
+    from spdtool.models.load import save_tokenizer
+
+    tokenizer = demo.demo_tokenizer()
+    heads = max(1, width // 64)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=4 * width,
+    )
+    BertModel(config).save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
+    dataset = plugins.datasets.get("demo")
+    if dataset.build is not None:  # the embedded task would build its own model
+        plugins.datasets.unregister("demo")
+        plugins.datasets.register("demo")(replace(dataset, build=None))
+    return str(folder)
+
+
+def measure_profile(context: Context) -> dict[str, Any]:
+    """Operations of one step as the host launches them, and the kernels that take the most time."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    on_gpu = context.device == "cuda"
+    first = 1 if context.tiny else WARM
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    profiler = profile(activities=activities)
+    model = random_model(context.folder / "profiled-model", *((32, 2) if context.tiny else (768, 12)))
+    sets = [f"prune.max_steps={first + 4}", "prune.epochs=50", "prune.ramp=1e-9", "prune.criterion=magnitude"]
+    sets += ["precision=bf16"] if on_gpu else []
+    run = build_run(context.folder / "profiled", context.device, *sets, model=model)
+    run_stage("teacher", run)
+
+    def on_step(number: int) -> None:
+        if number == first:
+            profiler.start()
+        if number == first + 1:
+            if on_gpu:
+                torch.cuda.synchronize()
+            profiler.stop()
+            raise EnoughStepsError
+
+    with watched_steps(on_step):
+        run_stage("prune", run)
+    events = profiler.key_averages()
+    operations = sum(event.count for event in events if event.key.startswith("aten::"))
+    timed = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    largest = sorted(events, key=lambda event: -getattr(event, timed))[:10]
+    return {
+        "operations of a step": operations,
+        "largest": {event.key[:60]: f"{getattr(event, timed) / 1000:.3f} ms, {event.count} calls" for event in largest},
+    }
+
+
+def measure_bench(context: Context) -> dict[str, Any]:
+    """What `spdtool bench` says of a smaller student of the embedded task."""
+    import spdtool
+    from spdtool.run.folder import Run
+
+    sets = ["prune.heads=0.5", "prune.neurons=0.5", "bench.batches=[1,32]", "bench.lengths=[128]", "bench.seconds=40"]
+    sets += ["export.optional=['onnx-fp16','onnx-ort-fp16']", "bench.compiled=false", "bench.ledger=false"]
+    folder = context.folder / "bench"
+    spdtool.compress("demo", run=folder, device=context.device, smoke=True, sets=sets)
+    result = Run.open(folder).bench_result()
+    figures: dict[str, Any] = {"best": result.best, "speed": str(result.speed)}
+    for record in result.latency:
+        device = "-" if record.device_p50 is None else f"{record.device_p50:.3f}"
+        figures[f"{record.engine} {record.shape}"] = f"{record.p50:.3f} ms, device {device}, {record.ratio}"
+    return figures
+
+
+FIRST = [
+    Item(
+        "phases against the CPU",
+        60,
+        {"fp32": "below 1e-4", "bf16": "below 1e-2", "fp16": "refused: the device has bf16"},
+        measure_phases,
+    ),
+    Item("no wait in a step", 20, {"steps without a wait": "20"}, measure_sync_free),
+    Item("kill and resume", 25, {"largest difference of a weight": "0, or 1e-6 by atomic sums"}, measure_resume),
+    Item(
+        "training",
+        150,
+        {
+            "BERT-base 32 fp32": "60 ms: 2.9 TFLOP at 50 TFLOP/s",
+            "BERT-base 32 tf32": "15 ms",
+            "BERT-base 32 bf16": "12 ms: the host launches 1,000 operations",
+            "BERT-base 32 bf16 graph": "9 ms: 40 % of the peak",
+            "BERT-base 128 bf16": "35 ms: 40 % of the peak",
+            "MiniLM 32 bf16 graph": "2 ms",
+            "BERT-base 32 bf16 compiled": "9 ms",
+        },
+        measure_training,
+    ),
+    Item("profile of a step", 25, {"operations of a step": "1,000 or fewer for 12 layers in bf16"}, measure_profile),
+]
+SECOND = [
+    Item(
+        "spdtool bench",
+        90,
+        {"best": "student in torch fp16 graph", "speed": "1.1x: the embedded model is too small for a GPU"},
+        measure_bench,
+    ),
+]

@@ -1,0 +1,106 @@
+"""The row of OpenVINO, with doubles of openvino and nncf: the graph runs in onnxruntime instead."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from spdtool.bench import lineup, openvino_int8
+from spdtool.bench.engines import Engine
+from spdtool.bench.lineup import Lineup
+from spdtool.bench.ratios import ModelFile
+from spdtool.errors import ModelError
+from spdtool.export import onnx_session
+from spdtool.export.targets import Onnx
+from spdtool.models.load import save_model
+
+
+class Compiled:
+    """A compiled model: an onnxruntime session, whose logits may be turned around."""
+
+    def __init__(self, path: str, sign: float = 1.0) -> None:
+        self.session, self.sign = onnx_session.open_session(Path(path)), sign
+        self.inputs = [
+            SimpleNamespace(get_any_name=lambda name=value.name: name) for value in self.session.get_inputs()
+        ]
+
+    def __call__(self, inputs: dict[str, Any]) -> list[Any]:
+        return [self.sign * self.session.run(None, inputs)[0]]
+
+
+@pytest.fixture
+def doubles(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Stand in for both packages; `saved` maps a written file to its ONNX file, `rows` are those of the calibration."""
+    state: dict[str, Any] = {"saved": {}, "sign": 1.0}
+
+    class Core:
+        def read_model(self, path: str) -> Any:
+            return Compiled(state["saved"].get(path, path), state["sign"] if path in state["saved"] else 1.0)
+
+        def compile_model(self, model: Any, device: str, settings: dict[str, str]) -> Any:
+            assert (device, settings) == ("CPU", openvino_int8.EXACT)
+            return model
+
+    def save_model(model: str, path: str, *, compress_to_fp16: bool) -> None:
+        assert not compress_to_fp16
+        state["saved"][path] = model
+        for file in (Path(path), Path(path).with_suffix(".bin")):
+            file.write_bytes(bytes(100))
+
+    def quantize(model: Any, rows: Any, *, model_type: str, subset_size: int) -> str:
+        assert len(rows) == subset_size
+        state["rows"] = rows
+        return str(state["source"])
+
+    openvino = SimpleNamespace(Core=Core, save_model=save_model)
+    nncf = SimpleNamespace(quantize=quantize, Dataset=list, ModelType=SimpleNamespace(TRANSFORMER="transformer"))
+    monkeypatch.setitem(sys.modules, "openvino", openvino)
+    monkeypatch.setitem(sys.modules, "nncf", nncf)
+    return state
+
+
+def test_it_is_a_rival_only_if_its_score_passes(
+    doubles: dict[str, Any], tmp_path: Path, toys: ModuleType, toy_task: Callable[..., Any]
+) -> None:
+    toy_task(dev=12)
+    names = {0: "bad", 1: "good"}
+    save_model(toys.bert(id2label=names, label2id={"bad": 0, "good": 1}), toys.tokenizer(), tmp_path / "checkpoint")
+    recipe = toys.recipe("export.calibration=8")
+    (doubles["source"],) = Onnx().export(tmp_path / "checkpoint", tmp_path / "onnx", recipe)
+    for sign, passes in ((1.0, True), (-1.0, False)):
+        doubles["sign"] = sign
+        engine = Engine("teacher", "onnxruntime", str(doubles["source"]), vocabulary=9, baseline=True)
+        rows = Lineup(engines=[engine], files={"teacher": ModelFile(9)})
+        lineup.add_openvino_int8(rows, tmp_path / "checkpoint", tmp_path, recipe)
+        assert ("openvino int8" in rows.dense) is passes
+        assert any("is no rival: its dev score is" in note for note in rows.notes) is not passes
+        added = rows.engine("openvino int8")
+        assert (added.kind, added.baseline, added.optional) == ("openvino", False, True)
+        assert rows.files["openvino int8"].bytes == 200
+    assert len(doubles["rows"]) == 8
+    assert all(row["attention_mask"].all() for row in doubles["rows"])
+
+
+def test_what_nncf_cannot_quantize_is_a_note(
+    doubles: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> Any:
+        raise ModelError("NNCF cannot quantize model.onnx: an operator")
+
+    monkeypatch.setattr(openvino_int8, "quantize_static_int8", refuse)
+    rows = Lineup(engines=[Engine("teacher", "onnxruntime", "x", vocabulary=9)])
+    lineup.add_openvino_int8(rows, tmp_path, tmp_path, None)  # type: ignore[arg-type]
+    assert rows.notes == ["Not timed: openvino int8: NNCF cannot quantize model.onnx: an operator."]
+
+
+def test_both_packages_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for installed, expected in (({"openvino", "nncf"}, True), ({"openvino"}, False)):
+        monkeypatch.setattr(
+            openvino_int8.importlib.util, "find_spec", lambda name, installed=installed: name in installed or None
+        )
+        assert openvino_int8.is_installed() is expected
