@@ -55,7 +55,11 @@ class TimingResult:
 
 @dataclass
 class RunningEngine:
-    """An engine that is open in its process, with the milliseconds measured with one number of threads."""
+    """An engine that is open in its process, with the milliseconds measured with one number of threads.
+
+    Attributes:
+        failure: why an optional engine could not run a batch; it is not asked again.
+    """
 
     engine: Engine
     process: EngineProcess
@@ -63,10 +67,19 @@ class RunningEngine:
     rounds: dict[Shape, list[float]]
     least: dict[Shape, float]
     device: dict[Shape, list[float]] = field(default_factory=dict)
+    failure: str = ""
 
     def take_turn(self, shape: Shape, *, counted: bool) -> None:
-        """Run the engine at `shape` for one turn."""
-        answer = self.process.ask(shape._asdict() | {"turn": TURN})
+        """Run the engine at `shape` for one turn; raises SpdError where it cannot, and must."""
+        if self.failure:
+            return
+        try:
+            answer = self.process.ask(shape._asdict() | {"turn": TURN})
+        except SpdError as error:  # such as a shape that cannot be captured, or too little memory
+            if not self.engine.optional:
+                raise
+            self.failure = error.message
+            return
         if counted:
             self.rounds[shape].append(answer["ms"])
             self.least[shape] = min(self.least[shape], answer["least"])
@@ -155,7 +168,8 @@ def _time_together(
             start = time.monotonic()
             run_rounds(running, shapes, rounds, warmup, seconds_left / (len(threads) - index))
             seconds_left -= time.monotonic() - start  # what is saved here goes to the next number of threads
-            finished += running
+            missing |= {run.engine.name: run.failure for run in running if run.failure}
+            finished += [run for run in running if not run.failure]
         for engine in engines:
             if engine.name not in missing:
                 peaks[engine.name] = processes[engine.name].ask({"close": True})["peak"]

@@ -100,7 +100,10 @@ def file_cells(file: ModelFile | None) -> list[Cell]:
 
 def describe_verdict(bench: BenchData) -> list[str]:
     """What the zeros bought, in sentences."""
-    lines = [*other_model_lines(bench), *rival_lines(bench)]
+    rivals = rival_lines(bench)
+    # on a GPU they are the 1x of all that follows
+    lines = [*other_model_lines(bench), *(rivals if bench.on_gpu else [])]
+    last = [] if bench.on_gpu else rivals
     for name in bench.sparse:
         for threads in bench.threads:
             lines += [speed_line(bench, name, threads), *factor_lines(bench, name, threads)]
@@ -114,14 +117,14 @@ def describe_verdict(bench: BenchData) -> list[str]:
     teacher_sparsity, student_sparsity = bench.files["teacher"].sparsity, bench.files["student"].sparsity
     if (student_sparsity or 0.0) <= (teacher_sparsity or 0.0):
         lines.append(f"The student has no more zeros than the teacher; against it, it runs at {student_speeds}.")
-        return [*lines, *bench.notes]
+        return [*lines, *last, *bench.notes]
     if bench.sparse:
         subject = "The smaller student" if bench.leaves_out else "The same zeros"
         lines.append(f"{subject} in plain onnxruntime: {student_speeds}.")
     else:
         lines += [speed_line(bench, "student", threads) for threads in bench.threads]
         lines += [file_line(bench, "student"), *int8_bytes_lines(bench, "student")]
-    return [*lines, *advice_lines(bench), *bench.notes]
+    return [*lines, *last, *advice_lines(bench), *bench.notes]
 
 
 def render_markdown(title: str, bench: BenchData) -> str:

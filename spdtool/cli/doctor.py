@@ -6,7 +6,6 @@ provider of onnxruntime.
 
 from __future__ import annotations
 
-import ctypes.util
 import os
 import platform
 import shutil
@@ -216,6 +215,8 @@ def _check_cuda() -> Iterator[Check]:
 
 def _check_nvidia_libraries(cuda_major: int) -> Check:
     """Say which of NVIDIA's libraries a Python package or the system holds, and where."""
+    import ctypes.util
+
     from spdtool.export.cuda_libraries import find_libraries, required_libraries
 
     files = find_libraries(cuda_major)

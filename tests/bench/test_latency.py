@@ -295,6 +295,27 @@ def test_engines_that_do_not_fit_together_are_timed_in_groups_with_the_first_one
     assert fake.asked == [*"abc", *"bca", *3 * ["end"], *"ade", *"dea", *3 * ["end"]]
 
 
+def test_an_optional_engine_that_cannot_run_a_shape_is_left_out(
+    engine: Callable[..., Engine], fake: type[Fake], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = Fake.ask
+
+    def refuse(self: Fake, request: dict[str, Any]) -> dict[str, Any]:
+        if self.name == "weak" and request.get("length") == 9:
+            raise SpdError("weak cannot be timed: out of memory")
+        return ask(self, request)
+
+    monkeypatch.setattr(Fake, "ask", refuse)
+    shapes = [Shape(1, 2), Shape(1, 9)]
+    members = [engine("here"), engine("weak", optional=True)]
+    result = latency.time_engines(members, shapes, rounds=2, warmup=0)
+    assert [timing.engine.name for timing in result.timings] == ["here"]
+    assert result.missing == {"weak": "weak cannot be timed: out of memory"}
+    assert fake.asked.count("weak") == 1
+    with pytest.raises(SpdError, match="out of memory"):
+        latency.time_engines([engine("weak")], shapes, rounds=2, warmup=0)
+
+
 def test_rounds_of_groups_are_cut_to_those_that_all_have() -> None:
     shape = Shape(1, 2)
     timings = []

@@ -177,7 +177,7 @@ def test_nvidia_libraries_are_looked_for_in_every_site_packages(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(onnx_session, "require_onnxruntime", lambda: runtime_of("13.0"))
-    monkeypatch.setattr(doctor.ctypes.util, "find_library", lambda _: None)
+    monkeypatch.setattr("ctypes.util.find_library", lambda _: None)
     monkeypatch.setattr("sys.path", [*doctor.sys.path, str(tmp_path / "own"), str(tmp_path / "shared")])
     places = {"own/nvidia/cu13/lib": cuda_libraries.required_libraries(13)[:-1]}
     places["shared/nvidia/cudnn/lib"] = ("libcudnn.so.9", "libcublas.so.12")  # that of another CUDA is none

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from spdtool import plugins
-from spdtool.bench import ledger
+from spdtool.bench import ledger, lineup
 from spdtool.bench.engines import Engine, EngineProcess
 from spdtool.bench.latency import TimingResult
 from spdtool.errors import DeviceError, ModelError, SpdError, StageMissing
@@ -214,7 +214,7 @@ def test_engines_that_cannot_be_built_here_are_named_in_the_verdict(
     def refuse(*_: Any) -> None:
         raise ModelError("onnxruntime cannot quantise model.onnx: no")
 
-    monkeypatch.setattr(stage, "quantize_dynamic_int8", refuse)
+    monkeypatch.setattr(lineup, "quantize_dynamic_int8", refuse)
     original_ask = EngineProcess.ask
 
     def without_a_compiler(self: Any, request: dict[str, Any]) -> dict[str, Any]:

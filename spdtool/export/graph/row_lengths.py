@@ -4,6 +4,7 @@ onnxruntime's Attention takes a bias [rows, 1, tokens, tokens], or a mask index.
 (memory-efficient attention) run at every length, and padding can be removed before the first layer. The index has
 3 * rows + 2 entries: the length of each row, then twice the start of each row among all tokens and their end. This
 form runs on every GPU; the shorter one, lengths alone, has no fused kernel from Hopper on. A CPU reads the lengths.
+The plain CUDA kernel would take the starts for something else, so heads must have a width that the flash kernels have.
 
 The nodes compute from the mask itself, without Shape: a node on the CPU would forbid CUDA graphs.
 """
@@ -16,13 +17,14 @@ from onnx import TensorProto, helper, numpy_helper
 
 from spdtool.export import onnx_session
 from spdtool.export.graph.fuse import FUSED_DOMAIN
-from spdtool.export.graph.protobuf import inputs_of, inputs_of_all, keep_constants, replace_items
+from spdtool.export.graph.protobuf import inputs_of, inputs_of_all, keep_constants, replace_items, tensors_by_name
 
 MASK = "attention_mask"
 ROW_LENGTHS = "row_lengths"  # int32 [rows]: what removing padding needs
 MASK_INDEX = "mask_index"  # int32 [3 * rows + 2]
 MASK_INPUT, BIAS_INPUT = 3, 5  # of the operator Attention
 OPTIONAL_OUTPUTS = ("SkipLayerNormalization",)  # operators whose outputs behind the first may be left out
+HEAD_STEP = 8  # widths of a head that the flash kernels have are its multiples
 SMALLEST_PENALTY = -1e4  # exp of it is 0: what a padding mask adds to the score of padding, at most
 
 
@@ -31,14 +33,16 @@ def use_row_lengths(proto: onnx.ModelProto) -> bool:
 
     Returns:
         Whether the graph was changed; it stays as it is without fused attention, where the bias holds more than
-        padding (relative positions, windows), and where attentions differ in it.
+        padding (relative positions, windows), where attentions differ in it, and where heads have an odd width.
     """
     attentions = [node for node in proto.graph.node if (node.domain, node.op_type) == (FUSED_DOMAIN, "Attention")]
     biases = set[str]()
     for node in attentions:
         has_other_mask = any(node.input[MASK_INPUT:BIAS_INPUT])
         biases.add("" if has_other_mask or len(node.input) <= BIAS_INPUT else node.input[BIAS_INPUT])
-    if len(biases) != 1 or "" in biases or not _hides_padding_only(proto, biases.pop()):
+    if len(biases) != 1 or "" in biases or any(width % HEAD_STEP for width in _head_widths(proto, attentions)):
+        return False
+    if not _hides_padding_only(proto, biases.pop()):
         return False
     for node in attentions:
         node.input[:] = [*node.input[:MASK_INPUT], MASK_INDEX]
@@ -68,6 +72,19 @@ def remove_dead_nodes(graph: onnx.GraphProto) -> None:
         alive.append(node)
     replace_items(graph.node, alive[::-1])
     keep_constants(graph, inputs_of_all(graph.node))
+
+
+def _head_widths(proto: onnx.ModelProto, attentions: list[onnx.NodeProto]) -> list[int]:
+    """Width of a head of each attention, from its joined weights [hidden, query + key + value]."""
+    tensors = tensors_by_name(proto.graph)
+    widths = []
+    for node in attentions:
+        attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        query = tensors[node.input[1]].dims[1] // 3
+        if attributes.get("qkv_hidden_sizes"):
+            query = attributes["qkv_hidden_sizes"][0]
+        widths.append(query // attributes["num_heads"])
+    return widths
 
 
 def _row_length_nodes() -> tuple[list[onnx.NodeProto], list[TensorProto]]:

@@ -16,7 +16,7 @@ from spdtool.errors import ModelError
 from spdtool.export import onnx_session
 from spdtool.export.graph.row_lengths import use_row_lengths
 
-HIDDEN, HEADS, LAYERS = 8, 2, 2
+HIDDEN, HEADS, LAYERS = 16, 2, 2
 MICROSOFT = "com.microsoft"
 
 
@@ -138,3 +138,12 @@ def test_packed_rows_give_the_answers_of_padded_ones() -> None:
 def test_attention_with_a_mask_of_its_own_cannot_be_packed() -> None:
     with pytest.raises(ModelError, match="does not take the length of each row"):
         pack_rows(fused_graph())
+
+
+def test_heads_that_no_flash_kernel_has_keep_their_mask() -> None:
+    """onnxruntime's plain CUDA kernel would read the starts of rows as something else."""
+    proto = fused_graph()
+    for node in proto.graph.node:
+        if node.op_type == "Attention":
+            node.attribute[0].i = 4  # heads of four columns
+    assert not use_row_lengths(proto)
