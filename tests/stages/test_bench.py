@@ -17,14 +17,16 @@ import torch
 from spdtool import plugins
 from spdtool.bench import ledger, lineup
 from spdtool.bench.engines import Engine, EngineProcess
-from spdtool.bench.latency import TimingResult
+from spdtool.bench.gpu import rows
+from spdtool.bench.gpu.scores import TorchScore
+from spdtool.bench.latency import Timing, TimingResult
 from spdtool.errors import DeviceError, ModelError, SpdError, StageMissing
 from spdtool.export.targets import Onnx
 from spdtool.models.layers import find_prunable_weights
 from spdtool.models.load import save_model
 from spdtool.recipe.reading import parse_recipe
 from spdtool.run.folder import Run
-from spdtool.run.records import BenchResult, ExportedModel, ExportResult, TargetExport
+from spdtool.run.records import BenchResult, ExportedModel, ExportResult, GpuRecord, TargetExport
 from spdtool.stages import bench as stage
 from spdtool.stages.bench import bench
 
@@ -66,6 +68,8 @@ def run(tmp_path: Path, toys: ModuleType, exported: Path, monkeypatch: pytest.Mo
         bench_run = Run.for_recipe(tmp_path / "run", toys.recipe(*quick, *sets))
         with bench_run.stage("teacher") as work:
             shutil.copytree(exported / "teacher/checkpoint", work.folder, dirs_exist_ok=True)
+        with bench_run.stage("finetune") as work:
+            shutil.copytree(exported / "student/checkpoint", work.folder, dirs_exist_ok=True)
         with bench_run.stage("export") as work:
             models = {
                 role: copy_export(exported / role / "onnx", work.folder / role, sparsity)
@@ -139,6 +143,63 @@ def test_every_engine_is_measured_and_its_figures_are_written(
     assert {entry["density"] for entry in raw["ledger"]} == {0.5}
     assert {entry["sparse_bytes"] for entry in raw["ledger"]} == {None}
     assert [row[0] for row in metrics.tables[0].rows] == ["bert.encoder.layer.0", "bert.encoder.layer.1"]
+
+
+def test_on_a_gpu_the_1x_is_the_fastest_dense_row_whose_score_passes(run: Callable[..., Run], monkeypatch: Any) -> None:
+    """No GPU here: the engines are lined up, judged and reported for real, and their times are made up."""
+    milliseconds = {"torch bf16": 0.1, "torch fp16 graph": 1.0, "student in torch fp16 graph": 0.5}
+
+    def score(_: Path, precisions: Any, recipe: Any, *, device: str) -> dict[str, TorchScore]:
+        return {name: TorchScore(0.7, 0.75, passes=name != "bf16") for name in precisions}
+
+    def invent_times(engines: Any, shapes: Any, **options: Any) -> TimingResult:
+        timings = []
+        for engine in engines:
+            ms = milliseconds.get(engine.name, 4.0)
+            rounds = {shape: 6 * [ms] for shape in shapes}
+            device = {shape: 6 * [ms / 2] for shape in shapes if engine.kind == "torch"}
+            timed = replace(engine, threads=options["threads"][0])
+            timings.append(Timing(timed, "CUDA", None, 10, 2**21, rounds, dict.fromkeys(shapes, ms), device))
+        return TimingResult(timings, {"torch 2:4": "torch 2:4 cannot be timed: no tensor cores"})
+
+    monkeypatch.setattr(stage, "choose_device", lambda _: ("cuda", None))
+    monkeypatch.setattr(rows, "score_precisions", score)
+    monkeypatch.setattr(stage, "time_engines", invent_times)
+    monkeypatch.setattr(stage, "describe_gpu", lambda: GpuRecord(name="NVIDIA H200", driver="570", power_limit_w=700))
+    bench_run = run("bench.padded=[]", "bench.rounds=6")
+    result = bench(bench_run)
+    assert result.best == "student in torch fp16 graph"
+    assert (
+        result.speed.median == 2
+    )  # not 8, against plain onnxruntime; nor 0.2, against a row whose score does not pass
+    assert {record.dense for record in result.latency} == {"torch fp16 graph"}
+    assert "1x is the fastest dense row whose score passes, 1 thread: torch fp16 graph" in result.verdict[0]
+    assert any("torch bf16 is no 1x: its dev score is 0.7000" in line for line in result.verdict)
+    assert result.columns[4] == "VRAM"
+    assert result.columns[-1].startswith("device ")
+    student = next(row for row in result.rows if row[0] == result.best)
+    assert (student[4], student[-1]) == ("2M", 0.25)
+    written = json.loads((bench_run.path / "bench/bench.json").read_text())
+    assert written["environment"]["gpu"]["name"] == "NVIDIA H200"
+    assert written["environment"]["processor"]
+    graphs = [engine["name"] for engine in written["engines"] if engine["graph"]]
+    assert graphs == ["torch fp16 graph", "student in torch fp16 graph", "teacher graph", "student in teacher graph"]
+    assert written["engines"][2]["rounds"][0]["device_ms"] == 6 * [2.0]
+
+
+def test_torch_alone_is_chosen_where_onnxruntime_has_no_gpu(monkeypatch: Any) -> None:
+    monkeypatch.setattr(stage.onnx_session, "provider_problem", lambda name: None if name == "cpu" else "no CUDA")
+    for has_gpu, device, expected in (
+        (False, "auto", ("cpu", None)),
+        (True, "cpu", ("cpu", None)),
+        (True, "auto", ("cuda", "onnxruntime does not run on CUDA (no CUDA)")),
+        (True, "cuda", ("cuda", "onnxruntime does not run on CUDA (no CUDA)")),
+    ):
+        monkeypatch.setattr(stage, "torch_runs_on_cuda", lambda has_gpu=has_gpu: has_gpu)
+        assert stage.choose_device(device) == expected
+    monkeypatch.setattr(stage, "torch_runs_on_cuda", lambda: False)
+    with pytest.raises(DeviceError, match="CUDA was demanded"):
+        stage.choose_device("cuda")
 
 
 def test_engines_switched_off_in_the_recipe_are_left_out(run: Callable[..., Run]) -> None:
