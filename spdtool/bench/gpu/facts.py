@@ -6,6 +6,7 @@ nothing is known. Both see the whole card, also from inside a container that hid
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import shutil
 import subprocess
@@ -62,7 +63,8 @@ class GpuMemory:
 
     def __init__(self) -> None:
         self.grown = 0
-        self._before = used_gpu_memory()
+        self._reads_driver = False  # before an engine is open, this process has no context that could be asked
+        self._before = self._read()
 
     @property
     def is_known(self) -> bool:
@@ -71,18 +73,39 @@ class GpuMemory:
 
     def mark(self) -> None:
         """Note what is used now: what others took since the last `add` is not counted."""
-        self._before = used_gpu_memory()
+        self._reads_driver = True
+        self._before = self._read()
 
     def add(self) -> int:
         """Add what came since the last mark; return the sum.
 
         Allocators of torch and onnxruntime give nothing back, so the sum after a batch is its peak.
         """
-        used = used_gpu_memory()
+        used = self._read()
         if used is not None and self._before is not None:
             self.grown += max(0, used - self._before)
             self._before = used
         return self.grown
+
+    def _read(self) -> int | None:
+        used = used_by_driver() if self._reads_driver else None
+        return used_gpu_memory() if used is None else used
+
+
+def used_by_driver() -> int | None:
+    """Bytes that are in use on this process's GPU, as CUDA's driver says; None without a context.
+
+    It takes microseconds, nvidia-smi up to a second. The two count the driver's own memory differently: only what one
+    of them says before and after can be subtracted.
+    """
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    if driver.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total)):
+        return None
+    return total.value - free.value
 
 
 def record_of_smi(values: list[str]) -> GpuRecord:

@@ -85,6 +85,7 @@ def test_nvml_tells_the_facts_and_the_growth_of_used_memory(monkeypatch: pytest.
     assert record is not None
     assert (record.name, record.driver, record.power_limit_w, record.mig) == ("NVIDIA T4", "570.1", 70, None)
     assert facts.free_gpu_memory() == 12 * 2**30
+    monkeypatch.setattr(facts, "used_by_driver", lambda: None)
     memory = facts.GpuMemory()
     assert memory.is_known
     monkeypatch.setattr(Nvml, "used", 4 * 2**30)
@@ -93,3 +94,7 @@ def test_nvml_tells_the_facts_and_the_growth_of_used_memory(monkeypatch: pytest.
     memory.mark()
     monkeypatch.setattr(Nvml, "used", 9 * 2**30 + 5)
     assert memory.add() == 2**30 + 5
+    answers = iter([100, 130])  # of the driver, which counts otherwise: both figures are its
+    monkeypatch.setattr(facts, "used_by_driver", lambda: next(answers))
+    memory.mark()
+    assert memory.add() == 2**30 + 5 + 30
