@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))  # its other files, also where this one is imported by its path
+sys.path.append(str(Path(__file__).parents[1]))  # spdtool itself, where it is not installed
 
 NEEDED = (
     "torch", "transformers", "onnx", "onnxruntime", "onnxscript", "pydantic", "datasets", "accelerate", "tokenizers",

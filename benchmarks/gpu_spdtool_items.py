@@ -316,7 +316,7 @@ FIRST = [
     Item("kill and resume", 25, {"largest difference of a weight": "0, or 1e-6 by atomic sums"}, measure_resume),
     Item(
         "training",
-        150,
+        120,
         {
             "BERT-base 32 fp32": "60 ms: 2.9 TFLOP at 50 TFLOP/s",
             "BERT-base 32 tf32": "15 ms",
