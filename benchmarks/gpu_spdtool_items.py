@@ -112,15 +112,15 @@ def watched_steps(on_step: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_evaluation() -> Iterator[None]:
-    """Let evaluations cost nothing: they would count as steps."""
-    from spdtool.models import predict
+    """Leave evaluations out of a stage: they would count as steps."""
+    from spdtool.training import loop
 
-    original = predict.evaluate
-    predict.evaluate = lambda *_, **__: {"score": 0.0}  # type: ignore[assignment]
+    original = loop.choose_evaluation_steps
+    loop.choose_evaluation_steps = lambda *_: set()
     try:
         yield
     finally:
-        predict.evaluate = original
+        loop.choose_evaluation_steps = original
 
 
 def measure_sync_free(context: Context) -> dict[str, Any]:
