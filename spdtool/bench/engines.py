@@ -47,6 +47,7 @@ Request: TypeAlias = dict[str, Any]
 Answer: TypeAlias = dict[str, Any]
 Batch: TypeAlias = dict[str, np.ndarray]
 RunBatch: TypeAlias = Callable[[Batch], object]
+Precision: TypeAlias = Literal["fp32", "tf32", "bf16", "fp16"]
 Nodes: TypeAlias = dict[str, dict[str, int]]
 """Provider to operator to number of graph nodes."""
 
@@ -95,7 +96,7 @@ class Engine:
     libraries: tuple[str, ...] = ()
     fused: bool = True
     compiled: bool = False
-    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    precision: Precision = "fp32"
     graph: bool = False
     bound: bool = False
     shrinks: bool = False

@@ -178,8 +178,8 @@ def _time_together(
         name, opened = run.engine.name, run.opened
         if name in peaks:  # an engine that opens with one number of threads only is no row of the table
             memory = (opened["resident"], peaks[name])
-            figures = (run.rounds, run.least, run.device)
-            timings.append(Timing(run.engine, opened["provider"], opened["nodes"], *memory, *figures))
+            provider, nodes = opened["provider"], opened["nodes"]
+            timings.append(Timing(run.engine, provider, nodes, *memory, run.rounds, run.least, run.device))
     return TimingResult(timings, missing)
 
 

@@ -140,4 +140,6 @@ def torch_stream() -> Any | None:
         import torch
     except ImportError:
         return None
-    return torch.cuda.Stream() if torch.cuda.is_available() else None
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]

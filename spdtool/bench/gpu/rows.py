@@ -12,6 +12,7 @@ from pathlib import Path
 
 import onnx
 
+from spdtool.bench.engines import Precision
 from spdtool.bench.gpu.facts import free_gpu_memory
 from spdtool.bench.gpu.packing import pack_rows
 from spdtool.bench.gpu.scores import TorchScore, score_precisions
@@ -20,7 +21,7 @@ from spdtool.bench.ratios import ModelFile
 from spdtool.errors import ModelError, SpdError
 from spdtool.recipe.fields import Recipe
 
-PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+PRECISIONS: tuple[Precision, ...] = ("fp32", "tf32", "bf16", "fp16")
 TORCH_GRAPH = "torch fp16 graph"
 TWO_OF_FOUR = "torch 2:4"
 FUSED_FP16 = "onnx-ort-fp16"

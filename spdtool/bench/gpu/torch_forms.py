@@ -15,6 +15,7 @@ from spdtool.export import onnx_session
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
     from spdtool.bench.engines import Batch, Engine, OpenEngine
 
@@ -81,7 +82,7 @@ def load_form(engine: Engine) -> Any:
     return model
 
 
-def use_two_of_four(model: torch.nn.Module) -> None:
+def use_two_of_four(model: PreTrainedModel) -> None:
     """Store each linear layer inside the encoder with two weights of four, in the format of sparse tensor cores.
 
     The two largest of four stay. Nothing was trained for it: the row shows speed, and its score means nothing.
@@ -172,7 +173,7 @@ def capture_graph(compute: Callable[[], torch.Tensor]) -> tuple[Callable[[], Non
     import torch
 
     # On a stream of its own, as a capture must not see work that was queued on the default one.
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(CAPTURE_WARMUP):
@@ -207,7 +208,7 @@ def time_on_device(compute: Callable[[], object], stream: Any = None) -> float:
     """
     import torch
 
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     start.record(stream)
     for _ in range(DEVICE_CALLS):
         compute()

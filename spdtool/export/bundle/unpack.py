@@ -51,7 +51,7 @@ def unpack_checkpoint(folder: Path, out: Path) -> Path:
     return bundle.folder
 
 
-def refuse_emptied_layers(model: PreTrainedModel, missing: Sequence[str], file: str) -> None:
+def refuse_emptied_layers(model: PreTrainedModel, missing: Sequence[str], file: Path) -> None:
     """Raise ModelError if all that a file lacks are matrices of layers, whose heads or neurons were all removed.
 
     Such a layer leaves no constant in the graph on which its zeros could be noted.
