@@ -148,6 +148,10 @@ def load_splits(dataset: Dataset, recipe: Recipe) -> dict[str, Rows]:
         if "test" in splits:
             raise DataError(f"task {dataset.name!r} has test rows", "leave --test-share out")
         splits = splits | draw_test_rows(splits["train"], recipe.seed, recipe.test_share)
+    if recipe.test_share and "test" not in splits:
+        raise DataError(
+            f"--test-share takes no rows from a task of the kind {dataset.kind!r}", "leave it out, or add a test file"
+        )
     for name in ("train", "dev"):
         if not splits.get(name):
             raise DataError(

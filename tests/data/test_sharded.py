@@ -199,3 +199,19 @@ def test_texts_are_sliced_as_a_list_is() -> None:
     assert texts[-1] == WORDS[-1]
     with pytest.raises(IndexError):
         texts[len(WORDS)]
+
+
+def test_a_test_set_beside_shards_is_read_if_it_has_labels(tmp_path: Path) -> None:
+    for number, start in enumerate((0, 5)):
+        write(tmp_path / f"train-{number}.jsonl", TEXTS[start : start + 5], ["a", "b", "a", "b", "a"])
+    write(tmp_path / "dev.jsonl", TEXTS, ["a", "b"] * 5)
+    write(tmp_path / "test" / "one.jsonl", TEXTS[:2], ["b", "a"])
+    splits = rows(tmp_path)
+    assert (list(splits["test"].first), list(splits["test"].labels)) == (TEXTS[:2], [1, 0])
+    assert "test is scored once, at the end" in task(tmp_path).dataset.about
+    write(tmp_path / "test" / "one.jsonl", TEXTS[:2], [None, None])
+    assert set(rows(tmp_path)) == {"train", "dev"}
+    assert "test has no labels" in task(tmp_path).dataset.about
+    recipe = build_recipe("default", {"task": "local", "data": str(tmp_path), "test_share": 0.1})
+    with pytest.raises(DataError, match="not for rows in several files"):
+        find_task(recipe)
