@@ -150,19 +150,18 @@ def _choose_test_files(
     Raises:
         DataError: a share of the rows is to be the test set, which would copy all of them.
     """
-    if recipe.test_share and "test" in files:
+    has_test = "test" in files and has_labels(next(_iterate_tables(files["test"][0])), columns)
+    if recipe.test_share and has_test:
         raise two_test_sets(files["test"][0])
     if recipe.test_share:
         raise DataError(
             f"--test-share is not for rows in several files: {recipe.data} has {len(files['train'])}",
             "add a file or a folder called test",
         )
-    if "test" not in files:
-        return files, ""
-    if has_labels(next(_iterate_tables(files["test"][0])), columns):
+    if has_test:
         return files, "; test is scored once, at the end"
     others = {split: paths for split, paths in files.items() if split != "test"}
-    return others, "; test has no labels: `spdtool predict` gives it some"
+    return others, "; test has no labels: `spdtool predict` gives it some" if "test" in files else ""
 
 
 def _iterate_tables(path: Path) -> Iterator[Table]:

@@ -202,9 +202,9 @@ def test_texts_are_sliced_as_a_list_is() -> None:
 
 
 def test_a_test_set_beside_shards_is_read_if_it_has_labels(tmp_path: Path) -> None:
-    for number, start in enumerate((0, 5)):
-        write(tmp_path / f"train-{number}.jsonl", TEXTS[start : start + 5], ["a", "b", "a", "b", "a"])
-    write(tmp_path / "dev.jsonl", TEXTS, ["a", "b"] * 5)
+    for number, start in enumerate((0, 4)):
+        write(tmp_path / f"train-{number}.jsonl", TEXTS[start : start + 4], ["a", "b", "a", "b"])
+    write(tmp_path / "dev.jsonl", TEXTS, ["a", "b"] * 4)
     write(tmp_path / "test" / "one.jsonl", TEXTS[:2], ["b", "a"])
     splits = rows(tmp_path)
     assert (list(splits["test"].first), list(splits["test"].labels)) == (TEXTS[:2], [1, 0])
