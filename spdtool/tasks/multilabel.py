@@ -58,7 +58,12 @@ class Multilabel(Classification):
     def align_labels(self, splits: dict[str, Rows], names: Sequence[str]) -> dict[str, Rows]:
         """Return the rows with a column of labels for each of a model's label names, in that order."""
         columns = np.argsort(self.label_order(names))
-        return {name: replace(rows, labels=np.asarray(rows.labels)[:, columns]) for name, rows in splits.items()}
+        return {name: replace(rows, labels=self._label_columns(rows)[:, columns]) for name, rows in splits.items()}
+
+    def _label_columns(self, rows: Rows) -> np.ndarray:
+        """Return the labels of the rows with a column for every label, also for those that only a model has."""
+        labels = np.asarray(rows.labels)
+        return np.pad(labels, ((0, 0), (0, len(self.dataset.labels) - labels.shape[1])))
 
     # Losses
 
@@ -212,7 +217,7 @@ class Multilabel(Classification):
         by_split = {}
         for split, rows in splits.items():
             if split != UNLABELED:
-                counts = np.asarray(rows.labels).sum(axis=0, dtype=np.int64).tolist()
+                counts = self._label_columns(rows).sum(axis=0, dtype=np.int64).tolist()
                 by_split[split] = dict(zip(self.dataset.labels, counts, strict=True))
         return by_split
 

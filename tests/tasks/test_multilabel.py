@@ -108,6 +108,15 @@ def test_columns_follow_the_order_of_a_models_labels() -> None:
     assert np.asarray(aligned.labels).tolist() == [[0, 1, 0], [1, 0, 1]]
 
 
+def test_a_label_that_only_a_model_has_gets_a_column_of_zeros() -> None:
+    rows = {"dev": Rows(["a", "b"], None, np.array([[1, 0, 0], [0, 1, 1]], np.uint8))}
+    names = ["awe", "fear", "anger", "joy"]
+    widened = task().widen(names)
+    assert set(widened.dataset.labels) == set(names)
+    assert np.asarray(widened.align_labels(rows, names)["dev"].labels).tolist() == [[0, 0, 1, 0], [0, 1, 0, 1]]
+    assert widened.count_classes(rows)["dev"] == {"anger": 1, "joy": 1, "fear": 1, "awe": 0}
+
+
 def test_the_baseline_is_the_best_answer_that_is_the_same_for_every_row() -> None:
     labels = np.array([[1, 0, 0], [1, 1, 0], [1, 0, 0], [0, 0, 1]])
     mine = task(metrics=("f1_micro",))
