@@ -153,8 +153,6 @@ UNSUPPORTED: list[tuple[list[dict[str, Any]], str]] = [
     ([{"tokens": ["a"], "ner_tags": [0]}], "token classification"),
     ([{"text": ["a", "b"], "label": 1}, {"text": ["c"], "label": 0}], "token classification"),
     ([{"context": "a", "question": "b", "answers": {"text": ["a"]}}], "question answering"),
-    ([{"text": "a", "label": ["x", "y"]}], "multi-label classification"),
-    ([{"text": "a", "toxic": i % 2, "insult": 0, "threat": 1} for i in range(4)], "multi-label classification"),
     ([{"document": "a", "summary": "b"}], "text generation"),
     ([{"source": "a", "target": "b"}], "text generation"),
     ([{"anchor": "a", "positive": "b"}], "sentence embeddings"),
