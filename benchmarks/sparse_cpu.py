@@ -2,6 +2,7 @@
 
     python benchmarks/sparse_cpu.py                               the whole table; about a quarter of an hour
     python benchmarks/sparse_cpu.py --models minilm-90 --threads 1 --shapes 1x32 1x128
+    python benchmarks/sparse_cpu.py --models modernbert-90 mpnet-90 deberta-90
     python benchmarks/sparse_cpu.py --deepsparse-python PATH      with DeepSparse 1.8, by an interpreter that has it
 
 Engines: onnxruntime on the file with zeros (all optimisations, and only basic ones; the faster of the two is the 1x: it
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+from transformers import AutoConfig, AutoModelForSequenceClassification, BertTokenizerFast
 
 from spdtool import console
 from spdtool.bench import ledger, ledger_tables
@@ -42,12 +43,35 @@ from spdtool.recipe.reading import build_recipe
 VOCABULARY = 30522  # of BERT's uncased tokenizer
 # batch x length; `p`: rows padded to that length
 SHAPES = ("1x32", "1x128", "8x128", "32x128", "8x128p", "32x128p")
+LONG_SHAPES = ("1x32", "1x128", "8x128", "1x1024", "1x8192")  # of models that are made for long texts
 WORKER = Path(__file__).with_name("deepsparse_worker.py")
 IR_VERSION = 8  # the newest that DeepSparse 1.8 reads is 9
 SIZES = {
     "minilm": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
     "bert": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
+    "mpnet": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
+    "deberta": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
+    "modernbert": {"hidden_size": 768, "num_hidden_layers": 22, "num_attention_heads": 12, "intermediate_size": 1152},
 }
+# Of the sizes whose architecture is another than BERT's: its name, and the configuration of the published base model.
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mpnet": ("mpnet", {"max_position_embeddings": 514}),
+    "deberta": (
+        "deberta-v2",
+        {
+            "relative_attention": True,
+            "pos_att_type": ["p2c", "c2p"],
+            "position_biased_input": False,
+            "norm_rel_ebd": "layer_norm",
+            "share_att_key": True,
+            "position_buckets": 256,
+            "max_relative_positions": -1,
+            "type_vocab_size": 0,
+        },
+    ),
+    "modernbert": ("modernbert", {"max_position_embeddings": 8192, "local_attention": 128}),
+}
+SPECIAL_TOKENS = {"pad_token_id": 0, "bos_token_id": 2, "cls_token_id": 2, "eos_token_id": 3, "sep_token_id": 3}
 
 
 @dataclass(frozen=True)
@@ -65,7 +89,7 @@ def make_files(name: str, out: Path, values: str) -> Files:
     size, sparsity = name.split("-")
     folder = out / name
     if not (folder / "checkpoint/config.json").exists():
-        save_model(_model(SIZES[size], int(sparsity) / 100), _tokenizer(folder), folder / "checkpoint")
+        save_model(_model(size, int(sparsity) / 100), _tokenizer(folder, size), folder / "checkpoint")
     recipe = build_recipe(flags={"device": "cpu"}, sets=[f"export.values={values}", f"export.embeddings={values}"])
     files = Files(
         folder / "dense/onnx/model.onnx",
@@ -77,14 +101,16 @@ def make_files(name: str, out: Path, values: str) -> Files:
         Onnx().export(folder / "checkpoint", folder / "dense", recipe)
     if not files.int8.exists():
         quantize_dynamic_int8(files.dense, files.int8)
-    if not files.classic.exists():
+    if size not in ARCHITECTURES and not files.classic.exists():
         _classic(folder / "checkpoint", files.classic)
     return files
 
 
-def _model(size: dict[str, int], sparsity: float) -> Any:
+def _model(size: str, sparsity: float) -> Any:
     torch.manual_seed(0)
-    model: Any = BertForSequenceClassification(BertConfig(vocab_size=VOCABULARY, **size)).eval()
+    architecture, further = ARCHITECTURES.get(size, ("bert", {}))
+    config = AutoConfig.for_model(architecture, vocab_size=VOCABULARY, **SPECIAL_TOKENS, **SIZES[size], **further)
+    model: Any = AutoModelForSequenceClassification.from_config(config).eval()
     with torch.no_grad():
         for weight in find_prunable_weights(model).values():
             order = torch.rand(weight.numel()).argsort()  # exactly that share of each matrix
@@ -92,12 +118,13 @@ def _model(size: dict[str, int], sparsity: float) -> Any:
     return model
 
 
-def _tokenizer(folder: Path) -> Any:
+def _tokenizer(folder: Path, size: str) -> Any:
     folder.mkdir(parents=True, exist_ok=True)
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     words = folder / "vocab.txt"
     words.write_text("\n".join([*special, *(f"w{number}" for number in range(VOCABULARY - len(special)))]) + "\n")
-    return BertTokenizerFast(str(words))
+    inputs = ["input_ids", "attention_mask"] + (["token_type_ids"] if size not in ARCHITECTURES else [])
+    return BertTokenizerFast(str(words), model_input_names=inputs)
 
 
 def _sparse(checkpoint: Path, folder: Path, recipe: Recipe) -> Path | None:
@@ -149,7 +176,7 @@ def engines(files: Files, deepsparse: str | None) -> list[Engine]:
         file = files.sparse / json.loads((files.sparse / "manifest.json").read_text("utf-8"))["model"]
         libraries = tuple(map(str, get_target("sparse-cpu").libraries(files.sparse)))
         timed_engines.append(replace(dense, name="sparse-cpu", path=str(file), baseline=False, libraries=libraries))
-    if deepsparse:
+    if deepsparse and files.classic.exists():
         command = (deepsparse, str(WORKER))
         timed_engines.append(
             replace(dense, name="deepsparse", path=str(files.classic), baseline=False, command=command)
@@ -198,7 +225,7 @@ def main() -> None:
     """Make the models, time every engine, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", default=["minilm-80", "minilm-90", "minilm-95", "bert-90"])
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="batch x length; a p at the end: padded")
+    parser.add_argument("--shapes", nargs="+", help="batch x length; a p at the end: padded")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--seconds", type=float, default=120.0, help="for the rounds of one model")
@@ -215,7 +242,7 @@ def main() -> None:
         print(f"\n## {name}\n\nBytes: " + ", ".join(f"{key} {size:,}" for key, size in sizes.items()) + "\n")
         result = time_engines(
             timed_engines,
-            [shape_of(text) for text in options.shapes],
+            [shape_of(text) for text in options.shapes or (LONG_SHAPES if "modernbert" in name else SHAPES)],
             threads=options.threads,
             rounds=options.rounds,
             warmup=1,

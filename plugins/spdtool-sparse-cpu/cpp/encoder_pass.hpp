@@ -5,8 +5,11 @@
 #include <cstring>
 #include <vector>
 
+#include "attention.hpp"
+#include "batch_positions.hpp"
 #include "buffer.hpp"
 #include "encoder.hpp"
+#include "layout.hpp"
 #include "tiles.hpp"
 
 namespace sparse_cpu {
@@ -16,63 +19,21 @@ constexpr uint32_t kRowBlocksOfInt8Chunk = kInputsOfChunk / kRowsOfBlock;  // th
 static_assert(kInputsOfChunk % kRowsOfBlock == 0, "a chunk is made of row blocks of `up`");
 static_assert(2 * kInputsOfChunk <= kTilesOfGroup * kRowBlocksOfChunk * kRowsOfBlock, "both forms of a chunk fit into the scratch");
 
-// Buffers that outlive a batch, so that the next one allocates nothing.
-struct EncoderWorkspace {
-  Buffer<float> x, query, key, value, context, product, inner;
-  Buffer<float> first_x, first_query, first_context, first_product, first_inner;
-  Buffer<int32_t> rounded, rounded_inner, first_rounded, first_rounded_inner;
-  Buffer<float> zeros;
-  std::vector<Buffer<float>> scratch;  // of each thread
-};
-
-// Consecutive columns of one tile that belong to one sequence.
-struct Stretch {
-  size_t tile, offset;  // first column within the tile
-  uint32_t count;
-};
-
-// Appends column `column` to `stretches`, joining it to the last one where they are neighbours in one tile.
-inline void extend(std::vector<Stretch>& stretches, size_t begin, const Tiles& tiles, size_t column) {
-  const size_t tile = tiles.find(column), offset = column - tiles[tile].column;
-  if (stretches.size() > begin && stretches.back().tile == tile &&
-      stretches.back().offset + stretches.back().count == offset) {
-    stretches.back().count++;
-  } else {
-    stretches.push_back({tile, offset, 1});
-  }
-}
-
 // The forward pass of one batch.
-//
-// Only real tokens are computed, and token 0 of each row whatever its mask, since heads read it. Their columns stand side
-// by side without gaps, so that a tile may hold the end of one sequence and the beginning of the next.
 class EncoderPass {
  public:
   EncoderPass(const Encoder& encoder, const Tokens& tokens, float* out, EncoderWorkspace& work, size_t threads)
       : e_(encoder), k_(encoder.machine_.floats), k8_(encoder.machine_.integers), tokens_(tokens), out_(out), work_(work),
-        threads_(threads) {
-    lay_out();
-    all_ = {&tiles_, work.x.grow(size(tiles_, e_.hidden_)), work.query.grow(size(tiles_, e_.hidden_)),
-            work.context.grow(size(tiles_, e_.hidden_)), work.product.grow(size(tiles_, e_.hidden_)),
-            work.inner.grow(tiles_.splits() ? size(tiles_, e_.inner_) : 1),
-            work.rounded.grow(rounded_size(tiles_, e_.hidden_)),
-            work.rounded_inner.grow(tiles_.splits() ? rounded_size(tiles_, e_.inner_) : 1)};
+        layout_(tokens, encoder.shape_, k_.lanes, threads), tiles_(layout_.tiles()), first_tiles_(layout_.first_tiles()),
+        attention_(layout_, k_, encoder.head_size_, work.zeros.grow(encoder.head_size_ * widest())),
+        positions_(encoder, layout_, tokens.length, work) {
+    all_ = state(tiles_, work.all);
+    if (e_.shape_.first_only()) first_ = state(first_tiles_, work.first);
     key_ = work.key.grow(size(tiles_, e_.hidden_));
     value_ = work.value.grow(size(tiles_, e_.hidden_));
-    if (e_.first_only()) {
-      first_tiles_ = Tiles(tokens.batch, k_.lanes, threads);
-      first_ = {&first_tiles_, work.first_x.grow(size(first_tiles_, e_.hidden_)),
-                work.first_query.grow(size(first_tiles_, e_.hidden_)),
-                work.first_context.grow(size(first_tiles_, e_.hidden_)),
-                work.first_product.grow(size(first_tiles_, e_.hidden_)),
-                work.first_inner.grow(first_tiles_.splits() ? size(first_tiles_, e_.inner_) : 1),
-                work.first_rounded.grow(rounded_size(first_tiles_, e_.hidden_)),
-                work.first_rounded_inner.grow(first_tiles_.splits() ? rounded_size(first_tiles_, e_.inner_) : 1)};
-    }
-    zeros_ = work.zeros.grow(e_.head_size_ * widest());
     work.scratch.resize(most_threads());
-    const size_t scores = (longest_ + 8) * widest();
-    const size_t chunk = kTilesOfGroup * chunk_size();
+    const size_t scores = HeadAttention::scratch(layout_, e_.position_tiles_.columns(), widest());
+    const size_t chunk = kTilesOfGroup * (e_.shape_.gated() ? 2 : 1) * chunk_size();
     for (auto& scratch : work.scratch) scratch.grow(std::max({scores, chunk, 2 * e_.embedding_ * widest()}));
   }
 
@@ -81,19 +42,29 @@ class EncoderPass {
     std::vector<Phase> list;
     list.push_back({tiles_.count(), [this](size_t t, size_t worker) { embed(t, worker); }});
     for (const EncoderLayer& layer : e_.layers_) {
-      const bool narrow = e_.first_only() && &layer == &e_.layers_.back();
+      const bool narrow = e_.shape_.first_only() && &layer == &e_.layers_.back();
       State& state = narrow ? first_ : all_;
       if (narrow) list.push_back({first_tiles_.count(), [this](size_t t, size_t) { take_first(t); }});
-      if (narrow) add_products(list, {{&layer.query, first_.x, first_.rounded, first_.query}}, first_tiles_);
-      std::vector<Product> products = {{&layer.key, all_.x, all_.rounded, key_},
-                                       {&layer.value, all_.x, all_.rounded, value_}};
-      if (!narrow) products.push_back({&layer.query, all_.x, all_.rounded, all_.query});
+      if (narrow) add_products(list, {{&layer.query, first_.normed, first_.rounded, first_.query}}, first_tiles_);
+      std::vector<Product> products = {{&layer.key, all_.normed, all_.rounded, key_},
+                                       {&layer.value, all_.normed, all_.rounded, value_}};
+      if (!narrow) products.push_back({&layer.query, all_.normed, all_.rounded, all_.query});
       add_products(list, products, tiles_);
-      add_attention(list, state, narrow ? first_stretches_ : stretches_, narrow ? first_rows_ : rows_);
+      const size_t index = size_t(&layer - e_.layers_.data());
+      if (e_.shape_.kind == LayerKind::kModernBert)  // token 0 stands at position 0, where no angle is
+        list.push_back({tiles_.count(), [this, narrow, index](size_t t, size_t) {
+                          positions_.rotate(t, index, key_, narrow ? nullptr : all_.query);
+                        }});
+      add_attention(list, layer, state, narrow ? layout_.first_queries() : layout_.queries());
       state.tiles->splits() ? add_split_rest(list, layer, state) : add_rest(list, layer, state);
     }
-    State& last = e_.first_only() ? first_ : all_;
-    list.push_back({last.tiles->count(), [this, &last](size_t t, size_t) { write(t, last); }});
+    State& last = e_.shape_.first_only() ? first_ : all_;
+    if (e_.shape_.reads == Reads::kMean) {
+      list.push_back({tokens_.batch, [this](size_t row, size_t) { write_mean(row); }});
+    } else {
+      list.push_back({last.tiles->count(), [this, &last](size_t t, size_t) { write(t, last); }});
+      clear_padding();
+    }
     return list;
   }
 
@@ -101,10 +72,21 @@ class EncoderPass {
   // The activations of all columns, or of the first tokens only.
   struct State {
     const Tiles* tiles = nullptr;
-    float *x = nullptr, *query = nullptr, *context = nullptr, *product = nullptr, *inner = nullptr;
-    int32_t* rounded = nullptr;        // `x`, or `context` once it is computed, where a layer rounds it
+    float* x = nullptr;       // the sum of everything so far, normalised where layer norm follows each sum
+    float* normed = nullptr;  // what products read: `x` itself, or `x` normalised
+    float *query = nullptr, *context = nullptr, *product = nullptr, *inner = nullptr;
+    int32_t* rounded = nullptr;        // `normed`, or `context` once it is computed, where a layer rounds it
     int32_t* rounded_inner = nullptr;  // `inner`
   };
+
+  State state(const Tiles& tiles, EncoderWorkspace::Activations& work) const {
+    const size_t hidden = size(tiles, e_.hidden_), inner = (e_.shape_.gated() ? 2 : 1) * size(tiles, e_.inner_);
+    float* const x = work.x.grow(hidden);
+    return {&tiles, x, e_.shape_.norms_first() ? work.normed.grow(hidden) : x, work.query.grow(hidden),
+            work.context.grow(hidden), work.product.grow(hidden), work.inner.grow(tiles.splits() ? inner : 1),
+            work.rounded.grow(rounded_size(tiles, e_.hidden_)),
+            work.rounded_inner.grow(tiles.splits() ? rounded_size(tiles, e_.inner_) : 1)};
+  }
 
   size_t widest() const { return kWidestTile * size_t(k_.lanes); }
   size_t chunk_size() const { return kRowBlocksOfChunk * kRowsOfBlock * widest(); }
@@ -133,61 +115,7 @@ class EncoderPass {
     return &layer != &e_.layers_.back() && (&layer + 1)->rounds_input();
   }
 
-  // ---- layout
-
-  void lay_out() {
-    const size_t length = tokens_.length;
-    std::vector<bool> is_key;
-    for (size_t b = 0; b < tokens_.batch; b++) {
-      const int64_t* mask = tokens_.mask + b * length;
-      // A row without any real token: softmax over nothing but masked scores is uniform over all of them.
-      const bool blind = std::all_of(mask, mask + length, [](int64_t m) { return m == 0; });
-      blind_.push_back(blind);
-      first_column_.push_back(columns_.size());
-      for (size_t s = 0; s < length; s++) {
-        if (mask[s] == 0 && !blind && e_.first_only() && s > 0) continue;
-        columns_.push_back(b * length + s);
-        is_key.push_back(mask[s] != 0 || blind);
-      }
-    }
-    first_column_.push_back(columns_.size());
-    tiles_ = Tiles(columns_.size(), k_.lanes, threads_);
-    for (size_t b = 0; b < tokens_.batch; b++) {
-      key_begin_.push_back(keys_.size());
-      const size_t query_begin = stretches_.size();
-      size_t count = 0;
-      for (size_t c = first_column_[b]; c < first_column_[b + 1]; c++) {
-        extend(stretches_, query_begin, tiles_, c);
-        if (is_key[c]) extend(keys_, key_begin_.back(), tiles_, c);
-        count += is_key[c];
-      }
-      rows_.resize(stretches_.size(), b);
-      longest_ = std::max(longest_, count);
-    }
-    key_begin_.push_back(keys_.size());
-    if (e_.first_only()) {
-      const Tiles tiles(tokens_.batch, k_.lanes, threads_);
-      for (size_t b = 0; b < tokens_.batch; b++) {
-        extend(first_stretches_, first_stretches_.size(), tiles, b);
-        first_rows_.push_back(b);
-      }
-    }
-  }
-
   // ---- steps
-
-  static void add_row(const Kernels& k, const Packed& table, int64_t row, float* sum) {
-    const size_t columns = table.columns, first = size_t(row) * columns;
-    switch (table.type) {
-      case Values::kFloat32: return k.add_float(sum, table.values + 4 * first, columns);
-      case Values::kFloat16: return k.add_half(sum, table.values + 2 * first, columns);
-      case Values::kInt8: {
-        float scale;
-        std::memcpy(&scale, table.scales + 4 * row, 4);
-        return k.add_int8(sum, table.values + first, columns, scale);
-      }
-    }
-  }
 
   int64_t position(size_t token) const {
     const size_t s = token % tokens_.length;
@@ -205,19 +133,19 @@ class EncoderPass {
     const size_t size = e_.embedding_;
     float* sums = work_.scratch[worker].data();
     const float* rows[kWidestTile * 16] = {};
-    for (size_t c = 0; c < tile.width && tile.column + c < columns_.size(); c++) {
-      const size_t token = columns_[tile.column + c];
+    for (size_t c = 0; c < tile.width && tile.column + c < layout_.columns(); c++) {
+      const size_t token = layout_.token(tile.column + c);
       float* sum = sums + c * size;
       std::fill(sum, sum + size, 0.0f);
       add_row(k_, e_.words_, tokens_.ids[token], sum);
-      add_row(k_, e_.positions_, position(token), sum);
+      if (e_.shape_.embeds_positions()) add_row(k_, e_.positions_, position(token), sum);
       if (e_.shape_.token_types) add_row(k_, e_.types_, tokens_.types ? tokens_.types[token] : 0, sum);
       rows[c] = sum;
     }
     float* x = all_.x + tiles_.offset(t, e_.hidden_);
     float* embedded = e_.shape_.projection ? sums + size * widest() : x;
     k_.into_tile(rows, tile.width, size, embedded);
-    k_.add_layer_norm(embedded, nullptr, size, tile.vectors, e_.embedding_norm_.gain.data(),
+    k_.add_layer_norm(embedded, nullptr, embedded, size, tile.vectors, e_.embedding_norm_.gain.data(),
                       e_.embedding_norm_.bias.data(), e_.shape_.epsilon, nullptr);
     if (e_.shape_.projection) {
       LayerIn in{embedded, {}};
@@ -227,20 +155,31 @@ class EncoderPass {
       }
       multiply_tile(e_.projection_, 0, e_.projection_.row_blocks(), in, {x, 0}, tile.vectors, e_.machine_);
     }
-    round(e_.layers_.front().rounds_input(), all_, t, all_.x);
+    if (e_.shape_.kind == LayerKind::kDeberta)
+      for (size_t c = 0; c < tile.width && tile.column + c < layout_.columns(); c++)
+        for (size_t r = 0; !layout_.is_real(tile.column + c) && r < e_.hidden_; r++) x[r * tile.width + c] = 0.0f;
+    if (e_.shape_.norms_first()) {  // whose first layer has no norm before the attention
+      const size_t offset = tiles_.offset(t, e_.hidden_);
+      std::copy(x, x + e_.hidden_ * tile.width, all_.normed + offset);
+    }
+    if (e_.shape_.kind == LayerKind::kModernBert) positions_.lay_out_angles(t);
+    round(e_.layers_.front().rounds_input(), all_, t, all_.normed);
   }
 
   // Copies token 0 of every row out of the columns of the batch.
   void take_first(size_t t) {
     const auto& tile = first_tiles_[t];
-    float* to = first_.x + first_tiles_.offset(t, e_.hidden_);
     for (size_t c = 0; c < tile.width && tile.column + c < tokens_.batch; c++) {
-      const size_t column = first_column_[tile.column + c], from_tile = tiles_.find(column);
+      const size_t column = layout_.first_column(tile.column + c), from_tile = tiles_.find(column);
       const auto& source = tiles_[from_tile];
-      const float* from = all_.x + tiles_.offset(from_tile, e_.hidden_) + (column - source.column);
-      for (size_t r = 0; r < e_.hidden_; r++) to[r * tile.width + c] = from[r * source.width];
+      const size_t from = tiles_.offset(from_tile, e_.hidden_) + (column - source.column);
+      const size_t to = first_tiles_.offset(t, e_.hidden_) + c;
+      for (size_t r = 0; r < e_.hidden_; r++) {
+        first_.x[to + r * tile.width] = all_.x[from + r * source.width];
+        first_.normed[to + r * tile.width] = all_.normed[from + r * source.width];
+      }
     }
-    round(e_.layers_.back().query.rounds(), first_, t, first_.x);
+    round(e_.layers_.back().query.rounds(), first_, t, first_.normed);
   }
 
   struct Product {
@@ -276,46 +215,26 @@ class EncoderPass {
                     }});
   }
 
-  void add_attention(std::vector<Phase>& list, State& state, const std::vector<Stretch>& queries,
-                     const std::vector<size_t>& rows) {
+  void add_attention(std::vector<Phase>& list, const EncoderLayer& layer, const State& state,
+                     const std::vector<Stretch>& queries) {
     const size_t heads = e_.shape_.heads;
-    list.push_back({queries.size() * heads, [this, &state, &queries, &rows, heads](size_t item, size_t worker) {
-                      attend(state, queries[item / heads], rows[item / heads], item % heads, worker);
+    list.push_back({queries.size() * heads, [this, &layer, &state, &queries, heads](size_t item, size_t worker) {
+                      attention_.attend(queries[item / heads], item % heads, {state.tiles, state.query, e_.hidden_},
+                                        {&tiles_, key_, e_.hidden_}, {&tiles_, value_, e_.hidden_},
+                                        {state.tiles, state.context, e_.hidden_}, positions_.terms(layer),
+                                        work_.scratch[worker].data());
                     }});
   }
 
-  void attend(const State& state, const Stretch& query, size_t row, size_t head, size_t worker) {
-    const size_t first = head * e_.head_size_;  // row of the tiles
-    const auto place = [&](const Tiles& tiles, const Stretch& at, const float* data) {
-      return data + tiles.offset(at.tile, e_.hidden_) + first * tiles[at.tile].width + at.offset;
-    };
-    std::vector<AttentionTask::Keys> keys;
-    for (size_t s = key_begin_[row]; s < key_begin_[row + 1]; s++)
-      keys.push_back({place(tiles_, keys_[s], key_), place(tiles_, keys_[s], value_), tiles_[keys_[s].tile].width,
-                      keys_[s].count});
-    const size_t width = (*state.tiles)[query.tile].width;
-    AttentionTask task{};
-    task.query = blind_[row] ? zeros_ : place(*state.tiles, query, state.query);
-    task.query_width = width;
-    task.context = const_cast<float*>(place(*state.tiles, query, state.context));
-    task.context_width = width;
-    task.queries = query.count;
-    task.head_size = uint32_t(e_.head_size_);
-    task.keys = keys.data();
-    task.key_stretches = uint32_t(keys.size());
-    task.scores = work_.scratch[worker].data();
-    k_.attend(task);
-  }
-
-  // Adds `product` to x and normalises it; rounds it where `rounds`.
+  // Adds `product` to x, and normalises the sum; rounds it where `rounds`.
   void normalise(const State& state, size_t t, const LayerNorm& norm, bool rounds) const {
     const size_t offset = state.tiles->offset(t, e_.hidden_);
     const int vectors = (*state.tiles)[t].vectors;
     const RoundedTile out = rounded_at(*state.tiles, t, state.rounded, e_.hidden_);
     float* const range = rounds && e_.hidden_ <= kInputsOfChunk ? out.scale : nullptr;  // scale and zero follow one another
-    k_.add_layer_norm(state.x + offset, state.product + offset, e_.hidden_, vectors, norm.gain.data(), norm.bias.data(),
-                      e_.shape_.epsilon, range);
-    if (rounds) k8_.round(Activation::kNone, state.x + offset, e_.hidden_, vectors, out, range);
+    k_.add_layer_norm(state.x + offset, state.product + offset, state.normed + offset, e_.hidden_, vectors,
+                      norm.gain.data(), norm.bias.data(), e_.shape_.epsilon, range);
+    if (rounds) k8_.round(Activation::kNone, state.normed + offset, e_.hidden_, vectors, out, range);
   }
 
   // Computes everything after the attention, one group of tiles after the other.
@@ -338,6 +257,15 @@ class EncoderPass {
                     }});
   }
 
+  // Applies the activation to inner activations, and the gate, which is read where there is one.
+  void activate(float* inner, const float* gate, size_t size) const {
+    k_.activate(e_.shape_.activation, inner, size);
+    if (e_.shape_.gated()) k_.scale_by(inner, gate, size);
+  }
+
+  // The activation that is left for rounding: a gate comes behind it.
+  Activation late_activation() const { return e_.shape_.gated() ? Activation::kNone : e_.shape_.activation; }
+
   // The inner activations are computed in chunks that are used while they are in the cache.
   void feed_forward(const EncoderLayer& layer, State& state, Tiles::Group group, float* scratch) const {
     static_assert(kRowsOfBlock == kDepthOfBlock, "a chunk is made of row blocks of `up`, and of depth blocks of `down`");
@@ -346,12 +274,17 @@ class EncoderPass {
     for (uint32_t begin = 0; begin < blocks; begin += kRowBlocksOfChunk) {
       const uint32_t end = std::min<uint32_t>(blocks, begin + kRowBlocksOfChunk), row = layer.up.first_row(begin);
       const auto inner = [&](size_t t) { return scratch + (t - group.begin) * chunk_size(); };
+      const auto gate = [&](size_t t) { return inner(t) + kTilesOfGroup * chunk_size(); };
       for (uint32_t block = begin; block < end; block++)
         for (size_t t = group.begin; t < group.end; t++)
-          multiply_tile(layer.up, block, block + 1, input(tiles, t, state.x, state.rounded, e_.hidden_), {inner(t), row},
+          multiply_tile(layer.up, block, block + 1, input(tiles, t, state.normed, state.rounded, e_.hidden_), {inner(t), row},
+                        tiles[t].vectors, e_.machine_);
+      for (uint32_t block = begin; e_.shape_.gated() && block < end; block++)
+        for (size_t t = group.begin; t < group.end; t++)
+          multiply_tile(layer.gate, block, block + 1, input(tiles, t, state.normed, state.rounded, e_.hidden_), {gate(t), row},
                         tiles[t].vectors, e_.machine_);
       for (size_t t = group.begin; t < group.end; t++)
-        k_.activate(e_.shape_.activation, inner(t), (layer.up.first_row(end) - row) * tiles[t].width);
+        activate(inner(t), gate(t), (layer.up.first_row(end) - row) * tiles[t].width);
       for (uint32_t block = 0; block < layer.down.row_blocks(); block++)
         for (size_t t = group.begin; t < group.end; t++)
           k_.multiply(layer.down.single().view(), layer.down.single().block(block) + begin,
@@ -373,9 +306,15 @@ class EncoderPass {
         const auto& tile = tiles[t];
         const RoundedTile rounded =
             rounded_tile(reinterpret_cast<int32_t*>(inner + kInputsOfChunk * widest()), rows, tile.width);
-        multiply_tile(layer.up, begin, end, input(tiles, t, state.x, state.rounded, e_.hidden_), {inner, row}, tile.vectors,
+        multiply_tile(layer.up, begin, end, input(tiles, t, state.normed, state.rounded, e_.hidden_), {inner, row}, tile.vectors,
                       e_.machine_);
-        k8_.round(e_.shape_.activation, inner, rows, tile.vectors, rounded, nullptr);
+        if (e_.shape_.gated()) {
+          float* const gate = inner + 2 * kInputsOfChunk * widest();
+          multiply_tile(layer.gate, begin, end, input(tiles, t, state.normed, state.rounded, e_.hidden_), {gate, row},
+                        tile.vectors, e_.machine_);
+          activate(inner, gate, rows * tile.width);
+        }
+        k8_.round(late_activation(), inner, rows, tile.vectors, rounded, nullptr);
         for (uint32_t block = 0; block < down.row_blocks(); block++) {
           const size_t first = down.block(block) + begin / kRowBlocksOfInt8Chunk;
           k8_.multiply(down.view(), first, first + 1, rounded, row, {state.product + tiles.offset(t, e_.hidden_), 0},
@@ -399,14 +338,19 @@ class EncoderPass {
                       const size_t t = item / parts;
                       const uint32_t block = uint32_t(item % parts), row = layer.up.first_row(block);
                       float* inner = state.inner + tiles.offset(t, e_.inner_) + row * tiles[t].width;
-                      multiply_tile(layer.up, block, block + 1, input(tiles, t, state.x, state.rounded, e_.hidden_),
+                      multiply_tile(layer.up, block, block + 1, input(tiles, t, state.normed, state.rounded, e_.hidden_),
                                     {inner, row}, tiles[t].vectors, e_.machine_);
-                      if (!layer.down.rounds())
-                        k_.activate(e_.shape_.activation, inner, (layer.up.first_row(block + 1) - row) * tiles[t].width);
+                      float* const gate = inner + size(tiles, e_.inner_);
+                      if (e_.shape_.gated())
+                        multiply_tile(layer.gate, block, block + 1,
+                                      input(tiles, t, state.normed, state.rounded, e_.hidden_), {gate, row},
+                                      tiles[t].vectors, e_.machine_);
+                      if (e_.shape_.gated() || !layer.down.rounds())
+                        activate(inner, gate, (layer.up.first_row(block + 1) - row) * tiles[t].width);
                     }});
     if (layer.down.rounds())
       list.push_back({tiles.count(), [this, &state, &tiles](size_t t, size_t) {
-                        k8_.round(e_.shape_.activation, state.inner + tiles.offset(t, e_.inner_), e_.inner_,
+                        k8_.round(late_activation(), state.inner + tiles.offset(t, e_.inner_), e_.inner_,
                                   tiles[t].vectors, rounded_at(tiles, t, state.rounded_inner, e_.inner_), nullptr);
                       }});
     add_products(list, {{&layer.down, state.inner, state.rounded_inner, state.product}}, tiles);
@@ -415,16 +359,41 @@ class EncoderPass {
                     }});
   }
 
-  void write(size_t t, const State& state) {
+  void write(size_t t, const State& state) const {
     const auto& tile = (*state.tiles)[t];
     float* rows[kWidestTile * 16] = {};
     const bool first = state.tiles == &first_tiles_;
-    const size_t count = first ? tokens_.batch : columns_.size();
+    const size_t count = first ? tokens_.batch : layout_.columns();
     for (size_t c = 0; c < tile.width && tile.column + c < count; c++) {
       const size_t column = tile.column + c;
-      rows[c] = out_ + (first ? column : columns_[column]) * e_.hidden_;
+      rows[c] = out_ + (first ? column : layout_.token(column)) * e_.hidden_;
     }
-    k_.out_of_tile(state.x + state.tiles->offset(t, e_.hidden_), tile.width, e_.hidden_, rows);
+    k_.out_of_tile(state.normed + state.tiles->offset(t, e_.hidden_), tile.width, e_.hidden_, rows);
+  }
+
+  // Writes zeros for the tokens that are not computed.
+  void clear_padding() const {
+    if (e_.shape_.reads != Reads::kReal) return;
+    size_t token = 0;
+    const auto clear_to = [&](size_t end) { std::fill(out_ + token * e_.hidden_, out_ + end * e_.hidden_, 0.0f); };
+    for (size_t column = 0; column < layout_.columns(); column++, token++) {
+      const size_t next = layout_.token(column);
+      clear_to(next);
+      token = next;
+    }
+    clear_to(tokens_.batch * tokens_.length);
+  }
+
+  void write_mean(size_t row) const {
+    std::vector<double> sums(e_.hidden_);
+    size_t count = 0;
+    for (const Stretch* s = layout_.keys_begin(row); s < layout_.keys_end(row); s++, count += s[-1].count)
+      for (size_t r = 0; r < e_.hidden_; r++) {
+        const float* const from = all_.normed + tiles_.offset(s->tile, e_.hidden_) + r * tiles_[s->tile].width + s->offset;
+        for (uint32_t c = 0; c < s->count; c++) sums[r] += from[c];
+      }
+    for (size_t r = 0; r < e_.hidden_; r++)
+      out_[row * e_.hidden_ + r] = count == 0 ? 0.0f : float(sums[r] / double(count));
   }
 
   const Encoder& e_;
@@ -433,20 +402,12 @@ class EncoderPass {
   const Tokens& tokens_;
   float* const out_;
   EncoderWorkspace& work_;
-  const size_t threads_;
-
-  Tiles tiles_, first_tiles_;
+  const Layout layout_;
+  const Tiles &tiles_, &first_tiles_;  // of the layout
+  const HeadAttention attention_;
+  const BatchPositions positions_;
   State all_, first_;
   float *key_ = nullptr, *value_ = nullptr;
-  const float* zeros_ = nullptr;
-
-  std::vector<size_t> columns_;       // column -> token of the batch
-  std::vector<size_t> first_column_;  // row of the batch -> its first column
-  std::vector<bool> blind_;           // rows without a real token
-  std::vector<Stretch> stretches_, first_stretches_, keys_;
-  std::vector<size_t> rows_, first_rows_;  // stretch -> row of the batch
-  std::vector<size_t> key_begin_;          // row of the batch -> its first stretch of keys
-  size_t longest_ = 0;                     // most keys of a row
 };
 
 }  // namespace sparse_cpu

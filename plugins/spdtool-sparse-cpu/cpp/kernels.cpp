@@ -278,11 +278,28 @@ void activate(Activation activation, float* x, size_t size) {
   }
 }
 
+void scale_by(float* x, const float* y, size_t size) {
+  size_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) store(x + i, load(x + i) * load(y + i));
+  for (; i < size; i++) x[i] *= y[i];
+}
+
+// A tile is a whole number of vectors wide.
+void rotate(float* x, size_t heads, size_t half, size_t width, const float* cosine, const float* sine) {
+  const size_t size = half * width;
+  for (size_t head = 0; head < heads; head++, x += 2 * size)
+    for (size_t i = 0; i < size; i += kLanes) {
+      const Vector a = load(x + i), b = load(x + size + i), c = load(cosine + i), s = load(sine + i);
+      store(x + i, a * c - b * s);
+      store(x + size + i, b * c + a * s);
+    }
+}
+
 // ---- layer norm
 
 template <int V>
-void add_layer_norm_of(float* x, const float* y, size_t rows, const float* gain, const float* bias, float epsilon,
-                       float* range) {
+void add_layer_norm_of(float* x, const float* y, float* out, size_t rows, const float* gain, const float* bias,
+                       float epsilon, float* range) {
   constexpr size_t kWidth = V * kLanes;
   const Vector inverse_rows = splat(1.0f / float(rows));
   Vector mean[V] = {}, scale[V] = {};
@@ -313,9 +330,9 @@ void add_layer_norm_of(float* x, const float* y, size_t rows, const float* gain,
     const Vector g = splat(gain[r]), b = splat(bias[r]);
 #pragma GCC unroll 8
     for (int v = 0; v < V; v++) {
-      float* at = x + r * kWidth + v * kLanes;
-      const Vector value = (load(at) - mean[v]) * (scale[v] * g) + b;
-      store(at, value);
+      const size_t at = r * kWidth + v * kLanes;
+      const Vector value = (load(x + at) - mean[v]) * (scale[v] * g) + b;
+      store(out + at, value);
       least[v] = lesser(least[v], value);
       most[v] = greater(most[v], value);
     }
@@ -327,17 +344,20 @@ void add_layer_norm_of(float* x, const float* y, size_t rows, const float* gain,
   }
 }
 
-void add_layer_norm(float* x, const float* y, size_t rows, int vectors, const float* gain, const float* bias,
-                    float epsilon, float* range) {
+void add_layer_norm(float* x, const float* y, float* out, size_t rows, int vectors, const float* gain,
+                    const float* bias, float epsilon, float* range) {
   switch (vectors) {
-    case 1: return add_layer_norm_of<1>(x, y, rows, gain, bias, epsilon, range);
-    case 2: return add_layer_norm_of<2>(x, y, rows, gain, bias, epsilon, range);
-    case 3: return add_layer_norm_of<3>(x, y, rows, gain, bias, epsilon, range);
-    default: return add_layer_norm_of<4>(x, y, rows, gain, bias, epsilon, range);
+    case 1: return add_layer_norm_of<1>(x, y, out, rows, gain, bias, epsilon, range);
+    case 2: return add_layer_norm_of<2>(x, y, out, rows, gain, bias, epsilon, range);
+    case 3: return add_layer_norm_of<3>(x, y, out, rows, gain, bias, epsilon, range);
+    default: return add_layer_norm_of<4>(x, y, out, rows, gain, bias, epsilon, range);
   }
 }
 
 // ---- attention
+
+// Keys whose scores are computed and used before those of others, in long sequences. A stretch of keys has fewer.
+constexpr uint32_t kKeysAtOnce = 512;
 
 // Queries stand in the lanes, so softmax needs no sums across a vector: scores [key][query].
 template <int V>
@@ -371,10 +391,9 @@ struct Attention {
       }
   }
 
-  // `Rows` rows of the context: the values of every key, weighted.
+  // Adds the values of every key, weighted, to `Rows` rows of the context.
   template <int Rows>
-  static SPARSE_INLINE void mix(const AttentionTask& task, uint32_t d, const Vector (&inverse)[V]) {
-    Vector sum[Rows][V] = {};
+  static SPARSE_INLINE void weigh(const AttentionTask& task, uint32_t d, Vector (&sum)[Rows][V]) {
     const float* weight = task.scores;
     for (uint32_t s = 0; s < task.key_stretches; s++) {
       const AttentionTask::Keys& keys = task.keys[s];
@@ -391,23 +410,46 @@ struct Attention {
         }
       }
     }
+  }
+
+  static SPARSE_INLINE void write(const AttentionTask& task, uint32_t d, const Vector (&row)[V], const Vector (&inverse)[V]) {
+    float* out = task.context + d * task.context_width;
+    if (task.queries == kWidth) {
 #pragma GCC unroll 8
-    for (int r = 0; r < Rows; r++) {
-      float* out = task.context + (d + r) * task.context_width;
-      if (task.queries == kWidth) {
+      for (int v = 0; v < V; v++) store(out + v * kLanes, row[v] * inverse[v]);
+    } else {  // the lanes beyond belong to another sequence
+      float lanes[kWidth];
 #pragma GCC unroll 8
-        for (int v = 0; v < V; v++) store(out + v * kLanes, sum[r][v] * inverse[v]);
-      } else {  // the lanes beyond belong to another sequence
-        float row[kWidth];
-#pragma GCC unroll 8
-        for (int v = 0; v < V; v++) store(row + v * kLanes, sum[r][v] * inverse[v]);
-        __builtin_memcpy(out, row, task.queries * sizeof(float));
-      }
+      for (int v = 0; v < V; v++) store(lanes + v * kLanes, row[v] * inverse[v]);
+      __builtin_memcpy(out, lanes, task.queries * sizeof(float));
     }
   }
 
-  static void attend(const AttentionTask& task) {
-    Vector most[V], total[V] = {};
+  template <int Rows>
+  static SPARSE_INLINE void mix(const AttentionTask& task, uint32_t d, const Vector (&inverse)[V]) {
+    Vector sum[Rows][V] = {};
+    weigh<Rows>(task, d, sum);
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; r++) write(task, d + r, sum[r], inverse);
+  }
+
+  // The same for some of the keys: `sums` is scaled, and theirs are added.
+  template <int Rows>
+  static SPARSE_INLINE void mix_into(const AttentionTask& task, uint32_t d, float* sums, const Vector (&factor)[V]) {
+    Vector sum[Rows][V];
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) sum[r][v] = load(sums + (d + r) * kWidth + v * kLanes) * factor[v];
+    weigh<Rows>(task, d, sum);
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) store(sums + (d + r) * kWidth + v * kLanes, sum[r][v]);
+  }
+
+  // Returns the end of the scores.
+  static SPARSE_INLINE float* score_all(const AttentionTask& task, Vector (&most)[V]) {
     for (int v = 0; v < V; v++) most[v] = splat(-3e38f);
     float* scores = task.scores;
     for (uint32_t s = 0; s < task.key_stretches; s++) {
@@ -417,26 +459,164 @@ struct Attention {
         score<kGroup>(task, keys.key + k, keys.width, scores, most);
       for (; k < keys.count; k++, scores += kWidth) score<1>(task, keys.key + k, keys.width, scores, most);
     }
-    for (float* at = task.scores; at < scores; at += kWidth)
+    return scores;
+  }
+
+  // Replaces scores by their exponentials, and adds these up.
+  static SPARSE_INLINE void exponentiate(float* at, const float* end, const Vector (&most)[V], Vector (&total)[V]) {
+    for (; at < end; at += kWidth)
 #pragma GCC unroll 8
       for (int v = 0; v < V; v++) {
         const Vector e = exponential(load(at + v * kLanes) - most[v]);
         store(at + v * kLanes, e);
         total[v] += e;
       }
+  }
+
+  static SPARSE_INLINE void mix_all(const AttentionTask& task, const float* end, const Vector (&most)[V]) {
+    Vector total[V] = {};
+    exponentiate(task.scores, end, most, total);
     for (int v = 0; v < V; v++) total[v] = splat(1.0f) / total[v];
     uint32_t d = 0;
     for (; d + kGroup <= task.head_size; d += kGroup) mix<kGroup>(task, d, total);
     for (; d < task.head_size; d++) mix<1>(task, d, total);
   }
+
+  static void attend(const AttentionTask& task) {
+    uint32_t keys = 0;
+    for (uint32_t s = 0; s < task.key_stretches; s++) keys += task.keys[s].count;
+    if (keys > kKeysAtOnce + task.head_size) return attend_by_part(task);
+    Vector most[V];
+    const float* end = score_all(task, most);
+    mix_all(task, end, most);
+  }
+
+  // Some keys at a time, so that their scores stay in the second-level cache. The sums of before are scaled whenever a larger
+  // score is met.
+  static void attend_by_part(const AttentionTask& task) {
+    float* const sums = task.scores + kKeysAtOnce * kWidth;
+    for (size_t i = 0; i < task.head_size * kWidth; i += kLanes) store(sums + i, Vector{});
+    Vector most[V], total[V] = {};
+    for (int v = 0; v < V; v++) most[v] = splat(-3e38f);
+    for (uint32_t s = 0; s < task.key_stretches;) {
+      AttentionTask part = task;
+      part.keys = task.keys + s;
+      part.key_stretches = 0;
+      for (uint32_t keys = 0; s < task.key_stretches && keys + task.keys[s].count <= kKeysAtOnce; s++, part.key_stretches++)
+        keys += task.keys[s].count;
+      Vector highest[V], factor[V];
+      const float* end = score_all(part, highest);
+      for (int v = 0; v < V; v++) {
+        highest[v] = greater(most[v], highest[v]);
+        factor[v] = exponential(most[v] - highest[v]);
+        most[v] = highest[v];
+        total[v] *= factor[v];
+      }
+      exponentiate(part.scores, end, most, total);
+      uint32_t d = 0;
+      for (; d + kGroup <= task.head_size; d += kGroup) mix_into<kGroup>(part, d, sums, factor);
+      for (; d < task.head_size; d++) mix_into<1>(part, d, sums, factor);
+    }
+    for (int v = 0; v < V; v++) total[v] = splat(1.0f) / total[v];
+    for (uint32_t d = 0; d < task.head_size; d++) {
+      Vector row[V];
+      for (int v = 0; v < V; v++) row[v] = load(sums + d * kWidth + v * kLanes);
+      write(task, d, row, total);
+    }
+  }
+
+  static void score_only(const AttentionTask& task) {
+    Vector most[V];
+    score_all(task, most);
+  }
+
+  static void mix_scored(const AttentionTask& task) {
+    Vector most[V];
+    for (int v = 0; v < V; v++) most[v] = splat(-3e38f);
+    size_t keys = 0;
+    for (uint32_t s = 0; s < task.key_stretches; s++) keys += task.keys[s].count;
+    const float* const end = task.scores + keys * kWidth;
+    for (const float* at = task.scores; at < end; at += kWidth)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) most[v] = greater(most[v], load(at + v * kLanes));
+    mix_all(task, end, most);
+  }
 };
 
+SPARSE_INLINE int vectors_of(uint32_t queries) { return int((queries + kLanes - 1) / kLanes); }
+
 void attend(const AttentionTask& task) {
-  switch ((task.queries + kLanes - 1) / kLanes) {
+  switch (vectors_of(task.queries)) {
     case 1: return Attention<1>::attend(task);
     case 2: return Attention<2>::attend(task);
     case 3: return Attention<3>::attend(task);
     default: return Attention<4>::attend(task);
+  }
+}
+
+void score(const AttentionTask& task) {
+  switch (vectors_of(task.queries)) {
+    case 1: return Attention<1>::score_only(task);
+    case 2: return Attention<2>::score_only(task);
+    case 3: return Attention<3>::score_only(task);
+    default: return Attention<4>::score_only(task);
+  }
+}
+
+void mix(const AttentionTask& task) {
+  switch (vectors_of(task.queries)) {
+    case 1: return Attention<1>::mix_scored(task);
+    case 2: return Attention<2>::mix_scored(task);
+    case 3: return Attention<3>::mix_scored(task);
+    default: return Attention<4>::mix_scored(task);
+  }
+}
+
+// ---- what positions add to scores
+
+constexpr float kHidden = -3e38f;  // a score whose exponential is 0 beside any other
+
+void hide_far(float* scores, const ScorePositions& at, int32_t window) {
+  const int vectors = vectors_of(at.queries);
+  const int32_t first = at.query[0], last = at.query[at.queries - 1];
+  const Vector hidden = splat(kHidden);
+  const Integers far = Integers{} + window;
+  for (uint32_t k = 0; k < at.keys; k++, scores += vectors * kLanes) {
+    const int32_t key = at.key[k];
+    if (last - key <= window && key - first <= window) continue;  // near every query
+    for (int v = 0; v < vectors; v++) {
+      Integers query;
+      __builtin_memcpy(&query, at.query + v * kLanes, sizeof(query));
+      const Integers distance = query - key;
+      const Vector value = load(scores + v * kLanes);
+      store(scores + v * kLanes, (distance > far) | (distance < -far) ? hidden : value);
+    }
+  }
+}
+
+void add_by_distance(float* scores, const ScorePositions& at, const float* bias) {
+  const int vectors = vectors_of(at.queries);
+  const bool side_by_side = at.query[at.queries - 1] - at.query[0] == int32_t(at.queries - 1);
+  for (uint32_t k = 0; k < at.keys; k++, scores += vectors * kLanes) {
+    const ptrdiff_t key = at.key[k];
+    if (side_by_side) {  // the lanes beyond the queries get numbers that nobody reads
+      const float* const from = bias + (at.query[0] - key);
+      for (int v = 0; v < vectors; v++) store(scores + v * kLanes, load(scores + v * kLanes) + load(from + v * kLanes));
+    } else {
+      for (uint32_t q = 0; q < at.queries; q++) scores[q] += bias[at.query[q] - key];
+    }
+  }
+}
+
+void add_by_bucket(float* scores, const ScorePositions& at, const BucketScores& add) {
+  const size_t width = size_t(vectors_of(at.queries)) * kLanes;
+  for (uint32_t k = 0; k < at.keys; k++, scores += width) {
+    const int32_t* const bucket = add.bucket - ptrdiff_t(at.key[k]);
+    const float* const of_key = add.of_key + k;
+    for (uint32_t q = 0; q < at.queries; q++) {
+      const size_t b = size_t(bucket[at.query[q]] - add.lowest);
+      scores[q] += add.of_query[b * width + q] + of_key[b * add.key_width];
+    }
   }
 }
 
@@ -534,7 +714,7 @@ namespace sparse_cpu {
 // SPARSE_ISA is the name of the instruction set, given by the build.
 extern const Kernels SPARSE_NAME(SPARSE_ISA);
 const Kernels SPARSE_NAME(SPARSE_ISA) = {
-    SPARSE_TEXT(SPARSE_ISA), kLanes, kDenseAbove, multiply, sample, activate, add_layer_norm, attend,
-    add_float, add_half, add_int8, into_tile, out_of_tile};
+    SPARSE_TEXT(SPARSE_ISA), kLanes, kDenseAbove, multiply, sample, activate, scale_by, add_layer_norm, rotate, attend, score, mix,
+    hide_far, add_by_distance, add_by_bucket, add_float, add_half, add_int8, into_tile, out_of_tile};
 
 }  // namespace sparse_cpu

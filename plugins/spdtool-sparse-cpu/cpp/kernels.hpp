@@ -78,6 +78,23 @@ struct AttentionTask {
   float* scores;  // scratch: (all keys + 8) x (vectors of queries)
 };
 
+// Where the queries and keys of a task stand in their sequence. The scores are those of an AttentionTask: a row of as many
+// whole vectors as hold the queries for each key. A pair's distance is the query's position minus the key's.
+struct ScorePositions {
+  const int32_t* query;  // ascending; of every lane of a row of scores
+  const int32_t* key;    // ascending
+  uint32_t queries, keys;
+};
+
+// Scores that depend on the content of one token and on the bucket of the distance, as DeBERTa has them.
+struct BucketScores {
+  const float* of_query;  // [bucket - lowest][lane of a row of scores]
+  const float* of_key;    // [bucket - lowest][key_width]
+  size_t key_width;
+  int32_t lowest;         // bucket
+  const int32_t* bucket;  // of distance 0; before and behind it those of every other distance
+};
+
 struct Kernels {
   const char* name;
   int lanes;  // floats of a vector
@@ -94,12 +111,30 @@ struct Kernels {
 
   void (*activate)(Activation, float* x, size_t size);
 
-  // x = layer_norm(x + y) over `rows`, column by column; `y` may be null. Writes to `range`, which may be null too, the least
-  // number of each column, or 0 where that is less, and then the largest, or 0.
-  void (*add_layer_norm)(float* x, const float* y, size_t rows, int vectors, const float* gain, const float* bias,
-                         float epsilon, float* range);
+  // x *= y
+  void (*scale_by)(float* x, const float* y, size_t size);
+
+  // x += y, out = layer_norm(x) over `rows`, column by column; `y` may be null, `out` may be x. Writes to `range`, which may
+  // be null too, the least number of each column of `out`, or 0 where that is less, and then the largest, or 0.
+  void (*add_layer_norm)(float* x, const float* y, float* out, size_t rows, int vectors, const float* gain,
+                         const float* bias, float epsilon, float* range);
+
+  // Rotates rows d and d + half of each head of a tile, `half` being half a head: by an angle for each d and column.
+  void (*rotate)(float* x, size_t heads, size_t half, size_t width, const float* cosine, const float* sine);
 
   void (*attend)(const AttentionTask&);
+
+  // The two halves of `attend`, for what is added to the scores between them: scores alone, then softmax and context.
+  void (*score)(const AttentionTask&);
+  void (*mix)(const AttentionTask&);
+
+  // Hides keys that are further than `window` from a query.
+  void (*hide_far)(float* scores, const ScorePositions&, int32_t window);
+
+  // Adds bias[distance] to each score; `bias` points to that of distance 0.
+  void (*add_by_distance)(float* scores, const ScorePositions&, const float* bias);
+
+  void (*add_by_bucket)(float* scores, const ScorePositions&, const BucketScores&);
 
   // sum[i] += one row of a table: float32, float16 bits, or int8 times a scale.
   void (*add_float)(float* sum, const uint8_t* row, size_t size);

@@ -34,6 +34,27 @@ class LinearWeights {
 
   explicit LinearWeights(BlockedMatrix matrix) : single_(std::move(matrix)) {}
 
+  // The matrices of equal height that stand one above the other in `packed`; there is a scale for each. Throws PackedError.
+  static std::vector<LinearWeights> split(const Packed& packed, const std::vector<float>& bias, const Machine& machine,
+                                          const std::vector<float>& scales) {
+    const uint32_t rows = packed.rows / uint32_t(scales.size());
+    const GroupRows groups = packed.block_bits ? read_groups(packed) : GroupRows();
+    const SparseRows singles = packed.block_bits ? SparseRows() : read_rows(packed);
+    std::vector<LinearWeights> matrices(scales.size());
+    for (uint32_t m = 0; m < scales.size(); m++) {
+      const uint32_t first = m * rows;
+      const std::vector<float> numbers(bias.begin() + first, bias.begin() + first + rows);
+      LinearWeights& matrix = matrices[m];
+      matrix.rounds_ = packed.block_bits != 0;
+      if (matrix.rounds_) {
+        matrix.blocks_ = Int8Matrix(rows_of(groups, first, rows), numbers, machine.integers, scales[m]);
+      } else {
+        matrix.single_ = BlockedMatrix(rows_of(singles, first, rows), numbers, machine.floats.dense_above, scales[m]);
+      }
+    }
+    return matrices;
+  }
+
   bool rounds() const { return rounds_; }  // its inputs
   const BlockedMatrix& single() const { return single_; }
   const Int8Matrix& blocks() const { return blocks_; }

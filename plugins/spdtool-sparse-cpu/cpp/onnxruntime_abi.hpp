@@ -125,6 +125,15 @@ class Api {
     return value;
   }
 
+  // `otherwise` where there is no such attribute.
+  std::string text(const KernelInfo* info, const char* name, const char* otherwise) const {
+    try {
+      return text(info, name);
+    } catch (const std::runtime_error&) {
+      return otherwise;
+    }
+  }
+
   std::vector<int64_t> shape(const Value* value) const { return describe(value).second; }
   int type(const Value* value) const { return describe(value).first; }
 

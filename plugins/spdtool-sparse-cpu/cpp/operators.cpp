@@ -1,6 +1,7 @@
 // The operators SparseLinear and SparseEncoder of the domain "spdtool", as onnxruntime loads them.
 //
 // No exception leaves this file: it becomes a status, which onnxruntime raises in the user's language.
+#include <limits>
 #include <memory>
 #include <mutex>
 
@@ -45,6 +46,22 @@ Activation activation_named(const std::string& name) {
   if (name == "gelu") return Activation::kGelu;
   if (name == "gelu_tanh") return Activation::kGeluTanh;
   throw PackedError("unknown activation " + name);
+}
+
+Reads reads_named(const std::string& name) {
+  if (name == "first") return Reads::kFirst;
+  if (name == "mean") return Reads::kMean;
+  if (name == "real") return Reads::kReal;
+  if (name == "all") return Reads::kEvery;
+  throw PackedError("unknown output " + name);
+}
+
+LayerKind kind_named(const std::string& name) {
+  if (name == "bert") return LayerKind::kBert;
+  if (name == "mpnet") return LayerKind::kMpnet;
+  if (name == "deberta-v2") return LayerKind::kDeberta;
+  if (name == "modernbert") return LayerKind::kModernBert;
+  throw PackedError("an encoder of the kind " + name + ", which this version of the library does not know");
 }
 
 const ort::Value* constant(const ort::KernelInfo* info, size_t index, int type, const std::string& name) {
@@ -150,9 +167,14 @@ struct SparseEncoder {
     shape.padding_id = api.integer(info, "padding_id");
     shape.token_types = api.integer(info, "token_types") != 0;
     shape.projection = api.integer(info, "projection") != 0;
-    const std::string output = api.text(info, "output");
-    if (output != "first" && output != "all") throw PackedError("unknown output " + output);
-    shape.first_only = output == "first";
+    shape.reads = reads_named(api.text(info, "output"));
+    shape.kind = kind_named(api.text(info, "kind", "bert"));  // files of BERT's kind may have no such attribute
+    if (shape.kind == LayerKind::kModernBert) {
+      shape.attention = api.text(info, "attention");
+      const int64_t window = api.integer(info, "window");
+      if (window < 0 || window > std::numeric_limits<int32_t>::max()) throw PackedError("window = " + std::to_string(window));
+      shape.window = int32_t(window);
+    }
     size_t index = 3;
     encoder = std::make_unique<Encoder>(shape, best_machine(), [&](const std::string& name) {
       return packed_constant(info, index++, name);
@@ -167,8 +189,8 @@ struct SparseEncoder {
     if (api.shape(mask) != shape) throw InputError("attention_mask is not of the shape of input_ids");
     if (types && api.shape(types) != shape) throw InputError("token_type_ids is not of the shape of input_ids");
     std::vector<int64_t> result = {shape[0], shape[1], int64_t(encoder->hidden())};
-    if (encoder->first_only()) result.erase(result.begin() + 1);
-    if (encoder->first_only() && shape[0] > 0 && shape[1] == 0) throw InputError("rows without any token");
+    if (encoder->shape().pools()) result.erase(result.begin() + 1);
+    if (encoder->shape().pools() && shape[0] > 0 && shape[1] == 0) throw InputError("rows without any token");
     const Tokens tokens{api.data<const int64_t>(ids), api.data<const int64_t>(mask),
                         types ? api.data<const int64_t>(types) : nullptr, size_t(shape[0]), size_t(shape[1])};
     encoder->run(tokens, api.data<float>(api.output(context, 0, result)), threads_of(context));

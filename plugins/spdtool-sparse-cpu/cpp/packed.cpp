@@ -250,6 +250,32 @@ GroupRows read_groups(const Packed& packed) {
   return result;
 }
 
+namespace {
+
+// Where each of some consecutive rows starts, when the first starts at 0.
+std::vector<uint32_t> starts_of(const std::vector<uint32_t>& all, uint32_t first, uint32_t count) {
+  std::vector<uint32_t> start(all.begin() + first, all.begin() + first + count + 1);
+  for (uint32_t& at : start) at -= all[first];
+  return start;
+}
+
+}  // namespace
+
+SparseRows rows_of(const SparseRows& all, uint32_t first, uint32_t count) {
+  const uint32_t begin = all.start[first], end = all.start[first + count];
+  return {count, all.columns, starts_of(all.start, first, count),
+          {all.column.begin() + begin, all.column.begin() + end},
+          {all.value.begin() + begin, all.value.begin() + end}};
+}
+
+GroupRows rows_of(const GroupRows& all, uint32_t first, uint32_t count) {
+  const uint32_t begin = all.start[first], end = all.start[first + count];
+  return {count, all.columns, starts_of(all.start, first, count),
+          {all.group.begin() + begin, all.group.begin() + end},
+          {all.value.begin() + 4 * ptrdiff_t(begin), all.value.begin() + 4 * ptrdiff_t(end)},
+          {all.scale.begin() + first, all.scale.begin() + first + count}};
+}
+
 std::vector<float> read_vector(const Packed& packed, size_t size) {
   if (packed.rows != 1 || packed.columns != size || packed.gap_bits != 0)
     throw PackedError(packed.name + ": " + std::to_string(packed.rows) + " x " + std::to_string(packed.columns) +

@@ -60,6 +60,10 @@ SparseRows read_rows(const Packed& packed);
 // Reads a matrix whose zeros are in blocks. Throws PackedError as `read_rows`.
 GroupRows read_groups(const Packed& packed);
 
+// Some consecutive rows.
+SparseRows rows_of(const SparseRows& all, uint32_t first, uint32_t count);
+GroupRows rows_of(const GroupRows& all, uint32_t first, uint32_t count);
+
 // Reads a vector (one row, every value stored) of `size` numbers. Throws PackedError.
 std::vector<float> read_vector(const Packed& packed, size_t size);
 

@@ -1,9 +1,10 @@
 """Put the operators of this plugin into an ONNX graph, and decode the weights of such a graph.
 
-An encoder of the BERT family becomes one `SparseEncoder`, which replaces everything up to the last
-layer norm of its stack; pooler and head stay as they are. In any other graph, each linear layer
-with zeros enough becomes one `SparseLinear` (product, bias and activation), and large embedding
-tables are stored rounded, with standard operators that undo it. Nothing else is changed.
+An encoder of a family that `families.py` or `modernbert.py` describes becomes one `SparseEncoder`, which
+replaces everything up to the last layer norm of its stack; pooler and head stay as they are. In any
+other graph, each linear layer with zeros enough becomes one `SparseLinear` (product, bias and
+activation), and large embedding tables are stored rounded, with standard operators that undo it.
+Nothing else is changed.
 
 Every constant that stores a parameter lists it in its metadata, as `spdtool.export.graph.trace`
 does, in any form:
@@ -30,7 +31,7 @@ from spdtool.export.graph.protobuf import inputs_of, metadata_of, rename_inputs,
 from spdtool.export.graph.trace import INPUT_NAMES
 from spdtool.export.graph.weights import PARAMETERS, TRANSPOSED, StoredWeight, parameters_of
 from spdtool_sparse_cpu import packing
-from spdtool_sparse_cpu.families import Encoder, describe_encoder
+from spdtool_sparse_cpu.families import Encoder, describe_post_norm
 from spdtool_sparse_cpu.library import DOMAIN
 from spdtool_sparse_cpu.matching import (
     GRAPH_OUTPUT,
@@ -39,6 +40,8 @@ from spdtool_sparse_cpu.matching import (
     attribute_of,
     match_linear,
 )
+from spdtool_sparse_cpu.modernbert import describe_modernbert
+from spdtool_sparse_cpu.reading import find_reads
 
 OPERATORS_VERSION = 1
 SHAPE = "shape"  # metadata of a packed constant: the parameter's shape
@@ -70,6 +73,11 @@ def sparsify(proto: onnx.ModelProto, model: PreTrainedModel, values: str, embedd
     proto.opset_import.add(domain=DOMAIN, version=OPERATORS_VERSION)
 
 
+def describe_encoder(model: PreTrainedModel) -> Encoder | None:
+    """Describe the encoder of a model; None where no operator computes it as a whole."""
+    return describe_post_norm(model) or describe_modernbert(model)
+
+
 def fuse_encoder(
     proto: onnx.ModelProto, model: PreTrainedModel, encoder: Encoder, values: str, embeddings: str
 ) -> bool:
@@ -83,15 +91,15 @@ def fuse_encoder(
     hidden = _encoder_output(graph, encoder)
     if hidden is None:
         return False
-    # A head that reads the first token alone lets the operator skip the others in its last layer.
-    first_tokens = _first_token_outputs(graph, hidden)
-    outputs = first_tokens or {hidden}  # tensors that the operator computes
+    # The less a head reads, the less is computed: padding not at all, or the last layer for token 0 alone.
+    reads = find_reads(proto, hidden, model.config.hidden_size)
     inputs = {value.name for value in graph.input}
-    parameters = (*encoder.tables, *encoder.layers)
+    constants = [constant.name for constant in encoder.inputs]
+    kind = {} if encoder.kind == "bert" else {"kind": encoder.kind}
     node = helper.make_node(
         "SparseEncoder",
-        [*(name if name in inputs else "" for name in INPUT_NAMES), *parameters],
-        [min(outputs)],
+        [*(name if name in inputs else "" for name in INPUT_NAMES), *constants],
+        [min(reads.tensors)],
         name="encoder",
         domain=DOMAIN,
         heads=encoder.heads,
@@ -101,16 +109,21 @@ def fuse_encoder(
         padding_id=encoder.padding_id,
         token_types=int(encoder.token_types),
         projection=int(encoder.projection),
-        output="first" if first_tokens else "all",
+        output=reads.output,
+        **kind,
+        **encoder.further,
     )
-    later_nodes = [node for node in graph.node if not outputs.intersection(node.output)]
-    rename_inputs(later_nodes, dict.fromkeys(outputs, node.output[0]))
+    later_nodes = [node for node in graph.node if not reads.tensors.intersection(node.output)]
+    rename_inputs(later_nodes, dict.fromkeys(reads.tensors, node.output[0]))
     _keep_needed(graph, later_nodes)
     # The packed constants get the names of their parameters, which dense ones may still have.
-    _release_names(graph, set(parameters))
+    _release_names(graph, set(encoder.parameters))
     _set_nodes(graph, [node, *graph.node])
-    for name in parameters:
-        is_table = name in encoder.tables
+    for constant in dict.fromkeys(constants):
+        name, numbers, is_table = encoder.inputs[constants.index(constant)]
+        if numbers is not None:
+            graph.initializer.append(numpy_helper.from_array(packing.pack(name, numbers, "fp32"), name))
+            continue
         array = model.get_parameter(name).detach().numpy()
         _add_packed(graph, name, [name], array, embeddings if is_table else values, table=is_table)
     return True
@@ -119,34 +132,17 @@ def fuse_encoder(
 def _encoder_output(graph: onnx.GraphProto, encoder: Encoder) -> str | None:
     """Name the output of the encoder's last layer norm; None where the graph is not that of such an encoder."""
     inputs = {value.name for value in graph.input}
-    norms = [node for node in graph.node if node.op_type == "LayerNormalization"]
+    constants = tensors_by_name(graph)
+    norms = []
+    for node in graph.node:
+        if node.op_type == "LayerNormalization" and node.input[0] not in constants:  # nor one of relative positions
+            norms.append(node)
     norm_count = 2 * encoder.depth + 1  # one behind the embeddings, two in each layer
     if len(norms) < norm_count or not {"input_ids", "attention_mask"} <= inputs:
         return None
     last_norm = norms[norm_count - 1]
-    for tensor in graph.initializer:
-        if tensor.name == last_norm.input[1] and encoder.last_norm in parameters_of(tensor):
-            return str(last_norm.output[0])
-    return None
-
-
-def _first_token_outputs(graph: onnx.GraphProto, hidden: str) -> set[str]:
-    """Collect the outputs of the nodes that read `hidden`, if each of them takes token 0 of each row; else none."""
-    scalars = {tensor.name: tensor for tensor in graph.initializer if not tensor.dims}
-    outputs = {value.name for value in graph.output}
-    first_tokens = set[str]()
-    for node in graph.node:
-        if hidden not in inputs_of(node):
-            continue
-        if node.op_type != "Gather" or attribute_of(node, "axis", 0) != 1:
-            return set()
-        index = scalars.get(node.input[1])
-        if index is None or numpy_helper.to_array(index) != 0:
-            return set()
-        first_tokens.add(node.output[0])
-    if outputs.intersection({hidden, *first_tokens}):
-        return set()
-    return first_tokens
+    gain = constants.get(last_norm.input[1])
+    return str(last_norm.output[0]) if gain is not None and encoder.last_norm in parameters_of(gain) else None
 
 
 def pack_linears(proto: onnx.ModelProto, values: str) -> None:

@@ -94,30 +94,47 @@ def positions(ids, padding_id):
     return padding_id + np.cumsum(is_token, axis=1) * is_token
 
 
-def softmax_over_real(scores, mask):
-    """Softmax of scores [rows, heads, queries, keys] under mask [rows, keys]; padding gets weight 0.
+def softmax_over_visible(scores, visible):
+    """Softmax of scores [rows, heads, queries, keys] over the visible keys; `visible` is broadcast to them.
 
-    A row without real keys attends to all keys equally: eager attention adds the lowest float32 to each of its scores,
-    which makes them equal.
+    A query without visible keys attends to all keys equally: eager attention adds the lowest float32 to each of its
+    scores, which makes them equal.
     """
-    is_token = mask[:, None, None, :] != 0
-    hidden = np.where(is_token, scores, -np.inf)
-    hidden = np.where(is_token.any(axis=-1, keepdims=True), hidden, 0.0)
+    visible = np.broadcast_to(visible, scores.shape)
+    hidden = np.where(visible, scores, -np.inf)
+    hidden = np.where(visible.any(axis=-1, keepdims=True), hidden, 0.0)
     weights = np.exp(hidden - hidden.max(axis=-1, keepdims=True))
     return weights / weights.sum(axis=-1, keepdims=True)
 
 
-def attention(x, mask, heads, query, key, value, output):
-    """x [rows, tokens, hidden] -> the same; each of the four is (weight, bias)."""
-    rows, tokens, hidden = x.shape
+def split_heads(y, heads):
+    """Split [rows, tokens, hidden] into [rows, heads, tokens, size of a head]."""
+    return y.reshape(*y.shape[:2], heads, -1).transpose(0, 2, 1, 3)
 
-    def split(y):  # [rows, tokens, hidden] -> [rows, heads, tokens, size of a head]
-        return y.reshape(rows, tokens, heads, hidden // heads).transpose(0, 2, 1, 3)
 
-    q, k, v = (split(linear(x, *layer)) for layer in (query, key, value))
-    scores = q @ k.transpose(0, 1, 3, 2) / np.sqrt(hidden // heads)
-    mixed = softmax_over_real(scores, mask) @ v
-    return linear(mixed.transpose(0, 2, 1, 3).reshape(rows, tokens, hidden), *output)
+def attention(q, k, v, visible, bias=0.0):
+    """Attend, with q, k and v [rows, heads, tokens, size] and a bias of the scores; return [rows, tokens, hidden]."""
+    scores = q @ k.transpose(0, 1, 3, 2) + bias
+    mixed = (softmax_over_visible(scores, visible) @ v).transpose(0, 2, 1, 3)
+    return mixed.reshape(*mixed.shape[:2], -1)
+
+
+def distances(tokens):
+    """Return the position of each query minus that of each key, [queries, keys]."""
+    return np.arange(tokens)[:, None] - np.arange(tokens)
+
+
+def bucket_of(buckets, distance):
+    """Look up the bucket of each distance; the ends of the table stand for any further one."""
+    limit = len(buckets) // 2
+    return buckets.astype(np.int64)[np.clip(distance, -limit, limit) + limit]
+
+
+def rotate(x, frequencies):
+    """Rotate [rows, heads, tokens, size] by position: pairs of numbers that are half a head apart."""
+    angles = (np.arange(x.shape[2], dtype=np.float32)[:, None] * frequencies.astype(np.float32)).astype(np.float64)
+    a, b = np.split(x, 2, axis=-1)
+    return np.concatenate([a * np.cos(angles) - b * np.sin(angles), b * np.cos(angles) + a * np.sin(angles)], axis=-1)
 
 
 def look_up(table, indices, name):
@@ -127,34 +144,104 @@ def look_up(table, indices, name):
     return table[indices]
 
 
-def encode(ids, mask, token_types, weights, *, heads, layers, epsilon, activation, padding_id, has_types, projection):
-    """Run the encoder on int64 [rows, tokens] inputs; return float64 [rows, tokens, hidden].
+class Encoder:
+    """The whole encoder, float64.
 
     Args:
-        weights: float64 arrays, in the order of the operator's inputs.
+        weights: arrays in the order of the operator's inputs.
+        settings: the operator's attributes.
     """
-    remaining = iter(weights)
 
-    def pair():
-        return next(remaining), next(remaining)[0]  # a bias is stored as one row
+    def __init__(self, weights, settings):
+        self.remaining, self.settings = iter(weights), settings
+        self.heads, self.kind = settings["heads"], settings.get("kind", "bert")
 
-    def norm(y):
-        weight, bias = next(remaining)[0], next(remaining)[0]
-        return layer_norm(y, weight, bias, epsilon)
+    def pair(self):
+        return next(self.remaining), next(self.remaining)[0]  # a bias is stored as one row
 
-    x = look_up(next(remaining), ids, "token id") + look_up(next(remaining), positions(ids, padding_id), "position")
-    if has_types:
-        x = x + look_up(next(remaining), np.zeros_like(ids) if token_types is None else token_types, "token type")
-    x = norm(x)
-    if projection:
-        x = linear(x, *pair())
-    for _ in range(layers):
-        attended = attention(x, mask, heads, pair(), pair(), pair(), pair())
-        x = norm(attended + x)
-        inner = linear(x, *pair(), activation)
-        x = norm(linear(inner, *pair()) + x)
-    assert next(remaining, None) is None, "weights are left over"
-    return x
+    def norm(self, y):
+        weight, bias = next(self.remaining)[0], next(self.remaining)[0]
+        return layer_norm(y, weight, bias, self.settings["epsilon"])
+
+    def encode(self, ids, mask, token_types):
+        """Run the encoder on int64 [rows, tokens] inputs; return [rows, tokens, hidden]."""
+        x = look_up(next(self.remaining), ids, "token id")
+        if self.kind in ("bert", "mpnet"):
+            x = x + look_up(next(self.remaining), positions(ids, self.settings["padding_id"]), "position")
+        if self.settings["token_types"]:
+            x = x + look_up(
+                next(self.remaining), np.zeros_like(ids) if token_types is None else token_types, "token type"
+            )
+        x = self.norm(x)
+        if self.settings["projection"]:
+            x = linear(x, *self.pair())
+        visible = (mask != 0)[:, None, None, :]
+        if self.kind == "modernbert":
+            x = self.modern_layers(x, visible)
+        else:
+            if self.kind == "deberta-v2":
+                x = x * (mask != 0)[..., None]
+                visible = visible & (mask != 0)[:, None, :, None]
+            x = self.layers(x, visible)
+        assert next(self.remaining, None) is None, "weights are left over"
+        return x
+
+    def layers(self, x, visible):
+        """Layers with a layer norm after each sum."""
+        if self.kind == "mpnet":
+            table, buckets = next(self.remaining), next(self.remaining)[0]
+        if self.kind == "deberta-v2":
+            table = self.norm(next(self.remaining))[None]
+            buckets = next(self.remaining)[0]
+        activation, terms = self.settings["activation"], 3 if self.kind == "deberta-v2" else 1
+        for _ in range(self.settings["layers"]):
+            query, key, value, output = (self.pair() for _ in range(4))
+            q, k, v = (split_heads(linear(x, *layer), self.heads) for layer in (query, key, value))
+            q, bias = q / np.sqrt(q.shape[-1] * terms), 0.0
+            if self.kind == "mpnet":
+                bias = table[bucket_of(buckets, distances(x.shape[1]))].transpose(2, 0, 1)
+            if self.kind == "deberta-v2":
+                bucket_keys = split_heads(linear(table, *key), self.heads)
+                bucket_queries = split_heads(linear(table, *query), self.heads) / np.sqrt(q.shape[-1] * terms)
+                bucket = bucket_of(buckets, distances(x.shape[1]))
+                at = np.broadcast_to(bucket, (*q.shape[:2], *bucket.shape))
+                by_query = np.take_along_axis(q @ bucket_keys.transpose(0, 1, 3, 2), at, -1)
+                # the key's content with the query of the bucket between them: [key, query] is turned round
+                by_key = np.take_along_axis(k @ bucket_queries.transpose(0, 1, 3, 2), at.transpose(0, 1, 3, 2), -1)
+                bias = by_query + by_key.transpose(0, 1, 3, 2)
+            x = self.norm(linear(attention(q, k, v, visible, bias), *output) + x)
+            inner = linear(x, *self.pair(), activation)
+            x = self.norm(linear(inner, *self.pair()) + x)
+        return x
+
+    def modern_layers(self, x, visible):
+        """Layers of ModernBERT, with a layer norm before attention and feed-forward."""
+        frequencies = {"g": next(self.remaining)[0], "l": next(self.remaining)[0]}
+        near = np.abs(distances(x.shape[1])) <= self.settings["window"]
+        for index, letter in enumerate(self.settings["attention"]):
+            normed = self.norm(x) if index else x
+            q, k, v = (split_heads(y, self.heads) for y in np.split(linear(normed, *self.pair()), 3, axis=-1))
+            q, k = (rotate(y, frequencies[letter]) for y in (q, k))
+            near_keys = visible & near if letter == "l" else visible
+            x = x + linear(attention(q / np.sqrt(q.shape[-1]), k, v, near_keys), *self.pair())
+            inner, gate = np.split(linear(self.norm(x), *self.pair()), 2, axis=-1)
+            x = x + linear(ACTIVATIONS[self.settings["activation"]](inner) * gate, *self.pair())
+        return self.norm(x)
+
+
+def read_states(states, mask, output):
+    """Return what the operator computes of the hidden states [rows, tokens, hidden]."""
+    assert output in ("first", "mean", "real", "all")
+    real = (mask != 0)[..., None]
+    if output == "first":
+        return states[:, 0]
+    if output == "mean":
+        return (states * real).sum(axis=1) / np.maximum(real.sum(axis=1), 1)
+    if output == "all":
+        return states
+    computed = real | ~real.any(axis=1, keepdims=True)
+    computed[:, 0] = True  # whatever its mask
+    return states * computed
 
 
 class SparseLinear(OpRun):
@@ -180,12 +267,9 @@ class SparseEncoder(OpRun):
         self.attributes_names_, self.has_linked_attribute = set(), False
 
     def _run(self, ids, mask, token_types, *packed):
-        settings = dict(self.settings)
-        has_types, output = bool(settings.pop("token_types")), settings.pop("output")
-        weights = [read_weight(blob) for blob in packed]
-        hidden = encode(ids, mask, token_types, weights, has_types=has_types, **settings)
-        assert output in ("first", "all")
-        return ((hidden[:, 0] if output == "first" else hidden).astype(np.float32),)
+        encoder = Encoder([read_weight(blob) for blob in packed], self.settings)
+        states = encoder.encode(ids, mask, token_types)
+        return (read_states(states, mask, self.settings["output"]).astype(np.float32),)
 
 
 OPERATORS = [SparseLinear, SparseEncoder]

@@ -55,7 +55,7 @@ struct Engine {
   Engine(const Shape& shape, const std::vector<Bytes>& parameters, const char* what)
       : name(std::string(what) + " " + (what[0] == 'f' ? best_kernels().name : best_int8_kernels().name)) {
     EncoderShape options;
-    options.heads = shape.heads, options.layers = shape.layers, options.first_only = true;
+    options.heads = shape.heads, options.layers = shape.layers, options.reads = Reads::kFirst;
     size_t index = 0;
     encoder = std::make_unique<Encoder>(options, best_machine(), [&](const std::string& parameter) {
       const Bytes& bytes = parameters.at(index++);

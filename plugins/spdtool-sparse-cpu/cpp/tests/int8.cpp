@@ -191,7 +191,7 @@ struct Model {
 
   std::unique_ptr<Encoder> encoder(bool first_only) const {
     EncoderShape shape;
-    shape.heads = 4, shape.layers = 2, shape.first_only = first_only, shape.epsilon = 1e-5f;
+    shape.heads = 4, shape.layers = 2, shape.reads = first_only ? Reads::kFirst : Reads::kEvery, shape.epsilon = 1e-5f;
     size_t index = 0;
     return std::make_unique<Encoder>(shape, best_machine(), [&](const std::string& name) {
       const Bytes& bytes = packed.at(index++);

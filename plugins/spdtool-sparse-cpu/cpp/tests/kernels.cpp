@@ -121,7 +121,7 @@ void layer_norms() {
           for (size_t r = 0; r < rows; r++)
             expected[r * width + c] = (at(r) - mean) / std::sqrt(square + 1e-5) * gain[r] + bias[r];
         }
-        kernels.add_layer_norm(x.data(), add ? y.data() : nullptr, rows, vectors, gain.data(), bias.data(), 1e-5f,
+        kernels.add_layer_norm(x.data(), add ? y.data() : nullptr, x.data(), rows, vectors, gain.data(), bias.data(), 1e-5f,
                                range.data());
         CHECK_CLOSE(x, expected, 1e-5);
         for (size_t c = 0; c < width; c++) {
