@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.deberta_v2 import modeling_deberta_v2
+from transformers.models.mpnet import modeling_mpnet
 
 ACTIVATIONS = {
     "gelu": "gelu",
@@ -186,7 +187,7 @@ def describe_post_norm(model: PreTrainedModel) -> Encoder | None:
     tables += [names.projection if has_projection else "", names.relative, names.relative_norm]
     buckets: list[EncoderInput] = []
     if names.kind != "bert":
-        buckets.append(EncoderInput("encoder.buckets", _buckets_of_distances(model, names.kind)))
+        buckets.append(EncoderInput("encoder.buckets", _buckets_of_distances(model)))
     layers = []
     for index in range(config.num_hidden_layers):
         layers += [f"{names.layers}.{index}.{module}" for module in names.layer_modules()]
@@ -279,16 +280,18 @@ def _is_usual(config: PretrainedConfig, names: ModuleNames) -> bool:
     return bool(shares and is_relative and norms and not convolves and not projects)
 
 
-def _buckets_of_distances(model: PreTrainedModel, kind: str) -> np.ndarray:
+def _buckets_of_distances(model: PreTrainedModel) -> np.ndarray:
     """Compute the bucket of each distance from query to key, as float32 [2n + 1] for -n to n; the ends stand for more.
 
     The model's own function is called, since the logarithm in it decides by its last bit.
     """
     distances = torch.arange(-LONGEST_DISTANCE, LONGEST_DISTANCE + 1)
-    if kind == "mpnet":
-        buckets = model.base_model.encoder.relative_position_bucket(-distances)
+    encoder = model.base_model.encoder
+    if isinstance(encoder, modeling_mpnet.MPNetEncoder):
+        buckets = encoder.relative_position_bucket(-distances)
     else:
-        encoder, buckets = model.base_model.encoder, distances
+        assert isinstance(encoder, modeling_deberta_v2.DebertaV2Encoder)
+        buckets = distances
         size, longest = encoder.position_buckets, encoder.max_relative_positions
         if size > 0:
             buckets = modeling_deberta_v2.make_log_bucket_position(distances, size, longest).long()

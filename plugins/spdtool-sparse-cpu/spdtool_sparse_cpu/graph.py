@@ -95,7 +95,6 @@ def fuse_encoder(
     reads = find_reads(proto, hidden, model.config.hidden_size)
     inputs = {value.name for value in graph.input}
     constants = [constant.name for constant in encoder.inputs]
-    kind = {} if encoder.kind == "bert" else {"kind": encoder.kind}
     node = helper.make_node(
         "SparseEncoder",
         [*(name if name in inputs else "" for name in INPUT_NAMES), *constants],
@@ -110,9 +109,10 @@ def fuse_encoder(
         token_types=int(encoder.token_types),
         projection=int(encoder.projection),
         output=reads.output,
-        **kind,
-        **encoder.further,
     )
+    if encoder.kind != "bert":
+        for name, value in {"kind": encoder.kind, **encoder.further}.items():
+            node.attribute.append(helper.make_attribute(name, value))
     later_nodes = [node for node in graph.node if not reads.tensors.intersection(node.output)]
     rename_inputs(later_nodes, dict.fromkeys(reads.tensors, node.output[0]))
     _keep_needed(graph, later_nodes)
