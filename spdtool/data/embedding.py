@@ -82,6 +82,16 @@ def embedding_dataset(recipe: Recipe) -> Dataset:
         DataError: a file cannot be read, or there are too few texts.
     """
     assert recipe.data is not None
+    if recipe.unlabeled is not None:
+        raise DataError(
+            "--unlabeled adds texts to rows with labels, and no text of a sentence encoder has one",
+            f"give them together: --data {recipe.unlabeled}",
+        )
+    if recipe.test_share:
+        raise DataError(
+            "--test-share draws rows with labels, and no text of a sentence encoder has one",
+            "rated pairs are read from --set pairs=FILE",
+        )
     path = Path(recipe.data)
     files = find_text_files(path)
     texts = unique_texts(text for file in files["train"] for text in read_text_file(file, recipe.text))

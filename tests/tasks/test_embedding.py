@@ -12,7 +12,7 @@ import toys
 
 from spdtool.data.embedding import RatedPairs, make_rows
 from spdtool.data.tokens import empty_split
-from spdtool.errors import ModelError, RecipeError
+from spdtool.errors import DataError, ModelError, RecipeError
 from spdtool.models.load import load_tokenizer
 from spdtool.recipe.fields import Loss
 from spdtool.recipe.reading import request_recipe
@@ -44,8 +44,15 @@ def test_a_given_sentence_encoder_makes_the_task(tmp_path: Path, task: Embedding
     line = task.describe_labels(splits)
     for words in ("no labels", "3 rated pairs", "pooling: mean, normalized", "prompts in turn: query, passage"):
         assert words in line, line
+    for setting in (f"unlabeled={tmp_path / 'texts.txt'}", "test_share=0.1"):
+        with pytest.raises(DataError, match="no text of a sentence encoder has one"):
+            request_and_find(tmp_path, setting)
     with pytest.raises(RecipeError, match="none was given"):
         task.read_rows(recipe.model_copy(update={"given_teacher": None}))
+
+
+def request_and_find(folder: Path, setting: str) -> None:
+    find_task(request_recipe(data=folder / "texts.txt", teacher=folder / "teacher", sets=[setting]))
 
 
 def test_vector_losses_vanish_for_the_teacher_and_differ_in_what_they_measure() -> None:
