@@ -38,7 +38,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     return screen
 
 
-@pytest.mark.usefixtures("plain")
+@pytest.mark.usefixtures("no_terminal")
 def test_lines_are_not_wrapped_for_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
     console.say(LONG)
     console.print_table(f"title {LONG}", ("name", "value"), [("row", LONG)])
@@ -48,7 +48,7 @@ def test_lines_are_not_wrapped_for_a_pipe(capsys: pytest.CaptureFixture[str]) ->
     assert any(line.startswith("row") and LONG in line for line in lines)
 
 
-@pytest.mark.usefixtures("plain")
+@pytest.mark.usefixtures("no_terminal")
 def test_a_requested_width_is_respected(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("COLUMNS", "60")
     console.configure()
@@ -63,7 +63,7 @@ def test_lines_are_wrapped_at_words_on_a_terminal(terminal: io.StringIO) -> None
     assert {word for line in lines for word in line.split()} == {"some", "words"}
 
 
-@pytest.mark.usefixtures("plain")
+@pytest.mark.usefixtures("no_terminal")
 def test_columns_of_numbers_stand_on_the_right(capsys: pytest.CaptureFixture[str]) -> None:
     console.print_table(
         "t", ("engine", "bytes", "zeros", "what"), [("a", 1234567, "0.00%", "x"), ("b", None, "-", "longer")]
@@ -73,7 +73,7 @@ def test_columns_of_numbers_stand_on_the_right(capsys: pytest.CaptureFixture[str
     assert "b               -      -  longer" in lines
 
 
-@pytest.mark.usefixtures("plain")
+@pytest.mark.usefixtures("no_terminal")
 def test_brackets_in_cells_titles_and_warnings_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     console.print_table("runs/[red]x", ("name",), [("spdtool[cpu]",)])
     console.warn("pip install spdtool[cpu]")
@@ -107,13 +107,13 @@ def test_with_json_standard_output_contains_only_json(capsys: pytest.CaptureFixt
     assert all(text in err for text in ("a line", "a title", "cell", "a note"))
 
 
-@pytest.mark.usefixtures("plain")
+@pytest.mark.usefixtures("no_terminal")
 def test_without_json_a_result_is_not_written(capsys: pytest.CaptureFixture[str]) -> None:
     console.print_result({"score": 1})
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.usefixtures("plain")
+@pytest.mark.usefixtures("no_terminal")
 def test_an_error_is_printed_with_its_hint(capsys: pytest.CaptureFixture[str]) -> None:
     console.print_error(SpdError("no [x] here", "give [y]"))
     assert capsys.readouterr() == ("", "SpdError: no [x] here\ntry: give [y]\n")
@@ -144,7 +144,7 @@ EVENTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.usefixtures("plain")
+@pytest.mark.usefixtures("no_terminal")
 def test_progress_in_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console, "PLAIN_SECONDS", -1.0)
     with console.progress("prune", 10) as watch:
@@ -159,7 +159,7 @@ def test_progress_in_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     ]
 
 
-@pytest.mark.usefixtures("plain")
+@pytest.mark.usefixtures("no_terminal")
 def test_step_lines_are_few(capsys: pytest.CaptureFixture[str]) -> None:
     with console.progress("prune", 10) as watch:
         for _ in range(100):
@@ -230,7 +230,7 @@ def is_safe(text: str) -> bool:
     )
 
 
-@pytest.mark.usefixtures("plain")
+@pytest.mark.usefixtures("no_terminal")
 def test_markup_and_control_characters_in_text_are_printed_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     for text in HOSTILE:
         console.say(f"[bold]{console.escape(text)}[/] after")
@@ -279,7 +279,7 @@ def test_json_escapes_control_characters_and_parses_to_the_same_text(capsys: pyt
 # Time left -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("plain")
+@pytest.mark.usefixtures("no_terminal")
 def test_a_stage_shows_the_remaining_time_of_all_stages(capsys: pytest.CaptureFixture[str]) -> None:
     costs = {"prune": StageCost(steps=10, step_seconds=60.0), "export": StageCost(other_seconds=600.0)}
     with console.forecast_run(Forecast(costs)):
@@ -291,7 +291,7 @@ def test_a_stage_shows_the_remaining_time_of_all_stages(capsys: pytest.CaptureFi
     ]  # fmt: skip
 
 
-@pytest.mark.usefixtures("plain")
+@pytest.mark.usefixtures("no_terminal")
 def test_the_work_of_a_prune_event_is_a_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
