@@ -1,4 +1,4 @@
-"""The teacher in int8: smaller, nearly the same answer, and a clear error for what cannot be quantised."""
+"""The teacher in dynamic int8: smaller file, nearly equal logits, and a clear error if it cannot be quantised."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def test_the_file_is_smaller_and_answers_nearly_the_same(
     assert model.read_bytes() == before
     assert file.stat().st_size < len(before) / 2
     dense = Engine("x", "onnxruntime", str(model), vocabulary=len(toys.WORDS), threads=1)
-    given = make_batch(Shape(8, 9), dense)
-    right = open_onnxruntime(dense)[0](given)[0]
+    inputs = make_batch(Shape(8, 9), dense)
+    expected = open_onnxruntime(dense)[0](inputs)[0]
     forward, _, nodes, _ = open_onnxruntime(Engine("y", "onnxruntime", str(file), len(toys.WORDS), threads=1))
-    found = forward(given)[0]
+    actual = forward(inputs)[0]
     assert "MatMulInteger" in str(nodes)
-    assert 0 < np.abs(found - right).max() < 0.2 * np.abs(right).max()
+    assert 0 < np.abs(actual - expected).max() < 0.2 * np.abs(expected).max()
 
 
-def test_what_cannot_be_quantised_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_cannot_be_quantised_gives_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import onnxruntime.quantization as quantization
     from onnx import helper, save
 

@@ -1,4 +1,4 @@
-"""The race: real processes on a tiny graph, and everything that can befall them. No assertion on a duration."""
+"""Timing engines in interleaved rounds: real processes on a tiny graph, and their failures. No durations asserted."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TIMED = {"batch": 2, "length": 3, "real": [], "turn": 0.001}
 
 @pytest.fixture
 def engine(tmp_path: Path) -> Callable[..., Engine]:
-    """`engine("name")`: a graph that sums the tokens that the mask leaves."""
+    """Return `engine("name")`, which makes an engine of a graph that sums the unmasked tokens."""
     ints, names = TensorProto.INT64, ("input_ids", "attention_mask")
     inputs = [helper.make_tensor_value_info(name, ints, ["batch", "sequence"]) for name in names]
     nodes = [
@@ -40,9 +40,9 @@ def engine(tmp_path: Path) -> Callable[..., Engine]:
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     onnx.save(proto, tmp_path / "model.onnx")
 
-    def make(name: str = "sum", **how: Any) -> Engine:
+    def make(name: str = "sum", **fields: Any) -> Engine:
         return Engine(
-            **{"name": name, "kind": "onnxruntime", "path": str(tmp_path / "model.onnx"), "vocabulary": 50} | how
+            **{"name": name, "kind": "onnxruntime", "path": str(tmp_path / "model.onnx"), "vocabulary": 50} | fields
         )
 
     return make
@@ -69,7 +69,7 @@ def test_every_engine_is_timed_at_every_shape_in_every_round(
 
 
 class Fake:
-    """Keeps no process; answers as one whose batches take a second each."""
+    """A fake engine process, whose batches take a second each."""
 
     asked: ClassVar[list[str]] = []
     now: ClassVar[float] = 0.0
@@ -91,7 +91,7 @@ class Fake:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> type[Fake]:
-    """Workers without processes, and their clock."""
+    """Replace engine processes and their clock by fakes."""
     monkeypatch.setattr(Fake, "asked", [])
     monkeypatch.setattr(Fake, "now", 0.0)
     monkeypatch.setattr(engines, "EngineProcess", Fake)
@@ -100,14 +100,14 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[Fake]:
     return Fake
 
 
-def test_the_order_turns_with_each_round(engine: Callable[..., Engine], fake: type[Fake]) -> None:
+def test_the_order_of_engines_rotates_with_each_round(engine: Callable[..., Engine], fake: type[Fake]) -> None:
     race = latency.time_engines([engine(name) for name in "abc"], [Shape(1, 2)], rounds=2, warmup=1)
     assert fake.asked == [*"cab", *"abc", *"bca", "end", "end", "end"]
     assert all(len(timing.rounds[Shape(1, 2)]) == 2 for timing in race.timings)
 
 
 def test_rounds_fit_into_the_time_of_all_numbers_of_threads(engine: Callable[..., Engine], fake: type[Fake]) -> None:
-    """A round takes a second: 30 seconds are 10 rounds each with three numbers of threads, however many are allowed."""
+    """A round takes a second, so 30 seconds give 10 rounds for each of three thread counts."""
 
     def counts(seconds: float, rounds: int) -> list[int]:
         race = latency.time_engines(
@@ -124,21 +124,21 @@ def test_rounds_fit_into_the_time_of_all_numbers_of_threads(engine: Callable[...
 def test_an_optional_engine_may_be_missing_and_the_reason_is_kept(
     engine: Callable[..., Engine], fake: type[Fake]
 ) -> None:
-    racing = [engine("here"), engine("absent", optional=True)]
-    race = latency.time_engines(racing, [Shape(1, 2)], threads=(1, 2), rounds=1, warmup=0)
-    assert [timing.engine.name for timing in race.timings] == ["here", "here"]
-    assert race.missing == {"absent": "absent cannot be timed: no compiler"}
+    timed_engines = [engine("here"), engine("absent", optional=True)]
+    result = latency.time_engines(timed_engines, [Shape(1, 2)], threads=(1, 2), rounds=1, warmup=0)
+    assert [timing.engine.name for timing in result.timings] == ["here", "here"]
+    assert result.missing == {"absent": "absent cannot be timed: no compiler"}
     with pytest.raises(SpdError, match="no compiler"):
         latency.time_engines([engine("absent")], [Shape(1, 2)], rounds=1, warmup=0)
 
 
-def test_a_turn_is_as_many_calls_as_fit_and_at_least_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    took = iter([3, 1, 9, 2, 50])  # milliseconds
+def test_a_turn_makes_as_many_calls_as_fit_and_at_least_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    durations = iter([3, 1, 9, 2, 50])  # milliseconds
     clock = 0
 
     def call() -> None:
         nonlocal clock
-        clock += next(took) * 10**6
+        clock += next(durations) * 10**6
 
     monkeypatch.setattr(engines.time, "perf_counter_ns", lambda: clock)
     assert engines.time_turn(call, 0.014) == {"ms": 2.5, "least": 1.0, "batches": 4}
@@ -150,7 +150,7 @@ def test_a_model_that_does_not_open_is_a_clear_error(engine: Callable[..., Engin
         latency.time_engines([engine("broken", path=str(tmp_path / "none.onnx"))], [Shape(1, 2)], rounds=1, warmup=0)
 
 
-def test_a_process_that_dies_is_a_clear_error_and_none_is_left(engine: Callable[..., Engine]) -> None:
+def test_a_dying_process_is_a_clear_error_and_all_processes_end(engine: Callable[..., Engine]) -> None:
     with engines.start_process("victim", 60) as worker:
         worker.ask({"open": engine().__dict__})
         os.kill(worker.process.pid, signal.SIGKILL)
@@ -159,14 +159,14 @@ def test_a_process_that_dies_is_a_clear_error_and_none_is_left(engine: Callable[
     assert worker.process.poll() is not None
 
 
-def test_what_a_dying_process_said_last_is_shown(engine: Callable[..., Engine]) -> None:
+def test_the_last_output_of_a_dying_process_is_shown(engine: Callable[..., Engine]) -> None:
     with engines.start_process("victim", 60) as worker:
         worker.ask({"open": engine().__dict__})
         with pytest.raises(SpdError, match="died with exit 1: KeyError: 'length'"):
             worker.ask({"batch": 1})
 
 
-def test_a_process_that_hangs_is_given_up(engine: Callable[..., Engine]) -> None:
+def test_a_hanging_process_is_killed(engine: Callable[..., Engine]) -> None:
     with engines.start_process("sleeper", 60) as worker:
         worker.ask({"open": engine().__dict__})
         os.kill(worker.process.pid, signal.SIGSTOP)
@@ -177,27 +177,27 @@ def test_a_process_that_hangs_is_given_up(engine: Callable[..., Engine]) -> None
 
 
 def answers(*requests: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the other side answers, in this process."""
-    given: list[dict[str, Any]] = []
-    engines.run_engine([json.dumps(request) for request in requests], given.append)
-    return given
+    """Run the engine loop in this process; return its answers."""
+    responses: list[dict[str, Any]] = []
+    engines.run_engine([json.dumps(request) for request in requests], responses.append)
+    return responses
 
 
 def test_the_protocol(engine: Callable[..., Engine]) -> None:
-    opened, timed, closed = answers({"open": engine().__dict__}, TIMED, {"close": True})
-    assert set(opened) == {"provider", "nodes", "resident"}
-    assert timed["ms"] >= timed["least"] > 0
-    assert timed["batches"] >= 1
-    assert closed["peak"] >= opened["resident"]
+    open_response, timing_response, closed = answers({"open": engine().__dict__}, TIMED, {"close": True})
+    assert set(open_response) == {"provider", "nodes", "resident"}
+    assert timing_response["ms"] >= timing_response["least"] > 0
+    assert timing_response["batches"] >= 1
+    assert closed["peak"] >= open_response["resident"]
 
 
 def test_torch_runs_a_checkpoint(tmp_path: Path, toys: ModuleType) -> None:
     save_model(toys.bert(), toys.tokenizer(), tmp_path)
     engine = Engine("torch", "torch", str(tmp_path), vocabulary=len(toys.WORDS), threads=1)
-    opened, timed = answers({"open": engine.__dict__}, TIMED | {"length": 64})
-    assert opened["provider"] == "torch cpu"
-    assert opened["nodes"] is None
-    assert timed["ms"] > 0
+    open_response, timing_response = answers({"open": engine.__dict__}, TIMED | {"length": 64})
+    assert open_response["provider"] == "torch cpu"
+    assert open_response["nodes"] is None
+    assert timing_response["ms"] > 0
 
 
 def test_errors_are_answered(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_errors_are_answered(tmp_path: Path) -> None:
     assert answer["hint"]
 
 
-def test_a_program_of_its_own_may_answer(engine: Callable[..., Engine], tmp_path: Path) -> None:
+def test_another_program_may_serve_as_an_engine(engine: Callable[..., Engine], tmp_path: Path) -> None:
     script = tmp_path / "other.py"
     script.write_text(
         "import json, sys\n"
@@ -214,28 +214,28 @@ def test_a_program_of_its_own_may_answer(engine: Callable[..., Engine], tmp_path
         "    print(json.dumps({'provider': 'other', 'nodes': None, 'resident': 1, 'peak': 2, 'ms': 3, 'least': 1}),"
         " flush=True)\n"
     )
-    racing = [engine("other", command=(sys.executable, str(script)))]
-    (timing,) = latency.time_engines(racing, [Shape(1, 2)], rounds=2, warmup=0).timings
+    timed_engines = [engine("other", command=(sys.executable, str(script)))]
+    (timing,) = latency.time_engines(timed_engines, [Shape(1, 2)], rounds=2, warmup=0).timings
     assert (timing.provider, timing.rounds, timing.peak) == ("other", {Shape(1, 2): [3, 3]}, 2)
 
 
-def test_compiled_torch_gives_the_answer_or_the_reason(tmp_path: Path, toys: ModuleType, monkeypatch: Any) -> None:
-    """Compiling itself takes too long for a test: what torch.compile gives stands in for it."""
+def test_compiled_torch_answers_or_gives_the_reason(tmp_path: Path, toys: ModuleType, monkeypatch: Any) -> None:
+    """A stub replaces torch.compile, because compiling takes too long for a test."""
     import torch
 
     save_model(toys.bert(), toys.tokenizer(), tmp_path)
     engine = Engine("compiled", "torch", str(tmp_path), vocabulary=len(toys.WORDS), threads=1, compiled=True)
-    compiled: list[Any] = []
+    compile_options: list[Any] = []
 
-    def stand_in(model: Any, **how: Any) -> Any:
-        compiled.append(how)
+    def compile_nothing(model: Any, **options: Any) -> Any:
+        compile_options.append(options)
         return model
 
-    monkeypatch.setattr(torch, "compile", stand_in)
-    opened, timed = answers({"open": engine.__dict__}, TIMED)
-    assert compiled == [{"dynamic": True}]
-    assert opened["provider"] == "torch cpu"
-    assert timed["ms"] > 0
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    open_response, timing_response = answers({"open": engine.__dict__}, TIMED)
+    assert compile_options == [{"dynamic": True}]
+    assert open_response["provider"] == "torch cpu"
+    assert timing_response["ms"] > 0
 
     class Broken(torch.nn.Module):
         def forward(self, **_: Any) -> None:
@@ -250,10 +250,12 @@ def test_without_fusions_the_answer_is_the_same(tmp_path: Path, toys: ModuleType
     save_model(toys.bert(), toys.tokenizer(), tmp_path / "checkpoint")
     Onnx().export(tmp_path / "checkpoint", tmp_path, toys.recipe())
     fused = Engine("x", "onnxruntime", str(tmp_path / "onnx/model.onnx"), vocabulary=len(toys.WORDS), threads=1)
-    given = engines.make_batch(Shape(3, 9), fused)
-    (forward, *ran), (raw, *ran_raw) = (engines.open_onnxruntime(replace(fused, fused=yes)) for yes in (True, False))
-    assert ran == ran_raw
-    np.testing.assert_allclose(forward(given)[0], raw(given)[0], atol=1e-5)
+    inputs = engines.make_batch(Shape(3, 9), fused)
+    (forward, *fused_details), (raw, *raw_details) = (
+        engines.open_onnxruntime(replace(fused, fused=is_fused)) for is_fused in (True, False)
+    )
+    assert fused_details == raw_details
+    np.testing.assert_allclose(forward(inputs)[0], raw(inputs)[0], atol=1e-5)
     session = engines.onnx_session.open_session(Path(fused.path), fused=False)
     level = session.get_session_options().graph_optimization_level
     assert level == onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
@@ -273,8 +275,8 @@ def test_a_padded_batch_has_the_same_tokens_up_to_each_real_length() -> None:
     full, padded = engines.make_batch(Shape(2, 4), engine), engines.make_batch(Shape(2, 4, (4, 1)), engine)
     assert padded["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 0, 0, 0]]
     assert padded["input_ids"][1, 1:].tolist() == [3, 3, 3]
-    real = padded["attention_mask"] == 1
-    assert (padded["input_ids"] == full["input_ids"])[real].all()
+    is_token = padded["attention_mask"] == 1
+    assert (padded["input_ids"] == full["input_ids"])[is_token].all()
     assert (str(Shape(2, 4)), str(Shape(2, 4, (4, 1)))) == ("2x4", "2x4 padded")
 
 

@@ -1,4 +1,4 @@
-"""Files of rows as people have them: other separators, quoting, long fields, letters in two forms, saved data sets."""
+"""Data files as users have them: separators, quoting, long fields, Unicode forms, saved data sets."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def write_rows(path: Path, rows: list[tuple[Any, ...]] = ROWS, **options: Any) -
 
 
 def named_table(labels: list[int], names: tuple[str, ...]) -> pa.Table:
-    """A table as the library `datasets` writes it, whose column `label` has classes with names."""
+    """Make a table as the library `datasets` writes it, with named classes in the column `label`."""
     features = {"text": {"dtype": "string", "_type": "Value"}, "label": {"names": names, "_type": "ClassLabel"}}
     table = pa.table({"text": [f"row {i}" for i in range(len(labels))], "label": labels})
     return table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
@@ -52,7 +52,7 @@ def save_arrow(table: pa.Table, folder: Path) -> None:
     (folder / "cache-0123456789.arrow").write_bytes(b"not rows")
 
 
-def test_a_csv_file_may_have_another_separator_which_is_said(tmp_path: Path) -> None:
+def test_another_csv_separator_is_detected_and_reported(tmp_path: Path) -> None:
     for separator, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "vertical bars")):
         data = local(write_rows(tmp_path / f"{name}.csv", delimiter=separator))
         assert data.text == ("text",)
@@ -65,16 +65,16 @@ def test_a_csv_file_may_have_another_separator_which_is_said(tmp_path: Path) -> 
     assert not read_file(comma).note
 
 
-def test_a_field_may_be_as_long_as_a_book(tmp_path: Path) -> None:
+def test_a_field_may_be_very_long(tmp_path: Path) -> None:
     book = "word " * 40_000
     assert read_file(write_rows(tmp_path / "long.csv", [(book, "x"), ("a", "y")])).rows[0][0] == book
 
 
-def test_a_tsv_file_is_quoted_only_where_a_writer_has_quoted_it(tmp_path: Path) -> None:
-    odd = [('she said "no"', "x"), ("a\tb", "y"), ("c\nd", "x"), ("plain", "y")]
+def test_tsv_quotes_are_removed_only_if_a_csv_writer_made_them(tmp_path: Path) -> None:
+    quoted_rows = [('she said "no"', "x"), ("a\tb", "y"), ("c\nd", "x"), ("plain", "y")]
     for number, quoting in enumerate((csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC)):
-        file = write_rows(tmp_path / f"{number}.tsv", odd, delimiter="\t", quoting=quoting)
-        assert [tuple(row) for row in read_file(file).rows] == odd
+        file = write_rows(tmp_path / f"{number}.tsv", quoted_rows, delimiter="\t", quoting=quoting)
+        assert [tuple(row) for row in read_file(file).rows] == quoted_rows
         assert "quoted" in read_file(file).note
     plain = tmp_path / "plain.tsv"
     for text in ('"Great" he said', '"Great"', 'said "no"', '"open', '""'):
@@ -93,7 +93,7 @@ def test_columns_are_found_in_either_unicode_form(tmp_path: Path) -> None:
         read_file(file)
 
 
-def test_only_numbered_files_are_shards_and_others_are_said_to_be_left_alone(tmp_path: Path) -> None:
+def test_only_numbered_files_are_shards_and_others_are_reported(tmp_path: Path) -> None:
     for name in ("train", "train-old", "train_backup", "dev"):
         write_rows(tmp_path / "one" / f"{name}.csv")
     data = local(tmp_path / "one")
@@ -136,9 +136,9 @@ def test_a_label_outside_the_schema_is_refused(tmp_path: Path) -> None:
 def test_folders_of_several_data_sets_are_named(tmp_path: Path) -> None:
     for name in ("english", "german"):
         write_rows(tmp_path / name / "train.csv")
-    with pytest.raises(DataError, match="its folders english, german have") as caught:
+    with pytest.raises(DataError, match="its folders english, german have") as error:
         local(tmp_path)
-    assert f"--data {tmp_path / 'english'}" in str(caught.value.hint)
+    assert f"--data {tmp_path / 'english'}" in str(error.value.hint)
 
 
 def test_a_pointer_of_a_clone_is_no_file_of_rows(tmp_path: Path) -> None:
@@ -160,14 +160,14 @@ UNSUPPORTED: list[tuple[list[dict[str, Any]], str]] = [
 ]
 
 
-def test_rows_of_another_kind_of_task_are_called_by_it_without_advice_to_change_them(tmp_path: Path) -> None:
+def test_rows_of_unsupported_tasks_are_refused_by_the_name_of_the_task(tmp_path: Path) -> None:
     for number, (records, kind) in enumerate(UNSUPPORTED):
         file = tmp_path / f"{number}.parquet"
         parquet.write_table(pa.Table.from_pylist(records), file)
-        with pytest.raises(DataError) as caught:
+        with pytest.raises(DataError) as error:
             local(file).load(None, 0)
-        assert kind in caught.value.message, records
-        assert caught.value.hint == "supported are classes and numbers for a text or a pair of texts"
+        assert kind in error.value.message, records
+        assert error.value.hint == "supported are classes and numbers for a text or a pair of texts"
     file = tmp_path / "chosen.parquet"
     parquet.write_table(pa.Table.from_pylist([{"tokens": "a", "ner_tags": "B", "x": "a"}] * 4), file)
     with pytest.raises(DataError, match="token classification"):
@@ -196,7 +196,7 @@ HEADERS: list[tuple[Callable[[Path], Path], str]] = [
 ]
 
 
-def test_what_the_header_shows_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+def test_faults_in_the_header_are_refused_before_torch_is_imported(tmp_path: Path) -> None:
     for number, (make, message) in enumerate(HEADERS):
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -205,5 +205,5 @@ def test_what_the_header_shows_is_refused_before_torch_is_imported(tmp_path: Pat
     code = "import sys, spdtool\ntry: spdtool.compress(data=sys.argv[1], model='x', device='cpu')\n"
     code += "except spdtool.errors.DataError: print({'torch', 'transformers'} & set(sys.modules))"
     file = make_header("last.csv", "body,stars\na,b\n")(tmp_path)
-    done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "set()", done.stderr
+    process = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=False)
+    assert process.stdout.strip() == "set()", process.stderr

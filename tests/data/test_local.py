@@ -1,4 +1,4 @@
-"""Tasks made of a user's files: every format gives the same rows, and every defect is named with its place."""
+"""Tasks from a user's files: every format gives the same rows, and every defect is named by file and line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PLAIN: Records = [{"text": f"row {i}", "label": "yes" if i % 3 else "no"} for i 
 
 
 def make(path: Path, records: Records) -> Path:
-    """Write `records` as `path` is called, cells in the format's own way."""
+    """Write `records` in the format of the suffix of `path`."""
     columns = list(records[0])
     ending = path.suffix.removeprefix(".")
     if ending == "parquet":
@@ -80,7 +80,7 @@ def test_a_folder_keeps_its_own_dev_and_test_sets(ending: str, tmp_path: Path) -
     assert f"test.{ending} is scored once, at the end" in task.about
 
 
-def test_a_test_file_without_labels_is_left_alone_and_the_plan_says_so(tmp_path: Path) -> None:
+def test_a_test_file_without_labels_is_ignored_and_reported(tmp_path: Path) -> None:
     make(tmp_path / "train.jsonl", PLAIN)
     for unlabeled in ({"text": "a"}, {"text": "a", "label": -1}, {"text": "a", "label": None}):
         make(tmp_path / "test.jsonl", [unlabeled])
@@ -97,9 +97,9 @@ def test_a_test_share_is_taken_of_each_class_before_the_dev_rows_are_drawn(tmp_p
     data = make(tmp_path / "mine.jsonl", records)
     recipe = Recipe(task="local", data=str(data), test_share=0.25)
     splits = find_task(recipe).read_rows(recipe)
-    parts = {name: set(split.first) for name, split in splits.items()}
-    assert parts.keys() == {"train", "dev", "test"}
-    assert not parts["test"] & (parts["train"] | parts["dev"])
+    texts_by_split = {name: set(split.first) for name, split in splits.items()}
+    assert texts_by_split.keys() == {"train", "dev", "test"}
+    assert not texts_by_split["test"] & (texts_by_split["train"] | texts_by_split["dev"])
     assert sum(map(len, splits.values())) == 300
     texts_by_class = {
         label: len({t for t, k in zip(splits["test"].first, splits["test"].labels, strict=True) if k == label})
@@ -108,8 +108,8 @@ def test_a_test_share_is_taken_of_each_class_before_the_dev_rows_are_drawn(tmp_p
     assert texts_by_class == {0: 50, 1: 20}
     assert find_task(recipe).read_rows(recipe) == splits
     assert len(splits["dev"]) > 10, "the draws of test and dev have nothing to do with each other"
-    other = recipe.model_copy(update={"seed": 1})
-    assert find_task(other).read_rows(other)["test"] != splits["test"]
+    other_recipe = recipe.model_copy(update={"seed": 1})
+    assert find_task(other_recipe).read_rows(other_recipe)["test"] != splits["test"]
 
 
 def test_a_test_share_beside_a_test_file_is_refused(tmp_path: Path) -> None:
@@ -120,10 +120,10 @@ def test_a_test_share_beside_a_test_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_dev_set_is_split_like_a_file(tmp_path: Path) -> None:
-    alone = make(tmp_path / "mine.csv", PLAIN)
+    single_file = make(tmp_path / "mine.csv", PLAIN)
     (tmp_path / "folder").mkdir()
     make(tmp_path / "folder" / "train-00000-of-00001.parquet", PLAIN)
-    assert rows(tmp_path / "folder") == rows(alone)
+    assert rows(tmp_path / "folder") == rows(single_file)
 
 
 def test_the_drawn_dev_set_is_about_a_tenth_of_each_class_and_depends_on_the_seed(tmp_path: Path) -> None:
@@ -155,13 +155,13 @@ def side_of(splits: dict[str, Rows]) -> dict[tuple[str, ...], str]:
 
 
 @pytest.mark.parametrize("pairs", [False, True])
-def test_a_row_that_comes_or_goes_moves_no_other_one(pairs: bool) -> None:
+def test_adding_or_removing_a_row_moves_no_other_row(pairs: bool) -> None:
     texts = [f"row {i}" for i in range(1000)]
     rows = Rows(texts, texts[::-1] if pairs else None, [i % 2 for i in range(1000)])
     before = side_of(draw_dev_rows(rows, 0, 0.1))
-    for picked in ([*range(1, 1000)], [*range(500), *range(501, 1000)], [999, *range(999)]):
-        after = side_of(draw_dev_rows(rows.select(picked), 0, 0.1))
-        assert all(before[pair] == side for pair, side in after.items())
+    for row_numbers in ([*range(1, 1000)], [*range(500), *range(501, 1000)], [999, *range(999)]):
+        after = side_of(draw_dev_rows(rows.select(row_numbers), 0, 0.1))
+        assert all(before[pair] == split for pair, split in after.items())
     assert side_of(draw_dev_rows(rows, 1, 0.1)) != before
 
 
@@ -238,7 +238,7 @@ def test_columns_are_guessed_where_only_one_reading_is_possible(tmp_path: Path) 
         assert task.labels == (f"{label} 0", f"{label} 1"), columns
 
 
-def test_columns_that_cannot_be_told_are_refused(tmp_path: Path) -> None:
+def test_ambiguous_columns_are_refused(tmp_path: Path) -> None:
     cases: list[Any] = [
         (["text", "label", "target"], {}, "more than one column that is clearly the label", "--label"),
         (["text", "stars"], {}, "no column that is clearly the label; it has 'text', 'stars'", "--label"),
@@ -253,25 +253,27 @@ def test_columns_that_cannot_be_told_are_refused(tmp_path: Path) -> None:
         (["text", "label"], {"text": ("label",)}, "no column that is clearly the label", "--label"),
         (["a", "b", "c", "label"], {"text": ("a", "b", "c")}, "names 3 columns: a, b, c", "pair"),
     ]
-    for number, (columns, given, problem, hint) in enumerate(cases):
+    for number, (columns, options, problem, hint) in enumerate(cases):
         folder = tmp_path / str(number)
         folder.mkdir()
         data = make(folder / "mine.csv", [{name: f"{name} {i % 2}" for name in columns} for i in range(8)])
-        with pytest.raises(DataError) as caught:
-            local(data, **given)
-        assert problem in caught.value.message
-        assert hint in str(caught.value.hint), columns
+        with pytest.raises(DataError) as error:
+            local(data, **options)
+        assert problem in error.value.message
+        assert hint in str(error.value.hint), columns
 
 
 def test_csv_is_quoted_and_tsv_is_not(tmp_path: Path) -> None:
     comma, tab = tmp_path / "mine.csv", tmp_path / "mine.tsv"
-    odd = 'she said "no\u2028\x85, never"'
-    comma.write_bytes(('\ufefftext,label\r\n"a, ""b""\nc",x\r\n\r\n' + f"{odd[:8]},y\r\nd,x\r\ne,y\r\n").encode())
-    tab.write_bytes(f"\ufefftext\tlabel\r\n\"{odd}\tx\r\n'\ty\nd\tx\ne\ty\n".encode())
-    both = rows(comma, text=("text",))
-    assert sorted(both["train"].first + both["dev"].first) == sorted(['a, "b"\nc', odd[:8], "d", "e"])
-    both = rows(tab, text=("text",))
-    assert sorted(both["train"].first + both["dev"].first) == sorted(['"' + odd, "'", "d", "e"])
+    strange_text = 'she said "no\u2028\x85, never"'
+    comma.write_bytes(
+        ('\ufefftext,label\r\n"a, ""b""\nc",x\r\n\r\n' + f"{strange_text[:8]},y\r\nd,x\r\ne,y\r\n").encode()
+    )
+    tab.write_bytes(f"\ufefftext\tlabel\r\n\"{strange_text}\tx\r\n'\ty\nd\tx\ne\ty\n".encode())
+    splits = rows(comma, text=("text",))
+    assert sorted(splits["train"].first + splits["dev"].first) == sorted(['a, "b"\nc', strange_text[:8], "d", "e"])
+    splits = rows(tab, text=("text",))
+    assert sorted(splits["train"].first + splits["dev"].first) == sorted(['"' + strange_text, "'", "d", "e"])
 
 
 BAD: dict[str, tuple[str, bytes, str]] = {
@@ -331,19 +333,19 @@ def test_a_broken_file_is_refused_by_name_and_line(tmp_path: Path) -> None:
     for case, (ending, content, problem) in BAD.items():
         data = tmp_path / f"mine.{ending}"
         data.write_bytes(content)
-        with pytest.raises(DataError) as caught:
+        with pytest.raises(DataError) as error:
             rows(data)
-        assert problem in caught.value.message, case
-        assert caught.value.exit_code == 2, case
+        assert problem in error.value.message, case
+        assert error.value.exit_code == 2, case
         if case != "two rows":
-            assert str(data) in caught.value.message, case
+            assert str(data) in error.value.message, case
 
 
 def test_the_known_endings_are_listed_and_capitals_do_not_matter(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("text")
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError) as error:
         rows(tmp_path / "mine.txt")
-    assert caught.value.hint == "known endings: .csv, .tsv, .jsonl, .parquet, .arrow"
+    assert error.value.hint == "known endings: .csv, .tsv, .jsonl, .parquet, .arrow"
     assert len(rows(make(tmp_path / "mine.csv", PLAIN).rename(tmp_path / "MINE.CSV"))["train"]) > 30
 
 
@@ -361,10 +363,10 @@ def test_a_dev_file_that_does_not_fit_train_is_refused(tmp_path: Path) -> None:
         folder.mkdir()
         make(folder / "train.csv", PLAIN)
         file = make(folder / "valid.csv", dev)
-        with pytest.raises(DataError) as caught:
+        with pytest.raises(DataError) as error:
             rows(folder)
-        assert problem in caught.value.message
-        assert str(file) in caught.value.message
+        assert problem in error.value.message
+        assert str(file) in error.value.message
 
 
 def test_a_dev_label_of_a_regression_must_be_a_number(tmp_path: Path) -> None:
@@ -398,13 +400,13 @@ def test_a_folder_may_have_a_file_or_a_folder_for_each_split(tmp_path: Path) -> 
             assert "tenth" not in local(folder).about, layout.format(name)
 
 
-def test_a_file_for_evaluation_beside_a_dev_set_is_left_alone(tmp_path: Path) -> None:
+def test_an_evaluation_file_beside_a_dev_set_is_ignored(tmp_path: Path) -> None:
     for name, count in (("train", 40), ("dev", 7), ("eval", 9)):
         make(tmp_path / f"{name}.csv", PLAIN[:count])
     assert len(rows(tmp_path)["dev"]) == 7
 
 
-def test_what_might_have_been_meant_for_the_dev_set_is_named(tmp_path: Path) -> None:
+def test_files_that_look_like_a_dev_set_are_reported(tmp_path: Path) -> None:
     make(tmp_path / "train.csv", PLAIN)
     make(tmp_path / "evaluation.csv", PLAIN)
     assert "a tenth of its rows is the dev set (left alone: evaluation.csv)" in local(tmp_path).about
@@ -437,7 +439,7 @@ def test_a_column_whose_name_holds_a_comma(tmp_path: Path) -> None:
     assert local(pair, text=("a", "b")).text == ("a", "b")
 
 
-def test_columns_without_a_name_are_passed_over(tmp_path: Path) -> None:
+def test_columns_without_a_name_are_ignored(tmp_path: Path) -> None:
     data = tmp_path / "mine.csv"
     data.write_text(",text,label,\n" + "".join(f"{i},row {i},{i % 2},\n" for i in range(8)))
     assert len(rows(data)["train"]) == 6
@@ -452,8 +454,10 @@ def test_data_must_be_given_and_must_exist(tmp_path: Path) -> None:
 
 def test_load_reads_the_data_that_it_is_given(tmp_path: Path) -> None:
     task = local(make(tmp_path / "mine.csv", PLAIN))
-    other = make(tmp_path / "other.csv", [{"text": f"other {i}", "label": "yes" if i % 2 else "no"} for i in range(20)])
-    assert all(text.startswith("other") for text in texts(task.load(str(other), 0)["train"]))
+    other_file = make(
+        tmp_path / "other.csv", [{"text": f"other {i}", "label": "yes" if i % 2 else "no"} for i in range(20)]
+    )
+    assert all(text.startswith("other") for text in texts(task.load(str(other_file), 0)["train"]))
     assert all(text.startswith("row") for text in texts(task.load(None, 0)["train"]))
 
 

@@ -1,4 +1,4 @@
-"""Data in shards: the same rows as from one file, with the same labels, and defects named by file and row."""
+"""Sharded data: the same rows and labels as from one file, and defects named by file and row."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TEXTS[1] = "one"
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
@@ -64,17 +64,17 @@ def test_shards_give_the_rows_of_one_file(tmp_path: Path, monkeypatch: pytest.Mo
         write(one_file / f"train{ending}", TEXTS, gold)
         write(one_file / f"dev{ending}", TEXTS[::-1], gold[::-1])
         for _ in range(2):  # read, and from the cache
-            many, one = rows(many_files), rows(one_file)
+            sharded_rows, single = rows(many_files), rows(one_file)
             for split in ("train", "dev"):
-                assert list(many[split].first) == one[split].first, message
-                assert list(many[split].labels) == one[split].labels, message
-                assert many[split].first[1:4] == one[split].first[1:4], message
-                assert many[split].select([2, 0]).first == one[split].select([2, 0]).first, message
+                assert list(sharded_rows[split].first) == single[split].first, message
+                assert list(sharded_rows[split].labels) == single[split].labels, message
+                assert sharded_rows[split].first[1:4] == single[split].first[1:4], message
+                assert sharded_rows[split].select([2, 0]).first == single[split].select([2, 0]).first, message
 
 
 def test_shards_without_a_dev_set_are_refused(tmp_path: Path) -> None:
-    for part in range(2):
-        write(tmp_path / "train" / f"{part}.csv", TEXTS, [0, 1] * 4)
+    for shard in range(2):
+        write(tmp_path / "train" / f"{shard}.csv", TEXTS, [0, 1] * 4)
     with pytest.raises(DataError, match="2 files of training rows and no dev set"):
         rows(tmp_path)
 
@@ -95,8 +95,8 @@ def test_a_defect_is_named_by_file_and_row(tmp_path: Path, texts: list[str], lab
 
 
 def test_a_file_that_changes_is_read_again(tmp_path: Path) -> None:
-    for part in range(2):
-        write(tmp_path / "train" / f"{part}.csv", TEXTS, [0, 1] * 4)
+    for shard in range(2):
+        write(tmp_path / "train" / f"{shard}.csv", TEXTS, [0, 1] * 4)
     write(tmp_path / "dev.csv", TEXTS, [0, 1] * 4)
     before = rows(tmp_path)["train"]
     write(tmp_path / "train" / "1.csv", [*TEXTS, "and more"], [0, 1] * 4 + [1])
@@ -104,11 +104,11 @@ def test_a_file_that_changes_is_read_again(tmp_path: Path) -> None:
 
 
 def test_the_labels_of_all_files_decide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole numbers first, then others; and shards that are sorted by class."""
+    """One shard has integer labels and the next has fractions; other shards are sorted by class."""
     monkeypatch.setattr(sharded, "CHUNK_ROWS", 3)
     for name, gold in (("numbers", ([1, 2, 3, 4] * 2, [0.5, 2.0] * 4)), ("sorted", (["b"] * 8, ["a"] * 8))):
-        for part, labels in enumerate(gold):
-            write(tmp_path / name / "train" / f"{part}.csv", TEXTS, labels)
+        for shard, labels in enumerate(gold):
+            write(tmp_path / name / "train" / f"{shard}.csv", TEXTS, labels)
         write(tmp_path / name / "dev.csv", TEXTS, gold[0])
     for _ in range(2):  # read, and from the cache
         assert task(tmp_path / "numbers").dataset.labels == ()
@@ -118,12 +118,12 @@ def test_the_labels_of_all_files_decide(tmp_path: Path, monkeypatch: pytest.Monk
         assert list(rows(tmp_path / "sorted")["train"].labels) == [1] * 8 + [0] * 8
 
 
-def test_what_is_no_number_is_named_however_many_numbers_there_are(
+def test_a_label_that_is_not_a_number_is_named_among_many_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(label_module, "MOST_CLASSES", 6)
-    for part in range(3):
-        write(tmp_path / "train" / f"{part}.csv", TEXTS, [part + i / 10 for i in range(8)])
+    for shard in range(3):
+        write(tmp_path / "train" / f"{shard}.csv", TEXTS, [shard + i / 10 for i in range(8)])
     write(tmp_path / "dev.csv", TEXTS, [0.5] * 7 + ["high"])
     for _ in range(2):
         assert task(tmp_path).dataset.labels == ()
@@ -137,8 +137,8 @@ def test_what_is_no_number_is_named_however_many_numbers_there_are(
 
 def test_too_many_classes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(label_module, "MOST_CLASSES", 6)
-    for part in range(2):
-        write(tmp_path / "train" / f"{part}.csv", TEXTS, [f"id {i}" for i in range(8)])
+    for shard in range(2):
+        write(tmp_path / "train" / f"{shard}.csv", TEXTS, [f"id {i}" for i in range(8)])
     write(tmp_path / "dev.csv", TEXTS, ["id 0"] * 8)
     with pytest.raises(DataError, match=r"0\.csv brings the labels to more than 6 different ones"):
         rows(tmp_path)
@@ -146,41 +146,41 @@ def test_too_many_classes_are_refused(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_one_file_of_train_and_several_of_dev(tmp_path: Path) -> None:
     write(tmp_path / "train" / "all.csv", TEXTS, ["a", "b"] * 4)
-    for part in range(2):
-        write(tmp_path / "validation" / f"{part}.csv", TEXTS, ["a", "b"] * 4)
+    for shard in range(2):
+        write(tmp_path / "validation" / f"{shard}.csv", TEXTS, ["a", "b"] * 4)
     assert {name: len(split) for name, split in rows(tmp_path).items()} == {"train": 8, "dev": 16}
 
 
 @pytest.mark.parametrize(
-    ("files", "said"),
+    ("files", "message"),
     [
         (("train/0.csv", "train/1.csv", "train.csv", "dev.csv"), r"train/0\.csv and train\.csv"),
         (("train.csv", "train.jsonl", "dev.csv"), r"train\.csv and train\.jsonl"),
         (("train/0.csv", "train/1.csv", "dev/0.csv", "val/0.csv"), r"dev/0\.csv and val/0\.csv"),
     ],
 )
-def test_two_places_for_one_split_are_refused(tmp_path: Path, files: tuple[str, ...], said: str) -> None:
+def test_two_places_for_one_split_are_refused(tmp_path: Path, files: tuple[str, ...], message: str) -> None:
     for file in files:
         write(tmp_path / file, TEXTS, ["a", "b"] * 4)
-    with pytest.raises(DataError, match=f"has {said}"):
+    with pytest.raises(DataError, match=f"has {message}"):
         rows(tmp_path)
 
 
-def test_the_rows_are_told_from_others_without_reading_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for part in range(2):
-        write(tmp_path / "train" / f"{part}.csv", TEXTS, ["a", "b"] * 4)
+def test_shards_are_identified_without_reading_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for shard in range(2):
+        write(tmp_path / "train" / f"{shard}.csv", TEXTS, ["a", "b"] * 4)
     write(tmp_path / "dev.csv", TEXTS, ["a", "b"] * 4)
-    facts = identify_rows(task(tmp_path).dataset, rows(tmp_path))
-    assert facts.rows == {"train": 16, "dev": 8}
+    record = identify_rows(task(tmp_path).dataset, rows(tmp_path))
+    assert record.rows == {"train": 16, "dev": 8}
     monkeypatch.setattr(sharded.MappedTexts, "__getitem__", lambda *_: pytest.fail("read"))
-    assert identify_rows(task(tmp_path).dataset, rows(tmp_path)) == facts
+    assert identify_rows(task(tmp_path).dataset, rows(tmp_path)) == record
     write(tmp_path / "train" / "1.csv", TEXTS, ["b", "a"] * 4)
-    assert identify_rows(task(tmp_path).dataset, rows(tmp_path)).digest != facts.digest
+    assert identify_rows(task(tmp_path).dataset, rows(tmp_path)).digest != record.digest
 
 
 def test_a_dev_label_that_no_training_row_has_is_refused(tmp_path: Path) -> None:
-    for part in range(2):
-        write(tmp_path / "train" / f"{part}.csv", TEXTS, ["a", "b"] * 4)
+    for shard in range(2):
+        write(tmp_path / "train" / f"{shard}.csv", TEXTS, ["a", "b"] * 4)
     write(tmp_path / "dev.csv", TEXTS, ["a", "c"] * 4)
     with pytest.raises(DataError, match="the label 'c' of the dev rows is in no training row"):
         rows(tmp_path)

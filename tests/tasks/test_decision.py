@@ -1,4 +1,4 @@
-"""Decisions: an exported folder is answered for by its kind of task."""
+"""Decisions: the kind of task turns the logits of an exported folder into answers."""
 
 from __future__ import annotations
 
@@ -66,10 +66,10 @@ def test_each_decision_gives_objects_tensors_and_lines_that_agree() -> None:
             assert np.prod(shape) == len(values), (decision, name)
 
 
-def test_a_decision_waits_for_neither_torch_nor_transformers() -> None:
+def test_decisions_import_neither_torch_nor_transformers() -> None:
     code = (
         "import sys; from spdtool.tasks.decision import find_decision; find_decision({}); "
         "find_decision({}, 'regression'); print([name for name in ('torch', 'transformers') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == "[]"

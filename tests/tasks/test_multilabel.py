@@ -1,4 +1,4 @@
-"""Several labels a row: losses by their formulas, thresholds, order of labels, and the stock pipeline's answers."""
+"""Multi-label classification: losses by their formulas, thresholds, label order, and the stock pipeline."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ NAMES = ("anger", "joy", "fear")
 
 def task(**fields: Any) -> Multilabel:
     dataset = Dataset("mine", "multilabel", ("text",), NAMES, ("f1_micro", "f1_macro", "map"), lambda _data, _seed: {})
-    made = task_of(replace(dataset, **fields))
-    assert isinstance(made, Multilabel)
-    return made
+    multilabel = task_of(replace(dataset, **fields))
+    assert isinstance(multilabel, Multilabel)
+    return multilabel
 
 
 def encoded(labels: np.ndarray) -> Encoded:
@@ -54,8 +54,8 @@ def test_the_logit_loss_is_the_divergence_of_each_label_mixed_with_the_gold_labe
             p = 1 / (1 + math.exp(-float(teacher[row, label]) / temperature))
             q = 1 / (1 + math.exp(-float(LOGITS[row, label]) / temperature))
             soft += p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
-            right = 1 / (1 + math.exp(-float(LOGITS[row, label])))
-            gold -= math.log(right if GOLD[row, label] else 1 - right)
+            probability = 1 / (1 + math.exp(-float(LOGITS[row, label])))
+            gold -= math.log(probability if GOLD[row, label] else 1 - probability)
     divisor, factor = (12, 1.0) if per_label else (4, temperature**2)
     expected = hardness * soft / divisor * factor + (1 - hardness) * gold / divisor
     loss = Loss(temperature=temperature, hardness=hardness, per_label=per_label)
@@ -65,19 +65,21 @@ def test_the_logit_loss_is_the_divergence_of_each_label_mixed_with_the_gold_labe
 
 
 def test_scores_are_of_the_answers_above_the_thresholds() -> None:
-    mine = task()
-    assert mine.score(LOGITS, encoded(GOLD))["f1_micro"] == 1.0, "without thresholds by the best ones for the rows"
-    mine.adopt_settings({"thresholds": [0.0, 0.0, 0.0]})
-    scores = mine.score(LOGITS, encoded(GOLD))
+    multilabel = task()
+    assert multilabel.score(LOGITS, encoded(GOLD))["f1_micro"] == 1.0, (
+        "without thresholds by the best ones for the rows"
+    )
+    multilabel.adopt_settings({"thresholds": [0.0, 0.0, 0.0]})
+    scores = multilabel.score(LOGITS, encoded(GOLD))
     assert scores["f1_micro"] == pytest.approx(2 * 4 / (5 + 5))
     assert scores["score"] == pytest.approx((scores["f1_micro"] + scores["f1_macro"] + scores["map"]) / 3)
-    mine.adopt_settings({"thresholds": [1.0, 0.0, -0.6]})
-    better = mine.score(LOGITS, encoded(GOLD))
+    multilabel.adopt_settings({"thresholds": [1.0, 0.0, -0.6]})
+    better = multilabel.score(LOGITS, encoded(GOLD))
     assert better["f1_micro"] == 1.0
     assert better["map"] == scores["map"], "a ranking knows no threshold"
-    assert mine.answers(LOGITS, encoded(GOLD), NAMES) == [["anger", "fear"], ["joy", "fear"], ["fear"], []]
-    assert mine.gold_answers(encoded(GOLD), NAMES) == mine.answers(LOGITS, encoded(GOLD), NAMES)
-    classes = mine.score_classes(LOGITS, encoded(GOLD), NAMES)
+    assert multilabel.answers(LOGITS, encoded(GOLD), NAMES) == [["anger", "fear"], ["joy", "fear"], ["fear"], []]
+    assert multilabel.gold_answers(encoded(GOLD), NAMES) == multilabel.answers(LOGITS, encoded(GOLD), NAMES)
+    classes = multilabel.score_classes(LOGITS, encoded(GOLD), NAMES)
     assert {name: (scores.f1, scores.rows) for name, scores in classes.items()} == {
         "anger": (1.0, 1),
         "joy": (1.0, 1),
@@ -85,18 +87,18 @@ def test_scores_are_of_the_answers_above_the_thresholds() -> None:
     }
 
 
-def test_the_settings_of_the_export_are_what_a_loaded_folder_answers_by() -> None:
-    mine = task()
-    settings = mine.settings(LOGITS, encoded(GOLD))
-    mine.adopt_settings(settings)
+def test_a_loaded_folder_answers_by_the_exported_settings() -> None:
+    multilabel = task()
+    settings = multilabel.settings(LOGITS, encoded(GOLD))
+    multilabel.adopt_settings(settings)
     decision = SeveralLabels(NAMES, settings)
-    assert decision.decide(LOGITS) == mine.answers(LOGITS, encoded(GOLD), NAMES)
-    np.testing.assert_allclose(decision.probabilities(LOGITS), mine.probabilities(LOGITS), atol=1e-6)
-    assert mine.score(LOGITS, encoded(GOLD))["f1_macro"] == 1.0
+    assert decision.decide(LOGITS) == multilabel.answers(LOGITS, encoded(GOLD), NAMES)
+    np.testing.assert_allclose(decision.probabilities(LOGITS), multilabel.probabilities(LOGITS), atol=1e-6)
+    assert multilabel.score(LOGITS, encoded(GOLD))["f1_macro"] == 1.0
     assert SeveralLabels(NAMES).decide(LOGITS) != decision.decide(LOGITS), "a lost threshold shows"
 
 
-def test_settings_of_a_stranger_are_checked() -> None:
+def test_invalid_settings_are_refused() -> None:
     for settings in ({"thresholds": [0.0]}, {"thresholds": "x"}, {"thresholds": [0, 0, None]}, {"temperature": 0}):
         with pytest.raises(ModelError, match="manifest.json has the"):
             SeveralLabels(NAMES, settings)  # type: ignore[arg-type]
@@ -117,12 +119,12 @@ def test_a_label_that_only_a_model_has_gets_a_column_of_zeros() -> None:
     assert widened.count_classes(rows)["dev"] == {"anger": 1, "joy": 1, "fear": 1, "awe": 0}
 
 
-def test_the_baseline_is_the_best_answer_that_is_the_same_for_every_row() -> None:
+def test_the_baseline_is_the_best_constant_answer() -> None:
     labels = np.array([[1, 0, 0], [1, 1, 0], [1, 0, 0], [0, 0, 1]])
-    mine = task(metrics=("f1_micro",))
-    assert mine.baseline(encoded(labels.astype(np.float32)))["score"] == pytest.approx(2 * 3 / (4 + 5))
-    assert mine.baseline(Rows(["a"] * 4, None, labels))["score"] == pytest.approx(2 * 3 / (4 + 5))
-    text = mine.describe_labels({"train": Rows(["a"] * 4, None, labels), "dev": Rows(["a"] * 4, None, labels)})
+    multilabel = task(metrics=("f1_micro",))
+    assert multilabel.baseline(encoded(labels.astype(np.float32)))["score"] == pytest.approx(2 * 3 / (4 + 5))
+    assert multilabel.baseline(Rows(["a"] * 4, None, labels))["score"] == pytest.approx(2 * 3 / (4 + 5))
+    text = multilabel.describe_labels({"train": Rows(["a"] * 4, None, labels), "dev": Rows(["a"] * 4, None, labels)})
     assert text.startswith("3 labels, 1.25 a row: anger 3, joy 1, fear 1; dev: anger 3")
 
 
@@ -179,7 +181,7 @@ def test_unlabelled_rows_learn_from_the_teacher_alone() -> None:
         (Regression, 1, torch.randn(5, generator=generator)),
     )
     section = Loss(hardness=0.4, regression_hardness=0.4, hidden=0)
-    alone = section.model_copy(update={"hardness": 1.0, "regression_hardness": 1.0})
+    teacher_only = section.model_copy(update={"hardness": 1.0, "regression_hardness": 1.0})
     for kind, width, labels in cases:
         student, teacher = (torch.randn(5, width, generator=generator) for _ in range(2))
         batch = {"attention_mask": torch.ones(5, 2), "labels": labels, LABELED: marks}
@@ -187,10 +189,12 @@ def test_unlabelled_rows_learn_from_the_teacher_alone() -> None:
         loss = distillation_loss(*outputs, batch, section, logit_loss=kind.logit_loss)["loss"]
         expected = 0.0
         for row in range(5):
-            one = slice(row, row + 1)
-            rows_section = section if marks[row] else alone
-            expected += float(kind.logit_loss(student[one], teacher[one], labels[one], rows_section)) / 5
+            row_slice = slice(row, row + 1)
+            rows_section = section if marks[row] else teacher_only
+            expected += (
+                float(kind.logit_loss(student[row_slice], teacher[row_slice], labels[row_slice], rows_section)) / 5
+            )
         assert float(loss) == pytest.approx(expected, rel=1e-5), kind
-        changed = batch | {"labels": torch.where(marks.view(-1, *[1] * (labels.ndim - 1)), labels, 1 - labels)}
-        again = distillation_loss(*outputs, changed, section, logit_loss=kind.logit_loss)["loss"]
-        assert torch.equal(loss, again), "a label that means nothing counts"
+        changed_batch = batch | {"labels": torch.where(marks.view(-1, *[1] * (labels.ndim - 1)), labels, 1 - labels)}
+        changed_loss = distillation_loss(*outputs, changed_batch, section, logit_loss=kind.logit_loss)["loss"]
+        assert torch.equal(loss, changed_loss), "a label that means nothing counts"

@@ -1,4 +1,4 @@
-"""What every kind of task shares: finding it, its rows and its scores; and the door for kinds of a plugin."""
+"""Common to all kinds of task: lookup, rows, scores, and kinds of task from plugins."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_score_is_the_mean_of_the_metrics_of_the_data_set(toy_task: ToyTask) -> 
     assert list(scores) == ["score", "accuracy", "f1"]
 
 
-def test_a_further_dev_set_has_its_suffix_and_no_say_in_the_score(toys: ModuleType, toy_task: ToyTask) -> None:
+def test_a_second_dev_set_has_a_suffix_and_does_not_count_in_the_score(toys: ModuleType, toy_task: ToyTask) -> None:
     splits = {"dev": tokenize(toys.tokenizer(), toys.rows(10), 16)}
     splits["dev_mm"] = tokenize(toys.tokenizer(), toys.rows(7, seed=3), 16)
     logits = {name: np.tile([0.0, 1.0], (len(rows), 1)) for name, rows in splits.items()}
@@ -70,13 +70,13 @@ def test_every_kind_says_which_checkpoints_it_opens() -> None:
 
 def test_a_kind_that_is_not_supported_is_named(toys: ModuleType, toy_task: ToyTask) -> None:
     toys.register(toy_task().dataset)
-    with pytest.raises(UnknownName, match="kind of task 'spans'") as caught:
+    with pytest.raises(UnknownName, match="kind of task 'spans'") as error:
         task_of(replace(toy_task().dataset, kind="spans"))
-    assert "classification" in str(caught.value.hint)
-    assert "regression" in str(caught.value.hint)
+    assert "classification" in str(error.value.hint)
+    assert "regression" in str(error.value.hint)
 
 
-def test_a_plugin_adds_a_kind_by_the_same_door(toys: ModuleType, toy_task: ToyTask, clean_plugins: None) -> None:
+def test_a_plugin_can_add_a_kind_of_task(toys: ModuleType, toy_task: ToyTask, clean_plugins: None) -> None:
     @plugins.task_kinds.register("shifted")
     class Shifted(spdtool.Task):
         """A class whose numbers start at 1."""

@@ -38,7 +38,7 @@ def checkpoint(tmp_path: Path, toys: ModuleType) -> Path:
 
 @pytest.fixture
 def export(tmp_path: Path, toys: ModuleType, checkpoint: Path, rounded: Any) -> Export:
-    """`export("fp32")`: the folder of its export by the target that rounds."""
+    """Return `export("fp32")`, which exports the checkpoint with the rounding target and returns the folder."""
 
     def make(values: str = "fp32") -> Path:
         folder: Path = tmp_path / "export" / "student"
@@ -49,9 +49,7 @@ def export(tmp_path: Path, toys: ModuleType, checkpoint: Path, rounded: Any) -> 
     return make
 
 
-def test_weights_that_are_stored_exactly_come_back_to_the_last_bit(
-    export: Export, checkpoint: Path, tmp_path: Path
-) -> None:
+def test_exactly_stored_weights_are_unpacked_to_the_last_bit(export: Export, checkpoint: Path, tmp_path: Path) -> None:
     folder = export()
     assert unpack_checkpoint(folder.parent, tmp_path / "out") == folder
     for name in ("model.safetensors", "config.json"):
@@ -122,6 +120,6 @@ def test_a_student_with_an_emptied_layer_is_refused_in_words(export: Export, tmp
     stored = [weight for weight in rounded().stored_weights(folder) if not weight.name.startswith(emptied)]
     stored += [weight for weight in rounded().stored_weights(folder) if "attention.output.LayerNorm" in weight.name]
     rounded.stored_weights = staticmethod(lambda _: iter(stored))
-    with pytest.raises(ModelError, match=r"a student with emptied layers: it stores nothing of 4 matrices") as caught:
+    with pytest.raises(ModelError, match=r"a student with emptied layers: it stores nothing of 4 matrices") as error:
         unpack_checkpoint(folder, tmp_path / "out")
-    assert caught.value.hint == "the checkpoint of a run is in RUN/finetune"
+    assert error.value.hint == "the checkpoint of a run is in RUN/finetune"
