@@ -81,8 +81,8 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         context = Context(options.device, options.tiny, Path(folder))
         for item in choose_items(options):
-            left = options.budget - MARGIN - (time.monotonic() - start)
-            lines.write(run_item(item, context, left, lines))
+            seconds_left = options.budget - MARGIN - (time.monotonic() - start)
+            lines.write(run_item(item, context, seconds_left, lines))
     print(render_table(lines.results))
     return int(any("error" in result for result in lines.results))
 
@@ -155,7 +155,7 @@ def run_item(item: Item, context: Context, seconds_left: float, lines: Lines) ->
 
 
 def render_table(results: list[dict[str, Any]]) -> str:
-    """Every figure with what was expected of it, as a Markdown table."""
+    """Format every figure and its expected value as a Markdown table."""
     rows = ["| item | figure | measured | expected |", "|---|---|---|---|"]
     expected: dict[str, dict[str, str]] = {}
     for result in results:
@@ -169,7 +169,7 @@ def render_table(results: list[dict[str, Any]]) -> str:
 
 
 def expected_of(name: str, figure: str, cache: dict[str, dict[str, str]]) -> str:
-    """What was expected of a figure; the longest beginning of its name that was written down."""
+    """Return the expected value of a figure, found by the longest matching prefix of its name."""
     import gpu_items
     import gpu_spdtool_items
 

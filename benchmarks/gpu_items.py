@@ -73,9 +73,9 @@ def measure_ceilings(context: Context) -> dict[str, Any]:
         ("bf16", torch.bfloat16, "highest"),
         ("fp16", torch.float16, "highest"),
     ):
-        left, right = (torch.randn(size, size, device=context.device).to(dtype) for _ in range(2))
+        first, second = (torch.randn(size, size, device=context.device).to(dtype) for _ in range(2))
         torch.set_float32_matmul_precision(precision)
-        milliseconds = time_calls(context, functools.partial(torch.matmul, left, right))
+        milliseconds = time_calls(context, functools.partial(torch.matmul, first, second))
         figures[f"{name} TFLOP/s"] = 2 * size**3 / milliseconds / 1e9
     torch.set_float32_matmul_precision("highest")
     return figures
@@ -126,7 +126,7 @@ def measure_torch_inference(context: Context) -> dict[str, Any]:
 
 
 def encoder(context: Context, width: int = 768, layers: int = 12) -> Any:
-    """A BERT with random weights, or a toy."""
+    """Build a BERT with random weights, or a toy."""
     import torch
     from transformers import BertConfig, BertForSequenceClassification
 

@@ -50,7 +50,7 @@ def run_stage(name: str, run: Any) -> None:
 
 
 def read_weights(folder: Path) -> dict[str, Any]:
-    """The weights of a checkpoint by name."""
+    """Read the weights of a checkpoint by name."""
     from safetensors.torch import load_file
 
     weights: dict[str, Any] = {}
@@ -61,8 +61,8 @@ def read_weights(folder: Path) -> dict[str, Any]:
 
 def largest_difference(before: Path, after: Path) -> float:
     """Largest difference of a weight between two checkpoints of one model."""
-    expected, found = read_weights(before), read_weights(after)
-    return max(float((found[name].float() - weight.float()).abs().max()) for name, weight in expected.items())
+    expected, actual = read_weights(before), read_weights(after)
+    return max(float((actual[name].float() - weight.float()).abs().max()) for name, weight in expected.items())
 
 
 def measure_phases(context: Context) -> dict[str, Any]:
@@ -149,14 +149,14 @@ def measure_sync_free(context: Context) -> dict[str, Any]:
 
 
 def measure_resume(context: Context) -> dict[str, Any]:
-    """Stop a stage behind its first snapshot as a kill would, go on, and compare with a run that was not stopped."""
+    """Stop a stage after its first snapshot, resume it, and compare the weights with an uninterrupted run."""
     from spdtool.training import snapshot
 
-    whole = build_run(context.folder / "whole", context.device, "save_minutes=0")
-    stopped = build_run(context.folder / "stopped", context.device, "save_minutes=0")
-    for run in (whole, stopped):
+    uninterrupted = build_run(context.folder / "whole", context.device, "save_minutes=0")
+    interrupted = build_run(context.folder / "stopped", context.device, "save_minutes=0")
+    for run in (uninterrupted, interrupted):
         run_stage("teacher", run)
-    run_stage("prune", whole)
+    run_stage("prune", uninterrupted)
     original = snapshot.Snapshotter.save
 
     def save_and_die(self: Any, *arguments: Any, **options: Any) -> None:
@@ -166,11 +166,15 @@ def measure_resume(context: Context) -> dict[str, Any]:
     snapshot.Snapshotter.save = save_and_die  # type: ignore[method-assign]
     try:
         with contextlib.suppress(EnoughStepsError):
-            run_stage("prune", stopped)
+            run_stage("prune", interrupted)
     finally:
         snapshot.Snapshotter.save = original  # type: ignore[method-assign]
-    run_stage("prune", stopped)
-    return {"largest difference of a weight": largest_difference(whole.use_input("prune"), stopped.use_input("prune"))}
+    run_stage("prune", interrupted)
+    return {
+        "largest difference of a weight": largest_difference(
+            uninterrupted.use_input("prune"), interrupted.use_input("prune")
+        )
+    }
 
 
 # model (width x layers), rows, further settings
@@ -302,7 +306,7 @@ def measure_profile(context: Context) -> dict[str, Any]:
 
 
 def measure_bench(context: Context) -> dict[str, Any]:
-    """What `spdtool bench` says of a smaller student of the embedded task."""
+    """Run `spdtool bench` on a smaller student of the embedded task; return its figures."""
     import spdtool
     from spdtool.run.folder import Run
 

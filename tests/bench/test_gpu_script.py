@@ -1,4 +1,4 @@
-"""`benchmarks/gpu.py`: the same code on a CPU with toy sizes, its guard, and what it says of what is missing."""
+"""`benchmarks/gpu.py` on a CPU with toy sizes: its items, its time guard, and reports of missing parts."""
 
 from __future__ import annotations
 

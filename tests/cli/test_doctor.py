@@ -181,10 +181,10 @@ def test_nvidia_libraries_are_looked_for_in_every_site_packages(
     monkeypatch.setattr("sys.path", [*doctor.sys.path, str(tmp_path / "own"), str(tmp_path / "shared")])
     places = {"own/nvidia/cu13/lib": cuda_libraries.required_libraries(13)[:-1]}
     places["shared/nvidia/cudnn/lib"] = ("libcudnn.so.9", "libcublas.so.12")  # that of another CUDA is none
-    for place, names in places.items():
-        (tmp_path / place).mkdir(parents=True)
+    for folder, names in places.items():
+        (tmp_path / folder).mkdir(parents=True)
         for name in names:
-            (tmp_path / place / name).touch()
+            (tmp_path / folder / name).touch()
     check = {check.name: check for check in doctor._check_cuda()}["NVIDIA libraries"]
     assert (check.status, check.found) == ("ok", f"7 in {tmp_path / 'own'}, {tmp_path / 'shared'}")
     loaded: list[str] = []

@@ -68,10 +68,10 @@ def test_a_damaged_entry_is_computed_again(cache_folder: Path) -> None:
             contents.replace("<i8", "<f8")
         ),
         "it is a file": lambda: (shutil.rmtree(entry), entry.write_text("x")),
-        "another entry was copied over it": lambda: (shutil.rmtree(entry), shutil.copytree(other, entry)),
+        "another entry was copied over it": lambda: (shutil.rmtree(entry), shutil.copytree(other_entry, entry)),
     }
     cache.cached_arrays("kind", "other", fill_and_count(calls))
-    other = cache_folder / "kind" / "other"
+    other_entry = cache_folder / "kind" / "other"
     for damage, apply in damages.items():
         apply()
         cache._verified.clear()  # as in a new process

@@ -48,9 +48,9 @@ def change(sound: Path, folder: Path, weight: str | None = None, **fields: objec
 def test_what_cannot_be_used_is_refused_with_the_tool_and_the_reason(sound: Path, tmp_path: Path) -> None:
     for number, (tool, weight, reason) in enumerate(FOREIGN):
         folder = change(sound, tmp_path / str(number), weight)
-        with pytest.raises(ModelError, match=reason) as caught:
+        with pytest.raises(ModelError, match=reason) as error:
             load_model(folder)
-        assert "migrate.md" in str(caught.value.hint), tool
+        assert "migrate.md" in str(error.value.hint), tool
     with pytest.raises(ModelError, match="replaced its layer normalization"):
         load_model(change(sound, tmp_path / "norm", layer_norm_type="no_norm"))
     with pytest.raises(ModelError, match="movement pruning"):

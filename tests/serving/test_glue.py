@@ -15,7 +15,7 @@ from spdtool.serving import glue
 
 
 class FakeClassifier:
-    """Answers in turn, and remembers what it was asked."""
+    """A stub that answers in turn and records its requests."""
 
     bundle = SimpleNamespace(folder=Path("bundle"))
 

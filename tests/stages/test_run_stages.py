@@ -1,4 +1,4 @@
-"""A finished stage says the same when it is asked again, and so does the exit code."""
+"""A finished stage reports the same result and exit code when it is run again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Phases that learn from texts without labels: what they train on, and the same bits after an interruption."""
+"""Phases that learn from texts without labels: their training rows, and exact resuming."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ SETS = ("prune.epochs=2", "prune.loss.hardness=0.5")
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> Iterator[Path]:
-    """A run that has its teacher, and beside it a file of texts without labels."""
+def base_folder(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> Iterator[Path]:
+    """A folder with a run up to its teacher and a file of texts without labels."""
     folder = tmp_path_factory.mktemp("unlabeled")
     (folder / "more.txt").write_text("".join(f"{text}\n" for text in toys.rows(40, seed=9).first))
     with plugins.isolated():
@@ -33,24 +33,24 @@ def base(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> Iterator
         yield folder
 
 
-def copied(base: Path, to: Path, toys: ModuleType, *sets: str) -> Run:
-    """A copy of the run, with further settings."""
-    shutil.copytree(base / "run", to)
-    return Run.for_recipe(to, toys.recipe(*SETS, f"unlabeled={base / 'more.txt'}", *sets))
+def copy_run(base_folder: Path, target: Path, toys: ModuleType, *sets: str) -> Run:
+    """Copy the run to `target` with further settings."""
+    shutil.copytree(base_folder / "run", target)
+    return Run.for_recipe(target, toys.recipe(*SETS, f"unlabeled={base_folder / 'more.txt'}", *sets))
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
     return load_file(run.path / "prune" / "model.safetensors")
 
 
-def equal(one: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> bool:
-    return all(torch.equal(one[name], reference[name]) for name in one)
+def have_equal_weights(weights: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(weights[name], reference[name]) for name in weights)
 
 
 def test_a_killed_phase_goes_on_with_the_same_bits_and_the_texts_change_the_student(
-    base: Path, tmp_path: Path, toys: ModuleType, monkeypatch: pytest.MonkeyPatch
+    base_folder: Path, tmp_path: Path, toys: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = copied(base, tmp_path / "whole", toys)
+    run = copy_run(base_folder, tmp_path / "whole", toys)
     phase = load_phase(run, "prune", start="teacher")
     rows = phase.splits["train"]
     assert (len(rows), rows.epoch_rows, phase.length.steps_per_epoch) == (64, 48, 6)
@@ -61,7 +61,7 @@ def test_a_killed_phase_goes_on_with_the_same_bits_and_the_texts_change_the_stud
     assert of_teacher is not None
     assert (recorded.rows["unlabeled"], of_teacher.unlabeled) == (40, None)
 
-    killed = copied(base, tmp_path / "killed", toys, "save_minutes=0")
+    interrupted = copy_run(base_folder, tmp_path / "killed", toys, "save_minutes=0")
     steps: list[int] = []
     step = loop._train_step
 
@@ -73,19 +73,19 @@ def test_a_killed_phase_goes_on_with_the_same_bits_and_the_texts_change_the_stud
 
     monkeypatch.setattr(loop, "_train_step", stop_at_8)
     with pytest.raises(KeyboardInterrupt):
-        prune(killed)
-    prune(Run.open(killed.path))
+        prune(interrupted)
+    prune(Run.open(interrupted.path))
     assert steps == [*range(9), *range(8, 12)]
-    assert equal(weights(run), weights(killed))
+    assert have_equal_weights(weights(run), weights(interrupted))
 
-    without = copied(base, tmp_path / "without", toys, "unlabeled=none")
+    without = copy_run(base_folder, tmp_path / "without", toys, "unlabeled=none")
     prune(without)
-    assert not equal(weights(run), weights(without))
+    assert not have_equal_weights(weights(run), weights(without))
 
 
-def test_other_texts_need_no_new_teacher(base: Path, tmp_path: Path, toys: ModuleType) -> None:
+def test_other_texts_need_no_new_teacher(base_folder: Path, tmp_path: Path, toys: ModuleType) -> None:
     other_run = tmp_path / "other.txt"
     other_run.write_text("a very good film\n" * 3)
-    run = copied(base, tmp_path / "run", toys, f"unlabeled={other_run}")
+    run = copy_run(base_folder, tmp_path / "run", toys, f"unlabeled={other_run}")
     rows = load_phase(run, "prune", start="teacher").splits["train"]
     assert (len(rows), rows.epoch_rows) == (27, 27)

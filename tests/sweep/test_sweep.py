@@ -199,9 +199,9 @@ def test_data_for_a_task_outside_the_sweep_is_refused():
     ],
 )
 def test_a_wrong_setting_is_refused_before_any_trial(planned, tmp_path, changes, error, message):
-    with pytest.raises(error) as caught:
+    with pytest.raises(error) as raised:
         planned(**changes)
-    assert message in f"{caught.value.message} {caught.value.hint}"
+    assert message in f"{raised.value.message} {raised.value.hint}"
     assert list(tmp_path.iterdir()) == []
 
 

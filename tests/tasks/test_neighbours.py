@@ -16,8 +16,10 @@ def test_neighbours_are_those_of_a_slow_search(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(neighbours, "CHUNK_ROWS", chunk)
         fast = find_neighbours(vectors, 4)
         for row in range(25):
-            similarity = [cosines(vectors[row : row + 1], vectors[other : other + 1])[0] for other in range(25)]
-            nearest = sorted(set(range(25)) - {row}, key=lambda other: -similarity[other])[:4]
+            similarity = [
+                cosines(vectors[row : row + 1], vectors[candidate : candidate + 1])[0] for candidate in range(25)
+            ]
+            nearest = sorted(set(range(25)) - {row}, key=lambda candidate: -similarity[candidate])[:4]
             assert set(fast[row]) == set(nearest), (chunk, row)
 
 

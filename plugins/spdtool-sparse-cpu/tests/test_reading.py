@@ -1,4 +1,4 @@
-"""What a head reads decides what the operator computes: token 0, a mean, every real token, or padding too."""
+"""The operator computes only the states that a head reads: token 0, a mean, every real token, or padding too."""
 
 import numpy as np
 import onnx
@@ -17,7 +17,7 @@ TOLERANCE = 2e-5
 
 
 def build(toys, architecture, auto, **options):
-    """A tiny encoder with another head than a classifier's."""
+    """Build a tiny encoder with another head than a classifier's."""
     config = toys.classifier(architecture, layers=1, **options).config
     torch.manual_seed(0)
     return auto.from_config(config, attn_implementation="eager").eval()

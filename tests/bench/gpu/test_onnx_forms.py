@@ -44,18 +44,18 @@ def test_buffers_hold_each_batch_of_their_shape(engine: Engine) -> None:
 
 
 def test_a_cuda_graph_has_its_provider_option_and_a_number_for_each_shape(engine: Engine, monkeypatch: Any) -> None:
-    asked: list[Any] = []
+    sessions: list[Any] = []
     open_session = onnx_session.open_session
 
     def open_on_cpu(path: Path, provider: str, *arguments: Any, **how: Any) -> Any:
-        asked.append((provider, how["provider_options"]))
+        sessions.append((provider, how["provider_options"]))
         return open_session(path, "cpu", *arguments)
 
     stream = type("Stream", (), {"cuda_stream": 1234})()
     monkeypatch.setattr(onnx_forms.onnx_session, "open_session", open_on_cpu)
     monkeypatch.setattr(onnx_forms, "torch_stream", lambda: stream)
     opened = onnx_forms.open_bound(replace(engine, provider="cuda", graph=True))
-    assert asked == [("cuda", {"enable_cuda_graph": "1", "user_compute_stream": "1234"})]
+    assert sessions == [("cuda", {"enable_cuda_graph": "1", "user_compute_stream": "1234"})]
     assert opened.measure_device is not None
     bound = onnx_forms.BoundSession(open_session(Path(engine.path)), "cpu", graphed=True)
     for shape, number in ((Shape(2, 4), "1"), (Shape(3, 4), "2"), (Shape(2, 4), "1")):

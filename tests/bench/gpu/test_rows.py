@@ -24,13 +24,13 @@ FUSED = "onnx-ort-fp16 teacher"
 @pytest.fixture
 def lineup(tmp_path: Path) -> Lineup:
     """Plain and fused fp16 files of both roles, of which only the graph without row lengths is there."""
-    made = Lineup(pairs={"onnx-ort-fp16": FUSED})
+    engines_and_files = Lineup(pairs={"onnx-ort-fp16": FUSED})
     file = tmp_path / "model.onnx"
     onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], [])), file)
     for name in ("teacher", "student", "onnx-ort-fp16", FUSED):
-        made.engines.append(Engine(name, "onnxruntime", str(file), vocabulary=9, provider="cuda"))
-        made.files[name] = ModelFile(100, size=10, sparsity=0.0, score=0.9)
-    return made
+        engines_and_files.engines.append(Engine(name, "onnxruntime", str(file), vocabulary=9, provider="cuda"))
+        engines_and_files.files[name] = ModelFile(100, size=10, sparsity=0.0, score=0.9)
+    return engines_and_files
 
 
 def scores_of(passing: tuple[str, ...]) -> Callable[..., dict[str, TorchScore]]:

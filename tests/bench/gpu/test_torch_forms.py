@@ -95,7 +95,7 @@ def test_a_graph_is_warmed_up_on_a_stream_of_its_own_before_the_capture(monkeypa
         events.append(f"leave {name}")
 
     def stream_of(name: str) -> Any:
-        return SimpleNamespace(wait_stream=lambda other: events.append(f"{name} waits"))
+        return SimpleNamespace(wait_stream=lambda waited_stream: events.append(f"{name} waits"))
 
     monkeypatch.setattr(torch.cuda, "Stream", lambda: stream_of("side"))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream_of("main"))
