@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,9 @@ from spdtool.data.batches import training_batches
 from spdtool.data.dataset import Dataset, Rows
 from spdtool.data.ranking import METRICS
 from spdtool.data.tokens import empty_split
-from spdtool.errors import DataError, ModelError
+from spdtool.errors import DataError, GateError, ModelError
+from spdtool.export.gates.folder import check_configuration
+from spdtool.models.load import load_model, save_model
 from spdtool.recipe.fields import Loss
 from spdtool.tasks.prepare import task_of
 from spdtool.tasks.ranking import Ranking, Relevance, listwise_loss, margin_loss
@@ -167,3 +171,21 @@ def test_a_score_is_that_of_a_cross_encoder() -> None:
         assert prediction["logits"] == outputs[1].tolist()
         assert decision.line(prediction) == f"{decision.decide(outputs)[1]:.6g}"
     assert Relevance(["score"]).scored_answers(one_output) == [0.0, 2.0]
+
+
+def test_a_changed_activation_is_caught_and_that_of_newer_folders_is_read(tmp_path: Path) -> None:
+    model = toys.bert(labels=1)
+    save_model(model, toys.tokenizer(), tmp_path / "checkpoint")
+    identity = "torch.nn.modules.linear.Identity"
+    # Version 6 of sentence-transformers stores it beside config.json.
+    file = tmp_path / "checkpoint/config_sentence_transformers.json"
+    file.write_text(json.dumps({"model_type": "CrossEncoder", "activation_fn": identity}), "utf-8")
+    student = load_model(tmp_path / "checkpoint")
+    assert Relevance.settings_of(student.config.to_dict()) == {"activation": "identity"}
+    save_model(student, toys.tokenizer(), tmp_path / "exported")
+    check_configuration(tmp_path / "exported", tmp_path / "checkpoint")
+    config = json.loads((tmp_path / "exported/config.json").read_text("utf-8"))
+    del config["sentence_transformers"]
+    (tmp_path / "exported/config.json").write_text(json.dumps(config), "utf-8")
+    with pytest.raises(GateError, match="sentence_transformers"):
+        check_configuration(tmp_path / "exported", tmp_path / "checkpoint")
