@@ -47,6 +47,7 @@ def have_equal_weights(weights: dict[str, torch.Tensor], reference: dict[str, to
     return all(torch.equal(weights[name], reference[name]) for name in weights)
 
 
+@pytest.mark.slow
 def test_a_killed_phase_goes_on_with_the_same_bits_and_the_texts_change_the_student(
     base_folder: Path, tmp_path: Path, toys: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -128,6 +128,7 @@ def test_list_answers_are_refused_for_single_label_tasks(reference: Reference, t
         predict_from_texts(classifier, reference.dev, 32, reference.label_names)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("clean_plugins")
 def test_faults_in_multi_label_settings_are_detected(tmp_path: Path, toys: ModuleType) -> None:
     words_by_label, names = (set(toys.GOOD), set(toys.BAD), {"very"}), ("kind", "unkind", "loud")
