@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spdtool import console
 from spdtool.data.tokens import LABELED
+from spdtool.distillation.device_states import ROW_NUMBERS, DeviceStates
 from spdtool.distillation.grafting import LayerDraw, LayerMixing, create_mixing, replacing_rate
 from spdtool.distillation.layer_map import map_layers, select_layers
 from spdtool.distillation.losses import LogitLoss, LossTerms, LossWeight, distillation_loss
@@ -58,6 +59,11 @@ class Lesson:
             weight: fraction of the global batch that these rows hold.
         """
         raise NotImplementedError
+
+    @property
+    def has_grafting(self) -> bool:
+        """Whether layers of a teacher stand in at all."""
+        return False
 
     def log_values(self, progress: float) -> dict[str, object]:  # noqa: ARG002
         """Return what to log beside the losses."""
@@ -126,6 +132,7 @@ class DistillationLesson(Lesson):
             self.projections = create_projections(
                 student_shape.layers, student_shape.width, teacher_shape.width, seed=seed, device=self.student.device
             )
+        self.device_states: DeviceStates | None = None  # set where they fit
         self.parameters = dict(self.projections)
         self.counts_padding = not section.loss.mask_padding
         if section.clip_over == "all":
@@ -144,7 +151,7 @@ class DistillationLesson(Lesson):
     def loss(self, batch: dict[str, Tensor], progress: float, weight: LossWeight) -> LossTerms:
         """Compare the student's outputs with the teacher's, which may be cached; see `Lesson`."""
         # first, because it takes the cached columns out of the batch
-        cached = pop_cached_outputs(batch)
+        cached = self._read_teacher_outputs(batch)
         is_labeled = batch.pop(LABELED, None)  # no model reads it
         teacher_outputs = cached or self.compute_teacher_outputs(batch)
         with self._mixing.mix(self._rate(progress)):
@@ -165,6 +172,12 @@ class DistillationLesson(Lesson):
     def compute_teacher_outputs(self, batch: dict[str, Tensor]) -> ModelOutputs:
         """Run the teacher; return its outputs in the order of the student's layers."""
         return select_layers(self._compute_outputs(self.teacher, batch, self._ignored_by_teacher), self._layers)
+
+    def _read_teacher_outputs(self, batch: dict[str, Tensor]) -> ModelOutputs | None:
+        """Take what is cached of the teacher out of a batch; None where it has to look."""
+        if self.device_states is not None:
+            return self.device_states.read(batch.pop(ROW_NUMBERS), batch["attention_mask"].shape[1])
+        return pop_cached_outputs(batch)
 
     def log_values(self, progress: float) -> dict[str, object]:
         """Return the replacing rate, and the layers that the last draw left to the student."""

@@ -116,14 +116,28 @@ def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tens
     losses = []
     # divided once for all layers, and without asking the device how many tokens there are
     token_weights = None if mask is None else mask / mask.sum()
+    if _can_stack(student, teacher):
+        error = (torch.stack(list(student)).float() - torch.stack(list(teacher)).float()).square().mean(-1)
+        return error.mean((1, 2)).sum() if token_weights is None else (error * token_weights).sum()
     for student_state, teacher_state in zip(student, teacher, strict=True):
         if token_weights is None:
-            losses.append(F.mse_loss(student_state, teacher_state))
+            losses.append(F.mse_loss(student_state.float(), teacher_state.float()))
         else:
             # differences of half-precision states would lose most of their digits
             error = (student_state.float() - teacher_state.float()).square().mean(-1)
             losses.append((error * token_weights).sum())
     return torch.stack(losses).sum()
+
+
+def _can_stack(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> bool:
+    """Whether to compare all layers in one operation: a GPU waits for its launches, a CPU for its memory.
+
+    Without autocast on a CPU the order of the sums stays that of layer by layer.
+    """
+    if student[0].device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+        return False
+    same_shape = len({state.shape for state in (*student, *teacher)}) == 1
+    return same_shape and len({state.dtype for state in student}) == len({state.dtype for state in teacher}) == 1
 
 
 def relation_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor | None, heads: int) -> Tensor:
@@ -170,12 +184,12 @@ def attention_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: T
     for student_map, teacher_map in zip(student, teacher, strict=True):
         visible = (teacher_map > MASKED_SCORE) & (student_map > MASKED_SCORE)
         if mask is None:
-            losses.append(torch.where(visible, student_map - teacher_map, 0.0).float().square().mean())
+            losses.append(torch.where(visible, student_map.float() - teacher_map.float(), 0.0).square().mean())
             continue
         real_pairs = mask.bool()[:, None, :, None] & mask.bool()[:, None, None, :]
         counted = visible & real_pairs
         # `where` before the square: the difference of two masked scores may be infinite or NaN
-        error = torch.where(counted, student_map - teacher_map, 0.0).float().square()
+        error = torch.where(counted, student_map.float() - teacher_map.float(), 0.0).square()
         # a micro-batch of weight zero may have no pair at all
         losses.append(error.sum() / counted.sum().clamp(min=1))
     return torch.stack(losses).sum()

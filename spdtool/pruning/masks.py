@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ class Masks:
         dead: name to bool tensor, True where the weight is dead.
         dead_values: name to the values that dead weights had when they died, zero where a weight
             lives; empty where the dead stay dead (see `allow_regrowth`).
+        zeroes_together: zero all gradients in one operation, by 4 more bytes a weight: on a GPU.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], pattern: Pattern = SINGLE_WEIGHTS) -> None:
@@ -47,10 +48,13 @@ class Masks:
         for name, weight in self.parameters.items():
             self.dead[name] = torch.zeros_like(local_rows(weight), dtype=torch.bool)
         self.dead_values: dict[str, Tensor] = {}
+        self.zeroes_together = any(weight.device.type != "cpu" for weight in self.parameters.values())
         self._optimizer: torch.optim.Optimizer | None = None
         # an optimiser step leaves a weight zero whose moments and gradient are zero: nothing is left to do
         self._moments_are_zero = False  # dead weights and their moments, since the last `apply`
         self._gradients_are_zero = False  # of dead weights, for the coming step
+        self._alive: dict[str, Tensor] = {}  # see `_zero_together`
+        self._alive_of: dict[str, tuple[Tensor, int]] = {}
 
     @classmethod
     def from_zeros(cls, parameters: Mapping[str, nn.Parameter], pattern: Pattern = SINGLE_WEIGHTS) -> Masks:
@@ -137,6 +141,8 @@ class Masks:
                 weight.copy_(torch.where(was_dead | is_dead, weight, updated[name]))
             self.dead[name] = is_dead
         self.apply()
+        if self._alive:  # a recorded step reads them where they are
+            self._find_alive()
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -149,10 +155,33 @@ class Masks:
     @torch.no_grad()
     def zero_gradients(self) -> None:
         """Set the gradients of dead weights to zero, before they count in the clipped norm."""
+        gradients = {}
         for name, weight in self.parameters.items():
             if weight.grad is not None:
-                clear_dead(local_rows(weight.grad), self.dead[name])
+                gradients[name] = local_rows(weight.grad)
+        if self.zeroes_together:
+            self._zero_together(gradients)
+        else:
+            for name, gradient in gradients.items():
+                clear_dead(gradient, self.dead[name])
         self._gradients_are_zero = True
+
+    def _zero_together(self, gradients: Mapping[str, Tensor]) -> None:
+        """Zero the gradients of all dead weights in one operation, where launching one for each matrix takes longer."""
+        alive = self._find_alive()
+        torch._foreach_mul_(list(gradients.values()), [alive[name] for name in gradients])
+
+    def _find_alive(self) -> dict[str, Tensor]:
+        """Return 1 for each live weight and 0 for each dead one; the tensors stay, their numbers follow `dead`."""
+        for name, dead in self.dead.items():
+            source = self._alive_of.get(name)
+            if source is not None and source[0] is dead and source[1] == dead._version:
+                continue
+            if name not in self._alive:
+                self._alive[name] = torch.empty_like(local_rows(self.parameters[name]))
+            self._alive[name].copy_(~dead)
+            self._alive_of[name] = dead, dead._version
+        return self._alive
 
     def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
         """Keep the dead and their moments zero after every step, until the handle is removed."""
@@ -222,10 +251,15 @@ class Masks:
         Raises:
             GateError: names the first parameter for which one is not.
         """
+        names, flags = [], []
         for name, weight in self.parameters.items():
             for tensor in (weight, weight.grad, *self._moments(weight)):
-                if tensor is not None and bool((local_rows(tensor)[self.dead[name]] != 0).any()):
-                    raise GateError(f"{name}: a pruned weight, its gradient or one of its moments is not zero")
+                if tensor is not None:
+                    names.append(name)
+                    flags.append((local_rows(tensor).ne(0) & self.dead[name]).any())
+        revived = find_flagged(names, flags)
+        if revived is not None:
+            raise GateError(f"{revived}: a pruned weight, its gradient or one of its moments is not zero")
 
     def state_dict(self) -> dict[str, Tensor]:
         """Parameter name to the bool tensor of the dead, gathered. Collective."""
@@ -238,6 +272,8 @@ class Masks:
         """Restore the result of `state_dict`."""
         for name, weight in self.parameters.items():
             self.dead[name] = fsdp.take_local_rows(state[name], weight).to(weight.device)
+        if self._alive:
+            self._find_alive()
         self._moments_are_zero = False  # the optimiser's state is restored by somebody else
 
     def _gather_scores(self, name: str, scores: Tensor) -> Tensor:
@@ -266,6 +302,16 @@ class Masks:
         for name, total in zip(flags, totals, strict=True):
             counts[name] = (total, self.parameters[name].numel())
         return counts
+
+
+def find_flagged(names: Sequence[str], flags: Sequence[Tensor]) -> str | None:
+    """Return the first name whose flag, a scalar on the device, is set: all are read in one synchronisation."""
+    if not flags:
+        return None
+    for name, is_set in zip(names, torch.stack(list(flags)).tolist(), strict=True):
+        if is_set:
+            return name
+    return None
 
 
 def clear_dead(tensor: Tensor, dead: Tensor) -> None:

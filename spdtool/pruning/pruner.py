@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from spdtool import plugins
 from spdtool.errors import RecipeError
 from spdtool.models import collectives, fsdp
-from spdtool.pruning.masks import Masks, check_counts
-from spdtool.pruning.statistics import STATISTICS, Observer, Stats
+from spdtool.pruning.masks import Masks, check_counts, find_flagged
+from spdtool.pruning.statistics import STATISTICS, Observer, Stats, full_float32
 from spdtool.recipe.fields import Prune
 
 OnWork = Callable[[str], None]
@@ -80,6 +80,11 @@ class Pruner:
         return self._observer.reads("input")
 
     @property
+    def has_dense_gradients(self) -> bool:
+        """Whether the gradients of dead weights stay, and have a part in the clipped norm."""
+        return self._dense_gradients
+
+    @property
     def needs_dead_gradients(self) -> bool:
         """Whether the gradients of dead weights are needed."""
         return self.reads_gradients or self._dense_gradients or self.masks.can_regrow
@@ -97,13 +102,13 @@ class Pruner:
         """Whether the last event is over after optimiser step `step`: the target is reached."""
         return step >= self.last_event
 
-    def observe_gradients(self, scale: float = 1.0) -> None:
+    def observe_gradients(self, overflow: Tensor | None = None) -> None:
         """Add the gradients of a step to the statistics, after its backward passes.
 
         Args:
-            scale: the loss scale that multiplied them.
+            overflow: scalar on the device, above 0 if fp16 overflowed: the step then does not count.
         """
-        self._observer.add_gradients(scale)
+        self._observer.add_gradients(overflow)
 
     def observe_inputs(self, attention_mask: Tensor | None = None) -> AbstractContextManager[None]:
         """Add the layers' inputs to the statistics, in forward passes inside the context.
@@ -128,6 +133,7 @@ class Pruner:
             self.masks.zero_gradients()
 
     @torch.no_grad()
+    @full_float32()
     def prune(self, step: int, on_work: OnWork = lambda _: None) -> float | None:
         """Prune if an event is due after optimiser step `step`; return the sparsity now, or None.
 
@@ -147,6 +153,7 @@ class Pruner:
         for number, name in enumerate(self.masks.parameters, 1):
             on_work(f"scoring matrix {number} of {len(self.masks.parameters)}")
             scores[name] = self._score(name)
+        self._check_scores(scores)
         dead, allocation = self.masks.choose(scores, sparsity, self.section.scope, self.section.least)
         self.clamped, self.lowered = allocation.clamped, allocation.lowered
         updated = self._update_survivors(dead, on_work)
@@ -208,7 +215,7 @@ class Pruner:
         """Ask the criterion for the scores of one matrix.
 
         Raises:
-            RecipeError: they are of another shape than the weight, or not numbers.
+            RecipeError: they are of another shape than the weight.
             PluginError: the criterion of a plugin fails.
         """
         weight = self.masks.build_full_weight(name)  # the dead are ranked with the value that they had
@@ -219,12 +226,18 @@ class Pruner:
             raise RecipeError(f"{expected}, shape {tuple(weight.shape)}, and gives {type(scores).__name__}")
         if scores.shape != weight.shape:
             raise RecipeError(f"{expected}, shape {tuple(weight.shape)}, and gives shape {tuple(scores.shape)}")
-        if bool(scores.isnan().any()):
+        return scores
+
+    def _check_scores(self, scores: Mapping[str, Tensor]) -> None:
+        """Raise RecipeError if a score is not a number."""
+        name = find_flagged(list(scores), [score.isnan().any() for score in scores.values()])
+        if name is not None:
+            wrong, size = int(scores[name].isnan().sum()), scores[name].numel()
             raise RecipeError(
-                f"{expected}, and {int(scores.isnan().sum()):,} of {scores.numel():,} are not numbers",
+                f"criterion {self.section.criterion!r} must give a score for each weight of {name}, and {wrong:,} of "
+                f"{size:,} are not numbers",
                 "if the loss was not a number either, set prune.learning_rate lower",
             )
-        return scores
 
     def _call_criterion(self, weight: Tensor, stats: Stats) -> Tensor:
         """Score every weight; with a pattern of blocks, by its block where the criterion can."""

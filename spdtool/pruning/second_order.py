@@ -19,8 +19,11 @@ from spdtool.pruning.criteria import Block
 from spdtool.pruning.patterns import sum_blocks
 from spdtool.pruning.statistics import Stats, split_into_blocks
 
-# numbers in the largest temporary tensor; three of them live together, 400 MB in float32
-AT_ONCE = 2**25
+# numbers in the largest temporary tensor; three of them live together, 400 MB in float32, on a GPU 3.2 GB
+AT_ONCE, AT_ONCE_ON_GPU = 2**25, 2**28
+# Of the systems of single rows, on a CPU: 16 MB, which the allocator keeps. Larger ones are returned to the system, and
+# touching their pages again took a third of the time (benchmarks/row_solvers.py).
+ROWS_AT_ONCE = 2**22
 
 
 def update_blocks(weight: Tensor, alive: Tensor, stats: Stats) -> Tensor:
@@ -80,11 +83,12 @@ def update_rows(weight: Tensor, alive: Tensor, stats: Stats) -> Tensor:
     assert stats.input_gram is not None
     gram, dead = stats.input_gram, ~alive
     removed = weight.float() * dead
-    if int(alive.sum(1).max()) <= int(dead.sum(1).max()):
-        change = _solve_rows(gram, removed @ gram, alive)
+    live_cost, dead_cost = (mask.sum(1).double().pow(3).sum() for mask in (alive, dead))
+    if bool(live_cost <= dead_cost):
+        change = solve_rows(gram, removed @ gram, alive)
     else:
         inverse = _inverse(gram[None])[0]
-        change = -(_solve_rows(inverse, removed, dead) @ inverse)
+        change = -(solve_rows(inverse, removed, dead) @ inverse)
     return ((weight.float() + change) * alive).to(weight.dtype)
 
 
@@ -113,7 +117,8 @@ def layerwise(weight: Tensor, stats: Stats) -> Tensor:
 
 def _chunks(size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Yield slices of tensors together; a tensor [slice, size, size] has at most `AT_ONCE` numbers."""
-    length = max(1, AT_ONCE // size**2)
+    at_once = AT_ONCE if tensors[0].device.type == "cpu" else AT_ONCE_ON_GPU
+    length = max(1, at_once // size**2)
     yield from zip(*(torch.split(tensor, length) for tensor in tensors), strict=True)
 
 
@@ -127,26 +132,41 @@ def _update_chunk(blocks: Tensor, rows: Tensor, alive: Tensor) -> Tensor:
     return (rows + torch.cholesky_solve(wanted.unsqueeze(2), factorize(system)).squeeze(2)) * live
 
 
-def _solve_rows(matrix: Tensor, wanted: Tensor, sets: Tensor) -> Tensor:
+def solve_rows(matrix: Tensor, wanted: Tensor, sets: Tensor) -> Tensor:
     """Solve `matrix[s, s] x[s] = wanted[r, s]` for each row r on its set s: [rows, inputs].
 
     x is zero outside of s.
 
-    Sets are padded to the longest, and rows go in chunks that fit in memory.
+    The largest sets come first, so that each is padded to the largest of its chunk alone: in a matrix with 90 % zeros
+    the largest may be six times the mean, and a factor costs the cube.
     """
-    longest = int(sets.sum(1).max())
     solution = torch.zeros_like(wanted)
-    if longest == 0:
-        return solution
-    # the members first, in order; in a shorter set some positions that are no members follow
-    members = sets.byte().sort(dim=1, descending=True, stable=True).indices[:, :longest]
-    for columns, row, into, is_in_set in _chunks(longest, members, wanted, solution, sets):
-        is_member = is_in_set.gather(1, columns)
-        system = matrix[columns.unsqueeze(2), columns.unsqueeze(1)]
+    sizes, order = sets.sum(1).sort(descending=True, stable=True)
+    # the members first, in order; in a smaller set some positions that are no members follow
+    members = sets.byte().sort(dim=1, descending=True, stable=True).indices
+    at_once = ROWS_AT_ONCE if matrix.device.type == "cpu" else AT_ONCE_ON_GPU
+    size_of, start = sizes.tolist(), 0
+    while start < len(size_of) and size_of[start] > 0:
+        largest = size_of[start]
+        rows = order[start : start + max(1, at_once // largest**2)]
+        columns = members[rows, :largest]
+        is_member = sets[rows].gather(1, columns)
+        system = _gather_systems(matrix, columns)
         system.mul_(is_member.unsqueeze(2)).mul_(is_member.unsqueeze(1)).diagonal(dim1=-2, dim2=-1).add_(~is_member)
-        targets = (row.gather(1, columns) * is_member).unsqueeze(2)
-        into.scatter_(1, columns, torch.cholesky_solve(targets, factorize(system)).squeeze(2))
+        targets = (wanted[rows].gather(1, columns) * is_member).unsqueeze(2)
+        solved = torch.cholesky_solve(targets, factorize(system)).squeeze(2)
+        # positions of no members are distinct, and get zero
+        solution[rows] = torch.zeros_like(wanted[rows]).scatter_(1, columns, solved)
+        start += len(rows)
     return solution
+
+
+def _gather_systems(matrix: Tensor, columns: Tensor) -> Tensor:
+    """Gather the same rows and columns of a matrix for each row of `columns`: [rows, size, size]."""
+    if matrix.device.type != "cpu":
+        return matrix[columns.unsqueeze(2), columns.unsqueeze(1)]
+    # whole rows of the matrix first: half the time of picking single numbers
+    return torch.stack([matrix.index_select(0, chosen).index_select(1, chosen) for chosen in columns])
 
 
 def _diagonal_blocks(matrices: Tensor, size: int) -> Tensor:

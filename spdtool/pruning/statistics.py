@@ -57,11 +57,14 @@ class WeightGradient:
         weight: the weight; where it is dead, the value that it had when it died if it may grow
             again, else 0.
         dead: the dead, where they stay dead; None where they may grow again.
+        counts: scalar on the device, False if fp16 overflowed in this step: the gradient is then zero,
+            and nothing may change; None: it counts.
     """
 
     gradient: Tensor
     weight: Tensor
     dead: Tensor | None = None
+    counts: Tensor | None = None
 
 
 class Statistic:
@@ -199,12 +202,14 @@ class SoftMovement(Movement):
     def add_gradient(self, sample: WeightGradient) -> None:
         change = sample.weight.float() * sample.gradient
         self.squares += fsdp.mean_over_shards(change.square(), self.weight)
-        scale = (self.squares / self.count).sqrt()
+        scale = (self.squares / self.count.clamp(min=1)).sqrt()  # 0 where the first steps of fp16 overflowed
         # without any gradient so far, 0 / 0 would be no number
         change /= scale.clamp(min=torch.finfo(torch.float32).tiny)
         scores = self.sum()
         slope = torch.sigmoid(scores)
         slope.mul_(1.0 - slope)
+        if sample.counts is not None:
+            slope.mul_(sample.counts)
         scores.sub_(change.add_(slope, alpha=self.section.penalty), alpha=self.section.score_rate)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -320,32 +325,33 @@ class Observer:
         return any(kind.is_learned for kind in self.kinds.values())
 
     @torch.no_grad()
-    def add_gradients(self, scale: float = 1.0) -> None:
+    def add_gradients(self, overflow: Tensor | None = None) -> None:
         """Add the gradients of an optimiser step, once all backward passes are done.
 
         Args:
-            scale: the loss scale that multiplied them.
+            overflow: scalar on the device, above 0 if fp16 overflowed: the step then does not count. None: it counts.
         """
+        counts = None if overflow is None else overflow == 0
         for name in self.statistics:
             weight, statistics = self.masks.parameters[name], self._reading("gradient", name)
             for each in statistics:
-                each.count += 1
+                each.count += 1 if counts is None else counts
             if statistics and weight.grad is not None:  # None: a layer that the draw left out
                 gradient = fsdp.local_rows(weight.grad).float()
-                if scale != 1.0:
-                    gradient = gradient / scale
+                if counts is not None:
+                    gradient = gradient.masked_fill(~counts, 0.0)  # a product with zero leaves an infinity no number
                 dead = None if self.masks.can_regrow else self.masks.dead[name]
-                sample = WeightGradient(gradient, self.masks.build_full_weight(name), dead)
+                sample = WeightGradient(gradient, self.masks.build_full_weight(name), dead, counts)
                 for each in statistics:
                     each.add_gradient(sample)
 
     @contextmanager
     def observe_inputs(self, attention_mask: Tensor | None) -> Iterator[None]:
         """Add the layers' inputs in forward passes inside the context; see `Pruner.observe_inputs`."""
-        handles = []
+        handles, tokens = [], None if attention_mask is None else RealTokens(attention_mask)
         for name, layer in self.layers.items():
             if name in self.statistics and (statistics := self._reading("input", name)):
-                hook = make_input_hook(statistics, attention_mask)
+                hook = make_input_hook(statistics, tokens)
                 handles.append(layer.register_forward_pre_hook(hook))
         try:
             yield
@@ -363,8 +369,11 @@ class Observer:
 
     def is_empty(self) -> bool:
         """Whether a statistic that is not learned over the stage has observed no weight at all."""
+        if not self.statistics:
+            return bool(self._not_learned())
         for need in self._not_learned():
-            if not any(int(statistics[need].count) for statistics in self.statistics.values()):
+            # one read from the device for all of them
+            if not bool(torch.stack([statistics[need].count for statistics in self.statistics.values()]).any()):
                 return True
         return False
 
@@ -408,8 +417,25 @@ class Observer:
         return [each for each in self.statistics[name].values() if each.reads == source]
 
 
+class RealTokens:
+    """Which tokens of a batch are no padding, as numbers on the device of the layers: nothing is asked of it.
+
+    Args:
+        mask: attention mask [rows, tokens], best on the CPU.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        self.shape = mask.shape
+        self._numbers = mask.bool().flatten().nonzero().flatten()
+
+    def select(self, inputs: Tensor) -> Tensor:
+        """Return the inputs of real tokens, [tokens, width], of a layer's inputs [rows, tokens, width]."""
+        self._numbers = self._numbers.to(inputs.device)  # once a batch
+        return inputs.reshape(-1, inputs.shape[-1]).index_select(0, self._numbers)
+
+
 def make_input_hook(
-    statistics: list[Statistic], attention_mask: Tensor | None
+    statistics: list[Statistic], real_tokens: RealTokens | None
 ) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     """Make a forward hook that adds a layer's inputs to its statistics."""
 
@@ -417,17 +443,28 @@ def make_input_hook(
     def add_inputs(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         inputs = arguments[0].detach()
         # under autocast the products would be bf16: the sums need all digits of float32
-        with torch.autocast(inputs.device.type, enabled=False):
+        with torch.autocast(inputs.device.type, enabled=False), full_float32():
             tokens = inputs
             # some architectures drop padding before their layers, and have no row for it here
-            if attention_mask is not None and attention_mask.shape == inputs.shape[:-1]:
-                tokens = inputs[attention_mask.bool()]
+            if real_tokens is not None and real_tokens.shape == inputs.shape[:-1]:
+                tokens = real_tokens.select(inputs)
             tokens = tokens.float().reshape(-1, inputs.shape[-1])
             for each in statistics:
                 each.count += len(tokens)
                 each.add_inputs(tokens)
 
     return add_inputs
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Multiply with all bits of float32 inside the block, also where a recipe trains in TF32."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def split_into_blocks(matrix: Tensor, size: int) -> Tensor:

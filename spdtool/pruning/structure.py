@@ -23,7 +23,7 @@ from spdtool.data.tokens import Batch
 from spdtool.errors import RecipeError
 from spdtool.models.structures import WIDTH_STEP, LayerStructures, Structures
 from spdtool.pruning.second_order import factorize
-from spdtool.pruning.statistics import InputGram, InputMean, make_input_hook
+from spdtool.pruning.statistics import InputGram, InputMean, RealTokens, make_input_hook
 from spdtool.recipe.fields import Prune
 
 MOST_DOWNDATES = 96  # of H^-1 for one layer: a wide layer loses several neurons at once, and takes no minutes
@@ -237,7 +237,7 @@ def observe_grams(
         attention_mask = torch.as_tensor(batch["attention_mask"])
         with ExitStack() as stack:
             for name, linear in outputs.items():
-                hook = make_input_hook([moments[name], means[name]], attention_mask.to(linear.weight.device))
+                hook = make_input_hook([moments[name], means[name]], RealTokens(attention_mask))
                 stack.callback(linear.register_forward_pre_hook(hook).remove)
             forward(batch)
     grams = {}

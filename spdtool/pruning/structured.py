@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from spdtool.errors import GateError, ModelError, RecipeError
 from spdtool.models import collectives
 from spdtool.models.structures import LayerStructures, Structures
-from spdtool.pruning.masks import Masks, clear_dead
+from spdtool.pruning.masks import Masks, clear_dead, find_flagged
 from spdtool.pruning.pruner import OnWork, Pruner
-from spdtool.pruning.statistics import Observer
+from spdtool.pruning.statistics import Observer, full_float32
 from spdtool.pruning.structure import (
     EncoderShape,
     LayerShape,
@@ -114,10 +114,15 @@ class StructuredMasks(Masks):
     def check_dead(self) -> None:
         """As of weights, also of biases; raises GateError."""
         super().check_dead()
+        names, flags = [], []
         for name, bias in self.biases.items():
             for tensor in (bias, bias.grad, *self._moments(bias)):
-                if tensor is not None and bool((tensor[self._dead_rows(name)] != 0).any()):
-                    raise GateError(f"{name}: the bias of a removed head or neuron is not zero")
+                if tensor is not None:
+                    names.append(name)
+                    flags.append((tensor.ne(0) & self._dead_rows(name)).any())
+        revived = find_flagged(names, flags)
+        if revived is not None:
+            raise GateError(f"{revived}: the bias of a removed head or neuron is not zero")
 
     def check_reachable(self, sparsity: float, scope: str = "matrix") -> None:
         """Do nothing: the pruner compares shapes, layer by layer."""
@@ -181,6 +186,7 @@ class StructuredPruner(Pruner):
                 )
 
     @torch.no_grad()
+    @full_float32()
     def prune(self, step: int, on_work: OnWork = lambda _: None) -> float | None:
         """Remove what is due after optimiser step `step`; return the sparsity now, or None."""
         sparsity = self.events.get(step)

@@ -32,7 +32,7 @@ MAY_CHANGE = frozenset({"name", "save_minutes", "restarts", "shard", "device", "
 ACCEPTED_LATER = frozenset({"teacher.accept"})
 # Fields outside the sections that the teacher stage does not read.
 STUDENT_FIELDS = frozenset(
-    {"sparsity", "student", "teacher_states_gb", "unlabeled", "unlabeled_text", "unlabeled_share"}
+    {"sparsity", "student", "teacher_states_gb", "teacher_states_share", "unlabeled", "unlabeled_text", "unlabeled_share"}
 )
 # What is asked of the student and only measured in the end; the other fields of `goal` decide its shape.
 MEASURED_GOALS = frozenset({"goal.max_drop", "goal.tolerance"})
@@ -624,8 +624,10 @@ class Recipe(Section):
     # Larger pools pad less and shuffle less.
     pool_batches: int = Field(50, ge=1)
     """rows are sorted by length inside random pools of this many batches, when bucketing"""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """autocast of the training stages"""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """autocast of the training stages; auto: bf16 on a GPU that has it, else fp32; stage.json says what was used"""
+    tf32: bool = False
+    """on a GPU, multiply float32 matrices in TF32, which keeps 11 of 24 bits; never in statistics and prune events"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to train; `cuda` refuses to fall back"""
     threads: int = Field(0, ge=0)
@@ -636,6 +638,10 @@ class Recipe(Section):
     """recompute layers in the backward pass to save memory"""
     compile: bool = False
     """torch.compile each layer"""
+    cuda_graph: Literal["auto", "off"] = "auto"
+    """on a GPU, launch each step as one CUDA graph where every step is the same; pads to multiples of 8 tokens"""
+    deterministic: bool = False
+    """take only operations whose sums have a fixed order; slower on a GPU, and refused where there is none"""
     sparse_products: bool = True
     """let plugins compute the student's linear layers without their zeros, where that is faster"""
     smoke: bool = False
@@ -648,6 +654,9 @@ class Recipe(Section):
     """trackers of accelerate that also get the training log, such as tensorboard; its files go to logs/ of the run"""
     teacher_states_gb: float = Field(4.0, ge=0)
     """disk for the teacher's hidden states of all rows, which saves its forward passes on a CPU; 0: none"""
+    # The rest is for AdamW, activations and graphs.
+    teacher_states_share: float = Field(0.4, ge=0, lt=1)
+    """share of a GPU's free memory that may hold the same in bf16; 0: the teacher looks at each batch"""
 
     teacher: Teacher = Teacher()
     prune: Prune = Prune()

@@ -56,8 +56,8 @@ BEFORE_RUN_JSON = {LOCK, SMOKE_MARK, ".run.json.tmp"}  # files that a kill befor
 class Stage:
     """A stage in progress: the folder it writes to, and the result that its stage.json will hold.
 
-    `fingerprint` is a hash of all that decides the result, see `Run.fingerprint`. `training_threads` and `arithmetic`
-    say how this process computes, see `MachineRecord`.
+    `fingerprint` is a hash of all that decides the result, see `Run.fingerprint`. `training_threads`,
+    `arithmetic`, `precision` and `device` say how this process computes, see `MachineRecord`.
     """
 
     name: str
@@ -66,6 +66,8 @@ class Stage:
     result: Result | None = None
     training_threads: int | None = None
     arithmetic: str | None = None
+    precision: str | None = None
+    device: str | None = None
 
     @property
     def state(self) -> Path:
@@ -352,6 +354,7 @@ class Run:
         settle_folder(stage.folder)
         machine = describe_machine()
         machine.training_threads, machine.arithmetic = stage.training_threads, stage.arithmetic
+        machine.precision, machine.device = stage.precision, stage.device
         record = StageRecord(
             stage=stage.name,
             smoke=self.recipe.smoke,

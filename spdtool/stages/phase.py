@@ -9,10 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
 from spdtool import console, plugins, ranks
 from spdtool.data.tokens import Encoded, check_lengths, check_vocabulary
+from spdtool.distillation.device_states import compute_device_states, count_state_bytes, should_keep_on_device
 from spdtool.distillation.layer_map import check_phases
 from spdtool.distillation.lesson import DistillationLesson, TokenizedModel
 from spdtool.distillation.teacher_cache import cache_dev_outputs, cache_outputs, is_worth_caching
@@ -49,6 +51,7 @@ from spdtool.tasks.prepare import check_teacher_score, find_task, prepare_data
 from spdtool.training.accelerator import choose_threads, compare_arithmetic, create_accelerator
 from spdtool.training.learner import Learner
 from spdtool.training.loop import fit
+from spdtool.training.precision import cast_linear_weights
 from spdtool.training.quantize import RoundedProducts
 from spdtool.training.trackers import track_events
 
@@ -201,6 +204,9 @@ def train_phase(run: Run, stage: str, phase: Phase, trim: Trim | None = None) ->
     )
     lesson.load_projections(phase.start)
     rows = _cache_teacher_outputs(recipe, phase, lesson)
+    if phase.accelerator.mixed_precision == "bf16" and phase.section.clip_over == "trained":
+        # after its outputs were computed in float32; gradients that count in the norm are float32
+        cast_linear_weights(phase.teacher.model, torch.bfloat16)
     with run.stage(stage) as work:
         fitted = None
         if phase.length.steps > 0:  # a phase may be switched off with epochs=0
@@ -276,8 +282,16 @@ def _install_sparse_products(recipe: Recipe, phase: Phase) -> None:
 
 def _cache_teacher_outputs(recipe: Recipe, phase: Phase, lesson: DistillationLesson) -> Encoded:
     """Return the training rows, with the teacher's outputs beside them if that saves time."""
-    rows, layers = phase.splits["train"], lesson.compared_layers
-    if not is_worth_caching(recipe, phase.section, rows, phase.teacher.model, layers):
+    rows, layers, teacher = phase.splits["train"], lesson.compared_layers, phase.teacher.model
+    device, precision = phase.accelerator.device, phase.accelerator.mixed_precision
+    size = count_state_bytes(rows, teacher, layers)
+    if should_keep_on_device(recipe, phase.section, rows, size, device, precision=precision):
+        console.say(f"the teacher's hidden states of all rows stay on the GPU: {size / 1e9:.1f} GB")
+        rows, lesson.device_states = compute_device_states(
+            rows, teacher, lesson.compute_teacher_outputs, layers, phase.accelerator.autocast()
+        )
+        return rows
+    if not is_worth_caching(recipe, phase.section, rows, teacher, layers):
         return rows
     with console.busy("reading or computing what the teacher shows"):
-        return cache_outputs(rows, phase.teacher.model, lesson.compute_teacher_outputs, layers)
+        return cache_outputs(rows, teacher, lesson.compute_teacher_outputs, layers)

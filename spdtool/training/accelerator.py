@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import GradientAccumulationPlugin, GradScalerKwargs
 
 from spdtool import console, ranks
 from spdtool.errors import DeviceError
@@ -21,8 +22,11 @@ from spdtool.run.folder import Run
 
 # accelerate reads these where it is not told otherwise, and changes results: the recipe alone decides
 ACCELERATE_SETTINGS = ("ACCELERATE_", "PARALLELISM_CONFIG_", "FSDP_")
+CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 # left over from another job's launcher or from MPI, they would make accelerate wait for processes that are not there
 LEFT_BY_LAUNCHERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "PMI_", "OMPI_COMM_", "MV2_COMM_")
+
+Precision = Literal["fp32", "bf16", "fp16"]
 
 
 def choose_threads(run: Run) -> None:
@@ -60,8 +64,8 @@ def create_accelerator(recipe: Recipe) -> Accelerator:
     """Create the Accelerator for the recipe's device and precision; if several ranks were launched, join them.
 
     Raises:
-        DeviceError: CUDA is requested and does not answer, fp16 is requested on a CPU, or
-            accelerate is told to shard.
+        DeviceError: CUDA is requested and does not answer, fp16 is requested where it cannot or
+            need not be used, or accelerate is told to shard.
     """
     on_cpu = recipe.device == "cpu" or not torch.cuda.is_available()
     _check_device(recipe, on_cpu)
@@ -71,13 +75,39 @@ def create_accelerator(recipe: Recipe) -> Accelerator:
     GradientState._reset_state()  # a program around spdtool may accumulate in its own training
     ranks.die_with_parent()
     collectives.join_process_group("gloo" if on_cpu else "nccl")
-    precision = "no" if recipe.precision == "fp32" else recipe.precision  # accelerate's word for it
+    precision = choose_precision(recipe, on_cpu=on_cpu)
+    choose_kernels(recipe)
     with _without_settings():
         return Accelerator(
             cpu=on_cpu,
-            mixed_precision=precision,
+            mixed_precision="no" if precision == "fp32" else precision,  # accelerate's word for it
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # microbatches.py accumulates
+            kwargs_handlers=[GradScalerKwargs(enabled=False)],  # precision.py scales the loss of fp16
         )
+
+
+def choose_kernels(recipe: Recipe) -> None:
+    """Set torch's switches as the recipe says, on or off: one process may run stages of several recipes."""
+    torch.backends.cuda.matmul.allow_tf32 = recipe.tf32
+    if recipe.deterministic and CUBLAS_WORKSPACE not in os.environ:
+        # cuBLAS reads it when it is first used; without it torch refuses its products
+        os.environ[CUBLAS_WORKSPACE] = ":4096:8"
+    torch.use_deterministic_algorithms(recipe.deterministic)
+    torch.backends.cudnn.deterministic = recipe.deterministic
+    if recipe.deterministic:
+        torch.backends.cudnn.benchmark = False  # it would choose kernels by the clock
+
+
+def choose_precision(recipe: Recipe, *, on_cpu: bool) -> Precision:
+    """Return the precision in which the training stages compute: bf16 where a GPU has it, unless the recipe says."""
+    if recipe.precision != "auto":
+        return recipe.precision
+    return "fp32" if on_cpu or not _has_bf16() else "bf16"
+
+
+def _has_bf16() -> bool:
+    # emulated, on GPUs older than Ampere, it is slower than float32
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 @contextmanager
@@ -106,6 +136,11 @@ def _check_device(recipe: Recipe, on_cpu: bool) -> None:
         raise DeviceError("CUDA was demanded and no CUDA device answers", "see `spdtool doctor`, or use --device cpu")
     if on_cpu and recipe.precision == "fp16":
         raise DeviceError("fp16 training needs a CUDA device", "use --set precision=bf16 or fp32")
+    if recipe.precision == "fp16" and _has_bf16():
+        raise DeviceError(
+            "precision=fp16 was asked for, and this GPU has bf16, which is as fast and never overflows",
+            "use --set precision=bf16, or leave it out: auto takes bf16 here",
+        )
     for plugin in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{plugin}", "false").lower() == "true":
             raise DeviceError(

@@ -18,31 +18,33 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
-from torch import Tensor, nn
 
+from spdtool import console
 from spdtool.console import OnEvent
 from spdtool.data.batches import training_batches
 from spdtool.data.tokens import Encoded
+from spdtool.distillation.device_states import ROW_NUMBERS
 from spdtool.distillation.lesson import Lesson
-from spdtool.distillation.losses import LossTerms
 from spdtool.models import collectives
 from spdtool.models.arithmetic import probe_arithmetic
 from spdtool.models.layers import select_trained_parameters
-from spdtool.models.predict import to_device
+from spdtool.pruning.pruner import Pruner
 from spdtool.recipe.fields import Prune, Recipe, Training, TrainingLength
 from spdtool.run.folder import LOG, STUDENTS, Stage
 from spdtool.run.records import Evaluation, FitResult
 from spdtool.training import prefetch
+from spdtool.training.graphs import PAD_MULTIPLE, CudaRecorder, StepGraphs, find_obstacle
 from spdtool.training.learner import Learner
 from spdtool.training.log import TrainingLog
 from spdtool.training.microbatches import Microbatch, MicrobatchSplitter
-from spdtool.training.optimizer import clip_gradients, create_adamw, create_learning_rate, set_learning_rate
-from spdtool.training.schedules import Schedule
+from spdtool.training.optimizer import create_adamw, create_learning_rate
+from spdtool.training.precision import CastWeights, LossScale
 from spdtool.training.signals import watch_signals
-from spdtool.training.snapshot import Snapshotter
+from spdtool.training.snapshot import Snapshotter, Stateful
 from spdtool.training.statistics_collector import StatisticsCollector, calibration_batches
+from spdtool.training.step import LossWindow, Stepper, repeat_draw
 
+HALF_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 LOG_LINES = 100  # of a stage: each costs one synchronisation with the device
 
 
@@ -57,11 +59,8 @@ class _Job:
     recipe: Recipe
     stage: Stage
     steps: int
-    trained: dict[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    learning_rate: Schedule
+    stepper: Stepper
     splitter: MicrobatchSplitter
-    collector: StatisticsCollector | None
     log: TrainingLog
     snapshotter: Snapshotter
 
@@ -89,22 +88,24 @@ def fit(
     job = _create_job(learner, lesson, rows, section, length, recipe, stage, on_event)
     torch.manual_seed(recipe.seed)  # before the snapshot, which has a later state of the generator
     start = job.snapshotter.restore()
-    optimizer = _prepare(job)
+    _prepare(job)
     if start == 0:
         _prune_if_due(job, 0)
     evaluation_steps = choose_evaluation_steps(length, section.evaluations)
     log_interval = max(1, job.steps // LOG_LINES)
     window, saved_at = LossWindow(), time.monotonic()
+    on_cpu = learner.accelerator.device.type == "cpu"
     learner.model.train()  # calibration and evaluation put it back
     batches = _iterate_batches(job, length.steps_per_epoch, start)
     with (
         watch_signals() as stop,
+        job.snapshotter.write_aside(),
         prefetch.prefetch_batches(batches, learner.accelerator.device) as step_batches,
     ):
         for step, size, microbatches in step_batches:
             if learner.rounding is not None:
                 learner.rounding.switch(step)
-            _train_step(job, optimizer, step, microbatches, window)
+            job.stepper.take(step, microbatches, window)
             done = step + 1
             _prune_if_due(job, done)
             job.log.examples += size
@@ -112,23 +113,24 @@ def fit(
             if is_logged:
                 _log_step(job, length, done, window)  # reads numbers back from the device
                 window = LossWindow()
-            with job.log.stopwatch.paused():
-                is_evaluated = done in evaluation_steps
-                if is_evaluated:
+            is_evaluated = done in evaluation_steps
+            if is_evaluated:
+                with job.log.stopwatch.paused():
                     _evaluate(job, done)
-                is_due = is_evaluated or _is_snapshot_due(job, done, saved_at, log_interval)
-                # on a GPU several ranks agree where they log: in between no step waits for the device
-                is_waiting = collectives.group_size() == 1 or learner.accelerator.device.type == "cpu"
-                is_stopped = (is_logged or is_waiting) and stop.agree()
-                if is_stopped or (done < job.steps and is_due):
-                    _save_snapshot(job, done)
-                    saved_at = time.monotonic()
-                    if is_stopped:
-                        stop.raise_stopped(stage.name, done, job.steps)
-                    # a resumed run begins a window here; several ranks agree on the evaluations, not on the clock
-                    if is_evaluated or collectives.group_size() == 1:
-                        window = LossWindow()
-    _remove_autocast(learner.model)
+            # on a GPU by the clock alone: a snapshot of BERT-base has 1.8 GB
+            is_due = (is_evaluated and on_cpu) or _is_snapshot_due(job, done, saved_at, log_interval)
+            # on a GPU several ranks agree where they log: in between no step waits for the device
+            is_waiting = collectives.group_size() == 1 or on_cpu
+            is_stopped = (is_logged or is_waiting) and stop.agree()
+            if is_stopped or (done < job.steps and is_due):
+                # its time counts in the examples a second: on a GPU it is that of a copy
+                _save_snapshot(job, done, aside=not on_cpu and not is_stopped)
+                saved_at = time.monotonic()
+                if is_stopped:
+                    stop.raise_stopped(stage.name, done, job.steps)
+                # a resumed run begins a window here; several ranks agree on the evaluations, not on the clock
+                if is_evaluated or collectives.group_size() == 1:
+                    window = LossWindow()
     if section.keep_best:
         job.snapshotter.restore_best_weights()
     return job.log.summarise(job.steps, job.steps / length.steps_per_epoch, best=section.keep_best)
@@ -158,20 +160,26 @@ def _create_job(
     on_event: OnEvent,
 ) -> _Job:
     """Create the optimiser and all that belongs to it."""
-    pruner = learner.pruner
+    pruner, device = learner.pruner, learner.accelerator.device
     trained = select_trained_parameters(learner.model, section.train) | lesson.parameters
-    optimizer = create_adamw(trained.values(), section, learner.accelerator.device)
+    graphs = _create_graphs(recipe, section, lesson, pruner, stage.name, device)
+    optimizer = create_adamw(trained.values(), section, device, capturable=graphs is not None)
     log = TrainingLog(stage.folder / LOG, on_event)
-    stage.training_threads = torch.get_num_threads()
-    stage.arithmetic = probe_arithmetic(learner.accelerator.device)
+    _describe_machine(stage, learner)
     # what the teacher shows is computed in other batches where it is cached: the same up to rounding
-    cached = [*rows.per_row, *rows.per_token]
+    cached = [name for name in (*rows.per_row, *rows.per_token) if name != ROW_NUMBERS]
     fingerprint = f"{stage.fingerprint} {rows.digest} {cached}"
     peak = section.peak(learner.model.config.hidden_size)
     events: list[int] = []
     collector = None
     if pruner is not None and pruner.events and isinstance(section, Prune):
         events, collector = list(pruner.events), StatisticsCollector(pruner, section)
+    loss_scale = LossScale(device) if stage.precision == "fp16" else None
+    states: dict[str, Stateful] = {}
+    if pruner is not None:
+        states["pruner"] = pruner
+    if loss_scale is not None:
+        states["loss_scale"] = loss_scale
     return _Job(
         learner=learner,
         lesson=lesson,
@@ -180,40 +188,74 @@ def _create_job(
         recipe=recipe,
         stage=stage,
         steps=length.steps,
-        trained=trained,
-        optimizer=optimizer,
-        learning_rate=create_learning_rate(section, events, length.steps, peak),
+        stepper=Stepper(
+            learner=learner,
+            lesson=lesson,
+            section=section,
+            recipe=recipe,
+            steps=length.steps,
+            trained=trained,
+            optimizer=optimizer,
+            learning_rate=create_learning_rate(section, events, length.steps, peak),
+            collector=collector,
+            loss_scale=loss_scale,
+            cast_weights=_cast_together(recipe, learner),
+            graphs=graphs,
+        ),
         splitter=MicrobatchSplitter(
             accumulate=section.accumulate,
             pad_to=None if recipe.bucketing else recipe.max_length,
             pad_alike=lesson.counts_padding,
+            # padding that counts in a loss changes it
+            pad_multiple=1 if graphs is None or lesson.counts_padding else PAD_MULTIPLE,
+            longest=recipe.max_length,
             rank=collectives.group_rank(),
             ranks=collectives.group_size(),
         ),
-        collector=collector,
         log=log,
-        snapshotter=Snapshotter(stage, fingerprint, trained, optimizer, lesson, pruner, log),
+        snapshotter=Snapshotter(stage, fingerprint, trained, optimizer, lesson, states, log),
     )
 
 
-def _prepare(job: _Job) -> AcceleratedOptimizer:
-    """Make model and optimiser ready for the precision and the ranks; return what steps the optimiser."""
-    accelerator = job.learner.accelerator
-    accelerator.prepare_model(job.learner.model, evaluation_mode=True)  # autocast, and no DDP: see collectives.py
-    # after the snapshot was restored: accelerate moves the optimiser's state to the device
-    optimizer: AcceleratedOptimizer = accelerator.prepare_optimizer(job.optimizer)
-    collectives.broadcast(job.trained.values())
+def _describe_machine(stage: Stage, learner: Learner) -> None:
+    """Note in the stage how this process computes."""
+    accelerator = learner.accelerator
+    stage.training_threads = torch.get_num_threads()
+    stage.arithmetic = probe_arithmetic(accelerator.device)
+    stage.precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
+    stage.device = accelerator.device.type
+    if accelerator.device.type == "cuda":
+        stage.device = torch.cuda.get_device_name(accelerator.device)
+
+
+def _create_graphs(
+    recipe: Recipe, section: Training, lesson: Lesson, pruner: Pruner | None, stage: str, device: torch.device
+) -> StepGraphs | None:
+    """Create what replays steps as CUDA graphs; None where steps differ, which is said."""
+    obstacle = find_obstacle(recipe, section, lesson, pruner, device)
+    if obstacle is None:
+        return StepGraphs(device, CudaRecorder(), lambda text: console.say(f"{stage}: {text}"))
+    if device.type == "cuda" and recipe.cuda_graph == "auto":
+        console.say(f"{stage}: no CUDA graphs: {obstacle}")
+    return None
+
+
+def _cast_together(recipe: Recipe, learner: Learner) -> CastWeights | None:
+    """Create what casts the student's weights together; None where nothing is cast, or layers read them otherwise."""
+    dtype = HALF_TYPES.get(learner.accelerator.mixed_precision)
+    # a recomputed layer casts again, after its weights are back
+    if dtype is None or recipe.compile or recipe.gradient_checkpointing:
+        return None
+    return CastWeights(learner.model, dtype)
+
+
+def _prepare(job: _Job) -> None:
+    """Make model and optimiser ready for the ranks."""
+    collectives.broadcast(job.stepper.trained.values())
     for parameter in job.lesson.clipped_parameters:
         parameter.requires_grad_(True)
     if job.learner.pruner is not None:
-        job.learner.pruner.masks.attach(job.optimizer)
-    return optimizer
-
-
-def _remove_autocast(model: nn.Module) -> None:
-    """Undo what `prepare_model` did to the model; accelerate's own `unwrap_model` would strip more than that."""
-    for attribute in ("forward", "_original_forward"):
-        vars(model).pop(attribute, None)
+        job.learner.pruner.masks.attach(job.stepper.optimizer)
 
 
 def _iterate_batches(job: _Job, steps_per_epoch: int, start: int) -> Iterator[prefetch.StepBatch]:
@@ -227,64 +269,9 @@ def _iterate_batches(job: _Job, steps_per_epoch: int, start: int) -> Iterator[pr
         yield step, len(numbers), job.splitter.split(job.rows, numbers)
 
 
-def _train_step(
-    job: _Job, optimizer: AcceleratedOptimizer, step: int, microbatches: Iterable[Microbatch], window: LossWindow
-) -> None:
-    """Take one optimiser step. Nothing here reads a number back from the device."""
-    accelerator = job.learner.accelerator
-    set_learning_rate(job.optimizer, job.learning_rate(step / job.steps))
-    collector = job.collector if job.collector is not None and job.collector.needs_step(step) else None
-    if collectives.group_size() > 1:
-        # alone, the state of the generator is in the snapshot instead
-        torch.manual_seed(derive_seed(job.recipe.seed, step, collectives.group_rank()))
-    for microbatch in _repeat_draw(job.lesson, microbatches):
-        terms = _compute_terms(job, microbatch, step)
-        if collector is not None:
-            collector.add_logit_gradients(terms)
-        if terms["loss"].requires_grad:  # not when the draw has no layer that is trained
-            accelerator.backward(terms["loss"])
-        window.add(terms)
-    window.steps += 1
-    counted = [*job.trained.values(), *job.lesson.clipped_parameters]
-    collectives.sum_over_ranks(collectives.gradients_to_sum(counted))
-    if collector is not None:
-        collector.observe_step(1.0 if accelerator.scaler is None else accelerator.scaler.get_scale())
-    if job.learner.pruner is not None and job.section.clip_over == "trained":
-        job.learner.pruner.zero_gradients()  # before clipping: dead weights have no part in the norm
-    if any(parameter.grad is not None for parameter in job.trained.values()):
-        if job.section.clip > 0:
-            clip_gradients(counted, job.section.clip, accelerator)
-        optimizer.step()
-    optimizer.zero_grad()
-    # the optimiser does not know them
-    for parameter in job.lesson.clipped_parameters:
-        parameter.grad = None
-
-
-def _compute_terms(job: _Job, microbatch: Microbatch, step: int) -> LossTerms:
-    """Compute the loss terms of a micro-batch."""
-    accelerator = job.learner.accelerator
-    with accelerator.autocast():
-        batch = to_device(microbatch.batch, accelerator.device)
-        return job.lesson.loss(batch, step / job.steps, microbatch.weight)
-
-
-def _repeat_draw(lesson: Lesson, microbatches: Iterable[Microbatch]) -> Iterator[Microbatch]:
-    """Yield the micro-batches of a batch; every one sees the same draw of grafted layers.
-
-    A draw belongs to an optimiser step: splitting a batch, for lack of memory or among ranks, must
-    not change it.
-    """
-    state = lesson.state_dict()
-    for index, microbatch in enumerate(microbatches):
-        if index:
-            lesson.load_state_dict(state)
-        yield microbatch
-
-
 def _prune_if_due(job: _Job, step: int) -> None:
     """Prune if an event falls after optimiser step `step`, and save the student of the event before if requested."""
-    pruner, collector = job.learner.pruner, job.collector
+    pruner, collector = job.learner.pruner, job.stepper.collector
     if pruner is None or not pruner.is_due(step):
         return
     _save_student_if_requested(job, step)
@@ -299,7 +286,9 @@ def _prune_if_due(job: _Job, step: int) -> None:
     if collector is not None and collector.needs_calibration(step):
         batches = calibration_batches(job.rows, collector.section, job.recipe, step)
         microbatches = _split_calibration(job, batches, show_work)
-        collector.calibrate(job.learner.model, lambda each: _compute_terms(job, each, step), microbatches)
+        collector.calibrate(
+            job.learner.model, lambda each: job.stepper.compute_calibration_terms(each, step), microbatches
+        )
     sparsity = pruner.prune(step, show_work)
     event: dict[str, object] = {"step": step, "sparsity": sparsity}
     # what `prune.least` changed: zeros of a matrix before and after, and groups for which it had to give way
@@ -316,7 +305,7 @@ def _split_calibration(
     """Yield the micro-batches of each calibration batch, and say which one it is."""
     for number, batch in enumerate(batches, 1):
         show_work(f"calibration batch {number} of {job.recipe.prune.calibration}")
-        yield _repeat_draw(job.lesson, job.splitter.split(job.rows, batch))
+        yield repeat_draw(job.lesson, job.splitter.split(job.rows, batch))
 
 
 def _save_student_if_requested(job: _Job, step: int) -> None:
@@ -333,7 +322,8 @@ def _save_student_if_requested(job: _Job, step: int) -> None:
         return
     with job.log.stopwatch.paused():
         folder = job.stage.folder / STUDENTS / f"{sparsity:g}"
-        student = job.learner.save_intermediate(folder, sparsity, step)
+        with job.learner.accelerator.autocast():
+            student = job.learner.save_intermediate(folder, sparsity, step)
     job.log.write_student(student)
 
 
@@ -344,7 +334,7 @@ def _log_step(job: _Job, length: TrainingLength, done: int, window: LossWindow) 
         "epoch": done / length.steps_per_epoch,
         "epochs": length.epochs,
         "losses": window.compute_means(),
-        "learning_rate": job.optimizer.param_groups[0]["lr"],
+        "learning_rate": job.stepper.learning_rate((done - 1) / job.steps),  # the optimiser's may be on the device
         "sparsity": None if pruner is None else pruner.masks.sparsity(),
     }
     job.log.write_step(done, values | job.lesson.log_values((done - 1) / job.steps))
@@ -352,7 +342,8 @@ def _log_step(job: _Job, length: TrainingLength, done: int, window: LossWindow) 
 
 def _evaluate(job: _Job, done: int) -> None:
     """Score the model; keep its weights if they are the best up to now and may be handed over."""
-    dev, train = job.learner.score()
+    with job.learner.accelerator.autocast():
+        dev, train = job.learner.score()
     pruner, rounding = job.learner.pruner, job.learner.rounding
     # A score before the last event, or before weights are rounded, is that of another student than the final one.
     may_be_best = (pruner is None or pruner.is_done(done)) and (rounding is None or rounding.was_on(done))
@@ -370,31 +361,8 @@ def _is_snapshot_due(job: _Job, done: int, saved_at: float, interval: int) -> bo
     return (done % interval == 0 or job.recipe.save_minutes == 0) and collectives.broadcast_flag(is_due)
 
 
-def _save_snapshot(job: _Job, done: int) -> None:
+def _save_snapshot(job: _Job, done: int, *, aside: bool) -> None:
     """Save a snapshot, unless a pruned weight has come alive (GateError)."""
     if job.learner.pruner is not None:
         job.learner.pruner.masks.check_dead()
-    job.snapshotter.save(done)
-
-
-def derive_seed(*numbers: int) -> int:
-    """Derive a seed for torch's generators: dropout differs between ranks and steps, and repeats when a step does."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
-
-class LossWindow:
-    """Sums of the loss terms on their device, so that nothing waits for the device between two log lines."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.steps = 0
-
-    def add(self, terms: LossTerms) -> None:
-        """Add the terms of a micro-batch."""
-        for name, term in terms.items():
-            self.sums[name] = self.sums.get(name, 0.0) + term.detach()
-
-    def compute_means(self) -> dict[str, float]:
-        """Compute each term's mean over the steps, of all ranks together. Collective: call on every rank."""
-        collectives.sum_over_ranks(self.sums.values())
-        return {name: float(value) / self.steps for name, value in self.sums.items()}
+    job.snapshotter.save(done, aside=aside)

@@ -36,12 +36,16 @@ class MicrobatchSplitter:
         pad_to: pad to this many tokens; None: to the longest row of a micro-batch.
         pad_alike: pad all micro-batches to the longest row of the batch, because padding counts in
             the losses.
+        pad_multiple: without `pad_to`, pad to a multiple of this many tokens, so that fewer lengths occur.
+        longest: never pad beyond this many tokens for it; None: no limit.
         rank, ranks: which rank takes its rows, of how many.
     """
 
     accumulate: int = 1
     pad_to: int | None = None
     pad_alike: bool = False
+    pad_multiple: int = 1
+    longest: int | None = None
     rank: int = 0
     ranks: int = 1
 
@@ -55,6 +59,8 @@ class MicrobatchSplitter:
         pad_to = self.pad_to
         if self.pad_alike and pad_to is None:
             pad_to = int(rows.lengths[batch].max())
+        if pad_to is None and self.pad_multiple > 1:
+            pad_to = self._round_up(int(rows.lengths[batch].max()))
         if not len(rank_rows):
             yield Microbatch(rows.collate(batch[:1], pad_to), NO_WEIGHT)
             return
@@ -63,6 +69,11 @@ class MicrobatchSplitter:
             numbers = rank_rows[start : start + size]
             weight = self._compute_weight(rows, numbers, batch)
             yield Microbatch(rows.collate(numbers, pad_to), weight)
+
+    def _round_up(self, length: int) -> int:
+        """Round a length up to the multiple, as far as the model can read it."""
+        rounded = -(-length // self.pad_multiple) * self.pad_multiple
+        return rounded if self.longest is None else max(length, min(rounded, self.longest))
 
     def _compute_weight(self, rows: Encoded, numbers: np.ndarray, batch: np.ndarray) -> LossWeight:
         lengths, batch_lengths = rows.lengths[numbers], rows.lengths[batch]

@@ -6,15 +6,21 @@ from collections.abc import Collection, Iterable
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from spdtool.models import fsdp
 from spdtool.recipe.fields import Prune, Training
 from spdtool.training.schedules import Schedule, rewound, warmup_then_linear
 
 
-def create_adamw(parameters: Iterable[nn.Parameter], section: Training, device: torch.device) -> torch.optim.AdamW:
-    """Create AdamW without decay on biases and normalisation, fused on devices that have the kernel."""
+def create_adamw(
+    parameters: Iterable[nn.Parameter], section: Training, device: torch.device, *, capturable: bool = False
+) -> torch.optim.AdamW:
+    """Create AdamW without decay on biases and normalisation, fused on devices that have the kernel.
+
+    Args:
+        capturable: let a graph of a step be recorded: the learning rate is then a tensor on the device.
+    """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for parameter in parameters:  # the fused step takes either sharded or whole weights
         groups.setdefault((parameter.dim() > 1, fsdp.is_sharded(parameter)), []).append(parameter)
@@ -22,7 +28,9 @@ def create_adamw(parameters: Iterable[nn.Parameter], section: Training, device: 
     for (is_matrix, _), weights in groups.items():
         options.append({"params": weights, "weight_decay": section.weight_decay if is_matrix else 0.0})
     # the loop sets the learning rate before every step
-    return torch.optim.AdamW(options, lr=1.0, eps=section.epsilon, fused=device.type in ("cuda", "cpu"))
+    rate = torch.ones((), device=device) if capturable else 1.0
+    fused = device.type in ("cuda", "cpu")
+    return torch.optim.AdamW(options, lr=rate, eps=section.epsilon, fused=fused, capturable=capturable)
 
 
 def clip_gradients(parameters: Collection[nn.Parameter], max_norm: float, accelerator: Accelerator) -> None:
@@ -65,6 +73,9 @@ def create_learning_rate(section: Training, events: Iterable[int], steps: int, p
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Set the learning rate of all parameter groups."""
+    """Set the learning rate of all parameter groups, in place where a graph reads it."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(learning_rate)
+        else:
+            group["lr"] = learning_rate

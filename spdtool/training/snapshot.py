@@ -4,13 +4,17 @@ A snapshot is a folder `step-000000123` with `state.safetensors` (every tensor),
 `contents.json` (size and sha256 of both). It is written under another name, flushed to the disk and renamed; only then
 does the oldest go, so that two are always there. One that is not what was written is passed over in favour of the one
 before it. No pickle is written or read.
+
+On a GPU the loop waits for a copy alone: a side stream copies into page-locked memory, and a thread writes it.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -41,6 +45,8 @@ from spdtool.training.log import LogState, TrainingLog
 TENSORS, NOTES, CONTENTS = "state.safetensors", "state.json", "contents.json"
 KEPT = 2  # the older one is for the day on which a disk has lost a bit of the newer
 SNAPSHOTS = "step-*"
+
+CPU = torch.device("cpu")
 
 TensorGroups = dict[str, dict[str, Tensor]]
 
@@ -194,21 +200,58 @@ def gather_tensors(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     return gathered
 
 
-def collect_random_state() -> dict[str, Tensor]:
-    """Return the states of torch's generators, of the CPU and of every CUDA device that belongs to this process."""
+def collect_random_state(device: torch.device = CPU) -> dict[str, Tensor]:
+    """Return the states of torch's generators: of the CPU, and of the GPU if `device` is one."""
     states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and ranks.world_size() == 1:
-        for index, state in enumerate(torch.cuda.get_rng_state_all()):
-            states[f"cuda{index:03d}"] = state
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
     return states
 
 
-def load_random_state(states: Mapping[str, Tensor]) -> None:
-    """Restore what `collect_random_state` returned."""
+def load_random_state(states: Mapping[str, Tensor], device: torch.device = CPU) -> str | None:
+    """Restore what `collect_random_state` returned; say what could not be restored, None: nothing is missing."""
     torch.set_rng_state(states["cpu"])
-    cuda_states = [states[key] for key in sorted(states) if key.startswith("cuda")]
-    if cuda_states and len(cuda_states) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(cuda_states)
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+    if (device.type == "cuda") == ("cuda" in states):
+        return None
+    return "the snapshot was saved on another kind of device: dropout draws other numbers from here on"
+
+
+@dataclass(frozen=True)
+class CopiedTensors:
+    """Copies that training does not change any more; `wait` returns once they are complete."""
+
+    tensors: TensorGroups
+    wait: Callable[[], None]
+
+
+def copy_tensors(tensors: TensorGroups) -> CopiedTensors:
+    """Copy tensors while training goes on: those of a GPU on a side stream into page-locked memory."""
+    devices = {tensor.device for group in tensors.values() for tensor in group.values()}
+    on_gpu = [device for device in devices if device.type == "cuda"]
+    if not on_gpu:
+        return CopiedTensors(_map_tensors(tensors, torch.clone), lambda: None)
+    training = torch.cuda.current_stream(on_gpu[0])
+    side = torch.cuda.Stream(on_gpu[0])
+    side.wait_stream(training)
+    with torch.cuda.stream(side):
+        copies = _map_tensors(tensors, _copy_to_pinned)
+    # the device waits, not the processor: the next step must not change what is being copied
+    training.wait_stream(side)
+    return CopiedTensors(copies, side.record_event().synchronize)
+
+
+def _map_tensors(tensors: TensorGroups, copy: Callable[[Tensor], Tensor]) -> TensorGroups:
+    return {
+        group: {name: copy(tensor.detach()) for name, tensor in members.items()} for group, members in tensors.items()
+    }
+
+
+def _copy_to_pinned(tensor: Tensor) -> Tensor:
+    if tensor.device.type == "cpu":
+        return tensor.clone()
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 class Stateful(Protocol):
@@ -229,7 +272,8 @@ class Snapshotter:
         fingerprint: hash of the recipe and of all that was read; a snapshot with another one is
             discarded.
         parameters: what is trained, by name.
-        pruner: the masks and what was observed since the last event; None for a dense model.
+        states: by the name of a group in the snapshot: the pruner with its masks and what was observed since the last
+            event, and the loss scale of fp16.
     """
 
     def __init__(
@@ -239,14 +283,16 @@ class Snapshotter:
         parameters: Mapping[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
         lesson: Lesson,
-        pruner: Stateful | None,
+        states: Mapping[str, Stateful],
         log: TrainingLog,
     ) -> None:
         self.stage, self.fingerprint = stage, fingerprint
         self.parameters, self.optimizer = parameters, optimizer
-        self.lesson, self.pruner, self.log = lesson, pruner, log
+        self.lesson, self.states, self.log = lesson, states, log
         self.best_weights: dict[str, Tensor] = {}
         self._settled_students = 0  # how many of the log's are on the disk for sure
+        self._writer: ThreadPoolExecutor | None = None
+        self._written: Future[None] | None = None  # the last snapshot that the thread has got
 
     @property
     def is_sharded(self) -> bool:
@@ -265,8 +311,20 @@ class Snapshotter:
         for name, weight in self.best_weights.items():
             fsdp.local_rows(self.parameters[name]).copy_(weight)
 
-    def save(self, step: int) -> None:
-        """Write a snapshot after optimiser step `step`, from rank 0. Sharded weights: collective."""
+    @contextmanager
+    def write_aside(self) -> Iterator[None]:
+        """Let a thread write snapshots inside the block; at its end they are on the disk."""
+        with ThreadPoolExecutor(1, "snapshots") as self._writer:
+            yield
+        self._wait()
+
+    def save(self, step: int, *, aside: bool = False) -> None:
+        """Write a snapshot after optimiser step `step`, from rank 0. Sharded weights: collective.
+
+        Args:
+            aside: return once all is copied, and let the thread of `write_aside` write it.
+        """
+        self._wait()  # one after the other, so that two are always there; and a full disk is reported here
         if not ranks.is_main() and not self.is_sharded:
             return
         optimizer_state = collect_optimizer_state(self.optimizer, self.parameters)
@@ -277,9 +335,10 @@ class Snapshotter:
             "model": gather_tensors(self.parameters.items()),
             "adam": gather_tensors(optimizer_state.items()),
             "best": best_weights,
-            "pruner": {} if self.pruner is None else self.pruner.state_dict(),
-            "random": collect_random_state(),
+            "random": collect_random_state(self._device) if ranks.world_size() == 1 else collect_random_state(),
         }
+        for name, stateful in self.states.items():
+            tensors[name] = stateful.state_dict()
         if not ranks.is_main():  # it has given its rows
             return
         notes: dict[str, JsonValue] = {
@@ -288,8 +347,32 @@ class Snapshotter:
             "log": self.log.state_dict().model_dump(mode="json"),
             "lesson": self.lesson.state_dict(),
         }
+        if not aside:
+            self._write(Snapshot(step, tensors, notes))
+            return
+        assert self._writer is not None
+        best = tensors.pop("best")  # on the CPU, and replaced rather than changed
+        copied = copy_tensors(tensors)
+
+        def write() -> None:
+            copied.wait()
+            self._write(Snapshot(step, copied.tensors | {"best": best}, notes))
+
+        self._written = self._writer.submit(write)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.parameters.values())).device
+
+    def _write(self, snapshot: Snapshot) -> None:
         self._settle_log()
-        write_snapshot(self.stage.state, Snapshot(step, tensors, notes))
+        write_snapshot(self.stage.state, snapshot)
+
+    def _wait(self) -> None:
+        """Wait for the snapshot that is being written; raises what its thread raised."""
+        written, self._written = self._written, None
+        if written is not None:
+            written.result()
 
     def _settle_log(self) -> None:
         """Flush what the notes of a snapshot refer to: the log, and students at intermediate sparsities."""
@@ -312,9 +395,12 @@ class Snapshotter:
             fsdp.local_rows(parameter).copy_(fsdp.take_local_rows(tensors["model"][name], parameter))
         load_optimizer_state(self.optimizer, self.parameters, tensors.get("adam", {}))
         if collectives.group_size() == 1:  # several ranks seed their generators at every step
-            load_random_state(tensors["random"])
-        if self.pruner is not None:
-            self.pruner.load_state_dict(tensors["pruner"])
+            missing = load_random_state(tensors["random"], self._device)
+            if missing is not None:
+                self._warn(missing)
+        for name, stateful in self.states.items():
+            if tensors.get(name):  # of a CPU's run there is no loss scale
+                stateful.load_state_dict(tensors[name])
         for name, weight in tensors.get("best", {}).items():
             self.best_weights[name] = fsdp.take_local_rows(weight, self.parameters[name])
         self.log.load_state_dict(LogState.model_validate(snapshot.notes["log"]))

@@ -25,6 +25,7 @@ from spdtool.pruning.pruner import Pruner
 from spdtool.pruning.statistics import STATISTICS
 from spdtool.recipe.fields import Prune, Recipe
 from spdtool.training.microbatches import Microbatch
+from spdtool.training.precision import LossScale
 
 CALIBRATION_EPOCH = 2**32  # of the order of the data: no training epoch has that number
 
@@ -90,7 +91,7 @@ class StatisticsCollector:
 
     def _add_microbatch(self, loss: Callable[[Microbatch], Terms], microbatch: Microbatch) -> bool:
         """Show a micro-batch's inputs, and add its gradients; return whether it has any."""
-        attention_mask = torch.as_tensor(microbatch.batch["attention_mask"])
+        attention_mask = torch.as_tensor(microbatch.batch["attention_mask"])  # on the processor, where it is indexed
         # a rank without rows passes one row of another's, which must not be counted twice
         is_padding = microbatch.weight.rows == 0
         with nullcontext() if is_padding else self.pruner.observe_inputs(attention_mask):
@@ -100,7 +101,7 @@ class StatisticsCollector:
         term.backward()  # type: ignore[no-untyped-call]
         return True
 
-    def add_logit_gradients(self, terms: Terms) -> None:
+    def add_logit_gradients(self, terms: Terms, loss_scale: LossScale | None = None) -> None:
         """Add the logit term's gradients, before a micro-batch's backward pass.
 
         Do nothing where the criterion reads those of the whole loss.
@@ -110,6 +111,8 @@ class StatisticsCollector:
         term = self._choose_term(terms)
         if self.section.saliency == "loss" or not term.requires_grad:
             return
+        if loss_scale is not None:
+            term = loss_scale.multiply(term)
         weights = list(self.pruner.masks.parameters.values())
         gradients = torch.autograd.grad(term, weights, retain_graph=True, allow_unused=True)
         for weight, gradient in zip(weights, gradients, strict=True):
@@ -117,21 +120,24 @@ class StatisticsCollector:
                 summed = self._logit_gradients.get(weight)
                 self._logit_gradients[weight] = gradient if summed is None else summed + gradient
 
-    def observe_step(self, scale: float) -> None:
+    def observe_step(self, loss_scale: LossScale | None = None) -> None:
         """Show the gradients of a training step, after they were summed over the ranks. Collective.
 
         Args:
-            scale: the loss scale that multiplied those of the whole loss.
+            loss_scale: of fp16; the gradients of the whole loss are unscaled already.
         """
+        overflow = None if loss_scale is None else loss_scale.overflow
         if self.section.saliency == "loss":
-            self.pruner.observe_gradients(scale)
+            self.pruner.observe_gradients(overflow)
             return
         weights = list(self.pruner.masks.parameters.values())
         collectives.sum_over_ranks(
             self._logit_gradients[weight] for weight in weights if weight in self._logit_gradients
         )
+        if loss_scale is not None:
+            loss_scale.unscale(self._logit_gradients.values())
         with _replace_gradients(weights, self._logit_gradients):
-            self.pruner.observe_gradients()  # no loss scale was in them
+            self.pruner.observe_gradients(overflow)
         self._logit_gradients = {}
 
     def _choose_term(self, terms: Terms) -> Tensor:

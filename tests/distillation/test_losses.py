@@ -341,3 +341,20 @@ def test_padding_on_either_side_changes_no_loss(toys: ModuleType, on_left: bool)
     expected = terms(plain)
     assert min(expected["hidden"], expected["attention"], expected["relation"]) > 0
     assert terms(padded(plain, 7, on_left)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_layers_compared_together_are_those_compared_one_by_one(masked: bool) -> None:
+    torch.manual_seed(0)
+    student = [torch.randn(3, 5, 8, requires_grad=True) for _ in range(4)]
+    teacher = [torch.randn(3, 5, 8) for _ in range(4)]
+    mask = (torch.arange(5)[None] < torch.tensor([5, 3, 1])[:, None]).long() if masked else None
+    outcomes = []
+    for together in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=together):  # as on a GPU
+            loss = hidden_loss(student, teacher, mask)
+        outcomes.append([loss, *torch.autograd.grad(loss, student)])
+    for one, other in zip(*outcomes, strict=True):
+        torch.testing.assert_close(other, one)
+    wider = hidden_loss([*student[:3], torch.randn(3, 5, 4)], [*teacher[:3], torch.randn(3, 5, 4)], mask)
+    assert bool(wider.isfinite()), "shapes that differ are compared one by one"

@@ -87,10 +87,43 @@ def test_chunks_do_not_change_the_weights(monkeypatch: pytest.MonkeyPatch) -> No
     fishers = torch.einsum("tbi,tbj->bij", gradients, gradients) / 30 + 0.01 * torch.eye(4)
     stats = Stats(fisher_blocks=fishers, input_gram=tokens.T @ tokens / 40 + 0.01 * torch.eye(10))
     expected = [update_blocks(weight, alive, stats), update_rows(weight, alive, stats), obert(weight, stats)]
-    monkeypatch.setattr(second_order, "AT_ONCE", 1)
+    for constant in ("AT_ONCE", "ROWS_AT_ONCE"):
+        monkeypatch.setattr(second_order, constant, 1)
     chunked = [update_blocks(weight, alive, stats), update_rows(weight, alive, stats), obert(weight, stats)]
     for expected_weights, chunked_weights in zip(expected, chunked, strict=True):
         torch.testing.assert_close(expected_weights, chunked_weights, rtol=1e-5, atol=1e-6)
+
+
+def test_sets_of_very_different_sizes_are_solved_as_each_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(80, 20)
+    matrix, wanted = inputs.T @ inputs / 80 + 0.01 * torch.eye(20), torch.randn(9, 20)
+    sets = torch.rand(9, 20) < torch.linspace(0, 1, 9).unsqueeze(1)[torch.randperm(9)]
+    sets[4], sets[7] = False, True
+    for numbers in (1, 150, 2**22):  # one row at a time, a few, all
+        monkeypatch.setattr(second_order, "ROWS_AT_ONCE", numbers)
+        solution = second_order.solve_rows(matrix, wanted, sets)
+        for row, (members, answer) in enumerate(zip(sets, solution, strict=True)):
+            expected = torch.linalg.solve(matrix[members][:, members].double(), wanted[row, members].double()).float()
+            torch.testing.assert_close(answer[members], expected, rtol=1e-4, atol=1e-5, msg=f"{numbers} {row}")
+            assert not answer[~members].any(), (numbers, row)
+
+
+def test_a_row_is_padded_to_its_like_and_not_to_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    factorize = second_order.factorize
+
+    def watch(matrices: Tensor) -> Tensor:
+        sizes.extend([matrices.shape[-1]] * len(matrices))
+        return factorize(matrices)
+
+    monkeypatch.setattr(second_order, "factorize", watch)
+    monkeypatch.setattr(second_order, "ROWS_AT_ONCE", 100)
+    sets = torch.zeros(41, 50, dtype=torch.bool)
+    sets[3] = True
+    sets[[row for row in range(41) if row != 3], :5] = True
+    second_order.solve_rows(torch.eye(50), torch.randn(41, 50), sets)
+    assert sizes == [50] + [5] * 40
 
 
 def test_solving_for_live_and_for_dead_sets_gives_the_same_weights() -> None:

@@ -46,17 +46,20 @@ def test_each_statistic_reads_gradients_or_inputs() -> None:
     assert not empty_observer.is_empty()
 
 
-def test_a_loss_scale_is_taken_out_of_the_gradients() -> None:
-    (plain, layers), (scaled, scaled_layers) = make_observer(FROM_GRADIENTS), make_observer(FROM_GRADIENTS)
-    set_gradients(layers, 1)
-    set_gradients(scaled_layers, 1)
-    for layer in scaled_layers.values():
-        assert layer.weight.grad is not None
-        layer.weight.grad *= 8.0
+def test_a_step_that_overflowed_does_not_count() -> None:
+    (plain, layers), (overflowed, others) = make_observer(FROM_GRADIENTS), make_observer(FROM_GRADIENTS)
+    for each in (layers, others):
+        set_gradients(each, 1)
     plain.add_gradients()
-    scaled.add_gradients(8.0)
+    for gradient, overflow in ((float("inf"), 1.0), (float("nan"), 1.0), (None, 0.0)):
+        set_gradients(others, 1)
+        if gradient is not None:
+            for layer in others.values():
+                assert layer.weight.grad is not None
+                layer.weight.grad[0, 0] = gradient
+        overflowed.add_gradients(torch.tensor(overflow))
     for need in FROM_GRADIENTS:
-        assert torch.equal(getattr(plain.stats("a"), need), getattr(scaled.stats("a"), need)), need
+        assert torch.equal(getattr(plain.stats("a"), need), getattr(overflowed.stats("a"), need)), need
 
 
 def test_a_step_that_left_the_layer_out_counts_as_zero() -> None:

@@ -12,11 +12,12 @@ from accelerate import Accelerator
 
 from spdtool.errors import DeviceError
 from spdtool.models import arithmetic
+from spdtool.pruning.statistics import full_float32
 from spdtool.recipe.fields import Recipe
 from spdtool.recipe.reading import override
 from spdtool.run.folder import Run
 from spdtool.stages.prune import prune
-from spdtool.training.accelerator import choose_threads, compare_arithmetic, create_accelerator
+from spdtool.training.accelerator import choose_precision, choose_threads, compare_arithmetic, create_accelerator
 
 CPU = torch.device("cpu")
 
@@ -47,6 +48,50 @@ def test_accelerate_reads_nothing_from_the_environment(monkeypatch: pytest.Monke
     assert accelerator.device == CPU
     assert accelerator.num_processes == 1
     assert {name: os.environ[name] for name in variables} == variables, "they are put back"
+
+
+def test_auto_takes_bf16_where_a_gpu_has_it_and_float32_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    emulation: list[bool] = []
+    for has_bf16, on_cpu, precision, expected in (
+        (True, False, "auto", "bf16"),
+        (False, False, "auto", "fp32"),
+        (True, True, "auto", "fp32"),
+        (True, False, "fp32", "fp32"),
+        (False, False, "fp16", "fp16"),
+    ):
+
+        def is_supported(including_emulation: bool = True, *, has_bf16: bool = has_bf16) -> bool:
+            emulation.append(including_emulation)
+            return has_bf16
+
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
+        chosen = choose_precision(Recipe(precision=precision), on_cpu=on_cpu)  # type: ignore[arg-type]
+        assert chosen == expected, (has_bf16, on_cpu, precision)
+    assert not any(emulation), "emulated bf16 is slower than float32"
+    assert create_accelerator(Recipe(device="cpu")).mixed_precision == "no", "the default on a CPU"
+
+
+def test_fp16_is_refused_where_bf16_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    with pytest.raises(DeviceError, match="this GPU has bf16") as caught:
+        create_accelerator(Recipe(precision="fp16"))
+    assert "precision=bf16" in (caught.value.hint or "")
+
+
+def test_switches_of_torch_follow_the_recipe_on_and_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    inside = []
+    for is_on in (True, False):
+        create_accelerator(Recipe(device="cpu", tf32=is_on, deterministic=is_on))
+        assert torch.backends.cuda.matmul.allow_tf32 == is_on
+        assert torch.are_deterministic_algorithms_enabled() == is_on
+        assert torch.backends.cudnn.deterministic == is_on
+        with full_float32():
+            inside.append(torch.backends.cuda.matmul.allow_tf32)
+        assert torch.backends.cuda.matmul.allow_tf32 == is_on
+    assert inside == [False, False], "statistics and prune events have all bits"
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
 def test_a_program_around_may_accumulate_in_its_own_training() -> None:
@@ -101,6 +146,7 @@ def test_other_last_bits_than_before_are_said(
     machine = run.record("teacher").machine
     assert machine is not None
     assert (machine.training_threads, machine.arithmetic) == (1, arithmetic.probe_arithmetic())
+    assert (machine.precision, machine.device) == ("fp32", "cpu")
     compare_arithmetic(run, CPU)
     assert "other last bits" not in capsys.readouterr().err
     monkeypatch.setattr(arithmetic, "_probe", lambda *_: "another")

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import stat
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,15 @@ import pytest
 import torch
 from torch import nn
 
+from spdtool.distillation.lesson import Lesson
+from spdtool.run.folder import Stage
+from spdtool.run.storage import create_folder
 from spdtool.training import snapshot
+from spdtool.training.log import TrainingLog
+from spdtool.training.precision import LossScale
 from spdtool.training.snapshot import (
     Snapshot,
+    Snapshotter,
     collect_optimizer_state,
     collect_random_state,
     load_optimizer_state,
@@ -225,3 +232,95 @@ def test_the_random_state_comes_back() -> None:
     first = torch.rand(3)
     load_random_state(state)
     assert torch.equal(torch.rand(3), first)
+
+
+class Aside:
+    """A snapshotter of one weight, whose thread waits until it may write."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.weight = nn.Parameter(torch.zeros(3))
+        self.optimizer = torch.optim.AdamW([self.weight], lr=0.1)
+        self.may_write, self.written = threading.Event(), []  # type: ignore[var-annotated]
+        stage = Stage("prune", folder / "work", "f")
+        create_folder(stage.folder)
+        log = TrainingLog(stage.folder / "metrics.jsonl", lambda _: None)
+        self.scale = LossScale(torch.device("cpu"))
+        states = {"loss_scale": self.scale}
+        self.snapshotter = Snapshotter(stage, "f", {"w": self.weight}, self.optimizer, Lesson(), states, log)
+        self.state = stage.state
+        write = snapshot.write_snapshot
+
+        def wait_and_write(root: Path, contents: Snapshot) -> None:
+            assert self.may_write.wait(10)
+            write(root, contents)
+            self.written.append((contents.step, threading.current_thread() is threading.main_thread()))
+
+        monkeypatch.setattr(snapshot, "write_snapshot", wait_and_write)
+
+    def step(self, value: float) -> None:
+        self.weight.grad = torch.ones(3)
+        self.optimizer.step()
+        with torch.no_grad():
+            self.weight.fill_(value)
+
+
+def test_a_snapshot_written_aside_is_of_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    aside = Aside(tmp_path, monkeypatch)
+    with aside.snapshotter.write_aside():
+        aside.step(1.0)
+        aside.snapshotter.save(1, aside=True)
+        moment = aside.optimizer.state[aside.weight]["exp_avg"].clone()
+        aside.step(2.0)  # training goes on while the thread waits
+        assert not aside.written
+        aside.may_write.set()
+        aside.snapshotter.save(2, aside=True)
+        aside.step(3.0)
+        aside.snapshotter.save(3)
+        assert [step for step, _ in aside.written] == [1, 2, 3], "one after the other"
+    assert [in_main for _, in_main in aside.written] == [False, False, True]
+    assert [path.name for path in sorted(aside.state.glob("step-*"))] == ["step-000000002", "step-000000003"]
+    (aside.state / "step-000000003" / "contents.json").unlink()
+    older = read_newest_snapshot(aside.state, "f")
+    assert older is not None
+    assert older.tensors["model"]["w"].tolist() == [2.0] * 3
+    assert not torch.equal(older.tensors["adam"]["w/exp_avg"], moment)
+
+
+def test_what_is_written_aside_is_on_the_disk_when_training_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aside = Aside(tmp_path, monkeypatch)
+    aside.may_write.set()
+    with pytest.raises(KeyboardInterrupt), aside.snapshotter.write_aside():
+        aside.snapshotter.save(1, aside=True)
+        raise KeyboardInterrupt
+    assert read_newest_snapshot(aside.state, "f") is not None
+
+
+def test_a_disk_that_is_full_ends_training_though_a_thread_found_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aside = Aside(tmp_path, monkeypatch)
+
+    def full(root: Path, contents: Snapshot) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(snapshot, "write_snapshot", full)
+    with pytest.raises(OSError, match="No space left"), aside.snapshotter.write_aside():
+        aside.snapshotter.save(1, aside=True)
+
+
+def test_the_loss_scale_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    aside = Aside(tmp_path, monkeypatch)
+    aside.may_write.set()
+    aside.scale.load_state_dict({"scale": torch.tensor(512.0), "steady_steps": torch.tensor(7, dtype=torch.int32)})
+    aside.snapshotter.save(1)
+    aside.scale.load_state_dict(LossScale(torch.device("cpu")).state_dict())
+    assert aside.snapshotter.restore() == 1
+    assert {name: float(value) for name, value in aside.scale.state_dict().items()} == {"scale": 512, "steady_steps": 7}
+
+
+def test_a_random_state_of_another_device_is_said() -> None:
+    states = collect_random_state()
+    assert load_random_state(states) is None
+    assert "another kind of device" in (load_random_state(states | {"cuda": states["cpu"]}) or "")

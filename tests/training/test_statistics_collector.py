@@ -108,7 +108,7 @@ def test_the_logit_term_is_observed_alone_while_the_whole_loss_is_learnt(observe
     whole = model.linear.weight.grad
     assert whole is not None
     learnt = whole.clone()
-    collector.observe_step(scale=1024.0)  # the scale was never in what was taken apart
+    collector.observe_step()
     assert torch.equal(whole, learnt), "what is learnt stays as it was"
     pruner.prune(2)
     model.linear.weight.grad = None

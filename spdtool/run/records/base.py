@@ -55,6 +55,8 @@ class MachineRecord(Record):
         versions: of the installed packages that influence results.
         training_threads, arithmetic: of a training stage: number of threads, and hash of the last bits of a fixed
             calculation, see `models.arithmetic`.
+        precision: in which a training stage computed: fp32, bf16 or fp16.
+        device: on which it was trained, such as `cpu` or `NVIDIA H200`.
     """
 
     python: str
@@ -63,6 +65,8 @@ class MachineRecord(Record):
     versions: dict[str, str]
     training_threads: int | None = None
     arithmetic: str | None = None
+    precision: str | None = None
+    device: str | None = None
 
     def lines(self) -> list[tuple[str, str]]:
         """Describe the machine as names and texts."""
