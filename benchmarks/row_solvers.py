@@ -102,10 +102,8 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     matrices = model_matrices(arguments.model) if arguments.model else random_matrices()
-    print(
     print("| matrix | zeros | padded to the longest, s | to the longest near, s | ratio | largest difference |")
     print("|---|---|---|---|---|---|")
-    )
     totals = [0.0, 0.0]
     for name, (weight, gram) in matrices.items():
         gram.diagonal().add_(0.01 * gram.diagonal().mean())

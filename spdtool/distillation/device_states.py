@@ -30,7 +30,7 @@ class DeviceStates:
     """Logits and hidden states of rows by their number.
 
     Args:
-        logits: [rows, labels], float32.
+        logits: one vector for each row, [rows, labels], float32.
         states: [layers, tokens, width], bf16: the tokens of all rows, one after the other.
         starts: number of the first token of each row, [rows].
     """
@@ -68,7 +68,7 @@ def should_keep_on_device(
     if device.type == "cpu" or precision != "bf16" or not needs_hidden_states(section.loss):
         return False
     # a mask is needed, since padding reads other rows; with padding on the left, a row's outputs depend on its batch
-    if section.loss.attention > 0 or not section.loss.mask_padding or rows.pad_left:
+    if section.loss.attention > 0 or not section.loss.mask_padding or rows.pad_left or rows.labels_per_token:
         return False
     if collectives.group_size() > 1:  # each rank reads other rows in every epoch
         return False
@@ -98,10 +98,8 @@ def compute_device_states(
         layers: the teacher's, from 0, the embeddings' output, whose hidden states `forward` returns.
         autocast: of the training.
     """
-    device, labels = teacher.device, teacher.config.num_labels
-    assert labels is not None
-    tokens = int(rows.lengths.sum(dtype=np.int64))
-    logits = torch.empty(len(rows), labels, device=device)
+    device, tokens = teacher.device, int(rows.lengths.sum(dtype=np.int64))
+    logits = torch.empty(0, device=device)
     states = torch.empty(len(layers), tokens, teacher.config.hidden_size, dtype=torch.bfloat16, device=device)
     with autocast:
         for numbers in evaluation_batches(rows, BATCH_SIZE):
@@ -109,6 +107,8 @@ def compute_device_states(
             mask = batch["attention_mask"].astype(bool)
             outputs = forward(to_device(batch, device))
             assert outputs.hidden_states is not None
+            if not len(logits):
+                logits = outputs.logits.new_empty(len(rows), *outputs.logits.shape[1:], dtype=torch.float32)
             logits[torch.from_numpy(numbers).to(device)] = outputs.logits.float()
             targets = (rows.offsets[numbers][:, None] + np.arange(mask.shape[1]))[mask]
             sources, into = (torch.from_numpy(each).to(device) for each in (np.flatnonzero(mask), targets))
