@@ -19,7 +19,7 @@ from spdtool.data.batches import evaluation_batches
 from spdtool.data.tokens import Encoded
 from spdtool.distillation.outputs import ModelOutputs
 from spdtool.distillation.teacher_cache import TeacherForward, needs_hidden_states
-from spdtool.models import collectives
+from spdtool.models import collectives, device
 from spdtool.models.predict import BATCH_SIZE, to_device
 from spdtool.recipe.fields import Distilled, Recipe
 
@@ -58,14 +58,14 @@ def count_state_bytes(rows: Encoded, teacher: PreTrainedModel, layers: Sequence[
 
 
 def should_keep_on_device(
-    recipe: Recipe, section: Distilled, rows: Encoded, size: int, device: torch.device, *, precision: str
+    recipe: Recipe, section: Distilled, rows: Encoded, size: int, target: torch.device, *, precision: str
 ) -> bool:
     """Whether hidden states of `size` bytes save time in the phase of `section`, and fit.
 
     Args:
         precision: of the training: only bf16 loses nothing by them.
     """
-    if device.type == "cpu" or precision != "bf16" or not needs_hidden_states(section.loss):
+    if not device.is_gpu(target) or precision != "bf16" or not needs_hidden_states(section.loss):
         return False
     # a mask is needed, since padding reads other rows; with padding on the left, a row's outputs depend on its batch
     if section.loss.attention > 0 or not section.loss.mask_padding or rows.pad_left or rows.labels_per_token:
@@ -74,14 +74,14 @@ def should_keep_on_device(
         return False
     if section.length(len(rows)).steps * section.batch_size < 2 * len(rows):
         return False
-    return size <= recipe.teacher_states_share * free_device_memory(device)
+    return size <= recipe.teacher_states_share * free_device_memory(target)
 
 
-def free_device_memory(device: torch.device) -> int:
+def free_device_memory(target: torch.device) -> int:
     """Return the bytes of a GPU's memory that this process may still take."""
-    free, _ = torch.cuda.mem_get_info(device)
+    free, _ = torch.cuda.mem_get_info(target)
     # what torch holds and does not use is free too
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + torch.cuda.memory_reserved(target) - torch.cuda.memory_allocated(target)
 
 
 @torch.no_grad()
@@ -98,23 +98,23 @@ def compute_device_states(
         layers: the teacher's, from 0, the embeddings' output, whose hidden states `forward` returns.
         autocast: of the training.
     """
-    device, tokens = teacher.device, int(rows.lengths.sum(dtype=np.int64))
-    logits = torch.empty(0, device=device)
-    states = torch.empty(len(layers), tokens, teacher.config.hidden_size, dtype=torch.bfloat16, device=device)
+    target, tokens = teacher.device, int(rows.lengths.sum(dtype=np.int64))
+    logits = torch.empty(0, device=target)
+    states = torch.empty(len(layers), tokens, teacher.config.hidden_size, dtype=torch.bfloat16, device=target)
     with autocast:
         for numbers in evaluation_batches(rows, BATCH_SIZE):
             batch = rows.collate(numbers)
             mask = batch["attention_mask"].astype(bool)
-            outputs = forward(to_device(batch, device))
+            outputs = forward(to_device(batch, target))
             assert outputs.hidden_states is not None
             if not len(logits):
                 logits = outputs.logits.new_empty(len(rows), *outputs.logits.shape[1:], dtype=torch.float32)
-            logits[torch.from_numpy(numbers).to(device)] = outputs.logits.float()
+            logits[torch.from_numpy(numbers).to(target)] = outputs.logits.float()
             targets = (rows.offsets[numbers][:, None] + np.arange(mask.shape[1]))[mask]
-            sources, into = (torch.from_numpy(each).to(device) for each in (np.flatnonzero(mask), targets))
+            sources, into = (torch.from_numpy(each).to(target) for each in (np.flatnonzero(mask), targets))
             for layer, hidden_state in enumerate(outputs.hidden_states):
                 real = hidden_state.flatten(0, 1).index_select(0, sources)
                 states[layer].index_copy_(0, into, real.to(states.dtype))
-    starts = torch.from_numpy(np.asarray(rows.offsets[:-1], np.int64)).to(device)
+    starts = torch.from_numpy(np.asarray(rows.offsets[:-1], np.int64)).to(target)
     numbered = replace(rows, per_row=rows.per_row | {ROW_NUMBERS: np.arange(len(rows))})
     return numbered, DeviceStates(logits, states, starts)

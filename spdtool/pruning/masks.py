@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from spdtool.errors import GateError, ModelError
-from spdtool.models import fsdp
+from spdtool.models import device, fsdp
 from spdtool.models.fsdp import local_rows
 from spdtool.pruning.allocation import Allocation, allocate, group_by_scope, zeros_in
 from spdtool.pruning.patterns import SINGLE_WEIGHTS, Pattern
@@ -48,7 +48,7 @@ class Masks:
         for name, weight in self.parameters.items():
             self.dead[name] = torch.zeros_like(local_rows(weight), dtype=torch.bool)
         self.dead_values: dict[str, Tensor] = {}
-        self.zeroes_together = any(weight.device.type != "cpu" for weight in self.parameters.values())
+        self.zeroes_together = any(device.is_gpu(weight.device) for weight in self.parameters.values())
         self._optimizer: torch.optim.Optimizer | None = None
         # an optimiser step leaves a weight zero whose moments and gradient are zero: nothing is left to do
         self._moments_are_zero = False  # dead weights and their moments, since the last `apply`

@@ -19,6 +19,7 @@ from spdtool import ranks
 from spdtool.data.tokens import Batch
 from spdtool.distillation.lesson import Lesson
 from spdtool.distillation.losses import LossTerms
+from spdtool.models import device
 from spdtool.models.padding import PaddingMask
 from spdtool.models.predict import to_device
 from spdtool.pruning.pruner import Pruner
@@ -63,12 +64,12 @@ class StepGraphs:
     """Runs steps: each as a graph, once its shape has come before.
 
     Attributes:
-        device: of the buffers.
+        target: device of the buffers.
         recorder: records steps.
         say: tells the user why steps are launched one by one from now on.
     """
 
-    device: torch.device
+    target: torch.device
     recorder: Recorder
     say: Callable[[str], None]
     _seen: Counter[Hashable] = field(default_factory=Counter)
@@ -92,12 +93,12 @@ class StepGraphs:
         self._seen[key] += 1
         is_new = self._seen[key] <= SEEN_BEFORE
         if self._is_off or len(self._recorded) == MOST_GRAPHS:
-            return step(to_device(columns, self.device))
+            return step(to_device(columns, self.target))
         if is_new:
-            batch = to_device(columns, self.device)
+            batch = to_device(columns, self.target)
             return self.recorder.warm_up(lambda: step(batch))
         buffers = {}
-        for name, column in to_device(columns, self.device).items():
+        for name, column in to_device(columns, self.target).items():
             buffers[name] = copy_column(column)
         try:
             # a copy of the dict: a lesson takes columns out of it
@@ -105,17 +106,17 @@ class StepGraphs:
         except RuntimeError as error:  # torch names the operation that may not be recorded
             self._is_off = True
             self.say(f"no CUDA graphs: {str(error).splitlines()[0]}")
-            return step(to_device(columns, self.device))
+            return step(to_device(columns, self.target))
         self._recorded[key] = _Recorded(buffers, recording)
         return recording.replay()  # recording has run nothing
 
 
 def find_obstacle(
-    recipe: Recipe, section: Training, lesson: Lesson, pruner: Pruner | None, device: torch.device
+    recipe: Recipe, section: Training, lesson: Lesson, pruner: Pruner | None, target: torch.device
 ) -> str | None:
     """Say what keeps the steps of a stage out of graphs; None: nothing."""
     obstacles = {
-        "the device is a CPU": device.type == "cpu",
+        "the device is a CPU": not device.is_gpu(target),
         "cuda_graph=off": recipe.cuda_graph == "off",
         "several processes exchange gradients": ranks.world_size() > 1,
         "compile=true has graphs of its own": recipe.compile,

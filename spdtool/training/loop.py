@@ -25,7 +25,7 @@ from spdtool.data.batches import training_batches
 from spdtool.data.tokens import Encoded
 from spdtool.distillation.device_states import ROW_NUMBERS
 from spdtool.distillation.lesson import Lesson
-from spdtool.models import collectives
+from spdtool.models import collectives, device
 from spdtool.models.arithmetic import probe_arithmetic
 from spdtool.models.layers import select_trained_parameters
 from spdtool.pruning.pruner import Pruner
@@ -94,7 +94,7 @@ def fit(
     evaluation_steps = choose_evaluation_steps(length, section.evaluations)
     log_interval = max(1, job.steps // LOG_LINES)
     window, saved_at = LossWindow(), time.monotonic()
-    on_cpu = learner.accelerator.device.type == "cpu"
+    on_gpu = device.is_gpu(learner.accelerator.device)
     learner.model.train()  # calibration and evaluation put it back
     batches = _iterate_batches(job, length.steps_per_epoch, start)
     with (
@@ -118,13 +118,13 @@ def fit(
                 with job.log.stopwatch.paused():
                     _evaluate(job, done)
             # on a GPU by the clock alone: a snapshot of BERT-base has 1.8 GB
-            is_due = (is_evaluated and on_cpu) or _is_snapshot_due(job, done, saved_at, log_interval)
+            is_due = (is_evaluated and not on_gpu) or _is_snapshot_due(job, done, saved_at, log_interval)
             # on a GPU several ranks agree where they log: in between no step waits for the device
-            is_waiting = collectives.group_size() == 1 or on_cpu
+            is_waiting = collectives.group_size() == 1 or not on_gpu
             is_stopped = (is_logged or is_waiting) and stop.agree()
             if is_stopped or (done < job.steps and is_due):
                 # its time counts in the examples a second: on a GPU it is that of a copy
-                _save_snapshot(job, done, aside=not on_cpu and not is_stopped)
+                _save_snapshot(job, done, aside=on_gpu and not is_stopped)
                 saved_at = time.monotonic()
                 if is_stopped:
                     stop.raise_stopped(stage.name, done, job.steps)
@@ -160,10 +160,10 @@ def _create_job(
     on_event: OnEvent,
 ) -> _Job:
     """Create the optimiser and all that belongs to it."""
-    pruner, device = learner.pruner, learner.accelerator.device
+    pruner, target = learner.pruner, learner.accelerator.device
     trained = select_trained_parameters(learner.model, section.train) | lesson.parameters
-    graphs = _create_graphs(recipe, section, lesson, pruner, stage.name, device)
-    optimizer = create_adamw(trained.values(), section, device, capturable=graphs is not None)
+    graphs = _create_graphs(recipe, section, lesson, pruner, stage.name, target)
+    optimizer = create_adamw(trained.values(), section, target, capturable=graphs is not None)
     log = TrainingLog(stage.folder / LOG, on_event)
     _describe_machine(stage, learner)
     # what the teacher shows is computed in other batches where it is cached: the same up to rounding
@@ -174,7 +174,7 @@ def _create_job(
     collector = None
     if pruner is not None and pruner.events and isinstance(section, Prune):
         events, collector = list(pruner.events), StatisticsCollector(pruner, section)
-    loss_scale = LossScale(device) if stage.precision == "fp16" else None
+    loss_scale = LossScale(target) if stage.precision == "fp16" else None
     states: dict[str, Stateful] = {}
     if pruner is not None:
         states["pruner"] = pruner
@@ -229,13 +229,13 @@ def _describe_machine(stage: Stage, learner: Learner) -> None:
 
 
 def _create_graphs(
-    recipe: Recipe, section: Training, lesson: Lesson, pruner: Pruner | None, stage: str, device: torch.device
+    recipe: Recipe, section: Training, lesson: Lesson, pruner: Pruner | None, stage: str, target: torch.device
 ) -> StepGraphs | None:
     """Create what replays steps as CUDA graphs; None where steps differ, which is said."""
-    obstacle = find_obstacle(recipe, section, lesson, pruner, device)
+    obstacle = find_obstacle(recipe, section, lesson, pruner, target)
     if obstacle is None:
-        return StepGraphs(device, CudaRecorder(), lambda text: console.say(f"{stage}: {text}"))
-    if device.type == "cuda" and recipe.cuda_graph == "auto":
+        return StepGraphs(target, CudaRecorder(), lambda text: console.say(f"{stage}: {text}"))
+    if device.is_gpu(target) and recipe.cuda_graph == "auto":
         console.say(f"{stage}: no CUDA graphs: {obstacle}")
     return None
 

@@ -58,11 +58,11 @@ def test_they_are_kept_where_they_fit_and_save_time(
     def decide(
         recipe: Recipe | None = None,
         section: Distilled | None = None,
-        device: torch.device = GPU,
+        target: torch.device = GPU,
         precision: str = "bf16",
     ) -> bool:
         return should_keep_on_device(
-            recipe or Recipe(), section or Distilled(epochs=2), rows, size, device, precision=precision
+            recipe or Recipe(), section or Distilled(epochs=2), rows, size, target, precision=precision
         )
 
     assert decide()
@@ -74,7 +74,7 @@ def test_they_are_kept_where_they_fit_and_save_time(
         "attention": decide(section=Distilled(epochs=2, loss=Loss(attention=1.0))),
         "padding counts": decide(section=Distilled(epochs=2, loss=Loss(mask_padding=False))),
         "no states": decide(section=Distilled(epochs=2, loss=Loss(hidden=0.0))),
-        "a CPU": decide(device=torch.device("cpu")),
+        "a CPU": decide(target=torch.device("cpu")),
         "float32": decide(precision="no"),
     }
     assert not any(refusals.values()), refusals
