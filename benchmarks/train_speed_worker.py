@@ -231,6 +231,7 @@ def _instrument(clock: Clock, totals: dict[str, float], stage: str, profiler: An
     from spdtool.pruning.masks import Masks
     from spdtool.stages import phase, teacher
     from spdtool.training import loop, prefetch
+    from spdtool.training.step import Stepper
 
     original_prefetch, adamw, fit = prefetch.prefetch_batches, loop.create_adamw, loop.fit
     take = clock.time_calls("data", next)
@@ -269,8 +270,8 @@ def _instrument(clock: Clock, totals: dict[str, float], stage: str, profiler: An
         totals["tokens"] += int(batch["attention_mask"].sum())
         totals["flops"] += passes * rows * length * (2 * sizes["weights"] + 4 * length * sizes["attention"])
 
-    def create_timed_adamw(trained: Any, *args: Any) -> torch.optim.Optimizer:
-        optimizer: torch.optim.Optimizer = adamw(trained, *args)
+    def create_timed_adamw(trained: Any, *args: Any, **options: Any) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer = adamw(trained, *args, **options)
         optimizer.step = clock.time_calls("optimiser", optimizer.step)  # type: ignore[method-assign]
         return optimizer
 
@@ -286,7 +287,7 @@ def _instrument(clock: Clock, totals: dict[str, float], stage: str, profiler: An
     role_of = lambda model, *_: "student" if model.training else "teacher"  # noqa: E731
     lesson.compute_outputs = clock.time_calls(role_of, compute_outputs)  # type: ignore[attr-defined]
     lesson.distillation_loss = clock.time_calls("loss", lesson.distillation_loss)  # type: ignore[attr-defined]
-    Accelerator.backward = clock.time_calls("backward", Accelerator.backward)  # type: ignore[method-assign]
+    Stepper._backward = clock.time_calls("backward", Stepper._backward)  # type: ignore[method-assign]
     Accelerator.clip_grad_norm_ = clock.time_calls("clip", Accelerator.clip_grad_norm_)  # type: ignore[method-assign]
     Masks.zero_gradients = clock.time_calls("masks", Masks.zero_gradients)  # type: ignore[method-assign]
     Masks._after_step = clock.time_calls("after step", Masks._after_step)  # type: ignore[method-assign]

@@ -186,8 +186,8 @@ def test_every_step_equals_that_of_the_published_algorithm(
         snapshots[state.step] = {name: weight.clone() for name, weight in state.tensors["model"].items()}
         dead[state.step] = {n[5:]: d.clone() for n, d in state.tensors["pruner"].items() if n.startswith("dead.")}
 
-    def unfused(*args: Any) -> torch.optim.AdamW:
-        optimizer = original_adamw(*args)
+    def unfused(*args: Any, **options: Any) -> torch.optim.AdamW:
+        optimizer = original_adamw(*args, **options)
         for group in optimizer.param_groups:
             group["fused"] = False
         return optimizer

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spdtool.data.tokens import LABELED
-from spdtool.distillation.outputs import ModelOutputs
+from spdtool.distillation.outputs import ModelOutputs, widen
 from spdtool.distillation.projections import Projections, project
 from spdtool.recipe.fields import Loss
 
@@ -121,7 +121,7 @@ def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tens
         return error.mean((1, 2)).sum() if token_weights is None else (error * token_weights).sum()
     for student_state, teacher_state in zip(student, teacher, strict=True):
         if token_weights is None:
-            losses.append(F.mse_loss(student_state.float(), teacher_state.float()))
+            losses.append(F.mse_loss(widen(student_state), widen(teacher_state)))
         else:
             # differences of half-precision states would lose most of their digits
             error = (student_state.float() - teacher_state.float()).square().mean(-1)
@@ -184,12 +184,12 @@ def attention_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: T
     for student_map, teacher_map in zip(student, teacher, strict=True):
         visible = (teacher_map > MASKED_SCORE) & (student_map > MASKED_SCORE)
         if mask is None:
-            losses.append(torch.where(visible, student_map.float() - teacher_map.float(), 0.0).square().mean())
+            losses.append(torch.where(visible, widen(student_map) - widen(teacher_map), 0.0).float().square().mean())
             continue
         real_pairs = mask.bool()[:, None, :, None] & mask.bool()[:, None, None, :]
         counted = visible & real_pairs
         # `where` before the square: the difference of two masked scores may be infinite or NaN
-        error = torch.where(counted, student_map.float() - teacher_map.float(), 0.0).square()
+        error = torch.where(counted, widen(student_map) - widen(teacher_map), 0.0).float().square()
         # a micro-batch of weight zero may have no pair at all
         losses.append(error.sum() / counted.sum().clamp(min=1))
     return torch.stack(losses).sum()

@@ -52,8 +52,13 @@ def compute_outputs(
         with_attentions = attention == "probabilities"
         outputs = model(**inputs, output_hidden_states=hidden_states, output_attentions=with_attentions)
         attentions = outputs.attentions if with_attentions else None
-    logits = head_of_model(model).collect(outputs, inputs)
+    logits = widen(head_of_model(model).collect(outputs, inputs))
     return ModelOutputs(logits, outputs.hidden_states if hidden_states else None, attentions)
+
+
+def widen(tensor: Tensor) -> Tensor:
+    """Return half precision as float32, since it is too coarse for a loss; other types as they are."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 class SoftmaxInputs(TorchFunctionMode):

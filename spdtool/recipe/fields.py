@@ -32,7 +32,15 @@ MAY_CHANGE = frozenset({"name", "save_minutes", "restarts", "shard", "device", "
 ACCEPTED_LATER = frozenset({"teacher.accept"})
 # Fields outside the sections that the teacher stage does not read.
 STUDENT_FIELDS = frozenset(
-    {"sparsity", "student", "teacher_states_gb", "teacher_states_share", "unlabeled", "unlabeled_text", "unlabeled_share"}
+    {
+        "sparsity",
+        "student",
+        "teacher_states_gb",
+        "teacher_states_share",
+        "unlabeled",
+        "unlabeled_text",
+        "unlabeled_share",
+    }
 )
 # What is asked of the student and only measured in the end; the other fields of `goal` decide its shape.
 MEASURED_GOALS = frozenset({"goal.max_drop", "goal.tolerance"})

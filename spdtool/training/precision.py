@@ -80,7 +80,7 @@ class CastWeights:
     """Casts the weights of a model's linear layers to half precision for one pass, as autocast would, but together.
 
     Args:
-        model: its linear layers are found once; the parameters stay float32.
+        model: its linear layers that are trained now; the parameters stay float32.
         dtype: bfloat16 or float16.
     """
 
@@ -89,13 +89,18 @@ class CastWeights:
         self._slots: list[tuple[nn.Module, str]] = []
         parameters: dict[nn.Parameter, None] = {}  # a tied weight once
         for module, name, parameter in _linear_parameters(model):
-            self._slots.append((module, name))
-            parameters[parameter] = None
+            # of a frozen one nobody wants a gradient, which those cast together would all have
+            if parameter.requires_grad:
+                self._slots.append((module, name))
+                parameters[parameter] = None
         self.parameters = list(parameters)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
         """Let the layers compute with the cast weights inside the block; gradients reach the float32 parameters."""
+        if not self.parameters:
+            yield
+            return
         originals = [module._parameters[name] for module, name in self._slots]
         cast = _CastTogether.apply(self.dtype, *self.parameters)  # type: ignore[no-untyped-call]
         replacement = dict(zip(self.parameters, cast, strict=True))

@@ -251,7 +251,7 @@ def _map_tensors(tensors: TensorGroups, copy: Callable[[Tensor], Tensor]) -> Ten
 def _copy_to_pinned(tensor: Tensor) -> Tensor:
     if tensor.device.type == "cpu":
         return tensor.clone()
-    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 class Stateful(Protocol):

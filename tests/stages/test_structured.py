@@ -28,7 +28,7 @@ from spdtool.models.structures import find_structures
 from spdtool.run.folder import Run
 from spdtool.stages.plan import make_plan
 from spdtool.stages.prune import prune
-from spdtool.training import loop
+from spdtool.training.step import Stepper
 
 MakeRun = Callable[..., Run]
 SHAPE = [[1, 32], [2, 0]]
@@ -148,15 +148,15 @@ def test_a_killed_prune_stage_resumes_to_the_same_weights(
     toy_task()
     run = Run.for_recipe(tmp_path / "run", finished.recipe.model_copy(update={"save_minutes": 0.0}))
     shutil.copytree(finished.path / "teacher", tmp_path / "run" / "teacher", dirs_exist_ok=True)
-    train_step, steps = loop._train_step, iter(range(1000))
+    take, steps = Stepper.take, iter(range(1000))
 
     def die(*arguments: Any) -> None:
         if next(steps) == 3:  # after the first of three events
             raise KeyboardInterrupt
-        train_step(*arguments)
+        take(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "_train_step", die)
+        patched.setattr(Stepper, "take", die)
         with pytest.raises(KeyboardInterrupt):
             prune(run)
     prune(run)
