@@ -22,8 +22,8 @@ from spdtool.distillation.losses import LossTerms
 from spdtool.models import device
 from spdtool.models.padding import PaddingMask
 from spdtool.models.predict import to_device
-from spdtool.pruning.pruner import Pruner
 from spdtool.recipe.fields import Distilled, Prune, Recipe, Training
+from spdtool.training.learner import Learner
 
 PAD_MULTIPLE = 8  # tokens: fewer lengths, so fewer graphs; tensor cores want it too
 # The first time a shape is launched as usual: libraries choose their kernels, and AdamW makes its moments.
@@ -111,12 +111,11 @@ class StepGraphs:
         return recording.replay()  # recording has run nothing
 
 
-def find_obstacle(
-    recipe: Recipe, section: Training, lesson: Lesson, pruner: Pruner | None, target: torch.device
-) -> str | None:
+def find_obstacle(recipe: Recipe, section: Training, lesson: Lesson, learner: Learner) -> str | None:
     """Say what keeps the steps of a stage out of graphs; None: nothing."""
+    pruner = learner.pruner
     obstacles = {
-        "the device is a CPU": not device.is_gpu(target),
+        "the device is a CPU": not device.is_gpu(learner.accelerator.device),
         "cuda_graph=off": recipe.cuda_graph == "off",
         "several processes exchange gradients": ranks.world_size() > 1,
         "compile=true has graphs of its own": recipe.compile,

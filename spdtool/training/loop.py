@@ -28,7 +28,6 @@ from spdtool.distillation.lesson import Lesson
 from spdtool.models import collectives, device
 from spdtool.models.arithmetic import probe_arithmetic
 from spdtool.models.layers import select_trained_parameters
-from spdtool.pruning.pruner import Pruner
 from spdtool.recipe.fields import Prune, Recipe, Training, TrainingLength
 from spdtool.run.folder import LOG, STUDENTS, Stage
 from spdtool.run.records import Evaluation, FitResult
@@ -162,7 +161,7 @@ def _create_job(
     """Create the optimiser and all that belongs to it."""
     pruner, target = learner.pruner, learner.accelerator.device
     trained = select_trained_parameters(learner.model, section.train) | lesson.parameters
-    graphs = _create_graphs(recipe, section, lesson, pruner, stage.name, target)
+    graphs = _create_graphs(recipe, section, lesson, learner, stage.name)
     optimizer = create_adamw(trained.values(), section, target, capturable=graphs is not None)
     log = TrainingLog(stage.folder / LOG, on_event)
     _describe_machine(stage, learner)
@@ -229,10 +228,10 @@ def _describe_machine(stage: Stage, learner: Learner) -> None:
 
 
 def _create_graphs(
-    recipe: Recipe, section: Training, lesson: Lesson, pruner: Pruner | None, stage: str, target: torch.device
+    recipe: Recipe, section: Training, lesson: Lesson, learner: Learner, stage: str
 ) -> StepGraphs | None:
     """Create what replays steps as CUDA graphs; None where steps differ, which is said."""
-    obstacle = find_obstacle(recipe, section, lesson, pruner, target)
+    obstacle, target = find_obstacle(recipe, section, lesson, learner), learner.accelerator.device
     if obstacle is None:
         return StepGraphs(target, CudaRecorder(), lambda text: console.say(f"{stage}: {text}"))
     if device.is_gpu(target) and recipe.cuda_graph == "auto":

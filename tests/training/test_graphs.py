@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,10 @@ from spdtool.training.microbatches import MicrobatchSplitter
 GPU = torch.device("cuda")
 
 
+def learner_on(device: torch.device, pruner: Pruner | None = None) -> Any:
+    return SimpleNamespace(pruner=pruner, accelerator=SimpleNamespace(device=device))
+
+
 class Grafted(Lesson):
     @property
     def has_grafting(self) -> bool:
@@ -28,17 +33,17 @@ class Grafted(Lesson):
 
 def test_what_keeps_steps_out_of_graphs_is_named(toys: Any) -> None:
     lesson = Lesson()
-    assert find_obstacle(Recipe(), Prune(), lesson, None, GPU) is None
+    assert find_obstacle(Recipe(), Prune(), lesson, learner_on(GPU)) is None
     rows: list[tuple[str, tuple[Any, ...]]] = [
-        ("the device is a CPU", (Recipe(), Prune(), lesson, None, torch.device("cpu"))),
-        ("cuda_graph=off", (Recipe(cuda_graph="off"), Prune(), lesson, None, GPU)),
-        ("compile=true", (Recipe(compile=True), Prune(), lesson, None, GPU)),
-        ("gradient_checkpointing=true", (Recipe(gradient_checkpointing=True), Prune(), lesson, None, GPU)),
-        ("precision=fp16", (Recipe(precision="fp16"), Prune(), lesson, None, GPU)),
-        ("grafting", (Recipe(), Prune(), Grafted(), None, GPU)),
-        ("accumulate=2", (Recipe(), Prune(accumulate=2), lesson, None, GPU)),
-        ("clip_over=all", (Recipe(), Prune(clip_over="all"), lesson, None, GPU)),
-        ("the attention loss", (Recipe(), Distilled(loss=Loss(attention=1.0)), lesson, None, GPU)),
+        ("the device is a CPU", (Recipe(), Prune(), lesson, learner_on(torch.device("cpu")))),
+        ("cuda_graph=off", (Recipe(cuda_graph="off"), Prune(), lesson, learner_on(GPU))),
+        ("compile=true", (Recipe(compile=True), Prune(), lesson, learner_on(GPU))),
+        ("gradient_checkpointing=true", (Recipe(gradient_checkpointing=True), Prune(), lesson, learner_on(GPU))),
+        ("precision=fp16", (Recipe(precision="fp16"), Prune(), lesson, learner_on(GPU))),
+        ("grafting", (Recipe(), Prune(), Grafted(), learner_on(GPU))),
+        ("accumulate=2", (Recipe(), Prune(accumulate=2), lesson, learner_on(GPU))),
+        ("clip_over=all", (Recipe(), Prune(clip_over="all"), lesson, learner_on(GPU))),
+        ("the attention loss", (Recipe(), Distilled(loss=Loss(attention=1.0)), lesson, learner_on(GPU))),
     ]
     for expected, arguments in rows:
         assert (find_obstacle(*arguments) or "").startswith(expected), expected
@@ -48,7 +53,7 @@ def test_a_criterion_that_reads_every_step_keeps_it_out(toys: Any) -> None:
     def obstacle(**how: Any) -> str | None:
         section = Prune(**how)
         pruner = Pruner(Masks(find_prunable_weights(toys.bert(1))), [(1, 0.5)], section, 0.5)
-        return find_obstacle(Recipe(), section, Lesson(), pruner, GPU)
+        return find_obstacle(Recipe(), section, Lesson(), learner_on(GPU, pruner))
 
     assert obstacle(criterion="magnitude") is None
     assert obstacle(criterion="layerwise", calibration=4) is None

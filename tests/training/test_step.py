@@ -87,10 +87,10 @@ class Rig:
         self.model = toys.bert(layers, attn_implementation="sdpa").train()
         install_capture_hooks(self.model)
         self.masks = Masks(find_prunable_weights(self.model))
-        if pruned:
-            self.masks.set({name: weight.abs() < 0.1 for name, weight in self.masks.parameters.items()})
         layers_by_name = find_prunable_layers(self.model)
         self.pruner = Pruner(self.masks, list(events), self.section, 0.0 if not events else 0.5, layers_by_name)
+        if pruned:
+            self.masks.set({name: weight.abs() < 0.1 for name, weight in self.masks.parameters.items()})
         accelerator = accelerator_of(precision)
         learner = Learner(
             model=self.model,
