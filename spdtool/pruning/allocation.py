@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from spdtool.pruning.patterns import kth_lowest
+
 ALL = "all matrices"
 
 
@@ -130,7 +132,7 @@ def _count_lowest(scores: Mapping[str, Tensor], total: int) -> dict[str, int]:
     """Count how many of the `total` lowest scores each matrix has; ties go in the order of the matrices."""
     if total == 0 or not scores:
         return dict.fromkeys(scores, 0)
-    threshold = torch.cat(list(scores.values())).kthvalue(total).values
+    threshold = kth_lowest(torch.cat(list(scores.values())), total)
     counts = {name: int((score < threshold).sum()) for name, score in scores.items()}
     remaining = total - sum(counts.values())
     for name, score in scores.items():

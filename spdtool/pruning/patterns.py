@@ -134,13 +134,21 @@ def _make_n_of_m(name: str, alive: int, group: int) -> Pattern:
     return Pattern(name, choose, group=group, largest_sparsity=1 - alive / group)
 
 
+def kth_lowest(scores: Tensor, count: int) -> Tensor:
+    """Return the highest of the `count` lowest scores of a vector; nan ranks highest."""
+    if scores.device.type == "cpu":
+        return scores.kthvalue(count).values
+    # torch refuses `kthvalue` on a GPU where algorithms must be deterministic
+    return scores.sort().values[count - 1]
+
+
 @patterns.register("unstructured")
 def unstructured(scores: Tensor, zeros: int) -> Tensor:
     """Any weight may go: the lowest scores do, wherever they stand. Ties go in the order of their position."""
     flat = scores.flatten()
     if zeros == 0:
         return torch.ones_like(scores, dtype=torch.bool)
-    threshold = flat.kthvalue(zeros).values
+    threshold = kth_lowest(flat, zeros)
     below = flat < threshold
     tied = flat == threshold
     # a mere `<= threshold` would take every tied weight, and miss the exact count
