@@ -6,16 +6,20 @@ import itertools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from spdtool.errors import GateError, ModelError
 from spdtool.pruning.allocation import Allocation, zeros_in
 from spdtool.pruning.masks import Masks, check_counts, clear_dead
 from spdtool.pruning.patterns import find_pattern, sum_blocks
+from spdtool.pruning.pruner import Pruner
+from spdtool.recipe.fields import Prune
 
 TINY = torch.finfo(torch.float32).tiny
 SCOPES = ("matrix", "type", "global")
@@ -436,3 +440,55 @@ def test_groups_with_too_many_dead_weights_are_refused_before_training() -> None
         masks.check_reachable(0.5)
     masks.allow_regrowth()
     masks.check_reachable(0.5)
+
+
+def test_gradients_zeroed_together_are_those_zeroed_one_by_one() -> None:
+    outcomes = []
+    for together in (False, True):
+        weights = make_weights()
+        masks = Masks(weights)
+        masks.zeroes_together = together
+        for sparsity in (0.3, 0.7):
+            prune(masks, sparsity)
+            for seed, weight in enumerate(weights.values()):
+                weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
+            weights["w1"].grad = None  # its layer was left out of the step
+            masks.zero_gradients()
+            outcomes.append(weights["w0"].grad)
+            masks.check_dead()
+    assert torch.equal(outcomes[0], outcomes[2])
+    assert torch.equal(outcomes[1], outcomes[3])
+
+
+class Reads(TorchFunctionMode):
+    """Counts what a GPU would be waited for."""
+
+    COUNTED = (Tensor.tolist, Tensor.item, Tensor.__bool__, Tensor.__int__, Tensor.__float__)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in self.COUNTED
+        return func(*args, **(kwargs or {}))
+
+
+def test_checks_wait_once_however_many_matrices_there_are() -> None:
+    for matrices in (1, 5):
+        weights = make_weights(*[(6, 8)] * matrices)
+        masks = Masks(weights)
+        prune(masks, 0.5)
+        for weight in weights.values():
+            weight.grad = torch.zeros_like(weight)
+        with Reads() as reads:
+            masks.check_dead()
+        assert reads.count == 1, matrices
+        pruner = Pruner(masks, [(1, 0.75)], Prune(), 0.75)
+        with Reads() as reads:
+            pruner.prune(1)
+        assert reads.count == 1, matrices
+    with torch.no_grad():
+        weights["w3"].view(-1)[masks.dead["w3"].view(-1)] = 1.0
+    with pytest.raises(GateError, match="w3: a pruned weight"):
+        masks.check_dead()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spdtool import plugins
 from spdtool.errors import RecipeError, UnknownName
-from spdtool.pruning.patterns import find_pattern, sum_blocks, unstructured
+from spdtool.pruning.patterns import find_pattern, kth_lowest, sum_blocks, unstructured
 
 COUNTS = (0, 1, 115, 192, 345, 346, 383, 384)
 
@@ -133,3 +133,11 @@ def test_a_registered_pattern_comes_before_its_shape(clean_plugins: None) -> Non
     pattern = find_pattern("1x2")
     assert pattern.block == (1, 2)
     assert pattern.choose(torch.ones(2, 2), 1).tolist() == [[True, True], [True, False]]
+
+
+def test_the_threshold_of_a_gpu_is_that_of_a_cpu() -> None:
+    scores = torch.tensor([3.0, math.nan, 1.0, 2.0, math.inf, 2.0, -math.inf])
+    for count in range(1, len(scores) + 1):
+        # the other branch, whose device has no numbers to compare
+        assert kth_lowest(scores.to("meta"), count).shape == ()
+        torch.testing.assert_close(kth_lowest(scores, count), scores.sort().values[count - 1], equal_nan=True)
