@@ -128,7 +128,7 @@ def fit(
                 if is_stopped:
                     stop.raise_stopped(stage.name, done, job.steps)
                 # a resumed run begins a window here; several ranks agree on the evaluations, not on the clock
-                if is_evaluated or collectives.group_size() == 1:
+                if collectives.group_size() == 1 or (is_evaluated and not on_gpu):
                     window = LossWindow()
     if section.keep_best:
         job.snapshotter.restore_best_weights()
