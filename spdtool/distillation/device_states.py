@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spdtool.data.batches import evaluation_batches
-from spdtool.data.tokens import Encoded
+from spdtool.data.tokens import LABELED, Encoded
 from spdtool.distillation.outputs import ModelOutputs
 from spdtool.distillation.teacher_cache import TeacherForward, needs_hidden_states
 from spdtool.models import collectives, device
@@ -104,6 +104,7 @@ def compute_device_states(
     with autocast:
         for numbers in evaluation_batches(rows, BATCH_SIZE):
             batch = rows.collate(numbers)
+            batch.pop(LABELED, None)  # no model reads it
             mask = batch["attention_mask"].astype(bool)
             outputs = forward(to_device(batch, target))
             assert outputs.hidden_states is not None
