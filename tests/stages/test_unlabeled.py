@@ -17,7 +17,7 @@ from spdtool.run.folder import Run
 from spdtool.stages.phase import load_phase
 from spdtool.stages.prune import prune
 from spdtool.stages.teacher import teacher
-from spdtool.training import loop
+from spdtool.training.step import Stepper
 
 SETS = ("prune.epochs=2", "prune.loss.hardness=0.5")
 
@@ -64,15 +64,15 @@ def test_a_killed_phase_goes_on_with_the_same_bits_and_the_texts_change_the_stud
 
     interrupted = copy_run(base_folder, tmp_path / "killed", toys, "save_minutes=0")
     steps: list[int] = []
-    step = loop._train_step
+    take = Stepper.take
 
     def stop_at_8(*arguments: Any) -> None:
-        steps.append(arguments[2])
+        steps.append(arguments[1])
         if len(steps) == 9:
             raise KeyboardInterrupt
-        step(*arguments)
+        take(*arguments)
 
-    monkeypatch.setattr(loop, "_train_step", stop_at_8)
+    monkeypatch.setattr(Stepper, "take", stop_at_8)
     with pytest.raises(KeyboardInterrupt):
         prune(interrupted)
     prune(Run.open(interrupted.path))
