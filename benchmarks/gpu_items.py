@@ -18,7 +18,7 @@ SECONDS = 0.4  # of each timing
 SMI_FIELDS = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,power.limit,mig.mode.current"
 
 
-def measure_facts(context: Context) -> dict[str, Any]:
+def measure_machine(context: Context) -> dict[str, Any]:
     """Versions, the processor and the card."""
     from importlib import metadata
 
@@ -323,7 +323,7 @@ def onnx_forms(context: Context) -> dict[str, Any]:
 
 
 FIRST = [
-    Item("facts", 5, {"name": "NVIDIA H200", "power.limit": "700 W", "mig": "Disabled"}, measure_facts),
+    Item("facts", 5, {"name": "NVIDIA H200", "power.limit": "700 W", "mig": "Disabled"}, measure_machine),
     Item(
         "ceilings",
         15,
@@ -351,7 +351,7 @@ FIRST = [
     ),
 ]
 SECOND = [
-    Item("facts", 5, {}, measure_facts),
+    Item("facts", 5, {}, measure_machine),
     Item(
         "torch inference",
         120,

@@ -32,7 +32,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 
 from spdtool import plugins
-from spdtool.bench.gpu.facts import GpuMemory
+from spdtool.bench.gpu.hardware import GpuMemory
 from spdtool.bench.gpu.onnx_forms import open_bound
 from spdtool.bench.gpu.torch_forms import open_torch
 from spdtool.errors import SpdError

@@ -61,8 +61,8 @@ def quantize_static_int8(model: Path, checkpoint: Path, file: Path, recipe: Reci
     budget = recipe.export.allowed_change(rounds=True, storage=StorageFormats("int8", "int8"))
     size = file.stat().st_size + file.with_suffix(".bin").stat().st_size
     score, before = comparison.file_scores.get("score"), comparison.checkpoint_scores.get("score")
-    found = ModelFile(size, score=score, checkpoint_score=before)
-    return found, metric_over_budget(comparison, budget) is None
+    model_file = ModelFile(size, score=score, checkpoint_score=before)
+    return model_file, metric_over_budget(comparison, budget) is None
 
 
 def open_forward(file: Path) -> Forward:

@@ -155,8 +155,8 @@ class BenchData:
     def speed_over_rivals(self, timing: Timing) -> Ratio | None:
         """How many times faster an engine is than the fastest dense row at each shape of the grid."""
         rivals = [self.fastest_rival(timing.engine.threads, shape) for shape in self.grid]
-        known = [rival for rival in rivals if rival is not None]
-        return paired_ratio(known, timing, self.grid) if len(known) == len(rivals) else None
+        timed_rivals = [rival for rival in rivals if rival is not None]
+        return paired_ratio(timed_rivals, timing, self.grid) if len(timed_rivals) == len(rivals) else None
 
     def fastest_dense(self, threads: int, shape: Shape) -> Timing:
         """The dense teacher's faster timing at a shape: the 1x."""

@@ -195,19 +195,19 @@ def _check_cuda() -> Iterator[Check]:
     has_provider = onnx_session.PROVIDERS["cuda"] in module.get_available_providers()
     if not has_provider:
         if shutil.which("nvidia-smi") or (torch.version.cuda and torch.cuda.is_available()):
-            found = "there is a GPU, and this onnxruntime computes on the CPU only: exports are checked and timed there"
+            text = "there is a GPU, and this onnxruntime computes on the CPU only: exports are checked and timed there"
             extra = _gpu_extra(torch.version.cuda)
-            yield Check("onnxruntime on the GPU", "warn", found, f'pip uninstall onnxruntime; pip install "{extra}"')
+            yield Check("onnxruntime on the GPU", "warn", text, f'pip uninstall onnxruntime; pip install "{extra}"')
         return
     major = built_with_cuda(module)
     if major is None:
         return
     torch_major = int((torch.version.cuda or "0").partition(".")[0])
     if torch_major and torch_major != major:
-        found = f"torch is built with CUDA {torch.version.cuda}, onnxruntime with CUDA {module.cuda_version}"
+        text = f"torch is built with CUDA {torch.version.cuda}, onnxruntime with CUDA {module.cuda_version}"
         extra = _gpu_extra(torch.version.cuda)
         advice = f'pip install "{extra}" for torch\'s CUDA, or install a torch that is built with CUDA {major}'
-        yield Check("CUDA versions", "warn", found, advice)
+        yield Check("CUDA versions", "warn", text, advice)
     elif torch_major:
         yield Check("CUDA versions", "ok", f"torch and onnxruntime are both built with CUDA {major}")
     yield _check_nvidia_libraries(major)
@@ -226,17 +226,17 @@ def _check_nvidia_libraries(cuda_major: int) -> Check:
         if name not in files and ctypes.util.find_library(stem) is None:
             missing.append(name)
     folders = sorted({str(file.parents[2].parent) for file in files.values()})
-    found = f"{len(files)} in {', '.join(folders)}" if files else "none in a Python package"
+    text = f"{len(files)} in {', '.join(folders)}" if files else "none in a Python package"
     if missing:
         return Check(
             "NVIDIA libraries",
             "warn",
-            f"{found}; nowhere: {', '.join(missing)}",
+            f"{text}; nowhere: {', '.join(missing)}",
             f'pip install "{_gpu_extra(str(cuda_major))}" brings them',
         )
     if len(files) < len(required_libraries(cuda_major)):
-        found += "; the others are the system's"
-    return Check("NVIDIA libraries", "ok", found)
+        text += "; the others are the system's"
+    return Check("NVIDIA libraries", "ok", text)
 
 
 def _gpu_extra(cuda: str | None) -> str:

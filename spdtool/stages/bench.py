@@ -22,7 +22,7 @@ from spdtool import console
 from spdtool.bench import ledger, report
 from spdtool.bench.engines import Shape
 from spdtool.bench.factors import split_speed
-from spdtool.bench.gpu.facts import describe_gpu
+from spdtool.bench.gpu.hardware import describe_gpu
 from spdtool.bench.gpu.rows import add_gpu_rows, engines_at_once, use_torch_only
 from spdtool.bench.latency import Timing, time_engines
 from spdtool.bench.ledger_tables import ledger_table

@@ -335,8 +335,8 @@ def test_a_gpu_tells_its_own_time_and_memory(engine: Callable[..., Engine], monk
     def open_on_gpu(opened: Engine) -> engines.OpenEngine:
         return engines.OpenEngine(lambda batch: None, "CUDA", None, lambda batch: 5.0)
 
-    monkeypatch.setattr("spdtool.bench.gpu.facts.used_gpu_memory", lambda: next(used))
-    monkeypatch.setattr("spdtool.bench.gpu.facts.used_by_driver", lambda: None)
+    monkeypatch.setattr("spdtool.bench.gpu.hardware.used_gpu_memory", lambda: next(used))
+    monkeypatch.setattr("spdtool.bench.gpu.hardware.used_by_driver", lambda: None)
     monkeypatch.setitem(engines.OPENERS, "onnxruntime", open_on_gpu)
     requests = [{"open": engine(provider="cuda").__dict__}, TIMED, TIMED, {"close": True}]
     opened, first, second, closed = answers(*requests)

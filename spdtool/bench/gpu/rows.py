@@ -13,7 +13,7 @@ from pathlib import Path
 import onnx
 
 from spdtool.bench.engines import Precision
-from spdtool.bench.gpu.facts import free_gpu_memory
+from spdtool.bench.gpu.hardware import free_gpu_memory
 from spdtool.bench.gpu.packing import pack_rows
 from spdtool.bench.gpu.scores import TorchScore, score_precisions
 from spdtool.bench.lineup import Lineup

@@ -111,14 +111,14 @@ def _row_length_nodes() -> tuple[list[onnx.NodeProto], list[TensorProto]]:
 
 def _hides_padding_only(proto: onnx.ModelProto, bias: str) -> bool:
     """Compute a bias from a mask; return whether it is 0 for every token and a large penalty for all padding."""
-    part = _upstream_graph(proto, bias)
-    if part is None:
+    mask_graph = _upstream_graph(proto, bias)
+    if mask_graph is None:
         return False
     mask = np.array([[1, 1, 1, 1, 1], [1, 0, 1, 1, 0], [0, 1, 0, 0, 1]], np.int64)
     feeds = {}
-    for value in part.graph.input:
+    for value in mask_graph.graph.input:
         feeds[value.name] = mask if value.name == MASK else np.zeros_like(mask)
-    (values,) = onnx_session.open_session(part.SerializeToString(), threads=1).run([bias], feeds)
+    (values,) = onnx_session.open_session(mask_graph.SerializeToString(), threads=1).run([bias], feeds)
     rows, tokens = mask.shape
     if values.ndim != 4 or values.shape[1] != 1:
         return False

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from spdtool.bench.gpu import facts
+from spdtool.bench.gpu import hardware
 
 LINE = "NVIDIA H200, 570.86.15, 143771 MiB, 345 MHz, 1980 MHz, 700.00 W, Disabled"
 
@@ -31,15 +31,15 @@ def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def test_nvidia_smi_tells_the_facts_of_the_card(smi: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(facts, "cuda_of_torch", lambda: "13.0")
+    monkeypatch.setattr(hardware, "cuda_of_torch", lambda: "13.0")
     smi(LINE)
-    record = facts.describe_gpu()
+    record = hardware.describe_gpu()
     assert record is not None
     assert (record.name, record.driver, record.cuda, record.mig) == ("NVIDIA H200", "570.86.15", "13.0", "disabled")
     assert (record.memory_bytes, record.clock_mhz, record.power_limit_w) == (143771 * 2**20, 345, 700)
     assert ("GPU clock", "345 MHz of 1980") in record.lines()
     smi(LINE.replace("700.00 W", "[N/A]").replace("Disabled", "[N/A]"))
-    record = facts.describe_gpu()
+    record = hardware.describe_gpu()
     assert record is not None
     assert (record.power_limit_w, record.mig) == (None, None)
     assert "MIG" not in dict(record.lines())
@@ -48,11 +48,11 @@ def test_nvidia_smi_tells_the_facts_of_the_card(smi: Callable[..., None], monkey
 def test_without_a_driver_nothing_is_known(smi: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     for answer, code in (("NVIDIA-SMI has failed", 9), ("No devices were found", 0)):
         smi(answer, code)
-        assert facts.describe_gpu() is None
-        assert facts.used_gpu_memory() is None
+        assert hardware.describe_gpu() is None
+        assert hardware.used_gpu_memory() is None
     monkeypatch.setenv("PATH", "")
-    assert facts.describe_gpu() is None
-    assert facts.free_gpu_memory() is None
+    assert hardware.describe_gpu() is None
+    assert hardware.free_gpu_memory() is None
 
 
 class Nvml(ModuleType):
@@ -81,12 +81,12 @@ class Nvml(ModuleType):
 
 def test_nvml_tells_the_facts_and_the_growth_of_used_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", Nvml("pynvml"))
-    record = facts.describe_gpu()
+    record = hardware.describe_gpu()
     assert record is not None
     assert (record.name, record.driver, record.power_limit_w, record.mig) == ("NVIDIA T4", "570.1", 70, None)
-    assert facts.free_gpu_memory() == 12 * 2**30
-    monkeypatch.setattr(facts, "used_by_driver", lambda: None)
-    memory = facts.GpuMemory()
+    assert hardware.free_gpu_memory() == 12 * 2**30
+    monkeypatch.setattr(hardware, "used_by_driver", lambda: None)
+    memory = hardware.GpuMemory()
     assert memory.is_known
     monkeypatch.setattr(Nvml, "used", 4 * 2**30)
     assert memory.add() == 2**30
@@ -95,6 +95,6 @@ def test_nvml_tells_the_facts_and_the_growth_of_used_memory(monkeypatch: pytest.
     monkeypatch.setattr(Nvml, "used", 9 * 2**30 + 5)
     assert memory.add() == 2**30 + 5
     answers = iter([100, 130])  # of the driver, which counts otherwise: both figures are its
-    monkeypatch.setattr(facts, "used_by_driver", lambda: next(answers))
+    monkeypatch.setattr(hardware, "used_by_driver", lambda: next(answers))
     memory.mark()
     assert memory.add() == 2**30 + 5 + 30
