@@ -5,6 +5,7 @@ from __future__ import annotations
 from spdtool.bench.ratios import BenchData, ModelFile, paired_ratio
 
 SAME_SIZE = 0.01
+STUDENT_IN = "student in"  # start of the name of an engine on a GPU: the student in the form of a dense row
 DENSE_INT8 = (
     "int8",
     "onnx-int8 teacher",
@@ -77,9 +78,13 @@ def rival_lines(bench: BenchData) -> list[str]:
             fastest.setdefault(rival.engine.name, []).append(str(shape))
         names = "; ".join(f"{name} at {', '.join(shapes)}" for name, shapes in fastest.items())
         subject = "1x is the fastest dense row" if bench.on_gpu else "Fastest dense row"
-        lines.append(
-            f"{subject} whose score passes, {thread_count(threads)}: {names}. Against it {bench.best} runs at {ratio}."
-        )
+        line = f"{subject} whose score passes, {thread_count(threads)}: {names}. "
+        line += f"Against it {bench.best} runs at {ratio}."
+        untimed = [name for name in fastest if f"{STUDENT_IN} {name}" not in bench.engines]
+        untimed = [name for name in untimed if name not in bench.pairs.values()]
+        if bench.on_gpu and untimed:
+            line += f" The student was not timed in the form {' or '.join(untimed)}."
+        lines.append(line)
     return lines
 
 

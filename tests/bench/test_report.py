@@ -468,3 +468,23 @@ def test_the_speed_of_a_smaller_dense_student_is_not_credited_to_zeros() -> None
     ):
         assert line in text, line
     assert "if every zero were skipped" not in text
+
+
+def test_the_fastest_dense_row_is_named_with_the_ratio_to_it() -> None:
+    dense, fast, student = noisy("teacher", 2), noisy("torch fp16 graph", 1, 1), noisy("student", 0.5, 2)
+    files = {"teacher": file_of(1000), "student": file_of(1000, 0.9)}
+    on_cpu = bench_of([dense, fast, student], files, dense=["teacher", "torch fp16 graph", "never timed"])
+    verdict = report.describe_verdict(on_cpu)
+    assert verdict[0].startswith("Speed of student")
+    (line,) = [line for line in verdict if line.startswith("Fastest dense row")]
+    assert "torch fp16 graph at 1x16, 8x64. Against it student runs at 2.0" in line
+    assert "was not timed" not in line
+    fields: dict[str, Any] = {"dense": on_cpu.dense, "on_gpu": True}
+    on_gpu = bench_of([dense, replace(fast, engine=replace(fast.engine, baseline=True)), student], files, **fields)
+    verdict = report.describe_verdict(on_gpu)
+    assert verdict[0].startswith("1x is the fastest dense row whose score passes, 1 thread: torch fp16 graph")
+    assert verdict[0].endswith("The student was not timed in the form torch fp16 graph.")
+    columns, rows = report.overview_table(on_gpu)
+    assert columns[-2:] == ["device 1x16", "device 8x64"]
+    assert rows[0][-1] is None  # without a clock of the device
+    assert not any("Fastest dense row" in line for line in report.describe_verdict(bench_of([dense, student], files)))

@@ -174,6 +174,7 @@ def test_on_a_gpu_the_1x_is_the_fastest_dense_row_whose_score_passes(run: Callab
     )  # not 8, against plain onnxruntime; nor 0.2, against a row whose score does not pass
     assert {record.dense for record in result.latency} == {"torch fp16 graph"}
     assert "1x is the fastest dense row whose score passes, 1 thread: torch fp16 graph" in result.verdict[0]
+    assert "The student was not timed" not in result.verdict[0]
     assert any("torch bf16 is no 1x: its dev score is 0.7000" in line for line in result.verdict)
     assert result.columns[4] == "VRAM"
     assert result.columns[-1].startswith("device ")

@@ -18,6 +18,7 @@ from spdtool.bench.gpu.packing import pack_rows
 from spdtool.bench.gpu.scores import TorchScore, score_precisions
 from spdtool.bench.lineup import Lineup
 from spdtool.bench.ratios import ModelFile
+from spdtool.bench.sizes import STUDENT_IN
 from spdtool.errors import ModelError, SpdError
 from spdtool.recipe.fields import Recipe
 
@@ -25,7 +26,6 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "tf32", "bf16", "fp16")
 TORCH_GRAPH = "torch fp16 graph"
 TWO_OF_FOUR = "torch 2:4"
 FUSED_FP16 = "onnx-ort-fp16"
-STUDENT = "student in"  # start of the name of a row: the student in the form of a dense row
 CONTEXT_BYTES = 2**30  # of a CUDA context with the kernels of torch or onnxruntime, and some activations
 WEIGHT_COPIES = 3  # of the checkpoint's bytes: weights, workspace of the products, what an allocator holds on to
 
@@ -67,7 +67,7 @@ def add_torch_rows(lineup: Lineup, checkpoints: dict[str, Path], recipe: Recipe)
             lineup.notes.append(f"{row.name} is no 1x: {reason_against(scores.get(row.precision))}.")
     student = lineup.files["student"]
     student_score = try_scores(lineup, checkpoints["student"], ("fp16",), recipe).get("fp16")
-    name = f"{STUDENT} {TORCH_GRAPH}"
+    name = f"{STUDENT_IN} {TORCH_GRAPH}"
     row = replace(half, name=name, path=str(checkpoints["student"]), graph=True, shrinks=True, baseline=False)
     lineup.engines.append(row)
     lineup.students.append(name)
@@ -110,7 +110,7 @@ def add_onnx_rows(lineup: Lineup, scratch: Path) -> None:
         lineup.engines.append(row)
         lineup.files[row.name] = lineup.files[dense_name]
         lineup.dense.append(row.name)
-    name = f"{STUDENT} {dense_name} graph"
+    name = f"{STUDENT_IN} {dense_name} graph"
     lineup.engines.append(replace(student, name=name, graph=True, optional=True))
     lineup.files[name] = lineup.files[student_name]
     lineup.students += [name, *lineup.pairs]
