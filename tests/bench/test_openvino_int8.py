@@ -1,4 +1,4 @@
-"""The row of OpenVINO, with doubles of openvino and nncf: the graph runs in onnxruntime instead."""
+"""The row of OpenVINO, with doubles of openvino and nncf: the checkpoint runs in torch instead."""
 
 from __future__ import annotations
 
@@ -15,49 +15,46 @@ from spdtool.bench.engines import Engine
 from spdtool.bench.lineup import Lineup
 from spdtool.bench.ratios import ModelFile
 from spdtool.errors import ModelError
-from spdtool.export import onnx_session
-from spdtool.export.targets import Onnx
-from spdtool.models.load import save_model
+from spdtool.models.load import load_model, save_model
+from spdtool.models.predict import torch_forward
 
 
 class Compiled:
-    """A compiled model: an onnxruntime session, whose logits may be turned around."""
+    """A compiled model: a checkpoint in torch, whose logits may be turned around."""
 
-    def __init__(self, path: str, sign: float = 1.0) -> None:
-        self.session, self.sign = onnx_session.open_session(Path(path)), sign
-        self.inputs = [
-            SimpleNamespace(get_any_name=lambda name=value.name: name) for value in self.session.get_inputs()
-        ]
+    def __init__(self, checkpoint: str, sign: float) -> None:
+        self.forward, self.sign = torch_forward(load_model(Path(checkpoint))), sign
+        names = ("input_ids", "attention_mask", "token_type_ids")
+        self.inputs = [SimpleNamespace(get_any_name=lambda name=name: name) for name in names]
 
     def __call__(self, inputs: dict[str, Any]) -> list[Any]:
-        return [self.sign * self.session.run(None, inputs)[0]]
+        return [self.sign * self.forward(inputs)]
 
 
 @pytest.fixture
 def doubles(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Stand in for both packages; `saved` maps a written file to its ONNX file, `rows` are those of the calibration."""
-    state: dict[str, Any] = {"saved": {}, "sign": 1.0}
+    """Stand in for both packages; `rows` are those of the calibration, `sign` that of logits of what was quantized."""
+    state: dict[str, Any] = {"sign": 1.0}
 
     class Core:
         def read_model(self, path: str) -> Any:
-            return Compiled(state["saved"].get(path, path), state["sign"] if path in state["saved"] else 1.0)
+            return Compiled(state["checkpoint"], state["sign"] if path.endswith(".xml") else 1.0)
 
         def compile_model(self, model: Any, device: str, settings: dict[str, str]) -> Any:
             assert (device, settings) == ("CPU", openvino_int8.EXACT)
             return model
 
-    def save_model(model: str, path: str, *, compress_to_fp16: bool) -> None:
-        assert not compress_to_fp16
-        state["saved"][path] = model
+    def save_quantized(model: str, path: str, *, compress_to_fp16: bool) -> None:
+        assert (model, compress_to_fp16) == ("quantized", False)
         for file in (Path(path), Path(path).with_suffix(".bin")):
             file.write_bytes(bytes(100))
 
     def quantize(model: Any, rows: Any, *, model_type: str, subset_size: int) -> str:
         assert len(rows) == subset_size
         state["rows"] = rows
-        return str(state["source"])
+        return "quantized"
 
-    openvino = SimpleNamespace(Core=Core, save_model=save_model)
+    openvino = SimpleNamespace(Core=Core, save_model=save_quantized)
     nncf = SimpleNamespace(quantize=quantize, Dataset=list, ModelType=SimpleNamespace(TRANSFORMER="transformer"))
     monkeypatch.setitem(sys.modules, "openvino", openvino)
     monkeypatch.setitem(sys.modules, "nncf", nncf)
@@ -71,10 +68,10 @@ def test_it_is_a_rival_only_if_its_score_passes(
     names = {0: "bad", 1: "good"}
     save_model(toys.bert(id2label=names, label2id={"bad": 0, "good": 1}), toys.tokenizer(), tmp_path / "checkpoint")
     recipe = toys.recipe("export.calibration=8")
-    (doubles["source"],) = Onnx().export(tmp_path / "checkpoint", tmp_path / "onnx", recipe)
+    doubles["checkpoint"] = str(tmp_path / "checkpoint")
     for sign, passes in ((1.0, True), (-1.0, False)):
         doubles["sign"] = sign
-        engine = Engine("teacher", "onnxruntime", str(doubles["source"]), vocabulary=9, baseline=True)
+        engine = Engine("teacher", "onnxruntime", "model.onnx", vocabulary=9, baseline=True)
         rows = Lineup(engines=[engine], files={"teacher": ModelFile(9)})
         lineup.add_openvino_int8(rows, tmp_path / "checkpoint", tmp_path, recipe)
         assert ("openvino int8" in rows.dense) is passes
