@@ -221,6 +221,8 @@ task_kinds: Registry[Any] = Registry(
     "spdtool.tasks.regression",
     "spdtool.tasks.ranking",
     "spdtool.tasks.embedding",
+    "spdtool.tasks.tokens",
+    "spdtool.tasks.spans",
 )
 targets: Registry[Any] = Registry(
     "export target", "spdtool.export.targets", "spdtool.export.narrow", check="spdtool.export.target:check_target"

@@ -1,6 +1,6 @@
 """Script of `test_resume.py`: kill toy stages with SIGKILL at chosen moments, and run them again.
 
-    python tests/killed.py FOLDER < scenarios.json > results.json
+    python tests/killed.py FOLDER [TASK] < scenarios.json > results.json
 
 This process imports everything and computes nothing; each stage runs in a fork, which may die.
 """
@@ -36,6 +36,14 @@ for name in STAGES:
 torch.set_num_threads(1)
 
 
+TASK = sys.argv[2] if len(sys.argv) > 2 else "toy"
+DATASETS = {
+    "toy": lambda: toys.dataset(train=24, dev=16, dropout=0.2),
+    "toy-tags": lambda: toys.tag_dataset(train=24, dev=16),
+    "toy-questions": lambda: toys.question_dataset(train=24, dev=16, without=3),
+}
+
+
 def recipe(minutes: float) -> Any:
     """Build a recipe that needs all of a training state: dropout, grafting, every loss, the best weights."""
     students = [f"{s}.loss.attention=0.5" for s in STAGES[1:]] + [f"{s}.weight_decay=0.1" for s in STAGES[1:]]
@@ -49,6 +57,7 @@ def recipe(minutes: float) -> Any:
         "finetune.quantize=int8",
         f"save_minutes={minutes}",
         sparsity=0.8,
+        task=TASK,
     )
 
 
@@ -157,7 +166,7 @@ def run_stage(run: Run, name: str) -> None:
 
 def stage(folder: Path, name: str, minutes: float, deaths: tuple[str, int] | None = None) -> int:
     def train() -> None:
-        toys.register(toys.dataset(train=24, dev=16, dropout=0.2))
+        toys.register(DATASETS[TASK]())
         run = Run.for_recipe(folder, recipe(minutes))
         if deaths is not None:
             plan_for(run, *deaths)

@@ -106,6 +106,21 @@ def test_a_killed_stage_ends_with_the_same_bits(run_scenarios: Callable[[str], R
         check_scenario(uninterrupted, scenario, result)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("task", ["toy-tags", "toy-questions"])
+def test_a_killed_stage_of_every_kind_ends_with_the_same_bits(tmp_path: Path, task: str) -> None:
+    scenario = {"stage": "prune", "minutes": 0, "deaths": [("after the optimiser's step", 7)]}
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("killed.py")), str(tmp_path), task],
+        input=json.dumps([scenario]),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    check_scenario(tmp_path / "uninterrupted", scenario, json.loads(done.stdout)[0])
+
+
 def check_scenario(uninterrupted: Path, scenario: dict[str, Any], result: dict[str, Any]) -> None:
     """Compare a killed stage with the uninterrupted one."""
     name = name_of(scenario)

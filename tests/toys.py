@@ -249,6 +249,105 @@ def dataset(
     )
 
 
+TAGS = ("O", "B-good", "I-good", "B-bad", "I-bad")
+
+
+def tag_rows(count: int, seed: int = 0, *, longest: int = 9) -> Rows:
+    """Sentences whose runs of good and of bad words are spans, with a tag for each word by its place in the text."""
+    generator = random.Random(seed)
+    texts, labels = [], []
+    for _ in range(count):
+        words = generator.choices((*GOOD, *BAD, *FILLER), k=generator.randint(2, longest))
+        tagged: list[tuple[int, int, int]] = []
+        start, before = 0, 0
+        for word in words:
+            first = 1 if word in GOOD else 3 if word in BAD else 0
+            tag = first + 1 if first and before in (first, first + 1) else first
+            tagged.append((start, start + len(word), tag))
+            start, before = start + len(word) + 1, tag
+        texts.append(" ".join(words))
+        labels.append(tagged)
+    return Rows(texts, None, labels)
+
+
+def tagger(labels: tuple[str, ...] = TAGS, **config: Any) -> Any:
+    """A tiny random BERT that labels each token, in eval mode."""
+    from transformers import BertForTokenClassification
+
+    names: dict[str, Any] = {
+        "id2label": dict(enumerate(labels)),
+        "label2id": {name: i for i, name in enumerate(labels)},
+    }
+    model_config = bert(labels=len(labels), **names, **config).config
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return BertForTokenClassification(model_config).eval()
+
+
+def tag_dataset(name: str = "toy-tags", *, train: int = 48, dev: int = 24) -> Dataset:
+    """A data set of words with tags, and a tiny model to go with it."""
+    return Dataset(
+        name=name,
+        kind="tokens",
+        text=("words",),
+        labels=TAGS,
+        metrics=("span_f1",),
+        load=lambda _data, _seed: {"train": tag_rows(train, 1), "dev": tag_rows(dev, 2)},
+        build=lambda _seed: (tagger(), tokenizer()),
+        about="in-memory rows for the tests",
+    )
+
+
+def question_rows(count: int, seed: int = 0, *, longest: int = 12, without: int = 0) -> Rows:
+    """Questions with one good or bad word, and contexts in which that word is the answer.
+
+    Args:
+        without: every so manieth question has no answer; 0: none.
+    """
+    generator = random.Random(seed)
+    questions, contexts, labels = [], [], []
+    for index in range(count):
+        words = generator.choices(FILLER, k=generator.randint(2, longest))
+        answer = generator.choice((*GOOD, *BAD))
+        has_answer = not without or index % without
+        if has_answer:
+            words.insert(generator.randint(0, len(words)), answer)
+        context = " ".join(words)
+        start = (" " + context + " ").find(f" {answer} ") if has_answer else -1
+        questions.append(f"a {answer} film")
+        contexts.append(context)
+        labels.append([(start, start + len(answer))] if has_answer else [])
+    return Rows(questions, contexts, labels)
+
+
+def span_finder(**config: Any) -> Any:
+    """A tiny random BERT that points to begin and end of an answer, in eval mode."""
+    from transformers import BertForQuestionAnswering
+
+    names: dict[str, Any] = {"id2label": {0: "start", 1: "end"}, "label2id": {"start": 0, "end": 1}}
+    model_config = bert(labels=2, **names, **config).config
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return BertForQuestionAnswering(model_config).eval()
+
+
+def question_dataset(name: str = "toy-questions", *, train: int = 48, dev: int = 24, without: int = 0) -> Dataset:
+    """A data set of questions about contexts, and a tiny model to go with it."""
+    return Dataset(
+        name=name,
+        kind="spans",
+        text=("question", "context"),
+        labels=("start", "end"),
+        metrics=("exact_match", "f1"),
+        load=lambda _data, _seed: {
+            "train": question_rows(train, 1, without=without),
+            "dev": question_rows(dev, 2, without=without),
+        },
+        build=lambda _seed: (span_finder(), tokenizer()),
+        about="in-memory rows for the tests",
+    )
+
+
 def register(toy: Dataset) -> Task:
     """Register a data set under its name, in place of any earlier one, and return its task."""
     plugins.datasets.unregister(toy.name)

@@ -106,6 +106,8 @@ def predict(
     opening: OpenOptions,
     text: Annotated[str | None, typer.Argument(help="Text to classify; or give --input.")] = None,
     pair: Annotated[str | None, typer.Option(help="Its second text, for a task of pairs.")] = None,
+    question: Annotated[str | None, typer.Option(help="Question to answer from --context; the same as a text.")] = None,
+    context: Annotated[str | None, typer.Option(help="Text with the answer; the same as --pair.")] = None,
     threads: Threads = 0,
 ) -> Any:
     """Label texts with an exported model: label and probability, a line for each; JSON lines with --json."""
@@ -113,6 +115,12 @@ def predict(
     from spdtool.serving.inputs import open_input
     from spdtool.serving.predict import FORMATS, InputLine, predict_lines
 
+    if (question is None) != (context is None):
+        raise RecipeError("--question and --context belong together", "give both, or a text and --pair")
+    if question is not None:
+        if text is not None or pair is not None:
+            raise RecipeError("--question and --context take the place of a text and --pair", "leave one of them out")
+        text, pair = question, context
     source, line_format = reading.source, reading.line_format
     if text is None and source is None:
         raise RecipeError("neither a text nor --input was given", "give one of them; `--input -` reads standard input")

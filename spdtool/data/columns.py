@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from spdtool.data.dataset import Rows
 from spdtool.data.formats.table import Table, compose
-from spdtool.data.kinds import SUPPORTED, WORD_LABELS, kind_of_columns
+from spdtool.data.kinds import kind_of_columns
 from spdtool.data.labels import normalize_label, parse_number, read_labels
 from spdtool.errors import DataError
 
@@ -106,7 +106,7 @@ def refuse_unsupported_kind(table: Table, chosen: Sequence[str] = ()) -> None:
             )
     if kind is not None:
         columns = _quote(table.columns)
-        raise DataError(f"{table.path} has the rows of {kind}, which is not supported: {columns}", SUPPORTED)
+        raise DataError(f"{table.path} has the rows of {kind.name}, which is not supported: {columns}", kind.hint)
 
 
 def _holds_switches(cells: Sequence[object]) -> bool:
@@ -138,7 +138,8 @@ def read_texts(table: Table, name: str) -> list[str]:
         if cell is None or (isinstance(cell, str) and not cell.strip()):
             table.refuse(row, f"no text in the column {name!r}", "leave such rows out")
         if isinstance(cell, list):
-            table.refuse(row, f"the column {name!r} holds lists of words: {WORD_LABELS} is not supported", SUPPORTED)
+            hint = "for a tag of each word, name the column that holds lists of tags: --label COLUMN"
+            table.refuse(row, f"the column {name!r} holds lists", hint)
         if not isinstance(cell, str):
             table.refuse(row, f"the column {name!r} holds a {type(cell).__name__}, not text", "is it the text column?")
         # `isascii` is a flag of the string: the search runs over few texts.

@@ -10,7 +10,7 @@ import hashlib
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,7 +27,7 @@ UNLABELED = "unlabeled"  # name of the split of texts without labels
 HASHED_ROWS = 10_000  # texts joined before they are hashed: one copy of a chunk, not of the whole column
 
 Column = Sequence[str]
-Labels = Sequence[int] | Sequence[float] | np.ndarray
+Labels = Sequence[Any] | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Rows:
         first: the first text of each row, or its only one.
         second: the second text of each row; None for single texts.
         labels: class indices (int) or, for regression, floats; where a row may have several labels, 0 or 1 for each,
-            an array [rows, labels].
+            an array [rows, labels]; other kinds of task have lists.
     """
 
     first: Column
@@ -173,13 +173,20 @@ def identify_rows(dataset: Dataset, splits: Splits) -> DataRecord:
     counts, hashes = {}, {}
     for name, rows in splits.items():
         counts[name] = len(rows)
-        hashes[name] = [hash_texts(rows), hash_array(np.asarray(rows.labels))]
+        hashes[name] = [hash_texts(rows), hash_labels(rows.labels)]
     unlabeled = hashes.pop(UNLABELED, None)
     return DataRecord(
         rows=counts,
         digest=cache_key(dataset.labels, hashes),
         unlabeled=None if unlabeled is None else unlabeled[0],
     )
+
+
+def hash_labels(labels: Labels) -> str:
+    """Hash the labels of a split: numbers by their bytes, lists by their values."""
+    if len(labels) and isinstance(labels[0], list | tuple):
+        return cache_key([list(label) for label in labels])
+    return hash_array(np.asarray(labels))
 
 
 def hash_texts(rows: Rows) -> str:

@@ -8,7 +8,9 @@ from itertools import islice
 from pathlib import Path
 
 from spdtool.data.formats.arrow import iterate_tables, read_arrow, read_parquet
+from spdtool.data.formats.conll import read_conll
 from spdtool.data.formats.separated import iterate_csv_rows, read_csv, read_user_tsv
+from spdtool.data.formats.squad import read_json
 from spdtool.data.formats.table import Table, check_table, compose, read_text, refuse_pointer
 from spdtool.errors import DataError
 
@@ -43,6 +45,8 @@ def read_header(path: Path) -> Table:
         raise DataError(f"{path} ends in {path.suffix or 'nothing'!r}", f"known endings: {', '.join(READERS)}")
     refuse_pointer(path)
     rows: list[list[object]] = []
+    if READERS[ending] in (read_conll, read_json):
+        return READERS[ending](path)  # the head of such a file does not show its columns
     if ending in (".parquet", ".arrow"):
         for table in iterate_tables(path, HEADER_ROWS):
             return table
@@ -62,6 +66,7 @@ def read_header(path: Path) -> Table:
 
 def _first_objects(path: Path, stream: Iterable[str]) -> Table:
     columns: dict[str, None] = {}
+    records = []
     for line in islice(stream, HEADER_ROWS):
         try:
             record = json.loads(line)
@@ -69,7 +74,9 @@ def _first_objects(path: Path, stream: Iterable[str]) -> Table:
             break  # where the whole file is read, it is refused by its line
         if isinstance(record, dict):
             columns |= dict.fromkeys(map(compose, record))
-    return Table(path, tuple(columns), [], [])
+            records.append({compose(name): value for name, value in record.items()})
+    rows = [list(map(record.get, columns)) for record in records]
+    return Table(path, tuple(columns), rows, list(range(1, 1 + len(rows))))
 
 
 def read_jsonl(path: Path) -> Table:
@@ -100,5 +107,9 @@ READERS: dict[str, Callable[[Path], Table]] = {
     ".jsonl": read_jsonl,
     ".parquet": read_parquet,
     ".arrow": read_arrow,
+    ".json": read_json,
+    ".conll": read_conll,
+    ".bio": read_conll,
+    ".iob": read_conll,
 }
 """Ending of a file's name to the function that reads it."""

@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-SUPPORTED = "supported are classes and numbers for a text or a pair of texts"
+SUPPORTED = (
+    "supported are classes and numbers for a text or a pair of texts, a tag for each word of a text, "
+    "and answers in a text"
+)
 
 
 @dataclass(frozen=True)
@@ -21,24 +24,26 @@ class UnsupportedKind:
         columns: groups of column names; rows that have every name of one group are of this kind.
         only_columns: such groups of common names, which must be all the columns.
         architectures: endings of class names that config.json has for a model of this kind.
+        hint: what to give instead.
     """
 
     name: str
     columns: tuple[tuple[str, ...], ...] = ()
     only_columns: tuple[tuple[str, ...], ...] = ()
     architectures: tuple[str, ...] = ()
+    hint: str = SUPPORTED
 
 
 UNSUPPORTED_KINDS = (
     UnsupportedKind(
-        "token classification (a label for each word, such as named entities)",
+        "token classification (a label for each word, such as named entities) without lists of words",
         (("tokens", "ner_tags"), ("tokens", "pos_tags"), ("tokens", "tags"), ("tokens", "labels"), ("words", "tags")),
-        architectures=("ForTokenClassification",),
+        hint="give a CoNLL file (.conll), or lists of words and of tags in every row (jsonl, parquet)",
     ),
     UnsupportedKind(
-        "question answering (a span of the context)",
+        "question answering (a span of the context) without `answers` as SQuAD has them",
         (("context", "question", "answers"), ("context", "question", "answer_start")),
-        architectures=("ForQuestionAnswering",),
+        hint='a column answers with {"text": [...], "answer_start": [...]} in every row, or a JSON file of SQuAD',
     ),
     UnsupportedKind(
         "multiple choice",
@@ -65,17 +70,16 @@ UNSUPPORTED_KINDS = (
         (("anchor", "positive"), ("query", "positive"), ("query", "pos"), ("query", "positive_passages")),
     ),
 )
-WORD_LABELS = UNSUPPORTED_KINDS[0].name
 
 
-def kind_of_columns(columns: Collection[str]) -> str | None:
-    """Return the name of the unsupported kind whose columns these are; None where they are of none."""
+def kind_of_columns(columns: Collection[str]) -> UnsupportedKind | None:
+    """Return the unsupported kind whose columns these are; None where they are of none."""
     names = {name.strip().lower() for name in columns}
     for kind in UNSUPPORTED_KINDS:
         if any(names.issuperset(group) for group in kind.columns):
-            return kind.name
+            return kind
         if any(names == set(group) for group in kind.only_columns):
-            return kind.name
+            return kind
     return None
 
 

@@ -10,7 +10,8 @@ sorted order; other numbers make it a regression (`regression` decides).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from spdtool.data.columns import Columns, choose_columns, refuse_unsupported_kind, table_to_rows
@@ -21,9 +22,11 @@ from spdtool.data.formats.table import Table
 from spdtool.data.label_sets import LabelSets, find_label_sets
 from spdtool.data.labels import LabelSummary, order_by_schema, read_labels
 from spdtool.data.qrels import find_qrels
+from spdtool.data.questions import holds_questions, question_dataset
 from spdtool.data.ranking import find_ranking_columns, ranking_dataset, read_ranking_tables
-from spdtool.data.readme import name_classes, read_class_names
+from spdtool.data.readme import ClassNames, name_classes, read_class_names
 from spdtool.data.splits import TRAIN_NAMES, draw_dev_rows, draw_test_rows, find_split_files, readable_files
+from spdtool.data.words import find_word_columns, word_dataset
 from spdtool.errors import DataError
 from spdtool.recipe.fields import Recipe
 
@@ -47,14 +50,26 @@ def local_dataset(recipe: Recipe) -> Dataset:
 
     shards = find_shards(Path(recipe.data))
     if shards is not None:
-        return sharded_dataset(recipe, shards)
-    tables = read_tables(Path(recipe.data))
+        header = read_header(shards["train"][0])
+        if find_word_columns(header, recipe.text, recipe.label) is None:
+            return sharded_dataset(recipe, shards)
+        tables = join_shards(shards, read_class_names(Path(recipe.data)))
+    else:
+        tables = read_tables(Path(recipe.data))
     if find_ranking_columns(tables["train"].columns) is not None:
         return ranking_dataset(recipe, tables)
-    columns = choose_columns(tables["train"], recipe.text, recipe.label, recipe.multilabel)
-    unlabeled_test = drop_unlabeled_test(tables, columns)
+    word_columns = find_word_columns(tables["train"], recipe.text, recipe.label)
+    is_question = holds_questions(tables["train"], recipe.text, recipe.label)
+    unlabeled_test = None
+    if word_columns is None and not is_question:
+        columns = choose_columns(tables["train"], recipe.text, recipe.label, recipe.multilabel)
+        unlabeled_test = drop_unlabeled_test(tables, columns)
     if recipe.test_share and "test" in tables:
         raise two_test_sets(tables["test"].path)
+    if is_question:
+        return question_dataset(recipe, tables, read_tables)
+    if word_columns is not None:
+        return word_dataset(recipe, tables, word_columns, read_tables)
     several = find_label_sets(tables["train"], columns, _folder_of(recipe), recipe.multilabel)
     if several is not None:
         return _several_labels_dataset(recipe, tables, several, unlabeled_test)
@@ -78,6 +93,19 @@ def local_dataset(recipe: Recipe) -> Dataset:
         about=f"{' and '.join(columns.text)} of {recipe.data}, by {columns.label}"
         + _describe_files(recipe, tables, unlabeled_test),
     )
+
+
+def join_shards(shards: Mapping[str, Sequence[Path]], names: ClassNames) -> dict[str, Table]:
+    """Read the files of each split into one table: rows whose labels are lists are all kept in memory."""
+    tables = {}
+    for split, files in shards.items():
+        if not files:
+            continue
+        parts = [name_classes(read_file(file), names) for file in files]
+        rows = [row for part in parts for row in part.rows]
+        lines = [line for part in parts for line in part.lines]
+        tables[split] = replace(parts[0], path=files[0].parent, rows=rows, lines=lines)
+    return tables
 
 
 def _several_labels_dataset(
@@ -144,7 +172,9 @@ def check_header(recipe: Recipe) -> None:
     elif not path.exists():
         raise DataError(f"{path} does not exist", "--data takes a file or a folder")
     table = read_header(path)
-    if find_ranking_columns(table.columns) is not None:
+    if find_ranking_columns(table.columns) is not None or holds_questions(table, recipe.text, recipe.label):
+        return
+    if find_word_columns(table, recipe.text, recipe.label) is not None:
         return
     if path.suffix.lower() == ".jsonl":  # a later line may have further columns
         refuse_unsupported_kind(table)

@@ -20,6 +20,7 @@ TEST_NAMES = ("test",)
 # What follows a split's name in the name of a shard: a number, that of all shards, and perhaps a hash.
 SHARD_SUFFIX = re.compile(r"[-_.](\d+)(?:-of-(\d+))?(?:-[0-9a-f]{8,})?", re.ASCII)
 CLONE_FOLDER = "data"  # of a data set's repository on the hub
+DESCRIPTIONS = ("state.json", "dataset_info.json", "dataset_dict.json", "dataset_infos.json")  # of the rows beside
 SAVED_STATE = "state.json"  # in a folder of `datasets.save_to_disk`
 LEAST_DEV_SHARE = 0.07  # of the texts of each class: chance gives a small class nothing else
 
@@ -100,7 +101,8 @@ def readable_files(folder: Path) -> list[Path]:
     files = []
     for path in sorted(folder.iterdir()):
         is_cache = path.suffix == ".arrow" and path.stem.startswith("cache-")  # of `datasets`, beside its rows
-        if path.suffix.lower() in READERS and path.is_file() and not is_cache:
+        is_description = path.name in DESCRIPTIONS or is_cache
+        if path.suffix.lower() in READERS and path.is_file() and not is_description:
             files.append(path)
     return files
 
@@ -164,6 +166,8 @@ def draw_test_rows(rows: Rows, seed: int, test_share: float) -> dict[str, Rows]:
 
 def _classes_of(rows: Rows) -> list[int | None]:
     """Return the class of each row; None for numbers to predict, and of several labels the rarest."""
+    if len(rows) and isinstance(rows.labels[0], list | tuple):  # words or spans: a row has no class
+        return [None] * len(rows)
     labels = np.asarray(rows.labels)
     if labels.ndim == 1:
         return [int(label) if np.issubdtype(labels.dtype, np.integer) else None for label in labels]

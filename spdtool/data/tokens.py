@@ -72,6 +72,7 @@ class Encoded:
         per_row: further arrays with one entry per row; a batch gets the entries of its rows.
         per_token: the same with one entry per token, [tokens, ...], which a batch pads with zeros.
         labels_per_token: whether each token has a label; a batch pads them with IGNORED, which counts in no loss.
+        labels_are_positions: whether labels [rows, ...] are numbers of tokens, which padding on the left moves.
         details: what a kind of task has to know of the rows beside their tokens; it enters no batch.
         mixture: which of the rows have a label, in training rows with texts that have none; None: all have.
         stored_lengths: tokens of each row, where they are stored; None: computed from the offsets.
@@ -87,6 +88,7 @@ class Encoded:
     per_row: dict[str, np.ndarray] = field(default_factory=dict)
     per_token: dict[str, np.ndarray] = field(default_factory=dict)
     labels_per_token: bool = False
+    labels_are_positions: bool = False
     details: Details | None = None
     mixture: Mixture | None = None
     stored_lengths: np.ndarray | None = None
@@ -186,6 +188,8 @@ class Encoded:
             batch["labels"][mask] = self.labels[source]
         else:
             batch["labels"] = self.labels[rows]
+        if self.labels_are_positions and self.pad_left:
+            batch["labels"] = batch["labels"] + (width - lengths)[:, None]
         for name, flat in self.per_token.items():
             batch[name] = self._pad_with_zeros(flat, rows, first_positions=-position[:, 0], width=width)
         for name, values in self.per_row.items():
@@ -271,7 +275,10 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: int) ->
         arrays = cache.cached_arrays("tokens", key, fill)
     else:
         arrays = cache.arrays_in_memory(fill)
-    labels = np.asarray(rows.labels)
+    try:
+        labels = np.asarray(rows.labels)
+    except ValueError:  # lists of any length, of which a kind of task makes its own labels
+        labels = np.zeros(len(rows), np.int64)
     label_type = np.int64 if np.issubdtype(labels.dtype, np.integer) else np.float32
     return Encoded(
         columns={name: flat for name, flat in arrays.items() if name not in ("offsets", "lengths")},

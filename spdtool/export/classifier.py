@@ -14,7 +14,7 @@ It needs onnxruntime, tokenizers and numpy; neither torch nor transformers is im
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -22,6 +22,14 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from spdtool import plugins
+from spdtool.data.windows import (
+    WindowOutput,
+    describe_no_room,
+    fit_stride,
+    group_by_text,
+    least_room,
+    make_window,
+)
 from spdtool.errors import DataError, DeviceError, ModelError, PluginError, first_line
 from spdtool.export import onnx_session
 from spdtool.export.bundle.manifest import read_json_object
@@ -36,7 +44,7 @@ from spdtool.export.token_rows import (
     token_rows_of_columns,
 )
 from spdtool.tasks.decision import Answer, Json, find_decision
-from spdtool.tasks.head import head_of_config
+from spdtool.tasks.head import Head, head_of_config
 from spdtool.tasks.sentence_settings import read_prompt
 
 if TYPE_CHECKING:
@@ -46,6 +54,10 @@ Inputs: TypeAlias = str | Sequence[Any] | np.ndarray | Mapping[str, Any]
 """A text, texts, token ids of one row or of several (lists or an array), or the model's inputs by name."""
 
 BATCH_SIZE = 32
+DEFAULT_STRIDE = 32  # tokens that windows of a text share, where the folder does not say
+
+RowLogits: TypeAlias = np.ndarray | list[np.ndarray]
+"""Logits [rows, labels]; of a model with outputs for each token, [tokens, labels] for each row."""
 
 
 @dataclass(frozen=True)
@@ -94,11 +106,17 @@ class Classifier:
         self._load_arguments: tuple[Any, ...] = ()
         self._truncation_side = tokenizer_config.get("truncation_side", "right")
         self.max_length = longest_input(config, tokenizer_config)
-        self.names = head_of_config(config).name_outputs(config) or ordered_labels(config)
-        check_output_count(session, self.names)
+        self._head = head_of_config(config)
+        self.names = self._head.name_outputs(config) or ordered_labels(config)
+        check_output_count(session, self.names, self._head)
         kind = kind or KindSettings()
         decision = find_decision(config, kind.name)
         self.decision = decision(self.names, decision.settings_of(config) | dict(kind.settings))
+        self._counter: Tokenizer | None = None  # of another state: threads share the tokenizer that cuts
+        if self.decision.windows == 1:
+            self._counter = Tokenizer.from_str(tokenizer.to_str())
+            self._counter.no_truncation()
+            self._counter.no_padding()
         tokenizer.no_padding()
         self.limit_length(self.max_length)
 
@@ -109,8 +127,14 @@ class Classifier:
             ModelError: the folder's tokenizer cannot be used so.
         """
         self.max_length = min(self.max_length, max_length)
+        options: dict[str, Any] = {"direction": self._truncation_side}
+        if self.decision.windows is not None:
+            stride = self.decision.settings.get("stride", DEFAULT_STRIDE)
+            stride = stride if isinstance(stride, int) else DEFAULT_STRIDE
+            options["stride"] = fit_stride(stride, self.max_length, paired=self.decision.windows == 1)
+            options["strategy"] = self.decision.truncation()
         try:
-            self._tokenizer.enable_truncation(self.max_length, direction=self._truncation_side)
+            self._tokenizer.enable_truncation(self.max_length, **options)
         except Exception as error:  # tokenizers raises several kinds
             raise ModelError(f"the tokenizer cannot cut texts to {self.max_length} tokens: {error}") from None
 
@@ -135,16 +159,36 @@ class Classifier:
 
     def labels(self, inputs: Inputs, pairs: str | Sequence[str] | None = None) -> list[Answer]:
         """Classify every row; see `decide` for what an answer is. Raises as a call does."""
-        return self.decide(self.logits(inputs, pairs))
+        return self.decide(self.outputs(inputs, pairs))
 
-    def decide(self, logits: np.ndarray) -> list[Answer]:
-        """Turn logits [rows, labels] into answers.
+    def outputs(self, inputs: Inputs, pairs: str | Sequence[str] | None = None, *, batch_size: int = BATCH_SIZE) -> Any:
+        """Compute the outputs of every text, as `group` returns them. Raises as `logits` does."""
+        rows = self._token_rows(inputs, pairs)
+        return self.group(rows, self.logits_of_tokens(rows, batch_size=batch_size))
+
+    def decide(self, outputs: Any) -> list[Answer]:
+        """Turn outputs, as `group` returns them, into answers.
 
         Returns:
             what the kind of task answers: for each row the label with the largest logit; for a regression the value;
-            with several labels a row, their list.
+            with several labels a row, their list; the entities of a text.
         """
-        return self.decision.decide(logits)
+        return self.decision.decide(outputs)
+
+    def group(self, rows: Sequence[TokenRow], logits: RowLogits) -> Any:
+        """Return the outputs with one entry for each text: logits as they are, or lists of `WindowOutput`.
+
+        Raises:
+            DataError: the kind of task answers with places in a text, and the rows are of mere token ids.
+        """
+        if self.decision.windows is None:
+            return logits
+        outputs = []
+        for row, values in zip(rows, logits, strict=True):
+            if row.window is None:
+                raise DataError("token ids were given, and this model answers with places in a text", "give texts")
+            outputs.append(WindowOutput(row.window, values))
+        return group_by_text(outputs)
 
     def probabilities(self, logits: np.ndarray) -> np.ndarray | None:
         """Probabilities, float32 [rows, labels], as the kind of task has them; None where it has none."""
@@ -152,8 +196,10 @@ class Classifier:
 
     def logits(
         self, inputs: Inputs, pairs: str | Sequence[str] | None = None, *, batch_size: int = BATCH_SIZE
-    ) -> np.ndarray:
+    ) -> RowLogits:
         """Compute logits, float32 [rows, labels], in batches of similar length, each padded to its longest row.
+
+        A model with outputs for each token gives a list instead: an array [tokens, labels] for each row, or window.
 
         Args:
             inputs: a text or several; token ids of one row or of several; or a mapping with `input_ids` and, where
@@ -168,15 +214,19 @@ class Classifier:
             raise DataError(f"batch_size = {batch_size!r}: at least one row is computed at once")
         return self.logits_of_tokens(self._token_rows(inputs, pairs), batch_size=batch_size)
 
-    def logits_of_tokens(self, rows: Sequence[TokenRow], *, batch_size: int = BATCH_SIZE) -> np.ndarray:
-        """Compute logits, float32 [rows, labels], of tokenized rows, as `logits` does."""
-        logits = np.empty((len(rows), len(self.names)), np.float32)
+    def logits_of_tokens(self, rows: Sequence[TokenRow], *, batch_size: int = BATCH_SIZE) -> RowLogits:
+        """Compute the logits of tokenized rows, as `logits` does."""
+        logits: list[np.ndarray] = [np.empty(0)] * len(rows)
         # Rows of similar length meet in one batch, and the batch that needs most memory comes first.
         longest_first = sorted(range(len(rows)), key=lambda row: -len(rows[row].ids))
         for start in range(0, len(rows), batch_size):
             batch = longest_first[start : start + batch_size]
-            logits[batch] = self.compute([rows[row] for row in batch])
-        return logits
+            computed = self.compute([rows[row] for row in batch])
+            for row, values in zip(batch, computed, strict=True):
+                logits[row] = values
+        if self._head.per_token:
+            return logits
+        return np.stack(logits) if logits else np.empty((0, len(self.names)), np.float32)
 
     def check_text_count(self, *, paired: bool) -> None:
         """Raise DataError for a pair if the model takes one text, and for a single text if it takes two."""
@@ -218,6 +268,8 @@ class Classifier:
             ModelError: the tokenizer is damaged.
         """
         inputs: list[Any] = list(texts) if seconds is None else list(zip(texts, seconds, strict=True))
+        if self.decision.windows is not None:
+            self._check_room(texts, seconds)
         try:
             encodings = self._tokenizer.encode_batch(inputs)
         except TypeError:  # a str that is not valid Unicode
@@ -228,10 +280,32 @@ class Classifier:
             raise ModelError(
                 f"the tokenizer fails on a text: {first_line(error)}", "tokenizer.json is damaged"
             ) from None
-        return [token_row(encoding.ids, encoding.type_ids) for encoding in encodings]
+        if self.decision.windows is None:
+            return [token_row(encoding.ids, encoding.type_ids) for encoding in encodings]
+        rows = []
+        for number, encoding in enumerate(encodings):
+            text = texts[number] if seconds is None else seconds[number]
+            for part in (encoding, *encoding.overflowing):
+                rows.append(replace(token_row(part.ids, part.type_ids), window=make_window(number, text, part)))
+        return rows
 
-    def compute(self, rows: Sequence[TokenRow]) -> np.ndarray:
-        """Compute logits, float32 [rows, labels], of tokenized rows in one batch, padded to the longest."""
+    def _check_room(self, texts: Sequence[str], seconds: Sequence[str] | None) -> None:
+        """Raise DataError for single texts or pairs that are not read, and for first texts that leave no room."""
+        paired = self.decision.windows == 1
+        if texts and paired != (seconds is not None):
+            if paired:
+                raise DataError("this model reads pairs: a question and a text", "give the second text too")
+            raise DataError("this model reads single texts, and pairs were given", "leave the second text out")
+        if self._counter is None:
+            return
+        room = self.max_length - self._tokenizer.num_special_tokens_to_add(is_pair=True)
+        for number, row in enumerate(self._counter.encode_batch(list(texts), add_special_tokens=False)):
+            if room - len(row.ids) < least_room(self.max_length):
+                problem = describe_no_room(texts[number], len(row.ids), self.max_length)
+                raise DataError(f"row {number}: {problem}", "shorten it")
+
+    def compute(self, rows: Sequence[TokenRow]) -> RowLogits:
+        """Compute the logits of tokenized rows in one batch, padded to the longest; see `logits`."""
         width = max(len(row.ids) for row in rows)
         shape = (len(rows), width)
         columns = {
@@ -245,14 +319,21 @@ class Classifier:
             columns["input_ids"][number, tokens] = row.ids
             columns["token_type_ids"][number, tokens] = row.types
             columns["attention_mask"][number, tokens] = row.mask
-        logits = np.asarray(self._session.run(None, {name: columns[name] for name in self._inputs})[0])
-        if logits.shape != (len(rows), len(self.names)):
+        outputs = self._session.run(None, {name: columns[name] for name in self._inputs})
+        logits = self._head.collect_arrays(outputs, columns)
+        expected = (len(rows), width, len(self.names)) if self._head.per_token else (len(rows), len(self.names))
+        if logits.shape != expected:
             raise ModelError(
                 f"the model gives an output of shape {logits.shape} for {len(rows)} rows; "
                 f"config.json names {len(self.names)} labels",
                 "the model and config.json are not of one export",
             )
-        return logits
+        if not self._head.per_token:
+            return logits
+        by_row = []
+        for row, values in zip(rows, logits, strict=True):
+            by_row.append(values[width - len(row.ids) :] if self.pads_left else values[: len(row.ids)])
+        return by_row
 
     def _token_rows(self, inputs: Inputs, pairs: str | Sequence[str] | None) -> list[TokenRow]:
         """Bring any kind of input into tokenized rows."""
@@ -396,11 +477,19 @@ def open_bundle_session(bundle: Bundle, library: str | Path | None, provider: st
         ) from None
 
 
-def check_output_count(session: InferenceSession, names: list[str]) -> None:
+def check_output_count(session: InferenceSession, names: list[str], head: Head) -> None:
     """Raise ModelError if the model does not give one logit for each label, as far as its graph says."""
-    shape = session.get_outputs()[0].shape
+    outputs = session.get_outputs()
+    if len(outputs) < len(head.outputs):
+        raise ModelError(
+            f"the model gives {len(outputs)} outputs; {head.about} has {', '.join(head.outputs)}",
+            "the model and config.json are not of one export",
+        )
+    shape = outputs[0].shape
+    if head.per_token and len(head.outputs) > 1:  # each is one label
+        shape = [*shape, len(head.outputs)]
     count = shape[-1] if shape else 0
-    if len(shape) != 2 or (isinstance(count, int) and count != len(names)):
+    if len(shape) != 2 + head.per_token or (isinstance(count, int) and count != len(names)):
         raise ModelError(
             f"the model gives an output of shape {shape}; config.json names {len(names)} labels: {', '.join(names)}",
             "the model and config.json are not of one export",

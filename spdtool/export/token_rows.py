@@ -8,16 +8,22 @@ from typing import Any
 
 import numpy as np
 
+from spdtool.data.windows import TextWindow
 from spdtool.errors import DataError
 
 
 @dataclass(frozen=True)
 class TokenRow:
-    """The tokens of one row; each array is int64 [tokens]."""
+    """The tokens of one row; each array is int64 [tokens].
+
+    Attributes:
+        window: what it is of its text; None for rows of mere token ids.
+    """
 
     ids: np.ndarray
     types: np.ndarray
     mask: np.ndarray
+    window: TextWindow | None = None
 
 
 def are_texts(values: object) -> bool:

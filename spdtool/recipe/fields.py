@@ -607,7 +607,9 @@ class Recipe(Section):
     metric: str | None = None
     """metric of the task that is the dev score and picks the best checkpoint; none: the mean of all its metrics"""
     max_length: int = Field(128, ge=4)
-    """longest input in tokens; longer ones are cut"""
+    """longest input in tokens; longer ones are cut, or read in windows where every word counts"""
+    window_stride: int = Field(32, ge=0)
+    """tokens that neighbouring windows of a long text share, where a kind of task reads it in windows"""
     max_rows: int | None = Field(None, ge=2)
     """use only that many rows of each split, for trials; none: all"""
     dev_share: float = Field(0.1, gt=0, lt=1)

@@ -12,11 +12,13 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import chain, islice
+from typing import Any
 
 import numpy as np
 
 from spdtool.errors import SpdError, first_line
-from spdtool.export.classifier import Classifier
+from spdtool.export.classifier import Classifier, RowLogits
 from spdtool.export.token_rows import TokenRow
 
 # Every batch costs about as much as this many tokens before its first row. Measured: 8 and 32 were slower than 16
@@ -45,15 +47,17 @@ class PendingRequest:
     """A request that is being worked on.
 
     Attributes:
-        logits: float32 [rows, labels], filled in as batches are computed.
+        rows: its tokenized rows; a text may be several windows.
+        logits: of each row, filled in as batches are computed.
         rows_to_do: rows without logits yet; it never reaches 0 for a request that failed.
     """
 
     texts: list[str]
     pairs: list[str] | None
     arrived: float
-    future: Future[np.ndarray] = field(default_factory=Future)
-    logits: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.float32))
+    future: Future[Any] = field(default_factory=Future)
+    rows: list[TokenRow] = field(default_factory=list)
+    logits: list[np.ndarray] = field(default_factory=list)
     rows_to_do: int = 0  # set when the request is tokenized
 
 
@@ -124,11 +128,12 @@ class Batcher:
         """Why a worker ended although nobody closed the batcher; None while all is well."""
         return self._death
 
-    def submit(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Future[np.ndarray]:
+    def submit(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Future[Any]:
         """Queue a request.
 
         Returns:
-            a future of the logits, float32 [rows, labels], or of the DataError that names what is wrong with a text.
+            a future of the outputs, as `Classifier.group` returns them: one entry for each text; or of the DataError
+            that names what is wrong with a text.
 
         Raises:
             QueueFull: the queue has no room for that many rows.
@@ -189,7 +194,7 @@ class Batcher:
         if not already_dead:
             self._on_death()
 
-    def _answer(self, request: PendingRequest, answer: np.ndarray | BaseException) -> None:
+    def _answer(self, request: PendingRequest, answer: Any) -> None:
         """Answer a request, unless it has been answered already."""
         with self._changed:
             if request not in self._unanswered:
@@ -263,18 +268,35 @@ class Batcher:
             pairs += request.pairs or []
         second_texts = None if requests[0].pairs is None else pairs
         encoded = self._classify.encode(texts, second_texts) if texts else []  # a request may be empty
-        if len(encoded) != len(texts):
+        by_text: list[list[TokenRow]] = [[] for _ in texts]
+        for index, row in enumerate(encoded):
+            number = index if row.window is None else row.window.example
+            if number >= len(texts):
+                break
+            by_text[number].append(row)
+        if not all(by_text) or sum(map(len, by_text)) != len(encoded):
             raise EngineError(f"the tokenizer gave {len(encoded)} rows for {len(texts)} texts")
-        rows = iter(encoded)
+        rows_of_texts = iter(by_text)
         queued = []
         for request in requests:
-            request.rows_to_do = len(request.texts)
-            request.logits = np.empty((request.rows_to_do, len(self._classify.names)), np.float32)
-            queued += [QueuedRow(next(rows), request, index) for index in range(request.rows_to_do)]
+            request.rows = list(chain.from_iterable(islice(rows_of_texts, len(request.texts))))
+            request.rows_to_do = len(request.rows)
+            request.logits = [np.empty(0)] * request.rows_to_do
+            queued += [QueuedRow(row, request, index) for index, row in enumerate(request.rows)]
             if request.rows_to_do == 0:
-                self._answer(request, request.logits)
+                self._complete(request)
         with self._changed:
+            self._rows += len(queued) - len(texts)  # further windows of long texts
             self._queue += queued
+
+    def _complete(self, request: PendingRequest) -> None:
+        """Answer a request whose rows are all computed."""
+        logits: RowLogits = request.logits
+        if self._classify.decision.windows is None:
+            logits = np.empty((0, len(self._classify.names)), np.float32)
+            if request.logits:
+                logits = np.stack(request.logits)
+        self._answer(request, self._classify.group(request.rows, logits))
 
     def _queue_rows_alone(self, request: PendingRequest) -> None:
         """Tokenize one request; if that fails, the request gets the error."""
@@ -342,19 +364,19 @@ class Batcher:
                 if row.request.rows_to_do == 0:
                     complete.append(row.request)
         for request in complete:
-            self._answer(request, request.logits)
+            self._complete(request)
 
-    def _compute_logits(self, batch: list[QueuedRow]) -> np.ndarray:
-        """Compute logits, float32 [rows, labels].
+    def _compute_logits(self, batch: list[QueuedRow]) -> RowLogits:
+        """Compute the logits of every row.
 
         Raises:
             EngineError: the model gave another shape, or values that are no numbers.
         """
         logits = self._classify.compute([row.tokens for row in batch])
         expected = (len(batch), len(self._classify.names))
-        if logits.shape != expected:
+        if isinstance(logits, np.ndarray) and logits.shape != expected:
             raise EngineError(f"the model gave an output of the shape {[*logits.shape]}, not {[*expected]}")
-        if not np.isfinite(logits).all():
+        if not all(np.isfinite(values).all() for values in logits):
             raise EngineError("the model gave values that are no finite numbers")
         self._check()
         return logits

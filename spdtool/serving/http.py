@@ -19,8 +19,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
+from typing import Any
 
-import numpy as np
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -205,7 +205,7 @@ class Application:
         logits = await self._compute(parsed.inference)
         return json_response(self.compatible.answer(self.classify, self.name, parsed, logits))
 
-    async def _compute(self, inference: InferenceRequest) -> np.ndarray:
+    async def _compute(self, inference: InferenceRequest) -> Any:
         assert self.batcher is not None
         self.classify.check_text_count(paired=inference.pairs is not None)
         logits = await asyncio.wrap_future(self.batcher.submit(inference.texts, inference.pairs))

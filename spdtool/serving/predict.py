@@ -11,9 +11,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TypeAlias
-
-import numpy as np
+from typing import Any, TypeAlias
 
 from spdtool.errors import DataError
 from spdtool.export.classifier import Classifier
@@ -34,8 +32,8 @@ class InputLine:
     error: str | None = None
 
 
-LineResult: TypeAlias = np.ndarray | str
-"""Logits of a line, float32 [labels], or the reason why it has none."""
+LineResult: TypeAlias = Any
+"""Outputs of a line (one entry of what `Classifier.group` returns), or as a str the reason why it has none."""
 
 
 def parse_lines(
@@ -80,8 +78,8 @@ def predict_lines(classify: Classifier, lines: Iterable[InputLine], batch_size: 
     source = iter(lines)
     while chunk := list(islice(source, READ_AHEAD * batch_size)):
         results = compute_lines(classify, chunk, batch_size)
-        computed = [result for result in results if isinstance(result, np.ndarray)]
-        predictions = iter(classify.decision.predictions(np.array(computed)) if computed else ())
+        computed = [result for result in results if not isinstance(result, str)]
+        predictions = iter(classify.decision.predictions(classify.decision.join(computed)) if computed else ())
         for line, result in zip(chunk, results, strict=True):
             if isinstance(result, str):
                 yield {"line": line.number, "error": result}
@@ -90,7 +88,7 @@ def predict_lines(classify: Classifier, lines: Iterable[InputLine], batch_size: 
 
 
 def compute_lines(classify: Classifier, lines: Sequence[InputLine], batch_size: int) -> list[LineResult]:
-    """Compute the logits of every line: single texts in one call, pairs in another."""
+    """Compute the outputs of every line: single texts in one call, pairs in another."""
     results: dict[int, LineResult] = {}
     indices: dict[bool, list[int]] = {False: [], True: []}  # by whether the line is a pair
     for index, line in enumerate(lines):
@@ -127,7 +125,7 @@ def compute_similar_lines(classify: Classifier, lines: list[InputLine], batch_si
     texts = [line.text for line in lines]
     pairs = [line.pair for line in lines if line.pair is not None]
     try:
-        return list(classify.logits(texts, pairs or None, batch_size=batch_size))
+        return list(classify.outputs(texts, pairs or None, batch_size=batch_size))
     except DataError as error:  # names one line, and all of them are without logits
         if len(lines) == 1:
             return [error.message]

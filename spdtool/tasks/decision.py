@@ -6,10 +6,10 @@ depends on it. A kind names its class of decision in `Task.decision`. Neither to
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -23,35 +23,41 @@ Object: TypeAlias = dict[str, Json]
 Answer: TypeAlias = Any
 """What a row is answered with: the label; a number; a list of labels; whatever a kind of task has."""
 
+Truncation: TypeAlias = Literal["longest_first", "only_first", "only_second"]
 LOGITS, PROBABILITIES, LABEL = "logits", "probabilities", "label"
 NUMBER: Object = {"type": "number"}
+THRESHOLDS_NOTE = """
+`spdtool.load` answers a label where its logit is above a threshold that was chosen on the dev rows: `settings` in
+`manifest.json` has one for each label. Others answer above 0, a probability of one half.
+"""
 LARGEST_LOGIT = 80  # exp overflows in float32 beyond 88
 
 
-@dataclass(frozen=True)
-class TextWindow:
-    """One window of a text, as a model reads it.
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Return the softmax over the last axis, in the type of the logits."""
+    powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    shares: np.ndarray = powers / powers.sum(axis=-1, keepdims=True)
+    return shares
+
+
+class Snippets(NamedTuple):
+    """What a model card says of the answers.
 
     Attributes:
-        example: number of the text among those that were given.
-        text: that its tokens are of.
-        tokens: as the vocabulary spells them, with special ones.
-        spans: begin and end of each in the text, [tokens, 2].
-        sources: 0 or 1 for tokens of the first or second text, -1 for special ones.
+        answer: what one call answers, in words.
+        python: expression of it, from arrays called as the outputs of the head.
+        script: the same in JavaScript; empty where the pipeline of transformers.js says it.
+        reason: why that pipeline does not.
+        options: further arguments of that pipeline.
+        note: what has to be said beside it.
     """
 
-    example: int
-    text: str
-    tokens: Sequence[str]
-    spans: np.ndarray
-    sources: np.ndarray
-
-
-class WindowOutput(NamedTuple):
-    """A window, and the model's outputs for its tokens, [tokens, labels]."""
-
-    window: TextWindow
-    values: np.ndarray
+    answer: str
+    python: str
+    script: str = ""
+    reason: str = ""
+    options: str = ""
+    note: str = ""
 
 
 class Decision:
@@ -85,6 +91,13 @@ class Decision:
         """Return the settings that config.json decides; those of the manifest come on top."""
         return {}
 
+    @classmethod
+    def truncation(cls) -> Truncation:
+        """Return which text of a pair is cut where a row is too long, in the words of the library tokenizers."""
+        if cls.windows is None:
+            return "longest_first"
+        return "only_second" if cls.windows == 1 else "only_first"
+
     # In Python
 
     def decide(self, outputs: np.ndarray) -> list[Answer]:
@@ -98,6 +111,10 @@ class Decision:
     def scored_answers(self, outputs: np.ndarray) -> list[Answer]:
         """Return the answers in the form that is scored, which `Task.answers` returns too."""
         return self.decide(outputs)
+
+    def join(self, outputs: Sequence[Any]) -> Any:
+        """Put the outputs of single texts together, as `decide` takes them."""
+        return np.array(outputs) if self.windows is None else list(outputs)
 
     def probabilities(self, outputs: np.ndarray) -> np.ndarray | None:  # noqa: ARG002
         """Return probabilities, float32 of the shape of the logits; None where the answers have none."""
@@ -160,6 +177,14 @@ class Decision:
         """Return a prediction as a line of `spdtool predict`; control characters are spelled out."""
         return f"{make_visible(prediction['label'])}\t{prediction['probability']:.4f}"
 
+    def snippets(self) -> Snippets:
+        """Return what a model card shows; of a single output that it is a number."""
+        if len(self.names) == 1:
+            reason = "turns a number into a probability"
+            return Snippets("a number", "float(logits[0, 0])", "logits.data[0]", reason)
+        labels = json.dumps(self.names, ensure_ascii=False)
+        return Snippets(f"one of {', '.join(self.names)}", f"{labels}[logits[0].argmax()]")
+
     @property
     def unanswered(self) -> str:
         """The line of `spdtool predict` for a text without an answer, with as many columns."""
@@ -180,9 +205,7 @@ class OneLabel(Decision):
 
     def probabilities(self, outputs: np.ndarray) -> np.ndarray | None:
         """Return the softmax of the logits, divided by the temperature."""
-        scaled = outputs if self.temperature == 1.0 else outputs / self.temperature
-        powers = np.exp(scaled - scaled.max(axis=1, keepdims=True))
-        return np.asarray(powers / powers.sum(axis=1, keepdims=True), np.float32)
+        return np.asarray(softmax(outputs if self.temperature == 1.0 else outputs / self.temperature), np.float32)
 
 
 class SeveralLabels(Decision):
@@ -228,6 +251,13 @@ class SeveralLabels(Decision):
         """Return the schema of an object with a list of labels, and their probabilities by name."""
         labels: Object = {"type": "array", "items": {"type": "string", "enum": [*self.names]}}
         return self.describe_object(labels, {"type": "object", "additionalProperties": NUMBER})
+
+    def snippets(self) -> Snippets:
+        """Return what a model card shows of several labels."""
+        names = json.dumps(self.names, ensure_ascii=False)
+        python = f"[name for name, logit in zip({names}, logits[0]) if logit > 0]"
+        answer = f"some of {', '.join(self.names)}"
+        return Snippets(answer, python, options=", { top_k: null }", note=THRESHOLDS_NOTE)
 
     def line(self, prediction: Mapping[str, Any]) -> str:
         """Return labels and probabilities, each joined by commas."""

@@ -33,6 +33,7 @@ class Head:
         about: what a model with this head is, for messages.
         outputs: fields of the model's output, which are also the outputs of an exported file, in order.
         reads: which tokens of the last layer the head reads; an export target may leave out what is not read.
+        padding_value: what stands in the place of outputs of padding, with `per_token`.
         per_token: whether there is an output for each token, [rows, tokens, labels], instead of [rows, labels].
         pipeline: name of the pipeline of transformers that opens it.
         pools: whether it is an encoder alone, to which the pooling that its folder describes is added.
@@ -44,6 +45,7 @@ class Head:
     outputs: tuple[str, ...] = ("logits",)
     reads: Reads = "first token"
     per_token: bool = False
+    padding_value: float = 0.0
     pipeline: str = "text-classification"
     pools: bool = False
 
@@ -64,21 +66,21 @@ class Head:
 
         Args:
             outputs: what the model's `forward` returned; several fields are stacked as if they were labels.
-            inputs: what it was called with. Outputs of padding are set to zero, so that they can be compared.
+            inputs: what it was called with. Outputs of padding are set to one value, so that they can be compared.
         """
         import torch
 
         fields = [getattr(outputs, name) for name in self.outputs]
         values: Tensor = fields[0] if len(fields) == 1 else torch.stack(fields, dim=-1)
         if self.per_token:
-            values = values.masked_fill(inputs["attention_mask"][..., None] == 0, 0.0)
+            values = values.masked_fill(inputs["attention_mask"][..., None] == 0, self.padding_value)
         return values
 
     def collect_arrays(self, outputs: Sequence[np.ndarray], inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         """Do the same for the outputs of a session of onnxruntime, in the order of `outputs`."""
         values = outputs[0] if len(self.outputs) == 1 else np.stack(outputs, axis=-1)
         if self.per_token:
-            values = np.where(inputs["attention_mask"][..., None] == 0, np.float32(0), values)
+            values = np.where(inputs["attention_mask"][..., None] == 0, np.float32(self.padding_value), values)
         return np.asarray(values)
 
 

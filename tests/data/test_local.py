@@ -325,7 +325,7 @@ BAD: dict[str, tuple[str, bytes, str]] = {
     "an id as label": ("csv", b"text,label\na,1\nb,2\nc,3\nd,4\n", "4 different labels in 4 rows"),
     "two rows": ("csv", b"text,label\na,1\nb,2\n", "2 rows are too few"),
     "unknown ending": ("xlsx", b"PK", "ends in '.xlsx'"),
-    "plain json": ("json", b"[]", "ends in '.json'"),
+    "plain json": ("json", b"[]", "has no rows"),
 }
 
 
@@ -345,7 +345,7 @@ def test_the_known_endings_are_listed_and_capitals_do_not_matter(tmp_path: Path)
     (tmp_path / "mine.txt").write_text("text")
     with pytest.raises(DataError) as error:
         rows(tmp_path / "mine.txt")
-    assert error.value.hint == "known endings: .csv, .tsv, .jsonl, .parquet, .arrow"
+    assert error.value.hint == "known endings: .csv, .tsv, .jsonl, .parquet, .arrow, .json, .conll, .bio, .iob"
     assert len(rows(make(tmp_path / "mine.csv", PLAIN).rename(tmp_path / "MINE.CSV"))["train"]) > 30
 
 

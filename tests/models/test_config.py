@@ -122,8 +122,6 @@ def test_the_problem_type_must_match_the_task(checkpoint: Path, tmp_path: Path) 
 
 def test_a_model_for_another_task_is_refused_by_its_task(checkpoint: Path, tmp_path: Path) -> None:
     for architecture, kind in (
-        ("BertForTokenClassification", "token classification"),
-        ("BertForQuestionAnswering", "question answering"),
         ("BertForMultipleChoice", "multiple choice"),
         ("BertLMHeadModel", "text generation"),
     ):
@@ -131,3 +129,10 @@ def test_a_model_for_another_task_is_refused_by_its_task(checkpoint: Path, tmp_p
         with pytest.raises(ModelError, match=kind) as error:
             require_head(folder, read_config(folder))
         assert "--model" not in str(error.value.hint)
+    for architecture, head in (
+        ("BertForTokenClassification", "a model that labels each token"),
+        ("BertForQuestionAnswering", "a model that finds answers in a text"),
+    ):
+        config = read_config(configure(checkpoint, tmp_path / architecture, architectures=[architecture]))
+        with pytest.raises(ModelError, match=f"is {head} .*needs a classifier of whole texts"):
+            check_kind(tmp_path / architecture, config, task_with(None))

@@ -16,6 +16,7 @@ import spdtool
 from spdtool.errors import DataError, SpdError
 from spdtool.export.classifier import TokenRow
 from spdtool.serving.batching import Batcher, EngineDied, EngineError, QueueFull, ServerClosing
+from spdtool.tasks.decision import OneLabel
 
 
 class Panic(BaseException):
@@ -32,6 +33,7 @@ class Engine:
     """
 
     names = ("a", "b")
+    decision = OneLabel(names)
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
@@ -48,6 +50,9 @@ class Engine:
             return []
         numbers = [int(text) + (int(pairs[index]) if pairs else 0) for index, text in enumerate(texts)]
         return [TokenRow(np.full(count, count), np.zeros(count), np.ones(count)) for count in numbers]
+
+    def group(self, _rows: list[TokenRow], logits: np.ndarray) -> np.ndarray:
+        return logits
 
     def compute(self, rows: list[TokenRow]) -> np.ndarray:
         assert self.gate.wait(10)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from spdtool import plugins
 from spdtool.errors import UnknownName
+from spdtool.recipe.fields import Loss
 from spdtool.tasks.decision import Decision, OneLabel, OneNumber, SeveralLabels, find_decision
+from spdtool.tasks.prepare import task_of
 from spdtool.tasks.task import Task
 
 MULTI: dict[str, Any] = {"problem_type": "multi_label_classification"}
@@ -45,6 +52,20 @@ def test_the_manifest_names_a_kind_of_a_plugin(clean_plugins: None) -> None:
     assert Loudest(["a", "b"], {"mark": "!"}).decide(np.eye(2)) == ["A!", "B!"]
     with pytest.raises(UnknownName, match="kind of task 'quiet'"):
         find_decision({}, "quiet")
+
+
+def test_the_kind_of_the_guide_scores_and_answers_alike(toys: ModuleType, clean_plugins: None) -> None:
+    guide = Path(__file__).parents[2] / "docs/how-to/write-a-kind-of-task.md"
+    code = re.search(r"```python\n(# my-plugins/ordinal.py.*?)```", guide.read_text("utf-8"), re.DOTALL)
+    assert code is not None
+    exec(compile(code[1], "ordinal.py", "exec"), {"__name__": "ordinal"})
+    task = task_of(replace(toys.dataset(labels=("1", "2", "3")), kind="ordinal"))
+    logits = np.log(np.array([[0.4, 0.1, 0.5], [0.9, 0.05, 0.05]]))
+    assert task.answers(logits, toys.rows(2), ["1", "2", "3"]) == ["2", "1"]
+    assert find_decision({}, "ordinal")(["1", "2", "3"]).decide(logits) == ["2", "1"]
+    tensor = torch.from_numpy(logits)
+    assert float(task.gold_loss(tensor, torch.tensor([0, 0]))) > float(task.gold_loss(tensor, torch.tensor([2, 0])))
+    assert float(task.logit_loss(tensor, tensor, torch.tensor([2, 0]), Loss())) == 0.0
 
 
 def test_each_decision_gives_objects_tensors_and_lines_that_agree() -> None:

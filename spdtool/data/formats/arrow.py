@@ -91,10 +91,10 @@ def _schema_class_names(schema: pyarrow.Schema) -> dict[str, tuple[str, ...]]:
         return {}
     names = {}
     for column, feature in features.items():
-        if isinstance(feature, list) and len(feature) == 1:  # `Sequence` and `List` of one feature, and its old form
-            feature = feature[0]
-        elif isinstance(feature, dict) and isinstance(feature.get("feature"), dict):
+        while isinstance(feature, dict) and isinstance(feature.get("feature"), dict):
             feature = feature["feature"]
+        if isinstance(feature, list) and len(feature) == 1:  # as older versions write such a list
+            feature = feature[0]
         if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names"):
             names[compose(column)] = tuple(map(str, feature["names"]))
     return names

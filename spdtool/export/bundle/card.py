@@ -9,11 +9,13 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from spdtool.data.dataset import find_dataset
-from spdtool.models.config import HUB_NAME, MULTI_LABEL
+from spdtool.models.config import HUB_NAME
 from spdtool.models.student import PRETRAINED
 from spdtool.recipe.fields import Recipe
 from spdtool.run.records import Quality, Variant
 from spdtool.tasks.head import head_of_config
+from spdtool.tasks.prepare import find_task
+from spdtool.tasks.task import Task
 
 PYTHON = """
 ## Use
@@ -36,8 +38,8 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 session = onnxruntime.InferenceSession("FOLDER/{model}")
 encoding = tokenizer({arguments}, truncation=True, return_tensors="np")
 names = [value.name for value in session.get_inputs()]
-logits = session.run(None, {{name: encoding[name].astype(np.int64) for name in names}})[0]
-print({decision})
+{outputs} = session.run(None, {{name: encoding[name].astype(np.int64) for name in names}})
+print({python})
 ```
 """
 # The pipeline of transformers.js reads one text and drops a second one without a word.
@@ -47,21 +49,21 @@ With transformers.js (`dtype` is one of {dtypes}):
 ```js
 import {{ pipeline }} from "@huggingface/transformers";
 
-const classify = await pipeline("text-classification", "FOLDER", {{ dtype: "{dtype}" }});
+const classify = await pipeline("{pipeline}", "FOLDER", {{ dtype: "{dtype}" }});
 console.log(await classify({arguments}{options}));
 ```
 """
 MODEL = """
-With transformers.js (`dtype` is one of {dtypes}); its pipeline for text classification {reason}:
+With transformers.js (`dtype` is one of {dtypes}); its pipeline {reason}:
 
 ```js
-import {{ AutoTokenizer, AutoModelForSequenceClassification }} from "@huggingface/transformers";
+import {{ AutoTokenizer, {auto_class} }} from "@huggingface/transformers";
 
 const tokenizer = await AutoTokenizer.from_pretrained("FOLDER");
-const model = await AutoModelForSequenceClassification.from_pretrained("FOLDER", {{ dtype: "{dtype}" }});
+const model = await {auto_class}.from_pretrained("FOLDER", {{ dtype: "{dtype}" }});
 const inputs = await tokenizer({arguments});
-const {{ logits }} = await model(inputs);
-console.log({decision});
+const {{ {outputs} }} = await model(inputs);
+console.log({script});
 ```
 """
 SENTENCES = """
@@ -92,10 +94,6 @@ const embed = await pipeline("feature-extraction", "FOLDER", {{ dtype: "{dtype}"
 console.log(await embed("one text", {{ pooling: "mean", normalize: true }}));
 ```
 """
-THRESHOLDS_NOTE = """
-`spdtool.load` answers a label where its logit is above a threshold that was chosen on the dev rows: `settings` in
-`manifest.json` has one for each label. Others answer above 0, a probability of one half.
-"""
 SELFTEST_NOTE = """
 `python selftest.py` replays `golden.json`, sentences of the dev set with the logits of the checkpoint, on every file
 whose libraries are there, and checks every sha256 of `manifest.json`.
@@ -104,6 +102,7 @@ SPEED_NOTE = (
     "The speed of a file with a library is not that of the zeros alone. `spdtool bench` times the dense model in the "
     "same form too, and says what fused operators, padding, rounding and zeros each give."
 )
+SCRIPT_ARGMAX = "model.config.id2label[logits.data.indexOf(Math.max(...logits.data))]"
 TAGS = ("onnx", "sparse", "pruned", "distilled", "spdtool")
 DTYPES = {"onnx/model.onnx": "fp32", "onnx/model_fp16.onnx": "fp16", "onnx/model_quantized.onnx": "q8"}
 
@@ -122,6 +121,7 @@ def render_card(
     labels = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
     assert isinstance(labels, dict), "transformers wrote it"
     title = f"{config.get('model_type', 'encoder')} for {recipe.task}, {recipe.size_label}"
+    task = find_task(recipe)
     lines = [
         "---",
         *_metadata(recipe, title, next(iter(variants.values())), head_of_config(config).pipeline),
@@ -152,45 +152,43 @@ def render_card(
         dtypes = [dtype for file, dtype in DTYPES.items() if file in files]
         usage = SENTENCES.format(dtypes=", ".join(f"`{dtype}`" for dtype in dtypes), dtype=dtypes[0])
         return "\n".join(lines) + "\n" + usage + SELFTEST_NOTE
-    several = config.get("problem_type") == MULTI_LABEL
-    usage = _usage(len(find_dataset(recipe).text), list(labels.values()), files, several=several)
-    return "\n".join(lines) + "\n" + usage
+    return "\n".join(lines) + "\n" + _usage(task, [str(name) for name in labels.values()], files)
 
 
-def _usage(texts: int, labels: Sequence[JsonValue], files: Sequence[str], *, several: bool) -> str:
+def _usage(task: Task, labels: Sequence[str], files: Sequence[str]) -> str:
     """Render the snippets that are right for this kind of task.
 
     Args:
-        texts: of a row, one or two.
-        labels: names, in the order of the logits; a single one: the model predicts a number.
+        labels: names, in the order of the logits.
         files: models, the portable one first.
-        several: whether a row may have several labels.
     """
-    pairs, number = texts == 2, len(labels) == 1 and not several
+    head, snippets = task.head, task.decision(labels).snippets()
+    pairs = len(task.dataset.text) == 2
     dtypes = [dtype for file, dtype in DTYPES.items() if file in files]
     arguments, script_arguments = '"one text"', '"one text"'
     if pairs:
         arguments = '"first text", "second text"'
         script_arguments = '"first text", { text_pair: "second text" }'
-    decision = f"{json.dumps(labels, ensure_ascii=False)}[logits[0].argmax()]"
-    script_decision = "model.config.id2label[logits.data.indexOf(Math.max(...logits.data))]"
-    if number:
-        decision, script_decision = "float(logits[0, 0])", "logits.data[0]"
-    if several:
-        names = json.dumps(labels, ensure_ascii=False)
-        decision = f"[name for name, logit in zip({names}, logits[0]) if logit > 0]"
-        script_decision = "logits.data"
-    count = "some" if several else "one"
-    answer = "a number" if number else f"{count} of {', '.join(map(str, labels))}"
-    usage = PYTHON.format(arguments=arguments, answer=answer.replace("\n", " "), model=files[0], decision=decision)
+    names = ", ".join(head.outputs)
+    usage = PYTHON.format(
+        arguments=arguments,
+        answer=snippets.answer.replace("\n", " "),
+        model=files[0],
+        outputs=names if len(head.outputs) > 1 else f"{names}, *_",
+        python=snippets.python,
+    )
     script = {"dtypes": ", ".join(f"`{dtype}`" for dtype in dtypes), "dtype": dtypes[0]}
-    if not pairs and not number:
-        options = ", { top_k: null }" if several else ""
-        note = THRESHOLDS_NOTE if several else ""
-        return usage + note + PIPELINE.format(arguments=script_arguments, options=options, **script) + SELFTEST_NOTE
-    reason = "takes no second text" if pairs else "turns a number into a probability"
-    script |= {"arguments": script_arguments, "decision": script_decision, "reason": reason}
-    return usage + MODEL.format(**script) + SELFTEST_NOTE
+    if not pairs and not snippets.script:
+        script |= {"arguments": script_arguments, "pipeline": head.pipeline, "options": snippets.options}
+        return usage + snippets.note + PIPELINE.format(**script) + SELFTEST_NOTE
+    script |= {
+        "arguments": script_arguments,
+        "auto_class": head.auto_class,
+        "outputs": names,
+        "script": snippets.script or ("logits.data" if snippets.options else SCRIPT_ARGMAX),
+        "reason": snippets.reason if snippets.script else "takes no second text",
+    }
+    return usage + snippets.note + MODEL.format(**script) + SELFTEST_NOTE
 
 
 def _metadata(recipe: Recipe, title: str, variant: Variant, pipeline: str) -> list[str]:

@@ -23,6 +23,7 @@ from spdtool.export.bundle.write import BUNDLE_FOLDER, PORTABLE_TARGET
 from spdtool.run.folder import Run
 from spdtool.run.records import BundleManifest, Variant
 from spdtool.run.storage import replacing
+from spdtool.tasks.head import SEQUENCE_CLASSIFIER, read_head
 
 LARGE_FILES = ("*.onnx", "*.onnx_data", "*.so", "*.dylib", "*.dll")
 MAX_BATCH = 64  # rows
@@ -58,7 +59,7 @@ def write_layout(run: Run, layout: str, folder: Path) -> WrittenLayout:
     Raises:
         UnknownName: there is no such layout.
         StageMissing, Corrupt: the run has no finished export, or it was altered.
-        ModelError: the export has no bundle.
+        ModelError: the export has no bundle, or the layout cannot hold its kind of model.
         RunError: `folder` holds something already.
     """
     if layout not in LAYOUTS:
@@ -87,6 +88,12 @@ def write_triton_layout(bundle: Path, folder: Path, device: str, name: str) -> N
     On a GPU the model is the fp16 variant, if it has run there; else the portable one. A library of
     custom operators would have to be built for the onnxruntime inside of Triton.
     """
+    head = read_head(bundle)
+    if head != SEQUENCE_CLASSIFIER:
+        raise ModelError(
+            f"the layout triton gives the logits of whole texts, and this is {head.about}",
+            "serve the bundle with spdtool serve, or write the layout hub",
+        )
     manifest, golden = read_manifest(bundle), read_golden_examples(bundle)
     assert isinstance(manifest, BundleManifest), "write_layout was given a bundle"
     on_gpu = device == "cuda"

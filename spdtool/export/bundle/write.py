@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedModel
 
 from spdtool import console
 from spdtool.data.dataset import find_dataset
@@ -124,18 +124,21 @@ def make_golden_examples(checkpoint: Path, folder: Path, recipe: Recipe) -> Gold
     Args:
         folder: the bundle, its config.json and tokenizer_config.json written.
     """
-    rows = find_task(recipe).read_rows(recipe.without_unlabeled())["dev"]
+    task = find_task(recipe)
+    rows = task.read_rows(recipe.without_unlabeled())["dev"]
     chosen = rows.select(range(0, len(rows), max(1, len(rows) // GOLDEN_ROWS))[:GOLDEN_ROWS])
     # Eager attention is what the files were exported with.
     tokenizer, model = load_tokenizer(checkpoint), load_model(checkpoint, eager=True)
     config = read_json_object(folder / "config.json")
     max_length = longest_input(config, read_json_object(folder / "tokenizer_config.json"))
     golden_rows = []
+    truncation = task.decision.truncation()
     for index, text in enumerate(chosen.first):
         pair = None
         if chosen.second:
             pair = chosen.second[index]
-        golden_rows.append(_make_golden_row(model, tokenizer, text, pair, max_length))
+        encoded = tokenizer(text, pair, truncation=truncation, max_length=max_length, return_tensors="pt")
+        golden_rows.append(_make_golden_row(model, encoded, text, pair))
     return GoldenExamples(
         format=1,
         max_length=max_length,
@@ -146,15 +149,13 @@ def make_golden_examples(checkpoint: Path, folder: Path, recipe: Recipe) -> Gold
                 "token_type_ids": tokenizer.pad_token_type_id,
             }
         ),
+        truncation=truncation,
         labels=label_names(model),
         rows=golden_rows,
     )
 
 
-def _make_golden_row(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, pair: str | None, max_length: int
-) -> GoldenRow:
-    encoded = tokenizer(text, pair, truncation=True, max_length=max_length, return_tensors="pt")
+def _make_golden_row(model: PreTrainedModel, encoded: BatchEncoding, text: str, pair: str | None) -> GoldenRow:
     with torch.inference_mode():
         logits = head_of_model(model).collect(model(**encoded), encoded)[0].float()
     token_type_ids = None

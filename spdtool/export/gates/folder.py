@@ -31,6 +31,7 @@ from spdtool.models.config import read_config
 from spdtool.models.load import load_tokenizer
 from spdtool.models.predict import Forward
 from spdtool.run.records import BundleManifest
+from spdtool.tasks.decision import Answer
 from spdtool.tasks.task import Task
 
 # Where and by what a model was saved; no client computes anything else because of them.
@@ -177,12 +178,24 @@ def check_classifier(classifier: Classifier, reference: Reference, tokenizer: Pr
 
 
 def check_tokens(classifier: Classifier, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Compare the tokens of golden texts; raises GateError."""
-    for first, second in golden_texts():
-        expected = tokenizer(first, second, truncation=True, max_length=classifier.max_length)["input_ids"]
-        (row,) = classifier.tokenize([first], None if second is None else [second])
-        if row.ids.tolist() != expected:
+    """Compare the tokens of golden texts, of a long text those of its first window; raises GateError."""
+    options = {"truncation": classifier.decision.truncation(), "max_length": classifier.max_length}
+    for first, second in texts_to_read(classifier):
+        expected = tokenizer(first, second, **options)
+        row = classifier.tokenize([first], None if second is None else [second])[0]
+        if row.ids.tolist() != expected["input_ids"]:
             raise GateError(f"spdtool.load gives other tokens than the checkpoint's tokenizer for {first[:60]!r}")
+
+
+def texts_to_read(classifier: Classifier) -> list[tuple[str, str | None]]:
+    """List the golden texts that the kind of task reads: a kind that cuts windows reads only texts, or only pairs."""
+    windows = classifier.decision.windows
+    return [pair for pair in golden_texts() if windows is None or (pair[1] is not None) == (windows == 1)]
+
+
+def is_paired(classifier: Classifier) -> bool:
+    """Whether the kind of task reads nothing but pairs."""
+    return classifier.decision.windows == 1
 
 
 def predict_from_texts(classifier: Classifier, dev: DevSets, max_length: int, names: Sequence[str]) -> DevLogits:
@@ -201,27 +214,44 @@ def predict_from_texts(classifier: Classifier, dev: DevSets, max_length: int, na
     for split, rows in dev.texts.items():
         tokens = classifier.tokenize([classifier.prompt + text for text in rows.first], rows.second)
         _require_same_tokens(tokens, dev.splits[split], rows)
-        logits[split] = classifier.logits_of_tokens(tokens)
-        check_decisions(classifier, logits[split], dev.task, dev.splits[split], names)
+        values = classifier.logits_of_tokens(tokens)
+        logits[split] = values if isinstance(values, np.ndarray) else np.concatenate(values)
+        answers = classifier.decision.scored_answers(classifier.group(tokens, values))
+        check_answers(answers, dev.task.answers(logits[split], dev.splits[split], names))
+        check_probabilities(classifier, logits[split], dev.task)
     return logits
 
 
-def check_decisions(
-    classifier: Classifier, logits: np.ndarray, task: Task, rows: Encoded, names: Sequence[str]
-) -> None:
-    """Refuse answers or probabilities that are not those which the task scores; raises GateError."""
-    expected, answers = task.answers(logits, rows, names), classifier.decision.scored_answers(logits)
+def check_answers(answers: Sequence[Answer], expected: Sequence[Answer]) -> None:
+    """Refuse answers that are not those which the task scores; raises GateError."""
+    if len(answers) != len(expected):
+        raise GateError(f"spdtool.load gives {len(answers)} answers for the {len(expected)} dev rows that are scored")
     for number, (answer, name) in enumerate(zip(answers, expected, strict=True)):
         if answer != name:
             raise GateError(
                 f"spdtool.load answers {answer!r} on dev row {number}; what is scored there is {name!r}",
                 "look at id2label and problem_type in the checkpoint's config.json",
             )
-    probabilities, expected_probabilities = classifier.probabilities(logits), task.probabilities(logits)
-    if probabilities is None or expected_probabilities is None:
+
+
+def check_probabilities(classifier: Classifier, logits: np.ndarray, task: Task) -> None:
+    """Refuse probabilities that do not belong to the logits; raises GateError."""
+    expected = task.probabilities(logits)
+    probabilities = None if expected is None else classifier.probabilities(logits)
+    if probabilities is None or expected is None:
         return
-    if not np.abs(probabilities - expected_probabilities).max(initial=0) <= PROBABILITY_TOLERANCE:
+    if not np.abs(probabilities - expected).max(initial=0) <= PROBABILITY_TOLERANCE:
         raise GateError("spdtool.load gives other probabilities than those that belong to the logits")
+
+
+def first_windows(rows: Sequence[TokenRow]) -> list[TokenRow]:
+    """Return the first window of every text; rows that are no windows as they are."""
+    chosen: list[TokenRow] = []
+    for row in rows:
+        last = chosen[-1].window if chosen else None
+        if row.window is None or last is None or row.window.example != last.example:
+            chosen.append(row)
+    return chosen
 
 
 def check_bundle(folder: Path) -> None:
@@ -234,17 +264,18 @@ def check_bundle(folder: Path) -> None:
     assert isinstance(manifest, BundleManifest), "it was just written"
     first = [row.text for row in golden.rows]
     second = [row.pair for row in golden.rows if row.pair is not None] or None
-    expected = np.array([row.logits for row in golden.rows])
     for name, variant in manifest.variants.items():
         if "cpu" not in variant.providers:
             continue
         classifier = load(folder, variant=name)
-        tokens = classifier.tokenize(first, second)
+        tokens = first_windows(classifier.tokenize(first, second))
         if [row.ids.tolist() for row in tokens] != [row.input_ids for row in golden.rows]:
             raise GateError(f"the bundle's variant {name} gives other tokens than the checkpoint's tokenizer")
         if classifier.names != golden.labels:
             raise GateError(f"the bundle's variant {name} has the labels {classifier.names}, not {golden.labels}")
-        difference = float(np.abs(classifier.logits_of_tokens(tokens) - expected).max())
+        logits = classifier.logits_of_tokens(tokens)
+        pairs = zip(logits, (row.logits for row in golden.rows), strict=True)
+        difference = max(float(np.abs(values - np.array(expected)).max()) for values, expected in pairs)
         if not difference <= variant.tolerance:
             raise GateError(f"the bundle's variant {name} differs from the checkpoint by {difference:.2g} in a logit")
 
@@ -280,10 +311,18 @@ def _check_same_model(
     classifier: Classifier, session: Forward, reference: Reference, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Refuse a folder of which `spdtool.load` opens another model, or pads otherwise, than the gates checked."""
-    texts = list(GOLDEN_TEXTS)
-    encoding = tokenizer(texts, truncation=True, max_length=classifier.max_length, padding=True, return_tensors="np")
+    pairs = [pair for pair in texts_to_read(classifier) if pair[0] and (pair[1] is not None) == is_paired(classifier)]
+    firsts, seconds = [first for first, _ in pairs], [second for _, second in pairs if second is not None] or None
+    options = {"truncation": classifier.decision.truncation(), "max_length": classifier.max_length}
+    encoding = tokenizer(firsts, seconds, padding=True, return_tensors="np", **options)
     expected = session({name: np.asarray(encoding[name], np.int64) for name in encoding})
-    logits = classifier.compute(classifier.tokenize(texts))
-    difference = float(np.abs(logits - expected).max())
-    if not difference <= reference.recipe.export.tolerance:
-        raise GateError(f"spdtool.load gives logits that differ by {difference:.2g} from those that were checked")
+    rows = []
+    for number, first in enumerate(firsts):
+        rows.append(classifier.tokenize([first], None if seconds is None else [seconds[number]])[0])
+    for logits, row_expected, mask in zip(
+        classifier.compute(rows), expected, encoding["attention_mask"].astype(bool), strict=True
+    ):
+        wanted = row_expected if row_expected.ndim == 1 else row_expected[mask]
+        difference = float(np.abs(logits - wanted).max())
+        if not difference <= reference.recipe.export.tolerance:
+            raise GateError(f"spdtool.load gives logits that differ by {difference:.2g} from those that were checked")

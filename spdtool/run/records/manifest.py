@@ -119,13 +119,13 @@ class Padding(Record):
 
 
 class GoldenRow(Record):
-    """One dev sentence with its token ids, and the checkpoint's logits in float32."""
+    """One dev sentence with its token ids, and the checkpoint's logits in float32, of the row or of each token."""
 
     text: str
     pair: str | None
     input_ids: list[int]
     token_type_ids: list[int] | None = None
-    logits: list[float]
+    logits: list[float] | list[list[float]]
 
 
 class GoldenExamples(Record):
@@ -133,6 +133,7 @@ class GoldenExamples(Record):
 
     Attributes:
         max_length: in tokens; longer texts are truncated.
+        truncation: which text of a pair is cut, in the words of the library tokenizers.
         labels: by class index.
         rows: computed one by one, without padding.
     """
@@ -140,5 +141,6 @@ class GoldenExamples(Record):
     format: Literal[1]
     max_length: int
     padding: Padding
+    truncation: Literal["longest_first", "only_first", "only_second"] = "longest_first"
     labels: list[str]
     rows: list[GoldenRow]

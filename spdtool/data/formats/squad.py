@@ -1,0 +1,65 @@
+"""Read JSON files: SQuAD's layout of questions about paragraphs, or a list of objects."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from spdtool.data.formats.table import Table, check_table, read_text
+from spdtool.errors import DataError
+
+SPAN_COLUMNS = ("id", "title", "context", "question", "answers")
+LAYOUT = 'SQuAD\'s layout is {"data": [{"title", "paragraphs": [{"context", "qas": [{"id", "question", "answers"}]}]}]}'
+
+
+def read_json(path: Path) -> Table:
+    """Read a JSON file as a table; of SQuAD's layout, a row for each question.
+
+    Raises:
+        DataError: it is no JSON, or of neither layout.
+    """
+    try:
+        content = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is no JSON: {error}", "for one object a line, name the file .jsonl") from None
+    if isinstance(content, list):
+        return _read_objects(path, content)
+    if not isinstance(content, dict) or not isinstance(content.get("data"), list):
+        raise DataError(f"{path} is neither a list of objects nor of SQuAD's layout", LAYOUT)
+    if content["data"] and all(isinstance(each, dict) and "question" in each for each in content["data"]):
+        return _read_objects(path, content["data"])
+    rows = list(_iterate_questions(path, content["data"]))
+    if not rows:
+        raise DataError(f"{path} has no questions", LAYOUT)
+    return Table(path, SPAN_COLUMNS, rows, list(range(1, 1 + len(rows))), unit="question")
+
+
+def _read_objects(path: Path, records: list[object]) -> Table:
+    columns: dict[str, None] = {}
+    for number, record in enumerate(records, start=1):
+        if not isinstance(record, dict):
+            raise DataError(f"{path}, row {number}: a {type(record).__name__}, not an object", "a list of objects")
+        columns |= dict.fromkeys(record)
+    rows = [[record.get(name) for name in columns] for record in records if isinstance(record, dict)]
+    return check_table(Table(path, tuple(columns), rows, list(range(1, 1 + len(rows))), unit="row"))
+
+
+def _iterate_questions(path: Path, articles: list[object]) -> Iterator[list[object]]:
+    for article in articles:
+        for paragraph in _list_of(path, article, "paragraphs"):
+            context = paragraph.get("context")
+            for question in _list_of(path, paragraph, "qas"):
+                answers = question.get("answers")
+                if question.get("is_impossible"):  # version 2 lists plausible answers beside
+                    answers = []
+                title = article.get("title") if isinstance(article, dict) else None
+                yield [question.get("id"), title, context, question.get("question"), answers]
+
+
+def _list_of(path: Path, value: object, name: str) -> list[Mapping[str, object]]:
+    """Return the objects under a key. Raises DataError."""
+    found = value.get(name) if isinstance(value, dict) else None
+    if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
+        raise DataError(f"{path}: {name!r} is missing, or no list of objects, in {str(value)[:60]!r}", LAYOUT)
+    return found

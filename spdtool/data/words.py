@@ -1,0 +1,245 @@
+"""Rows whose words each have a tag, such as named entities: columns that hold lists of words and of tags.
+
+A row's text is its words, joined by spaces; its label is a list of `(start, end, tag)`, by characters of that text.
+Tags of spans are brought into one form: B- begins a span, I- goes on with it, O is outside.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from spdtool.data.columns import require_column
+from spdtool.data.dataset import Dataset, Rows
+from spdtool.data.formats.table import Table
+from spdtool.data.overview import list_names
+from spdtool.data.splits import draw_dev_rows, draw_test_rows
+from spdtool.errors import DataError
+from spdtool.recipe.fields import Recipe
+
+WORD_COLUMNS = ("tokens", "words")
+TAG_COLUMNS = ("ner_tags", "tags", "ner", "labels", "pos_tags", "chunk_tags", "upos", "xpos")
+OUTSIDE = "O"
+# Prefixes of other schemes: BIOES, BILOU and BMES, and what each is in BIO.
+BIO_PREFIXES = {"B": "B", "I": "I", "S": "B", "E": "I", "L": "I", "U": "B", "M": "I"}
+SPAN_METRICS = ("span_f1",)
+TAG_METRICS = ("accuracy", "f1_macro")
+
+WordLabel = tuple[int, int, int]
+"""Start and end of a word in the row's text, and the number of its tag."""
+
+
+@dataclass(frozen=True)
+class WordColumns:
+    """Names of the columns that hold the words and the tags."""
+
+    words: str
+    tags: str
+
+
+@dataclass
+class TagReader:
+    """Reads the tags of rows as names in one scheme, and counts what it changed.
+
+    Attributes:
+        is_span: whether the tags are of spans (B-X, I-X, O); else each word has a class.
+        changes: what was changed, to how often.
+    """
+
+    is_span: bool
+    changes: Counter[str] = field(default_factory=Counter)
+
+    def read(self, tags: Sequence[str]) -> list[str]:
+        """Return the tags of a row in BIO; plain tags as they are."""
+        if not self.is_span:
+            return list(tags)
+        plain, before = [], OUTSIDE
+        for tag in tags:
+            prefix, _, name = tag.partition("-")
+            if tag == OUTSIDE:
+                plain.append(OUTSIDE)
+                before = OUTSIDE
+                continue
+            read = f"{BIO_PREFIXES[prefix]}-{name}"
+            if prefix not in "BI":
+                self.changes[f"{prefix}-... was read as {BIO_PREFIXES[prefix]}-..."] += 1
+            if read.startswith("I-") and before not in (f"B-{name}", f"I-{name}"):
+                self.changes["I-... that goes on with no span was read as the begin of one, B-..."] += 1
+                read = f"B-{name}"
+            plain.append(read)
+            before = read
+        return plain
+
+    def describe(self) -> str:
+        """Say what was changed; nothing where nothing was."""
+        return "".join(f"; {count:,} times {change}" for change, count in sorted(self.changes.items()))
+
+
+def find_word_columns(table: Table, text: Sequence[str], label: str | None) -> WordColumns | None:
+    """Return the columns of words and tags; None for a table of another kind of rows.
+
+    Args:
+        table: the training rows.
+        text, label: the columns that the user names, if any.
+
+    Raises:
+        DataError: the columns of words are clear, and those of the tags are not.
+    """
+    lists = [name for name in table.columns if _holds_lists(table.column(name))]
+    named = [name for name in text if name in table.columns]
+    words = named or [name for name in WORD_COLUMNS if name in lists]
+    if len(words) != 1 or words[0] not in lists:
+        return None
+    if label is not None:
+        require_column(table, label)
+        if label not in lists:
+            raise DataError(f"{table.path}: {words[0]!r} holds lists of words, and {label!r} holds no lists of tags")
+        return WordColumns(words[0], label)
+    tags = [name for name in TAG_COLUMNS if name in lists and name != words[0]]
+    if len(tags) != 1:
+        listed = list_names([repr(name) for name in table.columns if name != words[0]])
+        problem = "more than one column that may be" if tags else "no column that is clearly"
+        raise DataError(f"{table.path} has {problem} the tags of its words: {listed}", "give --label COLUMN")
+    return WordColumns(words[0], tags[0])
+
+
+def word_dataset(
+    recipe: Recipe,
+    tables: dict[str, Table],
+    columns: WordColumns,
+    read_tables: Callable[[Path], dict[str, Table]],
+) -> Dataset:
+    """Describe a data set of tagged words.
+
+    Args:
+        tables: of `recipe.data`.
+        read_tables: reads those of another place.
+
+    Raises:
+        DataError: names the row whose words or tags cannot be used.
+    """
+    tags = _read_tags(tables["train"], columns.tags)
+    names = {name for row in tags for name in row}
+    if len(names) < 2:
+        raise DataError(f"every word in {tables['train'].path} has the tag {next(iter(names), None)!r}")
+    reader = TagReader(is_span=_are_spans(names))
+    empty = Counter[str]()
+    read_names: set[str] = set()
+    for row in tags:
+        read_names.update(reader.read(row))
+    if reader.is_span:
+        for name in list(read_names):  # an I- that no training row has may come in dev, and a model may predict it
+            if name != OUTSIDE:
+                read_names |= {f"B-{name[2:]}", f"I-{name[2:]}"}
+    labels = tuple(sorted(read_names, key=_tag_order))
+    reader.changes.clear()
+
+    def load(data: str | None, seed: int) -> dict[str, Rows]:
+        current = tables if data in (None, recipe.data) else read_tables(Path(data or ""))
+        splits = {}
+        for name, table in current.items():
+            splits[name] = _table_to_rows(table, columns, labels, reader, empty)
+        if recipe.test_share:
+            splits |= draw_test_rows(splits["train"], seed, recipe.test_share)
+        return splits if "dev" in splits else splits | draw_dev_rows(splits["train"], seed, recipe.dev_share)
+
+    loaded = load(None, recipe.seed)  # here, so that a bad row is named and what was changed can be said
+    about = f"words of {columns.words!r} in {recipe.data}, tagged by {columns.tags!r}{reader.describe()}"
+    for what, count in empty.items():
+        about += f"; {count:,} {what} left out"
+
+    return Dataset(
+        name="local",
+        kind="tokens",
+        text=(columns.words,),
+        labels=labels,
+        metrics=SPAN_METRICS if reader.is_span else TAG_METRICS,
+        load=lambda data, seed: loaded if data in (None, recipe.data) and seed == recipe.seed else load(data, seed),
+        about=about,
+    )
+
+
+def _table_to_rows(
+    table: Table, columns: WordColumns, labels: Sequence[str], reader: TagReader, empty: Counter[str]
+) -> Rows:
+    for name in (columns.words, columns.tags):
+        require_column(table, name)
+    index = {name: number for number, name in enumerate(labels)}
+    texts: list[str] = []
+    tagged: list[list[WordLabel]] = []
+    for row, (cell, tags) in enumerate(zip(table.column(columns.words), _read_tags(table, columns.tags), strict=True)):
+        words = _read_words(table, row, columns.words, cell)
+        if len(words) != len(tags):
+            table.refuse(row, f"{len(words)} words and {len(tags)} tags", "every word needs its tag")
+        if not any(word.strip() for word in words):
+            empty["sentences without a word were"] += 1
+            continue
+        text, label = "", list[WordLabel]()
+        for word, tag in zip(words, reader.read(tags), strict=True):
+            if tag not in index:
+                table.refuse(row, f"the tag {tag!r} is in no training row", f"known: {list_names(labels)}")
+            if not word.strip():
+                empty["empty words were"] += 1
+                continue
+            text += " " if text else ""
+            label.append((len(text), len(text) + len(word), index[tag]))
+            text += word
+        texts.append(text)
+        tagged.append(label)
+    if not texts:
+        raise DataError(f"{table.path} has no sentence with a word")
+    return Rows(texts, None, tagged)
+
+
+def _read_words(table: Table, row: int, column: str, cell: object) -> list[str]:
+    if not isinstance(cell, list) or not all(isinstance(word, str) for word in cell):
+        table.refuse(
+            row, f"the column {column!r} holds {str(cell)[:60]!r}, no list of words", "one list of texts a row"
+        )
+    for word in cell:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            table.refuse(row, f"the word {word!r} holds half a surrogate pair, which is not text")
+    return cell
+
+
+def _read_tags(table: Table, column: str) -> list[list[str]]:
+    """Return the tags of every row as names; numbers are named by the schema, where it has names."""
+    names, rows = table.class_names.get(column), []
+    for row, cell in enumerate(table.column(column)):
+        if not isinstance(cell, list):
+            table.refuse(row, f"the column {column!r} holds {str(cell)[:60]!r}, no list of tags", "one list a row")
+        tags = []
+        for tag in cell:
+            if isinstance(tag, bool) or not isinstance(tag, str | int) or not str(tag).strip():
+                table.refuse(row, f"the tag {tag!r} is no text and no number", "every word needs its tag")
+            if isinstance(tag, int) and names is not None:
+                if not 0 <= tag < len(names):
+                    table.refuse(row, f"the tag is {tag}, and the file's schema names {len(names)} tags")
+                tag = names[tag]
+            tags.append(str(tag))
+        rows.append(tags)
+    return rows
+
+
+def _are_spans(names: set[str]) -> bool:
+    """Tell whether all tags are O or have the prefix of a scheme for spans."""
+    has_span = False
+    for name in names:
+        prefix, hyphen, rest = name.partition("-")
+        if name != OUTSIDE and (prefix not in BIO_PREFIXES or not hyphen or not rest):
+            return False
+        has_span = has_span or name != OUTSIDE
+    return has_span
+
+
+def _holds_lists(cells: Sequence[object]) -> bool:
+    return any(isinstance(cell, list) for cell in cells)
+
+
+def _tag_order(name: str) -> tuple[bool, str, str]:
+    """Sort O first, then each span's B- before its I-."""
+    return (name != OUTSIDE, name[2:], name[:2]) if name[1:2] == "-" else (name != OUTSIDE, name, "")

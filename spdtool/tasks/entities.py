@@ -1,0 +1,139 @@
+"""Entities: the spans of characters that a tagger finds in a text, as the pipeline of transformers groups them.
+
+Neighbouring tokens of one type are one span, unless the later one has B-. This is `aggregation_strategy="simple"`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from spdtool.data.windows import WindowOutput
+from spdtool.escaping import make_visible
+from spdtool.tasks.decision import LABEL, Answer, Decision, Json, Object, Snippets, softmax
+
+OUTSIDE = "O"
+ENTITIES = "entities"
+
+
+def split_tag(name: str) -> tuple[bool, str]:
+    """Return whether a tag begins a span, and the type of the span."""
+    return name.startswith("B-"), name[2:] if name[:2] in ("B-", "I-") else name
+
+
+def list_entities(output: WindowOutput, names: Sequence[str]) -> list[Answer]:
+    """Return the spans of one window: `entity_group`, `score`, `word`, and `start` and `end` in characters.
+
+    Args:
+        output: a window with logits [tokens, labels].
+        names: tags in the order of the logits.
+    """
+    window, probabilities = output.window, softmax(output.values)
+    best = probabilities.argmax(axis=1)
+    groups: list[list[int]] = []
+    for token in np.flatnonzero(window.sources >= 0).tolist():
+        begins, kind = split_tag(names[best[token]])
+        if groups and not begins and kind == split_tag(names[best[groups[-1][-1]]])[1]:
+            groups[-1].append(token)
+        else:
+            groups.append([token])
+    entities: list[Answer] = []
+    for tokens in groups:
+        kind = names[best[tokens[0]]]
+        if kind == OUTSIDE:
+            continue
+        start, end = int(window.spans[tokens[0], 0]), int(window.spans[tokens[-1], 1])
+        entities.append(
+            {
+                "entity_group": kind.split("-", 1)[-1],
+                "score": float(np.mean([probabilities[token, best[token]] for token in tokens])),
+                "word": window.text[start:end],
+                "start": start,
+                "end": end,
+            }
+        )
+    return entities
+
+
+def select_longest(entities: Sequence[Answer]) -> list[Answer]:
+    """Return the entities in order; of those that overlap, as windows may find them, the longest or likeliest."""
+    chosen: list[Answer] = []
+    for entity in sorted(entities, key=lambda each: each["start"]):
+        if not chosen or entity["start"] >= chosen[-1]["end"]:
+            chosen.append(entity)
+            continue
+        rank, of_last = ((each["end"] - each["start"], each["score"]) for each in (entity, chosen[-1]))
+        if rank > of_last:
+            chosen[-1] = entity
+    return chosen
+
+
+class Entities(Decision):
+    """A text is answered with the list of its entities, whatever its length."""
+
+    output_names = (LABEL,)
+    windows = 0
+
+    @classmethod
+    def fits(cls, config: Mapping[str, Any]) -> bool:  # noqa: ARG003
+        """Tell that every tagger is answered so."""
+        return True
+
+    def decide(self, outputs: Any) -> list[Answer]:
+        """Return the entities of each text; of two that overlap at the seam of windows the longer one."""
+        answers: list[Answer] = []
+        for text in outputs:
+            entities = [entity for output in text for entity in list_entities(output, self.names)]
+            answers.append(select_longest(entities) if len(text) > 1 else entities)
+        return answers
+
+    def predictions(self, outputs: Any) -> list[Object]:
+        """Return an object with `entities` for each text."""
+        return [{ENTITIES: answer} for answer in self.decide(outputs)]
+
+    def tensor(self, name: str, outputs: Any) -> list[Json]:  # noqa: ARG002
+        """Return the entities of each text as JSON."""
+        return [json.dumps(answer, ensure_ascii=False) for answer in self.decide(outputs)]
+
+    def prediction_schema(self) -> Object:
+        """Return the schema of an object with a list of entities."""
+        string: Object = {"type": "string"}
+        integer: Object = {"type": "integer", "minimum": 0}
+        kinds: list[Json] = [*dict.fromkeys(split_tag(name)[1] for name in self.names if name != OUTSIDE)]
+        properties: Object = {
+            "entity_group": {"type": "string", "enum": kinds},
+            "score": {"type": "number"},
+            "word": string,
+            "start": integer,
+            "end": integer,
+        }
+        entity: Object = {"type": "object", "properties": properties, "required": [*properties]}
+        entities: Object = {"type": "array", "items": entity}
+        return {"type": "object", "properties": {ENTITIES: entities}, "required": [ENTITIES]}
+
+    def snippets(self) -> Snippets:
+        """Return what a model card shows of entities."""
+        names = json.dumps(self.names, ensure_ascii=False)
+        return Snippets("a list of entities", f"[{names}[tag] for tag in logits[0].argmax(-1)]  # of each token")
+
+    def describe(self) -> str:
+        """Name the types of entities."""
+        kinds = dict.fromkeys(split_tag(name)[1] for name in self.names if name != OUTSIDE)
+        return f"spans of {', '.join(map(make_visible, kinds))}"
+
+    def line(self, prediction: Mapping[str, Any]) -> str:
+        """Return the entities of a text, separated by tabs: type, begin, end and words."""
+        entities = prediction[ENTITIES]
+        words = [
+            f"{make_visible(each['entity_group'])} {each['start']}-{each['end']} {make_visible(each['word'])}"
+            for each in entities
+        ]
+        return "\t".join(words) or self.unanswered
+
+    @property
+    def unanswered(self) -> str:
+        """The line for a text without entities, and for one that could not be read."""
+        return "-"

@@ -1,0 +1,126 @@
+"""Words with tags: CoNLL files and columns of lists, brought into BIO; what cannot be read is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from spdtool.data.dataset import Dataset, Rows, hash_labels
+from spdtool.data.local import check_header, local_dataset
+from spdtool.errors import DataError
+from spdtool.recipe.reading import build_recipe
+
+CONLL = "-DOCSTART- -X- O O\n\nAnna NNP B-NP B-PER\nSmith NNP I-NP I-PER\nwon VBD B-VP O\n\n\nParis NNP B-NP B-LOC\n"
+
+
+def local(path: Path, **flags: Any) -> Dataset:
+    recipe = build_recipe("default", {"task": "local", "data": str(path)} | flags, [])
+    check_header(recipe)
+    return local_dataset(recipe)
+
+
+def read(dataset: Dataset, split: str = "train") -> list[list[tuple[str, str]]]:
+    """Words and tags of every row, in the order of the texts."""
+    rows: Rows = dataset.load(None, 0)[split]
+    pairs = zip(rows.first, rows.labels, strict=True)
+    return [[(text[start:end], dataset.labels[tag]) for start, end, tag in words] for text, words in pairs]
+
+
+def folder_of(tmp_path: Path, content: str, ending: str = ".conll") -> Path:
+    for split in ("train", "dev"):
+        (tmp_path / f"{split}{ending}").write_text(content, "utf-8")
+    return tmp_path
+
+
+def test_conll_files_are_read_with_spaces_or_tabs_and_without_the_starts_of_documents(tmp_path: Path) -> None:
+    for number, content in enumerate((CONLL, CONLL.replace(" ", "\t"), CONLL.replace("\n", "\r\n"))):
+        (tmp_path / str(number)).mkdir()
+        dataset = local(folder_of(tmp_path / str(number), content))
+        assert dataset.kind == "tokens"
+        assert dataset.labels == ("O", "B-LOC", "I-LOC", "B-PER", "I-PER")
+        assert read(dataset) == [[("Anna", "B-PER"), ("Smith", "I-PER"), ("won", "O")], [("Paris", "B-LOC")]]
+        assert dataset.load(None, 0)["train"].first == ["Anna Smith won", "Paris"]
+    other = local(folder_of(tmp_path, CONLL), label="column2")
+    assert (other.labels, other.metrics) == (("NNP", "VBD"), ("accuracy", "f1_macro"))
+
+
+def test_other_schemes_become_bio_and_what_was_changed_is_said(tmp_path: Path) -> None:
+    cases: tuple[tuple[list[str], list[str], str], ...] = (
+        (["B-X", "E-X", "S-Y", "O"], ["B-X", "I-X", "B-Y", "O"], "E-... was read as I-..."),
+        (["B-X", "L-X", "U-Y", "O"], ["B-X", "I-X", "B-Y", "O"], "U-... was read as B-..."),
+        (["I-X", "I-X", "I-Y", "O"], ["B-X", "I-X", "B-Y", "O"], "4 times I-... that goes on with no span"),
+        (["B-X", "I-Y", "O", "B-X"], ["B-X", "B-Y", "O", "B-X"], "2 times I-... that goes on with no span"),
+        (["NOUN", "VERB", "NOUN", "X"], ["NOUN", "VERB", "NOUN", "X"], ""),
+    )
+    for tags, expected, said in cases:
+        dataset = local(folder_of(tmp_path, "\n".join(f"w{number}\t{tag}" for number, tag in enumerate(tags)) + "\n"))
+        assert [tag for _, tag in read(dataset)[0]] == expected
+        assert said in dataset.about, dataset.about
+
+
+def test_lists_of_words_and_tags_come_from_jsonl_and_from_parquet_of_datasets(tmp_path: Path) -> None:
+    rows = [{"id": i, "tokens": ["New York", "is", "", f"big{i}"], "ner_tags": [1, 0, 0, 0]} for i in range(40)]
+    names = ["O", "B-LOC", "I-LOC"]
+    expected = [("New York", "B-LOC"), ("is", "O")]
+    class_label = {"names": names, "_type": "ClassLabel"}
+    for number, feature in enumerate(
+        ({"feature": class_label, "_type": "Sequence"}, {"feature": class_label, "_type": "List"}, [class_label])
+    ):
+        table = pa.Table.from_pylist(rows)
+        metadata = {"huggingface": json.dumps({"info": {"features": {"ner_tags": feature}}})}
+        parquet.write_table(table.replace_schema_metadata(metadata), tmp_path / f"{number}.parquet")
+        dataset = local(tmp_path / f"{number}.parquet")
+        assert dataset.labels == ("O", "B-LOC", "I-LOC"), feature
+        assert read(dataset)[0][:2] == expected
+        assert "40 empty words were left out" in dataset.about
+    named = [{"words": row["tokens"], "labels": [names[tag] for tag in row["ner_tags"]]} for row in rows]  # type: ignore[attr-defined]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in named))
+    assert read(local(tmp_path / "rows.jsonl"))[0][:2] == expected
+
+
+def test_files_of_several_shards_are_read_together(tmp_path: Path) -> None:
+    for split, count in (("train", 2), ("validation", 1)):
+        for number in range(count):
+            rows = [{"tokens": [f"w{number}{i}", "is"], "ner_tags": ["B-X", "O"]} for i in range(3)]
+            file = tmp_path / f"{split}-{number:05}-of-{count:05}.parquet"
+            parquet.write_table(pa.Table.from_pylist(rows), file)
+    dataset = local(tmp_path)
+    assert (dataset.kind, len(read(dataset)), len(read(dataset, "dev"))) == ("tokens", 6, 3)
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+    cases: tuple[tuple[str, str, dict[str, Any], str], ...] = (
+        ("a.conll", "Anna B-PER\nSmith\n", {}, "line 2: 'Smith' is no word with its tag"),
+        ("b.conll", "Anna B-PER\nSmith NNP I-PER\n", {}, "line 2: 3 fields where the lines before have 2"),
+        ("c.conll", "\n\n \n", {}, "is empty"),
+        ("d.conll", "Anna O\n", {}, "every word in .* has the tag 'O'"),
+        ("e.jsonl", '{"tokens": ["a"], "ner_tags": ["O", "B-X"]}', {}, "line 1: 1 words and 2 tags"),
+        ("f.jsonl", '{"tokens": ["a"], "x": 1}', {}, "no column that is clearly the tags of its words"),
+        ("g.jsonl", '{"tokens": ["a"], "ner_tags": ["O"], "pos_tags": ["X"]}', {}, "more than one column"),
+        ("h.jsonl", '{"tokens": ["a"], "x": "O"}', {"label": "x"}, "'x' holds no lists of tags"),
+        ("i.jsonl", '{"tokens": ["a"], "ner_tags": [null]}', {}, "the tag None is no text and no number"),
+        ("j.jsonl", '{"tokens": ["a", 7], "ner_tags": ["O", "B-X"]}', {}, "no list of words"),
+        ("k.jsonl", '{"tokens": [" "], "ner_tags": ["O"]}\n{"tokens": [""], "ner_tags": ["B-X"]}', {}, "no sentence"),
+        ("l.csv", "tokens,ner_tags\na,B\n", {}, "without lists of words"),
+    )
+    for name, content, flags, message in cases:
+        (tmp_path / name).write_text(content)
+        with pytest.raises(DataError, match=message):
+            local(tmp_path / name, **flags)
+
+
+def test_a_tag_that_no_training_row_has_is_refused_in_dev(tmp_path: Path) -> None:
+    folder_of(tmp_path, CONLL)
+    (tmp_path / "dev.conll").write_text("Rome B-TOWN\n")
+    with pytest.raises(DataError, match="the tag 'B-TOWN' is in no training row"):
+        local(tmp_path)
+
+
+def test_labels_of_lists_are_hashed_by_their_values() -> None:
+    assert hash_labels([[(0, 1, 2)]]) == hash_labels([[[0, 1, 2]]])
+    assert len({hash_labels(labels) for labels in ([[(0, 1, 2)]], [[(0, 1, 3)]], [1, 2], [[]])}) == 4
