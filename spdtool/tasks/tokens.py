@@ -134,11 +134,23 @@ class Tokens(Classification):
     @staticmethod
     def logit_loss(student: Tensor, teacher: Tensor, labels: Tensor, loss: Loss) -> Tensor:
         """Return the loss of `Classification`, averaged over the first pieces of words."""
-        counted = (labels != IGNORED).flatten()
-        if not counted.any():
-            return student.sum() * 0.0
-        rows = [logits.flatten(0, 1)[counted] for logits in (student, teacher)]
-        return Classification.logit_loss(rows[0], rows[1], labels.flatten()[counted], loss)
+        from torch.nn import functional as F
+
+        # Masked, not selected: a shape that depends on the labels would make a GPU wait.
+        counted = labels != IGNORED
+        count = counted.sum().clamp(min=1)
+        softened = F.log_softmax(student.float() / loss.temperature, dim=-1)
+        target = F.softmax(teacher.float() / loss.temperature, dim=-1)
+        if loss.per_label:
+            by_token = -(target * softened).mean(-1)
+        else:
+            by_token = F.kl_div(softened, target, reduction="none").sum(-1) * loss.temperature**2
+        soft = (by_token * counted).sum() / count
+        if loss.hardness == 1.0:
+            return soft
+        logits = student.float().flatten(0, 1)
+        gold = F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, reduction="sum") / count
+        return loss.hardness * soft + (1.0 - loss.hardness) * gold
 
     def read_tags(self, predicted: np.ndarray, rows: Encoded) -> tuple[Tags, Tags]:
         """Return gold and predicted tags of every text, from numbers of tags [all tokens]."""
