@@ -75,12 +75,12 @@ def test_the_layout_of_datasets_is_read_too(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     write(tmp_path, records, "rows.json")
     write(tmp_path, {"data": records}, "version.json")
-    found = [
+    layouts = [
         local(tmp_path / name).load(None, 0)["train"].labels
         for name in ("rows.parquet", "rows.jsonl", "rows.json", "version.json")
     ]
-    assert found[0] == found[1] == found[2] == found[3]
-    assert all(len(spans) == 2 for spans in found[0])
+    assert layouts[0] == layouts[1] == layouts[2] == layouts[3]
+    assert all(len(spans) == 2 for spans in layouts[0])
 
 
 def test_an_answer_outside_of_its_context_is_refused_and_a_moved_one_is_said(tmp_path: Path) -> None:

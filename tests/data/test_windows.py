@@ -41,8 +41,8 @@ def test_pieces_of_a_word_and_words_without_a_token() -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    pieces = ("[UNK]", "[PAD]", "[CLS]", "[SEP]", "un", "##able", "##s", "he", "##llo")
-    core = Tokenizer(models.WordPiece({piece: index for index, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    vocabulary = ("[UNK]", "[PAD]", "[CLS]", "[SEP]", "un", "##able", "##s", "he", "##llo")
+    core = Tokenizer(models.WordPiece({piece: index for index, piece in enumerate(vocabulary)}, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     core.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
@@ -52,9 +52,11 @@ def test_pieces_of_a_word_and_words_without_a_token() -> None:
     cut = tokenize_windows(tokenizer, Rows([text], None, [0]), 4, 1)  # windows of two pieces: words are cut
     assert len(cut.windows) == 3
     read = [words.tolist() for words in locate_words(cut.windows, spans_of(text))]
-    found = [(window, token) for window, words in enumerate(read) for token in range(len(words)) if words[token] >= 0]
-    assert len(found) == 2
-    assert found[0] == (0, 1)
+    word_tokens = [
+        (window, token) for window, words in enumerate(read) for token in range(len(words)) if words[token] >= 0
+    ]
+    assert len(word_tokens) == 2
+    assert word_tokens[0] == (0, 1)
     words = np.array([[0, 7], [7, 8], [8, 13]])  # the second is a space: no token is of it
     read = [words.tolist() for words in locate_words(cut.windows, words)]
     assert sorted(number for words in read for number in words if number >= 0) == [0, 2]

@@ -45,8 +45,8 @@ def test_conll_files_are_read_with_spaces_or_tabs_and_without_the_starts_of_docu
         assert dataset.labels == ("O", "B-LOC", "I-LOC", "B-PER", "I-PER")
         assert read(dataset) == [[("Anna", "B-PER"), ("Smith", "I-PER"), ("won", "O")], [("Paris", "B-LOC")]]
         assert dataset.load(None, 0)["train"].first == ["Anna Smith won", "Paris"]
-    other = local(folder_of(tmp_path, CONLL), label="column2")
-    assert (other.labels, other.metrics) == (("NNP", "VBD"), ("accuracy", "f1_macro"))
+    pos_dataset = local(folder_of(tmp_path, CONLL), label="column2")
+    assert (pos_dataset.labels, pos_dataset.metrics) == (("NNP", "VBD"), ("accuracy", "f1_macro"))
 
 
 def test_other_schemes_become_bio_and_what_was_changed_is_said(tmp_path: Path) -> None:
@@ -57,10 +57,10 @@ def test_other_schemes_become_bio_and_what_was_changed_is_said(tmp_path: Path) -
         (["B-X", "I-Y", "O", "B-X"], ["B-X", "B-Y", "O", "B-X"], "2 times I-... that goes on with no span"),
         (["NOUN", "VERB", "NOUN", "X"], ["NOUN", "VERB", "NOUN", "X"], ""),
     )
-    for tags, expected, said in cases:
+    for tags, expected, note in cases:
         dataset = local(folder_of(tmp_path, "\n".join(f"w{number}\t{tag}" for number, tag in enumerate(tags)) + "\n"))
         assert [tag for _, tag in read(dataset)[0]] == expected
-        assert said in dataset.about, dataset.about
+        assert note in dataset.about, dataset.about
 
 
 def test_lists_of_words_and_tags_come_from_jsonl_and_from_parquet_of_datasets(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def perfect_outputs(encoded: Any, scale: float = 5.0) -> np.ndarray:
 
 def test_answers_are_compared_as_the_official_script_does() -> None:
     assert normalize_answer("The  Café, a 'new' one.") == "café new one"
-    for found, gold, match, f1 in (
+    for predicted, gold, match, f1 in (
         ("The cat", ["cat"], 1.0, 1.0),
         ("black cat", ["cat", "dog"], 0.0, 2 / 3),
         ("cat cat", ["cat"], 0.0, 2 / 3),
@@ -86,7 +86,7 @@ def test_answers_are_compared_as_the_official_script_does() -> None:
         ("the", ["a"], 1.0, 1.0),
         ("dog", ["cat", "Dog!"], 1.0, 1.0),
     ):
-        assert (exact_match(found, gold), word_f1(found, gold)) == (match, pytest.approx(f1)), (found, gold)
+        assert (exact_match(predicted, gold), word_f1(predicted, gold)) == (match, pytest.approx(f1)), (predicted, gold)
 
 
 def test_each_window_points_to_the_answer_or_to_its_first_token(toys: ModuleType) -> None:
@@ -95,8 +95,10 @@ def test_each_window_points_to_the_answer_or_to_its_first_token(toys: ModuleType
         task = toy(toys)
         encoded = task.encode(toys.tokenizer(side), {"train": rows}, toys.recipe(max_length=16))["train"]
         windows = encoded.details.windows  # type: ignore[union-attr]
-        found = [windows[row].text[slice(*windows[row].spans[encoded.labels[row, 0]])] for row in range(len(encoded))]
-        assert found[0] == "good"
+        marked_texts = [
+            windows[row].text[slice(*windows[row].spans[encoded.labels[row, 0]])] for row in range(len(encoded))
+        ]
+        assert marked_texts[0] == "good"
         assert encoded.labels[1:].tolist() == [[0, 0]] * (len(encoded) - 1)
         assert task.threshold == 0.0
         batch = encoded.collate([len(encoded) - 1, 0])
@@ -200,8 +202,8 @@ def test_the_answers_are_those_of_a_plain_reference(exported: Path, checkpoint: 
     assert isinstance(threshold, float)
     for chosen in (None, threshold, -1.0, 1.0):
         answer.decision.settings["no_answer_threshold"] = chosen
-        found = answer(list(rows.first), list(rows.second))
-        for question, context, each in zip(rows.first, rows.second, found, strict=True):
+        answers = answer(list(rows.first), list(rows.second))
+        for question, context, each in zip(rows.first, rows.second, answers, strict=True):
             wanted = plain_answer(model, tokenizer, question, context, chosen, max_length=64, stride=6)
             assert each["answer"] == wanted == context[each["start"] : each["end"]], (chosen, question, context)
             assert 0 <= each["score"] <= 1
@@ -220,7 +222,7 @@ def test_lines_and_requests_get_the_same_answers(exported: Path) -> None:
         batcher.submit([question], [context]).result(20) for question, context in zip(questions, contexts, strict=True)
     ]
     batcher.close()
-    assert [found for each in outputs for found in answer.decide(each)] == expected
+    assert [decision for each in outputs for decision in answer.decide(each)] == expected
     assert set(expected[0]) == set(answer.decision.prediction_schema()["required"])  # type: ignore[arg-type]
     for arguments, message in (
         ((["a film"],), "the model takes two texts"),

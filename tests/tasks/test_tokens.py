@@ -184,8 +184,8 @@ def test_the_answers_are_those_of_the_stock_pipeline(exported: Path, checkpoint:
     stock = pipeline("token-classification", model=model, tokenizer=tokenizer, aggregation_strategy="simple", stride=4)
     tokenizer.model_max_length = 16
     for text, wanted in zip(texts[:50], stock(texts[:50]), strict=True):
-        found = [(entity["entity_group"], entity["start"], entity["end"]) for entity in windows(text)]
-        assert found == [(entity["entity_group"], entity["start"], entity["end"]) for entity in wanted], text
+        answers = [(entity["entity_group"], entity["start"], entity["end"]) for entity in windows(text)]
+        assert answers == [(entity["entity_group"], entity["start"], entity["end"]) for entity in wanted], text
 
 
 def test_lines_and_requests_get_the_same_entities(exported: Path) -> None:

@@ -1,4 +1,4 @@
-"""Device, threads and precision come from the recipe alone, whatever is in the environment."""
+"""Device, threads and precision come from the recipe only, never from the environment."""
 
 from __future__ import annotations
 
@@ -74,9 +74,9 @@ def test_auto_takes_bf16_where_a_gpu_has_it_and_float32_elsewhere(monkeypatch: p
 def test_fp16_is_refused_where_bf16_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
-    with pytest.raises(DeviceError, match="this GPU has bf16") as caught:
+    with pytest.raises(DeviceError, match="this GPU has bf16") as error:
         create_accelerator(Recipe(precision="fp16"))
-    assert "precision=bf16" in (caught.value.hint or "")
+    assert "precision=bf16" in (error.value.hint or "")
 
 
 def test_switches_of_torch_follow_the_recipe_on_and_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,12 +94,12 @@ def test_switches_of_torch_follow_the_recipe_on_and_off(monkeypatch: pytest.Monk
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
-def test_a_program_around_may_accumulate_in_its_own_training() -> None:
+def test_accumulation_set_by_a_surrounding_program_has_no_effect() -> None:
     Accelerator(cpu=True, gradient_accumulation_steps=8)
     assert create_accelerator(Recipe(device="cpu")).gradient_accumulation_steps == 1
 
 
-def test_left_over_variables_of_a_launcher_are_named_or_have_no_effect(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stale_launcher_variables_are_reported_or_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for rank, size in (("0", "1"), ("", "2"), ("x", ""), ("0", "-3")):
@@ -110,36 +110,36 @@ def test_left_over_variables_of_a_launcher_are_named_or_have_no_effect(monkeypat
         assert create_accelerator(Recipe(device="cpu")).num_processes == 1, (rank, size)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(DeviceError, match="one of 2 processes, and MASTER_ADDR is not") as caught:
+    with pytest.raises(DeviceError, match="one of 2 processes, and MASTER_ADDR is not") as error:
         create_accelerator(Recipe(device="cpu"))
-    assert "unset RANK and WORLD_SIZE" in (caught.value.hint or "")
+    assert "unset RANK and WORLD_SIZE" in (error.value.hint or "")
 
 
-def test_a_run_computes_with_the_threads_that_it_began_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_keeps_its_number_of_threads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.set_num_threads(2)
     run = Run.for_recipe(tmp_path / "run", Recipe())
     choose_threads(run)
     with run.stage("teacher"):
         pass
     torch.set_num_threads(1)
-    again = Run.open(run.path)
-    assert again.threads == 2
+    reopened = Run.open(run.path)
+    assert reopened.threads == 2
     capsys.readouterr()
-    choose_threads(again)
+    choose_threads(reopened)
     assert torch.get_num_threads() == 2
     assert "computing with 2 threads, as this run began" in capsys.readouterr().out
-    other = Run.for_recipe(run.path, override(again.recipe, ["threads=3"]))
-    choose_threads(other)
-    assert (torch.get_num_threads(), other.threads) == (3, 3)
+    other_run = Run.for_recipe(run.path, override(reopened.recipe, ["threads=3"]))
+    choose_threads(other_run)
+    assert (torch.get_num_threads(), other_run.threads) == (3, 3)
     assert capsys.readouterr().out == ""
     torch.set_num_threads(1)
-    again.discard("teacher")  # all begins anew
+    reopened.discard("teacher")  # all begins anew
     choose_threads(Run.open(run.path))
     assert torch.get_num_threads() == 1
 
 
 @pytest.mark.slow
-def test_other_last_bits_than_before_are_said(
+def test_different_arithmetic_than_in_earlier_stages_is_reported(
     toy_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = toy_run("prune.epochs=1", until="teacher")

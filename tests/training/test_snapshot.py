@@ -1,4 +1,4 @@
-"""Snapshots: whole or not at all, and what they hold comes back to the last bit."""
+"""Snapshots are complete or absent, and are read back to the last bit."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from spdtool.training.snapshot import (
 )
 
 
-def made(step: int, **notes: Any) -> Snapshot:
+def make_snapshot(step: int, **notes: Any) -> Snapshot:
     torch.manual_seed(step)
     tensors = {
         "model": {"layer.0.weight": torch.randn(3, 4), "half": torch.randn(5).bfloat16()},
@@ -48,24 +48,24 @@ def names(root: Path) -> list[str]:
     return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
 
 
-def test_what_was_written_comes_back_to_the_last_bit(tmp_path: Path) -> None:
-    kept = made(7, draws=[3, [1, 2], None])
-    write_snapshot(tmp_path / "state", kept)
-    found = read_newest_snapshot(tmp_path / "state", "f")
-    assert found is not None
-    assert found.step == 7
-    assert found.notes["draws"] == [3, [1, 2], None]
-    assert found.tensors.get("best", {}) == {}
+def test_a_snapshot_is_read_back_to_the_last_bit(tmp_path: Path) -> None:
+    written = make_snapshot(7, draws=[3, [1, 2], None])
+    write_snapshot(tmp_path / "state", written)
+    read = read_newest_snapshot(tmp_path / "state", "f")
+    assert read is not None
+    assert read.step == 7
+    assert read.notes["draws"] == [3, [1, 2], None]
+    assert read.tensors.get("best", {}) == {}
     for group in ("model", "random", "pruner"):
-        assert found.tensors[group].keys() == kept.tensors[group].keys()
-        for name, tensor in kept.tensors[group].items():
-            assert found.tensors[group][name].dtype == tensor.dtype
-            assert torch.equal(found.tensors[group][name], tensor)
+        assert read.tensors[group].keys() == written.tensors[group].keys()
+        for name, tensor in written.tensors[group].items():
+            assert read.tensors[group][name].dtype == tensor.dtype
+            assert torch.equal(read.tensors[group][name], tensor)
 
 
 def test_the_newest_two_are_kept(tmp_path: Path) -> None:
     for step in (9, 10, 100):
-        write_snapshot(tmp_path, made(step))
+        write_snapshot(tmp_path, make_snapshot(step))
     files = ["contents.json", "state.json", "state.safetensors"]
     assert names(tmp_path) == [f"step-{step:09d}/{file}" for step in (10, 100) for file in files]
 
@@ -76,19 +76,19 @@ def test_without_a_snapshot_there_is_nothing_to_resume(tmp_path: Path) -> None:
     assert read_newest_snapshot(tmp_path, "f") is None
 
 
-def test_a_half_written_one_is_not_seen(tmp_path: Path) -> None:
-    write_snapshot(tmp_path, made(3))
+def test_a_half_written_snapshot_is_ignored(tmp_path: Path) -> None:
+    write_snapshot(tmp_path, make_snapshot(3))
     (tmp_path / "writing").mkdir()
     (tmp_path / "writing" / "state.safetensors").write_bytes(b"half")
-    found = read_newest_snapshot(tmp_path, "f")
-    assert found is not None
-    assert found.step == 3
-    write_snapshot(tmp_path, made(4))
+    newest = read_newest_snapshot(tmp_path, "f")
+    assert newest is not None
+    assert newest.step == 3
+    write_snapshot(tmp_path, make_snapshot(4))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000003", "step-000000004"]
 
 
-def test_one_that_belongs_to_something_else_is_removed(tmp_path: Path) -> None:
-    write_snapshot(tmp_path / "state", made(3))
+def test_a_snapshot_of_other_settings_is_removed_by_the_main_rank(tmp_path: Path) -> None:
+    write_snapshot(tmp_path / "state", make_snapshot(3))
     assert read_newest_snapshot(tmp_path / "state", "another") is None
     assert len(names(tmp_path)) == 3, "a rank that only looks removes nothing"
     notes: list[str] = []
@@ -120,26 +120,29 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-def test_a_damaged_one_is_passed_over_in_favour_of_the_older(tmp_path: Path) -> None:
+def test_a_damaged_snapshot_is_skipped_for_the_older_one(tmp_path: Path) -> None:
     for file in ("contents.json", "state.json", "state.safetensors"):
         for damage, apply in DAMAGES.items():
             root = tmp_path / file / damage
             for step in (3, 4):
-                write_snapshot(root, made(step))
+                write_snapshot(root, make_snapshot(step))
             path = root / "step-000000004" / file
             path.write_bytes(apply(path.read_bytes()))
             notes: list[str] = []
-            looked, found = read_newest_snapshot(root, "f"), read_newest_snapshot(root, "f", notes.append)
-            assert found is not None, (file, damage)
-            assert looked is not None, (file, damage)
-            assert (looked.step, found.step) == (3, 3), (file, damage)
+            by_another_rank, by_main_rank = (
+                read_newest_snapshot(root, "f"),
+                read_newest_snapshot(root, "f", notes.append),
+            )
+            assert by_main_rank is not None, (file, damage)
+            assert by_another_rank is not None, (file, damage)
+            assert (by_another_rank.step, by_main_rank.step) == (3, 3), (file, damage)
             assert len(notes) == 1, (file, damage)
             assert "step-000000004 is damaged and passed over" in notes[0], (file, damage)
             assert [path.name for path in root.iterdir()] == ["step-000000003"], (file, damage)
 
 
-def test_without_an_intact_one_the_stage_begins_anew(tmp_path: Path) -> None:
-    write_snapshot(tmp_path, made(3))
+def test_without_an_intact_snapshot_the_stage_restarts(tmp_path: Path) -> None:
+    write_snapshot(tmp_path, make_snapshot(3))
     (tmp_path / "step-000000003" / "state.json").unlink()
     (tmp_path / "step-000000004").mkdir()
     (tmp_path / "step-000000005").touch()
@@ -151,49 +154,47 @@ def test_without_an_intact_one_the_stage_begins_anew(tmp_path: Path) -> None:
 
 
 def test_a_snapshot_of_the_same_step_is_replaced(tmp_path: Path) -> None:
-    write_snapshot(tmp_path, made(3))
-    write_snapshot(tmp_path, made(4, first=True))
-    write_snapshot(tmp_path, made(4, first=False))
-    found = read_newest_snapshot(tmp_path, "f")
-    assert found is not None
-    assert found.notes["first"] is False
+    write_snapshot(tmp_path, make_snapshot(3))
+    write_snapshot(tmp_path, make_snapshot(4, first=True))
+    write_snapshot(tmp_path, make_snapshot(4, first=False))
+    newest = read_newest_snapshot(tmp_path, "f")
+    assert newest is not None
+    assert newest.notes["first"] is False
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000003", "step-000000004"]
 
 
-def test_a_full_disk_leaves_the_older_one_and_nothing_half_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_snapshot(tmp_path, made(3))
+def test_a_full_disk_leaves_the_older_snapshot_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_snapshot(tmp_path, make_snapshot(3))
     before = names(tmp_path)
 
-    def full(tensors: Any, path: Path) -> None:
+    def raise_disk_full(tensors: Any, path: Path) -> None:
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(snapshot, "save_file", full)
+    monkeypatch.setattr(snapshot, "save_file", raise_disk_full)
     with pytest.raises(OSError, match="No space left"):
-        write_snapshot(tmp_path, made(4))
+        write_snapshot(tmp_path, make_snapshot(4))
     assert names(tmp_path) == before
     assert read_newest_snapshot(tmp_path, "f") is not None
 
 
-def test_all_files_may_be_read_as_the_umask_says(tmp_path: Path) -> None:
+def test_snapshot_files_follow_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
-        write_snapshot(tmp_path, made(3))
+        write_snapshot(tmp_path, make_snapshot(3))
     finally:
         os.umask(before)
     assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.glob("*/*")} == {0o640}
 
 
 def test_nothing_is_pickled(tmp_path: Path) -> None:
-    write_snapshot(tmp_path, made(3))
+    write_snapshot(tmp_path, make_snapshot(3))
     assert json.loads((tmp_path / "step-000000003/state.json").read_text("utf-8"))["step"] == 3
     assert not (tmp_path / "step-000000003/state.safetensors").read_bytes().startswith((b"PK", b"\x80"))
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_an_optimizer_goes_on_as_if_nothing_had_happened(fused: bool) -> None:
+def test_a_restored_optimizer_continues_identically(fused: bool) -> None:
     def setup() -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
         torch.manual_seed(0)
         weights = {
@@ -211,22 +212,22 @@ def test_an_optimizer_goes_on_as_if_nothing_had_happened(fused: bool) -> None:
     weights, optimizer = setup()
     for _ in range(3):
         step(weights, optimizer)
-    kept = {name: tensor.clone() for name, tensor in collect_optimizer_state(optimizer, weights).items()}
-    assert "idle/exp_avg" not in kept, "a parameter without gradients has no state to keep"
+    state = {name: tensor.clone() for name, tensor in collect_optimizer_state(optimizer, weights).items()}
+    assert "idle/exp_avg" not in state, "a parameter without gradients has no state to keep"
     values = {name: weight.detach().clone() for name, weight in weights.items()}
     step(weights, optimizer)
 
-    others, other = setup()
+    restored_weights, restored_optimizer = setup()
     with torch.no_grad():
-        for name, weight in others.items():
+        for name, weight in restored_weights.items():
             weight.copy_(values[name])
-    load_optimizer_state(other, others, kept)
-    step(others, other)
+    load_optimizer_state(restored_optimizer, restored_weights, state)
+    step(restored_weights, restored_optimizer)
     for name, weight in weights.items():
-        assert torch.equal(weight, others[name]), name
+        assert torch.equal(weight, restored_weights[name]), name
 
 
-def test_the_random_state_comes_back() -> None:
+def test_the_random_state_is_restored() -> None:
     torch.manual_seed(5)
     state = {name: tensor.clone() for name, tensor in collect_random_state().items()}
     first = torch.rand(3)

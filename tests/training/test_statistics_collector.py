@@ -1,4 +1,4 @@
-"""Statistics for the criterion: calibration batches that move nothing, and the logit term's gradients taken apart."""
+"""Statistics for the criterion: calibration batches change no weight; gradients of the logit term alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from spdtool.training.statistics_collector import StatisticsCollector, calibrati
 
 
 class Model(nn.Module):
-    """One linear layer under dropout, so that a forward pass in training mode would be random."""
+    """One linear layer with dropout, so that forward passes in training mode are random."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Model(nn.Module):
 
 @pytest.fixture
 def observed(clean_plugins: None) -> list[Tensor]:
-    """The mean gradients that the criterion `watcher` gets, event by event."""
+    """Collect the mean gradients that the criterion `watcher` gets, one for each event."""
     means: list[Tensor] = []
 
     @plugins.criteria.register("watcher", needs=("gradient",))
@@ -52,8 +52,8 @@ def make_pruner(model: Model, criterion: str = "watcher", events: Any = ((2, 0.2
 def microbatches(count: int, weight: float = 1.0) -> list[Microbatch]:
     torch.manual_seed(1)
     mask: Any = torch.ones(2, 5, dtype=torch.long).numpy()
-    made: list[Any] = [{"rows": torch.randn(2, 5, 4), "attention_mask": mask} for _ in range(count)]
-    return [Microbatch(batch, LossWeight(weight, weight, weight)) for batch in made]
+    batches: list[Any] = [{"rows": torch.randn(2, 5, 4), "attention_mask": mask} for _ in range(count)]
+    return [Microbatch(batch, LossWeight(weight, weight, weight)) for batch in batches]
 
 
 def terms(model: Model) -> Callable[[Microbatch], dict[str, Tensor]]:
@@ -65,11 +65,11 @@ def terms(model: Model) -> Callable[[Microbatch], dict[str, Tensor]]:
     return loss
 
 
-@pytest.mark.parametrize("of", ["loss", "logits"])
-def test_calibration_observes_the_mean_gradient_and_moves_nothing(observed: list[Tensor], of: str) -> None:
+@pytest.mark.parametrize("loss_term", ["loss", "logits"])
+def test_calibration_observes_the_mean_gradient_and_changes_no_weight(observed: list[Tensor], loss_term: str) -> None:
     model, batches = Model(), microbatches(3)
     pruner = make_pruner(model)
-    collector = StatisticsCollector(pruner, Prune(calibration=3, saliency=of))
+    collector = StatisticsCollector(pruner, Prune(calibration=3, saliency=loss_term))
     assert [step for step in range(6) if collector.needs_calibration(step)] == [2, 4]
     assert not any(collector.needs_step(step) for step in range(6)), "training steps are not needed then"
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -80,7 +80,7 @@ def test_calibration_observes_the_mean_gradient_and_moves_nothing(observed: list
     pruner.prune(2)
     model.load_state_dict(before)
     model.eval()
-    expected = [torch.autograd.grad(terms(model)(batch)[of], model.linear.weight)[0] for batch in batches]
+    expected = [torch.autograd.grad(terms(model)(batch)[loss_term], model.linear.weight)[0] for batch in batches]
     assert torch.allclose(observed[0], torch.stack(expected).mean(0))
 
 
@@ -96,7 +96,7 @@ def test_calibration_drops_what_was_observed_before(observed: list[Tensor]) -> N
     assert float(observed[0].abs().max()) < 1e5
 
 
-def test_the_logit_term_is_observed_alone_while_the_whole_loss_is_learnt(observed: list[Tensor]) -> None:
+def test_only_the_logit_term_is_observed_while_the_whole_loss_is_trained(observed: list[Tensor]) -> None:
     model = Model().eval()
     pruner = make_pruner(model)
     collector = StatisticsCollector(pruner, Prune(saliency="logits"))
@@ -105,21 +105,21 @@ def test_the_logit_term_is_observed_alone_while_the_whole_loss_is_learnt(observe
         losses = terms(model)(microbatch)
         collector.add_logit_gradients(losses)
         losses["loss"].backward()
-    whole = model.linear.weight.grad
-    assert whole is not None
-    learnt = whole.clone()
+    gradient = model.linear.weight.grad
+    assert gradient is not None
+    gradient_before = gradient.clone()
     collector.observe_step()
-    assert torch.equal(whole, learnt), "what is learnt stays as it was"
+    assert torch.equal(gradient, gradient_before), "what is learnt stays as it was"
     pruner.prune(2)
     model.linear.weight.grad = None
     with torch.no_grad():
         model.linear.weight.copy_(pruner.masks.parameters["linear.weight"])
-    assert float((observed[0] - learnt).abs().max()) > 1.0
+    assert float((observed[0] - gradient_before).abs().max()) > 1.0
     assert float(observed[0].abs().max()) < 10.0
 
 
 @pytest.mark.parametrize(
-    ("criterion", "events", "how", "match"),
+    ("criterion", "events", "settings", "match"),
     [
         ("wanda", ((2, 0.5),), {}, "inputs of the layers"),
         ("taylor", ((0, 0.25), (2, 0.5)), {"loss": {"hardness": 0.5}}, "before the first step"),
@@ -128,11 +128,11 @@ def test_the_logit_term_is_observed_alone_while_the_whole_loss_is_learnt(observe
     ],
 )
 def test_a_recipe_whose_criterion_would_observe_nothing_is_refused(
-    criterion: str, events: Any, how: Any, match: str
+    criterion: str, events: Any, settings: Any, match: str
 ) -> None:
     with pytest.raises(RecipeError, match=match):
-        check_statistics(Prune(criterion=criterion, **how), events)
-    if "saliency" not in how:
+        check_statistics(Prune(criterion=criterion, **settings), events)
+    if "saliency" not in settings:
         check_statistics(Prune(criterion=criterion, calibration=2, loss={"hardness": 0.5}), events)
 
 

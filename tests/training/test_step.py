@@ -151,8 +151,8 @@ class Rig:
         return {name: parameter.detach().clone() for name, parameter in self.trained.items()}
 
 
-def farthest(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
-    return max(float((tensor - other[name]).abs().max()) for name, tensor in one.items())
+def largest_difference(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    return max(float((tensor - expected[name]).abs().max()) for name, tensor in tensors.items())
 
 
 @pytest.mark.parametrize("criterion", ["movement", "movement-soft", "taylor"])
@@ -166,7 +166,7 @@ def test_the_criterion_never_sees_gradients_that_overflowed(toys: Any, criterion
             before = rig.weights()
             rig.set_scale(2.0**60)
             rig.take(3)
-            assert farthest(before, rig.weights()) == 0, "the step is skipped"
+            assert largest_difference(before, rig.weights()) == 0, "the step is skipped"
             assert rig.scale() == 2.0**59
             rig.set_scale(2.0**8)
         rig.take(0)
@@ -226,7 +226,7 @@ def test_a_bystander_that_overflows_skips_the_step(toys: Any) -> None:
     rig.lesson.loss = with_bystander  # type: ignore[method-assign]
     before = rig.weights()
     rig.take(0)
-    assert farthest(before, rig.weights()) == 0
+    assert largest_difference(before, rig.weights()) == 0
 
 
 def test_calibration_of_fp16_is_that_of_float32(toys: Any) -> None:
@@ -294,7 +294,7 @@ def test_weights_cast_together_are_those_that_autocast_casts_one_by_one(toys: An
             rig.stepper.cast_weights = None
         rig.take(0, 1, 2)
         trained.append(rig.weights())
-    assert farthest(*trained) == 0
+    assert largest_difference(*trained) == 0
 
 
 def test_a_replayed_step_is_a_step(toys: Any) -> None:
@@ -310,7 +310,7 @@ def test_a_replayed_step_is_a_step(toys: Any) -> None:
     assert recorder.recorded == 2, "one for each shape, the second time it comes"
     assert not graphed.said
     # a learning rate on the device is float32
-    assert farthest(plain.weights(), graphed.weights()) < 1e-6
+    assert largest_difference(plain.weights(), graphed.weights()) < 1e-6
     assert windows[1].compute_means()["loss"] == pytest.approx(windows[0].compute_means()["loss"], rel=1e-5)
 
 
@@ -335,7 +335,7 @@ def test_what_cannot_be_recorded_is_launched_and_said(toys: Any) -> None:
     for rig in (plain, refused):
         rig.take(0, 1, 2)
     assert refused.said == ["no CUDA graphs: operation not permitted when stream is capturing"]
-    assert farthest(plain.weights(), refused.weights()) < 1e-6
+    assert largest_difference(plain.weights(), refused.weights()) < 1e-6
 
 
 @pytest.fixture(autouse=True)
