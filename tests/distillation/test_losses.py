@@ -354,7 +354,7 @@ def test_layers_compared_together_are_those_compared_one_by_one(masked: bool) ->
         with torch.autocast("cpu", torch.bfloat16, enabled=together):  # as on a GPU
             loss = hidden_loss(student, teacher, mask)
         outcomes.append([loss, *torch.autograd.grad(loss, student)])
-    for one, one_by_one in zip(*outcomes, strict=True):
-        torch.testing.assert_close(one_by_one, one)
+    for expected, actual in zip(*outcomes, strict=True):
+        torch.testing.assert_close(actual, expected)
     wider = hidden_loss([*student[:3], torch.randn(3, 5, 4)], [*teacher[:3], torch.randn(3, 5, 4)], mask)
     assert bool(wider.isfinite()), "shapes that differ are compared one by one"
