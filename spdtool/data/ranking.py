@@ -136,7 +136,7 @@ def _table_to_rows(table: Table, columns: Columns) -> Rows:
     numbers: dict[object, int] = {}
     labels = np.array([[numbers.setdefault(key, len(numbers)), 0] for key in keys], np.int64)
     labels[:, 1] = relevance
-    order = np.argsort(labels[:, 0], kind="stable")
+    order = np.argsort(labels[:, 0], kind="stable").tolist()
     return Rows([queries[row] for row in order], [passages[row] for row in order], labels[order])
 
 
@@ -161,7 +161,7 @@ def _query_keys(table: Table, queries: Sequence[str]) -> Sequence[object]:
 def select_queries(rows: Rows, queries: Sequence[int] | np.ndarray) -> Rows:
     """Return the rows of these query numbers alone, in their order."""
     labels = np.asarray(rows.labels)
-    chosen = np.flatnonzero(np.isin(labels[:, 0], queries))
+    chosen = np.flatnonzero(np.isin(labels[:, 0], queries)).tolist()
     assert rows.second is not None
     return Rows([rows.first[row] for row in chosen], [rows.second[row] for row in chosen], labels[chosen])
 
@@ -173,11 +173,12 @@ def sample_queries(rows: Rows, count: int | None, seed: int) -> Rows:
     queries, sizes = np.unique(np.asarray(rows.labels)[:, 0], return_counts=True)
     order = list(range(len(queries)))
     random.Random(seed).shuffle(order)
-    chosen, total = [], 0
+    chosen: list[int] = []
+    total = 0
     for number in order:
         if chosen and total + sizes[number] > count:
             continue
-        chosen.append(queries[number])
+        chosen.append(int(queries[number]))
         total += int(sizes[number])
     return select_queries(rows, chosen)
 

@@ -85,7 +85,8 @@ def _name_encoder(source: str | Path, raw: RawConfig) -> None:
     Some name the class of their pretraining, with a head that nothing reads.
     """
     if is_sentence_encoder(source):
-        raw["architectures"] = [MODEL_MAPPING[CONFIG_MAPPING[raw["model_type"]]].__name__]
+        model_class: Any = MODEL_MAPPING[CONFIG_MAPPING[raw["model_type"]]]
+        raw["architectures"] = [model_class.__name__]
 
 
 def _read_activation(source: str | Path, raw: RawConfig) -> None:

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from spdtool.tasks.sentence_settings import SentenceSettings, read_sentence_settings
 
 
 @dataclass
-class SentenceOutput(ModelOutput):  # type: ignore[misc]  # transformers declares it without types
+class SentenceOutput(ModelOutput):
     """Outputs of a sentence encoder.
 
     Attributes:
@@ -41,7 +41,8 @@ def add_pooling(model: PreTrainedModel, source: str | Path) -> PreTrainedModel:
     Raises:
         ModelError: it does not say, or says what is not supported.
     """
-    model.__class__ = pooled_class(type(model), read_sentence_settings(source))
+    # Classes can be hashed; the stubs say otherwise.
+    model.__class__ = pooled_class(type(model), read_sentence_settings(source))  # type: ignore[arg-type]
     return model
 
 

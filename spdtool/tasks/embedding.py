@@ -271,10 +271,10 @@ class Embedding(Task):
     def measure_change(self, before: np.ndarray, after: np.ndarray) -> dict[str, float]:
         """Return the mean of one minus the cosine, and the rank correlation of similarities before and after."""
         half = len(before) // 2
-        similarities = [cosines(vectors[:half], vectors[half : 2 * half]) for vectors in (before, after)]
+        first, second = (cosines(vectors[:half], vectors[half : 2 * half]) for vectors in (before, after))
         correlation = 1.0
-        if not np.array_equal(*similarities):
-            correlation = METRICS["spearman"](*similarities)
+        if not np.array_equal(first, second):
+            correlation = METRICS["spearman"](first, second)
         return {"mean_change": float(np.abs(1 - cosines(before, after)).mean()), "rank_correlation": correlation}
 
     def answers(self, outputs: np.ndarray, rows: Encoded, names: Sequence[str]) -> list[Answer]:  # noqa: ARG002
@@ -326,8 +326,9 @@ def vector_loss(student: Tensor, teacher: Tensor, loss: Loss) -> Tensor:
         scale = teacher.square().sum(dim=1).mean().clamp(min=1e-12)
         total = total + loss.distance * (student - teacher).square().sum(dim=1).mean() / scale
     if loss.similarity > 0 and len(student) > 1:
-        log_shares = [_log_similarities(vectors, loss.similarity_temperature) for vectors in (student, teacher)]
-        total = total + loss.similarity * F.kl_div(*log_shares, reduction="batchmean", log_target=True)
+        shares = _log_similarities(student, loss.similarity_temperature)
+        target = _log_similarities(teacher, loss.similarity_temperature)
+        total = total + loss.similarity * F.kl_div(shares, target, reduction="batchmean", log_target=True)
     return total
 
 
