@@ -20,6 +20,7 @@ from spdtool.models.load import load_model, load_tokenizer
 from spdtool.models.sentence import sentence_settings
 from spdtool.recipe.reading import request_recipe
 
+pytestmark = pytest.mark.slow  # a model is traced
 TEXTS = ["the film was good", "a very cold meal", "good", "it was a dull book and a warm film"]
 
 
