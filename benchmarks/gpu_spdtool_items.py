@@ -312,8 +312,11 @@ def measure_bench(context: Context) -> dict[str, Any]:
 
     sets = ["prune.heads=0.5", "prune.neurons=0.5", "bench.batches=[1,32]", "bench.lengths=[128]", "bench.seconds=40"]
     sets += ["export.optional=['onnx-fp16','onnx-ort-fp16']", "bench.compiled=false", "bench.ledger=false"]
+    sets += [f"{stage}.max_steps={SHORT_STEPS}" for stage in STAGES]
+    sets += ["max_rows=256", "teacher.accept=true"]
     folder = context.folder / "bench"
-    spdtool.compress("demo", run=folder, device=context.device, smoke=True, sets=sets)
+    # a smoke run has one shape only, of 16 tokens
+    spdtool.compress("demo", run=folder, device=context.device, smoke=context.tiny, sets=sets)
     result = Run.open(folder).bench_result()
     figures: dict[str, Any] = {"best": result.best, "speed": str(result.speed)}
     for record in result.latency:
