@@ -76,12 +76,16 @@ class HeadAttention {
       const std::vector<AttentionTask::Keys> near = tasks_of(stretches, first_row, keys, values);
       task.keys = near.data();
       task.key_stretches = uint32_t(near.size());
-      k_.score(task);
       const ScorePositions at{positions, layout_.key_positions() + begin, query.count, uint32_t(end - begin)};
-      if (terms.window >= 0) k_.hide_far(task.scores, at, terms.window);
-      if (terms.bias) k_.add_by_distance(task.scores, at, terms.bias->zero(head));
-      if (terms.buckets) add_by_bucket(task, at, stretches, keys, first_row, terms);
-      k_.mix(task);
+      if (terms.window >= 0 && !some_are_far(at, terms.window)) {
+        k_.attend(task);
+      } else {
+        k_.score(task);
+        if (terms.window >= 0) k_.hide_far(task.scores, at, terms.window);
+        if (terms.bias) k_.add_by_distance(task.scores, at, terms.bias->zero(head));
+        if (terms.buckets) add_by_bucket(task, at, stretches, keys, first_row, terms);
+        k_.mix(task);
+      }
     }
     for (uint32_t q = 0; q < query.count; q++)
       if (!sees[q]) attend_alike(task, q, row, first_row, values);
@@ -131,6 +135,10 @@ class HeadAttention {
     const int32_t* const upto = std::upper_bound(from, all + end, int64_t(last) + window);
     begin = size_t(from - all);
     end = size_t(upto - all);
+  }
+
+  static bool some_are_far(const ScorePositions& at, int32_t window) {
+    return at.query[at.queries - 1] - at.key[0] > window || at.key[at.keys - 1] - at.query[0] > window;
   }
 
   // The scores of content with the buckets between two distances, in rows as wide as the queries.

@@ -485,7 +485,7 @@ struct Attention {
   static void attend(const AttentionTask& task) {
     uint32_t keys = 0;
     for (uint32_t s = 0; s < task.key_stretches; s++) keys += task.keys[s].count;
-    if (keys > kKeysAtOnce + task.head_size) return attend_by_part(task);
+    if (keys > kKeysAtOnce + task.head_size) return attend_in_chunks(task);
     Vector most[V];
     const float* end = score_all(task, most);
     mix_all(task, end, most);
@@ -493,29 +493,29 @@ struct Attention {
 
   // Some keys at a time, so that their scores stay in the second-level cache. The sums of before are scaled whenever a larger
   // score is met.
-  static void attend_by_part(const AttentionTask& task) {
+  static void attend_in_chunks(const AttentionTask& task) {
     float* const sums = task.scores + kKeysAtOnce * kWidth;
     for (size_t i = 0; i < task.head_size * kWidth; i += kLanes) store(sums + i, Vector{});
     Vector most[V], total[V] = {};
     for (int v = 0; v < V; v++) most[v] = splat(-3e38f);
     for (uint32_t s = 0; s < task.key_stretches;) {
-      AttentionTask part = task;
-      part.keys = task.keys + s;
-      part.key_stretches = 0;
-      for (uint32_t keys = 0; s < task.key_stretches && keys + task.keys[s].count <= kKeysAtOnce; s++, part.key_stretches++)
+      AttentionTask chunk = task;
+      chunk.keys = task.keys + s;
+      chunk.key_stretches = 0;
+      for (uint32_t keys = 0; s < task.key_stretches && keys + task.keys[s].count <= kKeysAtOnce; s++, chunk.key_stretches++)
         keys += task.keys[s].count;
       Vector highest[V], factor[V];
-      const float* end = score_all(part, highest);
+      const float* end = score_all(chunk, highest);
       for (int v = 0; v < V; v++) {
         highest[v] = greater(most[v], highest[v]);
         factor[v] = exponential(most[v] - highest[v]);
         most[v] = highest[v];
         total[v] *= factor[v];
       }
-      exponentiate(part.scores, end, most, total);
+      exponentiate(chunk.scores, end, most, total);
       uint32_t d = 0;
-      for (; d + kGroup <= task.head_size; d += kGroup) mix_into<kGroup>(part, d, sums, factor);
-      for (; d < task.head_size; d++) mix_into<1>(part, d, sums, factor);
+      for (; d + kGroup <= task.head_size; d += kGroup) mix_into<kGroup>(chunk, d, sums, factor);
+      for (; d < task.head_size; d++) mix_into<1>(chunk, d, sums, factor);
     }
     for (int v = 0; v < V; v++) total[v] = splat(1.0f) / total[v];
     for (uint32_t d = 0; d < task.head_size; d++) {

@@ -38,9 +38,9 @@ void every_kind() {
       for (const unsigned cores : {1u, 64u}) {  // tiles are shared, or their rows are
         machine::cores = cores;
         const auto encoder = model.encoder(reads);
-        const std::pair<size_t, size_t> sizes[] = {{1, 1}, {1, 17}, {3, 5}, {7, 11}, {2, 36}};
+        const std::pair<size_t, size_t> sizes[] = {{3, 5}, {1, 1}, {7, 11}, {2, 36}};
         for (const auto& [rows, length] : sizes)
-          for (int mask = 0; mask <= int(Mask::kMixed); mask++) {
+          for (int mask = rows == 3 ? 0 : int(Mask::kMixed); mask <= int(Mask::kMixed); mask++) {
             const Batch batch = make_batch(chance, rows, length, Mask(mask), config.padding_id);
             check::where = std::string(config.name) + ", " + std::to_string(rows) + " x " + std::to_string(length) +
                            ", mask " + std::to_string(mask) + ", reads " + std::to_string(int(reads));
@@ -54,8 +54,8 @@ void every_kind() {
 void long_sequences() {
   uint64_t seed = 30;
   for (Config config : kinds()) {
-    const bool plain = config.kind == LayerKind::kBert || config.attention[1] == 'g';  // whose keys are taken in two parts
-    const size_t length = plain ? 700 : 190;
+    const bool plain = config.kind == LayerKind::kBert || config.attention[1] == 'g';  // whose keys come in two chunks
+    const size_t length = plain ? 600 : 190;
     config.positions = 800;
     config.layers = 1;
     config.attention = config.attention[0] ? (plain ? "g" : "l") : "";
@@ -67,7 +67,7 @@ void long_sequences() {
       const auto encoder = model.encoder(reads);
       for (const Mask mask : {Mask::kFull, Mask::kHoles}) {
         check::where = std::string(config.name) + ", long, mask " + std::to_string(int(mask));
-        compare(model, *encoder, make_batch(chance, 2, length, mask, config.padding_id), 1);
+        compare(model, *encoder, make_batch(chance, 1, length, mask, config.padding_id), 1);
       }
     }
   }
@@ -104,11 +104,11 @@ void same_bits_for_all_threads() {
     for (const Reads reads : kReads) {
       check::where = std::string(config.name) + ", threads, reads " + std::to_string(int(reads));
       std::vector<float> expected;
-      for (const unsigned cores : {1u, 3u, 64u})
-        for (const size_t threads : {1, 2, 8}) {
+      for (const unsigned cores : {1u, 64u})
+        for (const size_t threads : {1, 3}) {
           machine::cores = cores;
           const auto encoder = model.encoder(reads);
-          Threads some{threads, threads == 8 ? 50u : 0};
+          Threads some{threads, threads == 3 ? 50u : 0};
           for (int again = 0; again < 2; again++) {  // the first batch tells how many threads there are
             const std::vector<float> found = computed(*encoder, batch, some);
             if (expected.empty()) expected = found;
