@@ -13,6 +13,9 @@ does, in any form:
     float16                   a table, rounded
     int8, and NAME.scale      a table, rounded, with the scale of each row
     float32                   as it is; transposed where the name ends with `.T`
+
+A packed constant `encoder.*` stores no parameter: buckets of distances or rotary frequencies, which follow from the
+configuration, or zeros for a bias that the model does not have.
 """
 
 from __future__ import annotations
