@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from spdtool.data.dataset import Rows
 from spdtool.data.formats.table import Table, compose
-from spdtool.data.kinds import kind_of_columns
+from spdtool.data.kinds.unsupported import kind_of_columns
 from spdtool.data.labels import normalize_label, parse_number, read_labels
 from spdtool.errors import DataError
 

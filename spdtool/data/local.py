@@ -16,17 +16,17 @@ from pathlib import Path
 
 from spdtool.data.columns import Columns, choose_columns, refuse_unsupported_kind, table_to_rows
 from spdtool.data.dataset import Dataset, Rows
-from spdtool.data.embedding import embedding_dataset, find_text_files, is_sentence_encoder
 from spdtool.data.files import READERS, read_file, read_header
 from spdtool.data.formats.table import Table
-from spdtool.data.label_sets import LabelSets, find_label_sets
+from spdtool.data.kinds.embedding import embedding_dataset, find_text_files, is_sentence_encoder
+from spdtool.data.kinds.label_sets import LabelSets, find_label_sets
+from spdtool.data.kinds.qrels import find_qrels
+from spdtool.data.kinds.questions import holds_questions, question_dataset
+from spdtool.data.kinds.ranking import find_ranking_columns, ranking_dataset, read_ranking_tables
+from spdtool.data.kinds.words import find_word_columns, word_dataset
 from spdtool.data.labels import LabelSummary, order_by_schema, read_labels
-from spdtool.data.qrels import find_qrels
-from spdtool.data.questions import holds_questions, question_dataset
-from spdtool.data.ranking import find_ranking_columns, ranking_dataset, read_ranking_tables
 from spdtool.data.readme import ClassNames, name_classes, read_class_names
 from spdtool.data.splits import TRAIN_NAMES, draw_dev_rows, draw_test_rows, find_split_files, readable_files
-from spdtool.data.words import find_word_columns, word_dataset
 from spdtool.errors import DataError
 from spdtool.recipe.fields import Recipe
 

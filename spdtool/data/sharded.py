@@ -23,7 +23,7 @@ from spdtool.data.dataset import Dataset, Rows
 from spdtool.data.files import read_file
 from spdtool.data.formats.arrow import iterate_tables
 from spdtool.data.formats.table import Table
-from spdtool.data.label_sets import find_label_sets
+from spdtool.data.kinds.label_sets import find_label_sets
 from spdtool.data.labels import LabelSummary, order_by_schema, read_labels
 from spdtool.data.local import (
     describe_unused,

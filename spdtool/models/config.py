@@ -14,8 +14,8 @@ from typing import Any, NoReturn, TypeAlias
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, PretrainedConfig
 
 from spdtool import console
-from spdtool.data.embedding import is_sentence_encoder
-from spdtool.data.kinds import SUPPORTED, kind_of_architectures
+from spdtool.data.kinds.embedding import is_sentence_encoder
+from spdtool.data.kinds.unsupported import SUPPORTED, kind_of_architectures
 from spdtool.errors import ModelError, SpdError, first_line
 from spdtool.models.foreign import refuse_foreign_config
 from spdtool.tasks.head import Head, find_head

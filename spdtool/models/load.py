@@ -26,7 +26,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from spdtool import ranks
-from spdtool.data.embedding import is_sentence_encoder
+from spdtool.data.kinds.embedding import is_sentence_encoder
 from spdtool.errors import ModelError, first_line
 from spdtool.models import fsdp
 from spdtool.models.checkpoint import Checkpoint, find_model_class, open_checkpoint

@@ -232,7 +232,7 @@ def export_model(
     Raises:
         SpdError: the checkpoint cannot be read, or the exported file is not the checkpoint; nothing is left of it.
     """
-    from spdtool.data.embedding import is_sentence_encoder
+    from spdtool.data.kinds.embedding import is_sentence_encoder
     from spdtool.export import onnx_session
     from spdtool.stages.export import export_checkpoint
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from spdtool.data import dataset as datasets
 from spdtool.data.dataset import Dataset, Rows
-from spdtool.data.embedding import NO_PAIR, is_sentence_encoder
+from spdtool.data.kinds.embedding import NO_PAIR, is_sentence_encoder
 from spdtool.data.tokens import Encoded
 from spdtool.errors import ModelError, RecipeError
 from spdtool.plugins import task_kinds

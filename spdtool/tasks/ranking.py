@@ -14,8 +14,8 @@ import numpy as np
 
 from spdtool.data import dataset as datasets
 from spdtool.data.dataset import Dataset, Rows
+from spdtool.data.kinds.ranking import sample_queries
 from spdtool.data.overview import leaked_rows
-from spdtool.data.ranking import sample_queries
 from spdtool.data.tokens import Encoded
 from spdtool.errors import DataError, ModelError, RecipeError
 from spdtool.plugins import task_kinds

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from spdtool.data.embedding import MODULES, find_file, is_sentence_encoder
+from spdtool.data.kinds.embedding import MODULES, find_file, is_sentence_encoder
 from spdtool.errors import ModelError
 
 TRANSFORMER_CONFIG = "sentence_bert_config.json"

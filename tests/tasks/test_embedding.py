@@ -10,7 +10,7 @@ import pytest
 import torch
 import toys
 
-from spdtool.data.embedding import RatedPairs, make_rows
+from spdtool.data.kinds.embedding import RatedPairs, make_rows
 from spdtool.data.tokens import empty_split
 from spdtool.errors import DataError, ModelError, RecipeError
 from spdtool.models.load import load_tokenizer

@@ -13,7 +13,7 @@ import toys
 
 from spdtool.data.batches import training_batches
 from spdtool.data.dataset import Dataset, Rows
-from spdtool.data.ranking import METRICS
+from spdtool.data.kinds.ranking import METRICS
 from spdtool.data.tokens import empty_split
 from spdtool.errors import DataError, GateError, ModelError
 from spdtool.export.gates.folder import check_configuration

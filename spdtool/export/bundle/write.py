@@ -24,7 +24,7 @@ from transformers import BatchEncoding, PreTrainedModel
 
 from spdtool import console
 from spdtool.data.dataset import find_dataset
-from spdtool.data.embedding import is_sentence_encoder
+from spdtool.data.kinds.embedding import is_sentence_encoder
 from spdtool.errors import ModelError
 from spdtool.export.bundle.card import render_card
 from spdtool.export.bundle.manifest import CARD, digest_files, read_json_object, write_manifest

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from spdtool.data.embedding import MODULES
+from spdtool.data.kinds.embedding import MODULES
 from spdtool.errors import GateError, ModelError
 from spdtool.export import onnx_session
 from spdtool.export.gates.reference import Reference

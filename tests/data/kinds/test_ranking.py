@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from spdtool.data.dataset import Rows, find_dataset
-from spdtool.data.ranking import draw_dev_queries, find_ranking_columns, sample_queries
+from spdtool.data.kinds.ranking import draw_dev_queries, find_ranking_columns, sample_queries
 from spdtool.errors import DataError
 from spdtool.recipe.reading import request_recipe
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spdtool.data.embedding import NO_PAIR, RatedPairs, draw_texts, make_rows, read_pairs, read_text_file
+from spdtool.data.kinds.embedding import NO_PAIR, RatedPairs, draw_texts, make_rows, read_pairs, read_text_file
 from spdtool.errors import DataError
 
 

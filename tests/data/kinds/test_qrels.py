@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from spdtool.data.dataset import Rows, find_dataset
-from spdtool.data.qrels import find_qrels
+from spdtool.data.kinds.qrels import find_qrels
 from spdtool.errors import DataError
 from spdtool.recipe.reading import request_recipe
 

@@ -20,8 +20,8 @@ import numpy as np
 from spdtool.data.columns import Columns, read_texts, require_column
 from spdtool.data.dataset import Dataset, Rows
 from spdtool.data.formats.table import Table
+from spdtool.data.kinds.qrels import find_qrels, read_judged_tables
 from spdtool.data.labels import normalize_label, parse_number
-from spdtool.data.qrels import find_qrels, read_judged_tables
 from spdtool.errors import DataError
 from spdtool.recipe.fields import Recipe
 

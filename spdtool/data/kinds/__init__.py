@@ -1,0 +1,1 @@
+"""Rows that are more than texts with a label: one module for each kind of task."""
