@@ -54,7 +54,7 @@ def quantize_static_int8(model: Path, checkpoint: Path, file: Path, recipe: Reci
     rows = dev.calibration_rows
     if rows is None:
         raise ModelError("OpenVINO's int8 needs training rows of the task")
-    _quantize(model, rows, file)
+    _quantize_with_nncf(model, rows, file)
     expected = dev.predict(torch_forward(load_model(checkpoint)))
     logits = dev.predict(open_forward(file))
     comparison = compare_predictions(dev.task, expected, logits, dev.splits, recipe.export.tolerance)
@@ -79,7 +79,7 @@ def open_forward(file: Path) -> Forward:
     return forward
 
 
-def _quantize(model: Path, rows: Encoded, file: Path) -> None:
+def _quantize_with_nncf(model: Path, rows: Encoded, file: Path) -> None:
     import nncf
     import openvino
 

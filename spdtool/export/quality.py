@@ -13,9 +13,9 @@ from spdtool.export.gates.reference import Reference
 from spdtool.models.predict import predict, torch_forward
 from spdtool.recipe.fields import Recipe
 from spdtool.run.records import Calibration, CalibrationPair, DifferingRow, FinalScores, PairedTest, Quality, Role
-from spdtool.tasks.calibration import summarize_confidences
 from spdtool.tasks.decision import Answer
-from spdtool.tasks.significance import ScoreRows, bootstrap_interval, bootstrap_scores, mcnemar, paired_bootstrap
+from spdtool.tasks.scores.calibration import summarize_confidences
+from spdtool.tasks.scores.significance import ScoreRows, bootstrap_interval, bootstrap_scores, mcnemar, paired_bootstrap
 from spdtool.tasks.task import Task
 
 LONGEST_TEXT = 300  # characters of a text on the page

@@ -17,7 +17,7 @@ from spdtool import console
 from spdtool.data.kinds.embedding import is_sentence_encoder
 from spdtool.data.kinds.unsupported import SUPPORTED, kind_of_architectures
 from spdtool.errors import ModelError, SpdError, first_line
-from spdtool.models.foreign import refuse_foreign_config
+from spdtool.models.checks.foreign import refuse_foreign_config
 from spdtool.tasks.head import Head, find_head
 from spdtool.tasks.task import Task
 

@@ -29,12 +29,12 @@ from spdtool import ranks
 from spdtool.data.kinds.embedding import is_sentence_encoder
 from spdtool.errors import ModelError, first_line
 from spdtool.models import fsdp
-from spdtool.models.checkpoint import Checkpoint, find_model_class, open_checkpoint
+from spdtool.models.checks.checkpoint import Checkpoint, find_model_class, open_checkpoint
+from spdtool.models.checks.tables import fit_tokenizer
+from spdtool.models.checks.weight_files import read_weight_files
 from spdtool.models.config import has_head, read_config, reading_hint, unreadable_model
 from spdtool.models.layers import find_layer_stack, select_trained_parameters
 from spdtool.models.sentence import add_pooling, sentence_settings
-from spdtool.models.tables import fit_tokenizer
-from spdtool.models.weight_files import read_weight_files
 from spdtool.recipe.fields import Recipe
 from spdtool.tasks.head import SEQUENCE_CLASSIFIER, Head, head_of_config, head_of_model
 from spdtool.tasks.sentence_settings import read_sentence_settings

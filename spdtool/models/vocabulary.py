@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from spdtool.errors import ModelError, RecipeError
-from spdtool.models.tables import POSITIONS_FROM_PADDING
+from spdtool.models.checks.tables import POSITIONS_FROM_PADDING
 from spdtool.recipe.fields import Recipe
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def choose_tokens(tokenizer: PreTrainedTokenizerBase, used: Iterable[int]) -> np
     Raises:
         ModelError: the tokenizer is of another kind, or not one of the fast ones.
     """
-    description = _describe(tokenizer)
+    description = _read_tokenizer(tokenizer)
     model = cast("JsonObject", description["model"])
     ids = _read_vocabulary(model)
     pieces = {index: piece for piece, index in ids.items()}
@@ -139,7 +139,7 @@ def trim_embeddings(model: PreTrainedModel, tokens: np.ndarray) -> None:
             setattr(model.config, name, new_ids[value])
 
 
-def _describe(tokenizer: PreTrainedTokenizerBase) -> JsonObject:
+def _read_tokenizer(tokenizer: PreTrainedTokenizerBase) -> JsonObject:
     """Return the contents of tokenizer.json."""
     if not tokenizer.is_fast:
         raise ModelError(

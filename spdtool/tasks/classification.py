@@ -18,9 +18,9 @@ from spdtool.errors import LISTED, DataError, ModelError
 from spdtool.plugins import task_kinds
 from spdtool.recipe.fields import Loss
 from spdtool.run.records import ClassScores
-from spdtool.tasks.calibration import Confidences, class_confidences, fit_temperature, softmax
 from spdtool.tasks.decision import Answer, Json
-from spdtool.tasks.metrics import METRICS
+from spdtool.tasks.scores.calibration import Confidences, class_confidences, fit_temperature, softmax
+from spdtool.tasks.scores.metrics import METRICS
 from spdtool.tasks.task import ProblemType, Task
 
 if TYPE_CHECKING:

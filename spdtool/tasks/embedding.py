@@ -24,8 +24,8 @@ from spdtool.plugins import task_kinds
 from spdtool.recipe.fields import Loss, Recipe
 from spdtool.tasks.decision import NUMBER, Answer, Decision, Json, Object
 from spdtool.tasks.head import Head
-from spdtool.tasks.metrics import METRICS
-from spdtool.tasks.neighbours import cosines, neighbour_agreement
+from spdtool.tasks.scores.metrics import METRICS
+from spdtool.tasks.scores.neighbours import cosines, neighbour_agreement
 from spdtool.tasks.sentence_settings import SentenceSettings, read_sentence_settings
 from spdtool.tasks.task import Task
 

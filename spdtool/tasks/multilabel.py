@@ -16,10 +16,10 @@ from spdtool.errors import DataError
 from spdtool.plugins import task_kinds
 from spdtool.recipe.fields import Loss, Recipe
 from spdtool.run.records import ClassScores
-from spdtool.tasks.calibration import Confidences, best_thresholds, label_confidences, sigmoid
 from spdtool.tasks.classification import Classification
 from spdtool.tasks.decision import Answer, Json, SeveralLabels
-from spdtool.tasks.metrics import f1_of_label_sets, f1_of_labels, mean_average_precision
+from spdtool.tasks.scores.calibration import Confidences, best_thresholds, label_confidences, sigmoid
+from spdtool.tasks.scores.metrics import f1_of_label_sets, f1_of_labels, mean_average_precision
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -21,7 +21,7 @@ from spdtool.errors import DataError, ModelError, RecipeError
 from spdtool.plugins import task_kinds
 from spdtool.recipe.fields import Loss, Recipe
 from spdtool.tasks.decision import LARGEST_LOGIT, LOGITS, NUMBER, Answer, Decision, Json, Object
-from spdtool.tasks.ranking_metrics import rank_passages, reciprocal_rank, score_rankings, split_by_query
+from spdtool.tasks.scores.ranking_metrics import rank_passages, reciprocal_rank, score_rankings, split_by_query
 from spdtool.tasks.task import Task
 
 if TYPE_CHECKING:

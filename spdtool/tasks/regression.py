@@ -13,7 +13,7 @@ from spdtool.errors import ModelError
 from spdtool.plugins import task_kinds
 from spdtool.recipe.fields import Loss
 from spdtool.tasks.decision import OneNumber
-from spdtool.tasks.metrics import METRICS
+from spdtool.tasks.scores.metrics import METRICS
 from spdtool.tasks.task import Task
 
 if TYPE_CHECKING:

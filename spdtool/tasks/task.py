@@ -15,10 +15,10 @@ from spdtool.data.tokens import Encoded, encode_splits
 from spdtool.data.unlabeled import read_unlabeled
 from spdtool.recipe.fields import Loss, Recipe
 from spdtool.run.records import ClassScores
-from spdtool.tasks.calibration import Confidences
 from spdtool.tasks.decision import Answer, Decision, Json, OneLabel
 from spdtool.tasks.head import SEQUENCE_CLASSIFIER, Head
-from spdtool.tasks.metrics import METRICS
+from spdtool.tasks.scores.calibration import Confidences
+from spdtool.tasks.scores.metrics import METRICS
 
 if TYPE_CHECKING:
     from torch import Tensor

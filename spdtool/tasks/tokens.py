@@ -20,7 +20,7 @@ from spdtool.tasks.classification import Classification
 from spdtool.tasks.decision import Answer, Json
 from spdtool.tasks.entities import OUTSIDE, Entities
 from spdtool.tasks.head import Head
-from spdtool.tasks.metrics import METRICS
+from spdtool.tasks.scores.metrics import METRICS
 from spdtool.tasks.task import Task
 
 if TYPE_CHECKING:

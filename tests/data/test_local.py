@@ -15,8 +15,8 @@ from spdtool.data.dataset import Dataset, Rows, find_dataset
 from spdtool.data.splits import draw_dev_rows
 from spdtool.errors import DataError, RecipeError
 from spdtool.recipe.fields import Recipe
-from spdtool.tasks.metrics import METRICS
 from spdtool.tasks.prepare import find_task
+from spdtool.tasks.scores.metrics import METRICS
 
 Records = list[dict[str, Any]]
 FORMATS = ("csv", "tsv", "jsonl", "parquet")

@@ -17,8 +17,8 @@ from spdtool.data.tokens import tokenize
 from spdtool.errors import DataError, UnknownName
 from spdtool.recipe.fields import Recipe
 from spdtool.run.records import DataRecord
-from spdtool.tasks.metrics import METRICS
 from spdtool.tasks.prepare import find_task, prepare_data, task_of
+from spdtool.tasks.scores.metrics import METRICS
 from spdtool.tasks.task import Task
 
 ToyTask = Callable[..., Task]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spdtool.tasks.ranking_metrics import average_precision, ndcg, reciprocal_rank, score_rankings
+from spdtool.tasks.scores.ranking_metrics import average_precision, ndcg, reciprocal_rank, score_rankings
 
 # (relevance in the order of the ranking, reciprocal rank, nDCG@10, average precision)
 WORKED = (

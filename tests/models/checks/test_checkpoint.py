@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spdtool.errors import ModelError
-from spdtool.models.checkpoint import open_checkpoint
+from spdtool.models.checks.checkpoint import open_checkpoint
 from spdtool.models.load import build_empty_model, load_model, save_model
 
 QUERY = "bert.encoder.layer.1.attention.self.query.weight"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spdtool.tasks.calibration import (
+from spdtool.tasks.scores.calibration import (
     best_thresholds,
     class_confidences,
     fit_temperature,
@@ -14,7 +14,7 @@ from spdtool.tasks.calibration import (
     softmax,
     summarize_confidences,
 )
-from spdtool.tasks.metrics import f1_of_labels
+from spdtool.tasks.scores.metrics import f1_of_labels
 
 
 def drawn_classes(logits: np.ndarray, seed: int = 0) -> np.ndarray:

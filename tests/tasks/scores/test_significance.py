@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spdtool.tasks.significance import bootstrap_interval, bootstrap_scores, mcnemar, paired_bootstrap
+from spdtool.tasks.scores.significance import bootstrap_interval, bootstrap_scores, mcnemar, paired_bootstrap
 
 
 def right_rows(both_right: int, teacher_only: int, student_only: int, neither: int) -> tuple[np.ndarray, np.ndarray]:

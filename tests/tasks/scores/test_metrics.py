@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from spdtool.tasks.metrics import METRICS, f1_of_label_sets, f1_of_labels, mean_average_precision
+from spdtool.tasks.scores.metrics import METRICS, f1_of_label_sets, f1_of_labels, mean_average_precision
 
 GOLD = np.array([1, 1, 0, 1, 0, 0, 1, 0, 1, 1])
 GUESS = np.array([1, 0, 0, 1, 1, 0, 1, 0, 0, 1])

@@ -21,9 +21,8 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
 from spdtool.errors import ModelError
-from spdtool.models.config import announce_once, read_config, require_head, unreadable_model
-from spdtool.models.foreign import refuse_foreign_weights
-from spdtool.models.weight_files import (
+from spdtool.models.checks.foreign import refuse_foreign_weights
+from spdtool.models.checks.weight_files import (
     FLOATS,
     INDEX_FILE,
     WEIGHTS_FILE,
@@ -33,6 +32,7 @@ from spdtool.models.weight_files import (
     refuse_not_finite,
     strip_wrappers,
 )
+from spdtool.models.config import announce_once, read_config, require_head, unreadable_model
 from spdtool.tasks.head import Head, head_of_config
 
 # Parts of the names that PEFT gives to the weights that it adds, and to those that it wraps.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spdtool.tasks import neighbours
-from spdtool.tasks.neighbours import cosines, find_neighbours, neighbour_agreement
+from spdtool.tasks.scores import neighbours
+from spdtool.tasks.scores.neighbours import cosines, find_neighbours, neighbour_agreement
 
 
 def test_neighbours_are_those_of_a_slow_search(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,1 @@
+"""Scores: metrics, how sure they are, and probabilities that mean something."""
