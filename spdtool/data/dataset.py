@@ -78,8 +78,8 @@ class Dataset:
         kind: registered name of the kind of task, see `spdtool.tasks`.
         text: names of the one or two text columns.
         labels: label names in the order of their indices; empty where labels are numbers.
-        metrics: names in `spdtool.tasks.scores.metrics.METRICS`; the headline score is the recipe's `metric`, else their mean,
-            as GLUE reports it.
+        metrics: names in `METRICS` of `spdtool.tasks.scores.metrics`; the headline score is the recipe's `metric`,
+            else their mean, as GLUE reports it.
         load: `load(data, seed)` returns the splits: `train` and `dev`, perhaps `test`, which is scored once at the end,
             and any further dev sets under names that start with `dev_`. `data` is a path, or None for the data set's
             usual source (the hub).
