@@ -128,7 +128,7 @@ def group_by_text(windows: Sequence[Grouped]) -> list[list[Grouped]]:
     return groups
 
 
-def sample_texts(rows: Encoded, windows: Sequence[TextWindow], count: int, seed: int) -> Encoded:
+def sample_windows(rows: Encoded, windows: Sequence[TextWindow], count: int, seed: int) -> Encoded:
     """Draw all windows of `count` texts, and keep their order; all of them where there are no more texts."""
     examples = np.array([window.example for window in windows], np.int64)
     texts = np.unique(examples)

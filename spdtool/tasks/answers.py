@@ -16,7 +16,7 @@ import numpy as np
 
 from spdtool.data.windows import WindowOutput
 from spdtool.escaping import make_visible
-from spdtool.tasks.decision import LABEL, NUMBER, Answer, Decision, Json, Object, Snippets, softmax
+from spdtool.tasks.decision import LABEL, NUMBER, Answer, Decision, Json, Object, Snippets, normalize_logits
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -57,7 +57,7 @@ def find_candidate(windows: Sequence[WindowOutput]) -> Candidate:
         first, last = np.unravel_index(int(sums.argmax()), sums.shape)
         if sums[first, last] > best.logit:
             readable = np.concatenate([[0], tokens])
-            chances = softmax(begins[readable])[1 + first] * softmax(ends[readable])[1 + last]
+            chances = normalize_logits(begins[readable])[1 + first] * normalize_logits(ends[readable])[1 + last]
             start, end = int(window.spans[tokens[first], 0]), int(window.spans[tokens[last], 1])
             best = Candidate(float(sums[first, last]), null, float(chances), start, end)
     return best._replace(null=null)
@@ -79,11 +79,11 @@ class BestSpan(Decision):
         threshold = self.settings.get("no_answer_threshold")
         answers: list[Answer] = []
         for windows in outputs:
-            found = find_candidate(windows)
-            is_null = isinstance(threshold, int | float) and found.null - found.logit > threshold
-            start, end = (0, 0) if is_null else (found.start, found.end)
+            candidate = find_candidate(windows)
+            is_null = isinstance(threshold, int | float) and candidate.null - candidate.logit > threshold
+            start, end = (0, 0) if is_null else (candidate.start, candidate.end)
             text = windows[0].window.text[start:end]
-            answers.append({"answer": text, "score": found.probability, "start": start, "end": end})
+            answers.append({"answer": text, "score": candidate.probability, "start": start, "end": end})
         return answers
 
     def predictions(self, outputs: Any) -> list[Object]:
@@ -115,8 +115,8 @@ class BestSpan(Decision):
 
     def line(self, prediction: Mapping[str, Any]) -> str:
         """Return answer, score and place, separated by tabs."""
-        place = f"{prediction['start']}-{prediction['end']}"
-        return f"{make_visible(prediction['answer'])}\t{prediction['score']:.4f}\t{place}"
+        characters = f"{prediction['start']}-{prediction['end']}"
+        return f"{make_visible(prediction['answer'])}\t{prediction['score']:.4f}\t{characters}"
 
     @property
     def unanswered(self) -> str:
@@ -140,8 +140,8 @@ def word_f1(predicted: str, gold: Sequence[str]) -> float:
 
 
 def _word_f1(predicted: str, gold: str) -> float:
-    found, right = normalize_answer(predicted).split(), normalize_answer(gold).split()
-    if not found or not right:
-        return float(found == right)
-    shared = sum((Counter(found) & Counter(right)).values())
-    return 2 * shared / (len(found) + len(right))
+    words, gold_words = normalize_answer(predicted).split(), normalize_answer(gold).split()
+    if not words or not gold_words:
+        return float(words == gold_words)
+    shared = sum((Counter(words) & Counter(gold_words)).values())
+    return 2 * shared / (len(words) + len(gold_words))

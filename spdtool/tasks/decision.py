@@ -33,7 +33,7 @@ THRESHOLDS_NOTE = """
 LARGEST_LOGIT = 80  # exp overflows in float32 beyond 88
 
 
-def softmax(logits: np.ndarray) -> np.ndarray:
+def normalize_logits(logits: np.ndarray) -> np.ndarray:
     """Return the softmax over the last axis, in the type of the logits."""
     powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
     shares: np.ndarray = powers / powers.sum(axis=-1, keepdims=True)
@@ -124,13 +124,13 @@ class Decision:
 
     def predictions(self, outputs: np.ndarray) -> list[Object]:
         """Return one JSON object for each answer: by default `label`, its `probability` or None, and `logits`."""
-        probabilities, found = self.probabilities(outputs), []
+        probabilities, rows = self.probabilities(outputs), []
         for index, answer in enumerate(self.decide(outputs)):
             probability: Json = None
             if probabilities is not None:
                 probability = self.describe_probability(answer, probabilities[index])
-            found.append({"label": answer, "probability": probability, "logits": outputs[index].tolist()})
-        return found
+            rows.append({"label": answer, "probability": probability, "logits": outputs[index].tolist()})
+        return rows
 
     def describe_probability(self, answer: Answer, probabilities: np.ndarray) -> Json:
         """Return the probability of an answer, from those of its row's labels."""
@@ -205,7 +205,9 @@ class OneLabel(Decision):
 
     def probabilities(self, outputs: np.ndarray) -> np.ndarray | None:
         """Return the softmax of the logits, divided by the temperature."""
-        return np.asarray(softmax(outputs if self.temperature == 1.0 else outputs / self.temperature), np.float32)
+        return np.asarray(
+            normalize_logits(outputs if self.temperature == 1.0 else outputs / self.temperature), np.float32
+        )
 
 
 class SeveralLabels(Decision):
@@ -348,8 +350,8 @@ def find_decision(config: Mapping[str, Any], kind: str | None = None) -> type[De
     head = head_of_config(config)
     for entries in (plugins.task_kinds.builtin_entries, plugins.task_kinds.entries):
         decisions = [entry.value.decision for entry in entries() if entry.value.head == head]
-        found: type[Decision]
-        for found in dict.fromkeys([*decisions, SeveralLabels]):
-            if found is not OneLabel and found.fits(config):
-                return found
+        decision: type[Decision]
+        for decision in dict.fromkeys([*decisions, SeveralLabels]):
+            if decision is not OneLabel and decision.fits(config):
+                return decision
     return OneLabel

@@ -13,7 +13,7 @@ import numpy as np
 
 from spdtool.data.windows import WindowOutput
 from spdtool.escaping import make_visible
-from spdtool.tasks.decision import LABEL, Answer, Decision, Json, Object, Snippets, softmax
+from spdtool.tasks.decision import LABEL, Answer, Decision, Json, Object, Snippets, normalize_logits
 
 OUTSIDE = "O"
 ENTITIES = "entities"
@@ -31,7 +31,7 @@ def list_entities(output: WindowOutput, names: Sequence[str]) -> list[Answer]:
         output: a window with logits [tokens, labels].
         names: tags in the order of the logits.
     """
-    window, probabilities = output.window, softmax(output.values)
+    window, probabilities = output.window, normalize_logits(output.values)
     best = probabilities.argmax(axis=1)
     groups: list[list[int]] = []
     for token in np.flatnonzero(window.sources >= 0).tolist():

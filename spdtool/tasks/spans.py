@@ -10,7 +10,7 @@ import numpy as np
 
 from spdtool.data.dataset import Rows, Splits
 from spdtool.data.tokens import Encoded
-from spdtool.data.windows import TextWindow, WindowOutput, group_by_text, sample_texts, tokenize_windows
+from spdtool.data.windows import TextWindow, WindowOutput, group_by_text, sample_windows, tokenize_windows
 from spdtool.errors import ModelError
 from spdtool.plugins import task_kinds
 from spdtool.recipe.fields import Loss, Recipe
@@ -89,7 +89,7 @@ class Spans(Task):
 
     def sample_scored_rows(self, rows: Encoded, count: int, seed: int) -> Encoded:
         """Draw whole contexts."""
-        return sample_texts(rows, _details_of(rows).windows, count, seed)
+        return sample_windows(rows, _details_of(rows).windows, count, seed)
 
     def gold_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the cross-entropy of begin and end, averaged over windows."""
@@ -117,11 +117,11 @@ class Spans(Task):
 
     def score(self, outputs: np.ndarray, rows: Encoded) -> dict[str, float]:
         """Return exact match and F1 of words, averaged over questions."""
-        found = [answer["answer"] for answer in self.answers(outputs, rows, self.head_labels)]
+        predicted = [answer["answer"] for answer in self.answers(outputs, rows, self.head_labels)]
         gold = self._gold_answers(rows)
         values = {
-            "exact_match": np.mean([exact_match(*pair) for pair in zip(found, gold, strict=True)]),
-            "f1": np.mean([word_f1(*pair) for pair in zip(found, gold, strict=True)]),
+            "exact_match": np.mean([exact_match(*pair) for pair in zip(predicted, gold, strict=True)]),
+            "f1": np.mean([word_f1(*pair) for pair in zip(predicted, gold, strict=True)]),
         }
         return self.summarize({name: float(values[name]) for name in self.dataset.metrics})
 
@@ -163,9 +163,9 @@ class Spans(Task):
         gold = self._gold_answers(rows)
         margins, gains = [], []
         for windows, answers in zip(self.outputs_by_row(outputs, rows), gold, strict=True):
-            found = find_candidate(windows)
-            margins.append(found.null - found.logit)
-            text = windows[0].window.text[found.start : found.end]
+            predicted = find_candidate(windows)
+            margins.append(predicted.null - predicted.logit)
+            text = windows[0].window.text[predicted.start : predicted.end]
             gains.append(word_f1(text, answers) - word_f1("", answers))
         steps = np.unique(np.quantile(margins, np.linspace(0, 1, THRESHOLDS)))
         # Between the margins of questions, so that rounding decides none of them.

@@ -12,7 +12,7 @@ import numpy as np
 from spdtool.data.dataset import Rows, Splits
 from spdtool.data.overview import list_names
 from spdtool.data.tokens import IGNORED, Encoded
-from spdtool.data.windows import TextWindow, WindowOutput, group_by_text, locate_words, sample_texts, tokenize_windows
+from spdtool.data.windows import TextWindow, WindowOutput, group_by_text, locate_words, sample_windows, tokenize_windows
 from spdtool.plugins import task_kinds
 from spdtool.recipe.fields import Loss, Recipe
 from spdtool.run.records import ClassScores
@@ -110,19 +110,19 @@ class Tokens(Classification):
             text = windows[0].example
             spans = np.array([word[:2] for word in rows.labels[text]], np.int64).reshape(-1, 2)
             tags = np.array([word[2] for word in rows.labels[text]], np.int64)
-            found = locate_words(windows, spans)
-            missing = set(range(len(tags))).difference(*(words.tolist() for words in found))
+            located = locate_words(windows, spans)
+            missing = set(range(len(tags))).difference(*(words.tolist() for words in located))
             if missing:
                 unread[text] = {word: int(tags[word]) for word in sorted(missing)}
-            all_words += found
-            labels += [np.where(words >= 0, tags[words], IGNORED) for words in found]
+            all_words += located
+            labels += [np.where(words >= 0, tags[words], IGNORED) for words in located]
         details = WordDetails(split.windows, all_words, unread)
         return replace(split.encoded, labels=np.concatenate(labels), labels_per_token=True, details=details)
 
     def sample_scored_rows(self, rows: Encoded, count: int, seed: int) -> Encoded:
         """Draw whole texts."""
         assert isinstance(rows.details, WordDetails)
-        return sample_texts(rows, rows.details.windows, count, seed)
+        return sample_windows(rows, rows.details.windows, count, seed)
 
     def gold_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the cross-entropy, averaged over words."""
@@ -157,17 +157,21 @@ class Tokens(Classification):
         details = rows.details
         assert isinstance(details, WordDetails)
         gold: dict[int, dict[int, str]] = {}
-        found: dict[int, dict[int, str]] = {}
+        predicted_tags: dict[int, dict[int, str]] = {}
         for row, (window, words) in enumerate(zip(details.windows, details.words, strict=True)):
             if window.example not in gold:
                 unread = details.unread.get(window.example, {})
                 gold[window.example] = {word: self.tags[tag] for word, tag in unread.items()}
-                found[window.example] = dict.fromkeys(unread, OUTSIDE if OUTSIDE in self.tags else self.tags[0])
+                predicted_tags[window.example] = dict.fromkeys(
+                    unread, OUTSIDE if OUTSIDE in self.tags else self.tags[0]
+                )
             for token in np.flatnonzero(words >= 0).tolist():
                 position = int(rows.offsets[row]) + token
                 gold[window.example][int(words[token])] = self.tags[rows.labels[position]]
-                found[window.example][int(words[token])] = self.tags[predicted[position]]
-        in_order = [[[tags[word] for word in sorted(tags)] for tags in side.values()] for side in (gold, found)]
+                predicted_tags[window.example][int(words[token])] = self.tags[predicted[position]]
+        in_order = [
+            [[tags[word] for word in sorted(tags)] for tags in side.values()] for side in (gold, predicted_tags)
+        ]
         return in_order[0], in_order[1]
 
     def score(self, outputs: np.ndarray, rows: Encoded) -> dict[str, float]:
@@ -200,9 +204,9 @@ class Tokens(Classification):
         scores = {}
         for kind in kinds:
             right, answered = _keep_kind(gold, kind), _keep_kind(predicted, kind)
-            found: Any = precision_recall_fscore_support(right, answered, average="micro", zero_division=0)
+            figures: Any = precision_recall_fscore_support(right, answered, average="micro", zero_division=0)
             spans = sum(tag.startswith("B-") for tags in right for tag in tags)
-            scores[kind] = ClassScores(precision=found[0], recall=found[1], f1=found[2], rows=spans)
+            scores[kind] = ClassScores(precision=figures[0], recall=figures[1], f1=figures[2], rows=spans)
         return scores
 
     def baseline(self, rows: Rows | Encoded) -> dict[str, float]:
@@ -287,3 +291,8 @@ class Tokens(Classification):
 def _keep_kind(tags_by_text: Tags, kind: str) -> Tags:
     """Return the tags with those of spans of another type outside."""
     return [[tag if tag[2:] == kind else OUTSIDE for tag in tags] for tags in tags_by_text]
+
+
+def _in_order(tags_by_text: dict[int, dict[int, str]]) -> Tags:
+    """Return the tags of each text in the order of its words."""
+    return [[tags[word] for word in sorted(tags)] for tags in tags_by_text.values()]

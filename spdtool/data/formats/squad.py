@@ -59,7 +59,7 @@ def _iterate_questions(path: Path, articles: list[object]) -> Iterator[list[obje
 
 def _list_of(path: Path, value: object, name: str) -> list[Mapping[str, object]]:
     """Return the objects under a key. Raises DataError."""
-    found = value.get(name) if isinstance(value, dict) else None
-    if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
+    objects = value.get(name) if isinstance(value, dict) else None
+    if not isinstance(objects, list) or not all(isinstance(each, dict) for each in objects):
         raise DataError(f"{path}: {name!r} is missing, or no list of objects, in {str(value)[:60]!r}", LAYOUT)
-    return found
+    return objects

@@ -229,8 +229,8 @@ def _are_spans(names: set[str]) -> bool:
     """Tell whether all tags are O or have the prefix of a scheme for spans."""
     has_span = False
     for name in names:
-        prefix, hyphen, rest = name.partition("-")
-        if name != OUTSIDE and (prefix not in BIO_PREFIXES or not hyphen or not rest):
+        prefix, hyphen, kind = name.partition("-")
+        if name != OUTSIDE and (prefix not in BIO_PREFIXES or not hyphen or not kind):
             return False
         has_span = has_span or name != OUTSIDE
     return has_span
