@@ -107,7 +107,8 @@ def choose_precision(recipe: Recipe, *, on_cpu: bool) -> Precision:
 
 def _has_bf16() -> bool:
     # emulated, on GPUs older than Ampere, it is slower than float32
-    return torch.cuda.is_bf16_supported(including_emulation=False)
+    is_supported: bool = torch.cuda.is_bf16_supported(including_emulation=False)
+    return is_supported
 
 
 @contextmanager

@@ -155,7 +155,7 @@ class CudaRecorder:
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream()
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def warm_up(self, step: Callable[[], LossTerms]) -> LossTerms:
         """Run a step on a side stream, as it will be recorded: libraries make their workspaces for each stream."""

@@ -233,7 +233,7 @@ def copy_tensors(tensors: TensorGroups) -> CopiedTensors:
     if not on_gpu:
         return CopiedTensors(_map_tensors(tensors, torch.clone), lambda: None)
     training = torch.cuda.current_stream(on_gpu[0])
-    side = torch.cuda.Stream(on_gpu[0])
+    side = torch.cuda.Stream(on_gpu[0])  # type: ignore[no-untyped-call]
     side.wait_stream(training)
     with torch.cuda.stream(side):
         copies = _map_tensors(tensors, _copy_to_pinned)

@@ -49,9 +49,9 @@ def flatten(weights: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.cat([weights[name].flatten() for name in sorted(weights)])
 
 
-def train_all(run: Run) -> dict[str, dict[str, torch.Tensor]]:
+def train(run: Run, *stages: Callable[[Run], Any]) -> dict[str, dict[str, torch.Tensor]]:
     weights = {}
-    for stage in (teacher, prune, distill, finetune):
+    for stage in stages:
         stage(run)
         name = stage.__name__
         weights[name] = load_file(run.path / name / "model.safetensors")
@@ -61,13 +61,13 @@ def train_all(run: Run) -> dict[str, dict[str, torch.Tensor]]:
 def test_every_stage_runs_on_a_double_of_a_gpu(
     toy_run: Callable[..., Run], double: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    on_gpu = train_all(toy_run(*FIELDS, folder="gpu"))
+    on_gpu = train(toy_run(*FIELDS, folder="gpu"), teacher, prune, distill, finetune)
     assert Repeating.recorded >= 4, "each stage has lengths that come again"
     assert "stay on the GPU" in "".join(capsys.readouterr())
     record = json.loads(Path(toy_run(*FIELDS, folder="gpu").path / "finetune" / "stage.json").read_text("utf-8"))
     assert record["machine"]["precision"] == "bf16"
     monkeypatch.setattr(device, "is_gpu", lambda target: target.type == "cuda")
-    on_cpu = train_all(toy_run(*FIELDS, folder="cpu"))
+    on_cpu = train(toy_run(*FIELDS, folder="cpu"), teacher, prune)
     for stage, weights in on_cpu.items():
         for name, weight in weights.items():
             if stage != "teacher" and ".layer." in name and weight.dim() == 2:
