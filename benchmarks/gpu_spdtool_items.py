@@ -313,7 +313,8 @@ def measure_bench(context: Context) -> dict[str, Any]:
     sets = ["prune.heads=0.5", "prune.neurons=0.5", "bench.batches=[1,32]", "bench.lengths=[128]", "bench.seconds=40"]
     sets += ["export.optional=['onnx-fp16','onnx-ort-fp16']", "bench.compiled=false", "bench.ledger=false"]
     sets += [f"{stage}.max_steps={SHORT_STEPS}" for stage in STAGES]
-    sets += ["max_rows=256", "teacher.accept=true"]
+    sets += [f"{stage}.batch_size=8" for stage in STAGES]
+    sets += ["max_rows=256", "teacher.accept=true", "prune.events=1"]
     folder = context.folder / "bench"
     # a smoke run has one shape only, of 16 tokens
     spdtool.compress("demo", run=folder, device=context.device, smoke=context.tiny, sets=sets)
