@@ -78,7 +78,8 @@ Encoder::Encoder(const EncoderShape& shape, const Machine& machine, const Next& 
 
   const auto each = [&](auto&& visit) {
     for (EncoderLayer& l : layers_)
-      for (LinearWeights* matrix : {&l.query, &l.key, &l.value, &l.output, &l.up, &l.gate, &l.down}) visit(*matrix);
+      for (LinearWeights* matrix : {&l.query, &l.key, &l.value, &l.output, &l.up, &l.gate, &l.down})
+        if (matrix->rows() != 0) visit(*matrix);  // most kinds have no gate
   };
   size_t bytes = 0;
   each([&](LinearWeights& matrix) { bytes += matrix.bytes(); });
