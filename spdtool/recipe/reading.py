@@ -182,7 +182,7 @@ def override(recipe: Recipe, sets: Iterable[str], flags: Mapping[str, object] | 
 def make_smoke(recipe: Recipe) -> Recipe:
     """Cut `recipe` down to a few steps, marked so that nobody takes its numbers for a result."""
     tree = recipe.model_dump() | {"smoke": True, "max_rows": min(recipe.max_rows or 64, 64)}
-    tree["max_length"] = min(recipe.max_length, 32)
+    tree["max_length"] = min(recipe.max_length, 64)  # a question of 40 tokens leaves room for its context
     for stage in TRAINING:
         tree[stage] |= SMOKE_TRAINING
         # A list names layers of the real model; the random one has two.

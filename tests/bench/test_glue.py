@@ -153,7 +153,7 @@ def test_nothing_starts_while_the_pause_file_exists(glue: ModuleType, arguments:
 def test_a_running_command_is_paused_and_resumed(glue: ModuleType, tmp_path: Path) -> None:
     clock = tmp_path / "clock"
     program = f"import time, pathlib\nwhile True: pathlib.Path({str(clock)!r}).write_text('x'); time.sleep(0.01)"
-    runner = glue.Runner(tmp_path / "tool", tmp_path / "model", tmp_path, time.monotonic() + 60)
+    runner = glue.Runner(tmp_path / "tool", tmp_path / "model", tmp_path, time.monotonic() + 60, (1e-4,), (1,))
     errors: list[BaseException] = []
 
     def run() -> None:

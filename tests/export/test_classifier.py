@@ -207,7 +207,7 @@ def test_several_labels_a_row_are_those_above_one_half(loaded: Classifier, monke
     monkeypatch.setattr(loaded, "decision", SeveralLabels(loaded.names))
     logits = np.full((2, len(loaded.names)), -1.0)
     logits[1] = 1.0
-    monkeypatch.setattr(loaded, "logits", lambda *_: logits)
+    monkeypatch.setattr(loaded, "outputs", lambda *_: logits)
     assert loaded(["a", "b"]) == [[], loaded.names]
 
 

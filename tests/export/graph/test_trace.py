@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -284,6 +285,7 @@ def test_beyond_the_limit_weights_go_to_a_second_file(
     assert [file.name for file in files] == ["model.onnx", "model.onnx_data"]
     assert files[0].stat().st_size < files[1].stat().st_size < exported_model.files[0].stat().st_size
     check_weights(replace(exported_model, folder=tmp_path))
+    shutil.copy(exported_model.folder / "config.json", tmp_path)
     batch = exported_model.rows.collate([0, 1])
     assert (Onnx().session(tmp_path)(batch) == Onnx().session(exported_model.folder)(batch)).all()
 
@@ -391,6 +393,7 @@ class TestPlantedFaults:
             tensor.raw_data = array.tobytes()
             (tmp_path / "onnx").mkdir()
             onnx.save(proto, tmp_path / "onnx/model.onnx")
+            shutil.copy(exported_model.folder / "config.json", tmp_path)  # says what the outputs are
             return Exported(exported_model.checkpoint, tmp_path, [tmp_path / "onnx/model.onnx"], exported_model.rows)
 
         return make
