@@ -74,7 +74,7 @@ test: setup
 test-long: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist worksteal -m long $(PYTEST_ARGS)
 
-# The loop of a developer: everything but the tests that take over five seconds.
+# The loop of a developer: everything but the tests that train, export or are in tests/slow_tests.txt (list_slow_tests.py).
 quick: setup
 	$(MAKE) test PYTEST_ARGS="-m 'not slow and not long' $(PYTEST_ARGS)"
 

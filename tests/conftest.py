@@ -32,10 +32,14 @@ torch.set_num_threads(1)  # threads cost more than they gain on tiny models
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test slow that needs a run, or is in a module that exports."""
+    """Mark every test slow that needs a run, is in a module that exports, or was measured to be slow."""
+    root = Path(__file__).parents[1]
+    slow_tests = set(Path(__file__).with_name("slow_tests.txt").read_text("utf-8").split())
     for item in items:
         needs_run = WHOLE_RUNS & set(getattr(item, "fixturenames", ()))
-        if needs_run or item.path.name in EXPORTING_MODULES:
+        # the name without the parameters of the case
+        test = f"{item.path.relative_to(root).as_posix()}::{item.nodeid.split('::', 1)[1].split('[')[0]}"
+        if needs_run or item.path.name in EXPORTING_MODULES or test in slow_tests:
             item.add_marker(pytest.mark.slow)
 
 
