@@ -58,7 +58,7 @@ def submission_lines(classify: Classifier, file: Path, batch_size: int) -> Itera
     spellings = dict(zip(task.labels, task.label_spellings, strict=True))
     yield HEADER
     for index, answer in zip(indices, classify.decide(logits), strict=True):
-        yield f"{index}\t{_spell(answer, spellings)}"
+        yield f"{index}\t{_write_label(answer, spellings)}"
 
 
 def _text_columns(table: Table, name: str, task: GlueTask) -> tuple[str, ...]:
@@ -71,7 +71,7 @@ def _text_columns(table: Table, name: str, task: GlueTask) -> tuple[str, ...]:
     )
 
 
-def _spell(answer: object, spellings: Mapping[str, str]) -> str:
+def _write_label(answer: object, spellings: Mapping[str, str]) -> str:
     """Write a label as the official files do, and a number within the scale of STS-B."""
     if isinstance(answer, float):
         return f"{min(max(answer, 0.0), HIGHEST_SIMILARITY):.3f}"

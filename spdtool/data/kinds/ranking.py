@@ -75,7 +75,7 @@ def ranking_dataset(recipe: Recipe, tables: Mapping[str, Table]) -> Dataset:
     if recipe.test_share:
         raise DataError("--test-share would part the passages of a query", "add a file called test")
     columns = choose_ranking_columns(tables["train"], recipe)
-    splits = {name: _table_to_rows(table, columns) for name, table in tables.items()}
+    splits = {name: _read_query_rows(table, columns) for name, table in tables.items()}
 
     def load(_data: str | None, seed: int) -> dict[str, Rows]:
         return splits if "dev" in splits else splits | draw_dev_queries(splits["train"], seed, recipe.dev_share)
@@ -126,7 +126,7 @@ def read_relevance(table: Table, column: str) -> list[int]:
     return values
 
 
-def _table_to_rows(table: Table, columns: Columns) -> Rows:
+def _read_query_rows(table: Table, columns: Columns) -> Rows:
     """Return the rows of a table, the passages of a query next to each other; labels are [query number, relevance]."""
     for name in (*columns.text, columns.label):
         require_column(table, name)
