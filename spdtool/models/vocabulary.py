@@ -105,6 +105,9 @@ def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray) -> Pr
         _renumber_settings(folder / "tokenizer_config.json", new_ids)
         trimmed: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     trimmed.name_or_path = tokenizer.name_or_path
+    for name in ("sentence_prompt", "sentence_prompts"):  # of a sentence encoder; no file of the tokenizer has them
+        if hasattr(tokenizer, name):
+            setattr(trimmed, name, getattr(tokenizer, name))
     return trimmed
 
 

@@ -5,6 +5,8 @@ Reads: `teacher/`, `distill/`. Writes: `finetune/`, the student that is exported
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from spdtool import console
@@ -44,7 +46,8 @@ def trim_vocabulary(run: Run, phase: Phase) -> TrimmedVocabulary:
         used.update(phase.tokenizer(text, add_special_tokens=False)["input_ids"])
     tokens = choose_tokens(phase.tokenizer, used)
     trimmed = trim_tokenizer(phase.tokenizer, tokens)
-    phase.task, phase.splits = prepare_data(recipe, trimmed, label_names(phase.model), run.record_data)
+    phase.task, splits = prepare_data(recipe, trimmed, label_names(phase.model), run.record_data)
+    phase.splits = {name: _keep_details(before[name], rows) for name, rows in splits.items()}
     if _count_changed_rows(before["train"], phase.splits["train"], tokens):
         raise ModelError(
             "the trimmed tokenizer cuts training rows otherwise than the whole one", "leave out finetune.vocabulary"
@@ -59,7 +62,8 @@ def trim_vocabulary(run: Run, phase: Phase) -> TrimmedVocabulary:
     )
     trim_embeddings(phase.model, tokens)
     phase.tokenizer = trimmed
-    phase.scored_rows = phase.splits["train"].sample(phase.section.scored_train_rows, recipe.seed)
+    scored_rows = phase.section.scored_train_rows
+    phase.scored_rows = phase.task.sample_scored_rows(phase.splits["train"], scored_rows, recipe.seed)
     more_unknown = record.dev_unknown - record.dev_unknown_before
     console.say(
         f"vocabulary: {record.tokens:,} of {record.tokens_before:,} tokens; {record.dev_rows_changed:,} of "
@@ -67,6 +71,11 @@ def trim_vocabulary(run: Run, phase: Phase) -> TrimmedVocabulary:
         f"became unknown ({more_unknown / max(record.dev_tokens, 1):.2%})"
     )
     return record
+
+
+def _keep_details(before: Encoded, after: Encoded) -> Encoded:
+    """Return the rows encoded anew with what stood beside them, such as the teacher's vectors, where that is lost."""
+    return after if after.details is not None else replace(after, details=before.details)
 
 
 def _count_token(rows: Encoded, token: int | None) -> int:

@@ -71,6 +71,14 @@ def test_used_texts_are_cut_as_before(kind: str) -> None:
             assert tokens[getattr(trimmed, name)] == getattr(tokenizer, name), (kind, name)
 
 
+def test_the_prompts_of_a_sentence_encoder_are_kept() -> None:
+    tokenizer = train_tokenizer("WordPiece")
+    assert not hasattr(trim_tokenizer(tokenizer, choose_tokens(tokenizer, [])), "sentence_prompt")
+    tokenizer.sentence_prompt, tokenizer.sentence_prompts = "query: ", ("query: ", "passage: ")
+    trimmed = trim_tokenizer(tokenizer, choose_tokens(tokenizer, []))
+    assert (trimmed.sentence_prompt, trimmed.sentence_prompts) == ("query: ", ("query: ", "passage: "))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_unseen_words_of_seen_characters_are_not_unknown(kind: str) -> None:
     tokenizer = train_tokenizer(kind)

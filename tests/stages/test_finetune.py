@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from types import ModuleType
 
 import numpy as np
@@ -22,7 +24,8 @@ from spdtool.models.load import load_model, load_tokenizer
 from spdtool.pruning.allocation import zeros_in
 from spdtool.run.folder import Run
 from spdtool.stages import plan
-from spdtool.stages.finetune import finetune
+from spdtool.stages.finetune import _keep_details, finetune
+from spdtool.tasks.embedding import TeacherVectors
 from spdtool.tasks.prepare import find_task
 from spdtool.tasks.task import Task
 
@@ -116,3 +119,12 @@ def test_a_file_of_texts_that_cannot_be_read_is_refused_in_the_plan(toy_run: Cal
     run = toy_run("finetune.vocabulary=data", "finetune.vocabulary_texts=/no/such/file.txt")
     with pytest.raises(RecipeError, match="vocabulary_texts"):
         plan.make_plan(run)
+
+
+def test_what_stands_beside_rows_outlives_a_new_encoding(toys: Any) -> None:
+    tokenizer, rows = toys.tokenizer(), toys.rows(4)
+    whole = data.tokenize(tokenizer, rows, 16)
+    vectors = TeacherVectors(np.eye(4))
+    assert _keep_details(replace(whole, details=vectors), whole).details is vectors
+    own = TeacherVectors(np.zeros((4, 4)))
+    assert _keep_details(replace(whole, details=vectors), replace(whole, details=own)).details is own
