@@ -22,7 +22,7 @@ from spdtool.goals.shape import (
 )
 from spdtool.goals.sizes import count_bytes
 from spdtool.models.structures import find_structures
-from spdtool.pruning.search import cost_of_shape
+from spdtool.pruning.search import cost_of_shape, find_shape_within
 from spdtool.pruning.structure import EncoderShape, LayerShape, full_shape
 from spdtool.recipe.fields import Recipe
 from spdtool.recipe.reading import build_recipe
@@ -175,3 +175,12 @@ def test_contradictory_goals_are_refused_with_the_reason() -> None:
     for goal, reason in cases:
         with pytest.raises(RecipeError, match=reason):
             recipe_of(**goal)
+
+
+def test_a_guessed_shape_keeps_heads_and_neurons_where_the_goal_allows() -> None:
+    tables = tables_of()
+    for factor in (1.2, 1.5, 2.0):
+        budget = COSTS.of_dense(LAYERS) / factor
+        for layer in find_shape_within(even_losses(tables.dense), [COSTS], [budget]):
+            assert layer.heads > 0, factor
+            assert layer.neurons > 0, factor
