@@ -38,6 +38,11 @@ class TextWindow:
     spans: np.ndarray
     sources: np.ndarray
 
+    def tokens_of(self, source: int) -> np.ndarray:
+        """Return the numbers of the tokens of one text that stand for at least one character."""
+        has_characters = self.spans[:, 1] > self.spans[:, 0]
+        return np.flatnonzero((self.sources == source) & has_characters)
+
 
 class WindowOutput(NamedTuple):
     """A window, and a model's outputs for its tokens, [tokens, labels]."""
@@ -173,6 +178,23 @@ def locate_words(windows: Sequence[TextWindow], words: np.ndarray) -> list[np.nd
             located[number][token] = index
             read.add(index)
     return located
+
+
+def locate_span(window: TextWindow, start: int, end: int) -> tuple[int, int] | None:
+    """Return the first and last token of a span of the second text; None where the window lacks part of it.
+
+    Args:
+        start, end: characters of the text.
+    """
+    tokens = window.tokens_of(source=1)
+    if not len(tokens):
+        return None
+    first = int(np.searchsorted(window.spans[tokens, 1], start, side="right"))
+    last = int(np.searchsorted(window.spans[tokens, 0], end, side="left")) - 1
+    is_cut = window.spans[tokens[0], 0] > start or window.spans[tokens[-1], 1] < end
+    if is_cut or first > last:
+        return None
+    return int(tokens[first]), int(tokens[last])
 
 
 def _encode(

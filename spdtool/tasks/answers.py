@@ -1,14 +1,8 @@
-"""Answers to questions: the span of a context that a model points to, and how it is compared with the right ones.
-
-Comparison is that of the official script of SQuAD: case, punctuation, articles and spaces do not count.
-"""
+"""Answers to questions: the span of a context that a model points to, or none."""
 
 from __future__ import annotations
 
 import json
-import re
-import string
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,12 +10,13 @@ import numpy as np
 
 from spdtool.data.windows import WindowOutput
 from spdtool.escaping import make_visible
-from spdtool.tasks.decision import LABEL, NUMBER, Answer, Decision, Json, Object, Snippets, normalize_logits
+from spdtool.tasks.decision import LABEL, NUMBER, Answer, Decision, Json, Object, Snippets
+from spdtool.tasks.scores.answer_metrics import word_f1
+from spdtool.tasks.scores.probabilities import softmax
 
-ARTICLES = re.compile(r"\b(a|an|the)\b")
-PUNCTUATION = str.maketrans("", "", string.punctuation)
-LONGEST_ANSWER = 30  # tokens
+LONGEST_ANSWER = 30  # tokens, as in the official script of SQuAD
 UNREAD = -np.inf
+THRESHOLDS = 200  # that are tried, at most
 
 
 class Candidate(NamedTuple):
@@ -47,7 +42,7 @@ def find_candidate(windows: Sequence[WindowOutput]) -> Candidate:
     for window, values in windows:
         begins, ends = values[:, 0].astype(np.float64), values[:, 1].astype(np.float64)
         null = min(null, float(begins[0] + ends[0]))
-        tokens = np.flatnonzero((window.sources == 1) & (window.spans[:, 1] > window.spans[:, 0]))
+        tokens = window.tokens_of(source=1)
         if not len(tokens):
             continue
         sums = begins[tokens][:, None] + ends[tokens][None, :]
@@ -57,10 +52,30 @@ def find_candidate(windows: Sequence[WindowOutput]) -> Candidate:
         first, last = np.unravel_index(int(sums.argmax()), sums.shape)
         if sums[first, last] > best.logit:
             readable = np.concatenate([[0], tokens])
-            chances = normalize_logits(begins[readable])[1 + first] * normalize_logits(ends[readable])[1 + last]
+            chances = softmax(begins[readable])[1 + first] * softmax(ends[readable])[1 + last]
             start, end = int(window.spans[tokens[first], 0]), int(window.spans[tokens[last], 1])
             best = Candidate(float(sums[first, last]), null, float(chances), start, end)
     return best._replace(null=null)
+
+
+def choose_threshold(questions: Sequence[Sequence[WindowOutput]], gold: Sequence[Sequence[str]]) -> float:
+    """Choose how much likelier "no answer" has to be than a span, by the F1 of words; 0 where nothing is better.
+
+    Args:
+        questions: for each the windows of its context, with outputs.
+        gold: the right answers of each; none where there is none.
+    """
+    margins, gains = [], []
+    for windows, right_answers in zip(questions, gold, strict=True):
+        predicted = find_candidate(windows)
+        margins.append(predicted.null - predicted.logit)
+        text = windows[0].window.text[predicted.start : predicted.end]
+        gains.append(word_f1(text, right_answers) - word_f1("", right_answers))
+    steps = np.unique(np.quantile(margins, np.linspace(0, 1, THRESHOLDS)))
+    # Between the margins of questions, so that rounding decides none of them.
+    candidates = [0.0, steps[0] - 1.0, *((steps[:-1] + steps[1:]) / 2), steps[-1] + 1.0]
+    scores = [float(np.array(gains)[np.array(margins) <= candidate].sum()) for candidate in candidates]
+    return float(candidates[int(np.argmax(scores))])
 
 
 class BestSpan(Decision):
@@ -90,7 +105,7 @@ class BestSpan(Decision):
         """Return the answers as they are."""
         return self.decide(outputs)
 
-    def tensor(self, name: str, outputs: Any) -> list[Json]:  # noqa: ARG002
+    def tensor(self, name: str, outputs: Any) -> list[Json]:
         """Return each answer as JSON."""
         return [json.dumps(answer, ensure_ascii=False) for answer in self.decide(outputs)]
 
@@ -122,26 +137,3 @@ class BestSpan(Decision):
     def unanswered(self) -> str:
         """The line for a question that could not be read."""
         return "-\t-\t-"
-
-
-def normalize_answer(text: str) -> str:
-    """Return an answer without case, punctuation, articles and further spaces, as SQuAD compares it."""
-    return " ".join(ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split())
-
-
-def exact_match(predicted: str, gold: Sequence[str]) -> float:
-    """Return 1 where the answer is one of the right ones, else 0; no right ones: where it is empty."""
-    return float(any(normalize_answer(predicted) == normalize_answer(answer) for answer in gold or ("",)))
-
-
-def word_f1(predicted: str, gold: Sequence[str]) -> float:
-    """Return the F1 of words with the nearest of the right answers."""
-    return max(_word_f1(predicted, answer) for answer in gold or ("",))
-
-
-def _word_f1(predicted: str, gold: str) -> float:
-    words, gold_words = normalize_answer(predicted).split(), normalize_answer(gold).split()
-    if not words or not gold_words:
-        return float(words == gold_words)
-    shared = sum((Counter(words) & Counter(gold_words)).values())
-    return 2 * shared / (len(words) + len(gold_words))

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from spdtool.data.dataset import UNLABELED, Rows, Splits
-from spdtool.data.labels import parse_number
 from spdtool.data.overview import list_names
 from spdtool.data.tokens import Encoded
-from spdtool.errors import LISTED, DataError, ModelError
+from spdtool.errors import DataError
 from spdtool.plugins import task_kinds
 from spdtool.recipe.fields import Loss
 from spdtool.run.records import ClassScores
 from spdtool.tasks.decision import Answer, Json
-from spdtool.tasks.scores.calibration import Confidences, class_confidences, fit_temperature, softmax
+from spdtool.tasks.named_labels import NamedLabels, compose_accents, soften
+from spdtool.tasks.scores.calibration import Confidences, class_confidences, class_probabilities, fit_temperature
 from spdtool.tasks.scores.metrics import METRICS
-from spdtool.tasks.task import ProblemType, Task
+from spdtool.tasks.task import ProblemType
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +29,7 @@ MISSING = {"", "?", "na", "n/a", "nan", "none", "null", "nil", "-"}  # what tabl
 
 
 @task_kinds.register("classification")
-class Classification(Task):
+class Classification(NamedLabels):
     """One of several classes for each text or pair of texts.
 
     Attributes:
@@ -49,71 +48,6 @@ class Classification(Task):
             raise DataError(
                 f"every training row of {self.name!r} has the label {only_class!r}", "two classes are the least"
             )
-
-    def label_order(self, names: Sequence[str]) -> list[int]:
-        """Return, for each class, its index among a model's label names.
-
-        Names are matched as they are written; else without case, `-`, `_` and spaces, if that leaves them different;
-        else `LABEL_2` as 2. Where one side has mere numbers (`matches_by_position`), the order decides.
-        """
-        labels = self.dataset.labels
-        if len(names) != len(labels):
-            raise ModelError(
-                f"the model has {len(names)} labels ({_enumerate(names)}); "
-                f"task {self.name!r} has {len(labels)} ({_enumerate(labels)})",
-                self._explain_other_count(names),
-            )
-        for spell in SPELLINGS:
-            index = {spell(name): number for number, name in enumerate(names)}
-            if len(index) == len(names) and index.keys() == {spell(label) for label in labels}:
-                return [index[spell(label)] for label in labels]
-        if not self.matches_by_position(names):
-            raise ModelError(
-                f"the model calls its labels {_enumerate(names)}; those of task {self.name!r} are {_enumerate(labels)}",
-                "rename them in the data, or under id2label in the model's config.json: "
-                "a model that calls them LABEL_0, LABEL_1, ... is taken to follow the task's order",
-            )
-        return list(range(len(names)))
-
-    def _explain_other_count(self, names: Sequence[str]) -> str:
-        """Say what may be the reason why a model has another number of labels."""
-        labels = self.dataset.labels
-        for kind, spell in (("surrounding spaces", str.strip), ("their Unicode form", _composed)):
-            alike = [label for label in labels if spell(label) != label]
-            if alike and len({spell(label) for label in labels}) < len(labels):
-                pairs = list_names([f"{spell(label)!r} and {label!r}" for label in alike])
-                return f"labels in the data differ by {kind} only: {pairs}; write each in one way"
-        if len(names) == 1 and all(parse_number(label) is not None for label in labels):
-            return "a model with one output predicts a number: --set regression=true reads the labels as numbers"
-        return "give a teacher that was fine-tuned on this task"
-
-    def widen(self, names: Sequence[str]) -> Task:
-        """Return the task with the classes that only a model has, after those of the rows."""
-        labels = self.dataset.labels
-        if len(names) <= len(labels):
-            return self
-        for spell in SPELLINGS:
-            spelled = {spell(name): name for name in names}
-            if len(spelled) < len(names) or not spelled.keys() >= {spell(label) for label in labels}:
-                continue
-            further = spelled.keys() - {spell(label) for label in labels}
-            added = [spell(name) if spell is _number_of else name for name in names if spell(name) in further]
-            metrics = self.dataset.metrics
-            if len(names) > 2:  # that of two classes knows one that is positive
-                metrics = tuple("f1_macro" if metric == "f1" else metric for metric in metrics)
-            widened = type(self)(replace(self.dataset, labels=(*labels, *added), metrics=metrics))
-            if self.metric is not None:
-                widened.metric = metrics[self.dataset.metrics.index(self.metric)]
-            return widened
-        return self
-
-    def matches_by_position(self, names: Sequence[str]) -> bool:
-        """Tell whether the model or the data set has numbers from 0 for names."""
-        if set(names) == set(self.dataset.labels):
-            return False
-        numbers = [str(number) for number in range(len(names))]
-        placeholders = [f"LABEL_{number}" for number in numbers]  # what transformers writes for want of names
-        return any(list(side) in (numbers, placeholders) for side in (names, self.dataset.labels))
 
     def align_labels(self, splits: dict[str, Rows], names: Sequence[str]) -> dict[str, Rows]:
         """Return the rows with class indices in the order of a model's label names, by which scores then go too."""
@@ -145,8 +79,7 @@ class Classification(Task):
         """
         from torch.nn import functional as F
 
-        softened = F.log_softmax(student.float() / loss.temperature, dim=-1)
-        target = F.softmax(teacher.float() / loss.temperature, dim=-1)
+        softened, target = soften(student, teacher, loss.temperature)
         if loss.per_label:
             soft = -(target * softened).mean()
         else:
@@ -155,11 +88,6 @@ class Classification(Task):
         if loss.hardness == 1.0:
             return soft
         return loss.hardness * soft + (1.0 - loss.hardness) * F.cross_entropy(student.float(), labels)
-
-    def predictions(self, logits: np.ndarray) -> np.ndarray:
-        """Return the class of the largest logit, int64 [rows]."""
-        predicted: np.ndarray = logits.argmax(axis=1)
-        return predicted
 
     def measure(self, metric: str, gold: np.ndarray, predicted: np.ndarray) -> float:
         """Return one metric of class indices; `f1` is of the class that is positive in the data set."""
@@ -227,11 +155,7 @@ class Classification(Task):
         self.temperature = float(str(settings.get("temperature", 1.0)))
 
     def compare_predictions(
-        self,
-        before: np.ndarray,
-        after: np.ndarray,
-        rows: Encoded,
-        tolerance: float,  # noqa: ARG002
+        self, before: np.ndarray, after: np.ndarray, rows: Encoded, tolerance: float
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return which classes changed, and which of these were right before."""
         was = self.predictions(before)
@@ -240,7 +164,7 @@ class Classification(Task):
 
     def probabilities(self, outputs: np.ndarray) -> np.ndarray | None:
         """Return the softmax of the logits, at the temperature of the settings."""
-        return softmax(outputs, self.temperature)
+        return class_probabilities(outputs, self.temperature)
 
     def describe_labels(self, splits: Splits) -> str:
         """Count the rows of each class, and score the majority class of the dev rows."""
@@ -274,7 +198,7 @@ class Classification(Task):
         lines = []
         spellings = defaultdict(list)
         for name in self.dataset.labels:
-            spellings[_composed(name.strip().casefold())].append(repr(name))
+            spellings[compose_accents(name.strip().casefold())].append(repr(name))
         for names in spellings.values():
             if len(names) > 1:
                 alike = list_names(names)
@@ -283,27 +207,3 @@ class Classification(Task):
         if missing:
             lines.append(f"the label {list_names(missing)} is taken for a class: does it stand for a missing value?")
         return lines
-
-
-def _composed(label: str) -> str:
-    """Return the label in the Unicode form that most programs write: one character for a letter with its accent."""
-    return unicodedata.normalize("NFC", label)
-
-
-def _plain_label(label: str) -> str:
-    return _composed(label).lower().replace("-", "_").replace(" ", "_")
-
-
-def _number_of(label: str) -> str:
-    """Return the number in a placeholder such as LABEL_2; anything else as it is."""
-    number = label.removeprefix("LABEL_")
-    return number if number.isdecimal() else label
-
-
-SPELLINGS: tuple[Callable[[str], str], ...] = (str, _plain_label, _number_of)
-
-
-def _enumerate(names: Sequence[str]) -> str:
-    """Join the first names, and count the others."""
-    further = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + further

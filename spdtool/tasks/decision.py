@@ -17,6 +17,7 @@ from spdtool import plugins
 from spdtool.errors import ModelError
 from spdtool.escaping import make_visible
 from spdtool.tasks.head import head_of_config
+from spdtool.tasks.scores.probabilities import sigmoid, softmax
 
 Json: TypeAlias = "str | int | float | bool | list[Json] | dict[str, Json] | None"
 Object: TypeAlias = dict[str, Json]
@@ -30,14 +31,6 @@ THRESHOLDS_NOTE = """
 `spdtool.load` answers a label where its logit is above a threshold that was chosen on the dev rows: `settings` in
 `manifest.json` has one for each label. Others answer above 0, a probability of one half.
 """
-LARGEST_LOGIT = 80  # exp overflows in float32 beyond 88
-
-
-def normalize_logits(logits: np.ndarray) -> np.ndarray:
-    """Return the softmax over the last axis, in the type of the logits."""
-    powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    shares: np.ndarray = powers / powers.sum(axis=-1, keepdims=True)
-    return shares
 
 
 class Snippets(NamedTuple):
@@ -116,7 +109,7 @@ class Decision:
         """Put the outputs of single texts together, as `decide` takes them."""
         return np.array(outputs) if self.windows is None else list(outputs)
 
-    def probabilities(self, outputs: np.ndarray) -> np.ndarray | None:  # noqa: ARG002
+    def probabilities(self, outputs: np.ndarray) -> np.ndarray | None:
         """Return probabilities, float32 of the shape of the logits; None where the answers have none."""
         return None
 
@@ -205,9 +198,7 @@ class OneLabel(Decision):
 
     def probabilities(self, outputs: np.ndarray) -> np.ndarray | None:
         """Return the softmax of the logits, divided by the temperature."""
-        return np.asarray(
-            normalize_logits(outputs if self.temperature == 1.0 else outputs / self.temperature), np.float32
-        )
+        return np.asarray(softmax(outputs / self.temperature), np.float32)
 
 
 class SeveralLabels(Decision):
@@ -234,9 +225,7 @@ class SeveralLabels(Decision):
 
     def probabilities(self, outputs: np.ndarray) -> np.ndarray | None:
         """Return the sigmoid of each logit, divided by the temperature."""
-        scaled = outputs if self.temperature == 1.0 else outputs / self.temperature
-        clipped = np.clip(scaled, -LARGEST_LOGIT, LARGEST_LOGIT)
-        return np.asarray(1 / (1 + np.exp(-clipped)), np.float32)
+        return sigmoid(outputs / self.temperature)
 
     def describe_probability(self, answer: Answer, probabilities: np.ndarray) -> Json:
         """Return the probability of each label of the answer by its name."""

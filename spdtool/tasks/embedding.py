@@ -55,12 +55,12 @@ class SentenceHead(Head):
         width = next((config[name] for name in WIDTH_FIELDS if isinstance(config.get(name), int)), 0)
         return [str(number) for number in range(width)]
 
-    def collect(self, outputs: Any, inputs: Mapping[str, Tensor]) -> Tensor:  # noqa: ARG002
+    def collect(self, outputs: Any, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return the vectors of the texts, [rows, width]."""
         vectors: Tensor = outputs.sentence_embedding
         return vectors
 
-    def collect_arrays(self, outputs: Sequence[np.ndarray], inputs: Mapping[str, np.ndarray]) -> np.ndarray:  # noqa: ARG002
+    def collect_arrays(self, outputs: Sequence[np.ndarray], inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         """Return the vectors of the texts, [rows, width]; those of the tokens are for clients that pool themselves."""
         return np.asarray(outputs[0])
 
@@ -91,7 +91,7 @@ class Vector(Decision):
         """Return the vector of each text, float32 [width]."""
         return list(outputs)
 
-    def scored_answers(self, outputs: np.ndarray) -> list[Answer]:  # noqa: ARG002
+    def scored_answers(self, outputs: np.ndarray) -> list[Answer]:
         """Return nothing: the vectors themselves are what is scored."""
         return []
 
@@ -99,16 +99,16 @@ class Vector(Decision):
         """Return an object with the `embedding` of each text."""
         return [{"embedding": vector} for vector in outputs.tolist()]
 
-    def tensor(self, name: str, outputs: np.ndarray) -> list[Json]:  # noqa: ARG002
+    def tensor(self, name: str, outputs: np.ndarray) -> list[Json]:
         """Return the vectors, flat."""
         flat: list[Json] = outputs.ravel().tolist()
         return flat
 
-    def tensor_type(self, name: str) -> str:  # noqa: ARG002
+    def tensor_type(self, name: str) -> str:
         """Return the data type of a vector."""
         return "FP32"
 
-    def tensor_shape(self, name: str, rows: int) -> list[int]:  # noqa: ARG002
+    def tensor_shape(self, name: str, rows: int) -> list[int]:
         """Return the shape of the vectors of that many texts."""
         return [rows, len(self.names)]
 
@@ -199,11 +199,11 @@ class Embedding(Task):
 
     # Losses
 
-    def gold_loss(self, logits: Tensor, labels: Tensor) -> Tensor:  # noqa: ARG002
+    def gold_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Raise RecipeError: the rows have no labels."""
         raise RecipeError("texts without labels teach nothing by themselves", "give the teacher: --teacher FOLDER")
 
-    def logit_loss(self, student: Tensor, teacher: Tensor, labels: Tensor, loss: Loss) -> Tensor:  # type: ignore[override]  # noqa: ARG002
+    def logit_loss(self, student: Tensor, teacher: Tensor, labels: Tensor, loss: Loss) -> Tensor:  # type: ignore[override]
         """Return the weighted sum of the losses on vectors, averaged over the Matryoshka dimensions of the teacher.
 
         Args:
@@ -253,16 +253,12 @@ class Embedding(Task):
         similarity = cosines(outputs[paired[::2]], outputs[paired[1::2]])
         return METRICS["spearman"](rows.labels[paired[::2], 1], similarity)
 
-    def baseline(self, rows: Rows | Encoded) -> dict[str, float]:  # noqa: ARG002
+    def baseline(self, rows: Rows | Encoded) -> dict[str, float]:
         """Return zeros: one vector for all texts ranks nothing."""
         return {"score": 0.0} | dict.fromkeys(self.dataset.metrics, 0.0)
 
     def compare_predictions(
-        self,
-        before: np.ndarray,
-        after: np.ndarray,
-        rows: Encoded,  # noqa: ARG002
-        tolerance: float,
+        self, before: np.ndarray, after: np.ndarray, rows: Encoded, tolerance: float
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return which vectors turned by more than the tolerance, and which of these have a cosine below 0.98."""
         cosine = cosines(before, after)
@@ -277,7 +273,7 @@ class Embedding(Task):
             correlation = METRICS["spearman"](first, second)
         return {"mean_change": float(np.abs(1 - cosines(before, after)).mean()), "rank_correlation": correlation}
 
-    def answers(self, outputs: np.ndarray, rows: Encoded, names: Sequence[str]) -> list[Answer]:  # noqa: ARG002
+    def answers(self, outputs: np.ndarray, rows: Encoded, names: Sequence[str]) -> list[Answer]:
         """Return nothing: the vectors themselves are what is scored."""
         return []
 

@@ -11,17 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from spdtool.data.kinds.tags import OUTSIDE, split_tag
 from spdtool.data.windows import WindowOutput
 from spdtool.escaping import make_visible
-from spdtool.tasks.decision import LABEL, Answer, Decision, Json, Object, Snippets, normalize_logits
+from spdtool.tasks.decision import LABEL, Answer, Decision, Json, Object, Snippets
+from spdtool.tasks.scores.probabilities import softmax
 
-OUTSIDE = "O"
 ENTITIES = "entities"
-
-
-def split_tag(name: str) -> tuple[bool, str]:
-    """Return whether a tag begins a span, and the type of the span."""
-    return name.startswith("B-"), name[2:] if name[:2] in ("B-", "I-") else name
 
 
 def list_entities(output: WindowOutput, names: Sequence[str]) -> list[Answer]:
@@ -31,25 +27,18 @@ def list_entities(output: WindowOutput, names: Sequence[str]) -> list[Answer]:
         output: a window with logits [tokens, labels].
         names: tags in the order of the logits.
     """
-    window, probabilities = output.window, normalize_logits(output.values)
-    best = probabilities.argmax(axis=1)
-    groups: list[list[int]] = []
-    for token in np.flatnonzero(window.sources >= 0).tolist():
-        begins, kind = split_tag(names[best[token]])
-        if groups and not begins and kind == split_tag(names[best[groups[-1][-1]]])[1]:
-            groups[-1].append(token)
-        else:
-            groups.append([token])
+    window, probabilities = output.window, softmax(output.values)
+    tags = [names[index] for index in probabilities.argmax(axis=1)]
+    highest = probabilities.max(axis=1)
     entities: list[Answer] = []
-    for tokens in groups:
-        kind = names[best[tokens[0]]]
-        if kind == OUTSIDE:
+    for tokens in group_tokens(np.flatnonzero(window.sources >= 0).tolist(), tags):
+        if tags[tokens[0]] == OUTSIDE:
             continue
         start, end = int(window.spans[tokens[0], 0]), int(window.spans[tokens[-1], 1])
         entities.append(
             {
-                "entity_group": kind.split("-", 1)[-1],
-                "score": float(np.mean([probabilities[token, best[token]] for token in tokens])),
+                "entity_group": tags[tokens[0]].split("-", 1)[-1],
+                "score": float(np.mean([highest[token] for token in tokens])),
                 "word": window.text[start:end],
                 "start": start,
                 "end": end,
@@ -58,17 +47,38 @@ def list_entities(output: WindowOutput, names: Sequence[str]) -> list[Answer]:
     return entities
 
 
+def group_tokens(tokens: Sequence[int], tags: Sequence[str]) -> list[list[int]]:
+    """Group neighbouring tokens of one type; B- begins a new group.
+
+    Args:
+        tokens: numbers of the tokens of the text, in order.
+        tags: of all tokens of the window, special ones included.
+    """
+    groups: list[list[int]] = []
+    previous_kind = None
+    for token in tokens:
+        begins, kind = split_tag(tags[token])
+        if begins or kind != previous_kind:
+            groups.append([])
+        groups[-1].append(token)
+        previous_kind = kind
+    return groups
+
+
 def select_longest(entities: Sequence[Answer]) -> list[Answer]:
     """Return the entities in order; of those that overlap, as windows may find them, the longest or likeliest."""
     chosen: list[Answer] = []
-    for entity in sorted(entities, key=lambda each: each["start"]):
+    for entity in sorted(entities, key=lambda entity: entity["start"]):
         if not chosen or entity["start"] >= chosen[-1]["end"]:
             chosen.append(entity)
-            continue
-        rank, of_last = ((each["end"] - each["start"], each["score"]) for each in (entity, chosen[-1]))
-        if rank > of_last:
+        elif _length_and_score(entity) > _length_and_score(chosen[-1]):
             chosen[-1] = entity
     return chosen
+
+
+def _length_and_score(entity: Answer) -> tuple[int, float]:
+    """Return the characters of an entity and its score: what is longer wins, then what is likelier."""
+    return entity["end"] - entity["start"], entity["score"]
 
 
 class Entities(Decision):
@@ -94,7 +104,7 @@ class Entities(Decision):
         """Return an object with `entities` for each text."""
         return [{ENTITIES: answer} for answer in self.decide(outputs)]
 
-    def tensor(self, name: str, outputs: Any) -> list[Json]:  # noqa: ARG002
+    def tensor(self, name: str, outputs: Any) -> list[Json]:
         """Return the entities of each text as JSON."""
         return [json.dumps(answer, ensure_ascii=False) for answer in self.decide(outputs)]
 

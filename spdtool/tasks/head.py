@@ -53,11 +53,11 @@ class Head:
         """Tell whether a class name of config.json is that of a model with this head."""
         return name.endswith(self.ending)
 
-    def opens(self, source: str | Path) -> bool:  # noqa: ARG002
+    def opens(self, source: str | Path) -> bool:
         """Tell whether a folder with such a class name has all that the head needs."""
         return True
 
-    def name_outputs(self, config: Mapping[str, Any]) -> list[str]:  # noqa: ARG002
+    def name_outputs(self, config: Mapping[str, Any]) -> list[str]:
         """Name the outputs of a model with this config.json; empty: they are its labels."""
         return []
 

@@ -18,7 +18,7 @@ from spdtool.recipe.fields import Loss, Recipe
 from spdtool.run.records import ClassScores
 from spdtool.tasks.classification import Classification
 from spdtool.tasks.decision import Answer, Json, SeveralLabels
-from spdtool.tasks.scores.calibration import Confidences, best_thresholds, label_confidences, sigmoid
+from spdtool.tasks.scores.calibration import Confidences, best_thresholds, label_confidences, label_probabilities
 from spdtool.tasks.scores.metrics import f1_of_label_sets, f1_of_labels, mean_average_precision
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class Multilabel(Classification):
         }
         return self.summarize({name: values[name] for name in self.dataset.metrics})
 
-    def right_rows(self, logits: np.ndarray, rows: Encoded) -> np.ndarray | None:  # noqa: ARG002
+    def right_rows(self, logits: np.ndarray, rows: Encoded) -> np.ndarray | None:
         """Return None: a row may have some of its labels right."""
         return None
 
@@ -144,7 +144,7 @@ class Multilabel(Classification):
             )
         return scores
 
-    def confusion(self, outputs: np.ndarray, rows: Encoded, names: Sequence[str]) -> list[tuple[str, str, int]]:  # noqa: ARG002
+    def confusion(self, outputs: np.ndarray, rows: Encoded, names: Sequence[str]) -> list[tuple[str, str, int]]:
         """Return nothing: a row of several labels is in no single cell."""
         return []
 
@@ -160,11 +160,7 @@ class Multilabel(Classification):
         return max(scores, key=lambda score: score["score"])
 
     def compare_predictions(
-        self,
-        before: np.ndarray,
-        after: np.ndarray,
-        rows: Encoded,
-        tolerance: float,  # noqa: ARG002
+        self, before: np.ndarray, after: np.ndarray, rows: Encoded, tolerance: float
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return which rows got other labels, and which of these have fewer right decisions than before."""
         was, now, is_gold = self.predictions(before), self.predictions(after), rows.labels > 0.5
@@ -173,13 +169,13 @@ class Multilabel(Classification):
 
     # What an exported folder has to answer
 
-    def answers(self, outputs: np.ndarray, rows: Encoded, names: Sequence[str]) -> list[Answer]:  # noqa: ARG002
+    def answers(self, outputs: np.ndarray, rows: Encoded, names: Sequence[str]) -> list[Answer]:
         """Return the list of labels of each row."""
         return [[names[index] for index in np.flatnonzero(row).tolist()] for row in self.predictions(outputs)]
 
     def probabilities(self, outputs: np.ndarray) -> np.ndarray | None:
         """Return the probability of each label."""
-        return sigmoid(outputs, self.temperature)
+        return label_probabilities(outputs, self.temperature)
 
     def confidences(self, outputs: np.ndarray, rows: Encoded, temperature: float) -> Confidences | None:
         """Return the probability of every label of every row."""

@@ -20,7 +20,8 @@ from spdtool.data.tokens import Encoded
 from spdtool.errors import DataError, ModelError, RecipeError
 from spdtool.plugins import task_kinds
 from spdtool.recipe.fields import Loss, Recipe
-from spdtool.tasks.decision import LARGEST_LOGIT, LOGITS, NUMBER, Answer, Decision, Json, Object
+from spdtool.tasks.decision import LOGITS, NUMBER, Answer, Decision, Json, Object
+from spdtool.tasks.scores.probabilities import sigmoid
 from spdtool.tasks.scores.ranking_metrics import rank_passages, reciprocal_rank, score_rankings, split_by_query
 from spdtool.tasks.task import Task
 
@@ -71,8 +72,7 @@ class Relevance(Decision):
         margins = self.margins(outputs)
         if outputs.shape[1] == 1 and self.settings.get("activation") == "identity":
             return margins
-        clipped = np.clip(margins, -LARGEST_LOGIT, LARGEST_LOGIT)
-        return np.asarray(1 / (1 + np.exp(-clipped)), np.float32)
+        return sigmoid(margins)
 
     def decide(self, outputs: np.ndarray) -> list[Answer]:
         """Return the score of each row."""
@@ -267,7 +267,7 @@ class Ranking(Task):
             worsened[numbers] = changed[numbers] & (now < was)
         return changed, worsened
 
-    def answers(self, outputs: np.ndarray, rows: Encoded, names: Sequence[str]) -> list[Answer]:  # noqa: ARG002
+    def answers(self, outputs: np.ndarray, rows: Encoded, names: Sequence[str]) -> list[Answer]:
         """Return the score of each row, as it is compared within a query."""
         numbers: list[Answer] = self.predictions(outputs).tolist()
         return numbers

@@ -79,11 +79,7 @@ class Regression(Task):
         return 2 / float(np.sqrt(max(len(rows), 1)))
 
     def compare_predictions(
-        self,
-        before: np.ndarray,
-        after: np.ndarray,
-        rows: Encoded,  # noqa: ARG002
-        tolerance: float,
+        self, before: np.ndarray, after: np.ndarray, rows: Encoded, tolerance: float
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return twice which values moved by more than the tolerance: any such move counts as one for the worse."""
         moved = np.abs(self.predictions(after) - self.predictions(before)) > tolerance

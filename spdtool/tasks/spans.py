@@ -10,15 +10,16 @@ import numpy as np
 
 from spdtool.data.dataset import Rows, Splits
 from spdtool.data.tokens import Encoded
-from spdtool.data.windows import TextWindow, WindowOutput, group_by_text, sample_windows, tokenize_windows
+from spdtool.data.windows import group_by_text, locate_span, tokenize_windows
 from spdtool.errors import ModelError
 from spdtool.plugins import task_kinds
 from spdtool.recipe.fields import Loss, Recipe
-from spdtool.tasks.answers import BestSpan, exact_match, find_candidate, word_f1
+from spdtool.tasks.answers import BestSpan, choose_threshold
 from spdtool.tasks.classification import Classification
-from spdtool.tasks.decision import Answer, Json
+from spdtool.tasks.decision import Json
 from spdtool.tasks.head import Head
-from spdtool.tasks.task import Task
+from spdtool.tasks.scores.answer_metrics import exact_match, word_f1
+from spdtool.tasks.windowed import WindowDetails, WindowedTask
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,28 +35,26 @@ SPAN_FINDER = Head(
     padding_value=-1e4,  # no begin and no end
     pipeline="question-answering",
 )
-THRESHOLDS = 200  # that are tried, at most
+NO_ANSWER = (0, 0)  # the first token, [CLS]: it stands for "no answer", as in BERT's code for SQuAD 2
 
 
 @dataclass(frozen=True)
-class AnswerDetails:
+class AnswerDetails(WindowDetails):
     """The windows of the contexts of a split, and the right answers of each row by its number."""
 
-    windows: Sequence[TextWindow]
     answers: Sequence[Sequence[str]]
-
-    def select(self, rows: np.ndarray) -> AnswerDetails:
-        """Return these windows alone."""
-        return replace(self, windows=[self.windows[int(row)] for row in rows])
 
 
 @task_kinds.register("spans")
-class Spans(Task):
-    """A span of the second text that answers the first one."""
+class Spans(WindowedTask):
+    """A span of the second text that answers the first one.
+
+    Attributes:
+        threshold: how much likelier "no answer" has to be than a span; None: every question has an answer.
+    """
 
     head = SPAN_FINDER
     decision = BestSpan
-    stride = 0
     threshold: float | None = None
 
     def label_order(self, names: Sequence[str]) -> list[int]:
@@ -67,29 +66,29 @@ class Spans(Task):
         return [0, 1]
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, splits: Splits, recipe: Recipe) -> dict[str, Encoded]:
-        """Tokenize in windows of the context; a window without the whole answer points to its first token."""
-        self.stride = recipe.window_stride
-        if self.threshold is None and any(not answers for answers in splits.get("train", Rows([], None, [])).labels):
+        """Tokenize every split, and note whether training questions may have no answer."""
+        if self.threshold is None and "train" in splits and not all(splits["train"].labels):
             self.threshold = 0.0
-        encoded = {}
-        for split, rows in splits.items():
-            assert rows.second is not None
-            cut = tokenize_windows(tokenizer, rows, recipe.max_length, self.stride)
-            places = [locate_answer(window, rows.labels[window.example]) for window in cut.windows]
-            answers = []
-            for context, spans in zip(rows.second, rows.labels, strict=True):
-                answers.append([context[start:end] for start, end in spans])
-            encoded[split] = replace(
-                cut.encoded,
-                labels=np.array(places, np.int64).reshape(-1, 2),
-                labels_are_positions=True,
-                details=AnswerDetails(cut.windows, answers),
-            )
-        return encoded
+        return super().encode(tokenizer, splits, recipe)
 
-    def sample_scored_rows(self, rows: Encoded, count: int, seed: int) -> Encoded:
-        """Draw whole contexts."""
-        return sample_windows(rows, _details_of(rows).windows, count, seed)
+    def encode_split(self, tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: int) -> Encoded:
+        """Tokenize in windows of the context; one without the whole first answer points to its first token."""
+        assert rows.second is not None
+        split = tokenize_windows(tokenizer, rows, max_length, self.stride)
+        positions = []
+        for window in split.windows:
+            spans = rows.labels[window.example]
+            located = locate_span(window, *spans[0]) if spans else None
+            positions.append(located or NO_ANSWER)
+        answers = []
+        for context, spans in zip(rows.second, rows.labels, strict=True):
+            answers.append([context[start:end] for start, end in spans])
+        return replace(
+            split.encoded,
+            labels=np.array(positions, np.int64).reshape(-1, 2),
+            labels_are_positions=True,
+            details=AnswerDetails(split.windows, answers),
+        )
 
     def gold_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the cross-entropy of begin and end, averaged over windows."""
@@ -105,16 +104,6 @@ class Spans(Task):
         rows = [logits.transpose(1, 2).flatten(0, 1) for logits in rows]
         return Classification.logit_loss(rows[0], rows[1], labels.flatten(), loss)
 
-    def outputs_by_row(self, outputs: np.ndarray, rows: Encoded) -> list[list[WindowOutput]]:
-        """Return the windows of each row with their outputs."""
-        values = np.split(outputs, rows.offsets[1:-1])
-        windows = _details_of(rows).windows
-        return group_by_text([WindowOutput(*pair) for pair in zip(windows, values, strict=True)])
-
-    def answers(self, outputs: np.ndarray, rows: Encoded, names: Sequence[str]) -> list[Answer]:
-        """Return the answer to every question."""
-        return self.decision(names, {"no_answer_threshold": self.threshold}).decide(self.outputs_by_row(outputs, rows))
-
     def score(self, outputs: np.ndarray, rows: Encoded) -> dict[str, float]:
         """Return exact match and F1 of words, averaged over questions."""
         predicted = [answer["answer"] for answer in self.answers(outputs, rows, self.head_labels)]
@@ -126,8 +115,8 @@ class Spans(Task):
         return self.summarize({name: float(values[name]) for name in self.dataset.metrics})
 
     def _gold_answers(self, rows: Encoded) -> list[Sequence[str]]:
-        details = _details_of(rows)
-        return [details.answers[windows[0].example] for windows in group_by_text(details.windows)]
+        assert isinstance(rows.details, AnswerDetails)
+        return [rows.details.answers[windows[0].example] for windows in group_by_text(rows.details.windows)]
 
     def baseline(self, rows: Rows | Encoded) -> dict[str, float]:
         """Score no answer to any question."""
@@ -136,11 +125,7 @@ class Spans(Task):
         return self.summarize(dict.fromkeys(self.dataset.metrics, share))
 
     def compare_predictions(
-        self,
-        before: np.ndarray,
-        after: np.ndarray,
-        rows: Encoded,
-        tolerance: float,  # noqa: ARG002
+        self, before: np.ndarray, after: np.ndarray, rows: Encoded, tolerance: float
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return which questions have another answer, and which of these had a right one."""
         was, now = ([each["answer"] for each in self.answers(side, rows, self.head_labels)] for side in (before, after))
@@ -150,28 +135,19 @@ class Spans(Task):
 
     def settings(self, outputs: np.ndarray, rows: Encoded) -> dict[str, Json]:
         """Return the overlap of windows, and where questions may have no answer the best threshold on these rows."""
-        threshold = None if self.threshold is None else self._choose_threshold(outputs, rows)
-        return {"stride": self.stride, "no_answer_threshold": threshold}
+        threshold = None
+        if self.threshold is not None:
+            threshold = choose_threshold(self.outputs_by_text(outputs, rows), self._gold_answers(rows))
+        return super().settings(outputs, rows) | {"no_answer_threshold": threshold}
+
+    def settings_of_answers(self) -> Mapping[str, Json]:
+        """Return the threshold."""
+        return {"no_answer_threshold": self.threshold}
 
     def adopt_settings(self, settings: Mapping[str, Json]) -> None:
         """Answer with this threshold from now on."""
         threshold = settings["no_answer_threshold"]
         self.threshold = float(threshold) if isinstance(threshold, int | float) else None
-
-    def _choose_threshold(self, outputs: np.ndarray, rows: Encoded) -> float:
-        """Choose how much likelier "no answer" has to be, by the F1 on these rows; 0 where nothing is better."""
-        gold = self._gold_answers(rows)
-        margins, gains = [], []
-        for windows, answers in zip(self.outputs_by_row(outputs, rows), gold, strict=True):
-            predicted = find_candidate(windows)
-            margins.append(predicted.null - predicted.logit)
-            text = windows[0].window.text[predicted.start : predicted.end]
-            gains.append(word_f1(text, answers) - word_f1("", answers))
-        steps = np.unique(np.quantile(margins, np.linspace(0, 1, THRESHOLDS)))
-        # Between the margins of questions, so that rounding decides none of them.
-        candidates = [0.0, steps[0] - 1.0, *((steps[:-1] + steps[1:]) / 2), steps[-1] + 1.0]
-        scores = [float(np.array(gains)[np.array(margins) <= each].sum()) for each in candidates]
-        return float(candidates[int(np.argmax(scores))])
 
     def describe_labels(self, splits: Splits) -> str:
         """Count the questions, and those without an answer."""
@@ -180,22 +156,3 @@ class Spans(Task):
             without = sum(not answers for answers in rows.labels)
             lines.append(f"{split}: {len(rows):,} questions" + (f", {without:,} without an answer" if without else ""))
         return "; ".join(lines)
-
-
-def locate_answer(window: TextWindow, spans: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """Return the first and last token of the first answer in a window; twice 0 where the window lacks part of it."""
-    tokens = np.flatnonzero((window.sources == 1) & (window.spans[:, 1] > window.spans[:, 0]))
-    if not spans or not len(tokens):
-        return 0, 0
-    start, end = spans[0]
-    first = int(np.searchsorted(window.spans[tokens, 1], start, side="right"))
-    last = int(np.searchsorted(window.spans[tokens, 0], end, side="left")) - 1
-    is_cut = window.spans[tokens[0], 0] > start or window.spans[tokens[-1], 1] < end
-    if is_cut or first > last:
-        return 0, 0
-    return int(tokens[first]), int(tokens[last])
-
-
-def _details_of(rows: Encoded) -> AnswerDetails:
-    assert isinstance(rows.details, AnswerDetails)
-    return rows.details

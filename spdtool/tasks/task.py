@@ -93,9 +93,7 @@ class Task:
         return encode_splits(tokenizer, splits, recipe.max_length)
 
     def compare_with(
-        self,
-        splits: Mapping[str, Encoded],
-        predict_teacher: Callable[[], Mapping[str, np.ndarray]],  # noqa: ARG002
+        self, splits: Mapping[str, Encoded], predict_teacher: Callable[[], Mapping[str, np.ndarray]]
     ) -> dict[str, Encoded]:
         """Return the splits with what scores need of the teacher beside their rows; most kinds need nothing.
 
@@ -110,7 +108,7 @@ class Task:
 
     # Labels of a model
 
-    def widen(self, names: Sequence[str]) -> Task:  # noqa: ARG002
+    def widen(self, names: Sequence[str]) -> Task:
         """Return the task with the classes that only a model has, by its label names; itself where there are none."""
         return self
 
@@ -122,7 +120,7 @@ class Task:
         """
         raise NotImplementedError
 
-    def matches_by_position(self, names: Sequence[str]) -> bool:  # noqa: ARG002
+    def matches_by_position(self, names: Sequence[str]) -> bool:
         """Tell whether only their order says which of a model's labels is which."""
         return False
 
@@ -198,12 +196,7 @@ class Task:
                 scores[metric + name.removeprefix("dev")] = further[metric]
         return scores
 
-    def score_classes(
-        self,
-        outputs: np.ndarray,  # noqa: ARG002
-        rows: Encoded,  # noqa: ARG002
-        names: Sequence[str],  # noqa: ARG002
-    ) -> dict[str, ClassScores]:
+    def score_classes(self, outputs: np.ndarray, rows: Encoded, names: Sequence[str]) -> dict[str, ClassScores]:
         """Score each class by itself; empty where there are no classes.
 
         Args:
@@ -220,15 +213,15 @@ class Task:
         """Return the highest dev score of a model that may have learned nothing."""
         return self.baseline(rows)["score"]
 
-    def right_rows(self, outputs: np.ndarray, rows: Encoded) -> np.ndarray | None:  # noqa: ARG002
+    def right_rows(self, outputs: np.ndarray, rows: Encoded) -> np.ndarray | None:
         """Tell which rows have the right answer, bool [rows]; None where answers are more or less right."""
         return None
 
-    def confusion(self, outputs: np.ndarray, rows: Encoded, names: Sequence[str]) -> list[tuple[str, str, int]]:  # noqa: ARG002
+    def confusion(self, outputs: np.ndarray, rows: Encoded, names: Sequence[str]) -> list[tuple[str, str, int]]:
         """Count rows by gold and predicted class; empty where a row has not exactly one class."""
         return []
 
-    def confidences(self, outputs: np.ndarray, rows: Encoded, temperature: float) -> Confidences | None:  # noqa: ARG002
+    def confidences(self, outputs: np.ndarray, rows: Encoded, temperature: float) -> Confidences | None:
         """Return the probabilities of a split, logits divided by a temperature; None for a kind without any."""
         return None
 
@@ -248,7 +241,7 @@ class Task:
         """
         raise NotImplementedError
 
-    def measure_change(self, before: np.ndarray, after: np.ndarray) -> dict[str, float]:  # noqa: ARG002
+    def measure_change(self, before: np.ndarray, after: np.ndarray) -> dict[str, float]:
         """Return figures on how numbers changed, from the outputs of a split: `mean_change` and `rank_correlation`.
 
         Empty where predictions are classes: those that flipped are counted instead.
@@ -257,7 +250,7 @@ class Task:
 
     # What an exported folder has to answer: the gates compare it with what `decision` answers
 
-    def answers(self, outputs: np.ndarray, rows: Encoded, names: Sequence[str]) -> list[Answer]:  # noqa: ARG002
+    def answers(self, outputs: np.ndarray, rows: Encoded, names: Sequence[str]) -> list[Answer]:
         """Return what `spdtool.load` has to answer: the name of a label, or a number.
 
         Args:
@@ -270,18 +263,18 @@ class Task:
         numbers: list[Answer] = predicted.tolist()
         return numbers
 
-    def probabilities(self, outputs: np.ndarray) -> np.ndarray | None:  # noqa: ARG002
+    def probabilities(self, outputs: np.ndarray) -> np.ndarray | None:
         """Return the probabilities that belong to these outputs, float64; None where there are none."""
         return None
 
-    def gold_answers(self, rows: Encoded, names: Sequence[str]) -> list[Answer]:  # noqa: ARG002
+    def gold_answers(self, rows: Encoded, names: Sequence[str]) -> list[Answer]:
         """Return the gold labels of the rows as `answers` spells them; empty where they are no labels."""
         return []
 
     def adopt_settings(self, settings: Mapping[str, Json]) -> None:
         """Answer from now on as `decision` does with these settings."""
 
-    def settings(self, outputs: np.ndarray, rows: Encoded) -> dict[str, Json]:  # noqa: ARG002
+    def settings(self, outputs: np.ndarray, rows: Encoded) -> dict[str, Json]:
         """Return what `decision` has to know beside the labels, such as a threshold; it is stored in manifest.json.
 
         Args:
@@ -302,7 +295,7 @@ class Task:
         """Describe the labels of the training and dev rows in one line."""
         raise NotImplementedError
 
-    def count_classes(self, splits: datasets.Splits) -> dict[str, dict[str, int]]:  # noqa: ARG002
+    def count_classes(self, splits: datasets.Splits) -> dict[str, dict[str, int]]:
         """Count the rows of each class by split; empty where there are no classes."""
         return {}
 

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
 from spdtool.data.dataset import Rows, Splits
+from spdtool.data.kinds.tags import OUTSIDE
 from spdtool.data.overview import list_names
 from spdtool.data.tokens import IGNORED, Encoded
-from spdtool.data.windows import TextWindow, WindowOutput, group_by_text, locate_words, sample_windows, tokenize_windows
+from spdtool.data.windows import group_by_text, locate_words, tokenize_windows
 from spdtool.plugins import task_kinds
-from spdtool.recipe.fields import Loss, Recipe
+from spdtool.recipe.fields import Loss
 from spdtool.run.records import ClassScores
-from spdtool.tasks.classification import Classification
-from spdtool.tasks.decision import Answer, Json
-from spdtool.tasks.entities import OUTSIDE, Entities
+from spdtool.tasks.entities import Entities
 from spdtool.tasks.head import Head
-from spdtool.tasks.scores.metrics import METRICS
-from spdtool.tasks.task import Task
+from spdtool.tasks.named_labels import NamedLabels, soften
+from spdtool.tasks.scores.tags import Tags, score_span_types, score_spans, score_words
+from spdtool.tasks.windowed import WindowDetails, WindowedTask
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,39 +35,32 @@ TAGGER = Head(
     per_token=True,
     pipeline="token-classification",
 )
-Tags = list[list[str]]
-"""For each text the tags of its words."""
 
 
 @dataclass(frozen=True)
-class WordDetails:
+class WordDetails(WindowDetails):
     """The words of the windows of a split.
 
     Attributes:
-        windows: of the texts.
         words: for each window and token, the number of the word that is read there, else -1.
         unread: tags of words without a token, such as control characters, by text and number of the word.
     """
 
-    windows: Sequence[TextWindow]
     words: Sequence[np.ndarray]
     unread: dict[int, dict[int, int]]
 
-    def select(self, rows: np.ndarray) -> WordDetails:
-        """Return these windows alone."""
-        chosen = [int(row) for row in rows]
-        return WordDetails([self.windows[row] for row in chosen], [self.words[row] for row in chosen], self.unread)
+    def select(self, rows: np.ndarray) -> Self:
+        """Return these windows and their words alone."""
+        return replace(super().select(rows), words=[self.words[int(row)] for row in rows])
 
 
 @task_kinds.register("tokens")
-class Tokens(Classification):
+class Tokens(NamedLabels, WindowedTask):
     """A tag for each word of a text: named entities, parts of speech."""
 
     head = TAGGER
     decision = Entities
-    problem_type = None
-    takes_unlabeled = False
-    stride = 0
+    _tags: Sequence[str] | None = None
 
     @property
     def is_span(self) -> bool:
@@ -79,11 +72,6 @@ class Tokens(Classification):
         """The data set's tags in the order of the logits."""
         return self._tags or self.dataset.labels
 
-    _tags: Sequence[str] | None = None
-
-    def check_training_rows(self, rows: Rows) -> None:
-        """The reader of the rows has seen more than one tag."""
-
     def align_labels(self, splits: dict[str, Rows], names: Sequence[str]) -> dict[str, Rows]:
         """Return the rows with the tags' numbers in the order of a model's label names."""
         order = self.label_order(names)
@@ -94,17 +82,10 @@ class Tokens(Classification):
             aligned[split] = replace(rows, labels=labels)
         return aligned
 
-    def encode(self, tokenizer: PreTrainedTokenizerBase, splits: Splits, recipe: Recipe) -> dict[str, Encoded]:
+    def encode_split(self, tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: int) -> Encoded:
         """Tokenize in windows; the first piece of each word has its tag, and each word is read in one window."""
-        self.stride = recipe.window_stride
-        encoded = {}
-        for split, rows in splits.items():
-            encoded[split] = self._encode_split(tokenizer, rows, recipe.max_length)
-        return encoded
-
-    def _encode_split(self, tokenizer: PreTrainedTokenizerBase, rows: Rows, max_length: int) -> Encoded:
         split = tokenize_windows(tokenizer, rows, max_length, self.stride)
-        labels, all_words = [], list[np.ndarray]()
+        labels, words_of_tokens = list[np.ndarray](), list[np.ndarray]()
         unread: dict[int, dict[int, int]] = {}
         for windows in group_by_text(split.windows):
             text = windows[0].example
@@ -114,15 +95,10 @@ class Tokens(Classification):
             missing = set(range(len(tags))).difference(*(words.tolist() for words in located))
             if missing:
                 unread[text] = {word: int(tags[word]) for word in sorted(missing)}
-            all_words += located
+            words_of_tokens += located
             labels += [np.where(words >= 0, tags[words], IGNORED) for words in located]
-        details = WordDetails(split.windows, all_words, unread)
+        details = WordDetails(split.windows, words_of_tokens, unread)
         return replace(split.encoded, labels=np.concatenate(labels), labels_per_token=True, details=details)
-
-    def sample_scored_rows(self, rows: Encoded, count: int, seed: int) -> Encoded:
-        """Draw whole texts."""
-        assert isinstance(rows.details, WordDetails)
-        return sample_windows(rows, rows.details.windows, count, seed)
 
     def gold_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the cross-entropy, averaged over words."""
@@ -139,8 +115,7 @@ class Tokens(Classification):
         # Masked, not selected: a shape that depends on the labels would make a GPU wait.
         counted = labels != IGNORED
         count = counted.sum().clamp(min=1)
-        softened = F.log_softmax(student.float() / loss.temperature, dim=-1)
-        target = F.softmax(teacher.float() / loss.temperature, dim=-1)
+        softened, target = soften(student, teacher, loss.temperature)
         if loss.per_label:
             by_token = -(target * softened).mean(-1)
         else:
@@ -153,61 +128,43 @@ class Tokens(Classification):
         return loss.hardness * soft + (1.0 - loss.hardness) * gold
 
     def read_tags(self, predicted: np.ndarray, rows: Encoded) -> tuple[Tags, Tags]:
-        """Return gold and predicted tags of every text, from numbers of tags [all tokens]."""
+        """Return gold and predicted tags of every text.
+
+        Args:
+            predicted: number of a tag for each token, [all tokens].
+        """
         details = rows.details
         assert isinstance(details, WordDetails)
-        gold: dict[int, dict[int, str]] = {}
-        predicted_tags: dict[int, dict[int, str]] = {}
+        # A model cannot tag a word that it has no token of: O, or where there is none the first tag.
+        tag_of_unread = OUTSIDE if OUTSIDE in self.tags else self.tags[0]
+        gold_by_text: dict[int, dict[int, str]] = {}
+        predicted_by_text: dict[int, dict[int, str]] = {}
         for row, (window, words) in enumerate(zip(details.windows, details.words, strict=True)):
-            if window.example not in gold:
+            if window.example not in gold_by_text:
                 unread = details.unread.get(window.example, {})
-                gold[window.example] = {word: self.tags[tag] for word, tag in unread.items()}
-                predicted_tags[window.example] = dict.fromkeys(
-                    unread, OUTSIDE if OUTSIDE in self.tags else self.tags[0]
-                )
+                gold_by_text[window.example] = {word: self.tags[tag] for word, tag in unread.items()}
+                predicted_by_text[window.example] = dict.fromkeys(unread, tag_of_unread)
             for token in np.flatnonzero(words >= 0).tolist():
-                position = int(rows.offsets[row]) + token
-                gold[window.example][int(words[token])] = self.tags[rows.labels[position]]
-                predicted_tags[window.example][int(words[token])] = self.tags[predicted[position]]
-        in_order = [
-            [[tags[word] for word in sorted(tags)] for tags in side.values()] for side in (gold, predicted_tags)
-        ]
-        return in_order[0], in_order[1]
+                position, word = int(rows.offsets[row]) + token, int(words[token])
+                gold_by_text[window.example][word] = self.tags[rows.labels[position]]
+                predicted_by_text[window.example][word] = self.tags[predicted[position]]
+        return _in_order(gold_by_text), _in_order(predicted_by_text)
 
     def score(self, outputs: np.ndarray, rows: Encoded) -> dict[str, float]:
-        """Return span F1 by the definition of seqeval (conlleval's); of plain tags the metrics over all words."""
+        """Return span F1; of plain tags the metrics over all words."""
         return self.score_tags(*self.read_tags(self.predictions(outputs), rows))
 
     def score_tags(self, gold: Tags, predicted: Tags) -> dict[str, float]:
-        """Score tags by text."""
-        if not self.is_span:
-            words = [np.array([tag for tags in side for tag in tags]) for side in (gold, predicted)]
-            return self.summarize({name: METRICS[name](*words) for name in self.dataset.metrics})
-        from seqeval.metrics.sequence_labeling import precision_recall_fscore_support
+        """Score the tags of texts."""
+        if self.is_span:
+            return self.summarize({"span_f1": score_spans(gold, predicted).f1})
+        return self.summarize(score_words(self.dataset.metrics, gold, predicted))
 
-        scores: Any = precision_recall_fscore_support(gold, predicted, average="micro", zero_division=0)
-        return self.summarize({"span_f1": float(scores[2])})
-
-    def score_classes(
-        self,
-        outputs: np.ndarray,
-        rows: Encoded,
-        names: Sequence[str],  # noqa: ARG002
-    ) -> dict[str, ClassScores]:
-        """Score the spans of each type by themselves; of plain tags the words."""
-        gold, predicted = self.read_tags(self.predictions(outputs), rows)
+    def score_classes(self, outputs: np.ndarray, rows: Encoded, names: Sequence[str]) -> dict[str, ClassScores]:
+        """Score the spans of each type by themselves; plain tags have none."""
         if not self.is_span:
             return {}
-        kinds = sorted({tag[2:] for tags in gold for tag in tags if tag != OUTSIDE})
-        from seqeval.metrics.sequence_labeling import precision_recall_fscore_support
-
-        scores = {}
-        for kind in kinds:
-            right, answered = _keep_kind(gold, kind), _keep_kind(predicted, kind)
-            figures: Any = precision_recall_fscore_support(right, answered, average="micro", zero_division=0)
-            spans = sum(tag.startswith("B-") for tags in right for tag in tags)
-            scores[kind] = ClassScores(precision=figures[0], recall=figures[1], f1=figures[2], rows=spans)
-        return scores
+        return score_span_types(*self.read_tags(self.predictions(outputs), rows))
 
     def baseline(self, rows: Rows | Encoded) -> dict[str, float]:
         """Score the commonest tag for every word: no span at all."""
@@ -220,51 +177,13 @@ class Tokens(Classification):
         return self.score_tags(gold, [[commonest] * len(tags) for tags in gold])
 
     def compare_predictions(
-        self,
-        before: np.ndarray,
-        after: np.ndarray,
-        rows: Encoded,
-        tolerance: float,  # noqa: ARG002
+        self, before: np.ndarray, after: np.ndarray, rows: Encoded, tolerance: float
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return which words have another tag, and which of these had the right one."""
         is_word = rows.labels != IGNORED
         was, now = (self.predictions(outputs)[is_word] for outputs in (before, after))
         changed = was != now
         return changed, changed & (was == rows.labels[is_word])
-
-    def answers(self, outputs: np.ndarray, rows: Encoded, names: Sequence[str]) -> list[Answer]:
-        """Return the entities of every text."""
-        details = rows.details
-        assert isinstance(details, WordDetails)
-        values = np.split(outputs, rows.offsets[1:-1])
-        pairs = [WindowOutput(*pair) for pair in zip(details.windows, values, strict=True)]
-        return self.decision(names).decide(group_by_text(pairs))
-
-    # What a classifier of whole texts has for each row: a text has many answers, which bring their probabilities.
-
-    def probabilities(self, outputs: np.ndarray) -> None:
-        """Return nothing."""
-
-    def right_rows(self, outputs: np.ndarray, rows: Encoded) -> None:
-        """Return nothing."""
-
-    def confidences(self, outputs: np.ndarray, rows: Encoded, temperature: float) -> None:
-        """Return nothing."""
-
-    def confusion(self, outputs: np.ndarray, rows: Encoded, names: Sequence[str]) -> list[tuple[str, str, int]]:  # noqa: ARG002
-        """Return nothing."""
-        return []
-
-    def gold_answers(self, rows: Encoded, names: Sequence[str]) -> list[Answer]:  # noqa: ARG002
-        """Return nothing."""
-        return []
-
-    def adopt_settings(self, settings: Mapping[str, Json]) -> None:
-        """Nothing of what is stored changes an answer."""
-
-    def settings(self, outputs: np.ndarray, rows: Encoded) -> dict[str, Json]:  # noqa: ARG002
-        """Return how far windows overlap."""
-        return {"stride": self.stride}
 
     def count_classes(self, splits: Splits) -> dict[str, dict[str, int]]:
         """Count the words of each tag by split."""
@@ -283,14 +202,11 @@ class Tokens(Classification):
 
     def data_warnings(self, splits: Splits) -> list[str]:
         """Name dev texts that were trained on, and tags that no training word has."""
+        lines = super().data_warnings(splits)
         absent = [repr(name) for name, count in self.count_classes(splits)["train"].items() if not count]
-        lines = Task.data_warnings(self, splits)
-        return [*lines, f"no word of train has the tag {list_names(absent)}"] if absent else lines
-
-
-def _keep_kind(tags_by_text: Tags, kind: str) -> Tags:
-    """Return the tags with those of spans of another type outside."""
-    return [[tag if tag[2:] == kind else OUTSIDE for tag in tags] for tags in tags_by_text]
+        if absent:
+            lines.append(f"no word of train has the tag {list_names(absent)}")
+        return lines
 
 
 def _in_order(tags_by_text: dict[int, dict[int, str]]) -> Tags:

@@ -26,8 +26,9 @@ from spdtool.models.load import load_model, save_model
 from spdtool.recipe.fields import Loss, Recipe
 from spdtool.serving.batching import Batcher
 from spdtool.serving.predict import InputLine, predict_lines
-from spdtool.tasks.answers import LONGEST_ANSWER, exact_match, normalize_answer, word_f1
+from spdtool.tasks.answers import LONGEST_ANSWER
 from spdtool.tasks.prepare import task_of
+from spdtool.tasks.scores.answer_metrics import exact_match, normalize_answer, word_f1
 from spdtool.tasks.spans import SPAN_FINDER, Spans
 
 

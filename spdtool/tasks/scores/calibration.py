@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from spdtool.run.records import Calibration, ReliabilityBin
+from spdtool.tasks.scores.probabilities import softmax
 
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 0.05, 20.0
 SEARCH_STEPS = 60  # of the golden section: its interval shrinks to 1e-11
@@ -35,18 +36,17 @@ class Confidences(NamedTuple):
     nll: float
 
 
-def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+def class_probabilities(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     """Return the probabilities of classes, float64 [rows, classes]."""
-    scaled = logits.astype(np.float64) / temperature
-    powers = np.exp(scaled - scaled.max(axis=1, keepdims=True))
-    probabilities: np.ndarray = powers / powers.sum(axis=1, keepdims=True)
-    return probabilities
+    # float64, where exported models answer in float32: a likelihood is a sum of many logarithms.
+    return softmax(logits.astype(np.float64) / temperature)
 
 
-def sigmoid(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+def label_probabilities(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     """Return the probability of each label, float64 [rows, labels]."""
     scaled = logits.astype(np.float64) / temperature
-    probabilities: np.ndarray = 0.5 * (1 + np.tanh(scaled / 2))  # overflows nowhere
+    # By tanh, which overflows nowhere: a clipped logit would hide how sure a wrong answer was.
+    probabilities: np.ndarray = 0.5 * (1 + np.tanh(scaled / 2))
     return probabilities
 
 
@@ -57,7 +57,7 @@ def class_confidences(logits: np.ndarray, labels: np.ndarray, temperature: float
         logits: [rows, classes].
         labels: class indices [rows].
     """
-    probabilities = softmax(logits, temperature)
+    probabilities = class_probabilities(logits, temperature)
     rows = np.arange(len(labels))
     of_gold = probabilities[rows, labels]
     brier = np.square(probabilities).sum(axis=1) - 2 * of_gold + 1
@@ -72,7 +72,7 @@ def label_confidences(logits: np.ndarray, labels: np.ndarray, temperature: float
     Args:
         logits, labels: [rows, labels]; labels are 0 or 1.
     """
-    probabilities, is_gold = sigmoid(logits, temperature), labels > 0.5
+    probabilities, is_gold = label_probabilities(logits, temperature), labels > 0.5
     of_gold = np.where(is_gold, probabilities, 1 - probabilities)
     nll = -np.log(np.maximum(of_gold, LEAST_PROBABILITY))
     brier = np.square(probabilities - is_gold)

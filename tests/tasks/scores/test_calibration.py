@@ -8,10 +8,10 @@ import pytest
 from spdtool.tasks.scores.calibration import (
     best_thresholds,
     class_confidences,
+    class_probabilities,
     fit_temperature,
     label_confidences,
-    sigmoid,
-    softmax,
+    label_probabilities,
     summarize_confidences,
 )
 from spdtool.tasks.scores.metrics import f1_of_labels
@@ -20,7 +20,7 @@ from spdtool.tasks.scores.metrics import f1_of_labels
 def drawn_classes(logits: np.ndarray, seed: int = 0) -> np.ndarray:
     """Draw labels by the softmax of `logits`, which makes the logits calibrated."""
     generator = np.random.default_rng(seed)
-    return (softmax(logits).cumsum(axis=1) < generator.random((len(logits), 1))).sum(axis=1)
+    return (class_probabilities(logits).cumsum(axis=1) < generator.random((len(logits), 1))).sum(axis=1)
 
 
 def test_the_temperature_of_scaled_logits_is_recovered() -> None:
@@ -40,7 +40,7 @@ def test_the_temperature_of_scaled_logits_is_recovered() -> None:
 
 def test_labels_are_calibrated_one_by_one() -> None:
     logits = np.random.default_rng(1).normal(-1, 2, (3000, 3))
-    labels = (np.random.default_rng(2).random(logits.shape) < sigmoid(logits)).astype(np.float32)
+    labels = (np.random.default_rng(2).random(logits.shape) < label_probabilities(logits)).astype(np.float32)
     temperature = fit_temperature(lambda value: label_confidences(2 * logits, labels, value).nll)
     assert temperature == pytest.approx(2, rel=0.05)
     assert summarize_confidences(label_confidences(2 * logits, labels, temperature), 10).ece < 0.02
@@ -61,13 +61,13 @@ def test_figures_by_hand() -> None:
     assert figures.ece == pytest.approx(abs(0.75 - (0.8 + 0.6 + 0.7 + 0.9) / 4))
     assert [tuple(entry) for entry in figures.bins] == [(4, pytest.approx(0.75), 0.75)]
     labelled = label_confidences(logits[:, 1:], labels[:, None].astype(np.float32), 1.0)
-    assert labelled.brier == pytest.approx(np.square(sigmoid(logits[:, 1]) - labels).mean())
+    assert labelled.brier == pytest.approx(np.square(label_probabilities(logits[:, 1]) - labels).mean())
 
 
 def test_extreme_logits_give_finite_figures() -> None:
     figures = class_confidences(np.array([[1e4, -1e4]]), np.array([1]), 1.0)
     assert np.isfinite(figures.nll)
-    assert np.isfinite(sigmoid(np.array([1e4, -1e4]))).all()
+    assert np.isfinite(label_probabilities(np.array([1e4, -1e4]))).all()
 
 
 def test_no_other_threshold_has_a_higher_f1() -> None:
