@@ -8,13 +8,14 @@ One registry for each kind of extension. Built-ins and plugins use the same deco
     def sensitivity(weight, stats):
         return weight.abs() * stats.gradient_squared.sqrt()
 
-Plugins come from three sources: the built-in modules; installed distributions, through the entry-point group `spdtool`
-(each entry names a module to import); and the `*.py` files of a folder that `--plugins-dir` or `SPDTOOL_PLUGINS`
-names. A file that merely lies in the current folder is never run. A plugin that fails to load is recorded and listed
-by `spdtool plugins`; it is fatal only when a name is asked for that nothing else provides.
+Plugins come from three sources: the built-in modules; installed distributions, through the
+entry-point group `spdtool` (each entry names a module to import); and the `*.py` files of a folder
+that `--plugins-dir` or `SPDTOOL_PLUGINS` names. A file that merely lies in the current folder is
+never run. A plugin that fails to load is recorded and listed by `spdtool plugins`; it is fatal only
+when a name is asked for that nothing else provides.
 
-A target whose files need a library of custom operators names a module in a second entry-point group,
-`spdtool.libraries`, under the target's name: see `find_library`.
+A target whose files need a library of custom operators names a module in a second entry-point
+group, `spdtool.libraries`, under the target's name: see `find_library`.
 """
 
 from __future__ import annotations
@@ -79,9 +80,9 @@ class Library:
 
     Attributes:
         distribution, version: of the plugin.
-        module: has `path() -> Path`, which raises an SpdError where the compiled library is missing, and may have
-            `isa() -> str`, the instruction set that it uses on this machine, and `DOMAINS`, the operator domains that
-            the library provides.
+        module: has `path() -> Path`, which raises an SpdError where the compiled library is
+            missing, and may have `isa() -> str`, the instruction set that it uses on this machine,
+            and `DOMAINS`, the operator domains that the library provides.
     """
 
     distribution: str
@@ -111,8 +112,8 @@ class Registry(Generic[T]):
             kind: what it holds, for messages.
             builtins: modules to import before the plugins.
             options: keywords that `register` accepts beside the name.
-            check: `module:function` that turns a name and what was registered under it into what is stored, or raises
-                PluginError; empty: the object is stored as it is.
+            check: `module:function` that turns a name and what was registered under it into what is
+                stored, or raises PluginError; empty: the object is stored as it is.
         """
         self.kind = kind
         self._builtins = builtins
@@ -124,8 +125,8 @@ class Registry(Generic[T]):
         """Register the decorated object under `name`; `meta` is kept with it.
 
         Raises:
-            PluginError: another source already provides that name, the object is not of this kind, or an option is
-                unknown.
+            PluginError: another source already provides that name, the object is not of this kind,
+                or an option is unknown.
         """
         unknown = ", ".join(option for option in meta if option not in self._options)
         if unknown:  # else a misspelt option would change nothing, in silence
@@ -164,7 +165,8 @@ class Registry(Generic[T]):
         """Return the entry called `name`.
 
         Raises:
-            UnknownName: with near matches, and the plugins that failed to load: one of them may have held it.
+            UnknownName: with near matches, and the plugins that failed to load: one of them may
+                have held it.
         """
         self.load()
         if name not in self._entries:
@@ -203,7 +205,8 @@ class Registry(Generic[T]):
         discover()
 
 
-# A criterion's functions: see `pruning/criteria.py`. `dense_gradients`: it wants the gradients of dead weights too.
+# A criterion's functions: see `pruning/criteria.py`. `dense_gradients`: it wants the gradients of
+# dead weights too.
 criteria: Registry[Function] = Registry(
     "criterion",
     "spdtool.pruning.criteria",

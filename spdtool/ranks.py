@@ -1,8 +1,9 @@
 """Which of several training processes this one is, and how a rank ends.
 
-`torchrun`, `accelerate launch` and `--processes` start the same command once for every rank and say so in the
-environment. Rank 0, the main process, is the only one that writes, prints, and holds the run's lock. Nothing here
-needs torch: `models/collectives.py` exchanges tensors, `training/launch.py` starts the ranks of `--processes`.
+`torchrun`, `accelerate launch` and `--processes` start the same command once for every rank and say
+so in the environment. Rank 0, the main process, is the only one that writes, prints, and holds the
+run's lock. Nothing here needs torch: `models/collectives.py` exchanges tensors,
+`training/launch.py` starts the ranks of `--processes`.
 """
 
 from __future__ import annotations

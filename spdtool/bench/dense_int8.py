@@ -13,8 +13,8 @@ from spdtool.export.graph.int8 import quiet_quantizer
 def quantize_dynamic_int8(model: Path, file: Path) -> None:
     """Write `model` with int8 weights; its activations are quantized while it runs.
 
-    One scale a matrix and signed weights is the fastest of the four ways. On a CPU with VNNI one scale a column took 1
-    to 2 % longer, and unsigned weights 55 %.
+    One scale a matrix and signed weights is the fastest of the four ways. On a CPU with VNNI one
+    scale a column took 1 to 2 % longer, and unsigned weights 55 %.
 
     Raises:
         ModelError: onnxruntime cannot quantize it.

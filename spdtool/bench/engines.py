@@ -1,8 +1,9 @@
 """Engines that are timed, each in a process of its own.
 
-A process holds nothing but its engine (numpy and onnxruntime; torch only if torch is what is timed, or a GPU), so its
-peak memory is the engine's: bytes of the GPU where it runs on one. It reads requests and writes answers as lines of
-JSON. Any program that does so can take its place (`Engine.command`):
+A process holds nothing but its engine (numpy and onnxruntime; torch only if torch is what is timed,
+or a GPU), so its peak memory is the engine's: bytes of the GPU where it runs on one. It reads
+requests and writes answers as lines of JSON. Any program that does so can take its place
+(`Engine.command`):
 
     {"open": {...engine...}}                                ->  {"provider": ..., "nodes": {...}, "resident": bytes}
     {"batch": 8, "length": 128, "real": [], "turn": 0.01}   ->  {"ms": 12.3, "least": 12.1, "batches": 1,

@@ -1,15 +1,16 @@
 """Split the speed of a sparse form into what the form gives to any weights, and what only the zeros give.
 
-Beside a sparse form the bench times the dense teacher in the same form: the same operators, and no zeros. Where the
-form rounds weights, it times that once more with float32 weights. Then, at each shape,
+Beside a sparse form the bench times the dense teacher in the same form: the same operators, and no
+zeros. Where the form rounds weights, it times that once more with float32 weights. Then, at each
+shape,
 
     teacher in onnxruntime     dense, float32 form     dense, rounded form     teacher in onnxruntime
     ----------------------  x  -------------------  x  -------------------  =  ----------------------
      dense, float32 form       dense, rounded form         sparse form              sparse form
            fusion                   rounding                  zeros                   the whole
 
-At a padded shape, fusion is split again: what it is at the same shape without padding, and what leaving padding out
-adds to that.
+At a padded shape, fusion is split again: what it is at the same shape without padding, and what
+leaving padding out adds to that.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Time a batch in every engine, in interleaved rounds.
 
-Each engine has a process of its own (see `engines.py`). One engine runs at a time, for one turn, so that all of them
-meet the same state of the machine: a round times every engine once at every shape, and ratios are taken within a round.
-A turn is one batch, or as many as fit into `TURN`; its figure is their median, because a single batch of half a
-millisecond is at the mercy of the scheduler, and a mean would move with one interrupted batch.
+Each engine has a process of its own (see `engines.py`). One engine runs at a time, for one turn, so
+that all of them meet the same state of the machine: a round times every engine once at every shape,
+and ratios are taken within a round. A turn is one batch, or as many as fit into `TURN`; its figure
+is their median, because a single batch of half a millisecond is at the mercy of the scheduler, and
+a mean would move with one interrupted batch.
 """
 
 from __future__ import annotations
@@ -104,8 +105,10 @@ def time_engines(
 
     Args:
         threads: used instead of the engines' own; engines are compared at one number of threads at a time.
-        rounds: the most; fewer are made if they would take longer than `seconds`, but at least MIN_ROUNDS of them.
-        together: the most engines that are open at once; the first one is open with every group, so that each group has
+        rounds: the most; fewer are made if they would take longer than `seconds`, but at least
+            MIN_ROUNDS of them.
+        together: the most engines that are open at once; the first one is open with every group, so
+            that each group has
             it in its rounds, and counts for the first group. None: all.
 
     Raises:

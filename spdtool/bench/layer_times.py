@@ -1,9 +1,10 @@
 """Time one encoder layer at every shape: every number of heads, and a grid of feed-forward widths.
 
-Encoders of two layers with random weights are timed in interleaved rounds (`latency.py`). Both layers have the same
-shape, and only heads or only neurons are removed. Differences of the times give those of a layer's parts; a model
-of one layer tells what an encoder spends outside of its layers. Six of the encoders are exported as any checkpoint is;
-the graphs of the others are derived from these (`shape_graphs.py`).
+Encoders of two layers with random weights are timed in interleaved rounds (`latency.py`). Both
+layers have the same shape, and only heads or only neurons are removed. Differences of the times
+give those of a layer's parts; a model of one layer tells what an encoder spends outside of its
+layers. Six of the encoders are exported as any checkpoint is; the graphs of the others are derived
+from these (`shape_graphs.py`).
 """
 
 from __future__ import annotations
@@ -117,7 +118,8 @@ def measure_layer_times(
 class SpeedTrial:
     """Times whole random encoders of several shapes against the dense one, side by side in onnxruntime.
 
-    The layers of a whole encoder do not fit into the caches together: the sum of a table's times does not know it. The
+    The layers of a whole encoder do not fit into the caches together: the sum of a table's times
+    does not know it. The
     dense one is exported once. Use it as a context: it holds a temporary folder.
 
     Args:
@@ -169,8 +171,8 @@ def export_points(config: PretrainedConfig, heads: int, neurons: int, folder: Pa
         heads, neurons: of a dense layer.
 
     Returns:
-        One dense layer, two dense ones, and two with fewer heads or fewer neurons, to the engine of each. Where graphs
-        cannot be derived, only three sizes of either.
+        One dense layer, two dense ones, and two with fewer heads or fewer neurons, to the engine of
+        each. Where graphs cannot be derived, only three sizes of either.
     """
     import onnx
 
@@ -317,8 +319,8 @@ def clear_structures(structures: Structures, live: int) -> None:
 def paired_medians(timings: Sequence[Timing], reference: int) -> list[float]:
     """Return milliseconds of engines that were timed at one shape.
 
-    The ratio to a reference is taken within each round, which sees one state of the machine, and the median of the
-    ratios is put in the unit of the reference's median.
+    The ratio to a reference is taken within each round, which sees one state of the machine, and
+    the median of the ratios is put in the unit of the reference's median.
     """
     rounds = np.asarray([next(iter(timing.rounds.values())) for timing in timings])
     ratios = np.median(rounds / rounds[reference], axis=1)

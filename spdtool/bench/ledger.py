@@ -1,11 +1,12 @@
 """The sparsity ledger: for every pruned matrix, what its zeros cost and what they buy on this machine.
 
-The matrices come from the exported files themselves: the dense form from the student's plain ONNX file, the sparse form
-from the packed constant of the same name in the file with custom operators. The dense form becomes an onnxruntime model
-of one product; what a model that does nothing takes is subtracted. The sparse form is timed by an operator of the
-plug-in, on activations that lie in memory as they do inside the encoder. Both take turns on one thread, in a process of
-their own. Beside them stands a bound: no product can be faster than its multiplications at the machine's peak, or than
-reading its weights at the machine's bandwidth. The same process measures both.
+The matrices come from the exported files themselves: the dense form from the student's plain ONNX
+file, the sparse form from the packed constant of the same name in the file with custom operators.
+The dense form becomes an onnxruntime model of one product; what a model that does nothing takes is
+subtracted. The sparse form is timed by an operator of the plug-in, on activations that lie in
+memory as they do inside the encoder. Both take turns on one thread, in a process of their own.
+Beside them stands a bound: no product can be faster than its multiplications at the machine's peak,
+or than reading its weights at the machine's bandwidth. The same process measures both.
 
 Requests and answers of the process, in the form that `engines.py` describes:
 

@@ -33,7 +33,8 @@ class Lineup:
         sparse: engines of targets that export the student only: sparse forms.
         pairs: engine of the student to engine of the teacher, of targets that export both.
         timing_operators: of sparse forms whose single products can be timed.
-        dense: engines of the dense teacher whose dev score is its checkpoint's or passes the budget of an export.
+        dense: engines of the dense teacher whose dev score is its checkpoint's or passes the budget
+            of an export.
         students: on a GPU, engines of the student in the form of a dense row.
         notes: what has to be said beside the figures.
     """

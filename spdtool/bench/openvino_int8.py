@@ -1,7 +1,7 @@
 """Static int8 of the dense teacher by OpenVINO and NNCF: the strongest rival of a sparse student on many CPUs.
 
-Both packages are optional. The ranges of activations come from training rows, as those of `onnx-int8-static`; the dev
-score is measured, and held to the same budget.
+Both packages are optional. The ranges of activations come from training rows, as those of
+`onnx-int8-static`; the dev score is measured, and held to the same budget.
 """
 
 from __future__ import annotations

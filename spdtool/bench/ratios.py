@@ -1,8 +1,9 @@
 """Ratios between timings, with their noise.
 
-On a CPU ratios refer to the dense teacher in onnxruntime, in float32. It is timed twice, with fused graph nodes and
-without, because neither is always faster: at each shape and with each number of threads the faster of the two is the
-1x. A further ratio names the fastest dense rival, in any runtime and precision whose dev score passes.
+On a CPU ratios refer to the dense teacher in onnxruntime, in float32. It is timed twice, with fused
+graph nodes and without, because neither is always faster: at each shape and with each number of
+threads the faster of the two is the 1x. A further ratio names the fastest dense rival, in any
+runtime and precision whose dev score passes.
 
 On a GPU that rival is the 1x: half precision and CUDA graphs are what people run there.
 """
@@ -79,11 +80,11 @@ class BenchData:
         files: by name of the engine, where it has a file of its own.
         sparse: engines that run a sparse form of the student.
         pairs: engine of the student to engine of the teacher in the same form (fused, fp16, int8).
-        dense_forms: engine of a sparse form to the engines of the dense teacher in that form: with weights stored as
-            the form does, then with float32 weights where that differs.
+        dense_forms: engine of a sparse form to the engines of the dense teacher in that form: with
+            weights stored as the form does, then with float32 weights where that differs.
         ledger: every pruned matrix on its own.
-        dense: engines of the dense teacher, in any runtime and precision, whose dev score is that of the checkpoint or
-            passes the budget of an export.
+        dense: engines of the dense teacher, in any runtime and precision, whose dev score is that
+            of the checkpoint or passes the budget of an export.
         students: engines of the student in the form of such a row; on a GPU the fastest of them is the headline.
         on_gpu: whether the engines ran on a GPU.
         leaves_out: whether the plain file of the student leaves out its removed heads and neurons.
@@ -175,9 +176,9 @@ class BenchData:
     def speed_of_student(self, timing: Timing, shapes: Sequence[Shape]) -> Ratio:
         """How much faster an engine of the student is than the teacher.
 
-        A sparse form is compared with the fastest dense teacher, and more than zeros differs: see `factors`. A plain
-        file is compared with the teacher's plain file in the same form, fused or not; on a GPU, with the fastest
-        dense teacher.
+        A sparse form is compared with the fastest dense teacher, and more than zeros differs: see
+        `factors`. A plain file is compared with the teacher's plain file in the same form, fused or
+        not; on a GPU, with the fastest dense teacher.
         """
         if timing.engine.name in self.sparse or self.on_gpu:
             return self.speedup(timing, shapes)

@@ -61,8 +61,8 @@ GPU_NOTE = (
 def overview_table(bench: BenchData) -> tuple[list[str], list[list[Cell]]]:
     """Columns and rows of the table that a run ends with: score, zeros, bytes on disk, peak MiB, speed, latency.
 
-    The latencies are medians at the first and the last shape of the grid with the last number of threads, so that the
-    table fits a terminal.
+    The latencies are medians at the first and the last shape of the grid with the last number of
+    threads, so that the table fits a terminal.
     """
     shapes = list(dict.fromkeys((bench.grid[0], bench.grid[-1])))
     columns = ["engine", "score", "zeros", "bytes", "VRAM" if bench.on_gpu else "RAM"]
@@ -240,8 +240,8 @@ def meaning(speedup: Ratio, rounds: int, ideal: float | None) -> str:
     """Say what a ratio means.
 
     Args:
-        ideal: speed-up of the matrix products if every zero were skipped; None if student and teacher are different
-            models.
+        ideal: speed-up of the matrix products if every zero were skipped; None if student and
+            teacher are different models.
     """
     caveat = ratio_caveat(speedup, rounds)
     if caveat is not None:

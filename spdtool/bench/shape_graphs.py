@@ -1,8 +1,9 @@
 """Graphs of an encoder at any number of heads, or any width, from the exported graphs of two.
 
-An export takes seconds, and a table needs dozens of shapes. But two exports that differ in one size have the same
-nodes: dimensions of weights, and the few whole numbers in reshapes, are linear in that size. So two of them are
-exported as any checkpoint is, and the others are written down. Their weights are random: only times are measured.
+An export takes seconds, and a table needs dozens of shapes. But two exports that differ in one size
+have the same nodes: dimensions of weights, and the few whole numbers in reshapes, are linear in
+that size. So two of them are exported as any checkpoint is, and the others are written down. Their
+weights are random: only times are measured.
 """
 
 from __future__ import annotations

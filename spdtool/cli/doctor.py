@@ -1,7 +1,7 @@
 """The command `doctor`: what is installed, and which device and provider really work.
 
-Each check runs something small instead of asking for claims: a matrix product on the device, and one through each
-provider of onnxruntime.
+Each check runs something small instead of asking for claims: a matrix product on the device, and
+one through each provider of onnxruntime.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Options, the decorator and the error handling that all commands share.
 
-Nothing here imports pydantic, numpy or torch: `--help` answers at once. Commands import what they call when
-they run.
+Nothing here imports pydantic, numpy or torch: `--help` answers at once. Commands import what they
+call when they run.
 """
 
 from __future__ import annotations
@@ -230,9 +230,9 @@ class RecipeOptions:
 def command(function: Command) -> Command:
     """Register `function` as a command of its name.
 
-    Its value is printed as JSON with `--json`; errors of the user lose their traceback. Every command also gets
-    --plugins-dir and --json. A parameter whose type is a dataclass, such as `RecipeOptions`, becomes the options that
-    are its fields.
+    Its value is printed as JSON with `--json`; errors of the user lose their traceback. Every
+    command also gets --plugins-dir and --json. A parameter whose type is a dataclass, such as
+    `RecipeOptions`, becomes the options that are its fields.
     """
     signature = inspect.signature(function, eval_str=True)
     # Typer reads the options from the signature: the wrapper gets one that lists them all.

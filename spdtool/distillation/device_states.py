@@ -1,7 +1,8 @@
 """The teacher's hidden states of all rows on the GPU, in bf16, where they fit: a step reads them instead of computing.
 
-They are computed once a phase, by one pass in the precision of the training. Whether they fit depends on what else is
-on the device, so they are no part of what a snapshot is identified by: a stage may go on without them.
+They are computed once a phase, by one pass in the precision of the training. Whether they fit
+depends on what else is on the device, so they are no part of what a snapshot is identified by: a
+stage may go on without them.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def should_keep_on_device(
     """
     if not device.is_gpu(target) or precision != "bf16" or not needs_hidden_states(section.loss):
         return False
-    # a mask is needed, since padding reads other rows; with padding on the left, a row's outputs depend on its batch
+    # a mask is needed, since padding reads other rows; with padding on the left, a row's outputs
+    # depend on its batch
     if section.loss.attention > 0 or not section.loss.mask_padding or rows.pad_left or rows.labels_per_token:
         return False
     if collectives.group_size() > 1:  # each rank reads other rows in every epoch

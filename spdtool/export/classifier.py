@@ -79,10 +79,11 @@ class Classifier:
         max_length: longest input in tokens; longer texts are cut.
         pads_left: whether shorter rows of a batch are padded on the left. padding: with what, by input.
         decision: turns outputs into answers, as the kind of task has it.
-        bundle: the opened folder and the model in it that runs; None for a classifier that was not opened from one.
+        bundle: the opened folder and the model in it that runs; None for a classifier that was not
+            opened from one.
         prompt: is put before every text; empty for all but sentence encoders that have one.
-        text: names of the one or two text columns of the training data; None if the folder does not name them, and a
-            row may then be a single text or a pair.
+        text: names of the one or two text columns of the training data; None if the folder does not
+            name them, and a row may then be a single text or a pair.
     """
 
     bundle: Bundle | None = None
@@ -170,7 +171,8 @@ class Classifier:
         """Turn outputs, as `group` returns them, into answers.
 
         Returns:
-            what the kind of task answers: for each row the label with the largest logit; for a regression the value;
+            what the kind of task answers: for each row the label with the largest logit; for a
+                regression the value;
             with several labels a row, their list; the entities of a text.
         """
         return self.decision.decide(outputs)
@@ -199,11 +201,13 @@ class Classifier:
     ) -> RowLogits:
         """Compute logits, float32 [rows, labels], in batches of similar length, each padded to its longest row.
 
-        A model with outputs for each token gives a list instead: an array [tokens, labels] for each row, or window.
+        A model with outputs for each token gives a list instead: an array [tokens, labels] for each
+            row, or window.
 
         Args:
-            inputs: a text or several; token ids of one row or of several; or a mapping with `input_ids` and, where
-                they are not all ones and zeros, `attention_mask` and `token_type_ids`.
+            inputs: a text or several; token ids of one row or of several; or a mapping with
+                `input_ids` and, where they are not all ones and zeros, `attention_mask` and
+                `token_type_ids`.
             pairs: second text of each row, for a task on pairs.
             batch_size: rows that are computed at once.
 
@@ -377,19 +381,21 @@ def load(
 ) -> Classifier:
     """Open an exported folder, whatever target wrote it, after its files were held against their sha256.
 
-    A bundle holds several variants of one model. The best one that runs here is opened: one with operators of its own
-    if their library is installed and loads, otherwise the portable one. `classifier.bundle` names it.
+    A bundle holds several variants of one model. The best one that runs here is opened: one with
+    operators of its own if their library is installed and loads, otherwise the portable one.
+    `classifier.bundle` names it.
 
     Args:
-        folder: a run, or a folder such as `RUN/export/bundle` or `RUN/export/student`; of a folder with both roles, the
-            student is opened.
-        library: library of custom operators to use; None: that of the installed plugin, where the folder needs one.
-            It is native code, so a library that lies in the folder is used only if it is named here.
+        folder: a run, or a folder such as `RUN/export/bundle` or `RUN/export/student`; of a folder
+            with both roles, the student is opened.
+        library: library of custom operators to use; None: that of the installed plugin, where the
+            folder needs one. It is native code, so a library that lies in the folder is used only
+            if it is named here.
         threads: threads of one operator; 0: as many as there are cores.
         provider: `cpu` or `cuda`.
         variant: open this variant of a bundle and no other.
-        unverified: open a folder without manifest.json too, such as one that others exported. Nothing then tells
-            whether its files belong together.
+        unverified: open a folder without manifest.json too, such as one that others exported.
+            Nothing then tells whether its files belong together.
         raw: give probabilities without the temperature that the export fitted; labels are the same.
 
     Raises:
@@ -440,7 +446,8 @@ def open_first_usable(
 ) -> tuple[Bundle, InferenceSession]:
     """Open the first variant that runs here.
 
-    Only a variant with operators of its own is passed over when it does not open; a damaged file is always an error.
+    Only a variant with operators of its own is passed over when it does not open; a damaged file is
+    always an error.
     """
     bundle = next(candidates)
     while True:

@@ -1,7 +1,8 @@
 """NVIDIA's libraries from Python packages, which onnxruntime's CUDA provider needs, in every site-packages.
 
-onnxruntime looks beside itself only. In an environment that sees the packages of another one (`--system-site-packages`,
-a user's own folder), the libraries may be elsewhere: where torch brought them.
+onnxruntime looks beside itself only. In an environment that sees the packages of another one
+(`--system-site-packages`, a user's own folder), the libraries may be elsewhere: where torch brought
+them.
 """
 
 from __future__ import annotations

@@ -97,24 +97,24 @@ class Target:
             architecture that nobody has tried is traced before hours are spent on training.
         rounds_weights: whether the files hold other weights than the checkpoint.
         rounds_arithmetic: whether activations are rounded as well; then small weights may become zero.
-        clipped_share: largest share of a parameter's weights that the target clips on purpose. A weight
-            may be further away than half a step only where it is clipped.
-        packs: whether it stores weights as `export.values` and `export.embeddings` say, in whichever form
-            is the smallest that keeps the dev score.
+        clipped_share: largest share of a parameter's weights that the target clips on purpose. A
+            weight may be further away than half a step only where it is clipped.
+        packs: whether it stores weights as `export.values` and `export.embeddings` say, in
+            whichever form is the smallest that keeps the dev score.
         calibrates: whether `export_rounded` needs training rows of the task.
         bundle_stem: name of its file in a bundle, without `.onnx`; empty: made of the target's
             name.
         preferred_on: where a bundle prefers this target to the portable file, of `cpu`, `cuda` and
             `web`.
         preference: where several targets are preferred, the highest comes first.
-        opened_by: what opens its files. `onnxruntime`: they are ONNX, so `spdtool.load` opens the folder,
-            the bundle holds them, and the bench times them in onnxruntime. `session`: this target's own
-            method alone. Then the dev set is read by token ids, the bundle goes without them, and the
-            bench calls `session` in the process that it times.
+        opened_by: what opens its files. `onnxruntime`: they are ONNX, so `spdtool.load` opens the
+            folder, the bundle holds them, and the bench times them in onnxruntime. `session`: this
+            target's own method alone. Then the dev set is read by token ids, the bundle goes
+            without them, and the bench calls `session` in the process that it times.
         changed_fields: fields of config.json that may differ from the checkpoint's.
-        times_dense: whether the bench also exports the dense teacher in a form of the student alone, so
-            that what the form gives to any weights is not credited to zeros. Off where the form cannot
-            hold dense weights.
+        times_dense: whether the bench also exports the dense teacher in a form of the student
+            alone, so that what the form gives to any weights is not credited to zeros. Off where
+            the form cannot hold dense weights.
         timing_operator: domain and name of an operator (repeats int64 [1], packed matrix uint8) ->
             float32 seconds of one product with a packed matrix; None: the ledger cannot time its
             products.

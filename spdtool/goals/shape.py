@@ -1,12 +1,12 @@
 """Choose the shape of a small student that reaches the goal of a recipe.
 
 A table has the time of a layer at every shape (`bench.layer_times`), calibration gives the losses
-(`pruning.structure`), and `pruning.search` finds the shape. Then a random encoder of that shape is timed as a whole
-against the dense one, because caches make a sum of layers a few percent wrong. The budget is corrected, and the search
-repeated.
+(`pruning.structure`), and `pruning.search` finds the shape. Then a random encoder of that shape is
+timed as a whole against the dense one, because caches make a sum of layers a few percent wrong. The
+budget is corrected, and the search repeated.
 
-The shape becomes `prune.shape` of the run's recipe: a run that was killed, or goes on on a busy machine, keeps it.
-`goal.json` of the run tells how it was chosen.
+The shape becomes `prune.shape` of the run's recipe: a run that was killed, or goes on on a busy
+machine, keeps it. `goal.json` of the run tells how it was chosen.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Choose the sparsity of a sparse student that is so many times faster than its dense teacher.
 
-A random encoder of the teacher's architecture gets random zeros in the recipe's pattern, is written by the target that
-skips zeros, and timed against the dense one in onnxruntime. How fast it is depends on how many zeros there are, hardly
-on where they are.
+A random encoder of the teacher's architecture gets random zeros in the recipe's pattern, is written
+by the target that skips zeros, and timed against the dense one in onnxruntime. How fast it is
+depends on how many zeros there are, hardly on where they are.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """How this process computes: the number of threads, and the last bits of what it calculates.
 
-The same recipe gives the same weights only where sums are added in the same order. That depends on the number of
-threads, on the processor, and on switches in the environment (MKL_CBWR, ONEDNN_MAX_CPU_ISA, ATEN_CPU_CAPABILITY and
-more than can be listed). So it is not listed but measured: a fixed calculation, and the hash of its bits.
+The same recipe gives the same weights only where sums are added in the same order. That depends on
+the number of threads, on the processor, and on switches in the environment (MKL_CBWR,
+ONEDNN_MAX_CPU_ISA, ATEN_CPU_CAPABILITY and more than can be listed). So it is not listed but
+measured: a fixed calculation, and the hash of its bits.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ ROWS = (1, 7, 64, 333)
 def probe_arithmetic(device: torch.device | str = "cpu") -> str:
     """Hash the bits of a fixed calculation: equal hashes compute equal weights.
 
-    It has the products, functions and sums of an encoder layer, forward and backward, and takes a tenth of a second.
+    It has the products, functions and sums of an encoder layer, forward and backward, and takes a
+    tenth of a second.
     """
     return _probe(torch.device(device), torch.get_num_threads())
 

@@ -34,7 +34,8 @@ def shard_model(model: nn.Module, layers: Iterable[nn.Module], device: torch.dev
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for module in (*layers, model):
-        # after the forward pass of the model itself too: it is scored between steps, with no backward pass to free it
+        # after the forward pass of the model itself too: it is scored between steps, with no
+        # backward pass to free it
         sharded = fully_shard(module, mesh=mesh, reshard_after_forward=True)
         assert isinstance(sharded, FSDPModule)
         # the losses carry each rank's share of the batch, so gradients are summed, not averaged

@@ -2,12 +2,12 @@
 
     y = (x_u8 - zero_point) @ w_s8.T * scale of the row * scale of the token + bias
 
-Weights are rounded once, with one scale for each row (output). Activations are rounded as they come, with a scale and
-a zero point for each token and chunk of `INPUT_CHUNK` inputs; the chunks' products are added in float32. Integers are
-exact, so an engine on any machine has the same sums.
+Weights are rounded once, with one scale for each row (output). Activations are rounded as they
+come, with a scale and a zero point for each token and chunk of `INPUT_CHUNK` inputs; the chunks'
+products are added in float32. Integers are exact, so an engine on any machine has the same sums.
 
-This is the one definition. Whatever trains for int8, computes it or checks it calls these functions, or is tested
-against them.
+This is the one definition. Whatever trains for int8, computes it or checks it calls these
+functions, or is tested against them.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class RoundedTokens(NamedTuple):
 def round_weight_rows(weight: Tensor) -> RoundedRows:
     """Round a float32 matrix [outputs, inputs] to int8, symmetrically, with one scale for each row.
 
-    The largest weight of a row becomes 127 or -127; a row of zeros has the scale 1. Halves go to the even number. A
-    weight below half a step becomes zero.
+    The largest weight of a row becomes 127 or -127; a row of zeros has the scale 1. Halves go to
+    the even number. A weight below half a step becomes zero.
     """
     largest = weight.abs().amax(dim=1)
     scales = (largest / torch.full_like(largest, WEIGHT_LIMIT)).clamp(LEAST_SCALE, LARGEST_SCALE)
@@ -69,8 +69,8 @@ def round_weight_rows(weight: Tensor) -> RoundedRows:
 def round_tokens(values: Tensor) -> RoundedTokens:
     """Round float32 activations [..., inputs] to 0 to 255, with one scale and zero point for each token.
 
-    The range holds zero, which is rounded without an error. Values are multiplied by the reciprocal of the scale,
-    since a division for each value would cost more than the products that it serves.
+    The range holds zero, which is rounded without an error. Values are multiplied by the reciprocal
+    of the scale, since a division for each value would cost more than the products that it serves.
     """
     least = values.amin(dim=-1, keepdim=True).clamp(max=0)
     most = values.amax(dim=-1, keepdim=True).clamp(min=0)

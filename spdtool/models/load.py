@@ -213,7 +213,8 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
 def _fit_sentence_tokenizer(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Give a tokenizer the longest input and the prompts of its folder of sentence-transformers, as the library does.
 
-    A folder that is used as an encoder alone may pool in a way that is not supported: its tokenizer stays as it is.
+    A folder that is used as an encoder alone may pool in a way that is not supported: its tokenizer
+    stays as it is.
     """
     try:
         settings = read_sentence_settings(source)

@@ -1,7 +1,8 @@
 """An attention mask that answers, without asking the device, whether its batch has padding at all.
 
-transformers asks that in every forward pass, `mask.all()`, to leave the mask out where there is none. On a GPU the
-answer is read back, so everything queued has to end first. Here the batch was asked while it was on the processor.
+transformers asks that in every forward pass, `mask.all()`, to leave the mask out where there is
+none. On a GPU the answer is read back, so everything queued has to end first. Here the batch was
+asked while it was on the processor.
 """
 
 from __future__ import annotations

@@ -40,15 +40,16 @@ def predict(forward: Forward, rows: Encoded, batch_size: int = BATCH_SIZE, *, ac
         forward: a model.
         rows: at least one.
         batch_size: rows of a batch.
-        across_ranks: share the batches among the ranks; collective: call on every rank. Each row is computed in the
-            batch in which one rank alone would compute it.
+        across_ranks: share the batches among the ranks; collective: call on every rank. Each row is
+            computed in the batch in which one rank alone would compute it.
     """
     batches = list(evaluation_batches(rows, batch_size))
     # With fewer batches than ranks, a rank without one would not know the number of labels.
     shared = across_ranks and len(batches) >= collectives.group_size()
     rank, rank_count = (collectives.group_rank(), collectives.group_size()) if shared else (0, 1)
     turns = -(-len(batches) // rank_count)
-    # As many batches for each rank, a repeated one if need be: a sharded model needs every rank in each forward pass.
+    # As many batches for each rank, a repeated one if need be: a sharded model needs every rank in
+    # each forward pass.
     my_batches = (batches[rank::rank_count] + batches[:1])[:turns]
     logits: np.ndarray | None = None
     for batch in my_batches:
@@ -87,7 +88,8 @@ def to_device(batch: Batch | dict[str, torch.Tensor], device: torch.device | str
     """Return the batch as tensors on `device`; copies from page-locked memory are not waited for."""
     moved = {name: torch.as_tensor(column).to(device, non_blocking=True) for name, column in batch.items()}
     if "attention_mask" in moved:
-        # Asked of the batch on the processor: the same question on the device would wait for all that is queued there.
+        # Asked of the batch on the processor: the same question on the device would wait for all
+        # that is queued there.
         unpadded = bool(batch["attention_mask"].all())
         moved["attention_mask"] = PaddingMask.of(moved["attention_mask"], unpadded=unpadded)
     return moved

@@ -1,8 +1,8 @@
 """Leave out what a structured student does not use: dead attention heads and feed-forward neurons.
 
-A student of whose matrices whole heads and neurons are zero computes the same without them. `shrink` returns such a
-model, which is faster in every runtime. Stock classes cannot express its shape, so it is traced or timed, never saved
-as a checkpoint: that is the student at full width.
+A student of whose matrices whole heads and neurons are zero computes the same without them.
+`shrink` returns such a model, which is faster in every runtime. Stock classes cannot express its
+shape, so it is traced or timed, never saved as a checkpoint: that is the student at full width.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ def find_live_positions(model: PreTrainedModel) -> dict[str, Positions]:
 def narrow(model: PreTrainedModel) -> tuple[PreTrainedModel, dict[str, Positions]]:
     """Build the narrowest model of a stock class that computes the same: one feed-forward width for all layers.
 
-    Stock classes have as many heads in every layer as the hidden width asks for, so dead heads stay, as zeros.
+    Stock classes have as many heads in every layer as the hidden width asks for, so dead heads
+    stay, as zeros.
 
     Returns:
         The model, and each parameter that is smaller there, with its positions.

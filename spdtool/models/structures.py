@@ -1,8 +1,9 @@
 """Attention heads and feed-forward neurons: which rows and columns of a layer's matrices go together.
 
-A head owns rows of the query, key and value matrices, and columns of the output projection. A neuron owns a row of
-the up-projection (in a gated feed-forward one of either half), and a column of the down-projection. Without its
-columns a structure changes no output, so all of it can be removed, and the result is exact.
+A head owns rows of the query, key and value matrices, and columns of the output projection. A
+neuron owns a row of the up-projection (in a gated feed-forward one of either half), and a column of
+the down-projection. Without its columns a structure changes no output, so all of it can be removed,
+and the result is exact.
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ class Structures:
     """All heads, or all neurons, of one layer.
 
     Attributes:
-        inputs: module name in the model to the linear layer whose rows make the structures. Where matrices are fused,
+        inputs: module name in the model to the linear layer whose rows make the structures. Where
+            matrices are fused,
             all structures come several times: queries, keys and values, or both halves of a gated feed-forward.
         output_name, output: the linear layer whose columns read the structures.
         size: columns of one structure.

@@ -1,8 +1,8 @@
 """What the student starts from, and whether it and its teacher read text alike.
 
-A student is a copy of its teacher, or of some layers of it, or another encoder of any depth and width with the same
-vocabulary (`recipe.student`). A student that does not fit is refused by its configuration alone,
-before hours are spent on a teacher.
+A student is a copy of its teacher, or of some layers of it, or another encoder of any depth and
+width with the same vocabulary (`recipe.student`). A student that does not fit is refused by its
+configuration alone, before hours are spent on a teacher.
 """
 
 from __future__ import annotations

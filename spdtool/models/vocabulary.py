@@ -1,7 +1,8 @@
 """A smaller vocabulary: the tokens that the data needs, in the tokenizer and in the embeddings.
 
-Half of a small encoder's bytes are word embeddings, and one task uses a few thousand of its 30,000 to 250,000 tokens.
-A text whose tokens are all kept is cut into the same pieces as before, so the model's answer to it does not change.
+Half of a small encoder's bytes are word embeddings, and one task uses a few thousand of its 30,000
+to 250,000 tokens. A text whose tokens are all kept is cut into the same pieces as before, so the
+model's answer to it does not change.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ The lowest scores are pruned first. A criterion declares what it reads besides t
 
     update         `(weight, alive, stats) -> weight` updates the weights that survive an event; the criteria that do
                    so are in `second_order.py`
-    block_scores   `(weight, stats, block) -> scores [outputs / rows, inputs / columns]` ranks blocks of weights that
+    block_scores   `(weight, stats, block) -> scores [outputs / rows, inputs / columns]` ranks
+    blocks of weights that
                    go together; without it, a block's score is the mean over its weights
 
     @criteria.register("obert", needs=("fisher_blocks",), update=update_blocks, block_scores=obert_of_blocks)
@@ -91,8 +92,8 @@ def movement(weight: Tensor, stats: Stats) -> Tensor:
 def movement_soft(weight: Tensor, stats: Stats) -> Tensor:
     """Movement scores under the sigmoid penalty of the paper's soft variant (arXiv 2005.07683).
 
-    The paper fixes a threshold and gets some sparsity; here the threshold is the one that gives exactly
-    the sparsity of the event.
+    The paper fixes a threshold and gets some sparsity; here the threshold is the one that gives
+    exactly the sparsity of the event.
     """
     # as in `movement`
     return weight.abs() if stats.movement_soft is None else stats.movement_soft

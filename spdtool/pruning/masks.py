@@ -50,7 +50,8 @@ class Masks:
         self.dead_values: dict[str, Tensor] = {}
         self.zeroes_together = any(device.is_gpu(weight.device) for weight in self.parameters.values())
         self._optimizer: torch.optim.Optimizer | None = None
-        # an optimiser step leaves a weight zero whose moments and gradient are zero: nothing is left to do
+        # an optimiser step leaves a weight zero whose moments and gradient are zero: nothing is
+        # left to do
         self._moments_are_zero = False  # dead weights and their moments, since the last `apply`
         self._gradients_are_zero = False  # of dead weights, for the coming step
         self._alive: dict[str, Tensor] = {}  # see `_zero_together`

@@ -1,11 +1,11 @@
 """Patterns: which weights live and die together.
 
-A pattern is a function `(scores, zeros) -> bool mask`. The mask is True where a weight lives, has the shape of the
-scores [outputs, inputs], and exactly `zeros` entries that are False. Weights that are dead already come with a score
-of minus infinity.
+A pattern is a function `(scores, zeros) -> bool mask`. The mask is True where a weight lives, has
+the shape of the scores [outputs, inputs], and exactly `zeros` entries that are False. Weights that
+are dead already come with a score of minus infinity.
 
-A pattern of blocks is registered with the shape of its blocks, outputs x inputs. Its function sees one score for each
-block, and its mask and its number of zeros are of blocks:
+A pattern of blocks is registered with the shape of its blocks, outputs x inputs. Its function sees
+one score for each block, and its mask and its number of zeros are of blocks:
 
     @patterns.register("1x8", block=(1, 8))
     def rows_of_eight(scores, zeros): ...

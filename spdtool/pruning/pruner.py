@@ -37,8 +37,8 @@ class Pruner:
 
     Raises:
         UnknownName: no such criterion.
-        RecipeError: the criterion needs what this tool does not observe, or the pattern of the masks cannot reach the
-            target.
+        RecipeError: the criterion needs what this tool does not observe, or the pattern of the
+            masks cannot reach the target.
         ModelError: more weights are zero for good already than the target asks for.
     """
 
@@ -157,8 +157,8 @@ class Pruner:
         dead, allocation = self.masks.choose(scores, sparsity, self.section.scope, self.section.least)
         self.clamped, self.lowered = allocation.clamped, allocation.lowered
         updated = self._update_survivors(dead, on_work)
-        # Replicas whose statistics differ in the last bit may rank two weights differently, so all take the choice of
-        # rank 0. Sharded weights are ranked whole, and each rank has other rows.
+        # Replicas whose statistics differ in the last bit may rank two weights differently, so all
+        # take the choice of rank 0. Sharded weights are ranked whole, and each rank has other rows.
         if not any(map(fsdp.is_sharded, self.masks.parameters.values())):
             collectives.broadcast([*dead.values(), *(updated or {}).values()])
         self.masks.set(dead, updated)

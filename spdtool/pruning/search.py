@@ -1,9 +1,10 @@
 """Find the shape of an encoder that loses the least within a budget of milliseconds or bytes.
 
-Each layer has two choices of its own: how many heads remain, and how wide its feed-forward is. Their losses and their
-costs add up, so this is a knapsack with one item out of each group, solved by a dynamic program over the sublayers. It
-is exact until there are more than `MOST_STATES` sums of costs; then costs are compared in as many steps. ZipLM (Kurtic
-et al. 2023, arXiv 2302.04089) searches in a similar way.
+Each layer has two choices of its own: how many heads remain, and how wide its feed-forward is.
+Their losses and their costs add up, so this is a knapsack with one item out of each group, solved
+by a dynamic program over the sublayers. It is exact until there are more than `MOST_STATES` sums of
+costs; then costs are compared in as many steps. ZipLM (Kurtic et al. 2023, arXiv 2302.04089)
+searches in a similar way.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def find_shape_within(
 ) -> tuple[LayerShape, ...]:
     """Find a shape with little loss within two budgets at once, such as milliseconds and bytes.
 
-    A shape within both is also within every weighted mean of them. The weight is searched at which the shape of least
+    A shape within both is also within every weighted mean of them. The weight is searched at which
+    the shape of least
     loss within the mean is within each: it loses little, though not always the least.
 
     Raises:

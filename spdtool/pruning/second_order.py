@@ -137,8 +137,8 @@ def solve_rows(matrix: Tensor, wanted: Tensor, sets: Tensor) -> Tensor:
 
     x is zero outside of s.
 
-    The largest sets come first, so that each is padded to the largest of its chunk alone: in a matrix with 90 % zeros
-    the largest may be six times the mean, and a factor costs the cube.
+    The largest sets come first, so that each is padded to the largest of its chunk alone: in a
+    matrix with 90 % zeros the largest may be six times the mean, and a factor costs the cube.
     """
     solution = torch.zeros_like(wanted)
     sizes, order = sets.sum(1).sort(descending=True, stable=True)

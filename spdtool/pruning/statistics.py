@@ -57,8 +57,8 @@ class WeightGradient:
         weight: the weight; where it is dead, the value that it had when it died if it may grow
             again, else 0.
         dead: the dead, where they stay dead; None where they may grow again.
-        counts: scalar on the device, False if fp16 overflowed in this step: the gradient is then zero,
-            and nothing may change; None: it counts.
+        counts: scalar on the device, False if fp16 overflowed in this step: the gradient is then
+            zero, and nothing may change; None: it counts.
     """
 
     gradient: Tensor
@@ -329,7 +329,8 @@ class Observer:
         """Add the gradients of an optimiser step, once all backward passes are done.
 
         Args:
-            overflow: scalar on the device, above 0 if fp16 overflowed: the step then does not count. None: it counts.
+            overflow: scalar on the device, above 0 if fp16 overflowed: the step then does not
+                count. None: it counts.
         """
         counts = None if overflow is None else overflow == 0
         for name in self.statistics:

@@ -1,13 +1,14 @@
 """Structured pruning: which heads and neurons of a layer go, what that costs, and how the others make up for it.
 
-The loss is the squared error of the layer's own output. With W the matrix whose columns read the structures and H the
-second moment of its inputs, removing the columns S costs 1/2 tr(W_S [H^-1]_SS^-1 W_S^T), and the best remaining columns
-are W_R - W_S [H^-1]_SS^-1 [H^-1]_SR (Hassibi & Stork 1992; of whole structures: Kurtic et al. 2023, ZipLM, arXiv
-2302.04089). Structures go one at a time, the cheapest first, each after the others have made up for those before it.
-The costs add up to the loss of the whole removal.
+The loss is the squared error of the layer's own output. With W the matrix whose columns read the
+structures and H the second moment of its inputs, removing the columns S costs 1/2 tr(W_S
+[H^-1]_SS^-1 W_S^T), and the best remaining columns are W_R - W_S [H^-1]_SS^-1 [H^-1]_SR (Hassibi &
+Stork 1992; of whole structures: Kurtic et al. 2023, ZipLM, arXiv 2302.04089). Structures go one at
+a time, the cheapest first, each after the others have made up for those before it. The costs add up
+to the loss of the whole removal.
 
-Where the layer has a bias, it makes up for what is removed too: H is then the covariance of the inputs, and the bias
-takes over the mean of what the weights lost.
+Where the layer has a bias, it makes up for what is removed too: H is then the covariance of the
+inputs, and the bias takes over the mean of what the weights lost.
 """
 
 from __future__ import annotations

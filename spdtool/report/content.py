@@ -237,8 +237,8 @@ def bench_content(bench: BenchResult | None) -> BenchContent | None:
 def latency_tables(entries: Sequence[LatencyRecord], ledger: Sequence[LedgerEntry]) -> list[TextTable]:
     """Return a table for each number of threads: shapes by engines, median milliseconds and speed.
 
-    The last column of the table of one thread is the least time that the pruned products can take: the sum of their
-    bounds, where the ledger knows that many tokens.
+    The last column of the table of one thread is the least time that the pruned products can take:
+    the sum of their bounds, where the ledger knows that many tokens.
     """
     by_threads: dict[int, list[LatencyRecord]] = {}
     for entry in entries:

@@ -1,7 +1,8 @@
 """Training curves: `metrics.jsonl` of each phase as series over the steps of all of them.
 
-Events are `step` (losses, rates, sparsity), `eval` (dev scores, and scores on training rows where they were taken) and
-`prune`. A phase that was killed is read from its partial folder, as far as it has come.
+Events are `step` (losses, rates, sparsity), `eval` (dev scores, and scores on training rows where
+they were taken) and `prune`. A phase that was killed is read from its partial folder, as far as it
+has come.
 """
 
 from __future__ import annotations

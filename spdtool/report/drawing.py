@@ -1,8 +1,9 @@
 """How figures are drawn: one style for all; PNG for slides, SVG to stand inside a page.
 
-Everything is drawn once, in the colours of a light page; in the SVG each of these colours is a CSS variable of
-`page.css` instead, so that the page decides, by day and by night. The colours of series are Okabe and Ito's, which
-colour-blind people can tell apart; the fifth is darkened, to be seen on white.
+Everything is drawn once, in the colours of a light page; in the SVG each of these colours is a CSS
+variable of `page.css` instead, so that the page decides, by day and by night. The colours of series
+are Okabe and Ito's, which colour-blind people can tell apart; the fifth is darkened, to be seen on
+white.
 """
 
 from __future__ import annotations

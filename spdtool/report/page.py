@@ -1,6 +1,7 @@
 """`spdtool report`: one page without network or scripts, and the same figures as PNG files beside it.
 
-Reads: run folders, or the folder of a sweep. Writes: the page, and `<page>-<figure>.png` for each of its figures.
+Reads: run folders, or the folder of a sweep. Writes: the page, and `<page>-<figure>.png` for each
+of its figures.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Free the disk of what a run no longer needs, and nothing that spdtool does not know.
 
-Of a stage only the files go that its stage.json lists; of a stage in progress its hidden folder. Whatever else lies in
-a run folder is named, and stays.
+Of a stage only the files go that its stage.json lists; of a stage in progress its hidden folder.
+Whatever else lies in a run folder is named, and stays.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@
       teacher/ prune/ ... one folder per finished stage; its stage.json was written last
       .prune.partial/     a stage in progress, with the state from which it resumes
 
-`stage.json` holds what the stage read (stages and rows, by hash), its section of the recipe, its result, and every
-file it wrote with size and sha256: see `records.StageRecord`. It is written last, inside the partial folder, which is
-then renamed: a folder called `prune` is whole.
+`stage.json` holds what the stage read (stages and rows, by hash), its section of the recipe, its
+result, and every file it wrote with size and sha256: see `records.StageRecord`. It is written last,
+inside the partial folder, which is then renamed: a folder called `prune` is whole.
 """
 
 from __future__ import annotations
@@ -56,8 +56,9 @@ BEFORE_RUN_JSON = {LOCK, SMOKE_MARK, ".run.json.tmp"}  # files that a kill befor
 class Stage:
     """A stage in progress: the folder it writes to, and the result that its stage.json will hold.
 
-    `fingerprint` is a hash of all that decides the result, see `Run.fingerprint`. `training_threads`,
-    `arithmetic`, `precision` and `device` say how this process computes, see `MachineRecord`.
+    `fingerprint` is a hash of all that decides the result, see `Run.fingerprint`.
+    `training_threads`, `arithmetic`, `precision` and `device` say how this process computes, see
+    `MachineRecord`.
     """
 
     name: str
@@ -202,7 +203,8 @@ class Run:
 
         Raises:
             StageMissing: it is not finished.
-            Corrupt: a file was altered or cut short, or the stage was made from an input that has since been replaced.
+            Corrupt: a file was altered or cut short, or the stage was made from an input that has
+                since been replaced.
         """
         record, folder = self.record(stage), self.path / stage
         hint = _redo_hint(stage, self.path)
@@ -372,7 +374,8 @@ class Run:
         final = self.path / stage.name
         if final.exists():  # a folder without stage.json: not ours to trust
             shutil.rmtree(final)
-        # one rename commits, with the state still inside: a kill before it can resume, a kill after it is done
+        # one rename commits, with the state still inside: a kill before it can resume, a kill after
+        # it is done
         publish_folder(stage.folder, final)
         self._remove_used_state(stage.name)
 

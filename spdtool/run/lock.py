@@ -1,8 +1,9 @@
 """The lock of a run folder: one process writes to it at a time.
 
-The folder itself is locked (`flock`), so there is no lock file that could be removed, and the lock dies with its
-process. File systems without such locks get a file instead, which names the process that holds it: host, boot,
-number and start. Whoever meets it can tell a living owner from a dead one, unless the owner is on another host.
+The folder itself is locked (`flock`), so there is no lock file that could be removed, and the lock
+dies with its process. File systems without such locks get a file instead, which names the process
+that holds it: host, boot, number and start. Whoever meets it can tell a living owner from a dead
+one, unless the owner is on another host.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Files that survive a power cut: contents reach the disk before names do, and both before anything older goes.
 
-A kernel keeps what was written in memory for half a minute, and may write names before contents. So whoever makes
-something that others rely on calls `settle_folder` on it, and only then `publish_folder`, which renames.
+A kernel keeps what was written in memory for half a minute, and may write names before contents. So
+whoever makes something that others rely on calls `settle_folder` on it, and only then
+`publish_folder`, which renames.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Dynamic batching: rows of many requests are computed together, in worker threads.
 
-A free worker tokenizes what has arrived and adds it to the queue that all workers share. It then computes the row that
-has waited longest, together with the queued rows nearest to it in length, at most `max_batch` of them. So there is
-hardly any padding, no row waits for ever, and a request is answered as soon as its own rows are done.
+A free worker tokenizes what has arrived and adds it to the queue that all workers share. It then
+computes the row that has waited longest, together with the queued rows nearest to it in length, at
+most `max_batch` of them. So there is hardly any padding, no row waits for ever, and a request is
+answered as soon as its own rows are done.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from spdtool.errors import SpdError, first_line
 from spdtool.export.classifier import Classifier, RowLogits
 from spdtool.export.token_rows import TokenRow
 
-# Every batch costs about as much as this many tokens before its first row. Measured: 8 and 32 were slower than 16
-# (six layers of 384, one thread).
+# Every batch costs about as much as this many tokens before its first row. Measured: 8 and 32 were
+# slower than 16 (six layers of 384, one thread).
 OVERHEAD_TOKENS = 16
 
 
@@ -132,7 +133,8 @@ class Batcher:
         """Queue a request.
 
         Returns:
-            a future of the outputs, as `Classifier.group` returns them: one entry for each text; or of the DataError
+            a future of the outputs, as `Classifier.group` returns them: one entry for each text; or
+                of the DataError
             that names what is wrong with a text.
 
         Raises:

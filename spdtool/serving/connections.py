@@ -1,7 +1,8 @@
 """Connections that no client can hold for ever: uvicorn's protocol with limits of bytes, of time and of number.
 
-uvicorn and httptools parse and answer. This adds what they leave open: how large a head may be, how long a client may
-take to send and to read, how many connections there are, and an answer for a client that closed its sending side.
+uvicorn and httptools parse and answer. This adds what they leave open: how large a head may be, how
+long a client may take to send and to read, how many connections there are, and an answer for a
+client that closed its sending side.
 """
 
 from __future__ import annotations
@@ -172,7 +173,8 @@ class GuardedConnection(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Check a header; what is raised here becomes the status 400."""
-        # bytes.isdigit knows ASCII digits only. llhttp lets leading zeros without end pass, and int() does not.
+        # bytes.isdigit knows ASCII digits only. llhttp lets leading zeros without end pass, and
+        # int() does not.
         if name.lower() == b"content-length" and not (value.strip().isdigit() and len(value) <= LONGEST_LENGTH):
             raise ValueError("Content-Length is no number")
         super().on_header(name, value)

@@ -1,7 +1,8 @@
 """`spdtool predict --format glue`: the answers to a test.tsv of GLUE, as gluebenchmark.com takes them.
 
-A submission has the columns `index` and `prediction`, and a line for every row of the file. Labels are written as the
-official training files write them: names for MNLI, QNLI and RTE, numbers for the others.
+A submission has the columns `index` and `prediction`, and a line for every row of the file. Labels
+are written as the official training files write them: names for MNLI, QNLI and RTE, numbers for the
+others.
 """
 
 from __future__ import annotations

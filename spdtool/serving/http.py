@@ -1,14 +1,13 @@
 """The application of a bundle: KServe v2, a plain /predict, /metrics for Prometheus, and pages that describe it.
 
-    GET  /  /docs  /openapi.json
-    GET  /v2  /v2/health/live  /v2/health/ready  /v2/models/NAME  /v2/models/NAME/ready
-    POST /v2/models/NAME/infer  /predict  and a route of `compatible`, where the kind of task has one
-    GET  /metrics
+    GET  /  /docs  /openapi.json GET  /v2  /v2/health/live  /v2/health/ready  /v2/models/NAME
+    /v2/models/NAME/ready POST /v2/models/NAME/infer  /predict  and a route of `compatible`, where
+    the kind of task has one GET  /metrics
 
-Every error is `{"error": "..."}`: 400 no valid inference request, 404 no such model or path, 405 another method, 408
-too slow, 413 the body is too large, 421 another Host, 422 no valid request of /predict, 431 the head is too large, 500
-the model failed, 503 the queue is full, the server is about to end, a worker has died, or the bundle has changed on the
-disk.
+Every error is `{"error": "..."}`: 400 no valid inference request, 404 no such model or path, 405
+another method, 408 too slow, 413 the body is too large, 421 another Host, 422 no valid request of
+/predict, 431 the head is too large, 500 the model failed, 503 the queue is full, the server is
+about to end, a worker has died, or the bundle has changed on the disk.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@
     .txt                             one text a line, or a pair separated by a tab if the model takes pairs
     anything else, - (stdin)         lines whose format is recognised: see `predict.py`
 
-Rows are read one at a time, so memory does not grow with the file. What cannot be decided is refused, with the reason.
+Rows are read one at a time, so memory does not grow with the file. What cannot be decided is
+refused, with the reason.
 """
 
 from __future__ import annotations

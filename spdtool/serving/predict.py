@@ -1,8 +1,8 @@
 """`spdtool predict`: label a stream of lines, each a text or a pair, in their order.
 
-A line has one of three formats, recognised by the first line that is not empty: a JSON object with the columns that
-the model was trained on, or with `text` and perhaps `pair`; two columns separated by a tab; one text. Files with a
-header are read by `inputs.py`.
+A line has one of three formats, recognised by the first line that is not empty: a JSON object with
+the columns that the model was trained on, or with `text` and perhaps `pair`; two columns separated
+by a tab; one text. Files with a header are read by `inputs.py`.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def parse_lines(
 
     Args:
         line_format: one of FORMATS; None: recognised by the first line that is not empty.
-        columns: keys of the one or two texts in a JSON line; without them, or in a line that has none of them, the
-            keys are `text` and `pair`.
+        columns: keys of the one or two texts in a JSON line; without them, or in a line that has
+            none of them, the keys are `text` and `pair`.
     """
     for number, raw_line in enumerate(lines, start=1):
         line = raw_line.rstrip("\r\n")

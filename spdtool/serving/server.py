@@ -164,8 +164,8 @@ def open_unchanging(bundle: Path, threads: int, options: ServerOptions) -> tuple
 def share_threads(workers: int, threads: int, provider: str) -> tuple[int, int]:
     """Decide how many workers there are, and how many threads each of them has.
 
-    Two batches of short texts with a thread each are done sooner than one after the other with two threads. So 0
-    workers means one a thread, at most MAX_WORKERS; a GPU has one.
+    Two batches of short texts with a thread each are done sooner than one after the other with two
+    threads. So 0 workers means one a thread, at most MAX_WORKERS; a GPU has one.
     """
     all_threads = threads or onnx_session.usable_cores()
     if workers == 0 and provider == "cuda":
@@ -225,8 +225,8 @@ class Shutdown:
     def signals(self) -> Iterator[None]:
         """Take SIGINT and SIGTERM as requests inside the block.
 
-        uvicorn has its own handlers while it runs; then it sends itself the signal once more, and the default handler
-        would turn a clean end into a death.
+        uvicorn has its own handlers while it runs; then it sends itself the signal once more, and
+        the default handler would turn a clean end into a death.
         """
 
         def request(_number: int, _frame: FrameType | None) -> None:
@@ -307,7 +307,8 @@ def allow_open_files(connections: int) -> None:
 def hosts_to_allow(host: str, allowed: Collection[str]) -> frozenset[str]:
     """Decide which names in the header Host are answered; an empty set: any.
 
-    A server that only this machine can reach answers to this machine's names and to those that were allowed. One that
+    A server that only this machine can reach answers to this machine's names and to those that were
+    allowed. One that
     others can reach has names that it cannot know: it answers to any, unless some were allowed.
     """
     if ANY_HOST in allowed or (not allowed and not is_loopback(host)):

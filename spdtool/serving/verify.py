@@ -1,9 +1,10 @@
 """`spdtool serve-check`: verify that a bundle is what was exported and computes what its checkpoint computed.
 
-A bundle may come from a stranger, so nothing in it is executed. The self-test that runs is the one of this package, in
-a process of its own because native code may crash it; the `selftest.py` in the folder is for those who trust it.
-Libraries of custom operators are those of the installed plugins. The digests in manifest.json cannot show that somebody
-changed a file and the manifest together; the golden examples still show whether the model answers as it did.
+A bundle may come from a stranger, so nothing in it is executed. The self-test that runs is the one
+of this package, in a process of its own because native code may crash it; the `selftest.py` in the
+folder is for those who trust it. Libraries of custom operators are those of the installed plugins.
+The digests in manifest.json cannot show that somebody changed a file and the manifest together; the
+golden examples still show whether the model answers as it did.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Notice that an exported folder on the disk is no longer the one that a server opened.
 
-Weights may be mapped into memory, so a file that is written over under a running server would change its answers. The
-server therefore checks the folder after every batch, and gives no answer once a file differs.
+Weights may be mapped into memory, so a file that is written over under a running server would
+change its answers. The server therefore checks the folder after every batch, and gives no answer
+once a file differs.
 """
 
 from __future__ import annotations

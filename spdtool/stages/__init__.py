@@ -9,6 +9,6 @@
 | export | teacher, finetune | both for every target, each checked against its checkpoint, and the bundle |
 | bench | export, teacher | student against dense teacher, timed side by side |
 
-`run_stages.py` runs them, and `api.py` has what Python calls: `compress` and `export_model`. Importing these two is
-cheap: a stage, and torch with it, is imported when it runs.
+`run_stages.py` runs them, and `api.py` has what Python calls: `compress` and `export_model`.
+Importing these two is cheap: a stage, and torch with it, is imported when it runs.
 """

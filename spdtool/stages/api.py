@@ -33,8 +33,8 @@ class CompressionResult:
         bundle: folder to load or serve, where one was exported.
         files: exported files, relative to `run`.
         refused: target to the reason why its files were not shipped.
-        refusal: error of this call's export stage, if a target that the recipe demands was refused, or of its bench, if
-            the goal was missed.
+        refusal: error of this call's export stage, if a target that the recipe demands was refused,
+            or of its bench, if the goal was missed.
     """
 
     run: Path
@@ -85,11 +85,12 @@ def compress(
 ) -> CompressionResult:
     """Run every stage that is missing: fine-tune a teacher, prune and distil a student, export and time both.
 
-    A run that was stopped goes on where it was; stages that are done are skipped. `compress(run=FOLDER)` goes on with
-    the recipe that the run has recorded.
+    A run that was stopped goes on where it was; stages that are done are skipped.
+    `compress(run=FOLDER)` goes on with the recipe that the run has recorded.
 
     Args:
-        task, sparsity, speedup, max_mb, max_drop, kind, model, teacher, data, text, label, test_share, unlabeled, seed,
+        task, sparsity, speedup, max_mb, max_drop, kind, model, teacher, data, text, label,
+        test_share, unlabeled, seed,
             device, metric, sets, smoke: see `recipe.reading.request_recipe`.
         recipe: name, TOML file, or a recipe that is used as it is; None: `default`, or that of `run`.
         run: run folder; None: `runs/<task>-<sparsity>`.
@@ -226,11 +227,13 @@ def export_model(
     Args:
         target: export target; None: the first of the recipe, `onnx`.
         to: folder to write; None: `./<checkpoint's name>-<target>`.
-        task, data, text, label: rows on which to compare the dev score too; without them, random tokens are compared.
+        task, data, text, label: rows on which to compare the dev score too; without them, random
+            tokens are compared.
         sets: `--set` assignments such as `export.values=fp32`.
 
     Raises:
-        SpdError: the checkpoint cannot be read, or the exported file is not the checkpoint; nothing is left of it.
+        SpdError: the checkpoint cannot be read, or the exported file is not the checkpoint; nothing
+            is left of it.
     """
     from spdtool.data.kinds.embedding import is_sentence_encoder
     from spdtool.export import onnx_session

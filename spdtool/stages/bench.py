@@ -1,12 +1,13 @@
 """`spdtool bench`: time the exported student against the exported dense teacher, side by side.
 
-Reads: `export`, and `teacher` for the rows in torch. Writes: `bench/bench.json` (every round of every engine, the
-ledger, and the machine) and `bench/bench.md` (what they mean). It runs on CUDA if onnxruntime or torch really does,
-otherwise on the CPU; the result says which.
+Reads: `export`, and `teacher` for the rows in torch. Writes: `bench/bench.json` (every round of
+every engine, the ledger, and the machine) and `bench/bench.md` (what they mean). It runs on CUDA if
+onnxruntime or torch really does, otherwise on the CPU; the result says which.
 
-Rows: `teacher` and `student` as plain ONNX files; the files of every further target, and beside a sparse form the dense
-teacher in that form (exported here and thrown away); on a CPU the teacher again without fused operators, in dynamic
-int8 (made here and thrown away), in eager torch, and compiled by torch; on a GPU those of `bench.gpu.rows`.
+Rows: `teacher` and `student` as plain ONNX files; the files of every further target, and beside a
+sparse form the dense teacher in that form (exported here and thrown away); on a CPU the teacher
+again without fused operators, in dynamic int8 (made here and thrown away), in eager torch, and
+compiled by torch; on a GPU those of `bench.gpu.rows`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What a training stage will cost: a trial of the model's matrix products on this machine, times the work to do.
 
-The trial takes well under a second: it multiplies matrices of the model's own shapes, and lets a second-order criterion
-solve two rows of each. All else of a step (attention, normalisation, the loss) is a share of the products.
+The trial takes well under a second: it multiplies matrices of the model's own shapes, and lets a
+second-order criterion solve two rows of each. All else of a step (attention, normalisation, the
+loss) is a share of the products.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ Shape = tuple[int, int]
 TRIAL_TOKENS = 512
 TRIAL_SECONDS = 0.03  # of each shape
 TRIAL_ROWS = 2  # of a matrix that a second-order criterion solves: the others take as long
-# Measured against whole runs (docs/log.md): what a step takes beside its products, as a share of them, and by itself.
+# Measured against whole runs (docs/log.md): what a step takes beside its products, as a share of
+# them, and by itself.
 OVERHEAD = 1.2
 STEP_SECONDS = 0.025
 BACKWARD = 2.0  # products of the backward pass for one of the forward pass

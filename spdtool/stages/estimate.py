@@ -1,7 +1,7 @@
 """What a run will take: minutes, disk, memory and the bytes of its result, for the plan.
 
-Seconds come from a trial of the model's products on this machine (`cost.py`), sizes from the number of
-parameters. What onnxruntime will take to export and to time is the roughest of it.
+Seconds come from a trial of the model's products on this machine (`cost.py`), sizes from the number
+of parameters. What onnxruntime will take to export and to time is the roughest of it.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ class Estimator:
 def plan_for_processes(plan: Plan, processes: int, *, sharded: bool) -> Plan:
     """Return the plan of a run whose training stages run in several processes.
 
-    Each has a GPU of its own, or they share the cores that one process would use. Unless the weights are sharded, every
-    process solves every matrix of a prune event.
+    Each has a GPU of its own, or they share the cores that one process would use. Unless the
+    weights are sharded, every process solves every matrix of a prune event.
     """
     if processes == 1:
         return plan

@@ -263,7 +263,8 @@ def _load_other_student(recipe: Recipe, teacher: TokenizedModel, *, eager: bool)
 def _configure_models(recipe: Recipe, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
     """Install the hooks of hidden states and attentions, and the recipe's trade of time for memory."""
     for model in (student, teacher):
-        # before any draw: transformers 5 hooks the layers that are in the list at the first request, for good
+        # before any draw: transformers 5 hooks the layers that are in the list at the first
+        # request, for good
         install_capture_hooks(model)
         # never recompute a stand-in: by the backward pass it is in eval mode again, and its dropout gone
         checkpointing = recipe.gradient_checkpointing and model is student

@@ -120,8 +120,8 @@ def check_recipe(recipe: Recipe, rows: int) -> Accelerator:
 
     Raises:
         UnknownName: no such criterion, pattern, target or schedule.
-        RecipeError: the pattern cannot have so many zeros, the prune events do not fit into their stage, or the first
-            target does not export the teacher.
+        RecipeError: the pattern cannot have so many zeros, the prune events do not fit into their
+            stage, or the first target does not export the teacher.
         DeviceError: the device is not there.
     """
     plugins.criteria.get(recipe.prune.criterion)

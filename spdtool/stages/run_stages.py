@@ -17,8 +17,9 @@ def run_missing(run: Run, wanted: Iterable[str] = STAGES) -> GateError | None:
     """Run every stage of `wanted` that is not done, as far as this process works on it.
 
     Returns:
-        The error of a finished export stage in which a demanded target was refused, which nothing later needs, or of a
-        finished bench that missed the goal; also where the stage was finished by an earlier call.
+        The error of a finished export stage in which a demanded target was refused, which nothing
+        later needs, or of a finished bench that missed the goal; also where the stage was finished
+        by an earlier call.
     """
     refusal = None
     for stage in wanted:

@@ -26,8 +26,8 @@ LONGEST_REASON = 300  # characters; some errors of libraries are essays
 def try_families(recipe: Recipe, task: Task, configs: Iterable[PretrainedConfig]) -> None:
     """Run the whole recipe with two random layers of a family that is not a tested one, before hours are spent on it.
 
-    Every stage up to the export of the first target runs as it will: masks and sparse products, prune events, the
-    checkpoint that is saved and loaded again, and the gates of the exported file.
+    Every stage up to the export of the first target runs as it will: masks and sparse products,
+    prune events, the checkpoint that is saved and loaded again, and the gates of the exported file.
 
     Args:
         configs: of student and teacher.

@@ -1,11 +1,13 @@
 """Median stopping: which trial of one task and sparsity is so far behind the others that it need not go on.
 
-The rule is that of Golovin et al. 2017, "Google Vizier: A Service for Black-Box Optimization", section 3.2.2, with a
-margin: a trial is stopped when its best dev score is more than `margin` below the median of what the others had reached
-with the same progress. Two seeds of one good recipe differ by less than a margin; two recipes may not.
+The rule is that of Golovin et al. 2017, "Google Vizier: A Service for Black-Box Optimization",
+section 3.2.2, with a margin: a trial is stopped when its best dev score is more than `margin` below
+the median of what the others had reached with the same progress. Two seeds of one good recipe
+differ by less than a margin; two recipes may not.
 
-Progress is the number of finished phases plus the fraction of the current one, so that recipes with other numbers of
-epochs can be compared. Before the target sparsity is reached scores say nothing, and are not reported.
+Progress is the number of finished phases plus the fraction of the current one, so that recipes with
+other numbers of epochs can be compared. Before the target sparsity is reached scores say nothing,
+and are not reported.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """A sweep on Ray: trials run at once on one machine or many, each with the processors and GPUs that it declares.
 
-Ray schedules, starts a trial again whose worker died, and ends all with the driver. Progress is in the run folders,
-which every machine must see: the same command goes on with a sweep, wherever it stopped. Ray is an optional dependency.
+Ray schedules, starts a trial again whose worker died, and ends all with the driver. Progress is in
+the run folders, which every machine must see: the same command goes on with a sweep, wherever it
+stopped. Ray is an optional dependency.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class Cluster:
     """Where and with what trials run; calling it runs them, as `run_sweep` wants.
 
     Attributes:
-        address: of a Ray cluster, `auto` for that of RAY_ADDRESS or of this machine; None: one for this sweep alone.
+        address: of a Ray cluster, `auto` for that of RAY_ADDRESS or of this machine; None: one for
+            this sweep alone.
         cpus, gpus: that each trial claims; fractions of a GPU may be shared.
         margin: points below the median at which a trial is stopped, see `early_stopping.py`; None: never.
     """
@@ -58,7 +60,8 @@ class Cluster:
         """Run the trials; yield the index and the row of each as it ends.
 
         Raises:
-            DeviceError: Ray is not installed, its cluster does not answer, or it can never give what a trial claims.
+            DeviceError: Ray is not installed, its cluster does not answer, or it can never give
+                what a trial claims.
         """
         ray = _import_ray()
         stopped = {}

@@ -1,7 +1,7 @@
 """Averages of rows: per task, recipe and sparsity over seeds, and per recipe over tasks; as tables and points.
 
-Deviations are of the sample (n - 1), so that one seed has none. Retention (the student's score over the teacher's) is
-averaged over the ratios of the seeds, since each seed has its own teacher.
+Deviations are of the sample (n - 1), so that one seed has none. Retention (the student's score over
+the teacher's) is averaged over the ratios of the seeds, since each seed has its own teacher.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def spread(values: Iterable[float | None]) -> Spread:
 def summarise(rows: Iterable[StudentRow]) -> list[Summary]:
     """Average over the seeds of finished rows and of intermediate students, tasks and recipes in their order.
 
-    A row that failed counts as failed, and does not enter a mean. Where a trial was stopped there is no mean at all,
-    since that of the others would flatter the recipe.
+    A row that failed counts as failed, and does not enter a mean. Where a trial was stopped there
+    is no mean at all, since that of the others would flatter the recipe.
     """
     groups: dict[tuple[str, str, float], list[StudentRow]] = {}
     for row in with_intermediate(rows):
@@ -160,7 +160,8 @@ def describe_row(row: StudentRow) -> str:
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Return the `(cost, score)` points that no other matches at less cost or beats at the same, cheapest first."""
     best: list[tuple[float, float]] = []
-    # cheapest first, and of equal costs the best score first: a point is on the front if it beats all before it
+    # cheapest first, and of equal costs the best score first: a point is on the front if it beats
+    # all before it
     for cost, score in sorted(points, key=lambda point: (point[0], -point[1])):
         if not best or score > best[-1][1]:
             best.append((cost, score))

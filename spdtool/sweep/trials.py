@@ -21,7 +21,8 @@ class Trial:
     """One run of a sweep.
 
     Attributes:
-        recipe: name or TOML file. out: folder of the sweep. sets: `--set` assignments for every recipe and the teacher.
+        recipe: name or TOML file. out: folder of the sweep. sets: `--set` assignments for every
+            recipe and the teacher.
         epochs: sum over the student's phases that the recipe is scaled to; None: as the recipe says.
         bench: also export and time it.
     """

@@ -23,7 +23,8 @@ from spdtool.run.folder import Run
 # accelerate reads these where it is not told otherwise, and changes results: the recipe alone decides
 ACCELERATE_SETTINGS = ("ACCELERATE_", "PARALLELISM_CONFIG_", "FSDP_")
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
-# left over from another job's launcher or from MPI, they would make accelerate wait for processes that are not there
+# left over from another job's launcher or from MPI, they would make accelerate wait for processes
+# that are not there
 LEFT_BY_LAUNCHERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "PMI_", "OMPI_COMM_", "MV2_COMM_")
 
 Precision = Literal["fp32", "bf16", "fp16"]

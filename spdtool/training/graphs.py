@@ -1,8 +1,9 @@
 """Whole optimiser steps as CUDA graphs: the processor launches one graph in place of a thousand operations.
 
-A graph repeats the same operations on the same memory. So there is one for each shape of a batch, batches are copied
-into buffers that stay, the optimiser counts its steps on the device (`capturable`), and its learning rate is a tensor.
-What is not the same in every step cannot be in a graph: `find_obstacle` names it.
+A graph repeats the same operations on the same memory. So there is one for each shape of a batch,
+batches are copied into buffers that stay, the optimiser counts its steps on the device
+(`capturable`), and its learning rate is a tensor. What is not the same in every step cannot be in a
+graph: `find_obstacle` names it.
 """
 
 from __future__ import annotations
@@ -171,7 +172,8 @@ class CudaRecorder:
         # the outer block puts the stream back: torch.cuda.graph does not where its end raises
         with (
             torch.cuda.stream(torch.cuda.current_stream()),
-            # thread_local: the thread of prefetch.py takes page-locked memory meanwhile, which is no part of the graph
+            # thread_local: the thread of prefetch.py takes page-locked memory meanwhile, which is
+            # no part of the graph
             torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
         ):
             terms = step()

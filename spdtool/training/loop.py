@@ -344,7 +344,8 @@ def _evaluate(job: _Job, done: int) -> None:
     with job.learner.accelerator.autocast():
         dev, train = job.learner.score()
     pruner, rounding = job.learner.pruner, job.learner.rounding
-    # A score before the last event, or before weights are rounded, is that of another student than the final one.
+    # A score before the last event, or before weights are rounded, is that of another student than
+    # the final one.
     may_be_best = (pruner is None or pruner.is_done(done)) and (rounding is None or rounding.was_on(done))
     is_best = job.log.write_evaluation(Evaluation(step=done, metrics=dev, train=train), may_be_best=may_be_best)
     if is_best and job.section.keep_best:

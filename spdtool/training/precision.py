@@ -1,8 +1,8 @@
 """Half precision: the loss scale of fp16, and weights that are cast once a pass and all together.
 
-autocast casts each weight of each layer by itself, forward and backward: 592 operations in a step of 12 layers with a
-teacher beside them, which a GPU finishes before the processor has launched them. Cast together, they are the same
-numbers in two operations.
+autocast casts each weight of each layer by itself, forward and backward: 592 operations in a step
+of 12 layers with a teacher beside them, which a GPU finishes before the processor has launched
+them. Cast together, they are the same numbers in two operations.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ FIRST_SCALE, GROWTH, BACKOFF, GROWTH_INTERVAL = 2.0**16, 2.0, 0.5, 2000
 class LossScale:
     """The factor that keeps small gradients of fp16 from becoming zero, and what it overflowed. Nothing is read back.
 
-    torch's `GradScaler` knows the optimiser's parameters alone. Here the gradients of parameters that only count in the
-    clipped norm, and those that only the criterion reads, overflow for all of them: the step is then skipped.
+    torch's `GradScaler` knows the optimiser's parameters alone. Here the gradients of parameters
+    that only count in the clipped norm, and those that only the criterion reads, overflow for all
+    of them: the step is then skipped.
 
     Attributes:
         overflow: 1 if a gradient of this step was not finite, else 0; a scalar on the device.
@@ -134,7 +135,8 @@ class _CastTogether(torch.autograd.Function):
 def _copy_together(tensors: Iterable[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Copy tensors to another type in one operation."""
     tensors = list(tensors)
-    # one allocation each: in a common one their beginnings would not be aligned, and cuBLAS would take slower kernels
+    # one allocation each: in a common one their beginnings would not be aligned, and cuBLAS would
+    # take slower kernels
     copies = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
     if tensors:
         torch._foreach_copy_(copies, tensors)

@@ -1,7 +1,8 @@
 """Quantization-aware training: linear layers that compute as an int8 engine will, with gradients straight through.
 
-`models/int8.py` defines the arithmetic. Here weights and activations are rounded and scaled back, so that every pass
-sees the rounding and its gradient is that of the numbers themselves. The weights stay float32; export rounds them.
+`models/int8.py` defines the arithmetic. Here weights and activations are rounded and scaled back,
+so that every pass sees the rounding and its gradient is that of the numbers themselves. The weights
+stay float32; export rounds them.
 """
 
 from __future__ import annotations

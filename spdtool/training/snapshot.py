@@ -1,9 +1,10 @@
 """Snapshots: the resumable state of a training stage, on disk whole or not at all.
 
-A snapshot is a folder `step-000000123` with `state.safetensors` (every tensor), `state.json` (everything else) and
-`contents.json` (size and sha256 of both). It is written under another name, flushed to the disk and renamed; only then
-does the oldest go, so that two are always there. One that is not what was written is passed over in favour of the one
-before it. No pickle is written or read.
+A snapshot is a folder `step-000000123` with `state.safetensors` (every tensor), `state.json`
+(everything else) and `contents.json` (size and sha256 of both). It is written under another name,
+flushed to the disk and renamed; only then does the oldest go, so that two are always there. One
+that is not what was written is passed over in favour of the one before it. No pickle is written or
+read.
 
 On a GPU the loop waits for a copy alone: a side stream copies into page-locked memory, and a thread writes it.
 """
@@ -116,8 +117,8 @@ def read_newest_snapshot(root: Path, fingerprint: str, warn: Callable[[str], Non
     """Read the latest intact snapshot under `root`, if it has this fingerprint.
 
     Args:
-        warn: is told why the stage does not go on from the latest one, and what cannot be used is removed; None: only
-            look.
+        warn: is told why the stage does not go on from the latest one, and what cannot be used is
+            removed; None: only look.
 
     Returns:
         None if the stage begins anew.
@@ -272,8 +273,8 @@ class Snapshotter:
         fingerprint: hash of the recipe and of all that was read; a snapshot with another one is
             discarded.
         parameters: what is trained, by name.
-        states: by the name of a group in the snapshot: the pruner with its masks and what was observed since the last
-            event, and the loss scale of fp16.
+        states: by the name of a group in the snapshot: the pruner with its masks and what was
+            observed since the last event, and the loss scale of fp16.
     """
 
     def __init__(

@@ -1,7 +1,8 @@
 """Facts of the NVIDIA GPU that a figure depends on, and the memory that is used on it.
 
-They come from NVML (the package nvidia-ml-py) where it is installed, else from the program nvidia-smi; without either,
-nothing is known. Both see the whole card, also from inside a container that hides other processes.
+They come from NVML (the package nvidia-ml-py) where it is installed, else from the program
+nvidia-smi; without either, nothing is known. Both see the whole card, also from inside a container
+that hides other processes.
 """
 
 from __future__ import annotations
@@ -95,8 +96,8 @@ class GpuMemory:
 def used_by_driver() -> int | None:
     """Bytes that are in use on this process's GPU, as CUDA's driver says; None without a context.
 
-    It takes microseconds, nvidia-smi up to a second. The two count the driver's own memory differently: only what one
-    of them says before and after can be subtracted.
+    It takes microseconds, nvidia-smi up to a second. The two count the driver's own memory
+    differently: only what one of them says before and after can be subtracted.
     """
     try:
         driver = ctypes.CDLL("libcuda.so.1")

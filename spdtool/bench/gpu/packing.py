@@ -1,7 +1,8 @@
 """Remove padding before the first layer of a fused graph, and put it back behind the last one.
 
-Between the two all tokens of a batch stand in one row [tokens, hidden], and PackedAttention keeps the rows apart. The
-operators exist in onnxruntime's CUDA provider only. See `export.graph.row_lengths` for the input that they need.
+Between the two all tokens of a batch stand in one row [tokens, hidden], and PackedAttention keeps
+the rows apart. The operators exist in onnxruntime's CUDA provider only. See
+`export.graph.row_lengths` for the input that they need.
 """
 
 from __future__ import annotations

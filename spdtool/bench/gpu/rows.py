@@ -1,7 +1,8 @@
 """The rows of a bench on a GPU: the dense teacher in what people really run there, and the student in the same.
 
-torch in four precisions, in a CUDA graph and compiled; onnxruntime with buffers on the device, in a CUDA graph, and
-with padding removed. A row is the 1x only if its dev score was measured and passes; see `scores`.
+torch in four precisions, in a CUDA graph and compiled; onnxruntime with buffers on the device, in a
+CUDA graph, and with padding removed. A row is the 1x only if its dev score was measured and passes;
+see `scores`.
 """
 
 from __future__ import annotations

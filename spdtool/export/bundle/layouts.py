@@ -1,7 +1,8 @@
 """`spdtool export --layout`: write the bundle of a run in the form that a server or a hub expects.
 
     hub      the bundle as it is, and .gitattributes, so that large files go to the hub's storage
-    triton   a model repository of NVIDIA Triton: the tokenizer (Python backend), the model (onnxruntime backend) and
+    triton   a model repository of NVIDIA Triton: the tokenizer (Python backend), the model
+        (onnxruntime backend) and
              an ensemble of the two that takes texts and gives logits
 
 https://github.com/triton-inference-server/server/blob/main/docs/user_guide/model_configuration.md

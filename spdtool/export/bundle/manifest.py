@@ -1,9 +1,9 @@
 """manifest.json of an exported folder: the target, the model file, and the sha256 of every file.
 
-The export stage writes it last into every folder. Format 1 describes a folder of one model, format 2
-a bundle with variants: see `FolderManifest` and `BundleManifest` in `run.records`. `digest` is a hash
-of all other fields, so that a damaged manifest is told from a sound one. It is no signature: whoever
-changes a folder on purpose can write another digest.
+The export stage writes it last into every folder. Format 1 describes a folder of one model, format
+2 a bundle with variants: see `FolderManifest` and `BundleManifest` in `run.records`. `digest` is a
+hash of all other fields, so that a damaged manifest is told from a sound one. It is no signature:
+whoever changes a folder on purpose can write another digest.
 """
 
 from __future__ import annotations

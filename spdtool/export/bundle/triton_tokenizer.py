@@ -1,7 +1,7 @@
 """The tokenizer step of a Triton model repository, for Triton's Python backend; it is copied there as `model.py`.
 
-Needs tokenizers and numpy in the backend's interpreter. Requests are padded to the next of a few lengths, because
-Triton's dynamic batcher puts only requests of one shape together.
+Needs tokenizers and numpy in the backend's interpreter. Requests are padded to the next of a few
+lengths, because Triton's dynamic batcher puts only requests of one shape together.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ class TritonPythonModel:
     def padded_length(self, longest: int) -> int:
         """Length to which a request is padded, at most the model's.
 
-        Few lengths, because Triton batches only requests of the same one: powers of two, then multiples of STEP.
+        Few lengths, because Triton batches only requests of the same one: powers of two, then
+        multiples of STEP.
         """
         length = 1 << (longest - 1).bit_length()
         if length >= STEP:

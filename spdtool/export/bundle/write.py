@@ -100,7 +100,8 @@ def write_bundle(export: Path, checkpoint: Path, recipe: Recipe, result: ExportR
             console.say(f"[dim]the bundle goes without {console.escape(name)}: spdtool.load does not open it[/]")
             continue
         exported = result.targets[name].student
-        # A model's second file is found by the name that the first one holds, so only one such model fits in a folder.
+        # A model's second file is found by the name that the first one holds, so only one such
+        # model fits in a folder.
         if len(exported.files) == 1 or name == PORTABLE_TARGET:
             variants[name] = _copy_variant(folder, name, source, exported, recipe)
     for file_name in SHARED_FILES:

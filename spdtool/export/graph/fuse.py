@@ -80,7 +80,8 @@ def name_columns(
 ) -> dict[Fingerprint, str]:
     """Name what a joined constant may hold: after its constant; after all its parameters where that one is gone.
 
-    Equal parameters share one constant. Once it only stands side by side with others, the layout must name each.
+    Equal parameters share one constant. Once it only stands side by side with others, the layout
+    must name each.
     """
     remaining = tensors_by_name(proto.graph)
     names = {}

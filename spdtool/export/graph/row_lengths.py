@@ -1,10 +1,11 @@
 """Give fused attention the length of each row in place of an additive mask, for input that is padded on the right.
 
-onnxruntime's Attention takes a bias [rows, 1, tokens, tokens], or a mask index. With the index its flash kernels
-(memory-efficient attention) run at every length, and padding can be removed before the first layer. The index has
-3 * rows + 2 entries: the length of each row, then twice the start of each row among all tokens and their end. This
-form runs on every GPU; the shorter one, lengths alone, has no fused kernel from Hopper on. A CPU reads the lengths.
-The plain CUDA kernel would take the starts for something else, so heads must have a width that the flash kernels have.
+onnxruntime's Attention takes a bias [rows, 1, tokens, tokens], or a mask index. With the index its
+flash kernels (memory-efficient attention) run at every length, and padding can be removed before
+the first layer. The index has 3 * rows + 2 entries: the length of each row, then twice the start of
+each row among all tokens and their end. This form runs on every GPU; the shorter one, lengths
+alone, has no fused kernel from Hopper on. A CPU reads the lengths. The plain CUDA kernel would take
+the starts for something else, so heads must have a width that the flash kernels have.
 
 The nodes compute from the mask itself, without Shape: a node on the CPU would forbid CUDA graphs.
 """
@@ -32,8 +33,9 @@ def use_row_lengths(proto: onnx.ModelProto) -> bool:
     """Let all attentions read row lengths instead of a bias that hides padding and nothing else.
 
     Returns:
-        Whether the graph was changed; it stays as it is without fused attention, where the bias holds more than
-        padding (relative positions, windows), where attentions differ in it, and where heads have an odd width.
+        Whether the graph was changed; it stays as it is without fused attention, where the bias
+        holds more than padding (relative positions, windows), where attentions differ in it, and
+        where heads have an odd width.
     """
     attentions = [node for node in proto.graph.node if (node.domain, node.op_type) == (FUSED_DOMAIN, "Attention")]
     biases = set[str]()

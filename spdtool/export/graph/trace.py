@@ -81,7 +81,8 @@ def trace_checkpoint(checkpoint: Path, opset: int, *, shrinks: bool = True) -> o
     and every architecture has it. From 23 on it is the operator Attention.
 
     Args:
-        shrinks: False to trace dead heads and neurons like any others, for a target that looks for the full shapes.
+        shrinks: False to trace dead heads and neurons like any others, for a target that looks for
+            the full shapes.
 
     Raises:
         ModelError: the checkpoint cannot be read, or its architecture cannot be exported.
@@ -134,7 +135,8 @@ def merge_equal_weights(proto: onnx.ModelProto) -> None:
     replaced: dict[str, str] = {}
     for tensor in proto.graph.initializer:
         if names := parameters_of(tensor):
-            # A name says its orientation for all: a constant that is one matrix and another's transpose is none.
+            # A name says its orientation for all: a constant that is one matrix and another's
+            # transpose is none.
             stored = numpy_helper.to_array(tensor)
             parameter = stored.T if tensor.name.endswith(TRANSPOSED) else stored
             content = (fingerprint(stored), fingerprint(parameter))

@@ -1,9 +1,9 @@
 """Check a checkpoint when it is opened: are the files those of one whole, finite, float model of its config.json?
 
-Everything that opens a checkpoint calls `open_checkpoint`: a given teacher or student, an encoder to fine-tune, the
-stages of a run, an export, and the plan. Names and shapes are compared by the headers of the files, without loading a
-weight; then every weight that the model uses is read once, for NaN and infinity. A checkpoint that passed is not read
-again until one of its files changes.
+Everything that opens a checkpoint calls `open_checkpoint`: a given teacher or student, an encoder
+to fine-tune, the stages of a run, an export, and the plan. Names and shapes are compared by the
+headers of the files, without loading a weight; then every weight that the model uses is read once,
+for NaN and infinity. A checkpoint that passed is not read again until one of its files changes.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ class Checkpoint:
         source: the folder or hub name.
         config: read anew, so the caller may change it.
         files: its weights; empty where they are not on this machine yet.
-        renamed: name in the files to the model's name, where a wrapper's prefix was dropped; empty where none was.
+        renamed: name in the files to the model's name, where a wrapper's prefix was dropped; empty
+            where none was.
     """
 
     source: str | Path

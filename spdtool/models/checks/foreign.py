@@ -1,7 +1,7 @@
 """Checkpoints that other tools for pruning left behind: what of them cannot be opened as it is, and why.
 
-Most open: what is pruned is zero, and the file is that of stock transformers. Refused is what would open and compute
-something else, or lacks a weight, with the name of the tool and what to do.
+Most open: what is pruned is zero, and the file is that of stock transformers. Refused is what would
+open and compute something else, or lacks a weight, with the name of the tool and what to do.
 """
 
 from __future__ import annotations

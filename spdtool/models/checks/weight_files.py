@@ -82,8 +82,8 @@ def read_headers(files: Iterable[Path]) -> dict[str, Header]:
 def strip_wrappers(keys: Iterable[str], file: Path) -> dict[str, str]:
     """Map the names of weights that torch's wrappers have changed to the names before.
 
-    `_orig_mod.` (torch.compile), those of FSDP and of checkpointed layers go wherever they stand; `module.` goes where
-    every name begins with it.
+    `_orig_mod.` (torch.compile), those of FSDP and of checkpointed layers go wherever they stand;
+    `module.` goes where every name begins with it.
 
     Args:
         file: for messages.

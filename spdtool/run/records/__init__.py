@@ -1,7 +1,8 @@
 """Typed contents of the JSON files of a run: stage.json, run.json, the plan, manifest.json, bench.json, sweep.json.
 
-There is one module for each subject. Whoever writes such a file fills one of these models; whoever reads one goes by
-attribute. A field that this version does not know is ignored, one of a wrong type makes the file unreadable.
+There is one module for each subject. Whoever writes such a file fills one of these models; whoever
+reads one goes by attribute. A field that this version does not know is ignored, one of a wrong type
+makes the file unreadable.
 """
 
 from spdtool.run.records.base import (

@@ -53,8 +53,8 @@ class MachineRecord(Record):
     Attributes:
         cpus: that this process may use.
         versions: of the installed packages that influence results.
-        training_threads, arithmetic: of a training stage: number of threads, and hash of the last bits of a fixed
-            calculation, see `models.arithmetic`.
+        training_threads, arithmetic: of a training stage: number of threads, and hash of the last
+            bits of a fixed calculation, see `models.arithmetic`.
         precision: in which a training stage computed: fp32, bf16 or fp16.
         device: on which it was trained, such as `cpu` or `NVIDIA H200`.
     """

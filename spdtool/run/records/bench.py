@@ -58,7 +58,8 @@ class LatencyRecord(Record):
 class ProductTimes(Record):
     """One matrix times a number of tokens: microseconds and operations a second, dense and sparse, and the bound.
 
-    `ratio`: how many times faster the sparse product is; None without a sparse form. `bound_by`: flops or bandwidth.
+    `ratio`: how many times faster the sparse product is; None without a sparse form. `bound_by`:
+        flops or bandwidth.
     """
 
     dense_us: float
@@ -233,7 +234,8 @@ class BenchResult(Record):
     Attributes:
         columns, rows: the table that a run ends with. tables: further ones.
         verdict: what was measured, in sentences.
-        best: engine of the best form of the student. size: how many times smaller than the teacher its files are.
+        best: engine of the best form of the student. size: how many times smaller than the teacher
+            its files are.
         speeds: number of threads to how many times faster than the teacher it is.
         rivals: number of threads to how many times faster it is than the fastest dense row whose score passes.
         caveats: number of threads to why that ratio says little.

@@ -17,10 +17,12 @@ class ExportedModel(Record):
         files: relative to the exported folder, the model first. bytes: their sum.
         zeros, size, sparsity: of the prunable matrices.
         positions: longest input in tokens. providers: those that the files were checked on.
-        largest_difference: of the logits, from the checkpoint with the same (rounded) weights; where: see `..._at`.
+        largest_difference: of the logits, from the checkpoint with the same (rounded) weights;
+            where: see `..._at`.
         largest_change, deviation: of the logits, from the checkpoint itself; of targets that round.
         values, embeddings: storage of rounded weights. rounded_to_zero: weights that became zeros.
-        dev, checkpoint_dev: scores of files and checkpoint. flipped, worse: predictions among `rows`, of classes.
+        dev, checkpoint_dev: scores of files and checkpoint. flipped, worse: predictions among
+            `rows`, of classes.
         mean_change, rank_correlation: of the numbers that a regression predicts, instead.
         damage, tries: of the search for layers to leave in float32, where one was needed.
         nodes, opset, sparse, fused, kept_fp32, reduce_range: facts of the graph.

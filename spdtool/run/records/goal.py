@@ -84,7 +84,8 @@ class ShapeChoice(Record):
         shape: `(heads, neurons)` of each layer, first to last; dense: of a layer from which nothing is removed.
         table: digest of the times, or where no speed-up was asked for of the bytes, of a layer at every shape.
         profile: the times; None: no speed-up was asked for.
-        expected: how many times faster by that table. trial: the same, timed with a random encoder of the shape.
+        expected: how many times faster by that table. trial: the same, timed with a random encoder
+            of the shape.
         bytes: of the student's portable file, as counted.
     """
 

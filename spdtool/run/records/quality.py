@@ -26,7 +26,8 @@ class PairedTest(Record):
     """Whether two models differ on the same rows by more than chance.
 
     Attributes:
-        method: McNemar's exact test of the rows that one model alone has right, or a paired bootstrap of the score.
+        method: McNemar's exact test of the rows that one model alone has right, or a paired
+            bootstrap of the score.
         p_value: probability of such a difference, or a larger one, between models that are equally good.
         teacher_only, student_only: rows that one model alone has right; None for a bootstrap.
     """
@@ -50,7 +51,8 @@ class FinalScores(Record):
     Attributes:
         rows: number of them. drawn: whether they were taken from the training rows, for want of a file.
         teacher, student: every metric, and `score`.
-        teacher_score, student_score: the headline, with its interval; None where rows cannot be resampled one by one.
+        teacher_score, student_score: the headline, with its interval; None where rows cannot be
+            resampled one by one.
         difference: of the headline, student minus teacher, over the same resamples.
         resamples, confidence: of the intervals.
     """

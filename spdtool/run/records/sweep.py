@@ -19,7 +19,8 @@ class StudentRow(Record):
         chance: dev score that the teacher has to be above.
         nonzeros, weights: over all prunable matrices.
         seconds: of the student's phases.
-        bytes, speed: of its best exported form. teacher_bytes: of the dense teacher. Only where there is a bench.
+        bytes, speed: of its best exported form. teacher_bytes: of the dense teacher. Only where
+            there is a bench.
         error: why the run failed or was stopped.
         students: intermediate students of the run.
     """
