@@ -108,8 +108,7 @@ def time_engines(
         rounds: the most; fewer are made if they would take longer than `seconds`, but at least
             MIN_ROUNDS of them.
         together: the most engines that are open at once; the first one is open with every group, so
-            that each group has
-            it in its rounds, and counts for the first group. None: all.
+            that each group has it in its rounds, and counts for the first group. None: all.
 
     Raises:
         SpdError: a process died, did not answer in time, or could not run its engine; no process is left behind.

@@ -119,8 +119,8 @@ class SpeedTrial:
     """Times whole random encoders of several shapes against the dense one, side by side in onnxruntime.
 
     The layers of a whole encoder do not fit into the caches together: the sum of a table's times
-    does not know it. The
-    dense one is exported once. Use it as a context: it holds a temporary folder.
+    does not know it. The dense one is exported once. Use it as a context: it holds a temporary
+    folder.
 
     Args:
         config: of the dense encoder.

@@ -150,7 +150,8 @@ class Classifier:
             pairs: second text of each row, for a task on pairs.
 
         Returns:
-            the label of a single text; a list of labels otherwise; values instead of labels for a regression.
+            The answer to a single text, or a list of answers: a label, a number for a regression,
+            or what else the kind of task has, see `decide`.
 
         Raises:
             DataError: the input cannot be classified.
@@ -171,9 +172,8 @@ class Classifier:
         """Turn outputs, as `group` returns them, into answers.
 
         Returns:
-            what the kind of task answers: for each row the label with the largest logit; for a
-                regression the value;
-            with several labels a row, their list; the entities of a text.
+            For each row the label with the largest logit; for a regression the value; where a row
+            may have several labels, their list; for a tagger the entities of a text.
         """
         return self.decision.decide(outputs)
 
@@ -202,7 +202,7 @@ class Classifier:
         """Compute logits, float32 [rows, labels], in batches of similar length, each padded to its longest row.
 
         A model with outputs for each token gives a list instead: an array [tokens, labels] for each
-            row, or window.
+        row, or window.
 
         Args:
             inputs: a text or several; token ids of one row or of several; or a mapping with
@@ -397,6 +397,9 @@ def load(
         unverified: open a folder without manifest.json too, such as one that others exported.
             Nothing then tells whether its files belong together.
         raw: give probabilities without the temperature that the export fitted; labels are the same.
+
+    Returns:
+        A function from text to labels, which also has `logits` and `probabilities`.
 
     Raises:
         ModelError: it is no exported folder, cannot be read, or a file is not the one that was exported.

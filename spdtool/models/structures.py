@@ -91,8 +91,8 @@ class Structures:
 
     Attributes:
         inputs: module name in the model to the linear layer whose rows make the structures. Where
-            matrices are fused,
-            all structures come several times: queries, keys and values, or both halves of a gated feed-forward.
+            matrices are fused, all structures come several times: queries, keys and values, or both
+            halves of a gated feed-forward.
         output_name, output: the linear layer whose columns read the structures.
         size: columns of one structure.
     """

@@ -60,8 +60,8 @@ def find_shape_within(
     """Find a shape with little loss within two budgets at once, such as milliseconds and bytes.
 
     A shape within both is also within every weighted mean of them. The weight is searched at which
-    the shape of least
-    loss within the mean is within each: it loses little, though not always the least.
+    the shape of least loss within the mean is within each: it loses little, though not always the
+    least.
 
     Raises:
         RecipeError: no such shape was found.

@@ -36,14 +36,18 @@ SMOKE_BENCH: Settings = {
 
 
 def build_recipe(name: str = "default", flags: Mapping[str, object] | None = None, sets: Iterable[str] = ()) -> Recipe:
-    """Build a recipe from four layers, the later one wins: the task's file, the recipe's, flags, `--set`.
+    """Build a recipe from four layers, the later one wins: the task's file, the recipe's, flags, sets.
 
-    A task may have a file of its own, `recipe/task/<task>.toml`: the learning rate that suits its small model.
+    A task may have a file of its own, `recipe/task/<task>.toml`: the learning rate that suits its
+    small model.
 
     Args:
         name: a packaged recipe, or the path of a TOML file.
         flags: dotted field names to values; None values are ignored.
         sets: assignments such as `prune.epochs=3`; values are read as TOML, else as plain text.
+
+    Returns:
+        The frozen recipe; a smoke run's is cut down to a few steps.
 
     Raises:
         UnknownName: no such recipe or field.
@@ -99,12 +103,17 @@ def request_recipe(
     Args:
         task: name of a task; None: the rows of `data`.
         recipe: a packaged recipe, or the path of a TOML file; None: `default`.
+        sparsity: share of zeros among the weights of the encoder's matrices, in [0, 1).
         goal: fields of the section `goal`, such as `speedup`; None values are ignored.
-        teacher: fine-tuned model to use as it is.
+        model: encoder to fine-tune, a folder or a hub name.
+        teacher: fine-tuned model to use as it is, a folder or a hub name.
         data: file or folder to read instead of the hub.
         text, label: columns of `data`; empty, None: guessed.
         test_share: of the training rows, to be scored once at the end.
         unlabeled: file of texts that the teacher labels for the student.
+        seed, device, metric: as the fields of the recipe with these names; None: unchanged.
+        sets: assignments such as `prune.epochs=3`, which win over all others.
+        smoke: cut the recipe down to a few steps.
         recorded: recipe of a run that exists; without task and data, what else is given changes it.
 
     Raises:

@@ -308,8 +308,8 @@ def hosts_to_allow(host: str, allowed: Collection[str]) -> frozenset[str]:
     """Decide which names in the header Host are answered; an empty set: any.
 
     A server that only this machine can reach answers to this machine's names and to those that were
-    allowed. One that
-    others can reach has names that it cannot know: it answers to any, unless some were allowed.
+    allowed. One that others can reach has names that it cannot know: it answers to any, unless some
+    were allowed.
     """
     if ANY_HOST in allowed or (not allowed and not is_loopback(host)):
         return frozenset()

@@ -89,13 +89,31 @@ def compress(
     `compress(run=FOLDER)` goes on with the recipe that the run has recorded.
 
     Args:
-        task, sparsity, speedup, max_mb, max_drop, kind, model, teacher, data, text, label,
-        test_share, unlabeled, seed,
-            device, metric, sets, smoke: see `recipe.reading.request_recipe`.
+        task: name of a task, such as `mrpc`; None: the rows of `data`, or those of `run`.
+        sparsity: share of zeros among the weights of the encoder's matrices, in [0, 1); None: that
+            of the recipe.
+        speedup: goal in place of a sparsity: so many times faster than the dense teacher.
+        max_mb: goal: a file of at most so many MB of 1,000,000 bytes.
+        max_drop: goal: at most so many points of dev score lost (1.0: from 0.90 to 0.89).
+        kind: student that a goal is reached with: `small`, `sparse`, `blocks` or `auto`.
+        model: encoder to fine-tune, a folder or a hub name; None: that of the recipe.
+        teacher: fine-tuned model to use as it is, a folder or a hub name.
+        data: csv, tsv, jsonl or parquet file, or a folder of them, to read in place of the hub.
+        text, label: columns of `data`, one or two of texts; without them they are guessed.
+        test_share: share of the training rows that is set aside and scored once, at the end.
+        unlabeled: file of texts without labels, which the teacher labels for the student.
         recipe: name, TOML file, or a recipe that is used as it is; None: `default`, or that of `run`.
+        seed: of everything that is random.
+        device: `auto`, `cpu`, or `cuda`, which refuses to fall back.
+        metric: metric of the task that picks the best checkpoint; None: the mean of its metrics.
         run: run folder; None: `runs/<task>-<sparsity>`.
+        sets: assignments to any field of the recipe, such as `prune.epochs=3`.
+        smoke: take a few steps with a random model of two layers; what comes out is no result.
         until: last stage to run.
         on_plan: called with the plan before anything is spent.
+
+    Returns:
+        The run folder and the scores of both models, as far as the stages have come.
 
     Raises:
         SpdError: see `spdtool.errors`; what can be refused early is refused before the first stage.
@@ -225,11 +243,16 @@ def export_model(
     """Export any fine-tuned classifier for a runtime, and check the files against the checkpoint.
 
     Args:
+        checkpoint: folder of a Hugging Face checkpoint, whoever pruned it.
         target: export target; None: the first of the recipe, `onnx`.
         to: folder to write; None: `./<checkpoint's name>-<target>`.
         task, data, text, label: rows on which to compare the dev score too; without them, random
             tokens are compared.
-        sets: `--set` assignments such as `export.values=fp32`.
+        device: `auto`, `cpu` or `cuda`, on which the checkpoint is computed.
+        sets: assignments to fields of the recipe, such as `export.values=fp32`.
+
+    Returns:
+        The written folder, the name of the target and the figures of the checks.
 
     Raises:
         SpdError: the checkpoint cannot be read, or the exported file is not the checkpoint; nothing

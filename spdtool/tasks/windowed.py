@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -72,8 +72,9 @@ class WindowedTask(Task):
 
     def answers(self, outputs: np.ndarray, rows: Encoded, names: Sequence[str]) -> list[Answer]:
         """Return the answer to each text, as `decision` gives it with the settings of this task."""
-        decision = self.decision(names, self.settings_of_answers())
-        return decision.decide(self.outputs_by_text(outputs, rows))
+        # The base class takes arrays, and decisions that read windows take lists of them.
+        by_text: Any = self.outputs_by_text(outputs, rows)
+        return self.decision(names, self.settings_of_answers()).decide(by_text)
 
     def settings_of_answers(self) -> Mapping[str, Json]:
         """Return the settings of `decision` that change an answer."""
