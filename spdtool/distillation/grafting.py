@@ -1,8 +1,14 @@
 """Grafting: each layer of a forward pass is the student's with probability p, or a blend of both.
 
 The student's layers learn inside a network that already works (BERT-of-Theseus, arXiv 2002.02925;
-Sparse Progressive Distillation, arXiv 2110.08190). No modelling code is copied: entries of the
-student's layer list are swapped for one forward pass and put back.
+Sparse Progressive Distillation, Huang et al., ACL 2022, arXiv 2110.08190). With x the input of
+layer i, S_i the student's layer and T_i the teacher's:
+
+    LayerDraw    y = r S_i(x) + (1 - r) T_i(x), r drawn from Bernoulli(p) for each layer and step
+    LayerBlend   y = p S_i(x) + (1 - p) T_i(x)
+
+p is the replacing rate, a function of progress: `replacing_rate`. No modelling code is copied:
+entries of the student's layer list are swapped for one forward pass and put back.
 """
 
 from __future__ import annotations
@@ -25,6 +31,8 @@ RandomState = list[JsonValue]
 
 class LayerDraw:
     """Keeps the layers of student and teacher, and the generator that draws between them.
+
+    The module replacing of BERT-of-Theseus (arXiv 2002.02925), one encoder layer at a time.
 
     Args:
         student: the list in which layers are swapped.
@@ -147,6 +155,12 @@ def replacing_rate(section: Grafting) -> Callable[[float], float]:
     - `constant-then-linear-with-gap`: `start` for `hold`, then a jump to `base` and from there to
       1 over `rise`.
 
+    Args:
+        section: `schedule` and its numbers; see `recipe.fields.Grafting`.
+
+    Returns:
+        Progress of the stage, from 0 to 1, to the replacing rate p, from 0 to 1.
+
     Raises:
         UnknownName: no such schedule.
     """
@@ -171,7 +185,17 @@ def replacing_rate(section: Grafting) -> Callable[[float], float]:
 def create_mixing(
     kind: str, student: nn.ModuleList, teacher: nn.ModuleList, *, seed: int, stand_in_dropout: bool
 ) -> LayerMixing:
-    """Create what `grafting.kind` names, `bernoulli` or `blend`; raises as they do."""
+    """Create what `grafting.kind` names.
+
+    Args:
+        kind: `bernoulli` for `LayerDraw`, `blend` for `LayerBlend`.
+        student, teacher: lists of layers, equally many.
+        seed: of the draws; a blend draws nothing.
+        stand_in_dropout: run the teacher's layers with dropout.
+
+    Raises:
+        ModelError: the two have different depths.
+    """
     if kind == "blend":
         return LayerBlend(student, teacher, stand_in_dropout=stand_in_dropout)
     return LayerDraw(student, teacher, seed=seed, stand_in_dropout=stand_in_dropout)

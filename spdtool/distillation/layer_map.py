@@ -19,6 +19,10 @@ def map_layers(layer_map: str | tuple[int, ...], student_depth: int, teacher_dep
     teacher's topmost layers; a tuple lists them layer by layer. Two stacks of one depth are paired
     one to one by the first two.
 
+    Args:
+        layer_map: `uniform`, `last`, or a number for each layer of the student.
+        student_depth, teacher_depth: numbers of layers.
+
     Raises:
         RecipeError: the tuple has another length, or names a layer that does not exist; `last` for
             a deeper student.

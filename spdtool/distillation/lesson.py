@@ -98,6 +98,9 @@ class GoldLabelLesson(Lesson):
 class DistillationLesson(Lesson):
     """The outputs of a frozen teacher, compared with those of the grafted student.
 
+    One step of Sparse Progressive Distillation (Huang et al., ACL 2022, arXiv 2110.08190): graft
+    the student's layers (`grafting.py`) and compare the outputs with the teacher's (`losses.py`).
+
     Args:
         stage: name of the phase, for messages.
         section: its loss and grafting.

@@ -1,6 +1,12 @@
 """The distillation losses: logits, hidden states, attention, relations between tokens.
 
-Padding never counts, unless a recipe asks for it. Layers are compared in turn:
+The loss of a phase is the weighted sum of its terms, with the weights of `recipe.fields.Loss`:
+
+    L = logits x L_logits + hidden x L_hidden + attention x L_attention + relation x L_relation
+
+The first three are those of Sparse Progressive Distillation (Huang et al., ACL 2022, arXiv
+2110.08190), whose published code weights them 1:1:1; L_hidden and L_attention are TinyBERT's
+(arXiv 1909.10351). Padding never counts, unless a recipe asks for it. Layers are compared in turn:
 `layer_map.select_layers` brings the teacher's into the order of the student's.
 """
 
@@ -61,11 +67,15 @@ def distillation_loss(
     layers with a local window, whose masked pairs are weighted as if they were compared.
 
     Args:
+        student, teacher: outputs for the batch; the teacher's layers in the order of the student's.
         batch: `attention_mask` [rows, tokens] and `labels`.
         loss: the weights of the terms.
         logit_loss: compares the logits, see `Task.logit_loss`.
         projections: matrices from the student's width to the teacher's; None: the widths are equal.
         weight: fraction of the global batch that these rows hold.
+
+    Returns:
+        Name to scalar, under `loss` the sum.
     """
     mask = batch["attention_mask"] if loss.mask_padding else None
     terms: LossTerms = {}
@@ -108,6 +118,9 @@ def _compare_logits(
 
 def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor | None) -> Tensor:
     """Compute the mean squared error over real tokens and width, summed over layers.
+
+    L_hidden = sum over layers l of MSE(h_l of the student, h_l of the teacher); the embeddings'
+    output is layer 0 (TinyBERT, arXiv 1909.10351).
 
     Args:
         student, teacher: per layer [rows, tokens, width].
@@ -174,6 +187,9 @@ def _log_relations(hidden_state: Tensor, mask: Tensor | None, heads: int) -> Ten
 
 def attention_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor | None) -> Tensor:
     """Compute the mean squared error over visible pairs of real tokens, summed over layers.
+
+    L_attention = sum over layers l of MSE(A_l of the student, A_l of the teacher), averaged over
+    heads too (TinyBERT, arXiv 1909.10351).
 
     Args:
         student, teacher: per layer [rows, heads, tokens, tokens]: scores before the softmax, or

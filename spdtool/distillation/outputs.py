@@ -39,6 +39,8 @@ def compute_outputs(
     """Run `model` on `batch` (without its labels) and return the requested outputs.
 
     Args:
+        batch: columns [rows, tokens], on the device of the model.
+        hidden_states: whether to return the output of the embeddings and of every layer.
         attention: `scores` before the softmax, `probabilities` after softmax and dropout, or None.
             Needs the eager attention implementation.
     """
@@ -57,7 +59,7 @@ def compute_outputs(
 
 
 def widen(tensor: Tensor) -> Tensor:
-    """Return half precision as float32, since it is too coarse for a loss; other types as they are."""
+    """Return half precision of any shape as float32, since it is too coarse for a loss."""
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 

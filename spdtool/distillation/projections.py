@@ -29,6 +29,11 @@ def create_projections(
 
     Args:
         layers: number of the student's layers.
+        student_width, teacher_width: numbers in a hidden state.
+        seed: of a generator of their own.
+
+    Returns:
+        A matrix [teacher's width, student's width] for the embeddings and for each layer.
     """
     generator = torch.Generator().manual_seed(seed)  # the global one belongs to dropout
     projections = {}
@@ -40,7 +45,14 @@ def create_projections(
 
 
 def project(hidden_states: Sequence[Tensor], projections: Projections) -> Sequence[Tensor]:
-    """Multiply each hidden state, the embeddings' output first, by its projection, if there are any."""
+    """Multiply each hidden state by its projection, if there are any.
+
+    Args:
+        hidden_states: the embeddings' output first, each [rows, tokens, student's width].
+
+    Returns:
+        The same with the teacher's width; without projections the hidden states as they are.
+    """
     if not projections:
         return hidden_states
     return [F.linear(state, projections[f"{PREFIX}{index}"]) for index, state in enumerate(hidden_states)]

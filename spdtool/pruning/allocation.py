@@ -32,7 +32,12 @@ class Allocation:
 
 
 def zeros_in(size: int, sparsity: float, block_size: int = 1) -> int:
-    """Number of zeros of `size` weights at this sparsity, rounded to the nearest block."""
+    """Return the number of zeros of `size` weights, rounded to the nearest block.
+
+    Args:
+        sparsity: share of zeros, in [0, 1].
+        block_size: weights that live and die together.
+    """
     return round(size // block_size * sparsity) * block_size
 
 
@@ -62,6 +67,8 @@ def allocate(scores: Mapping[str, Tensor], sparsity: float, scope: str, least: f
     Args:
         scores: matrix to scores; minus infinity where a weight is dead and stays so, which always
             counts as a zero.
+        sparsity: share of zeros in each group of matrices, in [0, 1].
+        scope: which matrices are a group, see `group_by_scope`.
         least: share of each matrix that stays alive, at least one weight, unless the scope is
             `matrix`.
     """

@@ -1,6 +1,7 @@
 """Criteria: what makes a weight worth keeping. A criterion is a function `(weight, stats) -> scores`.
 
-The lowest scores are pruned first. A criterion declares what it reads besides the weight (a name of
+The weight is [outputs, inputs], and its scores have that shape; of a sharded weight both are the
+rows of this rank. The lowest scores are pruned first. A criterion declares what it reads besides the weight (a name of
 `statistics.py`). Two further functions are optional:
 
     update         `(weight, alive, stats) -> weight` updates the weights that survive an event; the criteria that do
@@ -32,7 +33,10 @@ def magnitude_of_blocks(weight: Tensor, stats: Stats, block: Block) -> Tensor:  
 
 @criteria.register("magnitude", block_scores=magnitude_of_blocks)
 def magnitude(weight: Tensor, stats: Stats) -> Tensor:  # noqa: ARG001
-    """The absolute value (Han et al. 2015, arXiv 1506.02626)."""
+    """The absolute value (Han et al. 2015, arXiv 1506.02626).
+
+    It is the criterion of Sparse Progressive Distillation (Huang et al., ACL 2022).
+    """
     return weight.abs()
 
 

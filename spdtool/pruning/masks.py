@@ -128,6 +128,8 @@ class Masks:
         """Set the masks; where weights can regrow, store and restore their values.
 
         Args:
+            dead: parameter name to bool tensor of the rank's rows, True where a weight is to be
+                dead.
             updated: parameter name to the weight with new values, taken where it was alive and
                 stays so.
         """
@@ -306,7 +308,11 @@ class Masks:
 
 
 def find_flagged(names: Sequence[str], flags: Sequence[Tensor]) -> str | None:
-    """Return the first name whose flag, a scalar on the device, is set: all are read in one synchronisation."""
+    """Return the first name whose flag is set.
+
+    Args:
+        flags: a bool scalar on the device for each name; all are read in one synchronisation.
+    """
     if not flags:
         return None
     for name, is_set in zip(names, torch.stack(list(flags)).tolist(), strict=True):
@@ -316,7 +322,11 @@ def find_flagged(names: Sequence[str], flags: Sequence[Tensor]) -> str | None:
 
 
 def clear_dead(tensor: Tensor, dead: Tensor) -> None:
-    """Set the dead to zero, in place."""
+    """Set the dead to zero, in place.
+
+    Args:
+        dead: bool, of the shape of the tensor.
+    """
     if tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.is_contiguous():
         # True is 1, so its bits meet 0, and those of False all ones: half the time of `masked_fill_`
         tensor.view(torch.int32).bitwise_and_(dead.view(torch.int8) - 1)
@@ -331,6 +341,7 @@ def check_counts(
 
     Args:
         counts: matrix to `(zeros, size)`.
+        scope: over what the sparsity holds, see `group_by_scope`.
         block_size: weights that live and die together.
 
     Raises:

@@ -135,7 +135,12 @@ def _make_n_of_m(name: str, alive: int, group: int) -> Pattern:
 
 
 def kth_lowest(scores: Tensor, count: int) -> Tensor:
-    """Return the highest of the `count` lowest scores of a vector; nan ranks highest."""
+    """Return the highest of the `count` lowest scores of a vector, a scalar; nan ranks highest.
+
+    Args:
+        scores: [n].
+        count: from 1 to n.
+    """
     if scores.device.type == "cpu":
         return scores.kthvalue(count).values
     # torch refuses `kthvalue` on a GPU where algorithms must be deterministic
@@ -185,6 +190,9 @@ def at_most_n_of_m(scores: Tensor, zeros: int, alive: int, group: int) -> Tensor
 
     Args:
         scores: [outputs, inputs]; `group` divides the inputs.
+        zeros: entries of the mask that are False, at most 1 - alive / group of all.
+        alive: weights of a group that live at least.
+        group: neighbouring inputs.
     """
     grouped = scores.reshape(-1, group)
     # Rank inside of each group; a stable sort breaks ties by position, as `unstructured` does.

@@ -4,6 +4,10 @@ Both expand a loss to second order around the weights as they are, with curvatur
 the whole set that goes: the survivors l move by F_ll^-1 F_ld w_d when the weights d are set to
 zero (Hassibi & Stork 1992, Optimal Brain Surgeon). They differ in F: that of the training loss in
 blocks, or that of each layer's own output.
+
+The weight of a layer is [outputs, inputs]. Statistics are those of `statistics.Stats`: F in blocks
+is `fisher_blocks` [blocks, size, size], and H, the second moment of the inputs, is `input_gram`
+[inputs, inputs].
 """
 
 from __future__ import annotations
@@ -27,7 +31,13 @@ ROWS_AT_ONCE = 2**22
 
 
 def update_blocks(weight: Tensor, alive: Tensor, stats: Stats) -> Tensor:
-    """Return the weight with the survivors of each Fisher block updated to make up for the dead, which are zero."""
+    """Return the weight with the survivors of each Fisher block updated; the dead are zero.
+
+    Kurtic et al. 2022, arXiv 2203.07259, for the whole set that goes at an event.
+
+    Args:
+        alive: which weights survive the event, bool [outputs, inputs].
+    """
     assert stats.fisher_blocks is not None
     size = stats.fisher_blocks.shape[-1]
     rows, live_rows = split_into_blocks(weight.float(), size), split_into_blocks(alive, size)
@@ -76,9 +86,12 @@ def obert(weight: Tensor, stats: Stats) -> Tensor:
 
 
 def update_rows(weight: Tensor, alive: Tensor, stats: Stats) -> Tensor:
-    """The weight after least squares on each output row, which keep the layer's output best.
+    """Return the weight after least squares on each output row, which keep the layer's output best.
 
     The smaller of the live and the dead set is solved for; both give the same weights.
+
+    Args:
+        alive: which weights survive the event, bool [outputs, inputs].
     """
     assert stats.input_gram is not None
     gram, dead = stats.input_gram, ~alive
@@ -181,7 +194,10 @@ def _inverse(matrices: Tensor) -> Tensor:
 
 
 def factorize(matrices: Tensor) -> Tensor:
-    """Cholesky factors of symmetric matrices, taken in float64 where float32 does not do.
+    """Return Cholesky factors of symmetric matrices, taken in float64 where float32 does not do.
+
+    Args:
+        matrices: [..., size, size].
 
     Raises:
         RecipeError: neither does.

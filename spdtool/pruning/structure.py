@@ -113,7 +113,11 @@ def round_width(width: float, neurons: int) -> int:
 
 
 def interpolate_shape(full: EncoderShape, target: EncoderShape, progress: float) -> EncoderShape:
-    """Return the shape at `progress`, from 0 (full) to 1 (target)."""
+    """Return the shape between two others, each number rounded to the nearest.
+
+    Args:
+        progress: from 0, the full shape, to 1, the target.
+    """
     shapes = []
     for start, end in zip(full, target, strict=True):
         heads = start.heads - round(progress * (start.heads - end.heads))
