@@ -57,6 +57,7 @@ def split_speed(bench: BenchData, name: str, threads: int) -> SpeedFactors | Non
 def split_padded_speed(bench: BenchData, name: str, threads: int, shape: Shape) -> SpeedFactors | None:
     """Split the speed at a padded shape; None if the same shape without padding, or the dense form, was not timed."""
     full_shape = Shape(shape.batch, shape.length)
+    # Without the full batch nothing says how much of the speed is padding left out.
     if full_shape not in bench.grid:
         return None
     padded, full = _split_speed(bench, name, threads, [shape]), _split_speed(bench, name, threads, [full_shape])
@@ -75,6 +76,7 @@ def _split_speed(bench: BenchData, name: str, threads: int, shapes: Sequence[Sha
     for shape in shapes:
         baseline = bench.fastest_dense(threads, shape)
         times = [float(np.median(timing.rounds[shape])) for timing in (baseline, exact, rounded, sparse)]
+        # In logarithms the three factors add up to the whole, whatever the shape.
         logs += -np.diff(np.log(times)) / len(shapes)
     fusion, rounding, zeros = np.exp(logs).tolist()
     return SpeedFactors(
@@ -94,6 +96,7 @@ def _dense_timings(bench: BenchData, name: str, threads: int) -> tuple[Timing, T
     names = [engine for engine in bench.dense_forms.get(name, ()) if engine in bench.engines]
     if not names:
         return None
+    # Last comes the form with float32 weights, first the one that stores as the sparse file does.
     return bench.timing(names[-1], threads), bench.timing(names[0], threads)
 
 
@@ -103,6 +106,7 @@ def bound_of_zeros(bench: BenchData, name: str) -> ZeroBound:
     skipped = float("inf") if sparsity == 1 else 1 / (1 - sparsity)
     if not bench.ledger:
         return ZeroBound(skipped, None, None)
+    # With the most tokens, where a product is bound by arithmetic: there zeros give the most.
     tokens = max(bench.ledger[0].products)
     dense = sum(entry.products[tokens].dense_us for entry in bench.ledger)
     bound = sum(entry.products[tokens].bound_us for entry in bench.ledger)

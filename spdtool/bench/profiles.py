@@ -73,6 +73,7 @@ def layer_sizes(model: PreTrainedModel) -> tuple[int, int]:
     """Numbers of heads and neurons of a dense layer."""
     from spdtool.models.structures import find_structures
 
+    # Layers of a dense encoder are alike.
     first = find_structures(model)[0]
     return first.heads.count, first.neurons.count
 
@@ -96,6 +97,7 @@ def expected_fields(model: PreTrainedModel, timed: TimedInput) -> dict[str, str 
     }
     if timed.runtime in TIMED_RUNTIMES:
         require_runtime(timed.runtime)
+        # Another processor or version has other kernels, and other times.
         fields |= {"version": runtime_version(timed.runtime), "processor": describe_processor()}
     return fields
 
@@ -122,6 +124,7 @@ def check_profile(profile: ShapeProfile, expected: Mapping[str, str | int], sour
         RecipeError: names every field that differs.
     """
     recorded = profile.model_dump()
+    # Each at once: mending them one by one would take a measurement each.
     different = [name for name, value in expected.items() if recorded[name] != value]
     if different:
         lines = "; ".join(f"{name} {recorded[name]} there, {expected[name]} here" for name in different)

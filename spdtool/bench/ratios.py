@@ -146,6 +146,7 @@ class BenchData:
 
     def mean_ms(self, timing: Timing) -> float:
         """Geometric mean over the grid of the median milliseconds."""
+        # Geometric: a mean of milliseconds would be that of the largest shape alone.
         return math.exp(sum(math.log(median_ms(timing.rounds[shape])) for shape in self.grid) / len(self.grid))
 
     def fastest_rival(self, threads: int, shape: Shape) -> Timing | None:
@@ -156,6 +157,7 @@ class BenchData:
     def speed_over_rivals(self, timing: Timing) -> Ratio | None:
         """How many times faster an engine is than the fastest dense row at each shape of the grid."""
         rivals = [self.fastest_rival(timing.engine.threads, shape) for shape in self.grid]
+        # All or none: a mean over some shapes compares with nothing.
         timed_rivals = [rival for rival in rivals if rival is not None]
         return paired_ratio(timed_rivals, timing, self.grid) if len(timed_rivals) == len(rivals) else None
 
@@ -218,6 +220,7 @@ def values_outside_interval(count: int) -> int:
     tail_probability, outside = 0.0, 0
     for below in range(count // 2):
         tail_probability += math.comb(count, below) / 2**count
+        # Twice, since the interval leaves out as many values at either end.
         if 2 * tail_probability > 1 - CONFIDENCE:
             break
         outside = below
@@ -266,6 +269,7 @@ def latency_record(bench: BenchData, timing: Timing, shape: Shape) -> LatencyRec
         length=shape.length,
         real=list(shape.real),
         **percentiles,
+        # Of the sum of the rounds, so that slow rounds count as they do for a server.
         rows_per_second=1000 * shape.batch * len(milliseconds) / float(milliseconds.sum()),
         min=timing.least[shape],
         rounds=len(milliseconds),

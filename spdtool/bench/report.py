@@ -230,6 +230,7 @@ def grid_range(bench: BenchData, timing: Timing) -> str:
     """The worst and the best shape of the grid."""
     if len(bench.grid) < 2:
         return ""
+    # A mean hides a shape at which the student is slower.
     medians = {str(shape): bench.speed_of_student(timing, [shape]).median for shape in bench.grid}
     speeds = sorted((median, shape) for shape, median in medians.items())
     (lowest, worst), (highest, best) = speeds[0], speeds[-1]
@@ -269,6 +270,7 @@ def padding_lines(bench: BenchData, name: str) -> list[str]:
     lines = []
     for shape in bench.padded:
         speeds = with_each_thread_count(bench, speedup_text(bench, name, [shape]))
+        # Without it a reader would take padding that is left out for a gain of the zeros.
         real_share = sum(shape.real) / (shape.batch * shape.length)
         line = f"Padding: at {shape}, where {real_share:.0%} of the tokens are real, {name} has {speeds}"
         factors = split_padded_speed(bench, name, bench.threads[0], shape)

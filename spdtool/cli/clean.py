@@ -53,6 +53,7 @@ def _clean_run(path: Path, keep: tuple[str, ...], dry_run: bool, yes: bool) -> o
         raise RecipeError(
             "--keep is missing: what of the run is to stay?", f"for example --keep bundle; also {', '.join(KEEPABLE)}"
         )
+    # Looked at as a run first: a mistyped folder is refused before anything is listed.
     run = Run.open(path)
     cleaning = plan_cleaning(run, keep)
     sizes = [(name, console.format_bytes(size)) for name, size in cleaning.bytes_by_name.items()]
@@ -72,6 +73,7 @@ def _clean_run(path: Path, keep: tuple[str, ...], dry_run: bool, yes: bool) -> o
     if len(cleaning.unknown) > LISTED_FILES:
         console.say(f"and {len(cleaning.unknown) - LISTED_FILES} more")
     if cleaning.stages:
+        # A stage that is removed is trained again by the next `compress` on this run.
         console.say("[dim]`spdtool report` before it keeps the figures; going on with the run trains these again[/]")
     if dry_run or not _agree(f"remove {console.format_bytes(cleaning.bytes)}?", yes):
         return result

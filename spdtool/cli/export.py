@@ -43,6 +43,7 @@ def export(
     from spdtool.export import onnx_session
     from spdtool.stages.api import export_model
 
+    # Options that a run has in its recipe: given with --run they would be ignored.
     of_checkpoint = {
         "--target": target,
         "--to": to,
@@ -88,6 +89,7 @@ def _write_layout(run: Path | None, layout: str, to: Path | None, again: bool, s
     from spdtool.recipe.reading import override
     from spdtool.run.folder import Run
 
+    # The recipe of the run, changed for this layout alone: the export itself stays done.
     opened = Run.open(run)
     written = write_layout(Run(opened.path, override(opened.recipe, sets or ())), layout, to)
     console.say(f"{console.escape(to)}: {len(written.files)} files in the layout {layout}")

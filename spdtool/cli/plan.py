@@ -56,6 +56,7 @@ def show_recipe(recipe: Recipe) -> None:
 def summarise_plan(plan: Plan, recipe: Recipe) -> list[tuple[str, str]]:
     """Return the lines of a plan as names and texts."""
     rows = ", ".join(f"{count:,} {name}" for name, count in plan.rows.items())
+    # A guess about the user's file stands in the first line, where it is seen.
     about = [line.removeprefix("data: ") for line in plan.reading if line.startswith("data: ")]
     weights, further = plan.parameters, "; --metric picks one" if "mean of" in plan.score else ""
     lines = [
@@ -112,10 +113,12 @@ def _describe_time(plan: Plan) -> str:
 
     if all(stage.done for stage in plan.stages):
         return "none: every stage is done"
+    # As text: two ends that read the same are no range.
     least, most = map(format_duration, plan.estimate.seconds)
     text = _about(most) if least == most else f"{least} to {most}"
     processes = "one process"
     if plan.estimate.processes > 1:
+        # Processes on one CPU take its cores from each other.
         sharing = "with a GPU each" if plan.estimate.device == "cuda" else "that share the cores"
         processes = f"{plan.estimate.processes} processes {sharing}"
     return f"{text} in {processes}, from a trial of the model's matrix products on this {plan.estimate.device}"

@@ -115,6 +115,7 @@ def predict(
     from spdtool.serving.inputs import open_input
     from spdtool.serving.predict import FORMATS, InputLine, predict_lines
 
+    # Every refusal before the model is opened, which takes longer than all of them.
     if (question is None) != (context is None):
         raise RecipeError("--question and --context belong together", "give both, or a text and --pair")
     if question is not None:
@@ -142,6 +143,7 @@ def predict(
         for line in submission_lines(classify, Path(source or ""), reading.batch_size):
             console.print_row({"line": line}, line)
         return None
+    # One text is an input of one line, so that both are printed alike.
     opened: AbstractContextManager[Iterable[InputLine]] = nullcontext([InputLine(1, text or "", pair)])
     if source is not None:
         opened = open_input(source, classify, line_format, column_names)
@@ -180,6 +182,7 @@ def serve(
         listening.host,
         listening.port,
         listening.name,
+        # The option is in milliseconds, the server counts in seconds.
         limits={"batch": limits.batch, "wait": limits.wait / 1000, "queue": limits.queue, "texts": limits.texts},
         connection_limits={"body": limits.body, "connections": limits.connections},
         workers=workers,

@@ -66,6 +66,7 @@ def sweep(
         from spdtool.export import onnx_session
 
         onnx_session.require_onnxruntime()
+    # Also early: options that do not fit are refused before a teacher is trained.
     runner = _choose_runner(ray, cpus, gpus, behind)
     request = Sweep(
         recipes=_require_words("--recipes", recipes),

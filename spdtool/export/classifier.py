@@ -104,6 +104,7 @@ class Classifier:
         self.padding = padding_values(tokenizer, config, tokenizer_config)
         self._vocabulary_size = read_count(config, "vocab_size")
         self._token_types = read_count(config, "type_vocab_size")
+        # A session cannot be pickled; `load` can be called again in the other process.
         self._load_arguments: tuple[Any, ...] = ()
         self._truncation_side = tokenizer_config.get("truncation_side", "right")
         self.max_length = longest_input(config, tokenizer_config)
@@ -127,6 +128,7 @@ class Classifier:
         Raises:
             ModelError: the folder's tokenizer cannot be used so.
         """
+        # Never longer than the model's positions, whatever the caller wants.
         self.max_length = min(self.max_length, max_length)
         options: dict[str, Any] = {"direction": self._truncation_side}
         if self.decision.windows is not None:
@@ -251,6 +253,7 @@ class Classifier:
             check_pairs(texts, seconds)
         for column in (texts, seconds or ()):
             for number, text in enumerate(column):
+                # Training rows without a text are refused too: no model has learned an answer.
                 if not text.strip():
                     raise DataError(
                         f"row {number} has an empty text",
@@ -325,6 +328,7 @@ class Classifier:
             columns["attention_mask"][number, tokens] = row.mask
         outputs = self._session.run(None, {name: columns[name] for name in self._inputs})
         logits = self._head.collect_arrays(outputs, columns)
+        # A file of another export would give answers, and wrong ones.
         expected = (len(rows), width, len(self.names)) if self._head.per_token else (len(rows), len(self.names))
         if logits.shape != expected:
             raise ModelError(

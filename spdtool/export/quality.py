@@ -64,6 +64,7 @@ def measure_quality(references: Mapping[Role, Reference], recipe: Recipe, provid
     quality = Quality()
     splits = {"dev": _dev_split(references, provider), "test": _test_split(references, provider)}
     for role, reference in references.items():
+        # Fitted on dev rows: test rows choose nothing.
         temperature = reference.kind_settings(provider).get("temperature")
         if isinstance(temperature, float):
             quality.temperatures[role] = temperature
@@ -99,6 +100,7 @@ def score_test_rows(models: Pair, recipe: Recipe) -> FinalScores:
     scorers = (teacher.score_rows(), student.score_rows())
     if scorers[0] is None or scorers[1] is None:
         return final
+    # Both models on the same drawn rows, so that hard rows do not count as a difference.
     samples = bootstrap_scores(
         (scorers[0], scorers[1]), len(student.rows), resamples=section.resamples, seed=recipe.seed
     )
@@ -116,6 +118,7 @@ def _test_difference(
 ) -> PairedTest:
     if teacher_right is None or student_right is None:
         return paired_bootstrap(differences)
+    # Exact for right and wrong answers; resampling is for scores that are no mean over rows.
     return mcnemar(teacher_right, student_right)
 
 
@@ -151,6 +154,7 @@ def _compare_answers(quality: Quality, models: Pair, texts: Rows, recipe: Recipe
     teacher, student = models["teacher"], models["student"]
     if student.score_rows() is None or student.task.confidences(student.outputs, student.rows, 1.0) is None:
         return  # a row is no answer of its own, or answers are numbers
+    # Names in another order would make every row a difference.
     if teacher.names != student.names:
         return
     answers = {}
@@ -164,6 +168,7 @@ def _compare_answers(quality: Quality, models: Pair, texts: Rows, recipe: Recipe
         if one != other:
             differing.append(row)
     quality.dev_rows, quality.differing_rows = len(student.rows), len(differing)
+    # The surest errors say most about what was lost.
     differing.sort(key=lambda row: -(probabilities["student"][row] or 0.0))
     for row in differing[: recipe.export.differing_rows]:
         quality.differing.append(

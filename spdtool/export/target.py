@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from spdtool import plugins
 from spdtool.errors import PluginError, RecipeError, SpdError, UnknownName
+from spdtool.run.records import Role
 
 if TYPE_CHECKING:
     from spdtool.data.tokens import Batch, Encoded
     from spdtool.export.graph.weights import StoredWeight
     from spdtool.models.predict import Forward
     from spdtool.recipe.fields import Export, Recipe
-from spdtool.run.records import Role
 
 MODEL_FILE = "onnx/model.onnx"
 ROLES: tuple[Role, ...] = ("teacher", "student")
@@ -298,6 +298,7 @@ def required_targets(section: Export) -> list[ChosenTarget]:
     for name in names:
         prefix = "" if name == names[0] else name
         chosen.append(ChosenTarget(name, get_target(name), False, prefix))
+    # The first target's files of both roles are what every other figure is compared with.
     missing_roles = set(ROLES) - set(chosen[0].target.roles)
     if missing_roles:
         listed = ", ".join(f'"{name}"' for name in dict.fromkeys(("onnx", *names)))

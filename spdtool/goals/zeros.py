@@ -73,12 +73,14 @@ def choose_sparsity(recipe: Recipe) -> tuple[float, Ratio]:
             ratios[sparsity] = paired_ratio([result.timings[0]], result.timings[1], [timed.shape])
             return ratios[sparsity].median >= speedup
 
+        # 2:4 cannot have more than half of its weights zero.
         most = find_pattern(recipe.prune.pattern).largest_sparsity
         sparsity = bisect_first([each for each in SPARSITIES if each <= most], is_fast)
     if sparsity is None:
         best = max(ratios.values(), key=lambda ratio: ratio.median)
         raise RecipeError(
             f"a speed-up of {speedup:g} was asked for; {max(ratios):.0%} zeros give this encoder {best}",
+            # A little less than measured: the next measurement differs in its last digit.
             f"ask for --speedup {best.median * 0.98:.2g} or less, or for another --kind",
         )
     return sparsity, ratios[sparsity]
@@ -120,6 +122,7 @@ def build_random_model(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedToken
         return model, tokenizer
     source = recipe.given_teacher or recipe.model
     config = read_config(source, new_head=recipe.given_teacher is None)
+    # As many as `load_model` builds for a smoke run.
     layers = 2 if recipe.smoke else config.num_hidden_layers
     return build_shallow(config, layers), load_tokenizer(source)
 
@@ -130,6 +133,7 @@ def clear_weights(model: PreTrainedModel, pattern_name: str, sparsity: float) ->
     pattern = find_pattern(pattern_name)
     rows, columns = pattern.block
     for weight in find_prunable_weights(model).values():
+        # Random scores: where zeros lie hardly changes the time.
         blocks = torch.rand(weight.shape[0] // rows, weight.shape[1] // columns)
         zeros = zeros_in(weight.numel(), sparsity, pattern.block_size) // pattern.block_size
         alive = pattern.choose(blocks, zeros).repeat_interleave(rows, 0).repeat_interleave(columns, 1)

@@ -39,6 +39,7 @@ class StructureNames:
     neuron_output: str
 
 
+# Read in transformers' modelling files; a wrong name is refused when the layer is looked at.
 BERT = StructureNames(
     attention="attention.self",
     head_inputs=("attention.self.query", "attention.self.key", "attention.self.value"),
@@ -75,9 +76,11 @@ FAMILIES = {
     ),
     "modernbert": StructureNames(
         attention="attn",
+        # Queries, keys and values in one matrix, so a head has three groups of rows in it.
         head_inputs=("attn.Wqkv",),
         head_output="attn.Wo",
         feed_forward="mlp",
+        # Gated: Wi makes both halves, so a neuron has two rows in it.
         neuron_inputs=("mlp.Wi",),
         neuron_output="mlp.Wo",
     ),
@@ -109,6 +112,7 @@ class Structures:
 
     def find_live(self) -> Tensor:
         """Flag the structures that have any weight or bias that is not zero: [count]."""
+        # A structure with a bias alone still feeds a constant to the layer's output.
         live = (self.output.weight != 0).any(0).view(self.count, self.size).any(1)
         for linear in self.inputs.values():
             rows = (linear.weight != 0).any(1)

@@ -70,12 +70,14 @@ def choose_tokens(tokenizer: PreTrainedTokenizerBase, used: Iterable[int]) -> np
     model = cast("JsonObject", description["model"])
     ids = _read_vocabulary(model)
     pieces = {index: piece for piece, index in ids.items()}
+    # Special tokens are among them, which the model needs whatever the texts.
     added = {index for _, index in _added_tokens(description)}
     kept = {piece for index in used if (piece := pieces.get(int(index))) is not None}
     if model["type"] == "BPE":
         kept = _close_under_merges(kept, _read_merges(model))
         kept |= {piece for piece in ids if len(piece) == 1}
     else:
+        # WordPiece writes a character inside a word as ##a, and one at its begin as a.
         prefix = str(model.get("continuing_subword_prefix") or "")
         characters = {character for piece in kept for character in piece.removeprefix(prefix)}
         kept |= {piece for piece in ids if piece.removeprefix(prefix) in characters}
@@ -103,6 +105,7 @@ def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray) -> Pr
         for other in folder.iterdir():  # vocab.txt and the like name the old numbers
             if other.name not in ("tokenizer.json", "tokenizer_config.json"):
                 other.unlink()
+        # Before it is opened: transformers takes the numbers of added tokens from this file too.
         _renumber_settings(folder / "tokenizer_config.json", new_ids)
         trimmed: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     trimmed.name_or_path = tokenizer.name_or_path
@@ -133,8 +136,10 @@ def trim_embeddings(model: PreTrainedModel, tokens: np.ndarray) -> None:
     with torch.no_grad():
         weight = embeddings.weight[torch.as_tensor(tokens, device=embeddings.weight.device)].clone()
     old_index = embeddings.padding_idx
+    # No gradient reaches the row of the padding token; it has to be the same row as before.
     new_index = None if old_index is None else new_ids.get(old_index)
     trimmed = nn.Embedding(len(tokens), weight.shape[1], padding_idx=new_index, _weight=weight)
+    # A new parameter is trained, and embeddings may have been frozen.
     trimmed.weight.requires_grad_(embeddings.weight.requires_grad)
     model.set_input_embeddings(trimmed)
     model.config.vocab_size = len(tokens)
@@ -208,6 +213,7 @@ def _renumber(description: JsonObject, new_ids: Mapping[int, int]) -> None:
     kept = {piece: new_ids[index] for piece, index in ids.items() if index in new_ids}
     if model["type"] == "Unigram":
         scored = cast("list[list[JsonValue]]", model["vocab"])
+        # Ids of Unigram are positions in the list, so its order is their renumbering.
         model["vocab"] = [scored[old] for old in sorted(index for index in ids.values() if index in new_ids)]
         if model.get("unk_id") is not None:
             model["unk_id"] = new_ids[int(cast("int", model["unk_id"]))]

@@ -92,6 +92,7 @@ def _allocate_group(
     floors, lowered = _choose_floors(sizes, total, least)
     if lowered is not None:
         allocation.lowered[group] = lowered
+    # What is dead for good counts as a zero, even where that leaves less than the floor.
     limits = {name: max(size - floors[name], dead[name]) for name, size in sizes.items()}
     unlimited = zeros = _count_lowest(scores, total)
     # zeros beyond a limit go to the next lowest scores elsewhere, where they may reach another limit

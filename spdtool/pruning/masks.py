@@ -261,6 +261,7 @@ class Masks:
                     names.append(name)
                     flags.append((local_rows(tensor).ne(0) & self.dead[name]).any())
         revived = find_flagged(names, flags)
+        # It would come back through momentum or weight decay, and the file would lack a zero.
         if revived is not None:
             raise GateError(f"{revived}: a pruned weight, its gradient or one of its moments is not zero")
 

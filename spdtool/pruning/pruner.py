@@ -153,6 +153,7 @@ class Pruner:
         for number, name in enumerate(self.masks.parameters, 1):
             on_work(f"scoring matrix {number} of {len(self.masks.parameters)}")
             scores[name] = self._score(name)
+        # All matrices first, so that the device is asked once.
         self._check_scores(scores)
         dead, allocation = self.masks.choose(scores, sparsity, self.section.scope, self.section.least)
         self.clamped, self.lowered = allocation.clamped, allocation.lowered
@@ -183,6 +184,7 @@ class Pruner:
         Raises:
             GateError: names the first matrix that is off.
         """
+        # Of the file that was written, which is what the next stage reads.
         check_counts(counts, sparsity, self.section.scope, self.masks.pattern.block_size)
 
     def state_dict(self) -> dict[str, Tensor]:

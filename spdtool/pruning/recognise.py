@@ -34,6 +34,7 @@ def recognise_zeros(weights: Iterable[Tensor]) -> str | None:
         whole += int((rows[:, None] | columns[None, :]).sum())
     if whole >= LEAST_SHARE * zeros:
         return "whole rows and columns"
+    # The largest blocks first: a matrix in blocks of 4x4 is one in blocks of 1x4 too.
     for block in BLOCKS:
         if sum(count_in_blocks(mask, block) for mask in masks) >= LEAST_SHARE * zeros:
             return f"blocks of {block[0]}x{block[1]}"

@@ -43,6 +43,7 @@ def find_shape(losses: Sequence[LayerLosses], costs: LayerCosts, budget: float) 
     Raises:
         RecipeError: even the smallest shape costs more.
     """
+    # Heads and neurons of a layer are choices of their own: their costs and losses add up.
     groups = list_choices(losses, costs)
     least = costs.outside + sum(float(group.costs.min()) for group in groups)
     if least > budget:

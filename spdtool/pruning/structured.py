@@ -85,6 +85,7 @@ class StructuredMasks(Masks):
 
     def live(self, structures: Structures) -> Tensor:
         """Flag the structures of a layer that live: [count]."""
+        # The columns say it for rows and biases too: `mask_structures` sets all of them together.
         columns = self.dead[f"{structures.output_name}.weight"].all(0)
         return ~columns.view(structures.count, structures.size).all(1)
 
@@ -193,6 +194,7 @@ class StructuredPruner(Pruner):
         if sparsity is None:
             return None
         self._check_observed(step)
+        # An event names a sparsity; heads and neurons go in proportion, so both arrive together.
         progress = sparsity / self.target if self.target else 1.0
         shape = interpolate_shape(self._start, self.shape, progress)
         dead = dict(self.masks.dead)
@@ -237,6 +239,7 @@ class StructuredPruner(Pruner):
             assert gram is not None
             assert mean is not None
             if bias is not None:
+                # The bias takes over the mean of what goes, so only what varies around it is lost.
                 gram = center_gram(gram, mean)
             weight, group = structures.output.weight.detach(), group_size(structures.count)
             removal = remove_structures(weight, gram, structures.size, count, live, group)
@@ -246,6 +249,7 @@ class StructuredPruner(Pruner):
                 if bias is not None:
                     updated[f"{structures.output_name}.bias"] = bias + (weight - removal.weight) @ mean
         else:
+            # What is gone already must not be chosen again.
             scores = self._score_structures(structures).masked_fill(~live, torch.inf)
             gone = scores.topk(count, largest=False).indices
         live[gone] = False

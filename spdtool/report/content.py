@@ -31,6 +31,7 @@ from spdtool.sweep import summary
 from spdtool.sweep.rows import row_of_run, trained_teacher
 from spdtool.sweep.summary import Summary
 
+# encoder.layer.3.attention.self.query.weight: the layer, and the matrix in it.
 LAYER = re.compile(r"^(?P<layer>.*?\.\d+)\.(?P<matrix>.+?)(\.weight)?$")
 MATRIX_COLUMNS = (
     *("name", "size", "nonzeros", "density", "tokens"),
@@ -309,6 +310,7 @@ def _bench_tiles(row: StudentRow, bench: BenchResult, exported: ExportResult) ->
         note += f"; {bench.caveats[bench.threads]}"
     if bench.threads in bench.factors:
         note += f"; {factors_text(bench.factors[bench.threads])}"
+    # A speed alone would be credited to the zeros.
     note += "; see Speed and size for where it comes from"
     size = f"{row.bytes:,} of {row.teacher_bytes:,} bytes, {bench.best}{rounded}"
     return [

@@ -64,6 +64,7 @@ def bench(run: Run) -> BenchResult:
     """
     recipe, section = run.recipe, run.recipe.bench
     provider, onnx_problem = choose_device(recipe.device)
+    # The promise is measured with the goal's own number of threads.
     wanted = [*section.threads, *([recipe.goal.threads] if recipe.goal.speedup else [])]
     threads = list(dict.fromkeys(count or onnx_session.usable_cores() for count in wanted))
     if provider == "cuda":
@@ -167,6 +168,7 @@ def choose_shapes(recipe: Recipe, positions: int, tokenizer_folder: Path, notes:
     too_long = [str(length) for length in wanted if length > positions]
     if too_long:
         lengths = ", ".join(too_long)
+        # Beyond them no position has an embedding, and onnxruntime stops at its index.
         console.warn(f"the model has {positions} positions: length {lengths} is timed at {positions}")
     shapes = []
     for batch in section.batches:
@@ -193,6 +195,7 @@ def spread_lengths(batch: int, longest: int, observed: np.ndarray | None) -> tup
     if observed is None:
         spread = np.linspace(1, longest, batch)
     else:
+        # Middles of equal shares: the shortest and the longest row alone decide nothing.
         spread = np.quantile(observed, (np.arange(batch) + 0.5) / batch)
     lengths = np.maximum(1, np.rint(spread / spread.max() * longest).astype(int))
     return tuple(np.random.default_rng(batch).permutation(lengths).tolist())
@@ -204,6 +207,7 @@ def sample_dev_lengths(recipe: Recipe, tokenizer_folder: Path) -> np.ndarray | N
         rows = find_task(recipe).read_rows(recipe.without_unlabeled())["dev"]
         sample = rows.select(range(min(SAMPLED_ROWS, len(rows))))
         return tokenize(load_tokenizer(tokenizer_folder), sample, recipe.max_length).lengths
+    # The rows are gone, as on another machine: the bench itself needs none.
     except SpdError:
         return None
 

@@ -72,6 +72,7 @@ def make_plan(run: Run, redo: str | None = None) -> Plan:
     if recipe.given_teacher is not None:
         task = task.widen(label_names(teacher))
     if not run.done("export"):
+        # An architecture that nobody has tried is traced now, not after hours of training.
         try_families(recipe, task, (student.config, teacher.config))
     counts = _count_weights(recipe, student)
     pair = Pair(student, teacher, load_teacher_tokenizer(recipe, task))

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from spdtool.stages.api import CompressionResult
 
 FOLDER = "goals"
+# Thirteen: a bisection trains four students at most.
 SPEEDUPS = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 15.0, 20.0)
 
 CompressOne = Callable[[Recipe, Path, str], "CompressionResult"]
@@ -63,6 +64,7 @@ def compress_fastest(recipe: Recipe, path: Path, until: str, compress_one: Compr
             f"at most {goal.max_drop:g} points of dev score were to be lost, and no student keeps that: {tried}",
             "allow more: --max-drop, or train longer: --set prune.epochs=... --set finetune.epochs=...",
         )
+    # Trained by the bisection already: its stages up to finetune are skipped.
     best = candidates[low - 1]
     return compress_one(candidate_recipe(recipe, path, best), candidate_folder(recipe, path, best), until)
 
@@ -74,6 +76,7 @@ def measure_drop(recipe: Recipe, path: Path, candidate: float, compress_one: Com
             candidate_recipe(recipe, path, candidate), candidate_folder(recipe, path, candidate), "finetune"
         )
     except RecipeError as error:
+        # No shape is so fast: a slower one is tried, as if this one had lost too much.
         console.warn(f"{describe_candidate(recipe, candidate)}: {error.message}")
         return None
     assert result.teacher is not None

@@ -94,6 +94,7 @@ const embed = await pipeline("feature-extraction", "FOLDER", {{ dtype: "{dtype}"
 console.log(await embed("one text", {{ pooling: "mean", normalize: true }}));
 ```
 """
+# What a stranger can run before he trusts any number of the card.
 SELFTEST_NOTE = """
 `python selftest.py` replays `golden.json`, sentences of the dev set with the logits of the checkpoint, on every file
 whose libraries are there, and checks every sha256 of `manifest.json`.
@@ -104,6 +105,7 @@ SPEED_NOTE = (
 )
 SCRIPT_ARGMAX = "model.config.id2label[logits.data.indexOf(Math.max(...logits.data))]"
 TAGS = ("onnx", "sparse", "pruned", "distilled", "spdtool")
+# File names and what transformers.js calls them, for its option `dtype`.
 DTYPES = {"onnx/model.onnx": "fp32", "onnx/model_fp16.onnx": "fp16", "onnx/model_quantized.onnx": "q8"}
 
 
@@ -168,6 +170,7 @@ def _usage(task: Task, labels: Sequence[str], files: Sequence[str]) -> str:
     arguments, script_arguments = '"one text"', '"one text"'
     if pairs:
         arguments = '"first text", "second text"'
+        # JavaScript's tokenizers take the second text as an option.
         script_arguments = '"first text", { text_pair: "second text" }'
     names = ", ".join(head.outputs)
     usage = PYTHON.format(

@@ -99,6 +99,7 @@ def open_checkpoint(
     files = find_weight_files(source)
     if not files:
         return Checkpoint(source, config, (), {})
+    # Not the hash: reading gigabytes again would cost what this saves.
     identity = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = (new_head, config.to_json_string(use_diff=False), *identity)
     if key not in _passed:
@@ -132,6 +133,7 @@ def _check_weights(
     plain = {renamed.get(key, key): header for key, header in headers.items()}
     model, report = _match_names(config, plain)
     judge = _Judge(source, plain, model, new_head)
+    # In this order: a wrong shape explains a missing weight, and that an unused one.
     judge.refuse_other_shapes(report["mismatched_keys"])
     judge.refuse_missing(report["missing_keys"])
     unused = set(report["unexpected_keys"])
@@ -279,9 +281,11 @@ def _match_names(config: PretrainedConfig, headers: Mapping[str, Header]) -> tup
     model_class = find_model_class(config)
     weights = {}
     for name, header in headers.items():
+        # On the meta device no number is loaded: names and shapes alone are compared.
         weights[name] = torch.empty(header.shape, dtype=torch.float32, device="meta")
     result: Any = model_class.from_pretrained(
         None,
+        # `from_pretrained` writes into what it gets.
         config=copy.deepcopy(config),
         state_dict=weights,
         device_map="meta",
