@@ -7,8 +7,8 @@ rows of this rank. The lowest scores are pruned first. A criterion declares what
     update         `(weight, alive, stats) -> weight` updates the weights that survive an event; the criteria that do
                    so are in `second_order.py`
     block_scores   `(weight, stats, block) -> scores [outputs / rows, inputs / columns]` ranks
-    blocks of weights that
-                   go together; without it, a block's score is the mean over its weights
+                   blocks of weights that go together; without it, a block's score is the mean over
+                   its weights
 
     @criteria.register("obert", needs=("fisher_blocks",), update=update_blocks, block_scores=obert_of_blocks)
     def obert(weight, stats): ...

@@ -1,8 +1,9 @@
 """The application of a bundle: KServe v2, a plain /predict, /metrics for Prometheus, and pages that describe it.
 
-    GET  /  /docs  /openapi.json GET  /v2  /v2/health/live  /v2/health/ready  /v2/models/NAME
-    /v2/models/NAME/ready POST /v2/models/NAME/infer  /predict  and a route of `compatible`, where
-    the kind of task has one GET  /metrics
+    GET  /  /docs  /openapi.json
+    GET  /v2  /v2/health/live  /v2/health/ready  /v2/models/NAME  /v2/models/NAME/ready
+    POST /v2/models/NAME/infer  /predict  and a route of `compatible`, where the kind of task has one
+    GET  /metrics
 
 Every error is `{"error": "..."}`: 400 no valid inference request, 404 no such model or path, 405
 another method, 408 too slow, 413 the body is too large, 421 another Host, 422 no valid request of

@@ -2,8 +2,7 @@
 
     hub      the bundle as it is, and .gitattributes, so that large files go to the hub's storage
     triton   a model repository of NVIDIA Triton: the tokenizer (Python backend), the model
-        (onnxruntime backend) and
-             an ensemble of the two that takes texts and gives logits
+             (onnxruntime backend) and an ensemble of the two that takes texts and gives logits
 
 https://github.com/triton-inference-server/server/blob/main/docs/user_guide/model_configuration.md
 """

@@ -58,8 +58,8 @@ class LatencyRecord(Record):
 class ProductTimes(Record):
     """One matrix times a number of tokens: microseconds and operations a second, dense and sparse, and the bound.
 
-    `ratio`: how many times faster the sparse product is; None without a sparse form. `bound_by`:
-        flops or bandwidth.
+    `ratio`: how many times faster the sparse product is; None without a sparse form.
+    `bound_by`: flops or bandwidth.
     """
 
     dense_us: float
