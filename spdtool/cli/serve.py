@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spdtool import console
-from spdtool.cli.options import command
+from spdtool.cli.options import command, split_words
 from spdtool.errors import DataError, RecipeError, UnknownName
 
 if TYPE_CHECKING:
@@ -113,31 +113,16 @@ def predict(
     """Label texts with an exported model: label and probability, a line for each; JSON lines with --json."""
     from spdtool.export.classifier import load
     from spdtool.serving.inputs import open_input
-    from spdtool.serving.predict import FORMATS, InputLine, predict_lines
+    from spdtool.serving.predict import InputLine, predict_lines
 
-    # Every refusal before the model is opened, which takes longer than all of them.
-    if (question is None) != (context is None):
-        raise RecipeError("--question and --context belong together", "give both, or a text and --pair")
-    if question is not None:
-        if text is not None or pair is not None:
-            raise RecipeError("--question and --context take the place of a text and --pair", "leave one of them out")
+    if question is not None or context is not None:
+        _check_question(question, context, text, pair)
         text, pair = question, context
-    source, line_format = reading.source, reading.line_format
-    if text is None and source is None:
-        raise RecipeError("neither a text nor --input was given", "give one of them; `--input -` reads standard input")
-    if text is not None and source is not None:
-        raise RecipeError("a text and --input exclude each other", "give one of them; `--input -` reads standard input")
-    if pair is not None and text is None:
-        raise RecipeError("--pair belongs to a text", "lines have their pair after a tab, or as JSON")
-    if line_format is not None and line_format not in (*FORMATS, GLUE_FORMAT):
-        raise UnknownName("format", line_format, (*FORMATS, GLUE_FORMAT))
-    if line_format == GLUE_FORMAT and source is None:
-        raise RecipeError("--format glue answers a test.tsv", "give it: --input GLUE/RTE/test.tsv")
-    if reading.columns is not None and source is None:
-        raise RecipeError("--text names columns of --input", "leave it out")
-    column_names = tuple(name.strip() for name in (reading.columns or "").split(",") if name.strip())
+    # Every refusal before the model is opened, which takes longer than all of them.
+    _check_input(text, pair, reading)
+    source = reading.source
     classify = load(bundle, threads=threads, **asdict(opening))
-    if line_format == GLUE_FORMAT:
+    if reading.line_format == GLUE_FORMAT:
         from spdtool.serving.glue import submission_lines
 
         for line in submission_lines(classify, Path(source or ""), reading.batch_size):
@@ -146,7 +131,7 @@ def predict(
     # One text is an input of one line, so that both are printed alike.
     opened: AbstractContextManager[Iterable[InputLine]] = nullcontext([InputLine(1, text or "", pair)])
     if source is not None:
-        opened = open_input(source, classify, line_format, column_names)
+        opened = open_input(source, classify, reading.line_format, split_words(reading.columns))
     unlabelled = []
     with opened as lines:
         for prediction in predict_lines(classify, lines, reading.batch_size):
@@ -160,6 +145,33 @@ def predict(
         console.warn(f"{len(unlabelled)} lines were not labelled: {numbers}")
         raise typer.Exit(DataError.exit_code)
     return None
+
+
+def _check_question(question: str | None, context: str | None, text: str | None, pair: str | None) -> None:
+    """Raise RecipeError unless a question has its context, and nothing else was given."""
+    if question is None or context is None:
+        raise RecipeError("--question and --context belong together", "give both, or a text and --pair")
+    if text is not None or pair is not None:
+        raise RecipeError("--question and --context take the place of a text and --pair", "leave one of them out")
+
+
+def _check_input(text: str | None, pair: str | None, reading: InputOptions) -> None:
+    """Raise RecipeError unless there is a text or an --input, and the options belong to it."""
+    from spdtool.serving.predict import FORMATS
+
+    source, line_format = reading.source, reading.line_format
+    if text is None and source is None:
+        raise RecipeError("neither a text nor --input was given", "give one of them; `--input -` reads standard input")
+    if text is not None and source is not None:
+        raise RecipeError("a text and --input exclude each other", "give one of them; `--input -` reads standard input")
+    if pair is not None and text is None:
+        raise RecipeError("--pair belongs to a text", "lines have their pair after a tab, or as JSON")
+    if line_format is not None and line_format not in (*FORMATS, GLUE_FORMAT):
+        raise UnknownName("format", line_format, (*FORMATS, GLUE_FORMAT))
+    if line_format == GLUE_FORMAT and source is None:
+        raise RecipeError("--format glue answers a test.tsv", "give it: --input GLUE/RTE/test.tsv")
+    if reading.columns is not None and source is None:
+        raise RecipeError("--text names columns of --input", "leave it out")
 
 
 @command
