@@ -28,7 +28,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
@@ -269,13 +269,34 @@ def discover() -> None:
     """Import every plugin that was not imported yet. Never raises: `loaded_plugins` lists failures."""
     if _discovery.importing is not None:  # a plugin may ask a registry while it is imported
         return
-    for entry_point in entry_points(group=PLUGIN_GROUP):
+    for entry_point in _list_entry_points(_stamp_search_path()):
         distribution = entry_point.dist.name if entry_point.dist else "?"
         # Two distributions may both call their entry `target`.
         _import(f"{distribution}:{entry_point.name}", entry_point.value, entry_point.load)
     if _discovery.folder is not None:
         for file in sorted(_discovery.folder.glob("*.py")):
             _import(file.stem, str(file), partial(_import_file, file))
+
+
+def _stamp_search_path() -> tuple[tuple[str, int], ...]:
+    """Return the folders of `sys.path` with the times of their last change, in nanoseconds."""
+    stamps = []
+    for folder in sys.path:
+        try:
+            changed = os.stat(folder or ".").st_mtime_ns
+        except OSError:
+            changed = 0
+        stamps.append((folder, changed))
+    return tuple(stamps)
+
+
+@lru_cache(maxsize=1)
+def _list_entry_points(_stamps: tuple[tuple[str, int], ...]) -> tuple[EntryPoint, ...]:
+    """List the installed plugins, once for each state of the search path.
+
+    Listing reads the metadata of every distribution, and each look into a registry asks for it.
+    """
+    return tuple(entry_points(group=PLUGIN_GROUP))
 
 
 def loaded_plugins() -> list[Plugin]:

@@ -223,6 +223,7 @@ def teacher_of_two(root: Path, *extra: str, once: bool) -> subprocess.CompletedP
     )
 
 
+@pytest.mark.long  # it starts three processes, as the test of SIGTERM does
 def test_the_command_reports_which_process_was_killed(tmp_path: Path) -> None:
     process = teacher_of_two(tmp_path, once=False)
     assert process.returncode == 2, process.stderr

@@ -51,6 +51,9 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], bool, int]] = {
     "modernbert": ({"global_attn_every_n_layers": 2, "local_attention": 4, "mlp_dropout": 0.0}, False, 4),
 }
 
+# Tracing a family takes seconds, once for each configuration: a test that needs no other one builds this.
+TRACED: dict[str, Any] = {"layers": 2, "labels": 3, "vocab_size": 160}
+
 
 def classifier(
     architecture: str, *, layers: int = 3, labels: int = 2, seed: int = 0, eager: bool = True, **config: Any
@@ -372,9 +375,14 @@ def seal(folder: Path, **fields: Any) -> None:
 
 
 def recipe(*sets: str, name: str = "default", task: str = "toy", sparsity: float = 0.5, **flags: Any) -> Recipe:
-    """Build a recipe for a toy task on the CPU: two epochs a stage, three prune events, and `--set` assignments."""
+    """Build a recipe for a toy task on the CPU: two epochs a stage, three prune events, and `--set` assignments.
+
+    A prune event of the default recipe looks at two calibration batches: sixteen are more than a toy trains on.
+    """
     quick = [f"{stage}.epochs=2" for stage in ("teacher", "prune", "distill", "finetune")]
     quick += [f"{stage}.batch_size=8" for stage in ("teacher", "prune", "distill", "finetune")]
     quick += ["teacher.accept=true"]  # a toy may learn nothing in two epochs
     quick += ["prune.events=3", "max_length=32", "export.optional=[]"]
+    if name == "default":
+        quick += ["prune.calibration=2"]
     return build_recipe(name, {"task": task, "sparsity": sparsity, "device": "cpu"} | flags, [*quick, *sets])

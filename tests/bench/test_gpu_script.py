@@ -43,7 +43,7 @@ def run(gpu: ModuleType, folder: Path, *arguments: str) -> tuple[int, dict[str, 
     return code, {line["item"]: line for line in lines if "item" in line and "about_to_run" not in line}, lines
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_item_of_training_runs_on_a_cpu(gpu: ModuleType, tmp_path: Path, capsys: Any) -> None:
     code, results, lines = run(gpu, tmp_path)
     assert code == 0, results

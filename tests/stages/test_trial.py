@@ -41,6 +41,12 @@ def test_a_family_that_cannot_be_exported_is_refused_at_once(
     assert "'xlnet' does not go through export, tried with two random layers: torch.onnx cannot" in message
     assert "families that are tested: bert, " in message
     assert not list(tmp_path.glob("*/*.json"))
+
+
+@pytest.mark.long  # torch.onnx tries several ways before it gives up, as in the test above
+def test_the_export_of_a_family_that_torch_cannot_export_is_refused(
+    xlnet: Path, tmp_path: Path, spdtool: Callable[..., Any]
+) -> None:
     result = spdtool("export", "--from", xlnet, "--to", tmp_path / "out")
     assert result.exit_code == 2
     assert "torch.onnx cannot export 'xlnet': " in " ".join(result.stderr.split())

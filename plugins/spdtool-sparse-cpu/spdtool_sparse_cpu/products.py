@@ -76,6 +76,7 @@ def is_available() -> bool:
     return True
 
 
+@functools.cache  # asking the library reads the metadata of its distribution
 def least_zeros() -> float:
     """Share of zeros from which on a sparse product is faster on this machine."""
     return LEAST_ZEROS.get(library.isa(), LEAST_ZEROS_ELSEWHERE)
