@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from spdtool.data.dataset import Rows
-from spdtool.data.formats.table import Table, compose
+from spdtool.data.formats.table import Table, compose, is_encodable
 from spdtool.data.kinds.unsupported import kind_of_columns
-from spdtool.data.labels import normalize_label, parse_number, read_labels
+from spdtool.data.labels import SWITCHES, normalize_label, parse_number, plain_switch, read_labels
 from spdtool.errors import DataError
 
 LABEL_NAMES = ("label", "labels", "target")
@@ -24,7 +23,6 @@ TEXT_NAMES = (
     ("sentence",),
     ("text",),
 )
-SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell a half of a pair, and no tokenizer can encode it
 LISTED_CLASSES = 20
 LEAST_SWITCHES = 3  # columns of zeros and ones that look like one for each label
 
@@ -86,7 +84,18 @@ def _choose_switches(table: Table, label: str | None, multilabel: bool | None) -
         return () if is_column or not set(named) <= set(table.columns) else named
     if not multilabel or set(LABEL_NAMES) & set(table.columns):
         return ()
-    return tuple(name for name in table.columns if _holds_switches(table.column(name)))
+    switches = tuple(name for name in table.columns if _holds_switches(table.column(name)))
+    for name in table.columns:
+        odd = _find_odd_switch(table.column(name)) if name not in switches else None
+        if odd is not None:
+            cell = table.column(name)[odd]
+            table.refuse(
+                odd,
+                f"the column {name!r} holds {cell!r}, and zeros and ones in most rows",
+                "0 or 1, for a row without or with the label; columns that are no labels are left out by "
+                f"--label {','.join(switches) or 'COLUMN,COLUMN'}",
+            )
+    return switches
 
 
 def refuse_unsupported_kind(table: Table, chosen: Sequence[str] = ()) -> None:
@@ -111,7 +120,14 @@ def refuse_unsupported_kind(table: Table, chosen: Sequence[str] = ()) -> None:
 
 def _holds_switches(cells: Sequence[object]) -> bool:
     """Tell whether the cells are zeros and ones, as the columns of a table with a column for each label."""
-    return bool(cells) and {str(cell).removesuffix(".0") for cell in cells} <= {"0", "1", "True", "False"}
+    return bool(cells) and all(plain_switch(cell) in SWITCHES for cell in cells)
+
+
+def _find_odd_switch(cells: Sequence[object]) -> int | None:
+    """Return the first row that holds neither 0 nor 1 in a column that has both in most rows; None where none does."""
+    odd = [row for row, cell in enumerate(cells) if plain_switch(cell) not in SWITCHES]
+    kinds = {SWITCHES.get(plain_switch(cell)) for cell in cells}
+    return odd[0] if odd and {True, False} <= kinds and 2 * len(odd) < len(cells) else None
 
 
 def require_column(table: Table, name: str) -> None:
@@ -142,8 +158,7 @@ def read_texts(table: Table, name: str) -> list[str]:
             table.refuse(row, f"the column {name!r} holds lists", hint)
         if not isinstance(cell, str):
             table.refuse(row, f"the column {name!r} holds a {type(cell).__name__}, not text", "is it the text column?")
-        # `isascii` is a flag of the string: the search runs over few texts.
-        if not cell.isascii() and SURROGATE.search(cell):
+        if not is_encodable(cell):
             table.refuse(row, f"the column {name!r} holds half a surrogate pair, which is not text")
         texts.append(cell)
     return texts

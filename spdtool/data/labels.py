@@ -8,11 +8,12 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from spdtool.data.formats.table import Table
+from spdtool.data.formats.table import Table, is_encodable
 from spdtool.errors import DataError
 
 MOST_CLASSES = 10_000  # beyond, a column of ids is more likely; and every different label is kept in memory
 WHOLE_NUMBER = re.compile(r"(-?)(0|[1-9]\d*)(\.0*)?", re.ASCII)
+SWITCHES = {"0": False, "1": True, "false": False, "true": True}
 NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
@@ -166,12 +167,19 @@ def normalize_label(table: Table, row: int, cell: object) -> str:
         table.refuse(row, "the label is a list, and those of the first training rows are none", "one form for all rows")
     if not isinstance(cell, str | int | float):
         table.refuse(row, f"the label is a {type(cell).__name__}", "a label is text or a number")
+    if isinstance(cell, str) and not is_encodable(cell):
+        table.refuse(row, f"the label {cell!r} holds half a surrogate pair, which is not text")
     # Formats and libraries write the same class as 1 or 1.0; by text, because an int may be too long for a float.
     match = WHOLE_NUMBER.fullmatch(str(cell))
     if match is None:
         return str(cell)
     sign, digits = match[1], match[2]
     return str(int(sign + digits))
+
+
+def plain_switch(cell: object) -> str:
+    """Return a zero or one as the keys of `SWITCHES` spell it: 1.0 as 1, TRUE as true."""
+    return str(cell).strip().lower().removesuffix(".0")
 
 
 def parse_number(label: str) -> float | None:

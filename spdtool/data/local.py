@@ -20,13 +20,13 @@ from spdtool.data.files import READERS, read_file, read_header
 from spdtool.data.formats.table import Table
 from spdtool.data.kinds.embedding import embedding_dataset, find_text_files, is_sentence_encoder
 from spdtool.data.kinds.label_sets import LabelSets, find_label_sets
-from spdtool.data.kinds.qrels import find_qrels
-from spdtool.data.kinds.questions import holds_questions, question_dataset
-from spdtool.data.kinds.ranking import find_ranking_columns, ranking_dataset, read_ranking_tables
-from spdtool.data.kinds.words import find_word_columns, word_dataset
+from spdtool.data.kinds.qrels import find_qrels, read_judged_tables
+from spdtool.data.kinds.questions import has_answers, holds_questions, question_dataset
+from spdtool.data.kinds.ranking import choose_ranking_columns, find_ranking_columns, has_relevance, ranking_dataset
+from spdtool.data.kinds.words import find_word_columns, has_tags, word_dataset
 from spdtool.data.labels import LabelSummary, order_by_schema, read_labels
 from spdtool.data.readme import ClassNames, name_classes, read_class_names
-from spdtool.data.splits import TRAIN_NAMES, draw_dev_rows, draw_test_rows, find_split_files, readable_files
+from spdtool.data.splits import TRAIN_NAMES, describe_unused, draw_dev_rows, draw_test_rows, find_split_files
 from spdtool.errors import DataError
 from spdtool.recipe.fields import Recipe
 
@@ -43,9 +43,15 @@ def local_dataset(recipe: Recipe) -> Dataset:
         raise DataError("the task local needs rows", "give --data FILE or --data FOLDER")
     if recipe.given_teacher is not None and is_sentence_encoder(recipe.given_teacher):
         return embedding_dataset(recipe)
-    judged = read_ranking_tables(Path(recipe.data), recipe.negatives, recipe.seed)
+    if recipe.pairs is not None:
+        raise DataError(
+            "pairs are what a sentence encoder is scored by, and none was given",
+            "leave pairs out, or give --teacher FOLDER with a folder of sentence-transformers",
+        )
+    judged = find_qrels(Path(recipe.data))
     if judged is not None:
-        return ranking_dataset(recipe, judged)
+        tables = read_judged_tables(judged, recipe.negatives, recipe.seed)
+        return _ranking_dataset(recipe, tables, [judged.queries, judged.passages])
     from spdtool.data.sharded import find_shards, sharded_dataset  # it imports this module
 
     shards = find_shards(Path(recipe.data))
@@ -57,19 +63,23 @@ def local_dataset(recipe: Recipe) -> Dataset:
     else:
         tables = read_tables(Path(recipe.data))
     if find_ranking_columns(tables["train"].columns) is not None:
-        return ranking_dataset(recipe, tables)
+        return _ranking_dataset(recipe, tables)
     word_columns = find_word_columns(tables["train"], recipe.text, recipe.label)
-    is_question = holds_questions(tables["train"], recipe.text, recipe.label)
-    unlabeled_test = None
-    if word_columns is None and not is_question:
-        columns = choose_columns(tables["train"], recipe.text, recipe.label, recipe.multilabel)
-        unlabeled_test = drop_unlabeled_test(tables, columns)
-    if recipe.test_share and "test" in tables:
-        raise two_test_sets(tables["test"].path)
-    if is_question:
-        return question_dataset(recipe, tables, read_tables)
     if word_columns is not None:
-        return word_dataset(recipe, tables, word_columns, read_tables)
+        _refuse_settings(recipe, "words with tags")
+        unlabeled_test = drop_unlabeled_test(tables, lambda table: has_tags(table, word_columns))
+        _refuse_two_test_sets(recipe, tables)
+        dataset = word_dataset(recipe, tables, word_columns, read_tables)
+        return _with_files(dataset, recipe, tables, unlabeled_test, "sentences")
+    if holds_questions(tables["train"], recipe.text, recipe.label):
+        _refuse_settings(recipe, "questions with answers")
+        unlabeled_test = drop_unlabeled_test(tables, has_answers)
+        _refuse_two_test_sets(recipe, tables)
+        dataset = question_dataset(recipe, tables, read_tables)
+        return _with_files(dataset, recipe, tables, unlabeled_test, "contexts")
+    columns = choose_columns(tables["train"], recipe.text, recipe.label, recipe.multilabel)
+    unlabeled_test = drop_unlabeled_test(tables, lambda table: has_labels(table, columns))
+    _refuse_two_test_sets(recipe, tables)
     several = find_label_sets(tables["train"], columns, _folder_of(recipe), recipe.multilabel)
     if several is not None:
         return _several_labels_dataset(recipe, tables, several, unlabeled_test)
@@ -93,6 +103,44 @@ def local_dataset(recipe: Recipe) -> Dataset:
         about=f"{' and '.join(columns.text)} of {recipe.data}, by {columns.label}"
         + _describe_files(recipe, tables, unlabeled_test),
     )
+
+
+def _ranking_dataset(recipe: Recipe, tables: dict[str, Table], further_files: Sequence[Path] = ()) -> Dataset:
+    """Describe queries with their passages.
+
+    Args:
+        further_files: that were read for the tables.
+    """
+    _refuse_settings(recipe, "queries with passages")
+    columns = choose_ranking_columns(tables["train"], recipe)
+    unlabeled_test = drop_unlabeled_test(tables, lambda table: has_relevance(table, columns))
+    dataset = ranking_dataset(recipe, tables)
+    return _with_files(dataset, recipe, tables, unlabeled_test, "queries", further_files)
+
+
+def _with_files(
+    dataset: Dataset,
+    recipe: Recipe,
+    tables: dict[str, Table],
+    unlabeled_test: Path | None,
+    drawn: str,
+    further_files: Sequence[Path] = (),
+) -> Dataset:
+    """Return the data set of a kind with a reader of its own, whose description names the files."""
+    files = _describe_files(recipe, tables, unlabeled_test, drawn, further_files)
+    return replace(dataset, about=dataset.about + files)
+
+
+def _refuse_settings(recipe: Recipe, rows: str) -> None:
+    """Raise DataError for settings of other kinds of rows, which would change nothing."""
+    for name in ("regression", "multilabel"):
+        if getattr(recipe, name):
+            raise DataError(f"{name}=true, and {recipe.data} holds {rows}", f"leave {name} out")
+
+
+def _refuse_two_test_sets(recipe: Recipe, tables: Mapping[str, Table]) -> None:
+    if recipe.test_share and "test" in tables:
+        raise two_test_sets(tables["test"].path)
 
 
 def join_shards(shards: Mapping[str, Sequence[Path]], names: ClassNames) -> dict[str, Table]:
@@ -136,7 +184,7 @@ def _loader(
         current = tables
         if data not in (None, recipe.data):
             current = read_tables(Path(data or ""))
-            drop_unlabeled_test(current, columns)
+            drop_unlabeled_test(current, lambda table: has_labels(table, columns))
         splits = {name: convert(table) for name, table in current.items()}
         if recipe.test_share:  # before the dev rows are drawn: nothing may have chosen among the rows
             splits |= draw_test_rows(splits["train"], seed, recipe.test_share)
@@ -182,10 +230,10 @@ def check_header(recipe: Recipe) -> None:
         choose_columns(table, recipe.text, recipe.label, recipe.multilabel)
 
 
-def drop_unlabeled_test(tables: dict[str, Table], columns: Columns) -> Path | None:
+def drop_unlabeled_test(tables: dict[str, Table], is_labeled: Callable[[Table], bool]) -> Path | None:
     """Remove the table `test` if no row of it has a label, as in the files of competitions; return its file then."""
     table = tables.get("test")
-    if table is None or has_labels(table, columns):
+    if table is None or is_labeled(table):
         return None
     del tables["test"]
     return table.path
@@ -205,28 +253,35 @@ def two_test_sets(file: Path) -> DataError:
     return DataError(f"a test share was asked for, and the data have the test rows {file}", "leave --test-share out")
 
 
-def _describe_files(recipe: Recipe, tables: dict[str, Table], unlabeled_test: Path | None) -> str:
-    """Say where dev and test sets come from, how files were read, and which were left alone."""
+def _describe_files(
+    recipe: Recipe,
+    tables: dict[str, Table],
+    unlabeled_test: Path | None,
+    drawn: str = "rows",
+    further_files: Sequence[Path] = (),
+) -> str:
+    """Say where dev and test sets come from, how files were read, and which were left alone.
+
+    Args:
+        drawn: what dev and test sets are drawn of.
+        further_files: that were read beside those of the tables.
+    """
     sentence = ""
     if "test" in tables:
         sentence = f"; {tables['test'].path.name} is scored once, at the end"
     elif recipe.test_share:
-        sentence = f"; {recipe.test_share:.0%} of its rows is the test set, scored once, at the end"
+        sentence = f"; {recipe.test_share:.0%} of its {drawn} is the test set, scored once, at the end"
     elif unlabeled_test is not None:
         sentence = f"; {unlabeled_test.name} has no labels: `spdtool predict` gives it some"
     if "dev" not in tables:
         share = "a tenth" if recipe.dev_share == 0.1 else f"{recipe.dev_share:.0%}"
-        sentence += f"; {share} of its rows is the dev set"
-    sentence += describe_unused(Path(recipe.data or ""), [table.path for table in tables.values()])
+        sentence += f"; {share} of its {drawn} is the dev set"
+    used = [*(table.path for table in tables.values()), *further_files]
+    if unlabeled_test is not None:
+        used.append(unlabeled_test)
+    sentence += describe_unused(Path(recipe.data or ""), used)
     note = tables["train"].note
     return f"{sentence}; {note}" if note else sentence
-
-
-def describe_unused(folder: Path, used: Sequence[Path]) -> str:
-    """List the files of a folder that are not read, in parentheses; nothing where there are none."""
-    # test.csv, or a set under a name that is not recognised
-    unused = [path.name for path in readable_files(folder) if path not in used]
-    return f" (left alone: {', '.join(unused[:5])})" if unused else ""
 
 
 def kind_of_labels(classes: tuple[str, ...]) -> str:

@@ -26,14 +26,13 @@ from spdtool.data.formats.table import Table
 from spdtool.data.kinds.label_sets import find_label_sets
 from spdtool.data.labels import LabelSummary, order_by_schema, read_labels
 from spdtool.data.local import (
-    describe_unused,
     has_labels,
     kind_of_labels,
     metrics_of_labels,
     two_test_sets,
 )
 from spdtool.data.readme import ClassNames, name_classes, read_class_names
-from spdtool.data.splits import DEV_NAMES, find_split_files
+from spdtool.data.splits import DEV_NAMES, describe_unused, find_split_files
 from spdtool.errors import DataError
 from spdtool.recipe.fields import Recipe
 

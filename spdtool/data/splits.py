@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,13 @@ def readable_files(folder: Path) -> list[Path]:
         if path.suffix.lower() in READERS and path.is_file() and not is_description:
             files.append(path)
     return files
+
+
+def describe_unused(folder: Path, used: Sequence[Path]) -> str:
+    """List the files of a folder that are not read, in parentheses; nothing where there are none."""
+    # test.csv, or a set under a name that is not recognised
+    unused = [path.name for path in readable_files(folder) if path not in used]
+    return f" (left alone: {', '.join(unused[:5])})" if unused else ""
 
 
 def draw_dev_rows(rows: Rows, seed: int, dev_share: float) -> dict[str, Rows]:

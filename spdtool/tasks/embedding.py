@@ -25,7 +25,7 @@ from spdtool.recipe.fields import Loss, Recipe
 from spdtool.tasks.decision import NUMBER, Answer, Decision, Json, Object
 from spdtool.tasks.head import Head
 from spdtool.tasks.scores.metrics import METRICS
-from spdtool.tasks.scores.neighbours import cosines, neighbour_agreement
+from spdtool.tasks.scores.neighbours import NEIGHBOURS, cosines, neighbour_agreement
 from spdtool.tasks.sentence_settings import SentenceSettings, read_sentence_settings
 from spdtool.tasks.task import Task
 
@@ -292,6 +292,17 @@ class Embedding(Task):
             if settings.dimensions:
                 line += f"; Matryoshka: {', '.join(map(str, settings.dimensions))}"
         return line
+
+    def data_warnings(self, splits: datasets.Splits) -> list[str]:
+        """Also say that the neighbours among too few texts are the same for every model."""
+        lines = super().data_warnings(splits)
+        labels = np.asarray(splits["dev"].labels)
+        texts = int((labels[:, 0] == NO_PAIR).sum()) or len(labels)
+        if texts <= NEIGHBOURS + 1:
+            lines.append(
+                f"nearest neighbours among {texts:,} texts: with {NEIGHBOURS + 1} or fewer every model finds all"
+            )
+        return lines
 
 
 def sample_texts(rows: Rows, count: int | None, seed: int) -> Rows:

@@ -15,7 +15,6 @@ import numpy as np
 from spdtool.data import dataset as datasets
 from spdtool.data.dataset import Dataset, Rows
 from spdtool.data.kinds.ranking import sample_queries
-from spdtool.data.overview import leaked_rows
 from spdtool.data.tokens import Encoded
 from spdtool.errors import DataError, ModelError, RecipeError
 from spdtool.plugins import task_kinds
@@ -286,28 +285,45 @@ class Ranking(Task):
 
     def data_warnings(self, splits: datasets.Splits) -> list[str]:
         """Name queries that cannot be scored, and dev queries that were trained on."""
-        lines = leaked_rows(splits["train"], splits["dev"], "dev")
-        lines += leaked_queries(splits)
+        lines = super().data_warnings(splits)
         for split, rows in splits.items():
-            count = count_unanswered(np.asarray(rows.labels))
-            if count:
+            if split != "train":
+                lines += leaked_queries(splits["train"], rows, split)
+            without, only = count_one_sided(np.asarray(rows.labels))
+            if without:
                 effect = "teach what the teacher scores them" if split == "train" else "are left out of the metrics"
-                lines.append(f"{count:,} queries of {split} have no relevant passage: they {effect}")
+                lines.append(f"{without:,} queries of {split} have no relevant passage: they {effect}")
+            if only and split != "train":
+                lines.append(f"{only:,} queries of {split} have relevant passages only: every order of them is perfect")
+            repeated = count_repeated(rows)
+            if repeated:
+                lines.append(f"{repeated:,} rows of {split} have a query with a passage that an earlier row has")
         return lines
 
 
-def count_unanswered(labels: np.ndarray) -> int:
-    """Count the queries without a relevant passage."""
-    return sum(not (labels[rows, 1] > 0).any() for rows in split_by_query(labels))
+def count_one_sided(labels: np.ndarray) -> tuple[int, int]:
+    """Count the queries without a relevant passage, and those whose passages are all equally relevant."""
+    without = only = 0
+    for rows in split_by_query(labels):
+        relevance = labels[rows, 1]
+        without += not (relevance > 0).any()
+        only += bool(relevance[0] > 0 and (relevance == relevance[0]).all())
+    return without, only
 
 
-def leaked_queries(splits: Mapping[str, Rows]) -> list[str]:
-    """Say how many dev queries are in train too; nothing where none is."""
-    dev_queries = set(splits["dev"].first)
-    shared = dev_queries & set(splits["train"].first)
+def count_repeated(rows: Rows) -> int:
+    """Count the rows whose query and passage an earlier row has."""
+    assert rows.second is not None
+    return len(rows) - len(set(zip(rows.first, rows.second, strict=True)))
+
+
+def leaked_queries(train: Rows, rows: Rows, split: str) -> list[str]:
+    """Say how many queries of a split are in train too; nothing where none is."""
+    queries = set(rows.first)
+    shared = queries & set(train.first)
     if not shared:
         return []
-    return [f"{len(shared):,} of {len(dev_queries):,} dev queries are in train too: their score is flattered"]
+    return [f"{len(shared):,} of {len(queries):,} {split} queries are in train too: their score is flattered"]
 
 
 def margin_loss(score: Tensor, target: Tensor, queries: Tensor) -> Tensor:

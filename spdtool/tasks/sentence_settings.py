@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from spdtool.data.formats.table import is_encodable
 from spdtool.data.kinds.embedding import MODULES, find_file, is_sentence_encoder
 from spdtool.errors import ModelError
 
@@ -91,6 +92,9 @@ def read_sentence_settings(source: str | Path) -> SentenceSettings:
             "for embeddings, save it once with sentence_transformers: SentenceTransformer(FOLDER).save_pretrained(NEW)",
         )
     modules = _read_json(file, list)
+    for module in modules:
+        if not isinstance(module, dict) or not all(isinstance(module.get(key), str) for key in ("type", "path")):
+            raise ModelError(f"{file}: a module without a type and a path: {str(module)[:60]}", "copy the folder again")
     kinds = tuple(str(module["type"]).rsplit(".", 1)[-1] for module in modules)
     if kinds not in SUPPORTED_MODULES:
         raise ModelError(
@@ -122,10 +126,15 @@ def read_sentence_settings(source: str | Path) -> SentenceSettings:
             f"{str(source)!r} pools without the tokens of its prompts", "supported is a pooling over all tokens"
         )
     max_length = contents[TRANSFORMER_CONFIG].get("max_seq_length")
+    if max_length is not None and (type(max_length) is not int or max_length < 1):
+        raise ModelError(
+            f"{str(source)!r} has the max_seq_length {max_length!r}",
+            f"{TRANSFORMER_CONFIG}: a number of tokens, or null",
+        )
     return SentenceSettings(
         pooling=read_pooling_mode(pooling, source),
         normalize=len(kinds) > 2,
-        max_length=max_length if isinstance(max_length, int) else None,
+        max_length=max_length,
         prompt=dict(prompts).get(default, "") if default else "",
         prompts=prompts,
         dimensions=read_dimensions(source, contents[SENTENCE_CONFIG]),
@@ -159,8 +168,13 @@ def read_pooling_mode(config: Mapping[str, Any], source: str | Path) -> str:
 def read_dimensions(source: str | Path, config: Mapping[str, Any]) -> tuple[int, ...]:
     """Return the Matryoshka dimensions that the card of a model names; `truncate_dim` is one too."""
     dimensions = set()
-    if isinstance(config.get("truncate_dim"), int):
-        dimensions.add(config["truncate_dim"])
+    truncated = config.get("truncate_dim")
+    if truncated is not None:
+        if type(truncated) is not int or truncated < 1:
+            raise ModelError(
+                f"{str(source)!r} has the truncate_dim {truncated!r}", f"{SENTENCE_CONFIG}: a number or null"
+            )
+        dimensions.add(truncated)
     card = find_file(source, CARD)
     match = MATRYOSHKA.search(card.read_text("utf-8", "replace")) if card is not None else None
     if match is not None:
@@ -171,6 +185,12 @@ def read_dimensions(source: str | Path, config: Mapping[str, Any]) -> tuple[int,
 def _read_prompts(config: Mapping[str, Any]) -> tuple[tuple[tuple[str, str], ...], str | None]:
     """Return the prompts by name, and the name of the default one."""
     prompts = config.get("prompts") or {}
+    if not isinstance(prompts, dict) or not all(
+        isinstance(text, str) and is_encodable(text) for text in prompts.values()
+    ):
+        raise ModelError(
+            f"{SENTENCE_CONFIG} has the prompts {str(prompts)[:60]!r}", "a text for each name was expected"
+        )
     default = config.get("default_prompt_name")
     return tuple((str(name), str(text)) for name, text in prompts.items()), default
 

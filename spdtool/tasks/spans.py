@@ -156,3 +156,22 @@ class Spans(WindowedTask):
             without = sum(not answers for answers in rows.labels)
             lines.append(f"{split}: {len(rows):,} questions" + (f", {without:,} without an answer" if without else ""))
         return "; ".join(lines)
+
+    def data_warnings(self, splits: Splits) -> list[str]:
+        """Name questions, and contexts, of dev and test that were trained on."""
+        lines = super().data_warnings(splits)
+        for split in ("dev", "test"):
+            if split in splits:
+                lines += shared_contexts(splits["train"], splits[split], split)
+        return lines
+
+
+def shared_contexts(train: Rows, rows: Rows, split: str) -> list[str]:
+    """Say how many questions of a split are about a context that is in train too; nothing where none is."""
+    assert train.second is not None
+    assert rows.second is not None
+    contexts = set(train.second)
+    count = sum(context in contexts for context in rows.second)
+    if not count:
+        return []
+    return [f"{count:,} of {len(rows):,} {split} questions have a context of train: their score is flattered"]

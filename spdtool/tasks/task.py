@@ -304,6 +304,7 @@ class Task:
         lines = overview.leaked_rows(splits["train"], splits["dev"], "dev")
         if "test" in splits:
             lines += overview.leaked_rows(splits["train"], splits["test"], "test")
+            lines += overview.leaked_rows(splits["dev"], splits["test"], "test", "dev")
         for split in ("dev", "test"):
             if split in splits and datasets.UNLABELED in splits:
                 lines += overview.leaked_rows(splits[datasets.UNLABELED], splits[split], split, "the unlabelled texts")

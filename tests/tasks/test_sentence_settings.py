@@ -89,3 +89,21 @@ def test_an_encoder_alone_and_unknown_modules_are_refused(tmp_path: Path) -> Non
     (folder / "modules.json").unlink()
     with pytest.raises(ModelError, match="is no fine-tuned classifier"):
         load_model(folder)
+
+
+def test_files_that_are_not_those_of_sentence_transformers_are_refused(tmp_path: Path) -> None:
+    cases = (
+        ("modules.json", ["Pooling"], "a module without a type and a path"),
+        ("modules.json", [{"type": "x.Transformer"}, {"type": "x.Pooling"}], "a module without a type and a path"),
+        ("config_sentence_transformers.json", {"prompts": ["query: "]}, "has the prompts"),
+        ("config_sentence_transformers.json", {"prompts": {"query": 1}}, "has the prompts"),
+        ("config_sentence_transformers.json", {"prompts": {"query": "\ud800"}}, "has the prompts"),
+        ("config_sentence_transformers.json", {"truncate_dim": -1}, "has the truncate_dim -1"),
+        ("sentence_bert_config.json", {"max_seq_length": 0}, "has the max_seq_length 0"),
+        ("sentence_bert_config.json", {"max_seq_length": True}, "has the max_seq_length True"),
+    )
+    for number, (name, content, message) in enumerate(cases):
+        folder = toys.sentence_encoder(tmp_path / str(number))
+        (folder / name).write_text(json.dumps(content), "utf-8")
+        with pytest.raises(ModelError, match=message):
+            read_sentence_settings(folder)

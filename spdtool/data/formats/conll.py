@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from spdtool.data.formats.table import Table, read_text
@@ -9,13 +11,15 @@ from spdtool.errors import DataError
 
 TOKENS, TAGS = "tokens", "tags"
 DOCUMENT_START = "-DOCSTART-"  # CoNLL 2003 parts documents by a line with this word
+COMMENT = "# "  # of CoNLL-U and MultiCoNER
+ASSIGNMENT = re.compile(r"# \S+ = ")
 
 
 def read_conll(path: Path) -> Table:
     """Read a file as a table of sentences: `tokens` from the first column, `tags` from the last.
 
     Columns between them are called column2, column3 and so on. Fields are separated by tabs where a line has one,
-    otherwise by spaces.
+    otherwise by spaces. Comments before a sentence are passed over: see `_is_comment`.
 
     Raises:
         DataError: a line has one field only, or another number of fields than the line before.
@@ -23,8 +27,9 @@ def read_conll(path: Path) -> Table:
     rows: list[list[object]] = []
     lines: list[int] = []
     sentence: list[list[str]] = []
-    width, first_line = 0, 1
-    for number, line in enumerate([*read_text(path).split("\n"), ""], start=1):
+    first_line, content = 1, read_text(path).split("\n")
+    width, first_word = 0, _find_word_line(content)
+    for number, line in enumerate([*content, ""], start=1):
         line = line.rstrip("\r")
         is_document_start = line.startswith(DOCUMENT_START)
         if not line.strip() or is_document_start:
@@ -33,8 +38,9 @@ def read_conll(path: Path) -> Table:
                 lines.append(first_line)
             sentence = []
             continue
-        fields = line.split("\t") if "\t" in line else line.split(" ")
-        fields = [field for field in fields if field.strip()]
+        if not sentence and _is_comment(line, first_word):
+            continue
+        fields = _split_line(line)
         if len(fields) < 2:
             raise DataError(
                 f"{path}, line {number}: {line[:60]!r} is no word with its tag",
@@ -53,3 +59,28 @@ def read_conll(path: Path) -> Table:
         raise DataError(f"{path} has no sentences", "a word and its tag a line")
     middle = [f"column{number}" for number in range(2, width)]
     return Table(path, (TOKENS, *middle, TAGS), rows, lines)
+
+
+def _split_line(line: str) -> list[str]:
+    """Return the fields of a line that hold something."""
+    fields = line.split("\t") if "\t" in line else line.split(" ")
+    return [field for field in fields if field.strip()]
+
+
+def _find_word_line(lines: Sequence[str]) -> str:
+    """Return the first line that can only be a word with its tags; nothing where there is none."""
+    for line in lines:
+        if line.strip() and not line.startswith((DOCUMENT_START, COMMENT)):
+            return line.rstrip("\r")
+    return ""
+
+
+def _is_comment(line: str, first_word: str) -> bool:
+    """Tell whether a line that begins with a # and a space is a comment, such as `# text = ...`.
+
+    A word may be a # too: such a line has the separator and the number of fields of the other words.
+    """
+    if not line.startswith(COMMENT):
+        return False
+    has_form = ("\t" in line) == ("\t" in first_word) and len(_split_line(line)) == len(_split_line(first_word))
+    return not has_form or ASSIGNMENT.match(line) is not None

@@ -51,7 +51,13 @@ def _iterate_questions(path: Path, articles: list[object]) -> Iterator[list[obje
             context = paragraph.get("context")
             for question in _list_of(path, paragraph, "qas"):
                 answers = question.get("answers")
-                if question.get("is_impossible"):  # version 2 lists plausible answers beside
+                is_impossible = question.get("is_impossible", False)
+                if not isinstance(is_impossible, bool | None):
+                    raise DataError(
+                        f"{path}: is_impossible is {is_impossible!r} of the question {str(question.get('id'))!r}",
+                        "write true or false, without quotation marks",
+                    )
+                if is_impossible:  # version 2 lists plausible answers beside
                     answers = []
                 title = article.get("title") if isinstance(article, dict) else None
                 yield [question.get("id"), title, context, question.get("question"), answers]

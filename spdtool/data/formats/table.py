@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import re
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,7 @@ from typing import NoReturn
 
 from spdtool.errors import DataError
 
+SURROGATE = re.compile("[\ud800-\udfff]")
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -105,6 +107,12 @@ def refuse_pointer(path: Path) -> None:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
     if start == LFS_POINTER:
         raise DataError(f"{path} is only a pointer of git-lfs", f"in {path.parent}, type: git lfs pull")
+
+
+def is_encodable(text: str) -> bool:
+    """Tell whether a text can be written as UTF-8: JSON can spell a half of a surrogate pair, which cannot."""
+    # `isascii` is a flag of the string: the search runs over few texts.
+    return text.isascii() or SURROGATE.search(text) is None
 
 
 def compose(name: str) -> str:

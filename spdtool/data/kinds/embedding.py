@@ -22,9 +22,9 @@ from spdtool.data.columns import read_texts, require_column
 from spdtool.data.dataset import Dataset, Rows
 from spdtool.data.files import READERS, read_file
 from spdtool.data.formats.separated import read_tsv
-from spdtool.data.formats.table import Table, read_text
+from spdtool.data.formats.table import Table, is_encodable, read_text
 from spdtool.data.labels import parse_number
-from spdtool.data.splits import find_split_files
+from spdtool.data.splits import TEST_NAMES, describe_unused, find_split_files
 from spdtool.errors import DataError
 from spdtool.recipe.fields import Recipe
 
@@ -92,6 +92,13 @@ def embedding_dataset(recipe: Recipe) -> Dataset:
             "--test-share draws rows with labels, and no text of a sentence encoder has one",
             "rated pairs are read from --set pairs=FILE",
         )
+    for flag, value in (
+        ("--label", recipe.label),
+        ("regression", recipe.regression),
+        ("multilabel", recipe.multilabel),
+    ):
+        if value is not None:
+            raise DataError(f"{flag} is about labels, and no text of a sentence encoder has one", "leave it out")
     path = Path(recipe.data)
     files = find_text_files(path)
     texts = unique_texts(text for file in files["train"] for text in read_text_file(file, recipe.text))
@@ -105,10 +112,13 @@ def embedding_dataset(recipe: Recipe) -> Dataset:
         else:
             dev_texts += read_text_file(file, recipe.text)
     about = f"{len(texts):,} texts of {recipe.data}, without labels"
-    if pairs.ratings:
-        about += f"; scored on {len(pairs.ratings):,} rated pairs"
+    if pairs.ratings or pairs.unrated:
+        _refuse_equal_ratings(pairs, recipe.pairs or str(path))
+        lowest, highest = min(pairs.ratings), max(pairs.ratings)
+        about += f"; scored on {len(pairs.ratings):,} pairs, rated {lowest:g} to {highest:g}"
     if pairs.unrated:
         about += f" ({pairs.unrated:,} pairs without a rating are left out)"
+    about += describe_unused(path, [*files["train"], *files["dev"]])
 
     def load(_data: str | None, seed: int) -> dict[str, Rows]:
         if files["dev"] and dev_texts:
@@ -175,7 +185,7 @@ def find_text_files(path: Path) -> dict[str, list[Path]]:
     train = [file for file in readable if file.stem == "train"] or find_split_files(path)["train"]
     dev = [file for file in readable if file.stem in ("dev", "validation")]
     if not train:
-        train = [file for file in readable if file not in dev]
+        train = [file for file in readable if file not in dev and file.stem not in TEST_NAMES]
     if not train:
         raise DataError(f"{path} has no texts", f"known endings: {', '.join((TEXT_ENDING, *READERS))}")
     return {"train": train, "dev": dev}
@@ -245,7 +255,7 @@ def read_pair_file(path: Path, pairs: RatedPairs) -> None:
             f"{path} has no rated pairs: it has the columns {', '.join(map(repr, table.columns))}",
             f"{RATING_NAMES[0]}, {' and '.join(PAIR_NAMES)} were expected",
         )
-    first, second = ([str(cell or "") for cell in table.column(name)] for name in PAIR_NAMES)
+    first, second = (_read_pair_texts(table, name) for name in PAIR_NAMES)
     for row, cell in enumerate(table.column(rating)):
         text = "" if cell is None else str(cell).strip()
         number = parse_number(text)
@@ -259,6 +269,30 @@ def read_pair_file(path: Path, pairs: RatedPairs) -> None:
         pairs.first.append(first[row])
         pairs.second.append(second[row])
         pairs.ratings.append(number)
+
+
+def _read_pair_texts(table: Table, name: str) -> list[str]:
+    """Return the texts of a column, empty where a cell is."""
+    texts = []
+    for row, cell in enumerate(table.column(name)):
+        text = "" if cell is None else cell
+        if not isinstance(text, str):
+            table.refuse(row, f"the column {name!r} holds a {type(cell).__name__}, not text")
+        if not is_encodable(text):
+            table.refuse(row, f"the column {name!r} holds half a surrogate pair, which is not text")
+        texts.append(text)
+    return texts
+
+
+def _refuse_equal_ratings(pairs: RatedPairs, source: str) -> None:
+    """Raise DataError where no rank correlation is defined: no rating, or one for all pairs."""
+    ratings = sorted(set(pairs.ratings))
+    if len(ratings) < 2:
+        listed = f"all rated {ratings[0]:g}" if ratings else "none of them rated"
+        raise DataError(
+            f"{source} has {len(pairs.ratings) + pairs.unrated:,} pairs, {listed}: there is no order to score by",
+            "give pairs with different ratings, or leave them out: neighbours are scored without any",
+        )
 
 
 def _rating_column(table: Table) -> str | None:

@@ -15,13 +15,12 @@ import numpy as np
 from spdtool.data.columns import Columns, read_texts, require_column
 from spdtool.data.dataset import Rows
 from spdtool.data.formats.table import Table, read_text
-from spdtool.data.labels import normalize_label, sort_classes
+from spdtool.data.labels import SWITCHES, normalize_label, plain_switch, sort_classes
 from spdtool.errors import DataError
 
 NAMES_FILE = "labels.txt"  # a name a line, whose number from 0 the rows may have in its place
 SEPARATOR = ","
 MOST_LABELS = 1000  # each row has a number for each of them
-SWITCHES = {"0": False, "1": True, "False": False, "True": True}
 
 
 @dataclass(frozen=True)
@@ -33,12 +32,14 @@ class LabelSets:
         names: of all labels, in order.
         named_by_number: whether a number in the rows is the place of a label among the names.
         reason: a phrase that says how it was recognised, for the plan.
+        are_vectors: whether the list of a row has a 0 or 1 for each label.
     """
 
     columns: Columns
     names: tuple[str, ...]
     named_by_number: bool
     reason: str
+    are_vectors: bool = False
 
     def table_to_rows(self, table: Table) -> Rows:
         """Return the rows of a table, with labels uint8 [rows, labels], 1 where the row has the label.
@@ -54,6 +55,8 @@ class LabelSets:
             second = read_texts(table, columns.text[1])
         if columns.switches:
             return Rows(first, second, _read_switches(table, columns.switches))
+        if self.are_vectors:
+            return Rows(first, second, _read_vectors(table, columns.label, len(self.names)))
         index = {name: number for number, name in enumerate(self.names)}
         labels = np.zeros((len(table.rows), len(self.names)), np.uint8)
         for row, names in enumerate(
@@ -84,6 +87,8 @@ def find_label_sets(table: Table, columns: Columns, folder: Path, multilabel: bo
         return LabelSets(columns, _check_names(table, columns.switches), named_by_number=False, reason=reason)
     cells = table.column(columns.label)
     lists = next((row for row, cell in enumerate(cells) if isinstance(cell, list | tuple)), None)
+    if lists is not None:
+        _refuse_tags_of_words(table, columns.label)
     if multilabel is False:
         if lists is not None:
             table.refuse(lists, "the label is a list, and the recipe says multilabel=false", "leave that out")
@@ -91,6 +96,12 @@ def find_label_sets(table: Table, columns: Columns, folder: Path, multilabel: bo
     names, source = read_names(folder), NAMES_FILE
     if names is None and columns.label in table.class_names:
         names, source = table.class_names[columns.label], "the schema"
+    if lists is not None and _are_vectors(cells):
+        reason = f"{columns.label!r} holds a 0 or 1 for each label"
+        reason += "; their numbers from 0 are their names" if names is None else f", named by {source}"
+        numbers = tuple(map(str, range(len(cells[lists]))))  # type: ignore[arg-type]
+        checked = _check_names(table, numbers if names is None else names)
+        return LabelSets(columns, checked, named_by_number=False, reason=reason, are_vectors=True)
     if lists is not None:
         reason = f"{columns.label!r} holds lists"
     elif multilabel:
@@ -143,15 +154,57 @@ def read_label_sets(table: Table, column: str, names: Sequence[str] | None) -> l
             table.refuse(
                 row, f"no label: {cell!r}", "leave such rows out; a row that has none of the labels is [] in jsonl"
             )
+        if isinstance(cell, dict):
+            table.refuse(row, f"the label is an object: {str(cell)[:60]}", "a list of names or numbers was expected")
         items: Sequence[object] = cell if isinstance(cell, list | tuple) else str(cell).split(SEPARATOR)
         labels = []
         for item in items:
+            if isinstance(item, float) and not item.is_integer():
+                table.refuse(
+                    row, f"the list of labels holds {item!r}", "names or numbers of labels; or a 0 or 1 for each label"
+                )
             label = normalize_label(table, row, item.strip() if isinstance(item, str) else item)
             if known is not None and names is not None and label not in known:
                 label = _name_of_number(table, row, label, names)
             labels.append(label)
         sets.append(labels)
     return sets
+
+
+def _are_vectors(cells: Sequence[object]) -> bool:
+    """Tell whether lists have a 0 or 1 for each label, as the trainer of Hugging Face wants them, and no names.
+
+    They are of one length, and hold something twice, which no set of labels does.
+    """
+    lists = [cell for cell in cells if isinstance(cell, list | tuple)]
+    if len(lists) < len(cells) or len({len(cell) for cell in lists}) != 1:
+        return False
+    if not all(plain_switch(item) in SWITCHES for cell in lists for item in cell):
+        return False
+    return any(len({plain_switch(item) for item in cell}) < len(cell) for cell in lists)
+
+
+def _read_vectors(table: Table, column: str, count: int) -> np.ndarray:
+    labels = np.zeros((len(table.rows), count), np.uint8)
+    for row, cell in enumerate(table.column(column)):
+        if not isinstance(cell, list | tuple) or len(cell) != count:
+            table.refuse(row, f"the column {column!r} holds {str(cell)[:60]}", f"a list of {count} zeros and ones")
+        for index, item in enumerate(cell):
+            switch = SWITCHES.get(plain_switch(item))
+            if switch is None:
+                table.refuse(row, f"the list in {column!r} holds {item!r}", f"a list of {count} zeros and ones")
+            labels[row, index] = switch
+    return labels
+
+
+def _refuse_tags_of_words(table: Table, column: str) -> None:
+    """Raise DataError where lists of labels are the tags of words: B-PER, I-PER, O."""
+    names = {item for cell in table.column(column) if isinstance(cell, list) for item in cell if isinstance(item, str)}
+    if "O" in names and any(name.startswith("B-") for name in names):
+        raise DataError(
+            f"{table.path}: the lists in {column!r} are tags of words, and no column holds lists of words",
+            "give the words of each row as a list too: a column tokens or words",
+        )
 
 
 def _name_of_number(table: Table, row: int, label: str, names: Sequence[str]) -> str:
@@ -179,7 +232,7 @@ def _read_switches(table: Table, columns: Sequence[str]) -> np.ndarray:
     labels = np.zeros((len(table.rows), len(columns)), np.uint8)
     for index, name in enumerate(columns):
         for row, cell in enumerate(table.column(name)):
-            switch = SWITCHES.get(str(cell).strip().removesuffix(".0"))
+            switch = SWITCHES.get(plain_switch(cell))
             if switch is None:
                 table.refuse(row, f"the column {name!r} holds {cell!r}", "0 or 1, for a row without or with the label")
             labels[row, index] = switch

@@ -11,7 +11,7 @@ from pathlib import Path
 from spdtool.data.files import read_jsonl
 from spdtool.data.formats.separated import read_tsv
 from spdtool.data.formats.table import Table, read_text
-from spdtool.data.splits import DEV_NAMES, TRAIN_NAMES
+from spdtool.data.splits import DEV_NAMES, TEST_NAMES, TRAIN_NAMES
 from spdtool.errors import DataError
 
 QUERY_FILES = ("queries.jsonl", "queries.tsv")
@@ -53,12 +53,12 @@ def find_qrels(folder: Path) -> QrelsFiles | None:
     if not (queries and passages and judgements):
         return None
     by_split: dict[str, Path] = {}
-    for split, names in (("train", TRAIN_NAMES), ("dev", DEV_NAMES)):
+    for split, names in (("train", TRAIN_NAMES), ("dev", DEV_NAMES), ("test", TEST_NAMES)):
         for path in judgements:
             words = path.stem.replace("-", ".").replace("_", ".").split(".")
             if set(words) & set(names):
                 by_split.setdefault(split, path)
-    if "train" not in by_split and len(judgements) == 1:
+    if "train" not in by_split and len(judgements) == 1:  # as most of BEIR has them, whatever its name
         by_split = {"train": judgements[0]}
     if "train" not in by_split:
         listed = ", ".join(path.name for path in judgements)
@@ -83,7 +83,10 @@ def read_judged_tables(files: QrelsFiles, negatives: int, seed: int) -> dict[str
         rows: list[list[object]] = []
         lines = []
         by_query: dict[str, list[Judgement]] = {}
+        relevance: dict[tuple[str, str], str] = {}
         for judgement in read_judgements(path):
+            pair = judgement.query, judgement.passage
+            _refuse_contradiction(path, judgement, relevance.setdefault(pair, judgement.relevance))
             by_query.setdefault(judgement.query, []).append(judgement)
         for query_id, judged in by_query.items():
             for judgement in judged:
@@ -129,7 +132,8 @@ def read_texts_by_id(path: Path) -> dict[str, str]:
         joined = f"{title or ''} {text or ''}".strip()
         if text_id is None or not joined:
             table.refuse(row, "an id or a text is missing", "leave such rows out")
-        by_id[str(text_id)] = joined
+        if by_id.setdefault(str(text_id), joined) != joined:
+            table.refuse(row, f"the id {str(text_id)!r} has another text in an earlier line", "each id needs one text")
     return by_id
 
 
@@ -156,3 +160,13 @@ def read_judgements(path: Path) -> list[Judgement]:
 def _require_id(path: Path, judgement: Judgement, exists: bool, kind: str, name: str) -> None:
     if not exists:
         raise DataError(f"{path}, line {judgement.line}: there is no {kind} {name!r}", f"each {kind} needs its text")
+
+
+def _refuse_contradiction(path: Path, judgement: Judgement, earlier: str) -> None:
+    """Raise DataError for a judgement whose passage an earlier line gives another relevance to the same query."""
+    if judgement.relevance != earlier:
+        raise DataError(
+            f"{path}, line {judgement.line}: the passage {judgement.passage!r} has the relevance "
+            f"{judgement.relevance} to the query {judgement.query!r}, and {earlier} in an earlier line",
+            "leave one of them",
+        )

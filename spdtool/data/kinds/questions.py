@@ -45,6 +45,12 @@ def question_dataset(
     Raises:
         DataError: names the question whose answer is not in its context, or whose texts are missing.
     """
+    for split, table in tables.items():
+        if split != "test" and not has_answers(table):
+            raise DataError(
+                f"no question of {table.path} has an answer: there is nothing to learn from or to score by",
+                "look at the column 'answers', or leave the file out",
+            )
     moved = Counter[str]()
 
     def load(data: str | None, seed: int) -> dict[str, Rows]:
@@ -58,8 +64,6 @@ def question_dataset(
 
     loaded = load(None, recipe.seed)  # here, so that a bad row is named and what was changed can be said
     about = f"answers to 'question' in 'context' of {recipe.data}"
-    if "dev" not in tables:
-        about += f"; {recipe.dev_share:.0%} of its contexts is the dev set"
     for change, count in moved.items():
         about += f"; {count:,} {change}"
     return Dataset(
@@ -74,7 +78,7 @@ def question_dataset(
 
 
 def table_to_questions(table: Table, moved: Counter[str]) -> Rows:
-    """Return the rows of a table; `moved` counts answers that were found elsewhere in their context.
+    """Return the rows of a table; `moved` counts what the plan says of them, such as answers that were found elsewhere.
 
     Raises:
         DataError: a text is missing, or an answer is not in its context.
@@ -83,6 +87,9 @@ def table_to_questions(table: Table, moved: Counter[str]) -> Rows:
         if name not in table.columns:
             raise DataError(f"{table.path} has no column {name!r}; it has {', '.join(map(repr, table.columns))}")
     questions, contexts = read_texts(table, "question"), read_texts(table, "context")
+    repeated = _count_repeated_ids(table)
+    if repeated:
+        moved[f"questions of {table.path.name} have an id that an earlier one has: each counts by itself"] += repeated
     labels = []
     for row, cell in enumerate(table.column("answers")):
         spans: list[Span] = []
@@ -102,6 +109,22 @@ def table_to_questions(table: Table, moved: Counter[str]) -> Rows:
                 spans.append(span)
         labels.append(spans)
     return Rows(questions, contexts, labels)
+
+
+def has_answers(table: Table) -> bool:
+    """Tell whether a question has an answer; files with secret answers have none."""
+    if "answers" not in table.columns:
+        return False
+    for cell in table.column("answers"):
+        texts = cell.get("text") if isinstance(cell, dict) else cell
+        if texts:
+            return True
+    return False
+
+
+def _count_repeated_ids(table: Table) -> int:
+    ids = [str(cell) for cell in table.column("id") if cell is not None] if "id" in table.columns else []
+    return len(ids) - len(set(ids))
 
 
 def _list_answers(table: Table, row: int, cell: object) -> list[tuple[str, int]]:

@@ -13,14 +13,12 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
 from spdtool.data.columns import Columns, read_texts, require_column
 from spdtool.data.dataset import Dataset, Rows
 from spdtool.data.formats.table import Table
-from spdtool.data.kinds.qrels import find_qrels, read_judged_tables
 from spdtool.data.labels import normalize_label, parse_number
 from spdtool.errors import DataError
 from spdtool.recipe.fields import Recipe
@@ -76,11 +74,15 @@ def ranking_dataset(recipe: Recipe, tables: Mapping[str, Table]) -> Dataset:
         raise DataError("--test-share would part the passages of a query", "add a file called test")
     columns = choose_ranking_columns(tables["train"], recipe)
     splits = {name: _read_query_rows(table, columns) for name, table in tables.items()}
+    if "dev" in splits and not (np.asarray(splits["dev"].labels)[:, 1] > 0).any():
+        raise DataError(
+            f"no passage of {tables['dev'].path} is relevant to its query: there is nothing to score by",
+            "give a dev file with relevant passages, or none: it is then drawn from the training queries",
+        )
 
     def load(_data: str | None, seed: int) -> dict[str, Rows]:
         return splits if "dev" in splits else splits | draw_dev_queries(splits["train"], seed, recipe.dev_share)
 
-    share = "" if "dev" in splits else f"; {recipe.dev_share:.0%} of its queries are the dev set"
     return Dataset(
         name="local",
         kind="ranking",
@@ -88,19 +90,15 @@ def ranking_dataset(recipe: Recipe, tables: Mapping[str, Table]) -> Dataset:
         labels=(),
         metrics=METRICS,
         load=load,
-        about=f"{columns.text[1]} of each {columns.text[0]} in {recipe.data}, ranked by {columns.label}{share}",
+        about=f"{columns.text[1]} of each {columns.text[0]} in {recipe.data}, ranked by {columns.label}",
     )
 
 
-def read_ranking_tables(path: Path, negatives: int, seed: int) -> dict[str, Table] | None:
-    """Read a folder of queries, passages and qrels as tables; None where it is no such folder.
-
-    Args:
-        negatives: passages to draw for a query that the qrels give relevant ones only.
-        seed: of the draws.
-    """
-    files = find_qrels(path)
-    return None if files is None else read_judged_tables(files, negatives, seed)
+def has_relevance(table: Table, columns: Columns) -> bool:
+    """Tell whether a row says that its passage is relevant; files with secret judgements have none."""
+    if columns.label not in table.columns:
+        return False
+    return any(str(cell).strip() not in ("", "None", "0", "0.0", "False", "-1") for cell in table.column(columns.label))
 
 
 def read_relevance(table: Table, column: str) -> list[int]:
@@ -120,7 +118,8 @@ def read_relevance(table: Table, column: str) -> list[int]:
             table.refuse(
                 row,
                 f"the relevance {label!r} is no whole number from 0",
-                "0: the passage is not relevant; 1 or more: how relevant it is",
+                "0: the passage is not relevant; 1 or more: how relevant it is"
+                + ("; write 0 for what TREC marks as spam" if number is not None and number < 0 else ""),
             )
         values.append(int(number))
     return values

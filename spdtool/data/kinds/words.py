@@ -6,14 +6,15 @@ Tags of spans are brought into one form: B- begins a span, I- goes on with it, O
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from spdtool.data.columns import require_column
 from spdtool.data.dataset import Dataset, Rows
-from spdtool.data.formats.table import Table
+from spdtool.data.formats.table import Table, is_encodable
 from spdtool.data.overview import list_names
 from spdtool.data.splits import draw_dev_rows, draw_test_rows
 from spdtool.errors import DataError
@@ -24,6 +25,12 @@ TAG_COLUMNS = ("ner_tags", "tags", "ner", "labels", "pos_tags", "chunk_tags", "u
 OUTSIDE = "O"
 # Prefixes of other schemes: BIOES, BILOU and BMES, and what each is in BIO.
 BIO_PREFIXES = {"B": "B", "I": "I", "S": "B", "E": "I", "L": "I", "U": "B", "M": "I"}
+UNTYPED = {*BIO_PREFIXES, OUTSIDE}
+BEGIN_SPELLINGS = re.compile(
+    "[bB][-_:].+|.+[-_:][bB]"
+)  # b-PER, B_PER, PER-B: begins of spans, spelt as nobody reads them
+SPAN_COLUMNS = ("ner_tags", "ner", "chunk_tags")
+NUMBER = re.compile(r"\d+", re.ASCII)
 SPAN_METRICS = ("span_f1",)
 TAG_METRICS = ("accuracy", "f1_macro")
 
@@ -88,8 +95,10 @@ def find_word_columns(table: Table, text: Sequence[str], label: str | None) -> W
         DataError: the columns of words are clear, and those of the tags are not.
     """
     lists = [name for name in table.columns if _holds_lists(table.column(name))]
-    named = [name for name in text if name in table.columns]
-    words = named or [name for name in WORD_COLUMNS if name in lists]
+    words = [name for name in WORD_COLUMNS if name in lists]
+    if words and len(text) == 1:
+        require_column(table, text[0])
+    words = [name for name in text if name in table.columns] or words
     if len(words) != 1 or words[0] not in lists:
         return None
     if label is not None:
@@ -120,11 +129,18 @@ def word_dataset(
     Raises:
         DataError: names the row whose words or tags cannot be used.
     """
+    _refuse_numbered_words(tables["train"], columns)
     tags = _read_tags(tables["train"], columns.tags)
     names = {name for row in tags for name in row}
     if len(names) < 2:
         raise DataError(f"every word in {tables['train'].path} has the tag {next(iter(names), None)!r}")
-    reader = TagReader(is_span=_are_spans(names))
+    _refuse_unnamed_spans(tables["train"], columns, names)
+    if "dev" in tables and not has_tags(tables["dev"], columns):
+        raise DataError(
+            f"every word in {tables['dev'].path} has the tag 'O': there is no span to score",
+            "give a dev file with tags, or none: it is then drawn from the training rows",
+        )
+    reader = TagReader(is_span=_are_spans(tables["train"], tags))
     empty = Counter[str]()
     read_names: set[str] = set()
     for row in tags:
@@ -147,6 +163,8 @@ def word_dataset(
 
     loaded = load(None, recipe.seed)  # here, so that a bad row is named and what was changed can be said
     about = f"words of {columns.words!r} in {recipe.data}, tagged by {columns.tags!r}{reader.describe()}"
+    if not reader.is_span:
+        about += "; no tag begins with B- or I-: each is a class of its word"
     for what, count in empty.items():
         about += f"; {count:,} {what} left out"
 
@@ -199,9 +217,7 @@ def _read_words(table: Table, row: int, column: str, cell: object) -> list[str]:
             row, f"the column {column!r} holds {str(cell)[:60]!r}, no list of words", "one list of texts a row"
         )
     for word in cell:
-        try:
-            word.encode()
-        except UnicodeEncodeError:
+        if not is_encodable(word):
             table.refuse(row, f"the word {word!r} holds half a surrogate pair, which is not text")
     return cell
 
@@ -216,24 +232,94 @@ def _read_tags(table: Table, column: str) -> list[list[str]]:
         for tag in cell:
             if isinstance(tag, bool) or not isinstance(tag, str | int) or not str(tag).strip():
                 table.refuse(row, f"the tag {tag!r} is no text and no number", "every word needs its tag")
-            if isinstance(tag, int) and names is not None:
-                if not 0 <= tag < len(names):
+            if isinstance(tag, int):
+                if names is not None and not 0 <= tag < len(names):
                     table.refuse(row, f"the tag is {tag}, and the file's schema names {len(names)} tags")
-                tag = names[tag]
-            tags.append(str(tag))
+                if tag < 0:
+                    table.refuse(
+                        row, f"the tag is {tag}", "-100 marks pieces of words; a row has whole words, each with its tag"
+                    )
+                tag = names[tag] if names is not None else tag
+            if not is_encodable(str(tag)):
+                table.refuse(row, f"the tag {tag!r} holds half a surrogate pair, which is not text")
+            tags.append(str(tag).strip())
         rows.append(tags)
     return rows
 
 
-def _are_spans(names: set[str]) -> bool:
-    """Tell whether all tags are O or have the prefix of a scheme for spans."""
-    has_span = False
-    for name in names:
-        prefix, hyphen, kind = name.partition("-")
-        if name != OUTSIDE and (prefix not in BIO_PREFIXES or not hyphen or not kind):
-            return False
-        has_span = has_span or name != OUTSIDE
-    return has_span
+def has_tags(table: Table, columns: WordColumns) -> bool:
+    """Tell whether a row of a table has a tag other than O and -1, which is what files with secret tags have."""
+    if columns.tags not in table.columns:
+        return False
+    names = table.class_names.get(columns.tags, ())
+    empty: tuple[object, ...] = (
+        OUTSIDE,
+        "-1",
+        -1,
+        "",
+        None,
+        *(number for number, name in enumerate(names) if name == OUTSIDE),
+    )
+    for cell in table.column(columns.tags):
+        if not isinstance(cell, list) or any(tag not in empty for tag in cell):
+            return True
+    return False
+
+
+def _are_spans(table: Table, tags: Sequence[Sequence[str]]) -> bool:
+    """Tell whether all tags are O or have the prefix of a scheme for spans.
+
+    Raises:
+        DataError: only some have, or they are spelt in another way: words would be scored instead of spans.
+    """
+    names = sorted({name for row in tags for name in row} - {OUTSIDE})
+    others = [name for name in names if not _is_span_tag(name)]
+    begins = [name for name in names if name.startswith("B-") and name not in others]
+    misspelt = [name for name in others if BEGIN_SPELLINGS.fullmatch(name)]
+    odd, problem = "", ""
+    if others and UNTYPED.issuperset(names):
+        odd, problem = others[0], f"the tags {', '.join(names)} name no type of span"
+    elif others and begins:
+        odd, problem = others[0], f"the tag {others[0]!r} is neither O nor of the form of {begins[0]!r}"
+    elif misspelt:
+        odd, problem = misspelt[0], f"the tag {misspelt[0]!r} looks like the begin of a span, and is not spelt as one"
+    if problem:
+        row = next(number for number, row in enumerate(tags) if odd in row)
+        hint = "write B-PER for the first word of a span, I-PER for the others, and O outside of spans"
+        table.refuse(row, problem, hint)
+    return not others
+
+
+def _is_span_tag(name: str) -> bool:
+    prefix, _, kind = name.partition("-")
+    return prefix in BIO_PREFIXES and bool(kind)
+
+
+def _refuse_unnamed_spans(table: Table, columns: WordColumns, names: Collection[str]) -> None:
+    """Raise DataError where the tags of spans are numbers: nothing says which begin a span."""
+    if columns.tags in SPAN_COLUMNS and all(NUMBER.fullmatch(name) for name in names):
+        raise DataError(
+            f"{table.path}: the column {columns.tags!r} holds numbers, and nothing names them",
+            "write the tags themselves, such as B-PER and O; or give the parquet files of `datasets`, whose schema "
+            "names them, or the README.md of the data set beside its files",
+        )
+
+
+def _refuse_numbered_words(table: Table, columns: WordColumns) -> None:
+    """Raise DataError where the words are the numbers 1, 2, 3, ... that CoNLL-U has in its first column."""
+    is_numbered = False
+    for cell in table.column(columns.words):
+        if isinstance(cell, list) and cell:
+            if cell[0] not in ("1", "1-2"):
+                return
+            is_numbered = is_numbered or cell[1:2] in (["2"], ["1"])
+    if is_numbered:
+        others = [name for name in table.columns if name != columns.words]
+        example = f"--text {others[0]} --label {others[min(2, len(others) - 1)]}"
+        raise DataError(
+            f"{table.path}: the column {columns.words!r} numbers the words of each sentence, as CoNLL-U does",
+            f"name the columns of words and tags, for example {example}",
+        )
 
 
 def _holds_lists(cells: Sequence[object]) -> bool:

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import toys
 
-from spdtool.data.kinds.embedding import NO_PAIR, RatedPairs, draw_texts, make_rows, read_pairs, read_text_file
+from spdtool.data.kinds.embedding import (
+    NO_PAIR,
+    RatedPairs,
+    draw_texts,
+    embedding_dataset,
+    make_rows,
+    read_pairs,
+    read_text_file,
+)
 from spdtool.errors import DataError
+from spdtool.recipe.fields import Recipe
 
 
 def test_texts_come_from_lines_or_from_columns(tmp_path: Path) -> None:
@@ -62,3 +74,30 @@ def test_drawn_texts_are_not_trained_on_and_depend_on_the_text_alone() -> None:
     assert draw_texts(texts, 20, 0.5, 1)[1] != dev
     with pytest.raises(DataError, match="too few"):
         draw_texts(["one"], 1, 0.5, 0)
+
+
+def test_pairs_that_give_no_order_and_cells_that_are_no_texts_are_refused(tmp_path: Path) -> None:
+    toys.sentence_encoder(tmp_path / "teacher")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/train.txt").write_text("".join(f"text {number}\n" for number in range(20)), "utf-8")
+    file = tmp_path / "pairs.jsonl"
+
+    def describe(*pairs: tuple[object, object, object], **flags: Any) -> str:
+        lines = [json.dumps(dict(zip(("score", "sentence1", "sentence2"), pair, strict=True))) for pair in pairs]
+        file.write_text("\n".join(lines), "utf-8")
+        flags = {"given_teacher": str(tmp_path / "teacher"), "data": str(tmp_path / "data"), "pairs": str(file)} | flags
+        return embedding_dataset(Recipe(task="local", **flags)).about
+
+    for pairs, message in (
+        ([(1, "a", "b"), (1.0, "c", "d")], "has 2 pairs, all rated 1: there is no order"),
+        ([(None, "a", "b")], "has 1 pairs, none of them rated"),
+        ([(1, "a\ud800", "b"), (2, "a", "b")], "line 1: the column 'sentence1' holds half a surrogate pair"),
+        ([(1, "a", ["b"]), (2, "a", "b")], "line 1: the column 'sentence2' holds a list, not text"),
+    ):
+        with pytest.raises(DataError, match=message):
+            describe(*pairs)
+    rated = [(1, "a", "b"), (90, "c", "d")]
+    (tmp_path / "data/test.tsv").write_text("1\tx\ty\n", "utf-8")
+    assert describe(*rated).endswith("scored on 2 pairs, rated 1 to 90 (left alone: test.tsv)")
+    with pytest.raises(DataError, match="--label is about labels"):
+        describe(*rated, label="score")

@@ -165,3 +165,43 @@ def test_rows_of_several_labels_in_several_files_are_refused(tmp_path: Path) -> 
     write_jsonl(tmp_path / "dev.jsonl", SETS)
     with pytest.raises(DataError, match="are not read from several files"):
         find_dataset(recipe(tmp_path))
+
+
+def test_lists_with_a_zero_or_one_for_each_label_are_no_names(tmp_path: Path) -> None:
+    for zero, one in ((0, 1), (0.0, 1.0), (False, True)):
+        vectors = [[one, zero, zero], [zero, one, one], [zero, zero, zero], [one, one, zero]]
+        write_jsonl(tmp_path / "train.jsonl", vectors)
+        write_jsonl(tmp_path / "dev.jsonl", vectors[:1])
+        dataset = described(tmp_path)
+        assert dataset.labels == ("0", "1", "2")
+        assert "holds a 0 or 1 for each label" in dataset.about
+        assert np.array_equal(dataset.load(None, 0)["train"].labels, np.array(vectors, np.uint8))
+    (tmp_path / "labels.txt").write_text("joy\nfear\nrage\n", "utf-8")
+    assert described(tmp_path).labels == ("joy", "fear", "rage")
+    write_jsonl(tmp_path / "dev.jsonl", [[1, 0]])
+    with pytest.raises(DataError, match="line 1: the column 'label' holds \\[1, 0\\]"):
+        described(tmp_path).load(None, 0)
+
+
+def test_what_is_no_label_in_a_list_is_refused(tmp_path: Path) -> None:
+    good = [["joy"], ["joy", "fear"], []]
+    for cell, message in (
+        ({"joy": 1}, "line 4: the label is an object"),
+        ([0.5, 0.1], "line 4: the list of labels holds 0.5"),
+        (["\ud800"], "line 4: the label .* holds half a surrogate pair"),
+        (["O", "B-PER"], "the lists in 'label' are tags of words"),
+    ):
+        write_jsonl(tmp_path / "train.jsonl", [*good, cell])
+        with pytest.raises(DataError, match=message):
+            described(tmp_path / "train.jsonl").load(None, 0)
+
+
+def test_a_column_of_zeros_and_ones_with_one_other_cell_is_not_left_out(tmp_path: Path) -> None:
+    file = tmp_path / "train.csv"
+    rows = "".join(f"t{row},{('TRUE', 'false')[row % 2]},{row // 2 % 2}.0\n" for row in range(8))
+    file.write_text(f"text,joy,fear\n{rows}", "utf-8")
+    assert described(file, multilabel=True).labels == ("joy", "fear")
+    for cell in ("0.5", "", "2"):
+        file.write_text(f"text,joy,fear\n{rows}t,1,{cell}\n", "utf-8")
+        with pytest.raises(DataError, match=f"line 10: the column 'fear' holds '{cell}'"):
+            described(file, multilabel=True)

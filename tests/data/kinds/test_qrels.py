@@ -60,6 +60,8 @@ def test_faults_in_judgements_are_named(tmp_path: Path) -> None:
         ("q1\tp99\t1\n", "line 2: there is no passage 'p99'"),
         ("q9\tp1\t1\n", "line 2: there is no query 'q9'"),
         ("q1\tp1\n", "line 2: 2 columns"),
+        ("q1\tp1\t1\nq1\tp1\t0\n", "line 3: the passage 'p1' has the relevance 0 to the query 'q1', and 1 in an"),
+        ("q1\tp1\t1\nq2\tp2\t-2\n", "line 3: the relevance '-2' is no whole number from 0"),
     ):
         with pytest.raises(DataError, match=message):
             load(write_beir(tmp_path, judgements))
@@ -67,3 +69,12 @@ def test_faults_in_judgements_are_named(tmp_path: Path) -> None:
     (tmp_path / "qrels/b.tsv").write_text("q1\tp1\t1\n", "utf-8")
     with pytest.raises(DataError, match="no judgements of training queries"):
         find_qrels(tmp_path)
+
+
+def test_judgements_of_test_queries_are_a_test_set(tmp_path: Path) -> None:
+    folder = write_beir(tmp_path)
+    (folder / "qrels/test.tsv").write_text("query-id\tcorpus-id\tscore\nq3\tp1\t1\n", "utf-8")
+    assert set(load(folder)["test"].first) == {"query 3"}
+    (folder / "corpus.jsonl").write_text('{"_id": "p1", "text": "a"}\n{"_id": "p1", "text": "b"}\n', "utf-8")
+    with pytest.raises(DataError, match="line 2: the id 'p1' has another text in an earlier line"):
+        load(folder)

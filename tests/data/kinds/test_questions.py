@@ -59,8 +59,9 @@ def test_squad_files_are_read_and_no_context_is_in_both_splits(tmp_path: Path) -
 def test_questions_without_an_answer_have_no_span(tmp_path: Path) -> None:
     plausible = [{"text": "1900", "answer_start": 3}]
     content = squad(is_impossible=True, answers=plausible, plausible_answers=plausible)
+    content["data"] += squad()["data"]
     rows = local(write(tmp_path, content)).load(None, 0)["train"]
-    assert all(spans == [] for spans in rows.labels)
+    assert sorted(map(len, rows.labels)) == [0] * (len(rows) // 2) + [1] * (len(rows) // 2)
 
 
 def test_the_layout_of_datasets_is_read_too(tmp_path: Path) -> None:
@@ -119,4 +120,32 @@ def test_files_of_another_layout_are_refused(tmp_path: Path) -> None:
             local(write(tmp_path, content))
     (tmp_path / "train.json").write_text("{")
     with pytest.raises(DataError, match="is no JSON"):
+        local(tmp_path / "train.json")
+
+
+def test_files_without_answers_teach_and_score_nothing(tmp_path: Path) -> None:
+    rows = [{"id": "q", "question": f"who {i}", "context": f"{i} ran", "answers": spans(str(i))} for i in range(6)]
+    hidden = [row | {"answers": {"text": [], "answer_start": []}} for row in rows]
+    files = {"train": rows, "dev": rows, "test": hidden}
+    for split, content in files.items():
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, content)), "utf-8")
+    dataset = local(tmp_path)
+    assert set(dataset.load(None, 0)) == {"train", "dev"}
+    assert "test.jsonl has no labels" in dataset.about
+    assert "5 questions of train.jsonl have an id that an earlier one has" in dataset.about
+    for split in ("dev", "train"):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, hidden)), "utf-8")
+        with pytest.raises(DataError, match=f"no question of .*{split}.jsonl has an answer"):
+            local(tmp_path)
+
+
+def spans(text: str) -> dict[str, list[object]]:
+    return {"text": [text], "answer_start": [0]}
+
+
+def test_is_impossible_has_to_be_a_truth_value(tmp_path: Path) -> None:
+    question = {"id": "7", "question": "who", "is_impossible": "false", "answers": [{"text": "a", "answer_start": 0}]}
+    content = {"data": [{"paragraphs": [{"context": "a b", "qas": [question]}]}]}
+    (tmp_path / "train.json").write_text(json.dumps(content), "utf-8")
+    with pytest.raises(DataError, match="is_impossible is 'false' of the question '7'"):
         local(tmp_path / "train.json")

@@ -11,6 +11,7 @@ from spdtool.data.dataset import Rows, find_dataset
 from spdtool.data.kinds.ranking import draw_dev_queries, find_ranking_columns, sample_queries
 from spdtool.errors import DataError
 from spdtool.recipe.reading import request_recipe
+from spdtool.tasks.prepare import task_of
 
 HEADER = "query_id\tquery\tpassage\trelevant\n"
 
@@ -82,3 +83,34 @@ def test_one_id_cannot_have_two_texts(tmp_path: Path) -> None:
     (tmp_path / "rows.tsv").write_text(HEADER + "q1\tone\ttext\t1\nq1\ttwo\tother\t0\n", "utf-8")
     with pytest.raises(DataError, match="'q1' has two texts: 'one' and 'two'"):
         load(tmp_path / "rows.tsv")
+
+
+def test_what_flatters_or_spoils_the_score_of_a_ranking_is_said(tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.tsv")
+    one_sided = "q1\tnew\ttext\t1\nq1\tnew\tother\t1\nq2\tnewer\ttext\t0\nq2\tnewer\ttext\t0\n"
+    (tmp_path / "dev.tsv").write_text(HEADER + one_sided, "utf-8")
+    write_rows(tmp_path / "test.tsv", queries=2)
+    recipe = request_recipe(data=tmp_path)
+    task = task_of(find_dataset(recipe))
+    assert "test.tsv is scored once, at the end" in task.dataset.about
+    assert task.data_warnings(task.read_rows(recipe)) == [
+        "6 of 6 test rows have a text that is in train too: their score is flattered",
+        "1 queries of dev have no relevant passage: they are left out of the metrics",
+        "1 queries of dev have relevant passages only: every order of them is perfect",
+        "1 rows of dev have a query with a passage that an earlier row has",
+        "2 of 2 test queries are in train too: their score is flattered",
+    ]
+    (tmp_path / "test.tsv").write_text(HEADER + "q1\tnew\ttext\t-1\n", "utf-8")
+    assert "test.tsv has no labels" in find_dataset(recipe).about
+    (tmp_path / "dev.tsv").write_text(HEADER + "q1\tnew\ttext\t0\n", "utf-8")
+    with pytest.raises(DataError, match="no passage of .*dev.tsv is relevant to its query"):
+        find_dataset(recipe)
+
+
+def test_settings_of_other_kinds_of_rows_are_refused(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "rows.tsv")
+    for setting in ("regression=true", "multilabel=true"):
+        with pytest.raises(DataError, match=f"{setting}, and .* holds queries with passages"):
+            load(file, setting)
+    with pytest.raises(DataError, match="pairs are what a sentence encoder is scored by"):
+        load(file, f"pairs={file}")

@@ -124,3 +124,60 @@ def test_a_tag_that_no_training_row_has_is_refused_in_dev(tmp_path: Path) -> Non
 def test_labels_of_lists_are_hashed_by_their_values() -> None:
     assert hash_labels([[(0, 1, 2)]]) == hash_labels([[[0, 1, 2]]])
     assert len({hash_labels(labels) for labels in ([[(0, 1, 2)]], [[(0, 1, 3)]], [1, 2], [[]])}) == 4
+
+
+SENTENCES = "Anna B-PER\nSmith I-PER\nwon O\n\nParis B-LOC\n\nBob B-PER\nran O\n\n"
+
+
+def test_tags_that_are_nearly_spans_are_refused_and_not_scored_word_by_word(tmp_path: Path) -> None:
+    cases = (
+        (SENTENCES.replace("B-LOC", "LOC"), "line 5: the tag 'LOC' is neither O nor of the form of 'B-PER'"),
+        (SENTENCES.replace(" O", " o"), "line 1: the tag 'o' is neither O nor"),
+        (SENTENCES.replace("B-", "b-").replace("I-", "i-"), "the tag 'b-LOC' looks like the begin of a span"),
+        (SENTENCES.replace("B-", "B_").replace("I-", "I_"), "the tag 'B_LOC' looks like"),
+        (SENTENCES.replace("B-PER", "PER-B").replace("I-PER", "PER-I").replace("B-LOC", "LOC-B"), "'LOC-B' looks like"),
+        (SENTENCES.replace("-PER", "").replace("-LOC", ""), "the tags B, I name no type of span"),
+        ("1 Anna B-PER\n2 Smith I-PER\n\n1 Bob B-PER\n2 ran O\n\n", "numbers the words of each sentence"),
+    )
+    for content, message in cases:
+        with pytest.raises(DataError, match=message):
+            local(folder_of(tmp_path, content))
+    plain = local(folder_of(tmp_path, SENTENCES.replace("B-", "").replace("I-", "")))
+    assert plain.metrics == ("accuracy", "f1_macro")
+    assert "no tag begins with B- or I-: each is a class of its word" in plain.about
+
+
+def test_tags_that_are_numbers_without_names_or_marks_of_pieces_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "train.jsonl"
+    for column, tags, message in (
+        ("ner_tags", [0, 1], "'ner_tags' holds numbers, and nothing names them"),
+        ("ner_tags", [0, -100], "line 1: the tag is -100"),
+        ("tags", ["O", "B-\ud800"], "line 1: the tag .* holds half a surrogate pair"),
+    ):
+        rows = [{"tokens": ["a", "b"], column: tags}, {"tokens": ["c"], column: tags[:1]}]
+        file.write_text("\n".join(map(json.dumps, rows)), "utf-8")
+        with pytest.raises(DataError, match=message):
+            local(file)
+    file.write_text("\n".join(json.dumps({"tokens": [f"w{i}"], "tags": [i % 3]}) for i in range(9)), "utf-8")
+    assert local(file).labels == ("0", "1", "2")
+    with pytest.raises(DataError, match="no column 'words'"):
+        local(file, text=("words",))
+
+
+def test_comments_before_a_sentence_are_passed_over(tmp_path: Path) -> None:
+    content = "# id 5f-1\tdomain=en\nAnna _ _ B-PER\n# _ _ O\n\n# text = Bob\nBob _ _ B-PER\nran _ _ O\n"
+    expected = [[("Anna", "B-PER"), ("#", "O")], [("Bob", "B-PER"), ("ran", "O")]]
+    assert read(local(folder_of(tmp_path, content))) == expected
+
+
+def test_a_test_file_with_secret_tags_is_left_alone_and_a_dev_file_without_spans_is_refused(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, SENTENCES)
+    (folder / "test.conll").write_text("one O\n\ntwo O\n", "utf-8")
+    dataset = local(folder)
+    assert set(dataset.load(None, 0)) == {"train", "dev"}
+    assert "test.conll has no labels" in dataset.about
+    (folder / "test.conll").write_text(SENTENCES, "utf-8")
+    assert "test.conll is scored once, at the end" in local(folder).about
+    (folder / "dev.conll").write_text("one O\n\ntwo O\n", "utf-8")
+    with pytest.raises(DataError, match=r"dev.conll has the tag 'O': there is no span to score"):
+        local(folder)
