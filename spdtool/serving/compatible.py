@@ -107,7 +107,8 @@ def parse_rerank(body: bytes, max_texts: int) -> CompatibleRequest:
 def answer_rerank(classify: Classifier, name: str, request: CompatibleRequest, outputs: np.ndarray) -> Object:
     """Answer with the documents in the order of their scores, the best first."""
     scores = np.array(classify.decide(outputs))
-    order = np.argsort(-scores, kind="stable").tolist()
+    # not by the scores: the sigmoid of every logit above 17 is 1 in float32
+    order = np.argsort(-np.array(classify.decision.scored_answers(outputs)), kind="stable").tolist()
     top = request.fields.get("top_n")
     if isinstance(top, int):
         order = order[:top]

@@ -1,18 +1,19 @@
 """Open what `spdtool predict --input` names: a file with named columns, or plain lines.
 
     .csv  .tsv  .jsonl  .parquet     read as `--data` reads them; the texts are in the columns that the model was
-                                     trained on, which the bundle names, or in those that --text names
+    .json  .conll                    trained on, which the bundle names, or in those that --text names
     .txt                             one text a line, or a pair separated by a tab if the model takes pairs
     anything else, - (stdin)         lines whose format is recognised: see `predict.py`
 
-Rows are read one at a time, so memory does not grow with the file. What cannot be decided is
-refused, with the reason.
+Rows are read one at a time, so memory does not grow with the file; .json and .conll alone are read whole. What cannot
+be decided is refused, with the reason.
 """
 
 from __future__ import annotations
 
 import difflib
 import io
+import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,14 +21,16 @@ from itertools import chain
 from pathlib import Path
 from typing import TextIO, TypeAlias
 
+from spdtool.data.files import read_file
 from spdtool.data.formats.arrow import iterate_tables
 from spdtool.data.formats.separated import is_quoted_tsv, iterate_csv_rows
 from spdtool.data.formats.table import compose
 from spdtool.errors import DataError, RecipeError
 from spdtool.export.classifier import Classifier
-from spdtool.serving.predict import BYTE_ORDER_MARK, InputLine, parse_lines, recognise_format
+from spdtool.serving.predict import BYTE_ORDER_MARK, InputLine, join_words, parse_lines, recognise_format
 
 STANDARD_INPUT = "-"
+WHOLE_FILES = (".json", ".conll", ".bio", ".iob")  # one row is not one line of these
 PARQUET_ROWS = 1000  # rows of a Parquet file that are read at a time
 NumberedCells: TypeAlias = Iterator[tuple[int, Sequence[object]]]
 """For every row the number of its first line, and its cells."""
@@ -53,6 +56,10 @@ def open_input(
     try:
         if ending in (".parquet", ".arrow") and line_format is None:
             yield parquet_lines(Path(source), classify, columns)
+        elif ending in WHOLE_FILES and line_format is None and not _holds_objects(Path(source)):
+            table = read_file(Path(source))
+            rows = zip(table.lines, table.rows, strict=True)
+            yield lines_of_table(source, table.columns, rows, classify, columns)
         elif source == STANDARD_INPUT:
             # whatever the locale says: texts are UTF-8 everywhere
             if isinstance(sys.stdin, io.TextIOWrapper):
@@ -123,7 +130,22 @@ def read_plain_lines(
             f"{source} has two columns; the model takes one text ({classify.text[0]})",
             "--format text takes a tab as part of the text; a .tsv or .csv file with a header may have further columns",
         )
-    return parse_lines(chain(first_lines, stream), line_format, columns or classify.text or ())
+    reads_words = classify.decision.reads_words
+    return parse_lines(chain(first_lines, stream), line_format, columns or classify.text or (), reads_words=reads_words)
+
+
+def _holds_objects(path: Path) -> bool:
+    """Tell whether a .json file has an object a line, as .jsonl files have."""
+    if path.suffix.lower() != ".json":
+        return False
+    with path.open(encoding="utf-8-sig") as stream:
+        first = stream.readline()
+        has_more = any(line.strip() for line in stream)
+    try:
+        content = json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and (has_more or "data" not in content)
 
 
 def takes_pairs(classify: Classifier) -> bool:
@@ -172,17 +194,20 @@ def lines_of_table(
     wanted = tuple(map(compose, columns or classify.text or ()))
     chosen = choose_text_columns(source, names, wanted)
     indices = [names.index(name) for name in chosen]
-    return (line_of_cells(number, cells, names, indices) for number, cells in rows)
+    reads_words = classify.decision.reads_words
+    return (line_of_cells(number, cells, names, indices, reads_words=reads_words) for number, cells in rows)
 
 
-def line_of_cells(number: int, cells: Sequence[object], header: Sequence[str], indices: list[int]) -> InputLine:
+def line_of_cells(
+    number: int, cells: Sequence[object], header: Sequence[str], indices: list[int], *, reads_words: bool = False
+) -> InputLine:
     """Make a line of the cells at `indices`, or say what is wrong with them."""
     if len(cells) != len(header):
         expected = f"{len(header)} were expected ({', '.join(header)})"
         return InputLine(number, error=f"has {len(cells)} fields where {expected}")
     texts = []
     for index in indices:
-        cell = cells[index]
+        cell = join_words(cells[index]) if reads_words else cells[index]
         if cell is None or (isinstance(cell, str) and not cell.strip()):
             # The row keeps its line in the output, so that both files stay aligned.
             return InputLine(number, error=f"has no text in the column {header[index]!r}")

@@ -37,14 +37,19 @@ LineResult: TypeAlias = Any
 
 
 def parse_lines(
-    lines: Iterable[str], line_format: str | None = None, columns: tuple[str, ...] = ()
+    lines: Iterable[str],
+    line_format: str | None = None,
+    columns: tuple[str, ...] = (),
+    *,
+    reads_words: bool = False,
 ) -> Iterator[InputLine]:
     """Parse raw lines.
 
     Args:
         line_format: one of FORMATS; None: recognised by the first line that is not empty.
-        columns: keys of the one or two texts in a JSON line; without them, or in a line that has
-            none of them, the keys are `text` and `pair`.
+        columns: keys of the one or two texts in a JSON line; without them, or in a line that has none of them, the
+            keys are `text` and `pair`.
+        reads_words: whether a text may be a list of words.
     """
     for number, raw_line in enumerate(lines, start=1):
         line = raw_line.rstrip("\r\n")
@@ -55,7 +60,7 @@ def parse_lines(
             continue
         line_format = line_format or recognise_format(line)
         try:
-            text, pair = parse_line(line, line_format, columns)
+            text, pair = parse_line(line, line_format, columns, reads_words=reads_words)
         except DataError as error:
             yield InputLine(number, error=error.message)
         else:
@@ -135,12 +140,14 @@ def compute_similar_lines(classify: Classifier, lines: list[InputLine], batch_si
     return results
 
 
-def parse_line(line: str, line_format: str, columns: tuple[str, ...]) -> tuple[str, str | None]:
+def parse_line(
+    line: str, line_format: str, columns: tuple[str, ...], *, reads_words: bool = False
+) -> tuple[str, str | None]:
     """Split a line into its text and its pair. Raises DataError if it is not of this format."""
     if line_format == "text":
         return line, None
     if line_format == "jsonl":
-        return parse_json_line(line, columns)
+        return parse_json_line(line, columns, reads_words=reads_words)
     cells = line.split("\t")
     filled = sum(bool(cell.strip()) for cell in cells)
     if len(cells) != 2 or filled != 2:
@@ -148,7 +155,7 @@ def parse_line(line: str, line_format: str, columns: tuple[str, ...]) -> tuple[s
     return cells[0], cells[1]
 
 
-def parse_json_line(line: str, columns: tuple[str, ...]) -> tuple[str, str | None]:
+def parse_json_line(line: str, columns: tuple[str, ...], *, reads_words: bool = False) -> tuple[str, str | None]:
     """Take the text and the pair out of a JSON object. Raises DataError."""
     try:
         row = json.loads(line)
@@ -159,10 +166,17 @@ def parse_json_line(line: str, columns: tuple[str, ...]) -> tuple[str, str | Non
     # A task whose only column is called `text` may still come with a pair, as lines without columns do.
     has_columns = bool(columns) and set(columns) <= row.keys() and columns != ("text",)
     keys = columns if has_columns else ("text", "pair")
-    text = row.get(keys[0])
+    text = join_words(row.get(keys[0])) if reads_words else row.get(keys[0])
     pair = row.get(keys[1]) if len(keys) > 1 else None
     pair_is_missing = has_columns and len(keys) > 1 and pair is None
     if not isinstance(text, str) or pair_is_missing or not (pair is None or isinstance(pair, str)):
         expected = ", ".join(f'"{name}": "..."' for name in (columns or keys))
         raise DataError(f'has no "{keys[0]}", or one that is no text: {{{expected}}} was expected')
     return text, pair
+
+
+def join_words(cell: object) -> object:
+    """Join a list of words as training rows are; return anything else as it is."""
+    if isinstance(cell, list) and all(isinstance(word, str) for word in cell):
+        return " ".join(word for word in cell if word.strip())
+    return cell

@@ -64,11 +64,13 @@ class Decision:
             None: a row that is too long is cut off. Settings may have the `stride`, tokens that windows share.
         output_names: outputs that the server offers in the protocol of KServe, the default answer first.
         route: name of a further route of the server for this kind, see `serving.compatible`; None: there is none.
+        reads_words: whether a training row may have its text as a list of words, which are joined by spaces.
     """
 
     output_names: ClassVar[tuple[str, ...]] = (LOGITS, PROBABILITIES, LABEL)
     windows: ClassVar[int | None] = None
     route: ClassVar[str | None] = None
+    reads_words: ClassVar[bool] = False
 
     def __init__(self, names: Sequence[str], settings: Mapping[str, Json] | None = None) -> None:
         self.names, self.settings = list(names), dict(settings or {})

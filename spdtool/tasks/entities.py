@@ -86,6 +86,7 @@ class Entities(Decision):
 
     output_names = (LABEL,)
     windows = 0
+    reads_words = True
 
     @classmethod
     def fits(cls, config: Mapping[str, Any]) -> bool:  # noqa: ARG003

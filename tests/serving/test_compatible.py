@@ -71,6 +71,9 @@ def test_documents_are_ranked_as_cohere_and_jina_do(serve: Callable, stand_in: C
     body = {"query": "q", "documents": documents, "top_n": 1, "return_documents": True}
     _, _, answer = running.call("POST", "/rerank", body)
     assert answer["results"] == [{"index": 1, "relevance_score": 5.0, "document": {"text": "abcde"}}]
+    classify.decision = Relevance(classify.names)  # 20 and 30 have the same sigmoid
+    _, _, answer = running.call("POST", "/rerank", {"query": "q", "documents": ["a" * 20, "a" * 30]})
+    assert [(each["index"], each["relevance_score"]) for each in answer["results"]] == [(1, 1.0), (0, 1.0)]
     for refused in ({"query": "q"}, {"documents": ["a"]}, {"query": "q", "documents": [1]}, {**body, "top_n": 0}):
         assert running.call("POST", "/rerank", refused)[0] == 400, refused
 

@@ -8,6 +8,7 @@ import json
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -214,3 +215,42 @@ def test_a_row_with_an_unknown_token_id_does_not_fail_the_other_rows(
     answers = list(predict_lines(classify, lines))
     assert [("error" in answer) for answer in answers] == [token == limit for token in largest]
     assert any("label" in answer for answer in answers)
+
+
+def lines_of(file: Path, *text: str, reads_words: bool = False, columns: tuple[str, ...] = ()) -> list[InputLine]:
+    classify: Any = SimpleNamespace(text=text, decision=SimpleNamespace(reads_words=reads_words))
+    with inputs.open_input(str(file), classify, columns=columns) as lines:
+        return list(lines)
+
+
+def test_files_that_are_no_lines_are_read_as_tables(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    records = [{"id": 1, "text": "one"}, {"id": 2, "text": " "}, {"id": 3, "text": "three"}]
+    for content in (json.dumps(records), json.dumps(records, indent=1), json.dumps({"data": [
+        {"question": "", "text": record["text"]} for record in records
+    ]})):  # fmt: skip
+        file.write_text(content, "utf-8")
+        lines = lines_of(file, "text")
+        assert [line.text for line in lines] == ["one", "", "three"]
+        assert lines[1].error == "has no text in the column 'text'"
+    with pytest.raises(DataError, match="has the columns 'question', 'text', and not 'review'"):
+        lines_of(file, "review")
+    squad = {"data": [{"paragraphs": [{"context": "a b", "qas": [{"id": "1", "question": "who"}]}]}]}
+    for indent in (None, 1):
+        file.write_text(json.dumps(squad, indent=indent), "utf-8")
+        assert lines_of(file, "question", "context") == [InputLine(1, "who", "a b")]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")  # an object a line
+    assert [line.text for line in lines_of(file, "text")] == ["one", " ", "three"]
+    file.write_text("[1, 2]", "utf-8")
+    with pytest.raises(DataError, match="row 1: a int, not an object"):
+        lines_of(file, "text")
+
+
+def test_words_of_a_tagger_are_joined_as_in_training_rows(tmp_path: Path) -> None:
+    (tmp_path / "rows.conll").write_text("-DOCSTART- O\n\nAnna B-PER\nran O\n\nBob B-PER\n", "utf-8")
+    assert [line.text for line in lines_of(tmp_path / "rows.conll", "tokens", reads_words=True)] == ["Anna ran", "Bob"]
+    row = {"tokens": ["Anna", " ", "ran"]}
+    for name, content in (("rows.jsonl", json.dumps(row)), ("rows.json", json.dumps([row]))):
+        (tmp_path / name).write_text(content + "\n", "utf-8")
+        assert [line.text for line in lines_of(tmp_path / name, "tokens", reads_words=True)] == ["Anna ran"]
+        assert "no" in str(lines_of(tmp_path / name, "tokens")[0].error)
