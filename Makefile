@@ -24,7 +24,8 @@ PYTEST_ARGS ?=
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-PIP = $(BIN)/pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+# pip compiles all of torch in one process; `setup` does so in all of them afterwards.
+PIP = $(BIN)/pip install --quiet --no-compile $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 PLUGINS := $(wildcard plugins/*/pyproject.toml)
 COMPILED := plugins/spdtool-sparse-cpu/
 PURE := $(filter-out $(COMPILED),$(dir $(PLUGINS)))
@@ -41,9 +42,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt $(PLUGINS) $(wildcard $(COMPILED)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "spdtool needs Python 3.11 or newer; set PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) -e '.[$(EXTRA),serve,dev]'
-	$(PIP) $(PURE:%=-e %)
+	$(PIP) -e '.[$(EXTRA),serve,dev]' $(PURE:%=-e %)
 	@$(PIP) -e $(COMPILED) || echo "spdtool works without $(COMPILED), which needs a C++ compiler (GCC 12 or Clang); the target sparse-cpu is missing" >&2
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true  # some packages hold files that no Python compiles
 	@touch $@
 
 demo: setup

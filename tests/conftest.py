@@ -24,11 +24,13 @@ from spdtool.recipe.fields import Recipe
 from spdtool.run.folder import Run
 from spdtool.tasks.task import Task
 
-WHOLE_RUNS = {"compressed", "toy_run"}  # fixtures that train
+WHOLE_RUNS = {"compressed", "distilled", "toy_run"}  # fixtures that train
 # Nearly every test of these traces a model, which takes seconds.
 EXPORTING_MODULES = {"test_classifier.py", "test_graph.py", "test_target.py", "test_targets.py", "test_trace.py"}
 CACHE = os.environ["XDG_CACHE_HOME"]  # a test may set another
 torch.set_num_threads(1)  # threads cost more than they gain on tiny models
+# What a test writes need not outlive the machine. `fstat` refuses a bad descriptor as `fsync` does.
+vars(os)["fsync"] = os.fstat
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -132,6 +134,14 @@ def toy_recipe() -> Callable[..., Recipe]:
     return _toys.recipe
 
 
+def _run_stages(run: Run, until: str | None) -> None:
+    """Run the stages from the first up to `until` (None: none)."""
+    order = ("teacher", "prune", "distill", "finetune", "export")
+    for stage in order[: order.index(until) + 1] if until else ():
+        module = importlib.import_module(f"spdtool.stages.{stage}")
+        getattr(module, stage)(run)
+
+
 @pytest.fixture
 def toy_run(tmp_path: Path, toy_task: Callable[..., Task]) -> Callable[..., Run]:
     """`toy_run("prune.epochs=1", until="prune", **flags)`: a run of the task `toy`, its stages done up to `until`.
@@ -143,13 +153,20 @@ def toy_run(tmp_path: Path, toy_task: Callable[..., Task]) -> Callable[..., Run]
         if plugins.datasets.find("toy") is None:
             toy_task()
         run = Run.for_recipe(tmp_path / folder, _toys.recipe(*sets, **flags))
-        order = ("teacher", "prune", "distill", "finetune", "export")
-        for stage in order[: order.index(until) + 1] if until else ():
-            module = importlib.import_module(f"spdtool.stages.{stage}")
-            getattr(module, stage)(run)
+        _run_stages(run, until)
         return run
 
     return make
+
+
+@pytest.fixture(scope="session")
+def distilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a toy run at sparsity 0.25 that is done up to `distill`; read only: copy it before changing it."""
+    _toys.register(_toys.dataset())
+    run = Run.for_recipe(tmp_path_factory.mktemp("distilled") / "run", _toys.recipe(sparsity=0.25))
+    _run_stages(run, "distill")
+    plugins.datasets.unregister("toy")
+    return run.path
 
 
 @pytest.fixture
@@ -161,7 +178,8 @@ def clean_plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 QUICK = (
-    *("--device", "cpu", "--sparsity", "0.5", "--set", "max_length=32", "--set", "prune.events=2"),
+    *("--device", "cpu", "--sparsity", "0.5", "--set", "max_length=32"),
+    *("--set", "prune.events=2", "--set", "prune.calibration=2"),
     *("--set", "export.optional=[]"),
     *("--set", "teacher.accept=true"),  # a toy may learn nothing in an epoch
     *(word for stage in ("teacher", "prune", "distill", "finetune") for word in ("--set", f"{stage}.epochs=1")),

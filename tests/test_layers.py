@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 import tomllib
@@ -62,18 +63,19 @@ def floor_of(module: str) -> int | None:
     return None
 
 
-def imported_names(source: str, *, top_only: bool = False) -> Iterator[str]:
-    """Yield the full names of all imports in `source`.
+@functools.cache  # several tests read each module
+def imported_names(source: str, *, top_only: bool = False) -> list[str]:
+    """List the full names of all imports in `source`.
 
     Args:
         top_only: leave out imports inside functions and under `if TYPE_CHECKING`.
     """
     tree = ast.parse(source)
     nodes = tree.body if top_only else ast.walk(tree)
+    names: list[str] = []
     for node in nodes:
         if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield alias.name
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative imports are not used here"
             assert node.module is not None
@@ -81,7 +83,8 @@ def imported_names(source: str, *, top_only: bool = False) -> Iterator[str]:
                 submodule = f"{node.module}.{alias.name}"
                 file = (ROOT.parent / Path(*submodule.split("."))).with_suffix(".py")
                 is_module = file.exists() or file.with_suffix("").is_dir()
-                yield submodule if is_module else node.module
+                names.append(submodule if is_module else node.module)
+    return names
 
 
 def wrong_arrows(module: str, source: str) -> Iterator[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tests.list_slow_tests import SLOW_SECONDS, list_slow_tests
+from pathlib import Path
+
+from tests.list_slow_tests import SLOW_SECONDS, SLOW_TESTS, list_slow_tests
 
 
 def test_one_slow_case_or_fixture_leaves_the_whole_test_out() -> None:
@@ -17,3 +19,10 @@ def test_one_slow_case_or_fixture_leaves_the_whole_test_out() -> None:
         "12 passed in 3.00s",
     ]
     assert list_slow_tests(lines) == ["tests/test_a.py::test_fixture", "tests/test_b.py::TestC::test_cases"]
+
+
+def test_every_test_of_the_list_exists() -> None:
+    root = Path(__file__).parents[1]
+    for test in SLOW_TESTS.read_text("utf-8").split():
+        file, *_, name = test.split("::")
+        assert f"def {name}(" in (root / file).read_text("utf-8"), f"{test} is gone: change slow_tests.txt"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -11,13 +12,11 @@ from spdtool.errors import Corrupt, StageMissing
 from spdtool.run.fingerprint import sha256
 from spdtool.run.folder import Run
 
-MakeRun = Callable[..., Run]
-
 
 @pytest.fixture
-def run(toy_run: MakeRun) -> Run:
-    """A run that is done up to `distill`."""
-    return toy_run(until="distill", sparsity=0.25)
+def run(distilled: Path, tmp_path: Path) -> Run:
+    """A copy of a run that is done up to `distill`."""
+    return Run.open(shutil.copytree(distilled, tmp_path / "run"))
 
 
 def test_every_stage_has_a_row_with_its_state(run: Run) -> None:

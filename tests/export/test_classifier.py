@@ -88,7 +88,7 @@ def test_one_text_gives_a_label_and_several_a_list(loaded: Classifier, model_fol
 
 
 def test_a_regression_gives_values(tmp_path: Path, toys: ModuleType) -> None:
-    model = toys.bert(labels=1, id2label={0: "score"}, label2id={"score": 0}, problem_type="regression")
+    model = toys.bert(layers=1, labels=1, id2label={0: "score"}, label2id={"score": 0}, problem_type="regression")
     save_model(model, toys.tokenizer(), tmp_path / "checkpoint")
     Onnx().export(tmp_path / "checkpoint", tmp_path / "out", toys.recipe())
     classify = spdtool.load(tmp_path / "out", unverified=True)
@@ -100,10 +100,10 @@ def test_a_regression_gives_values(tmp_path: Path, toys: ModuleType) -> None:
     ("architecture", "side"), [("roberta", "right"), ("distilbert", "right"), ("deberta-v2", "left")]
 )
 def test_other_families_and_padding_on_the_left(architecture: str, side: str, tmp_path: Path, toys: ModuleType) -> None:
-    model = toys.classifier(architecture)
+    model = toys.classifier(architecture, **toys.TRACED)
     core = toys.tokenizer().backend_tokenizer
     names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
-    inputs = ["input_ids", "attention_mask"]
+    inputs = ["input_ids", "attention_mask", *(["token_type_ids"] if toys.ARCHITECTURES[architecture][1] else [])]
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, model_input_names=inputs, padding_side=side, **names
     )  # says nothing of a longest input
@@ -115,7 +115,7 @@ def test_other_families_and_padding_on_the_left(architecture: str, side: str, tm
     with torch.inference_mode():  # one batch: a classifier that reads token 0 sees the padding on the left
         logits = model(**stock_tokenizer(TEXTS, padding=True, return_tensors="pt")).logits.numpy()
     np.testing.assert_allclose(classify.logits(TEXTS), logits, atol=1e-5)
-    assert classify.logits([LONG]).shape == (1, 2)
+    assert classify.logits([LONG]).shape == (1, 3)
 
 
 # Token ids ----------------------------------------------------------------------------------------------------------

@@ -300,7 +300,7 @@ def test_values_not_finite_in_float32_are_not_blamed_on_fp16(tmp_path: Path) -> 
         scan(1000.0)
 
 
-@pytest.mark.parametrize("architecture", ["deberta-v2", "mpnet"])
+@pytest.mark.parametrize("architecture", ["deberta-v2", pytest.param("mpnet", marks=pytest.mark.long)])
 def test_positions_are_the_same_in_fp16(architecture: str, tmp_path: Path, toys: ModuleType) -> None:
     """A relative position that is rounded before bucketing may fall into the next bucket."""
     config = {"position_buckets": 64} if architecture == "deberta-v2" else {}
@@ -323,9 +323,11 @@ def test_positions_are_the_same_in_fp16(architecture: str, tmp_path: Path, toys:
         np.testing.assert_array_equal(in_float32, in_float16)
 
 
-@pytest.mark.parametrize("architecture", ["bert", "deberta-v2", "mpnet", "modernbert"])
+@pytest.mark.parametrize(
+    "architecture", ["bert", "deberta-v2", pytest.param("mpnet", marks=pytest.mark.long), "modernbert"]
+)
 def test_an_fp16_graph_is_sorted_and_has_no_extra_nodes(architecture: str, tmp_path: Path, toys: ModuleType) -> None:
-    model = toys.classifier(architecture, layers=2)
+    model = toys.classifier(architecture, **toys.TRACED)
     save_model(model, toys.tokenizer(token_types=toys.ARCHITECTURES[architecture][1]), tmp_path / "checkpoint")
     wide = trace.trace_checkpoint(tmp_path / "checkpoint", 18)
     narrow = fp16.convert_to_fp16(trace.trace_checkpoint(tmp_path / "checkpoint", 18))

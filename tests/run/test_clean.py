@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,16 @@ from spdtool.run.clean import clean_run, plan_cleaning
 from spdtool.run.folder import Run
 from spdtool.run.lock import lock_folder
 
-MakeRun = Callable[..., Run]
-
 
 def files_below(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {".lock"}
 
 
 @pytest.fixture
-def run(toy_run: MakeRun) -> Run:
+def run(distilled: Path, tmp_path: Path) -> Run:
     """A run with a teacher and a pruned student, and a bundle as an export leaves it."""
-    finished_run = toy_run(until="prune")
+    finished_run = Run.open(shutil.copytree(distilled, tmp_path / "run"))
+    shutil.rmtree(finished_run.path / "distill")
     bundle = finished_run.path / "export/bundle"
     bundle.mkdir(parents=True)
     (bundle / "manifest.json").write_text("{}")

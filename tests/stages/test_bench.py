@@ -270,6 +270,7 @@ def test_a_missing_target_is_named_in_the_verdict(run: Callable[..., Run], clean
     assert "Not exported, so not timed: vanished: there is no export target 'vanished'" in verdict
 
 
+@pytest.mark.long  # it starts engines in torch; each reason has a test of its own
 def test_engines_that_cannot_be_built_here_are_named_in_the_verdict(
     run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:

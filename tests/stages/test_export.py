@@ -231,10 +231,9 @@ def test_a_second_target_is_written_into_a_folder_of_its_name(fabricate: Fabrica
 DOCUMENTED_PLUGIN = re.compile(r"^```python\n# my-plugins/(\w+)\.py\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.slow  # it exports three targets, and times them
-def test_the_targets_of_the_guide_go_through_export_and_bench(
-    fabricate: Fabricate, tmp_path: Path, clean_plugins: None, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def guide_targets(fabricate: Fabricate, tmp_path: Path, clean_plugins: None) -> Run:
+    """A run that exports the targets of the guide too."""
     guide = Path(__file__).parents[2] / "docs/how-to/write-a-target.md"
     sources = dict(DOCUMENTED_PLUGIN.findall(guide.read_text("utf-8")))
     del sources["annotated"]  # the plain target with one more line of metadata
@@ -244,12 +243,16 @@ def test_the_targets_of_the_guide_go_through_export_and_bench(
     for name, source in sources.items():
         (folder / f"{name}.py").write_text(source, "utf-8")
     plugins.use_folder(folder)
-    run = fabricate(
+    return fabricate(
         'export.optional=["zipped", "rounded"]',
         *("bench.torch=false", "bench.int8=false", "bench.unfused=false", "bench.ledger=false", "bench.padded=[]"),
         *("bench.batches=[1]", "bench.lengths=[8]", "bench.rounds=1", "bench.warmup=0", "bench.threads=1"),
     )
-    result = export(run)
+
+
+@pytest.mark.slow  # it exports three targets
+def test_the_targets_of_the_guide_pass_the_gates(guide_targets: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    result = export(guide_targets)
     assert result.refused == {}
     assert set(result.targets) == {"onnx", "zipped", "rounded"}
     zipped, rounded = result.targets["zipped"].student, result.targets["rounded"].student
@@ -257,10 +260,15 @@ def test_the_targets_of_the_guide_go_through_export_and_bench(
     assert zipped.dev == zipped.checkpoint_dev
     assert zipped.bytes < result.student.bytes
     assert (zipped.rounds, rounded.values, rounded.embeddings) == (False, "fp16", "fp16")
-    manifest = json.loads((run.path / "export/bundle/manifest.json").read_text("utf-8"))
+    manifest = json.loads((guide_targets.path / "export/bundle/manifest.json").read_text("utf-8"))
     assert set(manifest["variants"]) == {"onnx", "rounded"}
     assert "the bundle goes without zipped: spdtool.load does not open it" in capsys.readouterr().out
-    metrics = bench(run)
+
+
+@pytest.mark.long  # it exports three targets, and times them
+def test_the_targets_of_the_guide_are_timed(guide_targets: Run) -> None:
+    export(guide_targets)
+    metrics = bench(guide_targets)
     assert [row[0] for row in metrics.rows] == ["teacher", "student", "zipped teacher", "zipped"]
     assert {record.provider for record in metrics.latency if "zipped" in record.engine} == {"zipped cpu"}
     assert any("rounded: a CPU computes it in float32" in line for line in metrics.verdict)

@@ -30,7 +30,7 @@ def test_the_list_of_tested_families_matches_the_toys(toys: ModuleType) -> None:
     assert set(TESTED_FAMILIES) == set(toys.ARCHITECTURES)
 
 
-@pytest.mark.slow
+@pytest.mark.long  # torch.onnx tries several ways before it gives up
 def test_a_family_that_cannot_be_exported_is_refused_at_once(
     xlnet: Path, rows_file: Path, tmp_path: Path, spdtool: Callable[..., Any]
 ) -> None:
@@ -43,7 +43,7 @@ def test_a_family_that_cannot_be_exported_is_refused_at_once(
     assert not list(tmp_path.glob("*/*.json"))
 
 
-@pytest.mark.long  # torch.onnx tries several ways before it gives up, as in the test above
+@pytest.mark.long
 def test_the_export_of_a_family_that_torch_cannot_export_is_refused(
     xlnet: Path, tmp_path: Path, spdtool: Callable[..., Any]
 ) -> None:

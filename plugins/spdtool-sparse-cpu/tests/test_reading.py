@@ -58,10 +58,10 @@ def check_real_tokens(reference, model):
     ("architecture", "auto"),
     [
         ("bert", AutoModelForTokenClassification),
-        ("bert", AutoModelForQuestionAnswering),
+        pytest.param("bert", AutoModelForQuestionAnswering, marks=pytest.mark.long),
         ("mpnet", AutoModel),
-        ("deberta-v2", AutoModelForTokenClassification),
-        ("modernbert", AutoModelForTokenClassification),
+        pytest.param("deberta-v2", AutoModelForTokenClassification, marks=pytest.mark.long),
+        pytest.param("modernbert", AutoModelForTokenClassification, marks=pytest.mark.long),
     ],
 )
 def test_heads_of_tokens_get_every_real_token(toys, reference, architecture, auto):

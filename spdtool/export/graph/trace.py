@@ -45,6 +45,9 @@ EXAMPLE_SHAPE = (2, 9)  # the exporter would freeze an axis of length 1
 ATTENTION_OPSET = 23  # the operator set that has Attention, which torch's own attention becomes
 UNTESTED_HINT = f"families that are tested: {', '.join(TESTED_FAMILIES)}"
 LONGEST_REASON = 200  # characters of an exporter's error; some first lines are essays
+# Fields of a configuration that do not change a graph: names, the loss, and what the file notes about itself.
+NO_STRUCTURE = {"id2label", "label2id", "problem_type", "architectures", "dtype", "torch_dtype"}
+NO_STRUCTURE |= {"_name_or_path", "transformers_version"}
 EXPORTER_LOGGERS = ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")
 
 
@@ -183,10 +186,8 @@ def _describe_structure(model: PreTrainedModel) -> tuple[object, ...]:
         parameters.append((name, tuple(weight.shape), str(weight.dtype), shared_with))
     # Buffers become constants of the graph, and nothing replaces them.
     buffers = [(name, fingerprint(values.numpy())) for name, values in model.named_buffers()]
-    # the names of labels and the folder that it was read from do not change a graph
-    labels = len(model.config.id2label or ())
-    config = model.config.to_dict() | {"id2label": labels, "label2id": None, "_name_or_path": None}
-    settings = json.dumps(config, sort_keys=True, default=str)
+    config = {name: value for name, value in model.config.to_dict().items() if name not in NO_STRUCTURE}
+    settings = json.dumps(config | {"labels": len(model.config.id2label or ())}, sort_keys=True, default=str)
     return (
         type(model),
         str(model),
