@@ -230,7 +230,8 @@ def values_outside_interval(count: int) -> int:
 def ratio_caveat(speedup: Ratio, rounds: int) -> str | None:
     """Caveat to print beside a ratio, or None."""
     if rounds < MIN_ROUNDS:
-        return f"{rounds} rounds are too few to tell it from noise"
+        count = "1 round is" if rounds == 1 else f"{rounds} rounds are"
+        return f"{count} too few to tell it from noise"
     if speedup.low <= 1 <= speedup.high and max(1 / speedup.low, speedup.high) > NOISY:
         return "the rounds scatter too much to tell"
     return None

@@ -183,7 +183,7 @@ class RecipeOptions:
         typer.Option(help="The task's metric that picks the best checkpoint.", show_default="mean of its metrics"),
     ] = None
     sets: Sets = None
-    smoke: Annotated[bool, typer.Option("--smoke", help="A few steps on a random two-layer model; no result.")] = False
+    smoke: Annotated[bool, typer.Option("--smoke", help="A few steps on a small random model; no result.")] = False
 
     def build(self, recorded: Recipe | None = None) -> Recipe:
         """Build the recipe that the options ask for; raises as `recipe.reading.request_recipe` does.

@@ -23,7 +23,7 @@ def show_plan(plan: Plan, recipe: Recipe, *, everything: bool = False) -> None:
         everything: also every class, the reason of every number of epochs, and every field of the recipe.
     """
     if recipe.smoke:
-        console.say("[yellow]SMOKE RUN: a random two-layer model and a few steps; its numbers mean nothing[/]")
+        console.say("[yellow]SMOKE RUN: a small random model and a few steps; its numbers mean nothing[/]")
     console.print_lines(f"{plan.run}: recipe {recipe.name}, {_describe_size(recipe)}", summarise_plan(plan, recipe))
     if plan.changes:
         console.print_table("changed", CHANGE_COLUMNS, [tuple(map(_show_value, change)) for change in plan.changes])
@@ -68,7 +68,9 @@ def summarise_plan(plan: Plan, recipe: Recipe) -> list[tuple[str, str]]:
     if plan.goal:
         lines.append(("goal", "; ".join(plan.goal)))
     lines += [(stage.stage, _describe_stage(stage, recipe)) for stage in plan.stages if stage.stage in TRAINING]
-    lines.append(("export, bench", "; ".join(_describe_stage(stage, recipe) for stage in plan.stages[-2:])))
+    # one line for both: each has its name, because both end with a time
+    last = [f"{stage.stage} {_describe_stage(stage, recipe)}" for stage in plan.stages[-2:]]
+    lines.append(("export, bench", "; ".join(last)))
     return [*lines, ("time", _describe_time(plan)), *_describe_sizes(plan)]
 
 
@@ -95,15 +97,15 @@ def _describe_stage(stage: StagePlan, recipe: Recipe) -> str:
         return "done"
     actions = []
     if stage.epochs is not None and stage.steps is not None:
-        actions = [f"{stage.epochs:g} epochs, {stage.steps:,} steps"]
+        actions = [_count(stage.epochs, "epoch"), _count(stage.steps, "step")]
         actions += [f"learning rate {stage.learning_rate:.3g}"] if stage.learning_rate is not None else []
     elif stage.stage == "teacher":
         actions = [stage.why]
     if stage.prune_events:
-        actions.append(f"{stage.prune_events} prune events")
+        actions.append(_count(stage.prune_events, "prune event"))
     if stage.stage in recipe.grafted_phases:
         actions.append("grafting")
-    actions += [" ".join(stage.targets)] if stage.targets else []
+    actions += [f"to {', '.join(stage.targets)}"] if stage.targets else []
     actions += [_about(format_duration(stage.estimate.seconds))] if stage.estimate is not None else []
     return ", ".join(actions)
 
@@ -135,6 +137,10 @@ def _describe_sizes(plan: Plan) -> list[tuple[str, str]]:
     if estimate.processes > 1:
         memory += " for each process"
     return [("disk", f"about {disk}; {memory}"), ("result", f"about {', '.join(files)}, from the number of parameters")]
+
+
+def _count(number: float, noun: str) -> str:
+    return f"{number:,.12g} {noun}" if number == 1 else f"{number:,.12g} {noun}s"
 
 
 def _about(duration: str) -> str:

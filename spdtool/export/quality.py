@@ -15,7 +15,7 @@ from spdtool.recipe.fields import Recipe
 from spdtool.run.records import Calibration, CalibrationPair, DifferingRow, FinalScores, PairedTest, Quality, Role
 from spdtool.tasks.decision import Answer
 from spdtool.tasks.scores.calibration import summarize_confidences
-from spdtool.tasks.scores.significance import ScoreRows, bootstrap_interval, bootstrap_scores, mcnemar, paired_bootstrap
+from spdtool.tasks.scores.significance import bootstrap_interval, bootstrap_scores, mcnemar, paired_bootstrap
 from spdtool.tasks.task import Task
 
 LONGEST_TEXT = 300  # characters of a text on the page
@@ -40,11 +40,11 @@ class ScoredSplit:
         """Which rows have the right answer; None where answers are more or less right."""
         return self.task.right_rows(self.outputs, self.rows)
 
-    def score_rows(self) -> ScoreRows | None:
-        """Return the function that scores resampled rows; None where a row is no answer of its own."""
-        if self.rows.labels_per_token or self.rows.groups is not None or self.rows.details is not None:
-            return None
-        return lambda rows: self.task.score_labels(self.outputs[rows], self.rows.labels[rows])["score"]
+    @property
+    def has_row_answers(self) -> bool:
+        """Whether each row has an answer of its own, with a probability."""
+        is_row_by_row = not self.rows.labels_per_token and self.rows.groups is None and self.rows.details is None
+        return is_row_by_row and self.task.confidences(self.outputs, self.rows, 1.0) is not None
 
     def calibration(self, temperature: float, bins: int) -> Calibration | None:
         """Compare probabilities with frequencies; None for a kind without probabilities."""
@@ -97,13 +97,13 @@ def score_test_rows(models: Pair, recipe: Recipe) -> FinalScores:
         resamples=section.resamples,
         confidence=section.confidence,
     )
-    scorers = (teacher.score_rows(), student.score_rows())
-    if scorers[0] is None or scorers[1] is None:
+    resamplers = [model.task.resampler(model.outputs, model.rows) for model in (teacher, student)]
+    if resamplers[0] is None or resamplers[1] is None:
         return final
-    # Both models on the same drawn rows, so that hard rows do not count as a difference.
-    samples = bootstrap_scores(
-        (scorers[0], scorers[1]), len(student.rows), resamples=section.resamples, seed=recipe.seed
-    )
+    final.units = resamplers[1].units
+    scorers = (resamplers[0].score, resamplers[1].score)
+    # Both models on the same draws, so that hard rows do not count as a difference.
+    samples = bootstrap_scores(scorers, resamplers[1].count, resamples=section.resamples, seed=recipe.seed)
     values = teacher_scores["score"], student_scores["score"]
     final.teacher_score = bootstrap_interval(values[0], samples[0], section.confidence)
     final.student_score = bootstrap_interval(values[1], samples[1], section.confidence)
@@ -152,8 +152,8 @@ def _measure_calibration(model: ScoredSplit, temperature: float, bins: int) -> C
 def _compare_answers(quality: Quality, models: Pair, texts: Rows, recipe: Recipe) -> None:
     """Record the dev rows on which student and teacher answer differently, the surest of the student first."""
     teacher, student = models["teacher"], models["student"]
-    if student.score_rows() is None or student.task.confidences(student.outputs, student.rows, 1.0) is None:
-        return  # a row is no answer of its own, or answers are numbers
+    if not student.has_row_answers:
+        return
     # Names in another order would make every row a difference.
     if teacher.names != student.names:
         return

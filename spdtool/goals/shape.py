@@ -201,7 +201,7 @@ def list_budgets(recipe: Recipe, tables: GoalTables, *, factor: float = 1.0) -> 
 def check_reachable(recipe: Recipe, tables: GoalTables) -> None:
     """Refuse a goal that even the smallest shape misses.
 
-    A smoke run goes on: the times of its random two-layer model mean nothing.
+    A smoke run goes on: the times of its small random model mean nothing.
 
     Raises:
         RecipeError: says what the smallest shape reaches.

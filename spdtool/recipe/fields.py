@@ -655,7 +655,7 @@ class Recipe(Section):
     sparse_products: bool = True
     """let plugins compute the student's linear layers without their zeros, where that is faster"""
     smoke: bool = False
-    """a few steps on a random two-layer model: proves that the pipeline runs, and nothing else"""
+    """a few steps on a small random model: proves that the pipeline runs, and nothing else"""
     save_minutes: float = Field(10.0, ge=0)
     """minutes between resumable states inside an epoch; 0: after every step"""
     restarts: int = Field(0, ge=0)

@@ -104,6 +104,11 @@ class RunContent:
     teacher: Curves
     zeros: ZeroMap
 
+    @property
+    def has_gaps(self) -> bool:
+        """Whether some stage scored training rows."""
+        return any(gap != "-" for *_, gap in self.gaps.rows)
+
 
 @dataclass(frozen=True)
 class Comparison:

@@ -5,14 +5,21 @@ from __future__ import annotations
 import json
 import shlex
 
+from spdtool.errors import UnknownName
 from spdtool.report.records import RunRecords, TextTable, format_score, text_table
 from spdtool.run.folder import Run
+from spdtool.tasks.decision import ExampleCall, find_decision
+from spdtool.tasks.scores.metrics import describe_headline
 
 CLASS_COLUMNS = (
-    *("class", "rows", "teacher: precision", "recall", "f1"),
+    *("class", "support", "teacher: precision", "recall", "f1"),
     *("student: precision", "recall", "f1"),
 )
-MODEL_FIELDS = {"num_hidden_layers": "layers", "n_layers": "layers", "hidden_size": "wide", "vocab_size": "words"}
+MODEL_FIELDS = {
+    **dict.fromkeys(("num_hidden_layers", "n_layers"), "{} layers"),
+    **dict.fromkeys(("hidden_size", "dim"), "width {}"),
+    "vocab_size": "vocabulary of {:,} tokens",
+}
 
 
 def describe_subject(run: Run, records: RunRecords) -> list[tuple[str, str]]:
@@ -30,13 +37,13 @@ def describe_subject(run: Run, records: RunRecords) -> list[tuple[str, str]]:
         names = [name for name in trained[0].dev if name != "score"]
         # A further dev set has the same metrics with its suffix, and does not enter the score.
         metrics = [name for name in names if not any(name.startswith(f"{other}_") for other in names)]
-        lines.append(("dev score", recipe.metric or f"{'mean of ' if len(metrics) > 1 else ''}{' and '.join(metrics)}"))
+        lines.append(("dev score", recipe.metric or describe_headline(metrics)))
     config_file = run.path / "teacher" / "config.json"
     source = recipe.given_teacher or recipe.model
     if config_file.is_file():
         config = json.loads(config_file.read_text("utf-8"))
         shape = [str(config.get("model_type", ""))]
-        shape += [f"{config[key]} {name}" for key, name in MODEL_FIELDS.items() if key in config]
+        shape += [text.format(config[key]) for key, text in MODEL_FIELDS.items() if key in config]
         source = f"{source}: {', '.join(shape)}" if recipe.task != "demo" else ", ".join(shape)
     lines.append(("model", source))
     if recipe.student:
@@ -64,13 +71,17 @@ def serving_commands(run: Run) -> list[str]:
     manifest = run.path / "export" / "bundle" / "manifest.json"
     if not manifest.is_file():
         return []
-    folder = shlex.quote(str(run.path))
-    takes_pair = len(json.loads(manifest.read_text("utf-8")).get("text") or ()) == 2
-    pair_option, pair_argument = (' --pair "its second text"', ', "its second text"') if takes_pair else ("", "")
+    folder, bundle = shlex.quote(str(run.path)), json.loads(manifest.read_text("utf-8"))
+    config = json.loads(manifest.with_name("config.json").read_text("utf-8"))
+    try:
+        example = find_decision(config, bundle.get("kind")).example
+    except UnknownName:  # of a plugin that is not installed here
+        example = ExampleCall()
+    texts = [json.dumps(text) for text in example.texts(paired=len(bundle.get("text") or ()) == 2)]
     return [
-        f'spdtool predict {folder} "a text"{pair_option}',
+        f"spdtool predict {folder} {' --pair '.join(texts)}",
         f"spdtool serve {folder} --port 8000",
         "# or in Python",
-        f"classify = spdtool.load({json.dumps(str(run.path))})",
-        f'classify("a text"{pair_argument})',
+        f"{example.name} = spdtool.load({json.dumps(str(run.path))})",
+        f"{example.name}({', '.join(texts)})",
     ]

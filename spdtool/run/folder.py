@@ -384,7 +384,7 @@ class Run:
 
         if self.recipe.smoke:
             # a file that nobody overlooks when a folder is passed on
-            (self.path / SMOKE_MARK).write_text("A few steps on a random two-layer model. Its numbers mean nothing.\n")
+            (self.path / SMOKE_MARK).write_text("A few steps on a small random model. Its numbers mean nothing.\n")
         else:
             (self.path / SMOKE_MARK).unlink(missing_ok=True)
         record = RunRecord(

@@ -7,6 +7,7 @@ of parameters. What onnxruntime will take to export and to time is the roughest 
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spdtool.data.dataset import UNLABELED, Rows
 from spdtool.data.tokens import tokenize
+from spdtool.data.windows import tokenize_windows
 from spdtool.export.sizes import estimate_files
 from spdtool.export.target import ChosenTarget, optional_targets, required_targets
 from spdtool.recipe import PHASES, TRAINING
@@ -22,6 +24,7 @@ from spdtool.run.folder import Run
 from spdtool.run.forecast import StageCost
 from spdtool.run.records import Plan, ResourceEstimate, StageEstimate, WeightCounts
 from spdtool.stages.cost import LEAST, MOST, CostModel, Workload
+from spdtool.tasks.task import Task
 
 FLOAT = 4  # bytes
 ADAM_MOMENTS = 2
@@ -30,10 +33,10 @@ BEST = 1  # copy of the best weights in a snapshot
 RELATION_MAPS = 4  # token-to-token maps per layer: two of the student, two of the teacher
 SAVED_WIDTHS = 16  # activations that a transformer layer keeps for its backward pass, in hidden widths a token
 SAMPLED_ROWS = 256  # rows whose tokens are counted
+SAMPLED_TEXTS = 5_000  # texts whose windows are counted: about a second
 PADDED = 1.1  # tokens of a batch of rows of like length over those of its rows
 # Measured (docs/log.md): to trace, convert, open and compare one file.
 FILE_SECONDS, FILE_SECONDS_PER_PARAMETER = 4.0, 2.5e-7
-DEV_PASSES = 2  # of the checkpoint and of the file
 # Of a bench: to start an engine; engines beside the exported files; products of an engine for those in training.
 ENGINE_SECONDS, FURTHER_ENGINES = 3.0, 3
 
@@ -51,17 +54,23 @@ class Estimator:
     """Estimates the stages of a run and what all of them take.
 
     Args:
-        splits: rows by name.
+        inputs: of each split, see `count_inputs`.
+        tokens: of an input of the training split, see `count_tokens`.
         counts: weights of the student.
     """
 
     def __init__(
-        self, run: Run, splits: dict[str, Rows], pair: Pair, counts: WeightCounts, device: torch.device
+        self,
+        run: Run,
+        inputs: Mapping[str, int],
+        tokens: float,
+        pair: Pair,
+        counts: WeightCounts,
+        device: torch.device,
     ) -> None:
         self.run, self.recipe, self.pair, self.counts, self.device = run, run.recipe, pair, counts, device
-        dev_rows = sum(len(rows) for name, rows in splits.items() if name.startswith("dev"))
-        tokens = count_tokens(self.recipe, pair.tokenizer, splits["train"])
-        rows, unlabeled = len(splits["train"]), len(splits.get(UNLABELED, ()))
+        dev_rows = sum(count for name, count in inputs.items() if name.startswith("dev"))
+        rows, unlabeled = inputs["train"], inputs.get(UNLABELED, 0)
         self.workload = Workload(rows + self.recipe.unlabeled_per_epoch(rows, unlabeled), dev_rows, tokens)
         self.cost_model = CostModel(self.recipe, pair.student, pair.teacher, self.workload, device)
         self.chosen = [*required_targets(self.recipe.export), *optional_targets(self.recipe)[0]]
@@ -106,11 +115,12 @@ class Estimator:
         )
 
     def _export_seconds(self) -> float:
-        seconds = 0.0
+        """Every file answers all dev rows once, and so does each checkpoint, for all of its files."""
+        seconds = sum(self.cost_model.dev_pass_seconds(role) for role in ("teacher", "student"))
         for choice in self.chosen:
             for role in choice.target.roles:
                 seconds += FILE_SECONDS + FILE_SECONDS_PER_PARAMETER * self.counts.all
-                seconds += DEV_PASSES * self.cost_model.dev_pass_seconds(role)
+                seconds += self.cost_model.dev_pass_seconds(role)
         return seconds
 
     def _bench_seconds(self) -> float:
@@ -162,12 +172,28 @@ def plan_for_processes(plan: Plan, processes: int, *, sharded: bool) -> Plan:
     return plan
 
 
-def count_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> float:
-    """Return the mean number of tokens of a row in a batch, padding included, from a sample."""
+def count_inputs(task: Task, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> int:
+    """Count the inputs that a split has for a model: its rows, or the windows into which a kind of task cuts texts.
+
+    Windows are counted on `SAMPLED_TEXTS` rows.
+    """
+    if task.decision.windows is None:
+        return len(rows)
+    sample = rows.sample(SAMPLED_TEXTS, recipe.seed)
+    cut = tokenize_windows(tokenizer, sample, recipe.max_length, recipe.window_stride)
+    return round(len(cut.windows) * len(rows) / len(sample))
+
+
+def count_tokens(task: Task, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> float:
+    """Return the mean number of tokens of an input in a batch, padding included, from a sample."""
     if not recipe.bucketing:
         return recipe.max_length
     numbers = sorted(random.Random(recipe.seed).sample(range(len(rows)), min(SAMPLED_ROWS, len(rows))))
-    lengths = tokenize(tokenizer, rows.select(numbers), recipe.max_length).lengths
+    sample = rows.select(numbers)
+    if task.decision.windows is None:
+        lengths = tokenize(tokenizer, sample, recipe.max_length).lengths
+    else:
+        lengths = tokenize_windows(tokenizer, sample, recipe.max_length, recipe.window_stride).encoded.lengths
     return min(float(lengths.mean()) * PADDED, recipe.max_length)
 
 

@@ -58,10 +58,12 @@ def export(run: Run) -> ExportResult:
     providers = onnx_session.working_providers(recipe.device)
     # Both stages are read before any rows: the rows must be those of either.
     checkpoints: dict[Role, Path] = {"teacher": run.use_input("teacher"), "student": run.use_input("finetune")}
-    references: dict[Role, Reference] = {}
-    for role, checkpoint in checkpoints.items():
-        dev = prepare_dev_sets(checkpoint, recipe, run.record_data, checkpoints["teacher"])
-        references[role] = Reference(checkpoint, dev, recipe)
+    teacher_dev = prepare_dev_sets(checkpoints["teacher"], recipe, run.record_data)
+    student_dev = prepare_dev_sets(checkpoints["student"], recipe, run.record_data, teacher_dev)
+    references: dict[Role, Reference] = {
+        "teacher": Reference(checkpoints["teacher"], teacher_dev, recipe),
+        "student": Reference(checkpoints["student"], student_dev, recipe),
+    }
     for name, error in unusable.items():
         _warn_left_out(name, error)
 

@@ -38,7 +38,7 @@ from spdtool.recipe.fields import Prune, Recipe, Training
 from spdtool.recipe.spelling import list_changes
 from spdtool.run.folder import Run
 from spdtool.run.records import Plan, StagePlan, WeightCounts
-from spdtool.stages.estimate import Estimator, Pair
+from spdtool.stages.estimate import Estimator, Pair, count_inputs, count_tokens
 from spdtool.stages.trial import try_families
 from spdtool.tasks.prepare import find_task
 from spdtool.tasks.task import Task
@@ -65,8 +65,7 @@ def make_plan(run: Run, redo: str | None = None) -> Plan:
     task = find_task(recipe)
     splits = task.read_rows(recipe)
     rows = {name: len(split) for name, split in splits.items()}
-    epoch_rows = count_epoch_rows(recipe, rows)
-    accelerator = check_recipe(recipe, epoch_rows)
+    accelerator = check_recipe(recipe, count_epoch_rows(recipe, rows))
     check_rows(run, task, splits, redo)
     student, teacher = load_pair(recipe, task)
     if recipe.given_teacher is not None:
@@ -76,11 +75,14 @@ def make_plan(run: Run, redo: str | None = None) -> Plan:
         try_families(recipe, task, (student.config, teacher.config))
     counts = _count_weights(recipe, student)
     pair = Pair(student, teacher, load_teacher_tokenizer(recipe, task))
-    estimator = Estimator(run, splits, pair, counts, accelerator.device)
+    inputs = {name: count_inputs(task, recipe, pair.tokenizer, split) for name, split in splits.items()}
+    epoch_rows = count_epoch_rows(recipe, inputs)
+    tokens = count_tokens(task, recipe, pair.tokenizer, splits["train"])
+    estimator = Estimator(run, inputs, tokens, pair, counts, accelerator.device)
     stages = []
     for stage in STAGES:
         model = teacher if stage == "teacher" else student
-        stage_rows = rows["train"] if stage == "teacher" else epoch_rows
+        stage_rows = inputs["train"] if stage == "teacher" else epoch_rows
         planned = _plan_stage(run, stage, stage_rows, model.config.hidden_size)
         if stage == "export":
             planned.targets = [choice.name for choice in estimator.chosen]
@@ -117,7 +119,7 @@ def check_recipe(recipe: Recipe, rows: int) -> Accelerator:
     """Return the device of a recipe; refuse what a later stage would: unknown names, prune events that do not fit.
 
     Args:
-        rows: of an epoch of the student.
+        rows: of an epoch of the student; windows of them only make an epoch longer.
 
     Raises:
         UnknownName: no such criterion, pattern, target or schedule.

@@ -10,7 +10,7 @@ import numpy as np
 
 from spdtool.data.windows import WindowOutput
 from spdtool.escaping import make_visible
-from spdtool.tasks.decision import LABEL, NUMBER, Answer, Decision, Json, Object, Snippets
+from spdtool.tasks.decision import LABEL, NUMBER, Answer, Decision, ExampleCall, Json, Object, Snippets
 from spdtool.tasks.scores.answer_metrics import word_f1
 from spdtool.tasks.scores.probabilities import softmax
 
@@ -83,6 +83,7 @@ class BestSpan(Decision):
 
     output_names = (LABEL,)
     windows = 1
+    example = ExampleCall("answer", pair=("a question", "its context"))
 
     @classmethod
     def fits(cls, config: Mapping[str, Any]) -> bool:  # noqa: ARG003

@@ -53,6 +53,23 @@ class Snippets(NamedTuple):
     note: str = ""
 
 
+class ExampleCall(NamedTuple):
+    """How documents call a loaded model of one kind.
+
+    Attributes:
+        name: of the variable that holds the model.
+        text: stands for the only text. pair: stand for both texts of a pair.
+    """
+
+    name: str = "classify"
+    text: str = "one text"
+    pair: tuple[str, str] = ("first text", "second text")
+
+    def texts(self, *, paired: bool) -> tuple[str, ...]:
+        """Return one text, or both texts of a pair."""
+        return self.pair if paired else (self.text,)
+
+
 class Decision:
     """How the outputs of one model become answers. A subclass overrides what its kind of task has otherwise.
 
@@ -65,12 +82,14 @@ class Decision:
         output_names: outputs that the server offers in the protocol of KServe, the default answer first.
         route: name of a further route of the server for this kind, see `serving.compatible`; None: there is none.
         reads_words: whether a training row may have its text as a list of words, which are joined by spaces.
+        example: how the model card and the page of a run call a model of this kind.
     """
 
     output_names: ClassVar[tuple[str, ...]] = (LOGITS, PROBABILITIES, LABEL)
     windows: ClassVar[int | None] = None
     route: ClassVar[str | None] = None
     reads_words: ClassVar[bool] = False
+    example: ClassVar[ExampleCall] = ExampleCall()
 
     def __init__(self, names: Sequence[str], settings: Mapping[str, Json] | None = None) -> None:
         self.names, self.settings = list(names), dict(settings or {})
@@ -263,6 +282,7 @@ class OneNumber(Decision):
     """Each row has a number: the only logit."""
 
     output_names = (LOGITS,)
+    example = ExampleCall("predict")
 
     @classmethod
     def fits(cls, config: Mapping[str, Any]) -> bool:

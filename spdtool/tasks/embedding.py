@@ -22,7 +22,7 @@ from spdtool.data.tokens import Encoded
 from spdtool.errors import ModelError, RecipeError
 from spdtool.plugins import task_kinds
 from spdtool.recipe.fields import Loss, Recipe
-from spdtool.tasks.decision import NUMBER, Answer, Decision, Json, Object
+from spdtool.tasks.decision import NUMBER, Answer, Decision, ExampleCall, Json, Object
 from spdtool.tasks.head import Head
 from spdtool.tasks.scores.metrics import METRICS
 from spdtool.tasks.scores.neighbours import NEIGHBOURS, cosines, neighbour_agreement
@@ -81,6 +81,7 @@ class Vector(Decision):
 
     output_names = (EMBEDDING,)
     route = "embeddings"
+    example = ExampleCall("embed")
 
     @classmethod
     def fits(cls, config: Mapping[str, Any]) -> bool:  # noqa: ARG003

@@ -14,7 +14,7 @@ import numpy as np
 from spdtool.data.kinds.tags import OUTSIDE, split_tag
 from spdtool.data.windows import WindowOutput
 from spdtool.escaping import make_visible
-from spdtool.tasks.decision import LABEL, Answer, Decision, Json, Object, Snippets
+from spdtool.tasks.decision import LABEL, Answer, Decision, ExampleCall, Json, Object, Snippets
 from spdtool.tasks.scores.probabilities import softmax
 
 ENTITIES = "entities"
@@ -87,6 +87,7 @@ class Entities(Decision):
     output_names = (LABEL,)
     windows = 0
     reads_words = True
+    example = ExampleCall("find")
 
     @classmethod
     def fits(cls, config: Mapping[str, Any]) -> bool:  # noqa: ARG003

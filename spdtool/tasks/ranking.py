@@ -19,9 +19,16 @@ from spdtool.data.tokens import Encoded
 from spdtool.errors import DataError, ModelError, RecipeError
 from spdtool.plugins import task_kinds
 from spdtool.recipe.fields import Loss, Recipe
-from spdtool.tasks.decision import LOGITS, NUMBER, Answer, Decision, Json, Object
+from spdtool.tasks.decision import LOGITS, NUMBER, Answer, Decision, ExampleCall, Json, Object, Snippets
 from spdtool.tasks.scores.probabilities import sigmoid
-from spdtool.tasks.scores.ranking_metrics import rank_passages, reciprocal_rank, score_rankings, split_by_query
+from spdtool.tasks.scores.ranking_metrics import (
+    rank_passages,
+    reciprocal_rank,
+    score_queries,
+    score_rankings,
+    split_by_query,
+)
+from spdtool.tasks.scores.significance import Resampler
 from spdtool.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -30,6 +37,16 @@ if TYPE_CHECKING:
 
 SCORE = "score"
 SHUFFLES = 20  # random orders of the dev passages that say what chance scores
+CROSS_ENCODER_NOTE = """
+With sentence-transformers:
+
+```python
+from sentence_transformers import CrossEncoder
+
+model = CrossEncoder("FOLDER", backend="onnx")
+print(float(model.predict([("a query", "a passage")])[0]))
+```
+"""
 IRRELEVANT_NAMES = ("0", "label_0", "irrelevant", "not_relevant", "false", "negative")
 
 
@@ -42,6 +59,7 @@ class Relevance(Decision):
 
     output_names = (LOGITS, SCORE)
     route = "rerank"
+    example = ExampleCall("score", pair=("a query", "a passage"))
 
     @classmethod
     def settings_of(cls, config: Mapping[str, Any]) -> dict[str, Json]:
@@ -105,6 +123,19 @@ class Relevance(Decision):
     def describe(self) -> str:
         """Say that it is a score."""
         return "how relevant a passage is to a query"
+
+    def snippets(self) -> Snippets:
+        """Return what a model card shows of a score."""
+        answer, reason = "how relevant the passage is to the query", "takes no second text"
+        if len(self.names) == 1 and self.settings.get("activation") == "identity":
+            return Snippets(answer, "float(logits[0, 0])", "logits.data[0]", reason, note=CROSS_ENCODER_NOTE)
+        if len(self.names) == 1:
+            python, script = "float(1 / (1 + np.exp(-logits[0, 0])))", "1 / (1 + Math.exp(-logits.data[0]))"
+            return Snippets(answer, python, script, reason, note=CROSS_ENCODER_NOTE)
+        relevant = find_relevant_output(self.names)
+        python = f"float(1 / (1 + np.exp(logits[0, {1 - relevant}] - logits[0, {relevant}])))"
+        script = f"1 / (1 + Math.exp(logits.data[{1 - relevant}] - logits.data[{relevant}]))"
+        return Snippets(answer, python, script, reason)
 
     def line(self, prediction: Mapping[str, Any]) -> str:
         """Return the score."""
@@ -234,6 +265,10 @@ class Ranking(Task):
     def score_labels(self, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """Return every metric, and `score`, the headline; `labels` [rows, 2] are query number and relevance."""
         return self.summarize(score_rankings(self.predictions(logits), labels))
+
+    def resampler(self, outputs: np.ndarray, rows: Encoded) -> Resampler | None:
+        """Return how a bootstrap draws queries, each with all of its passages."""
+        return self.resample_means(score_queries(self.predictions(outputs), rows.labels), "queries")
 
     def baseline(self, rows: Rows | Encoded) -> dict[str, float]:
         """Score random orders of the passages: the mean of some."""

@@ -19,6 +19,7 @@ from spdtool.tasks.classification import Classification
 from spdtool.tasks.decision import Json
 from spdtool.tasks.head import Head
 from spdtool.tasks.scores.answer_metrics import exact_match, word_f1
+from spdtool.tasks.scores.significance import Resampler
 from spdtool.tasks.windowed import WindowDetails, WindowedTask
 
 if TYPE_CHECKING:
@@ -106,13 +107,21 @@ class Spans(WindowedTask):
 
     def score(self, outputs: np.ndarray, rows: Encoded) -> dict[str, float]:
         """Return exact match and F1 of words, averaged over questions."""
+        return self.summarize({name: float(each.mean()) for name, each in self._score_questions(outputs, rows).items()})
+
+    def resampler(self, outputs: np.ndarray, rows: Encoded) -> Resampler | None:
+        """Return how a bootstrap draws questions, each with all of its windows."""
+        return self.resample_means(self._score_questions(outputs, rows), "questions")
+
+    def _score_questions(self, outputs: np.ndarray, rows: Encoded) -> dict[str, np.ndarray]:
+        """Return each metric of every question, [questions]."""
         predicted = [answer["answer"] for answer in self.answers(outputs, rows, self.head_labels)]
-        gold = self._gold_answers(rows)
+        pairs = list(zip(predicted, self._gold_answers(rows), strict=True))
         values = {
-            "exact_match": np.mean([exact_match(*pair) for pair in zip(predicted, gold, strict=True)]),
-            "f1": np.mean([word_f1(*pair) for pair in zip(predicted, gold, strict=True)]),
+            "exact_match": np.array([exact_match(*pair) for pair in pairs]),
+            "f1": np.array([word_f1(*pair) for pair in pairs]),
         }
-        return self.summarize({name: float(values[name]) for name in self.dataset.metrics})
+        return {name: values[name] for name in self.dataset.metrics}
 
     def _gold_answers(self, rows: Encoded) -> list[Sequence[str]]:
         assert isinstance(rows.details, AnswerDetails)

@@ -18,7 +18,8 @@ from spdtool.run.records import ClassScores
 from spdtool.tasks.decision import Answer, Decision, Json, OneLabel
 from spdtool.tasks.head import SEQUENCE_CLASSIFIER, Head
 from spdtool.tasks.scores.calibration import Confidences
-from spdtool.tasks.scores.metrics import METRICS
+from spdtool.tasks.scores.metrics import METRICS, describe_headline
+from spdtool.tasks.scores.significance import Resampler
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -171,6 +172,33 @@ class Task:
         predicted = self.predictions(logits)
         return self.summarize({name: self.measure(name, labels, predicted) for name in self.dataset.metrics})
 
+    def resampler(self, outputs: np.ndarray, rows: Encoded) -> Resampler | None:
+        """Return how a bootstrap resamples the score of a split; None where rows cannot be drawn one by one.
+
+        Args:
+            outputs, rows: as in `score`.
+        """
+        if rows.labels_per_token or rows.groups is not None or rows.details is not None:
+            return None
+        return Resampler(
+            len(rows), "rows", lambda drawn: self.score_labels(outputs[drawn], rows.labels[drawn])["score"]
+        )
+
+    def resample_means(self, values: Mapping[str, np.ndarray], units: str) -> Resampler | None:
+        """Return how a bootstrap resamples a score that is a mean over units; None without any.
+
+        Args:
+            values: each metric, [units]. units: see `Resampler`.
+        """
+        count = len(next(iter(values.values())))
+        if not count:
+            return None
+
+        def score(drawn: np.ndarray) -> float:
+            return self.summarize({name: float(each[drawn].mean()) for name, each in values.items()})["score"]
+
+        return Resampler(count, units, score)
+
     def summarize(self, values: dict[str, float]) -> dict[str, float]:
         """Put `score`, the headline, in front of the values of the metrics."""
         headline = float(np.mean(list(values.values()))) if self.metric is None else values[self.metric]
@@ -286,10 +314,7 @@ class Task:
 
     def describe_score(self) -> str:
         """Say what the headline score is."""
-        metrics = self.dataset.metrics
-        if self.metric is not None:
-            return self.metric
-        return metrics[0] if len(metrics) == 1 else f"mean of {' and '.join(metrics)}"
+        return self.metric or describe_headline(self.dataset.metrics)
 
     def describe_labels(self, splits: datasets.Splits) -> str:
         """Describe the labels of the training and dev rows in one line."""

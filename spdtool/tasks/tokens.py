@@ -20,7 +20,9 @@ from spdtool.run.records import ClassScores
 from spdtool.tasks.entities import Entities
 from spdtool.tasks.head import Head
 from spdtool.tasks.named_labels import NamedLabels, soften
-from spdtool.tasks.scores.tags import Tags, score_span_types, score_spans, score_words
+from spdtool.tasks.scores.metrics import METRICS
+from spdtool.tasks.scores.significance import Resampler
+from spdtool.tasks.scores.tags import Tags, count_spans, score_span_types, score_spans, score_words
 from spdtool.tasks.windowed import WindowDetails, WindowedTask
 
 if TYPE_CHECKING:
@@ -159,6 +161,27 @@ class Tokens(NamedLabels, WindowedTask):
         if self.is_span:
             return self.summarize({"span_f1": score_spans(gold, predicted).f1})
         return self.summarize(score_words(self.dataset.metrics, gold, predicted))
+
+    def resampler(self, outputs: np.ndarray, rows: Encoded) -> Resampler | None:
+        """Return how a bootstrap draws whole texts."""
+        gold, predicted = self.read_tags(self.predictions(outputs), rows)
+        if self.is_span:
+            counts = count_spans(gold, predicted)
+
+            def span_f1(drawn: np.ndarray) -> float:
+                right, both = counts[drawn].sum(axis=0)
+                return float(2 * right / max(both, 1))
+
+            return Resampler(len(gold), "texts", span_f1)
+
+        numbers = {tag: number for number, tag in enumerate(self.tags)}  # thousands of draws: strings are slow
+        sides = [[np.array([numbers[tag] for tag in tags]) for tags in side] for side in (gold, predicted)]
+
+        def score_texts(drawn: np.ndarray) -> float:
+            words = [np.concatenate([side[text] for text in drawn]) for side in sides]
+            return self.summarize({name: METRICS[name](*words) for name in self.dataset.metrics})["score"]
+
+        return Resampler(len(gold), "texts", score_texts)
 
     def score_classes(self, outputs: np.ndarray, rows: Encoded, names: Sequence[str]) -> dict[str, ClassScores]:
         """Score the spans of each type by themselves; plain tags have none."""

@@ -432,6 +432,8 @@ def test_the_plan_is_short_unless_all_of_it_is_requested(
     names = ("data", "labels", "dev score", "model", "teacher", "prune", "distill", "finetune", "export, bench", "time")
     for name, line in zip((*names, "disk", "result", ""), lines, strict=False):
         assert line.startswith(name), line
+    assert all(words in lines[8] for words in ("export to onnx", "; bench ")), lines[8]
+    assert "1 epoch, " in lines[4] or "epochs, " in lines[4], lines[4]
     changed = result.stdout.split("changed field")[1]
     assert "export.optional" in changed
     assert "learning_rate" not in changed, "only what differs from the recipe"

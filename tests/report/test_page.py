@@ -15,6 +15,7 @@ from spdtool.recipe import spelling
 from spdtool.recipe.fields import MAY_CHANGE
 from spdtool.report import commands, curves, page
 from spdtool.report import content as gather
+from spdtool.report.subject import serving_commands
 from spdtool.run.folder import Run
 from spdtool.run.records import Ratio, StudentRow
 
@@ -140,7 +141,7 @@ def test_older_runs_without_train_scores_have_empty_gaps(compressed, tmp_path):
         log.write_text("".join(json.dumps(e | {"train": None}) + "\n" for e in events), "utf-8")
     run = Run.open(folder)
     assert [row[1::2] for row in gather.content_of(run).gaps.rows] == [["-", "-"]] * 4
-    read(page.write_page([folder]).file)
+    assert "there is no gap to show" in " ".join(read(page.write_page([folder]).file).words)
 
 
 def test_names_that_are_markup_are_shown_as_text(toy_task, toy_run):
@@ -247,6 +248,28 @@ def test_the_page_begins_with_speed_size_and_score_and_says_how_to_use_the_model
         "mean of accuracy and f1",
     ):
         assert words in text, words
+
+
+def test_the_page_calls_a_model_by_what_its_kind_of_task_does(tmp_path):
+    run = Run.for_recipe(tmp_path / "run", recipes.build_recipe("default", {"task": "demo"}, []))
+    bundle = run.path / "export" / "bundle"
+    bundle.mkdir(parents=True)
+    (bundle / "config.json").write_text("{}", "utf-8")
+    pair = ["first", "second"]
+    for kind, text, command, call in (
+        ("classification", ["text"], 'run "one text"', 'classify("one text")'),
+        ("classification", pair, 'run "first text" --pair "second text"', 'classify("first text", "second text")'),
+        ("tokens", ["words"], 'run "one text"', 'find("one text")'),
+        ("ranking", pair, 'run "a query" --pair "a passage"', 'score("a query", "a passage")'),
+        ("spans", pair, 'run "a question" --pair "its context"', 'answer("a question", "its context")'),
+        ("embedding", ["text"], 'run "one text"', 'embed("one text")'),
+        ("of a plugin that is not here", ["text"], 'run "one text"', 'classify("one text")'),
+    ):
+        (bundle / "manifest.json").write_text(json.dumps({"kind": kind, "text": text}), "utf-8")
+        lines = serving_commands(run)
+        assert lines[0].endswith(command), kind
+        assert lines[-1] == call, kind
+        assert lines[-2].startswith(f"{call.partition('(')[0]} = spdtool.load("), kind
 
 
 def test_the_page_scores_each_class(compressed):

@@ -96,7 +96,8 @@ def test_the_model_card_fits_the_kind_of_task(toys: ModuleType, toy_task: Any) -
         single_class = bool(labels) and not pairs
         assert ('pipeline("text-classification"' in card) == single_class
         assert ("text_pair" in card) == pairs
-        assert ('classify("first text", "second text")' in card) == pairs
+        name = "classify" if labels else "predict"
+        assert (f'{name}("first text", "second text")' in card) == pairs
         assert ("| 1 of 9 |" in card) == bool(labels)
         assert ("largest change, mean change, rank correlation |" in card) == (not labels)
         assert ("| 5.0e-01, 2.5e-01, 0.750000 |" in card) == (not labels)

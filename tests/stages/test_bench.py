@@ -219,7 +219,7 @@ def test_engines_are_compared_with_each_number_of_threads(
     assert metrics.columns[5:7] == ["speed 1t", "2t"]
     assert set(metrics.speeds) == {1, 2}
     assert metrics.speed == metrics.speeds[1]
-    assert set(metrics.caveats.values()) == {"1 rounds are too few to tell it from noise"}
+    assert set(metrics.caveats.values()) == {"1 round is too few to tell it from noise"}
 
 
 def test_a_machine_of_one_core_has_one_number_of_threads(

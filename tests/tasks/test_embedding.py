@@ -13,7 +13,9 @@ import toys
 from spdtool.data.kinds.embedding import RatedPairs, make_rows
 from spdtool.data.tokens import empty_split
 from spdtool.errors import DataError, ModelError, RecipeError
-from spdtool.models.load import load_tokenizer
+from spdtool.export.gates.reference import Reference, prepare_dev_sets
+from spdtool.models.load import load_model, load_tokenizer, save_model
+from spdtool.models.vocabulary import choose_tokens, trim_embeddings, trim_tokenizer
 from spdtool.recipe.fields import Loss
 from spdtool.recipe.reading import request_recipe
 from spdtool.tasks.embedding import Embedding, Vector, sample_texts, vector_loss
@@ -142,3 +144,22 @@ def test_a_vector_is_answered_in_every_form() -> None:
     assert decision.line({"embedding": [0.5, 1.0]}) == '{"embedding":[0.5,1.0]}'
     assert decision.tensor("sentence_embedding", outputs) == [0.5, 1.0, 0.25, 0.0]
     assert decision.tensor_shape("sentence_embedding", 2) == [2, 2]
+
+
+@pytest.mark.usefixtures("task")
+def test_an_export_asks_the_teacher_once_and_in_its_own_tokens(tmp_path: Path) -> None:
+    sets = [f"pairs={tmp_path / 'pairs.tsv'}", "neighbour_texts=5"]
+    recipe = request_recipe(data=tmp_path / "texts.txt", teacher=tmp_path / "teacher", sets=sets)
+    dev = prepare_dev_sets(tmp_path / "teacher", recipe)
+    assert Reference(tmp_path / "teacher", dev, recipe).dev_logits("cpu") is dev.logits
+    # The student is the teacher, but for the words that no dev text has: its tokens have other numbers.
+    tokenizer, model = load_tokenizer(tmp_path / "teacher"), load_model(tmp_path / "teacher")
+    tokens = choose_tokens(tokenizer, np.unique(dev.splits["dev"].columns["input_ids"]).tolist())
+    assert tokens[-1] >= len(tokens), "no token has another number"
+    trim_embeddings(model, tokens)
+    save_model(model, trim_tokenizer(tokenizer, tokens), tmp_path / "student")
+    student_dev = prepare_dev_sets(tmp_path / "student", recipe, teacher=dev)
+    logits = Reference(tmp_path / "student", student_dev, recipe).dev_logits("cpu")
+    np.testing.assert_allclose(logits["dev"], dev.logits["dev"], atol=1e-6)
+    assert student_dev.task is not None
+    assert student_dev.task.score_splits(logits, student_dev.splits)["neighbours"] == 1.0

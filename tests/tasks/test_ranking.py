@@ -121,6 +121,20 @@ def test_chance_is_what_random_orders_score_and_a_perfect_ranking_is_above_it(ta
     assert task.score_labels(perfect, labels)["score"] == 1.0
 
 
+def test_a_bootstrap_draws_queries_that_have_a_relevant_passage(task: Ranking) -> None:
+    rows = make_rows(6)
+    labels = np.asarray(rows.labels, np.float32)
+    labels[labels[:, 0] == labels[0, 0], 1] = 0
+    encoded = replace(empty_split(toys.tokenizer()), labels=labels, groups=labels[:, 0])
+    outputs = np.random.default_rng(1).normal(size=(len(labels), 1))
+    resampler = task.resampler(outputs, encoded)
+    assert resampler is not None
+    assert (resampler.count, resampler.units) == (5, "queries")
+    assert resampler.score(np.arange(5)) == pytest.approx(task.score(outputs, encoded)["score"])
+    labels[:, 1] = 0
+    assert task.resampler(outputs, encoded) is None
+
+
 def test_rank_changes_within_the_tolerance_are_no_change(task: Ranking) -> None:
     before = np.array([[1.0], [0.99], [0.0], [3.0], [1.0]])
     encoded = replace(empty_split(toys.tokenizer()), labels=LABELS.numpy())
@@ -189,3 +203,16 @@ def test_a_changed_activation_is_caught_and_that_of_newer_folders_is_read(tmp_pa
     (tmp_path / "exported/config.json").write_text(json.dumps(config), "utf-8")
     with pytest.raises(GateError, match="sentence_transformers"):
         check_configuration(tmp_path / "exported", tmp_path / "checkpoint")
+
+
+def test_the_code_of_the_card_gives_the_score_of_the_model() -> None:
+    outputs = {1: np.array([[0.75]], np.float32), 2: np.array([[0.25, 1.5]], np.float32)}
+    for names, config in (
+        (["score"], {}),
+        (["score"], {"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"}}),
+        (["LABEL_0", "LABEL_1"], {}),
+        (["relevant", "irrelevant"], {}),
+    ):
+        decision, logits = Relevance(names, Relevance.settings_of(config)), outputs[len(names)]
+        code = decision.snippets().python
+        assert eval(code, {"np": np, "logits": logits}) == pytest.approx(decision.decide(logits)[0]), (names, config)

@@ -127,6 +127,20 @@ def test_a_perfect_model_scores_one_whatever_the_length_of_windows(toys: ModuleT
     assert changed.sum() == worse.sum() > 20
 
 
+def test_a_bootstrap_draws_questions_with_all_of_their_windows(toys: ModuleType) -> None:
+    task = toy(toys)
+    rows = toys.question_rows(6, longest=30)
+    encoded = task.encode(toys.tokenizer(), {"dev": rows}, toys.recipe(max_length=16))["dev"]
+    outputs = perfect_outputs(encoded) + np.random.default_rng(0).normal(0, 5, (int(encoded.offsets[-1]), 2))
+    resampler = task.resampler(outputs, encoded)
+    assert resampler is not None
+    assert (resampler.count, resampler.units) == (6, "questions")
+    assert resampler.score(np.arange(6)) == pytest.approx(task.score(outputs, encoded)["score"])
+    single = [resampler.score(np.array([question])) for question in range(6)]
+    assert len(set(single)) > 1
+    assert resampler.score(np.array([1, 1, 4])) == pytest.approx(np.mean([single[1], single[1], single[4]]))
+
+
 def test_the_threshold_is_the_best_on_dev_rows(toys: ModuleType) -> None:
     rows = toys.question_rows(30, without=3)
     task = toy(toys)

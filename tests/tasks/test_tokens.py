@@ -114,6 +114,20 @@ def test_a_span_counts_as_right_only_whole_and_with_its_type(toys: ModuleType) -
     assert plain.baseline(encoded)["accuracy"] == 0.25
 
 
+def test_a_bootstrap_draws_whole_texts(toys: ModuleType) -> None:
+    for metrics in (("span_f1",), ("accuracy", "f1_macro")):
+        task = toy(toys, metrics)
+        encoded = encode(task, toys, toys.tag_rows(9))
+        outputs = np.random.default_rng(0).normal(size=(int(encoded.offsets[-1]), len(task.tags)))
+        gold, predicted = task.read_tags(task.predictions(outputs), encoded)
+        resampler = task.resampler(outputs, encoded)
+        assert resampler is not None
+        assert (resampler.count, resampler.units) == (9, "texts")
+        for drawn in (range(9), [3, 3, 0, 7]):
+            expected = task.score_tags([gold[text] for text in drawn], [predicted[text] for text in drawn])["score"]
+            assert resampler.score(np.array(drawn)) == pytest.approx(expected), (metrics, drawn)
+
+
 def test_words_of_long_texts_are_scored_once_whatever_the_window(toys: ModuleType) -> None:
     task, rows = toy(toys), toys.tag_rows(12, longest=50)
     tags = np.concatenate([[tag for _, _, tag in words] for words in rows.labels])

@@ -23,8 +23,8 @@ PYTHON = """
 ```python
 import spdtool  # needs neither torch nor transformers
 
-classify = spdtool.load("FOLDER")
-print(classify({arguments}))  # {answer}
+{name} = spdtool.load("FOLDER")
+print({name}({arguments}))  # {answer}
 ```
 
 `selftest.py` is a worked example with plain onnxruntime and tokenizers. With transformers and onnxruntime:
@@ -49,8 +49,8 @@ With transformers.js (`dtype` is one of {dtypes}):
 ```js
 import {{ pipeline }} from "@huggingface/transformers";
 
-const classify = await pipeline("{pipeline}", "FOLDER", {{ dtype: "{dtype}" }});
-console.log(await classify({arguments}{options}));
+const {name} = await pipeline("{pipeline}", "FOLDER", {{ dtype: "{dtype}" }});
+console.log(await {name}({arguments}{options}));
 ```
 """
 MODEL = """
@@ -154,26 +154,29 @@ def render_card(
         dtypes = [dtype for file, dtype in DTYPES.items() if file in files]
         usage = SENTENCES.format(dtypes=", ".join(f"`{dtype}`" for dtype in dtypes), dtype=dtypes[0])
         return "\n".join(lines) + "\n" + usage + SELFTEST_NOTE
-    return "\n".join(lines) + "\n" + _usage(task, [str(name) for name in labels.values()], files)
+    return "\n".join(lines) + "\n" + _usage(task, [str(name) for name in labels.values()], files, config)
 
 
-def _usage(task: Task, labels: Sequence[str], files: Sequence[str]) -> str:
+def _usage(task: Task, labels: Sequence[str], files: Sequence[str], config: Mapping[str, JsonValue]) -> str:
     """Render the snippets that are right for this kind of task.
 
     Args:
         labels: names, in the order of the logits.
         files: models, the portable one first.
+        config: the model's config.json.
     """
-    head, snippets = task.head, task.decision(labels).snippets()
+    decision = task.decision(labels, task.decision.settings_of(config))
+    head, snippets, example = task.head, decision.snippets(), decision.example
     pairs = len(task.dataset.text) == 2
     dtypes = [dtype for file, dtype in DTYPES.items() if file in files]
-    arguments, script_arguments = '"one text"', '"one text"'
+    texts = [json.dumps(text) for text in example.texts(paired=pairs)]
+    arguments = script_arguments = ", ".join(texts)
     if pairs:
-        arguments = '"first text", "second text"'
         # JavaScript's tokenizers take the second text as an option.
-        script_arguments = '"first text", { text_pair: "second text" }'
+        script_arguments = f"{texts[0]}, {{ text_pair: {texts[1]} }}"
     names = ", ".join(head.outputs)
     usage = PYTHON.format(
+        name=example.name,
         arguments=arguments,
         answer=snippets.answer.replace("\n", " "),
         model=files[0],
@@ -182,7 +185,12 @@ def _usage(task: Task, labels: Sequence[str], files: Sequence[str]) -> str:
     )
     script = {"dtypes": ", ".join(f"`{dtype}`" for dtype in dtypes), "dtype": dtypes[0]}
     if not pairs and not snippets.script:
-        script |= {"arguments": script_arguments, "pipeline": head.pipeline, "options": snippets.options}
+        script |= {
+            "name": example.name,
+            "arguments": script_arguments,
+            "pipeline": head.pipeline,
+            "options": snippets.options,
+        }
         return usage + snippets.note + PIPELINE.format(**script) + SELFTEST_NOTE
     script |= {
         "arguments": script_arguments,

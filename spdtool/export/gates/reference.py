@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +39,8 @@ class DevSets:
         calibration_rows: some training rows; None without a task.
         texts: the rows of `splits` before they were tokenized.
         test: the test rows, which no gate reads; None where there are none.
+        logits: the checkpoint's on a CPU, where they had to be computed already: the teacher's, for kinds whose score
+            compares with it.
     """
 
     task: Task | None
@@ -47,6 +48,7 @@ class DevSets:
     calibration_rows: Encoded | None = None
     texts: dict[str, Rows] = field(default_factory=dict)
     test: Encoded | None = None
+    logits: DevLogits = field(default_factory=dict)
 
     def predict(self, forward: Forward) -> DevLogits:
         """Compute the logits of every dev set."""
@@ -54,13 +56,13 @@ class DevSets:
 
 
 def prepare_dev_sets(
-    checkpoint: Path, recipe: Recipe, check_rows: CheckRows | None = None, teacher: Path | None = None
+    checkpoint: Path, recipe: Recipe, check_rows: CheckRows | None = None, teacher: DevSets | None = None
 ) -> DevSets:
     """Encode the dev sets of the recipe's task, and some training rows, for a checkpoint.
 
     Args:
         check_rows: as in `tasks.prepare_rows`.
-        teacher: checkpoint of the teacher, for kinds whose score compares with it; None: `checkpoint` itself.
+        teacher: dev sets of the teacher, for kinds whose score compares with it; None: `checkpoint` is the teacher.
 
     Raises:
         DataError, ModelError: data, tokenizer and model do not fit together.
@@ -75,15 +77,18 @@ def prepare_dev_sets(
     checked = {name: encoded for name, encoded in splits.items() if name in texts or name == "test"}
     data.check_lengths(checked, max_positions(model))
     data.check_vocabulary(checked, model.config.vocab_size)
-    dev_splits = task.compare_with(dev_splits, lambda: _predict_teacher(teacher or checkpoint, dev_splits))
+    logits: DevLogits = {}
+
+    def predict_teacher() -> DevLogits:
+        if teacher is not None:  # in its own tokens: a student may have a trimmed vocabulary
+            return teacher.logits
+        forward = torch_forward(model)
+        logits.update({name: predict(forward, split) for name, split in dev_splits.items()})
+        return logits
+
+    compared = task.compare_with(dev_splits, predict_teacher)
     calibration_rows = splits["train"].sample(recipe.export.calibration, recipe.seed)
-    return DevSets(task, dev_splits, calibration_rows, texts, splits.get("test"))
-
-
-def _predict_teacher(teacher: Path, splits: Mapping[str, Encoded]) -> DevLogits:
-    """Compute the teacher's outputs of every dev set."""
-    model = load_model(teacher)
-    return {name: predict(torch_forward(model), rows) for name, rows in splits.items()}
+    return DevSets(task, compared, calibration_rows, texts, splits.get("test"), logits)
 
 
 class Reference:
@@ -190,6 +195,6 @@ class Reference:
     def dev_logits(self, provider: str) -> DevLogits:
         """Compute the checkpoint's logits on the dev sets."""
         if provider not in self._dev_logits:
-            forward = torch_forward(self.load_model(provider), provider)
-            self._dev_logits[provider] = self.dev.predict(forward)
+            logits = self.dev.logits if provider == "cpu" else {}
+            self._dev_logits[provider] = logits or self.dev.predict(torch_forward(self.load_model(provider), provider))
         return self._dev_logits[provider]

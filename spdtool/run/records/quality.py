@@ -54,7 +54,7 @@ class FinalScores(Record):
         teacher_score, student_score: the headline, with its interval; None where rows cannot be
             resampled one by one.
         difference: of the headline, student minus teacher, over the same resamples.
-        resamples, confidence: of the intervals.
+        resamples, confidence: of the intervals. units: what was resampled, in the plural.
     """
 
     rows: int
@@ -67,6 +67,7 @@ class FinalScores(Record):
     test: PairedTest | None = None
     resamples: int
     confidence: float
+    units: str = "rows"
 
     def lines(self) -> list[tuple[str, str]]:
         """Describe the scores as names and texts."""
@@ -77,7 +78,7 @@ class FinalScores(Record):
             ("student, test", str(self.student_score or f"{self.student['score']:.4f}")),
         ]
         if self.difference is not None and self.test is not None:
-            interval = f"{self.confidence:.0%} interval of {self.resamples:,} resamples"
+            interval = f"{self.confidence:.0%} interval of {self.resamples:,} resamples of the {self.units}"
             lines += [("difference", f"{self.difference}; {interval}"), ("is it chance", self.test.describe())]
         return lines
 

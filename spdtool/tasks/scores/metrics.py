@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -100,3 +100,9 @@ METRICS: dict[str, Metric] = {
     "pearson": pearson,
     "spearman": spearman,
 }
+
+
+def describe_headline(metrics: Sequence[str]) -> str:
+    """Say what the headline score of these metrics is: the only one, or the mean of all."""
+    *others, last = metrics
+    return f"mean of {', '.join(others)} and {last}" if others else last

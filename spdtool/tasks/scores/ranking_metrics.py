@@ -55,6 +55,16 @@ def score_rankings(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Return the mean of each metric over the queries that have a relevant passage; 0 where none has.
 
     Args:
+        scores, labels: as in `score_queries`.
+    """
+    values = score_queries(scores, labels)
+    return {name: float(each.mean()) if len(each) else 0.0 for name, each in values.items()}
+
+
+def score_queries(scores: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+    """Return each metric of every query that has a relevant passage, [queries].
+
+    Args:
         scores: of the rows, [rows].
         labels: query number and relevance, [rows, 2].
     """
@@ -66,7 +76,7 @@ def score_rankings(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         ranked = relevance[rank_passages(scores[rows], relevance)]
         for name, metric in RANKING_METRICS.items():
             values[name].append(metric(ranked))
-    return {name: float(np.mean(each)) if each else 0.0 for name, each in values.items()}
+    return {name: np.array(each) for name, each in values.items()}
 
 
 def split_by_query(labels: np.ndarray) -> list[np.ndarray]:

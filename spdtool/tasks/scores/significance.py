@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,6 +11,20 @@ from spdtool.run.records import Interval, PairedTest
 
 ScoreRows = Callable[[np.ndarray], float]
 """Returns the score of the rows with these numbers, which may repeat."""
+
+
+class Resampler(NamedTuple):
+    """What a bootstrap draws of a split, and how it scores a draw.
+
+    Attributes:
+        count: how many there are to draw.
+        units: what they are, in the plural: rows; queries with all of their passages; whole texts.
+        score: of those with these numbers.
+    """
+
+    count: int
+    units: str
+    score: ScoreRows
 
 
 def bootstrap_scores(models: tuple[ScoreRows, ...], rows: int, *, resamples: int, seed: int) -> list[np.ndarray]:

@@ -50,6 +50,20 @@ def score_words(metrics: tuple[str, ...], gold: Tags, predicted: Tags) -> dict[s
     return {name: METRICS[name](gold_words, predicted_words) for name in metrics}
 
 
+def count_spans(gold: Tags, predicted: Tags) -> np.ndarray:
+    """Count the spans of each text that are right, and those of both sides together, [texts, 2].
+
+    Twice the first over the second, both summed over texts, is the F1 of `score_spans`.
+    """
+    from seqeval.metrics.sequence_labeling import get_entities
+
+    counts = []
+    for gold_tags, predicted_tags in zip(gold, predicted, strict=True):
+        gold_spans, predicted_spans = set(get_entities(gold_tags)), set(get_entities(predicted_tags))
+        counts.append((len(gold_spans & predicted_spans), len(gold_spans) + len(predicted_spans)))
+    return np.array(counts)
+
+
 def _blank_other_kinds(tags_by_text: Tags, kind: str) -> Tags:
     """Return the tags with O in place of those of other types."""
     blanked = []

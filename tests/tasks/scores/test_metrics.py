@@ -7,7 +7,13 @@ import math
 import numpy as np
 import pytest
 
-from spdtool.tasks.scores.metrics import METRICS, f1_of_label_sets, f1_of_labels, mean_average_precision
+from spdtool.tasks.scores.metrics import (
+    METRICS,
+    describe_headline,
+    f1_of_label_sets,
+    f1_of_labels,
+    mean_average_precision,
+)
 
 GOLD = np.array([1, 1, 0, 1, 0, 0, 1, 0, 1, 1])
 GUESS = np.array([1, 0, 0, 1, 1, 0, 1, 0, 0, 1])
@@ -64,3 +70,12 @@ def test_a_label_that_no_row_has_counts_as_0_in_f1_and_not_at_all_in_average_pre
     assert f1_of_labels(gold, gold).tolist() == [1.0, 0.0]
     assert mean_average_precision(gold, np.array([[2.0, 1.0], [1.0, 2.0]])) == 1.0
     assert mean_average_precision(gold[1:], np.zeros((1, 2))) == 0.0
+
+
+def test_the_headline_is_named_as_a_sentence_has_it() -> None:
+    for metrics, expected in (
+        (("accuracy",), "accuracy"),
+        (("accuracy", "f1"), "mean of accuracy and f1"),
+        (("mrr@10", "ndcg@10", "map"), "mean of mrr@10, ndcg@10 and map"),
+    ):
+        assert describe_headline(metrics) == expected
