@@ -24,6 +24,7 @@ from spdtool.run.records import (
     ExportResult,
     LatencyRecord,
     LedgerEntry,
+    MachineRecord,
     StudentRow,
     difference,
 )
@@ -295,10 +296,24 @@ def environment_lines(records: RunRecords) -> list[tuple[str, str]]:
     if records.bench is not None:
         for name, text in records.bench.environment.lines():
             lines.setdefault(name, text)
-    other = [stage for stage, record in records.stages.items() if record.machine != last.machine]
+    other = _made_elsewhere(records, last.machine)
     if other:
         lines["made on another machine"] = ", ".join(other)
     return list(lines.items())
+
+
+def _made_elsewhere(records: RunRecords, last: MachineRecord | None) -> list[str]:
+    """Return the stages that another machine made than the `last` one; what trains is compared with what trained last."""
+    if last is None:
+        return []
+    machines = [record.machine for record in records.stages.values() if record.machine is not None]
+    trained = next((machine for machine in reversed(machines) if machine.arithmetic is not None), last)
+    stages = []
+    for stage, record in records.stages.items():
+        machine = record.machine
+        if machine is None or machine.lines() != last.lines() or machine.arithmetic not in (None, trained.arithmetic) or machine.device not in (None, trained.device):
+            stages.append(stage)
+    return stages
 
 
 def _bench_tiles(row: StudentRow, bench: BenchResult, exported: ExportResult) -> list[Tile]:

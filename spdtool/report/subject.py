@@ -82,6 +82,7 @@ def serving_commands(run: Run) -> list[str]:
         f"spdtool predict {folder} {' --pair '.join(texts)}",
         f"spdtool serve {folder} --port 8000",
         "# or in Python",
+        "import spdtool",
         f"{example.name} = spdtool.load({json.dumps(str(run.path))})",
         f"{example.name}({', '.join(texts)})",
     ]

@@ -15,9 +15,10 @@ from spdtool.recipe import spelling
 from spdtool.recipe.fields import MAY_CHANGE
 from spdtool.report import commands, curves, page
 from spdtool.report import content as gather
+from spdtool.report.records import RunRecords
 from spdtool.report.subject import serving_commands
 from spdtool.run.folder import Run
-from spdtool.run.records import Ratio, StudentRow
+from spdtool.run.records import MachineRecord, Ratio, StageRecord, StudentRow
 
 SECTIONS = {"speed", "subject", "quality", "serve", "lineage", "curves", "overfitting", "sparsity", "repeat"}
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -270,6 +271,24 @@ def test_the_page_calls_a_model_by_what_its_kind_of_task_does(tmp_path):
         assert lines[0].endswith(command), kind
         assert lines[-1] == call, kind
         assert lines[-2].startswith(f"{call.partition('(')[0]} = spdtool.load("), kind
+
+
+def test_the_page_names_the_stages_that_another_machine_made():
+    here = MachineRecord(python="3.11", system="Linux", cpus=2, versions={"torch": "2"})
+    trained = here.model_copy(update={"training_threads": 2, "arithmetic": "abc", "device": "cpu"})
+    elsewhere = trained.model_copy(update={"arithmetic": "def"})
+    updated = trained.model_copy(update={"versions": {"torch": "3"}})
+    for teacher, prune, expected in (
+        (trained, trained, None),
+        (elsewhere, trained, "teacher"),
+        (trained, updated, "prune"),
+        (trained, None, "prune"),
+    ):
+        machines = {"teacher": teacher, "prune": prune, "export": here}
+        records = RunRecords()
+        for stage, machine in machines.items():
+            records.stages[stage] = StageRecord(stage=stage, inputs={}, files=[], machine=machine)
+        assert dict(gather.environment_lines(records)).get("made on another machine") == expected, expected
 
 
 def test_the_page_scores_each_class(compressed):
