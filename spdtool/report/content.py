@@ -303,7 +303,7 @@ def environment_lines(records: RunRecords) -> list[tuple[str, str]]:
 
 
 def _made_elsewhere(records: RunRecords, last: MachineRecord | None) -> list[str]:
-    """Return the stages that another machine made than the `last` one; what trains is compared with what trained last."""
+    """Return the stages that another machine than `last` made; training stages are compared with the last of them."""
     if last is None:
         return []
     machines = [record.machine for record in records.stages.values() if record.machine is not None]
@@ -311,7 +311,12 @@ def _made_elsewhere(records: RunRecords, last: MachineRecord | None) -> list[str
     stages = []
     for stage, record in records.stages.items():
         machine = record.machine
-        if machine is None or machine.lines() != last.lines() or machine.arithmetic not in (None, trained.arithmetic) or machine.device not in (None, trained.device):
+        if machine is None or machine.lines() != last.lines():
+            stages.append(stage)
+            continue
+        # Export and bench record neither, because they train nothing.
+        other_bits = machine.arithmetic not in (None, trained.arithmetic)
+        if other_bits or machine.device not in (None, trained.device):
             stages.append(stage)
     return stages
 
