@@ -103,7 +103,7 @@ def score_test_rows(models: Pair, recipe: Recipe) -> FinalScores:
     final.units = resamplers[1].units
     scorers = (resamplers[0].score, resamplers[1].score)
     # Both models on the same draws, so that hard rows do not count as a difference.
-    samples = bootstrap_scores(scorers, resamplers[1].count, resamples=section.resamples, seed=recipe.seed)
+    samples = bootstrap_scores(scorers, resamplers[1].size, resamples=section.resamples, seed=recipe.seed)
     values = teacher_scores["score"], student_scores["score"]
     final.teacher_score = bootstrap_interval(values[0], samples[0], section.confidence)
     final.student_score = bootstrap_interval(values[1], samples[1], section.confidence)

@@ -101,7 +101,10 @@ class Run:
         except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
             raise RunError(f"{file} cannot be read: {error}") from None
         except SpdError as error:
-            raise RunError(f"{file} was written by another version: {error.message}", error.hint) from None
+            raise RunError(
+                f"{file} was written by another version, or edited: {error.message}",
+                f"use the version that wrote it, or start a new run; {path}/export/bundle can be served all the same",
+            ) from None
 
     @classmethod
     def for_recipe(cls, path: Path | str, recipe: Recipe, *, redo: str | None = None, dry: bool = False) -> Run:

@@ -129,7 +129,7 @@ def test_a_bootstrap_draws_queries_that_have_a_relevant_passage(task: Ranking) -
     outputs = np.random.default_rng(1).normal(size=(len(labels), 1))
     resampler = task.resampler(outputs, encoded)
     assert resampler is not None
-    assert (resampler.count, resampler.units) == (5, "queries")
+    assert (resampler.size, resampler.units) == (5, "queries")
     assert resampler.score(np.arange(5)) == pytest.approx(task.score(outputs, encoded)["score"])
     labels[:, 1] = 0
     assert task.resampler(outputs, encoded) is None

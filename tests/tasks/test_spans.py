@@ -134,7 +134,7 @@ def test_a_bootstrap_draws_questions_with_all_of_their_windows(toys: ModuleType)
     outputs = perfect_outputs(encoded) + np.random.default_rng(0).normal(0, 5, (int(encoded.offsets[-1]), 2))
     resampler = task.resampler(outputs, encoded)
     assert resampler is not None
-    assert (resampler.count, resampler.units) == (6, "questions")
+    assert (resampler.size, resampler.units) == (6, "questions")
     assert resampler.score(np.arange(6)) == pytest.approx(task.score(outputs, encoded)["score"])
     single = [resampler.score(np.array([question])) for question in range(6)]
     assert len(set(single)) > 1

@@ -122,7 +122,7 @@ def test_a_bootstrap_draws_whole_texts(toys: ModuleType) -> None:
         gold, predicted = task.read_tags(task.predictions(outputs), encoded)
         resampler = task.resampler(outputs, encoded)
         assert resampler is not None
-        assert (resampler.count, resampler.units) == (9, "texts")
+        assert (resampler.size, resampler.units) == (9, "texts")
         for drawn in (range(9), [3, 3, 0, 7]):
             expected = task.score_tags([gold[text] for text in drawn], [predicted[text] for text in drawn])["score"]
             assert resampler.score(np.array(drawn)) == pytest.approx(expected), (metrics, drawn)

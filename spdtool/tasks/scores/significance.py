@@ -17,12 +17,12 @@ class Resampler(NamedTuple):
     """What a bootstrap draws of a split, and how it scores a draw.
 
     Attributes:
-        count: how many there are to draw.
+        size: how many there are to draw.
         units: what they are, in the plural: rows; queries with all of their passages; whole texts.
         score: of those with these numbers.
     """
 
-    count: int
+    size: int
     units: str
     score: ScoreRows
 
