@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from typing import Any
 
 from spdtool.errors import UnknownName
 from spdtool.report.records import RunRecords, TextTable, format_score, text_table
@@ -25,6 +26,9 @@ MODEL_FIELDS = {
 def describe_subject(run: Run, records: RunRecords) -> list[tuple[str, str]]:
     """Describe the data and the model of a run as names and texts."""
     recipe, lines = run.recipe, [("task", run.recipe.task)]
+    kind = read_bundle_manifest(run).get("kind")
+    if kind is not None:
+        lines.append(("kind of task", str(kind)))
     if recipe.data:
         lines.append(("data", recipe.data))
     data = next((record.data for record in records.stages.values() if record.data is not None), None)
@@ -66,13 +70,22 @@ def class_scores(records: RunRecords) -> TextTable:
     return text_table("dev scores x 100 of each class", CLASS_COLUMNS, rows)
 
 
+def read_bundle_manifest(run: Run) -> dict[str, Any]:
+    """Return the content of the bundle's manifest.json; empty before there is a bundle."""
+    file = run.path / "export" / "bundle" / "manifest.json"
+    if not file.is_file():
+        return {}
+    manifest: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    return manifest
+
+
 def serving_commands(run: Run) -> list[str]:
     """Return what to type to use the exported model; empty before there is a bundle."""
-    manifest = run.path / "export" / "bundle" / "manifest.json"
-    if not manifest.is_file():
+    bundle = read_bundle_manifest(run)
+    if not bundle:
         return []
-    folder, bundle = shlex.quote(str(run.path)), json.loads(manifest.read_text("utf-8"))
-    config = json.loads(manifest.with_name("config.json").read_text("utf-8"))
+    folder = shlex.quote(str(run.path))
+    config = json.loads((run.path / "export" / "bundle" / "config.json").read_text("utf-8"))
     try:
         example = find_decision(config, bundle.get("kind")).example
     except UnknownName:  # of a plugin that is not installed here
