@@ -254,7 +254,8 @@ def solve_costs(times: Mapping[TimedPoint, float], heads: int, neurons: int) -> 
 def interpolate(values: Mapping[int, float], most: int) -> list[float]:
     """Return a value for every whole number from 0 to `most`, of which at least these two have one."""
     keys = sorted(values)
-    return [float(value) for value in np.interp(range(most + 1), keys, [values[key] for key in keys])]
+    known_values = [values[key] for key in keys]
+    return [float(value) for value in np.interp(range(most + 1), keys, known_values)]
 
 
 def make_falling(values: Mapping[int, float]) -> dict[int, float]:

@@ -81,7 +81,8 @@ def overview_table(bench: BenchData) -> tuple[list[str], list[list[Cell]]]:
             row.append(f"{bench.speedup(bench.timing(name, threads), bench.grid).median:.2f}x")
         row += [median_ms(timing.rounds[shape]) for shape in shapes]
         if bench.on_gpu:
-            row += [median_ms(timing.device[shape]) if shape in timing.device else None for shape in shapes]
+            for shape in shapes:
+                row.append(median_ms(timing.device[shape]) if shape in timing.device else None)
         rows.append(row)
     return columns, rows
 

@@ -214,7 +214,8 @@ def _renumber(description: JsonObject, new_ids: Mapping[int, int]) -> None:
     if model["type"] == "Unigram":
         scored = cast("list[list[JsonValue]]", model["vocab"])
         # Ids of Unigram are positions in the list, so its order is their renumbering.
-        model["vocab"] = [scored[old] for old in sorted(index for index in ids.values() if index in new_ids)]
+        remaining = sorted(index for index in ids.values() if index in new_ids)
+        model["vocab"] = [scored[index] for index in remaining]
         if model.get("unk_id") is not None:
             model["unk_id"] = new_ids[int(cast("int", model["unk_id"]))]
     else:

@@ -264,7 +264,9 @@ def latency_tables(entries: Sequence[LatencyRecord], ledger: Sequence[LedgerEntr
         if with_bound:
             engines.append("bound")
             title += "; bound: the least that the pruned products can take"
-        rows = [[shape, *(row.get(engine, "-") for engine in engines)] for shape, row in cells.items()]
+        rows = []
+        for shape, row in cells.items():
+            rows.append([shape, *(row.get(engine, "-") for engine in engines)])
         tables.append(text_table(title, ["batch x length", *engines], rows))
     return tables
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from spdtool.report.records import TextTable, text_table
+from spdtool.report.records import TextTable, format_optional, text_table
 from spdtool.run.records import Quality
 
 MOST_CLASSES = 12  # of a confusion matrix; with more, the largest confusions are listed
@@ -53,7 +53,9 @@ def confusion_table(quality: Quality) -> TextTable:
     counts = {(gold, predicted): count for gold, predicted, count in quality.confusion}
     classes = list(dict.fromkeys([*(gold for gold, _ in counts), *(predicted for _, predicted in counts)]))
     if len(classes) <= MOST_CLASSES:
-        matrix = [[gold, *(counts.get((gold, predicted), 0) for predicted in classes)] for gold in classes]
+        matrix: list[list[object]] = []
+        for gold in classes:
+            matrix.append([gold, *(counts.get((gold, predicted), 0) for predicted in classes)])
         return text_table("the student's dev rows, gold class by predicted class", ["gold", *classes], matrix)
     wrong = sorted((cell for cell in quality.confusion if cell[0] != cell[1]), key=lambda cell: -cell[2])
     return text_table(
@@ -65,9 +67,8 @@ def differing_table(quality: Quality) -> TextTable:
     """Return the dev rows on which student and teacher answer differently."""
     rows: list[list[object]] = []
     for row in quality.differing:
-        probabilities = [
-            "-" if value is None else f"{value:.3f}" for value in (row.teacher_probability, row.student_probability)
-        ]
-        rows.append([row.gold, row.teacher, probabilities[0], row.student, probabilities[1], row.text, row.pair or "-"])
+        teacher = [row.teacher, format_optional(row.teacher_probability, ".3f")]
+        student = [row.student, format_optional(row.student_probability, ".3f")]
+        rows.append([row.gold, *teacher, *student, row.text, row.pair or "-"])
     title = f"{quality.differing_rows:,} of {quality.dev_rows:,} dev rows on which student and teacher differ"
     return text_table(f"{title}; shown: {len(rows):,}", DIFFERING_COLUMNS, rows)

@@ -40,7 +40,10 @@ def describe_subject(run: Run, records: RunRecords) -> list[tuple[str, str]]:
     if trained:
         names = [name for name in trained[0].dev if name != "score"]
         # A further dev set has the same metrics with its suffix, and does not enter the score.
-        metrics = [name for name in names if not any(name.startswith(f"{other}_") for other in names)]
+        metrics = []
+        for name in names:
+            if not any(name.startswith(f"{other}_") for other in names):
+                metrics.append(name)
         lines.append(("dev score", recipe.metric or describe_headline(metrics)))
     config_file = run.path / "teacher" / "config.json"
     source = recipe.given_teacher or recipe.model

@@ -498,10 +498,14 @@ def _recipe_hint(path: Path, conflicts: list[FieldChange]) -> str:
 
 def _data_change(before: DataRecord, now: DataRecord) -> str:
     """Describe how the rows differ: in number, or only in content."""
-    there, here = (", ".join(f"{count:,} {split}" for split, count in data.rows.items()) for data in (before, now))
+    there, here = _count_rows(before), _count_rows(now)
     if there != here:
         return f"{there} there, {here} here"
     return f"as many ({here}), but other texts, labels or order (digest {before.digest[:8]}, now {now.digest[:8]})"
+
+
+def _count_rows(data: DataRecord) -> str:
+    return ", ".join(f"{count:,} {split}" for split, count in data.rows.items())
 
 
 def _redo_hint(stage: str, path: Path) -> str:

@@ -42,6 +42,7 @@ from spdtool.run.records import (
     BenchFile,
     BenchResult,
     EngineRecord,
+    ExportResult,
     LedgerEntry,
     MachinePeak,
     ShapeRounds,
@@ -62,19 +63,14 @@ def bench(run: Run) -> BenchResult:
         SpdError: an engine died, or did not answer in time.
         GateError: the stage is done, and the goal of the recipe was missed.
     """
-    recipe, section = run.recipe, run.recipe.bench
+    recipe = run.recipe
     provider, onnx_problem = choose_device(recipe.device)
-    # The promise is measured with the goal's own number of threads.
-    wanted = [*section.threads, *([recipe.goal.threads] if recipe.goal.speedup else [])]
-    threads = list(dict.fromkeys(count or onnx_session.usable_cores() for count in wanted))
-    if provider == "cuda":
-        threads = threads[-1:]  # threads of the CPU make no difference there
-    export_folder, exported, teacher_folder = run.use_input("export"), run.export_result(), run.use_input("teacher")
-
-    lineup = line_up_exports(export_folder, exported, provider, recipe)
-    checkpoints = {"teacher": teacher_folder}
-    if provider == "cuda":
+    on_gpu = provider == "cuda"
+    export_folder, exported = run.use_input("export"), run.export_result()
+    checkpoints = {"teacher": run.use_input("teacher")}
+    if on_gpu:
         checkpoints["student"] = run.use_input("finetune")
+    lineup = line_up_exports(export_folder, exported, provider, recipe)
     if onnx_problem is not None:
         use_torch_only(lineup, checkpoints, onnx_problem)
     # Both are timed at the same shapes, so the shorter model decides.
@@ -84,57 +80,102 @@ def bench(run: Run) -> BenchResult:
     if recipe.goal.speedup and promised not in shapes:
         shapes.append(promised)
     with run.stage("bench") as work, tempfile.TemporaryDirectory() as scratch:
-        for name in lineup.sparse:
-            add_dense_forms(lineup, name, exported.targets[name].student, teacher_folder, Path(scratch), recipe)
-        if provider == "cuda":
-            with console.busy("scoring teacher and student in the precisions of a GPU"):
-                add_gpu_rows(lineup, checkpoints, Path(scratch), recipe)
-        else:
-            add_teacher_engines(lineup, teacher_folder, Path(scratch), recipe)
-        peaks: dict[int, MachinePeak] = {}
-        entries: list[LedgerEntry] = []
-        # the matrices are read from the student's ONNX file
-        if section.ledger and provider == "cpu" and lineup.engine("student").kind == "onnxruntime":
-            peaks, entries = measure_matrices(lineup, threads)
-        counts = " and ".join(map(str, threads))
-        with console.busy(f"timing {len(lineup.engines)} engines at {len(shapes)} shapes with {counts} threads"):
-            result = time_engines(
-                lineup.engines,
-                shapes,
-                threads=threads,
-                rounds=section.rounds,
-                warmup=section.warmup,
-                seconds=section.seconds,
-                together=engines_at_once(teacher_folder) if provider == "cuda" else None,
-            )
-        environment = describe_environment(result.timings, threads, peaks, on_gpu=provider == "cuda")
-        data = BenchData(
-            timings=result.timings,
-            files=lineup.files,
-            environment=environment,
-            sparse=lineup.sparse,
-            pairs=lineup.pairs,
-            dense_forms=lineup.dense_forms,
-            ledger=entries,
-            notes=[*lineup.notes, *(f"{reason}." for reason in result.missing.values())],
-            leaves_out=recipe.prune.is_structured,
-            dense=lineup.dense,
-            students=lineup.students,
-            on_gpu=provider == "cuda",
-        )
-        # A smoke run's figures mean nothing, and its title says so.
-        preposition = "with" if recipe.prune.is_structured else "at"
-        title = recipe.mark_smoke(f"{recipe.task} {preposition} {recipe.size_label}")
-        (work.folder / "bench.md").write_text(report.render_markdown(title, data), "utf-8")
-        engines = [engine_record(timing) for timing in data.timings]
-        write_json(work.folder / "bench.json", BenchFile(environment=environment, engines=engines, ledger=entries))
-        work.result = summary = summarize(data, environment)
+        add_rivals(lineup, exported, checkpoints, Path(scratch), recipe, on_gpu=on_gpu)
+        data = time_lineup(lineup, shapes, checkpoints["teacher"], recipe, on_gpu=on_gpu)
+        write_figures(work.folder, data, recipe)
+        work.result = summary = summarize(data)
         if recipe.goal.is_set:
             teacher, student = (run.training_result(stage).dev for stage in ("teacher", "finetune"))
             summary.promise = measure_promise(recipe, data, promised, teacher, student)
             summary.verdict = [*(f"Goal: {line}." for line in summary.promise.lines), *summary.verdict]
     refuse_broken(summary.promise, recipe)
     return summary
+
+
+def add_rivals(
+    lineup: Lineup,
+    exported: ExportResult,
+    checkpoints: dict[str, Path],
+    scratch: Path,
+    recipe: Recipe,
+    *,
+    on_gpu: bool,
+) -> None:
+    """Add the rows that are made for the comparison alone: dense forms of sparse targets, rows of torch.
+
+    Args:
+        checkpoints: role to folder; that of the student on a GPU alone.
+        scratch: folder for the files that are made and thrown away.
+    """
+    for name in lineup.sparse:
+        add_dense_forms(lineup, name, exported.targets[name].student, checkpoints["teacher"], scratch, recipe)
+    if on_gpu:
+        with console.busy("scoring teacher and student in the precisions of a GPU"):
+            add_gpu_rows(lineup, checkpoints, scratch, recipe)
+    else:
+        add_teacher_engines(lineup, checkpoints["teacher"], scratch, recipe)
+
+
+def time_lineup(lineup: Lineup, shapes: Sequence[Shape], teacher: Path, recipe: Recipe, *, on_gpu: bool) -> BenchData:
+    """Time every engine at every shape, and on a CPU each pruned matrix alone.
+
+    Args:
+        teacher: folder of its checkpoint.
+    """
+    section, threads = recipe.bench, choose_thread_counts(recipe, on_gpu=on_gpu)
+    peaks: dict[int, MachinePeak] = {}
+    entries: list[LedgerEntry] = []
+    # the matrices are read from the student's ONNX file
+    if section.ledger and not on_gpu and lineup.engine("student").kind == "onnxruntime":
+        peaks, entries = measure_matrices(lineup, threads)
+    counts = " and ".join(map(str, threads))
+    with console.busy(f"timing {len(lineup.engines)} engines at {len(shapes)} shapes with {counts} threads"):
+        result = time_engines(
+            lineup.engines,
+            shapes,
+            threads=threads,
+            rounds=section.rounds,
+            warmup=section.warmup,
+            seconds=section.seconds,
+            together=engines_at_once(teacher) if on_gpu else None,
+        )
+    return BenchData(
+        timings=result.timings,
+        files=lineup.files,
+        environment=describe_environment(result.timings, threads, peaks, on_gpu=on_gpu),
+        sparse=lineup.sparse,
+        pairs=lineup.pairs,
+        dense_forms=lineup.dense_forms,
+        ledger=entries,
+        notes=[*lineup.notes, *(f"{reason}." for reason in result.missing.values())],
+        leaves_out=recipe.prune.is_structured,
+        dense=lineup.dense,
+        students=lineup.students,
+        on_gpu=on_gpu,
+    )
+
+
+def choose_thread_counts(recipe: Recipe, *, on_gpu: bool) -> list[int]:
+    """Return the numbers of threads to time with, the goal's among them; 0 in the recipe stands for all cores."""
+    counts = [*recipe.bench.threads]
+    if recipe.goal.speedup:
+        # The promise is measured with the goal's own number of threads.
+        counts.append(recipe.goal.threads)
+    threads = list(dict.fromkeys(count or onnx_session.usable_cores() for count in counts))
+    # Threads of the CPU make no difference on a GPU.
+    return threads[-1:] if on_gpu else threads
+
+
+def write_figures(folder: Path, data: BenchData, recipe: Recipe) -> None:
+    """Write bench.json, every round of every engine, and bench.md, what they mean."""
+    assert data.environment is not None
+    # A smoke run's figures mean nothing, and its title says so.
+    preposition = "with" if recipe.prune.is_structured else "at"
+    title = recipe.mark_smoke(f"{recipe.task} {preposition} {recipe.size_label}")
+    (folder / "bench.md").write_text(report.render_markdown(title, data), "utf-8")
+    engines = [engine_record(timing) for timing in data.timings]
+    content = BenchFile(environment=data.environment, engines=engines, ledger=list(data.ledger))
+    write_json(folder / "bench.json", content)
 
 
 def choose_device(device: str) -> tuple[str, str | None]:
@@ -224,8 +265,9 @@ def measure_matrices(lineup: Lineup, threads: Sequence[int]) -> tuple[dict[int, 
         return ledger.measure_ledger(Path(lineup.engine("student").path), sparse, threads)
 
 
-def summarize(data: BenchData, environment: BenchEnvironment) -> BenchResult:
+def summarize(data: BenchData) -> BenchResult:
     """Make the record of stage.json; its speeds are those of the student's best form."""
+    assert data.environment is not None
     columns, rows = report.overview_table(data)
     rounds = len(data.timings[0].rounds[data.grid[0]])
     speeds, caveats, factors, rivals = {}, {}, {}, {}
@@ -259,7 +301,7 @@ def summarize(data: BenchData, environment: BenchEnvironment) -> BenchResult:
         provider=data.timings[0].provider,
         latency=latency_records(data),
         ledger=list(data.ledger),
-        environment=environment,
+        environment=data.environment,
     )
 
 

@@ -171,7 +171,7 @@ class Multilabel(Classification):
 
     def answers(self, outputs: np.ndarray, rows: Encoded, names: Sequence[str]) -> list[Answer]:
         """Return the list of labels of each row."""
-        return [[names[index] for index in np.flatnonzero(row).tolist()] for row in self.predictions(outputs)]
+        return _name_labels(self.predictions(outputs), names)
 
     def probabilities(self, outputs: np.ndarray) -> np.ndarray | None:
         """Return the probability of each label."""
@@ -183,7 +183,7 @@ class Multilabel(Classification):
 
     def gold_answers(self, rows: Encoded, names: Sequence[str]) -> list[Answer]:
         """Return the list of gold labels of each row."""
-        return [[names[index] for index in np.flatnonzero(row > 0.5).tolist()] for row in rows.labels]
+        return _name_labels(rows.labels > 0.5, names)
 
     def settings(self, outputs: np.ndarray, rows: Encoded) -> dict[str, Json]:
         """Return the temperature, and for each label the logit above which its F1 on these rows is the highest."""
@@ -224,3 +224,11 @@ class Multilabel(Classification):
         if empty:
             lines.append(f"{empty:,} of {len(splits['train']):,} training rows have none of the labels")
         return lines
+
+
+def _name_labels(flags: np.ndarray, names: Sequence[str]) -> list[Answer]:
+    """Return the names of the labels that each row has, from bool [rows, labels]."""
+    answers: list[Answer] = []
+    for row in flags:
+        answers.append([names[index] for index in np.flatnonzero(row).tolist()])
+    return answers

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+METRICS_OF_SEVERAL = {"f1": "f1_macro"}  # what stands for a metric of two classes where there are more
+
+
 class NamedLabels(Task):
     """A task of named labels, one of which each prediction is: the one with the largest logit."""
 
@@ -75,7 +78,7 @@ class NamedLabels(Task):
                     added.append(spell(name) if spell is _number_of else name)
             metrics = self.dataset.metrics
             if len(names) > 2:  # that of two classes knows one that is positive
-                metrics = tuple("f1_macro" if metric == "f1" else metric for metric in metrics)
+                metrics = tuple(METRICS_OF_SEVERAL.get(metric, metric) for metric in metrics)
             widened = type(self)(replace(self.dataset, labels=(*labels, *added), metrics=metrics))
             if self.metric is not None:
                 widened.metric = metrics[self.dataset.metrics.index(self.metric)]

@@ -115,13 +115,16 @@ class Spans(WindowedTask):
 
     def _score_questions(self, outputs: np.ndarray, rows: Encoded) -> dict[str, np.ndarray]:
         """Return each metric of every question, [questions]."""
-        predicted = [answer["answer"] for answer in self.answers(outputs, rows, self.head_labels)]
-        pairs = list(zip(predicted, self._gold_answers(rows), strict=True))
+        pairs = list(zip(self._answer_texts(outputs, rows), self._gold_answers(rows), strict=True))
         values = {
             "exact_match": np.array([exact_match(*pair) for pair in pairs]),
             "f1": np.array([word_f1(*pair) for pair in pairs]),
         }
         return {name: values[name] for name in self.dataset.metrics}
+
+    def _answer_texts(self, outputs: np.ndarray, rows: Encoded) -> list[str]:
+        """Return the text of the answer to each question, empty where there is none."""
+        return [answer["answer"] for answer in self.answers(outputs, rows, self.head_labels)]
 
     def _gold_answers(self, rows: Encoded) -> list[Sequence[str]]:
         assert isinstance(rows.details, AnswerDetails)
@@ -137,7 +140,7 @@ class Spans(WindowedTask):
         self, before: np.ndarray, after: np.ndarray, rows: Encoded, tolerance: float
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return which questions have another answer, and which of these had a right one."""
-        was, now = ([each["answer"] for each in self.answers(side, rows, self.head_labels)] for side in (before, after))
+        was, now = self._answer_texts(before, rows), self._answer_texts(after, rows)
         changed = np.array([old != new for old, new in zip(was, now, strict=True)])
         right = np.array([exact_match(*pair) == 1.0 for pair in zip(was, self._gold_answers(rows), strict=True)])
         return changed, changed & right

@@ -244,9 +244,11 @@ def copy_tensors(tensors: TensorGroups) -> CopiedTensors:
 
 
 def _map_tensors(tensors: TensorGroups, copy: Callable[[Tensor], Tensor]) -> TensorGroups:
-    return {
-        group: {name: copy(tensor.detach()) for name, tensor in members.items()} for group, members in tensors.items()
-    }
+    """Copy every tensor of every group."""
+    copies: TensorGroups = {}
+    for group, members in tensors.items():
+        copies[group] = {name: copy(tensor.detach()) for name, tensor in members.items()}
+    return copies
 
 
 def _copy_to_pinned(tensor: Tensor) -> Tensor:

@@ -144,7 +144,9 @@ def check_overflow(file: Path, batches: list[tuple[str, Batch]], provider: str) 
     proto = onnx.load(file)
     widened = float32_copy(proto)
     read = inputs_of_all(proto.graph.node)
-    names = [name for node in proto.graph.node for name in node.output if name in read]
+    names = []
+    for node in proto.graph.node:
+        names += [name for name in node.output if name in read]
     # onnxruntime infers the types, also behind its own operators, of which onnx knows nothing
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     session = onnx_session.open_session(proto.SerializeToString(), provider)
