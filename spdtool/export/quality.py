@@ -188,11 +188,12 @@ def _answer_probabilities(model: ScoredSplit, answers: Sequence[Answer]) -> list
     """Return the probability of each answer; of several labels that of the least sure one, of none None."""
     probabilities = model.task.probabilities(model.outputs)
     assert probabilities is not None
-    found: list[float | None] = []
+    of_answers: list[float | None] = []
     for row, answer in zip(probabilities, answers, strict=True):
         labels = answer if isinstance(answer, list) else [answer]
-        found.append(min((float(row[model.names.index(label)]) for label in labels), default=None))
-    return found
+        of_labels = [float(row[model.names.index(label)]) for label in labels]
+        of_answers.append(min(of_labels, default=None))
+    return of_answers
 
 
 def _spell(answer: Answer) -> str:

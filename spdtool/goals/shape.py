@@ -277,7 +277,7 @@ def find_by_tables(
 ) -> EncoderShape:
     """Find the shape of least loss within the budgets of a goal; `factor` as of `list_budgets`."""
     budgets = cap_budgets(list_budgets(recipe, tables, factor=factor), losses)
-    return find_shape_within(losses, [each.costs for each in budgets], [each.most for each in budgets])
+    return find_shape_within(losses, [budget.costs for budget in budgets], [budget.most for budget in budgets])
 
 
 def cap_budgets(budgets: Sequence[Budget], losses: Sequence[LayerLosses]) -> list[Budget]:
@@ -345,5 +345,5 @@ def foresee_shape(recipe: Recipe, model: PreTrainedModel, *, measure: bool) -> S
         weights = tables.bytes.model_copy(update={"outside": 0.0})
         budgets.append(Budget(weights, weights.of_dense(len(tables.dense)) / recipe.goal.speedup))
     budgets = cap_budgets(budgets, losses)
-    shape = find_shape_within(losses, [each.costs for each in budgets], [each.most for each in budgets])
+    shape = find_shape_within(losses, [budget.costs for budget in budgets], [budget.most for budget in budgets])
     return record_choice(recipe, tables, shape, None)

@@ -75,7 +75,7 @@ def choose_sparsity(recipe: Recipe) -> tuple[float, Ratio]:
 
         # 2:4 cannot have more than half of its weights zero.
         most = find_pattern(recipe.prune.pattern).largest_sparsity
-        sparsity = bisect_first([each for each in SPARSITIES if each <= most], is_fast)
+        sparsity = bisect_first([candidate for candidate in SPARSITIES if candidate <= most], is_fast)
     if sparsity is None:
         best = max(ratios.values(), key=lambda ratio: ratio.median)
         raise RecipeError(

@@ -1,9 +1,9 @@
 """Statistics: what criteria read besides the weight, gathered between prune events.
 
-Each is a small class that keeps a float32 sum on its weight's device. `@statistic(name)` makes it
-available to the `needs` of a criterion, which finds the result under that name in its `Stats`.
-`Observer` feeds them: gradients after backward passes, inputs in forward passes. Of a sharded
-weight all of this covers the rows of the rank.
+Each is a small class that keeps a float32 sum on its weight's device. `@register_statistic(name)`
+makes it available to the `needs` of a criterion, which finds the result under that name in its
+`Stats`. `Observer` feeds them: gradients after backward passes, inputs in forward passes. Of a
+sharded weight all of this covers the rows of the rank.
 """
 
 from __future__ import annotations
@@ -142,8 +142,12 @@ class Statistic:
 STATISTICS: dict[str, type[Statistic]] = {}
 
 
-def statistic(name: str) -> Callable[[type[Statistic]], type[Statistic]]:
-    """Decorator: make a statistic available to the `needs` of criteria; `name` is a field of `Stats`."""
+def register_statistic(name: str) -> Callable[[type[Statistic]], type[Statistic]]:
+    """Return a decorator that makes a statistic available to the `needs` of criteria.
+
+    Args:
+        name: field of `Stats`.
+    """
 
     def register(kind: type[Statistic]) -> type[Statistic]:
         STATISTICS[name] = kind
@@ -152,7 +156,7 @@ def statistic(name: str) -> Callable[[type[Statistic]], type[Statistic]]:
     return register
 
 
-@statistic("gradient")
+@register_statistic("gradient")
 class MeanGradient(Statistic):
     """The mean gradient over optimiser steps; a step whose draw left the layer out counts as zero."""
 
@@ -160,7 +164,7 @@ class MeanGradient(Statistic):
         self.sum().add_(sample.gradient)
 
 
-@statistic("gradient_squared")
+@register_statistic("gradient_squared")
 class MeanSquare(Statistic):
     """The mean squared gradient over optimiser steps."""
 
@@ -168,7 +172,7 @@ class MeanSquare(Statistic):
         self.sum().addcmul_(sample.gradient, sample.gradient)
 
 
-@statistic("movement")
+@register_statistic("movement")
 class Movement(Statistic):
     """Minus the sum of weight x gradient: how far the loss drives the weight from zero.
 
@@ -186,7 +190,7 @@ class Movement(Statistic):
         return self.total
 
 
-@statistic("movement_soft")
+@register_statistic("movement_soft")
 class SoftMovement(Movement):
     """Movement with the sigmoid penalty of the soft variant, against undecided scores.
 
@@ -220,7 +224,7 @@ class SoftMovement(Movement):
         self.squares = state["squares"].to(self.weight.device).clone()
 
 
-@statistic("fisher_blocks")
+@register_statistic("fisher_blocks")
 class FisherBlocks(Statistic):
     """The blockwise empirical Fisher matrix: mean outer products of gradients.
 
@@ -254,7 +258,7 @@ class InputStatistic(Statistic):
         return (self.weight.shape[1],)
 
 
-@statistic("input_norm")
+@register_statistic("input_norm")
 class InputNorm(InputStatistic):
     """The root mean square of each input of a layer, over rows and tokens."""
 
@@ -265,7 +269,7 @@ class InputNorm(InputStatistic):
         return self.mean().sqrt()
 
 
-@statistic("input_mean")
+@register_statistic("input_mean")
 class InputMean(InputStatistic):
     """The mean of each input of a layer, over rows and tokens."""
 
@@ -273,7 +277,7 @@ class InputMean(InputStatistic):
         self.sum().add_(tokens.sum(0))
 
 
-@statistic("input_gram")
+@register_statistic("input_gram")
 class InputGram(InputStatistic):
     """The mean outer product of a layer's inputs.
 
@@ -335,16 +339,17 @@ class Observer:
         counts = None if overflow is None else overflow == 0
         for name in self.statistics:
             weight, statistics = self.masks.parameters[name], self._reading("gradient", name)
-            for each in statistics:
-                each.count += 1 if counts is None else counts
+            for statistic in statistics:
+                statistic.count += 1 if counts is None else counts
             if statistics and weight.grad is not None:  # None: a layer that the draw left out
                 gradient = fsdp.local_rows(weight.grad).float()
                 if counts is not None:
-                    gradient = gradient.masked_fill(~counts, 0.0)  # a product with zero leaves an infinity no number
+                    # not a product with 0, which makes an infinity no number
+                    gradient = gradient.masked_fill(~counts, 0.0)
                 dead = None if self.masks.can_regrow else self.masks.dead[name]
                 sample = WeightGradient(gradient, self.masks.build_full_weight(name), dead, counts)
-                for each in statistics:
-                    each.add_gradient(sample)
+                for statistic in statistics:
+                    statistic.add_gradient(sample)
 
     @contextmanager
     def observe_inputs(self, attention_mask: Tensor | None) -> Iterator[None]:
@@ -364,8 +369,8 @@ class Observer:
         """Sum the statistics of inputs over the ranks, each of which has other rows. Collective."""
         tensors = []
         for name in self.statistics:
-            for each in self._reading("input", name):
-                tensors += [each.sum(), each.count]
+            for statistic in self._reading("input", name):
+                tensors += [statistic.sum(), statistic.count]
         collectives.sum_over_ranks(tensors)
 
     def is_empty(self) -> bool:
@@ -384,14 +389,14 @@ class Observer:
 
     def stats(self, name: str) -> Stats:
         """Everything that was observed of the weight called `name`."""
-        return Stats(**{need: each.read() for need, each in self.statistics[name].items()})
+        return Stats(**{need: statistic.read() for need, statistic in self.statistics[name].items()})
 
     def state_dict(self) -> dict[str, Tensor]:
         """The statistics as flat tensors, named `entry.need.parameter`. Collective."""
         state = {}
         for name, statistics in self.statistics.items():
-            for need, each in statistics.items():
-                for entry, value in each.state_dict().items():
+            for need, statistic in statistics.items():
+                for entry, value in statistic.state_dict().items():
                     state[f"{entry}.{need}.{name}"] = value
         return state
 
@@ -402,8 +407,8 @@ class Observer:
             entry, need, name = key.split(".", 2)
             states.setdefault((need, name), {})[entry] = value
         for name, statistics in self.statistics.items():
-            for need, each in statistics.items():
-                each.load_state_dict(states[need, name])
+            for need, statistic in statistics.items():
+                statistic.load_state_dict(states[need, name])
 
     def _not_learned(self) -> list[str]:
         return [need for need, kind in self.kinds.items() if not kind.is_learned]
@@ -415,7 +420,7 @@ class Observer:
 
     def _reading(self, source: str, name: str) -> list[Statistic]:
         """The statistics of one weight that read its gradient, or its layer's inputs."""
-        return [each for each in self.statistics[name].values() if each.reads == source]
+        return [statistic for statistic in self.statistics[name].values() if statistic.reads == source]
 
 
 class RealTokens:
@@ -450,9 +455,9 @@ def make_input_hook(
             if real_tokens is not None and real_tokens.shape == inputs.shape[:-1]:
                 tokens = real_tokens.select(inputs)
             tokens = tokens.float().reshape(-1, inputs.shape[-1])
-            for each in statistics:
-                each.count += len(tokens)
-                each.add_inputs(tokens)
+            for statistic in statistics:
+                statistic.count += len(tokens)
+                statistic.add_inputs(tokens)
 
     return add_inputs
 

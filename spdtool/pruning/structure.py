@@ -171,16 +171,9 @@ def remove_structures(
         batch = min(group, count - len(order))
         costs = _costs(current, inverse, size).masked_fill(~live, torch.inf)
         chosen = costs.topk(batch, largest=False).indices
-        gone = _columns(chosen, size)
-        factor = torch.linalg.cholesky(inverse[gone][:, gone])
-        removed = current[:, gone].T
-        solved = torch.cholesky_solve(removed, factor)
-        cost = float((removed * solved).sum()) / 2
-        before = losses[-1]
-        losses += [before + cost * share / batch for share in range(1, batch + 1)]
-        current -= solved.T @ inverse[gone]
-        # in place: of a wide layer it has 75 MB
-        inverse.addmm_(inverse[:, gone], torch.cholesky_solve(inverse[gone], factor), alpha=-1)
+        removed = _columns(chosen, size)
+        cost, loss_before = _remove_columns(current, inverse, removed), losses[-1]
+        losses += [loss_before + cost * share / batch for share in range(1, batch + 1)]
         order += remaining[chosen].tolist()
         live[chosen] = False
         if 4 * int(live.sum()) <= 3 * len(remaining):  # the dead quarter costs time, and nothing reads it again
@@ -189,13 +182,35 @@ def remove_structures(
             remaining, live = remaining[live], live[live]
         else:
             # exact zeros in place of roundings, or a later update would spread them
-            current[:, gone] = 0
-            inverse[gone] = 0
-            inverse[:, gone] = 0
-            inverse[gone, gone] = 1
+            current[:, removed] = 0
+            inverse[removed] = 0
+            inverse[:, removed] = 0
+            inverse[removed, removed] = 1
     result = torch.zeros_like(weight)
-    result[:, _columns(remaining[live], size)] = current[:, _columns(live.nonzero().flatten(), size)].to(weight.dtype)
+    live_columns = _columns(live.nonzero().flatten(), size)
+    result[:, _columns(remaining[live], size)] = current[:, live_columns].to(weight.dtype)
     return Removal(order, losses, result)
+
+
+def _remove_columns(weight: Tensor, inverse: Tensor, removed: Tensor) -> float:
+    """Let all other columns make up for the removed ones S, in place; return the loss.
+
+    W loses W_S [H^-1]_SS^-1 [H^-1]_S, and H^-1 loses [H^-1]_:S [H^-1]_SS^-1 [H^-1]_S, which makes it
+    the inverse for the columns that remain. The loss is 1/2 tr(W_S [H^-1]_SS^-1 W_S^T).
+
+    Args:
+        weight: W, float64 [outputs, columns].
+        inverse: H^-1, float64 [columns, columns].
+        removed: S, numbers of columns.
+    """
+    factor = torch.linalg.cholesky(inverse[removed][:, removed])
+    removed_weight = weight[:, removed].T
+    solved = torch.cholesky_solve(removed_weight, factor)
+    loss = float((removed_weight * solved).sum()) / 2
+    weight -= solved.T @ inverse[removed]
+    # in place: of a wide layer it has 75 MB
+    inverse.addmm_(inverse[:, removed], torch.cholesky_solve(inverse[removed], factor), alpha=-1)
+    return loss
 
 
 def center_gram(gram: Tensor, mean: Tensor) -> Tensor:

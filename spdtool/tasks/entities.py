@@ -140,8 +140,8 @@ class Entities(Decision):
         """Return the entities of a text, separated by tabs: type, begin, end and words."""
         entities = prediction[ENTITIES]
         words = [
-            f"{make_visible(each['entity_group'])} {each['start']}-{each['end']} {make_visible(each['word'])}"
-            for each in entities
+            f"{make_visible(entity['entity_group'])} {entity['start']}-{entity['end']} {make_visible(entity['word'])}"
+            for entity in entities
         ]
         return "\t".join(words) or self.unanswered
 

@@ -297,8 +297,8 @@ class Ranking(Task):
             ranks = [np.argsort(order) for order in orders]
             # Two scores that rounding lets change places are no change of the ranking.
             changed[numbers] = (ranks[0] != ranks[1]) & (np.abs(first[numbers] - second[numbers]) > tolerance)
-            was, now = (reciprocal_rank(relevance[order]) for order in orders)
-            worsened[numbers] = changed[numbers] & (now < was)
+            rank_before, rank_after = (reciprocal_rank(relevance[order]) for order in orders)
+            worsened[numbers] = changed[numbers] & (rank_after < rank_before)
         return changed, worsened
 
     def answers(self, outputs: np.ndarray, rows: Encoded, names: Sequence[str]) -> list[Answer]:

@@ -312,8 +312,8 @@ def find_model_class(config: PretrainedConfig, head: Head | None = None) -> type
     except KeyError:
         problem = f"transformers has no {head.auto_class} for {config.model_type!r}: it cannot be {head.about}"
         raise ModelError(problem, "give an encoder of another family") from None
-    found: type[PreTrainedModel] = model_class
-    return found
+    family_class: type[PreTrainedModel] = model_class
+    return family_class
 
 
 def _refuse_adapter(folder: Path) -> None:
