@@ -113,11 +113,13 @@ def compute_device_states(
             if not len(logits):
                 logits = outputs.logits.new_empty(len(rows), *outputs.logits.shape[1:], dtype=torch.float32)
             logits[torch.from_numpy(numbers).to(target)] = outputs.logits.float()
-            targets = (rows.offsets[numbers][:, None] + np.arange(mask.shape[1]))[mask]
-            sources, into = (torch.from_numpy(each).to(target) for each in (np.flatnonzero(mask), targets))
+            real_positions = torch.from_numpy(np.flatnonzero(mask)).to(target)
+            # Numbers among the tokens of all rows, by which `DeviceStates.read` finds them.
+            positions = rows.offsets[numbers][:, None] + np.arange(mask.shape[1])
+            token_numbers = torch.from_numpy(positions[mask]).to(target)
             for layer, hidden_state in enumerate(outputs.hidden_states):
-                real = hidden_state.flatten(0, 1).index_select(0, sources)
-                states[layer].index_copy_(0, into, real.to(states.dtype))
+                real = hidden_state.flatten(0, 1).index_select(0, real_positions)
+                states[layer].index_copy_(0, token_numbers, real.to(states.dtype))
     starts = torch.from_numpy(np.asarray(rows.offsets[:-1], np.int64)).to(target)
     numbered = replace(rows, per_row=rows.per_row | {ROW_NUMBERS: np.arange(len(rows))})
     return numbered, DeviceStates(logits, states, starts)

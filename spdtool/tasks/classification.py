@@ -158,9 +158,9 @@ class Classification(NamedLabels):
         self, before: np.ndarray, after: np.ndarray, rows: Encoded, tolerance: float
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return which classes changed, and which of these were right before."""
-        was = self.predictions(before)
-        changed = was != self.predictions(after)
-        return changed, changed & (was == rows.labels)
+        classes_before = self.predictions(before)
+        changed = classes_before != self.predictions(after)
+        return changed, changed & (classes_before == rows.labels)
 
     def probabilities(self, outputs: np.ndarray) -> np.ndarray | None:
         """Return the softmax of the logits, at the temperature of the settings."""

@@ -163,9 +163,9 @@ class Multilabel(Classification):
         self, before: np.ndarray, after: np.ndarray, rows: Encoded, tolerance: float
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return which rows got other labels, and which of these have fewer right decisions than before."""
-        was, now, is_gold = self.predictions(before), self.predictions(after), rows.labels > 0.5
-        worse = (now == is_gold).sum(axis=1) < (was == is_gold).sum(axis=1)
-        return (was != now).any(axis=1), worse
+        flags_before, flags_after, is_gold = self.predictions(before), self.predictions(after), rows.labels > 0.5
+        right_before, right_after = (flags_before == is_gold).sum(axis=1), (flags_after == is_gold).sum(axis=1)
+        return (flags_before != flags_after).any(axis=1), right_after < right_before
 
     # What an exported folder has to answer
 

@@ -140,10 +140,12 @@ class Spans(WindowedTask):
         self, before: np.ndarray, after: np.ndarray, rows: Encoded, tolerance: float
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return which questions have another answer, and which of these had a right one."""
-        was, now = self._answer_texts(before, rows), self._answer_texts(after, rows)
-        changed = np.array([old != new for old, new in zip(was, now, strict=True)])
-        right = np.array([exact_match(*pair) == 1.0 for pair in zip(was, self._gold_answers(rows), strict=True)])
-        return changed, changed & right
+        texts_before, texts_after = self._answer_texts(before, rows), self._answer_texts(after, rows)
+        changed, was_right = [], []
+        for text, other, gold in zip(texts_before, texts_after, self._gold_answers(rows), strict=True):
+            changed.append(text != other)
+            was_right.append(exact_match(text, gold) == 1.0)
+        return np.array(changed), np.array(changed) & np.array(was_right)
 
     def settings(self, outputs: np.ndarray, rows: Encoded) -> dict[str, Json]:
         """Return the overlap of windows, and where questions may have no answer the best threshold on these rows."""

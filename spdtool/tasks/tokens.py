@@ -204,9 +204,9 @@ class Tokens(NamedLabels, WindowedTask):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return which words have another tag, and which of these had the right one."""
         is_word = rows.labels != IGNORED
-        was, now = (self.predictions(outputs)[is_word] for outputs in (before, after))
-        changed = was != now
-        return changed, changed & (was == rows.labels[is_word])
+        tags_before, tags_after = self.predictions(before)[is_word], self.predictions(after)[is_word]
+        changed = tags_before != tags_after
+        return changed, changed & (tags_before == rows.labels[is_word])
 
     def count_classes(self, splits: Splits) -> dict[str, dict[str, int]]:
         """Count the words of each tag by split."""
