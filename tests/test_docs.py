@@ -240,6 +240,30 @@ def test_the_documents_say_that_the_default_recipe_grafts_nothing() -> None:
     assert reading.build_recipe("spd").prune.grafting.start < 1
 
 
+def test_the_architecture_page_names_every_room_and_where_each_type_is() -> None:
+    text = (ROOT / "docs/architecture.md").read_text("utf-8")
+    tree = text.split("```")[1]
+    rooms = {path.parent.name for path in ROOT.glob("spdtool/*/__init__.py")}
+    assert set(re.findall(r"^  (\w+)/", tree, re.MULTILINE)) == rooms
+    assert set(re.findall(r"\w+\.py", tree)) <= {path.name for path in ROOT.glob("spdtool/**/*.py")}
+    table = re.findall(r"^\| (`.*?`) \| `([\w/]+\.py)` \|", text, re.MULTILINE)
+    assert len(table) > 10
+    for types, file in table:
+        source = (ROOT / "spdtool" / file).read_text("utf-8")
+        for name in re.findall(r"`(\w+)`", types):
+            assert re.search(rf"^class {name}\b", source, re.MULTILINE), f"{name} is not in {file}"
+
+
+def test_each_formula_of_the_method_is_where_the_page_says() -> None:
+    text = (ROOT / "docs/explanation/method.md").read_text("utf-8")
+    places = re.findall(r"`([\w/]+\.py)`: ((?:`[\w.]+`(?:, )?)+)", text)
+    assert len(places) > 8
+    for file, functions in places:
+        source = (ROOT / "spdtool" / file).read_text("utf-8")
+        for name in re.findall(r"`([\w.]+)`", functions):
+            assert re.search(rf"def {name.split('.')[-1]}\b", source), f"{name} is not in {file}"
+
+
 def test_the_constraints_satisfy_the_ranges() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     ranges = [Requirement(line) for line in project["dependencies"]]

@@ -178,7 +178,7 @@ def export_points(config: PretrainedConfig, heads: int, neurons: int, folder: Pa
 
     from spdtool.export.graph.trace import write_model
 
-    dense, half = TimedPoint(TIMED_LAYERS, heads, neurons), (heads // 2, round_width(neurons / 2))
+    dense, half = TimedPoint(TIMED_LAYERS, heads, neurons), (heads // 2, round_to_step(neurons / 2))
     corners = [TimedPoint(1, heads, neurons), dense]
     corners += [TimedPoint(TIMED_LAYERS, count, neurons) for count in {0, half[0]}]
     corners += [TimedPoint(TIMED_LAYERS, heads, width) for width in {0, half[1]} - {neurons}]
@@ -210,12 +210,12 @@ def export_points(config: PretrainedConfig, heads: int, neurons: int, folder: Pa
 
 def timed_widths(neurons: int) -> list[int]:
     """List the widths to time, rising: none, the narrowest, and even steps up to all."""
-    widths = {round_width(width) for width in np.linspace(0, neurons, TIMED_WIDTHS - 1).tolist()}
-    narrow = {width for width in widths | {WIDTH_STEP, round_width(neurons / 2)} if width < neurons}
+    widths = {round_to_step(width) for width in np.linspace(0, neurons, TIMED_WIDTHS - 1).tolist()}
+    narrow = {width for width in widths | {WIDTH_STEP, round_to_step(neurons / 2)} if width < neurons}
     return [*sorted(narrow), neurons]
 
 
-def round_width(width: float) -> int:
+def round_to_step(width: float) -> int:
     """Round to a multiple of 32, which the vectors of every kernel divide."""
     return WIDTH_STEP * round(width / WIDTH_STEP)
 

@@ -88,7 +88,7 @@ def choose_shape(section: Prune, full: EncoderShape) -> EncoderShape:
         heads = 1.0 if section.heads is None else section.heads
         neurons = 1.0 if section.neurons is None else section.neurons
         return tuple(
-            LayerShape(round(heads * layer.heads), round_width(neurons * layer.neurons, layer.neurons))
+            LayerShape(round(heads * layer.heads), nearest_width(neurons * layer.neurons, layer.neurons))
             for layer in full
         )
     if len(section.shape) != len(full):
@@ -107,7 +107,7 @@ def choose_shape(section: Prune, full: EncoderShape) -> EncoderShape:
     return tuple(chosen)
 
 
-def round_width(width: float, neurons: int) -> int:
+def nearest_width(width: float, neurons: int) -> int:
     """Round a number of neurons to the nearest of `possible_widths(neurons)`."""
     return min(possible_widths(neurons), key=lambda possible: abs(possible - width))
 
@@ -267,7 +267,7 @@ def observe_grams(
     return grams
 
 
-def group_size(count: int) -> int:
+def removals_at_once(count: int) -> int:
     """Return how many of `count` structures go at once, so that a wide layer takes no minutes."""
     return max(1, count // MOST_DOWNDATES)
 
@@ -275,7 +275,7 @@ def group_size(count: int) -> int:
 def _removal(structures: Structures, grams: Mapping[str, Tensor]) -> Removal:
     weight = structures.output.weight.detach()
     gram = grams[structures.output_name]
-    return remove_structures(weight, gram, structures.size, structures.count, group=group_size(structures.count))
+    return remove_structures(weight, gram, structures.size, structures.count, group=removals_at_once(structures.count))
 
 
 def _costs(weight: Tensor, inverse: Tensor, size: int) -> Tensor:

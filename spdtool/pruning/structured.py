@@ -20,8 +20,8 @@ from spdtool.pruning.structure import (
     EncoderShape,
     LayerShape,
     center_gram,
-    group_size,
     interpolate_shape,
+    removals_at_once,
     remove_structures,
     shape_sparsity,
 )
@@ -241,7 +241,7 @@ class StructuredPruner(Pruner):
             if bias is not None:
                 # The bias takes over the mean of what goes, so only what varies around it is lost.
                 gram = center_gram(gram, mean)
-            weight, group = structures.output.weight.detach(), group_size(structures.count)
+            weight, group = structures.output.weight.detach(), removals_at_once(structures.count)
             removal = remove_structures(weight, gram, structures.size, count, live, group)
             gone = torch.tensor(removal.order, device=live.device)
             if self.section.update:

@@ -38,7 +38,7 @@ def teacher(run: Run) -> TrainingResult:
             nothing is written. Or the finished teacher scores no better than chance.
     """
     if run.recipe.given_teacher is not None:
-        return copy_teacher(run, run.recipe.given_teacher)
+        return copy_given_teacher(run, run.recipe.given_teacher)
     recipe, section = run.recipe, run.recipe.teacher
     choose_threads(run)
     accelerator = create_accelerator(recipe)
@@ -81,7 +81,7 @@ def teacher(run: Run) -> TrainingResult:
     return result
 
 
-def copy_teacher(run: Run, source: str) -> TrainingResult:
+def copy_given_teacher(run: Run, source: str) -> TrainingResult:
     """Copy the fine-tuned model at `source` as the teacher of `run`, after measuring its dev score.
 
     Raises:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,17 +12,15 @@ import pytest
 import torch
 
 import spdtool
-from spdtool import plugins
-from spdtool.data.dataset import Rows
+from spdtool.data.dataset import Dataset, Rows
 from spdtool.errors import DataError, GateError, ModelError
-from spdtool.export.gates.checked_export import export_and_check
 from spdtool.export.gates.folder import check_folder
 from spdtool.export.gates.logits import check_logits
-from spdtool.export.gates.reference import Reference, prepare_dev_sets
+from spdtool.export.gates.reference import Reference
 from spdtool.export.gates.score import check_score
 from spdtool.export.target import get_target
-from spdtool.models.load import load_model, save_model
-from spdtool.recipe.fields import Loss, Recipe
+from spdtool.models.load import load_model
+from spdtool.recipe.fields import Loss
 from spdtool.serving.batching import Batcher
 from spdtool.serving.predict import InputLine, predict_lines
 from spdtool.tasks.answers import LONGEST_ANSWER
@@ -33,32 +30,9 @@ from spdtool.tasks.spans import SPAN_FINDER, Spans
 
 
 @pytest.fixture(scope="module")
-def recipe(toys: ModuleType) -> Iterator[Recipe]:
-    """The recipe of a data set of questions, every third without an answer, which is registered."""
-    toys.register(toys.question_dataset(without=3))
-    yield toys.recipe(task="toy-questions")
-    plugins.datasets.unregister("toy-questions")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(toys: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("finder") / "checkpoint"
-    save_model(toys.span_finder(), toys.tokenizer(), folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def reference(checkpoint: Path, recipe: Recipe) -> Reference:
-    return Reference(checkpoint, prepare_dev_sets(checkpoint, recipe), recipe)
-
-
-@pytest.fixture(scope="module")
-def exported(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that the target `onnx` writes, through all gates."""
-    folder = tmp_path_factory.mktemp("exported") / "student"
-    model = export_and_check(get_target("onnx"), reference, folder, ["cpu"])
-    assert model.rows == 24
-    return folder
+def toy_kind(toys: ModuleType) -> tuple[Dataset, Any]:
+    """Questions, every third without an answer, and a model that points to begin and end."""
+    return toys.question_dataset(without=3), toys.span_finder()
 
 
 def toy(toys: ModuleType, **options: Any) -> Spans:
@@ -73,6 +47,10 @@ def perfect_outputs(encoded: Any, scale: float = 5.0) -> np.ndarray:
     for row, (start, end) in enumerate(encoded.labels):
         outputs[encoded.offsets[row] + start, 0] = outputs[encoded.offsets[row] + end, 1] = scale
     return outputs
+
+
+def test_the_gates_count_each_question_as_a_prediction(toy_export: Any) -> None:
+    assert toy_export.model.rows == 24
 
 
 def test_answers_are_compared_as_the_official_script_does() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,11 +13,9 @@ import pytest
 import torch
 
 import spdtool
-from spdtool import plugins
-from spdtool.data.dataset import Rows
+from spdtool.data.dataset import Dataset, Rows
 from spdtool.data.tokens import IGNORED
 from spdtool.errors import DataError, GateError, ModelError
-from spdtool.export.gates.checked_export import export_and_check
 from spdtool.export.gates.folder import check_folder
 from spdtool.export.gates.reference import Reference, prepare_dev_sets
 from spdtool.export.gates.score import check_score
@@ -33,32 +30,9 @@ from spdtool.tasks.tokens import Tokens
 
 
 @pytest.fixture(scope="module")
-def recipe(toys: ModuleType) -> Iterator[Recipe]:
-    """The recipe of a data set of tagged words, which is registered."""
-    toys.register(toys.tag_dataset())
-    yield toys.recipe(task="toy-tags")
-    plugins.datasets.unregister("toy-tags")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(toys: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tagger") / "checkpoint"
-    save_model(toys.tagger(), toys.tokenizer(), folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def reference(checkpoint: Path, recipe: Recipe) -> Reference:
-    return Reference(checkpoint, prepare_dev_sets(checkpoint, recipe), recipe)
-
-
-@pytest.fixture(scope="module")
-def exported(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that the target `onnx` writes, through all gates."""
-    folder = tmp_path_factory.mktemp("exported") / "student"
-    model = export_and_check(get_target("onnx"), reference, folder, ["cpu"])
-    assert model.rows == sum(len(words) for words in reference.dev.texts["dev"].labels)
-    return folder
+def toy_kind(toys: ModuleType) -> tuple[Dataset, Any]:
+    """Tagged words, and a model that labels each token."""
+    return toys.tag_dataset(), toys.tagger()
 
 
 def toy(toys: ModuleType, metrics: tuple[str, ...] = ("span_f1",)) -> Tokens:
@@ -80,6 +54,10 @@ def logits_of(encoded: Any, tags: Any) -> np.ndarray:
     chosen[encoded.labels != IGNORED] = tags
     logits[np.arange(len(logits)), chosen] = 4.0
     return logits
+
+
+def test_the_gates_count_each_word_as_a_prediction(toy_export: Any, reference: Reference) -> None:
+    assert toy_export.model.rows == sum(len(words) for words in reference.dev.texts["dev"].labels)
 
 
 def test_the_first_piece_of_each_word_has_its_tag_and_padding_has_none(toys: ModuleType) -> None:
