@@ -1,7 +1,7 @@
 """Rows whose words each have a tag, such as named entities: columns that hold lists of words and of tags.
 
 A row's text is its words, joined by spaces; its label is a list of `(start, end, tag)`, by characters of that text.
-Tags of spans are brought into one form: B- begins a span, I- goes on with it, O is outside.
+Tags of spans are brought into one scheme: `tags.py`.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from spdtool.data.columns import require_column
 from spdtool.data.dataset import Dataset, Rows
 from spdtool.data.formats.table import Table, is_encodable
+from spdtool.data.kinds.tags import OUTSIDE, TagReader, find_odd_tag, is_span_tag, tag_order
 from spdtool.data.overview import list_names
 from spdtool.data.splits import draw_dev_rows, draw_test_rows
 from spdtool.errors import DataError
@@ -22,13 +23,6 @@ from spdtool.recipe.fields import Recipe
 
 WORD_COLUMNS = ("tokens", "words")
 TAG_COLUMNS = ("ner_tags", "tags", "ner", "labels", "pos_tags", "chunk_tags", "upos", "xpos")
-OUTSIDE = "O"
-# Prefixes of other schemes: BIOES, BILOU and BMES, and what each is in BIO.
-BIO_PREFIXES = {"B": "B", "I": "I", "S": "B", "E": "I", "L": "I", "U": "B", "M": "I"}
-UNTYPED = {*BIO_PREFIXES, OUTSIDE}
-BEGIN_SPELLINGS = re.compile(
-    "[bB][-_:].+|.+[-_:][bB]"
-)  # b-PER, B_PER, PER-B: begins of spans, spelt as nobody reads them
 SPAN_COLUMNS = ("ner_tags", "ner", "chunk_tags")
 NUMBER = re.compile(r"\d+", re.ASCII)
 SPAN_METRICS = ("span_f1",)
@@ -44,44 +38,6 @@ class WordColumns:
 
     words: str
     tags: str
-
-
-@dataclass
-class TagReader:
-    """Reads the tags of rows as names in one scheme, and counts what it changed.
-
-    Attributes:
-        is_span: whether the tags are of spans (B-X, I-X, O); else each word has a class.
-        changes: what was changed, to how often.
-    """
-
-    is_span: bool
-    changes: Counter[str] = field(default_factory=Counter)
-
-    def read(self, tags: Sequence[str]) -> list[str]:
-        """Return the tags of a row in BIO; plain tags as they are."""
-        if not self.is_span:
-            return list(tags)
-        plain, before = [], OUTSIDE
-        for tag in tags:
-            prefix, _, name = tag.partition("-")
-            if tag == OUTSIDE:
-                plain.append(OUTSIDE)
-                before = OUTSIDE
-                continue
-            read = f"{BIO_PREFIXES[prefix]}-{name}"
-            if prefix not in "BI":
-                self.changes[f"{prefix}-... was read as {BIO_PREFIXES[prefix]}-..."] += 1
-            if read.startswith("I-") and before not in (f"B-{name}", f"I-{name}"):
-                self.changes["I-... that goes on with no span was read as the begin of one, B-..."] += 1
-                read = f"B-{name}"
-            plain.append(read)
-            before = read
-        return plain
-
-    def describe(self) -> str:
-        """Say what was changed; nothing where nothing was."""
-        return "".join(f"; {count:,} times {change}" for change, count in sorted(self.changes.items()))
 
 
 def find_word_columns(table: Table, text: Sequence[str], label: str | None) -> WordColumns | None:
@@ -149,7 +105,7 @@ def word_dataset(
         for name in list(read_names):  # an I- that no training row has may come in dev, and a model may predict it
             if name != OUTSIDE:
                 read_names |= {f"B-{name[2:]}", f"I-{name[2:]}"}
-    labels = tuple(sorted(read_names, key=_tag_order))
+    labels = tuple(sorted(read_names, key=tag_order))
     reader.changes.clear()
 
     def load(data: str | None, seed: int) -> dict[str, Rows]:
@@ -272,27 +228,14 @@ def _are_spans(table: Table, tags: Sequence[Sequence[str]]) -> bool:
     Raises:
         DataError: only some have, or they are spelt in another way: words would be scored instead of spans.
     """
-    names = sorted({name for row in tags for name in row} - {OUTSIDE})
-    others = [name for name in names if not _is_span_tag(name)]
-    begins = [name for name in names if name.startswith("B-") and name not in others]
-    misspelt = [name for name in others if BEGIN_SPELLINGS.fullmatch(name)]
-    odd, problem = "", ""
-    if others and UNTYPED.issuperset(names):
-        odd, problem = others[0], f"the tags {', '.join(names)} name no type of span"
-    elif others and begins:
-        odd, problem = others[0], f"the tag {others[0]!r} is neither O nor of the form of {begins[0]!r}"
-    elif misspelt:
-        odd, problem = misspelt[0], f"the tag {misspelt[0]!r} looks like the begin of a span, and is not spelt as one"
-    if problem:
-        row = next(number for number, row in enumerate(tags) if odd in row)
+    names = {name for row in tags for name in row} - {OUTSIDE}
+    odd = find_odd_tag(names)
+    if odd is not None:
+        tag, problem = odd
+        row = next(number for number, row in enumerate(tags) if tag in row)
         hint = "write B-PER for the first word of a span, I-PER for the others, and O outside of spans"
         table.refuse(row, problem, hint)
-    return not others
-
-
-def _is_span_tag(name: str) -> bool:
-    prefix, _, kind = name.partition("-")
-    return prefix in BIO_PREFIXES and bool(kind)
+    return all(map(is_span_tag, names))
 
 
 def _refuse_unnamed_spans(table: Table, columns: WordColumns, names: Collection[str]) -> None:
@@ -324,8 +267,3 @@ def _refuse_numbered_words(table: Table, columns: WordColumns) -> None:
 
 def _holds_lists(cells: Sequence[object]) -> bool:
     return any(isinstance(cell, list) for cell in cells)
-
-
-def _tag_order(name: str) -> tuple[bool, str, str]:
-    """Sort O first, then each span's B- before its I-."""
-    return (name != OUTSIDE, name[2:], name[:2]) if name[1:2] == "-" else (name != OUTSIDE, name, "")

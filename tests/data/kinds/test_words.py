@@ -116,9 +116,10 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 def test_a_tag_that_no_training_row_has_is_refused_in_dev(tmp_path: Path) -> None:
     folder_of(tmp_path, CONLL)
-    (tmp_path / "dev.conll").write_text("Rome B-TOWN\n")
-    with pytest.raises(DataError, match="the tag 'B-TOWN' is in no training row"):
-        local(tmp_path)
+    for tag in ("B-TOWN", "X-TOWN"):
+        (tmp_path / "dev.conll").write_text(f"Rome {tag}\n")
+        with pytest.raises(DataError, match=f"the tag '{tag}' is in no training row"):
+            local(tmp_path)
 
 
 def test_labels_of_lists_are_hashed_by_their_values() -> None:
