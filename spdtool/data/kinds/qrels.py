@@ -126,7 +126,7 @@ def read_texts_by_id(path: Path) -> dict[str, str]:
     else:
         table = read_tsv(path, ("id", "text"))
         ids, texts, titles = table.column("id"), table.column("text"), [None] * len(table.rows)
-    by_id = {}
+    by_id: dict[str, str] = {}
     for row, (text_id, title, text) in enumerate(zip(ids, titles, texts, strict=True)):
         # As BEIR joins them: many passages are hard to understand without their title.
         joined = f"{title or ''} {text or ''}".strip()
