@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -49,6 +51,18 @@ def test_importing_spdtool_loads_no_submodule() -> None:
     code = "import sys, spdtool; dir(spdtool); print(*(name for name in sys.modules if name.startswith('spdtool')))"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.split() == ["spdtool"]
+
+
+def test_every_public_function_documents_each_argument_what_it_returns_and_raises() -> None:
+    functions = [value for name in spdtool.__all__ if inspect.isfunction(value := getattr(spdtool, name))]
+    assert len(functions) >= 4
+    for function in functions:
+        text = inspect.getdoc(function) or ""
+        arguments = text.partition("Args:\n")[2].partition("\n\n")[0]
+        for name in inspect.signature(function).parameters:
+            assert re.search(rf"^    {name}: ", arguments, re.MULTILINE), f"{function.__name__}: {name}"
+        assert "Returns:\n" in text, function.__name__
+        assert "Raises:\n" in text, function.__name__
 
 
 @pytest.mark.slow

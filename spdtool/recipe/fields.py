@@ -166,6 +166,8 @@ class Grafting(Section):
     @property
     def enabled(self) -> bool:
         """Whether a teacher layer ever stands in: the replacing rate of the schedule is below 1 somewhere."""
+        # By the numbers alone, since `--help` and the plan do without torch; `distillation.grafting`
+        # has the schedules, and a test compares the two.
         base = self.start if self.base is None else self.base
         is_held = self.start < 1 and self.hold > 0
         if self.schedule == "constant-then-one":

@@ -108,7 +108,8 @@ def request_recipe(
         model: encoder to fine-tune, a folder or a hub name.
         teacher: fine-tuned model to use as it is, a folder or a hub name.
         data: file or folder to read instead of the hub.
-        text, label: columns of `data`; empty, None: guessed.
+        text: text columns of `data`, one or two; empty: guessed.
+        label: label column of `data`; None: guessed.
         test_share: of the training rows, to be scored once at the end.
         unlabeled: file of texts that the teacher labels for the student.
         seed, device, metric: as the fields of the recipe with these names; None: unchanged.

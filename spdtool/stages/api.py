@@ -99,7 +99,8 @@ def compress(
         model: encoder to fine-tune, a folder or a hub name; None: that of the recipe.
         teacher: fine-tuned model to use as it is, a folder or a hub name.
         data: csv, tsv, jsonl or parquet file, or a folder of them, to read in place of the hub.
-        text, label: columns of `data`, one or two of texts; without them they are guessed.
+        text: text columns of `data`, one or two; empty: guessed.
+        label: label column of `data`; None: guessed.
         test_share: share of the training rows that is set aside and scored once, at the end.
         unlabeled: file of texts without labels, which the teacher labels for the student.
         recipe: name, TOML file, or a recipe that is used as it is; None: `default`, or that of `run`.
@@ -246,8 +247,11 @@ def export_model(
         checkpoint: folder of a Hugging Face checkpoint, whoever pruned it.
         target: export target; None: the first of the recipe, `onnx`.
         to: folder to write; None: `./<checkpoint's name>-<target>`.
-        task, data, text, label: rows on which to compare the dev score too; without them, random
-            tokens are compared.
+        task: name of the task on whose dev rows the score is compared too; without it and `data`,
+            logits on random tokens are compared.
+        data: file or folder to read the task's rows from, in place of the hub.
+        text: text columns of `data`, one or two; empty: guessed.
+        label: label column of `data`; None: guessed.
         device: `auto`, `cpu` or `cuda`, on which the checkpoint is computed.
         sets: assignments to fields of the recipe, such as `export.values=fp32`.
 
