@@ -83,6 +83,7 @@ class RunningEngine:
             return
         if counted:
             self.rounds[shape].append(answer["ms"])
+            # The fastest single batch is the one that was disturbed least.
             self.least[shape] = min(self.least[shape], answer["least"])
             if answer.get("device_ms") is not None:
                 self.device.setdefault(shape, []).append(answer["device_ms"])
@@ -119,6 +120,7 @@ def time_engines(
     timings: list[Timing] = []
     missing: dict[str, str] = {}
     for index, group in enumerate(groups):
+        # Equal shares: the rounds of all groups are cut to those of the slowest one.
         share = seconds / len(groups)
         result = _time_together(group, shapes, threads, rounds, warmup, share, timeout)
         timings += [timing for timing in result.timings if index == 0 or timing.engine.name != engines[0].name]
@@ -137,6 +139,7 @@ def group_engines(engines: Sequence[Engine], together: int | None) -> list[Seque
 
 def equal_rounds(timings: Sequence[Timing]) -> list[Timing]:
     """Cut all timings to the rounds that the slowest group made, so that they can be paired."""
+    # Ratios are taken round by round, and need as many rounds on both sides.
     count = min(len(milliseconds) for timing in timings for milliseconds in timing.rounds.values())
     cut = []
     for timing in timings:

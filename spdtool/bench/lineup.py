@@ -137,8 +137,10 @@ def add_dense_forms(
         teacher = lineup.files["teacher"]
         sparse = lineup.engine(name)
         path = folder / MODEL_FILE if sparse.kind == "onnxruntime" else folder
+        # Optional: some forms cannot hold dense weights, which is no fault of the student's.
         engine = replace(sparse, name=engine_name, path=str(path), optional=True)
         place = lineup.engines.index(sparse) + 1 + len(lineup.dense_forms[name])
+        # Behind its sparse form, so that the table reads as a comparison.
         lineup.engines.insert(place, engine)
         lineup.files[engine_name] = ModelFile(size, size=teacher.size, sparsity=teacher.sparsity)
         lineup.dense_forms[name].append(engine_name)
@@ -156,6 +158,7 @@ def add_openvino_int8(lineup: Lineup, checkpoint: Path, scratch: Path, recipe: R
     engine = replace(plain, name=OPENVINO_INT8, kind="openvino", path=str(file), baseline=False, optional=True)
     lineup.engines.append(engine)
     lineup.files[OPENVINO_INT8] = quantized
+    # A rival that lost its score would make any student look slow.
     if passes:
         lineup.dense.append(OPENVINO_INT8)
     else:
@@ -218,6 +221,7 @@ def add_teacher_engines(lineup: Lineup, checkpoint: Path, scratch: Path, recipe:
     if section.openvino and plain_on_cpu and openvino_int8.is_installed():
         add_openvino_int8(lineup, checkpoint, scratch, recipe)
     if section.torch:
+        # What most people run before they export anything.
         eager = replace(plain, name="torch", kind="torch", path=str(checkpoint), baseline=False)
         lineup.engines.append(eager)
         lineup.dense += ["torch", "compiled"]

@@ -49,6 +49,7 @@ def settle_goal(run: Run) -> None:
     if ranks.is_main():
         choice = choose_goal_shape(run.recipe, run.use_input("teacher"))
         write_json(run.path / CHOICE, choice)
+        # In the recipe, so that a later call goes on with it whatever the machine measures then.
         run.change_recipe(put_shape(run.recipe, choice.shape, choice.table))
         expected = "" if choice.trial is None else f"; timed with random weights: {choice.trial}"
         console.say(f"goal: {choice.goal}: {choice.describe()}{expected}")
@@ -128,6 +129,7 @@ def foresee_recipe(recipe: Recipe, folder: Path, guess: str, *, measure: bool) -
         lines.append("a small student: it is faster in every runtime")
     model = build_empty_teacher(recipe, find_task(recipe))
     foreseen = foresee_shape(recipe, model, measure=measure)
+    # A plan must not claim a measurement that nobody has made.
     times = "as its table of times says" if foreseen.profile else "guessed from the number of weights"
     lines.append(f"about {foreseen.describe()}, {times}; chosen when the teacher is there")
     return put_shape(recipe, foreseen.shape, guess), lines

@@ -110,6 +110,7 @@ def calibrate_losses(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrain
 
 def goal_key(recipe: Recipe) -> str:
     """Hash what a choice depends on, so that another goal gets another one."""
+    # Without what is only measured in the end, and without the answer itself.
     return hash_json(recipe.goal.model_dump(mode="json", exclude={"table", "max_drop", "tolerance"}))
 
 
@@ -150,6 +151,7 @@ def timed_input(recipe: Recipe, model: PreTrainedModel) -> TimedInput:
 def cached_profile(recipe: Recipe, model: PreTrainedModel, timed: TimedInput, *, measure: bool) -> ShapeProfile | None:
     """Return the table of this machine, runtime and model from the cache, or measure it."""
     expected = expected_fields(model, timed)
+    # By a hash of machine, runtime and model: another one gets a table of its own.
     file = cache_folder() / "profiles" / f"{hash_json(expected)}.json"
     if file.is_file():
         try:
@@ -264,6 +266,7 @@ def search_shape(
             tried[shape] = ratio = trial.measure(shape)
             if goal.speedup <= ratio.median <= goal.speedup * (1 + SURPLUS):
                 break
+            # As much as the trial missed by: the times of a whole encoder are nearly proportional.
             factor *= goal.speedup * MARGIN / ratio.median
     # The last trial need not be the best: the search stops where a shape comes again.
     best = pick_trial(tried, losses, goal.speedup)
@@ -290,6 +293,7 @@ def pick_trial(tried: dict[EncoderShape, Ratio], losses: Sequence[LayerLosses], 
     fast = [shape for shape, ratio in tried.items() if ratio.median >= speedup]
     if fast:
         return min(fast, key=lambda shape: loss_of_shape(shape, losses))
+    # None was fast enough: the tolerance of the goal decides whether this one passes.
     return max(tried, key=lambda shape: tried[shape].median)
 
 

@@ -42,6 +42,7 @@ def find_layer_stack(model: PreTrainedModel) -> nn.ModuleList:
             those that exist.
     """
     registered = plugins.stacks.find(model.config.model_type)
+    # A plugin's word comes first: it may know a family that also looks regular.
     if registered is not None:
         stack: nn.ModuleList = registered(model)
         return stack
@@ -75,6 +76,7 @@ def find_prunable_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
         ModelError: there is none; some architectures compute with layers of another kind.
     """
     stack = find_layer_stack(model)
+    # By identity: names differ between the stack and the model.
     linears = {id(module.weight): module for module in stack.modules() if isinstance(module, nn.Linear)}
     if not linears:
         leaves = [module for module in stack.modules() if not list(module.children())]
@@ -213,5 +215,6 @@ def count_zeros(folder: Path, names: Sequence[str]) -> dict[str, tuple[int, int]
                     "was it saved by another version?",
                 )
             weight = file.get_tensor(name)
+            # Of the file, not of memory: this is what the next stage and the user read.
             counts[name] = (int((weight == 0).sum()), weight.numel())
     return counts

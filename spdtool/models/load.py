@@ -45,6 +45,7 @@ transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 # it announces every retry of a hub that is silent
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
+# Enough for a layer map and a graft; a smoke run has to end in seconds.
 SMOKE_LAYERS = 2
 
 
@@ -79,6 +80,7 @@ def load_model(
     if labels is not None:
         fields["num_labels"] = len(labels)
         fields["id2label"] = dict(enumerate(labels))
+        # Both ways: pipelines of transformers read one, its training scripts the other.
         fields["label2id"] = {name: index for index, name in enumerate(labels)}
         fields["problem_type"] = problem_type
     new_head = None if labels is None else head
@@ -183,6 +185,7 @@ def fill_weights(model: PreTrainedModel, weights: Iterable[tuple[str, np.ndarray
         if parameter is None or tuple(parameter.shape) != array.shape:
             expected = "no such weight" if parameter is None else f"shape {tuple(parameter.shape)}"
             raise ModelError(f"{name} of shape {array.shape} does not fit: the model has {expected}")
+        # A copy: an array read from a file may be read-only, which torch warns of.
         parameter.data.copy_(torch.from_numpy(np.array(array, np.float32)))
         filled.add(id(parameter))  # tied weights are one parameter with two names
     return [name for name, parameter in parameters.items() if id(parameter) not in filled]
@@ -235,6 +238,7 @@ def move_to_device(
         train: what will be trained, as in `select_trained_parameters`; None: nothing.
     """
     if not recipe.shard or ranks.world_size() == 1:
+        # Alone, FSDP would only cost its gathering.
         model.to(device)  # type: ignore[arg-type]
         return model
     if train is not None:
@@ -272,6 +276,7 @@ def save_model(
 
 def save_on_rank_zero(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Save the checkpoint from rank 0. Collective: call on every rank."""
+    # Before the branch: every rank gives its rows, and only rank 0 keeps them all.
     weights = fsdp.gather_state_dict(model, keep=ranks.is_main())
     if ranks.is_main():
         save_model(model, tokenizer, folder, weights)
@@ -313,6 +318,7 @@ def relabel(model: PreTrainedModel, names: Sequence[str], order: Sequence[int] |
         for module in model.modules():
             if isinstance(module, nn.Linear) and id(module) not in encoder:
                 linears.append(module)
+        # The last linear layer outside of the encoder makes the logits in every supported family.
         if not linears or linears[-1].out_features != len(names):
             raise ModelError(
                 f"the labels of this {model.config.model_type!r} stand in another order, and its head is not found",
@@ -359,6 +365,7 @@ def _set_dropout(config: PretrainedConfig, value: float) -> None:
     """Set every dropout probability, and remember the ones before for `save_model`."""
     before = {}
     for name, probability in config.to_dict().items():
+        # A bool is an int to Python, and no probability.
         is_number = isinstance(probability, int | float) and not isinstance(probability, bool)
         if "dropout" in name and is_number:
             before[name] = probability

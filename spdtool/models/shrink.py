@@ -71,6 +71,7 @@ def shrink(model: PreTrainedModel) -> PreTrainedModel:
     A model without any, or of a family whose heads and neurons are not described, is returned as it is.
     """
     live = [_choose_live(layer) for layer in _describe(model)]
+    # The same object: a student pruned weight by weight is traced as it is.
     if all(layer.is_full for layer in live):
         return model
     small = copy.deepcopy(model)
@@ -150,6 +151,7 @@ def _cut_positions(structures: Structures, live: Tensor) -> dict[str, Positions]
 def _choose_live(layer: LayerStructures) -> LiveStructures:
     """Flag the structures to keep: those that live, and dead neurons that fill up the width."""
     neurons = layer.neurons.find_live()
+    # Widths in whole steps: a kernel computes a started vector in full anyway.
     missing = -int(neurons.sum()) % WIDTH_STEP
     filling = (~neurons).nonzero().flatten()[:missing]
     neurons[filling] = True
@@ -173,6 +175,7 @@ def _shrink_heads(layer: nn.Module, heads: Structures, live: Tensor, names: Stru
     _cut(heads, live)
     attention = layer.get_submodule(names.attention)
     count = int(live.sum())
+    # Attention modules reshape by these numbers, so they change with the weights.
     for attribute in HEAD_COUNTS:
         if hasattr(attention, attribute):
             setattr(attention, attribute, count)
@@ -201,6 +204,7 @@ def _cut(structures: Structures, live: Tensor) -> None:
         linear.weight = nn.Parameter(linear.weight[rows].contiguous())
         if linear.bias is not None:
             linear.bias = nn.Parameter(linear.bias[rows].contiguous())
+        # Exporters and `repr` read it, and torch does not follow the weight.
         linear.out_features = len(linear.weight)
     output = structures.output
     output.weight = nn.Parameter(output.weight[:, structures.columns(live)].contiguous())

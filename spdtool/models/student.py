@@ -70,6 +70,7 @@ def check_positions(recipe: Recipe, student: PreTrainedModel, teacher: PreTraine
     """
     if recipe.student is None:
         return
+    # Rows are cut to the teacher's positions anyway.
     longest = min(recipe.max_length, max_positions(teacher) or recipe.max_length)
     positions = max_positions(student)
     if positions is not None and positions < longest:
@@ -87,6 +88,7 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
     """
     hint = "give a student whose tokenizer is the teacher's: what they compare is token by token"
     of_student, of_teacher = student.get_vocab(), teacher.get_vocab()
+    # By number and not by size: two vocabularies of one size may number their tokens otherwise.
     tokens = of_student.keys() | of_teacher.keys()
     different = sorted(token for token in tokens if of_student.get(token) != of_teacher.get(token))
     if different:
@@ -158,6 +160,7 @@ def load_student(recipe: Recipe, task: Task, names: list[str], *, eager: bool) -
         smoke=recipe.smoke,
     )
     relabel(model, names, order)
+    # The student's own may be of another task, and transformers would compute another loss by it.
     model.config.problem_type = task.problem_type
     return model
 
@@ -176,6 +179,7 @@ def read_student_labels(recipe: Recipe, task: Task) -> list[str] | None:
         except ModelError as error:
             console.warn(f"the student {recipe.student} gets a new head: {error.message}")
             labels = None
+    # Told now: a random head would pass the first phase and spoil every score.
     if labels is None and recipe.prune.train == "layers":
         raise RecipeError(
             f"the student {recipe.student} gets a new head, and prune.train = 'layers' would leave it random",

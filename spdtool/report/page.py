@@ -99,6 +99,7 @@ def write_page(folders: Sequence[Path], to: Path | None = None) -> Page:
         else:
             runs.append(Run.open(folder))
             rows.append(row_of_run(runs[-1]))
+    # A sweep is compared even where one run of it is left.
     several = several or len(runs) > 1
     if to is None:
         to = DEFAULT_PAGE
@@ -145,7 +146,9 @@ def render(
 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("spdtool", "report"),
+        # Texts of the user's data and paths of any file are on the page.
         autoescape=True,
+        # A misspelt field would leave a hole that nobody sees.
         undefined=jinja2.StrictUndefined,
         finalize=show_controls,
         trim_blocks=True,

@@ -269,6 +269,7 @@ class Run:
             if self.done(name):
                 raise RunError(f"{name} is already done in {self.path}", _redo_hint(name, self.path))
             file = self.path / "run.json"
+            # The number of threads is known only now, and a resumed run takes the same.
             if not file.exists() or _read_threads(file) != self.threads:
                 self._save_recipe()
             stage = Stage(name, self.partial_folder(name), self.fingerprint(name))
@@ -356,6 +357,7 @@ class Run:
         from spdtool.run.records import StageRecord
 
         section = self.recipe.section(stage.name).model_dump(mode="json")
+        # Flushed before stage.json names their hashes: a power cut must not leave it alone.
         settle_folder(stage.folder)
         machine = describe_machine()
         machine.training_threads, machine.arithmetic = stage.training_threads, stage.arithmetic
@@ -446,6 +448,7 @@ def default_path(recipe: Recipe) -> Path:
     if task == "local" and recipe.data:
         task = Path(recipe.data).stem
     size = "small" if recipe.prune.is_structured else f"{recipe.sparsity:g}"
+    # What the user asked for, so that he finds the folder again.
     name = f"{task}-{recipe.goal.label or size}"
     if recipe.name != "default":
         name += f"-{recipe.name}"

@@ -108,6 +108,7 @@ class Estimator:
             seconds=(LEAST * seconds, MOST * seconds),
             device=str(self.device.type),
             disk_bytes=checkpoints + exported + bundle,
+            # Not the sum: snapshots go before the exports come.
             peak_bytes=checkpoints + max(exported + bundle, snapshots),
             cache_bytes=self._cache_bytes(),
             memory_bytes=estimate_memory(self.recipe, self.pair.student, self.pair.teacher),
@@ -140,6 +141,7 @@ class Estimator:
         config = self.pair.teacher.config
         tokens = self.workload.rows * self.workload.tokens / PADDED
         size = round(FLOAT * tokens * (config.num_hidden_layers + 1) * config.hidden_size)
+        # Beyond the limit the teacher looks at every batch, and nothing is stored.
         return size if size <= self.recipe.teacher_states_gb * 1e9 else 0
 
 
@@ -188,6 +190,7 @@ def count_tokens(task: Task, recipe: Recipe, tokenizer: PreTrainedTokenizerBase,
     """Return the mean number of tokens of an input in a batch, padding included, from a sample."""
     if not recipe.bucketing:
         return recipe.max_length
+    # Drawn: the first rows of a sorted file are all short.
     numbers = sorted(random.Random(recipe.seed).sample(range(len(rows)), min(SAMPLED_ROWS, len(rows))))
     sample = rows.select(numbers)
     if task.decision.windows is None:

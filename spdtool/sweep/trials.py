@@ -97,6 +97,7 @@ def plan_trials(sweep: Sweep) -> list[Trial]:
                         recipe,
                         sparsity,
                         seed,
+                        # Trials on Ray run in another folder.
                         out=os.path.abspath(sweep.out),
                         data=data_paths[task],
                         model=sweep.model and _make_absolute(sweep.model),
@@ -215,6 +216,7 @@ def _find_recipes(recipes: Iterable[str]) -> list[str]:
         stem = Path(recipe).stem
         if stem in by_stem:
             raise RecipeError(f"two recipes are called {stem!r}, and would share their folders", "rename one of them")
+        # A name stays a name, as it stands in tables.
         by_stem[stem] = recipe if recipe in known else _make_absolute(recipe)
     return list(by_stem.values())
 

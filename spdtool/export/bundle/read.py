@@ -99,6 +99,7 @@ def read_bundle(folder: Path, *, unverified: bool = False) -> Bundle:
     if (folder / MANIFEST).is_file():  # else it is opened unverified
         # A second model: the manifest of one folder has come into another.
         models = {file.relative_to(folder).as_posix() for file in folder.glob("onnx/*.onnx")}
+        # Files that the manifest does not list are refused too: someone has added them.
         names = {*manifest.files, *SHARED_FILES, manifest.model, *models}
         _require_listed(folder, names, manifest.files, manifest.library)
     text = tuple(manifest.text) if manifest.text else None
@@ -135,6 +136,7 @@ def list_usable_variants(
         return
     if variant is not None and variant not in manifest.variants:
         raise UnknownName("variant", variant, manifest.variants)
+    # On hardware that the manifest does not know, the portable file runs.
     names = manifest.prefer.get(provider, [_portable_variant(manifest)])
     if variant is not None:
         names = [variant]
@@ -162,9 +164,11 @@ def longest_input(config: Mapping[str, JsonValue], tokenizer_config: Mapping[str
     positions = config.get("max_position_embeddings")
     if isinstance(positions, int) and str(config.get("model_type")) in OFFSET_POSITIONS:
         pad = config.get("pad_token_id")
+        # RoBERTa numbers positions from padding + 1, so as many rows of the table are never read.
         positions -= 1
         if isinstance(pad, int):
             positions -= pad
+    # Tokenizer and model may each say more than the other can read.
     limits = []
     for limit in (positions, tokenizer_config.get("model_max_length")):
         if isinstance(limit, int | float) and not isinstance(limit, bool) and 0 < limit < NO_LIMIT:

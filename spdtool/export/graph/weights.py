@@ -166,6 +166,7 @@ def _decode(tensor: TensorProto, tensors: dict[str, TensorProto]) -> StoredWeigh
     if stem != tensor.name and f"{stem}_scale" in tensors:
         scale = numpy_helper.to_array(tensors[f"{stem}_scale"])
         zero_point = numpy_helper.to_array(tensors[f"{stem}_zero_point"])
+        # In float32: the difference of two int8 numbers overflows int8.
         widened = (array.astype(np.float32) - zero_point.astype(np.float32)) * scale
         # The quantizer gives each column of a matrix product a scale of its own.
         scale_axis = array.ndim - 1 if scale.ndim else None
