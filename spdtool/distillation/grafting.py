@@ -168,14 +168,21 @@ def replacing_rate(section: Grafting) -> Callable[[float], float]:
     base = start if section.base is None else section.base
 
     def climb(progress: float, lowest: float) -> float:
-        return 1.0 if rise <= 0 else min(1.0, lowest + (1.0 - lowest) * progress / rise)
+        """Rise from `lowest` to 1, and stay there."""
+        if rise <= 0:
+            return 1.0
+        return min(1.0, lowest + (1.0 - lowest) * progress / rise)
+
+    def hold_then(later: Callable[[float], float]) -> Callable[[float], float]:
+        """Hold `start`, then follow `later`, which counts from the end of the hold."""
+        return lambda progress: start if progress < hold else later(progress - hold)
 
     schedules: dict[str, Callable[[float], float]] = {
         "constant": lambda _: start,
-        "constant-then-one": lambda progress: start if progress < hold else 1.0,
+        "constant-then-one": hold_then(lambda _: 1.0),
         "linear": lambda progress: climb(progress, start),
-        "constant-then-linear": lambda progress: start if progress < hold else climb(progress - hold, start),
-        "constant-then-linear-with-gap": lambda progress: start if progress < hold else climb(progress - hold, base),
+        "constant-then-linear": hold_then(lambda progress: climb(progress, start)),
+        "constant-then-linear-with-gap": hold_then(lambda progress: climb(progress, base)),
     }
     if section.schedule not in schedules:
         raise UnknownName("replacing-rate schedule", section.schedule, schedules)
