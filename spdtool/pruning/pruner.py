@@ -12,7 +12,8 @@ from spdtool import plugins
 from spdtool.errors import RecipeError
 from spdtool.models import collectives, fsdp
 from spdtool.pruning.masks import Masks, check_counts, find_flagged
-from spdtool.pruning.statistics import STATISTICS, Observer, Stats, full_float32
+from spdtool.pruning.observer import Observer, full_float32
+from spdtool.pruning.statistics import STATISTICS, Stats
 from spdtool.recipe.fields import Prune
 
 OnWork = Callable[[str], None]

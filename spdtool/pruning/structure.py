@@ -23,8 +23,9 @@ from torch import Tensor
 from spdtool.data.tokens import Batch
 from spdtool.errors import RecipeError
 from spdtool.models.structures import WIDTH_STEP, LayerStructures, Structures
+from spdtool.pruning.observer import RealTokens, make_input_hook
 from spdtool.pruning.second_order import factorize
-from spdtool.pruning.statistics import InputGram, InputMean, RealTokens, make_input_hook
+from spdtool.pruning.statistics import InputGram, InputMean
 from spdtool.recipe.fields import Prune
 
 MOST_DOWNDATES = 96  # of H^-1 for one layer: a wide layer loses several neurons at once, and takes no minutes

@@ -14,8 +14,8 @@ from spdtool.errors import GateError, ModelError, RecipeError
 from spdtool.models import collectives
 from spdtool.models.structures import LayerStructures, Structures
 from spdtool.pruning.masks import Masks, clear_dead, find_flagged
+from spdtool.pruning.observer import Observer, full_float32
 from spdtool.pruning.pruner import OnWork, Pruner
-from spdtool.pruning.statistics import Observer, full_float32
 from spdtool.pruning.structure import (
     EncoderShape,
     LayerShape,

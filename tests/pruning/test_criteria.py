@@ -17,7 +17,8 @@ from spdtool import plugins
 from spdtool.errors import RecipeError
 from spdtool.pruning import statistics
 from spdtool.pruning.masks import Masks
-from spdtool.pruning.statistics import STATISTICS, Observer, Stats
+from spdtool.pruning.observer import Observer
+from spdtool.pruning.statistics import STATISTICS, Stats
 from spdtool.recipe.fields import Prune
 
 SECTION = Prune(fisher_block=4, dampening=0.1, penalty=0.5)

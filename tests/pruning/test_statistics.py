@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from spdtool.pruning.masks import Masks
-from spdtool.pruning.statistics import STATISTICS, Observer, Stats, split_into_blocks
+from spdtool.pruning.observer import Observer
+from spdtool.pruning.statistics import STATISTICS, Stats, split_into_blocks
 from spdtool.recipe.fields import Prune
 
 NEEDS = tuple(STATISTICS)

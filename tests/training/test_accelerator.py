@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from spdtool.errors import DeviceError
 from spdtool.models import arithmetic
-from spdtool.pruning.statistics import full_float32
+from spdtool.pruning.observer import full_float32
 from spdtool.recipe.fields import Recipe
 from spdtool.recipe.reading import override
 from spdtool.run.folder import Run
