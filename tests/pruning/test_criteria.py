@@ -287,7 +287,7 @@ def test_the_criteria_of_the_guide_rank_update_and_score_blocks(
 ) -> None:
     guide = Path(__file__).parents[2] / "docs/how-to/write-a-criterion.md"
     monkeypatch.setattr(statistics, "STATISTICS", STATISTICS.copy())
-    names = {"statistic": statistics.statistic, "Statistic": statistics.Statistic}
+    names = {"register_statistic": statistics.register_statistic, "Statistic": statistics.Statistic}
     for source in re.findall(r"^```python\n(.*?)^```", guide.read_text("utf-8"), re.DOTALL | re.MULTILINE):
         exec(compile(source, str(guide), "exec"), names)
     layer = make_layer()
