@@ -142,7 +142,8 @@ def predict(
             console.print_row(prediction, text_line)
     if unlabelled:
         numbers = ", ".join(map(str, unlabelled[:LISTED_LINES]))
-        console.warn(f"{len(unlabelled)} lines were not labelled: {numbers}")
+        count = "1 line has" if len(unlabelled) == 1 else f"{len(unlabelled):,} lines have"
+        console.warn(f"{count} no answer: {numbers}")
         raise typer.Exit(DataError.exit_code)
     return None
 

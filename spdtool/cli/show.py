@@ -39,9 +39,7 @@ def inspect(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> object:
     inspection = inspect_run(opened)
     rows = []
     for stage in inspection.stages:
-        # A line for each input: hashes in one line would be as wide as the table.
-        inputs = (stage.made_from or "").replace(", ", "\n")
-        rows.append(tuple((stage.model_dump() | {"made_from": inputs}).values()))
+        rows.append(tuple(stage.model_dump().values()))
     console.print_table(opened.recipe.mark_smoke(inspection.run), STAGE_COLUMNS, rows)
     if inspection.test is not None:
         console.print_lines("test score", inspection.test.lines())

@@ -25,13 +25,22 @@ def read_file(path: Path) -> Table:
     """
     read = READERS.get(path.suffix.lower())
     if read is None:
-        raise DataError(f"{path} ends in {path.suffix or 'nothing'!r}", f"known endings: {', '.join(READERS)}")
+        raise _unknown_ending(path)
     refuse_pointer(path)
     table = read(path)
     repeated = sorted({name for name in table.columns if name and table.columns.count(name) > 1})
     if repeated:
         raise DataError(f"{path} has two columns called {', '.join(map(repr, repeated))}", "rename one of them")
     return table
+
+
+def _unknown_ending(path: Path) -> DataError:
+    hint = f"known endings: {', '.join(READERS)}"
+    if path.suffix.lower() == ".txt":
+        hint += (
+            "; a text a line, without labels, is for sentence embeddings: add --teacher, a sentence encoder's folder"
+        )
+    return DataError(f"{path} ends in {path.suffix or 'nothing'!r}", hint)
 
 
 def read_header(path: Path) -> Table:
@@ -42,7 +51,7 @@ def read_header(path: Path) -> Table:
     """
     ending = path.suffix.lower()
     if ending not in READERS:
-        raise DataError(f"{path} ends in {path.suffix or 'nothing'!r}", f"known endings: {', '.join(READERS)}")
+        raise _unknown_ending(path)
     refuse_pointer(path)
     rows: list[list[object]] = []
     if READERS[ending] in (read_conll, read_json):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -93,6 +94,9 @@ def test_json_of_every_stage_and_of_inspect(spdtool: Call, compressed: Path) -> 
         assert output == json.loads((compressed / stage / "stage.json").read_text())["result"]
     assert json.loads(spdtool("bench", "--run", compressed, "--json").stdout)["rows"][1][0] == "student"
     assert len(json.loads(spdtool("inspect", compressed, "--json").stdout)["stages"]) == 6
+    shown = spdtool("inspect", compressed).stdout
+    assert "\\n" not in shown, "a line break was spelt out"
+    assert re.search(r"prune \w{8}, teacher \w{8}", shown)
 
 
 def test_json_of_an_error(spdtool: Call) -> None:

@@ -342,10 +342,14 @@ def test_a_broken_file_is_refused_by_name_and_line(tmp_path: Path) -> None:
 
 
 def test_the_known_endings_are_listed_and_capitals_do_not_matter(tmp_path: Path) -> None:
-    (tmp_path / "mine.txt").write_text("text")
-    with pytest.raises(DataError) as error:
-        rows(tmp_path / "mine.txt")
-    assert error.value.hint == "known endings: .csv, .tsv, .jsonl, .parquet, .arrow, .json, .conll, .bio, .iob"
+    known = "known endings: .csv, .tsv, .jsonl, .parquet, .arrow, .json, .conll, .bio, .iob"
+    for ending, further in (("xlsx", None), ("txt", "add --teacher, a sentence encoder's folder")):
+        (tmp_path / f"mine.{ending}").write_text("text")
+        with pytest.raises(DataError) as error:
+            rows(tmp_path / f"mine.{ending}")
+        first, _, last = (error.value.hint or "").partition(";")
+        assert first == known, ending
+        assert (further or "") in last, ending
     assert len(rows(make(tmp_path / "mine.csv", PLAIN).rename(tmp_path / "MINE.CSV"))["train"]) > 30
 
 
