@@ -74,9 +74,7 @@ def _clean_run(path: Path, keep: tuple[str, ...], dry_run: bool, yes: bool) -> o
         console.say(f"and {len(cleaning.unknown) - LISTED_FILES} more")
     if cleaning.stages:
         # A stage that is removed is trained again by the next `compress` on this run.
-        console.say(
-            "[dim]call `spdtool report` first if you want its figures; a run that goes on trains removed stages again[/]"
-        )
+        console.say("[dim]call `spdtool report` first to have its figures; a run that goes on trains these again[/]")
     if dry_run or not _agree(f"remove {console.format_bytes(cleaning.bytes)}?", yes):
         return result
     clean_run(run, cleaning)
