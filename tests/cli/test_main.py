@@ -559,38 +559,37 @@ class OutOfMemoryError(RuntimeError):
     """Stands for torch's."""
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("error", "code", "message"),
-    [
-        (OSError(errno.ENOSPC, "No space left on device"), 2, "the disk is full"),
-        (OSError(errno.EDQUOT, "Disk quota exceeded"), 2, "the disk is full"),
-        (SafetensorError("I/O error: No space left on device (os error 28)"), 2, "the disk is full"),
-        (OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 2, "--set prune.accumulate=2"),
-        (MemoryError(), 2, "out of memory"),
-        (OSError(errno.EROFS, "Read-only file system"), 2, "Read-only"),
-        (KeyboardInterrupt(), 130, "the same command goes on from the last snapshot"),
-    ],
-    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
-)
-def test_errors_that_stop_a_stage_are_reported_without_a_traceback(
-    spdtool: Call,
-    quick_words: tuple[str, ...],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    error: BaseException,
-    code: int,
-    message: str,
-) -> None:
-    def stop(*_: Any) -> None:
-        raise error
+STOPPING: list[tuple[BaseException, int, str]] = [
+    (OSError(errno.ENOSPC, "No space left on device"), 2, "the disk is full"),
+    (OSError(errno.EDQUOT, "Disk quota exceeded"), 2, "the disk is full"),
+    (SafetensorError("I/O error: No space left on device (os error 28)"), 2, "the disk is full"),
+    (OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 2, "--set prune.accumulate=2"),
+    (MemoryError(), 2, "out of memory"),
+    (OSError(errno.EROFS, "Read-only file system"), 2, "Read-only"),
+    (KeyboardInterrupt(), 130, "the same command goes on from the last snapshot"),
+]
 
-    monkeypatch.setattr("spdtool.models.load.save_model", stop)
-    result = spdtool("teacher", *quick_words, "--run", tmp_path / "run")
-    assert result.exit_code == code
-    assert message in result.stderr
-    assert "Traceback" not in result.output
-    assert not (tmp_path / "run/teacher").exists()
+
+@pytest.mark.slow
+def test_errors_that_stop_a_stage_are_reported_without_a_traceback(
+    spdtool: Call, quick_words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each call goes on where the one before was stopped, and the last one finishes the stage."""
+    saves: list[BaseException] = []
+    for error, code, message in STOPPING:
+
+        def stop(*_: Any, error: BaseException = error) -> None:
+            saves.append(error)
+            raise error
+
+        monkeypatch.setattr("spdtool.models.load.save_model", stop)
+        result = spdtool("teacher", *quick_words, "--run", tmp_path / "run")
+        case = repr(error)
+        assert saves[-1] is error, f"{case}: the stage did not come to its end"
+        assert result.exit_code == code, case
+        assert message in result.stderr, case
+        assert "Traceback" not in result.output, case
+        assert not (tmp_path / "run/teacher").exists(), case
     monkeypatch.undo()
     assert spdtool("teacher", *quick_words, "--run", tmp_path / "run").exit_code == 0
 

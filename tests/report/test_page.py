@@ -229,11 +229,10 @@ def test_the_printed_command_rebuilds_the_recipe(sets, flags, monkeypatch):
     assert [change for change in recipe.diff(reread) if change[0] not in MAY_CHANGE] == []
 
 
-def test_the_printed_commands_name_the_finished_stages(toy_run):
-    run = toy_run(until="prune")
-    first, second = commands.commands_of(run)
+def test_the_printed_commands_name_the_finished_stages(distilled):
+    first, second, third = commands.commands_of(Run.open(distilled))
     assert first.startswith("spdtool teacher --task toy")
-    assert second == f"spdtool prune --run {run.path}"
+    assert (second, third) == (f"spdtool prune --run {distilled}", f"spdtool distill --run {distilled}")
 
 
 def test_the_page_begins_with_speed_size_and_score_and_says_how_to_use_the_model(finished_page, compressed):

@@ -125,7 +125,7 @@ def test_projections_are_there_only_where_hidden_states_are_compared(
     assert not (same_width.path / "prune" / "projections.safetensors").exists()
 
 
-@pytest.mark.parametrize("layer_map", ["uniform", "last", "[2, 1]"])
+@pytest.mark.parametrize("layer_map", [pytest.param("uniform", marks=pytest.mark.long), "last", "[2, 1]"])
 def test_the_layer_map_changes_the_hidden_state_loss(
     toy_run: MakeRun, toy_task: Callable[..., Task], make_student: Callable[..., str], layer_map: str
 ) -> None:

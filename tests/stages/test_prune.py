@@ -48,7 +48,7 @@ def sparse_teacher(run: Run, sparsity: float) -> None:
         work.result = result
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("sparsity", [0.0, pytest.param(0.5, marks=pytest.mark.long), 0.9, 0.999])
 def test_every_matrix_has_exactly_the_zeros_that_were_asked_for(
     toy_run: Callable[..., Run], sparsity: float, stage_files: list[str]
 ) -> None:
@@ -126,12 +126,12 @@ def test_only_the_chosen_part_is_trained(toy_run: Callable[..., Run], train: str
 @pytest.mark.parametrize(
     "sets",
     [
-        ("prune.loss.attention=1",),
-        ("prune.loss.hidden=0", "prune.loss.hardness=0"),
+        pytest.param(("prune.loss.attention=1",), marks=pytest.mark.long),
+        pytest.param(("prune.loss.hidden=0", "prune.loss.hardness=0"), marks=pytest.mark.long),
         ("prune.grafting.start=0.5", "prune.grafting.stand_in_dropout=true"),
         ("prune.accumulate=3",),
         ("precision=bf16",),
-        ("prune.dropout=0.3",),
+        pytest.param(("prune.dropout=0.3",), marks=pytest.mark.long),
         ("prune.weight_decay=0.5", "prune.clip=0"),
         ("gradient_checkpointing=true", "prune.loss.attention=1"),
     ],
