@@ -56,8 +56,7 @@ def local_dataset(recipe: Recipe) -> Dataset:
 
     shards = find_shards(Path(recipe.data))
     if shards is not None:
-        header = read_header(shards["train"][0])
-        if find_word_columns(header, recipe.text, recipe.label) is None:
+        if not _reads_whole_tables(read_header(shards["train"][0]), recipe):
             return sharded_dataset(recipe, shards)
         tables = join_shards(shards, read_class_names(Path(recipe.data)))
     else:
@@ -143,16 +142,37 @@ def _refuse_two_test_sets(recipe: Recipe, tables: Mapping[str, Table]) -> None:
         raise two_test_sets(tables["test"].path)
 
 
+def _reads_whole_tables(header: Table, recipe: Recipe) -> bool:
+    """Tell whether rows are of a kind whose reader needs all of them at once: words, questions, rankings."""
+    if find_ranking_columns(header.columns) is not None or holds_questions(header, recipe.text, recipe.label):
+        return True
+    return find_word_columns(header, recipe.text, recipe.label) is not None
+
+
 def join_shards(shards: Mapping[str, Sequence[Path]], names: ClassNames) -> dict[str, Table]:
-    """Read the files of each split into one table: rows whose labels are lists are all kept in memory."""
+    """Read the files of each split into one table: rows whose labels are lists are all kept in memory.
+
+    Raises:
+        DataError: the files of a split have different columns, or different names of classes.
+    """
     tables = {}
     for split, files in shards.items():
         if not files:
             continue
-        parts = [name_classes(read_file(file), names) for file in files]
-        rows = [row for part in parts for row in part.rows]
-        lines = [line for part in parts for line in part.lines]
-        tables[split] = replace(parts[0], path=files[0].parent, rows=rows, lines=lines)
+        first = name_classes(read_file(files[0]), names)
+        rows, lines = [*first.rows], [*first.lines]
+        for file in files[1:]:
+            table = name_classes(read_file(file), names)
+            if set(table.columns) != set(first.columns) or table.class_names != first.class_names:
+                raise DataError(
+                    f"{file} has the columns {', '.join(table.columns)}, and {files[0]} has "
+                    f"{', '.join(first.columns)}; names of classes have to be alike too",
+                    "the files of a split are one table: give them the same columns",
+                )
+            indices = [table.columns.index(name) for name in first.columns]  # in any order
+            rows += [[row[index] for index in indices] for row in table.rows]
+            lines += table.lines
+        tables[split] = replace(first, path=files[0].parent, rows=rows, lines=lines)
     return tables
 
 

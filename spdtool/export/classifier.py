@@ -43,7 +43,7 @@ from spdtool.export.token_rows import (
     token_row,
     token_rows_of_columns,
 )
-from spdtool.tasks.decision import Answer, Json, find_decision
+from spdtool.tasks.decision import Answer, Json, find_decision, read_stride
 from spdtool.tasks.head import Head, head_of_config
 from spdtool.tasks.sentence_settings import read_prompt
 
@@ -132,8 +132,7 @@ class Classifier:
         self.max_length = min(self.max_length, max_length)
         options: dict[str, Any] = {"direction": self._truncation_side}
         if self.decision.windows is not None:
-            stride = self.decision.settings.get("stride", DEFAULT_STRIDE)
-            stride = stride if isinstance(stride, int) else DEFAULT_STRIDE
+            stride = read_stride(self.decision.settings, DEFAULT_STRIDE)
             options["stride"] = fit_stride(stride, self.max_length, paired=self.decision.windows == 1)
             options["strategy"] = self.decision.truncation()
         try:

@@ -10,7 +10,17 @@ import numpy as np
 
 from spdtool.data.windows import WindowOutput
 from spdtool.escaping import make_visible
-from spdtool.tasks.decision import LABEL, NUMBER, Answer, Decision, ExampleCall, Json, Object, Snippets
+from spdtool.tasks.decision import (
+    LABEL,
+    NUMBER,
+    Answer,
+    Decision,
+    ExampleCall,
+    Json,
+    Object,
+    Snippets,
+    read_optional_number,
+)
 from spdtool.tasks.scores.answer_metrics import word_f1
 from spdtool.tasks.scores.probabilities import softmax
 
@@ -85,6 +95,10 @@ class BestSpan(Decision):
     windows = 1
     example = ExampleCall("answer", pair=("a question", "its context"))
 
+    def __init__(self, names: Sequence[str], settings: Mapping[str, Json] | None = None) -> None:
+        super().__init__(names, settings)
+        self.threshold = read_optional_number(self.settings, "no_answer_threshold")
+
     @classmethod
     def fits(cls, config: Mapping[str, Any]) -> bool:  # noqa: ARG003
         """Tell that every model of this head is answered so."""
@@ -92,11 +106,10 @@ class BestSpan(Decision):
 
     def decide(self, outputs: Any) -> list[Answer]:
         """Return `answer`, `score`, `start` and `end` for each question; an empty answer where there is none."""
-        threshold = self.settings.get("no_answer_threshold")
         answers: list[Answer] = []
         for windows in outputs:
             candidate = find_candidate(windows)
-            is_null = isinstance(threshold, int | float) and candidate.null - candidate.logit > threshold
+            is_null = self.threshold is not None and candidate.null - candidate.logit > self.threshold
             start, end = (0, 0) if is_null else (candidate.start, candidate.end)
             text = windows[0].window.text[start:end]
             answers.append({"answer": text, "score": candidate.probability, "start": start, "end": end})

@@ -339,6 +339,30 @@ def read_thresholds(settings: Mapping[str, Json], count: int) -> np.ndarray:
     return np.array(thresholds, np.float64)
 
 
+def read_stride(settings: Mapping[str, Json], default: int) -> int:
+    """Return how many tokens neighbouring windows share, by some settings.
+
+    Raises:
+        ModelError: it is no number of tokens.
+    """
+    stride = settings.get("stride", default)
+    if type(stride) is not int or stride < 0:
+        raise ModelError(f"manifest.json has the stride {str(stride)[:40]!r}", "a number of tokens was expected")
+    return stride
+
+
+def read_optional_number(settings: Mapping[str, Json], name: str) -> float | None:
+    """Return a number of some settings; None where it is null, or not there.
+
+    Raises:
+        ModelError: it is something else.
+    """
+    value = settings.get(name)
+    if value is not None and not _is_number(value):
+        raise ModelError(f"manifest.json has the {name} {str(value)[:40]!r}", "a number, or null, was expected")
+    return None if value is None else float(value)  # type: ignore[arg-type]
+
+
 def _is_number(value: Json) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SCORE = "score"
+ACTIVATIONS = ("sigmoid", "identity")
 SHUFFLES = 20  # random orders of the dev passages that say what chance scores
 CROSS_ENCODER_NOTE = """
 With sentence-transformers:
@@ -61,13 +62,28 @@ class Relevance(Decision):
     route = "rerank"
     example = ExampleCall("score", pair=("a query", "a passage"))
 
+    def __init__(self, names: Sequence[str], settings: Mapping[str, Json] | None = None) -> None:
+        super().__init__(names, settings)
+        activation = self.settings.get("activation", ACTIVATIONS[0])
+        if activation not in ACTIVATIONS:
+            raise ModelError(f"the activation is {str(activation)[:40]!r}", f"known: {', '.join(ACTIVATIONS)}")
+
     @classmethod
     def settings_of(cls, config: Mapping[str, Any]) -> dict[str, Json]:
-        """Read from config.json what is applied to the only output."""
+        """Read from config.json what is applied to the only output.
+
+        Raises:
+            ModelError: it is another function.
+        """
         stored = config.get("sentence_transformers") or {}
         name = stored.get("activation_fn") if isinstance(stored, Mapping) else None
         name = str(name or config.get("sbert_ce_default_activation_function") or "Sigmoid")
-        return {"activation": "identity" if name.endswith("Identity") else "sigmoid"}
+        activation = name.rsplit(".", 1)[-1].lower()
+        if activation not in ACTIVATIONS:
+            raise ModelError(
+                f"config.json says that scores are the {name} of the output", f"supported: {', '.join(ACTIVATIONS)}"
+            )
+        return {"activation": activation}
 
     @classmethod
     def fits(cls, config: Mapping[str, Any]) -> bool:

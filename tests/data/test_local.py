@@ -472,3 +472,25 @@ def test_max_rows_of_a_sorted_file_still_shows_every_class(tmp_path: Path) -> No
     assert len(splits["train"]) == 12
     assert set(splits["train"].labels) == {0, 1}
     assert splits == find_task(recipe).read_rows(recipe)
+
+
+def test_questions_and_rankings_are_read_from_shards_whatever_the_order_of_their_keys(tmp_path: Path) -> None:
+    answer = {"text": ["a"], "answer_start": [0]}
+    kinds: dict[str, dict[str, Any]] = {
+        "spans": {"question": "who", "context": "a", "answers": answer},
+        "ranking": {"query": "who", "passage": "a", "relevant": 1},
+        "tokens": {"tokens": ["a", "b"], "tags": ["B-X", "O"]},
+    }
+    for kind, row in kinds.items():
+        other = row | {"relevant": 0} if kind == "ranking" else row
+        files = {"train/a": row, "train/b": dict(reversed(other.items())), "dev/a": row}
+        for name, content in files.items():
+            (tmp_path / kind / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / kind / f"{name}.jsonl").write_text(json.dumps(content), "utf-8")
+        dataset = find_dataset(Recipe(task="local", data=str(tmp_path / kind)))
+        rows = dataset.load(None, 0)["train"]
+        assert (dataset.kind, rows.first[0]) == (kind, rows.first[1])
+        assert rows.second is None or rows.second == ["a", "a"]
+        (tmp_path / kind / "train/b.jsonl").write_text(json.dumps(row | {"further": 1}), "utf-8")
+        with pytest.raises(DataError, match="b.jsonl has the columns"):
+            find_dataset(Recipe(task="local", data=str(tmp_path / kind)))

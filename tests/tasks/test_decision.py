@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -15,10 +16,12 @@ import pytest
 import torch
 
 from spdtool import plugins
-from spdtool.errors import UnknownName
+from spdtool.errors import ModelError, UnknownName
 from spdtool.recipe.fields import Loss
-from spdtool.tasks.decision import Decision, OneLabel, OneNumber, SeveralLabels, find_decision
+from spdtool.tasks.answers import BestSpan
+from spdtool.tasks.decision import Decision, OneLabel, OneNumber, SeveralLabels, find_decision, read_stride
 from spdtool.tasks.prepare import task_of
+from spdtool.tasks.ranking import Relevance
 from spdtool.tasks.task import Task
 
 MULTI: dict[str, Any] = {"problem_type": "multi_label_classification"}
@@ -94,3 +97,22 @@ def test_decisions_import_neither_torch_nor_transformers() -> None:
     )
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert process.stdout.strip() == "[]"
+
+
+def test_settings_that_are_not_what_they_say_are_refused() -> None:
+    cross_encoder = {"sentence_transformers": {"activation_fn": "torch.nn.modules.activation.Tanh"}}
+    cases: tuple[tuple[Callable[[], object], str], ...] = (
+        (lambda: BestSpan(["start", "end"], {"no_answer_threshold": "1"}), "has the no_answer_threshold '1'"),
+        (lambda: BestSpan(["start", "end"], {"no_answer_threshold": True}), "has the no_answer_threshold 'True'"),
+        (lambda: read_stride({"stride": -1}, 8), "has the stride '-1'"),
+        (lambda: read_stride({"stride": 4.5}, 8), "has the stride '4.5'"),
+        (lambda: Relevance(["score"], {"activation": "tanh"}), "the activation is 'tanh'"),
+        (lambda: Relevance.settings_of(cross_encoder), "scores are the torch.nn.modules.activation.Tanh of the output"),
+    )
+    for read, message in cases:
+        with pytest.raises(ModelError, match=message):
+            read()
+    assert BestSpan(["start", "end"], {"no_answer_threshold": 1}).threshold == 1.0
+    assert (read_stride({}, 8), BestSpan(["start", "end"]).threshold) == (8, None)
+    linear = {"sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity"}
+    assert [Relevance.settings_of(config)["activation"] for config in ({}, linear)] == ["sigmoid", "identity"]

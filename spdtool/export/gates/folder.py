@@ -68,6 +68,7 @@ def check_folder(target: Target, reference: Reference, folder: Path, provider: s
     if opens_by_load(target, reference):
         classifier = open_classifier(folder, provider)
         check_classifier(classifier, reference, tokenizer)
+        check_settings(classifier, reference, provider)
         check_tokens(classifier, tokenizer)
         _check_same_model(classifier, target.session(folder, provider), reference, tokenizer)
     check_sentence_files(folder, reference)
@@ -175,6 +176,24 @@ def check_classifier(classifier: Classifier, reference: Reference, tokenizer: Pr
             f"{type(classifier.decision).__name__} instead of {task.decision.__name__}",
             "look at architectures and problem_type in the checkpoint's config.json",
         )
+
+
+def check_settings(classifier: Classifier, reference: Reference, provider: str) -> None:
+    """Refuse a manifest whose kind of task, text columns or settings are not those that are scored; raises GateError.
+
+    Answers on dev rows do not show everything: a threshold may move between two logits.
+    """
+    task, bundle = reference.dev.task, classifier.bundle
+    if task is None or bundle is None:
+        return
+    comparisons = {
+        "kind of task": (bundle.kind, task.dataset.kind),
+        "text columns": (bundle.text, tuple(task.dataset.text)),
+        "settings": (dict(bundle.settings), reference.kind_settings(provider)),
+    }
+    for name, (value, expected) in comparisons.items():
+        if value != expected:
+            raise GateError(f"manifest.json has the {name} {value!r}; what was scored has {expected!r}")
 
 
 def check_tokens(classifier: Classifier, tokenizer: PreTrainedTokenizerBase) -> None:

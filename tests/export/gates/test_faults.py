@@ -19,7 +19,13 @@ from spdtool.data.dataset import Dataset, Rows
 from spdtool.errors import GateError
 from spdtool.export.bundle.manifest import digest_files, write_manifest
 from spdtool.export.gates.checked_export import ExportAttempt
-from spdtool.export.gates.folder import check_classifier, check_folder, open_classifier, predict_from_texts
+from spdtool.export.gates.folder import (
+    check_classifier,
+    check_folder,
+    check_settings,
+    open_classifier,
+    predict_from_texts,
+)
 from spdtool.export.gates.reference import Reference, prepare_dev_sets
 from spdtool.export.gates.score import check_score
 from spdtool.export.gates.weights import check_weights
@@ -170,6 +176,15 @@ def test_faults_in_multi_label_settings_are_detected(tmp_path: Path, toys: Modul
         with pytest.raises(GateError, match=r"spdtool\.load (answers|gives other probabilities)"):
             check_score(target, several, intact, "cpu")
         assert title
+    nearly = {"thresholds": [float(str(thresholds[0])) + 1e-9, *thresholds[1:]]}  # decides no dev row otherwise
+    for fields, message in (
+        ({"settings": settings | nearly}, "has the settings"),
+        ({"kind": None}, "has the kind of task None"),
+        ({"text": ["review"]}, r"has the text columns \('review',\)"),
+    ):
+        write_manifest(intact, attempt.describe_folder(intact / MODEL_FILE).model_copy(update=fields))
+        with pytest.raises(GateError, match=message):
+            check_settings(open_classifier(intact, "cpu"), several, "cpu")
     for title in ("labels swapped", "a label renamed"):
         folder = shutil.copytree(intact, tmp_path / "faulty")
         FILE_FAULTS[title](folder)
