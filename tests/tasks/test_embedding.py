@@ -46,6 +46,9 @@ def test_a_given_sentence_encoder_makes_the_task(tmp_path: Path, task: Embedding
     line = task.describe_labels(splits)
     for words in ("no labels", "3 rated pairs", "pooling: mean, normalized", "prompts in turn: query, passage"):
         assert words in line, line
+    count = len(splits["dev"]) - 6  # two texts for each pair
+    few = f"nearest neighbours among {count} texts: with 11 or fewer every model finds all"
+    assert task.data_warnings(splits)[-1] == few
     for setting in (f"unlabeled={tmp_path / 'texts.txt'}", "test_share=0.1"):
         with pytest.raises(DataError, match="no text of a sentence encoder has one"):
             request_and_find(tmp_path, setting)

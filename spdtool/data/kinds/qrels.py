@@ -11,6 +11,7 @@ from pathlib import Path
 from spdtool.data.files import read_jsonl
 from spdtool.data.formats.separated import read_tsv
 from spdtool.data.formats.table import Table, read_text
+from spdtool.data.labels import parse_number
 from spdtool.data.splits import DEV_NAMES, TEST_NAMES, TRAIN_NAMES
 from spdtool.errors import DataError
 
@@ -94,7 +95,7 @@ def read_judged_tables(files: QrelsFiles, negatives: int, seed: int) -> dict[str
                 _require_id(path, judgement, judgement.passage in passages, "passage", judgement.passage)
                 rows.append([query_id, queries[query_id], passages[judgement.passage], judgement.relevance])
                 lines.append(judgement.line)
-            if all(judgement.relevance != "0" for judgement in judged):
+            if all(parse_number(judgement.relevance) != 0 for judgement in judged):  # 0, or 0.0
                 used = {judgement.passage for judgement in judged}
                 for passage_id in draw_negatives(passage_ids, used, negatives, f"{seed} {query_id}"):
                     rows.append([query_id, queries[query_id], passages[passage_id], "0"])
