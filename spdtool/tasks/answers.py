@@ -35,24 +35,29 @@ class Candidate(NamedTuple):
     Attributes:
         logit: of its begin and its end together. null: of "no answer", the least of all windows.
         probability: of begin times end among the tokens of its window.
+        null_probability: the same of "no answer", in the window that has the least of it.
         start, end: characters of the context.
     """
 
     logit: float
     null: float
     probability: float
+    null_probability: float
     start: int
     end: int
 
 
 def find_candidate(windows: Sequence[WindowOutput]) -> Candidate:
     """Find the likeliest span of a context over all of its windows; the first token of a window means "no answer"."""
-    best = Candidate(UNREAD, np.inf, 0.0, 0, 0)
-    null = np.inf
+    best = Candidate(UNREAD, np.inf, 0.0, 0.0, 0, 0)
+    null, null_chance = np.inf, 0.0
     for window, values in windows:
         begins, ends = values[:, 0].astype(np.float64), values[:, 1].astype(np.float64)
-        null = min(null, float(begins[0] + ends[0]))
         tokens = window.tokens_of(source=1)
+        readable = np.concatenate([[0], tokens])
+        begin_chances, end_chances = softmax(begins[readable]), softmax(ends[readable])
+        if begins[0] + ends[0] < null:
+            null, null_chance = float(begins[0] + ends[0]), float(begin_chances[0] * end_chances[0])
         if not len(tokens):
             continue
         sums = begins[tokens][:, None] + ends[tokens][None, :]
@@ -61,11 +66,10 @@ def find_candidate(windows: Sequence[WindowOutput]) -> Candidate:
         sums[(distance < 0) | (distance >= LONGEST_ANSWER)] = UNREAD
         first, last = np.unravel_index(int(sums.argmax()), sums.shape)
         if sums[first, last] > best.logit:
-            readable = np.concatenate([[0], tokens])
-            chances = softmax(begins[readable])[1 + first] * softmax(ends[readable])[1 + last]
+            chance = float(begin_chances[1 + first] * end_chances[1 + last])
             start, end = int(window.spans[tokens[first], 0]), int(window.spans[tokens[last], 1])
-            best = Candidate(float(sums[first, last]), null, float(chances), start, end)
-    return best._replace(null=null)
+            best = Candidate(float(sums[first, last]), null, chance, 0.0, start, end)
+    return best._replace(null=null, null_probability=null_chance)
 
 
 def choose_threshold(questions: Sequence[Sequence[WindowOutput]], gold: Sequence[Sequence[str]]) -> float:
@@ -105,14 +109,18 @@ class BestSpan(Decision):
         return True
 
     def decide(self, outputs: Any) -> list[Answer]:
-        """Return `answer`, `score`, `start` and `end` for each question; an empty answer where there is none."""
+        """Return `answer`, `score`, `start` and `end` for each question; an empty answer where there is none.
+
+        The score of an empty answer is the probability that there is none.
+        """
         answers: list[Answer] = []
         for windows in outputs:
             candidate = find_candidate(windows)
             is_null = self.threshold is not None and candidate.null - candidate.logit > self.threshold
             start, end = (0, 0) if is_null else (candidate.start, candidate.end)
             text = windows[0].window.text[start:end]
-            answers.append({"answer": text, "score": candidate.probability, "start": start, "end": end})
+            score = candidate.null_probability if is_null else candidate.probability
+            answers.append({"answer": text, "score": score, "start": start, "end": end})
         return answers
 
     def predictions(self, outputs: Any) -> list[Object]:

@@ -13,6 +13,7 @@ import torch
 
 import spdtool
 from spdtool.data.dataset import Dataset, Rows
+from spdtool.data.windows import TextWindow, WindowOutput
 from spdtool.errors import DataError, GateError, ModelError
 from spdtool.export.gates.folder import check_folder
 from spdtool.export.gates.logits import check_logits
@@ -23,7 +24,7 @@ from spdtool.models.load import load_model
 from spdtool.recipe.fields import Loss
 from spdtool.serving.batching import Batcher
 from spdtool.serving.predict import InputLine, predict_lines
-from spdtool.tasks.answers import LONGEST_ANSWER
+from spdtool.tasks.answers import LONGEST_ANSWER, BestSpan
 from spdtool.tasks.prepare import task_of
 from spdtool.tasks.scores.answer_metrics import exact_match, normalize_answer, word_f1
 from spdtool.tasks.spans import SPAN_FINDER, Spans
@@ -191,10 +192,11 @@ def test_the_answers_are_those_of_a_plain_reference(exported: Path, checkpoint: 
         AutoModelForQuestionAnswering.from_pretrained(checkpoint),
         AutoTokenizer.from_pretrained(checkpoint),
     )
-    threshold = answer.decision.settings["no_answer_threshold"]
+    assert isinstance(answer.decision, BestSpan)
+    threshold = answer.decision.threshold
     assert isinstance(threshold, float)
     for chosen in (None, threshold, -1.0, 1.0):
-        answer.decision.settings["no_answer_threshold"] = chosen
+        answer.decision.threshold = chosen
         answers = answer(list(rows.first), list(rows.second))
         for question, context, each in zip(rows.first, rows.second, answers, strict=True):
             wanted = plain_answer(model, tokenizer, question, context, chosen, max_length=64, stride=6)
@@ -244,7 +246,8 @@ def test_planted_faults_are_caught(exported: Path, reference: Reference, toys: M
         check_logits(target, reference, tmp_path / "swapped", ["cpu"])
     shutil.copytree(exported, tmp_path / "other threshold")
     toys.seal(tmp_path / "other threshold", settings={"stride": 32, "no_answer_threshold": -1e9})
-    check_folder(target, reference, tmp_path / "other threshold", "cpu")
+    with pytest.raises(GateError, match="has the settings"):
+        check_folder(target, reference, tmp_path / "other threshold", "cpu")
     with pytest.raises(GateError, match="spdtool.load answers"):
         check_score(target, reference, tmp_path / "other threshold", "cpu")
 
@@ -253,3 +256,14 @@ def test_a_model_with_another_number_of_outputs_is_refused(toys: ModuleType, che
     with pytest.raises(ModelError, match="needs two: begin and end"):
         toy(toys).label_order(["a", "b", "c"])
     assert load_model(checkpoint).config.id2label == {0: "start", 1: "end"}
+
+
+def test_the_score_of_an_empty_answer_is_the_probability_that_there_is_none() -> None:
+    spans = np.array([[0, 0], [0, 3], [4, 7]])
+    window = TextWindow(0, "one two", spans, np.array([-1, 1, 1]))
+    values = np.array([[3.0, 2.0], [1.0, 0.0], [0.0, 1.0]])
+    begins, ends = (np.exp(values[:, side]) / np.exp(values[:, side]).sum() for side in (0, 1))
+    for threshold, answer, score in ((0.0, "", begins[0] * ends[0]), (None, "one two", begins[1] * ends[2])):
+        decision = BestSpan(["start", "end"], {"no_answer_threshold": threshold})
+        (found_answer,) = decision.decide([[WindowOutput(window, values)]])
+        assert (found_answer["answer"], found_answer["score"]) == (answer, pytest.approx(score))

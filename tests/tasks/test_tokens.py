@@ -220,6 +220,8 @@ def test_planted_faults_are_caught(exported: Path, reference: Reference, toys: M
     folder = tmp_path / "windows overlap otherwise"
     shutil.copytree(exported, folder)
     toys.seal(folder, settings={"stride": 1})
+    with pytest.raises(GateError, match="has the settings"):
+        check_folder(target, reference, folder, "cpu")
     assert json.loads((exported / "manifest.json").read_text())["settings"] == {"stride": 32}
 
 
