@@ -22,6 +22,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from spdtool import plugins
+from spdtool.data.tokens import shorten_pairs
 from spdtool.data.windows import (
     WindowOutput,
     describe_no_room,
@@ -273,10 +274,15 @@ class Classifier:
             DataError: a text is not valid Unicode.
             ModelError: the tokenizer is damaged.
         """
-        inputs: list[Any] = list(texts) if seconds is None else list(zip(texts, seconds, strict=True))
         if self.decision.windows is not None:
             self._check_room(texts, seconds)
         try:
+            if seconds is not None and self.decision.windows is None:
+                from_left = self._truncation_side == "left"
+                texts, seconds = shorten_pairs(
+                    texts, seconds, self.max_length, self._locate_tokens, from_left=from_left
+                )
+            inputs: list[Any] = list(texts) if seconds is None else list(zip(texts, seconds, strict=True))
             encodings = self._tokenizer.encode_batch(inputs)
         except TypeError:  # a str that is not valid Unicode
             raise DataError("a text cannot be encoded as UTF-8: it holds a lone surrogate") from None
@@ -294,6 +300,16 @@ class Classifier:
             for part in (encoding, *encoding.overflowing):
                 rows.append(replace(token_row(part.ids, part.type_ids), window=make_window(number, text, part)))
         return rows
+
+    def _locate_tokens(self, text: str) -> Sequence[tuple[int, int]]:
+        """Return begin and end of every token of a text, in characters."""
+        if self._counter is None:
+            counter = Tokenizer.from_str(self._tokenizer.to_str())
+            counter.no_truncation()
+            counter.no_padding()
+            self._counter = counter
+        spans: Sequence[tuple[int, int]] = self._counter.encode(text, add_special_tokens=False).offsets
+        return spans
 
     def _check_room(self, texts: Sequence[str], seconds: Sequence[str] | None) -> None:
         """Raise DataError for single texts or pairs that are not read, and for first texts that leave no room."""

@@ -160,3 +160,25 @@ def test_arrays_with_one_entry_per_token_are_padded_as_the_tokens_are() -> None:
 def test_no_row_can_be_selected() -> None:
     selected = rows_of([2, 3]).select(np.array([], np.int64))
     assert (len(selected), selected.columns["input_ids"].size, selected.offsets.tolist()) == (0, 0, [0])
+
+
+def test_two_very_long_texts_are_cut_before_their_overflow_is_multiplied(toys: ModuleType) -> None:
+    first, second = "good bad film " * 300, "bad cold " * 500
+    for side in ("right", "left"):
+        tokenizer = toys.tokenizer()
+        tokenizer.truncation_side = side
+        rows = Rows([first, first, "a film"], [second, "a book", second], [0, 0, 0])
+        encoded = tokens.tokenize(tokenizer, rows, 16)
+        for row, pair in enumerate(zip(rows.first, rows.second or (), strict=True)):
+            expected = tokenizer(*pair, truncation=True, max_length=16)["input_ids"]
+            ids = encoded.columns["input_ids"][encoded.offsets[row] : encoded.offsets[row + 1]]
+            assert ids.tolist() == expected, (side, row)
+
+    def locate(text: str) -> list[tuple[int, int]]:
+        ends = [number for number, letter in enumerate(text + " ") if letter == " "]
+        return list(zip([0, *(end + 1 for end in ends[:-1])], ends, strict=True))
+
+    words = " ".join(map(str, range(100)))
+    cut = tokens.shorten_pairs([words, "a"], [words, words], 4, locate, from_left=False)
+    assert cut == ([" ".join(map(str, range(16))), "a"], [" ".join(map(str, range(16))), words])
+    assert tokens.shorten_pairs([words], [words], 4, locate, from_left=True)[0] == [" ".join(map(str, range(84, 100)))]
