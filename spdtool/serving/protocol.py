@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from spdtool.errors import DataError
+from spdtool.export.bundle.manifest import unique_fields
 from spdtool.export.classifier import Classifier
 from spdtool.tasks.decision import Json, Object
 
@@ -122,7 +123,7 @@ def parse_object(body: bytes) -> Object:
     """Parse a JSON object. Raises DataError."""
     try:
         text = body.decode("utf-8-sig")  # json.loads would guess other encodings, and let surrogates pass
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=unique_fields)
     except (ValueError, RecursionError) as error:
         raise DataError(f"the body is no JSON: {error}") from None
     # A lone surrogate cannot be sent back, neither in an answer nor in the error that names it.

@@ -134,6 +134,7 @@ WRONG: dict[str, tuple[str, Any, int, str]] = {
     "nested without end": ("/predict", b"[" * 8000, 422, "is no JSON"),
     "a list": ("/predict", [1], 422, "a JSON object was expected"),
     "nothing": ("/predict", b"", 422, "is no JSON"),
+    "a key twice": ("/predict", b'{"texts": ["a"], "texts": ["b"]}', 422, "a key stands twice in one object"),
     "no texts": ("/predict", {"text": "a"}, 422, "'text'"),
     "one text": ("/predict", {"texts": "a"}, 422, "a list of texts, found str"),
     "a number": ("/predict", {"texts": ["a", 3]}, 422, "texts[1] has to be a text, found int"),

@@ -111,7 +111,7 @@ def read_json_object(file: Path) -> dict[str, JsonValue]:
         ModelError: the file cannot be read, holds something else, or says one thing twice.
     """
     try:
-        value = json.loads(file.read_text("utf-8"), object_pairs_hook=_unique_fields, parse_constant=_refuse_constant)
+        value = json.loads(file.read_text("utf-8"), object_pairs_hook=unique_fields, parse_constant=_refuse_constant)
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{file} cannot be read: {error}", COPY_AGAIN) from None
     if not isinstance(value, dict):
@@ -119,7 +119,8 @@ def read_json_object(file: Path) -> dict[str, JsonValue]:
     return value
 
 
-def _unique_fields(pairs: list[tuple[str, JsonValue]]) -> dict[str, JsonValue]:
+def unique_fields(pairs: list[tuple[str, JsonValue]]) -> dict[str, JsonValue]:
+    """Make an object of JSON; raise ValueError for a key that stands there twice."""
     fields = dict(pairs)
     if len(fields) != len(pairs):  # readers differ in which of the two they take
         raise ValueError("a key stands twice in one object")
