@@ -41,7 +41,10 @@ DATASETS = {
     "toy": lambda: toys.dataset(train=24, dev=16, dropout=0.2),
     "toy-tags": lambda: toys.tag_dataset(train=24, dev=16),
     "toy-questions": lambda: toys.question_dataset(train=24, dev=16, without=3),
+    "toy-ranking": lambda: toys.ranking_dataset(train=24, dev=16, dropout=0.2),
+    "toy-unlabeled": lambda: toys.dataset("toy-unlabeled", train=16, dev=16, dropout=0.2),
 }
+UNLABELED = Path(sys.argv[1] if len(sys.argv) > 1 else ".") / "unlabeled.txt"
 
 
 def recipe(minutes: float) -> Any:
@@ -58,6 +61,7 @@ def recipe(minutes: float) -> Any:
         f"save_minutes={minutes}",
         sparsity=0.8,
         task=TASK,
+        unlabeled=str(UNLABELED) if TASK == "toy-unlabeled" else None,
     )
 
 
@@ -188,6 +192,7 @@ def stage(folder: Path, name: str, minutes: float, deaths: tuple[str, int] | Non
 
 
 def main(root: Path, scenarios: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    UNLABELED.write_text("\n".join(toys.rows(8, 7).first), "utf-8")
     results = []
     uninterrupted = root / "uninterrupted"
     for name in STAGES:

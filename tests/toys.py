@@ -10,6 +10,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from spdtool import plugins
@@ -347,6 +348,26 @@ def question_dataset(name: str = "toy-questions", *, train: int = 48, dev: int =
             "dev": question_rows(dev, 2, without=without),
         },
         build=lambda _seed: (span_finder(), tokenizer()),
+        about="in-memory rows for the tests",
+    )
+
+
+def ranking_dataset(name: str = "toy-ranking", *, train: int = 24, dev: int = 16, dropout: float = 0.0) -> Dataset:
+    """A data set of queries with four passages each, one of them relevant, and a tiny model to go with it."""
+
+    def query_rows(count: int, seed: int) -> Rows:
+        passages = rows(count, seed, longest=6).first
+        labels = np.array([[index // 4, int(index % 4 == 1)] for index in range(count)])
+        return Rows([f"the film was {FILLER[index // 4 % 12]}" for index in range(count)], passages, labels)
+
+    return Dataset(
+        name=name,
+        kind="ranking",
+        text=("query", "passage"),
+        labels=(),
+        metrics=("mrr@10", "ndcg@10", "map"),
+        load=lambda _data, _seed: {"train": query_rows(train, 1), "dev": query_rows(dev, 2)},
+        build=lambda seed: (bert(labels=1, dropout=dropout, seed=seed), tokenizer()),
         about="in-memory rows for the tests",
     )
 
