@@ -20,7 +20,8 @@ from spdtool.sweep.trials import Sweep, data_by_task, plan_trials, scale_epochs
 
 QUICK = (
     *(f"{stage}.batch_size=16" for stage in ("teacher", "prune", "distill", "finetune")),
-    *("teacher.epochs=1", "prune.events=2", "max_length=16", "device=cpu", "export.optional=[]"),
+    *("teacher.epochs=1", "prune.events=2", "prune.calibration=2"),
+    *("max_length=16", "device=cpu", "export.optional=[]"),
     "teacher.accept=true",  # a toy may learn nothing in an epoch
 )
 
@@ -75,10 +76,8 @@ def test_a_sweep_prints_one_line_for_each_trial(planned, capsys):
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["[1/1] toy default 0.5 seed 0"]
 
 
-@pytest.mark.slow
-def test_the_results_are_written_as_json_and_markdown(planned, tmp_path):
-    rows, _ = run_all(planned(sparsities=[0.5, 0.8]))
-    out = tmp_path / "sweep"
+def check_files(out, rows):
+    """Compare the results as JSON and as Markdown with rows of sparsity 0.5 and 0.8."""
     written = json.loads((out / "sweep.json").read_text("utf-8"))["rows"]
     assert written == [row.model_dump(mode="json") for row in rows]
     for record, nonzeros in zip(written, (0.5, 0.2), strict=True):
@@ -89,7 +88,7 @@ def test_the_results_are_written_as_json_and_markdown(planned, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_finished_sweep_repeats_no_work(planned, tmp_path):
+def test_a_finished_sweep_repeats_no_work_and_its_files_grow_with_it(planned, tmp_path):
     before, _ = run_all(planned())
     stamps_before = stamps(tmp_path)
     after, _ = run_all(planned())
@@ -97,6 +96,7 @@ def test_a_finished_sweep_repeats_no_work(planned, tmp_path):
     wider, _ = run_all(planned(sparsities=[0.5, 0.8]))
     assert wider[0] == before[0]
     assert stamps_before.items() < stamps(tmp_path).items()
+    check_files(tmp_path / "sweep", wider)
 
 
 @pytest.mark.slow
