@@ -10,8 +10,8 @@ form is made here: the dense teacher, quantised statically by NNCF on training r
 
 All engines are timed in interleaved rounds, with one thread each. A ratio is taken inside a round, against the faster
 form (fused or unfused) of the dense model in onnxruntime. The JSON holds the median of the ratios and the 95 % interval
-of this median. Scores are those of the whole dev set. A rival that changes its score by more than our own int8 budget
-is marked.
+of this median. Scores are those of the whole dev set, or of `--score-rows`: a folder like the run's data, whose dev
+rows picked nothing. A rival that changes its score by more than our own int8 budget is marked.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def openvino_logits(python: str, model: Path, rows: Any, scratch: Path) -> np.nd
     return np.load(scratch / "logits.npy")
 
 
-def measure(run_folder: Path, python: str | None, shapes: list[str], rounds: int, seconds: float) -> dict[str, Any]:
+def measure(run_folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Time and score every engine; return the content of the JSON file."""
     from spdtool.bench import engines, latency
     from spdtool.export import onnx_session
@@ -104,7 +104,10 @@ def measure(run_folder: Path, python: str | None, shapes: list[str], rounds: int
     from spdtool.models import predict
     from spdtool.run.folder import Run
 
+    python, shapes = options.openvino_python, list(options.shapes)
     recipe = Run.open(run_folder).recipe
+    if options.score_rows is not None:
+        recipe = recipe.model_copy(update={"data": str(options.score_rows)})
     exported = run_folder / "export"
     config = json.loads((exported / "teacher/config.json").read_text("utf-8"))
     export_section = recipe.export.model_copy(update={"calibration": CALIBRATION_ROWS})
@@ -139,7 +142,7 @@ def measure(run_folder: Path, python: str | None, shapes: list[str], rounds: int
             timed_engines.insert(3, replace(dense, name=OPENVINO, path=str(model), command=(python, str(WORKER))))
         timed_shapes = [engines.Shape(*map(int, shape.split("x"))) for shape in shapes]
         timing_result = latency.time_engines(
-            timed_engines, timed_shapes, threads=(1,), rounds=rounds, warmup=1, seconds=seconds
+            timed_engines, timed_shapes, threads=(1,), rounds=options.rounds, warmup=1, seconds=options.seconds
         )
 
     times = {timing.engine.name: timing.rounds for timing in timing_result.timings}
@@ -168,6 +171,7 @@ def measure(run_folder: Path, python: str | None, shapes: list[str], rounds: int
         "task": recipe.task,
         "metrics": list(dev.task.metrics),
         "dev_rows": len(dev.sets["dev"]),
+        "unseen_rows": options.score_rows is not None,
         "model": f"{layers} layers, width {width}",
         "pattern": f"{recipe.prune.pattern}, {recipe.sparsity:.0%} zeros",
         "recipe": recipe.name,
@@ -230,7 +234,7 @@ def columns_of(measured: dict[str, Any], shape: str) -> list[Column]:
     engines = measured["engines"]
     speeds = [tuple(engine["speeds"][shape]["speed"]) for engine in engines]
     columns = [Column(f"Speed, {shape}", list(speeds), [f"{speed[0]:.1f}x" for speed in speeds])]
-    for title, key, factor, form in (("Model file", "bytes", 1e-6, "{:.3g} MB"), ("Dev score", "score", 100, "{:.1f}")):
+    for title, key, factor, form in (("Model file", "bytes", 1e-6, "{:.3g} MB"), ("Score", "score", 100, "{:.1f}")):
         scaled, texts = [], []
         for engine in engines:
             value = engine[key]
@@ -246,7 +250,11 @@ def notes_of(measured: dict[str, Any]) -> str:
     """Return the notes below the picture: model, zeros, task, machine, and the meaning of the marks."""
     threads = "one thread" if measured["threads"] == 1 else f"{measured['threads']} threads"
     first = f"{measured['model']}; {measured['pattern']}; "
-    first += f"{measured['task'].upper()}, recipe {measured['recipe']}" if measured["task"] else "random weights"
+    if measured["task"]:
+        rows = f"{measured['dev_rows']} " + ("rows that picked nothing" if measured["unseen_rows"] else "dev rows")
+        first += f"{measured['task'].upper()}, {rows}, recipe {measured['recipe']}"
+    else:
+        first += "random weights"
     second = f"{measured['cpu']}, {threads}; 1x is the faster dense form in onnxruntime"
     if measured["rounds"]:
         second += f"; lines: 95 % interval of the median of {measured['rounds']} rounds"
@@ -303,6 +311,7 @@ def main() -> None:
     parser.add_argument("what", choices=("measure", "draw"))
     parser.add_argument("run", nargs="?", type=Path, help="run folder, for `measure`")
     parser.add_argument("--openvino-python", help="interpreter with openvino and nncf; without it that row is missing")
+    parser.add_argument("--score-rows", type=Path, help="folder whose dev rows give the scores (default: the run's)")
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="batch x length")
     parser.add_argument("--shape", default="1x128", help="the one in the picture")
     parser.add_argument("--rounds", type=int, default=20)
@@ -313,7 +322,7 @@ def main() -> None:
     if options.what == "measure":
         if options.run is None:
             parser.error("measure needs a run folder")
-        measured = measure(options.run, options.openvino_python, list(options.shapes), options.rounds, options.seconds)
+        measured = measure(options.run, options)
         options.data.parent.mkdir(parents=True, exist_ok=True)
         options.data.write_text(json.dumps(measured, indent=2) + "\n", "utf-8")
     for file in draw(json.loads(options.data.read_text("utf-8")), options.shape, options.images):
