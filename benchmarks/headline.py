@@ -130,14 +130,14 @@ def measure(run_folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         scores = {}
         for engine in timed_engines:
             session = onnx_session.open_session(Path(engine.path), "cpu", 0, engine.libraries, fused=engine.fused)
-            scores[engine.name] = predict.evaluate(dev.task, predict.onnx_forward(session), dev.sets)["score"]
+            scores[engine.name] = predict.evaluate(dev.task, predict.onnx_forward(session), dev.splits)["score"]
         sizes = {engine.name: Path(engine.path).stat().st_size for engine in timed_engines}
         if python is not None:
             model = scratch / "int8.xml"
-            save_rows(dev.train, scratch / "train.npz")
+            save_rows(dev.calibration_rows, scratch / "train.npz")
             subprocess.run([python, WORKER, "quantize", dense.path, scratch / "train.npz", model], check=True)
-            logits = {name: openvino_logits(python, model, rows, scratch) for name, rows in dev.sets.items()}
-            scores[OPENVINO] = dev.task.score_splits(logits, dev.sets)["score"]
+            logits = {name: openvino_logits(python, model, rows, scratch) for name, rows in dev.splits.items()}
+            scores[OPENVINO] = dev.task.score_splits(logits, dev.splits)["score"]
             sizes[OPENVINO] = sum(file.stat().st_size for file in scratch.glob("int8.*"))
             timed_engines.insert(3, replace(dense, name=OPENVINO, path=str(model), command=(python, str(WORKER))))
         timed_shapes = [engines.Shape(*map(int, shape.split("x"))) for shape in shapes]
@@ -170,7 +170,7 @@ def measure(run_folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         "command": "python benchmarks/headline.py measure RUN --openvino-python PATH",
         "task": recipe.task,
         "metrics": list(dev.task.metrics),
-        "dev_rows": len(dev.sets["dev"]),
+        "dev_rows": len(dev.splits["dev"]),
         "unseen_rows": options.score_rows is not None,
         "model": f"{layers} layers, width {width}",
         "pattern": f"{recipe.prune.pattern}, {recipe.sparsity:.0%} zeros",
