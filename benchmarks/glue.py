@@ -14,7 +14,8 @@ on the same machine. The script needs transformers and scikit-learn; the measure
 
     WORK/data/TASK/        train.tsv, dev.tsv (the picking half), report.tsv
     WORK/teachers/TASK/    one run folder for each point of the search, and for each further seed
-    WORK/trials/TASK/      one run folder for each trial; of a finished one only the last checkpoint stays
+    WORK/trials/TASK/      one run folder for each trial; of a finished one only the last checkpoint stays,
+                           or all of them with --keep-checkpoints
 """
 
 from __future__ import annotations
@@ -134,6 +135,7 @@ class Runner:
     rates: tuple[float, ...]
     epochs: tuple[int, ...]
     settings: tuple[str, ...] = EVERYWHERE
+    keeps_checkpoints: bool = False
 
     def run_stage(self, stage: str, folder: str, options: Sequence[str] = ()) -> None:
         """Run one stage of the run folder WORK/`folder` unless it is done, and record its CPU seconds beside it."""
@@ -328,7 +330,7 @@ def run_trial(runner: Runner, trial: Trial) -> Row:
     for stage in STAGES:
         runner.run_stage(stage, trial.folder, options if stage == "teacher" else ())
     row = row_of(runner, trial, teacher, setting)
-    for stage in STAGES[:-1]:  # 90 MB each; the records stay
+    for stage in () if runner.keeps_checkpoints else STAGES[:-1]:  # 90 MB each; the records stay
         for weights in (runner.work / trial.folder / stage).rglob("*.safetensors"):
             weights.unlink()
     return row
@@ -495,6 +497,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-rows", type=int, help="training rows, of teachers and students (default: all)")
     parser.add_argument("--teacher-rates", default=RATES, help=f"learning rates to try (default: {RATES})")
     parser.add_argument("--teacher-epochs", default=EPOCHS, help=f"epochs to try (default: {EPOCHS})")
+    parser.add_argument("--keep-checkpoints", action="store_true", help="keep those of every stage, to export from")
     options = parser.parse_args(arguments)
     if options.table is None and None in (options.spdtool, options.data, options.model, options.work):
         parser.error("give --spdtool, --data, --model and --work, or --table ROWS")
@@ -542,7 +545,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rates = tuple(float(word) for word in words(options.teacher_rates))
         epochs = tuple(int(word) for word in words(options.teacher_epochs))
         settings = EVERYWHERE if options.max_rows is None else (*EVERYWHERE, f"max_rows={options.max_rows}")
-        runner = Runner(options.spdtool.absolute(), options.model.absolute(), work, deadline, rates, epochs, settings)
+        spdtool, model = options.spdtool.absolute(), options.model.absolute()
+        runner = Runner(spdtool, model, work, deadline, rates, epochs, settings, options.keep_checkpoints)
         return run_trials(runner, plan(options), options.out or work / "glue.jsonl")
 
 

@@ -169,7 +169,7 @@ def measure(run_folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         "date": datetime.now(UTC).date().isoformat(),
         "command": "python benchmarks/headline.py measure RUN --openvino-python PATH",
         "task": recipe.task,
-        "metrics": list(dev.task.metrics),
+        "metrics": list(dev.task.dataset.metrics),
         "dev_rows": len(dev.splits["dev"]),
         "unseen_rows": options.score_rows is not None,
         "model": f"{layers} layers, width {width}",

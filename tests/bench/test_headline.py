@@ -106,8 +106,10 @@ def figures() -> dict[str, Any]:
         over = score == 0.8
         speeds = {"1x128": {"ms": 1.0, "speed": list(speed)}}
         engines.append({"name": name, "bytes": size, "score": score, "over_budget": over, "speeds": speeds})
-    fields = {"cpu": "a CPU", "task": "sst2", "model": "6 layers, width 384", "pattern": "unstructured, 90% zeros"}
-    return fields | {"recipe": "default", "threads": 1, "rounds": 20, "engines": engines}
+    fields: dict[str, Any] = {"cpu": "a CPU", "task": "sst2", "model": "6 layers, width 384"}
+    fields |= {"pattern": "unstructured, 90% zeros"}
+    fields |= {"recipe": "default", "dev_rows": 436, "unseen_rows": True}
+    return fields | {"threads": 1, "rounds": 20, "engines": engines}
 
 
 def test_the_picture_shows_every_figure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -122,6 +124,8 @@ def test_the_picture_shows_every_figure(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert columns[1].bars[2] is None
     notes = headline.notes_of(figures())
     assert "a CPU, one thread" in notes
+    assert "SST2, 436 rows that picked nothing, recipe default" in notes
+    assert "436 dev rows" in headline.notes_of(figures() | {"unseen_rows": False})
     assert "* changes the score by more than 0.5 points" in notes
     for file in headline.draw(figures(), "1x128", tmp_path):
         assert file.stat().st_size > 1000
