@@ -68,7 +68,7 @@ def train_and_prune(seed: int, sets: list[str]) -> tuple[float, float, int, dict
     with tempfile.TemporaryDirectory() as folder:
         run = Run(Path(folder) / "run", settings)
         start = time.perf_counter()
-        metrics = teacher(run)
+        result = teacher(run)
         seconds = time.perf_counter() - start
         model, tokenizer = load_model(run.use_input("teacher")), load_tokenizer(run.use_input("teacher"))
     task, encoded = prepare_data(settings, tokenizer, label_names(model))
@@ -80,7 +80,8 @@ def train_and_prune(seed: int, sets: list[str]) -> tuple[float, float, int, dict
             weight.data.mul_(weight.abs() > cut)
         return evaluation.evaluate(task, evaluation.torch_forward(pruned, "cpu"), encoded)["accuracy"]
 
-    return metrics["dev"]["accuracy"], seconds, metrics["steps"], {s: accuracy(s) for s in SPARSITIES}
+    assert result.fit is not None
+    return result.dev["accuracy"], seconds, result.fit.steps, {s: accuracy(s) for s in SPARSITIES}
 
 
 def main() -> None:

@@ -47,7 +47,7 @@ class Tally:
     several: bool
     kills: int = 0
     late: int = 0
-    find_resumed_steps: list[int] = field(default_factory=list)
+    resumed: list[int] = field(default_factory=list)
     runs: int = 0
     largest_difference: float = 0.0
     faults: list[str] = field(default_factory=list)
