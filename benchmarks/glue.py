@@ -330,9 +330,10 @@ def run_trial(runner: Runner, trial: Trial) -> Row:
     for stage in STAGES:
         runner.run_stage(stage, trial.folder, options if stage == "teacher" else ())
     row = row_of(runner, trial, teacher, setting)
-    for stage in () if runner.keeps_checkpoints else STAGES[:-1]:  # 90 MB each; the records stay
-        for weights in (runner.work / trial.folder / stage).rglob("*.safetensors"):
-            weights.unlink()
+    if not runner.keeps_checkpoints:
+        for stage in STAGES[:-1]:  # 90 MB each; the records stay
+            for weights in (runner.work / trial.folder / stage).rglob("*.safetensors"):
+                weights.unlink()
     return row
 
 

@@ -146,7 +146,7 @@ def measure(run_folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         )
 
     times = {timing.engine.name: timing.rounds for timing in timing_result.timings}
-    engines = []
+    engine_rows = []
     for name in [DENSE, INT8, OPENVINO, STUDENT]:
         if name not in times:
             continue
@@ -160,7 +160,7 @@ def measure(run_folder: Path, options: argparse.Namespace) -> dict[str, Any]:
                 "speed": median_and_interval(ratios),
             }
         over = name in (INT8, OPENVINO) and abs(scores[name] - scores[DENSE]) > INT8_BUDGET
-        engines.append(
+        engine_rows.append(
             {"name": name, "bytes": sizes[name], "score": scores[name], "over_budget": over, "speeds": speeds}
         )
     layers, width = config["num_hidden_layers"], config["hidden_size"]
@@ -177,7 +177,7 @@ def measure(run_folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         "recipe": recipe.name,
         "threads": 1,
         "rounds": len(next(iter(times[DENSE].values()))),
-        "engines": engines,
+        "engines": engine_rows,
     }
 
 

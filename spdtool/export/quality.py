@@ -100,7 +100,8 @@ def score_test_rows(models: Pair, recipe: Recipe) -> FinalScores:
     resamplers = [model.task.resampler(model.outputs, model.rows) for model in (teacher, student)]
     if resamplers[0] is None or resamplers[1] is None:
         return final
-    final.units = resamplers[1].units
+    # Rows may be windows of a text, or passages of a query: what has an answer of its own is counted.
+    final.rows, final.units = resamplers[1].size, resamplers[1].units
     scorers = (resamplers[0].score, resamplers[1].score)
     # Both models on the same draws, so that hard rows do not count as a difference.
     samples = bootstrap_scores(scorers, resamplers[1].size, resamples=section.resamples, seed=recipe.seed)

@@ -279,13 +279,14 @@ def find_by_tables(
     recipe: Recipe, tables: GoalTables, losses: Sequence[LayerLosses], *, factor: float = 1.0
 ) -> EncoderShape:
     """Find the shape of least loss within the budgets of a goal; `factor` as of `list_budgets`."""
-    budgets = cap_budgets(list_budgets(recipe, tables, factor=factor), losses)
-    return find_shape_within(losses, [budget.costs for budget in budgets], [budget.most for budget in budgets])
+    return find_within_budgets(list_budgets(recipe, tables, factor=factor), losses)
 
 
-def cap_budgets(budgets: Sequence[Budget], losses: Sequence[LayerLosses]) -> list[Budget]:
-    """Raise each budget to what the smallest shape costs: a trial may have asked for less than there is."""
-    return [budget._replace(most=max(budget.most, smallest_cost(losses, budget.costs))) for budget in budgets]
+def find_within_budgets(budgets: Sequence[Budget], losses: Sequence[LayerLosses]) -> EncoderShape:
+    """Find the shape of least loss within every budget; a budget below the smallest shape asks for that shape."""
+    # A trial that was too slow may ask for less than there is.
+    limits = [max(budget.most, smallest_cost(losses, budget.costs)) for budget in budgets]
+    return find_shape_within(losses, [budget.costs for budget in budgets], limits)
 
 
 def pick_trial(tried: dict[EncoderShape, Ratio], losses: Sequence[LayerLosses], speedup: float) -> EncoderShape:
@@ -328,7 +329,7 @@ def even_losses(dense: EncoderShape) -> list[LayerLosses]:
 
 def _guess_loss(remaining: float) -> float:
     """Guess the loss of a layer whose share `remaining` of heads or neurons stays."""
-    # Measured losses jump where nothing stays. A guess that did not would empty one part of all layers for every goal.
+    # Measured losses jump where nothing stays. A guess that did not would empty one part of all layers.
     return (1 - remaining) ** 2 / (remaining + LOSS_OF_NOTHING)
 
 
@@ -348,6 +349,4 @@ def foresee_shape(recipe: Recipe, model: PreTrainedModel, *, measure: bool) -> S
     if recipe.goal.speedup is not None and tables.profile is None:
         weights = tables.bytes.model_copy(update={"outside": 0.0})
         budgets.append(Budget(weights, weights.of_dense(len(tables.dense)) / recipe.goal.speedup))
-    budgets = cap_budgets(budgets, losses)
-    shape = find_shape_within(losses, [budget.costs for budget in budgets], [budget.most for budget in budgets])
-    return record_choice(recipe, tables, shape, None)
+    return record_choice(recipe, tables, find_within_budgets(budgets, losses), None)

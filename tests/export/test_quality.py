@@ -16,6 +16,8 @@ from spdtool.recipe.fields import Recipe
 from spdtool.report.quality import quality_content
 from spdtool.run.records import Quality
 from spdtool.tasks.prepare import task_of
+from spdtool.tasks.scores.significance import Resampler
+from spdtool.tasks.task import Task
 
 NAMES = ("no", "yes")
 
@@ -98,6 +100,14 @@ def test_several_labels_are_scored_by_their_thresholds_and_tested_by_a_bootstrap
     assert result.confusion == []
     assert result.calibration["dev"]["student"].raw.answers == 400
     assert {"no", "yes", "none", "no, yes"} >= {row.student for row in result.differing}
+
+
+def test_test_rows_that_are_windows_are_counted_as_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = Resampler(150, "texts", lambda drawn: float(np.mean(drawn)))
+    monkeypatch.setattr(Task, "resampler", lambda *_: texts)
+    final = measured(monkeypatch, "classification", np.arange(200) % 2, 4.0).final
+    assert (final.rows, final.units) == (150, "texts")
+    assert final.lines()[0] == ("test rows", "150 texts, from a file of their own; scored once, at the end")
 
 
 def test_without_test_rows_the_dev_rows_select_and_report() -> None:

@@ -49,12 +49,13 @@ class FinalScores(Record):
     """Scores of teacher and student on rows by which nothing was chosen.
 
     Attributes:
-        rows: number of them. drawn: whether they were taken from the training rows, for want of a file.
+        rows: number of `units`. drawn: whether they were taken from the training rows, for want of a file.
         teacher, student: every metric, and `score`.
         teacher_score, student_score: the headline, with its interval; None where rows cannot be
             resampled one by one.
         difference: of the headline, student minus teacher, over the same resamples.
-        resamples, confidence: of the intervals. units: what was resampled, in the plural.
+        resamples, confidence: of the intervals. units: what has an answer of its own and was
+            resampled, in the plural.
     """
 
     rows: int
@@ -72,8 +73,9 @@ class FinalScores(Record):
     def lines(self) -> list[tuple[str, str]]:
         """Describe the scores as names and texts."""
         source = "taken from the training rows before anything else" if self.drawn else "from a file of their own"
+        count = f"{self.rows:,}" if self.units == "rows" else f"{self.rows:,} {self.units}"
         lines = [
-            ("test rows", f"{self.rows:,}, {source}; scored once, at the end"),
+            ("test rows", f"{count}, {source}; scored once, at the end"),
             ("teacher, test", str(self.teacher_score or f"{self.teacher['score']:.4f}")),
             ("student, test", str(self.student_score or f"{self.student['score']:.4f}")),
         ]
