@@ -12,6 +12,8 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -30,9 +32,9 @@ def batch(shape: tuple[int, int], real: list[int], vocabulary: int, pad: int) ->
     return [ids, mask.astype(np.int64), np.zeros(shape, dtype=np.int64)]
 
 
-def time_call(call, seconds: float) -> dict:
+def time_call(call: Callable[[], object], seconds: float) -> dict[str, float]:
     """Repeat a call for `seconds`; return the median and the least milliseconds."""
-    times = []
+    times: list[float] = []
     while not times or sum(times) < seconds:
         start = time.perf_counter()
         call()
@@ -45,14 +47,15 @@ def main() -> None:
     os.dup2(2, 1)  # its banner goes there
     from deepsparse import compile_model
 
-    engine, compiled = {}, {}
+    engine: dict[str, Any] = {}
+    compiled: dict[tuple[int, int], Any] = {}
     for line in sys.stdin:
         request = json.loads(line)
         try:
             if "open" in request:
                 engine, compiled = request["open"], {}
                 threads = engine["threads"] or len(os.sched_getaffinity(0))
-                answer = {"provider": "DeepSparse", "nodes": None, "resident": process_memory("VmRSS")}
+                answer: dict[str, Any] = {"provider": "DeepSparse", "nodes": None, "resident": process_memory("VmRSS")}
             elif "close" in request:
                 answer = {"peak": process_memory("VmHWM")}
             else:

@@ -30,6 +30,7 @@ from spdtool.models import predict as evaluation
 from spdtool.models.layers import find_prunable_weights
 from spdtool.models.load import label_names, load_model, load_tokenizer
 from spdtool.recipe import reading as recipe
+from spdtool.recipe.fields import Recipe
 from spdtool.run.folder import Run
 from spdtool.stages.teacher import teacher
 from spdtool.tasks.prepare import prepare_data
@@ -46,12 +47,15 @@ SPARSITIES = (0.5, 0.7, 0.8, 0.9)
 
 def word_counts(seed: int) -> dict[str, float]:
     """Return the dev accuracy of classifiers of the word counts of premise and hypothesis."""
-    splits = find_dataset(recipe.Recipe()).load(None, seed)
-    counters = [CountVectorizer().fit(splits["train"].first + splits["train"].second) for _ in range(2)]
+    splits = find_dataset(Recipe()).load(None, seed)
+    first, second = splits["train"].first, splits["train"].second
+    assert second is not None  # the demo's rows are pairs
+    counters = [CountVectorizer().fit([*first, *second]) for _ in range(2)]
 
     def features(rows: Rows) -> np.ndarray:
         columns = zip(counters, (rows.first, rows.second), strict=True)
-        return hstack([counter.transform(column) for counter, column in columns]).toarray().astype(float)
+        counts: np.ndarray = hstack([counter.transform(column) for counter, column in columns]).toarray()
+        return counts.astype(float)
 
     models = {
         "logistic regression": LogisticRegression(max_iter=1000),
@@ -74,7 +78,7 @@ def train_and_prune(seed: int, sets: list[str]) -> tuple[float, float, int, dict
     task, encoded = prepare_data(settings, tokenizer, label_names(model))
 
     def accuracy(sparsity: float) -> float:
-        pruned = copy.deepcopy(model).eval()
+        pruned = copy.deepcopy(model).eval()  # type: ignore[no-untyped-call]
         for weight in find_prunable_weights(pruned).values():
             cut = weight.detach().abs().flatten().kthvalue(round(sparsity * weight.numel())).values
             weight.data.mul_(weight.abs() > cut)

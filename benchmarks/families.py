@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import AutoConfig, AutoModelForSequenceClassification, BertTokenizerFast
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 import spdtool
 from spdtool import console
@@ -104,8 +104,10 @@ def write_rows(file: Path) -> Path:
     return file
 
 
-def build_tokenizer() -> BertTokenizerFast:
+def build_tokenizer() -> PreTrainedTokenizerBase:
     """Build a tokenizer of `WORDS` and digits."""
+    from transformers import BertTokenizerFast  # type: ignore[attr-defined]  # a name that transformers 5 adds late
+
     vocabulary = [*SPECIAL, *WORDS, *"0123456789", *("##" + digit for digit in "0123456789")]
     core = Tokenizer(models.WordPiece({word: number for number, word in enumerate(vocabulary)}, unk_token="[UNK]"))
     core.normalizer = normalizers.BertNormalizer()
@@ -113,7 +115,8 @@ def build_tokenizer() -> BertTokenizerFast:
     core.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    return BertTokenizerFast(tokenizer_object=core, model_max_length=64)
+    tokenizer: PreTrainedTokenizerBase = BertTokenizerFast(tokenizer_object=core, model_max_length=64)
+    return tokenizer
 
 
 def save_encoder(family: str, folder: Path, layers: int, hidden: int) -> None:
@@ -137,7 +140,8 @@ def save_encoder(family: str, folder: Path, layers: int, hidden: int) -> None:
         del common["num_hidden_layers"]
     config = AutoConfig.for_model(family, **(common | fields))
     torch.manual_seed(0)
-    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_config(config)  # type: ignore[no-untyped-call]
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -85,7 +85,7 @@ def time_calls(context: Context, call: Callable[[], object]) -> float:
     """Milliseconds of a call, without waiting between calls; the first ones do not count."""
     import torch
 
-    wait = torch.cuda.synchronize if context.device == "cuda" else lambda: None
+    wait: Callable[[], object] = torch.cuda.synchronize if context.device == "cuda" else lambda: None
     for _ in range(1 if context.tiny else 3):
         call()
     wait()
@@ -113,9 +113,9 @@ def measure_torch_inference(context: Context) -> dict[str, Any]:
         model = encoder(context).to(context.device).to(dtype).eval()
         if way == "compiled":
             model = torch.compile(model, dynamic=False)
-        shapes = TINY_SHAPES if context.tiny else SHAPES
+        shapes: tuple[tuple[int, int], ...] = TINY_SHAPES if context.tiny else SHAPES
         if way == "compiled":
-            shapes = SHAPES[2:3]  # half a minute of compiling for each
+            shapes = (SHAPES[2],)  # half a minute of compiling for each
         for rows, tokens in shapes:
             try:
                 figures[f"{form} {rows}x{tokens}"] = time_form(context, model, rows, tokens, graph=way == "graph")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -223,7 +223,7 @@ def time_steps(context: Context, name: str, model: str, rows: int, *sets: str) -
     checkpoint = random_model(folder / "model", width, layers)
     run = build_run(folder / "run", context.device, *further, *sets, model=checkpoint)
     run_stage("teacher", run)
-    wait = torch.cuda.synchronize if context.device == "cuda" else lambda: None
+    wait: Callable[[], object] = torch.cuda.synchronize if context.device == "cuda" else lambda: None
     ticks: list[float] = []
 
     def on_step(number: int) -> None:

@@ -72,7 +72,8 @@ def median_and_interval(ratios: np.ndarray) -> list[float]:
 
 def save_rows(rows: Any, file: Path) -> None:
     """Write tokenised rows as flat arrays, for an interpreter without spdtool."""
-    np.savez(file, offsets=np.asarray(rows.offsets), **{name: np.asarray(flat) for name, flat in rows.columns.items()})
+    arrays: dict[str, Any] = {name: np.asarray(flat) for name, flat in rows.columns.items()}
+    np.savez(file, offsets=np.asarray(rows.offsets), **arrays)
 
 
 def onnx_file(folder: Path) -> Path:
@@ -90,9 +91,9 @@ def onnx_file(folder: Path) -> Path:
 def openvino_logits(python: str, model: Path, rows: Any, scratch: Path) -> np.ndarray:
     """Return the logits of rows in OpenVINO, [rows, labels]."""
     save_rows(rows, scratch / "rows.npz")
-    words = ["logits", model, scratch / "rows.npz", scratch / "logits.npy"]
-    subprocess.run([python, WORKER, *words], check=True)
-    return np.load(scratch / "logits.npy")
+    subprocess.run([python, WORKER, "logits", model, scratch / "rows.npz", scratch / "logits.npy"], check=True)
+    logits: np.ndarray = np.load(scratch / "logits.npy")
+    return logits
 
 
 def measure(run_folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -104,7 +105,8 @@ def measure(run_folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     from spdtool.models import predict
     from spdtool.run.folder import Run
 
-    python, shapes = options.openvino_python, list(options.shapes)
+    python = options.openvino_python
+    shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes]
     recipe = Run.open(run_folder).recipe
     if options.score_rows is not None:
         recipe = recipe.model_copy(update={"data": str(options.score_rows)})
@@ -112,6 +114,8 @@ def measure(run_folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     config = json.loads((exported / "teacher/config.json").read_text("utf-8"))
     export_section = recipe.export.model_copy(update={"calibration": CALIBRATION_ROWS})
     dev = prepare_dev_sets(run_folder / "teacher", recipe.model_copy(update={"export": export_section}))
+    task = dev.task
+    assert task is not None  # the recipe of a run names one
     sparse = exported / "sparse-cpu/student"
     libraries = tuple(map(str, get_target("sparse-cpu").libraries(sparse)))
     dense = engines.Engine(
@@ -130,17 +134,17 @@ def measure(run_folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         scores = {}
         for engine in timed_engines:
             session = onnx_session.open_session(Path(engine.path), "cpu", 0, engine.libraries, fused=engine.fused)
-            scores[engine.name] = predict.evaluate(dev.task, predict.onnx_forward(session), dev.splits)["score"]
+            scores[engine.name] = predict.evaluate(task, predict.onnx_forward(session), dev.splits)["score"]
         sizes = {engine.name: Path(engine.path).stat().st_size for engine in timed_engines}
         if python is not None:
             model = scratch / "int8.xml"
             save_rows(dev.calibration_rows, scratch / "train.npz")
             subprocess.run([python, WORKER, "quantize", dense.path, scratch / "train.npz", model], check=True)
             logits = {name: openvino_logits(python, model, rows, scratch) for name, rows in dev.splits.items()}
-            scores[OPENVINO] = dev.task.score_splits(logits, dev.splits)["score"]
+            scores[OPENVINO] = task.score_splits(logits, dev.splits)["score"]
             sizes[OPENVINO] = sum(file.stat().st_size for file in scratch.glob("int8.*"))
             timed_engines.insert(3, replace(dense, name=OPENVINO, path=str(model), command=(python, str(WORKER))))
-        timed_shapes = [engines.Shape(*map(int, shape.split("x"))) for shape in shapes]
+        timed_shapes = [engines.Shape(batch, length) for batch, length in shapes]
         timing_result = latency.time_engines(
             timed_engines, timed_shapes, threads=(1,), rounds=options.rounds, warmup=1, seconds=options.seconds
         )
@@ -169,7 +173,7 @@ def measure(run_folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         "date": datetime.now(UTC).date().isoformat(),
         "command": "python benchmarks/headline.py measure RUN --openvino-python PATH",
         "task": recipe.task,
-        "metrics": list(dev.task.dataset.metrics),
+        "metrics": list(task.dataset.metrics),
         "dev_rows": len(dev.splits["dev"]),
         "unseen_rows": options.score_rows is not None,
         "model": f"{layers} layers, width {width}",

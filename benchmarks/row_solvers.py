@@ -78,7 +78,7 @@ def solve_padded(matrix: Tensor, wanted: Tensor, sets: Tensor) -> Tensor:
     solution = torch.zeros_like(wanted)
     members = sets.byte().sort(dim=1, descending=True, stable=True).indices[:, :longest]
     length = max(1, 2**25 // longest**2)
-    chunks = (tensor.split(length) for tensor in (members, wanted, solution, sets))
+    chunks = (torch.split(tensor, length) for tensor in (members, wanted, solution, sets))
     for columns, row, into, is_in_set in zip(*chunks, strict=True):
         is_member = is_in_set.gather(1, columns)
         system = matrix[columns.unsqueeze(2), columns.unsqueeze(1)]
@@ -88,10 +88,10 @@ def solve_padded(matrix: Tensor, wanted: Tensor, sets: Tensor) -> Tensor:
     return solution
 
 
-def timed(solve: Callable[[], Tensor]) -> tuple[float, Tensor]:
+def timed(solve: Callable[..., Tensor], *operands: Tensor) -> tuple[float, Tensor]:
     """Return the processor seconds of a solver, and its solution."""
     started = time.process_time()
-    solution = solve()
+    solution = solve(*operands)
     seconds = time.process_time() - started
     return seconds, solution
 
@@ -112,8 +112,8 @@ def main() -> None:
             least = scores.flatten().kthvalue(int(share * scores.numel())).values
             rows, alive = weight[: arguments.rows], (scores > least)[: arguments.rows]
             wanted = (rows * ~alive) @ gram
-            before, padded = timed(lambda a=alive, w=wanted, g=gram: solve_padded(g, w, a))
-            now, solved = timed(lambda a=alive, w=wanted, g=gram: solve_rows(g, w, a))
+            before, padded = timed(solve_padded, gram, wanted, alive)
+            now, solved = timed(solve_rows, gram, wanted, alive)
             difference = float((solved - padded).abs().max() / ((rows + padded) * alive).abs().max())
             totals = [totals[0] + before, totals[1] + now]
             print(

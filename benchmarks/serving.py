@@ -126,8 +126,13 @@ def _model(size: str, out: Path) -> Path:
 
         torch.manual_seed(0)
         tokenizer = demo.demo_tokenizer()
-        shape = SIZES[size] | {"vocab_size": len(tokenizer), "max_position_embeddings": 128, "initializer_range": 0.08}
-        save_model(BertForSequenceClassification(BertConfig(**shape)).eval(), tokenizer, folder / "checkpoint")
+        shape: dict[str, Any] = SIZES[size] | {
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": 128,
+            "initializer_range": 0.08,
+        }
+        model = BertForSequenceClassification(BertConfig(**shape)).eval()  # type: ignore[no-untyped-call]
+        save_model(model, tokenizer, folder / "checkpoint")
         Onnx().export(
             folder / "checkpoint", folder / "exported", recipe.build_recipe(flags={"task": "demo", "device": "cpu"})
         )

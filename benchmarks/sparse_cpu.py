@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, BertTokenizerFast
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from spdtool import console
 from spdtool.bench import ledger, ledger_tables
@@ -110,7 +110,7 @@ def _model(size: str, sparsity: float) -> Any:
     torch.manual_seed(0)
     architecture, further = ARCHITECTURES.get(size, ("bert", {}))
     config = AutoConfig.for_model(architecture, vocab_size=VOCABULARY, **SPECIAL_TOKENS, **SIZES[size], **further)
-    model: Any = AutoModelForSequenceClassification.from_config(config).eval()
+    model: Any = AutoModelForSequenceClassification.from_config(config).eval()  # type: ignore[no-untyped-call]
     with torch.no_grad():
         for weight in find_prunable_weights(model).values():
             order = torch.rand(weight.numel()).argsort()  # exactly that share of each matrix
@@ -119,6 +119,8 @@ def _model(size: str, sparsity: float) -> Any:
 
 
 def _tokenizer(folder: Path, size: str) -> Any:
+    from transformers import BertTokenizerFast  # type: ignore[attr-defined]  # a name that transformers 5 adds late
+
     folder.mkdir(parents=True, exist_ok=True)
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     words = folder / "vocab.txt"
@@ -147,7 +149,8 @@ def _classic(checkpoint: Path, file: Path) -> None:
             self.model = model
 
         def forward(self, ids: torch.Tensor, mask: torch.Tensor, types: torch.Tensor) -> torch.Tensor:
-            return self.model(input_ids=ids, attention_mask=mask, token_type_ids=types).logits
+            logits: torch.Tensor = self.model(input_ids=ids, attention_mask=mask, token_type_ids=types).logits
+            return logits
 
     names = ["input_ids", "attention_mask", "token_type_ids"]
     with warnings.catch_warnings():

@@ -51,6 +51,17 @@ ON_GPU = ("published", "fp32", "bf16", "bf16, with a sync in every step", *GPU_A
 ON_CPU = tuple(row for row in ROWS if row not in GPU_ALONE)
 
 
+def find_attribute(owner: Any, name: str) -> Any:
+    """Return what a module or a class calls `name`; raises AttributeError where it was renamed."""
+    return getattr(owner, name)
+
+
+def substitute(owner: Any, name: str, replacement: object) -> None:
+    """Replace what a module or a class calls `name`; raises AttributeError where nothing is called so any more."""
+    find_attribute(owner, name)
+    setattr(owner, name, replacement)
+
+
 def patch(patches: tuple[str, ...]) -> None:
     """Switch off features of the training loop."""
     import torch
@@ -62,35 +73,35 @@ def patch(patches: tuple[str, ...]) -> None:
     from spdtool.training import loop, prefetch
 
     if "torch products" in patches:
-        onednn.is_faster = lambda: False  # type: ignore[assignment]
+        substitute(onednn, "is_faster", lambda: False)
     if "unfused" in patches:
         adamw = torch.optim.AdamW
         slow = lambda *args, **options: adamw(*args, **options | {"fused": False, "foreach": False})  # noqa: E731
-        torch.optim.AdamW = slow  # type: ignore[misc,assignment]
+        substitute(torch.optim, "AdamW", slow)
     if "masks every step" in patches:
-        masks.clear_dead = lambda tensor, dead: tensor.masked_fill_(dead, 0.0)  # type: ignore[assignment]
-        masks.Masks._after_step = lambda self, *_: self.apply()  # type: ignore[method-assign]
+        substitute(masks, "clear_dead", lambda tensor, dead: tensor.masked_fill_(dead, 0.0))
+        substitute(masks.Masks, "_after_step", lambda self, *_: self.apply())
     if "random order" in patches:
-        batches = loop.training_batches
-        loop.training_batches = lambda *args, **options: batches(*args, **options | {"pool": None})  # type: ignore[attr-defined]
+        batches = find_attribute(loop, "training_batches")
+        substitute(loop, "training_batches", lambda *args, **options: batches(*args, **options | {"pool": None}))
     if "attention maps" in patches:
-        compute_outputs = lesson.compute_outputs
+        compute_outputs = find_attribute(lesson, "compute_outputs")
         keep = lambda *args, **options: compute_outputs(*args, **options | {"attention": "probabilities"})  # noqa: E731
-        lesson.compute_outputs = keep  # type: ignore[assignment]
+        substitute(lesson, "compute_outputs", keep)
     if "sdpa" in patches:
-        load = phase.load_model  # type: ignore[attr-defined]
+        load = find_attribute(phase, "load_model")
         fused = lambda *args, **options: load(*args, **options | {"eager": False})  # noqa: E731
-        phase.load_model = fused  # type: ignore[attr-defined]
+        substitute(phase, "load_model", fused)
     if "sync" in patches:
-        add = loop.LossWindow.add
+        add = find_attribute(loop, "LossWindow").add
 
         def reading(window: Any, terms: Any) -> None:
             float(terms["loss"])
             add(window, terms)
 
-        loop.LossWindow.add = reading  # type: ignore[method-assign]
-        padding.PaddingMask.of = lambda mask, **_: mask  # type: ignore[assignment,method-assign]
+        substitute(find_attribute(loop, "LossWindow"), "add", reading)
+        substitute(padding.PaddingMask, "of", lambda mask, **_: mask)
     if "no prefetching" in patches:
-        prefetch.prefetch_batches = lambda batches, _: nullcontext(batches)  # type: ignore[assignment]
+        substitute(prefetch, "prefetch_batches", lambda batches, _: nullcontext(batches))
     if "teacher looks" in patches:
-        phase.is_worth_caching = lambda *_: False  # type: ignore[assignment]
+        substitute(phase, "is_worth_caching", lambda *_: False)

@@ -10,10 +10,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from train_speed_rows import QUICK, ROWS, patch
+from train_speed_rows import QUICK, ROWS, find_attribute, patch, substitute
 
 
 def main() -> None:
@@ -100,7 +101,7 @@ def measure(row: str, options: argparse.Namespace) -> dict[str, Any]:
     limits += [f"device={options.device}", f"{stage}.epochs={20 + steps}"]
     limits += [f"{other_stage}.batch_size={options.batch}" for other_stage in stages if options.batch]
     quick = QUICK if name != "reference" else ("prune.events=1", "prune.ramp=1e-9")
-    evaluation.evaluate = lambda *_, **__: {"score": 0.0}  # type: ignore[assignment]
+    substitute(evaluation, "evaluate", lambda *_, **__: {"score": 0.0})
     settle = torch.cuda.synchronize if on_gpu else None
     clock = Clock(options.threads, options.warm, options.steps, settle, with_parts=options.profile or not on_gpu)
     totals: dict[str, float] = defaultdict(float)
@@ -147,12 +148,10 @@ def peak_speeds() -> dict[str, float]:
     for size in (512, 1024, 2048):
         for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
             first, second = (torch.randn(size, size).to(kind) for _ in range(2))
-            products = {"torch": lambda first=first, second=second: first @ second}
+            products: dict[str, Callable[[], torch.Tensor]] = {"torch": partial(torch.matmul, first, second)}
             if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
                 product = torch.ops.mkldnn._linear_pointwise
-                products["onednn"] = lambda first=first, second=second, product=product: product(
-                    first, second, None, "none", [], ""
-                )
+                products["onednn"] = partial(product, first, second, None, "none", [], "")
             for library, multiply in products.items():
                 multiply()
                 for _ in range(8):
@@ -171,7 +170,7 @@ def gpu_peaks() -> dict[str, float]:
     import torch
 
     best = {"fp32": 0.0, "bf16": 0.0}
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     for size in (4096, 8192):
         for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
             first, second = (torch.randn(size, size, device="cuda", dtype=kind) for _ in range(2))
@@ -233,7 +232,7 @@ def _instrument(clock: Clock, totals: dict[str, float], stage: str, profiler: An
     from spdtool.training import loop, prefetch
     from spdtool.training.step import Stepper
 
-    original_prefetch, adamw, fit = prefetch.prefetch_batches, loop.create_adamw, loop.fit
+    original_prefetch, adamw, fit = prefetch.prefetch_batches, find_attribute(loop, "create_adamw"), loop.fit
     take = clock.time_calls("data", next)
     sizes: dict[str, int] = {}
 
@@ -280,17 +279,21 @@ def _instrument(clock: Clock, totals: dict[str, float], stage: str, profiler: An
         sizes["attention"] = learner.model.config.num_hidden_layers * learner.model.config.hidden_size
         return fit(learner, *args, **options)
 
-    phase.fit = teacher.fit = fit_with_sizes  # type: ignore[assignment]
-    prefetch.prefetch_batches = prefetch_watched  # type: ignore[assignment]
-    loop.create_adamw = create_timed_adamw
-    compute_outputs = lesson.compute_outputs  # type: ignore[attr-defined]
+    substitute(phase, "fit", fit_with_sizes)
+    substitute(teacher, "fit", fit_with_sizes)
+    substitute(prefetch, "prefetch_batches", prefetch_watched)
+    substitute(loop, "create_adamw", create_timed_adamw)
     role_of = lambda model, *_: "student" if model.training else "teacher"  # noqa: E731
-    lesson.compute_outputs = clock.time_calls(role_of, compute_outputs)  # type: ignore[attr-defined]
-    lesson.distillation_loss = clock.time_calls("loss", lesson.distillation_loss)  # type: ignore[attr-defined]
-    Stepper._backward = clock.time_calls("backward", Stepper._backward)  # type: ignore[method-assign]
-    Accelerator.clip_grad_norm_ = clock.time_calls("clip", Accelerator.clip_grad_norm_)  # type: ignore[method-assign]
-    Masks.zero_gradients = clock.time_calls("masks", Masks.zero_gradients)  # type: ignore[method-assign]
-    Masks._after_step = clock.time_calls("after step", Masks._after_step)  # type: ignore[method-assign]
+    timed_calls: tuple[tuple[Any, str, str | Callable[..., str]], ...] = (
+        (lesson, "compute_outputs", role_of),
+        (lesson, "distillation_loss", "loss"),
+        (Stepper, "_backward", "backward"),
+        (Accelerator, "clip_grad_norm_", "clip"),
+        (Masks, "zero_gradients", "masks"),
+        (Masks, "_after_step", "after step"),
+    )
+    for owner, name, title in timed_calls:
+        substitute(owner, name, clock.time_calls(title, find_attribute(owner, name)))
 
 
 def _high_water() -> float:
