@@ -30,7 +30,7 @@ from spdtool.models.layers import (
 )
 from spdtool.models.load import load_model, save_model
 from spdtool.pruning.allocation import zeros_in
-from spdtool.recipe.fields import Loss
+from spdtool.recipe.training import Loss
 from spdtool.run.folder import Run
 from spdtool.tasks.classification import Classification
 from spdtool.tasks.task import Task

@@ -11,7 +11,7 @@ import pytest
 from spdtool.errors import RecipeError, UnknownName
 from spdtool.recipe import STAGES, TRAINING
 from spdtool.recipe import reading as recipes
-from spdtool.recipe.fields import Recipe, Teacher, Training, flatten
+from spdtool.recipe.fields import Recipe, flatten
 from spdtool.recipe.reading import (
     build_recipe,
     list_fields,
@@ -22,6 +22,7 @@ from spdtool.recipe.reading import (
     read_task_settings,
     request_recipe,
 )
+from spdtool.recipe.training import Teacher, Training
 
 
 def test_the_default_recipe_changes_only_the_fields_of_its_file() -> None:

@@ -174,7 +174,7 @@ def toml(value: Any) -> str:
 
 def is_section(annotation: Any) -> bool:
     """Tell whether a field of the recipe holds further fields."""
-    from spdtool.recipe.fields import Section
+    from spdtool.recipe.section import Section
 
     return isinstance(annotation, type) and issubclass(annotation, Section)
 

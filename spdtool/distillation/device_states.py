@@ -22,7 +22,8 @@ from spdtool.distillation.outputs import ModelOutputs
 from spdtool.distillation.teacher_cache import TeacherForward, needs_hidden_states
 from spdtool.models import collectives, device
 from spdtool.models.predict import BATCH_SIZE, to_device
-from spdtool.recipe.fields import Distilled, Recipe
+from spdtool.recipe.fields import Recipe
+from spdtool.recipe.training import Distilled
 
 ROW_NUMBERS = "teacher_rows"  # column of a batch
 

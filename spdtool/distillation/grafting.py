@@ -23,7 +23,7 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 
 from spdtool.errors import ModelError, UnknownName
-from spdtool.recipe.fields import Grafting
+from spdtool.recipe.training import Grafting
 
 RandomState = list[JsonValue]
 """State of a draw's generator, as JSON can hold it."""
@@ -156,7 +156,7 @@ def replacing_rate(section: Grafting) -> Callable[[float], float]:
       1 over `rise`.
 
     Args:
-        section: `schedule` and its numbers; see `recipe.fields.Grafting`.
+        section: `schedule` and its numbers; see `recipe.training.Grafting`.
 
     Returns:
         Progress of the stage, from 0 to 1, to the replacing rate p, from 0 to 1.

@@ -9,7 +9,8 @@ from spdtool.distillation.outputs import ModelOutputs
 from spdtool.errors import RecipeError
 from spdtool.models.layers import ModelShape
 from spdtool.recipe import PHASES
-from spdtool.recipe.fields import Distilled, Loss, Recipe
+from spdtool.recipe.fields import Recipe
+from spdtool.recipe.training import Distilled, Loss
 
 
 def map_layers(layer_map: str | tuple[int, ...], student_depth: int, teacher_depth: int) -> tuple[int, ...]:

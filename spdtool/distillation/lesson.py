@@ -23,7 +23,7 @@ from spdtool.distillation.teacher_cache import needs_hidden_states, pop_cached_o
 from spdtool.errors import ModelError
 from spdtool.models.layers import find_layer_stack, model_shape, select_trained_parameters
 from spdtool.models.student import same_architecture, unread_columns
-from spdtool.recipe.fields import Distilled
+from spdtool.recipe.training import Distilled
 from spdtool.tasks.head import head_of_model
 
 

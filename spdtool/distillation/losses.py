@@ -1,6 +1,6 @@
 """The distillation losses: logits, hidden states, attention, relations between tokens.
 
-The loss of a phase is the weighted sum of its terms, with the weights of `recipe.fields.Loss`:
+The loss of a phase is the weighted sum of its terms, with the weights of `recipe.training.Loss`:
 
     L = logits x L_logits + hidden x L_hidden + attention x L_attention + relation x L_relation
 
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from spdtool.data.tokens import LABELED
 from spdtool.distillation.outputs import ModelOutputs, widen
 from spdtool.distillation.projections import Projections, project
-from spdtool.recipe.fields import Loss
+from spdtool.recipe.training import Loss
 
 MASKED_SCORE = -1e4  # the model itself masked scores below this (padding, a local attention window)
 

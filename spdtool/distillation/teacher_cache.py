@@ -34,7 +34,8 @@ from spdtool.models import collectives
 from spdtool.models.arithmetic import probe_arithmetic
 from spdtool.models.predict import BATCH_SIZE, Forward, predict, predict_dev_sets, to_device
 from spdtool.recipe import PHASES
-from spdtool.recipe.fields import Distilled, Loss, Recipe
+from spdtool.recipe.fields import Recipe
+from spdtool.recipe.training import Distilled, Loss
 from spdtool.tasks.head import head_of_model
 
 TeacherForward = Callable[[dict[str, torch.Tensor]], ModelOutputs]

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from spdtool.data.tokens import Batch, Encoded
     from spdtool.export.graph.weights import StoredWeight
     from spdtool.models.predict import Forward
-    from spdtool.recipe.fields import Export, Recipe
+    from spdtool.recipe.delivery import Export
+    from spdtool.recipe.fields import Recipe
 
 MODEL_FILE = "onnx/model.onnx"
 ROLES: tuple[Role, ...] = ("teacher", "student")

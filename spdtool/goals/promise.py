@@ -8,7 +8,8 @@ from spdtool.bench.ratios import BenchData
 from spdtool.errors import GateError
 from spdtool.export.onnx_session import usable_cores
 from spdtool.goals.sizes import MEGABYTE
-from spdtool.recipe.fields import Goal, Recipe
+from spdtool.recipe.delivery import Goal
+from spdtool.recipe.fields import Recipe
 from spdtool.run.records import Promise, Scores
 
 POINTS = 100  # of a score of 1

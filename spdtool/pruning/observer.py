@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from spdtool.models import collectives, fsdp
 from spdtool.pruning.masks import Masks
 from spdtool.pruning.statistics import STATISTICS, Statistic, Stats, WeightGradient
-from spdtool.recipe.fields import Prune
+from spdtool.recipe.training import Prune
 
 
 class Observer:

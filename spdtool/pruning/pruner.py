@@ -14,7 +14,7 @@ from spdtool.models import collectives, fsdp
 from spdtool.pruning.masks import Masks, check_counts, find_flagged
 from spdtool.pruning.observer import Observer, full_float32
 from spdtool.pruning.statistics import STATISTICS, Stats
-from spdtool.recipe.fields import Prune
+from spdtool.recipe.training import Prune
 
 OnWork = Callable[[str], None]
 

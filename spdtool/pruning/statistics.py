@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from spdtool.models import fsdp
-from spdtool.recipe.fields import Prune
+from spdtool.recipe.training import Prune
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from spdtool.models.structures import WIDTH_STEP, LayerStructures, Structures
 from spdtool.pruning.observer import RealTokens, make_input_hook
 from spdtool.pruning.second_order import factorize
 from spdtool.pruning.statistics import InputGram, InputMean
-from spdtool.recipe.fields import Prune
+from spdtool.recipe.training import Prune
 
 MOST_DOWNDATES = 96  # of H^-1 for one layer: a wide layer loses several neurons at once, and takes no minutes
 

@@ -25,7 +25,7 @@ from spdtool.pruning.structure import (
     remove_structures,
     shape_sparsity,
 )
-from spdtool.recipe.fields import Prune
+from spdtool.recipe.training import Prune
 
 NEEDS: Mapping[str, tuple[str, ...]] = {
     "layerwise": ("input_gram", "input_mean"),

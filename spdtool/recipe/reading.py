@@ -14,7 +14,8 @@ from pydantic import ValidationError
 
 from spdtool.errors import RecipeError, UnknownName
 from spdtool.recipe import TRAINING
-from spdtool.recipe.fields import FIELDS_HINT, Recipe, Section
+from spdtool.recipe.fields import FIELDS_HINT, Recipe
+from spdtool.recipe.section import Section
 
 Settings = dict[str, Any]  # nested as in TOML
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from spdtool import console
 from spdtool.bench.factors import factors_text
 from spdtool.recipe import PHASES, STAGES
-from spdtool.recipe.fields import Distilled, Recipe
+from spdtool.recipe.fields import Recipe
+from spdtool.recipe.training import Distilled
 from spdtool.report import curves
 from spdtool.report.commands import commands_of
 from spdtool.report.curves import Curves, PhaseCurves

@@ -20,7 +20,8 @@ from spdtool import plugins
 from spdtool.distillation.teacher_cache import needs_hidden_states
 from spdtool.models.layers import find_prunable_weights
 from spdtool.pruning.statistics import Stats
-from spdtool.recipe.fields import Distilled, Prune, Recipe, Training
+from spdtool.recipe.fields import Recipe
+from spdtool.recipe.training import Distilled, Prune, Training
 from spdtool.run.forecast import StageCost
 from spdtool.training.loop import choose_evaluation_steps
 from spdtool.training.schedules import plan_prune_events

@@ -19,7 +19,8 @@ from spdtool.data.windows import tokenize_windows
 from spdtool.export.sizes import estimate_files
 from spdtool.export.target import ChosenTarget, optional_targets, required_targets
 from spdtool.recipe import PHASES, TRAINING
-from spdtool.recipe.fields import Distilled, Recipe, Training
+from spdtool.recipe.fields import Recipe
+from spdtool.recipe.training import Distilled, Training
 from spdtool.run.folder import Run
 from spdtool.run.forecast import StageCost
 from spdtool.run.records import Plan, ResourceEstimate, StageEstimate, WeightCounts

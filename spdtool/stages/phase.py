@@ -44,7 +44,8 @@ from spdtool.pruning.patterns import find_pattern
 from spdtool.pruning.pruner import Pruner
 from spdtool.pruning.structure import EncoderShape, LayerShape, choose_shape, full_shape, shape_sparsity
 from spdtool.pruning.structured import StructuredMasks, StructuredPruner
-from spdtool.recipe.fields import Distilled, Finetune, Recipe, TrainingLength
+from spdtool.recipe.fields import Recipe
+from spdtool.recipe.training import Distilled, Finetune, TrainingLength
 from spdtool.run.folder import Run
 from spdtool.run.records import TrainingResult, TrimmedVocabulary, ZeroCount
 from spdtool.tasks.prepare import check_teacher_score, find_task, prepare_data

@@ -34,8 +34,9 @@ from spdtool.pruning.patterns import find_pattern
 from spdtool.pruning.structure import choose_shape, full_shape, shape_sparsity
 from spdtool.pruning.structured import find_needs
 from spdtool.recipe import STAGES
-from spdtool.recipe.fields import Prune, Recipe, Training
+from spdtool.recipe.fields import Recipe
 from spdtool.recipe.spelling import list_changes
+from spdtool.recipe.training import Prune, Training
 from spdtool.run.folder import Run
 from spdtool.run.records import Plan, StagePlan, WeightCounts
 from spdtool.stages.estimate import Estimator, Pair, count_inputs, count_tokens

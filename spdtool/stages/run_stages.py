@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from spdtool import console, ranks
 from spdtool.errors import GateError
 from spdtool.recipe import PHASES, STAGES
-from spdtool.recipe.fields import Distilled
+from spdtool.recipe.training import Distilled
 from spdtool.run.folder import Run
 from spdtool.run.records import Result, TrainingResult
 

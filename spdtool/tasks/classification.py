@@ -14,7 +14,7 @@ from spdtool.data.overview import list_names
 from spdtool.data.tokens import Encoded
 from spdtool.errors import DataError
 from spdtool.plugins import task_kinds
-from spdtool.recipe.fields import Loss
+from spdtool.recipe.training import Loss
 from spdtool.run.records import ClassScores
 from spdtool.tasks.decision import Answer, Json
 from spdtool.tasks.named_labels import NamedLabels, compose_accents, soften

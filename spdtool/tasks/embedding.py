@@ -21,7 +21,8 @@ from spdtool.data.kinds.embedding import NO_PAIR, is_sentence_encoder
 from spdtool.data.tokens import Encoded
 from spdtool.errors import ModelError, RecipeError
 from spdtool.plugins import task_kinds
-from spdtool.recipe.fields import Loss, Recipe
+from spdtool.recipe.fields import Recipe
+from spdtool.recipe.training import Loss
 from spdtool.tasks.decision import NUMBER, Answer, Decision, ExampleCall, Json, Object
 from spdtool.tasks.head import Head
 from spdtool.tasks.scores.metrics import METRICS

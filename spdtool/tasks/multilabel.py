@@ -14,7 +14,8 @@ from spdtool.data.overview import list_names
 from spdtool.data.tokens import Encoded
 from spdtool.errors import DataError
 from spdtool.plugins import task_kinds
-from spdtool.recipe.fields import Loss, Recipe
+from spdtool.recipe.fields import Recipe
+from spdtool.recipe.training import Loss
 from spdtool.run.records import ClassScores
 from spdtool.tasks.classification import Classification
 from spdtool.tasks.decision import Answer, Json, SeveralLabels

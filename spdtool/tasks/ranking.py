@@ -18,7 +18,8 @@ from spdtool.data.kinds.ranking import sample_queries
 from spdtool.data.tokens import Encoded
 from spdtool.errors import DataError, ModelError, RecipeError
 from spdtool.plugins import task_kinds
-from spdtool.recipe.fields import Loss, Recipe
+from spdtool.recipe.fields import Recipe
+from spdtool.recipe.training import Loss
 from spdtool.tasks.decision import LOGITS, NUMBER, Answer, Decision, ExampleCall, Json, Object, Snippets
 from spdtool.tasks.scores.probabilities import sigmoid
 from spdtool.tasks.scores.ranking_metrics import (

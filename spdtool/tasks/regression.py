@@ -11,7 +11,7 @@ from spdtool.data.dataset import Rows, Splits
 from spdtool.data.tokens import Encoded
 from spdtool.errors import ModelError
 from spdtool.plugins import task_kinds
-from spdtool.recipe.fields import Loss
+from spdtool.recipe.training import Loss
 from spdtool.tasks.decision import OneNumber
 from spdtool.tasks.scores.metrics import METRICS
 from spdtool.tasks.task import Task

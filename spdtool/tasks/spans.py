@@ -13,7 +13,8 @@ from spdtool.data.tokens import Encoded
 from spdtool.data.windows import group_by_text, locate_span, tokenize_windows
 from spdtool.errors import ModelError
 from spdtool.plugins import task_kinds
-from spdtool.recipe.fields import Loss, Recipe
+from spdtool.recipe.fields import Recipe
+from spdtool.recipe.training import Loss
 from spdtool.tasks.answers import BestSpan, choose_threshold
 from spdtool.tasks.classification import Classification
 from spdtool.tasks.decision import Json

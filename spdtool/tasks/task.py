@@ -13,7 +13,8 @@ from spdtool.data import overview
 from spdtool.data.dataset import Dataset, Rows
 from spdtool.data.tokens import Encoded, encode_splits
 from spdtool.data.unlabeled import read_unlabeled
-from spdtool.recipe.fields import Loss, Recipe
+from spdtool.recipe.fields import Recipe
+from spdtool.recipe.training import Loss
 from spdtool.run.records import ClassScores
 from spdtool.tasks.decision import Answer, Decision, Json, OneLabel
 from spdtool.tasks.head import SEQUENCE_CLASSIFIER, Head

@@ -15,7 +15,7 @@ from spdtool.data.overview import list_names
 from spdtool.data.tokens import IGNORED, Encoded
 from spdtool.data.windows import group_by_text, locate_words, tokenize_windows
 from spdtool.plugins import task_kinds
-from spdtool.recipe.fields import Loss
+from spdtool.recipe.training import Loss
 from spdtool.run.records import ClassScores
 from spdtool.tasks.entities import Entities
 from spdtool.tasks.head import Head

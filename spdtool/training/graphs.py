@@ -23,7 +23,8 @@ from spdtool.distillation.losses import LossTerms
 from spdtool.models import device
 from spdtool.models.padding import PaddingMask
 from spdtool.models.predict import to_device
-from spdtool.recipe.fields import Distilled, Prune, Recipe, Training
+from spdtool.recipe.fields import Recipe
+from spdtool.recipe.training import Distilled, Prune, Training
 from spdtool.training.learner import Learner
 
 PAD_MULTIPLE = 8  # tokens: fewer lengths, so fewer graphs; tensor cores want it too

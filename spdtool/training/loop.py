@@ -28,7 +28,8 @@ from spdtool.distillation.lesson import Lesson
 from spdtool.models import collectives, device
 from spdtool.models.arithmetic import probe_arithmetic
 from spdtool.models.layers import select_trained_parameters
-from spdtool.recipe.fields import Prune, Recipe, Training, TrainingLength
+from spdtool.recipe.fields import Recipe
+from spdtool.recipe.training import Prune, Training, TrainingLength
 from spdtool.run.folder import LOG, STUDENTS, Stage
 from spdtool.run.records import Evaluation, FitResult
 from spdtool.training import prefetch

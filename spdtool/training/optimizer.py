@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from spdtool.models import fsdp
-from spdtool.recipe.fields import Prune, Training
+from spdtool.recipe.training import Prune, Training
 from spdtool.training.schedules import Schedule, rewound, warmup_then_linear
 
 

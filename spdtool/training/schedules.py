@@ -9,7 +9,8 @@ import bisect
 from collections.abc import Callable, Sequence
 
 from spdtool.errors import RecipeError
-from spdtool.recipe.fields import Recipe, SparsityCurve
+from spdtool.recipe.fields import Recipe
+from spdtool.recipe.training import SparsityCurve
 
 Schedule = Callable[[float], float]
 Events = list[tuple[int, float]]

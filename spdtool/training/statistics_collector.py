@@ -23,7 +23,8 @@ from spdtool.errors import RecipeError
 from spdtool.models import collectives
 from spdtool.pruning.pruner import Pruner
 from spdtool.pruning.statistics import STATISTICS
-from spdtool.recipe.fields import Prune, Recipe
+from spdtool.recipe.fields import Recipe
+from spdtool.recipe.training import Prune
 from spdtool.training.microbatches import Microbatch
 from spdtool.training.precision import LossScale
 

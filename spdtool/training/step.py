@@ -14,7 +14,8 @@ from spdtool.distillation.lesson import Lesson
 from spdtool.distillation.losses import WHOLE_BATCH, LossTerms, LossWeight
 from spdtool.models import collectives
 from spdtool.models.predict import to_device
-from spdtool.recipe.fields import Recipe, Training
+from spdtool.recipe.fields import Recipe
+from spdtool.recipe.training import Training
 from spdtool.training.graphs import StepGraphs
 from spdtool.training.learner import Learner
 from spdtool.training.microbatches import Microbatch

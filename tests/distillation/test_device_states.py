@@ -16,7 +16,8 @@ from spdtool.distillation.lesson import DistillationLesson, TokenizedModel
 from spdtool.distillation.losses import WHOLE_BATCH
 from spdtool.models.layers import install_capture_hooks
 from spdtool.models.predict import to_device
-from spdtool.recipe.fields import Distilled, Grafting, Loss, Recipe
+from spdtool.recipe.fields import Recipe
+from spdtool.recipe.training import Distilled, Grafting, Loss
 from spdtool.tasks.classification import Classification
 
 GPU = torch.device("cuda")

@@ -23,7 +23,7 @@ from spdtool.models.layers import (
     install_capture_hooks,
     select_trained_parameters,
 )
-from spdtool.recipe.fields import Grafting
+from spdtool.recipe.training import Grafting
 
 
 def stacks(depth: int = 3) -> tuple[nn.ModuleList, nn.ModuleList]:

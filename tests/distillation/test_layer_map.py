@@ -10,7 +10,7 @@ import torch
 from spdtool.distillation.layer_map import check_attention_heads, check_relation_heads, map_layers, select_layers
 from spdtool.distillation.outputs import ModelOutputs
 from spdtool.errors import RecipeError
-from spdtool.recipe.fields import Loss
+from spdtool.recipe.training import Loss
 
 
 def test_layer_maps_are_uniform_last_or_listed() -> None:

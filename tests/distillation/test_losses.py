@@ -21,7 +21,7 @@ from spdtool.distillation.losses import (
 )
 from spdtool.distillation.outputs import ModelOutputs, compute_outputs
 from spdtool.models.layers import install_capture_hooks
-from spdtool.recipe.fields import Loss
+from spdtool.recipe.training import Loss
 from spdtool.tasks.classification import Classification
 from spdtool.tasks.regression import Regression
 

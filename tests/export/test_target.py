@@ -18,7 +18,8 @@ from spdtool.export.target import (
     optional_targets,
     required_targets,
 )
-from spdtool.recipe.fields import Export, Recipe
+from spdtool.recipe.delivery import Export
+from spdtool.recipe.fields import Recipe
 
 pytestmark = pytest.mark.usefixtures("clean_plugins")
 

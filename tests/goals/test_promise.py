@@ -9,7 +9,8 @@ from spdtool.bench.latency import Timing
 from spdtool.bench.ratios import BenchData, ModelFile
 from spdtool.errors import GateError
 from spdtool.goals.promise import measure_promise, refuse_broken, timed_shape
-from spdtool.recipe.fields import Goal, Recipe
+from spdtool.recipe.delivery import Goal
+from spdtool.recipe.fields import Recipe
 from spdtool.recipe.reading import build_recipe
 from spdtool.run.records import Promise
 

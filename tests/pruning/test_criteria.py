@@ -19,7 +19,7 @@ from spdtool.pruning import statistics
 from spdtool.pruning.masks import Masks
 from spdtool.pruning.observer import Observer
 from spdtool.pruning.statistics import STATISTICS, Stats
-from spdtool.recipe.fields import Prune
+from spdtool.recipe.training import Prune
 
 SECTION = Prune(fisher_block=4, dampening=0.1, penalty=0.5)
 OUT, IN = 3, 5

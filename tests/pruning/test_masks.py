@@ -19,7 +19,7 @@ from spdtool.pruning.allocation import Allocation, zeros_in
 from spdtool.pruning.masks import Masks, check_counts, clear_dead
 from spdtool.pruning.patterns import find_pattern, sum_blocks
 from spdtool.pruning.pruner import Pruner
-from spdtool.recipe.fields import Prune
+from spdtool.recipe.training import Prune
 
 TINY = torch.finfo(torch.float32).tiny
 SCOPES = ("matrix", "type", "global")

@@ -16,7 +16,7 @@ from spdtool.pruning.masks import Masks
 from spdtool.pruning.patterns import find_pattern
 from spdtool.pruning.pruner import Pruner
 from spdtool.pruning.statistics import Stats
-from spdtool.recipe.fields import Prune
+from spdtool.recipe.training import Prune
 
 pytestmark = pytest.mark.usefixtures("clean_plugins")
 

@@ -14,7 +14,7 @@ from spdtool.pruning.masks import Masks
 from spdtool.pruning.pruner import Pruner
 from spdtool.pruning.second_order import obert, update_blocks, update_rows
 from spdtool.pruning.statistics import Stats
-from spdtool.recipe.fields import Prune
+from spdtool.recipe.training import Prune
 
 OUT, IN = 6, 12
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from spdtool.pruning.masks import Masks
 from spdtool.pruning.observer import Observer
 from spdtool.pruning.statistics import STATISTICS, Stats, split_into_blocks
-from spdtool.recipe.fields import Prune
+from spdtool.recipe.training import Prune
 
 NEEDS = tuple(STATISTICS)
 FROM_GRADIENTS = tuple(need for need, kind in STATISTICS.items() if kind.reads == "gradient")

@@ -15,7 +15,7 @@ from spdtool.pruning.structure import (
     removal_losses,
     remove_structures,
 )
-from spdtool.recipe.fields import Prune
+from spdtool.recipe.training import Prune
 from tests import toys
 
 

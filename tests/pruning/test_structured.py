@@ -18,7 +18,7 @@ from spdtool.pruning.structure import (
     shape_sparsity,
 )
 from spdtool.pruning.structured import StructuredMasks, StructuredPruner
-from spdtool.recipe.fields import Prune
+from spdtool.recipe.training import Prune
 from tests import toys
 
 SHAPE = (LayerShape(1, 32), LayerShape(2, 0))

@@ -22,7 +22,7 @@ from spdtool.models import predict as evaluation
 from spdtool.models.layers import find_prunable_weights, install_capture_hooks
 from spdtool.models.load import load_model
 from spdtool.pruning.masks import Masks
-from spdtool.recipe.fields import Loss, Prune
+from spdtool.recipe.training import Loss, Prune
 from spdtool.run.folder import Run
 from spdtool.tasks.classification import Classification
 from spdtool.training import loop, prefetch

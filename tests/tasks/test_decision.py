@@ -17,7 +17,7 @@ import torch
 
 from spdtool import plugins
 from spdtool.errors import ModelError, UnknownName
-from spdtool.recipe.fields import Loss
+from spdtool.recipe.training import Loss
 from spdtool.tasks.answers import BestSpan
 from spdtool.tasks.decision import Decision, OneLabel, OneNumber, SeveralLabels, find_decision, read_stride
 from spdtool.tasks.prepare import task_of

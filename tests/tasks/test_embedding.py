@@ -16,8 +16,8 @@ from spdtool.errors import DataError, ModelError, RecipeError
 from spdtool.export.gates.reference import Reference, prepare_dev_sets
 from spdtool.models.load import load_model, load_tokenizer, save_model
 from spdtool.models.vocabulary import choose_tokens, trim_embeddings, trim_tokenizer
-from spdtool.recipe.fields import Loss
 from spdtool.recipe.reading import request_recipe
+from spdtool.recipe.training import Loss
 from spdtool.tasks.embedding import Embedding, Vector, sample_texts, vector_loss
 from spdtool.tasks.prepare import find_task
 

@@ -15,7 +15,7 @@ import torch
 from spdtool.data.dataset import Dataset, Rows
 from spdtool.data.tokens import Encoded
 from spdtool.errors import DataError, ModelError
-from spdtool.recipe.fields import Loss
+from spdtool.recipe.training import Loss
 from spdtool.tasks.decision import SeveralLabels, find_decision
 from spdtool.tasks.multilabel import Multilabel
 from spdtool.tasks.prepare import task_of

@@ -18,7 +18,7 @@ from spdtool.data.tokens import empty_split
 from spdtool.errors import DataError, GateError, ModelError
 from spdtool.export.gates.folder import check_configuration
 from spdtool.models.load import load_model, save_model
-from spdtool.recipe.fields import Loss
+from spdtool.recipe.training import Loss
 from spdtool.tasks.prepare import task_of
 from spdtool.tasks.ranking import Ranking, Relevance, listwise_loss, margin_loss
 

@@ -21,7 +21,7 @@ from spdtool.export.gates.reference import Reference
 from spdtool.export.gates.score import check_score
 from spdtool.export.target import get_target
 from spdtool.models.load import load_model
-from spdtool.recipe.fields import Loss
+from spdtool.recipe.training import Loss
 from spdtool.serving.batching import Batcher
 from spdtool.serving.predict import InputLine, predict_lines
 from spdtool.tasks.answers import LONGEST_ANSWER, BestSpan

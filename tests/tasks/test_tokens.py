@@ -21,7 +21,8 @@ from spdtool.export.gates.reference import Reference, prepare_dev_sets
 from spdtool.export.gates.score import check_score
 from spdtool.export.target import get_target
 from spdtool.models.load import save_model
-from spdtool.recipe.fields import Loss, Recipe
+from spdtool.recipe.fields import Recipe
+from spdtool.recipe.training import Loss
 from spdtool.serving.batching import Batcher
 from spdtool.serving.predict import InputLine, predict_lines
 from spdtool.tasks.classification import Classification

@@ -14,7 +14,8 @@ from spdtool.models.layers import find_prunable_weights
 from spdtool.models.padding import PaddingMask
 from spdtool.pruning.masks import Masks
 from spdtool.pruning.pruner import Pruner
-from spdtool.recipe.fields import Distilled, Loss, Prune, Recipe
+from spdtool.recipe.fields import Recipe
+from spdtool.recipe.training import Distilled, Loss, Prune
 from spdtool.training.graphs import copy_column, describe_batch, find_obstacle
 from spdtool.training.microbatches import MicrobatchSplitter
 

@@ -24,7 +24,8 @@ from spdtool.models.layers import find_prunable_weights
 from spdtool.models.predict import to_device
 from spdtool.pruning.masks import Masks
 from spdtool.pruning.pruner import Pruner
-from spdtool.recipe.fields import Prune, Recipe, Training, TrainingLength
+from spdtool.recipe.fields import Recipe
+from spdtool.recipe.training import Prune, Training, TrainingLength
 from spdtool.run.folder import Stage
 from spdtool.run.records import Evaluation, FitResult, Scores
 from spdtool.tasks.task import Task

@@ -13,7 +13,7 @@ from spdtool.data import tokens as data
 from spdtool.distillation.losses import distillation_loss
 from spdtool.distillation.outputs import compute_outputs
 from spdtool.models.predict import to_device
-from spdtool.recipe.fields import Loss
+from spdtool.recipe.training import Loss
 from spdtool.tasks.classification import Classification
 from spdtool.training.microbatches import NO_WEIGHT, WHOLE_BATCH, MicrobatchSplitter, deal_rows
 

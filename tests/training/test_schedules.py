@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 
 from spdtool.errors import RecipeError
-from spdtool.recipe.fields import SparsityCurve
+from spdtool.recipe.training import SparsityCurve
 from spdtool.training.schedules import (
     CURVES,
     cubic,

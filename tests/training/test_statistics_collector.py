@@ -14,7 +14,8 @@ from spdtool.data import tokens as data
 from spdtool.errors import RecipeError
 from spdtool.pruning.masks import Masks
 from spdtool.pruning.pruner import Pruner
-from spdtool.recipe.fields import Prune, Recipe
+from spdtool.recipe.fields import Recipe
+from spdtool.recipe.training import Prune
 from spdtool.training.microbatches import LossWeight, Microbatch
 from spdtool.training.statistics_collector import StatisticsCollector, calibration_batches, check_statistics
 

@@ -22,7 +22,8 @@ from spdtool.models.layers import (
 )
 from spdtool.pruning.masks import Masks
 from spdtool.pruning.pruner import Pruner
-from spdtool.recipe.fields import Loss, Prune, Recipe
+from spdtool.recipe.fields import Recipe
+from spdtool.recipe.training import Loss, Prune
 from spdtool.tasks.classification import Classification
 from spdtool.training.accelerator import create_accelerator
 from spdtool.training.graphs import Recording, StepGraphs

@@ -7,7 +7,7 @@ from spdtool import plugins
 from spdtool.pruning.masks import Masks
 from spdtool.pruning.pruner import Pruner
 from spdtool.pruning.statistics import Stats
-from spdtool.recipe.fields import Prune
+from spdtool.recipe.training import Prune
 
 
 def test_the_criterion_is_found_through_the_entry_point():
