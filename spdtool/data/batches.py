@@ -31,7 +31,10 @@ def training_batches(
             None: rows of any length share a batch.
     """
     if rows.groups is not None:
-        return group_batches(rows, batch_size, np.random.default_rng([seed, epoch]), pool)
+        numbers = np.arange(len(rows))
+        if rows.mixture is not None:
+            numbers = rows.mixture.rows_of_epoch(seed, epoch, rows.groups)
+        return group_batches(rows, numbers, batch_size, np.random.default_rng([seed, epoch]), pool)
     if rows.mixture is not None:
         generator = np.random.default_rng([seed, epoch])
         order = generator.permutation(rows.mixture.rows_of_epoch(seed, epoch))
@@ -42,30 +45,35 @@ def training_batches(
     return _cut_into_batches(rows.lengths, generator.permutation(len(rows)), batch_size, generator, pool)
 
 
-def group_batches(rows: Encoded, batch_size: int, generator: np.random.Generator, pool: int | None) -> list[np.ndarray]:
-    """Return `ceil(rows / batch_size)` batches of whole groups, about as large as each other, in random order.
+def group_batches(
+    rows: Encoded, numbers: np.ndarray, batch_size: int, generator: np.random.Generator, pool: int | None
+) -> list[np.ndarray]:
+    """Return `ceil(numbers / batch_size)` batches of whole groups, about as large as each other, in random order.
 
     A group of more than `batch_size` rows is cut, else a batch would not fit into the memory. So a batch may have up to
     twice as many rows.
+
+    Args:
+        numbers: of the rows of the epoch.
     """
     assert rows.groups is not None
-    order = np.argsort(rows.groups, kind="stable")
+    order = numbers[np.argsort(rows.groups[numbers], kind="stable")]
     groups = np.split(order, np.flatnonzero(np.diff(rows.groups[order])) + 1)
     chunks = []
     for number in generator.permutation(len(groups)):
         chunks += _slices(groups[number], batch_size)
-    count = -(-len(rows) // batch_size)
+    count = -(-len(numbers) // batch_size)
     if pool is not None:
         # Chunks whose longest rows are alike meet in a batch; in random pools, so that batches differ by epoch.
         longest = np.array([rows.lengths[chunk].max() for chunk in chunks])
         pooled = _slices(np.arange(len(chunks)), max(1, pool * len(chunks) // count))
-        numbers = np.concatenate([each[np.argsort(longest[each], kind="stable")] for each in pooled])
-        chunks = [chunks[number] for number in numbers]
+        sorted_chunks = np.concatenate([each[np.argsort(longest[each], kind="stable")] for each in pooled])
+        chunks = [chunks[number] for number in sorted_chunks]
     # Cut where the sum of rows comes nearest to equal shares; no batch is empty, because no chunk is above the size.
     ends = np.cumsum([len(chunk) for chunk in chunks])
     batches, first = [], 0
     for number in range(1, count + 1):
-        last = int(np.searchsorted(ends, number * len(rows) / count - 1e-9)) + 1
+        last = int(np.searchsorted(ends, number * len(numbers) / count - 1e-9)) + 1
         last = min(max(last, first + 1), len(chunks) - (count - number))
         batches.append(np.concatenate(chunks[first:last]))
         first = last

@@ -149,19 +149,21 @@ def read_texts(table: Table, name: str) -> list[str]:
     Raises:
         DataError: a cell is empty, or is no text.
     """
-    texts = []
-    for row, cell in enumerate(table.column(name)):
-        if cell is None or (isinstance(cell, str) and not cell.strip()):
-            table.refuse(row, f"no text in the column {name!r}", "leave such rows out")
-        if isinstance(cell, list):
-            hint = "for a tag of each word, name the column that holds lists of tags: --label COLUMN"
-            table.refuse(row, f"the column {name!r} holds lists", hint)
-        if not isinstance(cell, str):
-            table.refuse(row, f"the column {name!r} holds a {type(cell).__name__}, not text", "is it the text column?")
-        if not is_encodable(cell):
-            table.refuse(row, f"the column {name!r} holds half a surrogate pair, which is not text")
-        texts.append(cell)
-    return texts
+    return [read_text_cell(table, row, name, cell) for row, cell in enumerate(table.column(name))]
+
+
+def read_text_cell(table: Table, row: int, name: str, cell: object) -> str:
+    """Return the text of a cell of the column `name`; raises as `read_texts` does."""
+    if cell is None or (isinstance(cell, str) and not cell.strip()):
+        table.refuse(row, f"no text in the column {name!r}", "leave such rows out")
+    if isinstance(cell, list):
+        hint = "for a tag of each word, name the column that holds lists of tags: --label COLUMN"
+        table.refuse(row, f"the column {name!r} holds lists", hint)
+    if not isinstance(cell, str):
+        table.refuse(row, f"the column {name!r} holds a {type(cell).__name__}, not text", "is it the text column?")
+    if not is_encodable(cell):
+        table.refuse(row, f"the column {name!r} holds half a surrogate pair, which is not text")
+    return cell
 
 
 def table_to_rows(table: Table, columns: Columns, classes: tuple[str, ...]) -> Rows:

@@ -160,11 +160,6 @@ def load_splits(dataset: Dataset, recipe: Recipe) -> dict[str, Rows]:
     return splits
 
 
-def sample_splits(splits: Splits, recipe: Recipe) -> dict[str, Rows]:
-    """Reduce every split to `recipe.max_rows`."""
-    return {name: rows.sample(recipe.max_rows, recipe.seed) for name, rows in splits.items()}
-
-
 def identify_rows(dataset: Dataset, splits: Splits) -> DataRecord:
     """Identify the rows of a run, whatever the model.
 
@@ -178,7 +173,8 @@ def identify_rows(dataset: Dataset, splits: Splits) -> DataRecord:
     return DataRecord(
         rows=counts,
         digest=cache_key(dataset.labels, hashes),
-        unlabeled=None if unlabeled is None else unlabeled[0],
+        # the labels of such rows may say what is read of a text, such as its words
+        unlabeled=None if unlabeled is None else cache_key(*unlabeled),
     )
 
 

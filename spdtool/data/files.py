@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 
@@ -17,13 +17,16 @@ from spdtool.errors import DataError
 HEADER_ROWS = 20  # read with a header, to see what its columns hold
 
 
-def read_file(path: Path) -> Table:
+def read_file(path: Path, readers: Mapping[str, Callable[[Path], Table]] | None = None) -> Table:
     """Read a file in the format that its ending names.
+
+    Args:
+        readers: ending to the function that reads it; None: `READERS`.
 
     Raises:
         DataError: the ending is unknown, or the file is not what it says.
     """
-    read = READERS.get(path.suffix.lower())
+    read = (READERS if readers is None else readers).get(path.suffix.lower())
     if read is None:
         raise _unknown_ending(path)
     refuse_pointer(path)

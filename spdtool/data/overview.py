@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from spdtool.data.dataset import Rows
+from spdtool.data.dataset import UNLABELED, Rows, Splits
 
 LISTED_NAMES = 8  # names that fit into a line of the plan
 
@@ -26,6 +26,15 @@ def leaked_rows(train: Rows, rows: Rows, split: str, source: str = "train") -> l
     if not count:
         return []
     return [f"{count:,} of {len(rows):,} {split} rows have a text that is in {source} too: their score is flattered"]
+
+
+def leaked_unlabeled_rows(splits: Splits) -> list[str]:
+    """Say how many dev and test rows have a text that is among those without labels; nothing where none has."""
+    lines = []
+    for split in ("dev", "test"):
+        if split in splits and UNLABELED in splits:
+            lines += leaked_rows(splits[UNLABELED], splits[split], split, "the unlabelled texts")
+    return lines
 
 
 def list_names(names: Sequence[str]) -> str:

@@ -48,17 +48,30 @@ class Mixture:
     unlabeled: int
     per_epoch: int
 
-    def rows_of_epoch(self, seed: int, epoch: int) -> np.ndarray:
-        """Return the numbers of the rows of an epoch: every labelled one, and the next of an endless shuffle."""
+    def rows_of_epoch(self, seed: int, epoch: int, groups: np.ndarray | None = None) -> np.ndarray:
+        """Return the numbers of the rows of an epoch: every labelled one, and the next of an endless shuffle.
+
+        Args:
+            groups: number of each row's group, see `Encoded`. Groups are shuffled as a whole; one at the border of two
+                epochs is cut there.
+        """
         numbers, start, missing = [np.arange(self.labeled)], epoch * self.per_epoch, self.per_epoch
         while missing:
             round_number, position = divmod(start, self.unlabeled)
             # one random order a round, so that each text comes once before any comes again
             order = np.random.default_rng([seed, round_number, self.unlabeled]).permutation(self.unlabeled)
+            if groups is not None:
+                order = _gather_groups(order, groups[self.labeled :])
             chosen = order[position : position + missing]
             numbers.append(self.labeled + chosen)
             start, missing = start + len(chosen), missing - len(chosen)
         return np.concatenate(numbers)
+
+
+def _gather_groups(order: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Return the row numbers of `order`, the rows of a group next to each other where its first one was."""
+    _, first, inverse = np.unique(groups[order], return_index=True, return_inverse=True)
+    return order[np.argsort(first[inverse], kind="stable")]
 
 
 @dataclass(frozen=True)
@@ -75,7 +88,8 @@ class Encoded:
         per_token: the same with one entry per token, [tokens, ...], which a batch pads with zeros.
         labels_per_token: whether each token has a label; a batch pads them with IGNORED, which counts in no loss.
         labels_are_positions: whether labels [rows, ...] are numbers of tokens, which padding on the left moves.
-        details: what a kind of task has to know of the rows beside their tokens; it enters no batch.
+        details: what a kind of task has to know of the rows beside their tokens; it enters no batch. Of a mixture, of
+            the labelled rows alone.
         mixture: which of the rows have a label, in training rows with texts that have none; None: all have.
         stored_lengths: tokens of each row, where they are stored; None: computed from the offsets.
         hashes: of the columns and offsets, where they are stored (`cache.hash_array`).
@@ -131,13 +145,17 @@ class Encoded:
     def select(self, rows: np.ndarray) -> Encoded:
         """Return these rows alone, in this order."""
         spans = [np.arange(self.offsets[row], self.offsets[row + 1]) for row in rows]
+        details = self.details
+        if details is not None:
+            has_details = self.mixture is None or bool((rows < self.mixture.labeled).all())
+            details = details.select(rows) if has_details else None
         tokens = np.concatenate([np.empty(0, np.int64), *spans])
         return replace(
             self,
             columns={name: flat[tokens] for name, flat in self.columns.items()},
             offsets=np.concatenate([[0], np.cumsum(self.lengths[rows])]),
             labels=self.labels[tokens if self.labels_per_token else rows],
-            details=None if self.details is None else self.details.select(rows),
+            details=details,
             per_row={name: values[rows] for name, values in self.per_row.items()},
             per_token={name: values[tokens] for name, values in self.per_token.items()},
             mixture=None,
@@ -146,6 +164,10 @@ class Encoded:
             groups=None if self.groups is None else self.groups[rows],
         )
 
+    def select_labeled(self) -> Encoded:
+        """Return the rows that have a label; itself where all have one."""
+        return self if self.mixture is None else self.select(np.arange(self.mixture.labeled))
+
     def sample(self, size: int, seed: int) -> Encoded:
         """Draw `size` rows that have a label, or whole groups of about as many, and keep their order.
 
@@ -153,18 +175,17 @@ class Encoded:
         """
         count = len(self) if self.mixture is None else self.mixture.labeled
         if size >= count:
-            return self if self.mixture is None else self.select(np.arange(count))
+            return self.select_labeled()
         if self.groups is not None:
-            return self._sample_groups(size, seed)
+            return self._sample_groups(self.groups[:count], size, seed)
         return self.select(np.sort(np.random.default_rng(seed).choice(count, size, replace=False)))
 
-    def _sample_groups(self, size: int, seed: int) -> Encoded:
-        """Draw whole groups that have at most `size` rows together."""
-        assert self.groups is not None
-        names, sizes = np.unique(self.groups, return_counts=True)
+    def _sample_groups(self, groups: np.ndarray, size: int, seed: int) -> Encoded:
+        """Draw whole groups of the first rows, whose group numbers are `groups`, with at most `size` rows together."""
+        names, sizes = np.unique(groups, return_counts=True)
         order = np.random.default_rng(seed).permutation(len(names))
         drawn = names[order[np.cumsum(sizes[order]) <= size]]
-        return self.select(np.flatnonzero(np.isin(self.groups, drawn)))
+        return self.select(np.flatnonzero(np.isin(groups, drawn)))
 
     def collate(self, rows: Sequence[int] | np.ndarray, length: int | None = None) -> Batch:
         """Pad rows to int64 arrays [rows, tokens], with `attention_mask` and `labels`.
@@ -233,9 +254,12 @@ class Encoded:
 def mix_rows(labeled: Encoded, unlabeled: Encoded, per_epoch: int) -> Encoded:
     """Join training rows with rows whose labels mean nothing, of which `per_epoch` come into an epoch.
 
-    A batch says in `labeled` which of its rows have a label.
+    A batch says in `labeled` which of its rows have a label. Groups of the two have different numbers.
     """
-    columns = {}
+    columns, groups = {}, labeled.groups
+    if groups is not None:
+        assert unlabeled.groups is not None
+        groups = np.concatenate([groups, unlabeled.groups])
     for name, flat in labeled.columns.items():
         columns[name] = np.concatenate([flat, unlabeled.columns[name]])
     return replace(
@@ -245,6 +269,7 @@ def mix_rows(labeled: Encoded, unlabeled: Encoded, per_epoch: int) -> Encoded:
         labels=np.concatenate([labeled.labels, unlabeled.labels]),
         per_row=labeled.per_row | {LABELED: np.repeat([True, False], [len(labeled), len(unlabeled)])},
         mixture=Mixture(len(labeled), len(unlabeled), per_epoch),
+        groups=groups,
         stored_lengths=np.concatenate([labeled.lengths, unlabeled.lengths]).astype(np.int32),
         hashes={},
     )

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spdtool.data.tokens import LABELED
+from spdtool.data.tokens import IGNORED, LABELED
 from spdtool.distillation.outputs import ModelOutputs, widen
 from spdtool.distillation.projections import Projections, project
 from spdtool.recipe.training import Loss
@@ -105,15 +105,24 @@ def _compare_logits(
 ) -> Tensor:
     """Compute the logit loss; rows without a label, where a batch has such, learn from the teacher alone."""
     labels, is_labeled = batch["labels"], batch.get(LABELED)
-    if is_labeled is None:
+    # without gold labels all rows learn alike
+    if is_labeled is None or loss.hardness == loss.regression_hardness == 1.0:
         return logit_loss(student, teacher, labels, loss)
     teacher_only = loss.model_copy(update={"hardness": 1.0, "regression_hardness": 1.0})
+    counts = _count_labels(labels)
     total = torch.zeros((), device=student.device)
     for rows, section in ((is_labeled, loss), (~is_labeled, teacher_only)):
-        share = rows.float().mean()
+        share = counts[rows].sum() / counts.sum().clamp(min=1)
         if rows.any():  # a mean over no row is no number
             total = total + share * logit_loss(student[rows], teacher[rows], labels[rows], section)
     return total
+
+
+def _count_labels(labels: Tensor) -> Tensor:
+    """Count the labels of each row over which a loss is averaged, float [rows]: those that are not IGNORED."""
+    if labels.is_floating_point():  # -100 is a number there
+        return torch.ones(len(labels), device=labels.device)
+    return (labels != IGNORED).reshape(len(labels), -1).sum(1).float()
 
 
 def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spdtool import plugins
 from spdtool.data.dataset import UNLABELED, Rows, identify_rows
-from spdtool.data.overview import LISTED_NAMES
+from spdtool.data.overview import LISTED_NAMES, leaked_unlabeled_rows
 from spdtool.distillation.grafting import replacing_rate
 from spdtool.distillation.layer_map import check_phases
 from spdtool.errors import RecipeError
@@ -90,7 +90,9 @@ def make_plan(run: Run, redo: str | None = None) -> Plan:
         if not planned.done:
             planned.estimate = estimator.estimate_stage(stage)
         stages.append(planned)
-    lines = [f"labels: {task.describe_labels(splits)}"]
+    labeled = {name: split for name, split in splits.items() if name != UNLABELED}
+    lines = [f"labels: {task.describe_labels(labeled)}"]
+    notes = task.data_warnings(labeled) + leaked_unlabeled_rows(splits)
     # A file of the user: the columns were guessed, perhaps wrongly.
     if task.name == "local":
         lines.insert(0, f"data: {task.dataset.about}")
@@ -99,11 +101,11 @@ def make_plan(run: Run, redo: str | None = None) -> Plan:
         task=task.name,
         rows=rows,
         reading=lines,
-        classes=task.count_classes(splits),
+        classes=task.count_classes(labeled),
         baseline=task.baseline(splits["dev"])["score"],
         score=task.describe_score(),
         model=_describe_model(recipe, student),
-        notes=[*task.data_warnings(splits), *_label_notes(recipe, task, teacher), *_export_notes(run, recipe)],
+        notes=[*notes, *_label_notes(recipe, task, teacher), *_export_notes(run, recipe)],
         stages=stages,
         parameters=counts,
         estimate=estimator.estimate_run(sum(stage.estimate.seconds for stage in stages if stage.estimate)),

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spdtool.data.dataset import UNLABELED, Rows, Splits
+from spdtool.data.dataset import Rows, Splits
 from spdtool.data.overview import list_names
 from spdtool.data.tokens import Encoded
+from spdtool.data.unlabeled import read_unlabeled
 from spdtool.errors import DataError
 from spdtool.plugins import task_kinds
 from spdtool.recipe.training import Loss
@@ -37,8 +39,11 @@ class Classification(NamedLabels):
     """
 
     problem_type: ProblemType | None = "single_label_classification"
-    takes_unlabeled = True
     temperature = 1.0
+
+    def read_unlabeled(self, file: Path, columns: Sequence[str], train: Rows) -> Rows:
+        """Read texts, whose labels are zeros."""
+        return read_unlabeled(file, columns, self.dataset, np.asarray(train.labels))
 
     def check_training_rows(self, rows: Rows) -> None:
         """Raise DataError if all rows have one class."""
@@ -179,8 +184,6 @@ class Classification(NamedLabels):
         """Count the rows of each class by split."""
         labels, by_split = self.dataset.labels, {}
         for split, rows in splits.items():
-            if split == UNLABELED:
-                continue
             counts = np.bincount(np.asarray(rows.labels, np.int64), minlength=len(labels)).tolist()
             by_split[split] = dict(zip(labels, counts, strict=True))
         return by_split

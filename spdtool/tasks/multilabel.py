@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spdtool.data import dataset as datasets
-from spdtool.data.dataset import UNLABELED, Rows, Splits
+from spdtool.data.dataset import Rows, Splits
 from spdtool.data.overview import list_names
 from spdtool.data.tokens import Encoded
 from spdtool.errors import DataError
@@ -213,9 +213,8 @@ class Multilabel(Classification):
         """Count the rows of each label by split."""
         by_split = {}
         for split, rows in splits.items():
-            if split != UNLABELED:
-                counts = self._label_columns(rows).sum(axis=0, dtype=np.int64).tolist()
-                by_split[split] = dict(zip(self.dataset.labels, counts, strict=True))
+            counts = self._label_columns(rows).sum(axis=0, dtype=np.int64).tolist()
+            by_split[split] = dict(zip(self.dataset.labels, counts, strict=True))
         return by_split
 
     def data_warnings(self, splits: datasets.Splits) -> list[str]:

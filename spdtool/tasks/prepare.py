@@ -9,7 +9,7 @@ from spdtool import console, plugins
 from spdtool.data import dataset as datasets
 from spdtool.data.dataset import Dataset, Rows
 from spdtool.data.tokens import Encoded, mix_rows
-from spdtool.errors import DataError, RecipeError, UnknownName
+from spdtool.errors import DataError, UnknownName
 from spdtool.recipe.fields import Recipe
 from spdtool.run.records import DataRecord
 from spdtool.tasks.task import Task
@@ -33,10 +33,6 @@ def find_task(recipe: Recipe) -> Task:
     if recipe.metric is not None and recipe.metric not in task.dataset.metrics:
         raise UnknownName(f"metric of task {task.name!r}", recipe.metric, task.dataset.metrics)
     task.metric = recipe.metric
-    if recipe.unlabeled is not None and not task.takes_unlabeled:
-        raise RecipeError(
-            f"a task of the kind {task.dataset.kind!r} learns from no texts without labels", "leave --unlabeled out"
-        )
     return task
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from spdtool.data import dataset as datasets
 from spdtool.data.dataset import Dataset, Rows
-from spdtool.data.kinds.ranking import sample_queries
+from spdtool.data.kinds.ranking import read_unlabeled_queries, sample_queries
 from spdtool.data.tokens import Encoded
 from spdtool.errors import DataError, ModelError, RecipeError
 from spdtool.plugins import task_kinds
@@ -200,9 +201,15 @@ class Ranking(Task):
                     f"{section.loss.ranking!r} compares all passages of a query",
                     f"set {phase}.accumulate=1, or {phase}.loss.ranking=pointwise",
                 )
-        splits = datasets.load_splits(self.dataset, recipe)
-        self.check_training_rows(splits["train"])
-        return {name: sample_queries(rows, recipe.max_rows, recipe.seed) for name, rows in splits.items()}
+        return super().read_rows(recipe)
+
+    def read_unlabeled(self, file: Path, columns: Sequence[str], train: Rows) -> Rows:
+        """Read queries and passages without relevance; rows with the same query, or its id, are compared."""
+        return read_unlabeled_queries(file, columns, self.dataset, train)
+
+    def sample_rows(self, rows: Rows, recipe: Recipe) -> Rows:
+        """Draw whole queries that have about `recipe.max_rows` rows together."""
+        return sample_queries(rows, recipe.max_rows, recipe.seed)
 
     def check_training_rows(self, rows: Rows) -> None:
         """Raise DataError if no passage is relevant, or every one is."""

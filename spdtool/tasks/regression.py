@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from spdtool.data.dataset import Rows, Splits
 from spdtool.data.tokens import Encoded
+from spdtool.data.unlabeled import read_unlabeled
 from spdtool.errors import ModelError
 from spdtool.plugins import task_kinds
 from spdtool.recipe.training import Loss
@@ -26,12 +28,15 @@ class Regression(Task):
 
     problem_type = "regression"
     decision = OneNumber
-    takes_unlabeled = True
 
     @property
     def head_labels(self) -> tuple[str, ...]:
         """Name of the only output."""
         return ("score",)
+
+    def read_unlabeled(self, file: Path, columns: Sequence[str], train: Rows) -> Rows:
+        """Read texts, whose labels are zeros."""
+        return read_unlabeled(file, columns, self.dataset, np.asarray(train.labels))
 
     def label_order(self, names: Sequence[str]) -> list[int]:
         """Return [0]: there is one output."""

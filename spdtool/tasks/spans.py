@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from spdtool.data.dataset import Rows, Splits
 from spdtool.data.tokens import Encoded
+from spdtool.data.unlabeled import read_unlabeled
 from spdtool.data.windows import group_by_text, locate_span, tokenize_windows
 from spdtool.errors import ModelError
 from spdtool.plugins import task_kinds
@@ -58,6 +60,11 @@ class Spans(WindowedTask):
     head = SPAN_FINDER
     decision = BestSpan
     threshold: float | None = None
+
+    def read_unlabeled(self, file: Path, columns: Sequence[str], train: Rows) -> Rows:
+        """Read questions and contexts without answers."""
+        rows = read_unlabeled(file, columns, self.dataset, np.empty(0, np.int64))
+        return replace(rows, labels=[[] for _ in range(len(rows))])
 
     def label_order(self, names: Sequence[str]) -> list[int]:
         """Return [0, 1]: begin and end, whatever a model calls them."""

@@ -12,7 +12,7 @@ from spdtool.data import dataset as datasets
 from spdtool.data import overview
 from spdtool.data.dataset import Dataset, Rows
 from spdtool.data.tokens import Encoded, encode_splits
-from spdtool.data.unlabeled import read_unlabeled
+from spdtool.errors import RecipeError
 from spdtool.recipe.fields import Recipe
 from spdtool.recipe.training import Loss
 from spdtool.run.records import ClassScores
@@ -41,7 +41,6 @@ class Task:
         decision: class that answers for an exported model of this kind.
         problem_type: value of that field in a checkpoint's config.json.
         metric: the one that is the headline score; None: the mean of all.
-        takes_unlabeled: whether the student can learn from texts without labels.
         positive: index of the class that metrics of two classes call positive, in the order of the labels.
         scores_training_rows: whether training rows can be scored, as those with labels can.
     """
@@ -50,7 +49,6 @@ class Task:
     decision: type[Decision] = OneLabel
     problem_type: ProblemType | None = None
     metric: str | None = None
-    takes_unlabeled: bool = False
     positive: int = 1
     scores_training_rows: bool = True
 
@@ -74,14 +72,34 @@ class Task:
 
         Raises:
             DataError: a split is missing or empty, or nothing can be learnt from the training rows.
+            RecipeError: the recipe has texts without labels, and this kind learns from none.
         """
         splits = datasets.load_splits(self.dataset, recipe)
         # Before rows are drawn: a small sample may miss a class by chance.
         self.check_training_rows(splits["train"])
         if recipe.unlabeled is not None:
-            file, labels = Path(recipe.unlabeled), np.asarray(splits["train"].labels)
-            splits[datasets.UNLABELED] = read_unlabeled(file, recipe.unlabeled_text, self.dataset, labels)
-        return datasets.sample_splits(splits, recipe)
+            file, columns = Path(recipe.unlabeled), recipe.unlabeled_text
+            splits[datasets.UNLABELED] = self.read_unlabeled(file, columns, splits["train"])
+        return {name: self.sample_rows(rows, recipe) for name, rows in splits.items()}
+
+    def read_unlabeled(self, file: Path, columns: Sequence[str], train: Rows) -> Rows:
+        """Read rows without labels, with labels of the form that `encode` takes; a batch marks them, see `mix_rows`.
+
+        Args:
+            columns: of the texts; empty: those of the training rows.
+            train: the training rows.
+
+        Raises:
+            DataError: the file cannot be read.
+            RecipeError: this kind learns from no rows without labels, which is the default.
+        """
+        raise RecipeError(
+            f"a task of the kind {self.dataset.kind!r} learns from no texts without labels", "leave --unlabeled out"
+        )
+
+    def sample_rows(self, rows: Rows, recipe: Recipe) -> Rows:
+        """Draw at most `recipe.max_rows` rows of a split."""
+        return rows.sample(recipe.max_rows, recipe.seed)
 
     def check_training_rows(self, rows: Rows) -> None:
         """Raise DataError where nothing can be learnt from these rows."""
@@ -318,7 +336,7 @@ class Task:
         return self.metric or describe_headline(self.dataset.metrics)
 
     def describe_labels(self, splits: datasets.Splits) -> str:
-        """Describe the labels of the training and dev rows in one line."""
+        """Describe the labels of the rows that have one, in one line."""
         raise NotImplementedError
 
     def count_classes(self, splits: datasets.Splits) -> dict[str, dict[str, int]]:
@@ -331,7 +349,4 @@ class Task:
         if "test" in splits:
             lines += overview.leaked_rows(splits["train"], splits["test"], "test")
             lines += overview.leaked_rows(splits["dev"], splits["test"], "test", "dev")
-        for split in ("dev", "test"):
-            if split in splits and datasets.UNLABELED in splits:
-                lines += overview.leaked_rows(splits[datasets.UNLABELED], splits[split], split, "the unlabelled texts")
         return lines

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
 from spdtool.data.dataset import Rows, Splits
 from spdtool.data.kinds.tags import OUTSIDE
+from spdtool.data.kinds.words import read_unlabeled_words
 from spdtool.data.overview import list_names
 from spdtool.data.tokens import IGNORED, Encoded
 from spdtool.data.windows import group_by_text, locate_words, tokenize_windows
@@ -73,6 +75,10 @@ class Tokens(NamedLabels, WindowedTask):
     def tags(self) -> Sequence[str]:
         """The data set's tags in the order of the logits."""
         return self._tags or self.dataset.labels
+
+    def read_unlabeled(self, file: Path, columns: Sequence[str], train: Rows) -> Rows:
+        """Read sentences, all of whose words have the first tag."""
+        return read_unlabeled_words(file, columns, self.dataset)
 
     def align_labels(self, splits: dict[str, Rows], names: Sequence[str]) -> dict[str, Rows]:
         """Return the rows with the tags' numbers in the order of a model's label names."""

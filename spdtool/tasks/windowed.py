@@ -59,7 +59,7 @@ class WindowedTask(Task):
 
     def sample_scored_rows(self, rows: Encoded, count: int, seed: int) -> Encoded:
         """Draw whole texts: a window alone may hold half an answer."""
-        return sample_windows(rows, self.windows_of(rows), count, seed)
+        return sample_windows(rows.select_labeled(), self.windows_of(rows), count, seed)
 
     def outputs_by_text(self, outputs: np.ndarray, rows: Encoded) -> list[list[WindowOutput]]:
         """Return for each text its windows with their outputs.

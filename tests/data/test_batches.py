@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from spdtool.data import batches
 from spdtool.data.batches import evaluation_batches, training_batches
-from spdtool.data.tokens import Encoded
+from spdtool.data.tokens import Encoded, mix_rows
 
 
 def rows_of(lengths: list[int]) -> Encoded:
@@ -85,3 +86,25 @@ def test_data_too_large_to_be_shuffled_at_once_still_gives_every_row_once(monkey
             assert [list(batch) for batch in epoch[:2]] == [list(epoch[0]), list(epoch[1])], case
             with pytest.raises(IndexError):
                 epoch[len(epoch)]
+
+
+def test_groups_without_labels_stay_whole_inside_an_epoch() -> None:
+    labeled = replace(rows_of([2] * 12), groups=np.repeat([0, 1, 2], 4))
+    unlabeled = replace(rows_of([3] * 30), groups=np.repeat(np.arange(3, 13), 3))
+    rows = mix_rows(labeled, unlabeled, per_epoch=10)
+    assert rows.groups is not None
+    seen: list[int] = []
+    for epoch in range(3):
+        batches = training_batches(rows, 6, 0, epoch, pool=None)
+        assert len(batches) == -(-rows.epoch_rows // 6) == 4
+        numbers = np.concatenate(list(batches))
+        assert sorted(number for number in numbers if number < 12) == list(range(12))
+        chosen = [number for number in numbers.tolist() if number >= 12]
+        assert len(chosen) == 10
+        # at most the first and the last group of an epoch are cut
+        sizes = np.unique(rows.groups[chosen], return_counts=True)[1]
+        assert (sizes < 3).sum() <= 2
+        for group in set(rows.groups[numbers]):
+            assert sum(group in rows.groups[batch] for batch in batches) == 1
+        seen += chosen
+    assert sorted(seen) == list(range(12, 42)), "each row once a round"

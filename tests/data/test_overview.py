@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from spdtool.data.dataset import Rows
-from spdtool.data.overview import leaked_rows, list_names
+from spdtool.data.overview import leaked_rows, leaked_unlabeled_rows, list_names
 
 
 def test_dev_rows_whose_text_is_in_train_are_counted() -> None:
@@ -17,6 +17,14 @@ def test_dev_rows_whose_text_is_in_train_are_counted() -> None:
         "2 of 3 dev rows have a text that is in train too: their score is flattered"
     ]
     assert leaked_rows(train, Rows(["z"], None, [0]), "dev") == []
+
+
+def test_dev_and_test_rows_among_the_unlabelled_are_counted() -> None:
+    splits = {name: Rows([text], None, [0]) for name, text in (("train", "a"), ("dev", "b"), ("test", "c"))}
+    assert leaked_unlabeled_rows(splits) == []
+    lines = leaked_unlabeled_rows(splits | {"unlabeled": Rows(["a", "b", "c"], None, [0] * 3)})
+    assert [line.split(" rows")[0] for line in lines] == ["1 of 1 dev", "1 of 1 test"]
+    assert all("in the unlabelled texts too" in line for line in lines)
 
 
 def test_pairs_are_equal_only_if_both_texts_are() -> None:

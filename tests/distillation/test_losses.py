@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from spdtool.data.tokens import IGNORED, LABELED
 from spdtool.distillation import projections
 from spdtool.distillation.layer_map import select_layers
 from spdtool.distillation.losses import (
@@ -24,6 +25,8 @@ from spdtool.models.layers import install_capture_hooks
 from spdtool.recipe.training import Loss
 from spdtool.tasks.classification import Classification
 from spdtool.tasks.regression import Regression
+from spdtool.tasks.spans import Spans
+from spdtool.tasks.tokens import Tokens
 
 
 def softmax(row: list[float]) -> list[float]:
@@ -358,3 +361,27 @@ def test_layers_compared_together_are_those_compared_one_by_one(masked: bool) ->
         torch.testing.assert_close(actual, expected)
     wider = hidden_loss([*student[:3], torch.randn(3, 5, 4)], [*teacher[:3], torch.randn(3, 5, 4)], mask)
     assert bool(wider.isfinite()), "shapes that differ are compared one by one"
+
+
+@pytest.mark.parametrize("hardness", [1.0, 0.4])
+def test_labels_of_unlabelled_rows_say_what_is_compared_and_never_what_is_right(hardness: float) -> None:
+    """Each word counts alike, in whichever row it is; each window of a question has one begin and one end."""
+    generator = torch.Generator().manual_seed(0)
+    words = torch.tensor([[0, 1, 2], [IGNORED, 0, IGNORED], [0, 0, IGNORED]])
+    marks = torch.tensor([True, False, False])
+    section, teacher_only = Loss(hardness=hardness, hidden=0), Loss(hidden=0)
+    for kind, labels, width in ((Tokens, words, 3), (Spans, torch.tensor([[1, 2], [0, 0], [0, 0]]), 2)):
+        student, teacher = (torch.randn(3, 3, width, generator=generator) for _ in range(2))
+        outputs = [ModelOutputs(each, None, None) for each in (student, teacher)]
+        batch = {"attention_mask": torch.ones(3, 3), "labels": labels, LABELED: marks}
+        loss = distillation_loss(*outputs, batch, section, logit_loss=kind.logit_loss)["loss"]
+        counts = (labels != IGNORED).sum(1)
+        expected = 0.0
+        for row in range(3):
+            only = slice(row, row + 1)
+            term = kind.logit_loss(student[only], teacher[only], labels[only], section if marks[row] else teacher_only)
+            expected += float(term * counts[row] / counts.sum())
+        assert float(loss) == pytest.approx(expected, rel=1e-5), kind
+        changed = torch.where(marks[:, None] | (labels == IGNORED), labels, 1)
+        other = distillation_loss(*outputs, batch | {"labels": changed}, section, logit_loss=kind.logit_loss)["loss"]
+        assert torch.equal(loss, other), kind

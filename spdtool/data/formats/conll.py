@@ -24,6 +24,19 @@ def read_conll(path: Path) -> Table:
     Raises:
         DataError: a line has one field only, or another number of fields than the line before.
     """
+    return _read_sentences(path, least_fields=2)
+
+
+def read_conll_words(path: Path) -> Table:
+    """Read a file as `read_conll` does; without tags, where a line is a word alone, `tokens` is the only column.
+
+    Raises:
+        DataError: a line has another number of fields than the line before.
+    """
+    return _read_sentences(path, least_fields=1)
+
+
+def _read_sentences(path: Path, least_fields: int) -> Table:
     rows: list[list[object]] = []
     lines: list[int] = []
     sentence: list[list[str]] = []
@@ -41,7 +54,7 @@ def read_conll(path: Path) -> Table:
         if not sentence and _is_comment(line, first_word):
             continue
         fields = _split_line(line)
-        if len(fields) < 2:
+        if len(fields) < least_fields:
             raise DataError(
                 f"{path}, line {number}: {line[:60]!r} is no word with its tag",
                 "a word and its tag a line, separated by a tab or a space; a blank line after each sentence",
@@ -58,7 +71,7 @@ def read_conll(path: Path) -> Table:
     if not rows:
         raise DataError(f"{path} has no sentences", "a word and its tag a line")
     middle = [f"column{number}" for number in range(2, width)]
-    return Table(path, (TOKENS, *middle, TAGS), rows, lines)
+    return Table(path, (TOKENS, *middle, TAGS)[:width], rows, lines)
 
 
 def _split_line(line: str) -> list[str]:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -20,6 +22,7 @@ from spdtool.data.columns import Columns, read_texts, require_column
 from spdtool.data.dataset import Dataset, Rows
 from spdtool.data.formats.table import Table
 from spdtool.data.labels import normalize_label, parse_number
+from spdtool.data.unlabeled import read_unlabeled_table
 from spdtool.errors import DataError
 from spdtool.recipe.fields import Recipe
 
@@ -125,12 +128,32 @@ def read_relevance(table: Table, column: str) -> list[int]:
     return values
 
 
+def read_unlabeled_queries(file: Path, columns: Sequence[str], dataset: Dataset, train: Rows) -> Rows:
+    """Read queries with passages whose relevance nobody knows: it is 0, which no loss reads.
+
+    Args:
+        columns: of query and passage, see `read_unlabeled_table`.
+        train: the training rows, whose query numbers are others.
+
+    Raises:
+        DataError: the file cannot be read, or one id stands for two queries.
+    """
+    table, names = read_unlabeled_table(file, columns, dataset)
+    rows = _group_by_query(table, names, [0] * len(table.rows))
+    first_number = int(np.asarray(train.labels)[:, 0].max()) + 1
+    return replace(rows, labels=np.asarray(rows.labels) + np.array([first_number, 0]))
+
+
 def _read_query_rows(table: Table, columns: Columns) -> Rows:
-    """Return the rows of a table, the passages of a query next to each other; labels are [query number, relevance]."""
+    """Return the rows of a table; labels are [query number, relevance]."""
     for name in (*columns.text, columns.label):
         require_column(table, name)
-    queries, passages = (read_texts(table, name) for name in columns.text)
-    relevance = read_relevance(table, columns.label)
+    return _group_by_query(table, columns.text, read_relevance(table, columns.label))
+
+
+def _group_by_query(table: Table, names: Sequence[str], relevance: Sequence[int]) -> Rows:
+    """Return the rows of a table, the passages of a query next to each other; `names` are its two text columns."""
+    queries, passages = (read_texts(table, name) for name in names)
     keys = _query_keys(table, queries)
     numbers: dict[object, int] = {}
     labels = np.array([[numbers.setdefault(key, len(numbers)), 0] for key in keys], np.int64)

@@ -12,19 +12,25 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from spdtool.data.columns import require_column
+from spdtool.data.columns import read_text_cell, require_column
 from spdtool.data.dataset import Dataset, Rows
+from spdtool.data.files import READERS
+from spdtool.data.formats.conll import read_conll, read_conll_words
 from spdtool.data.formats.table import Table, is_encodable
 from spdtool.data.kinds.tags import OUTSIDE, TagReader, find_odd_tag, is_span_tag, tag_order
 from spdtool.data.overview import list_names
 from spdtool.data.splits import draw_dev_rows, draw_test_rows
+from spdtool.data.unlabeled import LINES, read_unlabeled_table
 from spdtool.errors import DataError
 from spdtool.recipe.fields import Recipe
 
 WORD_COLUMNS = ("tokens", "words")
 TAG_COLUMNS = ("ner_tags", "tags", "ner", "labels", "pos_tags", "chunk_tags", "upos", "xpos")
 SPAN_COLUMNS = ("ner_tags", "ner", "chunk_tags")
+SENTENCE_COLUMNS = ("text", "sentence")
 NUMBER = re.compile(r"\d+", re.ASCII)
+# Letters and digits in a row; any other sign, and each Chinese character, is a word by itself, as BERT has it.
+TEXT_WORD = re.compile("[^\\W\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+|\\S")
 SPAN_METRICS = ("span_f1",)
 TAG_METRICS = ("accuracy", "f1_macro")
 
@@ -150,21 +156,71 @@ def _table_to_rows(
         if not any(word.strip() for word in words):
             empty["sentences without a word were"] += 1
             continue
-        text, label = "", list[WordLabel]()
+        numbers = []
         for word, tag in zip(words, reader.read(tags), strict=True):
             if tag not in index:
                 table.refuse(row, f"the tag {tag!r} is in no training row", f"known: {list_names(labels)}")
             if not word.strip():
                 empty["empty words were"] += 1
                 continue
-            text += " " if text else ""
-            label.append((len(text), len(text) + len(word), index[tag]))
-            text += word
+            numbers.append(index[tag])
+        text, spans = _join_words([word for word in words if word.strip()])
         texts.append(text)
-        tagged.append(label)
+        tagged.append([(*span, number) for span, number in zip(spans, numbers, strict=True)])
     if not texts:
         raise DataError(f"{table.path} has no sentence with a word")
     return Rows(texts, None, tagged)
+
+
+def read_unlabeled_words(file: Path, columns: Sequence[str], dataset: Dataset) -> Rows:
+    """Read sentences without tags: lists of words, or texts that are split into words here.
+
+    Tags of a file that has some are not read. Each word has the number of the first tag, which no loss reads.
+
+    Args:
+        columns: see `read_unlabeled_table`; without any, also one that is usually called so.
+        dataset: of the training rows.
+
+    Raises:
+        DataError: the file cannot be read, or a row has no word.
+    """
+    readers = {ending: read_conll_words if read is read_conll else read for ending, read in READERS.items()}
+    table, (name,) = read_unlabeled_table(
+        file, columns, dataset, further=(*WORD_COLUMNS, *SENTENCE_COLUMNS), readers=readers
+    )
+    if name in TAG_COLUMNS and not columns and name not in dataset.text:
+        raise DataError(f"{file} has no column of words, only {name!r}", "a column 'tokens' or 'text' was expected")
+    texts, labels = list[str](), list[list[WordLabel]]()
+    for row, cell in enumerate(table.column(name)):
+        if isinstance(cell, list):
+            text, spans = _join_words([word for word in _read_words(table, row, name, cell) if word.strip()])
+        else:
+            text = read_text_cell(table, row, name, cell)
+            spans = [match.span() for match in TEXT_WORD.finditer(text)]
+        if not spans:
+            table.refuse(row, f"no word in the column {name!r}", "leave such rows out")
+        texts.append(text)
+        labels.append([(start, end, 0) for start, end in spans])
+    if file.suffix.lower() == LINES and all(map(_ends_in_tag, texts)):
+        raise DataError(
+            f"every line of {file} ends in a tag: it is a CoNLL file, and a sentence a line was expected",
+            f"call it {file.stem}.conll",
+        )
+    return Rows(texts, None, labels)
+
+
+def _ends_in_tag(line: str) -> bool:
+    fields = line.split()
+    return len(fields) > 1 and (fields[-1] == OUTSIDE or is_span_tag(fields[-1]))
+
+
+def _join_words(words: Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
+    """Join words by spaces; return the text, and begin and end of each word in it."""
+    spans, start = [], 0
+    for word in words:
+        spans.append((start, start + len(word)))
+        start += len(word) + 1
+    return " ".join(words), spans
 
 
 def _read_words(table: Table, row: int, column: str, cell: object) -> list[str]:

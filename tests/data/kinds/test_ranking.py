@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 
 from spdtool.data.dataset import Rows, find_dataset
-from spdtool.data.kinds.ranking import draw_dev_queries, find_ranking_columns, sample_queries
+from spdtool.data.kinds.ranking import (
+    draw_dev_queries,
+    find_ranking_columns,
+    read_unlabeled_queries,
+    sample_queries,
+)
 from spdtool.errors import DataError
 from spdtool.recipe.reading import request_recipe
 from spdtool.tasks.prepare import task_of
@@ -114,3 +119,25 @@ def test_settings_of_other_kinds_of_rows_are_refused(tmp_path: Path) -> None:
             load(file, setting)
     with pytest.raises(DataError, match="pairs are what a sentence encoder is scored by"):
         load(file, f"pairs={file}")
+
+
+def test_rows_without_relevance_have_queries_of_their_own(tmp_path: Path) -> None:
+    recipe = request_recipe(data=write_rows(tmp_path / "rows.tsv"))
+    dataset = find_dataset(recipe)
+    train = dataset.load(recipe.data, recipe.seed)["train"]
+    lines, rows = tmp_path / "a.txt", tmp_path / "a.tsv"
+    lines.write_text("one\tx\n\ntwo\ty\none\tz\n", "utf-8")
+    rows.write_text("query_id\tpassage\tquery\n1\tx\tone\n2\ty\ttwo\n1\tz\tone\n", "utf-8")
+    for file in (lines, rows):
+        unlabeled = read_unlabeled_queries(file, (), dataset, train)
+        assert unlabeled.first == ["one", "one", "two"]
+        assert unlabeled.second == ["x", "z", "y"]
+        labels = np.asarray(unlabeled.labels)
+        assert (labels[:, 0] - labels[0, 0]).tolist() == [0, 0, 1]
+        assert not set(labels[:, 0]) & set(np.asarray(train.labels)[:, 0])
+        assert labels[:, 1].tolist() == [0, 0, 0]
+    lines.write_text("one\tx\ntwo\n", "utf-8")
+    rows.write_text("query\trelevant\none\t1\n", "utf-8")
+    for file, message in ((lines, "line 2: 1 texts where 2 were expected"), (rows, "has no column 'passage'")):
+        with pytest.raises(DataError, match=message):
+            read_unlabeled_queries(file, (), dataset, train)

@@ -11,6 +11,7 @@ import pytest
 from pyarrow import parquet
 
 from spdtool.data.dataset import Dataset, Rows, hash_labels
+from spdtool.data.kinds.words import read_unlabeled_words
 from spdtool.data.local import check_header, local_dataset
 from spdtool.errors import DataError
 from spdtool.recipe.reading import build_recipe
@@ -182,3 +183,45 @@ def test_a_test_file_with_secret_tags_is_left_alone_and_a_dev_file_without_spans
     (folder / "dev.conll").write_text("one O\n\ntwo O\n", "utf-8")
     with pytest.raises(DataError, match=r"dev.conll has the tag 'O': there is no span to score"):
         local(folder)
+
+
+UNLABELED_FILES = {
+    "sentences.txt": "Anna's \u5317\u4eac trip\n\nBob ran.\n",
+    "text.jsonl": '{"id": 1, "text": "Anna\'s \u5317\u4eac trip"}\n{"id": 2, "text": "Bob ran."}\n',
+    "lists.jsonl": '{"id": 1, "words": ["Anna", "\'", "s", "\u5317", "\u4eac", "trip"]}\n'
+    '{"id": 2, "words": ["Bob", "", "ran", "."], "tags": []}\n',
+    "words.conll": "Anna\n'\ns\n\u5317\n\u4eac\ntrip\n\nBob\nran\n.\n",
+    "tagged.conll": "Anna O\n' O\ns O\n\u5317 B-X\n\u4eac O\ntrip O\n\nBob O\nran O\n. O\n",
+}
+
+
+def test_words_without_tags_are_read_from_texts_lists_and_conll_files(tmp_path: Path) -> None:
+    dataset = local(folder_of(tmp_path, CONLL))
+    for name, content in UNLABELED_FILES.items():
+        (tmp_path / name).write_text(content, "utf-8")
+        rows = read_unlabeled_words(tmp_path / name, (), dataset)
+        words = [
+            [text[start:end] for start, end, _ in spans] for text, spans in zip(rows.first, rows.labels, strict=True)
+        ]
+        assert words == [["Anna", "'", "s", "\u5317", "\u4eac", "trip"], ["Bob", "ran", "."]], name
+        assert rows.first[1] == ("Bob ran." if "text" in name or "txt" in name else "Bob ran ."), name
+        assert {tag for spans in rows.labels for _, _, tag in spans} == {0}, name
+
+
+def test_words_without_tags_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    dataset = local(folder_of(tmp_path, CONLL))
+    for name, content, columns, message in (
+        ("a.jsonl", '{"ner_tags": ["O"]}\n', (), "no column of words, only 'ner_tags'"),
+        ("a.jsonl", '{"id": "1", "ner_tags": ["O"]}\n', (), "has no column 'tokens'"),
+        ("a.jsonl", '{"id": "1", "text": "a"}\n', ("body",), "has no column 'body'"),
+        ("a.jsonl", '{"tokens": ["a"]}\n{"tokens": [" "]}\n', (), "line 2: no word in the column 'tokens'"),
+        ("a.jsonl", '{"tokens": [1, 2]}\n', (), r"line 1: the column 'tokens' holds '\[1, 2\]', no list of words"),
+        ("a.jsonl", '{"text": "a"}\n{"text": " "}\n', (), "line 2: no text in the column 'text'"),
+        ("a.jsonl", '{"text": "a"}\n{"text": 3}\n', (), "line 2: the column 'text' holds a int, not text"),
+        ("a.txt", " \n\n", (), "a.txt is empty"),
+        ("a.txt", "Anna B-PER\n\nran O\n", (), "every line of .*a.txt ends in a tag"),
+        ("a.conll", "Anna\nran fast\n", (), "line 2: 2 fields where the lines before have 1"),
+    ):
+        (tmp_path / name).write_text(content, "utf-8")
+        with pytest.raises(DataError, match=message):
+            read_unlabeled_words(tmp_path / name, columns, dataset)
