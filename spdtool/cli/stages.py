@@ -165,6 +165,8 @@ def bench(
             "a bench needs the folder of a run" if run is None else "--model and --on are of --profile only",
             "spdtool bench --run FOLDER, or spdtool bench --profile FILE --model FOLDER",
         )
+    if not ranks.works_on("bench"):
+        return None
     try:
         run_phase("bench", run, again, sets)
     except GateError as error:
@@ -225,6 +227,8 @@ def run_one(stage: str, path: Path, recipe: Recipe, again: bool, processes: int)
         return dump_result(Run.open(path).result(stage))
     if again:
         drop_stage(stage, path)
+    if not ranks.works_on(stage):  # under torchrun: one process exports and times
+        return None
     run = Run.for_recipe(path, recipe)
     # The main process drops the stage, perhaps not yet: another rank must not take it for done.
     if run.done(stage) and (ranks.is_main() or not again):

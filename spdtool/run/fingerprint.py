@@ -11,15 +11,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from spdtool.run.records import MachineRecord
+    from spdtool.run.records import FileRecord, MachineRecord
 
-PACKAGES = ("torch", "transformers", "accelerate", "onnx", "onnxruntime", "onnxruntime-gpu")
+PACKAGES = ("torch", "transformers", "accelerate", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu")
 
 
 def sha256(file: Path) -> str:
     """Return the hex digest of a file's bytes."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def list_files(folder: Path, root: Path, skip: Path | None = None) -> list[FileRecord]:
+    """List every file below `folder` with size and sha256, by its path from `root`, but those below `skip`."""
+    from spdtool.run.records import FileRecord
+
+    files = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and (skip is None or skip not in path.parents):
+            name = str(path.relative_to(root))
+            files.append(FileRecord(path=name, size=path.stat().st_size, sha256=sha256(path)))
+    return files
 
 
 def hash_json(value: object) -> str:

@@ -17,7 +17,7 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -29,7 +29,7 @@ from spdtool.errors import Corrupt, RunError, RunMismatch, SpdError, StageMissin
 from spdtool.recipe import STAGES, reading
 from spdtool.recipe.fields import ACCEPTED_LATER, MAY_CHANGE, FieldChange, Recipe, first_stage_using
 from spdtool.recipe.spelling import assign
-from spdtool.run.fingerprint import describe_machine, hash_json, sha256
+from spdtool.run.fingerprint import describe_machine, hash_json, list_files, sha256
 from spdtool.run.lock import LOCK, lock_folder
 from spdtool.run.storage import create_folder, publish_folder, remove_path, settle_folder, sync_folder, write_json
 
@@ -38,7 +38,6 @@ if TYPE_CHECKING:  # `spdtool --help` imports this module, and must not wait for
         BenchResult,
         DataRecord,
         ExportResult,
-        FileRecord,
         Result,
         StageRecord,
         TrainingResult,
@@ -248,10 +247,14 @@ class Run:
                 )
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[Stage]:
+    def stage(self, name: str, restore: Callable[[Stage], Collection[str]] | None = None) -> Iterator[Stage]:
         """Open a stage for writing; on success commit it atomically, on failure keep only a state to resume from.
 
         Of several processes that train together only the main one writes; the others may read the folder.
+
+        Args:
+            restore: is called with the folder as an earlier session has left it, and returns the names in it that
+                stay beside the state. What else lies there is removed.
 
         Raises:
             RunLocked: another process works in this run folder.
@@ -273,7 +276,7 @@ class Run:
             if not file.exists() or _read_threads(file) != self.threads:
                 self._save_recipe()
             stage = Stage(name, self.partial_folder(name), self.fingerprint(name))
-            self._prepare_folder(stage.folder)
+            self._prepare_folder(stage, restore)
             started = time.monotonic()  # of this session: what a resumed stage took before is in its log
             try:
                 yield stage
@@ -319,9 +322,13 @@ class Run:
                 self._save_recipe()
         return removed
 
-    def fingerprint(self, stage: str) -> str:
-        """Return a hash of all that decides the result of `stage`: its recipe and what it has read so far."""
-        section = self.recipe.section(stage).model_dump(mode="json")
+    def fingerprint(self, stage: str, without: Iterable[str] = ()) -> str:
+        """Return a hash of all that decides the result of `stage`: its recipe and what it has read so far.
+
+        Args:
+            without: fields of the stage's section to leave out.
+        """
+        section = self.recipe.section(stage).model_dump(mode="json", exclude=set(without))
         data = None if self._data is None else self._data.model_dump(mode="json")
         return hash_json([self.recipe.shared_fields(), section, self._inputs, data])
 
@@ -344,13 +351,16 @@ class Run:
             state.rename(used)
             shutil.rmtree(used, ignore_errors=True)
 
-    def _prepare_folder(self, folder: Path) -> None:
+    def _prepare_folder(self, stage: Stage, restore: Callable[[Stage], Collection[str]] | None) -> None:
         """Create the folder of a stage in progress, or remove from it all that a resumed stage does not need."""
-        create_folder(folder)
+        create_folder(stage.folder)
         for name in STAGES:
             self._remove_used_state(name)
-        for file in folder.iterdir():
-            if file.name not in (STATE, LOG, STUDENTS):
+        needed = {STATE, LOG, STUDENTS}
+        if restore is not None:
+            needed.update(restore(stage))
+        for file in stage.folder.iterdir():
+            if file.name not in needed:
                 remove_path(file)
 
     def _commit(self, stage: Stage, started: float) -> None:
@@ -372,7 +382,7 @@ class Run:
             data=self._data,
             recipe=self.recipe.shared_fields() | {stage.name: section},
             machine=machine,
-            files=_list_files(stage),
+            files=list_files(stage.folder, stage.folder, skip=stage.state),
             result=stage.result,
         )
         write_json(stage.folder / RECORD, record)  # last: from here on the folder counts as whole
@@ -457,18 +467,6 @@ def default_path(recipe: Recipe) -> Path:
     if recipe.smoke:
         name = f"smoke-{name}"
     return Path("runs") / name
-
-
-def _list_files(stage: Stage) -> list[FileRecord]:
-    """List every file that the stage wrote, without its state."""
-    from spdtool.run.records import FileRecord
-
-    files = []
-    for path in sorted(stage.folder.rglob("*")):
-        if path.is_file() and stage.state not in path.parents:
-            name = str(path.relative_to(stage.folder))
-            files.append(FileRecord(path=name, size=path.stat().st_size, sha256=sha256(path)))
-    return files
 
 
 def _refuse_unusable(path: Path) -> None:

@@ -10,6 +10,9 @@ done, and stage.json keeps the reason under `refused`. If the target was require
 (`export.targets`), the command ends with exit code 3; if it was optional (`export.optional`), with
 a warning.
 
+Each target is committed to the stage's hidden folder when it is finished. After a kill, a full disk
+or an error the same command takes it over: see `export.finished`.
+
 `spdtool export --from CHECKPOINT` does the same to any checkpoint, without a run.
 """
 
@@ -25,6 +28,7 @@ from spdtool.errors import DeviceError, GateError, ModelError, PluginError, SpdE
 from spdtool.export import onnx_session
 from spdtool.export.bundle.unpack import require_empty_folder
 from spdtool.export.bundle.write import BUNDLE_FOLDER, write_bundle
+from spdtool.export.finished import FinishedTargets, target_folders
 from spdtool.export.gates.checked_export import export_and_check
 from spdtool.export.gates.folder import check_bundle
 from spdtool.export.gates.reference import DevSets, Reference, prepare_dev_sets
@@ -47,10 +51,10 @@ def export(run: Run) -> ExportResult:
     Raises:
         StageMissing, Corrupt: the run does not hold what is needed.
         RunMismatch: the rows have changed since the earlier stages read them.
-        UnknownName, DataError, DeviceError: the target, the data or the runtime cannot be used;
-            nothing is written.
-        GateError: the first target's file differs from its checkpoint, and nothing is written; or a
+        UnknownName, DataError, DeviceError: the target, the data or the runtime cannot be used.
+        GateError: the first target's file differs from its checkpoint, and the stage is not done; or a
             further required target's does, and everything else is written.
+        Stopped: by Ctrl-C, and some targets are finished.
     """
     recipe = run.recipe
     required = required_targets(recipe.export)
@@ -68,11 +72,11 @@ def export(run: Run) -> ExportResult:
         _warn_left_out(name, error)
 
     result = ExportResult(first=required[0].name)
+    finished = FinishedTargets(run, [*required, *optional], providers)
     # Tracing takes most of an export, and most targets begin with the same graph.
-    with run.stage("export") as stage, cached_traces():
+    with finished.reported(), run.stage("export", finished.restore) as stage, cached_traces():
         stage.result = result
-        for chosen in (*required, *optional):
-            _export_or_refuse(chosen, references, stage.folder, providers, result)
+        _export_targets(finished, references, stage.folder, providers, result)
         _compare_bytes(result)
         with console.busy("measuring probabilities and, where there are any, test rows"):
             result.quality = measure_quality(references, recipe, providers[-1])
@@ -126,43 +130,77 @@ def export_checkpoint(checkpoint: Path, name: str, folder: Path, recipe: Recipe,
     return exported
 
 
-def _export_or_refuse(
-    chosen: ChosenTarget,
+def _export_targets(
+    finished: FinishedTargets,
     references: Mapping[Role, Reference],
     stage_folder: Path,
     providers: list[str],
     result: ExportResult,
 ) -> None:
-    """Export teacher and student for one target; record the files, or why they are not shipped."""
-    folder = stage_folder / chosen.prefix
+    """Export for every target that is not finished; record the files of each, or why they are not shipped."""
+    recipe = references["student"].recipe
+    for number, choice in enumerate(finished.chosen, start=1):
+        outcome = finished.find(choice.name)
+        if outcome is not None:
+            verb = "exported and checked" if isinstance(outcome, TargetExport) else "refused"
+            console.say(console.escape(f"{choice.name}: {verb} before this command was stopped; taken over"))
+        else:
+            position = f"target {number} of {len(finished.chosen)}: {choice.name}"
+            try:
+                outcome = _export_or_refuse(choice, references, stage_folder, providers, position)
+                if not isinstance(outcome, TargetExport):
+                    _remove_target(stage_folder, choice)
+                if outcome is not None:
+                    finished.save(choice, outcome)
+            except BaseException:  # a full disk gets its space back
+                _remove_target(stage_folder, choice)
+                raise
+        if isinstance(outcome, TargetExport):
+            result.targets[choice.name] = outcome
+        elif outcome is not None:
+            result.refused[choice.name] = outcome
+            _warn_refused(choice, outcome, recipe)
+
+
+def _remove_target(stage_folder: Path, choice: ChosenTarget) -> None:
+    for folder in target_folders(stage_folder, choice):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _export_or_refuse(
+    chosen: ChosenTarget,
+    references: Mapping[Role, Reference],
+    stage_folder: Path,
+    providers: list[str],
+    position: str,
+) -> TargetExport | str | None:
+    """Export teacher and student for one target; return the reason if a gate refuses it.
+
+    Args:
+        position: which of all targets it is, for the status line.
+
+    Returns:
+        None, if the target is optional and cannot be used on this machine.
+    """
     try:
-        result.targets[chosen.name] = _export_roles(chosen, references, folder, providers)
+        return _export_roles(chosen, references, stage_folder / chosen.prefix, providers, position)
     except (DeviceError, ModelError, PluginError) as error:
         if not chosen.optional:
             raise
         _warn_left_out(chosen.name, error)
-        shutil.rmtree(folder, ignore_errors=True)
+        return None
     except GateError as error:
         if not chosen.prefix:  # without the first target there is nothing to compare with, nor to serve
             raise
-        reason = _describe_error(error)
-        result.refused[chosen.name] = reason
-        message = f"{chosen.name} is not shipped: {reason}"
-        if chosen.optional:
-            skip = references["student"].recipe.export.skip
-            skipped = ", ".join(f'"{name}"' for name in (*skip, chosen.name))
-            message += f"; it is optional, and --set 'export.skip=[{skipped}]' does without it"
-        console.warn(message)
-        shutil.rmtree(folder, ignore_errors=True)
+        return _describe_error(error)
 
 
 def _export_roles(
-    chosen: ChosenTarget, references: Mapping[Role, Reference], folder: Path, providers: list[str]
+    chosen: ChosenTarget, references: Mapping[Role, Reference], folder: Path, providers: list[str], position: str
 ) -> TargetExport:
     models = {}
     for role in chosen.target.roles:
-        status = f"exporting the {role} ({chosen.name}) and holding it against its checkpoint"
-        with console.busy(status):
+        with console.busy(f"{position}: exporting the {role} and holding it against its checkpoint"):
             models[role] = export_and_check(chosen.target, references[role], folder / role, providers)
         title: str = role
         if chosen.prefix:
@@ -178,6 +216,14 @@ def _compare_bytes(result: ExportResult) -> None:
         smallest_first = sorted(sizes, key=lambda name: sizes[name])
         listed = ", ".join(f"{console.escape(name)} {sizes[name]:,}" for name in smallest_first)
         console.say(f"bytes of the student, the smallest first: {listed}")
+
+
+def _warn_refused(chosen: ChosenTarget, reason: str, recipe: Recipe) -> None:
+    message = f"{chosen.name} is not shipped: {reason}"
+    if chosen.optional:
+        skipped = ", ".join(f'"{name}"' for name in (*recipe.export.skip, chosen.name))
+        message += f"; it is optional, and --set 'export.skip=[{skipped}]' does without it"
+    console.warn(message)
 
 
 def _warn_left_out(name: str, error: SpdError) -> None:

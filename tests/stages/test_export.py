@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -27,17 +28,22 @@ from spdtool.errors import (
     RunError,
     SpdError,
     StageMissing,
+    Stopped,
     UnknownName,
 )
 from spdtool.export import onnx_session
+from spdtool.export.finished import FinishedTargets
+from spdtool.export.gates.reference import Reference
 from spdtool.export.gates.score import DevComparison, compare_predictions
 from spdtool.export.graph.weights import StoredWeight
+from spdtool.export.target import ChosenTarget, Target
 from spdtool.export.targets import Onnx
 from spdtool.models.layers import find_prunable_weights
 from spdtool.models.load import save_model
 from spdtool.models.predict import Forward
 from spdtool.recipe.fields import Recipe
 from spdtool.run.folder import Run
+from spdtool.run.records import ExportedModel, Quality, TargetExport
 from spdtool.stages.bench import bench
 from spdtool.stages.export import export, export_checkpoint
 from spdtool.tasks.task import Task
@@ -328,7 +334,10 @@ class TestOptional:
         run = fabricate('export.targets=["onnx", "lacking"]', 'export.optional=["lacking"]')
         with pytest.raises(DeviceError, match="the compiled library is missing"):
             export(run)
-        assert nothing_half_written(run)
+        assert not run.done("export")
+        partial = run.partial_folder("export")
+        assert sorted(path.name for path in partial.iterdir()) == ["state", "student", "teacher"]
+        assert files(partial / "state") == ["onnx.json"]
 
     @pytest.mark.parametrize("required", [True, False], ids=["required", "optional"])
     def test_a_wrong_result_of_one_is_never_shipped_and_an_error_where_it_was_required(
@@ -363,6 +372,94 @@ class TestOptional:
         plugins.targets.register("gpu-only")(type("Gpu", (Onnx,), {"providers": ("cuda",)}))
         assert set(export(fabricate('export.optional=["gpu-only"]')).targets) == {"onnx"}
         assert "the target runs on cuda; what works here is cpu" in capsys.readouterr().err
+
+
+class TestStopped:
+    """An export that is stopped in the middle: the same command takes over what is finished."""
+
+    @pytest.fixture
+    def calls(self, monkeypatch: pytest.MonkeyPatch, clean_plugins: None) -> list[str]:
+        """The target and role of each export; the third target is stopped the first time, the second refused."""
+        exported: list[str] = []
+
+        def export_one(target: Target, reference: Reference, folder: Path, _providers: list[str]) -> ExportedModel:
+            exported.append(f"{target.name} {folder.name}")
+            folder.mkdir(parents=True)
+            (folder / "model.onnx").write_text(f"{target.name} of {reference.checkpoint.name}", "utf-8")
+            if target.name == "refused":
+                raise GateError("its logits differ")
+            if exported.count("stopped student") == 1 and target.name == "stopped":
+                raise KeyboardInterrupt
+            return ExportedModel(files=["model.onnx"], bytes=9, zeros=1, size=3, sparsity=1 / 3, positions=64)
+
+        for name in ("plain", "refused", "stopped"):
+            plugins.targets.register(name)(type(name.title(), (Target,), {}))
+        monkeypatch.setattr("spdtool.stages.export.export_and_check", export_one)
+        monkeypatch.setattr("spdtool.stages.export.prepare_dev_sets", lambda *_: None)
+        monkeypatch.setattr("spdtool.stages.export.measure_quality", lambda *_: Quality())
+        monkeypatch.setattr("spdtool.stages.export.write_bundle", lambda *_: "it is a stub")
+        return exported
+
+    def test_finished_targets_are_taken_over_and_the_result_is_that_of_a_calm_export(
+        self, toy_run: Callable[..., Run], calls: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        run = toy_run('export.targets=["plain"]', 'export.optional=["refused", "stopped"]')
+        for name in ("teacher", "finetune"):
+            with run.stage(name):
+                pass
+        with pytest.raises(Stopped, match="2 of 3 targets are finished and saved") as stopped:
+            export(run)
+        assert stopped.value.exit_code == 130
+        first_calls = ["plain teacher", "plain student", "refused teacher", "stopped teacher", "stopped student"]
+        assert calls == first_calls
+        assert not run.done("export")
+        assert sorted(path.name for path in run.partial_folder("export").iterdir()) == ["state", "student", "teacher"]
+        capsys.readouterr()
+
+        calls.append("again")
+        export(Run.open(run.path))
+        assert calls[6:] == ["stopped teacher", "stopped student"]
+        output = capsys.readouterr()
+        assert "plain: exported and checked before this command was stopped; taken over" in output.out
+        assert "refused: refused before this command was stopped; taken over" in output.out
+        assert "target 3 of 3: stopped: exporting the student" in output.out
+        assert "refused is not shipped: its logits differ" in output.err
+        resumed = describe_export(run)
+        assert not run.partial_folder("export").exists()
+
+        calls.append("anew")
+        assert run.discard("export") == ["export"]
+        export(Run.open(run.path))
+        assert calls[9:] == first_calls
+        assert describe_export(run) == resumed
+
+    def test_a_full_disk_gets_the_space_of_the_unfinished_target_back(
+        self, toy_run: Callable[..., Run], calls: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run = toy_run('export.targets=["plain", "stopped"]')
+        for name in ("teacher", "finetune"):
+            with run.stage(name):
+                pass
+        save = FinishedTargets.save
+
+        def fill_disk(finished: FinishedTargets, choice: ChosenTarget, outcome: TargetExport | str) -> None:
+            if choice.name == "stopped":
+                raise OSError(errno.ENOSPC, "No space left on device")
+            save(finished, choice, outcome)
+
+        calls.append("stopped student")  # this time it is not stopped
+        monkeypatch.setattr(FinishedTargets, "save", fill_disk)
+        with pytest.raises(RunError, match="the disk is full"):
+            export(run)
+        partial = run.partial_folder("export")
+        assert files(partial) == ["state/plain.json", "student/model.onnx", "teacher/model.onnx"]
+
+
+def describe_export(run: Run) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """Return every file of a finished export, and its stage.json but for times."""
+    contents = {name: (run.path / "export" / name).read_bytes() for name in files(run.path / "export")}
+    record = json.loads(contents.pop("stage.json"))
+    return contents, {name: value for name, value in record.items() if name not in ("finished", "seconds")}
 
 
 class TestRounding:

@@ -22,7 +22,7 @@ from spdtool.models.predict import Forward, predict, torch_forward
 from spdtool.recipe.fields import Recipe
 from spdtool.run.records import ZeroCount
 from spdtool.tasks.decision import Json
-from spdtool.tasks.prepare import CheckRows, prepare_rows
+from spdtool.tasks.prepare import CheckRows, find_task, prepare_rows
 from spdtool.tasks.task import Task
 
 DevLogits = dict[str, np.ndarray]
@@ -68,8 +68,9 @@ def prepare_dev_sets(
         DataError, ModelError: data, tokenizer and model do not fit together.
     """
     model = load_model(checkpoint)
+    # First: labels of another head's model are not to blame, and the rows may be large.
+    check_kind(checkpoint, model.config, find_task(recipe))
     task, rows = prepare_rows(recipe.without_unlabeled(), label_names(model), check_rows)
-    check_kind(checkpoint, model.config, task)
     texts = {name: split for name, split in rows.items() if name.startswith("dev")}
     splits = task.encode(load_tokenizer(checkpoint), rows, recipe)
     dev_splits = {name: splits[name] for name in texts}
@@ -187,9 +188,9 @@ class Reference:
             settings = task.settings(self.dev_logits(provider)["dev"], self.dev.splits["dev"])
             if not section.calibrate:
                 settings.pop("temperature", None)
-            # the checkpoint is scored as the files answer
-            task.adopt_settings(settings)
             self._kind_settings[provider] = settings
+        # The checkpoint is scored as the files answer. At each call, since targets differ in their providers.
+        task.adopt_settings(self._kind_settings[provider])
         return self._kind_settings[provider]
 
     def dev_logits(self, provider: str) -> DevLogits:

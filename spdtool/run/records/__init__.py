@@ -32,7 +32,13 @@ from spdtool.run.records.bench import (
     SpeedFactors,
     Table,
 )
-from spdtool.run.records.export import ExportedModel, ExportResult, TargetExport, describe_prediction_change
+from spdtool.run.records.export import (
+    ExportedModel,
+    ExportResult,
+    FinishedTarget,
+    TargetExport,
+    describe_prediction_change,
+)
 from spdtool.run.records.goal import LayerCosts, ShapeChoice, ShapeProfile
 from spdtool.run.records.manifest import BundleManifest, FolderManifest, GoldenExamples, GoldenRow, Padding, Variant
 from spdtool.run.records.plan import Plan, ResourceEstimate, StageEstimate, StagePlan, WeightCounts
@@ -76,6 +82,7 @@ __all__ = [
     "FileDigest",
     "FileRecord",
     "FinalScores",
+    "FinishedTarget",
     "FitResult",
     "FolderManifest",
     "GoldenExamples",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import ConfigDict, Field
 
-from spdtool.run.records.base import Record, Role, Scores
+from spdtool.run.records.base import FileRecord, Record, Role, Scores
 from spdtool.run.records.quality import Quality
 
 
@@ -94,6 +94,20 @@ class TargetExport(Record):
         if self.teacher is not None:
             models["teacher"] = self.teacher
         return models | {"student": self.student}
+
+
+class FinishedTarget(Record):
+    """What an export in progress records of a target that is exported and checked: see `export.finished`.
+
+    Attributes:
+        fingerprint: of all that decides the files and their figures.
+        outcome: what was exported, or the reason why a gate refused it.
+        files: every file of the target, its path relative to the stage's folder; none where it was refused.
+    """
+
+    fingerprint: str
+    outcome: TargetExport | str
+    files: list[FileRecord]
 
 
 class ExportResult(Record):
