@@ -27,7 +27,7 @@ EXIT_CODES = (
     (1, "A bug of spdtool. The traceback says where; please report it."),
     (2, "The request cannot be carried out as it was made, or its options are wrong. Nothing is half-written."),
     (3, "The work was done, and what came out is refused; or a trial of a sweep has failed."),
-    (130, "Ctrl-C. The same command goes on from the last snapshot."),
+    (130, "Ctrl-C. The same command goes on from the last snapshot, or after the last finished target of an export."),
 )
 
 
