@@ -29,7 +29,7 @@ from spdtool.run.records import FileRecord, FinishedTarget, TargetExport
 from spdtool.run.storage import create_folder, remove_path, settle_folder, sync_folder, write_json
 
 # Fields of the recipe that decide which targets are exported, and nothing in the files of one.
-CHOICE = ("targets", "optional", "skip")
+SELECTION_FIELDS = ("targets", "optional", "skip")
 INTERRUPTED = 130  # exit code, as a shell reports SIGINT
 
 
@@ -47,7 +47,7 @@ class FinishedTargets:
         self._stage: Stage | None = None
         self._outcomes: dict[str, TargetExport | str] = {}
         self._fingerprints = {}
-        shared = [run.fingerprint("export", CHOICE), *_describe_installation(), *providers]
+        shared = [run.fingerprint("export", SELECTION_FIELDS), *_describe_installation(), *providers]
         for choice in chosen:
             code = _hash_code(choice.target)
             self._fingerprints[choice.name] = hash_json([choice.name, choice.prefix, *code, *shared])
