@@ -71,11 +71,14 @@ def should_keep_on_device(
         return False
     # a mask is needed, since padding reads other rows; with padding on the left, a row's outputs
     # depend on its batch
-    if section.loss.attention > 0 or not section.loss.mask_padding or rows.pad_left or rows.labels_per_token:
+    if section.loss.attention > 0 or not section.loss.mask_padding or rows.pad_left:
+        return False
+    # logits of each token would need room of their own for each row
+    if rows.labels_per_token or rows.labels_are_positions:
         return False
     if collectives.group_size() > 1:  # each rank reads other rows in every epoch
         return False
-    if section.length(len(rows)).steps * section.batch_size < 2 * len(rows):
+    if section.length(rows.epoch_rows).steps * section.batch_size < 2 * len(rows):
         return False
     return size <= recipe.teacher_states_share * free_device_memory(target)
 

@@ -56,7 +56,7 @@ class Estimator:
 
     Args:
         inputs: of each split, see `count_inputs`.
-        tokens: of an input of the training split, see `count_tokens`.
+        tokens: of an input of an epoch of the student, see `count_epoch_tokens`.
         counts: weights of the student.
     """
 
@@ -73,6 +73,7 @@ class Estimator:
         dev_rows = sum(count for name, count in inputs.items() if name.startswith("dev"))
         rows, unlabeled = inputs["train"], inputs.get(UNLABELED, 0)
         self.workload = Workload(rows + self.recipe.unlabeled_per_epoch(rows, unlabeled), dev_rows, tokens)
+        self.stored_rows = rows + unlabeled
         self.cost_model = CostModel(self.recipe, pair.student, pair.teacher, self.workload, device)
         self.chosen = [*required_targets(self.recipe.export), *optional_targets(self.recipe)[0]]
 
@@ -135,12 +136,15 @@ class Estimator:
         return len(section.threads) * (timed + engines * ENGINE_SECONDS)
 
     def _cache_bytes(self) -> int:
-        """Bytes of the teacher's hidden states, where they are stored: on a CPU, if they fit."""
-        phases = [section for section in self.recipe.phases.values() if isinstance(section, Distilled)]
-        if self.device.type != "cpu" or not any(section.loss.hidden or section.loss.relation for section in phases):
+        """Bytes of the teacher's hidden states, where they are stored: on a CPU, if they fit and are read twice."""
+        visits = 0
+        for section in self.recipe.phases.values():
+            if isinstance(section, Distilled) and (section.loss.hidden or section.loss.relation):
+                visits += section.length(self.workload.rows).steps * section.batch_size
+        if self.device.type != "cpu" or visits < 2 * self.stored_rows:
             return 0
         config = self.pair.teacher.config
-        tokens = self.workload.rows * self.workload.tokens / PADDED
+        tokens = self.stored_rows * self.workload.tokens / PADDED
         size = round(FLOAT * tokens * (config.num_hidden_layers + 1) * config.hidden_size)
         # Beyond the limit the teacher looks at every batch, and nothing is stored.
         return size if size <= self.recipe.teacher_states_gb * 1e9 else 0
@@ -199,6 +203,26 @@ def count_tokens(task: Task, recipe: Recipe, tokenizer: PreTrainedTokenizerBase,
     else:
         lengths = tokenize_windows(tokenizer, sample, recipe.max_length, recipe.window_stride).encoded.lengths
     return min(float(lengths.mean()) * PADDED, recipe.max_length)
+
+
+def count_epoch_tokens(
+    task: Task,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    splits: Mapping[str, Rows],
+    inputs: Mapping[str, int],
+) -> float:
+    """Return the mean number of tokens of an input of the student's epochs, with those without labels.
+
+    Args:
+        inputs: of each split, see `count_inputs`.
+    """
+    tokens = count_tokens(task, recipe, tokenizer, splits["train"])
+    if UNLABELED not in splits:
+        return tokens
+    unlabeled = recipe.unlabeled_per_epoch(inputs["train"], inputs[UNLABELED])
+    share = unlabeled / (inputs["train"] + unlabeled)
+    return (1 - share) * tokens + share * count_tokens(task, recipe, tokenizer, splits[UNLABELED])
 
 
 def estimate_memory(recipe: Recipe, student: PreTrainedModel, teacher: PreTrainedModel) -> int:

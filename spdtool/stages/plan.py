@@ -39,7 +39,7 @@ from spdtool.recipe.spelling import list_changes
 from spdtool.recipe.training import Prune, Training
 from spdtool.run.folder import Run
 from spdtool.run.records import Plan, StagePlan, WeightCounts
-from spdtool.stages.estimate import Estimator, Pair, count_inputs, count_tokens
+from spdtool.stages.estimate import Estimator, Pair, count_epoch_tokens, count_inputs
 from spdtool.stages.trial import try_families
 from spdtool.tasks.prepare import find_task
 from spdtool.tasks.task import Task
@@ -78,7 +78,7 @@ def make_plan(run: Run, redo: str | None = None) -> Plan:
     pair = Pair(student, teacher, load_teacher_tokenizer(recipe, task))
     inputs = {name: count_inputs(task, recipe, pair.tokenizer, split) for name, split in splits.items()}
     epoch_rows = count_epoch_rows(recipe, inputs)
-    tokens = count_tokens(task, recipe, pair.tokenizer, splits["train"])
+    tokens = count_epoch_tokens(task, recipe, pair.tokenizer, splits, inputs)
     estimator = Estimator(run, inputs, tokens, pair, counts, accelerator.device)
     stages = []
     for stage in STAGES:

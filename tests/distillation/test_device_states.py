@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import nullcontext
 from typing import Any
 
@@ -61,9 +62,10 @@ def test_they_are_kept_where_they_fit_and_save_time(
         section: Distilled | None = None,
         target: torch.device = GPU,
         precision: str = "bf16",
+        of: data.Encoded = rows,
     ) -> bool:
         return should_keep_on_device(
-            recipe or Recipe(), section or Distilled(epochs=2), rows, size, target, precision=precision
+            recipe or Recipe(), section or Distilled(epochs=2), of, size, target, precision=precision
         )
 
     assert decide()
@@ -77,5 +79,9 @@ def test_they_are_kept_where_they_fit_and_save_time(
         "no states": decide(section=Distilled(epochs=2, loss=Loss(hidden=0.0))),
         "a CPU": decide(target=torch.device("cpu")),
         "float32": decide(precision="no"),
+        "logits of each token": decide(of=dataclasses.replace(rows, labels_are_positions=True)),
+        "few of many rows without labels": decide(
+            section=Distilled(epochs=2, batch_size=4), of=data.mix_rows(rows, rows, per_epoch=1)
+        ),
     }
     assert not any(refusals.values()), refusals
