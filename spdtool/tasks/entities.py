@@ -129,7 +129,7 @@ class Entities(Decision):
     def snippets(self) -> Snippets:
         """Return what a model card shows of entities."""
         names = json.dumps(self.names, ensure_ascii=False)
-        return Snippets("a list of entities", f"[{names}[tag] for tag in logits[0].argmax(-1)]  # of each token")
+        return Snippets("a list of entities", f"[{names}[tag] for tag in logits[0].argmax(-1)]")
 
     def describe(self) -> str:
         """Name the types of entities."""

@@ -7,6 +7,7 @@ instead of a small one of the demo task.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
 import os
@@ -14,9 +15,9 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import spdtool
 from spdtool import plugins
+from spdtool.data.dataset import Dataset, Rows
 from spdtool.errors import GateError
 from spdtool.export.bundle.layouts import write_layout
 from spdtool.export.bundle.manifest import read_manifest
@@ -36,6 +38,7 @@ from spdtool.export.gates.reference import Reference, prepare_dev_sets
 from spdtool.export.target import get_target
 from spdtool.models.load import save_model
 from spdtool.recipe import reading as recipe
+from spdtool.recipe.fields import Recipe
 from spdtool.run.folder import Run
 from spdtool.run.records import BundleManifest, ExportResult, TargetExport
 from spdtool.stages.distill import distill
@@ -242,6 +245,15 @@ env.localModelPath = {parent};
 """
 
 
+def write_toy_bundle(folder: Path, checkpoint: Path, settings: Recipe) -> Path:
+    """Export a checkpoint to ONNX and bundle it, in `folder`."""
+    reference = Reference(checkpoint, prepare_dev_sets(checkpoint, settings), settings)
+    exported = export_and_check(get_target("onnx"), reference, folder / "export/student", ["cpu"])
+    result = ExportResult(first="onnx", targets={"onnx": TargetExport(student=exported)})
+    assert write_bundle(folder / "export", checkpoint, settings, result) is None
+    return folder / "export/bundle"
+
+
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> dict[str, Path]:
     """Toy bundles, by kind of task."""
@@ -253,36 +265,113 @@ def bundles(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> dict[
             labels=len(names), id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)}
         )
         save_model(model, toys.tokenizer(), folder / "checkpoint")
-        settings = toys.recipe(task=kind)
-        reference = Reference(folder / "checkpoint", prepare_dev_sets(folder / "checkpoint", settings), settings)
-        exported = export_and_check(get_target("onnx"), reference, folder / "export/student", ["cpu"])
-        result = ExportResult(first="onnx", targets={"onnx": TargetExport(student=exported)})
-        assert write_bundle(folder / "export", folder / "checkpoint", settings, result) is None
-        folders[kind] = folder / "export/bundle"
+        folders[kind] = write_toy_bundle(folder, folder / "checkpoint", toys.recipe(task=kind))
         plugins.datasets.unregister(kind)
     return folders
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_snippet_of_the_card_gives_the_answer_of_the_model(
-    kind: str, bundles: dict[str, Path], node: Path, tmp_path: Path
-) -> None:
-    bundle = bundles[kind]
-    arguments = ("first text", "second text") if KINDS[kind][0] else ("one text",)
-    answer = spdtool.load(bundle)(*arguments)
-    snippets = re.findall(r"```(python|js)\n(.*?)```", (bundle / "README.md").read_text(), re.DOTALL)
-    assert [language for language, _ in snippets] == ["python", "python", "js"]
-    for language, code in snippets:
+def run_snippets(bundle: Path, node: Path, replacements: Mapping[str, str] = MappingProxyType({})) -> list[str]:
+    """Run the snippets of a bundle's card, with other texts where `replacements` has them; return what they print."""
+    printed = []
+    for language, code in re.findall(r"```(python|js)\n(.*?)```", (bundle / "README.md").read_text(), re.DOTALL):
+        for text, replacement in replacements.items():
+            code = code.replace(text, replacement)
+        if "sentence_transformers" in code:
+            continue  # test_sentence_transformers.py has them
         if language == "python":
             words = [sys.executable, "-c", code.replace("FOLDER", str(bundle))]
         else:
             # Beside node_modules, because modules are looked for from the file on.
-            file = node / f"card-{kind}.mjs"
+            file = node / "card.mjs"
             file.write_text(LOCAL.format(parent=json.dumps(f"{bundle.parent}/")) + code.replace("FOLDER", bundle.name))
             words = ["node", str(file)]
-        process = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path)
+        process = subprocess.run(words, capture_output=True, text=True, check=False)
         assert process.returncode == 0, process.stderr[-2000:]
+        printed.append(process.stdout.strip())
+    return printed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_snippet_of_the_card_gives_the_answer_of_the_model(
+    kind: str, bundles: dict[str, Path], node: Path
+) -> None:
+    arguments = ("first text", "second text") if KINDS[kind][0] else ("one text",)
+    answer = spdtool.load(bundles[kind])(*arguments)
+    printed = run_snippets(bundles[kind], node)
+    assert len(printed) == 3
+    for text in printed:
         if KINDS[kind][1]:
-            assert str(answer) in process.stdout, code
+            assert str(answer) in text
         else:
-            assert float(process.stdout) == pytest.approx(answer, abs=1e-4), code
+            assert float(text) == pytest.approx(answer, abs=1e-4)
+
+
+def bundle_of(toys: ModuleType, dataset: Dataset, model: Any, folder: Path) -> Path:
+    """Bundle a random model for the data set."""
+    toys.register(dataset)
+    save_model(model, toys.tokenizer(), folder / "checkpoint")
+    bundle = write_toy_bundle(folder, folder / "checkpoint", toys.recipe(task=dataset.name))
+    plugins.datasets.unregister(dataset.name)
+    return bundle
+
+
+def test_snippets_of_several_labels_give_their_probabilities(toys: ModuleType, tmp_path: Path, node: Path) -> None:
+    def rows(count: int, seed: int) -> Rows:
+        sets = np.random.default_rng(seed).random((count, 3)) < 0.5
+        return Rows(toys.rows(count, seed).first, None, sets.astype(np.float32))
+
+    names = ("joy", "anger", "fear")
+    dataset = Dataset(
+        "toy-sets", "multilabel", ("text",), names, ("f1_micro",), lambda *_: {"train": rows(40, 1), "dev": rows(20, 2)}
+    )
+    model = toys.bert(
+        labels=3,
+        problem_type="multi_label_classification",
+        id2label=dict(enumerate(names)),
+        label2id={name: index for index, name in enumerate(names)},
+    )
+    bundle = bundle_of(toys, dataset, model, tmp_path)
+    _, python, script = run_snippets(bundle, node)
+    probabilities = {name: float(score) for name, score in re.findall(r"label: '(\w+)', score: ([\d.e-]+)", script)}
+    assert set(probabilities) == set(names)
+    assert ast.literal_eval(python) == [name for name in names if probabilities[name] > 0.5]
+
+
+def test_snippets_of_a_tagger_give_the_same_tags(toys: ModuleType, tmp_path: Path, node: Path) -> None:
+    bundle = bundle_of(toys, toys.tag_dataset(), toys.tagger(), tmp_path)
+    answer, python, script = run_snippets(bundle, node, {"one text": "the film was good"})
+    tags = ast.literal_eval(python)[1:-1]  # without [CLS] and [SEP]
+    assert {tag for tag in tags if tag != "O"}
+    assert re.findall(r"entity: '([^']+)'", script) == [tag for tag in tags if tag != "O"]
+    assert [entity["entity_group"] for entity in ast.literal_eval(answer)]
+
+
+def test_snippets_of_question_answering_point_to_the_same_tokens(toys: ModuleType, tmp_path: Path, node: Path) -> None:
+    bundle = bundle_of(toys, toys.question_dataset(), toys.span_finder(), tmp_path)
+    texts = {"a question": "a good film", "its context": "the film was good"}
+    answer, python, script = run_snippets(bundle, node, texts)
+    assert ast.literal_eval(answer)["answer"] in texts["its context"]
+    assert python == script
+
+
+def test_snippets_of_a_reranker_give_the_same_score(toys: ModuleType, tmp_path: Path, node: Path) -> None:
+    printed = run_snippets(bundle_of(toys, toys.ranking_dataset(), toys.bert(labels=1), tmp_path), node)
+    assert [float(text) for text in printed] == pytest.approx([float(printed[0])] * 3, abs=1e-5)
+
+
+@pytest.mark.parametrize(("pooling", "normalize"), [("mean", True), ("cls", False), ("lasttoken", True)])
+def test_snippets_of_a_sentence_encoder_give_the_same_vector(
+    pooling: str, normalize: bool, toys: ModuleType, tmp_path: Path, node: Path
+) -> None:
+    prompts = {"query": "the "}
+    teacher = toys.sentence_encoder(
+        tmp_path / "teacher", pooling=pooling, normalize=normalize, prompts=prompts, default_prompt="query"
+    )
+    (tmp_path / "texts.txt").write_text("\n".join(dict.fromkeys(toys.rows(60).first)), "utf-8")
+    sets = ["neighbour_texts=12", "dev_share=0.4", "export.sentences=8", "max_length=16"]
+    settings = recipe.request_recipe(data=tmp_path / "texts.txt", teacher=teacher, sets=sets)
+    bundle = write_toy_bundle(tmp_path, teacher, settings)
+    expected = spdtool.load(bundle)("one text")
+    script = run_snippets(bundle, node)[-1]
+    vector = [float(number) for number in re.findall(r"-?\d+\.\d+(?:e-?\d+)?", script)]
+    np.testing.assert_allclose(vector, expected, atol=1e-5)

@@ -25,6 +25,7 @@ from spdtool.export.bundle.write import write_bundle
 from spdtool.run.folder import Run
 from spdtool.run.records import ExportResult, LibraryRecord, Quality, Variant
 from spdtool.tasks.decision import OneNumber, SeveralLabels
+from spdtool.tasks.sentence_settings import SentenceSettings
 
 TEXT_INPUT = "data_type: TYPE_STRING dims: [1]"
 
@@ -122,6 +123,38 @@ def test_the_python_code_of_the_card_runs_and_agrees(servable: Path, capsys: pyt
         answers.append(capsys.readouterr().out.strip())
     assert len(answers) == 2
     assert set(answers) == {spdtool.load(servable, variant="onnx")("first text", "second text")}
+
+
+def test_the_python_code_of_every_kind_s_card_can_be_compiled(toys: ModuleType) -> None:
+    variant = Variant(target="onnx", file="onnx/model.onnx", files=[], bytes=1, sparsity=0.5)
+    for dataset, architecture in (
+        (toys.tag_dataset(), "BertForTokenClassification"),
+        (toys.question_dataset(), "BertForQuestionAnswering"),
+        (toys.ranking_dataset(), "BertForSequenceClassification"),
+    ):
+        toys.register(dataset)
+        config = {"architectures": [architecture], "id2label": dict(enumerate(dataset.labels)) or {"0": "score"}}
+        card = render_card(toys.recipe(task=dataset.name), {"onnx": variant}, config, Quality())
+        plugins.datasets.unregister(dataset.name)
+        snippets = python_snippets(card, Path("folder"))
+        assert len(snippets) >= 2, dataset.name
+        for code in snippets:
+            compile(code, f"README.md of {dataset.name}", "exec")
+
+
+def test_the_card_of_a_sentence_encoder_names_its_pooling_and_prompt(toys: ModuleType, toy_task: Any) -> None:
+    toy_task()
+    variant = Variant(target="onnx", file="onnx/model.onnx", files=[], bytes=1, sparsity=0.5)
+    for pooling, normalize, prompt, expected in (
+        ("mean", True, "", 'embed("one text", { pooling: "mean", normalize: true })'),
+        ("cls", False, "", 'embed("one text", { pooling: "cls", normalize: false })'),
+        ("lasttoken", True, "query: ", 'embed("query: one text", { pooling: "last_token", normalize: true })'),
+    ):
+        settings = SentenceSettings(pooling, normalize, prompt=prompt)
+        config = {"architectures": ["BertModel"], "hidden_size": 32}
+        card = render_card(toys.recipe(), {"onnx": variant}, config, Quality(), settings)
+        assert expected in card
+        assert ("knows no prompt" in card) == bool(prompt)
 
 
 def test_the_card_names_the_base_model_only_if_it_is_public(tmp_path: Path, toys: ModuleType, toy_task: Any) -> None:

@@ -15,6 +15,7 @@ from spdtool.recipe.fields import Recipe
 from spdtool.run.records import Quality, Variant
 from spdtool.tasks.head import head_of_config
 from spdtool.tasks.prepare import find_task
+from spdtool.tasks.sentence_settings import SentenceSettings
 from spdtool.tasks.task import Task
 
 PYTHON = """
@@ -85,13 +86,14 @@ model = SentenceTransformer("FOLDER", backend="onnx")
 print(model.encode(["one text"]))
 ```
 
-With transformers.js (`dtype` is one of {dtypes}), whose pooling has to be that of *1_Pooling/config.json*:
+With transformers.js (`dtype` is one of {dtypes}), which has to be told the pooling{prompt_note}:
 
 ```js
 import {{ pipeline }} from "@huggingface/transformers";
 
 const embed = await pipeline("feature-extraction", "FOLDER", {{ dtype: "{dtype}" }});
-console.log(await embed("one text", {{ pooling: "mean", normalize: true }}));
+const vector = await embed({text}, {{ pooling: "{pooling}", normalize: {normalize} }});
+console.log(Array.from(vector.data));
 ```
 """
 # What a stranger can run before he trusts any number of the card.
@@ -104,13 +106,19 @@ SPEED_NOTE = (
     "same form too, and says what fused operators, padding, rounding and zeros each give."
 )
 SCRIPT_ARGMAX = "model.config.id2label[logits.data.indexOf(Math.max(...logits.data))]"
+# What transformers.js calls the poolings of sentence-transformers.
+SCRIPT_POOLING = {"mean": "mean", "cls": "cls", "lasttoken": "last_token"}
 TAGS = ("onnx", "sparse", "pruned", "distilled", "spdtool")
 # File names and what transformers.js calls them, for its option `dtype`.
 DTYPES = {"onnx/model.onnx": "fp32", "onnx/model_fp16.onnx": "fp16", "onnx/model_quantized.onnx": "q8"}
 
 
 def render_card(
-    recipe: Recipe, variants: Mapping[str, Variant], config: Mapping[str, JsonValue], quality: Quality
+    recipe: Recipe,
+    variants: Mapping[str, Variant],
+    config: Mapping[str, JsonValue],
+    quality: Quality,
+    sentence: SentenceSettings | None = None,
 ) -> str:
     """Render README.md.
 
@@ -118,6 +126,7 @@ def render_card(
         variants: by target, the portable one first.
         config: the model's config.json.
         quality: what was measured of teacher and student.
+        sentence: settings of a sentence encoder; None: the model is none.
     """
     # A configuration without names stands for two classes.
     labels = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
@@ -150,11 +159,22 @@ def render_card(
     if any(variant.library is not None for variant in variants.values()):
         lines += ["", SPEED_NOTE]
     files = [variant.file for variant in variants.values()]
-    if head.pools:
-        dtypes = [dtype for file, dtype in DTYPES.items() if file in files]
-        usage = SENTENCES.format(dtypes=", ".join(f"`{dtype}`" for dtype in dtypes), dtype=dtypes[0])
-        return "\n".join(lines) + "\n" + usage + SELFTEST_NOTE
+    if sentence is not None:
+        return "\n".join(lines) + "\n" + _sentence_usage(sentence, files) + SELFTEST_NOTE
     return "\n".join(lines) + "\n" + _usage(task, [str(name) for name in labels.values()], files, config)
+
+
+def _sentence_usage(sentence: SentenceSettings, files: Sequence[str]) -> str:
+    """Render the snippets of a sentence encoder, with its own pooling and prompt."""
+    dtypes = [dtype for file, dtype in DTYPES.items() if file in files]
+    return SENTENCES.format(
+        dtypes=", ".join(f"`{dtype}`" for dtype in dtypes),
+        dtype=dtypes[0],
+        text=json.dumps(sentence.prompt + "one text"),
+        prompt_note=" and knows no prompt" if sentence.prompt else "",
+        pooling=SCRIPT_POOLING[sentence.pooling],
+        normalize=str(sentence.normalize).lower(),
+    )
 
 
 def _usage(task: Task, labels: Sequence[str], files: Sequence[str], config: Mapping[str, JsonValue]) -> str:

@@ -107,12 +107,14 @@ def write_bundle(export: Path, checkpoint: Path, recipe: Recipe, result: ExportR
     for file_name in SHARED_FILES:
         if (portable / file_name).is_file():
             _copy(portable / file_name, folder / file_name)
+    sentence = None
     if is_sentence_encoder(portable):
-        read_sentence_settings(portable).write(folder)
+        sentence = read_sentence_settings(portable)
+        sentence.write(folder)
     golden = make_golden_examples(checkpoint, folder, recipe)
     write_json(folder / GOLDEN_FILE, golden.model_dump(mode="json", exclude_defaults=True))
     shutil.copyfile(Path(__file__).with_name(SELFTEST), folder / SELFTEST)
-    card = render_card(recipe, variants, read_json_object(folder / "config.json"), result.quality)
+    card = render_card(recipe, variants, read_json_object(folder / "config.json"), result.quality, sentence)
     (folder / CARD).write_text(card, "utf-8")
     # Last, because it holds the digests of all the others.
     write_manifest(folder, _make_manifest(folder, variants, recipe, read_bundle(portable)))
