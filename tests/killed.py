@@ -43,6 +43,7 @@ DATASETS = {
     "toy-questions": lambda: toys.question_dataset(train=24, dev=16, without=3),
     "toy-ranking": lambda: toys.ranking_dataset(train=24, dev=16, dropout=0.2),
     "toy-unlabeled": lambda: toys.dataset("toy-unlabeled", train=16, dev=16, dropout=0.2),
+    "toy-unlabeled-tags": lambda: toys.tag_dataset("toy-unlabeled-tags", train=16, dev=16),
 }
 UNLABELED = Path(sys.argv[1] if len(sys.argv) > 1 else ".") / "unlabeled.txt"
 
@@ -61,7 +62,7 @@ def recipe(minutes: float) -> Any:
         f"save_minutes={minutes}",
         sparsity=0.8,
         task=TASK,
-        unlabeled=str(UNLABELED) if TASK == "toy-unlabeled" else None,
+        unlabeled=str(UNLABELED) if TASK.startswith("toy-unlabeled") else None,
     )
 
 

@@ -113,7 +113,7 @@ def test_a_killed_prune_stage_ends_with_the_same_bits(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("task", ["toy-tags", "toy-questions", "toy-ranking", "toy-unlabeled"])
+@pytest.mark.parametrize("task", ["toy-tags", "toy-questions", "toy-ranking", "toy-unlabeled", "toy-unlabeled-tags"])
 def test_a_killed_stage_of_every_kind_ends_with_the_same_bits(tmp_path: Path, task: str) -> None:
     scenario = {"stage": "prune", "minutes": 0, "deaths": [("after the optimiser's step", 7)]}
     uninterrupted, (result,) = run_scenarios(tmp_path, [scenario], task)

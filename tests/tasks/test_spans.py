@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from types import ModuleType
@@ -267,3 +268,32 @@ def test_the_score_of_an_empty_answer_is_the_probability_that_there_is_none() ->
         decision = BestSpan(["start", "end"], {"no_answer_threshold": threshold})
         (found_answer,) = decision.decide([[WindowOutput(window, values)]])
         assert (found_answer["answer"], found_answer["score"]) == (answer, pytest.approx(score))
+
+
+def test_questions_without_answers_are_read_from_every_layout(toys: ModuleType, tmp_path: Path) -> None:
+    task, train = toy(toys), toys.question_rows(4)
+    questions = [{"id": "1", "question": "a good film"}, {"id": "2", "question": "a bad film", "answers": []}]
+    squad = {"data": [{"title": "t", "paragraphs": [{"context": "it was good and bad", "qas": questions}]}]}
+    rows = [{"question": each["question"], "context": "it was good and bad"} for each in questions]
+    contents = {
+        "a.json": json.dumps(squad),
+        "a.jsonl": "\n".join(map(json.dumps, rows)),
+        "a.txt": "\n".join("\t".join(row.values()) for row in rows),
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_text(content, "utf-8")
+        unlabeled = task.read_unlabeled(tmp_path / name, (), train)
+        assert unlabeled.first == ["a good film", "a bad film"], name
+        assert unlabeled.second == ["it was good and bad"] * 2, name
+        assert list(unlabeled.labels) == [[], []], name
+        encoded = task.encode(toys.tokenizer(), {"train": train, "unlabeled": unlabeled}, toys.recipe())
+        assert encoded["unlabeled"].labels.tolist() == [[0, 0], [0, 0]], name
+        assert task.threshold is None, "rows without labels do not say whether questions may have no answer"
+    for name, content, message in (
+        ("a.jsonl", '{"question": "a", "text": "b"}', "has no column 'context'"),
+        ("a.jsonl", '{"question": "a", "context": ""}', "line 1: no text in the column 'context'"),
+        ("a.txt", "a question alone", "line 1: 1 texts where 2 were expected"),
+    ):
+        (tmp_path / name).write_text(content, "utf-8")
+        with pytest.raises(DataError, match=message):
+            task.read_unlabeled(tmp_path / name, (), train)
