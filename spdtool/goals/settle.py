@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from spdtool import console, ranks
@@ -50,16 +51,23 @@ def settle_goal(run: Run) -> None:
         choice = choose_goal_shape(run.recipe, run.use_input("teacher"))
         write_json(run.path / CHOICE, choice)
         # In the recipe, so that a later call goes on with it whatever the machine measures then.
-        run.change_recipe(put_shape(run.recipe, choice.shape, choice.table))
+        save_at = [member.sparsity for member in choice.family] or list(run.recipe.prune.save_at)
+        run.change_recipe(put_shape(run.recipe, choice.shape, choice.table, save_at))
         expected = "" if choice.trial is None else f"; timed with random weights: {choice.trial}"
         console.say(f"goal: {choice.goal}: {choice.describe()}{expected}")
+        for member in choice.family:
+            console.say(f"on the way, {member.describe()}")
     collectives.barrier()
     run.recipe = Run.open(run.path).recipe  # all ranks read what the main one has written
 
 
-def put_shape(recipe: Recipe, shape: list[tuple[int, int]], table: str | None) -> Recipe:
-    """Return the recipe with a shape, and the digest of the table by which it was chosen."""
-    return override(recipe, (), {"prune.shape": shape, "goal.table": table})
+def put_shape(recipe: Recipe, shape: list[tuple[int, int]], table: str | None, save_at: Sequence[float] = ()) -> Recipe:
+    """Return the recipe with a shape, the digest of the table by which it was chosen, and its family.
+
+    Args:
+        save_at: sparsities on the way at which a student is saved.
+    """
+    return override(recipe, (), {"prune.shape": shape, "goal.table": table, "prune.save_at": list(save_at)})
 
 
 def adopt_recorded(recipe: Recipe, recorded: Recipe | None) -> Recipe:
@@ -74,7 +82,7 @@ def adopt_recorded(recipe: Recipe, recorded: Recipe | None) -> Recipe:
         return recipe
     if recipe.goal.has_full_width:
         return override(recipe, (), {"sparsity": recorded.sparsity, "goal.table": recorded.goal.table})
-    return put_shape(recipe, list(recorded.prune.shape), recorded.goal.table)
+    return put_shape(recipe, list(recorded.prune.shape), recorded.goal.table, recorded.prune.save_at)
 
 
 def settle_sparsity(recipe: Recipe, folder: Path) -> Recipe:
@@ -132,4 +140,4 @@ def foresee_recipe(recipe: Recipe, folder: Path, guess: str, *, measure: bool) -
     # A plan must not claim a measurement that nobody has made.
     times = "as its table of times says" if foreseen.profile else "guessed from the number of weights"
     lines.append(f"about {foreseen.describe()}, {times}; chosen when the teacher is there")
-    return put_shape(recipe, foreseen.shape, guess), lines
+    return put_shape(recipe, foreseen.shape, guess, recipe.prune.save_at), lines

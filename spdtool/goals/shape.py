@@ -25,6 +25,7 @@ from spdtool.bench.profiles import ONNXRUNTIME, TimedInput, check_profile, expec
 from spdtool.data.batches import evaluation_batches
 from spdtool.data.cache import cache_folder
 from spdtool.errors import RecipeError
+from spdtool.goals.family import place_family
 from spdtool.goals.sizes import MEGABYTE, count_bytes
 from spdtool.models.layers import max_positions
 from spdtool.models.load import build_empty_model, build_empty_teacher, label_names, load_model, load_tokenizer
@@ -95,7 +96,11 @@ def choose_goal_shape(recipe: Recipe, teacher: Path) -> ShapeChoice:
     check_reachable(recipe, tables)
     with console.busy("computing what the removal of every head and neuron would lose"):
         losses = calibrate_losses(recipe, model, load_tokenizer(teacher))
-    return search_shape(recipe, model, tables, losses)
+    choice = search_shape(recipe, model, tables, losses)
+    if not recipe.goal.family:
+        return choice
+    members = place_family(recipe.goal.family, choice, tables.dense, find_structures(model))
+    return choice.model_copy(update={"family": members})
 
 
 def calibrate_losses(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[LayerLosses]:

@@ -115,6 +115,8 @@ class Goal(Section):
     """largest size of the student's file in MB (1 MB: 1,000,000 bytes); none: no such goal"""
     max_drop: float | None = Field(None, ge=0, le=100)
     """largest loss of dev score in points (1.0: from 0.90 to 0.89); none: no such goal"""
+    family: tuple[float, ...] = ()
+    """smaller speed-ups, such as 2,3, of students that are saved and scored on the way to `goal.speedup`"""
     kind: Literal["auto", "sparse", "blocks", "small"] = "auto"
     """student that is made: `small` has fewer heads and neurons, `sparse` has zeros and needs a plugin to be faster"""
     runtime: Literal["onnxruntime", "openvino", "cuda", "web"] = "onnxruntime"
@@ -150,7 +152,14 @@ class Goal(Section):
             raise ValueError(
                 f"goal.runtime = {self.runtime!r} needs goal.profile, a table of times that was measured there"
             )
+        if self.family and (self.speedup is None or not all(1 < speedup < self.speedup for speedup in self.family)):
+            raise ValueError("goal.family has speed-ups above 1 and below goal.speedup, which has to be set")
         if self.has_full_width:
+            if self.family:
+                raise ValueError(
+                    f"goal.family is of students without heads and neurons, not of kind {self.kind!r}: "
+                    "prune.save_at names sparsities"
+                )
             if self.runtime != "onnxruntime":
                 raise ValueError(f"goal.kind = {self.kind!r} is not faster in {self.runtime}, which skips no zeros")
             if self.profile is not None:

@@ -265,7 +265,7 @@ class Prune(Distilled):
     update: bool = True
     """let a second-order criterion update the surviving weights at each event"""
     save_at: tuple[float, ...] = ()
-    """intermediate sparsities at which to save an evaluated student"""
+    """intermediate sparsities at which to save an evaluated student; heads and neurons that are gone count as zeros"""
     heads: float | None = Field(None, ge=0, le=1)
     """smaller dense student: share of each layer's attention heads that stays; none: all, if `neurons` is set"""
     neurons: float | None = Field(None, ge=0, le=1)
@@ -291,7 +291,6 @@ class Prune(Distilled):
             f"pattern={self.pattern}": self.pattern != "unstructured",
             "regrowth=true": self.regrowth,
             f"exchanges={self.exchanges}": self.exchanges > 0,
-            f"save_at={list(self.save_at)}": bool(self.save_at),
         }
         for setting, is_set in clashes.items():
             if is_set:

@@ -57,6 +57,10 @@ def plan_prune_events(recipe: Recipe, steps: int, *, initial: float = 0.0, final
     )
     ramp_end, _ = events[-1]
     events += plan_exchanges(ramp_end, section.exchanges, target, round(section.freeze * steps))
+    step, sparsity = events[0]
+    # the first of few events may lie beyond a student of a family
+    if section.is_structured and section.save_at and initial < min(section.save_at) < sparsity:
+        events[0] = (step, min(section.save_at))
     return pass_through(events, section.save_at)
 
 
@@ -161,7 +165,7 @@ def pass_through(events: Sequence[tuple[int, float]], sparsities: Sequence[float
         if count > 1 and gap < count:
             raise RecipeError(
                 f"{count} sparsities to save a student at do not fit into {gap} optimiser steps from step {step}",
-                "save fewer students with prune.save_at, or set prune.epochs higher",
+                "save fewer students with prune.save_at or goal.family, or set prune.epochs higher",
             )
         for position, stop in enumerate(stops[index]):
             passed.append((step + position * gap // count, stop))

@@ -16,7 +16,7 @@ from spdtool.goals.zeros import bisect_first, find_skipping_target
 from spdtool.recipe.fields import Recipe, first_stage_using
 from spdtool.recipe.reading import build_recipe, request_recipe
 from spdtool.run.folder import Run, default_path
-from spdtool.run.records import Ratio, ShapeChoice
+from spdtool.run.records import FamilyMember, Ratio, ShapeChoice
 from spdtool.run.storage import write_json
 
 SHAPE = [(1, 32), (2, 64)]
@@ -42,6 +42,22 @@ def test_the_recorded_shape_is_adopted_only_for_the_same_goal() -> None:
         assert adopt_recorded(other_recipe, recorded) == other_recipe
     # A goal that is only measured at the end does not change the shape.
     assert adopt_recorded(recipe_of(speedup=2, max_drop=1), recorded).prune.shape == tuple(SHAPE)
+
+
+def test_the_students_on_the_way_are_recorded_and_adopted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_of(speedup=3, family=[2, 1.5])
+    members = [
+        FamilyMember(speedup=1.5, sparsity=0.25, expected=1.6),
+        FamilyMember(speedup=2, sparsity=0.4, expected=2),
+    ]
+    choice = choice_of(recipe).model_copy(update={"family": tuple(members)})
+    monkeypatch.setattr(settle, "choose_goal_shape", lambda *_: choice)
+    run = Run(tmp_path, recipe)
+    monkeypatch.setattr(run, "use_input", lambda _: tmp_path)
+    settle_goal(run)
+    assert run.recipe.prune.save_at == (0.25, 0.4)
+    assert adopt_recorded(recipe, run.recipe) == run.recipe
+    assert adopt_recorded(recipe_of(speedup=3), run.recipe).prune.save_at == ()
 
 
 def test_a_shape_is_chosen_once_for_each_goal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

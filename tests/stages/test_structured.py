@@ -25,6 +25,7 @@ from spdtool.export.graph.weights import POSITIONS
 from spdtool.export.target import MODEL_FILE, get_target
 from spdtool.models.load import load_model
 from spdtool.models.structures import find_structures
+from spdtool.pruning.structure import LayerShape, interpolate_shape
 from spdtool.run.folder import Run
 from spdtool.stages.plan import make_plan
 from spdtool.stages.prune import prune
@@ -32,7 +33,7 @@ from spdtool.training.step import Stepper
 
 MakeRun = Callable[..., Run]
 SHAPE = [[1, 32], [2, 0]]
-SETS = ("prune.shape=[[1, 32], [2, 0]]", "prune.calibration=2", "prune.criterion=layerwise")
+SETS = ("prune.shape=[[1, 32], [2, 0]]", "prune.calibration=2", "prune.criterion=layerwise", "prune.save_at=0.25")
 
 
 def shape_of(folder: Path) -> list[list[int]]:
@@ -52,6 +53,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory, toys: ModuleType) -> Any:
     for stage in ("teacher", "prune", "distill", "finetune"):
         getattr(import_module(f"spdtool.stages.{stage}"), stage)(run)
     return run
+
+
+def test_a_student_on_the_way_is_saved_with_the_shape_of_its_event(finished: Run) -> None:
+    (student,) = finished.training_result("prune").fit.students
+    assert student.sparsity == 0.25
+    assert set(student.dev) >= {"score"}
+    # halfway to [1, 32] and [2, 0] from [2, 64] everywhere, each number rounded
+    halfway = interpolate_shape((LayerShape(2, 64),) * 2, (LayerShape(1, 32), LayerShape(2, 0)), 0.5)
+    assert shape_of(finished.path / "prune" / student.folder) == [[layer.heads, layer.neurons] for layer in halfway]
 
 
 @pytest.fixture

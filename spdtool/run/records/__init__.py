@@ -39,7 +39,7 @@ from spdtool.run.records.export import (
     TargetExport,
     describe_prediction_change,
 )
-from spdtool.run.records.goal import LayerCosts, ShapeChoice, ShapeProfile
+from spdtool.run.records.goal import FamilyMember, LayerCosts, ShapeChoice, ShapeProfile
 from spdtool.run.records.manifest import BundleManifest, FolderManifest, GoldenExamples, GoldenRow, Padding, Variant
 from spdtool.run.records.plan import Plan, ResourceEstimate, StageEstimate, StagePlan, WeightCounts
 from spdtool.run.records.quality import (
@@ -79,6 +79,7 @@ __all__ = [
     "Evaluation",
     "ExportResult",
     "ExportedModel",
+    "FamilyMember",
     "FileDigest",
     "FileRecord",
     "FinalScores",

@@ -75,6 +75,23 @@ class ShapeProfile(Record):
         return ["what a layer keeps", "ms"], [*rows, ["outside of the layers", round(self.costs.outside, 4)]]
 
 
+class FamilyMember(Record):
+    """A student that is saved on the way to the shape of a goal.
+
+    Attributes:
+        speedup: that is asked for. expected: by the table, corrected by the trial of the whole way.
+        sparsity: share of the encoder's weights that is removed then; it names the folder of the student.
+    """
+
+    speedup: float
+    sparsity: float
+    expected: float
+
+    def describe(self) -> str:
+        """Say where the student will be, such as `2x: prune/students/0.3125, about 2.03x`."""
+        return f"{self.speedup:g}x: prune/students/{self.sparsity:g}, about {self.expected:.2f}x"
+
+
 class ShapeChoice(Record):
     """Contents of goal.json: the shape that a goal asks for, and what it was chosen by.
 
@@ -87,6 +104,7 @@ class ShapeChoice(Record):
         expected: how many times faster by that table. trial: the same, timed with a random encoder
             of the shape.
         bytes: of the student's portable file, as counted.
+        family: students on the way, the slowest first.
     """
 
     key: str
@@ -98,6 +116,7 @@ class ShapeChoice(Record):
     expected: float | None = None
     trial: Ratio | None = None
     bytes: int
+    family: tuple[FamilyMember, ...] = ()
 
     def describe(self) -> str:
         """Say what remains, such as `37 of 72 heads and 3,104 of 9,216 neurons remain`."""
