@@ -12,17 +12,6 @@ from spdtool import console, plugins
 from spdtool.cli.options import command
 from spdtool.cli.plan import describe_grafting
 
-# The kinds register what they do, but not what their files look like.
-KINDS_OF_ROWS = (
-    (
-        "texts, labels",
-        "classes; with numbers that are not all whole, a value; with lists or a labels.txt, several labels",
-    ),
-    ("tokens, tags", "tagged words: named entities, parts of speech; also .conll files"),
-    ("question, context, answers", "answers to questions; also .json files of SQuAD"),
-    ("query, passage, relevant", "a reranker; also folders of BEIR and MS MARCO"),
-    ("texts alone", "sentence embeddings, with --teacher, a folder of sentence-transformers"),
-)
 TASK_KEYS = ("name", "about", "metrics", "source")
 ENTRY_KEYS = ("kind", "name", "source", "about")
 PLUGIN_KEYS = ("name", "where", "state")
@@ -58,7 +47,8 @@ def tasks() -> object:
         rows.append((entry.name, entry.value.about, ", ".join(entry.value.metrics), entry.source))
     console.print_table("tasks", ("name", "what it is", "metrics", "from"), rows)
     console.say("[dim]or files of yours, csv, tsv, jsonl or parquet: --data FILE --text a,b --label c[/]")
-    console.print_lines("the kind of task follows from the rows of --data", KINDS_OF_ROWS)
+    kinds = [(entry.value.columns, entry.summary) for entry in plugins.task_kinds.entries() if entry.value.columns]
+    console.print_lines("the kind of task follows from the rows of --data", kinds)
     return _records(TASK_KEYS, rows)
 
 

@@ -38,6 +38,7 @@ class Classification(NamedLabels):
         temperature: by which logits are divided before they become probabilities.
     """
 
+    columns = "texts, labels"
     problem_type: ProblemType | None = "single_label_classification"
     temperature = 1.0
 

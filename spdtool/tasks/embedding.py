@@ -148,6 +148,7 @@ class TeacherVectors:
 class Embedding(Task):
     """A vector for each text."""
 
+    columns = "texts alone, with --teacher"
     head = SENTENCE_HEAD
     decision = Vector
     scores_training_rows = False

@@ -32,13 +32,16 @@ MOST_COMMON = 20  # labels that a fixed answer may have
 
 @task_kinds.register("multilabel")
 class Multilabel(Classification):
-    """Any number of labels for each text or pair of texts; labels are 0 or 1, [rows, labels].
+    """Any number of labels for each text or pair of texts.
+
+    The labels of a split are 0 or 1, [rows, labels].
 
     Attributes:
         thresholds: logits above which a row has a label, in the order of the model's labels; None: rows are scored by
             the best ones for these rows, which is what the export will choose on the dev rows.
     """
 
+    columns = "texts, lists of labels; or numbers of a labels.txt"
     problem_type = "multi_label_classification"
     decision = SeveralLabels
     thresholds: np.ndarray | None = None

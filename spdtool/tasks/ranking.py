@@ -174,6 +174,7 @@ def find_relevant_output(names: Sequence[str]) -> int:
 class Ranking(Task):
     """An order of the passages of each query."""
 
+    columns = "query, passage, relevant; or a folder of BEIR or MS MARCO"
     decision = Relevance
 
     def __init__(self, dataset: Dataset) -> None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 class Regression(Task):
     """A number for each text or pair of texts."""
 
+    columns = "texts, numbers that are not all whole"
     problem_type = "regression"
     decision = OneNumber
 

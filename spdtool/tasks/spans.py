@@ -57,6 +57,7 @@ class Spans(WindowedTask):
         threshold: how much likelier "no answer" has to be than a span; None: every question has an answer.
     """
 
+    columns = "question, context, answers; or a .json file of SQuAD"
     head = SPAN_FINDER
     decision = BestSpan
     threshold: float | None = None

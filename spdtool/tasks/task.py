@@ -43,6 +43,7 @@ class Task:
         metric: the one that is the headline score; None: the mean of all.
         positive: index of the class that metrics of two classes call positive, in the order of the labels.
         scores_training_rows: whether training rows can be scored, as those with labels can.
+        columns: of a file of this kind, for listings; empty: it is not listed.
     """
 
     head: Head = SEQUENCE_CLASSIFIER
@@ -51,6 +52,7 @@ class Task:
     metric: str | None = None
     positive: int = 1
     scores_training_rows: bool = True
+    columns: str = ""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset

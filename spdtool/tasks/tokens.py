@@ -62,6 +62,7 @@ class WordDetails(WindowDetails):
 class Tokens(NamedLabels, WindowedTask):
     """A tag for each word of a text: named entities, parts of speech."""
 
+    columns = "tokens, tags; or a .conll file"
     head = TAGGER
     decision = Entities
     _tags: Sequence[str] | None = None
