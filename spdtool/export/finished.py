@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 
@@ -161,13 +162,12 @@ def _describe_installation() -> list[object]:
 
 
 def _hash_code(target: Target) -> list[str]:
-    """Hash the modules of a target's classes, and its library: a plugin that is being written keeps its version."""
-    files = []
-    for base in type(target).__mro__:
-        file = getattr(sys.modules.get(base.__module__), "__file__", None)
-        if file is not None:
-            files.append(Path(file))
-    digests = [sha256(file) for file in dict.fromkeys(files) if file.is_file()]
+    """Hash the packages of a target's classes, spdtool among them, and its library.
+
+    Whoever writes a target runs new code under the old version.
+    """
+    packages = dict.fromkeys(base.__module__.partition(".")[0] for base in type(target).__mro__)
+    digests = [_hash_package(package) for package in packages]
     if target.name in plugins.library_targets():
         try:
             library = plugins.find_library(target.name)
@@ -175,3 +175,14 @@ def _hash_code(target: Target) -> list[str]:
         except SpdError as error:  # the export says so
             digests.append(error.message)
     return digests
+
+
+@lru_cache  # every target needs spdtool's
+def _hash_package(name: str) -> str:
+    """Hash the Python files of a package that is imported, or the file of a single module."""
+    module = sys.modules.get(name)
+    file: str | None = getattr(module, "__file__", None)  # a builtin has none, nor has a namespace package
+    files = [] if file is None else [Path(file)]
+    for folder in getattr(module, "__path__", ()):
+        files += sorted(Path(folder).rglob("*.py"))
+    return hash_json([sha256(path) for path in files if path.is_file()])

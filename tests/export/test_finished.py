@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -28,10 +30,6 @@ CHOSEN = ("first", "second", "third")
 
 class Stub(Target):
     """A target that nobody calls."""
-
-
-class OtherStub(Target):
-    """Another class for a target of the same name."""
 
 
 def choose(names: Sequence[str] = CHOSEN, kind: type[Target] = Stub) -> list[ChosenTarget]:
@@ -126,7 +124,7 @@ def test_other_settings_rows_code_or_versions_make_a_target_again(run: Run, monk
         patch.setattr("importlib.metadata.version", lambda _: "another")
         assert count() == 0
     with monkeypatch.context() as patch:
-        patch.setattr(finished_module, "sha256", lambda _: "another file")
+        patch.setattr(finished_module, "_hash_package", lambda name: "other code" if name == "spdtool" else "")
         assert count() == 0
     record = path / "teacher/stage.json"
     record.write_text(record.read_text("utf-8") + " ", "utf-8")
@@ -192,3 +190,26 @@ def test_without_a_finished_target_ctrl_c_is_what_it_was(tmp_path: Path) -> None
         raise KeyboardInterrupt
     assert not isinstance(error.value, Stopped)
     assert not run.partial_folder("export").exists()
+
+
+def test_the_code_of_a_plugin_counts_file_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "some_plugin"
+    folder.mkdir()
+    for name in ("__init__", "helper"):
+        (folder / f"{name}.py").write_text("", "utf-8")
+    (folder / "single.py").write_text("", "utf-8")
+    package, single = ModuleType("some_plugin"), ModuleType("single")
+    package.__file__, package.__path__ = str(folder / "__init__.py"), [str(folder)]
+    single.__file__ = str(folder / "single.py")
+    for module in (package, single):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    def hash_code(name: str) -> list[str]:
+        finished_module._hash_package.cache_clear()
+        return finished_module._hash_code(type("Plugin", (Target,), {"__module__": name})())
+
+    before = {name: hash_code(name) for name in ("some_plugin.target", "single", "builtins")}
+    (folder / "helper.py").write_text("changed = True", "utf-8")
+    after = {name: hash_code(name) for name in before}
+    assert {name for name in before if before[name] != after[name]} == {"some_plugin.target"}
+    assert before["single"][0] != before["builtins"][0]
