@@ -132,7 +132,7 @@ class FinishedTargets:
         except ValidationError:
             raise Corrupt(f"{file} is of another version") from None
         if record.fingerprint != self._fingerprints[choice.name]:
-            raise Corrupt("settings, checkpoints, rows, versions or processor are others now")
+            raise Corrupt("settings, checkpoints, rows, versions, code or processor are others now")
         if record.files != self._list_files(choice):
             raise Corrupt("its files have changed since")
         return record
