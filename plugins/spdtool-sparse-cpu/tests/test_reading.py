@@ -59,7 +59,7 @@ def check_real_tokens(reference, model):
     [
         ("bert", AutoModelForTokenClassification),
         pytest.param("bert", AutoModelForQuestionAnswering, marks=pytest.mark.long),
-        ("mpnet", AutoModel),
+        pytest.param("mpnet", AutoModel, marks=pytest.mark.long),
         pytest.param("deberta-v2", AutoModelForTokenClassification, marks=pytest.mark.long),
         pytest.param("modernbert", AutoModelForTokenClassification, marks=pytest.mark.long),
     ],
