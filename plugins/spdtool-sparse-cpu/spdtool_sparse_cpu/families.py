@@ -288,7 +288,7 @@ def _buckets_of_distances(model: PreTrainedModel) -> np.ndarray:
     distances = torch.arange(-LONGEST_DISTANCE, LONGEST_DISTANCE + 1)
     encoder = model.base_model.encoder
     if isinstance(encoder, modeling_mpnet.MPNetEncoder):
-        buckets = encoder.relative_position_bucket(-distances)
+        buckets = encoder.relative_position_bucket(-distances)  # type: ignore[no-untyped-call]
     else:
         assert isinstance(encoder, modeling_deberta_v2.DebertaV2Encoder)
         buckets = distances
