@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from spdtool.models.structures import LayerStructures
 from spdtool.pruning.search import cost_of_shape
 from spdtool.pruning.structure import EncoderShape, LayerShape, interpolate_shape, shape_sparsity
-from spdtool.run.records import FamilyMember, LayerCosts, ShapeChoice
+from spdtool.run.records import FamilyMember, ShapeChoice
 
 POINTS = 200  # on the way, of which the first that is fast enough is taken
 DECIMALS = 4  # of the sparsity of an event, which names the folder of the student
@@ -37,19 +37,15 @@ def place_family(
     correction = 1.0
     if choice.trial is not None and choice.expected is not None:
         correction = choice.trial.median / choice.expected
+    costs = choice.profile.costs
     members = []
     for speedup in sorted(set(speedups)):
         for point in range(1, POINTS):
             progress = point / POINTS
             shape = interpolate_shape(dense, target, progress)
-            expected = _speedup(shape, dense, choice.profile.costs) * correction**progress
+            expected = costs.of_dense(len(dense)) / cost_of_shape(shape, costs) * correction**progress
             if expected >= speedup:
                 sparsity = math.ceil(progress * sparsity_of_target * 10**DECIMALS) / 10**DECIMALS
                 members.append(FamilyMember(speedup=speedup, sparsity=sparsity, expected=expected))
                 break
     return tuple(members)
-
-
-def _speedup(shape: EncoderShape, dense: EncoderShape, costs: LayerCosts) -> float:
-    """Return how many times faster a shape is by the table."""
-    return costs.of_dense(len(dense)) / cost_of_shape(shape, costs)

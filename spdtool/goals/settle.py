@@ -15,6 +15,7 @@ from spdtool.recipe.fields import Recipe
 from spdtool.recipe.reading import override
 from spdtool.run.fingerprint import hash_json
 from spdtool.run.folder import Run
+from spdtool.run.records import FamilyMember
 from spdtool.run.storage import create_folder, write_json
 from spdtool.tasks.prepare import find_task
 from spdtool.training.accelerator import create_accelerator
@@ -51,8 +52,7 @@ def settle_goal(run: Run) -> None:
         choice = choose_goal_shape(run.recipe, run.use_input("teacher"))
         write_json(run.path / CHOICE, choice)
         # In the recipe, so that a later call goes on with it whatever the machine measures then.
-        save_at = [member.sparsity for member in choice.family] or list(run.recipe.prune.save_at)
-        run.change_recipe(put_shape(run.recipe, choice.shape, choice.table, save_at))
+        run.change_recipe(put_shape(run.recipe, choice.shape, choice.table, choice.family))
         expected = "" if choice.trial is None else f"; timed with random weights: {choice.trial}"
         console.say(f"goal: {choice.goal}: {choice.describe()}{expected}")
         for member in choice.family:
@@ -61,13 +61,18 @@ def settle_goal(run: Run) -> None:
     run.recipe = Run.open(run.path).recipe  # all ranks read what the main one has written
 
 
-def put_shape(recipe: Recipe, shape: list[tuple[int, int]], table: str | None, save_at: Sequence[float] = ()) -> Recipe:
-    """Return the recipe with a shape, the digest of the table by which it was chosen, and its family.
+def put_shape(
+    recipe: Recipe, shape: list[tuple[int, int]], table: str | None, family: Sequence[FamilyMember] = ()
+) -> Recipe:
+    """Return the recipe with a shape, and the digest of the table by which it was chosen.
 
     Args:
-        save_at: sparsities on the way at which a student is saved.
+        family: students on the way, which are saved too.
     """
-    return override(recipe, (), {"prune.shape": shape, "goal.table": table, "prune.save_at": list(save_at)})
+    fields: dict[str, object] = {"prune.shape": shape, "goal.table": table}
+    if family:
+        fields["prune.save_at"] = sorted({*recipe.prune.save_at, *(member.sparsity for member in family)})
+    return override(recipe, (), fields)
 
 
 def adopt_recorded(recipe: Recipe, recorded: Recipe | None) -> Recipe:
@@ -82,7 +87,10 @@ def adopt_recorded(recipe: Recipe, recorded: Recipe | None) -> Recipe:
         return recipe
     if recipe.goal.has_full_width:
         return override(recipe, (), {"sparsity": recorded.sparsity, "goal.table": recorded.goal.table})
-    return put_shape(recipe, list(recorded.prune.shape), recorded.goal.table, recorded.prune.save_at)
+    fields: dict[str, object] = {"prune.shape": list(recorded.prune.shape), "goal.table": recorded.goal.table}
+    if recipe.goal.family:  # these sparsities were chosen, too
+        fields["prune.save_at"] = list(recorded.prune.save_at)
+    return override(recipe, (), fields)
 
 
 def settle_sparsity(recipe: Recipe, folder: Path) -> Recipe:
@@ -140,4 +148,4 @@ def foresee_recipe(recipe: Recipe, folder: Path, guess: str, *, measure: bool) -
     # A plan must not claim a measurement that nobody has made.
     times = "as its table of times says" if foreseen.profile else "guessed from the number of weights"
     lines.append(f"about {foreseen.describe()}, {times}; chosen when the teacher is there")
-    return put_shape(recipe, foreseen.shape, guess, recipe.prune.save_at), lines
+    return put_shape(recipe, foreseen.shape, guess), lines

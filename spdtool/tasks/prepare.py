@@ -84,18 +84,19 @@ def prepare_data(
 
 
 def prepare_rows(
-    recipe: Recipe, label_names: Sequence[str], check_rows: CheckRows | None = None
+    recipe: Recipe, label_names: Sequence[str], check_rows: CheckRows | None = None, task: Task | None = None
 ) -> tuple[Task, dict[str, Rows]]:
     """Return the recipe's task and its splits, for a model whose labels have these names.
 
     Args:
         check_rows: is called with the record of the rows before they are used.
+        task: of the recipe, where the caller has it: to find it may read a whole file.
 
     Raises:
         DataError: the data cannot be used.
         ModelError: model and task do not fit together.
     """
-    task = find_task(recipe).widen(label_names)
+    task = (task or find_task(recipe)).widen(label_names)
     splits = task.read_rows(recipe)
     if check_rows is not None:
         check_rows(datasets.identify_rows(task.dataset, splits))

@@ -14,7 +14,7 @@ from spdtool.goals.settle import adopt_recorded, needs_shape, put_shape, settle_
 from spdtool.goals.shape import CHOICE, goal_key
 from spdtool.goals.zeros import bisect_first, find_skipping_target
 from spdtool.recipe.fields import Recipe, first_stage_using
-from spdtool.recipe.reading import build_recipe, request_recipe
+from spdtool.recipe.reading import build_recipe, override, request_recipe
 from spdtool.run.folder import Run, default_path
 from spdtool.run.records import FamilyMember, Ratio, ShapeChoice
 from spdtool.run.storage import write_json
@@ -58,6 +58,12 @@ def test_the_students_on_the_way_are_recorded_and_adopted(tmp_path: Path, monkey
     assert run.recipe.prune.save_at == (0.25, 0.4)
     assert adopt_recorded(recipe, run.recipe) == run.recipe
     assert adopt_recorded(recipe_of(speedup=3), run.recipe).prune.save_at == ()
+    assert put_shape(override(recipe, ["prune.save_at=0.1"]), SHAPE, "abc", members).prune.save_at == (0.1, 0.25, 0.4)
+
+
+def test_sparsities_that_the_user_names_are_not_replaced_by_those_of_the_run() -> None:
+    recorded = put_shape(recipe_of(speedup=2), SHAPE, "abc")
+    assert adopt_recorded(override(recipe_of(speedup=2), ["prune.save_at=0.1"]), recorded).prune.save_at == (0.1,)
 
 
 def test_a_shape_is_chosen_once_for_each_goal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,10 +67,11 @@ def prepare_dev_sets(
     Raises:
         DataError, ModelError: data, tokenizer and model do not fit together.
     """
-    model = load_model(checkpoint)
-    # First: labels of another head's model are not to blame, and the rows may be large.
-    check_kind(checkpoint, model.config, find_task(recipe))
-    task, rows = prepare_rows(recipe.without_unlabeled(), label_names(model), check_rows)
+    model, labeled_recipe = load_model(checkpoint), recipe.without_unlabeled()
+    task = find_task(labeled_recipe)
+    # First: where the head is of another kind, its labels are not to blame.
+    check_kind(checkpoint, model.config, task)
+    task, rows = prepare_rows(labeled_recipe, label_names(model), check_rows, task)
     texts = {name: split for name, split in rows.items() if name.startswith("dev")}
     splits = task.encode(load_tokenizer(checkpoint), rows, recipe)
     dev_splits = {name: splits[name] for name in texts}

@@ -79,7 +79,7 @@ class FamilyMember(Record):
     """A student that is saved on the way to the shape of a goal.
 
     Attributes:
-        speedup: that is asked for. expected: by the table, corrected by the trial of the whole way.
+        speedup: that is asked for. expected: by the table, corrected by the timing of the chosen shape.
         sparsity: share of the encoder's weights that is removed then; it names the folder of the student.
     """
 
