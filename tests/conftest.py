@@ -19,7 +19,7 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="spdtool-tests-cache-")  
 import pytest
 import torch
 
-from spdtool import plugins
+from spdtool import console, plugins
 from spdtool.recipe.fields import Recipe
 from spdtool.run.folder import Run
 from spdtool.tasks.task import Task
@@ -48,6 +48,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_unconfigure() -> None:
     """Remove the cache of this session, in each of its workers."""
     shutil.rmtree(CACHE, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def plain_console() -> None:
+    """Print as a run without options does, whatever a test before this one chose."""
+    console.configure()
 
 
 def _load(name: str) -> ModuleType:

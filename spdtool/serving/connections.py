@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
 
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 SLICE = 4096  # bytes that are parsed at once: a head may be larger than allowed by this much
@@ -90,17 +92,35 @@ class Door:
         self.lingering.pop(connection, None)
 
 
+class Backpressure(FlowControl):
+    """uvicorn's flow control, which reads on only where `is_behind()` is false.
+
+    uvicorn reads on after every answer, so that a client which sends requests faster than they are
+    answered fills the memory of the server.
+    """
+
+    def __init__(self, transport: asyncio.Transport, is_behind: Callable[[], bool]) -> None:
+        super().__init__(transport)
+        self._is_behind = is_behind
+
+    def resume_reading(self) -> None:
+        """Read on, unless earlier requests wait for their answers."""
+        if not self._is_behind():
+            super().resume_reading()
+
+
 class GuardedConnection(HttpToolsProtocol):
     """One connection: its requests are parsed and answered as by uvicorn, within the limits of a door."""
 
     def __init__(self, door: Door, **arguments: Any) -> None:
         super().__init__(**arguments)
         self._door, self._limits = door, door.limits
+        self._unparsed = bytearray()  # bytes behind requests that are not answered yet
         self._received = 0  # bytes of the head or of the body that is being received
         self._in_head = True
         self._message_begun = False
         self._refused = False
-        self._cycles: list[RequestResponseCycle] = []  # requests that may not be answered yet
+        self._cycles: deque[RequestResponseCycle] = deque()  # requests that may not be answered yet
         self._deadline: asyncio.TimerHandle | None = None
         self._write_deadline: asyncio.TimerHandle | None = None
 
@@ -109,6 +129,7 @@ class GuardedConnection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Admit the connection if there is room."""
         super().connection_made(transport)
+        self.flow = Backpressure(transport, self._is_behind)
         if self._door.admit(self):
             self._wait_for_client(self._limits.head_seconds)
         else:
@@ -128,18 +149,10 @@ class GuardedConnection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Parse what came, slice by slice, so that a head without end is noticed early."""
-        for start in range(0, len(data), SLICE):
-            if self._refused or self.transport.is_closing():
-                return
-            part = data[start : start + SLICE]
-            self._received += len(part)
-            if self._in_head and self._received > self._limits.head + SLICE:
-                self._refuse(431, f"the head is larger than {self._limits.head:,} bytes")
-            elif self._received > self._limits.head + CHUNKED_FACTOR * self._limits.body:
-                self._refuse(413, f"the body is larger than {self._limits.body:,} bytes")
-            else:
-                super().data_received(part)
+        """Parse what came, as far as earlier requests are answered."""
+        if not self._refused:
+            self._unparsed += data
+            self._parse()
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Let a client that has closed its sending side still get its answers; return whether to stay open."""
@@ -182,7 +195,7 @@ class GuardedConnection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Start the time of a body, and the application."""
         super().on_headers_complete()
-        self._cycles = [*(cycle for cycle in self._cycles if not cycle.response_complete), self.cycle]
+        self._cycles.append(self.cycle)
         self._received, self._in_head = 0, False
         self._wait_for_client(self._limits.body_seconds)
 
@@ -197,11 +210,16 @@ class GuardedConnection(HttpToolsProtocol):
     # What uvicorn calls
 
     def on_response_complete(self) -> None:
-        """Wait for the next request."""
+        """Parse on, or wait for the next request."""
         super().on_response_complete()
+        while self._cycles and self._cycles[0].response_complete:  # they are answered in their order
+            self._cycles.popleft()
         if self.transport.is_closing():
             self._close()
-        elif not self._message_begun and self.cycle.response_complete:
+            return
+        self._parse()
+        self.flow.resume_reading()
+        if not self._refused and not self._message_begun and self.cycle.response_complete:
             self._wait_for_client(self._limits.idle_seconds)
 
     def shutdown(self) -> None:
@@ -224,6 +242,26 @@ class GuardedConnection(HttpToolsProtocol):
         self._stop_waiting()
         self._door.forget(self)
         self._close()
+
+    def _parse(self) -> None:
+        """Parse slice by slice: a head without end is noticed early, and few requests wait for an answer."""
+        while self._unparsed and not self._refused and not self.transport.is_closing():
+            if self.pipeline:
+                self.flow.pause_reading()
+                return
+            part = bytes(self._unparsed[:SLICE])
+            del self._unparsed[:SLICE]
+            self._received += len(part)
+            if self._in_head and self._received > self._limits.head + SLICE:
+                self._refuse(431, f"the head is larger than {self._limits.head:,} bytes")
+            elif self._received > self._limits.head + CHUNKED_FACTOR * self._limits.body:
+                self._refuse(413, f"the body is larger than {self._limits.body:,} bytes")
+            else:
+                super().data_received(part)
+
+    def _is_behind(self) -> bool:
+        """Whether requests that came already wait for the answers of earlier ones."""
+        return not self._refused and bool(self.pipeline or self._unparsed)
 
     def _is_answering(self) -> bool:
         """Whether an application is at work, or has started an answer, on this connection."""
@@ -254,6 +292,7 @@ class GuardedConnection(HttpToolsProtocol):
         """Answer with an error, where no answer has been started, and close the connection."""
         self._stop_waiting()
         self._refused = True
+        self._unparsed.clear()
         in_body = self._message_begun and not self._in_head
         if in_body and self.pipeline:  # its turn would come behind answers that are not there yet
             self.transport.abort()

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable
 
 import pytest
 
 pytest.importorskip("starlette", reason='pip install "spdtool[serve]"')
+
+from spdtool.serving.connections import SLICE  # noqa: E402 (behind the check for its libraries)
 
 HOST = b"Host: localhost\r\n"
 GET = b"GET /v2/health/live HTTP/1.1\r\n" + HOST + b"\r\n"
@@ -111,6 +114,26 @@ def test_a_client_that_does_not_read_is_dropped(serve: Callable) -> None:
                 plug.sendall(b"GET /docs HTTP/1.1\r\n" + HOST + b"\r\n")
         while running.door.admitted:
             time.sleep(0.01)
+
+
+def test_a_flood_of_requests_is_read_no_faster_than_it_is_answered(serve: Callable, stand_in: Callable) -> None:
+    classify = stand_in()
+    running = serve(classify)
+    classify.gate.clear()
+    requests = 5_000
+    with socket.create_connection(("127.0.0.1", running.port), 10) as plug:
+        sender = threading.Thread(target=plug.sendall, args=(POST + GET * requests,))
+        sender.start()
+        while running.app.batcher.rows == 0:
+            time.sleep(0.01)
+        (connection,) = running.door.admitted
+        assert 0 < len(connection.pipeline) <= SLICE // len(GET) + 1
+        classify.gate.set()
+        answers = b""
+        while answers.count(b"HTTP/1.1 200") <= requests:
+            answers += plug.recv(2**20)
+            assert len(connection.pipeline) <= SLICE // len(GET) + 1
+        sender.join()
 
 
 def test_half_closed_clients_get_their_answers(serve: Callable) -> None:
