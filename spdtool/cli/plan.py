@@ -59,11 +59,12 @@ def summarise_plan(plan: Plan, recipe: Recipe) -> list[tuple[str, str]]:
     # A guess about the user's file stands in the first line, where it is seen.
     about = [line.removeprefix("data: ") for line in plan.reading if line.startswith("data: ")]
     weights, further = plan.parameters, "; --metric picks one" if "mean of" in plan.score else ""
+    loss = "are removed" if recipe.removes_structures else "become zero"
     lines = [
         ("data", "; ".join([f"{plan.task}: {rows} rows", *about])),
         ("labels", _describe_labels(plan)),
         ("dev score", f"{plan.score}{further}; without reading a text: {plan.baseline:.4f}"),
-        ("model", f"{plan.model}; {weights.zeros:,} of {weights.all:,} parameters become zero"),
+        ("model", f"{plan.model}; {weights.zeros:,} of {weights.all:,} parameters {loss}"),
     ]
     if plan.goal:
         lines.append(("goal", "; ".join(plan.goal)))

@@ -11,7 +11,7 @@ from spdtool.data.formats.arrow import iterate_tables, read_arrow, read_parquet
 from spdtool.data.formats.conll import read_conll
 from spdtool.data.formats.separated import iterate_csv_rows, read_csv, read_user_tsv
 from spdtool.data.formats.squad import read_json
-from spdtool.data.formats.table import Table, check_table, compose, read_text, refuse_pointer
+from spdtool.data.formats.table import Table, check_table, compose, read_text, refuse_foreign
 from spdtool.errors import DataError
 
 HEADER_ROWS = 20  # read with a header, to see what its columns hold
@@ -29,7 +29,7 @@ def read_file(path: Path, readers: Mapping[str, Callable[[Path], Table]] | None 
     read = (READERS if readers is None else readers).get(path.suffix.lower())
     if read is None:
         raise _unknown_ending(path)
-    refuse_pointer(path)
+    refuse_foreign(path)
     table = read(path)
     repeated = sorted({name for name in table.columns if name and table.columns.count(name) > 1})
     if repeated:
@@ -55,7 +55,7 @@ def read_header(path: Path) -> Table:
     ending = path.suffix.lower()
     if ending not in READERS:
         raise _unknown_ending(path)
-    refuse_pointer(path)
+    refuse_foreign(path)
     rows: list[list[object]] = []
     if READERS[ending] in (read_conll, read_json):
         return READERS[ending](path)  # the head of such a file does not show its columns

@@ -10,7 +10,7 @@ import numpy as np
 from spdtool.data.columns import read_texts, require_column
 from spdtool.data.dataset import Dataset, Rows
 from spdtool.data.files import READERS, read_file
-from spdtool.data.formats.table import Table, compose, read_text, refuse_pointer
+from spdtool.data.formats.table import Table, compose, read_text, refuse_foreign
 from spdtool.errors import DataError
 
 LINES = ".txt"
@@ -67,7 +67,7 @@ def read_unlabeled_table(
 
 def _read_lines(file: Path, names: tuple[str, ...]) -> Table:
     """Read a .txt file as a table of one or two columns."""
-    refuse_pointer(file)
+    refuse_foreign(file)
     rows: list[list[object]] = []
     numbers: list[int] = []
     for number, line in enumerate(read_text(file).split("\n"), 1):

@@ -23,10 +23,13 @@ def estimate_files(
         embeddings: weights of the word embeddings.
     """
     packing = plugins.library_targets()  # only their operators read matrices without zeros
+    graph_weights = counts.prunable
+    if recipe.removes_structures:
+        graph_weights -= counts.zeros
     sizes = {}
     for choice in chosen:
         formats = choice.target.storage_formats(recipe)
-        matrix_bytes = BYTES.get(formats.matrices, 4) * counts.prunable
+        matrix_bytes = BYTES.get(formats.matrices, 4) * graph_weights
         if choice.name in packing:
             matrix_bytes = (BYTES.get(formats.matrices, 4) + INDEX_BYTES) * (counts.prunable - counts.zeros)
         embedding_bytes = BYTES.get(formats.embeddings, 4) * embeddings

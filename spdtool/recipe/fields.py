@@ -186,6 +186,11 @@ class Recipe(Section):
         return tuple(name for name, phase in self.phases.items() if phase.grafting.enabled)
 
     @property
+    def removes_structures(self) -> bool:
+        """Whether the student loses whole heads and neurons, which exported graphs leave out."""
+        return self.prune.is_structured or (self.goal.is_set and not self.goal.has_full_width)
+
+    @property
     def size_label(self) -> str:
         """How small the student is, for titles: the sparsity, unless it follows from a shape."""
         if self.prune.is_structured:

@@ -42,6 +42,39 @@ def named_table(labels: list[int], names: tuple[str, ...]) -> pa.Table:
     return table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
 
 
+def test_a_header_in_another_encoding_is_refused_as_the_whole_file_is(tmp_path: Path) -> None:
+    for ending in ("csv", "tsv", "jsonl"):
+        file = tmp_path / f"rows.{ending}"
+        file.write_bytes("text\tlabel\na\tx\n".encode("utf-16"))
+        for read in (read_file, read_header):
+            with pytest.raises(DataError, match="is UTF-16, not UTF-8"):
+                read(file)
+
+
+def test_a_parquet_file_whose_names_or_values_python_cannot_hold_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "rows.parquet"
+    table = pa.table({"text": ["a", "b"], "label": pa.array([0, 2**50], pa.timestamp("ms"))})
+    parquet.write_table(table, file)
+    for read in (read_file, read_header):
+        with pytest.raises(DataError, match="is not a readable parquet file"):
+            read(file)
+    parquet.write_table(named_table([0, 1], ("no", "yes")), file)
+    content = file.read_bytes()
+    assert content.count(b"text") > 1
+    file.write_bytes(content.replace(b"text", b"te\xeet"))
+    for read in (read_file, read_header):
+        with pytest.raises(DataError, match="is not a readable parquet file"):
+            read(file)
+
+
+def test_a_schema_of_another_form_names_no_classes(tmp_path: Path) -> None:
+    table = named_table([0, 1], ("no", "yes"))
+    for features in ([], ["a"], "a", None):
+        schema = {"huggingface": json.dumps({"info": {"features": features}})}
+        parquet.write_table(table.replace_schema_metadata(schema), tmp_path / "rows.parquet")
+        assert read_file(tmp_path / "rows.parquet").class_names == {}
+
+
 def save_arrow(table: pa.Table, folder: Path) -> None:
     """Write a split as `datasets.save_to_disk` does."""
     folder.mkdir(parents=True)

@@ -59,6 +59,21 @@ def test_solving_a_matrix_is_timed_and_a_failure_costs_nothing(toys: ModuleType)
     assert cost.time_update(fails, (), (32, 64), 0.5, section, cpu) == 0
 
 
+def test_a_plan_leaves_removed_heads_and_neurons_out_of_the_bytes_of_a_graph(toy_run: MakeRun) -> None:
+    dense, halved, zeros = (
+        make_plan(toy_run(folder=name, **{"sparsity": 0.5, "prune.first": 0.2} | fields))
+        for name, fields in (
+            ("dense", {"sparsity": 0.0, "prune.first": 0.0}),
+            ("halved", {"prune.heads": 0.5, "prune.neurons": 0.5}),
+            ("zeros", {}),
+        )
+    )
+    assert halved.parameters.zeros > 0
+    bytes_left_out = dense.estimate.files["onnx"] - halved.estimate.files["onnx"]
+    assert bytes_left_out == 4 * halved.parameters.zeros
+    assert zeros.estimate.files["onnx"] == dense.estimate.files["onnx"], "a graph stores every zero"
+
+
 def test_the_plan_estimates_the_stages_still_to_do(toy_run: MakeRun) -> None:
     plan = make_plan(toy_run())
     seconds = {stage.stage: stage.estimate.seconds for stage in plan.stages if stage.estimate is not None}

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import pyarrow
 
 ALL_ROWS = 2**62
+# pyarrow raises the last two for names that are no UTF-8, and for dates and numbers that Python does not have.
+DEFECTS = (OSError, ValueError, OverflowError)
 
 
 def read_parquet(path: Path) -> Table:
@@ -25,7 +27,7 @@ def read_parquet(path: Path) -> Table:
     try:
         content = parquet.read_table(path, partitioning=None)  # else a folder called key=value becomes a column
         return _parquet_table(path, content, first_row=1)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, *DEFECTS) as error:
         raise _unreadable_parquet(path, error) from None
 
 
@@ -55,7 +57,7 @@ def iterate_tables(path: Path, row_count: int) -> Iterator[Table]:
                 content = batch.slice(start, row_count)
                 yield _parquet_table(path, content, first_row)
                 first_row += content.num_rows
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, *DEFECTS) as error:
         raise _unreadable_parquet(path, error) from None
     if first_row == 1:
         raise DataError(f"{path} has no rows, only a header", "a file of rows was expected")
@@ -90,7 +92,7 @@ def _schema_class_names(schema: pyarrow.Schema) -> dict[str, tuple[str, ...]]:
     except (KeyError, TypeError, ValueError):
         return {}
     names = {}
-    for column, feature in features.items():
+    for column, feature in features.items() if isinstance(features, dict) else ():
         while isinstance(feature, dict) and isinstance(feature.get("feature"), dict):
             feature = feature["feature"]
         if isinstance(feature, list) and len(feature) == 1:  # as older versions write such a list

@@ -82,10 +82,7 @@ def read_text(path: Path) -> str:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
     if not content.removeprefix(codecs.BOM_UTF8).strip():
         raise DataError(f"{path} is empty", "a file of rows was expected")
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise DataError(
-            f"{path} is UTF-16, not UTF-8", f"convert the file first: iconv -f utf-16 -t utf-8 {path.name} > NEW"
-        )
+    _refuse_utf_16(path, content)
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -98,8 +95,15 @@ def read_text(path: Path) -> str:
         ) from None
 
 
-def refuse_pointer(path: Path) -> None:
-    """Raise DataError for a file of a clone whose content git-lfs has not fetched."""
+def _refuse_utf_16(path: Path, content: bytes) -> None:
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(
+            f"{path} is UTF-16, not UTF-8", f"convert the file first: iconv -f utf-16 -t utf-8 {path.name} > NEW"
+        )
+
+
+def refuse_foreign(path: Path) -> None:
+    """Raise DataError for what no reader reads: UTF-16, or a pointer of git-lfs in place of a file of a clone."""
     try:
         with open(path, "rb") as stream:
             start = stream.read(len(LFS_POINTER))
@@ -107,6 +111,7 @@ def refuse_pointer(path: Path) -> None:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
     if start == LFS_POINTER:
         raise DataError(f"{path} is only a pointer of git-lfs", f"in {path.parent}, type: git lfs pull")
+    _refuse_utf_16(path, start)
 
 
 def is_encodable(text: str) -> bool:
