@@ -98,10 +98,11 @@ test-ray: setup
 test-clients: setup
 	SPDTOOL_TEST_CLIENTS=1 $(BIN)/pytest -m clients -s
 
-# Random alterations of every kind of exported folder, of which none may open with another answer; then altered requests
-# to the HTTP server, for FUZZ_SECONDS=3600 or as long as you like.
+# Random alterations of every kind of exported folder, of which none may open with another answer; then altered files of
+# rows, and altered requests to the HTTP server, each for FUZZ_SECONDS=3600 or as long as you like.
 fuzz: setup runs/fuzz/bench/stage.json
 	$(BIN)/python tests/fuzz_folders.py runs/fuzz --count $(or $(COUNT),500)
+	$(BIN)/python tests/fuzz_rows.py --seconds $(or $(FUZZ_SECONDS),60)
 	$(BIN)/python tests/fuzz_http.py runs/fuzz/export/bundle --seconds $(or $(FUZZ_SECONDS),60)
 
 # The HTTP server under 20,000 requests, and schemathesis, in an environment of its own, on its OpenAPI document.

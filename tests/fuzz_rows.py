@@ -4,8 +4,8 @@
     python tests/fuzz_rows.py --seconds 3600 [--seed 0]
 
 Each round draws a kind of task and writes its files; then it changes bytes, lines, cells, names or endings, and reads
-them. Allowed are an SpdError, and rows that are whole: as many labels as texts, and texts that UTF-8 can hold. Exit code
-1: anything else, or a reading of over SLOW seconds. The seed in the message repeats a finding.
+them. Allowed are an SpdError, and rows that are whole: as many labels as texts, and texts that UTF-8 can hold. Exit
+code 1: anything else, or a reading of over SLOW seconds. The seed in the message repeats a finding.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +30,10 @@ SLOW = 10.0  # seconds for some dozens of rows
 ROWS = 30
 ENDINGS = ("csv", "tsv", "jsonl", "parquet", "txt", "json", "conll", "arrow", "zip", "csv.gz", "CSV", "")
 ODD_CELLS: tuple[Any, ...] = (
-    "", " ", "\t", '"', '""', "'", ",", ";", "\r", "\n", "\x00", "\ufeff", "\u2028", "\u00a0", "NaN", "inf", "-1", "1e400",
-    "None", "null", "true", "[]", "{}", "[", "a" * 140_000, "😀", "\u0301", "0", "00", "+1", "1.0", "1,5", "yes", "YES",
-    None, True, False, 0, -1, 10**30, 0.5, float("nan"), float("inf"), [], [[]], {}, {"a": 1}, ["a", None], "\ud800",
+    "", " ", "\t", '"', '""', "'", ",", ";", "\r", "\n", "\x00", "\ufeff", "\u2028", "\u00a0", "NaN", "inf", "-1",
+    "1e400", "None", "null", "true", "[]", "{}", "[", "a" * 140_000, "😀", "\u0301", "0", "00", "+1", "1.0", "1,5",
+    "yes", "YES", None, True, False, 0, -1, 10**30, 0.5, float("nan"), float("inf"), [], [[]], {}, {"a": 1}, ["a", None],
+    "\ud800",
 )  # fmt: skip
 ODD_BYTES = (
     b"\x00", b"\xff", b"\xff\xfe", b"\xef\xbb\xbf", b"\r", b"\n", b"\n\n", b'"', b'"""', b",", b";", b"\t", b"{", b"}",
@@ -49,7 +49,9 @@ Records = list[dict[str, Any]]
 
 def draw_text(draw: random.Random) -> str:
     """Draw some words."""
-    words = draw.choices(("good", "bad", "film", "plot", "was", "the", "a", "Paris", "café", "42"), k=draw.randint(1, 9))
+    words = draw.choices(
+        ("good", "bad", "film", "plot", "was", "the", "a", "Paris", "café", "42"), k=draw.randint(1, 9)
+    )
     return " ".join(words)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("starlette", reason='pip install "spdtool[serve]"')
 
-from spdtool.serving.connections import SLICE  # noqa: E402 (behind the check for its libraries)
+from spdtool.serving.connections import SLICE
 
 HOST = b"Host: localhost\r\n"
 GET = b"GET /v2/health/live HTTP/1.1\r\n" + HOST + b"\r\n"
