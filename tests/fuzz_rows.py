@@ -32,8 +32,8 @@ ENDINGS = ("csv", "tsv", "jsonl", "parquet", "txt", "json", "conll", "arrow", "z
 ODD_CELLS: tuple[Any, ...] = (
     "", " ", "\t", '"', '""', "'", ",", ";", "\r", "\n", "\x00", "\ufeff", "\u2028", "\u00a0", "NaN", "inf", "-1",
     "1e400", "None", "null", "true", "[]", "{}", "[", "a" * 140_000, "😀", "\u0301", "0", "00", "+1", "1.0", "1,5",
-    "yes", "YES", None, True, False, 0, -1, 10**30, 0.5, float("nan"), float("inf"), [], [[]], {}, {"a": 1}, ["a", None],
-    "\ud800",
+    "yes", "YES", None, True, False, 0, -1, 10**30, 0.5, float("nan"), float("inf"), [], [[]], {}, {"a": 1},
+    ["a", None], "\ud800",
 )  # fmt: skip
 ODD_BYTES = (
     b"\x00", b"\xff", b"\xff\xfe", b"\xef\xbb\xbf", b"\r", b"\n", b"\n\n", b'"', b'"""', b",", b";", b"\t", b"{", b"}",
