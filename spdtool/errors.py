@@ -40,6 +40,9 @@ REFUSED_PATH = (
 )
 
 
+LONGEST_MESSAGE = 1000  # characters, of a message about data
+
+
 class SpdError(Exception):
     """An error whose cause lies with the request. `hint` says what to try next."""
 
@@ -75,7 +78,21 @@ class UnknownName(RecipeError):
 
 
 class DataError(SpdError):
-    """A data file is missing, empty, ragged, badly encoded, or wrongly labelled."""
+    """A data file is missing, empty, ragged, badly encoded, or wrongly labelled.
+
+    Its message may quote a cell of any length, so the middle of a long message is left out.
+    """
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(_shorten(message), None if hint is None else _shorten(hint))
+
+
+def _shorten(message: str) -> str:
+    """Leave out the middle of a long message."""
+    if len(message) <= LONGEST_MESSAGE:
+        return message
+    half = LONGEST_MESSAGE // 2
+    return f"{message[:half]} … {message[-half:]}"
 
 
 class ModelError(SpdError):

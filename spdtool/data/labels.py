@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from spdtool.data.formats.table import Table, is_encodable
+from spdtool.data.formats.table import MOST_DIGITS, Table, is_encodable
 from spdtool.errors import DataError
 
 MOST_CLASSES = 10_000  # beyond, a column of ids is more likely; and every different label is kept in memory
@@ -146,7 +146,7 @@ def read_labels(table: Table, column: str, *, as_numbers: bool = False) -> list[
 
 def _class_number(cell: object) -> int | None:
     """Return the class number in a cell, which is text in files without types; None where it is something else."""
-    if isinstance(cell, str) and re.fullmatch(r"-?\d+", cell.strip(), re.ASCII):
+    if isinstance(cell, str) and re.fullmatch(r"-?\d+", cell.strip(), re.ASCII) and len(cell) <= MOST_DIGITS:
         return int(cell)
     return cell if isinstance(cell, int) else None
 
@@ -171,7 +171,7 @@ def normalize_label(table: Table, row: int, cell: object) -> str:
         table.refuse(row, f"the label {cell!r} holds half a surrogate pair, which is not text")
     # Formats and libraries write the same class as 1 or 1.0; by text, because an int may be too long for a float.
     match = WHOLE_NUMBER.fullmatch(str(cell))
-    if match is None:
+    if match is None or len(match[2]) > MOST_DIGITS:
         return str(cell)
     sign, digits = match[1], match[2]
     return str(int(sign + digits))

@@ -341,6 +341,24 @@ def test_a_broken_file_is_refused_by_name_and_line(tmp_path: Path) -> None:
             assert str(data) in error.value.message, case
 
 
+def test_a_label_of_thousands_of_digits_is_a_name(tmp_path: Path) -> None:
+    digits = "1" * 5000
+    records = [{"text": f"row {i}", "label": digits if i % 2 else "2"} for i in range(20)]
+    for ending in ("csv", "tsv", "jsonl", "parquet"):
+        assert local(make(tmp_path / f"mine.{ending}", records)).labels == (digits, "2"), ending
+    quoted = tmp_path / "quoted.tsv"
+    quoted.write_text("text\tlabel\n" + "".join(f'"row {i}"\t{digits if i % 2 else 2}\n' for i in range(20)))
+    assert local(quoted).labels == (digits, "2")
+
+
+def test_a_message_quotes_only_the_ends_of_a_long_cell(tmp_path: Path) -> None:
+    make(tmp_path / "train.jsonl", PLAIN)
+    make(tmp_path / "dev.jsonl", [{"text": "a", "label": "x" * 100_000}])
+    with pytest.raises(DataError, match=r"line 1: the label 'xxx.* … x*' is in no training row") as error:
+        rows(tmp_path)
+    assert len(str(error.value)) < 1100
+
+
 def test_the_known_endings_are_listed_and_capitals_do_not_matter(tmp_path: Path) -> None:
     known = "known endings: .csv, .tsv, .jsonl, .parquet, .arrow, .json, .conll, .bio, .iob"
     for ending, further in (("xlsx", None), ("txt", "add --teacher, a sentence encoder's folder")):

@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal
 
-from spdtool.data.formats.table import Table, check_table, read_text
+from spdtool.data.formats.table import MOST_DIGITS, Table, check_table, read_text
 from spdtool.errors import DataError
 
 LONGEST_FIELD = 2**31 - 1  # characters; the csv module's own limit of 131,072 is below the length of a book
@@ -93,7 +93,7 @@ def is_quoted_tsv(path: str | Path) -> bool:
 def _written_rows(cells: list[str]) -> list[str]:
     """Return the line that a csv writer makes of the cells, by each of its ways of quoting."""
     lines = []
-    typed = [int(cell) if cell.isdecimal() else cell for cell in cells]
+    typed = [int(cell) if cell.isdecimal() and len(cell) <= MOST_DIGITS else cell for cell in cells]
     ways: tuple[tuple[Sequence[object], Literal[0, 1, 2]], ...]
     ways = ((cells, csv.QUOTE_MINIMAL), (cells, csv.QUOTE_ALL), (typed, csv.QUOTE_NONNUMERIC))
     for row, quoting in ways:

@@ -13,6 +13,7 @@ from typing import NoReturn
 from spdtool.errors import DataError
 
 SURROGATE = re.compile("[\ud800-\udfff]")
+MOST_DIGITS = 4000  # of a whole number: Python refuses to read over 4,300
 LFS_POINTER = b"version https://git-lfs"
 
 

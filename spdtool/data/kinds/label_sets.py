@@ -14,7 +14,7 @@ import numpy as np
 
 from spdtool.data.columns import Columns, read_texts, require_column
 from spdtool.data.dataset import Rows
-from spdtool.data.formats.table import Table, read_text
+from spdtool.data.formats.table import MOST_DIGITS, Table, read_text
 from spdtool.data.labels import SWITCHES, normalize_label, plain_switch, sort_classes
 from spdtool.errors import DataError
 
@@ -208,7 +208,7 @@ def _refuse_tags_of_words(table: Table, column: str) -> None:
 
 
 def _name_of_number(table: Table, row: int, label: str, names: Sequence[str]) -> str:
-    if not label.isdecimal() or int(label) >= len(names):
+    if not _is_number_of_name(label, names):
         table.refuse(
             row, f"the label {label!r} is neither one of the {len(names)} names nor a number below {len(names)}"
         )
@@ -225,7 +225,11 @@ def _has_several(cells: Sequence[object], names: Sequence[str]) -> bool:
 
 
 def _is_label(word: str, names: Sequence[str]) -> bool:
-    return word in names or (word.isdecimal() and int(word) < len(names))
+    return word in names or _is_number_of_name(word, names)
+
+
+def _is_number_of_name(word: str, names: Sequence[str]) -> bool:
+    return word.isdecimal() and len(word) <= MOST_DIGITS and int(word) < len(names)
 
 
 def _read_switches(table: Table, columns: Sequence[str]) -> np.ndarray:

@@ -30,6 +30,7 @@ QUERY_NAMES = ("query", "question")
 PASSAGE_NAMES = ("passage", "document", "doc")
 RELEVANCE_NAMES = ("relevant", "relevance", "label", "score")
 ID_NAMES = ("query_id", "qid", "query-id", "question_id")
+MOST_RELEVANT = 1_000_000  # a gain; what is larger is an id, a time or a hash
 METRICS = ("mrr@10", "ndcg@10", "map")
 
 
@@ -108,7 +109,7 @@ def read_relevance(table: Table, column: str) -> list[int]:
     """Return the relevance of each row: 0, or how relevant it is.
 
     Raises:
-        DataError: a cell holds no whole number from 0.
+        DataError: a cell holds no whole number from 0 to `MOST_RELEVANT`.
     """
     values = []
     for row, cell in enumerate(table.column(column)):
@@ -117,10 +118,10 @@ def read_relevance(table: Table, column: str) -> list[int]:
             continue
         label = normalize_label(table, row, cell)
         number = parse_number(label)
-        if number is None or not number.is_integer() or number < 0:
+        if number is None or not number.is_integer() or not 0 <= number <= MOST_RELEVANT:
             table.refuse(
                 row,
-                f"the relevance {label!r} is no whole number from 0",
+                f"the relevance {label[:60]!r} is no whole number from 0 to {MOST_RELEVANT:,}",
                 "0: the passage is not relevant; 1 or more: how relevant it is"
                 + ("; write 0 for what TREC marks as spam" if number is not None and number < 0 else ""),
             )

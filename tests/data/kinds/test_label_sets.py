@@ -112,6 +112,7 @@ def test_invalid_labels_are_named_by_line(tmp_path: Path) -> None:
     (tmp_path / "labels.txt").write_text("a\nb\n")
     cases: dict[str, tuple[list[Any], str]] = {
         "number": ([[0], [1, 2]], "line 2: the label '2' is neither one of the 2 names nor a number below 2"),
+        "digits": ([[0], ["1" * 5000]], "is neither one of the 2 names nor a number below 2"),
         "name": ([["a"], ["c"]], "line 2: the label 'c' is neither"),
         "nothing": ([["a"], None], "line 2: no label: None"),
         "empty": ([["a"], [""]], "line 2: no label: ''"),

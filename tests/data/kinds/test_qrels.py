@@ -61,6 +61,7 @@ def test_faults_in_judgements_are_named(tmp_path: Path) -> None:
         ("q9\tp1\t1\n", "line 2: there is no query 'q9'"),
         ("q1\tp1\n", "line 2: 2 columns"),
         ("q1\tp1\t1\nq1\tp1\t0\n", "line 3: the passage 'p1' has the relevance 0 to the query 'q1', and 1 in an"),
+        (f"q1\tp1\t1\nq2\tp2\t{10**30}\n", "is no whole number from 0 to 1,000,000"),
         ("q1\tp1\t1\nq2\tp2\t-2\n", "line 3: the relevance '-2' is no whole number from 0"),
     ):
         with pytest.raises(DataError, match=message):
