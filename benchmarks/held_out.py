@@ -75,6 +75,10 @@ def compare(gold: Sequence[int], first: Sequence[int], second: Sequence[int]) ->
 def score(options: argparse.Namespace) -> None:
     """Print a table of the checkpoints."""
     columns, gold = read_rows(TASK, options.test)
+    if options.unread is not None:
+        read = Overlap(options.unread.read_text("utf-8").splitlines())
+        rows = [row for row, sentence in enumerate(columns[0]) if not read.touches(sentence)]
+        columns, gold = [[column[row] for row in rows] for column in columns], [gold[row] for row in rows]
     first: list[int] | None = None
     print(f"| {len(gold):,} rows | accuracy | to the first | 95 % interval |\n|---|---|---|---|", flush=True)
     for argument in options.checkpoints:
@@ -102,6 +106,7 @@ def main() -> None:
     splitting.set_defaults(run=split)
     scoring = commands.add_parser("score", help="compare checkpoints")
     scoring.add_argument("test", type=Path)
+    scoring.add_argument("--unread", type=Path, help="leave out rows that have something in common with these lines")
     scoring.add_argument("checkpoints", nargs="+", help="NAME=FOLDER; the others are compared with the first")
     scoring.set_defaults(run=score)
     options = parser.parse_args()

@@ -55,12 +55,14 @@ def local_dataset(recipe: Recipe) -> Dataset:
     from spdtool.data.sharded import find_shards, sharded_dataset  # it imports this module
 
     shards = find_shards(Path(recipe.data))
-    if shards is not None:
-        if not _reads_whole_tables(read_header(shards["train"][0]), recipe):
-            return sharded_dataset(recipe, shards)
-        tables = join_shards(shards, read_class_names(Path(recipe.data)))
-    else:
+    if shards is None:
         tables = read_tables(Path(recipe.data))
+    else:
+        if not _reads_whole_tables(read_header(shards["train"][0]), recipe):
+            dataset = sharded_dataset(recipe, shards)
+            if dataset is not None:
+                return dataset
+        tables = join_shards(shards, read_class_names(Path(recipe.data)))
     if find_ranking_columns(tables["train"].columns) is not None:
         return _ranking_dataset(recipe, tables)
     word_columns = find_word_columns(tables["train"], recipe.text, recipe.label)

@@ -101,8 +101,10 @@ def find_shards(folder: Path) -> dict[str, list[Path]] | None:
     return {split: paths for split, paths in files.items() if paths}
 
 
-def sharded_dataset(recipe: Recipe, files: dict[str, list[Path]]) -> Dataset:
-    """Describe the data set in these files; the first rows decide which columns there are, all labels what they are.
+def sharded_dataset(recipe: Recipe, files: dict[str, list[Path]]) -> Dataset | None:
+    """Describe the data set in these files; None where a row may have several labels, which are not read so.
+
+    The first rows decide which columns there are, all labels what they are.
 
     Raises:
         DataError: a file cannot be read or lacks values; the columns are unclear; too many classes.
@@ -110,12 +112,8 @@ def sharded_dataset(recipe: Recipe, files: dict[str, list[Path]]) -> Dataset:
     names = read_class_names(Path(recipe.data or ""))
     first_table = name_classes(next(_iterate_tables(files["train"][0])), names)
     columns = choose_columns(first_table, recipe.text, recipe.label, recipe.multilabel)
-    several = find_label_sets(first_table, columns, Path(recipe.data or ""), recipe.multilabel)
-    if several is not None:
-        raise DataError(
-            f"rows with several labels ({several.reason}) are not read from several files",
-            f"{recipe.data} has {len(files['train'])} of training rows: join them into one",
-        )
+    if find_label_sets(first_table, columns, Path(recipe.data or ""), recipe.multilabel) is not None:
+        return None
     files, test_note = _choose_test_files(files, columns, recipe)
     as_numbers = recipe.regression is True
     arrays = {}

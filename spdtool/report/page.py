@@ -20,6 +20,7 @@ from spdtool.report.drawing import save_png, to_svg
 from spdtool.report.figures import pareto_figures, reliability_figure, sparsity_figure, training_figure
 from spdtool.run.folder import Run
 from spdtool.run.records import Quality, StudentRow, SweepRecord
+from spdtool.run.storage import write_text
 from spdtool.sweep.rows import row_of_run
 from spdtool.sweep.run_sweep import RESULT
 
@@ -116,7 +117,7 @@ def write_page(folders: Sequence[Path], to: Path | None = None) -> Page:
         sections.append(_show_run(page, run, prefix))
     others = [str(run.path) for run in runs[MOST_RUNS:]]
     smoke = any(row.smoke for row in rows)
-    page.file.write_text(render(sections, comparison, others, smoke=smoke), "utf-8")
+    write_text(page.file.resolve(), render(sections, comparison, others, smoke=smoke))
     return page
 
 

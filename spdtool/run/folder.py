@@ -13,7 +13,6 @@ inside the partial folder, which is then renamed: a folder called `prune` is who
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import shutil
 import time
@@ -25,12 +24,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spdtool import ranks
-from spdtool.errors import Corrupt, RunError, RunMismatch, SpdError, StageMissing, explain_machine_error
+from spdtool.errors import Corrupt, RunError, RunMismatch, SpdError, StageMissing
 from spdtool.recipe import STAGES, reading
-from spdtool.recipe.fields import ACCEPTED_LATER, MAY_CHANGE, FieldChange, Recipe, first_stage_using
-from spdtool.recipe.spelling import assign
+from spdtool.recipe.fields import ACCEPTED_LATER, MAY_CHANGE, Recipe, first_stage_using
 from spdtool.run.fingerprint import describe_machine, hash_json, list_files, sha256
 from spdtool.run.lock import LOCK, lock_folder
+from spdtool.run.refusals import (
+    cannot_create_run,
+    describe_data_change,
+    explaining_machine_errors,
+    recipe_hint,
+    redo_hint,
+    refuse_unusable_path,
+)
 from spdtool.run.storage import create_folder, publish_folder, remove_path, settle_folder, sync_folder, write_json
 
 if TYPE_CHECKING:  # `spdtool --help` imports this module, and must not wait for pydantic
@@ -122,7 +128,7 @@ class Run:
         """
         path = Path(path)
         if not (path / "run.json").exists():
-            _refuse_unusable(path)
+            refuse_unusable_path(path, BEFORE_RUN_JSON)
             return cls(path, recipe)
         old = cls.open(path)
         changed = [difference for difference in recipe.diff(old.recipe) if difference[0] not in MAY_CHANGE]
@@ -135,7 +141,7 @@ class Run:
                 conflicts.append(difference)
         if conflicts:
             lines = "; ".join(f"{name} is {before!r} there and {now!r} here" for name, now, before in conflicts[:5])
-            raise RunMismatch(f"{path} belongs to another recipe: {lines}", _recipe_hint(path, conflicts))
+            raise RunMismatch(f"{path} belongs to another recipe: {lines}", recipe_hint(path, conflicts))
         run = cls(path, recipe)
         if changed and not dry and ranks.is_main():  # one writer: the other ranks read run.json
             with lock_folder(path):
@@ -173,7 +179,7 @@ class Run:
         result = self.record(stage).result
         if result is None:
             file = self.path / stage / RECORD
-            raise Corrupt(f"{file} holds no result", _redo_hint(stage, self.path))
+            raise Corrupt(f"{file} holds no result", redo_hint(stage, self.path))
         return result
 
     def training_result(self, stage: str) -> TrainingResult:
@@ -209,7 +215,7 @@ class Run:
                 since been replaced.
         """
         record, folder = self.record(stage), self.path / stage
-        hint = _redo_hint(stage, self.path)
+        hint = redo_hint(stage, self.path)
         for file in record.files:
             path = folder / file.path
             if not path.is_file():
@@ -240,8 +246,9 @@ class Run:
         for stage in stages:
             recorded = self.record(stage).data
             if recorded is not None and not recorded.agrees(data):  # a stage of an older version has none
+                change = describe_data_change(recorded, data)
                 raise RunMismatch(
-                    f"the rows are not those of the stage {stage!r} in {self.path}: {_data_change(recorded, data)}",
+                    f"the rows are not those of the stage {stage!r} in {self.path}: {change}",
                     "put the data back, give another --run, or begin anew: "
                     f"`spdtool teacher --run {shlex.quote(str(self.path))} --again`",
                 )
@@ -267,10 +274,10 @@ class Run:
         try:
             create_folder(self.path)
         except OSError as error:
-            raise _cannot_create(self.path, error.strerror or str(error)) from None
-        with _explain_machine_errors(), lock_folder(self.path):
+            raise cannot_create_run(self.path, error.strerror or str(error)) from None
+        with explaining_machine_errors(), lock_folder(self.path):
             if self.done(name):
-                raise RunError(f"{name} is already done in {self.path}", _redo_hint(name, self.path))
+                raise RunError(f"{name} is already done in {self.path}", redo_hint(name, self.path))
             file = self.path / "run.json"
             # The number of threads is known only now, and a resumed run takes the same.
             if not file.exists() or _read_threads(file) != self.threads:
@@ -420,20 +427,6 @@ def _read_threads(file: Path) -> int | None:
     return threads if isinstance(threads, int) and threads > 0 else None
 
 
-@contextmanager
-def _explain_machine_errors() -> Iterator[None]:
-    """Raise what the machine ran out of, or does not allow, as an SpdError."""
-    try:
-        yield
-    except SpdError:
-        raise
-    except Exception as error:
-        explained = explain_machine_error(error)
-        if explained is None:
-            raise
-        raise explained from error
-
-
 def read_stage_record(folder: Path) -> StageRecord:
     """Read the stage.json in `folder`.
 
@@ -446,7 +439,7 @@ def read_stage_record(folder: Path) -> StageRecord:
     try:
         return StageRecord.model_validate(json.loads(file.read_text("utf-8")))
     except (OSError, ValueError) as error:  # pydantic's errors are ValueErrors, as those of json and of UTF-8 are
-        raise Corrupt(f"{file} cannot be read: {error}", _redo_hint(folder.name, folder.parent)) from None
+        raise Corrupt(f"{file} cannot be read: {error}", redo_hint(folder.name, folder.parent)) from None
 
 
 def default_path(recipe: Recipe) -> Path:
@@ -467,47 +460,3 @@ def default_path(recipe: Recipe) -> Path:
     if recipe.smoke:
         name = f"smoke-{name}"
     return Path("runs") / name
-
-
-def _refuse_unusable(path: Path) -> None:
-    """Raise RunError if no new run can be created at `path`."""
-    if path.exists():
-        foreign = not path.is_dir() or {file.name for file in path.iterdir()} - BEFORE_RUN_JSON
-        if foreign:
-            raise RunError(f"{path} exists and is not a run folder", "give another --run")
-    # the run folder may be several levels below what exists
-    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    if not os.access(existing, os.W_OK):
-        raise _cannot_create(path, f"{existing} may not be written to")
-
-
-def _cannot_create(path: Path, reason: str) -> RunError:
-    return RunError(f"no run folder can be made at {path}: {reason}", "give another --run")
-
-
-def _recipe_hint(path: Path, conflicts: list[FieldChange]) -> str:
-    """Say what to type where finished stages were made with other values."""
-    values = {name: now for name, now, _ in conflicts}
-    first = min(map(first_stage_using, values), key=STAGES.index)
-    folder = shlex.quote(str(path))
-    shared = [name for name in values if name.split(".")[0] not in STAGES]
-    if any(first_stage_using(name) == "teacher" for name in shared):
-        return f"give another --run; its teacher may be this one: --teacher {shlex.quote(str(path / 'teacher'))}"
-    sets = " ".join(f"--set {shlex.quote(assign(name, value))}" for name, value in values.items())
-    return f"give another --run, or drop {first} and what follows: `spdtool {first} --run {folder} --again {sets}`"
-
-
-def _data_change(before: DataRecord, now: DataRecord) -> str:
-    """Describe how the rows differ: in number, or only in content."""
-    there, here = _count_rows(before), _count_rows(now)
-    if there != here:
-        return f"{there} there, {here} here"
-    return f"as many ({here}), but other texts, labels or order (digest {before.digest[:8]}, now {now.digest[:8]})"
-
-
-def _count_rows(data: DataRecord) -> str:
-    return ", ".join(f"{count:,} {split}" for split, count in data.rows.items())
-
-
-def _redo_hint(stage: str, path: Path) -> str:
-    return f"to redo it and what follows: `spdtool {stage} --run {shlex.quote(str(path))} --again`"

@@ -91,14 +91,12 @@ def remove_path(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def write_json(file: Path, value: Record | Mapping[str, object]) -> None:
-    """Write a record whole or not at all: to a sibling, flushed to disk, then renamed."""
-    content = value if isinstance(value, Mapping) else value.model_dump(mode="json")
+def write_text(file: Path, text: str) -> None:
+    """Write a file whole or not at all: to a sibling, flushed to disk, then renamed."""
     sibling = file.with_name(f".{file.name}.tmp")
     try:
         with sibling.open("w", encoding="utf-8") as stream:
-            json.dump(content, stream, indent=2, ensure_ascii=False)
-            stream.write("\n")
+            stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())  # a rename may reach the disk before the contents do
         sibling.replace(file)
@@ -106,6 +104,12 @@ def write_json(file: Path, value: Record | Mapping[str, object]) -> None:
     except BaseException:  # a full disk, or Ctrl-C: no trace is left
         sibling.unlink(missing_ok=True)
         raise
+
+
+def write_json(file: Path, value: Record | Mapping[str, object]) -> None:
+    """Write a record as `write_text` does."""
+    content = value if isinstance(value, Mapping) else value.model_dump(mode="json")
+    write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 @contextmanager

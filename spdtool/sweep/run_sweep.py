@@ -12,7 +12,7 @@ from spdtool import console
 from spdtool.errors import SpdError
 from spdtool.run.folder import Run
 from spdtool.run.records import StudentRow, SweepRecord
-from spdtool.run.storage import write_json
+from spdtool.run.storage import write_json, write_text
 from spdtool.stages.api import compress
 from spdtool.sweep import summary
 from spdtool.sweep.rows import row_of_recipe, row_of_run
@@ -96,7 +96,7 @@ def write_results(rows: Sequence[StudentRow], out: Path) -> None:
     if any(row.smoke for row in rows):
         title = "SMOKE SWEEP, NO RESULT"
     write_json(out / RESULT, SweepRecord(spdtool=metadata.version("spdtool"), rows=list(rows)))
-    (out / "sweep.md").write_text(summary.markdown(title, rows), "utf-8")
+    write_text(out / "sweep.md", summary.markdown(title, rows))
 
 
 def _make_relative(row: StudentRow, trial: Trial) -> StudentRow:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -127,6 +128,20 @@ def test_the_page_shows_a_killed_phase_up_to_its_last_step(toy_run):
     (phase,) = curves.student_curves(run).phases
     assert (phase.name, phase.finished, phase.dev, phase.train) == ("prune", False, [(3, 0.5)], [])
     assert "prune (unfinished)" in " ".join(read(page.write_page([run.path]).file).words)
+
+
+def test_a_page_on_a_full_disk_leaves_the_older_page(finished_page, compressed, monkeypatch):
+    file = finished_page[1].file
+    before = file.read_bytes()
+
+    def fail(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        page.write_page([compressed], file)
+    assert file.read_bytes() == before
+    assert not [each.name for each in file.parent.iterdir() if each.name.startswith(".")]
 
 
 def test_older_runs_without_train_scores_have_empty_gaps(compressed, tmp_path):

@@ -160,12 +160,22 @@ def test_a_rare_label_is_on_both_sides_of_the_drawn_dev_set(tmp_path: Path) -> N
     assert draw_dev_rows(rows["train"], 0, 0.1)["dev"].first
 
 
-def test_rows_of_several_labels_in_several_files_are_refused(tmp_path: Path) -> None:
-    for number in range(2):
-        write_jsonl(tmp_path / f"train-{number}.jsonl", SETS)
-    write_jsonl(tmp_path / "dev.jsonl", SETS)
-    with pytest.raises(DataError, match="are not read from several files"):
-        find_dataset(recipe(tmp_path))
+def test_rows_of_several_labels_in_several_files_are_those_of_one(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    further = [["late"], ["late", *SETS[0]], []]
+    write_jsonl(tmp_path / "one/train.jsonl", [*SETS, *further])
+    write_jsonl(tmp_path / "two/train-0.jsonl", SETS)
+    write_jsonl(tmp_path / "two/train-1.jsonl", further)  # a label that the first file does not have
+    datasets = []
+    for name in ("one", "two"):
+        write_jsonl(tmp_path / name / "dev.jsonl", SETS)
+        datasets.append(described(tmp_path / name))
+    joined, sharded = datasets
+    assert "late" in sharded.labels
+    assert (sharded.labels, sharded.kind) == (joined.labels, joined.kind)
+    for split, rows in joined.load(None, 0).items():
+        assert np.array_equal(sharded.load(None, 0)[split].labels, rows.labels)
 
 
 def test_lists_with_a_zero_or_one_for_each_label_are_no_names(tmp_path: Path) -> None:
