@@ -59,6 +59,7 @@ class CostModel:
 
     Args:
         student, teacher: without weights; their shapes count.
+        final: sparsity of the shape of a structured student; None: that of the recipe.
     """
 
     def __init__(
@@ -68,8 +69,9 @@ class CostModel:
         teacher: PreTrainedModel,
         workload: Workload,
         device: torch.device,
+        final: float | None = None,
     ) -> None:
-        self.recipe, self.workload, self.device = recipe, workload, device
+        self.recipe, self.workload, self.device, self.final = recipe, workload, device, final
         self._student_shapes, self._teacher_shapes = count_shapes(student), count_shapes(teacher)
         shapes = {*self._student_shapes, *self._teacher_shapes}
         self._products = {shape: time_product(shape, device) for shape in shapes}
@@ -93,7 +95,7 @@ class CostModel:
                 other_seconds += self._pass_seconds(self.workload.rows, self.teacher_forward)
         events: list[tuple[int, float]] = []
         if isinstance(section, Prune):
-            for step, sparsity in plan_prune_events(self.recipe, length.steps):
+            for step, sparsity in plan_prune_events(self.recipe, length.steps, final=self.final):
                 events.append((step, self._estimate_event(section, sparsity)))
         return StageCost(length.steps, step_seconds, tuple(events), other_seconds)
 

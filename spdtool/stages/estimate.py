@@ -74,7 +74,9 @@ class Estimator:
         rows, unlabeled = inputs["train"], inputs.get(UNLABELED, 0)
         self.workload = Workload(rows + self.recipe.unlabeled_per_epoch(rows, unlabeled), dev_rows, tokens)
         self.stored_rows = rows + unlabeled
-        self.cost_model = CostModel(self.recipe, pair.student, pair.teacher, self.workload, device)
+        self.cost_model = CostModel(
+            self.recipe, pair.student, pair.teacher, self.workload, device, counts.shape_sparsity
+        )
         self.chosen = [*required_targets(self.recipe.export), *optional_targets(self.recipe)[0]]
 
     def estimate_stage(self, stage: str) -> StageEstimate:

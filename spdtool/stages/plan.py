@@ -75,6 +75,8 @@ def make_plan(run: Run, redo: str | None = None) -> Plan:
         # An architecture that nobody has tried is traced now, not after hours of training.
         try_families(recipe, task, (student.config, teacher.config))
     counts = _count_weights(recipe, student)
+    if recipe.prune.is_structured:
+        _check_events(recipe, count_epoch_rows(recipe, rows), counts.shape_sparsity)
     pair = Pair(student, teacher, load_teacher_tokenizer(recipe, task))
     inputs = {name: count_inputs(task, recipe, pair.tokenizer, split) for name, split in splits.items()}
     epoch_rows = count_epoch_rows(recipe, inputs)
@@ -84,7 +86,7 @@ def make_plan(run: Run, redo: str | None = None) -> Plan:
     for stage in STAGES:
         model = teacher if stage == "teacher" else student
         stage_rows = inputs["train"] if stage == "teacher" else epoch_rows
-        planned = _plan_stage(run, stage, stage_rows, model.config.hidden_size)
+        planned = _plan_stage(run, stage, stage_rows, model.config.hidden_size, counts.shape_sparsity)
         if stage == "export":
             planned.targets = [choice.name for choice in estimator.chosen]
         if not planned.done:
@@ -138,8 +140,8 @@ def check_recipe(recipe: Recipe, rows: int) -> Accelerator:
     required_targets(recipe.export)
     for phase in (recipe.prune, recipe.distill, recipe.finetune):
         replacing_rate(phase.grafting)
-    events = plan_prune_events(recipe, recipe.prune.length(rows).steps)
-    check_statistics(recipe.prune, events, copied=recipe.student is None and not recipe.prune.layers)
+    if not recipe.prune.is_structured:  # the shape of a student says how far its events go
+        _check_events(recipe, rows)
     if recipe.prune.exchanges and not recipe.prune.regrowth:
         raise RecipeError(
             f"{recipe.prune.exchanges} exchanges change nothing: without regrowth the dead stay dead",
@@ -148,6 +150,17 @@ def check_recipe(recipe: Recipe, rows: int) -> Accelerator:
     check_trackers(recipe)
     read_extra_texts(recipe)
     return create_accelerator(recipe)  # raises where the device is not there
+
+
+def _check_events(recipe: Recipe, rows: int, final: float | None = None) -> None:
+    """Raise RecipeError if the prune events do not fit into their stage, or one has too few statistics.
+
+    Args:
+        rows: of an epoch of the student.
+        final: sparsity of the shape of a structured student; None: that of the recipe.
+    """
+    events = plan_prune_events(recipe, recipe.prune.length(rows).steps, final=final)
+    check_statistics(recipe.prune, events, copied=recipe.student is None and not recipe.prune.layers)
 
 
 def check_run(run: Run, redo: str | None = None) -> None:
@@ -231,7 +244,7 @@ def _count_weights(recipe: Recipe, student: PreTrainedModel) -> WeightCounts:
         layers = find_structures(student)
         sparsity = shape_sparsity(layers, choose_shape(recipe.prune, full_shape(layers)))
         counts.prunable = sum(weight.numel() for weight in find_prunable_weights(student).values())
-        counts.zeros = round(sparsity * counts.prunable)
+        counts.zeros, counts.shape_sparsity = round(sparsity * counts.prunable), sparsity
         return counts
     pattern = find_pattern(recipe.prune.pattern)
     for name, weight in find_prunable_weights(student).items():
@@ -243,7 +256,8 @@ def _count_weights(recipe: Recipe, student: PreTrainedModel) -> WeightCounts:
     return counts
 
 
-def _plan_stage(run: Run, stage: str, rows: int, width: int) -> StagePlan:
+def _plan_stage(run: Run, stage: str, rows: int, width: int, final: float | None) -> StagePlan:
+    """Plan a stage on so many rows, of a model of that hidden width; `final` as in `plan_prune_events`."""
     section = run.recipe.section(stage)
     planned = StagePlan(stage=stage, done=run.done(stage))
     if stage == "teacher" and run.recipe.given_teacher is not None:
@@ -253,5 +267,5 @@ def _plan_stage(run: Run, stage: str, rows: int, width: int) -> StagePlan:
         planned.epochs, planned.steps, planned.why = length.epochs, length.steps, length.reason
         planned.learning_rate = section.peak(width)
         if isinstance(section, Prune):
-            planned.prune_events = len(plan_prune_events(run.recipe, length.steps))
+            planned.prune_events = len(plan_prune_events(run.recipe, length.steps, final=final))
     return planned

@@ -186,6 +186,17 @@ def test_the_first_jump_does_not_pass_by_a_student_that_is_to_be_left(toys: Modu
     assert [step for step, _ in events] == sorted({step for step, _ in events})
 
 
+def test_a_student_that_is_to_be_saved_beyond_its_shape_is_refused_by_the_plan(toy_run: Callable[..., Run]) -> None:
+    shape = {"prune.heads": 0.5, "prune.neurons": 0.5, "sparsity": 0.9}
+    plan = planning.make_plan(toy_run(folder="shape", **shape))
+    final = plan.parameters.shape_sparsity
+    assert final is not None
+    assert final < 0.8
+    run = toy_run(folder="beyond", **shape, **{"prune.save_at": [0.8]})
+    with pytest.raises(RecipeError, match=f"sparsity 0.8 is not on the way of the prune events .* to {final:g}"):
+        planning.make_plan(run)
+
+
 def test_exchanges_without_regrowth_are_refused(toys: ModuleType) -> None:
     recipe = toys.recipe("prune.exchanges=2", "prune.freeze=0.9")
     with pytest.raises(RecipeError, match="change nothing"):

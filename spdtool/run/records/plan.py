@@ -39,12 +39,17 @@ class StagePlan(Record):
 
 
 class WeightCounts(Record):
-    """Weights of the student: all, those that can be pruned, those that become zero, and matrices without any left."""
+    """Weights of the student: all, those that can be pruned, those that become zero, and matrices without any left.
+
+    Attributes:
+        shape_sparsity: share of the prunable weights that a shape removes; None without a shape.
+    """
 
     all: int
     prunable: int
     zeros: int
     emptied: int
+    shape_sparsity: float | None = None
 
 
 class ResourceEstimate(Record):
