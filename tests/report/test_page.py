@@ -130,16 +130,16 @@ def test_the_page_shows_a_killed_phase_up_to_its_last_step(toy_run):
     assert "prune (unfinished)" in " ".join(read(page.write_page([run.path]).file).words)
 
 
-def test_a_page_on_a_full_disk_leaves_the_older_page(finished_page, compressed, monkeypatch):
-    file = finished_page[1].file
-    before = file.read_bytes()
+def test_a_page_on_a_full_disk_leaves_the_older_page(toy_run, tmp_path, monkeypatch):
+    run, file = toy_run(until="teacher"), tmp_path / "pages/report.html"
+    before = page.write_page([run.path], file).file.read_bytes()
 
     def fail(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(OSError, match="No space left"):
-        page.write_page([compressed], file)
+        page.write_page([run.path], file)
     assert file.read_bytes() == before
     assert not [each.name for each in file.parent.iterdir() if each.name.startswith(".")]
 
