@@ -39,7 +39,6 @@ from spdtool.tasks.head import read_head
 FLOAT32_MODULES = "kept_fp32"  # metadata of the model: the modules that int8 left alone
 REDUCE_RANGE = "reduce_range"  # metadata of the model: whether weights have 7 bits
 RIGHT_PADDED = "right_padded"  # metadata of the model: whether it takes row lengths, and so right padding only
-REDUCED_LEVELS = 64  # int8 numbers on either side of zero where weights have 7 bits
 CALIBRATION_BATCH = 8  # rows; the quantizer keeps every activation of a batch in memory
 
 
@@ -219,9 +218,9 @@ class OnnxInt8(RoundedOnnx):
     def stored_weights(self, folder: Path) -> Iterator[StoredWeight]:
         """Yield every parameter; with 7 bits there are fewer int8 numbers."""
         metadata = metadata_of(onnx.load(folder / MODEL_FILE, load_external_data=False))
-        levels = REDUCED_LEVELS if metadata[REDUCE_RANGE] == "true" else INT8_LEVELS
+        reduced = metadata[REDUCE_RANGE] == "true"
         for stored in super().stored_weights(folder):
-            yield stored._replace(levels=levels)
+            yield stored if reduced else stored._replace(levels=INT8_LEVELS)
 
     def float32_candidates(self, checkpoint: Path, recipe: Recipe) -> list[str]:
         """List each layer, and each module outside the layers that has a matrix."""

@@ -27,10 +27,10 @@ from spdtool.data import tokens as data
 from spdtool.errors import DeviceError, GateError, ModelError, PluginError, SpdError
 from spdtool.export import onnx_session
 from spdtool.export.bundle.unpack import require_empty_folder
-from spdtool.export.bundle.write import BUNDLE_FOLDER, write_bundle
+from spdtool.export.bundle.write import write_bundle
 from spdtool.export.finished import FinishedTargets, target_folders
+from spdtool.export.gates.bundle import check_bundle
 from spdtool.export.gates.checked_export import export_and_check
-from spdtool.export.gates.folder import check_bundle
 from spdtool.export.gates.reference import DevSets, Reference, prepare_dev_sets
 from spdtool.export.graph.trace import cached_traces
 from spdtool.export.quality import measure_quality
@@ -87,7 +87,7 @@ def export(run: Run) -> ExportResult:
         if obstacle:
             console.warn(f"there is no bundle to serve: {obstacle}")
         else:
-            check_bundle(stage.folder / BUNDLE_FOLDER)
+            check_bundle(stage.folder, result)
     # After the stage was committed: what passed the gates is there, whatever was refused.
     raise_if_refused(result, run)
     return result

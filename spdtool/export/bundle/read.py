@@ -42,14 +42,8 @@ NO_LIMIT = 10**9  # a tokenizer without a limit writes a number above this as it
 DEFAULT_LENGTH = 512  # where neither the tokenizer nor the model says how long an input may be
 # Their first position comes after the padding token's number: fewer tokens fit than positions exist.
 OFFSET_POSITIONS = {
-    "camembert",
-    "data2vec-text",
-    "ibert",
-    "longformer",
-    "mpnet",
-    "roberta",
-    "roberta-prelayernorm",
-    "xlm-roberta",
+    *("camembert", "data2vec-text", "esm", "ibert", "longformer", "mpnet", "roberta", "roberta-prelayernorm"),
+    *("xlm-roberta", "xlm-roberta-xl", "xmod"),
 }
 WHAT_TO_GIVE = "give what `spdtool export` wrote, such as RUN/export/student"
 

@@ -85,7 +85,7 @@ def write_bundle(export: Path, checkpoint: Path, recipe: Recipe, result: ExportR
         checkpoint: the student's; it computes the golden logits.
         result: of the stage.
     """
-    folders = _student_folders(export, result)
+    folders = student_folders(export, result)
     if PORTABLE_TARGET not in folders:
         return f"the target {PORTABLE_TARGET!r} was not exported, which every client can open"
     portable = folders[PORTABLE_TARGET]
@@ -173,7 +173,7 @@ def _make_golden_row(model: PreTrainedModel, encoded: BatchEncoding, text: str, 
     )
 
 
-def _student_folders(export: Path, result: ExportResult) -> dict[str, Path]:
+def student_folders(export: Path, result: ExportResult) -> dict[str, Path]:
     """Map each target that exported a student to its folder; the first target has none of its own."""
     folders = {result.first: export / STUDENT}
     for name in result.further():
@@ -224,7 +224,7 @@ def _make_manifest(folder: Path, variants: dict[str, Variant], recipe: Recipe, p
         text=list(find_dataset(recipe).text),
         kind=portable.kind,
         settings=dict(portable.settings) or None,
-        sparsity=variants[PORTABLE_TARGET].sparsity if recipe.prune.is_structured else recipe.sparsity,
+        sparsity=variants[PORTABLE_TARGET].sparsity,
         smoke=recipe.smoke,
         model=variants[PORTABLE_TARGET].file,
         prefer=prefer,

@@ -11,16 +11,20 @@ from transformers import PreTrainedModel
 from spdtool.data.tokens import Batch, Encoded
 from spdtool.models.layers import max_positions
 
-LONGEST_BATCH = 512  # tokens; longer ones take minutes and show nothing new
-POWERS = range(2, 10)  # single rows have these powers of two as lengths
+UNLIMITED = 512  # tokens; longest input of a model that says nothing of it
+# Longer ones take minutes. Above 512, because that is the commonest limit that an exporter might freeze.
+LONGEST_BATCH = 1024  # tokens
+POWERS = range(2, 11)  # single rows have these powers of two as lengths
 ODD_LENGTHS = (1, 2, 3, 7)
 # Rows and tokens: an axis that was frozen when the graph was traced fits one of them at most.
 PADDED_SHAPES = ((2, 5), (3, 16), (4, 24), (5, 33), (8, 48), (2, 96))
+GAPS_SHAPE = (4, 24)
+GAPS_SHARE = 0.3  # of the tokens of each row
 
 
 def longest_supported_input(model: PreTrainedModel) -> int:
     """Longest input, in tokens, that is worth trying on the model."""
-    return max_positions(model) or int(getattr(model.config, "max_position_embeddings", None) or LONGEST_BATCH)
+    return max_positions(model) or int(getattr(model.config, "max_position_embeddings", None) or UNLIMITED)
 
 
 def make_dev_batches(rows: Encoded, sentences: int) -> dict[bool, tuple[str, Batch]]:
@@ -44,7 +48,8 @@ def make_random_batches(model: PreTrainedModel, rows: Encoded) -> Iterator[tuple
     """Yield batches of random tokens with a description of each.
 
     First come single rows without padding, then padded batches of rows of different lengths, each twice, padded on the
-    right and on the left. Where the model distinguishes token types, the padded batches and the longest row are pairs.
+    right and on the left, and one with gaps in its mask. Where the model distinguishes token types, the padded batches
+    and the longest row are pairs.
 
     Args:
         rows: the dev set, whose columns and padding they have; it may be empty.
@@ -60,6 +65,8 @@ def make_random_batches(model: PreTrainedModel, rows: Encoded) -> Iterator[tuple
         for pad_left in (False, True):
             batch = _random_batch(model, rows, shape, pair=has_pairs, pad_left=pad_left)
             yield f"shape {shape}, {kind}, {_padding(pad_left)}", batch
+    shape = (GAPS_SHAPE[0], min(longest, GAPS_SHAPE[1]))
+    yield f"shape {shape}, {kind}, gaps in the mask", _with_gaps(_random_batch(model, rows, shape, pair=has_pairs))
     if has_pairs:
         yield f"shape (1, {longest}), pair", _random_batch(model, rows, (1, longest), pair=True)
 
@@ -73,6 +80,15 @@ def _padding(pad_left: bool) -> str:
     if pad_left:
         return "padding on the left"
     return "padding on the right"
+
+
+def _with_gaps(batch: Batch) -> Batch:
+    """Hide tokens in the middle of each row; the first and the last one stay, so that no row is without any."""
+    mask = batch["attention_mask"]
+    is_hidden = np.random.default_rng(len(mask)).random(mask.shape) < GAPS_SHARE
+    rows, last = np.arange(len(mask)), mask.sum(axis=1) - 1
+    is_hidden[rows, last] = is_hidden[:, 0] = False
+    return batch | {"attention_mask": mask * ~is_hidden}
 
 
 def _random_batch(

@@ -12,7 +12,9 @@ from spdtool import console
 from spdtool.data.tokens import Batch, Encoded
 from spdtool.errors import DeviceError, RecipeError
 from spdtool.export.bundle.manifest import digest_files, write_manifest
+from spdtool.export.gates.files import check_files, check_manifest
 from spdtool.export.gates.folder import check_folder
+from spdtool.export.gates.interface import check_interface
 from spdtool.export.gates.logits import check_logits
 from spdtool.export.gates.operators import check_operators
 from spdtool.export.gates.reference import Reference
@@ -132,6 +134,10 @@ class ExportAttempt:
 
         # From cheap to dear: each gate may assume what the ones before it have shown.
         check_operators(target, files[0])
+        if target.opened_by == "onnxruntime":
+            check_interface(target, reference, files)
+        check_files(target, reference, folder, files)
+        check_manifest(target, reference, folder, files, self.providers[-1])
         new_zeros = check_weights(target, reference, folder)
         logits = check_logits(target, reference, folder, self.providers)
         check_folder(target, reference, folder, self.providers[-1])

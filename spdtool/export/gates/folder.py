@@ -19,8 +19,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from spdtool.data.dataset import Rows
 from spdtool.data.tokens import Encoded
 from spdtool.errors import GateError, ModelError, first_line
-from spdtool.export.bundle.manifest import read_manifest
-from spdtool.export.bundle.read import longest_input, read_golden_examples
+from spdtool.export.bundle.read import longest_input
 from spdtool.export.classifier import Classifier, load
 from spdtool.export.gates.reference import DevLogits, DevSets, Reference
 from spdtool.export.gates.sentence import check_sentence_files, check_token_vectors
@@ -28,9 +27,9 @@ from spdtool.export.model_files import read_tokenizer
 from spdtool.export.target import Target
 from spdtool.export.token_rows import TokenRow
 from spdtool.models.config import read_config
+from spdtool.models.layers import max_positions
 from spdtool.models.load import load_tokenizer
 from spdtool.models.predict import Forward
-from spdtool.run.records import BundleManifest
 from spdtool.tasks.decision import Answer
 from spdtool.tasks.task import Task
 
@@ -68,7 +67,6 @@ def check_folder(target: Target, reference: Reference, folder: Path, provider: s
     if opens_by_load(target, reference):
         classifier = open_classifier(folder, provider)
         check_classifier(classifier, reference, tokenizer)
-        check_settings(classifier, reference, provider)
         check_tokens(classifier, tokenizer)
         _check_same_model(classifier, target.session(folder, provider), reference, tokenizer)
     check_sentence_files(folder, reference)
@@ -141,7 +139,7 @@ def check_tokenizer(exported: PreTrainedTokenizerBase, tokenizer: PreTrainedToke
         if value != expected:
             raise GateError(f"the exported tokenizer has the {name} {value!r}; the checkpoint has {expected!r}")
     for first, second in golden_texts():
-        if exported(first, second)["input_ids"] != tokenizer(first, second)["input_ids"]:
+        if dict(exported(first, second)) != dict(tokenizer(first, second)):
             raise GateError(f"the exported tokenizer gives other tokens than the checkpoint's for {first[:60]!r}")
 
 
@@ -169,6 +167,12 @@ def check_classifier(classifier: Classifier, reference: Reference, tokenizer: Pr
     for name, (value, expected) in comparisons.items():
         if value != expected:
             raise GateError(f"spdtool.load gives the {name} {value!r}; the checkpoint has {expected!r}")
+    positions = max_positions(reference.model)
+    if positions is not None and classifier.max_length > positions:
+        raise GateError(
+            f"spdtool.load takes {classifier.max_length} tokens, and the model has {positions} positions",
+            "look at model_max_length in the checkpoint's tokenizer_config.json",
+        )
     task = reference.dev.task
     if task is not None and type(classifier.decision) is not task.decision:
         raise GateError(
@@ -178,31 +182,14 @@ def check_classifier(classifier: Classifier, reference: Reference, tokenizer: Pr
         )
 
 
-def check_settings(classifier: Classifier, reference: Reference, provider: str) -> None:
-    """Refuse a manifest whose kind of task, text columns or settings are not those that are scored; raises GateError.
-
-    Answers on dev rows do not show everything: a threshold may move between two logits.
-    """
-    task, bundle = reference.dev.task, classifier.bundle
-    if task is None or bundle is None:
-        return
-    comparisons = {
-        "kind of task": (bundle.kind, task.dataset.kind),
-        "text columns": (bundle.text, tuple(task.dataset.text)),
-        "settings": (dict(bundle.settings), reference.kind_settings(provider)),
-    }
-    for name, (value, expected) in comparisons.items():
-        if value != expected:
-            raise GateError(f"manifest.json has the {name} {value!r}; what was scored has {expected!r}")
-
-
 def check_tokens(classifier: Classifier, tokenizer: PreTrainedTokenizerBase) -> None:
     """Compare the tokens of golden texts, of a long text those of its first window; raises GateError."""
     options = {"truncation": classifier.decision.truncation(), "max_length": classifier.max_length}
     for first, second in texts_to_read(classifier):
         expected = tokenizer(first, second, **options)
         row = classifier.tokenize([first], None if second is None else [second])[0]
-        if row.ids.tolist() != expected["input_ids"]:
+        types = expected.get("token_type_ids", row.types.tolist())
+        if row.ids.tolist() != expected["input_ids"] or row.types.tolist() != types:
             raise GateError(f"spdtool.load gives other tokens than the checkpoint's tokenizer for {first[:60]!r}")
 
 
@@ -261,42 +248,6 @@ def check_probabilities(classifier: Classifier, logits: np.ndarray, task: Task) 
         return
     if not np.abs(probabilities - expected).max(initial=0) <= PROBABILITY_TOLERANCE:
         raise GateError("spdtool.load gives other probabilities than those that belong to the logits")
-
-
-def first_windows(rows: Sequence[TokenRow]) -> list[TokenRow]:
-    """Return the first window of every text; rows that are no windows as they are."""
-    chosen: list[TokenRow] = []
-    for row in rows:
-        last = chosen[-1].window if chosen else None
-        if row.window is None or last is None or row.window.example != last.example:
-            chosen.append(row)
-    return chosen
-
-
-def check_bundle(folder: Path) -> None:
-    """Open every variant of a bundle that runs on a CPU, and replay the golden examples.
-
-    Raises:
-        GateError: names the variant whose labels, tokens or logits are not the checkpoint's.
-    """
-    golden, manifest = read_golden_examples(folder), read_manifest(folder)
-    assert isinstance(manifest, BundleManifest), "it was just written"
-    first = [row.text for row in golden.rows]
-    second = [row.pair for row in golden.rows if row.pair is not None] or None
-    for name, variant in manifest.variants.items():
-        if "cpu" not in variant.providers:
-            continue
-        classifier = load(folder, variant=name)
-        tokens = first_windows(classifier.tokenize(first, second))
-        if [row.ids.tolist() for row in tokens] != [row.input_ids for row in golden.rows]:
-            raise GateError(f"the bundle's variant {name} gives other tokens than the checkpoint's tokenizer")
-        if classifier.names != golden.labels:
-            raise GateError(f"the bundle's variant {name} has the labels {classifier.names}, not {golden.labels}")
-        logits = classifier.logits_of_tokens(tokens)
-        pairs = zip(logits, (row.logits for row in golden.rows), strict=True)
-        difference = max(float(np.abs(values - np.array(expected)).max()) for values, expected in pairs)
-        if not difference <= variant.tolerance:
-            raise GateError(f"the bundle's variant {name} differs from the checkpoint by {difference:.2g} in a logit")
 
 
 def _load_exported_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -10,7 +10,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from spdtool.data.tokens import Batch
-from spdtool.errors import GateError, ModelError
+from spdtool.errors import GateError, ModelError, SpdError, first_line
 from spdtool.export.gates.batches import is_right_padded
 from spdtool.export.gates.reference import Reference
 from spdtool.export.target import Target
@@ -91,9 +91,14 @@ def compare_logits(
     """
     largest, largest_at = 0.0, ""
     for description, batch in batches:
-        expected_logits, logits = expected(batch), exported(batch)
+        expected_logits, logits = expected(batch), compute_logits(exported, batch, description)
         _require_finite(expected_logits, "checkpoint", description)
         _require_finite(logits, "exported file", description)
+        if logits.shape != expected_logits.shape:  # numpy might stretch one to fit the other
+            raise GateError(
+                f"the exported file gives an output of shape {logits.shape} on {description}; the checkpoint's is "
+                f"{expected_logits.shape}"
+            )
         difference = float(np.abs(expected_logits - logits).max())
         if difference > tolerance:
             raise GateError(
@@ -106,6 +111,16 @@ def compare_logits(
     return LogitDifference(largest, largest_at)
 
 
+def compute_logits(exported: Forward, batch: Batch, description: str) -> np.ndarray:
+    """Compute a batch with exported files; raises GateError where they cannot."""
+    try:
+        return exported(batch)
+    except SpdError:
+        raise
+    except Exception as error:  # onnxruntime's errors share no base of their own
+        raise GateError(f"the exported file cannot compute {description}: {first_line(error)}") from error
+
+
 def measure_deviation(expected: Forward, exported: Forward, batches: Iterable[tuple[str, Batch]]) -> LogitDeviation:
     """Measure how far rounded arithmetic moves the logits, over all batches.
 
@@ -116,7 +131,7 @@ def measure_deviation(expected: Forward, exported: Forward, batches: Iterable[tu
     for description, batch in batches:
         # In float64, so that sums over many batches lose nothing.
         expected_logits = expected(batch).astype(np.float64)
-        logits = exported(batch).astype(np.float64)
+        logits = compute_logits(exported, batch, description).astype(np.float64)
         _require_finite(logits, "exported file", description)
         change = logits - expected_logits
         squared_change += float(np.square(change).sum())

@@ -16,17 +16,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx
+import torch
 
 from spdtool.errors import GateError, ModelError
 from spdtool.export.gates.reference import Reference
-from spdtool.export.graph.weights import StoredWeight
-from spdtool.export.target import StorageFormats, Target
+from spdtool.export.graph.weights import StoredWeight, find_unread_parameters
+from spdtool.export.target import MODEL_FILE, StorageFormats, Target
 from spdtool.models.predict import torch_forward
 
 FORMATS = ("fp32", "fp16", "int8")  # from exact to coarse
 LEAST_FP16 = 1.2e-7  # to which smaller numbers may be raised; onnxruntime's converter chooses two of fp16's last steps
 INT8_SLACK = 1e-3  # of a step: scales and quotients are computed in float32
-PROBE = 0.5  # is added to a parameter to see whether any logit depends on it
+PROBE = 0.5  # size of the noise that shows whether any logit depends on a parameter
 
 
 def check_weights(target: Target, reference: Reference, folder: Path) -> int:
@@ -43,6 +45,7 @@ def check_weights(target: Target, reference: Reference, folder: Path) -> int:
     formats = target.storage_formats(reference.recipe)
     new_zeros: dict[str, int] = {}
     stored_ids = set[int]()
+    unread = _find_unread(target, folder)
     for stored in _read_stored_weights(target, folder):
         name = stored.name
         if name not in parameters:
@@ -56,7 +59,8 @@ def check_weights(target: Target, reference: Reference, folder: Path) -> int:
             raise GateError(f"{name}: {vanished} weights are zero in the exported file and not in the checkpoint")
         if prunable:
             new_zeros[name] = max(vanished, new_zeros.get(name, 0))
-        stored_ids.add(id(parameters[name]))  # tied weights are one parameter with two names
+        if name not in unread:  # a right constant is worth nothing beside the one that is computed with
+            stored_ids.add(id(parameters[name]))  # tied weights are one parameter with two names
     missing = [name for name, parameter in parameters.items() if id(parameter) not in stored_ids]
     _require_unused(missing, reference)
     return sum(new_zeros.values())
@@ -133,6 +137,14 @@ def _read_stored_weights(target: Target, folder: Path) -> Iterator[StoredWeight]
         raise GateError(f"the exported file cannot be read back: {error.message}") from None
 
 
+def _find_unread(target: Target, folder: Path) -> set[str]:
+    """Find the parameters whose constants no output depends on."""
+    file = folder / MODEL_FILE
+    if target.opened_by != "onnxruntime" or not file.is_file():
+        return set()
+    return find_unread_parameters(onnx.load(file, load_external_data=False))
+
+
 def _check_format(stored: StoredWeight, formats: StorageFormats, *, prunable: bool) -> None:
     """Raise GateError where a parameter is stored more coarsely than the target says."""
     coarsest = formats.matrices
@@ -151,7 +163,13 @@ def _require_unused(missing: list[str], reference: Reference) -> None:
     _, batch = reference.batches[0]
     forward = torch_forward(model, "cpu")
     before = forward(batch)
+    generator = torch.Generator().manual_seed(0)
     for name in nonzero:
-        model.get_parameter(name).data.add_(PROBE)
+        weight = model.get_parameter(name).data
+        # Noise: a layer norm would take one number that is added to all of them away again.
+        weight.add_(PROBE * torch.randn(weight.shape, generator=generator))
     if not np.array_equal(before, forward(batch)):
-        raise GateError(f"{nonzero[0]}: the exported file does not store it ({len(nonzero)} such weights)")
+        raise GateError(
+            f"{nonzero[0]}: the exported file does not store it, or computes with something else ({len(nonzero)} such "
+            "weights)"
+        )

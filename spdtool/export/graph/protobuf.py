@@ -53,6 +53,20 @@ def inputs_of_all(nodes: Iterable[onnx.NodeProto]) -> set[str]:
     return names
 
 
+def find_ancestors(graph: onnx.GraphProto, outputs: Iterable[str]) -> set[str]:
+    """Names of the tensors from which some tensors of a graph are computed, these too."""
+    producers = {name: node for node in graph.node for name in node.output}
+    names = set[str]()
+    pending = list(outputs)
+    while pending:
+        name = pending.pop()
+        if name not in names:
+            names.add(name)
+            if name in producers:
+                pending.extend(inputs_of(producers[name]))
+    return names
+
+
 def keep_constants(graph: onnx.GraphProto, names: Container[str]) -> None:
     """Remove the constants that have none of these names."""
     remaining = []

@@ -29,6 +29,7 @@ from spdtool.models.checks.weight_files import (
     Header,
     find_weight_files,
     read_headers,
+    refuse_contradicting_index,
     refuse_not_finite,
     strip_wrappers,
 )
@@ -90,6 +91,12 @@ def open_checkpoint(
     if Path(source).is_dir():
         _refuse_adapter(Path(source))
     config = read_config(source, new_head=new_head is not None, fields=fields)
+    named_file = getattr(config, "transformers_weights", None)
+    if named_file not in (None, WEIGHTS_FILE):  # transformers would read that one, unchecked
+        raise ModelError(
+            f"config.json of {str(source)!r} names the weights {named_file!r}; what is read is {WEIGHTS_FILE}",
+            f"rename the right file to {WEIGHTS_FILE}, and remove transformers_weights from config.json",
+        )
     if finetuned:
         require_head(source, config)
     if new_head is not None:  # whatever builds this model reads its class from here
@@ -100,7 +107,9 @@ def open_checkpoint(
     if not files:
         return Checkpoint(source, config, (), {})
     # Not the hash: reading gigabytes again would cost what this saves.
-    identity = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    index = files[0].with_name(INDEX_FILE)
+    read_files = (*files, index) if index.is_file() else files
+    identity = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in read_files]
     key = (new_head, config.to_json_string(use_diff=False), *identity)
     if key not in _passed:
         try:
@@ -122,6 +131,7 @@ def _check_weights(
         ModelError: see `open_checkpoint`.
     """
     headers = read_headers(files)
+    refuse_contradicting_index(headers)
     _refuse_adapter_keys(source, headers)
     refuse_foreign_weights(source, headers)
     renamed = strip_wrappers(headers, files[0])

@@ -42,29 +42,58 @@ def find_weight_files(source: str | Path) -> tuple[Path, ...]:
     folder = Path(source)
     if not folder.is_dir():
         cached = _find_cached(str(source), WEIGHTS_FILE)
-        return (cached,) if cached else ()
+        cached_index = _find_cached(str(source), INDEX_FILE)
+        if cached is not None or cached_index is None:
+            return (cached,) if cached else ()
+        names = sorted(set(_read_index(cached_index).values()))
+        shards = [_find_cached(str(source), name) for name in names]
+        return tuple(shard for shard in shards if shard) if all(shards) else ()
     if (folder / WEIGHTS_FILE).is_file():
         return (folder / WEIGHTS_FILE,)
     index = folder / INDEX_FILE
     if not index.is_file():
         raise ModelError(f"cannot load the model {str(source)!r}: it has no {WEIGHTS_FILE}", reading_hint(source))
-    try:
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ModelError(f"{index} is no index of weights", "copy the folder again") from None
+    names = sorted(set(_read_index(index).values()))
     for name in names:
         if not (folder / name).is_file():
             raise ModelError(f"{index} names {name}, which is not there", "copy the folder again, with every file")
     return tuple(folder / name for name in names)
 
 
+def _read_index(index: Path) -> dict[str, str]:
+    """Map each weight to the name of its file.
+
+    Raises:
+        ModelError: the file is no index.
+    """
+    try:
+        weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
+        return {str(key): str(name) for key, name in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ModelError(f"{index} is no index of weights", "copy the folder again") from None
+
+
+def refuse_contradicting_index(headers: Mapping[str, Header]) -> None:
+    """Raise ModelError where an index says another file of a weight than that in which it lies, or none."""
+    files = {header.file for header in headers.values()}
+    index = next(iter(files)).with_name(INDEX_FILE) if files else Path(INDEX_FILE)
+    if any(file.name == WEIGHTS_FILE for file in files) or not index.is_file():
+        return
+    weight_map = _read_index(index)
+    for key, header in headers.items():
+        name = weight_map.get(key)
+        if name != header.file.name:
+            problem = f"says that it is in {name}" if name else "does not name it"
+            raise ModelError(f"{key} is in {header.file}, and {index.name} {problem}", "copy the folder again, whole")
+
+
 def read_headers(files: Iterable[Path]) -> dict[str, Header]:
     """Read the name, type and shape of every weight; no content.
 
     Raises:
-        ModelError: a file is only a pointer of git-lfs, or cannot be read.
+        ModelError: a file is only a pointer of git-lfs, or cannot be read; a weight is in two files.
     """
-    headers = {}
+    headers: dict[str, Header] = {}
     for file in files:
         with open(file, "rb") as stream:
             if stream.read(len(LFS_POINTER)) == LFS_POINTER:
@@ -72,6 +101,10 @@ def read_headers(files: Iterable[Path]) -> dict[str, Header]:
         try:
             with safe_open(file, framework="pt") as weights:
                 for key in weights.keys():  # noqa: SIM118  # it is no dict
+                    if key in headers:  # which of the two a reader takes is left to chance
+                        raise ModelError(
+                            f"{key} is in {headers[key].file} and in {file}", "copy the folder again, into an empty one"
+                        )
                     part = weights.get_slice(key)
                     headers[key] = Header(file, part.get_dtype(), tuple(part.get_shape()))
         except SafetensorError as error:

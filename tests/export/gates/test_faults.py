@@ -19,10 +19,10 @@ from spdtool.data.dataset import Dataset, Rows
 from spdtool.errors import GateError
 from spdtool.export.bundle.manifest import digest_files, write_manifest
 from spdtool.export.gates.checked_export import ExportAttempt
+from spdtool.export.gates.files import check_manifest
 from spdtool.export.gates.folder import (
     check_classifier,
     check_folder,
-    check_settings,
     open_classifier,
     predict_from_texts,
 )
@@ -179,12 +179,12 @@ def test_faults_in_multi_label_settings_are_detected(tmp_path: Path, toys: Modul
     nearly = {"thresholds": [float(str(thresholds[0])) + 1e-9, *thresholds[1:]]}  # decides no dev row otherwise
     for fields, message in (
         ({"settings": settings | nearly}, "has the settings"),
-        ({"kind": None}, "has the kind of task None"),
-        ({"text": ["review"]}, r"has the text columns \('review',\)"),
+        ({"kind": None}, "has the kind None"),
+        ({"text": ["review"]}, r"has the text \['review'\]"),
     ):
         write_manifest(intact, attempt.describe_folder(intact / MODEL_FILE).model_copy(update=fields))
         with pytest.raises(GateError, match=message):
-            check_settings(open_classifier(intact, "cpu"), several, "cpu")
+            check_manifest(target, several, intact, [intact / MODEL_FILE], "cpu")
     for title in ("labels swapped", "a label renamed"):
         folder = shutil.copytree(intact, tmp_path / "faulty")
         FILE_FAULTS[title](folder)

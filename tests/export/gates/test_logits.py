@@ -32,6 +32,16 @@ def test_a_difference_beyond_the_tolerance_is_refused() -> None:
     assert error.value.hint
 
 
+def test_files_that_cannot_compute_a_batch_or_give_another_shape_are_refused() -> None:
+    def fail(_batch: Batch) -> np.ndarray:
+        raise RuntimeError("Got invalid dimensions\nand more")
+
+    with pytest.raises(GateError, match=r"cannot compute shape \(1, 1\): Got invalid dimensions$"):
+        compare_logits(one_logits, fail, BATCHES, 0.01)
+    with pytest.raises(GateError, match=r"output of shape \(1, 1\) on shape \(1, 1\); the checkpoint's is \(1, 2\)"):
+        compare_logits(one_logits, lambda batch: one_logits(batch)[:, :1], BATCHES, 0.01)
+
+
 def test_logits_that_are_not_finite_are_refused() -> None:
     for value in (np.nan, np.inf):
         for side, message in enumerate(("the checkpoint gives logits", "the exported file gives logits")):

@@ -7,13 +7,15 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import onnx
 import pytest
+from onnx import helper, numpy_helper
 
 from spdtool.data import tokens as data
 from spdtool.errors import GateError
 from spdtool.export.gates.reference import DevSets, Reference
 from spdtool.export.gates.weights import check_weight, check_weights
-from spdtool.export.graph.weights import StoredWeight
+from spdtool.export.graph.weights import StoredWeight, find_unread_parameters
 from spdtool.export.target import StorageFormats, Target
 from spdtool.models.load import load_model, save_model
 from spdtool.recipe.fields import Recipe
@@ -171,3 +173,33 @@ def test_weights_that_become_zero_are_counted_if_allowed(reference: Reference, t
     target.rounds_arithmetic = False
     with pytest.raises(GateError, match=f"{expected} weights are zero in the exported file"):
         check_weights(target, reference, tmp_path)
+
+
+def test_a_constant_that_no_output_depends_on_stores_nothing() -> None:
+    """The right table beside the one that is looked up in, which is another."""
+
+    def constant(name: str, **metadata: str) -> onnx.TensorProto:
+        tensor = numpy_helper.from_array(np.eye(2, dtype=np.float32), name)
+        for key, value in metadata.items():
+            tensor.metadata_props.add(key=key, value=value)
+        return tensor
+
+    constants = [
+        constant("read", parameters="read"),
+        constant("unread", parameters="unread"),
+        constant("copy", parameters="twice"),
+        constant("first", parameters="twice"),
+        constant("side_by_side", packed="query.T=1 key.T,value=1"),
+        constant("side", packed="other.T=2"),
+        constant("nameless"),
+    ]
+    nodes = [
+        helper.make_node("MatMul", ["x", "read"], ["a"]),
+        helper.make_node("MatMul", ["a", "first"], ["b"]),
+        helper.make_node("MatMul", ["b", "side_by_side"], ["c"]),
+        helper.make_node("MatMul", ["c", "nameless"], ["y"]),
+        helper.make_node("MatMul", ["a", "unread"], ["of no use"]),
+    ]
+    x, y = (helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [2, 2]) for name in "xy")
+    proto = helper.make_model(helper.make_graph(nodes, "graph", [x], [y], constants))
+    assert find_unread_parameters(proto) == {"unread", "other"}

@@ -116,6 +116,10 @@ def double_name(folder: Path) -> None:
     rewrite(folder, lambda weights: weights | {f"_orig_mod.{QUERY}": weights[QUERY].clone()})
 
 
+def name_other_weights(folder: Path) -> None:
+    configure(folder, transformers_weights="other.safetensors")
+
+
 REFUSED: list[tuple[str, Callable[[Path], None], tuple[str, ...], str]] = [
     ("a layer too many", add_layer, ("model.safetensors has 1 weights", "encoder.layer.2"), "says 2 layers"),
     ("a second head", add_head, ("no use for", "second_classifier.weight"), "belong together"),
@@ -135,6 +139,12 @@ REFUSED: list[tuple[str, Callable[[Path], None], tuple[str, ...], str]] = [
     ("a decoder", decoder, ("is_decoder",), "encoder"),
     ("a pointer", pointer, ("only a pointer of git-lfs",), "git lfs pull"),
     ("one weight twice", double_name, (QUERY, "_orig_mod"), "without a wrapper"),
+    (
+        "weights of another name",
+        name_other_weights,
+        ("names the weights 'other.safetensors'",),
+        "rename the right file",
+    ),
 ]
 
 
@@ -223,6 +233,23 @@ def test_several_files_are_one_checkpoint_and_none_may_be_missing(tmp_path: Path
     model.save_pretrained(tmp_path, max_shard_size="40KB")
     files = open_checkpoint(tmp_path, finetuned=True).files
     assert len(files) > 1
+    index = tmp_path / "model.safetensors.index.json"
+    content = json.loads(index.read_text("utf-8"))
+    key = next(key for key, name in content["weight_map"].items() if name == files[0].name)
+
+    def refuse(weight_map: dict[str, str], message: str) -> None:
+        index.write_text(json.dumps(content | {"weight_map": weight_map}))
+        with pytest.raises(ModelError, match=message):
+            load_model(tmp_path)
+
+    others = {name: file for name, file in content["weight_map"].items() if name != key}
+    refuse(others | {key: files[1].name}, f"{key} is in .*{files[0].name}, and .* says that it is in {files[1].name}")
+    refuse(others, f"{key} is in .*{files[0].name}, and model.safetensors.index.json does not name it")
+    index.write_text(json.dumps(content))
+    whole = files[1].read_bytes()
+    save_file(load_file(files[1]) | {key: load_file(files[0])[key] + 1}, files[1], metadata={"format": "pt"})
+    refuse(content["weight_map"], f"{key} is in .*{files[0].name} and in .*{files[1].name}")
+    files[1].write_bytes(whole)
     files[0].unlink()
     with pytest.raises(ModelError, match=f"names {files[0].name}, which is not there"):
         load_model(tmp_path)

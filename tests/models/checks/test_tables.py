@@ -8,6 +8,8 @@ from types import ModuleType
 import pytest
 
 from spdtool.errors import ModelError
+from spdtool.export.bundle.read import OFFSET_POSITIONS
+from spdtool.models.checks.tables import POSITIONS_FROM_PADDING
 from spdtool.models.load import load_tokenizer, save_model
 
 
@@ -42,3 +44,8 @@ def test_padding_must_be_the_token_from_which_positions_are_counted(tmp_path: Pa
         load_tokenizer(tmp_path)
     save_model(toys.bert(pad_token_id=1), toys.tokenizer(), tmp_path / "bert")
     load_tokenizer(tmp_path / "bert")  # positions of a BERT do not depend on it
+
+
+def test_exported_folders_count_positions_as_checkpoints_do() -> None:
+    """Two lists, because an exported folder is opened without transformers."""
+    assert OFFSET_POSITIONS == POSITIONS_FROM_PADDING
