@@ -36,6 +36,7 @@ from spdtool.export import onnx_session
 from spdtool.export.bundle.manifest import read_json_object
 from spdtool.export.bundle.read import Bundle, list_usable_variants, longest_input
 from spdtool.export.model_files import Config, ordered_labels, padding_values, read_count, read_tokenizer
+from spdtool.export.target import RIGHT_PADDED
 from spdtool.export.token_rows import (
     TokenRow,
     are_texts,
@@ -101,6 +102,7 @@ class Classifier:
     ) -> None:
         self._session, self._tokenizer = session, tokenizer
         self._inputs = [value.name for value in session.get_inputs()]
+        self._is_right_padded = session.get_modelmeta().custom_metadata_map.get(RIGHT_PADDED) == "true"
         self.pads_left = tokenizer_config.get("padding_side") == "left"
         self.padding = padding_values(tokenizer, config, tokenizer_config)
         self._vocabulary_size = read_count(config, "vocab_size")
@@ -376,6 +378,11 @@ class Classifier:
         """Raise DataError for ids that the model has no embedding for: the session would read beyond its tables."""
         if not row.mask.any():
             raise DataError(f"row {number} has no token")
+        if self._is_right_padded and not row.mask.all():
+            raise DataError(
+                f"row {number} masks tokens before others, and this file computes padding on the right only",
+                "leave masked tokens out, or open another variant",
+            )
         if len(row.ids) > self.max_length:
             raise DataError(f"row {number} has {len(row.ids)} tokens; the model takes {self.max_length}")
         limits = [("token", row.ids, self._vocabulary_size)]

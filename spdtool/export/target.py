@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 MODEL_FILE = "onnx/model.onnx"
 ROLES: tuple[Role, ...] = ("teacher", "student")
+RIGHT_PADDED = "right_padded"  # metadata of an ONNX file: whether it takes row lengths, and so right padding only
 SMALLEST = "smallest"  # value of `export.values` and `export.embeddings`
 INSTALLED = "installed"  # value of `export.optional`: every installed target that suits the recipe
 

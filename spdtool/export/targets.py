@@ -30,7 +30,7 @@ from spdtool.export.graph.protobuf import metadata_of
 from spdtool.export.graph.row_lengths import remove_dead_nodes, use_row_lengths
 from spdtool.export.graph.trace import ATTENTION_OPSET, graph_properties, save_folder, trace_checkpoint
 from spdtool.export.graph.weights import INT8_LEVELS, StoredWeight, use_sparse_constants
-from spdtool.export.target import MODEL_FILE, Rounding, StorageFormats, Target
+from spdtool.export.target import MODEL_FILE, RIGHT_PADDED, Rounding, StorageFormats, Target
 from spdtool.models.predict import Forward, onnx_forward
 from spdtool.plugins import targets
 from spdtool.recipe.fields import Recipe
@@ -38,7 +38,6 @@ from spdtool.tasks.head import read_head
 
 FLOAT32_MODULES = "kept_fp32"  # metadata of the model: the modules that int8 left alone
 REDUCE_RANGE = "reduce_range"  # metadata of the model: whether weights have 7 bits
-RIGHT_PADDED = "right_padded"  # metadata of the model: whether it takes row lengths, and so right padding only
 CALIBRATION_BATCH = 8  # rows; the quantizer keeps every activation of a batch in memory
 
 

@@ -12,6 +12,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
@@ -21,6 +22,7 @@ from spdtool import plugins
 from spdtool.errors import DataError, DeviceError, ModelError, PluginError
 from spdtool.export import classifier, onnx_session
 from spdtool.export.classifier import Classifier
+from spdtool.export.target import RIGHT_PADDED
 from spdtool.export.targets import Onnx
 from spdtool.models.layers import max_positions
 from spdtool.models.load import save_model
@@ -143,6 +145,21 @@ def test_token_types_and_holes_in_the_mask_count(loaded: Classifier, model_folde
     with torch.inference_mode():
         logits = model(**{name: torch.from_numpy(column) for name, column in inputs.items()}).logits.numpy()
     np.testing.assert_allclose(loaded.logits(inputs), logits, atol=1e-5)
+
+
+def test_a_file_that_takes_row_lengths_refuses_masks_with_gaps(model_folders: Path, tmp_path: Path) -> None:
+    """Its attention would see the masked tokens, without a word."""
+    folder = shutil.copytree(model_folders / "export/student", tmp_path / "out")
+    (folder / "manifest.json").unlink(missing_ok=True)
+    proto = onnx.load(folder / "onnx/model.onnx")
+    onnx.helper.set_model_props(proto, {RIGHT_PADDED: "true"})
+    onnx.save(proto, folder / "onnx/model.onnx")
+    classify = spdtool.load(folder, threads=1, unverified=True)
+    for mask in ([[1, 0, 1, 1]], [[0, 1, 1, 1]]):
+        with pytest.raises(DataError, match="row 0 masks tokens before others, and this file computes padding on the"):
+            classify.logits({"input_ids": [[2, 6, 8, 3]], "attention_mask": mask})
+    padded = classify.logits({"input_ids": [[2, 6, 8, 3]], "attention_mask": [[1, 1, 1, 0]]})
+    np.testing.assert_allclose(padded, classify.logits([[2, 6, 8]]), atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -6,21 +6,16 @@ tokenizer, how it was left cutting and padding, weights or adapters that lie the
 
 from __future__ import annotations
 
-import copy
 import json
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-
-from pydantic import JsonValue
 
 from spdtool.errors import GateError
 from spdtool.export.bundle.manifest import digest_files, read_manifest
 from spdtool.export.bundle.read import TOKENIZER_FILES
 from spdtool.export.gates.reference import Reference
 from spdtool.export.target import Target
-from spdtool.models.load import load_tokenizer, save_tokenizer
 from spdtool.models.sentence import sentence_settings
 from spdtool.run.records import FolderManifest, LibraryRecord
 
@@ -44,13 +39,12 @@ def check_files(target: Target, reference: Reference, folder: Path, files: Seque
     Raises:
         GateError: names the file, and what of it differs.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        expected = _save_metadata(reference, Path(scratch))
-        for name, file in expected.items():
-            if not (folder / name).is_file():
-                raise GateError(f"the exported folder lacks {name}")
-            changed_fields = (*PROVENANCE, *target.changed_fields) if name == CONFIG else ()
-            _compare_files(folder / name, file, changed_fields)
+    expected = reference.metadata
+    for name, content in sorted(expected.items()):
+        if not (folder / name).is_file():
+            raise GateError(f"the exported folder lacks {name}")
+        changed_fields = (*PROVENANCE, *target.changed_fields) if name == CONFIG else ()
+        _compare_file(folder / name, content, changed_fields)
     settings = sentence_settings(reference.model)
     listed = {*expected, *(file.relative_to(folder).as_posix() for file in files)}
     if settings is not None:
@@ -101,30 +95,21 @@ def check_manifest(target: Target, reference: Reference, folder: Path, files: Se
             raise GateError(f"manifest.json does not have the size and sha256 of {name}")
 
 
-def _save_metadata(reference: Reference, folder: Path) -> dict[str, Path]:
-    """Save configuration and tokenizer of the checkpoint as an export does; return the files by name."""
-    copy.deepcopy(reference.model.config).save_pretrained(folder)
-    # Loaded anew: the reference's own has cut and padded texts since, and saves how it was left.
-    save_tokenizer(load_tokenizer(reference.checkpoint), folder)
-    return {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
-
-
-def _compare_files(exported: Path, expected: Path, changed_fields: Sequence[str]) -> None:
-    """Raise GateError where two files differ in anything but these fields; of JSON the order is free."""
-    if exported.read_bytes() == expected.read_bytes():
+def _compare_file(exported: Path, expected: bytes, changed_fields: Sequence[str]) -> None:
+    """Raise GateError where a file differs in anything but these fields; of JSON the order is free."""
+    content = exported.read_bytes()
+    if content == expected:
         return
     if exported.suffix != ".json":
         raise GateError(f"{exported.name} of the exported folder is not the checkpoint's")
-    fields, wanted = _read_object(exported), _read_object(expected)
+    try:
+        fields = json.loads(content)
+    except ValueError as error:
+        raise GateError(f"{exported.name} of the exported folder cannot be read: {error}") from None
+    wanted = json.loads(expected)
+    if not isinstance(fields, dict) or not isinstance(wanted, dict):
+        fields, wanted = {"content": fields}, {"content": wanted}
     for name in sorted(fields.keys() | wanted.keys()):
         if name not in changed_fields and fields.get(name) != wanted.get(name):
             shown = f"{str(fields.get(name))[:60]!r}; the checkpoint has {str(wanted.get(name))[:60]!r}"
             raise GateError(f"{exported.name}: {name} is {shown}")
-
-
-def _read_object(file: Path) -> Mapping[str, JsonValue]:
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise GateError(f"{file.name} of the exported folder cannot be read: {error}") from None
-    return content if isinstance(content, dict) else {"content": content}

@@ -27,6 +27,7 @@ from spdtool.tasks.head import Head, head_of_model
 READABLE_IR = 10
 WIDENING = ("Cast", "DequantizeLinear", "Identity")  # change a table's type, and no row's place
 EPSILON = "epsilon"
+EPSILON_MARK = "eps"  # in the names of a configuration's epsilons
 EPSILON_FIELDS = ("eps", "variance_epsilon")  # of normalizations in torch and transformers
 
 Axes = list[str | int | None]
@@ -114,6 +115,9 @@ def check_versions(proto: onnx.ModelProto, opset: int) -> None:
 def check_epsilons(proto: onnx.ModelProto, reference: Reference) -> None:
     """Refuse a normalization with another epsilon than the checkpoint's: too little to be seen in logits."""
     expected = set()
+    for name, value in reference.model.config.to_dict().items():
+        if EPSILON_MARK in name and isinstance(value, float):
+            expected.add(np.float32(value))
     for module in reference.model.modules():
         for name in EPSILON_FIELDS:
             if isinstance(getattr(module, name, None), float):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,7 @@ from spdtool.export.gates.batches import longest_supported_input, make_dev_batch
 from spdtool.export.target import StorageFormats
 from spdtool.models.config import check_kind
 from spdtool.models.layers import find_prunable_weights, max_positions
-from spdtool.models.load import label_names, load_model, load_tokenizer
+from spdtool.models.load import label_names, load_model, load_tokenizer, save_tokenizer
 from spdtool.models.predict import Forward, predict, torch_forward
 from spdtool.recipe.fields import Recipe
 from spdtool.run.records import ZeroCount
@@ -140,6 +141,18 @@ class Reference:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The checkpoint's tokenizer."""
         return load_tokenizer(self.checkpoint)
+
+    @cached_property
+    def metadata(self) -> dict[str, bytes]:
+        """Content of the files that an export writes beside a model: configuration and tokenizer, by name."""
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            self.model.config.save_pretrained(folder)
+            # Loaded anew: the other one has cut and padded texts since, and saves how it was left.
+            save_tokenizer(load_tokenizer(self.checkpoint), folder)
+            return {
+                file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()
+            }
 
     @cached_property
     def longest_input(self) -> int:

@@ -101,11 +101,15 @@ def test_versions_are_those_of_the_recipe_and_of_older_runtimes() -> None:
 
 
 def test_an_epsilon_is_one_of_the_checkpoint() -> None:
-    reference: Any = SimpleNamespace(model=torch.nn.Sequential(torch.nn.LayerNorm(4, eps=1e-12)))
+    model = torch.nn.Sequential(torch.nn.LayerNorm(4, eps=1e-12))
+    model.config = SimpleNamespace(to_dict=lambda: {"layer_norm_eps": 1e-6, "hidden_size": 4})
+    reference: Any = SimpleNamespace(model=model)
     node = helper.make_node("LayerNormalization", ["x", "w"], ["y"], epsilon=1e-12)
-    interface.check_epsilons(model_of(node), reference)
+    for epsilon in (1e-12, 1e-6):
+        node.attribute[0].f = epsilon
+        interface.check_epsilons(model_of(node), reference)
     node.attribute[0].f = 1e-5
-    with pytest.raises(GateError, match="has the epsilon 1e-05; the checkpoint has 1e-12"):
+    with pytest.raises(GateError, match="has the epsilon 1e-05; the checkpoint has 1e-12, 1e-06"):
         interface.check_epsilons(model_of(node), reference)
 
 
