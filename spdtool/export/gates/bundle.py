@@ -6,6 +6,7 @@ came from, and every number against the record of the export; at last each varia
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -51,7 +52,8 @@ def check_bundle(export: Path, result: ExportResult) -> None:
     for name, variant in manifest.variants.items():
         _check_variant_files(name, variant, _read_folder_manifest(sources[name]), digests)
         _check_figures(name, variant, result.targets[name].student)
-        _check_card(name, variant, (folder / CARD).read_text("utf-8"))
+        _check_table(name, variant, (folder / CARD).read_text("utf-8"))
+    _check_card(manifest.variants[write.PORTABLE_TARGET], result, (folder / CARD).read_text("utf-8"))
     selftest = Path(write.__file__).with_name(write.SELFTEST)
     if (folder / write.SELFTEST).read_bytes() != selftest.read_bytes():
         raise GateError(f"{write.SELFTEST} of the bundle is not that of this spdtool")
@@ -128,7 +130,18 @@ def _check_figures(name: str, variant: Variant, exported: ExportedModel) -> None
             )
 
 
-def _check_card(name: str, variant: Variant, card: str) -> None:
+def _check_card(portable: Variant, result: ExportResult, card: str) -> None:
+    """Refuse a model card without the scores that the hub reads, or without what was measured of probabilities."""
+    expected = [f"- {name}: {text}" for name, text in result.quality.lines()]
+    for name, value in (portable.dev or {}).items():
+        if name != "score":  # the mean of the others is no metric of the hub
+            expected.append(f"    - type: {json.dumps(name)}\n      value: {value:.6f}")
+    for text in expected:
+        if text not in card:
+            raise GateError(f"the bundle's {CARD} does not say what was measured: {text.strip()}")
+
+
+def _check_table(name: str, variant: Variant, card: str) -> None:
     """Refuse a model card whose row of the variant has other figures."""
     figures = [f"`{variant.file}`", f"{variant.bytes:,}", f"{variant.sparsity:.2%}"]
     if variant.dev is not None:

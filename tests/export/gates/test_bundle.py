@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +45,11 @@ def forge_card(folder: Path, _manifest: dict[str, Any]) -> None:
     (folder / "README.md").write_text(card.replace("50.00%", "95.00%"), "utf-8")
 
 
+def forge_metadata(folder: Path, _manifest: dict[str, Any]) -> None:
+    card = (folder / "README.md").read_text("utf-8")
+    (folder / "README.md").write_text(re.sub(r"value: [\d.]+", "value: 1.500000", card), "utf-8")
+
+
 FAULTS: dict[str, tuple[Change, str]] = {
     "the teacher in place of the student": (use_teacher, "onnx/model.onnx of the bundle is not the file of onnx"),
     "labels swapped": (edit("config.json", id2label={"0": "b", "1": "a"}), "config.json of the bundle is not that"),
@@ -58,6 +64,7 @@ FAULTS: dict[str, tuple[Change, str]] = {
     "fewer bytes": (measured(bytes=1), "has the bytes 1 for onnx"),
     "another target": (measured(target="onnx-int8"), "names another target or library"),
     "a forged card": (forge_card, "README.md has no row with the figures of onnx"),
+    "a forged score for the hub": (forge_metadata, "does not say what was measured: - type:"),
     "golden rows of other padding": (
         edit("golden.json", padding={"side": "left", "input_ids": 0, "token_type_ids": 0}),
         "golden.json has the side of padding True",
