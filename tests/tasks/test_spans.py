@@ -16,7 +16,7 @@ import spdtool
 from spdtool.data.dataset import Dataset, Rows
 from spdtool.data.windows import TextWindow, WindowOutput
 from spdtool.errors import DataError, GateError, ModelError
-from spdtool.export.gates.folder import check_folder
+from spdtool.export.gates.files import check_manifest
 from spdtool.export.gates.logits import check_logits
 from spdtool.export.gates.reference import Reference
 from spdtool.export.gates.score import check_score
@@ -247,8 +247,9 @@ def test_planted_faults_are_caught(exported: Path, reference: Reference, toys: M
         check_logits(target, reference, tmp_path / "swapped", ["cpu"])
     shutil.copytree(exported, tmp_path / "other threshold")
     toys.seal(tmp_path / "other threshold", settings={"stride": 32, "no_answer_threshold": -1e9})
+    folder = tmp_path / "other threshold"
     with pytest.raises(GateError, match="has the settings"):
-        check_folder(target, reference, tmp_path / "other threshold", "cpu")
+        check_manifest(target, reference, folder, [folder / "onnx/model.onnx"], "cpu")
     with pytest.raises(GateError, match="spdtool.load answers"):
         check_score(target, reference, tmp_path / "other threshold", "cpu")
 

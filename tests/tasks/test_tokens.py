@@ -16,6 +16,7 @@ import spdtool
 from spdtool.data.dataset import Dataset, Rows
 from spdtool.data.tokens import IGNORED
 from spdtool.errors import DataError, GateError, ModelError
+from spdtool.export.gates.files import check_manifest
 from spdtool.export.gates.folder import check_folder
 from spdtool.export.gates.reference import Reference, prepare_dev_sets
 from spdtool.export.gates.score import check_score
@@ -222,7 +223,7 @@ def test_planted_faults_are_caught(exported: Path, reference: Reference, toys: M
     shutil.copytree(exported, folder)
     toys.seal(folder, settings={"stride": 1})
     with pytest.raises(GateError, match="has the settings"):
-        check_folder(target, reference, folder, "cpu")
+        check_manifest(target, reference, folder, [folder / "onnx/model.onnx"], "cpu")
     assert json.loads((exported / "manifest.json").read_text())["settings"] == {"stride": 32}
 
 
