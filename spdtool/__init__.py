@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         StageMissing,
         UnknownName,
     )
-    from spdtool.export.classifier import load
+    from spdtool.export.load import load
     from spdtool.export.target import Target
     from spdtool.recipe.fields import Recipe
     from spdtool.recipe.reading import build_recipe
@@ -79,7 +79,7 @@ HOMES = {
     "build_recipe": "spdtool.recipe.reading",
     "compress": "spdtool.stages.api",
     "export_model": "spdtool.stages.api",
-    "load": "spdtool.export.classifier",
+    "load": "spdtool.export.load",
 }
 
 

@@ -111,7 +111,7 @@ def predict(
     threads: Threads = 0,
 ) -> Any:
     """Label texts with an exported model: label and probability, a line for each; JSON lines with --json."""
-    from spdtool.export.classifier import load
+    from spdtool.export.load import load
     from spdtool.serving.inputs import open_input
     from spdtool.serving.predict import InputLine, predict_lines
 

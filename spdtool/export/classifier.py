@@ -1,41 +1,19 @@
-"""`spdtool.load`: open an exported folder as a function from text to labels, whatever target wrote it.
-
-    import spdtool
-
-    classify = spdtool.load("runs/mrpc-0.9/export/bundle")
-    classify("She sold the car.", "The car was sold.")             # 'equivalent'
-    classify(["one text", "another"])                              # a list of labels
-    classify.logits(["one text", "another"])                       # float32 [rows, labels]
-    classify.logits({"input_ids": [[101, 2009, 102]]})             # token ids instead of text
-
-It needs onnxruntime, tokenizers and numpy; neither torch nor transformers is imported.
-"""
+"""A model of onnxruntime as a function from text to labels: what `spdtool.load` returns."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from spdtool import plugins
-from spdtool.data.tokens import shorten_pairs
-from spdtool.data.windows import (
-    WindowOutput,
-    describe_no_room,
-    fit_stride,
-    group_by_text,
-    least_room,
-    make_window,
-)
-from spdtool.errors import DataError, DeviceError, ModelError, PluginError, first_line
-from spdtool.export import onnx_session
-from spdtool.export.bundle.manifest import read_json_object
-from spdtool.export.bundle.read import Bundle, list_usable_variants, longest_input
-from spdtool.export.model_files import Config, ordered_labels, padding_values, read_count, read_tokenizer
+from spdtool.data.windows import WindowOutput, group_by_text
+from spdtool.errors import DataError, ModelError
+from spdtool.export.bundle.read import Bundle
+from spdtool.export.model_files import Config, ordered_labels, padding_values, read_count
+from spdtool.export.row_tokenizer import RowTokenizer
 from spdtool.export.target import RIGHT_PADDED
 from spdtool.export.token_rows import (
     TokenRow,
@@ -45,9 +23,8 @@ from spdtool.export.token_rows import (
     token_row,
     token_rows_of_columns,
 )
-from spdtool.tasks.decision import Answer, Json, find_decision, read_stride
+from spdtool.tasks.decision import Answer, Json, find_decision
 from spdtool.tasks.head import Head, head_of_config
-from spdtool.tasks.sentence_settings import read_prompt
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -56,7 +33,6 @@ Inputs: TypeAlias = str | Sequence[Any] | np.ndarray | Mapping[str, Any]
 """A text, texts, token ids of one row or of several (lists or an array), or the model's inputs by name."""
 
 BATCH_SIZE = 32
-DEFAULT_STRIDE = 32  # tokens that windows of a text share, where the folder does not say
 
 RowLogits: TypeAlias = np.ndarray | list[np.ndarray]
 """Logits [rows, labels]; of a model with outputs for each token, [tokens, labels] for each row."""
@@ -78,7 +54,6 @@ class Classifier:
 
     Attributes:
         names: labels in the order of the logits.
-        max_length: longest input in tokens; longer texts are cut.
         pads_left: whether shorter rows of a batch are padded on the left. padding: with what, by input.
         decision: turns outputs into answers, as the kind of task has it.
         bundle: the opened folder and the model in it that runs; None for a classifier that was not
@@ -100,52 +75,40 @@ class Classifier:
         tokenizer_config: Config,
         kind: KindSettings | None = None,
     ) -> None:
-        self._session, self._tokenizer = session, tokenizer
+        self._session = session
         self._inputs = [value.name for value in session.get_inputs()]
         self._is_right_padded = session.get_modelmeta().custom_metadata_map.get(RIGHT_PADDED) == "true"
         self.pads_left = tokenizer_config.get("padding_side") == "left"
         self.padding = padding_values(tokenizer, config, tokenizer_config)
         self._vocabulary_size = read_count(config, "vocab_size")
         self._token_types = read_count(config, "type_vocab_size")
-        # A session cannot be pickled; `load` can be called again in the other process.
-        self._load_arguments: tuple[Any, ...] = ()
-        self._truncation_side = tokenizer_config.get("truncation_side", "right")
-        self.max_length = longest_input(config, tokenizer_config)
+        self._reopen: tuple[Callable[..., Classifier], tuple[Any, ...]] | None = None
         self._head = head_of_config(config)
         self.names = self._head.name_outputs(config) or ordered_labels(config)
         check_output_count(session, self.names, self._head)
         kind = kind or KindSettings()
         decision = find_decision(config, kind.name)
         self.decision = decision(self.names, decision.settings_of(config) | dict(kind.settings))
-        self._counter: Tokenizer | None = None  # of another state: threads share the tokenizer that cuts
-        if self.decision.windows == 1:
-            self._counter = Tokenizer.from_str(tokenizer.to_str())
-            self._counter.no_truncation()
-            self._counter.no_padding()
-        tokenizer.no_padding()
-        self.limit_length(self.max_length)
+        self._tokenizer = RowTokenizer(tokenizer, config, tokenizer_config, self.decision)
+
+    @property
+    def max_length(self) -> int:
+        """Longest input in tokens; longer texts are cut."""
+        return self._tokenizer.max_length
 
     def limit_length(self, max_length: int) -> None:
-        """Cut texts to this many tokens, or to as many as the model takes where that is less.
+        """Cut texts to this many tokens; see `RowTokenizer.limit_length`."""
+        self._tokenizer.limit_length(max_length)
 
-        Raises:
-            ModelError: the folder's tokenizer cannot be used so.
-        """
-        # Never longer than the model's positions, whatever the caller wants.
-        self.max_length = min(self.max_length, max_length)
-        options: dict[str, Any] = {"direction": self._truncation_side}
-        if self.decision.windows is not None:
-            stride = read_stride(self.decision.settings, DEFAULT_STRIDE)
-            options["stride"] = fit_stride(stride, self.max_length, paired=self.decision.windows == 1)
-            options["strategy"] = self.decision.truncation()
-        try:
-            self._tokenizer.enable_truncation(self.max_length, **options)
-        except Exception as error:  # tokenizers raises several kinds
-            raise ModelError(f"the tokenizer cannot cut texts to {self.max_length} tokens: {error}") from None
+    def pickle_as(self, reopen: Callable[..., Classifier], arguments: tuple[Any, ...]) -> None:
+        """Let another process, which cannot have this session, get what `reopen(*arguments)` returns there."""
+        self._reopen = reopen, arguments
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the arguments of `load`: another process opens the folder again."""
-        return _load_again, self._load_arguments
+        """Pickle how it is opened again."""
+        if self._reopen is None:
+            raise TypeError("a classifier that was not opened by spdtool.load cannot be pickled")
+        return self._reopen
 
     def __call__(self, inputs: Inputs, pairs: str | Sequence[str] | None = None) -> Answer | list[Answer]:
         """Classify one text, or a list of texts.
@@ -270,63 +233,8 @@ class Classifier:
         return rows
 
     def tokenize(self, texts: Sequence[str], seconds: Sequence[str] | None = None) -> list[TokenRow]:
-        """Tokenize each text, or each text with its second one, whatever they are; empty ones too.
-
-        Raises:
-            DataError: a text is not valid Unicode.
-            ModelError: the tokenizer is damaged.
-        """
-        if self.decision.windows is not None:
-            self._check_room(texts, seconds)
-        try:
-            if seconds is not None and self.decision.windows is None:
-                from_left = self._truncation_side == "left"
-                texts, seconds = shorten_pairs(
-                    texts, seconds, self.max_length, self._locate_tokens, from_left=from_left
-                )
-            inputs: list[Any] = list(texts) if seconds is None else list(zip(texts, seconds, strict=True))
-            encodings = self._tokenizer.encode_batch(inputs)
-        except TypeError:  # a str that is not valid Unicode
-            raise DataError("a text cannot be encoded as UTF-8: it holds a lone surrogate") from None
-        except (KeyboardInterrupt, SystemExit, MemoryError):
-            raise
-        except BaseException as error:  # a panic of its Rust code is no Exception
-            raise ModelError(
-                f"the tokenizer fails on a text: {first_line(error)}", "tokenizer.json is damaged"
-            ) from None
-        if self.decision.windows is None:
-            return [token_row(encoding.ids, encoding.type_ids) for encoding in encodings]
-        rows = []
-        for number, encoding in enumerate(encodings):
-            text = texts[number] if seconds is None else seconds[number]
-            for part in (encoding, *encoding.overflowing):
-                rows.append(replace(token_row(part.ids, part.type_ids), window=make_window(number, text, part)))
-        return rows
-
-    def _locate_tokens(self, text: str) -> Sequence[tuple[int, int]]:
-        """Return begin and end of every token of a text, in characters."""
-        if self._counter is None:
-            counter = Tokenizer.from_str(self._tokenizer.to_str())
-            counter.no_truncation()
-            counter.no_padding()
-            self._counter = counter
-        spans: Sequence[tuple[int, int]] = self._counter.encode(text, add_special_tokens=False).offsets
-        return spans
-
-    def _check_room(self, texts: Sequence[str], seconds: Sequence[str] | None) -> None:
-        """Raise DataError for single texts or pairs that are not read, and for first texts that leave no room."""
-        paired = self.decision.windows == 1
-        if texts and paired != (seconds is not None):
-            if paired:
-                raise DataError("this model reads pairs: a question and a text", "give the second text too")
-            raise DataError("this model reads single texts, and pairs were given", "leave the second text out")
-        if self._counter is None:
-            return
-        room = self.max_length - self._tokenizer.num_special_tokens_to_add(is_pair=True)
-        for number, row in enumerate(self._counter.encode_batch(list(texts), add_special_tokens=False)):
-            if room - len(row.ids) < least_room(self.max_length):
-                problem = describe_no_room(texts[number], len(row.ids), self.max_length)
-                raise DataError(f"row {number}: {problem}", "shorten it")
+        """Tokenize texts, or pairs, whatever they are; see `RowTokenizer.tokenize`."""
+        return self._tokenizer.tokenize(texts, seconds)
 
     def compute(self, rows: Sequence[TokenRow]) -> RowLogits:
         """Compute the logits of tokenized rows in one batch, padded to the longest; see `logits`."""
@@ -393,124 +301,6 @@ class Classifier:
             if smallest < 0 or (size and largest >= size):
                 wrong = min(smallest, 0) or largest
                 raise DataError(f"row {number} has the {name} {wrong}; the model knows 0 to {(size or 0) - 1}")
-
-
-def load(
-    folder: str | Path,
-    *,
-    library: str | Path | None = None,
-    threads: int = 0,
-    provider: str = "cpu",
-    variant: str | None = None,
-    unverified: bool = False,
-    raw: bool = False,
-) -> Classifier:
-    """Open an exported folder, whatever target wrote it, after its files were held against their sha256.
-
-    A bundle holds several variants of one model. The best one that runs here is opened: one with
-    operators of its own if their library is installed and loads, otherwise the portable one.
-    `classifier.bundle` names it.
-
-    Args:
-        folder: a run, or a folder such as `RUN/export/bundle` or `RUN/export/student`; of a folder
-            with both roles, the student is opened.
-        library: library of custom operators to use; None: that of the installed plugin, where the
-            folder needs one. It is native code, so a library that lies in the folder is used only
-            if it is named here.
-        threads: threads of one operator; 0: as many as there are cores.
-        provider: `cpu` or `cuda`.
-        variant: open this variant of a bundle and no other.
-        unverified: open a folder without manifest.json too, such as one that others exported.
-            Nothing then tells whether its files belong together.
-        raw: give probabilities without the temperature that the export fitted; labels are the same.
-
-    Returns:
-        A function from text to labels, which also has `logits` and `probabilities`.
-
-    Raises:
-        ModelError: it is no exported folder, cannot be read, or a file is not the one that was exported.
-        UnknownName: the bundle has no such variant.
-        PluginError: it needs a plugin that is not installed.
-        DeviceError: onnxruntime, the provider or the compiled library is not there.
-    """
-    if not isinstance(folder, str | Path):
-        raise ModelError(
-            f"a folder was expected, found a {type(folder).__name__}", 'for example "runs/x/export/bundle"'
-        )
-    if library is not None and not isinstance(library, str | Path):
-        raise ModelError(f"library = {library!r}: a path was expected")
-    candidates = list_usable_variants(Path(folder).expanduser(), variant, provider, unverified=unverified)
-    bundle, session = open_first_usable(candidates, library, provider, threads)
-    config = read_json_object(bundle.folder / "config.json")
-    tokenizer_file = bundle.folder / "tokenizer_config.json"
-    tokenizer_config = read_json_object(tokenizer_file) if tokenizer_file.is_file() else {}
-    kind = KindSettings(bundle.kind, bundle.settings)
-    classifier = Classifier(session, read_tokenizer(bundle.folder), config, tokenizer_config, kind)
-    classifier.bundle, classifier.text = bundle, bundle.text
-    classifier.prompt = read_prompt(bundle.folder)
-    if raw:
-        classifier.decision.temperature = 1.0
-    arguments = (str(bundle.folder.absolute()), library, threads, provider, variant, unverified, raw)
-    classifier._load_arguments = arguments
-    return classifier
-
-
-def _load_again(
-    folder: str,
-    library: str | Path | None,
-    threads: int,
-    provider: str,
-    variant: str | None,
-    unverified: bool,
-    raw: bool,
-) -> Classifier:
-    """Call `load` with positional arguments, as pickle does."""
-    return load(
-        folder, library=library, threads=threads, provider=provider, variant=variant, unverified=unverified, raw=raw
-    )
-
-
-def open_first_usable(
-    candidates: Iterator[Bundle], library: str | Path | None, provider: str, threads: int
-) -> tuple[Bundle, InferenceSession]:
-    """Open the first variant that runs here.
-
-    Only a variant with operators of its own is passed over when it does not open; a damaged file is
-    always an error.
-    """
-    bundle = next(candidates)
-    while True:
-        try:
-            return bundle, open_bundle_session(bundle, library, provider, threads)
-        except (DeviceError, ModelError, PluginError):
-            following = next(candidates, None)
-            if following is None or not bundle.library or library is not None:
-                raise
-            bundle = following
-
-
-def open_bundle_session(bundle: Bundle, library: str | Path | None, provider: str, threads: int) -> InferenceSession:
-    """Open the model of a bundle with the library of operators that it needs."""
-    if library is not None:
-        if not Path(library).is_file():
-            raise ModelError(f"there is no library {library}", "leave library= out to use that of the installed plugin")
-        return onnx_session.open_session(bundle.model, provider, threads, [Path(library).resolve()])
-    if not bundle.library:
-        return onnx_session.open_session(bundle.model, provider, threads)
-    if provider in onnx_session.PROVIDERS and provider != "cpu":
-        raise DeviceError(f"the operators of {bundle.target!r} run on the CPU only", 'leave out provider="cuda"')
-    installed = plugins.find_library(str(bundle.target))
-    try:
-        return onnx_session.open_session(bundle.model, provider, threads, [installed.module.path()])
-    except ModelError as error:
-        written_by = bundle.library.version
-        if written_by in (None, installed.version):
-            raise
-        raise ModelError(
-            f"{error.message} ({bundle.folder} was written by {installed.distribution} {written_by}; "
-            f"{installed.version} is installed)",
-            f"pip install {installed.distribution}=={written_by}",
-        ) from None
 
 
 def check_output_count(session: InferenceSession, names: list[str], head: Head) -> None:

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 from spdtool import console
 from spdtool.errors import DeviceError, ModelError, RunError
 from spdtool.export import onnx_session
-from spdtool.export.classifier import Classifier, load
+from spdtool.export.classifier import Classifier
+from spdtool.export.load import load
 from spdtool.serving.protocol import is_unicode
 from spdtool.serving.watch import FolderWatch, stamp_files
 

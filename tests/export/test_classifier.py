@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 import spdtool
 from spdtool import plugins
 from spdtool.errors import DataError, DeviceError, ModelError, PluginError
-from spdtool.export import classifier, onnx_session
+from spdtool.export import onnx_session
 from spdtool.export.classifier import Classifier
 from spdtool.export.target import RIGHT_PADDED
 from spdtool.export.targets import Onnx
@@ -329,7 +329,7 @@ class TestLibrary:
             libraries_seen.append([str(path) for path in libraries])
             return open_session(model, provider, threads)
 
-        monkeypatch.setattr(classifier.onnx_session, "open_session", record_session)
+        monkeypatch.setattr(onnx_session, "open_session", record_session)
         return libraries_seen
 
     def install(self, monkeypatch: pytest.MonkeyPatch, path: Any, version: str = "0.3.0") -> None:

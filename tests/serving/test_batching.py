@@ -14,7 +14,7 @@ import pytest
 
 import spdtool
 from spdtool.errors import DataError, SpdError
-from spdtool.export.classifier import TokenRow
+from spdtool.export.token_rows import TokenRow
 from spdtool.serving.batching import Batcher, EngineDied, EngineError, QueueFull, ServerClosing
 from spdtool.tasks.decision import OneLabel
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification
 import spdtool
 from spdtool import plugins
 from spdtool.errors import DataError, DeviceError, ModelError, PluginError, RunError, StageMissing, UnknownName
-from spdtool.export import classifier
+from spdtool.export import onnx_session
 from spdtool.export.bundle.card import render_card
 from spdtool.export.bundle.layouts import write_layout, write_triton_layout
 from spdtool.export.bundle.write import write_bundle
@@ -248,11 +248,11 @@ def test_the_portable_variant_runs_if_the_library_cannot_be_loaded(
 
 
 def test_the_preferred_variant_runs_if_its_library_loads(library_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    open_session = classifier.onnx_session.open_session
+    open_session = onnx_session.open_session
     monkeypatch.setattr(
         plugins, "find_library", lambda _: plugins.Library("x", "1", SimpleNamespace(path=lambda: "x.so"))
     )
-    monkeypatch.setattr(classifier.onnx_session, "open_session", lambda *arguments: open_session(*arguments[:3]))
+    monkeypatch.setattr(onnx_session, "open_session", lambda *arguments: open_session(*arguments[:3]))
     assert opened_model(library_bundle) == "model_fp16.onnx"
     assert opened_model(library_bundle, variant="onnx") == "model.onnx"
 

@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from spdtool.errors import GateError, RecipeError
-from spdtool.export.classifier import load
 from spdtool.export.gates.checked_export import export_and_check
 from spdtool.export.gates.reference import Reference, prepare_dev_sets
 from spdtool.export.gates.weights import check_weights
 from spdtool.export.graph.weights import POSITIONS
+from spdtool.export.load import load
 from spdtool.export.target import MODEL_FILE, get_target
 from spdtool.models.load import load_model
 from spdtool.models.structures import find_structures

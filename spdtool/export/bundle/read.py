@@ -236,7 +236,7 @@ def _require_listed(
 ) -> None:
     """Raise ModelError unless each of these files is listed and unchanged, or neither listed nor there."""
     if library is not None:
-        # The library in the folder is never run: see `export.classifier`.
+        # The library in the folder is never run: see `export.load`.
         names = names - {library.file}
     for name in sorted(names.union(TOKENIZER_FILES)):
         file = path_inside(folder, name)

@@ -20,9 +20,10 @@ from spdtool.data.dataset import Rows
 from spdtool.data.tokens import Encoded
 from spdtool.errors import GateError, ModelError, first_line
 from spdtool.export.bundle.read import longest_input
-from spdtool.export.classifier import Classifier, load
+from spdtool.export.classifier import Classifier
 from spdtool.export.gates.reference import DevLogits, DevSets, Reference
 from spdtool.export.gates.sentence import check_sentence_files, check_token_vectors
+from spdtool.export.load import load
 from spdtool.export.model_files import read_tokenizer
 from spdtool.export.target import Target
 from spdtool.export.token_rows import TokenRow
