@@ -84,6 +84,7 @@ def _split_speed(bench: BenchData, name: str, threads: int, shapes: Sequence[Sha
         padding=1.0,
         rounding=rounding,
         zeros=zeros,
+        cause=bench.cause,
         zeros_ratio=paired_ratio([rounded] * len(shapes), sparse, shapes),
     )
 
@@ -124,13 +125,16 @@ def _measured_gain(entries: Sequence[LedgerEntry], tokens: int) -> float | None:
 
 
 def factors_text(factors: SpeedFactors) -> str:
-    """The factors as a product: `fusion 2.00x, rounding 1.10x, zeros 1.50x; together 3.30x`."""
+    """The factors as a product: `fusion 2.00x, rounding 1.10x, zeros 1.50x; together 3.30x`.
+
+    Of another model than the teacher, its own name stands in place of the zeros.
+    """
     texts = [f"fusion {factors.fusion:.2f}x"]
     if factors.padding != 1:
         texts.append(f"padding left out {factors.padding:.2f}x")
     if factors.rounding != 1:
         texts.append(f"rounding {factors.rounding:.2f}x")
-    return f"{', '.join(texts)}, zeros {factors.zeros:.2f}x; together {factors.whole:.2f}x"
+    return f"{', '.join(texts)}, {factors.cause} {factors.zeros:.2f}x; together {factors.whole:.2f}x"
 
 
 def is_above(ratio: Ratio, bound: float) -> bool:

@@ -184,18 +184,15 @@ def factor_lines(bench: BenchData, name: str, threads: int) -> list[str]:
     factors = split_speed(bench, name, threads)
     if factors is None:
         return [
-            f"How much of it the zeros give is not known, {thread_count(threads)}: dense weights were not timed in the "
-            f"form {name}."
+            f"How much of it is due to the {bench.cause} is not known, {thread_count(threads)}: dense weights were not "
+            f"timed in the form {name}."
         ]
-    shares = "their share"
-    if bench.resized:
-        shares = "the share of the zeros and of the other model"
     sparsity = bench.files[name].sparsity
     ideal = None if bench.resized or not sparsity or sparsity == 1 else 1 / (1 - sparsity)
     rounds = len(bench.timing(name, threads).rounds[bench.grid[0]])
     return [
-        f"Where it comes from, {thread_count(threads)}: {factors_text(factors)}. Zeros are measured against dense "
-        f"weights through the same operators, {shares} is {factors.zeros_ratio}: "
+        f"Where it comes from, {thread_count(threads)}: {factors_text(factors)}. The gain by the {bench.cause} is "
+        f"measured against dense weights through the same operators: {factors.zeros_ratio}: "
         f"{meaning(factors.zeros_ratio, rounds, ideal)}"
     ]
 
@@ -310,11 +307,10 @@ def same_form_line(bench: BenchData, name: str) -> str:
         return str(paired_ratio(timings, bench.timing(name, threads), bench.grid))
 
     dense_bytes, teacher_bytes = bench.files["teacher"].bytes, bench.files[teacher].bytes
-    source = "The smaller shape adds" if bench.leaves_out else "The zeros add"
     return (
         f"Treatment {name}, which is not sparsity: it gives the dense teacher "
         f"{with_each_thread_count(bench, form_gain)}, and {dense_bytes / teacher_bytes:.2f}x fewer bytes. "
-        f"{source} to it, student against teacher in the same form: {with_each_thread_count(bench, zeros_gain)}; "
+        f"The gain by the {bench.cause}, student against teacher in the same form: {with_each_thread_count(bench, zeros_gain)}; "
         f"{teacher_bytes / bench.files[name].bytes:.2f}x fewer bytes."
     )
 
@@ -330,9 +326,12 @@ def other_model_lines(bench: BenchData) -> list[str]:
             "as whole heads and neurons. Its plain ONNX file does not hold them. Its speed is not that of zeros."
         ]
     student, teacher = bench.files["student"].size, bench.files["teacher"].size
+    among, together = ", zeros among them", "the other model and of its zeros together"
+    if not bench.files["student"].sparsity:
+        among, together = "", "the other model, which has no zeros"
     return [
-        f"The student is another model than the teacher: its matrices hold {student:,} weights, zeros among them, the "
-        f"teacher's {teacher:,}. Speed and bytes are those of the other model and of its zeros together."
+        f"The student is another model than the teacher: its matrices hold {student:,} weights{among}, the "
+        f"teacher's {teacher:,}. Speed and bytes are those of {together}."
     ]
 
 

@@ -195,7 +195,7 @@ class TestSparseEngine:
             "6 paired rounds, 4.00x at 8x64 to 8.00x at 1x16: faster, beyond the noise."
         )
         assert lines[1] == (
-            "How much of it the zeros give is not known, 1 thread: dense weights were not timed in the form sparse-cpu."
+            "How much of it is due to the zeros is not known, 1 thread: dense weights were not timed in the form sparse-cpu."
         )
         assert "2 threads: 5.66x" in lines[2]
         assert any(
@@ -293,7 +293,7 @@ class TestFactors:
         unfused = timing("unfused", {SMALL: [3.0] * 6, LARGE: [50.0] * 6})
         dense = timing("x dense", {SMALL: [2.0, 1.9, 2.1] * 2, LARGE: [20.0] * 6})
         zeros = timing("x", {SMALL: [1.0, 0.9, 1.2] * 2, LARGE: [10.0] * 6})
-        bench = bench_of([slow, unfused, dense, zeros], {}, sparse=["x"], dense_forms={"x": ["x dense"]})
+        bench = bench_of([slow, unfused, dense, zeros], TWO_FILES, sparse=["x"], dense_forms={"x": ["x dense"]})
         split = factors.split_speed(bench, "x", 1)
         assert split is not None
         assert (split.fusion, split.zeros) == pytest.approx(((3 / 2 * 40 / 20) ** 0.5, 2.0))
@@ -302,8 +302,8 @@ class TestFactors:
     def test_the_headline_credits_the_zeros_only_with_their_factor(self) -> None:
         lines = report.describe_verdict(with_dense())
         assert lines[1] == (
-            "Where it comes from, 1 thread: fusion 2.00x, rounding 1.25x, zeros 2.26x; together 5.66x. Zeros are "
-            "measured against dense weights through the same operators, their share is 2.26x (2.26x to 2.26x): faster, "
+            "Where it comes from, 1 thread: fusion 2.00x, rounding 1.25x, zeros 2.26x; together 5.66x. The gain "
+            "by the zeros is measured against dense weights through the same operators: 2.26x (2.26x to 2.26x): faster, "
             "beyond the noise (skipping every zero would make the matrix products 10.0x as fast)."
         )
         text = " ".join(lines)
@@ -440,6 +440,19 @@ def test_a_smaller_student_is_reported_and_not_credited_to_zeros() -> None:
     assert any("skipping every zero" in line for line in lines(400))
 
 
+def test_a_smaller_model_without_zeros_is_not_said_to_have_them() -> None:
+    engines = {"teacher": 4.0, "student": 2.0, "sparse-cpu": 1.0, "dense": 3.0}
+    timings = [timing(name, {SMALL: [ms] * 8, LARGE: [ms] * 8}) for name, ms in engines.items()]
+    files = {"teacher": file_of(1000, size=400), "student": file_of(500, size=200)}
+    files |= {"sparse-cpu": file_of(500, size=200), "dense": file_of(900, size=400)}
+    bench = bench_of(timings, files, sparse=["sparse-cpu"], dense_forms={"sparse-cpu": ["dense"]})
+    text = "\n".join(report.describe_verdict(bench))
+    assert "fusion 1.33x, smaller model 3.00x; together 4.00x" in text
+    assert "The gain by the smaller model is measured against dense weights through the same operators" in text
+    assert "Speed and bytes are those of the other model, which has no zeros." in text
+    assert "zeros among them" not in text
+
+
 def test_gains_of_other_treatments_are_not_credited_to_zeros() -> None:
     engines = {"teacher": 4.0, "student": 4.0, "onnx-int8": 2.0, "onnx-int8 teacher": 2.0}
     bench = bench_of(
@@ -450,7 +463,7 @@ def test_gains_of_other_treatments_are_not_credited_to_zeros() -> None:
     )
     (line,) = [line for line in report.describe_verdict(bench) if line.startswith("Treatment")]
     assert "Treatment onnx-int8, which is not sparsity: it gives the dense teacher 2.00x" in line
-    assert "4.00x fewer bytes. The zeros add to it" in line
+    assert "4.00x fewer bytes. The gain by the zeros, student against teacher" in line
     assert "student against teacher in the same form: 1.00x (1.00x to 1.00x)" in line
     assert line.endswith("1.00x fewer bytes.")
 
@@ -464,7 +477,7 @@ def test_the_speed_of_a_smaller_dense_student_is_not_credited_to_zeros() -> None
     for line in (
         "Speed of student, 50.0% of its matrices left out, 1 thread",
         "The student is a smaller dense model: 50.0% of the weights in its matrices were removed, as whole heads",
-        "The smaller shape adds to it",
+        "The gain by the smaller shape, student against teacher in the same form",
     ):
         assert line in text, line
     assert "if every zero were skipped" not in text

@@ -198,6 +198,7 @@ class SpeedFactors(Record):
         padding: what leaving padding out adds; 1 over a grid without padding.
         rounding: what the stored form of the weights adds.
         zeros: what the zeros add. zeros_ratio: the same as a median of paired rounds, with its interval.
+        cause: in words, what adds it: zeros, or what else the student has less of than its teacher.
     """
 
     fusion: float
@@ -205,6 +206,7 @@ class SpeedFactors(Record):
     rounding: float
     zeros: float
     zeros_ratio: Ratio
+    cause: str = "zeros"
 
     @property
     def whole(self) -> float:
